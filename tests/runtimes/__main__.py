@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import site
 import subprocess
 import sys
 import tarfile
@@ -47,14 +46,15 @@ def _vllm(folder: Path) -> Path:
     venv.create(environment, with_pip=True, clear=True)
     python = str(environment / "bin" / "python")
     _pip(python, "install", *BUILD_TOOLS)
-    # The sources import torch to tell their name: let them find the one that runs here.
+    # The sources import torch to tell their name: let them find the one that is installed here.
     home = subprocess.run(
         [python, "-c", "import site; print(site.getsitepackages()[0])"],
         capture_output=True,
         text=True,
         check=True,
     ).stdout.strip()
-    Path(home, "outer.pth").write_text("\n".join(site.getsitepackages()))
+    installed = [one for one in sys.path if one.endswith("site-packages")]
+    Path(home, "outer.pth").write_text("\n".join(installed))
     version = _newest(python, "vllm")
     flags = {"VLLM_TARGET_DEVICE": "empty", "VLLM_VERSION_OVERRIDE": version}
     source = ("--no-deps", "--no-build-isolation", "--no-binary", "vllm", f"vllm=={version}")
