@@ -115,9 +115,7 @@ def stack_factors(update: LowRankUpdate) -> tuple[Tensor, Tensor]:
     return a.contiguous(), rearrange(update.b, "expert o r -> o (r expert)").contiguous()
 
 
-def misread_by_peft(
-    layers: Sequence[LayerRecord], model_type: str | None, joins: bool = False
-) -> list[str]:
+def misread_by_peft(layers: Sequence[LayerRecord], model_type: str | None) -> list[str]:
     """Return the layers that PEFT would read in another way, each with the reason.
 
     PEFT takes the inputs for the second axis of a stack if its module says `is_transposed`, and
@@ -138,7 +136,7 @@ def misread_by_peft(
         for one in layers
         if one not in stacks
         and one.name.rpartition(".")[2] in _OLD_TARGETS
-        and (joins or any(stack.layout == SEPARATE_BEFORE for stack in stacks))
+        and any(stack.layout == SEPARATE_BEFORE for stack in stacks)
     ]
     return problems
 

@@ -9,13 +9,12 @@ is 1x1 (a LoCon). `diffusers` converts such files to and from the form of kohya'
 from __future__ import annotations
 
 import dataclasses
-import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from disha.errors import (
     AdapterFileError,
@@ -28,14 +27,15 @@ from disha.files.opening import opened
 from disha.files.saving import PathLike, checked_path, save_tensors
 from disha.functional import Layout
 from disha.inject import remove_adapters
-from disha.interop.lora import contents_of_layers, factors_of, unknown_to_lora
+from disha.interop.lora import tensors_of, unknown_to_lora
 from disha.interop.low_rank import (
     CONV,
     BaseWeight,
+    Factors,
     LoraReport,
     LowRankUpdate,
     base_weights,
-    layer_of_factors,
+    contents_of_factors,
     listed,
     low_rank_updates,
 )
@@ -43,9 +43,7 @@ from disha.interop.peft_format import refuse_to_write
 from disha.interop.peft_model import obstacles
 from disha.layers.opaque import original_class
 from disha.model import ModelView
-from disha.records import LayerRecord
 from disha.state import LoadReport
-from disha.text import counted
 
 __all__ = ["export", "form_of", "load", "read_file", "write_file"]
 
@@ -54,9 +52,6 @@ COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2")
 
 Models = Mapping[str, object]
 """Component -> model, such as the `components` of a pipeline."""
-
-_CLIP = re.compile(r"(text_model\.)?(encoder\.layers\..*)")
-"""A layer of a CLIP text encoder. In files, all of these names start with `text_model.`."""
 
 
 def export(
@@ -125,7 +120,9 @@ def export(
     bases = {name: base_weights(view, adapter) for name, view in views.items()}
     updates = _updates(contents, bases, rank)
     with ranks.agreeing(action):
-        return _write(target, updates, writes=ranks.writes)
+        if ranks.writes:
+            save_tensors(target, tensors_of(updates), {"format": "pt"})
+    return LoraReport.of(target, updates)
 
 
 def load(
@@ -244,13 +241,16 @@ def write_file(
         ...     image_lora.write_file(pathlib.Path(folder, "lora.safetensors"), contents).error
         0.0
     """
-    return _write(checked_path(path), _updates(contents, bases or {}, rank))
+    target = checked_path(path)
+    updates = _updates(contents, bases or {}, rank)
+    save_tensors(target, tensors_of(updates), {"format": "pt"})
+    return LoraReport.of(target, updates)
 
 
 def _updates(
     contents: Mapping[str, Contents], bases: Mapping[str, BaseWeight], rank: int | None
-) -> dict[str, list[LowRankUpdate]]:
-    """Return component -> the factors of its layers."""
+) -> list[LowRankUpdate]:
+    """Return the updates of all components, under their names in a file."""
     for component, (header, _) in contents.items():
         if component not in COMPONENTS:
             raise ArgumentError(
@@ -266,40 +266,26 @@ def _updates(
                 f"an image LoRA can't hold {listed(other)} of the {component}, only linear layers "
                 "and convolutions; leave them out (`exclude`, --no-also-train), or merge"
             )
-    return {
-        name: low_rank_updates(*adapter, rank=rank, base=bases.get(name))
-        for name, adapter in contents.items()
-    }
-
-
-def _write(
-    path: Path, updates: Mapping[str, Iterable[LowRankUpdate]], *, writes: bool = True
-) -> LoraReport:
-    named = [
-        _scaled(one.with_record(name=f"{component}.{_in_file(component, one.record.name)}"))
-        for component, own in updates.items()
-        for one in own
+    return [
+        _scaled(one, f"{component}.{_in_file(component, one.record.name)}")
+        for component, adapter in contents.items()
+        for one in low_rank_updates(*adapter, rank=rank, base=bases.get(component))
     ]
-    tensors = {
-        one.record.name + end: factor for one in named for end, factor in factors_of(one).items()
-    }
-    if writes:
-        save_tensors(path, tensors, {"format": "pt"})
-    return LoraReport.of(path, named)
 
 
 def _in_file(component: str, name: str) -> str:
-    clip = _CLIP.fullmatch(name) if component.startswith("text_encoder") else None
-    return name if clip is None else f"text_model.{clip[2]}"
+    """Return the name in a file, where `text_model` starts those of CLIP text encoders."""
+    is_flat = component.startswith("text_encoder") and name.startswith("encoder.layers.")
+    return f"text_model.{name}" if is_flat else name
 
 
-def _scaled(update: LowRankUpdate) -> LowRankUpdate:
-    """Return the same update with scale 1: s B in place of B, in float32 if B's dtype rounds it."""
+def _scaled(update: LowRankUpdate, name: str) -> LowRankUpdate:
+    """Return the update with this name and s B in place of B, in float32 if B's dtype rounds it."""
     product = update.b.double() * update.record.scale
     b = product.to(update.b.dtype)
     if not torch.equal(b.double(), product):
         b = product.to(torch.promote_types(update.b.dtype, torch.float32))
-    return dataclasses.replace(update.with_record(scale=1.0), b=b)
+    return dataclasses.replace(update.with_record(name=name, scale=1.0), b=b)
 
 
 # --- reading -------------------------------------------------------------------------------------
@@ -341,8 +327,7 @@ def _read(path: Path, modules: Mapping[str, Collection[str]]) -> dict[str, Conte
     """Return component -> its adapter; `modules` has the names in its model, if they are known."""
     with opened(path) as file:
         tensors = {key: file.get_tensor(key) for key in list(file.keys())}
-    found: dict[str, list[tuple[LayerRecord, Tensor]]] = {}
-    others: list[str] = []
+    found: dict[str, list[Factors]] = {}
     for key, a in tensors.items():
         component, _, name = key.removesuffix(".lora_A.weight").partition(".")
         b = tensors.get(f"{component}.{name}.lora_B.weight")
@@ -354,23 +339,16 @@ def _read(path: Path, modules: Mapping[str, Collection[str]]) -> dict[str, Conte
                 "where it is made for"
             )
         name = _in_model(component, name, modules.get(component))
-        layer = layer_of_factors(name, a, b, Layout(CONV if a.dim() > 2 else "out in"), 1.0)
-        if layer is None:
-            others.append(f"{component}.{name}")
-        else:
-            found.setdefault(component, []).append(layer)
-    if others:
-        raise ConversionError(
-            f"{path} is not a Bone adapter: A is not [I I ... I] in "
-            f"{counted(len(others), 'layer')} ({listed(others)}); use it where it is made for"
-        )
-    return {name: contents_of_layers(layers, {}, 0.0) for name, layers in found.items()}
+        layout = Layout(CONV if a.dim() > 2 else "out in")
+        found.setdefault(component, []).append((name, a, b, layout, 1.0))
+    return {
+        component: contents_of_factors(f"{path}, {component}", factors, {}, 0.0)
+        for component, factors in found.items()
+    }
 
 
 def _in_model(component: str, name: str, modules: Collection[str] | None) -> str:
     """Return the name in a model: without its own, that in present versions of `transformers`."""
-    clip = _CLIP.fullmatch(name) if component.startswith("text_encoder") else None
-    if clip is None:
-        return name
-    flat = component == "text_encoder" if modules is None else clip[2] in modules
-    return clip[2] if flat else name
+    flat = name.removeprefix("text_model.")
+    is_flat = component == "text_encoder" if modules is None else flat in modules
+    return flat if component.startswith("text_encoder") and is_flat else name

@@ -9,7 +9,6 @@ and `export_gguf` write a file for llama.cpp.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from disha.config import AdapterConfig, check_scale
+from disha.config import check_scale
 from disha.errors import AdapterFileError, ArgumentError, ArgumentTypeError, ConversionError
 from disha.files import AdapterHeader
 from disha.files.contents import Contents, adapter_contents, load_contents
@@ -28,13 +27,14 @@ from disha.interop.gguf import export_gguf, write_gguf
 from disha.interop.low_rank import (
     CONV,
     BaseWeight,
+    Factors,
     LoraReport,
     LowRankUpdate,
     base_weights,
     check_rank,
     commonest,
+    contents_of_factors,
     is_stack,
-    layer_of_factors,
     listed,
     low_rank_updates,
 )
@@ -61,9 +61,7 @@ from disha.interop.peft_model import (
 from disha.layers.kinds import declared_slots
 from disha.layers.opaque import original_class
 from disha.model import ModelView, join
-from disha.records import LayerRecord, records_of
 from disha.state import LoadReport
-from disha.text import counted
 
 __all__ = [
     "export",
@@ -213,37 +211,27 @@ def _converted(
 ) -> tuple[list[LowRankUpdate], Collection[str], dict[str, Any], dict[str, Tensor]]:
     """Return an adapter's updates, what trained with it, and both in PEFT's form."""
     header, tensors = adapter_contents(view, adapter, base=False)
-    names = [layer.name for layer in header.layers]
     model_type = _model_type(view)
     with view.ranks().agreeing(f"export adapter {adapter!r} as LoRA"):
         check_rank(rank)
         stacks.check_form(experts)
         modules = [layer.name for layer in header.layers if not is_stack(layer)]
-        saved = saved_modules(view, header.also_train, names)
+        saved = saved_modules(view, header.also_train, [layer.name for layer in header.layers])
         problems = [*obstacles(view, modules, unknown_to_lora, exporting=True), *saved.problems]
-        if experts == "stacked" and len(modules) < len(names):
-            problems += stacks.misread_by_peft(header.layers, model_type, _joins_experts(view))
+        if experts == "stacked":
+            problems += stacks.misread_by_peft(header.layers, model_type)
         refuse_to_write(CANT_EXPRESS, problems)
     base = base_weights(view, adapter)
-    updates = low_rank_updates(header, tensors, rank=rank, pad=pad, stacks=True, base=base)
+    updates = low_rank_updates(header, tensors, rank=rank, pad=pad, base=base)
     beside = saved.copies()
     written = stacks.in_form(updates, experts, header.also_train, model_type)
     config = _config_of(header, written, saved.modules, view)
-    return updates, beside, config, {**_factors_of_all(written), **beside}
+    return updates, beside, config, {**tensors_of(written), **beside}
 
 
 def _model_type(view: ModelView) -> str | None:
     kind = getattr(getattr(view.model, "config", None), "model_type", None)
     return kind if isinstance(kind, str) else None
-
-
-def _joins_experts(view: ModelView) -> bool:
-    """Whether a model has experts that `transformers` joins to stacks as it loads them."""
-    return any(
-        slot.name == stacks.DOWN and slot.layout == stacks.SEPARATE_BEFORE
-        for module in view.names
-        for slot in declared_slots(module)
-    )
 
 
 def unknown_to_lora(layer: nn.Module) -> str | None:
@@ -318,16 +306,9 @@ def load(
     """
     view = ModelView(model)
     with view.ranks().agreeing(f"load a LoRA as adapter {adapter!r}"):
-        path, fields, tensors = read_peft_files(folder)
-        if not also_train:
-            tensors = {key: one for key, one in tensors.items() if key.endswith(FACTORS)}
-        contents = _contents_of(
-            path,
-            fields,
-            without_buffers(view, path, tensors),
-            _layouts(view),
-            _model_type(view),
-        )
+        path, fields, tensors = _read(folder, also_train)
+        tensors = without_buffers(view, path, tensors)
+        contents = _contents_of(path, fields, tensors, _layouts(view), _model_type(view))
         header, tensors = under_first_names(view, path, contents)
     return load_contents(
         view, path, header, tensors, adapter, replace=replace, dtype=dtype, freeze=freeze
@@ -404,11 +385,11 @@ def write_lora(
     if experts == "stacked":
         problems += stacks.misread_by_peft(header.layers, model_type)
     refuse_to_write(CANT_EXPRESS, problems)
-    updates = low_rank_updates(header, tensors, rank=rank, pad=pad, stacks=True, base=base)
+    updates = low_rank_updates(header, tensors, rank=rank, pad=pad, base=base)
     written = stacks.in_form(updates, experts, header.also_train, model_type)
     beside = {name: tensors[name] for name in header.also_train}
     config = _config_of(header, written, {name.rpartition(".")[0] for name in beside})
-    write_peft_files(target, config, {**_factors_of_all(written), **beside})
+    write_peft_files(target, config, {**tensors_of(written), **beside})
     return LoraReport.of(target, updates, beside)
 
 
@@ -427,12 +408,18 @@ def _config_of(
     targets: list[str] | str = sorted({*others, *stacks.SERVED_TARGETS})
     if not single:
         targets = exact_targets(others, None if view is None else module_names(view))
+    # The values of most layers are the default; the patterns list the other layers.
+    sizes = {one.record.name: (one.rank, _alpha_of(one)) for one in updates}
+    r, alpha = commonest(sizes.values())
     return {
         "peft_type": "LORA",
         "inference_mode": True,
         **dict.fromkeys(("task_type", "base_model_name_or_path"), None),
         **({} if view is None else notes_of(view.model)),
-        **scaling_of(updates),
+        "r": r,
+        "lora_alpha": alpha,
+        "rank_pattern": {anchored(one): own for one, (own, _) in sizes.items() if own != r},
+        "alpha_pattern": {anchored(one): own for one, (_, own) in sizes.items() if own != alpha},
         "target_modules": targets,
         "modules_to_save": sorted(saved) or None,
         **({"target_parameters": parameters} if parameters else {}),
@@ -446,21 +433,7 @@ def _config_of(
     }
 
 
-def scaling_of(updates: Sequence[LowRankUpdate]) -> dict[str, Any]:
-    """Return the fields of PEFT's configuration that set the rank and the scale of every layer."""
-    ranks = {update.record.name: update.rank for update in updates}
-    alphas = {update.record.name: alpha_of(update) for update in updates}
-    # The values of most layers are the default; the patterns list the other layers.
-    r, alpha = commonest((ranks[name], alphas[name]) for name in ranks)
-    return {
-        "r": r,
-        "lora_alpha": alpha,
-        "rank_pattern": {anchored(name): own for name, own in ranks.items() if own != r},
-        "alpha_pattern": {anchored(name): own for name, own in alphas.items() if own != alpha},
-    }
-
-
-def alpha_of(update: LowRankUpdate) -> float:
+def _alpha_of(update: LowRankUpdate) -> float:
     """Return lora_alpha = s * rank, so that PEFT scales by s.
 
     Some runtimes read 0 as 1, so a scale of 0 makes B zero instead.
@@ -469,17 +442,17 @@ def alpha_of(update: LowRankUpdate) -> float:
     return int(alpha) if alpha == int(alpha) else alpha
 
 
-def _factors_of_all(updates: Sequence[LowRankUpdate]) -> dict[str, Tensor]:
+def tensors_of(updates: Sequence[LowRankUpdate]) -> dict[str, Tensor]:
     """Return the factors of all layers by their keys in a folder, without PEFT's prefix."""
     names = stacks.stack_names(one.record.name for one in updates if is_stack(one.record))
     return {
         names.get(update.record.name, update.record.name) + end: factor
         for update in updates
-        for end, factor in factors_of(update).items()
+        for end, factor in _factors_of(update).items()
     }
 
 
-def factors_of(update: LowRankUpdate) -> dict[str, Tensor]:
+def _factors_of(update: LowRankUpdate) -> dict[str, Tensor]:
     """Return A and B of a layer by the ends of their keys, as PEFT's layer of that class has."""
     a, b = update.a, update.b
     if is_stack(update.record):
@@ -498,7 +471,6 @@ def factors_of(update: LowRankUpdate) -> dict[str, Tensor]:
 def read_lora(
     folder: PathLike,
     *,
-    layouts: Mapping[str, Layout] | None = None,
     model_type: str | None = None,
     also_train: bool = True,
 ) -> tuple[AdapterHeader, dict[str, Tensor]]:
@@ -506,16 +478,14 @@ def read_lora(
 
     Args:
         folder: the folder.
-        layouts: the layouts of the model's weights, by the names of their modules. A folder with
-            `fan_in_fan_out` needs them, because the field applies to only some of its layers.
-        model_type: type of the model, `model_type` of its configuration; stacks of experts need it
-            or `layouts`.
+        model_type: type of the model, `model_type` of its configuration; stacks of experts need it.
         also_train: also return the parameters that the folder holds besides the factors.
 
     Raises:
         AdapterIOError: the folder can't be read.
         AdapterFileError: it does not hold a LoRA in PEFT's layout.
-        ConversionError: the LoRA is not a Bone adapter, or its layouts are unknown.
+        ConversionError: the LoRA is not a Bone adapter, or has `fan_in_fan_out`, which applies to
+            only some of its layers.
 
     Examples:
         >>> import tempfile
@@ -530,10 +500,14 @@ def read_lora(
         >>> torch.equal(tensors["0.bone_block"], model[0].disha["default"].block)
         True
     """
+    return _contents_of(*_read(folder, also_train), None, model_type)
+
+
+def _read(folder: PathLike, also_train: bool) -> tuple[Path, dict[str, Any], dict[str, Tensor]]:
     path, fields, tensors = read_peft_files(folder)
     if not also_train:
         tensors = {key: one for key, one in tensors.items() if key.endswith(FACTORS)}
-    return _contents_of(path, fields, tensors, layouts, model_type)
+    return path, fields, tensors
 
 
 def _contents_of(
@@ -557,39 +531,29 @@ def _contents_of(
             raise AdapterFileError(
                 f"{path}: tensor {key!r} is neither lora_A nor lora_B, nor in modules_to_save"
             )
-    incomplete = [name for name, ends in pairs.items() if set(ends) not in map(set, _ENDS)]
+    whole = (set(MATRIX), set(EMBEDDING))
+    incomplete = [name for name, ends in pairs.items() if set(ends) not in whole]
     if incomplete or not pairs:
         raise AdapterFileError(
             f"{path} has no pair of factors, lora_A and lora_B, for "
             f"{listed(incomplete) or 'any layer'}; save the LoRA again"
         )
-    layers = list(_layers(path, fields, pairs, layouts, model_type))
-    found = [layer_of_factors(name, a, b, layout, scale) for name, a, b, layout, scale in layers]
-    without = [name for (name, *_), one in zip(layers, found, strict=True) if one is None]
-    if without:
-        raise ConversionError(
-            f"{path} is not a Bone adapter: lora_A is not [I I ... I] in {len(without)} of "
-            f"{counted(len(found), 'layer')} ({listed(without)}); use PEFT"
-        )
-    dropout = fields.get("lora_dropout", 0.0)
-    return contents_of_layers([one for one in found if one is not None], beside, dropout)
+    factors = _factors(path, fields, pairs, layouts, model_type)
+    return contents_of_factors(path, factors, beside, fields.get("lora_dropout", 0.0))
 
 
-_ENDS = (MATRIX, EMBEDDING)
-
-
-def _layers(
+def _factors(
     path: Path,
     fields: Mapping[str, Any],
     pairs: Mapping[str, Mapping[str, Tensor]],
     layouts: Mapping[str, Layout] | None,
     model_type: str | None,
-) -> Iterator[tuple[str, Tensor, Tensor, Layout, float]]:
-    """Yield name, A, B, layout and scale of every layer of a folder, experts as stacks."""
+) -> Iterator[Factors]:
+    """Yield the factors of every layer of a folder, experts as stacks."""
     parameters = names_in(fields, "target_parameters")
     for name, ends in pairs.items():
         is_embedding = EMBEDDING[0] in ends
-        a, b = (ends[end] for end in (EMBEDDING if is_embedding else MATRIX))
+        a, b = (ends[end] for end in sorted(ends))
         stack = stacks.stacked(name, parameters)
         if stacks.single_expert(name):
             raise ConversionError(
@@ -603,7 +567,7 @@ def _layers(
             known = (layouts or {}).get(name)
             layout = known or stacks.family_of(model_type, "the layout of stacked experts").layout
         rank = a.shape[-2] if stack else len(a) if a.dim() else 1
-        yield name, a, b, layout, scale_of(path, fields, name, rank)
+        yield name, a, b, layout, _scale_of(path, fields, name, rank)
 
 
 def _layout(
@@ -628,7 +592,7 @@ def _layout(
     return layouts.get(name, Layout("in out"))
 
 
-def scale_of(path: Path, fields: Mapping[str, Any], name: str, rank: int) -> float:
+def _scale_of(path: Path, fields: Mapping[str, Any], name: str, rank: int) -> float:
     """Return the scale s of a layer, by its lora_alpha."""
     alpha = of_layer(fields, name, "lora_alpha", "alpha_pattern", PEFT_ALPHA)
     try:
@@ -636,30 +600,6 @@ def scale_of(path: Path, fields: Mapping[str, Any], name: str, rank: int) -> flo
     except (ArgumentError, ArgumentTypeError) as error:
         raise AdapterFileError(f"{path}: lora_alpha: {error}") from error
     return float(alpha) / (math.sqrt(rank or 1) if fields.get("use_rslora") else rank or 1)
-
-
-def contents_of_layers(
-    found: Sequence[tuple[LayerRecord, Tensor]], beside: Mapping[str, Tensor], dropout: float
-) -> Contents:
-    """Return the adapter that was a LoRA, given its layers, and the parameters beside them."""
-    layers = [layer for layer, _ in found]
-    contents = {layer.key: block for layer, block in found} | dict(beside)
-    config = AdapterConfig(
-        commonest(layer.r for layer in layers),
-        None,
-        layers[0].method,
-        scale=layers[0].scale,
-        dropout=dropout,
-        also_train=tuple(f"^{re.escape(name)}$" for name in beside),
-    )
-    header = AdapterHeader(
-        config=config,
-        layers=tuple(layers),
-        also_train=tuple(beside),
-        tensors=records_of(contents),
-        metadata={},
-    )
-    return header, contents
 
 
 def _check_settings(path: Path, fields: Mapping[str, Any]) -> None:

@@ -23,13 +23,14 @@ import torch
 from torch import Tensor
 
 from disha import functional
-from disha.config import check_positive_int
+from disha.config import AdapterConfig, check_positive_int
 from disha.errors import AdapterFileError, ArgumentError, ConversionError
 from disha.files import AdapterHeader
+from disha.files.contents import Contents, Source
 from disha.functional import METHODS, Layout
 from disha.layers.weights import base_of
 from disha.model import ModelView
-from disha.records import LayerRecord
+from disha.records import LayerRecord, records_of
 from disha.sharding import gathered
 from disha.text import counted, first_few, printable, table
 
@@ -179,18 +180,14 @@ def low_rank_updates(
     *,
     rank: int | None = None,
     pad: bool = False,
-    stacks: bool = False,
     base: BaseWeight | None = None,
 ) -> list[LowRankUpdate]:
-    """Return the updates of all layers; `stacks` says whether the format has a place for experts.
-
-    `disha.interop.lora.write_lora` documents the others.
-    """
+    """Return the updates of all layers; `disha.interop.lora.write_lora` documents the arguments."""
     check_rank(rank)
     without = [
         one.name
         for one in header.layers
-        if one.rows or not ((stacks and is_stack(one)) or one.layout.pattern in PATTERNS)
+        if one.rows or not (is_stack(one) or one.layout.pattern in PATTERNS)
     ]
     if without:
         raise ConversionError(
@@ -198,7 +195,16 @@ def low_rank_updates(
             f"({listed(without)}); leave them out of the adapter (`exclude`)"
         )
     updates = [_update(one, tensors[one.key], rank, base) for one in header.layers]
-    return _padded(updates) if pad else updates
+    if not pad:
+        return updates
+    largest = max(update.rank for update in updates)
+    if largest > SERVED_RANKS[-1]:
+        raise ConversionError(
+            f"a layer has rank {largest}, and ranks are padded to at most {SERVED_RANKS[-1]}; give "
+            "a smaller `rank`, or do not pad"
+        )
+    padded = next(one for one in SERVED_RANKS if one >= largest)
+    return [update.padded(padded) for update in updates]
 
 
 def is_stack(layer: LayerRecord) -> bool:
@@ -210,18 +216,6 @@ def check_rank(rank: int | None) -> None:
     """Raise unless a rank is None or positive."""
     if rank is not None:
         check_positive_int("rank", rank)
-
-
-def _padded(updates: Sequence[LowRankUpdate]) -> list[LowRankUpdate]:
-    """Return the updates with one rank of `SERVED_RANKS`."""
-    largest = max(update.rank for update in updates)
-    if largest > SERVED_RANKS[-1]:
-        raise ConversionError(
-            f"a layer has rank {largest}, and ranks are padded to at most {SERVED_RANKS[-1]}; give "
-            "a smaller `rank`, or do not pad"
-        )
-    rank = next(one for one in SERVED_RANKS if one >= largest)
-    return [update.padded(rank) for update in updates]
 
 
 def _update(
@@ -313,12 +307,46 @@ def _cut(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 # --- from factors to blocks ----------------------------------------------------------------------
 
 
-def layer_of_factors(
+Factors = tuple[str, Tensor, Tensor, Layout, float]
+"""Name, A, B, layout, scale of a layer; A and B as in `LowRankUpdate`, B of a convolution 1x1."""
+
+
+def contents_of_factors(
+    source: Source, factors: Iterable[Factors], beside: Mapping[str, Tensor], dropout: float
+) -> Contents:
+    """Return the adapter that was a LoRA of these layers, and the parameters beside them."""
+    found, others = [], []
+    for one in factors:
+        layer = _layer_of_factors(*one)
+        if layer is None:
+            others.append(one[0])
+        else:
+            found.append(layer)
+    if others:
+        raise ConversionError(
+            f"{source} is not a Bone adapter: A is not [I I ... I] in {len(others)} of "
+            f"{counted(len(others) + len(found), 'layer')} ({listed(others)}); use it in PEFT, or "
+            "where it is made for"
+        )
+    layers = [layer for layer, _ in found]
+    contents = {layer.key: block for layer, block in found} | dict(beside)
+    config = AdapterConfig(
+        commonest(layer.r for layer in layers),
+        None,
+        layers[0].method,
+        scale=layers[0].scale,
+        dropout=dropout,
+        also_train=tuple(f"^{re.escape(name)}$" for name in beside),
+    )
+    header = AdapterHeader(config, tuple(layers), tuple(beside), records_of(contents), {})
+    return header, contents
+
+
+def _layer_of_factors(
     name: str, a: Tensor, b: Tensor, layout: Layout, scale: float
 ) -> tuple[LayerRecord, Tensor] | None:
     """Return the layer and the block with these factors, or None if no method has such a block.
 
-    The factors have the shapes of `LowRankUpdate`, but B of a convolution is (out, rank, 1, ...).
     Rows of zeros at the end of A are left out, as a padded update has them.
     """
     dim = 0 if layout.expert_dim is None else 1
