@@ -8,10 +8,6 @@ from setuptools import find_packages, setup
 HERE = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (HERE / "disha/version.py").read_text()).group(1)
 
-GGUF = [
-    "gguf>=0.17",
-    "numpy>=1.26",
-]
 QUANT = [
     "bitsandbytes>=0.49",
     "torchao>=0.18",
@@ -25,10 +21,11 @@ TRL = [
     "trl>=1.16",
 ]
 FINETUNE = [
-    *GGUF,
     *TRL,
     "datasets>=4.7",
+    "gguf>=0.17",
     "matplotlib>=3.8",
+    "numpy>=1.26",
     "pyyaml>=6.0",
     "transformers>=5.24",  # reads GGUF files into plain weights
 ]
@@ -99,7 +96,6 @@ setup(
     extras_require={
         "deepspeed": ["deepspeed>=0.17"],
         "finetune": FINETUNE,
-        "gguf": GGUF,
         "quant": QUANT,
         "transformers": TRANSFORMERS,
         "trl": TRL,

@@ -152,15 +152,13 @@ class MissingPackageError(DishaError, ImportError):
     Examples:
         >>> import sys
         >>> from unittest.mock import patch
-        >>> from torch import nn
-        >>> import disha
-        >>> model = disha.inject_adapters(nn.Linear(8, 4), "all-linear", r=4)
-        >>> with patch.dict(sys.modules, gguf=None):  # as if it were not installed
-        ...     disha.interop.lora.export_gguf(model, "adapter.gguf")
+        >>> from disha.finetune.base import load_base
+        >>> with patch.dict(sys.modules, bitsandbytes=None):  # as if it were not installed
+        ...     load_base("someone/model", bits="4")
         Traceback (most recent call last):
         ...
-        disha.errors.MissingPackageError: writing GGUF needs the package gguf; run: pip install
-        "disha-torch[gguf]"
+        disha.errors.MissingPackageError: 4 bits need the package bitsandbytes; run: pip install
+        "disha-torch[quant]"
     """
 
 

@@ -23,7 +23,7 @@ ALLOWED = {
 
 LEFT_OUT = (
     *("disha/cli", "disha/finetune", "disha/integrations"),
-    *("disha/__main__.py", "disha/interop/gguf.py"),
+    "disha/__main__.py",
     *("benchmarks", "docs", "tests/cli", "tests/finetune", "tests/llamacpp", "tests/packaging"),
     "tests/runtimes",
     *("tests/test_examples.py", "tests/test_guides.py", "tests/test_pages.py"),

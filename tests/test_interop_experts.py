@@ -396,14 +396,6 @@ def test_the_command_writes_experts_and_reads_them(tmp_path, capsys):
     assert convert(*to_servers, *given)[0] == 0
 
 
-def test_gguf_has_no_experts(tmp_path):
-    ours = adapted(build("Mixtral", "eager"), ONLY_EXPERTS)
-    contents = adapter_contents(ModelView(ours))
-    with pytest.raises(disha.ConversionError, match=r"has no place.*experts\.gate_up_proj"):
-        lora.write_gguf(tmp_path / "lora.gguf", *contents, {"num_attention_heads": 2})
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_other_stacks_have_no_place_in_a_lora(tmp_path):
     ours = adapted(nn.Sequential(nn.Bilinear(8, 8, 3)), "0")
     header, tensors = adapter_contents(ModelView(ours))

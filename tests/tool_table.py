@@ -242,7 +242,6 @@ back.
                     f"{LLAMA_CPP}::test_adapters_act_as_ours",
                     f"{LLAMA_CPP}::test_the_next_token_moves_as_ours_does",
                 ),
-                "experts": (REFUSED, f"{EXPERTS}::test_gguf_has_no_experts"),
             },
             "diffusers": {
                 "read": (f"{IMAGES}::test_diffusers_loads_it_and_computes_the_same",),

@@ -6,8 +6,8 @@ saved, or a LoRA file of an image model. What is a LoRA must be a Bone adapter.
 --to sets the format of OUT:
   disha             an adapter file
   peft              a folder of PEFT's MiSS
-  lora              a LoRA folder in PEFT's layout, which most runtimes read
-  gguf              the LoRA file of llama.cpp
+  lora              a LoRA folder in PEFT's layout, which most runtimes read, and which the script
+                    convert_lora_to_gguf.py of llama.cpp turns into GGUF (with --pad_rank)
   diffusers         a LoRA file for an image model
 
 Bone and tile are exact as LoRA. BAT is cut to --rank, and the error is reported.
@@ -16,7 +16,6 @@ Examples:
   disha convert adapter.safetensors for-peft --to peft
   disha convert for-peft adapter.safetensors --to disha --base path/to/model
   disha convert bat.safetensors as-lora --to lora --base path/to/model --rank 32
-  disha convert adapter.safetensors adapter.gguf --to gguf --base path/to/model
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ from disha.text import counted
 
 __all__ = ["main"]
 
-FORMATS = ("disha", "peft", "lora", "gguf", "diffusers")
+FORMATS = ("disha", "peft", "lora", "diffusers")
 PEFT_CONFIG = "adapter_config.json"
 FOLDERS = {"MISS": "peft", "BONE": "peft", "LORA": "lora"}
 """PEFT's name of a method -> the format of a folder that PEFT saved with this method."""
@@ -67,7 +66,7 @@ def _parser() -> Parser:
     parser.add_argument("source", type=Path, help="the adapter")
     parser.add_argument("out", type=Path, help="a folder for peft and lora, a file for all others")
     parser.add_argument("--to", choices=FORMATS, required=True, help="the format of OUT")
-    parser.add_argument("--base", type=Path, help="the checkpoint of the base; gguf needs it")
+    parser.add_argument("--base", type=Path, help="the checkpoint of the base")
     parser.add_argument("--rank", type=int, help="largest rank of a layer as LoRA")
     parser.add_argument("--pad_rank", action="store_true", help="lora: one rank for all layers")
     parser.add_argument("--experts", default="stacked", help="lora: stacked or separate")
@@ -141,7 +140,6 @@ def _write(flags: Namespace, contents: Contents, base: Checkpoint | None) -> Lor
     if flags.to == "peft":
         peft.write_folder(flags.out, *contents, dropout=flags.dropout)
         return None
-    config = {} if base is None else base.config()
     options: dict[str, Any] = {"rank": flags.rank}
     if any(method_of(layer.method).reads_weight for layer in contents[0].layers):
         if base is None or flags.rank is None:
@@ -151,9 +149,8 @@ def _write(flags: Namespace, contents: Contents, base: Checkpoint | None) -> Lor
         options["base"] = base_weights(base, contents[0])
     if flags.to == "lora":
         options |= {"pad": flags.pad_rank, "experts": flags.experts}
-        return lora.write_lora(flags.out, *contents, model_type=config.get("model_type"), **options)
-    if flags.to == "gguf":
-        return lora.write_gguf(flags.out, *contents, config, **options)
+        options["model_type"] = None if base is None else base.config().get("model_type")
+        return lora.write_lora(flags.out, *contents, **options)
     if "base" in options:
         options["bases"] = {flags.component: options.pop("base")}
     return image_lora.write_file(flags.out, {flags.component: contents}, **options)

@@ -33,7 +33,7 @@ COMMANDS = {
     "generate": "answer prompts, with or without an adapter",
     "evaluate": "measure a model on rows: loss, perplexity, exact answers",
     "inspect": "show what an adapter file holds, and whether it belongs to a base",
-    "convert": "convert an adapter for PEFT, LoRA runtimes or llama.cpp, or back",
+    "convert": "convert an adapter for PEFT, LoRA runtimes or diffusers, or back",
     "merge": "write a base model with an adapter merged into its weights",
 }
 BAD_PATH = (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError)

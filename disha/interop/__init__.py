@@ -1,7 +1,7 @@
 """Adapters in the formats of other libraries, and base checkpoints; reached as `disha.interop`.
 
 - `disha.interop.peft`: PEFT folders of MiSS (PEFT's current name for Bone) and of Bone
-- `disha.interop.lora`: LoRA in PEFT folders, and in GGUF files for llama.cpp (`gguf`)
+- `disha.interop.lora`: LoRA in PEFT folders
 - `disha.interop.image_lora`: LoRA files of image models, with the keys of `diffusers`
 - `disha.interop.checkpoints`: base checkpoints, merged without a model
 

@@ -2,8 +2,7 @@
 
 Most LoRA runtimes read this layout. Bone and tile become LoRA without loss: B holds the block's
 own values, and lora_alpha the runtime scale. BAT is truncated to a rank. `export_tensors` gives the
-same without a file. `write_lora` and `read_lora` convert an adapter without its model. `write_gguf`
-and `export_gguf` write a file for llama.cpp.
+same without a file. `write_lora` and `read_lora` convert an adapter without its model.
 """
 
 from __future__ import annotations
@@ -23,7 +22,6 @@ from disha.files.contents import Contents, adapter_contents, load_contents
 from disha.files.saving import PathLike, checked_path
 from disha.functional import Layout
 from disha.interop import experts as stacks
-from disha.interop.gguf import export_gguf, write_gguf
 from disha.interop.low_rank import (
     CONV,
     BaseWeight,
@@ -65,11 +63,9 @@ from disha.state import LoadReport
 
 __all__ = [
     "export",
-    "export_gguf",
     "export_tensors",
     "load",
     "read_lora",
-    "write_gguf",
     "write_lora",
 ]
 

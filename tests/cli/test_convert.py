@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import sys
 
 import pytest
 import torch
@@ -12,8 +11,6 @@ import disha
 from disha.files.contents import read_contents
 from disha.interop import lora, peft
 from tests.cli.conftest import DOWN, Q, model
-
-HEADS = {"model_type": "llama", "num_attention_heads": 2, "num_key_value_heads": 1}
 
 
 def deltas(path, load=disha.load_adapter):
@@ -136,59 +133,6 @@ def test_bat_from_another_base_is_refused(run, files):
     done = run("convert", a, files.path / "out", "--to", "lora", "--base", base, "--rank", 3)
     assert done.code == 2
     assert "other values than the weight that the adapter was saved from" in done.complaint
-
-
-@pytest.mark.parametrize("method", ["bone", "bat"])
-def test_to_gguf_as_the_library_writes_it(run, files, method):
-    a, out = files.adapter(method=method, target_regex="q_proj"), files.path / "a.gguf"
-    base = files.base(config=HEADS)
-    rank = {"bone": (), "bat": ("--rank", 4)}[method]
-    done = run("convert", a, out, "--to", "gguf", "--base", base, *rank)
-    assert (done.code, done.err) == (0, "")
-    expected = files.path / "expected"
-    weight = model().layers[0].self_attn.q_proj.weight
-    lora.write_gguf(
-        expected,
-        *read_contents(a),
-        HEADS,
-        rank=4 if method == "bat" else None,
-        base=lambda name: weight,
-    )
-    assert out.read_bytes() == expected.read_bytes()
-
-
-@pytest.mark.parametrize("told", [{}, {"num_key_value_heads": None}], ids=str)
-def test_without_a_number_of_kv_heads_there_are_as_many_as_heads(run, files, told):
-    a = files.adapter(target_regex="q_proj")
-    base = files.base(config={"model_type": "llama", "num_attention_heads": 2, **told})
-    same = files.base("same", config={**HEADS, "num_key_value_heads": 2})
-    one, other = files.path / "one.gguf", files.path / "other.gguf"
-    assert run("convert", a, one, "--to", "gguf", "--base", base).code == 0
-    assert run("convert", a, other, "--to", "gguf", "--base", same).code == 0
-    assert one.read_bytes() == other.read_bytes()
-
-
-def test_an_architecture_that_llama_cpp_has_not_is_refused(run, files):
-    base = files.base(config={**HEADS, "model_type": "gpt2"})
-    a, out = files.adapter(target_regex="q_proj"), files.path / "a.gguf"
-    done = run("convert", a, out, "--to", "gguf", "--base", base)
-    assert done.code == 2
-    assert "gpt2" in done.complaint
-
-
-def test_gguf_without_heads_asks_for_them(run, files):
-    done = run("convert", files.adapter(), files.path / "a.gguf", "--to", "gguf")
-    assert done.code == 2
-    assert "heads" in done.complaint
-
-
-def test_without_the_package_gguf_its_install_line_is_given(run, files, monkeypatch):
-    monkeypatch.setitem(sys.modules, "gguf", None)
-    a, out = files.adapter(), files.path / "out"
-    done = run("convert", a, out, "--to", "gguf", "--base", files.base(config=HEADS))
-    assert done.code == 2
-    assert 'pip install "disha-torch[gguf]"' in done.complaint
-    assert run("convert", a, out, "--to", "lora").code == 0
 
 
 def test_an_adapter_of_the_inner_model_finds_its_base(run, files):

