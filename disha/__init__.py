@@ -120,7 +120,7 @@ if not TYPE_CHECKING:  # a type checker would take any misspelt name for one of 
         if name in __all__:
             for home in HOMES:
                 module = import_module(f"disha.{home}")
-                public = set(__all__).intersection(module.__all__)
+                public = set(__all__).intersection(vars(module))
                 globals().update({one: getattr(module, one) for one in public})
             return globals()[name]
         try:

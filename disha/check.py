@@ -22,8 +22,6 @@ from disha.model import ModelBlock, ModelView, clean_key
 from disha.sharding import write
 from disha.text import counted, first_few, grouped, printable, table
 
-__all__ = ["CheckReport", "CheckedWeight", "check_adapters"]
-
 Run = Callable[[], list[Tensor]]
 """Runs the model and returns its floating-point outputs."""
 

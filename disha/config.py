@@ -16,22 +16,6 @@ from disha.functional import layout_of, method_names, method_of
 from disha.functional.layouts import Rows
 from disha.text import brief
 
-__all__ = [
-    "ALL_LINEAR",
-    "BLOCK_DTYPES",
-    "INITS",
-    "AdapterConfig",
-    "AdapterOptions",
-    "check_dtype",
-    "check_names",
-    "check_positive_int",
-    "check_scale",
-    "check_type",
-    "checked_rows",
-    "compile_regex",
-    "matching",
-]
-
 INITS = ("zeros", "kaiming")
 LARGEST_SCALE = torch.finfo(torch.float32).max
 BLOCK_DTYPES = {

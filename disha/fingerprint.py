@@ -17,8 +17,6 @@ from torch import Tensor
 
 from disha.sharding import values_at
 
-__all__ = ["fingerprint", "fingerprint_of", "same_base"]
-
 SAMPLES = 64
 HALF = 8
 
@@ -27,18 +25,6 @@ def fingerprint(weight: Tensor) -> str | None:
     """Return 16 hexadecimal digits for a weight, or None if its values can't be read.
 
     If the weight is sharded, this is collective: all ranks take part and get the same result.
-
-    Args:
-        weight: any floating-point tensor. A tensor on the meta device has no values.
-
-    Examples:
-        >>> import torch
-        >>> from disha.fingerprint import fingerprint, same_base
-        >>> weight = torch.linspace(0, 1, 6).view(2, 3)
-        >>> same_base(fingerprint(weight), fingerprint(weight.half()))
-        True
-        >>> same_base(fingerprint(weight), fingerprint(weight + 1))
-        False
     """
     if weight.is_meta or not weight.is_floating_point():
         return None
@@ -50,12 +36,7 @@ def fingerprint(weight: Tensor) -> str | None:
 
 
 def fingerprint_of(shape: tuple[int, ...], values_at: Callable[[Tensor], Tensor]) -> str | None:
-    """Return the fingerprint of a weight, and read only some of its values.
-
-    Args:
-        shape: the weight's shape.
-        values_at: returns the values at flat positions (n,), on the CPU.
-    """
+    """Return the fingerprint of a weight, given a function that reads values at flat positions."""
     size = math.prod(shape)
     if not size:
         return None
@@ -72,11 +53,6 @@ def _digest(shape: tuple[int, ...], values: Tensor) -> str:
 
 
 def same_base(first: str, second: str) -> bool:
-    """Return whether two fingerprints belong to the same base, perhaps in different dtypes.
-
-    Args:
-        first: a fingerprint.
-        second: another fingerprint.
-    """
+    """Return whether two fingerprints belong to the same base, perhaps in different dtypes."""
     halves = {first[:HALF], first[HALF:]}
     return not halves.isdisjoint({second[:HALF], second[HALF:]})

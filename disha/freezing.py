@@ -11,32 +11,15 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-__all__ = [
-    "attributes_of",
-    "claim",
-    "claimed",
-    "is_claimed",
-    "keep_flags",
-    "release",
-    "restore_flags",
-    "set_requires_grad",
-]
-
 _ATTRIBUTE = "_disha_training"
 
 
 class _Flag(NamedTuple):
-    """What a module remembers of a parameter.
+    """What a module remembers of a parameter."""
 
-    Attributes:
-        first: its requires_grad before disha first changed it.
-        adapter: the adapter that it trains with.
-        without: its requires_grad without that adapter.
-    """
-
-    first: bool
-    adapter: str | None = None
-    without: bool = False
+    first: bool  # its requires_grad before disha first changed it
+    adapter: str | None = None  # the adapter that it trains with
+    without: bool = False  # its requires_grad without that adapter
 
 
 def attributes_of(module: nn.Module) -> dict[str, Any]:

@@ -26,16 +26,6 @@ from disha.text import counted, first_few
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-__all__ = [
-    "adapter_parameters",
-    "apply_plan",
-    "check_removable",
-    "inject_adapters",
-    "mark_only_adapters_trainable",
-    "remove_adapters",
-    "take_out",
-]
-
 
 def inject_adapters(
     model: nn.Module,

@@ -23,33 +23,15 @@ from disha.layers.adapters import CHILD_NAME, Adapters
 from disha.layers.blocks import Block
 from disha.sharding import Ranks, imported_class, is_partitioned, is_sharded
 
-__all__ = [
-    "ModelBlock",
-    "ModelParameter",
-    "ModelView",
-    "all_or_nothing",
-    "clean_key",
-    "join",
-]
-
 
 class _Wrapper(NamedTuple):
-    """A class of torch or DeepSpeed that wraps a module.
+    """A class of torch or DeepSpeed that wraps a module."""
 
-    Attributes:
-        module: where the class is defined.
-        name: its name.
-        child: the attribute that holds the wrapped module; empty if the wrapped module itself
-            becomes an instance of the class.
-        distributes: whether it keeps track of parameters, so that none may be added or removed.
-        shards: whether it replaces parameters by shards.
-    """
-
-    module: str
+    module: str  # where the class is defined
     name: str
-    child: str
-    distributes: bool = False
-    shards: bool = False
+    child: str  # the attribute that holds the wrapped module; empty if it becomes an instance
+    distributes: bool = False  # keeps track of parameters, so that none may be added or removed
+    shards: bool = False  # replaces parameters by shards
 
 
 _FSDP = "torch.distributed.fsdp"
@@ -93,17 +75,11 @@ class ModelBlock(NamedTuple):
 
 
 class ModelParameter(NamedTuple):
-    """A parameter of a model, with all of its clean names.
-
-    Attributes:
-        names: its names. The first is the main one; a tied parameter has several.
-        module: the module that holds it, the first if there are several.
-        attribute: its name in that module.
-    """
+    """A parameter of a model, with all of its clean names; a tied one has several."""
 
     names: tuple[str, ...]
-    module: nn.Module
-    attribute: str
+    module: nn.Module  # the first that holds it
+    attribute: str  # its name in that module
 
     @property
     def name(self) -> str:
@@ -121,18 +97,13 @@ class ModelParameter(NamedTuple):
 class ModelView:
     """The modules, parameters and adapters of a model, found in one walk.
 
-    The walk collects the modules. These stay the same while adapters are added and removed.
-    `layers` and `adapters` look for adapted layers among them each time, so they are always up to
-    date.
-
-    Attributes:
-        model: the model.
-        names: every module -> its clean names. The first is the main one; a shared module has
-            several. Adapters are left out.
+    The modules stay the same while adapters are added and removed. `layers` and `adapters` look
+    for adapted layers among them each time, so they are always up to date.
     """
 
     model: nn.Module
     names: dict[nn.Module, tuple[str, ...]]
+    """Every module -> its clean names; a shared module has several. Adapters are left out."""
 
     def __init__(self, model: nn.Module) -> None:
         if not isinstance(model, nn.Module):

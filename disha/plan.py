@@ -47,16 +47,6 @@ from disha.text import WIDEST, brief, counted, first_few, grouped, printable, ta
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-__all__ = [
-    "Plan",
-    "PlannedLayer",
-    "Target",
-    "check_addable",
-    "plan_adapters",
-    "plan_injection",
-    "plan_weights",
-]
-
 Target = str | Sequence[str] | Callable[[str, nn.Module], bool]
 
 
@@ -68,26 +58,16 @@ class PlannedLayer:
     """A weight of a model, and what is planned for it: a block, or the reason why it gets none.
 
     A module without any weight that could be adapted has such a record too.
-
-    Attributes:
-        module: the module.
-        module_names: its names in the model; a shared module has several.
-        attribute: the weight's name in the module; empty if it has none.
-        slot: the place of the weight in the module; None if its layout is unknown.
-        config: the configuration of its block.
-        r: shard size of its block.
-        dtype: dtype of its block, or None for that of the configuration.
-        reason: why it is not adapted; empty if it is.
     """
 
     module: nn.Module = field(repr=False)
-    module_names: tuple[str, ...]
-    attribute: str = ""
-    slot: Slot | None = None
+    module_names: tuple[str, ...]  # its names in the model; a shared module has several
+    attribute: str = ""  # the weight's name in the module; empty if it has none
+    slot: Slot | None = None  # None if the layout is unknown
     config: AdapterConfig | None = None
     r: int = 0
-    dtype: torch.dtype | None = None
-    reason: str = ""
+    dtype: torch.dtype | None = None  # of its block; None for that of the configuration
+    reason: str = ""  # why it is not adapted; empty if it is
 
     @cached_property
     def names(self) -> tuple[str, ...]:

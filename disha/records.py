@@ -14,8 +14,6 @@ from disha.layers.blocks import block_name
 from disha.model import join
 from disha.text import counted
 
-__all__ = ["LayerRecord", "records_of"]
-
 
 def records_of(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return each tensor without its values (on the meta device)."""

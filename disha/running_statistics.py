@@ -1,9 +1,8 @@
 """Running statistics: the buffers that batch and instance norms update in training.
 
-Training an adapter changes them although nothing asks for it, and the model in eval mode computes
-with them. So those that have changed since the first injection belong to the adapter, like the
-parameters of `also_train`. The base's values stay in the `__dict__` of each norm, so copies and
-pickles of the model have them too.
+Training an adapter changes them too, and the model in eval mode computes with them. So those that
+have changed since the first injection belong to the adapter. The base's values stay in the
+`__dict__` of each norm, so copies and pickles of the model have them.
 """
 
 from __future__ import annotations
@@ -17,8 +16,6 @@ from torch import Tensor, nn
 from disha.freezing import attributes_of
 from disha.model import ModelView, join
 from disha.sharding import write
-
-__all__ = ["changed_statistics", "forget", "put_back", "remember", "statistics"]
 
 _ATTRIBUTE = "_disha_statistics"
 

@@ -18,15 +18,6 @@ from disha.model import ModelView, all_or_nothing, clean_key, join
 from disha.sharding import local_part, obstacle_to_write, write
 from disha.text import first_few
 
-__all__ = [
-    "LoadReport",
-    "adapter_state_dict",
-    "adapter_tensors",
-    "check_fit",
-    "finite_as",
-    "load_adapter_state_dict",
-]
-
 
 @dataclass(frozen=True)
 class LoadReport:

@@ -10,8 +10,6 @@ from disha.layers.bitsandbytes import parameter_count
 from disha.model import ModelView
 from disha.text import table
 
-__all__ = ["LayerSummary", "Summary", "summary"]
-
 
 @dataclass(frozen=True)
 class LayerSummary:

@@ -8,18 +8,6 @@ import reprlib
 from collections.abc import Iterable, Sequence
 from typing import TextIO
 
-__all__ = [
-    "WIDEST",
-    "brief",
-    "counted",
-    "first_few",
-    "grouped",
-    "printable",
-    "silence",
-    "table",
-    "tell",
-]
-
 LONGEST = 10_000
 """Largest number of characters in one message."""
 
