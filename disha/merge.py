@@ -25,8 +25,6 @@ from disha.layers.opaque import ROUNDED, quantisation_of, takes_dense
 from disha.layers.weights import merged_weight, offloading_hooks, stored_weight
 from disha.model import ModelView, all_or_nothing, join
 
-__all__ = ["merge", "merge_adapters", "unmerge_adapters"]
-
 
 def merge_adapters(
     model: nn.Module,
@@ -91,17 +89,11 @@ def merge_adapters(
     with all_or_nothing(view) as undo:
         merge(view, undo, adapter, untie=untie, dense=dense)
         if unload:
-            layers = [layer for _, layer in view.layers if _is_dense(layer)]
+            layers = [layer for _, layer in view.layers if layer.disha.is_dense]
             take_out(view, view.adapters, undo)
             running_statistics.forget(view, undo)
             for layer in layers:
                 _compute_densely(layer, undo)
-
-
-def _is_dense(layer: AdaptedLayer) -> bool:
-    """Whether a dense weight replaces a quantised one of a merged layer."""
-    merged = layer.disha.merged
-    return merged is not None and any(one.dense for one in merged.originals.values())
 
 
 def _compute_densely(layer: nn.Module, undo: ExitStack) -> None:

@@ -41,7 +41,7 @@ from disha.interop.low_rank import (
 )
 from disha.interop.peft_format import refuse_to_write
 from disha.interop.peft_model import obstacles
-from disha.layers.opaque import original_class
+from disha.layers.adapters import original_class
 from disha.model import ModelView
 from disha.state import LoadReport
 

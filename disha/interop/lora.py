@@ -56,8 +56,8 @@ from disha.interop.peft_model import (
     under_first_names,
     without_buffers,
 )
+from disha.layers.adapters import original_class
 from disha.layers.kinds import declared_slots
-from disha.layers.opaque import original_class
 from disha.model import ModelView, join
 from disha.state import LoadReport
 

@@ -52,8 +52,7 @@ from disha.interop.peft_model import (
     under_first_names,
     without_buffers,
 )
-from disha.layers.adapters import check_adapter_name
-from disha.layers.opaque import original_class
+from disha.layers.adapters import check_adapter_name, original_class
 from disha.model import ModelView, join
 from disha.records import LayerRecord, records_of
 from disha.running_statistics import statistics

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 from disha.files.contents import Contents, narrowed
 from disha.interop.peft_format import THE_MODEL_ITSELF, is_inside, refuse_to_load
+from disha.layers.adapters import original_class
 from disha.layers.bitsandbytes import is_library_forward
 from disha.layers.kinds import FOREIGN_KINDS, LAYER_KINDS
-from disha.layers.opaque import original_class
 from disha.model import ModelView, join
 from disha.running_statistics import statistics
 from disha.sharding import gathered

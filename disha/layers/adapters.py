@@ -25,25 +25,16 @@ CHILD_NAME = "disha"
 
 @dataclass(frozen=True)
 class Original:
-    """The former state of one parameter, for unmerging.
-
-    `data` is the former data of the parameter. If the parameter itself was replaced, `parameter` is
-    the former one: the module was untied from it, or a dense weight replaces a quantised one
-    (`dense`).
-    """
+    """The former state of one parameter, for unmerging."""
 
     data: Tensor | None = None
-    parameter: nn.Parameter | None = None
-    dense: bool = False
+    parameter: nn.Parameter | None = None  # if the parameter itself was replaced
+    dense: bool = False  # whether a dense weight replaces a quantised one
 
 
 @dataclass(frozen=True)
 class Merged:
-    """The adapters that are merged into a layer, and its former parameters.
-
-    Both are empty if the layer has none of the merged adapters. Its own adapters are then inactive
-    while other layers are merged.
-    """
+    """The adapters that are merged into a layer, perhaps none, and its former parameters."""
 
     adapters: tuple[str, ...] = ()
     originals: Mapping[str, Original] = field(default_factory=dict)
@@ -70,6 +61,11 @@ class Adapters(nn.Module):
         vars(self).update(active=(), live={}, merged=None)
         LOOSE.take(self)
 
+    @property
+    def is_dense(self) -> bool:
+        """Whether a dense weight that replaces a quantised one is merged in."""
+        return self.merged is not None and any(one.dense for one in self.merged.originals.values())
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._modules)
 
@@ -85,17 +81,11 @@ class Adapters(nn.Module):
     def blocks(self, adapter: str | None = None) -> dict[tuple[str, str], Block]:
         """Return (adapter, name of the weight) -> block, of one adapter or of all."""
         found: dict[tuple[str, str], Block] = {}
-        if adapter is None:
-            children = list(self._modules.items())  # another thread may add one
-        else:
-            children = [(adapter, self._modules.get(adapter))]
-        for own, child in children:
-            if isinstance(child, Block):
-                found[own, child.slot.name] = child
-            elif child is not None:
-                for block in child.children():
-                    assert isinstance(block, Block)
-                    found[own, block.slot.name] = block
+        # A list, because another thread may add one.
+        for own in list(self._modules) if adapter is None else [adapter]:
+            child: Any = self._modules.get(own, {})
+            for block in (child,) if isinstance(child, Block) else child.values():
+                found[own, block.slot.name] = block
         return found
 
     def some(self, parameter: str) -> tuple[Block, ...]:
@@ -173,12 +163,16 @@ class Adapters(nn.Module):
         self.group.take(self)
 
 
-def check_adapter_name(adapter: object) -> str:
-    """Return `adapter` if it can name an adapter.
+def original_class(module: nn.Module) -> type[nn.Module]:
+    """Return the class of a module, or the one that it had before it was adapted."""
+    cls: type[nn.Module] = type(module)
+    if hasattr(cls, "original_class") and isinstance(module._modules.get(CHILD_NAME), Adapters):
+        cls = cls.original_class
+    return cls
 
-    The name becomes part of state-dict keys, and an attribute of `Adapters`. So it must be a str
-    that is not empty, has no dot and is not the name of another attribute, such as "train".
-    """
+
+def check_adapter_name(adapter: object) -> str:
+    """Return a name if it can become part of state-dict keys, and an attribute of `Adapters`."""
     if not isinstance(adapter, str):
         raise ArgumentTypeError(
             f"an adapter's name must be a str, got {adapter!r} of type {type(adapter).__name__}"

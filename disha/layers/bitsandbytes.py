@@ -20,18 +20,17 @@ from disha.errors import ModeError
 from disha.sharding import imported_class
 
 
-def is_4bit(module: nn.Module | None, weight: Any) -> bool:
+def is_4bit(weight: Tensor) -> bool:
     """Whether a weight is a 4-bit one; pickling may have lost its class."""
-    return isinstance(weight, Tensor) and getattr(weight, "quant_state", None) is not None
+    return getattr(weight, "quant_state", None) is not None
 
 
-def is_8bit(module: nn.Module | None, weight: Any) -> bool:
+def is_8bit(module: nn.Module | None, weight: Tensor) -> bool:
     """Whether a weight is an 8-bit one that has scales."""
-    int8 = isinstance(weight, Tensor) and weight.dtype == torch.int8
-    return int8 and _row_scales(module, weight) is not None
+    return weight.dtype == torch.int8 and _row_scales(module, weight) is not None
 
 
-def is_library_class(module: nn.Module | None) -> bool:
+def is_library_class(module: nn.Module) -> bool:
     """Whether a module is a layer of bitsandbytes for quantised weights, even before quantising."""
     names = ("Linear4bit", "Linear8bitLt", "Embedding4bit", "Embedding8bit")
     return isinstance(module, _classes(*names))
@@ -102,7 +101,7 @@ class BitsandbytesLayer(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the library's forward, or a plain product while a dense weight is merged in."""
-        if not self._is_dense():
+        if not self.disha.is_dense:
             return super().forward(*args, **kwargs)
         input: Any = args[0] if args else next(iter(kwargs.values()), None)
         weight: Any = self._parameters["weight"]
@@ -111,12 +110,8 @@ class BitsandbytesLayer(nn.Module):
         bias = None if bias is None else bias.to(weight.dtype)
         return F.linear(input.to(weight.dtype), weight, bias).to(input.dtype)
 
-    def _is_dense(self) -> bool:
-        merged = self.disha.merged
-        return merged is not None and any(one.dense for one in merged.originals.values())
-
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        if self._is_dense():
+        if self.disha.is_dense:
             # A dense weight is saved as a plain layer's, without the quantised one's scales.
             nn.Module._save_to_state_dict(self, destination, prefix, keep_vars)
         else:

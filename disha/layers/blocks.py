@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,25 +25,15 @@ from disha.sharding import Split, is_partitioned
 
 @dataclass(frozen=True)
 class Slot:
-    """A weight of a module that adapters can have: a parameter, or some rows of one.
+    """A weight of a module that adapters can have: a parameter, or some rows of one."""
 
-    Attributes:
-        name: its name below its module, in targets and files; empty for `weight`.
-        parameter: the attribute of the module that holds it.
-        layout: the parameter's layout.
-        rows: the adapted outputs; empty for all.
-        linear: whether the target `"all-linear"` selects it.
-        opaque: whether the weight is opaque, so the update is added to the output of the module.
-        shape: the weight's shape if the parameter does not show it, else None.
-    """
-
-    name: str
-    parameter: str
+    name: str  # below its module, in targets and files; empty for `weight`
+    parameter: str  # the attribute of the module that holds it
     layout: Layout
-    rows: Rows = ()
-    linear: bool = False
-    opaque: bool = False
-    shape: tuple[int, ...] | None = None
+    rows: Rows = ()  # the adapted outputs; empty for all
+    linear: bool = False  # whether the target "all-linear" selects it
+    opaque: bool = False  # whether the update is added to the output of the module
+    shape: tuple[int, ...] | None = None  # the weight's, if the parameter does not show it
 
 
 def block_name(method: str) -> str:
@@ -52,30 +41,14 @@ def block_name(method: str) -> str:
     return f"{method}_block"
 
 
-def _lasting() -> AbstractContextManager[object]:
-    """Return a context in which new tensors can be trained.
-
-    A tensor made in inference mode can't be trained, even after that mode ends.
-    """
-    return torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext()
-
-
 class Block(nn.Module):
-    """One adapter's trainable block of one weight.
+    """One adapter's trainable block of one weight, with its `scale`, `dropout`, `method` and `r`.
 
-    Attributes:
-        slot: the weight that it adapts.
-        method: the block's method.
-        parameter_name: the block's name in state dicts and files.
-        r: shard size at this weight.
-        split: how a tensor-parallel plan has cut the weight before the block was made.
-        dropout: probability of zeroing each of the block's inputs in training.
-        scale: the runtime scale s. Change it with `set_scale`.
-        scale_tensor: s as a 0-dim tensor. Compiled code reads it, so scaling compiles nothing
-            again. Not part of the state dict.
+    `split` says how a tensor-parallel plan has cut the weight before the block was made.
     """
 
     scale_tensor: Tensor
+    """The scale as a 0-dim tensor: compiled code reads it, so scaling compiles nothing again."""
 
     def __init__(
         self,
@@ -97,7 +70,7 @@ class Block(nn.Module):
         self.scale = float(config.scale)
         self.dropout = config.dropout
         self.split = split
-        with _lasting():
+        with torch.inference_mode(False):  # a tensor that is made in that mode can never be trained
             values = torch.empty(tuple(shape), device=device, dtype=dtype)
             self._parameters[self.parameter_name] = nn.Parameter(values)
             self.register_buffer("scale_tensor", None, persistent=False)
@@ -207,7 +180,7 @@ class Block(nn.Module):
         dtype = torch.float64 if block.dtype == torch.float64 else torch.float32
         # The tensor of an offloaded block stays on the device to which the block will be loaded.
         device = former.device if block.is_meta and former is not None else block.device
-        with _lasting():
+        with torch.inference_mode(False):
             self._buffers["scale_tensor"] = torch.full((), self.scale, dtype=dtype, device=device)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Block:

@@ -8,13 +8,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
 
+from disha.config import BLOCK_DTYPES
 from disha.errors import ArgumentTypeError
 from disha.functional import Layout, layout_of
+from disha.layers.adapters import original_class
 from disha.layers.blocks import Slot
-from disha.layers.opaque import opaque_slot, original_class
+from disha.layers.opaque import opaque_slot
 
 Kind = Callable[[Any], Iterable[Slot]]
 """Module -> its weights."""
@@ -164,11 +166,18 @@ def declared_slots(module: nn.Module) -> list[Slot]:
     """Return the weights of a module whose layouts are known."""
     if not (module._parameters or module._buffers or hasattr(module, "parametrizations")):
         return []  # a container, as most modules are
-    slot = opaque_slot(module)
+    kind = kind_of(module)
+    slot = None if kind is not None and _is_plain(module) else opaque_slot(module)
     if slot is not None:
         return [slot]
-    kind = kind_of(module)
     return [] if kind is None else list(kind(module))
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Whether a module of a known class has a dense weight and the forward of its class."""
+    weight = module._parameters.get("weight")
+    plain = type(weight) is nn.Parameter and weight.dtype in BLOCK_DTYPES.values()
+    return plain and type(module) in LAYER_KINDS and "forward" not in module.__dict__
 
 
 def matrix_parameters(module: nn.Module) -> list[str]:
@@ -177,7 +186,7 @@ def matrix_parameters(module: nn.Module) -> list[str]:
         name
         for name, parameter in module._parameters.items()
         if isinstance(parameter, Tensor)
-        and not isinstance(parameter, torch.nn.parameter.UninitializedParameter)
+        and not isinstance(parameter, UninitializedParameter)
         and parameter.dim() >= 2
         and parameter.is_floating_point()
     ]

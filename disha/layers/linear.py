@@ -65,13 +65,7 @@ class _LinearWithAdapter(AdaptedLinear):
             linear: a plain `nn.Linear`. Its parameters are the same objects, so they are frozen
                 too, unless `freeze=False`.
             r: shard size.
-            r_out: size of the output shard, for a method that has tiles.
-            adapter: the adapter's name.
-            dropout: probability of zeroing each of the adapter's inputs in training.
-            scale: runtime scale s.
-            block_dtype: dtype of the block; float32 by default, or float64 over a float64 weight.
-            init: `"zeros"` or `"kaiming"`.
-            freeze: whether W and b stop requiring gradients.
+            options: the other arguments of the class, by name.
 
         Raises:
             ArgumentTypeError: `linear` is not a plain `nn.Linear` with a weight of its own.
@@ -110,9 +104,9 @@ class _LinearWithAdapter(AdaptedLinear):
         config = AdapterConfig(r, None, self.method, dtype=block_dtype, **settings)
         check_adapter_name(adapter)
         geometry = WEIGHT.layout.geometry((self.out_features, self.in_features))
-        problem = WEIGHT.layout.reason_against(geometry, config.r, config.r_out)
-        if problem is not None:
-            raise ArgumentError(f"{type(self).__name__}: {problem}")
+        reason = WEIGHT.layout.reason_against(geometry, config.r, config.r_out)
+        if reason is not None:
+            raise ArgumentError(f"{type(self).__name__}: {reason}")
         block = make_block(self, WEIGHT, config, config.r)
         adapters = Adapters()
         vars(adapters)["training"] = self.training
@@ -173,29 +167,9 @@ class BatLinear(_LinearWithAdapter):
     A drop-in `nn.Linear`. The base weight and bias are frozen, unless `freeze=False`. The block
     starts at zero, so the new layer computes the same as a plain one.
 
-    Args:
-        in_features: size of the input's last dimension.
-        out_features: size of the output's last dimension.
-        bias: whether to add b.
-        device: device of the parameters.
-        dtype: their dtype.
-        r: shard size, from 1 to in_features.
-        r_out: BAT has no output shard; leave it None.
-        adapter: the adapter's name.
-        dropout: probability of zeroing each of the adapter's inputs in training. It costs a
-            second product of full size, because the adapter's input then differs from the
-            layer's.
-        scale: runtime scale s.
-        block_dtype: dtype of the block; float32 by default, or float64 over a float64 weight.
-        init: `"zeros"` or `"kaiming"`.
-        freeze: whether W and b stop requiring gradients.
-
-    Shape:
-        Input (..., in_features), output (..., out_features).
-
-    Raises:
-        ArgumentError: a value is out of range, or r does not fit.
-        ArgumentTypeError: a value is of the wrong type.
+    Arguments, shapes and errors are those of `BoneLinear`, but there is no output shard (`r_out`).
+    Dropout costs a second product of full size, because the adapter's input then differs from the
+    layer's.
 
     Source: arXiv 2409.15371, section 3.3.
 

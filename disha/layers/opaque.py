@@ -5,15 +5,15 @@ to the output of the module. Methods whose update does not depend on W never rea
 and a dense merge, read W with functions of that library. This module imports no such library: a
 user with a quantised model has already imported it.
 
-`QUANTISATIONS` is the table of the known ways to quantise. To add one: add a row that recognises
-its weights and reads them.
+`quantisation_of` knows the ways to quantise. To add one: recognise its weights there, and say how
+to read them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +26,7 @@ from disha.errors import ArgumentError
 from disha.functional import Layout, Method, Update, method_names
 from disha.functional.products import update_product
 from disha.layers import bitsandbytes
-from disha.layers.adapters import CHILD_NAME, Adapters
+from disha.layers.adapters import CHILD_NAME, Adapters, original_class
 from disha.layers.blocks import Slot
 from disha.routing import Route
 from disha.sharding import imported_class
@@ -38,56 +38,66 @@ _UNINITIALISED = (UninitializedParameter, UninitializedBuffer)
 # --- recognising ---------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Quantisation:
+class Quantisation(NamedTuple):
     """A way in which weights are quantised.
 
-    Attributes:
-        name: its name in messages.
-        recognises: (module or None, weight or None) -> whether the weight is quantised this way.
-            The module may hold the scales, or the weight itself under another name.
-        read: (module, weight) -> the dense weight in the layer's compute dtype. None if there is
-            no known way to read it.
+    `read` returns the dense weight in the layer's compute dtype. It is None if no way is known.
     """
 
     name: str
-    recognises: Callable[[nn.Module | None, Any], bool]
     read: Callable[[nn.Module, Any], Tensor] | None
 
 
-def _has_dequantize(module: nn.Module | None, weight: Any) -> bool:
-    """Whether a weight is a tensor subclass that has its own `dequantize`."""
-    return isinstance(weight, Tensor) and type(weight).dequantize is not Tensor.dequantize
+ROUNDED = Quantisation("rounded by the layer's forward", lambda module, weight: weight.detach())
 
 
-def _is_from_torchao(module: nn.Module | None, weight: Any) -> bool:
-    base = imported_class("torchao.utils", "TorchAOBaseTensor")
-    return base is not None and isinstance(weight, base)
+def quantisation_of(module: nn.Module | None, weight: Any) -> Quantisation | None:
+    """Return how a weight is quantised, or None if it is not, or in no known way.
+
+    The module may hold the scales, or the weight itself under another name.
+    """
+    if isinstance(weight, _UNINITIALISED):
+        return None
+    if isinstance(weight, Tensor):
+        if bitsandbytes.is_4bit(weight):
+            return Quantisation("bitsandbytes 4-bit", bitsandbytes.read_4bit)
+        if bitsandbytes.is_8bit(module, weight):
+            return Quantisation("bitsandbytes 8-bit", bitsandbytes.read_8bit)
+        if type(weight).dequantize is not Tensor.dequantize:
+            return Quantisation("a quantised tensor", _read_subclass)
+        base = imported_class("torchao.utils", "TorchAOBaseTensor")
+        if base is not None and isinstance(weight, base):
+            return Quantisation("a quantised tensor", None)
+    if module is None:
+        return None
+    if isinstance(weight, Tensor) and weight.dtype in DENSE_DTYPES:
+        return ROUNDED if _rounds_weight(module) else None
+    if not _packs_weight(module):
+        return None
+    return Quantisation("in a format of its own", _read_module if _dequantizes(module) else None)
 
 
-def _is_rounded(module: nn.Module | None, weight: Any) -> bool:
+def _rounds_weight(module: nn.Module) -> bool:
     """Whether a module's forward rounds its dense weight.
 
     bitsandbytes does this before it has quantised the weight. compressed-tensors does this after it
     has decompressed the weight, and gives the module a scheme and a forward.
     """
-    if module is None or not _is_dense(weight):
-        return False
     compressed = {"forward", "quantization_scheme"} <= module.__dict__.keys()
     return compressed or bitsandbytes.is_library_class(module)
 
 
-def _is_packed_in_module(module: nn.Module | None, weight: Any) -> bool:
+def _packs_weight(module: nn.Module) -> bool:
     """Whether a module packs its weight in its own tensors, as GPTQ, AWQ, HQQ and fp8 do.
 
     Such a module has attributes with its sizes, its own forward, and tensors with at least one bit
     for each value of W, or a `dequantize`.
     """
-    sizes = None if module is None else _sizes_of(module)
-    if module is None or sizes is None or _is_dense(weight):
-        return False
+    sizes = _sizes_of(module)
     plain = original_class(module).forward in (nn.Linear.forward, nn.Embedding.forward)
-    if (plain and "forward" not in module.__dict__) or "parametrizations" in module._modules:
+    if sizes is None or "parametrizations" in module._modules:
+        return False
+    if plain and "forward" not in module.__dict__:
         return False
     return _dequantizes(module) or any(
         _can_be_packed(one.dtype) and one.nbytes * 8 >= sizes[0] * sizes[1]
@@ -95,21 +105,21 @@ def _is_packed_in_module(module: nn.Module | None, weight: Any) -> bool:
     )
 
 
-def _reads_itself(module: nn.Module | None, weight: Any) -> bool:
-    return _dequantizes(module) and _is_packed_in_module(module, weight)
-
-
-def _dequantizes(module: nn.Module | None) -> bool:
-    return callable(getattr(module, "dequantize", None))
-
-
-def _is_dense(weight: Any) -> bool:
-    return isinstance(weight, Tensor) and weight.dtype in DENSE_DTYPES
-
-
 def _can_be_packed(dtype: torch.dtype) -> bool:
     """Whether a tensor of a dtype may hold packed values; bool is for masks, int64 for indices."""
     return not (dtype in DENSE_DTYPES or dtype.is_complex or dtype in (torch.bool, torch.int64))
+
+
+# --- reading -------------------------------------------------------------------------------------
+
+
+def _dequantizes(module: nn.Module) -> bool:
+    return callable(getattr(module, "dequantize", None))
+
+
+def _read_module(module: Any, weight: Any) -> Tensor:
+    dense: Tensor = module.dequantize()
+    return dense
 
 
 def _read_subclass(module: nn.Module, weight: Any) -> Tensor:
@@ -118,38 +128,6 @@ def _read_subclass(module: nn.Module, weight: Any) -> Tensor:
     original = getattr(weight, "get_original_weight", None)
     dense: Tensor = weight.dequantize() if original is None else original()
     return dense.to(weight.dtype)
-
-
-def _read_dense(module: nn.Module, weight: Tensor) -> Tensor:
-    return weight.detach()
-
-
-def _read_module(module: Any, weight: Any) -> Tensor:
-    dense: Tensor = module.dequantize()
-    return dense
-
-
-ROUNDED = Quantisation("rounded by the layer's forward", _is_rounded, _read_dense)
-QUANTISATIONS = (
-    Quantisation("bitsandbytes 4-bit", bitsandbytes.is_4bit, bitsandbytes.read_4bit),
-    Quantisation("bitsandbytes 8-bit", bitsandbytes.is_8bit, bitsandbytes.read_8bit),
-    Quantisation("a quantised tensor", _has_dequantize, _read_subclass),
-    Quantisation("a quantised tensor", _is_from_torchao, None),
-    ROUNDED,
-    Quantisation("in a format of its own", _reads_itself, _read_module),
-    Quantisation("in a format of its own", _is_packed_in_module, None),
-)
-"""The known ways to quantise weights; the first that recognises a weight applies."""
-
-
-def quantisation_of(module: nn.Module | None, weight: object) -> Quantisation | None:
-    """Return how a weight is quantised, or None if no known way recognises it."""
-    if isinstance(weight, _UNINITIALISED):
-        return None
-    return next((one for one in QUANTISATIONS if one.recognises(module, weight)), None)
-
-
-# --- reading -------------------------------------------------------------------------------------
 
 
 def dequantised(module: nn.Module, weight: Any) -> Tensor:
@@ -217,14 +195,6 @@ def takes_dense(module: nn.Module) -> bool:
 def device_of(module: nn.Module) -> torch.device | None:
     """Return the device of a module with an opaque weight."""
     return next((tensor.device for tensor in _own_tensors(module)), None)
-
-
-def original_class(module: nn.Module) -> type[nn.Module]:
-    """Return the class of a module, or the one that it had before it was adapted."""
-    cls: type[nn.Module] = type(module)
-    if hasattr(cls, "original_class") and isinstance(module._modules.get(CHILD_NAME), Adapters):
-        cls = cls.original_class
-    return cls
 
 
 def _own_tensors(module: nn.Module) -> list[Tensor]:

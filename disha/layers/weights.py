@@ -14,7 +14,7 @@ from disha.config import AdapterConfig
 from disha.functional import Geometry, method_of
 from disha.functional.shards import merge_dtype
 from disha.layers import opaque
-from disha.layers.adapters import CHILD_NAME, Adapters, Merged
+from disha.layers.adapters import CHILD_NAME, Adapters, Merged, original_class
 from disha.layers.blocks import Block, Slot
 from disha.sharding import split_of
 
@@ -25,18 +25,15 @@ def read_weight(module: nn.Module, name: str) -> Any:
     In training, torch's spectral_norm improves its estimate whenever the weight is read. Only the
     module's own forward should do that. So this reads in evaluation mode, which changes nothing.
     """
-    parametrizations = module._modules.get("parametrizations")
-    if parametrizations is None and CHILD_NAME not in module._modules:
-        return getattr(module, name, None)
-    found = None if parametrizations is None else parametrizations._modules.get(name)
-    trained = [] if found is None else [part for part in found.modules() if part.training]
-    original = opaque.original_class(module)
+    computed = module._modules.get("parametrizations")
+    trained = [] if computed is None else [part for part in computed.modules() if part.training]
+    original = original_class(module)
     try:
         for part in trained:
             part.training = False
-        if original is not type(module):
-            return base_reader(original, name)(module)
-        return getattr(module, name, None)
+        if original is type(module):
+            return getattr(module, name, None)
+        return base_reader(original, name)(module)
     finally:
         for part in trained:
             part.training = True
