@@ -340,7 +340,7 @@ def _as_declared(one: PlannedLayer, config: AdapterConfig) -> PlannedLayer:
     opaque = one.slot is not None and one.slot.opaque
     if pattern is not None and not opaque and one.attribute in matrix_parameters(one.module):
         layout = layout_of(config.layouts[pattern])
-        reason = layout.misfit(one.shape)
+        reason = layout.reason_against_shape(one.shape)
         if reason is not None:
             raise ArgumentError(f"layouts {pattern!r} does not fit {one.name}: {reason}")
         one = replace(one, slot=slot_of(one.attribute, layout))
@@ -505,9 +505,9 @@ def _reason_against_dense(weight: Any, slot: Slot) -> str | None:
     if not weight.numel():
         return "its weight is empty"
     split = split_of(weight)
-    if split is not None and split.obstacle is not None:
-        return split.obstacle
-    return slot.layout.misfit(weight.shape)
+    if split is not None and split.reason is not None:
+        return split.reason
+    return slot.layout.reason_against_shape(weight.shape)
 
 
 def _reason_against_block(one: PlannedLayer) -> str | None:

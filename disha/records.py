@@ -85,26 +85,26 @@ class LayerRecord:
         """Return the shape of the adapted rows of the weight, given the shape of the block."""
         return self.layout.shape(self.geometry(block))
 
-    def block_misfit(self, block: tuple[int, ...]) -> str | None:
+    def reason_against_block(self, block: tuple[int, ...]) -> str | None:
         """Return why a block of that shape can't be this layer's, or None if it can."""
         layout, r, r_out = self.layout, self.r, self.r_out
         axes = 2 if layout.has_kernel else METHODS[self.method].block_axes
         weight = self.weight_shape(block) if len(block) >= axes else ()
-        if layout.misfit(weight) is not None:
+        if layout.reason_against_shape(weight) is not None:
             return f"a block of shape {block} does not fit the layout {layout.pattern!r}"
-        misfit = layout.reason_against(self.geometry(block), r, r_out)
-        if misfit is not None:
-            return misfit
+        reason = layout.reason_against(self.geometry(block), r, r_out)
+        if reason is not None:
+            return reason
         count = sum(stop - first for first, stop in self.rows)
         if self.rows and count != self.out_features:
             return f"it lists {counted(count, 'row')}, but its output has {self.out_features}"
         expected = METHODS[self.method].block_shape(layout, weight, r, r_out)
         return None if block == expected else f"expected a block of shape {expected}, found {block}"
 
-    def weight_misfit(self, block: tuple[int, ...], weight: tuple[int, ...]) -> str | None:
+    def reason_against_weight(self, block: tuple[int, ...], weight: tuple[int, ...]) -> str | None:
         """Return why a weight of that shape can't be this layer's, or None if it can."""
         layout, rows = self.layout, self.rows
-        if layout.misfit(weight) is None:
+        if layout.reason_against_shape(weight) is None:
             fits = layout.geometry(weight, rows) == self.geometry(block)
             if fits and all(stop <= layout.geometry(weight).out_features for _, stop in rows):
                 return None

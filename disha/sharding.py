@@ -97,7 +97,7 @@ def values_at(tensor: Tensor, positions: Tensor) -> Tensor:
     return bits.view(torch.float64).to(tensor.dtype)
 
 
-def obstacle_to_write(parameter: Tensor, values: Tensor) -> str | None:
+def reason_against_writing(parameter: Tensor, values: Tensor) -> str | None:
     """Return why `write` can't copy the values into the parameter, or None if it can."""
     target: Any = parameter
     source: Any = values
@@ -171,7 +171,7 @@ class Split:
     shape: tuple[int, ...]
 
     @property
-    def obstacle(self) -> str | None:
+    def reason(self) -> str | None:
         """Why no adapter can act on such a weight, or None."""
         if _in_chunks(self):
             return None

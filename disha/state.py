@@ -15,7 +15,7 @@ from disha.layers.adapted import AdaptedLayer
 from disha.layers.blocks import Block
 from disha.layers.weights import weight_shape
 from disha.model import ModelView, all_or_nothing, clean_key, join
-from disha.sharding import local_part, obstacle_to_write, write
+from disha.sharding import local_part, reason_against_writing, write
 from disha.text import first_few
 
 
@@ -246,10 +246,10 @@ def _reason_against(target: Tensor, value: object) -> str | None:
         return f"has dtype {value.dtype}, must be {due}"
     if value.is_meta or target.is_meta:
         return "has no values" if value.is_meta else "can't go into a parameter on the meta device"
-    obstacle = obstacle_to_write(target, value)
-    if obstacle is None and not finite_as(value, target.dtype):
+    reason = reason_against_writing(target, value)
+    if reason is None and not finite_as(value, target.dtype):
         return f"holds values that are not finite (NaN or infinity) as {target.dtype}"
-    return obstacle
+    return reason
 
 
 def finite_as(value: Tensor, dtype: torch.dtype) -> bool:

@@ -24,7 +24,7 @@ from disha import (
 from disha.config import AdapterConfig
 from disha.files import AdapterHeader, LayerRecord
 from disha.files.contents import adapter_contents, blocks_only, load_contents, read_contents
-from disha.files.header import block_misfits
+from disha.files.header import reasons_against_blocks
 from disha.functional import Layout
 from disha.model import ModelView
 from disha.state import adapter_tensors
@@ -273,7 +273,7 @@ class TestContents:
         says = f"expected a block of shape {expected}, found {shape}"
         if expected is None:
             says = f"a block of shape {shape} does not fit the layout {layout.pattern!r}"
-        assert block_misfits(header) == [f"(the model): {says}"]
+        assert reasons_against_blocks(header) == [f"(the model): {says}"]
 
 
 class TestLayersThatDiffer:
@@ -810,4 +810,4 @@ def test_entries_have_every_field_of_every_tensor(path):
 def test_a_weight_of_another_shape_is_not_the_layer_s(rows, shape, fits):
     outputs = 4 if rows else 8
     layer = LayerRecord("x", "bone", 2, None, 8, outputs, 1.0, None, Layout("out in"), rows)
-    assert (layer.weight_misfit((2, outputs), shape) is None) is fits
+    assert (layer.reason_against_weight((2, outputs), shape) is None) is fits

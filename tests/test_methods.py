@@ -246,7 +246,7 @@ def test_a_layout_takes_apart_what_it_puts_together(kind):
     assert tuple(matrices.shape) == (*geometry.stack, geometry.out_features, geometry.in_features)
     assert torch.equal(layout.weight(matrices), weight)
     assert layout.shape(geometry) == shape
-    assert layout.misfit(shape) is None
+    assert layout.reason_against_shape(shape) is None
     turned = layout.turned()
     if turned is not None:
         assert torch.equal(turned.matrices(weight.mT), matrices)
@@ -269,7 +269,7 @@ def test_a_layout_takes_apart_what_it_puts_together(kind):
 )
 def test_why_a_weight_has_not_a_layout(layout, shape, says):
     with pytest.raises(AssertionError, match=says):
-        raise AssertionError(layout.misfit(shape))
+        raise AssertionError(layout.reason_against_shape(shape))
 
 
 def test_a_layout_is_known_by_its_pattern():

@@ -19,7 +19,7 @@ from disha.sharding import (
     gathered,
     is_sharded,
     local_part,
-    obstacle_to_write,
+    reason_against_writing,
     values_at,
     write,
 )
@@ -70,7 +70,7 @@ def test_plain_tensors_are_whole():
     assert not is_sharded(tensor)
     assert gathered(tensor) is tensor
     assert local_part(tensor) is tensor
-    assert obstacle_to_write(tensor, tensor) is None
+    assert reason_against_writing(tensor, tensor) is None
     positions = torch.tensor([0, 11, 5])
     assert torch.equal(values_at(tensor, positions), torch.take(tensor, positions))
     target = torch.zeros(3, 4)

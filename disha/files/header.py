@@ -27,9 +27,9 @@ __all__ = [
     "HEADER_KEY",
     "AdapterFile",
     "AdapterHeader",
-    "block_misfits",
     "described",
     "encoded",
+    "reasons_against_blocks",
 ]
 
 FORMAT = 1
@@ -135,12 +135,13 @@ class AdapterFile(AdapterHeader):
         return "\n".join(lines)
 
 
-def block_misfits(header: AdapterHeader) -> list[str]:
-    """Return the name and the problem of each layer whose block has a wrong shape."""
+def reasons_against_blocks(header: AdapterHeader) -> list[str]:
+    """Return the name of each layer whose block has a wrong shape, and the reason."""
     found = [
-        (one.name, one.block_misfit(tuple(header.tensors[one.key].shape))) for one in header.layers
+        (one.name, one.reason_against_block(tuple(header.tensors[one.key].shape)))
+        for one in header.layers
     ]
-    return [f"{name or '(the model)'}: {misfit}" for name, misfit in found if misfit is not None]
+    return [f"{name or '(the model)'}: {reason}" for name, reason in found if reason is not None]
 
 
 def encoded(header: AdapterHeader) -> str:
@@ -174,7 +175,7 @@ def described(path: Path, text: str | None, tensors: Mapping[str, Tensor]) -> Ad
         raise
     except (ValueError, TypeError, RecursionError) as error:
         raise _unfit(path, f"is not of format {FORMAT}: {error}") from error
-    problems = _key_problems(found) or block_misfits(found)
+    problems = _key_problems(found) or reasons_against_blocks(found)
     if problems:
         raise _unfit(path, f"contradicts its tensors:\n{first_few(problems, 20)}")
     return found

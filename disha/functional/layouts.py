@@ -142,7 +142,7 @@ class Layout:
         inside = start <= self.padding_idx < stop
         return replace(self, padding_idx=self.padding_idx - start if inside else None)
 
-    def misfit(self, shape: Sequence[int]) -> str | None:
+    def reason_against_shape(self, shape: Sequence[int]) -> str | None:
         """Return why a weight of a shape can't have this layout, or None if it can."""
         axes, kernel = len(self.axes), self.has_kernel
         if len(shape) == axes or (kernel and len(shape) > axes):

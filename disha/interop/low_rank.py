@@ -278,9 +278,9 @@ def _base_weight(layer: LayerRecord, block: Tensor, base: BaseWeight | None) -> 
     if base is None:
         raise ArgumentError(f"a {layer.method} update depends on the base weights: give `base`")
     weight = base(layer.name).detach().cpu()
-    misfit = layer.weight_misfit(tuple(block.shape), tuple(weight.shape))
-    if misfit is not None:
-        raise AdapterFileError(f"{layer.name}: {misfit}; pass the base that it was trained on")
+    reason = layer.reason_against_weight(tuple(block.shape), tuple(weight.shape))
+    if reason is not None:
+        raise AdapterFileError(f"{layer.name}: {reason}; pass the base that it was trained on")
     return weight
 
 
@@ -379,7 +379,7 @@ def _layer_of_rank(
             continue
         block = method.kept_block(layout, block).contiguous()
         layer = LayerRecord(name, method.name, r, None, inputs, out, scale, None, layout)
-        if layer.block_misfit(tuple(block.shape)) is None:
+        if layer.reason_against_block(tuple(block.shape)) is None:
             factors = _factors(layer, block.to(a.dtype))
             if factors is not None and torch.equal(factors[0], a):
                 return layer, block

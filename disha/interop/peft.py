@@ -313,8 +313,8 @@ def contents_of(
         layer = LayerRecord(
             name, config.method, config.r, config.r_out, shape[1], shape[0], 1.0, None, LINEAR
         )
-        misfit = layer.block_misfit(tuple(block.shape))
-        problems += [] if misfit is None else [f"{name}: {misfit}"]
+        reason = layer.reason_against_block(tuple(block.shape))
+        problems += [] if reason is None else [f"{name}: {reason}"]
         layers.append(layer)
     problems += [
         f"{name}: it is no block, and not in a module that modules_to_save names"

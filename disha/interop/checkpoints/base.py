@@ -299,7 +299,7 @@ class BaseOf:
         for layer in header.layers:
             key = self.keys[layer.name]
             dtype = self.checkpoint.dtype(self.stacks[key][0][0] if key in self.stacks else key)
-            problem = layer.weight_misfit(header.tensors[layer.key].shape, self.shape(key))
+            problem = layer.reason_against_weight(header.tensors[layer.key].shape, self.shape(key))
             if dtype not in DENSE:
                 problem = f"is quantised or packed there ({dtype}); give the original checkpoint"
             found += [] if problem is None else [f"{key}: {problem}"]
