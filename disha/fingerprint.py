@@ -15,7 +15,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from disha.sharding import values_at
+from disha.sharding import gathered
 
 SAMPLES = 64
 HALF = 8
@@ -29,8 +29,11 @@ def fingerprint(weight: Tensor) -> str | None:
     if weight.is_meta or not weight.is_floating_point():
         return None
 
+    whole = gathered(weight.detach())
+
     def values(positions: Tensor) -> Tensor:
-        return values_at(weight.detach(), positions.to(weight.device)).cpu()
+        # Not torch.take, which lacks the dtypes of 8 bits.
+        return whole[torch.unravel_index(positions.to(whole.device), whole.shape)].cpu()
 
     return fingerprint_of(tuple(weight.shape), values)
 

@@ -71,32 +71,6 @@ def local_part(tensor: Tensor) -> Tensor:
     return part
 
 
-def values_at(tensor: Tensor, positions: Tensor) -> Tensor:
-    """Return the values at flat positions, as `torch.take`. Collective if the tensor is sharded.
-
-    The ranks exchange only these values.
-    """
-    if not is_sharded(tensor) or not _in_chunks(tensor):
-        whole = gathered(tensor)
-        # Not torch.take, which lacks the dtypes of 8 bits.
-        return whole[torch.unravel_index(positions.to(whole.device), whole.shape)]
-    sharded: Any = tensor
-    local, mesh = sharded.to_local(), sharded.device_mesh
-    indices = list(torch.unravel_index(positions.to(local.device), tensor.shape))
-    here = torch.ones_like(positions, dtype=torch.bool, device=local.device)
-    for dim, (start, stop) in enumerate(_local_ranges(tensor)):
-        here &= (indices[dim] >= start) & (indices[dim] < stop)
-        indices[dim] = indices[dim] - start
-    # This sums the bits, not the numbers, because 0.0 + -0.0 is 0.0.
-    bits = torch.zeros(len(positions), dtype=torch.int64, device=local.device)
-    bits[here] = local[tuple(index[here] for index in indices)].double().view(torch.int64)
-    bits = bits.to(mesh.device_type)
-    for dim, placement in enumerate(sharded.placements):
-        if placement.is_shard():
-            torch.distributed.all_reduce(bits, group=mesh.get_group(dim))
-    return bits.view(torch.float64).to(tensor.dtype)
-
-
 def reason_against_writing(parameter: Tensor, values: Tensor) -> str | None:
     """Return why `write` can't copy the values into the parameter, or None if it can."""
     target: Any = parameter
@@ -152,19 +126,9 @@ def _local_ranges(tensor: Any, coordinates: Sequence[int] | None = None) -> list
     return ranges
 
 
-Part = tuple[tuple[int, int], ...]
-"""The first index and the one after the last, for each dimension."""
-
-
 @dataclass(frozen=True)
 class Split:
-    """How a tensor-parallel plan has cut a weight.
-
-    Attributes:
-        device_mesh: its mesh of ranks.
-        placements: how it is placed along each dimension of the mesh.
-        shape: its shape as a whole.
-    """
+    """How a tensor-parallel plan has cut a weight of a shape over a mesh of ranks."""
 
     device_mesh: Any
     placements: tuple[Any, ...]
@@ -181,20 +145,15 @@ class Split:
         )
 
     @property
-    def part(self) -> Part:
+    def part(self) -> tuple[tuple[int, int], ...]:
         """This rank's part."""
         return tuple(_local_ranges(self))
 
     @property
-    def parts(self) -> list[Part]:
+    def parts(self) -> list[tuple[tuple[int, int], ...]]:
         """The parts of all ranks."""
         sizes = (range(size) for size in self.device_mesh.shape)
         return [tuple(_local_ranges(self, own)) for own in product(*sizes)]
-
-    @property
-    def cuts(self) -> tuple[bool, ...]:
-        """Along which dimensions of the mesh the weight is cut."""
-        return tuple(placement.is_shard() for placement in self.placements)
 
     def whole(self, local: Tensor) -> Tensor:
         """Return the whole DTensor, given the part of each rank."""
@@ -207,8 +166,8 @@ class Split:
         )
         return whole
 
-    def summed(self, block: Tensor, sums: Sequence[bool]) -> Tensor:
-        """Return a block that all ranks hold, with a gradient that is summed over ranks."""
+    def summed(self, block: Tensor) -> Tensor:
+        """Return a block that all ranks hold; its gradient is summed over those that cut W."""
         from torch.distributed.tensor import DTensor, Partial, Replicate
 
         everywhere = [Replicate()] * len(self.placements)
@@ -222,7 +181,7 @@ class Split:
                 f"an adapter can't act: its block is placed as {tuple(whole.placements)} beside a "
                 "tensor-parallel weight, and must be Replicate; inject after parallelize_module"
             )
-        partial = [Partial() if one else Replicate() for one in sums]
+        partial = [Partial() if one.is_shard() else Replicate() for one in self.placements]
         # In backward, this redistribution sums the gradients.
         whole = whole.redistribute(placements=everywhere)
         local: Tensor = whole.to_local(grad_placements=partial)

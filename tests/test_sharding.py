@@ -20,7 +20,6 @@ from disha.sharding import (
     is_sharded,
     local_part,
     reason_against_writing,
-    values_at,
     write,
 )
 
@@ -71,8 +70,6 @@ def test_plain_tensors_are_whole():
     assert gathered(tensor) is tensor
     assert local_part(tensor) is tensor
     assert reason_against_writing(tensor, tensor) is None
-    positions = torch.tensor([0, 11, 5])
-    assert torch.equal(values_at(tensor, positions), torch.take(tensor, positions))
     target = torch.zeros(3, 4)
     write(target, tensor)
     assert torch.equal(target, tensor)
