@@ -31,7 +31,6 @@ __all__ = [
     "deciding",
     "entered",
     "groups_of",
-    "open_contexts",
 ]
 
 Acts: TypeAlias = Route | tuple[str, ...]
@@ -44,15 +43,9 @@ _LOCK = threading.RLock()
 class Group:
     """Layers that every context covers together: usually all adapted layers of a model.
 
-    Layers refer to their group, so compiled code that is shared by several layers of a model has
-    one name to ask for (`disha.layers.compiled`). A copy of a model has a group of its own.
-
-    Attributes:
-        name: its name, which no other group of the process has.
-        lineage: the group itself, and the groups that its layers were in before.
-        members: the adapters of its layers.
-        factors: (device, whether adapters are disabled) -> the factor by which compiled code
-            multiplies scales.
+    So compiled code that several layers of a model share has one name to ask for
+    (`disha.layers.compiled`). `lineage` are the group and those that its layers were in before,
+    `members` the adapters of its layers, `factors` by what compiled code multiplies scales.
     """
 
     def __init__(self, lineage: tuple[Group, ...] = ()) -> None:
@@ -82,14 +75,7 @@ LOOSE = Group()
 
 
 class Context:
-    """One entered context.
-
-    Attributes:
-        groups: the layers that it covers.
-        acts: what acts on them; None if all adapters are disabled.
-        outer: the contexts around it, in the same thread or task.
-        thread: the thread that entered it.
-    """
+    """One entered context: what acts on some groups; None if all adapters are disabled."""
 
     def __init__(self, groups: frozenset[Group], acts: Acts | None) -> None:
         self.groups = groups
@@ -132,11 +118,6 @@ def entered(groups: frozenset[Group], acts: Acts | None) -> Iterator[None]:
     finally:
         OPEN.discard(context)  # it can end in another task than the one that entered it
         _ENTERED.set(_here())
-
-
-def open_contexts() -> tuple[Context, ...]:
-    """Return the contexts that are open in any thread."""
-    return tuple(OPEN)
 
 
 def _here() -> tuple[Context, ...]:
@@ -185,7 +166,7 @@ def _of_backward(group: Group) -> tuple[Context, ...]:
         return ()
     if not isinstance(threading.current_thread(), threading._DummyThread):
         return ()
-    around = [one for one in open_contexts() if one.covers(group)]
+    around = [one for one in list(OPEN) if one.covers(group)]
     if not around:
         return ()
     chain = max(((*one.outer, one) for one in around), key=len)

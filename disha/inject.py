@@ -11,13 +11,13 @@ from torch import nn
 
 from disha import freezing, running_statistics
 from disha.config import AdapterOptions
-from disha.contexts import LOOSE, Group, open_contexts
+from disha.contexts import LOOSE, OPEN, Group
 from disha.errors import ArgumentError, ModeError
 from disha.layers.adapted import AdaptedLayer
 from disha.layers.adapters import CHILD_NAME, Adapters
 from disha.layers.blocks import Block
 from disha.layers.classes import adapt, readapt, refuse_changed_class, restore
-from disha.layers.encoder import guard_encoder, is_guarded, release_encoder
+from disha.layers.encoder import Encoder, guard_encoder
 from disha.layers.weights import make_block
 from disha.model import ModelView, all_or_nothing
 from disha.plan import EXCLUDED, Plan, Target, plan_injection
@@ -233,7 +233,7 @@ def check_removable(view: ModelView, removed: Sequence[str]) -> None:
         if set(layer.disha) <= set(removed):
             refuse_changed_class(layer, name)
     groups = {layer.disha.group for _, layer in view.layers}
-    for context in open_contexts():
+    for context in list(OPEN):
         used = sorted(context.names.intersection(removed))
         if used and any(context.covers(group) for group in groups):
             raise ModeError(
@@ -306,13 +306,9 @@ def mark_only_adapters_trainable(model: nn.Module) -> None:
 def _guard_encoders(view: ModelView) -> None:
     """Guard those encoders of torch that contain an adapted layer, and release the others."""
     for module in view.names:
-        if not isinstance(module, (nn.TransformerEncoder, nn.TransformerEncoderLayer)):
-            continue
-        needed = any(isinstance(inner, AdaptedLayer) for inner in view.inside(module))
-        if needed and not is_guarded(module):
-            guard_encoder(module)
-        elif is_guarded(module) and not needed:
-            release_encoder(module)
+        if isinstance(module, Encoder):
+            adapted = any(isinstance(inner, AdaptedLayer) for inner in view.inside(module))
+            guard_encoder(module, adapted)
 
 
 def _set_flags(view: ModelView, plan: Plan) -> None:

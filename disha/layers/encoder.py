@@ -22,26 +22,17 @@ _KEPT = "_disha_nests"
 Encoder = nn.TransformerEncoder | nn.TransformerEncoderLayer
 
 
-def is_guarded(encoder: Encoder) -> bool:
-    """Whether `guard_encoder` was called for it."""
-    return _KEPT in encoder.__dict__ or _cast_as_fused in encoder._forward_hooks.values()
-
-
-def guard_encoder(encoder: Encoder) -> None:
-    """Make an encoder compute the same with adapted weights. Undone by `release_encoder`."""
+def guard_encoder(encoder: Encoder, adapted: bool) -> None:
+    """Make an encoder compute the same with adapted weights, or undo that if it has none."""
     if isinstance(encoder, nn.TransformerEncoder):
-        encoder.__dict__[_KEPT] = encoder.use_nested_tensor
-        encoder.use_nested_tensor = False
-    else:
-        encoder.register_forward_hook(_cast_as_fused, with_kwargs=True, prepend=True)
-
-
-def release_encoder(encoder: Encoder) -> None:
-    """Undo `guard_encoder`."""
-    if isinstance(encoder, nn.TransformerEncoder):
-        encoder.use_nested_tensor = encoder.__dict__.pop(_KEPT)
-    else:
+        nests = encoder.__dict__.pop(_KEPT, encoder.use_nested_tensor)
+        encoder.use_nested_tensor = nests and not adapted
+        if adapted:
+            encoder.__dict__[_KEPT] = nests
+    elif not adapted:
         remove_hook(encoder, _cast_as_fused)
+    elif _cast_as_fused not in encoder._forward_hooks.values():
+        encoder.register_forward_hook(_cast_as_fused, with_kwargs=True, prepend=True)
 
 
 def _cast_as_fused(
