@@ -25,19 +25,15 @@ from disha import functional
 from disha.errors import ArgumentError
 from disha.functional import Layout, Update, adapted_linear
 from disha.functional.bone import routed_bone_delta
-from disha.functional.products import Product, Reduced, reduced_updates, update_product
-from disha.functional.routed import linear_of_runs, with_bone_of_runs
+from disha.functional.products import Product, reduced_updates, update_product
+from disha.functional.routed import with_bone_of_runs
 from disha.text import counted
 
 __all__ = ["Route", "Routed", "Run", "routed_linear", "routed_product"]
 
 
-class Run(NamedTuple):
-    """Entries `start` to `stop` of a leading dimension, which go through one adapter, or none."""
-
-    adapter: str | None
-    start: int
-    stop: int
+Run = tuple[str | None, int]
+"""An adapter, or None, and how many entries of a leading dimension go through it."""
 
 
 @dataclass(frozen=True)
@@ -71,11 +67,11 @@ class Route:
 
     def runs(self, size: int) -> list[Run]:
         """Return the runs in the order of the samples. An adapter may have several."""
-        return self._runs_of(self.names, self.parts(size))
+        return self._runs_of(self.names, size)
 
     def sorted_runs(self, size: int) -> list[Run]:
         """Return the runs after sorting by adapter: one for each, and one without adapter last."""
-        return self._runs_of([self.names[i] for i in self._sorted], self.parts(size))
+        return self._runs_of([self.names[i] for i in self._sorted], size)
 
     def order(self, size: int, device: torch.device) -> Tensor:
         """Return the indices along a leading dimension that sort it by adapter."""
@@ -88,24 +84,20 @@ class Route:
 
     def choices(self, adapters: Sequence[str], device: torch.device) -> Tensor:
         """Return the index of each sample's adapter, or the number of adapters for no adapter."""
-        order = {adapter: index for index, adapter in enumerate(adapters)}
-        chosen = [order.get(name or "", len(order)) for name in self.names]
-        return self._on_device(tuple(chosen), device)
+        return self._on_device(tuple(self._places(adapters)), device)
+
+    def _places(self, adapters: Sequence[str]) -> list[int]:
+        place = {adapter: index for index, adapter in enumerate(adapters)}
+        return [place.get(name or "", len(place)) for name in self.names]
 
     @property
     def _sorted(self) -> list[int]:
-        place = {adapter: index for index, adapter in enumerate(self.adapters)}
-        samples = range(len(self.names))
-        return sorted(samples, key=lambda i: place.get(self.names[i] or "", len(place)))
+        places = self._places(self.adapters)
+        return sorted(range(len(places)), key=lambda sample: places[sample])
 
-    @staticmethod
-    def _runs_of(names: Sequence[str | None], parts: int) -> list[Run]:
-        runs, start = [], 0
-        for name, same in groupby(names):
-            stop = start + parts * len(list(same))
-            runs.append(Run(name, start, stop))
-            start = stop
-        return runs
+    def _runs_of(self, names: Sequence[str | None], size: int) -> list[Run]:
+        parts = self.parts(size)
+        return [(name, parts * len(list(same))) for name, same in groupby(names)]
 
     def _entries(self, samples: Sequence[int], size: int, device: torch.device) -> Tensor:
         parts = self.parts(size)
@@ -123,13 +115,9 @@ class Route:
 
 
 class Routed(NamedTuple):
-    """The updates of a weight when each sample has its own adapter.
+    """The updates of a weight, by adapter, when each sample has its own adapter.
 
-    Attributes:
-        route: the adapter of each sample.
-        updates: adapter -> its updates of this weight.
-        batch: 0 if samples are the first dimension. Otherwise the size of the batch, which is the
-            second dimension, as in torch's attention.
+    In torch's attention, samples are the second dimension; then `batch` is their number, else 0.
     """
 
     route: Route
@@ -208,7 +196,7 @@ def routed_linear(
     output = F.linear(x, weight, bias)
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         choices = routed.route.choices(list(alike), x.device)
-        delta = routed_bone_delta(x, [one.matrix for one in alike.values()], choices)
+        delta = routed_bone_delta(x, list(alike.values()), choices)
         return output + delta.to(output.dtype)
     return _with_alike(output, x, routed.route, alike)
 
@@ -216,9 +204,13 @@ def routed_linear(
 def _linear_by_adapter(x: Tensor, weight: Tensor, bias: Tensor | None, routed: Routed) -> Tensor:
     """Sort the samples by adapter, multiply each run, and put the outputs back in order."""
     route, size = routed.route, x.shape[0]
-    runs = route.sorted_runs(size)
-    each = [(routed.updates.get(run.adapter or "", ()), run.stop - run.start) for run in runs]
-    return linear_of_runs(x, weight, bias, each, route.order(size, x.device))
+    runs, order = route.sorted_runs(size), route.order(size, x.device)
+    parts, each = [], torch.split(order, [entries for _, entries in runs])
+    for (adapter, _), rows in zip(runs, each, strict=True):
+        own = routed.updates.get(adapter or "", ())
+        parts.append(adapted_linear(x.index_select(0, rows), weight, bias, own))
+    together = torch.cat(parts)
+    return torch.empty_like(together).index_copy(0, order, together)
 
 
 FEW_ROWS = 8
@@ -228,31 +220,29 @@ Sorting costs passes over the output. Without sorting, each sample costs one pro
 """
 
 
-def _with_alike(output: Tensor, x: Tensor, route: Route, alike: Mapping[str, Reduced]) -> Tensor:
+def _with_alike(output: Tensor, x: Tensor, route: Route, alike: Mapping[str, Tensor]) -> Tensor:
     """Return an output plus the shard-sum updates of each sample."""
     size = x.shape[0]
     rows, outputs = (one.reshape(size, -1, one.shape[-1]) for one in (x, output))
     runs, order = route.runs(size), None
     few = rows.shape[1] * route.parts(size) < FEW_ROWS and len(runs) > len(alike)
-    if few or torch.is_grad_enabled() or not outputs.is_contiguous():
+    plain = outputs.is_contiguous() and outputs.dtype == x.dtype
+    if few or torch.is_grad_enabled() or not plain:
         runs, order = route.sorted_runs(size), route.order(size, x.device)
-    each = [
-        (one.matrix if (one := alike.get(run.adapter or "")) else None, run.stop - run.start)
-        for run in runs
-    ]
+    each = [(alike.get(adapter or ""), entries) for adapter, entries in runs]
     return with_bone_of_runs(outputs, rows, each, order).reshape(output.shape)
 
 
-def _alike(routed: Routed, layout: Layout, out_features: int) -> dict[str, Reduced] | None:
-    """Return the shard-sum update of each adapter if all have one size and no tiles, else None."""
-    found: dict[str, Reduced] = {}
+def _alike(routed: Routed, layout: Layout, out_features: int) -> dict[str, Tensor] | None:
+    """Return s R of each adapter if all have one size and no tiles or dropout, else None."""
+    found: dict[str, Tensor] = {}
     for adapter, updates in routed.updates.items():
         small = reduced_updates(updates, layout, out_features)
         if len(small) > 1 or any(one.dropout for one in small):
             return None
         if small:
-            found[adapter] = small[0]
-    sizes = {(one.matrix.shape, one.matrix.dtype) for one in found.values()}
+            found[adapter] = small[0].matrix
+    sizes = {(matrix.shape, matrix.dtype) for matrix in found.values()}
     if len(sizes) != 1 or next(iter(sizes))[0][-1] != out_features:
         return None
     return found

@@ -17,7 +17,7 @@ from disha import functional
 from disha.errors import ArgumentError, ArgumentTypeError, DishaError
 from disha.functional import METHODS, PATTERNS, Geometry, Layout, Method, Update, method_of
 from disha.functional.layouts import Rows, place_rows, take_rows
-from disha.functional.products import reduced_updates, update_of_part, update_of_rows
+from disha.functional.products import reduced_updates, update_of_part, updates_of_rows
 from tests import reference
 
 LAYOUTS = {pattern: (Layout(pattern), reference.shape_of(pattern)) for pattern in PATTERNS} | {
@@ -379,7 +379,7 @@ def test_the_updates_of_a_slice_of_outputs(name, rows, start, stop):
     weight = torch.randn(8, 7, dtype=torch.float64)
     shape = method_of(method).block_shape(layout, weight.shape, r, r_out, rows)
     update = Update(method_of(method), torch.randn(shape, dtype=torch.float64), rows=rows)
-    found = update_of_rows(update, start, stop, 8)
+    found = updates_of_rows([update], start, stop, 8)
     if found is None:
         assert not METHODS[method].reduces  # R has a column for each output
         return

@@ -95,12 +95,9 @@ class Update(NamedTuple):
 
 
 class Reduced(NamedTuple):
-    """What updates add to a product if their method `reduces`: s S(x) R.
+    """What updates add to a product if their method `reduces`: S(x) times the matrix s R.
 
-    Attributes:
-        matrix: s R (..., r, out), with the stack's axes first; of a tile (..., r, r_out).
-        dropout: current probability of zeroing each input.
-        chosen: indices of the matrices of a stack; None for all.
+    The matrix is (..., r, out), or (..., r, r_out) of a tile. The rest is as in `Update`.
     """
 
     matrix: Tensor
@@ -248,21 +245,24 @@ def reduced_updates(updates: Sequence[Update], layout: Layout, out_features: int
     return list(found.values())
 
 
-def update_of_rows(update: Update, start: int, stop: int, out_features: int) -> list[Update] | None:
+def updates_of_rows(
+    updates: Sequence[Update], start: int, stop: int, out_features: int
+) -> list[Update] | None:
     """Return the updates of the outputs start to stop, or None if a block can't be cut there."""
-    method, rows = update.method, update.rows or ((0, out_features),)
-    outputs = sum(last - first for first, last in rows)
-    found, before = [], 0
-    for first, last in rows:
-        low, high = max(first, start), min(last, stop)
-        if low < high:
-            offset = before - first
-            block = method.of_outputs(update.block, low + offset, high + offset, outputs)
-            if block is None:
-                return None
-            own = () if (low, high) == (start, stop) else ((low - start, high - start),)
-            found.append(update._replace(block=block, rows=own))
-        before += last - first
+    found = []
+    for update in updates:
+        rows, before = update.rows or ((0, out_features),), 0
+        outputs = sum(last - first for first, last in rows)
+        for first, last in rows:
+            low, high = max(first, start), min(last, stop)
+            if low < high:
+                offset = before - first
+                block = update.method.of_outputs(update.block, low + offset, high + offset, outputs)
+                if block is None:
+                    return None
+                own = () if (low, high) == (start, stop) else ((low - start, high - start),)
+                found.append(update._replace(block=block, rows=own))
+            before += last - first
     return found
 
 
@@ -285,7 +285,7 @@ def update_of_part(
         update = update._replace(block=block)
     if "out" not in cut:
         return [update]
-    return update_of_rows(update, *cut["out"], geometry.out_features)
+    return updates_of_rows([update], *cut["out"], geometry.out_features)
 
 
 # --- one matrix ----------------------------------------------------------------------------------
@@ -384,8 +384,12 @@ def _plus_product(output: Tensor, sums: Tensor, matrix: Tensor, factor: float) -
 
 def _folded(x: Tensor, weight: Tensor, bias: Tensor | None, updates: Sequence[Update]) -> Tensor:
     """Return the product with the updates folded into W."""
-    updates = _added_up(updates)
-    if len(updates) == 1 and not updates[0].rows:
+    first = updates[0]
+    alike = {(one.method, one.block.shape, one.block.dtype, one.rows) for one in updates}
+    if len(updates) > 1 and len(alike) == 1 and first.method.additive:
+        blocks = [scaled(update.block, update.scale) for update in updates]
+        updates = [first._replace(block=reduce(torch.add, blocks), scale=1.0)]
+    if len(updates) == 1 and not first.rows:
         return _folded_alone(x, weight, bias, updates[0])
     pieces = _in_pieces(x, weight, bias, updates) if any(one.rows for one in updates) else None
     if pieces is None:
@@ -402,20 +406,6 @@ def _folded_alone(x: Tensor, weight: Tensor, bias: Tensor | None, update: Update
     return F.linear(x, effective_weight(weight, MATRIX, [update]), bias)
 
 
-def _added_up(updates: Sequence[Update]) -> list[Update]:
-    """Return fewer updates with the same effect: add up the blocks of `additive` methods."""
-    found: dict[Hashable, Update] = {}
-    for update in updates:
-        alike = (update.method, update.block.shape, update.block.dtype, update.rows)
-        key = alike if update.method.additive else (len(found),)
-        if key in found:
-            other = found[key]
-            total = scaled(other.block, other.scale) + scaled(update.block, update.scale)
-            update = other._replace(block=total, scale=1.0)
-        found[key] = update
-    return list(found.values())
-
-
 def _in_pieces(
     x: Tensor, weight: Tensor, bias: Tensor | None, updates: Sequence[Update]
 ) -> list[Tensor] | None:
@@ -424,12 +414,11 @@ def _in_pieces(
     edges = {0, size, *(edge for update in updates for ends in update.rows for edge in ends)}
     pieces = []
     for start, stop in pairwise(sorted(edges)):
-        own = [update_of_rows(update, start, stop, size) for update in updates]
-        if any(some is None for some in own):
+        own = updates_of_rows(updates, start, stop, size)
+        if own is None:
             return None
-        here = [one for some in own for one in some or ()]
         offset = None if bias is None else bias[start:stop]
-        pieces.append(adapted_linear(x, weight[start:stop], offset, here))
+        pieces.append(adapted_linear(x, weight[start:stop], offset, own))
     return pieces
 
 
@@ -438,13 +427,13 @@ def _in_pieces(
 
 def adapted_stack(x: Tensor, weight: Tensor, updates: Sequence[Update]) -> Tensor:
     """Return x (W + sum of s dW)^T, with one product for each matrix of a stack."""
-    _, folded, _ = _divided(updates, STACK, weight.shape[-2])
+    folded = [update for update in updates if not (update.method.reduces or update.dropout)]
     if folded and x.shape[0] == 1:
         x = x.expand(weight.shape[0], -1, -1)
     each_has_one = bool(folded) and x.shape[0] == weight.shape[0]
-    if each_has_one and len(folded) == len(updates) == 1 and not folded[0].rows:
-        method, _, scale, *_ = folded[0]
-        output = method.product(x, weight, None, folded[0].chosen_block, scale)
+    if each_has_one and len(updates) == 1 and not updates[0].rows:
+        method, _, scale, *_ = updates[0]
+        output = method.product(x, weight, None, updates[0].chosen_block, scale)
         if output is not None:
             return output
     if each_has_one and not is_compiling():
