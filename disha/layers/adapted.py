@@ -113,10 +113,6 @@ class AdaptedLayer(nn.Module):
         """Register a parameter as nn.Module does, but without reading the current weight.
 
         FSDP sets one parameter at a time; meanwhile, some are gathered and others are not.
-
-        Args:
-            name: the parameter's name.
-            param: the parameter, or None.
         """
         if name in self.adapted_parameters and name in self._parameters:
             self._parameters[name] = param
@@ -158,11 +154,7 @@ class AdaptedLayer(nn.Module):
 
 
 def refuse_merged(layers: Iterable[AdaptedLayer], action: str) -> None:
-    """Raise if any of the layers is merged.
-
-    Raises:
-        MergeError: adapters are merged, so `action` would mix merged and unmerged ones.
-    """
+    """Raise if any of the layers is merged, so an action would mix merged and unmerged adapters."""
     merged = [layer.disha.merged for layer in layers if layer.disha.merged is not None]
     if merged:
         names = dict.fromkeys(repr(name) for one in merged for name in one.adapters)

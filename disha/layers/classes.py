@@ -69,11 +69,7 @@ def _new_instance(
 
 
 def reset_parameters(layer: AdaptedLayer) -> None:
-    """Draw the base weights again, and set every block to its initial values.
-
-    Raises:
-        MergeError: adapters are merged, so unmerging would undo this.
-    """
+    """Draw the base weights again, and set every block to its initial values."""
     adapters = layer._modules.get(CHILD_NAME)  # not there yet while a layer constructs itself
     original: Any = layer.original_class
     reset: Callable[[nn.Module], None] = original.reset_parameters
@@ -141,12 +137,7 @@ class _Recurrent(nn.Module):
 def adapt(module: nn.Module, slots: Iterable[Slot]) -> None:
     """Move a module to the class that adapts the slots' parameters, and give it `Adapters`.
 
-    Args:
-        module: the module, already adapted or not.
-        slots: weights of it; those that were adapted before stay adapted.
-
-    Raises:
-        ArgumentError: the module's class does not allow it.
+    Parameters that were adapted before stay adapted.
     """
     slots, before = list(slots), type(module)
     names = [slot.parameter for slot in slots]
@@ -208,11 +199,7 @@ def _set_class(module: nn.Module, cls: type[nn.Module]) -> None:
 
 
 def refuse_changed_class(layer: nn.Module, name: str) -> None:
-    """Raise if the module now has a class derived from its adapted class.
-
-    Raises:
-        ArgumentError: restoring the original class would undo that change too.
-    """
+    """Raise if a module got another class after its adapted one: restoring would undo that too."""
     if "original_class" not in type(layer).__dict__:
         raise ArgumentError(
             f"{name or 'the model'} has become a {type(layer).__name__} since it was adapted, for "

@@ -22,12 +22,7 @@ from disha.effective import start_no_graph
 
 
 def factor_name(group: str, device: torch.device) -> str:
-    """Return the attribute with the factor of a group on a device.
-
-    Args:
-        group: the group's name.
-        device: the device.
-    """
+    """Return the attribute with the factor of a group on a device."""
     return f"{group}_on_{device.type}_{device.index or 0}"
 
 

@@ -110,8 +110,6 @@ def _unusual_weight(
             f"samples can't be routed through a {type(base).__name__} or a tensor-parallel weight; "
             "use one adapter at a time, exclude the weight, or export with strict=True"
         )
-    if split is not None and all(split_of(block.block) == split for block in blocks):
-        return base  # FSDP shards both between its passes
     updates = adapters.updates(blocks, compiling)
     if split is not None:
         if any(not is_sharded(block.block) and block.split != split for block in blocks):
