@@ -38,12 +38,9 @@ from disha.interop.low_rank import LoraReport
 from disha.model import join
 from disha.text import counted
 
-__all__ = ["main"]
-
 FORMATS = ("disha", "peft", "lora", "diffusers")
 PEFT_CONFIG = "adapter_config.json"
-FOLDERS = {"MISS": "peft", "BONE": "peft", "LORA": "lora"}
-"""PEFT's name of a method -> the format of a folder that PEFT saved with this method."""
+FOLDERS = {"MISS": "peft", "BONE": "peft", "LORA": "lora"}  # PEFT's name of a method -> the format
 
 
 def main(words: Sequence[str]) -> None:
@@ -75,9 +72,6 @@ def _parser() -> Parser:
     parser.add_argument("--no_also_train", action="store_true", help="convert the blocks alone")
     parser.add_argument("--overwrite", action="store_true", help="replace what is there")
     return parser
-
-
-# --- reading -------------------------------------------------------------------------------------
 
 
 def _read(flags: Namespace, base: Checkpoint | None) -> Contents:
@@ -128,9 +122,6 @@ def _refuse_tied(path: Path, contents: Contents, base: Checkpoint | None) -> Non
             f"{path} holds {matrices[0]}, which PEFT may have untied; give a --base that does not "
             "tie its embeddings, or --no_also_train"
         )
-
-
-# --- writing -------------------------------------------------------------------------------------
 
 
 def _write(flags: Namespace, contents: Contents, base: Checkpoint | None) -> LoraReport | None:

@@ -1,12 +1,4 @@
-"""Run the command that the command line names, and return its exit code.
-
-| code | meaning |
-|---|---|
-| 0 | done |
-| 1 | the work failed, for example because the disk is full; for `inspect --base`: it does not fit |
-| 2 | wrong usage, or the input can't be used |
-| 130 | interrupted by Ctrl-C |
-"""
+"""Run the command that the command line names, and return its exit code."""
 
 from __future__ import annotations
 
@@ -24,9 +16,7 @@ from disha.errors import AdapterFileWarning, ArgumentError, DishaError
 from disha.text import printable, silence, tell
 from disha.version import __version__
 
-__all__ = ["COMMANDS", "Parser", "main"]
-
-DONE, FAILED, TROUBLE, INTERRUPTED = 0, 1, 2, 130
+DONE, FAILED, TROUBLE, INTERRUPTED = 0, 1, 2, 130  # trouble: the user can correct it
 
 COMMANDS = {
     "finetune": "train an adapter for a language model",
@@ -40,11 +30,7 @@ BAD_PATH = (FileNotFoundError, IsADirectoryError, NotADirectoryError, Permission
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line, and return its exit code.
-
-    Args:
-        argv: the words after the program's name; those of this process by default.
-    """
+    """Run the command line: the words after the name of the program, or those of this process."""
     words = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in words
     shown = warnings.showwarning

@@ -24,8 +24,6 @@ from disha.errors import ArgumentError
 from disha.finetune.data import formed, load_rows, masks_answers
 from disha.text import table
 
-__all__ = ["main"]
-
 
 def main(words: Sequence[str]) -> None:
     """Measure a model."""

@@ -18,8 +18,6 @@ from disha.cli.dispatcher import DONE, FAILED, Parser
 from disha.cli.output import show
 from disha.interop.checkpoints import misfits
 
-__all__ = ["main"]
-
 
 def main(words: Sequence[str]) -> int:
     """Show an adapter file."""

@@ -19,8 +19,6 @@ from disha.cli.dispatcher import Parser
 from disha.cli.output import require_free
 from disha.interop.checkpoints import merge_into_checkpoint
 
-__all__ = ["main"]
-
 
 def main(words: Sequence[str]) -> None:
     """Merge an adapter into a base."""
@@ -34,7 +32,11 @@ def main(words: Sequence[str]) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace what is there")
     flags = parser.parsed(words)
     require_free(flags.out, flags.overwrite)
-    base = flags.base or _noted(flags.adapter)
+    base = flags.base
+    if base is None:
+        from disha.cli.models import noted  # transformers takes seconds to import
+
+        base, _ = noted(flags.adapter)
     if not Path(base).exists():
         from disha.finetune.merging import merge_base
 
@@ -51,9 +53,3 @@ def main(words: Sequence[str]) -> None:
         overwrite=flags.overwrite,
     )
     print(merged)
-
-
-def _noted(adapter: Path) -> str:
-    from disha.cli.models import noted  # transformers takes seconds to import
-
-    return noted(adapter)[0]

@@ -6,20 +6,16 @@ import sys
 import warnings
 from argparse import Namespace
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import disha
 from disha.cli.dispatcher import Parser
 from disha.errors import AdapterFileWarning, ArgumentError
 from disha.finetune.base import BITS, best_device, load_base, noted_base
 
-__all__ = ["Asker", "add_model_flags", "noted", "opened"]
-
-Prompt = str | Sequence[dict[str, str]]
-"""A text, or the messages of a conversation."""
+Prompt = str | Sequence[dict[str, str]]  # a text, or the messages of a conversation
 
 
 def add_model_flags(parser: Parser) -> None:
@@ -40,21 +36,13 @@ def noted(adapter: Path) -> tuple[str, str]:
     return found
 
 
+@dataclass(frozen=True)
 class Asker:
-    """A model that answers prompts, by its chat template if it has one.
+    """A model that answers prompts, by its chat template if `is_chat` is set."""
 
-    Args:
-        model: the model, in evaluation mode.
-        tokenizer: its tokenizer.
-        is_chat: whether the chat template writes the prompts.
-    """
-
-    def __init__(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, is_chat: bool
-    ) -> None:
-        self.model: Any = model
-        self.tokenizer: Any = tokenizer
-        self.is_chat = is_chat
+    model: Any
+    tokenizer: Any
+    is_chat: bool
 
     def load(self, flags: Namespace) -> None:
         """Load the adapter, which must belong to the base if its note has named this."""
@@ -62,14 +50,6 @@ class Asker:
             if flags.base is None:
                 warnings.simplefilter("error", AdapterFileWarning)
             disha.load_adapter(self.model, flags.adapter)
-
-    def encoded(self, prompts: Sequence[Prompt]) -> Any:
-        """Return prompts as one batch of tokens, padded on the left."""
-        texts = [self._text(prompt) for prompt in prompts]
-        options = {"padding": True, "padding_side": "left", "return_tensors": "pt"}
-        found = self.tokenizer(texts, add_special_tokens=not self.is_chat, **options)
-        found.pop("token_type_ids", None)
-        return found.to(self.model.device)
 
     def _text(self, prompt: Prompt) -> str:
         turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
@@ -79,8 +59,12 @@ class Asker:
         return str(self.tokenizer.apply_chat_template(turns, **options))
 
     def answers(self, prompts: Sequence[Prompt], **options: Any) -> list[str]:
-        """Return the answer to each prompt; they are answered together."""
-        inputs = self.encoded(prompts)
+        """Return the answer to each prompt; they are answered together, padded on the left."""
+        texts = [self._text(prompt) for prompt in prompts]
+        padding = {"padding": True, "padding_side": "left", "return_tensors": "pt"}
+        inputs = self.tokenizer(texts, add_special_tokens=not self.is_chat, **padding)
+        inputs.pop("token_type_ids", None)
+        inputs = inputs.to(self.model.device)
         ids = self.model.generate(**inputs, **options)[:, inputs["input_ids"].shape[1] :]
         return [text.strip() for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]
 

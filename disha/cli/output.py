@@ -11,8 +11,6 @@ from typing import Any
 from disha.errors import ArgumentError
 from disha.text import printable
 
-__all__ = ["fit", "require_free", "show"]
-
 
 def require_free(path: Path, overwrite: bool) -> None:
     """Raise if a file or a folder with content is at `path`, unless `overwrite` is set."""
