@@ -17,11 +17,7 @@ __all__ = ["main"]
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run `disha finetune` with these words of a command line, and return the exit code.
-
-    Raises:
-        DishaError: the input can't be used. Errors of other libraries pass through.
-    """
+    """Run `disha finetune` with these words of a command line, and return the exit code."""
     from disha.finetune.train import run
 
     return run(argv)

@@ -20,8 +20,6 @@ from disha.errors import ArgumentError
 from disha.finetune.base import BITS
 from disha.finetune.demo import demo_words
 
-__all__ = ["AdapterArguments", "DataArguments", "TrainingArguments", "parsed"]
-
 RENAMED = {
     "batch_size": "per_device_train_batch_size",
     "epochs": "num_train_epochs",
@@ -179,12 +177,7 @@ Parsed = tuple[AdapterArguments, DataArguments, TrainingArguments]
 
 
 def parsed(argv: Sequence[str]) -> Parsed:
-    """Return the settings that the words of a command line give.
-
-    Raises:
-        ArgumentError: a flag is unknown, or its value can't be used.
-        SystemExit: only the help is asked for, and is printed.
-    """
+    """Return the settings that the words of a command line give. Help is printed, and exits."""
     words = [_renamed(word) for word in argv if word != "--debug"]
     shows_all = "--help_all" in words
     parser = _parser(shows_all)

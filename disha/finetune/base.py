@@ -28,11 +28,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 import disha
 from disha.errors import ArgumentError, MissingPackageError
 
-__all__ = ["BASE_KEY", "BITS", "base_note", "best_device", "is_gguf", "load_base", "noted_base"]
-
 BITS = ("bf16", "fp32", "8", "4")
-BASE_KEY = "base"
-"""The key of the note in an adapter file."""
+BASE_KEY = "base"  # the key of the note in an adapter file
 NAME = re.compile(r"\w[\w.-]{0,95}(/\w[\w.-]{0,95})?", re.ASCII)
 
 
@@ -41,16 +38,8 @@ def load_base(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Return a base model in evaluation mode, and its tokenizer.
 
-    Args:
-        name: a folder, a GGUF file, or a name in the cache of Hugging Face.
-        bits: how weights are stored: `bf16`, `fp32`, or quantised to `8` or `4` bits; `auto` for
-            the dtype in the files.
-        device: where the weights go; None leaves it to `transformers`.
-
-    Raises:
-        ArgumentError: there is no such model, it is not a causal language model, or a GGUF file
-            is to be quantised.
-        MissingPackageError: 8 and 4 bits need bitsandbytes.
+    `bits` is one of `BITS`, or `auto` for the dtype in the files; without a device, `transformers`
+    chooses one.
     """
     source, file = _source(name)
     options: dict[str, Any] = {"dtype": _dtype(bits, device)}
@@ -145,11 +134,7 @@ def base_note(name: str, bits: str, adapter: Path) -> str:
 
 
 def noted_base(adapter: Path) -> tuple[str, str] | None:
-    """Return the base that an adapter file notes, and its bits; None without a note.
-
-    Raises:
-        DishaError: the file can't be read, or its note leads nowhere.
-    """
+    """Return the base that an adapter file notes, and its bits; None without a note."""
     text = disha.inspect_adapter(adapter).metadata.get(BASE_KEY)
     if text is None:
         return None

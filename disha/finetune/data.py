@@ -22,8 +22,6 @@ from trl.chat_template_utils import get_training_chat_template
 
 from disha.errors import ArgumentError
 
-__all__ = ["formed", "load_rows", "mixed"]
-
 BUILDERS = {
     ".csv": "csv",
     ".json": "json",
@@ -41,15 +39,7 @@ FORMS = ({"prompt", "completion"}, {"input_ids"})
 
 
 def load_rows(data: str, split: str = "train") -> Dataset:
-    """Return rows.
-
-    Args:
-        data: a file, a glob, a folder, or the name of a data set.
-        split: which of its rows, in the notation of `datasets`.
-
-    Raises:
-        ArgumentError: there is no such file, or its ending is unknown.
-    """
+    """Return the rows of a file, a glob, a folder or a data set; `split` is as in `datasets`."""
     suffix = Path(data.removesuffix(".gz")).suffix.lower()
     files = sorted(glob.glob(data))
     if suffix not in BUILDERS:
@@ -79,9 +69,6 @@ def formed(rows: Dataset, fields: Sequence[str], tokenizer: PreTrainedTokenizerB
 
     Two fields become a conversation if the model has a chat template. Otherwise the answer
     follows the question on a new line.
-
-    Raises:
-        ArgumentError: the rows lack a field, or have none of the known forms.
     """
     columns = set(rows.column_names)
     fields = fields or _known_fields(columns)

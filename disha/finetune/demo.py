@@ -21,8 +21,6 @@ from tqdm import tqdm
 
 from disha.errors import ArgumentError, MissingPackageError
 
-__all__ = ["HELD_OUT", "Pair", "demo_words", "docstring_pairs"]
-
 WORDS = """--output_dir demo-output --max_length 128 --max_steps 100 --warmup_steps 5
 --logging_steps 5 --eval_strategy steps --eval_steps 50 --save_steps 25
 --per_device_eval_batch_size 16"""
@@ -64,9 +62,6 @@ def docstring_pairs(library: Path | None = None) -> list[Pair]:
     """Return pairs from the Python files under a folder; from the standard library by default.
 
     Their text alone decides their order. No two have the same source or docstring.
-
-    Raises:
-        ArgumentError: there are too few functions with docstrings.
     """
     folder = library or Path(sysconfig.get_paths()["stdlib"])
     pairs = list(_distinct(sorted(_pairs_under(folder), key=_order)))[:MOST_PAIRS]

@@ -8,8 +8,6 @@ import disha
 from disha.errors import ArgumentError
 from disha.finetune.base import is_gguf, load_base
 
-__all__ = ["merge_base", "require_mergeable"]
-
 
 def require_mergeable(base: str) -> None:
     """Raise `ArgumentError` if no copy of a base can be written."""

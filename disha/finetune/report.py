@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib.metadata
+import itertools
 import json
 import math
 import os
@@ -26,8 +27,6 @@ import disha
 from disha.errors import DishaError
 from disha.finetune.base import load_base
 from disha.integrations.transformers import AdapterCheckpoints
-
-__all__ = ["MERGED", "RESULTS", "Outcome", "Proof", "logged", "prove", "write_report"]
 
 MERGED = "merged"
 PLOT, SAMPLES, REPORT = RESULTS = ("loss.png", "samples.md", "report.json")
@@ -110,18 +109,9 @@ def prove(base: str, bits: str, path: Path, outcome: Outcome) -> Proof:
     )
 
 
-# --- samples -------------------------------------------------------------------------------------
-
-
 def _with_question(rows: Dataset, count: int) -> list[Mapping[str, Any]]:
     """Return the first rows that begin with something that is not learned."""
-    found: list[Mapping[str, Any]] = []
-    for row in rows:
-        if len(found) == count:
-            break
-        if row["labels"][0] == -100:
-            found.append(row)
-    return found
+    return list(itertools.islice((row for row in rows if row["labels"][0] == -100), count))
 
 
 def _question(row: Mapping[str, Any]) -> list[int]:
@@ -161,9 +151,6 @@ def _page(samples: Sequence[Sample]) -> str:
             title = name.replace("_", " ").capitalize()
             parts.append(f"**{title}**\n\n{fence}text\n{text.strip()}\n{fence}\n")
     return "\n".join(parts)
-
-
-# --- plot and report -----------------------------------------------------------------------------
 
 
 def write_report(folder: Path, settings: Mapping[str, Any], outcome: Outcome, proof: Proof) -> None:

@@ -33,8 +33,6 @@ from disha.finetune.merging import merge_base, require_mergeable
 from disha.finetune.report import MERGED, RESULTS, Outcome, logged, prove, write_report
 from disha.integrations.transformers import AdapterCheckpoints
 
-__all__ = ["PROMPT_KEY", "run"]
-
 PROMPT_KEY = "prompt"
 """The key of the note that says how the adapter was asked: by the chat template, or by a text."""
 

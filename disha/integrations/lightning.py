@@ -39,11 +39,7 @@ class AdapterCheckpoints(Callback):
         self._adapter = adapter
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Let the module be loaded from a checkpoint without the base.
-
-        Raises:
-            ArgumentError: the module has no such adapter.
-        """
+        """Let the module be loaded from a checkpoint without the base."""
         disha.adapter_state_dict(pl_module, self._adapter)
         pl_module.strict_loading = False
 
@@ -58,11 +54,7 @@ class AdapterCheckpoints(Callback):
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Check that the checkpoint has the adapter, because Lightning ignores missing keys.
-
-        Raises:
-            AdapterStateError: it lacks a part of the adapter.
-        """
+        """Check that the checkpoint has the adapter, because Lightning ignores missing keys."""
         wanted = disha.adapter_state_dict(pl_module, self._adapter)
         missing = [key for key in wanted if key not in checkpoint["state_dict"]]
         if missing:

@@ -94,12 +94,7 @@ class AdapterCheckpoints(TrainerCallback):
         model.save_pretrained = _Saving(model, adapter)  # type: ignore[assignment]
 
     def on_init_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
-        """Let the model be quantised again. Refuse what would not be trained, or not be saved.
-
-        Raises:
-            ArgumentError: DeepSpeed shards the model, or a trainer of `trl` would not train an
-                adapter on the output head.
-        """
+        """Let the model be quantised again. Refuse what would not be trained, or not be saved."""
         model = given["model"]
         for flag in self._quantised:
             setattr(model, flag, True)
