@@ -12,7 +12,6 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 
 RANKS = 2
-TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(RANKS))
 
 
 def environment() -> dict[str, str]:

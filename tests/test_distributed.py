@@ -1,11 +1,13 @@
-"""Two processes under torchrun. Each script of `tests/distributed` is launched once.
+"""Two ranks. The scripts of `tests/distributed` are launched together, and once.
 
-A launch takes seconds to import torch on both ranks, so that all checks of a script share it.
+A launch takes seconds to import torch, so that all checks of all scripts share it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -14,50 +16,53 @@ from torch import nn
 import disha
 from disha import ModeError
 from tests.conftest import needs_fully_shard, once
-from tests.distributed import ddp, fsdp
+from tests.distributed import ddp, fsdp, tensor_parallel
 from tests.distributed.harness import checks_of
-from tests.processes import ROOT, TORCHRUN, ended, started
+from tests.processes import ROOT, ended, started
 
 SECONDS = 240
 """Ten times what a launch takes on two slow cores."""
 
-NEEDS = {
-    ddp.__name__: (),
-    fsdp.__name__: needs_fully_shard,
-}
-SCRIPTS = [pytest.param(script, marks=marks) for script, marks in NEEDS.items()]
-CHECKS = [
-    pytest.param(script.__name__, check, marks=NEEDS[script.__name__])
-    for script in (ddp, fsdp)
-    for check in checks_of(vars(script))
-]
+SCRIPTS = (ddp, fsdp, tensor_parallel)
+
+
+def checks_in(scripts: Sequence[ModuleType]) -> list[str]:
+    """Return the checks of scripts, each as `script-check`."""
+    return [f"{name_of(script)}-{check}" for script in scripts for check in checks_of(vars(script))]
+
+
+def name_of(script: ModuleType) -> str:
+    return script.__name__.rpartition(".")[2]
+
+
+def launch(scripts: Sequence[ModuleType], folder: Path) -> dict[str, object]:
+    """Run scripts on two ranks, in a folder that is made."""
+    folder.mkdir()
+    names = map(name_of, scripts)
+    done = ended(started(("-m", "tests.distributed", str(folder), *names), ROOT), SECONDS)
+    passed = [path.parent.relative_to(folder) for path in folder.glob("*/*/passed")]
+    output = done.stdout + done.stderr
+    return {"passed": ["-".join(path.parts) for path in passed], "output": output}
 
 
 @pytest.fixture
-def launched(script, shared_folder):
-    """Return the checks that a script has passed, and its output; each script runs once."""
-    _, found = once(shared_folder, script, lambda folder: launch(script, folder))
+def launched(shared_folder):
+    """Return the checks that have passed, and the output."""
+    _, found = once(shared_folder, "ranks", lambda folder: launch(SCRIPTS, folder))
     return set(found["passed"]), found["output"]
 
 
-def launch(script: str, folder: Path) -> dict[str, object]:
-    """Run a script on two ranks, in a folder that is made."""
-    folder.mkdir()
-    done = ended(started((*TORCHRUN, "-m", script, str(folder)), ROOT), SECONDS)
-    output = done.stdout + done.stderr
-    return {"passed": [path.parent.name for path in folder.glob("*/passed")], "output": output}
+MARKS = {"fsdp": needs_fully_shard}
+CHECKS = [
+    pytest.param(check, marks=MARKS.get(check.partition("-")[0], ()))
+    for check in checks_in(SCRIPTS)
+]
 
 
-@pytest.mark.parametrize(("script", "check"), CHECKS)
-def test_on_two_ranks(script, check, launched):
+@pytest.mark.parametrize("check", CHECKS)
+def test_on_two_ranks(check, launched):
     passed, output = launched
     assert check in passed, output
-
-
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_every_check_has_run(script, launched):
-    passed, output = launched
-    assert passed == {param.values[1] for param in CHECKS if param.values[0] == script}, output
 
 
 class TestDataParallel:

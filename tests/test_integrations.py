@@ -34,10 +34,6 @@ import disha
 from disha.integrations import lightning
 from disha.integrations.accelerate import keep_adapter_only
 from disha.integrations.transformers import AdapterCheckpoints
-from tests.conftest import once
-from tests.distributed import trainer_fsdp
-from tests.distributed.harness import checks_of
-from tests.test_distributed import launch
 
 SIZES = {
     "vocab_size": 64,
@@ -211,13 +207,6 @@ def test_deepspeed_is_refused_by_name(monkeypatch):
     monkeypatch.setitem(PartialState._shared_state, "distributed_type", kind)
     with pytest.raises(disha.ArgumentError, match=r"DeepSpeed.*call disha\.save_adapter"):
         AdapterCheckpoints(model).on_init_end(None, None, None, model=model)
-
-
-@pytest.mark.parametrize("check", checks_of(vars(trainer_fsdp)))
-def test_with_fsdp_on_two_ranks(check, shared_folder):
-    script = trainer_fsdp.__name__
-    _, found = once(shared_folder, script, lambda folder: launch(script, folder))
-    assert check in found["passed"], found["output"]
 
 
 class Killed(BaseException):

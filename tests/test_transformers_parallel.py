@@ -1,19 +1,38 @@
-"""Parallel models of `transformers` in two processes under torchrun, of which each check is one."""
+"""Parallel models and trainers of `transformers`, and `disha finetune`, on two ranks."""
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
+from disha.finetune import main
 from tests.conftest import once
-from tests.distributed import transformers_parallel
-from tests.distributed.harness import checks_of
-from tests.test_distributed import launch
+from tests.distributed import finetune, trainer_fsdp, transformers_parallel
+from tests.test_distributed import checks_in, launch
 
-SCRIPT = transformers_parallel.__name__
-CHECKS = list(checks_of(vars(transformers_parallel)))
+SCRIPTS = (transformers_parallel, trainer_fsdp, finetune)
 
 
-@pytest.mark.parametrize("check", CHECKS)
-def test_on_two_ranks(check, shared_folder):
-    _, found = once(shared_folder, SCRIPT, lambda folder: launch(SCRIPT, folder))
-    assert check in found["passed"], found["output"]
+@pytest.fixture
+def launched(shared_folder):
+    """Return the folder of the ranks, the checks that have passed, and the output."""
+    name = "ranks_of_transformers"
+    folder, found = once(shared_folder, name, lambda folder: launch(SCRIPTS, folder))
+    return folder, set(found["passed"]), found["output"]
+
+
+@pytest.mark.parametrize("check", checks_in(SCRIPTS))
+def test_on_two_ranks(check, launched):
+    _, passed, output = launched
+    assert check in passed, output
+
+
+def test_two_processes_give_the_losses_of_one(launched):
+    folder = launched[0] / "finetune" / "check_a_run"
+    assert main(finetune.words(folder, "one")) == 0
+    expected, found = (
+        json.loads((folder / name / "report.json").read_text())["training_losses"]
+        for name in ("one", "two")
+    )
+    assert list(found.values()) == pytest.approx(list(expected.values()), rel=1e-4)

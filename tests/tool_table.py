@@ -90,10 +90,11 @@ def _passed(test: str, passed: Mapping[str, bool]) -> bool:
 
 TRAINER = "test_integrations"
 TRL = "test_integrations_trl"
-FSDP = "test_distributed::test_on_two_ranks[tests.distributed.fsdp-check_{}]"
-DDP = "test_distributed::test_on_two_ranks[tests.distributed.ddp-check_{}]"
-TENSOR = "test_tensor_parallel::test_on_two_ranks[check_{}]"
-OF_TRANSFORMERS = "test_transformers_parallel::test_on_two_ranks[check_{}]"
+FSDP = "test_distributed::test_on_two_ranks[fsdp-check_{}]"
+DDP = "test_distributed::test_on_two_ranks[ddp-check_{}]"
+TENSOR = "test_distributed::test_on_two_ranks[tensor_parallel-check_{}]"
+OF_TRANSFORMERS = "test_transformers_parallel::test_on_two_ranks[transformers_parallel-check_{}]"
+WITH_FSDP = "test_transformers_parallel::test_on_two_ranks[trainer_fsdp-check_{}]"
 PEFT = "test_interop_peft"
 LORA = "test_interop_lora"
 EXPERTS = "test_interop_experts"
@@ -128,7 +129,7 @@ that two processes train and save the same as one.
                 "best is loaded": (f"{TRAINER}::test_the_best_is_loaded_at_the_end",),
             },
             "Trainer with FSDP": {
-                "adapter only": (f"{TRAINER}::test_with_fsdp_on_two_ranks",),
+                "adapter only": (WITH_FSDP.format("checkpoints_are_small_and_resume_bit_for_bit"),),
             },
             "Trainer with DeepSpeed": {
                 "trains": (REFUSED, f"{TRAINER}::test_deepspeed_is_refused_by_name"),

@@ -21,7 +21,6 @@ from tests.distributed.harness import (
     blocks,
     close,
     loss_of,
-    main,
     own_part,
     train,
 )
@@ -174,7 +173,3 @@ def check_flattened_parameters_are_refused(folder):
     assert (folder / "a").read_bytes() == (folder / "b").read_bytes()
     with pytest.raises(ModeError, match="use fully_shard"):
         model(batch())
-
-
-if __name__ == "__main__":
-    main(globals())

@@ -52,7 +52,6 @@ from tests.distributed.harness import (
     blocks,
     close,
     loss_of,
-    main,
     own_part,
     train,
     whole,
@@ -479,7 +478,3 @@ def check_compiled(folder):
     for model in (sharded(adapted(compiled=True)), sharded(before), after):
         assert saved(model, folder / "a") == plain
         assert_trains_alike(adapted(), model)
-
-
-if __name__ == "__main__":
-    main(globals())

@@ -1,8 +1,7 @@
-"""What the scripts of this folder share: they run their checks in two processes, under torchrun.
+"""What the scripts of this folder share, which `python -m tests.distributed` runs on two ranks.
 
-Each script is started as `python -m torch.distributed.run --nproc_per_node 2 -m <script> <folder>`
-by `tests/test_distributed.py`. Rank 0 notes in the folder which checks have passed. After a failed
-check the ranks are out of step, so nothing more is run.
+Rank 0 notes in the folder which checks have passed. After a failed check the ranks are out of step,
+so nothing more of the script is run.
 """
 
 from __future__ import annotations
@@ -29,10 +28,10 @@ def checks_of(namespace: Mapping[str, object]) -> dict[str, Check]:
     return {name: value for name, value in namespace.items() if name.startswith("check_")}
 
 
-def main(namespace: Mapping[str, object]) -> None:
+def run_checks(namespace: Mapping[str, object], folder: Path) -> None:
+    """Run the checks of a script, as one of its ranks."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", timeout=timedelta(seconds=30))
-    folder = Path(sys.argv[1])
     for name, check in checks_of(namespace).items():
         own = folder / name
         own.mkdir(exist_ok=True)

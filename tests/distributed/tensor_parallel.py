@@ -28,7 +28,7 @@ from torch.utils.checkpoint import checkpoint
 import disha
 from disha import AdaptedLayer, ArgumentError, MergeError, ModeError, TargetError
 from tests.conftest import perturb
-from tests.distributed.harness import assert_same, blocks, close, main
+from tests.distributed.harness import assert_same, blocks, close
 from tests.processes import RANKS
 
 PLAN = {"up": ColwiseParallel, "down": RowwiseParallel}
@@ -343,7 +343,3 @@ def check_routed_samples_of_replicated_weights_are_refused(folder):
     x = DTensor.from_local(inputs(), mesh(), [Replicate()])
     with disha.route_adapters(model, ["default", None] * 2), pytest.raises(ModeError):
         model(x)
-
-
-if __name__ == "__main__":
-    main(globals())

@@ -9,7 +9,6 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArgumen
 
 import disha
 from disha.integrations.transformers import AdapterCheckpoints
-from tests.distributed.harness import main
 
 SIZES = {
     "vocab_size": 32,
@@ -86,7 +85,3 @@ def check_the_best_is_loaded(folder):
     disha.save_adapter(trainer.model, folder / "best.safetensors")
     expected = (folder / "checkpoint-2" / "adapter.safetensors").read_bytes()
     assert (folder / "best.safetensors").read_bytes() == expected
-
-
-if __name__ == "__main__":
-    main(globals())

@@ -7,7 +7,6 @@ import warnings
 import pytest
 import torch
 import torch.distributed as dist
-import transformers
 from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
@@ -19,7 +18,6 @@ from transformers.distributed import DistributedConfig
 
 import disha
 from tests.conftest import perturb
-from tests.distributed.harness import main
 from tests.processes import RANKS
 
 SIZES = {
@@ -91,9 +89,3 @@ def check_packed_experts_are_refused(folder):
     assert any(
         "experts.gate_up_proj: its weight is a DTensor" in str(one.message) for one in caught
     )
-
-
-if __name__ == "__main__":
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    main(globals())

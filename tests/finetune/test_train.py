@@ -16,7 +16,7 @@ from disha.finetune.base import load_base, noted_base
 from tests.finetune import tiny_gguf
 from tests.finetune.conftest import Result
 from tests.finetune.tiny_models import FAMILIES, rows, write_model, write_rows
-from tests.processes import TORCHRUN, environment
+from tests.processes import environment
 
 AUTHORS = shlex.split(
     """--init_weights True --bits bf16 --dataset_split train[:100000]
@@ -297,18 +297,3 @@ class TestResuming:
     def test_without_a_checkpoint_it_starts_at_the_beginning(self, finetune, tmp_path, capsys):
         assert finetune(tmp_path, "--resume").report["resumed_from"] is None
         assert "starting at the beginning" in capsys.readouterr().out
-
-
-def test_two_processes_give_the_losses_of_one(tiny, data, tmp_path, uninterrupted):
-    words = ["--base", tiny, "--data", data, "--bone_r", 8, "--learning_rate", 0.01]
-    words += ["--samples", 0, *EXACT, "--dropout", 0]
-    one = [*words, "--output_dir", tmp_path / "one"]
-    assert main([str(word) for word in one]) == 0
-    words += ["--output_dir", tmp_path / "two", "--per_device_train_batch_size", 2]
-    command = [sys.executable, *TORCHRUN, "-m", "disha", "finetune", *map(str, words)]
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    expected, found = (Result(tmp_path / name).report for name in ("one", "two"))
-    assert list(found["training_losses"].values()) == pytest.approx(
-        list(expected["training_losses"].values()), rel=1e-4
-    )

@@ -1,0 +1,44 @@
+"""`python -m tests.distributed FOLDER SCRIPT...`: run the checks of scripts, each on two ranks.
+
+The ranks get the variables of torchrun. They are forks of this process, which has imported the
+scripts, because importing torch takes longer than most checks.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+import sys
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+
+from tests.distributed.harness import run_checks
+from tests.processes import RANKS
+
+
+def on_ranks(script: ModuleType, folder: Path) -> None:
+    """Run the checks of a script, and wait for the ranks."""
+    folder.mkdir()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(RANKS)}
+    fork = multiprocessing.get_context("fork")
+    ranks = [fork.Process(target=as_rank, args=(rank, script, folder)) for rank in range(RANKS)]
+    for one in ranks:
+        one.start()
+    for one in ranks:
+        one.join()
+
+
+def as_rank(rank: int, script: ModuleType, folder: Path) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(RANKS)}
+    run_checks(vars(script), folder)
+
+
+if __name__ == "__main__":
+    scripts = [import_module(f"tests.distributed.{name}") for name in sys.argv[2:]]
+    for script, name in zip(scripts, sys.argv[2:], strict=True):
+        on_ranks(script, Path(sys.argv[1]) / name)
