@@ -128,7 +128,7 @@ def apply_plan(view: ModelView, plan: Plan, undo: ExitStack, *, activate: bool =
     blocks: dict[nn.Module, list[Block]] = {}
     for one in plan.layers:
         assert one.slot is not None
-        block = make_block(one.module, one.slot, plan.config, one.r, one.dtype)
+        block = make_block(one.module, one.slot, plan.config, one.r, one.values)
         blocks.setdefault(one.module, []).append(block)
     # Contexts cover the layers of a group together.
     groups = [layer.disha.group for _, layer in view.layers if layer.disha.group is not LOOSE]

@@ -66,7 +66,8 @@ class PlannedLayer:
     slot: Slot | None = None  # None if the layout is unknown
     config: AdapterConfig | None = None
     r: int = 0
-    dtype: torch.dtype | None = None  # of its block; None for that of the configuration
+    # Of its block; None for those of `init`.
+    values: Tensor | None = field(default=None, repr=False, compare=False)
     reason: str = ""  # why it is not adapted; empty if it is
 
     @cached_property
@@ -378,8 +379,8 @@ def plan_weights(
         tensor, found = tensors[layer.key], known.get(layer.name)
         reason: str | None = "the model has no such layer"
         if found is not None:
-            found = _as_recorded(found, layer, config, dtype or tensor.dtype)
-            reason = _reason_against_record(found, layer, layer.geometry(tensor.shape))
+            found = _as_recorded(found, layer, config, tensor.to(dtype or tensor.dtype))
+            reason = _reason_against_record(found, layer, tuple(tensor.shape))
         if found is None or reason is not None:
             reasons.append(f"{printable(layer.name, WIDEST) or '(the model)'}: {reason}")
         else:
@@ -402,7 +403,7 @@ def plan_weights(
 
 
 def _as_recorded(
-    one: PlannedLayer, layer: LayerRecord, config: AdapterConfig, dtype: torch.dtype
+    one: PlannedLayer, layer: LayerRecord, config: AdapterConfig, values: Tensor
 ) -> PlannedLayer:
     """Return a weight with the block and the rows of the file, and its layout if none is known."""
     slot = one.slot
@@ -410,11 +411,16 @@ def _as_recorded(
         slot = slot_of(one.attribute, layer.layout)
     if slot is not None and layer.rows:
         slot = replace(slot, rows=layer.rows)
-    return replace(one, slot=slot, config=config, r=layer.r, dtype=dtype)
+    return replace(one, slot=slot, config=config, r=layer.r, values=values)
 
 
-def _reason_against_record(one: PlannedLayer, layer: LayerRecord, geometry: Geometry) -> str | None:
+def _reason_against_record(
+    one: PlannedLayer, layer: LayerRecord, block: tuple[int, ...]
+) -> str | None:
     """Return why a weight can't be adapted as a file describes it."""
+    reason = layer.reason_against_block(block)
+    if reason is not None:
+        return reason
     reason = _reason_against(one, layer.method)
     if reason is not None or one.slot is None:
         return f"can't be adapted: {reason}"
@@ -424,6 +430,7 @@ def _reason_against_record(one: PlannedLayer, layer: LayerRecord, geometry: Geom
         return "its weight is on the meta device; give the model its weights first"
     if layer.layout != one.slot.layout:
         return f"expected the layout {layer.layout}, found {one.slot.layout} in the model"
+    geometry = layer.geometry(block)
     if geometry != one.geometry:
         return f"expected {_sizes(geometry)}, found {_sizes(one.geometry)} in the model"
     return _reason_against_block(one)

@@ -17,7 +17,7 @@ from torch import nn
 
 import disha
 from disha import AdapterFileError
-from disha.files import saving
+from disha.files import disk
 from disha.files.contents import adapter_contents, read_contents, write_contents
 from disha.functional import Layout, bat_delta_weight, bone_delta_weight
 from disha.interop import lora, low_rank
@@ -493,7 +493,7 @@ def test_a_failed_write_leaves_the_old_folder(tmp_path, monkeypatch):
     def fail(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(saving, "save_file", fail)
+    monkeypatch.setattr(disk, "save_file", fail)
     with pytest.raises(disha.AdapterIOError, match="No space left"):
         lora.export(ours, tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before

@@ -15,7 +15,7 @@ import torch
 
 import disha
 from disha import AdapterIOError, ArgumentTypeError
-from disha.files.saving import save, save_tensors
+from disha.files.disk import save, save_tensors
 from tests.adapter_files import trained
 
 NEW = {"x": torch.ones(40_000)}

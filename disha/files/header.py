@@ -17,8 +17,8 @@ from torch import Tensor
 
 from disha.config import AdapterConfig, check_positive_int, check_scale, checked_rows
 from disha.errors import AdapterFileError, ArgumentTypeError
-from disha.files.opening import other_format
-from disha.functional import Layout, layout_of
+from disha.files.disk import other_format
+from disha.functional import METHODS, Layout, layout_of
 from disha.records import LayerRecord, records_of
 from disha.text import brief, counted, first_few, printable, table
 
@@ -196,6 +196,13 @@ def _parsed(path: Path, found: Any, tensors: Mapping[str, Tensor]) -> AdapterFil
     _check_type("metadata", found["metadata"], dict)
     for one in (*found["also_train"], *found["metadata"].values()):
         _check_type("a name or a note", one, str)
+    _check_type("config", found["config"], dict)
+    method = found["config"].get("method")
+    if isinstance(method, str) and method not in METHODS:
+        raise AdapterFileError(
+            f"{path} has blocks of the method {brief(method)}, which is unknown here; register the "
+            "method first (disha.functional.METHODS)"
+        )
     config = AdapterConfig.from_json(found["config"])
     return AdapterFile(
         config=config,

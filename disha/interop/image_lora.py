@@ -23,8 +23,7 @@ from disha.errors import (
     ConversionError,
 )
 from disha.files.contents import Contents, adapter_contents, load_contents
-from disha.files.opening import opened
-from disha.files.saving import PathLike, checked_path, save_tensors
+from disha.files.disk import PathLike, checked_path, opened, save_tensors
 from disha.functional import Layout
 from disha.inject import remove_adapters
 from disha.interop.lora import tensors_of, unknown_to_lora

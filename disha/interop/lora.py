@@ -19,7 +19,7 @@ from disha.config import check_scale
 from disha.errors import AdapterFileError, ArgumentError, ArgumentTypeError, ConversionError
 from disha.files import AdapterHeader
 from disha.files.contents import Contents, adapter_contents, load_contents
-from disha.files.saving import PathLike, checked_path
+from disha.files.disk import PathLike, checked_path
 from disha.functional import Layout
 from disha.interop import experts as stacks
 from disha.interop.low_rank import (

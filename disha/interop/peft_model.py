@@ -223,5 +223,4 @@ def under_first_names(view: ModelView, path: Path, contents: Contents) -> Conten
         elif names[0] == name:
             kept.append(name)
     refuse_to_load(path, problems)
-    header = narrowed(header, header.layers, kept)
-    return header, {key: tensors[key] for key in header.tensors}
+    return narrowed(header, tensors, header.layers, kept)

@@ -44,7 +44,8 @@ def block_name(method: str) -> str:
 class Block(nn.Module):
     """One adapter's trainable block of one weight, with its `scale`, `dropout`, `method` and `r`.
 
-    `split` says how a tensor-parallel plan has cut the weight before the block was made.
+    `make_block` sets its values. `split` says how a tensor-parallel plan has cut the weight before
+    the block was made.
     """
 
     scale_tensor: Tensor
@@ -75,7 +76,6 @@ class Block(nn.Module):
             self._parameters[self.parameter_name] = nn.Parameter(values)
             self.register_buffer("scale_tensor", None, persistent=False)
             self._write_scale()
-            self.reset_parameters()
 
     @property
     def block(self) -> nn.Parameter:

@@ -118,9 +118,9 @@ def make_block(
     slot: Slot,
     config: AdapterConfig,
     r: int,
-    dtype: torch.dtype | None = None,
+    values: Tensor | None = None,
 ) -> Block:
-    """Return a new block for a weight of a module, on the weight's device."""
+    """Return a new block for a weight, on its device, with copied values or those of `init`."""
     shape = method_of(config.method).block_shape(
         slot.layout, weight_shape(module, slot), r, config.r_out, slot.rows
     )
@@ -131,8 +131,13 @@ def make_block(
         weight = read_weight(module, slot.parameter)
         split = split_of(weight)
         device, own = device_of_weight(module, weight), merge_dtype(weight.dtype)
-    dtype = dtype or config.dtype or own
-    return Block(shape, slot=slot, config=config, r=r, device=device, dtype=dtype, split=split)
+    dtype = (config.dtype or own) if values is None else values.dtype
+    block = Block(shape, slot=slot, config=config, r=r, device=device, dtype=dtype, split=split)
+    if values is None:
+        block.reset_parameters()
+    else:
+        block.block.detach().copy_(values)
+    return block
 
 
 def device_of_weight(module: nn.Module, weight: Tensor) -> torch.device:

@@ -1,0 +1,114 @@
+"""Files on disk: save them whole, open safetensors, and say what a file is that is none.
+
+A reader finds the old version of a file or the new one, each of them whole: the new version is
+written in a folder beside the target, then takes its place. A killed save leaves that folder. Its
+name depends only on the target, so the next save of the target removes it.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, distributed
+
+from disha.errors import AdapterFileError, AdapterIOError, ArgumentTypeError
+
+__all__ = [
+    "ADAPTER_NAME",
+    "PathLike",
+    "checked_path",
+    "file_at",
+    "opened",
+    "other_format",
+    "save",
+    "save_tensors",
+]
+
+PathLike = str | os.PathLike[str]
+
+ADAPTER_NAME = "adapter.safetensors"
+"""The name of the adapter file in output folders and checkpoints."""
+
+PICKLES = (b"PK\x03\x04", b"\x80")
+"""How the files of torch.save begin."""
+
+
+def checked_path(path: object) -> Path:
+    """Return a path as a `Path`."""
+    if not isinstance(path, (str, os.PathLike)) or not isinstance(os.fspath(path), str):
+        raise ArgumentTypeError(f"path must be a str or a pathlib.Path, got {path!r}")
+    return Path(path)
+
+
+def file_at(path: PathLike) -> Path:
+    """Return the path of an adapter file; a folder stands for the file of the usual name in it."""
+    found = checked_path(path)
+    is_folder = os.fspath(path).endswith(("/", os.sep)) or os.path.isdir(found)
+    return found / ADAPTER_NAME if is_folder else found
+
+
+def save(path: PathLike, write: Callable[[Path], object]) -> None:
+    """Save what `write` writes to the path that it gets. A symbolic link stays."""
+    target = Path(os.path.realpath(checked_path(path)))
+    many = distributed.is_available() and distributed.is_initialized()  # ranks may save at once
+    draft = target.with_name(f".{target.name}.{distributed.get_rank() if many else 0}.tmp")
+    new = draft / target.name
+    try:
+        shutil.rmtree(draft, ignore_errors=True)
+        draft.mkdir()
+        write(new)
+        # safetensors makes files that only their owner can read.
+        new.chmod((target if target.exists() else draft).stat().st_mode & 0o666)
+        with new.open("r+b") as file:
+            os.fsync(file.fileno())
+        new.replace(target)
+    except (OSError, ValueError, SafetensorError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise AdapterIOError(f"can't save to {target}: {reason}; nothing was changed") from error
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def save_tensors(path: PathLike, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
+    """Save a safetensors file. Of the files in a folder, save the configuration last."""
+    whole = {key: tensor.contiguous() for key, tensor in tensors.items()}
+    save(path, lambda new: save_file(whole, new, metadata))
+
+
+def opened(path: Path) -> Any:
+    """Open a safetensors file by `safe_open`."""
+    try:
+        with open(path, "rb") as file:
+            start = file.read(4)
+        return safe_open(path, "pt")
+    except (OSError, ValueError) as error:
+        other = other_format(path)
+        if other is not None:
+            raise AdapterFileError(other) from error
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise AdapterIOError(f"can't read {path}: {reason}; check the path") from error
+    except SafetensorError as error:
+        if start.startswith(PICKLES):
+            raise AdapterFileError(
+                f"{path} is a pickle, as torch.save writes; read it with torch.load, and give the "
+                "result to load_adapter_state_dict"
+            ) from error
+        raise AdapterFileError(
+            f"{path} is not a complete safetensors file ({error}); it is damaged, was cut off, or "
+            "is another kind of file. Get it again"
+        ) from error
+
+
+def other_format(path: Path) -> str | None:
+    """Return what to do with a path in a folder that PEFT wrote, or None for another path."""
+    config = path.parent / "adapter_config.json"
+    if not os.path.isfile(config):
+        return None
+    reader = "lora" if '"LORA"' in config.read_text(errors="replace") else "peft"
+    return f"{path.parent} is a folder of PEFT; read it with disha.interop.{reader}.load"
