@@ -22,11 +22,11 @@ from disha import (
     ArgumentTypeError,
     MergeError,
 )
+from disha.interop import checkpoints
 from disha.interop.checkpoints import (
     base_shapes,
     base_weights,
     merge_into_checkpoint,
-    merging,
     misfits,
     open_checkpoint,
 )
@@ -503,7 +503,7 @@ class TestFailure:
         def full(*_):
             raise OSError(28, "No space left on device")
 
-        monkeypatch.setattr(merging, "save_file", full)
+        monkeypatch.setattr(checkpoints, "save_file", full)
         with pytest.raises(AdapterIOError, match="No space left"):
             setting.merge(overwrite=True)
         assert_same_bits(tensors_in(setting.out), before)
@@ -570,8 +570,8 @@ class TestBelonging:
         assert torch.equal(weight("proj"), state["model.proj.weight"])
         for name in "qkv":
             assert torch.equal(weight(f"packed.{name}_proj"), state["model.packed.in_proj_weight"])
-        shape = base_shapes(checkpoint, ["proj.weight", "proj.bias"])
-        assert (shape("proj.weight"), shape("proj.bias"), shape("other")) == ((10, 8), (10,), None)
+        shapes = base_shapes(checkpoint, ["proj.weight", "proj.bias"])
+        assert shapes == {"proj.weight": (10, 8), "proj.bias": (10,)}
         state["model.proj.weight"] += 1
         save_sharded(state, setting.base, 2)
         with pytest.raises(AdapterFileError, match=r"proj\.weight: has other values"):

@@ -1,0 +1,513 @@
+"""Base checkpoints on disk: merge an adapter file into one, or ask whether the two belong together.
+
+A checkpoint is one safetensors file, or a folder as Hugging Face libraries write it. Its names are
+those of the adapter's model, or all of them have one prefix more, or one prefix less.
+
+Many models of `transformers` join the experts of a layer as they load a checkpoint: the matrices
+`experts.0.gate_proj.weight`, `experts.0.up_proj.weight` and so on become one parameter
+`experts.gate_up_proj` (expert, out, in). An adapter names this stack, so a checkpoint gets the
+names of its stacks too.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from disha import functional
+from disha.config import check_scale
+from disha.errors import AdapterFileError, AdapterIOError, ArgumentError, MergeError
+from disha.files import inspect_adapter
+from disha.files.contents import Contents, read_contents
+from disha.files.disk import PathLike, checked_path, opened
+from disha.files.header import AdapterHeader
+from disha.fingerprint import fingerprint, same_base
+from disha.functional.shards import merge_dtype, without_autocast
+from disha.interop.experts import DOWN, FAMILIES, GATE_UP, SEPARATE_BEFORE, by_expert, renamed
+from disha.layers.kinds import PROJECTIONS
+from disha.model import join
+from disha.records import LayerRecord
+from disha.state import finite_as
+from disha.text import counted, first_few, printable
+
+__all__ = ["MergedCheckpoint", "merge_into_checkpoint", "misfits"]
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+CONFIG = "config.json"
+SUFFIX = ".safetensors"
+
+WEIGHTS = (".safetensors", ".index.json", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5")
+"""Endings of the names of weight files and their indexes, which are not copied."""
+
+DENSE = ("F64", "F32", "BF16", "F16")
+"""The dtypes of weights that are not quantised, as safetensors calls them."""
+
+_FAMILIES = {one.gate: one for one in FAMILIES.values() if one.layout == SEPARATE_BEFORE}
+
+Stack = tuple[tuple[str, ...], ...]
+"""For each expert, the tensors whose rows, one after the other, are its matrix (out, in)."""
+
+
+@dataclass(frozen=True)
+class MergedCheckpoint:
+    """What `merge_into_checkpoint` has written; printable.
+
+    Attributes:
+        path: the folder or the file.
+        layers: the adapter's layers, all merged.
+        replaced: tensors that were replaced by parameters saved with the blocks.
+    """
+
+    path: Path
+    layers: tuple[str, ...]
+    replaced: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return (
+            f"{printable(str(self.path))}: {counted(len(self.layers), 'layer')} merged, "
+            f"{counted(len(self.replaced), 'tensor')} replaced"
+        )
+
+
+def merge_into_checkpoint(
+    base: PathLike,
+    adapter_path: PathLike,
+    out: PathLike,
+    *,
+    also_train: bool = True,
+    scale: float | None = None,
+    force: bool = False,
+    overwrite: bool = False,
+) -> MergedCheckpoint:
+    """Write a copy of a base checkpoint with an adapter merged into its weights.
+
+    W becomes W + s * dW, computed in float32 (float64 for float64 weights) and rounded once: bit
+    for bit what `merge_adapters` computes. Parameters saved with the blocks replace the base's.
+
+    The copy has the same tensor names, shards and other files as the base, except for weights in
+    other formats, so any loader of the base reads it. It appears at `out` when it is complete. If
+    the merge fails, nothing changes. The base never changes.
+
+    Args:
+        base: one safetensors file; or a folder with a `model.safetensors`, or with shards and a
+            `model.safetensors.index.json`.
+        adapter_path: the adapter file. The base has its weights under their names, or all of them
+            with one prefix more or less.
+        out: the folder to write. If it ends with `.safetensors`, the file to write, which then
+            holds all tensors. In a folder, a base that is one file becomes `model.safetensors`.
+        also_train: also merge the parameters saved with the blocks.
+        scale: runtime scale s of all layers, in place of the adapter's own.
+        force: merge even if the adapter was saved from other weights, or if an adapted embedding
+            may be tied to an output head.
+        overwrite: replace an existing checkpoint.
+
+    Returns:
+        A `MergedCheckpoint`.
+
+    Raises:
+        AdapterIOError: a file can't be read or written.
+        AdapterFileError: the adapter or the checkpoint is damaged, or they don't belong together.
+        MergeError: an adapted embedding may be tied, or a merged weight is not finite.
+        ArgumentError: an argument is out of range, or something is at `out` already.
+
+    Source: arXiv 2409.15371, section 3.
+
+    Examples:
+        >>> import pathlib, tempfile
+        >>> from safetensors.torch import load_file, save_file
+        >>> from torch import nn
+        >>> import disha
+        >>> from disha.interop.checkpoints import merge_into_checkpoint
+        >>> model = nn.Sequential(nn.Linear(8, 16))
+        >>> with tempfile.TemporaryDirectory() as name:
+        ...     folder = pathlib.Path(name)
+        ...     save_file(model.state_dict(), folder / "base.safetensors")
+        ...     model = disha.inject_adapters(model, "0", r=4, init="kaiming")
+        ...     disha.save_adapter(model, folder / "adapter")
+        ...     out = folder / "merged.safetensors"
+        ...     _ = merge_into_checkpoint(folder / "base.safetensors", folder / "adapter", out)
+        ...     merged = load_file(out)
+        >>> disha.merge_adapters(model)
+        >>> bool((merged["0.weight"] == model[0].weight).all())
+        True
+    """
+    if scale is not None:
+        check_scale(scale)
+    adapter_path, out = checked_path(adapter_path), checked_path(out)
+    checkpoint = open_checkpoint(base)
+    _check_target(out, checkpoint, overwrite)
+    contents = read_contents(adapter_path, also_train=also_train)
+    header = contents[0]
+    keys = _keys(checkpoint, header)
+    _refuse(checkpoint, _wrong_shapes(checkpoint, header, keys))
+    if not force:
+        _refuse(checkpoint, _other_values(checkpoint, header, keys))
+        _refuse_tied(checkpoint, header.layers)
+    merge = _Merge(checkpoint, keys, contents, scale)
+    with _written(out) as new:
+        if out.suffix == SUFFIX:
+            merge.write(new, list(checkpoint.files))
+        else:
+            merge.write_folder(new)
+    layers = tuple(record.name for record in header.layers)
+    return MergedCheckpoint(out, layers, tuple(keys[name] for name in header.also_train))
+
+
+def misfits(base: PathLike, adapter_path: PathLike) -> list[str]:
+    """Return a line for each layer of an adapter file that does not belong to a base checkpoint.
+
+    A layer belongs there if the checkpoint has a weight of its name and shape, with the values that
+    the adapter was saved from. The fingerprint of a weight consists of 64 of its values.
+
+    Args:
+        base: one safetensors file, or a folder as Hugging Face libraries write it.
+        adapter_path: the adapter file.
+
+    Raises:
+        AdapterIOError: a file can't be read.
+        AdapterFileError: a file is damaged, or the checkpoint lacks some of the weights.
+
+    Examples:
+        >>> import pathlib, tempfile
+        >>> from safetensors.torch import save_file
+        >>> from torch import nn
+        >>> import disha
+        >>> from disha.interop.checkpoints import misfits
+        >>> model = nn.Sequential(nn.Linear(8, 16))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     base, path = pathlib.Path(folder, "base.safetensors"), pathlib.Path(folder, "a")
+        ...     save_file(model.state_dict(), base)
+        ...     disha.save_adapter(disha.inject_adapters(model, "0", r=4), path)
+        ...     misfits(base, path)
+        []
+    """
+    header, checkpoint = inspect_adapter(adapter_path), open_checkpoint(base)
+    keys = _keys(checkpoint, header)
+    return _wrong_shapes(checkpoint, header, keys) or _other_values(checkpoint, header, keys)
+
+
+# --- a checkpoint --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A base checkpoint, opened but not read: the file of each tensor, and its stacks."""
+
+    path: Path
+    files: Mapping[str, Path]
+    stacks: Mapping[str, Stack]
+
+    def tensor(self, key: str) -> Tensor:
+        """Return a tensor or a stack."""
+        if key in self.stacks:
+            return torch.stack([self.matrix(names) for names in self.stacks[key]])
+        with opened(self.files[key]) as file:
+            tensor: Tensor = file.get_tensor(key)
+        return tensor
+
+    def matrix(self, names: Iterable[str]) -> Tensor:
+        """Return the matrix (out, in) of one expert."""
+        return torch.cat([self.tensor(name) for name in names])
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        """Return the shape of a tensor or a stack."""
+        if key in self.stacks:
+            shapes = [self.shape(name) for name in self.stacks[key][0]]
+            return len(self.stacks[key]), sum(rows for rows, _ in shapes), shapes[0][1]
+        with opened(self.files[key]) as file:
+            return tuple(file.get_slice(key).get_shape())
+
+    def dtype(self, key: str) -> str:
+        """Return the dtype of a tensor or a stack, as safetensors calls it."""
+        name = self.stacks[key][0][0] if key in self.stacks else key
+        with opened(self.files[name]) as file:
+            return str(file.get_slice(name).get_dtype())
+
+    def config(self) -> dict[str, Any]:
+        """Return the content of config.json in the folder, or beside the file; {} if none."""
+        path = (self.path if self.path.is_dir() else self.path.parent) / CONFIG
+        return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
+
+
+def open_checkpoint(path: PathLike) -> Checkpoint:
+    """Open a base checkpoint: a file, or a folder with one `model.safetensors` or an index."""
+    path = checked_path(path)
+    index = path / INDEX
+    file = path / SINGLE if path.is_dir() else path
+    if file == path or file.is_file():
+        with opened(file) as tensors:
+            files = dict.fromkeys(tensors.keys(), file)
+    elif index.is_file():
+        shards = json.loads(index.read_text(encoding="utf-8")).get("weight_map")
+        if not shards:
+            raise AdapterFileError(f"{index}: weight_map names no tensors; get the folder again")
+        files = {name: path / shard for name, shard in shards.items()}
+    else:
+        raise AdapterIOError(
+            f"{path} holds neither {SINGLE} nor {INDEX}; name a checkpoint of safetensors"
+        )
+    return Checkpoint(path, files, _stacks_of(files))
+
+
+def _stacks_of(names: Collection[str]) -> dict[str, Stack]:
+    """Return stack's name in the model -> the stack, for all experts that are stored one by one."""
+    weights = (name.removesuffix(".weight") for name in names if name.endswith(".weight"))
+    found: dict[str, Stack] = {}
+    for module, projections in by_expert(weights).items():
+        family = next((one for gate, one in _FAMILIES.items() if gate in projections), None)
+        if family is None:
+            continue
+        home = renamed(module, family.block, "mlp")
+        for last, parts in ((GATE_UP, (family.gate, family.up)), (DOWN, (family.down,))):
+            experts = [projections.get(part, {}) for part in parts]
+            numbers = range(len(experts[0]))
+            if all(set(one) == set(numbers) for one in experts):
+                found[f"{home}.{last}"] = tuple(
+                    tuple(f"{one[number]}.weight" for one in experts) for number in numbers
+                )
+    # A stack that is stored as one tensor too is that tensor.
+    return {name: stack for name, stack in found.items() if name not in names}
+
+
+# --- the weights of an adapter -------------------------------------------------------------------
+
+
+def base_shapes(checkpoint: Checkpoint, names: Iterable[str]) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of parameters, by their names in the adapter's model."""
+    keys = _stored(checkpoint, {name: (name,) for name in names})
+    return {name: checkpoint.shape(key) for name, key in keys.items()}
+
+
+def base_weights(checkpoint: Checkpoint, header: AdapterHeader) -> Callable[[str], Tensor]:
+    """Return a function from a layer's name to its base weight; raise if the base is another."""
+    keys = _keys(checkpoint, header)
+    wrong = _wrong_shapes(checkpoint, header, keys) or _other_values(checkpoint, header, keys)
+    _refuse(checkpoint, wrong)
+    return lambda name: checkpoint.tensor(keys[name])
+
+
+def _keys(checkpoint: Checkpoint, header: AdapterHeader) -> dict[str, str]:
+    """Return layer, or parameter besides the blocks -> the name of its tensor in a checkpoint."""
+    wanted: dict[str, tuple[str, ...]] = {name: (name,) for name in header.also_train}
+    for layer in header.layers:
+        owner, _, last = layer.name.rpartition(".")
+        wanted[layer.name] = (join(layer.name, "weight"), layer.name)
+        if last in PROJECTIONS:  # the rows of one weight of nn.MultiheadAttention, or a weight
+            packed = "in_proj_weight" if layer.rows else f"{last}_weight"
+            wanted[layer.name] += (join(owner, packed),)
+    return _stored(checkpoint, wanted)
+
+
+def _stored(checkpoint: Checkpoint, wanted: Mapping[str, tuple[str, ...]]) -> dict[str, str]:
+    """Return name -> the first of its possible names that the checkpoint has, with one prefix."""
+    stored = checkpoint.files.keys() | checkpoint.stacks.keys()
+    prefixes = {("", "")}  # the one that the checkpoint lacks, and the one that it has in addition
+    for key in next(iter(wanted.values()), ()):
+        prefixes |= {("", one.removesuffix(key)) for one in stored if one.endswith(f".{key}")}
+        prefixes |= {(key.removesuffix(one), "") for one in stored if key.endswith(f".{one}")}
+    found: dict[tuple[str, str], dict[str, str]] = {}
+    for less, more in sorted(prefixes, key=lambda one: len(one[0] + one[1])):
+        own = found[less, more] = {}
+        for name, keys in wanted.items():
+            possible = [more + key.removeprefix(less) for key in keys]
+            own.update((name, key) for key in reversed(possible) if key in stored)
+    best = max(found, key=lambda one: len(found[one]))  # the shortest of the best
+    absent = [keys[0] for name, keys in wanted.items() if name not in found[best]]
+    complete = [one for one in found.values() if len(one) == len(wanted)]
+    if absent or (best != ("", "") and len(complete) > 1):
+        there = first_few(sorted(stored), 5, ", ")
+        lacks = f"lacks {first_few(absent, 5, ', ')}" if absent else "fits by several prefixes"
+        raise AdapterFileError(
+            f"{checkpoint.path} {lacks}; it has {there}. If "
+            "a weight is tied, merge the adapter in the model (merge_adapters)"
+        )
+    return found[best]
+
+
+def _wrong_shapes(
+    checkpoint: Checkpoint, header: AdapterHeader, keys: Mapping[str, str]
+) -> list[str]:
+    """Return the weights that are quantised, or have another shape than in the adapter."""
+    found = []
+    for layer in header.layers:
+        key = keys[layer.name]
+        dtype, shape = checkpoint.dtype(key), checkpoint.shape(key)
+        problem = layer.reason_against_weight(header.tensors[layer.key].shape, shape)
+        if dtype not in DENSE:
+            problem = f"is quantised or packed there ({dtype}); give the original checkpoint"
+        found += [] if problem is None else [f"{key}: {problem}"]
+    for name in header.also_train:
+        own, shape = tuple(header.tensors[name].shape), checkpoint.shape(keys[name])
+        found += [] if shape == own else [f"{name}: {own}, the checkpoint has {shape}"]
+    return found
+
+
+def _other_values(
+    checkpoint: Checkpoint, header: AdapterHeader, keys: Mapping[str, str]
+) -> list[str]:
+    """Return the layers whose weights are not those that the adapter was saved from."""
+    found, replaced = [], {keys[name] for name in header.also_train}
+    for layer in header.layers:
+        key = keys[layer.name]
+        if layer.base is None or key in replaced:
+            continue
+        now = fingerprint(layer.adapted_part(checkpoint.tensor(key)))
+        if now is not None and not same_base(now, layer.base):
+            found.append(f"{key}: has other values than the weight that the adapter was saved from")
+    return found
+
+
+def _refuse(checkpoint: Checkpoint, problems: Sequence[str]) -> None:
+    if problems:
+        raise AdapterFileError(
+            f"{checkpoint.path} is not the base of this adapter:\n{first_few(problems, 20)}\n"
+            "Give the base that it was trained on, or merge with `force`"
+        )
+
+
+# --- checks before anything is written -----------------------------------------------------------
+
+
+def _check_target(out: Path, checkpoint: Checkpoint, overwrite: bool) -> None:
+    target, source = out.resolve(), checkpoint.path.resolve()
+    if target in (source, *source.parents) or source in target.parents:
+        raise ArgumentError(f"can't write to {out}: the base is there; name another place")
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    if not overwrite:
+        raise ArgumentError(f"{out} exists; choose another name, or set `overwrite`")
+    is_checkpoint = any((out / name).is_file() for name in (SINGLE, INDEX))
+    if out.is_dir() and (out.suffix == SUFFIX or not is_checkpoint):
+        raise ArgumentError(
+            f"{out} is no checkpoint, and all in it would be deleted; name another folder"
+        )
+
+
+def _refuse_tied(checkpoint: Checkpoint, layers: tuple[LayerRecord, ...]) -> None:
+    """Raise if an adapted embedding may be tied, as those of models are by default."""
+    embeddings = [layer.name for layer in layers if layer.layout.pattern == "index out"]
+    config = checkpoint.config() if embeddings else {}
+    parts = [config, *(part for part in config.values() if isinstance(part, dict))]
+    said = [part["tie_word_embeddings"] for part in parts if "tie_word_embeddings" in part]
+    if any(said) or (not said and "model_type" in config):
+        raise MergeError(
+            f"{embeddings[0]} may be tied to an output head, which merging would change too "
+            f"(tie_word_embeddings in {CONFIG}); untie them first, or merge with `force`"
+        )
+
+
+# --- tensors -------------------------------------------------------------------------------------
+
+
+class _Merge:
+    """Computes and writes the tensors of the merged checkpoint."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        keys: Mapping[str, str],
+        contents: Contents,
+        scale: float | None,
+    ) -> None:
+        header, self._blocks = contents
+        self._checkpoint, self._scale = checkpoint, scale
+        self._values = {keys[name]: self._blocks[name] for name in header.also_train}
+        self._layers: dict[str, list[LayerRecord]] = {}
+        for record in header.layers:
+            self._layers.setdefault(keys[record.name], []).append(record)
+        # Matrix of one expert -> its stack, and the number of the expert.
+        self._parts = {
+            name: (key, expert)
+            for key in self._layers.keys() | self._values.keys()
+            for expert, names in enumerate(checkpoint.stacks.get(key, ()))
+            for name in names
+        }
+
+    def write(self, path: Path, names: list[str]) -> None:
+        """Write some tensors to a file."""
+        metadata = {"format": "pt"}  # loaders require it
+        for file in {self._checkpoint.files[name] for name in names}:
+            with opened(file) as source:
+                metadata |= source.metadata() or {}
+        save_file({name: self._merged(name) for name in names}, path, metadata)
+
+    def write_folder(self, folder: Path) -> None:
+        """Write the shards, and copies of the index and of all other files that hold no weights."""
+        base, files = self._checkpoint.path, self._checkpoint.files
+        folder.mkdir()
+        for source in sorted(base.rglob("*")):
+            target = source.relative_to(base)
+            is_weights = source.name.endswith(WEIGHTS) and target != Path(INDEX)
+            if source.is_file() and not is_weights and not re.search(r"(^|/)\.", target.as_posix()):
+                (folder / target).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(source, folder / target)
+        for file in sorted({*files.values()}):
+            names = [name for name, one in files.items() if one == file]
+            self.write(folder / (SINGLE if file == base else file.name), names)
+
+    def _merged(self, name: str) -> Tensor:
+        if name not in self._parts:
+            return self._changed(name, name, self._checkpoint.tensor(name))
+        key, expert = self._parts[name]
+        names = self._checkpoint.stacks[key][expert]
+        rows = [self._checkpoint.shape(one)[0] for one in names]
+        one = slice(expert, expert + 1)
+        matrix = self._changed(key, name, self._checkpoint.matrix(names)[None], one)[0]
+        return torch.split(matrix, rows)[names.index(name)].contiguous()
+
+    def _changed(self, key: str, name: str, value: Tensor, experts: Any = ...) -> Tensor:
+        """Return the new values of a tensor, or of one expert (1, out, in) of a stack."""
+        dtype, changed = value.dtype, value
+        if key in self._values:
+            changed = self._values[key][experts].to(dtype)
+        if key in self._layers:
+            wide = changed.to(merge_dtype(dtype))
+            with without_autocast(wide.device), torch.no_grad():
+                changed = functional.merged_weight(wide, self._deltas(key, wide, experts)).to(dtype)
+        if changed is not value and not finite_as(changed, dtype) and finite_as(value, dtype):
+            raise MergeError(f"{name} would not be finite in {dtype}; give a smaller `scale`")
+        return changed
+
+    def _deltas(self, key: str, weight: Tensor, experts: Any) -> Iterator[tuple[Tensor, float]]:
+        for one in self._layers.get(key, ()):
+            block = self._blocks[one.key][experts]
+            method = functional.method_of(one.method)
+            delta = method.delta_weight(one.layout, block, weight, one.rows)
+            yield delta, one.scale if self._scale is None else self._scale
+
+
+# --- files ---------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _written(out: Path) -> Iterator[Path]:
+    """Give a path beside `out`. What is there in the end takes the place of `out`."""
+    new = out.with_name(f"{out.name}.new")
+    try:
+        _remove(new)
+        yield new
+        _remove(out)
+        new.rename(out)
+    except (OSError, SafetensorError) as error:
+        raise AdapterIOError(f"can't write {out}: {error}") from error
+    finally:
+        _remove(new)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
