@@ -23,6 +23,7 @@ from __future__ import annotations
 import json
 from argparse import Namespace
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,6 @@ from disha.functional import method_of
 from disha.interop import image_lora, lora, peft
 from disha.interop.checkpoints import Checkpoint, base_shapes, base_weights, open_checkpoint
 from disha.interop.low_rank import LoraReport
-from disha.model import join
 from disha.text import counted
 
 FORMATS = ("disha", "peft", "lora", "diffusers")
@@ -104,11 +104,9 @@ def _read_folder(path: Path, flags: Namespace, base: Checkpoint | None) -> Conte
         model_type = None if base is None else base.config().get("model_type")
         contents: Contents = lora.read_lora(path, model_type=model_type, also_train=saved)
     else:
-        folder = peft.read_folder(path)
         if base is None:
             raise ArgumentError(f"{path} does not tell the sizes of its layers; give --base")
-        names = [*(join(name, "weight") for name in folder.blocks), *folder.beside]
-        contents = peft.contents_of(folder, base_shapes(base, names), also_train=saved)
+        contents = peft.read_folder(path, partial(base_shapes, base), also_train=saved)
     _refuse_tied(path, contents, base)
     return contents
 

@@ -1,10 +1,9 @@
 """Adapters in PEFT folders of MiSS (PEFT's current name for Bone) and of Bone (its former name).
 
 The blocks have the same values and shapes in PEFT. `export` and `load` have the model, so they can
-check that PEFT would compute the same results. `write_folder`, `read_folder` and `contents_of` work
-without a model:
+check that PEFT would compute the same results. `write_folder` and `read_folder` have none:
 
-- A folder does not say how large a layer's input is, so `contents_of` asks for the shapes of the
+- A folder does not say how large a layer's input is, so `read_folder` asks for the shapes of the
   base's weights.
 - Only `export` can write parameters that were trained with the blocks. PEFT saves complete
   modules, and an adapter file does not say what else a module contains.
@@ -17,28 +16,26 @@ with dropout. They leave out your own notes and the fingerprint of the base.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from disha.config import AdapterConfig
-from disha.files.contents import adapter_contents, load_contents
+from disha.errors import ArgumentTypeError
+from disha.files.contents import Contents, adapter_contents, load_contents
+from disha.files.disk import PathLike, checked_path
 from disha.files.header import AdapterHeader
-from disha.files.saving import PathLike, checked_path
 from disha.functional import Layout
 from disha.interop.peft_format import (
-    BAT,
-    INIT_WEIGHTS,
+    NOTES,
     THE_MODEL_ITSELF,
-    PeftConfig,
-    config_of,
     exact_targets,
-    fields_of,
     has_saved,
+    names_in,
     notes_of,
     read_peft_files,
     refuse_to_load,
@@ -57,21 +54,23 @@ from disha.model import ModelView, join
 from disha.records import LayerRecord, records_of
 from disha.running_statistics import statistics
 from disha.state import LoadReport
+from disha.text import brief
 
-__all__ = [
-    "BaseShapes",
-    "PeftFolder",
-    "contents_of",
-    "export",
-    "load",
-    "read_folder",
-    "write_folder",
-]
+__all__ = ["BaseShapes", "export", "load", "read_folder", "write_folder"]
 
-BaseShapes = Mapping[str, Sequence[int]] | Callable[[str], Sequence[int] | None]
-"""Shapes of the base's parameters by name, such as "layers.0.q_proj.weight": (out, in)."""
+Shapes = Mapping[str, Sequence[int]]
+
+BaseShapes = Shapes | Callable[[Sequence[str]], Shapes]
+"""Shapes of the base's parameters by name, such as "layers.0.q_proj.weight": (out, in); or a
+function from names to the shapes of those that the base has."""
 
 LINEAR = Layout("out in")
+
+BAT = "bat"
+"""The method for which PEFT has no padding and no dropout."""
+
+INIT_WEIGHTS: Mapping[str, bool | str] = {"bone": True, BAT: BAT}
+"""Method -> PEFT's word for it in `init_weights`; a tile is `"mini"`."""
 
 CANT_EXPRESS = "the adapter can't be written for PEFT's MiSS (disha.interop.lora writes more)"
 
@@ -134,6 +133,9 @@ def export(
     ranks, action = view.ranks(), f"export adapter {adapter!r} to PEFT"
     given = {"base_model_name_or_path": base_model_name_or_path, "task_type": task_type}
     notes = notes_of(view.model) | {note: one for note, one in given.items() if one is not None}
+    for note, value in notes.items():
+        if not isinstance(value, str):
+            raise ArgumentTypeError(f"{note} must be a str, got {value!r}")
     header, tensors = adapter_contents(view, adapter, base=False)
     with ranks.agreeing(action):
         target, names = checked_path(folder), [layer.name for layer in header.layers]
@@ -142,7 +144,7 @@ def export(
         problems += obstacles(view, names, _unknown_to_miss, exporting=True)
         refuse_to_write(CANT_EXPRESS, [*problems, *saved.problems])
         targets = exact_targets(names, module_names(view))
-        fields = fields_of(header, dropout, targets, saved.modules, notes)
+        fields = _fields(header, dropout, targets, saved.modules, notes)
     beside = saved.copies()
     with ranks.agreeing(action):
         if ranks.writes:
@@ -206,27 +208,27 @@ def load(
     view = ModelView(model)
     with view.ranks().agreeing(f"load a PEFT folder as adapter {adapter!r}"):
         check_adapter_name(adapter)
-        found = read_folder(folder)
+        found = _read(folder)
         refuse_to_load(found.path, obstacles(view, found.blocks, _unknown_to_miss, exporting=False))
-        if also_train:
-            kept = without_buffers(view, found.path, found.beside)
-            found = dataclasses.replace(found, beside=kept)
-        shapes = partial(_shape, view)
-        contents = contents_of(found, shapes, also_train=also_train)
+        beside = without_buffers(view, found.path, found.beside) if also_train else {}
+        found = dataclasses.replace(found, beside=beside)
+        contents = _contents(found, _shapes(view, found.names))
         header, tensors = under_first_names(view, found.path, contents)
     return load_contents(
         view, found.path, header, tensors, adapter, replace=replace, dtype=dtype, freeze=freeze
     )
 
 
-def _shape(view: ModelView, name: str) -> tuple[int, ...] | None:
-    """Return the shape of a parameter or statistic; that of a linear layer even if it is packed."""
-    module = view.modules.get(name.removesuffix(".weight"))
-    if name.endswith(".weight") and isinstance(module, nn.Linear):
-        return (module.out_features, module.in_features)
-    known = view.parameters_by_name.get(name)
-    found = statistics(view).get(name) if known is None else known.value
-    return None if found is None else tuple(found.shape)
+def _shapes(view: ModelView, names: Sequence[str]) -> Shapes:
+    """Return the shapes of parameters and statistics; of a linear layer's weight also if packed."""
+    linear = {
+        join(name, "weight"): (module.out_features, module.in_features)
+        for name, module in view.modules.items()
+        if isinstance(module, nn.Linear)
+    }
+    known = {name: one.value for name, one in view.parameters_by_name.items()} | statistics(view)
+    others = {name: known[name].shape for name in names if name in known and name not in linear}
+    return linear | {name: tuple(shape) for name, shape in others.items()}
 
 
 def _unknown_to_miss(module: nn.Module) -> str | None:
@@ -238,56 +240,21 @@ def _unknown_to_miss(module: nn.Module) -> str | None:
 # --- without a model -----------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class PeftFolder:
-    """What a PEFT folder holds: its configuration, the block of each layer, and other tensors."""
-
-    path: Path
-    config: PeftConfig
-    blocks: Mapping[str, Tensor]
-    beside: dict[str, Tensor]
-
-
-def read_folder(folder: PathLike) -> PeftFolder:
-    """Return the content of a PEFT folder of MiSS or Bone, with its tensors unchecked.
-
-    Raises:
-        AdapterIOError: it can't be read.
-        AdapterFileError: it is not a valid folder of MiSS or Bone.
-
-    Examples:
-        >>> import tempfile
-        >>> from torch import nn
-        >>> import disha
-        >>> from disha.interop import peft
-        >>> model = disha.inject_adapters(nn.Sequential(nn.Linear(8, 16)), "0", r=4)
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     peft.export(model, folder)
-        ...     found = peft.read_folder(folder)
-        >>> found.config.method, tuple(found.blocks["0"].shape)
-        ('bone', (4, 16))
-    """
-    path, fields, tensors = read_peft_files(folder)
-    config = config_of(path, fields)
-    end = f".{config.block_name}"
-    keys = [key for key in tensors if key.endswith(end)]
-    blocks = {key.removesuffix(end): tensors.pop(key) for key in keys}
-    return PeftFolder(path, config, blocks, tensors)
-
-
-def contents_of(
-    folder: PeftFolder, base_shapes: BaseShapes, *, also_train: bool = True
+def read_folder(
+    folder: PathLike, base_shapes: BaseShapes, *, also_train: bool = True
 ) -> tuple[AdapterHeader, dict[str, Tensor]]:
-    """Return the adapter in a PEFT folder, as `write_contents` and `load_contents` take it.
+    """Read a PEFT folder of MiSS or Bone without a model: its header, and its tensors by key.
 
     Args:
-        folder: what `read_folder` has read.
-        base_shapes: name of a parameter of the base -> its shape: a dict, or a function that
-            returns None for a name that the base does not have. A linear layer has (out, in).
-        also_train: also take the parameters that the folder holds besides the blocks.
+        folder: the folder.
+        base_shapes: name of a parameter of the base -> its shape: a dict, or a function that gets
+            all names and returns the dict. A linear layer has (out, in).
+        also_train: also return the parameters that the folder holds besides the blocks.
 
     Raises:
-        AdapterFileError: the folder does not fit the base; the message lists every reason.
+        AdapterIOError: the folder can't be read.
+        AdapterFileError: it is not a valid folder of MiSS or Bone, or does not fit the base; the
+            message lists every reason.
 
     Examples:
         >>> import tempfile
@@ -297,16 +264,74 @@ def contents_of(
         >>> model = disha.inject_adapters(nn.Sequential(nn.Linear(8, 16)), "0", r=4)
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     peft.export(model, folder)
-        ...     header, tensors = peft.contents_of(peft.read_folder(folder), {"0.weight": (16, 8)})
+        ...     header, tensors = peft.read_folder(folder, {"0.weight": (16, 8)})
         >>> header.layers[0].in_features, tuple(tensors["0.bone_block"].shape)
         (8, (4, 16))
     """
-    shape_of = base_shapes if callable(base_shapes) else base_shapes.get
-    config, blocks = folder.config, folder.blocks
-    beside = folder.beside if also_train else {}
+    found = _read(folder)
+    if not also_train:
+        found = dataclasses.replace(found, beside={})
+    if callable(base_shapes):
+        base_shapes = base_shapes(found.names)
+    return _contents(found, base_shapes)
+
+
+@dataclass(frozen=True)
+class _Folder:
+    """What a PEFT folder holds: its settings, the block of each layer, and other tensors."""
+
+    path: Path
+    config: AdapterConfig
+    modules_to_save: tuple[str, ...]
+    notes: Mapping[str, str]
+    end: str
+    blocks: Mapping[str, Tensor]
+    beside: Mapping[str, Tensor]
+
+    @property
+    def names(self) -> list[str]:
+        """The names of the parameters that it is about."""
+        return [*(join(name, "weight") for name in self.blocks), *self.beside]
+
+
+def _read(folder: PathLike) -> _Folder:
+    """Read a PEFT folder of MiSS or Bone."""
+    path, fields, tensors = read_peft_files(folder)
+    peft_type, init = fields.get("peft_type"), fields.get("init_weights", True)
+    legacy, is_tile = peft_type == "BONE", init == "mini" and peft_type == "MISS"
+    # False means the same as True, but with random values at the start of training.
+    methods = {value: method for method, value in INIT_WEIGHTS.items()} | {False: "bone"}
+    problems = []
+    if peft_type not in ("MISS", "BONE"):
+        problems.append(f"its peft_type is {peft_type!r} (disha.interop.lora reads 'LORA')")
+    elif not is_tile and init not in methods:
+        problems.append(f"init_weights={brief(init)} is unknown")
+    if fields.get("bias", "none") != "none":
+        problems.append(f"bias={brief(fields['bias'])} has no place here; merge it in PEFT")
+    refuse_to_load(path, problems)
+    method = "bone" if is_tile else methods[init]
+    # PEFT's BAT ignores the field.
+    dropout = 0.0 if legacy or method == BAT else fields.get("miss_dropout", 0.0)
+    r_out = fields.get("mini_r", 1) if is_tile else None
+    end = ".bone_block" if legacy else ".miss_block"
+    names = [key.removesuffix(end) for key in tensors if key.endswith(end)]
+    return _Folder(
+        path,
+        AdapterConfig(fields.get("r", 64), None, method, r_out, dropout=dropout),
+        modules_to_save=names_in(fields, "modules_to_save"),
+        notes={note: fields[note] for note in NOTES if fields.get(note)},
+        end=end,
+        blocks={name: tensors.pop(name + end) for name in names},
+        beside=tensors,
+    )
+
+
+def _contents(folder: _Folder, shapes: Shapes) -> Contents:
+    """Return the adapter in a PEFT folder."""
+    config, blocks, beside = folder.config, folder.blocks, folder.beside
     problems, layers = [], []
     for name, block in blocks.items():
-        shape = tuple(shape_of(join(name, "weight")) or ())
+        shape = tuple(shapes.get(join(name, "weight"), ()))
         if len(shape) != 2:
             problems.append(f"{name}: the base has no matrix {join(name, 'weight')!r}")
             continue
@@ -319,23 +344,23 @@ def contents_of(
     problems += [
         f"{name}: it is no block, and not in a module that modules_to_save names"
         for name in beside
-        if not has_saved(name, config.modules_to_save)
+        if not has_saved(name, folder.modules_to_save)
     ]
     problems += [
-        f"{name}: {tuple(value.shape)}, the base has {shape_of(name)}"
+        f"{name}: {tuple(value.shape)}, the base has {shapes.get(name)}"
         for name, value in beside.items()
-        if tuple(shape_of(name) or ()) != tuple(value.shape)
+        if tuple(shapes.get(name, ())) != tuple(value.shape)
     ]
     if not blocks:
-        problems.append(f"there is no tensor that ends in .{config.block_name}")
+        problems.append(f"there is no tensor that ends in {folder.end}")
     refuse_to_load(folder.path, problems)
-    tensors = {layer.key: blocks[layer.name] for layer in layers} | beside
+    tensors = {layer.key: blocks[layer.name] for layer in layers} | dict(beside)
     header = AdapterHeader(
-        config=AdapterConfig(config.r, None, config.method, config.r_out, dropout=config.dropout),
+        config=config,
         layers=tuple(layers),
         also_train=tuple(sorted(beside)),
         tensors=records_of(tensors),
-        metadata=dict(config.notes),
+        metadata=dict(folder.notes),
     )
     return header, tensors
 
@@ -346,20 +371,17 @@ def write_folder(
     tensors: Mapping[str, Tensor],
     *,
     dropout: float | None = None,
-    base_model_name_or_path: str | None = None,
-    task_type: str | None = None,
 ) -> None:
     """Write an adapter without its model as a folder that PEFT loads.
 
-    Only `export` can check that PEFT computes the same results, because it has the model.
+    Only `export` can check that PEFT computes the same results, because it has the model. The
+    adapter's notes `base_model_name_or_path`, `revision` and `task_type` become PEFT's.
 
     Args:
         folder: created if it does not exist; other files in it stay.
         header: the adapter's header.
         tensors: its tensors, by the header's keys.
         dropout: as for `export`.
-        base_model_name_or_path: as for `export`; by default the note of that name.
-        task_type: as for `export`; by default the note of that name.
 
     Raises:
         AdapterIOError: it can't be written; what was there is unchanged.
@@ -375,7 +397,7 @@ def write_folder(
         >>> model = disha.inject_adapters(nn.Sequential(nn.Linear(8, 16)), "0", r=4)
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     peft.write_folder(folder, *adapter_contents(ModelView(model)))
-        ...     peft.read_folder(folder).config.r
+        ...     peft.read_folder(folder, {"0.weight": (16, 8)})[0].layers[0].r
         4
     """
     problems = _inexpressible(header, dropout) + [
@@ -383,10 +405,32 @@ def write_folder(
         for name in header.also_train
     ]
     refuse_to_write(CANT_EXPRESS, problems)
-    notes = {"base_model_name_or_path": base_model_name_or_path, "task_type": task_type}
-    targets = exact_targets(layer.name for layer in header.layers)
-    fields = fields_of(header, dropout, targets, (), notes)
+    fields = _fields(header, dropout, exact_targets(layer.name for layer in header.layers))
     write_peft_files(checked_path(folder), fields, _blocks(header, tensors))
+
+
+def _fields(
+    header: AdapterHeader,
+    dropout: float | None,
+    targets: list[str] | str,
+    saved: Iterable[str] = (),
+    notes: Mapping[str, str] | None = None,
+) -> dict[str, Any]:
+    """Return PEFT's configuration; `notes` go in place of those in the header."""
+    given = {**header.metadata, **(notes or {})}
+    config = header.config if dropout is None else header.config.changed(dropout=dropout)
+    return {
+        "bias": "none",
+        "inference_mode": True,
+        "init_weights": INIT_WEIGHTS[config.method] if config.r_out is None else "mini",
+        "mini_r": config.r_out or 1,
+        "miss_dropout": config.dropout,
+        "modules_to_save": sorted(saved) or None,
+        "peft_type": "MISS",
+        "r": header.layers[0].r,
+        "target_modules": targets,
+        **{note: given.get(note) for note in NOTES},
+    }
 
 
 def _blocks(header: AdapterHeader, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -13,7 +13,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +24,10 @@ from disha.errors import (
     AdapterFileError,
     AdapterIOError,
     ArgumentError,
-    ArgumentTypeError,
     ConversionError,
 )
-from disha.files.header import AdapterHeader
-from disha.files.saving import PathLike, checked_path, save, save_tensors
-from disha.text import brief, first_few
+from disha.files.disk import PathLike, checked_path, save, save_tensors
+from disha.text import first_few
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -151,14 +148,6 @@ def exact_targets(
 
 # --- settings ------------------------------------------------------------------------------------
 
-MISS, BONE = "MISS", "BONE"
-
-BAT = "bat"
-"""The method for which PEFT has no padding and no dropout."""
-
-INIT_WEIGHTS: Mapping[str, bool | str] = {"bone": True, BAT: BAT}
-"""Method -> PEFT's word for it in `init_weights`; a tile is `"mini"`."""
-
 NOTES = ("base_model_name_or_path", "revision", "task_type")
 """Fields that say where an adapter belongs. They do not change what it computes."""
 
@@ -182,83 +171,6 @@ def notes_of(model: nn.Module) -> dict[str, str]:
     found = {"base_model_name_or_path": getattr(config, "_name_or_path", None)}
     found["task_type"] = tasks[0] if tasks else None
     return {note: value for note, value in found.items() if value and isinstance(value, str)}
-
-
-@dataclass(frozen=True)
-class PeftConfig:
-    """The settings in a configuration of MiSS or Bone.
-
-    Attributes:
-        block_name: the last part of a block's key.
-        method: `"bone"` or `"bat"`.
-        r: shard size.
-        r_out: size of the output shard of a tile ("mini"), or None.
-        dropout: probability with which the adapter's input is zeroed in training.
-        modules_to_save: endings of the names of modules that are trained and saved completely.
-        notes: `base_model_name_or_path`, `revision` and `task_type`, as far as they have a value.
-    """
-
-    block_name: str
-    method: str
-    r: int
-    r_out: int | None
-    dropout: float
-    modules_to_save: tuple[str, ...]
-    notes: Mapping[str, str]
-
-
-def fields_of(
-    header: AdapterHeader,
-    dropout: float | None,
-    targets: list[str] | str,
-    saved: Iterable[str],
-    notes: Mapping[str, str | None],
-) -> dict[str, Any]:
-    """Return the fields of a configuration of MiSS; `notes` go in place of those in the header."""
-    given = {note: value for note, value in notes.items() if value is not None}
-    for note, value in given.items():
-        if not isinstance(value, str):
-            raise ArgumentTypeError(f"{note} must be a str, got {value!r}")
-    config = header.config if dropout is None else header.config.changed(dropout=dropout)
-    return {
-        "bias": "none",
-        "inference_mode": True,
-        "init_weights": INIT_WEIGHTS[config.method] if config.r_out is None else "mini",
-        "mini_r": config.r_out or 1,
-        "miss_dropout": config.dropout,
-        "modules_to_save": sorted(saved) or None,
-        "peft_type": MISS,
-        "r": header.layers[0].r,
-        "target_modules": targets,
-        **{note: given.get(note, header.metadata.get(note)) for note in NOTES},
-    }
-
-
-def config_of(path: Path, fields: Mapping[str, Any]) -> PeftConfig:
-    """Return the configuration of MiSS or Bone in the fields of a folder."""
-    peft_type, init = fields.get("peft_type"), fields.get("init_weights", True)
-    legacy, is_tile = peft_type == BONE, init == "mini" and peft_type == MISS
-    # False means the same as True, but with random values at the start of training.
-    methods = {value: method for method, value in INIT_WEIGHTS.items()} | {False: "bone"}
-    problems = []
-    if peft_type not in (MISS, BONE):
-        problems.append(f"its peft_type is {peft_type!r} (disha.interop.lora reads 'LORA')")
-    elif not is_tile and init not in methods:
-        problems.append(f"init_weights={brief(init)} is unknown")
-    if fields.get("bias", "none") != "none":
-        problems.append(f"bias={brief(fields['bias'])} has no place here; merge it in PEFT")
-    refuse_to_load(path, problems)
-    method = "bone" if is_tile else methods[init]
-    return PeftConfig(
-        block_name="bone_block" if legacy else "miss_block",
-        method=method,
-        r=fields.get("r", 64),
-        r_out=fields.get("mini_r", 1) if is_tile else None,
-        # PEFT's BAT ignores the field.
-        dropout=0.0 if legacy or method == BAT else fields.get("miss_dropout", 0.0),
-        modules_to_save=names_in(fields, "modules_to_save"),
-        notes={note: fields[note] for note in NOTES if fields.get(note)},
-    )
 
 
 def names_in(fields: Mapping[str, Any], name: str) -> tuple[str, ...]:
