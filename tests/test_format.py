@@ -232,7 +232,7 @@ BAD_HEADERS = {
     "not JSON": (lambda h: "{", "is not of format 1"),
     "deep JSON": (lambda h: "[" * 100_000, "is not of format 1"),
     "a list": (lambda h: "[]", "not of format 1"),
-    "other method": (lambda h: h["config"].update(method="other"), "other"),
+    "other method": (lambda h: h["config"].update(method="other"), "register the method first"),
     "no layers": (lambda h: h.update(layers=[]), "not listed"),
     "layers as text": (lambda h: h.update(layers="x"), "not of format 1"),
     "entry as text": (lambda h: h.update(layers=["x"]), "not of format 1"),
