@@ -441,24 +441,17 @@ def _alpha_of(update: LowRankUpdate) -> float:
 def tensors_of(updates: Sequence[LowRankUpdate]) -> dict[str, Tensor]:
     """Return the factors of all layers by their keys in a folder, without PEFT's prefix."""
     names = stacks.stack_names(one.record.name for one in updates if is_stack(one.record))
-    return {
-        names.get(update.record.name, update.record.name) + end: factor
-        for update in updates
-        for end, factor in _factors_of(update).items()
-    }
-
-
-def _factors_of(update: LowRankUpdate) -> dict[str, Tensor]:
-    """Return A and B of a layer by the ends of their keys, as PEFT's layer of that class has."""
-    a, b = update.a, update.b
-    if is_stack(update.record):
-        a, b = stacks.stack_factors(update)
-    if not update.record.scale:
-        b = b.new_zeros(b.shape)
-    if update.record.layout.pattern == "index out":
-        return dict(zip(EMBEDDING, (a, b), strict=True))
-    b = b.reshape(*b.shape, *(1 for _ in a.shape[2:]))
-    return dict(zip(MATRIX, (a, b), strict=True))
+    found = {}
+    for update in updates:
+        name, a, b = update.record.name, update.a, update.b
+        if name in names:
+            name, (a, b) = names[name], stacks.stack_factors(update)
+        if not update.record.scale:
+            b = b.new_zeros(b.shape)
+        a_end, b_end = EMBEDDING if update.record.layout.pattern == "index out" else MATRIX
+        found[name + a_end] = a
+        found[name + b_end] = b.reshape(*b.shape, *(1 for _ in a.shape[2:]))
+    return found
 
 
 # --- reading -------------------------------------------------------------------------------------
