@@ -31,25 +31,15 @@ SIZE = 0.02
 
 @dataclass(frozen=True)
 class CheckedWeight:
-    """What the check found for one block of one weight.
+    """What the check found for one block of one weight."""
 
-    Attributes:
-        name: the weight's name in the model.
-        adapter: the adapter.
-        read: whether the model read the weight.
-        acts: whether the block changes the output.
-        gradient: whether the block gets a gradient.
-        merges: whether the output stays the same when merged; None if merging is refused.
-        reason: why it is not in order, or why merging is refused; empty otherwise.
-    """
-
-    name: str
+    name: str  # the weight's name in the model
     adapter: str
-    read: bool
-    acts: bool
-    gradient: bool
-    merges: bool | None
-    reason: str = ""
+    read: bool  # whether the model read the weight
+    acts: bool  # whether the block changes the output
+    gradient: bool  # whether the block gets a gradient
+    merges: bool | None  # whether the output stays the same when merged; None if that is refused
+    reason: str = ""  # why it is not in order, or why merging is refused
 
     @property
     def ok(self) -> bool:

@@ -28,22 +28,13 @@ def attributes_of(module: nn.Module) -> dict[str, Any]:
     return attributes
 
 
-def _remembered(module: nn.Module) -> dict[str, _Flag]:
-    remembered: dict[str, _Flag] = attributes_of(module).get(_ATTRIBUTE, {})
-    return remembered
-
-
-def _remember(module: nn.Module, name: str, flag: _Flag) -> None:
-    attributes_of(module).setdefault(_ATTRIBUTE, {})[name] = flag
-
-
 def set_requires_grad(module: nn.Module, name: str, flag: bool) -> None:
     """Set requires_grad of the module's own parameter `name`, and remember the first value."""
     parameter = module._parameters[name]
     if parameter is None or parameter.requires_grad == flag:
         return
-    if name not in _remembered(module):
-        _remember(module, name, _Flag(parameter.requires_grad))
+    flags = attributes_of(module).setdefault(_ATTRIBUTE, {})
+    flags.setdefault(name, _Flag(parameter.requires_grad))
     parameter.requires_grad = flag  # lazy parameters do not have requires_grad_()
 
 
@@ -71,25 +62,28 @@ def claim(module: nn.Module, adapter: str, name: str, flag_without: bool) -> Non
     """Train a parameter of the module with an adapter."""
     parameter = module._parameters[name]
     assert parameter is not None
-    known = _remembered(module).get(name, _Flag(parameter.requires_grad))
-    _remember(module, name, known._replace(adapter=adapter, without=flag_without))
+    flags = attributes_of(module).setdefault(_ATTRIBUTE, {})
+    first = flags[name].first if name in flags else parameter.requires_grad
+    flags[name] = _Flag(first, adapter, flag_without)
     parameter.requires_grad = True
 
 
 def release(module: nn.Module, adapter: str) -> None:
     """Stop training the module's parameters that an adapter claims, and forget the claims."""
+    flags = attributes_of(module).get(_ATTRIBUTE, {})
     for name in claimed(module, adapter):
-        flag = _remembered(module)[name]
-        _remember(module, name, _Flag(flag.first))
+        flag = flags[name]
+        flags[name] = _Flag(flag.first)
         set_requires_grad(module, name, flag.without)
 
 
 def claimed(module: nn.Module, adapter: str) -> tuple[str, ...]:
     """Return the names of the module's parameters that an adapter trains."""
-    return tuple(name for name in _remembered(module) if is_claimed(module, name, adapter))
+    flags = attributes_of(module).get(_ATTRIBUTE, {})
+    return tuple(name for name in flags if is_claimed(module, name, adapter))
 
 
 def is_claimed(module: nn.Module, name: str, adapter: str | None = None) -> bool:
     """Whether an adapter, or any, trains a parameter of the module."""
-    flag = _remembered(module).get(name)
+    flag = attributes_of(module).get(_ATTRIBUTE, {}).get(name)
     return flag is not None and flag.adapter is not None and adapter in (None, flag.adapter)

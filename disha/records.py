@@ -22,32 +22,18 @@ def records_of(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class LayerRecord:
-    """One adapted weight: its name, its sizes, its block, and the fingerprint of its base.
+    """One adapted weight: its name, its sizes, its block, and the fingerprint of its base."""
 
-    Attributes:
-        name: the layer's name in its model. If the parameter is not the layer's `weight`, its name
-            follows (`experts.gate_up_proj`).
-        method: the block's method.
-        r: shard size.
-        r_out: size of the output shard of a tile, or None.
-        in_features: size of the layer's input.
-        out_features: size of its output; with `rows`, the number of these rows.
-        scale: factor on the update.
-        base: fingerprint of the base weight, or None if it has none.
-        layout: the axes of the base weight.
-        rows: the adapted outputs; empty for all.
-    """
-
-    name: str
+    name: str  # the layer's; that of a parameter other than `weight` follows it
     method: str
     r: int
-    r_out: int | None
+    r_out: int | None  # of a tile
     in_features: int
-    out_features: int
+    out_features: int  # with `rows`, the number of these rows
     scale: float
-    base: str | None
+    base: str | None  # fingerprint of the base weight, if it has one
     layout: Layout
-    rows: Rows = ()
+    rows: Rows = ()  # the adapted outputs; empty for all
 
     @property
     def key(self) -> str:

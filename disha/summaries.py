@@ -13,25 +13,14 @@ from disha.text import table
 
 @dataclass(frozen=True)
 class LayerSummary:
-    """One block of one layer.
+    """One block of one layer."""
 
-    Attributes:
-        name: the layer's name in the model.
-        adapter: the name of the block's adapter.
-        method: the method's name, such as `"bone"`.
-        r: shard size.
-        r_out: size of the output shard of a tile, or None.
-        parameters: number of values in the block.
-        scale: runtime scale s.
-        active: whether the block acts.
-    """
-
-    name: str
+    name: str  # the layer's name in the model
     adapter: str
     method: str
     r: int
-    r_out: int | None
-    parameters: int
+    r_out: int | None  # of a tile
+    parameters: int  # number of values in the block
     scale: float
     active: bool
 

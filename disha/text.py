@@ -1,12 +1,10 @@
-"""Text for messages: make untrusted text safe to print, count nouns, shorten lists, and print."""
+"""Text for messages: make untrusted text safe to print, count nouns, and shorten lists."""
 
 from __future__ import annotations
 
-import os
 import re
 import reprlib
 from collections.abc import Iterable, Sequence
-from typing import TextIO
 
 LONGEST = 10_000
 """Largest number of characters in one message."""
@@ -60,25 +58,6 @@ def grouped(reasons: Iterable[tuple[str, str]]) -> list[str]:
         f"{same[0]}{f' and {len(same) - 1:,} more' if same[1:] else ''}: {reason}"
         for reason, same in names.items()
     ]
-
-
-def tell(line: str, stream: TextIO) -> None:
-    """Print a line. If the stream can't take it, print nothing there from then on.
-
-    A terminal may be closed, and a program at the end of a pipe may have ended, as `tee` does at
-    Ctrl-C. That must not stop work whose result is a file.
-    """
-    try:
-        print(line, file=stream, flush=True)
-    except OSError:
-        silence(stream)
-
-
-def silence(stream: TextIO) -> None:
-    """Let everything that is still to be written to a stream go nowhere."""
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, stream.fileno())
-    os.close(nowhere)
 
 
 WIDEST = 200

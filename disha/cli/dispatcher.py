@@ -10,10 +10,10 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from importlib import import_module
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 from disha.errors import AdapterFileWarning, ArgumentError, DishaError
-from disha.text import printable, silence, tell
+from disha.text import printable
 from disha.version import __version__
 
 DONE, FAILED, TROUBLE, INTERRUPTED = 0, 1, 2, 130  # trouble: the user can correct it
@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _complain("interrupted; every file that was written is complete")
         return INTERRUPTED
     except BrokenPipeError:  # the reader has closed the pipe, as `| head` does
-        silence(sys.stdout)
+        _silence(sys.stdout)
         return FAILED
     except Exception as error:
         if debug:
@@ -131,7 +131,21 @@ def _show_warning(message: Warning | str, category: type[Warning], *place: Any) 
 
 
 def _complain(message: str) -> None:
-    """Print one line. Of several processes, the first one speaks."""
+    """Print one line. Of several processes, the first one speaks.
+
+    A closed terminal, or a program at the end of a pipe that has ended, must not stop work whose
+    result is a file. Nothing is printed there from then on.
+    """
     if os.environ.get("RANK", "0") == "0":
         line = "; ".join(" ".join(message.split(" ")).splitlines()).replace(":; ", ": ")
-        tell(f"disha: {printable(line)}", sys.stderr)
+        try:
+            print(f"disha: {printable(line)}", file=sys.stderr, flush=True)
+        except OSError:
+            _silence(sys.stderr)
+
+
+def _silence(stream: TextIO) -> None:
+    """Let everything that is still to be written to a stream go nowhere."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)

@@ -122,7 +122,7 @@ class Adapters(nn.Module):
     def _live(self, adapters: tuple[str, ...]) -> dict[str, tuple[Block, ...]]:
         live: dict[str, tuple[Block, ...]] = {}
         for adapter in adapters:
-            for block in self.blocks(adapter).values() if adapter in self else ():
+            for block in self.blocks(adapter).values():
                 name = block.slot.parameter
                 live[name] = (*live.get(name, ()), block)
         return live
