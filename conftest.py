@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 
 import pytest
@@ -24,3 +25,9 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     if not config.getoption("--core"):
         return None
     return None if is_core(collection_path.relative_to(config.rootpath)) else True
+
+
+def pytest_collection_finish() -> None:
+    """Keep the garbage collector from searching all modules again, as trainers ask it to do."""
+    gc.collect()
+    gc.freeze()
