@@ -119,9 +119,8 @@ if not TYPE_CHECKING:  # a type checker would take any misspelt name for one of 
         """Import all public names when the first is used, or a part such as `disha.interop`."""
         if name in __all__:
             for home in HOMES:
-                module = import_module(f"disha.{home}")
-                public = set(__all__).intersection(vars(module))
-                globals().update({one: getattr(module, one) for one in public})
+                own = vars(import_module(f"disha.{home}"))
+                globals().update({one: own[one] for one in __all__ if one in own})
             return globals()[name]
         try:
             return import_module(f"disha.{name}")

@@ -98,20 +98,7 @@ class AdapterStateError(DishaError, ValueError):
 
 
 class AdapterFileError(DishaError, ValueError):
-    """A file is not a valid adapter file, or does not fit the model. Also a `ValueError`.
-
-    Examples:
-        >>> import pathlib, tempfile
-        >>> import disha
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     path = pathlib.Path(folder, "adapter.safetensors")
-        ...     _ = path.write_bytes(b"something else")
-        ...     try:
-        ...         disha.inspect_adapter(path)
-        ...     except disha.AdapterFileError as error:
-        ...         print("is not a complete safetensors file" in str(error))
-        True
-    """
+    """A file is not a valid adapter file, or does not fit the model. Also a `ValueError`."""
 
 
 class AdapterIOError(DishaError, OSError):
@@ -147,19 +134,7 @@ class ConversionError(DishaError, ValueError):
 
 
 class MissingPackageError(DishaError, ImportError):
-    """An operation needs a package that is not installed. Also an `ImportError`.
-
-    Examples:
-        >>> import sys
-        >>> from unittest.mock import patch
-        >>> from disha.finetune.base import load_base
-        >>> with patch.dict(sys.modules, bitsandbytes=None):  # as if it were not installed
-        ...     load_base("someone/model", bits="4")
-        Traceback (most recent call last):
-        ...
-        disha.errors.MissingPackageError: 4 bits need the package bitsandbytes; run: pip install
-        "disha-torch[quant]"
-    """
+    """An operation needs a package that is not installed. Also an `ImportError`."""
 
 
 class ModeError(DishaError, RuntimeError):
@@ -194,18 +169,4 @@ class MergeError(ModeError):
 
 
 class AdapterFileWarning(UserWarning):
-    """An adapter does not belong to the base, or to the base of the adapters it is combined with.
-
-    Examples:
-        >>> import pathlib, tempfile, warnings
-        >>> from torch import nn
-        >>> import disha
-        >>> model = disha.inject_adapters(nn.Sequential(nn.Linear(8, 4)), "0", r=4)
-        >>> with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(record=True) as w:
-        ...     warnings.simplefilter("always")
-        ...     disha.save_adapter(model, pathlib.Path(folder, "adapter.safetensors"))
-        ...     base = nn.Sequential(nn.Linear(8, 4))  # other random weights
-        ...     _ = disha.load_adapter(base, pathlib.Path(folder, "adapter.safetensors"))
-        >>> [warning.category.__name__ for warning in w]
-        ['AdapterFileWarning']
-    """
+    """An adapter does not belong to the base, or to that of the adapters it is combined with."""

@@ -592,8 +592,10 @@ def _all_linear(view: ModelView, known: list[PlannedLayer]) -> list[PlannedLayer
     for one in known:
         if isinstance(one.module, (nn.Embedding, nn.EmbeddingBag)):
             tables.add(id(one.module._parameters.get(one.attribute)))
-        elif one.slot is not None and one.slot.linear and one.module not in added:
-            linear.append(one)
+        elif one.slot is not None and one.module not in added:
+            layout = one.slot.layout
+            if not layout.has_kernel and layout.pattern != "index out":
+                linear.append(one)
     tables.discard(id(None))  # of a weight that is computed from others
     return [one for one in linear if id(one.module._parameters.get(one.attribute)) not in tables]
 

@@ -859,7 +859,7 @@ def test_dense_modules_are_not_opaque(make):
 def test_packed_modules_of_libraries_are_opaque(make):
     layer = make()
     slot = opaque_slot(layer)
-    assert (slot.shape, slot.linear, slot.opaque) == ((32, 256), True, True)
+    assert (slot.shape, slot.layout.pattern, slot.opaque) == ((32, 256), "out in", True)
     inject(layer, "bone")
     assert layer.disha["default"].block.shape == (4, 32)
     disha.remove_adapters(layer)

@@ -31,7 +31,6 @@ class Slot:
     parameter: str  # the attribute of the module that holds it
     layout: Layout
     rows: Rows = ()  # the adapted outputs; empty for all
-    linear: bool = False  # whether the target "all-linear" selects it
     opaque: bool = False  # whether the update is added to the output of the module
     shape: tuple[int, ...] | None = None  # the weight's, if the parameter does not show it
 

@@ -24,9 +24,7 @@ Kind = Callable[[Any], Iterable[Slot]]
 
 def slot_of(parameter: str, layout: Layout) -> Slot:
     """Return the slot of a parameter with all of its rows."""
-    lookup_or_conv = layout.has_kernel or layout.pattern == "index out"
-    name = "" if parameter == "weight" else parameter
-    return Slot(name, parameter, layout, linear=not lookup_or_conv)
+    return Slot("" if parameter == "weight" else parameter, parameter, layout)
 
 
 def _declared(layouts: Mapping[str, Layout]) -> Kind:
@@ -60,11 +58,10 @@ def _attention(module: Any) -> list[Slot]:
     """`nn.MultiheadAttention`: q, k and v, packed in one weight or in three."""
     width, layout = module.embed_dim, Layout("out in")
     if not module._qkv_same_embed_dim:
-        return [Slot(name, f"{name}_weight", layout, linear=True) for name in PROJECTIONS]
-    rows = [((i * width, (i + 1) * width),) for i in range(len(PROJECTIONS))]
+        return [Slot(name, f"{name}_weight", layout) for name in PROJECTIONS]
     return [
-        Slot(name, "in_proj_weight", layout, rows=own, linear=True)
-        for name, own in zip(PROJECTIONS, rows, strict=True)
+        Slot(name, "in_proj_weight", layout, rows=((i * width, (i + 1) * width),))
+        for i, name in enumerate(PROJECTIONS)
     ]
 
 

@@ -19,7 +19,7 @@ from disha.layers.weights import make_block
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-WEIGHT = Slot("", "weight", layout_of("out in"), linear=True)
+WEIGHT = Slot("", "weight", layout_of("out in"))
 L = TypeVar("L", bound="_LinearWithAdapter")
 
 

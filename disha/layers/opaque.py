@@ -170,7 +170,7 @@ def opaque_slot(module: nn.Module) -> Slot | None:
     if isinstance(module, nn.Embedding):
         layout = Layout("index out", padding_idx=module.padding_idx)
         return Slot("", "weight", layout, opaque=True, shape=sizes)
-    return Slot("", "weight", Layout("out in"), linear=True, opaque=True, shape=sizes[::-1])
+    return Slot("", "weight", Layout("out in"), opaque=True, shape=sizes[::-1])
 
 
 _SIZES = (("in_features", "out_features"), ("infeatures", "outfeatures"))
