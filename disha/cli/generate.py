@@ -43,7 +43,7 @@ def main(words: Sequence[str]) -> None:
     sampling = {name: value for name in SAMPLING if (value := getattr(flags, name))}
     options = {"max_new_tokens": flags.max_new_tokens, "do_sample": bool(sampling), **sampling}
     if prompts is None:
-        _converse(asker, options)
+        _converse(Conversation(asker, options))
         return
     for prompt in prompts:
         if len(prompts) > 1:
@@ -72,22 +72,44 @@ class Printer(TextStreamer):
         print(fit(text), end="\n" if stream_end else "", flush=True)
 
 
-def _converse(asker: Asker, options: Mapping[str, Any]) -> None:
-    """Answer questions from the terminal until the end."""
+class Conversation:
+    """Turns of questions and answers. What the model has read stays in its cache."""
+
+    def __init__(self, asker: Asker, options: Mapping[str, Any]) -> None:
+        self.asker, self.options = asker, options
+        self.turns: list[dict[str, str]] = []
+        self._cache: Any = None
+        self._read: list[int] = []
+
+    def ask(self, question: str) -> None:
+        """Print the answer to a question as it comes, and remember both."""
+        turns = [*self.turns, {"role": "user", "content": question}]
+        inputs = self.asker.encoded([turns])
+        ids = inputs["input_ids"][0].tolist()
+        is_known = self._cache is not None and ids[: len(self._read)] == self._read
+        known = {"past_key_values": self._cache} if is_known else {}
+        self._cache = None  # an answer that is stopped leaves half a cache
+        streamer = Printer(self.asker)
+        found = self.asker.model.generate(
+            **inputs, **known, **self.options, streamer=streamer, return_dict_in_generate=True
+        )
+        whole = found.sequences[0].tolist()
+        self._cache, self._read = found.past_key_values, whole[:-1]
+        answer = self.asker.tokenizer.decode(whole[len(ids) :], skip_special_tokens=True)
+        self.turns = [*turns, {"role": "assistant", "content": answer}]
+
+
+def _converse(conversation: Conversation) -> None:
+    """Read questions from the terminal until the end."""
     print("Ctrl-C stops an answer, and its question is forgotten. Ctrl-D ends.")
-    turns: list[dict[str, str]] = []
     while True:
         try:
             line = input("> ").strip()
         except EOFError:
             print()
             return
-        if not line:
-            continue
-        asked = [*turns, {"role": "user", "content": line}]
         try:
-            (answer,) = asker.answers([asked], streamer=Printer(asker), **options)
+            if line:
+                conversation.ask(line)
         except KeyboardInterrupt:
             print("\n(stopped)")
-        else:
-            turns = [*asked, {"role": "assistant", "content": answer}]

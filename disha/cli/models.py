@@ -58,13 +58,17 @@ class Asker:
         options = {"tokenize": False, "add_generation_prompt": True}
         return str(self.tokenizer.apply_chat_template(turns, **options))
 
-    def answers(self, prompts: Sequence[Prompt], **options: Any) -> list[str]:
-        """Return the answer to each prompt; they are answered together, padded on the left."""
+    def encoded(self, prompts: Sequence[Prompt]) -> Any:
+        """Return prompts as one batch of tokens, padded on the left."""
         texts = [self._text(prompt) for prompt in prompts]
-        padding = {"padding": True, "padding_side": "left", "return_tensors": "pt"}
-        inputs = self.tokenizer(texts, add_special_tokens=not self.is_chat, **padding)
-        inputs.pop("token_type_ids", None)
-        inputs = inputs.to(self.model.device)
+        options = {"padding": True, "padding_side": "left", "return_tensors": "pt"}
+        found = self.tokenizer(texts, add_special_tokens=not self.is_chat, **options)
+        found.pop("token_type_ids", None)
+        return found.to(self.model.device)
+
+    def answers(self, prompts: Sequence[Prompt], **options: Any) -> list[str]:
+        """Return the answer to each prompt; they are answered together."""
+        inputs = self.encoded(prompts)
         ids = self.model.generate(**inputs, **options)[:, inputs["input_ids"].shape[1] :]
         return [text.strip() for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import disha
+from disha.cli.generate import Conversation
 from disha.cli.models import Asker
 from disha.finetune.base import load_base
 
@@ -127,46 +128,48 @@ def test_bad_input(run, language_model, given, says):
 # --- a conversation ------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def types(monkeypatch):
-    """Type lines on a terminal."""
+def test_a_conversation_remembers_and_keeps_its_cache(asks, asker, language_model, monkeypatch):
+    lines = iter(["hello", "", "and you?"])
+    kept = []
+    generate = type(asker.model).generate
 
-    def type_lines(*lines):
-        left = iter(lines)
+    def spied(self, *given, **options):
+        kept.append(options.get("past_key_values"))
+        return generate(self, *given, **options)
 
-        def typed(prompt):
-            line = next(left, None)
-            if line is None:
-                raise EOFError
-            return line
+    def typed(prompt):
+        try:
+            return next(lines)
+        except StopIteration:
+            raise EOFError from None
 
-        monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
-        monkeypatch.setattr("builtins.input", typed)
-
-    return type_lines
-
-
-def test_a_conversation_remembers(asks, asker, language_model, types):
-    types("hello", "", "and you?")
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr("builtins.input", typed)
+    monkeypatch.setattr(type(asker.model), "generate", spied)
     done = asks("--adapter", language_model / "adapter.safetensors")
+    monkeypatch.undo()
     first = answer(asker, "<user>hello</s><assistant>")
     second = answer(asker, f"<user>hello</s><assistant>{first}</s><user>and you?</s><assistant>")
     assert done.code == 0
     assert [line for line in done.out.splitlines()[1:] if line] == [first, second]
+    assert [one is not None for one in kept] == [False, True]
 
 
-def test_a_stopped_answer_is_forgotten(asks, asker, language_model, types, monkeypatch):
-    def answers(self, prompts, **options):
-        if prompts[0][-1]["content"] == "stop":
-            raise KeyboardInterrupt
-        return given(self, prompts, **options)
+def test_a_stopped_answer_is_forgotten(asker, capsys):
+    conversation = Conversation(asker, {"max_new_tokens": 6, "do_sample": False})
+    conversation.ask("hello")
+    before = list(conversation.turns)
+    generate = asker.model.generate
 
-    given = Asker.answers
-    monkeypatch.setattr(Asker, "answers", answers)
-    types("hello", "stop", "and you?")
-    done = asks("--adapter", language_model / "adapter.safetensors")
-    first = answer(asker, "<user>hello</s><assistant>")
-    second = answer(asker, f"<user>hello</s><assistant>{first}</s><user>and you?</s><assistant>")
-    assert done.code == 0
-    shown = [line for line in done.out.splitlines()[1:] if line]
-    assert shown == [first, "(stopped)", second]
+    def stopped(**options):
+        options["streamer"].put(torch.tensor([[5]]))
+        raise KeyboardInterrupt
+
+    asker.model.generate = stopped
+    with pytest.raises(KeyboardInterrupt):
+        conversation.ask("and you?")
+    asker.model.generate = generate
+    assert conversation.turns == before
+    conversation.ask("and you?")
+    text = f"<user>hello</s><assistant>{before[1]['content']}</s><user>and you?</s><assistant>"
+    assert conversation.turns[-1]["content"] == answer(asker, text)
