@@ -21,11 +21,7 @@ from benchmarks.routed import routed
 from benchmarks.start_up import start_up
 from benchmarks.whole_model import model_step
 
-__all__ = ["TABLES", "main"]
-
-Measure = Callable[[bool, torch.device], list[dict[str, Any]]]
-
-TABLES: Mapping[str, Measure] = {
+TABLES: Mapping[str, Callable[[torch.device], list[dict[str, Any]]]] = {
     "layer_step": layer_step,
     "few_tokens": few_tokens,
     "model_step": model_step,
@@ -38,31 +34,23 @@ TABLES: Mapping[str, Measure] = {
 }
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Measure the tables that the command line names."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument(
-        "--quick", action="store_true", help="small sizes, to see that everything works"
-    )
     parser.add_argument(
         "--only", nargs="+", choices=list(TABLES), metavar="TABLE", help=f"of: {', '.join(TABLES)}"
     )
     parser.add_argument("--out", type=Path, default=Path("bench-output/results.json"))
-    parser.add_argument("--threads", type=int, help="of torch; as many as cores by default")
-    parser.add_argument("--device", help="cpu or cuda; cuda if there is a GPU")
     asked = parser.parse_args(arguments)
-    if asked.threads is not None:
-        torch.set_num_threads(asked.threads)
-    device = torch.device(asked.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    results = describe("quick" if asked.quick else "full", device)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    results = describe(device)
     for name in asked.only or TABLES:
         started = time.perf_counter()
-        results["tables"][name] = TABLES[name](asked.quick, device)
+        results["tables"][name] = TABLES[name](device)
         results["table_seconds"][name] = time.perf_counter() - started
         write_results(asked.out, results)  # a run that is stopped keeps the tables it has
         print(f"{name}: {results['table_seconds'][name]:.0f} s", flush=True)
     print(f"results: {asked.out}")
-    return 0
 
 
 if __name__ == "__main__":

@@ -9,9 +9,9 @@ which would cost it time; `autocast_adapter_dtype=False` turns that off.
 from __future__ import annotations
 
 import copy
-import importlib.util
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,55 +19,26 @@ from torch import Tensor, nn
 import disha
 from benchmarks.steps import CandidateError, fill, trainable
 
-__all__ = [
-    "BASE",
-    "CANDIDATES",
-    "METHOD_TITLES",
-    "Candidate",
-    "adapted_layer",
-    "adapted_model",
-    "check_layer",
-    "check_same_results",
-    "lora_rank",
-    "missing_package",
-]
-
 BASE = "frozen"
 """The candidate that all others are compared with: the model without adapters, frozen."""
-
-METHOD_TITLES = {"bone": "Bone", "bat": "BAT", "lora": "LoRA"}
-"""The names, in reports, of the methods that have a floor."""
 
 MODEL_SCALE, LAYER_SCALE = 0.02, 0.1
 """Standard deviation of the values in blocks. A single layer needs more to show in 16 bits."""
 
 
-@dataclass(frozen=True)
-class Candidate:
-    """One way to adapt linear layers.
-
-    Args:
-        name: as in results.
-        title: as in reports.
-        method: what is computed, by which its costs are predicted: "frozen", "bone", "bat",
-            "lora" or "other". Candidates of one method, "bone" or "bat", must return the same
-            for equal blocks.
-        adapt: given a model, the names of linear layers in it, and r: adapts those in place.
-        package: what has to be installed for it.
-    """
+class Candidate(NamedTuple):
+    """A way to adapt linear layers. Those of one method return the same for equal blocks."""
 
     name: str
     title: str
     method: str
     adapt: Callable[[nn.Module, Sequence[str], int], None]
-    package: str | None = None
 
 
 def lora_rank(sizes: Iterable[tuple[int, int]], r: int) -> int:
-    """Return the LoRA rank with as many parameters as Bone blocks of shard size r.
+    """Return the rank with as many parameters as Bone, rounded down to a multiple of 8.
 
-    The rank is rounded down to a multiple of 8, which kernels prefer. LoRA then has slightly fewer
-    parameters and slightly less work.
+    Kernels prefer that. LoRA then has slightly fewer parameters and slightly less work.
     """
     sizes = list(sizes)
     rank = sum(r * out for _, out in sizes) // sum(width + out for width, out in sizes)
@@ -79,11 +50,6 @@ def _sizes(model: nn.Module, names: Sequence[str]) -> list[tuple[int, int]]:
     return [(layer.in_features, layer.out_features) for layer in layers]
 
 
-def _replace(model: nn.Module, name: str, layer: nn.Module) -> None:
-    parent, _, attribute = name.rpartition(".")
-    setattr(model.get_submodule(parent), attribute, layer)
-
-
 def _freeze(model: nn.Module, names: Sequence[str], r: int) -> None:
     model.requires_grad_(False)
 
@@ -93,27 +59,18 @@ def _bone(model: nn.Module, names: Sequence[str], r: int) -> None:
 
 
 def _tile(model: nn.Module, names: Sequence[str], r: int) -> None:
-    halves = {out // 2 for _, out in _sizes(model, names)}
-    if len(halves) > 1:
-        raise CandidateError("a tile has one r_out, but the layers differ in their outputs")
-    disha.inject_adapters(model, lambda name, _: name in names, 2 * r, r_out=halves.pop())
+    (half,) = {out // 2 for _, out in _sizes(model, names)}
+    disha.inject_adapters(model, lambda name, _: name in names, 2 * r, r_out=half)
 
 
 def _bat(model: nn.Module, names: Sequence[str], r: int) -> None:
     disha.inject_adapters(model, lambda name, _: name in names, r, method="bat")
 
 
-def _peft_miss(model: nn.Module, names: Sequence[str], r: int) -> None:
+def _peft_miss(model: nn.Module, names: Sequence[str], r: int, **more: object) -> None:
     from peft import MissConfig, inject_adapter_in_model
 
-    inject_adapter_in_model(MissConfig(r=r, target_modules=list(names)), model)
-
-
-def _peft_bat(model: nn.Module, names: Sequence[str], r: int) -> None:
-    from peft import MissConfig, inject_adapter_in_model
-
-    config = MissConfig(r=r, target_modules=list(names), init_weights="bat")
-    inject_adapter_in_model(config, model)
+    inject_adapter_in_model(MissConfig(r=r, target_modules=list(names), **more), model)
 
 
 def _peft_lora(model: nn.Module, names: Sequence[str], r: int) -> None:
@@ -140,7 +97,8 @@ def _loralib(model: nn.Module, names: Sequence[str], r: int) -> None:
             bias=base.bias is not None,
         )
         layer.weight, layer.bias = base.weight, base.bias
-        _replace(model, name, layer)
+        parent, _, attribute = name.rpartition(".")
+        setattr(model.get_submodule(parent), attribute, layer)
 
 
 def _lycoris(
@@ -173,24 +131,14 @@ CANDIDATES: Mapping[str, Candidate] = {
         Candidate("bone", "disha MiSS (Bone)", "bone", _bone),
         Candidate("tile", "disha tile", "other", _tile),
         Candidate("bat", "disha BAT", "bat", _bat),
-        Candidate("peft_miss", "PEFT MiSS", "bone", _peft_miss, "peft"),
-        Candidate("peft_bat", "PEFT BAT", "bat", _peft_bat, "peft"),
-        Candidate("peft_lora", "PEFT LoRA", "lora", _peft_lora, "peft"),
-        Candidate("loralib", "loralib LoRA", "lora", _loralib, "loralib"),
-        Candidate("lycoris_lora", "LyCORIS LoRA", "lora", _lycoris_lora, "lycoris-lora"),
-        Candidate("lycoris_lokr", "LyCORIS LoKr", "other", _lycoris_lokr, "lycoris-lora"),
+        Candidate("peft_miss", "PEFT MiSS", "bone", _peft_miss),
+        Candidate("peft_bat", "PEFT BAT", "bat", partial(_peft_miss, init_weights="bat")),
+        Candidate("peft_lora", "PEFT LoRA", "lora", _peft_lora),
+        Candidate("loralib", "loralib LoRA", "lora", _loralib),
+        Candidate("lycoris_lora", "LyCORIS LoRA", "lora", _lycoris_lora),
+        Candidate("lycoris_lokr", "LyCORIS LoKr", "other", _lycoris_lokr),
     )
 }
-
-_IMPORTED_AS = {"lycoris-lora": "lycoris"}
-
-
-def missing_package(candidate: Candidate) -> str | None:
-    """Return why a candidate can't be built here, or None if it can be."""
-    package = candidate.package
-    if package is None or importlib.util.find_spec(_IMPORTED_AS.get(package, package)) is not None:
-        return None
-    return f"{package} is not installed"
 
 
 def adapted_model(
@@ -225,22 +173,16 @@ def adapted_layer(candidate: Candidate, layer: nn.Linear, r: int) -> nn.Module:
 def check_layer(candidate: Candidate, layer: nn.Module, plain: nn.Module, x: Tensor) -> Tensor:
     """Return the layer's output after checking that its blocks act and learn."""
     x = x.detach().requires_grad_()
-    parameters = trainable(layer)
     output = layer(x)
-    gradients = torch.autograd.grad(output.square().sum(), [x, *parameters])
-    for what, value in zip(["input", *map(_shape, parameters)], gradients, strict=True):
-        if not torch.isfinite(value).all() or not value.any():
-            raise CandidateError(f"{candidate.title}: the gradient of {what} is zero or not finite")
+    for gradient in torch.autograd.grad(output.square().sum(), [x, *trainable(layer)]):
+        if not torch.isfinite(gradient).all() or not gradient.any():
+            raise CandidateError(f"{candidate.title}: a gradient is zero or not finite")
     with torch.no_grad():
         base = plain(x)
         acts = not torch.equal(output, base)
         if acts is (candidate.method == "frozen") or not torch.isfinite(output).all():
             raise CandidateError(f"{candidate.title}: the output is not that of base and adapter")
     return output.detach()
-
-
-def _shape(parameter: nn.Parameter) -> str:
-    return f"a parameter of shape {tuple(parameter.shape)}"
 
 
 def check_same_results(outputs: Mapping[str, Tensor], dtype: torch.dtype) -> None:

@@ -15,40 +15,23 @@ import torch
 from torch import Tensor, nn
 
 import disha
-from benchmarks.candidates import BASE, CANDIDATES, lora_rank, missing_package
+from benchmarks.candidates import BASE, lora_rank
 from benchmarks.memory import kept_bytes
-from benchmarks.protocol import Budget, compare, synchroniser
+from benchmarks.protocol import Budget, compare
 from benchmarks.steps import TrainingStep, check_gradients, fill, require_gradient, trainable
-
-__all__ = ["experts"]
-
-IMPLEMENTATIONS = ("eager", "batched_mm", "grouped_mm")
-"""How transformers computes experts. batched_mm copies a matrix for every token and expert."""
 
 TARGET = r"experts\.(gate_up|down)_proj$"
 TARGET_PARAMETERS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 SCALE = 0.02
-PEFT = "peft_lora"
-
+BUDGET = Budget(20.0, 7, 60)
 
 MIXTRAL = ("Mixtral", "intermediate_size", "num_local_experts")
 QWEN3 = ("Qwen3Moe", "moe_intermediate_size", "num_experts")
+"""The prefix of classes in transformers, and what a configuration calls `inner` and `experts`."""
 
 
 class ExpertModel(NamedTuple):
-    """A mixture of experts of one layer, and one sequence of tokens.
-
-    Attributes:
-        names: the prefix of its classes in transformers, and what its configuration calls `inner`
-            and `experts`.
-        hidden: width of a token.
-        inner: width inside an expert.
-        experts: how many there are.
-        chosen: how many each token goes to.
-        r: the shard size.
-        length: number of tokens.
-        batched: whether the implementation batched_mm is measured too.
-    """
+    """A mixture of experts of one layer, each of hidden x inner, and one sequence of tokens."""
 
     names: tuple[str, str, str]
     hidden: int
@@ -57,31 +40,23 @@ class ExpertModel(NamedTuple):
     chosen: int
     r: int
     length: int
-    batched: bool = False
+    implementations: tuple[str, ...] = ("eager", "grouped_mm")
 
 
 MODELS = (
     ExpertModel(MIXTRAL, 512, 1024, 8, 2, 64, 512),
     ExpertModel(QWEN3, 512, 256, 32, 4, 32, 512),
-    ExpertModel(MIXTRAL, 256, 512, 8, 2, 32, 128, batched=True),
+    # batched_mm copies a matrix for every token and expert.
+    ExpertModel(MIXTRAL, 256, 512, 8, 2, 32, 128, ("eager", "batched_mm", "grouped_mm")),
 )
-QUICK_MODELS = (ExpertModel(MIXTRAL, 128, 256, 4, 2, 16, 64, batched=True),)
 
 
-def experts(quick: bool, device: torch.device) -> list[dict[str, Any]]:
+def experts(device: torch.device) -> list[dict[str, Any]]:
     """Measure every model in every implementation."""
-    budget = Budget(2.0, 2, 5) if quick else Budget(20.0, 7, 60)
-    return [
-        _measure(model, implementation, budget, device)
-        for model in (QUICK_MODELS if quick else MODELS)
-        for implementation in IMPLEMENTATIONS
-        if implementation != "batched_mm" or model.batched
-    ]
+    return [_measure(model, one, device) for model in MODELS for one in model.implementations]
 
 
-def _measure(
-    size: ExpertModel, implementation: str, budget: Budget, device: torch.device
-) -> dict[str, Any]:
+def _measure(size: ExpertModel, implementation: str, device: torch.device) -> dict[str, Any]:
     base = _built(size, implementation, device)
     rank = lora_rank([(size.hidden, 2 * size.inner), (size.inner, size.hidden)], size.r)
     generator = torch.Generator().manual_seed(1)
@@ -90,22 +65,17 @@ def _measure(
         BASE: lambda model: model,
         "bone": lambda model: disha.inject_adapters(model, TARGET, size.r),
         "bat": lambda model: disha.inject_adapters(model, TARGET, size.r, method="bat"),
+        "peft_lora": lambda model: _lora(model, rank),
     }
-    why, left_out = missing_package(CANDIDATES[PEFT]), {}
-    if why is None:
-        ways[PEFT] = lambda model: _lora(model, rank)
-    else:
-        left_out[PEFT] = why
-    steps, parameters, kept = {}, {}, {}
+    steps, kept = {}, {}
     for name, adapt in ways.items():
         shared = {id(parameter): parameter for parameter in base.parameters()}
         model = adapt(copy.deepcopy(base, dict(shared))).train()
         fill(trainable(model), SCALE)
         model.get_input_embeddings().register_forward_hook(require_gradient)
-        step = TrainingStep(model, _loss(model, ids))
+        step = steps[name] = TrainingStep(model, _loss(model, ids))
         step()
         check_gradients(name, model)
-        steps[name], parameters[name] = step, sum(p.numel() for p in trainable(model))
         step.clear()
         kept[name] = kept_bytes(model, step.loss)
     return {
@@ -114,16 +84,10 @@ def _measure(
         "hidden": size.hidden,
         "inner": size.inner,
         "experts": size.experts,
-        "chosen": size.chosen,
-        "layers": 1,
         "tokens": size.length,
-        "dtype": "float32",
         "r": size.r,
-        "lora_rank": rank,
-        "parameters": parameters,
         "kept_bytes": kept,
-        "seconds": compare(steps, budget, synchronise=synchroniser(device)),
-        "left_out": left_out,
+        "seconds": compare(steps, BUDGET),
     }
 
 
@@ -155,13 +119,8 @@ def _lora(model: nn.Module, rank: int) -> nn.Module:
     config = LoraConfig(
         r=rank, lora_alpha=rank, target_modules=[], target_parameters=TARGET_PARAMETERS
     )
-    adapted: nn.Module = get_peft_model(model, config, autocast_adapter_dtype=False)
-    return adapted
+    return get_peft_model(model, config, autocast_adapter_dtype=False)
 
 
 def _loss(model: nn.Module, ids: Tensor) -> Callable[[], Tensor]:
-    def loss() -> Tensor:
-        found: Tensor = model(input_ids=ids, labels=ids, use_cache=False).loss
-        return found
-
-    return loss
+    return lambda: model(input_ids=ids, labels=ids, use_cache=False).loss

@@ -15,24 +15,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import disha
 from benchmarks.memory import status_bytes
-from benchmarks.protocol import Budget, Run, compare
+from benchmarks.protocol import Budget, compare
 from benchmarks.steps import forward, frozen_stack
 
-__all__ = ["loaded", "measure"]
-
-LAYERS, WIDTH, SMALL_R, SAMPLES = 8, 256, 8, 4
+ADAPTERS, LAYERS, WIDTH, SMALL_R, SAMPLES = 1000, 8, 256, 8, 4
 BUDGET = Budget(2.0, least_rounds=5, most_rounds=300)
 
 
-def loaded(quick: bool, device: torch.device) -> list[dict[str, Any]]:
+def loaded(device: torch.device) -> list[dict[str, Any]]:
     """Load many adapters into one model: time of each, resident size, and forwards afterwards."""
-    sizes = map(str, (20 if quick else 1000, torch.get_num_threads()))
     done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.many", *sizes],
+        [sys.executable, "-m", "benchmarks.many"],
         capture_output=True,
         text=True,
         check=True,
@@ -58,22 +55,17 @@ def measure(adapters: int) -> dict[str, Any]:
             load_seconds.append(time.perf_counter() - start)
     after = status_bytes("VmRSS")
     x = torch.randn(SAMPLES, WIDTH)
-    runs = {}
-    for who, model in (("one", few), ("many", many)):
-        runs[f"active_of_{who}"] = forward(model, x)
-        runs[f"routed_of_{who}"] = _routed(model, x)
+    runs = {"active_of_one": forward(few, x), "active_of_many": forward(many, x)}
     own = sum(block.nbytes for block in disha.adapter_parameters(many, "a0"))
     return {
         "adapters": adapters,
         "layers": LAYERS,
         "width": WIDTH,
-        "dtype": "float32",
         "r": SMALL_R,
         "block_bytes": own * (adapters - 1),
         "resident_bytes": None if before is None or after is None else after - before,
         "load_seconds": load_seconds,
         "seconds": compare(runs, BUDGET),
-        "left_out": {},
     }
 
 
@@ -81,17 +73,5 @@ def _base() -> nn.Sequential:
     return frozen_stack(LAYERS, WIDTH, torch.device("cpu"))
 
 
-def _routed(model: nn.Module, x: Tensor) -> Run:
-    names = ["a0", None] * (len(x) // 2)
-
-    def run() -> Tensor:
-        with torch.no_grad(), disha.route_adapters(model, names):
-            return model(x)
-
-    return run
-
-
 if __name__ == "__main__":
-    count, threads = map(int, sys.argv[1:])
-    torch.set_num_threads(threads)
-    print(json.dumps(measure(count)))
+    print(json.dumps(measure(ADAPTERS)))

@@ -2,21 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from benchmarks.protocol import Spread
 
-__all__ = [
-    "box",
-    "bytes_text",
-    "count_text",
-    "folded",
-    "ratio_text",
-    "seconds_text",
-    "short_text",
-    "spread_text",
-    "table",
-]
+NOTHING = "-"
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -75,3 +66,8 @@ def bytes_text(count: float) -> str:
             value = count / size
             return f"{value:,.0f} {unit}" if value >= 1000 else f"{value:.4g} {unit}"
     return f"{count:.0f} B"
+
+
+def versions_text(results: Mapping[str, Any]) -> str:
+    """Return the versions in a file of results: torch 2.13.0, peft 0.21.2."""
+    return ", ".join(f"{name} {version}" for name, version in results["versions"].items())

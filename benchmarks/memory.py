@@ -16,13 +16,11 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.candidates import CANDIDATES, adapted_model, missing_package
+from benchmarks.candidates import CANDIDATES, adapted_model
 from benchmarks.protocol import R
 from benchmarks.steps import TrainingStep
 
-__all__ = ["allocated_peak", "kept_bytes", "memory", "stack", "status_bytes"]
-
-LAYERS, TOKENS = 4, 512
+LAYERS, WIDTH, TOKENS = 4, 1024, 512
 
 
 def stack(layers: int, width: int, device: torch.device) -> tuple[nn.Sequential, list[str]]:
@@ -72,46 +70,26 @@ def allocated_peak(run: Callable[[], object], device: torch.device) -> int:
     return peak
 
 
-def memory(quick: bool, device: torch.device) -> list[dict[str, Any]]:
-    """Count what a stack of layers keeps and allocates, and measure processes that train one."""
-    width = 256 if quick else 1024
-    model, names = stack(LAYERS, width, device)
-    x = torch.randn(TOKENS, width, device=device)
-    r = min(R, width // 8)
-    kept, peak, left_out = {}, {}, {}
+def memory(device: torch.device) -> list[dict[str, Any]]:
+    """Count what a stack of layers keeps and allocates."""
+    model, names = stack(LAYERS, WIDTH, device)
+    x = torch.randn(TOKENS, WIDTH, device=device, requires_grad=True)
+    kept, peak = {}, {}
     for name, candidate in CANDIDATES.items():
-        why = missing_package(candidate)
-        if why is not None:
-            left_out[name] = why
-            continue
-        adapted = adapted_model(candidate, model, names, r)
-        leaf = x.clone().requires_grad_()
-        kept[name] = kept_bytes(adapted, partial(adapted, leaf))
-        step = _step(adapted, leaf)
+        adapted = adapted_model(candidate, model, names, R)
+        kept[name] = kept_bytes(adapted, partial(adapted, x))
+        step = TrainingStep(adapted, lambda model=adapted: model(x).square().mean(), [x])
         step()
         step.clear()
         peak[name] = allocated_peak(step, device)
-    counted = {
-        "what": "counted",
-        "layers": LAYERS,
-        "width": width,
-        "tokens": TOKENS,
-        "dtype": "float32",
-        "r": r,
-        "kept_bytes": kept,
-        "peak_bytes": peak,
-        "left_out": left_out,
-    }
-    return [counted]
+        step.clear()
+    sizes = {"layers": LAYERS, "width": WIDTH, "tokens": TOKENS}
+    return [{**sizes, "kept_bytes": kept, "peak_bytes": peak}]
 
 
-def _step(model: nn.Module, x: Tensor) -> TrainingStep:
-    return TrainingStep(model, lambda: model(x).square().mean(), [x])
-
-
-def status_bytes(field: str, process: int | str = "self") -> int | None:
-    """Return a figure of a process's memory in bytes; None if the system does not report it."""
-    status = Path(f"/proc/{process}/status")
+def status_bytes(field: str) -> int | None:
+    """Return a figure of this process's memory in bytes; None if the system does not report it."""
+    status = Path("/proc/self/status")
     lines = status.read_text().splitlines() if status.exists() else []
     found = next((line for line in lines if line.startswith(f"{field}:")), None)
     return None if found is None else int(found.split()[1]) * 1024

@@ -11,11 +11,9 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
-
-__all__ = ["Budget", "R", "Spread", "compare", "paired_ratios", "slow_dtypes", "synchroniser"]
 
 Run = Callable[[], object]
 
@@ -27,16 +25,8 @@ FAR_SLOWER = 10.0
 """Times slower than float32. Converting to float32 and back costs a few times as much, not ten."""
 
 
-@dataclass(frozen=True)
-class Budget:
-    """How long one comparison may take.
-
-    Args:
-        seconds: no new round starts after this time, which includes the warm-up.
-        least_rounds: the number of rounds that are measured in any case.
-        most_rounds: the largest number of rounds.
-        warm_up: the number of rounds before, whose times are not kept.
-    """
+class Budget(NamedTuple):
+    """No new round starts after these seconds, but for the least rounds. Warm-up comes first."""
 
     seconds: float
     least_rounds: int = 5
@@ -44,8 +34,7 @@ class Budget:
     warm_up: int = 2
 
 
-@dataclass(frozen=True)
-class Spread:
+class Spread(NamedTuple):
     """A median with the quartiles around it."""
 
     median: float
@@ -54,7 +43,6 @@ class Spread:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Spread:
-        """Return the median and quartiles of at least one value."""
         if len(values) == 1:
             return cls(values[0], values[0], values[0])
         low, median, high = statistics.quantiles(values, n=4, method="inclusive")
@@ -66,17 +54,19 @@ def paired_ratios(seconds: Mapping[str, Sequence[float]], name: str, to: str) ->
     return [one / other for one, other in zip(seconds[name], seconds[to], strict=True)]
 
 
+def wait_for_gpu() -> None:
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+
+
 def compare(
     runs: Mapping[str, Run],
     budget: Budget,
-    *,
-    synchronise: Callable[[], None] | None = None,
+    wait: Callable[[], None] = wait_for_gpu,
     clock: Callable[[], float] = time.perf_counter,
-    seed: int = 0,
 ) -> dict[str, list[float]]:
     """Time every run once per round, in a new random order each round."""
-    wait = synchronise or (lambda: None)
-    order, shuffle = list(runs), random.Random(seed).shuffle
+    order, shuffle = list(runs), random.Random(0).shuffle
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     started, rounds = clock(), -budget.warm_up
     collecting = gc.isenabled()
@@ -101,11 +91,6 @@ def compare(
     return seconds
 
 
-def synchroniser(device: torch.device) -> Callable[[], None] | None:
-    """Return a function that waits for `device`, or None where calls return when they are done."""
-    return torch.cuda.synchronize if device.type == "cuda" else None
-
-
 def slow_dtypes(
     dtypes: Collection[torch.dtype],
     device: torch.device,
@@ -119,8 +104,7 @@ def slow_dtypes(
     square = torch.randn(TRIED_WIDTH, TRIED_WIDTH, device=device)
     operands = {dtype: square.to(dtype) for dtype in (torch.float32, *dtypes)}
     products = {str(dtype): lambda one=one: one @ one for dtype, one in operands.items()}
-    budget = Budget(0.0, least_rounds=3, warm_up=1)
-    seconds = compare(products, budget, synchronise=synchroniser(device), clock=clock)
+    seconds = compare(products, Budget(0.0, least_rounds=3, warm_up=1), clock=clock)
     fastest = {dtype: min(seconds[str(dtype)]) for dtype in operands}
     ratios = {dtype: taken / fastest[torch.float32] for dtype, taken in fastest.items()}
     return {dtype: ratio for dtype, ratio in ratios.items() if ratio > FAR_SLOWER}

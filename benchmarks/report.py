@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 from benchmarks.candidates import BASE, CANDIDATES
 from benchmarks.compiled import COMPILED
 from benchmarks.markdown import (
+    NOTHING,
     box,
     bytes_text,
     count_text,
@@ -25,45 +26,37 @@ from benchmarks.markdown import (
     short_text,
     spread_text,
     table,
+    versions_text,
 )
 from benchmarks.protocol import Spread, paired_ratios
-from benchmarks.results import ResultsError, read_results
+from benchmarks.results import read_results
 from benchmarks.roofline import floor
 from benchmarks.side_by_side import CONTESTANTS, PARTS
-
-__all__ = ["Row", "compared", "main", "over_base", "page"]
 
 Case = Mapping[str, Any]
 Results = Mapping[str, Any]
 Tables = Mapping[str, Sequence[Case]]
 
 PAGE, PICTURE = "performance.md", "assets/compared.png"
-NOTHING = "-"
 OTHER = "peft_lora"
-SHOWN = ("bone", "bat", "peft_miss")
+SHOWN = {"bone": ("D", "tab:blue"), "bat": ("s", "tab:purple"), "peft_miss": ("o", "tab:gray")}
+"""The candidates that the box and the picture compare with LoRA, and their marks."""
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Write the page and its picture."""
-    from benchmarks.plots import compared_picture
-
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__)
     parser.add_argument(
         "results", type=Path, nargs="+", help="files of `python -m benchmarks`, the newest first"
     )
     parser.add_argument("--docs", type=Path, default=Path("docs"), help="folder to write into")
     asked = parser.parse_args(arguments)
-    try:
-        files = [read_results(path) for path in asked.results]
-    except ResultsError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    picture = asked.docs / PICTURE
-    picture.parent.mkdir(parents=True, exist_ok=True)
-    picture.write_bytes(compared_picture(compared(_tables(files))))
+    files = [read_results(path) for path in asked.results]
+    path = asked.docs / PICTURE
+    path.parent.mkdir(parents=True, exist_ok=True)
+    picture(compared(_tables(files)), path)
     (asked.docs / PAGE).write_text(page(files), encoding="utf-8")
     print(asked.docs / PAGE)
-    return 0
 
 
 def _tables(files: Iterable[Results]) -> dict[str, Sequence[Case]]:
@@ -77,18 +70,20 @@ def _tables(files: Iterable[Results]) -> dict[str, Sequence[Case]]:
 def page(files: Sequence[Results]) -> str:
     """Return the page in Markdown."""
     tables = _tables(files)
-    there = [name for name in SECTIONS if name in tables]
-    used = [one for one in files if any(_from(name, files) is one for name in there)]
-    quick = any(results["profile"] != "full" for results in used)
+    there = {
+        name: next(results for results in files if name in results["tables"])
+        for name in SECTIONS
+        if name in tables
+    }
+    used = [results for results in files if any(results is one for one in there.values())]
     sections = []
-    for name in there:
-        run = used.index(_from(name, files)) + 1
-        told = f"*Run {run}.* " if len(used) > 1 else ""
+    for name, results in there.items():
+        told = f"*Run {used.index(results) + 1}.* " if len(used) > 1 else ""
         sections.append(SECTIONS[name](tables[name]).replace("\n\n", f"\n\n{told}", 1))
     listed = "".join(f"{number}. {_run(results)}\n" for number, results in enumerate(used, 1))
     return "\n".join(
         [
-            f"# Speed and memory\n{QUICK if quick else ''}",
+            "# Speed and memory\n",
             box("Time and memory, divided by those of PEFT's LoRA", _summary(compared(tables))),
             f"![Time and memory, compared with PEFT's LoRA]({PICTURE})\n",
             HOW_TO_READ,
@@ -98,11 +93,6 @@ def page(files: Sequence[Results]) -> str:
     )
 
 
-def _from(name: str, files: Sequence[Results]) -> Results:
-    return next(results for results in files if name in results["tables"])
-
-
-QUICK = "\n**This is a quick run of small sizes: its times are noise.**\n"
 HOW_TO_READ = """\
 How it is measured: all candidates run in one process, in rounds, each round in a new random order.
 A ratio is taken within a round. The tables have the median over the rounds, and half the distance
@@ -120,15 +110,14 @@ ABOUT_RUNS = """\
 
 def _run(results: Results) -> str:
     machine = results["machine"]
-    versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
     return (
         f"{results['date'][:10]}, {results['device']}, {machine['processor']} "
         f"({machine['instructions']}), {count_text(machine['cores'], 'core')}, "
-        f"{bytes_text(machine['memory_bytes'])} of memory; {versions}."
+        f"{bytes_text(machine['memory_bytes'])} of memory; {versions_text(results)}."
     )
 
 
-# --- the box: figures / those of PEFT's LoRA -----------------------------------------------------
+# --- the box and the picture: figures / those of PEFT's LoRA -------------------------------------
 
 
 class Row(NamedTuple):
@@ -143,12 +132,10 @@ def compared(tables: Tables) -> list[Row]:
     """Return the figures that the tables have, in the order of the page."""
     found = []
     for line, label, name, where, figure, suffix in COMPARED:
-        case = next(
-            (one for one in tables.get(name, ()) if all(one.get(k) == v for k, v in where.items())),
-            None,
-        )
-        if case is not None and OTHER + suffix in case[figure]:
-            found.append(Row(line, label.format(**case), _over_lora(case[figure], suffix)))
+        cases = [one for one in tables.get(name, ()) if where.items() <= one.items()]
+        if cases:
+            ratios = _over_lora(cases[0][figure], suffix)
+            found.append(Row(line, label.format(**cases[0]), ratios))
     return found
 
 
@@ -164,8 +151,7 @@ def _over_lora(values: Mapping[str, Any], suffix: str) -> dict[str, Spread]:
 TRAINING, SERVING = "One training step", "Serving unmerged"
 GROUPED = {"implementation": "grouped_mm"}
 COMPARED: Sequence[tuple[str, str, str, Mapping[str, Any], str, str]] = (
-    ("Memory", "kept for backward by {layers} layers", "memory", {"what": "counted"}, "kept_bytes",
-     ""),
+    ("Memory", "kept for backward by {layers} layers", "memory", {}, "kept_bytes", ""),
     (TRAINING, "SmolLM2-135M, float32", "model_step", {"dtype": "float32"}, "seconds", ""),
     (TRAINING, "SmolLM2-135M, bfloat16", "model_step", {"dtype": "bfloat16"}, "seconds", ""),
     ("Experts", "{model}, step", "experts", GROUPED, "seconds", ""),
@@ -201,12 +187,38 @@ Less than 1 is better than LoRA. MiSS (Bone) and BAT without a name before them 
 `disha`. Brackets have the quartiles of the rounds."""
 
 
+def picture(rows: Sequence[Row], path: Path) -> None:
+    """Plot each figure of the box: a dot for a candidate, its quartiles."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.2, 1.0 + 0.36 * len(rows)), dpi=110, layout="constrained")
+    axes = figure.add_subplot()
+    for place, row in enumerate(rows):
+        if place and row.line != rows[place - 1].line:
+            axes.axhline(place - 0.5, color="lightgray", linewidth=0.8)
+        for name, ratio in row.ratios.items():
+            mark, colour = SHOWN[name]
+            height = place + 0.2 * (list(SHOWN).index(name) - 1)  # so that none hides another
+            axes.plot([ratio.low, ratio.high], [height, height], color=colour, linewidth=1.5)
+            axes.plot(ratio.median, height, mark, color=colour, markersize=6)
+    for name, (mark, colour) in SHOWN.items():
+        axes.plot([], [], mark, color=colour, label=CANDIDATES[name].title)
+    axes.axvline(1, color="black", linewidth=0.8)
+    axes.set_ylim(len(rows) - 0.5, -0.5)
+    axes.set_xlim(left=0)
+    axes.set_yticks(range(len(rows)), [f"{row.line}:\n{row.label}" for row in rows])
+    axes.tick_params(labelsize=9)
+    axes.grid(alpha=0.3, axis="x")
+    axes.set_xlabel("divided by PEFT's LoRA; lower is better", fontsize=9)
+    figure.legend(loc="outside lower center", ncols=len(SHOWN), fontsize=9)
+    figure.savefig(path, format="png", metadata={"Software": None})
+
+
 # --- one section for each table ------------------------------------------------------------------
 
 
-def over_base(case: Case, name: str) -> Spread:
-    """Return time of a candidate / time of the frozen base."""
-    return Spread.of(paired_ratios(case["seconds"], name, BASE))
+def _section(title: str, about: str, *tables: str) -> str:
+    return f"## {title}\n\n{about}\n\n{folded('Tables', chr(10).join(tables))}"
 
 
 def _size(case: Case) -> str:
@@ -214,52 +226,39 @@ def _size(case: Case) -> str:
     return f"{where}, {count_text(case['tokens'], 'token')}, {case['dtype']}"
 
 
+def _over_base(case: Case, name: str) -> str:
+    return spread_text(Spread.of(paired_ratios(case["seconds"], name, BASE)))
+
+
+def _median(case: Case, name: str) -> str:
+    return seconds_text(statistics.median(case["seconds"][name]))
+
+
 def _timed(name: str, title: str, about: str) -> Callable[[Sequence[Case]], str]:
     """Return a section with candidates by cases, the roofline, and the time of the base."""
 
     def section(cases: Sequence[Case]) -> str:
-        frozen = [seconds_text(Spread.of(case["seconds"][BASE]).median) for case in cases]
-        rows = [["frozen", *frozen]]
+        rows = [["frozen", *(_median(case, BASE) for case in cases)]]
         for method in ("bone", "bat"):
-            floors = [floor(name, case, method) for case in cases]
-            told = [NOTHING if one is None else f"*{ratio_text(one)}*" for one in floors]
+            told = [f"*{ratio_text(floor(name, case, method))}*" for case in cases]
             rows.append([f"*roofline {_title(method)}*", *told])
-        for candidate in dict.fromkeys(one for case in cases for one in case["seconds"]):
-            if candidate != BASE:
-                rows.append([CANDIDATES[candidate].title, *_over_base(candidate, cases)])
+        for one in cases[0]["seconds"]:
+            if one != BASE:
+                rows.append([CANDIDATES[one].title, *(_over_base(case, one) for case in cases)])
         return _section(title, about, table(["", *map(_size, cases)], rows))
 
     return section
 
 
-def _section(title: str, about: str, *tables: str) -> str:
-    return f"## {title}\n\n{about}\n\n{folded('Tables', chr(10).join(tables))}"
-
-
-def _over_base(name: str, cases: Sequence[Case]) -> list[str]:
-    return [
-        spread_text(over_base(case, name)) if name in case["seconds"] else NOTHING for case in cases
-    ]
-
-
-def _median(case: Case, name: str) -> str:
-    seconds = case["seconds"].get(name)
-    return NOTHING if seconds is None else seconds_text(statistics.median(seconds))
-
-
 def _memory(cases: Sequence[Case]) -> str:
-    counted = next(case for case in cases if case["what"] == "counted")
+    case = cases[0]
     rows = [
-        [
-            CANDIDATES[name].title,
-            bytes_text(kept),
-            bytes_text(counted["peak_bytes"][name]),
-        ]
-        for name, kept in counted["kept_bytes"].items()
+        [CANDIDATES[name].title, bytes_text(kept), bytes_text(case["peak_bytes"][name])]
+        for name, kept in case["kept_bytes"].items()
     ]
     about = (
-        f"{count_text(counted['layers'], 'layer')}, {counted['width']} wide, an activation after "
-        f"each, {count_text(counted['tokens'], 'token')}, float32. *Kept* is what autograd saves "
+        f"{count_text(case['layers'], 'layer')}, {case['width']} wide, an activation after "
+        f"each, {count_text(case['tokens'], 'token')}, float32. *Kept* is what autograd saves "
         "for the backward pass; *peak* is the most that a step has allocated at one time, both "
         "without the parameters."
     )
@@ -268,11 +267,8 @@ def _memory(cases: Sequence[Case]) -> str:
 
 def _start_up(cases: Sequence[Case]) -> str:
     injections = [case for case in cases if case["what"] != "files"]
-    names = list(dict.fromkeys(name for case in injections for name in case["seconds"]))
-    adapting = [
-        [case["what"], *(_median(case, name) for name in names)]
-        for case in injections
-    ]  # fmt: skip
+    names = list(injections[0]["seconds"])
+    adapting = [[case["what"], *(_median(case, name) for name in names)] for case in injections]
     keys = ("save", "load", "swap", "tensors_save", "tensors_load")
     files = [
         [
@@ -282,20 +278,22 @@ def _start_up(cases: Sequence[Case]) -> str:
         for case in cases
         if case["what"] == "files"
     ]
-    header = ["file, base", "save", "load", "replace", "save_file", "load_file"]
     return _section(
         "Start-up and files",
         "Time to adapt a model, and to save and load an adapter; beside them `save_file` and "
         "`load_file` of safetensors with the same tensors.",
         table(["", *(CANDIDATES[name].title for name in names)], adapting),
-        table(header, files),
+        table(["file, base", "save", "load", "replace", "save_file", "load_file"], files),
     )
 
 
 def _routed(cases: Sequence[Case]) -> str:
     ways = {"routed": "one batch", "one_by_one": "one by one", "one_adapter": "one for all"}
     rows = [
-        [f"{CANDIDATES[name].title}, {text}", *_over_base(f"{name}_{way}", cases)]
+        [
+            f"{CANDIDATES[name].title}, {text}",
+            *(_over_base(case, f"{name}_{way}") for case in cases),
+        ]
         for name in ("bone", "bat", OTHER)
         for way, text in ways.items()
     ]
@@ -334,7 +332,7 @@ def _experts(cases: Sequence[Case]) -> str:
             f"{case['model']}, {case['experts']} experts of {case['hidden']} x {case['inner']}, "
             f"{count_text(case['tokens'], 'token')}, {case['implementation']}",
             _median(case, BASE),
-            *(_over_base(name, [case])[0] for name in names),
+            *(_over_base(case, name) for name in names),
             *(bytes_text(case["kept_bytes"][name]) for name in (BASE, *names)),
         ]
         for case in cases
@@ -351,13 +349,13 @@ def _experts(cases: Sequence[Case]) -> str:
 
 def _compiled(cases: Sequence[Case]) -> str:
     rows = []
-    for case in (case for case in cases if case["what"] == "timed"):
+    for case in cases:
         seconds = case["seconds"]
         for name in (name for name in seconds if not name.endswith(COMPILED)):
             others = (name, BASE + COMPILED, OTHER + COMPILED)
             ratios = [
                 spread_text(Spread.of(paired_ratios(seconds, name + COMPILED, other)))
-                if other in seconds and other != name + COMPILED
+                if other != name + COMPILED
                 else NOTHING
                 for other in others
             ]
@@ -367,9 +365,50 @@ def _compiled(cases: Sequence[Case]) -> str:
     return _section("Compiled", about, table(header, rows))
 
 
+# --- side by side in one trainer -----------------------------------------------------------------
+
+BESIDE = {
+    "seconds": "seconds",
+    "processor_seconds": "processor time",
+    "peak_bytes": "peak",
+    "pass_bytes": "pass",
+}
+"""The figures of a contestant, and what the tables call them."""
+
+
+def _beside(case: Case, one: str, other: str, figure: str) -> Spread:
+    """Return the ratio of two contestants; that of the sums where their batches differ."""
+    first, second = (case["contestants"][name][figure] for name in (one, other))
+    if not isinstance(first, list):
+        return Spread.of([first / second])
+    if CONTESTANTS[one].grouped != CONTESTANTS[other].grouped:
+        return Spread.of([sum(first) / sum(second)])
+    return Spread.of([a / b for a, b in zip(first, second, strict=True)])
+
+
+def _all_beside(case: Case, one: str, other: str) -> list[str]:
+    return [spread_text(_beside(case, one, other, figure)) for figure in BESIDE]
+
+
+def _short(case: Case, one: str, other: str) -> tuple[str, str]:
+    """Return the time and the peak of memory of one contestant, divided by another's."""
+    seconds, peak = (short_text(_beside(case, one, other, f)) for f in ("seconds", "peak_bytes"))
+    return seconds, peak
+
+
 def _adapter(cases: Sequence[Case]) -> str:
+    found = []
+    for case in cases:
+        (lora, lora_peak), (miss, miss_peak) = (
+            _short(case, "sft_bone", other) for other in ("sft_lora", "sft_miss")
+        )
+        found.append(
+            f"In {case['dtype']}, a step with disha takes {lora} of the time of PEFT's LoRA and "
+            f"{miss} of that of PEFT's MiSS; its peak of memory is {lora_peak} and {miss_peak} of "
+            "theirs."
+        )
     rows = [
-        [f"{case['dtype']}, {took['title']}", *_beside(case, name, "sft_lora")]
+        [f"{case['dtype']}, {took['title']}", *_all_beside(case, name, "sft_lora")]
         for case in cases
         for name, took in case["contestants"].items()
     ]
@@ -379,35 +418,23 @@ def _adapter(cases: Sequence[Case]) -> str:
         "memory of a process since training began, *pass* what the allocator gives out in one "
         "forward and backward pass. Divided by PEFT's LoRA."
     )
-    return _section("One trainer, three adapters", about, table(BESIDE, rows))
+    about = f"**{' '.join(found)}**\n\n{about}"
+    return _section("One trainer, three adapters", about, table(["", *BESIDE.values()], rows))
 
 
 def _job(cases: Sequence[Case]) -> str:
     (case,) = cases
-    rows = [[part, *_beside(case, one, other)] for part, (one, other) in PARTS.items()]
+    (whole, whole_peak), (own, own_peak) = (_short(case, *PARTS[p]) for p in ("all", "adapter"))
+    rows = [[part, *_all_beside(case, one, other)] for part, (one, other) in PARTS.items()]
     about = (
+        f"**`disha finetune` takes {whole} of the time of `Trainer` with PEFT's LoRA, and "
+        f"{whole_peak} of its peak of memory. The adapter alone takes {own} of the time and "
+        f"{own_peak} of the memory.**\n\n"
         "From `Trainer` with PEFT's LoRA to what `disha finetune` does, one part after the other, "
         "each divided by what was before it. Only the first is a merit of the adapter: `trl` "
         "computes the loss in parts, and `transformers` groups rows by length, for every adapter."
     )
-    return _section("The whole job, part by part", about, table(BESIDE, rows))
-
-
-BESIDE = ["", "seconds", "processor time", "peak", "pass"]
-
-
-def _beside(case: Case, one: str, other: str) -> list[str]:
-    """Return the ratios of two contestants; of the sums where their batches differ."""
-    first, second = (case["contestants"][name] for name in (one, other))
-    grouped = CONTESTANTS[one].grouped != CONTESTANTS[other].grouped
-    told = []
-    for field in ("seconds", "processor_seconds"):
-        if grouped:
-            told.append(ratio_text(sum(first[field]) / sum(second[field])))
-        else:
-            times = {one: first[field], other: second[field]}
-            told.append(spread_text(Spread.of(paired_ratios(times, one, other))))
-    return [*told, *(ratio_text(first[f] / second[f]) for f in ("peak_bytes", "pass_bytes"))]
+    return _section("The whole job, part by part", about, table(["", *BESIDE.values()], rows))
 
 
 SECTIONS: Mapping[str, Callable[[Sequence[Case]], str]] = {

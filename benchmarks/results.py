@@ -8,7 +8,7 @@ import json
 import os
 import platform
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,32 +16,15 @@ import torch
 
 import disha
 
-__all__ = [
-    "FORMAT",
-    "ResultsError",
-    "describe",
-    "read_results",
-    "rounded",
-    "write_results",
-    "write_whole",
-]
-
-FORMAT = 1
 PACKAGES = ("torch", "peft", "loralib", "lycoris-lora", "transformers", "numpy", "safetensors")
 DIGITS = 4
 
 
-class ResultsError(Exception):
-    """A file can't be read as results."""
-
-
-def describe(profile: str, device: torch.device) -> dict[str, Any]:
+def describe(device: torch.device) -> dict[str, Any]:
     """Return the beginning of a file of results, without tables."""
     on_gpu = device.type == "cuda"
     return {
-        "format": FORMAT,
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "profile": profile,
         "device": torch.cuda.get_device_name(device) if on_gpu else "cpu",
         "machine": {
             "system": platform.system(),
@@ -54,11 +37,22 @@ def describe(profile: str, device: torch.device) -> dict[str, Any]:
         "versions": {
             "python": platform.python_version(),
             "disha": disha.__version__,
-            **{name: version for name in PACKAGES if (version := _version(name)) is not None},
+            **versions(PACKAGES),
         },
         "tables": {},
         "table_seconds": {},
     }
+
+
+def versions(packages: Iterable[str]) -> dict[str, str]:
+    """Return the versions of those packages that are installed."""
+    found = {}
+    for name in packages:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
 
 
 def write_results(path: Path, results: Mapping[str, Any]) -> None:
@@ -79,17 +73,7 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def read_results(path: Path) -> dict[str, Any]:
-    """Read a file of results."""
-    try:
-        results = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ResultsError(f"{path} can't be read as results: {error}") from error
-    found = results.get("format") if isinstance(results, dict) else None
-    if found != FORMAT:
-        raise ResultsError(
-            f"{path} has format {found!r}, expected {FORMAT}; measure again: python -m benchmarks"
-        )
-    return results  # type: ignore[no-any-return]
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def rounded(value: Any, digits: int = DIGITS) -> Any:
@@ -101,13 +85,6 @@ def rounded(value: Any, digits: int = DIGITS) -> Any:
     if isinstance(value, list | tuple):
         return [rounded(one, digits) for one in value]
     return value
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _processor() -> str:

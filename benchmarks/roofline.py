@@ -38,9 +38,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks.protocol import Budget, Run, compare, synchroniser
-
-__all__ = ["Decoder", "Linear", "floor", "measured_rates"]
+from benchmarks.protocol import Budget, Run, compare
 
 CACHED_BYTES = 2**25
 """Most bytes of a pass that are counted as cached. Few processors have more cache for a process."""
@@ -48,6 +46,7 @@ CACHED_COPY, MEMORY_COPY = 2**21, 2**27
 """Bytes to copy. The first number fits in the cache of any processor, the second in none."""
 CACHED_COPIES = 16
 """Copies of the smaller in a run. Only the first finds it in memory."""
+BUDGET = Budget(4.0, least_rounds=7, most_rounds=40)
 
 
 class Linear(NamedTuple):
@@ -61,28 +60,17 @@ class Linear(NamedTuple):
         return ceil(self.out_features / r) * r * r if method == "bat" else r * self.out_features
 
 
-class Decoder(NamedTuple):
-    """The sizes of a Llama-family decoder whose seven projections are adapted."""
-
-    hidden: int
-    feed_forward: int
-    layers: int
-    keys: int
-
-    @property
-    def linears(self) -> list[Linear]:
-        """The projections of every layer."""
-        h, f, k = self.hidden, self.feed_forward, self.keys
-        sizes = [(h, h), (h, k), (h, k), (h, h), (h, f), (h, f), (f, h)]
-        return [Linear(*size) for size in sizes] * self.layers
-
-    @property
-    def inputs(self) -> list[int]:
-        """The widths of their distinct inputs: q, k and v share one, gate and up another."""
-        return [self.hidden, self.hidden, self.hidden, self.feed_forward] * self.layers
-
-
-SMOLLM2_135M = Decoder(576, 1536, 30, 192)
+DECODER_LAYERS = 30
+SMOLLM2_INPUTS = [576, 576, 576, 1536] * DECODER_LAYERS
+"""The widths of the distinct inputs: q, k and v share one, gate and up another."""
+SMOLLM2_LINEARS = [
+    Linear(*sizes)
+    for sizes in (
+        *((576, 576), (576, 192), (576, 192), (576, 576)),
+        *((576, 1536), (576, 1536), (1536, 576)),
+    )
+] * DECODER_LAYERS
+"""The seven projections of every layer of SmolLM2-135M."""
 
 
 class Term(NamedTuple):
@@ -111,16 +99,12 @@ class Rates(NamedTuple):
         return 0.0 if term.product is None else term.macs / self.products[term.product]
 
 
-def floor(table: str, case: Mapping[str, Any], method: str) -> float | None:
-    """Return the least time of a method / that of the frozen base, or None if it is not known."""
+def floor(table: str, case: Mapping[str, Any], method: str) -> float:
+    """Return the least time of a method / that of the frozen base."""
     r, tokens = case["r"], case["tokens"]
-    if method not in ("bone", "bat"):
-        return None
     if table == "few_tokens":
         layer = Linear(case["width"], case["width"])
         return 1 + layer.block(method, r) / (layer.in_features * layer.out_features)
-    if "rates" not in case:
-        return None
     rates = {
         Linear(one["in"], one["out"]): Rates(
             one["products"], case["rates"]["cached"], case["rates"]["memory"]
@@ -129,10 +113,7 @@ def floor(table: str, case: Mapping[str, Any], method: str) -> float | None:
     }
     itemsize = getattr(torch, case["dtype"]).itemsize
     if table == "model_step":
-        model = smollm2(case["layers"])
-        if not rates.keys() >= set(model.linears):
-            return None
-        inputs, layers = model.inputs, model.linears
+        inputs, layers = SMOLLM2_INPUTS, SMOLLM2_LINEARS
     else:
         inputs, layers = [case["width"]], list(rates)
     of_passes = next(iter(rates.values()))
@@ -142,11 +123,6 @@ def floor(table: str, case: Mapping[str, Any], method: str) -> float | None:
         rates[layer].seconds(_layer_terms(layer, tokens, method, r, itemsize)) for layer in layers
     )
     return 1 + added / min(case["seconds"]["frozen"])
-
-
-def smollm2(layers: int) -> Decoder:
-    """Return SmolLM2-135M with this number of decoder layers: a quick run keeps fewer."""
-    return SMOLLM2_135M._replace(layers=layers)
 
 
 def _input_terms(width: int, tokens: int, method: str, r: int, itemsize: int) -> list[Term]:
@@ -185,7 +161,6 @@ def measured_rates(
     r: int,
     dtype: torch.dtype,
     device: torch.device,
-    budget: Budget,
 ) -> dict[str, Any]:
     """Return what the machine reaches, as JSON.
 
@@ -203,7 +178,7 @@ def measured_rates(
     copies = {"cached": (CACHED_COPY, CACHED_COPIES), "memory": (MEMORY_COPY, 1)}
     for name, (size, times) in copies.items():
         runs[f"{name} copy"] = _copier(size, times, device)
-    taken = compare(runs, budget, synchronise=synchroniser(device))
+    taken = compare(runs, BUDGET)
     fastest = {name: min(seconds) for name, seconds in taken.items()}
     found: dict[str, Any] = {
         name: 2 * size * times / fastest[f"{name} copy"] for name, (size, times) in copies.items()

@@ -9,85 +9,56 @@ import torch
 from torch import Tensor, nn
 
 import disha
-from benchmarks.candidates import (
-    BASE,
-    CANDIDATES,
-    lora_rank,
-    missing_package,
-)
-from benchmarks.protocol import Budget, R, Run, compare, synchroniser
+from benchmarks.candidates import BASE, lora_rank
+from benchmarks.protocol import Budget, R, Run, compare
 from benchmarks.steps import CandidateError, fill, forward, frozen_stack, trainable
 
-__all__ = ["routed"]
-
-LAYERS = 4
-SCALE = 0.02
+LAYERS, WIDTH, SAMPLES, SCALE = 4, 1024, 64, 0.02
+BUDGET = Budget(8.0, 5, 100)
 
 
-def routed(quick: bool, device: torch.device) -> list[dict[str, Any]]:
+def routed(device: torch.device) -> list[dict[str, Any]]:
     """Compare a batch that is routed to several adapters with two other ways to run it.
 
     Adapter by adapter means one forward for each adapter, with its own samples. One adapter for
     all means a model with a single adapter and without a route. The time includes setting the
     route, switching the adapter, and PEFT's `adapter_names`.
     """
-    sizes = (8, 256, (1,), (1, 4)) if quick else (64, 1024, (1, 32), (1, 8, 64))
-    samples, width, lengths, counts = sizes
-    budget = Budget(1.0, 2, 10) if quick else Budget(8.0, 5, 100)
-    return [
-        _measure(samples, width, adapters, tokens, budget, device)
-        for tokens in lengths
-        for adapters in counts
-    ]
+    return [_measure(adapters, tokens, device) for tokens in (1, 32) for adapters in (1, 8, 64)]
 
 
-def _measure(
-    samples: int, width: int, adapters: int, tokens: int, budget: Budget, device: torch.device
-) -> dict[str, Any]:
-    r = min(R, width // 8)
-    names = [f"a{sample % adapters}" for sample in range(samples)]
+def _measure(adapters: int, tokens: int, device: torch.device) -> dict[str, Any]:
+    names = [f"a{sample % adapters}" for sample in range(SAMPLES)]
     torch.manual_seed(0)
-    x = torch.randn(samples, tokens, width, device=device)
+    x = torch.randn(SAMPLES, tokens, WIDTH, device=device)
 
     def base() -> nn.Sequential:
-        return frozen_stack(LAYERS, width, device)
+        return frozen_stack(LAYERS, WIDTH, device)
 
     runs: dict[str, Run] = {BASE: forward(base(), x)}
-    left_out = {}
     for method in ("bone", "bat"):
-        runs |= _disha(base(), method, r, names, x)
-        one = disha.inject_adapters(base(), "all-linear", r, method=method)
+        runs |= _disha(base(), method, names, x)
+        one = disha.inject_adapters(base(), "all-linear", R, method=method)
         fill(trainable(one), SCALE)
         runs[f"{method}_one_adapter"] = forward(one, x)
-    why = missing_package(CANDIDATES["peft_lora"])
-    if why is None:
-        runs |= _peft(base(), r, names, x)
-        one, _ = _peft_model(base(), r, names[:1])
-        runs["peft_lora_one_adapter"] = forward(one, x)
-    else:
-        left_out["peft_lora"] = why
-    for name in runs:
-        if name != BASE and name.endswith("_routed"):
-            one_by_one = runs[name.replace("_routed", "_one_by_one")]
-            _check(name, runs[name](), one_by_one(), names)
+    runs |= _peft(base(), names, x)
+    runs["peft_lora_one_adapter"] = forward(_peft_model(base(), names[:1]), x)
+    for method in ("bone", "bat", "peft_lora"):
+        _check(method, runs[f"{method}_routed"](), runs[f"{method}_one_by_one"](), names)
     return {
         "adapters": adapters,
-        "samples": samples,
-        "tokens": tokens * samples,
+        "samples": SAMPLES,
+        "tokens": tokens * SAMPLES,
         "layers": LAYERS,
-        "width": width,
-        "dtype": "float32",
-        "r": r,
-        "seconds": compare(runs, budget, synchronise=synchroniser(device)),
-        "left_out": left_out,
+        "width": WIDTH,
+        "r": R,
+        "seconds": compare(runs, BUDGET),
     }
 
 
-def _disha(
-    model: nn.Module, method: str, r: int, names: Sequence[str], x: Tensor
-) -> dict[str, Run]:
+def _disha(model: nn.Module, method: str, names: Sequence[str], x: Tensor) -> dict[str, Run]:
     for adapter in dict.fromkeys(names):
-        disha.inject_adapters(model, "all-linear", r, method=method, adapter=adapter)
+        disha.inject_adapters(model, "all-linear", R, method=method, adapter=adapter)
     fill(trainable(model), SCALE)
 
     def all_at_once() -> Tensor:
@@ -98,37 +69,33 @@ def _disha(
     return {f"{method}_routed": all_at_once, f"{method}_one_by_one": switch}
 
 
-def _peft(model: nn.Sequential, r: int, names: Sequence[str], x: Tensor) -> dict[str, Run]:
-    peft, switch = _peft_model(model, r, names)
+def _peft(base: nn.Sequential, names: Sequence[str], x: Tensor) -> dict[str, Run]:
+    model = _peft_model(base, names)
 
     def all_at_once() -> Tensor:
         with torch.no_grad():
-            return peft(x, adapter_names=list(names))
+            return model(x, adapter_names=list(names))
 
     return {
         "peft_lora_routed": all_at_once,
-        "peft_lora_one_by_one": _one_by_one(switch, peft, names, x),
+        "peft_lora_one_by_one": _one_by_one(model.set_adapter, model, names, x),
     }
 
 
-def _peft_model(
-    model: nn.Sequential, r: int, names: Sequence[str]
-) -> tuple[nn.Module, Callable[[str], object]]:
-    """Return a model of PEFT with these adapters, and the function that activates one."""
+def _peft_model(model: nn.Sequential, names: Sequence[str]) -> Any:
+    """Return a model of PEFT with these adapters."""
     from peft import LoraConfig, get_peft_model
 
-    width = model[0].in_features
-    rank = lora_rank([(width, width)], r)
+    rank = lora_rank([(WIDTH, WIDTH)], R)
     config = LoraConfig(r=rank, lora_alpha=rank, target_modules=[str(i) for i in range(LAYERS)])
-    adapters = list(dict.fromkeys(names))
-    peft = get_peft_model(model, config, adapters[0], autocast_adapter_dtype=False)
-    for adapter in adapters[1:]:
+    first, *others = dict.fromkeys(names)
+    peft = get_peft_model(model, config, first, autocast_adapter_dtype=False)
+    for adapter in others:
         peft.add_adapter(adapter, config)
     for name, parameter in peft.named_parameters():
         parameter.requires_grad_("lora_" in name)
     fill(trainable(peft), SCALE)
-    peft.eval()
-    return peft, peft.set_adapter
+    return peft.eval()
 
 
 def _one_by_one(
@@ -150,9 +117,7 @@ def _one_by_one(
     return run
 
 
-def _check(name: str, together: object, parts: object, names: Sequence[str]) -> None:
-    assert isinstance(together, Tensor)
-    assert isinstance(parts, list)
+def _check(name: str, together: Tensor, parts: list[Tensor], names: Sequence[str]) -> None:
     for adapter, part in zip(dict.fromkeys(names), parts, strict=True):
         mine = [i for i, one in enumerate(names) if one == adapter]
         if not torch.allclose(together[mine], part, rtol=1e-3, atol=1e-4):

@@ -38,8 +38,6 @@ from benchmarks.protocol import R, slow_dtypes
 from benchmarks.results import describe, write_results
 from benchmarks.whole_model import demo_file, demo_model, projections
 
-__all__ = ["ADAPTER", "CONTESTANTS", "JOB", "side_by_side"]
-
 
 class Contestant(NamedTuple):
     """An adapter and its trainer."""
@@ -55,12 +53,11 @@ CONTESTANTS = {
     "sft_miss": Contestant("SFTTrainer, PEFT MiSS", "miss"),
     "sft_lora": Contestant("SFTTrainer, PEFT LoRA", "lora"),
     "trainer_bone": Contestant("Trainer, Bone", "bone", in_parts=False),
-    "trainer_miss": Contestant("Trainer, PEFT MiSS", "miss", in_parts=False),
     "trainer_lora": Contestant("Trainer, PEFT LoRA", "lora", in_parts=False),
     "grouped_bone": Contestant("SFTTrainer, Bone, rows by length", "bone", grouped=True),
 }
 ADAPTER = ("sft_bone", "sft_miss", "sft_lora")
-JOB = ("trainer_lora", "trainer_miss", "trainer_bone", "sft_bone", "grouped_bone")
+JOB = ("trainer_lora", "trainer_bone", "sft_bone", "grouped_bone")
 PARTS = {
     "adapter": ("trainer_bone", "trainer_lora"),
     "loss in parts": ("sft_bone", "trainer_bone"),
@@ -88,10 +85,9 @@ def side_by_side(tiny: bool, folder: Path) -> dict[str, Any]:
     sizes, device = TINY if tiny else SIZES, torch.device("cpu")
     _write_model(folder / "model", tiny)
     _write_rows(folder, sizes)
-    results = describe("tiny" if tiny else "full", device)
+    results = describe(device)
     slow = slow_dtypes({torch.bfloat16}, device)
     dtypes = ["float32", *([] if slow else ["bfloat16"])]
-    results["left_out"] = {str(dtype): f"{ratio:.0f} x float32" for dtype, ratio in slow.items()}
     results["tables"] = {
         "adapter": [_race(ADAPTER, dtype, sizes, folder) for dtype in dtypes],
         "job": [_race(JOB, "float32", sizes, folder)],

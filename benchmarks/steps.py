@@ -7,32 +7,17 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
-__all__ = [
-    "CandidateError",
-    "TrainingStep",
-    "check_gradients",
-    "fill",
-    "forward",
-    "frozen_stack",
-    "require_gradient",
-    "trainable",
-]
-
 
 class CandidateError(Exception):
     """A candidate does not compute what it should, so its time would mean nothing."""
 
 
 def trainable(model: nn.Module) -> list[nn.Parameter]:
-    """Return the parameters that require gradients."""
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
 def fill(parameters: Iterable[nn.Parameter], scale: float) -> None:
-    """Fill parameters with random values: the same values for equal shapes in equal order.
-
-    Candidates of one method can then be compared with each other.
-    """
+    """Fill with random values: the same for equal shapes in equal order, so methods compare."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in parameters:
@@ -52,20 +37,13 @@ def forward(model: nn.Module, x: Tensor) -> Callable[[], Tensor]:
 
     def run() -> Tensor:
         with torch.no_grad():
-            output: Tensor = model(x)
-        return output
+            return model(x)
 
     return run
 
 
 class TrainingStep:
-    """A training step without an optimizer: clear the gradients, forward, backward.
-
-    Args:
-        model: what trains.
-        loss: computes the loss.
-        inputs: leaves that get a gradient besides the model's parameters.
-    """
+    """A training step without an optimizer: clear the gradients, forward, backward."""
 
     def __init__(
         self, model: nn.Module, loss: Callable[[], Tensor], inputs: Iterable[Tensor] = ()
@@ -73,12 +51,10 @@ class TrainingStep:
         self.loss, self._leaves = loss, [*trainable(model), *inputs]
 
     def clear(self) -> None:
-        """Delete the gradients."""
         for leaf in self._leaves:
             leaf.grad = None
 
     def __call__(self) -> Tensor:
-        """Run the step and return the loss."""
         self.clear()
         loss = self.loss()
         loss.backward()
@@ -86,10 +62,7 @@ class TrainingStep:
 
 
 def require_gradient(module: nn.Module, inputs: object, output: Tensor) -> Tensor:
-    """Let the output of a module require a gradient, as a forward hook.
-
-    On the output of an embedding, it gives all candidates the same way back, the frozen base too.
-    """
+    """As a hook of an embedding: all candidates get the same way back, the frozen base too."""
     return output.requires_grad_()
 
 

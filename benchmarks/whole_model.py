@@ -14,29 +14,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.candidates import (
-    BASE,
-    CANDIDATES,
-    adapted_model,
-    check_same_results,
-    missing_package,
-)
-from benchmarks.layers import parameter_counts
-from benchmarks.protocol import Budget, R, compare, slow_dtypes, synchroniser
+from benchmarks.candidates import BASE, CANDIDATES, adapted_model, check_same_results
+from benchmarks.protocol import Budget, R, compare, slow_dtypes
 from benchmarks.roofline import Linear, measured_rates
 from benchmarks.steps import CandidateError, TrainingStep, check_gradients, require_gradient
 
-__all__ = [
-    "ModelRun",
-    "demo_file",
-    "demo_model",
-    "language_model",
-    "model_step",
-    "projections",
-    "token_loss",
-]
-
 COMPARED = (BASE, "bone", "bat", "peft_miss", "peft_bat", "peft_lora", "loralib")
+BUDGET = Budget(105.0, 5, 40, 0)
+"""The check that each candidate learns is a warm-up already."""
 
 
 class ModelRun(NamedTuple):
@@ -47,9 +32,17 @@ class ModelRun(NamedTuple):
     length: int
     layers: int
 
+    def described(self) -> dict[str, Any]:
+        return {
+            "model": "SmolLM2-135M",
+            "layers": self.layers,
+            "tokens": self.batch * self.length,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "r": R,
+        }
+
 
 RUNS = (ModelRun(torch.float32, 1, 512, 30), ModelRun(torch.bfloat16, 2, 512, 30))
-QUICK_RUNS = (ModelRun(torch.float32, 1, 64, 2),)
 
 
 def projections(model: nn.Module) -> list[str]:
@@ -61,18 +54,14 @@ def projections(model: nn.Module) -> list[str]:
     ]
 
 
-def model_step(quick: bool, device: torch.device) -> list[dict[str, Any]]:
+def model_step(device: torch.device) -> list[dict[str, Any]]:
     """Measure loss, forward and backward of a language model, down to the embedding's output.
 
     That output requires a gradient in every candidate, the frozen base included. So all of them
     have the same backward pass, and differ only in their adapters.
     """
-    runs = QUICK_RUNS if quick else RUNS
-    slow = slow_dtypes({run.dtype for run in runs}, device)
-    # The check that each candidate learns is a warm-up already.
-    budget = Budget(8.0, 2, 5, 0) if quick else Budget(105.0, 5, 40, 0)
-    rates = Budget(0.5, 2, 10, 1) if quick else Budget(4.0, 7, 40)
-    return [_measure(run, budget, rates, device) for run in runs if run.dtype not in slow]
+    slow = slow_dtypes({run.dtype for run in RUNS}, device)
+    return [_measure(run, device) for run in RUNS if run.dtype not in slow]
 
 
 def demo_file() -> Path:
@@ -104,41 +93,23 @@ def language_model(run: ModelRun, device: torch.device) -> tuple[Any, Tensor, Te
     return base, tokens, labels
 
 
-def _measure(
-    run: ModelRun, budget: Budget, for_rates: Budget, device: torch.device
-) -> dict[str, Any]:
+def _measure(run: ModelRun, device: torch.device) -> dict[str, Any]:
     base, tokens, labels = language_model(run, device)
-    models, steps, losses, left_out = {}, {}, {}, {}
+    steps, losses = {}, {}
     for name in COMPARED:
-        why = missing_package(CANDIDATES[name])
-        if why is not None:
-            left_out[name] = why
-            continue
-        models[name] = adapted_model(CANDIDATES[name], base, projections(base), R)
-        models[name].model.embed_tokens.register_forward_hook(require_gradient)
-        loss = partial(token_loss, models[name], tokens, labels)
-        steps[name] = TrainingStep(models[name], loss)
-        losses[name] = _checked_loss(name, models[name], steps[name])
+        model = adapted_model(CANDIDATES[name], base, projections(base), R)
+        model.model.embed_tokens.register_forward_hook(require_gradient)
+        steps[name] = TrainingStep(model, partial(token_loss, model, tokens, labels))
+        losses[name] = steps[name]()
+        check_gradients(name, model)
     check_same_results(losses, run.dtype)
-    seconds = compare(steps, budget, synchronise=synchroniser(device))
+    seconds = compare(steps, BUDGET)
     sizes = [
         Linear(layer.in_features, layer.out_features)
         for layer in map(base.get_submodule, projections(base))
     ]
-    rates = measured_rates(sizes, labels.numel(), R, run.dtype, device, for_rates)
-    return {
-        "model": "SmolLM2-135M",
-        "layers": run.layers,
-        "batch": run.batch,
-        "length": run.length,
-        "tokens": run.batch * run.length,
-        "dtype": str(run.dtype).removeprefix("torch."),
-        "r": R,
-        "parameters": parameter_counts(models),
-        "seconds": seconds,
-        "rates": rates,
-        "left_out": left_out,
-    }
+    rates = measured_rates(sizes, labels.numel(), R, run.dtype, device)
+    return {**run.described(), "seconds": seconds, "rates": rates}
 
 
 def token_loss(model: nn.Module, tokens: Tensor, labels: Tensor) -> Tensor:
@@ -146,11 +117,3 @@ def token_loss(model: nn.Module, tokens: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(
         model(tokens, use_cache=False).logits.float().flatten(0, 1), labels.flatten()
     )
-
-
-def _checked_loss(name: str, model: nn.Module, step: TrainingStep) -> Tensor:
-    loss = step()
-    check_gradients(name, model)
-    if not torch.isfinite(loss):
-        raise CandidateError(f"{name}: the loss is {float(loss)}")
-    return loss

@@ -11,11 +11,9 @@ Each run is added to the file of results when it ends, so the study continues wh
     runs.py      a cell (task, method, sizes), a run (cell, learning rate, seed), the results file
     training.py  one run
     plan.py      the learning rates and seeds that the study needs next
-    sweep.py     does the runs, several at once
+    __main__.py  does the runs, several at once
     costs.py     seconds and bytes of a step, measured on a quiet machine
     findings.py  what the results say, as numbers
     curves.py    the same as pictures
-    longer.py    what the longer training says: one rate for all, r, forgetting against learning
-    verdict.py   the box on top of the page
     report.py    the same as a page
 """

@@ -1,37 +1,41 @@
-"""`python -m benchmarks.convergence`: do the missing runs of the study."""
+"""`python -m benchmarks.convergence`: do the missing runs of the study, one on each core.
+
+It can be stopped at any time: finished runs are kept, and the same command continues.
+"""
 
 from __future__ import annotations
 
-import argparse
-import sys
-from collections.abc import Sequence
-from dataclasses import replace
-from pathlib import Path
+import multiprocessing
+import os
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from typing import Any
 
-from benchmarks.convergence.plan import STUDY
-from benchmarks.convergence.runs import RESULTS
-from benchmarks.convergence.sweep import default_workers, sweep
-from benchmarks.convergence.tasks import TASKS
+import torch
 
-__all__ = ["main"]
+from benchmarks.convergence.plan import STUDY, wanted
+from benchmarks.convergence.runs import RESULTS, Run, read_runs, write_run
+from benchmarks.convergence.training import train
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Do the runs, and print the progress."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.convergence", description=__doc__)
-    parser.add_argument("--results", type=Path, default=RESULTS, help="the file of results")
-    parser.add_argument("--workers", type=int, default=default_workers(), help="runs at once")
-    parser.add_argument("--tasks", nargs="+", choices=list(TASKS), help="these only")
-    asked = parser.parse_args(arguments)
-    cells = tuple(c for c in STUDY.cells if asked.tasks is None or c.task in asked.tasks)
-    try:
-        done = sweep(replace(STUDY, cells=cells), asked.results, asked.workers)
-    except KeyboardInterrupt:
-        print("stopped; finished runs are kept, and the same command continues")
-        return 130
-    print(f"{done} runs done; nothing is missing in {asked.results}")
-    return 0
+def main() -> None:
+    """Do the runs, and print each."""
+    running: dict[Future[dict[str, Any]], Run] = {}
+    workers = os.cpu_count() or 1
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, spawn, torch.set_num_threads, (1,)) as pool:
+        while True:
+            going = set(running.values())
+            missing = [run for run in wanted(STUDY, read_runs(RESULTS)) if run not in going]
+            for run in missing[: workers - len(running)]:
+                running[pool.submit(train, run)] = run
+            if not running:
+                break
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                run, found = running.pop(future), future.result()
+                write_run(RESULTS, run, found)
+                print(f"{run.title}: {found['validation'][-1]}", flush=True)
+    print(f"nothing is missing in {RESULTS}")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -6,11 +6,8 @@ measure this, because they share the machine.
 
 from __future__ import annotations
 
-import argparse
 import copy
-import sys
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,54 +19,42 @@ from benchmarks.convergence.tasks import TASKS
 from benchmarks.convergence.tasks.task import Task, batch_order
 from benchmarks.convergence.training import optimizer_for
 from benchmarks.memory import allocated_peak
-from benchmarks.protocol import Budget, compare, synchroniser
+from benchmarks.protocol import Budget, compare
 from benchmarks.results import describe, read_results, write_results
-
-__all__ = ["BUDGET", "COSTS", "costs", "main", "training_step"]
 
 COSTS = RESULTS.with_name("convergence-costs.json")
 BUDGET = Budget(120.0, least_rounds=5, most_rounds=40, warm_up=1)
+CPU = torch.device("cpu")
 RATE = 1e-5
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main() -> None:
     """Measure the tasks that the file lacks, and write it."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.convergence.costs")
-    parser.add_argument("--out", type=Path, default=COSTS, help="the file of costs")
-    parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
-    asked = parser.parse_args(arguments)
-    file = asked.out
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    results = read_results(file) if file.exists() else describe("convergence", device)
+    results = read_results(COSTS) if COSTS.exists() else describe(CPU)
     measured = results["tables"].setdefault("costs", [])
-    for name in asked.tasks:
+    for name, task in TASKS.items():
         if name not in {one["task"] for one in measured}:
             print(f"{name} ...", flush=True)
-            measured.append(costs(TASKS[name], compared(name), BUDGET, device))
-            write_results(file, results)
-    print(f"costs: {file}")
-    return 0
+            measured.append(costs(task))
+            write_results(COSTS, results)
+    print(f"nothing is missing in {COSTS}")
 
 
-def costs(
-    task: Task, methods: Sequence[str], budget: Budget, device: torch.device
-) -> dict[str, Any]:
+def costs(task: Task) -> dict[str, Any]:
     """Return the seconds of a step in each round, and the most bytes that a step allocates."""
-    steps = {name: training_step(task, name, device) for name in methods}
-    seconds = compare(steps, budget, synchronise=synchroniser(device))
-    peaks = {name: allocated_peak(step, device) for name, step in steps.items()}
+    steps = {name: training_step(task, name) for name in compared(task.name)}
+    seconds = compare(steps, BUDGET)
+    peaks = {name: allocated_peak(step, CPU) for name, step in steps.items()}
     return {"task": task.name, "seconds": seconds, "peak_bytes": peaks}
 
 
-def training_step(task: Task, method: str, device: torch.device) -> Callable[[], None]:
+def training_step(task: Task, method: str) -> Callable[[], None]:
     """Return a complete step, from forward to optimizer, always with the same batch."""
     model = copy.deepcopy(task.base())
     adapt(model, task.layers["all"], task.head, main_cell(task.name, method))
-    model.to(device)
     optimizer, _ = optimizer_for(task, model, RATE)
-    rows = task.training_rows()
-    indices = batch_order(len(rows), task.batch, 1, seed=0)[0]
-    batch = task.batch_of([rows[index] for index in indices], device)
+    rows = task.rows.training
+    batch = task.batch_of([rows[i] for i in batch_order(len(rows), task.batch, 1, seed=0)[0]])
 
     def step() -> None:
         task.loss(model, batch).backward()
@@ -80,4 +65,4 @@ def training_step(task: Task, method: str, device: torch.device) -> Callable[[],
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

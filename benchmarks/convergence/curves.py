@@ -20,8 +20,6 @@ from benchmarks.convergence.findings import (
 from benchmarks.convergence.methods import IDENTITY, METHODS
 from benchmarks.convergence.tasks import TASKS
 
-__all__ = ["COMPARED", "compared", "longer_training"]
-
 COMPARED = ("bone", "bat", "rslora", IDENTITY)
 """The methods that the verdict compares with LoRA."""
 STYLES: Mapping[str, tuple[str, str]] = {

@@ -5,16 +5,12 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, NamedTuple
 
 from benchmarks.convergence.methods import FULL
 from benchmarks.convergence.plan import LONG, Results, Study, best_rate, main_cell
 from benchmarks.convergence.runs import Cell, Run
-
-__all__ = ["RATIOS", "Costs", "Finding", "Longer", "Overall", "Point", "TaskFindings",
-           "at_forgetting", "differ", "finding", "longer", "ratios", "task_findings"]  # fmt: skip
 
 STUDENT_95 = {1: 12.706205, 2: 4.302653, 3: 3.182446, 4: 2.776445}
 """Two-sided 95% quantiles of Student's t by degrees of freedom."""
@@ -31,15 +27,8 @@ class Costs(NamedTuple):
     peak_bytes: int
 
 
-@dataclass(frozen=True)
-class Finding:
-    """A finished cell at its best learning rate.
-
-    Args:
-        cell: what it is.
-        rate: the learning rate chosen.
-        records: the results of each seed's run.
-    """
+class Finding(NamedTuple):
+    """A finished cell at its best learning rate: the results of each seed's run."""
 
     cell: Cell
     rate: float
@@ -55,8 +44,7 @@ class Finding:
         return statistics.fmean(self.values(key))
 
 
-@dataclass(frozen=True)
-class TaskFindings:
+class TaskFindings(NamedTuple):
     """The main comparison of one task: method -> finding of a finished cell, and its costs."""
 
     findings: Mapping[str, Finding]
@@ -180,14 +168,11 @@ class Point(NamedTuple):
     elsewhere: float
 
 
-@dataclass(frozen=True)
-class Longer:
+class Longer(NamedTuple):
     """The runs of the longer training.
 
-    Args:
-        records: method -> learning rate -> the first seed's results, at the main r.
-        own: method -> the finding at its own learning rate.
-        sizes: method -> r -> the first seed's test loss at the method's own rate.
+    `records` are method -> rate -> the first seed's results at the main r, `own` the findings at
+    each method's own rate, and `sizes` method -> r -> the first seed's test loss there.
     """
 
     records: Mapping[str, Mapping[float, Record]]

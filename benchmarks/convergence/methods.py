@@ -5,17 +5,13 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 import disha
 from benchmarks.convergence.runs import Cell
-
-__all__ = ["FULL", "IDENTITY", "LARGEST_DIFFERENCE", "METHODS", "Method", "adapt",
-           "adapter_parameters", "budget", "ranks", "set_scale", "tile_r"]  # fmt: skip
 
 LARGEST_DIFFERENCE = 0.03
 """The largest relative difference from Bone's number of parameters."""
@@ -24,16 +20,8 @@ Layers = Mapping[str, nn.Module]
 Adapt = Callable[[nn.Module, Layers, Cell], None]
 
 
-@dataclass(frozen=True)
-class Method:
-    """One way to adapt linear layers.
-
-    Args:
-        name: as in files.
-        title: as in the report.
-        about: its settings, apart from the rank.
-        adapt: given a model, the layers to adapt by name, and the cell: adapts in place.
-    """
+class Method(NamedTuple):
+    """A way to adapt linear layers in place, and its settings for the report."""
 
     name: str
     title: str
@@ -156,7 +144,7 @@ def _lora_identity(model: nn.Module, layers: Layers, cell: Cell) -> None:
     """LoRA that starts where Bone does: A = [I I ... I], B = 0. Unlike Bone, it trains A."""
     _lora()(model, layers, cell)
     for name in layers:
-        a = model.get_submodule(name).lora_A["default"].weight  # type: ignore[index,union-attr]
+        a = model.get_submodule(name).lora_A["default"].weight
         rank, width = a.shape
         a.data = torch.eye(rank).repeat(1, math.ceil(width / rank))[:, :width].contiguous()
 

@@ -11,9 +11,6 @@ from benchmarks.convergence.methods import FULL, IDENTITY, METHODS
 from benchmarks.convergence.runs import Cell, Run
 from benchmarks.convergence.tasks import TASKS
 
-__all__ = ["GRID", "LONGER", "SEEDS", "STUDY", "Results", "Study", "best_rate", "compared",
-           "final_loss", "main_cell", "tried", "wanted"]  # fmt: skip
-
 Results = Mapping[Run, Mapping[str, Any]]
 
 RATES = tuple(float(f"{digit}e{power}") for power in range(-7, 2) for digit in (1, 3))
@@ -26,11 +23,8 @@ SEEDS = (0, 1, 2)
 class Study:
     """What is compared, and with which learning rates each search begins.
 
-    Args:
-        cells: in the order in which they are done.
-        rates: (task, method) -> at least four neighbouring learning rates.
-        seeds: the first is used to search the learning rate.
-        leaders: cell -> the cell whose best learning rate it takes. It is run with the first seed.
+    The first seed searches the learning rate. A cell with a leader takes its best rate, and has
+    the first seed only.
     """
 
     cells: tuple[Cell, ...]

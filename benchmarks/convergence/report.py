@@ -7,10 +7,8 @@ are quoted from others.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import statistics
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,32 +32,24 @@ from benchmarks.convergence.plan import LONG, STUDY, Results, Study
 from benchmarks.convergence.runs import RESULTS, read_runs
 from benchmarks.convergence.tasks import TASKS
 from benchmarks.convergence.training import HEAD_RATE
-from benchmarks.markdown import box, count_text, folded, table
-
-__all__ = ["main", "page", "pictures"]
+from benchmarks.markdown import NOTHING, box, count_text, folded, table, versions_text
+from benchmarks.results import read_results
 
 PAGE, PICTURES = "evidence.md", "assets/evidence-{}.svg"
-NOTHING = "-"
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Write the page and its pictures."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.convergence.report")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="the file of results")
-    parser.add_argument("--costs", type=Path, default=COSTS, help="the file of costs")
     parser.add_argument("--docs", type=Path, default=Path("docs"), help="folder to write into")
     asked = parser.parse_args(arguments)
-    results, costs = read_runs(asked.results), json.loads(asked.costs.read_text(encoding="utf-8"))
+    results, costs = read_runs(RESULTS), read_results(COSTS)
     found, long = tasks_of(STUDY, results, costs), longer(STUDY, results)
-    if any({"bone", OTHER} - set(one.findings) for one in found.values()):
-        print("the study is not finished: python -m benchmarks.convergence")
-        return 1
-    for name, svg in pictures(found, long).items():
-        (asked.docs / name).parent.mkdir(parents=True, exist_ok=True)
-        (asked.docs / name).write_bytes(svg)
-    (asked.docs / PAGE).write_text(page(STUDY, results, costs, found, long), encoding="utf-8")
+    (asked.docs / "assets").mkdir(parents=True, exist_ok=True)
+    (asked.docs / PICTURES.format("verdict")).write_bytes(curves.compared(found))
+    (asked.docs / PICTURES.format("longer")).write_bytes(curves.longer_training(long))
+    (asked.docs / PAGE).write_text(page(results, costs, found, long), encoding="utf-8")
     print(asked.docs / PAGE)
-    return 0
 
 
 def tasks_of(study: Study, results: Results, costs: Mapping[str, Any]) -> dict[str, TaskFindings]:
@@ -69,16 +59,7 @@ def tasks_of(study: Study, results: Results, costs: Mapping[str, Any]) -> dict[s
     return {task: task_findings(task, study, results, measured.get(task)) for task in tasks}
 
 
-def pictures(found: Mapping[str, TaskFindings], long: Longer) -> dict[str, bytes]:
-    """Return path -> picture, beside the page."""
-    return {
-        PICTURES.format("verdict"): curves.compared(found),
-        PICTURES.format("longer"): curves.longer_training(long),
-    }
-
-
 def page(
-    study: Study,
     results: Results,
     costs: Mapping[str, Any],
     found: Mapping[str, TaskFindings],
@@ -92,7 +73,7 @@ def page(
             f"![MiSS (Bone), BAT and others compared with LoRA]({PICTURES.format('verdict')})\n",
             _every_task(found),
             _longer(long),
-            _how(study, results, costs),
+            _how(results, costs),
         ]
     )
 
@@ -109,6 +90,8 @@ def verdict(found: Mapping[str, TaskFindings]) -> str:
         _line("Forgetting", found, "forgetting", "forgetting", ("less", "more")),
     ]
     listed = "\n".join(f"- {line}" for line in lines)
+    trained = count_text(sum(IDENTITY in one.findings for one in found.values()), "task")
+    identity = f"{METHODS[IDENTITY].title} was trained in {trained}."
     most = max(TASKS[task].steps for task in found)
     return box(
         "Verdict, compared with LoRA at equal parameters",
@@ -117,7 +100,7 @@ def verdict(found: Mapping[str, TaskFindings]) -> str:
 Each figure is divided by LoRA's; lower is better. It is the geometric mean over
 {count_text(len(found), "task")}, with its 95% interval in brackets. A difference is clear if 1 is
 outside the interval; in a single task, if a paired test over the seeds says so.
-{_identity_tasks(found)} The models are small: none has more than 135M parameters, and SmolLM2-135M
+{identity} The models are small: none has more than 135M parameters, and SmolLM2-135M
 is the Instruct model of a Q4_1 file. The training is short, at most {most} steps. Each method has
 its own best learning rate.
 """,
@@ -155,11 +138,6 @@ def _single_tasks(found: Mapping[str, TaskFindings], key: str, sides: tuple[str,
         parts = [f"{side} in {count}" for side, count in zip(sides, counts, strict=True) if count]
         told.append(f"{METHODS[name].title} {' and '.join(parts) or 'in none'}")
     return f"Clear in single tasks: {', '.join(told)}."
-
-
-def _identity_tasks(found: Mapping[str, TaskFindings]) -> str:
-    with_it = sum(IDENTITY in one.findings for one in found.values())
-    return f"{METHODS[IDENTITY].title} was trained in {count_text(with_it, 'task')}."
 
 
 def _joined(words: Sequence[str]) -> str:
@@ -206,14 +184,7 @@ The rate is the geometric mean of the best rates; *tied* means within noise of t
 
 
 class Reported(NamedTuple):
-    """A comparison by others, with one learning rate for all methods.
-
-    Attributes:
-        source: who reports it, as a link.
-        rate: the learning rate.
-        correct: method -> correct answers in percent, of one or more runs of the same settings.
-        note: what else a reader must know.
-    """
+    """Correct answers in percent by others, of one or more runs with one rate for all methods."""
 
     source: str
     rate: float
@@ -291,7 +262,7 @@ def _at(found: Longer, name: str, rate: float) -> str:
 def _leads(found: Longer) -> str:
     """Say at which rates MiSS is lower than LoRA."""
     pairs = [(r, found.loss("bone", r), found.loss(OTHER, r)) for r in found.rates]
-    known = [(f"{r:g}", one < other) for r, one, other in pairs if None not in (one, other)]  # type: ignore[operator]
+    known = [(f"{r:g}", one < other) for r, one, other in pairs if None not in (one, other)]
     lower, others = ([r for r, less in known if less is which] for which in (True, False))
     return (
         f"**With one rate for all, the loss of MiSS (Bone) is lower than LoRA's at "
@@ -347,10 +318,9 @@ def _reported(found: Longer) -> str:
 # --- how it was measured -------------------------------------------------------------------------
 
 
-def _how(study: Study, results: Results, costs: Mapping[str, Any]) -> str:
+def _how(results: Results, costs: Mapping[str, Any]) -> str:
     hours = sum(record["seconds"] for record in results.values()) / 3600
     machine = costs["machine"]
-    versions = ", ".join(f"{name} {version}" for name, version in costs["versions"].items())
     settings = "; ".join(f"{method.title}: {method.about}" for method in METHODS.values())
     return f"""## How it was measured
 
@@ -359,7 +329,7 @@ def _how(study: Study, results: Results, costs: Mapping[str, Any]) -> str:
 - **Equal training**: the same rows in the same order, AdamW without decay, clipping or dropout, a
   short warm-up and a cosine to zero. New heads train at {HEAD_RATE:g} with every method.
 - **Own rates**: at least four, a factor of about three apart, with one beyond if the best is at an
-  edge. The loss on validation rows with one seed chooses; then {len(study.seeds)} seeds run. The
+  edge. The loss on validation rows with one seed chooses; then {len(STUDY.seeds)} seeds run. The
   tables have the loss on test rows, on which no choice depends.
 - **Noise**: two methods differ if a paired t-test over seeds says so at 95%. With three seeds, only
   a large difference passes; among many pairs, some pass by chance.
@@ -373,7 +343,7 @@ def _how(study: Study, results: Results, costs: Mapping[str, Any]) -> str:
 `python -m benchmarks.convergence.report` writes this page from `benchmarks/results/`:
 {len(results)} runs, {hours:.1f} hours on one core that other work shared. The figures of the paper
 and of PEFT are quoted. Costs: {machine["processor"]}, {count_text(machine["threads"], "thread")};
-{versions}.
+{versions_text(costs)}.
 """
 
 
@@ -384,4 +354,4 @@ def _range(costs: Mapping[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

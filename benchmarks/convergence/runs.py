@@ -13,8 +13,6 @@ from typing import Any
 
 from benchmarks.results import rounded, write_whole
 
-__all__ = ["RESULTS", "Cell", "Run", "read_runs", "write_run"]
-
 DIGITS = 6
 """Significant digits in the file. With fewer, two seeds could round to the same value."""
 RESULTS = Path(__file__).parent.parent / "results" / "convergence.jsonl"
@@ -22,16 +20,7 @@ RESULTS = Path(__file__).parent.parent / "results" / "convergence.jsonl"
 
 @dataclass(frozen=True)
 class Cell:
-    """What is compared: a method on a task, at one size.
-
-    Args:
-        task: its name.
-        method: its name.
-        r: the r of Bone that has as many parameters; for Bone and BAT it is their own.
-        r_out: the tile's, or None.
-        layers: which of the task's layers.
-        dtype: of the adapter's blocks.
-    """
+    """A method on a task. `r` is that of a Bone with as many parameters; `dtype` that of blocks."""
 
     task: str
     method: str
@@ -50,13 +39,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Run:
-    """One training of a cell.
-
-    Args:
-        cell: what is trained.
-        rate: the peak learning rate.
-        seed: of the order of rows and of the adapter's random initial values.
-    """
+    """One training of a cell, at a peak learning rate. The seed is of rows and initial values."""
 
     cell: Cell
     rate: float

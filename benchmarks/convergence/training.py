@@ -15,48 +15,42 @@ from benchmarks.convergence.runs import Run
 from benchmarks.convergence.tasks import TASKS
 from benchmarks.convergence.tasks.task import Task, batch_order
 
-__all__ = ["HEAD_RATE", "WARM_UP", "cosine", "optimizer_for", "train"]
-
 HEAD_RATE = 1e-3
 """The learning rate of new heads, the same for all methods."""
 WARM_UP = 0.06
 
 
-def train(run: Run, device: torch.device, task: Task | None = None) -> dict[str, Any]:
+def train(run: Run) -> dict[str, Any]:
     """Do a run and return its results."""
-    task = task or TASKS[run.cell.task]
+    task = TASKS[run.cell.task]
     started = time.perf_counter()
-    # Always adapted on the CPU, so that the initial values are the same on every device.
-    model = copy.deepcopy(task.base()).cpu()
+    model = copy.deepcopy(task.base())
     torch.manual_seed(run.seed)
     adapt(model, task.layers[run.cell.layers], task.head, run.cell)
-    model.to(device)
-    curve = _train(task, model, run, device)
+    curve = _train(task, model, run)
     model.eval()
-    base = task.base().to(device)
     found = {
         "parameters": sum(p.numel() for p in adapter_parameters(model, task.head)),
         "steps": [step for step, _ in curve],
         "validation": [_finite(loss) for _, loss in curve],
     }
-    if all(loss is not None for loss in found["validation"]):
-        found |= _results(task, model, base)
+    if None not in found["validation"]:
+        found |= _results(task, model)
     return {**found, "seconds": time.perf_counter() - started}
 
 
-def _train(task: Task, model: nn.Module, run: Run, device: torch.device) -> list[tuple[int, float]]:
+def _train(task: Task, model: nn.Module, run: Run) -> list[tuple[int, float]]:
     """Train, and return (step, validation loss) pairs."""
-    rows = task.training_rows()
+    rows, validation = task.rows.training, task.rows.validation
     optimizer, schedule = optimizer_for(task, model, run.rate)
-    curve = [(0, task.validation_loss(model))]
+    curve = [(0, task.score(model, validation))]
     for step, indices in enumerate(batch_order(len(rows), task.batch, task.steps, run.seed), 1):
-        loss = task.loss(model, task.batch_of([rows[i] for i in indices], device))
-        loss.backward()
+        task.loss(model, task.batch_of([rows[i] for i in indices])).backward()
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
         if step % task.evaluate_every == 0 or step == task.steps:
-            curve.append((step, task.validation_loss(model)))
+            curve.append((step, task.score(model, validation)))
             if not math.isfinite(curve[-1][1]):
                 break
     return curve
@@ -68,8 +62,8 @@ def optimizer_for(
     """Return AdamW without decay, and the schedule, which is the same for all methods."""
     groups = [{"params": adapter_parameters(model, task.head), "lr": rate}]
     if task.head is not None:
-        groups.append({"params": list(model.get_submodule(task.head).parameters()),
-                       "lr": HEAD_RATE})  # fmt: skip
+        head = model.get_submodule(task.head)
+        groups.append({"params": list(head.parameters()), "lr": HEAD_RATE})
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: cosine(step, task.steps))
     return optimizer, schedule
@@ -83,26 +77,20 @@ def cosine(step: int, steps: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, steps - rise)))
 
 
-def _results(task: Task, model: nn.Module, base: nn.Module) -> dict[str, Any]:
-    score = task.test(model)
-    before, after = task.forgotten(model, base)
-    found = {} if not task.scales else {"scales": _by_scale(task, model, base)}
-    return found | {
-        "loss": _finite(score.loss),
-        "exact": score.exact,
-        "forgetting": [_finite(before), _finite(after)],
-    }
-
-
-def _by_scale(task: Task, model: nn.Module, base: nn.Module) -> list[list[float | None]]:
-    """Return scale, test loss and forgetting for every scale of the task."""
-    found = []
+def _results(task: Task, model: nn.Module) -> dict[str, Any]:
+    """Return the test loss, and forgetting before and after; the same for every scale."""
+    test, scales = task.rows.test, []
     for scale in task.scales:
         set_scale(model, scale)
-        measured = task.test(model).loss, task.forgotten(model, base)[1]
-        found.append([scale, *map(_finite, measured)])
-    set_scale(model, 1.0)
-    return found
+        measured = task.score(model, test), task.forgotten(model, task.base())[1]
+        scales.append([scale, *map(_finite, measured)])
+    if scales:
+        set_scale(model, 1.0)
+    return {
+        "loss": _finite(task.score(model, test)),
+        "forgetting": [*map(_finite, task.forgotten(model, task.base()))],
+        **({"scales": scales} if scales else {}),
+    }
 
 
 def _finite(value: float) -> float | None:

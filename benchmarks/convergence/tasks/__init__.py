@@ -11,8 +11,6 @@ from benchmarks.convergence.tasks.documentation import Documentation
 from benchmarks.convergence.tasks.packages import Packages
 from benchmarks.convergence.tasks.task import Task
 
-__all__ = ["TASKS", "Task"]
-
 TASKS: Mapping[str, Task] = {
     task.name: task for task in (Digits(), Packages(), Arithmetic(), Docstrings(), Documentation())
 }

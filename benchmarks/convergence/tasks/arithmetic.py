@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import random
-from functools import lru_cache
+from functools import cached_property
 
-from benchmarks.convergence.tasks.language import LanguageTask, Rows, encoded
-
-__all__ = ["Arithmetic", "word_problem"]
+from benchmarks.convergence.tasks.language import LanguageTask, encoded
+from benchmarks.convergence.tasks.task import Rows, held_out
 
 TRAINING_ROWS, VALIDATION_ROWS, TEST_ROWS = 2000, 48, 128
 NAMES = ("Ada", "Ben", "Ivo", "Mia", "Noor", "Tom")
@@ -25,9 +24,13 @@ class Arithmetic(LanguageTask):
     )
     steps, batch, evaluate_every = 48, 12, 12
 
+    @cached_property
     def rows(self) -> Rows:
-        """Return problems without duplicates."""
-        return _rows()
+        generator, problems = random.Random(0), dict[str, str]()
+        while len(problems) < TRAINING_ROWS + VALIDATION_ROWS + TEST_ROWS:
+            problems.update([word_problem(generator)])
+        rows = [encoded(problem, answer) for problem, answer in problems.items()]
+        return held_out(rows, VALIDATION_ROWS, TEST_ROWS)
 
 
 def word_problem(generator: random.Random) -> tuple[str, str]:
@@ -42,13 +45,3 @@ def word_problem(generator: random.Random) -> tuple[str, str]:
         return f"{name} has {a} {thing} and gets {b}. How many {thing}?", f" {a + b}"
     a, b = max(a, b), min(a, b)
     return f"{name} has {a} {thing} and loses {b}. How many {thing}?", f" {a - b}"
-
-
-@lru_cache(maxsize=1)
-def _rows() -> Rows:
-    generator, problems = random.Random(0), dict[str, str]()
-    while len(problems) < TRAINING_ROWS + VALIDATION_ROWS + TEST_ROWS:
-        problems.update([word_problem(generator)])
-    rows = [encoded(problem, answer) for problem, answer in problems.items()]
-    held_out = VALIDATION_ROWS + TEST_ROWS
-    return Rows(rows[held_out:], rows[:VALIDATION_ROWS], rows[VALIDATION_ROWS:held_out])

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
-from typing import Any, ClassVar
+from functools import cached_property
+from itertools import accumulate
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from benchmarks.convergence.tasks.task import Batch, Score, Task, batch_order
-
-__all__ = ["Digits", "ViT"]
+from benchmarks.convergence.tasks.task import Rows, Task, batch_order
 
 PRETRAINING_ROWS, PRETRAINING_STEPS = 600, 600
 TRAINING_ROWS, VALIDATION_ROWS = 500, 250
+
+Row = tuple[Tensor, Tensor]
 
 
 class Attention(nn.Module):
@@ -35,7 +36,7 @@ class Attention(nn.Module):
             for part in (self.q_proj, self.k_proj, self.v_proj)
         )
         mixed = F.scaled_dot_product_attention(q, k, v)
-        return self.o_proj(rearrange(mixed, "b h n d -> b n (h d)"))  # type: ignore[no-any-return]
+        return self.o_proj(rearrange(mixed, "b h n d -> b n (h d)"))
 
 
 class Block(nn.Module):
@@ -50,7 +51,7 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map (batch, patches, width) to the same shape."""
         x = x + self.attention(self.attention_norm(x))
-        return x + self.down(F.gelu(self.up(self.feed_forward_norm(x))))  # type: ignore[no-any-return]
+        return x + self.down(F.gelu(self.up(self.feed_forward_norm(x))))
 
 
 class ViT(nn.Module):
@@ -67,11 +68,11 @@ class ViT(nn.Module):
         """Return logits (batch, 10) of images (batch, 8, 8)."""
         cut = rearrange(images, "b (h p) (w q) -> b (h w) (p q)", p=2, q=2)
         x = self.blocks(self.patches(cut) + self.positions)
-        return self.head(self.norm(x).mean(1))  # type: ignore[no-any-return]
+        return self.head(self.norm(x).mean(1))
 
 
 class Digits(Task):
-    """Handwritten digits of scikit-learn."""
+    """Handwritten digits of scikit-learn: rotated and inverted ones, to a model of upright ones."""
 
     name = "digits"
     title = "Vision: rotated digits"
@@ -80,8 +81,6 @@ class Digits(Task):
         "scikit-learn. Then it adapts the model to other digits, which are rotated by 90 degrees "
         "and inverted."
     )
-    exact_name = "correct digits"
-    forgetting_name = "loss on upright digits"
     r, r_out = 8, 32
     steps, batch, evaluate_every = 150, 32, 5
     layers: ClassVar[Mapping[str, str]] = {
@@ -92,73 +91,47 @@ class Digits(Task):
 
     def pretrained(self) -> nn.Module:
         """Return a ViT that reads upright digits."""
-        upright = _digits()["pretraining"]
+        upright = self._upright[:PRETRAINING_ROWS]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             model = ViT()
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.05)
         rates = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, PRETRAINING_STEPS)
         for rows in batch_order(PRETRAINING_ROWS, self.batch, PRETRAINING_STEPS, seed=0):
-            images, labels = upright[0][rows], upright[1][rows]
-            F.cross_entropy(model(images), labels).backward()
+            self.loss(model, self.batch_of([upright[row] for row in rows])).backward()
             optimizer.step()
             rates.step()
             optimizer.zero_grad()
         return model
 
-    def training_rows(self) -> Sequence[Any]:
-        """Return rotated, inverted digits with their labels."""
-        images, labels = _digits()["training"]
-        return list(zip(images, labels, strict=True))
+    @cached_property
+    def _upright(self) -> list[Row]:
+        """Return images and labels: those of pretraining, training, validation and test."""
+        from sklearn.datasets import load_digits
 
-    def batch_of(self, rows: Sequence[Any], device: torch.device) -> Batch:
+        found = load_digits()
+        images = torch.tensor(found.images, dtype=torch.float32) / 16
+        labels = torch.tensor(found.target, dtype=torch.int64)
+        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+        return list(zip(images[order], labels[order], strict=True))
+
+    @cached_property
+    def rows(self) -> Rows:
+        """Return rotated, inverted digits, all of images that pretraining has not."""
+        turned = [(1 - torch.rot90(image), label) for image, label in self._upright]
+        first, second, third = accumulate((PRETRAINING_ROWS, TRAINING_ROWS, VALIDATION_ROWS))
+        return Rows(turned[first:second], turned[second:third], turned[third:])
+
+    def batch_of(self, rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
         """Return images (batch, 8, 8) and labels (batch,)."""
         images, labels = zip(*rows, strict=True)
-        return torch.stack(images).to(device), torch.stack(labels).to(device)
+        return torch.stack(images), torch.stack(labels)
 
-    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Return the cross-entropy."""
+    def loss(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
         images, labels = batch
         return F.cross_entropy(model(images), labels)
 
-    def validation_loss(self, model: nn.Module) -> float:
-        """Return the loss on rotated, inverted digits."""
-        return self._score(model, "validation").loss
-
-    def test(self, model: nn.Module) -> Score:
-        """Return loss and accuracy on rotated, inverted digits."""
-        return self._score(model, "test")
-
     def forgotten(self, model: nn.Module, base: nn.Module) -> tuple[float, float]:
         """Return the losses of both models on upright digits that are in no training set."""
-        return self._score(base, "upright").loss, self._score(model, "upright").loss
-
-    def _score(self, model: nn.Module, part: str) -> Score:
-        device = next(model.parameters()).device
-        images, labels = (tensor.to(device) for tensor in _digits()[part])
-        with torch.inference_mode():
-            logits = model(images)
-        right = (logits.argmax(1) == labels).float().mean()
-        return Score(float(F.cross_entropy(logits, labels)), float(right))
-
-
-@lru_cache(maxsize=1)
-def _digits() -> dict[str, tuple[Tensor, Tensor]]:
-    """Return part -> (images, labels); all but the first are of images that it has not."""
-    from sklearn.datasets import load_digits
-
-    found = load_digits()
-    images = torch.tensor(found.images, dtype=torch.float32) / 16
-    labels = torch.tensor(found.target, dtype=torch.int64)
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
-    images, labels = images[order], labels[order]
-    turned = 1 - torch.rot90(images, 1, (1, 2))
-    bounds = [PRETRAINING_ROWS, TRAINING_ROWS, VALIDATION_ROWS]
-    first, second, third = (sum(bounds[: part + 1]) for part in range(3))
-    return {
-        "pretraining": (images[:first], labels[:first]),
-        "training": (turned[first:second], labels[first:second]),
-        "validation": (turned[second:third], labels[second:third]),
-        "test": (turned[third:], labels[third:]),
-        "upright": (images[third:], labels[third:]),
-    }
+        upright = self._upright[-len(self.rows.test) :]
+        return self.score(base, upright), self.score(model, upright)

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cached_property
 
-from benchmarks.convergence.tasks.language import LanguageTask, Rows, encoded
+from benchmarks.convergence.tasks.language import LanguageTask, Row, encoded
+from benchmarks.convergence.tasks.task import Rows, held_out
 from disha.finetune.demo import Pair, docstring_pairs
-
-__all__ = ["Docstrings"]
 
 LONGEST = 128
 HELD_OUT, VALIDATION_ROWS, TEST_ROWS = 1000, 24, 48
 
 
 class Docstrings(LanguageTask):
-    """Docstrings of functions."""
+    """Docstrings of functions: the demo's pairs that fit."""
 
     name = "docstrings"
     title = "Language model: docstrings"
@@ -25,24 +24,15 @@ class Docstrings(LanguageTask):
     )
     steps, batch, evaluate_every = 32, 4, 8
 
+    @cached_property
     def rows(self) -> Rows:
-        """Return the demo's pairs that fit."""
-        return _rows()
+        pairs = docstring_pairs()
+        first, others = (
+            [row for row in map(_encoded, part) if len(row[0]) <= LONGEST]
+            for part in (pairs[:HELD_OUT], pairs[HELD_OUT:])
+        )
+        return held_out(first, VALIDATION_ROWS, TEST_ROWS)._replace(training=others)
 
 
-@lru_cache(maxsize=1)
-def _rows() -> Rows:
-    pairs = docstring_pairs()
-    held_out, training = (
-        [row for pair in part if len((row := _encoded(pair))[0]) <= LONGEST]
-        for part in (pairs[:HELD_OUT], pairs[HELD_OUT:])
-    )
-    return Rows(
-        training,
-        held_out[:VALIDATION_ROWS],
-        held_out[VALIDATION_ROWS : VALIDATION_ROWS + TEST_ROWS],
-    )
-
-
-def _encoded(pair: Pair) -> tuple[list[int], int]:
+def _encoded(pair: Pair) -> Row:
     return encoded(f"{pair.query}\n# Docstring:", f" {pair.response}")

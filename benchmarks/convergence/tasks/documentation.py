@@ -7,16 +7,16 @@ import hashlib
 import importlib.util
 import inspect
 from collections.abc import Iterator
-from functools import lru_cache
+from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
-from benchmarks.convergence.tasks.language import LanguageTask, Rows, demo_tokenizer
-
-__all__ = ["Documentation"]
+from benchmarks.convergence.tasks.language import LanguageTask, Row, demo_tokenizer
+from benchmarks.convergence.tasks.task import Rows, held_out
 
 PACKAGES = ("matplotlib", "numpy", "pandas", "scipy", "sklearn")
 LONGEST, LONGEST_PROMPT, SHORTEST_ANSWER = 64, 32, 16
@@ -41,17 +41,17 @@ class Documentation(LanguageTask):
         "weights are bfloat16, adapters are float32, and products are computed in bfloat16 "
         "(autocast)."
     )
-    exact_name = "correct tokens"
-    forgetting_name = "loss on text that the base wrote"
     r = 64
     steps, batch, evaluate_every = 600, 4, 50
     precision: ClassVar[torch.dtype] = torch.bfloat16
-    whole_answers = False
     scales = (0.0, 0.25, 0.5, 0.75, 1.0)
 
+    @cached_property
     def rows(self) -> Rows:
         """Return rows of different docstrings. A training sees each training row once."""
-        return _rows()
+        found = (_row(prompt, answer) for prompt, answer in _distinct())
+        rows = islice(filter(None, found), TRAINING_ROWS + VALIDATION_ROWS + TEST_ROWS)
+        return held_out(list(rows), VALIDATION_ROWS, TEST_ROWS)
 
     def forgotten(self, model: nn.Module, base: nn.Module) -> tuple[float, float]:
         """Return the losses of both models on text that the base has written.
@@ -59,45 +59,28 @@ class Documentation(LanguageTask):
         On its own text, no model is expected to have a lower loss than the base. On other text,
         the study's base gets better with any training on documentation.
         """
-        return _loss_of_base(self, base), self._loss_on_own_text(model)
+        return self._loss_of_base, self.score(model, self._own_text)
 
-    def _loss_on_own_text(self, model: nn.Module) -> float:
-        return self._score(model, [(ids, 1) for ids in own_text(self)]).loss
+    @cached_property
+    def _loss_of_base(self) -> float:
+        return self.score(self.base(), self._own_text)
 
-
-@lru_cache(maxsize=1)
-def _loss_of_base(task: Documentation, base: nn.Module) -> float:
-    return task._loss_on_own_text(base)
-
-
-@lru_cache(maxsize=1)
-def own_text(task: LanguageTask) -> list[list[int]]:
-    """Return the tokens of texts drawn from the base's own probabilities, with a fixed seed."""
-    model: Any = task.base()
-    generator = torch.Generator().manual_seed(0)
-    texts = torch.full((OWN_TEXTS, 1), demo_tokenizer().eos_token_id)
-    with torch.inference_mode(), task.products(texts.device):
-        for _ in range(LONGEST):
-            logits = model(texts, use_cache=False, logits_to_keep=1).logits[:, -1]
-            chances = logits.float().softmax(-1).cpu()
-            texts = torch.cat((texts, torch.multinomial(chances, 1, generator=generator)), dim=1)
-    return texts.tolist()  # type: ignore[no-any-return]
+    @cached_property
+    def _own_text(self) -> list[Row]:
+        """Return texts drawn from the base's own probabilities, with a fixed seed."""
+        model: Any = self.base()
+        generator = torch.Generator().manual_seed(0)
+        texts = torch.full((OWN_TEXTS, 1), demo_tokenizer().eos_token_id)
+        with torch.inference_mode(), self.products():
+            for _ in range(LONGEST):
+                logits = model(texts, use_cache=False, logits_to_keep=1).logits[:, -1]
+                drawn = torch.multinomial(logits.float().softmax(-1), 1, generator=generator)
+                texts = torch.cat((texts, drawn), dim=1)
+        return [(ids, 1) for ids in texts.tolist()]
 
 
-@lru_cache(maxsize=1)
-def _rows() -> Rows:
-    rows = []
-    for prompt, answer in _distinct():
-        if (row := _row(prompt, answer)) is not None:
-            rows.append(row)
-        if len(rows) == TRAINING_ROWS + VALIDATION_ROWS + TEST_ROWS:
-            break
-    held_out = VALIDATION_ROWS + TEST_ROWS
-    return Rows(rows[held_out:], rows[:VALIDATION_ROWS], rows[VALIDATION_ROWS:held_out])
-
-
-def _row(prompt: str, answer: str) -> tuple[list[int], int] | None:
-    """Return token ids and the number of prompt tokens; None if it does not fit."""
+def _row(prompt: str, answer: str) -> Row | None:
+    """Return a row; None if it does not fit."""
     tokenizer = demo_tokenizer()
     first = tokenizer.encode(prompt)
     if len(first) > LONGEST_PROMPT:
@@ -119,10 +102,7 @@ def _distinct() -> list[tuple[str, str]]:
 
 
 def _documented(package: str) -> Iterator[tuple[str, str]]:
-    spec = importlib.util.find_spec(package)
-    if spec is None or spec.origin is None:
-        raise ValueError(f"The study needs the package {package}; `pip install -e '.[dev]'` has it")
-    folder = Path(spec.origin).parent
+    folder = Path(importlib.util.find_spec(package).origin).parent
     for path in sorted(folder.rglob("*.py")):
         parts = path.relative_to(folder.parent).with_suffix("").parts
         if {"test", "tests"}.isdisjoint(parts):

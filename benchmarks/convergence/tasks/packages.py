@@ -7,7 +7,7 @@ import hashlib
 import sysconfig
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -16,9 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.convergence.tasks.prose import passages
-from benchmarks.convergence.tasks.task import Batch, Score, Task
-
-__all__ = ["Encoder", "Packages"]
+from benchmarks.convergence.tasks.task import Rows, Task, held_out
 
 PACKAGES = ("asyncio", "concurrent", "ctypes", "email", "http", "importlib", "json", "logging",
             "multiprocessing", "tkinter", "unittest", "urllib", "xml", "xmlrpc")  # fmt: skip
@@ -27,6 +25,9 @@ MOST_OF_A_CLASS = 110
 VALIDATION_ROWS, TEST_ROWS = 160, 240
 LENGTH = 40
 PASSAGES = 64
+
+Row = tuple[list[int], int]
+"""Token ids and a class."""
 
 
 class Encoder(nn.Module):
@@ -48,7 +49,7 @@ class Encoder(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Return logits (batch, classes). The factor 20 lets a head with small weights decide."""
-        return self.head(20 * self.embed(tokens))  # type: ignore[no-any-return]
+        return self.head(20 * self.embed(tokens))
 
 
 class Packages(Task):
@@ -61,8 +62,6 @@ class Packages(Task):
         "the first paragraph of a docstring comes. All methods train the same new classification "
         "head, at its own learning rate."
     )
-    exact_name = "correct packages"
-    forgetting_name = "change of unrelated embeddings (1 - cosine)"
     r, r_out = 16, 192
     steps, batch, evaluate_every = 80, 16, 10
     layers: ClassVar[Mapping[str, str]] = {
@@ -81,49 +80,39 @@ class Packages(Task):
         )
         return Encoder(bert, CLASSES)
 
-    def training_rows(self) -> Sequence[Any]:
-        """Return (token ids, class) pairs."""
-        return _rows()[VALIDATION_ROWS + TEST_ROWS :]
+    @cached_property
+    def rows(self) -> Rows:
+        """Return rows of the largest packages, in a fixed order."""
+        texts = _texts()
+        largest = sorted(texts, key=lambda name: (-len(texts[name]), name))[:CLASSES]
+        chosen = [
+            (text, label)
+            for label, package in enumerate(sorted(largest))
+            for text in sorted(texts[package], key=_digest)[:MOST_OF_A_CLASS]
+        ]
+        # Sorted by another digest than the one that chose them. With the same one, the rows of a
+        # large package would all come first, and all be held out.
+        chosen.sort(key=lambda row: _digest(f"order {row[0]}"))
+        return held_out(
+            [(_encoded(text), label) for text, label in chosen], VALIDATION_ROWS, TEST_ROWS
+        )
 
-    def batch_of(self, rows: Sequence[Any], device: torch.device) -> Batch:
+    def batch_of(self, rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
         """Return tokens (batch, time), padded by 0, and classes (batch,)."""
         longest = max(len(ids) for ids, _ in rows)
         tokens = torch.tensor([[*ids, *[0] * (longest - len(ids))] for ids, _ in rows])
-        return tokens.to(device), torch.tensor([label for _, label in rows]).to(device)
+        return tokens, torch.tensor([label for _, label in rows])
 
-    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Return the cross-entropy."""
+    def loss(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
         tokens, labels = batch
         return F.cross_entropy(model(tokens), labels)
 
-    def validation_loss(self, model: nn.Module) -> float:
-        """Return the loss of the validation rows."""
-        return self._score(model, _rows()[:VALIDATION_ROWS]).loss
-
-    def test(self, model: nn.Module) -> Score:
-        """Return loss and accuracy of the test rows."""
-        return self._score(model, _rows()[VALIDATION_ROWS : VALIDATION_ROWS + TEST_ROWS])
-
     def forgotten(self, model: nn.Module, base: nn.Module) -> tuple[float, float]:
         """Return 0, and how far embeddings of unrelated text have moved."""
-        tokenizer = _tokenizer()
-        rows = [(tokenizer.encode(text).ids[:LENGTH], 0) for text in passages(PASSAGES, 160)]
-        tokens, _ = self.batch_of(rows, next(model.parameters()).device)
+        tokens, _ = self.batch_of([(_encoded(text), 0) for text in passages(PASSAGES, 160)])
         with torch.inference_mode():
-            cosine = (model.embed(tokens) * base.embed(tokens)).sum(-1)  # type: ignore[operator]
+            cosine = (model.embed(tokens) * base.embed(tokens)).sum(-1)
         return 0.0, 1 - float(cosine.mean())
-
-    def _score(self, model: nn.Module, rows: Sequence[Any]) -> Score:
-        device, losses, right = next(model.parameters()).device, 0.0, 0
-        # Sorted by length, so that little time goes into padding.
-        rows = sorted(rows, key=lambda row: len(row[0]))
-        with torch.inference_mode():
-            for start in range(0, len(rows), 40):
-                tokens, labels = self.batch_of(rows[start : start + 40], device)
-                logits = model(tokens)
-                losses += float(F.cross_entropy(logits, labels, reduction="sum"))
-                right += int((logits.argmax(1) == labels).sum())
-        return Score(losses / len(rows), right / len(rows))
 
 
 def _model_folder() -> Path:
@@ -142,9 +131,12 @@ def _tokenizer() -> Any:
     return tokenizer
 
 
-@lru_cache(maxsize=1)
-def _rows() -> list[tuple[list[int], int]]:
-    """Return rows (token ids, class) of the largest packages, in a fixed order."""
+def _encoded(text: str) -> list[int]:
+    return _tokenizer().encode(text).ids[:LENGTH]
+
+
+def _texts() -> dict[str, list[str]]:
+    """Return package -> the first paragraphs of its docstrings, each once."""
     library = Path(sysconfig.get_paths()["stdlib"])
     found: dict[str, list[str]] = defaultdict(list)
     taken: set[str] = set()
@@ -153,19 +145,7 @@ def _rows() -> list[tuple[list[int], int]]:
             if text.casefold() not in taken:
                 taken.add(text.casefold())
                 found[package].append(text)
-    largest = sorted(found, key=lambda name: (-len(found[name]), name))[:CLASSES]
-    chosen = [
-        (text, label)
-        for label, package in enumerate(sorted(largest))
-        for text in sorted(found[package], key=_digest)[:MOST_OF_A_CLASS]
-    ]
-    tokenizer = _tokenizer()
-    # Sorted by another digest than the one that chose them. With the same one, the rows of a large
-    # package would all come first, and all be held out.
-    return [
-        (tokenizer.encode(text).ids[:LENGTH], label)
-        for text, label in sorted(chosen, key=lambda row: _digest(f"order {row[0]}"))
-    ]
+    return found
 
 
 def _digest(text: str) -> bytes:

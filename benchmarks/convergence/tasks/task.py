@@ -4,29 +4,23 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Batch", "Score", "Task", "batch_order"]
+IGNORED = -100
+"""The label of what is not scored."""
+AT_ONCE = 32
 
-Batch = tuple[Tensor, ...]
 
+class Rows(NamedTuple):
+    """Rows of different content, always the same."""
 
-@dataclass(frozen=True)
-class Score:
-    """The score of a model on rows that are not in its training set.
-
-    Args:
-        loss: mean cross-entropy, in nats.
-        exact: share of rows that are right.
-    """
-
-    loss: float
-    exact: float
+    training: Sequence[Any]
+    validation: Sequence[Any]
+    test: Sequence[Any]
 
 
 class Task(ABC):
@@ -39,8 +33,6 @@ class Task(ABC):
     title: ClassVar[str]
     about: ClassVar[str]
     """What is learned from what, in one to three sentences of the report."""
-    exact_name: ClassVar[str]
-    forgetting_name: ClassVar[str]
     r: ClassVar[int]
     """The r of Bone. All methods get as many parameters."""
     r_out: ClassVar[int]
@@ -54,34 +46,35 @@ class Task(ABC):
     """The name of a new layer that every method trains too, or None."""
     scales: ClassVar[tuple[float, ...]] = ()
     """The runtime scales at which a trained adapter is tested, from 0 to 1; none by default."""
+    rows: Rows
 
     @abstractmethod
     def pretrained(self) -> nn.Module:
-        """Return the base model, always the same, on the CPU."""
+        """Return the base model, always the same."""
 
     @abstractmethod
-    def training_rows(self) -> Sequence[Any]:
-        """Return the rows from which `batch_of` makes batches."""
+    def batch_of(self, rows: Sequence[Any]) -> tuple[Tensor, Tensor]:
+        """Return inputs and labels."""
 
     @abstractmethod
-    def batch_of(self, rows: Sequence[Any], device: torch.device) -> Batch:
-        """Return rows as tensors."""
-
-    @abstractmethod
-    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Return the mean loss of a batch."""
-
-    @abstractmethod
-    def validation_loss(self, model: nn.Module) -> float:
-        """Return the mean loss of the validation rows."""
-
-    @abstractmethod
-    def test(self, model: nn.Module) -> Score:
-        """Return the score on the test rows."""
+    def loss(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        """Return the mean cross-entropy of the labels, in nats."""
 
     @abstractmethod
     def forgotten(self, model: nn.Module, base: nn.Module) -> tuple[float, float]:
-        """Return the value of `forgetting_name` for the base and for the adapted model."""
+        """Return what the base could do, for the base and the adapted model; lower is better."""
+
+    def score(self, model: nn.Module, rows: Sequence[Any]) -> float:
+        """Return the mean loss of rows that are not in the training set."""
+        summed = counted = 0.0
+        rows = sorted(rows, key=lambda row: len(row[0]))  # little time goes into padding
+        with torch.inference_mode():
+            for start in range(0, len(rows), AT_ONCE):
+                batch = self.batch_of(rows[start : start + AT_ONCE])
+                labels = int((batch[1] != IGNORED).sum())
+                summed += labels * float(self.loss(model, batch))
+                counted += labels
+        return summed / counted
 
     def base(self) -> nn.Module:
         """Return the base model, which a process makes once. Adapt a copy of it."""
@@ -91,6 +84,11 @@ class Task(ABC):
 @lru_cache(maxsize=1)
 def _base(task: Task) -> nn.Module:
     return task.pretrained().requires_grad_(False).eval()
+
+
+def held_out(rows: Sequence[Any], validation: int, test: int) -> Rows:
+    """Split rows; the first are held out."""
+    return Rows(rows[validation + test :], rows[:validation], rows[validation : validation + test])
 
 
 def batch_order(rows: int, batch: int, steps: int, seed: int) -> list[list[int]]:
