@@ -1,6 +1,6 @@
 """Try adapters in one tiny model of every architecture.
 
-    python -m benchmarks.zoo --library timm --only '^res' --out zoo.json
+    python -m benchmarks.zoo --only '^timm res' --out bench-output/zoo.json
 
 Each model runs in its own child process, with limited time and memory.
 """
@@ -8,6 +8,7 @@ Each model runs in its own child process, with limited time and memory.
 from __future__ import annotations
 
 import argparse
+import json
 import multiprocessing
 import os
 import re
@@ -15,48 +16,46 @@ import resource
 import sys
 import time
 import warnings
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from benchmarks.results import versions, write_whole
 from benchmarks.zoo.cases import Case, NotRun
-from benchmarks.zoo.report import failed, text, write
-from benchmarks.zoo.trial import Result, trial
+from benchmarks.zoo.trial import STATUSES, Result, trial
 
 LIBRARIES = ("transformers", "timm", "torchvision", "diffusers")
-MEMORY = 9 << 30
+FAILURES = ("silent", "wrong", "exception")
+"""What must not happen; a refusal says why, and a model that does not run says nothing."""
+JOBS, SECONDS, MEMORY = 2, 60.0, 9 << 30
+"""Processes at a time, and the limits of each."""
 
 
 def main() -> int:
     """Run the selected trials; return 1 if any failed."""
-    arguments = _parser().parse_args()
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.zoo", description=__doc__)
+    parser.add_argument("--only", default="", metavar="REGEX", help="of library and name")
+    parser.add_argument("--out", type=Path, default=Path("bench-output/zoo.json"))
+    asked = parser.parse_args()
     _quiet()
-    chosen = _cases(arguments.library or LIBRARIES, arguments.only)[: arguments.limit]
+    chosen = [case for case in _cases() if re.search(asked.only, f"{case.library} {case.name}")]
     started = time.monotonic()
     results: list[Result] = []
-    for result in _run_all(chosen, arguments.jobs, arguments.seconds):
+    for result in _run_all(chosen):
         results.append(result)
         results.sort(key=lambda r: (LIBRARIES.index(r.library), r.name))
-        _show(result, len(results), len(chosen))
-        if arguments.out:  # after each, so that a stopped run keeps its results
-            took = round(time.monotonic() - started, 1)
-            write(results, arguments.out, versions=_versions(), seconds=took)
-    print(text(results))
-    print(f"\n{len(results)} architectures in {time.monotonic() - started:.0f} s")
-    return 1 if failed(results) else 0
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.zoo", description=__doc__)
-    parser.add_argument("--library", action="append", choices=LIBRARIES, help="all by default")
-    parser.add_argument("--only", default="", metavar="REGEX", help="names of architectures")
-    parser.add_argument("--limit", type=int, metavar="N", help="the first N only")
-    parser.add_argument("--jobs", type=int, default=2, metavar="N", help="processes at a time")
-    parser.add_argument("--seconds", type=float, default=60.0, help="limit of each trial")
-    parser.add_argument("--out", type=Path, metavar="PATH", help="JSON file to write")
-    return parser
+        print(f"[{len(results)}/{len(chosen)}] {_line(result)}", file=sys.stderr, flush=True)
+        _write(results, asked.out, time.monotonic() - started)  # a stopped run keeps its results
+    for result in results:
+        if result.status != "held":
+            print(_line(result))
+    for library in LIBRARIES:
+        found = Counter(result.status for result in results if result.library == library)
+        print(f"{library}: {', '.join(f'{found[one]} {one}' for one in STATUSES)}")
+    return 1 if any(result.status in FAILURES for result in results) else 0
 
 
 def _quiet() -> None:
@@ -64,57 +63,56 @@ def _quiet() -> None:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     warnings.filterwarnings("ignore")
     import torch
+    import transformers
 
     torch.set_num_threads(1)
+    transformers.logging.set_verbosity_error()
 
 
-def _cases(libraries: Iterable[str], only: str) -> list[Case]:
-    from importlib.util import find_spec
+def _cases() -> list[Case]:
+    # Libraries are imported once, instead of in each child.
+    from diffusers.models import autoencoders, controlnets, transformers, unets  # noqa: F401
+    from transformers import modeling_utils  # noqa: F401
 
     from benchmarks.zoo import models_diffusers, models_transformers, models_vision
 
-    found: list[Case] = []
-    libraries = [name for name in libraries if find_spec(name) is not None]
-    if "transformers" in libraries:
-        import transformers
-        from transformers import modeling_utils  # noqa: F401 - once, instead of in each child
+    return [*models_transformers.cases(), *models_vision.cases(), *models_diffusers.cases()]
 
-        transformers.logging.set_verbosity_error()
 
-        found += models_transformers.cases()
-    if {"timm", "torchvision"} & set(libraries):
-        found += models_vision.cases()
-    if "diffusers" in libraries:
-        from diffusers.models import autoencoders, controlnets, transformers, unets  # noqa: F401
+def _line(result: Result) -> str:
+    why = "; ".join(reason[:230] for reason in result.reasons[:2])
+    return f"{result.library} {result.name} {result.status}{why and ': '}{why}"
 
-        found += models_diffusers.cases()
-    return [c for c in found if c.library in libraries and re.search(only, c.name)]
+
+def _write(results: Sequence[Result], path: Path, seconds: float) -> None:
+    """Write everything to a JSON file, with one line for each result."""
+    about = json.dumps({"versions": versions(("torch", *LIBRARIES)), "seconds": round(seconds, 1)})
+    lines = ",\n".join(json.dumps(asdict(result)) for result in results)
+    write_whole(path, f'{about[:-1]}, "results": [\n{lines}\n]}}\n')
 
 
 # --- one child for each --------------------------------------------------------------------------
 
 
-@dataclass
-class _Child:
+class _Child(NamedTuple):
     case: Case
     process: Any
     receiver: Connection
     started: float
 
 
-def _run_all(todo: list[Case], jobs: int, seconds: float) -> Iterator[Result]:
+def _run_all(todo: list[Case]) -> Iterator[Result]:
     """Yield the results as they arrive."""
     waiting, children = list(todo), list[_Child]()
     while waiting or children:
-        while waiting and len(children) < max(jobs, 1):
+        while waiting and len(children) < JOBS:
             children.append(_start(waiting.pop(0)))
         ready = multiprocessing.connection.wait([c.receiver for c in children], timeout=0.5)
         for child in list(children):
-            result = _collect(child, child.receiver in ready, seconds)
-            if result is None:
-                continue
-            children.remove(child)
-            yield result
+            result = _collect(child, child.receiver in ready)
+            if result is not None:
+                children.remove(child)
+                yield result
 
 
 def _start(case: Case) -> _Child:
@@ -127,21 +125,21 @@ def _start(case: Case) -> _Child:
     return _Child(case, process, receiver, time.monotonic())
 
 
-def _collect(child: _Child, ready: bool, seconds: float) -> Result | None:
+def _collect(child: _Child, ready: bool) -> Result | None:
     """Return a child's result if it has one or its time is over."""
     took = time.monotonic() - child.started
-    result = Result(child.case.library, child.case.name, seconds=round(took, 1))
+    result = Result(child.case.library, child.case.name)
     if ready:
         try:
             result = child.receiver.recv()
-            result.seconds = round(took, 1)
         except EOFError:
             child.process.join()
             result.fail("not run", f"the process ended with code {child.process.exitcode}")
-    elif took > seconds:
-        result.fail("not run", f"took more than {seconds:.0f} s")
+    elif took > SECONDS:
+        result.fail("not run", f"took more than {SECONDS:.0f} s")
     else:
         return None
+    result.seconds = round(took, 1)
     child.process.kill()
     child.process.join()
     child.receiver.close()
@@ -158,31 +156,11 @@ def _work(case: Case, sender: Connection) -> None:
         built = case.build()
         result.note = built.note
         trial(built, result)
-    except NotRun as error:
+    except (NotRun, MemoryError) as error:
         result.fail("not run", str(error))
-    except MemoryError as error:
-        result.fail("not run", f"out of memory: {error}")
     except Exception as error:
         result.fail("exception", f"the trial itself: {type(error).__name__}: {error}")
     sender.send(result)
-
-
-def _show(result: Result, done: int, total: int) -> None:
-    why = f": {result.reasons[0][:150]}" if result.reasons else ""
-    line = f"[{done}/{total}] {result.library} {result.name} {result.status}{why}"
-    print(line, file=sys.stderr, flush=True)
-
-
-def _versions() -> dict[str, str]:
-    from importlib.metadata import PackageNotFoundError, version
-
-    found = {}
-    for name in ("torch", *LIBRARIES):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
 
 
 if __name__ == "__main__":

@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-
-__all__ = ["Built", "Case", "NotRun", "building", "run", "seed", "tensors", "wake"]
 
 SEED = 1234
 FAINT = 1e-3
@@ -23,14 +21,7 @@ class NotRun(Exception):
 
 @dataclass
 class Built:
-    """A model in eval mode, and inputs that it runs with.
-
-    Attributes:
-        model: the model.
-        args: positional inputs.
-        kwargs: inputs by name.
-        note: which class it is, in short.
-    """
+    """A model in eval mode, inputs that it runs with, and which class it is."""
 
     model: nn.Module
     args: Sequence[Any] = ()
@@ -38,15 +29,8 @@ class Built:
     note: str = ""
 
 
-@dataclass(frozen=True)
-class Case:
-    """One architecture of a library.
-
-    Attributes:
-        library: `"transformers"`, say.
-        name: the architecture's name there.
-        build: builds it; raises `NotRun` if that can't be done.
-    """
+class Case(NamedTuple):
+    """One architecture of a library. `build` raises `NotRun` if it can't be built."""
 
     library: str
     name: str
@@ -54,7 +38,6 @@ class Case:
 
 
 def seed() -> None:
-    """Seed all random choices that follow."""
     torch.manual_seed(SEED)
 
 
@@ -64,14 +47,18 @@ def run(built: Built) -> Any:
     return built.model(*built.args, **built.kwargs)
 
 
+def short(error: BaseException, most: int = 150) -> str:
+    """Return the kind and the beginning of an error."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:most]}"
+
+
 @contextmanager
 def building() -> Iterator[None]:
     """Turn any error of a plain model into `NotRun`."""
     try:
         yield
     except Exception as error:
-        text = " ".join(str(error).split())
-        raise NotRun(f"{type(error).__name__}: {text[:200]}") from None
+        raise NotRun(short(error)) from None
 
 
 def tensors(output: Any) -> Iterator[Tensor]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -11,8 +10,6 @@ import torch
 from torch import Tensor
 
 from benchmarks.zoo.cases import Built, Case, NotRun, building, run, seed, wake
-
-__all__ = ["cases"]
 
 Inputs = Callable[[], dict[str, Any]]
 
@@ -360,6 +357,4 @@ def _build(name: str) -> Built:
 
 def cases() -> list[Case]:
     """Return a case for every model that has a configuration here."""
-    if importlib.util.find_spec("diffusers") is None:
-        return []
     return [Case("diffusers", name, partial(_build, name)) for name in MODELS]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import inspect
 from collections.abc import Callable
 from functools import partial
@@ -11,9 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.zoo.cases import Built, Case, NotRun, building, run, seed, wake
-
-__all__ = ["cases"]
+from benchmarks.zoo.cases import Built, Case, NotRun, building, run, seed, short, wake
 
 SIZES = (32, 64, 96, 128, 192, 224, 256)
 """Sides of images, tried in turn."""
@@ -33,8 +30,7 @@ def _first_that_runs(make: Callable[[int], nn.Module], sizes: tuple[int, ...], n
             with torch.no_grad():
                 run(built)
         except Exception as error:
-            text = " ".join(str(error).split())
-            reasons.append(f"images of {size}: {type(error).__name__}: {text[:120]}")
+            reasons.append(f"images of {size}: {short(error)}")
             continue
         return built
     raise NotRun("; ".join(reasons[-2:]))
@@ -132,11 +128,7 @@ def _torchvision(name: str) -> Built:
 
 
 class _Losses(nn.Module):
-    """A detector up to its raw predictions: what follows sorts and drops boxes.
-
-    Args:
-        detector: the detector.
-    """
+    """A detector up to its raw predictions: what follows sorts and drops boxes."""
 
     def __init__(self, detector: nn.Module) -> None:
         super().__init__()
@@ -174,12 +166,9 @@ def _checked(built: Built) -> Built:
 
 def cases() -> list[Case]:
     """Return a case for every file of timm and for the models of torchvision."""
-    found = []
-    if importlib.util.find_spec("timm") is not None:
-        import timm
+    import timm
 
-        modules = sorted(timm.list_modules())
-        found += [Case("timm", module, partial(_timm, module)) for module in modules]
-    if importlib.util.find_spec("torchvision") is not None:
-        found += [Case("torchvision", name, partial(_torchvision, name)) for name in TORCHVISION]
-    return found
+    return [
+        *(Case("timm", name, partial(_timm, name)) for name in sorted(timm.list_modules())),
+        *(Case("torchvision", name, partial(_torchvision, name)) for name in TORCHVISION),
+    ]

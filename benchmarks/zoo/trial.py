@@ -5,22 +5,18 @@ It uses only the public names of `disha`, and compares the model's outputs befor
 
 from __future__ import annotations
 
-import copy
 import re
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import disha
-from benchmarks.zoo.cases import Built, NotRun, run, seed, tensors
-
-__all__ = ["Result", "trial"]
+from benchmarks.zoo.cases import Built, NotRun, run, seed, short, tensors
 
 R = 2
 BLOCK_STDS = (0.05, 0.02, 0.005, 0.001, 0.0002)
@@ -32,28 +28,19 @@ SAME = 1e-6
 """The largest relative difference that fused kernels may make."""
 MERGED_SAME = 1e-4
 ROUNDING = 1e-7
-NAMED = re.compile(r"[\w.\-]+")
+STATUSES = ("held", "refused", "silent", "wrong", "exception", "not run")
+"""The outcomes of a trial, from the best to the worst."""
 
 Outputs = list[Tensor]
+Blocks = dict[str, nn.Parameter]
 
 
 @dataclass
 class Result:
     """The result of one architecture's trial.
 
-    Attributes:
-        library: its library.
-        name: its name there.
-        note: which class it is.
-        status: `"held"`, `"silent"`, `"wrong"`, `"exception"`, `"refused"`, or `"not run"`.
-        reasons: why the status is not "held", in short.
-        refused: texts of errors of disha. If possible, the trial continued without these layers.
-        layers: the number of blocks.
-        unused: weights that the model itself does not use for this input.
-        exact: whether injecting changed no bit of the output.
-        block_std: the size of the blocks' random values.
-        effect: the largest change that all blocks made, relative to the largest output.
-        seconds: how long it took.
+    `exact` says that injecting changed no bit of the output, `layers` is the number of blocks, and
+    `unused` has the weights that the model itself does not use for this input.
     """
 
     library: str
@@ -61,46 +48,52 @@ class Result:
     note: str = ""
     status: str = "held"
     reasons: list[str] = field(default_factory=list)
-    refused: list[str] = field(default_factory=list)
     layers: int = 0
     unused: list[str] = field(default_factory=list)
     exact: bool = False
-    block_std: float = BLOCK_STDS[0]
-    effect: float = 0.0
     seconds: float = 0.0
-
-    RANKS = ("held", "refused", "silent", "wrong", "exception", "not run")
 
     def fail(self, status: str, reason: str) -> None:
         """Record a failure. The worst one gives the status."""
-        if self.RANKS.index(status) > self.RANKS.index(self.status):
-            self.status = status
+        self.status = max(self.status, status, key=STATUSES.index)
         self.reasons.append(f"{status}: {reason}")
 
-    def as_dict(self) -> dict[str, Any]:
-        """Return plain data."""
-        return asdict(self)
+    @contextmanager
+    def step(self, what: str) -> Iterator[None]:
+        """Record how a step fails. The trial goes on after it."""
+        try:
+            yield
+        except disha.DishaError as error:
+            self.fail("refused", f"{what}: {short(error, 300)}")
+        except Exception as error:
+            self.fail("exception", f"{what}: {short(error, 300)}")
+
+    def compare(self, what: str, expected: Outputs, found: Outputs, most: float = SAME) -> None:
+        distance = _distance(expected, found)
+        if not distance <= most:
+            largest = f"{distance:.1e} of its largest value"
+            self.fail("wrong", f"{what}: the output differs by {largest}")
 
 
 def trial(built: Built, result: Result) -> None:
     """Try one model, and record the outcome in `result`."""
-    model = built.model
     before = _plain(built)
-    plain = _copied(built)
-    injected = _measured(result, "inject_adapters", lambda: _inject(model, ".", result))
-    if injected is _FAILED or not injected:
-        return
-    blocks = _blocks(model)
+    with result.step("inject_adapters"):
+        _inject(built.model)
+    blocks = _blocks(built.model)
     result.layers = len(blocks)
-    _compare(result, "injected", before, _output(built, result), SAME, exact=True)
-    if result.status == "exception":
+    if not blocks:
         return
-    if _measured(result, "forward", lambda: _settle(built, blocks, before, result)) is _FAILED:
-        return
-    idle = _measured(result, "finding idle blocks", lambda: _idle(built, blocks, result))
-    if idle is not _FAILED and idle:
-        _judge(built, plain, blocks, idle, result)
-    _there_and_back(built, result, before)
+    with result.step("forward"):
+        found = _outputs(built)
+        result.exact = _equal(before, found)
+        result.compare("injected", before, found)
+        std = _settle(built, blocks, before)
+        _judge(built, blocks, _idle(built, blocks, std), std, result)
+    with result.step("merge_adapters"):
+        _merge_and_unmerge(built, result)
+    with result.step("files"):
+        _save_and_load(built, before, result)
 
 
 # --- outputs -------------------------------------------------------------------------------------
@@ -129,14 +122,6 @@ def _plain(built: Built) -> Outputs:
     return first
 
 
-def _copied(built: Built) -> Built | None:
-    """Return the same with a copy of the model, which gets no adapter, if it can be copied."""
-    try:
-        return Built(copy.deepcopy(built.model), built.args, built.kwargs)
-    except Exception:
-        return None
-
-
 def _equal(first: Outputs, second: Outputs) -> bool:
     return len(first) == len(second) and all(
         a.shape == b.shape and torch.equal(_finite(a), _finite(b))
@@ -153,9 +138,7 @@ def _distance(first: Outputs, second: Outputs) -> float:
 
     Whole numbers (which is the best of several, say) are left out: rounding may change them.
     """
-    if len(first) != len(second) or any(
-        a.shape != b.shape for a, b in zip(first, second, strict=False)
-    ):
+    if [a.shape for a in first] != [b.shape for b in second]:
         return float("inf")
     worst = 0.0
     for a, b in zip(first, second, strict=True):
@@ -165,145 +148,71 @@ def _distance(first: Outputs, second: Outputs) -> float:
     return worst
 
 
-def _output(built: Built, result: Result) -> Outputs | None:
-    found = _measured(result, "forward", lambda: _outputs(built))
-    return None if found is _FAILED else found
+# --- blocks --------------------------------------------------------------------------------------
 
 
-def _compare(
-    result: Result,
-    what: str,
-    expected: Outputs,
-    found: Outputs | None,
-    tolerance: float,
-    exact: bool = False,
-) -> None:
-    if found is None:
-        return
-    if exact:
-        result.exact = _equal(expected, found)
-    distance = _distance(expected, found)
-    if not distance <= tolerance:
-        result.fail("wrong", f"{what}: the output differs by {distance:.1e} of its largest value")
-
-
-# --- calls of disha ------------------------------------------------------------------------------
-
-_FAILED = object()
-
-
-def _measured(result: Result, what: str, call: Callable[[], Any]) -> Any:
-    """Return the result of a call, or record how it failed."""
-    try:
-        return call()
-    except disha.DishaError as error:
-        result.refused.append(f"{what}: {_text(error)}")
-        if what in ("inject_adapters", "forward"):
-            result.fail("refused", f"{what}: {_text(error)}")
-    except Exception as error:
-        result.fail("exception", f"{what}: {_text(error)}")
-    return _FAILED
-
-
-def _text(error: BaseException) -> str:
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text[:300]}{'...' if len(text) > 300 else ''}"
-
-
-def _inject(model: nn.Module, target: Any, result: Result, without: set[str] | None = None) -> bool:
-    """Inject. Layers that are refused get r = 1, and are left out if that is refused too."""
-    low: set[str] = set()
-    excluded: set[str] = set(without or ())
+def _inject(model: nn.Module) -> None:
+    """Adapt every layer, those that are too small for r with r = 1."""
     seed()
-    for _ in range(60):
-        options: dict[str, Any] = {}
-        if low:
-            options["rank_pattern"] = {_these(low): 1}
-        if excluded:
-            options["exclude"] = _these(excluded)
-        try:
-            disha.inject_adapters(model, target, R, **options)
-            return True
-        except disha.DishaError as error:
-            skipped = disha.plan_adapters(model, target, R, **options).skipped
-            too_small = {one.name for one in skipped if one.reason.startswith("r=")} - low
-            if too_small and isinstance(error, disha.ArgumentError):
-                low |= too_small
-                continue
-            named = _named(model, str(error)) - excluded
-            result.refused.append(f"inject_adapters: {_text(error)}")
-            if not named:
-                result.fail("refused", f"inject_adapters: {_text(error)}")
-                return False
-            low -= named
-            excluded |= named
-    result.fail("refused", "inject_adapters: gave up after 60 refusals")
-    return False
+    skipped = disha.plan_adapters(model, ".", R).skipped
+    small = [re.escape(one.name) for one in skipped if one.reason.startswith("r=")]
+    ranks = {f"^(?:{'|'.join(small)})$": 1} if small else None
+    disha.inject_adapters(model, ".", R, rank_pattern=ranks)
 
 
-def _these(names: set[str]) -> str:
-    return f"^(?:{'|'.join(re.escape(name) for name in sorted(names))})$"
-
-
-def _named(model: nn.Module, message: str) -> set[str]:
-    """Return the names in a message that are names of modules or parameters of the model."""
-    known = {name for name, _ in model.named_modules(remove_duplicate=False) if name}
-    known |= {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    known |= {
-        f"{name}.{part}"
-        for name, module in model.named_modules(remove_duplicate=False)
-        if isinstance(module, nn.MultiheadAttention)
-        for part in ("q_proj", "k_proj", "v_proj", "out_proj")
-    }
-    return {m.strip(".") for m in NAMED.findall(message)} & known
-
-
-def _blocks(model: nn.Module) -> dict[str, nn.Parameter]:
+def _blocks(model: nn.Module) -> Blocks:
     """Return the blocks by name; none if there is no adapter."""
     wanted = {id(block) for block in disha.adapter_parameters(model)}
     return {name: p for name, p in model.named_parameters() if id(p) in wanted}
 
 
-@torch.no_grad()
-def _fill(blocks: dict[str, nn.Parameter], std: float) -> None:
-    seed()
-    for block in blocks.values():
-        block.copy_(torch.randn_like(block) * std)
-
-
-def _settle(built: Built, blocks: dict[str, nn.Parameter], before: Outputs, result: Result) -> None:
-    """Give the blocks random values that act without dominating the output."""
+def _settle(built: Built, blocks: Blocks, before: Outputs) -> float:
+    """Give the blocks random values that act without dominating the output; return their size."""
     for std in BLOCK_STDS:
-        result.block_std = std
-        _fill(blocks, std)
+        seed()
+        with torch.no_grad():
+            for block in blocks.values():
+                block.copy_(torch.randn_like(block) * std)
         outputs = _outputs(built)
         finite = all(torch.isfinite(t).all() for t, b in zip(outputs, before, strict=False)
                      if t.is_floating_point() and torch.isfinite(b).all())  # fmt: skip
         if finite and _distance(before, outputs) <= LARGEST_EFFECT:
-            return
+            break
+    return std
+
+
+@contextmanager
+def _changed(parameters: Iterable[Tensor], change: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Give parameters other values in a `with` block."""
+    kept = [(p, p.detach().clone()) for p in parameters]
+    with torch.no_grad():
+        for p, value in kept:
+            p.copy_(change(value))
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for p, value in kept:
+                p.copy_(value)
+
+
+def _noise(std: float) -> Callable[[Tensor], Tensor]:
+    return lambda value: torch.randn_like(value) * std
 
 
 # --- which blocks act ----------------------------------------------------------------------------
 
 
-def _idle(built: Built, blocks: dict[str, nn.Parameter], result: Result) -> list[str]:
+def _idle(built: Built, blocks: Blocks, std: float) -> list[str]:
     """Return the blocks that don't change the output, whatever values they have."""
-    suspects = _without_gradient(built, blocks, result)
+    suspects = _without_gradient(built, blocks)
     if not suspects:
         return []
     reference = _outputs(built)
 
     def changes(names: list[str]) -> bool:
-        std = result.block_std * PERTURBATION
-        with torch.no_grad():
-            saved = {name: blocks[name].clone() for name in names}
-            for name in names:
-                blocks[name].copy_(torch.randn_like(blocks[name]) * std)
-            try:
-                return not _equal(reference, _outputs(built))
-            finally:
-                for name in names:
-                    blocks[name].copy_(saved[name])
+        with _changed([blocks[name] for name in names], _noise(std * PERTURBATION)):
+            return not _equal(reference, _outputs(built))
 
     return _without_effect(suspects, changes)
 
@@ -318,13 +227,11 @@ def _without_effect(names: list[str], changes: Callable[[list[str]], bool]) -> l
     return _without_effect(names[:half], changes) + _without_effect(names[half:], changes)
 
 
-def _without_gradient(built: Built, blocks: dict[str, nn.Parameter], result: Result) -> list[str]:
-    """Return the blocks for which one backward pass gives no gradient, or a gradient of zeros."""
-    for block in blocks.values():
-        block.grad = None
+def _without_gradient(built: Built, blocks: Blocks) -> list[str]:
+    """Return the blocks that get no gradient, or one of zeros; all where none can be computed."""
+    total: Tensor | float = 0.0
     try:
         with torch.enable_grad():
-            total: Any = 0.0
             for i, tensor in enumerate(tensors(run(built))):
                 if tensor.requires_grad and tensor.numel():
                     torch.manual_seed(i)
@@ -333,49 +240,50 @@ def _without_gradient(built: Built, blocks: dict[str, nn.Parameter], result: Res
                     total = total + (plain * torch.randn_like(plain)).sum()
             if isinstance(total, Tensor):
                 total.backward()
-    except Exception as error:
-        if isinstance(error, disha.DishaError):
-            raise
-        result.reasons.append(f"no gradients, so every block was tried: {_text(error)}")
-    idle = [
-        name
-        for name, block in blocks.items()
-        if block.grad is None or not bool((block.grad != 0).any())
-    ]
+    except disha.DishaError:
+        raise
+    except Exception:
+        return list(blocks)  # the model itself can't be differentiated
+    idle = [name for name, block in blocks.items() if block.grad is None or not block.grad.any()]
     for block in blocks.values():
         block.grad = None
     return idle
 
 
-def _judge(
-    built: Built,
-    plain: Built | None,
-    blocks: dict[str, nn.Parameter],
-    idle: list[str],
-    result: Result,
-) -> None:
-    """Separate inactive blocks from blocks whose weights the plain model does not use.
+def _judge(built: Built, blocks: Blocks, idle: list[str], std: float, result: Result) -> None:
+    """Separate inactive blocks from blocks whose weights the model does not use.
 
-    The plain model gets the merged weights of all blocks, and then others for the idle ones.
+    Such a weight changes nothing when it is merged with other values of its block. Where merging is
+    refused, it gets noise.
     """
-    usual, usual_output = _merged_values(built, blocks, [], 0.0)
-
-    def changes(names: list[str]) -> bool:
-        values, output = _merged_values(built, blocks, names, result.block_std * PERTURBATION)
-        if plain is None:
-            return output is None or usual_output is None or not _equal(usual_output, output)
-        if values:
-            return not _equal(with_weights(usual), with_weights(values))
-        return not _equal(with_weights({}), with_weights(_noisy(plain.model, names)))
-
-    def with_weights(values: dict[str, Tensor]) -> Outputs:
-        assert plain is not None
-        with _replaced(plain.model, values):
-            return _outputs(plain)
-
-    unused = _measured(result, "judging idle blocks", lambda: _without_effect(idle, changes))
-    if unused is _FAILED:
+    if not idle:
         return
+    model = built.model
+
+    def merged(names: list[str]) -> Outputs:
+        with _changed([blocks[name] for name in names], _noise(std * PERTURBATION)):
+            disha.merge_adapters(model, untie=True)
+            try:
+                return _outputs(built)
+            finally:
+                disha.unmerge_adapters(model)
+
+    def noisy(names: list[str]) -> Outputs:
+        layers = tuple(f"{_layer(name)}." for name in names)
+        weights = [
+            p
+            for name, p in model.named_parameters()
+            if name.startswith(layers) and name not in blocks and p.ndim >= 2
+        ]
+        with _changed(weights, lambda value: value + torch.randn_like(value)):
+            return _outputs(built)
+
+    output_with = merged
+    try:
+        usual = merged([])
+    except disha.MergeError:
+        usual, output_with = _outputs(built), noisy
+    unused = set(_without_effect(idle, lambda names: not _equal(usual, output_with(names))))
     for name in idle:
         if name in unused:
             result.unused.append(_layer(name))
@@ -383,180 +291,39 @@ def _judge(
             result.fail("silent", f"{_layer(name)}: its weight acts, its block does not")
 
 
-def _noisy(model: nn.Module, names: list[str]) -> dict[str, Tensor]:
-    """Return other values for the weights of layers, where merging them is refused."""
-    prefixes = tuple(f"{_layer(name)}." for name in names)
-    return {
-        full: p.detach() + torch.randn_like(p)
-        for full, p in _parameters(model)
-        if full.startswith(prefixes) and p.ndim >= 2
-    }
-
-
 def _layer(block: str) -> str:
     return re.split(r"\.disha\b", block)[0]
-
-
-def _merged_values(
-    built: Built, blocks: dict[str, nn.Parameter], names: list[str], std: float
-) -> tuple[dict[str, Tensor], Outputs | None]:
-    """Return the parameters that merging changes, with these blocks perturbed, and the output."""
-    model, output = built.model, None
-    originals = {n: p.detach().clone() for n, p in _parameters(model) if n not in blocks}
-    saved = {n: blocks[n].detach().clone() for n in names}
-    changed = {}
-    with torch.no_grad():
-        for n in names:
-            blocks[n].copy_(torch.randn_like(blocks[n]) * std)
-    try:
-        disha.merge_adapters(model, untie=True)
-        for n, p in _parameters(model):
-            if n in originals and not torch.equal(p, originals[n]):
-                changed[n] = p.detach().clone()
-        output = _outputs(built)
-    except disha.DishaError:
-        pass  # another step tries merging and counts it
-    finally:
-        disha.unmerge_adapters(model)
-        with torch.no_grad():
-            for n, value in saved.items():
-                blocks[n].copy_(value)
-    return changed, output
-
-
-@contextmanager
-def _replaced(model: nn.Module, values: dict[str, Tensor]) -> Iterator[None]:
-    """Give modules other parameters in a `with` block.
-
-    One use of a shared parameter only is changed where only that is named, as a block would.
-    """
-    kept = []
-    for full, value in values.items():
-        owner_name, _, own = full.rpartition(".")
-        try:
-            owner = model.get_submodule(owner_name)
-        except AttributeError:
-            continue
-        if own in owner._parameters:
-            kept.append((owner, own, owner._parameters[own]))
-            owner._parameters[own] = nn.Parameter(value.detach(), requires_grad=False)
-    try:
-        yield
-    finally:
-        for owner, own, parameter in reversed(kept):
-            owner._parameters[own] = parameter
-
-
-def _parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    return model.named_parameters(remove_duplicate=False)
 
 
 # --- merge, unmerge, save, remove, load ----------------------------------------------------------
 
 
-def _there_and_back(built: Built, result: Result, before: Outputs) -> None:
-    model = built.model
-    if not _mergeable(model, result):
-        return
-    adapted = _output(built, result)
-    if adapted is None:
-        return
-    result.effect = _distance(before, adapted)
-    merged = _measured(result, "merge_adapters", lambda: disha.merge_adapters(model, untie=True))
-    if merged is not _FAILED:
-        found = _output(built, result)
-        unmerged = _measured(result, "unmerge_adapters", lambda: disha.unmerge_adapters(model))
-        if unmerged is _FAILED:
-            return
-        _compare(result, "unmerged", adapted, _output(built, result), SAME)
-        _compare_merged(built, result, adapted, found)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "adapter.safetensors"
-        steps: tuple[tuple[str, Callable[[], Any], Outputs], ...] = (
-            ("save_adapter", lambda: disha.save_adapter(model, path), adapted),
-            ("remove_adapters", lambda: disha.remove_adapters(model), before),
-            ("load_adapter", lambda: disha.load_adapter(model, path), adapted),
-        )
-        for what, call, expected in steps:
-            if _measured(result, what, call) is _FAILED:
-                result.fail("wrong", f"{what} did not work")
-                return
-            _compare(result, f"after {what}", expected, _output(built, result), SAME)
+def _merge_and_unmerge(built: Built, result: Result) -> None:
+    """Where the model makes much of rounding (a router, say), merging may differ by more."""
+    adapted = _outputs(built)
+    disha.merge_adapters(built.model, untie=True)
+    merged = _outputs(built)
+    disha.unmerge_adapters(built.model)
+    result.compare("unmerged", adapted, _outputs(built))
+    if not _distance(adapted, merged) <= MERGED_SAME:
+        result.compare("merged", adapted, merged, 10 * _sensitivity(built, adapted))
 
 
-def _mergeable(model: nn.Module, result: Result) -> bool:
-    """Leave out layers that can't be merged, until the others can; return whether any are left."""
-    excluded: set[str] = set()
-    for _ in range(40):
-        if excluded:
-            disha.remove_adapters(model)
-            if not _inject(model, ".", Result(result.library, result.name), excluded):
-                return False
-            _fill(_blocks(model), result.block_std)
-        try:
-            disha.merge_adapters(model, untie=True)
-        except disha.DishaError as error:
-            named = _layers_named(model, str(error)) - excluded
-            result.fail("refused", f"merge_adapters: {_text(error)}")
-            if not named:
-                return True  # the other steps can still be tried
-            excluded |= named
-            continue
-        except Exception as error:
-            result.fail("exception", f"merge_adapters: {_text(error)}")
-            return True
-        disha.unmerge_adapters(model)
-        return True
-    return True
-
-
-def _layers_named(model: nn.Module, message: str) -> set[str]:
-    """Return the adapted layers that a message names: by name, by a parameter's, or by class."""
-    layers = {_layer(block) for block in _blocks(model)}
-    named = _named(model, message)
-    found = {n for n in layers if n in named or any(m.rpartition(".")[0] == n for m in named)}
-    if found:
-        return found
-    modules = dict(model.named_modules(remove_duplicate=False))
-    words = set(re.findall(r"\w+", message))
-    return {
-        n
-        for n in layers & modules.keys()
-        if any(c.__name__ in words and not _of_torch(c) for c in type(modules[n]).__mro__)
-    }
-
-
-def _of_torch(cls: type) -> bool:
-    return cls.__module__.split(".")[0] in ("torch", "builtins", "disha")
-
-
-def _compare_merged(built: Built, result: Result, adapted: Outputs, merged: Outputs | None) -> None:
-    """Compare with the merged model's output.
-
-    Where the model makes much of rounding (a router that decides between experts, say), it may
-    differ by some times what rounding the weights otherwise changes.
-    """
-    if merged is None:
-        return
-    distance = _distance(adapted, merged)
-    if distance <= MERGED_SAME or distance <= 10 * _sensitivity(built, adapted):
-        return
-    result.fail(
-        "wrong",
-        f"merged: the output differs by {distance:.1e} of its largest value, all blocks make "
-        f"{result.effect:.1e}",
-    )
-
-
-@torch.no_grad()
 def _sensitivity(built: Built, reference: Outputs) -> float:
     """Return how much the output changes if all weights change in their last bits."""
     seed()
-    kept = [(p, p.clone()) for p in built.model.parameters() if p.is_floating_point()]
-    for p, _ in kept:
-        p.mul_(1 + torch.randn_like(p) * ROUNDING)
-    try:
+    weights = [p for p in built.model.parameters() if p.is_floating_point()]
+    with _changed(weights, lambda value: value * (1 + torch.randn_like(value) * ROUNDING)):
         return _distance(reference, _outputs(built))
-    finally:
-        for p, value in kept:
-            p.copy_(value)
+
+
+def _save_and_load(built: Built, before: Outputs, result: Result) -> None:
+    model, adapted = built.model, _outputs(built)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "adapter.safetensors"
+        disha.save_adapter(model, path)
+        result.compare("after save_adapter", adapted, _outputs(built))
+        disha.remove_adapters(model)
+        result.compare("after remove_adapters", before, _outputs(built))
+        disha.load_adapter(model, path)
+        result.compare("after load_adapter", adapted, _outputs(built))
