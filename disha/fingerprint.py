@@ -9,8 +9,6 @@ and then to bfloat16. Two fingerprints belong to the same base if they share a d
 from __future__ import annotations
 
 import hashlib
-import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -26,33 +24,23 @@ def fingerprint(weight: Tensor) -> str | None:
 
     If the weight is sharded, this is collective: all ranks take part and get the same result.
     """
-    if weight.is_meta or not weight.is_floating_point():
+    if weight.is_meta or not weight.is_floating_point() or not weight.numel():
         return None
-
     whole = gathered(weight.detach())
-
-    def values(positions: Tensor) -> Tensor:
-        # Not torch.take, which lacks the dtypes of 8 bits.
-        return whole[torch.unravel_index(positions.to(whole.device), whole.shape)].cpu()
-
-    return fingerprint_of(tuple(weight.shape), values)
-
-
-def fingerprint_of(shape: tuple[int, ...], values_at: Callable[[Tensor], Tensor]) -> str | None:
-    """Return the fingerprint of a weight, given a function that reads values at flat positions."""
-    size = math.prod(shape)
-    if not size:
-        return None
-    count = min(SAMPLES, size)
-    values = values_at(torch.arange(count, device="cpu") * (size - 1) // max(count - 1, 1))
-    rounded = (values.to(torch.bfloat16), values.to(torch.float16).to(torch.bfloat16))
-    return "".join(_digest(shape, one) for one in rounded)
-
-
-def _digest(shape: tuple[int, ...], values: Tensor) -> str:
-    digest = hashlib.sha256(str(shape).encode())
-    digest.update(bytes(values.view(torch.uint8).tolist()))
-    return digest.hexdigest()[:HALF]
+    count = min(SAMPLES, whole.numel())
+    positions = torch.arange(count, device=whole.device)
+    positions = positions * (whole.numel() - 1) // max(count - 1, 1)
+    indices: list[Tensor] = []
+    for size in reversed(whole.shape):
+        indices.insert(0, positions % size)
+        positions = positions // size
+    values = whole[tuple(indices)].cpu()  # not torch.take, which lacks the dtypes of 8 bits
+    digests = []
+    for rounded in (values.to(torch.bfloat16), values.to(torch.float16).to(torch.bfloat16)):
+        digest = hashlib.sha256(str(tuple(weight.shape)).encode())
+        digest.update(bytes(rounded.view(torch.uint8).tolist()))
+        digests.append(digest.hexdigest()[:HALF])
+    return "".join(digests)
 
 
 def same_base(first: str, second: str) -> bool:

@@ -243,12 +243,12 @@ BAD_HEADERS = {
     "huge scale": (lambda h: first_layer(h).update(scale=1e39), "scale must be finite"),
     "layer twice": (lambda h: h["layers"].append(first_layer(h)), "listed 2 times"),
     "other name": (lambda h: first_layer(h).update(name="x"), "'x.bone_block' is missing"),
-    "no name": (lambda h: first_layer(h).update(name=5), "the name of a layer can't be 5"),
+    "no name": (lambda h: first_layer(h).update(name=5), "the name of a layer must be text, got 5"),
     "layout": (lambda h: first_layer(h).update(layout="in"), "unknown layout 'in'"),
     "rows": (lambda h: first_layer(h).update(rows=[[3, 1]]), "first < stop"),
-    "fingerprint": (lambda h: first_layer(h).update(base=5), "base can't be 5"),
+    "fingerprint": (lambda h: first_layer(h).update(base=5), "base must be text, got 5"),
     "beside without tensor": (lambda h: h["also_train"].append("x"), "'x' is missing"),
-    "metadata": (lambda h: h.update(metadata={"a": 1}), "can't be 1"),
+    "metadata": (lambda h: h.update(metadata={"a": 1}), "a name or a note must be text, got 1"),
     "out": (lambda h: first_layer(h).update(out=5), "expected a block of shape"),
 }
 

@@ -27,8 +27,6 @@ from disha.records import LayerRecord, records_of
 from disha.state import finite_as
 from disha.text import first_few
 
-__all__ = ["Summand", "combine_adapters", "combine_contents"]
-
 
 class Summand(NamedTuple):
     """An adapter, its weight w in a sum, and where it came from, for errors."""

@@ -40,20 +40,6 @@ from disha.sharding import gathered, write
 from disha.state import LoadReport, adapter_tensors, check_fit, finite_as
 from disha.text import counted, first_few, printable
 
-__all__ = [
-    "Contents",
-    "Source",
-    "adapter_contents",
-    "blocks_only",
-    "inspect_adapter",
-    "load_adapter",
-    "load_contents",
-    "narrowed",
-    "read_contents",
-    "save_adapter",
-    "write_contents",
-]
-
 Source = Path | str
 """Where an adapter came from, for errors."""
 
@@ -235,11 +221,7 @@ def adapter_contents(
     *,
     base: bool = True,
 ) -> Contents:
-    """Return the header of an adapter of a model, and its tensors on the CPU.
-
-    If the model is sharded, all ranks must call this, and each gets the complete adapter. Without
-    `base`, the fingerprints of the base weights are left out.
-    """
+    """Return an adapter of a model, on the CPU; collective. Without `base`, no fingerprints."""
     ranks, action = view.ranks(), f"take adapter {adapter!r} out of the model"
     with ranks.agreeing(action):
         notes = dict(metadata or {})
@@ -284,12 +266,9 @@ def _record(one: ModelBlock, *, base: bool) -> LayerRecord:
 
 
 def _base_fingerprint(one: ModelBlock) -> str | None:
-    """Return the fingerprint of an adapted weight's original, or None if it is quantised.
-
-    The values of a quantised weight depend on the way of quantising and on some kernels, but an
-    adapter that was trained on one of them fits the others.
-    """
+    """Return the fingerprint of an adapted weight's original, or None if it is quantised."""
     slot = one.block.slot
+    # Its values depend on how it is quantised, but an adapter fits all ways.
     if quantisation_of(one.layer, stored_weight(one.layer, slot.parameter)) is not None:
         return None
     return fingerprint(slot.layout.part(base_of(one.layer, slot), slot.rows))
@@ -323,11 +302,7 @@ def write_contents(path: Path, header: AdapterHeader, tensors: Mapping[str, Tens
 def read_contents(
     path: Path, *, also_train: bool = True, layers: str | None = None
 ) -> tuple[AdapterFile, dict[str, Tensor]]:
-    """Return the header and the tensors of a file, which are mapped and read when used.
-
-    Without `also_train`, only the blocks are returned; with `layers`, those of the layers in whose
-    names that regex is found.
-    """
+    """Return an adapter of a file, or those of its layers whose names match; tensors are mapped."""
     with opened(path) as file:
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         header = described(path, (file.metadata() or {}).get(HEADER_KEY), tensors)
@@ -375,18 +350,14 @@ def blocks_only(header: AdapterHeader, tensors: Mapping[str, Tensor]) -> Content
 
 @dataclass(frozen=True)
 class _Incoming:
-    """An adapter on its way into a model, under a name.
-
-    `keys` maps each of its keys to that of the same tensor in the model, where a module or a
-    parameter can have several names.
-    """
+    """An adapter on its way into a model, under a name."""
 
     view: ModelView
     adapter: str
     source: Source
     header: AdapterHeader
     tensors: Mapping[str, Tensor]
-    keys: Mapping[str, str]
+    keys: Mapping[str, str]  # to those of the model, where a tensor can have several names
 
     @property
     def values(self) -> dict[str, Tensor]:
@@ -415,10 +386,7 @@ def load_contents(
     freeze: bool = True,
     activate: bool = True,
 ) -> LoadReport:
-    """Put an adapter into a model; `load_adapter` documents the arguments and the errors.
-
-    With `partial`, a layer that the header does not name stays as it is.
-    """
+    """Put an adapter into a model, as `load_adapter` does; a `partial` one leaves other layers."""
     with all_or_nothing(view) as undo:
         with view.ranks().agreeing(f"load a file as adapter {adapter!r}"):
             check_adapter_name(adapter)
@@ -450,10 +418,11 @@ def load_contents(
         if taken and not partial:
             _forget_the_rest(incoming, undo)
         for (*_, block), layer in incoming.layers():
-            mine = {"r": block.config.r, "rank_pattern": block.config.rank_pattern}
-            undo.callback(block.set_scale, block.scale)
-            undo.callback(block.reconfigure, block.config)
-            block.reconfigure(header.config.changed(**mine) if taken else header.config)
+            if taken:
+                mine = {"r": block.config.r, "rank_pattern": block.config.rank_pattern}
+                undo.callback(block.set_scale, block.scale)
+                undo.callback(block.reconfigure, block.config)
+                block.reconfigure(header.config.changed(**mine))
             block.set_scale(layer.scale)
         _warn_of_other_base(incoming)
     return LoadReport(matched=tuple(incoming.values))  # if a key did not fit, this has raised

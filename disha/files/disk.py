@@ -19,17 +19,6 @@ from torch import Tensor, distributed
 
 from disha.errors import AdapterFileError, AdapterIOError, ArgumentTypeError
 
-__all__ = [
-    "ADAPTER_NAME",
-    "PathLike",
-    "checked_path",
-    "file_at",
-    "opened",
-    "other_format",
-    "save",
-    "save_tensors",
-]
-
 PathLike = str | os.PathLike[str]
 
 ADAPTER_NAME = "adapter.safetensors"

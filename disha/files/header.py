@@ -15,22 +15,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from disha.config import AdapterConfig, check_positive_int, check_scale, checked_rows
-from disha.errors import AdapterFileError, ArgumentTypeError
+from disha.config import (
+    AdapterConfig,
+    check_positive_int,
+    check_scale,
+    check_type,
+    checked_rows,
+)
+from disha.errors import AdapterFileError
 from disha.files.disk import other_format
 from disha.functional import METHODS, Layout, layout_of
 from disha.records import LayerRecord, records_of
 from disha.text import brief, counted, first_few, printable, table
-
-__all__ = [
-    "FORMAT",
-    "HEADER_KEY",
-    "AdapterFile",
-    "AdapterHeader",
-    "described",
-    "encoded",
-    "reasons_against_blocks",
-]
 
 FORMAT = 1
 """The newest file format that this library writes and reads."""
@@ -193,11 +189,10 @@ def _parsed(path: Path, found: Any, tensors: Mapping[str, Tensor]) -> AdapterFil
             f"{path} has format {brief(version)}, and this version of disha reads up to {FORMAT}; "
             "upgrade disha-torch"
         )
-    _check_type("metadata", found["metadata"], dict)
+    check_type("metadata", found["metadata"], dict, "a JSON object")
     for one in (*found["also_train"], *found["metadata"].values()):
-        _check_type("a name or a note", one, str)
-    _check_type("config", found["config"], dict)
-    method = found["config"].get("method")
+        check_type("a name or a note", one, str, "text")
+    method = dict(found["config"]).get("method")
     if isinstance(method, str) and method not in METHODS:
         raise AdapterFileError(
             f"{path} has blocks of the method {brief(method)}, which is unknown here; register the "
@@ -219,9 +214,9 @@ def _parsed(path: Path, found: Any, tensors: Mapping[str, Tensor]) -> AdapterFil
 def _layer(config: AdapterConfig, entry: Any) -> LayerRecord:
     name, base, padding = entry["name"], entry.get("base"), entry.get("padding_idx")
     groups, rows = entry.get("groups", 1), entry.get("rows")
-    _check_type("the name of a layer", name, str)
-    _check_type("base", base, (str, type(None)))
-    _check_type("padding_idx", padding, (int, type(None)))
+    check_type("the name of a layer", name, str, "text")
+    check_type("base", base, (str, type(None)), "text")
+    check_type("padding_idx", padding, (int, type(None)), "an int")
     for what in ("r", "in", "out"):
         check_positive_int(what, entry[what])
     check_positive_int("groups", groups)
@@ -238,11 +233,6 @@ def _layer(config: AdapterConfig, entry: Any) -> LayerRecord:
         layout=Layout(layout_of(entry["layout"]).pattern, groups, padding),
         rows=() if rows is None else checked_rows(name, rows),
     )
-
-
-def _check_type(what: str, value: Any, kind: type | tuple[type, ...]) -> None:
-    if not isinstance(value, kind):
-        raise ArgumentTypeError(f"{what} can't be {brief(value)}")
 
 
 def _key_problems(found: AdapterFile) -> list[str]:

@@ -110,7 +110,8 @@ def weight_shape(module: nn.Module, slot: Slot) -> tuple[int, ...]:
     """Return the shape of a slot's parameter, or of the weight that a packed one represents."""
     if slot.shape is not None:
         return slot.shape
-    return tuple(read_weight(module, slot.parameter).shape)
+    stored = module._parameters.get(slot.parameter)
+    return tuple((read_weight(module, slot.parameter) if stored is None else stored).shape)
 
 
 def make_block(
