@@ -22,17 +22,6 @@ from torch.autograd import graph as autograd
 from disha.errors import ModeError
 from disha.routing import Route
 
-__all__ = [
-    "LOOSE",
-    "OPEN",
-    "Acts",
-    "Context",
-    "Group",
-    "deciding",
-    "entered",
-    "groups_of",
-]
-
 Acts: TypeAlias = Route | tuple[str, ...]
 """What acts: an adapter for each sample, or these adapters for all samples."""
 

@@ -17,15 +17,6 @@ from disha.errors import ArgumentError
 from disha.model import ModelView, all_or_nothing
 from disha.routing import Route
 
-__all__ = [
-    "adapters_active",
-    "adapters_disabled",
-    "checked_names",
-    "route_adapters",
-    "set_active_adapters",
-    "set_adapter_scale",
-]
-
 
 def set_active_adapters(model: nn.Module, names: str | Sequence[str]) -> None:
     """Activate exactly these adapters. Several add up, each computed from the original weight.

@@ -35,18 +35,6 @@ from disha.functional.products import Product, update_of_part, updates_of_rows
 from disha.routing import Routed, routed_linear, routed_product
 from disha.sharding import Split
 
-__all__ = [
-    "PLAIN",
-    "AbsentWeight",
-    "EffectiveWeight",
-    "computed",
-    "computed_inside",
-    "effective",
-    "effective_part",
-    "start_no_graph",
-]
-
-
 PLAIN = (Tensor, torch.nn.Parameter)
 """The classes of weights that an effective weight can be an alias of."""
 
@@ -126,9 +114,8 @@ def start_no_graph(function: Any) -> None:
     When the compiler leaves a function to Python, it still tries to compile the functions that this
     one calls. This setting stops that. Compiled code that calls the function still includes it.
     """
-    if hasattr(_frames, "set_code_exec_strategy"):
-        skip = _frames._FrameAction.SKIP
-        _frames.set_code_exec_strategy(function.__code__, _frames._FrameExecStrategy(skip, skip))
+    skip = _frames._FrameAction.SKIP
+    _frames.set_code_exec_strategy(function.__code__, _frames._FrameExecStrategy(skip, skip))
 
 
 # An effective weight can't be the input of a graph.
@@ -696,9 +683,8 @@ def _attention_linear(input: Any, weight: Any, bias: Any = None) -> Any:
 
 def _check_padding(key_padding_mask: Tensor, src_len: int, bsz: int) -> None:
     """`F._check_key_padding_mask`, in a way that can be compiled."""
-    for axis, (size, expected) in enumerate(
-        zip(key_padding_mask.shape, (bsz, src_len), strict=True)
-    ):
+    for axis, expected in enumerate((bsz, src_len)):
+        size = key_padding_mask.shape[axis]
         if size != expected:
             raise AssertionError(
                 f"Expected key_padded_mask.shape[{axis}] to be {expected}, but got {size}"
@@ -708,12 +694,12 @@ def _check_padding(key_padding_mask: Tensor, src_len: int, bsz: int) -> None:
 def _attention_module() -> ModuleType:
     """Return a Python module with torch's attention, which finds its functions in that module."""
     module = ModuleType("disha.effective.attention")
-    names = {**vars(F), "__name__": module.__name__, "linear": _attention_linear}
-    names |= {
+    own = {
+        "linear": _attention_linear,
         "_check_key_padding_mask": _check_padding,
         "has_torch_function": lambda tensors: False,
     }
-    vars(module).update(names)
+    vars(module).update({**vars(F), "__name__": module.__name__, **own})
     for name in ("_in_projection_packed", "_in_projection", "multi_head_attention_forward"):
         original = getattr(F, name)
         copied = FunctionType(original.__code__, vars(module), name, original.__defaults__)

@@ -26,11 +26,8 @@ from disha.errors import ArgumentError
 from disha.functional import Layout, Update, adapted_linear
 from disha.functional.bone import routed_bone_delta
 from disha.functional.products import Product, reduced_updates, update_product
-from disha.functional.routed import with_bone_of_runs
+from disha.functional.shards import scaled, shard_sums
 from disha.text import counted
-
-__all__ = ["Route", "Routed", "Run", "routed_linear", "routed_product"]
-
 
 Run = tuple[str | None, int]
 """An adapter, or None, and how many entries of a leading dimension go through it."""
@@ -221,16 +218,30 @@ Sorting costs passes over the output. Without sorting, each sample costs one pro
 
 
 def _with_alike(output: Tensor, x: Tensor, route: Route, alike: Mapping[str, Tensor]) -> Tensor:
-    """Return an output plus the shard-sum updates of each sample."""
-    size = x.shape[0]
+    """Return an output plus S(x) s R of each sample, where all matrices s R have one shape."""
+    size, (r, out_features) = x.shape[0], next(iter(alike.values())).shape
     rows, outputs = (one.reshape(size, -1, one.shape[-1]) for one in (x, output))
-    runs, order = route.runs(size), None
+    sums, regain = shard_sums(rows, r)
+    matrices = {adapter: matrix.to(x.dtype) for adapter, matrix in alike.items()}
+    runs = route.runs(size)
     few = rows.shape[1] * route.parts(size) < FEW_ROWS and len(runs) > len(alike)
-    plain = outputs.is_contiguous() and outputs.dtype == x.dtype
-    if few or torch.is_grad_enabled() or not plain:
-        runs, order = route.sorted_runs(size), route.order(size, x.device)
-    each = [(alike.get(adapter or ""), entries) for adapter, entries in runs]
-    return with_bone_of_runs(outputs, rows, each, order).reshape(output.shape)
+    in_place = not torch.is_grad_enabled() and outputs.is_contiguous() and output.dtype == x.dtype
+    if in_place and not few:
+        sizes = [entries for _, entries in runs]
+        each = zip(runs, torch.split(outputs, sizes), torch.split(sums, sizes), strict=True)
+        for (adapter, _), into, own in each:
+            if (matrix := matrices.get(adapter or "")) is not None:
+                into.view(-1, out_features).addmm_(own.flatten(0, 1), matrix, alpha=regain)
+        return outputs.reshape(output.shape)
+    runs, order = route.sorted_runs(size), route.order(size, x.device)
+    parts = torch.split(sums.index_select(0, order), [entries for _, entries in runs])
+    deltas = []
+    for (adapter, _), own in zip(runs, parts, strict=True):
+        matrix, shape = matrices.get(adapter or ""), (*own.shape[:-1], out_features)
+        deltas.append(own.new_zeros(shape) if matrix is None else own @ matrix)
+    delta = scaled(torch.cat(deltas), regain).to(output.dtype)
+    add = outputs.index_add if torch.is_grad_enabled() else outputs.index_add_
+    return add(0, order, delta).reshape(output.shape)
 
 
 def _alike(routed: Routed, layout: Layout, out_features: int) -> dict[str, Tensor] | None:

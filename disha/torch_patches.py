@@ -28,8 +28,6 @@ from torch.autograd import function as autograd
 
 from disha.effective import EffectiveWeight, computed, computed_inside, start_no_graph
 
-__all__ = ["install"]
-
 _LOCK = threading.Lock()
 
 

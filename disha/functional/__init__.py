@@ -7,9 +7,8 @@ cropped afterwards. A runtime scale s multiplies the update dW. All functions ar
 and none takes a module.
 
 Read in this order: `shards` cuts dimensions, `bone` and `bat` have the formulas, `layouts` says
-which axes of a weight are its matrices, `methods` is the table of methods and layouts, `products`
-multiplies an input by a weight and its updates, and `routed` does so for a batch in which samples
-have different updates.
+which axes of a weight are its matrices, `methods` is the table of methods and layouts, and
+`products` multiplies an input by a weight and its updates.
 
 Source: Kang, "DiSHA: Dimension-Sharding Adaptation of Large Language Models with Fast Convergence
 and Fast Computation", arXiv 2409.15371 (Bone was later renamed MiSS; the tile is its "mini").

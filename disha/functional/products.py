@@ -169,9 +169,8 @@ def update_product(
     small = reduced_updates([update], layout, out_features)
     if small:
         return _reduced_product(multiply, x, layout, small[0], out_features, groups)
-    looks_up = layout.pattern == "index out"
     delta = update.method.delta_weight(layout, update.chosen_block, weight, update.rows)
-    if looks_up:
+    if layout.pattern == "index out":
         output = multiply(x, delta.to(weight.dtype), None) * update.scale
         return _dropped_tokens(output, update.dropout)
     x = F.dropout(x, update.dropout) if update.dropout else x

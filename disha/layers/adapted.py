@@ -109,16 +109,6 @@ class AdaptedLayer(nn.Module):
         if not was_written(self, name, value):
             super().__setattr__(name, value)
 
-    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """Register a parameter as nn.Module does, but without reading the current weight.
-
-        FSDP sets one parameter at a time; meanwhile, some are gathered and others are not.
-        """
-        if name in self.adapted_parameters and name in self._parameters:
-            self._parameters[name] = param
-        else:
-            super().register_parameter(name, param)
-
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         # A class that saves in its own way (as in PyTorch Geometric) may read an effective weight.

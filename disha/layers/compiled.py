@@ -42,7 +42,7 @@ start_no_graph(__getattr__)
 
 def _factor(group: Group, device: str, disables: bool) -> Tensor | float:
     # An exported program can't take a tensor from here, and keeps the value anyway.
-    if getattr(torch.compiler, "is_exporting", lambda: torch.compiler._is_compiling_flag)():
+    if torch.compiler.is_exporting():
         return float(not disables)
     key = device, disables
     if key not in group.factors:

@@ -139,16 +139,12 @@ def linear_forward(layer: Any, input: Tensor) -> Tensor:
         return nn.Linear.forward(layer, input)
     base, state = parameters.get("weight"), adapters.__dict__
     blocks = state["live"].get("weight", ())
-    alone = len(blocks) == 1 and state["merged"] is None and _is_usual(blocks[0])
+    alone = len(blocks) == 1 and state["merged"] is None and blocks[0].split is None
+    usual = alone and blocks[0].slot.layout.pattern == "out in"
     plain = type(base) in PLAIN and type(input) in PLAIN and not base.is_meta
     # This is no function, to save a call per forward.
-    if alone and plain and input.layout is torch.strided:
+    if usual and plain and input.layout is torch.strided:
         # `layer.bias` takes one more call.
         bias = parameters["bias"] if "bias" in parameters else layer.bias  # noqa: SIM401
         return adapted_linear(input, base, bias, (blocks[0].update(),))
     return nn.Linear.forward(layer, input)
-
-
-def _is_usual(block: Block) -> bool:
-    """Whether the block's weight has the usual layout of a linear layer, and all of it is here."""
-    return block.split is None and block.slot.layout.pattern == "out in"
