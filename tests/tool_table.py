@@ -243,6 +243,7 @@ back.
                     f"{LLAMA_CPP}::test_adapters_act_as_ours",
                     f"{LLAMA_CPP}::test_the_next_token_moves_as_ours_does",
                 ),
+                "experts": (f"{LLAMA_CPP}::test_separate_experts_act_as_ours",),
             },
             "diffusers": {
                 "read": (f"{IMAGES}::test_diffusers_loads_it_and_computes_the_same",),

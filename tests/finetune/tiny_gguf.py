@@ -56,6 +56,10 @@ GGUF_NAMES = {
     "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
+    "mlp.gate": "ffn_gate_inp",
+    "mlp.experts.gate_proj": "ffn_gate_exps",
+    "mlp.experts.up_proj": "ffn_up_exps",
+    "mlp.experts.down_proj": "ffn_down_exps",
 }
 
 
@@ -86,11 +90,16 @@ def random_state(*, tied: bool, seed: int = 0) -> dict[str, Tensor]:
     return state
 
 
-def write_gguf(path: Path, state: Mapping[str, Tensor], *, architecture: str = "llama") -> Path:
+def write_gguf(
+    path: Path, state: Mapping[str, Tensor], *, architecture: str = "llama", experts: int = 0
+) -> Path:
     """Write weights under the usual names as a GGUF file of an architecture, in float32."""
     writer = gguf.GGUFWriter(path, architecture)
     for key, value in METADATA.items():
         _add(writer, _under(architecture, key), value)
+    if experts:
+        writer.add_expert_count(experts)
+        writer.add_expert_used_count(2)
     for name, values in state.items():
         rows = _gguf_rows(name, values) if architecture == "llama" else values
         writer.add_tensor(_gguf_name(name), rows.contiguous().numpy())

@@ -14,11 +14,13 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import llama_cpp
 import numpy as np
 import pytest
 import torch
+from transformers import MixtralConfig, MixtralForCausalLM
 
 import disha
 from disha.finetune.base import load_base
@@ -51,9 +53,11 @@ def served(path: Path, adapter: Path | None = None, scale: float = 1.0) -> llama
     )
 
 
-def converted(model: torch.nn.Module, folder: Path, **options: int) -> Path:
+def converted(model: torch.nn.Module, folder: Path, **options: Any) -> Path:
     """Write an adapter as the guide says: as a LoRA folder, which llama.cpp's script converts."""
     lora.export(model, folder / "lora", pad=True, **options)
+    # A GGUF file does not say the class of its model.
+    model.config.architectures = model.config.architectures or ["LlamaForCausalLM"]
     model.config.save_pretrained(folder / "base")
     words = [folder / "lora", "--base", folder / "base", "--outfile", folder / "lora.gguf"]
     subprocess.run([sys.executable, SCRIPT, *words], check=True)
@@ -148,6 +152,38 @@ def test_qwen2_keeps_the_usual_rows(tmp_path, tiny_base):
     ours = adapted(tiny_base, "all-linear", HEAD_DIM // 2)
     ours.config.architectures = ["Qwen2ForCausalLM"]
     check_equal(path, converted(ours, tmp_path), ours, tiny_base)
+
+
+def mixture(path):
+    """A tiny Mixtral, and its GGUF file."""
+    torch.manual_seed(0)
+    config = MixtralConfig(
+        vocab_size=len(tiny_gguf.TOKENS),
+        hidden_size=tiny_gguf.HIDDEN,
+        intermediate_size=tiny_gguf.FEED_FORWARD,
+        num_hidden_layers=tiny_gguf.LAYERS,
+        num_attention_heads=tiny_gguf.HEADS,
+        num_key_value_heads=tiny_gguf.KV_HEADS,
+        num_local_experts=4,
+        rms_norm_eps=tiny_gguf.EPSILON,
+        rope_parameters={"rope_type": "default", "rope_theta": tiny_gguf.ROPE_BASE},
+        initializer_range=0.2,
+        architectures=["MixtralForCausalLM"],
+    )
+    model = MixtralForCausalLM(config).eval()
+    state = dict(model.state_dict())
+    for layer in range(tiny_gguf.LAYERS):
+        stack = f"model.layers.{layer}.mlp.experts."
+        gate, up = state.pop(f"{stack}gate_up_proj").chunk(2, dim=1)
+        state |= {f"{stack}gate_proj.weight": gate, f"{stack}up_proj.weight": up}
+        state[f"{stack}down_proj.weight"] = state.pop(f"{stack}down_proj")
+    return model, tiny_gguf.write_gguf(path, state, experts=4)
+
+
+def test_separate_experts_act_as_ours(tmp_path):
+    base, path = mixture(tmp_path / "mixtral.gguf")
+    ours = adapted(base, r"experts\.\w+_proj$|self_attn", 8, scale=0.5)
+    check_equal(path, converted(ours, tmp_path, experts="separate"), ours, base)
 
 
 # --- SmolLM2, quantised --------------------------------------------------------------------------
