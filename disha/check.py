@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from disha.errors import ArgumentError, DishaError
+from disha.functional import Geometry, Method
 from disha.layers.adapted import AdaptedLayer
 from disha.layers.blocks import Block
 from disha.merge import merge
@@ -194,7 +195,7 @@ def _checked(
         _randomise(blocks, undo)
         undo.callback(view.reshard)  # a forward gathers what is sharded
         read, outputs = _read(run, blocks)
-        gradients = _gradients(outputs, blocks)
+        gradients = _gradients(outputs, [block.block for block in blocks])
         outputs = [output.detach() for output in outputs]
         acting = [
             gradient or _changes(run, block, outputs)
@@ -208,18 +209,22 @@ def _checked(
     for (name, layer, adapter, block), acts, gradient in zip(
         active, acting, gradients, strict=True
     ):
-        reason = _reason(block in read, acts, gradient) or refusal
+        starts = block.config.init != "zeros" or _leaves_zero(block.method)
+        reason = _reason(block in read, acts, gradient, starts) or refusal
+        gradient = gradient and starts
         merges = merging.get(layer)
         found.append(CheckedWeight(name, adapter, block in read, acts, gradient, merges, reason))
     return tuple(found)
 
 
-def _reason(read: bool, acts: bool, gradient: bool) -> str:
+def _reason(read: bool, acts: bool, gradient: bool, starts: bool) -> str:
     if not read:
         return "the model does not use this weight, or not with these inputs"
     if not acts:
         return "the model reads this weight, but the update does not reach the output"
-    return "" if gradient else "it acts, but a detach or a custom function stops its gradient"
+    if not gradient:
+        return "it acts, but a detach or a custom function stops its gradient"
+    return "" if starts else "a block of zeros gets no gradient by its method; use init='kaiming'"
 
 
 def _randomise(blocks: list[Block], undo: ExitStack) -> None:
@@ -254,7 +259,7 @@ def _read(run: Run, blocks: list[Block]) -> tuple[set[Block], list[Tensor]]:
     return read, outputs
 
 
-def _gradients(outputs: list[Tensor], blocks: list[Block]) -> list[bool]:
+def _gradients(outputs: list[Tensor], blocks: list[Tensor]) -> list[bool]:
     """Return which blocks get a gradient from a random sum of the outputs."""
     generator = torch.Generator("cpu").manual_seed(1)
     sums = [
@@ -264,8 +269,15 @@ def _gradients(outputs: list[Tensor], blocks: list[Block]) -> list[bool]:
     ]
     if not sums:
         return [False] * len(blocks)
-    found = torch.autograd.grad(sums, [block.block for block in blocks], allow_unused=True)
+    found = torch.autograd.grad(sums, blocks, allow_unused=True)
     return [one is not None and bool(one.count_nonzero()) for one in found]
+
+
+def _leaves_zero(method: Method) -> bool:
+    """Whether a block of zeros gets a gradient, without which it stays zero."""
+    sizes = Geometry(4, 4)
+    block = torch.zeros(method.shape(sizes, 2, None), device="cpu", requires_grad=True)
+    return _gradients([method.delta(block, sizes, block.new_ones(4, 4))], [block])[0]
 
 
 def _changes(run: Run, block: Block, outputs: list[Tensor]) -> bool:

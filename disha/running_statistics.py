@@ -38,31 +38,23 @@ def remember(view: ModelView, undo: ExitStack) -> None:
             attributes[_ATTRIBUTE] = {name: value.detach().clone() for name, value in own.items()}
 
 
-def _kept(view: ModelView) -> dict[str, Tensor]:
-    return {
-        join(name, own): former
-        for module, (name, *_) in view.names.items()
-        for own, former in attributes_of(module).get(_ATTRIBUTE, {}).items()
-        if own in _own(module)
-    }
-
-
-def changed_statistics(view: ModelView) -> dict[str, Tensor]:
-    """Return the statistics that are no longer those of the base."""
-    now = statistics(view)
-    return {
-        name: now[name]
-        for name, former in _kept(view).items()
-        if former.is_meta or not torch.equal(now[name], former.to(now[name]))
-    }
+def changed_statistics(view: ModelView) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return the statistics that are no longer those of the base, each with the kept value."""
+    found = {}
+    for module, (name, *_) in view.names.items():
+        kept = attributes_of(module).get(_ATTRIBUTE, {})
+        for own, now in _own(module).items():
+            former = kept.get(own)
+            if former is not None and (former.is_meta or not torch.equal(now, former.to(now))):
+                found[join(name, own)] = now, former
+    return found
 
 
 def put_back(view: ModelView, undo: ExitStack, but: Container[str] = ()) -> None:
     """Give the norms the kept values, except for the statistics named in `but`."""
-    changed = changed_statistics(view)
-    for name, former in _kept(view).items():
-        if name in changed and name not in but and not former.is_meta:
-            write(changed[name], former, undo)
+    for name, (now, former) in changed_statistics(view).items():
+        if name not in but and not former.is_meta:
+            write(now, former, undo)
 
 
 def forget(view: ModelView, undo: ExitStack) -> None:

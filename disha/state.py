@@ -127,7 +127,8 @@ def adapter_tensors(view: ModelView, adapter: str) -> dict[str, Tensor]:
                 view.refuse_merged(f"use {join(name, attribute)} as part of the adapter")
             if parameter is not None:
                 tensors[join(name, attribute)] = parameter
-    return tensors | running_statistics.changed_statistics(view)
+    changed = running_statistics.changed_statistics(view)
+    return tensors | {name: now for name, (now, _) in changed.items()}
 
 
 def _refuse_flattened(name: str, layer: AdaptedLayer, block: Block) -> None:

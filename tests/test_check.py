@@ -7,8 +7,9 @@ import torch
 from torch import nn
 
 import disha
-from disha import ArgumentError, CheckReport, MergeError, ModeError
+from disha import ArgumentError, CheckReport, MergeError, ModeError, functional
 from disha.check import CheckedWeight
+from disha.functional import Method
 from tests.conftest import assert_unchanged, snapshot
 
 
@@ -129,6 +130,29 @@ def test_random_states_come_back():
 def test_random_layers_get_the_same_numbers_in_each_run():
     model = disha.inject_adapters(Model(lambda layer, x: layer(x) + torch.rand(4)), "layer", 2)
     assert disha.check_adapters(model, torch.randn(3, 4)).ok
+
+
+class Squares(Method):
+    """dW is a product of the block with itself, so a block of zeros has no gradient."""
+
+    name = "squares"
+
+    def shape(self, geometry, r, r_out):
+        return (*geometry.stack, r, geometry.out_features)
+
+    def delta(self, block, geometry, matrices):
+        return functional.bone_delta_weight(block**2, geometry.in_features, geometry.out_features)
+
+
+@pytest.mark.parametrize("init", ["zeros", "kaiming"])
+def test_a_method_that_can_not_leave_zeros(monkeypatch, init):
+    monkeypatch.setitem(functional.METHODS, "squares", Squares())
+    model = nn.Sequential(nn.Linear(4, 4))
+    disha.inject_adapters(model, "0", 2, method="squares", init=init)
+    report = disha.check_adapters(model, torch.randn(3, 4))
+    assert report.ok is (init == "kaiming")
+    assert report.weights[0].acts
+    assert ("a block of zeros gets no gradient" in str(report)) is (init == "zeros")
 
 
 def test_no_other_device_is_seeded(monkeypatch):
