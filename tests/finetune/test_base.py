@@ -9,7 +9,6 @@ from transformers import BertConfig, BertForMaskedLM, T5Config
 import disha
 from disha import ArgumentError, MissingPackageError
 from disha.finetune.base import BASE_KEY, base_note, best_device, load_base, noted_base
-from disha.finetune.demo import demo_words
 from tests.finetune import tiny_gguf
 
 
@@ -30,28 +29,17 @@ def test_bits(tiny, bits):
     assert torch.isfinite(model(torch.tensor([[5, 6, 7]])).logits).all()
 
 
-def test_a_gguf_file_computes_what_its_weights_say(tmp_path):
+@pytest.mark.parametrize(("kind", "limit"), [("F32", 1e-6), ("Q8_0", 0.01), ("Q4_1", 0.1)])
+def test_a_gguf_file_computes_what_its_weights_say(tmp_path, kind, limit):
     state = tiny_gguf.random_state(tied=True)
-    path = tiny_gguf.write_gguf(tmp_path / "tiny.gguf", state)
+    path = tiny_gguf.write_gguf(tmp_path / "tiny.gguf", state, kind=kind)
     model, tokenizer = load_base(str(path), "fp32", best_device())
     found = model.state_dict()
     for name, values in state.items():
-        torch.testing.assert_close(found[name].cpu(), values, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(found[name].cpu(), values, rtol=limit, atol=limit)
     assert tokenizer("hello")["input_ids"]
     with pytest.raises(ArgumentError, match="can't be quantised to 4 bits"):
         load_base(str(path), "4")
-
-
-def test_the_demos_model_is_read_from_its_package():
-    model, tokenizer = load_base(demo_words()[1])
-    prompt = [{"role": "user", "content": "What is the capital of France? Answer in one word."}]
-    ids = tokenizer.apply_chat_template(
-        prompt, add_generation_prompt=True, return_tensors="pt", return_dict=True
-    )
-    answer = model.generate(**ids, max_new_tokens=8, do_sample=False)[
-        0, ids["input_ids"].shape[1] :
-    ]
-    assert "Paris" in tokenizer.decode(answer)
 
 
 @pytest.mark.parametrize(

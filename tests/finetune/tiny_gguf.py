@@ -91,9 +91,14 @@ def random_state(*, tied: bool, seed: int = 0) -> dict[str, Tensor]:
 
 
 def write_gguf(
-    path: Path, state: Mapping[str, Tensor], *, architecture: str = "llama", experts: int = 0
+    path: Path,
+    state: Mapping[str, Tensor],
+    *,
+    architecture: str = "llama",
+    experts: int = 0,
+    kind: str = "F32",
 ) -> Path:
-    """Write weights under the usual names as a GGUF file of an architecture, in float32."""
+    """Write weights under the usual names as a GGUF file, with matrices quantised to a kind."""
     writer = gguf.GGUFWriter(path, architecture)
     for key, value in METADATA.items():
         _add(writer, _under(architecture, key), value)
@@ -102,7 +107,9 @@ def write_gguf(
         writer.add_expert_used_count(2)
     for name, values in state.items():
         rows = _gguf_rows(name, values) if architecture == "llama" else values
-        writer.add_tensor(_gguf_name(name), rows.contiguous().numpy())
+        stored = gguf.GGMLQuantizationType[kind if rows.dim() == 2 else "F32"]
+        quantised = gguf.quants.quantize(rows.contiguous().numpy(), stored)
+        writer.add_tensor(_gguf_name(name), quantised, raw_dtype=stored)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
