@@ -53,6 +53,8 @@ def test_on_every_page_nothing_is_cut_and_every_picture_loads(site):
     pages = sorted(path.parent.relative_to(site) for path in site.rglob("index.html"))
     wrong = {}
     with served(site) as address, chrome() as browser:
+        browser.execute_cdp_cmd("Network.enable", {})
+        browser.execute_cdp_cmd("Network.setBlockedURLs", {"urls": ["*/search/*"]})  # half the time
         for page in pages:
             for width in WIDTHS:
                 resize(browser, width)
