@@ -6,8 +6,8 @@
 - `disha.interop.checkpoints`: base checkpoints, merged without a model
 
 Every conversion passes through an adapter without its model: a header and tensors. `peft_format`
-knows PEFT's files, names and settings, `peft_model` what PEFT would do with a model, `low_rank`
-computes LoRA factors, and `experts` lays out those of stacked experts.
+knows PEFT's files and what PEFT does with a model, `low_rank` computes LoRA factors, and `experts`
+lays out those of stacked experts.
 """
 
 from disha.interop import checkpoints, image_lora, lora, peft

@@ -3,10 +3,8 @@
 A checkpoint is one safetensors file, or a folder as Hugging Face libraries write it. Its names are
 those of the adapter's model, or all of them have one prefix more, or one prefix less.
 
-Many models of `transformers` join the experts of a layer as they load a checkpoint: the matrices
-`experts.0.gate_proj.weight`, `experts.0.up_proj.weight` and so on become one parameter
-`experts.gate_up_proj` (expert, out, in). An adapter names this stack, so a checkpoint gets the
-names of its stacks too.
+Many models of `transformers` stack the matrices `experts.0.gate_proj.weight` and so on as they load
+a checkpoint. An adapter names the stack, so a checkpoint gets the names of its stacks too.
 """
 
 from __future__ import annotations

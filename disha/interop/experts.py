@@ -1,7 +1,6 @@
 """LoRA of stacked experts: one pair of factors for a stack, or one for each expert.
 
-The experts of a layer are stacks: `experts.gate_up_proj` and `experts.down_proj`, each of shape
-(expert, out, in) or (expert, in, out). In a Bone adapter of a stack, A is the same for all experts,
+In a Bone adapter of `experts.gate_up_proj` or `experts.down_proj`, A is the same for all experts,
 and B is (expert, out, r). Two forms of LoRA hold such factors:
 
 - *stacked*, PEFT's `target_parameters`. The rows of A are (expert, rank), the columns of B are
@@ -29,15 +28,13 @@ from disha.functional import Layout
 from disha.interop.low_rank import LowRankUpdate, is_stack, listed
 from disha.records import LayerRecord
 
-__all__ = ["FAMILIES"]
-
 GATE_UP, DOWN = "gate_up_proj", "down_proj"
 
 SERVED_TARGETS = ("gate_proj", "up_proj", "down_proj")
 """The `target_modules` of single experts."""
 
 _OLD_TARGETS = ("gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
-"""The targets that PEFT takes for projections of experts: see `taken_for_experts`."""
+"""The targets that PEFT takes for projections of experts."""
 
 SEPARATE_BEFORE = Layout("expert out in")
 """The layout of stacks that `transformers` joins from single experts as it loads a model."""
@@ -48,17 +45,14 @@ WRAPPED = ".base_layer"
 
 @dataclass(frozen=True)
 class Family:
-    """How models of one type store both stacks, and name the matrices of single experts.
-
-    `block` is `mlp` in the names of stacks. With `by_turns`, the rows of gate and up take turns.
-    """
+    """How models of one type store both stacks, and name the matrices of single experts."""
 
     layout: Layout
-    block: str = "mlp"
+    block: str = "mlp"  # as in the names of stacks
     gate: str = "gate_proj"
     up: str = "up_proj"
     down: str = "down_proj"
-    by_turns: bool = False
+    by_turns: bool = False  # whether the rows of gate and up take turns
 
     def split(self, gate_up: Tensor) -> tuple[Tensor, Tensor]:
         """Return the rows of gate and of up; rows are the axis before the last."""
@@ -118,9 +112,8 @@ def stack_factors(update: LowRankUpdate) -> tuple[Tensor, Tensor]:
 def misread_by_peft(layers: Sequence[LayerRecord], model_type: str | None) -> list[str]:
     """Return the layers that PEFT would read in another way, each with the reason.
 
-    PEFT takes the inputs for the second axis of a stack if its module says `is_transposed`, and
-    for the third if it does not. It takes modules whose names are those of experts before
-    `transformers` stacked them for such experts, in models that join experts as they load them.
+    PEFT takes the inputs for the third axis of a stack, unless its module says `is_transposed`. It
+    takes modules with the names that experts had before `transformers` stacked them for experts.
     """
     stacks = [layer for layer in layers if is_stack(layer)]
     family = FAMILIES.get(model_type or "")

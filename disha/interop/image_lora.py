@@ -38,8 +38,10 @@ from disha.interop.low_rank import (
     listed,
     low_rank_updates,
 )
-from disha.interop.peft_format import refuse_to_write
-from disha.interop.peft_model import obstacles
+from disha.interop.peft_format import (
+    obstacles,
+    refuse_to_write,
+)
 from disha.layers.adapters import original_class
 from disha.model import ModelView
 from disha.state import LoadReport

@@ -42,19 +42,17 @@ from disha.interop.peft_format import (
     anchored,
     exact_targets,
     has_saved,
+    module_names,
     names_in,
     notes_of,
+    obstacles,
     of_layer,
     read_peft_files,
     refuse_to_write,
-    write_peft_files,
-)
-from disha.interop.peft_model import (
-    module_names,
-    obstacles,
     saved_modules,
     under_first_names,
     without_buffers,
+    write_peft_files,
 )
 from disha.layers.adapters import original_class
 from disha.layers.kinds import declared_slots

@@ -1,16 +1,8 @@
 """Adapters in PEFT folders of MiSS (PEFT's current name for Bone) and of Bone (its former name).
 
-The blocks have the same values and shapes in PEFT. `export` and `load` have the model, so they can
-check that PEFT would compute the same results. `write_folder` and `read_folder` have none:
-
-- A folder does not say how large a layer's input is, so `read_folder` asks for the shapes of the
-  base's weights.
-- Only `export` can write parameters that were trained with the blocks. PEFT saves complete
-  modules, and an adapter file does not say what else a module contains.
-
-`export` and `write_folder` refuse what PEFT can't store, before they write anything: layers other
-than `nn.Linear`, a scale, a different r in each layer, BAT with sizes that r does not divide or
-with dropout. They leave out your own notes and the fingerprint of the base.
+The blocks have the same values and shapes in PEFT. What PEFT can't store is refused before anything
+is written: layers other than `nn.Linear`, a scale, a different r in each layer, BAT with sizes that
+r does not divide or with dropout. Your own notes and the fingerprint of the base are left out.
 """
 
 from __future__ import annotations
@@ -35,19 +27,17 @@ from disha.interop.peft_format import (
     THE_MODEL_ITSELF,
     exact_targets,
     has_saved,
+    module_names,
     names_in,
     notes_of,
+    obstacles,
     read_peft_files,
     refuse_to_load,
     refuse_to_write,
-    write_peft_files,
-)
-from disha.interop.peft_model import (
-    module_names,
-    obstacles,
     saved_modules,
     under_first_names,
     without_buffers,
+    write_peft_files,
 )
 from disha.layers.adapters import check_adapter_name, original_class
 from disha.model import ModelView, join
@@ -245,6 +235,8 @@ def read_folder(
 ) -> tuple[AdapterHeader, dict[str, Tensor]]:
     """Read a PEFT folder of MiSS or Bone without a model: its header, and its tensors by key.
 
+    A folder does not say how large the input of a layer is, so this needs the shapes of the base.
+
     Args:
         folder: the folder.
         base_shapes: name of a parameter of the base -> its shape: a dict, or a function that gets
@@ -374,8 +366,9 @@ def write_folder(
 ) -> None:
     """Write an adapter without its model as a folder that PEFT loads.
 
-    Only `export` can check that PEFT computes the same results, because it has the model. The
-    adapter's notes `base_model_name_or_path`, `revision` and `task_type` become PEFT's.
+    Only `export` can check that PEFT computes the same results, and write parameters that were
+    trained with the blocks, because it has the model. The adapter's notes
+    `base_model_name_or_path`, `revision` and `task_type` become PEFT's.
 
     Args:
         folder: created if it does not exist; other files in it stay.
