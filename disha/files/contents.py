@@ -40,11 +40,9 @@ from disha.sharding import gathered, write
 from disha.state import LoadReport, adapter_tensors, check_fit, finite_as
 from disha.text import counted, first_few, printable
 
-Source = Path | str
-"""Where an adapter came from, for errors."""
+Source = Path | str  # where an adapter came from, for errors
 
-Contents = tuple[AdapterHeader, dict[str, Tensor]]
-"""An adapter outside a model: its header, and its tensors by key."""
+Contents = tuple[AdapterHeader, dict[str, Tensor]]  # an adapter outside a model
 
 Header = TypeVar("Header", bound=AdapterHeader)
 

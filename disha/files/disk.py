@@ -24,8 +24,7 @@ PathLike = str | os.PathLike[str]
 ADAPTER_NAME = "adapter.safetensors"
 """The name of the adapter file in output folders and checkpoints."""
 
-PICKLES = (b"PK\x03\x04", b"\x80")
-"""How the files of torch.save begin."""
+PICKLES = (b"PK\x03\x04", b"\x80")  # how the files of torch.save begin
 
 
 def checked_path(path: object) -> Path:

@@ -32,7 +32,6 @@ FORMAT = 1
 """The newest file format that this library writes and reads."""
 
 HEADER_KEY = "disha"
-"""The metadata key of the header."""
 
 
 def _name_of(dtype: torch.dtype) -> str:
@@ -41,21 +40,13 @@ def _name_of(dtype: torch.dtype) -> str:
 
 @dataclass(frozen=True)
 class AdapterHeader:
-    """The description of an adapter outside its model.
-
-    Attributes:
-        config: the adapter's configuration.
-        layers: the adapted layers, in the order of the model.
-        also_train: names of the parameters and running statistics saved with the blocks.
-        tensors: key -> tensor without its values (on the meta device): its shape and dtype.
-        metadata: notes that the user gave to `save_adapter`.
-    """
+    """The description of an adapter outside its model."""
 
     config: AdapterConfig
-    layers: tuple[LayerRecord, ...]
-    also_train: tuple[str, ...]
-    tensors: Mapping[str, Tensor] = field(compare=False)
-    metadata: Mapping[str, str]
+    layers: tuple[LayerRecord, ...]  # in the order of the model
+    also_train: tuple[str, ...]  # names of parameters and running statistics saved with the blocks
+    tensors: Mapping[str, Tensor] = field(compare=False)  # on the meta device, without values
+    metadata: Mapping[str, str]  # the notes that the user gave to `save_adapter`
 
     @property
     def parameters(self) -> int:

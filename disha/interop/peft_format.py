@@ -238,7 +238,7 @@ def _has_own_forward(module: nn.Module) -> bool:
 
 @dataclass(frozen=True)
 class Saved:
-    """What PEFT saves besides the layers, whole modules with their buffers; and why not the rest."""
+    """What PEFT saves besides the layers: whole modules, with buffers; and why not the rest."""
 
     modules: tuple[str, ...]
     tensors: Mapping[str, Tensor]
