@@ -469,10 +469,6 @@ def _is_dense(input: Tensor) -> bool:
     return input.layout is torch.strided
 
 
-def _all_reduce(updates: Sequence[Update]) -> bool:
-    return all(update.method.reduces for update in updates)
-
-
 @rule(F.linear)
 def _linear(input: Any, weight: Any, bias: Any = None) -> Any:
     if isinstance(input, EffectiveWeight) or isinstance(bias, EffectiveWeight):
@@ -516,7 +512,7 @@ def _weight_first(weight: EffectiveWeight, x: Tensor) -> Any:
     matrix, stack = layout.pattern == "out in", layout.pattern == "expert out in" and x.dim() == 3
     if not (matrix or stack) or weight.routed is not None or not _is_dense(x):
         return NotImplemented
-    if _all_reduce(updates):
+    if all(update.method.reduces for update in updates):
 
         def multiply(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
             return torch.matmul(w, x.mT)

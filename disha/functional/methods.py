@@ -115,7 +115,10 @@ class Method:
         return bone_delta_weight(self.reduced(block), geometry.in_features, geometry.out_features)
 
     def reduced(self, block: Tensor) -> Tensor:
-        """Return R (..., r, out) with dW x = S(x) R; or (..., r, r_out), whose columns repeat."""
+        """Return R (..., r, out) with dW x = S(x) R; or (..., r, r_out), whose columns repeat.
+
+        Products cast R to the dtype of their input.
+        """
         return block
 
     def product(

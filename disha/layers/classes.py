@@ -97,8 +97,7 @@ class AdaptedLinear(AdaptedLayer, nn.Linear):
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
-        own = cls.weight is not AdaptedLinear.weight or hasattr(cls, "bias")
-        cls.has_own_reading = own
+        cls.has_own_reading = cls.weight is not AdaptedLinear.weight or hasattr(cls, "bias")
 
 
 AdaptedLinear.weight = weight_property(nn.Linear, "weight")  # type: ignore[assignment]
