@@ -1,10 +1,9 @@
 """Updates as products of two low-rank factors, as in LoRA: dW = B A.
 
 Bone and tile are exactly such products: A = [I_r I_r ... I_r], cropped to the input, and B = D^T.
-This includes their embeddings, where the rows of the table are the inputs, and their convolutions,
-where each row of A holds one channel shard at one position of the kernel. A method without factors
-(BAT) is truncated: this module forms dW and keeps its largest singular values. Exact factors are
-truncated too if the caller asks for a smaller rank.
+The inputs of an embedding are the rows of its table; a row of a convolution's A holds one channel
+shard at one position of the kernel. Other updates (BAT), and those with a larger rank than wanted,
+are truncated to their largest singular values.
 
 Source: Hu et al., "LoRA", arXiv 2106.09685; Eckart and Young, 1936, for the truncation.
 """
@@ -56,14 +55,10 @@ LARGEST_EXACT = 2048
 
 @dataclass(frozen=True)
 class LowRankUpdate:
-    """The update of one layer as in LoRA: s dW = s B A.
+    """The update of one layer as in LoRA, s dW = s B A; the error is ||dW - B A|| / ||dW||.
 
-    Attributes:
-        record: the layer.
-        a: A (rank, in); of a convolution (rank, in, *kernel), of an embedding (rank, rows), of a
-            stack of experts (expert, rank, in).
-        b: B (out, rank); of a stack of experts (expert, out, rank).
-        error: ||dW - B A|| / ||dW||.
+    A is (rank, in), or (rank, in, *kernel), or (rank, rows) of an embedding; B is (out, rank). A
+    stack of experts has both for each expert.
     """
 
     record: LayerRecord
