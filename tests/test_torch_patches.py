@@ -57,8 +57,8 @@ def changes(code):
     return [n for n in found if "listed." not in n], [n for n in found if "listed." in n]
 
 
-def test_importing_changes_nothing():
-    code = "import disha, disha.torch_patches, disha.layers; disha.inject_adapters"
+def test_importing_and_planning_change_nothing():
+    code = "import disha, disha.torch_patches; disha.plan_adapters(torch.nn.Linear(4, 4), '', 2)"
     assert changes(code) == ([], [])
 
 

@@ -177,7 +177,8 @@ def check_adapter_name(adapter: object) -> str:
         raise ArgumentTypeError(
             f"an adapter's name must be a str, got {adapter!r} of type {type(adapter).__name__}"
         )
-    if not adapter or "." in adapter or hasattr(Adapters(), adapter):
+    taken = {*dir(nn.Module()), *vars(Adapters), *Adapters.__annotations__}
+    if not adapter or "." in adapter or adapter in taken:
         raise ArgumentError(
             f"{adapter!r} can't name an adapter: a name must not be empty, have a dot, or be an "
             "attribute of modules"
