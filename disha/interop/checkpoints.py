@@ -32,7 +32,14 @@ from disha.files.disk import PathLike, checked_path, opened
 from disha.files.header import AdapterHeader
 from disha.fingerprint import fingerprint, same_base
 from disha.functional.shards import merge_dtype, without_autocast
-from disha.interop.experts import DOWN, FAMILIES, GATE_UP, SEPARATE_BEFORE, by_expert, renamed
+from disha.interop.experts import (
+    DOWN,
+    FAMILIES,
+    GATE_UP,
+    SEPARATE_BEFORE,
+    SINGLE_EXPERT,
+    renamed,
+)
 from disha.layers.kinds import PROJECTIONS
 from disha.model import join
 from disha.records import LayerRecord
@@ -52,7 +59,13 @@ WEIGHTS = (".safetensors", ".index.json", ".bin", ".pt", ".pth", ".gguf", ".onnx
 DENSE = ("F64", "F32", "BF16", "F16")
 """The dtypes of weights that are not quantised, as safetensors calls them."""
 
-_FAMILIES = {one.gate: one for one in FAMILIES.values() if one.layout == SEPARATE_BEFORE}
+_FIRST_PARTS = {
+    parts[0]: (family.block, last, parts)
+    for family in FAMILIES.values()
+    for last, parts in ((GATE_UP, (family.gate, family.up)), (DOWN, (family.down,)))
+    if family.layout == SEPARATE_BEFORE
+}
+"""The first matrix of an expert's part of a stack -> the block, the stack, and all matrices."""
 
 Stack = tuple[tuple[str, ...], ...]
 """For each expert, the tensors whose rows, one after the other, are its matrix (out, in)."""
@@ -261,22 +274,22 @@ def open_checkpoint(path: PathLike) -> Checkpoint:
 
 def _stacks_of(names: Collection[str]) -> dict[str, Stack]:
     """Return stack's name in the model -> the stack, for all experts that are stored one by one."""
-    weights = (name.removesuffix(".weight") for name in names if name.endswith(".weight"))
-    found: dict[str, Stack] = {}
-    for module, projections in by_expert(weights).items():
-        family = next((one for gate, one in _FAMILIES.items() if gate in projections), None)
-        if family is None:
+    found: dict[str, dict[int, tuple[str, ...]]] = {}
+    for name in names:
+        match = SINGLE_EXPERT.fullmatch(name.removesuffix(".weight"))
+        if match is None or match[3] not in _FIRST_PARTS:
             continue
-        home = renamed(module, family.block, "mlp")
-        for last, parts in ((GATE_UP, (family.gate, family.up)), (DOWN, (family.down,))):
-            experts = [projections.get(part, {}) for part in parts]
-            numbers = range(len(experts[0]))
-            if all(set(one) == set(numbers) for one in experts):
-                found[f"{home}.{last}"] = tuple(
-                    tuple(f"{one[number]}.weight" for one in experts) for number in numbers
-                )
-    # A stack that is stored as one tensor too is that tensor.
-    return {name: stack for name, stack in found.items() if name not in names}
+        block, last, parts = _FIRST_PARTS[match[3]]
+        stack = f"{renamed(match[1], block, 'mlp')}.{last}"
+        rows = tuple(f"{match[1]}.{match[2]}.{part}.weight" for part in parts)
+        found.setdefault(stack, {})[int(match[2])] = rows
+    return {
+        stack: tuple(experts[number] for number in range(len(experts)))
+        for stack, experts in found.items()
+        if stack not in names  # else it is stored as one tensor too
+        and max(experts) < len(experts)
+        and all(name in names for rows in experts.values() for name in rows)
+    }
 
 
 # --- the weights of an adapter -------------------------------------------------------------------

@@ -191,7 +191,7 @@ def renamed(name: str, old: str, new: str) -> str:
 
 # --- reading -------------------------------------------------------------------------------------
 
-_SINGLE = re.compile(r"((?:.+\.)?experts)\.(\d+)\.(\w+)")
+SINGLE_EXPERT = re.compile(r"((?:.+\.)?experts)\.(\d+)\.(\w+)")
 """The name of a matrix of one expert: the module of the experts, the number, the projection."""
 
 
@@ -229,15 +229,4 @@ def matrices_of(name: str, a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Ten
 
 def single_expert(name: str) -> bool:
     """Whether this is the name of one matrix of one expert."""
-    return _SINGLE.fullmatch(name) is not None
-
-
-def by_expert(names: Iterable[str]) -> dict[str, dict[str, dict[int, str]]]:
-    """Return module of the experts -> projection -> number of the expert -> name."""
-    found: dict[str, dict[str, dict[int, str]]] = {}
-    for name in names:
-        match = _SINGLE.fullmatch(name)
-        if match is not None:
-            owner, expert, projection = match.groups()
-            found.setdefault(owner, {}).setdefault(projection, {})[int(expert)] = name
-    return found
+    return SINGLE_EXPERT.fullmatch(name) is not None

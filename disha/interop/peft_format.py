@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -94,12 +94,6 @@ def refuse_to_load(path: Path, problems: Sequence[str]) -> None:
 # --- names ---------------------------------------------------------------------------------------
 
 
-def _name_ends(name: str) -> Iterator[str]:
-    """Yield the name, and the rest of it after each dot."""
-    parts = name.split(".")
-    return (".".join(parts[start:]) for start in range(len(parts)))
-
-
 def has_saved(name: str, modules_to_save: Iterable[str]) -> bool:
     """Whether a tensor of that name is in a module that PEFT saves, at any depth."""
     # "head." is in the name if the name of a module around the tensor ends with "head".
@@ -133,8 +127,8 @@ def exact_targets(
     if modules is None:
         is_exact = not any(map(str.isdecimal, wanted))
     else:
-        selected = {one for one in modules if not wanted.isdisjoint(_name_ends(one))}
-        is_exact = selected == wanted
+        ends = tuple(f".{name}" for name in wanted)
+        is_exact = not any(one.endswith(ends) for one in modules if one not in wanted)
     return sorted(wanted) if is_exact else "|".join(map(re.escape, sorted(wanted)))
 
 
