@@ -312,6 +312,32 @@ def test_fsdp_keeps_the_original_of_a_weight_that_is_read():
     assert torch.equal(model.qkv.base_weight.full_tensor(), original)
 
 
+@pytest.mark.usefixtures("process_group")
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("keeps", [True, False])
+def test_a_flat_parameter_acts_if_the_parameters_stay(keeps):
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    model, target, x = build("linear")
+    disha.inject_adapters(model, target, 2)
+    perturb(model)
+    expected = model(x)
+    [gradient] = torch.autograd.grad(expected.sum(), list(disha.adapter_parameters(model)))
+    device = torch.device("cpu")
+    wrapped = FullyShardedDataParallel(
+        model.requires_grad_(), device_id=device, use_orig_params=keeps
+    )
+    if not keeps:
+        with pytest.raises(ModeError, match="use_orig_params=True"):
+            wrapped(x)
+        return
+    output = wrapped(x)
+    output.sum().backward()
+    [found] = [one.grad for name, one in wrapped.named_parameters() if "block" in name]
+    assert torch.equal(output, expected)
+    assert torch.allclose(found, gradient.flatten().view_as(found))
+
+
 def test_an_error_within_the_update_is_not_taken_for_a_missing_weight():
     model, target, x = build("linear")
     disha.inject_adapters(model, target, 2)

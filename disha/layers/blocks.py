@@ -97,9 +97,13 @@ class Block(nn.Module):
                 "not gather for the weight's layer; use ZeRO-2 or fully_shard"
             )
         # A device hook (accelerate's) replaces forward, and loads the block to its device.
-        values = (
-            self._from_hook() if "forward" in own else own["_parameters"][own["parameter_name"]]
-        )
+        name = own["parameter_name"]
+        values = self._from_hook() if "forward" in own else own["_parameters"].get(name)
+        if values is None:
+            raise ModeError(
+                "an adapter can't act while its block is part of a flat parameter; use "
+                "fully_shard, or FullyShardedDataParallel with use_orig_params=True"
+            )
         if values.is_meta and not on_meta:
             raise ModeError(
                 "an adapter can't act: its block is on the meta device, where it has no values, "
@@ -126,17 +130,6 @@ class Block(nn.Module):
                 "stay on their device; otherwise call model.eval(), or use torch.no_grad()"
             )
         return values
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        super().__setattr__(name, value)
-        if name == self.__dict__.get("parameter_name") and not isinstance(value, nn.Parameter):
-            vars(self)["forward"] = self._flattened
-
-    def _flattened(self) -> Tensor:
-        raise ModeError(
-            "an adapter can't act while its block is part of a flat parameter; use fully_shard "
-            "instead of FullyShardedDataParallel"
-        )
 
     def forward(self) -> Tensor:
         """Return the block."""
