@@ -12,13 +12,7 @@ from torch import Tensor, nn
 from disha import functional
 from disha.config import AdapterConfig, check_scale
 from disha.errors import ArgumentError, ArgumentTypeError
-from disha.files.contents import (
-    Contents,
-    Source,
-    adapter_contents,
-    blocks_only,
-    load_contents,
-)
+from disha.files.contents import Contents, Source, adapter_contents, blocks_only, load_contents
 from disha.files.header import AdapterHeader
 from disha.functional import METHODS
 from disha.model import ModelView

@@ -408,7 +408,7 @@ def load_contents(
             else:
                 apply_plan(view, _planned(incoming, dtype, freeze), undo, activate=activate)
             targets = running_statistics.statistics(view) | adapter_tensors(view, adapter)
-            _check_fits(incoming, targets)
+            _check_fits(incoming, targets, _differences(incoming) if taken else [])
         new = set() if taken else {layer.key for layer in header.layers}  # these have their values
         for key, own in keys.items():
             if key not in new:
@@ -472,23 +472,30 @@ def _as_wide_as_the_model(incoming: _Incoming) -> _Incoming:
     return changed(incoming, header=header, tensors=tensors)
 
 
-def _check_fits(incoming: _Incoming, targets: Mapping[str, Tensor]) -> None:
+def _differences(incoming: _Incoming) -> list[str]:
+    """Return how the blocks that it replaces differ from its own."""
+    fields = ("method", "r", "r_out", "in_features", "out_features", "layout", "rows")
+    records = [(one.name, _record(one, base=False), theirs) for one, theirs in incoming.layers()]
+    return [
+        f"{name}: {field} is {getattr(theirs, field)} in the file and "
+        f"{getattr(mine, field)} in the model"
+        for name, mine, theirs in records
+        for field in fields
+        if getattr(theirs, field) != getattr(mine, field)
+    ]
+
+
+def _check_fits(
+    incoming: _Incoming, targets: Mapping[str, Tensor], differences: Sequence[str]
+) -> None:
     """Raise unless the model has all keys, with these sizes, and can hold the values."""
     values = incoming.values
     report = check_fit({key: target for key, target in targets.items() if key in values}, values)
-    problems = [] if report.complete else [str(report)]
-    for one, theirs in incoming.layers():
-        mine = _record(one, base=False)
-        problems += [
-            f"{one.name}: {field} is {getattr(theirs, field)} in the file and "
-            f"{getattr(mine, field)} in the model"
-            for field in ("method", "r", "r_out", "in_features", "out_features", "layout", "rows")
-            if getattr(theirs, field) != getattr(mine, field)
-        ]
-    if problems:
+    reasons = [*([] if report.complete else [str(report)]), *differences]
+    if reasons:
         raise AdapterFileError(
             f"{incoming.source} does not fit the model's adapter {incoming.adapter!r}; nothing was "
-            f"loaded:\n{first_few(problems, 20)}"
+            f"loaded:\n{first_few(reasons, 20)}"
         )
 
 

@@ -15,13 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from disha.config import (
-    AdapterConfig,
-    check_positive_int,
-    check_scale,
-    check_type,
-    checked_rows,
-)
+from disha.config import AdapterConfig, check_positive_int, check_scale, check_type, checked_rows
 from disha.errors import AdapterFileError
 from disha.files.disk import other_format
 from disha.functional import METHODS, Layout, layout_of

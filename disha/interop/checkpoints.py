@@ -32,14 +32,7 @@ from disha.files.disk import PathLike, checked_path, opened
 from disha.files.header import AdapterHeader
 from disha.fingerprint import fingerprint, same_base
 from disha.functional.shards import merge_dtype, without_autocast
-from disha.interop.experts import (
-    DOWN,
-    FAMILIES,
-    GATE_UP,
-    SEPARATE_BEFORE,
-    SINGLE_EXPERT,
-    renamed,
-)
+from disha.interop.experts import DOWN, FAMILIES, GATE_UP, SEPARATE_BEFORE, SINGLE_EXPERT, renamed
 from disha.layers.kinds import PROJECTIONS
 from disha.model import join
 from disha.records import LayerRecord
@@ -56,8 +49,7 @@ SUFFIX = ".safetensors"
 WEIGHTS = (".safetensors", ".index.json", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5")
 """Endings of the names of weight files and their indexes, which are not copied."""
 
-DENSE = ("F64", "F32", "BF16", "F16")
-"""The dtypes of weights that are not quantised, as safetensors calls them."""
+DENSE = ("F64", "F32", "BF16", "F16")  # the dtypes of weights that are not quantised
 
 _FIRST_PARTS = {
     parts[0]: (family.block, last, parts)

@@ -30,8 +30,7 @@ from disha.records import LayerRecord
 
 GATE_UP, DOWN = "gate_up_proj", "down_proj"
 
-SERVED_TARGETS = ("gate_proj", "up_proj", "down_proj")
-"""The `target_modules` of single experts."""
+SERVED_TARGETS = ("gate_proj", "up_proj", "down_proj")  # the `target_modules` of single experts
 
 _OLD_TARGETS = ("gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
 """The targets that PEFT takes for projections of experts."""
@@ -39,8 +38,7 @@ _OLD_TARGETS = ("gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
 SEPARATE_BEFORE = Layout("expert out in")
 """The layout of stacks that `transformers` joins from single experts as it loads a model."""
 
-WRAPPED = ".base_layer"
-"""What PEFT adds to the name of a module for each wrapper inside the outermost one."""
+WRAPPED = ".base_layer"  # what PEFT adds to a name for each wrapper inside the outermost one
 
 
 @dataclass(frozen=True)

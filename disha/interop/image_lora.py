@@ -16,12 +16,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from disha.errors import (
-    AdapterFileError,
-    ArgumentError,
-    ArgumentTypeError,
-    ConversionError,
-)
+from disha.errors import AdapterFileError, ArgumentError, ArgumentTypeError, ConversionError
 from disha.files.contents import Contents, adapter_contents, load_contents
 from disha.files.disk import PathLike, checked_path, opened, save_tensors
 from disha.functional import Layout
@@ -38,10 +33,7 @@ from disha.interop.low_rank import (
     listed,
     low_rank_updates,
 )
-from disha.interop.peft_format import (
-    obstacles,
-    refuse_to_write,
-)
+from disha.interop.peft_format import obstacles, refuse_to_write
 from disha.layers.adapters import original_class
 from disha.model import ModelView
 from disha.state import LoadReport

@@ -34,8 +34,7 @@ from disha.text import first_few
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 
-PREFIX = "base_model.model."
-"""PEFT's prefix of every name: its wrapper, and the model in it."""
+PREFIX = "base_model.model."  # of every name: PEFT's wrapper, and the model in it
 
 THE_MODEL_ITSELF = "(the model): PEFT adapts layers within a model, not the model itself"
 
