@@ -104,8 +104,9 @@ each pass over memory, at speeds that are measured beside the steps
 ([how](../benchmarks/roofline.py)).
 """
 ABOUT_RUNS = """\
-`python -m benchmarks.report` writes this page from the results of `make bench`, which are in
-`benchmarks/results/`. Nothing was measured on a GPU, and no model has more than 135M parameters."""
+`python -m benchmarks.report` writes this page from the results of `make bench` and
+`python -m benchmarks.side_by_side`, which are in `benchmarks/results/`. Nothing was measured on a
+GPU, and no model has more than 135M parameters."""
 
 
 def _run(results: Results) -> str:
@@ -414,9 +415,10 @@ def _adapter(cases: Sequence[Case]) -> str:
     ]
     about = (
         "`SFTTrainer` with SmolLM2-135M and each adapter, with as many parameters, the same rows "
-        "and the same order. The processes take turns, step by step. *Peak* is the resident "
-        "memory of a process since training began, *pass* what the allocator gives out in one "
-        "forward and backward pass. Divided by PEFT's LoRA."
+        "and the same order, in the dtype that its library gives it by default. The processes take "
+        "turns, step by step. *Peak* is the resident memory of a process since training began, "
+        "*pass* what the allocator gives out in one forward and backward pass. Divided by PEFT's "
+        "LoRA."
     )
     about = f"**{' '.join(found)}**\n\n{about}"
     return _section("One trainer, three adapters", about, table(["", *BESIDE.values()], rows))
