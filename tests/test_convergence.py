@@ -144,12 +144,12 @@ class TestMethods:
 
 
 class TestTasks:
-    @pytest.mark.parametrize("task", ["arithmetic", "docstrings"])
-    def test_rows_are_held_out(self, task):
-        parts = [{tuple(ids) for ids, _ in part} for part in TASKS[task].rows]
+    def test_rows_are_held_out(self):
+        rows = TASKS["arithmetic"].rows
+        parts = [{tuple(ids) for ids, _ in part} for part in rows]
         assert all(len(part) >= 24 for part in parts)
         assert len(set.union(*parts)) == sum(map(len, parts))
-        assert all(0 < prompt < len(ids) for part in TASKS[task].rows for ids, prompt in part)
+        assert all(0 < prompt < len(ids) for part in rows for ids, prompt in part)
 
     def test_the_loss_of_a_batch_is_that_of_its_answers(self):
         torch.manual_seed(0)

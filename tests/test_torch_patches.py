@@ -12,7 +12,7 @@ import pytest
 from disha import torch_patches
 
 WALK = """
-import json, sys, threading, types
+import json, os, sys, threading, types
 import torch, torch._functorch.vmap, torch._functorch.eager_transforms, torch._dynamo
 from torch.nested._internal.nested_tensor import NestedTensor
 
@@ -49,32 +49,41 @@ NAMES = [
 ]
 
 
-def changes(code):
-    """Return the attributes of torch that code changes, and whether it lists more functions."""
-    code = f"{WALK}\n{code}\nprint(json.dumps(changed(before, walk())))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    found = json.loads(done.stdout)
-    return [n for n in found if "listed." not in n], [n for n in found if "listed." in n]
+PLANNING = "import disha, disha.torch_patches; disha.plan_adapters(torch.nn.Linear(4, 4), '', 2)"
+ADAPTING = [
+    "import disha; disha.inject_adapters(torch.nn.Linear(4, 4), '', 2)",
+    "import disha; disha.BoneLinear(4, 4, r=2)",
+    "import disha; [threading.Thread(target=disha.BatLinear, args=(4, 4), kwargs={'r': 2}).start()"
+    " for _ in range(8)]; disha.BoneLinear(4, 4, r=2)",
+]
+EACH = """
+for code in json.loads(sys.argv[1]):
+    if not os.fork():
+        exec(code)
+        print(json.dumps(changed(before, walk())), flush=True)
+        os._exit(0)
+    os.wait()
+"""
 
 
-def test_importing_and_planning_change_nothing():
-    code = "import disha, disha.torch_patches; disha.plan_adapters(torch.nn.Linear(4, 4), '', 2)"
-    assert changes(code) == ([], [])
+@pytest.fixture(scope="module")
+def changes():
+    """Code -> the attributes of torch that it changes in a process of its own."""
+    codes = [PLANNING, *ADAPTING]
+    command = [sys.executable, "-c", WALK + EACH, json.dumps(codes)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return dict(zip(codes, map(json.loads, done.stdout.splitlines()), strict=True))
 
 
-@pytest.mark.parametrize(
-    "adapts",
-    [
-        "disha.inject_adapters(torch.nn.Linear(4, 4), '', 2)",
-        "disha.BoneLinear(4, 4, r=2)",
-        "[threading.Thread(target=disha.BatLinear, args=(4, 4), kwargs={'r': 2}).start()"
-        " for _ in range(8)]",
-    ],
-)
-def test_the_first_injection_changes_what_is_listed(adapts):
-    changed, listed = changes(f"import disha; {adapts}; disha.BoneLinear(4, 4, r=2)")
+def test_importing_and_planning_change_nothing(changes):
+    assert changes[PLANNING] == []
+
+
+@pytest.mark.parametrize("code", ADAPTING)
+def test_the_first_injection_changes_what_is_listed(code, changes):
+    changed = [name for name in changes[code] if "listed." not in name]
     assert changed == NAMES
-    assert "listed._grouped_mm" in listed
+    assert "listed._grouped_mm" in changes[code]
     assert all(name.split(".")[-1] in torch_patches.__doc__ for name in changed)
 
 
