@@ -198,9 +198,9 @@ def load(
     view = ModelView(model)
     with view.ranks().agreeing(f"load a PEFT folder as adapter {adapter!r}"):
         check_adapter_name(adapter)
-        found = _read(folder)
+        found = _read(folder, also_train)
         refuse_to_load(found.path, obstacles(view, found.blocks, _unknown_to_miss, exporting=False))
-        beside = without_buffers(view, found.path, found.beside) if also_train else {}
+        beside = without_buffers(view, found.path, found.beside)
         found = dataclasses.replace(found, beside=beside)
         contents = _contents(found, _shapes(view, found.names))
         header, tensors = under_first_names(view, found.path, contents)
@@ -260,12 +260,8 @@ def read_folder(
         >>> header.layers[0].in_features, tuple(tensors["0.bone_block"].shape)
         (8, (4, 16))
     """
-    found = _read(folder)
-    if not also_train:
-        found = dataclasses.replace(found, beside={})
-    if callable(base_shapes):
-        base_shapes = base_shapes(found.names)
-    return _contents(found, base_shapes)
+    found = _read(folder, also_train)
+    return _contents(found, base_shapes(found.names) if callable(base_shapes) else base_shapes)
 
 
 @dataclass(frozen=True)
@@ -286,7 +282,7 @@ class _Folder:
         return [*(join(name, "weight") for name in self.blocks), *self.beside]
 
 
-def _read(folder: PathLike) -> _Folder:
+def _read(folder: PathLike, also_train: bool) -> _Folder:
     """Read a PEFT folder of MiSS or Bone."""
     path, fields, tensors = read_peft_files(folder)
     peft_type, init = fields.get("peft_type"), fields.get("init_weights", True)
@@ -314,7 +310,7 @@ def _read(folder: PathLike) -> _Folder:
         notes={note: fields[note] for note in NOTES if fields.get(note)},
         end=end,
         blocks={name: tensors.pop(name + end) for name in names},
-        beside=tensors,
+        beside=tensors if also_train else {},
     )
 
 
