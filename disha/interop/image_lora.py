@@ -38,7 +38,7 @@ from disha.layers.adapters import original_class
 from disha.model import ModelView
 from disha.state import LoadReport
 
-__all__ = ["export", "form_of", "load", "read_file", "write_file"]
+__all__ = ["export", "load"]
 
 COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2")
 """The components of a pipeline that can have a LoRA, by their names in `diffusers`."""
@@ -209,31 +209,7 @@ def write_file(
     rank: int | None = None,
     bases: Mapping[str, BaseWeight] | None = None,
 ) -> LoraReport:
-    """Write adapters without their models as one LoRA file, as `export` does.
-
-    The checks that need the model are left out: this assumes that convolutions have one group, no
-    dilation, and padding with zeros, as in the UNets of `diffusers`.
-
-    Args:
-        path: the file to write.
-        contents: component -> header and tensors of its adapter.
-        rank: largest rank of a layer.
-        bases: component -> the function that returns its base weights; only BAT needs it.
-
-    Examples:
-        >>> from disha.files.contents import adapter_contents
-        >>> from disha.model import ModelView
-        >>> import tempfile, pathlib
-        >>> from torch import nn
-        >>> import disha
-        >>> from disha.interop import image_lora
-        >>> unet = nn.ModuleDict({"conv_in": nn.Conv2d(4, 8, 3)})
-        >>> unet = disha.inject_adapters(unet, "conv_in", r=2)
-        >>> contents = {"unet": adapter_contents(ModelView(unet))}
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     image_lora.write_file(pathlib.Path(folder, "lora.safetensors"), contents).error
-        0.0
-    """
+    """Write adapters of unknown models, by component, as `export` does."""
     target = checked_path(path)
     updates = _updates(contents, bases or {}, rank)
     save_tensors(target, tensors_of(updates), {"format": "pt"})
@@ -292,27 +268,7 @@ def form_of(path: PathLike) -> str | None:
 
 
 def read_file(path: PathLike) -> dict[str, Contents]:
-    """Read a LoRA file of image models, without them: component -> header and tensors.
-
-    Raises:
-        AdapterIOError: the file can't be read.
-        AdapterFileError: it is damaged, or holds something besides a LoRA of known components.
-        ConversionError: it holds a LoRA that is not a Bone adapter.
-
-    Examples:
-        >>> import tempfile, pathlib
-        >>> from torch import nn
-        >>> import disha
-        >>> from disha.interop import image_lora
-        >>> unet = nn.ModuleDict({"conv_in": nn.Conv2d(4, 8, 3)})
-        >>> unet = disha.inject_adapters(unet, "conv_in", r=2)
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     path = pathlib.Path(folder, "lora.safetensors")
-        ...     _ = image_lora.export({"unet": unet}, path)
-        ...     header, tensors = image_lora.read_file(path)["unet"]
-        >>> [(layer.name, layer.r) for layer in header.layers]
-        [('conv_in', 2)]
-    """
+    """Return the adapters that a file holds, by component, as `load` reads them."""
     return _read(checked_path(path), {})
 
 

@@ -2,7 +2,7 @@
 
 Most LoRA runtimes read this layout. Bone and tile become LoRA without loss: B holds the block's
 own values, and lora_alpha the runtime scale. BAT is truncated to a rank. `export_tensors` gives the
-same without a file. `write_lora` and `read_lora` convert an adapter without its model.
+same without a file.
 """
 
 from __future__ import annotations
@@ -59,13 +59,7 @@ from disha.layers.kinds import declared_slots
 from disha.model import ModelView, join
 from disha.state import LoadReport
 
-__all__ = [
-    "export",
-    "export_tensors",
-    "load",
-    "read_lora",
-    "write_lora",
-]
+__all__ = ["export", "export_tensors", "load"]
 
 CANT_EXPRESS = "PEFT's LoRA would not compute what this adapter does"
 
@@ -333,35 +327,7 @@ def write_lora(
     model_type: str | None = None,
     base: BaseWeight | None = None,
 ) -> LoraReport:
-    """Write an adapter without its model as LoRA, as `export` does.
-
-    Only `export` can check whether PEFT's layers act in the model, and whether `also_train` names
-    every parameter of each module. Convolutions are refused, because their groups and padding are
-    unknown.
-
-    Args:
-        folder: the folder to write.
-        header: the adapter's header.
-        tensors: its tensors.
-        rank: largest rank of a layer.
-        pad: pad the ranks, as for `export`.
-        experts: how to write stacks of experts, as for `export`.
-        model_type: type of the model, `model_type` of its configuration; separate experts need it.
-        base: returns the base weights; only BAT needs it.
-
-    Examples:
-        >>> import tempfile
-        >>> from disha.files.contents import adapter_contents
-        >>> from disha.model import ModelView
-        >>> from torch import nn
-        >>> import disha
-        >>> from disha.interop import lora
-        >>> model = disha.inject_adapters(nn.Sequential(nn.Linear(8, 16)), "0", r=4, init="kaiming")
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     report = lora.write_lora(folder, *adapter_contents(ModelView(model)))
-        >>> report.layers
-        (LoraLayer(name='0', method='bone', r=4, rank=4, error=0.0),)
-    """
+    """Write an adapter of an unknown model as `export` does, except convolutions."""
     target = checked_path(folder)
     stacks.check_form(experts)
     problems = [
@@ -461,32 +427,7 @@ def read_lora(
     model_type: str | None = None,
     also_train: bool = True,
 ) -> tuple[AdapterHeader, dict[str, Tensor]]:
-    """Read a LoRA that is a Bone adapter, without a model: its header, and its tensors by key.
-
-    Args:
-        folder: the folder.
-        model_type: type of the model, `model_type` of its configuration; stacks of experts need it.
-        also_train: also return the parameters that the folder holds besides the factors.
-
-    Raises:
-        AdapterIOError: the folder can't be read.
-        AdapterFileError: it does not hold a LoRA in PEFT's layout.
-        ConversionError: the LoRA is not a Bone adapter, or has `fan_in_fan_out`, which applies to
-            only some of its layers.
-
-    Examples:
-        >>> import tempfile
-        >>> import torch
-        >>> from torch import nn
-        >>> import disha
-        >>> from disha.interop import lora
-        >>> model = disha.inject_adapters(nn.Sequential(nn.Linear(8, 16)), "0", r=4, init="kaiming")
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     _ = lora.export(model, folder)
-        ...     header, tensors = lora.read_lora(folder)
-        >>> torch.equal(tensors["0.bone_block"], model[0].disha["default"].block)
-        True
-    """
+    """Return the adapter that a LoRA folder holds, as `load` reads it without a model."""
     return _contents_of(*_read(folder, also_train), None, model_type)
 
 

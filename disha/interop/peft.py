@@ -46,7 +46,7 @@ from disha.running_statistics import statistics
 from disha.state import LoadReport
 from disha.text import brief
 
-__all__ = ["BaseShapes", "export", "load", "read_folder", "write_folder"]
+__all__ = ["export", "load"]
 
 Shapes = Mapping[str, Sequence[int]]
 
@@ -233,33 +233,7 @@ def _unknown_to_miss(module: nn.Module) -> str | None:
 def read_folder(
     folder: PathLike, base_shapes: BaseShapes, *, also_train: bool = True
 ) -> tuple[AdapterHeader, dict[str, Tensor]]:
-    """Read a PEFT folder of MiSS or Bone without a model: its header, and its tensors by key.
-
-    A folder does not say how large the input of a layer is, so this needs the shapes of the base.
-
-    Args:
-        folder: the folder.
-        base_shapes: name of a parameter of the base -> its shape: a dict, or a function that gets
-            all names and returns the dict. A linear layer has (out, in).
-        also_train: also return the parameters that the folder holds besides the blocks.
-
-    Raises:
-        AdapterIOError: the folder can't be read.
-        AdapterFileError: it is not a valid folder of MiSS or Bone, or does not fit the base; the
-            message lists every reason.
-
-    Examples:
-        >>> import tempfile
-        >>> from torch import nn
-        >>> import disha
-        >>> from disha.interop import peft
-        >>> model = disha.inject_adapters(nn.Sequential(nn.Linear(8, 16)), "0", r=4)
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     peft.export(model, folder)
-        ...     header, tensors = peft.read_folder(folder, {"0.weight": (16, 8)})
-        >>> header.layers[0].in_features, tuple(tensors["0.bone_block"].shape)
-        (8, (4, 16))
-    """
+    """Return the adapter that a folder holds, as `load` reads it for a base of these shapes."""
     found = _read(folder, also_train)
     return _contents(found, base_shapes(found.names) if callable(base_shapes) else base_shapes)
 
@@ -360,35 +334,7 @@ def write_folder(
     *,
     dropout: float | None = None,
 ) -> None:
-    """Write an adapter without its model as a folder that PEFT loads.
-
-    Only `export` can check that PEFT computes the same results, and write parameters that were
-    trained with the blocks, because it has the model. The adapter's notes
-    `base_model_name_or_path`, `revision` and `task_type` become PEFT's.
-
-    Args:
-        folder: created if it does not exist; other files in it stay.
-        header: the adapter's header.
-        tensors: its tensors, by the header's keys.
-        dropout: as for `export`.
-
-    Raises:
-        AdapterIOError: it can't be written; what was there is unchanged.
-        ConversionError: PEFT's MiSS can't express it; the message lists every reason.
-
-    Examples:
-        >>> import tempfile
-        >>> from disha.files.contents import adapter_contents
-        >>> from disha.model import ModelView
-        >>> from torch import nn
-        >>> import disha
-        >>> from disha.interop import peft
-        >>> model = disha.inject_adapters(nn.Sequential(nn.Linear(8, 16)), "0", r=4)
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     peft.write_folder(folder, *adapter_contents(ModelView(model)))
-        ...     peft.read_folder(folder, {"0.weight": (16, 8)})[0].layers[0].r
-        4
-    """
+    """Write an adapter of an unknown model as `export` does."""
     problems = _inexpressible(header, dropout) + [
         f"{name}: PEFT saves whole modules; load the file into the model and export from there"
         for name in header.also_train
