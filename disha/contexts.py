@@ -115,11 +115,7 @@ def _here() -> tuple[Context, ...]:
 
 
 def groups_of(layers: Iterable[Any]) -> frozenset[Group]:
-    """Return groups that hold exactly these layers.
-
-    If a group also holds other layers, these layers move to a new group. Contexts that are open
-    already cover it too, by its lineage. Compiled code then compiles once more.
-    """
+    """Return groups that hold exactly these layers; a group of more is split."""
     with _LOCK:
         chosen = set(layers)
         for group in {adapters.group for adapters in chosen}:
@@ -132,10 +128,7 @@ def groups_of(layers: Iterable[Any]) -> frozenset[Group]:
 
 
 def deciding(group: Group) -> Context | None:
-    """Return the context that decides what acts on a group here, or None for the active adapters.
-
-    A context that disables adapters decides. If there is none, the context entered last decides.
-    """
+    """Return the context that decides here, if any: one that disables, else the last one."""
     contexts = _here() or _of_backward(group)
     around = [context for context in contexts if context.covers(group)]
     disabling = [context for context in around if context.acts is None]
@@ -146,11 +139,7 @@ _BACKWARD = autograd._engine_run_backward.__code__
 
 
 def _of_backward(group: Group) -> tuple[Context, ...]:
-    """Return the contexts of the thread that called `backward`, if this is a thread of autograd.
-
-    Activation checkpointing computes layers again in the backward pass. On an accelerator, that
-    happens in a thread of autograd, which has no context variables.
-    """
+    """Return the contexts of the thread that called `backward`, if this is one of autograd."""
     if torch._C._current_graph_task_id() == -1:
         return ()
     if not isinstance(threading.current_thread(), threading._DummyThread):

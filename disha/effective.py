@@ -109,11 +109,7 @@ class AbsentWeight(EffectiveWeight):
 
 
 def start_no_graph(function: Any) -> None:
-    """Keep the compiler from starting a graph at a function of ours, or at one that it calls.
-
-    When the compiler leaves a function to Python, it still tries to compile the functions that this
-    one calls. This setting stops that. Compiled code that calls the function still includes it.
-    """
+    """Keep the compiler from starting a graph at a function of ours, or at one that it calls."""
     skip = _frames._FrameAction.SKIP
     _frames.set_code_exec_strategy(function.__code__, _frames._FrameExecStrategy(skip, skip))
 
@@ -204,11 +200,7 @@ def _base_of(value: Any) -> Any:
 
 
 def _refuse_to_lose_gradients(args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-    """Raise if a product of a weight whose block trains goes into `out=`, which has no gradient.
-
-    Code that computes its gradients itself multiplies in this way. An example is the loss of the
-    trainers of trl.
-    """
+    """Raise if a product that trains goes into `out=`, without gradients (losses of trl do so)."""
     operands = [*args, *(value for name, value in kwargs.items() if name != "out")]
     for one in operands:
         if isinstance(one, EffectiveWeight) and any(up.block.requires_grad for up in one.updates):
@@ -766,10 +758,7 @@ def _refuse_to_reshape(weight: Any) -> None:
 
 
 def _sources(written: Any, *sources: Any) -> tuple[Any, ...]:
-    """Return the values to write. Where these have the same updates, W is written in their place.
-
-    Otherwise the updates would be written into W, and would then act a second time.
-    """
+    """Return the values to write: W in place of a tensor whose updates would act twice."""
     if not isinstance(written, EffectiveWeight):
         return sources
     return tuple(

@@ -9,21 +9,6 @@ from __future__ import annotations
 
 from disha.text import printable
 
-__all__ = [
-    "AdapterFileError",
-    "AdapterFileWarning",
-    "AdapterIOError",
-    "AdapterStateError",
-    "ArgumentError",
-    "ArgumentTypeError",
-    "ConversionError",
-    "DishaError",
-    "MergeError",
-    "MissingPackageError",
-    "ModeError",
-    "TargetError",
-]
-
 
 class DishaError(Exception):
     """Base class of all errors that the library raises on purpose.

@@ -20,10 +20,7 @@ HALF = 8
 
 
 def fingerprint(weight: Tensor) -> str | None:
-    """Return 16 hexadecimal digits for a weight, or None if its values can't be read.
-
-    If the weight is sharded, this is collective: all ranks take part and get the same result.
-    """
+    """Return 16 hexadecimal digits for a weight, or None; collective if it is sharded."""
     if weight.is_meta or not weight.is_floating_point() or not weight.numel():
         return None
     whole = gathered(weight.detach())

@@ -95,11 +95,7 @@ class ModelParameter(NamedTuple):
 
 
 class ModelView:
-    """The modules, parameters and adapters of a model, found in one walk.
-
-    The modules stay the same while adapters are added and removed. `layers` and `adapters` look
-    for adapted layers among them each time, so they are always up to date.
-    """
+    """The modules, parameters and adapters of a model; the adapters are always up to date."""
 
     model: nn.Module
     names: dict[nn.Module, tuple[str, ...]]
@@ -249,10 +245,7 @@ class ModelView:
 
 @contextmanager
 def all_or_nothing(view: ModelView) -> Iterator[ExitStack]:
-    """Run the body, which notes how to take back each of its changes before it makes it.
-
-    If the body raises, all noted changes are taken back, the last one first.
-    """
+    """Run the body, which notes how to undo each change before making it; undo all if it raises."""
     view.reshard()
     with ExitStack() as undo:
         yield undo

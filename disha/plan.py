@@ -55,10 +55,7 @@ Target = str | Sequence[str] | Callable[[str, nn.Module], bool]
 
 @dataclass(frozen=True)
 class PlannedLayer:
-    """A weight of a model, and what is planned for it: a block, or the reason why it gets none.
-
-    A module without any weight that could be adapted has such a record too.
-    """
+    """A weight, or a module without one, and its planned block or the reason for none."""
 
     module: nn.Module = field(repr=False)
     module_names: tuple[str, ...]  # its names in the model; a shared module has several
@@ -365,10 +362,7 @@ def plan_weights(
     dtype: torch.dtype | None,
     freeze: bool,
 ) -> Plan:
-    """Plan an adapter for the weights that a file names; raise one error for all that do not fit.
-
-    Blocks get `dtype`, or that of their tensors.
-    """
+    """Plan an adapter for the weights that a file names; one error lists all misfits."""
     check_addable(view, adapter)
     known: dict[str, PlannedLayer] = {}
     for one in _layers_of(view, AdapterConfig(config.r)):

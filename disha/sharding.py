@@ -33,10 +33,7 @@ from disha.errors import ArgumentError, DishaError, ModeError
 
 
 def imported_class(module: str, name: str) -> type | None:
-    """Return a class of a module if the module is imported already, else None.
-
-    No object of the class can exist otherwise, and importing the module here could take seconds.
-    """
+    """Return a class if its module is imported, else None: no object of it can exist then."""
     cls: type | None = getattr(sys.modules.get(module), name, None)
     return cls
 

@@ -109,11 +109,7 @@ def _in_state_dict(view: ModelView, tensors: Mapping[str, Tensor]) -> dict[str, 
 
 
 def adapter_tensors(view: ModelView, adapter: str) -> dict[str, Tensor]:
-    """Return the tensors of an adapter under their keys in files.
-
-    The key of a block is `<layer>.bone_block` or `<layer>.bat_block`; that of an `also_train`
-    parameter or of a changed running statistic is its clean name.
-    """
+    """Return an adapter's tensors by key: blocks, `also_train`, running statistics."""
     view.reshard()
     tensors: dict[str, Tensor] = {}
     for name, layer, _, block in view.require(adapter):

@@ -15,11 +15,7 @@ _brief.maxstring = _brief.maxother = 200
 
 
 def printable(text: str, limit: int = LONGEST, *, lines: bool = False) -> str:
-    r"""Return a text that is safe to print.
-
-    Unprintable characters are escaped, and the middle of a long text is left out. So a name in a
-    file can't move the cursor of a terminal, hide other text, or fill the screen.
-    """
+    """Return a text that can't move a terminal's cursor, hide other text, or fill the screen."""
     if len(text) > limit:
         head, tail = text[: limit - limit // 2], text[len(text) - limit // 2 :]
         text = f"{head}[... {len(text) - limit:,} characters ...]{tail}"

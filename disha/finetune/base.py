@@ -36,11 +36,7 @@ NAME = re.compile(r"\w[\w.-]{0,95}(/\w[\w.-]{0,95})?", re.ASCII)
 def load_base(
     name: str, bits: str = "fp32", device: torch.device | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Return a base model in evaluation mode, and its tokenizer.
-
-    `bits` is one of `BITS`, or `auto` for the dtype in the files; without a device, `transformers`
-    chooses one.
-    """
+    """Return a base in evaluation mode and its tokenizer; `bits` is one of `BITS`, or `auto`."""
     source, file = _source(name)
     options: dict[str, Any] = {"dtype": _dtype(bits, device)}
     if device is not None:

@@ -65,11 +65,7 @@ def mixed(sets: Sequence[Dataset], weights: Sequence[float], seed: int) -> Datas
 
 
 def formed(rows: Dataset, fields: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> Dataset:
-    """Return rows in a form of `trl`.
-
-    Two fields become a conversation if the model has a chat template. Otherwise the answer
-    follows the question on a new line.
-    """
+    """Return rows as `trl` trains them: as a conversation if there is a chat template."""
     columns = set(rows.column_names)
     fields = fields or _known_fields(columns)
     absent = [field for field in fields if field not in columns]

@@ -59,10 +59,7 @@ def demo_words() -> list[str]:
 
 
 def docstring_pairs(library: Path | None = None) -> list[Pair]:
-    """Return pairs from the Python files under a folder; from the standard library by default.
-
-    Their text alone decides their order. No two have the same source or docstring.
-    """
+    """Return pairs from Python files, none of them twice, in an order of their text alone."""
     folder = library or Path(sysconfig.get_paths()["stdlib"])
     pairs = list(_distinct(sorted(_pairs_under(folder), key=_order)))[:MOST_PAIRS]
     if len(pairs) <= HELD_OUT:

@@ -197,10 +197,7 @@ def _adapt(model: PreTrainedModel, adapter: AdapterArguments) -> None:
 
 
 class _Trainer(SFTTrainer):  # type: ignore[misc]
-    """Draws rows of similar length in an order that depends on seed and epoch alone.
-
-    So a resumed run, and one of several processes, sees the batches of one uninterrupted process.
-    """
+    """Groups rows by length in an order of seed and epoch alone, which a resumed run sees too."""
 
     def __init__(self, *given: Any, is_held_out: bool, **named: Any) -> None:
         super().__init__(*given, **named)

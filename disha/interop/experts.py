@@ -108,11 +108,7 @@ def stack_factors(update: LowRankUpdate) -> tuple[Tensor, Tensor]:
 
 
 def misread_by_peft(layers: Sequence[LayerRecord], model_type: str | None) -> list[str]:
-    """Return the layers that PEFT would read in another way, each with the reason.
-
-    PEFT takes the inputs for the third axis of a stack, unless its module says `is_transposed`. It
-    takes modules with the names that experts had before `transformers` stacked them for experts.
-    """
+    """Return the layers that PEFT would read in another way, each with the reason."""
     stacks = [layer for layer in layers if is_stack(layer)]
     family = FAMILIES.get(model_type or "")
     problems = [

@@ -394,10 +394,7 @@ def _config_of(
 
 
 def _alpha_of(update: LowRankUpdate) -> float:
-    """Return lora_alpha = s * rank, so that PEFT scales by s.
-
-    Some runtimes read 0 as 1, so a scale of 0 makes B zero instead.
-    """
+    """Return lora_alpha = s * rank; a scale of 0 makes B zero, as some runtimes read 0 as 1."""
     alpha = (update.record.scale or 1.0) * update.rank
     return int(alpha) if alpha == int(alpha) else alpha
 

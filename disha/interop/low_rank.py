@@ -340,10 +340,7 @@ def contents_of_factors(
 def _layer_of_factors(
     name: str, a: Tensor, b: Tensor, layout: Layout, scale: float
 ) -> tuple[LayerRecord, Tensor] | None:
-    """Return the layer and the block with these factors, or None if no method has such a block.
-
-    Rows of zeros at the end of A are left out, as a padded update has them.
-    """
+    """Return the layer and block of these factors without padding, or None if none has them."""
     dim = 0 if layout.expert_dim is None else 1
     if a.dim() < 2 or a.dim() != b.dim() or not a.numel() or a.shape[dim] != b.shape[dim + 1]:
         return None

@@ -78,10 +78,7 @@ def _row_scales(module: nn.Module | None, weight: Tensor) -> Tensor | None:
 
 
 def refuse_repacked(weight: Any) -> None:
-    """Raise if a forward in eval mode has packed a 4-bit weight again, for a CPU's kernel.
-
-    That kernel has no gradients, and the library can't read the weight back exactly.
-    """
+    """Raise if a 4-bit weight is packed for a kernel that has no gradients."""
     if getattr(getattr(weight, "quant_state", None), "packing_format_for_cpu", False):
         raise ModeError(
             "bitsandbytes has packed a 4-bit weight for this CPU; inject adapters before the model "

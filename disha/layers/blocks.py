@@ -41,11 +41,7 @@ def block_name(method: str) -> str:
 
 
 class Block(nn.Module):
-    """One adapter's trainable block of one weight, with its `scale`, `dropout`, `method` and `r`.
-
-    `make_block` sets its values. `split` says how a tensor-parallel plan has cut the weight before
-    the block was made.
-    """
+    """One adapter's trainable block of one weight; `split` is the cut of a tensor-parallel plan."""
 
     scale_tensor: Tensor
     """The scale as a 0-dim tensor: compiled code reads it, so scaling compiles nothing again."""

@@ -105,10 +105,7 @@ _CLASSES[nn.Linear, ("weight",), False] = AdaptedLinear
 
 
 class _Recurrent(nn.Module):
-    """The first base class of adapted `nn.RNN`, `nn.LSTM` and `nn.GRU`, before their own class.
-
-    Their own class keeps a list of the plain weights.
-    """
+    """The first base of adapted recurrent layers: their class keeps a list of the plain weights."""
 
     _flat_weights_names: list[str]
 

@@ -39,10 +39,7 @@ _UNINITIALISED = (UninitializedParameter, UninitializedBuffer)
 
 
 class Quantisation(NamedTuple):
-    """A way in which weights are quantised.
-
-    `read` returns the dense weight in the layer's compute dtype. It is None if no way is known.
-    """
+    """A way to quantise; `read` returns the dense weight, and is None if no way is known."""
 
     name: str
     read: Callable[[nn.Module, Any], Tensor] | None
@@ -52,10 +49,7 @@ ROUNDED = Quantisation("rounded by the layer's forward", lambda module, weight: 
 
 
 def quantisation_of(module: nn.Module | None, weight: Any) -> Quantisation | None:
-    """Return how a weight is quantised, or None if it is not, or in no known way.
-
-    The module may hold the scales, or the weight itself under another name.
-    """
+    """Return how a module's weight is quantised, or None if it is not, or in no known way."""
     if isinstance(weight, _UNINITIALISED):
         return None
     if isinstance(weight, Tensor):
@@ -78,11 +72,7 @@ def quantisation_of(module: nn.Module | None, weight: Any) -> Quantisation | Non
 
 
 def _rounds_weight(module: nn.Module) -> bool:
-    """Whether a module's forward rounds its dense weight.
-
-    bitsandbytes does this before it has quantised the weight. compressed-tensors does this after it
-    has decompressed the weight, and gives the module a scheme and a forward.
-    """
+    """Whether a forward rounds its dense weight (bitsandbytes, compressed-tensors)."""
     compressed = {"forward", "quantization_scheme"} <= module.__dict__.keys()
     return compressed or bitsandbytes.is_library_class(module)
 

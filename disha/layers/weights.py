@@ -51,10 +51,7 @@ def base_reader(original: type[nn.Module], name: str) -> Callable[[Any], Any]:
 
 
 def stored_weight(module: nn.Module, name: str) -> Tensor | None:
-    """Return the weight that a module stores, or the quantised one that a dense one replaces.
-
-    None if it is computed from others (a parametrization). Reading it would run that computation.
-    """
+    """Return a stored weight, or the quantised one behind a dense one; None if it is computed."""
     adapters = module._modules.get(CHILD_NAME)
     merged = adapters.merged if isinstance(adapters, Adapters) else None
     original = None if merged is None else merged.originals.get(name)
