@@ -34,8 +34,7 @@ BUILDERS = {
 ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant"}
 """The roles of ShareGPT -> those of chat templates."""
 
-FORMS = ({"prompt", "completion"}, {"input_ids"})
-"""Columns that `trl` trains on as they are."""
+FORMS = ({"prompt", "completion"}, {"input_ids"})  # columns that `trl` trains on as they are
 
 
 def load_rows(data: str, split: str = "train") -> Dataset:
