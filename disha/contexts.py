@@ -1,8 +1,7 @@
 """Contexts: what acts for the current thread or task, instead of the active adapters.
 
-`adapters_disabled`, `adapters_active` and `route_adapters` write nothing on layers. Each adds a
-`Context` to a context variable, which belongs to a thread or an asyncio task. A layer asks for the
-context that covers its group.
+Each public context adds a `Context` to a context variable, and writes nothing on layers. A layer
+asks for the context that covers its group.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
 """A fingerprint of a base weight: it shows whether an adapter is on the base it was trained on.
 
-It reads a fixed number of values, so its cost does not grow with the weight. The same base may be
-stored in float32, bfloat16 or float16, and rounding twice can differ from rounding once. So a
-fingerprint has two digests: of the values rounded to bfloat16, and of the values rounded to float16
-and then to bfloat16. Two fingerprints belong to the same base if they share a digest.
+It reads a fixed number of values. The same base may be stored in float32, bfloat16 or float16, so
+there are two digests: of the values rounded to bfloat16, and of those rounded to float16 and then
+to bfloat16. Two fingerprints belong to the same base if they share a digest.
 """
 
 from __future__ import annotations

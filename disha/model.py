@@ -1,9 +1,7 @@
 """ModelView: the modules, parameters and adapters of a model, found by walking it once.
 
-A public function builds one view and passes it down. Nothing below walks the model again.
-
-Modules have clean names: their names in the unwrapped model. `torch.compile`, DDP, FSDP and
-activation checkpointing wrap modules and add parts to the names, which the view leaves out. So
+A public function builds one view and passes it down. Names are those in the unwrapped model:
+`torch.compile`, DDP, FSDP and checkpointing add parts to names, which the view leaves out. So
 targets match the same modules, and files hold the same names, whether a model is wrapped or not.
 """
 

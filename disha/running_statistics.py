@@ -1,8 +1,7 @@
 """Running statistics: the buffers that batch and instance norms update in training.
 
-Training an adapter changes them too, and the model in eval mode computes with them. So those that
-have changed since the first injection belong to the adapter. The base's values stay in the
-`__dict__` of each norm, so copies and pickles of the model have them.
+Those that have changed since the first injection belong to the adapter. The base's values stay in
+the `__dict__` of each norm, so copies and pickles of the model have them.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""Take an adapter out of a model or a file, as a header and tensors, and put it into either.
-
-`interop` converts it to and from the files of other libraries.
-"""
+"""Take an adapter out of a model or a file, as a header and tensors, and put it into either."""
 
 from __future__ import annotations
 

@@ -1,8 +1,7 @@
 """Files on disk: save them whole, open safetensors, and say what a file is that is none.
 
-A reader finds the old version of a file or the new one, each of them whole: the new version is
-written in a folder beside the target, then takes its place. A killed save leaves that folder. Its
-name depends only on the target, so the next save of the target removes it.
+A new version is written in a folder beside the target, then takes its place. A killed save leaves
+that folder, and the next save of the same target removes it.
 """
 
 from __future__ import annotations

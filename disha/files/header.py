@@ -1,7 +1,4 @@
-"""The header of an adapter file, format 1, which describes the adapter.
-
-It is JSON under one key of the safetensors metadata; docs/format.md describes its fields.
-"""
+"""The header of an adapter file, format 1: JSON in the safetensors metadata (docs/format.md)."""
 
 from __future__ import annotations
 

@@ -1,8 +1,7 @@
 """The base model and its tokenizer, as `transformers` loads them, and the note that finds them.
 
-A base is a folder, a GGUF file, or a name such as `Qwen/Qwen3-0.6B`. An adapter file notes its
-base as JSON. A path in the note is relative to the folder of the adapter file and begins with a
-dot, so the note stays right when both are moved together. Any other text is a name.
+An adapter file notes its base as JSON. A path in it begins with a dot and is relative to the folder
+of the adapter file, so that both can be moved together. Any other text is a name.
 """
 
 from __future__ import annotations

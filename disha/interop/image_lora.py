@@ -1,9 +1,8 @@
-"""LoRA files of image models, with the keys of `diffusers`.
+"""LoRA files of image models, with the keys of `diffusers`: `<component>.<name>.lora_A.weight`.
 
-One file holds the adapters of a UNet or a transformer, and of text encoders. Its keys are
-`<component>.<name>.lora_A.weight`, with the names of components and layers in `diffusers`. The
-scale is multiplied into B. Bone and tile are exact, convolutions included: A has the kernel, and B
-is 1x1 (a LoCon). `diffusers` converts such files to and from the form of kohya's programs.
+One file holds all components of a pipeline. The scale is multiplied into B. Bone and tile are
+exact, convolutions included: A has the kernel, and B is 1x1 (a LoCon). `diffusers` converts such
+files to and from the form of kohya's programs.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
 """Updates as products of two low-rank factors, as in LoRA: dW = B A.
 
 Bone and tile are exactly such products: A = [I_r I_r ... I_r], cropped to the input, and B = D^T.
-The inputs of an embedding are the rows of its table; a row of a convolution's A holds one channel
-shard at one position of the kernel. Other updates (BAT), and those with a larger rank than wanted,
-are truncated to their largest singular values.
+A row of a convolution's A holds one channel shard at one position of the kernel. BAT, and updates
+of a larger rank than wanted, are truncated to their largest singular values.
 
 Source: Hu et al., "LoRA", arXiv 2106.09685; Eckart and Young, 1936, for the truncation.
 """

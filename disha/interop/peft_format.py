@@ -1,7 +1,6 @@
 """PEFT's folders, names and notes; and a model as PEFT sees it: what it would adapt, and save.
 
-The tensors say which layers are adapted, so the fields that select layers are not evaluated. PEFT
-replaces a target by a layer of its own, which has no effect where something else reads the target.
+The tensors say which layers are adapted, so the fields that select layers are not evaluated.
 Source: PEFT 0.21; 0.18 for Bone.
 """
 

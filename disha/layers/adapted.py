@@ -1,10 +1,8 @@
 """AdaptedLayer: a module whose adapted parameters read as effective weights.
 
-Adapting keeps the module. The same object moves to a subclass of its own class, which has one
-property for each adapted parameter. So hooks, other references, `isinstance` checks, parameter
-objects and state-dict keys do not change. The module's own forward runs unchanged, but reads an
-effective weight (`disha.effective`). Only `nn.Linear` has a shorter forward that returns the same
-(`linear_forward`). The module has one more child, `disha`, which holds the blocks.
+The same object moves to a subclass of its own class, with one property for each adapted parameter.
+So hooks, other references, `isinstance` checks, parameters and state-dict keys do not change, and
+the module's own forward runs. Its new child `disha` holds the blocks.
 """
 
 from __future__ import annotations

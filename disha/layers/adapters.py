@@ -1,7 +1,4 @@
-"""Adapters: the blocks of one layer by adapter, and which of them act now.
-
-An adapted layer has one as its child `disha`.
-"""
+"""Adapters: the blocks of one layer by adapter, and which act now; the layer's child `disha`."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""Support for layers of bitsandbytes: read their weights, and merge densely.
-
-This module does not import bitsandbytes: a user with one of its layers has already imported it.
+"""Layers of bitsandbytes: read their weights, and merge densely, without importing the library.
 
 A 4-bit weight has its scales in `quant_state`. An 8-bit one is int8, with one scale per row in
 `SCB`, which moves to its layer in the first forward.

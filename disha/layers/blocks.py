@@ -1,8 +1,4 @@
-"""Block: the small module that owns one trainable block, and Slot: the weight that it adapts.
-
-A block has its values, its scale and its dropout, and its method, by which
-`disha.functional` computes its effect.
-"""
+"""Block: the small module that owns one trainable block, and Slot: the weight that it adapts."""
 
 from __future__ import annotations
 

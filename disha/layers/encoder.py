@@ -1,10 +1,8 @@
 """What torch's transformer encoders decide by asking whether their weights are plain tensors.
 
-In evaluation, torch runs a fused encoder layer on plain weights, but not on adapted ones. So
-
-- an adapted encoder hands no nested tensors on: only the fused layer takes them;
-- on a CPU, the fused layer returns autocast's dtype, where the norms of the other one return
-  float32. A hook gives the output of an adapted encoder layer that dtype.
+In evaluation, torch runs a fused layer on plain weights only. So an adapted encoder hands no nested
+tensors on. On a CPU the fused layer returns autocast's dtype, the other one float32: a hook gives
+the output of an adapted layer the former.
 """
 
 from __future__ import annotations

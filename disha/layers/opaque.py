@@ -1,12 +1,8 @@
 """Opaque weights: weights that are not a dense tensor, such as quantised ones.
 
-The library that made such a weight computes the product with it, and a forward hook adds the update
-to the output of the module. Methods whose update does not depend on W never read it. Other methods,
-and a dense merge, read W with functions of that library. This module imports no such library: a
-user with a quantised model has already imported it.
-
-`quantisation_of` knows the ways to quantise. To add one: recognise its weights there, and say how
-to read them.
+The library of such a weight computes its product, and a forward hook adds the update. BAT and a
+dense merge read W with functions of that library, which the user has imported already: nothing is
+imported here. To add a way to quantise, recognise it in `quantisation_of` and say how to read it.
 """
 
 from __future__ import annotations
