@@ -1,7 +1,4 @@
-"""check_adapters: show that the adapters of a model act, train and merge.
-
-The model runs on the user's inputs. The report has one entry for each adapted weight.
-"""
+"""check_adapters: show that each adapted weight of a model acts, trains and merges."""
 
 from __future__ import annotations
 

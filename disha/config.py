@@ -157,15 +157,7 @@ class AdapterConfig:
         return config
 
     def changed(self, **values: Any) -> AdapterConfig:
-        """Return the configuration with some fields changed.
-
-        Args:
-            values: field -> value, as in the result of `to_json`.
-
-        Raises:
-            ArgumentError: a field is unknown or has a value that is not allowed.
-            ArgumentTypeError: a field is of the wrong type.
-        """
+        """Return the configuration with some fields changed; values are as for `from_json`."""
         return AdapterConfig.from_json({**self.to_json(), **values})
 
 

@@ -131,11 +131,7 @@ def _show_warning(message: Warning | str, category: type[Warning], *place: Any) 
 
 
 def _complain(message: str) -> None:
-    """Print one line. Of several processes, the first one speaks.
-
-    A closed terminal, or a program at the end of a pipe that has ended, must not stop work whose
-    result is a file. Nothing is printed there from then on.
-    """
+    """Print one line, also to a closed terminal. Of several processes, the first one speaks."""
     if os.environ.get("RANK", "0") == "0":
         line = "; ".join(" ".join(message.split(" ")).splitlines()).replace(":; ", ": ")
         try:

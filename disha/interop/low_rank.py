@@ -227,11 +227,7 @@ def _update(
 
 
 def _factors(layer: LayerRecord, block: Tensor) -> tuple[Tensor, Tensor] | None:
-    """Return A (rank, in, *kernel) and B (out, rank), or None if the method has no factors.
-
-    Row (j, k) of a convolution's A is row j of A for position k of the kernel, and zero at all
-    other positions.
-    """
+    """Return A (rank, in, *kernel) and B (out, rank), or None if the method has no factors."""
     geometry = layer.geometry(tuple(block.shape))
     factors = functional.method_of(layer.method).lora_factors(layer.layout, block, geometry)
     if factors is None:

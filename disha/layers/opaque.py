@@ -74,11 +74,7 @@ def _rounds_weight(module: nn.Module) -> bool:
 
 
 def _packs_weight(module: nn.Module) -> bool:
-    """Whether a module packs its weight in its own tensors, as GPTQ, AWQ, HQQ and fp8 do.
-
-    Such a module has attributes with its sizes, its own forward, and tensors with at least one bit
-    for each value of W, or a `dequantize`.
-    """
+    """Whether a module packs its weight in its own tensors, as GPTQ, AWQ, HQQ and fp8 do."""
     sizes = _sizes_of(module)
     plain = original_class(module).forward in (nn.Linear.forward, nn.Embedding.forward)
     if sizes is None or "parametrizations" in module._modules:
