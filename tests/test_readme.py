@@ -35,5 +35,7 @@ def test_its_figures_are_those_of_the_kept_results():
     bone, lora = re.search(r"keep ([\d.]+) MiB, where a LoRA keeps ([\d.]+) MiB", WORDS).groups()
     assert f"| {bone} MiB |" in page("performance.md")
     assert f"| PEFT LoRA | {lora} MiB |" in page("performance.md")
+    (grouped,) = re.findall(r"share a batch, which takes ([\d.]+) of the time", WORDS)
+    assert re.search(rf"\| rows by length \| {grouped}\d ?", page("performance.md"))
     assert "no clear difference" in WORDS
     assert "no clear difference" in page("evidence.md")
