@@ -40,7 +40,8 @@ def main(words: Sequence[str]) -> None:
     if not Path(base).exists():
         from disha.finetune.merging import merge_base
 
-        merge_base(base, flags.adapter, flags.out)
+        also_train = not flags.no_also_train
+        merge_base(base, flags.adapter, flags.out, scale=flags.scale, also_train=also_train)
         print(f"{flags.out}: {flags.adapter} merged into {base}")
         return
     merged = merge_into_checkpoint(

@@ -18,11 +18,15 @@ def require_mergeable(base: str) -> None:
         )
 
 
-def merge_base(base: str, adapter: Path, folder: Path) -> None:
+def merge_base(
+    base: str, adapter: Path, folder: Path, scale: float | None = None, also_train: bool = True
+) -> None:
     """Write a copy of a base with an adapter merged, in the dtype of the base."""
     require_mergeable(base)
     model, tokenizer = load_base(base, "auto")
-    disha.load_adapter(model, adapter)
+    disha.load_adapter(model, adapter, also_train=also_train)
+    if scale is not None:
+        disha.set_adapter_scale(model, scale)
     disha.merge_adapters(model, untie=True, unload=True)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

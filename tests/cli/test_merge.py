@@ -64,6 +64,22 @@ def test_the_base_that_the_file_notes_is_found(run, language_model, tmp_path):
     assert same(found.state_dict(), expected.state_dict())
 
 
+def test_a_base_that_is_a_name_takes_the_same_flags(run, language_model, tmp_path, monkeypatch):
+    base, adapter, out = str(language_model / "model"), tmp_path / "a.safetensors", tmp_path / "out"
+    trained, _ = load_base(base)
+    disha.inject_adapters(trained, "q_proj", r=4, also_train="model.norm.weight", init="kaiming")
+    with torch.no_grad():
+        trained.model.norm.weight.mul_(3)
+    disha.save_adapter(trained, adapter)
+    monkeypatch.setattr("disha.finetune.merging.load_base", lambda name, bits: load_base(base))
+    assert run("merge", "some/name", adapter, out, "--scale", 0.5, "--no_also_train").code == 0
+    expected, _ = load_base(base)
+    disha.load_adapter(expected, adapter, also_train=False)
+    disha.set_adapter_scale(expected, 0.5)
+    disha.merge_adapters(expected, unload=True)
+    assert same(load_base(str(out))[0].state_dict(), expected.state_dict())
+
+
 def test_a_file_without_a_note_needs_a_base(run, files):
     done = run("merge", files.adapter(), files.path / "out")
     assert done.code == 2
