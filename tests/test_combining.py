@@ -282,7 +282,7 @@ REFUSED = {
         {"target_regex": "linear"},
         {"target_regex": "linear"},
         (float("nan"), 1.0),
-        "finite",
+        "the weight of an adapter.*finite",
     ),
     "a weight that is no number": (
         {"target_regex": "linear"},

@@ -233,7 +233,7 @@ BAD_HEADERS = {
     "deep JSON": (lambda h: "[" * 100_000, "is not of format 1"),
     "a list": (lambda h: "[]", "not of format 1"),
     "other method": (lambda h: h["config"].update(method="other"), "register the method first"),
-    "no layers": (lambda h: h.update(layers=[]), "not listed"),
+    "no layers": (lambda h: h.update(layers=[]), "tensors:\nthere is no layer\n"),
     "layers as text": (lambda h: h.update(layers="x"), "not of format 1"),
     "entry as text": (lambda h: h.update(layers=["x"]), "not of format 1"),
     "size 0": (lambda h: first_layer(h).update(r=0), "r must be at least 1"),

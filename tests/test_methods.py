@@ -417,6 +417,12 @@ def test_the_updates_of_a_part_of_a_weight(name, pattern, part):
     torch.testing.assert_close(cut, whole[own], rtol=1e-12, atol=1e-12)
 
 
+def test_a_part_of_a_table_keeps_its_own_padding_index():
+    layout = Layout("index out", padding_idx=2)
+    found = {rows: layout.of_part((rows, (0, 8))).padding_idx for rows in ((0, 2), (2, 4), (1, 3))}
+    assert found == {(0, 2): None, (2, 4): 0, (1, 3): 1}
+
+
 def test_a_kernel_is_not_cut():
     update, layout = Update(method_of("bone"), torch.zeros(4, 2, 3)), Layout("out in *kernel")
     whole = ((0, 4), (0, 6), (0, 3))

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from disha import functional
 from disha.functional import Layout, Update, method_of
-from disha.functional.bone import routed_bone_delta
+from disha.functional.bone import bone_delta, routed_bone_delta
 from tests import reference
 
 MATRIX, STACK, INDEX = Layout("out in"), Layout("expert out in"), Layout("index out")
@@ -492,6 +492,13 @@ def test_routed_bone_blocks_in_float16_whose_shard_sums_overflow():
     x = torch.full((2, 96), 4000.0, dtype=torch.float16)
     found = routed_bone_delta(x, blocks, torch.tensor([0, 1]))
     close(found, torch.tensor([[375.0], [187.5]]).half().expand(2, 6))
+
+
+def test_one_routed_bone_block_beside_samples_without_an_adapter():
+    x, block = torch.randn(2, 8), torch.randn(4, 6)
+    found = routed_bone_delta(x, [block], torch.tensor([0, 1]))
+    close(found[0], bone_delta(x[:1], block, 6)[0], 1e-6)
+    assert not found[1].any()
 
 
 @pytest.mark.parametrize("method", ["bone", "bat"])

@@ -125,7 +125,7 @@ class TestLoad:
         assert "unexpected: other.bone_block" in text
         assert f"wrong: {second} has the shape (1, 8), must be (2, 8)" in text
         assert f"wrong: {third} holds values that are not finite" in text
-        assert f"wrong: {fourth} has dtype torch.int32" in text
+        assert f"wrong: {fourth} has dtype torch.int32, must be floating-point" in text
         assert isinstance(caught.value, ValueError)
         assert_unchanged(other, before)
 
