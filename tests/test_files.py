@@ -524,6 +524,10 @@ class TestInspect:
             f"{path}: format 1, 2 layers, 66 parameters, {path.stat().st_size:,} bytes",
         ]
 
+    def test_the_layer_that_is_the_model(self, path):
+        disha.save_adapter(disha.inject_adapters(nn.Linear(4, 6), "all-linear", 2), path)
+        assert str(disha.inspect_adapter(path)).splitlines()[1].startswith("(the model)  bone")
+
     def test_reads_no_tensor(self, saved):
         _, path = saved
         size = path.stat().st_size
