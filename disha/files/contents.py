@@ -378,7 +378,7 @@ def load_contents(
     replace: bool = False,
     partial: bool = False,
     dtype: torch.dtype | None = None,
-    freeze: bool = True,
+    freeze: bool,
     activate: bool = True,
 ) -> LoadReport:
     """Put an adapter into a model, as `load_adapter` does; a `partial` one leaves other layers."""
