@@ -31,16 +31,14 @@ _LOCK = threading.RLock()
 class Group:
     """Layers that every context covers together: usually all adapted layers of a model.
 
-    So compiled code that several layers of a model share has one name to ask for
-    (`disha.layers.compiled`). `lineage` are the group and those that its layers were in before,
-    `members` the adapters of its layers, `factors` by what compiled code multiplies scales.
+    Compiled code that these layers share has one name to ask for (`disha.layers.compiled`).
     """
 
     def __init__(self, lineage: tuple[Group, ...] = ()) -> None:
         self.name = f"group_{next(_NUMBERS)}"
-        self.lineage = (self, *lineage)
-        self.members: WeakSet[Any] = WeakSet()
-        self.factors: dict[tuple[str, bool], torch.Tensor] = {}
+        self.lineage = (self, *lineage)  # and the groups that its layers were in before
+        self.members: WeakSet[Any] = WeakSet()  # the adapters of its layers
+        self.factors: dict[tuple[str, bool], torch.Tensor] = {}  # of scales, in compiled code
         NAMED[self.name] = self
 
     def take(self, adapters: Any, former: Group | None = None) -> None:

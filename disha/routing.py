@@ -112,14 +112,11 @@ class Route:
 
 
 class Routed(NamedTuple):
-    """The updates of a weight, by adapter, when each sample has its own adapter.
-
-    In torch's attention, samples are the second dimension; then `batch` is their number, else 0.
-    """
+    """The updates of a weight, by adapter, when each sample has its own adapter."""
 
     route: Route
     updates: Mapping[str, tuple[Update, ...]]
-    batch: int = 0
+    batch: int = 0  # their number if samples are the second dimension, as in torch's attention
 
     @property
     def of_all(self) -> tuple[Update, ...] | None:
