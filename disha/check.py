@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from disha.errors import ArgumentError, DishaError
-from disha.functional import Geometry, Method
 from disha.layers.adapted import AdaptedLayer
 from disha.layers.blocks import Block
 from disha.merge import merge
@@ -189,6 +188,7 @@ def _checked(
     view.model.eval()
     with torch.inference_mode(False), torch.enable_grad():
         blocks = [one.block for one in active]
+        zeros = [not block.block.count_nonzero() for block in blocks]
         _randomise(blocks, undo)
         undo.callback(view.reshard)  # a forward gathers what is sharded
         read, outputs = _read(run, blocks)
@@ -202,11 +202,18 @@ def _checked(
             merging, refusal = _merging(view, run, outputs, [one.layer for one in active]), ""
         except DishaError as error:
             merging, refusal = {}, str(error)
+        # Whether a block can leave zeros depends on its method, so one block of each is tried.
+        tried = {
+            block.config.method: block
+            for block, is_zero, gradient in zip(blocks, zeros, gradients, strict=True)
+            if is_zero and gradient
+        }
+        stuck = {method for method, one in tried.items() if not _leaves_zeros(run, one, undo)}
     found = []
-    for (name, layer, adapter, block), acts, gradient in zip(
-        active, acting, gradients, strict=True
+    for (name, layer, adapter, block), acts, gradient, is_zero in zip(
+        active, acting, gradients, zeros, strict=True
     ):
-        starts = block.config.init != "zeros" or _leaves_zero(block.method)
+        starts = not (is_zero and block.config.method in stuck)
         reason = _reason(block in read, acts, gradient, starts) or refusal
         gradient = gradient and starts
         merges = merging.get(layer)
@@ -270,11 +277,10 @@ def _gradients(outputs: list[Tensor], blocks: list[Tensor]) -> list[bool]:
     return [one is not None and bool(one.count_nonzero()) for one in found]
 
 
-def _leaves_zero(method: Method) -> bool:
+def _leaves_zeros(run: Run, block: Block, undo: ExitStack) -> bool:
     """Whether a block of zeros gets a gradient, without which it stays zero."""
-    sizes = Geometry(4, 4)
-    block = torch.zeros(method.shape(sizes, 2, None), device="cpu", requires_grad=True)
-    return _gradients([method.delta(block, sizes, block.new_ones(4, 4))], [block])[0]
+    write(block.block, torch.zeros(block.block.shape, device="cpu"), undo)
+    return _gradients(run(), [block.block])[0]
 
 
 def _changes(run: Run, block: Block, outputs: list[Tensor]) -> bool:

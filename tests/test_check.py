@@ -153,6 +153,18 @@ def test_a_method_that_can_not_leave_zeros(monkeypatch, init):
     assert report.ok is (init == "kaiming")
     assert report.weights[0].acts
     assert ("a block of zeros gets no gradient" in str(report)) is (init == "zeros")
+    with torch.no_grad():
+        next(disha.adapter_parameters(model)).fill_(0.1)  # as after training from elsewhere
+    assert disha.check_adapters(model, torch.randn(3, 4)).ok
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("method", ["bone", "bat"])
+def test_modes_without_gradients_do_not_matter(method, mode):
+    model = disha.inject_adapters(nn.Sequential(nn.Linear(4, 4)), "0", 2, method=method)
+    x = torch.randn(3, 4)
+    with mode():
+        assert disha.check_adapters(model, x).ok
 
 
 def test_no_other_device_is_seeded(monkeypatch):

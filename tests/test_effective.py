@@ -371,6 +371,31 @@ def test_a_computed_weight_that_is_read():
     assert torch.allclose(model(x), expected, rtol=0, atol=1e-10)
 
 
+class Doubled(nn.Module):
+    """Computes a weight of another shape than the parameter of that name."""
+
+    def __init__(self):
+        super().__init__()
+        self._parameters["weight"] = nn.Parameter(torch.randn(4, 6))
+
+    @property
+    def weight(self):
+        stored = self._parameters["weight"]
+        return torch.cat([stored, 2 * stored])
+
+    def forward(self, x):
+        return F.linear(x, self.weight)
+
+
+@pytest.mark.parametrize("method", ["bone", "bat"])
+def test_a_computed_weight_may_have_another_shape_than_the_stored_one(method):
+    model = nn.Sequential(Doubled())
+    disha.inject_adapters(model, "0", 2, method=method, layouts={"0": "out in"}, init="kaiming")
+    assert model[0].disha["default"].config.r == 2
+    assert model[0].geometry() == disha.Geometry(6, 8)
+    assert disha.check_adapters(model, torch.randn(3, 6)).ok
+
+
 class TestFacts:
     def weight(self):
         layer = disha.BoneLinear(4, 3, r=2, init="kaiming")

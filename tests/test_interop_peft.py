@@ -478,6 +478,9 @@ def test_bone_has_no_mini_and_no_biases(tmp_path):
     _refused(base, tmp_path, "init_weights='mini' is unknown")
     rewrite(tmp_path, init_weights=True, bias="bone_only")
     _refused(base, tmp_path, "bias='bone_only'")
+    for values, says in (({"r": 0}, "r must be at least 1"), ({"init_weights": []}, "is unknown")):
+        rewrite(tmp_path, **{"init_weights": True, "bias": "none", **values})
+        _refused(base, tmp_path, says)
 
 
 # --- without a model -----------------------------------------------------------------------------

@@ -12,11 +12,13 @@ Examples:
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
 from disha.cli.dispatcher import Parser
 from disha.cli.output import require_free
+from disha.errors import AdapterFileWarning
 from disha.interop.checkpoints import merge_into_checkpoint
 
 
@@ -41,7 +43,9 @@ def main(words: Sequence[str]) -> None:
         from disha.finetune.merging import merge_base
 
         also_train = not flags.no_also_train
-        merge_base(base, flags.adapter, flags.out, scale=flags.scale, also_train=also_train)
+        with warnings.catch_warnings():
+            warnings.simplefilter("default" if flags.force else "error", AdapterFileWarning)
+            merge_base(base, flags.adapter, flags.out, scale=flags.scale, also_train=also_train)
         print(f"{flags.out}: {flags.adapter} merged into {base}")
         return
     merged = merge_into_checkpoint(

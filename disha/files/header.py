@@ -34,10 +34,10 @@ class AdapterHeader:
     """The description of an adapter outside its model."""
 
     config: AdapterConfig
-    layers: tuple[LayerRecord, ...]  # in the order of the model
-    also_train: tuple[str, ...]  # names of parameters and running statistics saved with the blocks
-    tensors: Mapping[str, Tensor] = field(compare=False)  # on the meta device, without values
-    metadata: Mapping[str, str]  # the notes that the user gave to `save_adapter`
+    layers: tuple[LayerRecord, ...]
+    also_train: tuple[str, ...]
+    tensors: Mapping[str, Tensor] = field(compare=False)
+    metadata: Mapping[str, str]
 
     @property
     def parameters(self) -> int:
@@ -64,6 +64,11 @@ class AdapterFile(AdapterHeader):
     """The header of an adapter file, with its path and size; printable.
 
     Attributes:
+        config: the adapter's configuration.
+        layers: the adapted layers, in the order of the model.
+        also_train: names of the parameters and running statistics saved with the blocks.
+        tensors: key -> tensor without values (on the meta device): its shape and dtype.
+        metadata: the notes that the user gave to `save_adapter`.
         path: the file.
         format: its format version.
         nbytes: size of the file.
@@ -174,7 +179,8 @@ def _parsed(path: Path, found: Any, tensors: Mapping[str, Tensor]) -> AdapterFil
     check_type("metadata", found["metadata"], dict, "a JSON object")
     for one in (*found["also_train"], *found["metadata"].values()):
         check_type("a name or a note", one, str, "text")
-    method = dict(found["config"]).get("method")
+    check_type("config", found["config"], dict, "a JSON object")
+    method = found["config"].get("method")
     if isinstance(method, str) and method not in METHODS:
         raise AdapterFileError(
             f"{path} has blocks of the method {brief(method)}, which is unknown here; register the "

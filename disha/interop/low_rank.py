@@ -176,7 +176,7 @@ def low_rank_updates(
     pad: bool = False,
     base: BaseWeight | None = None,
 ) -> list[LowRankUpdate]:
-    """Return the updates of all layers; `disha.interop.lora.write_lora` documents the arguments."""
+    """Return the updates of all layers; `disha.interop.lora.export` documents the arguments."""
     check_rank(rank)
     without = [
         one.name

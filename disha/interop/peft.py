@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from disha.config import AdapterConfig
-from disha.errors import ArgumentTypeError
+from disha.errors import AdapterFileError, ArgumentTypeError, DishaError
 from disha.files.contents import Contents, adapter_contents, load_contents
 from disha.files.disk import PathLike, checked_path
 from disha.files.header import AdapterHeader
@@ -266,7 +266,7 @@ def _read(folder: PathLike, also_train: bool) -> _Folder:
     problems = []
     if peft_type not in ("MISS", "BONE"):
         problems.append(f"its peft_type is {peft_type!r} (disha.interop.lora reads 'LORA')")
-    elif not is_tile and init not in methods:
+    elif not is_tile and init not in [*methods]:  # it may be a list
         problems.append(f"init_weights={brief(init)} is unknown")
     if fields.get("bias", "none") != "none":
         problems.append(f"bias={brief(fields['bias'])} has no place here; merge it in PEFT")
@@ -277,9 +277,15 @@ def _read(folder: PathLike, also_train: bool) -> _Folder:
     r_out = fields.get("mini_r", 1) if is_tile else None
     end = ".bone_block" if legacy else ".miss_block"
     names = [key.removesuffix(end) for key in tensors if key.endswith(end)]
+    try:
+        config = AdapterConfig(fields.get("r", 64), None, method, r_out, dropout=dropout)
+    except DishaError as error:
+        raise AdapterFileError(
+            f"{path} has a configuration that can't be loaded: {error}"
+        ) from error
     return _Folder(
         path,
-        AdapterConfig(fields.get("r", 64), None, method, r_out, dropout=dropout),
+        config,
         modules_to_save=names_in(fields, "modules_to_save"),
         notes={note: fields[note] for note in NOTES if fields.get(note)},
         end=end,

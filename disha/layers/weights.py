@@ -107,8 +107,7 @@ def weight_shape(module: nn.Module, slot: Slot) -> tuple[int, ...]:
     """Return the shape of a slot's parameter, or of the weight that a packed one represents."""
     if slot.shape is not None:
         return slot.shape
-    stored = module._parameters.get(slot.parameter)
-    return tuple((read_weight(module, slot.parameter) if stored is None else stored).shape)
+    return tuple(read_weight(module, slot.parameter).shape)
 
 
 def make_block(

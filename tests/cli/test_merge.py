@@ -80,6 +80,20 @@ def test_a_base_that_is_a_name_takes_the_same_flags(run, language_model, tmp_pat
     assert same(load_base(str(out))[0].state_dict(), expected.state_dict())
 
 
+def test_another_base_that_is_a_name_is_refused_too(run, language_model, tmp_path, monkeypatch):
+    (other, words), out = load_base(str(language_model / "model")), tmp_path / "out"
+    adapter = language_model / "adapter.safetensors"
+    with torch.no_grad():
+        for weight in other.parameters():
+            weight.mul_(2)
+    monkeypatch.setattr("disha.finetune.merging.load_base", lambda name, bits: (other, words))
+    done = run("merge", "some/name", adapter, out)
+    assert (done.code, out.exists()) == (2, False)
+    assert "base" in done.complaint
+    disha.remove_adapters(other)
+    assert run("merge", "some/name", adapter, out, "--force").code == 0
+
+
 def test_a_file_without_a_note_needs_a_base(run, files):
     done = run("merge", files.adapter(), files.path / "out")
     assert done.code == 2
