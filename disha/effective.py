@@ -40,16 +40,12 @@ PLAIN = (Tensor, torch.nn.Parameter)
 
 
 class EffectiveWeight(Tensor):
-    """W + sum of s dW, not computed: an alias of W that carries the updates.
-
-    `axes` is W's layout: in torch, the attribute `layout` has another meaning. `updates` act on all
-    samples, `routed` on single samples.
-    """
+    """W + sum of s dW, not computed: an alias of W that carries the updates."""
 
     base: Tensor
-    axes: Layout
-    updates: tuple[Update, ...]
-    routed: Routed | None
+    axes: Layout  # in torch, the attribute `layout` has another meaning
+    updates: tuple[Update, ...]  # of all samples
+    routed: Routed | None  # those of single samples
 
     @classmethod
     def __torch_function__(

@@ -35,13 +35,9 @@ Run = tuple[str | None, int]
 
 @dataclass(frozen=True)
 class Route:
-    """An adapter for each sample of a batch, or None for no adapter.
+    """An adapter for each sample of a batch, or None for no adapter."""
 
-    A layer may get the samples flattened. Then the leading size of its input is a multiple of the
-    number of samples, and each name covers an equal part, in order.
-    """
-
-    names: tuple[str | None, ...]
+    names: tuple[str | None, ...]  # each covers an equal part of the rows of an input, in order
     _kept: dict[tuple[tuple[int, ...], torch.device], Tensor] = field(
         default_factory=dict, repr=False, compare=False
     )

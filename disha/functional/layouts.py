@@ -12,9 +12,6 @@ pattern does, and converts between the weight and its matrices:
     "expert out in"      (expert, out, in)              experts, nn.Bilinear
     "expert in out"      (expert, out, in)              experts that are used as x @ W
 
-In a convolution, a block of two axes (Bone, tile) is stored like the weight, with r instead of
-`in`. Every other block is stored as the method defines it, with the stack's axes first.
-
 `Layout` knows three names: `expert` counts the matrices that a module chooses from, `index` is an
 input that is looked up, and `*kernel`, always last, stands for all the remaining axes.
 

@@ -8,8 +8,6 @@ that weight where possible. There are three cases:
 - the method does not, and dropout gives the update its own input: it adds the product with dW.
 
 Every dW comes from the original W, so the order of updates does not matter.
-
-Source: arXiv 2409.15371, section 3.
 """
 
 from __future__ import annotations

@@ -129,9 +129,7 @@ def _unusual_weight(
 def linear_forward(layer: Any, input: Tensor) -> Tensor:
     """Return what the forward of `nn.Linear` returns, with fewer Python calls where it can.
 
-    For few tokens, these calls take longer than the product with the update. So if one block acts
-    on a plain weight and input, this computes what `F.linear` of the effective weight would, but
-    makes no effective weight. In all other cases it runs the forward of `nn.Linear`.
+    For few tokens, these calls take longer than the product with the update.
     """
     parameters, adapters = layer._parameters, layer._modules.get(CHILD_NAME)
     patched = nn.Linear.forward is not LINEAR_FORWARD

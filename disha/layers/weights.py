@@ -20,11 +20,8 @@ from disha.sharding import split_of
 
 
 def read_weight(module: nn.Module, name: str) -> Any:
-    """Return a weight of a module without updates, or None if it has none of that name.
-
-    In training, torch's spectral_norm improves its estimate whenever the weight is read. Only the
-    module's own forward should do that. So this reads in evaluation mode, which changes nothing.
-    """
+    """Return a weight of a module without updates, or None if it has none of that name."""
+    # In training, torch's spectral_norm improves its estimate whenever the weight is read.
     computed = module._modules.get("parametrizations")
     trained = [] if computed is None else [part for part in computed.modules() if part.training]
     original = original_class(module)
