@@ -127,10 +127,7 @@ def _unusual_weight(
 
 
 def linear_forward(layer: Any, input: Tensor) -> Tensor:
-    """Return what the forward of `nn.Linear` returns, with fewer Python calls where it can.
-
-    For few tokens, these calls take longer than the product with the update.
-    """
+    """Return what `nn.Linear` returns, with fewer Python calls: for few tokens, these cost most."""
     parameters, adapters = layer._parameters, layer._modules.get(CHILD_NAME)
     patched = nn.Linear.forward is not LINEAR_FORWARD
     if patched or is_compiling() or adapters is None or OPEN or layer.has_own_reading:
