@@ -29,13 +29,10 @@ _LOCK = threading.RLock()
 
 
 class Group:
-    """Layers that every context covers together: usually all adapted layers of a model.
-
-    Compiled code that these layers share has one name to ask for (`disha.layers.compiled`).
-    """
+    """Layers that every context covers together: usually all adapted layers of a model."""
 
     def __init__(self, lineage: tuple[Group, ...] = ()) -> None:
-        self.name = f"group_{next(_NUMBERS)}"
+        self.name = f"group_{next(_NUMBERS)}"  # compiled code asks for it (`layers.compiled`)
         self.lineage = (self, *lineage)  # and the groups that its layers were in before
         self.members: WeakSet[Any] = WeakSet()  # the adapters of its layers
         self.factors: dict[tuple[str, bool], torch.Tensor] = {}  # of scales, in compiled code

@@ -1,7 +1,4 @@
-"""Set `requires_grad` flags, remember the former ones, and let parameters train with an adapter.
-
-A module keeps what it remembers in its `__dict__`, so copies and pickles of the model have it too.
-"""
+"""Set `requires_grad` flags, remember the former ones, and let parameters train with an adapter."""
 
 from __future__ import annotations
 
@@ -9,9 +6,9 @@ from collections.abc import Iterable
 from contextlib import ExitStack
 from typing import Any, NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 
-_ATTRIBUTE = "_disha_training"
+_ATTRIBUTE = "_disha_training"  # in the `__dict__`, so copies and pickles have it too
 
 
 class _Flag(NamedTuple):
@@ -48,14 +45,21 @@ def restore_flags(module: nn.Module) -> None:
 
 def keep_flags(parameters: Iterable[tuple[nn.Module, str]], undo: ExitStack) -> None:
     """Note the flags of parameters, and what their modules remember, in `undo`."""
+    kept = []
     for module, name in parameters:
         attributes, parameter = attributes_of(module), module._parameters[name]
+        flag = parameter is not None and parameter.requires_grad
+        kept.append((parameter, flag, attributes, dict(attributes.get(_ATTRIBUTE, {}))))
+    undo.callback(_put_back, kept)
+
+
+def _put_back(kept: Iterable[tuple[Tensor | None, bool, dict[str, Any], dict[str, Any]]]) -> None:
+    for parameter, flag, attributes, remembered in kept:
         if parameter is not None:
-            undo.callback(setattr, parameter, "requires_grad", parameter.requires_grad)
-        if _ATTRIBUTE in attributes:
-            undo.callback(attributes.__setitem__, _ATTRIBUTE, dict(attributes[_ATTRIBUTE]))
-        else:
-            undo.callback(attributes.pop, _ATTRIBUTE, None)
+            parameter.requires_grad = flag
+        attributes.pop(_ATTRIBUTE, None)
+        if remembered:
+            attributes[_ATTRIBUTE] = remembered
 
 
 def claim(module: nn.Module, adapter: str, name: str, flag_without: bool) -> None:

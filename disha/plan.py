@@ -457,7 +457,8 @@ def _reason_against(one: PlannedLayer, method: str) -> str | None:
         return f"the layout of this weight {one.shape} is unknown; declare it, such as {one.remedy}"
     if slot is None:
         return f"no layer kind adapts {type(module).__qualname__}"
-    taken = _ADDED.intersection(dir(module)).difference((one.attribute,))
+    own = {*vars(module), *module._parameters, *module._buffers, *module._modules}
+    taken = {n for n in _ADDED if n in own or hasattr(type(module), n)}.difference((one.attribute,))
     if taken and not isinstance(module, AdaptedLayer):
         return f"it has its own attribute {min(taken)!r}, which adapters would replace"
     reason = (

@@ -1,7 +1,6 @@
 """Running statistics: the buffers that batch and instance norms update in training.
 
-Those that have changed since the first injection belong to the adapter. The base's values stay in
-the `__dict__` of each norm, so copies and pickles of the model have them.
+Those that changed since the first injection belong to the adapter; each norm keeps the base's.
 """
 
 from __future__ import annotations
