@@ -51,7 +51,6 @@ class Group:
 
 
 NAMED: WeakValueDictionary[str, Group] = WeakValueDictionary()
-"""Name -> group."""
 
 LOOSE = Group()
 """The group of layers that were made one by one, such as `BoneLinear(8, 16, r=4)`."""

@@ -1,8 +1,7 @@
 """ModelView: the modules, parameters and adapters of a model, found by walking it once.
 
-A public function builds one view and passes it down. Names are those in the unwrapped model:
-`torch.compile`, DDP, FSDP and checkpointing add parts to names, which the view leaves out. So
-targets match the same modules, and files hold the same names, whether a model is wrapped or not.
+A public function builds one view and passes it down. Names are those in the unwrapped model, so
+`torch.compile`, DDP, FSDP and checkpointing do not change what targets match and files hold.
 """
 
 from __future__ import annotations
@@ -16,6 +15,7 @@ from torch import nn
 
 from disha.contexts import OPEN, deciding
 from disha.errors import ArgumentError, ArgumentTypeError, ModeError, TargetError
+from disha.freezing import is_claimed
 from disha.layers.adapted import AdaptedLayer, refuse_merged
 from disha.layers.adapters import CHILD_NAME, Adapters
 from disha.layers.blocks import Block
@@ -76,7 +76,7 @@ class ModelParameter(NamedTuple):
     """A parameter of a model, with all of its clean names; a tied one has several."""
 
     names: tuple[str, ...]
-    module: nn.Module  # the first that holds it
+    module: nn.Module  # the first that holds it, or the one where an adapter trains it
     attribute: str  # its name in that module
 
     @property
@@ -151,6 +151,8 @@ class ModelView:
                 if parameter is not None:
                     aliases, _, _ = found.setdefault(id(parameter), ([], module, attribute))
                     aliases += [join(name, attribute) for name in names]
+                    if is_claimed(module, attribute):  # a tied one is claimed where it was named
+                        found[id(parameter)] = (aliases, module, attribute)
         return tuple(
             ModelParameter(tuple(names), module, attribute)
             for names, module, attribute in found.values()

@@ -6,8 +6,7 @@ import re
 import reprlib
 from collections.abc import Iterable, Sequence
 
-LONGEST = 10_000
-"""Largest number of characters in one message."""
+LONGEST = 10_000  # characters in one message
 
 
 _brief = reprlib.Repr()

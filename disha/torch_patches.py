@@ -3,7 +3,8 @@
 The first injection calls `install`; importing changes nothing. An effective weight reaches these
 functions as W alone, so the adapter would not act, without a word:
 
-    autograd.function._SingleLevelFunction.apply   runs a custom function, with W and no gradient
+    autograd.function._SingleLevelFunction.apply   runs a custom function, with W and no gradient;
+                                                   since torch 2.15, `Function.apply`
     autograd.function.custom_function_call         does the same inside transforms of `torch.func`
     vmap._add_batch_dim                            wraps an argument of `torch.vmap`
     eager_transforms._wrap_for_grad                wraps an argument of `torch.func.grad` and `jvp`
@@ -39,8 +40,9 @@ def install() -> None:
 
 @functools.cache
 def _install() -> None:
-    # Not `Function.apply`, of which a module may have kept the original (`fused = Fused.apply`).
-    inner: Any = autograd._SingleLevelFunction
+    # Before torch 2.15, the base is changed: a module may have kept the other (`f = Fused.apply`).
+    in_python = hasattr(vars(autograd.Function)["apply"], "__func__")
+    inner: Any = autograd._SingleLevelFunction if in_python else autograd.Function
 
     def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
         return super(inner, cls).apply(*computed_inside(args), **computed_inside(kwargs))

@@ -301,6 +301,15 @@ class TestTraining:
         complete = torch.optim.SGD(disha.adapter_parameters(model))
         assert disha.check_adapters(model, tokens, optimizer=complete).ok
 
+    def test_adapter_parameters_of_a_whole_of_which_a_part_was_adapted(self):
+        whole = nn.ModuleDict({"embed": nn.Embedding(4, 4), "part": nn.Sequential(nn.Linear(4, 4))})
+        whole["part"].append(nn.Linear(4, 4, bias=False))
+        whole["part"][1].weight = whole["embed"].weight
+        disha.inject_adapters(whole["part"], "0", 2, also_train="1.weight")
+        trained = {id(p) for p in disha.adapter_parameters(whole)}
+        assert trained == {id(p) for p in whole["part"].parameters() if p.requires_grad}
+        assert id(whole["embed"].weight) in trained
+
     def test_adapter_parameters_of_one_and_of_all(self, model):
         disha.inject_adapters(model, "q_proj", 2, adapter="a")
         disha.inject_adapters(model, "head", 2, adapter="b")

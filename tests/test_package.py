@@ -162,5 +162,5 @@ def test_public_names_are_documented_with_each_argument(name):
     assert item.__doc__
     if inspect.isfunction(item):
         arguments = set(inspect.signature(item).parameters)
-        missing = [one for one in arguments if f"\n        {one}: " not in item.__doc__]
+        missing = [one for one in arguments if f"\n    {one}: " not in inspect.getdoc(item)]
         assert not missing

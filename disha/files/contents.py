@@ -298,7 +298,7 @@ def read_contents(
     path: Path, *, also_train: bool = True, layers: str | None = None
 ) -> tuple[AdapterFile, dict[str, Tensor]]:
     """Return an adapter of a file, or those of its layers whose names match; tensors are mapped."""
-    with opened(path) as file:
+    with torch.device("cpu"), opened(path) as file:  # old releases take the default device
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         header = described(path, (file.metadata() or {}).get(HEADER_KEY), tensors)
     kept = header.layers if layers is None else _chosen(header, layers)

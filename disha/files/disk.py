@@ -20,8 +20,7 @@ from disha.errors import AdapterFileError, AdapterIOError, ArgumentTypeError
 
 PathLike = str | os.PathLike[str]
 
-ADAPTER_NAME = "adapter.safetensors"
-"""The name of the adapter file in output folders and checkpoints."""
+ADAPTER_NAME = "adapter.safetensors"  # in output folders and checkpoints
 
 PICKLES = (b"PK\x03\x04", b"\x80")  # how the files of torch.save begin
 

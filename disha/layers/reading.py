@@ -52,8 +52,7 @@ def weight_property(original: type[nn.Module], name: str) -> property:
         if adapters is None:
             return base
         # Partly the same as `Adapters.acts`, but inline, because every forward runs this.
-        state = adapters.__dict__
-        if state["merged"] is not None:
+        if adapters.merged is not None:  # torch 2.15 compiles no guard for `__dict__["merged"]`
             return base
         compiling = is_compiling()
         if not compiling and sys._getframe(1).f_globals.get("__name__", "").startswith(WANT_BASE):
@@ -63,7 +62,7 @@ def weight_property(original: type[nn.Module], name: str) -> property:
         if routed:
             blocks = adapters.some(name)
         else:
-            blocks = state["live"].get(name) if acts is None else adapters.acting(name, acts)
+            blocks = adapters.live.get(name) if acts is None else adapters.acting(name, acts)
         if not blocks:
             return base
         try:
