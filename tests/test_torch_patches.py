@@ -8,6 +8,7 @@ import sys
 import threading
 
 import pytest
+import torch
 
 from disha import torch_patches
 
@@ -41,10 +42,11 @@ def changed(before, after):
 
 before = walk()
 """
+IN_PYTHON = hasattr(vars(torch.autograd.Function)["apply"], "__func__")  # before torch 2.15
 NAMES = [
     "torch._functorch.eager_transforms._wrap_for_grad",
     "torch._functorch.vmap._add_batch_dim",
-    "torch.autograd.function._SingleLevelFunction.apply",
+    f"torch.autograd.function.{'_SingleLevelFunction' if IN_PYTHON else 'Function'}.apply",
     "torch.autograd.function.custom_function_call",
 ]
 
