@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from types import MappingProxyType
 
 import pytest
@@ -268,6 +269,14 @@ class TestCompiled:
         assert torch.allclose(model(tokens), self.adapted()(tokens), atol=1e-6)
         disha.save_adapter(model, tmp_path / "compiled")
         self.assert_clean(tmp_path / "compiled")
+
+    def test_dropout_acts_in_training_only(self, wrap, tokens):
+        model = disha.inject_adapters(self.plain(), "attn", 2, dropout=0.5)
+        perturb(model)
+        plain, model = copy.deepcopy(model).eval(), wrap(model)
+        assert not torch.equal(model(tokens), model(tokens))
+        assert torch.allclose(model.eval()(tokens), plain(tokens), atol=1e-6)
+        assert not torch.equal(model.train()(tokens), plain(tokens))
 
     def test_after_injection(self, wrap, tokens, tmp_path):
         model = wrap(self.adapted())

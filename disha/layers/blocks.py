@@ -81,16 +81,16 @@ class Block(nn.Module):
 
     def update(self, on_meta: bool = False, group: Group | None = None) -> Update:
         """Return the update for products with the weight, with the current scale and dropout."""
-        own = self.__dict__
-        if type(own["_parameters"]) is not dict and is_partitioned(self.block):
+        # Attributes, not items of `__dict__`: torch 2.15 compiles no guards for those.
+        if type(self._parameters) is not dict and is_partitioned(self.block):
             # ZeRO-3 gathers parameters only where their own module runs.
             raise ModeError(
                 "an adapter can't act while DeepSpeed ZeRO-3 partitions its block, which it would "
                 "not gather for the weight's layer; use ZeRO-2 or fully_shard"
             )
         # A device hook (accelerate's) replaces forward, and loads the block to its device.
-        name = own["parameter_name"]
-        values = self._from_hook() if "forward" in own else own["_parameters"].get(name)
+        hooked = "forward" in self.__dict__
+        values = self._from_hook() if hooked else self._parameters.get(self.parameter_name)
         if values is None:
             raise ModeError(
                 "an adapter can't act while its block is part of a flat parameter; use "
@@ -103,13 +103,12 @@ class Block(nn.Module):
                 "load the block with the model. If accelerate has offloaded it, a hook of the "
                 "block must load it: inject first, then offload"
             )
-        dropout = own["dropout"] if own["training"] else 0.0
-        if group is None:
-            scale = own["scale"]
-        else:
-            tensor = own["_buffers"]["scale_tensor"]
-            scale = tensor * getattr(compiled, compiled.factor_name(group.name, tensor.device))
-        return Update(own["method"], values, scale, dropout, own["slot"].rows)
+        dropout = self.dropout if self.training else 0.0
+        scale: float | Tensor = self.scale
+        if group is not None:
+            name = compiled.factor_name(group.name, self.scale_tensor.device)
+            scale = self.scale_tensor * getattr(compiled, name)
+        return Update(self.method, values, scale, dropout, self.slot.rows)
 
     def _from_hook(self) -> Tensor:
         """Return the block after its device hook has loaded it."""
