@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import subprocess
 import sys
@@ -42,7 +43,7 @@ def changed(before, after):
 
 before = walk()
 """
-IN_PYTHON = hasattr(vars(torch.autograd.Function)["apply"], "__func__")  # before torch 2.15
+IN_PYTHON = "def apply(" in inspect.getsource(torch.autograd.Function)  # before torch 2.15
 NAMES = [
     "torch._functorch.eager_transforms._wrap_for_grad",
     "torch._functorch.vmap._add_batch_dim",
