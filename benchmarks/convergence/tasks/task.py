@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 IGNORED = -100
-"""The label of what is not scored."""
+"""The label of tokens that the loss leaves out."""
 AT_ONCE = 32
 
 
