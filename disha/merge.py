@@ -12,18 +12,18 @@ from contextlib import ExitStack
 import torch
 from torch import Tensor, nn
 
-from disha import running_statistics
+from disha import remembered
 from disha.control import checked_names
 from disha.errors import ArgumentError, MergeError
 from disha.functional.shards import without_autocast
 from disha.inject import check_removable, take_out
 from disha.layers.adapted import AdaptedLayer
-from disha.layers.adapters import Merged, Original
 from disha.layers.bitsandbytes import is_library_forward
-from disha.layers.blocks import Slot
+from disha.layers.blocks import Merged, Original, Slot
 from disha.layers.opaque import ROUNDED, quantisation_of, takes_dense
 from disha.layers.weights import merged_weight, offloading_hooks, stored_weight
-from disha.model import ModelView, all_or_nothing, join
+from disha.model import ModelView, all_or_nothing
+from disha.text import join
 
 
 def merge_adapters(
@@ -91,7 +91,7 @@ def merge_adapters(
         if unload:
             layers = [layer for _, layer in view.layers if layer.disha.is_dense]
             take_out(view, view.adapters, undo)
-            running_statistics.forget(view, undo)
+            remembered.forget_statistics(view.names, undo)
             for layer in layers:
                 _compute_densely(layer, undo)
 

@@ -15,11 +15,11 @@ from torch import nn
 
 from disha.contexts import OPEN, deciding
 from disha.errors import ArgumentError, ArgumentTypeError, ModeError, TargetError
-from disha.freezing import is_claimed
 from disha.layers.adapted import AdaptedLayer, refuse_merged
-from disha.layers.adapters import CHILD_NAME, Adapters
-from disha.layers.blocks import Block
+from disha.layers.blocks import CHILD_NAME, Adapters, Block
+from disha.remembered import is_claimed
 from disha.sharding import Ranks, imported_class, is_partitioned, is_sharded
+from disha.text import join
 
 
 class _Wrapper(NamedTuple):
@@ -56,11 +56,6 @@ def clean_key(key: str) -> str:
     added = {wrapper.child for wrapper in _WRAPPERS if wrapper.child != "module"}
     parts = [part for part in key.split(".") if part not in added]
     return ".".join(parts).removeprefix("module.")
-
-
-def join(prefix: str, name: str) -> str:
-    """Return `prefix.name`, or the one that is not empty."""
-    return f"{prefix}.{name}" if prefix and name else prefix or name
 
 
 class ModelBlock(NamedTuple):

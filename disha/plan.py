@@ -29,20 +29,19 @@ from disha.config import (
     matching,
 )
 from disha.errors import ArgumentError, ArgumentTypeError, TargetError
-from disha.freezing import is_claimed
 from disha.functional import Geometry, Update, layout_of, method_names, method_of
 from disha.functional.products import update_of_part
 from disha.layers.adapted import AdaptedLayer
-from disha.layers.adapters import check_adapter_name
 from disha.layers.bitsandbytes import parameter_count
-from disha.layers.blocks import Slot
+from disha.layers.blocks import Slot, check_adapter_name
 from disha.layers.kinds import declared_slots, matrix_parameters, slot_of
 from disha.layers.opaque import quantisation_of
 from disha.layers.weights import device_of_weight, read_weight, stored_weight, weight_shape
-from disha.model import ModelParameter, ModelView, join
+from disha.model import ModelParameter, ModelView
 from disha.records import LayerRecord
+from disha.remembered import is_claimed
 from disha.sharding import imported_class, is_partitioned, split_of
-from disha.text import WIDEST, brief, counted, first_few, grouped, printable, table
+from disha.text import WIDEST, brief, counted, first_few, grouped, join, printable, table
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

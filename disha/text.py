@@ -68,3 +68,8 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
         right = number > 0 and not any(re.search(r"[^\d.,-]", cell) for cell in column[1:])
         columns.append([cell.rjust(width) if right else cell.ljust(width) for cell in column])
     return "\n".join("  ".join(row).rstrip() for row in zip(*columns, strict=True))
+
+
+def join(prefix: str, name: str) -> str:
+    """Return `prefix.name`, or the one that is not empty."""
+    return f"{prefix}.{name}" if prefix and name else prefix or name

@@ -7,14 +7,13 @@ import torch
 from torch import nn
 
 import disha
-from disha import freezing
-from disha.layers.adapters import Adapters
-from disha.layers.blocks import Block
+from disha import remembered
+from disha.layers.blocks import Adapters, Block
 from tests.conftest import assert_unchanged, perturb, snapshot
 
 STEPS = [
     *((disha.inject, name) for name in ("make_block", "adapt", "restore", "_guard_encoders")),
-    *((freezing, name) for name in ("claim", "release", "set_requires_grad", "restore_flags")),
+    *((remembered, name) for name in ("claim", "release", "set_requires_grad", "restore_flags")),
     *((Adapters, name) for name in ("__init__", "add", "discard", "activate")),
     *((Block, name) for name in ("reconfigure", "set_scale", "update")),
     *((disha.merge, name) for name in ("_replace", "_note_merged", "_merged", "_restored")),

@@ -7,7 +7,7 @@ import torch
 
 from disha import AdapterConfig, ArgumentError, ArgumentTypeError, DishaError
 from disha.functional import method_names
-from disha.layers.adapters import Adapters, check_adapter_name
+from disha.layers.blocks import Adapters, check_adapter_name
 
 FULL = AdapterConfig(
     r=4,

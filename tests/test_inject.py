@@ -8,7 +8,7 @@ from torch import nn
 
 import disha
 from disha import ArgumentError, ArgumentTypeError, DishaError, MergeError, TargetError
-from disha.layers.classes import AdaptedLinear
+from disha.layers.adapted import AdaptedLinear
 from tests.conftest import Attention, Layered, Shared, Tied, assert_unchanged, perturb, snapshot
 
 

@@ -14,7 +14,7 @@ from torch import nn
 
 import disha
 from disha import BatLinear, BoneLinear, DishaError, MergeError
-from disha.layers.classes import AdaptedLinear
+from disha.layers.adapted import AdaptedLinear
 from tests import reference
 
 KINDS = ("bone", "tile", "bat")

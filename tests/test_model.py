@@ -9,7 +9,8 @@ from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 import disha
-from disha.model import ModelView, clean_key, join
+from disha.model import ModelView, clean_key
+from disha.text import join
 from tests.conftest import Shared
 
 

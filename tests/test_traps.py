@@ -511,14 +511,14 @@ def test_flags_that_can_not_be_set_undo_the_injection(monkeypatch):
     disha.inject_adapters(model, "v_proj", 2, adapter="a", also_train="norm.bias")
     model.head.weight.requires_grad_(True)
     before = snapshot(model)
-    set_flag = disha.freezing.set_requires_grad
+    set_flag = disha.remembered.set_requires_grad
 
     def fail_at_the_head(module, name, flag):
         if module is model.head:
             raise RuntimeError("refused")
         set_flag(module, name, flag)
 
-    monkeypatch.setattr(disha.freezing, "set_requires_grad", fail_at_the_head)
+    monkeypatch.setattr(disha.remembered, "set_requires_grad", fail_at_the_head)
     with pytest.raises(RuntimeError, match="refused"):
         disha.inject_adapters(model, "q_proj", 2, adapter="b", also_train=r"norm\.weight")
     monkeypatch.undo()

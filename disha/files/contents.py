@@ -13,7 +13,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from disha import running_statistics
+from disha import remembered
 from disha.config import check_dtype, compile_regex
 from disha.errors import (
     AdapterFileError,
@@ -24,18 +24,17 @@ from disha.errors import (
 )
 from disha.files.disk import PathLike, file_at, opened, save_tensors
 from disha.files.header import HEADER_KEY, AdapterFile, AdapterHeader, described, encoded
-from disha.fingerprint import fingerprint, same_base
 from disha.functional import METHODS
 from disha.inject import apply_plan
-from disha.layers.adapters import check_adapter_name
+from disha.layers.blocks import check_adapter_name
 from disha.layers.opaque import quantisation_of
 from disha.layers.weights import base_of, geometry_of, stored_weight
-from disha.model import ModelBlock, ModelView, all_or_nothing, join
+from disha.model import ModelBlock, ModelView, all_or_nothing
 from disha.plan import Plan, plan_weights
-from disha.records import LayerRecord, records_of
+from disha.records import LayerRecord, fingerprint, records_of, same_base
 from disha.sharding import gathered, write
 from disha.state import LoadReport, adapter_tensors, check_fit, finite_as
-from disha.text import counted, first_few, printable
+from disha.text import counted, first_few, join, printable
 
 Source = Path | str  # where an adapter came from, for errors
 
@@ -404,7 +403,7 @@ def load_contents(
                 incoming = _as_wide_as_the_model(incoming)
             else:
                 apply_plan(view, _planned(incoming, dtype, freeze), undo, activate=activate)
-            targets = running_statistics.statistics(view) | adapter_tensors(view, adapter)
+            targets = remembered.statistics(view.names) | adapter_tensors(view, adapter)
             _check_fits(incoming, targets, _differences(incoming) if taken else [])
         new = set() if taken else {layer.key for layer in header.layers}  # these have their values
         for key, own in keys.items():
@@ -447,7 +446,7 @@ def _model_keys(view: ModelView, source: Source, header: AdapterHeader) -> dict[
 
 def _planned(incoming: _Incoming, dtype: torch.dtype | None, freeze: bool) -> Plan:
     view, header = incoming.view, incoming.header
-    statistics = running_statistics.statistics(view)
+    statistics = remembered.statistics(view.names)
     beside = [key for key in header.also_train if incoming.keys[key] not in statistics]
     contents = (header.config, header.layers, incoming.tensors, beside)
     try:
@@ -498,7 +497,7 @@ def _check_fits(
 
 def _forget_the_rest(incoming: _Incoming, undo: ExitStack) -> None:
     """Give the base's values to the statistics and layers that the adapter lacks."""
-    running_statistics.put_back(incoming.view, undo, incoming.values)
+    remembered.put_back_statistics(incoming.view.names, undo, incoming.values)
     loaded = {one.block for one, _ in incoming.layers()}
     for *_, block in incoming.view.require(incoming.adapter):
         if block not in loaded:

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 import disha
 from disha.errors import ArgumentError, ArgumentTypeError
 from disha.files.contents import adapter_contents, load_contents
-from disha.freezing import is_claimed
 from disha.integrations.transformers import refuse_adapted_head
 from disha.model import ModelView
+from disha.remembered import is_claimed
 
 __all__ = ["DPOTrainer", "GRPOTrainer"]
 

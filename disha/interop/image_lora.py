@@ -33,7 +33,7 @@ from disha.interop.low_rank import (
     low_rank_updates,
 )
 from disha.interop.peft_format import obstacles, refuse_to_write
-from disha.layers.adapters import original_class
+from disha.layers.blocks import original_class
 from disha.model import ModelView
 from disha.state import LoadReport
 

@@ -54,10 +54,11 @@ from disha.interop.peft_format import (
     without_buffers,
     write_peft_files,
 )
-from disha.layers.adapters import original_class
+from disha.layers.blocks import original_class
 from disha.layers.kinds import declared_slots
-from disha.model import ModelView, join
+from disha.model import ModelView
 from disha.state import LoadReport
+from disha.text import join
 
 __all__ = ["export", "export_tensors", "load"]
 

@@ -39,12 +39,12 @@ from disha.interop.peft_format import (
     without_buffers,
     write_peft_files,
 )
-from disha.layers.adapters import check_adapter_name, original_class
-from disha.model import ModelView, join
+from disha.layers.blocks import check_adapter_name, original_class
+from disha.model import ModelView
 from disha.records import LayerRecord, records_of
-from disha.running_statistics import statistics
+from disha.remembered import statistics
 from disha.state import LoadReport
-from disha.text import brief
+from disha.text import brief, join
 
 __all__ = ["export", "load"]
 
@@ -216,7 +216,9 @@ def _shapes(view: ModelView, names: Sequence[str]) -> Shapes:
         for name, module in view.modules.items()
         if isinstance(module, nn.Linear)
     }
-    known = {name: one.value for name, one in view.parameters_by_name.items()} | statistics(view)
+    known = {name: one.value for name, one in view.parameters_by_name.items()} | statistics(
+        view.names
+    )
     others = {name: known[name].shape for name in names if name in known and name not in linear}
     return linear | {name: tuple(shape) for name, shape in others.items()}
 

@@ -22,13 +22,13 @@ from torch import Tensor, nn
 from disha.errors import AdapterFileError, AdapterIOError, ArgumentError, ConversionError
 from disha.files.contents import Contents, narrowed
 from disha.files.disk import PathLike, checked_path, save, save_tensors
-from disha.layers.adapters import original_class
 from disha.layers.bitsandbytes import is_library_forward
+from disha.layers.blocks import original_class
 from disha.layers.kinds import FOREIGN_KINDS, LAYER_KINDS
-from disha.model import ModelView, join
-from disha.running_statistics import statistics
+from disha.model import ModelView
+from disha.remembered import statistics
 from disha.sharding import gathered
-from disha.text import first_few
+from disha.text import first_few, join
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -323,7 +323,7 @@ def without_buffers(
     }
     problems = [
         f"{name}: this buffer differs from the model's; copy it into the model first"
-        for name in buffers.keys() - equal - statistics(view).keys()
+        for name in buffers.keys() - equal - statistics(view.names).keys()
     ]
     refuse_to_load(path, problems)
     return {name: tensor for name, tensor in tensors.items() if name not in equal}

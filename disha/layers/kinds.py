@@ -14,8 +14,7 @@ from torch.nn.parameter import UninitializedParameter
 from disha.config import BLOCK_DTYPES
 from disha.errors import ArgumentTypeError
 from disha.functional import Layout, layout_of
-from disha.layers.adapters import original_class
-from disha.layers.blocks import Slot
+from disha.layers.blocks import Slot, original_class
 from disha.layers.opaque import opaque_slot
 
 Kind = Callable[[Any], Iterable[Slot]]

@@ -9,12 +9,11 @@ from torch import nn
 
 from disha.config import AdapterConfig
 from disha.errors import ArgumentError, ArgumentTypeError
-from disha.freezing import set_requires_grad
 from disha.functional import layout_of
-from disha.layers.adapters import CHILD_NAME, Adapters, check_adapter_name
-from disha.layers.blocks import Slot
-from disha.layers.classes import AdaptedLinear
+from disha.layers.adapted import AdaptedLinear
+from disha.layers.blocks import CHILD_NAME, Adapters, Slot, check_adapter_name
 from disha.layers.weights import make_block
+from disha.remembered import set_requires_grad
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

@@ -22,8 +22,7 @@ from disha.errors import ArgumentError
 from disha.functional import Layout, Method, Update, method_names
 from disha.functional.products import update_product
 from disha.layers import bitsandbytes
-from disha.layers.adapters import CHILD_NAME, Adapters, original_class
-from disha.layers.blocks import Slot
+from disha.layers.blocks import CHILD_NAME, Adapters, Slot, original_class
 from disha.routing import Route
 from disha.sharding import imported_class
 
@@ -222,6 +221,13 @@ def attach_hook(module: nn.Module) -> None:
     """Make a module add the updates of its adapters to its output, before other hooks see it."""
     bitsandbytes.refuse_repacked(_own_weight(module))
     module.register_forward_hook(add_updates, with_kwargs=True, prepend=True)
+
+
+def remove_hook(module: nn.Module, hook: Callable[..., Any]) -> None:
+    """Remove a forward hook, also from a copy of the module, for which there is no handle."""
+    for number in [n for n, own in module._forward_hooks.items() if own is hook]:
+        del module._forward_hooks[number]
+        module._forward_hooks_with_kwargs.pop(number, None)
 
 
 def add_updates(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:

@@ -21,8 +21,7 @@ from disha.effective import (
 )
 from disha.errors import ModeError
 from disha.functional import adapted_linear
-from disha.layers.adapters import CHILD_NAME, Adapters
-from disha.layers.blocks import Block
+from disha.layers.blocks import CHILD_NAME, Adapters, Block
 from disha.layers.weights import base_reader
 from disha.routing import Route
 from disha.sharding import is_sharded, split_of

@@ -14,8 +14,7 @@ from disha.config import AdapterConfig
 from disha.functional import Geometry, method_of
 from disha.functional.shards import merge_dtype
 from disha.layers import opaque
-from disha.layers.adapters import CHILD_NAME, Adapters, Merged, original_class
-from disha.layers.blocks import Block, Slot
+from disha.layers.blocks import CHILD_NAME, Adapters, Block, Merged, Slot, original_class
 from disha.sharding import split_of
 
 

@@ -38,7 +38,7 @@ from disha import (
     MergeError,
     TargetError,
 )
-from disha.fingerprint import fingerprint
+from disha.records import fingerprint
 from tests.conftest import perturb
 from tests.distributed.harness import (
     ADAPTERS,

@@ -87,7 +87,7 @@ ADAPTED = {
 }
 FRESH = f"""
 import torch, disha
-from tests.test_running_statistics import inputs_of, made
+from tests.test_remembered import inputs_of, made
 for name in {[*ADAPTED]}:
     model = made(name)
     model.load_state_dict(torch.load(f"{{name}}.pt"))
