@@ -305,13 +305,7 @@ def plan_injection(
         also_train=_also_trained(view, config) if config.also_train else (),
         skipped=(*skipped, *unfit),
         unknown=tuple([one for one in known if one.slot is None and one.attribute]),
-        convolutions=_convolutions(known, config.method) if target == ALL_LINEAR else (),
     )
-
-
-def _convolutions(known: list[PlannedLayer], method: str) -> tuple[str, ...]:
-    kernels = [one for one in known if one.slot is not None and one.slot.layout.has_kernel]
-    return tuple([one.name for one in kernels if _reason_against(one, method) is None])
 
 
 def _layers_of(view: ModelView, config: AdapterConfig) -> list[PlannedLayer]:
@@ -582,7 +576,9 @@ def _selected(
 
 def _all_linear(view: ModelView, known: list[PlannedLayer]) -> list[PlannedLayer]:
     """Return the linear weights, without output heads that are tied to an embedding."""
-    added, tables, linear = _modules_added_by_peft(view), set(), []
+    tuner = imported_class("peft.tuners.tuners_utils", "BaseTunerLayer")
+    added = set() if tuner is None else _modules_added_by_peft(view, tuner)
+    tables, linear = set(), []
     for one in known:
         if isinstance(one.module, (nn.Embedding, nn.EmbeddingBag)):
             tables.add(id(one.module._parameters.get(one.attribute)))
@@ -594,13 +590,12 @@ def _all_linear(view: ModelView, known: list[PlannedLayer]) -> list[PlannedLayer
     return [one for one in linear if id(one.module._parameters.get(one.attribute)) not in tables]
 
 
-def _modules_added_by_peft(view: ModelView) -> set[nn.Module]:
+def _modules_added_by_peft(view: ModelView, tuner: type) -> set[nn.Module]:
     """Return the modules that PEFT has added beside the layers that it adapts."""
-    tuner = imported_class("peft.tuners.tuners_utils", "BaseTunerLayer")
     return {
         own
         for module in view.names
-        if tuner is not None and isinstance(module, tuner)
+        if isinstance(module, tuner)
         for own, name in view.inside(module).items()
         if name.split(".")[0] not in ("", "base_layer")
     }
@@ -670,7 +665,10 @@ def _reason_against_training(one: ModelParameter) -> str | None:
 
 
 def _counted(view: ModelView, plan: Plan) -> Plan:
-    """Return a plan with what only its reader needs: numbers of parameters, and tied names."""
+    """Return a plan with what only its reader needs: convolutions, tied names, and numbers."""
+    known = _layers_of(view, plan.config) if plan.config.target == ALL_LINEAR else ()
+    kernels = [one for one in known if one.slot is not None and one.slot.layout.has_kernel]
+    left_out = [one.name for one in kernels if _reason_against(one, plan.config.method) is None]
     planned = {id(layer.module._parameters.get(layer.attribute)) for layer in plan.layers}
     shared = (one for one in view.parameters if len(one.names) > 1)
     tied = tuple(one.names for one in shared if id(one.value) in planned)
@@ -683,4 +681,5 @@ def _counted(view: ModelView, plan: Plan) -> Plan:
             if one.name in plan.also_train or (stays and one.value.requires_grad):
                 trained.append(one.value)
     trainable, total = (plan.added + sum(map(parameter_count, some)) for some in (trained, present))
-    return replace(plan, tied=tied, trainable=trainable, total=total)
+    found = replace(plan, convolutions=tuple(left_out), tied=tied)
+    return replace(found, trainable=trainable, total=total)

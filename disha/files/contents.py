@@ -27,8 +27,7 @@ from disha.files.header import HEADER_KEY, AdapterFile, AdapterHeader, described
 from disha.functional import METHODS
 from disha.inject import apply_plan
 from disha.layers.blocks import check_adapter_name
-from disha.layers.opaque import quantisation_of
-from disha.layers.weights import base_of, geometry_of, stored_weight
+from disha.layers.weights import base_of, geometry_of
 from disha.model import ModelBlock, ModelView, all_or_nothing
 from disha.plan import Plan, plan_weights
 from disha.records import LayerRecord, fingerprint, records_of, same_base
@@ -249,7 +248,7 @@ def _record(one: ModelBlock, *, base: bool) -> LayerRecord:
         name=one.name,
         method=block.method.name,
         r=block.r,
-        r_out=block.r_out,
+        r_out=block.config.r_out,
         in_features=geometry.in_features,
         out_features=geometry.out_features,
         scale=block.scale,
@@ -262,8 +261,7 @@ def _record(one: ModelBlock, *, base: bool) -> LayerRecord:
 def _base_fingerprint(one: ModelBlock) -> str | None:
     """Return the fingerprint of an adapted weight's original, or None if it is quantised."""
     slot = one.block.slot
-    # Its values depend on how it is quantised, but an adapter fits all ways.
-    if quantisation_of(one.layer, stored_weight(one.layer, slot.parameter)) is not None:
+    if slot.opaque:  # its values depend on how it is quantised, but an adapter fits all ways
         return None
     return fingerprint(slot.layout.part(base_of(one.layer, slot), slot.rows))
 

@@ -28,11 +28,8 @@ def slot_of(parameter: str, layout: Layout) -> Slot:
 
 def _declared(layouts: Mapping[str, Layout]) -> Kind:
     """Return the kind of modules that have these parameters."""
-
-    def kind(module: nn.Module) -> list[Slot]:
-        return [slot_of(name, layout) for name, layout in layouts.items()]
-
-    return kind
+    slots = [slot_of(name, layout) for name, layout in layouts.items()]
+    return lambda module: slots
 
 
 def _embedding(module: Any) -> list[Slot]:

@@ -114,17 +114,17 @@ def make_block(
     values: Tensor | None = None,
 ) -> Block:
     """Return a new block for a weight, on its device, with copied values or those of `init`."""
-    shape = method_of(config.method).block_shape(
-        slot.layout, weight_shape(module, slot), r, config.r_out, slot.rows
-    )
-    split = None
-    if slot.opaque:  # never read
-        device, own = opaque.device_of(module), torch.float32
+    weight = None if slot.opaque else read_weight(module, slot.parameter)
+    device = opaque.device_of(module) if weight is None else device_of_weight(module, weight)
+    split = split_of(weight)
+    if values is not None:
+        shape, dtype = tuple(values.shape), values.dtype
     else:
-        weight = read_weight(module, slot.parameter)
-        split = split_of(weight)
-        device, own = device_of_weight(module, weight), merge_dtype(weight.dtype)
-    dtype = (config.dtype or own) if values is None else values.dtype
+        shape = method_of(config.method).block_shape(
+            slot.layout, weight_shape(module, slot), r, config.r_out, slot.rows
+        )
+        own = torch.float32 if weight is None else merge_dtype(weight.dtype)
+        dtype = config.dtype or own
     block = Block(shape, slot=slot, config=config, r=r, device=device, dtype=dtype, split=split)
     if values is None:
         block.reset_parameters()
