@@ -222,6 +222,11 @@ class TestBatProduct:
         assert used == 1
         assert output.dtype == torch.bfloat16
 
+    @pytest.mark.parametrize("sizes", SIZES, ids=str)
+    def test_as_compiled_code_computes_it(self, monkeypatch, sizes):
+        monkeypatch.setattr("disha.functional.bat.is_compiling", lambda: True)
+        check("bat", case_of("bat", sizes), 0.5)
+
     @pytest.mark.parametrize("why", ["weight trains", "other dtype", "transform"])
     def test_plain(self, monkeypatch, why):
         x, weight, bias, block = case_of("bat", (8, 12, 4, 3))

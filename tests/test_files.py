@@ -183,6 +183,24 @@ class TestOtherNames:
         x = torch.randn(3, 6)
         assert torch.equal(other(x), model(x))
 
+    def test_a_module_inside_a_shared_one_is_found_too(self, path):
+        def model(*names):
+            torch.manual_seed(0)
+            inner = nn.Sequential(nn.LSTM(6, 6), nn.BatchNorm1d(6))
+            return nn.ModuleDict({name: nn.Sequential(inner) for name in names})
+
+        saved = disha.inject_adapters(
+            model("b", "a"), "lstm|0.0$", 2, also_train="1.bias", init="kaiming"
+        )
+        saved["a"][0][1](torch.randn(4, 6))  # which changes the running statistics
+        disha.save_adapter(saved, path)
+        other = model("a", "b")
+        report = disha.load_adapter(other, path)
+        assert {key.partition(".")[0] for key in report.matched} == {"a"}
+        state = saved["a"].state_dict()
+        for key, value in other["a"].state_dict().items():
+            assert torch.equal(value, state[key]), key
+
     @pytest.mark.parametrize("replacing", [False, True])
     @pytest.mark.parametrize(
         ("target", "beside", "keys"),
@@ -214,7 +232,13 @@ class TestContents:
         before = snapshot(model)
         with pytest.raises(AdapterFileError, match=r"(?s)^elsewhere.* does not fit .*head"):
             load_contents(
-                ModelView(model), "elsewhere", header, tensors, replace=replacing, freeze=True
+                ModelView(model),
+                "elsewhere",
+                header,
+                tensors,
+                "default",
+                replace=replacing,
+                freeze=True,
             )
         assert_unchanged(model, before)
 
@@ -230,6 +254,12 @@ class TestContents:
         assert list(blocks) == list(without.tensors) == keys
         assert all(blocks[key] is tensors[key] for key in keys)
 
+    def test_they_act_at_once(self):
+        model = base()
+        contents = adapter_contents(ModelView(trained()))
+        load_contents(ModelView(model), "elsewhere", *contents, "new", freeze=True)
+        assert model.head.disha.active == ("new",)
+
     def test_some_layers_are_read(self, saved):
         _, path = saved
         described, tensors = read_contents(path, layers="head", also_train=False)
@@ -242,11 +272,20 @@ class TestContents:
         model = trained(also_train=None)
         found = {layer.key: tensors[layer.key] for layer in some.layers}
         load_contents(
-            ModelView(model), "elsewhere", some, found, replace=True, partial=True, freeze=True
+            ModelView(model),
+            "elsewhere",
+            some,
+            found,
+            "default",
+            replace=True,
+            partial=True,
+            freeze=True,
         )
         first = adapter_tensors(ModelView(model), "default")[header.layers[0].key]
         assert torch.equal(first, tensors[header.layers[0].key])
-        load_contents(ModelView(model), "elsewhere", some, found, replace=True, freeze=True)
+        load_contents(
+            ModelView(model), "elsewhere", some, found, "default", replace=True, freeze=True
+        )
         assert not first.any()
 
     @pytest.mark.parametrize(
@@ -573,7 +612,9 @@ class TestFingerprint:
         header = replace(header, layers=(replace(first, base=None), *others))
         torch.manual_seed(1)
         with pytest.warns(AdapterFileWarning, match="4 of 4 layers"):
-            load_contents(ModelView(Layered()), "elsewhere", header, tensors, freeze=True)
+            load_contents(
+                ModelView(Layered()), "elsewhere", header, tensors, "default", freeze=True
+            )
 
     @pytest.mark.parametrize("replacing", [False, True])
     def test_a_warning_that_is_made_an_error_leaves_the_model_as_it_was(self, saved, replacing):

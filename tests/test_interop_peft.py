@@ -666,7 +666,7 @@ def test_contents_go_into_models_as_folders_do(folder):
     shapes = {name: tuple(p.shape) for name, p in net().named_parameters()}
     header, tensors = read_folder(folder, shapes, also_train=False)
     one, other = net(), net()
-    load_contents(ModelView(one), folder, header, tensors, freeze=True)
+    load_contents(ModelView(one), folder, header, tensors, "default", freeze=True)
     load(other, folder, also_train=False)
     close(output(one, net), output(other, net))
 

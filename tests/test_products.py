@@ -10,6 +10,7 @@ from disha import functional
 from disha.functional import Layout, Update, method_of
 from disha.functional.bone import bone_delta, routed_bone_delta
 from tests import reference
+from tests.test_adapted_linear import kept_by
 
 MATRIX, STACK, INDEX = Layout("out in"), Layout("expert out in"), Layout("index out")
 SIZES = {"bone": ("bone", 3, None), "tile": ("bone", 3, 2), "bat": ("bat", 4, None)}
@@ -229,6 +230,15 @@ def test_a_product_of_stacks_broadcasts(kinds, count, sizes):
         expected = expected + x @ dense(update, STACK, weight).mT
     found = functional.adapted_stack(x, weight, updates)
     check(found, expected, [x, *[update.block for update in updates]])
+
+
+def test_one_input_of_all_matrices_keeps_no_dense_weight_for_backward():
+    x, weight = torch.randn(1, 2, 7), torch.randn(4, 6, 7)
+    update = make_update("bat", STACK, weight)
+    update = update._replace(block=update.block.detach().float().requires_grad_())
+    kept = kept_by(lambda: functional.adapted_stack(x, weight, [update, update]))
+    own = {one.untyped_storage().data_ptr() for one in (x, weight)}
+    assert max(size for key, size in kept.items() if key not in own) < weight.nbytes / 4
 
 
 @pytest.mark.parametrize("count", [1, 3])

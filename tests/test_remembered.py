@@ -176,3 +176,14 @@ def test_also_train_false_leaves_them_out(tmp_path):
     model = small()
     disha.load_adapter(model, tmp_path / "a.safetensors", also_train=False)
     assert torch.equal(model[1].running_mean, torch.zeros(4))
+
+
+def test_buffers_that_no_state_dict_has_stay_out():
+    norm = nn.BatchNorm1d(3)
+    norm.register_buffer("scratch", torch.zeros(2), persistent=False)
+    norm.register_buffer("absent", None)
+    model = adapted(nn.Sequential(nn.Linear(4, 3), norm))
+    model(torch.randn(5, 4))
+    norm.scratch += 1
+    beside = {key for key in disha.adapter_state_dict(model) if "block" not in key}
+    assert beside == {f"1.{name}" for name in nn.BatchNorm1d(3)._buffers}

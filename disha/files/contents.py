@@ -370,7 +370,7 @@ def load_contents(
     source: Source,
     header: AdapterHeader,
     tensors: Mapping[str, Tensor],
-    adapter: str = "default",
+    adapter: str,
     *,
     replace: bool = False,
     partial: bool = False,
