@@ -76,8 +76,8 @@ class LayerRecord:
     def reason_against_block(self, block: tuple[int, ...]) -> str | None:
         """Return why a block of that shape can't be this layer's, or None if it can."""
         layout, r, r_out = self.layout, self.r, self.r_out
-        axes = 2 if layout.has_kernel else METHODS[self.method].block_axes
-        weight = self.weight_shape(block) if len(block) >= axes else ()
+        has_axes = len(block) >= METHODS[self.method].block_axes
+        weight = self.weight_shape(block) if has_axes else ()
         if layout.reason_against_shape(weight) is not None:
             return f"a block of shape {block} does not fit the layout {layout.pattern!r}"
         reason = layout.reason_against(self.geometry(block), r, r_out)
@@ -124,11 +124,7 @@ def fingerprint(weight: Tensor) -> str | None:
     count = min(SAMPLES, whole.numel())
     positions = torch.arange(count, device=whole.device)
     positions = positions * (whole.numel() - 1) // max(count - 1, 1)
-    indices: list[Tensor] = []
-    for size in reversed(whole.shape):
-        indices.insert(0, positions % size)
-        positions = positions // size
-    values = whole[tuple(indices)].cpu()  # not torch.take, which lacks the dtypes of 8 bits
+    values = whole.reshape(-1)[positions].cpu()
     digests = []
     for rounded in (values.to(torch.bfloat16), values.to(torch.float16).to(torch.bfloat16)):
         digest = hashlib.sha256(str(tuple(weight.shape)).encode())
