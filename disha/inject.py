@@ -116,7 +116,6 @@ def _warn_of_skipped(plan: Plan) -> None:
         warnings.warn(
             f"the target also selects {counted(len(weights), 'weight')} that can't be adapted: "
             f"{first_few(weights, 5, '; ')}. To leave them out without a warning, pass exclude=",
-            UserWarning,
             stacklevel=3,
         )
 
@@ -205,7 +204,7 @@ def remove_adapters(model: nn.Module, adapter: str | None = None) -> nn.Module:
         take_out(view, removed, undo)
         if not view.layers:
             remembered.put_back_statistics(view.names, undo)
-            remembered.forget_statistics(view.names, undo)
+            remembered.forget_statistics(view.names)
     return model
 
 

@@ -91,9 +91,9 @@ def merge_adapters(
         if unload:
             layers = [layer for _, layer in view.layers if layer.disha.is_dense]
             take_out(view, view.adapters, undo)
-            remembered.forget_statistics(view.names, undo)
             for layer in layers:
                 _compute_densely(layer, undo)
+            remembered.forget_statistics(view.names)
 
 
 def _compute_densely(layer: nn.Module, undo: ExitStack) -> None:

@@ -87,8 +87,8 @@ def claim(module: nn.Module, adapter: str, name: str, flag_without: bool) -> Non
 
 def release(module: nn.Module, adapter: str) -> None:
     """Stop training the module's parameters that an adapter claims, and forget the claims."""
-    flags = attributes_of(module).get(_FLAGS, {})
     for name in claimed(module, adapter):
+        flags = attributes_of(module)[_FLAGS]
         flag = flags[name]
         flags[name] = _Flag(flag.first)
         set_requires_grad(module, name, flag.without)
@@ -146,12 +146,10 @@ def put_back_statistics(names: Names, undo: ExitStack, but: Container[str] = ())
             write(now, former, undo)
 
 
-def forget_statistics(modules: Iterable[nn.Module], undo: ExitStack) -> None:
-    """Drop the kept values."""
+def forget_statistics(modules: Iterable[nn.Module]) -> None:
+    """Drop the kept values: the last step of an operation, which nothing has to undo."""
     for module in modules:
-        attributes = attributes_of(module)
-        if _STATISTICS in attributes:
-            undo.callback(attributes.__setitem__, _STATISTICS, attributes.pop(_STATISTICS))
+        attributes_of(module).pop(_STATISTICS, None)
 
 
 def _statistics_of(module: nn.Module) -> dict[str, Tensor]:
