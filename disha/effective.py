@@ -414,9 +414,9 @@ def _unbind(weight: Any, dim: int = 0) -> Any:
         return NotImplemented
     if weight.routed is not None or not weight.updates:
         return tuple(_item(weight, index) for index in range(weight.base.shape[0]))
-    each = zip(*(update.each() for update in weight.updates), strict=True)
+    each = zip(*(update.each() for update in weight.updates))
     item, bases = layout.of_one_expert(), weight.base.unbind(0)
-    return tuple(effective(base, item, own) for base, own in zip(bases, each, strict=True))
+    return tuple(effective(base, item, own) for base, own in zip(bases, each))
 
 
 @rule("index_select select")
@@ -634,7 +634,7 @@ def _attention(
         if parts is NotImplemented:  # a block across the borders of q, k and v can't be split
             parts = torch.chunk(computed(in_proj_weight), 3)
         names = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
-        kwargs |= {"use_separate_proj_weight": True, **dict(zip(names, parts, strict=True))}
+        kwargs |= {"use_separate_proj_weight": True, **dict(zip(names, parts))}
         in_proj_weight = None
     args = (embed_dim_to_check, num_heads, in_proj_weight, *args)
     if any(getattr(value, "routed", None) for value in (*args, *kwargs.values())):
@@ -760,7 +760,7 @@ def _sources(written: Any, *sources: Any) -> tuple[Any, ...]:
 
 def _same_blocks(one: EffectiveWeight, other: EffectiveWeight) -> bool:
     """Whether two effective weights have the updates of the same blocks."""
-    pairs = zip(one.updates, other.updates, strict=False)
+    pairs = zip(one.updates, other.updates)
     same = all(a.block.is_set_to(b.block) for a, b in pairs)
     return same and len(one.updates) == len(other.updates)
 

@@ -114,7 +114,7 @@ def _local_ranges(tensor: Any, coordinates: Sequence[int] | None = None) -> list
     mesh = tensor.device_mesh
     coordinates = mesh.get_coordinate() if coordinates is None else coordinates
     ranges = [(0, size) for size in tensor.shape]
-    for dim, (coordinate, placement) in enumerate(zip(coordinates, tensor.placements, strict=True)):
+    for dim, (coordinate, placement) in enumerate(zip(coordinates, tensor.placements)):
         if placement.is_shard():
             start, stop = ranges[placement.dim]
             step = -(-(stop - start) // mesh.size(dim))

@@ -216,7 +216,7 @@ def _under_model_keys(
                 "leave out one of them"
             )
         given[own] = key
-    return dict(zip(given, state.values(), strict=True))
+    return dict(zip(given, state.values()))
 
 
 def check_fit(expected: Mapping[str, Tensor], found: Mapping[str, object]) -> LoadReport:

@@ -63,11 +63,11 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     """Return a table with aligned columns: numbers to the right, everything else to the left."""
     cells = [[printable(str(cell), WIDEST) for cell in row] for row in rows]
     columns = []
-    for number, column in enumerate(zip(header, *cells, strict=True)):
+    for number, column in enumerate(zip(header, *cells)):
         width = max(map(len, column))
         right = number > 0 and not any(re.search(r"[^\d.,-]", cell) for cell in column[1:])
         columns.append([cell.rjust(width) if right else cell.ljust(width) for cell in column])
-    return "\n".join("  ".join(row).rstrip() for row in zip(*columns, strict=True))
+    return "\n".join("  ".join(row).rstrip() for row in zip(*columns))
 
 
 def join(prefix: str, name: str) -> str:

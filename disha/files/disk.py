@@ -35,7 +35,7 @@ def checked_path(path: object) -> Path:
 def file_at(path: PathLike) -> Path:
     """Return the path of an adapter file; a folder stands for the file of the usual name in it."""
     found = checked_path(path)
-    is_folder = os.fspath(path).endswith(("/", os.sep)) or os.path.isdir(found)
+    is_folder = not os.path.basename(path) or os.path.isdir(found)  # no name after the last slash
     return found / ADAPTER_NAME if is_folder else found
 
 

@@ -141,8 +141,8 @@ class Layout:
 
     def reason_against_shape(self, shape: Sequence[int]) -> str | None:
         """Return why a weight of a shape can't have this layout, or None if it can."""
-        axes, kernel = len(self.axes), self.has_kernel
-        if len(shape) == axes or (kernel and len(shape) > axes):
+        more = len(shape) - len(self.axes)
+        if more >= 0 if self.has_kernel else more == 0:
             if self.pattern != "in out *kernel" or shape[0] % self.groups == 0:
                 return None
             return f"{self.groups} groups do not divide its {shape[0]} input channels"

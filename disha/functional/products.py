@@ -267,11 +267,11 @@ def update_of_part(
     update: Update, layout: Layout, shape: Sequence[int], part: Sequence[tuple[int, int]]
 ) -> list[Update] | None:
     """Return the updates of a part of a weight, or None if a block can't be cut there."""
-    ends = dict(zip(layout.axes, zip(part, shape, strict=True), strict=False))
-    cut = {axis: own for axis, (own, size) in ends.items() if own != (0, size)}
+    whole = [(0, size) for size in shape]
     if layout.has_kernel:
-        whole = all(own == (0, size) for own, size in zip(part, shape, strict=True))
-        return [update] if whole else None
+        return [update] if list(part) == whole else None
+    axes = zip(layout.axes, part, whole)
+    cut = {axis: own for axis, own, all_of_it in axes if own != all_of_it}
     if "expert" in cut:
         update = update.at(slice(*cut["expert"]))
     geometry = layout.geometry(shape)
@@ -435,8 +435,8 @@ def adapted_stack(x: Tensor, weight: Tensor, updates: Sequence[Update]) -> Tenso
             return output
     if each_has_one and not is_compiling():
         # One matrix at a time saves no dense weight for backward.
-        each = zip(*(update.each() for update in updates), strict=True)
-        parts = zip(x.unbind(0), weight.unbind(0), each, strict=True)
+        each = zip(*(update.each() for update in updates))
+        parts = zip(x.unbind(0), weight.unbind(0), each)
         return torch.stack([adapted_linear(one, matrix, None, own) for one, matrix, own in parts])
 
     def multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -473,7 +473,7 @@ def adapted_grouped(
 def _one_by_one(x: Tensor, weight: Tensor, offsets: Tensor, updates: Sequence[Update]) -> Tensor:
     """Return the grouped product, computed by one product for each matrix that has rows."""
     outputs, start = [], 0
-    each = list(zip(*(update.each() for update in updates), strict=True))
+    each = list(zip(*(update.each() for update in updates)))
     with without_autocast(x.device):  # autocast leaves grouped products alone
         for index, end in enumerate(offsets.tolist()):
             if end > start or not x.shape[0]:
