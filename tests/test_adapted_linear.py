@@ -223,7 +223,7 @@ class TestBatProduct:
         assert output.dtype == torch.bfloat16
 
     @pytest.mark.parametrize("sizes", SIZES, ids=str)
-    def test_as_compiled_code_computes_it(self, monkeypatch, sizes):
+    def test_as_one_traced_expression(self, monkeypatch, sizes):
         monkeypatch.setattr("disha.functional.bat.is_compiling", lambda: True)
         check("bat", case_of("bat", sizes), 0.5)
 

@@ -77,6 +77,14 @@ class TestSaved:
         save_tensors(old, {"x": torch.zeros(3)}, {})
         assert_old(old)
 
+    def test_each_rank_has_its_own_draft(self, old, monkeypatch):
+        monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+        monkeypatch.setattr(torch.distributed, "get_rank", lambda: 3)
+        drafts = []
+        save(old, lambda new: drafts.append(new.parent.name) or new.write_text("whole"))
+        assert drafts == [f".{old.name}.3.tmp"]
+        assert old.read_text() == "whole"
+
     def test_permissions(self, tmp_path):
         path, mask = tmp_path / "a.safetensors", os.umask(0o027)
         try:

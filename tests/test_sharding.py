@@ -13,8 +13,11 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.distributed.tensor import Placement, Replicate, Shard
 
+import disha
+from disha.files.contents import adapter_contents
 from disha.model import ModelView
 from disha.sharding import (
+    Ranks,
     _local_ranges,
     gathered,
     is_sharded,
@@ -82,6 +85,43 @@ def test_a_plain_model_is_alone():
     assert ranks.writes
     with pytest.raises(KeyError, match="as it is"), ranks.agreeing("fail"):
         raise KeyError("as it is")
+
+
+@pytest.mark.parametrize(
+    ("operation", "action"),
+    [
+        (lambda model, path: disha.save_adapter(model, path), "save adapter 'default'"),
+        (
+            lambda model, path: adapter_contents(ModelView(model)),
+            "take adapter 'default' out of the model",
+        ),
+        (
+            lambda model, path: disha.load_adapter(model, path, replace=True),
+            "load a file as adapter 'default'",
+        ),
+        (
+            lambda model, path: disha.load_adapter_state_dict(
+                model, disha.adapter_state_dict(model)
+            ),
+            "load a state dict as adapter 'default'",
+        ),
+    ],
+)
+def test_ranks_agree_on_what_they_were_asked(monkeypatch, tmp_path, operation, action):
+    path = tmp_path / "a.safetensors"
+    model = disha.inject_adapters(nn.Sequential(nn.Linear(4, 4)), "0", r=2)
+    disha.save_adapter(model, path)
+    asked = []
+    monkeypatch.setattr(
+        Ranks, "__init__", lambda ranks, _: vars(ranks).update(meshes=(Mesh((1,), (0,)),))
+    )
+    monkeypatch.setattr(
+        Ranks, "_exchanged", lambda ranks, report: asked.append(report[1]) or [report]
+    )
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
+    operation(model, path)
+    assert action in asked
+    assert set(asked) <= {action, "take adapter 'default' out of the model"}
 
 
 def test_plain_models_do_not_bring_in_the_machinery_of_torch():

@@ -254,8 +254,8 @@ def _scratch(weight: Tensor, block: Tensor, slabs: Sequence[tuple[slice, slice]]
     For new memory of this size, the system maps every page anew. In bfloat16 at 4096 x 4096, this
     took a tenth of a training step.
     """
-    blocks, r = slabs[0][0].stop, block.shape[-1]
-    return weight.new_empty(blocks * r * shard_count(weight.shape[1], r) * r)
+    blocks = block[slabs[0][0]]
+    return weight.new_empty(blocks.numel() * shard_count(weight.shape[1], blocks.shape[1]))
 
 
 def _part(scratch: Tensor | None, shape: Sequence[int]) -> Tensor | None:
@@ -283,8 +283,8 @@ def _traced(weight: Tensor, block: Tensor) -> Tensor:
 
     The product W D is in W's dtype, the sum W + W D + D in at least float32.
     """
-    tiles, r = square_tiles(weight, block.shape[-1]), block.shape[-1]
-    dtype = merge_dtype(weight.dtype)
+    _, r, _ = block.shape
+    tiles, dtype = square_tiles(weight, r), merge_dtype(weight.dtype)
     start, product = (torch.unflatten(one, -2, (r, -1)) for one in (tiles, tiles @ block))
     total = start.to(dtype) + (product.to(dtype) + block.unsqueeze(-2).to(dtype))
     effective = total.to(weight.dtype).flatten(-4, -3).flatten(-2)

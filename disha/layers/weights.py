@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from disha import functional
 from disha.config import AdapterConfig
 from disha.functional import Geometry, method_of
-from disha.functional.shards import merge_dtype
 from disha.layers import opaque
 from disha.layers.blocks import CHILD_NAME, Adapters, Block, Merged, Slot, original_class
 from disha.sharding import split_of
@@ -123,8 +122,8 @@ def make_block(
         shape = method_of(config.method).block_shape(
             slot.layout, weight_shape(module, slot), r, config.r_out, slot.rows
         )
-        own = torch.float32 if weight is None else merge_dtype(weight.dtype)
-        dtype = config.dtype or own
+        own = None if weight is None else weight.dtype
+        dtype = config.dtype or (own if own is torch.float64 else torch.float32)
     block = Block(shape, slot=slot, config=config, r=r, device=device, dtype=dtype, split=split)
     if values is None:
         block.reset_parameters()
