@@ -259,6 +259,9 @@ BAD_TENSORS = {
     "nan": (lambda t: t["head.bone_block"].fill_(float("nan")), "head.bone_block .*not finite"),
     "integers": (
         lambda t: t.update({"head.bone_block": t["head.bone_block"].int()}), "dtype torch.int32"),
+    "eight bits": (
+        lambda t: t.update({"head.bone_block": t["head.bone_block"].to(torch.float8_e5m2)}),
+        "dtype torch.float8_e5m2"),
     "a shape beside": (
         lambda t: t.update({"final_norm.weight": torch.ones(5)}), "final_norm.weight"),
 }  # fmt: skip

@@ -253,11 +253,13 @@ A, B = torch.eye(2).repeat(1, 4), torch.randn(8, 2)
 @pytest.mark.parametrize(
     ("tensors", "message"),
     [
-        ({"unet.a.lokr_w1": A, "unet.a.lokr_w2": B}, "'unet.a.lokr_w[12]' is no factor"),
-        ({"unet.a.lora_A.weight": A, "unet.a.lora_magnitude_vector": B}, "is no factor"),
+        ({"unet.a.lokr_w1": A, "unet.a.lokr_w2": B}, "'unet.a.lokr_w[12]' has no pair"),
+        ({"unet.a.lora_A.weight": A, "unet.a.lora_magnitude_vector": B}, "has no pair"),
         ({"diffusion_model.blocks.0.lora_A.weight": A}, "'diffusion_model"),
         ({"base_model.model.a.lora_A.weight": A}, "'base_model"),
-        ({"unet.a.lora_A.weight": A}, "is no factor of a LoRA"),
+        ({"unet.a.lora_A.weight": A}, "'unet.a' has no pair of factors"),
+        ({"unet.a.lora_B.weight": B}, "'unet.a' has no pair of factors"),
+        ({}, "'' has no pair of factors"),
         ({"unet.a.lora_A.weight": A, "unet.a.lora_B.weight": B.T}, "is not a Bone adapter"),
         ({"unet.a.lora_A.weight": A * 2, "unet.a.lora_B.weight": B}, "is not a Bone adapter"),
     ],

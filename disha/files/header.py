@@ -12,7 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from disha.config import AdapterConfig, check_positive_int, check_scale, check_type, checked_rows
+from disha.config import (
+    BLOCK_DTYPES,
+    AdapterConfig,
+    check_positive_int,
+    check_scale,
+    check_type,
+    checked_rows,
+)
 from disha.errors import AdapterFileError
 from disha.files.disk import other_format
 from disha.functional import METHODS, Layout, layout_of
@@ -232,5 +239,5 @@ def _key_problems(found: AdapterFile) -> list[str]:
     problems += [f"{brief(key)} is missing" for key in listed if key not in tensors]
     problems += [f"{brief(key)} is not listed" for key in tensors if key not in listed]
     dtypes = {key: tensors[key].dtype for key in blocks if key in tensors}
-    wrong = {key: dtype for key, dtype in dtypes.items() if not dtype.is_floating_point}
+    wrong = {key: dtype for key, dtype in dtypes.items() if dtype not in BLOCK_DTYPES.values()}
     return problems + [f"{brief(key)} has dtype {dtype}" for key, dtype in wrong.items()]

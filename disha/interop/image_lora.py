@@ -276,15 +276,15 @@ def _read(path: Path, modules: Mapping[str, Collection[str]]) -> dict[str, Conte
     with opened(path) as file:
         tensors = {key: file.get_tensor(key) for key in list(file.keys())}
     found: dict[str, list[Factors]] = {}
-    for key, a in tensors.items():
-        component, _, name = key.removesuffix(".lora_A.weight").partition(".")
-        b = tensors.get(f"{component}.{name}.lora_B.weight")
-        if key.endswith(".lora_B.weight"):
-            continue
-        if not key.endswith(".lora_A.weight") or component not in COMPONENTS or b is None:
+    endings = ".lora_A.weight", ".lora_B.weight"
+    weights = [key.removesuffix(endings[0]).removesuffix(endings[1]) for key in tensors]
+    for weight in dict.fromkeys(weights or [""]):
+        component, _, name = weight.partition(".")
+        a, b = (tensors.get(weight + ending) for ending in endings)
+        if a is None or b is None or component not in COMPONENTS:
             raise AdapterFileError(
-                f"{path}: {key!r} is no factor of a LoRA of {', '.join(COMPONENTS)}; use the file "
-                "where it is made for"
+                f"{path}: {weight!r} has no pair of factors, lora_A and lora_B, of "
+                f"{', '.join(COMPONENTS)}; use the file where it is made for"
             )
         name = _in_model(component, name, modules.get(component))
         layout = Layout(CONV if a.dim() > 2 else "out in")
