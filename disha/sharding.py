@@ -176,7 +176,8 @@ class Split:
         if list(whole.placements) != everywhere:
             raise ModeError(
                 f"an adapter can't act: its block is placed as {tuple(whole.placements)} beside a "
-                "tensor-parallel weight, and must be Replicate; inject after parallelize_module"
+                "sharded weight, and must be Replicate; inject after parallelize_module. With "
+                "fully_shard, call module.unshard() before reading its weight outside a forward"
             )
         partial = [Partial() if one.is_shard() else Replicate() for one in self.placements]
         # In backward, this redistribution sums the gradients.

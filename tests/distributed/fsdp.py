@@ -112,6 +112,16 @@ def check_sharded_layers_and_resharding(folder):
     assert_trains_alike(adapted(), sharded(adapted(), reshard_after_forward=False))
 
 
+def check_a_read_between_forwards(folder):
+    layer = disha.inject_adapters(nn.Sequential(nn.Linear(8, 6)), "0", r=2, init="kaiming")[0]
+    expected = layer.weight + 0
+    fully_shard(layer)
+    with pytest.raises(disha.ModeError, match=r"call module\.unshard"):
+        layer.weight + 0
+    layer.unshard()
+    assert torch.equal(layer.weight + 0, expected)
+
+
 def check_a_bfloat16_base_with_float32_blocks(folder):
     """The blocks, their gradients and the file stay in float32."""
 
