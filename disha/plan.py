@@ -250,7 +250,7 @@ def plan_adapters(
         adapter 'default': 1 layer, 8 parameters; trainable 8 of 52 (15.385%)
     """
     view = ModelView(model)
-    return _counted(view, plan_injection(view, target_regex, r, options, strict=False))
+    return _with_counts(view, plan_injection(view, target_regex, r, options, strict=False))
 
 
 def plan_injection(
@@ -280,7 +280,7 @@ def plan_injection(
         if reason:
             skipped.append(replace(one, reason=reason))
             continue
-        one = replace(one, config=config, r=config.rank_of(*one.names))
+        one = replace(one, config=config, r=config.rank_of(*one.names, *one.module_names))
         reason = _reason_against_block(one)
         if reason is None:
             layers.append(one)
@@ -355,7 +355,7 @@ def plan_weights(
     dtype: torch.dtype | None,
     freeze: bool,
 ) -> Plan:
-    """Plan an adapter for the weights that a file names; one error lists all misfits."""
+    """Plan an adapter for the weights that a file names; one error lists all reasons."""
     check_addable(view, adapter)
     known: dict[str, PlannedLayer] = {}
     for one in _layers_of(view, AdapterConfig(config.r)):
@@ -646,7 +646,7 @@ def _also_trained(view: ModelView, config: AdapterConfig) -> tuple[str, ...]:
         reason = _reason_against_training(one)
         if reason is not None:
             raise ArgumentError(
-                f"also_train matches {one.name}, which {reason}; give a regex that leaves it out"
+                f"also_train matches {one.name}: {reason}; give a regex that leaves it out"
             )
     names = [name for one in matched for name in one.names]
     _refuse_unused("also_train", config.also_train, names)
@@ -656,15 +656,15 @@ def _also_trained(view: ModelView, config: AdapterConfig) -> tuple[str, ...]:
 def _reason_against_training(one: ModelParameter) -> str | None:
     """Return why a parameter can't be trained with a new adapter."""
     if quantisation_of(None, one.value) is not None:
-        return "is quantised and can't be trained with an adapter"
+        return "it is quantised and can't be trained with an adapter"
     if one.value.dtype not in BLOCK_DTYPES.values():
-        return f"has dtype {one.value.dtype} and can't be trained with an adapter"
+        return f"it has dtype {one.value.dtype} and can't be trained with an adapter"
     if is_claimed(one.module, one.attribute):
-        return "is already trained with another adapter, and can belong to only one"
+        return "it is already trained with another adapter, and can belong to only one"
     return None
 
 
-def _counted(view: ModelView, plan: Plan) -> Plan:
+def _with_counts(view: ModelView, plan: Plan) -> Plan:
     """Return a plan with what only its reader needs: convolutions, tied names, and numbers."""
     known = _layers_of(view, plan.config) if plan.config.target == ALL_LINEAR else ()
     kernels = [one for one in known if one.slot is not None and one.slot.layout.has_kernel]

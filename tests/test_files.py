@@ -740,7 +740,7 @@ class TestBadFiles:
         model = base()
         norm = model.layers[0]["attn"].norm
         norm.weight = nn.Parameter(torch.ones(8, dtype=torch.int64), requires_grad=False)
-        self.refused(path, "norm.weight: has dtype torch.int64", model)
+        self.refused(path, "norm.weight: it has dtype torch.int64", model)
 
     def test_a_model_without_weights(self, saved):
         _, path = saved

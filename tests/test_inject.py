@@ -81,6 +81,16 @@ class TestTargets:
         assert [layer.name for layer in all_of_them.layers] == ["0", "1"]
         assert not all_of_them.convolutions
 
+    def test_rank_pattern_may_name_a_module_with_several_weights(self):
+        model = nn.ModuleDict({"attn": nn.MultiheadAttention(8, 2), "lstm": nn.LSTM(8, 8)})
+        plan = disha.plan_adapters(model, "all-linear", 4, rank_pattern={"attn$": 2, "^lstm$": 1})
+        found = {one.name: one.r for one in plan.layers}
+        assert found == {
+            **dict.fromkeys(("attn.q_proj", "attn.k_proj", "attn.v_proj"), 2),
+            "attn.out_proj": 4,
+            **dict.fromkeys(("lstm.weight_ih_l0", "lstm.weight_hh_l0"), 1),
+        }
+
     def test_rank_pattern_gives_layers_their_own_r(self, model):
         disha.inject_adapters(model, "proj", 4, rank_pattern={r"0\.attn\.q": 1, "q_proj": 3})
         ranks = {row.name: row.r for row in disha.summary(model).layers}
@@ -454,16 +464,14 @@ class TestRefusals:
     def test_a_parameter_that_another_adapter_trains(self, model):
         disha.inject_adapters(model, "head", 2, adapter="a", also_train="norm.weight")
         before = snapshot(model)
-        with pytest.raises(
-            ArgumentError, match=r"norm.weight, which is already trained with another"
-        ):
+        with pytest.raises(ArgumentError, match=r"norm.weight: it is already trained with another"):
             disha.inject_adapters(model, "head", 2, adapter="b", also_train="norm")
         assert_unchanged(model, before)
 
     @pytest.mark.parametrize("dtype", [torch.int64, torch.complex64])
     def test_a_parameter_that_can_not_train(self, model, dtype):
         model.odd = nn.Parameter(torch.ones(3, dtype=dtype), requires_grad=False)
-        with pytest.raises(ArgumentError, match=f"odd, which has dtype {dtype}"):
+        with pytest.raises(ArgumentError, match=f"odd: it has dtype {dtype}"):
             disha.inject_adapters(model, "head", 2, also_train="odd")
 
     def test_a_model_wrapped_for_distribution(self, model):

@@ -359,7 +359,7 @@ class TestMixedModel:
     def test_quantised_weights_can_not_be_trained_beside_an_adapter(self, way):
         model = Small(way)
         before = snapshot_of(model)
-        with pytest.raises(ArgumentError, match=r"first.weight, which is quantised"):
+        with pytest.raises(ArgumentError, match=r"first.weight: it is quantised"):
             disha.inject_adapters(model, "head", 4, also_train=r"first\.weight")
         assert snapshot_of(model) == before
 
