@@ -58,7 +58,7 @@ evidence-report: $(VENV)/.dev ## write the pages on convergence and performance 
 	$(BIN)/python -m benchmarks.report $$(ls -r benchmarks/results/2*.json) --docs docs
 
 clean: ## delete everything that these targets made
-	rm -rf $(VENV) .venv-* build dist site *.egg-info demo-output bench-output fuzz-output mutants \
+	rm -rf $(VENV) .venv-* build dist site *.egg-info demo-output bench-output mutants \
 		.pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage* coverage.xml
 
 $(BIN)/python:

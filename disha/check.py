@@ -124,7 +124,7 @@ def check_adapters(
     Raises:
         ArgumentError: no adapter is active, the model returns no floating-point tensor, or an
             adapted layer was parametrised (`torch.nn.utils.parametrize`).
-        ModeError: adapters are merged (`MergeError`), disabled or routed.
+        ModeError: adapters are merged (`MergeError`), or in a context.
 
     Examples:
         >>> import torch

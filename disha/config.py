@@ -39,8 +39,8 @@ class AdapterConfig:
         method: a key of `disha.functional.METHODS`, such as `"bone"` (also called `"miss"`) or
             `"bat"`.
         r_out: size of the output shard, which makes Bone a tile, or None.
-        exclude: a regex, or several, of module names to leave out, or None.
-        rank_pattern: regex of module names -> r, or None. The first match wins.
+        exclude: a regex, or several, of names to leave out, or None.
+        rank_pattern: regex of names -> r, or None. The first match wins.
         layouts: regex of parameter names -> layout; the name of a module means its `weight`.
         rows: regex of names -> ranges (first, stop) of the outputs to adapt.
         dropout: probability of zeroing each input of the adapter in training.

@@ -214,7 +214,7 @@ Rule: TypeAlias = Callable[..., Any]
 """What to do in place of an operation, with the same arguments. NotImplemented: compute first."""
 
 RULES: dict[Any, Rule] = {}
-"""Operation -> its rule. An operation of another library has its name in place of itself."""
+"""Operation -> its rule; a later one replaces an earlier. One of another library has its name."""
 
 R = TypeVar("R", bound=Rule)
 
@@ -601,17 +601,17 @@ def _embedding(
     return _product(look_up, input, weight, None, input.dim() >= 1)
 
 
+SPARSE = 5
+"""The position of `sparse` among the arguments after the weight. A computed weight needs a dense
+gradient."""
+
+
 @rule(F.embedding_bag)
 def _embedding_bag(input: Any, weight: Any, *args: Any, **kwargs: Any) -> Any:
     before, after = args[:SPARSE], args[SPARSE + 1 :]
     if len(args) > SPARSE:
         return _compute_first(F.embedding_bag, (input, weight, *before, False, *after), kwargs)
     return _compute_first(F.embedding_bag, (input, weight, *args), {**kwargs, "sparse": False})
-
-
-SPARSE = 5
-"""The position of `sparse` among the arguments after the weight. A computed weight needs a dense
-gradient."""
 
 
 # --- attention -----------------------------------------------------------------------------------

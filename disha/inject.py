@@ -79,7 +79,7 @@ def inject_adapters(
         ArgumentError: a value is not allowed; r, r_out, a layout or rows do not fit a weight; the
             adapter's name is taken; or a regex in another argument matches nothing.
         ArgumentTypeError: an argument is of the wrong type.
-        ModeError: adapters are merged (`MergeError`), disabled or routed.
+        ModeError: adapters are merged (`MergeError`), or in a context.
 
     Warns:
         UserWarning: the target also selects weights that can't be adapted. The warning names them.

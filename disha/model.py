@@ -204,7 +204,7 @@ class ModelView:
     # --- wrappers and shards ---------------------------------------------------------------------
 
     def refuse_wrapped(self, action: str, remedy: str) -> None:
-        """Raise if DDP, DataParallel or FSDP wraps the model or a part of it."""
+        """Raise if a wrapper that keeps track of parameters has the model or a part of it."""
         classes = tuple([cls for cls, one in self._wrappers if one.distributes])
         wrappers = [type(module).__name__ for module in self.names if isinstance(module, classes)]
         if wrappers:

@@ -17,7 +17,7 @@ from disha.sharding import gathered
 from disha.text import counted, join
 
 
-def records_of(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def without_values(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return each tensor without its values (on the meta device)."""
     return {key: tensor.to("meta") for key, tensor in tensors.items()}
 
@@ -100,10 +100,6 @@ class LayerRecord:
         of_rows = f" in rows {ranges}" if rows else ""
         expected = self.weight_shape(block)
         return f"the weight has the shape {weight}; the adapter is for {expected}{of_rows}"
-
-    def adapted_part(self, weight: Tensor) -> Tensor:
-        """Return the adapted rows of a weight."""
-        return self.layout.part(weight, self.rows)
 
 
 # --- fingerprints --------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ from torch import Tensor
 from disha import functional
 from disha.errors import ArgumentError
 from disha.functional import Layout, Update, adapted_linear
-from disha.functional.bone import routed_bone_delta
+from disha.functional.bone import routed_delta
 from disha.functional.products import Product, reduced_updates, update_product
 from disha.functional.shards import scaled, shard_sums
 from disha.text import counted
@@ -186,7 +186,7 @@ def routed_linear(
     output = F.linear(x, weight, bias)
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         choices = routed.route.choices(list(alike), x.device)
-        delta = routed_bone_delta(x, list(alike.values()), choices)
+        delta = routed_delta(x, list(alike.values()), choices)
         return output + delta.to(output.dtype)
     return _with_alike(output, x, routed.route, alike)
 

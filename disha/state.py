@@ -162,7 +162,7 @@ def load_adapter_state_dict(
         A `LoadReport`.
 
     Raises:
-        AdapterStateError: the state does not fit; the message lists every misfit. With
+        AdapterStateError: the state does not fit; the message lists every reason. With
             `strict=False`, only wrong shapes and values count. The model is unchanged.
         ArgumentError: there is no such adapter.
         MergeError: adapters are merged.

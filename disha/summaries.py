@@ -98,7 +98,7 @@ def summary(model: nn.Module) -> Summary:
         )
         for name, layer, adapter, block in view.blocks()
     )
-    parameters = list(view.all_parameters())
+    parameters = view.all_parameters()
     return Summary(
         trainable=sum(parameter_count(p) for p in parameters if p.requires_grad),
         total=sum(parameter_count(p) for p in parameters),

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from disha import functional
 from disha.functional import Layout, Update, method_of
-from disha.functional.bone import bone_delta, routed_bone_delta
+from disha.functional.bone import bone_delta, routed_delta
 from tests import reference
 from tests.test_adapted_linear import kept_by
 
@@ -484,7 +484,7 @@ def test_routed_bone_blocks(each, r):
     scales, choices = [1.0, 0.5, torch.tensor(-2.0)], torch.tensor([2, 0, 3, 1, 2])
     x = torch.randn(5 * each, 2, 7, dtype=torch.float64).requires_grad_()
     scaled = [scale * block for scale, block in zip(scales, blocks, strict=True)]
-    found = routed_bone_delta(x, scaled, choices)
+    found = routed_delta(x, scaled, choices)
     zeros = torch.zeros(6, 7, dtype=torch.float64)
     deltas = [reference.bone_delta_weight(block, 7, 6) for block in blocks]
     deltas = [scale * delta for scale, delta in zip(scales, deltas, strict=True)] + [zeros]
@@ -500,13 +500,13 @@ def test_routed_bone_blocks(each, r):
 def test_routed_bone_blocks_in_float16_whose_shard_sums_overflow():
     blocks = [torch.full((4, 6), value, dtype=torch.float16) for value in (2.0**-10, 2.0**-11)]
     x = torch.full((2, 96), 4000.0, dtype=torch.float16)
-    found = routed_bone_delta(x, blocks, torch.tensor([0, 1]))
+    found = routed_delta(x, blocks, torch.tensor([0, 1]))
     close(found, torch.tensor([[375.0], [187.5]]).half().expand(2, 6))
 
 
 def test_one_routed_bone_block_beside_samples_without_an_adapter():
     x, block = torch.randn(2, 8), torch.randn(4, 6)
-    found = routed_bone_delta(x, [block], torch.tensor([0, 1]))
+    found = routed_delta(x, [block], torch.tensor([0, 1]))
     close(found[0], bone_delta(x[:1], block, 6)[0], 1e-6)
     assert not found[1].any()
 

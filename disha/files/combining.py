@@ -17,7 +17,7 @@ from disha.files.header import AdapterHeader
 from disha.functional import METHODS
 from disha.model import ModelView
 from disha.plan import check_addable
-from disha.records import LayerRecord, records_of
+from disha.records import LayerRecord, without_values
 from disha.state import finite_as
 from disha.text import first_few
 
@@ -60,7 +60,7 @@ def combine_adapters(
         ArgumentTypeError: the weights are not a dict of numbers.
         AdapterStateError: an adapter holds values that are not finite, or blocks of several
             methods.
-        ModeError: adapters are merged (`MergeError`), disabled or routed.
+        ModeError: adapters are merged (`MergeError`), or in a context.
         TargetError: DDP or FSDP wraps the model.
 
     The model is unchanged whenever this raises.
@@ -142,7 +142,7 @@ def combine_contents(summands: Sequence[Summand], r: int | None = None) -> Conte
         also_train=[],
     )
     layers = tuple(record for record, _ in sums)
-    return AdapterHeader(config, layers, (), records_of(found), metadata={}), found
+    return AdapterHeader(config, layers, (), without_values(found), metadata={}), found
 
 
 def _sum(name: str, parts: Sequence[_Part], r: int | None) -> tuple[LayerRecord, Tensor]:

@@ -30,7 +30,7 @@ from disha.layers.blocks import check_adapter_name
 from disha.layers.weights import base_of, geometry_of
 from disha.model import ModelBlock, ModelView, all_or_nothing
 from disha.plan import Plan, plan_weights
-from disha.records import LayerRecord, fingerprint, records_of, same_base
+from disha.records import LayerRecord, fingerprint, same_base, without_values
 from disha.sharding import gathered, write
 from disha.state import LoadReport, adapter_tensors, check_fit, finite_as
 from disha.text import counted, first_few, join, printable
@@ -150,8 +150,8 @@ def load_adapter(
         also_train: also set the parameters and running statistics that the file holds.
         replace: if the model has an adapter of that name, copy the file's values into it, in place
             (hot swap). The shapes must agree, or the file's r divides the model's (Bone, tile).
-            Layers that the file lacks get zeros, and running statistics the values of the base.
-            `also_train` parameters that the file lacks keep their values.
+            Without `layers`, layers that the file lacks get zeros, and running statistics the
+            values of the base. `also_train` parameters that it lacks keep their values.
         dtype: dtype of the blocks; the file's by default.
         freeze: freeze all parameters that belong to no adapter, as `inject_adapters` does.
         activate: make a new adapter the only active one.
@@ -162,10 +162,10 @@ def load_adapter(
     Raises:
         AdapterIOError: the file can't be read.
         AdapterFileError: it is not a valid adapter file, or does not fit the model; the message
-            lists every misfit.
+            lists every reason.
         ArgumentError: the name is taken and `replace` is not set, or no layer's name matches
             `layers`.
-        ModeError: adapters are merged (`MergeError`), disabled or routed.
+        ModeError: adapters are merged (`MergeError`), or in a context.
 
     The model is unchanged whenever this raises.
 
@@ -236,7 +236,7 @@ def adapter_contents(
         config=blocks[0].block.config,
         layers=layers,
         also_train=tuple(sorted(tensors.keys() - keys)),
-        tensors=records_of(tensors),
+        tensors=without_values(tensors),
         metadata=notes,
     )
     return header, tensors

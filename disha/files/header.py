@@ -23,7 +23,7 @@ from disha.config import (
 from disha.errors import AdapterFileError
 from disha.files.disk import other_format
 from disha.functional import METHODS, Layout, layout_of
-from disha.records import LayerRecord, records_of
+from disha.records import LayerRecord, without_values
 from disha.text import brief, counted, first_few, printable, table
 
 FORMAT = 1
@@ -198,7 +198,7 @@ def _parsed(path: Path, found: Any, tensors: Mapping[str, Tensor]) -> AdapterFil
         config=config,
         layers=tuple(_layer(config, entry) for entry in found["layers"]),
         also_train=tuple(found["also_train"]),
-        tensors=records_of(tensors),
+        tensors=without_values(tensors),
         metadata=found["metadata"],
         path=path,
         format=FORMAT,

@@ -166,7 +166,7 @@ def embedding_delta(
     return scaled(delta, scale)
 
 
-def routed_bone_delta(x: Tensor, blocks: Sequence[Tensor], choices: Tensor) -> Tensor:
+def routed_delta(x: Tensor, blocks: Sequence[Tensor], choices: Tensor) -> Tensor:
     """Return what Bone blocks add if each sample has its own block, computed in one product."""
     samples, (r, out_features) = choices.shape[0], blocks[0].shape
     table = torch.stack([*blocks, torch.zeros_like(blocks[0])])

@@ -120,7 +120,7 @@ def merged_weight(weight: Tensor, deltas: Iterable[tuple[Tensor, Scale]]) -> Ten
         deltas: pairs of dW (W's shape) and its scale s.
 
     Returns:
-        Tensor of W's shape and dtype; W itself if there are no deltas.
+        Tensor of W's shape and dtype.
 
     Examples:
         >>> import torch

@@ -362,7 +362,7 @@ def _other_values(
         key = keys[layer.name]
         if layer.base is None or key in replaced:
             continue
-        now = fingerprint(layer.adapted_part(checkpoint.tensor(key)))
+        now = fingerprint(layer.layout.part(checkpoint.tensor(key), layer.rows))
         if now is not None and not same_base(now, layer.base):
             found.append(f"{key}: has other values than the weight that the adapter was saved from")
     return found

@@ -32,7 +32,7 @@ from disha.interop.low_rank import (
     listed,
     low_rank_updates,
 )
-from disha.interop.peft_format import obstacles, refuse_to_write
+from disha.interop.peft_format import reasons_against, refuse_to_write
 from disha.layers.blocks import original_class
 from disha.model import ModelView
 from disha.state import LoadReport
@@ -102,7 +102,7 @@ def export(
         target = checked_path(path)
         for name, view in views.items():
             layers = [layer.name for layer in contents[name][0].layers]
-            problems = obstacles(view, layers, unknown_to_lora, exporting=True)
+            problems = reasons_against(view, layers, unknown_to_lora, exporting=True)
             cls = original_class(view.modules[""])
             if cls.__module__.startswith("diffusers.") and not hasattr(cls, "load_lora_adapter"):
                 problems.append(
@@ -147,7 +147,7 @@ def load(
         ConversionError: it holds another method than LoRA, or a LoRA that is not a Bone adapter.
         ArgumentError: a component of the file is not among the models, or the name is taken.
         ArgumentTypeError: an argument is of the wrong type.
-        ModeError: adapters are merged (`MergeError`), disabled or routed.
+        ModeError: adapters are merged (`MergeError`), or in a context.
 
     All models are unchanged if this raises.
 

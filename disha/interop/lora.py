@@ -45,9 +45,9 @@ from disha.interop.peft_format import (
     module_names,
     names_in,
     notes_of,
-    obstacles,
     of_layer,
     read_peft_files,
+    reasons_against,
     refuse_to_write,
     saved_modules,
     under_first_names,
@@ -206,7 +206,10 @@ def _converted(
         stacks.check_form(experts)
         modules = [layer.name for layer in header.layers if not is_stack(layer)]
         saved = saved_modules(view, header.also_train, [layer.name for layer in header.layers])
-        problems = [*obstacles(view, modules, unknown_to_lora, exporting=True), *saved.problems]
+        problems = [
+            *reasons_against(view, modules, unknown_to_lora, exporting=True),
+            *saved.problems,
+        ]
         if experts == "stacked":
             problems += stacks.misread_by_peft(header.layers, model_type)
         refuse_to_write(CANT_EXPRESS, problems)
@@ -278,7 +281,7 @@ def load(
         AdapterFileError: it does not hold a LoRA in PEFT's layout, or does not fit the model.
         ConversionError: the LoRA is not a Bone adapter.
         ArgumentError: the name is taken and `replace` is not set.
-        ModeError: adapters are merged (`MergeError`), disabled or routed.
+        ModeError: adapters are merged (`MergeError`), or in a context.
 
     The model is unchanged if this raises.
 

@@ -28,7 +28,7 @@ from disha.files.contents import Contents, Source
 from disha.functional import METHODS, Layout
 from disha.layers.weights import base_of
 from disha.model import ModelView
-from disha.records import LayerRecord, records_of
+from disha.records import LayerRecord, without_values
 from disha.sharding import gathered
 from disha.text import counted, first_few, printable, table
 
@@ -328,7 +328,7 @@ def contents_of_factors(
         dropout=dropout,
         also_train=tuple(f"^{re.escape(name)}$" for name in beside),
     )
-    header = AdapterHeader(config, tuple(layers), tuple(beside), records_of(contents), {})
+    header = AdapterHeader(config, tuple(layers), tuple(beside), without_values(contents), {})
     return header, contents
 
 

@@ -30,8 +30,8 @@ from disha.interop.peft_format import (
     module_names,
     names_in,
     notes_of,
-    obstacles,
     read_peft_files,
+    reasons_against,
     refuse_to_load,
     refuse_to_write,
     saved_modules,
@@ -41,7 +41,7 @@ from disha.interop.peft_format import (
 )
 from disha.layers.blocks import check_adapter_name, original_class
 from disha.model import ModelView
-from disha.records import LayerRecord, records_of
+from disha.records import LayerRecord, without_values
 from disha.remembered import statistics
 from disha.state import LoadReport
 from disha.text import brief, join
@@ -131,7 +131,7 @@ def export(
         target, names = checked_path(folder), [layer.name for layer in header.layers]
         saved = saved_modules(view, header.also_train, names)
         problems = _inexpressible(header, dropout)
-        problems += obstacles(view, names, _unknown_to_miss, exporting=True)
+        problems += reasons_against(view, names, _unknown_to_miss, exporting=True)
         refuse_to_write(CANT_EXPRESS, [*problems, *saved.problems])
         targets = exact_targets(names, module_names(view))
         fields = _fields(header, dropout, targets, saved.modules, notes)
@@ -174,7 +174,7 @@ def load(
         AdapterFileError: it is not a valid folder of MiSS or Bone, or does not fit the model, or
             its results here would differ from those in PEFT; the message lists every reason.
         ArgumentError: the name is taken and `replace` is not set.
-        ModeError: adapters are merged (`MergeError`), disabled or routed.
+        ModeError: adapters are merged (`MergeError`), or in a context.
 
     The model is unchanged if this raises.
 
@@ -199,7 +199,9 @@ def load(
     with view.ranks().agreeing(f"load a PEFT folder as adapter {adapter!r}"):
         check_adapter_name(adapter)
         found = _read(folder, also_train)
-        refuse_to_load(found.path, obstacles(view, found.blocks, _unknown_to_miss, exporting=False))
+        refuse_to_load(
+            found.path, reasons_against(view, found.blocks, _unknown_to_miss, exporting=False)
+        )
         beside = without_buffers(view, found.path, found.beside)
         found = dataclasses.replace(found, beside=beside)
         contents = _contents(found, _shapes(view, found.names))
@@ -329,7 +331,7 @@ def _contents(folder: _Folder, shapes: Shapes) -> Contents:
         config=config,
         layers=tuple(layers),
         also_train=tuple(sorted(beside)),
-        tensors=records_of(tensors),
+        tensors=without_values(tensors),
         metadata=dict(folder.notes),
     )
     return header, tensors

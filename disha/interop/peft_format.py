@@ -176,7 +176,7 @@ def module_names(view: ModelView) -> list[str]:
     return [names[0] for names in view.names.values() if names[0]]
 
 
-def obstacles(
+def reasons_against(
     view: ModelView,
     layers: Iterable[str],
     why_unknown: Callable[[nn.Module], str | None],

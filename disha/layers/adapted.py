@@ -274,13 +274,13 @@ def adapt(module: nn.Module, slots: Iterable[Slot]) -> None:
 
     Parameters that were adapted before stay adapted.
     """
-    slots, before = list(slots), type(module)
+    slots = list(slots)
     names = [slot.parameter for slot in slots]
-    original, is_opaque = before, any(slot.opaque for slot in slots)
+    original, is_opaque = type(module), any(slot.opaque for slot in slots)
     if isinstance(module, AdaptedLayer):
-        original, is_opaque = before.original_class, before.is_opaque  # type: ignore[attr-defined]
-        names = [*before.adapted_parameters, *names]  # type: ignore[attr-defined]
-        if set(names) <= set(before.adapted_parameters):  # type: ignore[attr-defined]
+        original, is_opaque = module.original_class, module.is_opaque
+        names = [*module.adapted_parameters, *names]
+        if set(names) <= set(module.adapted_parameters):
             return
         refuse_changed_class(module, "it")
     try:
@@ -315,12 +315,12 @@ def restore(layer: nn.Module) -> None:
 
 def readapt(
     module: nn.Module,
-    cls: type[nn.Module],
+    cls: type[AdaptedLayer],
     adapters: Adapters,
     blocks: Mapping[str, nn.Module | None],
 ) -> None:
     """Give a module back its adapted class, its adapters and their blocks."""
-    if CHILD_NAME not in module._modules and cls.is_opaque:  # type: ignore[attr-defined]
+    if CHILD_NAME not in module._modules and cls.is_opaque:
         opaque.attach_hook(module)
     _set_class(module, cls)
     module._modules[CHILD_NAME] = adapters

@@ -37,7 +37,6 @@ class LinearOptions(TypedDict, total=False):
 class _LinearWithAdapter(AdaptedLinear):
     """The base class of the linear layers of all methods."""
 
-    original_class = nn.Linear
     method: ClassVar[str]
 
     def __init__(
@@ -156,7 +155,7 @@ class BoneLinear(_LinearWithAdapter):
         ['disha.default.bone_block']
     """
 
-    original_class = nn.Linear
+    original_class = nn.Linear  # of each class, as `refuse_changed_class` asks
     method = "bone"
 
 
@@ -182,5 +181,5 @@ class BatLinear(_LinearWithAdapter):
         torch.Size([8, 4, 4])
     """
 
-    original_class = nn.Linear
+    original_class = nn.Linear  # of each class, as `refuse_changed_class` asks
     method = "bat"
