@@ -43,6 +43,7 @@ _WRAPPERS = (
     _Wrapper(
         "torch.nn.parallel.distributed", "DistributedDataParallel", "module", distributes=True
     ),
+    _Wrapper("torch.optim.swa_utils", "AveragedModel", "module"),
     _Wrapper("torch.nn.parallel.data_parallel", "DataParallel", "module", distributes=True),
     _Wrapper("deepspeed.runtime.engine", "DeepSpeedEngine", "module", distributes=True),
     _Wrapper(_FSDP, "FullyShardedDataParallel", "_fsdp_wrapped_module", True, True),

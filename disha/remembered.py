@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from disha.sharding import write
 from disha.text import join
@@ -118,23 +119,42 @@ def statistics(names: Names) -> dict[str, Tensor]:
     }
 
 
-def remember_statistics(modules: Iterable[nn.Module], undo: ExitStack) -> None:
-    """Keep the values of the norms that keep none yet."""
+def remember_statistics(model: Any, modules: Iterable[nn.Module], undo: ExitStack) -> None:
+    """Keep the values of the norms of a model that keep none yet."""
     for module in modules:
         own, attributes = _statistics_of(module), attributes_of(module)
         if own and _STATISTICS not in attributes:
             undo.callback(attributes.pop, _STATISTICS, None)
             attributes[_STATISTICS] = {name: value.detach().clone() for name, value in own.items()}
+            if not _hooks(model):
+                undo.callback(forget_statistics, [model])
+                model.register_load_state_dict_pre_hook(_keep_loaded)
 
 
-def changed_statistics(names: Names) -> dict[str, tuple[Tensor, Tensor]]:
-    """Return the statistics that are no longer those of the base, each with the kept value."""
+def _keep_loaded(model: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Keep the statistics of a state dict without blocks: it is one of the base."""
+    if any(key.endswith("_block") for key in state):
+        return
+    for name, module in model.named_modules():
+        kept = attributes_of(module).get(_STATISTICS, {})
+        for own, former in kept.items():
+            kept[own] = state.get(prefix + join(name, own), former).detach().clone()
+
+
+def _hooks(module: nn.Module) -> list[int]:
+    """Return the numbers of our hooks before a module loads a state dict."""
+    hooks: dict[int, Any] = module._load_state_dict_pre_hooks
+    return [number for number, one in hooks.items() if one.hook is _keep_loaded]
+
+
+def changed_statistics(names: Names) -> dict[str, tuple[Tensor, Tensor | None]]:
+    """Return the statistics that may not be those of the base, each with the kept value, if any."""
     found = {}
     for module, (name, *_) in names.items():
         kept = attributes_of(module).get(_STATISTICS, {})
         for own, now in _statistics_of(module).items():
             former = kept.get(own)
-            if former is not None and (former.is_meta or not torch.equal(now, former.to(now))):
+            if former is None or former.is_meta or not torch.equal(now, former.to(now)):
                 found[join(name, own)] = now, former
     return found
 
@@ -142,7 +162,7 @@ def changed_statistics(names: Names) -> dict[str, tuple[Tensor, Tensor]]:
 def put_back_statistics(names: Names, undo: ExitStack, but: Container[str] = ()) -> None:
     """Give the norms the kept values, except for the statistics named in `but`."""
     for name, (now, former) in changed_statistics(names).items():
-        if name not in but and not former.is_meta:
+        if name not in but and former is not None and not former.is_meta:
             write(now, former, undo)
 
 
@@ -150,6 +170,8 @@ def forget_statistics(modules: Iterable[nn.Module]) -> None:
     """Drop the kept values: the last step of an operation, which nothing has to undo."""
     for module in modules:
         attributes_of(module).pop(_STATISTICS, None)
+        for number in _hooks(module):
+            del module._load_state_dict_pre_hooks[number]
 
 
 def _statistics_of(module: nn.Module) -> dict[str, Tensor]:
@@ -159,5 +181,7 @@ def _statistics_of(module: nn.Module) -> dict[str, Tensor]:
     return {
         name: buffer
         for name, buffer in module._buffers.items()
-        if buffer is not None and name not in module._non_persistent_buffers_set
+        if buffer is not None
+        and not is_lazy(buffer)
+        and name not in module._non_persistent_buffers_set
     }

@@ -248,6 +248,8 @@ def test_wrong_arguments(tmp_path):
 # --- bad files -----------------------------------------------------------------------------------
 
 A, B = torch.eye(2).repeat(1, 4), torch.randn(8, 2)
+NAMES = ("text_encoder.a", "text_encoder.text_model.a")  # of one layer
+TWICE = {f"{name}.lora_{n}.weight": one for name in NAMES for n, one in (("A", A), ("B", B))}
 
 
 @pytest.mark.parametrize(
@@ -260,6 +262,7 @@ A, B = torch.eye(2).repeat(1, 4), torch.randn(8, 2)
         ({"unet.a.lora_A.weight": A}, "'unet.a' has no pair of factors"),
         ({"unet.a.lora_B.weight": B}, "'unet.a' has no pair of factors"),
         ({}, "'' has no pair of factors"),
+        (TWICE, "holds a.bone_block twice"),
         ({"unet.a.lora_A.weight": A, "unet.a.lora_B.weight": B.T}, "is not a Bone adapter"),
         ({"unet.a.lora_A.weight": A * 2, "unet.a.lora_B.weight": B}, "is not a Bone adapter"),
     ],
@@ -282,9 +285,11 @@ def test_all_models_or_none(tmp_path):
     image_lora.export(ours, path)
     with pytest.raises(disha.ArgumentError, match=r"holds text_encoder, unet, and .* no text_enc"):
         image_lora.load({"unet": models["unet"]}, path)
-    models["text_encoder"].encoder.layers[0].mlp.fc1 = nn.Linear(16, 25)
+    disha.inject_adapters(models["text_encoder"], "fc2", 2, adapter="style", freeze=False)
+    queries = [m for name, m in models["unet"].named_modules() if name.endswith("to_q")]
+    queries[-1].weight = nn.Parameter(torch.zeros(3, 4))
     before = {name: snapshot(model) for name, model in models.items()}
-    with pytest.raises(disha.AdapterFileError, match="fc1"):
+    with pytest.raises(disha.AdapterFileError, match="to_q"):
         image_lora.load(models, path)
     for name, model in models.items():
         assert_unchanged(model, before[name])

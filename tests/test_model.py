@@ -62,6 +62,11 @@ def test_what_is_inside_has_names_from_there():
     assert view.inside(view.model) == {module: names[0] for module, names in view.names.items()}
 
 
+def test_an_average_has_the_names_of_its_model():
+    average = torch.optim.swa_utils.AveragedModel(nn.Sequential(nn.Linear(4, 4)))
+    assert ModelView(average).modules["0"] is average.module[0]
+
+
 def test_wrappers_do_not_show():
     plain = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
     wrapped = nn.Sequential(
@@ -161,7 +166,7 @@ def test_every_operation_walks_the_model_once(tmp_path, operation):
 
 
 def test_nothing_else_walks():
-    """What is left looks through one layer, its adapters or its parametrizations."""
+    """What is left looks through a layer, or goes with a state dict."""
     walks = {"modules", "named_modules", "children", "named_children", "parameters"}
     package = Path(disha.__file__).parent
     found = {
@@ -177,4 +182,5 @@ def test_nothing_else_walks():
     assert found == {
         ("check.py", "layer.disha.modules()"),
         ("layers/weights.py", "computed.modules()"),
+        ("remembered.py", "model.named_modules()"),
     }

@@ -187,3 +187,24 @@ def test_buffers_that_no_state_dict_has_stay_out():
     norm.scratch += 1
     beside = {key for key in disha.adapter_state_dict(model) if "block" not in key}
     assert beside == {f"1.{name}" for name in nn.BatchNorm1d(3)._buffers}
+
+
+def test_a_checkpoint_of_the_base_brings_its_statistics():
+    trained_base, model = train(small(), images()), small()
+    disha.inject_adapters(model, r"0|3", r=2)
+    model.load_state_dict(trained_base.state_dict(), strict=False)
+    assert not any("running" in key for key in disha.adapter_state_dict(model))
+    state = model.state_dict()
+    train(model, images())
+    model.load_state_dict(state)  # of an adapted model: not the base's
+    disha.remove_adapters(train(model, images()))
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, trained_base.state_dict()[key]), key
+    assert not any(module._load_state_dict_pre_hooks for module in model.modules())
+
+
+def test_norms_that_came_after_the_injection_are_saved():
+    body = adapted(nn.Sequential(nn.Linear(4, 3)))
+    model = nn.Sequential(body, nn.BatchNorm1d(3), nn.LazyBatchNorm1d())
+    model(torch.randn(5, 4))
+    assert {f"{n}.running_mean" for n in "12"} <= disha.adapter_state_dict(model).keys()

@@ -19,7 +19,7 @@ from disha.errors import AdapterFileError, ArgumentError, ArgumentTypeError, Con
 from disha.files.contents import Contents, adapter_contents, load_contents
 from disha.files.disk import PathLike, checked_path, opened, save_tensors
 from disha.functional import Layout
-from disha.inject import remove_adapters
+from disha.inject import keep
 from disha.interop.lora import tensors_of, unknown_to_lora
 from disha.interop.low_rank import (
     CONV,
@@ -34,7 +34,8 @@ from disha.interop.low_rank import (
 )
 from disha.interop.peft_format import reasons_against, refuse_to_write
 from disha.layers.blocks import original_class
-from disha.model import ModelView
+from disha.model import ModelView, all_or_nothing
+from disha.remembered import remember_statistics
 from disha.state import LoadReport
 
 __all__ = ["export", "load"]
@@ -173,10 +174,14 @@ def load(
             f"{path} holds {', '.join(contents)}, and models has no {', '.join(missing)}; add it"
         )
     matched: list[str] = []
-    with ExitStack() as undo:
+    with ExitStack() as undo:  # if a model does not fit, the ones before it are put back
         for component, (header, tensors) in contents.items():
+            view = views[component]
+            own = undo.enter_context(all_or_nothing(view))
+            remember_statistics(view.model, view.names, own)
+            keep(view, view.names, own)
             report = load_contents(
-                views[component],
+                view,
                 checked_path(path),
                 header,
                 tensors,
@@ -184,9 +189,7 @@ def load(
                 dtype=dtype,
                 freeze=freeze,
             )
-            undo.callback(remove_adapters, views[component].model, adapter)
             matched += [f"{component}.{key}" for key in report.matched]
-        undo.pop_all()
     return LoadReport(tuple(matched))
 
 

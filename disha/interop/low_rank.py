@@ -320,6 +320,9 @@ def contents_of_factors(
         )
     layers = [layer for layer, _ in found]
     contents = {layer.key: block for layer, block in found} | dict(beside)
+    if len(contents) < len(found) + len(beside):
+        twice = [key for key, count in Counter(layer.key for layer in layers).items() if count > 1]
+        raise ConversionError(f"{source} holds {listed(twice)} twice, under two names; remove one")
     config = AdapterConfig(
         commonest(layer.r for layer in layers),
         None,
