@@ -337,6 +337,10 @@ def _as_declared(one: PlannedLayer, config: AdapterConfig) -> PlannedLayer:
         one = replace(one, slot=slot_of(one.attribute, layout))
     pattern = next(iter(matching(config.rows, one.parameter_names)), None)
     if pattern is not None and one.slot is not None:
+        if one.slot.rows:
+            raise ArgumentError(
+                f"{one.name} has rows of its own; choose it by its name, not by rows"
+            )
         one = replace(one, slot=replace(one.slot, rows=config.rows[pattern]))
     return one
 
@@ -454,6 +458,9 @@ def _reason_against(one: PlannedLayer, method: str) -> str | None:
     taken = {n for n in _ADDED if n in own or hasattr(type(module), n)}.difference((one.attribute,))
     if taken and not isinstance(module, AdaptedLayer):
         return f"it has its own attribute {min(taken)!r}, which adapters would replace"
+    for block in module.disha.blocks().values() if isinstance(module, AdaptedLayer) else ():
+        if block.slot.parameter == slot.parameter and block.slot.layout != slot.layout:
+            return f"another adapter has it with the layout {block.slot.layout}, not {slot.layout}"
     reason = (
         _reason_against_reading(module, slot, method)
         if slot.opaque
@@ -561,8 +568,8 @@ def _selected(
         reader = readers.get(one.module, one.module)  # type: ignore[call-overload]
         names = (*one.names, *one.module_names, *view.names[reader])
         if callable(target):
-            asked = {one.name: one.module, one.module_names[0]: one.module}
-            asked[view.names[reader][0]] = reader
+            asked = dict.fromkeys((*one.names, *one.module_names), one.module)
+            asked |= dict.fromkeys(view.names[reader], reader)
             chosen = any(target(name, module) for name, module in asked.items())
         else:
             chosen = one in linear or bool(matching(patterns, names))
@@ -668,7 +675,7 @@ def _with_counts(view: ModelView, plan: Plan) -> Plan:
     """Return a plan with what only its reader needs: convolutions, tied names, and numbers."""
     known = _layers_of(view, plan.config) if plan.config.target == ALL_LINEAR else ()
     kernels = [one for one in known if one.slot is not None and one.slot.layout.has_kernel]
-    left_out = [one.name for one in kernels if _reason_against(one, plan.config.method) is None]
+    left_out = tuple([n.name for n in kernels if _reason_against(n, plan.config.method) is None])
     planned = {id(layer.module._parameters.get(layer.attribute)) for layer in plan.layers}
     shared = (one for one in view.parameters if len(one.names) > 1)
     tied = tuple(one.names for one in shared if id(one.value) in planned)
@@ -681,5 +688,4 @@ def _with_counts(view: ModelView, plan: Plan) -> Plan:
             if one.name in plan.also_train or (stays and one.value.requires_grad):
                 trained.append(one.value)
     trainable, total = (plan.added + sum(map(parameter_count, some)) for some in (trained, present))
-    found = replace(plan, convolutions=tuple(left_out), tied=tied)
-    return replace(found, trainable=trainable, total=total)
+    return replace(plan, convolutions=left_out, tied=tied, trainable=trainable, total=total)

@@ -72,6 +72,14 @@ class Shared(nn.Module):
         return self.last(self.second(torch.relu(self.first(x))))
 
 
+@pytest.fixture
+def process_group():
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
 def perturb(model: nn.Module, seed: int = 0, size: float = 0.3) -> None:
     """Give every block random values, so that adapters do something."""
     generator = torch.Generator().manual_seed(seed)

@@ -287,15 +287,6 @@ def test_resetting_a_layer_that_is_read_resets_its_own_weight():
     assert model.qkv.disha.active == ("default",)
 
 
-@pytest.fixture
-def process_group():
-    torch.distributed.init_process_group(
-        "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
-    )
-    yield
-    torch.distributed.destroy_process_group()
-
-
 @needs_fully_shard
 @pytest.mark.usefixtures("process_group")
 def test_fsdp_keeps_the_original_of_a_weight_that_is_read():

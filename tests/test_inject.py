@@ -274,6 +274,8 @@ class TestTraining:
         assert model.embed.weight.requires_grad
         shared = disha.inject_adapters(Shared(), "first", 4, rank_pattern={"second": 2})
         assert shared.first.disha["default"].r == 2
+        chosen = disha.plan_adapters(Shared(), lambda name, _: name == "second", 2)
+        assert [one.names for one in chosen.layers] == [("first", "second")]
 
     def test_mark_only_adapters_trainable(self, model):
         disha.inject_adapters(model, "q_proj", 2, freeze=False, also_train="norm.bias")

@@ -277,14 +277,16 @@ def check_piece(pattern, method, piece):
                 close(one + 0.0, other)
 
 
+def test_adapters_of_one_weight_have_one_layout():
+    model = disha.inject_adapters(Holder((4, 6)), "mix", 2, layouts={"mix": "out in"})
+    with pytest.raises(disha.TargetError, match="another adapter has it with the layout 'out in'"):
+        disha.inject_adapters(model, "mix", 2, layouts={"mix": "in out"}, adapter="other")
+
+
+def test_rows_of_a_weight_that_has_parts_of_its_own():
+    with pytest.raises(disha.ArgumentError, match="q_proj has rows of its own"):
+        disha.plan_adapters(nn.MultiheadAttention(8, 2), "in_proj", 2, rows={"in_proj": [(0, 8)]})
+
+
 BY_NUMBER = ("select", "index_select", "narrow", "unbind", "split", "chunk", "a sum")
 """Pieces along a dimension that may be counted from the end."""
-
-
-@pytest.fixture
-def process_group():
-    torch.distributed.init_process_group(
-        "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
-    )
-    yield
-    torch.distributed.destroy_process_group()
