@@ -209,7 +209,7 @@ def _under_model_keys(
     model_keys = {clean_key(key): key for key in expected}
     given: dict[str, str] = {}
     for key in map(str, state):
-        own = model_keys.get(clean_key(key), key)
+        own = key if key in expected else model_keys.get(clean_key(key), key)
         if own in given:
             raise AdapterStateError(
                 f"the state has {given[own]!r} and {key!r}, which are one parameter of the model; "

@@ -759,3 +759,11 @@ def test_bat_keeps_no_dense_weight(name):
     stacks = [p for p in model.parameters() if p.dim() == 3 and not p.requires_grad]
     smallest = min(stack.numel() * stack.element_size() for stack in stacks)
     assert kept(model, tokens) - frozen < smallest
+
+
+@pytest.mark.parametrize("method", ["bone", "bat"])
+def test_no_expert_chosen(method):
+    model = nn.ParameterDict({"w": torch.randn(3, 4, 6)})
+    disha.inject_adapters(model, "w", 2, layouts={"w": "expert out in"}, method=method)
+    chosen = model.w[torch.zeros(0, dtype=torch.long)]
+    assert torch.bmm(torch.zeros(0, 1, 6), chosen.mT).shape == (0, 1, 4)

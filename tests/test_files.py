@@ -230,16 +230,9 @@ class TestContents:
         header = replace(header, layers=tuple(replace(one, r=2) for one in header.layers))
         model = trained() if replacing else base()
         before = snapshot(model)
+        given = ModelView(model), "elsewhere", header, tensors, "default"
         with pytest.raises(AdapterFileError, match=r"(?s)^elsewhere.* does not fit .*head"):
-            load_contents(
-                ModelView(model),
-                "elsewhere",
-                header,
-                tensors,
-                "default",
-                replace=replacing,
-                freeze=True,
-            )
+            load_contents(*given, replace=replacing, freeze=True)
         assert_unchanged(model, before)
 
     def test_blocks_only(self):
@@ -271,21 +264,11 @@ class TestContents:
         some = replace(header, layers=header.layers[1:])
         model = trained(also_train=None)
         found = {layer.key: tensors[layer.key] for layer in some.layers}
-        load_contents(
-            ModelView(model),
-            "elsewhere",
-            some,
-            found,
-            "default",
-            replace=True,
-            partial=True,
-            freeze=True,
-        )
+        given = ModelView(model), "elsewhere", some, found, "default"
+        load_contents(*given, replace=True, partial=True, freeze=True)
         first = adapter_tensors(ModelView(model), "default")[header.layers[0].key]
         assert torch.equal(first, tensors[header.layers[0].key])
-        load_contents(
-            ModelView(model), "elsewhere", some, found, "default", replace=True, freeze=True
-        )
+        load_contents(*given, replace=True, freeze=True)
         assert not first.any()
 
     @pytest.mark.parametrize(
@@ -612,9 +595,7 @@ class TestFingerprint:
         header = replace(header, layers=(replace(first, base=None), *others))
         torch.manual_seed(1)
         with pytest.warns(AdapterFileWarning, match="4 of 4 layers"):
-            load_contents(
-                ModelView(Layered()), "elsewhere", header, tensors, "default", freeze=True
-            )
+            load_contents(ModelView(Layered()), "a", header, tensors, "default", freeze=True)
 
     @pytest.mark.parametrize("replacing", [False, True])
     def test_a_warning_that_is_made_an_error_leaves_the_model_as_it_was(self, saved, replacing):

@@ -87,41 +87,30 @@ def test_a_plain_model_is_alone():
         raise KeyError("as it is")
 
 
-@pytest.mark.parametrize(
-    ("operation", "action"),
-    [
-        (lambda model, path: disha.save_adapter(model, path), "save adapter 'default'"),
-        (
-            lambda model, path: adapter_contents(ModelView(model)),
-            "take adapter 'default' out of the model",
-        ),
-        (
-            lambda model, path: disha.load_adapter(model, path, replace=True),
-            "load a file as adapter 'default'",
-        ),
-        (
-            lambda model, path: disha.load_adapter_state_dict(
-                model, disha.adapter_state_dict(model)
-            ),
-            "load a state dict as adapter 'default'",
-        ),
-    ],
-)
-def test_ranks_agree_on_what_they_were_asked(monkeypatch, tmp_path, operation, action):
-    path = tmp_path / "a.safetensors"
+TAKEN = "take adapter 'default' out of the model"
+ASKED = {
+    "save adapter 'default'": lambda model, path: disha.save_adapter(model, path),
+    "load a file as adapter 'default'": lambda model, path: disha.load_adapter(
+        model, path, replace=True
+    ),
+    "load a state dict as adapter 'default'": lambda model, path: disha.load_adapter_state_dict(
+        model, disha.adapter_state_dict(model)
+    ),
+    TAKEN: lambda model, path: adapter_contents(ModelView(model)),
+}
+
+
+@pytest.mark.parametrize("action", ASKED)
+def test_ranks_agree_on_what_they_were_asked(monkeypatch, tmp_path, action):
     model = disha.inject_adapters(nn.Sequential(nn.Linear(4, 4)), "0", r=2)
-    disha.save_adapter(model, path)
-    asked = []
-    monkeypatch.setattr(
-        Ranks, "__init__", lambda ranks, _: vars(ranks).update(meshes=(Mesh((1,), (0,)),))
-    )
-    monkeypatch.setattr(
-        Ranks, "_exchanged", lambda ranks, report: asked.append(report[1]) or [report]
-    )
+    disha.save_adapter(model, tmp_path / "a")
+    asked, mesh = [], Mesh((1,), (0,))
+    monkeypatch.setattr(Ranks, "__init__", lambda ranks, _: vars(ranks).update(meshes=(mesh,)))
+    monkeypatch.setattr(Ranks, "_exchanged", lambda _, report: asked.append(report[1]) or [report])
     monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
-    operation(model, path)
+    ASKED[action](model, tmp_path / "a")
     assert action in asked
-    assert set(asked) <= {action, "take adapter 'default' out of the model"}
+    assert set(asked) <= {action, TAKEN}
 
 
 def test_plain_models_do_not_bring_in_the_machinery_of_torch():

@@ -95,6 +95,16 @@ class TestLoad:
             assert repr(prefix + key) in str(caught.value)
         assert_unchanged(adapted, before)
 
+    def test_a_child_that_has_the_name_of_a_wrappers(self):
+        model = nn.ModuleDict(
+            {"fc": nn.Linear(4, 4), "module": nn.ModuleDict({"fc": nn.Linear(4, 4)})}
+        )
+        disha.inject_adapters(model, "fc", 2, init="kaiming")
+        assert disha.load_adapter_state_dict(model, disha.adapter_state_dict(model)).complete
+        one = {"fc.disha.default.bone_block": torch.zeros(2, 4)}
+        disha.load_adapter_state_dict(model, one, strict=False)
+        assert [bool(block.any()) for block in disha.adapter_parameters(model)] == [False, True]
+
     @pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod."])
     def test_keys_of_a_wrapped_model(self, adapted, tokens, prefix):
         state = {prefix + key: value for key, value in disha.adapter_state_dict(adapted).items()}

@@ -117,7 +117,8 @@ def square_tiles(weight: Tensor, r: int) -> Tensor:
     zero-padded. This is a view: in row-major order, "(a i) (b k)" and "a (i b) k" are the same.
     """
     padded = pad_to_multiple(pad_to_multiple(weight, r, dim=-1), r, dim=-2)
-    return padded.reshape(*padded.shape[:-2], padded.shape[-2] // r, -1, r)
+    *stack, rows, columns = padded.shape
+    return padded.reshape(*stack, rows // r, columns, r)
 
 
 # --- a product that saves little for backward ----------------------------------------------------
