@@ -458,8 +458,8 @@ def _reason_against(one: PlannedLayer, method: str) -> str | None:
     taken = {n for n in _ADDED if n in own or hasattr(type(module), n)}.difference((one.attribute,))
     if taken and not isinstance(module, AdaptedLayer):
         return f"it has its own attribute {min(taken)!r}, which adapters would replace"
-    for block in module.disha.blocks().values() if isinstance(module, AdaptedLayer) else ():
-        if block.slot.parameter == slot.parameter and block.slot.layout != slot.layout:
+    for block in module.disha.some(slot.parameter) if isinstance(module, AdaptedLayer) else ():
+        if block.slot.layout != slot.layout:
             return f"another adapter has it with the layout {block.slot.layout}, not {slot.layout}"
     reason = (
         _reason_against_reading(module, slot, method)
