@@ -297,6 +297,8 @@ def plan_injection(
             f"{_shown(unfit)}. Choose a smaller `r`, or an `r_out` that divides the outputs, give "
             "these layers their own r (`rank_pattern`), or leave them out (`exclude`)"
         )
+    candidates = known if target == ALL_LINEAR else ()
+    left_out = [one for one in candidates if one.slot is not None and one.slot.layout.has_kernel]
     return Plan(
         adapter,
         config,
@@ -305,6 +307,7 @@ def plan_injection(
         also_train=_also_trained(view, config) if config.also_train else (),
         skipped=(*skipped, *unfit),
         unknown=tuple([one for one in known if one.slot is None and one.attribute]),
+        convolutions=tuple([n.name for n in left_out if _reason_against(n, config.method) is None]),
     )
 
 
@@ -672,10 +675,7 @@ def _reason_against_training(one: ModelParameter) -> str | None:
 
 
 def _with_counts(view: ModelView, plan: Plan) -> Plan:
-    """Return a plan with what only its reader needs: convolutions, tied names, and numbers."""
-    known = _layers_of(view, plan.config) if plan.config.target == ALL_LINEAR else ()
-    kernels = [one for one in known if one.slot is not None and one.slot.layout.has_kernel]
-    left_out = tuple([n.name for n in kernels if _reason_against(n, plan.config.method) is None])
+    """Return a plan with what only its reader needs: numbers of parameters, and tied names."""
     planned = {id(layer.module._parameters.get(layer.attribute)) for layer in plan.layers}
     shared = (one for one in view.parameters if len(one.names) > 1)
     tied = tuple(one.names for one in shared if id(one.value) in planned)
@@ -688,4 +688,4 @@ def _with_counts(view: ModelView, plan: Plan) -> Plan:
             if one.name in plan.also_train or (stays and one.value.requires_grad):
                 trained.append(one.value)
     trainable, total = (plan.added + sum(map(parameter_count, some)) for some in (trained, present))
-    return replace(plan, convolutions=left_out, tied=tied, trainable=trainable, total=total)
+    return replace(plan, tied=tied, trainable=trainable, total=total)
