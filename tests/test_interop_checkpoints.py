@@ -416,6 +416,14 @@ class TestRefused:
         setting.merge(force=tied)
         assert_same_bits(tensors_in(setting.out), setting.merged_in_memory())
 
+    def test_a_tied_weight_that_is_stored_twice(self, tmp_path):
+        model = Layered()
+        state = {**model.state_dict(), "copy.weight": model.embed.weight.detach().clone()}
+        setting = Setting(tmp_path, model, "head", also_train=r"^embed\.")
+        save_sharded(state, setting.base, 3)
+        (setting.base / "config.json").write_text(json.dumps({"tie_word_embeddings": True}))
+        self.refuse(setting, MergeError, "embed.* may be tied")
+
     def test_the_configuration_beside_a_single_file_counts(self, tmp_path):
         setting = Setting(tmp_path, Layered(), "embed", shards=1)
         (setting.base / "config.json").write_text(json.dumps({"tie_word_embeddings": True}))

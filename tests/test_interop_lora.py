@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import warnings
+from collections import OrderedDict
 from contextlib import contextmanager
 from dataclasses import FrozenInstanceError, replace
 
@@ -462,6 +463,16 @@ def test_in_memory_it_is_what_the_files_hold_and_peft_takes_it(tmp_path, options
     for tensor in tensors.values():
         tensor.zero_()  # shares no memory with the model
     assert_unchanged(model, before)
+
+
+def test_experts_that_are_modules_of_a_list(tmp_path):
+    experts = nn.Sequential(*[nn.Sequential(nn.Linear(8, 8)) for _ in range(2)])
+    base = nn.Sequential(OrderedDict(experts=experts))
+    ours, loaded = adapted(base, "all-linear", 2), copy.deepcopy(base)
+    lora.export(ours, tmp_path)
+    check_served(base, tmp_path, ours, torch.randn(3, 8), 1e-5)
+    lora.load(loaded, tmp_path)
+    assert disha.summary(loaded).layers == disha.summary(ours).layers
 
 
 def test_the_report_is_frozen(tmp_path):

@@ -158,6 +158,11 @@ REFUSED = {
         "can't save a ParameterList",
         "tokens",
     ),
+    "a name that ends like a saved one": Case(
+        lambda: nn.ModuleDict({"a": linears(), "head": nn.LayerNorm(8), "pre_head": nn.Tanh()}),
+        "pre_head: PEFT would save it too",
+        r"^head\.",
+    ),
     "a name that hides a layer": Case(
         lambda: nn.ModuleDict({"a": nn.LayerNorm(8), "b": nn.ModuleDict({"a": linears()})}),
         "b.a.q: PEFT would not adapt it",

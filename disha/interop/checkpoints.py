@@ -153,7 +153,7 @@ def merge_into_checkpoint(
     _refuse(checkpoint, _wrong_shapes(checkpoint, header, keys))
     if not force:
         _refuse(checkpoint, _other_values(checkpoint, header, keys))
-        _refuse_tied(checkpoint, header.layers)
+        _refuse_tied(checkpoint, header, keys)
     merge = _Merge(checkpoint, keys, contents, scale)
     with _written(out) as new:
         if out.suffix == SUFFIX:
@@ -394,9 +394,10 @@ def _check_target(out: Path, checkpoint: Checkpoint, overwrite: bool) -> None:
         )
 
 
-def _refuse_tied(checkpoint: Checkpoint, layers: tuple[LayerRecord, ...]) -> None:
-    """Raise if an adapted embedding may be tied, as those of models are by default."""
-    embeddings = [layer.name for layer in layers if layer.layout.pattern == "index out"]
+def _refuse_tied(checkpoint: Checkpoint, header: AdapterHeader, keys: Mapping[str, str]) -> None:
+    """Raise if an embedding that changes may be tied, as those of models are by default."""
+    embeddings = [one.name for one in header.layers if one.layout.pattern == "index out"]
+    embeddings += [name for name in header.also_train if _is_stored_twice(checkpoint, keys[name])]
     config = checkpoint.config() if embeddings else {}
     parts = [config, *(part for part in config.values() if isinstance(part, dict))]
     said = [part["tie_word_embeddings"] for part in parts if "tie_word_embeddings" in part]
@@ -405,6 +406,13 @@ def _refuse_tied(checkpoint: Checkpoint, layers: tuple[LayerRecord, ...]) -> Non
             f"{embeddings[0]} may be tied to an output head, which merging would change too "
             f"(tie_word_embeddings in {CONFIG}); untie them first, or merge with `force`"
         )
+
+
+def _is_stored_twice(checkpoint: Checkpoint, key: str) -> bool:
+    """Whether another stored matrix is equal, as a tied one that was saved under both names."""
+    shape, others = checkpoint.shape(key), checkpoint.files.keys() - {key}
+    alike = [name for name in others if len(shape) > 1 and checkpoint.shape(name) == shape]
+    return any(torch.equal(checkpoint.tensor(key), checkpoint.tensor(name)) for name in alike)
 
 
 # --- tensors -------------------------------------------------------------------------------------

@@ -366,7 +366,7 @@ def _config_of(
     """Return PEFT's configuration of a LoRA; of an unknown model if there is no view of it."""
     names = [update.record.name for update in updates]
     parameters = sorted(update.record.name for update in updates if is_stack(update.record))
-    single = {name for name in names if stacks.single_expert(name)}
+    single = {*filter(stacks.single_expert, names)} - {layer.name for layer in header.layers}
     others = [name for name in names if name not in single.union(parameters)]
     # SGLang refuses a regex, and knows single experts by the usual names of their projections.
     targets: list[str] | str = sorted({*others, *stacks.SERVED_TARGETS})
@@ -484,7 +484,7 @@ def _factors(
         is_embedding = EMBEDDING[0] in ends
         a, b = (ends[end] for end in sorted(ends))
         stack = stacks.stacked(name, parameters)
-        if stacks.single_expert(name):
+        if stacks.single_expert(name) and name not in (layouts or {}):
             raise ConversionError(
                 f"{path} has a LoRA for each expert ({name}); load the one with stacked experts"
             )
