@@ -15,6 +15,7 @@ from accelerate.utils import DistributedType
 from pytorch_lightning import LightningModule
 from pytorch_lightning import Trainer as LightningTrainer
 from pytorch_lightning.callbacks import ModelCheckpoint
+from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import (
@@ -194,6 +195,14 @@ def test_a_quantised_model_trains(options, tmp_path):
         assert torch.equal(again(tokens).logits, trainer.model.eval()(tokens).logits)
 
 
+def test_a_tied_parameter_that_trains_is_saved_under_both_names(tmp_path):
+    model = disha.inject_adapters(tied(), "q_proj", 4, also_train="embed_tokens")
+    AdapterCheckpoints(model)
+    model.save_pretrained(tmp_path)
+    names = load_file(tmp_path / "model.safetensors").keys()
+    assert {"lm_head.weight", "model.embed_tokens.weight"} <= names
+
+
 def test_a_plain_model_is_refused():
     with pytest.raises(disha.ArgumentError, match="default"):
         AdapterCheckpoints(llama())
@@ -304,12 +313,12 @@ def test_accelerate_saves_other_models_as_before(tmp_path):
 class Module(LightningModule):
     def __init__(self):
         super().__init__()
-        self.net = net()
+        self.net, self.head = net(), nn.Linear(4, 4)
         torch.manual_seed(2)
         self.data = [(torch.randn(16), torch.randn(4)) for _ in range(16)]
 
     def training_step(self, batch):
-        return (self.net(batch[0]) - batch[1]).square().mean()
+        return (self.head(self.net(batch[0])) - batch[1]).square().mean()
 
     def validation_step(self, batch):
         self.log("loss", self.training_step(batch))
@@ -346,7 +355,7 @@ def test_checkpoints_of_lightning_hold_the_adapter_and_resume_bit_for_bit(tmp_pa
     fitted(rest, tmp_path / "rest", 3, resume=tmp_path / "part" / "epoch=1.ckpt")
     assert_same(rest, whole)
     kept = torch.load(tmp_path / "whole" / "epoch=2.ckpt", weights_only=False)["state_dict"]
-    assert kept.keys() == disha.adapter_state_dict(whole).keys()
+    assert kept.keys() == {*disha.adapter_state_dict(whole), "head.weight", "head.bias"}
 
     with torch.no_grad():
         for block in disha.adapter_parameters(whole):
@@ -361,7 +370,7 @@ def test_a_checkpoint_of_another_adapter_is_refused_by_lightning(tmp_path):
     disha.remove_adapters(smaller)
     disha.inject_adapters(smaller, "net.0", r=4, also_train="1")
     fitted(smaller, tmp_path, 1)
-    with pytest.raises(disha.AdapterStateError, match=r"lacks 1 of 4 tensors .*net\.2\.disha"):
+    with pytest.raises(disha.AdapterStateError, match=r"lacks 3 tensors .*net\.2\.disha"):
         fitted(Module(), tmp_path, 2, resume=tmp_path / "epoch=0.ckpt")
 
 

@@ -13,7 +13,7 @@ __all__ = ["AdapterCheckpoints"]
 
 
 class AdapterCheckpoints(Callback):
-    """Keeps the base out of the checkpoints of `Trainer`.
+    """Keeps the frozen base out of the checkpoints of `Trainer`.
 
     Resuming (`trainer.fit(..., ckpt_path=...)`) and the best checkpoint
     (`trainer.test(..., ckpt_path="best")`) load the adapter into the module, which must have the
@@ -43,23 +43,26 @@ class AdapterCheckpoints(Callback):
         disha.adapter_state_dict(pl_module, self._adapter)
         pl_module.strict_loading = False
 
+    def _kept(self, module: LightningModule) -> list[str]:
+        """Return the keys of the adapter, and of what else trains, such as a head beside it."""
+        trained = {key for key, parameter in module.named_parameters() if parameter.requires_grad}
+        return sorted(trained | disha.adapter_state_dict(module, self._adapter).keys())
+
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Keep the adapter's part of the state dict."""
-        kept = disha.adapter_state_dict(pl_module, self._adapter)
-        state = checkpoint["state_dict"]
+        """Keep the part of the state dict that trains."""
+        state, kept = checkpoint["state_dict"], self._kept(pl_module)
         checkpoint["state_dict"] = {key: state[key] for key in kept}
 
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Check that the checkpoint has the adapter, because Lightning ignores missing keys."""
-        wanted = disha.adapter_state_dict(pl_module, self._adapter)
-        missing = [key for key in wanted if key not in checkpoint["state_dict"]]
+        missing = [key for key in self._kept(pl_module) if key not in checkpoint["state_dict"]]
         if missing:
             raise disha.AdapterStateError(
-                f"the checkpoint lacks {len(missing)} of {counted(len(wanted), 'tensor')} of "
-                f"adapter {self._adapter!r} ({first_few(missing, 3, ', ')}), so they would not be "
-                "loaded; inject the adapter as it was when the checkpoint was saved"
+                f"the checkpoint lacks {counted(len(missing), 'tensor')} that train with adapter "
+                f"{self._adapter!r} ({first_few(missing, 3, ', ')}), so they would not be loaded; "
+                "inject and freeze as when the checkpoint was saved"
             )

@@ -135,12 +135,13 @@ class _Saving:
         """Write the adapter into a folder. FSDP gives its state, gathered by all ranks."""
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
-        state = state_dict
+        state = state_dict or {}
         if not isinstance(self._model, FSDPModule):
             disha.save_adapter(self._model, folder / ADAPTER_NAME, self._adapter)
             state = disha.adapter_state_dict(self._model, self._adapter)
         if is_main_process:
-            tensors = {key: value.to("cpu").contiguous() for key, value in (state or {}).items()}
+            # Copies, because tied weights share memory.
+            tensors = {key: value.to("cpu", copy=True).contiguous() for key, value in state.items()}
             save_file(tensors, folder / SAFE_WEIGHTS_NAME, {"format": "pt"})
             (folder / CONFIG_NAME).write_text(json.dumps(NO_MODEL))
 
