@@ -80,4 +80,9 @@ def opened(flags: Namespace) -> Asker:
     name, bits = (flags.base, "fp32") if flags.base else noted(flags.adapter)
     notes = {} if flags.adapter is None else disha.inspect_adapter(flags.adapter).metadata
     model, tokenizer = load_base(name, flags.bits or bits, best_device())
+    if notes.get("prompt") == "chat" and not tokenizer.chat_template:
+        raise ArgumentError(
+            f"{flags.adapter} learned conversations, and {name} has no chat template; name a base "
+            "that has it with --base"
+        )
     return Asker(model, tokenizer, bool(tokenizer.chat_template) and notes.get("prompt") != "text")

@@ -171,6 +171,8 @@ class TrainingArguments(SFTConfig):  # type: ignore[misc]
             print("note: --tf32 does nothing on this machine")
             self.tf32 = None
         super().__post_init__()
+        if self.early_stopping_patience and not self.metric_for_best_model:
+            raise ArgumentError("--early_stopping_patience needs --load_best_model_at_end")
 
 
 Parsed = tuple[AdapterArguments, DataArguments, TrainingArguments]

@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from trl.chat_template_utils import get_training_chat_template
 
 from disha.errors import ArgumentError
+from disha.text import brief
 
 BUILDERS = {
     ".csv": "csv",
@@ -45,14 +46,17 @@ def load_rows(data: str, split: str = "train") -> Dataset:
         if files and not Path(data).is_dir():
             raise ArgumentError(f"{data} must end with one of {', '.join(BUILDERS)}")
         return load_dataset(data, split=split)
-    if not files:
-        raise ArgumentError(f"there is no file {data}")
+    if not any(Path(file).stat().st_size for file in files):
+        raise ArgumentError(f"there is no file {data}, or it is empty")
     options = {"delimiter": "\t"} if suffix == ".tsv" else {}
     return load_dataset(BUILDERS[suffix], data_files=files, split=split, **options)
 
 
 def mixed(sets: Sequence[Dataset], weights: Sequence[float], seed: int) -> Dataset:
     """Return the rows of several sets: each row once, or drawn by weight until all were seen."""
+    forms = {", ".join(sorted(one.column_names)) for one in sets}
+    if len(forms) > 1:
+        raise ArgumentError(f"the data sets must have one form, got {' and '.join(sorted(forms))}")
     if not weights:
         return concatenate_datasets(list(sets))
     if len(weights) != len(sets):
@@ -122,7 +126,7 @@ def _mapped(rows: Dataset, form: Any, **options: Any) -> Dataset:
 
 
 def _pair(row: Mapping[str, Any], fields: Sequence[str], chat: bool) -> dict[str, Any]:
-    query, response = (str(row[field]) for field in fields)
+    query, response = (_filled(row, field) for field in fields)
     if fields[0] == "instruction" and row.get("input"):
         query += f"\n\n{row['input']}"
     if not chat:
@@ -134,7 +138,13 @@ def _pair(row: Mapping[str, Any], fields: Sequence[str], chat: bool) -> dict[str
 
 
 def _text(row: Mapping[str, Any], field: str) -> dict[str, str]:
-    return {"text": str(row[field])}
+    return {"text": _filled(row, field)}
+
+
+def _filled(row: Mapping[str, Any], field: str) -> str:
+    if row[field] is None:
+        raise ArgumentError(f"a row has no {field}: {brief(row)}; fill it, or remove the row")
+    return str(row[field])
 
 
 def _messages(row: Mapping[str, Any], field: str, split: bool) -> dict[str, Any]:

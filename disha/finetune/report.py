@@ -88,6 +88,7 @@ def prove(base: str, bits: str, path: Path, outcome: Outcome) -> Proof:
     """Load a saved adapter into the base anew, let both answer, and measure the loss."""
     training = copy.copy(outcome.training)
     training.report_to = []
+    training.dataset_kwargs = {"skip_prepare_dataset": True}  # packed rows can't be packed again
     model, tokenizer = load_base(base, bits, training.device)
     is_main = training.process_index == 0
     rows = _with_question(outcome.checked, training.samples if is_main else 0)

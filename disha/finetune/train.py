@@ -156,6 +156,7 @@ def _trainer(
             *([EarlyStoppingCallback(patience)] if patience else []),
         ],
         is_held_out=held_out is not None,
+        is_chat="messages" in rows.column_names or isinstance(rows[0].get("prompt"), list),
     )
 
 
@@ -185,12 +186,9 @@ def _adapt(model: PreTrainedModel, adapter: AdapterArguments) -> None:
         settings["exclude"] += [f"^{re.escape(name)}$" for name in names]
         disha.inject_adapters(model, **settings)
         return
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", AdapterFileWarning)
-            disha.load_adapter(model, adapter.adapter)
-    except AdapterFileWarning as warning:
-        raise ArgumentError(str(warning)) from warning
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", AdapterFileWarning)
+        disha.load_adapter(model, adapter.adapter)
 
 
 # --- training ------------------------------------------------------------------------------------
@@ -199,9 +197,9 @@ def _adapt(model: PreTrainedModel, adapter: AdapterArguments) -> None:
 class _Trainer(SFTTrainer):  # type: ignore[misc]
     """Groups rows by length in an order of seed and epoch alone, which a resumed run sees too."""
 
-    def __init__(self, *given: Any, is_held_out: bool, **named: Any) -> None:
+    def __init__(self, *given: Any, is_held_out: bool, is_chat: bool, **named: Any) -> None:
         super().__init__(*given, **named)
-        self.is_held_out = is_held_out
+        self.is_held_out, self.is_chat = is_held_out, is_chat
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         if self.args.train_sampling_strategy != "group_by_length":
@@ -235,10 +233,9 @@ def _trained(trainer: _Trainer, base: str, bits: str, folder: Path) -> Outcome:
     state = trainer.state
     saved_step = (training.load_best_model_at_end and state.best_global_step) or state.global_step
     losses = logged(state, "eval_loss")
-    row = trainer.train_dataset[0]
-    is_chat = "messages" in row or isinstance(row.get("prompt"), list)
     path = folder / ADAPTER_NAME
-    notes = {BASE_KEY: base_note(base, bits, path), PROMPT_KEY: "chat" if is_chat else "text"}
+    form = "chat" if trainer.is_chat else "text"
+    notes = {BASE_KEY: base_note(base, bits, path), PROMPT_KEY: form}
     disha.save_adapter(trainer.model, path, metadata=notes)
     return Outcome(
         training=training,

@@ -10,6 +10,7 @@ import disha
 from disha.cli.generate import Conversation
 from disha.cli.models import Asker
 from disha.finetune.base import load_base
+from tests.finetune.tiny_models import write_model
 
 SHORT = ("--max_new_tokens", 6)
 
@@ -46,6 +47,14 @@ def test_an_answer_is_that_of_the_model(asks, asker, language_model):
     assert base.out == answer(asker, "<user>hello</s><assistant>") + "\n"
     assert base.out != done.out
     assert "the base is" not in base.err
+
+
+def test_conversations_need_a_template(asks, tmp_path):
+    base = write_model(tmp_path / "base")
+    model = disha.inject_adapters(load_base(str(base))[0], "q_proj", 4)
+    disha.save_adapter(model, tmp_path / "a", metadata={"prompt": "chat"})
+    done = asks("--base", base, "--adapter", tmp_path / "a", "--prompt", "hello")
+    assert "has no chat template" in done.err
 
 
 def test_an_answer_is_streamed(asks, language_model, monkeypatch):

@@ -56,6 +56,8 @@ def test_a_conversation_is_split_where_trl_can_not_tell_the_answers_apart(monkey
         (PAIR, ("query", "response", "query"), "one or two of them"),
         ({"a": "x", "b": "y"}, (), "have the fields a, b; name the question and the answer"),
         ({"messages": TALK}, (), "the model has no chat template"),
+        ({"query": "q", "response": None}, (), "a row has no response"),
+        ({"text": None}, (), "a row has no text"),
     ],
 )
 def test_rows_that_can_not_be_used(row, fields, message):
@@ -97,10 +99,12 @@ class TestFiles:
             load_rows(str(tmp_path), "dev")
 
     @pytest.mark.parametrize(
-        ("name", "message"), [("none.jsonl", "there is no file"), ("a.xml", "must end with one of")]
+        ("name", "message"),
+        [("none.jsonl", "no file"), ("a.xml", "must end with one of"), ("a.csv", "or it is empty")],
     )
     def test_no_such_file(self, tmp_path, name, message):
-        (tmp_path / "a.xml").write_text("")
+        (tmp_path / "a.xml").touch()
+        (tmp_path / "a.csv").touch()
         with pytest.raises(ArgumentError, match=message):
             load_rows(str(tmp_path / name))
 
@@ -116,6 +120,11 @@ class TestMixed:
         assert drawn.count("b") >= 30
         assert 2 < drawn.count("a") / drawn.count("b") < 4
         assert mixed(self.sets, (3, 1), 0)["text"][:] == drawn
+
+    def test_sets_of_one_form(self):
+        other = datasets.Dataset.from_list([{"prompt": "p", "completion": "c"}])
+        with pytest.raises(ArgumentError, match="one form, got completion, prompt and text"):
+            mixed([*self.sets, other], (), 0)
 
     def test_as_many_weights_as_sets(self):
         with pytest.raises(ArgumentError, match="2 data sets need as many weights, got 1"):

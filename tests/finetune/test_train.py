@@ -9,7 +9,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import disha
-from disha import ArgumentError
+from disha import AdapterFileWarning, ArgumentError
 from disha.cli import main as disha_command
 from disha.finetune import main, train
 from disha.finetune.base import load_base, noted_base
@@ -183,8 +183,16 @@ class TestCourse:
 
     def test_an_adapter_of_another_base(self, finetune, authors, tmp_path):
         other = write_model(tmp_path / "other", seed=1)
-        with pytest.raises(ArgumentError, match="other base"):
+        with pytest.raises(AdapterFileWarning, match="other base"):
             finetune(tmp_path / "out", "--adapter", authors.adapter, base=other)
+
+    def test_packed_rows_are_proved_as_they_are(self, finetune, chatty, tmp_path):
+        found = finetune(tmp_path, "--packing", "--max_length", 64, base=chatty)
+        assert disha.inspect_adapter(found.adapter).metadata["prompt"] == "chat"
+
+    def test_early_stopping_needs_a_best_checkpoint(self, finetune, tmp_path):
+        with pytest.raises(ArgumentError, match="needs --load_best_model_at_end"):
+            finetune(tmp_path, "--early_stopping_patience", 2)
 
     def test_tensorboard(self, finetune, tmp_path, monkeypatch):
         monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "board"))
