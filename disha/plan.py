@@ -489,10 +489,9 @@ def _reason_against_reading(module: nn.Module, slot: Slot, method: str) -> str |
     quantisation = quantisation_of(module, stored_weight(module, slot.parameter))
     if quantisation is None or quantisation.read is not None or not method_of(method).reads_weight:
         return None
-    others = method_names(lambda one: not one.reads_weight)
     return (
-        f"its weight is quantised ({quantisation.name}) and can't be read as numbers, as "
-        f"method {method!r} requires; methods without this need: {others}"
+        f"its weight is quantised ({quantisation.name}) and can't be read as numbers, as method "
+        f"{method!r} requires; use {method_names(lambda one: not one.reads_weight)}"
     )
 
 

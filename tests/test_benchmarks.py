@@ -12,7 +12,7 @@ from benchmarks import candidates, layers, report, results, roofline, steps
 from benchmarks.candidates import BASE, CANDIDATES, lora_rank
 from benchmarks.layers import Size, build_layers
 from benchmarks.memory import allocated_peak, kept_bytes, stack
-from benchmarks.protocol import Budget, Spread, compare, paired_ratios, slow_dtypes
+from benchmarks.protocol import Budget, Spread, compare, paired_ratios
 from benchmarks.roofline import SMOLLM2_LINEARS, Linear
 from benchmarks.steps import CandidateError
 
@@ -198,20 +198,6 @@ def test_peak_counts_what_is_freed_again():
 
     # and a few bytes for the scalars that are added and multiplied by
     assert 0 <= allocated_peak(run, torch.device("cpu")) - 8 * MIB < 1024
-
-
-def test_only_a_dtype_that_is_far_slower_is_slow(monkeypatch):
-    taken = {torch.float32: 1.0, torch.bfloat16: 400.0, torch.float16: 3.0}
-    clock = Clock()
-    product = torch.Tensor.__matmul__
-
-    def timed(a, b):
-        clock.now += taken[a.dtype]
-        return product(a, b)
-
-    monkeypatch.setattr(torch.Tensor, "__matmul__", timed)
-    found = slow_dtypes(tuple(taken), torch.device("cpu"), clock)
-    assert found == {torch.bfloat16: 400.0}
 
 
 def test_a_run_is_written_and_becomes_a_page(tmp_path, monkeypatch, capsys):

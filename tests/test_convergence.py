@@ -25,7 +25,6 @@ from benchmarks.convergence.findings import (
 )
 from benchmarks.convergence.methods import (
     FULL,
-    IDENTITY,
     LARGEST_DIFFERENCE,
     METHODS,
     adapt,
@@ -34,13 +33,10 @@ from benchmarks.convergence.methods import (
 )
 from benchmarks.convergence.plan import (
     GRID,
-    LONG,
-    LONGER,
     RATES,
     STUDY,
     Study,
     best_rate,
-    compared,
     main_cell,
     wanted,
 )
@@ -208,21 +204,6 @@ class TestPlan:
         assert best_rate(CELL, SMALL, results) == 3e-3
         results |= results_of(CELL, {3e-3: 1.1}, 1) | results_of(CELL, {3e-3: 1.2}, 2)
         assert wanted(SMALL, results) == []
-
-    def test_the_study_is_what_it_says(self):
-        assert len(set(STUDY.cells)) == len(STUDY.cells)
-        for task in TASKS:
-            main = {c.method for c in STUDY.cells if c == main_cell(task, c.method)}
-            assert main == set(compared(task))
-        assert {*LONGER} == {"bone", "bat", "lora", "rslora", "dora", IDENTITY}
-        assert {STUDY.rates[LONG, method] for method in LONGER} == {GRID}
-        assert {c.r for c in STUDY.cells if c.task == LONG and c.method == "bone"} == {
-            8, 32, 64, 128
-        }  # fmt: skip
-        assert all(len(rates) >= 4 and set(rates) <= {*RATES, *GRID}
-                   for rates in STUDY.rates.values())  # fmt: skip
-        assert len(STUDY.seeds) == 3
-        assert len({Run(cell, 1e-3, 0).title for cell in STUDY.cells}) == len(STUDY.cells)
 
 
 class TestRuns:

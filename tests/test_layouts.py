@@ -277,16 +277,12 @@ def check_piece(pattern, method, piece):
                 close(one + 0.0, other)
 
 
-def test_adapters_of_one_weight_have_one_layout():
+def test_parts_that_overlap_in_another_way_are_refused():
     model = disha.inject_adapters(Holder((4, 6)), "mix", 2, layouts={"mix": "out in"})
     with pytest.raises(disha.TargetError, match="another adapter has it with the layout 'out in'"):
         disha.inject_adapters(model, "mix", 2, layouts={"mix": "in out"}, adapter="other")
-
-
-def test_rows_of_a_weight_that_has_parts_of_its_own():
     with pytest.raises(disha.ArgumentError, match="q_proj has rows of its own"):
         disha.plan_adapters(nn.MultiheadAttention(8, 2), "in_proj", 2, rows={"in_proj": [(0, 8)]})
 
 
 BY_NUMBER = ("select", "index_select", "narrow", "unbind", "split", "chunk", "a sum")
-"""Pieces along a dimension that may be counted from the end."""

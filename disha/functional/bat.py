@@ -237,10 +237,7 @@ def _block_gradient(gradient: Tensor, weight: Tensor, r: int) -> Tensor:
 
 
 def _slabs(weight: Tensor, block: Tensor) -> Iterator[tuple[slice, slice]]:
-    """Cut a layer into slabs (blocks D_a, rows of W) of at most SLAB_BYTES.
-
-    Slabs lower the peak of memory. They also save time, because one slab stays in the cache.
-    """
+    """Cut a layer into slabs (blocks D_a, rows of W) of SLAB_BYTES, which fit the cache."""
     blocks, r = block.shape[:2]
     out_features, in_features = weight.shape
     each = max(1, SLAB_BYTES // (r * in_features * weight.element_size()))
@@ -250,11 +247,7 @@ def _slabs(weight: Tensor, block: Tensor) -> Iterator[tuple[slice, slice]]:
 
 
 def _scratch(weight: Tensor, block: Tensor, slabs: Sequence[tuple[slice, slice]]) -> Tensor:
-    """Return memory for one slab, which all slabs of a pass share.
-
-    For new memory of this size, the system maps every page anew. In bfloat16 at 4096 x 4096, this
-    took a tenth of a training step.
-    """
+    """Return memory for one slab, which all share: mapping new memory took a tenth of a step."""
     blocks = block[slabs[0][0]]
     return weight.new_empty(blocks.numel() * shard_count(weight.shape[1], blocks.shape[1]))
 
@@ -280,10 +273,7 @@ def _effective(weight: Tensor, block: Tensor, scratch: Tensor | None, add_block:
 
 
 def _traced(weight: Tensor, block: Tensor) -> Tensor:
-    """Return W_eff as one product and one expression, which a compiler makes one loop.
-
-    The product W D is in W's dtype, the sum W + W D + D in at least float32.
-    """
+    """Return W_eff as a product in W's dtype and a sum in at least float32: compiled, one loop."""
     _, r, _ = block.shape
     tiles, dtype = square_tiles(weight, r), merge_dtype(weight.dtype)
     start, product = (torch.unflatten(one, -2, (r, -1)) for one in (tiles, tiles @ block))

@@ -85,18 +85,12 @@ class Update(NamedTuple):
         return self._replace(block=self.chosen_block[index], chosen=None)
 
     def each(self) -> list[Update]:
-        """Return the updates of all matrices of a stack, one by one.
-
-        Backward makes one gradient of the whole block. For `at` it makes one for each matrix.
-        """
+        """Return the updates of all matrices of a stack, with one gradient for the block."""
         return [self._replace(block=block, chosen=None) for block in self.chosen_block.unbind(0)]
 
 
 class Reduced(NamedTuple):
-    """What updates add to a product if their method `reduces`: S(x) times the matrix s R.
-
-    The matrix is (..., r, out), or (..., r, r_out) of a tile. The rest is as in `Update`.
-    """
+    """What updates add if their method `reduces`: S(x) times s R; R is (..., r, out or r_out)."""
 
     matrix: Tensor
     dropout: float

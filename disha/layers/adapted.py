@@ -270,10 +270,7 @@ class _Recurrent(nn.Module):
 
 
 def adapt(module: nn.Module, slots: Iterable[Slot]) -> None:
-    """Move a module to the class that adapts the slots' parameters, and give it `Adapters`.
-
-    Parameters that were adapted before stay adapted.
-    """
+    """Move a module to the class that adapts these parameters too, and give it `Adapters`."""
     slots = list(slots)
     names = [slot.parameter for slot in slots]
     original, is_opaque = type(module), any(slot.opaque for slot in slots)
