@@ -131,7 +131,7 @@ def apply_plan(view: ModelView, plan: Plan, undo: ExitStack, *, activate: bool =
     groups = [layer.disha.group for _, layer in view.layers if layer.disha.group is not LOOSE]
     group = groups[0] if groups else Group()
     remembered.remember_statistics(view.model, view.names, undo)
-    keep(view, blocks, undo)
+    _keep(view, blocks, undo)
     for module, own in blocks.items():
         adapt(module, [block.slot for block in own])
         adapters = module._modules[CHILD_NAME]
@@ -145,7 +145,7 @@ def apply_plan(view: ModelView, plan: Plan, undo: ExitStack, *, activate: bool =
     _set_flags(view, plan)
 
 
-def keep(view: ModelView, modules: Iterable[nn.Module], undo: ExitStack) -> None:
+def _keep(view: ModelView, modules: Iterable[nn.Module], undo: ExitStack) -> None:
     """Note the classes and adapters of modules, what acts in the model, and all flags."""
     remembered.keep_flags(((one.module, one.attribute) for one in view.parameters), undo)
     undo.callback(_guard_encoders, view)
@@ -210,7 +210,7 @@ def remove_adapters(model: nn.Module, adapter: str | None = None) -> nn.Module:
 
 def take_out(view: ModelView, adapters: Sequence[str], undo: ExitStack) -> None:
     """Remove adapters, and give layers without any their own class back."""
-    keep(view, [layer for _, layer in view.layers], undo)
+    _keep(view, [layer for _, layer in view.layers], undo)
     for _, layer in view.layers:
         for own in adapters:
             layer.disha.discard(own)

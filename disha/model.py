@@ -240,9 +240,11 @@ class ModelView:
 
 
 @contextmanager
-def all_or_nothing(view: ModelView) -> Iterator[ExitStack]:
+def all_or_nothing(view: ModelView, around: ExitStack | None = None) -> Iterator[ExitStack]:
     """Run the body, which notes how to undo each change before making it; undo all if it raises."""
     view.reshard()
     with ExitStack() as undo:
         yield undo
-        undo.pop_all()
+        notes = undo.pop_all()
+        if around is not None:  # an operation on several models, which may still raise
+            around.push(notes)

@@ -377,9 +377,10 @@ def load_contents(
     dtype: torch.dtype | None = None,
     freeze: bool,
     activate: bool = True,
+    around: ExitStack | None = None,
 ) -> LoadReport:
     """Put an adapter into a model, as `load_adapter` does; a `partial` one leaves other layers."""
-    with all_or_nothing(view) as undo:
+    with all_or_nothing(view, around) as undo:
         with view.ranks().agreeing(f"load a file as adapter {adapter!r}"):
             check_adapter_name(adapter)
             check_dtype(dtype)

@@ -19,7 +19,6 @@ from disha.errors import AdapterFileError, ArgumentError, ArgumentTypeError, Con
 from disha.files.contents import Contents, adapter_contents, load_contents
 from disha.files.disk import PathLike, checked_path, opened, save_tensors
 from disha.functional import Layout
-from disha.inject import keep
 from disha.interop.lora import tensors_of, unknown_to_lora
 from disha.interop.low_rank import (
     CONV,
@@ -34,8 +33,7 @@ from disha.interop.low_rank import (
 )
 from disha.interop.peft_format import reasons_against, refuse_to_write
 from disha.layers.blocks import original_class
-from disha.model import ModelView, all_or_nothing
-from disha.remembered import remember_statistics
+from disha.model import ModelView
 from disha.state import LoadReport
 
 __all__ = ["export", "load"]
@@ -176,20 +174,18 @@ def load(
     matched: list[str] = []
     with ExitStack() as undo:  # if a model does not fit, the ones before it are put back
         for component, (header, tensors) in contents.items():
-            view = views[component]
-            own = undo.enter_context(all_or_nothing(view))
-            remember_statistics(view.model, view.names, own)
-            keep(view, view.names, own)
             report = load_contents(
-                view,
+                views[component],
                 checked_path(path),
                 header,
                 tensors,
                 adapter,
                 dtype=dtype,
                 freeze=freeze,
+                around=undo,
             )
             matched += [f"{component}.{key}" for key in report.matched]
+        undo.pop_all()
     return LoadReport(tuple(matched))
 
 
