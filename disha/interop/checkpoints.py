@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -397,7 +398,7 @@ def _check_target(out: Path, checkpoint: Checkpoint, overwrite: bool) -> None:
 def _refuse_tied(checkpoint: Checkpoint, header: AdapterHeader, keys: Mapping[str, str]) -> None:
     """Raise if an embedding that changes may be tied, as those of models are by default."""
     embeddings = [one.name for one in header.layers if one.layout.pattern == "index out"]
-    embeddings += [name for name in header.also_train if _is_stored_twice(checkpoint, keys[name])]
+    embeddings += _stored_twice(checkpoint, header.also_train, keys)
     config = checkpoint.config() if embeddings else {}
     parts = [config, *(part for part in config.values() if isinstance(part, dict))]
     said = [part["tie_word_embeddings"] for part in parts if "tie_word_embeddings" in part]
@@ -408,11 +409,14 @@ def _refuse_tied(checkpoint: Checkpoint, header: AdapterHeader, keys: Mapping[st
         )
 
 
-def _is_stored_twice(checkpoint: Checkpoint, key: str) -> bool:
-    """Whether another stored matrix is equal, as a tied one that was saved under both names."""
-    shape, others = checkpoint.shape(key), checkpoint.files.keys() - {key}
-    alike = [name for name in others if len(shape) > 1 and checkpoint.shape(name) == shape]
-    return any(torch.equal(checkpoint.tensor(key), checkpoint.tensor(name)) for name in alike)
+def _stored_twice(
+    checkpoint: Checkpoint, names: Iterable[str], keys: Mapping[str, str]
+) -> list[str]:
+    """Return the parameters whose matrix is stored under another name too, as a tied one may be."""
+    matrices = {name: keys[name] for name in names if len(checkpoint.shape(keys[name])) > 1}
+    stored = checkpoint.files if matrices else ()
+    marks = Counter(fingerprint(checkpoint.tensor(key)) for key in stored)
+    return [n for n, key in matrices.items() if marks[fingerprint(checkpoint.tensor(key))] > 1]
 
 
 # --- tensors -------------------------------------------------------------------------------------
