@@ -141,10 +141,9 @@ def _keep_loaded(model: nn.Module, state: dict[str, Any], prefix: str, *_: Any) 
             kept[own] = state.get(prefix + join(name, own), former).detach().clone()
 
 
-def _hooks(module: nn.Module) -> list[int]:
+def _hooks(module: Any) -> list[int]:
     """Return the numbers of our hooks before a module loads a state dict."""
-    hooks: dict[int, Any] = module._load_state_dict_pre_hooks
-    return [number for number, one in hooks.items() if one.hook is _keep_loaded]
+    return [n for n, one in module._load_state_dict_pre_hooks.items() if one.hook is _keep_loaded]
 
 
 def changed_statistics(names: Names) -> dict[str, tuple[Tensor, Tensor | None]]:

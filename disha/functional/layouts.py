@@ -142,7 +142,8 @@ class Layout:
     def reason_against_shape(self, shape: Sequence[int]) -> str | None:
         """Return why a weight of a shape can't have this layout, or None if it can."""
         more = len(shape) - len(self.axes)
-        if more >= 0 if self.has_kernel else more == 0:
+        fits = more >= 0 if self.has_kernel else more == 0
+        if fits:
             if self.pattern != "in out *kernel" or shape[0] % self.groups == 0:
                 return None
             return f"{self.groups} groups do not divide its {shape[0]} input channels"

@@ -44,7 +44,7 @@ class AdapterCheckpoints(Callback):
         pl_module.strict_loading = False
 
     def _kept(self, module: LightningModule) -> list[str]:
-        """Return the keys of the adapter, and of what else trains, such as a head beside it."""
+        """Return the keys of all that trains: the adapter, and perhaps a head beside it."""
         trained = {key for key, parameter in module.named_parameters() if parameter.requires_grad}
         return sorted(trained | disha.adapter_state_dict(module, self._adapter).keys())
 

@@ -206,10 +206,8 @@ def _converted(
         stacks.check_form(experts)
         modules = [layer.name for layer in header.layers if not is_stack(layer)]
         saved = saved_modules(view, header.also_train, [layer.name for layer in header.layers])
-        problems = [
-            *reasons_against(view, modules, unknown_to_lora, exporting=True),
-            *saved.problems,
-        ]
+        problems = reasons_against(view, modules, unknown_to_lora, exporting=True)
+        problems += saved.problems
         if experts == "stacked":
             problems += stacks.misread_by_peft(header.layers, model_type)
         refuse_to_write(CANT_EXPRESS, problems)

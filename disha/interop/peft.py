@@ -218,9 +218,8 @@ def _shapes(view: ModelView, names: Sequence[str]) -> Shapes:
         for name, module in view.modules.items()
         if isinstance(module, nn.Linear)
     }
-    known = {name: one.value for name, one in view.parameters_by_name.items()} | statistics(
-        view.names
-    )
+    parameters = {name: one.value for name, one in view.parameters_by_name.items()}
+    known = parameters | statistics(view.names)
     others = {name: known[name].shape for name in names if name in known and name not in linear}
     return linear | {name: tuple(shape) for name, shape in others.items()}
 

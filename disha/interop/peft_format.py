@@ -271,11 +271,10 @@ def saved_modules(view: ModelView, also_train: Sequence[str], layers: Sequence[s
             tensors |= {join(name, key): state[key] for name in names for key in state}
             continue
         problems.append(f"{join(names[0], own[0])}: {why}")
-    ends = tuple(modules)
     problems += [
         f"{name}: PEFT would save it too, because its name ends like one in modules_to_save"
         for name in module_names(view)
-        if modules and name.endswith(ends) and not is_inside(name, modules)
+        if name.endswith(tuple(modules)) and not is_inside(name, modules)
     ]
     problems += [
         f"{name}: PEFT would not adapt it, as a part of a module in modules_to_save"
