@@ -21,15 +21,7 @@ from disha.version import __version__
 
 if TYPE_CHECKING:
     from disha import interop as interop
-    from disha.check import CheckReport, check_adapters
     from disha.config import AdapterConfig
-    from disha.control import (
-        adapters_active,
-        adapters_disabled,
-        route_adapters,
-        set_active_adapters,
-        set_adapter_scale,
-    )
     from disha.files import (
         AdapterFile,
         combine_adapters,
@@ -38,17 +30,25 @@ if TYPE_CHECKING:
         save_adapter,
     )
     from disha.functional import Geometry
-    from disha.inject import (
+    from disha.layers import AdaptedLayer, BatLinear, BoneLinear, register_layer_kind
+    from disha.model.check import CheckReport, check_adapters
+    from disha.model.control import (
+        adapters_active,
+        adapters_disabled,
+        route_adapters,
+        set_active_adapters,
+        set_adapter_scale,
+    )
+    from disha.model.inject import (
         adapter_parameters,
         inject_adapters,
         mark_only_adapters_trainable,
         remove_adapters,
     )
-    from disha.layers import AdaptedLayer, BatLinear, BoneLinear, register_layer_kind
-    from disha.merge import merge_adapters, unmerge_adapters
-    from disha.plan import Plan, plan_adapters
-    from disha.state import LoadReport, adapter_state_dict, load_adapter_state_dict
-    from disha.summaries import Summary, summary
+    from disha.model.merge import merge_adapters, unmerge_adapters
+    from disha.model.plan import Plan, plan_adapters
+    from disha.model.state import LoadReport, adapter_state_dict, load_adapter_state_dict
+    from disha.model.summary import Summary, summary
 
 __all__ = [
     "AdaptedLayer",
@@ -98,17 +98,17 @@ __all__ = [
 ]
 
 HOMES = (
-    "check",
     "config",
-    "control",
     "files",
     "functional",
-    "inject",
     "layers",
-    "merge",
-    "plan",
-    "state",
-    "summaries",
+    "model.check",
+    "model.control",
+    "model.inject",
+    "model.merge",
+    "model.plan",
+    "model.state",
+    "model.summary",
 )
 """The modules with the public names beyond errors. They import torch, which takes a second."""
 

@@ -101,7 +101,7 @@ def snapshot(model: nn.Module) -> dict[str, object]:
         "flags": {name: p.requires_grad for name, p in model.named_parameters()},
         "attributes": {name: sorted(module.__dict__) for name, module in model.named_modules()},
         "active": {
-            name: (module.disha.active, module.disha.acts(), module.disha.merged)
+            name: (module.disha.active, module.disha.override(), module.disha.merged)
             for name, module in model.named_modules()
             if isinstance(module, AdaptedLayer)
         },

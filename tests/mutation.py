@@ -34,7 +34,7 @@ def main() -> int:
 def counts(results: str) -> Counter[tuple[str, str]]:
     """Return (module, outcome) -> number of mutants, from what `mutmut results` prints.
 
-    A line is `disha.inject.x_name__mutmut_3: killed`: module, mutant, outcome.
+    A line is `disha.model.inject.x_name__mutmut_3: killed`: module, mutant, outcome.
     """
     found: Counter[tuple[str, str]] = Counter()
     for line in filter(None, map(str.strip, results.splitlines())):

@@ -7,17 +7,19 @@ import torch
 from torch import nn
 
 import disha
-from disha import remembered
+from disha.files import contents
+from disha.layers import gradient_flags as flags
 from disha.layers.blocks import Adapters, Block
+from disha.model import check, inject, merge, state
 from tests.conftest import assert_unchanged, perturb, snapshot
 
 STEPS = [
-    *((disha.inject, name) for name in ("make_block", "adapt", "restore", "_guard_encoders")),
-    *((remembered, name) for name in ("claim", "release", "set_requires_grad", "restore_flags")),
+    *((inject, name) for name in ("make_block", "adapt", "restore", "_guard_encoders")),
+    *((flags, name) for name in ("claim", "release", "set_requires_grad", "restore_flags")),
     *((Adapters, name) for name in ("__init__", "add", "discard", "activate")),
     *((Block, name) for name in ("reconfigure", "set_scale", "update")),
-    *((disha.merge, name) for name in ("_replace", "_note_merged", "_merged", "_restored")),
-    *((module, "write") for module in (disha.state, disha.files.contents, disha.check)),
+    *((merge, name) for name in ("_replace", "_note_merged", "_merged", "_restored")),
+    *((module, "write") for module in (state, contents, check)),
 ]
 """The functions whose calls are the steps of operations."""
 

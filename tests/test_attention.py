@@ -13,7 +13,7 @@ from torch import nn
 import disha
 from disha import ArgumentError, MergeError
 from disha.layers.weights import base_of
-from disha.model import ModelView
+from disha.model.view import ModelView
 from tests import reference
 from tests.conftest import assert_unchanged, perturb, snapshot
 

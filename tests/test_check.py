@@ -8,8 +8,8 @@ from torch import nn
 
 import disha
 from disha import ArgumentError, CheckReport, MergeError, ModeError, functional
-from disha.check import CheckedWeight
 from disha.functional import Method
+from disha.model.check import CheckedWeight
 from tests.conftest import assert_unchanged, snapshot
 
 

@@ -20,7 +20,7 @@ from disha import (
 )
 from disha.files.combining import Summand, combine_contents
 from disha.files.contents import read_contents, write_contents
-from disha.model import ModelView
+from disha.model.view import ModelView
 from tests.adapter_files import every_kind, save
 from tests.conftest import assert_unchanged, snapshot
 from tests.test_methods import Gained

@@ -19,7 +19,7 @@ from torch._dynamo.testing import CompileCounter
 from torch.utils.checkpoint import checkpoint
 
 import disha
-from disha import contexts
+from disha.effective import contexts
 from disha.errors import ModeError
 from tests.conftest import perturb
 

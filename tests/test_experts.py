@@ -281,15 +281,15 @@ def all_close(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 def dense(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     """The shapes of all weights for which a dense W + dW, or dW itself, has been computed."""
     computed: list[tuple[int, ...]] = []
-    original = functional.effective_weight
+    original = functional.computed_weight
 
-    def effective_weight(weight: Tensor, layout: Any, some: Any) -> Tensor:
+    def computed_weight(weight: Tensor, layout: Any, some: Any) -> Tensor:
         if some:
             computed.append(tuple(weight.shape))
         return original(weight, layout, some)
 
-    monkeypatch.setattr(functional, "effective_weight", effective_weight)
-    monkeypatch.setattr(products, "effective_weight", effective_weight)
+    monkeypatch.setattr(functional, "computed_weight", computed_weight)
+    monkeypatch.setattr(products, "computed_weight", computed_weight)
     for method in TABLE.values():
         delta = type(method).delta
 

@@ -26,8 +26,8 @@ from disha.files import AdapterHeader, LayerRecord
 from disha.files.contents import adapter_contents, blocks_only, load_contents, read_contents
 from disha.files.header import reasons_against_blocks
 from disha.functional import Layout
-from disha.model import ModelView
-from disha.state import adapter_tensors
+from disha.model.state import adapter_tensors
+from disha.model.view import ModelView
 from tests.adapter_files import base, rewritten, trained
 from tests.conftest import Layered, Shared, Tied, assert_unchanged, perturb, snapshot
 

@@ -22,7 +22,7 @@ from disha import AdapterConfig, AdapterFileError
 from disha.files.header import FORMAT
 from disha.functional import METHODS, PATTERNS
 from disha.layers.kinds import LAYER_KINDS
-from disha.records import fingerprint, same_base
+from disha.model.fingerprints import fingerprint, same_base
 from tests import reference_reader
 from tests.adapter_files import base, first_layer, rewritten, trained
 from tests.conftest import assert_unchanged, perturb, snapshot

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from disha import functional
 from disha.errors import DishaError
 from disha.functional import Layout, method_of
-from disha.functional.shards import added
+from disha.functional.shard_sums import added
 from tests import reference
 
 MATRIX = Layout("out in")

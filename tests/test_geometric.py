@@ -10,7 +10,7 @@ from torch import nn
 
 import disha
 from disha import TargetError
-from disha.effective import EffectiveWeight
+from disha.effective.weight import EffectiveWeight
 from tests.conftest import assert_unchanged, perturb, snapshot
 
 geometric = pytest.importorskip("torch_geometric.nn", reason="PyTorch Geometric is not installed")

@@ -22,7 +22,7 @@ from disha.cli import main
 from disha.files.contents import adapter_contents
 from disha.functional import Layout
 from disha.interop import lora
-from disha.model import ModelView
+from disha.model.view import ModelView
 from tests.conftest import perturb
 from tests.test_experts import EXPERTS, INNER, VOCABULARY, WIDTH, build
 from tests.test_interop_lora import tiny_llama

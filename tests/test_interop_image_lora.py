@@ -20,7 +20,7 @@ from torch import nn
 import disha
 from disha.files.contents import adapter_contents, read_contents
 from disha.interop import image_lora, lora
-from disha.model import ModelView
+from disha.model.view import ModelView
 from tests.conftest import assert_unchanged, perturb, snapshot
 from tests.image_models import FLUX, IMAGE_MODELS, PIXART, SD3, UNET, text_encoder
 

@@ -23,7 +23,7 @@ from disha.files.contents import adapter_contents, read_contents, write_contents
 from disha.functional import Layout, bat_delta_weight, bone_delta_weight
 from disha.interop import lora, low_rank
 from disha.interop import peft as miss
-from disha.model import ModelView
+from disha.model.view import ModelView
 from tests.conftest import Layered, assert_unchanged, perturb, snapshot
 
 TOKENS = torch.arange(12).view(2, 6)

@@ -31,7 +31,7 @@ from disha.files import disk
 from disha.files.contents import adapter_contents, load_contents, read_contents, write_contents
 from disha.interop.peft import export, load, read_folder, write_folder
 from disha.interop.peft_format import anchored, exact_targets
-from disha.model import ModelView
+from disha.model.view import ModelView
 from tests import reference
 from tests.conftest import assert_unchanged, perturb, snapshot
 from tests.peft_models import (

@@ -14,7 +14,7 @@ from disha import AdapterFileError, ConversionError
 from disha.files.contents import adapter_contents
 from disha.interop import lora
 from disha.interop import peft as miss
-from disha.model import ModelView
+from disha.model.view import ModelView
 from tests.conftest import Layered, Shared, Tied, assert_unchanged, perturb, snapshot
 from tests.peft_models import close, config_of, net, output, perturb_all, rewrite, tensors_of
 

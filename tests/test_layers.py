@@ -499,7 +499,7 @@ def test_copy_acts_alike_and_shares_nothing(make, duplicate):
     # what acts in the copy is what is trained and scaled there, and nowhere else
     before = layer(x)
     adapter = twin.disha.active[0]
-    assert twin.disha.live["weight"][0] is twin.disha[adapter]
+    assert twin.disha.active_blocks["weight"][0] is twin.disha[adapter]
     disha.set_adapter_scale(twin, 7.0, adapter)
     with torch.no_grad():
         twin.disha[adapter].block.add_(1.0)

@@ -383,8 +383,8 @@ def test_the_updates_of_a_slice_of_outputs(name, rows, start, stop):
     if found is None:
         assert not METHODS[method].reduces  # R has a column for each output
         return
-    whole = functional.effective_weight(weight, layout, [update])
-    part = functional.effective_weight(weight[start:stop], layout, found)
+    whole = functional.computed_weight(weight, layout, [update])
+    part = functional.computed_weight(weight[start:stop], layout, found)
     torch.testing.assert_close(part, whole[start:stop], rtol=1e-12, atol=1e-12)
     if update.rows == ((start, stop),):
         assert found[0].rows == ()
@@ -412,8 +412,8 @@ def test_the_updates_of_a_part_of_a_weight(name, pattern, part):
         assert part[-1] != (r, 8)
         return
     own = tuple(slice(*ends) for ends in part)
-    whole = functional.effective_weight(weight, layout, [update])
-    cut = functional.effective_weight(weight[own], layout.of_part(part), found)
+    whole = functional.computed_weight(weight, layout, [update])
+    cut = functional.computed_weight(weight[own], layout.of_part(part), found)
     torch.testing.assert_close(cut, whole[own], rtol=1e-12, atol=1e-12)
 
 

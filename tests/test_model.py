@@ -9,7 +9,7 @@ from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 import disha
-from disha.model import ModelView, clean_key
+from disha.model.view import ModelView, clean_key
 from disha.text import join
 from tests.conftest import Shared
 
@@ -180,7 +180,7 @@ def test_nothing_else_walks():
         and not {"cli", "finetune"} & set(path.parts)  # which use the library as a user would
     }
     assert found == {
-        ("check.py", "layer.disha.modules()"),
+        ("model/check.py", "layer.disha.modules()"),
         ("layers/weights.py", "computed.modules()"),
-        ("remembered.py", "model.named_modules()"),
+        ("model/running_statistics.py", "model.named_modules()"),
     }

@@ -15,13 +15,13 @@ from torch.distributed.tensor import Placement, Replicate, Shard
 
 import disha
 from disha.files.contents import adapter_contents
-from disha.model import ModelView
-from disha.sharding import (
-    Ranks,
-    _local_ranges,
+from disha.model.view import ModelView
+from disha.sharding.ranks import Ranks
+from disha.sharding.tensors import (
     gathered,
     is_sharded,
     local_part,
+    local_ranges,
     reason_against_writing,
     write,
 )
@@ -62,7 +62,7 @@ def test_parts_are_the_chunks_of_torch(shape, mesh, data):
             chunks = expected.chunk(size, placement.dim)
             nothing = expected.narrow(placement.dim, 0, 0)  # torch gives no empty chunks
             expected = chunks[index] if index < len(chunks) else nothing
-    ranges = _local_ranges(Sharded(tuple(shape), Mesh(tuple(mesh), coordinate), placements))
+    ranges = local_ranges(Sharded(tuple(shape), Mesh(tuple(mesh), coordinate), placements))
     part = values[tuple(slice(start, stop) for start, stop in ranges)]
     assert torch.equal(part, expected)
 

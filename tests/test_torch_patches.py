@@ -11,7 +11,7 @@ import threading
 import pytest
 import torch
 
-from disha import torch_patches
+from disha.effective import torch_patches
 
 WALK = """
 import json, os, sys, threading, types
@@ -52,7 +52,9 @@ NAMES = [
 ]
 
 
-PLANNING = "import disha, disha.torch_patches; disha.plan_adapters(torch.nn.Linear(4, 4), '', 2)"
+PLANNING = (
+    "import disha, disha.effective.torch_patches; disha.plan_adapters(torch.nn.Linear(4, 4), '', 2)"
+)
 ADAPTING = [
     "import disha; disha.inject_adapters(torch.nn.Linear(4, 4), '', 2)",
     "import disha; disha.BoneLinear(4, 4, r=2)",

@@ -15,10 +15,10 @@ from disha.errors import ArgumentError, ArgumentTypeError
 from disha.files.contents import Contents, Source, adapter_contents, blocks_only, load_contents
 from disha.files.header import AdapterHeader
 from disha.functional import METHODS
-from disha.model import ModelView
-from disha.plan import check_addable
-from disha.records import LayerRecord, without_values
-from disha.state import finite_as
+from disha.model.plan import check_addable
+from disha.model.records import LayerRecord, without_values
+from disha.model.state import finite_as
+from disha.model.view import ModelView
 from disha.text import first_few
 
 

@@ -13,7 +13,6 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from disha import remembered
 from disha.config import check_dtype, compile_regex
 from disha.errors import (
     AdapterFileError,
@@ -23,16 +22,24 @@ from disha.errors import (
     ArgumentTypeError,
 )
 from disha.files.disk import PathLike, file_at, opened, save_tensors
-from disha.files.header import HEADER_KEY, AdapterFile, AdapterHeader, described, encoded
+from disha.files.header import (
+    HEADER_KEY,
+    AdapterFile,
+    AdapterHeader,
+    header_to_json,
+    parse_header,
+)
 from disha.functional import METHODS
-from disha.inject import apply_plan
 from disha.layers.blocks import check_adapter_name
 from disha.layers.weights import base_of, geometry_of
-from disha.model import ModelBlock, ModelView, all_or_nothing
-from disha.plan import Plan, plan_weights
-from disha.records import LayerRecord, fingerprint, same_base, without_values
-from disha.sharding import gathered, write
-from disha.state import LoadReport, adapter_tensors, check_fit, finite_as
+from disha.model import running_statistics
+from disha.model.fingerprints import fingerprint, same_base
+from disha.model.inject import apply_plan
+from disha.model.plan import Plan, plan_weights
+from disha.model.records import LayerRecord, without_values
+from disha.model.state import LoadReport, adapter_tensors, check_fit, finite_as
+from disha.model.view import ModelBlock, ModelView, all_or_nothing
+from disha.sharding.tensors import gathered, write
 from disha.text import counted, first_few, join, printable
 
 Source = Path | str  # where an adapter came from, for errors
@@ -288,7 +295,7 @@ def _check_can_be_loaded(
 
 def write_contents(path: Path, header: AdapterHeader, tensors: Mapping[str, Tensor]) -> None:
     """Write an adapter to a file, completely or not at all."""
-    save_tensors(path, tensors, {HEADER_KEY: encoded(header)})
+    save_tensors(path, tensors, {HEADER_KEY: header_to_json(header)})
 
 
 def read_contents(
@@ -297,7 +304,7 @@ def read_contents(
     """Return an adapter of a file, or those of its layers whose names match; tensors are mapped."""
     with torch.device("cpu"), opened(path) as file:  # old releases take the default device
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        header = described(path, (file.metadata() or {}).get(HEADER_KEY), tensors)
+        header = parse_header(path, (file.metadata() or {}).get(HEADER_KEY), tensors)
     kept = header.layers if layers is None else _chosen(header, layers)
     return narrowed(header, tensors, kept, header.also_train if also_train else ())
 
@@ -402,7 +409,7 @@ def load_contents(
                 incoming = _as_wide_as_the_model(incoming)
             else:
                 apply_plan(view, _planned(incoming, dtype, freeze), undo, activate=activate)
-            targets = remembered.statistics(view.names) | adapter_tensors(view, adapter)
+            targets = running_statistics.statistics(view.names) | adapter_tensors(view, adapter)
             _check_fits(incoming, targets, _differences(incoming) if taken else [])
         new = set() if taken else {layer.key for layer in header.layers}  # these have their values
         for key, own in keys.items():
@@ -445,7 +452,7 @@ def _model_keys(view: ModelView, source: Source, header: AdapterHeader) -> dict[
 
 def _planned(incoming: _Incoming, dtype: torch.dtype | None, freeze: bool) -> Plan:
     view, header = incoming.view, incoming.header
-    statistics = remembered.statistics(view.names)
+    statistics = running_statistics.statistics(view.names)
     beside = [key for key in header.also_train if incoming.keys[key] not in statistics]
     contents = (header.config, header.layers, incoming.tensors, beside)
     try:
@@ -496,7 +503,7 @@ def _check_fits(
 
 def _forget_the_rest(incoming: _Incoming, undo: ExitStack) -> None:
     """Give the base's values to the statistics and layers that the adapter lacks."""
-    remembered.put_back_statistics(incoming.view.names, undo, incoming.values)
+    running_statistics.put_back_statistics(incoming.view.names, undo, incoming.values)
     loaded = {one.block for one, _ in incoming.layers()}
     for *_, block in incoming.view.require(incoming.adapter):
         if block not in loaded:

@@ -23,7 +23,7 @@ from disha.config import (
 from disha.errors import AdapterFileError
 from disha.files.disk import other_format
 from disha.functional import METHODS, Layout, layout_of
-from disha.records import LayerRecord, without_values
+from disha.model.records import LayerRecord, without_values
 from disha.text import brief, counted, first_few, printable, table
 
 FORMAT = 1
@@ -134,7 +134,7 @@ def reasons_against_blocks(header: AdapterHeader) -> list[str]:
     return [f"{name or '(the model)'}: {reason}" for name, reason in found if reason is not None]
 
 
-def encoded(header: AdapterHeader) -> str:
+def header_to_json(header: AdapterHeader) -> str:
     """Return a header as JSON. The same header always gives the same text."""
     fields = {
         "format": FORMAT,
@@ -149,7 +149,7 @@ def encoded(header: AdapterHeader) -> str:
 # --- reading -------------------------------------------------------------------------------------
 
 
-def described(path: Path, text: str | None, tensors: Mapping[str, Tensor]) -> AdapterFile:
+def parse_header(path: Path, text: str | None, tensors: Mapping[str, Tensor]) -> AdapterFile:
     """Return the checked header of a file, given its JSON and its tensors."""
     if text is None:
         raise AdapterFileError(

@@ -6,7 +6,7 @@ shards share one small trainable block D. The shard sum of an input x (..., in) 
 cropped afterwards. A runtime scale s multiplies the update dW. All functions are differentiable,
 and none takes a module.
 
-Read in this order: `shards` cuts dimensions, `bone` and `bat` have the formulas, `layouts` says
+Read in this order: `shard_sums` cuts dimensions, `bone` and `bat` have the formulas, `layouts` says
 which axes of a weight are its matrices, `methods` is the table of methods and layouts, and
 `products` multiplies an input by a weight and its updates.
 
@@ -40,14 +40,9 @@ from disha.functional.products import (
     adapted_linear,
     adapted_product,
     adapted_stack,
-    effective_weight,
+    computed_weight,
 )
-from disha.functional.shards import (
-    merged_weight,
-    shard_count,
-    shard_sum,
-    weighted_sum,
-)
+from disha.functional.shard_sums import merged_weight, shard_count, shard_sum, weighted_sum
 
 __all__ = [
     "METHODS",
@@ -66,7 +61,7 @@ __all__ = [
     "bone_delta_weight",
     "bone_forward",
     "bone_lora_factors",
-    "effective_weight",
+    "computed_weight",
     "embedding_delta",
     "layout_of",
     "merged_weight",

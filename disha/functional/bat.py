@@ -23,7 +23,7 @@ from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
 from disha.errors import ArgumentError
-from disha.functional.shards import (
+from disha.functional.shard_sums import (
     Scale,
     autocasts,
     merge_dtype,

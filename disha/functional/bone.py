@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from einops import repeat
 from torch import Tensor
 
-from disha.functional.shards import Scale, scaled, shard_count, shard_sums, tiled
+from disha.functional.shard_sums import Scale, scaled, shard_count, shard_sums, tiled
 
 
 def bone_delta(x: Tensor, block: Tensor, out_features: int, scale: Scale = 1.0) -> Tensor:

@@ -30,7 +30,7 @@ from disha.errors import ArgumentError
 from disha.functional.bat import bat_delta_weight, bat_linear, bat_streamed
 from disha.functional.bone import bone_delta_weight, bone_lora_factors
 from disha.functional.layouts import Geometry, Layout, Rows, place_rows
-from disha.functional.shards import (
+from disha.functional.shard_sums import (
     Scale,
     merge_dtype,
     scaled,

@@ -28,7 +28,7 @@ from torch.utils.checkpoint import checkpoint
 from disha.functional.bone import embedding_delta
 from disha.functional.layouts import Layout, Rows, place_rows
 from disha.functional.methods import Method
-from disha.functional.shards import (
+from disha.functional.shard_sums import (
     Scale,
     added,
     merged_weight,
@@ -77,14 +77,14 @@ class Update(NamedTuple):
         """The block of the chosen matrices."""
         return self.block if self.chosen is None else self.block[self.chosen]
 
-    def at(self, index: int | slice | Tensor) -> Update:
+    def select_matrices(self, index: int | slice | Tensor) -> Update:
         """Return the update of one matrix of a stack, or of several."""
         if isinstance(index, Tensor) and index.dim() == 1:
             # The blocks are gathered only where they are used: there may be one for each token.
             return self._replace(chosen=index if self.chosen is None else self.chosen[index])
         return self._replace(block=self.chosen_block[index], chosen=None)
 
-    def each(self) -> list[Update]:
+    def unstack(self) -> list[Update]:
         """Return the updates of all matrices of a stack, with one gradient for the block."""
         return [self._replace(block=block, chosen=None) for block in self.chosen_block.unbind(0)]
 
@@ -97,7 +97,7 @@ class Reduced(NamedTuple):
     chosen: Tensor | None = None
 
 
-def effective_weight(weight: Tensor, layout: Layout, updates: Sequence[Update]) -> Tensor:
+def computed_weight(weight: Tensor, layout: Layout, updates: Sequence[Update]) -> Tensor:
     """Return W + sum of s dW, computed in float32 (float64 for float64) and rounded once.
 
     Args:
@@ -110,9 +110,9 @@ def effective_weight(weight: Tensor, layout: Layout, updates: Sequence[Update]) 
 
     Examples:
         >>> import torch
-        >>> from disha.functional import Layout, Update, effective_weight, method_of
+        >>> from disha.functional import Layout, Update, computed_weight, method_of
         >>> update = Update(method_of("bone"), torch.ones(2, 1))
-        >>> effective_weight(torch.zeros(1, 3), Layout("out in"), [update])
+        >>> computed_weight(torch.zeros(1, 3), Layout("out in"), [update])
         tensor([[1., 1., 1.]])
     """
     deltas = (
@@ -140,7 +140,7 @@ def adapted_product(
     """
     out_features = layout.geometry(weight.shape).out_features
     small, folded, others = _divided(updates, layout, out_features)
-    output = multiply(x, effective_weight(weight, layout, folded), bias)
+    output = multiply(x, computed_weight(weight, layout, folded), bias)
     for one in small:
         output = added(output, _reduced_product(multiply, x, layout, one, out_features, groups))
     for update in others:
@@ -267,7 +267,7 @@ def update_of_part(
     axes = zip(layout.axes, part, whole)
     cut = {axis: own for axis, own, all_of_it in axes if own != all_of_it}
     if "expert" in cut:
-        update = update.at(slice(*cut["expert"]))
+        update = update.select_matrices(slice(*cut["expert"]))
     geometry = layout.geometry(shape)
     for axis in cut.keys() & {"in", "index"}:
         block = update.method.of_inputs(update.block, *cut[axis], geometry.in_features)
@@ -384,7 +384,7 @@ def _folded(x: Tensor, weight: Tensor, bias: Tensor | None, updates: Sequence[Up
         return _folded_alone(x, weight, bias, updates[0])
     pieces = _in_pieces(x, weight, bias, updates) if any(one.rows for one in updates) else None
     if pieces is None:
-        return F.linear(x, effective_weight(weight, MATRIX, updates), bias)
+        return F.linear(x, computed_weight(weight, MATRIX, updates), bias)
     return torch.cat(pieces, -1)
 
 
@@ -394,7 +394,7 @@ def _folded_alone(x: Tensor, weight: Tensor, bias: Tensor | None, update: Update
     output = method.product(x, weight, bias, block, scale)
     if output is not None:
         return output
-    return F.linear(x, effective_weight(weight, MATRIX, [update]), bias)
+    return F.linear(x, computed_weight(weight, MATRIX, [update]), bias)
 
 
 def _in_pieces(
@@ -429,7 +429,7 @@ def adapted_stack(x: Tensor, weight: Tensor, updates: Sequence[Update]) -> Tenso
             return output
     if each_has_one and not is_compiling():
         # One matrix at a time saves no dense weight for backward.
-        each = zip(*(update.each() for update in updates))
+        each = zip(*(update.unstack() for update in updates))
         parts = zip(x.unbind(0), weight.unbind(0), each)
         return torch.stack([adapted_linear(one, matrix, None, own) for one, matrix, own in parts])
 
@@ -467,7 +467,7 @@ def adapted_grouped(
 def _one_by_one(x: Tensor, weight: Tensor, offsets: Tensor, updates: Sequence[Update]) -> Tensor:
     """Return the grouped product, computed by one product for each matrix that has rows."""
     outputs, start = [], 0
-    each = list(zip(*(update.each() for update in updates)))
+    each = list(zip(*(update.unstack() for update in updates)))
     with without_autocast(x.device):  # autocast leaves grouped products alone
         for index, end in enumerate(offsets.tolist()):
             if end > start or not x.shape[0]:

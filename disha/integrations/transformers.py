@@ -23,7 +23,7 @@ from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME
 
 import disha
 from disha.files import ADAPTER_NAME
-from disha.model import clean_key
+from disha.model.view import clean_key
 
 __all__ = ["AdapterCheckpoints"]
 

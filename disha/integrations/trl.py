@@ -19,8 +19,8 @@ import disha
 from disha.errors import ArgumentError, ArgumentTypeError
 from disha.files.contents import adapter_contents, load_contents
 from disha.integrations.transformers import refuse_adapted_head
-from disha.model import ModelView
-from disha.remembered import is_claimed
+from disha.layers.gradient_flags import is_claimed
+from disha.model.view import ModelView
 
 __all__ = ["DPOTrainer", "GRPOTrainer"]
 

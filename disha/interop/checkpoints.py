@@ -29,11 +29,12 @@ from disha.files import inspect_adapter
 from disha.files.contents import Contents, read_contents
 from disha.files.disk import PathLike, checked_path, opened
 from disha.files.header import AdapterHeader
-from disha.functional.shards import merge_dtype, without_autocast
+from disha.functional.shard_sums import merge_dtype, without_autocast
 from disha.interop.experts import DOWN, FAMILIES, GATE_UP, SEPARATE_BEFORE, SINGLE_EXPERT, renamed
 from disha.layers.kinds import PROJECTIONS
-from disha.records import LayerRecord, fingerprint, same_base
-from disha.state import finite_as
+from disha.model.fingerprints import fingerprint, same_base
+from disha.model.records import LayerRecord
+from disha.model.state import finite_as
 from disha.text import counted, first_few, join, printable
 
 __all__ = ["MergedCheckpoint", "merge_into_checkpoint", "misfits"]

@@ -26,7 +26,7 @@ from torch import Tensor
 from disha.errors import AdapterFileError, ArgumentError, ConversionError
 from disha.functional import Layout
 from disha.interop.low_rank import LowRankUpdate, is_stack, listed
-from disha.records import LayerRecord
+from disha.model.records import LayerRecord
 
 GATE_UP, DOWN = "gate_up_proj", "down_proj"
 

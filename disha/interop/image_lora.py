@@ -33,8 +33,8 @@ from disha.interop.low_rank import (
 )
 from disha.interop.peft_format import reasons_against, refuse_to_write
 from disha.layers.blocks import original_class
-from disha.model import ModelView
-from disha.state import LoadReport
+from disha.model.state import LoadReport
+from disha.model.view import ModelView
 
 __all__ = ["export", "load"]
 

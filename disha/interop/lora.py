@@ -56,8 +56,8 @@ from disha.interop.peft_format import (
 )
 from disha.layers.blocks import original_class
 from disha.layers.kinds import declared_slots
-from disha.model import ModelView
-from disha.state import LoadReport
+from disha.model.state import LoadReport
+from disha.model.view import ModelView
 from disha.text import join
 
 __all__ = ["export", "export_tensors", "load"]

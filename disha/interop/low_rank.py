@@ -27,9 +27,9 @@ from disha.files import AdapterHeader
 from disha.files.contents import Contents, Source
 from disha.functional import METHODS, Layout
 from disha.layers.weights import base_of
-from disha.model import ModelView
-from disha.records import LayerRecord, without_values
-from disha.sharding import gathered
+from disha.model.records import LayerRecord, without_values
+from disha.model.view import ModelView
+from disha.sharding.tensors import gathered
 from disha.text import counted, first_few, printable, table
 
 T = TypeVar("T", int, tuple[int, float])

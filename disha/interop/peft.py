@@ -40,10 +40,10 @@ from disha.interop.peft_format import (
     write_peft_files,
 )
 from disha.layers.blocks import check_adapter_name, original_class
-from disha.model import ModelView
-from disha.records import LayerRecord, without_values
-from disha.remembered import statistics
-from disha.state import LoadReport
+from disha.model.records import LayerRecord, without_values
+from disha.model.running_statistics import statistics
+from disha.model.state import LoadReport
+from disha.model.view import ModelView
 from disha.text import brief, join
 
 __all__ = ["export", "load"]

@@ -25,9 +25,9 @@ from disha.files.disk import PathLike, checked_path, save, save_tensors
 from disha.layers.bitsandbytes import is_library_forward
 from disha.layers.blocks import original_class
 from disha.layers.kinds import FOREIGN_KINDS, LAYER_KINDS
-from disha.model import ModelView
-from disha.remembered import statistics
-from disha.sharding import gathered
+from disha.model.running_statistics import statistics
+from disha.model.view import ModelView
+from disha.sharding.tensors import gathered
 from disha.text import first_few, join
 
 CONFIG_NAME = "adapter_config.json"

@@ -12,8 +12,8 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from disha.contexts import entered
-from disha.effective import EffectiveWeight
+from disha.effective.contexts import entered
+from disha.effective.weight import EffectiveWeight
 from disha.errors import ArgumentError, MergeError, ModeError
 from disha.functional import Geometry
 from disha.layers import opaque
@@ -137,7 +137,7 @@ class AdaptedLayer(nn.Module):
         state = f"active={list(self.disha.active)}"
         if self.disha.merged is not None:
             state += f", merged={list(self.disha.merged.adapters)}"
-        elif self.disha.acts() == ():
+        elif self.disha.override() == ():
             state += ", disabled"
         return ", ".join(filter(None, (super().extra_repr(), state)))
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from disha.errors import ModeError
-from disha.sharding import imported_class
+from disha.sharding.imported import imported_class
 
 
 def is_4bit(weight: Tensor) -> bool:

@@ -14,14 +14,15 @@ import torch
 from torch import Tensor, nn
 
 from disha.config import AdapterConfig
-from disha.contexts import LOOSE, OPEN, Acts, Group, deciding
+from disha.effective.contexts import LOOSE, OPEN, Group, Override, current_context
+from disha.effective.torch_patches import install
 from disha.errors import ArgumentError, ArgumentTypeError, ModeError
 from disha.functional import Layout, Update, method_of
 from disha.functional.layouts import Rows
+from disha.functional.routed import Route, Routed
 from disha.layers import compiled
-from disha.routing import Route, Routed
-from disha.sharding import Split, is_partitioned
-from disha.torch_patches import install
+from disha.sharding.tensor_parallel import Split
+from disha.sharding.tensors import is_partitioned
 
 CHILD_NAME = "disha"
 """Name of the one sub-module that adapting adds to a module."""
@@ -215,7 +216,7 @@ class Adapters(nn.Module):
     """
 
     active: tuple[str, ...]
-    live: dict[str, tuple[Block, ...]]
+    active_blocks: dict[str, tuple[Block, ...]]
     """Parameter -> the blocks of the active adapters."""
     merged: Merged | None
     group: Group
@@ -225,7 +226,7 @@ class Adapters(nn.Module):
         super().__init__()
         install()
         # Here and below, this writes to __dict__, because assigning through nn.Module is slow.
-        vars(self).update(active=(), live={}, merged=None)
+        vars(self).update(active=(), active_blocks={}, merged=None)
         LOOSE.take(self)
 
     @property
@@ -255,10 +256,10 @@ class Adapters(nn.Module):
                 found[own, block.slot.name] = block
         return found
 
-    def some(self, parameter: str) -> tuple[Block, ...]:
+    def blocks_of_first_adapter(self, parameter: str) -> tuple[Block, ...]:
         """The blocks on a parameter, of the first adapter that has any."""
         for adapter in list(self._modules):  # another thread may add one
-            found = self._live((adapter,)).get(parameter)
+            found = self._blocks_by_parameter((adapter,)).get(parameter)
             if found:
                 return found
         return ()
@@ -284,43 +285,43 @@ class Adapters(nn.Module):
 
     def activate(self, adapters: tuple[str, ...]) -> None:
         """Make exactly these adapters act; names that this layer lacks are ignored."""
-        vars(self).update(active=adapters, live=self._live(adapters))
+        vars(self).update(active=adapters, active_blocks=self._blocks_by_parameter(adapters))
 
-    def _live(self, adapters: tuple[str, ...]) -> dict[str, tuple[Block, ...]]:
-        live: dict[str, tuple[Block, ...]] = {}
+    def _blocks_by_parameter(self, adapters: tuple[str, ...]) -> dict[str, tuple[Block, ...]]:
+        found: dict[str, tuple[Block, ...]] = {}
         for adapter in adapters:
             for block in self.blocks(adapter).values():
                 name = block.slot.parameter
-                live[name] = (*live.get(name, ()), block)
-        return live
+                found[name] = (*found.get(name, ()), block)
+        return found
 
-    def acts(self, compiling: bool = False) -> Acts | None:
+    def override(self, compiling: bool = False) -> Override | None:
         """What acts on the layer here, or None for the active adapters."""
         if compiling:
-            acts: Acts | None = getattr(compiled, self.group.name)
-            return acts
-        context = deciding(self.group) if OPEN else None
+            override: Override | None = getattr(compiled, self.group.name)
+            return override
+        context = current_context(self.group) if OPEN else None
         if context is None:
             return None
-        return () if context.acts is None else context.acts
+        return () if context.override is None else context.override
 
-    def acting(self, parameter: str, names: tuple[str, ...] | None) -> tuple[Block, ...]:
+    def blocks_on(self, parameter: str, names: tuple[str, ...] | None) -> tuple[Block, ...]:
         """The blocks that act on a parameter for all samples."""
-        live = self.live if names is None else self._live(names)
-        return live.get(parameter, ())
+        blocks = self.active_blocks if names is None else self._blocks_by_parameter(names)
+        return blocks.get(parameter, ())
 
     def routed(self, parameter: str, route: Route, compiling: bool) -> Routed:
-        """The updates of single samples; `compiling` as for `acts`."""
-        updates = {
-            adapter: self.updates(self._live((adapter,)).get(parameter, ()), compiling)
-            for adapter in route.adapters
-        }
+        """The updates of single samples; `compiling` as for `override`."""
+        updates = {}
+        for adapter in route.adapters:
+            blocks = self._blocks_by_parameter((adapter,)).get(parameter, ())
+            updates[adapter] = self.updates(blocks, compiling)
         return Routed(route, updates)
 
     def updates(
         self, blocks: Iterable[Block], compiling: bool, on_meta: bool = False
     ) -> tuple[Update, ...]:
-        """The updates of blocks of this layer; `compiling` as for `acts`."""
+        """The updates of blocks of this layer; `compiling` as for `override`."""
         group = self.group if compiling else None
         return tuple([block.update(on_meta, group) for block in blocks])
 

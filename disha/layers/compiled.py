@@ -4,7 +4,7 @@
 call, as an input of the graph, and calls this module's `__getattr__` for it. Each group of layers
 has two attributes:
 
-    <group>                what acts on the layers (`disha.contexts.Acts`); None for the active
+    <group>                what acts on the layers (`contexts.Override`); None for the active
                            adapters, and while adapters are disabled
     <group>_on_<device>    a tensor that multiplies the scale: 0 while adapters are disabled,
                            otherwise 1. So disabling compiles nothing again
@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from disha.contexts import NAMED, OPEN, Group, deciding
-from disha.effective import start_no_graph
+from disha.effective.contexts import NAMED, OPEN, Group, current_context
+from disha.effective.weight import start_no_graph
 
 
 def factor_name(group: str, device: torch.device) -> str:
@@ -31,10 +31,10 @@ def __getattr__(name: str) -> Any:
     group = NAMED.get(group_name)
     if group is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    context = deciding(group) if OPEN else None
+    context = current_context(group) if OPEN else None
     if device:
-        return _factor(group, device, disables=context is not None and context.acts is None)
-    return None if context is None else context.acts
+        return _factor(group, device, disables=context is not None and context.override is None)
+    return None if context is None else context.override
 
 
 start_no_graph(__getattr__)

@@ -12,8 +12,8 @@ from disha.errors import ArgumentError, ArgumentTypeError
 from disha.functional import layout_of
 from disha.layers.adapted import AdaptedLinear
 from disha.layers.blocks import CHILD_NAME, Adapters, Slot, check_adapter_name
-from disha.layers.weights import make_block
-from disha.remembered import set_requires_grad
+from disha.layers.gradient_flags import set_requires_grad
+from disha.layers.new_blocks import make_block
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

@@ -21,10 +21,10 @@ from disha.config import BLOCK_DTYPES
 from disha.errors import ArgumentError
 from disha.functional import Layout, Method, Update, method_names
 from disha.functional.products import update_product
+from disha.functional.routed import Route
 from disha.layers import bitsandbytes
 from disha.layers.blocks import CHILD_NAME, Adapters, Slot, original_class
-from disha.routing import Route
-from disha.sharding import imported_class
+from disha.sharding.imported import imported_class
 
 DENSE_DTYPES = frozenset(BLOCK_DTYPES.values())
 _UNINITIALISED = (UninitializedParameter, UninitializedBuffer)
@@ -236,9 +236,9 @@ def add_updates(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], outp
     if adapters.merged is not None:
         return output
     compiling = is_compiling()
-    acts = adapters.acts(compiling)
-    routed = adapters.routed("weight", acts, compiling) if isinstance(acts, Route) else None
-    blocks = () if isinstance(acts, Route) else adapters.acting("weight", acts)
+    override = adapters.override(compiling)
+    routed = adapters.routed("weight", override, compiling) if isinstance(override, Route) else None
+    blocks = () if isinstance(override, Route) else adapters.blocks_on("weight", override)
     if not blocks and routed is None:
         return output
     slot = next(iter(adapters.blocks().values())).slot

@@ -10,21 +10,16 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from disha import functional
-from disha.contexts import OPEN
-from disha.effective import (
-    PLAIN,
-    AbsentWeight,
-    EffectiveWeight,
-    computed,
-    effective,
-    effective_part,
-)
+from disha.effective.contexts import OPEN
+from disha.effective.tensor_parallel import effective_part
+from disha.effective.weight import PLAIN, AbsentWeight, EffectiveWeight, computed, effective
 from disha.errors import ModeError
 from disha.functional import adapted_linear
+from disha.functional.routed import Route
 from disha.layers.blocks import CHILD_NAME, Adapters, Block
 from disha.layers.weights import base_reader
-from disha.routing import Route
-from disha.sharding import is_sharded, split_of
+from disha.sharding.tensor_parallel import split_of
+from disha.sharding.tensors import is_sharded
 
 WANT_BASE = (
     "torch.nn.modules.module",
@@ -50,18 +45,18 @@ def weight_property(original: type[nn.Module], name: str) -> property:
         adapters: Any = layer._modules.get(CHILD_NAME)
         if adapters is None:
             return base
-        # Partly the same as `Adapters.acts`, but inline, because every forward runs this.
+        # Partly the same as `Adapters.override`, but inline, because every forward runs this.
         if adapters.merged is not None:  # torch 2.15 compiles no guard for `__dict__["merged"]`
             return base
         compiling = is_compiling()
         if not compiling and sys._getframe(1).f_globals.get("__name__", "").startswith(WANT_BASE):
             return base
-        acts = adapters.acts(compiling) if compiling or OPEN else None
-        routed = isinstance(acts, Route)
+        override = adapters.override(compiling) if compiling or OPEN else None
+        routed = isinstance(override, Route)
         if routed:
-            blocks = adapters.some(name)
+            blocks = adapters.blocks_of_first_adapter(name)
         else:
-            blocks = adapters.live.get(name) if acts is None else adapters.acting(name, acts)
+            blocks = adapters.blocks_on(name, override)
         if not blocks:
             return base
         try:
@@ -69,7 +64,7 @@ def weight_property(original: type[nn.Module], name: str) -> property:
                 return _unusual_weight(adapters, base, blocks, routed, compiling)
             layout = blocks[0].slot.layout
             if routed:
-                return effective(base, layout, (), adapters.routed(name, acts, compiling))
+                return effective(base, layout, (), adapters.routed(name, override, compiling))
             if compiling or len(blocks) > 1:
                 return effective(base, layout, adapters.updates(blocks, compiling))
             return effective(base, layout, (blocks[0].update(),))
@@ -121,7 +116,7 @@ def _unusual_weight(
     if type(base) in PLAIN:
         # In some forwards, transformers replaces DTensors by their local tensors.
         return effective_part(base, blocks[0].split, layout, updates)  # type: ignore[arg-type]
-    return functional.effective_weight(base, layout, updates)
+    return functional.computed_weight(base, layout, updates)
 
 
 def linear_forward(layer: Any, input: Tensor) -> Tensor:
@@ -131,7 +126,7 @@ def linear_forward(layer: Any, input: Tensor) -> Tensor:
     if patched or is_compiling() or adapters is None or OPEN or layer.has_own_reading:
         return nn.Linear.forward(layer, input)
     base, state = parameters.get("weight"), adapters.__dict__
-    blocks = state["live"].get("weight", ())
+    blocks = state["active_blocks"].get("weight", ())
     alone = len(blocks) == 1 and state["merged"] is None and blocks[0].split is None
     usual = alone and blocks[0].slot.layout.pattern == "out in"
     plain = type(base) in PLAIN and type(input) in PLAIN and not base.is_meta

@@ -1,4 +1,4 @@
-"""The weight of a module, adapted or not: its stored form, its values, and its device."""
+"""The weight of a module, adapted or not: its stored form and its values."""
 
 from __future__ import annotations
 
@@ -6,15 +6,12 @@ import inspect
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from disha import functional
-from disha.config import AdapterConfig
-from disha.functional import Geometry, method_of
+from disha.functional import Geometry
 from disha.layers import opaque
 from disha.layers.blocks import CHILD_NAME, Adapters, Block, Merged, Slot, original_class
-from disha.sharding import split_of
 
 
 def read_weight(module: nn.Module, name: str) -> Any:
@@ -103,45 +100,3 @@ def weight_shape(module: nn.Module, slot: Slot) -> tuple[int, ...]:
     if slot.shape is not None:
         return slot.shape
     return tuple(read_weight(module, slot.parameter).shape)
-
-
-def make_block(
-    module: nn.Module,
-    slot: Slot,
-    config: AdapterConfig,
-    r: int,
-    values: Tensor | None = None,
-) -> Block:
-    """Return a new block for a weight, on its device, with copied values or those of `init`."""
-    weight = None if slot.opaque else read_weight(module, slot.parameter)
-    device = opaque.device_of(module) if weight is None else device_of_weight(module, weight)
-    split = split_of(weight)
-    if values is not None:
-        shape, dtype = tuple(values.shape), values.dtype
-    else:
-        shape = method_of(config.method).block_shape(
-            slot.layout, weight_shape(module, slot), r, config.r_out, slot.rows
-        )
-        own = None if weight is None else weight.dtype
-        dtype = config.dtype or (own if own is torch.float64 else torch.float32)
-    block = Block(shape, slot=slot, config=config, r=r, device=device, dtype=dtype, split=split)
-    if values is None:
-        block.reset_parameters()
-    else:
-        block.block.detach().copy_(values)
-    return block
-
-
-def device_of_weight(module: nn.Module, weight: Tensor) -> torch.device:
-    """Return the device of a weight, or the one to which accelerate loads it for each forward."""
-    for hook in offloading_hooks(module) if weight.is_meta else ():
-        if hook.execution_device is not None and not hook.place_submodules:
-            return torch.device(hook.execution_device)
-    return weight.device
-
-
-def offloading_hooks(module: nn.Module) -> list[Any]:
-    """Return the hooks of accelerate that load weights for a forward of this module."""
-    hook = module.__dict__.get("_hf_hook")
-    parts = getattr(hook, "hooks", (hook,))  # of a sequence of hooks
-    return [part for part in parts if getattr(part, "offload", False) is True]

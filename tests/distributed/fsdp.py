@@ -38,7 +38,7 @@ from disha import (
     MergeError,
     TargetError,
 )
-from disha.records import fingerprint
+from disha.model.fingerprints import fingerprint
 from tests.conftest import perturb
 from tests.distributed.harness import (
     ADAPTERS,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from disha.layers.bitsandbytes import parameter_count
-from disha.model import ModelView
+from disha.model.view import ModelView
 from disha.text import table
 
 

@@ -13,12 +13,14 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from disha.contexts import OPEN, deciding
+from disha.effective.contexts import OPEN, current_context
 from disha.errors import ArgumentError, ArgumentTypeError, ModeError, TargetError
 from disha.layers.adapted import AdaptedLayer, refuse_merged
 from disha.layers.blocks import CHILD_NAME, Adapters, Block
-from disha.remembered import is_claimed
-from disha.sharding import Ranks, imported_class, is_partitioned, is_sharded
+from disha.layers.gradient_flags import is_claimed
+from disha.sharding.imported import imported_class
+from disha.sharding.ranks import Ranks
+from disha.sharding.tensors import is_partitioned, is_sharded
 from disha.text import join
 
 
@@ -197,7 +199,7 @@ class ModelView:
     def refuse_inside(self, action: str) -> None:
         """Raise if adapters are merged, or this thread or task is in a context of the model."""
         self.refuse_merged(action)
-        contexts = (deciding(layer.disha.group) for _, layer in self.layers) if OPEN else ()
+        contexts = (current_context(layer.disha.group) for _, layer in self.layers) if OPEN else ()
         context = next(filter(None, contexts), None)
         if context is not None:
             raise ModeError(f"can't {action} inside {context.function}; leave it first")

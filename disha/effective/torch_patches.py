@@ -27,7 +27,7 @@ from torch._functorch import eager_transforms, vmap
 from torch._functorch.pyfunctorch import temporarily_pop_interpreter_stack
 from torch.autograd import function as autograd
 
-from disha.effective import EffectiveWeight, computed, computed_inside, start_no_graph
+from disha.effective.weight import EffectiveWeight, computed, computed_inside, start_no_graph
 
 _LOCK = threading.Lock()
 

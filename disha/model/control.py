@@ -12,10 +12,10 @@ from contextlib import contextmanager
 from torch import nn
 
 from disha.config import check_scale
-from disha.contexts import Group, entered, groups_of
+from disha.effective.contexts import Group, entered, groups_of
 from disha.errors import ArgumentError
-from disha.model import ModelView, all_or_nothing
-from disha.routing import Route
+from disha.functional.routed import Route
+from disha.model.view import ModelView, all_or_nothing
 
 
 def set_active_adapters(model: nn.Module, names: str | Sequence[str]) -> None:

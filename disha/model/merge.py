@@ -12,17 +12,18 @@ from contextlib import ExitStack
 import torch
 from torch import Tensor, nn
 
-from disha import remembered
-from disha.control import checked_names
 from disha.errors import ArgumentError, MergeError
-from disha.functional.shards import without_autocast
-from disha.inject import check_removable, take_out
+from disha.functional.shard_sums import without_autocast
 from disha.layers.adapted import AdaptedLayer
 from disha.layers.bitsandbytes import is_library_forward
 from disha.layers.blocks import Merged, Original, Slot
+from disha.layers.offloading import offloading_hooks
 from disha.layers.opaque import ROUNDED, quantisation_of, takes_dense
-from disha.layers.weights import merged_weight, offloading_hooks, stored_weight
-from disha.model import ModelView, all_or_nothing
+from disha.layers.weights import merged_weight, stored_weight
+from disha.model import running_statistics
+from disha.model.control import checked_names
+from disha.model.inject import check_removable, take_out
+from disha.model.view import ModelView, all_or_nothing
 from disha.text import join
 
 
@@ -93,7 +94,7 @@ def merge_adapters(
             take_out(view, view.adapters, undo)
             for layer in layers:
                 _compute_densely(layer, undo)
-            remembered.forget_statistics(view.names)
+            running_statistics.forget_statistics(view.names)
 
 
 def _compute_densely(layer: nn.Module, undo: ExitStack) -> None:

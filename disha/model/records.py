@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from disha.functional import METHODS, Geometry, Layout
 from disha.functional.layouts import Rows
 from disha.layers.blocks import block_name
-from disha.sharding import gathered
 from disha.text import counted, join
 
 
@@ -100,36 +97,3 @@ class LayerRecord:
         of_rows = f" in rows {ranges}" if rows else ""
         expected = self.weight_shape(block)
         return f"the weight has the shape {weight}; the adapter is for {expected}{of_rows}"
-
-
-# --- fingerprints --------------------------------------------------------------------------------
-
-SAMPLES = 64
-HALF = 8
-
-
-def fingerprint(weight: Tensor) -> str | None:
-    """Return 16 hexadecimal digits of 64 of a weight's values, or None; collective if sharded.
-
-    The same base may be stored in float32, bfloat16 or float16. So there are two digests: of the
-    values rounded to bfloat16, and of those rounded to float16 and then to bfloat16.
-    """
-    if weight.is_meta or not weight.is_floating_point() or not weight.numel():
-        return None
-    whole = gathered(weight.detach())
-    count = min(SAMPLES, whole.numel())
-    positions = torch.arange(count, device=whole.device)
-    positions = positions * (whole.numel() - 1) // max(count - 1, 1)
-    values = whole.reshape(-1)[positions].cpu()
-    digests = []
-    for rounded in (values.to(torch.bfloat16), values.to(torch.float16).to(torch.bfloat16)):
-        digest = hashlib.sha256(str(tuple(weight.shape)).encode())
-        digest.update(bytes(rounded.view(torch.uint8).tolist()))
-        digests.append(digest.hexdigest()[:HALF])
-    return "".join(digests)
-
-
-def same_base(first: str, second: str) -> bool:
-    """Return whether two fingerprints belong to the same base, perhaps in different dtypes."""
-    halves = {first[:HALF], first[HALF:]}
-    return not halves.isdisjoint({second[:HALF], second[HALF:]})

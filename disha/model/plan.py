@@ -34,13 +34,16 @@ from disha.functional.products import update_of_part
 from disha.layers.adapted import AdaptedLayer
 from disha.layers.bitsandbytes import parameter_count
 from disha.layers.blocks import Slot, check_adapter_name
+from disha.layers.gradient_flags import is_claimed
 from disha.layers.kinds import declared_slots, matrix_parameters, slot_of
+from disha.layers.offloading import device_of_weight
 from disha.layers.opaque import quantisation_of
-from disha.layers.weights import device_of_weight, read_weight, stored_weight, weight_shape
-from disha.model import ModelParameter, ModelView
-from disha.records import LayerRecord
-from disha.remembered import is_claimed
-from disha.sharding import imported_class, is_partitioned, split_of
+from disha.layers.weights import read_weight, stored_weight, weight_shape
+from disha.model.records import LayerRecord
+from disha.model.view import ModelParameter, ModelView
+from disha.sharding.imported import imported_class
+from disha.sharding.tensor_parallel import split_of
+from disha.sharding.tensors import is_partitioned
 from disha.text import WIDEST, brief, counted, first_few, grouped, join, printable, table
 
 if TYPE_CHECKING:
@@ -461,9 +464,11 @@ def _reason_against(one: PlannedLayer, method: str) -> str | None:
     taken = {n for n in _ADDED if n in own or hasattr(type(module), n)}.difference((one.attribute,))
     if taken and not isinstance(module, AdaptedLayer):
         return f"it has its own attribute {min(taken)!r}, which adapters would replace"
-    for block in module.disha.some(slot.parameter) if isinstance(module, AdaptedLayer) else ():
-        if block.slot.layout != slot.layout:
-            return f"another adapter has it with the layout {block.slot.layout}, not {slot.layout}"
+    if isinstance(module, AdaptedLayer):
+        for block in module.disha.blocks_of_first_adapter(slot.parameter):
+            found = block.slot.layout
+            if found != slot.layout:
+                return f"another adapter has it with the layout {found}, not {slot.layout}"
     reason = (
         _reason_against_reading(module, slot, method)
         if slot.opaque

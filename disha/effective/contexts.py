@@ -19,9 +19,9 @@ import torch
 from torch.autograd import graph as autograd
 
 from disha.errors import ModeError
-from disha.routing import Route
+from disha.functional.routed import Route
 
-Acts: TypeAlias = Route | tuple[str, ...]
+Override: TypeAlias = Route | tuple[str, ...]
 """What acts: an adapter for each sample, or these adapters for all samples."""
 
 _NUMBERS = itertools.count()
@@ -59,24 +59,24 @@ LOOSE = Group()
 class Context:
     """One entered context: what acts on some groups; None if all adapters are disabled."""
 
-    def __init__(self, groups: frozenset[Group], acts: Acts | None) -> None:
+    def __init__(self, groups: frozenset[Group], override: Override | None) -> None:
         self.groups = groups
-        self.acts = acts
+        self.override = override
         self.outer = _here()
         self.thread = threading.get_ident()
 
     @property
     def function(self) -> str:
         """The function that makes such a context."""
-        if isinstance(self.acts, Route):
+        if isinstance(self.override, Route):
             return "route_adapters"
-        return "adapters_disabled" if self.acts is None else "adapters_active"
+        return "adapters_disabled" if self.override is None else "adapters_active"
 
     @property
     def names(self) -> frozenset[str]:
         """The adapters that it names."""
-        acts = self.acts
-        return frozenset(acts.adapters if isinstance(acts, Route) else acts or ())
+        override = self.override
+        return frozenset(override.adapters if isinstance(override, Route) else override or ())
 
     def covers(self, group: Group) -> bool:
         """Whether the layers of a group are covered."""
@@ -90,9 +90,9 @@ OPEN: set[Context] = set()
 
 
 @contextmanager
-def entered(groups: frozenset[Group], acts: Acts | None) -> Iterator[None]:
+def entered(groups: frozenset[Group], override: Override | None) -> Iterator[None]:
     """Run the body with other adapters acting, in this thread or task and in tasks it starts."""
-    context = Context(groups, acts)
+    context = Context(groups, override)
     OPEN.add(context)
     try:
         _ENTERED.set((*_ENTERED.get(), context))
@@ -120,11 +120,11 @@ def groups_of(layers: Iterable[Any]) -> frozenset[Group]:
         return frozenset(adapters.group for adapters in chosen)
 
 
-def deciding(group: Group) -> Context | None:
+def current_context(group: Group) -> Context | None:
     """Return the context that decides here, if any: one that disables, else the last one."""
     contexts = _here() or _of_backward(group)
     around = [context for context in contexts if context.covers(group)]
-    disabling = [context for context in around if context.acts is None]
+    disabling = [context for context in around if context.override is None]
     return next(iter([*disabling, *reversed(around)]), None)
 
 

@@ -8,13 +8,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from disha import remembered
 from disha.errors import AdapterStateError
+from disha.layers import gradient_flags
 from disha.layers.adapted import AdaptedLayer
 from disha.layers.blocks import Block
 from disha.layers.weights import weight_shape
-from disha.model import ModelView, all_or_nothing, clean_key
-from disha.sharding import local_part, reason_against_writing, write
+from disha.model import running_statistics
+from disha.model.view import ModelView, all_or_nothing, clean_key
+from disha.sharding.tensors import local_part, reason_against_writing, write
 from disha.text import first_few, join
 
 
@@ -116,14 +117,14 @@ def adapter_tensors(view: ModelView, adapter: str) -> dict[str, Tensor]:
         _refuse_flattened(name, layer, block)
         tensors[join(name, block.parameter_name)] = block.block
     for module, (name, *_) in view.names.items():
-        for attribute in remembered.claimed(module, adapter):
+        for attribute in gradient_flags.claimed(module, adapter):
             parameter = module._parameters[attribute]
             merged = module.disha.merged if isinstance(module, AdaptedLayer) else None
             if merged is not None and attribute in merged.originals:
                 view.refuse_merged(f"use {join(name, attribute)} as part of the adapter")
             if parameter is not None:
                 tensors[join(name, attribute)] = parameter
-    changed = remembered.changed_statistics(view.names)
+    changed = running_statistics.changed_statistics(view.names)
     return tensors | {name: now for name, (now, _) in changed.items()}
 
 
@@ -182,7 +183,7 @@ def load_adapter_state_dict(
     with all_or_nothing(view) as undo:
         with view.ranks().agreeing(f"load a state dict as adapter {adapter!r}"):
             view.refuse_merged("load an adapter")
-            statistics = remembered.statistics(view.names)
+            statistics = running_statistics.statistics(view.names)
             names = {clean_key(key) for key in map(str, state)}
             given = {name: value for name, value in statistics.items() if name in names}
             own = adapter_tensors(view, adapter)
@@ -198,7 +199,7 @@ def load_adapter_state_dict(
         for key in report.matched:
             write(expected[key], found[key], undo)
         if strict:  # the state is complete, so the other statistics were the base's
-            remembered.put_back_statistics(view.names, undo, given)
+            running_statistics.put_back_statistics(view.names, undo, given)
     return report
 
 

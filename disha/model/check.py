@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from disha.errors import ArgumentError, DishaError
 from disha.layers.adapted import AdaptedLayer
 from disha.layers.blocks import Block
-from disha.merge import merge
-from disha.model import ModelBlock, ModelView, clean_key
-from disha.sharding import write
+from disha.model.merge import merge
+from disha.model.view import ModelBlock, ModelView, clean_key
+from disha.sharding.tensors import write
 from disha.text import counted, first_few, grouped, printable, table
 
 Run = Callable[[], list[Tensor]]

@@ -26,7 +26,7 @@ from disha.errors import ArgumentError
 from disha.functional import Layout, Update, adapted_linear
 from disha.functional.bone import routed_delta
 from disha.functional.products import Product, reduced_updates, update_product
-from disha.functional.shards import scaled, shard_sums
+from disha.functional.shard_sums import scaled, shard_sums
 from disha.text import counted
 
 Run = tuple[str | None, int]

@@ -9,16 +9,17 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from disha import remembered
 from disha.config import AdapterOptions
-from disha.contexts import LOOSE, OPEN, Group
+from disha.effective.contexts import LOOSE, OPEN, Group
 from disha.errors import ArgumentError, ModeError
+from disha.layers import gradient_flags
 from disha.layers.adapted import AdaptedLayer, adapt, readapt, refuse_changed_class, restore
 from disha.layers.blocks import CHILD_NAME, Adapters, Block
 from disha.layers.encoder import Encoder, guard_encoder
-from disha.layers.weights import make_block
-from disha.model import ModelView, all_or_nothing
-from disha.plan import EXCLUDED, Plan, Target, plan_injection
+from disha.layers.new_blocks import make_block
+from disha.model import running_statistics
+from disha.model.plan import EXCLUDED, Plan, Target, plan_injection
+from disha.model.view import ModelView, all_or_nothing
 from disha.text import counted, first_few
 
 if TYPE_CHECKING:
@@ -130,7 +131,7 @@ def apply_plan(view: ModelView, plan: Plan, undo: ExitStack, *, activate: bool =
     # Contexts cover the layers of a group together.
     groups = [layer.disha.group for _, layer in view.layers if layer.disha.group is not LOOSE]
     group = groups[0] if groups else Group()
-    remembered.remember_statistics(view.model, view.names, undo)
+    running_statistics.remember_statistics(view.model, view.names, undo)
     _keep(view, blocks, undo)
     for module, own in blocks.items():
         adapt(module, [block.slot for block in own])
@@ -147,7 +148,7 @@ def apply_plan(view: ModelView, plan: Plan, undo: ExitStack, *, activate: bool =
 
 def _keep(view: ModelView, modules: Iterable[nn.Module], undo: ExitStack) -> None:
     """Note the classes and adapters of modules, what acts in the model, and all flags."""
-    remembered.keep_flags(((one.module, one.attribute) for one in view.parameters), undo)
+    gradient_flags.keep_flags(((one.module, one.attribute) for one in view.parameters), undo)
     undo.callback(_guard_encoders, view)
     for _, layer in view.layers:
         undo.callback(layer.disha.activate, layer.disha.active)
@@ -203,8 +204,8 @@ def remove_adapters(model: nn.Module, adapter: str | None = None) -> nn.Module:
     with all_or_nothing(view) as undo:
         take_out(view, removed, undo)
         if not view.layers:
-            remembered.put_back_statistics(view.names, undo)
-            remembered.forget_statistics(view.names)
+            running_statistics.put_back_statistics(view.names, undo)
+            running_statistics.forget_statistics(view.names)
     return model
 
 
@@ -219,9 +220,9 @@ def take_out(view: ModelView, adapters: Sequence[str], undo: ExitStack) -> None:
     _guard_encoders(view)
     for module in view.names:
         for own in adapters:
-            remembered.release(module, own)
+            gradient_flags.release(module, own)
     for module in () if view.layers else view.names:
-        remembered.restore_flags(module)
+        gradient_flags.restore_flags(module)
 
 
 def check_removable(view: ModelView, removed: Sequence[str]) -> None:
@@ -264,7 +265,7 @@ def adapter_parameters(model: nn.Module, adapter: str | None = None) -> Iterator
     beside = [
         one.value
         for one in view.parameters
-        if remembered.is_claimed(one.module, one.attribute, adapter)
+        if gradient_flags.is_claimed(one.module, one.attribute, adapter)
     ]
     return iter([*(one.block.block for one in found), *beside])
 
@@ -291,10 +292,10 @@ def mark_only_adapters_trainable(model: nn.Module) -> None:
     if not blocks:
         raise ArgumentError("the model has no adapter, so nothing would train")
     with all_or_nothing(view) as undo:
-        remembered.keep_flags(((one.module, one.attribute) for one in view.parameters), undo)
+        gradient_flags.keep_flags(((one.module, one.attribute) for one in view.parameters), undo)
         for one in view.parameters:
-            trains = remembered.is_claimed(one.module, one.attribute)
-            remembered.set_requires_grad(one.module, one.attribute, trains)
+            trains = gradient_flags.is_claimed(one.module, one.attribute)
+            gradient_flags.set_requires_grad(one.module, one.attribute, trains)
         for block in blocks:
             undo.callback(block.requires_grad_, block.requires_grad)
             block.requires_grad_(True)
@@ -314,6 +315,6 @@ def _set_flags(view: ModelView, plan: Plan) -> None:
     for one in view.parameters:
         if one.name in also_train:
             flag_without = one.value.requires_grad and not plan.freeze
-            remembered.claim(one.module, plan.adapter, one.attribute, flag_without)
-        elif plan.freeze and not remembered.is_claimed(one.module, one.attribute):
-            remembered.set_requires_grad(one.module, one.attribute, False)
+            gradient_flags.claim(one.module, plan.adapter, one.attribute, flag_without)
+        elif plan.freeze and not gradient_flags.is_claimed(one.module, one.attribute):
+            gradient_flags.set_requires_grad(one.module, one.attribute, False)

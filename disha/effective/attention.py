@@ -1,0 +1,93 @@
+"""Attention: torch's own function, with projections that are products of effective weights."""
+
+from __future__ import annotations
+
+import sys
+from types import FunctionType, ModuleType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from disha.effective.products import linear_product
+from disha.effective.rules import rule
+from disha.effective.views import chunk
+from disha.effective.weight import EffectiveWeight, computed, effective
+from disha.errors import ArgumentError
+
+
+@rule(F.multi_head_attention_forward)
+def _attention(
+    query: Any,
+    key: Any,
+    value: Any,
+    embed_dim_to_check: int,
+    num_heads: int,
+    in_proj_weight: Any,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """Attention by a copy of torch's code, which would itself call this rule again."""
+    if isinstance(in_proj_weight, EffectiveWeight) and not query is key is value:
+        parts = chunk(in_proj_weight, 3)
+        if parts is NotImplemented:  # a block across the borders of q, k and v can't be split
+            parts = torch.chunk(computed(in_proj_weight), 3)
+        names = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
+        kwargs |= {"use_separate_proj_weight": True, **dict(zip(names, parts))}
+        in_proj_weight = None
+    args = (embed_dim_to_check, num_heads, in_proj_weight, *args)
+    if any(getattr(value, "routed", None) for value in (*args, *kwargs.values())):
+        if query.dim() != 3:
+            raise ArgumentError(
+                "route_adapters needs samples, but an attention got a query without a batch "
+                f"dimension, of shape {tuple(query.shape)}; pass a batch, or use one adapter at a "
+                "time"
+            )
+        batch = query.shape[1]
+        args = tuple(_in_batch(value, batch) for value in args)
+        kwargs = {name: _in_batch(value, batch) for name, value in kwargs.items()}
+    return _ATTENTION.multi_head_attention_forward(query, key, value, *args, **kwargs)
+
+
+def _in_batch(value: Any, batch: int) -> Any:
+    if not isinstance(value, EffectiveWeight) or value.routed is None:
+        return value
+    return effective(value.base, value.axes, (), value.routed._replace(batch=batch))
+
+
+def _attention_linear(input: Any, weight: Any, bias: Any = None) -> Any:
+    if isinstance(weight, EffectiveWeight):
+        return linear_product(input, weight, bias)
+    return F.linear(input, weight, bias)
+
+
+def _check_padding(key_padding_mask: Tensor, src_len: int, bsz: int) -> None:
+    """`F._check_key_padding_mask`, in a way that can be compiled."""
+    for axis, expected in enumerate((bsz, src_len)):
+        size = key_padding_mask.shape[axis]
+        if size != expected:
+            raise AssertionError(
+                f"Expected key_padded_mask.shape[{axis}] to be {expected}, but got {size}"
+            )
+
+
+def _attention_module() -> ModuleType:
+    """Return a Python module with torch's attention, which finds its functions in that module."""
+    module = ModuleType("disha.effective.attention_of_torch")
+    own = {
+        "linear": _attention_linear,
+        "_check_key_padding_mask": _check_padding,
+        "has_torch_function": lambda tensors: False,
+    }
+    vars(module).update({**vars(F), "__name__": module.__name__, **own})
+    for name in ("_in_projection_packed", "_in_projection", "multi_head_attention_forward"):
+        original = getattr(F, name)
+        copied = FunctionType(original.__code__, vars(module), name, original.__defaults__)
+        copied.__kwdefaults__ = original.__kwdefaults__
+        vars(module)[name] = copied
+    sys.modules[module.__name__] = module  # where compiled code looks names up
+    return module
+
+
+_ATTENTION: Any = _attention_module()

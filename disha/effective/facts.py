@@ -1,0 +1,62 @@
+"""Facts: what an operation asks of an effective weight without its values. W answers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import GetSetDescriptorType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from disha.effective.rules import Rule, rule, rules
+from disha.effective.weight import base_of, compute_first, computed
+
+_NO_FACTS = {"H", "T", "data", "imag", "mH", "mT", "real"}
+"""Properties of a tensor that are views, or need the computed weight."""
+
+_PROPERTIES = " ".join(
+    name
+    for name in dir(Tensor)
+    if isinstance(getattr(Tensor, name), GetSetDescriptorType)
+    and not name.startswith("__")
+    and name not in _NO_FACTS
+)
+
+
+@rules(
+    _PROPERTIES,
+    "dim size stride numel nelement ndimension element_size is_floating_point is_complex is_signed "
+    "is_contiguous is_inference is_conj is_neg is_pinned is_shared get_device storage_offset "
+    "dim_order __len__ __hash__ is_coalesced has_names _is_view is_same_size result_type "
+    "register_hook register_post_accumulate_grad_hook retain_grad",
+)
+def _ask_base(func: Callable[..., Any]) -> Rule:
+    def ask(weight: Any, *args: Any, **kwargs: Any) -> Any:
+        return func(base_of(weight), *map(base_of, args), **kwargs)
+
+    return ask
+
+
+@rules(" ".join(name for name in dir(torch) if name.endswith("_like")))
+@rules(" ".join(name for name in dir(Tensor) if name.startswith("new_")))
+def _create(func: Callable[..., Any]) -> Rule:
+    """Make a tensor like the first argument. The others are values."""
+
+    def create(like: Any, *args: Any, **kwargs: Any) -> Any:
+        return compute_first(func, (base_of(like), *args), kwargs)
+
+    return create
+
+
+@rule(Tensor.data_ptr)
+def _data_ptr(weight: Any) -> int:
+    # Kept as long as the weight lives, because the caller uses the address after the call.
+    weight.addressed = computed(weight)
+    return weight.addressed.data_ptr()  # type: ignore[no-any-return]
+
+
+@rule(torch.autograd.grad)
+def _gradients(outputs: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+    """The gradient of a weight is that of W."""
+    return compute_first(torch.autograd.grad, (outputs, base_of(inputs), *args), kwargs)

@@ -1,0 +1,191 @@
+"""Products: W's own product plus that of the updates, with dropout and the route of the samples."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from disha import functional
+from disha.effective.rules import RULES, Rule, rule, rules
+from disha.effective.views import is_index, item_of, turned
+from disha.effective.weight import EffectiveWeight, compute_first
+from disha.functional import adapted_linear
+from disha.functional.products import Product
+from disha.functional.routed import routed_linear, routed_product
+
+
+def _is_dense(input: Tensor) -> bool:
+    """Whether an input is dense, not sparse. For others, the weight is computed."""
+    return input.layout is torch.strided
+
+
+@rule(F.linear)
+def linear_product(input: Any, weight: Any, bias: Any = None) -> Any:
+    if isinstance(input, EffectiveWeight) or isinstance(bias, EffectiveWeight):
+        return NotImplemented
+    if weight.axes.pattern != "out in" or not _is_dense(input):
+        return NotImplemented
+    if weight.routed is None:
+        return adapted_linear(input, weight.base, bias, weight.updates)
+    return routed_linear(input, weight.base, bias, weight.axes, weight.routed)
+
+
+@rule("matmul __matmul__")
+def _matmul(input: Any, other: Any) -> Any:
+    """Multiply x @ W for a weight whose inputs come first, or W @ x if they come last."""
+    if isinstance(input, EffectiveWeight):
+        return NotImplemented if isinstance(other, EffectiveWeight) else _weight_first(input, other)
+    if not _is_dense(input):
+        return NotImplemented
+    transposed = turned(other)
+    if other.axes.pattern == "in out":
+        return linear_product(input, transposed)
+    if other.axes.pattern == "expert in out" and input.dim() == 3 and other.routed is None:
+        return functional.adapted_stack(input, transposed.base, transposed.updates)
+    return NotImplemented
+
+
+@rule("mm bmm")
+def _mm(input: Any, mat2: Any) -> Any:
+    return _matmul(input, mat2)
+
+
+@rule("mv")
+def _mv(input: Any, vec: Any) -> Any:
+    return _matmul(input, vec)
+
+
+def _weight_first(weight: EffectiveWeight, x: Tensor) -> Any:
+    layout, base, updates = weight.axes, weight.base, weight.updates
+    if layout.pattern == "out in" and x.dim() == 1:
+        return linear_product(x, weight)
+    matrix, stack = layout.pattern == "out in", layout.pattern == "expert out in" and x.dim() == 3
+    if not (matrix or stack) or weight.routed is not None or not _is_dense(x):
+        return NotImplemented
+    if all(update.method.reduces for update in updates):
+
+        def multiply(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
+            return torch.matmul(w, x.mT)
+
+        return functional.adapted_product(multiply, x.mT, base, None, layout, updates)
+    if stack:
+        return functional.adapted_stack(x.mT, base, updates).mT
+    return adapted_linear(x.mT, base, None, updates).mT
+
+
+@rule("addmm")
+def _addmm(input: Any, mat1: Any, mat2: Any, *, beta: float = 1, alpha: float = 1) -> Any:
+    if not isinstance(mat2, EffectiveWeight) or mat2.axes.pattern != "in out":
+        return NotImplemented
+    if isinstance(mat1, EffectiveWeight) or input.dim() != 1 or (beta, alpha) != (1, 1):
+        return NotImplemented
+    return linear_product(mat1, turned(mat2), input)
+
+
+@rules(torch._grouped_mm)
+def _grouped(multiply: Callable[..., Tensor]) -> Rule:
+    def grouped(input: Any, weight: Any, offs: Any = None, *more: Any, **named: Any) -> Any:
+        if not isinstance(weight, EffectiveWeight) or isinstance(input, EffectiveWeight):
+            return NotImplemented
+        if weight.axes.pattern != "expert in out" or weight.routed is not None:
+            return NotImplemented
+        if more or any(value is not None for value in named.values()) or offs is None:
+            return NotImplemented
+        transposed = turned(weight)
+        return functional.adapted_grouped(
+            multiply, input, transposed.base, offs, transposed.updates
+        )
+
+    return grouped
+
+
+def _grouped_of_transformers(*args: Any, **kwargs: Any) -> Tensor:
+    product: Tensor = torch.ops.transformers.grouped_mm_fallback(*args, **kwargs)
+    return product
+
+
+# By its name, because it exists only after transformers is imported.
+RULES["transformers::grouped_mm_fallback"] = _grouped(_grouped_of_transformers)
+
+
+def _product(
+    multiply: Product,
+    input: Any,
+    weight: EffectiveWeight,
+    bias: Any,
+    has_samples: bool,
+    groups: int = 1,
+) -> Tensor:
+    base, layout = weight.base, weight.axes
+    if weight.routed is not None:
+        return routed_product(
+            multiply, input, base, bias, layout, weight.routed, has_samples, groups
+        )
+    return functional.adapted_product(multiply, input, base, bias, layout, weight.updates, groups)
+
+
+@rules(F.conv1d, F.conv2d, F.conv3d)
+@rules(F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
+def _conv(func: Callable[..., Tensor]) -> Rule:
+    def conv(input: Any, weight: Any, bias: Any = None, *args: Any, **kwargs: Any) -> Any:
+        if not isinstance(weight, EffectiveWeight) or not weight.axes.has_kernel:
+            return NotImplemented
+
+        def convolve(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
+            return func(x, w, b, *args, **kwargs)
+
+        # After the bias: stride, padding, then dilation or output_padding, then groups.
+        groups = args[3] if len(args) > 3 else kwargs.get("groups", 1)
+        return _product(convolve, input, weight, bias, input.dim() == weight.base.dim(), groups)
+
+    return conv
+
+
+@rule(F.embedding)
+def _embedding(
+    input: Any,
+    weight: Any,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Any:
+    if not isinstance(weight, EffectiveWeight) or weight.axes.pattern != "index out":
+        return NotImplemented
+    if not _is_dense(input) or scale_grad_by_freq or max_norm is not None:
+        # Torch changes the rows, or the gradient, of the computed weight, whose gradient is dense.
+        args = (input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq)
+        return compute_first(F.embedding, args, {})
+
+    def look_up(indices: Tensor, table: Tensor, bias: Tensor | None) -> Tensor:
+        own = sparse and table is weight.base  # a computed weight needs a dense gradient
+        return F.embedding(indices, table, padding_idx, None, 2.0, False, own)
+
+    return _product(look_up, input, weight, None, input.dim() >= 1)
+
+
+@rule(Tensor.__getitem__)
+def _item(weight: Any, index: Any) -> Any:
+    """Look rows of a table up, or view a part of the weight."""
+    if weight.axes.pattern == "index out" and isinstance(index, Tensor) and is_index(index):
+        # Unlike a lookup, an index may count from the end.
+        return _embedding(torch.where(index < 0, index + weight.base.shape[0], index), weight)
+    return item_of(weight, index)
+
+
+SPARSE = 5
+"""The position of `sparse` among the arguments after the weight. A computed weight needs a dense
+gradient."""
+
+
+@rule(F.embedding_bag)
+def _embedding_bag(input: Any, weight: Any, *args: Any, **kwargs: Any) -> Any:
+    before, after = args[:SPARSE], args[SPARSE + 1 :]
+    if len(args) > SPARSE:
+        return compute_first(F.embedding_bag, (input, weight, *before, False, *after), kwargs)
+    return compute_first(F.embedding_bag, (input, weight, *args), {**kwargs, "sparse": False})

@@ -1,0 +1,54 @@
+"""The tables of rules: what each operation does with an effective weight.
+
+A rule is a function with its operations in a decorator above it. The tables build themselves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from types import GetSetDescriptorType
+from typing import Any, TypeAlias, TypeVar
+
+import torch
+from torch import Tensor
+
+Rule: TypeAlias = Callable[..., Any]
+"""What to do in place of an operation, with the same arguments. NotImplemented: compute first."""
+
+RULES: dict[Any, Rule] = {}
+"""Operation -> its rule; a later one replaces an earlier. One of another library has its name."""
+
+R = TypeVar("R", bound=Rule)
+
+
+def _operations(named: Sequence[Any]) -> Iterator[Any]:
+    """Yield operations; names stand for those of tensors and of torch that this version has."""
+    for one in named:
+        if not isinstance(one, str):
+            yield one
+            continue
+        for name in one.split():
+            for owner in (Tensor, torch):
+                found = getattr(owner, name, None)
+                if found is not None:
+                    yield found.__get__ if isinstance(found, GetSetDescriptorType) else found
+
+
+def rule(*operations: Any) -> Callable[[R], R]:
+    """Make a function the rule of operations."""
+
+    def register(function: R) -> R:
+        RULES.update(dict.fromkeys(_operations(operations), function))
+        return function
+
+    return register
+
+
+def rules(*operations: Any) -> Callable[[R], R]:
+    """Make what a function returns for each operation the rule of that operation."""
+
+    def register(make: R) -> R:
+        RULES.update({func: make(func) for func in _operations(operations)})
+        return make
+
+    return register

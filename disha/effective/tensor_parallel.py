@@ -1,0 +1,35 @@
+"""The effective weight of the part of a weight that a rank holds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from disha.effective.weight import EffectiveWeight, effective
+from disha.errors import ModeError
+from disha.functional import Layout, Update
+from disha.functional.products import update_of_part
+from disha.sharding.tensor_parallel import Split
+
+
+def effective_part(
+    local: Tensor, split: Split, layout: Layout, updates: Sequence[Update]
+) -> EffectiveWeight:
+    """Return the effective weight of this rank's part of a weight with these updates."""
+    own: list[Update] = []
+    for update in updates:
+        if update.dropout:
+            raise ModeError(
+                "the adapter's dropout can't act here: each rank would drop different inputs of a "
+                "tensor-parallel weight; use dropout=0"
+            )
+        update = update._replace(block=split.summed(update.block))
+        some = update_of_part(update, layout, split.shape, split.part)
+        if some is None:
+            raise ModeError(
+                f"an adapter can't act: its weight is placed as {split.placements}, and its block "
+                "can't be cut in the same way; inject after the weight is placed"
+            )
+        own += some
+    return effective(local, layout.of_part(split.part), tuple(own))

@@ -1,0 +1,163 @@
+"""Views: operations on an effective weight whose result is again one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from disha.effective.rules import Rule, rule, rules
+from disha.effective.weight import EffectiveWeight, base_of, effective
+from disha.functional import Layout, Update
+from disha.functional.products import updates_of_rows
+
+
+def _mapped(
+    weight: EffectiveWeight,
+    base: Tensor,
+    layout: Layout,
+    change: Callable[[Sequence[Update]], Sequence[Update] | None],
+) -> Any:
+    """Return a view with its updates changed; NotImplemented if `change` returns None."""
+    updates, routed = change(weight.updates), weight.routed
+    if updates is None:
+        return NotImplemented
+    if routed is not None:
+        own = {adapter: change(some) for adapter, some in routed.updates.items()}
+        kept = {adapter: tuple(some) for adapter, some in own.items() if some is not None}
+        if len(kept) < len(own):
+            return NotImplemented
+        routed = routed._replace(updates=kept)
+    return effective(base, layout, tuple(updates), routed) if updates or routed else base
+
+
+@rule("mT")
+def turned(weight: Any) -> Any:
+    layout = weight.axes.turned()
+    if layout is None:
+        return NotImplemented
+    return effective(torch.transpose(weight.base, -2, -1), layout, weight.updates, weight.routed)
+
+
+@rule("t T")
+def _t(weight: Any) -> Any:
+    return turned(weight) if weight.base.dim() == 2 else NotImplemented
+
+
+@rule("transpose swapdims swapaxes")
+def _transpose(weight: Any, *dims: int, **named: int) -> Any:
+    ndim = weight.base.dim()
+    swapped = {dim % ndim for dim in (*dims, *named.values())}
+    return turned(weight) if swapped == {ndim - 2, ndim - 1} else NotImplemented
+
+
+_INDEX_DTYPES = (torch.int64, torch.int32)
+"""The dtypes of a tensor of indices. To torch, uint8 and bool are masks."""
+
+
+def is_index(index: Any) -> bool:
+    """Whether an index counts positions: an int or a tensor of them, no mask."""
+    if isinstance(index, Tensor):
+        return index.dtype in _INDEX_DTYPES and not isinstance(index, EffectiveWeight)
+    return isinstance(index, int) and not isinstance(index, bool)
+
+
+def item_of(weight: Any, index: Any) -> Any:
+    """Return one or several matrices of a stack, or rows of a matrix."""
+    layout, base = weight.axes, weight.base
+    if layout.expert_dim == 0 and is_index(index):
+        is_single = isinstance(index, int) or index.dim() == 0
+        if not is_single and index.dim() != 1:
+            return NotImplemented
+        return _selected(weight, index, layout.of_one_expert() if is_single else layout)
+    if layout.expert_dim == 0 and isinstance(index, slice):
+        return _selected(weight, index, layout)
+    if layout.pattern == "out in" and isinstance(index, slice):
+        start, stop, step = index.indices(base.shape[0])
+        return rows_of(weight, start, stop) if step == 1 and stop > start else NotImplemented
+    return NotImplemented
+
+
+def _selected(weight: EffectiveWeight, index: Any, layout: Layout) -> Any:
+    """Return some matrices of a stack."""
+
+    def select(updates: Sequence[Update]) -> Sequence[Update]:
+        return [update.select_matrices(index) for update in updates]
+
+    return _mapped(weight, weight.base[index], layout, select)
+
+
+def rows_of(weight: Any, start: int, stop: int) -> Any:
+    """Return the effective weight of some rows of a matrix (out, in)."""
+    size = weight.base.shape[0]
+
+    def of_rows(updates: Sequence[Update]) -> Sequence[Update] | None:
+        return updates_of_rows(updates, start, stop, size)
+
+    return _mapped(weight, weight.base[start:stop], weight.axes, of_rows)
+
+
+@rule("split")
+def _split(weight: Any, split_size: Any, dim: int = 0) -> Any:
+    sizes = [part.shape[dim] for part in weight.base.split(split_size, dim)]
+    return _in_parts(weight, sizes, dim)
+
+
+@rule("chunk")
+def chunk(weight: Any, chunks: int, dim: int = 0) -> Any:
+    sizes = [part.shape[dim] for part in weight.base.chunk(chunks, dim)]
+    return _in_parts(weight, sizes, dim)
+
+
+def _in_parts(weight: Any, sizes: Sequence[int], dim: int) -> Any:
+    if weight.axes.pattern != "out in" or dim not in (0, -2):
+        return NotImplemented
+    parts, start = [], 0
+    for size in sizes:
+        parts.append(rows_of(weight, start, start + size))
+        start += size
+    return NotImplemented if any(part is NotImplemented for part in parts) else tuple(parts)
+
+
+@rule("unbind")
+def _unbind(weight: Any, dim: int = 0) -> Any:
+    layout = weight.axes
+    if dim or layout.expert_dim != 0:
+        return NotImplemented
+    if weight.routed is not None or not weight.updates:
+        return tuple(item_of(weight, index) for index in range(weight.base.shape[0]))
+    each = zip(*(update.unstack() for update in weight.updates))
+    item, bases = layout.of_one_expert(), weight.base.unbind(0)
+    return tuple(effective(base, item, own) for base, own in zip(bases, each))
+
+
+@rule("index_select select")
+def _select(weight: Any, dim: int, index: Any) -> Any:
+    return item_of(weight, index) if dim == 0 == weight.axes.expert_dim else NotImplemented
+
+
+@rules("to type type_as float double half bfloat16 contiguous")
+def _cast(func: Callable[..., Any]) -> Rule:
+    def cast(weight: Any, *args: Any, **kwargs: Any) -> Any:
+        named = {name: base_of(value) for name, value in kwargs.items()}
+        base = func(base_of(weight), *map(base_of, args), **named)
+        if not isinstance(weight, EffectiveWeight) or not isinstance(base, Tensor):
+            return base  # another tensor, cast like this weight; or `type()` without arguments
+        if not base.is_floating_point() or base.device != weight.base.device:
+            return NotImplemented  # the blocks stay on their device
+        return effective(base, weight.axes, weight.updates, weight.routed)
+
+    return cast
+
+
+@rules("detach data")
+def _detach(func: Callable[..., Any]) -> Rule:
+    def detach(weight: Any) -> Any:
+        def detached(updates: Sequence[Update]) -> Sequence[Update]:
+            return [update._replace(block=func(update.block)) for update in updates]
+
+        return _mapped(weight, func(weight.base), weight.axes, detached)
+
+    return detach

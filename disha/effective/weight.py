@@ -1,0 +1,182 @@
+"""The effective weight: a tensor that stands for W + sum of s dW without computing it.
+
+Reading an adapted parameter gives one. What each operation does with it:
+
+    facts      shape, dtype, new_zeros, ones_like ... those of W; nothing is computed
+    views      transposes, rows, items of a stack     an effective weight
+    products   linear, matmul, conv, embedding ...    W's own product plus the updates'
+    attention  F.multi_head_attention_forward         its projections are such products
+    writes     copy_, __setitem__, nn.init ...        done to W; the result is effective again
+    the rest   einsum, norm, arithmetic ...           W + sum of s dW is computed, with its graph
+
+Each has a module, in which each rule stands under the operations that it is for.
+
+An effective weight is an alias of W with a few more attributes. Code that does not go through
+`__torch_function__` sees only W. So a rule must never pass the effective weight on to torch, but
+use `base` and `updates` itself. In compiled code, a rule is not dispatched again inside a rule.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch._C._dynamo.eval_frame as _frames
+from torch import Tensor
+
+from disha import functional
+from disha.effective.rules import RULES
+from disha.errors import ArgumentError, ModeError
+from disha.functional import Layout, Update
+from disha.functional.routed import Routed
+
+PLAIN = (Tensor, torch.nn.Parameter)
+"""The classes of weights that an effective weight can be an alias of."""
+
+
+class EffectiveWeight(Tensor):
+    """W + sum of s dW, not computed: an alias of W that carries the updates."""
+
+    base: Tensor
+    axes: Layout  # in torch, the attribute `layout` has another meaning
+    updates: tuple[Update, ...]  # of all samples
+    routed: Routed | None  # those of single samples
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Run an operation by its rule."""
+        own = RULES.get(func) or RULES.get(getattr(func, "_qualified_op_name", None))
+        if own is not None and kwargs and not args and "input" in kwargs:
+            # So torch calls the first argument of all functions that have a rule.
+            args = (kwargs["input"],)
+            kwargs = {name: value for name, value in kwargs.items() if name != "input"}
+        if own is not None and kwargs and "out" in kwargs:
+            _refuse_to_lose_gradients(args, kwargs)
+        elif own is not None:
+            result = own(*args, **kwargs) if kwargs else own(*args)
+            if result is not NotImplemented:
+                return result
+        return compute_first(func, args, kwargs or {})
+
+    def as_subclass(self, cls: Any) -> Any:
+        """Return the computed weight as a tensor of another class."""
+        return computed(self).as_subclass(cls)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return computed(self).__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
+
+    @property
+    def _is_param(self) -> bool:
+        """Whether it is a parameter; `nn.Parameter` sets this."""
+        return False
+
+    @_is_param.setter
+    def _is_param(self, value: bool) -> None:
+        raise ArgumentError(
+            f"a parameter can't be made of an adapted weight (of shape {tuple(self.shape)}), "
+            "because it would hide the adapters; make it of weight.clone(), the computed weight, "
+            "or of layer.base_weight"
+        )
+
+
+class AbsentWeight(EffectiveWeight):
+    """An effective weight whose W is on the meta device and whose blocks are not: only facts."""
+
+    @property
+    def updates(self) -> tuple[Update, ...]:  # type: ignore[override]
+        """Raise: a product with W would be uninitialised memory."""
+        raise ModeError(
+            "an adapted weight is on the meta device, where it has no values, and its block is "
+            "not; give the model its weights first. If accelerate has offloaded it, only the "
+            "forward of its own module loads it: preload the module that reads it "
+            "(preload_module_classes), or keep it on a device"
+        )
+
+
+def start_no_graph(function: Any) -> None:
+    """Keep the compiler from starting a graph at a function of ours, or at one that it calls."""
+    skip = _frames._FrameAction.SKIP
+    _frames.set_code_exec_strategy(function.__code__, _frames._FrameExecStrategy(skip, skip))
+
+
+# An effective weight can't be the input of a graph.
+start_no_graph(vars(EffectiveWeight)["__torch_function__"].__func__)
+
+
+def effective(
+    base: Tensor,
+    layout: Layout,
+    updates: tuple[Update, ...],
+    routed: Routed | None = None,
+) -> EffectiveWeight:
+    """Return the effective weight of W, with its layout and updates."""
+    weight: Any = base.as_subclass(EffectiveWeight)
+    weight.base = base
+    weight.axes = layout
+    weight.updates = updates
+    weight.routed = routed
+    return weight  # type: ignore[no-any-return]
+
+
+def computed(weight: EffectiveWeight) -> Tensor:
+    """Return W + sum of s dW as a plain tensor, with its graph."""
+    if weight.routed is not None:
+        raise ModeError(
+            "samples can't be routed here: this operation needs one computed weight for all "
+            "samples; use one adapter at a time, or exclude the weight"
+        )
+    if any(update.dropout for update in weight.updates):
+        raise ModeError(
+            "the adapter's dropout can't act here: it drops inputs, and this operation needs a "
+            "computed weight; use dropout=0, or exclude the weight"
+        )
+    return functional.computed_weight(weight.base, weight.axes, weight.updates)
+
+
+def compute_first(
+    func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> Any:
+    """Run an operation with the computed weight. If `out=` is the weight, it writes into W."""
+    named = {
+        name: base_of(value) if name == "out" else computed_inside(value)
+        for name, value in kwargs.items()
+    }
+    result = func(*(computed_inside(value) for value in args), **named)
+    return kwargs["out"] if isinstance(kwargs.get("out"), EffectiveWeight) else result
+
+
+def computed_inside(value: Any) -> Any:
+    """Return a value with the effective weights in it computed."""
+    if isinstance(value, EffectiveWeight):
+        return computed(value)
+    if type(value) in (list, tuple):
+        return type(value)([computed_inside(one) for one in value])
+    if type(value) is dict:
+        return {key: computed_inside(one) for key, one in value.items()}
+    return value
+
+
+def base_of(value: Any) -> Any:
+    if isinstance(value, EffectiveWeight):
+        return value.base
+    return type(value)(map(base_of, value)) if type(value) in (list, tuple) else value
+
+
+def _refuse_to_lose_gradients(args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    """Raise if a product that trains goes into `out=`, without gradients (losses of trl do so)."""
+    operands = [*args, *(value for name, value in kwargs.items() if name != "out")]
+    for one in operands:
+        if isinstance(one, EffectiveWeight) and any(up.block.requires_grad for up in one.updates):
+            raise ModeError(
+                f"a product with an adapted weight of shape {tuple(one.shape)} can't go into out=, "
+                "because its block would get no gradient. If a trainer computes its loss from the "
+                "weight of the output head, as those of trl do, leave the head out "
+                "(exclude='lm_head'); in your own code, use weight.clone()"
+            )

@@ -1,0 +1,92 @@
+"""Writes: done to W. The result is again an effective weight."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from types import GetSetDescriptorType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from disha.effective.rules import Rule, rule, rules
+from disha.effective.weight import EffectiveWeight, base_of, compute_first
+from disha.errors import ArgumentError
+
+
+def _writes(name: str) -> bool:
+    """Whether an operation of this name writes into its first argument: `copy_`, `__iadd__`."""
+    if name.startswith("__i"):
+        return hasattr(Tensor, f"__{name[3:]}")
+    return name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
+
+
+def _all_writes() -> Iterator[Callable[..., Any]]:
+    """Yield every operation of torch that writes into its first argument."""
+    for owner in (Tensor, torch, torch._C._nn, F, torch.nn.init):
+        for name in dir(owner):
+            found = getattr(owner, name, None)
+            if _writes(name) and callable(found):
+                yield found
+    for name in dir(Tensor):
+        found = getattr(Tensor, name)
+        if isinstance(found, GetSetDescriptorType):  # as in `weight.grad = ...`
+            yield found.__set__
+
+
+_RESHAPES = (
+    "as_strided_ resize_ resize_as_ set_ squeeze_ swapaxes_ swapdims_ t_ transpose_ unsqueeze_"
+)
+"""Writes that change the shape of a tensor."""
+
+
+@rules(*_all_writes())
+def _write(func: Callable[..., Any]) -> Rule:
+    """Write into W. The result is the effective weight of W as it is then."""
+    reshapes = func.__name__ in _RESHAPES.split()
+
+    def write(*args: Any, **kwargs: Any) -> Any:
+        if args:
+            written = args[0]
+            if reshapes:
+                _refuse_to_reshape(written)
+            result = compute_first(func, (base_of(written), *_sources(*args)), kwargs)
+        else:
+            name, written = next(iter(kwargs.items()))
+            result = compute_first(func, (), {**kwargs, name: base_of(written)})
+        return result if result is None else written
+
+    return write
+
+
+def _refuse_to_reshape(weight: Any) -> None:
+    """Raise if a weight is an effective one: its blocks would no longer fit."""
+    if isinstance(weight, EffectiveWeight):
+        raise ArgumentError(
+            f"an adapted weight (of shape {tuple(weight.shape)}) can't change its shape in place; "
+            "use the operation that returns a new tensor"
+        )
+
+
+def _sources(written: Any, *sources: Any) -> tuple[Any, ...]:
+    """Return the values to write: W in place of a tensor whose updates would act twice."""
+    if not isinstance(written, EffectiveWeight):
+        return sources
+    return tuple(
+        one.base if isinstance(one, EffectiveWeight) and _same_blocks(one, written) else one
+        for one in sources
+    )
+
+
+def _same_blocks(one: EffectiveWeight, other: EffectiveWeight) -> bool:
+    """Whether two effective weights have the updates of the same blocks."""
+    pairs = zip(one.updates, other.updates)
+    same = all(a.block.is_set_to(b.block) for a, b in pairs)
+    return same and len(one.updates) == len(other.updates)
+
+
+@rule(Tensor.data.__set__)  # type: ignore[attr-defined]
+def _set_data(weight: Any, value: Any) -> None:
+    # `weight.data = weight.data.half()` casts W without adding an update to it.
+    base_of(weight).data = base_of(value)

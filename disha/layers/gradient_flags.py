@@ -1,0 +1,96 @@
+"""What modules remember of `requires_grad`: the first flags, and what trains with an adapter.
+
+Each module keeps it in its `__dict__`, so copies and pickles have it too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import ExitStack
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+_FLAGS = "_disha_training"
+
+
+class _Flag(NamedTuple):
+    """What a module remembers of a parameter."""
+
+    first: bool  # its requires_grad before disha first changed it
+    adapter: str | None = None  # the adapter that it trains with
+    without: bool = False  # its requires_grad without that adapter
+
+
+def attributes_of(module: nn.Module) -> dict[str, Any]:
+    """Return the module's real `__dict__`, even if the user's class shows another."""
+    attributes: dict[str, Any] = nn.Module.__dict__["__dict__"].__get__(module)
+    return attributes
+
+
+def set_requires_grad(module: nn.Module, name: str, flag: bool) -> None:
+    """Set requires_grad of the module's own parameter `name`, and remember the first value."""
+    parameter = module._parameters[name]
+    if parameter is None or parameter.requires_grad == flag:
+        return
+    flags = attributes_of(module).setdefault(_FLAGS, {})
+    flags.setdefault(name, _Flag(parameter.requires_grad))
+    parameter.requires_grad = flag  # lazy parameters do not have requires_grad_()
+
+
+def restore_flags(module: nn.Module) -> None:
+    """Restore the first flags of the module's parameters, and forget everything."""
+    for name, flag in attributes_of(module).pop(_FLAGS, {}).items():
+        parameter = module._parameters.get(name)
+        if parameter is not None:
+            parameter.requires_grad = flag.first
+
+
+def keep_flags(parameters: Iterable[tuple[nn.Module, str]], undo: ExitStack) -> None:
+    """Note the flags of parameters, and what their modules remember, in `undo`."""
+    kept = []
+    for module, name in parameters:
+        attributes, parameter = attributes_of(module), module._parameters[name]
+        flag = parameter is not None and parameter.requires_grad
+        kept.append((parameter, flag, attributes, dict(attributes.get(_FLAGS, {}))))
+    undo.callback(_put_back, kept)
+
+
+def _put_back(kept: Iterable[tuple[Tensor | None, bool, dict[str, Any], dict[str, Any]]]) -> None:
+    for parameter, flag, attributes, remembered in kept:
+        if parameter is not None:
+            parameter.requires_grad = flag
+        attributes.pop(_FLAGS, None)
+        if remembered:
+            attributes[_FLAGS] = remembered
+
+
+def claim(module: nn.Module, adapter: str, name: str, flag_without: bool) -> None:
+    """Train a parameter of the module with an adapter."""
+    parameter = module._parameters[name]
+    assert parameter is not None
+    flags = attributes_of(module).setdefault(_FLAGS, {})
+    first = flags[name].first if name in flags else parameter.requires_grad
+    flags[name] = _Flag(first, adapter, flag_without)
+    parameter.requires_grad = True
+
+
+def release(module: nn.Module, adapter: str) -> None:
+    """Stop training the module's parameters that an adapter claims, and forget the claims."""
+    for name in claimed(module, adapter):
+        flags = attributes_of(module)[_FLAGS]
+        flag = flags[name]
+        flags[name] = _Flag(flag.first)
+        set_requires_grad(module, name, flag.without)
+
+
+def claimed(module: nn.Module, adapter: str) -> tuple[str, ...]:
+    """Return the names of the module's parameters that an adapter trains."""
+    flags = attributes_of(module).get(_FLAGS, {})
+    return tuple(name for name in flags if is_claimed(module, name, adapter))
+
+
+def is_claimed(module: nn.Module, name: str, adapter: str | None = None) -> bool:
+    """Whether an adapter, or any, trains a parameter of the module."""
+    flag = attributes_of(module).get(_FLAGS, {}).get(name)
+    return flag is not None and flag.adapter is not None and adapter in (None, flag.adapter)

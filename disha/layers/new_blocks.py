@@ -1,0 +1,41 @@
+"""Make the block of a weight, on its device."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from disha.config import AdapterConfig
+from disha.functional import method_of
+from disha.layers import opaque
+from disha.layers.blocks import Block, Slot
+from disha.layers.offloading import device_of_weight
+from disha.layers.weights import read_weight, weight_shape
+from disha.sharding.tensor_parallel import split_of
+
+
+def make_block(
+    module: nn.Module,
+    slot: Slot,
+    config: AdapterConfig,
+    r: int,
+    values: Tensor | None = None,
+) -> Block:
+    """Return a new block for a weight, on its device, with copied values or those of `init`."""
+    weight = None if slot.opaque else read_weight(module, slot.parameter)
+    device = opaque.device_of(module) if weight is None else device_of_weight(module, weight)
+    split = split_of(weight)
+    if values is not None:
+        shape, dtype = tuple(values.shape), values.dtype
+    else:
+        shape = method_of(config.method).block_shape(
+            slot.layout, weight_shape(module, slot), r, config.r_out, slot.rows
+        )
+        own = None if weight is None else weight.dtype
+        dtype = config.dtype or (own if own is torch.float64 else torch.float32)
+    block = Block(shape, slot=slot, config=config, r=r, device=device, dtype=dtype, split=split)
+    if values is None:
+        block.reset_parameters()
+    else:
+        block.block.detach().copy_(values)
+    return block

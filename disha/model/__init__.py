@@ -1,0 +1,7 @@
+"""What is done to a whole model: plan, inject, control, merge, check, summarise.
+
+- `view`: one walk over a model: clean names, aliases, wrappers, adapted layers
+- `plan`, `inject`, `control`, `merge`, `state`, `check`, `summary`: the public functions
+- `records`, `fingerprints`: what a file says of an adapted weight, and of its base
+- `running_statistics`: what norms remember
+"""

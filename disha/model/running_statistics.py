@@ -1,0 +1,99 @@
+"""The running statistics that batch and instance norms had before adapters.
+
+Each norm keeps them in its `__dict__`. Statistics that changed since belong to the adapter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container, Iterable, Mapping
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from disha.layers.gradient_flags import attributes_of
+from disha.sharding.tensors import write
+from disha.text import join
+
+Names = Mapping[nn.Module, tuple[str, ...]]
+"""Every module of a model -> its clean names."""
+
+_STATISTICS = "_disha_statistics"
+
+
+def statistics(names: Names) -> dict[str, Tensor]:
+    """Return the running statistics of all norms under their clean names."""
+    return {
+        join(name, own): buffer
+        for module, (name, *_) in names.items()
+        for own, buffer in _statistics_of(module).items()
+    }
+
+
+def remember_statistics(model: Any, modules: Iterable[nn.Module], undo: ExitStack) -> None:
+    """Keep the values of the norms of a model that keep none yet."""
+    for module in modules:
+        own, attributes = _statistics_of(module), attributes_of(module)
+        if own and _STATISTICS not in attributes:
+            undo.callback(attributes.pop, _STATISTICS, None)
+            attributes[_STATISTICS] = {name: value.detach().clone() for name, value in own.items()}
+            if not _hooks(model):
+                undo.callback(forget_statistics, [model])
+                model.register_load_state_dict_pre_hook(_keep_loaded)
+
+
+def _keep_loaded(model: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Keep the statistics of a state dict without blocks: it is one of the base."""
+    if any(key.endswith("_block") for key in state):
+        return
+    for name, module in model.named_modules():
+        kept = attributes_of(module).get(_STATISTICS, {})
+        for own, former in kept.items():
+            kept[own] = state.get(prefix + join(name, own), former).detach().clone()
+
+
+def _hooks(module: Any) -> list[int]:
+    """Return the numbers of our hooks before a module loads a state dict."""
+    return [n for n, one in module._load_state_dict_pre_hooks.items() if one.hook is _keep_loaded]
+
+
+def changed_statistics(names: Names) -> dict[str, tuple[Tensor, Tensor | None]]:
+    """Return the statistics that may not be those of the base, each with the kept value, if any."""
+    found = {}
+    for module, (name, *_) in names.items():
+        kept = attributes_of(module).get(_STATISTICS, {})
+        for own, now in _statistics_of(module).items():
+            former = kept.get(own)
+            if former is None or former.is_meta or not torch.equal(now, former.to(now)):
+                found[join(name, own)] = now, former
+    return found
+
+
+def put_back_statistics(names: Names, undo: ExitStack, but: Container[str] = ()) -> None:
+    """Give the norms the kept values, except for the statistics named in `but`."""
+    for name, (now, former) in changed_statistics(names).items():
+        if name not in but and former is not None and not former.is_meta:
+            write(now, former, undo)
+
+
+def forget_statistics(modules: Iterable[nn.Module]) -> None:
+    """Drop the kept values: the last step of an operation, which nothing has to undo."""
+    for module in modules:
+        attributes_of(module).pop(_STATISTICS, None)
+        for number in _hooks(module):
+            del module._load_state_dict_pre_hooks[number]
+
+
+def _statistics_of(module: nn.Module) -> dict[str, Tensor]:
+    """Return the buffers in the state dict of a norm, or nothing if the module is none."""
+    if module._buffers.get("running_mean") is None:
+        return {}
+    return {
+        name: buffer
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+        and not is_lazy(buffer)
+        and name not in module._non_persistent_buffers_set
+    }

@@ -1,0 +1,1 @@
+"""Sharded and partitioned models: their tensors, tensor-parallel weights, and the ranks."""

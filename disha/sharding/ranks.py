@@ -1,0 +1,66 @@
+"""The ranks that hold the shards of a model: they fail together, and one of them writes files.
+
+Gathering is collective, so no rank may raise an error alone while the others wait for it. Code that
+can fail runs inside `Ranks.agreeing`, which raises the error on all ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from disha import errors
+from disha.errors import ArgumentError, DishaError
+from disha.sharding.tensors import is_sharded
+
+
+class Ranks:
+    """The ranks that hold the shards of a model; only this process if the model is not sharded."""
+
+    def __init__(self, parameters: Iterable[Tensor]) -> None:
+        sharded: list[Any] = [p for p in parameters if is_sharded(p)]
+        self.meshes: tuple[Any, ...] = tuple(dict.fromkeys(p.device_mesh for p in sharded))
+
+    @property
+    def writes(self) -> bool:
+        """Whether this rank writes the files; only the first one does."""
+        return not any(any(mesh.get_coordinate()) for mesh in self.meshes)
+
+    @contextmanager
+    def agreeing(self, action: str) -> Iterator[None]:
+        """Run the body; if it raises on any rank, raise on all ranks. It must not be collective."""
+        if not self.meshes:
+            yield
+            return
+        problem: Exception | None = None
+        try:
+            yield
+        except Exception as error:
+            problem = error
+        kind = None if problem is None else type(problem).__name__
+        reports = self._exchanged((torch.distributed.get_rank(), action, kind, str(problem)))
+        if problem is not None:
+            raise problem
+        for rank, other, kind, message in reports:
+            if other != action:
+                raise ArgumentError(
+                    f"rank {rank} was asked to {other}, but rank {torch.distributed.get_rank()} to "
+                    f"{action}. A sharded model needs the same call on all ranks"
+                )
+            if kind is not None:
+                raise getattr(errors, kind, DishaError)(f"on rank {rank}: {message}")
+
+    def _exchanged(self, report: tuple[Any, ...]) -> list[tuple[Any, ...]]:
+        """Return the reports of all ranks."""
+        reports = [report]
+        for mesh in self.meshes:
+            for dim in range(mesh.ndim):
+                group = mesh.get_group(dim)
+                theirs: list[Any] = [None] * torch.distributed.get_world_size(group)
+                torch.distributed.all_gather_object(theirs, reports, group)
+                reports = list(dict.fromkeys(one for many in theirs for one in many))
+        return reports

@@ -1,0 +1,105 @@
+"""Weights that a tensor-parallel plan has cut, and what each rank computes with its part.
+
+A tensor-parallel plan (`parallelize_module`) turns weights into DTensors that stay sharded in a
+forward. `Split` says how. Each rank then computes with its part of W and with the part of the
+update that belongs to it:
+
+    cut along     the rank's update              its product
+    outputs       the columns of D               a shard of the outputs
+    inputs        D, its rows rotated            a term of the sum over the ranks
+
+Every rank holds all of D, and `Split.summed` adds up its gradients.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from disha.errors import ModeError
+from disha.sharding.tensors import in_chunks, is_sharded, local_ranges
+
+
+@dataclass(frozen=True)
+class Split:
+    """How a tensor-parallel plan has cut a weight of a shape over a mesh of ranks."""
+
+    device_mesh: Any
+    placements: tuple[Any, ...]
+    shape: tuple[int, ...]
+
+    @property
+    def reason(self) -> str | None:
+        """Why no adapter can act on such a weight, or None."""
+        if in_chunks(self):
+            return None
+        return (
+            f"its weight is a DTensor placed as {self.placements}, and adapters act only on "
+            "weights that are placed as Shard or Replicate"
+        )
+
+    @property
+    def part(self) -> tuple[tuple[int, int], ...]:
+        """This rank's part."""
+        return tuple(local_ranges(self))
+
+    @property
+    def parts(self) -> list[tuple[tuple[int, int], ...]]:
+        """The parts of all ranks."""
+        sizes = (range(size) for size in self.device_mesh.shape)
+        return [tuple(local_ranges(self, own)) for own in product(*sizes)]
+
+    def whole(self, local: Tensor) -> Tensor:
+        """Return the whole DTensor, given the part of each rank."""
+        from torch.distributed.tensor import DTensor
+
+        size = torch.Size(self.shape)
+        stride = torch.empty(size, device="meta").stride()
+        whole: Tensor = DTensor.from_local(
+            local, self.device_mesh, self.placements, run_check=False, shape=size, stride=stride
+        )
+        return whole
+
+    def summed(self, block: Tensor) -> Tensor:
+        """Return a block that all ranks hold; its gradient is summed over those that cut W."""
+        from torch.distributed.tensor import DTensor, Partial, Replicate
+
+        everywhere = [Replicate()] * len(self.placements)
+        whole: Any = block
+        if not is_sharded(block):
+            if not (block.requires_grad and torch.is_grad_enabled()):
+                return block
+            whole = DTensor.from_local(block, self.device_mesh, everywhere, run_check=False)
+        if list(whole.placements) != everywhere:
+            raise ModeError(
+                f"an adapter can't act: its block is placed as {tuple(whole.placements)} beside a "
+                "sharded weight, and must be Replicate; inject after parallelize_module. With "
+                "fully_shard, call module.unshard() before reading its weight outside a forward"
+            )
+        partial = [Partial() if one.is_shard() else Replicate() for one in self.placements]
+        # In backward, this redistribution sums the gradients.
+        whole = whole.redistribute(placements=everywhere)
+        local: Tensor = whole.to_local(grad_placements=partial)
+        return local
+
+    def agree_on(self, block: Tensor) -> None:
+        """Give all ranks the values that the first one has. Collective."""
+        for dim in range(self.device_mesh.ndim):
+            group = self.device_mesh.get_group(dim)
+            source = torch.distributed.get_global_rank(group, 0)
+            torch.distributed.broadcast(block.detach(), source, group=group)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Split:
+        return self  # its ranks can't be copied
+
+
+def split_of(tensor: object) -> Split | None:
+    """Return how a weight is cut, or None if it is not a DTensor."""
+    if not is_sharded(tensor):
+        return None
+    sharded: Any = tensor
+    return Split(sharded.device_mesh, tuple(sharded.placements), tuple(sharded.shape))

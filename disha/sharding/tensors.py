@@ -1,0 +1,100 @@
+"""Sharded and partitioned tensors: their values, and how to write into them.
+
+FSDP2 (`fully_shard`) turns parameters into DTensors. Each rank holds a shard of a DTensor.
+Gathering it is collective: all ranks of its device mesh must take part, in the same order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from typing import Any
+
+from torch import Tensor
+
+from disha.sharding.imported import imported_class
+
+
+def is_sharded(tensor: object) -> bool:
+    """Whether a tensor is a DTensor, distributed over a device mesh."""
+    cls = imported_class("torch.distributed.tensor", "DTensor")
+    return cls is not None and isinstance(tensor, cls)
+
+
+def is_partitioned(tensor: object) -> bool:
+    """Whether DeepSpeed ZeRO-3 manages a parameter, whose values are absent most of the time."""
+    return hasattr(tensor, "ds_id")
+
+
+def gathered(tensor: Tensor) -> Tensor:
+    """Return a tensor with all of its values. Collective if the tensor is sharded."""
+    if not is_sharded(tensor):
+        return tensor
+    sharded: Any = tensor
+    # An offloaded parameter is on the CPU, where the mesh may be unable to communicate.
+    full: Tensor = sharded.to(sharded.device_mesh.device_type).full_tensor()
+    return full
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """Return the part of a tensor that this rank holds."""
+    if not is_sharded(tensor):
+        return tensor
+    sharded: Any = tensor
+    part: Tensor = sharded.to_local()
+    return part
+
+
+def reason_against_writing(parameter: Tensor, values: Tensor) -> str | None:
+    """Return why `write` can't copy the values into the parameter, or None if it can."""
+    target: Any = parameter
+    source: Any = values
+    if not is_sharded(parameter):
+        if not is_sharded(values):
+            return None
+        return "is sharded, but the parameter is not: gather it first (full_tensor())"
+    if not is_sharded(values):
+        if in_chunks(parameter):
+            return None
+        return (
+            f"is not sharded, but the parameter is sharded as {target.placements}: shard it in the "
+            "same way"
+        )
+    if (source.device_mesh, source.placements) != (target.device_mesh, target.placements):
+        return (
+            f"is sharded as {source.placements}, must be sharded as {target.placements} on the "
+            "parameter's mesh"
+        )
+    return None
+
+
+def write(parameter: Tensor, values: Tensor, undo: ExitStack | None = None) -> None:
+    """Copy values into a parameter in place, and note the former ones in `undo`.
+
+    A sharded parameter takes all values, the same on all ranks, or values that are sharded like it.
+    """
+    if undo is not None:
+        undo.callback(write, parameter, parameter.detach().clone())
+    if is_sharded(parameter) and not is_sharded(values):
+        part = tuple(slice(start, stop) for start, stop in local_ranges(parameter))
+        values = values[part]
+    local_part(parameter.detach()).copy_(local_part(values.detach()))
+
+
+def in_chunks(tensor: Any) -> bool:
+    """Whether `local_ranges` knows the shards: not if FSDP shards a tensor-parallel weight."""
+    return all(type(p).__name__ in ("Shard", "Replicate") for p in tensor.placements)
+
+
+def local_ranges(tensor: Any, coordinates: Sequence[int] | None = None) -> list[tuple[int, int]]:
+    """Return the start and stop of a rank's part, for each dimension; of this rank by default."""
+    mesh = tensor.device_mesh
+    coordinates = mesh.get_coordinate() if coordinates is None else coordinates
+    ranges = [(0, size) for size in tensor.shape]
+    for dim, (coordinate, placement) in enumerate(zip(coordinates, tensor.placements)):
+        if placement.is_shard():
+            start, stop = ranges[placement.dim]
+            step = -(-(stop - start) // mesh.size(dim))
+            first = min(start + coordinate * step, stop)
+            ranges[placement.dim] = (first, min(first + step, stop))
+    return ranges
