@@ -21,7 +21,6 @@ from disha.version import __version__
 
 if TYPE_CHECKING:
     from disha import interop as interop
-    from disha.config import AdapterConfig
     from disha.files import (
         AdapterFile,
         combine_adapters,
@@ -52,7 +51,6 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AdaptedLayer",
-    "AdapterConfig",
     "AdapterFile",
     "AdapterFileError",
     "AdapterFileWarning",
@@ -98,7 +96,6 @@ __all__ = [
 ]
 
 HOMES = (
-    "config",
     "files",
     "functional",
     "layers",

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from operator import index
 from types import MappingProxyType
-from typing import Any, TypedDict
+from typing import Any, Literal, ParamSpec, TypeVar, get_args
 
 import torch
 
@@ -16,7 +17,14 @@ from disha.functional import layout_of, method_names, method_of
 from disha.functional.layouts import Rows
 from disha.text import brief
 
-INITS = ("zeros", "kaiming")
+Patterns = str | Sequence[str] | None
+"""One regex, several, or none."""
+
+MethodName = Literal["bone", "miss", "bat"] | str
+"""A method of the library, or one that a user has registered."""
+
+Init = Literal["zeros", "kaiming"]
+INITS = get_args(Init)
 LARGEST_SCALE = torch.finfo(torch.float32).max
 BLOCK_DTYPES = {
     "float16": torch.float16,
@@ -54,7 +62,7 @@ class AdapterConfig:
         ArgumentTypeError: a value is of the wrong type.
 
     Examples:
-        >>> from disha import AdapterConfig
+        >>> from disha.config import AdapterConfig
         >>> config = AdapterConfig(r=8, target="attn", rank_pattern={"v_proj": 4})
         >>> config.rank_of("layers.0.attn.v_proj"), config.rank_of("layers.0.attn.q_proj")
         (4, 8)
@@ -161,40 +169,30 @@ class AdapterConfig:
         return AdapterConfig.from_json({**self.to_json(), **values})
 
 
-class AdapterOptions(TypedDict, total=False):
-    """The arguments of `inject_adapters` besides the model, the target and r."""
-
-    adapter: str
-    freeze: bool
-    method: str
-    layouts: Mapping[str, str] | None
-    rows: Mapping[str, Sequence[tuple[int, int]]] | None
-    r_out: int | None
-    exclude: str | Sequence[str] | None
-    rank_pattern: Mapping[str, int] | None
-    dropout: float
-    scale: float
-    dtype: torch.dtype | None
-    init: str
-    also_train: str | Sequence[str] | None
-
-
 HINTS = {
+    "target": "target_regex",
     "target_modules": "target_regex",
     "lora_alpha": "scale, which is lora_alpha / r",
     "lora_dropout": "dropout",
     "modules_to_save": "also_train",
     "adapter_name": "adapter",
 }
-"""PEFT's names of arguments -> those of this library."""
+"""Names of arguments that users of PEFT expect -> those of this library."""
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
-def check_names(options: Iterable[str]) -> None:
-    """Raise if an option is unknown; say what PEFT's options are called here."""
-    for name in options:
-        if name not in AdapterOptions.__annotations__:
-            known = HINTS.get(name, f"one of {', '.join(AdapterOptions.__annotations__)}")
-            raise ArgumentTypeError(f"there is no argument {name}; write {known}")
+def with_hints(function: Callable[P, T]) -> Callable[P, T]:
+    """Make a function say what an argument of another library is called here."""
+
+    @functools.wraps(function)
+    def checked(*args: P.args, **named: P.kwargs) -> T:
+        for name in HINTS.keys() & named.keys():
+            raise ArgumentTypeError(f"there is no argument {name}; write {HINTS[name]}")
+        return function(*args, **named)
+
+    return checked
 
 
 def matching(patterns: Iterable[str], names: Sequence[str]) -> list[str]:

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import nn
 
+from disha.layers import weights
 from disha.layers.adapted import AdaptedLayer
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # nothing is downloaded, and no test waits for an answer
@@ -89,6 +90,12 @@ def perturb(model: nn.Module, seed: int = 0, size: float = 0.3) -> None:
                 for one in module.disha.blocks().values():
                     block = one.block
                     block.copy_(torch.randn(block.shape, generator=generator) * size)
+
+
+def merged_weight(layer: AdaptedLayer) -> torch.Tensor:
+    """Return the weight of a layer plus the update of its first adapter."""
+    name = next(iter(layer.disha))
+    return weights.merged_weight(layer, layer.disha[name].slot, [name])
 
 
 def snapshot(model: nn.Module) -> dict[str, object]:

@@ -17,8 +17,15 @@ from torch.utils.checkpoint import checkpoint
 import disha
 from disha import ArgumentError, ModeError
 from disha.layers.adapted import AdaptedLayer
+from disha.layers.weights import geometry_of
 from tests import reference
-from tests.conftest import assert_unchanged, needs_fully_shard, perturb, snapshot
+from tests.conftest import (
+    assert_unchanged,
+    merged_weight,
+    needs_fully_shard,
+    perturb,
+    snapshot,
+)
 
 
 class Reader(nn.Module):
@@ -383,8 +390,9 @@ class Doubled(nn.Module):
 def test_a_computed_weight_may_have_another_shape_than_the_stored_one(method):
     model = nn.Sequential(Doubled())
     disha.inject_adapters(model, "0", 2, method=method, layouts={"0": "out in"}, init="kaiming")
+    geometry = geometry_of(model[0], model[0].disha["default"].slot)
+    assert geometry == disha.Geometry(6, 8)
     assert model[0].disha["default"].config.r == 2
-    assert model[0].geometry() == disha.Geometry(6, 8)
     assert disha.check_adapters(model, torch.randn(3, 6)).ok
 
 
@@ -453,14 +461,14 @@ class TestFacts:
     )
     def test_views_stay_effective_weights(self, view):
         layer, weight = self.weight()
-        dense = layer.merged_weight(["default"])
+        dense = merged_weight(layer)
         seen = view(weight)
         assert type(seen) is type(weight)
         torch.testing.assert_close(seen + 0, view(dense))
 
     def test_values_of_a_new_tensor_have_the_update(self):
         layer, weight = self.weight()
-        dense = layer.merged_weight(["default"])
+        dense = merged_weight(layer)
         with pytest.warns(UserWarning, match="To copy construct from a tensor"):
             found = weight.new_tensor(weight)
         torch.testing.assert_close(found, dense)
@@ -476,7 +484,7 @@ class TestFacts:
     )
     def test_columns_are_computed(self, cut):
         layer, weight = self.weight()
-        dense = layer.merged_weight(["default"])
+        dense = merged_weight(layer)
         for found, expected in zip(cut(weight), cut(dense), strict=True):
             torch.testing.assert_close(found, expected)
 
@@ -495,13 +503,13 @@ class TestFacts:
     )
     def test_by_keywords(self, multiply):
         layer, weight = self.weight()
-        x, dense = torch.randn(2, 4), layer.merged_weight(["default"])
+        x, dense = torch.randn(2, 4), merged_weight(layer)
         torch.testing.assert_close(multiply(x, weight), multiply(x, dense))
 
     @pytest.mark.parametrize("index", [[-1, 2, -6], [0, 5]])
     def test_rows_of_a_table_count_from_the_end_too(self, index):
         layer = disha.inject_adapters(nn.Embedding(6, 3), "", r=2, init="kaiming")
-        dense = layer.merged_weight(["default"])
+        dense = merged_weight(layer)
         at = torch.tensor(index)
         torch.testing.assert_close(layer.weight[at], dense[at])
         mask = torch.tensor([1, 0, 1, 0, 0, 1], dtype=torch.bool)
@@ -521,7 +529,7 @@ class TestFacts:
 
     def test_everything_else_computes(self):
         layer, weight = self.weight()
-        dense = layer.merged_weight(["default"])
+        dense = merged_weight(layer)
         for compute in (torch.norm, torch.exp, lambda w: w.view(-1), lambda w: w[0, 1], torch.diag):
             found = compute(weight)
             assert type(found) is torch.Tensor
@@ -613,7 +621,7 @@ class TestFacts:
     def test_as_another_class_it_is_computed(self):
         layer, _ = self.weight()
         dense = layer.weight.as_subclass(torch.Tensor)
-        torch.testing.assert_close(dense, layer.merged_weight(["default"]))
+        torch.testing.assert_close(dense, merged_weight(layer))
 
     @pytest.mark.parametrize("clone", [copy.deepcopy, lambda w: pickle.loads(pickle.dumps(w))])
     def test_copies_of_it_are_dense(self, clone):
@@ -621,7 +629,7 @@ class TestFacts:
         with torch.no_grad():
             copied = clone(layer.weight)
         assert type(copied) is torch.Tensor
-        torch.testing.assert_close(copied, layer.merged_weight(["default"]))
+        torch.testing.assert_close(copied, merged_weight(layer))
 
 
 SAMPLES = {
@@ -671,7 +679,7 @@ def test_the_result_of_every_write_is_the_weight_as_it_is_then():
             except (RuntimeError, TypeError, IndexError, ValueError, ArgumentError):
                 continue
             result = layer.weight if result is None else result
-            product = F.linear(x, layer.merged_weight(["default"]))
+            product = F.linear(x, merged_weight(layer))
             assert torch.allclose(F.linear(x, result), product, equal_nan=True), schema
             found.add(schema.name)
     assert len(found) > 130, sorted(found)
@@ -700,7 +708,7 @@ def test_a_forward_that_writes_merged_and_unmerged(written, compiles):
     forward = torch.compile(model, backend="eager") if compiles else model
     expected = forward(x)
     assert not torch.allclose(expected, F.linear(x, model[0].base_weight, model[0].bias))
-    assert torch.allclose(expected, F.linear(x, model[0].merged_weight(["default"]), model[0].bias))
+    assert torch.allclose(expected, F.linear(x, merged_weight(model[0]), model[0].bias))
 
 
 def test_a_weight_does_not_change_its_shape_in_place():
@@ -784,7 +792,7 @@ class TestWhatAsksNoTensor:
         perturb(model)
         torch._dynamo.reset()
         forward = torch.compile(model, backend="eager", fullgraph=True) if compiles else model
-        torch.testing.assert_close(forward(x), x @ model[0].merged_weight(["default"]))
+        torch.testing.assert_close(forward(x), x @ merged_weight(model[0]))
         assert disha.check_adapters(model, x).ok
 
     @pytest.mark.parametrize(
@@ -799,7 +807,7 @@ class TestWhatAsksNoTensor:
     )
     def test_transforms_that_take_the_weight(self, transform):
         layer = disha.BoneLinear(6, 4, r=2, init="kaiming")
-        dense, x = layer.merged_weight(["default"]).detach(), torch.randn(3, 6)
+        dense, x = merged_weight(layer).detach(), torch.randn(3, 6)
         run = transform(lambda w, x: F.linear(x, w).square().sum())
         torch.testing.assert_close(run(layer.weight, x), run(dense, x))
 

@@ -18,7 +18,8 @@ import torch
 from torch import nn
 
 import disha
-from disha import AdapterConfig, AdapterFileError
+from disha import AdapterFileError
+from disha.config import AdapterConfig
 from disha.files.header import FORMAT
 from disha.functional import METHODS, PATTERNS
 from disha.layers.kinds import LAYER_KINDS

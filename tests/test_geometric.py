@@ -11,7 +11,7 @@ from torch import nn
 import disha
 from disha import TargetError
 from disha.effective.weight import EffectiveWeight
-from tests.conftest import assert_unchanged, perturb, snapshot
+from tests.conftest import assert_unchanged, merged_weight, perturb, snapshot
 
 geometric = pytest.importorskip("torch_geometric.nn", reason="PyTorch Geometric is not installed")
 
@@ -88,7 +88,7 @@ def dense(name: str, model: nn.Module) -> nn.Module:
     plain = fresh(name)
     with torch.no_grad():
         for path in NETWORKS[name][1]:
-            weight = model.get_submodule(path).merged_weight(["default"])
+            weight = merged_weight(model.get_submodule(path))
             plain.get_submodule(path).weight.copy_(weight)
     return plain
 

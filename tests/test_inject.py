@@ -447,12 +447,13 @@ class TestRefusals:
                 "there is no argument target_modules; write target_regex",
             ),
             ({"lora_alpha": 4}, "write scale, which is lora_alpha / r"),
-            ({"methods": "bat"}, "write one of adapter, freeze, method,"),
-            ({}, "target_regex must be a regex, a list of them"),
+            ({"target": "head"}, "there is no argument target; write target_regex"),
+            ({"target_regex": "head", "methods": "bat"}, "unexpected keyword argument 'methods'"),
+            ({}, "missing 1 required positional argument: 'target_regex'"),
         ],
     )
     def test_words_of_peft_and_of_nobody(self, model, word, says):
-        with pytest.raises(ArgumentTypeError, match=says):
+        with pytest.raises(TypeError, match=says):
             disha.inject_adapters(model, r=2, **word)
 
     def test_a_model_without_any_adaptable_layer(self):
@@ -549,3 +550,19 @@ def test_error_messages_name_no_internal(model):
 def test_attention_is_a_module_like_any_other():
     model = disha.inject_adapters(Attention(), "q_proj", 8)
     assert model.q_proj.disha["default"].bone_block.shape == (8, 8)
+
+
+@pytest.mark.parametrize("name", ["train", "training", "active", "state_dict", "_modules"])
+def test_an_adapter_may_have_the_name_of_an_attribute(name, tmp_path):
+    model, x = nn.Sequential(nn.Linear(6, 8)), torch.randn(3, 6)
+    disha.inject_adapters(model, "0", 2, adapter=name, init="kaiming")
+    expected = model.train().eval()(x)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(other(x), expected)
+    disha.save_adapter(model, tmp_path, name)
+    disha.load_adapter(model, tmp_path, name, replace=True)
+    model.load_state_dict(model.double().float().state_dict())
+    with disha.route_adapters(model, [name, None, name]):
+        assert torch.allclose(model(x)[::2], expected[::2])
+    disha.remove_adapters(model, name)
+    assert list(model.state_dict()) == ["0.weight", "0.bias"]

@@ -452,7 +452,7 @@ def test_a_block_of_another_weight_is_refused(method, layout, block, weight):
 
 ASKED: dict[str, Callable[[str], object]] = {
     "method_of": method_of,
-    "AdapterConfig": lambda name: disha.AdapterConfig(r=2, target=None, method=name),
+    "AdapterConfig": lambda name: disha.config.AdapterConfig(r=2, target=None, method=name),
     "inject_adapters": lambda name: disha.inject_adapters(nn.Linear(8, 4), "", 2, method=name),
     "plan_adapters": lambda name: disha.plan_adapters(nn.Linear(8, 4), "", 2, method=name),
 }

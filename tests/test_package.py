@@ -129,7 +129,7 @@ import sys, json
 import disha
 from disha import DishaError
 before = ["torch" in sys.modules, {*disha.__all__, "functional", "interop"} <= {*dir(disha)}]
-disha.AdapterConfig
+disha.inject_adapters
 print(json.dumps([*before, "torch" in sys.modules, hasattr(disha, "inject_adapterz")]))
 """
     assert run_python(code) == [False, True, True, False]

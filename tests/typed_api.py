@@ -14,6 +14,7 @@ from typing_extensions import assert_type
 
 import disha
 from disha import functional
+from disha.config import AdapterConfig
 
 Shape = tuple[int, ...]
 
@@ -39,7 +40,7 @@ def adapting(model: nn.Module) -> None:
     )
     plan = disha.plan_adapters(model, "q_proj", 8, also_train=["norm"])
     assert_type(plan, disha.Plan)
-    assert_type(plan.config, disha.AdapterConfig)
+    assert_type(plan.config, AdapterConfig)
     assert_type((plan.added, plan.trainable, plan.total), tuple[int, int, int])
     assert_type(plan.percent, float)
     assert_type(disha.adapter_parameters(model, "second"), Iterator[nn.Parameter])
@@ -57,11 +58,11 @@ def adapting(model: nn.Module) -> None:
 
 def configuring() -> None:
     """A configuration is plain data."""
-    config = disha.AdapterConfig(r=8, target=None, rank_pattern={"q": 4}, also_train=("norm",))
+    config = AdapterConfig(r=8, target=None, rank_pattern={"q": 4}, also_train=("norm",))
     assert_type(config.rank_of("layers.0.q_proj"), int)
     assert_type(config.rank_pattern, Mapping[str, int])
-    assert_type(disha.AdapterConfig.from_json(config.to_json()), disha.AdapterConfig)
-    assert_type(config.changed(scale=2.0), disha.AdapterConfig)
+    assert_type(AdapterConfig.from_json(config.to_json()), AdapterConfig)
+    assert_type(config.changed(scale=2.0), AdapterConfig)
 
 
 def controlling(model: nn.Module, x: Tensor) -> None:
@@ -104,10 +105,8 @@ def layers(x: Tensor) -> None:
     linear: nn.Linear = disha.BatLinear(8, 16, False, "cpu", torch.float64, r=4, freeze=False)
     adapted: disha.AdaptedLayer = bone
     block = adapted.disha["default"]
-    assert_type(adapted.geometry(), disha.Geometry)
     assert_type(adapted.delta_weight(block), Tensor)
     assert_type(adapted.base_weight, Tensor)
-    assert_type(adapted.merged_weight(["default"]), Tensor)
     print(linear(x))
 
 

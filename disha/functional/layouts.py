@@ -63,9 +63,8 @@ class Geometry:
         stack: sizes of the stack's axes: experts, groups of a transposed convolution, a kernel.
 
     Examples:
-        >>> import disha
-        >>> layer = disha.BoneLinear(8, 16, r=4)
-        >>> layer.geometry()
+        >>> from disha.functional import Layout
+        >>> Layout("out in").geometry((16, 8))
         Geometry(in_features=8, out_features=16, stack=())
     """
 

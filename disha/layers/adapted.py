@@ -15,19 +15,16 @@ from torch import Tensor, nn
 from disha.effective.contexts import entered
 from disha.effective.weight import EffectiveWeight
 from disha.errors import ArgumentError, MergeError, ModeError
-from disha.functional import Geometry
 from disha.layers import opaque
 from disha.layers.blocks import CHILD_NAME, Adapters, Block, Slot
 from disha.layers.reading import linear_forward, was_written, weight_property
-from disha.layers.weights import base_of, delta_of, geometry_of, merged_weight
+from disha.layers.weights import base_of, delta_of
 
 
 class AdaptedLayer(nn.Module):
     """Base class of the classes that adapted modules get.
 
     Attributes:
-        original_class: the class that the module had.
-        adapted_parameters: the parameters that read as effective weights.
         disha: the layer's blocks by adapter; `active` names those that act.
 
     Examples:
@@ -43,18 +40,19 @@ class AdaptedLayer(nn.Module):
         False
     """
 
-    original_class: ClassVar[type[nn.Module]]
-    adapted_parameters: ClassVar[tuple[str, ...]] = ()
-    is_opaque: ClassVar[bool] = False
+    # Private, so that a user's module gets three public names and no more.
+    _original_class: ClassVar[type[nn.Module]]
+    _adapted_parameters: ClassVar[tuple[str, ...]] = ()  # those that read as effective weights
+    _is_opaque: ClassVar[bool] = False
 
     disha: Adapters
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
-        if "made_on_the_fly" in vars(cls):
+        if "_made_on_the_fly" in vars(cls):
             return
         # If a user's class computes a weight, the computed weight is adapted.
-        for name in cls.adapted_parameters:
+        for name in cls._adapted_parameters:
             if name in vars(cls):
                 setattr(cls, name, weight_property(cls, name))
 
@@ -65,25 +63,10 @@ class AdaptedLayer(nn.Module):
         Raises:
             AttributeError: the layer's `weight` is not adapted.
         """
-        return base_of(self, self._own_slot())
-
-    def _own_slot(self) -> Slot:
-        """Return the slot of the adapted `weight`, or raise AttributeError."""
         slots = {block.slot.name: block.slot for block in self.disha.blocks().values()}
         if "" not in slots:
-            raise AttributeError(
-                f"the adapted weights of this {self.original_class.__qualname__} are "
-                f"{', '.join(slots)}, not `weight`; their blocks are in layer.disha[adapter]"
-            )
-        return slots[""]
-
-    def geometry(self) -> Geometry:
-        """Return the sizes of `weight` that its blocks depend on.
-
-        Raises:
-            AttributeError: the layer's `weight` is not adapted.
-        """
-        return geometry_of(self, self._own_slot())
+            raise AttributeError("`weight` is not adapted")  # nn.Module says it in its own words
+        return base_of(self, slots[""])
 
     def delta_weight(self, block: Block) -> Tensor:
         """Return dW of a block of this layer, without its scale: a tensor of the weight's shape.
@@ -93,17 +76,6 @@ class AdaptedLayer(nn.Module):
         """
         return delta_of(self, block)
 
-    def merged_weight(self, adapters: Iterable[str]) -> Tensor:
-        """Return `weight` + sum of s * dW of the named adapters, merged or not.
-
-        Args:
-            adapters: their names; an adapter that the layer lacks adds nothing.
-
-        Raises:
-            AttributeError: the layer's `weight` is not adapted.
-        """
-        return merged_weight(self, self._own_slot(), adapters)
-
     def __setattr__(self, name: str, value: Any) -> None:
         if not was_written(self, name, value):
             super().__setattr__(name, value)
@@ -111,7 +83,7 @@ class AdaptedLayer(nn.Module):
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         # A class that saves in its own way (as in PyTorch Geometric) may read an effective weight.
-        for name in self.adapted_parameters:
+        for name in self._adapted_parameters:
             parameter = self._parameters.get(name)
             saved = destination.get(prefix + name)
             if isinstance(saved, EffectiveWeight) and parameter is not None:
@@ -121,7 +93,7 @@ class AdaptedLayer(nn.Module):
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
         if self.disha.merged is not None:
-            for name in self.adapted_parameters:
+            for name in self._adapted_parameters:
                 if prefix + name in state_dict:
                     refuse_merged([self], f"load {prefix}{name}, which unmerging would undo,")
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
@@ -168,10 +140,10 @@ def adapted_class(
         namespace: dict[str, Any] = {
             "__module__": AdaptedLayer.__module__,
             "__doc__": f"{original.__qualname__}, adapted by disha.",
-            "made_on_the_fly": True,
-            "original_class": original,
-            "adapted_parameters": parameters,
-            "is_opaque": is_opaque,
+            "_made_on_the_fly": True,
+            "_original_class": original,
+            "_adapted_parameters": parameters,
+            "_is_opaque": is_opaque,
             "__reduce_ex__": _reduced,
         }
         if hasattr(original, "reset_parameters"):
@@ -189,13 +161,13 @@ def adapted_class(
 
 def _reduced(layer: Any, protocol: Any) -> Any:
     """Pickle a layer with the arguments that make its class, which no Python module contains."""
-    made: Any = next(cls for cls in type(layer).__mro__ if "made_on_the_fly" in vars(cls))
+    made: Any = next(cls for cls in type(layer).__mro__ if "_made_on_the_fly" in vars(cls))
     reduced = super(made, layer).__reduce_ex__(protocol)
     if made is not type(layer):
         return reduced
     return (
         _new_instance,
-        (made.original_class, made.adapted_parameters, made.is_opaque),
+        (made._original_class, made._adapted_parameters, made._is_opaque),
         *reduced[2:],
     )
 
@@ -210,7 +182,7 @@ def _new_instance(
 def reset_parameters(layer: AdaptedLayer) -> None:
     """Draw the base weights again, and set every block to its initial values."""
     adapters = layer._modules.get(CHILD_NAME)  # not there yet while a layer constructs itself
-    original: Any = layer.original_class
+    original: Any = layer._original_class
     reset: Callable[[nn.Module], None] = original.reset_parameters
     if not isinstance(adapters, Adapters):
         reset(layer)
@@ -226,17 +198,17 @@ def reset_parameters(layer: AdaptedLayer) -> None:
 class AdaptedLinear(AdaptedLayer, nn.Linear):
     """An `nn.Linear` with adapters; `inject_adapters` gives this class to linear layers."""
 
-    has_own_reading: ClassVar[bool] = False
+    _has_own_reading: ClassVar[bool] = False
     """Whether a user's subclass computes the weight or the bias."""
 
-    original_class = nn.Linear
-    adapted_parameters = ("weight",)
+    _original_class = nn.Linear
+    _adapted_parameters = ("weight",)
     reset_parameters = reset_parameters
     forward = linear_forward
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
-        cls.has_own_reading = cls.weight is not AdaptedLinear.weight or hasattr(cls, "bias")
+        cls._has_own_reading = cls.weight is not AdaptedLinear.weight or hasattr(cls, "bias")
 
 
 AdaptedLinear.weight = weight_property(nn.Linear, "weight")  # type: ignore[assignment]
@@ -275,9 +247,9 @@ def adapt(module: nn.Module, slots: Iterable[Slot]) -> None:
     names = [slot.parameter for slot in slots]
     original, is_opaque = type(module), any(slot.opaque for slot in slots)
     if isinstance(module, AdaptedLayer):
-        original, is_opaque = module.original_class, module.is_opaque
-        names = [*module.adapted_parameters, *names]
-        if set(names) <= set(module.adapted_parameters):
+        original, is_opaque = module._original_class, module._is_opaque
+        names = [*module._adapted_parameters, *names]
+        if set(names) <= set(module._adapted_parameters):
             return
         refuse_changed_class(module, "it")
     try:
@@ -303,7 +275,7 @@ def restore(layer: nn.Module) -> None:
         return
     layer._modules.pop(CHILD_NAME, None)
     opaque.remove_hook(layer, opaque.add_updates)
-    _set_class(layer, type(layer).original_class)
+    _set_class(layer, type(layer)._original_class)
     if isinstance(layer, nn.RNNBase):
         layer.__dict__["_flat_weights"] = [
             layer._parameters.get(name) for name in layer._flat_weights_names
@@ -317,7 +289,7 @@ def readapt(
     blocks: Mapping[str, nn.Module | None],
 ) -> None:
     """Give a module back its adapted class, its adapters and their blocks."""
-    if CHILD_NAME not in module._modules and cls.is_opaque:
+    if CHILD_NAME not in module._modules and cls._is_opaque:
         opaque.attach_hook(module)
     _set_class(module, cls)
     module._modules[CHILD_NAME] = adapters
@@ -332,7 +304,7 @@ def _set_class(module: nn.Module, cls: type[nn.Module]) -> None:
 
 def refuse_changed_class(layer: nn.Module, name: str) -> None:
     """Raise if a module got another class after its adapted one: restoring would undo that too."""
-    if "original_class" not in type(layer).__dict__:
+    if "_original_class" not in type(layer).__dict__:
         raise ArgumentError(
             f"{name or 'the model'} has become a {type(layer).__name__} since it was adapted, for "
             "example by a parametrization, so its original class can't be restored; undo that "

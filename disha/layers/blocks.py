@@ -229,6 +229,13 @@ class Adapters(nn.Module):
         vars(self).update(active=(), active_blocks={}, merged=None)
         LOOSE.take(self)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        # `nn.Module` would refuse `self.training = True` if an adapter is called "training".
+        if isinstance(value, nn.Module):
+            self._modules[name] = value
+        else:
+            vars(self)[name] = value
+
     @property
     def is_dense(self) -> bool:
         """Whether a dense weight that replaces a quantised one is merged in."""
@@ -334,21 +341,19 @@ class Adapters(nn.Module):
 def original_class(module: nn.Module) -> type[nn.Module]:
     """Return the class of a module, or the one that it had before it was adapted."""
     cls: type[nn.Module] = type(module)
-    if hasattr(cls, "original_class") and isinstance(module._modules.get(CHILD_NAME), Adapters):
-        cls = cls.original_class
+    if hasattr(cls, "_original_class") and isinstance(module._modules.get(CHILD_NAME), Adapters):
+        cls = cls._original_class
     return cls
 
 
 def check_adapter_name(adapter: object) -> str:
-    """Return a name if it can become part of state-dict keys, and an attribute of `Adapters`."""
+    """Return a name if it can be one part of a state-dict key."""
     if not isinstance(adapter, str):
         raise ArgumentTypeError(
             f"an adapter's name must be a str, got {adapter!r} of type {type(adapter).__name__}"
         )
-    taken = {*dir(nn.Module()), *vars(Adapters), *Adapters.__annotations__}
-    if not adapter or "." in adapter or adapter in taken:
+    if not adapter or "." in adapter:
         raise ArgumentError(
-            f"{adapter!r} can't name an adapter: a name must not be empty, have a dot, or be an "
-            "attribute of modules"
+            f"{adapter!r} can't name an adapter: a name must not be empty or have a dot"
         )
     return adapter

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar, TypedDict, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import nn
 
-from disha.config import AdapterConfig
+from disha.config import AdapterConfig, Init
 from disha.errors import ArgumentError, ArgumentTypeError
 from disha.functional import layout_of
 from disha.layers.adapted import AdaptedLinear
@@ -15,23 +15,8 @@ from disha.layers.blocks import CHILD_NAME, Adapters, Slot, check_adapter_name
 from disha.layers.gradient_flags import set_requires_grad
 from disha.layers.new_blocks import make_block
 
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
-
 WEIGHT = Slot("", "weight", layout_of("out in"))
 L = TypeVar("L", bound="_LinearWithAdapter")
-
-
-class LinearOptions(TypedDict, total=False):
-    """The arguments of the linear layers besides those of `nn.Linear` and r."""
-
-    r_out: int | None
-    adapter: str
-    dropout: float
-    scale: float
-    block_dtype: torch.dtype | None
-    init: str
-    freeze: bool
 
 
 class _LinearWithAdapter(AdaptedLinear):
@@ -48,14 +33,32 @@ class _LinearWithAdapter(AdaptedLinear):
         dtype: torch.dtype | None = None,
         *,
         r: int,
-        **options: Unpack[LinearOptions],
+        r_out: int | None = None,
+        adapter: str = "default",
+        dropout: float = 0.0,
+        scale: float = 1.0,
+        block_dtype: torch.dtype | None = None,
+        init: Init = "zeros",
+        freeze: bool = True,
     ) -> None:
         super().__init__(in_features, out_features, bias, device, dtype)
-        self._add_first_adapter(r, **options)
+        self._add_first_adapter(
+            r, adapter, block_dtype, freeze, r_out=r_out, dropout=dropout, scale=scale, init=init
+        )
 
     @classmethod
     def from_linear(
-        cls: type[L], linear: nn.Linear, *, r: int, **options: Unpack[LinearOptions]
+        cls: type[L],
+        linear: nn.Linear,
+        *,
+        r: int,
+        r_out: int | None = None,
+        adapter: str = "default",
+        dropout: float = 0.0,
+        scale: float = 1.0,
+        block_dtype: torch.dtype | None = None,
+        init: Init = "zeros",
+        freeze: bool = True,
     ) -> L:
         """Return a layer with an adapter that shares the weight and bias of `linear`.
 
@@ -63,7 +66,13 @@ class _LinearWithAdapter(AdaptedLinear):
             linear: a plain `nn.Linear`. Its parameters are the same objects, so they are frozen
                 too, unless `freeze=False`.
             r: shard size.
-            options: the other arguments of the class, by name.
+            r_out: size of the output shard of a tile.
+            adapter: the adapter's name.
+            dropout: probability of zeroing each of the adapter's inputs in training.
+            scale: runtime scale s.
+            block_dtype: dtype of the block.
+            init: `"zeros"` or `"kaiming"`.
+            freeze: whether W and b stop requiring gradients.
 
         Raises:
             ArgumentTypeError: `linear` is not a plain `nn.Linear` with a weight of its own.
@@ -88,15 +97,17 @@ class _LinearWithAdapter(AdaptedLinear):
         layer.weight = linear.weight
         layer.register_parameter("bias", linear._parameters["bias"])  # may be None
         layer.train(linear.training)
-        layer._add_first_adapter(r, **options)
+        layer._add_first_adapter(
+            r, adapter, block_dtype, freeze, r_out=r_out, dropout=dropout, scale=scale, init=init
+        )
         return layer
 
     def _add_first_adapter(
         self,
         r: int,
-        adapter: str = "default",
-        block_dtype: torch.dtype | None = None,
-        freeze: bool = True,
+        adapter: str,
+        block_dtype: torch.dtype | None,
+        freeze: bool,
         **settings: Any,
     ) -> None:
         config = AdapterConfig(r, None, self.method, dtype=block_dtype, **settings)
@@ -155,7 +166,7 @@ class BoneLinear(_LinearWithAdapter):
         ['disha.default.bone_block']
     """
 
-    original_class = nn.Linear  # of each class, as `refuse_changed_class` asks
+    _original_class = nn.Linear  # of each class, as `refuse_changed_class` asks
     method = "bone"
 
 
@@ -181,5 +192,5 @@ class BatLinear(_LinearWithAdapter):
         torch.Size([8, 4, 4])
     """
 
-    original_class = nn.Linear  # of each class, as `refuse_changed_class` asks
+    _original_class = nn.Linear  # of each class, as `refuse_changed_class` asks
     method = "bat"

@@ -140,7 +140,7 @@ def weight_for(method: Method, module: nn.Module, slot: Slot, weight: Any, like:
 
 def opaque_slot(module: nn.Module) -> Slot | None:
     """Return the slot of a module whose weight is opaque, or None if it is not."""
-    if getattr(type(module), "is_opaque", False):  # perhaps a class of the user has that name too
+    if getattr(type(module), "_is_opaque", False):  # perhaps a class of the user has that name too
         adapters = module._modules.get(CHILD_NAME)
         if isinstance(adapters, Adapters):
             slot = next(iter(adapters.blocks().values())).slot  # perhaps dense by now

@@ -123,7 +123,7 @@ def linear_forward(layer: Any, input: Tensor) -> Tensor:
     """Return what `nn.Linear` returns, with fewer Python calls: for few tokens, these cost most."""
     parameters, adapters = layer._parameters, layer._modules.get(CHILD_NAME)
     patched = nn.Linear.forward is not LINEAR_FORWARD
-    if patched or is_compiling() or adapters is None or OPEN or layer.has_own_reading:
+    if patched or is_compiling() or adapters is None or OPEN or layer._has_own_reading:
         return nn.Linear.forward(layer, input)
     base, state = parameters.get("weight"), adapters.__dict__
     blocks = state["active_blocks"].get("weight", ())

@@ -151,8 +151,8 @@ def check_adapters(
 def _refuse_parametrised(name: str, layer: AdaptedLayer) -> None:
     """Raise if an adapted parameter was replaced by a parametrization, which hides the adapters."""
     computed: Any = layer._modules.get("parametrizations") or ()
-    for parameter in layer.adapted_parameters:
-        if parameter in computed and not hasattr(layer.original_class, parameter):
+    for parameter in layer._adapted_parameters:
+        if parameter in computed and not hasattr(layer._original_class, parameter):
             raise ArgumentError(
                 f"{name} was parametrised after it was adapted, so its adapters no longer act; "
                 "remove the adapters, parametrise the layer, and adapt it again"

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from typing import TYPE_CHECKING
+from typing import TypeVar
 
+import torch
 from torch import nn
 
-from disha.config import AdapterOptions
+from disha.config import Init, MethodName, Patterns, with_hints
 from disha.effective.contexts import LOOSE, OPEN, Group
 from disha.errors import ArgumentError, ModeError
 from disha.layers import gradient_flags
@@ -22,16 +23,29 @@ from disha.model.plan import EXCLUDED, Plan, Target, plan_injection
 from disha.model.view import ModelView, all_or_nothing
 from disha.text import counted, first_few
 
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
+M = TypeVar("M", bound=nn.Module)
 
 
+@with_hints
 def inject_adapters(
-    model: nn.Module,
-    target_regex: Target | None = None,
-    r: int | None = None,
-    **options: Unpack[AdapterOptions],
-) -> nn.Module:
+    model: M,
+    target_regex: Target,
+    r: int,
+    *,
+    adapter: str = "default",
+    method: MethodName = "bone",
+    r_out: int | None = None,
+    exclude: Patterns = None,
+    rank_pattern: Mapping[str, int] | None = None,
+    layouts: Mapping[str, str] | None = None,
+    rows: Mapping[str, Sequence[tuple[int, int]]] | None = None,
+    dropout: float = 0.0,
+    scale: float = 1.0,
+    dtype: torch.dtype | None = None,
+    init: Init = "zeros",
+    also_train: Patterns = None,
+    freeze: bool = True,
+) -> M:
     """Adapt every weight whose name matches; return the same model.
 
     A weight has the name of its module. If a module has several weights, their own names are added
@@ -46,8 +60,7 @@ def inject_adapters(
             dotted names of modules and of their weights.
             `"all-linear"` is every linear weight, including attention, recurrent layers and
             experts, but not an output head that is tied to an embedding.
-        r: shard size, at most the in_features of every target. It must be given.
-        options: the arguments below, by name.
+        r: shard size, at most the in_features of every target.
         method: a key of `disha.functional.METHODS`: `"bone"` (also called `"miss"`), or `"bat"`,
             whose update is not low-rank and takes more time.
         layouts: regex of names -> layout, for parameters whose layout is unknown, such as
@@ -98,8 +111,21 @@ def inject_adapters(
         >>> [name for name, p in model.named_parameters() if p.requires_grad]
         ['0.disha.default.bone_block', '2.disha.default.bone_block']
     """
+    settings = {
+        "method": method,
+        "r_out": r_out,
+        "exclude": exclude,
+        "rank_pattern": rank_pattern,
+        "layouts": layouts,
+        "rows": rows,
+        "dropout": dropout,
+        "scale": scale,
+        "dtype": dtype,
+        "init": init,
+        "also_train": also_train,
+    }
     view = ModelView(model)
-    plan = plan_injection(view, target_regex, r, options, strict=True)
+    plan = plan_injection(view, target_regex, r, settings, adapter, freeze, strict=True)
     _warn_of_skipped(plan)
     with all_or_nothing(view) as undo:
         apply_plan(view, plan, undo)
@@ -117,7 +143,7 @@ def _warn_of_skipped(plan: Plan) -> None:
         warnings.warn(
             f"the target also selects {counted(len(weights), 'weight')} that can't be adapted: "
             f"{first_few(weights, 5, '; ')}. To leave them out without a warning, pass exclude=",
-            stacklevel=3,
+            stacklevel=4,
         )
 
 
@@ -159,7 +185,7 @@ def _keep(view: ModelView, modules: Iterable[nn.Module], undo: ExitStack) -> Non
             undo.callback(restore, module)
 
 
-def remove_adapters(model: nn.Module, adapter: str | None = None) -> nn.Module:
+def remove_adapters(model: M, adapter: str | None = None) -> M:
     """Remove one adapter, or all; return the same model.
 
     A layer without adapters gets its former class and state-dict keys back. When the model has no

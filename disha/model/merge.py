@@ -265,7 +265,7 @@ def _reason_against(layer: AdaptedLayer, slot: Slot, dense: bool) -> str | None:
             f"compute with a dense merged weight, or {unmerged}"
         )
     if parameter is None or not takes_dense(layer):
-        cls = layer.original_class.__name__
+        cls = layer._original_class.__name__
         return f"is quantised, and its layer is a {cls} with a forward of its own; {unmerged}"
     return None
 
@@ -301,7 +301,7 @@ def _restored(layer: AdaptedLayer, name: str, original: Original) -> Tensor:
     assert former is not None
     if now.is_meta and not former.is_meta and offloading_hooks(layer):
         raise MergeError(
-            f"the merged {name} of a {layer.original_class.__name__} is offloaded; remove the "
+            f"the merged {name} of a {layer._original_class.__name__} is offloaded; remove the "
             "hooks first (accelerate.hooks.remove_hook_from_submodules)"
         )
     if original.parameter is None:  # the weight may have moved since

@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,9 +24,11 @@ from disha.config import (
     ALL_LINEAR,
     BLOCK_DTYPES,
     AdapterConfig,
-    AdapterOptions,
-    check_names,
+    Init,
+    MethodName,
+    Patterns,
     matching,
+    with_hints,
 )
 from disha.errors import ArgumentError, ArgumentTypeError, TargetError
 from disha.functional import Geometry, Update, layout_of, method_names, method_of
@@ -45,9 +47,6 @@ from disha.sharding.imported import imported_class
 from disha.sharding.tensor_parallel import split_of
 from disha.sharding.tensors import is_partitioned
 from disha.text import WIDEST, brief, counted, first_few, grouped, join, printable, table
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
 
 Target = str | Sequence[str] | Callable[[str, nn.Module], bool]
 
@@ -222,11 +221,25 @@ class Plan:
 # --- planning by a target ------------------------------------------------------------------------
 
 
+@with_hints
 def plan_adapters(
     model: nn.Module,
-    target_regex: Target | None = None,
-    r: int | None = None,
-    **options: Unpack[AdapterOptions],
+    target_regex: Target,
+    r: int,
+    *,
+    adapter: str = "default",
+    method: MethodName = "bone",
+    r_out: int | None = None,
+    exclude: Patterns = None,
+    rank_pattern: Mapping[str, int] | None = None,
+    layouts: Mapping[str, str] | None = None,
+    rows: Mapping[str, Sequence[tuple[int, int]]] | None = None,
+    dropout: float = 0.0,
+    scale: float = 1.0,
+    dtype: torch.dtype | None = None,
+    init: Init = "zeros",
+    also_train: Patterns = None,
+    freeze: bool = True,
 ) -> Plan:
     """Return what `inject_adapters` would do with the same arguments; change nothing.
 
@@ -237,7 +250,19 @@ def plan_adapters(
         model: any model.
         target_regex: the weights to adapt. All arguments are as for `inject_adapters`.
         r: shard size.
-        options: the other arguments of `inject_adapters`.
+        adapter: the new adapter's name.
+        method: its method.
+        r_out: size of the output shard of a tile.
+        exclude: names to leave out.
+        rank_pattern: regex of names -> r.
+        layouts: regex of names -> layout.
+        rows: regex of names -> ranges of outputs.
+        dropout: probability of zeroing each input of the adapter.
+        scale: factor on the update.
+        dtype: dtype of the blocks.
+        init: initial values of the blocks.
+        also_train: names of parameters to train and save with the adapter.
+        freeze: whether all other parameters are frozen.
 
     Raises:
         DishaError: as for `inject_adapters`, but not if r or r_out does not fit a weight.
@@ -252,29 +277,42 @@ def plan_adapters(
         skipped 1: no layer kind adapts LayerNorm
         adapter 'default': 1 layer, 8 parameters; trainable 8 of 52 (15.385%)
     """
+    settings = {
+        "method": method,
+        "r_out": r_out,
+        "exclude": exclude,
+        "rank_pattern": rank_pattern,
+        "layouts": layouts,
+        "rows": rows,
+        "dropout": dropout,
+        "scale": scale,
+        "dtype": dtype,
+        "init": init,
+        "also_train": also_train,
+    }
     view = ModelView(model)
-    return _with_counts(view, plan_injection(view, target_regex, r, options, strict=False))
+    plan = plan_injection(view, target_regex, r, settings, adapter, freeze, strict=False)
+    return _with_counts(view, plan)
 
 
 def plan_injection(
     view: ModelView,
-    target: Target | None,
-    r: int | None,
-    options: AdapterOptions,
+    target: Target,
+    r: int,
+    settings: Mapping[str, Any],
+    adapter: str,
+    freeze: bool,
     *,
     strict: bool,
 ) -> Plan:
     """Plan an injection. If r or r_out does not fit a weight, raise if `strict`, else list it."""
-    check_names(options)
     if target is None or target in ([], ()):
         raise ArgumentTypeError(
             f"target_regex must be a regex, a list of them, {ALL_LINEAR!r} or a predicate "
             f"(name, module) -> bool, got {target!r}"
         )
-    settings: Any = dict(options)
-    adapter, freeze = settings.pop("adapter", "default"), settings.pop("freeze", True)
     recorded = None if callable(target) else target
-    config = AdapterConfig(r, recorded, **settings)  # type: ignore[arg-type]  # it checks r
+    config = AdapterConfig(r, recorded, **settings)
     check_addable(view, adapter)
     known = _layers_of(view, config)
     layers, skipped, unfit = [], [], []
