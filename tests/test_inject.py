@@ -331,6 +331,14 @@ class TestTraining:
             disha.adapter_parameters(model, "c")
 
 
+    def test_adapter_parameters_can_be_read_twice(self, model, tokens):
+        disha.inject_adapters(model, "q_proj", 2)
+        parameters = disha.adapter_parameters(model)
+        torch.optim.AdamW(parameters)
+        model(tokens).sum().backward()
+        assert torch.nn.utils.clip_grad_norm_(parameters, 1.0) > 0
+
+
 class TestPlan:
     def test_counts_are_what_injection_gives(self, model):
         arguments = {"r": 2, "also_train": "norm", "method": "bat", "exclude": "head"}

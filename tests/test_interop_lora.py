@@ -490,7 +490,7 @@ def test_the_report_is_frozen(tmp_path):
 def test_values_that_are_not_finite_are_refused(tmp_path):
     ours = adapted(Layered(), "q_proj", 4)
     with torch.no_grad():
-        next(disha.adapter_parameters(ours))[0, 0] = float("nan")
+        disha.adapter_parameters(ours)[0][0, 0] = float("nan")
     with refused(tmp_path, "not finite", kind=disha.AdapterStateError):
         lora.export(ours, tmp_path / "lora")
 

@@ -5,7 +5,7 @@ Checked by mypy, strictly, and never run.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -43,7 +43,7 @@ def adapting(model: nn.Module) -> None:
     assert_type(plan.config, AdapterConfig)
     assert_type((plan.added, plan.trainable, plan.total), tuple[int, int, int])
     assert_type(plan.percent, float)
-    assert_type(disha.adapter_parameters(model, "second"), Iterator[nn.Parameter])
+    assert_type(disha.adapter_parameters(model, "second"), list[nn.Parameter])
     disha.mark_only_adapters_trainable(model)
     disha.inject_adapters(
         model, "mix", 4, layouts={"mix": "in out"}, rows={"qkv": [(0, 8), (16, 24)]}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import TypeVar
 
@@ -266,8 +266,8 @@ def check_removable(view: ModelView, removed: Sequence[str]) -> None:
             )
 
 
-def adapter_parameters(model: nn.Module, adapter: str | None = None) -> Iterator[nn.Parameter]:
-    """Iterate over all that trains with the adapters, or with one: blocks and `also_train`.
+def adapter_parameters(model: nn.Module, adapter: str | None = None) -> list[nn.Parameter]:
+    """Return all that trains with the adapters, or with one: blocks and `also_train`.
 
     This is what an optimizer needs and what `save_adapter` writes, each parameter once.
 
@@ -293,7 +293,7 @@ def adapter_parameters(model: nn.Module, adapter: str | None = None) -> Iterator
         for one in view.parameters
         if gradient_flags.is_claimed(one.module, one.attribute, adapter)
     ]
-    return iter([*(one.block.block for one in found), *beside])
+    return [*(one.block.block for one in found), *beside]
 
 
 def mark_only_adapters_trainable(model: nn.Module) -> None:
