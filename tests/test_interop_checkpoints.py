@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import textwrap
+from functools import partial
 
 import pytest
 import safetensors.torch
@@ -518,15 +519,37 @@ class TestFailure:
         assert setting.listing() == ["adapter.safetensors", "base", name]
 
     def test_the_next_clears_what_a_killed_one_left(self, setting):
-        (setting.folder / "merged.new").mkdir()
-        (setting.folder / "merged.new" / "half").write_text("")
+        draft = setting.folder / ".merged.0123cdef.tmp"
+        for folder in (draft, setting.folder / "merged.new"):
+            folder.mkdir()
+            (folder / "half").write_text("")
         setting.merge()
-        assert setting.listing() == ["adapter.safetensors", "base", "merged"]
+        assert setting.listing() == ["adapter.safetensors", "base", "merged", "merged.new"]
+        assert not draft.exists()
         assert not (setting.out / "half").exists()
+
+    def test_the_old_one_comes_back_if_the_new_one_can_not_take_its_place(
+        self, setting, monkeypatch
+    ):
+        setting.merge()
+        before = tensors_in(setting.out)
+
+        def first_fails(real, source, target):
+            if target == setting.out:
+                monkeypatch.undo()
+                raise OSError(5, "Input/output error")
+            real(source, target)
+
+        for name in ("rename", "replace"):
+            monkeypatch.setattr(os, name, partial(first_fails, getattr(os, name)))
+        with pytest.raises(AdapterIOError, match="Input/output error"):
+            setting.merge(scale=0.0, overwrite=True)
+        assert_same_bits(tensors_in(setting.out), before)
+        assert setting.listing() == ["adapter.safetensors", "base", "merged"]
 
     def test_no_folder_to_write_into(self, setting):
         setting.out = setting.folder / "a" / "b"
-        with pytest.raises(AdapterIOError, match="can't write"):
+        with pytest.raises(AdapterIOError, match="can't save to"):
             setting.merge()
 
 

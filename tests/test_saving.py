@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import resource
 import stat
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -60,6 +62,14 @@ class TestFailed:
             save_tensors(tmp_path, NEW, {})
         assert not list(tmp_path.iterdir())
 
+    def test_a_pipe_or_a_device_stays_what_it_is(self, tmp_path):
+        path = tmp_path / "a.safetensors"
+        os.mkfifo(path)
+        with pytest.raises(AdapterIOError, match="it is a device or a pipe; nothing was changed"):
+            disha.save_adapter(trained(), path)
+        assert path.is_fifo()
+        assert [one.name for one in tmp_path.iterdir()] == [path.name]
+
     def test_no_folder(self, tmp_path):
         with pytest.raises(AdapterIOError, match="No such file"):
             disha.save_adapter(trained(), tmp_path / "none" / "a.safetensors")
@@ -71,19 +81,30 @@ class TestFailed:
 
 class TestSaved:
     def test_a_left_draft_is_removed(self, old):
-        draft = old.parent / f".{old.name}.0.tmp"
+        draft = old.parent / f".{old.name}.0123cdef.tmp"
         draft.mkdir()
         (draft / "part").write_text("of a killed save")
         save_tensors(old, {"x": torch.zeros(3)}, {})
         assert_old(old)
 
-    def test_each_rank_has_its_own_draft(self, old, monkeypatch):
-        monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-        monkeypatch.setattr(torch.distributed, "get_rank", lambda: 3)
-        drafts = []
-        save(old, lambda new: drafts.append(new.parent.name) or new.write_text("whole"))
-        assert drafts == [f".{old.name}.3.tmp"]
-        assert old.read_text() == "whole"
+    def test_several_at_once(self, old):
+        def save_often(number):
+            for _ in range(40):
+                save_tensors(old, {"x": torch.full((20_000,), number)}, {})
+
+        fork = multiprocessing.get_context("fork")
+        savers = [fork.Process(target=save_often, args=(float(number),)) for number in (1, 2)]
+        for saver in savers:
+            saver.start()
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(save_often, (3.0, 4.0, 5.0, 6.0)))
+        for saver in savers:
+            saver.join()
+        assert [saver.exitcode for saver in savers] == [0, 0]
+        [value] = safetensors.torch.load_file(old)["x"].unique().tolist()
+        assert value in range(1, 7)
+        save_tensors(old, {"x": torch.zeros(3)}, {})
+        assert_old(old)
 
     def test_permissions(self, tmp_path):
         path, mask = tmp_path / "a.safetensors", os.umask(0o027)

@@ -1,7 +1,7 @@
 """Files on disk: save them whole, open safetensors, and say what a file is that is none.
 
-A new version is written in a folder beside the target, then takes its place. A killed save leaves
-that folder, and the next save of the same target removes it.
+A new version is written in a folder of its own beside the target, then takes its place. A killed
+save leaves that folder, and the next save of the same target removes it.
 """
 
 from __future__ import annotations
@@ -9,12 +9,15 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Mapping
+from contextlib import suppress
+from glob import escape
 from pathlib import Path
+from secrets import token_hex
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, distributed
+from torch import Tensor
 
 from disha.errors import AdapterFileError, AdapterIOError, ArgumentTypeError
 
@@ -40,24 +43,39 @@ def file_at(path: PathLike) -> Path:
 
 
 def save(path: PathLike, write: Callable[[Path], object]) -> None:
-    """Save what `write` writes to the path that it gets. A symbolic link stays."""
+    """Save the file or folder that `write` writes to the path that it gets. A symbolic link stays.
+
+    Of several that save to one path at once, the last one wins, and removes what the others left.
+    """
     target = Path(os.path.realpath(checked_path(path)))
-    many = distributed.is_available() and distributed.is_initialized()  # ranks may save at once
-    draft = target.with_name(f".{target.name}.{distributed.get_rank() if many else 0}.tmp")
-    new = draft / target.name
+    draft = target.with_name(f".{target.name}.{token_hex(4)}.tmp")
+    new, old = draft / target.name, draft / f"{target.name}.old"
+    is_made = False
     try:
-        shutil.rmtree(draft, ignore_errors=True)
+        if target.exists() and not (target.is_file() or target.is_dir()):
+            raise OSError("it is a device or a pipe")
         draft.mkdir()
+        is_made = True
         write(new)
-        # safetensors makes files that only their owner can read.
-        new.chmod((target if target.exists() else draft).stat().st_mode & 0o666)
-        with new.open("r+b") as file:
-            os.fsync(file.fileno())
+        for file in filter(Path.is_file, (new, *new.rglob("*"))):
+            # safetensors makes files that only their owner can read.
+            file.chmod((target if target.is_file() else draft).stat().st_mode & 0o666)
+            with file.open("r+b") as written:
+                os.fsync(written.fileno())
+        if new.is_dir() and target.exists():
+            target.rename(old)  # nothing takes the place of a folder in one step
         new.replace(target)
+        for left in target.parent.glob(f".{escape(target.name)}.{'[0-9a-f]' * 8}.tmp"):
+            with suppress(OSError):  # another one has removed it
+                left.rename(draft / left.name)
     except (OSError, ValueError, SafetensorError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
+        if is_made and not draft.exists():
+            return  # another one has saved since
+        reason = getattr(error, "strerror", None) or error
         raise AdapterIOError(f"can't save to {target}: {reason}; nothing was changed") from error
     finally:
+        if old.exists() and not target.exists():
+            old.rename(target)
         shutil.rmtree(draft, ignore_errors=True)
 
 

@@ -12,13 +12,11 @@ import re
 import shutil
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -27,7 +25,7 @@ from disha.config import check_scale
 from disha.errors import AdapterFileError, AdapterIOError, ArgumentError, MergeError
 from disha.files import inspect_adapter
 from disha.files.contents import Contents, read_contents
-from disha.files.disk import PathLike, checked_path, opened
+from disha.files.disk import PathLike, checked_path, opened, save
 from disha.files.header import AdapterHeader
 from disha.functional.shard_sums import merge_dtype, without_autocast
 from disha.interop.experts import DOWN, FAMILIES, GATE_UP, SEPARATE_BEFORE, SINGLE_EXPERT, renamed
@@ -157,11 +155,7 @@ def merge_into_checkpoint(
         _refuse(checkpoint, _other_values(checkpoint, header, keys))
         _refuse_tied(checkpoint, header, keys)
     merge = _Merge(checkpoint, keys, contents, scale)
-    with _written(out) as new:
-        if out.suffix == SUFFIX:
-            merge.write(new, list(checkpoint.files))
-        else:
-            merge.write_folder(new)
+    save(out, merge.write_file if out.suffix == SUFFIX else merge.write_folder)
     layers = tuple(record.name for record in header.layers)
     return MergedCheckpoint(out, layers, tuple(keys[name] for name in header.also_train))
 
@@ -447,7 +441,11 @@ class _Merge:
             for name in names
         }
 
-    def write(self, path: Path, names: list[str]) -> None:
+    def write_file(self, path: Path) -> None:
+        """Write all tensors to one file."""
+        self._write(path, list(self._checkpoint.files))
+
+    def _write(self, path: Path, names: list[str]) -> None:
         """Write some tensors to a file."""
         metadata = {"format": "pt"}  # loaders require it
         for file in {self._checkpoint.files[name] for name in names}:
@@ -467,7 +465,7 @@ class _Merge:
                 shutil.copyfile(source, folder / target)
         for file in sorted({*files.values()}):
             names = [name for name, one in files.items() if one == file]
-            self.write(folder / (SINGLE if file == base else file.name), names)
+            self._write(folder / (SINGLE if file == base else file.name), names)
 
     def _merged(self, name: str) -> Tensor:
         if name not in self._parts:
@@ -498,28 +496,3 @@ class _Merge:
             method = functional.method_of(one.method)
             delta = method.delta_weight(one.layout, block, weight, one.rows)
             yield delta, one.scale if self._scale is None else self._scale
-
-
-# --- files ---------------------------------------------------------------------------------------
-
-
-@contextmanager
-def _written(out: Path) -> Iterator[Path]:
-    """Give a path beside `out`. What is there in the end takes the place of `out`."""
-    new = out.with_name(f"{out.name}.new")
-    try:
-        _remove(new)
-        yield new
-        _remove(out)
-        new.rename(out)
-    except (OSError, SafetensorError) as error:
-        raise AdapterIOError(f"can't write {out}: {error}") from error
-    finally:
-        _remove(new)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
