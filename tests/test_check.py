@@ -10,7 +10,7 @@ import disha
 from disha import ArgumentError, CheckReport, MergeError, ModeError, functional
 from disha.functional import Method
 from disha.model.check import CheckedWeight
-from tests.conftest import assert_unchanged, snapshot
+from tests.conftest import Tied, assert_unchanged, snapshot
 
 
 class Model(nn.Module):
@@ -118,6 +118,25 @@ def test_a_merge_that_is_refused_is_no_problem():
     assert found.ok
     assert found.merges is None
     assert "computed from other parameters" in found.reason
+
+
+def test_a_weight_whose_merge_is_refused_because_it_is_tied(tokens):
+    model = disha.inject_adapters(Tied(), "embed|q_proj", 2)
+    with pytest.raises(MergeError) as caught:
+        disha.merge_adapters(model)
+    report = disha.check_adapters(model, tokens)
+    assert {(one.merges, one.reason) for one in report.weights} == {(None, str(caught.value))}
+
+
+def test_a_frozen_block_is_not_in_order(model, tokens):
+    disha.inject_adapters(model, "head|q_proj", 2)
+    model.head.requires_grad_(False)
+    trained = [one for one in model.parameters() if one.requires_grad]
+    report = disha.check_adapters(model, tokens, optimizer=torch.optim.SGD(trained))
+    (found,) = report.problems
+    assert (found.name, found.acts, found.gradient) == ("head", True, False)
+    assert "it acts, but it is frozen" in str(report)
+    assert not model.head.disha["default"].block.requires_grad
 
 
 def test_random_states_come_back():

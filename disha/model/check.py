@@ -189,6 +189,7 @@ def _checked(
     with torch.inference_mode(False), torch.enable_grad():
         blocks = [one.block for one in active]
         zeros = [not block.block.count_nonzero() for block in blocks]
+        frozen = [not block.block.requires_grad for block in blocks]
         _randomise(blocks, undo)
         undo.callback(view.reshard)  # a forward gathers what is sharded
         read, outputs = _read(run, blocks)
@@ -210,24 +211,26 @@ def _checked(
         }
         stuck = {method for method, one in tried.items() if not _leaves_zeros(run, one, undo)}
     found = []
-    for (name, layer, adapter, block), acts, gradient, is_zero in zip(
-        active, acting, gradients, zeros, strict=True
+    for (name, layer, adapter, block), acts, gradient, is_zero, is_frozen in zip(
+        active, acting, gradients, zeros, frozen, strict=True
     ):
         starts = not (is_zero and block.config.method in stuck)
-        reason = _reason(block in read, acts, gradient, starts) or refusal
-        gradient = gradient and starts
+        reason = _reason(block in read, acts, gradient, starts, is_frozen) or refusal
+        gradient = gradient and starts and not is_frozen
         merges = merging.get(layer)
         found.append(CheckedWeight(name, adapter, block in read, acts, gradient, merges, reason))
     return tuple(found)
 
 
-def _reason(read: bool, acts: bool, gradient: bool, starts: bool) -> str:
+def _reason(read: bool, acts: bool, gradient: bool, starts: bool, is_frozen: bool) -> str:
     if not read:
         return "the model does not use this weight, or not with these inputs"
     if not acts:
         return "the model reads this weight, but the update does not reach the output"
     if not gradient:
         return "it acts, but a detach or a custom function stops its gradient"
+    if is_frozen:
+        return "it acts, but it is frozen; to train it, call mark_only_adapters_trainable"
     return "" if starts else "a block of zeros gets no gradient by its method; use init='kaiming'"
 
 
@@ -305,7 +308,7 @@ def _merging(
 
 def _merged_alike(view: ModelView, run: Run, outputs: list[Tensor]) -> bool:
     with ExitStack() as undo:
-        merge(view, undo, untie=True)
+        merge(view, undo)
         # Not around merging: its inference mode would then end by disabling gradients.
         with torch.no_grad():
             return all(map(_alike, run(), outputs))
