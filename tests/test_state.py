@@ -1,6 +1,7 @@
 import io
 
 import pytest
+import safetensors.torch
 import torch
 from torch import nn
 
@@ -208,3 +209,35 @@ class TestLoad:
         with pytest.raises(MergeError, match="can't load an adapter while adapters are merged"):
             disha.load_adapter_state_dict(adapted, state)
         assert_unchanged(adapted, before)
+
+
+class TestByTorch:
+    """`load_state_dict` of the model itself."""
+
+    @pytest.mark.parametrize("write", [torch.save, safetensors.torch.save_file])
+    def test_a_state_that_was_taken_while_merged(self, adapted, tokens, tmp_path, write):
+        disha.merge_adapters(adapted)
+        write(adapted.state_dict(), tmp_path / "state")
+        disha.unmerge_adapters(adapted)
+        read = torch.load if write is torch.save else safetensors.torch.load_file
+        state, expected = read(tmp_path / "state"), adapted(tokens)
+        for strict in (True, False):
+            with pytest.raises(RuntimeError, match="taken while adapters were merged") as caught:
+                adapted.load_state_dict(state, strict=strict)
+            assert str(caught.value).count("merged, so") == 1
+            assert torch.equal(adapted(tokens), expected)
+        plain = Layered()
+        plain.load_state_dict(state, strict=False)
+        assert torch.allclose(plain(tokens), expected, atol=1e-5)
+
+    @pytest.mark.parametrize("prefix", ["", "module."])
+    def test_a_state_that_lacks_the_blocks_of_a_layer(self, adapted, prefix):
+        model = nn.ModuleDict({"module": adapted}) if prefix else adapted
+        absent = f"{prefix}layers.0.attn.v_proj.disha.default.bone_block"
+        state = model.state_dict()
+        del state[absent]
+        with pytest.raises(RuntimeError, match=f'Missing key.*: "{absent}"[.]'):
+            model.load_state_dict(state)
+        assert model.load_state_dict(state, strict=False).missing_keys == [absent]
+        of_base = {key: value for key, value in state.items() if "disha" not in key}
+        assert not any(model.load_state_dict(of_base))

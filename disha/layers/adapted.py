@@ -10,13 +10,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from disha.effective.contexts import entered
 from disha.effective.weight import EffectiveWeight
 from disha.errors import ArgumentError, MergeError, ModeError
 from disha.layers import opaque
-from disha.layers.blocks import CHILD_NAME, Adapters, Block, Slot
+from disha.layers.blocks import CHILD_NAME, MERGED, Adapters, Block, Slot
 from disha.layers.reading import linear_forward, was_written, weight_property
 from disha.layers.weights import base_of, delta_of
 
@@ -88,6 +89,8 @@ class AdaptedLayer(nn.Module):
             saved = destination.get(prefix + name)
             if isinstance(saved, EffectiveWeight) and parameter is not None:
                 destination[prefix + name] = parameter if keep_vars else parameter.detach()
+        if self.disha.merged is not None:
+            destination[prefix + MERGED] = torch.tensor(True)
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
@@ -96,6 +99,10 @@ class AdaptedLayer(nn.Module):
             for name in self._adapted_parameters:
                 if prefix + name in state_dict:
                     refuse_merged([self], f"load {prefix}{name}, which unmerging would undo,")
+        elif prefix + MERGED in state_dict:
+            errors = args[-1]
+            errors[:] = dict.fromkeys([*errors, _TAKEN_MERGED])  # once, and not for each layer
+            return
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def _replicate_for_data_parallel(self) -> Any:
@@ -112,6 +119,13 @@ class AdaptedLayer(nn.Module):
         elif self.disha.override() == ():
             state += ", disabled"
         return ", ".join(filter(None, (super().extra_repr(), state)))
+
+
+_TAKEN_MERGED = (
+    "the state was taken while adapters were merged, so their updates would act twice; take it "
+    "after unmerge_adapters(model), or load it into a plain model (strict=False)"
+)
+"""What `load_state_dict` says of a state that has merged weights."""
 
 
 def refuse_merged(layers: Iterable[AdaptedLayer], action: str) -> None:

@@ -27,6 +27,9 @@ from disha.sharding.tensors import is_partitioned
 CHILD_NAME = "disha"
 """Name of the one sub-module that adapting adds to a module."""
 
+MERGED = f"{CHILD_NAME}.merged"
+"""Key that marks a layer's part of a state dict that was taken while adapters were merged."""
+
 
 @dataclass(frozen=True)
 class Slot:
@@ -184,8 +187,8 @@ class Block(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
         if self.scale_tensor.device != self.block.device:
             self._write_scale()  # load_state_dict(assign=True) has taken the block off meta
-        # A base model's checkpoint has no blocks, but must still load strictly.
-        # load_adapter_state_dict and load_adapter check whether an adapter is complete.
+        # A base model's checkpoint has no blocks, but must still load strictly. If one has some
+        # blocks, a hook of the model (running_statistics) adds the others to the missing keys.
         missing_keys, own = args[2], prefix + self.parameter_name
         if own in missing_keys:
             missing_keys.remove(own)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from disha.layers.gradient_flags import attributes_of
+from disha.model.view import clean_key
 from disha.sharding.tensors import write
 from disha.text import join
 
@@ -34,19 +35,25 @@ def statistics(names: Names) -> dict[str, Tensor]:
 
 def remember_statistics(model: Any, modules: Iterable[nn.Module], undo: ExitStack) -> None:
     """Keep the values of the norms of a model that keep none yet."""
+    if not _hooks(model):
+        undo.callback(forget_statistics, [model])
+        model.register_load_state_dict_pre_hook(_before_loading)
     for module in modules:
         own, attributes = _statistics_of(module), attributes_of(module)
         if own and _STATISTICS not in attributes:
             undo.callback(attributes.pop, _STATISTICS, None)
             attributes[_STATISTICS] = {name: value.detach().clone() for name, value in own.items()}
-            if not _hooks(model):
-                undo.callback(forget_statistics, [model])
-                model.register_load_state_dict_pre_hook(_keep_loaded)
 
 
-def _keep_loaded(model: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Keep the statistics of a state dict without blocks: it is one of the base."""
-    if any(key.endswith("_block") for key in state):
+def _before_loading(
+    model: nn.Module, state: dict[str, Any], prefix: str, _: Any, strict: bool, missing: list[str],
+    *others: Any,
+) -> None:  # fmt: skip
+    """Miss the absent blocks of a state dict. One without blocks is the base's: keep statistics."""
+    given = {clean_key(key.removeprefix(prefix)) for key in state if key.endswith("_block")}
+    if given:
+        blocks = [name for name, _ in model.named_parameters() if name.endswith("_block")]
+        missing += [prefix + name for name in blocks if clean_key(name) not in given]
         return
     for name, module in model.named_modules():
         kept = attributes_of(module).get(_STATISTICS, {})
@@ -56,7 +63,9 @@ def _keep_loaded(model: nn.Module, state: dict[str, Any], prefix: str, *_: Any) 
 
 def _hooks(module: Any) -> list[int]:
     """Return the numbers of our hooks before a module loads a state dict."""
-    return [n for n, one in module._load_state_dict_pre_hooks.items() if one.hook is _keep_loaded]
+    return [
+        n for n, one in module._load_state_dict_pre_hooks.items() if one.hook is _before_loading
+    ]
 
 
 def changed_statistics(names: Names) -> dict[str, tuple[Tensor, Tensor | None]]:
