@@ -330,7 +330,6 @@ class TestTraining:
         with pytest.raises(ArgumentError, match="it has 'a', 'b'"):
             disha.adapter_parameters(model, "c")
 
-
     def test_adapter_parameters_can_be_read_twice(self, model, tokens):
         disha.inject_adapters(model, "q_proj", 2)
         parameters = disha.adapter_parameters(model)
@@ -409,6 +408,7 @@ class TestRefusals:
             (("k_proj", 2), TargetError, r"'k_proj'.*nearest names are .*q_proj"),
             (("layer.0.attn.q_prj", 2), TargetError, "'layers.0.attn.q_proj'"),
             (("norm", 2), TargetError, "only modules that can't be adapted.*LayerNorm"),
+            ((["q_proj", "v_prj"], 2), ArgumentError, "target_regex 'v_prj' matches nothing in"),
             (("(", 2), ArgumentError, "not a valid regex"),
             ((3, 2), ArgumentTypeError, "target_regex must be a regex"),
             (("head", 0), ArgumentError, "r must be at least 1"),

@@ -329,10 +329,12 @@ def plan_injection(
             unfit.append(replace(one, reason=reason))
     if not layers and not unfit:
         raise TargetError(_nothing_selected(target, known, skipped))
-    for argument in ("exclude", "rank_pattern", "layouts", "rows"):
-        if vars(config)[argument]:
+    listed = [] if callable(target) or isinstance(target, str) else target
+    patterns = {"target_regex": [part for part in listed if part != ALL_LINEAR], **vars(config)}
+    for argument in ("target_regex", "exclude", "rank_pattern", "layouts", "rows"):
+        if patterns[argument]:
             names = [name for one in known for name in (*one.module_names, *one.parameter_names)]
-            _refuse_unused(argument, vars(config)[argument], names)
+            _refuse_unused(argument, patterns[argument], names)
     if unfit and strict:
         raise ArgumentError(
             f"{_shown(unfit)}. Choose a smaller `r`, or an `r_out` that divides the outputs, give "
