@@ -639,6 +639,22 @@ class TestFingerprint:
         assert list(disha.inspect_adapter(path).tensors) == ["head.bone_block"]
 
 
+class TestWhatTrainsIsSaved:
+    def test_a_head_that_was_replaced_or_unfrozen(self, path, model, tokens):
+        other = copy.deepcopy(model)
+        other.head = nn.Linear(8, 5)
+        disha.inject_adapters(model, "q_proj", 2)
+        model.head = nn.Linear(8, 5)
+        model.embed.requires_grad_(True)
+        perturb(model)
+        trained = {id(one) for one in model.parameters() if one.requires_grad}
+        assert {id(one) for one in disha.adapter_parameters(model)} == trained
+        with pytest.warns(UserWarning, match=r"holds 3 parameters .*: embed.weight, head"):
+            disha.save_adapter(model, path)
+        disha.load_adapter(other, path)
+        assert torch.equal(other(tokens), model(tokens))
+
+
 class TestBadFiles:
     def refused(self, path, says, model=None, kind=AdapterFileError):
         model = base() if model is None else model

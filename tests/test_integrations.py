@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import pickle
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,7 @@ import disha
 from disha.integrations import lightning
 from disha.integrations.accelerate import keep_adapter_only
 from disha.integrations.transformers import AdapterCheckpoints
+from tests.conftest import assert_unchanged, snapshot
 
 SIZES = {
     "vocab_size": 64,
@@ -57,6 +59,30 @@ def tied():
 
 def mixtral():
     return MixtralForCausalLM(MixtralConfig(**SIZES, num_local_experts=4, num_experts_per_tok=2))
+
+
+def test_an_adapted_embedding_can_not_be_resized():
+    model = disha.inject_adapters(llama(), "embed", 4, init="kaiming")
+    before = snapshot(model)
+    with pytest.raises(disha.ArgumentError, match="resize it before you inject"):
+        model.resize_token_embeddings(70, mean_resizing=False)
+    assert_unchanged(model, before)
+
+
+@pytest.mark.parametrize("made", [llama, tied])
+def test_what_was_resized_trains_and_is_saved(made, tmp_path):
+    base, tokens = made(), torch.arange(70).view(2, 35)
+    model = disha.inject_adapters(
+        copy.deepcopy(base), "q_proj", 4, init="kaiming", also_train="embed|lm_head"
+    )
+    model.resize_token_embeddings(70, mean_resizing=False)
+    trained = {id(one) for one in model.parameters() if one.requires_grad}
+    assert {id(one) for one in disha.adapter_parameters(model)} == trained
+    with pytest.warns(UserWarning, match="lm_head.weight") if made is llama else nullcontext():
+        disha.save_adapter(model, tmp_path)
+    base.resize_token_embeddings(70, mean_resizing=False)
+    disha.load_adapter(base, tmp_path)
+    assert torch.equal(base(tokens).logits, model(tokens).logits)
 
 
 def adapted(make):

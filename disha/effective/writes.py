@@ -65,7 +65,7 @@ def _refuse_to_reshape(weight: Any) -> None:
     if isinstance(weight, EffectiveWeight):
         raise ArgumentError(
             f"an adapted weight (of shape {tuple(weight.shape)}) can't change its shape in place; "
-            "use the operation that returns a new tensor"
+            "resize it before you inject, or use the operation that returns a new tensor"
         )
 
 
@@ -89,4 +89,6 @@ def _same_blocks(one: EffectiveWeight, other: EffectiveWeight) -> bool:
 @rule(Tensor.data.__set__)  # type: ignore[attr-defined]
 def _set_data(weight: Any, value: Any) -> None:
     # `weight.data = weight.data.half()` casts W without adding an update to it.
+    if value.shape != weight.shape:
+        _refuse_to_reshape(weight)
     base_of(weight).data = base_of(value)

@@ -83,7 +83,8 @@ def combine_adapters(
     summands = []
     for adapter, weight in weights.items():
         contents = adapter_contents(view, adapter)
-        contents = contents if also_train else blocks_only(*contents)
+        if not (also_train and any(one.is_claimed(adapter) for one in view.parameters)):
+            contents = blocks_only(*contents)  # others that train are the model's in any case
         summands.append(Summand(f"adapter {adapter!r}", contents, weight))
     header, tensors = combine_contents(summands, r)
     load_contents(view, "the sum", header, tensors, into, freeze=False, activate=False)

@@ -57,9 +57,10 @@ def save_adapter(
 ) -> None:
     """Write an adapter, and nothing else of the model, to one safetensors file.
 
-    The adapter is its blocks, the parameters of `also_train`, and the running statistics of norms
-    that training has changed. An existing file stays until the new one is complete. The same
-    adapter gives the same bytes, also from a wrapped, sharded or merged model.
+    The adapter is its blocks, the parameters of `also_train`, all others that require gradients (of
+    which it warns), and the running statistics of norms that training has changed. An existing
+    file stays until the new one is complete. The same adapter gives the same bytes, also from a
+    wrapped, sharded or merged model.
 
     If `fully_shard` has sharded the model, call this on all ranks: they gather the adapter, and the
     first one writes the file. Otherwise, also under DDP, rank 0 is enough.
@@ -77,6 +78,9 @@ def save_adapter(
             meta device), or its blocks differ in method or r_out.
         ArgumentError: there is no such adapter.
         ArgumentTypeError: the metadata is not str -> str.
+
+    Warns:
+        UserWarning: parameters train, and so are saved, that `also_train` does not name.
 
     Examples:
         >>> import tempfile
@@ -99,6 +103,20 @@ def save_adapter(
             if Path(path) != target:  # the user named a folder
                 target.parent.mkdir(exist_ok=True)
             write_contents(target, header, tensors)
+            _warn_of_others(view, adapter)
+
+
+def _warn_of_others(view: ModelView, adapter: str) -> None:
+    """Name the parameters that were saved because they train, although nobody asked for it."""
+    trained = view.trained(adapter)
+    others = [one.name for one in trained if not one.is_claimed()]
+    if others:
+        warnings.warn(
+            f"the file of adapter {adapter!r} also holds {counted(len(others), 'parameter')} that "
+            f"also_train does not name, because they train: {first_few(others, 3, ', ')}. To save "
+            "without them, freeze them (mark_only_adapters_trainable)",
+            stacklevel=3,
+        )
 
 
 def inspect_adapter(path: PathLike) -> AdapterFile:

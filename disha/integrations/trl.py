@@ -19,7 +19,6 @@ import disha
 from disha.errors import ArgumentError, ArgumentTypeError
 from disha.files.contents import adapter_contents, load_contents
 from disha.integrations.transformers import refuse_adapted_head
-from disha.layers.gradient_flags import is_claimed
 from disha.model.view import ModelView
 
 __all__ = ["DPOTrainer", "GRPOTrainer"]
@@ -78,12 +77,11 @@ def _make_ready(view: ModelView, args: Any, named: Mapping[str, Any], undo: Exit
         if named.get(argument) is not None:
             raise ArgumentError(f"{argument} {reason}")
     refuse_adapted_head(view.model)
-    for one in view.parameters:
-        if is_claimed(one.module, one.attribute):
-            raise ArgumentError(
-                f"{one.name} trains with the adapter, so it would change the reference, in which "
-                "adapters are off; inject without also_train"
-            )
+    for one in view.trained():
+        raise ArgumentError(
+            f"{one.name} trains with the adapter, so it would change the reference, in which "
+            "adapters are off; freeze it, and inject without also_train"
+        )
     for setting, reason in UNFIT.items():
         if getattr(args, setting, False):
             raise ArgumentError(f"{setting}=True {reason}")

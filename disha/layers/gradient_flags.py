@@ -46,20 +46,20 @@ def restore_flags(module: nn.Module) -> None:
             parameter.requires_grad = flag.first
 
 
-def keep_flags(parameters: Iterable[tuple[nn.Module, str]], undo: ExitStack) -> None:
+def keep_flags(parameters: Iterable[tuple[Any, nn.Module, str]], undo: ExitStack) -> None:
     """Note the flags of parameters, and what their modules remember, in `undo`."""
     kept = []
-    for module, name in parameters:
+    for _, module, name in parameters:
         attributes, parameter = attributes_of(module), module._parameters[name]
-        flag = parameter is not None and parameter.requires_grad
-        kept.append((parameter, flag, attributes, dict(attributes.get(_FLAGS, {}))))
+        assert parameter is not None
+        remembered = dict(attributes.get(_FLAGS, {}))
+        kept.append((parameter, parameter.requires_grad, attributes, remembered))
     undo.callback(_put_back, kept)
 
 
-def _put_back(kept: Iterable[tuple[Tensor | None, bool, dict[str, Any], dict[str, Any]]]) -> None:
+def _put_back(kept: Iterable[tuple[Tensor, bool, dict[str, Any], dict[str, Any]]]) -> None:
     for parameter, flag, attributes, remembered in kept:
-        if parameter is not None:
-            parameter.requires_grad = flag
+        parameter.requires_grad = flag
         attributes.pop(_FLAGS, None)
         if remembered:
             attributes[_FLAGS] = remembered
@@ -77,17 +77,11 @@ def claim(module: nn.Module, adapter: str, name: str, flag_without: bool) -> Non
 
 def release(module: nn.Module, adapter: str) -> None:
     """Stop training the module's parameters that an adapter claims, and forget the claims."""
-    for name in claimed(module, adapter):
-        flags = attributes_of(module)[_FLAGS]
-        flag = flags[name]
-        flags[name] = _Flag(flag.first)
-        set_requires_grad(module, name, flag.without)
-
-
-def claimed(module: nn.Module, adapter: str) -> tuple[str, ...]:
-    """Return the names of the module's parameters that an adapter trains."""
     flags = attributes_of(module).get(_FLAGS, {})
-    return tuple(name for name in flags if is_claimed(module, name, adapter))
+    for name, flag in list(flags.items()):
+        if flag.adapter == adapter:
+            flags[name] = _Flag(flag.first)
+            set_requires_grad(module, name, flag.without)
 
 
 def is_claimed(module: nn.Module, name: str, adapter: str | None = None) -> bool:

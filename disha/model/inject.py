@@ -174,7 +174,7 @@ def apply_plan(view: ModelView, plan: Plan, undo: ExitStack, *, activate: bool =
 
 def _keep(view: ModelView, modules: Iterable[nn.Module], undo: ExitStack) -> None:
     """Note the classes and adapters of modules, what acts in the model, and all flags."""
-    gradient_flags.keep_flags(((one.module, one.attribute) for one in view.parameters), undo)
+    gradient_flags.keep_flags(view.parameters, undo)
     undo.callback(_guard_encoders, view)
     for _, layer in view.layers:
         undo.callback(layer.disha.activate, layer.disha.active)
@@ -269,7 +269,8 @@ def check_removable(view: ModelView, removed: Sequence[str]) -> None:
 def adapter_parameters(model: nn.Module, adapter: str | None = None) -> list[nn.Parameter]:
     """Return all that trains with the adapters, or with one: blocks and `also_train`.
 
-    This is what an optimizer needs and what `save_adapter` writes, each parameter once.
+    All other parameters that require gradients, such as those of a new head, train with every
+    adapter. This is what an optimizer needs and what `save_adapter` writes, each parameter once.
 
     Args:
         model: a model with adapters.
@@ -288,12 +289,7 @@ def adapter_parameters(model: nn.Module, adapter: str | None = None) -> list[nn.
     view = ModelView(model)
     view.reshard()
     found = view.blocks() if adapter is None else view.require(adapter)
-    beside = [
-        one.value
-        for one in view.parameters
-        if gradient_flags.is_claimed(one.module, one.attribute, adapter)
-    ]
-    return [*(one.block.block for one in found), *beside]
+    return [*(one.block.block for one in found), *(one.value for one in view.trained(adapter))]
 
 
 def mark_only_adapters_trainable(model: nn.Module) -> None:
@@ -318,9 +314,9 @@ def mark_only_adapters_trainable(model: nn.Module) -> None:
     if not blocks:
         raise ArgumentError("the model has no adapter, so nothing would train")
     with all_or_nothing(view) as undo:
-        gradient_flags.keep_flags(((one.module, one.attribute) for one in view.parameters), undo)
+        gradient_flags.keep_flags(view.parameters, undo)
         for one in view.parameters:
-            trains = gradient_flags.is_claimed(one.module, one.attribute)
+            trains = one.is_claimed()
             gradient_flags.set_requires_grad(one.module, one.attribute, trains)
         for block in blocks:
             undo.callback(block.requires_grad_, block.requires_grad)
@@ -342,5 +338,5 @@ def _set_flags(view: ModelView, plan: Plan) -> None:
         if one.name in also_train:
             flag_without = one.value.requires_grad and not plan.freeze
             gradient_flags.claim(one.module, plan.adapter, one.attribute, flag_without)
-        elif plan.freeze and not gradient_flags.is_claimed(one.module, one.attribute):
+        elif plan.freeze and not one.is_claimed():
             gradient_flags.set_requires_grad(one.module, one.attribute, False)

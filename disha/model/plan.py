@@ -36,7 +36,6 @@ from disha.functional.products import update_of_part
 from disha.layers.adapted import AdaptedLayer
 from disha.layers.bitsandbytes import parameter_count
 from disha.layers.blocks import Slot, check_adapter_name
-from disha.layers.gradient_flags import is_claimed
 from disha.layers.kinds import declared_slots, matrix_parameters, slot_of
 from disha.layers.offloading import device_of_weight
 from disha.layers.opaque import quantisation_of
@@ -713,7 +712,7 @@ def _reason_against_training(one: ModelParameter) -> str | None:
         return "it is quantised and can't be trained with an adapter"
     if one.value.dtype not in BLOCK_DTYPES.values():
         return f"it has dtype {one.value.dtype} and can't be trained with an adapter"
-    if is_claimed(one.module, one.attribute):
+    if one.is_claimed():
         return "it is already trained with another adapter, and can belong to only one"
     return None
 
@@ -728,7 +727,7 @@ def _with_counts(view: ModelView, plan: Plan) -> Plan:
     for one in view.parameters:
         if not is_lazy(one.value):
             present.append(one.value)
-            stays = not plan.freeze or is_claimed(one.module, one.attribute)
+            stays = not plan.freeze or one.is_claimed()
             if one.name in plan.also_train or (stays and one.value.requires_grad):
                 trained.append(one.value)
     trainable, total = (plan.added + sum(map(parameter_count, some)) for some in (trained, present))

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from disha.errors import AdapterStateError
-from disha.layers import gradient_flags
 from disha.layers.adapted import AdaptedLayer
 from disha.layers.blocks import Block
 from disha.layers.weights import weight_shape
@@ -116,14 +115,11 @@ def adapter_tensors(view: ModelView, adapter: str) -> dict[str, Tensor]:
     for name, layer, _, block in view.require(adapter):
         _refuse_flattened(name, layer, block)
         tensors[join(name, block.parameter_name)] = block.block
-    for module, (name, *_) in view.names.items():
-        for attribute in gradient_flags.claimed(module, adapter):
-            parameter = module._parameters[attribute]
-            merged = module.disha.merged if isinstance(module, AdaptedLayer) else None
-            if merged is not None and attribute in merged.originals:
-                view.refuse_merged(f"use {join(name, attribute)} as part of the adapter")
-            if parameter is not None:
-                tensors[join(name, attribute)] = parameter
+    for one in view.trained(adapter):
+        merged = one.module.disha.merged if isinstance(one.module, AdaptedLayer) else None
+        if merged is not None and one.attribute in merged.originals:
+            view.refuse_merged(f"use {one.name} as part of the adapter")
+        tensors[one.name] = one.value
     changed = running_statistics.changed_statistics(view.names)
     return tensors | {name: now for name, (now, _) in changed.items()}
 

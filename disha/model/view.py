@@ -89,6 +89,10 @@ class ModelParameter(NamedTuple):
         assert parameter is not None
         return parameter
 
+    def is_claimed(self, adapter: str | None = None) -> bool:
+        """Whether it trains with an adapter, or with any, because `also_train` named it."""
+        return is_claimed(self.module, self.attribute, adapter)
+
 
 class ModelView:
     """The modules, parameters and adapters of a model; the adapters are always up to date."""
@@ -191,6 +195,17 @@ class ModelView:
             known = ", ".join(map(repr, self.adapters)) or "none"
             raise ArgumentError(f"the model has no adapter {adapter!r}; it has {known}")
         return self.blocks(adapter)
+
+    def trained(self, adapter: str | None = None) -> list[ModelParameter]:
+        """Return the parameters that train with an adapter, or with any, besides the blocks.
+
+        One that requires gradients, but that `also_train` did not name, trains with every adapter.
+        """
+        return [
+            one
+            for one in self.parameters
+            if one.is_claimed(adapter) or (one.value.requires_grad and not one.is_claimed())
+        ]
 
     def refuse_merged(self, action: str) -> None:
         """Raise if adapters are merged."""
