@@ -68,6 +68,7 @@ DEV = [
     "torch-geometric>=2.6",
     "torchvision>=0.21",
     "types-PyYAML>=6.0",
+    "uv>=0.9",
 ]
 
 ZOO = [
@@ -91,8 +92,8 @@ setup(
     ],
     packages=find_packages(include=["disha", "disha.*"]),
     package_data={"disha": ["py.typed"]},
-    python_requires=">=3.10",
-    install_requires=["torch>=2.11", "safetensors[torch]>=0.4.3", "einops>=0.7"],
+    python_requires=">=3.11",
+    install_requires=["torch>=2.8", "safetensors[torch]>=0.4.3", "einops>=0.7"],
     extras_require={
         "deepspeed": ["deepspeed>=0.17"],
         "finetune": FINETUNE,
@@ -112,10 +113,10 @@ setup(
         "Operating System :: OS Independent",
         "Programming Language :: Python :: 3",
         "Programming Language :: Python :: 3 :: Only",
-        "Programming Language :: Python :: 3.10",
         "Programming Language :: Python :: 3.11",
         "Programming Language :: Python :: 3.12",
         "Programming Language :: Python :: 3.13",
+        "Programming Language :: Python :: 3.14",
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
         "Typing :: Typed",
     ],

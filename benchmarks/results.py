@@ -24,7 +24,7 @@ def describe(device: torch.device) -> dict[str, Any]:
     """Return the beginning of a file of results, without tables."""
     on_gpu = device.type == "cuda"
     return {
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "device": torch.cuda.get_device_name(device) if on_gpu else "cpu",
         "machine": {
             "system": platform.system(),

@@ -1,7 +1,8 @@
-"""`python -m tests.matrix`: run the core's tests on the oldest and newest supported dependencies.
+"""`python -m tests.matrix`: run tests with the oldest and the newest Python and dependencies.
 
-Each leg is a Python with releases of the three dependencies, in an environment of its own: 11 GB of
-disk in all.
+Each leg has an environment of its own, which `uv` makes: 20 GB of disk in all. `uv` looks for the
+Python of a leg on this machine, and else downloads it. The oldest releases are the lower bounds of
+`setup.py`.
 """
 
 from __future__ import annotations
@@ -10,27 +11,57 @@ import argparse
 import os
 import subprocess
 import sys
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from uv import find_uv_bin
+
 ROOT = Path(__file__).parent.parent
-FOR_TESTS = ("pytest>=8", "hypothesis>=6.100", "numpy>=1.26")
+OLDEST, NEWEST = "lowest-direct", "highest"
+
+
+@dataclass(frozen=True)
+class Leg:
+    """A Python, which releases of the dependencies, and the tests that run with them."""
+
+    python: str
+    releases: str
+    tests: tuple[str, ...] = ("--core",)
+    extra: str = ""
+    for_tests: tuple[str, ...] = ("pytest>=8", "hypothesis>=6.100", "numpy>=1.26")
+
+
+COMMANDS = Leg(
+    "3.11",
+    OLDEST,
+    tests=("tests/cli", "tests/finetune", "--ignore=tests/finetune/test_demo.py"),
+    extra="[finetune]",
+    for_tests=(
+        "pytest>=8",
+        "hypothesis>=6.100",
+        "bitsandbytes",
+        "diffusers",
+        "peft",
+        "tensorboard",
+    ),
+)
 LEGS = {
-    "oldest": ("python3.10", "torch>=2.11,<2.12", "safetensors>=0.4.3,<0.4.4", "einops>=0.7,<0.8"),
-    "newest": ("python3.13", "torch", "safetensors", "einops"),
+    "oldest": Leg("3.11", OLDEST),
+    "newest": Leg("3.14", NEWEST),
+    "oldest-commands": COMMANDS,
+    "newest-commands": replace(COMMANDS, python="3.14", releases=NEWEST),
 }
-"""Name -> the Python, and the releases of the dependencies."""
 
 
-def passes(leg: str, folder: Path, arguments: list[str]) -> bool:
-    """Make the environment of a leg, and run the core's tests in it."""
-    interpreter, *dependencies = LEGS[leg]
-    print(f"{leg}: {interpreter}, {', '.join(dependencies)}", flush=True)
-    python = str(folder / leg / "bin" / "python")
-    install = [python, "-m", "pip", "install", "--disable-pip-version-check", "-q"]
-    subprocess.run([interpreter, "-m", "venv", str(folder / leg)], check=True)
-    subprocess.run([*install, *dependencies, *FOR_TESTS], check=True)
-    subprocess.run([*install, "--no-deps", "-e", str(ROOT)], check=True)
-    command = [python, "-m", "pytest", "--core", *arguments]
+def passes(leg: Leg, folder: Path, arguments: list[str]) -> bool:
+    """Make the environment of a leg, and run its tests."""
+    uv, python = find_uv_bin(), str(folder / "bin" / "python")
+    install = [uv, "pip", "install", "--quiet", "--python", python]
+    subprocess.run([uv, "venv", "--quiet", "--clear", "--python", leg.python, folder], check=True)
+    ours = ["--resolution", leg.releases, "--editable", f"{ROOT}{leg.extra}"]
+    subprocess.run([*install, *ours], check=True)
+    subprocess.run([*install, *leg.for_tests], check=True)
+    command = [python, "-m", "pytest", *leg.tests, *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.run(command, cwd=ROOT, env=environment).returncode == 0
 
@@ -41,8 +72,11 @@ def main() -> int:
     parser.add_argument("--folder", type=Path, default=ROOT / ".venv-matrix")
     parser.add_argument("--only", choices=LEGS, help="one leg")
     options, arguments = parser.parse_known_args()
-    legs = [options.only] if options.only else list(LEGS)
-    failed = [leg for leg in legs if not passes(leg, options.folder.resolve(), arguments)]
+    failed = []
+    for name in [options.only] if options.only else LEGS:
+        print(f"{name}: Python {LEGS[name].python}", flush=True)
+        if not passes(LEGS[name], options.folder.resolve() / name, arguments):
+            failed.append(name)
     print(f"failed: {', '.join(failed)}" if failed else "all passed")
     return len(failed)
 

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import assert_type
 
 import torch
 from torch import Tensor, nn
-from typing_extensions import assert_type
 
 import disha
 from disha import functional

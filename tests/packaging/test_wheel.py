@@ -35,7 +35,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(dist):
     assert {name for name in names if not name.startswith(info)} == {"disha/py.typed", *modules}
     assert f"{info}licenses/LICENSE" in names
     assert (fields["Name"], fields["Version"]) == ("disha-torch", disha.__version__)
-    assert (fields["License-Expression"], fields["Requires-Python"]) == ("Apache-2.0", ">=3.10")
+    assert (fields["License-Expression"], fields["Requires-Python"]) == ("Apache-2.0", ">=3.11")
     assert "Typing :: Typed" in fields.get_all("Classifier")
     assert fields.get_payload().startswith("# disha")
 
