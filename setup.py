@@ -13,21 +13,21 @@ QUANT = [
     "torchao>=0.18",
 ]
 TRANSFORMERS = [
-    "accelerate>=1.1",
-    "transformers>=5",
+    "accelerate>=1.4",
+    "transformers>=5.2",
 ]
 TRL = [
     *TRANSFORMERS,
-    "trl>=1.16",
+    "trl>=1.11",
 ]
 FINETUNE = [
     *TRL,
     "datasets>=4.7",
     "gguf>=0.17",
-    "matplotlib>=3.8",
-    "numpy>=1.26",
+    "matplotlib>=3.9",
+    "numpy>=2",
     "pyyaml>=6.0",
-    "transformers>=5.24",  # reads GGUF files into plain weights
+    "transformers>=5.17",  # reads GGUF files into plain weights
 ]
 PEERS = [
     *TRL,
@@ -75,7 +75,7 @@ ZOO = [
     "diffusers>=0.35",
     "timm>=1.0.13",
     "torchvision>=0.21",
-    "transformers>=5",
+    "transformers>=5.2",
 ]
 
 setup(

@@ -163,9 +163,6 @@ class TrainingArguments(SFTConfig):  # type: ignore[misc]
     def __post_init__(self) -> None:
         if not torch.accelerator.is_available():
             self.use_cpu = True
-        if self.gradient_checkpointing:  # transformers warns of its old name
-            self.activation_checkpointing = True
-        self.gradient_checkpointing = None  # type: ignore[assignment]
         tf32 = self.tf32  # type: ignore[has-type]
         if tf32 and not is_torch_tf32_available():
             print("note: --tf32 does nothing on this machine")

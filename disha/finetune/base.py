@@ -58,7 +58,7 @@ def load_base(
 
 def best_device() -> torch.device:
     """Return this process's accelerator, or the processor if there is none."""
-    kind = torch.accelerator.current_accelerator()
+    kind = torch.accelerator.current_accelerator(check_available=True)
     if kind is None:
         return torch.device("cpu")
     return torch.device(kind.type, int(os.environ.get("LOCAL_RANK", "0")))
