@@ -5,8 +5,28 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
+AUTHOR = "The disha maintainers"  # LICENSE and CITATION.cff name it too
+EMAIL = ""  # who gets reports of vulnerabilities, and questions
+ADDRESS = ""  # of the repository, such as https://github.com/NAME/disha, without a slash at the end
+"""Until a person fills in both, the release workflow refuses to publish."""
+
 HERE = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (HERE / "disha/version.py").read_text()).group(1)
+
+
+def described() -> str:
+    """Return the README with links that work on the package page.
+
+    There, a relative link leads nowhere: it becomes one into the repository at this version. While
+    the repository has no address, the text of the link stays, and a picture goes.
+    """
+    text = (HERE / "README.md").read_text(encoding="utf-8")
+    link = re.compile(r"(!?)\[([^\]]*)\]\((?!https?:)([^)]+)\)")
+    if not ADDRESS:
+        return link.sub(lambda found: "" if found[1] else found[2], text)
+    at = {"!": f"{ADDRESS}/raw/v{VERSION}", "": f"{ADDRESS}/blob/v{VERSION}"}
+    return link.sub(lambda found: f"{found[1]}[{found[2]}]({at[found[1]]}/{found[3]})", text)
+
 
 QUANT = [
     "bitsandbytes>=0.49",
@@ -67,6 +87,7 @@ DEV = [
     "timm>=1.0.13",
     "torch-geometric>=2.6",
     "torchvision>=0.21",
+    "twine>=6.1",
     "types-PyYAML>=6.0",
     "uv>=0.9",
 ]
@@ -82,7 +103,10 @@ setup(
     name="disha-torch",
     version=VERSION,
     description="Fine-tune any PyTorch model with small adapters: MiSS (Bone), tile, BAT (DiSHA)",
-    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    author=AUTHOR,
+    author_email=EMAIL,
+    project_urls={"Repository": ADDRESS} if ADDRESS else {},
+    long_description=described(),
     long_description_content_type="text/markdown",
     license_expression="Apache-2.0",
     license_files=["LICENSE"],
