@@ -137,7 +137,7 @@ print(json.dumps([*before, "torch" in sys.modules, hasattr(disha, "inject_adapte
 
 def test_version_is_the_distributions():
     assert disha.__version__ == importlib.metadata.version("disha-torch")
-    assert re.fullmatch(r"\d+\.\d+\.\d+", disha.__version__)
+    assert re.fullmatch(r"\d+\.\d+\.\d+(rc\d+)?", disha.__version__)
 
 
 def test_requirements_are_ranges():
