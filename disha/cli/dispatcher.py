@@ -10,6 +10,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from importlib import import_module
+from importlib.metadata import version
 from typing import Any, NoReturn, TextIO
 
 from disha.errors import AdapterFileWarning, ArgumentError, DishaError
@@ -63,6 +64,8 @@ def _run(words: Sequence[str]) -> int:
         return DONE
     if name not in COMMANDS:
         raise ArgumentError(f"{name!r} is not a command{_nearest(name, COMMANDS)}")
+    if name in ("finetune", "evaluate"):
+        version("trl")  # where the extra is not installed, this raises before torch is imported
     module = "disha.finetune" if name == "finetune" else f"disha.cli.{name}"
     command: Callable[[Sequence[str]], int | None] = import_module(module).main
     return command(words[1:]) or DONE

@@ -16,6 +16,7 @@ from disha.cli import COMMANDS
 from disha.cli.dispatcher import Parser
 from disha.errors import AdapterFileWarning
 from tests.cli.conftest import Done
+from tests.pages import ROOT
 
 
 def test_version(run):
@@ -213,6 +214,17 @@ def test_help_imports_nothing():
     done = subprocess.run([sys.executable, "-c", WITHOUT_TORCH], capture_output=True, text=True)
     assert done.stdout.endswith("[0, 0, 0, 2]\n")
     assert done.stderr == "disha: 'trian' is not a command\n"
+
+
+@pytest.mark.parametrize("words", ["finetune --help", "evaluate --base x"])
+def test_without_the_extra_a_command_says_at_once_what_to_install(words):
+    """Python runs without installed packages here: not even torch can be imported."""
+    code = f"from disha.cli import main; print(main({words.split()}))"
+    command = [sys.executable, "-S", "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout == "2\n"
+    install = 'run: pip install "disha-torch[finetune]"'
+    assert done.stderr == f"disha: the package trl is missing; {install}\n"
 
 
 def test_inspect_needs_no_transformers(files):
