@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from operator import index
 from types import MappingProxyType
 from typing import Any, Literal, ParamSpec, TypeVar, get_args
@@ -145,22 +145,22 @@ class AdapterConfig:
         regex in a file from a stranger can take hours to compile.
 
         Args:
-            values: the dict; absent fields take their defaults.
+            values: the dict; absent fields take their defaults. Fields of later versions are left
+                out, and so is an `init` that is unknown here: blocks have their values already.
 
         Raises:
-            ArgumentError: a field is unknown or has a value that is not allowed.
+            ArgumentError: a field has a value that is not allowed.
             ArgumentTypeError: a field is of the wrong type, or `values` is not a dict.
         """
         check_type("an adapter configuration", values, Mapping, "a JSON object")
-        unknown = set(values).difference(one.name for one in fields(cls))
-        if unknown:
-            listed = ", ".join(map(repr, unknown))
-            raise ArgumentError(f"unknown fields in the adapter configuration: {listed}")
-        arguments = {"r": None, **values}
+        usual = vars(cls(r=1))
+        arguments = {"r": None, **{name: values[name] for name in usual if name in values}}
+        if arguments.get("init") not in INITS:
+            arguments["init"] = usual["init"]
         if isinstance(arguments.get("dtype"), str):
             arguments["dtype"] = BLOCK_DTYPES.get(arguments["dtype"], arguments["dtype"])
         config = object.__new__(cls)
-        vars(config).update(vars(cls(r=1)), **arguments)
+        vars(config).update(usual, **arguments)
         config._settle()
         return config
 

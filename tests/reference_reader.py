@@ -71,18 +71,19 @@ def read(data):
     text, tensors = container(data)
     header = json.loads(text)
     assert header["format"] == 1
-    method, r_out = header["config"]["method"], header["config"]["r_out"]
+    assert not header.get("needs")
+    method, r_out = header["config"].get("method", "bone"), header["config"].get("r_out")
     layers = [
         Layer(
             method, r_out, one["name"], one["layout"], one["r"], one["in"], one["out"],
-            one["scale"], one.get("groups", 1), one.get("padding_idx"), one.get("rows", []),
+            one.get("scale", 1), one.get("groups", 1), one.get("padding_idx"), one.get("rows", []),
             one.get("base"),
         )
         for one in header["layers"]
     ]  # fmt: skip
-    keys = [layer.key for layer in layers] + header["also_train"]
-    assert sorted(keys) == sorted(tensors)
-    return Adapter(layers, header["also_train"], header["metadata"], tensors)
+    also_train = header.get("also_train", [])
+    assert sorted([layer.key for layer in layers] + also_train) == sorted(tensors)
+    return Adapter(layers, also_train, header.get("metadata", {}), tensors)
 
 
 # --- weights -------------------------------------------------------------------------------------

@@ -97,12 +97,11 @@ def test_refuses_values_that_are_not_allowed(arguments, kind, says):
     [
         ([], "a JSON object, got .* of type list"),
         ({}, "r must be an int of at least 1, got None"),
-        ({"r": 2, "rank": 3}, "unknown fields.*'rank'"),
         ({"r": 2, "dtype": "int8"}, "can't be trained in 'int8'"),
         ({"r": "2"}, "r must be an int"),
     ],
 )
-def test_from_json_refuses_what_it_does_not_know(values, says):
+def test_from_json_refuses_wrong_values(values, says):
     with pytest.raises(DishaError, match=says):
         AdapterConfig.from_json(values)
 

@@ -46,12 +46,14 @@ class TestPage:
             {"up": nn.ConvTranspose1d(4, 6, 2, groups=2), "pad": nn.Embedding(6, 4, padding_idx=2),
              "part": nn.Linear(4, 6)}
         )  # fmt: skip
-        disha.save_adapter(disha.inject_adapters(model, ".", 2, rows={"part": [(0, 2)]}), path)
+        options = {"rows": {"part": [(0, 2)]}, "also_train": "bias", "scale": 0.5}
+        disha.inject_adapters(model, ".", 2, **options)
+        disha.save_adapter(model, path, metadata={"note": "x"})
         header = json.loads(reference_reader.container(path.read_bytes())[0])
         written = {name for layer in header["layers"] for name in layer}
         written |= {name for name in header if name != "layers"}
         named = re.findall(r"^\| `([^`]+)` \|", PAGE, re.MULTILINE)
-        assert sorted(named) == sorted(written | {"layers"})
+        assert sorted(named) == sorted(written | {"layers", "needs"})
 
     def test_names_layouts_methods_and_the_format(self):
         assert PAGE.startswith(f"# The adapter file, format {FORMAT}\n")
@@ -224,29 +226,62 @@ class TestOldFiles:
         assert dict(found.metadata) == {"made": "before"}
 
 
+# --- files of later versions ---------------------------------------------------------------------
+
+
+def with_news(header):
+    """What a made-up 1.1 may write: fields and a way to fill blocks that 1.0 does not know."""
+    header.update(license="MIT")
+    header["config"].update(init="orthogonal", warmup=[1, 2])
+    for layer in header["layers"]:
+        layer["importance"] = 0.5
+
+
+class TestLaterFiles:
+    def test_what_is_usual_is_not_written(self, path):
+        disha.save_adapter(disha.inject_adapters(nn.Linear(4, 6), "", 2), path)
+        header = json.loads(reference_reader.container(path.read_bytes())[0])
+        (layer,) = header["layers"]
+        assert header.keys() == {"format", "config", "layers"}
+        assert header["config"] == {"r": 2, "target": ""}
+        assert layer.keys() == {"name", "layout", "r", "in", "out", "base"}
+
+    def test_what_is_new_and_harmless_is_overlooked(self, path, tokens):
+        model = trained()
+        disha.save_adapter(model, path)
+        rewritten(path, change_header=with_news)
+        other = base()
+        disha.load_adapter(other, path)
+        assert torch.equal(other(tokens), model(tokens))
+        assert reference_reader.read(path.read_bytes()).layers
+        disha.save_adapter(other, path)  # by 1.0: what was new is gone
+        assert "orthogonal" not in reference_reader.container(path.read_bytes())[0]
+
+
 # --- what is refused -----------------------------------------------------------------------------
 
 BAD_HEADERS = {
     "future version": (lambda h: h.update(format=2), "format 2.*upgrade"),
+    "what 1.0 lacks": (lambda h: h.update(needs=["turns"]), r"needs \['turns'\].*; upgrade disha"),
     "no version": (lambda h: h.pop("format") and None, "lacks the field 'format'"),
     "version as text": (lambda h: h.update(format="1"), "format must be an int"),
     "not JSON": (lambda h: "{", "is not of format 1"),
     "deep JSON": (lambda h: "[" * 100_000, "is not of format 1"),
     "a list": (lambda h: "[]", "not of format 1"),
     "no config": (lambda h: h.update(config=None), "config must be a JSON object, got None"),
-    "other method": (lambda h: h["config"].update(method="other"), "register the method first"),
+    "other method": (lambda h: h["config"].update(method="other"), "register the method first.*or upgrade"),
     "no layers": (lambda h: h.update(layers=[]), "tensors:\nthere is no layer\n"),
     "layers as text": (lambda h: h.update(layers="x"), "not of format 1"),
     "entry as text": (lambda h: h.update(layers=["x"]), "not of format 1"),
     "size 0": (lambda h: first_layer(h).update(r=0), "r must be at least 1"),
     "size as float": (lambda h: first_layer(h).update(r=2.0), "r must be an int"),
     "huge r": (lambda h: first_layer(h).update(r=10**30), "larger than in_features"),
-    "no scale": (lambda h: first_layer(h).pop("scale") and None, "lacks the field 'scale'"),
+    "no sizes": (lambda h: first_layer(h).pop("out") and None, "lacks the field 'out'"),
     "huge scale": (lambda h: first_layer(h).update(scale=1e39), "scale must be finite"),
     "layer twice": (lambda h: h["layers"].append(first_layer(h)), "listed 2 times"),
     "other name": (lambda h: first_layer(h).update(name="x"), "'x.bone_block' is missing"),
     "no name": (lambda h: first_layer(h).update(name=5), "the name of a layer must be text, got 5"),
-    "layout": (lambda h: first_layer(h).update(layout="in"), "unknown layout 'in'"),
+    "layout": (lambda h: first_layer(h).update(layout="in"), "unknown layout 'in'.*upgrade"),
     "rows": (lambda h: first_layer(h).update(rows=[[3, 1]]), "first < stop"),
     "fingerprint": (lambda h: first_layer(h).update(base=5), "base must be text, got 5"),
     "beside without tensor": (lambda h: h["also_train"].append("x"), "'x' is missing"),
@@ -303,14 +338,6 @@ class TestRefusals:
             path, key, change_header=lambda h: h["also_train"].append(key),
             change_tensors=lambda t: t.update({key: torch.ones(3, 12)}),
         )  # fmt: skip
-
-    def test_unknown_fields_are_overlooked(self, path, tokens):
-        model = trained()
-        disha.save_adapter(model, path)
-        rewritten(path, change_header=lambda header: first_layer(header).update(new=1))
-        other = base()
-        disha.load_adapter(other, path)
-        assert torch.equal(other(tokens), model(tokens))
 
     def test_regexes_of_a_file_are_never_run(self, path, tokens):
         model = trained()

@@ -135,15 +135,18 @@ def reasons_against_blocks(header: AdapterHeader) -> list[str]:
 
 
 def header_to_json(header: AdapterHeader) -> str:
-    """Return a header as JSON. The same header always gives the same text."""
+    """Return a header as JSON, without what is as usual. The same header gives the same text."""
+    usual = {**AdapterConfig(r=1).to_json(), "r": None}
+    settings = header.config.to_json()
     fields = {
         "format": FORMAT,
-        "config": header.config.to_json(),
+        "config": {name: value for name, value in settings.items() if value != usual[name]},
         "layers": [layer.entry() for layer in header.layers],
         "also_train": list(header.also_train),
         "metadata": dict(sorted(header.metadata.items())),
     }
-    return json.dumps(fields, separators=(",", ":"))
+    written = {name: value for name, value in fields.items() if value}
+    return json.dumps(written, separators=(",", ":"))
 
 
 # --- reading -------------------------------------------------------------------------------------
@@ -172,16 +175,24 @@ def parse_header(path: Path, text: str | None, tensors: Mapping[str, Tensor]) ->
 
 
 def _unfit(path: Path, problem: str) -> AdapterFileError:
-    return AdapterFileError(f"{path}: the header {problem}; get the file again")
+    return AdapterFileError(
+        f"{path}: the header {problem}; get the file again, or upgrade disha-torch"
+    )
 
 
 def _parsed(path: Path, found: Any, tensors: Mapping[str, Tensor]) -> AdapterFile:
-    version = found["format"]
+    found = {"needs": [], "also_train": [], "metadata": {}, **found}
+    version, needs = found["format"], found["needs"]
     check_positive_int("format", version)
     if version > FORMAT:  # it may have other fields
         raise AdapterFileError(
             f"{path} has format {brief(version)}, and this version of disha reads up to {FORMAT}; "
             "upgrade disha-torch"
+        )
+    if needs:  # what is named there changes the meaning of the file
+        raise AdapterFileError(
+            f"{path} needs {brief(needs)}, which this version of disha does not know; upgrade "
+            "disha-torch"
         )
     check_type("metadata", found["metadata"], dict, "a JSON object")
     for one in (*found["also_train"], *found["metadata"].values()):
@@ -191,7 +202,7 @@ def _parsed(path: Path, found: Any, tensors: Mapping[str, Tensor]) -> AdapterFil
     if isinstance(method, str) and method not in METHODS:
         raise AdapterFileError(
             f"{path} has blocks of the method {brief(method)}, which is unknown here; register the "
-            "method first (disha.functional.METHODS)"
+            "method first (disha.functional.METHODS), or upgrade disha-torch"
         )
     config = AdapterConfig.from_json(found["config"])
     return AdapterFile(
@@ -208,14 +219,14 @@ def _parsed(path: Path, found: Any, tensors: Mapping[str, Tensor]) -> AdapterFil
 
 def _layer(config: AdapterConfig, entry: Any) -> LayerRecord:
     name, base, padding = entry["name"], entry.get("base"), entry.get("padding_idx")
-    groups, rows = entry.get("groups", 1), entry.get("rows")
+    groups, rows, scale = entry.get("groups", 1), entry.get("rows"), entry.get("scale", 1)
     check_type("the name of a layer", name, str, "text")
     check_type("base", base, (str, type(None)), "text")
     check_type("padding_idx", padding, (int, type(None)), "an int")
     for what in ("r", "in", "out"):
         check_positive_int(what, entry[what])
     check_positive_int("groups", groups)
-    check_scale(entry["scale"])
+    check_scale(scale)
     return LayerRecord(
         name=name,
         method=config.method,
@@ -223,7 +234,7 @@ def _layer(config: AdapterConfig, entry: Any) -> LayerRecord:
         r_out=config.r_out,
         in_features=entry["in"],
         out_features=entry["out"],
-        scale=float(entry["scale"]),
+        scale=float(scale),
         base=base,
         layout=Layout(layout_of(entry["layout"]).pattern, groups, padding),
         rows=() if rows is None else checked_rows(name, rows),

@@ -53,7 +53,7 @@ class LayerRecord:
             "r": self.r,
             "in": self.in_features,
             "out": self.out_features,
-            "scale": self.scale,
+            "scale": None if self.scale == 1 else self.scale,
             "groups": None if self.layout.groups == 1 else self.layout.groups,
             "padding_idx": self.layout.padding_idx,
             "rows": [list(one) for one in self.rows] or None,
