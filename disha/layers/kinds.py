@@ -8,14 +8,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from torch import Tensor, nn
-from torch.nn.parameter import UninitializedParameter
+from torch import nn
 
 from disha.config import BLOCK_DTYPES
 from disha.errors import ArgumentTypeError
 from disha.functional import Layout, layout_of
 from disha.layers.blocks import Slot, original_class
 from disha.layers.opaque import opaque_slot
+from disha.layers.weights import matrix_weights
 
 Kind = Callable[[Any], Iterable[Slot]]
 """Module -> its weights."""
@@ -64,7 +64,7 @@ def _attention(module: Any) -> list[Slot]:
 def _experts(module: Any) -> list[Slot]:
     """Experts of transformers, whose modules declare their layout."""
     layout = Layout("expert in out" if module.is_transposed else "expert out in")
-    stacks = [n for n, p in module._parameters.items() if p is not None and p.dim() == 3]
+    stacks = [name for name, weight in matrix_weights(module).items() if weight.dim() == 3]
     return [slot_of(name, layout) for name in stacks]
 
 
@@ -172,14 +172,3 @@ def _is_plain(module: nn.Module) -> bool:
     plain = type(weight) is nn.Parameter and weight.dtype in BLOCK_DTYPES.values()
     return plain and type(module) in LAYER_KINDS and "forward" not in module.__dict__
 
-
-def matrix_parameters(module: nn.Module) -> list[str]:
-    """Return the names of a module's own parameters that are matrices or stacks of them."""
-    return [
-        name
-        for name, parameter in module._parameters.items()
-        if isinstance(parameter, Tensor)
-        and not isinstance(parameter, UninitializedParameter)
-        and parameter.dim() >= 2
-        and parameter.is_floating_point()
-    ]

@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
+from torch.nn.utils.parametrize import is_parametrized
 
 from disha import functional
 from disha.functional import Geometry
@@ -29,6 +31,20 @@ def read_weight(module: nn.Module, name: str) -> Any:
     finally:
         for part in trained:
             part.training = True
+
+
+def matrix_weights(module: nn.Module) -> dict[str, Tensor]:
+    """Return a module's own weights that are matrices or stacks of them, computed ones too."""
+    computed: Any = module.parametrizations if is_parametrized(module) else ()
+    weights = module._parameters | {name: read_weight(module, name) for name in computed}
+    return {
+        name: weight
+        for name, weight in weights.items()
+        if isinstance(weight, Tensor)
+        and not isinstance(weight, UninitializedParameter)
+        and weight.dim() >= 2
+        and weight.is_floating_point()
+    }
 
 
 def base_reader(original: type[nn.Module], name: str) -> Callable[[Any], Any]:

@@ -36,10 +36,10 @@ from disha.functional.products import update_of_part
 from disha.layers.adapted import AdaptedLayer
 from disha.layers.bitsandbytes import parameter_count
 from disha.layers.blocks import Slot, check_adapter_name
-from disha.layers.kinds import declared_slots, matrix_parameters, slot_of
+from disha.layers.kinds import declared_slots, slot_of
 from disha.layers.offloading import device_of_weight
 from disha.layers.opaque import quantisation_of
-from disha.layers.weights import read_weight, stored_weight, weight_shape
+from disha.layers.weights import matrix_weights, read_weight, stored_weight, weight_shape
 from disha.model.records import LayerRecord
 from disha.model.view import ModelParameter, ModelView
 from disha.sharding.imported import imported_class
@@ -89,7 +89,7 @@ class PlannedLayer:
     def shape(self) -> tuple[int, ...]:
         """The shape of the weight, with all of its rows."""
         if self.slot is None:
-            return tuple(self.module._parameters[self.attribute].shape)  # type: ignore[union-attr]
+            return tuple(read_weight(self.module, self.attribute).shape)
         return weight_shape(self.module, self.slot)
 
     @cached_property
@@ -361,7 +361,7 @@ def _layers_of(view: ModelView, config: AdapterConfig) -> list[PlannedLayer]:
         own = [PlannedLayer(module, names, slot.parameter, slot) for slot in slots]
         if not (slots and slots[0].opaque):
             known = [slot.parameter for slot in slots]
-            matrices = [name for name in matrix_parameters(module) if name not in known]
+            matrices = [name for name in matrix_weights(module) if name not in known]
             own += [PlannedLayer(module, names, name) for name in matrices]
         found += own or [PlannedLayer(module, names)]
     if not config.layouts and not config.rows:
@@ -374,7 +374,7 @@ def _as_declared(one: PlannedLayer, config: AdapterConfig) -> PlannedLayer:
     """Return a weight with the layout and the rows that the user declares."""
     pattern = next(iter(matching(config.layouts, one.parameter_names)), None)
     opaque = one.slot is not None and one.slot.opaque
-    if pattern is not None and not opaque and one.attribute in matrix_parameters(one.module):
+    if pattern is not None and not opaque and one.attribute in matrix_weights(one.module):
         layout = layout_of(config.layouts[pattern])
         reason = layout.reason_against_shape(one.shape)
         if reason is not None:
