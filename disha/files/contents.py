@@ -31,7 +31,7 @@ from disha.files.header import (
 )
 from disha.functional import METHODS
 from disha.layers.blocks import check_adapter_name
-from disha.layers.weights import base_of, geometry_of
+from disha.layers.weights import base_of, geometry_of, is_packed
 from disha.model import running_statistics
 from disha.model.fingerprints import fingerprint, same_base
 from disha.model.inject import apply_plan
@@ -286,7 +286,8 @@ def _record(one: ModelBlock, *, base: bool) -> LayerRecord:
 def _base_fingerprint(one: ModelBlock) -> str | None:
     """Return the fingerprint of an adapted weight's original, or None if it is quantised."""
     slot = one.block.slot
-    if slot.opaque:  # its values depend on how it is quantised, but an adapter fits all ways
+    # Quantised values depend on how it is done, but an adapter fits all ways.
+    if slot.opaque or is_packed(one.layer, slot.parameter):
         return None
     return fingerprint(slot.layout.part(base_of(one.layer, slot), slot.rows))
 

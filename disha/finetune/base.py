@@ -26,6 +26,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 import disha
 from disha.errors import ArgumentError, MissingPackageError
+from disha.layers.kinds import declared_slots
 
 BITS = ("bf16", "fp32", "8", "4")
 BASE_KEY = "base"  # the key of the note in an adapter file
@@ -51,6 +52,8 @@ def load_base(
         model = AutoModelForCausalLM.from_pretrained(source, **file, **options)
     except OSError as error:
         raise ArgumentError(f"can't load the base {name}: {error}") from error
+    if bits == "4":
+        _quantise_stacks(model)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return model, tokenizer
@@ -106,7 +109,18 @@ def _quantisation(name: str, bits: str, device: torch.device | None) -> BitsAndB
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=_dtype(bits, device),
+        bnb_4bit_quant_storage=_dtype(bits, device),  # accelerate shards no integers
     )
+
+
+def _quantise_stacks(model: PreTrainedModel) -> None:
+    """Quantise the stacks of experts, which transformers leaves as they are."""
+    from bitsandbytes.nn.parametrize import replace_parameter_4bit
+
+    for module in model.modules():
+        for slot in declared_slots(module):
+            if slot.layout.expert_dim is not None:
+                replace_parameter_4bit(module, slot.parameter, True, "nf4")
 
 
 def _require_causal(config: Any, name: str) -> None:

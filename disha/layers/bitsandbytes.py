@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import ParametrizationList
 
 from disha.errors import ModeError
 from disha.sharding.imported import imported_class
@@ -44,9 +45,11 @@ def _classes(*names: str) -> tuple[Any, ...]:
     return tuple(cls for cls in found if cls is not None)
 
 
-def parameter_count(parameter: Tensor) -> int:
-    """Return the number of values in a parameter; a packed one counts as unpacked."""
-    state = getattr(parameter, "quant_state", None)
+def parameter_count(module: nn.Module, parameter: Tensor) -> int:
+    """Return the number of values in a parameter of a module; a packed one counts as unpacked."""
+    # The first parametrization of a list has the state of its parameter.
+    owner = module[0] if isinstance(module, ParametrizationList) else parameter
+    state = getattr(owner, "quant_state", None)
     return parameter.numel() if state is None else torch.Size(state.shape).numel()
 
 

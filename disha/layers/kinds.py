@@ -6,16 +6,18 @@ To add a kind of layer: `register_layer_kind(MyLayer, {"weight": "out in"})`.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from disha.config import BLOCK_DTYPES
 from disha.errors import ArgumentTypeError
 from disha.functional import Layout, layout_of
 from disha.layers.blocks import Slot, original_class
 from disha.layers.opaque import opaque_slot
-from disha.layers.weights import matrix_weights
+from disha.layers.weights import matrix_weights, read_weight
 
 Kind = Callable[[Any], Iterable[Slot]]
 """Module -> its weights."""
@@ -163,7 +165,15 @@ def declared_slots(module: nn.Module) -> list[Slot]:
     slot = None if kind is not None and _is_plain(module) else opaque_slot(module)
     if slot is not None:
         return [slot]
-    return [] if kind is None else list(kind(module))
+    slots = [] if kind is None else list(kind(module))
+    return [_with_shape(module, slot) for slot in slots]
+
+
+def _with_shape(module: nn.Module, slot: Slot) -> Slot:
+    """Return a slot that knows the shape of a computed weight, which may not be read any more."""
+    if not is_parametrized(module, slot.parameter):
+        return slot
+    return replace(slot, shape=tuple(read_weight(module, slot.parameter).shape))
 
 
 def _is_plain(module: nn.Module) -> bool:

@@ -58,6 +58,14 @@ def base_reader(original: type[nn.Module], name: str) -> Callable[[Any], Any]:
     return lambda layer: layer.__dict__[name] if name in layer.__dict__ else looks_up(layer, name)
 
 
+def is_packed(module: nn.Module, name: str) -> bool:
+    """Whether a weight is computed from integers: a parametrization has quantised it."""
+    if not is_parametrized(module, name):
+        return False
+    stored = module.parametrizations[name].parameters(recurse=False)  # type: ignore[index, union-attr]
+    return not any(one.is_floating_point() for one in stored)
+
+
 def stored_weight(module: nn.Module, name: str) -> Tensor | None:
     """Return a stored weight, or the quantised one behind a dense one; None if it is computed."""
     adapters = module._modules.get(CHILD_NAME)

@@ -34,7 +34,6 @@ from disha.errors import ArgumentError, ArgumentTypeError, TargetError
 from disha.functional import Geometry, Update, layout_of, method_names, method_of
 from disha.functional.products import update_of_part
 from disha.layers.adapted import AdaptedLayer
-from disha.layers.bitsandbytes import parameter_count
 from disha.layers.blocks import Slot, check_adapter_name
 from disha.layers.kinds import declared_slots, slot_of
 from disha.layers.offloading import device_of_weight
@@ -722,13 +721,14 @@ def _with_counts(view: ModelView, plan: Plan) -> Plan:
     planned = {id(layer.module._parameters.get(layer.attribute)) for layer in plan.layers}
     shared = (one for one in view.parameters if len(one.names) > 1)
     tied = tuple(one.names for one in shared if id(one.value) in planned)
-    present = [one.block.block for one in view.blocks()]
-    trained = [block for block in present if block.requires_grad]
+    blocks = [one.block.block for one in view.blocks()]
+    total = plan.added + sum(block.numel() for block in blocks)
+    trainable = plan.added + sum(block.numel() for block in blocks if block.requires_grad)
     for one in view.parameters:
-        if not is_lazy(one.value):
-            present.append(one.value)
-            stays = not plan.freeze or one.is_claimed()
-            if one.name in plan.also_train or (stays and one.value.requires_grad):
-                trained.append(one.value)
-    trainable, total = (plan.added + sum(map(parameter_count, some)) for some in (trained, present))
+        if is_lazy(one.value):
+            continue
+        total += one.count
+        stays = not plan.freeze or one.is_claimed()
+        if one.name in plan.also_train or (stays and one.value.requires_grad):
+            trainable += one.count
     return replace(plan, tied=tied, trainable=trainable, total=total)

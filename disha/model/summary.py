@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from disha.layers.bitsandbytes import parameter_count
 from disha.model.view import ModelView
 from disha.text import table
 
@@ -98,9 +97,10 @@ def summary(model: nn.Module) -> Summary:
         )
         for name, layer, adapter, block in view.blocks()
     )
-    parameters = view.all_parameters()
+    trained = [one for one in view.all_parameters() if one.requires_grad]
+    blocks = sum(layer.parameters for layer in layers)
     return Summary(
-        trainable=sum(parameter_count(p) for p in parameters if p.requires_grad),
-        total=sum(parameter_count(p) for p in parameters),
+        trainable=sum(one.numel() for one in trained),  # a quantised weight is frozen
+        total=blocks + sum(one.count for one in view.parameters),
         layers=layers,
     )

@@ -16,6 +16,7 @@ from torch import nn
 from disha.effective.contexts import OPEN, current_context
 from disha.errors import ArgumentError, ArgumentTypeError, ModeError, TargetError
 from disha.layers.adapted import AdaptedLayer, refuse_merged
+from disha.layers.bitsandbytes import parameter_count
 from disha.layers.blocks import CHILD_NAME, Adapters, Block
 from disha.layers.gradient_flags import is_claimed
 from disha.sharding.imported import imported_class
@@ -92,6 +93,11 @@ class ModelParameter(NamedTuple):
     def is_claimed(self, adapter: str | None = None) -> bool:
         """Whether it trains with an adapter, or with any, because `also_train` named it."""
         return is_claimed(self.module, self.attribute, adapter)
+
+    @property
+    def count(self) -> int:
+        """The number of its values."""
+        return parameter_count(self.module, self.value)
 
 
 class ModelView:
