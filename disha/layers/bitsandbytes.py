@@ -45,9 +45,9 @@ def _classes(*names: str) -> tuple[Any, ...]:
     return tuple(cls for cls in found if cls is not None)
 
 
-def parameter_count(module: nn.Module, parameter: Tensor) -> int:
+def parameter_count(parameter: Tensor, module: nn.Module | None = None) -> int:
     """Return the number of values in a parameter of a module; a packed one counts as unpacked."""
-    # The first parametrization of a list has the state of its parameter.
+    # The state of a parametrised weight is in its parametrization.
     owner = module[0] if isinstance(module, ParametrizationList) else parameter
     state = getattr(owner, "quant_state", None)
     return parameter.numel() if state is None else torch.Size(state.shape).numel()

@@ -181,4 +181,3 @@ def _is_plain(module: nn.Module) -> bool:
     weight = module._parameters.get("weight")
     plain = type(weight) is nn.Parameter and weight.dtype in BLOCK_DTYPES.values()
     return plain and type(module) in LAYER_KINDS and "forward" not in module.__dict__
-

@@ -34,6 +34,7 @@ from disha.errors import ArgumentError, ArgumentTypeError, TargetError
 from disha.functional import Geometry, Update, layout_of, method_names, method_of
 from disha.functional.products import update_of_part
 from disha.layers.adapted import AdaptedLayer
+from disha.layers.bitsandbytes import parameter_count
 from disha.layers.blocks import Slot, check_adapter_name
 from disha.layers.kinds import declared_slots, slot_of
 from disha.layers.offloading import device_of_weight
@@ -722,8 +723,8 @@ def _with_counts(view: ModelView, plan: Plan) -> Plan:
     shared = (one for one in view.parameters if len(one.names) > 1)
     tied = tuple(one.names for one in shared if id(one.value) in planned)
     blocks = [one.block.block for one in view.blocks()]
-    total = plan.added + sum(block.numel() for block in blocks)
-    trainable = plan.added + sum(block.numel() for block in blocks if block.requires_grad)
+    total = plan.added + sum(map(parameter_count, blocks))
+    trainable = plan.added + sum(parameter_count(one) for one in blocks if one.requires_grad)
     for one in view.parameters:
         if is_lazy(one.value):
             continue

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from disha.layers.bitsandbytes import parameter_count
 from disha.model.view import ModelView
 from disha.text import table
 
@@ -97,10 +98,10 @@ def summary(model: nn.Module) -> Summary:
         )
         for name, layer, adapter, block in view.blocks()
     )
-    trained = [one for one in view.all_parameters() if one.requires_grad]
+    trained = (one for one in view.all_parameters() if one.requires_grad)
     blocks = sum(layer.parameters for layer in layers)
     return Summary(
-        trainable=sum(one.numel() for one in trained),  # a quantised weight is frozen
+        trainable=sum(map(parameter_count, trained)),
         total=blocks + sum(one.count for one in view.parameters),
         layers=layers,
     )

@@ -96,8 +96,8 @@ class ModelParameter(NamedTuple):
 
     @property
     def count(self) -> int:
-        """The number of its values."""
-        return parameter_count(self.module, self.value)
+        """Number of its values; a packed one counts as unpacked."""
+        return parameter_count(self.value, self.module)
 
 
 class ModelView:
