@@ -8,10 +8,10 @@ import pytest
 
 from disha.finetune import main
 from tests.conftest import once
-from tests.distributed import finetune, trainer_fsdp, transformers_parallel
+from tests.distributed import finetune, quantised, trainer_fsdp, transformers_parallel
 from tests.test_distributed import checks_in, launch
 
-SCRIPTS = (transformers_parallel, trainer_fsdp, finetune)
+SCRIPTS = (transformers_parallel, trainer_fsdp, quantised, finetune)
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ import disha
 from disha import ArgumentError, MissingPackageError
 from disha.finetune.base import BASE_KEY, base_note, best_device, load_base, noted_base
 from tests.finetune import tiny_gguf
+from tests.finetune.tiny_models import write_model
 
 
 @pytest.mark.parametrize(
@@ -26,6 +27,15 @@ def test_a_folder(tiny, bits, dtype):
 def test_bits(tiny, bits):
     model, _ = load_base(str(tiny), bits, torch.device("cpu"))
     assert getattr(model, f"is_loaded_in_{bits}bit")
+    assert torch.isfinite(model(torch.tensor([[5, 6, 7]])).logits).all()
+
+
+def test_four_bits_of_experts(tmp_path):
+    model, _ = load_base(str(write_model(tmp_path, "Mixtral")), "4", torch.device("cpu"))
+    layer = model.model.layers[0]
+    for name in ("gate_up_proj", "down_proj"):
+        assert layer.mlp.experts.parametrizations[name].original.dtype == torch.uint8
+    assert layer.self_attn.q_proj.weight.dtype == torch.float32  # accelerate shards no integers
     assert torch.isfinite(model(torch.tensor([[5, 6, 7]])).logits).all()
 
 

@@ -121,7 +121,8 @@ class TestBases:
 
     @pytest.mark.parametrize("bits", ["4", "8"])
     def test_bits(self, finetune, tmp_path, bits):
-        result = finetune(tmp_path / "out", "--bits", bits)
+        base = write_model(tmp_path / "base", "Mixtral")
+        result = finetune(tmp_path / "out", "--bits", bits, base=base)
         assert result.losses[6] < result.losses[0]
         assert {block.dtype for block in result.blocks().values()} == {torch.float32}
 

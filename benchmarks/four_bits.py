@@ -1,0 +1,89 @@
+"""The memory of a training step of a Mixtral in 4 bits, divided by that in 16 bits.
+
+    python -m benchmarks.four_bits
+
+Memory is what the model stores, and the most that the allocator gives out in a step beyond that:
+activations, gradients, the optimizer, and dequantised stacks. Without activation checkpointing,
+autograd keeps each dequantised stack until its backward.
+"""
+
+from __future__ import annotations
+
+import torch
+from bitsandbytes.nn import LinearNF4
+from bitsandbytes.nn.parametrize import replace_parameter_4bit
+from torch import nn
+from transformers import MixtralConfig, MixtralForCausalLM
+
+import disha
+from benchmarks.memory import allocated_peak
+
+LAYERS, WIDTH, INNER, EXPERTS, TOKENS = 16, 128, 256, 8, 64
+
+
+def mixtral(dtype: torch.dtype = torch.bfloat16) -> MixtralForCausalLM:
+    """Return a Mixtral of 13 million parameters, with random weights."""
+    torch.manual_seed(0)
+    config = MixtralConfig(
+        vocab_size=256,
+        hidden_size=WIDTH,
+        intermediate_size=INNER,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=EXPERTS,
+    )
+    return MixtralForCausalLM(config).to(dtype)
+
+
+def quantise_stacks(model: nn.Module) -> nn.Module:
+    """Quantise the stacks of experts."""
+    for name, module in list(model.named_modules()):
+        if name.endswith("experts"):
+            for stack in ("gate_up_proj", "down_proj"):
+                replace_parameter_4bit(module, stack, compress_statistics=True)
+    return model
+
+
+def quantise(model: nn.Module, storage: torch.dtype = torch.uint8) -> nn.Module:
+    """Quantise the stacks of experts, and the linear layers of attention."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear) and name.endswith("_proj"):
+            sizes = module.in_features, module.out_features, module.bias is not None
+            layer = LinearNF4(*sizes, module.weight.dtype, quant_storage=storage)
+            layer.load_state_dict(module.state_dict())
+            model.set_submodule(name, layer.to("cpu"))  # quantises
+    return quantise_stacks(model)
+
+
+def step_bytes(model: nn.Module, *, checkpointing: bool, **options: object) -> int:
+    """Return the bytes of a model, and of a training step with an adapter."""
+    stored = sum(tensor.nbytes for tensor in model.state_dict().values())
+    disha.inject_adapters(model, "all-linear", r=8, dtype=torch.bfloat16, **options)
+    if checkpointing:
+        model.activation_checkpointing_enable()
+    model.train()
+    optimizer = torch.optim.AdamW(disha.adapter_parameters(model))
+    tokens = torch.arange(TOKENS)[None]
+
+    def step() -> None:
+        model(tokens, labels=tokens, use_cache=False).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    step()  # the optimizer makes its state
+    return stored + allocated_peak(step, torch.device("cpu"))
+
+
+def share(*, checkpointing: bool = True, **options: object) -> float:
+    """Return the memory of a step in 4 bits, divided by that in 16 bits."""
+    few, many = (
+        step_bytes(model, checkpointing=checkpointing, **options)
+        for model in (quantise(mixtral()), mixtral())
+    )
+    return few / many
+
+
+if __name__ == "__main__":
+    print(f"with activation checkpointing    {share():.2f}")
+    print(f"without activation checkpointing {share(checkpointing=False):.2f}")
