@@ -269,7 +269,10 @@ BAD_HEADERS = {
     "deep JSON": (lambda h: "[" * 100_000, "is not of format 1"),
     "a list": (lambda h: "[]", "not of format 1"),
     "no config": (lambda h: h.update(config=None), "config must be a JSON object, got None"),
-    "other method": (lambda h: h["config"].update(method="other"), "register the method first.*or upgrade"),
+    "other method": (
+        lambda h: h["config"].update(method="other"),
+        "register the method first.*or upgrade",
+    ),
     "no layers": (lambda h: h.update(layers=[]), "tensors:\nthere is no layer\n"),
     "layers as text": (lambda h: h.update(layers="x"), "not of format 1"),
     "entry as text": (lambda h: h.update(layers=["x"]), "not of format 1"),
