@@ -26,7 +26,6 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 import disha
 from disha.errors import ArgumentError, MissingPackageError
-from disha.layers.kinds import declared_slots
 
 BITS = ("bf16", "fp32", "8", "4")
 BASE_KEY = "base"  # the key of the note in an adapter file
@@ -117,10 +116,9 @@ def _quantise_stacks(model: PreTrainedModel) -> None:
     """Quantise the stacks of experts, which transformers leaves as they are."""
     from bitsandbytes.nn.parametrize import replace_parameter_4bit
 
-    for module in model.modules():
-        for slot in declared_slots(module):
-            if slot.layout.expert_dim is not None:
-                replace_parameter_4bit(module, slot.parameter, True, "nf4")
+    for layer in disha.plan_adapters(model, ".", r=1).layers:
+        if layer.slot and layer.slot.layout.expert_dim is not None:
+            replace_parameter_4bit(layer.module, layer.attribute, True, "nf4")
 
 
 def _require_causal(config: Any, name: str) -> None:

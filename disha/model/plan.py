@@ -728,8 +728,8 @@ def _with_counts(view: ModelView, plan: Plan) -> Plan:
     for one in view.parameters:
         if is_lazy(one.value):
             continue
-        total += one.count
+        total += one.size
         stays = not plan.freeze or one.is_claimed()
         if one.name in plan.also_train or (stays and one.value.requires_grad):
-            trainable += one.count
+            trainable += one.size
     return replace(plan, tied=tied, trainable=trainable, total=total)

@@ -102,6 +102,6 @@ def summary(model: nn.Module) -> Summary:
     blocks = sum(layer.parameters for layer in layers)
     return Summary(
         trainable=sum(map(parameter_count, trained)),
-        total=blocks + sum(one.count for one in view.parameters),
+        total=blocks + sum(one.size for one in view.parameters),
         layers=layers,
     )

@@ -95,7 +95,7 @@ class ModelParameter(NamedTuple):
         return is_claimed(self.module, self.attribute, adapter)
 
     @property
-    def count(self) -> int:
+    def size(self) -> int:
         """Number of its values; a packed one counts as unpacked."""
         return parameter_count(self.value, self.module)
 
