@@ -14,7 +14,6 @@ from disha.effective.products import linear_product
 from disha.effective.rules import rule
 from disha.effective.views import chunk
 from disha.effective.weight import EffectiveWeight, computed, effective
-from disha.errors import ArgumentError
 
 
 @rule(F.multi_head_attention_forward)
@@ -37,23 +36,18 @@ def _attention(
         kwargs |= {"use_separate_proj_weight": True, **dict(zip(names, parts))}
         in_proj_weight = None
     args = (embed_dim_to_check, num_heads, in_proj_weight, *args)
-    if any(getattr(value, "routed", None) for value in (*args, *kwargs.values())):
-        if query.dim() != 3:
-            raise ArgumentError(
-                "route_adapters needs samples, but an attention got a query without a batch "
-                f"dimension, of shape {tuple(query.shape)}; pass a batch, or use one adapter at a "
-                "time"
-            )
-        batch = query.shape[1]
-        args = tuple(_in_batch(value, batch) for value in args)
-        kwargs = {name: _in_batch(value, batch) for name, value in kwargs.items()}
+    args = tuple([_in_attention(value, query) for value in args])
+    kwargs = {name: _in_attention(value, query) for name, value in kwargs.items()}
     return _ATTENTION.multi_head_attention_forward(query, key, value, *args, **kwargs)
 
 
-def _in_batch(value: Any, batch: int) -> Any:
-    if not isinstance(value, EffectiveWeight) or value.routed is None:
+def _in_attention(value: Any, query: Tensor) -> Any:
+    if not isinstance(value, EffectiveWeight):
         return value
-    return effective(value.base, value.axes, (), value.routed._replace(batch=batch))
+    updates = value.updates.in_attention(query)
+    if updates is value.updates:
+        return value
+    return effective(value.base, value.weight_layout, updates)
 
 
 def _attention_linear(input: Any, weight: Any, bias: Any = None) -> Any:

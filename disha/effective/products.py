@@ -14,8 +14,6 @@ from disha.effective.rules import RULES, Rule, rule, rules
 from disha.effective.views import is_index, item_of, turned
 from disha.effective.weight import EffectiveWeight, compute_first
 from disha.functional import adapted_linear
-from disha.functional.products import Product
-from disha.functional.routed import routed_linear, routed_product
 
 
 def _is_dense(input: Tensor) -> bool:
@@ -27,11 +25,9 @@ def _is_dense(input: Tensor) -> bool:
 def linear_product(input: Any, weight: Any, bias: Any = None) -> Any:
     if isinstance(input, EffectiveWeight) or isinstance(bias, EffectiveWeight):
         return NotImplemented
-    if weight.axes.pattern != "out in" or not _is_dense(input):
+    if weight.weight_layout.pattern != "out in" or not _is_dense(input):
         return NotImplemented
-    if weight.routed is None:
-        return adapted_linear(input, weight.base, bias, weight.updates)
-    return routed_linear(input, weight.base, bias, weight.axes, weight.routed)
+    return weight.updates.linear(input, weight.base, bias)
 
 
 @rule("matmul __matmul__")
@@ -42,10 +38,11 @@ def _matmul(input: Any, other: Any) -> Any:
     if not _is_dense(input):
         return NotImplemented
     transposed = turned(other)
-    if other.axes.pattern == "in out":
+    if other.weight_layout.pattern == "in out":
         return linear_product(input, transposed)
-    if other.axes.pattern == "expert in out" and input.dim() == 3 and other.routed is None:
-        return functional.adapted_stack(input, transposed.base, transposed.updates)
+    updates = other.updates.of_all_samples
+    if other.weight_layout.pattern == "expert in out" and input.dim() == 3 and updates is not None:
+        return functional.adapted_stack(input, transposed.base, updates)
     return NotImplemented
 
 
@@ -60,11 +57,11 @@ def _mv(input: Any, vec: Any) -> Any:
 
 
 def _weight_first(weight: EffectiveWeight, x: Tensor) -> Any:
-    layout, base, updates = weight.axes, weight.base, weight.updates
+    layout, base, updates = weight.weight_layout, weight.base, weight.updates.of_all_samples
     if layout.pattern == "out in" and x.dim() == 1:
         return linear_product(x, weight)
     matrix, stack = layout.pattern == "out in", layout.pattern == "expert out in" and x.dim() == 3
-    if not (matrix or stack) or weight.routed is not None or not _is_dense(x):
+    if not (matrix or stack) or updates is None or not _is_dense(x):
         return NotImplemented
     if all(update.method.reduces for update in updates):
 
@@ -79,7 +76,7 @@ def _weight_first(weight: EffectiveWeight, x: Tensor) -> Any:
 
 @rule("addmm")
 def _addmm(input: Any, mat1: Any, mat2: Any, *, beta: float = 1, alpha: float = 1) -> Any:
-    if not isinstance(mat2, EffectiveWeight) or mat2.axes.pattern != "in out":
+    if not isinstance(mat2, EffectiveWeight) or mat2.weight_layout.pattern != "in out":
         return NotImplemented
     if isinstance(mat1, EffectiveWeight) or input.dim() != 1 or (beta, alpha) != (1, 1):
         return NotImplemented
@@ -91,14 +88,12 @@ def _grouped(multiply: Callable[..., Tensor]) -> Rule:
     def grouped(input: Any, weight: Any, offs: Any = None, *more: Any, **named: Any) -> Any:
         if not isinstance(weight, EffectiveWeight) or isinstance(input, EffectiveWeight):
             return NotImplemented
-        if weight.axes.pattern != "expert in out" or weight.routed is not None:
+        updates = weight.updates.of_all_samples
+        if weight.weight_layout.pattern != "expert in out" or updates is None:
             return NotImplemented
         if more or any(value is not None for value in named.values()) or offs is None:
             return NotImplemented
-        transposed = turned(weight)
-        return functional.adapted_grouped(
-            multiply, input, transposed.base, offs, transposed.updates
-        )
+        return functional.adapted_grouped(multiply, input, turned(weight).base, offs, updates)
 
     return grouped
 
@@ -112,27 +107,11 @@ def _grouped_of_transformers(*args: Any, **kwargs: Any) -> Tensor:
 RULES["transformers::grouped_mm_fallback"] = _grouped(_grouped_of_transformers)
 
 
-def _product(
-    multiply: Product,
-    input: Any,
-    weight: EffectiveWeight,
-    bias: Any,
-    has_samples: bool,
-    groups: int = 1,
-) -> Tensor:
-    base, layout = weight.base, weight.axes
-    if weight.routed is not None:
-        return routed_product(
-            multiply, input, base, bias, layout, weight.routed, has_samples, groups
-        )
-    return functional.adapted_product(multiply, input, base, bias, layout, weight.updates, groups)
-
-
 @rules(F.conv1d, F.conv2d, F.conv3d)
 @rules(F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
 def _conv(func: Callable[..., Tensor]) -> Rule:
     def conv(input: Any, weight: Any, bias: Any = None, *args: Any, **kwargs: Any) -> Any:
-        if not isinstance(weight, EffectiveWeight) or not weight.axes.has_kernel:
+        if not isinstance(weight, EffectiveWeight) or not weight.weight_layout.has_kernel:
             return NotImplemented
 
         def convolve(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
@@ -140,7 +119,8 @@ def _conv(func: Callable[..., Tensor]) -> Rule:
 
         # After the bias: stride, padding, then dilation or output_padding, then groups.
         groups = args[3] if len(args) > 3 else kwargs.get("groups", 1)
-        return _product(convolve, input, weight, bias, input.dim() == weight.base.dim(), groups)
+        base, layout = weight.base, weight.weight_layout
+        return weight.updates.product(convolve, input, base, bias, layout, groups)
 
     return conv
 
@@ -155,7 +135,7 @@ def _embedding(
     scale_grad_by_freq: bool = False,
     sparse: bool = False,
 ) -> Any:
-    if not isinstance(weight, EffectiveWeight) or weight.axes.pattern != "index out":
+    if not isinstance(weight, EffectiveWeight) or weight.weight_layout.pattern != "index out":
         return NotImplemented
     if not _is_dense(input) or scale_grad_by_freq or max_norm is not None:
         # Torch changes the rows, or the gradient, of the computed weight, whose gradient is dense.
@@ -166,13 +146,14 @@ def _embedding(
         own = sparse and table is weight.base  # a computed weight needs a dense gradient
         return F.embedding(indices, table, padding_idx, None, 2.0, False, own)
 
-    return _product(look_up, input, weight, None, input.dim() >= 1)
+    return weight.updates.product(look_up, input, weight.base, None, weight.weight_layout)
 
 
 @rule(Tensor.__getitem__)
 def _item(weight: Any, index: Any) -> Any:
     """Look rows of a table up, or view a part of the weight."""
-    if weight.axes.pattern == "index out" and isinstance(index, Tensor) and is_index(index):
+    looks_up = weight.weight_layout.pattern == "index out"
+    if looks_up and isinstance(index, Tensor) and is_index(index):
         # Unlike a lookup, an index may count from the end.
         return _embedding(torch.where(index < 0, index + weight.base.shape[0], index), weight)
     return item_of(weight, index)

@@ -10,26 +10,34 @@ from disha.effective.weight import EffectiveWeight, effective
 from disha.errors import ModeError
 from disha.functional import Layout, Update
 from disha.functional.products import update_of_part
+from disha.functional.updates import Updates
 from disha.sharding.tensor_parallel import Split
 
 
 def effective_part(
-    local: Tensor, split: Split, layout: Layout, updates: Sequence[Update]
+    local: Tensor, split: Split, layout: Layout, updates: Updates
 ) -> EffectiveWeight:
     """Return the effective weight of this rank's part of a weight with these updates."""
-    own: list[Update] = []
-    for update in updates:
-        if update.dropout:
-            raise ModeError(
-                "the adapter's dropout can't act here: each rank would drop different inputs of a "
-                "tensor-parallel weight; use dropout=0"
-            )
-        update = update._replace(block=split.summed(update.block))
-        some = update_of_part(update, layout, split.shape, split.part)
-        if some is None:
-            raise ModeError(
-                f"an adapter can't act: its weight is placed as {split.placements}, and its block "
-                "can't be cut in the same way; inject after the weight is placed"
-            )
-        own += some
-    return effective(local, layout.of_part(split.part), tuple(own))
+
+    def of_part(every: Sequence[Update]) -> Sequence[Update] | None:
+        found: list[Update] = []
+        for update in every:
+            if update.dropout:
+                raise ModeError(
+                    "the adapter's dropout can't act here: each rank would drop different inputs "
+                    "of a tensor-parallel weight; use dropout=0"
+                )
+            update = update._replace(block=split.summed(update.block))
+            cut = update_of_part(update, layout, split.shape, split.part)
+            if cut is None:
+                return None
+            found += cut
+        return found
+
+    of_rank = updates.changed(of_part)
+    if of_rank is None:
+        raise ModeError(
+            f"an adapter can't act: its weight is placed as {split.placements}, and its block "
+            "can't be cut in the same way; inject after the weight is placed"
+        )
+    return effective(local, layout.of_part(split.part), of_rank)

@@ -12,33 +12,23 @@ from disha.effective.rules import Rule, rule, rules
 from disha.effective.weight import EffectiveWeight, base_of, effective
 from disha.functional import Layout, Update
 from disha.functional.products import updates_of_rows
+from disha.functional.updates import Change, Updates
 
 
-def _mapped(
-    weight: EffectiveWeight,
-    base: Tensor,
-    layout: Layout,
-    change: Callable[[Sequence[Update]], Sequence[Update] | None],
-) -> Any:
-    """Return a view with its updates changed; NotImplemented if `change` returns None."""
-    updates, routed = change(weight.updates), weight.routed
+def _mapped(weight: EffectiveWeight, base: Tensor, layout: Layout, change: Change) -> Any:
+    """Return a view with its updates changed; NotImplemented if a block can't be cut there."""
+    updates = weight.updates.changed(change)
     if updates is None:
         return NotImplemented
-    if routed is not None:
-        own = {adapter: change(some) for adapter, some in routed.updates.items()}
-        kept = {adapter: tuple(some) for adapter, some in own.items() if some is not None}
-        if len(kept) < len(own):
-            return NotImplemented
-        routed = routed._replace(updates=kept)
-    return effective(base, layout, tuple(updates), routed) if updates or routed else base
+    return effective(base, layout, updates) if updates.every else base
 
 
 @rule("mT")
 def turned(weight: Any) -> Any:
-    layout = weight.axes.turned()
+    layout = weight.weight_layout.turned()
     if layout is None:
         return NotImplemented
-    return effective(torch.transpose(weight.base, -2, -1), layout, weight.updates, weight.routed)
+    return effective(torch.transpose(weight.base, -2, -1), layout, weight.updates)
 
 
 @rule("t T")
@@ -66,7 +56,7 @@ def is_index(index: Any) -> bool:
 
 def item_of(weight: Any, index: Any) -> Any:
     """Return one or several matrices of a stack, or rows of a matrix."""
-    layout, base = weight.axes, weight.base
+    layout, base = weight.weight_layout, weight.base
     if layout.expert_dim == 0 and is_index(index):
         is_single = isinstance(index, int) or index.dim() == 0
         if not is_single and index.dim() != 1:
@@ -96,7 +86,7 @@ def rows_of(weight: Any, start: int, stop: int) -> Any:
     def of_rows(updates: Sequence[Update]) -> Sequence[Update] | None:
         return updates_of_rows(updates, start, stop, size)
 
-    return _mapped(weight, weight.base[start:stop], weight.axes, of_rows)
+    return _mapped(weight, weight.base[start:stop], weight.weight_layout, of_rows)
 
 
 @rule("split")
@@ -112,7 +102,7 @@ def chunk(weight: Any, chunks: int, dim: int = 0) -> Any:
 
 
 def _in_parts(weight: Any, sizes: Sequence[int], dim: int) -> Any:
-    if weight.axes.pattern != "out in" or dim not in (0, -2):
+    if weight.weight_layout.pattern != "out in" or dim not in (0, -2):
         return NotImplemented
     parts, start = [], 0
     for size in sizes:
@@ -123,19 +113,20 @@ def _in_parts(weight: Any, sizes: Sequence[int], dim: int) -> Any:
 
 @rule("unbind")
 def _unbind(weight: Any, dim: int = 0) -> Any:
-    layout = weight.axes
+    layout = weight.weight_layout
     if dim or layout.expert_dim != 0:
         return NotImplemented
-    if weight.routed is not None or not weight.updates:
+    updates = weight.updates.of_all_samples
+    if not updates:
         return tuple(item_of(weight, index) for index in range(weight.base.shape[0]))
-    each = zip(*(update.unstack() for update in weight.updates))
+    each = zip(*(update.unstack() for update in updates))
     item, bases = layout.of_one_expert(), weight.base.unbind(0)
-    return tuple(effective(base, item, own) for base, own in zip(bases, each))
+    return tuple(effective(base, item, Updates(own)) for base, own in zip(bases, each))
 
 
 @rule("index_select select")
 def _select(weight: Any, dim: int, index: Any) -> Any:
-    return item_of(weight, index) if dim == 0 == weight.axes.expert_dim else NotImplemented
+    return item_of(weight, index) if dim == 0 == weight.weight_layout.expert_dim else NotImplemented
 
 
 @rules("to type type_as float double half bfloat16 contiguous")
@@ -147,7 +138,7 @@ def _cast(func: Callable[..., Any]) -> Rule:
             return base  # another tensor, cast like this weight; or `type()` without arguments
         if not base.is_floating_point() or base.device != weight.base.device:
             return NotImplemented  # the blocks stay on their device
-        return effective(base, weight.axes, weight.updates, weight.routed)
+        return effective(base, weight.weight_layout, weight.updates)
 
     return cast
 
@@ -158,6 +149,6 @@ def _detach(func: Callable[..., Any]) -> Rule:
         def detached(updates: Sequence[Update]) -> Sequence[Update]:
             return [update._replace(block=func(update.block)) for update in updates]
 
-        return _mapped(weight, func(weight.base), weight.axes, detached)
+        return _mapped(weight, func(weight.base), weight.weight_layout, detached)
 
     return detach

@@ -25,11 +25,10 @@ import torch
 import torch._C._dynamo.eval_frame as _frames
 from torch import Tensor
 
-from disha import functional
 from disha.effective.rules import RULES
 from disha.errors import ArgumentError, ModeError
-from disha.functional import Layout, Update
-from disha.functional.routed import Routed
+from disha.functional import Layout
+from disha.functional.updates import Updates
 
 PLAIN = (Tensor, torch.nn.Parameter)
 """The classes of weights that an effective weight can be an alias of."""
@@ -39,9 +38,8 @@ class EffectiveWeight(Tensor):
     """W + sum of s dW, not computed: an alias of W that carries the updates."""
 
     base: Tensor
-    axes: Layout  # in torch, the attribute `layout` has another meaning
-    updates: tuple[Update, ...]  # of all samples
-    routed: Routed | None  # those of single samples
+    weight_layout: Layout  # in torch, the attribute `layout` has another meaning
+    updates: Updates
 
     @classmethod
     def __torch_function__(
@@ -90,7 +88,7 @@ class AbsentWeight(EffectiveWeight):
     """An effective weight whose W is on the meta device and whose blocks are not: only facts."""
 
     @property
-    def updates(self) -> tuple[Update, ...]:  # type: ignore[override]
+    def updates(self) -> Updates:  # type: ignore[override]
         """Raise: a product with W would be uninitialised memory."""
         raise ModeError(
             "an adapted weight is on the meta device, where it has no values, and its block is "
@@ -110,34 +108,18 @@ def start_no_graph(function: Any) -> None:
 start_no_graph(vars(EffectiveWeight)["__torch_function__"].__func__)
 
 
-def effective(
-    base: Tensor,
-    layout: Layout,
-    updates: tuple[Update, ...],
-    routed: Routed | None = None,
-) -> EffectiveWeight:
+def effective(base: Tensor, layout: Layout, updates: Updates) -> EffectiveWeight:
     """Return the effective weight of W, with its layout and updates."""
     weight: Any = base.as_subclass(EffectiveWeight)
     weight.base = base
-    weight.axes = layout
+    weight.weight_layout = layout
     weight.updates = updates
-    weight.routed = routed
     return weight  # type: ignore[no-any-return]
 
 
 def computed(weight: EffectiveWeight) -> Tensor:
     """Return W + sum of s dW as a plain tensor, with its graph."""
-    if weight.routed is not None:
-        raise ModeError(
-            "samples can't be routed here: this operation needs one computed weight for all "
-            "samples; use one adapter at a time, or exclude the weight"
-        )
-    if any(update.dropout for update in weight.updates):
-        raise ModeError(
-            "the adapter's dropout can't act here: it drops inputs, and this operation needs a "
-            "computed weight; use dropout=0, or exclude the weight"
-        )
-    return functional.computed_weight(weight.base, weight.axes, weight.updates)
+    return weight.updates.computed(weight.base, weight.weight_layout)
 
 
 def compute_first(
@@ -173,7 +155,8 @@ def _refuse_to_lose_gradients(args: Sequence[Any], kwargs: Mapping[str, Any]) ->
     """Raise if a product that trains goes into `out=`, without gradients (losses of trl do so)."""
     operands = [*args, *(value for name, value in kwargs.items() if name != "out")]
     for one in operands:
-        if isinstance(one, EffectiveWeight) and any(up.block.requires_grad for up in one.updates):
+        updates = one.updates.every if isinstance(one, EffectiveWeight) else ()
+        if any(update.block.requires_grad for update in updates):
             raise ModeError(
                 f"a product with an adapted weight of shape {tuple(one.shape)} can't go into out=, "
                 "because its block would get no gradient. If a trainer computes its loss from the "

@@ -81,9 +81,9 @@ def _sources(written: Any, *sources: Any) -> tuple[Any, ...]:
 
 def _same_blocks(one: EffectiveWeight, other: EffectiveWeight) -> bool:
     """Whether two effective weights have the updates of the same blocks."""
-    pairs = zip(one.updates, other.updates)
-    same = all(a.block.is_set_to(b.block) for a, b in pairs)
-    return same and len(one.updates) == len(other.updates)
+    mine, theirs = one.updates.every, other.updates.every
+    same = all(a.block.is_set_to(b.block) for a, b in zip(mine, theirs))
+    return same and len(mine) == len(theirs)
 
 
 @rule(Tensor.data.__set__)  # type: ignore[attr-defined]

@@ -1,8 +1,7 @@
 """Routing: each sample of a batch goes through its own adapter.
 
-A `Route` says which adapter each sample has, a `Routed` which updates of one weight that means. The
-two products below give each sample its own updates. A linear product takes the cheapest of four
-ways:
+A `Route` says which adapter each sample has, a `Routed` which updates of one weight that means. Its
+products give each sample its own updates. A linear product takes the cheapest of four ways:
 
 - all samples have the same adapter: the usual product;
 - a method does not reduce to shard sums: one product for each run of samples with one adapter;
@@ -12,21 +11,20 @@ ways:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from disha import functional
-from disha.errors import ArgumentError
+from disha.errors import ArgumentError, ModeError
 from disha.functional import Layout, Update, adapted_linear
 from disha.functional.bone import routed_delta
-from disha.functional.products import Product, reduced_updates, update_product
+from disha.functional.products import MATRIX, reduced_updates
 from disha.functional.shard_sums import scaled, shard_sums
+from disha.functional.updates import Change, DeltaOf, Updates
 from disha.text import counted
 
 Run = tuple[str | None, int]
@@ -107,88 +105,93 @@ class Route:
         return self._kept[key]
 
 
-class Routed(NamedTuple):
+class Routed(Updates):
     """The updates of a weight, by adapter, when each sample has its own adapter."""
 
-    route: Route
-    updates: Mapping[str, tuple[Update, ...]]
-    batch: int = 0  # their number if samples are the second dimension, as in torch's attention
+    def __init__(
+        self,
+        route: Route,
+        by_adapter: Mapping[str, tuple[Update, ...]],
+        batch: int = 0,  # the number of samples if they are the second dimension
+    ) -> None:
+        super().__init__(tuple([one for updates in by_adapter.values() for one in updates]))
+        self.of_all_samples = None  # also for a route with one adapter: what works must with two
+        self.route = route
+        self.by_adapter = by_adapter
+        self.batch = batch
 
-    @property
-    def of_all(self) -> tuple[Update, ...] | None:
-        """The updates of all samples, if they have the same adapter or none; or else None."""
-        names = self.route.names
-        return self.updates.get(names[0] or "", ()) if len(set(names)) == 1 else None
+    def of_input(
+        self, x: Tensor, shape: Sequence[int], layout: Layout
+    ) -> tuple[Update, ...] | None:
+        """Return the updates for the samples of an input, or None if these have their own.
 
-    def check(self, input: Tensor, shape: Sequence[int] | None, has_samples: bool) -> None:
-        """Raise unless an input has samples first, a multiple of the number of names."""
-        if not has_samples:
+        Raise unless the input has samples first, a multiple of the number of names.
+        """
+        # One input is a vector, an index, or channels with as many positions as the kernel.
+        if x.dim() < len(shape) - (layout.pattern == "index out"):
             raise ArgumentError(
                 "route_adapters needs samples along the leading dimension of each input, and a "
-                f"weight of shape {tuple(shape or ())} got an input of shape {tuple(input.shape)}; "
+                f"weight of shape {tuple(shape)} got an input of shape {tuple(x.shape)}; "
                 "pass a batch, or use one adapter at a time"
             )
-        self.route.parts(input.shape[0])
+        self.route.parts(x.shape[0])
+        names = self.route.names
+        return self.by_adapter.get(names[0] or "", ()) if len(set(names)) == 1 else None
 
-    def added(
-        self, output: Tensor, input: Tensor, delta_of: Callable[[Tensor, Update], Tensor]
-    ) -> Tensor:
+    def changed(self, change: Change) -> Updates | None:
+        """Return the updates of a view, or None if there are none."""
+        views = {adapter: change(updates) for adapter, updates in self.by_adapter.items()}
+        found = {adapter: tuple(own) for adapter, own in views.items() if own is not None}
+        return Routed(self.route, found, self.batch) if len(found) == len(views) else None
+
+    def in_attention(self, query: Tensor) -> Updates:
+        """Return the updates for torch's attention, where samples are the second dimension."""
+        if query.dim() != 3:
+            raise ArgumentError(
+                "route_adapters needs samples, but an attention got a query without a batch "
+                f"dimension, of shape {tuple(query.shape)}; pass a batch, or use one adapter at a "
+                "time"
+            )
+        return Routed(self.route, self.by_adapter, query.shape[1])
+
+    def computed(self, weight: Tensor, layout: Layout) -> Tensor:
+        """Raise: no one weight is that of all samples."""
+        raise ModeError(
+            "samples can't be routed here: this operation needs one computed weight for all "
+            "samples; use one adapter at a time, exclude the weight, or export with strict=True"
+        )
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Return the product of a linear layer, whose weight is (out, in)."""
+        if self.batch:
+            # Samples are the second dimension, or the first two dimensions are flattened.
+            first = x.reshape(-1, self.batch, x.shape[-1]).transpose(0, 1)
+            output = Routed(self.route, self.by_adapter).linear(first, weight, bias)
+            return output.transpose(0, 1).contiguous().view(*x.shape[:-1], output.shape[-1])
+        same = self.of_input(x, weight.shape, MATRIX)
+        if same is not None or not x.shape[0]:
+            return adapted_linear(x, weight, bias, same or ())
+        if not all(update.method.reduces for update in self.every):
+            return _linear_by_adapter(x, weight, bias, self)
+        alike = _alike(self.by_adapter, weight.shape[0])
+        if alike is None:
+            return self.product(F.linear, x, weight, bias, MATRIX)
+        output = F.linear(x, weight, bias)
+        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+            choices = self.route.choices(list(alike), x.device)
+            delta = routed_delta(x, list(alike.values()), choices)
+            return output + delta.to(output.dtype)
+        return _with_alike(output, x, self.route, alike)
+
+    def added(self, output: Tensor, x: Tensor, delta_of: DeltaOf) -> Tensor:
         """Return an output plus, for each sample, what the updates of its own adapter add."""
-        size, device = input.shape[0], input.device
-        for adapter, updates in self.updates.items():
+        size, device = x.shape[0], x.device
+        for adapter, updates in self.by_adapter.items():
             rows = self.route.rows(adapter, size, device)
             for update in updates:
-                delta = delta_of(input.index_select(0, rows), update)
+                delta = delta_of(x.index_select(0, rows), update)
                 output = output.index_add(0, rows, delta.to(output.dtype))
         return output
-
-
-def routed_product(
-    multiply: Product,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    layout: Layout,
-    routed: Routed,
-    has_samples: bool,
-    groups: int = 1,
-) -> Tensor:
-    """Return a product in which each sample has its own updates."""
-    routed.check(x, weight.shape, has_samples)
-    same = routed.of_all
-    if same is not None:
-        return functional.adapted_product(multiply, x, weight, bias, layout, same, groups)
-
-    def delta_of(own: Tensor, update: Update) -> Tensor:
-        return update_product(multiply, own, weight, layout, update, groups)
-
-    return routed.added(multiply(x, weight, bias), x, delta_of)
-
-
-def routed_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, layout: Layout, routed: Routed
-) -> Tensor:
-    """Return a linear product in which each sample has its own updates."""
-    if routed.batch:
-        # Samples are the second dimension, or the first two dimensions are flattened.
-        first = x.reshape(-1, routed.batch, x.shape[-1]).transpose(0, 1)
-        output = routed_linear(first, weight, bias, layout, routed._replace(batch=0))
-        return output.transpose(0, 1).contiguous().view(*x.shape[:-1], output.shape[-1])
-    routed.check(x, weight.shape, has_samples=x.dim() >= 2)
-    if routed.of_all is not None or not x.shape[0]:
-        return adapted_linear(x, weight, bias, routed.of_all or ())
-    every = [update for updates in routed.updates.values() for update in updates]
-    if not all(update.method.reduces for update in every):
-        return _linear_by_adapter(x, weight, bias, routed)
-    alike = _alike(routed, layout, weight.shape[0])
-    if alike is None:
-        return routed_product(F.linear, x, weight, bias, layout, routed, has_samples=True)
-    output = F.linear(x, weight, bias)
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        choices = routed.route.choices(list(alike), x.device)
-        delta = routed_delta(x, list(alike.values()), choices)
-        return output + delta.to(output.dtype)
-    return _with_alike(output, x, routed.route, alike)
 
 
 def _linear_by_adapter(x: Tensor, weight: Tensor, bias: Tensor | None, routed: Routed) -> Tensor:
@@ -197,7 +200,7 @@ def _linear_by_adapter(x: Tensor, weight: Tensor, bias: Tensor | None, routed: R
     runs, order = route.sorted_runs(size), route.order(size, x.device)
     parts, each = [], torch.split(order, [entries for _, entries in runs])
     for (adapter, _), rows in zip(runs, each, strict=True):
-        own = routed.updates.get(adapter or "", ())
+        own = routed.by_adapter.get(adapter or "", ())
         parts.append(adapted_linear(x.index_select(0, rows), weight, bias, own))
     together = torch.cat(parts)
     return torch.empty_like(together).index_copy(0, order, together)
@@ -237,11 +240,13 @@ def _with_alike(output: Tensor, x: Tensor, route: Route, alike: Mapping[str, Ten
     return add(0, order, delta).reshape(output.shape)
 
 
-def _alike(routed: Routed, layout: Layout, out_features: int) -> dict[str, Tensor] | None:
+def _alike(
+    by_adapter: Mapping[str, tuple[Update, ...]], out_features: int
+) -> dict[str, Tensor] | None:
     """Return s R of each adapter if all have one size and no tiles or dropout, else None."""
     found: dict[str, Tensor] = {}
-    for adapter, updates in routed.updates.items():
-        small = reduced_updates(updates, layout, out_features)
+    for adapter, updates in by_adapter.items():
+        small = reduced_updates(updates, MATRIX, out_features)
         if len(small) > 1 or any(one.dropout for one in small):
             return None
         if small:

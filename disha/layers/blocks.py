@@ -20,6 +20,7 @@ from disha.errors import ArgumentError, ArgumentTypeError, ModeError
 from disha.functional import Layout, Update, method_of
 from disha.functional.layouts import Rows
 from disha.functional.routed import Route, Routed
+from disha.functional.updates import Updates
 from disha.layers import compiled
 from disha.sharding.tensor_parallel import Split
 from disha.sharding.tensors import is_partitioned
@@ -85,6 +86,11 @@ class Block(nn.Module):
         """The trainable block D."""
         parameter: nn.Parameter = self._parameters[self.parameter_name]  # type: ignore[assignment]
         return parameter
+
+    @property
+    def is_usual(self) -> bool:
+        """Whether the weight is a matrix (out, in), whole on this rank."""
+        return self.split is None and self.slot.layout.pattern == "out in"
 
     @property
     def r_out(self) -> int | None:
@@ -219,17 +225,20 @@ class Adapters(nn.Module):
     """
 
     active: tuple[str, ...]
-    active_blocks: dict[str, tuple[Block, ...]]
-    """Parameter -> the blocks of the active adapters."""
     merged: Merged | None
+    all_blocks: dict[str, dict[str, tuple[Block, ...]]]
+    """Parameter -> adapter -> its blocks on the parameter, which differ in their rows."""
+    active_blocks: dict[str, tuple[Block, ...]]
+    """Parameter -> the blocks that act on it outside of contexts: none while merged."""
+    usual_block: Block | None
+    """The only block that acts on `weight`, if that is a whole matrix (out, in)."""
     group: Group
     """The layers that contexts cover together with this one."""
 
     def __init__(self) -> None:
         super().__init__()
         install()
-        # Here and below, this writes to __dict__, because assigning through nn.Module is slow.
-        vars(self).update(active=(), active_blocks={}, merged=None)
+        self._decide((), None)
         LOOSE.take(self)
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -268,11 +277,7 @@ class Adapters(nn.Module):
 
     def blocks_of_first_adapter(self, parameter: str) -> tuple[Block, ...]:
         """The blocks on a parameter, of the first adapter that has any."""
-        for adapter in list(self._modules):  # another thread may add one
-            found = self._blocks_by_parameter((adapter,)).get(parameter)
-            if found:
-                return found
-        return ()
+        return next(iter(self.all_blocks.get(parameter, {}).values()), ())
 
     def add(self, adapter: str, blocks: Iterable[Block]) -> None:
         """Add blocks under a name that `check_adapter_name` allows. They are not active yet."""
@@ -295,15 +300,32 @@ class Adapters(nn.Module):
 
     def activate(self, adapters: tuple[str, ...]) -> None:
         """Make exactly these adapters act; names that this layer lacks are ignored."""
-        vars(self).update(active=adapters, active_blocks=self._blocks_by_parameter(adapters))
+        self._decide(adapters, self.merged)
 
-    def _blocks_by_parameter(self, adapters: tuple[str, ...]) -> dict[str, tuple[Block, ...]]:
-        found: dict[str, tuple[Block, ...]] = {}
+    def set_merged(self, merged: Merged | None) -> None:
+        """Note what is merged into the layer: then no block acts."""
+        self._decide(self.active, merged)
+
+    def _decide(self, active: tuple[str, ...], merged: Merged | None) -> None:
+        """Store what every forward asks."""
+        all_blocks: dict[str, dict[str, tuple[Block, ...]]] = {}
+        for (adapter, _), block in self.blocks().items():
+            of_adapters = all_blocks.setdefault(block.slot.parameter, {})
+            of_adapters[adapter] = (*of_adapters.get(adapter, ()), block)
+        # Written to __dict__, because assigning through nn.Module is slow.
+        vars(self).update(active=active, merged=merged, all_blocks=all_blocks)
+        names = () if merged is not None else active
+        acting = {parameter: self._blocks_of(names, parameter) for parameter in all_blocks}
+        on_weight = acting.get("weight", ())
+        usual = on_weight[0] if len(on_weight) == 1 and on_weight[0].is_usual else None
+        vars(self).update(active_blocks=acting, usual_block=usual)
+
+    def _blocks_of(self, adapters: Iterable[str], parameter: str) -> tuple[Block, ...]:
+        by_adapter = self.all_blocks.get(parameter, {})
+        blocks: tuple[Block, ...] = ()
         for adapter in adapters:
-            for block in self.blocks(adapter).values():
-                name = block.slot.parameter
-                found[name] = (*found.get(name, ()), block)
-        return found
+            blocks += by_adapter.get(adapter, ())
+        return blocks
 
     def override(self, compiling: bool = False) -> Override | None:
         """What acts on the layer here, or None for the active adapters."""
@@ -315,25 +337,30 @@ class Adapters(nn.Module):
             return None
         return () if context.override is None else context.override
 
-    def blocks_on(self, parameter: str, names: tuple[str, ...] | None) -> tuple[Block, ...]:
-        """The blocks that act on a parameter for all samples."""
-        blocks = self.active_blocks if names is None else self._blocks_by_parameter(names)
-        return blocks.get(parameter, ())
-
-    def routed(self, parameter: str, route: Route, compiling: bool) -> Routed:
-        """The updates of single samples; `compiling` as for `override`."""
-        updates = {}
-        for adapter in route.adapters:
-            blocks = self._blocks_by_parameter((adapter,)).get(parameter, ())
-            updates[adapter] = self.updates(blocks, compiling)
-        return Routed(route, updates)
+    def blocks_on(self, parameter: str, override: Override | None) -> tuple[Block, ...]:
+        """The blocks that act on a parameter; of a route, those of one of its adapters."""
+        if override is None or self.merged is not None:
+            return self.active_blocks.get(parameter, ())
+        if isinstance(override, Route):
+            return self.blocks_of_first_adapter(parameter)
+        return self._blocks_of(override, parameter)
 
     def updates(
-        self, blocks: Iterable[Block], compiling: bool, on_meta: bool = False
-    ) -> tuple[Update, ...]:
-        """The updates of blocks of this layer; `compiling` as for `override`."""
-        group = self.group if compiling else None
-        return tuple([block.update(on_meta, group) for block in blocks])
+        self,
+        blocks: tuple[Block, ...],
+        override: Override | None,
+        compiling: bool,
+        on_meta: bool = False,
+    ) -> Updates:
+        """The updates of the blocks that `blocks_on` gives; `compiling` as for `override`."""
+        if not isinstance(override, Route):
+            group = self.group if compiling else None
+            return Updates(tuple([block.update(on_meta, group) for block in blocks]))
+        by_adapter = {}
+        for adapter in override.adapters:
+            own = self._blocks_of((adapter,), blocks[0].slot.parameter)
+            by_adapter[adapter] = self.updates(own, None, compiling, on_meta).every
+        return Routed(override, by_adapter)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]

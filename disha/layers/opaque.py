@@ -21,7 +21,6 @@ from disha.config import BLOCK_DTYPES
 from disha.errors import ArgumentError
 from disha.functional import Layout, Method, Update, method_names
 from disha.functional.products import update_product
-from disha.functional.routed import Route
 from disha.layers import bitsandbytes
 from disha.layers.blocks import CHILD_NAME, Adapters, Slot, original_class
 from disha.sharding.imported import imported_class
@@ -233,16 +232,13 @@ def remove_hook(module: nn.Module, hook: Callable[..., Any]) -> None:
 def add_updates(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
     """Add the updates that act: the hook of a module with an opaque weight."""
     adapters: Adapters = module.disha
-    if adapters.merged is not None:
-        return output
     compiling = is_compiling()
     override = adapters.override(compiling)
-    routed = adapters.routed("weight", override, compiling) if isinstance(override, Route) else None
-    blocks = () if isinstance(override, Route) else adapters.blocks_on("weight", override)
-    if not blocks and routed is None:
+    blocks = adapters.blocks_on("weight", override)
+    if not blocks:
         return output
-    slot = next(iter(adapters.blocks().values())).slot
-    looks_up = slot.layout.pattern == "index out"
+    slot = blocks[0].slot
+    assert slot.shape is not None
     tensors = (value for value in kwargs.values() if isinstance(value, Tensor))
     input: Any = args[0] if args else next(tensors, None)
     input = input.to(output.device)
@@ -250,12 +246,9 @@ def add_updates(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], outp
     def delta_of(x: Tensor, update: Update) -> Tensor:
         return _delta(module, slot, x, update)
 
-    if routed is not None:
-        routed.check(input, slot.shape, has_samples=input.dim() >= (1 if looks_up else 2))
-        return routed.added(output, input, delta_of)
-    for update in adapters.updates(blocks, compiling, input.is_meta):
-        output = output + delta_of(input, update).to(output.dtype)
-    return output
+    updates = adapters.updates(blocks, override, compiling, input.is_meta)
+    updates.of_input(input, slot.shape, slot.layout)  # raises if samples can't be routed
+    return updates.added(output, input, delta_of)
 
 
 def _delta(module: nn.Module, slot: Slot, x: Tensor, update: Update) -> Tensor:

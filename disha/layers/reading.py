@@ -9,13 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
-from disha import functional
-from disha.effective.contexts import OPEN
+from disha.effective.contexts import OPEN, Override
 from disha.effective.tensor_parallel import effective_part
 from disha.effective.weight import PLAIN, AbsentWeight, EffectiveWeight, computed, effective
 from disha.errors import ModeError
 from disha.functional import adapted_linear
-from disha.functional.routed import Route
+from disha.functional.updates import Updates
 from disha.layers.blocks import CHILD_NAME, Adapters, Block
 from disha.layers.weights import base_reader
 from disha.sharding.tensor_parallel import split_of
@@ -45,29 +44,23 @@ def weight_property(original: type[nn.Module], name: str) -> property:
         adapters: Any = layer._modules.get(CHILD_NAME)
         if adapters is None:
             return base
-        # Partly the same as `Adapters.override`, but inline, because every forward runs this.
-        if adapters.merged is not None:  # torch 2.15 compiles no guard for `__dict__["merged"]`
-            return base
-        compiling = is_compiling()
-        if not compiling and sys._getframe(1).f_globals.get("__name__", "").startswith(WANT_BASE):
-            return base
-        override = adapters.override(compiling) if compiling or OPEN else None
-        routed = isinstance(override, Route)
-        if routed:
-            blocks = adapters.blocks_of_first_adapter(name)
-        else:
+        override, compiling = None, is_compiling()
+        if compiling or OPEN:
+            override = adapters.override(compiling)
             blocks = adapters.blocks_on(name, override)
+        else:
+            blocks = adapters.active_blocks.get(name)
         if not blocks:
+            return base
+        if not compiling and sys._getframe(1).f_globals.get("__name__", "").startswith(WANT_BASE):
             return base
         try:
             if type(base) not in PLAIN or base.is_meta or blocks[0].split is not None:
-                return _unusual_weight(adapters, base, blocks, routed, compiling)
+                return _unusual_weight(adapters, base, blocks, override, compiling)
             layout = blocks[0].slot.layout
-            if routed:
-                return effective(base, layout, (), adapters.routed(name, override, compiling))
-            if compiling or len(blocks) > 1:
-                return effective(base, layout, adapters.updates(blocks, compiling))
-            return effective(base, layout, (blocks[0].update(),))
+            if override is None and not compiling and len(blocks) == 1:
+                return effective(base, layout, Updates((blocks[0].update(),)))  # a call less
+            return effective(base, layout, adapters.updates(blocks, override, compiling))
         except AttributeError as error:
             # nn.Module would return the plain parameter, and the adapter would have no effect.
             raise RuntimeError(f"the update of {name} failed: {error}") from error
@@ -87,23 +80,22 @@ def was_written(layer: nn.Module, name: str, value: Any) -> bool:
 
 
 def _unusual_weight(
-    adapters: Adapters, base: Any, blocks: tuple[Block, ...], routed: bool, compiling: bool
+    adapters: Adapters,
+    base: Any,
+    blocks: tuple[Block, ...],
+    override: Override | None,
+    compiling: bool,
 ) -> Any:
     """Return the value of a weight that is on meta, a DTensor, a rank's part, or in a trace."""
     layout, split = blocks[0].slot.layout, split_of(base)
     if split is None and base.is_meta:
         # The hook of an offloaded block does not run here: accelerate reads W before it loads D.
         if all("forward" not in block.__dict__ and block.block.is_meta for block in blocks):
-            return effective(base, layout, adapters.updates(blocks, compiling, on_meta=True))
+            return effective(base, layout, adapters.updates(blocks, override, compiling, True))
         absent = base.as_subclass(AbsentWeight)
-        absent.base, absent.axes, absent.routed = base, layout, None
+        absent.base, absent.weight_layout = base, layout
         return absent
-    if routed:
-        raise ModeError(
-            f"samples can't be routed through a {type(base).__name__} or a tensor-parallel weight; "
-            "use one adapter at a time, exclude the weight, or export with strict=True"
-        )
-    updates = adapters.updates(blocks, compiling)
+    updates = adapters.updates(blocks, override, compiling)
     if split is not None:
         if any(not is_sharded(block.block) and block.split != split for block in blocks):
             raise ModeError(
@@ -116,23 +108,24 @@ def _unusual_weight(
     if type(base) in PLAIN:
         # In some forwards, transformers replaces DTensors by their local tensors.
         return effective_part(base, blocks[0].split, layout, updates)  # type: ignore[arg-type]
-    return functional.computed_weight(base, layout, updates)
+    return updates.computed(base, layout)
 
 
 def linear_forward(layer: Any, input: Tensor) -> Tensor:
     """Return what `nn.Linear` returns, with fewer Python calls: for few tokens, these cost most."""
     parameters, adapters = layer._parameters, layer._modules.get(CHILD_NAME)
     patched = nn.Linear.forward is not LINEAR_FORWARD
-    if patched or is_compiling() or adapters is None or OPEN or layer._has_own_reading:
+    # First, because compiled code would be made for each state of what stands after it.
+    if is_compiling() or patched or OPEN or adapters is None or layer._has_own_reading:
         return nn.Linear.forward(layer, input)
-    base, state = parameters.get("weight"), adapters.__dict__
-    blocks = state["active_blocks"].get("weight", ())
-    alone = len(blocks) == 1 and state["merged"] is None and blocks[0].split is None
-    usual = alone and blocks[0].slot.layout.pattern == "out in"
-    plain = type(base) in PLAIN and type(input) in PLAIN and not base.is_meta
+    block = adapters.__dict__["usual_block"]
+    if block is None:
+        return nn.Linear.forward(layer, input)
+    base = parameters.get("weight")
     # This is no function, to save a call per forward.
-    if usual and plain and input.layout is torch.strided:
+    plain = type(base) in PLAIN and type(input) in PLAIN and not base.is_meta
+    if plain and input.layout is torch.strided:
         # `layer.bias` takes one more call.
         bias = parameters["bias"] if "bias" in parameters else layer.bias  # noqa: SIM401
-        return adapted_linear(input, base, bias, (blocks[0].update(),))
+        return adapted_linear(input, base, bias, (block.update(),))
     return nn.Linear.forward(layer, input)

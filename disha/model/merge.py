@@ -147,8 +147,8 @@ def _replace(module: nn.Module, name: str, new: Tensor, undo: ExitStack) -> None
 
 
 def _note_merged(layer: AdaptedLayer, merged: Merged | None, undo: ExitStack) -> None:
-    undo.callback(setattr, layer.disha, "merged", layer.disha.merged)
-    layer.disha.merged = merged
+    undo.callback(layer.disha.set_merged, layer.disha.merged)
+    layer.disha.set_merged(merged)
 
 
 def unmerge_adapters(model: nn.Module) -> None:

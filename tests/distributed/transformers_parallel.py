@@ -60,13 +60,19 @@ def assert_equals_one_process(folder, parallel, r, method):
     blocks = zip(disha.adapter_parameters(parallel), disha.adapter_parameters(plain), strict=True)
     for block, expected in blocks:
         torch.testing.assert_close(block.grad, expected.grad, rtol=1e-4, atol=1e-5)
+    return plain, tokens
 
 
 def check_tensor_parallel(folder):
     path = base(folder, llama())
     for r, method in ((3, "bone"), (4, "bat")):
         parallel = AutoModelForCausalLM.from_pretrained(path, tp_plan="auto")
-        assert_equals_one_process(path, parallel, r, method)
+        plain, tokens = assert_equals_one_process(path, parallel, r, method)
+        outputs = []
+        for model in (parallel, plain):
+            with torch.no_grad(), disha.route_adapters(model, ["default", None]):
+                outputs.append(model(tokens).logits)
+        torch.testing.assert_close(*outputs)
 
 
 def check_expert_parallel(folder):

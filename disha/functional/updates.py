@@ -1,0 +1,90 @@
+"""The updates of one weight as one object: of all samples here, of single samples in `routed`.
+
+Whoever multiplies by a weight, views it or computes it asks this object. It need not know which of
+the two it has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TypeAlias
+
+from torch import Tensor
+
+from disha import functional
+from disha.errors import ModeError
+from disha.functional.layouts import Layout
+from disha.functional.products import Product, Update, adapted_linear, update_product
+
+Change: TypeAlias = Callable[[Sequence[Update]], Sequence[Update] | None]
+"""Updates -> those of a view of the weight, or None if a block can't be cut there."""
+
+DeltaOf: TypeAlias = Callable[[Tensor, Update], Tensor]
+"""(input, update) -> the product of the input with s dW."""
+
+
+class Updates:
+    """The updates of a weight, the same for all samples.
+
+    Attributes:
+        every: all of them.
+        of_all_samples: the same, or None if samples have updates of their own.
+    """
+
+    of_all_samples: tuple[Update, ...] | None
+
+    def __init__(self, every: tuple[Update, ...]) -> None:
+        self.every = self.of_all_samples = every
+
+    def of_input(
+        self, x: Tensor, shape: Sequence[int], layout: Layout
+    ) -> tuple[Update, ...] | None:
+        """Return the updates for the samples of an input, or None if these have their own."""
+        return self.every
+
+    def changed(self, change: Change) -> Updates | None:
+        """Return the updates of a view, or None if there are none."""
+        every = change(self.every)
+        return None if every is None else Updates(tuple(every))
+
+    def in_attention(self, query: Tensor) -> Updates:
+        """Return the updates for torch's attention, where samples are the second dimension."""
+        return self
+
+    def computed(self, weight: Tensor, layout: Layout) -> Tensor:
+        """Return W + sum of s dW."""
+        if any(update.dropout for update in self.every):
+            raise ModeError(
+                "the adapter's dropout can't act here: it drops inputs, and this operation needs a "
+                "computed weight; use dropout=0, or exclude the weight"
+            )
+        return functional.computed_weight(weight, layout, self.every)
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Return the product of a linear layer, whose weight is (out, in)."""
+        return adapted_linear(x, weight, bias, self.every)
+
+    def product(
+        self,
+        multiply: Product,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        layout: Layout,
+        groups: int = 1,
+    ) -> Tensor:
+        """Return a product as `functional.adapted_product` does."""
+        same = self.of_input(x, weight.shape, layout)
+        if same is not None:
+            return functional.adapted_product(multiply, x, weight, bias, layout, same, groups)
+
+        def delta_of(own: Tensor, update: Update) -> Tensor:
+            return update_product(multiply, own, weight, layout, update, groups)
+
+        return self.added(multiply(x, weight, bias), x, delta_of)
+
+    def added(self, output: Tensor, x: Tensor, delta_of: DeltaOf) -> Tensor:
+        """Return an output plus what each update adds to it."""
+        for update in self.every:
+            output = output + delta_of(x, update).to(output.dtype)
+        return output
