@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import disha
 from benchmarks.convergence.runs import Cell
@@ -146,7 +146,56 @@ def _lora_identity(model: nn.Module, layers: Layers, cell: Cell) -> None:
     for name in layers:
         a = model.get_submodule(name).lora_A["default"].weight
         rank, width = a.shape
-        a.data = torch.eye(rank).repeat(1, math.ceil(width / rank))[:, :width].contiguous()
+        a.data = tiled(rank, width).contiguous()
+
+
+def _fixed(matrix: Callable[[int, int], Tensor]) -> Adapt:
+    """Return Bone with another matrix: A is drawn once and stays, and B = 0 is trained."""
+
+    def adapt(model: nn.Module, layers: Layers, cell: Cell) -> None:
+        from peft import LoraConfig, inject_adapter_in_model
+
+        names = list(layers)
+        inject_adapter_in_model(
+            LoraConfig(r=cell.r, lora_alpha=cell.r, target_modules=names), model
+        )
+        for name in names:
+            a = model.get_submodule(name).lora_A["default"].weight.requires_grad_(False)
+            a.copy_(matrix(*a.shape))
+
+    return adapt
+
+
+def tiled(rank: int, width: int) -> Tensor:
+    """Return [I I ... I], which Bone multiplies the input by."""
+    return torch.eye(rank).repeat(1, math.ceil(width / rank))[:, :width]
+
+
+def _signs(rank: int, width: int) -> Tensor:
+    return tiled(rank, width) * (2.0 * torch.randint(2, (width,)) - 1.0)
+
+
+def _sketch(rank: int, width: int) -> Tensor:
+    """Return a count sketch: every input goes to a random place, with a random sign."""
+    signs = 2.0 * torch.randint(2, (1, width)) - 1.0
+    return torch.zeros(rank, width).scatter_(0, torch.randint(rank, (1, width)), signs)
+
+
+def _rotations(rank: int, width: int) -> Tensor:
+    shards = [nn.init.orthogonal_(torch.empty(rank, rank)) for _ in range(0, width, rank)]
+    return torch.cat(shards, dim=1)[:, :width]
+
+
+def _gaussian(rank: int, width: int) -> Tensor:
+    return torch.randn(rank, width) / math.sqrt(rank)
+
+
+def _shira(model: nn.Module, layers: Layers, cell: Cell) -> None:
+    from peft import ShiraConfig, inject_adapter_in_model
+
+    r = round(budget(layers, cell.r) / sum(map(sum, map(_sizes, layers.values()))))
+    config = ShiraConfig(r=r, target_modules=list(layers), random_seed=torch.initial_seed())
+    inject_adapter_in_model(config, model)
 
 
 def _loha(model: nn.Module, layers: Layers, cell: Cell) -> None:
@@ -191,6 +240,16 @@ METHODS: Mapping[str, Method] = {
             "LoRA from identity",
             "peft, alpha = rank, A starts as [I I ... I] and B at zero",
             _lora_identity,
+        ),
+        Method("shira", "SHiRA", "peft, single entries of W, chosen at random", _shira),
+        *(
+            Method(name, f"MiSS with {title}", f"peft's LoRA, A is fixed: {title}", _fixed(matrix))
+            for name, title, matrix in (
+                ("signs", "random signs", _signs),
+                ("sketch", "a count sketch", _sketch),
+                ("rotations", "random rotations", _rotations),
+                ("gaussian", "a Gaussian matrix", _gaussian),
+            )
         ),
         Method("loha", "LoHa", "peft, alpha = rank", _loha),
         Method(FULL, "full fine-tuning", "the weights of the same layers", _full),
