@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import math
 import re
 import statistics
 from collections.abc import Mapping
@@ -14,10 +13,9 @@ from benchmarks.convergence.findings import (
     Longer,
     Overall,
     TaskFindings,
-    points,
     ratios,
 )
-from benchmarks.convergence.methods import IDENTITY, METHODS
+from benchmarks.convergence.methods import IDENTITY, METHODS, SHIRA
 from benchmarks.convergence.tasks import TASKS
 
 COMPARED = ("bone", "bat", "rslora", IDENTITY)
@@ -29,7 +27,10 @@ STYLES: Mapping[str, tuple[str, str]] = {
     "rslora": ("tab:gray", "--"),
     "dora": ("tab:red", "--"),
     IDENTITY: ("tab:brown", "-."),
+    SHIRA: ("tab:green", "--"),
 }
+SHOWN = [0.02 * step for step in range(1, 33)]
+"""Limits of forgetting in the picture."""
 MARKS = "os^vP"
 """How the tasks are marked, in their order."""
 HASHED = re.compile(r'(?<=["#])[mp][0-9a-f]{10}(?=["\)])')
@@ -62,30 +63,31 @@ def compared(found: Mapping[str, TaskFindings]) -> bytes:
 
 
 def longer_training(found: Longer) -> bytes:
-    """Plot the longer training: loss over rates, and over forgetting."""
-    figure = _figure(7.0, 8.0)
-    tried, scales = (figure.add_subplot(2, 1, panel + 1) for panel in range(2))
-    for name, one in found.own.items():
-        style = {"color": STYLES[name][0], "linestyle": STYLES[name][1], "marker": "o"}
-        known = [(r, loss) for r in found.rates if (loss := found.loss(name, r)) is not None]
-        rates, losses = zip(*(pair for pair in known if pair[1] < math.inf), strict=True)
-        tried.plot(rates, losses, label=METHODS[name].title, **style)
-        curves = zip(*map(points, one.records), strict=True)
-        means = [[statistics.fmean(values) for values in zip(*same, strict=True)]
-                 for same in curves]  # fmt: skip
-        scales.plot([m[2] - found.base for m in means], [m[1] for m in means], **style)
-    untrained = points(next(iter(found.own.values())).records[0])[0].loss
-    for axes, across in (
-        (tried, "learning rate, one for all"),
-        (scales, "forgetting, at scales from 0 to 1 and the own rate"),
-    ):
-        axes.set_xlabel(across, fontsize=11)
+    """Plot the longer training: loss over forgetting, and over rates."""
+    figure = _figure(7.0, 8.5)
+    frontiers, tried = (figure.add_subplot(2, 1, panel + 1) for panel in range(2))
+    for name in found.own:
+        colour, line = STYLES[name]
+        best = [(limit, found.at(name, limit)[0]) for limit in SHOWN]
+        frontiers.plot(*zip(*best, strict=True), color=colour, linestyle=line,
+                       label=METHODS[name].title)  # fmt: skip
+        ends = {rate: found.ends(name, rate) for rate in found.records[name]}
+        dots = [(one.forgetting, one.loss) for points in ends.values() for one in points]
+        frontiers.plot(*zip(*dots, strict=True), color=colour, linestyle="", marker="o", alpha=0.6)
+        means = [(rate, statistics.fmean(one.loss for one in points))
+                 for rate, points in ends.items()]  # fmt: skip
+        tried.plot(*zip(*means, strict=True), color=colour, linestyle=line, marker="o")
+    frontiers.set_xlim(0, SHOWN[-1])
+    frontiers.set_xlabel("forgetting", fontsize=11)
+    tried.set_xscale("log")
+    tried.set_xlabel("learning rate, one for all", fontsize=11)
+    for axes in (frontiers, tried):
+        axes.set_ylim(2.48, 2.92)  # else one bad run flattens it
         axes.set_ylabel("test loss", fontsize=11)
-        axes.set_ylim(top=untrained)  # else one bad run flattens it
         axes.tick_params(labelsize=11)
         axes.grid(alpha=0.3)
-    tried.set_xscale("log")
-    tried.legend(fontsize=10)
+    frontiers.set_title("lines: best of all rates and scales; dots: runs of all seeds", fontsize=11)
+    frontiers.legend(fontsize=10)
     return _svg(figure)
 
 

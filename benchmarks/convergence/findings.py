@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from itertools import pairwise
+from itertools import pairwise, takewhile
 from typing import Any, NamedTuple
 
 from benchmarks.convergence.methods import FULL
-from benchmarks.convergence.plan import LONG, Results, Study, best_rate, main_cell
+from benchmarks.convergence.plan import LONG, Results, Study, best_rate, compared, main_cell
 from benchmarks.convergence.runs import Cell, Run
 
 STUDENT_95 = {1: 12.706205, 2: 4.302653, 3: 3.182446, 4: 2.776445}
@@ -81,11 +81,18 @@ def finding(cell: Cell, study: Study, results: Results) -> Finding | None:
     return Finding(cell, rate, records) if finished else None
 
 
+def values_at(cell: Cell, rate: float, key: str, study: Study, results: Results) -> list[float]:
+    """Return a figure of every seed's run at one rate; nothing if a seed is missing."""
+    runs = [Run(cell, rate, seed) for seed in study.seeds]
+    complete = all(run in results for run in runs)
+    return [results[run][key] for run in runs] if complete else []
+
+
 def task_findings(
     task: str, study: Study, results: Results, measured: Mapping[str, Any] | None
 ) -> TaskFindings:
     """Return the main comparison of a task."""
-    cells = [cell for cell in study.cells if cell == main_cell(task, cell.method)]
+    cells = [main_cell(task, method) for method in compared(task)]
     found = {cell.method: finding(cell, study, results) for cell in cells}
     return TaskFindings(
         {name: one for name, one in found.items() if one is not None},
@@ -161,50 +168,51 @@ def ratios(tasks: Mapping[str, TaskFindings], method: str, what: str) -> dict[st
 
 
 class Point(NamedTuple):
-    """What a trained adapter does at one scale: the test loss, and that on the base's own text."""
+    """What a trained adapter does at one scale: its test loss, and how much it forgets.
+
+    Forgetting is the rise of the loss on text that the base itself wrote.
+    """
 
     scale: float
     loss: float
-    elsewhere: float
+    forgetting: float
 
 
 class Longer(NamedTuple):
     """The runs of the longer training.
 
-    `records` are method -> rate -> the first seed's results at the main r, `own` the findings at
-    each method's own rate, and `sizes` method -> r -> the first seed's test loss there.
+    `records` are method -> rate -> results of each seed at the main r, without runs that diverged,
+    `own` the findings at each method's own rate, and `sizes` method -> r -> the first seed's test
+    loss there.
     """
 
-    records: Mapping[str, Mapping[float, Record]]
+    records: Mapping[str, Mapping[float, tuple[Record, ...]]]
     own: Mapping[str, Finding]
     sizes: Mapping[str, Mapping[int, float]]
 
     @property
     def rates(self) -> list[float]:
-        """All learning rates that were tried."""
+        """All learning rates at which some method does not diverge."""
         return sorted({rate for tried in self.records.values() for rate in tried})
 
-    @property
-    def base(self) -> float:
-        """The base's loss on its own text."""
-        return float(next(iter(self.own.values())).records[0]["forgetting"][0])
+    def ends(self, method: str, rate: float) -> list[Point]:
+        """Return what each seed's run does as it was trained; nothing if there is none."""
+        return [points(record)[-1] for record in self.records[method].get(rate, ())]
 
-    def loss(self, method: str, rate: float) -> float | None:
-        """Return the test loss of a run: inf if it diverged, None if it is missing."""
-        record = self.records[method].get(rate)
-        if record is None:
-            return None
-        return math.inf if record.get("loss") is None else float(record["loss"])
+    def at(self, method: str, forgetting: float) -> tuple[float, float]:
+        """Return the lowest loss of the first seed within a limit of forgetting, and its rate.
 
-    def losses(self, rate: float) -> dict[str, float]:
-        """Return method -> test loss at one rate for all, the lowest first."""
-        known = ((self.loss(method, rate), method) for method in self.records)
-        ranked = sorted((loss, method) for loss, method in known if loss is not None)
-        return {method: loss for loss, method in ranked}
+        All rates compete, at every scale from 0 to 1.
+        """
+        return min(
+            (at_forgetting(points(records[0]), forgetting), rate)
+            for rate, records in self.records[method].items()
+        )
 
-    def equal_losses(self, method: str, limit: float) -> list[float]:
-        """Return the lowest loss of each seed within a limit of forgetting, at its own rate."""
-        return [at_forgetting(points(record), limit) for record in self.own[method].records]
+    def spread(self, method: str, forgetting: float) -> float:
+        """Return how far the seeds are apart within that limit, at the method's own rate."""
+        losses = [at_forgetting(points(one), forgetting) for one in self.own[method].records]
+        return max(losses) - min(losses)
 
 
 def longer(study: Study, results: Results) -> Longer:
@@ -213,14 +221,7 @@ def longer(study: Study, results: Results) -> Longer:
     of_long = {run: one for run, one in results.items() if run.cell.task == LONG}
     own = task_findings(LONG, study, results, None).findings
     return Longer(
-        records={
-            name: {
-                run.rate: record
-                for run, record in of_long.items()
-                if run.cell == main_cell(LONG, name) and run.seed == seed
-            }
-            for name in own
-        },
+        records={name: _trained(main_cell(LONG, name), study, of_long) for name in own},
         own=own,
         sizes={
             name: {
@@ -233,20 +234,37 @@ def longer(study: Study, results: Results) -> Longer:
     )
 
 
+def _trained(cell: Cell, study: Study, results: Results) -> dict[float, tuple[Record, ...]]:
+    """Return rate -> the results of the first seeds, as far as there are any that learned."""
+    found: dict[float, tuple[Record, ...]] = {}
+    for rate in sorted({run.rate for run in results if run.cell == cell}):
+        records = [results.get(Run(cell, rate, seed), {}) for seed in study.seeds]
+        learned = tuple(takewhile(_has_learned, records))
+        if learned:
+            found[rate] = learned
+    return found
+
+
+def _has_learned(record: Record) -> bool:
+    """Return whether a run ended with a lower validation loss than it began with."""
+    return record.get("loss") is not None and record["validation"][-1] < record["validation"][0]
+
+
 def points(record: Record) -> list[Point]:
     """Return the points of one run, with rising scales."""
-    return [Point(*point) for point in record["scales"]]
+    base = record["forgetting"][0]
+    return [Point(scale, loss, elsewhere - base) for scale, loss, elsewhere in record["scales"]]
 
 
-def at_forgetting(curve: Sequence[Point], elsewhere: float) -> float:
-    """Return the lowest loss on a curve where the loss elsewhere is at most a limit.
+def at_forgetting(curve: Sequence[Point], limit: float) -> float:
+    """Return the lowest loss on a curve where forgetting is at most a limit.
 
-    Between two points, both losses are taken as straight lines.
+    Between two points, both are taken as straight lines.
     """
     found = math.inf
     for one, other in pairwise(curve):
         for step in range(STEPS + 1):
             share = step / STEPS
-            if one.elsewhere + share * (other.elsewhere - one.elsewhere) <= elsewhere + 1e-9:
+            if one.forgetting + share * (other.forgetting - one.forgetting) <= limit + 1e-9:
                 found = min(found, one.loss + share * (other.loss - one.loss))
     return found

@@ -149,36 +149,22 @@ def _lora_identity(model: nn.Module, layers: Layers, cell: Cell) -> None:
         a.data = tiled(rank, width).contiguous()
 
 
-def _fixed(matrix: Callable[[int, int], Tensor]) -> Adapt:
-    """Return Bone with another matrix: A is drawn once and stays, and B = 0 is trained."""
-
-    def adapt(model: nn.Module, layers: Layers, cell: Cell) -> None:
-        from peft import LoraConfig, inject_adapter_in_model
-
-        names = list(layers)
-        inject_adapter_in_model(
-            LoraConfig(r=cell.r, lora_alpha=cell.r, target_modules=names), model
-        )
-        for name in names:
-            a = model.get_submodule(name).lora_A["default"].weight.requires_grad_(False)
-            a.copy_(matrix(*a.shape))
-
-    return adapt
-
-
 def tiled(rank: int, width: int) -> Tensor:
-    """Return [I I ... I], which Bone multiplies the input by."""
+    """Return [I I ... I], the matrix of Bone."""
     return torch.eye(rank).repeat(1, math.ceil(width / rank))[:, :width]
 
 
 def _signs(rank: int, width: int) -> Tensor:
-    return tiled(rank, width) * (2.0 * torch.randint(2, (width,)) - 1.0)
+    return tiled(rank, width) * _random_signs(width)
 
 
 def _sketch(rank: int, width: int) -> Tensor:
-    """Return a count sketch: every input goes to a random place, with a random sign."""
-    signs = 2.0 * torch.randint(2, (1, width)) - 1.0
-    return torch.zeros(rank, width).scatter_(0, torch.randint(rank, (1, width)), signs)
+    places = torch.randint(rank, (1, width))
+    return torch.zeros(rank, width).scatter_(0, places, _random_signs(1, width))
+
+
+def _random_signs(*shape: int) -> Tensor:
+    return 2.0 * torch.randint(2, shape) - 1.0
 
 
 def _rotations(rank: int, width: int) -> Tensor:
@@ -188,6 +174,34 @@ def _rotations(rank: int, width: int) -> Tensor:
 
 def _gaussian(rank: int, width: int) -> Tensor:
     return torch.randn(rank, width) / math.sqrt(rank)
+
+
+MATRICES: Mapping[str, tuple[str, Callable[[int, int], Tensor]]] = {
+    "signs": ("random signs", _signs),
+    "sketch": ("count sketch", _sketch),
+    "rotations": ("random rotations", _rotations),
+    "gaussian": ("Gaussian", _gaussian),
+}
+"""Fixed matrices (rank, width) to put in the place of Bone's, each with its title.
+
+As in Bone's, the columns have length 1; those of the Gaussian matrix have it on average. A count
+sketch sends every input to a random place, with a random sign.
+"""
+
+
+def _fixed(matrix: Callable[[int, int], Tensor]) -> Adapt:
+    """Return Bone with another matrix: A is drawn once and stays, B starts at zero and trains."""
+
+    def adapt(model: nn.Module, layers: Layers, cell: Cell) -> None:
+        from peft import LoraConfig, inject_adapter_in_model
+
+        config = LoraConfig(r=cell.r, lora_alpha=cell.r, target_modules=list(layers))
+        inject_adapter_in_model(config, model)
+        for name in layers:
+            a = model.get_submodule(name).lora_A["default"].weight.requires_grad_(False)
+            a.copy_(matrix(*a.shape))
+
+    return adapt
 
 
 def _shira(model: nn.Module, layers: Layers, cell: Cell) -> None:
@@ -217,7 +231,7 @@ def _in_config(chosen: Mapping[str, int]) -> dict[str, Any]:
     }
 
 
-FULL, IDENTITY = "full", "lora_identity"
+FULL, IDENTITY, SHIRA = "full", "lora_identity", "shira"
 
 METHODS: Mapping[str, Method] = {
     method.name: method
@@ -241,15 +255,10 @@ METHODS: Mapping[str, Method] = {
             "peft, alpha = rank, A starts as [I I ... I] and B at zero",
             _lora_identity,
         ),
-        Method("shira", "SHiRA", "peft, single entries of W, chosen at random", _shira),
+        Method(SHIRA, "SHiRA", "peft, trains entries of W, chosen at random", _shira),
         *(
-            Method(name, f"MiSS with {title}", f"peft's LoRA, A is fixed: {title}", _fixed(matrix))
-            for name, title, matrix in (
-                ("signs", "random signs", _signs),
-                ("sketch", "a count sketch", _sketch),
-                ("rotations", "random rotations", _rotations),
-                ("gaussian", "a Gaussian matrix", _gaussian),
-            )
+            Method(name, f"MiSS, {title}", "peft's LoRA, A is drawn once and fixed", _fixed(matrix))
+            for name, (title, matrix) in MATRICES.items()
         ),
         Method("loha", "LoHa", "peft, alpha = rank", _loha),
         Method(FULL, "full fine-tuning", "the weights of the same layers", _full),

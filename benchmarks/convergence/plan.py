@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from benchmarks.convergence.methods import FULL, IDENTITY, METHODS
+from benchmarks.convergence.methods import FULL, IDENTITY, MATRICES, METHODS, SHIRA
 from benchmarks.convergence.runs import Cell, Run
 from benchmarks.convergence.tasks import TASKS
 
@@ -24,13 +24,14 @@ class Study:
     """What is compared, and with which learning rates each search begins.
 
     The first seed searches the learning rate. A cell with a leader takes its best rate, and has
-    the first seed only.
+    the first seed only. `repeated` is a further rate of a cell, at which every seed runs too.
     """
 
     cells: tuple[Cell, ...]
     rates: Mapping[tuple[str, str], tuple[float, ...]]
     seeds: tuple[int, ...] = SEEDS
     leaders: Mapping[Cell, Cell] = field(default_factory=dict)
+    repeated: Mapping[Cell, float] = field(default_factory=dict)
 
     def seeds_of(self, cell: Cell) -> tuple[int, ...]:
         """Return the seeds of a cell's final runs."""
@@ -62,7 +63,7 @@ def wanted(study: Study, results: Results) -> list[Run]:
     """Return the missing runs that are known to be needed so far, in order.
 
     First come the learning rates of every cell. If the best is at an edge, the next one beyond it
-    follows. Then comes every other seed, for all cells at their best rates.
+    follows. Then comes every other seed, for all cells at their best and their repeated rates.
     """
     searches, repeats = [], []
     for cell in study.cells:
@@ -72,6 +73,9 @@ def wanted(study: Study, results: Results) -> list[Run]:
             runs = [Run(cell, rate, seed) for seed in study.seeds_of(cell)]
             searches += [run for run in runs[:1] if run not in results]
             repeats += [run for run in runs[1:] if run not in results]
+    for cell, rate in study.repeated.items():
+        runs = [Run(cell, rate, seed) for seed in study.seeds]
+        repeats += [run for run in runs if run not in (*results, *searches, *repeats)]
     return searches + sorted(repeats, key=lambda run: study.seeds.index(run.seed))
 
 
@@ -120,13 +124,16 @@ LONG = "documentation"
 """The task of the longer study."""
 GRID = (2e-5, 1e-4, 3e-4, 1e-3)
 """One grid for all methods there begins with the paper's rate for all, and peft's."""
-LONGER = ("bone", "lora", "bat", "rslora", "dora", IDENTITY)
+LONGER = ("bone", "lora", "bat", "rslora", "dora", IDENTITY, SHIRA)
+MILD = {"bone": 3e-4, "lora": 1e-3, "bat": 1e-4, "rslora": 3e-4, IDENTITY: 3e-4}
+"""A rate of each method at which they forget about as much: every seed runs there."""
 RANKS = (8, 32, 128)
 
 
 def compared(task: str) -> tuple[str, ...]:
     """Return the methods of a task's main comparison, in the order in which they are run."""
-    return LONGER if task == LONG else tuple(name for name in METHODS if name != IDENTITY)
+    elsewhere = (IDENTITY, SHIRA, *MATRICES)
+    return LONGER if task == LONG else tuple(name for name in METHODS if name not in elsewhere)
 
 
 def _rates(tasks: Iterable[str]) -> dict[tuple[str, str], tuple[float, ...]]:
@@ -165,6 +172,16 @@ def _ranks() -> dict[Cell, Cell]:
     }
 
 
+FIXED_RATES = {"digits": 3e-3, "packages": 1e-3, "docstrings": 3e-4}
+"""The tasks on which other fixed matrices run, at Bone's best rate."""
+THIRD = ("digits", 1e-3)
+"""Where all matrices, Bone's too, also run at a third of that rate."""
+
+
+def _fixed(task: str) -> list[Cell]:
+    return [main_cell(task, name) for name in MATRICES]
+
+
 TILES = {"digits": (16, 64)}
 
 STUDY = Study(
@@ -177,7 +194,15 @@ STUDY = Study(
         *_half("digits"),
         *_sizes("packages", (0.5,)),
         *_ranks(),
+        *(cell for task in FIXED_RATES for cell in _fixed(task)),
     ),
-    rates=_rates(TASKS),
+    rates={
+        **_rates(TASKS),
+        **{(task, name): (rate,) for task, rate in FIXED_RATES.items() for name in MATRICES},
+    },
     leaders=_ranks(),
+    repeated={
+        **{main_cell(LONG, name): rate for name, rate in MILD.items()},
+        **{cell: THIRD[1] for cell in (main_cell(THIRD[0], "bone"), *_fixed(THIRD[0]))},
+    },
 )
