@@ -12,7 +12,7 @@ from benchmarks.convergence.methods import FULL
 from benchmarks.convergence.plan import LONG, Results, Study, best_rate, compared, main_cell
 from benchmarks.convergence.runs import Cell, Run
 
-STUDENT_95 = {1: 12.706205, 2: 4.302653, 3: 3.182446, 4: 2.776445}
+STUDENT_95 = {1: 12.706205, 2: 4.302653, 3: 3.182446, 4: 2.776445, 7: 2.364624}
 """Two-sided 95% quantiles of Student's t by degrees of freedom."""
 OTHER = "lora"
 STEPS = 400
@@ -81,11 +81,11 @@ def finding(cell: Cell, study: Study, results: Results) -> Finding | None:
     return Finding(cell, rate, records) if finished else None
 
 
-def values_at(cell: Cell, rate: float, key: str, study: Study, results: Results) -> list[float]:
-    """Return a figure of every seed's run at one rate; nothing if a seed is missing."""
-    runs = [Run(cell, rate, seed) for seed in study.seeds]
+def losses_at(cell: Cell, rate: float, study: Study, results: Results) -> list[float]:
+    """Return the test loss of every repeated run of a cell at a rate; nothing if one is missing."""
+    runs = [Run(cell, rate, seed) for seed in range(study.repeated[cell, rate])]
     complete = all(run in results for run in runs)
-    return [results[run][key] for run in runs] if complete else []
+    return [results[run]["loss"] for run in runs] if complete else []
 
 
 def task_findings(

@@ -24,14 +24,14 @@ class Study:
     """What is compared, and with which learning rates each search begins.
 
     The first seed searches the learning rate. A cell with a leader takes its best rate, and has
-    the first seed only. `repeated` is a further rate of a cell, at which every seed runs too.
+    the first seed only. `repeated` are further runs: cell and rate -> how many seeds.
     """
 
     cells: tuple[Cell, ...]
     rates: Mapping[tuple[str, str], tuple[float, ...]]
     seeds: tuple[int, ...] = SEEDS
     leaders: Mapping[Cell, Cell] = field(default_factory=dict)
-    repeated: Mapping[Cell, float] = field(default_factory=dict)
+    repeated: Mapping[tuple[Cell, float], int] = field(default_factory=dict)
 
     def seeds_of(self, cell: Cell) -> tuple[int, ...]:
         """Return the seeds of a cell's final runs."""
@@ -73,10 +73,10 @@ def wanted(study: Study, results: Results) -> list[Run]:
             runs = [Run(cell, rate, seed) for seed in study.seeds_of(cell)]
             searches += [run for run in runs[:1] if run not in results]
             repeats += [run for run in runs[1:] if run not in results]
-    for cell, rate in study.repeated.items():
-        runs = [Run(cell, rate, seed) for seed in study.seeds]
+    for (cell, rate), count in study.repeated.items():
+        runs = [Run(cell, rate, seed) for seed in range(count)]
         repeats += [run for run in runs if run not in (*results, *searches, *repeats)]
-    return searches + sorted(repeats, key=lambda run: study.seeds.index(run.seed))
+    return searches + sorted(repeats, key=lambda run: run.seed)
 
 
 def _best(cell: Cell, study: Study, results: Results) -> float:
@@ -172,14 +172,19 @@ def _ranks() -> dict[Cell, Cell]:
     }
 
 
-FIXED_RATES = {"digits": 3e-3, "packages": 1e-3, "docstrings": 3e-4}
-"""The tasks on which other fixed matrices run, at Bone's best rate."""
-THIRD = ("digits", 1e-3)
-"""Where all matrices, Bone's too, also run at a third of that rate."""
+MATRIX_SEEDS: Mapping[tuple[str, float], int] = {
+    ("digits", 3e-3): 8,
+    ("digits", 1e-3): 3,
+    ("packages", 1e-3): 3,
+    ("docstrings", 3e-4): 3,
+}
+"""Where other fixed matrices run: task and rate -> seeds. The first rate is Bone's best."""
 
 
-def _fixed(task: str) -> list[Cell]:
-    return [main_cell(task, name) for name in MATRICES]
+def _fixed() -> dict[Cell, float]:
+    """Return the cell of each fixed matrix and task, with Bone's best rate."""
+    best = {task: rate for (task, rate) in reversed(MATRIX_SEEDS)}
+    return {main_cell(task, name): best[task] for task in best for name in MATRICES}
 
 
 TILES = {"digits": (16, 64)}
@@ -194,15 +199,19 @@ STUDY = Study(
         *_half("digits"),
         *_sizes("packages", (0.5,)),
         *_ranks(),
-        *(cell for task in FIXED_RATES for cell in _fixed(task)),
+        *_fixed(),
     ),
     rates={
         **_rates(TASKS),
-        **{(task, name): (rate,) for task, rate in FIXED_RATES.items() for name in MATRICES},
+        **{(cell.task, cell.method): (rate,) for cell, rate in _fixed().items()},
     },
     leaders=_ranks(),
     repeated={
-        **{main_cell(LONG, name): rate for name, rate in MILD.items()},
-        **{cell: THIRD[1] for cell in (main_cell(THIRD[0], "bone"), *_fixed(THIRD[0]))},
+        **{(main_cell(LONG, name), rate): len(SEEDS) for name, rate in MILD.items()},
+        **{
+            (main_cell(task, name), rate): count
+            for (task, rate), count in MATRIX_SEEDS.items()
+            for name in ("bone", *MATRICES)
+        },
     },
 )
