@@ -37,7 +37,8 @@ def test_its_figures_are_those_of_the_kept_results():
     assert f"| PEFT LoRA | {lora} MiB |" in page("performance.md")
     (grouped,) = re.findall(r"share a batch, which takes ([\d.]+) of the time", WORDS)
     assert re.search(rf"\| rows by length \| {grouped}\d ?", page("performance.md"))
-    time, memory = re.search(r"with ([\d.]+) of the time and ([\d.]+) of the memory", WORDS).groups()
+    pattern = r"with ([\d.]+) of the time and ([\d.]+) of the memory"
+    time, memory = re.search(pattern, WORDS).groups()
     assert f"Time of a step: MiSS (Bone) {time} " in page("evidence.md")
     assert f"Memory of a step: MiSS (Bone) {memory} " in page("evidence.md")
     assert "no clear difference" in WORDS

@@ -81,9 +81,9 @@ def finding(cell: Cell, study: Study, results: Results) -> Finding | None:
     return Finding(cell, rate, records) if finished else None
 
 
-def losses_at(cell: Cell, rate: float, study: Study, results: Results) -> list[float]:
-    """Return the test loss of every repeated run of a cell at a rate; nothing if one is missing."""
-    runs = [Run(cell, rate, seed) for seed in range(study.repeated[cell, rate])]
+def losses_at(cell: Cell, rate: float, seeds: int, results: Results) -> list[float]:
+    """Return the test loss of a cell at a rate, for the first seeds; nothing if one is missing."""
+    runs = [Run(cell, rate, seed) for seed in range(seeds)]
     complete = all(run in results for run in runs)
     return [results[run]["loss"] for run in runs] if complete else []
 
