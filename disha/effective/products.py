@@ -25,9 +25,15 @@ def _is_dense(input: Tensor) -> bool:
 def linear_product(input: Any, weight: Any, bias: Any = None) -> Any:
     if isinstance(input, EffectiveWeight) or isinstance(bias, EffectiveWeight):
         return NotImplemented
-    if weight.weight_layout.pattern != "out in" or not _is_dense(input):
+    if not isinstance(weight, EffectiveWeight) or not _is_dense(input):
+        return NotImplemented
+    if weight.weight_layout.pattern != "out in":
         return NotImplemented
     return weight.updates.linear(input, weight.base, bias)
+
+
+# With ZeRO-3, DeepSpeed replaces F.linear by a function of its own.
+RULES["LinearFunctionForZeroStage3"] = linear_product
 
 
 @rule("matmul __matmul__")

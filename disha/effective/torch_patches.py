@@ -11,7 +11,8 @@ functions as W alone, so the adapter would not act, without a word:
     overrides.get_overridable_functions()          what the compiler asks; private functions, such
                                                    as `torch._grouped_mm`, are not in this list
 
-The first four get the computed weight. The private functions are added to the list.
+The first four get the computed weight; a custom function for which there is a rule, that rule. The
+private functions are added to the list.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from torch._functorch import eager_transforms, vmap
 from torch._functorch.pyfunctorch import temporarily_pop_interpreter_stack
 from torch.autograd import function as autograd
 
+from disha.effective.rules import RULES
 from disha.effective.weight import EffectiveWeight, computed, computed_inside, start_no_graph
 
 _LOCK = threading.Lock()
@@ -45,6 +47,10 @@ def _install() -> None:
     inner: Any = autograd._SingleLevelFunction if in_python else autograd.Function
 
     def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        own = RULES.get(cls.__name__)
+        result = NotImplemented if own is None else own(*args, **kwargs)
+        if result is not NotImplemented:
+            return result
         return super(inner, cls).apply(*computed_inside(args), **computed_inside(kwargs))
 
     start_no_graph(apply)

@@ -85,16 +85,16 @@ class EffectiveWeight(Tensor):
 
 
 class AbsentWeight(EffectiveWeight):
-    """An effective weight whose W is on the meta device and whose blocks are not: only facts."""
+    """An effective weight without values, on the meta device or partitioned: only facts."""
 
     @property
     def updates(self) -> Updates:  # type: ignore[override]
         """Raise: a product with W would be uninitialised memory."""
         raise ModeError(
-            "an adapted weight is on the meta device, where it has no values, and its block is "
-            "not; give the model its weights first. If accelerate has offloaded it, only the "
-            "forward of its own module loads it: preload the module that reads it "
-            "(preload_module_classes), or keep it on a device"
+            "an adapted weight has no values here. If it is on the meta device, give the model its "
+            "weights first; if accelerate has offloaded it, preload the module that reads it "
+            "(preload_module_classes), or keep it on a device; if DeepSpeed ZeRO-3 partitions it, "
+            "call the model, or read it inside deepspeed.zero.GatheredParameters"
         )
 
 
@@ -114,6 +114,13 @@ def effective(base: Tensor, layout: Layout, updates: Updates) -> EffectiveWeight
     weight.base = base
     weight.weight_layout = layout
     weight.updates = updates
+    return weight  # type: ignore[no-any-return]
+
+
+def absent(base: Tensor, layout: Layout) -> AbsentWeight:
+    """Return the effective weight of a W that has no values."""
+    weight: Any = base.as_subclass(AbsentWeight)
+    weight.base, weight.weight_layout = base, layout
     return weight  # type: ignore[no-any-return]
 
 

@@ -40,6 +40,7 @@ from disha.model.records import LayerRecord, without_values
 from disha.model.state import LoadReport, adapter_tensors, check_fit, finite_as
 from disha.model.view import ModelBlock, ModelView, all_or_nothing
 from disha.sharding.tensors import gathered, write
+from disha.sharding.zero import present, whole_shape
 from disha.text import counted, first_few, join, printable
 
 Source = Path | str  # where an adapter came from, for errors
@@ -251,7 +252,7 @@ def adapter_contents(
             raise AdapterStateError(
                 f"adapter {adapter!r} is on the meta device ({meta}); give the model values first"
             )
-    tensors = {key: gathered(tensor.detach()).cpu().contiguous() for key, tensor in held.items()}
+    tensors = {key: gathered(tensor).detach().cpu().contiguous() for key, tensor in held.items()}
     blocks = view.require(adapter)
     layers = tuple(_record(one, base=base) for one in blocks)
     with ranks.agreeing(action):
@@ -289,7 +290,7 @@ def _base_fingerprint(one: ModelBlock) -> str | None:
     # Quantised values depend on how it is done, but an adapter fits all ways.
     if slot.opaque or is_packed(one.layer, slot.parameter):
         return None
-    return fingerprint(slot.layout.part(base_of(one.layer, slot), slot.rows))
+    return fingerprint(slot.layout.part(present(base_of(one.layer, slot)), slot.rows))
 
 
 def _check_can_be_loaded(
@@ -526,7 +527,7 @@ def _forget_the_rest(incoming: _Incoming, undo: ExitStack) -> None:
     loaded = {one.block for one, _ in incoming.layers()}
     for *_, block in incoming.view.require(incoming.adapter):
         if block not in loaded:
-            write(block.block, torch.zeros_like(block.block), undo)
+            write(block.block, block.block.new_zeros(whole_shape(block.block)), undo)
 
 
 def _warn_of_other_base(incoming: _Incoming) -> None:

@@ -17,6 +17,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 
 from disha.errors import ModeError
 from disha.sharding.imported import imported_class
+from disha.sharding.zero import whole_shape
 
 
 def is_4bit(weight: Tensor) -> bool:
@@ -50,7 +51,7 @@ def parameter_count(parameter: Tensor, module: nn.Module | None = None) -> int:
     # The state of a parametrised weight is in its parametrization.
     owner = module[0] if isinstance(module, ParametrizationList) else parameter
     state = getattr(owner, "quant_state", None)
-    return parameter.numel() if state is None else torch.Size(state.shape).numel()
+    return whole_shape(parameter).numel() if state is None else torch.Size(state.shape).numel()
 
 
 def read_4bit(module: nn.Module, weight: Any) -> Tensor:

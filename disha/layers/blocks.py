@@ -23,7 +23,7 @@ from disha.functional.routed import Route, Routed
 from disha.functional.updates import Updates
 from disha.layers import compiled
 from disha.sharding.tensor_parallel import Split
-from disha.sharding.tensors import is_partitioned
+from disha.sharding.zero import gathered_by, whole_shape
 
 CHILD_NAME = "disha"
 """Name of the one sub-module that adapting adds to a module."""
@@ -100,15 +100,19 @@ class Block(nn.Module):
     def update(self, on_meta: bool = False, group: Group | None = None) -> Update:
         """Return the update for products with the weight, with the current scale and dropout."""
         # Attributes, not items of `__dict__`: torch 2.15 compiles no guards for those.
-        if type(self._parameters) is not dict and is_partitioned(self.block):
-            # ZeRO-3 gathers parameters only where their own module runs.
-            raise ModeError(
-                "an adapter can't act while DeepSpeed ZeRO-3 partitions its block, which it would "
-                "not gather for the weight's layer; use ZeRO-2 or fully_shard"
-            )
-        # A device hook (accelerate's) replaces forward, and loads the block to its device.
-        hooked = "forward" in self.__dict__
-        values = self._from_hook() if hooked else self._parameters.get(self.parameter_name)
+        name, parameters, values = self.parameter_name, self._parameters, None
+        if "forward" in self.__dict__:
+            # A device hook (accelerate's) replaces forward, and loads the block to its device.
+            values = self._from_hook()
+        elif name in parameters:
+            # In a forward, the dict of ZeRO-3 gathers the block for the layer that runs.
+            values = parameters[name]
+            if type(parameters) is not dict and values.shape != whole_shape(values):
+                raise ModeError(
+                    "an adapter can't act: DeepSpeed ZeRO-3 partitions its block, and gathers it "
+                    "only in a forward of the model; call the model, or read the weight inside "
+                    "deepspeed.zero.GatheredParameters(list(layer.parameters()))"
+                )
         if values is None:
             raise ModeError(
                 "an adapter can't act while its block is part of a flat parameter; use "
@@ -148,10 +152,11 @@ class Block(nn.Module):
         """Set the block to its initial values, as given by `init` in the configuration."""
         if self.block.is_meta:
             return  # there are no values
-        values = self.block.detach()
-        if self.config.init == "zeros":
-            values.zero_()
-        else:
+        with gathered_by(self.block, writes=True):
+            values = self.block.detach()
+            if self.config.init == "zeros":
+                values.zero_()
+                return
             # A block of fewer than two dimensions has no fan-in, so it counts as one row.
             rows = values if values.dim() >= 2 else values.view(1, -1)
             nn.init.kaiming_uniform_(rows, a=math.sqrt(5))
@@ -172,7 +177,7 @@ class Block(nn.Module):
     def extra_repr(self) -> str:
         """Return the block's description in a model's printout."""
         tile = "" if self.r_out is None else f", r_out={self.r_out}"
-        return f"r={self.r}{tile}, shape={tuple(self.block.shape)}, scale={self.scale:g}"
+        return f"r={self.r}{tile}, shape={tuple(whole_shape(self.block))}, scale={self.scale:g}"
 
     def _write_scale(self) -> None:
         """Make `scale_tensor` anew: autograd may have saved the old one."""

@@ -18,6 +18,7 @@ from disha.functional import Layout, layout_of
 from disha.layers.blocks import Slot, original_class
 from disha.layers.opaque import opaque_slot
 from disha.layers.weights import matrix_weights, read_weight
+from disha.sharding.zero import whole_shape
 
 Kind = Callable[[Any], Iterable[Slot]]
 """Module -> its weights."""
@@ -66,7 +67,9 @@ def _attention(module: Any) -> list[Slot]:
 def _experts(module: Any) -> list[Slot]:
     """Experts of transformers, whose modules declare their layout."""
     layout = Layout("expert in out" if module.is_transposed else "expert out in")
-    stacks = [name for name, weight in matrix_weights(module).items() if weight.dim() == 3]
+    stacks = [
+        name for name, weight in matrix_weights(module).items() if len(whole_shape(weight)) == 3
+    ]
     return [slot_of(name, layout) for name in stacks]
 
 

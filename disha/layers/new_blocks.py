@@ -12,6 +12,7 @@ from disha.layers.blocks import Block, Slot
 from disha.layers.offloading import device_of_weight
 from disha.layers.weights import read_weight, weight_shape
 from disha.sharding.tensor_parallel import split_of
+from disha.sharding.tensors import write
 
 
 def make_block(
@@ -37,5 +38,5 @@ def make_block(
     if values is None:
         block.reset_parameters()
     else:
-        block.block.detach().copy_(values)
+        write(block.block, values)
     return block

@@ -11,7 +11,7 @@ from torch.compiler import is_compiling
 
 from disha.effective.contexts import OPEN, Override
 from disha.effective.tensor_parallel import effective_part
-from disha.effective.weight import PLAIN, AbsentWeight, EffectiveWeight, computed, effective
+from disha.effective.weight import PLAIN, EffectiveWeight, absent, computed, effective
 from disha.errors import ModeError
 from disha.functional import adapted_linear
 from disha.functional.updates import Updates
@@ -55,7 +55,8 @@ def weight_property(original: type[nn.Module], name: str) -> property:
         if not compiling and sys._getframe(1).f_globals.get("__name__", "").startswith(WANT_BASE):
             return base
         try:
-            if type(base) not in PLAIN or base.is_meta or blocks[0].split is not None:
+            usual = type(base) in PLAIN and not base.is_meta and base.numel()
+            if not usual or blocks[0].split is not None:
                 return _unusual_weight(adapters, base, blocks, override, compiling)
             layout = blocks[0].slot.layout
             if override is None and not compiling and len(blocks) == 1:
@@ -86,15 +87,15 @@ def _unusual_weight(
     override: Override | None,
     compiling: bool,
 ) -> Any:
-    """Return the value of a weight that is on meta, a DTensor, a rank's part, or in a trace."""
+    """Return the value of a weight that is on meta, partitioned, a DTensor, or in a trace."""
     layout, split = blocks[0].slot.layout, split_of(base)
     if split is None and base.is_meta:
         # The hook of an offloaded block does not run here: accelerate reads W before it loads D.
         if all("forward" not in block.__dict__ and block.block.is_meta for block in blocks):
             return effective(base, layout, adapters.updates(blocks, override, compiling, True))
-        absent = base.as_subclass(AbsentWeight)
-        absent.base, absent.weight_layout = base, layout
-        return absent
+        return absent(base, layout)
+    if not base.numel():  # ZeRO-3 gathers it where its layer runs
+        return absent(base, layout)
     updates = adapters.updates(blocks, override, compiling)
     if split is not None:
         if any(not is_sharded(block.block) and block.split != split for block in blocks):

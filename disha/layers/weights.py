@@ -14,6 +14,7 @@ from disha import functional
 from disha.functional import Geometry
 from disha.layers import opaque
 from disha.layers.blocks import CHILD_NAME, Adapters, Block, Merged, Slot, original_class
+from disha.sharding.zero import whole_shape
 
 
 def read_weight(module: nn.Module, name: str) -> Any:
@@ -43,7 +44,7 @@ def matrix_weights(module: nn.Module) -> dict[str, Tensor]:
         for name, weight in weights.items()
         if isinstance(weight, Tensor)
         and not isinstance(weight, UninitializedParameter)
-        and weight.dim() >= 2
+        and len(whole_shape(weight)) >= 2
         and weight.is_floating_point()
     }
 
@@ -124,4 +125,4 @@ def weight_shape(module: nn.Module, slot: Slot) -> tuple[int, ...]:
     """Return the shape of a slot's parameter, or of the weight that a packed one represents."""
     if slot.shape is not None:
         return slot.shape
-    return tuple(read_weight(module, slot.parameter).shape)
+    return tuple(whole_shape(read_weight(module, slot.parameter)))

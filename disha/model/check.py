@@ -16,7 +16,9 @@ from disha.layers.adapted import AdaptedLayer
 from disha.layers.blocks import Block
 from disha.model.merge import merge
 from disha.model.view import ModelBlock, ModelView, clean_key
-from disha.sharding.tensors import write
+from disha.sharding.imported import imported_class
+from disha.sharding.tensors import gathered, write
+from disha.sharding.zero import release, whole_shape
 from disha.text import counted, first_few, grouped, printable, table
 
 Run = Callable[[], list[Tensor]]
@@ -143,8 +145,12 @@ def check_adapters(
         raise ArgumentError("no adapter is active; activate one with set_active_adapters")
     for one in active:
         _refuse_parametrised(one.name, one.layer)
+    runs = model
+    engine = imported_class("deepspeed.runtime.engine", "DeepSpeedEngine")
+    if engine is not None and isinstance(model, engine):
+        runs = model.module  # the engine takes every backward for one of training
     with ExitStack() as undo:  # whatever the check changes comes back
-        found = _checked(view, undo, active, lambda: _tensors(model(*inputs, **kwargs)))
+        found = _checked(view, undo, active, lambda: _tensors(runs(*inputs, **kwargs)))
     return CheckReport(found, () if optimizer is None else _untrained(model, optimizer))
 
 
@@ -188,7 +194,7 @@ def _checked(
     view.model.eval()
     with torch.inference_mode(False), torch.enable_grad():
         blocks = [one.block for one in active]
-        zeros = [not block.block.count_nonzero() for block in blocks]
+        zeros = [not gathered(block.block).count_nonzero() for block in blocks]
         frozen = [not block.block.requires_grad for block in blocks]
         _randomise(blocks, undo)
         undo.callback(view.reshard)  # a forward gathers what is sharded
@@ -239,7 +245,7 @@ def _randomise(blocks: list[Block], undo: ExitStack) -> None:
     generator = torch.Generator("cpu").manual_seed(0)
     for block in blocks:
         undo.callback(block.block.requires_grad_, block.block.requires_grad)
-        write(block.block, _random(block.block.shape, generator) * SIZE, undo)
+        write(block.block, _random(whole_shape(block.block), generator) * SIZE, undo)
         block.block.requires_grad_(True)
 
 
@@ -277,23 +283,21 @@ def _gradients(outputs: list[Tensor], blocks: list[Tensor]) -> list[bool]:
     if not sums:
         return [False] * len(blocks)
     found = torch.autograd.grad(sums, blocks, allow_unused=True)
+    release(blocks)
     return [one is not None and bool(one.count_nonzero()) for one in found]
 
 
 def _leaves_zeros(run: Run, block: Block, undo: ExitStack) -> bool:
     """Whether a block of zeros gets a gradient, without which it stays zero."""
-    write(block.block, torch.zeros(block.block.shape, device="cpu"), undo)
+    write(block.block, torch.zeros(whole_shape(block.block), device="cpu"), undo)
     return _gradients(run(), [block.block])[0]
 
 
 def _changes(run: Run, block: Block, outputs: list[Tensor]) -> bool:
     """Whether the outputs change when a block changes."""
-    parameter = block.block
-    kept = parameter.detach().clone()
-    with torch.no_grad():
-        parameter.add_(50 * SIZE)
+    with torch.no_grad(), ExitStack() as undo:
+        write(block.block, gathered(block.block) + 50 * SIZE, undo)
         changed = run()
-        parameter.copy_(kept)
     return any(not torch.equal(a, b) for a, b in zip(changed, outputs, strict=True))
 
 

@@ -44,7 +44,7 @@ from disha.model.records import LayerRecord
 from disha.model.view import ModelParameter, ModelView
 from disha.sharding.imported import imported_class
 from disha.sharding.tensor_parallel import split_of
-from disha.sharding.tensors import is_partitioned
+from disha.sharding.zero import whole_shape
 from disha.text import WIDEST, brief, counted, first_few, grouped, join, printable, table
 
 Target = str | Sequence[str] | Callable[[str, nn.Module], bool]
@@ -89,7 +89,7 @@ class PlannedLayer:
     def shape(self) -> tuple[int, ...]:
         """The shape of the weight, with all of its rows."""
         if self.slot is None:
-            return tuple(read_weight(self.module, self.attribute).shape)
+            return tuple(whole_shape(read_weight(self.module, self.attribute)))
         return weight_shape(self.module, self.slot)
 
     @cached_property
@@ -481,7 +481,7 @@ def _reason_against_parameter(one: ModelParameter | None, shape: tuple[int, ...]
     """Return why a parameter can't be trained with the adapter as a file describes it."""
     if one is None:
         return "the model has no such parameter"
-    found = None if is_lazy(one.value) else tuple(one.value.shape)
+    found = None if is_lazy(one.value) else tuple(whole_shape(one.value))
     if found != shape:
         return f"expected shape {shape}, found {found} in the model"
     if one.value.is_meta:
@@ -543,19 +543,18 @@ def _reason_against_dense(weight: Any, slot: Slot) -> str | None:
     """Return why no method can adapt a weight that is not opaque."""
     if isinstance(weight, UninitializedParameter):
         return "its weight is not initialised yet; run the model once before injecting"
-    if is_partitioned(weight):
-        return "its weight is partitioned by DeepSpeed ZeRO-3; use ZeRO-2 or fully_shard"
     # Any floating-point dtype will do: a user's hook may cast the weight before each forward.
     if not isinstance(weight, Tensor) or not weight.is_floating_point():
         return "its weight is not a floating-point tensor"
     if weight.layout is not torch.strided or isinstance(weight, SparseSemiStructuredTensor):
         return "its weight is sparse; store it as a dense tensor (Tensor.to_dense)"
-    if not weight.numel():
+    shape = whole_shape(weight)
+    if not shape.numel():
         return "its weight is empty"
     split = split_of(weight)
     if split is not None and split.reason is not None:
         return split.reason
-    return slot.layout.reason_against_shape(weight.shape)
+    return slot.layout.reason_against_shape(shape)
 
 
 def _reason_against_block(one: PlannedLayer) -> str | None:

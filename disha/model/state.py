@@ -15,6 +15,7 @@ from disha.layers.weights import weight_shape
 from disha.model import running_statistics
 from disha.model.view import ModelView, all_or_nothing, clean_key
 from disha.sharding.tensors import local_part, reason_against_writing, write
+from disha.sharding.zero import present, whole_shape
 from disha.text import first_few, join
 
 
@@ -90,7 +91,7 @@ def adapter_state_dict(model: nn.Module, adapter: str = "default") -> dict[str, 
     """
     view = ModelView(model)
     found = _in_state_dict(view, adapter_tensors(view, adapter))
-    return {key: tensor.detach() for key, tensor in found.items()}
+    return {key: present(tensor).detach() for key, tensor in found.items()}
 
 
 def _in_state_dict(view: ModelView, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -125,14 +126,13 @@ def adapter_tensors(view: ModelView, adapter: str) -> dict[str, Tensor]:
 
 
 def _refuse_flattened(name: str, layer: AdaptedLayer, block: Block) -> None:
-    """Raise if FullyShardedDataParallel or DeepSpeed ZeRO-3 holds the values."""
+    """Raise if FullyShardedDataParallel holds the values."""
     parameter = block._parameters.get(block.parameter_name)
-    is_whole = parameter is not None and parameter.dim() >= block.method.block_axes
+    is_whole = parameter is not None and len(whole_shape(parameter)) >= block.method.block_axes
     if not is_whole or len(weight_shape(layer, block.slot)) < 2:
         raise AdapterStateError(
             f"the block of {name or 'the model'} or its weight is missing or flattened, as by "
-            "FullyShardedDataParallel or ZeRO-3; use fully_shard or ZeRO-2, or call this inside "
-            "summon_full_params or deepspeed.zero.GatheredParameters"
+            "FullyShardedDataParallel; use fully_shard, or call this inside summon_full_params"
         )
 
 
@@ -232,8 +232,9 @@ def _reason_against(target: Tensor, value: object) -> str | None:
     """Return why a tensor can't hold a value, or None if it can."""
     if not isinstance(value, Tensor):
         return f"is not a tensor but a {type(value).__name__}"
-    if value.shape != target.shape:
-        return f"has the shape {tuple(value.shape)}, must be {tuple(target.shape)}"
+    shape = whole_shape(target)
+    if value.shape != shape:
+        return f"has the shape {tuple(value.shape)}, must be {tuple(shape)}"
     if value.is_floating_point() != target.is_floating_point():
         due = "floating-point" if target.is_floating_point() else "an integer"
         return f"has dtype {value.dtype}, must be {due}"

@@ -92,7 +92,7 @@ def summary(model: nn.Module) -> Summary:
             method=block.method.name,
             r=block.r,
             r_out=block.r_out,
-            parameters=block.block.numel(),
+            parameters=parameter_count(block.block),
             scale=block.scale,
             active=adapter in layer.disha.active,
         )

@@ -21,7 +21,8 @@ from disha.layers.blocks import CHILD_NAME, Adapters, Block
 from disha.layers.gradient_flags import is_claimed
 from disha.sharding.imported import imported_class
 from disha.sharding.ranks import Ranks
-from disha.sharding.tensors import is_partitioned, is_sharded
+from disha.sharding.tensors import is_sharded
+from disha.sharding.zero import is_partitioned
 from disha.text import join
 
 

@@ -16,24 +16,28 @@ from torch import Tensor
 from disha import errors
 from disha.errors import ArgumentError, DishaError
 from disha.sharding.tensors import is_sharded
+from disha.sharding.zero import is_partitioned
 
 
 class Ranks:
     """The ranks that hold the shards of a model; only this process if the model is not sharded."""
 
     def __init__(self, parameters: Iterable[Tensor]) -> None:
-        sharded: list[Any] = [p for p in parameters if is_sharded(p)]
-        self.meshes: tuple[Any, ...] = tuple(dict.fromkeys(p.device_mesh for p in sharded))
+        found: list[Any] = list(parameters)
+        meshes = dict.fromkeys(p.device_mesh for p in found if is_sharded(p))
+        groups = [mesh.get_group(dim) for mesh in meshes for dim in range(mesh.ndim)]
+        groups += [p.ds_process_group for p in found if is_partitioned(p)]
+        self.groups: tuple[Any, ...] = tuple(dict.fromkeys(groups))
 
     @property
     def writes(self) -> bool:
         """Whether this rank writes the files; only the first one does."""
-        return not any(any(mesh.get_coordinate()) for mesh in self.meshes)
+        return not any(torch.distributed.get_rank(group) for group in self.groups)
 
     @contextmanager
     def agreeing(self, action: str) -> Iterator[None]:
         """Run the body; if it raises on any rank, raise on all ranks. It must not be collective."""
-        if not self.meshes:
+        if not self.groups:
             yield
             return
         problem: Exception | None = None
@@ -57,10 +61,8 @@ class Ranks:
     def _exchanged(self, report: tuple[Any, ...]) -> list[tuple[Any, ...]]:
         """Return the reports of all ranks."""
         reports = [report]
-        for mesh in self.meshes:
-            for dim in range(mesh.ndim):
-                group = mesh.get_group(dim)
-                theirs: list[Any] = [None] * torch.distributed.get_world_size(group)
-                torch.distributed.all_gather_object(theirs, reports, group)
-                reports = list(dict.fromkeys(one for many in theirs for one in many))
+        for group in self.groups:
+            theirs: list[Any] = [None] * torch.distributed.get_world_size(group)
+            torch.distributed.all_gather_object(theirs, reports, group)
+            reports = list(dict.fromkeys(one for many in theirs for one in many))
         return reports

@@ -1,7 +1,8 @@
 """Sharded and partitioned tensors: their values, and how to write into them.
 
 FSDP2 (`fully_shard`) turns parameters into DTensors. Each rank holds a shard of a DTensor.
-Gathering it is collective: all ranks of its device mesh must take part, in the same order.
+ZeRO-3 of DeepSpeed partitions parameters: outside a forward, they are empty (`zero.py`).
+Gathering is collective: all ranks that hold a part must take part, in the same order.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from disha.sharding.imported import imported_class
+from disha.sharding.zero import gathered_by, optimized_values, present, write_optimized
 
 
 def is_sharded(tensor: object) -> bool:
@@ -21,15 +23,10 @@ def is_sharded(tensor: object) -> bool:
     return cls is not None and isinstance(tensor, cls)
 
 
-def is_partitioned(tensor: object) -> bool:
-    """Whether DeepSpeed ZeRO-3 manages a parameter, whose values are absent most of the time."""
-    return hasattr(tensor, "ds_id")
-
-
 def gathered(tensor: Tensor) -> Tensor:
     """Return a tensor with all of its values. Collective if the tensor is sharded."""
     if not is_sharded(tensor):
-        return tensor
+        return present(tensor)
     sharded: Any = tensor
     # An offloaded parameter is on the CPU, where the mesh may be unable to communicate.
     full: Tensor = sharded.to(sharded.device_mesh.device_type).full_tensor()
@@ -74,11 +71,23 @@ def write(parameter: Tensor, values: Tensor, undo: ExitStack | None = None) -> N
     A sharded parameter takes all values, the same on all ranks, or values that are sharded like it.
     """
     if undo is not None:
-        undo.callback(write, parameter, parameter.detach().clone())
+        undo.callback(write, parameter, _values_of(parameter))
+    values = values.detach()
     if is_sharded(parameter) and not is_sharded(values):
         part = tuple(slice(start, stop) for start, stop in local_ranges(parameter))
         values = values[part]
-    local_part(parameter.detach()).copy_(local_part(values.detach()))
+    with gathered_by(parameter, writes=True):
+        local_part(parameter.detach()).copy_(local_part(values))
+    write_optimized(parameter, values)
+
+
+def _values_of(parameter: Tensor) -> Tensor:
+    """Return a copy of the values of a parameter, in the precision in which they are trained."""
+    values = optimized_values(parameter)
+    if values is None:
+        with gathered_by(parameter):
+            values = parameter.detach().clone()
+    return values
 
 
 def in_chunks(tensor: Any) -> bool:

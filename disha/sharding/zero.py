@@ -1,0 +1,81 @@
+"""Parameters that DeepSpeed manages: ZeRO-3 partitions them, and its optimizers train a copy.
+
+    stage       the parameter                             the optimizer
+    ZeRO-1, -2  has all values, on every rank             has a part of a copy in float32
+    ZeRO-3      is empty, but where its module runs       has a part of a copy in float32
+
+So a parameter of ZeRO-3 does not show its shape, and a write must go into both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from disha.sharding.imported import imported_class
+
+
+def is_partitioned(tensor: object) -> bool:
+    """Whether ZeRO-3 manages a parameter, whose values are absent most of the time."""
+    return hasattr(tensor, "ds_id")
+
+
+def whole_shape(tensor: Tensor) -> torch.Size:
+    """Return the shape that a tensor has with all of its values."""
+    shape: torch.Size = getattr(tensor, "ds_shape", tensor.shape)
+    return shape
+
+
+def gathered_by(tensor: Tensor, writes: bool = False) -> AbstractContextManager[Any]:
+    """Give a parameter of ZeRO-3 its values in the body; with `writes`, keep those of rank 0."""
+    if not is_partitioned(tensor) or (tensor.shape == whole_shape(tensor) and not writes):
+        return nullcontext()
+    cls: Any = imported_class("deepspeed.runtime.zero.partition_parameters", "GatheredParameters")
+    context: AbstractContextManager[Any] = cls([tensor], modifier_rank=0 if writes else None)
+    return context
+
+
+def present(tensor: Tensor) -> Tensor:
+    """Return a tensor, which for ZeRO-3 is a copy with all values. Collective for ZeRO-3."""
+    if not is_partitioned(tensor):
+        return tensor
+    with gathered_by(tensor):
+        return tensor.detach().clone()
+
+
+def release(parameters: Iterable[Tensor]) -> None:
+    """Let ZeRO-3 partition what it still holds after a backward that no engine has started."""
+    for optimizer in {getattr(one, "_z3_optimizer", None) for one in parameters}:
+        if optimizer is not None:
+            optimizer.empty_partition_cache()
+
+
+def optimized_values(parameter: Any) -> Tensor | None:
+    """Return the values that an optimizer of DeepSpeed trains, or None. Collective."""
+    values: Tensor | None = None
+    if _trains_by_zero_3(parameter):
+        values = parameter._z3_optimizer.get_full_hp_param(parameter)
+    elif hasattr(parameter, "_hp_mapping"):
+        values = parameter.get_full_hp_param()
+    return values
+
+
+def _trains_by_zero_3(parameter: Any) -> bool:
+    optimizer = getattr(parameter, "_z3_optimizer", None)
+    return optimizer is not None and optimizer.get_param_id(parameter) in optimizer.grad_position
+
+
+def write_optimized(parameter: Any, values: Tensor) -> None:
+    """Write the values that an optimizer of DeepSpeed trains, if there is one."""
+    if _trains_by_zero_3(parameter):
+        size = parameter.ds_tensor.ds_numel  # each rank's part, of which the last is padded
+        rank = torch.distributed.get_rank(parameter.ds_process_group)
+        flat = F.pad(values.flatten(), (0, parameter.ds_numel_aligned - values.numel()))
+        parameter._z3_optimizer.set_local_hp_param(flat[rank * size : (rank + 1) * size], parameter)
+    elif hasattr(parameter, "_hp_mapping"):
+        parameter.set_full_hp_param(values)
