@@ -70,6 +70,7 @@ DEV = [
     *PEERS,
     *QUANT,
     "build>=1.2",
+    "deepspeed>=0.17; sys_platform == 'linux'",
     "hypothesis>=6.100",
     "mutmut>=3.8; sys_platform != 'win32'",
     "mypy>=1.15",

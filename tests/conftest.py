@@ -19,10 +19,7 @@ from disha.layers.adapted import AdaptedLayer
 os.environ["HF_HUB_OFFLINE"] = "1"  # nothing is downloaded, and no test waits for an answer
 hypothesis.settings.register_profile("busy", deadline=None)  # a busy machine is no failure
 hypothesis.settings.load_profile("busy")
-collect_ignore = [
-    "typed_api.py",  # for type checkers, and never run
-    "deepspeed_zero.py",  # for a process of its own: it sets variables and needs DeepSpeed
-]
+collect_ignore = ["typed_api.py"]  # for type checkers, and never run
 
 
 class Attention(nn.Module):

@@ -20,7 +20,9 @@ def environment() -> dict[str, str]:
         **os.environ,
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": str(ROOT),
-        "CUDA_VISIBLE_DEVICES": "",  # where there is a device, fully_shard takes it, and gloo can't
+        # Where there is a device, fully_shard and DeepSpeed take it, and gloo can't.
+        "CUDA_VISIBLE_DEVICES": "",
+        "DS_ACCELERATOR": "cpu",
     }
 
 

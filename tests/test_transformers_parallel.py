@@ -1,17 +1,26 @@
-"""Parallel models and trainers of `transformers`, and `disha finetune`, on two ranks."""
+"""Parallel models and trainers of `transformers`, `disha finetune` and DeepSpeed, on two ranks."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
 
 import pytest
 
 from disha.finetune import main
 from tests.conftest import once
-from tests.distributed import finetune, quantised, trainer_fsdp, transformers_parallel
+from tests.distributed import (
+    deepspeed_zero,
+    finetune,
+    quantised,
+    trainer_fsdp,
+    transformers_parallel,
+)
 from tests.test_distributed import checks_in, launch
 
-SCRIPTS = (transformers_parallel, trainer_fsdp, quantised, finetune)
+SCRIPTS = [transformers_parallel, trainer_fsdp, quantised, finetune]
+if importlib.util.find_spec("deepspeed") is not None:  # not each platform has it
+    SCRIPTS.append(deepspeed_zero)
 
 
 @pytest.fixture

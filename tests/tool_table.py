@@ -95,6 +95,7 @@ DDP = "test_distributed::test_on_two_ranks[ddp-check_{}]"
 TENSOR = "test_distributed::test_on_two_ranks[tensor_parallel-check_{}]"
 OF_TRANSFORMERS = "test_transformers_parallel::test_on_two_ranks[transformers_parallel-check_{}]"
 WITH_FSDP = "test_transformers_parallel::test_on_two_ranks[trainer_fsdp-check_{}]"
+ZERO = "test_transformers_parallel::test_on_two_ranks[deepspeed_zero-check_{}]"
 PEFT = "test_interop_peft"
 LORA = "test_interop_lora"
 EXPERTS = "test_interop_experts"
@@ -191,15 +192,10 @@ that two processes train and save the same as one.
                 "trains": (OF_TRANSFORMERS.format("tensor_parallel"),),
                 "as one process": (OF_TRANSFORMERS.format("tensor_parallel"),),
             },
-            "DeepSpeed ZeRO-2, one process": {
-                "trains": ("test_deepspeed::test_the_real_one",),
-            },
-            "DeepSpeed ZeRO-3": {
-                "trains": (
-                    REFUSED,
-                    "test_deepspeed::test_a_partitioned_weight_is_refused_at_injection",
-                    "test_deepspeed::test_the_real_one",
-                ),
+            "DeepSpeed ZeRO-2 and ZeRO-3": {
+                "trains": (ZERO.format("training"), ZERO.format("common_configurations")),
+                "adapter only": (ZERO.format("saving_and_loading"),),
+                "as one process": (ZERO.format("training"), ZERO.format("saving_and_loading")),
             },
         },
     ),

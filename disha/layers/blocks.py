@@ -105,14 +105,11 @@ class Block(nn.Module):
             # A device hook (accelerate's) replaces forward, and loads the block to its device.
             values = self._from_hook()
         elif name in parameters:
-            # In a forward, the dict of ZeRO-3 gathers the block for the layer that runs.
+            # In a forward, the dict of ZeRO-3 gathers the block for the layer that runs; elsewhere,
+            # and in compiled code, only its hooks do.
             values = parameters[name]
             if type(parameters) is not dict and values.shape != whole_shape(values):
-                raise ModeError(
-                    "an adapter can't act: DeepSpeed ZeRO-3 partitions its block, and gathers it "
-                    "only in a forward of the model; call the model, or read the weight inside "
-                    "deepspeed.zero.GatheredParameters(list(layer.parameters()))"
-                )
+                values = self()
         if values is None:
             raise ModeError(
                 "an adapter can't act while its block is part of a flat parameter; use "
