@@ -100,7 +100,8 @@ class Block(nn.Module):
     def update(self, on_meta: bool = False, group: Group | None = None) -> Update:
         """Return the update for products with the weight, with the current scale and dropout."""
         # Attributes, not items of `__dict__`: torch 2.15 compiles no guards for those.
-        name, parameters, values = self.parameter_name, self._parameters, None
+        name, parameters = self.parameter_name, self._parameters
+        values: Any = None
         if "forward" in self.__dict__:
             # A device hook (accelerate's) replaces forward, and loads the block to its device.
             values = self._from_hook()

@@ -145,7 +145,7 @@ def check_adapters(
         raise ArgumentError("no adapter is active; activate one with set_active_adapters")
     for one in active:
         _refuse_parametrised(one.name, one.layer)
-    runs = model
+    runs: Any = model
     engine = imported_class("deepspeed.runtime.engine", "DeepSpeedEngine")
     if engine is not None and isinstance(model, engine):
         runs = model.module  # the engine takes every backward for one of training
