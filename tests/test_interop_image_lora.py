@@ -297,6 +297,28 @@ def test_all_models_or_none(tmp_path):
         image_lora.load({"unet": FLUX.model(), "text_encoder": text_encoder()}, path)
 
 
+def test_a_file_replaces_the_adapter_of_its_models_and_of_no_other(tmp_path):
+    models = {"unet": UNET.model(), "text_encoder": text_encoder()}
+    ours = {
+        "unet": adapted(models["unet"], "to_q"),
+        "text_encoder": adapted(models["text_encoder"], "fc1"),
+    }
+    path = tmp_path / "lora.safetensors"
+    image_lora.export(ours, path)
+    image_lora.load(models, path)
+    before = copy.deepcopy(models)
+    for name, model in ours.items():
+        perturb(model, seed=1)
+        image_lora.export({name: model}, tmp_path / name)
+    with pytest.raises(disha.ArgumentError, match="pass replace=True"):
+        image_lora.load(models, tmp_path / "unet")
+    image_lora.load(models, tmp_path / "unet", replace=True)
+    for name, expected in (("unet", ours), ("text_encoder", before)):
+        state = disha.adapter_state_dict(expected[name])
+        for key, value in disha.adapter_state_dict(models[name]).items():
+            assert torch.equal(value, state[key]), key
+
+
 # --- the command ---------------------------------------------------------------------------------
 
 

@@ -101,7 +101,7 @@ def test_peft_computes_what_we_export(make, kind, target, form, tmp_path):
     expected = output(model, make)
     assert not torch.allclose(expected, output(make(), make))
 
-    export(model, tmp_path / "folder")
+    report = export(model, tmp_path / "folder")
     close(output(model, make), expected)
     theirs = from_peft(tmp_path / "folder", make)
     close(output(theirs, make), expected)
@@ -112,6 +112,7 @@ def test_peft_computes_what_we_export(make, kind, target, form, tmp_path):
         name for name, module in model.named_modules() if isinstance(module, disha.AdaptedLayer)
     }
     assert set(from_peft(tmp_path / "folder", make).base_model.targeted_module_names) == adapted
+    assert ({layer.name for layer in report.layers}, report.error) == (adapted, 0)
     written = config_of(tmp_path / "folder")["target_modules"]
     assert isinstance(written, form)
     assert form is str or written == sorted(adapted)

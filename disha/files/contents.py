@@ -54,6 +54,7 @@ def save_adapter(
     model: nn.Module,
     path: PathLike,
     adapter: str = "default",
+    *,
     metadata: Mapping[str, str] | None = None,
 ) -> None:
     """Write an adapter, and nothing else of the model, to one safetensors file.

@@ -19,6 +19,7 @@ import dataclasses
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 from einops import rearrange
 from torch import Tensor
@@ -70,9 +71,13 @@ FAMILIES: Mapping[str, Family] = {
 """Model type in `transformers` -> how its models name and store experts."""
 
 
+Form = Literal["stacked", "separate"]
+"""One parameter for a stack of experts, or one for each expert."""
+
+
 def check_form(experts: str) -> None:
     """Raise unless this is one of the two forms."""
-    if experts not in ("stacked", "separate"):
+    if experts not in get_args(Form):
         raise ArgumentError(f"experts must be 'stacked' or 'separate', got {experts!r}")
 
 

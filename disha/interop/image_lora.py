@@ -49,6 +49,7 @@ def export(
     models: Models,
     path: PathLike,
     adapter: str = "default",
+    *,
     rank: int | None = None,
 ) -> LoraReport:
     """Write the adapters of image models as one LoRA file.
@@ -121,6 +122,7 @@ def load(
     path: PathLike,
     adapter: str = "default",
     *,
+    replace: bool = False,
     dtype: torch.dtype | None = None,
     freeze: bool = True,
 ) -> LoadReport:
@@ -134,6 +136,7 @@ def load(
             components of the file.
         path: the file.
         adapter: the name that the adapter gets in each model.
+        replace: where a model has an adapter of that name, copy the values into it (hot swap).
         dtype: dtype of the blocks; that of the file by default.
         freeze: freeze all parameters that belong to no adapter.
 
@@ -144,7 +147,8 @@ def load(
         AdapterIOError: the file can't be read.
         AdapterFileError: it is damaged, has unknown keys, or does not fit a model.
         ConversionError: it holds another method than LoRA, or a LoRA that is not a Bone adapter.
-        ArgumentError: a component of the file is not among the models, or the name is taken.
+        ArgumentError: a component of the file is not among the models, or the name is taken
+            and `replace` is not set.
         ArgumentTypeError: an argument is of the wrong type.
         ModeError: adapters are merged (`MergeError`), or in a context.
 
@@ -180,6 +184,7 @@ def load(
                 header,
                 tensors,
                 adapter,
+                replace=replace,
                 dtype=dtype,
                 freeze=freeze,
                 around=undo,

@@ -60,7 +60,7 @@ from disha.model.state import LoadReport
 from disha.model.view import ModelView
 from disha.text import join
 
-__all__ = ["export", "export_tensors", "load"]
+__all__ = ["LoraReport", "export", "export_tensors", "load"]
 
 CANT_EXPRESS = "PEFT's LoRA would not compute what this adapter does"
 
@@ -89,10 +89,10 @@ def export(
     model: nn.Module,
     folder: PathLike,
     adapter: str = "default",
-    rank: int | None = None,
     *,
+    rank: int | None = None,
     pad: bool = False,
-    experts: str = "stacked",
+    experts: stacks.Form = "stacked",
 ) -> LoraReport:
     """Write an adapter as LoRA: `adapter_config.json` and `adapter_model.safetensors`.
 
@@ -160,10 +160,10 @@ def export(
 def export_tensors(
     model: nn.Module,
     adapter: str = "default",
-    rank: int | None = None,
     *,
+    rank: int | None = None,
     pad: bool = False,
-    experts: str = "stacked",
+    experts: stacks.Form = "stacked",
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return an adapter as LoRA, in memory: what `export` writes into its two files.
 
@@ -196,7 +196,7 @@ def export_tensors(
 
 
 def _converted(
-    view: ModelView, adapter: str, experts: str, rank: int | None, pad: bool
+    view: ModelView, adapter: str, experts: stacks.Form, rank: int | None, pad: bool
 ) -> tuple[list[LowRankUpdate], Collection[str], dict[str, Any], dict[str, Tensor]]:
     """Return an adapter's updates, what trained with it, and both in PEFT's form."""
     header, tensors = adapter_contents(view, adapter, base=False)
@@ -325,7 +325,7 @@ def write_lora(
     *,
     rank: int | None = None,
     pad: bool = False,
-    experts: str = "stacked",
+    experts: stacks.Form = "stacked",
     model_type: str | None = None,
     base: BaseWeight | None = None,
 ) -> LoraReport:

@@ -103,7 +103,7 @@ class LoraLayer:
 
 @dataclass(frozen=True)
 class LoraReport:
-    """The layers that were written as LoRA, with their errors; printable.
+    """The layers that were written as LoRA or for PEFT's MiSS, with their errors; printable.
 
     Attributes:
         path: the folder or file.

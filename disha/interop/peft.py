@@ -22,6 +22,7 @@ from disha.files.contents import Contents, adapter_contents, load_contents
 from disha.files.disk import PathLike, checked_path
 from disha.files.header import AdapterHeader
 from disha.functional import Layout
+from disha.interop.low_rank import LoraLayer, LoraReport
 from disha.interop.peft_format import (
     NOTES,
     THE_MODEL_ITSELF,
@@ -75,7 +76,7 @@ def export(
     dropout: float | None = None,
     base_model_name_or_path: str | None = None,
     task_type: str | None = None,
-) -> None:
+) -> LoraReport:
     """Write an adapter as a folder that PEFT loads, with the same results.
 
     `PeftModel.from_pretrained(base, folder)` of PEFT 0.18 and later reads it. `target_modules`
@@ -97,6 +98,9 @@ def export(
         base_model_name_or_path: where PEFT's `AutoPeftModel` finds the base.
         task_type: PEFT's, such as `"CAUSAL_LM"`.
 
+    Returns:
+        A `LoraReport`. Every layer is exact, and has its r as the rank.
+
     Raises:
         AdapterIOError: the folder can't be written; what was there is unchanged.
         ConversionError: PEFT's MiSS can't express the adapter; the message lists every reason.
@@ -111,7 +115,7 @@ def export(
         >>> import disha
         >>> model = disha.inject_adapters(nn.Sequential(nn.Linear(8, 16), nn.ReLU()), "0", r=4)
         >>> with tempfile.TemporaryDirectory() as folder:
-        ...     disha.interop.peft.export(model, folder)
+        ...     report = disha.interop.peft.export(model, folder)
         ...     config = json.loads(pathlib.Path(folder, "adapter_config.json").read_text())
         ...     base = nn.Sequential(nn.Linear(8, 16), nn.ReLU())
         ...     disha.interop.peft.load(base, folder).matched
@@ -139,6 +143,8 @@ def export(
     with ranks.agreeing(action):
         if ranks.writes:
             write_peft_files(target, fields, {**_blocks(header, tensors), **beside})
+    layers = [LoraLayer(one.name, one.method, one.r, one.r, 0.0) for one in header.layers]
+    return LoraReport(target, tuple(layers), tuple(beside))
 
 
 def load(
@@ -188,7 +194,7 @@ def load(
         >>> model = disha.inject_adapters(base, "0", r=4, init="kaiming")
         >>> fresh = nn.Sequential(nn.Linear(8, 16), nn.ReLU())
         >>> with tempfile.TemporaryDirectory() as folder:
-        ...     disha.interop.peft.export(model, folder)
+        ...     _ = disha.interop.peft.export(model, folder)
         ...     _ = fresh.load_state_dict(weights)
         ...     print(disha.interop.peft.load(fresh, folder))
         1 key fits

@@ -140,6 +140,7 @@ def load_adapter_state_dict(
     model: nn.Module,
     state: Mapping[str, Tensor],
     adapter: str = "default",
+    *,
     strict: bool = True,
 ) -> LoadReport:
     """Check all tensors of an adapter, then copy them into the model.
