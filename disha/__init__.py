@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     )
     from disha.functional import Geometry
     from disha.layers import AdaptedLayer, BatLinear, BoneLinear, register_layer_kind
-    from disha.model.check import CheckReport, check_adapters
+    from disha.model.check import CheckedWeight, CheckReport, check_adapters
     from disha.model.control import (
         adapters_active,
         adapters_disabled,
@@ -45,9 +45,9 @@ if TYPE_CHECKING:
         remove_adapters,
     )
     from disha.model.merge import merge_adapters, unmerge_adapters
-    from disha.model.plan import Plan, plan_adapters
+    from disha.model.plan import Plan, PlannedLayer, plan_adapters
     from disha.model.state import LoadReport, adapter_state_dict, load_adapter_state_dict
-    from disha.model.summary import Summary, summary
+    from disha.model.summary import LayerSummary, Summary, summary
 
 __all__ = [
     "AdaptedLayer",
@@ -61,14 +61,17 @@ __all__ = [
     "BatLinear",
     "BoneLinear",
     "CheckReport",
+    "CheckedWeight",
     "ConversionError",
     "DishaError",
     "Geometry",
+    "LayerSummary",
     "LoadReport",
     "MergeError",
     "MissingPackageError",
     "ModeError",
     "Plan",
+    "PlannedLayer",
     "Summary",
     "TargetError",
     "__version__",
@@ -125,4 +128,4 @@ if not TYPE_CHECKING:  # a type checker would take any misspelt name for one of 
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}") from error
 
     def __dir__() -> list[str]:
-        return sorted({*globals(), *__all__, "functional", "interop"})
+        return sorted([*__all__, "functional", "integrations", "interop"])

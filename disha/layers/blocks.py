@@ -224,7 +224,8 @@ class Adapters(nn.Module):
     """The adapters of one layer, by name, and which of them act.
 
     If an adapter has only a block for the module's `weight`, `adapters[name]` is that block.
-    Otherwise it is a dict of blocks by the names of their weights.
+    Otherwise it is a dict of blocks by the names of their weights, of which types do not tell;
+    `blocks(name)` has the blocks of any layer.
     """
 
     active: tuple[str, ...]
@@ -265,8 +266,8 @@ class Adapters(nn.Module):
     def __contains__(self, adapter: object) -> bool:
         return adapter in self._modules
 
-    def __getitem__(self, adapter: str) -> Any:
-        return self._modules[adapter]
+    def __getitem__(self, adapter: str) -> Block:
+        return self._modules[adapter]  # type: ignore[return-value]
 
     def blocks(self, adapter: str | None = None) -> dict[tuple[str, str], Block]:
         """Return (adapter, name of the weight) -> block, of one adapter or of all."""

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from disha.config import AdapterConfig, Init
 from disha.errors import ArgumentError, ArgumentTypeError
@@ -23,6 +23,10 @@ class _LinearWithAdapter(AdaptedLinear):
     """The base class of the linear layers of all methods."""
 
     method: ClassVar[str]
+
+    if TYPE_CHECKING:  # torch says that a module returns anything
+
+        def __call__(self, input: Tensor) -> Tensor: ...
 
     def __init__(
         self,
