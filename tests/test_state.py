@@ -233,8 +233,9 @@ class TestByTorch:
     @pytest.mark.parametrize("prefix", ["", "module."])
     def test_a_state_that_lacks_the_blocks_of_a_layer(self, adapted, prefix):
         model = nn.ModuleDict({"module": adapted}) if prefix else adapted
-        absent = f"{prefix}layers.0.attn.v_proj.disha.default.bone_block"
         state = model.state_dict()
+        disha.inject_adapters(adapted, "proj", 2, adapter="b")  # the state lacks all of it
+        absent = f"{prefix}layers.0.attn.v_proj.disha.default.bone_block"
         del state[absent]
         with pytest.raises(RuntimeError, match=f'Missing key.*: "{absent}"[.]'):
             model.load_state_dict(state)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from disha.layers.blocks import CHILD_NAME
 from disha.layers.gradient_flags import attributes_of
 from disha.model.view import clean_key
 from disha.sharding.tensors import write
@@ -49,16 +50,23 @@ def _before_loading(
     model: nn.Module, state: dict[str, Any], prefix: str, _: Any, strict: bool, missing: list[str],
     *others: Any,
 ) -> None:  # fmt: skip
-    """Miss the absent blocks of a state dict. One without blocks is the base's: keep statistics."""
+    """Miss the other blocks of adapters that a state dict has. Keep the statistics of a base's."""
     given = {clean_key(key.removeprefix(prefix)) for key in state if key.endswith("_block")}
     if given:
-        blocks = [name for name, _ in model.named_parameters() if name.endswith("_block")]
-        missing += [prefix + name for name in blocks if clean_key(name) not in given]
+        adapters = set(map(_adapter_of, given))
+        own = [name for name, _ in model.named_parameters() if name.endswith("_block")]
+        absent = [name for name in own if clean_key(name) not in given]
+        missing += [prefix + name for name in absent if _adapter_of(name) in adapters]
         return
     for name, module in model.named_modules():
         kept = attributes_of(module).get(_STATISTICS, {})
         for own, former in kept.items():
             kept[own] = state.get(prefix + join(name, own), former).detach().clone()
+
+
+def _adapter_of(key: str) -> str:
+    """Return the name of an adapter from the key of one of its blocks."""
+    return f".{key}".rpartition(f".{CHILD_NAME}.")[2].partition(".")[0]
 
 
 def _hooks(module: Any) -> list[int]:
