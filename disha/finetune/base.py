@@ -116,8 +116,8 @@ def _quantise_stacks(model: PreTrainedModel) -> None:
     """Quantise the stacks of experts, which transformers leaves as they are."""
     from bitsandbytes.nn.parametrize import replace_parameter_4bit
 
-    for layer in disha.plan_adapters(model, ".", r=1).layers:
-        if layer.slot and layer.slot.layout.expert_dim is not None:
+    for layer in disha.plan_adapters(model, "all-linear", r=1).layers:
+        if layer.geometry.stack:
             replace_parameter_4bit(layer.module, layer.attribute, True, "nf4")
 
 

@@ -168,8 +168,7 @@ def declared_slots(module: nn.Module) -> list[Slot]:
     slot = None if kind is not None and _is_plain(module) else opaque_slot(module)
     if slot is not None:
         return [slot]
-    slots = [] if kind is None else list(kind(module))
-    return [_with_shape(module, slot) for slot in slots]
+    return [] if kind is None else [_with_shape(module, slot) for slot in kind(module)]
 
 
 def _with_shape(module: nn.Module, slot: Slot) -> Slot:

@@ -246,8 +246,8 @@ def _reason_against(layer: AdaptedLayer, slot: Slot, dense: bool) -> str | None:
     quantisation = quantisation_of(layer, stored_weight(layer, slot.parameter))
     if parameter is None and quantisation is None:
         return (
-            "is computed from other parameters (a parametrization); save the adapter, and load it "
-            "into a model without the parametrization"
+            "is computed from other parameters (a parametrization); save the adapter, remove it "
+            "and the parametrization (or load a base without it), and load the adapter again"
         )
     blocks = [block.block for block in layer.disha.blocks().values()]
     if any(tensor is not None and tensor.is_meta for tensor in (parameter, *blocks)):
