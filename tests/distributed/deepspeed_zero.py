@@ -15,6 +15,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 import disha
+from benchmarks.four_bits import quantise
 from tests.distributed.harness import own_part
 from tests.processes import RANKS
 
@@ -125,6 +126,23 @@ def check_training(folder):
             trained(adapted(make(), **options), engine)
             base = engine.module.model.layers[0].self_attn.q_proj.base_weight
             assert base.numel() == (0 if stage == 3 else 16 * 16)
+
+
+def check_four_bits(folder):
+    """Linear layers and stacks of experts."""
+    for stage, method in ((2, "bone"), (3, "bone"), (3, "bat")):
+        plain, model = (adapted(quantise(mixtral()), method=method) for _ in range(2))
+        engine, path = engine_of(model, config(stage)), folder / f"{stage}{method}"
+        trained(plain, engine)
+        layer = model.model.layers[0]
+        stack = layer.mlp.experts.parametrizations["gate_up_proj"]
+        for owner, name in ((layer.self_attn.q_proj, "weight"), (stack, "original")):
+            assert bool(owner._parameters[name].numel()) == (stage == 2)
+        disha.save_adapter(engine, path)
+        loaded = quantise(mixtral())
+        disha.load_adapter(loaded, path)
+        close(logits(loaded), logits(plain))
+        disha.load_adapter(engine, path, replace=True)
 
 
 def check_recomputation(folder):
