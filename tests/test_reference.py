@@ -26,6 +26,7 @@ MODULES = (
 EXPORTS = {
     name: [f"{name}.{one}" for one in importlib.import_module(name).__all__] for name in MODULES
 }
+EXPORTS["disha.config"] = ["disha.config.AdapterConfig"]  # of plans and files
 PUBLIC = [one for names in EXPORTS.values() for one in names]
 REFERENCE = sorted(DOCS.glob("reference/*.md"))
 EXAMPLE = re.compile(r"```python\n(.*?)```(?:\n\n```text\n(.*?)```)?", re.DOTALL)

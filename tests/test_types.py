@@ -41,19 +41,12 @@ def test_a_users_script_has_no_errors(checker):
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-@pytest.mark.parametrize(
-    ("function", "argument"),
-    [
-        (disha.save_adapter, "metadata"),
-        (disha.load_adapter_state_dict, "strict"),
-        (image_lora.export, "rank"),
-        (lora.export, "rank"),
-        (lora.export_tensors, "rank"),
-    ],
-)
-def test_what_a_call_would_not_tell_is_named(function, argument):
-    kind = inspect.signature(function).parameters[argument].kind
-    assert kind is inspect.Parameter.KEYWORD_ONLY
+def test_what_a_call_would_not_tell_is_named():
+    named = {disha.save_adapter: "metadata", disha.load_adapter_state_dict: "strict"}
+    named |= dict.fromkeys((image_lora.export, lora.export, lora.export_tensors), "rank")
+    for function, argument in named.items():
+        kind = inspect.signature(function).parameters[argument].kind
+        assert kind is inspect.Parameter.KEYWORD_ONLY, function
 
 
 @pytest.mark.parametrize("part", PARTS)
