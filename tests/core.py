@@ -27,7 +27,7 @@ LEFT_OUT = (
     *("benchmarks", "docs", "tests/cli", "tests/finetune", "tests/llamacpp", "tests/packaging"),
     "tests/runtimes",
     *("tests/test_examples.py", "tests/test_guides.py", "tests/test_pages.py"),
-    *("tests/test_readme.py", "tests/test_reference.py"),
+    *("tests/test_readme.py", "tests/test_reference.py", "tests/test_types.py"),
 )
 
 EXTRAS_INSIDE = ("disha.cli", "disha.finetune")
