@@ -115,4 +115,7 @@ def other_format(path: Path) -> str | None:
     if not os.path.isfile(config):
         return None
     reader = "lora" if '"LORA"' in config.read_text(errors="replace") else "peft"
-    return f"{path.parent} is a folder of PEFT; read it with disha.interop.{reader}.load"
+    return (
+        f"{path.parent} is a folder of PEFT; read it with disha.interop.{reader}.load, or make an "
+        "adapter file of it with disha convert"
+    )

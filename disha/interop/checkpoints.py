@@ -400,7 +400,8 @@ def _refuse_tied(checkpoint: Checkpoint, header: AdapterHeader, keys: Mapping[st
     if any(said) or (not said and "model_type" in config):
         raise MergeError(
             f"{embeddings[0]} may be tied to an output head, which merging would change too "
-            f"(tie_word_embeddings in {CONFIG}); untie them first, or merge with `force`"
+            f"(tie_word_embeddings in {CONFIG}); merge in the model, with "
+            "merge_adapters(model, untie=True)"
         )
 
 

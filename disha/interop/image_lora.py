@@ -226,7 +226,8 @@ def _updates(
     for component, (header, _) in contents.items():
         if component not in COMPONENTS:
             raise ArgumentError(
-                f"an image LoRA has no component {component!r}; allowed are {', '.join(COMPONENTS)}"
+                f"an image LoRA has no component {component!r}; allowed are "
+                f"{', '.join(COMPONENTS)} (--component of disha convert)"
             )
         other = [
             one.name

@@ -275,3 +275,9 @@ def test_wrong_usage(run, files, flags, says):
     assert done.code == 2
     assert says in done.complaint
     assert files.names() == before
+
+
+def test_an_image_lora_names_the_flag_of_its_component(run, files):
+    done = run("convert", files.adapter(), files.path / "out", "--to", "diffusers")
+    assert done.code == 2
+    assert "(--component of disha convert)" in done.complaint

@@ -114,3 +114,11 @@ def test_names_and_notes_of_strangers_do_nothing_to_a_terminal(run, files):
     assert run("inspect", path, "--json").json["layers"][0]["name"] == HOSTILE
     refused = run("merge", files.base(), path, files.path / "out")
     assert (refused.code, refused.complaint.isascii()) == (2, True)
+
+
+def test_a_folder_of_peft_names_the_command_that_reads_it(run, files):
+    folder = files.path / "lora"
+    assert run("convert", files.adapter(), folder, "--to", "lora").code == 0
+    done = run("inspect", folder)
+    assert done.code == 2
+    assert "make an adapter file of it with disha convert" in done.complaint
