@@ -12,11 +12,23 @@
 from __future__ import annotations
 
 import glob
+import json
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
-from datasets import Dataset, concatenate_datasets, interleave_datasets, load_dataset
+import datasets
+from datasets import (
+    Dataset,
+    Features,
+    Value,
+    concatenate_datasets,
+    interleave_datasets,
+    load_dataset,
+)
+from datasets.exceptions import DatasetGenerationError
 from transformers import PreTrainedTokenizerBase
 from trl.chat_template_utils import get_training_chat_template
 
@@ -35,21 +47,52 @@ BUILDERS = {
 ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant"}
 """The roles of ShareGPT -> those of chat templates."""
 
-FORMS = ({"prompt", "completion"}, {"input_ids"})  # columns that `trl` trains on as they are
+TEXT = Value("string")
+TURNS = [{"role": TEXT, "content": TEXT}]
 
 
 def load_rows(data: str, split: str = "train") -> Dataset:
     """Return the rows of a file, a glob, a folder or a data set; `split` is as in `datasets`."""
     suffix = Path(data.removesuffix(".gz")).suffix.lower()
     files = sorted(glob.glob(data))
-    if suffix not in BUILDERS:
-        if files and not Path(data).is_dir():
-            raise ArgumentError(f"{data} must end with one of {', '.join(BUILDERS)}")
-        return load_dataset(data, split=split)
-    if not any(Path(file).stat().st_size for file in files):
-        raise ArgumentError(f"there is no file {data}, or it is empty")
-    options = {"delimiter": "\t"} if suffix == ".tsv" else {}
-    return load_dataset(BUILDERS[suffix], data_files=files, split=split, **options)
+    builder, options = data, dict[str, Any]()
+    if suffix in BUILDERS:
+        builder, options["data_files"] = BUILDERS[suffix], files
+        if not any(Path(file).stat().st_size for file in files):
+            raise ArgumentError(f"there is no file {data}, or it is empty")
+    elif files and not Path(data).is_dir():
+        raise ArgumentError(f"{data} must end with one of {', '.join(BUILDERS)}")
+    if suffix == ".tsv":
+        options["delimiter"] = "\t"
+    datasets.logging.set_verbosity(logging.CRITICAL)  # what it raises, it also logs
+    try:
+        rows = load_dataset(builder, split=split, **options)
+    except (DatasetGenerationError, OSError, ValueError) as error:
+        if len(files) > 1:
+            for file in files:  # the one that is wrong raises
+                load_rows(glob.escape(file), split)
+        found = _wrong_line(data) if files else None
+        raise ArgumentError(f"can't read {data}: {found or error.__cause__ or error}") from error
+    if builder == "text":
+        rows = rows.filter(lambda row: row["text"].strip())
+    if len(rows) == 0:
+        raise ArgumentError(f"{data} has no rows")
+    rows.info.description = data if split == "train" else f"{data}, {split}"
+    return rows
+
+
+def _wrong_line(path: str) -> str | None:
+    """Return the first line of a text file that is not UTF-8, or no JSON where each line is."""
+    if path.endswith((".parquet", ".gz")) or Path(path).is_dir():
+        return None
+    for number, line in enumerate(Path(path).read_bytes().splitlines(), start=1):
+        try:
+            text = line.decode()
+            if text.strip() and path.endswith((".jsonl", ".ndjson")):
+                json.loads(text)
+        except ValueError as error:
+            return f"line {number}: {str(error).partition(': line 1')[0]}"
+    return None
 
 
 def mixed(sets: Sequence[Dataset], weights: Sequence[float], seed: int) -> Dataset:
@@ -59,8 +102,8 @@ def mixed(sets: Sequence[Dataset], weights: Sequence[float], seed: int) -> Datas
         raise ArgumentError(f"the data sets must have one form, got {' and '.join(sorted(forms))}")
     if not weights:
         return concatenate_datasets(list(sets))
-    if len(weights) != len(sets):
-        raise ArgumentError(f"{len(sets)} data sets need as many weights, got {len(weights)}")
+    if len(weights) != len(sets) or min(weights) <= 0:
+        raise ArgumentError(f"{len(sets)} data sets need as many weights above 0, got {weights}")
     shares = [weight / sum(weights) for weight in weights]
     return interleave_datasets(
         list(sets), probabilities=shares, seed=seed, stopping_strategy="all_exhausted"
@@ -74,17 +117,19 @@ def formed(rows: Dataset, fields: Sequence[str], tokenizer: PreTrainedTokenizerB
     absent = [field for field in fields if field not in columns]
     if absent or len(fields) > 2:
         raise ArgumentError(
-            f"the rows have the fields {', '.join(rows.column_names)}; --dataset_field must name "
-            f"one or two of them, got {' '.join(fields)}"
+            f"the rows have the fields {', '.join(rows.column_names)}; name the question and the "
+            "answer, or a text, with --dataset_field, as one or two of them, got "
+            f"{' '.join(fields) or 'none'}"
         )
-    if len(rows) == 0:
-        raise ArgumentError("there are no rows")
     if not fields:
-        return rows
+        if "input_ids" in columns or isinstance(rows[0]["prompt"], list):
+            return rows
+        return _mapped(rows, _texts, TEXT, fields={"prompt": "prompt", "completion": "completion"})
     if len(fields) == 2:
-        return _mapped(rows, _pair, fields=fields, chat=bool(tokenizer.chat_template))
+        is_chat = bool(tokenizer.chat_template)
+        return _mapped(rows, _pair, TURNS if is_chat else TEXT, fields=fields, is_chat=is_chat)
     if not isinstance(rows[0][fields[0]], list):
-        return _mapped(rows, _text, field=fields[0])
+        return _mapped(rows, _texts, TEXT, fields={"text": fields[0]})
     if not tokenizer.chat_template:
         raise ArgumentError(
             "the rows are conversations, and the model has no chat template; give one with "
@@ -103,8 +148,8 @@ def masks_answers(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 def _known_fields(columns: set[str]) -> Sequence[str]:
-    """Return the fields of a known form; () for a form that `trl` takes as it is."""
-    if any(form <= columns for form in FORMS):
+    """Return the fields of a known form, or one without a name; () for a form of `trl`."""
+    if {"prompt", "completion"} <= columns or "input_ids" in columns:
         return ()
     if {"instruction", "output"} <= columns:
         return ("instruction", "output")
@@ -113,23 +158,33 @@ def _known_fields(columns: set[str]) -> Sequence[str]:
     for field in ("messages", "conversations", "text"):
         if field in columns:
             return (field,)
-    raise ArgumentError(
-        f"the rows have the fields {', '.join(sorted(columns))}; name the question and the answer "
-        "with --dataset_field"
-    )
+    return ("",)
 
 
-def _mapped(rows: Dataset, form: Any, **options: Any) -> Dataset:
+def _mapped(rows: Dataset, form: Any, kind: Any = None, **options: Any) -> Dataset:
+    """Return rows in another form; `kind` is that of a value in it, if all are of one kind."""
+    name = rows.info.description or "the data"
+
+    def formed_row(row: Mapping[str, Any], index: int) -> dict[str, Any]:
+        try:
+            return form(row, **options)  # type: ignore[no-any-return]
+        except (ArgumentError, LookupError, TypeError, ValueError, AttributeError) as error:
+            raise ArgumentError(f"row {index + 1} of {name} can't be used: {error}") from error
+
     return rows.map(
-        form, fn_kwargs=options, remove_columns=rows.column_names, desc="Forming the rows"
+        formed_row,
+        with_indices=True,
+        remove_columns=rows.column_names,
+        features=kind and Features(dict.fromkeys(formed_row(rows[0], 0), kind)),
+        desc="Forming the rows",
     )
 
 
-def _pair(row: Mapping[str, Any], fields: Sequence[str], chat: bool) -> dict[str, Any]:
+def _pair(row: Mapping[str, Any], fields: Sequence[str], is_chat: bool) -> dict[str, Any]:
     query, response = (_filled(row, field) for field in fields)
     if fields[0] == "instruction" and row.get("input"):
         query += f"\n\n{row['input']}"
-    if not chat:
+    if not is_chat:
         return {"prompt": query, "completion": f"\n{response}"}
     return {
         "prompt": [{"role": "user", "content": query}],
@@ -137,25 +192,29 @@ def _pair(row: Mapping[str, Any], fields: Sequence[str], chat: bool) -> dict[str
     }
 
 
-def _text(row: Mapping[str, Any], field: str) -> dict[str, str]:
-    return {"text": _filled(row, field)}
+def _texts(row: Mapping[str, Any], fields: Mapping[str, str]) -> dict[str, str]:
+    return {name: _filled(row, field) for name, field in fields.items()}
 
 
 def _filled(row: Mapping[str, Any], field: str) -> str:
-    if row[field] is None:
-        raise ArgumentError(f"a row has no {field}: {brief(row)}; fill it, or remove the row")
+    if isinstance(row.get(field), (NoneType, dict)):
+        raise ArgumentError(f"there is no text as {field} in {brief(row)}")
     return str(row[field])
 
 
 def _messages(row: Mapping[str, Any], field: str, split: bool) -> dict[str, Any]:
     """Return a conversation, split before its last answer if only this one can be learned."""
-    messages = [_message(one) for one in row[field]]
-    return (
-        {"prompt": messages[:-1], "completion": messages[-1:]} if split else {"messages": messages}
-    )
+    messages = [_message(said) for said in row[field]]
+    roles = [said["role"] for said in messages]
+    after = len(roles) - roles[::-1].index("assistant")  # an error, if there is no answer
+    if split:
+        return {"prompt": messages[: after - 1], "completion": messages[after - 1 : after]}
+    return {"messages": messages}
 
 
 def _message(said: Mapping[str, Any]) -> dict[str, Any]:
     if "from" in said:
-        return {"role": ROLES.get(said["from"], said["from"]), "content": said["value"]}
+        said = {"role": ROLES.get(said["from"], said["from"]), "content": said["value"]}
+    for field in ("role",) if said.get("tool_calls") else ("role", "content"):
+        _filled(said, field)
     return dict(said)

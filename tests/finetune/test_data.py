@@ -5,7 +5,7 @@ from trl import SFTConfig, SFTTrainer
 from disha import ArgumentError
 from disha.finetune.base import load_base
 from disha.finetune.data import formed, load_rows, mixed
-from tests.finetune.tiny_models import tokenizer
+from tests.finetune.tiny_models import tokenizer, write_rows
 
 PAIR = {"query": "say two", "response": "two"}
 TALK = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
@@ -33,7 +33,9 @@ def form(row, *fields, chat=False):
          {"prompt": "say\n\ntwo", "completion": "\ntwo"}),
         ({"instruction": "say two", "input": "", "output": "two"}, (), False, PLAIN),
         ({"prompt": "p", "completion": "c"}, (), True, {"prompt": "p", "completion": "c"}),
+        ({"prompt": 1, "completion": 2}, (), True, {"prompt": "1", "completion": "2"}),
         ({"text": "all of it"}, (), False, {"text": "all of it"}),
+        ({"text": 5}, (), False, {"text": "5"}),
         ({"body": "all of it"}, ("body",), False, {"text": "all of it"}),
         ({"messages": TALK}, (), True, {"messages": TALK}),
         ({"turns": TALK}, ("turns",), True, {"messages": TALK}),
@@ -56,8 +58,10 @@ def test_a_conversation_is_split_where_trl_can_not_tell_the_answers_apart(monkey
         (PAIR, ("query", "response", "query"), "one or two of them"),
         ({"a": "x", "b": "y"}, (), "have the fields a, b; name the question and the answer"),
         ({"messages": TALK}, (), "the model has no chat template"),
-        ({"query": "q", "response": None}, (), "a row has no response"),
-        ({"text": None}, (), "a row has no text"),
+        ({"query": "q", "response": None}, (), "row 1 of the data .* no text as response"),
+        ({"text": None}, (), "row 1 of the data .* no text as text"),
+        ({"prompt": "p", "completion": None}, (), "row 1 of the data .* no text as completion"),
+        ({"query": {"a": 1}, "response": "r"}, (), "row 1 of the data .* no text as query"),
     ],
 )
 def test_rows_that_can_not_be_used(row, fields, message):
@@ -109,6 +113,63 @@ class TestFiles:
             load_rows(str(tmp_path / name))
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("a.jsonl", b'{"text": "a"}\n\n{"text": }\n', "line 3: Expecting value"),
+        ("a.json", b'[{"text": "a"},\n {"text" "b"}]', "decoding object value at position 25"),
+        ("a.txt", b"a\n\xe9\n", "line 2: 'utf-8' codec"),
+        ("a.csv", b"query,response\na,b\n\xe9,b\n", "line 3: 'utf-8' codec"),
+        ("a.csv", b"query,response\na,b\na,b,c\n", "Expected 2 fields in line 3, saw 3"),
+        ("a.jsonl", b"\n\n", "no data"),
+        ("a.txt", b"\n \n", "has no rows"),
+        ("a.parquet", b"no parquet" * 9, "not a parquet file"),
+        ("a.jsonl.gz", b"{}", "Not a gzipped file"),
+    ],
+)
+def test_a_file_that_can_not_be_read_is_named_with_the_line(tmp_path, name, content, says):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ArgumentError, match=f"{name}.* {says}"):
+        load_rows(str(tmp_path / name))
+
+
+def test_of_several_files_the_one_that_can_not_be_read_is_named(tmp_path):
+    write_rows(tmp_path / "a.jsonl", [PAIR])
+    (tmp_path / "b.jsonl").write_text("{")
+    with pytest.raises(ArgumentError, match=r"can't read .*b\.jsonl: line 1"):
+        load_rows(str(tmp_path / "*.jsonl"))
+
+
+@pytest.mark.parametrize(
+    ("rows", "says"),
+    [
+        ([PAIR, {"query": "a"}], "no text as response in {'query': 'a', 'response': None}"),
+        ([{"messages": TALK}, {"messages": TALK[:1]}], "'assistant' is not in list"),
+        (
+            [{"messages": TALK}, {"messages": [TALK[0], {"role": "assistant"}]}],
+            "no text as content",
+        ),
+    ],
+)
+def test_a_row_that_can_not_be_used_is_named_with_its_file(tmp_path, rows, says):
+    path = write_rows(tmp_path / "rows.jsonl", rows)
+    with pytest.raises(ArgumentError) as caught:
+        formed(load_rows(str(path)), (), tokenizer(chat=True))
+    assert str(caught.value).startswith(f"row 2 of {path} can't be used: ")
+    assert says in str(caught.value)
+
+
+def test_texts_and_numbers_in_one_field_are_texts(tmp_path):
+    rows = [{"prompt": "p", "completion": completion} for completion in ("two", 5)]
+    path = write_rows(tmp_path / "rows.jsonl", rows)
+    assert formed(load_rows(str(path)), (), tokenizer())["completion"][:] == ["two", "5"]
+
+
+def test_blank_lines_of_a_text_file_are_no_rows(tmp_path):
+    (tmp_path / "a.txt").write_text("one\n\ntwo\n")
+    assert load_rows(str(tmp_path / "a.txt"))["text"][:] == ["one", "two"]
+
+
 class TestMixed:
     sets = tuple(datasets.Dataset.from_list([{"text": one}] * 30) for one in "ab")
 
@@ -126,9 +187,10 @@ class TestMixed:
         with pytest.raises(ArgumentError, match="one form, got completion, prompt and text"):
             mixed([*self.sets, other], (), 0)
 
-    def test_as_many_weights_as_sets(self):
-        with pytest.raises(ArgumentError, match="2 data sets need as many weights, got 1"):
-            mixed(self.sets, (1,), 0)
+    @pytest.mark.parametrize("weights", [[1], [0, 0], [2, -1]])
+    def test_as_many_weights_as_sets(self, weights):
+        with pytest.raises(ArgumentError, match="2 data sets need as many weights above 0, got "):
+            mixed(self.sets, weights, 0)
 
 
 @pytest.mark.parametrize("chat", [False, True])
