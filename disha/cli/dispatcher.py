@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import logging
 import os
 import sys
 import traceback
@@ -37,6 +38,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     shown = warnings.showwarning
     try:
         warnings.showwarning = _show_warning  # type: ignore[assignment]
+        if not debug:
+            logging.disable(logging.WARNING)
+        os.environ["TQDM_LEAVE"] = ""  # tqdm asks for it when it is imported
+        if not (sys.stderr.isatty() and _is_first()):
+            os.environ["TQDM_DISABLE"] = "1"
         code = _run([word for word in words if word != "--debug"])
         sys.stdout.flush()
         return code
@@ -55,6 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return TROUBLE if _is_bad_input(error) else FAILED
     finally:
         warnings.showwarning = shown
+        logging.disable(logging.NOTSET)
 
 
 def _run(words: Sequence[str]) -> int:
@@ -135,12 +142,17 @@ def _show_warning(message: Warning | str, category: type[Warning], *place: Any) 
 
 def _complain(message: str) -> None:
     """Print one line, also to a closed terminal. Of several processes, the first one speaks."""
-    if os.environ.get("RANK", "0") == "0":
+    if _is_first():
         line = "; ".join(" ".join(message.split(" ")).splitlines()).replace(":; ", ": ")
         try:
             print(f"disha: {printable(line)}", file=sys.stderr, flush=True)
         except OSError:
             _silence(sys.stderr)
+
+
+def _is_first() -> bool:
+    """Return whether this is the first of several processes, or the only one."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _silence(stream: TextIO) -> None:

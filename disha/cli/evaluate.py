@@ -11,16 +11,18 @@ import math
 import tempfile
 from argparse import Namespace
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from datasets import Dataset
-from trl import SFTConfig, SFTTrainer
+from tqdm import tqdm
 
 from disha.cli.dispatcher import Parser
 from disha.cli.models import Asker, add_model_flags, opened
 from disha.cli.output import show
 from disha.errors import ArgumentError
+from disha.finetune.base import without_and_with
 from disha.finetune.data import formed, load_rows, masks_answers
 from disha.text import table
 
@@ -43,23 +45,28 @@ def main(words: Sequence[str]) -> None:
     rows = formed(read, flags.dataset_field, asker.tokenizer)
     if flags.exact_match and "completion" not in rows.column_names:
         raise ArgumentError("--exact_match needs rows with a question and an answer")
+    trainer = _trainer(asker, rows, flags)
+    measure = partial(_measured, asker, trainer, rows, flags)
     measured: dict[str, dict[str, float]] = {}
-    if flags.adapter is None or flags.compare:
-        measured["base"] = _measured(asker, rows, flags)
-    if flags.adapter is not None:
+    if flags.adapter is None:
+        measured["base"] = measure()
+    elif flags.compare:
+        load = partial(asker.load, flags)
+        measured["base"], measured["adapter"] = without_and_with(asker.model, load, measure)
+    else:
         asker.load(flags)
-        measured["adapter"] = _measured(asker, rows, flags)
+        measured["adapter"] = measure()
     names = next(iter(measured.values()))
     cells = [(name, *(f"{one:.5g}" for one in found.values())) for name, found in measured.items()]
     text = f"{table(('', *names), cells)}\n{len(rows):,} rows"
     show(flags.json, text, {**measured, "rows": len(rows)})
 
 
-def _measured(asker: Asker, rows: Dataset, flags: Namespace) -> dict[str, float]:
+def _measured(asker: Asker, trainer: Any, rows: Dataset, flags: Namespace) -> dict[str, float]:
     """Return the mean loss of a token to predict (nats), its exponential, and more if asked."""
     total, tokens = 0.0, 0
     with torch.no_grad():
-        for batch in _batches(asker, rows, flags):
+        for batch in tqdm(trainer.get_eval_dataloader(trainer.train_dataset), desc="Measuring"):
             count = int((batch["labels"][:, 1:] != -100).sum())
             total += float(asker.model(**batch).loss) * count
             tokens += count
@@ -68,8 +75,14 @@ def _measured(asker: Asker, rows: Dataset, flags: Namespace) -> dict[str, float]
     return found | ({"exact": _exact(asker, rows, flags)} if flags.exact_match else {})
 
 
-def _batches(asker: Asker, rows: Dataset, flags: Namespace) -> Any:
-    """Return the rows as batches, with the labels that `trl` trains on."""
+def _trainer(asker: Asker, rows: Dataset, flags: Namespace) -> Any:
+    """Return a trainer that makes batches of the rows, with the labels that `trl` trains on."""
+    # Help must not wait for trainers.
+    from trl import SFTConfig
+
+    from disha.finetune.trainer import Trainer
+    from disha.integrations.transformers import SeenAsPlain
+
     with tempfile.TemporaryDirectory() as folder:
         settings = SFTConfig(
             folder,
@@ -81,9 +94,15 @@ def _batches(asker: Asker, rows: Dataset, flags: Namespace) -> Any:
             use_cpu=asker.model.device.type == "cpu",
             report_to=[],
         )
-        trainer = SFTTrainer(asker.model, settings, None, rows, processing_class=asker.tokenizer)
+        trainer = Trainer(
+            asker.model,
+            settings,
+            train_dataset=rows,
+            processing_class=asker.tokenizer,
+            callbacks=[SeenAsPlain(asker.model)],
+        )
     asker.model.train(False)
-    return trainer.get_eval_dataloader(trainer.train_dataset)
+    return trainer
 
 
 def _exact(asker: Asker, rows: Dataset, flags: Namespace) -> int:

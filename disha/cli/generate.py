@@ -35,7 +35,7 @@ def main(words: Sequence[str]) -> None:
     parser.add_argument("--top_p", type=float, help="sample from the tokens of this probability")
     parser.add_argument("--seed", type=int, default=0, help="makes sampling reproducible")
     flags = parser.parsed(words)
-    prompts = flags.prompt or _lines()
+    prompts = list(filter(None, flags.prompt or ())) or _lines()
     asker = opened(flags)
     if flags.adapter is not None:
         asker.load(flags)

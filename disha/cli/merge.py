@@ -16,9 +16,11 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
+import disha
 from disha.cli.dispatcher import Parser
 from disha.cli.output import require_free
 from disha.errors import AdapterFileWarning
+from disha.files.disk import file_at
 from disha.interop.checkpoints import merge_into_checkpoint
 
 
@@ -26,7 +28,7 @@ def main(words: Sequence[str]) -> None:
     """Merge an adapter into a base."""
     parser = Parser("merge", __doc__)
     parser.add_argument("base", nargs="?", help="the base")
-    parser.add_argument("adapter", type=Path, help="the adapter file")
+    parser.add_argument("adapter", type=file_at, help="the adapter file")
     parser.add_argument("out", type=Path, help="what to write")
     parser.add_argument("--scale", type=float, help="s of all layers, instead of the adapter's own")
     parser.add_argument("--no_also_train", action="store_true", help="merge the blocks alone")
@@ -57,4 +59,7 @@ def main(words: Sequence[str]) -> None:
         force=flags.force,
         overwrite=flags.overwrite,
     )
+    template = disha.inspect_adapter(flags.adapter).metadata.get("chat_template")
+    if template is not None and flags.out.is_dir():
+        (flags.out / "chat_template.jinja").write_text(template, encoding="utf-8")
     print(merged)

@@ -13,7 +13,7 @@ from typing import Any
 import disha
 from disha.cli.dispatcher import Parser
 from disha.errors import AdapterFileWarning, ArgumentError
-from disha.finetune.base import BITS, best_device, load_base, noted_base
+from disha.finetune.base import BITS, TEMPLATE_KEY, best_device, load_base, noted_base
 
 Prompt = str | Sequence[dict[str, str]]  # a text, or the messages of a conversation
 
@@ -30,8 +30,6 @@ def add_model_flags(parser: Parser) -> None:
 def noted(adapter: Path) -> tuple[str, str]:
     """Return the base that an adapter file notes, and its bits, and print which it is."""
     found = noted_base(adapter)
-    if found is None:
-        raise ArgumentError(f"{adapter} does not note its base; name the base too")
     print(f"the base is {found[0]}, with --bits {found[1]}, as {adapter} notes", file=sys.stderr)
     return found
 
@@ -44,12 +42,12 @@ class Asker:
     tokenizer: Any
     is_chat: bool
 
-    def load(self, flags: Namespace) -> None:
+    def load(self, flags: Namespace, **options: Any) -> None:
         """Load the adapter, which must belong to the base if its note has named this."""
         with warnings.catch_warnings():
             if flags.base is None:
                 warnings.simplefilter("error", AdapterFileWarning)
-            disha.load_adapter(self.model, flags.adapter)
+            disha.load_adapter(self.model, flags.adapter, **options)
 
     def _text(self, prompt: Prompt) -> str:
         turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
@@ -80,6 +78,7 @@ def opened(flags: Namespace) -> Asker:
     name, bits = (flags.base, "fp32") if flags.base else noted(flags.adapter)
     notes = {} if flags.adapter is None else disha.inspect_adapter(flags.adapter).metadata
     model, tokenizer = load_base(name, flags.bits or bits, best_device())
+    tokenizer.chat_template = notes.get(TEMPLATE_KEY, tokenizer.chat_template)
     if notes.get("prompt") == "chat" and not tokenizer.chat_template:
         raise ArgumentError(
             f"{flags.adapter} learned conversations, and {name} has no chat template; name a base "

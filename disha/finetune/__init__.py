@@ -5,6 +5,7 @@
 | `arguments` | the flags |
 | `base` | the base model, and the note in an adapter file that finds it |
 | `data` | the rows, and the form in which they are trained |
+| `trainer` | trl's trainer, and what it shows |
 | `train` | one run, from the flags to the saved adapter |
 | `report` | the files beside the adapter, and the proof that the adapter is sound |
 | `merging` | a copy of the base with the adapter in its weights |
@@ -18,6 +19,9 @@ __all__ = ["main"]
 
 def main(argv: Sequence[str]) -> int:
     """Run `disha finetune` with these words of a command line, and return the exit code."""
+    from disha.finetune.arguments import parsed
+
+    settings = parsed(argv)  # help ends here, before a trainer is imported
     from disha.finetune.train import run
 
-    return run(argv)
+    return run(argv, *settings)

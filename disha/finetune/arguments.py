@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, NoReturn
@@ -16,6 +16,7 @@ from transformers import HfArgumentParser
 from transformers.utils.import_utils import is_torch_tf32_available
 from trl import SFTConfig
 
+import disha
 from disha.errors import ArgumentError
 from disha.finetune.base import BITS
 from disha.finetune.demo import demo_words
@@ -74,7 +75,11 @@ class AdapterArguments:
         "the model: a folder, a GGUF file, or a name such as Qwen/Qwen3-0.6B",
         "--base_model_name_or_path",
     )
-    bits: str = _flag("fp32", "how the base is stored; 8 and 4 quantise it", choices=BITS)
+    bits: str | None = _flag(
+        None,
+        "how the base is stored: fp32 if nothing else is noted; 8 and 4 quantise it",
+        choices=BITS,
+    )
     r: int = _flag(64, "the shard size", "--bone_r")
     method: str = _flag("bone", "bone (also called miss) or bat")
     init_weights: str | None = _flag(
@@ -126,6 +131,10 @@ class DataArguments:
     eval_data: str | None = _flag(None, "rows to measure the held-out loss on", "--eval_path")
     eval_split: str | None = _flag(None, "which rows of eval_data, or of data, to measure on")
     eval_fraction: float = _flag(0.0, "the share of the rows to hold out, such as 0.05")
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.eval_fraction < 1:
+            raise ArgumentError(f"--eval_fraction must be below 1, got {self.eval_fraction}")
 
 
 @dataclass
@@ -191,6 +200,8 @@ def parsed(argv: Sequence[str]) -> Parsed:
     )
     if unknown:
         _refuse(unknown[0], parser)
+    if found[0].adapter is not None:
+        _require_same(found[0], words, parser)
     return tuple(found)  # type: ignore[return-value]
 
 
@@ -240,19 +251,18 @@ def _with_config(words: list[str]) -> list[str]:
     if "--config" not in words:
         return words
     at = words.index("--config")
-    if at + 1 == len(words):
-        raise ArgumentError("--config needs a YAML file")
-    return [*_words_of(Path(words[at + 1])), *words[:at], *words[at + 2 :]]
+    return [*_words_of(Path(*words[at + 1 : at + 2])), *words[:at], *words[at + 2 :]]
 
 
 def _words_of(path: Path) -> Iterator[str]:
     try:
-        flags = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise ArgumentError(f"--config {path} can't be read as YAML: {error}") from error
-    if not isinstance(flags, Mapping):
-        raise ArgumentError(f"--config {path} must hold flags by their names, as in `r: 64`")
-    for name, value in flags.items():
+        flags = yaml.safe_load(path.read_text(encoding="utf-8")).items()
+    except (OSError, ValueError, AttributeError, yaml.YAMLError) as error:
+        raise ArgumentError(
+            f"--config needs a YAML file of flags, as in `r: 64`; {path} can't be read as YAML: "
+            f"{error}"
+        ) from error
+    for name, value in flags:
         if value is not None:
             yield _renamed(f"--{name}")
             for one in value if isinstance(value, list) else [value]:
@@ -264,6 +274,20 @@ def _refuse(word: str, parser: argparse.ArgumentParser) -> NoReturn:
     near = difflib.get_close_matches(word.partition("=")[0], known, 1)
     hint = f"; did you mean {near[0]}?" if near else "; --help_all shows all flags"
     raise ArgumentError(f"there is no flag {word}{hint}")
+
+
+def _require_same(
+    adapter: AdapterArguments, words: Sequence[str], parser: argparse.ArgumentParser
+) -> None:
+    """Refuse flags that say something else of the adapter than the file to train further."""
+    noted = disha.inspect_adapter(str(adapter.adapter)).config.to_json()
+    for word in words:
+        action = parser._option_string_actions.get(word.partition("=")[0])
+        name = "method" if word == "--init_weights" else getattr(action, "dest", "")
+        if name in noted and getattr(adapter, name) != noted[name]:
+            raise ArgumentError(
+                f"{adapter.adapter} has {name}={noted[name]}, which can't change; leave out {word}"
+            )
 
 
 def _rank(pair: str) -> tuple[str, int]:

@@ -9,8 +9,9 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from transformers import (
@@ -28,7 +29,8 @@ import disha
 from disha.errors import ArgumentError, MissingPackageError
 
 BITS = ("bf16", "fp32", "8", "4")
-BASE_KEY = "base"  # the key of the note in an adapter file
+BASE_KEY, TEMPLATE_KEY = "base", "chat_template"  # the keys of notes in an adapter file
+Found = TypeVar("Found")
 NAME = re.compile(r"\w[\w.-]{0,95}(/\w[\w.-]{0,95})?", re.ASCII)
 
 
@@ -140,21 +142,47 @@ def base_note(name: str, bits: str, adapter: Path) -> str:
     return json.dumps({"base_model_name_or_path": name, "bits": bits})
 
 
-def noted_base(adapter: Path) -> tuple[str, str] | None:
-    """Return the base that an adapter file notes, and its bits; None without a note."""
-    text = disha.inspect_adapter(adapter).metadata.get(BASE_KEY)
-    if text is None:
-        return None
+def noted_base(adapter: Path) -> tuple[str, str]:
+    """Return the base that an adapter file notes, and its bits."""
+    file = disha.inspect_adapter(adapter)
+    adapter = file.path
+    text: Any = file.metadata.get(BASE_KEY)
     try:
         note = json.loads(text)
         name, bits = note["base_model_name_or_path"], note.get("bits", "fp32")
+        is_path = name.startswith("./")
+        BITS.index(bits)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ArgumentError(f"{adapter} notes no base that can be used; give --base") from error
-    if not isinstance(name, str) or bits not in BITS:
-        raise ArgumentError(f"{adapter} notes no base that can be used; give --base")
-    if not name.startswith("./"):
+        raise ArgumentError(f"{adapter} notes no base that can be used; name it too") from error
+    if not is_path:
         return name, bits
     path = Path(os.path.normpath(adapter.parent.resolve() / name))
     if not path.exists():
         raise ArgumentError(f"{adapter} notes the base {path}, which is not there; give --base")
     return str(path), bits
+
+
+def noted_template(adapter: Path) -> str | None:
+    """Return the chat template that an adapter was trained with, if it is not that of its base."""
+    return disha.inspect_adapter(adapter).metadata.get(TEMPLATE_KEY)
+
+
+def template_at(name: str) -> str:
+    """Return the chat template in a file, or that of a model."""
+    path = Path(name)
+    if path.is_file() or path.suffix == ".jinja":
+        return path.read_text(encoding="utf-8")
+    return str(AutoTokenizer.from_pretrained(name).chat_template)
+
+
+def without_and_with(
+    model: PreTrainedModel, load: Callable[..., Any], measured: Callable[[], Found]
+) -> tuple[Found, Found]:
+    """Return what is measured of a base alone, and with the adapter that `load` loads."""
+    # bitsandbytes packs 4-bit weights in evaluation mode, and packed ones can't be adapted.
+    load(also_train=False)
+    with disha.adapters_disabled(model):
+        without = measured()
+    disha.remove_adapters(model)
+    load()
+    return without, measured()

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import disha
 from disha.errors import ArgumentError
-from disha.finetune.base import is_gguf, load_base
+from disha.finetune.base import is_gguf, load_base, noted_template
 
 
 def require_mergeable(base: str) -> None:
@@ -24,6 +24,7 @@ def merge_base(
     """Write a copy of a base with an adapter merged, in the dtype of the base."""
     require_mergeable(base)
     model, tokenizer = load_base(base, "auto")
+    tokenizer.chat_template = noted_template(adapter) or tokenizer.chat_template
     disha.load_adapter(model, adapter, also_train=also_train)
     if scale is not None:
         disha.set_adapter_scale(model, scale)

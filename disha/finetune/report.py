@@ -11,8 +11,10 @@ import os
 import platform
 import re
 import sys
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +23,15 @@ from datasets import Dataset
 from matplotlib.figure import Figure
 from tqdm import tqdm
 from transformers import TrainerState
-from trl import SFTConfig, SFTTrainer
+from trl import SFTConfig
 
 import disha
 from disha.errors import DishaError
-from disha.finetune.base import load_base
+from disha.files import ADAPTER_NAME
+from disha.finetune.base import load_base, without_and_with
+from disha.finetune.trainer import Trainer
 from disha.integrations.transformers import AdapterCheckpoints
+from disha.text import counted
 
 MERGED = "merged"
 PLOT, SAMPLES, REPORT = RESULTS = ("loss.png", "samples.md", "report.json")
@@ -92,10 +97,9 @@ def prove(base: str, bits: str, path: Path, outcome: Outcome) -> Proof:
     model, tokenizer = load_base(base, bits, training.device)
     is_main = training.process_index == 0
     rows = _with_question(outcome.checked, training.samples if is_main else 0)
-    without = _answers(model, tokenizer, rows)
-    disha.load_adapter(model, path)
-    answers = zip(rows, without, _answers(model, tokenizer, rows), strict=True)
-    trainer = SFTTrainer(
+    load = partial(disha.load_adapter, model, path)
+    answers = without_and_with(model, load, partial(_answers, model, tokenizer, rows))
+    trainer = Trainer(
         model,
         training,
         train_dataset=outcome.checked,
@@ -106,13 +110,15 @@ def prove(base: str, bits: str, path: Path, outcome: Outcome) -> Proof:
     return Proof(
         trained=outcome.loss,
         loaded=trainer.evaluate()["eval_loss"],
-        samples=tuple(_sample(row, tokenizer, *two) for row, *two in answers),
+        samples=tuple(
+            _sample(row, tokenizer, *two) for row, *two in zip(rows, *answers, strict=True)
+        ),
     )
 
 
 def _with_question(rows: Dataset, count: int) -> list[Mapping[str, Any]]:
     """Return the first rows that begin with something that is not learned."""
-    return list(itertools.islice((row for row in rows if row["labels"][0] == -100), count))
+    return list(itertools.islice((row for row in rows if row["labels"][0] == -100), max(count, 0)))
 
 
 def _question(row: Mapping[str, Any]) -> list[int]:
@@ -122,7 +128,7 @@ def _question(row: Mapping[str, Any]) -> list[int]:
 
 def _answers(model: Any, tokenizer: Any, rows: Sequence[Mapping[str, Any]]) -> list[str]:
     texts = []
-    for row in tqdm(rows, desc="Answering", disable=not rows):
+    for row in tqdm(rows, desc="Answering"):
         ids = torch.tensor([_question(row)], device=model.device)
         with torch.inference_mode():
             found = model.generate(
@@ -146,16 +152,15 @@ def _page(samples: Sequence[Sample]) -> str:
     for number, sample in enumerate(samples, start=1):
         parts.append(f"## Sample {number}\n")
         for name, text in asdict(sample).items():
-            # The fence is longer than any in the text, so that the text can't end it.
-            longest = max(map(len, re.findall("`+", text)), default=0)
-            fence = "`" * max(3, longest + 1)
+            # Indented text is shown as it is, whatever is in it.
             title = name.replace("_", " ").capitalize()
-            parts.append(f"**{title}**\n\n{fence}text\n{text.strip()}\n{fence}\n")
+            parts.append(f"**{title}**\n\n{textwrap.indent(text.strip() or '-', ' ' * 4)}\n")
     return "\n".join(parts)
 
 
 def write_report(folder: Path, settings: Mapping[str, Any], outcome: Outcome, proof: Proof) -> None:
     """Write the plot, the samples and the report, and print the result."""
+    injected = disha.inspect_adapter(folder / ADAPTER_NAME).config.to_json()
     losses, name = outcome.losses, "held-out" if outcome.is_held_out else "training"
     _plot(outcome.state, losses, name).savefig(folder / PLOT)
     if proof.samples:
@@ -163,7 +168,7 @@ def write_report(folder: Path, settings: Mapping[str, Any], outcome: Outcome, pr
     steps, summary = outcome.state.global_step, outcome.summary
     seconds = sum(logged(outcome.state, "train_runtime").values())
     report = {
-        "settings": {**settings, **outcome.training.to_sanitized_dict()},
+        "settings": {**settings, **injected, **outcome.training.to_sanitized_dict()},
         "versions": {"python": platform.python_version(), "disha": disha.__version__}
         | {package: importlib.metadata.version(package) for package in PACKAGES},
         "machine": _machine(outcome.training.device),
@@ -182,7 +187,8 @@ def write_report(folder: Path, settings: Mapping[str, Any], outcome: Outcome, pr
     }
     (folder / REPORT).write_text(json.dumps(report, indent=2, default=str) + "\n", encoding="utf-8")
     before = losses.get(0, math.nan)
-    print(f"{name} loss {before:.3f} -> {proof.trained:.3f} in {steps} steps, {seconds:.0f} s")
+    took = f"in {counted(steps, 'step')}, {seconds:.0f} s"
+    print(f"{name} loss {before:.3f} -> {proof.trained:.3f} {took}")
     print(f"the saved file, in the base loaded anew: {proof.loaded:.6f}")
     print(f"in {folder}: {', '.join(sorted(path.name for path in folder.iterdir()))}")
 

@@ -15,22 +15,28 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from datasets import Dataset
 from transformers import EarlyStoppingCallback, PreTrainedModel
-from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import get_last_checkpoint
-from trl import SFTTrainer
 
 import disha
 from disha.errors import AdapterFileWarning, ArgumentError
 from disha.files import ADAPTER_NAME
-from disha.finetune.arguments import AdapterArguments, DataArguments, TrainingArguments, parsed
-from disha.finetune.base import BASE_KEY, base_note, load_base, noted_base
+from disha.finetune.arguments import AdapterArguments, DataArguments, TrainingArguments
+from disha.finetune.base import (
+    BASE_KEY,
+    TEMPLATE_KEY,
+    base_note,
+    load_base,
+    noted_base,
+    noted_template,
+    template_at,
+)
 from disha.finetune.data import formed, load_rows, masks_answers, mixed
 from disha.finetune.demo import HELD_OUT, docstring_pairs
 from disha.finetune.merging import merge_base, require_mergeable
 from disha.finetune.report import MERGED, RESULTS, Outcome, logged, prove, write_report
+from disha.finetune.trainer import Trainer
 from disha.integrations.transformers import AdapterCheckpoints
 
 PROMPT_KEY = "prompt"
@@ -40,9 +46,13 @@ CHECKED_ROWS = 64
 """How many training rows stand for held-out rows where none are given."""
 
 
-def run(argv: Sequence[str]) -> int:
-    """Run the command, and return its exit code."""
-    adapter, data, training = parsed(argv)
+def run(
+    argv: Sequence[str],
+    adapter: AdapterArguments,
+    data: DataArguments,
+    training: TrainingArguments,
+) -> int:
+    """Run the command with what its words say, and return its exit code."""
     base, bits = _base_of(adapter)
     if adapter.merge:
         require_mergeable(base)
@@ -62,7 +72,8 @@ def run(argv: Sequence[str]) -> int:
     if training.process_index == 0:
         if adapter.merge:
             merge_base(base, folder / ADAPTER_NAME, folder / MERGED)
-        write_report(folder, vars(adapter) | vars(data), outcome, proof)
+        settings = vars(adapter) | vars(data) | {"base": base, "bits": bits}
+        write_report(folder, settings, outcome, proof)
     proof.require_same()
     return 0
 
@@ -70,11 +81,11 @@ def run(argv: Sequence[str]) -> int:
 def _base_of(adapter: AdapterArguments) -> tuple[str, str]:
     """Return the base and its bits: those of the flags, or those that the adapter file notes."""
     if adapter.base is not None:
-        return adapter.base, adapter.bits
-    noted = None if adapter.adapter is None else noted_base(Path(adapter.adapter))
-    if noted is None:
+        return adapter.base, adapter.bits or "fp32"
+    if adapter.adapter is None:
         raise ArgumentError("which model? name it with --base, or try --demo")
-    return noted
+    base, bits = noted_base(Path(adapter.adapter))
+    return base, adapter.bits or bits
 
 
 # --- the output folder ---------------------------------------------------------------------------
@@ -124,13 +135,17 @@ def _trainer(
     adapter: AdapterArguments,
     data: DataArguments,
     training: TrainingArguments,
-) -> _Trainer:
+) -> Trainer:
     """Return a trainer for a base with the adapter, and for the rows."""
     sets, held_out = _read(data, training)
     quantised = bits in ("8", "4")
     model, tokenizer = load_base(base, bits, training.device if quantised else None)
-    if training.chat_template_path and Path(training.chat_template_path).is_file():
-        tokenizer.chat_template = Path(training.chat_template_path).read_text(encoding="utf-8")
+    template = None if adapter.adapter is None else noted_template(Path(adapter.adapter))
+    if training.chat_template_path:
+        template = template_at(training.chat_template_path)
+        training.chat_template_path = None  # trl would also add the tokens of another model
+    if template is not None:
+        tokenizer.chat_template = template
     rows = mixed(
         [formed(one, data.dataset_field, tokenizer) for one in sets],
         data.data_weights,
@@ -145,7 +160,11 @@ def _trainer(
         training.assistant_only_loss = True
     _adapt(model, adapter)
     patience = training.early_stopping_patience
-    return _Trainer(
+    is_chat = "messages" in rows.column_names or isinstance(rows[0].get("prompt"), list)
+    notes = {PROMPT_KEY: "chat" if is_chat else "text"}
+    if template is not None:
+        notes[TEMPLATE_KEY] = template
+    return Trainer(
         model,
         training,
         train_dataset=rows,
@@ -156,7 +175,7 @@ def _trainer(
             *([EarlyStoppingCallback(patience)] if patience else []),
         ],
         is_held_out=held_out is not None,
-        is_chat="messages" in rows.column_names or isinstance(rows[0].get("prompt"), list),
+        notes=notes,
     )
 
 
@@ -194,32 +213,7 @@ def _adapt(model: PreTrainedModel, adapter: AdapterArguments) -> None:
 # --- training ------------------------------------------------------------------------------------
 
 
-class _Trainer(SFTTrainer):  # type: ignore[misc]
-    """Groups rows by length in an order of seed and epoch alone, which a resumed run sees too."""
-
-    def __init__(self, *given: Any, is_held_out: bool, is_chat: bool, **named: Any) -> None:
-        super().__init__(*given, **named)
-        self.is_held_out, self.is_chat = is_held_out, is_chat
-
-    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        if self.args.train_sampling_strategy != "group_by_length":
-            return super()._get_train_sampler(train_dataset)
-        batch = self.args.train_batch_size * self.args.gradient_accumulation_steps
-        lengths = [len(ids) for ids in self.train_dataset["input_ids"]]
-        return _ByLength(batch * self.args.world_size, lengths, self.args.seed)
-
-
-class _ByLength(LengthGroupedSampler):
-    def __init__(self, batch_size: int, lengths: list[int], seed: int) -> None:
-        super().__init__(batch_size, lengths=lengths, generator=torch.Generator())
-        self.seed = seed
-        self.set_epoch(0)
-
-    def set_epoch(self, epoch: int) -> None:
-        self.generator.manual_seed(self.seed + epoch)
-
-
-def _trained(trainer: _Trainer, base: str, bits: str, folder: Path) -> Outcome:
+def _trained(trainer: Trainer, base: str, bits: str, folder: Path) -> Outcome:
     """Train, save the adapter, and return what is left to prove and to report."""
     training = trainer.args
     if training.process_index == 0:
@@ -234,8 +228,7 @@ def _trained(trainer: _Trainer, base: str, bits: str, folder: Path) -> Outcome:
     saved_step = (training.load_best_model_at_end and state.best_global_step) or state.global_step
     losses = logged(state, "eval_loss")
     path = folder / ADAPTER_NAME
-    form = "chat" if trainer.is_chat else "text"
-    notes = {BASE_KEY: base_note(base, bits, path), PROMPT_KEY: form}
+    notes = trainer.notes | {BASE_KEY: base_note(base, bits, path)}
     disha.save_adapter(trainer.model, path, metadata=notes)
     return Outcome(
         training=training,
@@ -267,7 +260,7 @@ def _last_checkpoint(folder: Path) -> str | None:
 # --- the dry run ---------------------------------------------------------------------------------
 
 
-def _preview(trainer: _Trainer) -> None:
+def _preview(trainer: Trainer) -> None:
     """Print the plan, one example with [[ ]] around what is learned, and the number of steps."""
     print(disha.summary(trainer.model))
     row = trainer.train_dataset[0]
@@ -285,7 +278,7 @@ def _marked(ids: list[int], labels: list[int], tokenizer: Any) -> str:
     return text
 
 
-def _steps(trainer: _Trainer) -> int:
+def _steps(trainer: Trainer) -> int:
     training = trainer.args
     if training.max_steps > 0:
         return training.max_steps  # type: ignore[no-any-return]

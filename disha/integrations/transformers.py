@@ -40,7 +40,21 @@ QUANTISED = ("is_quantized", "is_loaded_in_4bit", "is_loaded_in_8bit")
 the model, and the trainers of `trl` cast all trainable parameters to bfloat16."""
 
 
-class AdapterCheckpoints(TrainerCallback):
+class SeenAsPlain(TrainerCallback):
+    """Hides from a trainer, while it is made, that its model is quantised."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._quantised = [flag for flag in QUANTISED if getattr(model, flag, False)]
+        for flag in self._quantised:
+            setattr(model, flag, False)
+
+    def on_init_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        """Let the model be quantised again."""
+        for flag in self._quantised:
+            setattr(given["model"], flag, True)
+
+
+class AdapterCheckpoints(SeenAsPlain):
     """Makes `Trainer` save, resume and choose the adapter alone.
 
     Make it before the trainer, and pass it in `callbacks`. Then
@@ -83,9 +97,7 @@ class AdapterCheckpoints(TrainerCallback):
 
     def __init__(self, model: nn.Module, adapter: str = "default") -> None:
         self._adapter, self._kept = adapter, set(disha.adapter_state_dict(model, adapter))
-        self._quantised = [flag for flag in QUANTISED if getattr(model, flag, False)]
-        for flag in self._quantised:
-            setattr(model, flag, False)
+        super().__init__(model)
         # Trainer warns of other missing keys than these when it loads a checkpoint. Blocks never
         # count as missing, so that a checkpoint of the base can be loaded too.
         base = {key for key in model.state_dict() if ".disha." not in key}
@@ -94,9 +106,8 @@ class AdapterCheckpoints(TrainerCallback):
 
     def on_init_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         """Let the model be quantised again. Refuse what would not be trained, or not be saved."""
+        super().on_init_end(args, state, control, **given)
         model = given["model"]
-        for flag in self._quantised:
-            setattr(model, flag, True)
         kind = AcceleratorState().distributed_type
         if kind == DistributedType.DEEPSPEED:
             raise disha.ArgumentError(

@@ -2,7 +2,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from torch import nn
 
 import disha
 from disha.finetune.base import load_base
@@ -54,7 +55,7 @@ def test_further_parameters_are_left_alone_if_asked(run, files):
 
 def test_the_base_that_the_file_notes_is_found(run, language_model, tmp_path):
     adapter, out = language_model / "adapter.safetensors", tmp_path / "merged"
-    done = run("merge", adapter, out)
+    done = run("merge", language_model, out)  # a folder stands for the file in it
     assert done.code == 0
     assert "as" in done.err
     found, _ = load_base(str(out))
@@ -97,7 +98,7 @@ def test_another_base_that_is_a_name_is_refused_too(run, language_model, tmp_pat
 def test_a_file_without_a_note_needs_a_base(run, files):
     done = run("merge", files.adapter(), files.path / "out")
     assert done.code == 2
-    assert "does not note its base" in done.complaint
+    assert "notes no base that can be used; name it too" in done.complaint
 
 
 def test_another_base_is_refused_unless_forced(run, files):
@@ -145,3 +146,17 @@ def test_wrong_usage(run):
     done = run("merge", "base", "a", "out", "--scale", "large")
     assert done.code == 2
     assert "large" in done.complaint
+
+
+def test_a_tied_base_names_no_flag_that_gives_other_logits(run, files):
+    torch.manual_seed(0)
+    tied = nn.ModuleDict({"embed": nn.Embedding(12, 8), "q": nn.Linear(8, 8)})
+    base, adapter = files.path / "base", files.path / "a.safetensors"
+    base.mkdir()
+    save_file(tied.state_dict(), base / "model.safetensors")
+    (base / "config.json").write_text('{"tie_word_embeddings": true}')
+    disha.save_adapter(disha.inject_adapters(tied, "embed", r=4, init="kaiming"), adapter)
+    done = run("merge", base, adapter, files.path / "out")
+    assert done.code == 2
+    assert "force" not in done.complaint
+    assert "merge_adapters(model, untie=True)" in done.complaint

@@ -57,6 +57,7 @@ def test_a_file_of_flags_and_the_command_line_wins(tmp_path):
         ("--bits 3", "invalid choice: '3'"),
         ("--r many", "invalid int value: 'many'"),
         ("--config", "--config needs a YAML file"),
+        ("--eval_fraction 1.5", "--eval_fraction must be below 1, got 1.5"),
         ("--config nowhere.yaml", "can't be read as YAML"),
     ],
 )

@@ -117,7 +117,8 @@ class TestNote:
         assert noted_base(path) == ("Qwen/Qwen3-0.6B", "bf16")
 
     def test_no_note(self, tmp_path):
-        assert noted_base(self.save(tmp_path / "adapter.safetensors", None)) is None
+        with pytest.raises(ArgumentError, match="notes no base that can be used; name it too"):
+            noted_base(self.save(tmp_path / "adapter.safetensors", None))
 
     @pytest.mark.parametrize("note", ["{", "[]", "{}", '{"base_model_name_or_path": 1}'])
     def test_a_note_that_says_nothing(self, tmp_path, note):

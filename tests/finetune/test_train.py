@@ -15,7 +15,7 @@ from disha.finetune import main, train
 from disha.finetune.base import load_base, noted_base
 from tests.finetune import tiny_gguf
 from tests.finetune.conftest import Result
-from tests.finetune.tiny_models import FAMILIES, rows, write_model, write_rows
+from tests.finetune.tiny_models import CHATML, FAMILIES, rows, write_model, write_rows
 from tests.processes import environment
 
 AUTHORS = shlex.split(
@@ -27,6 +27,7 @@ AUTHORS = shlex.split(
 )
 """The command of the author's script, but for names and the learning rate."""
 
+TALK = [{"role": "user", "content": "say two"}, {"role": "assistant", "content": "two"}]
 EXACT = ["--max_steps", 8, "--num_train_epochs", 2, "--save_steps", 2, "--dropout", 0.2]
 EXACT += ["--gradient_accumulation_steps", 2, "--logging_steps", 1]
 
@@ -50,6 +51,7 @@ class TestResults:
         assert {"adapter.safetensors", "loss.png", "samples.md", "report.json"} < names
         assert (authors.folder / "loss.png").read_bytes().startswith(b"\x89PNG")
         assert (authors.folder / "samples.md").read_text().count("**With adapter**") == 3
+        assert not list(authors.folder.rglob("README.md"))  # trl's knows no adapter file
 
     def test_report(self, authors):
         report = authors.report
@@ -120,11 +122,29 @@ class TestBases:
         assert noted_base(result.adapter) == (str(base), "fp32")
 
     @pytest.mark.parametrize("bits", ["4", "8"])
-    def test_bits(self, finetune, tmp_path, bits):
+    def test_bits(self, finetune, data, tmp_path, bits, capsys):
+        """From training to an answer, also with a norm that must be the base's where it counts."""
         base = write_model(tmp_path / "base", "Mixtral")
-        result = finetune(tmp_path / "out", "--bits", bits, base=base)
+        words = ["--bits", bits, "--also_train", "norm", "--samples", 1]
+        result = finetune(tmp_path / "out", *words, base=base)
         assert result.losses[6] < result.losses[0]
         assert {block.dtype for block in result.blocks().values()} == {torch.float32}
+        assert result.report["settings"]["bits"] == bits
+        [sample] = result.report["samples"]
+        assert sample["without"] != sample["with_adapter"]
+        capsys.readouterr()
+
+        def evaluated(*words):
+            command = ["evaluate", "--data", str(data), "--json", *map(str, words)]
+            assert disha_command(command) == 0
+            return json.loads(capsys.readouterr().out)
+
+        alone = evaluated("--base", base, "--bits", bits)["base"]["loss"]
+        both = evaluated("--adapter", result.adapter, "--compare")
+        assert both["base"]["loss"] == pytest.approx(alone, abs=2e-3)
+        assert both["adapter"]["loss"] == pytest.approx(result.losses[6], abs=0.02)
+        asked = ["--adapter", str(result.adapter), "--prompt", "say two 3"]
+        assert disha_command(["generate", *asked, "--max_new_tokens", "3"]) == 0
 
     def test_merging_onto_gguf_is_refused_before_training(self, finetune, tmp_path):
         with pytest.raises(ArgumentError, match="can't be merged into a GGUF file"):
@@ -148,6 +168,31 @@ def test_a_chat_model_learns_by_its_template(finetune, tmp_path, chatty):
     assert disha.inspect_adapter(result.adapter).metadata["prompt"] == "chat"
     assert result.report["samples"][0]["prompt"].endswith("assistant\n")
     assert result.report["samples"][0]["reference"] == "two\n"
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_a_template_that_was_given_goes_where_the_adapter_goes(
+    kind, finetune, tmp_path, tiny, chatty, data, capsys
+):
+    """Into the merged folder, and to each command; the adapter is trained further with it too."""
+    template = tmp_path / "template.txt" if kind == "file" else chatty
+    if kind == "file":
+        template.write_text(CHATML)
+    result = finetune(tmp_path / "out", "--chat_template_path", template, "--merge")
+    assert disha.inspect_adapter(result.adapter).metadata["prompt"] == "chat"
+    merged = tmp_path / "by command"
+    assert disha_command(["merge", str(result.adapter), str(merged)]) == 0
+    for folder in (result.folder / "merged", merged):
+        assert load_base(str(folder))[1].chat_template == CHATML
+    capsys.readouterr()
+    words = ["evaluate", "--adapter", str(result.adapter), "--data", str(data), "--json"]
+    assert disha_command(words) == 0
+    loss = json.loads(capsys.readouterr().out)["adapter"]["loss"]
+    assert loss == pytest.approx(result.losses[6], abs=0.02)
+    talk = write_rows(tmp_path / "talk.jsonl", [{"messages": TALK}] * 8)
+    words = ["--adapter", result.adapter, "--data", talk]
+    further = finetune(tmp_path / "further", *words, base=None)
+    assert disha.inspect_adapter(further.adapter).metadata["chat_template"] == CHATML
 
 
 def test_several_sets_and_held_out_rows(finetune, tmp_path, data):
@@ -181,6 +226,35 @@ class TestCourse:
         assert result.losses[0] == pytest.approx(authors.report["proof"]["trained"], abs=1e-2)
         assert noted_base(result.adapter) == noted_base(authors.adapter)
         assert result.blocks().keys() == authors.blocks().keys()
+
+    @pytest.mark.parametrize(
+        ("words", "says"),
+        [
+            (["--r", 4], "has r=8, which can't change; leave out --r"),
+            (["--method", "bone"], "has method=bat"),
+            (["--init_weights", "True"], "has method=bat"),
+            (["--target", "q_proj"], "has target="),
+            (["--also_train", "norm"], "has also_train="),
+            (["--dropout=0.5"], "has dropout=0.0"),
+            (["--bone_r", 64], "has r=8"),
+        ],
+    )
+    def test_what_an_adapter_sets_can_not_be_set(self, finetune, tiny, tmp_path, words, says):
+        path = tmp_path / "adapter.safetensors"
+        model, _ = load_base(str(tiny))
+        disha.inject_adapters(model, "v_proj", r=8, method="bat")
+        disha.save_adapter(model, path)
+        with pytest.raises(ArgumentError, match=says):
+            finetune(tmp_path / "out", "--adapter", path, *words)
+
+    def test_the_report_has_the_settings_of_an_adapter_that_is_trained_further(
+        self, tiny, data, authors, tmp_path
+    ):
+        words = ["--adapter", authors.adapter, "--data", data, "--output_dir", tmp_path]
+        assert main([*map(str, words), "--max_steps", "1", "--bits", "fp32"]) == 0
+        settings = Result(tmp_path).report["settings"]
+        assert (settings["r"], settings["method"], settings["bits"]) == (8, "bone", "fp32")
+        assert settings["base"] == str(tiny)
 
     def test_an_adapter_of_another_base(self, finetune, authors, tmp_path):
         other = write_model(tmp_path / "other", seed=1)
@@ -290,12 +364,12 @@ class TestResuming:
                 raise KeyboardInterrupt
             return step(trainer, *given, **named)
 
-        step = train.SFTTrainer.training_step
+        step = train.Trainer.training_step
         words = self.flags(tiny, data, tmp_path)
-        monkeypatch.setattr(train.SFTTrainer, "training_step", interrupted)
+        monkeypatch.setattr(train.Trainer, "training_step", interrupted)
         with pytest.raises(KeyboardInterrupt):
             main(words)
-        monkeypatch.setattr(train.SFTTrainer, "training_step", step)
+        monkeypatch.setattr(train.Trainer, "training_step", step)
         shown = capsys.readouterr().out
         said = next(line for line in shown.splitlines() if line.startswith("to go on: "))
         command, name, *again = said.removeprefix("to go on: ").split()

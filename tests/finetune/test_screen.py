@@ -1,0 +1,125 @@
+"""What the command shows: in a log, on a terminal, and for `--help`."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import pty
+import re
+import struct
+import subprocess
+import sys
+import termios
+
+import pytest
+
+from disha import ArgumentError
+from disha.cli import main as disha_command
+from tests.finetune.tiny_models import write_rows
+from tests.processes import environment
+
+COMMAND = [sys.executable, "-m", "disha"]
+HEADER = ["step", "loss", "measured", "rate", "left"]
+LOADED = {"transformers.trainer", "trl.trainer.sft_trainer"}
+
+
+def variables():
+    """Return those of a process that this one has not told whether to show bars."""
+    return {key: value for key, value in environment().items() if not key.startswith("TQDM")}
+
+
+def words_of(tiny, data, folder, *more):
+    words = ["finetune", "--base", tiny, "--data", data, "--r", 8, "--output_dir", folder, *more]
+    return [*COMMAND, *map(str, words)]
+
+
+def on_a_terminal(words):
+    """Return what a command writes to a terminal of 100 columns."""
+    ours, its = pty.openpty()
+    fcntl.ioctl(its, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 100, 0, 0))
+    process = subprocess.Popen(words, stdin=its, stdout=its, stderr=its, env=variables())
+    os.close(its)
+    written = b""
+    try:
+        while part := os.read(ours, 65536):
+            written += part
+    except OSError:  # how Linux says that the other side is closed
+        pass
+    os.close(ours)
+    assert process.wait() == 0, written
+    return written.decode()
+
+
+def screen(written):
+    """Return the lines that stay: a carriage return lets the line be written over."""
+    lines = []
+    for line in written.replace("\r\n", "\n").split("\n"):
+        shown = ""
+        for part in line.split("\r"):
+            shown = part + shown[len(part) :]
+        lines.append(shown.rstrip())
+    return lines
+
+
+def table_of(lines):
+    """Return the rows of the table of losses."""
+    start = next(number for number, line in enumerate(lines) if line.split() == HEADER)
+    rows = [line for line in lines[start + 1 :] if re.match(r" +\d+ ", line)]
+    return lines[start], rows
+
+
+def test_a_log_is_short_and_plain(tiny, data, tmp_path):
+    words = words_of(tiny, data, tmp_path / "out", "--max_steps", 2, "--logging_steps", 1)
+    done = subprocess.run(words, env=variables(), capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    lines = done.stdout.splitlines()
+    assert len(lines) <= 30
+    assert all(line and line.isprintable() for line in lines)
+    header, rows = table_of(lines)
+    assert [row.split()[0] for row in rows] == ["0", "1", "2"]
+    assert all(len(row) <= len(header) for row in rows)
+
+
+def test_a_terminal_has_one_bar_and_aligned_losses(tiny, data, tmp_path):
+    more = ["--eval_fraction", 0.25, "--eval_strategy", "steps", "--eval_steps", 2]
+    words = words_of(tiny, data, tmp_path / "out", "--max_steps", 4, "--logging_steps", 2, *more)
+    written = on_a_terminal(words)
+    assert "\x1b" not in written  # a second bar moves the cursor
+    assert "it/s" in written
+    lines = screen(written)
+    assert not any("it/s" in line or "{" in line for line in lines)
+    header, rows = table_of(lines)
+    assert [row.split()[0] for row in rows] == ["0", "2", "2", "4", "4"]
+    assert {len(row) for row in rows[1:]} == {len(header)}
+
+
+def test_help_is_help_alone():
+    code = "import sys; from disha.cli import main\n"
+    code += "for name in ('generate', 'evaluate', 'finetune'): main([name, '--help'])\n"
+    code += f"print({LOADED} & set(sys.modules))"
+    words = [sys.executable, "-c", code]
+    done = subprocess.run(words, env=variables(), capture_output=True, text=True)
+    assert done.stderr == ""
+    assert re.findall("^usage: disha (.*?) ", done.stdout, re.MULTILINE) == [
+        "generate",
+        "evaluate",
+        "finetune",
+    ]
+    assert done.stdout.endswith("set()\n")
+
+
+def test_rows_that_are_cut_or_left_out_are_counted(finetune, tiny, tmp_path, capsys):
+    rows = [{"query": "q", "response": "a" * n} for n in (2, 2, 40)]
+    path = write_rows(tmp_path / "rows.jsonl", [*rows, {"query": "q" * 40, "response": "a"}])
+    told = "of 4 rows, 2 are cut to 10 tokens, and 1 are left out, because nothing to learn is in"
+    words = ["--max_length", 10, "--data", path]
+    finetune(tmp_path / "out", *words)
+    assert capsys.readouterr().err.count(told) == 2  # to train on, and to measure on
+    evaluate = ["evaluate", "--base", tiny, *words, "--json"]
+    assert disha_command([str(word) for word in evaluate]) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out)["rows"] == 4
+    assert told in err
+    with pytest.raises(ArgumentError, match="no row has something to learn in 1 tokens"):
+        finetune(tmp_path / "none", *words, "--max_length", 1)
