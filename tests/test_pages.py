@@ -14,8 +14,8 @@ import pytest
 import yaml
 
 import disha
+from docs.screens import DESK, PROGRAMS, WIDTHS, build, chrome, resize, served
 from tests.pages import DOCS, ROOT
-from tests.screens import DESK, PROGRAMS, WIDTHS, build, chrome, resize, served
 
 LOOK = """
 for (const one of document.querySelectorAll("details")) one.open = true;

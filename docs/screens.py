@@ -1,6 +1,6 @@
 """The built site in headless Chromium.
 
-`python -m tests.screens FOLDER` builds the site and takes pictures of four pages, at two widths.
+`python -m docs.screens FOLDER` builds the site and takes pictures of four pages, at two widths.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def resize(browser: webdriver.Chrome, width: int, height: int = HEIGHT) -> None:
 
 def main() -> None:
     """Take the pictures, and print their paths."""
-    parser = argparse.ArgumentParser(prog="python -m tests.screens", description=main.__doc__)
+    parser = argparse.ArgumentParser(prog="python -m docs.screens", description=main.__doc__)
     parser.add_argument("folder", type=Path, help="where the pictures go")
     folder = parser.parse_args().folder
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""`python -m tests.neighbours`: which tools can share an environment with disha.
+"""`python -m docs.neighbours`: which tools can share an environment with disha.
 
 For every Python, `uv` solves the requirements of the newest release of a tool together with those
 of disha. It installs nothing. The table goes into docs/versions.md.
