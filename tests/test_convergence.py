@@ -347,10 +347,12 @@ class TestReport:
             assert (own["bone"].rate, own["lora"].rate) == (mild, 10 * mild)
         assert f"or less: {mild:g} for the language model" in report.verdict(found, long)
 
-    def test_random_signs_are_better_than_the_matrix_of_bone(self):
+    def test_random_signs_are_better_in_the_two_smaller_models_only(self):
         columns = report.matrices(KEPT)
-        assert {task for task, _ in columns} >= {"digits", "packages"}
-        assert all(sum(losses["signs"]) < sum(losses["bone"]) for losses in columns.values())
-        eight = columns["digits", 3e-3]
-        assert len(eight["bone"]) == 8
-        assert differ(eight["signs"], eight["bone"])
+        for task, rate in (("digits", 3e-3), ("digits", 1e-3), ("packages", 1e-3)):
+            signs, bone = (columns[task, rate][name] for name in ("signs", "bone"))
+            assert statistics.fmean(signs) < statistics.fmean(bone) - 0.05
+            assert differ(signs, bone) is (len(signs) == 8)
+        signs, bone = (columns["docstrings", 3e-4][name] for name in ("signs", "bone"))
+        assert statistics.fmean(signs) == pytest.approx(statistics.fmean(bone), abs=0.005)
+        assert not differ(signs, bone)

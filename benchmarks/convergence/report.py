@@ -345,9 +345,9 @@ MiSS (Bone) is a LoRA whose A stays [I I ... I]. Other fixed A, with columns of 
 length, at the best rate of MiSS (Bone), and for digits at a third of it; mean test loss:
 
 {table(header, rows)}
-A star: beyond noise. **[I I ... I] is the cheapest, but not the best here.** Random signs have a
-lower mean on every task. They cost little: a sign for each input, before the shards are summed. As
-the paper and PEFT do, `disha` has none.
+A star: beyond noise. **[I I ... I] is the cheapest, but not the best in the two smaller models**:
+random signs have a lower loss there. They cost little: a sign for each input, before the shards are
+summed. For the language model they change nothing. As the paper and PEFT, `disha` has no signs.
 """
 
 
