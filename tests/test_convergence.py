@@ -338,9 +338,9 @@ class TestReport:
         pairs = zip(long.ends("bone", mild), long.ends("bone", own), strict=False)
         assert all(low.loss < high.loss and 2 * low.forgetting < high.forgetting
                    for low, high in pairs)  # fmt: skip
-        scaled, lora = points(long.records["bone"][mild][0])[3], long.ends("lora", mild)[0]
-        assert scaled.forgetting == pytest.approx(lora.forgetting, abs=0.005)
-        assert scaled.loss < lora.loss - 0.05
+        for name, low in (("bone", 1e-4), ("lora", 3e-4)):  # scaling beats a lower rate
+            end, curve = long.ends(name, low)[0], points(long.records[name][MILD[name]][0])
+            assert at_forgetting(curve, end.forgetting) < end.loss - 0.01
         found = report.tasks_of(STUDY, KEPT, COSTS)
         for task in ("arithmetic", "docstrings"):  # with r = 16, a tenth is best
             own = found[task].findings

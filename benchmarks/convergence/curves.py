@@ -18,7 +18,7 @@ from benchmarks.convergence.findings import (
 from benchmarks.convergence.methods import IDENTITY, METHODS, SHIRA
 from benchmarks.convergence.tasks import TASKS
 
-COMPARED = ("bone", "bat", "rslora", IDENTITY)
+COMPARED = ("bone", "bat", "rslora")
 """The methods that the verdict compares with LoRA."""
 STYLES: Mapping[str, tuple[str, str]] = {
     "bone": ("tab:blue", "-"),
@@ -39,7 +39,7 @@ HASHED = re.compile(r'(?<=["#])[mp][0-9a-f]{10}(?=["\)])')
 
 def compared(found: Mapping[str, TaskFindings]) -> bytes:
     """Plot every ratio of the verdict: a panel for each, a dot for each task, the mean on top."""
-    figure = _figure(7.0, 7.5)
+    figure = _figure(7.0, 6.5)
     for place, what in enumerate(RATIOS):
         axes = figure.add_subplot(2, 2, place + 1)
         for row, method in enumerate(COMPARED):
