@@ -105,10 +105,10 @@ def verdict(found: Mapping[str, TaskFindings], long: Longer) -> str:
     mild = MILD["bone"]
     lines = [
         f"**Choose MiSS (Bone), at a third of LoRA's rate or less: {mild:g} for the language "
-        "model.** In the longer training, it then learns and forgets as much as a LoRA at "
-        f"{MILD[OTHER]:g}, in less time and memory. At equal forgetting, up to {LIMITS[-1]:g}, no "
-        f"method there learns more: test losses differ by at most {apart(long):.3f}, seeds by up "
-        f"to {spread(long):.3f}.",
+        "model.** In the longer training (first seed), it then learns and forgets as much as a "
+        f"LoRA at {MILD[OTHER]:g}, in less time and memory. At equal forgetting (up to "
+        f"{LIMITS[-1]:g}), no method there learns more: test losses differ by at most "
+        f"{apart(long):.3f}, seeds by up to {spread(long):.3f}.",
         _line("Quality", found, "test loss", "loss", ("better", "worse")),
         _line("Speed", found, "time of a step", None, ("faster", "slower")),
         _line("Memory", found, "memory of a step", None, ("less", "more")),
