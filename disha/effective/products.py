@@ -105,8 +105,7 @@ def _grouped(multiply: Callable[..., Tensor]) -> Rule:
 
 
 def _grouped_of_transformers(*args: Any, **kwargs: Any) -> Tensor:
-    product: Tensor = torch.ops.transformers.grouped_mm_fallback(*args, **kwargs)
-    return product
+    return torch.ops.transformers.grouped_mm_fallback(*args, **kwargs)
 
 
 # By its name, because it exists only after transformers is imported.

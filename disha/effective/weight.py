@@ -114,14 +114,14 @@ def effective(base: Tensor, layout: Layout, updates: Updates) -> EffectiveWeight
     weight.base = base
     weight.weight_layout = layout
     weight.updates = updates
-    return weight  # type: ignore[no-any-return]
+    return weight
 
 
 def absent(base: Tensor, layout: Layout) -> AbsentWeight:
     """Return the effective weight of a W that has no values."""
     weight: Any = base.as_subclass(AbsentWeight)
     weight.base, weight.weight_layout = base, layout
-    return weight  # type: ignore[no-any-return]
+    return weight
 
 
 def computed(weight: EffectiveWeight) -> Tensor:

@@ -209,8 +209,7 @@ class Checkpoint:
         if key in self.stacks:
             return torch.stack([self.matrix(names) for names in self.stacks[key]])
         with opened(self.files[key]) as file:
-            tensor: Tensor = file.get_tensor(key)
-        return tensor
+            return file.get_tensor(key)
 
     def matrix(self, names: Iterable[str]) -> Tensor:
         """Return the matrix (out, in) of one expert."""
@@ -228,12 +227,12 @@ class Checkpoint:
         """Return the dtype of a tensor or a stack, as safetensors calls it."""
         name = self.stacks[key][0][0] if key in self.stacks else key
         with opened(self.files[name]) as file:
-            return str(file.get_slice(name).get_dtype())
+            return file.get_slice(name).get_dtype()
 
     def config(self) -> dict[str, Any]:
         """Return the content of config.json in the folder, or beside the file; {} if none."""
         path = (self.path if self.path.is_dir() else self.path.parent) / CONFIG
-        return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 def open_checkpoint(path: PathLike) -> Checkpoint:

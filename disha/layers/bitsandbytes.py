@@ -61,15 +61,13 @@ def read_4bit(module: nn.Module, weight: Any) -> Tensor:
     compute_dtype = getattr(module, "compute_dtype", None)
     if compute_dtype in (torch.float32, torch.bfloat16, torch.float16):
         state.dtype = compute_dtype
-    dense: Tensor = sys.modules["bitsandbytes.functional"].dequantize_4bit(weight.data, state)
-    return dense
+    return sys.modules["bitsandbytes.functional"].dequantize_4bit(weight.data, state)
 
 
 def read_8bit(module: nn.Module, weight: Any) -> Tensor:
     """Return the dense weight in float32, because its former dtype is not recorded."""
     kernels = sys.modules["bitsandbytes.functional"]
-    dense: Tensor = kernels.int8_vectorwise_dequant(weight.data, _row_scales(module, weight))
-    return dense
+    return kernels.int8_vectorwise_dequant(weight.data, _row_scales(module, weight))
 
 
 def _row_scales(module: nn.Module | None, weight: Tensor) -> Tensor | None:

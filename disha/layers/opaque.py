@@ -98,15 +98,14 @@ def _dequantizes(module: nn.Module) -> bool:
 
 
 def _read_module(module: Any, weight: Any) -> Tensor:
-    dense: Tensor = module.dequantize()
-    return dense
+    return module.dequantize()
 
 
 def _read_subclass(module: nn.Module, weight: Any) -> Tensor:
     """Return the dense weight in the dtype that the tensor reports."""
     # The `dequantize` of torchao's NF4Tensor has another meaning.
     original = getattr(weight, "get_original_weight", None)
-    dense: Tensor = weight.dequantize() if original is None else original()
+    dense = weight.dequantize() if original is None else original()
     return dense.to(weight.dtype)
 
 
@@ -114,8 +113,7 @@ def dequantised(module: nn.Module, weight: Any) -> Tensor:
     """Return a weight of `module` as a dense one; `weight` itself if it is dense."""
     found = quantisation_of(module, weight)
     if found is None:
-        dense: Tensor = weight
-        return dense
+        return weight
     if found.read is None:
         raise ArgumentError(
             f"the weight of {original_class(module).__qualname__} is quantised ({found.name}) and "

@@ -89,8 +89,7 @@ def base_of(layer: nn.Module, slot: Slot) -> Tensor:
     stored = layer._parameters.get(slot.parameter)
     if original is not None and original.parameter is not None:
         stored = original.parameter
-    weight: Tensor = read_weight(layer, slot.parameter) if stored is None else stored
-    return weight
+    return read_weight(layer, slot.parameter) if stored is None else stored
 
 
 def delta_of(layer: nn.Module, block: Block) -> Tensor:

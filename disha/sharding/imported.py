@@ -7,5 +7,4 @@ import sys
 
 def imported_class(module: str, name: str) -> type | None:
     """Return a class if its module is imported, else None: no object of it can exist then."""
-    cls: type | None = getattr(sys.modules.get(module), name, None)
-    return cls
+    return getattr(sys.modules.get(module), name, None)

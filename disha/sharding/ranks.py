@@ -23,7 +23,7 @@ class Ranks:
     """The ranks that hold the shards of a model; only this process if the model is not sharded."""
 
     def __init__(self, parameters: Iterable[Tensor]) -> None:
-        found: list[Any] = list(parameters)
+        found = list(parameters)
         meshes = dict.fromkeys(p.device_mesh for p in found if is_sharded(p))
         groups = [mesh.get_group(dim) for mesh in meshes for dim in range(mesh.ndim)]
         groups += [p.ds_process_group for p in found if is_partitioned(p)]

@@ -59,10 +59,9 @@ class Split:
 
         size = torch.Size(self.shape)
         stride = torch.empty(size, device="meta").stride()
-        whole: Tensor = DTensor.from_local(
+        return DTensor.from_local(
             local, self.device_mesh, self.placements, run_check=False, shape=size, stride=stride
         )
-        return whole
 
     def summed(self, block: Tensor) -> Tensor:
         """Return a block that all ranks hold; its gradient is summed over those that cut W."""
@@ -83,8 +82,7 @@ class Split:
         partial = [Partial() if one.is_shard() else Replicate() for one in self.placements]
         # In backward, this redistribution sums the gradients.
         whole = whole.redistribute(placements=everywhere)
-        local: Tensor = whole.to_local(grad_placements=partial)
-        return local
+        return whole.to_local(grad_placements=partial)
 
     def agree_on(self, block: Tensor) -> None:
         """Give all ranks the values that the first one has. Collective."""
@@ -101,5 +99,4 @@ def split_of(tensor: object) -> Split | None:
     """Return how a weight is cut, or None if it is not a DTensor."""
     if not is_sharded(tensor):
         return None
-    sharded: Any = tensor
-    return Split(sharded.device_mesh, tuple(sharded.placements), tuple(sharded.shape))
+    return Split(tensor.device_mesh, tuple(tensor.placements), tuple(tensor.shape))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, TypeGuard
 
 from torch import Tensor
 
@@ -17,7 +17,7 @@ from disha.sharding.imported import imported_class
 from disha.sharding.zero import gathered_by, optimized_values, present, write_optimized
 
 
-def is_sharded(tensor: object) -> bool:
+def is_sharded(tensor: object) -> TypeGuard[Any]:
     """Whether a tensor is a DTensor, distributed over a device mesh."""
     cls = imported_class("torch.distributed.tensor", "DTensor")
     return cls is not None and isinstance(tensor, cls)
@@ -27,25 +27,17 @@ def gathered(tensor: Tensor) -> Tensor:
     """Return a tensor with all of its values. Collective if the tensor is sharded."""
     if not is_sharded(tensor):
         return present(tensor)
-    sharded: Any = tensor
     # An offloaded parameter is on the CPU, where the mesh may be unable to communicate.
-    full: Tensor = sharded.to(sharded.device_mesh.device_type).full_tensor()
-    return full
+    return tensor.to(tensor.device_mesh.device_type).full_tensor()
 
 
 def local_part(tensor: Tensor) -> Tensor:
     """Return the part of a tensor that this rank holds."""
-    if not is_sharded(tensor):
-        return tensor
-    sharded: Any = tensor
-    part: Tensor = sharded.to_local()
-    return part
+    return tensor.to_local() if is_sharded(tensor) else tensor
 
 
 def reason_against_writing(parameter: Tensor, values: Tensor) -> str | None:
     """Return why `write` can't copy the values into the parameter, or None if it can."""
-    target: Any = parameter
-    source: Any = values
     if not is_sharded(parameter):
         if not is_sharded(values):
             return None
@@ -54,12 +46,12 @@ def reason_against_writing(parameter: Tensor, values: Tensor) -> str | None:
         if in_chunks(parameter):
             return None
         return (
-            f"is not sharded, but the parameter is sharded as {target.placements}: shard it in the "
-            "same way"
+            f"is not sharded, but the parameter is sharded as {parameter.placements}: shard it in "
+            "the same way"
         )
-    if (source.device_mesh, source.placements) != (target.device_mesh, target.placements):
+    if (values.device_mesh, values.placements) != (parameter.device_mesh, parameter.placements):
         return (
-            f"is sharded as {source.placements}, must be sharded as {target.placements} on the "
+            f"is sharded as {values.placements}, must be sharded as {parameter.placements} on the "
             "parameter's mesh"
         )
     return None

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -20,15 +20,14 @@ from torch import Tensor
 from disha.sharding.imported import imported_class
 
 
-def is_partitioned(tensor: object) -> bool:
+def is_partitioned(tensor: object) -> TypeGuard[Any]:
     """Whether ZeRO-3 manages a parameter, whose values are absent most of the time."""
     return hasattr(tensor, "ds_id")
 
 
 def whole_shape(tensor: Tensor) -> torch.Size:
     """Return the shape that a tensor has with all of its values."""
-    shape: torch.Size = getattr(tensor, "ds_shape", tensor.shape)
-    return shape
+    return getattr(tensor, "ds_shape", tensor.shape)
 
 
 def gathered_by(tensor: Tensor, writes: bool = False) -> AbstractContextManager[Any]:
@@ -36,8 +35,7 @@ def gathered_by(tensor: Tensor, writes: bool = False) -> AbstractContextManager[
     if not is_partitioned(tensor) or (tensor.shape == whole_shape(tensor) and not writes):
         return nullcontext()
     cls: Any = imported_class("deepspeed.runtime.zero.partition_parameters", "GatheredParameters")
-    context: AbstractContextManager[Any] = cls([tensor], modifier_rank=0 if writes else None)
-    return context
+    return cls([tensor], modifier_rank=0 if writes else None)
 
 
 def present(tensor: Tensor) -> Tensor:
@@ -57,12 +55,9 @@ def release(parameters: Iterable[Tensor]) -> None:
 
 def optimized_values(parameter: Any) -> Tensor | None:
     """Return the values that an optimizer of DeepSpeed trains, or None. Collective."""
-    values: Tensor | None = None
     if _trains_by_zero_3(parameter):
-        values = parameter._z3_optimizer.get_full_hp_param(parameter)
-    elif hasattr(parameter, "_hp_mapping"):
-        values = parameter.get_full_hp_param()
-    return values
+        return parameter._z3_optimizer.get_full_hp_param(parameter)
+    return parameter.get_full_hp_param() if hasattr(parameter, "_hp_mapping") else None
 
 
 def _trains_by_zero_3(parameter: Any) -> bool:
