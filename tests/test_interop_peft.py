@@ -160,7 +160,7 @@ def test_notes_are_written(tmp_path):
     export(model, tmp_path, base_model_name_or_path="org/base", task_type="CAUSAL_LM")
     found = peft.PeftConfig.from_pretrained(tmp_path)
     assert (found.base_model_name_or_path, found.task_type) == ("org/base", "CAUSAL_LM")
-    header, _ = read_folder(tmp_path, {"inner.weight": (6, 10)})
+    header, _ = read_folder(tmp_path, lambda _: {"inner.weight": (6, 10)})
     assert header.metadata == {"base_model_name_or_path": "org/base", "task_type": "CAUSAL_LM"}
     with pytest.raises(ArgumentTypeError, match="task_type"):
         export(model, tmp_path, task_type=3)
@@ -502,18 +502,19 @@ def test_files_convert_both_ways_without_a_model(kind, tmp_path):
     close(output(from_peft(tmp_path / "folder", net), net), output(model, net))
 
     shapes = {name: tuple(p.shape) for name, p in net().named_parameters()}
-    for known in (shapes, lambda names: {name: shapes[name] for name in names}):
-        header, found = read_folder(tmp_path / "folder", known)
-        write_contents(tmp_path / "b.safetensors", header, found)
-        again, found = read_contents(tmp_path / "b.safetensors")
-        plain = [{**vars(layer), "base": None} for layer in file.layers]
-        assert [vars(layer) for layer in again.layers] == plain
-        assert (again.also_train, described(again)) == (file.also_train, described(file))
-        assert all(torch.equal(found[key], value) for key, value in tensors.items())
-        base = net()
-        disha.load_adapter(base, tmp_path / "b.safetensors")
-        close(output(base, net), output(model, net))
-    header, found = read_folder(tmp_path / "folder", shapes, also_train=False)
+    header, found = read_folder(
+        tmp_path / "folder", lambda names: {name: shapes[name] for name in names}
+    )
+    write_contents(tmp_path / "b.safetensors", header, found)
+    again, found = read_contents(tmp_path / "b.safetensors")
+    plain = [{**vars(layer), "base": None} for layer in file.layers]
+    assert [vars(layer) for layer in again.layers] == plain
+    assert (again.also_train, described(again)) == (file.also_train, described(file))
+    assert all(torch.equal(found[key], value) for key, value in tensors.items())
+    base = net()
+    disha.load_adapter(base, tmp_path / "b.safetensors")
+    close(output(base, net), output(model, net))
+    header, found = read_folder(tmp_path / "folder", lambda _: shapes, also_train=False)
     assert header.also_train == ()
     assert set(found) == set(header.tensors) == {layer.key for layer in header.layers}
 
@@ -540,7 +541,7 @@ def test_a_file_tells_too_little_for_whole_modules(tmp_path):
 def test_contents_need_the_base(tmp_path):
     export(disha.inject_adapters(net(), "inner", 4, also_train="^norm"), tmp_path)
     with pytest.raises(AdapterFileError, match=r"no matrix 'inner.weight'[^$]*norm.weight"):
-        read_folder(tmp_path, {})
+        read_folder(tmp_path, lambda _: {})
 
 
 # --- folders from strangers ----------------------------------------------------------------------
@@ -666,7 +667,7 @@ def test_a_selected_layer_without_a_block_is_a_block_of_zeros_in_peft(folder):
 
 def test_contents_go_into_models_as_folders_do(folder):
     shapes = {name: tuple(p.shape) for name, p in net().named_parameters()}
-    header, tensors = read_folder(folder, shapes, also_train=False)
+    header, tensors = read_folder(folder, lambda _: shapes, also_train=False)
     one, other = net(), net()
     load_contents(ModelView(one), folder, header, tensors, "default", freeze=True)
     load(other, folder, also_train=False)

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -60,12 +60,9 @@ class Family:
         return gate.contiguous(), up.contiguous()
 
 
-_OUT_IN = Family(SEPARATE_BEFORE)
-FAMILIES: Mapping[str, Family] = {
-    "mixtral": dataclasses.replace(
-        _OUT_IN, block="block_sparse_moe", gate="w1", up="w3", down="w2"
-    ),
-    **dict.fromkeys(("qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v3"), _OUT_IN),
+FAMILIES = {
+    "mixtral": Family(SEPARATE_BEFORE, block="block_sparse_moe", gate="w1", up="w3", down="w2"),
+    **dict.fromkeys(("qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v3"), Family(SEPARATE_BEFORE)),
     "gpt_oss": Family(Layout("expert in out"), by_turns=True),
 }
 """Model type in `transformers` -> how its models name and store experts."""
@@ -73,12 +70,6 @@ FAMILIES: Mapping[str, Family] = {
 
 Form = Literal["stacked", "separate"]
 """One parameter for a stack of experts, or one for each expert."""
-
-
-def check_form(experts: str) -> None:
-    """Raise unless this is one of the two forms."""
-    if experts not in get_args(Form):
-        raise ArgumentError(f"experts must be 'stacked' or 'separate', got {experts!r}")
 
 
 def family_of(model_type: str | None, what: str) -> Family:
@@ -112,8 +103,12 @@ def stack_factors(update: LowRankUpdate) -> tuple[Tensor, Tensor]:
     return a.contiguous(), rearrange(update.b, "expert o r -> o (r expert)").contiguous()
 
 
-def misread_by_peft(layers: Sequence[LayerRecord], model_type: str | None) -> list[str]:
+def misread_by_peft(layers: Sequence[LayerRecord], form: str, model_type: str | None) -> list[str]:
     """Return the layers that PEFT would read in another way, each with the reason."""
+    if form not in get_args(Form):
+        raise ArgumentError(f"experts must be 'stacked' or 'separate', got {form!r}")
+    if form == "separate":
+        return []  # it is not for PEFT
     stacks = [layer for layer in layers if is_stack(layer)]
     family = FAMILIES.get(model_type or "")
     problems = [

@@ -19,7 +19,7 @@ from disha.errors import AdapterFileError, ArgumentError, ArgumentTypeError, Con
 from disha.files.contents import Contents, adapter_contents, load_contents
 from disha.files.disk import PathLike, checked_path, opened, save_tensors
 from disha.functional import Layout
-from disha.interop.lora import tensors_of, unknown_to_lora
+from disha.interop.lora import MATRIX, tensors_of, unknown_to_lora
 from disha.interop.low_rank import (
     CONV,
     BaseWeight,
@@ -267,7 +267,7 @@ def _scaled(update: LowRankUpdate, name: str) -> LowRankUpdate:
 def form_of(path: PathLike) -> str | None:
     """Return `"diffusers"` if a safetensors file is a LoRA with its keys, or else None."""
     with opened(checked_path(path)) as file:
-        is_lora = any(key.endswith(".lora_A.weight") for key in list(file.keys()))
+        is_lora = any(key.endswith(MATRIX) for key in file.keys())  # noqa: SIM118
     return "diffusers" if is_lora else None
 
 
@@ -279,13 +279,12 @@ def read_file(path: PathLike) -> dict[str, Contents]:
 def _read(path: Path, modules: Mapping[str, Collection[str]]) -> dict[str, Contents]:
     """Return component -> its adapter; `modules` has the names in its model, if they are known."""
     with opened(path) as file:
-        tensors = {key: file.get_tensor(key) for key in list(file.keys())}
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     found: dict[str, list[Factors]] = {}
-    endings = ".lora_A.weight", ".lora_B.weight"
-    weights = [key.removesuffix(endings[0]).removesuffix(endings[1]) for key in tensors]
+    weights = [key.removesuffix(MATRIX[0]).removesuffix(MATRIX[1]) for key in tensors]
     for weight in dict.fromkeys(weights or [""]):
         component, _, name = weight.partition(".")
-        a, b = (tensors.get(weight + ending) for ending in endings)
+        a, b = (tensors.get(weight + ending) for ending in MATRIX)
         if a is None or b is None or component not in COMPONENTS:
             raise AdapterFileError(
                 f"{path}: {weight!r} has no pair of factors, lora_A and lora_B, of "

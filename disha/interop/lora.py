@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from disha.config import check_scale
-from disha.errors import AdapterFileError, ArgumentError, ArgumentTypeError, ConversionError
+from disha.errors import AdapterFileError, ConversionError, DishaError
 from disha.files import AdapterHeader
 from disha.files.contents import Contents, adapter_contents, load_contents
 from disha.files.disk import PathLike, checked_path
@@ -29,7 +29,6 @@ from disha.interop.low_rank import (
     LoraReport,
     LowRankUpdate,
     base_weights,
-    check_rank,
     commonest,
     contents_of_factors,
     is_stack,
@@ -73,8 +72,16 @@ PEFT_ALPHA, PEFT_RANK = 8, 8
 """PEFT's lora_alpha and r if a configuration has none."""
 
 CHANGE_THE_SUM = (
-    *("use_dora", "lora_bias", "layer_replication", "trainable_token_indices", "arrow_config"),
-    *("alora_invocation_tokens", "monteclora_config", "kasa_config", "use_bdlora", "use_qalora"),
+    "use_dora",
+    "lora_bias",
+    "layer_replication",
+    "trainable_token_indices",
+    "arrow_config",
+    "alora_invocation_tokens",
+    "monteclora_config",
+    "kasa_config",
+    "use_bdlora",
+    "use_qalora",
 )
 """PEFT's settings that make a layer compute something other than W x + s B A x."""
 
@@ -202,26 +209,22 @@ def _converted(
     header, tensors = adapter_contents(view, adapter, base=False)
     model_type = _model_type(view)
     with view.ranks().agreeing(f"export adapter {adapter!r} as LoRA"):
-        check_rank(rank)
-        stacks.check_form(experts)
         modules = [layer.name for layer in header.layers if not is_stack(layer)]
         saved = saved_modules(view, header.also_train, [layer.name for layer in header.layers])
         problems = reasons_against(view, modules, unknown_to_lora, exporting=True)
         problems += saved.problems
-        if experts == "stacked":
-            problems += stacks.misread_by_peft(header.layers, model_type)
+        problems += stacks.misread_by_peft(header.layers, experts, model_type)
         refuse_to_write(CANT_EXPRESS, problems)
     base = base_weights(view, adapter)
     updates = low_rank_updates(header, tensors, rank=rank, pad=pad, base=base)
     beside = saved.copies()
     written = stacks.in_form(updates, experts, header.also_train, model_type)
     config = _config_of(header, written, saved.modules, view)
-    return updates, beside, config, {**tensors_of(written), **beside}
+    return updates, beside, config, tensors_of(written) | beside
 
 
 def _model_type(view: ModelView) -> str | None:
-    kind = getattr(getattr(view.model, "config", None), "model_type", None)
-    return kind if isinstance(kind, str) else None
+    return getattr(getattr(view.model, "config", None), "model_type", None)
 
 
 def unknown_to_lora(layer: nn.Module) -> str | None:
@@ -299,9 +302,9 @@ def load(
         path, fields, tensors = _read(folder, also_train)
         tensors = without_buffers(view, path, tensors)
         contents = _contents_of(path, fields, tensors, _layouts(view), _model_type(view))
-        header, tensors = under_first_names(view, path, contents)
+        contents = under_first_names(view, path, contents)
     return load_contents(
-        view, path, header, tensors, adapter, replace=replace, dtype=dtype, freeze=freeze
+        view, path, *contents, adapter, replace=replace, dtype=dtype, freeze=freeze
     )
 
 
@@ -331,7 +334,6 @@ def write_lora(
 ) -> LoraReport:
     """Write an adapter of an unknown model as `export` does, except convolutions."""
     target = checked_path(folder)
-    stacks.check_form(experts)
     problems = [
         f"{layer.name} is a convolution of unknown groups and padding: export from the model"
         for layer in header.layers
@@ -344,14 +346,13 @@ def write_lora(
         for name in header.also_train
         if "." not in name
     ]
-    if experts == "stacked":
-        problems += stacks.misread_by_peft(header.layers, model_type)
+    problems += stacks.misread_by_peft(header.layers, experts, model_type)
     refuse_to_write(CANT_EXPRESS, problems)
     updates = low_rank_updates(header, tensors, rank=rank, pad=pad, base=base)
     written = stacks.in_form(updates, experts, header.also_train, model_type)
     beside = {name: tensors[name] for name in header.also_train}
     config = _config_of(header, written, {name.rpartition(".")[0] for name in beside})
-    write_peft_files(target, config, {**tensors_of(written), **beside})
+    write_peft_files(target, config, tensors_of(written) | beside)
     return LoraReport.of(target, updates, beside)
 
 
@@ -376,7 +377,8 @@ def _config_of(
     return {
         "peft_type": "LORA",
         "inference_mode": True,
-        **dict.fromkeys(("task_type", "base_model_name_or_path"), None),
+        "task_type": None,
+        "base_model_name_or_path": None,
         **({} if view is None else notes_of(view.model)),
         "r": r,
         "lora_alpha": alpha,
@@ -425,7 +427,7 @@ def read_lora(
     *,
     model_type: str | None = None,
     also_train: bool = True,
-) -> tuple[AdapterHeader, dict[str, Tensor]]:
+) -> Contents:
     """Return the adapter that a LoRA folder holds, as `load` reads it without a model."""
     return _contents_of(*_read(folder, also_train), None, model_type)
 
@@ -524,7 +526,7 @@ def _scale_of(path: Path, fields: Mapping[str, Any], name: str, rank: int) -> fl
     alpha = of_layer(fields, name, "lora_alpha", "alpha_pattern", PEFT_ALPHA)
     try:
         check_scale(alpha)
-    except (ArgumentError, ArgumentTypeError) as error:
+    except DishaError as error:
         raise AdapterFileError(f"{path}: lora_alpha: {error}") from error
     return float(alpha) / (math.sqrt(rank or 1) if fields.get("use_rslora") else rank or 1)
 

@@ -177,7 +177,8 @@ def low_rank_updates(
     base: BaseWeight | None = None,
 ) -> list[LowRankUpdate]:
     """Return the updates of all layers; `disha.interop.lora.export` documents the arguments."""
-    check_rank(rank)
+    if rank is not None:
+        check_positive_int("rank", rank)
     without = [
         one.name
         for one in header.layers
@@ -204,12 +205,6 @@ def low_rank_updates(
 def is_stack(layer: LayerRecord) -> bool:
     """Whether a layer is a stack of experts that LoRA formats have a place for."""
     return layer.layout.expert_dim is not None and _STACK.fullmatch(layer.name) is not None
-
-
-def check_rank(rank: int | None) -> None:
-    """Raise unless a rank is None or positive."""
-    if rank is not None:
-        check_positive_int("rank", rank)
 
 
 def _update(

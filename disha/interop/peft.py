@@ -7,7 +7,6 @@ r does not divide or with dropout. Your own notes and the fingerprint of the bas
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,17 +49,17 @@ from disha.text import brief, join
 __all__ = ["export", "load"]
 
 Shapes = Mapping[str, Sequence[int]]
+"""Shapes of the base's parameters by name, such as "layers.0.q_proj.weight": (out, in)."""
 
-BaseShapes = Shapes | Callable[[Sequence[str]], Shapes]
-"""Shapes of the base's parameters by name, such as "layers.0.q_proj.weight": (out, in); or a
-function from names to the shapes of those that the base has."""
+ShapesOf = Callable[[Sequence[str]], Shapes]
+"""Takes the names of parameters, returns the shapes of those that the base has."""
 
 LINEAR = Layout("out in")
 
 BAT = "bat"
 """The method for which PEFT has no padding and no dropout."""
 
-INIT_WEIGHTS: Mapping[str, bool | str] = {"bone": True, BAT: BAT}
+INIT_WEIGHTS = {"bone": True, BAT: BAT}
 """Method -> PEFT's word for it in `init_weights`; a tile is `"mini"`."""
 
 CANT_EXPRESS = "the adapter can't be written for PEFT's MiSS (disha.interop.lora writes more)"
@@ -142,7 +141,7 @@ def export(
     beside = saved.copies()
     with ranks.agreeing(action):
         if ranks.writes:
-            write_peft_files(target, fields, {**_blocks(header, tensors), **beside})
+            write_peft_files(target, fields, _blocks(header, tensors) | beside)
     layers = [LoraLayer(one.name, one.method, one.r, one.r, 0.0) for one in header.layers]
     return LoraReport(target, tuple(layers), tuple(beside))
 
@@ -208,12 +207,11 @@ def load(
         refuse_to_load(
             found.path, reasons_against(view, found.blocks, _unknown_to_miss, exporting=False)
         )
-        beside = without_buffers(view, found.path, found.beside)
-        found = dataclasses.replace(found, beside=beside)
+        found.beside = without_buffers(view, found.path, found.beside)
         contents = _contents(found, _shapes(view, found.names))
-        header, tensors = under_first_names(view, found.path, contents)
+        contents = under_first_names(view, found.path, contents)
     return load_contents(
-        view, found.path, header, tensors, adapter, replace=replace, dtype=dtype, freeze=freeze
+        view, found.path, *contents, adapter, replace=replace, dtype=dtype, freeze=freeze
     )
 
 
@@ -224,10 +222,10 @@ def _shapes(view: ModelView, names: Sequence[str]) -> Shapes:
         for name, module in view.modules.items()
         if isinstance(module, nn.Linear)
     }
-    parameters = {name: one.value for name, one in view.parameters_by_name.items()}
-    known = parameters | statistics(view.names)
-    others = {name: known[name].shape for name in names if name in known and name not in linear}
-    return linear | {name: tuple(shape) for name, shape in others.items()}
+    known = {name: one.value for name, one in view.parameters_by_name.items()}
+    known |= statistics(view.names)
+    others = known.keys() & names - linear.keys()
+    return linear | {name: tuple(known[name].shape) for name in others}
 
 
 def _unknown_to_miss(module: nn.Module) -> str | None:
@@ -239,23 +237,19 @@ def _unknown_to_miss(module: nn.Module) -> str | None:
 # --- without a model -----------------------------------------------------------------------------
 
 
-def read_folder(
-    folder: PathLike, base_shapes: BaseShapes, *, also_train: bool = True
-) -> tuple[AdapterHeader, dict[str, Tensor]]:
+def read_folder(folder: PathLike, base_shapes: ShapesOf, *, also_train: bool = True) -> Contents:
     """Return the adapter that a folder holds, as `load` reads it for a base of these shapes."""
     found = _read(folder, also_train)
-    return _contents(found, base_shapes(found.names) if callable(base_shapes) else base_shapes)
+    return _contents(found, base_shapes(found.names))
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Folder:
     """What a PEFT folder holds: its settings, the block of each layer, and other tensors."""
 
     path: Path
     config: AdapterConfig
-    modules_to_save: tuple[str, ...]
-    notes: Mapping[str, str]
-    end: str
+    notes: dict[str, str]
     blocks: Mapping[str, Tensor]
     beside: Mapping[str, Tensor]
 
@@ -280,27 +274,29 @@ def _read(folder: PathLike, also_train: bool) -> _Folder:
     if fields.get("bias", "none") != "none":
         problems.append(f"bias={brief(fields['bias'])} has no place here; merge it in PEFT")
     refuse_to_load(path, problems)
+    end = ".bone_block" if legacy else ".miss_block"
+    blocks = {key.removesuffix(end): tensors.pop(key) for key in [*tensors] if key.endswith(end)}
+    beside = tensors if also_train else {}
+    problems += [
+        f"{name}: it is no block, and not in a module that modules_to_save names"
+        for name in beside
+        if not has_saved(name, names_in(fields, "modules_to_save"))
+    ]
+    if not blocks:
+        problems.append(f"there is no tensor that ends in {end}")
+    refuse_to_load(path, problems)
     method = "bone" if is_tile else methods[init]
     # PEFT's BAT ignores the field.
     dropout = 0.0 if legacy or method == BAT else fields.get("miss_dropout", 0.0)
     r_out = fields.get("mini_r", 1) if is_tile else None
-    end = ".bone_block" if legacy else ".miss_block"
-    names = [key.removesuffix(end) for key in tensors if key.endswith(end)]
     try:
         config = AdapterConfig(fields.get("r", 64), None, method, r_out, dropout=dropout)
     except DishaError as error:
         raise AdapterFileError(
             f"{path} has a configuration that can't be loaded: {error}"
         ) from error
-    return _Folder(
-        path,
-        config,
-        modules_to_save=names_in(fields, "modules_to_save"),
-        notes={note: fields[note] for note in NOTES if fields.get(note)},
-        end=end,
-        blocks={name: tensors.pop(name + end) for name in names},
-        beside=tensors if also_train else {},
-    )
+    notes = {note: fields[note] for note in NOTES if fields.get(note)}
+    return _Folder(path, config, notes, blocks, beside)
 
 
 def _contents(folder: _Folder, shapes: Shapes) -> Contents:
@@ -319,17 +315,10 @@ def _contents(folder: _Folder, shapes: Shapes) -> Contents:
         problems += [] if reason is None else [f"{name}: {reason}"]
         layers.append(layer)
     problems += [
-        f"{name}: it is no block, and not in a module that modules_to_save names"
-        for name in beside
-        if not has_saved(name, folder.modules_to_save)
-    ]
-    problems += [
         f"{name}: {tuple(value.shape)}, the base has {shapes.get(name)}"
         for name, value in beside.items()
         if tuple(shapes.get(name, ())) != tuple(value.shape)
     ]
-    if not blocks:
-        problems.append(f"there is no tensor that ends in {folder.end}")
     refuse_to_load(folder.path, problems)
     tensors = {layer.key: blocks[layer.name] for layer in layers} | dict(beside)
     header = AdapterHeader(
@@ -337,7 +326,7 @@ def _contents(folder: _Folder, shapes: Shapes) -> Contents:
         layers=tuple(layers),
         also_train=tuple(sorted(beside)),
         tensors=without_values(tensors),
-        metadata=dict(folder.notes),
+        metadata=folder.notes,
     )
     return header, tensors
 
@@ -355,7 +344,8 @@ def write_folder(
         for name in header.also_train
     ]
     refuse_to_write(CANT_EXPRESS, problems)
-    fields = _fields(header, dropout, exact_targets(layer.name for layer in header.layers))
+    targets = exact_targets(layer.name for layer in header.layers)
+    fields = _fields(header, dropout, targets, (), header.metadata)
     write_peft_files(checked_path(folder), fields, _blocks(header, tensors))
 
 
@@ -363,11 +353,10 @@ def _fields(
     header: AdapterHeader,
     dropout: float | None,
     targets: list[str] | str,
-    saved: Iterable[str] = (),
-    notes: Mapping[str, str] | None = None,
+    saved: Iterable[str],
+    notes: Mapping[str, str],
 ) -> dict[str, Any]:
-    """Return PEFT's configuration; `notes` go in place of those in the header."""
-    given = {**header.metadata, **(notes or {})}
+    """Return PEFT's configuration."""
     config = header.config if dropout is None else header.config.changed(dropout=dropout)
     return {
         "bias": "none",
@@ -379,7 +368,7 @@ def _fields(
         "peft_type": "MISS",
         "r": header.layers[0].r,
         "target_modules": targets,
-        **{note: given.get(note) for note in NOTES},
+        **{note: notes.get(note) for note in NOTES},
     }
 
 

@@ -232,9 +232,9 @@ def _has_own_forward(module: nn.Module) -> bool:
 class Saved:
     """What PEFT saves besides the layers: whole modules, with buffers; and why not the rest."""
 
-    modules: tuple[str, ...]
-    tensors: Mapping[str, Tensor]
-    problems: tuple[str, ...]
+    modules: list[str]
+    tensors: dict[str, Tensor]
+    problems: list[str]
 
     def copies(self) -> dict[str, Tensor]:
         """Return copies of the tensors on the CPU; collective if sharded."""
@@ -286,7 +286,7 @@ def saved_modules(view: ModelView, also_train: Sequence[str], layers: Sequence[s
         for name in also_train
         if name not in known and name not in tensors
     ]
-    return Saved(tuple(modules), tensors, tuple(problems))
+    return Saved(modules, tensors, problems)
 
 
 def _state(inside: Mapping[nn.Module, str]) -> dict[str, Tensor]:
