@@ -27,7 +27,6 @@ from disha.files import inspect_adapter
 from disha.files.contents import Contents, read_contents
 from disha.files.disk import PathLike, checked_path, opened, save
 from disha.files.header import AdapterHeader
-from disha.functional.shard_sums import merge_dtype, without_autocast
 from disha.interop.experts import DOWN, FAMILIES, GATE_UP, SEPARATE_BEFORE, SINGLE_EXPERT, renamed
 from disha.layers.kinds import PROJECTIONS
 from disha.model.fingerprints import fingerprint, same_base
@@ -150,9 +149,8 @@ def merge_into_checkpoint(
     contents = read_contents(adapter_path, also_train=also_train)
     header = contents[0]
     keys = _keys(checkpoint, header)
-    _refuse(checkpoint, _wrong_shapes(checkpoint, header, keys))
+    _refuse(checkpoint, _misfits(checkpoint, header, keys, values=not force))
     if not force:
-        _refuse(checkpoint, _other_values(checkpoint, header, keys))
         _refuse_tied(checkpoint, header, keys)
     merge = _Merge(checkpoint, keys, contents, scale)
     save(out, merge.write_file if out.suffix == SUFFIX else merge.write_folder)
@@ -189,8 +187,7 @@ def misfits(base: PathLike, adapter_path: PathLike) -> list[str]:
         []
     """
     header, checkpoint = inspect_adapter(adapter_path), open_checkpoint(base)
-    keys = _keys(checkpoint, header)
-    return _wrong_shapes(checkpoint, header, keys) or _other_values(checkpoint, header, keys)
+    return _misfits(checkpoint, header, _keys(checkpoint, header))
 
 
 # --- a checkpoint --------------------------------------------------------------------------------
@@ -287,8 +284,7 @@ def base_shapes(checkpoint: Checkpoint, names: Iterable[str]) -> dict[str, tuple
 def base_weights(checkpoint: Checkpoint, header: AdapterHeader) -> Callable[[str], Tensor]:
     """Return a function from a layer's name to its base weight; raise if the base is another."""
     keys = _keys(checkpoint, header)
-    wrong = _wrong_shapes(checkpoint, header, keys) or _other_values(checkpoint, header, keys)
-    _refuse(checkpoint, wrong)
+    _refuse(checkpoint, _misfits(checkpoint, header, keys))
     return lambda name: checkpoint.tensor(keys[name])
 
 
@@ -330,36 +326,25 @@ def _stored(checkpoint: Checkpoint, wanted: Mapping[str, tuple[str, ...]]) -> di
     return found[best]
 
 
-def _wrong_shapes(
-    checkpoint: Checkpoint, header: AdapterHeader, keys: Mapping[str, str]
+def _misfits(
+    checkpoint: Checkpoint, header: AdapterHeader, keys: Mapping[str, str], values: bool = True
 ) -> list[str]:
-    """Return the weights that are quantised, or have another shape than in the adapter."""
-    found = []
+    """Return the weights that are packed, of another shape, or of other values than the base's."""
+    found, replaced = [], {keys[name] for name in header.also_train}
     for layer in header.layers:
         key = keys[layer.name]
         dtype, shape = checkpoint.dtype(key), checkpoint.shape(key)
         problem = layer.reason_against_weight(header.tensors[layer.key].shape, shape)
         if dtype not in DENSE:
             problem = f"is quantised or packed there ({dtype}); give the original checkpoint"
+        elif problem is None and values and layer.base and key not in replaced:
+            now = fingerprint(layer.layout.part(checkpoint.tensor(key), layer.rows))
+            if now is not None and not same_base(now, layer.base):
+                problem = "has other values than the weight that the adapter was saved from"
         found += [] if problem is None else [f"{key}: {problem}"]
     for name in header.also_train:
         own, shape = tuple(header.tensors[name].shape), checkpoint.shape(keys[name])
         found += [] if shape == own else [f"{name}: {own}, the checkpoint has {shape}"]
-    return found
-
-
-def _other_values(
-    checkpoint: Checkpoint, header: AdapterHeader, keys: Mapping[str, str]
-) -> list[str]:
-    """Return the layers whose weights are not those that the adapter was saved from."""
-    found, replaced = [], {keys[name] for name in header.also_train}
-    for layer in header.layers:
-        key = keys[layer.name]
-        if layer.base is None or key in replaced:
-            continue
-        now = fingerprint(layer.layout.part(checkpoint.tensor(key), layer.rows))
-        if now is not None and not same_base(now, layer.base):
-            found.append(f"{key}: has other values than the weight that the adapter was saved from")
     return found
 
 
@@ -473,8 +458,8 @@ class _Merge:
         key, expert = self._parts[name]
         names = self._checkpoint.stacks[key][expert]
         rows = [self._checkpoint.shape(one)[0] for one in names]
-        one = slice(expert, expert + 1)
-        matrix = self._changed(key, name, self._checkpoint.matrix(names)[None], one)[0]
+        only = slice(expert, expert + 1)
+        matrix = self._changed(key, name, self._checkpoint.matrix(names)[None], only)[0]
         return torch.split(matrix, rows)[names.index(name)].contiguous()
 
     def _changed(self, key: str, name: str, value: Tensor, experts: Any = ...) -> Tensor:
@@ -483,15 +468,13 @@ class _Merge:
         if key in self._values:
             changed = self._values[key][experts].to(dtype)
         if key in self._layers:
-            wide = changed.to(merge_dtype(dtype))
-            with without_autocast(wide.device), torch.no_grad():
-                changed = functional.merged_weight(wide, self._deltas(key, wide, experts)).to(dtype)
+            changed = functional.merged_weight(changed, self._deltas(key, changed, experts))
         if changed is not value and not finite_as(changed, dtype) and finite_as(value, dtype):
             raise MergeError(f"{name} would not be finite in {dtype}; give a smaller `scale`")
         return changed
 
     def _deltas(self, key: str, weight: Tensor, experts: Any) -> Iterator[tuple[Tensor, float]]:
-        for one in self._layers.get(key, ()):
+        for one in self._layers[key]:
             block = self._blocks[one.key][experts]
             method = functional.method_of(one.method)
             delta = method.delta_weight(one.layout, block, weight, one.rows)

@@ -25,7 +25,7 @@ from disha.files.disk import PathLike, checked_path, save, save_tensors
 from disha.layers.bitsandbytes import is_library_forward
 from disha.layers.blocks import original_class
 from disha.layers.kinds import FOREIGN_KINDS, LAYER_KINDS
-from disha.model.running_statistics import statistics
+from disha.model.running_statistics import saved_buffers, statistics
 from disha.model.view import ModelView
 from disha.sharding.tensors import gathered
 from disha.text import first_few, join
@@ -294,18 +294,8 @@ def _state(inside: Mapping[nn.Module, str]) -> dict[str, Tensor]:
     return {
         join(above, name): tensor
         for module, above in inside.items()
-        for name, tensor in [*module._parameters.items(), *_buffers(module).items()]
+        for name, tensor in [*module._parameters.items(), *saved_buffers(module).items()]
         if tensor is not None
-    }
-
-
-def _buffers(module: nn.Module) -> dict[str, Tensor]:
-    """Return the module's own buffers that a state dict has."""
-    temporary = module._non_persistent_buffers_set
-    return {
-        name: buffer
-        for name, buffer in module._buffers.items()
-        if buffer is not None and name not in temporary
     }
 
 
@@ -317,7 +307,7 @@ def without_buffers(
     buffers = {
         join(above, name): buffer
         for module, names in view.names.items()
-        for name, buffer in _buffers(module).items()
+        for name, buffer in saved_buffers(module).items()
         for above in names
         if join(above, name) in tensors
     }

@@ -105,8 +105,11 @@ def forget_statistics(modules: Iterable[nn.Module]) -> None:
 
 def _statistics_of(module: nn.Module) -> dict[str, Tensor]:
     """Return the buffers in the state dict of a norm, or nothing if the module is none."""
-    if module._buffers.get("running_mean") is None:
-        return {}
+    return {} if module._buffers.get("running_mean") is None else saved_buffers(module)
+
+
+def saved_buffers(module: nn.Module) -> dict[str, Tensor]:
+    """Return the module's own buffers that a state dict has."""
     return {
         name: buffer
         for name, buffer in module._buffers.items()
