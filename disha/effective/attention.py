@@ -12,7 +12,7 @@ from torch import Tensor
 
 from disha.effective.products import linear_product
 from disha.effective.rules import rule
-from disha.effective.views import chunk
+from disha.effective.views import in_parts
 from disha.effective.weight import EffectiveWeight, computed, effective
 
 
@@ -29,7 +29,7 @@ def _attention(
 ) -> Any:
     """Attention by a copy of torch's code, which would itself call this rule again."""
     if isinstance(in_proj_weight, EffectiveWeight) and not query is key is value:
-        parts = chunk(in_proj_weight, 3)
+        parts = in_parts(in_proj_weight, torch.chunk(in_proj_weight.base, 3))
         if parts is NotImplemented:  # a block across the borders of q, k and v can't be split
             parts = torch.chunk(computed(in_proj_weight), 3)
         names = ("q_proj_weight", "k_proj_weight", "v_proj_weight")

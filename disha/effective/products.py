@@ -52,14 +52,9 @@ def _matmul(input: Any, other: Any) -> Any:
     return NotImplemented
 
 
-@rule("mm bmm")
-def _mm(input: Any, mat2: Any) -> Any:
-    return _matmul(input, mat2)
-
-
-@rule("mv")
-def _mv(input: Any, vec: Any) -> Any:
-    return _matmul(input, vec)
+@rule("mm bmm mv")
+def _mm(input: Any, *other: Any, **named: Any) -> Any:
+    return _matmul(input, *other, *named.values())
 
 
 def _weight_first(weight: EffectiveWeight, x: Tensor) -> Any:
@@ -164,14 +159,15 @@ def _item(weight: Any, index: Any) -> Any:
     return item_of(weight, index)
 
 
-SPARSE = 5
-"""The position of `sparse` among the arguments after the weight. A computed weight needs a dense
-gradient."""
+SPARSE = 7
+"""The position of `sparse` among the arguments. A computed weight needs a dense gradient."""
 
 
 @rule(F.embedding_bag)
 def _embedding_bag(input: Any, weight: Any, *args: Any, **kwargs: Any) -> Any:
-    before, after = args[:SPARSE], args[SPARSE + 1 :]
-    if len(args) > SPARSE:
-        return compute_first(F.embedding_bag, (input, weight, *before, False, *after), kwargs)
-    return compute_first(F.embedding_bag, (input, weight, *args), {**kwargs, "sparse": False})
+    given = [input, weight, *args]
+    if len(given) > SPARSE:
+        given[SPARSE] = False
+    else:
+        kwargs["sparse"] = False
+    return compute_first(F.embedding_bag, tuple(given), kwargs)

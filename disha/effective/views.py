@@ -89,20 +89,18 @@ def rows_of(weight: Any, start: int, stop: int) -> Any:
     return _mapped(weight, weight.base[start:stop], weight.weight_layout, of_rows)
 
 
-@rule("split")
-def _split(weight: Any, split_size: Any, dim: int = 0) -> Any:
-    sizes = [part.shape[dim] for part in weight.base.split(split_size, dim)]
-    return _in_parts(weight, sizes, dim)
+@rules("split chunk")
+def _cut(func: Callable[..., Any]) -> Rule:
+    def cut(weight: Any, *args: Any, **kwargs: Any) -> Any:
+        return in_parts(weight, func(weight.base, *args, **kwargs))
+
+    return cut
 
 
-@rule("chunk")
-def chunk(weight: Any, chunks: int, dim: int = 0) -> Any:
-    sizes = [part.shape[dim] for part in weight.base.chunk(chunks, dim)]
-    return _in_parts(weight, sizes, dim)
-
-
-def _in_parts(weight: Any, sizes: Sequence[int], dim: int) -> Any:
-    if weight.weight_layout.pattern != "out in" or dim not in (0, -2):
+def in_parts(weight: Any, bases: Sequence[Tensor]) -> Any:
+    """Return a matrix (out, in) in parts, each some of its rows; `bases` are those of W."""
+    sizes = [base.shape[0] for base in bases]
+    if weight.weight_layout.pattern != "out in" or sum(sizes) != weight.base.shape[0]:
         return NotImplemented
     parts, start = [], 0
     for size in sizes:

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._C import _are_functorch_transforms_active as transforms_active
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
@@ -148,7 +149,7 @@ def bat_linear(
         return None
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     if torch.is_grad_enabled():
-        output: Tensor = _BatLinear.apply(rows, weight, bias, block)  # type: ignore[no-untyped-call]
+        output = _BatLinear.apply(rows, weight, bias, block)  # type: ignore[no-untyped-call]
     elif rows.shape[0] < block.shape[-1] * STREAMED_SHARE:
         output = bat_streamed(rows, weight, block)
         output = output if bias is None else output + bias
@@ -169,7 +170,7 @@ def _applies(x: Tensor, weight: Tensor, bias: Tensor | None, block: Tensor) -> b
         and not weight.requires_grad
         and not x.is_meta
         and (weight.is_contiguous() or weight.mT.is_contiguous())
-        and not torch._C._are_functorch_transforms_active()
+        and not transforms_active()
         and forward_ad._current_level < 0
     )
 
@@ -184,10 +185,9 @@ class _BatLinear(torch.autograd.Function):
         return _product(x, weight, bias, block)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
+    def backward(ctx: Any, grad: Any) -> Any:  # type: ignore[override]
         x, weight, block = ctx.saved_tensors
         needs_x, _, needs_bias, needs_block = ctx.needs_input_grad
-        (grad,) = grads
         grad_x, parts = None, []
         slabs = list(_slabs(weight, block))
         # A second derivative needs every intermediate result, and none of `out=`.

@@ -18,6 +18,8 @@ from itertools import groupby
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._C import _are_functorch_transforms_active as transforms_active
+from torch.compiler import is_compiling
 
 from disha.errors import ArgumentError, ModeError
 from disha.functional import Layout, Update, adapted_linear
@@ -60,13 +62,15 @@ class Route:
         """Return the runs in the order of the samples. An adapter may have several."""
         return self._runs_of(self.names, size)
 
-    def sorted_runs(self, size: int) -> list[Run]:
-        """Return the runs after sorting by adapter: one for each, and one without adapter last."""
-        return self._runs_of([self.names[i] for i in self._sorted], size)
+    def by_adapter(self, size: int, device: torch.device) -> tuple[list[Run], Tensor]:
+        """Return one run for each adapter, and the indices that sort a leading dimension so.
 
-    def order(self, size: int, device: torch.device) -> Tensor:
-        """Return the indices along a leading dimension that sort it by adapter."""
-        return self._entries(self._sorted, size, device)
+        What has no adapter comes last.
+        """
+        places = self._places(self.adapters)
+        order = sorted(range(len(places)), key=places.__getitem__)
+        runs = self._runs_of([self.names[sample] for sample in order], size)
+        return runs, self._entries(order, size, device)
 
     def rows(self, adapter: str, size: int, device: torch.device) -> Tensor:
         """Return the indices along a leading dimension that go through an adapter."""
@@ -80,11 +84,6 @@ class Route:
     def _places(self, adapters: Sequence[str]) -> list[int]:
         place = {adapter: index for index, adapter in enumerate(adapters)}
         return [place.get(name or "", len(place)) for name in self.names]
-
-    @property
-    def _sorted(self) -> list[int]:
-        places = self._places(self.adapters)
-        return sorted(range(len(places)), key=lambda sample: places[sample])
 
     def _runs_of(self, names: Sequence[str | None], size: int) -> list[Run]:
         parts = self.parts(size)
@@ -177,7 +176,7 @@ class Routed(Updates):
         if alike is None:
             return self.product(F.linear, x, weight, bias, MATRIX)
         output = F.linear(x, weight, bias)
-        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        if is_compiling() or transforms_active():
             choices = self.route.choices(list(alike), x.device)
             delta = routed_delta(x, list(alike.values()), choices)
             return output + delta.to(output.dtype)
@@ -197,7 +196,7 @@ class Routed(Updates):
 def _linear_by_adapter(x: Tensor, weight: Tensor, bias: Tensor | None, routed: Routed) -> Tensor:
     """Sort the samples by adapter, multiply each run, and put the outputs back in order."""
     route, size = routed.route, x.shape[0]
-    runs, order = route.sorted_runs(size), route.order(size, x.device)
+    runs, order = route.by_adapter(size, x.device)
     parts, each = [], torch.split(order, [entries for _, entries in runs])
     for (adapter, _), rows in zip(runs, each, strict=True):
         own = routed.by_adapter.get(adapter or "", ())
@@ -229,7 +228,7 @@ def _with_alike(output: Tensor, x: Tensor, route: Route, alike: Mapping[str, Ten
             if (matrix := matrices.get(adapter or "")) is not None:
                 into.view(-1, out_features).addmm_(own.flatten(0, 1), matrix, alpha=regain)
         return outputs.reshape(output.shape)
-    runs, order = route.sorted_runs(size), route.order(size, x.device)
+    runs, order = route.by_adapter(size, x.device)
     parts = torch.split(sums.index_select(0, order), [entries for _, entries in runs])
     deltas = []
     for (adapter, _), own in zip(runs, parts, strict=True):

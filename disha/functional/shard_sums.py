@@ -9,6 +9,9 @@ from functools import reduce
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._C import _are_functorch_transforms_active as transforms_active
+from torch._C import _is_any_autocast_enabled as any_autocast
+from torch.compiler import is_compiling
 
 from disha.errors import ArgumentError
 
@@ -159,8 +162,8 @@ def weighted_sum(parts: Sequence[tuple[Tensor, float]]) -> Tensor:
 def added(fresh: Tensor, delta: Tensor) -> Tensor:
     """Return fresh + delta in the dtype of `fresh`; adds in place where that is safe."""
     delta = delta.to(fresh.dtype)
-    transformed = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-    return fresh + delta if transformed or fresh._is_view() else fresh.add_(delta)
+    must_copy = is_compiling() or transforms_active() or fresh._is_view()
+    return fresh + delta if must_copy else fresh.add_(delta)
 
 
 _ANY_ASKS = ("cpu", "cuda")
@@ -171,7 +174,7 @@ def autocasts(device: torch.device) -> bool:
     """Return whether autocast casts the operands of products on a device now."""
     name = device.type
     # This check takes a fifth of the time of the other one.
-    if name in _ANY_ASKS and not torch._C._is_any_autocast_enabled():
+    if name in _ANY_ASKS and not any_autocast():
         return False
     return name != "meta" and torch.is_autocast_enabled(name)  # meta has none
 

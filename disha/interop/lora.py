@@ -54,7 +54,7 @@ from disha.interop.peft_format import (
     write_peft_files,
 )
 from disha.layers.blocks import original_class
-from disha.layers.kinds import declared_slots
+from disha.layers.kinds import declared_slots, full_name
 from disha.model.state import LoadReport
 from disha.model.view import ModelView
 from disha.text import join
@@ -242,8 +242,8 @@ def unknown_to_lora(layer: nn.Module) -> str | None:
             return "its embedding has max_norm, which PEFT applies to LoRA's factor too"
         return None
     # GPT-2's Conv1D is the only class with W as (in, out) that PEFT knows.
-    names = {(cls.__module__, cls.__name__) for cls in type(layer).__mro__}
-    if isinstance(layer, nn.Linear) or ("transformers.pytorch_utils", "Conv1D") in names:
+    names = map(full_name, type(layer).__mro__)
+    if isinstance(layer, nn.Linear) or "transformers.pytorch_utils.Conv1D" in names:
         return None
     return f"PEFT's LoRA does not know a {original_class(layer).__name__}"
 

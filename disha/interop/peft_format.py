@@ -24,7 +24,7 @@ from disha.files.contents import Contents, narrowed
 from disha.files.disk import PathLike, checked_path, save, save_tensors
 from disha.layers.bitsandbytes import is_library_forward
 from disha.layers.blocks import original_class
-from disha.layers.kinds import FOREIGN_KINDS, LAYER_KINDS
+from disha.layers.kinds import FOREIGN_KINDS, LAYER_KINDS, full_name
 from disha.model.running_statistics import saved_buffers, statistics
 from disha.model.view import ModelView
 from disha.sharding.tensors import gathered
@@ -220,7 +220,7 @@ def _has_own_forward(module: nn.Module) -> bool:
     """Whether the class overrides the forward of the layer class that it inherits from."""
     cls: Any = original_class(module)
     for known in cls.__mro__:
-        if known in LAYER_KINDS or (known.__module__, known.__qualname__) in FOREIGN_KINDS:
+        if known in LAYER_KINDS or full_name(known) in FOREIGN_KINDS:
             return cls.forward is not known.forward and not is_library_forward(cls)
     return False
 

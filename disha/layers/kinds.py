@@ -91,25 +91,20 @@ LAYER_KINDS: dict[type[nn.Module], Kind] = {
 }
 """Class -> the kind of its instances, and of its subclasses."""
 
-_IN_OUT_STACK = {"gate_up_proj": "expert in out", "down_proj": "expert in out"}
-_OUT_IN_STACK = {"gate_up_proj": "expert out in", "down_proj": "expert out in"}
-FOREIGN_KINDS: dict[tuple[str, str], Mapping[str, str]] = {
-    ("transformers.pytorch_utils", "Conv1D"): {"weight": "in out"},
-    ("transformers.models.llama4.modeling_llama4", "Llama4TextExperts"): _IN_OUT_STACK,
-    ("transformers.models.longcat_flash.modeling_longcat_flash", "LongcatFlashExperts"): (
-        _OUT_IN_STACK
-    ),
-    ("transformers.models.step3p7.modeling_step3p7", "Step3p7Experts"): _OUT_IN_STACK,
-    ("transformers.models.jetmoe.modeling_jetmoe", "JetMoeParallelExperts"): {
-        "weight": "expert out in"
-    },
-    ("transformers.models.granitemoe.modeling_granitemoe", "GraniteMoeParallelExperts"): {
-        "weight": "expert out in"
-    },
-    ("torch_geometric.nn.dense.linear", "Linear"): {"weight": "out in"},
-    ("torch_geometric.nn.dense.linear", "HeteroLinear"): {"weight": "expert in out"},
+_IN_OUT_STACKS = {"gate_up_proj": "expert in out", "down_proj": "expert in out"}
+_OUT_IN_STACKS = {"gate_up_proj": "expert out in", "down_proj": "expert out in"}
+_OUT_IN_STACK = {"weight": "expert out in"}
+FOREIGN_KINDS = {
+    "transformers.pytorch_utils.Conv1D": {"weight": "in out"},
+    "transformers.models.llama4.modeling_llama4.Llama4TextExperts": _IN_OUT_STACKS,
+    "transformers.models.longcat_flash.modeling_longcat_flash.LongcatFlashExperts": _OUT_IN_STACKS,
+    "transformers.models.step3p7.modeling_step3p7.Step3p7Experts": _OUT_IN_STACKS,
+    "transformers.models.jetmoe.modeling_jetmoe.JetMoeParallelExperts": _OUT_IN_STACK,
+    "transformers.models.granitemoe.modeling_granitemoe.GraniteMoeParallelExperts": _OUT_IN_STACK,
+    "torch_geometric.nn.dense.linear.Linear": {"weight": "out in"},
+    "torch_geometric.nn.dense.linear.HeteroLinear": {"weight": "expert in out"},
 }
-"""Classes of other libraries by module and name, so they need not be imported here."""
+"""Classes of other libraries by their full names, so they need not be imported here."""
 
 
 def register_layer_kind(cls: type[nn.Module], layouts: Mapping[str, str]) -> None:
@@ -148,12 +143,17 @@ def register_layer_kind(cls: type[nn.Module], layouts: Mapping[str, str]) -> Non
     LAYER_KINDS[cls] = _declared({name: layout_of(layout) for name, layout in layouts.items()})
 
 
+def full_name(cls: type) -> str:
+    """Return the name of a class, with that of its module in front."""
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
 def kind_of(module: nn.Module) -> Kind | None:
     """Return the kind of a module, or None if no class in `LAYER_KINDS` fits."""
     for cls in original_class(module).__mro__:
         if cls in LAYER_KINDS:
             return LAYER_KINDS[cls]
-        foreign = FOREIGN_KINDS.get((cls.__module__, cls.__qualname__))
+        foreign = FOREIGN_KINDS.get(full_name(cls))
         if foreign is not None:
             return _declared({name: layout_of(layout) for name, layout in foreign.items()})
     says = all(hasattr(module, name) for name in ("is_transposed", "has_gate", "has_bias"))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -240,13 +241,9 @@ def add_updates(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], outp
     tensors = (value for value in kwargs.values() if isinstance(value, Tensor))
     input: Any = args[0] if args else next(tensors, None)
     input = input.to(output.device)
-
-    def delta_of(x: Tensor, update: Update) -> Tensor:
-        return _delta(module, slot, x, update)
-
     updates = adapters.updates(blocks, override, compiling, input.is_meta)
     updates.of_input(input, slot.shape, slot.layout)  # raises if samples can't be routed
-    return updates.added(output, input, delta_of)
+    return updates.added(output, input, partial(_delta, module, slot))
 
 
 def _delta(module: nn.Module, slot: Slot, x: Tensor, update: Update) -> Tensor:
