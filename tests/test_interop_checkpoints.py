@@ -588,9 +588,10 @@ class TestBelonging:
         state["layers.0.attn.v_proj.weight"] = torch.zeros(8, 7)
         state["layers.1.attn.q_proj.weight"] = torch.zeros(8, 8, dtype=torch.int8)
         save_sharded(state, setting.base, 2)
-        shape, quantised = misfits(setting.base, setting.adapter)
+        shape, quantised, other = misfits(setting.base, setting.adapter)
         assert shape.startswith("layers.0.attn.v_proj.weight: the weight has the shape (8, 7)")
         assert quantised.startswith("layers.1.attn.q_proj.weight: is quantised or packed there")
+        assert other == values
 
     def test_weights_and_shapes_by_the_names_of_the_adapter(self, tmp_path):
         setting = Setting(tmp_path, Zoo(), "proj|packed", method="bat")
