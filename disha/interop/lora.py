@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -38,13 +37,12 @@ from disha.interop.low_rank import (
 from disha.interop.peft_format import (
     PREFIX,
     THE_MODEL_ITSELF,
+    PeftFolder,
     anchored,
     exact_targets,
     has_saved,
     module_names,
-    names_in,
     notes_of,
-    of_layer,
     read_peft_files,
     reasons_against,
     refuse_to_write,
@@ -84,6 +82,9 @@ CHANGE_THE_SUM = (
     "use_qalora",
 )
 """PEFT's settings that make a layer compute something other than W x + s B A x."""
+
+Layouts = dict[str, Layout]
+"""The layouts of the weights of a model, by their names in adapter files."""
 
 CHANGE_THE_BASE = ("pissa", "corda", "olora", "loftq")
 """Starts of the values of `init_lora_weights` that let PEFT change W, also when it loads a LoRA."""
@@ -299,17 +300,16 @@ def load(
     """
     view = ModelView(model)
     with view.ranks().agreeing(f"load a LoRA as adapter {adapter!r}"):
-        path, fields, tensors = _read(folder, also_train)
-        tensors = without_buffers(view, path, tensors)
-        contents = _contents_of(path, fields, tensors, _layouts(view), _model_type(view))
-        contents = under_first_names(view, path, contents)
+        found = _read(folder, also_train)
+        found.tensors = without_buffers(view, found.path, found.tensors)
+        contents = _contents_of(found, _layouts(view), _model_type(view))
+        contents = under_first_names(view, found.path, contents)
     return load_contents(
-        view, path, *contents, adapter, replace=replace, dtype=dtype, freeze=freeze
+        view, found.path, *contents, adapter, replace=replace, dtype=dtype, freeze=freeze
     )
 
 
-def _layouts(view: ModelView) -> dict[str, Layout]:
-    """Return the layouts of the weights, by their names in adapter files."""
+def _layouts(view: ModelView) -> Layouts:
     return {
         join(name, slot.name): slot.layout
         for module, names in view.names.items()
@@ -429,112 +429,106 @@ def read_lora(
     also_train: bool = True,
 ) -> Contents:
     """Return the adapter that a LoRA folder holds, as `load` reads it without a model."""
-    return _contents_of(*_read(folder, also_train), None, model_type)
+    return _contents_of(_read(folder, also_train), {}, model_type)
 
 
-def _read(folder: PathLike, also_train: bool) -> tuple[Path, dict[str, Any], dict[str, Tensor]]:
-    path, fields, tensors = read_peft_files(folder)
+def _read(folder: PathLike, also_train: bool) -> PeftFolder:
+    found = read_peft_files(folder)
     if not also_train:
-        tensors = {key: one for key, one in tensors.items() if key.endswith(FACTORS)}
-    return path, fields, tensors
+        found.tensors = {key: one for key, one in found.tensors.items() if key.endswith(FACTORS)}
+    return found
 
 
-def _contents_of(
-    path: Path,
-    fields: Mapping[str, Any],
-    tensors: Mapping[str, Tensor],
-    layouts: Mapping[str, Layout] | None,
-    model_type: str | None,
-) -> Contents:
+def _contents_of(folder: PeftFolder, layouts: Layouts, model_type: str | None) -> Contents:
     """Return the adapter in a folder, as `read_lora` does."""
-    _check_settings(path, fields)
+    _check_settings(folder)
     pairs: dict[str, dict[str, Tensor]] = {}
     beside: dict[str, Tensor] = {}
-    for key, tensor in tensors.items():
+    for key, tensor in folder.tensors.items():
         end = next((end for end in FACTORS if key.endswith(end)), None)
         if end is not None:
             pairs.setdefault(key.removesuffix(end), {})[end] = tensor
-        elif has_saved(key, names_in(fields, "modules_to_save")):
+        elif has_saved(key, folder.names("modules_to_save")):
             beside[key] = tensor
         elif not key.endswith(".base_layer.weight"):  # PEFT may save an embedding's frozen weight
             raise AdapterFileError(
-                f"{path}: tensor {key!r} is neither lora_A nor lora_B, nor in modules_to_save"
+                f"{folder.path}: tensor {key!r} is neither lora_A nor lora_B, nor in "
+                "modules_to_save"
             )
     whole = (set(MATRIX), set(EMBEDDING))
     incomplete = [name for name, ends in pairs.items() if set(ends) not in whole]
     if incomplete or not pairs:
         raise AdapterFileError(
-            f"{path} has no pair of factors, lora_A and lora_B, for "
+            f"{folder.path} has no pair of factors, lora_A and lora_B, for "
             f"{listed(incomplete) or 'any layer'}; save the LoRA again"
         )
-    factors = _factors(path, fields, pairs, layouts, model_type)
-    return contents_of_factors(path, factors, beside, fields.get("lora_dropout", 0.0))
+    factors = _factors(folder, pairs, layouts, model_type)
+    return contents_of_factors(folder.path, factors, beside, folder.fields.get("lora_dropout", 0.0))
 
 
 def _factors(
-    path: Path,
-    fields: Mapping[str, Any],
-    pairs: Mapping[str, Mapping[str, Tensor]],
-    layouts: Mapping[str, Layout] | None,
+    folder: PeftFolder,
+    pairs: Mapping[str, dict[str, Tensor]],
+    layouts: Layouts,
     model_type: str | None,
 ) -> Iterator[Factors]:
     """Yield the factors of every layer of a folder, experts as stacks."""
-    parameters = names_in(fields, "target_parameters")
+    parameters = folder.names("target_parameters")
     for name, ends in pairs.items():
-        is_embedding = EMBEDDING[0] in ends
         a, b = (ends[end] for end in sorted(ends))
         stack = stacks.stacked(name, parameters)
-        if stacks.single_expert(name) and name not in (layouts or {}):
+        if stacks.single_expert(name) and name not in layouts:
             raise ConversionError(
-                f"{path} has a LoRA for each expert ({name}); load the one with stacked experts"
+                f"{folder.path} has a LoRA for each expert ({name}); load the one with stacked "
+                "experts"
             )
         if stack is None:
-            layout = _layout(path, fields, name, a, is_embedding, layouts)
+            rank = len(a) if a.dim() else 1
+            layout = _layout(folder, name, a, EMBEDDING[0] in ends, layouts)
         else:
-            rank = of_layer(fields, stack, "r", "rank_pattern", PEFT_RANK)
+            rank = folder.of_layer(stack, "r", "rank_pattern", PEFT_RANK)
             name, (a, b) = stack, stacks.matrices_of(stack, a, b, rank)
-            known = (layouts or {}).get(name)
+            known = layouts.get(name)
             layout = known or stacks.family_of(model_type, "the layout of stacked experts").layout
-        rank = a.shape[-2] if stack else len(a) if a.dim() else 1
-        yield name, a, b, layout, _scale_of(path, fields, name, rank)
+        yield name, a, b, layout, _scale_of(folder, name, rank)
 
 
 def _layout(
-    path: Path,
-    fields: Mapping[str, Any],
-    name: str,
-    a: Tensor,
-    embedding: bool,
-    layouts: Mapping[str, Layout] | None,
+    folder: PeftFolder, name: str, a: Tensor, is_embedding: bool, layouts: Layouts
 ) -> Layout:
     """Return the layout of a weight, of which A shows only a part."""
-    if embedding:
+    if is_embedding:
         # The padding row of an embedding gets no update, so it is the only zero column of A.
         empty = (a == 0).all(dim=0).nonzero().flatten().tolist()
         return Layout("index out", padding_idx=empty[0] if len(empty) == 1 else None)
     if a.dim() > 2:
         return Layout(CONV)
-    if not fields.get("fan_in_fan_out"):
+    if not folder.fields.get("fan_in_fan_out"):
         return Layout("out in")
-    if layouts is None:
-        raise ConversionError(f"{path} has fan_in_fan_out, but not for which layers; use lora.load")
-    return layouts.get(name, Layout("in out"))
+    if name not in layouts:
+        raise ConversionError(
+            f"{folder.path} has fan_in_fan_out, and whether {name} is such a layer is unknown "
+            "here; use lora.load with the model"
+        )
+    return layouts[name]
 
 
-def _scale_of(path: Path, fields: Mapping[str, Any], name: str, rank: int) -> float:
+def _scale_of(folder: PeftFolder, name: str, rank: int) -> float:
     """Return the scale s of a layer, by its lora_alpha."""
-    alpha = of_layer(fields, name, "lora_alpha", "alpha_pattern", PEFT_ALPHA)
+    alpha = folder.of_layer(name, "lora_alpha", "alpha_pattern", PEFT_ALPHA)
     try:
         check_scale(alpha)
     except DishaError as error:
-        raise AdapterFileError(f"{path}: lora_alpha: {error}") from error
-    return float(alpha) / (math.sqrt(rank or 1) if fields.get("use_rslora") else rank or 1)
+        raise AdapterFileError(f"{folder.path}: lora_alpha: {error}") from error
+    return float(alpha) / (math.sqrt(rank or 1) if folder.fields.get("use_rslora") else rank or 1)
 
 
-def _check_settings(path: Path, fields: Mapping[str, Any]) -> None:
+def _check_settings(folder: PeftFolder) -> None:
+    fields = folder.fields
     if fields.get("peft_type") != "LORA":
         raise AdapterFileError(
-            f"{path} has the peft_type {fields.get('peft_type')!r}, not 'LORA'; use peft.load"
+            f"{folder.path} has the peft_type {fields.get('peft_type')!r}, not 'LORA'; use "
+            "peft.load"
         )
     more = [name for name in CHANGE_THE_SUM if fields.get(name)]
     init = str(fields.get("init_lora_weights"))
@@ -544,5 +538,5 @@ def _check_settings(path: Path, fields: Mapping[str, Any]) -> None:
         more.append("bias")
     if more:
         raise ConversionError(
-            f"{path} uses {', '.join(more)}, which Bone can't express; use it with PEFT"
+            f"{folder.path} uses {', '.join(more)}, which Bone can't express; use it with PEFT"
         )

@@ -28,7 +28,6 @@ from disha.interop.peft_format import (
     exact_targets,
     has_saved,
     module_names,
-    names_in,
     notes_of,
     read_peft_files,
     reasons_against,
@@ -261,7 +260,8 @@ class _Folder:
 
 def _read(folder: PathLike, also_train: bool) -> _Folder:
     """Read a PEFT folder of MiSS or Bone."""
-    path, fields, tensors = read_peft_files(folder)
+    found = read_peft_files(folder)
+    path, fields, tensors = found.path, found.fields, found.tensors
     peft_type, init = fields.get("peft_type"), fields.get("init_weights", True)
     legacy, is_tile = peft_type == "BONE", init == "mini" and peft_type == "MISS"
     # False means the same as True, but with random values at the start of training.
@@ -280,7 +280,7 @@ def _read(folder: PathLike, also_train: bool) -> _Folder:
     problems += [
         f"{name}: it is no block, and not in a module that modules_to_save names"
         for name in beside
-        if not has_saved(name, names_in(fields, "modules_to_save"))
+        if not has_saved(name, found.names("modules_to_save"))
     ]
     if not blocks:
         problems.append(f"there is no tensor that ends in {end}")

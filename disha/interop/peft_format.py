@@ -53,8 +53,28 @@ def write_peft_files(
     save(folder / CONFIG_NAME, lambda new: new.write_text(text, encoding="utf-8"))
 
 
-def read_peft_files(folder: PathLike) -> tuple[Path, dict[str, Any], dict[str, Tensor]]:
-    """Return the folder's path, its configuration, and its tensors without `PREFIX`."""
+@dataclass
+class PeftFolder:
+    """A folder of PEFT: its configuration, and its tensors by their names without `PREFIX`."""
+
+    path: Path
+    fields: dict[str, Any]
+    tensors: dict[str, Tensor]
+
+    def names(self, field: str) -> tuple[str, ...]:
+        """Return a field that is a list of names, or null."""
+        return tuple(self.fields.get(field) or ())
+
+    def of_layer(self, name: str, field: str, pattern: str, default: Any) -> Any:
+        """Return a setting of a layer as PEFT finds it: by the first key of the pattern."""
+        for key, value in (self.fields.get(pattern) or {}).items():
+            if re.match(rf"(.*\.)?({key})$", name):
+                return value
+        return self.fields.get(field, default)
+
+
+def read_peft_files(folder: PathLike) -> PeftFolder:
+    """Read both files of a folder."""
     path = checked_path(folder)
     if (path / "adapter_model.bin").exists() and not (path / WEIGHTS_NAME).exists():
         raise AdapterFileError(
@@ -68,7 +88,8 @@ def read_peft_files(folder: PathLike) -> tuple[Path, dict[str, Any], dict[str, T
         raise AdapterIOError(f"can't read a folder of PEFT: {error}") from error
     except (SafetensorError, ValueError) as error:
         raise AdapterFileError(f"{path} is no complete folder of PEFT: {error}") from error
-    return path, fields, {key.removeprefix(PREFIX): tensor for key, tensor in tensors.items()}
+    named = {key.removeprefix(PREFIX): tensor for key, tensor in tensors.items()}
+    return PeftFolder(path, fields, named)
 
 
 def refuse_to_write(what: str, problems: Sequence[str]) -> None:
@@ -106,14 +127,6 @@ def is_inside(name: str, modules_to_save: Iterable[str]) -> bool:
 def anchored(name: str) -> str:
     """Return the key of `rank_pattern` or `alpha_pattern` for this layer only."""
     return "^" + re.escape(name)
-
-
-def of_layer(fields: Mapping[str, Any], name: str, field: str, pattern: str, default: Any) -> Any:
-    """Return a setting of a layer as PEFT finds it: by the first key of the pattern that fits."""
-    for key, value in (fields.get(pattern) or {}).items():
-        if re.match(rf"(.*\.)?({key})$", name):
-            return value
-    return fields.get(field, default)
 
 
 def exact_targets(
@@ -155,11 +168,6 @@ def notes_of(model: nn.Module) -> dict[str, str]:
     found = {"base_model_name_or_path": getattr(config, "_name_or_path", None)}
     found["task_type"] = tasks[0] if tasks else None
     return {note: value for note, value in found.items() if value and isinstance(value, str)}
-
-
-def names_in(fields: Mapping[str, Any], name: str) -> tuple[str, ...]:
-    """Return a field that is a list of names, or null."""
-    return tuple(fields.get(name) or ())
 
 
 # --- layers --------------------------------------------------------------------------------------
