@@ -153,14 +153,15 @@ class AdapterConfig:
             ArgumentTypeError: a field is of the wrong type, or `values` is not a dict.
         """
         check_type("an adapter configuration", values, Mapping, "a JSON object")
-        usual = vars(cls(r=1))
-        arguments = {"r": None, **{name: values[name] for name in usual if name in values}}
-        if arguments.get("init") not in INITS:
-            arguments["init"] = usual["init"]
-        if isinstance(arguments.get("dtype"), str):
-            arguments["dtype"] = BLOCK_DTYPES.get(arguments["dtype"], arguments["dtype"])
+        fields = {**vars(cls(r=1)), "r": None}
+        fields |= {name: values[name] for name in fields if name in values}
+        if fields["init"] not in INITS:
+            fields["init"] = cls.init
+        dtype = fields["dtype"]
+        if isinstance(dtype, str):
+            fields["dtype"] = BLOCK_DTYPES.get(dtype, dtype)
         config = object.__new__(cls)
-        vars(config).update(usual, **arguments)
+        vars(config).update(fields)
         config._settle()
         return config
 

@@ -168,18 +168,15 @@ class Layout:
     def geometry(self, shape: Sequence[int], rows: Rows = ()) -> Geometry:
         """Return the sizes of a weight of this layout."""
         if self.has_kernel:
-            first, second, *kernel = shape
-            if self.in_first:
-                inputs, out, stack = first // self.groups, second, (self.groups, *kernel)
-            else:
-                inputs, out, stack = second, first, tuple(kernel)
+            first, second, *stack = shape
         else:
-            *stack_sizes, first, second = shape
-            inputs, out = (first, second) if self.in_first else (second, first)
-            stack = tuple(stack_sizes)
+            *stack, first, second = shape
+        inputs, out = (first, second) if self.in_first else (second, first)
+        if self.pattern == "in out *kernel":
+            inputs, stack = inputs // self.groups, [self.groups, *stack]
         if rows:
             out = sum(stop - start for start, stop in rows)
-        return Geometry(inputs, out, stack)
+        return Geometry(inputs, out, tuple(stack))
 
     def shape(self, geometry: Geometry) -> tuple[int, ...]:
         """Return the shape of a weight with these sizes: the inverse of `geometry`."""
@@ -194,8 +191,7 @@ class Layout:
         """Return a weight as its stack of matrices (..., out, in), as a view where possible."""
         if self.has_kernel:
             if self.in_first:
-                each = weight.shape[0] // self.groups
-                grouped = torch.unflatten(weight, 0, (self.groups, each))
+                grouped = torch.unflatten(weight, 0, (self.groups, -1))
                 return grouped.movedim((2, 1), (-2, -1))
             return weight.movedim((0, 1), (-2, -1))
         return weight.transpose(-2, -1) if self.in_first else weight

@@ -183,7 +183,7 @@ def _reduced_product(
     r = matrix.shape[-2]
     dim = 1 - layout.weight(matrix.mT).dim() if layout.has_kernel else -1
     if groups > 1:
-        x = torch.unflatten(x, dim, (groups, x.shape[dim] // groups))
+        x = torch.unflatten(x, dim, (groups, -1))
     sums, regain = shard_sums(x, r, dim)
     matrix = matrix.to(x.dtype)
     if groups > 1:

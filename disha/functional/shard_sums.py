@@ -67,7 +67,7 @@ def shard_sum(x: Tensor, r: int, dtype: torch.dtype | None = None, dim: int = -1
     # reduce(x, "... (b r) -> ... r", "sum"), but without einops: this is the hot path
     if x.shape[dim] % r:
         x = pad_to_multiple(x, r, dim)
-    return torch.unflatten(x, dim, (x.shape[dim] // r, r)).sum(dim - 1, dtype=dtype)
+    return torch.unflatten(x, dim, (-1, r)).sum(dim - 1, dtype=dtype)
 
 
 def scaled(x: Tensor, scale: Scale) -> Tensor:

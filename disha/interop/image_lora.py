@@ -168,8 +168,8 @@ def load(
         ...     image_lora.load({"unet": unet}, path).matched
         ('unet.conv_in.bone_block',)
     """
-    views = _views(models)
-    contents = _read(checked_path(path), {name: view.modules for name, view in views.items()})
+    views, path = _views(models), checked_path(path)
+    contents = _read(path, {name: view.modules for name, view in views.items()})
     missing = [component for component in contents if component not in views]
     if missing:
         raise ArgumentError(
@@ -177,12 +177,11 @@ def load(
         )
     matched: list[str] = []
     with ExitStack() as undo:  # if a model does not fit, the ones before it are put back
-        for component, (header, tensors) in contents.items():
+        for component, adapted in contents.items():
             report = load_contents(
                 views[component],
-                checked_path(path),
-                header,
-                tensors,
+                path,
+                *adapted,
                 adapter,
                 replace=replace,
                 dtype=dtype,

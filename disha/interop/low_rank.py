@@ -26,6 +26,7 @@ from disha.errors import AdapterFileError, ArgumentError, ConversionError
 from disha.files import AdapterHeader
 from disha.files.contents import Contents, Source
 from disha.functional import METHODS, Layout
+from disha.functional.layouts import place_rows
 from disha.layers.weights import base_of
 from disha.model.records import LayerRecord, without_values
 from disha.model.view import ModelView
@@ -76,10 +77,9 @@ class LowRankUpdate:
 
     def padded(self, rank: int) -> LowRankUpdate:
         """Return the same update with a larger rank, by zeros in A and B."""
-        more, dim = rank - self.rank, self.b.dim() - 2
-        zeros = self.a.narrow(dim, 0, 1).repeat_interleave(more, dim).zero_()
-        a = torch.cat([self.a, zeros], dim)
-        return dataclasses.replace(self, a=a, b=torch.nn.functional.pad(self.b, (0, more)))
+        rows = ((0, self.rank),)
+        a = place_rows(self.a, rows, rank, dim=self.b.dim() - 2)
+        return dataclasses.replace(self, a=a, b=place_rows(self.b, rows, rank, dim=-1))
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -46,9 +46,10 @@ class _LinearWithAdapter(AdaptedLinear):
         freeze: bool = True,
     ) -> None:
         super().__init__(in_features, out_features, bias, device, dtype)
-        self._add_first_adapter(
-            r, adapter, block_dtype, freeze, r_out=r_out, dropout=dropout, scale=scale, init=init
+        config = AdapterConfig(
+            r, None, self.method, r_out, dropout=dropout, scale=scale, dtype=block_dtype, init=init
         )
+        self._add_first_adapter(adapter, config, freeze)
 
     @classmethod
     def from_linear(
@@ -101,20 +102,13 @@ class _LinearWithAdapter(AdaptedLinear):
         layer.weight = linear.weight
         layer.register_parameter("bias", linear._parameters["bias"])  # may be None
         layer.train(linear.training)
-        layer._add_first_adapter(
-            r, adapter, block_dtype, freeze, r_out=r_out, dropout=dropout, scale=scale, init=init
+        config = AdapterConfig(
+            r, None, cls.method, r_out, dropout=dropout, scale=scale, dtype=block_dtype, init=init
         )
+        layer._add_first_adapter(adapter, config, freeze)
         return layer
 
-    def _add_first_adapter(
-        self,
-        r: int,
-        adapter: str,
-        block_dtype: torch.dtype | None,
-        freeze: bool,
-        **settings: Any,
-    ) -> None:
-        config = AdapterConfig(r, None, self.method, dtype=block_dtype, **settings)
+    def _add_first_adapter(self, adapter: str, config: AdapterConfig, freeze: bool) -> None:
         check_adapter_name(adapter)
         geometry = WEIGHT.layout.geometry((self.out_features, self.in_features))
         reason = WEIGHT.layout.reason_against(geometry, config.r, config.r_out)

@@ -105,12 +105,11 @@ def delta_of(layer: nn.Module, block: Block) -> Tensor:
 
 def merged_weight(layer: nn.Module, slot: Slot, adapters: Iterable[str]) -> Tensor:
     """Return W + sum of s * dW of the named adapters, with all rows of the parameter."""
-    blocks: dict[tuple[str, str], Block] = layer.disha.blocks()  # type: ignore[operator, union-attr]
+    blocks: Any = layer.disha.all_blocks[slot.parameter]  # type: ignore[index, union-attr]
     deltas = [
         (delta_of(layer, block), block.scale)
         for adapter in adapters
-        for (other, _), block in blocks.items()
-        if other == adapter and block.slot.parameter == slot.parameter
+        for block in blocks.get(adapter, ())
     ]
     return functional.merged_weight(base_of(layer, slot), deltas)
 
