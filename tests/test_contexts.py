@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 import disha
 from disha.effective import contexts
 from disha.errors import ModeError
+from disha.functional import private_torch
 from tests.conftest import perturb
 
 X = torch.linspace(-1, 1, 24, dtype=torch.float64).view(4, 6)
@@ -397,7 +398,7 @@ class TestBackward:
         again = self.grads(twin, lambda model: checkpoint(model, X, use_reentrant=False))
         assert all(torch.equal(one, other) for one, other in zip(plain, again, strict=True))
 
-    def in_a_thread_of_autograd(self, monkeypatch, function, caller):
+    def in_a_thread_of_autograd(self, monkeypatch, function):
         """Run a function as autograd does: in a thread that Python has not made."""
         import _thread
 
@@ -410,40 +411,23 @@ class TestBackward:
                 outcome.append(error)
             done.set()
 
-        def wait():
-            done.wait()
-
-        monkeypatch.setattr(contexts, "_BACKWARD", threading.Event.wait.__code__)
-        monkeypatch.setattr(
-            contexts.sys, "_current_frames", lambda: {caller: _FrameOf(contexts._BACKWARD)}
-        )
-        monkeypatch.setattr(torch._C, "_current_graph_task_id", lambda: 7)
+        monkeypatch.setattr(private_torch, "_graph_task", lambda: 7)
         _thread.start_new_thread(body, ())
-        wait()
+        done.wait()
         return outcome[0]
 
-    def test_the_contexts_of_the_thread_that_waits_hold(self, monkeypatch):
-        model = net()
-        expected = outputs_of(model)
-        with disha.adapters_active(model, "a"), disha.adapters_active(model, "b"):
-            here = threading.get_ident()
-            output = self.in_a_thread_of_autograd(monkeypatch, lambda: model(X), here)
-        assert close(output, expected["b"])
-
-    def test_unknown_contexts_raise(self, monkeypatch):
-        model = net()
+    def test_an_open_context_raises(self, monkeypatch):
+        model, other = net(), net()
+        expected = outputs_of(other)
         with disha.adapters_active(model, "a"):
-            error = self.in_a_thread_of_autograd(monkeypatch, lambda: model(X), caller=-1)
+            error = self.in_a_thread_of_autograd(monkeypatch, lambda: model(X))
+            beside = self.in_a_thread_of_autograd(monkeypatch, lambda: other(X))
         assert isinstance(error, ModeError)
-        assert "inside adapters_active" in str(error)
+        assert "because adapters_active is open" in str(error)
+        assert close(beside, expected["c"])
 
     def test_without_contexts_nothing_is_asked(self, monkeypatch):
         model = net()
         expected = outputs_of(model)
-        output = self.in_a_thread_of_autograd(monkeypatch, lambda: model(X), caller=-1)
+        output = self.in_a_thread_of_autograd(monkeypatch, lambda: model(X))
         assert close(output, expected["c"])
-
-
-class _FrameOf:
-    def __init__(self, code):
-        self.f_code = code

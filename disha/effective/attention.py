@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-from types import FunctionType, ModuleType
 from typing import Any
 
 import torch
@@ -14,6 +12,7 @@ from disha.effective.products import linear_product
 from disha.effective.rules import rule
 from disha.effective.views import in_parts
 from disha.effective.weight import EffectiveWeight, computed, effective
+from disha.functional.private_torch import attention_with
 
 
 @rule(F.multi_head_attention_forward)
@@ -28,6 +27,8 @@ def _attention(
     **kwargs: Any,
 ) -> Any:
     """Attention by a copy of torch's code, which would itself call this rule again."""
+    if _ATTENTION is None:
+        return NotImplemented
     if isinstance(in_proj_weight, EffectiveWeight) and not query is key is value:
         parts = in_parts(in_proj_weight, torch.chunk(in_proj_weight.base, 3))
         if parts is NotImplemented:  # a block across the borders of q, k and v can't be split
@@ -57,31 +58,12 @@ def _attention_linear(input: Any, weight: Any, bias: Any = None) -> Any:
 
 
 def _check_padding(key_padding_mask: Tensor, src_len: int, bsz: int) -> None:
-    """`F._check_key_padding_mask`, in a way that can be compiled."""
+    """Check what torch's attention checks, in a way that can be compiled."""
     for axis, expected in enumerate((bsz, src_len)):
         size = key_padding_mask.shape[axis]
-        if size != expected:
-            raise AssertionError(
-                f"Expected key_padded_mask.shape[{axis}] to be {expected}, but got {size}"
-            )
+        assert size == expected, (
+            f"Expected key_padded_mask.shape[{axis}] to be {expected}, but got {size}"
+        )
 
 
-def _attention_module() -> ModuleType:
-    """Return a Python module with torch's attention, which finds its functions in that module."""
-    module = ModuleType("disha.effective.attention_of_torch")
-    own = {
-        "linear": _attention_linear,
-        "_check_key_padding_mask": _check_padding,
-        "has_torch_function": lambda tensors: False,
-    }
-    vars(module).update({**vars(F), "__name__": module.__name__, **own})
-    for name in ("_in_projection_packed", "_in_projection", "multi_head_attention_forward"):
-        original = getattr(F, name)
-        copied = FunctionType(original.__code__, vars(module), name, original.__defaults__)
-        copied.__kwdefaults__ = original.__kwdefaults__
-        vars(module)[name] = copied
-    sys.modules[module.__name__] = module  # where compiled code looks names up
-    return module
-
-
-_ATTENTION: Any = _attention_module()
+_ATTENTION = attention_with(_attention_linear, _check_padding)

@@ -7,7 +7,6 @@ asks for the context that covers its group.
 from __future__ import annotations
 
 import itertools
-import sys
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -16,9 +15,9 @@ from typing import Any, TypeAlias
 from weakref import WeakSet, WeakValueDictionary
 
 import torch
-from torch.autograd import graph as autograd
 
 from disha.errors import ModeError
+from disha.functional.private_torch import in_backward
 from disha.functional.routed import Route
 
 Override: TypeAlias = Route | tuple[str, ...]
@@ -62,8 +61,6 @@ class Context:
     def __init__(self, groups: frozenset[Group], override: Override | None) -> None:
         self.groups = groups
         self.override = override
-        self.outer = _here()
-        self.thread = threading.get_ident()
 
     @property
     def function(self) -> str:
@@ -122,30 +119,23 @@ def groups_of(layers: Iterable[Any]) -> frozenset[Group]:
 
 def current_context(group: Group) -> Context | None:
     """Return the context that decides here, if any: one that disables, else the last one."""
-    contexts = _here() or _of_backward(group)
+    contexts = _here()
+    if not contexts and in_backward():
+        _refuse_others(group)
     around = [context for context in contexts if context.covers(group)]
     disabling = [context for context in around if context.override is None]
     return next(iter([*disabling, *reversed(around)]), None)
 
 
-_BACKWARD = autograd._engine_run_backward.__code__
-
-
-def _of_backward(group: Group) -> tuple[Context, ...]:
-    """Return the contexts of the thread that called `backward`, if this is one of autograd."""
-    if torch._C._current_graph_task_id() == -1:
-        return ()
+def _refuse_others(group: Group) -> None:
+    """Raise in a thread of autograd, which has no contexts, if any is open for these layers."""
     if not isinstance(threading.current_thread(), threading._DummyThread):
-        return ()
-    around = [one for one in list(OPEN) if one.covers(group)]
-    if not around:
-        return ()
-    chain = max(((*one.outer, one) for one in around), key=len)
-    waiting = [key for key, frame in sys._current_frames().items() if frame.f_code is _BACKWARD]
-    if waiting == [chain[-1].thread] and set(around) <= set(chain):
-        return chain
-    raise ModeError(
-        "a layer is computed again in backward (activation checkpointing), and it is unknown which "
-        f"adapters acted in forward, because other threads are inside {around[0].function}; do not "
-        "train while others use contexts of the same model"
-    )
+        return  # a thread that called `backward` itself
+    covering = [context for context in list(OPEN) if context.covers(group)]
+    if covering:
+        function = covering[0].function
+        raise ModeError(
+            "a layer is computed again in backward (activation checkpointing), where a thread of "
+            f"autograd can't know which adapters acted in forward, because {function} is open; "
+            "call backward after it, and choose the adapters to train with set_active_adapters"
+        )

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from disha.effective.rules import Rule, rule, rules
 from disha.effective.weight import base_of, compute_first, computed
+from disha.functional.private_torch import FACTS
 
 _NO_FACTS = {"H", "T", "data", "imag", "mH", "mT", "real"}
 """Properties of a tensor that are views, or need the computed weight."""
@@ -26,9 +27,10 @@ _PROPERTIES = " ".join(
 
 @rules(
     _PROPERTIES,
+    FACTS,
     "dim size stride numel nelement ndimension element_size is_floating_point is_complex is_signed "
     "is_contiguous is_inference is_conj is_neg is_pinned is_shared get_device storage_offset "
-    "dim_order __len__ __hash__ is_coalesced has_names _is_view is_same_size result_type "
+    "dim_order __len__ __hash__ is_coalesced is_same_size result_type "
     "register_hook register_post_accumulate_grad_hook retain_grad",
 )
 def _ask_base(func: Callable[..., Any]) -> Rule:

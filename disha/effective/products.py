@@ -14,6 +14,7 @@ from disha.effective.rules import RULES, Rule, rule, rules
 from disha.effective.views import is_index, item_of, turned
 from disha.effective.weight import EffectiveWeight, compute_first
 from disha.functional import adapted_linear
+from disha.functional.private_torch import GROUPED
 
 
 def _is_dense(input: Tensor) -> bool:
@@ -84,7 +85,7 @@ def _addmm(input: Any, mat1: Any, mat2: Any, *, beta: float = 1, alpha: float = 
     return linear_product(mat1, turned(mat2), input)
 
 
-@rules(torch._grouped_mm)
+@rules(GROUPED)
 def _grouped(multiply: Callable[..., Tensor]) -> Rule:
     def grouped(input: Any, weight: Any, offs: Any = None, *more: Any, **named: Any) -> Any:
         if not isinstance(weight, EffectiveWeight) or isinstance(input, EffectiveWeight):

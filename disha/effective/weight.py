@@ -22,12 +22,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-import torch._C._dynamo.eval_frame as _frames
 from torch import Tensor
 
 from disha.effective.rules import RULES
 from disha.errors import ArgumentError, ModeError
 from disha.functional import Layout
+from disha.functional.private_torch import OP_NAME, start_no_graph
 from disha.functional.updates import Updates
 
 PLAIN = (Tensor, torch.nn.Parameter)
@@ -50,7 +50,7 @@ class EffectiveWeight(Tensor):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         """Run an operation by its rule."""
-        own = RULES.get(func) or RULES.get(getattr(func, "_qualified_op_name", None))
+        own = RULES.get(func) or RULES.get(getattr(func, OP_NAME, None))
         if own is not None and kwargs and not args and "input" in kwargs:
             # So torch calls the first argument of all functions that have a rule.
             args = (kwargs["input"],)
@@ -96,12 +96,6 @@ class AbsentWeight(EffectiveWeight):
             "(preload_module_classes), or keep it on a device; if DeepSpeed ZeRO-3 partitions it, "
             "call the model, or read it inside deepspeed.zero.GatheredParameters"
         )
-
-
-def start_no_graph(function: Any) -> None:
-    """Keep the compiler from starting a graph at a function of ours, or at one that it calls."""
-    skip = _frames._FrameAction.SKIP
-    _frames.set_code_exec_strategy(function.__code__, _frames._FrameExecStrategy(skip, skip))
 
 
 # An effective weight can't be the input of a graph.

@@ -13,6 +13,7 @@ from torch import Tensor
 from disha.effective.rules import Rule, rule, rules
 from disha.effective.weight import EffectiveWeight, base_of, compute_first
 from disha.errors import ArgumentError
+from disha.functional.private_torch import NATIVE_FUNCTIONS
 
 
 def _writes(name: str) -> bool:
@@ -24,7 +25,7 @@ def _writes(name: str) -> bool:
 
 def _all_writes() -> Iterator[Callable[..., Any]]:
     """Yield every operation of torch that writes into its first argument."""
-    for owner in (Tensor, torch, torch._C._nn, F, torch.nn.init):
+    for owner in (Tensor, torch, NATIVE_FUNCTIONS, F, torch.nn.init):
         for name in dir(owner):
             found = getattr(owner, name, None)
             if _writes(name) and callable(found):

@@ -19,11 +19,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._C import _are_functorch_transforms_active as transforms_active
-from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
 from disha.errors import ArgumentError
+from disha.functional.private_torch import in_forward_mode, transforms_active
 from disha.functional.shard_sums import (
     Scale,
     autocasts,
@@ -171,7 +170,7 @@ def _applies(x: Tensor, weight: Tensor, bias: Tensor | None, block: Tensor) -> b
         and not x.is_meta
         and (weight.is_contiguous() or weight.mT.is_contiguous())
         and not transforms_active()
-        and forward_ad._current_level < 0
+        and not in_forward_mode()
     )
 
 

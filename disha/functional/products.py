@@ -20,14 +20,13 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._C import _are_functorch_transforms_active as transforms_active
-from torch._C import _is_any_autocast_enabled as any_autocast
 from torch.compiler import is_compiling
 from torch.utils.checkpoint import checkpoint
 
 from disha.functional.bone import embedding_delta
 from disha.functional.layouts import Layout, Rows, place_rows
 from disha.functional.methods import Method
+from disha.functional.private_torch import any_autocast, transforms_active
 from disha.functional.shard_sums import (
     Scale,
     added,

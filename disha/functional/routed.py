@@ -18,12 +18,12 @@ from itertools import groupby
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._C import _are_functorch_transforms_active as transforms_active
 from torch.compiler import is_compiling
 
 from disha.errors import ArgumentError, ModeError
 from disha.functional import Layout, Update, adapted_linear
 from disha.functional.bone import routed_delta
+from disha.functional.private_torch import transforms_active
 from disha.functional.products import MATRIX, reduced_updates
 from disha.functional.shard_sums import scaled, shard_sums
 from disha.functional.updates import Change, DeltaOf, Updates

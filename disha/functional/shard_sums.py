@@ -9,11 +9,10 @@ from functools import reduce
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._C import _are_functorch_transforms_active as transforms_active
-from torch._C import _is_any_autocast_enabled as any_autocast
 from torch.compiler import is_compiling
 
 from disha.errors import ArgumentError
+from disha.functional.private_torch import any_autocast, is_view, transforms_active
 
 Scale = float | Tensor
 
@@ -162,7 +161,7 @@ def weighted_sum(parts: Sequence[tuple[Tensor, float]]) -> Tensor:
 def added(fresh: Tensor, delta: Tensor) -> Tensor:
     """Return fresh + delta in the dtype of `fresh`; adds in place where that is safe."""
     delta = delta.to(fresh.dtype)
-    must_copy = is_compiling() or transforms_active() or fresh._is_view()
+    must_copy = is_compiling() or transforms_active() or is_view(fresh)
     return fresh + delta if must_copy else fresh.add_(delta)
 
 

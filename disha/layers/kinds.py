@@ -56,7 +56,7 @@ PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 def _attention(module: Any) -> list[Slot]:
     """`nn.MultiheadAttention`: q, k and v, packed in one weight or in three."""
     width, layout = module.embed_dim, Layout("out in")
-    if not module._qkv_same_embed_dim:
+    if module.in_proj_weight is None:
         return [Slot(name, f"{name}_weight", layout) for name in PROJECTIONS]
     return [
         Slot(name, "in_proj_weight", layout, rows=((i * width, (i + 1) * width),))

@@ -15,6 +15,7 @@ from torch import nn
 
 from disha.effective.contexts import OPEN, current_context
 from disha.errors import ArgumentError, ArgumentTypeError, ModeError, TargetError
+from disha.functional.private_torch import CHECKPOINTED, COMPILED, FSDP_CHILD
 from disha.layers.adapted import AdaptedLayer, refuse_merged
 from disha.layers.bitsandbytes import parameter_count
 from disha.layers.blocks import CHILD_NAME, Adapters, Block
@@ -38,19 +39,15 @@ class _Wrapper(NamedTuple):
 
 _FSDP = "torch.distributed.fsdp"
 _WRAPPERS = (
-    _Wrapper("torch._dynamo.eval_frame", "OptimizedModule", "_orig_mod"),
-    _Wrapper(
-        "torch.distributed.algorithms._checkpoint.checkpoint_wrapper",
-        "ActivationWrapper",
-        "_checkpoint_wrapped_module",
-    ),
+    _Wrapper(*COMPILED),
+    _Wrapper(*CHECKPOINTED),
     _Wrapper(
         "torch.nn.parallel.distributed", "DistributedDataParallel", "module", distributes=True
     ),
     _Wrapper("torch.optim.swa_utils", "AveragedModel", "module"),
     _Wrapper("torch.nn.parallel.data_parallel", "DataParallel", "module", distributes=True),
     _Wrapper("deepspeed.runtime.engine", "DeepSpeedEngine", "module", distributes=True),
-    _Wrapper(_FSDP, "FullyShardedDataParallel", "_fsdp_wrapped_module", True, True),
+    _Wrapper(_FSDP, "FullyShardedDataParallel", FSDP_CHILD, True, True),
     _Wrapper(_FSDP, "FSDPModule", "", True, True),
 )
 

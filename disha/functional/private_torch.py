@@ -1,0 +1,176 @@
+"""Everything private in torch that the package uses: names that torch may change at any time.
+
+No other module has one, save for those of `nn.Module` (`_parameters`, `_modules`, `_buffers`, its
+hooks) and those of methods and attributes that a class overrides. Each name is in all of torch 2.8
+to 2.15, unless its line says else. Importing this module never fails; a missing name costs what the
+last column says.
+
+    name                                 what it is for                        without it
+    torch._C:
+      _are_functorch_transforms_active   nothing is written in place then      as if always: slow
+      _is_any_autocast_enabled           a quick question before a slow one    the slow one
+      _current_graph_task_id             whether a thread is one of backward   refuses more
+      _VariableFunctions                 private operations have rules too     weights are computed
+      _nn                                operations that write                 a copy is written
+      _dynamo.eval_frame._FrameAction,   no graph starts in our functions      the compiler raises
+      ._FrameExecStrategy
+    torch.Tensor._is_view                a view is not written in place        as if always: slow
+    autograd.forward_ad._current_level   BAT has no forward-mode derivative    BAT saves more
+    torch._grouped_mm                    the product of experts                weights are computed
+    OpOverloadPacket._qualified_op_name  operations of other libraries         weights are computed
+    torch._dynamo.variables.torch        has a copy of what has rules          weights are computed
+    torch._dynamo.eval_frame             finds a wrapper, and what is in it    names have it
+      .OptimizedModule._orig_mod
+    torch.distributed.algorithms         the same                              the same
+      ._checkpoint, its
+      _checkpoint_wrapped_module
+    FullyShardedDataParallel             the same                              the same
+      ._fsdp_wrapped_module
+    F._in_projection_packed,             attention made of products            weights are computed
+      ._in_projection,
+      ._check_key_padding_mask
+    autograd.function                    custom functions get computed         `Function` changes,
+      ._SingleLevelFunction              weights                               as from torch 2.15 on
+    torch._functorch.vmap                transforms of `torch.func` get        the first injection
+      ._add_batch_dim                    computed weights                      raises
+    torch._functorch.eager_transforms    the same                              the same
+      ._wrap_for_grad
+    torch._functorch.pyfunctorch         weights are computed outside of them  a transform raises
+"""
+
+from __future__ import annotations
+
+import inspect
+import pkgutil
+import re
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from types import ModuleType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from disha.errors import DishaError
+
+
+def _yes(*asked: object) -> bool:
+    return True
+
+
+transforms_active: Callable[[], bool] = getattr(torch._C, "_are_functorch_transforms_active", _yes)
+"""Whether a transform of `torch.func` is running."""
+
+any_autocast: Callable[[], bool] = getattr(torch._C, "_is_any_autocast_enabled", _yes)
+"""Whether autocast is on for any device; torch asks so of a CPU and of CUDA only."""
+
+is_view: Callable[[Tensor], bool] = getattr(Tensor, "_is_view", _yes)
+
+_graph_task: Callable[[], int] = getattr(torch._C, "_current_graph_task_id", _yes)
+
+NATIVE_FUNCTIONS: Any = getattr(torch._C, "_nn", F)
+"""What holds some of the functions of `torch.nn.functional`."""
+
+FACTS = "_is_view"
+"""Operations on a weight that need no values."""
+
+GROUPED = "_grouped_mm"
+"""The grouped product, which `F.grouped_mm` (from 2.10) calls."""
+
+OP_NAME = "_qualified_op_name"
+"""The attribute with the name of an operation that another library has registered."""
+
+COMPILED = ("torch._dynamo.eval_frame", "OptimizedModule", "_orig_mod")
+CHECKPOINTED = (
+    "torch.distributed.algorithms._checkpoint.checkpoint_wrapper",
+    "ActivationWrapper",
+    "_checkpoint_wrapped_module",
+)
+FSDP_CHILD = "_fsdp_wrapped_module"
+"""Where a wrapper is defined, its class, and its attribute with the wrapped module."""
+
+ADD_BATCH_DIM = "torch._functorch.vmap:_add_batch_dim"
+WRAP_FOR_GRAD = "torch._functorch.eager_transforms:_wrap_for_grad"
+"""Functions that wrap an argument of `torch.vmap`; of `torch.func.grad` and `jvp`."""
+
+OUTSIDE_TRANSFORMS = "torch._functorch.pyfunctorch:temporarily_pop_interpreter_stack"
+"""A context in which nothing is transformed."""
+
+
+def required(place: str) -> Any:
+    """Return what torch has at a place "module:attribute", or raise."""
+    try:
+        return pkgutil.resolve_name(place)
+    except (ImportError, AttributeError) as error:
+        raise DishaError(
+            f"torch {torch.__version__} has no {place}, which disha needs; use another release of "
+            "one of them"
+        ) from error
+
+
+def in_backward() -> bool:
+    """Whether autograd runs a backward pass in this thread."""
+    return _graph_task() != -1
+
+
+def in_forward_mode() -> bool:
+    """Whether forward-mode derivatives may be computed."""
+    return getattr(forward_ad, "_current_level", 0) >= 0
+
+
+def start_no_graph(function: Any) -> None:
+    """Keep the compiler from starting a graph at a function of ours, or at one that it calls."""
+    with suppress(AttributeError):
+        frames: Any = torch._C._dynamo.eval_frame
+        skip = frames._FrameAction.SKIP
+        frames.set_code_exec_strategy(function.__code__, frames._FrameExecStrategy(skip, skip))
+
+
+def class_with_apply() -> Any:
+    """Return the class whose `apply` every custom function of autograd runs.
+
+    Before torch 2.15, it is the base: a module may have kept the other (`f = Fused.apply`).
+    """
+    functions: Any = torch.autograd.function
+    if hasattr(vars(functions.Function)["apply"], "__func__"):  # written in Python
+        return getattr(functions, "_SingleLevelFunction", functions.Function)
+    return functions.Function
+
+
+def ask_private_operations() -> None:
+    """Make the compiler ask a tensor subclass about private operations as well."""
+    listed = torch.overrides.get_overridable_functions()[torch]
+    names = dir(getattr(torch._C, "_VariableFunctions", None))
+    private = [name for name in names if name[0] == "_" and name[1] != "_"]
+    functions = {getattr(torch, name) for name in private if hasattr(torch, name)}
+    listed.extend(functions.difference(listed))
+    compiler = sys.modules.get("torch._dynamo.variables.torch")
+    if compiler is not None:  # it keeps a copy of the list
+        compiler.get_overridable_functions().update(functions)
+
+
+def attention_with(linear: Callable[..., Tensor], check: Callable[..., None]) -> Any:
+    """Return torch's attention with another `F.linear` and another check of its padding mask.
+
+    It is made of torch's source, which stays as it is if a library replaces the function in torch.
+    None if there is no such source.
+    """
+    module = ModuleType("disha.functional.attention_of_torch")
+    vars(module).update(vars(F) | {"__name__": module.__name__, "linear": linear})
+    vars(module).update(_check_key_padding_mask=check, has_torch_function=lambda tensors: False)
+    try:
+        source = inspect.getsource(F)
+    except OSError:
+        return None
+    for name in ("_in_projection_packed", "_in_projection", "multi_head_attention_forward"):
+        before, start, after = source.partition(f"\ndef {name}(")
+        if not start:
+            return None
+        function = start + re.split(r"\n(?=[^\s)#])", after, maxsplit=1)[0]
+        lines_before = "\n" * before.count("\n")  # so that errors point into torch's file
+        exec(compile(lines_before + function, F.__file__, "exec"), vars(module))
+    sys.modules[module.__name__] = module  # where compiled code looks names up
+    return module

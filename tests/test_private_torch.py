@@ -1,0 +1,163 @@
+"""What is private in torch stands in one module, and a new torch reclassifies no operation."""
+
+from __future__ import annotations
+
+import ast
+import copy
+import functools
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import disha
+from disha import effective
+from disha.effective import torch_patches
+from disha.effective.rules import RULES
+from disha.errors import DishaError
+from disha.functional import private_torch
+from tests.conftest import perturb
+
+PACKAGE = Path(disha.__file__).parent
+OPERATIONS = Path(__file__).parent / "operations.txt"
+"""Operation -> the module with its rule. `python -m tests.test_private_torch` adds new ones."""
+
+NOT_OF_TORCH = {
+    *("_replace", "_asdict", "_getframe", "_DummyThread", "_actions", "_option_string_actions"),
+    *("_name_or_path", "_get_train_sampler", "_keys_to_ignore_on_save", "_hf_hook"),
+    *("_z3_optimizer", "_hp_mapping", "_like", "_block", "_on_", "_weight", "_layers"),
+    "_made_on_the_fly",
+}
+"""Names of Python and of other libraries, ends of names, and an attribute of ours."""
+OF_MODULES = {name for name in dir(nn.Module()) if name[0] == "_"}
+OWNERS = {
+    "Tensor": Tensor,
+    "torch": torch,
+    "F": F,
+    "nn.init": nn.init,
+    "torch._C._nn": torch._C._nn,
+    "autograd": torch.autograd,
+}
+
+
+def private_names(tree):
+    """Yield the underscored names that a module uses, also in strings, and those it defines."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute):
+            yield node.attr, isinstance(node.ctx, ast.Store)
+        elif isinstance(node, ast.ImportFrom) and str(node.module).startswith("torch"):
+            yield from ((part, False) for part in node.module.split("."))
+            yield from ((alias.name, False) for alias in node.names)
+        elif isinstance(node, ast.Import):
+            yield from ((part, False) for alias in node.names for part in alias.name.split("."))
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            if re.fullmatch(r"[\w.: ]+", node.value):
+                yield from ((part, False) for part in re.split(r"[.: ]", node.value))
+        elif isinstance(node, ast.FunctionDef | ast.ClassDef):
+            yield node.name, True
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            yield node.id, True
+
+
+def test_one_module_has_all_private_names_of_torch():
+    used, defined = {}, set()
+    for path in PACKAGE.rglob("*.py"):
+        for name, defines in private_names(ast.parse(path.read_text())):
+            if re.fullmatch(r"_(?!disha)[A-Za-z]\w*", name):
+                defined |= {name} if defines else set()
+                used.setdefault(name, set()).add(path.name)
+    known = {*NOT_OF_TORCH, *OF_MODULES, *defined}
+    of_torch = {name: paths for name, paths in used.items() if name not in known}
+    assert {name: paths for name, paths in of_torch.items() if paths != {"private_torch.py"}} == {}
+    assert [name for name in of_torch if name not in private_torch.__doc__] == []
+    assert not known.intersection(["_grouped_mm", "_is_view", "_orig_mod"])
+
+
+def test_every_name_in_the_tables_of_rules_exists():
+    missing, seen = [], 0
+    for path in (PACKAGE / "effective").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("rule", "rules"):
+                texts = [one.value for one in node.args if isinstance(one, ast.Constant)]
+                names = " ".join(texts).split()
+                missing += [n for n in names if not hasattr(Tensor, n) and not hasattr(torch, n)]
+                seen += len(names)
+    assert missing == []
+    assert seen > 50
+    assert hasattr(torch, private_torch.GROUPED)
+    assert hasattr(Tensor, private_torch.FACTS)
+
+
+def classified():
+    """Return operation -> the module with its rule, for every operation of this torch."""
+    found, named = {}, set()
+    for prefix, owner in OWNERS.items():
+        for name in dir(owner):
+            value = getattr(owner, name)
+            for end in ("", ".__get__", ".__set__"):
+                func = getattr(value, end.lstrip("."), None) if end else value
+                if getattr(func, "__hash__", None) and func in RULES:
+                    named.add(func)
+                    found[f"{prefix}.{name}{end}"] = RULES[func].__module__.split(".")[-1]
+    assert {func for func in RULES if not isinstance(func, str)} == named | {torch.__hash__}
+    return found
+
+
+def kept():
+    return dict(line.split() for line in OPERATIONS.read_text().splitlines())
+
+
+def test_every_operation_is_classified_as_before():
+    now, before = classified(), kept()
+    assert {name: kind for name, kind in now.items() if before.get(name) != kind} == {}
+    lost = [n for n in before if n not in now and exists(n)]
+    assert lost == []
+
+
+def exists(operation):
+    owner, _, rest = operation.removesuffix(".__get__").removesuffix(".__set__").rpartition(".")
+    return hasattr(OWNERS[owner], rest)
+
+
+def test_a_missing_name_raises_at_use_and_changes_nothing(monkeypatch):
+    monkeypatch.setattr(torch_patches, "_CHANGES", {"torch._functorch.vmap:_gone": None})
+    before = private_torch.class_with_apply().apply
+    with pytest.raises(DishaError, match=r"has no torch._functorch.vmap:_gone, which disha needs"):
+        torch_patches._install.__wrapped__()
+    assert private_torch.class_with_apply().apply == before
+
+
+@pytest.mark.parametrize("source", ["torch's file", "no source"])
+def test_attention_that_another_library_has_wrapped(source, monkeypatch):
+    """Its code is no longer that of torch's function, and has a closure."""
+    model = disha.inject_adapters(nn.MultiheadAttention(6, 2), "all-linear", 2)
+    perturb(model)
+    plain = copy.deepcopy(model)
+    disha.merge_adapters(plain)
+    original = F.multi_head_attention_forward
+
+    @functools.wraps(original)
+    def wrapped(*args, **kwargs):
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(F, "multi_head_attention_forward", wrapped)
+    if source == "no source":
+        monkeypatch.setattr(private_torch.inspect, "getsource", _no_source)
+    made = private_torch.attention_with(F.linear, F._check_key_padding_mask)
+    assert (made is None) == (source == "no source")
+    monkeypatch.setattr(effective.attention, "_ATTENTION", made and effective.attention._ATTENTION)
+    monkeypatch.setitem(RULES, wrapped, RULES[original])
+    x = torch.randn(4, 3, 6)
+    torch.testing.assert_close(model(x, x, x), plain(x, x, x))
+
+
+def _no_source(module):
+    raise OSError("no source")
+
+
+if __name__ == "__main__":
+    lines = [f"{name} {kind}\n" for name, kind in sorted((kept() | classified()).items())]
+    OPERATIONS.write_text("".join(lines))
