@@ -167,7 +167,7 @@ def _mapped(rows: Dataset, form: Any, kind: Any = None, **options: Any) -> Datas
 
     def formed_row(row: Mapping[str, Any], index: int) -> dict[str, Any]:
         try:
-            return form(row, **options)  # type: ignore[no-any-return]
+            return form(row, **options)
         except (ArgumentError, LookupError, TypeError, ValueError, AttributeError) as error:
             raise ArgumentError(f"row {index + 1} of {name} can't be used: {error}") from error
 

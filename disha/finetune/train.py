@@ -281,7 +281,7 @@ def _marked(ids: list[int], labels: list[int], tokenizer: Any) -> str:
 def _steps(trainer: Trainer) -> int:
     training = trainer.args
     if training.max_steps > 0:
-        return training.max_steps  # type: ignore[no-any-return]
+        return training.max_steps
     batches = len(trainer.get_train_dataloader())
     in_epoch = math.ceil(batches / training.gradient_accumulation_steps)
-    return math.ceil(training.num_train_epochs * in_epoch)  # type: ignore[no-any-return]
+    return math.ceil(training.num_train_epochs * in_epoch)

@@ -184,7 +184,7 @@ class _BatLinear(torch.autograd.Function):
         return _product(x, weight, bias, block)
 
     @staticmethod
-    def backward(ctx: Any, grad: Any) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, grad: Any) -> Any:
         x, weight, block = ctx.saved_tensors
         needs_x, _, needs_bias, needs_block = ctx.needs_input_grad
         grad_x, parts = None, []
