@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from types import GetSetDescriptorType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from disha.effective.rules import Rule, rule, rules
+from disha.effective.rules import Operation, rule, rules
 from disha.effective.weight import base_of, compute_first, computed
 from disha.functional.private_torch import FACTS
 
@@ -33,22 +32,15 @@ _PROPERTIES = " ".join(
     "dim_order __len__ __hash__ is_coalesced is_same_size result_type "
     "register_hook register_post_accumulate_grad_hook retain_grad",
 )
-def _ask_base(func: Callable[..., Any]) -> Rule:
-    def ask(weight: Any, *args: Any, **kwargs: Any) -> Any:
-        return func(base_of(weight), *map(base_of, args), **kwargs)
-
-    return ask
+def _ask_base(func: Operation, weight: Any, *args: Any, **kwargs: Any) -> Any:
+    return func(base_of(weight), *map(base_of, args), **kwargs)
 
 
 @rules(" ".join(name for name in dir(torch) if name.endswith("_like")))
 @rules(" ".join(name for name in dir(Tensor) if name.startswith("new_")))
-def _create(func: Callable[..., Any]) -> Rule:
+def _create(func: Operation, like: Any, *args: Any, **kwargs: Any) -> Any:
     """Make a tensor like the first argument. The others are values."""
-
-    def create(like: Any, *args: Any, **kwargs: Any) -> Any:
-        return compute_first(func, (base_of(like), *args), kwargs)
-
-    return create
+    return compute_first(func, (base_of(like), *args), kwargs)
 
 
 @rule(Tensor.data_ptr)

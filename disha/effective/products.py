@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from disha import functional
-from disha.effective.rules import RULES, Rule, rule, rules
+from disha.effective.rules import RULES, Operation, rule, rules
 from disha.effective.views import is_index, item_of, turned
 from disha.effective.weight import EffectiveWeight, compute_first
 from disha.functional import adapted_linear
@@ -86,18 +86,17 @@ def _addmm(input: Any, mat1: Any, mat2: Any, *, beta: float = 1, alpha: float = 
 
 
 @rules(GROUPED)
-def _grouped(multiply: Callable[..., Tensor]) -> Rule:
-    def grouped(input: Any, weight: Any, offs: Any = None, *more: Any, **named: Any) -> Any:
-        if not isinstance(weight, EffectiveWeight) or isinstance(input, EffectiveWeight):
-            return NotImplemented
-        updates = weight.updates.of_all_samples
-        if weight.weight_layout.pattern != "expert in out" or updates is None:
-            return NotImplemented
-        if more or any(value is not None for value in named.values()) or offs is None:
-            return NotImplemented
-        return functional.adapted_grouped(multiply, input, turned(weight).base, offs, updates)
-
-    return grouped
+def _grouped(
+    multiply: Operation, input: Any, weight: Any, offs: Any = None, *more: Any, **named: Any
+) -> Any:
+    if not isinstance(weight, EffectiveWeight) or isinstance(input, EffectiveWeight):
+        return NotImplemented
+    updates = weight.updates.of_all_samples
+    if weight.weight_layout.pattern != "expert in out" or updates is None:
+        return NotImplemented
+    if more or any(value is not None for value in named.values()) or offs is None:
+        return NotImplemented
+    return functional.adapted_grouped(multiply, input, turned(weight).base, offs, updates)
 
 
 def _grouped_of_transformers(*args: Any, **kwargs: Any) -> Tensor:
@@ -105,25 +104,24 @@ def _grouped_of_transformers(*args: Any, **kwargs: Any) -> Tensor:
 
 
 # By its name, because it exists only after transformers is imported.
-RULES["transformers::grouped_mm_fallback"] = _grouped(_grouped_of_transformers)
+RULES["transformers::grouped_mm_fallback"] = partial(_grouped, _grouped_of_transformers)
 
 
 @rules(F.conv1d, F.conv2d, F.conv3d)
 @rules(F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
-def _conv(func: Callable[..., Tensor]) -> Rule:
-    def conv(input: Any, weight: Any, bias: Any = None, *args: Any, **kwargs: Any) -> Any:
-        if not isinstance(weight, EffectiveWeight) or not weight.weight_layout.has_kernel:
-            return NotImplemented
+def _conv(
+    func: Operation, input: Any, weight: Any, bias: Any = None, *args: Any, **kwargs: Any
+) -> Any:
+    if not isinstance(weight, EffectiveWeight) or not weight.weight_layout.has_kernel:
+        return NotImplemented
 
-        def convolve(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
-            return func(x, w, b, *args, **kwargs)
+    def convolve(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
+        return func(x, w, b, *args, **kwargs)
 
-        # After the bias: stride, padding, then dilation or output_padding, then groups.
-        groups = args[3] if len(args) > 3 else kwargs.get("groups", 1)
-        base, layout = weight.base, weight.weight_layout
-        return weight.updates.product(convolve, input, base, bias, layout, groups)
-
-    return conv
+    # After the bias: stride, padding, then dilation or output_padding, then groups.
+    groups = args[3] if len(args) > 3 else kwargs.get("groups", 1)
+    base, layout = weight.base, weight.weight_layout
+    return weight.updates.product(convolve, input, base, bias, layout, groups)
 
 
 @rule(F.embedding)

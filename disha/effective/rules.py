@@ -6,11 +6,15 @@ A rule is a function with its operations in a decorator above it. The tables bui
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from types import GetSetDescriptorType
 from typing import Any, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
+
+Operation: TypeAlias = Callable[..., Any]
+"""A function of torch, or of another library."""
 
 Rule: TypeAlias = Callable[..., Any]
 """What to do in place of an operation, with the same arguments. NotImplemented: compute first."""
@@ -45,10 +49,10 @@ def rule(*operations: Any) -> Callable[[R], R]:
 
 
 def rules(*operations: Any) -> Callable[[R], R]:
-    """Make what a function returns for each operation the rule of that operation."""
+    """Make a function the rule of operations; it gets the operation before the arguments."""
 
-    def register(make: R) -> R:
-        RULES.update({func: make(func) for func in _operations(operations)})
-        return make
+    def register(function: R) -> R:
+        RULES.update({func: partial(function, func) for func in _operations(operations)})
+        return function
 
     return register

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from disha.effective.rules import Rule, rule, rules
+from disha.effective.rules import Operation, rule, rules
 from disha.effective.weight import EffectiveWeight, base_of, effective
 from disha.functional import Layout, Update
 from disha.functional.products import updates_of_rows
@@ -90,11 +90,8 @@ def rows_of(weight: Any, start: int, stop: int) -> Any:
 
 
 @rules("split chunk")
-def _cut(func: Callable[..., Any]) -> Rule:
-    def cut(weight: Any, *args: Any, **kwargs: Any) -> Any:
-        return in_parts(weight, func(weight.base, *args, **kwargs))
-
-    return cut
+def _cut(func: Operation, weight: Any, *args: Any, **kwargs: Any) -> Any:
+    return in_parts(weight, func(weight.base, *args, **kwargs))
 
 
 def in_parts(weight: Any, bases: Sequence[Tensor]) -> Any:
@@ -128,25 +125,19 @@ def _select(weight: Any, dim: int, index: Any) -> Any:
 
 
 @rules("to type type_as float double half bfloat16 contiguous")
-def _cast(func: Callable[..., Any]) -> Rule:
-    def cast(weight: Any, *args: Any, **kwargs: Any) -> Any:
-        named = {name: base_of(value) for name, value in kwargs.items()}
-        base = func(base_of(weight), *map(base_of, args), **named)
-        if not isinstance(weight, EffectiveWeight) or not isinstance(base, Tensor):
-            return base  # another tensor, cast like this weight; or `type()` without arguments
-        if not base.is_floating_point() or base.device != weight.base.device:
-            return NotImplemented  # the blocks stay on their device
-        return effective(base, weight.weight_layout, weight.updates)
-
-    return cast
+def _cast(func: Operation, weight: Any, *args: Any, **kwargs: Any) -> Any:
+    named = {name: base_of(value) for name, value in kwargs.items()}
+    base = func(base_of(weight), *map(base_of, args), **named)
+    if not isinstance(weight, EffectiveWeight) or not isinstance(base, Tensor):
+        return base  # another tensor, cast like this weight; or `type()` without arguments
+    if not base.is_floating_point() or base.device != weight.base.device:
+        return NotImplemented  # the blocks stay on their device
+    return effective(base, weight.weight_layout, weight.updates)
 
 
 @rules("detach data")
-def _detach(func: Callable[..., Any]) -> Rule:
-    def detach(weight: Any) -> Any:
-        def detached(updates: Sequence[Update]) -> Sequence[Update]:
-            return [update._replace(block=func(update.block)) for update in updates]
+def _detach(func: Operation, weight: Any) -> Any:
+    def detached(updates: Sequence[Update]) -> Sequence[Update]:
+        return [update._replace(block=func(update.block)) for update in updates]
 
-        return _mapped(weight, func(weight.base), weight.weight_layout, detached)
-
-    return detach
+    return _mapped(weight, func(weight.base), weight.weight_layout, detached)

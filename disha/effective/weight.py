@@ -18,13 +18,13 @@ use `base` and `updates` itself. In compiled code, a rule is not dispatched agai
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from disha.effective.rules import RULES
+from disha.effective.rules import RULES, Operation
 from disha.errors import ArgumentError, ModeError
 from disha.functional import Layout
 from disha.functional.private_torch import OP_NAME, start_no_graph
@@ -44,7 +44,7 @@ class EffectiveWeight(Tensor):
     @classmethod
     def __torch_function__(
         cls,
-        func: Callable[..., Any],
+        func: Operation,
         types: Sequence[type],
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
@@ -123,9 +123,7 @@ def computed(weight: EffectiveWeight) -> Tensor:
     return weight.updates.computed(weight.base, weight.weight_layout)
 
 
-def compute_first(
-    func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> Any:
+def compute_first(func: Operation, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """Run an operation with the computed weight. If `out=` is the weight, it writes into W."""
     named = {
         name: base_of(value) if name == "out" else computed_inside(value)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from types import GetSetDescriptorType
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from disha.effective.rules import Rule, rule, rules
+from disha.effective.rules import Operation, rule, rules
 from disha.effective.weight import EffectiveWeight, base_of, compute_first
 from disha.errors import ArgumentError
 from disha.functional.private_torch import NATIVE_FUNCTIONS
@@ -23,7 +23,7 @@ def _writes(name: str) -> bool:
     return name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
 
 
-def _all_writes() -> Iterator[Callable[..., Any]]:
+def _all_writes() -> Iterator[Operation]:
     """Yield every operation of torch that writes into its first argument."""
     for owner in (Tensor, torch, NATIVE_FUNCTIONS, F, torch.nn.init):
         for name in dir(owner):
@@ -36,29 +36,33 @@ def _all_writes() -> Iterator[Callable[..., Any]]:
             yield found.__set__
 
 
-_RESHAPES = (
-    "as_strided_ resize_ resize_as_ set_ squeeze_ swapaxes_ swapdims_ t_ transpose_ unsqueeze_"
-)
+_RESHAPES = [
+    "as_strided_",
+    "resize_",
+    "resize_as_",
+    "set_",
+    "squeeze_",
+    "swapaxes_",
+    "swapdims_",
+    "t_",
+    "transpose_",
+    "unsqueeze_",
+]
 """Writes that change the shape of a tensor."""
 
 
 @rules(*_all_writes())
-def _write(func: Callable[..., Any]) -> Rule:
+def _write(func: Operation, *args: Any, **kwargs: Any) -> Any:
     """Write into W. The result is the effective weight of W as it is then."""
-    reshapes = func.__name__ in _RESHAPES.split()
-
-    def write(*args: Any, **kwargs: Any) -> Any:
-        if args:
-            written = args[0]
-            if reshapes:
-                _refuse_to_reshape(written)
-            result = compute_first(func, (base_of(written), *_sources(*args)), kwargs)
-        else:
-            name, written = next(iter(kwargs.items()))
-            result = compute_first(func, (), {**kwargs, name: base_of(written)})
-        return result if result is None else written
-
-    return write
+    if args:
+        written = args[0]
+        if func.__name__ in _RESHAPES.split():
+            _refuse_to_reshape(written)
+        result = compute_first(func, (base_of(written), *_sources(*args)), kwargs)
+    else:
+        name, written = next(iter(kwargs.items()))
+        result = compute_first(func, (), {**kwargs, name: base_of(written)})
+    return result if result is None else written
 
 
 def _refuse_to_reshape(weight: Any) -> None:
