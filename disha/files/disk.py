@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import suppress
 from glob import escape
 from pathlib import Path
@@ -17,9 +17,9 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
 
 from disha.errors import AdapterFileError, AdapterIOError, ArgumentTypeError
+from disha.model.records import Tensors
 
 PathLike = str | os.PathLike[str]
 
@@ -79,7 +79,7 @@ def save(path: PathLike, write: Callable[[Path], object]) -> None:
         shutil.rmtree(draft, ignore_errors=True)
 
 
-def save_tensors(path: PathLike, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
+def save_tensors(path: PathLike, tensors: Tensors, metadata: dict[str, str]) -> None:
     """Save a safetensors file. Of the files in a folder, save the configuration last."""
     whole = {key: tensor.contiguous() for key, tensor in tensors.items()}
     save(path, lambda new: save_file(whole, new, metadata))

@@ -53,6 +53,7 @@ from disha.interop.peft_format import (
 )
 from disha.layers.blocks import original_class
 from disha.layers.kinds import declared_slots, full_name
+from disha.model.records import Tensors
 from disha.model.state import LoadReport
 from disha.model.view import ModelView
 from disha.text import join
@@ -324,7 +325,7 @@ def _layouts(view: ModelView) -> Layouts:
 def write_lora(
     folder: PathLike,
     header: AdapterHeader,
-    tensors: Mapping[str, Tensor],
+    tensors: Tensors,
     *,
     rank: int | None = None,
     pad: bool = False,

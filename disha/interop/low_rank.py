@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -28,7 +28,7 @@ from disha.files.contents import Contents, Source
 from disha.functional import METHODS, Layout
 from disha.functional.layouts import place_rows
 from disha.layers.weights import base_of
-from disha.model.records import LayerRecord, without_values
+from disha.model.records import LayerRecord, Tensors, without_values
 from disha.model.view import ModelView
 from disha.sharding.tensors import gathered
 from disha.text import counted, first_few, printable, table
@@ -170,7 +170,7 @@ def base_weights(view: ModelView, adapter: str) -> BaseWeight:
 
 def low_rank_updates(
     header: AdapterHeader,
-    tensors: Mapping[str, Tensor],
+    tensors: Tensors,
     *,
     rank: int | None = None,
     pad: bool = False,
@@ -297,7 +297,7 @@ Factors = tuple[str, Tensor, Tensor, Layout, float]
 
 
 def contents_of_factors(
-    source: Source, factors: Iterable[Factors], beside: Mapping[str, Tensor], dropout: float
+    source: Source, factors: Iterable[Factors], beside: Tensors, dropout: float
 ) -> Contents:
     """Return the adapter that was a LoRA of these layers, and the parameters beside them."""
     found, others = [], []

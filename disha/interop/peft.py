@@ -39,7 +39,7 @@ from disha.interop.peft_format import (
     write_peft_files,
 )
 from disha.layers.blocks import check_adapter_name, original_class
-from disha.model.records import LayerRecord, without_values
+from disha.model.records import LayerRecord, Tensors, without_values
 from disha.model.running_statistics import statistics
 from disha.model.state import LoadReport
 from disha.model.view import ModelView
@@ -251,8 +251,8 @@ class _Folder:
     path: Path
     config: AdapterConfig
     notes: dict[str, str]
-    blocks: Mapping[str, Tensor]
-    beside: Mapping[str, Tensor]
+    blocks: Tensors
+    beside: Tensors
 
     @property
     def names(self) -> list[str]:
@@ -336,7 +336,7 @@ def _contents(folder: _Folder, shapes: Shapes) -> Contents:
 def write_folder(
     folder: PathLike,
     header: AdapterHeader,
-    tensors: Mapping[str, Tensor],
+    tensors: Tensors,
     *,
     dropout: float | None = None,
 ) -> None:
@@ -374,7 +374,7 @@ def _fields(
     }
 
 
-def _blocks(header: AdapterHeader, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _blocks(header: AdapterHeader, tensors: Tensors) -> dict[str, Tensor]:
     return {f"{layer.name}.miss_block": tensors[layer.key] for layer in header.layers}
 
 

@@ -25,6 +25,7 @@ from disha.files.disk import PathLike, checked_path, save, save_tensors
 from disha.layers.bitsandbytes import is_library_forward
 from disha.layers.blocks import original_class
 from disha.layers.kinds import FOREIGN_KINDS, LAYER_KINDS, full_name
+from disha.model.records import Tensors
 from disha.model.running_statistics import saved_buffers, statistics
 from disha.model.view import ModelView
 from disha.sharding.tensors import gathered
@@ -40,9 +41,7 @@ THE_MODEL_ITSELF = "(the model): PEFT adapts layers within a model, not the mode
 # --- both files ----------------------------------------------------------------------------------
 
 
-def write_peft_files(
-    folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]
-) -> None:
+def write_peft_files(folder: Path, config: Mapping[str, Any], tensors: Tensors) -> None:
     """Write both files. The configuration comes last, because PEFT looks for it first."""
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
     if folder.is_file():
@@ -307,9 +306,7 @@ def _state(inside: Mapping[nn.Module, str]) -> dict[str, Tensor]:
     }
 
 
-def without_buffers(
-    view: ModelView, path: Path, tensors: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
+def without_buffers(view: ModelView, path: Path, tensors: Tensors) -> dict[str, Tensor]:
     """Return the tensors of a folder without buffers that the model has already."""
     # An adapter holds running statistics and no other buffers; other values of these are refused.
     buffers = {

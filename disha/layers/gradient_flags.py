@@ -24,8 +24,7 @@ class _Flag(NamedTuple):
 
 def attributes_of(module: nn.Module) -> dict[str, Any]:
     """Return the module's real `__dict__`, even if the user's class shows another."""
-    attributes: dict[str, Any] = nn.Module.__dict__["__dict__"].__get__(module)
-    return attributes
+    return nn.Module.__dict__["__dict__"].__get__(module)
 
 
 def set_requires_grad(module: nn.Module, name: str, flag: bool) -> None:
@@ -46,29 +45,26 @@ def restore_flags(module: nn.Module) -> None:
             parameter.requires_grad = flag.first
 
 
-def keep_flags(parameters: Iterable[tuple[Any, nn.Module, str]], undo: ExitStack) -> None:
+def keep_flags(parameters: Iterable[tuple[Any, Any, str]], undo: ExitStack) -> None:
     """Note the flags of parameters, and what their modules remember, in `undo`."""
-    kept = []
     for _, module, name in parameters:
         attributes, parameter = attributes_of(module), module._parameters[name]
-        assert parameter is not None
         remembered = dict(attributes.get(_FLAGS, {}))
-        kept.append((parameter, parameter.requires_grad, attributes, remembered))
-    undo.callback(_put_back, kept)
+        undo.callback(_put_back, parameter, parameter.requires_grad, attributes, remembered)
 
 
-def _put_back(kept: Iterable[tuple[Tensor, bool, dict[str, Any], dict[str, Any]]]) -> None:
-    for parameter, flag, attributes, remembered in kept:
-        parameter.requires_grad = flag
-        attributes.pop(_FLAGS, None)
-        if remembered:
-            attributes[_FLAGS] = remembered
+def _put_back(
+    parameter: Tensor, flag: bool, attributes: dict[str, Any], remembered: dict[str, Any]
+) -> None:
+    parameter.requires_grad = flag
+    attributes.pop(_FLAGS, None)
+    if remembered:
+        attributes[_FLAGS] = remembered
 
 
 def claim(module: nn.Module, adapter: str, name: str, flag_without: bool) -> None:
     """Train a parameter of the module with an adapter."""
-    parameter = module._parameters[name]
-    assert parameter is not None
+    parameter: Any = module._parameters[name]
     flags = attributes_of(module).setdefault(_FLAGS, {})
     first = flags[name].first if name in flags else parameter.requires_grad
     flags[name] = _Flag(first, adapter, flag_without)

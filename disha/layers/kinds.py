@@ -45,8 +45,9 @@ def _transposed_conv(module: Any) -> list[Slot]:
 
 def _recurrent(module: Any) -> list[Slot]:
     """`nn.RNN`, `nn.LSTM`, `nn.GRU` and their cells: each gate stack is one matrix."""
-    weights = [name for name in module._parameters if name.startswith("weight_")]
-    return [slot_of(name, Layout("out in")) for name in weights]
+    return [
+        slot_of(name, Layout("out in")) for name in module._parameters if name.startswith("weight_")
+    ]
 
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj")
@@ -67,10 +68,11 @@ def _attention(module: Any) -> list[Slot]:
 def _experts(module: Any) -> list[Slot]:
     """Experts of transformers, whose modules declare their layout."""
     layout = Layout("expert in out" if module.is_transposed else "expert out in")
-    stacks = [
-        name for name, weight in matrix_weights(module).items() if len(whole_shape(weight)) == 3
+    return [
+        slot_of(name, layout)
+        for name, weight in matrix_weights(module).items()
+        if len(whole_shape(weight)) == 3
     ]
-    return [slot_of(name, layout) for name in stacks]
 
 
 _CONV = _declared({"weight": Layout("out in *kernel")})

@@ -157,8 +157,9 @@ _SIZES = (("in_features", "out_features"), ("infeatures", "outfeatures"))
 
 def _sizes_of(module: nn.Module) -> tuple[int, int] | None:
     """Return (in, out) of a module that has attributes for its sizes, or None."""
-    embeds = isinstance(module, nn.Embedding)
-    for names in (("num_embeddings", "embedding_dim"),) if embeds else _SIZES:
+    if isinstance(module, nn.Embedding):
+        return module.num_embeddings, module.embedding_dim
+    for names in _SIZES:
         inputs, outputs = (getattr(module, name, None) for name in names)
         if isinstance(inputs, int) and isinstance(outputs, int) and inputs > 0 and outputs > 0:
             return inputs, outputs

@@ -13,7 +13,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from disha import functional
 from disha.functional import Geometry
 from disha.layers import opaque
-from disha.layers.blocks import CHILD_NAME, Adapters, Block, Merged, Slot, original_class
+from disha.layers.blocks import CHILD_NAME, Adapters, Block, Original, Slot, original_class
 from disha.sharding.zero import whole_shape
 
 
@@ -68,27 +68,31 @@ def is_packed(module: nn.Module, name: str) -> bool:
     return not any(one.is_floating_point() for one in stored)
 
 
-def stored_weight(module: nn.Module, name: str) -> Tensor | None:
-    """Return a stored weight, or the quantised one behind a dense one; None if it is computed."""
+def _original_of(module: nn.Module, name: str) -> Original:
+    """Return the former state of a parameter that is merged; an empty one of another parameter."""
     adapters = module._modules.get(CHILD_NAME)
     merged = adapters.merged if isinstance(adapters, Adapters) else None
-    original = None if merged is None else merged.originals.get(name)
-    if original is not None and original.dense:
+    return Original() if merged is None else merged.originals.get(name, Original())
+
+
+def stored_weight(module: nn.Module, name: str) -> Tensor | None:
+    """Return a stored weight, or the quantised one behind a dense one; None if it is computed."""
+    original = _original_of(module, name)
+    if original.dense:
         return original.parameter
     return module._parameters.get(name, module._buffers.get(name))
 
 
 def base_of(layer: nn.Module, slot: Slot) -> Tensor:
     """Return the original of an adapted parameter, also while merged; dequantised if quantised."""
-    merged: Merged | None = layer.disha.merged  # type: ignore[assignment, union-attr]
-    original = None if merged is None else merged.originals.get(slot.parameter)
-    if original is not None and original.data is not None:
+    original = _original_of(layer, slot.parameter)
+    if original.data is not None:
         return original.data
     if slot.opaque:
         return opaque.dequantised(layer, stored_weight(layer, slot.parameter))
-    stored = layer._parameters.get(slot.parameter)
-    if original is not None and original.parameter is not None:
-        stored = original.parameter
+    stored = original.parameter
+    if stored is None:
+        stored = layer._parameters.get(slot.parameter)
     return read_weight(layer, slot.parameter) if stored is None else stored
 
 

@@ -13,8 +13,11 @@ from disha.functional.layouts import Rows
 from disha.layers.blocks import block_name
 from disha.text import counted, join
 
+Tensors = Mapping[str, Tensor]
+"""Tensors by their keys in a file or a state dict."""
 
-def without_values(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+
+def without_values(tensors: Tensors) -> dict[str, Tensor]:
     """Return each tensor without its values (on the meta device)."""
     return {key: tensor.to("meta") for key, tensor in tensors.items()}
 

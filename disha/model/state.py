@@ -13,6 +13,7 @@ from disha.layers.adapted import AdaptedLayer
 from disha.layers.blocks import Block
 from disha.layers.weights import weight_shape
 from disha.model import running_statistics
+from disha.model.records import Tensors
 from disha.model.view import ModelView, all_or_nothing, clean_key
 from disha.sharding.tensors import local_part, reason_against_writing, write
 from disha.sharding.zero import present, whole_shape
@@ -94,7 +95,7 @@ def adapter_state_dict(model: nn.Module, adapter: str = "default") -> dict[str, 
     return {key: present(tensor).detach() for key, tensor in found.items()}
 
 
-def _in_state_dict(view: ModelView, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _in_state_dict(view: ModelView, tensors: Tensors) -> dict[str, Tensor]:
     """Return tensors of the model under their keys in its state dict."""
     absent = {id(tensor): key for key, tensor in tensors.items()}
     state = view.model.state_dict(keep_vars=True)
@@ -200,9 +201,7 @@ def load_adapter_state_dict(
     return report
 
 
-def _under_model_keys(
-    state: Mapping[str, Tensor], expected: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
+def _under_model_keys(state: Tensors, expected: Tensors) -> dict[str, Tensor]:
     """Return the state with each key replaced by the model's key for the same tensor."""
     model_keys = {clean_key(key): key for key in expected}
     given: dict[str, str] = {}
@@ -217,7 +216,7 @@ def _under_model_keys(
     return dict(zip(given, state.values()))
 
 
-def check_fit(expected: Mapping[str, Tensor], found: Mapping[str, object]) -> LoadReport:
+def check_fit(expected: Tensors, found: Mapping[str, object]) -> LoadReport:
     """Compare tensors with their target parameters; change nothing."""
     both = [key for key in expected if key in found]
     reasons = {key: _reason_against(expected[key], found[key]) for key in both}
