@@ -36,18 +36,9 @@ def _all_writes() -> Iterator[Operation]:
             yield found.__set__
 
 
-_RESHAPES = [
-    "as_strided_",
-    "resize_",
-    "resize_as_",
-    "set_",
-    "squeeze_",
-    "swapaxes_",
-    "swapdims_",
-    "t_",
-    "transpose_",
-    "unsqueeze_",
-]
+_RESHAPES = (
+    "as_strided_ resize_ resize_as_ set_ squeeze_ swapaxes_ swapdims_ t_ transpose_ unsqueeze_"
+)
 """Writes that change the shape of a tensor."""
 
 

@@ -241,9 +241,7 @@ def open_checkpoint(path: PathLike) -> Checkpoint:
         with opened(file) as tensors:
             files = dict.fromkeys(tensors.keys(), file)
     elif index.is_file():
-        shards = json.loads(index.read_text(encoding="utf-8")).get("weight_map")
-        if not shards:
-            raise AdapterFileError(f"{index}: weight_map names no tensors; get the folder again")
+        shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         files = {name: path / shard for name, shard in shards.items()}
     else:
         raise AdapterIOError(

@@ -221,10 +221,8 @@ def _shapes(view: ModelView, names: Sequence[str]) -> Shapes:
         for name, module in view.modules.items()
         if isinstance(module, nn.Linear)
     }
-    known: dict[str, Tensor] = {
-        name: one.value for name, one in view.parameters_by_name.items()
-    }
-    known |= statistics(view.names)
+    parameters = {name: one.value for name, one in view.parameters_by_name.items()}
+    known = parameters | statistics(view.names)
     others = known.keys() & names - linear.keys()
     return linear | {name: tuple(known[name].shape) for name in others}
 
