@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         warnings.showwarning = _show_warning  # type: ignore[assignment]
         if not debug:
-            logging.disable(logging.WARNING)
+            logging.disable(logging.ERROR)  # libraries log what they also raise
         os.environ["TQDM_LEAVE"] = ""  # tqdm asks for it when it is imported
         if not (sys.stderr.isatty() and _is_first()):
             os.environ["TQDM_DISABLE"] = "1"

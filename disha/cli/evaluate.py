@@ -11,7 +11,6 @@ import math
 import tempfile
 from argparse import Namespace
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -22,7 +21,6 @@ from disha.cli.dispatcher import Parser
 from disha.cli.models import Asker, add_model_flags, opened
 from disha.cli.output import show
 from disha.errors import ArgumentError
-from disha.finetune.base import without_and_with
 from disha.finetune.data import formed, load_rows, masks_answers
 from disha.text import table
 
@@ -45,28 +43,24 @@ def main(words: Sequence[str]) -> None:
     rows = formed(read, flags.dataset_field, asker.tokenizer)
     if flags.exact_match and "completion" not in rows.column_names:
         raise ArgumentError("--exact_match needs rows with a question and an answer")
-    trainer = _trainer(asker, rows, flags)
-    measure = partial(_measured, asker, trainer, rows, flags)
+    batches = _batches(asker, rows, flags)
     measured: dict[str, dict[str, float]] = {}
-    if flags.adapter is None:
-        measured["base"] = measure()
-    elif flags.compare:
-        load = partial(asker.load, flags)
-        measured["base"], measured["adapter"] = without_and_with(asker.model, load, measure)
-    else:
+    if flags.adapter is None or flags.compare:
+        measured["base"] = _measured(asker, batches, rows, flags)
+    if flags.adapter is not None:
         asker.load(flags)
-        measured["adapter"] = measure()
+        measured["adapter"] = _measured(asker, batches, rows, flags)
     names = next(iter(measured.values()))
     cells = [(name, *(f"{one:.5g}" for one in found.values())) for name, found in measured.items()]
     text = f"{table(('', *names), cells)}\n{len(rows):,} rows"
     show(flags.json, text, {**measured, "rows": len(rows)})
 
 
-def _measured(asker: Asker, trainer: Any, rows: Dataset, flags: Namespace) -> dict[str, float]:
+def _measured(asker: Asker, batches: Any, rows: Dataset, flags: Namespace) -> dict[str, float]:
     """Return the mean loss of a token to predict (nats), its exponential, and more if asked."""
     total, tokens = 0.0, 0
     with torch.no_grad():
-        for batch in tqdm(trainer.get_eval_dataloader(trainer.train_dataset), desc="Measuring"):
+        for batch in tqdm(batches, desc="Measuring"):
             count = int((batch["labels"][:, 1:] != -100).sum())
             total += float(asker.model(**batch).loss) * count
             tokens += count
@@ -75,13 +69,16 @@ def _measured(asker: Asker, trainer: Any, rows: Dataset, flags: Namespace) -> di
     return found | ({"exact": _exact(asker, rows, flags)} if flags.exact_match else {})
 
 
-def _trainer(asker: Asker, rows: Dataset, flags: Namespace) -> Any:
-    """Return a trainer that makes batches of the rows, with the labels that `trl` trains on."""
+def _batches(asker: Asker, rows: Dataset, flags: Namespace) -> Any:
+    """Return the rows as batches, with the labels that `trl` trains on."""
     # Help must not wait for trainers.
     from trl import SFTConfig
 
     from disha.finetune.trainer import Trainer
-    from disha.integrations.transformers import SeenAsPlain
+    from disha.integrations.transformers import QUANTISED
+
+    for flag in QUANTISED:  # a trainer refuses a quantised model, and here it only makes batches
+        setattr(asker.model, flag, False)
 
     with tempfile.TemporaryDirectory() as folder:
         settings = SFTConfig(
@@ -94,15 +91,9 @@ def _trainer(asker: Asker, rows: Dataset, flags: Namespace) -> Any:
             use_cpu=asker.model.device.type == "cpu",
             report_to=[],
         )
-        trainer = Trainer(
-            asker.model,
-            settings,
-            train_dataset=rows,
-            processing_class=asker.tokenizer,
-            callbacks=[SeenAsPlain(asker.model)],
-        )
+        trainer = Trainer(asker.model, settings, None, rows, processing_class=asker.tokenizer)
     asker.model.train(False)
-    return trainer
+    return trainer.get_eval_dataloader(trainer.train_dataset)
 
 
 def _exact(asker: Asker, rows: Dataset, flags: Namespace) -> int:

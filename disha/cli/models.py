@@ -42,12 +42,12 @@ class Asker:
     tokenizer: Any
     is_chat: bool
 
-    def load(self, flags: Namespace, **options: Any) -> None:
+    def load(self, flags: Namespace) -> None:
         """Load the adapter, which must belong to the base if its note has named this."""
         with warnings.catch_warnings():
             if flags.base is None:
                 warnings.simplefilter("error", AdapterFileWarning)
-            disha.load_adapter(self.model, flags.adapter, **options)
+            disha.load_adapter(self.model, flags.adapter)
 
     def _text(self, prompt: Prompt) -> str:
         turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt

@@ -95,8 +95,8 @@ class AdapterArguments:
     merge: bool = _flag(False, "also write the base with the adapter merged, into merged/")
 
     def __post_init__(self) -> None:
-        if self.init_weights == "bat":
-            self.method = "bat"
+        if self.init_weights is not None:
+            self.method = "bat" if self.init_weights == "bat" else "bone"
 
     def settings(self) -> dict[str, Any]:
         """Return the arguments of `disha.inject_adapters`."""
@@ -195,13 +195,27 @@ def parsed(argv: Sequence[str]) -> Parsed:
     words = _with_config(words)
     if "--demo" in words:
         words = [*demo_words(), *words]
+    found = _found(parser, words)
+    path = found[0].adapter
+    if path is None:
+        return found
+    noted = disha.inspect_adapter(path).config.to_json()
+    parser.set_defaults(**noted)
+    found = _found(parser, words)
+    for name, value in noted.items():
+        if vars(found[0]).get(name, value) != value:
+            raise ArgumentError(
+                f"{path} has {name}={value}, which can't change; leave out --{name}"
+            )
+    return found
+
+
+def _found(parser: _Parser, words: Sequence[str]) -> Parsed:
     *found, _, unknown = parser.parse_args_into_dataclasses(
         words, return_remaining_strings=True, look_for_args_file=False
     )
     if unknown:
         _refuse(unknown[0], parser)
-    if found[0].adapter is not None:
-        _require_same(found[0], words, parser)
     return tuple(found)  # type: ignore[return-value]
 
 
@@ -274,20 +288,6 @@ def _refuse(word: str, parser: argparse.ArgumentParser) -> NoReturn:
     near = difflib.get_close_matches(word.partition("=")[0], known, 1)
     hint = f"; did you mean {near[0]}?" if near else "; --help_all shows all flags"
     raise ArgumentError(f"there is no flag {word}{hint}")
-
-
-def _require_same(
-    adapter: AdapterArguments, words: Sequence[str], parser: argparse.ArgumentParser
-) -> None:
-    """Refuse flags that say something else of the adapter than the file to train further."""
-    noted = disha.inspect_adapter(str(adapter.adapter)).config.to_json()
-    for word in words:
-        action = parser._option_string_actions.get(word.partition("=")[0])
-        name = "method" if word == "--init_weights" else getattr(action, "dest", "")
-        if name in noted and getattr(adapter, name) != noted[name]:
-            raise ArgumentError(
-                f"{adapter.adapter} has {name}={noted[name]}, which can't change; leave out {word}"
-            )
 
 
 def _rank(pair: str) -> tuple[str, int]:

@@ -9,9 +9,8 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from transformers import (
@@ -30,7 +29,6 @@ from disha.errors import ArgumentError, MissingPackageError
 
 BITS = ("bf16", "fp32", "8", "4")
 BASE_KEY, TEMPLATE_KEY = "base", "chat_template"  # the keys of notes in an adapter file
-Found = TypeVar("Found")
 NAME = re.compile(r"\w[\w.-]{0,95}(/\w[\w.-]{0,95})?", re.ASCII)
 
 
@@ -55,6 +53,9 @@ def load_base(
         raise ArgumentError(f"can't load the base {name}: {error}") from error
     if bits == "4":
         _quantise_stacks(model)
+        for module in model.modules():
+            # bitsandbytes would pack weights for this processor, and they would take no adapter.
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return model, tokenizer
@@ -173,16 +174,3 @@ def template_at(name: str) -> str:
     if path.is_file() or path.suffix == ".jinja":
         return path.read_text(encoding="utf-8")
     return str(AutoTokenizer.from_pretrained(name).chat_template)
-
-
-def without_and_with(
-    model: PreTrainedModel, load: Callable[..., Any], measured: Callable[[], Found]
-) -> tuple[Found, Found]:
-    """Return what is measured of a base alone, and with the adapter that `load` loads."""
-    # bitsandbytes packs 4-bit weights in evaluation mode, and packed ones can't be adapted.
-    load(also_train=False)
-    with disha.adapters_disabled(model):
-        without = measured()
-    disha.remove_adapters(model)
-    load()
-    return without, measured()

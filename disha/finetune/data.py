@@ -13,13 +13,11 @@ from __future__ import annotations
 
 import glob
 import json
-import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import NoneType
 from typing import Any
 
-import datasets
 from datasets import (
     Dataset,
     Features,
@@ -48,7 +46,6 @@ ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "as
 """The roles of ShareGPT -> those of chat templates."""
 
 TEXT = Value("string")
-TURNS = [{"role": TEXT, "content": TEXT}]
 
 
 def load_rows(data: str, split: str = "train") -> Dataset:
@@ -64,14 +61,13 @@ def load_rows(data: str, split: str = "train") -> Dataset:
         raise ArgumentError(f"{data} must end with one of {', '.join(BUILDERS)}")
     if suffix == ".tsv":
         options["delimiter"] = "\t"
-    datasets.logging.set_verbosity(logging.CRITICAL)  # what it raises, it also logs
     try:
         rows = load_dataset(builder, split=split, **options)
     except (DatasetGenerationError, OSError, ValueError) as error:
         if len(files) > 1:
             for file in files:  # the one that is wrong raises
                 load_rows(glob.escape(file), split)
-        found = _wrong_line(data) if files else None
+        found = builder in ("csv", "json", "text") and data[-3:] != ".gz" and _wrong_line(data)
         raise ArgumentError(f"can't read {data}: {found or error.__cause__ or error}") from error
     if builder == "text":
         rows = rows.filter(lambda row: row["text"].strip())
@@ -82,9 +78,7 @@ def load_rows(data: str, split: str = "train") -> Dataset:
 
 
 def _wrong_line(path: str) -> str | None:
-    """Return the first line of a text file that is not UTF-8, or no JSON where each line is."""
-    if path.endswith((".parquet", ".gz")) or Path(path).is_dir():
-        return None
+    """Return the first line that is not UTF-8, or no JSON where each line is."""
     for number, line in enumerate(Path(path).read_bytes().splitlines(), start=1):
         try:
             text = line.decode()
@@ -127,7 +121,7 @@ def formed(rows: Dataset, fields: Sequence[str], tokenizer: PreTrainedTokenizerB
         return _mapped(rows, _texts, TEXT, fields={"prompt": "prompt", "completion": "completion"})
     if len(fields) == 2:
         is_chat = bool(tokenizer.chat_template)
-        return _mapped(rows, _pair, TURNS if is_chat else TEXT, fields=fields, is_chat=is_chat)
+        return _mapped(rows, _pair, None if is_chat else TEXT, fields=fields, is_chat=is_chat)
     if not isinstance(rows[0][fields[0]], list):
         return _mapped(rows, _texts, TEXT, fields={"text": fields[0]})
     if not tokenizer.chat_template:
@@ -168,7 +162,7 @@ def _mapped(rows: Dataset, form: Any, kind: Any = None, **options: Any) -> Datas
     def formed_row(row: Mapping[str, Any], index: int) -> dict[str, Any]:
         try:
             return form(row, **options)
-        except (ArgumentError, LookupError, TypeError, ValueError, AttributeError) as error:
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
             raise ArgumentError(f"row {index + 1} of {name} can't be used: {error}") from error
 
     return rows.map(
@@ -215,6 +209,7 @@ def _messages(row: Mapping[str, Any], field: str, split: bool) -> dict[str, Any]
 def _message(said: Mapping[str, Any]) -> dict[str, Any]:
     if "from" in said:
         said = {"role": ROLES.get(said["from"], said["from"]), "content": said["value"]}
-    for field in ("role",) if said.get("tool_calls") else ("role", "content"):
-        _filled(said, field)
+    _filled(said, "role")
+    if not said.get("tool_calls"):
+        _filled(said, "content")
     return dict(said)

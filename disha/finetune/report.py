@@ -7,14 +7,12 @@ import importlib.metadata
 import itertools
 import json
 import math
-import os
 import platform
 import re
 import sys
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +25,7 @@ from trl import SFTConfig
 
 import disha
 from disha.errors import DishaError
-from disha.files import ADAPTER_NAME
-from disha.finetune.base import load_base, without_and_with
+from disha.finetune.base import load_base
 from disha.finetune.trainer import Trainer
 from disha.integrations.transformers import AdapterCheckpoints
 from disha.text import counted
@@ -97,8 +94,9 @@ def prove(base: str, bits: str, path: Path, outcome: Outcome) -> Proof:
     model, tokenizer = load_base(base, bits, training.device)
     is_main = training.process_index == 0
     rows = _with_question(outcome.checked, training.samples if is_main else 0)
-    load = partial(disha.load_adapter, model, path)
-    answers = without_and_with(model, load, partial(_answers, model, tokenizer, rows))
+    without = _answers(model, tokenizer, rows)
+    disha.load_adapter(model, path)
+    answers = zip(rows, without, _answers(model, tokenizer, rows), strict=True)
     trainer = Trainer(
         model,
         training,
@@ -110,9 +108,7 @@ def prove(base: str, bits: str, path: Path, outcome: Outcome) -> Proof:
     return Proof(
         trained=outcome.loss,
         loaded=trainer.evaluate()["eval_loss"],
-        samples=tuple(
-            _sample(row, tokenizer, *two) for row, *two in zip(rows, *answers, strict=True)
-        ),
+        samples=tuple(_sample(row, tokenizer, *two) for row, *two in answers),
     )
 
 
@@ -160,7 +156,6 @@ def _page(samples: Sequence[Sample]) -> str:
 
 def write_report(folder: Path, settings: Mapping[str, Any], outcome: Outcome, proof: Proof) -> None:
     """Write the plot, the samples and the report, and print the result."""
-    injected = disha.inspect_adapter(folder / ADAPTER_NAME).config.to_json()
     losses, name = outcome.losses, "held-out" if outcome.is_held_out else "training"
     _plot(outcome.state, losses, name).savefig(folder / PLOT)
     if proof.samples:
@@ -168,10 +163,10 @@ def write_report(folder: Path, settings: Mapping[str, Any], outcome: Outcome, pr
     steps, summary = outcome.state.global_step, outcome.summary
     seconds = sum(logged(outcome.state, "train_runtime").values())
     report = {
-        "settings": {**settings, **injected, **outcome.training.to_sanitized_dict()},
+        "settings": {**settings, **outcome.training.to_sanitized_dict()},
         "versions": {"python": platform.python_version(), "disha": disha.__version__}
         | {package: importlib.metadata.version(package) for package in PACKAGES},
-        "machine": _machine(outcome.training.device),
+        "machine": platform.platform(),
         "parameters": {"trainable": summary.trainable, "total": summary.total},
         "rows": {"training": outcome.rows, "measured": len(outcome.checked)},
         "steps": steps,
@@ -210,32 +205,14 @@ def _plot(state: TrainerState, losses: Mapping[int, float], name: str) -> Figure
     return figure
 
 
-def _machine(device: torch.device) -> dict[str, Any]:
-    cpuinfo = _text_of("/proc/cpuinfo")
-    found = re.search(r"^model name\s*: (.+)$", cpuinfo, re.MULTILINE)
-    return {
-        "system": platform.platform(),
-        "processor": found[1] if found else platform.processor() or platform.machine(),
-        "cpus": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else device.type,
-    }
-
-
 def _peak_memory() -> int | None:
     """Return this process's peak resident memory in bytes; None if unknown."""
-    # On Linux, `getrusage` also counts the memory of the process that started this one.
-    found = re.search(r"^VmHWM:\s*(\d+) kB$", _text_of("/proc/self/status"), re.MULTILINE)
-    if found:
-        return int(found[1]) * 1024
+    status = Path("/proc/self/status")
+    if status.exists():  # on Linux, `getrusage` counts the memory of the starting process too
+        return int(re.findall(r"VmHWM:\s*(\d+) kB", status.read_text())[0]) * 1024
     if sys.platform == "win32":
         return None
     import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
-
-
-def _text_of(path: str) -> str:
-    """Return the text of a file that only Linux has; elsewhere, an empty text."""
-    return Path(path).read_text() if Path(path).exists() else ""

@@ -140,11 +140,11 @@ def _trainer(
     sets, held_out = _read(data, training)
     quantised = bits in ("8", "4")
     model, tokenizer = load_base(base, bits, training.device if quantised else None)
-    template = None if adapter.adapter is None else noted_template(Path(adapter.adapter))
+    template = adapter.adapter and noted_template(Path(adapter.adapter))
     if training.chat_template_path:
         template = template_at(training.chat_template_path)
         training.chat_template_path = None  # trl would also add the tokens of another model
-    if template is not None:
+    if template:
         tokenizer.chat_template = template
     rows = mixed(
         [formed(one, data.dataset_field, tokenizer) for one in sets],
@@ -161,10 +161,7 @@ def _trainer(
     _adapt(model, adapter)
     patience = training.early_stopping_patience
     is_chat = "messages" in rows.column_names or isinstance(rows[0].get("prompt"), list)
-    notes = {PROMPT_KEY: "chat" if is_chat else "text"}
-    if template is not None:
-        notes[TEMPLATE_KEY] = template
-    return Trainer(
+    trainer = Trainer(
         model,
         training,
         train_dataset=rows,
@@ -174,9 +171,12 @@ def _trainer(
             AdapterCheckpoints(model),
             *([EarlyStoppingCallback(patience)] if patience else []),
         ],
-        is_held_out=held_out is not None,
-        notes=notes,
     )
+    trainer.is_held_out = held_out is not None
+    trainer.notes = {PROMPT_KEY: "chat" if is_chat else "text"}
+    if template:
+        trainer.notes[TEMPLATE_KEY] = template
+    return trainer
 
 
 def _read(data: DataArguments, training: TrainingArguments) -> tuple[list[Dataset], Dataset | None]:
