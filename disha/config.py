@@ -113,9 +113,9 @@ class AdapterConfig:
             values["target"] = _as_tuple("target_regex", self.target)
         for name in ("exclude", "also_train"):
             values[name] = _as_tuple(name, values[name])
-        values["rank_pattern"] = _as_dict("rank_pattern", self.rank_pattern, check_positive_int)
-        values["layouts"] = _as_dict("layouts", self.layouts, lambda _, one: layout_of(one).pattern)
-        values["rows"] = _as_dict("rows", self.rows, checked_rows)
+        values["rank_pattern"] = as_dict("rank_pattern", self.rank_pattern, check_positive_int)
+        values["layouts"] = as_dict("layouts", self.layouts, lambda _, one: layout_of(one).pattern)
+        values["rows"] = as_dict("rows", self.rows, checked_rows)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (AdapterConfig.from_json, (self.to_json(),))
@@ -177,6 +177,7 @@ HINTS = {
     "lora_dropout": "dropout",
     "modules_to_save": "also_train",
     "adapter_name": "adapter",
+    "trainable_token_indices": "also_train_rows",
 }
 """Names of arguments that users of PEFT expect -> those of this library."""
 
@@ -242,7 +243,7 @@ def _as_tuple(name: str, patterns: Any) -> tuple[str, ...]:
     return tuple(found)
 
 
-def _as_dict(name: str, value: Any, checked: Callable[[str, Any], Any]) -> Mapping[str, Any]:
+def as_dict(name: str, value: Any, checked: Callable[[str, Any], Any]) -> Mapping[str, Any]:
     """Return a read-only copy of a dict from regexes to items, which are checked."""
     found = {} if value is None else value
     check_type(name, found, Mapping, "a dict of regex -> value")
@@ -251,18 +252,19 @@ def _as_dict(name: str, value: Any, checked: Callable[[str, Any], Any]) -> Mappi
 
 
 def checked_rows(name: str, ranges: Any) -> Rows:
-    """Check ranges of rows and return them in order."""
+    """Check numbers of rows, or ranges of them, and return ranges in order."""
     try:
-        rows: Rows = tuple(sorted((index(first), index(stop)) for first, stop in ranges))
+        pairs = ((one, one + 1) if isinstance(one, int) else one for one in ranges)
+        rows: Rows = tuple(sorted((index(first), index(stop)) for first, stop in pairs))
     except (TypeError, ValueError) as error:
         raise ArgumentTypeError(
-            f"{name} must be a list of pairs (first, stop) of ints, such as [(0, 768)], "
+            f"{name} must be a list of row numbers, or of pairs (first, stop) such as (0, 768), "
             f"got {brief(ranges)}"
         ) from error
     ends = [end for pair in rows for end in pair]
     if not rows or ends[0] < 0 or ends != sorted(ends) or any(a == b for a, b in rows):
         raise ArgumentError(
-            f"{name} must have 0 <= first < stop, and must not overlap, got {brief(ranges)}"
+            f"{name} must have rows from 0, each once (0 <= first < stop), got {brief(ranges)}"
         )
     return rows
 

@@ -835,6 +835,7 @@ def test_entries_have_every_field_of_every_tensor(path):
         "groups": 1,
         "padding_idx": 3,
         "rows": [],
+        "tied": [],
         "key": "embed.bone_block",
         "shape": (4, 6),
         "dtype": "float32",

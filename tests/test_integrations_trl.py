@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import logging
 import random
@@ -132,12 +133,21 @@ def test_over_a_quantised_base_blocks_train_and_keep_their_dtype(tmp_path):
     assert_same(again, model)
 
 
-def test_an_adapter_on_the_head_is_refused(tmp_path):
-    model = disha.inject_adapters(llama(), "lm_head", r=4, method="bat")
-    with pytest.raises(disha.ArgumentError, match="exclude='lm_head'"):
-        tuned(model, tmp_path, 1)
-    with pytest.raises(disha.ArgumentError, match="exclude='lm_head'"):
-        preferring(model, tmp_path)
+@pytest.mark.parametrize("method", ["bone", "bat"])
+@pytest.mark.parametrize(("target", "tied"), [("lm_head", False), ("embed_tokens", True)])
+def test_an_adapter_on_the_head_trains(tmp_path, method, target, tied):
+    """The losses of trl read the head's weight. The same steps with a dense one are the oracle."""
+    model = llama(tie_word_embeddings=tied)
+    disha.inject_adapters(model, target, r=4, method=method, init="kaiming")
+    (block,), expected = disha.adapter_parameters(model), copy.deepcopy(model)
+    start = block.detach().clone()
+    trainer = tuned(model, tmp_path, 1, optim="sgd", max_grad_norm=0)
+    batch = next(iter(trainer.get_train_dataloader()))
+    expected(**batch).loss.backward()
+    (gradient,) = (one.grad for one in disha.adapter_parameters(expected))
+    torch.testing.assert_close(block.detach(), start - 1e-2 * gradient)
+    preferring(model, tmp_path, max_steps=1).train()
+    assert not torch.equal(block, start - 1e-2 * gradient)
 
 
 # --- DPOTrainer ----------------------------------------------------------------------------------

@@ -28,9 +28,12 @@ def linear_product(input: Any, weight: Any, bias: Any = None) -> Any:
         return NotImplemented
     if not isinstance(weight, EffectiveWeight) or not _is_dense(input):
         return NotImplemented
-    if weight.weight_layout.pattern != "out in":
+    base, layout = weight.base, weight.weight_layout
+    if layout.in_first and base.dim() == 2:  # such as a table, to which an output head is tied
+        return weight.updates.product(F.linear, input, base, bias, layout)
+    if layout.pattern != "out in":
         return NotImplemented
-    return weight.updates.linear(input, weight.base, bias)
+    return weight.updates.linear(input, base, bias)
 
 
 # With ZeRO-3, DeepSpeed replaces F.linear by a function of its own.
@@ -45,7 +48,7 @@ def _matmul(input: Any, other: Any) -> Any:
     if not _is_dense(input):
         return NotImplemented
     transposed = turned(other)
-    if other.weight_layout.pattern == "in out":
+    if other.base.dim() == 2:
         return linear_product(input, transposed)
     updates = other.updates.of_all_samples
     if other.weight_layout.pattern == "expert in out" and input.dim() == 3 and updates is not None:
@@ -78,7 +81,7 @@ def _weight_first(weight: EffectiveWeight, x: Tensor) -> Any:
 
 @rule("addmm")
 def _addmm(input: Any, mat1: Any, mat2: Any, *, beta: float = 1, alpha: float = 1) -> Any:
-    if not isinstance(mat2, EffectiveWeight) or mat2.weight_layout.pattern != "in out":
+    if not isinstance(mat2, EffectiveWeight):
         return NotImplemented
     if isinstance(mat1, EffectiveWeight) or input.dim() != 1 or (beta, alpha) != (1, 1):
         return NotImplemented
@@ -114,6 +117,9 @@ def _conv(
 ) -> Any:
     if not isinstance(weight, EffectiveWeight) or not weight.weight_layout.has_kernel:
         return NotImplemented
+    in_first = func in (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
+    if weight.weight_layout.in_first != in_first:
+        return NotImplemented
 
     def convolve(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
         return func(x, w, b, *args, **kwargs)
@@ -134,7 +140,7 @@ def _embedding(
     scale_grad_by_freq: bool = False,
     sparse: bool = False,
 ) -> Any:
-    if not isinstance(weight, EffectiveWeight) or weight.weight_layout.pattern != "index out":
+    if not isinstance(weight, EffectiveWeight) or weight.base.dim() != 2:
         return NotImplemented
     if not _is_dense(input) or scale_grad_by_freq or max_norm is not None:
         # Torch changes the rows, or the gradient, of the computed weight, whose gradient is dense.
@@ -151,8 +157,7 @@ def _embedding(
 @rule(Tensor.__getitem__)
 def _item(weight: Any, index: Any) -> Any:
     """Look rows of a table up, or view a part of the weight."""
-    looks_up = weight.weight_layout.pattern == "index out"
-    if looks_up and isinstance(index, Tensor) and is_index(index):
+    if weight.base.dim() == 2 and isinstance(index, Tensor) and is_index(index):
         # Unlike a lookup, an index may count from the end.
         return _embedding(torch.where(index < 0, index + weight.base.shape[0], index), weight)
     return item_of(weight, index)

@@ -157,7 +157,10 @@ def _sum(name: str, parts: Sequence[_Part], r: int | None) -> tuple[LayerRecord,
             f"layer {name!r}: {method.name} blocks can't be added, because dW is not linear in the "
             "block; load them as several adapters instead, whose updates add up"
         )
-    same = {(one.in_features, one.out_features, one.layout, one.rows) for one, _, _, _ in parts}
+    same = {
+        (one.in_features, one.out_features, one.layout, one.rows, one.tied)
+        for one, _, _, _ in parts
+    }
     if r > first.in_features:
         raise ArgumentError(
             f"layer {name!r}: the sum needs r={r}, but the layer has only {first.in_features} "

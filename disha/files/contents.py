@@ -31,7 +31,7 @@ from disha.files.header import (
 )
 from disha.functional import METHODS
 from disha.layers.blocks import check_adapter_name
-from disha.layers.weights import base_of, geometry_of, is_packed
+from disha.layers.weights import base_of, geometry_of, is_packed, start_of
 from disha.model import running_statistics
 from disha.model.fingerprints import fingerprint, same_base
 from disha.model.inject import apply_plan
@@ -255,12 +255,13 @@ def adapter_contents(
             )
     tensors = {key: gathered(tensor).detach().cpu().contiguous() for key, tensor in held.items()}
     blocks = view.require(adapter)
-    layers = tuple(_record(one, base=base) for one in blocks)
+    layers = tuple(_record(view, one, base=base) for one in blocks)
     with ranks.agreeing(action):
         _check_can_be_loaded(adapter, layers, tensors)
     keys = {layer.key for layer in layers}
+    configs = [one.block.config for one in blocks]
     header = AdapterHeader(
-        config=blocks[0].block.config,
+        config=min(configs, key=lambda one: METHODS[one.method].replaces),
         layers=layers,
         also_train=tuple(sorted(tensors.keys() - keys)),
         tensors=without_values(tensors),
@@ -269,7 +270,7 @@ def adapter_contents(
     return header, tensors
 
 
-def _record(one: ModelBlock, *, base: bool) -> LayerRecord:
+def _record(view: ModelView, one: ModelBlock, *, base: bool) -> LayerRecord:
     block, geometry = one.block, geometry_of(one.layer, one.block.slot)
     return LayerRecord(
         name=one.name,
@@ -282,14 +283,15 @@ def _record(one: ModelBlock, *, base: bool) -> LayerRecord:
         base=_base_fingerprint(one) if base else None,
         layout=block.slot.layout,
         rows=block.slot.rows,
+        tied=tuple(view.borrowers(one)),
     )
 
 
 def _base_fingerprint(one: ModelBlock) -> str | None:
     """Return the fingerprint of an adapted weight's original, or None if it is quantised."""
     slot = one.block.slot
-    # Quantised values depend on how it is done, but an adapter fits all ways.
-    if slot.opaque or is_packed(one.layer, slot.parameter):
+    # Quantised values depend on how it is done, but an adapter fits all ways. New rows fit all.
+    if slot.opaque or is_packed(one.layer, slot.parameter) or one.block.method.replaces:
         return None
     return fingerprint(slot.layout.part(present(base_of(one.layer, slot)), slot.rows))
 
@@ -297,7 +299,7 @@ def _base_fingerprint(one: ModelBlock) -> str | None:
 def _check_can_be_loaded(
     adapter: str, layers: Sequence[LayerRecord], tensors: Mapping[str, Tensor]
 ) -> None:
-    methods = {(layer.method, layer.r_out) for layer in layers}
+    methods = {(one.method, one.r_out) for one in layers if not METHODS[one.method].replaces}
     if len(methods) > 1:
         raise AdapterStateError(
             f"adapter {adapter!r} has blocks of different methods or r_out, and a file holds one; "
@@ -443,7 +445,8 @@ def load_contents(
                 mine = {"r": block.config.r, "rank_pattern": block.config.rank_pattern}
                 undo.callback(block.set_scale, block.scale)
                 undo.callback(block.reconfigure, block.config)
-                block.reconfigure(header.config.changed(**mine))
+                same = block.method.name == header.config.method
+                block.reconfigure(header.config.changed(**mine) if same else block.config)
             block.set_scale(layer.scale)
         _warn_of_other_base(incoming)
     return LoadReport(matched=tuple(incoming.values))  # if a key did not fit, this has raised
@@ -497,8 +500,11 @@ def _as_wide_as_the_model(incoming: _Incoming) -> _Incoming:
 
 def _differences(incoming: _Incoming) -> list[str]:
     """Return how the blocks that it replaces differ from its own."""
-    fields = ("method", "r", "r_out", "in_features", "out_features", "layout", "rows")
-    records = [(one.name, _record(one, base=False), theirs) for one, theirs in incoming.layers()]
+    fields = ("method", "r", "r_out", "in_features", "out_features", "layout", "rows", "tied")
+    records = [
+        (one.name, _record(incoming.view, one, base=False), theirs)
+        for one, theirs in incoming.layers()
+    ]
     return [
         f"{name}: {field} is {getattr(theirs, field)} in the file and "
         f"{getattr(mine, field)} in the model"
@@ -526,9 +532,11 @@ def _forget_the_rest(incoming: _Incoming, undo: ExitStack) -> None:
     """Give the base's values to the statistics and layers that the adapter lacks."""
     running_statistics.put_back_statistics(incoming.view.names, undo, incoming.values)
     loaded = {one.block for one, _ in incoming.layers()}
-    for *_, block in incoming.view.require(incoming.adapter):
+    for _, layer, _, block in incoming.view.require(incoming.adapter):
         if block not in loaded:
-            write(block.block, block.block.new_zeros(whole_shape(block.block)), undo)
+            start = start_of(layer, block)
+            zeros = block.block.new_zeros(whole_shape(block.block))
+            write(block.block, zeros if start is None else start, undo)
 
 
 def _warn_of_other_base(incoming: _Incoming) -> None:

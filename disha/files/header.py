@@ -141,7 +141,7 @@ def header_to_json(header: AdapterHeader) -> str:
     fields = {
         "format": FORMAT,
         "config": {name: value for name, value in settings.items() if value != usual[name]},
-        "layers": [layer.entry() for layer in header.layers],
+        "layers": [layer.entry(header.config.method) for layer in header.layers],
         "also_train": list(header.also_train),
         "metadata": dict(sorted(header.metadata.items())),
     }
@@ -220,7 +220,9 @@ def _parsed(path: Path, found: Any, tensors: Mapping[str, Tensor]) -> AdapterFil
 def _layer(config: AdapterConfig, entry: Any) -> LayerRecord:
     name, base, padding = entry["name"], entry.get("base"), entry.get("padding_idx")
     groups, rows, scale = entry.get("groups", 1), entry.get("rows"), entry.get("scale", 1)
-    check_type("the name of a layer", name, str, "text")
+    tied, method = entry.get("tied", ()), entry.get("method", config.method)
+    for text in (name, *tied):
+        check_type("the name of a layer", text, str, "text")
     check_type("base", base, (str, type(None)), "text")
     check_type("padding_idx", padding, (int, type(None)), "an int")
     for what in ("r", "in", "out"):
@@ -229,15 +231,16 @@ def _layer(config: AdapterConfig, entry: Any) -> LayerRecord:
     check_scale(scale)
     return LayerRecord(
         name=name,
-        method=config.method,
+        method=method,
         r=entry["r"],
-        r_out=config.r_out,
+        r_out=config.r_out if method == config.method else None,
         in_features=entry["in"],
         out_features=entry["out"],
         scale=float(scale),
         base=base,
         layout=Layout(layout_of(entry["layout"]).pattern, groups, padding),
         rows=() if rows is None else checked_rows(name, rows),
+        tied=tuple(tied),
     )
 
 

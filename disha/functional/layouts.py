@@ -45,6 +45,7 @@ PATTERNS = (
 """The layouts that a weight can have."""
 
 _TURNED = {"out in": "in out", "in out": "out in"}
+_TURNED |= {"index out": "out in"}
 _TURNED |= {f"expert {one}": f"expert {other}" for one, other in _TURNED.items()}
 
 
@@ -123,7 +124,7 @@ class Layout:
 
     def turned(self) -> Layout | None:
         """Return the layout of the transposed matrices, or None if `PATTERNS` has none."""
-        pattern = _TURNED.get(self.pattern)
+        pattern = None if self.padding_idx is not None else _TURNED.get(self.pattern)
         return None if pattern is None else replace(self, pattern=pattern)
 
     def of_one_expert(self) -> Layout:
@@ -253,7 +254,7 @@ def place_rows(part: Tensor, rows: Rows, size: int, dim: int = -2) -> Tensor:
         return part
     shape = list(part.shape)
     shape[dim] = size
-    whole, taken = part.new_zeros(shape), 0
+    whole, taken = part.new_full(shape, -0.0), 0  # x + -0.0 keeps every bit of x, also of -0.0
     for first, stop in rows:
         whole.narrow(dim, first, stop - first).copy_(part.narrow(dim, taken, stop - first))
         taken += stop - first

@@ -6,6 +6,7 @@ A method is defined on one matrix W (out, in) with n = ceil(in / r) shards of it
     bone     (r, out)                dW[o, i] = D[i mod r, o]
     tile     (r, r_out)              dW[o, i] = D[i mod r, o mod r_out]: Bone with r_out
     bat      (ceil(out / r), r, r)   dW_ab = W_ab D_a + D_a for every r x r tile of W
+    rows     of W's shape            dW = D - W: D has new values of W, usually of a few rows
 
 A layout (`disha.functional.layouts`) says how a weight becomes a stack of such matrices. A block
 then has the axes of the stack before its own. In a convolution, a block of two axes is kept like
@@ -58,6 +59,7 @@ class Method:
             block. R acts as a smaller weight: the product of x with dW equals the product of S(x)
             with R.
         tiles: whether a block can have an output shard r_out.
+        replaces: whether the block has new values of W, and so starts as W is, whatever `init` says.
         additive: whether dW is linear in D. If so, combining adapters adds up their blocks, which
             gives wrong numbers for a method that is not linear.
 
@@ -92,6 +94,7 @@ class Method:
     reads_weight: ClassVar[bool] = False
     reduces: ClassVar[bool] = False
     tiles: ClassVar[bool] = False
+    replaces: ClassVar[bool] = False
     additive: ClassVar[bool] = False
 
     def __reduce__(self) -> Any:
@@ -289,7 +292,22 @@ class _Bat(Method):
         return None if start % r or (stop % r and stop != in_features) else block
 
 
-METHODS: dict[str, Method] = {method.name: method for method in (_Bone(), _Bat())}
+class _Rows(Method):
+    name = "rows"
+    reads_weight = True
+    replaces = True
+
+    def shape(self, geometry: Geometry, r: int, r_out: int | None) -> tuple[int, ...]:
+        return (*geometry.stack, geometry.in_features, geometry.out_features)
+
+    def delta(self, block: Tensor, geometry: Geometry, matrices: Tensor | None) -> Tensor:
+        return block.mT - matrices
+
+    def _keeps_as_weight(self, layout: Layout) -> bool:
+        return True
+
+
+METHODS: dict[str, Method] = {method.name: method for method in (_Bone(), _Bat(), _Rows())}
 """Name of a method -> the method."""
 
 

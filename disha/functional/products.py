@@ -24,7 +24,7 @@ from torch.compiler import is_compiling
 from torch.utils.checkpoint import checkpoint
 
 from disha.functional.bone import embedding_delta
-from disha.functional.layouts import Layout, Rows, place_rows
+from disha.functional.layouts import Geometry, Layout, Rows, place_rows
 from disha.functional.methods import Method
 from disha.functional.private_torch import any_autocast, transforms_active
 from disha.functional.shard_sums import (
@@ -33,6 +33,7 @@ from disha.functional.shard_sums import (
     merged_weight,
     pad_to_multiple,
     scaled,
+    shard_count,
     shard_sum,
     shard_sums,
     tiled,
@@ -70,6 +71,11 @@ class Update(NamedTuple):
     dropout: float = 0.0
     rows: Rows = ()
     chosen: Tensor | None = None
+
+    @property
+    def is_apart(self) -> bool:
+        """Whether its product is added to that of W, and dW is not folded into W."""
+        return bool(self.dropout or (self.rows and self.method.replaces))
 
     @property
     def chosen_block(self) -> Tensor:
@@ -135,13 +141,15 @@ def adapted_product(
     """Return a product of x with W + sum of s dW, plus b.
 
     `multiply` is that of a linear layer, with x (..., in), of a convolution, with x
-    (..., in, *positions), or of a lookup, with indices x (...).
+    (..., in, *positions), or of a lookup, with indices x (...). A linear product with a table, as
+    in an output head that is tied to an embedding, has x (..., out), and its result (..., in). A
+    lookup in the weight of a linear layer has the indices of outputs.
     """
-    out_features = layout.geometry(weight.shape).out_features
-    small, folded, others = _divided(updates, layout, out_features)
+    sizes = layout.geometry(weight.shape)
+    small, folded, others = _divided(updates, layout, sizes.out_features)
     output = multiply(x, computed_weight(weight, layout, folded), bias)
     for one in small:
-        output = added(output, _reduced_product(multiply, x, layout, one, out_features, groups))
+        output = added(output, _reduced_product(multiply, x, layout, one, sizes, groups))
     for update in others:
         output = added(output, update_product(multiply, x, weight, layout, update, groups))
     return output
@@ -156,35 +164,55 @@ def update_product(
     groups: int = 1,
 ) -> Tensor:
     """Return the product of x with s dW of one update, with its dropout."""
-    out_features = layout.geometry(weight.shape).out_features
-    small = reduced_updates([update], layout, out_features)
+    sizes = layout.geometry(weight.shape)
+    small = reduced_updates([update], layout, sizes.out_features)
     if small:
-        return _reduced_product(multiply, x, layout, small[0], out_features, groups)
-    delta = update.method.delta_weight(layout, update.chosen_block, weight, update.rows)
-    if layout.pattern == "index out":
-        output = multiply(x, delta.to(weight.dtype), None) * update.scale
+        return _reduced_product(multiply, x, layout, small[0], sizes, groups)
+    rows = update.rows if layout.pattern == "out in" else ()  # then the product has only these
+    own = () if rows else update.rows
+    part, block = layout.part(weight, rows), update.chosen_block
+    delta = scaled(update.method.delta_weight(layout, block, part, own), update.scale)
+    numbers = [torch.arange(*ends, device=x.device) for ends in rows]
+    if not x.is_floating_point():  # indices
+        if rows:
+            found = x.unsqueeze(-1) == torch.cat(numbers)  # (..., rows)
+            output = F.embedding(found.int().argmax(-1), delta) * found.any(-1, keepdim=True)
+        else:
+            output = multiply(x, delta.to(weight.dtype), None)
         return _dropped_tokens(output, update.dropout)
     x = F.dropout(x, update.dropout) if update.dropout else x
-    return multiply(x, delta.to(x.dtype), None) * update.scale
+    output = multiply(x, delta.to(x.dtype), None)
+    if rows:
+        whole = output.new_zeros((*output.shape[:-1], sizes.out_features))
+        output = whole.index_add_(-1, torch.cat(numbers), output)
+    return output
 
 
 def _reduced_product(
-    multiply: Product, x: Tensor, layout: Layout, small: Reduced, out_features: int, groups: int
+    multiply: Product, x: Tensor, layout: Layout, small: Reduced, sizes: Geometry, groups: int
 ) -> Tensor:
     """Return s S(x) R: the product of the shard sums with a smaller weight of the same layout."""
     matrix, dropout, chosen = small
-    if layout.pattern == "index out":
+    r, out_features, looks_up = matrix.shape[-2], sizes.out_features, not x.is_floating_point()
+    if not looks_up:
+        x = F.dropout(x, dropout) if dropout else x
+        matrix = matrix.to(x.dtype)
+    if len(layout.axes) == 2 and layout.in_first != looks_up:
+        # The product with the transposed dW is x R^T, repeated over the shards of the inputs.
+        delta = multiply(x, layout.weight(tiled(matrix, out_features).mT), None)  # (..., r)
+        delta = tiled(delta, shard_count(sizes.in_features, r) * r)[..., : sizes.in_features]
+        if layout.padding_idx is not None:
+            delta[..., layout.padding_idx] = 0.0
+        return _dropped_tokens(delta, dropout * looks_up)
+    if looks_up:
         delta = embedding_delta(x, matrix, out_features, padding_idx=layout.padding_idx)
         return _dropped_tokens(delta, dropout)
-    x = F.dropout(x, dropout) if dropout else x
     # A linear tile is repeated after the product, so backward keeps nothing of the larger size.
     matrix = matrix if multiply is F.linear else tiled(matrix, out_features)
-    r = matrix.shape[-2]
     dim = 1 - layout.weight(matrix.mT).dim() if layout.has_kernel else -1
     if groups > 1:
         x = torch.unflatten(x, dim, (groups, -1))
     sums, regain = shard_sums(x, r, dim)
-    matrix = matrix.to(x.dtype)
     if groups > 1:
         sums = torch.flatten(sums, dim - 1, dim)
 
@@ -210,8 +238,8 @@ def _divided(
 ) -> tuple[list[Reduced], list[Update], list[Update]]:
     """Return the updates that use shard sums, are folded into W, or need their own product."""
     dense = [update for update in updates if not update.method.reduces]
-    folded = [update for update in dense if not update.dropout]
-    others = [update for update in dense if update.dropout]
+    folded = [update for update in dense if not update.is_apart]
+    others = [update for update in dense if update.is_apart]
     return reduced_updates(updates, layout, out_features), folded, others
 
 

@@ -127,7 +127,7 @@ class Routed(Updates):
         Raise unless the input has samples first, a multiple of the number of names.
         """
         # One input is a vector, an index, or channels with as many positions as the kernel.
-        if x.dim() < len(shape) - (layout.pattern == "index out"):
+        if x.dim() < len(shape) - (not x.is_floating_point()):
             raise ArgumentError(
                 "route_adapters needs samples along the leading dimension of each input, and a "
                 f"weight of shape {tuple(shape)} got an input of shape {tuple(x.shape)}; "

@@ -114,8 +114,6 @@ class AdapterCheckpoints(SeenAsPlain):
                 "with DeepSpeed, Trainer saves the base too, in a way of its own; leave out "
                 "AdapterCheckpoints, and call disha.save_adapter on all ranks after training"
             )
-        if any(cls.__module__.startswith("trl.") for cls in type(args).__mro__):
-            refuse_adapted_head(model)
         if kind == DistributedType.FSDP:
             _leave_out_base(model, self._kept)
         if args.should_save:
@@ -185,14 +183,3 @@ def _set_aside_incomplete(output: Path) -> None:
             aside = folder.with_name(f"incomplete-{folder.name}")
             shutil.rmtree(aside, ignore_errors=True)
             folder.rename(aside)
-
-
-def refuse_adapted_head(model: Any) -> None:
-    """Raise if an adapter is on the output head, whose weight the trainers of `trl` read."""
-    head = model.get_output_embeddings()
-    if isinstance(head, disha.AdaptedLayer):
-        raise disha.ArgumentError(
-            "an adapter is on the output head, and the trainers of trl compute the loss from the "
-            "head's weight in a way that gives the adapter no gradient; leave the head out, such "
-            "as with exclude='lm_head'"
-        )

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 import disha
 from disha.errors import ArgumentError, ArgumentTypeError
 from disha.files.contents import adapter_contents, load_contents
-from disha.integrations.transformers import refuse_adapted_head
 from disha.model.view import ModelView
 
 __all__ = ["DPOTrainer", "GRPOTrainer"]
@@ -76,7 +75,6 @@ def _make_ready(view: ModelView, args: Any, named: Mapping[str, Any], undo: Exit
     for argument, reason in UNFIT_ARGUMENTS.items():
         if named.get(argument) is not None:
             raise ArgumentError(f"{argument} {reason}")
-    refuse_adapted_head(view.model)
     for one in view.trained():
         raise ArgumentError(
             f"{one.name} trains with the adapter, so it would change the reference, in which "
@@ -138,7 +136,7 @@ class DPOTrainer(trl.DPOTrainer):  # type: ignore[misc]
     the base. If the adapter was trained before, that is the base with a frozen copy of the adapter.
 
     Args:
-        model: a model with adapters, but without `also_train` and with no adapter on its head.
+        model: a model with adapters, but without `also_train`.
         args: a `trl.DPOConfig`.
         reference: the adapters that act in the reference instead; `[]` for the base.
         named: other arguments of `trl.DPOTrainer`.

@@ -291,7 +291,7 @@ def _keys(checkpoint: Checkpoint, header: AdapterHeader) -> dict[str, str]:
     wanted: dict[str, tuple[str, ...]] = {name: (name,) for name in header.also_train}
     for layer in header.layers:
         owner, _, last = layer.name.rpartition(".")
-        wanted[layer.name] = (join(layer.name, "weight"), layer.name)
+        wanted[layer.name] = (join(layer.name, "weight"), layer.name, *layer.tied)
         if last in PROJECTIONS:  # the rows of one weight of nn.MultiheadAttention, or a weight
             packed = "in_proj_weight" if layer.rows else f"{last}_weight"
             wanted[layer.name] += (join(owner, packed),)
@@ -374,8 +374,10 @@ def _check_target(out: Path, checkpoint: Checkpoint, overwrite: bool) -> None:
 
 def _refuse_tied(checkpoint: Checkpoint, header: AdapterHeader, keys: Mapping[str, str]) -> None:
     """Raise if an embedding that changes may be tied, as those of models are by default."""
-    embeddings = [one.name for one in header.layers if one.layout.pattern == "index out"]
-    embeddings += _stored_twice(checkpoint, header.also_train, keys)
+    tables = [one for one in header.layers if one.layout.pattern == "index out"]
+    embeddings = [one.name for one in tables if not one.tied]  # else, both have the update
+    tied = [one.name for one in header.layers if one.tied]
+    embeddings += _stored_twice(checkpoint, [*header.also_train, *tied], keys)
     config = checkpoint.config() if embeddings else {}
     parts = [config, *(part for part in config.values() if isinstance(part, dict))]
     said = [part["tie_word_embeddings"] for part in parts if "tie_word_embeddings" in part]

@@ -182,7 +182,7 @@ def low_rank_updates(
     without = [
         one.name
         for one in header.layers
-        if one.rows or not (is_stack(one) or one.layout.pattern in PATTERNS)
+        if one.rows or one.tied or not (is_stack(one) or one.layout.pattern in PATTERNS)
     ]
     if without:
         raise ConversionError(

@@ -389,6 +389,7 @@ def _inexpressible(header: AdapterHeader, dropout: float | None) -> list[str]:
             )
         if layer.rows:
             problems.append(f"{name}: PEFT's MiSS adapts all rows of a weight, not some of them")
+        problems += [f"{name}: PEFT's MiSS would leave {tied} without it" for tied in layer.tied]
         if not layer.name:
             problems.append(THE_MODEL_ITSELF)
         if layer.scale != 1.0:

@@ -17,9 +17,9 @@ from disha.effective.contexts import entered
 from disha.effective.weight import EffectiveWeight
 from disha.errors import ArgumentError, MergeError, ModeError
 from disha.layers import opaque
-from disha.layers.blocks import CHILD_NAME, MERGED, Adapters, Block, Slot
+from disha.layers.blocks import CHILD_NAME, MERGED, Adapters, Block
 from disha.layers.reading import linear_forward, was_written, weight_property
-from disha.layers.weights import base_of, delta_of
+from disha.layers.weights import base_of, delta_of, slots_of, start_of
 
 
 class AdaptedLayer(nn.Module):
@@ -64,10 +64,10 @@ class AdaptedLayer(nn.Module):
         Raises:
             AttributeError: the layer's `weight` is not adapted.
         """
-        slots = {block.slot.name: block.slot for block in self.disha.blocks().values()}
-        if "" not in slots:
+        slots = slots_of(self, self.disha)
+        if "weight" not in slots:
             raise AttributeError("`weight` is not adapted")  # nn.Module says it in its own words
-        return base_of(self, slots[""])
+        return base_of(self, slots["weight"])
 
     def delta_weight(self, block: Block) -> Tensor:
         """Return dW of a block of this layer, without its scale: a tensor of the weight's shape.
@@ -206,7 +206,7 @@ def reset_parameters(layer: AdaptedLayer) -> None:
     with entered(frozenset([adapters.group]), None):
         reset(layer)
     for block in adapters.blocks().values():
-        block.reset_parameters()
+        block.reset_parameters(start_of(layer, block))
 
 
 class AdaptedLinear(AdaptedLayer, nn.Linear):
@@ -255,11 +255,9 @@ class _Recurrent(nn.Module):
         """Do nothing: a computed weight can't be part of a flat one."""
 
 
-def adapt(module: nn.Module, slots: Iterable[Slot]) -> None:
+def adapt(module: nn.Module, parameters: Iterable[str], is_opaque: bool) -> None:
     """Move a module to the class that adapts these parameters too, and give it `Adapters`."""
-    slots = list(slots)
-    names = [slot.parameter for slot in slots]
-    original, is_opaque = type(module), any(slot.opaque for slot in slots)
+    original, names = type(module), [*parameters]
     if isinstance(module, AdaptedLayer):
         original, is_opaque = module._original_class, module._is_opaque
         names = [*module._adapted_parameters, *names]

@@ -146,14 +146,14 @@ class Block(nn.Module):
         """Return the block."""
         return self.block
 
-    def reset_parameters(self) -> None:
-        """Set the block to its initial values, as given by `init` in the configuration."""
+    def reset_parameters(self, start: Tensor | None = None) -> None:
+        """Set the block to these values, or as `init` in the configuration says."""
         if self.block.is_meta:
             return  # there are no values
         with gathered_by(self.block, writes=True):
             values = self.block.detach()
-            if self.config.init == "zeros":
-                values.zero_()
+            if self.config.init == "zeros" or start is not None:
+                values.copy_(values.new_zeros(()) if start is None else start)
                 return
             # A block of fewer than two dimensions has no fan-in, so it counts as one row.
             rows = values if values.dim() >= 2 else values.view(1, -1)
@@ -226,6 +226,8 @@ class Adapters(nn.Module):
     If an adapter has only a block for the module's `weight`, `adapters[name]` is that block.
     Otherwise it is a dict of blocks by the names of their weights, of which types do not tell;
     `blocks(name)` has the blocks of any layer.
+
+    If layers share a parameter, one of them has its block, and the others borrow it.
     """
 
     active: tuple[str, ...]
@@ -283,17 +285,22 @@ class Adapters(nn.Module):
         """The blocks on a parameter, of the first adapter that has any."""
         return next(iter(self.all_blocks.get(parameter, {}).values()), ())
 
-    def add(self, adapter: str, blocks: Iterable[Block]) -> None:
-        """Add blocks under a name that `check_adapter_name` allows. They are not active yet."""
-        blocks = list(blocks)
+    def add(
+        self, adapter: str, blocks: Sequence[Block], borrowed: Sequence[tuple[str, Block]] = ()
+    ) -> None:
+        """Add blocks under a name that `check_adapter_name` allows. They are not active yet.
+
+        The borrowed ones are on these parameters, and children of another layer.
+        """
         for block in blocks:
             vars(block)["training"] = self.training
-        child: nn.Module = blocks[0]
-        if len(blocks) > 1 or blocks[0].slot.name:
+        child: nn.Module = blocks[0] if blocks else nn.ModuleDict()
+        if len(blocks) > 1 or (blocks and blocks[0].slot.name):
             child = nn.ModuleDict()
             # Not by the dict's own functions: they refuse names of its methods, such as "keys".
             child._modules.update({block.slot.name or "weight": block for block in blocks})
             child.train(self.training)
+        vars(child)["borrowed"] = borrowed
         self._modules[adapter] = child
         self.activate(self.active)
 
@@ -313,9 +320,11 @@ class Adapters(nn.Module):
     def _decide(self, active: tuple[str, ...], merged: Merged | None) -> None:
         """Store what every forward asks."""
         all_blocks: dict[str, dict[str, tuple[Block, ...]]] = {}
-        for (adapter, _), block in self.blocks().items():
-            of_adapters = all_blocks.setdefault(block.slot.parameter, {})
-            of_adapters[adapter] = (*of_adapters.get(adapter, ()), block)
+        for adapter, child in list(self._modules.items()):  # another thread may add one
+            own = [(block.slot.parameter, block) for block in self.blocks(adapter).values()]
+            for parameter, block in (*own, *child.borrowed):
+                of_adapters = all_blocks.setdefault(parameter, {})
+                of_adapters[adapter] = (*of_adapters.get(adapter, ()), block)
         # Written to __dict__, because assigning through nn.Module is slow.
         vars(self).update(active=active, merged=merged, all_blocks=all_blocks)
         names = () if merged is not None else active
@@ -361,8 +370,9 @@ class Adapters(nn.Module):
             group = self.group if compiling else None
             return Updates(tuple([block.update(on_meta, group) for block in blocks]))
         by_adapter = {}
+        all_blocks = next(own for own in self.all_blocks.values() if blocks in own.values())
         for adapter in override.adapters:
-            own = self._blocks_of((adapter,), blocks[0].slot.parameter)
+            own = all_blocks.get(adapter, ())
             by_adapter[adapter] = self.updates(own, None, compiling, on_meta).every
         return Routed(override, by_adapter)
 

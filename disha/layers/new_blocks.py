@@ -13,6 +13,7 @@ from disha.layers.offloading import device_of_weight
 from disha.layers.weights import read_weight, weight_shape
 from disha.sharding.tensor_parallel import split_of
 from disha.sharding.tensors import write
+from disha.sharding.zero import present
 
 
 def make_block(
@@ -25,15 +26,16 @@ def make_block(
     """Return a new block for a weight, on its device, with copied values or those of `init`."""
     weight = None if slot.opaque else read_weight(module, slot.parameter)
     device = opaque.device_of(module) if weight is None else device_of_weight(module, weight)
-    split = split_of(weight)
+    split, method = split_of(weight), method_of(config.method)
     if values is not None:
         shape, dtype = tuple(values.shape), values.dtype
     else:
-        shape = method_of(config.method).block_shape(
+        shape = method.block_shape(
             slot.layout, weight_shape(module, slot), r, config.r_out, slot.rows
         )
         own = None if weight is None else weight.dtype
         dtype = config.dtype or (own if own is torch.float64 else torch.float32)
+        values = slot.layout.part(present(weight), slot.rows) if method.replaces else None
     block = Block(shape, slot=slot, config=config, r=r, device=device, dtype=dtype, split=split)
     if values is None:
         block.reset_parameters()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from disha import functional
 from disha.functional import Geometry
 from disha.layers import opaque
 from disha.layers.blocks import CHILD_NAME, Adapters, Block, Original, Slot, original_class
+from disha.sharding.tensors import gathered
 from disha.sharding.zero import whole_shape
 
 
@@ -96,9 +98,27 @@ def base_of(layer: nn.Module, slot: Slot) -> Tensor:
     return read_weight(layer, slot.parameter) if stored is None else stored
 
 
-def delta_of(layer: nn.Module, block: Block) -> Tensor:
+def slots_of(layer: Any, adapters: Iterable[str]) -> dict[str, Slot]:
+    """Return parameter -> a slot of it, for each parameter that the adapters change."""
+    return {
+        parameter: replace(blocks[0].slot, parameter=parameter)
+        for parameter, found in layer.disha.all_blocks.items()
+        for adapter, blocks in found.items()
+        if adapter in adapters
+    }
+
+
+def start_of(layer: nn.Module, block: Block) -> Tensor | None:
+    """Return the values that a block starts with if they are those of the base weight."""
+    if not block.method.replaces:
+        return None
+    return block.slot.layout.part(gathered(base_of(layer, block.slot)).detach(), block.slot.rows)
+
+
+def delta_of(layer: nn.Module, block: Block, parameter: str | None = None) -> Tensor:
     """Return dW of a block of a layer, without its scale: a tensor of the parameter's shape."""
     slot, values = block.slot, block.block
+    slot = replace(slot, parameter=parameter or slot.parameter)
     if slot.opaque:
         stored = stored_weight(layer, slot.parameter)
         base = opaque.weight_for(block.method, layer, slot, stored, values)
@@ -111,7 +131,7 @@ def merged_weight(layer: nn.Module, slot: Slot, adapters: Iterable[str]) -> Tens
     """Return W + sum of s * dW of the named adapters, with all rows of the parameter."""
     blocks: Any = layer.disha.all_blocks[slot.parameter]  # type: ignore[index, union-attr]
     deltas = [
-        (delta_of(layer, block), block.scale)
+        (delta_of(layer, block, slot.parameter), block.scale)
         for adapter in adapters
         for block in blocks.get(adapter, ())
     ]

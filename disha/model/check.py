@@ -206,7 +206,7 @@ def _checked(
             for block, gradient in zip(blocks, gradients, strict=True)
         ]
         try:
-            merging, refusal = _merging(view, run, outputs, [one.layer for one in active]), ""
+            merging, refusal = _merging(view, run, outputs, active), ""
         except DishaError as error:
             merging, refusal = {}, str(error)
         # Whether a block can leave zeros depends on its method, so one block of each is tried.
@@ -302,12 +302,16 @@ def _changes(run: Run, block: Block, outputs: list[Tensor]) -> bool:
 
 
 def _merging(
-    view: ModelView, run: Run, outputs: list[Tensor], layers: list[AdaptedLayer]
+    view: ModelView, run: Run, outputs: list[Tensor], active: list[ModelBlock]
 ) -> dict[AdaptedLayer, bool]:
     """Return layer -> whether the output stays the same when it is merged."""
+    tied = {one.layer: [one.layer, *view.borrowers(one).values()] for one in active}
     if _merged_alike(view, run, outputs):
-        return dict.fromkeys(layers, True)
-    return {one: _merged_alike(ModelView(one), run, outputs) for one in dict.fromkeys(layers)}
+        return dict.fromkeys(tied, True)
+    return {
+        layer: _merged_alike(ModelView(nn.ModuleList(together)), run, outputs)
+        for layer, together in tied.items()
+    }
 
 
 def _merged_alike(view: ModelView, run: Run, outputs: list[Tensor]) -> bool:

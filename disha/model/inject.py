@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import TypeVar
@@ -44,6 +45,7 @@ def inject_adapters(
     dtype: torch.dtype | None = None,
     init: Init = "zeros",
     also_train: Patterns = None,
+    also_train_rows: Mapping[str, Sequence[int]] | None = None,
     freeze: bool = True,
 ) -> M:
     """Adapt every weight whose name matches; return the same model.
@@ -83,6 +85,9 @@ def inject_adapters(
         also_train: regex, or several, of parameter names (such as `"norm.*weight"`) to train and
             save with the adapter. These stay parameters of the model: unlike blocks, they act
             whichever adapter is active. So each of them can belong to only one adapter.
+        also_train_rows: regex of names of matrices -> numbers of their rows to train and save with
+            the adapter: `{"embed_tokens": [32000, 32001]}` for two new tokens. They are blocks with
+            new values of these rows, for any number of adapters. A tied head has the same rows.
 
     Returns:
         `model` itself.
@@ -125,7 +130,9 @@ def inject_adapters(
         "also_train": also_train,
     }
     view = ModelView(model)
-    plan = plan_injection(view, target_regex, r, settings, adapter, freeze, strict=True)
+    plan = plan_injection(
+        view, target_regex, r, settings, adapter, freeze, also_train_rows, strict=True
+    )
     _warn_of_skipped(plan)
     with all_or_nothing(view) as undo:
         apply_plan(view, plan, undo)
@@ -149,23 +156,29 @@ def _warn_of_skipped(plan: Plan) -> None:
 
 def apply_plan(view: ModelView, plan: Plan, undo: ExitStack, *, activate: bool = True) -> None:
     """Carry out a plan that was just made for this model. Activate the new adapter alone."""
-    blocks: dict[nn.Module, list[Block]] = {}
+    blocks = defaultdict[nn.Module, list[Block]](list)
+    borrowed = defaultdict[nn.Module, list[tuple[str, Block]]](list)
     for one in plan.layers:
         assert one.slot is not None
-        block = make_block(one.module, one.slot, plan.config, one.r, one.values)
-        blocks.setdefault(one.module, []).append(block)
+        block = make_block(one.module, one.slot, one.config or plan.config, one.r, one.values)
+        blocks[one.module].append(block)
+        for module, name in one.tied.values():
+            borrowed[module].append((name, block))
     # Contexts cover the layers of a group together.
     groups = [layer.disha.group for _, layer in view.layers if layer.disha.group is not LOOSE]
     group = groups[0] if groups else Group()
     running_statistics.remember_statistics(view.model, view.names, undo)
-    _keep(view, blocks, undo)
-    for module, own in blocks.items():
-        adapt(module, [block.slot for block in own])
+    modules = {**blocks, **borrowed}
+    _keep(view, modules, undo)
+    for module in modules:
+        own, tied = blocks[module], borrowed[module]
+        names = [block.slot.parameter for block in own] + [name for name, _ in tied]
+        adapt(module, names, any(block.slot.opaque for block in own))
         adapters = module._modules[CHILD_NAME]
         assert isinstance(adapters, Adapters)
         if not len(adapters):
             group.take(adapters, former=adapters.group)
-        adapters.add(plan.adapter, own)
+        adapters.add(plan.adapter, own, tied)
     for _, adapted in view.layers if activate else ():
         adapted.disha.activate((plan.adapter,))
     _guard_encoders(view)

@@ -6,8 +6,9 @@ merged one is in use, so unmerging is exact.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from contextlib import ExitStack
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,7 @@ from disha.layers.bitsandbytes import is_library_forward
 from disha.layers.blocks import Merged, Original, Slot
 from disha.layers.offloading import offloading_hooks
 from disha.layers.opaque import ROUNDED, quantisation_of, takes_dense
-from disha.layers.weights import merged_weight, stored_weight
+from disha.layers.weights import merged_weight, slots_of, stored_weight
 from disha.model import running_statistics
 from disha.model.control import checked_names
 from disha.model.inject import check_removable, take_out
@@ -45,8 +46,8 @@ def merge_adapters(
         model: the complete model. If a weight is shared with a module outside of it, this is not
             noticed.
         adapter: the adapter, or several, to merge; the active ones by default.
-        untie: if a weight is shared with another module (such as an output head tied to an
-            embedding), give the adapted layer its own merged weight instead of raising.
+        untie: if a weight is shared with a module that does not see the update, because `exclude`
+            leaves it out, give the others a merged weight of their own instead of raising.
             `unmerge_adapters` shares it again.
         dense: if a weight is quantised, let its layer compute with a dense merged weight,
             W dequantised + sum of s * dW, instead of raising. The layer is then a plain linear
@@ -121,12 +122,21 @@ def merge(
     # Inference mode is off, because tensors that are made in it can never be trained.
     with torch.inference_mode(False), torch.no_grad():
         chosen = _chosen(view, adapter)
+        changed = [
+            (layer, slot) for layer in chosen for slot in slots_of(layer, chosen[layer]).values()
+        ]
+        names = {
+            join(name, slot.parameter) for layer, slot in changed for name in view.names[layer]
+        }
         changes = {}
-        for name, layer in view.layers:
-            for slot in _changed_slots(layer, chosen[layer]):
-                own = join(name, slot.parameter)
-                shared = _check_mergeable(view, own, layer, slot, untie=untie, dense=dense)
-                changes[layer, slot.parameter] = _merged(own, layer, slot, chosen[layer], shared)
+        done: dict[int, Any] = {}  # a tied parameter is merged once
+        for layer, slot in changed:
+            name = join(view.names[layer][0], slot.parameter)
+            shared = _check_mergeable(view, name, layer, slot, names, untie=untie, dense=dense)
+            key = id(layer._parameters[slot.parameter])
+            if key not in done:
+                done[key] = _merged(name, layer, slot, chosen[layer], shared)
+            changes[layer, slot.parameter] = done[key]
         for (layer, parameter), (_, new) in changes.items():
             _replace(layer, parameter, new, undo)
         for layer, names in chosen.items():
@@ -190,13 +200,6 @@ def unmerge_adapters(model: nn.Module) -> None:
             _note_merged(layer, None, undo)
 
 
-def _changed_slots(layer: AdaptedLayer, adapters: tuple[str, ...]) -> list[Slot]:
-    """Return one slot for each parameter that the adapters change."""
-    blocks = layer.disha.blocks().items()
-    slots = [block.slot for (adapter, _), block in blocks if adapter in adapters]
-    return list({slot.parameter: slot for slot in slots}.values())
-
-
 def _refuse_sharded(view: ModelView, action: str) -> None:
     module = view.sharded
     if module is not None:
@@ -223,19 +226,25 @@ def _chosen(
 
 
 def _check_mergeable(
-    view: ModelView, name: str, layer: AdaptedLayer, slot: Slot, *, untie: bool, dense: bool
+    view: ModelView,
+    name: str,
+    layer: AdaptedLayer,
+    slot: Slot,
+    changed: Container[str],
+    *,
+    untie: bool,
+    dense: bool,
 ) -> bool:
-    """Raise if nothing can be merged into a weight; return whether other modules share it."""
+    """Raise if nothing can be merged into a weight; return whether it is tied to an unchanged one."""
     reason = _reason_against(layer, slot, dense)
     if reason is not None:
         raise MergeError(f"{name} {reason}")
-    own = {join(alias, slot.parameter) for alias in view.names[layer]}
     known = view.parameters_by_name.get(name)
-    others = [other for other in known.names if other not in own] if known else []
+    others = [other for other in known.names if other not in changed] if known else []
     if others and not untie:
         raise MergeError(
-            f"{name} is shared with {', '.join(others)}, which merging would change too; pass "
-            "untie=True to give this layer a weight of its own while merged"
+            f"{name} is shared with {', '.join(others)}, which the adapter leaves out, but which "
+            "merging would change too; pass untie=True to merge into a weight of its own"
         )
     return bool(others)
 

@@ -27,11 +27,14 @@ from disha.config import (
     Init,
     MethodName,
     Patterns,
+    as_dict,
+    checked_rows,
     matching,
     with_hints,
 )
 from disha.errors import ArgumentError, ArgumentTypeError, TargetError
 from disha.functional import Geometry, Update, layout_of, method_names, method_of
+from disha.functional.layouts import Layout, Rows
 from disha.functional.products import update_of_part
 from disha.layers.adapted import AdaptedLayer
 from disha.layers.bitsandbytes import parameter_count
@@ -48,6 +51,12 @@ from disha.sharding.zero import whole_shape
 from disha.text import WIDEST, brief, counted, first_few, grouped, join, printable, table
 
 Target = str | Sequence[str] | Callable[[str, nn.Module], bool]
+
+Place = tuple[Any, str]
+"""A module, and its attribute that holds a parameter."""
+
+ROWS = Layout("out in")
+"""The layout in which the first axis of a matrix has its rows."""
 
 
 # --- the plan ------------------------------------------------------------------------------------
@@ -66,6 +75,8 @@ class PlannedLayer:
     # Of its block; None for those of `init`.
     values: Tensor | None = field(default=None, repr=False, compare=False)
     reason: str = ""  # why it is not adapted; empty if it is
+    # Where else its parameter is, and reads the update.
+    tied: Mapping[str, Place] = field(default_factory=dict, compare=False)
 
     @cached_property
     def names(self) -> tuple[str, ...]:
@@ -77,6 +88,16 @@ class PlannedLayer:
     def name(self) -> str:
         """Its main name; empty if the module is the model itself."""
         return self.names[0]
+
+    @property
+    def all_names(self) -> tuple[str, ...]:
+        """Its names, and those of its module."""
+        return (*self.names, *self.module_names)
+
+    @property
+    def place(self) -> Place:
+        """The module and the attribute that hold its parameter."""
+        return self.module, self.attribute
 
     @property
     def parameter_names(self) -> tuple[str, ...]:
@@ -146,8 +167,8 @@ class Plan:
         skipped: what the target selects but would not be adapted, each with its `reason`.
         unknown: the matrix parameters of the model whose layouts are unknown.
         convolutions: names of the convolutions that `"all-linear"` leaves out.
-        tied: the names of each adapted parameter that several modules share. Each of these modules
-            gets its own block, which acts only when the model uses that module.
+        tied: the names of each adapted parameter that several modules share, if they read its one
+            block; those that `exclude` leaves out do not.
         trainable: number of parameters in the model that would require gradients afterwards.
         total: number of parameters of the model afterwards, blocks included. A quantised weight
             counts as a dense one.
@@ -188,9 +209,8 @@ class Plan:
         return 100.0 * self.trainable / self.total if self.total else 0.0
 
     def __str__(self) -> str:
-        method = self.config.method
         rows = [
-            (p.name or "(the model)", method, p.r, f"{p.in_features} -> {p.out_features}",
+            (p.name or "(the model)", (p.config or self.config).method, p.r, f"{p.in_features} -> {p.out_features}",
              f"{p.parameters:,}")
             for p in self.layers
         ]  # fmt: skip
@@ -238,6 +258,7 @@ def plan_adapters(
     dtype: torch.dtype | None = None,
     init: Init = "zeros",
     also_train: Patterns = None,
+    also_train_rows: Mapping[str, Sequence[int]] | None = None,
     freeze: bool = True,
 ) -> Plan:
     """Return what `inject_adapters` would do with the same arguments; change nothing.
@@ -261,6 +282,7 @@ def plan_adapters(
         dtype: dtype of the blocks.
         init: initial values of the blocks.
         also_train: names of parameters to train and save with the adapter.
+        also_train_rows: regex of names -> rows of matrices to train and save with it.
         freeze: whether all other parameters are frozen.
 
     Raises:
@@ -290,7 +312,9 @@ def plan_adapters(
         "also_train": also_train,
     }
     view = ModelView(model)
-    plan = plan_injection(view, target_regex, r, settings, adapter, freeze, strict=False)
+    plan = plan_injection(
+        view, target_regex, r, settings, adapter, freeze, also_train_rows, strict=False
+    )
     return _with_counts(view, plan)
 
 
@@ -301,6 +325,7 @@ def plan_injection(
     settings: Mapping[str, Any],
     adapter: str,
     freeze: bool,
+    also_train_rows: Mapping[str, Sequence[int]] | None = None,
     *,
     strict: bool,
 ) -> Plan:
@@ -310,17 +335,25 @@ def plan_injection(
             f"target_regex must be a regex, a list of them, {ALL_LINEAR!r} or a predicate "
             f"(name, module) -> bool, got {target!r}"
         )
+    row_ranges = as_dict("also_train_rows", also_train_rows, checked_rows)
     recorded = None if callable(target) else target
     config = AdapterConfig(r, recorded, **settings)
     check_addable(view, adapter)
     known = _layers_of(view, config)
     layers, skipped, unfit = [], [], []
+    with_rows = _with_rows(view, known, row_ranges, config)
+    taken = {place for one in with_rows for place in (one.place, *one.tied.values())}
     for one in _selected(view, known, target, config.exclude):
+        if one.slot is not None and not one.reason:
+            if one.place in taken:
+                continue  # it reads the block of another one
+            one = replace(one, tied=_tied(view, one, config.exclude))
+            taken.update(one.tied.values())
         reason = one.reason or _reason_against(one, config.method)
         if reason:
             skipped.append(replace(one, reason=reason))
             continue
-        one = replace(one, config=config, r=config.rank_of(*one.names, *one.module_names))
+        one = replace(one, config=config, r=config.rank_of(*one.all_names, *one.tied))
         reason = _reason_against_block(one)
         if reason is None:
             layers.append(one)
@@ -330,7 +363,9 @@ def plan_injection(
         raise TargetError(_nothing_selected(target, known, skipped))
     listed = [] if callable(target) or isinstance(target, str) else target
     patterns = {"target_regex": [part for part in listed if part != ALL_LINEAR], **vars(config)}
-    for argument in ("target_regex", "exclude", "rank_pattern", "layouts", "rows"):
+    patterns["also_train_rows"] = row_ranges
+    arguments = ("target_regex", "exclude", "rank_pattern", "layouts", "rows", "also_train_rows")
+    for argument in arguments:
         if patterns[argument]:
             names = [name for one in known for name in (*one.module_names, *one.parameter_names)]
             _refuse_unused(argument, patterns[argument], names)
@@ -345,12 +380,39 @@ def plan_injection(
         adapter,
         config,
         freeze,
-        layers=tuple(layers),
+        layers=(*with_rows, *layers),
         also_train=_also_trained(view, config) if config.also_train else (),
         skipped=(*skipped, *unfit),
         unknown=tuple([one for one in known if one.slot is None and one.attribute]),
         convolutions=tuple([n.name for n in left_out if _reason_against(n, config.method) is None]),
     )
+
+
+def _with_rows(
+    view: ModelView,
+    known: list[PlannedLayer],
+    rows: Mapping[str, Rows],
+    config: AdapterConfig,
+) -> list[PlannedLayer]:
+    """Return the matrices that have rows to be trained beside the target."""
+    found: list[PlannedLayer] = []
+    for one in known:
+        patterns = matching(rows, one.parameter_names if one.attribute else ())
+        if not patterns or any(one.place in other.tied.values() for other in found):
+            continue
+        slot = one.slot or slot_of(one.attribute, ROWS)
+        slot = replace(slot, layout=ROWS, rows=rows[patterns[0]])
+        tied = _tied(view, one, config.exclude)
+        one = replace(one, slot=slot, config=_for_rows(config), r=1, tied=tied)
+        reason = _reason_against(one, "rows")
+        if reason is not None:
+            raise ArgumentError(f"also_train_rows {patterns[0]!r} matches {one.name}: {reason}")
+        found.append(one)
+    return found
+
+
+def _for_rows(config: AdapterConfig) -> AdapterConfig:
+    return AdapterConfig(1, None, "rows", dtype=config.dtype)
 
 
 def _layers_of(view: ModelView, config: AdapterConfig) -> list[PlannedLayer]:
@@ -416,6 +478,7 @@ def plan_weights(
         reason: str | None = "the model has no such layer"
         if found is not None:
             found = _as_recorded(found, layer, config, tensor.to(dtype or tensor.dtype))
+            found = replace(found, tied=_tied(view, found) if layer.tied else {})
             reason = _reason_against_record(found, layer, tuple(tensor.shape))
         if found is None or reason is not None:
             reasons.append(f"{printable(layer.name, WIDEST) or '(the model)'}: {reason}")
@@ -443,7 +506,8 @@ def _as_recorded(
 ) -> PlannedLayer:
     """Return a weight with the block and the rows of the file, and its layout if none is known."""
     slot = one.slot
-    if slot is None and one.attribute:
+    config = config if layer.method == config.method else _for_rows(config)
+    if one.attribute and (slot is None or layer.method == "rows"):
         slot = slot_of(one.attribute, layer.layout)
     if slot is not None and layer.rows:
         slot = replace(slot, rows=layer.rows)
@@ -460,6 +524,8 @@ def _reason_against_record(
     reason = _reason_against(one, layer.method)
     if reason is not None or one.slot is None:
         return f"can't be adapted: {reason}"
+    if {*one.tied} != {*layer.tied}:
+        return f"in the adapter, its weight is also {', '.join(layer.tied)}; tie them"
     look = stored_weight if one.slot.opaque else read_weight
     weight = look(one.module, one.attribute)
     if isinstance(weight, Tensor) and device_of_weight(one.module, weight).type == "meta":
@@ -503,8 +569,9 @@ def _reason_against(one: PlannedLayer, method: str) -> str | None:
     taken = {n for n in _ADDED if n in own or hasattr(type(module), n)}.difference((one.attribute,))
     if taken and not isinstance(module, AdaptedLayer):
         return f"it has its own attribute {min(taken)!r}, which adapters would replace"
-    if isinstance(module, AdaptedLayer):
-        for block in module.disha.blocks_of_first_adapter(slot.parameter):
+    for place, parameter in (one.place, *one.tied.values()):
+        has_blocks = isinstance(place, AdaptedLayer)
+        for block in place.disha.blocks_of_first_adapter(parameter) if has_blocks else ():
             found = block.slot.layout
             if found != slot.layout:
                 return f"another adapter has it with the layout {found}, not {slot.layout}"
@@ -531,7 +598,10 @@ _ADDED = frozenset(
 def _reason_against_reading(module: nn.Module, slot: Slot, method: str) -> str | None:
     """Return why a method that reads W can't adapt an opaque weight, which is not read here."""
     quantisation = quantisation_of(module, stored_weight(module, slot.parameter))
-    if quantisation is None or quantisation.read is not None or not method_of(method).reads_weight:
+    found = method_of(method)
+    if quantisation is None or not found.reads_weight:
+        return None
+    if quantisation.read is not None and not found.replaces:
         return None
     return (
         f"its weight is quantised ({quantisation.name}) and can't be read as numbers, as method "
@@ -611,9 +681,9 @@ def _selected(
     found = []
     for one in known:
         reader = readers.get(one.module, one.module)  # type: ignore[call-overload]
-        names = (*one.names, *one.module_names, *view.names[reader])
+        names = (*one.all_names, *view.names[reader])
         if callable(target):
-            asked = dict.fromkeys((*one.names, *one.module_names), one.module)
+            asked = dict.fromkeys(one.all_names, one.module)
             asked |= dict.fromkeys(view.names[reader], reader)
             chosen = any(target(name, module) for name, module in asked.items())
         else:
@@ -623,6 +693,19 @@ def _selected(
             one.attribute or any(p is not None for p in one.module._parameters.values())
         ):
             found.append(replace(one, reason=EXCLUDED) if matching(exclude, names) else one)
+    return found
+
+
+def _tied(view: ModelView, one: PlannedLayer, exclude: Iterable[str] = ()) -> dict[str, Place]:
+    """Return where else the parameter of a layer is, and reads its update."""
+    own = view.parameters_by_name.get(join(one.module_names[0], one.attribute))
+    found: dict[str, Place] = {}
+    for name in () if own is None or (one.slot and one.slot.opaque) else own.names:
+        owner, _, attribute = name.rpartition(".")
+        place = view.modules[owner], attribute
+        left_out = matching(exclude, (name, name.removesuffix(".weight")))
+        if not left_out and place not in [one.place, *found.values()]:
+            found[name] = place
     return found
 
 
@@ -718,9 +801,7 @@ def _reason_against_training(one: ModelParameter) -> str | None:
 
 def _with_counts(view: ModelView, plan: Plan) -> Plan:
     """Return a plan with what only its reader needs: numbers of parameters, and tied names."""
-    planned = {id(layer.module._parameters.get(layer.attribute)) for layer in plan.layers}
-    shared = (one for one in view.parameters if len(one.names) > 1)
-    tied = tuple(one.names for one in shared if id(one.value) in planned)
+    tied = tuple((one.parameter_names[-1], *one.tied) for one in plan.layers if one.tied)
     blocks = [one.block.block for one in view.blocks()]
     total = plan.added + sum(map(parameter_count, blocks))
     trainable = plan.added + sum(parameter_count(one) for one in blocks if one.requires_grad)

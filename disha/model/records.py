@@ -36,6 +36,7 @@ class LayerRecord:
     base: str | None  # fingerprint of the base weight, if it has one
     layout: Layout
     rows: Rows = ()  # the adapted outputs; empty for all
+    tied: tuple[str, ...] = ()  # where else the weight is, and reads the update
 
     @property
     def key(self) -> str:
@@ -46,12 +47,18 @@ class LayerRecord:
         """Return all fields of the layer as JSON values, including those of its layout."""
         layout = {**vars(self.layout), "layout": self.layout.pattern}
         del layout["pattern"]
-        return {**vars(self), **layout, "rows": [list(one) for one in self.rows]}
+        return {
+            **vars(self),
+            **layout,
+            "rows": [list(one) for one in self.rows],
+            "tied": [*self.tied],
+        }
 
-    def entry(self) -> dict[str, Any]:
-        """Return the layer's entry in a header, which has the method and r_out in another place."""
+    def entry(self, method: str) -> dict[str, Any]:
+        """Return the layer's entry in a header, which has the usual method and r_out elsewhere."""
         fields = {
             "name": self.name,
+            "method": None if self.method == method else self.method,
             "layout": self.layout.pattern,
             "r": self.r,
             "in": self.in_features,
@@ -60,6 +67,7 @@ class LayerRecord:
             "groups": None if self.layout.groups == 1 else self.layout.groups,
             "padding_idx": self.layout.padding_idx,
             "rows": [list(one) for one in self.rows] or None,
+            "tied": list(self.tied) or None,
             "base": self.base,
         }
         return {name: value for name, value in fields.items() if value is not None}

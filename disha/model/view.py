@@ -188,6 +188,16 @@ class ModelView:
             for (other, weight), block in layer.disha.blocks(adapter).items()
         ]
 
+    def borrowers(self, one: ModelBlock) -> dict[str, AdaptedLayer]:
+        """Return the tied parameters that have a block of another one -> their layers."""
+        own = one.layer, one.block.slot.parameter
+        return {
+            join(name, parameter): layer
+            for name, layer in self.layers
+            for parameter, found in layer.disha.all_blocks.items()
+            if one.block in found.get(one.adapter, ()) and (layer, parameter) != own
+        }
+
     @property
     def adapters(self) -> list[str]:
         """The names of all adapters, in the order of the layers."""

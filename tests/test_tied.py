@@ -1,0 +1,222 @@
+"""One parameter in several modules: one block, one update, one merge."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+import disha
+from disha import AdapterFileError, MergeError
+from disha.files import load_adapter, save_adapter
+from tests.conftest import perturb
+
+WORDS = 36
+TOKENS = torch.tensor([[1, 5, 3, 35, 2, 2], [0, 7, 33, 12, 1, 4]])
+
+
+def llama(words=WORDS):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 2, "tie_word_embeddings": True, "initializer_range": 0.2}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=words, **sizes, **heads)).double().eval()
+
+
+def gpt2():
+    torch.manual_seed(0)
+    sizes = {"n_positions": 32, "n_embd": 16, "n_layer": 1, "n_head": 2}
+    config = GPT2Config(vocab_size=WORDS, **sizes, bos_token_id=0, eos_token_id=0)
+    return GPT2LMHeadModel(config).double().eval()
+
+
+def dense_like(model, make):
+    """A plain model with E + dE, computed, in both places."""
+    layers = [module for module in model.modules() if isinstance(module, disha.AdaptedLayer)]
+    ((layer, block),) = (
+        (layer, block) for layer in layers for block in layer.disha.blocks().values()
+    )
+    dense = make()
+    dense.get_input_embeddings().weight = nn.Parameter(
+        (layer.base_weight + block.scale * layer.delta_weight(block)).detach()
+    )
+    dense.tie_weights()
+    assert dense.lm_head.weight is dense.get_input_embeddings().weight
+    return dense
+
+
+def loss_of(model):
+    return model(TOKENS).logits.sin().sum()  # transformers computes its own in float32
+
+
+METHODS = {"bone": {}, "tile": {"r_out": 4}, "bat": {"method": "bat"}}
+TARGETS = {"embedding": "embed_tokens|wte", "head": "lm_head", "both": "embed_tokens|wte|lm_head"}
+
+
+@pytest.mark.parametrize("r", [4, 5])
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("make", [llama, gpt2])
+def test_both_read_one_update(make, target, method, r):
+    model = disha.inject_adapters(make(), TARGETS[target], r, scale=0.5, **METHODS[method])
+    assert torch.equal(model(TOKENS).logits, make()(TOKENS).logits)
+    perturb(model)
+    (block,) = disha.adapter_parameters(model)
+    assert [key for key in model.state_dict() if "disha" in key] == [
+        key for key, parameter in model.named_parameters() if parameter is block
+    ]
+    dense = dense_like(model, make)
+    expected = model(TOKENS).logits
+    torch.testing.assert_close(expected, dense(TOKENS).logits)
+    loss_of(model).backward()
+    step = 1e-3 * torch.randn_like(block)  # Llama has norms in float32
+    ends = []
+    for sign in (1, -1):  # finite differences of the dense model
+        moved = copy.deepcopy(model)
+        with torch.no_grad():
+            next(iter(disha.adapter_parameters(moved))).add_(step, alpha=sign)
+            ends.append(loss_of(dense_like(moved, make)))
+    torch.testing.assert_close(
+        (ends[0] - ends[1]) / 2, (step * block.grad).sum(), rtol=3e-3, atol=0
+    )
+    assert disha.check_adapters(model, TOKENS).ok
+    disha.merge_adapters(model)
+    torch.testing.assert_close(model(TOKENS).logits, expected)
+    weight = model.lm_head._parameters["weight"]
+    assert weight is model.get_input_embeddings()._parameters["weight"]
+    disha.unmerge_adapters(model)
+    assert torch.equal(model(TOKENS).logits, expected)
+    disha.remove_adapters(model)
+    assert torch.equal(model(TOKENS).logits, make()(TOKENS).logits)
+    assert [type(model.lm_head), type(model.get_input_embeddings())] == [nn.Linear, nn.Embedding]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_compiled_it_is_the_same(method):
+    model = disha.inject_adapters(llama(), "embed_tokens", 4, **METHODS[method])
+    perturb(model)
+    (block,) = disha.adapter_parameters(model)
+    found = []
+    for run in (model, torch.compile(model, fullgraph=True)):
+        loss = loss_of(run)
+        found.append((loss, *torch.autograd.grad(loss, block)))
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
+
+
+class Largest(TorchDispatchMode):
+    """Notes the sizes of the new tensors that operations make."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        made = isinstance(result, torch.Tensor) and "aten.t." not in str(func)
+        self.sizes = [*getattr(self, "sizes", []), result.numel() if made else 0]
+        return result
+
+
+@pytest.mark.parametrize("method", ["bone", "tile"])
+def test_a_step_makes_no_dense_table(method):
+    model = disha.inject_adapters(llama(words=5003), "embed_tokens", 4, **METHODS[method])
+    with Largest() as seen:
+        model(TOKENS[:, :3], labels=TOKENS[:, :3]).loss.backward()
+    assert max(seen.sizes) < 5003 * 16
+
+
+COPIES = {
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda model: pickle.loads(pickle.dumps(model)),
+    "torch.save": lambda model: torch.load(_saved(model), weights_only=False),
+}
+
+
+def _saved(model):
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return file
+
+
+@pytest.mark.parametrize("way", COPIES)
+def test_copies_read_their_own_block(way):
+    model = disha.inject_adapters(llama(), "embed_tokens", 4)
+    perturb(model)
+    expected = model(TOKENS).logits
+    other = COPIES[way](model)
+    assert torch.equal(other(TOKENS).logits, expected)
+    (block,) = disha.adapter_parameters(other)
+    block.detach().zero_()
+    assert torch.equal(other(TOKENS).logits, llama()(TOKENS).logits)
+    assert torch.equal(model(TOKENS).logits, expected)
+
+
+def test_tying_and_assigning_again_keep_the_update():
+    model = disha.inject_adapters(llama(), "embed_tokens", 4)
+    perturb(model)
+    expected = model(TOKENS).logits
+    model.tie_weights()
+    assert torch.equal(model(TOKENS).logits, expected)
+    model.load_state_dict(copy.deepcopy(model.state_dict()), assign=True)
+    assert torch.equal(model(TOKENS).logits, expected)
+    disha.merge_adapters(model)  # also where this has untied the two
+    torch.testing.assert_close(model(TOKENS).logits, expected)
+
+
+def test_exclude_leaves_the_head_plain(tmp_path):
+    plan = disha.plan_adapters(llama(), "embed_tokens", 4, exclude="lm_head")
+    assert "one shared parameter" not in str(plan)
+    shared = str(disha.plan_adapters(llama(), "embed_tokens", 4))
+    assert "one shared parameter: model.embed_tokens.weight, lm_head.weight" in shared
+    model = disha.inject_adapters(llama(), "embed_tokens", 4, exclude="lm_head")
+    perturb(model)
+    assert type(model.lm_head) is nn.Linear
+    with pytest.raises(MergeError, match=r"shared with lm_head.weight.*untie"):
+        disha.merge_adapters(model)
+    save_adapter(model, tmp_path / "file")
+    again = llama()
+    load_adapter(again, tmp_path / "file")
+    assert torch.equal(again(TOKENS).logits, model(TOKENS).logits)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_file_says_who_reads_it(tmp_path, target):
+    model = disha.inject_adapters(llama(), TARGETS[target], 4)
+    perturb(model)
+    save_adapter(model, tmp_path / "file")
+    again, untied = llama(), llama()
+    load_adapter(again, tmp_path / "file")
+    assert torch.equal(again(TOKENS).logits, model(TOKENS).logits)
+    untied.lm_head.weight = nn.Parameter(untied.lm_head.weight.detach().clone())
+    with pytest.raises(AdapterFileError, match=r"its weight is also .*tie them"):
+        load_adapter(untied, tmp_path / "file")
+
+
+def test_adapters_come_from_either_side():
+    """A second adapter has the layout of the first; what is left plain by one may read another."""
+    model = disha.inject_adapters(llama(), "embed_tokens", 4, adapter="a", exclude="lm_head")
+    disha.inject_adapters(model, "embed_tokens", 2, adapter="b")
+    perturb(model)
+    disha.set_active_adapters(model, ["a", "b"])
+    embedding, head = model.get_input_embeddings(), model.lm_head
+    a, b = (embedding.delta_weight(embedding.disha[name]) for name in "ab")
+    torch.testing.assert_close(embedding.weight.clone(), embedding.base_weight + a + b)
+    torch.testing.assert_close(head.weight.clone(), head.base_weight + b)
+    with pytest.raises(disha.TargetError, match="another adapter has it with the layout"):
+        disha.inject_adapters(model, "lm_head", 4, adapter="c")
+    with disha.route_adapters(model, ["a", "b"]):
+        routed = model(TOKENS).logits
+    for row, name in enumerate("ab"):
+        with disha.adapters_active(model, name):
+            torch.testing.assert_close(routed[row], model(TOKENS).logits[row])
+
+
+def test_transposed_convolutions_of_a_tied_autoencoder_see_the_update():
+    layer = disha.inject_adapters(nn.Conv2d(4, 4, 3).double(), "", 4)
+    perturb(layer)
+    x = torch.randn(2, 4, 5, 5, dtype=torch.float64)
+    expected = F.conv_transpose2d(x, layer.weight.clone())
+    torch.testing.assert_close(F.conv_transpose2d(x, layer.weight), expected)
