@@ -56,6 +56,7 @@ def bat_delta_weight(weight, block):
 LOOPS = {
     "bone": (lambda weight, block: bone_delta_weight(block, *weight.shape[::-1]), 2),
     "bat": (bat_delta_weight, 3),
+    "rows": (lambda weight, block: block.T - weight, 2),
 }
 """Method -> (W, D) -> dW for one matrix W, and how many axes the block D of one matrix has."""
 

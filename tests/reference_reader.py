@@ -172,7 +172,11 @@ class Method(NamedTuple):
     update: Callable
 
 
-METHODS = {"bone": Method(bone_sizes, bone_update), "bat": Method(bat_sizes, bat_update)}
+METHODS = {
+    "bone": Method(bone_sizes, bone_update),
+    "bat": Method(bat_sizes, bat_update),
+    "rows": Method(lambda layer: (layer.inputs, layer.outputs), lambda _, old, new: new.T - old),
+}
 
 
 def place(layer, parameters):

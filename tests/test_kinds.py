@@ -441,11 +441,11 @@ class TestLayoutsOfTheUser:
             ),
             ({"layouts": ["mix"]}, ArgumentTypeError, "layouts must be a dict"),
             ({"rows": {"proj": [(0, 9)]}}, TargetError, r"rows \(0, 9\) are out of range.*4"),
-            ({"rows": {"proj": [(0, 2), (1, 3)]}}, ArgumentError, "must not overlap"),
+            ({"rows": {"proj": [(0, 2), (1, 3)]}}, ArgumentError, "each once"),
             ({"rows": {"proj": [(2, 2)]}}, ArgumentError, "0 <= first < stop"),
             ({"rows": {"proj": [(-1, 2)]}}, ArgumentError, "0 <= first < stop"),
             ({"rows": {"proj": []}}, ArgumentError, "0 <= first < stop"),
-            ({"rows": {"proj": [(0, 1.5)]}}, ArgumentTypeError, "must be a list of pairs"),
+            ({"rows": {"proj": [(0, 1.5)]}}, ArgumentTypeError, "or of pairs"),
             ({"rows": {"other": [(0, 2)]}}, ArgumentError, "rows 'other' matches nothing"),
             (
                 {"method": "lora"},

@@ -6,7 +6,7 @@ A method is defined on one matrix W (out, in) with n = ceil(in / r) shards of it
     bone     (r, out)                dW[o, i] = D[i mod r, o]
     tile     (r, r_out)              dW[o, i] = D[i mod r, o mod r_out]: Bone with r_out
     bat      (ceil(out / r), r, r)   dW_ab = W_ab D_a + D_a for every r x r tile of W
-    rows     of W's shape            dW = D - W: D has new values of W, usually of a few rows
+    rows     (in, out)               dW = D^T - W: D has new values of W, usually of a few rows
 
 A layout (`disha.functional.layouts`) says how a weight becomes a stack of such matrices. A block
 then has the axes of the stack before its own. In a convolution, a block of two axes is kept like
@@ -59,7 +59,7 @@ class Method:
             block. R acts as a smaller weight: the product of x with dW equals the product of S(x)
             with R.
         tiles: whether a block can have an output shard r_out.
-        replaces: whether the block has new values of W, and so starts as W is, whatever `init` says.
+        replaces: whether D^T has new values of W, and so starts as W is, whatever `init` says.
         additive: whether dW is linear in D. If so, combining adapters adds up their blocks, which
             gives wrong numbers for a method that is not linear.
 
@@ -204,6 +204,10 @@ class Method:
         out_features = layout.geometry(weight.shape).out_features
         return layout.weight(place_rows(delta, rows, out_features))
 
+    def block_of(self, layout: Layout, part: Tensor) -> Tensor:
+        """Return the block that `replaces` a weight, or some rows of one, by the same values."""
+        return self.kept_block(layout, layout.matrices(part).mT)
+
     def wider_block(self, layout: Layout, block: Tensor, r: int, wider: int) -> Tensor | None:
         """Return the kept block for a larger shard size with the same dW, or None."""
         if wider == r:
@@ -301,10 +305,14 @@ class _Rows(Method):
         return (*geometry.stack, geometry.in_features, geometry.out_features)
 
     def delta(self, block: Tensor, geometry: Geometry, matrices: Tensor | None) -> Tensor:
+        assert matrices is not None
         return block.mT - matrices
 
-    def _keeps_as_weight(self, layout: Layout) -> bool:
-        return True
+    def of_outputs(self, block: Tensor, start: int, stop: int, out_features: int) -> Tensor | None:
+        return block[..., start:stop]
+
+    def of_inputs(self, block: Tensor, start: int, stop: int, in_features: int) -> Tensor | None:
+        return block[..., start:stop, :]
 
 
 METHODS: dict[str, Method] = {method.name: method for method in (_Bone(), _Bat(), _Rows())}

@@ -35,7 +35,9 @@ def make_block(
         )
         own = None if weight is None else weight.dtype
         dtype = config.dtype or (own if own is torch.float64 else torch.float32)
-        values = slot.layout.part(present(weight), slot.rows) if method.replaces else None
+        if method.replaces:
+            part = slot.layout.part(present(weight), slot.rows).detach()
+            values = method.block_of(slot.layout, part).to(dtype)
     block = Block(shape, slot=slot, config=config, r=r, device=device, dtype=dtype, split=split)
     if values is None:
         block.reset_parameters()

@@ -507,8 +507,8 @@ def _as_recorded(
     """Return a weight with the block and the rows of the file, and its layout if none is known."""
     slot = one.slot
     config = config if layer.method == config.method else _for_rows(config)
-    if one.attribute and (slot is None or layer.method == "rows"):
-        slot = slot_of(one.attribute, layer.layout)
+    if one.attribute and (slot is None or method_of(layer.method).replaces):
+        slot = replace(slot or slot_of(one.attribute, ROWS), layout=layer.layout)
     if slot is not None and layer.rows:
         slot = replace(slot, rows=layer.rows)
     return replace(one, slot=slot, config=config, r=layer.r, values=values)
