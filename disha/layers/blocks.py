@@ -320,7 +320,8 @@ class Adapters(nn.Module):
     def _decide(self, active: tuple[str, ...], merged: Merged | None) -> None:
         """Store what every forward asks."""
         all_blocks: dict[str, dict[str, tuple[Block, ...]]] = {}
-        for adapter, child in list(self._modules.items()):  # another thread may add one
+        children: dict[str, Any] = dict(self._modules)  # a copy: another thread may add one
+        for adapter, child in children.items():
             own = [(block.slot.parameter, block) for block in self.blocks(adapter).values()]
             for parameter, block in (*own, *child.borrowed):
                 of_adapters = all_blocks.setdefault(parameter, {})

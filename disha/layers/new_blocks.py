@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -36,7 +38,8 @@ def make_block(
         own = None if weight is None else weight.dtype
         dtype = config.dtype or (own if own is torch.float64 else torch.float32)
         if method.replaces:
-            part = slot.layout.part(present(weight), slot.rows).detach()
+            stored: Any = weight
+            part = slot.layout.part(present(stored), slot.rows).detach()
             values = method.block_of(slot.layout, part).to(dtype)
     block = Block(shape, slot=slot, config=config, r=r, device=device, dtype=dtype, split=split)
     if values is None:

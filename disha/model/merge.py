@@ -125,14 +125,14 @@ def merge(
         changed = [
             (layer, slot) for layer in chosen for slot in slots_of(layer, chosen[layer]).values()
         ]
-        names = {
+        places = {
             join(name, slot.parameter) for layer, slot in changed for name in view.names[layer]
         }
         changes = {}
         done: dict[int, Any] = {}  # a tied parameter is merged once
         for layer, slot in changed:
             name = join(view.names[layer][0], slot.parameter)
-            shared = _check_mergeable(view, name, layer, slot, names, untie=untie, dense=dense)
+            shared = _check_mergeable(view, name, layer, slot, places, untie=untie, dense=dense)
             key = id(layer._parameters[slot.parameter])
             if key not in done:
                 done[key] = _merged(name, layer, slot, chosen[layer], shared)
@@ -235,7 +235,7 @@ def _check_mergeable(
     untie: bool,
     dense: bool,
 ) -> bool:
-    """Raise if nothing can be merged into a weight; return whether it is tied to an unchanged one."""
+    """Raise if nothing can be merged into a weight; return whether it is tied to others."""
     reason = _reason_against(layer, slot, dense)
     if reason is not None:
         raise MergeError(f"{name} {reason}")

@@ -210,8 +210,8 @@ class Plan:
 
     def __str__(self) -> str:
         rows = [
-            (p.name or "(the model)", (p.config or self.config).method, p.r, f"{p.in_features} -> {p.out_features}",
-             f"{p.parameters:,}")
+            (p.name or "(the model)", (p.config or self.config).method, p.r,
+             f"{p.in_features} -> {p.out_features}", f"{p.parameters:,}")
             for p in self.layers
         ]  # fmt: skip
         lines = [table(("layer", "method", "r", "in -> out", "parameters"), rows)]
