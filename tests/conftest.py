@@ -126,6 +126,10 @@ needs_fully_shard = pytest.mark.skipif(
     not hasattr(torch.cpu.Stream, "record_event"),
     reason="fully_shard of this torch asks streams for what those of the CPU do not have",
 )
+needs_grouped_products = pytest.mark.skipif(
+    not hasattr(torch.nn.functional, "grouped_mm"),
+    reason="this torch multiplies groups on accelerators only",
+)
 
 
 def once(folder: Path, name: str, make: Callable[[Path], object]) -> tuple[Path, Any]:

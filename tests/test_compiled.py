@@ -21,7 +21,7 @@ from torch._inductor.async_compile import AsyncCompile
 from torch._inductor.utils import run_and_get_code
 
 import disha
-from tests.conftest import perturb
+from tests.conftest import needs_grouped_products, perturb
 from tests.test_effective import Reader
 
 
@@ -204,6 +204,7 @@ class Private(nn.Module):
         return torch._grouped_mm(x, self.up, offs=self.ends)
 
 
+@needs_grouped_products
 @pytest.mark.parametrize("method", ["bone", "bat"])
 def test_private_functions_of_torch_see_the_update(method):
     """The compiler passes only public functions on by itself; the rest would see W alone."""

@@ -763,6 +763,7 @@ class TestWhatAsksNoTensor:
         (wanted,) = torch.autograd.grad(expected.square().sum(), block)
         torch.testing.assert_close(block.grad, wanted)
 
+    @pytest.mark.skipif(torch.__version__ < "2.9", reason="the compiler of torch 2.8 sees W alone")
     def test_a_custom_function_in_compiled_code(self):
         layer, block, x = self.case()
         torch._dynamo.reset()

@@ -10,6 +10,7 @@ from disha import functional
 from disha.functional import Layout, Update, method_of
 from disha.functional.bone import bone_delta, routed_delta
 from tests import reference
+from tests.conftest import needs_grouped_products
 from tests.test_adapted_linear import kept_by
 
 MATRIX, STACK, INDEX = Layout("out in"), Layout("expert out in"), Layout("index out")
@@ -270,6 +271,7 @@ GROUPED = [
 ]  # with dropout, several draw in another order than one after another
 
 
+@needs_grouped_products
 @pytest.mark.parametrize(("kinds", "dtype", "ends", "dropout"), GROUPED)
 def test_a_grouped_product(kinds, dtype, ends, dropout):
     """The sizes are multiples of 16 bytes, as the product wants them; r is not."""
@@ -312,6 +314,7 @@ def test_a_grouped_product(kinds, dtype, ends, dropout):
         assert (one.double() - other).norm() <= limit * (other.norm() + 1e-9)
 
 
+@needs_grouped_products
 def test_one_sum_and_one_product_serve_all_groups_of_a_bone_block():
     calls = []
 
@@ -326,6 +329,7 @@ def test_one_sum_and_one_product_serve_all_groups_of_a_bone_block():
     assert calls == [((9, 16), (3, 16, 24)), ((9, 4), (3, 4, 24))]  # r = 3, made 16 bytes
 
 
+@needs_grouped_products
 @pytest.mark.parametrize("kind", ["bone", "bat"])
 def test_compiled_grouped_products_take_their_groups_as_data(kind):
     x, weight = (torch.randn(s, dtype=torch.bfloat16) for s in ((9, 16), (3, 24, 16)))
@@ -511,6 +515,7 @@ def test_one_routed_bone_block_beside_samples_without_an_adapter():
     assert not found[1].any()
 
 
+@needs_grouped_products
 @pytest.mark.parametrize("method", ["bone", "bat"])
 def test_autocast_leaves_grouped_products_in_their_dtype(method):
     x, weight = torch.randn(5, 8), torch.randn(2, 4, 8)

@@ -27,7 +27,7 @@ def effective_part(
                     "the adapter's dropout can't act here: each rank would drop different inputs "
                     "of a tensor-parallel weight; use dropout=0"
                 )
-            update = update._replace(block=split.summed(update.block))
+            update = update.replace(block=split.summed(update.block))
             cut = update_of_part(update, layout, split.shape, split.part)
             if cut is None:
                 return None

@@ -138,6 +138,6 @@ def _cast(func: Operation, weight: Any, *args: Any, **kwargs: Any) -> Any:
 @rules("detach data")
 def _detach(func: Operation, weight: Any) -> Any:
     def detached(updates: Sequence[Update]) -> Sequence[Update]:
-        return [update._replace(block=func(update.block)) for update in updates]
+        return [update.replace(block=func(update.block)) for update in updates]
 
     return _mapped(weight, func(weight.base), weight.weight_layout, detached)

@@ -129,7 +129,7 @@ def compute_first(func: Operation, args: tuple[Any, ...], kwargs: Mapping[str, A
         name: base_of(value) if name == "out" else computed_inside(value)
         for name, value in kwargs.items()
     }
-    result = func(*(computed_inside(value) for value in args), **named)
+    result = func(*[computed_inside(value) for value in args], **named)
     return kwargs["out"] if isinstance(kwargs.get("out"), EffectiveWeight) else result
 
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Sequence
 from functools import reduce
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -72,26 +72,30 @@ class Update(NamedTuple):
     rows: Rows = ()
     chosen: Tensor | None = None
 
-    @property
+    # Methods, because torch 2.8 compiles neither `_replace` nor a property of a tuple.
+
     def is_apart(self) -> bool:
         """Whether its product is added to that of W, and dW is not folded into W."""
         return bool(self.dropout or (self.rows and self.method.replaces))
 
-    @property
+    def replace(self, **fields: Any) -> Update:
+        """Return the update with other values of some fields."""
+        return Update(**(dict(zip(Update._fields, self)) | fields))
+
     def chosen_block(self) -> Tensor:
-        """The block of the chosen matrices."""
+        """Return the block of the chosen matrices."""
         return self.block if self.chosen is None else self.block[self.chosen]
 
     def select_matrices(self, index: int | slice | Tensor) -> Update:
         """Return the update of one matrix of a stack, or of several."""
         if isinstance(index, Tensor) and index.dim() == 1:
             # The blocks are gathered only where they are used: there may be one for each token.
-            return self._replace(chosen=index if self.chosen is None else self.chosen[index])
-        return self._replace(block=self.chosen_block[index], chosen=None)
+            return self.replace(chosen=index if self.chosen is None else self.chosen[index])
+        return self.replace(block=self.chosen_block()[index], chosen=None)
 
     def unstack(self) -> list[Update]:
         """Return the updates of all matrices of a stack, with one gradient for the block."""
-        return [self._replace(block=block, chosen=None) for block in self.chosen_block.unbind(0)]
+        return [self.replace(block=block, chosen=None) for block in self.chosen_block().unbind(0)]
 
 
 class Reduced(NamedTuple):
@@ -120,9 +124,9 @@ def computed_weight(weight: Tensor, layout: Layout, updates: Sequence[Update]) -
         >>> computed_weight(torch.zeros(1, 3), Layout("out in"), [update])
         tensor([[1., 1., 1.]])
     """
-    deltas = (
-        (u.method.delta_weight(layout, u.chosen_block, weight, u.rows), u.scale) for u in updates
-    )
+    deltas = [
+        (u.method.delta_weight(layout, u.chosen_block(), weight, u.rows), u.scale) for u in updates
+    ]
     return merged_weight(weight, deltas) if updates else weight
 
 
@@ -170,7 +174,7 @@ def update_product(
         return _reduced_product(multiply, x, layout, small[0], sizes, groups)
     rows = update.rows if layout.pattern == "out in" else ()  # then the product has only these
     own = () if rows else update.rows
-    part, block = layout.part(weight, rows), update.chosen_block
+    part, block = layout.part(weight, rows), update.chosen_block()
     delta = scaled(update.method.delta_weight(layout, block, part, own), update.scale)
     numbers = [torch.arange(*ends, device=x.device) for ends in rows]
     if not x.is_floating_point():  # indices
@@ -238,8 +242,8 @@ def _divided(
 ) -> tuple[list[Reduced], list[Update], list[Update]]:
     """Return the updates that use shard sums, are folded into W, or need their own product."""
     dense = [update for update in updates if not update.method.reduces]
-    folded = [update for update in dense if not update.is_apart]
-    others = [update for update in dense if update.is_apart]
+    folded = [update for update in dense if not update.is_apart()]
+    others = [update for update in dense if update.is_apart()]
     return reduced_updates(updates, layout, out_features), folded, others
 
 
@@ -279,7 +283,7 @@ def updates_of_rows(
                 if block is None:
                     return None
                 own = () if (low, high) == (start, stop) else ((low - start, high - start),)
-                found.append(update._replace(block=block, rows=own))
+                found.append(update.replace(block=block, rows=own))
             before += last - first
     return found
 
@@ -300,7 +304,7 @@ def update_of_part(
         block = update.method.of_inputs(update.block, *cut[axis], geometry.in_features)
         if block is None:
             return None
-        update = update._replace(block=block)
+        update = update.replace(block=block)
     if "out" not in cut:
         return [update]
     return updates_of_rows([update], *cut["out"], geometry.out_features)
@@ -403,10 +407,11 @@ def _plus_product(output: Tensor, sums: Tensor, matrix: Tensor, factor: float) -
 def _folded(x: Tensor, weight: Tensor, bias: Tensor | None, updates: Sequence[Update]) -> Tensor:
     """Return the product with the updates folded into W."""
     first = updates[0]
-    alike = {(one.method, one.block.shape, one.block.dtype, one.rows) for one in updates}
-    if len(updates) > 1 and len(alike) == 1 and first.method.additive:
+    kinds = [(one.method, one.block.shape, one.block.dtype, one.rows) for one in updates]
+    alike = all(kind == kinds[0] for kind in kinds)
+    if len(updates) > 1 and alike and first.method.additive:
         blocks = [scaled(update.block, update.scale) for update in updates]
-        updates = [first._replace(block=reduce(torch.add, blocks), scale=1.0)]
+        updates = [first.replace(block=reduce(torch.add, blocks), scale=1.0)]
     if len(updates) == 1 and not first.rows:
         return _folded_alone(x, weight, bias, updates[0])
     pieces = _in_pieces(x, weight, bias, updates) if any(one.rows for one in updates) else None
@@ -451,7 +456,7 @@ def adapted_stack(x: Tensor, weight: Tensor, updates: Sequence[Update]) -> Tenso
     each_has_one = bool(folded) and 0 < x.shape[0] == weight.shape[0]
     if each_has_one and len(updates) == 1 and not updates[0].rows:
         method, _, scale, *_ = updates[0]
-        output = method.product(x, weight, None, updates[0].chosen_block, scale)
+        output = method.product(x, weight, None, updates[0].chosen_block(), scale)
         if output is not None:
             return output
     if each_has_one and not is_compiling():

@@ -124,8 +124,10 @@ class Block(nn.Module):
                 "block must load it: inject first, then offload"
             )
         dropout = self.dropout if self.training else 0.0
-        scale: float | Tensor = self.scale
-        if group is not None:
+        scale: float | Tensor
+        if group is None:
+            scale = self.scale
+        else:
             name = compiled.factor_name(group.name, self.scale_tensor.device)
             scale = self.scale_tensor * getattr(compiled, name)
         return Update(self.method, values, scale, dropout, self.slot.rows)
@@ -283,7 +285,9 @@ class Adapters(nn.Module):
 
     def blocks_of_first_adapter(self, parameter: str) -> tuple[Block, ...]:
         """The blocks on a parameter, of the first adapter that has any."""
-        return next(iter(self.all_blocks.get(parameter, {}).values()), ())
+        for blocks in self.all_blocks.get(parameter, {}).values():
+            return blocks
+        return ()
 
     def add(
         self, adapter: str, blocks: Sequence[Block], borrowed: Sequence[tuple[str, Block]] = ()

@@ -25,7 +25,9 @@ def fingerprint(weight: Tensor) -> str | None:
     count = min(SAMPLES, whole.numel())
     positions = torch.arange(count, device=whole.device)
     positions = positions * (whole.numel() - 1) // max(count - 1, 1)
-    values = whole.reshape(-1)[positions].cpu()
+    # By their bytes, because torch 2.8 can't pick values of 8 bits.
+    chosen = whole.reshape(-1, 1).view(torch.uint8)[positions].cpu()
+    values = chosen.view(whole.dtype).flatten()
     digests = []
     for rounded in (values.to(torch.bfloat16), values.to(torch.float16).to(torch.bfloat16)):
         digest = hashlib.sha256(str(tuple(weight.shape)).encode())

@@ -317,6 +317,8 @@ def check_replicated_weights_act(folder):
     for method in METHODS:
         model, plain = adapted("all-linear", method), adapted("all-linear", method)
         distribute_module(model, mesh())
+        for one, other in zip(model.parameters(), plain.parameters(), strict=True):
+            one.requires_grad_(other.requires_grad)  # torch 2.8 makes all of them train
         weight = model.up.weight
         assert weight.shape == (12, 8)
         assert weight.device.type == "cpu"
