@@ -101,7 +101,8 @@ def classified():
                 func = getattr(value, end.lstrip("."), None) if end else value
                 if getattr(func, "__hash__", None) and func in RULES:
                     named.add(func)
-                    found[f"{prefix}.{name}{end}"] = RULES[func].__module__.split(".")[-1]
+                    made = getattr(RULES[func], "func", RULES[func])  # of a partial function
+                    found[f"{prefix}.{name}{end}"] = made.__module__.split(".")[-1]
     assert {func for func in RULES if not isinstance(func, str)} == named | {torch.__hash__}
     return found
 
