@@ -20,6 +20,9 @@ from itertools import product
 
 import torch
 
+KINDS = ("bone", "tile", "bat")
+"""The kinds of blocks. Tests that run with each take them from here; `LOOPS` has the methods."""
+
 
 def shard_sum(x, r):
     total = torch.zeros(*x.shape[:-1], r, dtype=x.dtype)

@@ -16,7 +16,7 @@ from tests import reference
 from tests.conftest import perturb
 from tests.test_functional import SIZES, make_block, name_of, random_sizes, strided_copy
 
-METHODS = ("bone", "tile", "bat")
+METHODS = reference.KINDS
 
 
 def case_of(method, sizes, dtype=torch.float64, lead=(3,), seed=0, bias=True):

@@ -29,7 +29,7 @@ FORMS = {
     "zero_attn": {"add_zero_attn": True, "batch_first": True},
     "bias_kv, zero_attn": {"add_bias_kv": True, "add_zero_attn": True},
 }
-METHODS = ("bone", "tile", "bat")
+METHODS = reference.KINDS
 PAIRS = [
     (name, method)
     for index, name in enumerate(FORMS)

@@ -15,7 +15,7 @@ from disha.functional.shard_sums import added
 from tests import reference
 
 MATRIX = Layout("out in")
-METHODS = ("bone", "tile", "bat")
+METHODS = reference.KINDS
 # in, out, r, r_out: r divides both; neither; the columns only; the rows only; r above out; r = 1;
 # r = in; one row
 SIZES = (

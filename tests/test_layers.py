@@ -18,7 +18,7 @@ from disha.layers.adapted import AdaptedLinear
 from tests import reference
 from tests.conftest import merged_weight
 
-KINDS = ("bone", "tile", "bat")
+KINDS = reference.KINDS
 DTYPES = (torch.float64, torch.float32, torch.bfloat16)
 
 

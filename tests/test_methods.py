@@ -322,7 +322,7 @@ def test_rows_are_taken_and_placed(rows, dim):
 def test_what_a_block_of_some_rows_adds_by_shard_sums(kind, name):
     case = case_of(kind, name, ((0, 2), (3, 5)))
     update = Update(method_of(case.method), case.block, 0.5, rows=case.rows)
-    found = reduced_updates([update], case.layout, 6)
+    found = reduced_updates([update], case.layout, case.layout.geometry(case.weight.shape))
     if not METHODS[case.method].reduces:
         assert found == []
         return
@@ -335,18 +335,18 @@ def test_what_a_block_of_some_rows_adds_by_shard_sums(kind, name):
 
 
 def test_updates_of_one_shard_size_add_up():
-    layout, blocks = Layout("out in"), torch.randn(3, 2, 2)
+    layout, sizes, blocks = Layout("out in"), Geometry(7, 6), torch.randn(3, 2, 2)
     updates = [
         Update(method_of("bone"), block, scale, rows=((2 * i, 2 * i + 2),))
         for i, (block, scale) in enumerate(zip(blocks, (1.0, 0.5, torch.tensor(-2.0)), strict=True))
     ]
-    (one,) = reduced_updates(updates, layout, 6)
+    (one,) = reduced_updates(updates, layout, sizes)
     assert torch.equal(one.matrix, torch.cat([blocks[0], 0.5 * blocks[1], -2 * blocks[2]], 1))
     dropping = [updates[0], updates[1]._replace(dropout=0.5), updates[2]]
-    assert len(reduced_updates(dropping, layout, 6)) == 2
+    assert len(reduced_updates(dropping, layout, sizes)) == 2
     wider = Update(method_of("bone"), torch.randn(3, 6))
-    assert len(reduced_updates([*updates, wider], layout, 6)) == 2
-    (alone,) = reduced_updates([wider], layout, 6)
+    assert len(reduced_updates([*updates, wider], layout, sizes)) == 2
+    (alone,) = reduced_updates([wider], layout, sizes)
     assert alone.matrix is wider.block
 
 
@@ -359,7 +359,7 @@ def test_the_block_of_a_slice_of_outputs(name, start, stop):
     layout, weight = Layout("out in"), torch.randn(7, 7, dtype=torch.float64)
     shape = method_of(method).block_shape(layout, weight.shape, r)
     block = torch.randn(shape, dtype=torch.float64)
-    found = METHODS[method].of_outputs(block, start, stop, 7)
+    found = METHODS[method].of_outputs(block, start, stop, Geometry(7, 7), r)
     if method == "bat":
         assert (found is None) == bool(start % r or (stop % r and stop < 7))
     if found is None:
@@ -380,7 +380,7 @@ def test_the_updates_of_a_slice_of_outputs(name, rows, start, stop):
     weight = torch.randn(8, 7, dtype=torch.float64)
     shape = method_of(method).block_shape(layout, weight.shape, r, r_out, rows)
     update = Update(method_of(method), torch.randn(shape, dtype=torch.float64), rows=rows)
-    found = updates_of_rows([update], start, stop, 8)
+    found = updates_of_rows([update], start, stop, Geometry(7, 8))
     if found is None:
         assert not METHODS[method].reduces  # R has a column for each output
         return
@@ -496,6 +496,40 @@ class Gained(Method):
         shards, gains = block[..., :-1, :], 1 + block[..., -1:, :]
         places = torch.arange(geometry.in_features) % shards.shape[-2]
         return (shards * gains)[..., places, :].mT
+
+
+class Sloped(Method):
+    """dW[o, i] = D[o] (i mod r + 1): its block shows neither r nor the inputs."""
+
+    name = "sloped"
+    block_axes = 1
+    reduces = True
+    additive = True
+
+    def shape(self, geometry, r, r_out):
+        return (*geometry.stack, geometry.out_features)
+
+    def reduced(self, block, geometry, r):
+        assert block.shape[-1] == geometry.out_features
+        assert 0 < r <= geometry.in_features
+        return torch.arange(1.0, r + 1, dtype=block.dtype).unsqueeze(1) * block.unsqueeze(-2)
+
+    def of_outputs(self, block, start, stop, geometry, r):
+        assert stop <= geometry.out_features
+        return block[..., start:stop]
+
+
+@pytest.mark.parametrize("reads", ["linear", "attention", "experts"])
+def test_a_method_that_needs_r_to_reduce_its_block(monkeypatch, tmp_path, reads):
+    monkeypatch.setitem(METHODS, "sloped", Sloped())
+    model, *shapes = {
+        "linear": (nn.Sequential(nn.Linear(7, 6)), (3, 7)),
+        "attention": (nn.TransformerEncoderLayer(6, 2, 8, dropout=0.0), (3, 2, 6)),
+        "experts": (nn.Bilinear(7, 6, 5), (3, 7), (3, 6)),
+    }[reads]
+    options = {"method": "sloped", "init": "kaiming", "scale": 0.1}
+    disha.inject_adapters(model, "all-linear", 3, **options)
+    assert disha.check_adapters(model, *map(torch.randn, shapes)).ok
 
 
 class Shifted(Method):

@@ -81,10 +81,10 @@ def _selected(weight: EffectiveWeight, index: Any, layout: Layout) -> Any:
 
 def rows_of(weight: Any, start: int, stop: int) -> Any:
     """Return the effective weight of some rows of a matrix (out, in)."""
-    size = weight.base.shape[0]
+    geometry = weight.weight_layout.geometry(weight.base.shape)
 
     def of_rows(updates: Sequence[Update]) -> Sequence[Update] | None:
-        return updates_of_rows(updates, start, stop, size)
+        return updates_of_rows(updates, start, stop, geometry)
 
     return _mapped(weight, weight.base[start:stop], weight.weight_layout, of_rows)
 

@@ -24,6 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -52,8 +53,7 @@ _TURNED |= {f"expert {one}": f"expert {other}" for one, other in _TURNED.items()
 _AXES = {pattern: tuple(pattern.split()) for pattern in PATTERNS}
 
 
-@dataclass(frozen=True)
-class Geometry:
+class Geometry(NamedTuple):
     """The sizes of a weight that its blocks depend on.
 
     Attributes:

@@ -50,6 +50,15 @@ class Method:
     Override it where the method can do more, or do it at a lower cost. Set `block_axes`,
     `reads_weight` and `additive` as the formula of dW says.
 
+    What others rely on:
+
+    - A method has LoRA factors if it `reduces`, and otherwise none: it is exported as a LoRA by
+      cutting dW to a rank.
+    - A block can be cut at multiples of r, in inputs (`of_inputs`) and in outputs (`of_outputs`).
+      Where it can't, as by default, a tensor-parallel weight can't have it, and products with some
+      rows of a weight compute the weight.
+    - A method that `reduces` can be cut anywhere: R has a column for each output.
+
     Attributes:
         name: its name in configurations and files.
         aliases: other names that users may give it.
@@ -113,11 +122,9 @@ class Method:
         `reduces`, D and W come in float32, or in float64 if one of them is wider. So dW has all its
         digits, and is rounded once, when it is added to W.
         """
-        if not self.reduces:
-            raise NotImplementedError
-        return bone_delta_weight(self.reduced(block), geometry.in_features, geometry.out_features)
+        raise NotImplementedError
 
-    def reduced(self, block: Tensor) -> Tensor:
+    def reduced(self, block: Tensor, geometry: Geometry, r: int) -> Tensor:
         """Return R (..., r, out) with dW x = S(x) R; or (..., r, r_out), whose columns repeat.
 
         Products cast R to the dtype of their input.
@@ -134,11 +141,15 @@ class Method:
         """
         return None
 
-    def of_outputs(self, block: Tensor, start: int, stop: int, out_features: int) -> Tensor | None:
+    def of_outputs(
+        self, block: Tensor, start: int, stop: int, geometry: Geometry, r: int
+    ) -> Tensor | None:
         """Return the block of the outputs start to stop, or None if it can't be cut there."""
         return None
 
-    def of_inputs(self, block: Tensor, start: int, stop: int, in_features: int) -> Tensor | None:
+    def of_inputs(
+        self, block: Tensor, start: int, stop: int, geometry: Geometry, r: int
+    ) -> Tensor | None:
         """Return the block of the inputs start to stop, or None if it can't be cut there."""
         return None
 
@@ -174,11 +185,12 @@ class Method:
         return tuple(block[: len(block) - self.block_axes])
 
     def delta_weight(
-        self, layout: Layout, block: Tensor, weight: Tensor, rows: Rows = ()
+        self, layout: Layout, block: Tensor, weight: Tensor, rows: Rows = (), r: int = 0
     ) -> Tensor:
         """Return dW of a kept block, without a scale: a tensor of the weight's shape.
 
-        Only the shape of the weight matters if the method does not read it.
+        Only the shape of the weight matters if the method does not read it. Methods of `METHODS`
+        know r from their block.
 
         Raises:
             ArgumentError: the block does not fit the weight.
@@ -192,7 +204,8 @@ class Method:
         own = self.matrix_block(layout, block)
         matrices = layout.matrices(layout.part(weight, rows)) if self.reads_weight else None
         if self.reduces:  # dW only repeats the values of R, so it needs no wider dtype
-            delta = self.delta(own, geometry, matrices)
+            reduced = self.reduced(own, geometry, r)
+            delta = bone_delta_weight(reduced, geometry.in_features, geometry.out_features)
         else:
             dtype = merge_dtype(weight.dtype, block.dtype)
             matrices = None if matrices is None else matrices.to(dtype)
@@ -216,7 +229,7 @@ class Method:
         return None if matrices is None else self.kept_block(layout, matrices)
 
     def lora_factors(
-        self, layout: Layout, block: Tensor, geometry: Geometry
+        self, layout: Layout, block: Tensor, geometry: Geometry, r: int = 0
     ) -> tuple[Tensor, Tensor] | None:
         """Return A (..., r, in) and B (..., out, r) with dW = B A, or None if there are none.
 
@@ -224,7 +237,7 @@ class Method:
         """
         if not self.reduces:
             return None
-        reduced = self.reduced(self.matrix_block(layout, block))
+        reduced = self.reduced(self.matrix_block(layout, block), geometry, r)
         return bone_lora_factors(reduced, geometry.in_features, geometry.out_features)
 
     def matrix_block(self, layout: Layout, block: Tensor) -> Tensor:
@@ -249,10 +262,14 @@ class _Bone(Method):
     def shape(self, geometry: Geometry, r: int, r_out: int | None) -> tuple[int, ...]:
         return (*geometry.stack, r, geometry.out_features if r_out is None else r_out)
 
-    def of_outputs(self, block: Tensor, start: int, stop: int, out_features: int) -> Tensor | None:
-        return tiled(block, out_features)[..., start:stop]
+    def of_outputs(
+        self, block: Tensor, start: int, stop: int, geometry: Geometry, r: int
+    ) -> Tensor | None:
+        return tiled(block, geometry.out_features)[..., start:stop]
 
-    def of_inputs(self, block: Tensor, start: int, stop: int, in_features: int) -> Tensor | None:
+    def of_inputs(
+        self, block: Tensor, start: int, stop: int, geometry: Geometry, r: int
+    ) -> Tensor | None:
         offset = start % block.shape[-2]
         return block.roll(-offset, -2) if offset else block  # D'[j] = D[(start + j) mod r]
 
@@ -285,15 +302,19 @@ class _Bat(Method):
             return None
         return bat_streamed(x, weight.to(x.dtype), scaled(block, scale).to(x.dtype))
 
-    def of_outputs(self, block: Tensor, start: int, stop: int, out_features: int) -> Tensor | None:
+    def of_outputs(
+        self, block: Tensor, start: int, stop: int, geometry: Geometry, r: int
+    ) -> Tensor | None:
         r = block.shape[-1]
-        if start % r or (stop % r and stop != out_features):
+        if start % r or (stop % r and stop != geometry.out_features):
             return None
         return block[..., start // r : shard_count(stop, r), :, :]
 
-    def of_inputs(self, block: Tensor, start: int, stop: int, in_features: int) -> Tensor | None:
+    def of_inputs(
+        self, block: Tensor, start: int, stop: int, geometry: Geometry, r: int
+    ) -> Tensor | None:
         r = block.shape[-1]
-        return None if start % r or (stop % r and stop != in_features) else block
+        return None if start % r or (stop % r and stop != geometry.in_features) else block
 
 
 class _Rows(Method):
@@ -308,10 +329,14 @@ class _Rows(Method):
         assert matrices is not None
         return block.mT - matrices
 
-    def of_outputs(self, block: Tensor, start: int, stop: int, out_features: int) -> Tensor | None:
+    def of_outputs(
+        self, block: Tensor, start: int, stop: int, geometry: Geometry, r: int
+    ) -> Tensor | None:
         return block[..., start:stop]
 
-    def of_inputs(self, block: Tensor, start: int, stop: int, in_features: int) -> Tensor | None:
+    def of_inputs(
+        self, block: Tensor, start: int, stop: int, geometry: Geometry, r: int
+    ) -> Tensor | None:
         return block[..., start:stop, :]
 
 

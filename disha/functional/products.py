@@ -57,6 +57,7 @@ class Update(NamedTuple):
         dropout: current probability of zeroing each of the block's inputs; 0 in evaluation.
         rows: the outputs that the block adapts; empty for all.
         chosen: indices of the matrices of a stack, for experts chosen by token; None for all.
+        r: the shard size; methods of `METHODS` know it from their block.
 
     Examples:
         >>> import torch
@@ -71,6 +72,7 @@ class Update(NamedTuple):
     dropout: float = 0.0
     rows: Rows = ()
     chosen: Tensor | None = None
+    r: int = 0
 
     # Methods, because torch 2.8 compiles neither `_replace` nor a property of a tuple.
 
@@ -85,6 +87,10 @@ class Update(NamedTuple):
     def chosen_block(self) -> Tensor:
         """Return the block of the chosen matrices."""
         return self.block if self.chosen is None else self.block[self.chosen]
+
+    def delta_weight(self, layout: Layout, weight: Tensor) -> Tensor:
+        """Return dW, without the scale."""
+        return self.method.delta_weight(layout, self.chosen_block(), weight, self.rows, self.r)
 
     def select_matrices(self, index: int | slice | Tensor) -> Update:
         """Return the update of one matrix of a stack, or of several."""
@@ -124,9 +130,7 @@ def computed_weight(weight: Tensor, layout: Layout, updates: Sequence[Update]) -
         >>> computed_weight(torch.zeros(1, 3), Layout("out in"), [update])
         tensor([[1., 1., 1.]])
     """
-    deltas = [
-        (u.method.delta_weight(layout, u.chosen_block(), weight, u.rows), u.scale) for u in updates
-    ]
+    deltas = [(update.delta_weight(layout, weight), update.scale) for update in updates]
     return merged_weight(weight, deltas) if updates else weight
 
 
@@ -150,7 +154,7 @@ def adapted_product(
     lookup in the weight of a linear layer has the indices of outputs.
     """
     sizes = layout.geometry(weight.shape)
-    small, folded, others = _divided(updates, layout, sizes.out_features)
+    small, folded, others = _divided(updates, layout, sizes)
     output = multiply(x, computed_weight(weight, layout, folded), bias)
     for one in small:
         output = added(output, _reduced_product(multiply, x, layout, one, sizes, groups))
@@ -169,13 +173,13 @@ def update_product(
 ) -> Tensor:
     """Return the product of x with s dW of one update, with its dropout."""
     sizes = layout.geometry(weight.shape)
-    small = reduced_updates([update], layout, sizes.out_features)
+    small = reduced_updates([update], layout, sizes)
     if small:
         return _reduced_product(multiply, x, layout, small[0], sizes, groups)
     rows = update.rows if layout.pattern == "out in" else ()  # then the product has only these
     own = () if rows else update.rows
     part, block = layout.part(weight, rows), update.chosen_block()
-    delta = scaled(update.method.delta_weight(layout, block, part, own), update.scale)
+    delta = scaled(update.method.delta_weight(layout, block, part, own, update.r), update.scale)
     numbers = [torch.arange(*ends, device=x.device) for ends in rows]
     if not x.is_floating_point():  # indices
         if rows:
@@ -238,24 +242,30 @@ def _dropped_tokens(output: Tensor, dropout: float) -> Tensor:
 
 
 def _divided(
-    updates: Sequence[Update], layout: Layout, out_features: int
+    updates: Sequence[Update], layout: Layout, geometry: Geometry
 ) -> tuple[list[Reduced], list[Update], list[Update]]:
     """Return the updates that use shard sums, are folded into W, or need their own product."""
     dense = [update for update in updates if not update.method.reduces]
     folded = [update for update in dense if not update.is_apart()]
     others = [update for update in dense if update.is_apart()]
-    return reduced_updates(updates, layout, out_features), folded, others
+    return reduced_updates(updates, layout, geometry), folded, others
 
 
-def reduced_updates(updates: Sequence[Update], layout: Layout, out_features: int) -> list[Reduced]:
+def reduced_updates(updates: Sequence[Update], layout: Layout, geometry: Geometry) -> list[Reduced]:
     """Return what the updates add through shard sums; those of one shard size are added up."""
     found: dict[Hashable, Reduced] = {}
+    out_features = geometry.out_features
     for update in updates:
         if not update.method.reduces:
             continue
-        matrix = update.method.reduced(update.method.matrix_block(layout, update.block))
+        method, block, outputs = update.method, update.block, out_features
         if update.rows:
-            matrix = tiled(matrix, sum(stop - first for first, stop in update.rows))
+            outputs = sum(stop - first for first, stop in update.rows)
+        # The block's own stack, because a stack of chosen matrices has another size.
+        sizes = Geometry(geometry.in_features, outputs, method.stack_of(layout, block.shape))
+        matrix = method.reduced(method.matrix_block(layout, block), sizes, update.r)
+        if update.rows:
+            matrix = tiled(matrix, outputs)
             matrix = place_rows(matrix, update.rows, out_features, dim=-1)
         one = Reduced(scaled(matrix, update.scale), update.dropout, update.chosen)
         alone = one.dropout or one.chosen is not None
@@ -268,18 +278,21 @@ def reduced_updates(updates: Sequence[Update], layout: Layout, out_features: int
 
 
 def updates_of_rows(
-    updates: Sequence[Update], start: int, stop: int, out_features: int
+    updates: Sequence[Update], start: int, stop: int, geometry: Geometry
 ) -> list[Update] | None:
     """Return the updates of the outputs start to stop, or None if a block can't be cut there."""
     found = []
     for update in updates:
-        rows, before = update.rows or ((0, out_features),), 0
+        rows, before = update.rows or ((0, geometry.out_features),), 0
         outputs = sum(last - first for first, last in rows)
+        sizes = Geometry(geometry.in_features, outputs, geometry.stack)
         for first, last in rows:
             low, high = max(first, start), min(last, stop)
             if low < high:
                 offset = before - first
-                block = update.method.of_outputs(update.block, low + offset, high + offset, outputs)
+                block = update.method.of_outputs(
+                    update.block, low + offset, high + offset, sizes, update.r
+                )
                 if block is None:
                     return None
                 own = () if (low, high) == (start, stop) else ((low - start, high - start),)
@@ -301,13 +314,13 @@ def update_of_part(
         update = update.select_matrices(slice(*cut["expert"]))
     geometry = layout.geometry(shape)
     for axis in cut.keys() & {"in", "index"}:
-        block = update.method.of_inputs(update.block, *cut[axis], geometry.in_features)
+        block = update.method.of_inputs(update.block, *cut[axis], geometry, update.r)
         if block is None:
             return None
         update = update.replace(block=block)
     if "out" not in cut:
         return [update]
-    return updates_of_rows([update], *cut["out"], geometry.out_features)
+    return updates_of_rows([update], *cut["out"], geometry)
 
 
 # --- one matrix ----------------------------------------------------------------------------------
@@ -344,7 +357,8 @@ def adapted_linear(
     if len(updates) != 1 or updates[0].rows or updates[0].dropout:
         output = _linear_in_general(rows, weight, bias, updates)
     elif (method := updates[0].method).reduces:
-        matrix = method.reduced(updates[0].block)
+        sizes = Geometry(rows.shape[1], weight.shape[0])
+        matrix = method.reduced(updates[0].block, sizes, updates[0].r)
         output = _linear_and_reduced(rows, weight, bias, matrix, updates[0].scale)
     else:
         output = _folded_alone(rows, weight, bias, updates[0])
@@ -380,7 +394,7 @@ def _linear_in_general(
     x: Tensor, weight: Tensor, bias: Tensor | None, updates: Sequence[Update]
 ) -> Tensor:
     """Return (W + sum of s dW) x + b for any updates and x (n, in)."""
-    small, folded, others = _divided(updates, MATRIX, weight.shape[0])
+    small, folded, others = _divided(updates, MATRIX, MATRIX.geometry(weight.shape))
     # The updates are computed before W x. So in backward, W x creates the gradient of x, and the
     # updates add to it.
     sums = []
@@ -437,7 +451,7 @@ def _in_pieces(
     edges = {0, size, *(edge for update in updates for ends in update.rows for edge in ends)}
     pieces = []
     for start, stop in pairwise(sorted(edges)):
-        own = updates_of_rows(updates, start, stop, size)
+        own = updates_of_rows(updates, start, stop, MATRIX.geometry(weight.shape))
         if own is None:
             return None
         offset = None if bias is None else bias[start:stop]

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from disha.errors import ArgumentError, ModeError
-from disha.functional import Layout, Update, adapted_linear
+from disha.functional import Geometry, Layout, Update, adapted_linear
 from disha.functional.bone import routed_delta
 from disha.functional.private_torch import transforms_active
 from disha.functional.products import MATRIX, reduced_updates
@@ -172,7 +172,7 @@ class Routed(Updates):
             return adapted_linear(x, weight, bias, same or ())
         if not all(update.method.reduces for update in self.every):
             return _linear_by_adapter(x, weight, bias, self)
-        alike = _alike(self.by_adapter, weight.shape[0])
+        alike = _alike(self.by_adapter, MATRIX.geometry(weight.shape))
         if alike is None:
             return self.product(F.linear, x, weight, bias, MATRIX)
         output = F.linear(x, weight, bias)
@@ -240,17 +240,17 @@ def _with_alike(output: Tensor, x: Tensor, route: Route, alike: Mapping[str, Ten
 
 
 def _alike(
-    by_adapter: Mapping[str, tuple[Update, ...]], out_features: int
+    by_adapter: Mapping[str, tuple[Update, ...]], geometry: Geometry
 ) -> dict[str, Tensor] | None:
     """Return s R of each adapter if all have one size and no tiles or dropout, else None."""
     found: dict[str, Tensor] = {}
     for adapter, updates in by_adapter.items():
-        small = reduced_updates(updates, MATRIX, out_features)
+        small = reduced_updates(updates, MATRIX, geometry)
         if len(small) > 1 or any(one.dropout for one in small):
             return None
         if small:
             found[adapter] = small[0].matrix
     sizes = {(matrix.shape, matrix.dtype) for matrix in found.values()}
-    if len(sizes) != 1 or next(iter(sizes))[0][-1] != out_features:
+    if len(sizes) != 1 or next(iter(sizes))[0][-1] != geometry.out_features:
         return None
     return found

@@ -477,5 +477,5 @@ class _Merge:
         for one in self._layers[key]:
             block = self._blocks[one.key][experts]
             method = functional.method_of(one.method)
-            delta = method.delta_weight(one.layout, block, weight, one.rows)
+            delta = method.delta_weight(one.layout, block, weight, one.rows, one.r)
             yield delta, one.scale if self._scale is None else self._scale

@@ -224,7 +224,9 @@ def _update(
 def _factors(layer: LayerRecord, block: Tensor) -> tuple[Tensor, Tensor] | None:
     """Return A (rank, in, *kernel) and B (out, rank), or None if the method has no factors."""
     geometry = layer.geometry(tuple(block.shape))
-    factors = functional.method_of(layer.method).lora_factors(layer.layout, block, geometry)
+    factors = functional.method_of(layer.method).lora_factors(
+        layer.layout, block, geometry, layer.r
+    )
     if factors is None:
         return None
     a, b = factors
@@ -249,7 +251,7 @@ def _truncated(
     method = functional.method_of(layer.method)
     if method.reads_weight:
         weight = _base_weight(layer, block, base)
-    delta = method.delta_weight(layer.layout, block, weight)
+    delta = method.delta_weight(layer.layout, block, weight, r=layer.r)
     if layer.layout.in_first:
         delta = delta.transpose(0, 1)  # (out, in, *kernel)
     wide = delta.flatten(1).to(torch.promote_types(delta.dtype, torch.float32))

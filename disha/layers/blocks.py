@@ -130,7 +130,7 @@ class Block(nn.Module):
         else:
             name = compiled.factor_name(group.name, self.scale_tensor.device)
             scale = self.scale_tensor * getattr(compiled, name)
-        return Update(self.method, values, scale, dropout, self.slot.rows)
+        return Update(self.method, values, scale, dropout, self.slot.rows, None, self.r)
 
     def _from_hook(self) -> Tensor:
         """Return the block after its device hook has loaded it."""

@@ -125,7 +125,7 @@ def delta_of(layer: nn.Module, block: Block, parameter: str | None = None) -> Te
         base = opaque.weight_for(block.method, layer, slot, stored, values)
     else:
         base = base_of(layer, slot)
-    return block.method.delta_weight(slot.layout, values, base, slot.rows)
+    return block.method.delta_weight(slot.layout, values, base, slot.rows, block.r)
 
 
 def merged_weight(layer: nn.Module, slot: Slot, adapters: Iterable[str]) -> Tensor:

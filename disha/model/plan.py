@@ -640,7 +640,7 @@ def _reason_against_block(one: PlannedLayer) -> str | None:
     if config.dropout:
         return f"{placed}, and each rank would drop different inputs of it; use dropout=0"
     block = torch.empty(one.block_shape, device="meta")
-    update = Update(method_of(config.method), block, rows=slot.rows)
+    update = Update(method_of(config.method), block, rows=slot.rows, r=one.r)
     for part in split.parts:
         if update_of_part(update, slot.layout, one.shape, part) is None:
             ends = " and ".join(f"{first}:{stop}" for first, stop in part)
