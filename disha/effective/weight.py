@@ -104,7 +104,7 @@ start_no_graph(vars(EffectiveWeight)["__torch_function__"].__func__)
 
 def effective(base: Tensor, layout: Layout, updates: Updates) -> EffectiveWeight:
     """Return the effective weight of W, with its layout and updates."""
-    weight: Any = base.as_subclass(EffectiveWeight)
+    weight = base.as_subclass(EffectiveWeight)
     weight.base = base
     weight.weight_layout = layout
     weight.updates = updates
@@ -113,7 +113,7 @@ def effective(base: Tensor, layout: Layout, updates: Updates) -> EffectiveWeight
 
 def absent(base: Tensor, layout: Layout) -> AbsentWeight:
     """Return the effective weight of a W that has no values."""
-    weight: Any = base.as_subclass(AbsentWeight)
+    weight = base.as_subclass(AbsentWeight)
     weight.base, weight.weight_layout = base, layout
     return weight
 

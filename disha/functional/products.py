@@ -348,7 +348,7 @@ def adapted_linear(
         >>> adapted_linear(torch.ones(2), torch.eye(2), None, updates)
         tensor([4., 4.])
     """
-    late: Tensor | None = None
+    late = None
     if x.dim() > 2 and bias is not None and not is_compiling() and not x.is_contiguous():
         # For such an input, torch adds the bias after the product, which can round differently.
         bias, late = None, bias

@@ -243,7 +243,7 @@ def _alike(
     by_adapter: Mapping[str, tuple[Update, ...]], geometry: Geometry
 ) -> dict[str, Tensor] | None:
     """Return s R of each adapter if all have one size and no tiles or dropout, else None."""
-    found: dict[str, Tensor] = {}
+    found = {}
     for adapter, updates in by_adapter.items():
         small = reduced_updates(updates, MATRIX, geometry)
         if len(small) > 1 or any(one.dropout for one in small):

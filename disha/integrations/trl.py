@@ -55,7 +55,7 @@ class _Reference(nn.Module):
 
     def state_dict(self, *args: Any, **named: Any) -> dict[str, Tensor]:  # type: ignore[override]
         """Return what the results depend on. `trl` stores some results under a hash of it."""
-        model: nn.Module = vars(self)["model"]
+        model = vars(self)["model"]
         state = {key: value for key, value in model.state_dict().items() if ".disha." not in key}
         for adapter in vars(self)["adapters"]:
             state |= disha.adapter_state_dict(model, adapter)

@@ -88,7 +88,7 @@ def family_of(model_type: str | None, what: str) -> Family:
 
 def stack_names(names: Iterable[str]) -> dict[str, str]:
     """Return stack -> the name of its factors in a PEFT folder."""
-    found: dict[str, str] = {}
+    found = {}
     stacks = set(names)
     for name in stacks:
         owner, _, last = name.rpartition(".")

@@ -175,7 +175,7 @@ def load(
         raise ArgumentError(
             f"{path} holds {', '.join(contents)}, and models has no {', '.join(missing)}; add it"
         )
-    matched: list[str] = []
+    matched = []
     with ExitStack() as undo:  # if a model does not fit, the ones before it are put back
         for component, adapted in contents.items():
             report = load_contents(

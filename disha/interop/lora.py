@@ -444,7 +444,7 @@ def _contents_of(folder: PeftFolder, layouts: Layouts, model_type: str | None) -
     """Return the adapter in a folder, as `read_lora` does."""
     _check_settings(folder)
     pairs: dict[str, dict[str, Tensor]] = {}
-    beside: dict[str, Tensor] = {}
+    beside = {}
     for key, tensor in folder.tensors.items():
         end = next((end for end in FACTORS if key.endswith(end)), None)
         if end is not None:

@@ -256,9 +256,8 @@ def saved_modules(view: ModelView, also_train: Sequence[str], layers: Sequence[s
     known = view.parameters_by_name
     trained = {one for name in also_train if name in known for one in known[name].names}
     adapted = {view.modules[name] for name in layers if name in view.modules}
-    problems: list[str] = []
+    problems, tensors = [], {}
     modules: list[str] = []
-    tensors: dict[str, Tensor] = {}
     inside_saved = set[nn.Module]()
     for module, names in view.names.items():
         own = [one for one in module._parameters if join(names[0], one) in trained]
@@ -275,7 +274,7 @@ def saved_modules(view: ModelView, also_train: Sequence[str], layers: Sequence[s
             modules += names
             inside_saved.update(inside)
             state = _state(inside)
-            tensors |= {join(name, key): state[key] for name in names for key in state}
+            tensors.update({join(name, key): state[key] for name in names for key in state})
             continue
         problems.append(f"{join(names[0], own[0])}: {why}")
     problems += [

@@ -7,7 +7,7 @@ the module's own forward runs. Its new child `disha` holds the blocks.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -197,14 +197,13 @@ def reset_parameters(layer: AdaptedLayer) -> None:
     """Draw the base weights again, and set every block to its initial values."""
     adapters = layer._modules.get(CHILD_NAME)  # not there yet while a layer constructs itself
     original: Any = layer._original_class
-    reset: Callable[[nn.Module], None] = original.reset_parameters
     if not isinstance(adapters, Adapters):
-        reset(layer)
+        original.reset_parameters(layer)
         return
     refuse_merged([layer], "reset parameters")
     # The layer must read W: of a computed weight, `weight[padding_idx].fill_(0)` changes a copy.
     with entered(frozenset([adapters.group]), None):
-        reset(layer)
+        original.reset_parameters(layer)
     for block in adapters.blocks().values():
         block.reset_parameters(start_of(layer, block))
 

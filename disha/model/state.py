@@ -113,7 +113,7 @@ def _in_state_dict(view: ModelView, tensors: Tensors) -> dict[str, Tensor]:
 def adapter_tensors(view: ModelView, adapter: str) -> dict[str, Tensor]:
     """Return an adapter's tensors by key: blocks, `also_train`, running statistics."""
     view.reshard()
-    tensors: dict[str, Tensor] = {}
+    tensors = {}
     for name, layer, _, block in view.require(adapter):
         _refuse_flattened(name, layer, block)
         tensors[join(name, block.parameter_name)] = block.block

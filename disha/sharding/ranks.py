@@ -27,7 +27,7 @@ class Ranks:
         meshes = dict.fromkeys(p.device_mesh for p in found if is_sharded(p))
         groups = [mesh.get_group(dim) for mesh in meshes for dim in range(mesh.ndim)]
         groups += [p.ds_process_group for p in found if is_partitioned(p)]
-        self.groups: tuple[Any, ...] = tuple(dict.fromkeys(groups))
+        self.groups = tuple(dict.fromkeys(groups))
 
     @property
     def writes(self) -> bool:
@@ -40,7 +40,7 @@ class Ranks:
         if not self.groups:
             yield
             return
-        problem: Exception | None = None
+        problem = None
         try:
             yield
         except Exception as error:
