@@ -45,9 +45,13 @@ PATTERNS = (
 )
 """The layouts that a weight can have."""
 
-_TURNED = {"out in": "in out", "in out": "out in"}
-_TURNED |= {"index out": "out in"}
-_TURNED |= {f"expert {one}": f"expert {other}" for one, other in _TURNED.items()}
+_TURNED = {
+    "out in": "in out",
+    "in out": "out in",
+    "index out": "out in",
+    "expert out in": "expert in out",
+    "expert in out": "expert out in",
+}
 
 
 _AXES = {pattern: tuple(pattern.split()) for pattern in PATTERNS}

@@ -40,7 +40,6 @@ from disha.interop.peft_format import (
     PeftFolder,
     anchored,
     exact_targets,
-    has_saved,
     module_names,
     notes_of,
     read_peft_files,
@@ -449,7 +448,7 @@ def _contents_of(folder: PeftFolder, layouts: Layouts, model_type: str | None) -
         end = next((end for end in FACTORS if key.endswith(end)), None)
         if end is not None:
             pairs.setdefault(key.removesuffix(end), {})[end] = tensor
-        elif has_saved(key, folder.names("modules_to_save")):
+        elif folder.saves(key):
             beside[key] = tensor
         elif not key.endswith(".base_layer.weight"):  # PEFT may save an embedding's frozen weight
             raise AdapterFileError(
@@ -474,7 +473,7 @@ def _factors(
     model_type: str | None,
 ) -> Iterator[Factors]:
     """Yield the factors of every layer of a folder, experts as stacks."""
-    parameters = folder.names("target_parameters")
+    parameters = folder.fields.get("target_parameters") or ()
     for name, ends in pairs.items():
         a, b = (ends[end] for end in sorted(ends))
         stack = stacks.stacked(name, parameters)

@@ -26,7 +26,6 @@ from disha.interop.peft_format import (
     NOTES,
     THE_MODEL_ITSELF,
     exact_targets,
-    has_saved,
     module_names,
     notes_of,
     read_peft_files,
@@ -47,7 +46,7 @@ from disha.text import brief, join
 
 __all__ = ["export", "load"]
 
-Shapes = Mapping[str, Sequence[int]]
+Shapes = Mapping[str, tuple[int, ...]]
 """Shapes of the base's parameters by name, such as "layers.0.q_proj.weight": (out, in)."""
 
 ShapesOf = Callable[[Sequence[str]], Shapes]
@@ -280,7 +279,7 @@ def _read(folder: PathLike, also_train: bool) -> _Folder:
     problems += [
         f"{name}: it is no block, and not in a module that modules_to_save names"
         for name in beside
-        if not has_saved(name, found.names("modules_to_save"))
+        if not found.saves(name)
     ]
     if not blocks:
         problems.append(f"there is no tensor that ends in {end}")
@@ -304,7 +303,7 @@ def _contents(folder: _Folder, shapes: Shapes) -> Contents:
     config, blocks, beside = folder.config, folder.blocks, folder.beside
     problems, layers = [], []
     for name, block in blocks.items():
-        shape = tuple(shapes.get(join(name, "weight"), ()))
+        shape = shapes.get(join(name, "weight"), ())
         if len(shape) != 2:
             problems.append(f"{name}: the base has no matrix {join(name, 'weight')!r}")
             continue
@@ -317,7 +316,7 @@ def _contents(folder: _Folder, shapes: Shapes) -> Contents:
     problems += [
         f"{name}: {tuple(value.shape)}, the base has {shapes.get(name)}"
         for name, value in beside.items()
-        if tuple(shapes.get(name, ())) != tuple(value.shape)
+        if shapes.get(name) != tuple(value.shape)
     ]
     refuse_to_load(folder.path, problems)
     tensors = {layer.key: blocks[layer.name] for layer in layers} | dict(beside)

@@ -60,9 +60,10 @@ class PeftFolder:
     fields: dict[str, Any]
     tensors: dict[str, Tensor]
 
-    def names(self, field: str) -> tuple[str, ...]:
-        """Return a field that is a list of names, or null."""
-        return tuple(self.fields.get(field) or ())
+    def saves(self, name: str) -> bool:
+        """Whether a tensor of that name is in a module that PEFT saves, at any depth."""
+        # "head." is in the name if the name of a module around the tensor ends with "head".
+        return any(f"{one}." in name for one in self.fields.get("modules_to_save") or ())
 
     def of_layer(self, name: str, field: str, pattern: str, default: Any) -> Any:
         """Return a setting of a layer as PEFT finds it: by the first key of the pattern."""
@@ -110,12 +111,6 @@ def refuse_to_load(path: Path, problems: Sequence[str]) -> None:
 
 
 # --- names ---------------------------------------------------------------------------------------
-
-
-def has_saved(name: str, modules_to_save: Iterable[str]) -> bool:
-    """Whether a tensor of that name is in a module that PEFT saves, at any depth."""
-    # "head." is in the name if the name of a module around the tensor ends with "head".
-    return any(f"{one}." in name for one in modules_to_save)
 
 
 def is_inside(name: str, modules_to_save: Iterable[str]) -> bool:
