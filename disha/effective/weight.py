@@ -51,17 +51,17 @@ class EffectiveWeight(Tensor):
     ) -> Any:
         """Run an operation by its rule."""
         own = RULES.get(func) or RULES.get(getattr(func, OP_NAME, None))
-        if own is not None and kwargs and not args and "input" in kwargs:
+        named = dict(kwargs or {})
+        if own is not None and not args and "input" in named:
             # So torch calls the first argument of all functions that have a rule.
-            args = (kwargs["input"],)
-            kwargs = {name: value for name, value in kwargs.items() if name != "input"}
-        if own is not None and kwargs and "out" in kwargs:
-            _refuse_to_lose_gradients(args, kwargs)
+            args = (named.pop("input"),)
+        if own is not None and "out" in named:
+            _refuse_to_lose_gradients(args, named)
         elif own is not None:
-            result = own(*args, **kwargs) if kwargs else own(*args)
+            result = own(*args, **named)
             if result is not NotImplemented:
                 return result
-        return compute_first(func, args, kwargs or {})
+        return compute_first(func, args, named)
 
     def as_subclass(self, cls: Any) -> Any:
         """Return the computed weight as a tensor of another class."""

@@ -520,7 +520,7 @@ def _scale_of(folder: PeftFolder, name: str, rank: int) -> float:
         check_scale(alpha)
     except DishaError as error:
         raise AdapterFileError(f"{folder.path}: lora_alpha: {error}") from error
-    return float(alpha) / (math.sqrt(rank or 1) if folder.fields.get("use_rslora") else rank or 1)
+    return alpha / (math.sqrt(rank or 1) if folder.fields.get("use_rslora") else rank or 1)
 
 
 def _check_settings(folder: PeftFolder) -> None:

@@ -320,14 +320,8 @@ def _contents(folder: _Folder, shapes: Shapes) -> Contents:
     ]
     refuse_to_load(folder.path, problems)
     tensors = {layer.key: blocks[layer.name] for layer in layers} | dict(beside)
-    header = AdapterHeader(
-        config=config,
-        layers=tuple(layers),
-        also_train=tuple(sorted(beside)),
-        tensors=without_values(tensors),
-        metadata=folder.notes,
-    )
-    return header, tensors
+    also_train, empty = tuple(sorted(beside)), without_values(tensors)
+    return AdapterHeader(config, tuple(layers), also_train, empty, folder.notes), tensors
 
 
 def write_folder(

@@ -159,8 +159,10 @@ def notes_of(model: nn.Module) -> dict[str, str]:
     tasks = [task for end, task in TASKS.items() if architecture.endswith(end)]
     if architecture.endswith("ForConditionalGeneration") and config.is_encoder_decoder:
         tasks.append("SEQ_2_SEQ_LM")
-    found = {"base_model_name_or_path": getattr(config, "_name_or_path", None)}
-    found["task_type"] = tasks[0] if tasks else None
+    found = {
+        "base_model_name_or_path": getattr(config, "_name_or_path", None),
+        "task_type": tasks[0] if tasks else None,
+    }
     return {note: value for note, value in found.items() if value and isinstance(value, str)}
 
 
