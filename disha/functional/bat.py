@@ -137,7 +137,7 @@ def bat_linear(
     if autocasts(x.device) and x.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(x.device.type)
         bias = None if bias is None else bias.to(dtype)
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device):
             return bat_linear(x.to(dtype), weight.to(dtype), bias, block.to(dtype), scale)
     block = scaled(block, scale)
     if block.dtype is torch.float32 and weight.dtype is not torch.float32:

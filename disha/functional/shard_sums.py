@@ -155,7 +155,7 @@ def weighted_sum(parts: Sequence[tuple[Tensor, float]]) -> Tensor:
         tensor([2.5000, 2.5000])
     """
     dtype = reduce(torch.promote_types, (block.dtype for block, _ in parts))
-    return merged_weight(parts[0][0].new_zeros(parts[0][0].shape, dtype=dtype), parts)
+    return merged_weight(torch.zeros_like(parts[0][0], dtype=dtype), parts)
 
 
 def added(fresh: Tensor, delta: Tensor) -> Tensor:

@@ -102,21 +102,20 @@ def _reference(view: ModelView, adapters: Names, undo: ExitStack) -> _Reference:
         header, tensors = adapter_contents(view, name)
         if any(tensor.any() for tensor in tensors.values()):  # else it is new, and does nothing
             copied = f"{name}_reference"
-            there = disha.adapter_parameters(view.model, copied) if copied in view.adapters else ()
-            if any(block.requires_grad for block in there):
+            names.append(copied)
+            if copied not in view.adapters:
+                load(header, tensors, copied)
+                undo.callback(disha.remove_adapters, view.model, copied)
+                continue
+            if any(block.requires_grad for block in disha.adapter_parameters(view.model, copied)):
                 raise ArgumentError(
                     f"the reference is a copy of adapter {name!r} under the name {copied!r}, but "
                     "the model has an adapter of that name, and it trains; remove it, or name the "
                     "adapters of the reference yourself"
                 )
-            names.append(copied)
-            if copied in view.adapters:
-                former, values = adapter_contents(view, copied)
-                undo.callback(load, former, {k: one.clone() for k, one in values.items()}, copied)
-                load(header, tensors, copied)
-            else:
-                load(header, tensors, copied)
-                undo.callback(disha.remove_adapters, view.model, copied)
+            former, values = adapter_contents(view, copied)
+            undo.callback(load, former, {k: one.clone() for k, one in values.items()}, copied)
+            load(header, tensors, copied)
     for name in names:
         if name in active:
             raise ArgumentError(

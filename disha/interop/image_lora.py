@@ -253,10 +253,11 @@ def _in_file(component: str, name: str) -> str:
 
 def _scaled(update: LowRankUpdate, name: str) -> LowRankUpdate:
     """Return the update with this name and s B in place of B, in float32 if B's dtype rounds it."""
+    dtype = update.b.dtype
     product = update.b.double() * update.record.scale
-    b = product.to(update.b.dtype)
+    b = product.to(dtype)
     if not torch.equal(b.double(), product):
-        b = product.to(torch.promote_types(update.b.dtype, torch.float32))
+        b = product.to(torch.promote_types(dtype, torch.float32))
     return dataclasses.replace(update.with_record(name=name, scale=1.0), b=b)
 
 

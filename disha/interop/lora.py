@@ -412,7 +412,7 @@ def tensors_of(updates: Sequence[LowRankUpdate]) -> dict[str, Tensor]:
         if name in names:
             name, (a, b) = names[name], stacks.stack_factors(update)
         if not update.record.scale:
-            b = b.new_zeros(b.shape)
+            b = torch.zeros_like(b)
         a_end, b_end = EMBEDDING if update.record.layout.pattern == "index out" else MATRIX
         found[name + a_end] = a
         found[name + b_end] = b.reshape(*b.shape, *(1 for _ in a.shape[2:]))

@@ -186,10 +186,8 @@ def _reduced(layer: Any, protocol: Any) -> Any:
     )
 
 
-def _new_instance(
-    original: type[nn.Module], parameters: tuple[str, ...], is_opaque: bool
-) -> nn.Module:
-    cls = adapted_class(original, parameters, is_opaque)
+def _new_instance(*arguments: Any) -> nn.Module:
+    cls = adapted_class(*arguments)
     return cls.__new__(cls)
 
 

@@ -29,9 +29,9 @@ def slot_of(parameter: str, layout: Layout) -> Slot:
     return Slot("" if parameter == "weight" else parameter, parameter, layout)
 
 
-def _declared(layouts: Mapping[str, Layout]) -> Kind:
+def _declared(layouts: Mapping[str, str]) -> Kind:
     """Return the kind of modules that have these parameters."""
-    slots = [slot_of(name, layout) for name, layout in layouts.items()]
+    slots = [slot_of(name, layout_of(layout)) for name, layout in layouts.items()]
     return lambda module: slots
 
 
@@ -75,10 +75,10 @@ def _experts(module: Any) -> list[Slot]:
     ]
 
 
-_CONV = _declared({"weight": Layout("out in *kernel")})
+_CONV = _declared({"weight": "out in *kernel"})
 LAYER_KINDS: dict[type[nn.Module], Kind] = {
-    nn.Linear: _declared({"weight": Layout("out in")}),
-    nn.Bilinear: _declared({"weight": Layout("expert out in")}),
+    nn.Linear: _declared({"weight": "out in"}),
+    nn.Bilinear: _declared({"weight": "expert out in"}),
     nn.Embedding: _embedding,
     nn.EmbeddingBag: _embedding,
     nn.Conv1d: _CONV,
@@ -142,7 +142,7 @@ def register_layer_kind(cls: type[nn.Module], layouts: Mapping[str, str]) -> Non
         raise ArgumentTypeError(
             f"layouts must be a dict of parameter name -> layout, got {layouts!r}"
         )
-    LAYER_KINDS[cls] = _declared({name: layout_of(layout) for name, layout in layouts.items()})
+    LAYER_KINDS[cls] = _declared(layouts)
 
 
 def full_name(cls: type) -> str:
@@ -157,7 +157,7 @@ def kind_of(module: nn.Module) -> Kind | None:
             return LAYER_KINDS[cls]
         foreign = FOREIGN_KINDS.get(full_name(cls))
         if foreign is not None:
-            return _declared({name: layout_of(layout) for name, layout in foreign.items()})
+            return _declared(foreign)
     says = all(hasattr(module, name) for name in ("is_transposed", "has_gate", "has_bias"))
     return _experts if says else None
 
