@@ -8,15 +8,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from types import GetSetDescriptorType
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-Operation: TypeAlias = Callable[..., Any]
+Operation = Callable[..., Any]
 """A function of torch, or of another library."""
 
-Rule: TypeAlias = Callable[..., Any]
+Rule = Callable[..., Any]
 """What to do in place of an operation, with the same arguments. NotImplemented: compute first."""
 
 RULES: dict[Any, Rule] = {}

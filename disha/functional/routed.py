@@ -39,7 +39,7 @@ class Route:
 
     names: tuple[str | None, ...]  # each covers an equal part of the rows of an input, in order
     _kept: dict[tuple[tuple[int, ...], torch.device], Tensor] = field(
-        default_factory=dict, repr=False, compare=False
+        default_factory=dict, compare=False
     )
 
     @property

@@ -7,7 +7,6 @@ the two it has.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TypeAlias
 
 from torch import Tensor
 
@@ -16,10 +15,10 @@ from disha.errors import ModeError
 from disha.functional.layouts import Layout
 from disha.functional.products import Product, Update, adapted_linear, update_product
 
-Change: TypeAlias = Callable[[Sequence[Update]], Sequence[Update] | None]
+Change = Callable[[Sequence[Update]], Sequence[Update] | None]
 """Updates -> those of a view of the weight, or None if a block can't be cut there."""
 
-DeltaOf: TypeAlias = Callable[[Tensor, Update], Tensor]
+DeltaOf = Callable[[Tensor, Update], Tensor]
 """(input, update) -> the product of the input with s dW."""
 
 

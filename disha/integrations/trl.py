@@ -10,7 +10,7 @@ import copy
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any
 
 import trl
 from torch import Tensor, nn
@@ -22,7 +22,7 @@ from disha.model.view import ModelView
 
 __all__ = ["DPOTrainer", "GRPOTrainer"]
 
-Names: TypeAlias = Sequence[str] | None
+Names = Sequence[str] | None
 UNFIT = {
     "sync_ref_model": "writes into a second model, and here the reference is the trained model "
     "itself; leave it out",

@@ -163,7 +163,7 @@ def notes_of(model: nn.Module) -> dict[str, str]:
         "base_model_name_or_path": getattr(config, "_name_or_path", None),
         "task_type": tasks[0] if tasks else None,
     }
-    return {note: value for note, value in found.items() if value and isinstance(value, str)}
+    return {note: value for note, value in found.items() if value}
 
 
 # --- layers --------------------------------------------------------------------------------------

@@ -238,8 +238,7 @@ class _Recurrent(nn.Module):
 
     @_flat_weights.setter
     def _flat_weights(self, value: list[Any]) -> None:
-        parameters = self._parameters
-        self.__dict__["_flat_weights"] = [parameters.get(name) for name in self._flat_weights_names]
+        _list_plain_weights(self)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if not was_written(self, name, value):
@@ -250,6 +249,12 @@ class _Recurrent(nn.Module):
 
     def flatten_parameters(self) -> None:
         """Do nothing: a computed weight can't be part of a flat one."""
+
+
+def _list_plain_weights(layer: Any) -> None:
+    """Fill the list that torch keeps of the weights of a recurrent layer."""
+    names = layer._flat_weights_names
+    layer.__dict__["_flat_weights"] = [layer._parameters.get(name) for name in names]
 
 
 def adapt(module: nn.Module, parameters: Iterable[str], is_opaque: bool) -> None:
@@ -286,9 +291,7 @@ def restore(layer: nn.Module) -> None:
     opaque.remove_hook(layer, opaque.add_updates)
     _set_class(layer, type(layer)._original_class)
     if isinstance(layer, nn.RNNBase):
-        layer.__dict__["_flat_weights"] = [
-            layer._parameters.get(name) for name in layer._flat_weights_names
-        ]
+        _list_plain_weights(layer)
 
 
 def readapt(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, TypeVar
+from typing import TYPE_CHECKING, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,6 @@ from disha.layers.gradient_flags import set_requires_grad
 from disha.layers.new_blocks import make_block
 
 WEIGHT = Slot("", "weight", layout_of("out in"))
-L = TypeVar("L", bound="_LinearWithAdapter")
 
 
 class _LinearWithAdapter(AdaptedLinear):
@@ -53,7 +52,7 @@ class _LinearWithAdapter(AdaptedLinear):
 
     @classmethod
     def from_linear(
-        cls: type[L],
+        cls,
         linear: nn.Linear,
         *,
         r: int,
@@ -64,7 +63,7 @@ class _LinearWithAdapter(AdaptedLinear):
         block_dtype: torch.dtype | None = None,
         init: Init = "zeros",
         freeze: bool = True,
-    ) -> L:
+    ) -> Self:
         """Return a layer with an adapter that shares the weight and bias of `linear`.
 
         Args:
