@@ -57,26 +57,26 @@ def is_index(index: Any) -> bool:
 def item_of(weight: Any, index: Any) -> Any:
     """Return one or several matrices of a stack, or rows of a matrix."""
     layout, base = weight.weight_layout, weight.base
-    if layout.expert_dim == 0 and is_index(index):
-        is_single = isinstance(index, int) or index.dim() == 0
-        if not is_single and index.dim() != 1:
-            return NotImplemented
-        return _selected(weight, index, layout.of_one_expert() if is_single else layout)
-    if layout.expert_dim == 0 and isinstance(index, slice):
-        return _selected(weight, index, layout)
+    if layout.expert_dim == 0 and (is_index(index) or isinstance(index, slice)):
+        return _selected(weight, index)
     if layout.pattern == "out in" and isinstance(index, slice):
         start, stop, step = index.indices(base.shape[0])
         return rows_of(weight, start, stop) if step == 1 and stop > start else NotImplemented
     return NotImplemented
 
 
-def _selected(weight: EffectiveWeight, index: Any, layout: Layout) -> Any:
-    """Return some matrices of a stack."""
+def _selected(weight: EffectiveWeight, index: Any) -> Any:
+    """Return one or several matrices of a stack."""
+    base, layout = weight.base[index], weight.weight_layout
+    if base.dim() > weight.base.dim():
+        return NotImplemented  # an index of several dimensions
+    if base.dim() < weight.base.dim():
+        layout = layout.of_one_expert()
 
     def select(updates: Sequence[Update]) -> Sequence[Update]:
         return [update.select_matrices(index) for update in updates]
 
-    return _mapped(weight, weight.base[index], layout, select)
+    return _mapped(weight, base, layout, select)
 
 
 def rows_of(weight: Any, start: int, stop: int) -> Any:

@@ -16,7 +16,8 @@ import trl
 from torch import Tensor, nn
 
 import disha
-from disha.errors import ArgumentError, ArgumentTypeError
+from disha.config import check_type
+from disha.errors import ArgumentError
 from disha.files.contents import adapter_contents, load_contents
 from disha.model.view import ModelView
 
@@ -92,10 +93,7 @@ def _reference(view: ModelView, adapters: Names, undo: ExitStack) -> _Reference:
     """Return the reference with these adapters, or with copies of those that act now."""
     active = {name for _, layer in view.layers for name in layer.disha.active}
     names = [adapters] if isinstance(adapters, str) else adapters or ()
-    if not isinstance(names, Sequence):
-        raise ArgumentTypeError(
-            f"reference must be a list of adapter names, got {type(names).__name__}"
-        )
+    check_type("reference", names, Sequence, "a list of adapter names")
     names = list(names)
     load = partial(load_contents, view, "the model", replace=True, freeze=False, activate=False)
     for name in sorted(active) if adapters is None else ():

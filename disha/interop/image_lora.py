@@ -15,7 +15,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from disha.errors import AdapterFileError, ArgumentError, ArgumentTypeError, ConversionError
+from disha.config import check_type
+from disha.errors import AdapterFileError, ArgumentError, ConversionError
 from disha.files.contents import Contents, adapter_contents, load_contents
 from disha.files.disk import PathLike, checked_path, opened, save_tensors
 from disha.functional import Layout
@@ -194,10 +195,7 @@ def load(
 
 
 def _views(models: Models) -> dict[str, ModelView]:
-    if not isinstance(models, Mapping):
-        raise ArgumentTypeError(
-            f"models must be a mapping such as {{'unet': unet}}, got {type(models).__name__}"
-        )
+    check_type("models", models, Mapping, "a mapping such as {'unet': unet}")
     return {name: ModelView(one) for name, one in models.items() if isinstance(one, nn.Module)}
 
 

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from disha.config import AdapterConfig
-from disha.errors import AdapterFileError, ArgumentTypeError, DishaError
+from disha.config import AdapterConfig, check_type
+from disha.errors import AdapterFileError, DishaError
 from disha.files.contents import Contents, adapter_contents, load_contents
 from disha.files.disk import PathLike, checked_path
 from disha.files.header import AdapterHeader
@@ -125,8 +125,7 @@ def export(
     given = {"base_model_name_or_path": base_model_name_or_path, "task_type": task_type}
     notes = notes_of(view.model) | {note: one for note, one in given.items() if one is not None}
     for note, value in notes.items():
-        if not isinstance(value, str):
-            raise ArgumentTypeError(f"{note} must be a str, got {value!r}")
+        check_type(note, value, str, "a str")
     header, tensors = adapter_contents(view, adapter, base=False)
     with ranks.agreeing(action):
         target, names = checked_path(folder), [layer.name for layer in header.layers]
