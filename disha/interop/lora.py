@@ -488,8 +488,10 @@ def _factors(
         else:
             rank = folder.of_layer(stack, "r", "rank_pattern", PEFT_RANK)
             name, (a, b) = stack, stacks.matrices_of(stack, a, b, rank)
-            known = layouts.get(name)
-            layout = known or stacks.family_of(model_type, "the layout of stacked experts").layout
+            layout = (
+                layouts.get(name)
+                or stacks.family_of(model_type, "the layout of stacked experts").layout
+            )
         yield name, a, b, layout, _scale_of(folder, name, rank)
 
 

@@ -223,7 +223,7 @@ def _update(
 
 def _factors(layer: LayerRecord, block: Tensor) -> tuple[Tensor, Tensor] | None:
     """Return A (rank, in, *kernel) and B (out, rank), or None if the method has no factors."""
-    geometry = layer.geometry(tuple(block.shape))
+    geometry = layer.geometry(block.shape)
     factors = functional.method_of(layer.method).lora_factors(
         layer.layout, block, geometry, layer.r
     )
@@ -247,7 +247,7 @@ def _truncated(
     """Form dW and return its leading singular values."""
     if rank is None:
         raise ArgumentError(f"a {layer.method} update is cut to a rank: give `rank`")
-    weight = block.new_empty(()).expand(layer.weight_shape(tuple(block.shape)))  # for its shape
+    weight = block.new_empty(()).expand(layer.weight_shape(block.shape))  # for its shape
     method = functional.method_of(layer.method)
     if method.reads_weight:
         weight = _base_weight(layer, block, base)
@@ -265,7 +265,7 @@ def _base_weight(layer: LayerRecord, block: Tensor, base: BaseWeight | None) -> 
     if base is None:
         raise ArgumentError(f"a {layer.method} update depends on the base weights: give `base`")
     weight = base(layer.name).detach().cpu()
-    reason = layer.reason_against_weight(tuple(block.shape), tuple(weight.shape))
+    reason = layer.reason_against_weight(block.shape, tuple(weight.shape))
     if reason is not None:
         raise AdapterFileError(f"{layer.name}: {reason}; pass the base that it was trained on")
     return weight
