@@ -95,7 +95,7 @@ def opened(path: Path) -> Any:
         other = other_format(path)
         if other is not None:
             raise AdapterFileError(other) from error
-        reason = error.strerror if isinstance(error, OSError) else error
+        reason = getattr(error, "strerror", None) or error
         raise AdapterIOError(f"can't read {path}: {reason}; check the path") from error
     except SafetensorError as error:
         if start.startswith(PICKLES):

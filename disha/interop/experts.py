@@ -33,7 +33,7 @@ GATE_UP, DOWN = "gate_up_proj", "down_proj"
 
 SERVED_TARGETS = ("gate_proj", "up_proj", "down_proj")  # the `target_modules` of single experts
 
-_OLD_TARGETS = ("gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
+_OLD_TARGETS = ("gate", *SERVED_TARGETS, "w1", "w2", "w3")
 """The targets that PEFT takes for projections of experts."""
 
 SEPARATE_BEFORE = Layout("expert out in")
