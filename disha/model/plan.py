@@ -363,9 +363,7 @@ def plan_injection(
         raise TargetError(_nothing_selected(target, known, skipped))
     listed = [] if callable(target) or isinstance(target, str) else target
     patterns = {"target_regex": [part for part in listed if part != ALL_LINEAR], **vars(config)}
-    patterns["also_train_rows"] = row_ranges
-    arguments = ("target_regex", "exclude", "rank_pattern", "layouts", "rows", "also_train_rows")
-    for argument in arguments:
+    for argument in ("target_regex", "exclude", "rank_pattern", "layouts", "rows"):
         if patterns[argument]:
             names = [name for one in known for name in (*one.module_names, *one.parameter_names)]
             _refuse_unused(argument, patterns[argument], names)
@@ -396,8 +394,11 @@ def _with_rows(
 ) -> list[PlannedLayer]:
     """Return the matrices that have rows to be trained beside the target."""
     found: list[PlannedLayer] = []
-    for one in known:
-        patterns = matching(rows, one.parameter_names if one.attribute else ())
+    matrices = [one for one in known if one.attribute]
+    names = [name for one in matrices for name in one.parameter_names]
+    _refuse_unused("also_train_rows", rows, names)
+    for one in matrices:
+        patterns = matching(rows, one.parameter_names)
         if not patterns or any(one.place in other.tied.values() for other in found):
             continue
         slot = one.slot or slot_of(one.attribute, ROWS)

@@ -1,0 +1,191 @@
+"""Rows of a matrix that are trained and saved beside an adapter, such as those of new tokens."""
+
+from __future__ import annotations
+
+import copy
+
+import peft
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import disha
+from disha import AdapterFileError, ArgumentError, ArgumentTypeError
+from disha.files import inspect_adapter, load_adapter, save_adapter
+from tests.conftest import perturb
+from tests.test_tied import TOKENS, WORDS, gpt2, llama
+
+NEW = [3, 34, 35]
+OTHERS = [number for number in range(WORDS) if number not in NEW]
+ROWS = {"embed_tokens|wte": NEW}
+
+
+def untied():
+    model = llama()
+    model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach() + 0.01)
+    model.config.tie_word_embeddings = False
+    return model
+
+
+def trained(make=llama, **options):
+    model = disha.inject_adapters(make(), "q_proj|c_attn", 4, **{"also_train_rows": ROWS, **options})
+    perturb(model)
+    return model
+
+
+def rows_of(model, adapter="default"):
+    """The values of the trained rows (rows, width)."""
+    return model.get_input_embeddings().disha[adapter].block.mT
+
+
+@pytest.mark.parametrize("make", [llama, gpt2, untied])
+def test_it_is_training_all_rows_but_only_these(make):
+    """The same as a dense table of which an optimizer takes the gradient of some rows."""
+    model, dense = (disha.inject_adapters(make(), "q_proj|c_attn", 4) for _ in range(2))
+    disha.remove_adapters(model)
+    model = disha.inject_adapters(model, "q_proj|c_attn", 4, also_train_rows=ROWS)
+    assert torch.equal(model(TOKENS).logits, make()(TOKENS).logits)
+    table = dense.get_input_embeddings().weight.requires_grad_()
+    kept = table.detach().clone()
+    parameters = disha.adapter_parameters(model)
+    assert sum(one.numel() for one in parameters) < table.numel()
+    steps = [torch.optim.SGD(own, 0.1) for own in (parameters, [*dense.parameters()])]
+    for _ in range(3):
+        for one, optimizer in zip((model, dense), steps, strict=True):
+            optimizer.zero_grad()
+            one(TOKENS).logits.sin().sum().backward()
+        for parameter in dense.parameters():
+            if parameter.requires_grad and parameter is not table and parameter.dim() > 2:
+                parameter.grad = None
+        table.grad[OTHERS] = 0
+        for optimizer in steps:
+            optimizer.step()
+    assert torch.equal(table[OTHERS], kept[OTHERS])
+    torch.testing.assert_close(rows_of(model), table[NEW], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(model(TOKENS).logits, dense(TOKENS).logits, rtol=1e-5, atol=1e-6)
+    assert torch.equal(model.get_input_embeddings().base_weight, kept)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_all_other_rows_keep_every_bit(dtype):
+    model = llama().to(dtype)
+    weight = model.get_input_embeddings().weight
+    weight.data[OTHERS[::2]] *= -0.0  # a sum would make these 0.0
+    kept, bits = weight.detach().clone(), {2: torch.int16, 4: torch.int32}[dtype.itemsize]
+    model = disha.inject_adapters(model, "q_proj", 4, also_train_rows=ROWS)
+    perturb(model)
+    expected = model(TOKENS).logits
+    disha.merge_adapters(model)
+    merged = model.lm_head._parameters["weight"]
+    assert torch.equal(merged[OTHERS].view(bits), kept[OTHERS].view(bits))
+    torch.testing.assert_close(merged[NEW], rows_of(model).to(dtype), rtol=0, atol=1e-6)
+    torch.testing.assert_close(model(TOKENS).logits, expected, rtol=0.05, atol=0.05)
+    disha.unmerge_adapters(model)
+    assert torch.equal(model.lm_head.base_weight.view(bits), kept.view(bits))
+
+
+def test_adapters_have_rows_of_their_own():
+    model = trained()
+    perturb(disha.inject_adapters(model, "v_proj", 4, adapter="b", also_train_rows={"embed": [4]}))
+    disha.set_active_adapters(model, ["default", "b"])
+    table = llama().get_input_embeddings().weight.detach().clone()
+    table[NEW], table[4] = rows_of(model).detach(), rows_of(model, "b")[0].detach()
+    torch.testing.assert_close(model.lm_head.weight.clone(), table)
+    assert disha.check_adapters(model, TOKENS).ok
+    with disha.adapters_disabled(model):
+        assert torch.equal(model(TOKENS).logits, llama()(TOKENS).logits)
+    with disha.route_adapters(model, ["default", "b"]):
+        routed = model(TOKENS).logits
+    with disha.adapters_active(model, "b"):
+        torch.testing.assert_close(routed[1], model(TOKENS).logits[1])
+    disha.set_active_adapters(model, "default")
+    disha.set_adapter_scale(model, 0.5)
+    half = (table[NEW] + model.lm_head.base_weight[NEW]) / 2
+    torch.testing.assert_close(model.lm_head.weight[NEW], half)
+    disha.remove_adapters(model)
+    assert torch.equal(model(TOKENS).logits, llama()(TOKENS).logits)
+
+
+def test_a_file_has_the_rows_only_and_fits_a_base_with_others(tmp_path):
+    plain = disha.inject_adapters(llama(), "q_proj", 4)
+    save_adapter(plain, tmp_path / "plain")
+    model = trained()
+    save_adapter(model, tmp_path / "file")
+    sizes = [(tmp_path / name).stat().st_size for name in ("plain", "file")]
+    assert sizes[1] - sizes[0] < 8 * rows_of(model).numel() + 400
+    (found,) = (one for one in inspect_adapter(tmp_path / "file").layers if one.method == "rows")
+    assert (found.name, found.rows) == ("model.embed_tokens", ((3, 4), (34, 35), (35, 36)))
+    other = llama()
+    other.get_input_embeddings().weight.data[NEW] += 1.0
+    load_adapter(other, tmp_path / "file")
+    torch.testing.assert_close(other(TOKENS).logits, model(TOKENS).logits)
+    save_adapter(other, tmp_path / "again")
+    assert (tmp_path / "again").read_bytes() == (tmp_path / "file").read_bytes()
+    load_adapter(other, tmp_path / "plain", replace=True)  # it has no rows: those of the base act
+    assert torch.equal(other.lm_head.weight[NEW], other.lm_head.base_weight[NEW])
+    with pytest.raises(AdapterFileError, match=r"rows .* are out of range: it has 30 rows"):
+        smaller = llama(words=30)
+        load_adapter(smaller, tmp_path / "file")
+
+
+@pytest.mark.parametrize(
+    ("rows", "error", "says"),
+    [
+        ({"embed": [WORDS]}, ArgumentError, "out of range: it has 36 rows"),
+        ({"embed": [-1]}, ArgumentError, "rows from 0"),
+        ({"embed": [3, 3]}, ArgumentError, "each once"),
+        ({"embed": ["a"]}, ArgumentTypeError, "a list of row numbers"),
+        ({"tokens_of": [3]}, ArgumentError, "also_train_rows 'tokens_of' matches nothing"),
+        ({"norm": [3]}, ArgumentError, "also_train_rows 'norm' matches nothing"),
+    ],
+)
+def test_rows_that_there_are_not(rows, error, says):
+    model = llama()
+    with pytest.raises(error, match=says):
+        disha.inject_adapters(model, "q_proj", 4, also_train_rows=rows)
+    assert not any(isinstance(module, disha.AdaptedLayer) for module in model.modules())
+
+
+def test_they_take_the_place_of_an_adapter_on_the_same_matrix():
+    model = disha.inject_adapters(llama(), "embed|q_proj", 4, also_train_rows=ROWS)
+    assert [one.method for one in disha.summary(model).layers] == ["rows", "bone"]
+
+
+@pytest.mark.parametrize("read", ["lookup", "head", "product", "by an index"])
+def test_every_reader_gets_the_rows(read):
+    layer = disha.inject_adapters(nn.ModuleDict({"a": nn.Embedding(9, 4), "b": nn.Linear(4, 4)}),
+                                  "b", 2, also_train_rows={"a": [2, (7, 9)]}).double()  # fmt: skip
+    perturb(layer)
+    weight, block = layer["a"].weight, layer["a"].disha["default"].block
+    ids, x, y = torch.tensor([[2, 8], [0, 7]]), *torch.randn(2, 4, 9, dtype=torch.float64)
+    product = {
+        "lookup": lambda table: F.embedding(ids, table),
+        "head": lambda table: F.linear(x.T, table, y[0]),
+        "product": lambda table: (y @ table @ x @ table).sin() @ table.T
+        + torch.addmm(x[:, 0], y, table) @ x,
+        "by an index": lambda table: table[ids - 3],
+    }[read]
+    found, expected = product(weight), product(weight.clone())
+    torch.testing.assert_close(found, expected)
+    gradients = (torch.autograd.grad(one.sin().sum(), block)[0] for one in (found, expected))
+    torch.testing.assert_close(*gradients)
+
+
+def test_decay_and_compiling():
+    """AdamW draws the rows to zero, as it would those of a table. Compiled code has them too."""
+    model = trained()
+    rows = model.get_input_embeddings().disha["default"].block
+    start = rows.detach().clone()
+    rows.grad = torch.zeros_like(rows)
+    torch.optim.AdamW([rows], lr=0.1, weight_decay=0.5).step()
+    torch.testing.assert_close(rows.detach(), start * 0.95)
+    compiled = torch.compile(copy.deepcopy(model), fullgraph=True)
+    torch.testing.assert_close(compiled(TOKENS).logits, model(TOKENS).logits, rtol=1e-5, atol=1e-6)
+
+
+def test_resetting_a_table_gives_the_rows_its_new_values():
+    model = trained()
+    table = model.get_input_embeddings()
+    table.reset_parameters()
+    assert torch.equal(rows_of(model), table.base_weight[NEW])
