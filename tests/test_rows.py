@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 
-import peft
 import pytest
 import torch
 from torch import nn
@@ -29,7 +28,9 @@ def untied():
 
 
 def trained(make=llama, **options):
-    model = disha.inject_adapters(make(), "q_proj|c_attn", 4, **{"also_train_rows": ROWS, **options})
+    model = disha.inject_adapters(
+        make(), "q_proj|c_attn", 4, **{"also_train_rows": ROWS, **options}
+    )
     perturb(model)
     return model
 
@@ -124,8 +125,8 @@ def test_a_file_has_the_rows_only_and_fits_a_base_with_others(tmp_path):
     assert (tmp_path / "again").read_bytes() == (tmp_path / "file").read_bytes()
     load_adapter(other, tmp_path / "plain", replace=True)  # it has no rows: those of the base act
     assert torch.equal(other.lm_head.weight[NEW], other.lm_head.base_weight[NEW])
+    smaller = llama(words=30)
     with pytest.raises(AdapterFileError, match=r"rows .* are out of range: it has 30 rows"):
-        smaller = llama(words=30)
         load_adapter(smaller, tmp_path / "file")
 
 
@@ -162,8 +163,9 @@ def test_every_reader_gets_the_rows(read):
     product = {
         "lookup": lambda table: F.embedding(ids, table),
         "head": lambda table: F.linear(x.T, table, y[0]),
-        "product": lambda table: (y @ table @ x @ table).sin() @ table.T
-        + torch.addmm(x[:, 0], y, table) @ x,
+        "product": lambda table: (
+            (y @ table @ x @ table).sin() @ table.T + torch.addmm(x[:, 0], y, table) @ x
+        ),
         "by an index": lambda table: table[ids - 3],
     }[read]
     found, expected = product(weight), product(weight.clone())

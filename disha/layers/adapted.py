@@ -7,7 +7,7 @@ the module's own forward runs. Its new child `disha` holds the blocks.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
 import torch

@@ -7,11 +7,13 @@ import sys
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils.flop_counter import FlopCounterMode
+from trl.trainer import utils as trl_utils
 
 import disha
 from disha import AdapterFileWarning, ArgumentError
 from disha.cli import main as disha_command
-from disha.finetune import main, train
+from disha.finetune import main, train, trainer
 from disha.finetune.base import load_base, noted_base
 from tests.finetune import tiny_gguf
 from tests.finetune.conftest import Result
@@ -380,3 +382,25 @@ class TestResuming:
     def test_without_a_checkpoint_it_starts_at_the_beginning(self, finetune, tmp_path, capsys):
         assert finetune(tmp_path, "--resume").report["resumed_from"] is None
         assert "starting at the beginning" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("words", [[], ["--packing", True], ["--also_train", "lm_head"]])
+def test_only_learned_positions_are_scored_on_a_cpu(words, finetune, tmp_path, monkeypatch):
+    words = [*EXACT, *words, "--eval_strategy", "steps", "--eval_steps", 4]
+
+    def run(name):
+        with FlopCounterMode(display=False) as counter:
+            result = finetune(tmp_path / name, *words)
+        state = json.loads((tmp_path / name / "checkpoint-8/trainer_state.json").read_text())
+        metrics = {"loss", "eval_loss", "entropy", "eval_entropy", "mean_token_accuracy"}
+        logged = [log[key] for log in state["log_history"] for key in metrics & log.keys()]
+        return result.blocks(), logged, counter.get_total_flops()
+
+    blocks, logged, work = run("learned")
+    monkeypatch.setattr(trainer, "_score_learned_positions", lambda: None)
+    monkeypatch.setattr(trl_utils, "_use_triton", lambda device: False)
+    monkeypatch.setattr(trl_utils, "_CHUNKED_LOGPROB_CHUNK_SIZE", 32768)
+    all_blocks, all_logged, all_work = run("all")
+    assert logged == pytest.approx(all_logged, rel=1e-5)
+    torch.testing.assert_close(blocks, all_blocks, rtol=1e-4, atol=1e-6)
+    assert work < 0.95 * all_work
