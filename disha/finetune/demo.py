@@ -21,7 +21,7 @@ from tqdm import tqdm
 from disha.errors import ArgumentError, MissingPackageError
 
 WORDS = """--output_dir demo-output --max_length 128 --max_steps 100 --warmup_steps 5
---logging_steps 5 --eval_strategy steps --eval_steps 50 --save_steps 25
+--logging_steps 5 --eval_strategy steps --eval_steps 100 --save_steps 25
 --per_device_eval_batch_size 16"""
 
 MOST_PAIRS = 6000
