@@ -29,8 +29,6 @@ last column says.
     F._in_projection_packed,             attention made of products            weights are computed
       ._in_projection,
       ._check_key_padding_mask
-    autograd.function                    custom functions get computed         `Function` changes,
-      ._SingleLevelFunction              weights                               as from torch 2.15 on
     torch._functorch.vmap                transforms of `torch.func` get        the first injection
       ._add_batch_dim                    computed weights                      raises
     torch._functorch.eager_transforms    the same                              the same
@@ -134,10 +132,9 @@ def class_with_apply() -> Any:
 
     Before torch 2.15, it is the base: a module may have kept the other (`f = Fused.apply`).
     """
-    functions: Any = torch.autograd.function
-    if hasattr(vars(functions.Function)["apply"], "__func__"):  # written in Python
-        return getattr(functions, "_SingleLevelFunction", functions.Function)
-    return functions.Function
+    function = torch.autograd.Function
+    in_python = hasattr(vars(function)["apply"], "__func__")
+    return function.__mro__[1] if in_python else function
 
 
 def ask_private_operations() -> None:
@@ -159,8 +156,13 @@ def attention_with(linear: Callable[..., Tensor], check: Callable[..., None]) ->
     None if there is no such source.
     """
     module = ModuleType("disha.functional.attention_of_torch")
-    vars(module).update(vars(F) | {"__name__": module.__name__, "linear": linear})
-    vars(module).update(_check_key_padding_mask=check, has_torch_function=lambda tensors: False)
+    vars(module).update(
+        vars(F),
+        __name__=module.__name__,
+        linear=linear,
+        _check_key_padding_mask=check,
+        has_torch_function=lambda tensors: False,
+    )
     try:
         source = inspect.getsource(F)
     except OSError:
