@@ -27,15 +27,15 @@ R = TypeVar("R", bound=Rule)
 
 def _operations(named: Sequence[Any]) -> Iterator[Any]:
     """Yield operations; names stand for those of tensors and of torch that this version has."""
-    for one in named:
-        if not isinstance(one, str):
-            yield one
+    for operation in named:
+        if not isinstance(operation, str):
+            yield operation
             continue
-        for name in one.split():
+        for name in operation.split():
             for owner in (Tensor, torch):
-                found = getattr(owner, name, None)
-                if found is not None:
-                    yield found.__get__ if isinstance(found, GetSetDescriptorType) else found
+                member = getattr(owner, name, None)
+                if member is not None:
+                    yield member.__get__ if isinstance(member, GetSetDescriptorType) else member
 
 
 def rule(*operations: Any) -> Callable[[R], R]:

@@ -44,8 +44,8 @@ def _install() -> None:
     originals = {place: private_torch.required(place) for place in _CHANGES}
 
     def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
-        own = RULES.get(cls.__name__)
-        result = NotImplemented if own is None else own(*args, **kwargs)
+        rule = RULES.get(cls.__name__)
+        result = NotImplemented if rule is None else rule(*args, **kwargs)
         if result is not NotImplemented:
             return result
         return super(inner, cls).apply(*computed_inside(args), **computed_inside(kwargs))

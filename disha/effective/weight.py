@@ -50,15 +50,15 @@ class EffectiveWeight(Tensor):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         """Run an operation by its rule."""
-        own = RULES.get(func) or RULES.get(getattr(func, OP_NAME, None))
+        rule = RULES.get(func) or RULES.get(getattr(func, OP_NAME, None))
         named = dict(kwargs or {})
-        if own is not None and not args and "input" in named:
+        if rule is not None and not args and "input" in named:
             # So torch calls the first argument of all functions that have a rule.
             args = (named.pop("input"),)
-        if own is not None and "out" in named:
+        if rule is not None and "out" in named:
             _refuse_to_lose_gradients(args, named)
-        elif own is not None:
-            result = own(*args, **named)
+        elif rule is not None:
+            result = rule(*args, **named)
             if result is not NotImplemented:
                 return result
         return compute_first(func, args, named)
@@ -138,9 +138,9 @@ def computed_inside(value: Any) -> Any:
     if isinstance(value, EffectiveWeight):
         return computed(value)
     if type(value) in (list, tuple):
-        return type(value)([computed_inside(one) for one in value])
+        return type(value)([computed_inside(item) for item in value])
     if type(value) is dict:
-        return {key: computed_inside(one) for key, one in value.items()}
+        return {key: computed_inside(item) for key, item in value.items()}
     return value
 
 

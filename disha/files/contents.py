@@ -5,8 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
-from dataclasses import replace as changed
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -352,7 +351,7 @@ def narrowed(
     """Return a part of an adapter."""
     keys = (*(layer.key for layer in layers), *also_train)
     forgets = header.config.also_train and not also_train
-    part = changed(
+    part = replace(
         header,
         config=header.config.changed(also_train=[]) if forgets else header.config,
         layers=tuple(layers),
@@ -493,9 +492,9 @@ def _as_wide_as_the_model(incoming: _Incoming) -> _Incoming:
         method = METHODS[layer.method]
         wider = method.wider_block(layer.layout, tensors[layer.key], layer.r, block.r)
         if wider is not None:
-            layers[layer.key], tensors[layer.key] = changed(layer, r=block.r), wider
-    header = changed(incoming.header, layers=tuple(layers.values()))
-    return changed(incoming, header=header, tensors=tensors)
+            layers[layer.key], tensors[layer.key] = replace(layer, r=block.r), wider
+    header = replace(incoming.header, layers=tuple(layers.values()))
+    return replace(incoming, header=header, tensors=tensors)
 
 
 def _differences(incoming: _Incoming) -> list[str]:
