@@ -82,7 +82,7 @@ def test_too_few_functions(tmp_path):
 def test_its_flags_are_defaults():
     adapter, _, training = parsed(["--demo", "--max_steps", "7"])
     assert adapter.base.endswith(".gguf")
-    assert (training.max_steps, training.max_length, training.eval_steps) == (7, 128, 50)
+    assert (training.max_steps, training.max_length, training.eval_steps) == (7, 128, 100)
 
 
 def test_without_its_model(monkeypatch):
