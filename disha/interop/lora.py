@@ -28,6 +28,7 @@ from disha.interop.low_rank import (
     LoraReport,
     LowRankUpdate,
     base_weights,
+    check_rank,
     commonest,
     contents_of_factors,
     is_stack,
@@ -210,6 +211,7 @@ def _converted(
     header, tensors = adapter_contents(view, adapter, base=False)
     model_type = _model_type(view)
     with view.ranks().agreeing(f"export adapter {adapter!r} as LoRA"):
+        check_rank(rank)  # before a rank waits for another
         modules = [layer.name for layer in header.layers if not is_stack(layer)]
         saved = saved_modules(view, header.also_train, [layer.name for layer in header.layers])
         problems = reasons_against(view, modules, unknown_to_lora, exporting=True)

@@ -177,8 +177,7 @@ def low_rank_updates(
     base: BaseWeight | None = None,
 ) -> list[LowRankUpdate]:
     """Return the updates of all layers; `disha.interop.lora.export` documents the arguments."""
-    if rank is not None:
-        check_positive_int("rank", rank)
+    check_rank(rank)
     without = [
         one.name
         for one in header.layers
@@ -200,6 +199,12 @@ def low_rank_updates(
         )
     padded = next(one for one in SERVED_RANKS if one >= largest)
     return [update.padded(padded) for update in updates]
+
+
+def check_rank(rank: int | None) -> None:
+    """Raise unless a rank is None or positive."""
+    if rank is not None:
+        check_positive_int("rank", rank)
 
 
 def is_stack(layer: LayerRecord) -> bool:
