@@ -15,7 +15,7 @@ help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1	\2/p' Makefile | expand -t 22
 
 demo: $(VENV)/.demo ## fine-tune a language model on two CPU cores, and check the saved adapter
-	$(BIN)/disha finetune --demo --output_dir demo-output --overwrite_output_dir
+	$(BIN)/python -m docs.demo --output_dir demo-output --overwrite_output_dir
 
 test: $(VENV)/.dev ## run every test, on up to four cores
 	$(PYTEST)
@@ -58,7 +58,7 @@ evidence-report: $(VENV)/.dev ## write the pages on convergence and performance 
 	$(BIN)/python -m benchmarks.report $$(ls -r benchmarks/results/2*.json) --docs docs
 
 clean: ## delete everything that these targets made
-	rm -rf $(VENV) .venv-* build dist site *.egg-info demo-output bench-output mutants \
+	rm -rf $(VENV) .venv-* build dist site *.egg-info demo-data demo-output bench-output mutants \
 		.pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage* coverage.xml
 
 $(BIN)/python:

@@ -122,7 +122,7 @@ def _write_rows(folder: Path, sizes: Sizes) -> None:
     """Write as many rows of the demo as are trained, as tokens. None is so long as to be cut."""
     from transformers import AutoTokenizer
 
-    from disha.finetune.demo import docstring_pairs
+    from docs.demo import docstring_pairs
 
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")
     pairs = list(docstring_pairs())

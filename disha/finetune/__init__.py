@@ -9,7 +9,6 @@
 | `train` | one run, from the flags to the saved adapter |
 | `report` | the files beside the adapter, and the proof that the adapter is sound |
 | `merging` | a copy of the base with the adapter in its weights |
-| `demo` | the flags and rows of `--demo` |
 """
 
 from collections.abc import Sequence

@@ -19,7 +19,6 @@ from trl import SFTConfig
 import disha
 from disha.errors import ArgumentError
 from disha.finetune.base import BITS
-from disha.finetune.demo import demo_words
 
 RENAMED = {
     "batch_size": "per_device_train_batch_size",
@@ -51,7 +50,6 @@ USAGE = """disha finetune [flags]
 
 Train an adapter (Bone, tile, BAT) for a language model with trl's SFTTrainer.
 
-  disha finetune --demo
   disha finetune --base path/to/model --data rows.jsonl --output_dir output
   disha finetune --config run.yaml --learning_rate 1e-4"""
 
@@ -166,7 +164,6 @@ class TrainingArguments(SFTConfig):  # type: ignore[misc]
         None, "stop after so many measurements without a lower loss"
     )
     samples: int = _flag(3, "how many answers to show with and without the adapter")
-    demo: bool = _flag(False, "fine-tune SmolLM2-135M on docstrings")
     dry_run: bool = _flag(False, "show the plan, an example and the steps; write nothing")
 
     def __post_init__(self) -> None:
@@ -193,8 +190,6 @@ def parsed(argv: Sequence[str]) -> Parsed:
         parser.print_help()
         raise SystemExit(0)
     words = _with_config(words)
-    if "--demo" in words:
-        words = [*demo_words(), *words]
     found = _found(parser, words)
     path = found[0].adapter
     if path is None:

