@@ -66,7 +66,7 @@ def is_packed(module: nn.Module, name: str) -> bool:
     """Whether a weight is computed from integers: a parametrization has quantised it."""
     if not is_parametrized(module, name):
         return False
-    stored = module.parametrizations[name].parameters(recurse=False)  # type: ignore[index, union-attr]
+    stored = module.parametrizations[name]._parameters.values()  # type: ignore[index, union-attr]
     return not any(one.is_floating_point() for one in stored)
 
 
