@@ -215,7 +215,7 @@ def check_positive_int(name: str, value: Any) -> int:
     check_type(name, value, int, "an int of at least 1")
     if value < 1:
         raise ArgumentError(f"{name} must be at least 1, got {value}")
-    return int(value)
+    return value
 
 
 def check_scale(scale: Any, name: str = "scale") -> None:

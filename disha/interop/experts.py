@@ -111,13 +111,13 @@ def misread_by_peft(layers: Sequence[LayerRecord], form: str, model_type: str | 
         return []  # it is not for PEFT
     stacks = [layer for layer in layers if is_stack(layer)]
     family = FAMILIES.get(model_type or "")
-    problems = [
+    turned = [
         f"{one.name}: PEFT would take its inputs for its outputs, except in models of type "
         f"gpt_oss; this one is {model_type or 'unknown'} (--base for the command)"
         for one in stacks
         if one.layout.in_first and (family is None or family.layout != one.layout)
     ]
-    problems += [
+    taken = [
         f"{one.name}: PEFT takes a target of this name for a projection of the experts; write the "
         'experts apart (experts="separate")'
         for one in layers
@@ -125,14 +125,14 @@ def misread_by_peft(layers: Sequence[LayerRecord], form: str, model_type: str | 
         and one.name.rpartition(".")[2] in _OLD_TARGETS
         and any(stack.layout == SEPARATE_BEFORE for stack in stacks)
     ]
-    return problems
+    return turned + taken
 
 
 # --- writing: separate ---------------------------------------------------------------------------
 
 
 def in_form(
-    updates: Sequence[LowRankUpdate],
+    updates: list[LowRankUpdate],
     form: str,
     also_train: Sequence[str],
     model_type: str | None,
@@ -140,7 +140,7 @@ def in_form(
     """Return the updates with experts in one of the two forms."""
     names = {update.record.name for update in updates if is_stack(update.record)}
     if form == "stacked" or not names:
-        return list(updates)
+        return updates
     if also_train:
         raise ConversionError(
             f"vLLM and SGLang refuse a LoRA with other parameters ({listed(also_train)}); leave "
