@@ -11,8 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import PartialState
-from accelerate.utils import DistributedType
 from pytorch_lightning import LightningModule
 from pytorch_lightning import Trainer as LightningTrainer
 from pytorch_lightning.callbacks import ModelCheckpoint
@@ -232,16 +230,6 @@ def test_a_tied_parameter_that_trains_is_saved_under_both_names(tmp_path):
 def test_a_plain_model_is_refused():
     with pytest.raises(disha.ArgumentError, match="default"):
         AdapterCheckpoints(llama())
-
-
-def test_deepspeed_is_refused_by_name(monkeypatch):
-    """It needs a GPU, so here a trainer is told that it has one."""
-    model = adapted(llama)
-    Accelerator(cpu=True)  # from here on, its state is that of all others
-    kind = DistributedType.DEEPSPEED
-    monkeypatch.setitem(PartialState._shared_state, "distributed_type", kind)
-    with pytest.raises(disha.ArgumentError, match=r"DeepSpeed.*call disha\.save_adapter"):
-        AdapterCheckpoints(model).on_init_end(None, None, None, model=model)
 
 
 class Killed(BaseException):

@@ -7,7 +7,7 @@ import ast
 import pytest
 
 from tests.pages import tables_of
-from tests.tool_table import PAGE, REFUSED, ROOT, TABLES, TICK, render, results_of
+from tests.tool_table import PAGE, ROOT, TABLES, TICK, render, results_of
 
 
 def test_the_page_is_that_of_tests_which_all_passed():
@@ -39,7 +39,6 @@ def test_a_tick_needs_tests_that_ran_and_passed_in_each_form():
     ):
         header, first, *_ = tables_of(training.render(passed))[0]
         assert dict(zip(header, first, strict=True))["quantised base"] == cell
-    assert REFUSED not in training.render({})
 
 
 def test_reports_of_pytest(tmp_path):

@@ -13,12 +13,13 @@ from tests.distributed import (
     deepspeed_zero,
     finetune,
     quantised,
-    trainer_fsdp,
+    trainers,
     transformers_parallel,
 )
-from tests.test_distributed import checks_in, launch
+from tests.test_distributed import checks_in, launch, name_of
 
-SCRIPTS = [transformers_parallel, trainer_fsdp, quantised, finetune]
+SCRIPTS = [transformers_parallel, quantised]
+TRAINERS = [trainers, finetune]
 if importlib.util.find_spec("deepspeed") is not None:  # not each platform has it
     SCRIPTS.append(deepspeed_zero)
 
@@ -31,17 +32,38 @@ def launched(shared_folder):
     return folder, set(found["passed"]), found["output"]
 
 
+@pytest.fixture
+def launched_alone(shared_folder):
+    """Return what launches one script, which takes as long as all of `SCRIPTS`."""
+
+    def launched(script):
+        name = name_of(script)
+        return once(shared_folder, name, lambda folder: launch([script], folder))
+
+    return launched
+
+
 @pytest.mark.parametrize("check", checks_in(SCRIPTS))
 def test_on_two_ranks(check, launched):
     _, passed, output = launched
     assert check in passed, output
 
 
-def test_two_processes_give_the_losses_of_one(launched):
-    folder = launched[0] / "finetune" / "check_a_run"
+@pytest.mark.parametrize("check", checks_in(TRAINERS))
+def test_trainers_on_two_ranks(check, launched_alone):
+    script = {name_of(one): one for one in TRAINERS}[check.partition("-")[0]]
+    _, found = launched_alone(script)
+    assert check in found["passed"], found["output"]
+
+
+def test_two_processes_give_the_losses_of_one(launched_alone):
+    runs = launched_alone(finetune)[0] / "finetune"
+    folder = runs / "check_ddp"
     assert main(finetune.words(folder, "one")) == 0
-    expected, found = (
-        json.loads((folder / name / "report.json").read_text())["training_losses"]
-        for name in ("one", "two")
-    )
-    assert list(found.values()) == pytest.approx(list(expected.values()), rel=1e-4)
+    reports = [folder / "one", *runs.glob("*/two")]
+    assert len(reports) == 1 + len(checks_in([finetune]))
+    expected, *others = (json.loads((one / "report.json").read_text()) for one in reports)
+    for found in others:
+        for name in ("training_losses", "losses", "proof"):
+            values = list(found[name].values())
+            assert values == pytest.approx(list(expected[name].values()), rel=1e-4)

@@ -24,18 +24,15 @@ INTRODUCTION = """\
 # Beside other tools
 
 These tables show which other tools work with `disha`. Read them before you build on one of these
-tools. ✓ means that every test of the feature ran with the real library and passed. *Refused* means
-that `disha` raises an error that names the tool, and that tests show this. An empty cell means that
-no test shows the feature. `python -m tests.tool_table` writes this page from the tests; do not edit
-it.
+tools. ✓ means that every test of the feature ran with the real library and passed. An empty
+cell means that no test shows the feature. `python -m tests.tool_table` writes this page from the
+tests; do not edit it.
 """
 
-REFUSED = "refused"
 TICK = "✓"
 
 Features = Mapping[str, tuple[str, ...]]
-"""Feature -> its tests, as `module::function` or `module::function[parameters]`. A feature whose
-first test is `REFUSED` is one that the library refuses."""
+"""Feature -> its tests, as `module::function` or `module::function[parameters]`."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +53,7 @@ class Table:
         """Yield the names of all tests."""
         for features in self.rows.values():
             for tests in features.values():
-                yield from (test for test in tests if test != REFUSED)
+                yield from tests
 
     def render(self, passed: Mapping[str, bool]) -> str:
         """Return the text and the table as markdown.
@@ -76,10 +73,7 @@ def _line(cells: list[str]) -> str:
 
 
 def _cell(tests: tuple[str, ...], passed: Mapping[str, bool]) -> str:
-    shown = [test for test in tests if test != REFUSED]
-    if not shown or not all(_passed(test, passed) for test in shown):
-        return ""
-    return REFUSED if REFUSED in tests else TICK
+    return TICK if tests and all(_passed(test, passed) for test in tests) else ""
 
 
 def _passed(test: str, passed: Mapping[str, bool]) -> bool:
@@ -94,7 +88,7 @@ FSDP = "test_distributed::test_on_two_ranks[fsdp-check_{}]"
 DDP = "test_distributed::test_on_two_ranks[ddp-check_{}]"
 TENSOR = "test_distributed::test_on_two_ranks[tensor_parallel-check_{}]"
 OF_TRANSFORMERS = "test_transformers_parallel::test_on_two_ranks[transformers_parallel-check_{}]"
-WITH_FSDP = "test_transformers_parallel::test_on_two_ranks[trainer_fsdp-check_{}]"
+PROCESSES = "test_transformers_parallel::test_trainers_on_two_ranks[{}-check_{}]"
 ZERO = "test_transformers_parallel::test_on_two_ranks[deepspeed_zero-check_{}]"
 PEFT = "test_interop_peft"
 LORA = "test_interop_lora"
@@ -108,6 +102,16 @@ STATES = f"{TRAINER}::test_states_of_accelerate_hold_the_adapter_and_resume_bit_
 LIGHTNING = f"{TRAINER}::test_checkpoints_of_lightning_hold_the_adapter_and_resume_bit_for_bit"
 CHECKPOINTS = f"{TRAINER}::test_checkpoints_hold_the_adapter_and_resume_bit_for_bit"
 SFT = f"{TRL}::test_sft_keeps_the_adapter_only_and_resumes_bit_for_bit"
+
+ENGINES = {"DDP": "ddp", "FSDP2": "fsdp2", "ZeRO-2": "zero2", "ZeRO-3": "zero3"}
+
+
+def _in_processes(script: str, check: str = "{}", *more: str) -> Features:
+    return {
+        column: (PROCESSES.format(script, check.format(engine)), *more)
+        for column, engine in ENGINES.items()
+    }
+
 
 TABLES = (
     Table(
@@ -128,12 +132,6 @@ that two processes train and save the same as one.
                 "adapter only": (CHECKPOINTS, f"{TRAINER}::test_a_checkpoint_is_no_model"),
                 "resumes bit for bit": (CHECKPOINTS,),
                 "best is loaded": (f"{TRAINER}::test_the_best_is_loaded_at_the_end",),
-            },
-            "Trainer with FSDP": {
-                "adapter only": (WITH_FSDP.format("checkpoints_are_small_and_resume_bit_for_bit"),),
-            },
-            "Trainer with DeepSpeed": {
-                "trains": (REFUSED, f"{TRAINER}::test_deepspeed_is_refused_by_name"),
             },
             "SFTTrainer of trl": {
                 "trains": (SFT,),
@@ -197,6 +195,31 @@ that two processes train and save the same as one.
                 "adapter only": (ZERO.format("saving_and_loading"),),
                 "as one process": (ZERO.format("training"), ZERO.format("saving_and_loading")),
             },
+        },
+    ),
+    Table(
+        """\
+## Training in several processes
+
+✓ means all of this: two processes give the losses and the adapter of one, checkpoints leave out the
+base, a run resumes bit for bit, and the best checkpoint is loaded. Lightning runs DeepSpeed on CUDA
+only, and these tests run without it.
+""",
+        tuple(ENGINES),
+        {
+            "Trainer of transformers": _in_processes("trainers", "trainer_{}"),
+            "SFTTrainer of trl": _in_processes("trainers", "sft_{}"),
+            "Accelerate": _in_processes("trainers", "accelerate_{}"),
+            "Lightning": {
+                column: tests
+                for column, tests in _in_processes("trainers", "lightning_{}").items()
+                if "ZeRO" not in column
+            },
+            "`disha finetune`": _in_processes(
+                "finetune",
+                "{}",
+                "test_transformers_parallel::test_two_processes_give_the_losses_of_one",
+            ),
         },
     ),
     Table(

@@ -21,6 +21,7 @@ from datasets import Dataset
 from matplotlib.figure import Figure
 from tqdm import tqdm
 from transformers import TrainerState
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from trl import SFTConfig
 
 import disha
@@ -90,10 +91,13 @@ def prove(base: str, bits: str, path: Path, outcome: Outcome) -> Proof:
     """Load a saved adapter into the base anew, let both answer, and measure the loss."""
     training = copy.copy(outcome.training)
     training.report_to = []
+    training.deepspeed_plugin = None  # accelerate keeps the first one
     training.dataset_kwargs = {"skip_prepare_dataset": True}  # packed rows can't be packed again
-    model, tokenizer = load_base(base, bits, training.device)
-    is_main = training.process_index == 0
-    rows = _with_question(outcome.checked, training.samples if is_main else 0)
+    is_partitioned: bool = is_deepspeed_zero3_enabled()  # type: ignore[no-untyped-call]
+    model, tokenizer = load_base(base, bits, None if is_partitioned else training.device)
+    # ZeRO-3 would need all ranks for an answer.
+    is_shown = training.process_index == 0 and not is_partitioned
+    rows = _with_question(outcome.checked, training.samples if is_shown else 0)
     without = _answers(model, tokenizer, rows)
     disha.load_adapter(model, path)
     answers = zip(rows, without, _answers(model, tokenizer, rows), strict=True)
@@ -105,6 +109,9 @@ def prove(base: str, bits: str, path: Path, outcome: Outcome) -> Proof:
         processing_class=outcome.tokenizer,
         callbacks=[AdapterCheckpoints(model)],
     )
+    # Without training, accelerate has no FSDP2, and DeepSpeed has ZeRO-3 only.
+    trainer.is_fsdp_enabled = False
+    trainer.is_deepspeed_enabled = is_partitioned
     return Proof(
         trained=outcome.loss,
         loaded=trainer.evaluate()["eval_loss"],

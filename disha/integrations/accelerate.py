@@ -11,6 +11,7 @@ from torch import nn
 
 import disha
 from disha.files import ADAPTER_NAME
+from disha.integrations.engines import leave_out_base
 
 __all__ = ["keep_adapter_only"]
 
@@ -19,8 +20,8 @@ def keep_adapter_only(accelerator: Accelerator, model: nn.Module, adapter: str =
     """Let `save_state` write the adapter instead of the model, and `load_state` read it.
 
     Call it once, before or after `accelerator.prepare`. Optimizers, schedulers and random states
-    are saved and loaded as before, so that training resumes bit for bit. Each process must have the
-    complete model: FSDP and DeepSpeed save in other ways.
+    are saved and loaded as before, so that training resumes bit for bit. FSDP2 and DeepSpeed write
+    and read what trains in files of their own, beside that of the adapter.
 
     Args:
         accelerator: the accelerator.
@@ -46,7 +47,8 @@ def keep_adapter_only(accelerator: Accelerator, model: nn.Module, adapter: str =
         ...     sorted(path.name for path in pathlib.Path(folder).glob("*.safetensors"))
         ['adapter.safetensors']
     """
-    disha.adapter_state_dict(model, adapter)
+    kept = disha.adapter_state_dict(model, adapter).keys()
+    leave_out_base(model, set(kept), accelerator.distributed_type)
 
     def place_in(models: list[nn.Module]) -> int | None:
         found = (
@@ -64,7 +66,8 @@ def keep_adapter_only(accelerator: Accelerator, model: nn.Module, adapter: str =
         place = place_in(models)
         if place is not None:
             models.pop(place)
-        disha.load_adapter(model, Path(folder) / ADAPTER_NAME, adapter, replace=True)
+        if accelerator.distributed_type not in ("DEEPSPEED", "FSDP"):
+            disha.load_adapter(model, Path(folder) / ADAPTER_NAME, adapter, replace=True)
 
     accelerator.register_save_state_pre_hook(save)
     accelerator.register_load_state_pre_hook(load)

@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from pytorch_lightning import Callback, LightningModule, Trainer
+from pytorch_lightning.strategies import ModelParallelStrategy
 
 import disha
+from disha.integrations.engines import leave_out_base
 from disha.text import counted, first_few
 
 __all__ = ["AdapterCheckpoints"]
@@ -40,8 +42,10 @@ class AdapterCheckpoints(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Let the module be loaded from a checkpoint without the base."""
-        disha.adapter_state_dict(pl_module, self._adapter)
+        kept = set(self._kept(pl_module))
         pl_module.strict_loading = False
+        if isinstance(trainer.strategy, ModelParallelStrategy):
+            leave_out_base(pl_module, kept, "FSDP")
 
     def _kept(self, module: LightningModule) -> list[str]:
         """Return the keys of all that trains: the adapter, and perhaps a head beside it."""
@@ -53,12 +57,14 @@ class AdapterCheckpoints(Callback):
     ) -> None:
         """Keep the part of the state dict that trains."""
         state, kept = checkpoint["state_dict"], self._kept(pl_module)
-        checkpoint["state_dict"] = {key: state[key] for key in kept}
+        checkpoint["state_dict"] = {key: state[key] for key in kept if key in state}
 
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Check that the checkpoint has the adapter, because Lightning ignores missing keys."""
+        if isinstance(trainer.strategy, ModelParallelStrategy):
+            return  # it has loaded the state
         missing = [key for key in self._kept(pl_module) if key not in checkpoint["state_dict"]]
         if missing:
             raise disha.AdapterStateError(

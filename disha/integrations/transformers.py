@@ -7,15 +7,12 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 from accelerate.state import AcceleratorState, PartialState
-from accelerate.utils import DistributedType
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from transformers import TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
@@ -23,7 +20,7 @@ from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME
 
 import disha
 from disha.files import ADAPTER_NAME
-from disha.model.view import clean_key
+from disha.integrations.engines import is_cut, leave_out_base
 
 __all__ = ["AdapterCheckpoints"]
 
@@ -68,9 +65,9 @@ class AdapterCheckpoints(SeenAsPlain):
     - `from_pretrained` of a checkpoint raises, and does not return a model without the adapter.
 
     `model.safetensors` in a checkpoint holds the same values under the keys of the model's state
-    dict, because `Trainer` reads these. With FSDP, only checkpoints hold `adapter.safetensors`, so
-    call `disha.save_adapter` on all ranks after training. The trainer refuses to start with
-    DeepSpeed, which saves the base in any case.
+    dict, because `Trainer` reads these. FSDP and DeepSpeed write and read files of their own. With
+    FSDP and ZeRO-3, only checkpoints hold `adapter.safetensors`, so call `disha.save_adapter` on
+    all ranks after training.
 
     Args:
         model: a model of `transformers` with adapters.
@@ -105,17 +102,10 @@ class AdapterCheckpoints(SeenAsPlain):
         model.save_pretrained = _Saving(model, adapter)  # type: ignore[assignment]
 
     def on_init_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
-        """Let the model be quantised again. Refuse what would not be trained, or not be saved."""
+        """Let the model be quantised again. Refuse what would not be trained."""
         super().on_init_end(args, state, control, **given)
         model = given["model"]
-        kind = AcceleratorState().distributed_type
-        if kind == DistributedType.DEEPSPEED:
-            raise disha.ArgumentError(
-                "with DeepSpeed, Trainer saves the base too, in a way of its own; leave out "
-                "AdapterCheckpoints, and call disha.save_adapter on all ranks after training"
-            )
-        if kind == DistributedType.FSDP:
-            _leave_out_base(model, self._kept)
+        leave_out_base(model, self._kept, AcceleratorState().distributed_type)
         if args.should_save:
             _set_aside_incomplete(Path(args.output_dir))
         PartialState().wait_for_everyone()
@@ -123,7 +113,7 @@ class AdapterCheckpoints(SeenAsPlain):
     def on_save(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         """Write the adapter of a sharded model, for which all ranks must act together."""
         model: nn.Module = given["model"]
-        if isinstance(model, FSDPModule):
+        if is_cut(model):
             folder = Path(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
             disha.save_adapter(model, folder / ADAPTER_NAME, self._adapter)
 
@@ -141,11 +131,11 @@ class _Saving:
         state_dict: dict[str, Tensor] | None = None,
         **unused: Any,
     ) -> None:
-        """Write the adapter into a folder. FSDP gives its state, gathered by all ranks."""
+        """Write the adapter into a folder. A cut model comes with its state, gathered by all."""
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
         state = state_dict or {}
-        if not isinstance(self._model, FSDPModule):
+        if not is_cut(self._model):
             disha.save_adapter(self._model, folder / ADAPTER_NAME, self._adapter)
             state = disha.adapter_state_dict(self._model, self._adapter)
         if is_main_process:
@@ -153,25 +143,6 @@ class _Saving:
             tensors = {key: value.to("cpu", copy=True).contiguous() for key, value in state.items()}
             save_file(tensors, folder / SAFE_WEIGHTS_NAME, {"format": "pt"})
             (folder / CONFIG_NAME).write_text(json.dumps(NO_MODEL))
-
-
-def _leave_out_base(model: nn.Module, kept: Collection[str]) -> None:
-    """Keep the base out of the state dict of a sharded model, and do not miss it in loading."""
-
-    def is_base(key: str) -> bool:
-        return ".disha." not in key and clean_key(key) not in kept
-
-    def drop(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
-        # On the meta device, accelerate has not yet distributed the base.
-        if isinstance(module, FSDPModule) and not any(one.is_meta for one in state.values()):
-            for key in filter(is_base, list(state)):
-                del state[key]
-
-    def forgive(module: nn.Module, found: Any) -> None:
-        found.missing_keys[:] = [key for key in found.missing_keys if not is_base(key)]
-
-    model.register_state_dict_post_hook(drop)  # type: ignore[no-untyped-call]
-    model.register_load_state_dict_post_hook(forgive)  # type: ignore[no-untyped-call]
 
 
 def _set_aside_incomplete(output: Path) -> None:

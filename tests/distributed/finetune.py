@@ -1,31 +1,82 @@
-"""`disha finetune` on two ranks. `tests/finetune/test_train.py` compares it with one process."""
+"""`disha finetune` on two ranks. `test_transformers_parallel.py` compares it with one process."""
 
 from __future__ import annotations
 
+import json
 import shlex
+from functools import partial
 
 import datasets
+import pytest
+import torch
 import torch.distributed as dist
+from safetensors.torch import load_file
 
+from disha.files import ADAPTER_NAME
 from disha.finetune import main
+from tests.distributed import trainers
+from tests.distributed.deepspeed_zero import config
 from tests.finetune.tiny_models import write_model, write_rows
 
 FLAGS = shlex.split(
     """--r 8 --max_steps 8 --num_train_epochs 2 --save_steps 2 --logging_steps 1
---gradient_accumulation_steps 2 --learning_rate 0.01 --samples 0 --disable_tqdm True"""
+--gradient_accumulation_steps 2 --learning_rate 0.01 --samples 1 --disable_tqdm True
+--max_grad_norm 0 --load_best_model_at_end --eval_strategy steps --eval_steps 2
+--metric_for_best_model loss --greater_is_better True --save_total_limit 9"""
 )
+ENGINES = {
+    "ddp": ("", "optimizer.pt"),
+    "fsdp2": ("--fsdp full_shard", "pytorch_model_fsdp.bin"),
+    "zero2": ("--deepspeed zero2.json", "global_step8"),
+    "zero3": ("--deepspeed zero3.json", "global_step8"),
+}
+"""An engine -> the flags that ask for it, and what it leaves in a checkpoint."""
 
 
-def words(folder, output):
+def words(folder, output, *more):
     """The flags of a run with the model and the rows of a folder."""
     given = {"base": folder / "model", "data": folder / "rows.jsonl", "output_dir": folder / output}
-    return [*FLAGS, *(str(word) for name, path in given.items() for word in (f"--{name}", path))]
+    words = (str(word) for name, path in given.items() for word in (f"--{name}", path))
+    return [*FLAGS, *words, *more]
 
 
-def check_a_run(folder):
+def ran(engine, folder, output, *more):
+    """Run the command, and return its report."""
+    asked, left = ENGINES[engine]
+    flags = [*shlex.split(asked), "--per_device_train_batch_size", "2", *more]
+    flags = [str(folder / flag) if flag.endswith(".json") else flag for flag in flags]
+    with trainers.accelerate_with(engine):
+        assert main(words(folder, output, *flags)) == 0
+    dist.barrier()
+    assert (folder / output / "checkpoint-8" / left).exists()
+    return json.loads((folder / output / "report.json").read_text())
+
+
+def run(engine, folder):
     datasets.config.HF_DATASETS_CACHE = folder / f"cache{dist.get_rank()}"
     if dist.get_rank() == 0:
         write_model(folder / "model")
         write_rows(folder / "rows.jsonl")
+        for stage in (2, 3):
+            settings = config(stage, gradient_accumulation_steps=2)
+            (folder / f"zero{stage}.json").write_text(json.dumps(settings))
     dist.barrier()
-    assert main([*words(folder, "two"), "--per_device_train_batch_size", "2"]) == 0
+    report = ran(engine, folder, "two")
+    assert report["best_step"] == 2
+    saved, best = (
+        load_file(folder / "two" / place / ADAPTER_NAME) for place in ("", "checkpoint-2")
+    )
+    assert all(torch.equal(saved[key], best[key]) for key in saved.keys() | best.keys())
+    base = (folder / "model" / "model.safetensors").stat().st_size
+    files = (folder / "two" / "checkpoint-8").rglob("*")
+    assert max(file.stat().st_size for file in files) < base / 2
+    assert report["proof"]["loaded"] == pytest.approx(report["proof"]["trained"], abs=1e-5)
+    half = folder / "two" / "checkpoint-4"
+    rest = ran(engine, folder, "rest", "--resume_from_checkpoint", str(half))
+    assert list(rest["training_losses"].values()) == list(report["training_losses"].values())
+    last = [folder / name / "checkpoint-8" / ADAPTER_NAME for name in ("two", "rest")]
+    assert last[0].read_bytes() == last[1].read_bytes()
+
+
+for engine in ENGINES.keys() & trainers.ENGINES:
+    vars()[f"check_{engine}"] = partial(run, engine)

@@ -1,0 +1,69 @@
+"""Checkpoints of FSDP2 and DeepSpeed that leave out the base.
+
+These engines write and read the state of a model themselves, with all ranks together.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Collection
+from typing import Any
+from weakref import WeakSet
+
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+
+from disha.model.view import clean_key
+from disha.sharding.zero import is_partitioned
+
+_WITHOUT_BASE: WeakSet[nn.Module] = WeakSet()
+"""The models whose frozen parameters DeepSpeed leaves out."""
+
+
+def is_cut(model: nn.Module) -> bool:
+    """Whether each rank has a part of the model, so that saving it needs all ranks."""
+    is_sharded = any(isinstance(module, FSDPModule) for module in model.modules())
+    return is_sharded or any(map(is_partitioned, model.parameters()))
+
+
+def leave_out_base(model: nn.Module, kept: Collection[str], engine: str) -> None:
+    """Keep the base out of the state that an engine writes, and do not miss it in loading."""
+    is_deepspeed = engine == "DEEPSPEED"
+    if is_deepspeed:
+        _teach_deepspeed()
+        _WITHOUT_BASE.add(model)
+    elif engine != "FSDP":
+        return
+
+    def is_base(key: str) -> bool:
+        return ".disha." not in key and clean_key(key) not in kept
+
+    def drop(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+        # On the meta device, accelerate has not yet distributed the base.
+        is_placed = is_cut(module) and not any(value.is_meta for value in state.values())
+        if is_deepspeed or is_placed:
+            for key in filter(is_base, list(state)):
+                del state[key]
+
+    def forgive(module: nn.Module, found: Any) -> None:
+        found.missing_keys[:] = [key for key in found.missing_keys if not is_base(key)]
+
+    model.register_state_dict_post_hook(drop)  # type: ignore[no-untyped-call]
+    model.register_load_state_dict_post_hook(forgive)  # type: ignore[no-untyped-call]
+
+
+@functools.cache
+def _teach_deepspeed() -> None:
+    """Let engines of these models do what `Trainer` asks of them for a model of PEFT only."""
+    from deepspeed import DeepSpeedEngine  # type: ignore[import-untyped]
+
+    def without_base(method: Any) -> Any:
+        def call(engine: Any, *given: Any, **named: Any) -> Any:
+            if engine.module in _WITHOUT_BASE:
+                named["exclude_frozen_parameters"] = True
+            return method(engine, *given, **named)
+
+        return functools.wraps(method)(call)
+
+    for name in ("save_checkpoint", "_zero3_consolidated_16bit_state_dict"):
+        setattr(DeepSpeedEngine, name, without_base(getattr(DeepSpeedEngine, name)))
