@@ -113,9 +113,9 @@ class AdapterConfig:
             values["target"] = _as_tuple("target_regex", self.target)
         for name in ("exclude", "also_train"):
             values[name] = _as_tuple(name, values[name])
-        values["rank_pattern"] = as_dict("rank_pattern", self.rank_pattern, check_positive_int)
-        values["layouts"] = as_dict("layouts", self.layouts, lambda _, one: layout_of(one).pattern)
-        values["rows"] = as_dict("rows", self.rows, checked_rows)
+        values["rank_pattern"] = _as_dict("rank_pattern", self.rank_pattern, check_positive_int)
+        values["layouts"] = _as_dict("layouts", self.layouts, lambda _, one: layout_of(one).pattern)
+        values["rows"] = _as_dict("rows", self.rows, checked_rows)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (AdapterConfig.from_json, (self.to_json(),))
@@ -243,7 +243,7 @@ def _as_tuple(name: str, patterns: Any) -> tuple[str, ...]:
     return tuple(found)
 
 
-def as_dict(name: str, value: Any, checked: Callable[[str, Any], Any]) -> Mapping[str, Any]:
+def _as_dict(name: str, value: Any, checked: Callable[[str, Any], Any]) -> Mapping[str, Any]:
     """Return a read-only copy of a dict from regexes to items, which are checked."""
     found = {} if value is None else value
     check_type(name, found, Mapping, "a dict of regex -> value")

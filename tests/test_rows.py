@@ -4,14 +4,23 @@ from __future__ import annotations
 
 import copy
 
+import peft
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
 
 import disha
-from disha import AdapterFileError, ArgumentError, ArgumentTypeError
+from disha import (
+    AdapterFileError,
+    ArgumentError,
+    ArgumentTypeError,
+    ConversionError,
+    TargetError,
+)
 from disha.files import inspect_adapter, load_adapter, save_adapter
+from disha.interop import lora
 from tests.conftest import perturb
 from tests.test_tied import TOKENS, WORDS, gpt2, llama
 
@@ -133,12 +142,12 @@ def test_a_file_has_the_rows_only_and_fits_a_base_with_others(tmp_path):
 @pytest.mark.parametrize(
     ("rows", "error", "says"),
     [
-        ({"embed": [WORDS]}, ArgumentError, "out of range: it has 36 rows"),
+        ({"embed": [WORDS]}, TargetError, "out of range: it has 36 rows"),
         ({"embed": [-1]}, ArgumentError, "rows from 0"),
         ({"embed": [3, 3]}, ArgumentError, "each once"),
         ({"embed": ["a"]}, ArgumentTypeError, "a list of row numbers"),
-        ({"tokens_of": [3]}, ArgumentError, "also_train_rows 'tokens_of' matches nothing"),
-        ({"norm": [3]}, ArgumentError, "also_train_rows 'norm' matches nothing"),
+        ({"tokens_of": [3]}, TargetError, r"'tokens_of'\] selects no layer"),
+        ({"norm": [3]}, TargetError, "'norm'.* can't be adapted"),
     ],
 )
 def test_rows_that_there_are_not(rows, error, says):
@@ -191,3 +200,41 @@ def test_resetting_a_table_gives_the_rows_its_new_values():
     table = model.get_input_embeddings()
     table.reset_parameters()
     assert torch.equal(rows_of(model), table.base_weight[NEW])
+
+
+@pytest.mark.parametrize("make", [llama, gpt2, untied])
+def test_peft_computes_the_same_with_trainable_token_indices(make, tmp_path):
+    base, names = make(), "embed_tokens|wte" if make is not untied else "embed_tokens|lm_head"
+    model = trained(make, also_train_rows={names: NEW})
+    lora.export(model, tmp_path)
+    theirs = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
+    torch.testing.assert_close(theirs(TOKENS).logits, model(TOKENS).logits)
+    again = copy.deepcopy(base)
+    lora.load(again, tmp_path)
+    assert torch.equal(again(TOKENS).logits, model(TOKENS).logits)
+
+
+def test_rows_that_peft_has_trained(tmp_path):
+    config = peft.LoraConfig(r=4, target_modules=["q_proj"], trainable_token_indices=[35, 3])
+    theirs = peft.get_peft_model(llama(), config)
+    lora.export(disha.inject_adapters(llama(), "q_proj", 4), tmp_path / "plain")
+    factors = load_file(tmp_path / "plain" / "adapter_model.safetensors")
+    for name, parameter in theirs.named_parameters():
+        if "trainable_tokens" in name:
+            parameter.data.normal_()
+        elif "lora_" in name:
+            parameter.data.copy_(factors[name.replace(".default", "")])
+    theirs.save_pretrained(tmp_path / "peft")
+    model = llama()
+    lora.load(model, tmp_path / "peft")
+    torch.testing.assert_close(theirs(TOKENS).logits, model(TOKENS).logits)
+
+
+def test_peft_can_not_hold_every_row(tmp_path):
+    for options in ({"exclude": "lm_head"}, {"scale": 2.0}):
+        model = trained(**{name: one for name, one in options.items() if name != "scale"})
+        disha.set_adapter_scale(model, options.get("scale", 1.0))
+        with pytest.raises(ConversionError, match="embed_tokens"):
+            lora.export(model, tmp_path)
+    with pytest.raises(ConversionError, match="PEFT's MiSS adapts all rows"):
+        disha.interop.peft.export(trained(), tmp_path)

@@ -7,6 +7,7 @@ same without a file.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -14,12 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from disha.config import check_scale
+from disha.config import check_scale, checked_rows
 from disha.errors import AdapterFileError, ConversionError, DishaError
 from disha.files import AdapterHeader
-from disha.files.contents import Contents, adapter_contents, load_contents
+from disha.files.contents import Contents, adapter_contents, load_contents, narrowed
 from disha.files.disk import PathLike, checked_path
-from disha.functional import Layout
+from disha.functional import METHODS, Layout
 from disha.interop import experts as stacks
 from disha.interop.low_rank import (
     CONV,
@@ -53,7 +54,7 @@ from disha.interop.peft_format import (
 )
 from disha.layers.blocks import original_class
 from disha.layers.kinds import declared_slots, full_name
-from disha.model.records import Tensors
+from disha.model.records import LayerRecord, Tensors, without_values
 from disha.model.state import LoadReport
 from disha.model.view import ModelView
 from disha.text import join
@@ -64,6 +65,7 @@ CANT_EXPRESS = "PEFT's LoRA would not compute what this adapter does"
 
 MATRIX = (".lora_A.weight", ".lora_B.weight")
 EMBEDDING = (".lora_embedding_A", ".lora_embedding_B")
+TOKENS = ".token_adapter.trainable_tokens_delta"  # new values of rows, in spite of its name
 FACTORS = (*MATRIX, *EMBEDDING)
 """The ends of the keys of factors."""
 
@@ -210,6 +212,7 @@ def _converted(
     """Return an adapter's updates, what trained with it, and both in PEFT's form."""
     header, tensors = adapter_contents(view, adapter, base=False)
     model_type = _model_type(view)
+    tokens = [layer for layer in header.layers if _is_of_tokens(view, layer)]
     with view.ranks().agreeing(f"export adapter {adapter!r} as LoRA"):
         check_rank(rank)  # before a rank waits for another
         modules = [layer.name for layer in header.layers if not is_stack(layer)]
@@ -219,11 +222,29 @@ def _converted(
         problems += stacks.misread_by_peft(header.layers, experts, model_type)
         refuse_to_write(CANT_EXPRESS, problems)
     base = base_weights(view, adapter)
-    updates = low_rank_updates(header, tensors, rank=rank, pad=pad, base=base)
+    others = [layer for layer in header.layers if layer not in tokens]
+    header, factors = narrowed(header, tensors, others, header.also_train)
+    updates = low_rank_updates(header, factors, rank=rank, pad=pad, base=base)
     beside = saved.copies()
+    beside |= {one.name + TOKENS: tensors[one.key].mT.contiguous() for one in tokens}
     written = stacks.in_form(updates, experts, header.also_train, model_type)
     config = _config_of(header, written, saved.modules, view)
+    numbers = {one.name: [n for ends in one.rows for n in range(*ends)] for one in tokens}
+    config["trainable_token_indices"] = numbers or None
     return updates, beside, config, tensors_of(written) | beside
+
+
+def _is_of_tokens(view: ModelView, layer: LayerRecord) -> bool:
+    """Whether PEFT's LoRA can train the rows of a layer, and those of all that it is tied to."""
+    same = [join(layer.name, "weight"), *layer.tied] == _weight_names(view, layer.name)
+    return same and layer.scale == 1 and METHODS[layer.method].replaces and layer.rows != ()
+
+
+def _weight_names(view: ModelView, layer: str) -> list[str]:
+    """Return the names of a layer's weight, its own first."""
+    own = join(layer, "weight")
+    known = view.parameters_by_name.get(own)
+    return [own, *(name for name in (known.names if known else ()) if name != own)]
 
 
 def _model_type(view: ModelView) -> str | None:
@@ -303,12 +324,31 @@ def load(
     view = ModelView(model)
     with view.ranks().agreeing(f"load a LoRA as adapter {adapter!r}"):
         found = _read(folder, also_train)
+        rows = _taken_rows(view, found)
         found.tensors = without_buffers(view, found.path, found.tensors)
         contents = _contents_of(found, _layouts(view), _model_type(view))
-        contents = under_first_names(view, found.path, contents)
+        header, tensors = under_first_names(view, found.path, contents)
+        tensors |= {layer.key: block for layer, block in rows.items()}
+        layers = (*header.layers, *rows)
+        header = dataclasses.replace(header, layers=layers, tensors=without_values(tensors))
     return load_contents(
-        view, found.path, *contents, adapter, replace=replace, dtype=dtype, freeze=freeze
+        view, found.path, header, tensors, adapter, replace=replace, dtype=dtype, freeze=freeze
     )
+
+
+def _taken_rows(view: ModelView, folder: PeftFolder) -> dict[LayerRecord, Tensor]:
+    """Take the rows of tokens out of a folder, and return the layers with their blocks."""
+    numbers, found = folder.fields.pop("trainable_token_indices", None), {}
+    for key in [key for key in folder.tensors if key.endswith(TOKENS)]:
+        name, values = key.removesuffix(TOKENS), folder.tensors.pop(key)
+        ends = numbers if isinstance(numbers, dict) else {name: numbers}
+        own = next(own for end, own in ends.items() if f".{name}".endswith(f".{end}"))
+        order = sorted(range(len(own)), key=own.__getitem__)
+        rows, tied = checked_rows(name, own), tuple(_weight_names(view, name)[1:])
+        sizes = values.shape[1], len(own)
+        record = LayerRecord(name, "rows", 1, None, *sizes, 1.0, None, Layout("out in"), rows, tied)
+        found[record] = values[order].mT.contiguous()
+    return found
 
 
 def _layouts(view: ModelView) -> Layouts:
@@ -437,7 +477,8 @@ def read_lora(
 def _read(folder: PathLike, also_train: bool) -> PeftFolder:
     found = read_peft_files(folder)
     if not also_train:
-        found.tensors = {key: one for key, one in found.tensors.items() if key.endswith(FACTORS)}
+        kept = (*FACTORS, TOKENS)
+        found.tensors = {key: one for key, one in found.tensors.items() if key.endswith(kept)}
     return found
 
 

@@ -27,14 +27,12 @@ from disha.config import (
     Init,
     MethodName,
     Patterns,
-    as_dict,
-    checked_rows,
     matching,
     with_hints,
 )
 from disha.errors import ArgumentError, ArgumentTypeError, TargetError
 from disha.functional import Geometry, Update, layout_of, method_names, method_of
-from disha.functional.layouts import Layout, Rows
+from disha.functional.layouts import Layout
 from disha.functional.products import update_of_part
 from disha.layers.adapted import AdaptedLayer
 from disha.layers.bitsandbytes import parameter_count
@@ -88,11 +86,6 @@ class PlannedLayer:
     def name(self) -> str:
         """Its main name; empty if the module is the model itself."""
         return self.names[0]
-
-    @property
-    def all_names(self) -> tuple[str, ...]:
-        """Its names, and those of its module."""
-        return (*self.names, *self.module_names)
 
     @property
     def place(self) -> Place:
@@ -326,34 +319,45 @@ def plan_injection(
     adapter: str,
     freeze: bool,
     also_train_rows: Mapping[str, Sequence[int]] | None = None,
+    plain: Iterable[str] = (),
     *,
     strict: bool,
 ) -> Plan:
-    """Plan an injection. If r or r_out does not fit a weight, raise if `strict`, else list it."""
+    """Plan an injection. If r or r_out does not fit a weight, raise if `strict`, else list it.
+
+    What `plain` matches does not read the update of a tied parameter; `exclude` by default.
+    """
     if target is None or target in ([], ()):
         raise ArgumentTypeError(
             f"target_regex must be a regex, a list of them, {ALL_LINEAR!r} or a predicate "
             f"(name, module) -> bool, got {target!r}"
         )
-    row_ranges = as_dict("also_train_rows", also_train_rows, checked_rows)
     recorded = None if callable(target) else target
     config = AdapterConfig(r, recorded, **settings)
     check_addable(view, adapter)
     known = _layers_of(view, config)
     layers, skipped, unfit = [], [], []
-    with_rows = _with_rows(view, known, row_ranges, config)
+    with_rows: tuple[PlannedLayer, ...] = ()
+    if also_train_rows:
+        own: Any = {"layouts": dict.fromkeys(also_train_rows, "out in"), "rows": also_train_rows}
+        own |= {"method": "rows", "dtype": config.dtype}
+        of_rows = view, [*also_train_rows], 1, own, adapter, freeze, None, config.exclude
+        plan = plan_injection(*of_rows, strict=strict)
+        with_rows, skipped = plan.layers, [*plan.skipped]
     taken = {place for one in with_rows for place in (one.place, *one.tied.values())}
     for one in _selected(view, known, target, config.exclude):
         if one.slot is not None and not one.reason:
             if one.place in taken:
                 continue  # it reads the block of another one
-            one = replace(one, tied=_tied(view, one, config.exclude))
+            one = replace(one, tied=_tied(view, one, plain or config.exclude))
             taken.update(one.tied.values())
         reason = one.reason or _reason_against(one, config.method)
         if reason:
             skipped.append(replace(one, reason=reason))
             continue
-        one = replace(one, config=config, r=config.rank_of(*one.all_names, *one.tied))
+        one = replace(
+            one, config=config, r=config.rank_of(*one.names, *one.module_names, *one.tied)
+        )
         reason = _reason_against_block(one)
         if reason is None:
             layers.append(one)
@@ -384,32 +388,6 @@ def plan_injection(
         unknown=tuple([one for one in known if one.slot is None and one.attribute]),
         convolutions=tuple([n.name for n in left_out if _reason_against(n, config.method) is None]),
     )
-
-
-def _with_rows(
-    view: ModelView,
-    known: list[PlannedLayer],
-    rows: Mapping[str, Rows],
-    config: AdapterConfig,
-) -> list[PlannedLayer]:
-    """Return the matrices that have rows to be trained beside the target."""
-    found: list[PlannedLayer] = []
-    matrices = [one for one in known if one.attribute]
-    names = [name for one in matrices for name in one.parameter_names]
-    _refuse_unused("also_train_rows", rows, names)
-    for one in matrices:
-        patterns = matching(rows, one.parameter_names)
-        if not patterns or any(one.place in other.tied.values() for other in found):
-            continue
-        slot = one.slot or slot_of(one.attribute, ROWS)
-        slot = replace(slot, layout=ROWS, rows=rows[patterns[0]])
-        tied = _tied(view, one, config.exclude)
-        one = replace(one, slot=slot, config=_for_rows(config), r=1, tied=tied)
-        reason = _reason_against(one, "rows")
-        if reason is not None:
-            raise ArgumentError(f"also_train_rows {patterns[0]!r} matches {one.name}: {reason}")
-        found.append(one)
-    return found
 
 
 def _for_rows(config: AdapterConfig) -> AdapterConfig:
@@ -682,9 +660,9 @@ def _selected(
     found = []
     for one in known:
         reader = readers.get(one.module, one.module)  # type: ignore[call-overload]
-        names = (*one.all_names, *view.names[reader])
+        names = (*one.names, *one.module_names, *view.names[reader])
         if callable(target):
-            asked = dict.fromkeys(one.all_names, one.module)
+            asked = dict.fromkeys((*one.names, *one.module_names), one.module)
             asked |= dict.fromkeys(view.names[reader], reader)
             chosen = any(target(name, module) for name, module in asked.items())
         else:
