@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from disha.config import check_scale, checked_rows
 from disha.errors import AdapterFileError, ConversionError, DishaError
 from disha.files import AdapterHeader
-from disha.files.contents import Contents, adapter_contents, load_contents, narrowed
+from disha.files.contents import Contents, adapter_contents, load_contents
 from disha.files.disk import PathLike, checked_path
 from disha.functional import METHODS, Layout
 from disha.interop import experts as stacks
@@ -222,9 +222,9 @@ def _converted(
         problems += stacks.misread_by_peft(header.layers, experts, model_type)
         refuse_to_write(CANT_EXPRESS, problems)
     base = base_weights(view, adapter)
-    others = [layer for layer in header.layers if layer not in tokens]
-    header, factors = narrowed(header, tensors, others, header.also_train)
-    updates = low_rank_updates(header, factors, rank=rank, pad=pad, base=base)
+    others = tuple([layer for layer in header.layers if layer not in tokens])
+    header = dataclasses.replace(header, layers=others)
+    updates = low_rank_updates(header, tensors, rank=rank, pad=pad, base=base)
     beside = saved.copies()
     beside |= {one.name + TOKENS: tensors[one.key].mT.contiguous() for one in tokens}
     written = stacks.in_form(updates, experts, header.also_train, model_type)
@@ -235,16 +235,14 @@ def _converted(
 
 
 def _is_of_tokens(view: ModelView, layer: LayerRecord) -> bool:
-    """Whether PEFT's LoRA can train the rows of a layer, and those of all that it is tied to."""
-    same = [join(layer.name, "weight"), *layer.tied] == _weight_names(view, layer.name)
-    return same and layer.scale == 1 and METHODS[layer.method].replaces and layer.rows != ()
+    """Whether PEFT's LoRA can train the rows of a layer, and of all that it is tied to."""
+    is_whole = len(_names_of_weight(view, layer.name)) == 1 + len(layer.tied)
+    return is_whole and layer.scale == 1 and layer.rows != () and METHODS[layer.method].replaces
 
 
-def _weight_names(view: ModelView, layer: str) -> list[str]:
-    """Return the names of a layer's weight, its own first."""
-    own = join(layer, "weight")
-    known = view.parameters_by_name.get(own)
-    return [own, *(name for name in (known.names if known else ()) if name != own)]
+def _names_of_weight(view: ModelView, layer: str) -> tuple[str, ...]:
+    one = view.parameters_by_name.get(join(layer, "weight"))
+    return () if one is None else one.names
 
 
 def _model_type(view: ModelView) -> str | None:
@@ -344,7 +342,8 @@ def _taken_rows(view: ModelView, folder: PeftFolder) -> dict[LayerRecord, Tensor
         ends = numbers if isinstance(numbers, dict) else {name: numbers}
         own = next(own for end, own in ends.items() if f".{name}".endswith(f".{end}"))
         order = sorted(range(len(own)), key=own.__getitem__)
-        rows, tied = checked_rows(name, own), tuple(_weight_names(view, name)[1:])
+        rows, names = checked_rows(name, own), _names_of_weight(view, name)
+        tied = tuple([other for other in names if other != join(name, "weight")])
         sizes = values.shape[1], len(own)
         record = LayerRecord(name, "rows", 1, None, *sizes, 1.0, None, Layout("out in"), rows, tied)
         found[record] = values[order].mT.contiguous()
