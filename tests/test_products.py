@@ -132,7 +132,7 @@ def test_several_updates_in_sixteen_bits(kind, dtype):
     x, weight = torch.randn(3, 7), torch.randn(6, 7) / 8
     updates = [make_update(kind, MATRIX, weight) for _ in range(2)]
     expected = x @ (weight + sum(dense(update, MATRIX, weight) for update in updates)).T
-    narrow = [update._replace(block=update.block.detach().to(dtype)) for update in updates]
+    narrow = [update.replace(block=update.block.detach().to(dtype)) for update in updates]
     found = functional.adapted_linear(x.to(dtype), weight.to(dtype), None, narrow)
     assert found.dtype == dtype
     assert (found.float() - expected).norm() <= 8 * torch.finfo(dtype).eps * expected.norm()
@@ -150,7 +150,7 @@ def mixed_case():
 
 
 def with_blocks(updates, blocks):
-    return [u._replace(block=block) for u, block in zip(updates, blocks, strict=True)]
+    return [u.replace(block=block) for u, block in zip(updates, blocks, strict=True)]
 
 
 def test_derivatives_of_mixed_updates_by_finite_differences():
@@ -236,7 +236,7 @@ def test_a_product_of_stacks_broadcasts(kinds, count, sizes):
 def test_one_input_of_all_matrices_keeps_no_dense_weight_for_backward():
     x, weight = torch.randn(1, 2, 7), torch.randn(4, 6, 7)
     update = make_update("bat", STACK, weight)
-    update = update._replace(block=update.block.detach().float().requires_grad_())
+    update = update.replace(block=update.block.detach().float().requires_grad_())
     kept = kept_by(lambda: functional.adapted_stack(x, weight, [update, update]))
     own = {one.untyped_storage().data_ptr() for one in (x, weight)}
     assert max(size for key, size in kept.items() if key not in own) < weight.nbytes / 4
@@ -247,9 +247,9 @@ def test_one_input_of_all_matrices_keeps_no_dense_weight_for_backward():
 def test_a_stack_of_bat_in_sixteen_bits(dtype, count):
     x, weight = torch.randn(3, count, 32), torch.randn(3, 24, 32) / 8
     update = make_update("bat", STACK, weight)
-    update = update._replace(block=update.block.detach() / 8)
+    update = update.replace(block=update.block.detach() / 8)
     expected = x @ (weight + dense(update, STACK, weight)).mT
-    narrow = update._replace(block=update.block.to(dtype))
+    narrow = update.replace(block=update.block.to(dtype))
     found = functional.adapted_stack(x.to(dtype), weight.to(dtype), [narrow])
     assert found.dtype == dtype
     assert (found.float() - expected).norm() <= 8 * torch.finfo(dtype).eps * expected.norm()
@@ -336,7 +336,7 @@ def test_compiled_grouped_products_take_their_groups_as_data(kind):
     update = make_update(kind, STACK, weight)  # torch traces the product in bfloat16 only
 
     def run(x, block, offsets):
-        updates = [update._replace(block=block)]
+        updates = [update.replace(block=block)]
         return functional.adapted_grouped(torch._grouped_mm, x, weight, offsets, updates)
 
     torch._dynamo.reset()
@@ -411,9 +411,9 @@ def test_a_convolution_in_float16_whose_shard_sums_overflow(kind):
     x = torch.full((1, 96, 4), 4000.0)  # 24 or 32 shards of it are beyond 65,504
     update = make_update(kind, layout, weight)
     block = (update.block.detach().sign() / 1024).requires_grad_()
-    update = update._replace(block=block)
+    update = update.replace(block=block)
     expected = F.conv1d(x, weight + dense(update, layout, weight))
-    half = update._replace(block=block.detach().half().requires_grad_())
+    half = update.replace(block=block.detach().half().requires_grad_())
     found = functional.adapted_product(F.conv1d, x.half(), weight.half(), None, layout, [half])
     assert found.dtype == torch.float16
     assert (found.float() - expected).norm() < 0.01 * expected.norm()
@@ -428,9 +428,9 @@ def test_stacks_and_groups_in_float16_whose_shard_sums_overflow():
     weight = (torch.randn(2, 8, 96) / 256).half()
     for kind in ("bone", "bat"):
         update = make_update(kind, STACK, weight.float())
-        update = update._replace(block=update.block.detach().sign() / 1024)
+        update = update.replace(block=update.block.detach().sign() / 1024)
         expected = x.float() @ (weight.float() + dense(update, STACK, weight.float())).mT
-        half = update._replace(block=update.block.half())
+        half = update.replace(block=update.block.half())
         found = functional.adapted_stack(x, weight, [half])
         assert (found.float() - expected).norm() < 0.01 * expected.norm()
 
@@ -439,9 +439,9 @@ def test_stacks_and_groups_in_float16_whose_shard_sums_overflow():
 
     ends = torch.tensor([1, 2], dtype=torch.int32)
     update = make_update("bone", STACK, weight.float())
-    update = update._replace(block=update.block.detach().sign() / 1024)
+    update = update.replace(block=update.block.detach().sign() / 1024)
     expected = x.float() @ (weight.float() + dense(update, STACK, weight.float())).mT
-    half = update._replace(block=update.block.half())
+    half = update.replace(block=update.block.half())
     found = functional.adapted_grouped(multiply, x[:, 0], weight, ends, [half])
     assert (found.float() - expected[:, 0]).norm() < 0.01 * expected.norm()
 
@@ -449,7 +449,7 @@ def test_stacks_and_groups_in_float16_whose_shard_sums_overflow():
 def test_autocast_to_float16_in_which_shard_sums_overflow():
     x, weight = torch.full((1, 96), 4000.0), torch.randn(6, 96) / 256
     update = make_update("bone", MATRIX, weight)
-    update = update._replace(block=update.block.detach().sign() / 1024)
+    update = update.replace(block=update.block.detach().sign() / 1024)
     with torch.autocast("cpu", torch.float16):
         found = functional.adapted_linear(x, weight, None, [update])
     expected = x @ (weight + dense(update, MATRIX, weight)).mT

@@ -375,10 +375,10 @@ class Adapters(nn.Module):
             group = self.group if compiling else None
             return Updates(tuple([block.update(on_meta, group) for block in blocks]))
         by_adapter = {}
-        all_blocks = next(own for own in self.all_blocks.values() if blocks in own.values())
-        for adapter in override.adapters:
-            own = all_blocks.get(adapter, ())
-            by_adapter[adapter] = self.updates(own, None, compiling, on_meta).every
+        for all_blocks in self.all_blocks.values():
+            for adapter in override.adapters if blocks in [*all_blocks.values()] else ():
+                own = all_blocks.get(adapter, ())
+                by_adapter[adapter] = self.updates(own, None, compiling, on_meta).every
         return Routed(override, by_adapter)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
