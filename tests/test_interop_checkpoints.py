@@ -675,10 +675,14 @@ class TestTransformers:
         model = self.tiny("llama")
         self.assert_same_model(*self.merged(tmp_path, model, model.model, model, "proj"))
 
-    def test_a_tied_embedding_is_refused(self, tmp_path):
+    def test_a_tied_embedding(self, tmp_path):
+        model = self.tiny("llama", tie_word_embeddings=True, pad_token_id=None)
+        self.assert_same_model(*self.merged(tmp_path, model, model, model, "embed_tokens"))
+
+    def test_a_tied_embedding_without_its_head_is_refused(self, tmp_path):
         model = self.tiny("llama", tie_word_embeddings=True, pad_token_id=None)
         with pytest.raises(MergeError, match="tied to an output head"):
-            self.merged(tmp_path, model, model, model, "embed_tokens")
+            self.merged(tmp_path, model, model, model, "embed_tokens", exclude="lm_head")
 
 
 SINGLE_EXPERTS = [

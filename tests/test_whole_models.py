@@ -278,7 +278,7 @@ CASES = {
             attn_pdrop=0.0,
         ),
         text,
-        ("attn.c_attn", "mlp.c_proj", "wte", "wpe", "lm_head"),
+        ("attn.c_attn", "mlp.c_proj", "wte", "wpe"),  # the head reads the block of wte
     ),
     "Llama": Case(
         hugging_face("LlamaForCausalLM", "LlamaConfig", **TOWER, num_key_value_heads=1),

@@ -457,7 +457,9 @@ def plan_weights(
         reason: str | None = "the model has no such layer"
         if found is not None:
             found = _as_recorded(found, layer, config, tensor.to(dtype or tensor.dtype))
-            found = replace(found, tied=_tied(view, found) if layer.tied else {})
+            places = _tied(view, found)  # those that the adapter left out stay plain
+            tied = {name: places[name] for name in layer.tied if name in places}
+            found = replace(found, tied=tied)
             reason = _reason_against_record(found, layer, tuple(tensor.shape))
         if found is None or reason is not None:
             reasons.append(f"{printable(layer.name, WIDEST) or '(the model)'}: {reason}")
