@@ -187,7 +187,7 @@ def check_failed_save_raises_on_all_ranks(folder):
 
 
 def check_export_as_lora(folder):
-    for case in ADAPTERS:
+    for case in sorted(ADAPTERS.keys() - {"tied"}):  # it is refused
         alone, path = folder / f"{case} {rank()}", folder / case
         model = sharded(adapted(case), reshard_after_forward=False)
         with torch.no_grad():

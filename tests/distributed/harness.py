@@ -105,6 +105,8 @@ ADAPTERS = {
     "tile": [{"target_regex": "up|down", "r": 2, "r_out": 1}],
     "bat": [{"target_regex": "all-linear", "r": 3, "method": "bat"}],
     "conv and embedding, r=1": [{"target_regex": "conv|embed|head", "r": 1}],
+    "tied": [{"target_regex": "embed|up", "r": 3}],
+    "tied, with rows": [{"target_regex": "up", "r": 3, "also_train_rows": {"embed": [2, 9, 10]}}],
     "two at once": [
         {"target_regex": "up|head", "r": 3, "adapter": "default"},
         {"target_regex": "all-linear", "r": 2, "method": "bat", "adapter": "second"},
@@ -119,6 +121,8 @@ def adapted(
     """Return the same model on every rank, compiled before injection or not; no block is zero."""
     torch.manual_seed(0)
     model = Model().to(dtype)
+    if case.startswith("tied"):
+        model.head.weight = model.embed.weight
     if compiled:
         for index, block in enumerate(model.blocks):
             model.blocks[index] = torch.compile(block, backend="eager")
