@@ -52,6 +52,7 @@ def test_json_has_everything_and_its_keys_stay(run, files):
         "groups": 1,
         "padding_idx": None,
         "rows": [],
+        "tied": [],
         "key": f"{Q}.bone_block",
         "shape": [4, 2],
         "dtype": "float32",

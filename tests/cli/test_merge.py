@@ -15,8 +15,8 @@ def merged(path, scale=None):
     disha.load_adapter(adapted, path)
     if scale is not None:
         disha.set_adapter_scale(adapted, scale)
-    disha.merge_adapters(adapted)
-    return {key: value for key, value in adapted.state_dict().items() if not key.endswith("_block")}
+    disha.merge_adapters(adapted, unload=True)
+    return adapted.state_dict()
 
 
 def same(found, expected):
