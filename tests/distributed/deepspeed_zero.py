@@ -113,6 +113,10 @@ CASES = {
         lambda: llama(tie_word_embeddings=True),
         {"target_regex": "proj|embed|head", "also_train": "norm"},
     ),
+    "rows": (
+        lambda: llama(tie_word_embeddings=True),
+        {"also_train_rows": {"embed_tokens": [3, 30, 31]}},
+    ),
     "experts": (mixtral, {}),
     "one expert after the other": (lambda: mixtral(experts_implementation="eager"), {}),
 }
