@@ -130,7 +130,8 @@ def _write(flags: Namespace, contents: Contents, base: Checkpoint | None) -> Lor
         peft.write_folder(flags.out, *contents, dropout=flags.dropout)
         return None
     options: dict[str, Any] = {"rank": flags.rank}
-    if any(method_of(layer.method).reads_weight for layer in contents[0].layers):
+    methods = [method_of(layer.method) for layer in contents[0].layers]
+    if any(one.reads_weight and not one.replaces for one in methods):
         if base is None or flags.rank is None:
             raise ArgumentError(
                 f"{flags.source} must be cut to become LoRA; give --base and --rank"

@@ -41,7 +41,8 @@ def main(words: Sequence[str]) -> None:
         from disha.cli.models import noted  # transformers takes seconds to import
 
         base, _ = noted(flags.adapter)
-    if not Path(base).exists():
+    notes = disha.inspect_adapter(flags.adapter).metadata
+    if not Path(base).exists() or "new_tokens" in notes:
         from disha.finetune.merging import merge_base
 
         also_train = not flags.no_also_train
@@ -59,7 +60,7 @@ def main(words: Sequence[str]) -> None:
         force=flags.force,
         overwrite=flags.overwrite,
     )
-    template = disha.inspect_adapter(flags.adapter).metadata.get("chat_template")
+    template = notes.get("chat_template")
     if template is not None and flags.out.is_dir():
         (flags.out / "chat_template.jinja").write_text(template, encoding="utf-8")
     print(merged)

@@ -18,7 +18,7 @@ from trl import SFTConfig
 
 import disha
 from disha.errors import ArgumentError
-from disha.finetune.base import BITS
+from disha.finetune.base import BITS, noted_tokens
 
 RENAMED = {
     "batch_size": "per_device_train_batch_size",
@@ -89,6 +89,7 @@ class AdapterArguments:
     rank_pattern: list[str] = _flag([], "another r for some weights, such as v_proj=16")
     dropout: float = _flag(0.0, "the share of inputs that are set to zero", "--adapter_dropout")
     also_train: list[str] = _flag([], "regexes for other parameters to train, such as norm")
+    new_tokens: list[str] = _flag([], "tokens to add, whose rows train, such as '<think>'")
     adapter: str | None = _flag(None, "an adapter file to train further; it sets r and targets")
     merge: bool = _flag(False, "also write the base with the adapter merged, into merged/")
 
@@ -195,6 +196,7 @@ def parsed(argv: Sequence[str]) -> Parsed:
     if path is None:
         return found
     noted = disha.inspect_adapter(path).config.to_json()
+    noted["new_tokens"] = noted_tokens(Path(path))
     parser.set_defaults(**noted)
     found = _found(parser, words)
     for name, value in noted.items():

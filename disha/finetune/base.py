@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +29,16 @@ import disha
 from disha.errors import ArgumentError, MissingPackageError
 
 BITS = ("bf16", "fp32", "8", "4")
-BASE_KEY, TEMPLATE_KEY = "base", "chat_template"  # the keys of notes in an adapter file
+# The keys of notes in an adapter file.
+BASE_KEY, TEMPLATE_KEY, TOKENS_KEY = "base", "chat_template", "new_tokens"
 NAME = re.compile(r"\w[\w.-]{0,95}(/\w[\w.-]{0,95})?", re.ASCII)
 
 
 def load_base(
-    name: str, bits: str = "fp32", device: torch.device | None = None
+    name: str,
+    bits: str = "fp32",
+    device: torch.device | None = None,
+    new_tokens: Sequence[str] = (),
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Return a base in evaluation mode and its tokenizer; `bits` is one of `BITS`, or `auto`."""
     source, file = _source(name)
@@ -58,7 +63,21 @@ def load_base(
             module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
+    if new_tokens:
+        _add_tokens(model, tokenizer, new_tokens)
     return model, tokenizer
+
+
+def _add_tokens(model: Any, tokenizer: Any, tokens: Sequence[str]) -> None:
+    """Add those tokens that are new, with rows at the mean of the others."""
+    known = len(tokenizer)
+    tokenizer.add_tokens(list(tokens))
+    if len(tokenizer) > len(model.get_input_embeddings().weight):  # some tables have spare rows
+        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
+        if layer is not None:
+            rows = layer.weight.data
+            rows[known : len(tokenizer)] = rows[:known].mean(0)
 
 
 def best_device() -> torch.device:
@@ -161,6 +180,12 @@ def noted_base(adapter: Path) -> tuple[str, str]:
     if not path.exists():
         raise ArgumentError(f"{adapter} notes the base {path}, which is not there; give --base")
     return str(path), bits
+
+
+def noted_tokens(adapter: Path) -> list[str]:
+    """Return the tokens that an adapter has added to its base."""
+    found: list[str] = json.loads(disha.inspect_adapter(adapter).metadata.get(TOKENS_KEY, "[]"))
+    return found
 
 
 def noted_template(adapter: Path) -> str | None:

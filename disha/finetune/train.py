@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import itertools
+import json
 import math
 import re
 import shlex
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
-from transformers import EarlyStoppingCallback, PreTrainedModel
+from transformers import EarlyStoppingCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 import disha
@@ -26,6 +27,7 @@ from disha.finetune.arguments import AdapterArguments, DataArguments, TrainingAr
 from disha.finetune.base import (
     BASE_KEY,
     TEMPLATE_KEY,
+    TOKENS_KEY,
     base_note,
     load_base,
     noted_base,
@@ -71,6 +73,8 @@ def run(
     if training.process_index == 0:
         if adapter.merge:
             merge_base(base, folder / ADAPTER_NAME, folder / MERGED)
+        if adapter.new_tokens:
+            outcome.tokenizer.save_pretrained(folder)
         settings = vars(adapter) | vars(data) | {"base": base, "bits": bits}
         write_report(folder, settings, outcome, proof)
     proof.require_same()
@@ -138,7 +142,8 @@ def _trainer(
     """Return a trainer for a base with the adapter, and for the rows."""
     sets, held_out = _read(data)
     quantised = bits in ("8", "4")
-    model, tokenizer = load_base(base, bits, training.device if quantised else None)
+    device = training.device if quantised else None
+    model, tokenizer = load_base(base, bits, device, adapter.new_tokens)
     template = adapter.adapter and noted_template(Path(adapter.adapter))
     if training.chat_template_path:
         template = template_at(training.chat_template_path)
@@ -157,7 +162,7 @@ def _trainer(
         rows, held_out = parts["train"], parts["test"]
     if "messages" in rows.column_names and masks_answers(tokenizer):
         training.assistant_only_loss = True
-    _adapt(model, adapter)
+    _adapt(model, adapter, tokenizer)
     patience = training.early_stopping_patience
     is_chat = "messages" in rows.column_names or isinstance(rows[0].get("prompt"), list)
     trainer = Trainer(
@@ -175,6 +180,8 @@ def _trainer(
     trainer.notes = {PROMPT_KEY: "chat" if is_chat else "text"}
     if template:
         trainer.notes[TEMPLATE_KEY] = template
+    if adapter.new_tokens:
+        trainer.notes[TOKENS_KEY] = json.dumps(adapter.new_tokens)
     return trainer
 
 
@@ -191,14 +198,19 @@ def _read(data: DataArguments) -> tuple[list[Dataset], Dataset | None]:
     return sets, load_rows(data.eval_data or data.data[0], data.eval_split or "train")
 
 
-def _adapt(model: PreTrainedModel, adapter: AdapterArguments) -> None:
+def _adapt(model: Any, adapter: AdapterArguments, tokenizer: Any) -> None:
     """Add the adapter: a new one, or that of a file."""
     if adapter.adapter is None:
         settings = adapter.settings()
-        head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
-        # trl computes the loss from the head's weight, so that an adapter on it would not train.
-        names = [name for name, module in model.named_modules() if module is head]
-        settings["exclude"] += [f"^{re.escape(name)}$" for name in names]
+        table, head = model.get_input_embeddings(), model.get_output_embeddings()
+        names = {module: f"^{re.escape(name)}$" for name, module in model.named_modules()}
+        # trl computes the loss from the head's weight, and an adapter on it takes a dense one.
+        if head is not None and head.weight is not table.weight:
+            settings["exclude"].append(names[head])
+        if adapter.new_tokens:
+            numbers = tokenizer.convert_tokens_to_ids(adapter.new_tokens)
+            tables = {names[layer]: numbers for layer in (table, head) if layer is not None}
+            settings["also_train_rows"] = tables
         disha.inject_adapters(model, **settings)
         return
     with warnings.catch_warnings():

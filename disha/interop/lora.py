@@ -212,7 +212,6 @@ def _converted(
     """Return an adapter's updates, what trained with it, and both in PEFT's form."""
     header, tensors = adapter_contents(view, adapter, base=False)
     model_type = _model_type(view)
-    tokens = [layer for layer in header.layers if _is_of_tokens(view, layer)]
     with view.ranks().agreeing(f"export adapter {adapter!r} as LoRA"):
         check_rank(rank)  # before a rank waits for another
         modules = [layer.name for layer in header.layers if not is_stack(layer)]
@@ -222,22 +221,29 @@ def _converted(
         problems += stacks.misread_by_peft(header.layers, experts, model_type)
         refuse_to_write(CANT_EXPRESS, problems)
     base = base_weights(view, adapter)
-    others = tuple([layer for layer in header.layers if layer not in tokens])
-    header = dataclasses.replace(header, layers=others)
+    header, rows, fields = _without_rows(header, tensors, view)
     updates = low_rank_updates(header, tensors, rank=rank, pad=pad, base=base)
-    beside = saved.copies()
-    beside |= {one.name + TOKENS: tensors[one.key].mT.contiguous() for one in tokens}
+    beside = saved.copies() | rows
     written = stacks.in_form(updates, experts, header.also_train, model_type)
-    config = _config_of(header, written, saved.modules, view)
-    numbers = {one.name: [n for ends in one.rows for n in range(*ends)] for one in tokens}
-    config["trainable_token_indices"] = numbers or None
+    config = _config_of(header, written, saved.modules, view) | fields
     return updates, beside, config, tensors_of(written) | beside
 
 
-def _is_of_tokens(view: ModelView, layer: LayerRecord) -> bool:
-    """Whether PEFT's LoRA can train the rows of a layer, and of all that it is tied to."""
-    is_whole = len(_names_of_weight(view, layer.name)) == 1 + len(layer.tied)
-    return is_whole and layer.scale == 1 and layer.rows != () and METHODS[layer.method].replaces
+def _without_rows(
+    header: AdapterHeader, tensors: Tensors, view: ModelView | None = None
+) -> tuple[AdapterHeader, dict[str, Tensor], dict[str, Any]]:
+    """Return an adapter without the rows that PEFT's LoRA has for tokens; and these in its form."""
+    rows: list[LayerRecord] = []
+    others: list[LayerRecord] = []
+    for one in header.layers:
+        # PEFT lets all that are tied read them.
+        is_whole = view is None or len(_names_of_weight(view, one.name)) == 1 + len(one.tied)
+        fits = METHODS[one.method].replaces and one.rows and one.scale == 1 and is_whole
+        (rows if fits else others).append(one)
+    numbers = {one.name: [n for ends in one.rows for n in range(*ends)] for one in rows}
+    values = {one.name + TOKENS: tensors[one.key].mT.contiguous() for one in rows}
+    header = dataclasses.replace(header, layers=tuple(others))
+    return header, values, {"trainable_token_indices": numbers or None}
 
 
 def _names_of_weight(view: ModelView, layer: str) -> tuple[str, ...]:
@@ -389,11 +395,12 @@ def write_lora(
     ]
     problems += stacks.misread_by_peft(header.layers, experts, model_type)
     refuse_to_write(CANT_EXPRESS, problems)
+    header, rows, fields = _without_rows(header, tensors)
     updates = low_rank_updates(header, tensors, rank=rank, pad=pad, base=base)
     written = stacks.in_form(updates, experts, header.also_train, model_type)
     beside = {name: tensors[name] for name in header.also_train}
-    config = _config_of(header, written, {name.rpartition(".")[0] for name in beside})
-    write_peft_files(target, config, tensors_of(written) | beside)
+    config = _config_of(header, written, {name.rpartition(".")[0] for name in beside}) | fields
+    write_peft_files(target, config, tensors_of(written) | beside | rows)
     return LoraReport.of(target, updates, beside)
 
 

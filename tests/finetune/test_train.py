@@ -4,10 +4,12 @@ import signal
 import subprocess
 import sys
 
+import peft
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoTokenizer
 from trl.trainer import utils as trl_utils
 
 import disha
@@ -404,3 +406,56 @@ def test_only_learned_positions_are_scored_on_a_cpu(words, finetune, tmp_path, m
     assert logged == pytest.approx(all_logged, rel=1e-5)
     torch.testing.assert_close(blocks, all_blocks, rtol=1e-4, atol=1e-6)
     assert work < 0.95 * all_work
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_new_tokens(finetune, tmp_path, tied, capsys):
+    """Two new tokens that stand in every answer: they are learned, generated, merged, converted."""
+    base = write_model(tmp_path / "base", tie_word_embeddings=tied)
+    answers = tmp_path / "rows.jsonl"
+    thought = [{**row, "response": f"<think>{row['response']}</think>"} for row in rows()]
+    words = ["--data", write_rows(answers, thought), "--new_tokens", "<think>", "</think>"]
+    words += ["--max_steps", 60, "--save_steps", 30, "--learning_rate", 0.02, "--merge"]
+    result = finetune(tmp_path / "out", *words, base=base)
+    path, (size, _) = str(result.adapter), (load_base(str(base))[0].lm_head.weight.shape)
+    assert result.report["proof"]["loaded"] == pytest.approx(result.report["proof"]["trained"])
+    trained = [one for one in disha.inspect_adapter(path).layers if one.method == "rows"]
+    assert [one.rows for one in trained] == [((size, size + 1), (size + 1, size + 2))] * (2 - tied)
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").convert_tokens_to_ids("</think>") > size
+    merged = [str(tmp_path / name) for name in ("out/merged", "merged")]
+    assert disha_command(["merge", path, merged[1]]) == 0
+    capsys.readouterr()
+    asked = ["--prompt", "say two 3", "--max_new_tokens", "8"]
+    for model in (["--adapter", path], *(["--base", one] for one in merged)):
+        assert disha_command(["generate", *model, *asked]) == 0
+        answer = capsys.readouterr().out
+        assert "<think>" in answer
+        assert "</think>" in answer
+        assert disha_command(["evaluate", *model, "--data", str(answers), "--json"]) == 0
+        measured = json.loads(capsys.readouterr().out)
+        loss = measured["adapter" if "adapter" in measured else "base"]["loss"]
+        assert loss == pytest.approx(result.losses[60], abs=0.02)
+    assert disha_command(["convert", path, str(tmp_path / "lora"), "--to", "lora"]) == 0
+    theirs, tokenizer = load_base(str(base), new_tokens=["<think>", "</think>"])
+    theirs = peft.PeftModel.from_pretrained(theirs, tmp_path / "lora")
+    ours, _ = load_base(merged[1])
+    ids = tokenizer("say two 3<think>", return_tensors="pt")["input_ids"]
+    torch.testing.assert_close(theirs(ids).logits, ours(ids).logits, rtol=1e-4, atol=1e-4)
+    checkpoint = tmp_path / "out" / "checkpoint-30"
+    words = [*words[:-1], "--resume_from_checkpoint", checkpoint, "--overwrite_output_dir"]
+    again = finetune(tmp_path / "out", *words, base=base)
+    for key, block in result.blocks().items():
+        assert torch.equal(again.blocks()[key], block)
+    with pytest.raises(ArgumentError, match=r"new_tokens=.*can't change"):
+        finetune(tmp_path / "other", "--adapter", path, "--new_tokens", "<end>", base=base)
+
+
+def test_tokens_that_a_base_has_train_from_where_they_are(tiny):
+    """Such as those that it has in reserve; spare rows of its table are used before it grows."""
+    model, tokenizer = load_base(str(tiny))
+    known, rows = len(tokenizer), model.lm_head.weight
+    model.resize_token_embeddings(known + 2)
+    more, words = load_base(str(tiny), new_tokens=["<|im_start|>", "<think>"])
+    assert words.convert_tokens_to_ids(["<|im_start|>", "<think>"]) == [3, known]
+    assert torch.equal(more.lm_head.weight[:known], rows[:known])
+    torch.testing.assert_close(more.lm_head.weight[known], rows[:known].mean(0))

@@ -55,12 +55,17 @@ def tokenizer(*, chat: bool = False) -> transformers.PreTrainedTokenizerFast:
     return made
 
 
-def write_model(folder: Path, family: str = "Llama", *, chat: bool = False, seed: int = 0) -> Path:
+def write_model(
+    folder: Path, family: str = "Llama", *, chat: bool = False, seed: int = 0, **more: object
+) -> Path:
     """Write a tiny random model of a family."""
     torch.manual_seed(seed)
     words = tokenizer(chat=chat)
     config = getattr(transformers, f"{family}Config")(
-        **FAMILIES[family], vocab_size=len(words), bos_token_id=1, eos_token_id=2, pad_token_id=2
+        **{**FAMILIES[family], "vocab_size": len(words), **more},
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=2,
     )
     model = getattr(transformers, f"{family}ForCausalLM")(config)
     model.save_pretrained(folder)
