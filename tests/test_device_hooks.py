@@ -421,4 +421,4 @@ def test_a_tied_weight_stays_tied():
     devices = dict.fromkeys(("embed", "proj", "head"), "cpu")
     accelerate.dispatch_model(model, devices, main_device="cpu", force_hooks=True)
     assert torch.equal(model(tokens()), expected)
-    assert model.head._parameters["weight"] is model.embed.weight
+    assert model.head._parameters["weight"] is model.embed._parameters["weight"]

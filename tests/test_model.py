@@ -182,5 +182,7 @@ def test_nothing_else_walks():
     assert found == {
         ("model/check.py", "layer.disha.modules()"),
         ("layers/weights.py", "computed.modules()"),
+        ("integrations/engines.py", "model.modules()"),
+        ("integrations/engines.py", "model.parameters()"),
         ("model/running_statistics.py", "model.named_modules()"),
     }

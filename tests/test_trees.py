@@ -7,7 +7,6 @@ returns a tensor (batch, positions, WIDTH), so that anything can stand anywhere.
 from __future__ import annotations
 
 import tempfile
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -251,14 +250,17 @@ def reloaded(model: Model, tree: Any, names: list[str], active: list[str]) -> Mo
 
 
 def obstacles_to_merging(model: Model, active: list[str]) -> tuple[bool, bool]:
-    """Return whether an acting layer's weight is computed, and whether one is shared."""
+    """Return whether an acting layer's weight is computed, and whether a plain one shares it."""
     layers = {row.name for row in disha.summary(model).layers if row.adapter in active}
     modules = dict(model.named_modules())
     acting = [modules[name] for name in layers if name in modules]
     computed = any(hasattr(module, "parametrizations") for module in acting)
-    weights = [m._parameters.get("weight") for m in modules.values()]
-    holders = Counter(id(weight) for weight in weights if weight is not None)
-    return computed, any(holders[id(m._parameters.get("weight"))] > 1 for m in acting)
+    plain = {
+        id(module._parameters["weight"])
+        for module in modules.values()
+        if "disha" not in module._modules and module._parameters.get("weight") is not None
+    }
+    return computed, any(id(m._parameters.get("weight")) in plain for m in acting)
 
 
 def merge_and_unmerge(model: Model, active: list[str], x: torch.Tensor) -> None:

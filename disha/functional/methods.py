@@ -329,6 +329,16 @@ class _Rows(Method):
         assert matrices is not None
         return block.mT - matrices
 
+    def of_outputs(
+        self, block: Tensor, start: int, stop: int, geometry: Geometry, r: int
+    ) -> Tensor | None:
+        return block[..., start:stop]
+
+    def of_inputs(
+        self, block: Tensor, start: int, stop: int, geometry: Geometry, r: int
+    ) -> Tensor | None:
+        return block[..., start:stop, :]
+
 
 METHODS: dict[str, Method] = {method.name: method for method in (_Bone(), _Bat(), _Rows())}
 """Name of a method -> the method."""

@@ -72,7 +72,7 @@ def test_a_base_that_is_a_name_takes_the_same_flags(run, language_model, tmp_pat
     with torch.no_grad():
         trained.model.norm.weight.mul_(3)
     disha.save_adapter(trained, adapter)
-    monkeypatch.setattr("disha.finetune.merging.load_base", lambda name, bits: load_base(base))
+    monkeypatch.setattr("disha.finetune.merging.load_base", lambda name, bits, **_: load_base(base))
     assert run("merge", "some/name", adapter, out, "--scale", 0.5, "--no_also_train").code == 0
     expected, _ = load_base(base)
     disha.load_adapter(expected, adapter, also_train=False)
@@ -87,7 +87,7 @@ def test_another_base_that_is_a_name_is_refused_too(run, language_model, tmp_pat
     with torch.no_grad():
         for weight in other.parameters():
             weight.mul_(2)
-    monkeypatch.setattr("disha.finetune.merging.load_base", lambda name, bits: (other, words))
+    monkeypatch.setattr("disha.finetune.merging.load_base", lambda name, bits, **_: (other, words))
     done = run("merge", "some/name", adapter, out)
     assert (done.code, out.exists()) == (2, False)
     assert "base" in done.complaint
