@@ -44,9 +44,11 @@ class TestPage:
     def test_lists_the_fields_that_are_written(self, path):
         model = nn.ModuleDict(
             {"up": nn.ConvTranspose1d(4, 6, 2, groups=2), "pad": nn.Embedding(6, 4, padding_idx=2),
-             "part": nn.Linear(4, 6)}
+             "part": nn.Linear(4, 6), "table": nn.Embedding(6, 4), "head": nn.Linear(4, 6)}
         )  # fmt: skip
+        model["head"].weight = model["table"].weight
         options = {"rows": {"part": [(0, 2)]}, "also_train": "bias", "scale": 0.5}
+        options["also_train_rows"] = {"table": [1, 3]}
         disha.inject_adapters(model, ".", 2, **options)
         disha.save_adapter(model, path, metadata={"note": "x"})
         header = json.loads(reference_reader.container(path.read_bytes())[0])
