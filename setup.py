@@ -78,6 +78,7 @@ DEV = [
     "onnxruntime>=1.20",
     "onnxscript>=0.5",
     "pre-commit>=4",
+    "pyright[nodejs]>=1.1.390",
     "pytest>=8",
     "pytest-cov>=7",
     "pytest-xdist>=3.6",

@@ -16,7 +16,7 @@ from tests import typed_script
 from tests.pages import ROOT
 
 CHECKERS = {
-    "mypy": ("mypy", "--strict"),
+    "mypy": ("mypy", "--strict", "--follow-imports=silent"),
     "pyright": ("pyright", "--pythonpath", sys.executable),
 }
 PARTS = (
