@@ -426,15 +426,18 @@ def _adapter(cases: Sequence[Case]) -> str:
 
 def _job(cases: Sequence[Case]) -> str:
     (case,) = cases
-    (whole, whole_peak), (own, own_peak) = (_short(case, *PARTS[p]) for p in ("all", "adapter"))
+    whole, whole_peak = _short(case, *PARTS["all"])
+    beside_miss, miss_peak = _short(case, *PARTS["all, against PEFT's MiSS"])
+    adapter, adapter_peak = _short(case, *PARTS["adapter"])
     rows = [[part, *_all_beside(case, one, other)] for part, (one, other) in PARTS.items()]
     about = (
         f"**`disha finetune` takes {whole} of the time of `Trainer` with PEFT's LoRA, and "
-        f"{whole_peak} of its peak of memory. The adapter alone takes {own} of the time and "
-        f"{own_peak} of the memory.**\n\n"
+        f"{whole_peak} of its peak of memory; {beside_miss} and {miss_peak} of PEFT's MiSS. The "
+        f"adapter alone takes {adapter} of the time and {adapter_peak} of the memory.**\n\n"
         "From `Trainer` with PEFT's LoRA to what `disha finetune` does, one part after the other, "
-        "each divided by what was before it. Only the first is a merit of the adapter: `trl` "
-        "computes the loss in parts, and `transformers` groups rows by length, for every adapter."
+        "each divided by what was before it. Only the first is a merit of the adapter: the loss on "
+        "learned positions alone is `trl`'s, and rows of similar length in a batch are "
+        "`transformers`'. They would help any adapter."
     )
     return _section("The whole job, part by part", about, table(["", *BESIDE.values()], rows))
 

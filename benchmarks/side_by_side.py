@@ -12,8 +12,8 @@ allocator gave out in one forward and backward pass, which is a count.
 - **adapter**: `SFTTrainer` with Bone, PEFT's MiSS, and PEFT's LoRA of equal parameters; the same
   rows in the same order.
 - **job**: from `Trainer` with PEFT to what `disha finetune` does, one part after the other: the
-  adapter, the loss in parts (which `trl` gives to every adapter), rows of similar length in a batch
-  (which `transformers` does for every adapter).
+  adapter, the loss on learned positions only (`trl`'s, which the trainer of the command asks for),
+  rows of similar length in a batch (as `transformers` does it). The last two help any adapter.
 """
 
 from __future__ import annotations
@@ -40,29 +40,32 @@ from benchmarks.whole_model import demo_file, demo_model, projections
 
 
 class Contestant(NamedTuple):
-    """An adapter and its trainer."""
+    """An adapter and its trainer: that of transformers, of trl, or of the command."""
 
     title: str
     adapter: str
-    in_parts: bool = True
+    trainer: str
     grouped: bool = False
 
 
 CONTESTANTS = {
-    "sft_bone": Contestant("SFTTrainer, Bone", "bone"),
-    "sft_miss": Contestant("SFTTrainer, PEFT MiSS", "miss"),
-    "sft_lora": Contestant("SFTTrainer, PEFT LoRA", "lora"),
-    "trainer_bone": Contestant("Trainer, Bone", "bone", in_parts=False),
-    "trainer_lora": Contestant("Trainer, PEFT LoRA", "lora", in_parts=False),
-    "grouped_bone": Contestant("SFTTrainer, Bone, rows by length", "bone", grouped=True),
+    "sft_bone": Contestant("SFTTrainer, Bone", "bone", "trl"),
+    "sft_miss": Contestant("SFTTrainer, PEFT MiSS", "miss", "trl"),
+    "sft_lora": Contestant("SFTTrainer, PEFT LoRA", "lora", "trl"),
+    "trainer_bone": Contestant("Trainer, Bone", "bone", "transformers"),
+    "trainer_miss": Contestant("Trainer, PEFT MiSS", "miss", "transformers"),
+    "trainer_lora": Contestant("Trainer, PEFT LoRA", "lora", "transformers"),
+    "learned_bone": Contestant("disha finetune, rows in random order", "bone", "command"),
+    "grouped_bone": Contestant("disha finetune", "bone", "command", grouped=True),
 }
 ADAPTER = ("sft_bone", "sft_miss", "sft_lora")
-JOB = ("trainer_lora", "trainer_bone", "sft_bone", "grouped_bone")
+JOB = ("trainer_lora", "trainer_miss", "trainer_bone", "learned_bone", "grouped_bone")
 PARTS = {
     "adapter": ("trainer_bone", "trainer_lora"),
-    "loss in parts": ("sft_bone", "trainer_bone"),
-    "rows by length": ("grouped_bone", "sft_bone"),
+    "loss on learned positions": ("learned_bone", "trainer_bone"),
+    "rows by length": ("grouped_bone", "learned_bone"),
     "all": ("grouped_bone", "trainer_lora"),
+    "all, against PEFT's MiSS": ("grouped_bone", "trainer_miss"),
 }
 """A part of the gain -> the contestant with it, and the one without it."""
 
@@ -239,6 +242,8 @@ def _trainer(contestant: Contestant, dtype: str, sizes: Sizes, folder: Path) -> 
     )
     from trl import SFTConfig, SFTTrainer
 
+    from disha.finetune.trainer import Trainer as CommandTrainer
+
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")
     tokenizer.pad_token = tokenizer.eos_token
     model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=getattr(torch, dtype))
@@ -258,11 +263,12 @@ def _trainer(contestant: Contestant, dtype: str, sizes: Sizes, folder: Path) -> 
         "train_sampling_strategy": "group_by_length" if contestant.grouped else "random",
     }
     rows = Dataset.from_list(json.loads((folder / "rows.json").read_text()))
-    if contestant.in_parts:
-        arguments = SFTConfig(max_length=sizes.length, **settings)
-        return SFTTrainer(model, arguments, train_dataset=rows, processing_class=tokenizer)
-    collator = DataCollatorForSeq2Seq(tokenizer, padding=True)
-    return Trainer(model, TrainingArguments(**settings), collator, rows)
+    if contestant.trainer == "transformers":
+        collator = DataCollatorForSeq2Seq(tokenizer, padding=True)
+        return Trainer(model, TrainingArguments(**settings), collator, rows)
+    made = {"trl": SFTTrainer, "command": CommandTrainer}[contestant.trainer]
+    arguments = SFTConfig(max_length=sizes.length, **settings)
+    return made(model, arguments, train_dataset=rows, processing_class=tokenizer)
 
 
 def _adapted(model: nn.Module, adapter: str, r: int) -> Any:

@@ -271,9 +271,11 @@ def test_sections_on_one_trainer_begin_with_what_was_found():
     told = report._adapter([{"dtype": "float32", "contestants": adapter}])
     assert "In float32, a step with disha takes 0.50 of the time of PEFT's LoRA" in told
     assert "1.25 (1.12 to 1.38) of that of PEFT's MiSS; its peak of memory is 0.75 and 0.75" in told
-    job = {"trainer_lora": took([2.0, 2.0], 8), "trainer_bone": took([1.0, 1.0], 6),
-           "sft_bone": took([1.0, 1.0], 4), "grouped_bone": took([0.2, 0.8], 2)}  # fmt: skip
+    job = {"trainer_lora": took([2.0, 2.0], 8), "trainer_miss": took([1.0, 3.0], 4),
+           "trainer_bone": took([1.0, 1.0], 6), "learned_bone": took([1.0, 1.0], 4),
+           "grouped_bone": took([0.2, 0.8], 2)}  # fmt: skip
     told = report._job([{"contestants": job}])
     assert "takes 0.25 of the time of `Trainer` with PEFT's LoRA, and 0.25 of its peak" in told
+    assert "; 0.25 and 0.50 of PEFT's MiSS." in told
     assert "The adapter alone takes 0.50 of the time and 0.75 of the memory" in told
     assert "| rows by length | 0.500 | 0.500 | 0.500 | 0.500 |" in told
