@@ -1,5 +1,6 @@
 import copy
 import json
+import sys
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -859,3 +860,21 @@ def test_a_weight_of_another_shape_is_not_the_layer_s(rows, shape, fits):
     outputs = 4 if rows else 8
     layer = LayerRecord("x", "bone", 2, None, 8, outputs, 1.0, None, Layout("out in"), rows)
     assert (layer.reason_against_weight((2, outputs), shape) is None) is fits
+
+
+def test_the_work_grows_with_the_layers_not_with_their_square(path):
+    few, many = (_calls_of_a_save(path, layers) / layers for layers in (32, 128))
+    assert many < 1.2 * few
+
+
+def _calls_of_a_save(path, layers):
+    model = nn.Sequential(*[nn.Linear(4, 4) for _ in range(layers)])
+    disha.inject_adapters(model, "all-linear", r=2)
+    disha.save_adapter(model, path)  # what only the first save does
+    events = []
+    sys.setprofile(lambda frame, event, argument: events.append(event))
+    try:
+        disha.save_adapter(model, path)
+    finally:
+        sys.setprofile(None)
+    return len(events)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -254,7 +254,7 @@ def adapter_contents(
             )
     tensors = {key: gathered(tensor).detach().cpu().contiguous() for key, tensor in held.items()}
     blocks = view.require(adapter)
-    layers = tuple(_record(view, one, base=base) for one in blocks)
+    layers = _records(view, blocks, base=base)
     with ranks.agreeing(action):
         _check_can_be_loaded(adapter, layers, tensors)
     keys = {layer.key for layer in layers}
@@ -269,7 +269,14 @@ def adapter_contents(
     return header, tensors
 
 
-def _record(view: ModelView, one: ModelBlock, *, base: bool) -> LayerRecord:
+def _records(
+    view: ModelView, blocks: Iterable[ModelBlock], *, base: bool
+) -> tuple[LayerRecord, ...]:
+    borrowers = view.borrowers()
+    return tuple(_record(one, borrowers[one.block], base=base) for one in blocks)
+
+
+def _record(one: ModelBlock, tied: Iterable[str], *, base: bool) -> LayerRecord:
     block, geometry = one.block, geometry_of(one.layer, one.block.slot)
     return LayerRecord(
         name=one.name,
@@ -282,7 +289,7 @@ def _record(view: ModelView, one: ModelBlock, *, base: bool) -> LayerRecord:
         base=_base_fingerprint(one) if base else None,
         layout=block.slot.layout,
         rows=block.slot.rows,
-        tied=tuple(view.borrowers(one)),
+        tied=tuple(tied),
     )
 
 
@@ -500,14 +507,12 @@ def _as_wide_as_the_model(incoming: _Incoming) -> _Incoming:
 def _differences(incoming: _Incoming) -> list[str]:
     """Return how the blocks that it replaces differ from its own."""
     fields = ("method", "r", "r_out", "in_features", "out_features", "layout", "rows", "tied")
-    records = [
-        (one.name, _record(incoming.view, one, base=False), theirs)
-        for one, theirs in incoming.layers()
-    ]
+    layers = list(incoming.layers())
+    records = _records(incoming.view, (one for one, _ in layers), base=False)
     return [
-        f"{name}: {field} is {getattr(theirs, field)} in the file and "
+        f"{mine.name}: {field} is {getattr(theirs, field)} in the file and "
         f"{getattr(mine, field)} in the model"
-        for name, mine, theirs in records
+        for (_, theirs), mine in zip(layers, records, strict=True)
         for field in fields
         if getattr(theirs, field) != getattr(mine, field)
     ]

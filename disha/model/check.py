@@ -305,7 +305,8 @@ def _merging(
     view: ModelView, run: Run, outputs: list[Tensor], active: list[ModelBlock]
 ) -> dict[AdaptedLayer, bool]:
     """Return layer -> whether the output stays the same when it is merged."""
-    tied = {one.layer: [one.layer, *view.borrowers(one).values()] for one in active}
+    borrowers = view.borrowers()
+    tied = {one.layer: [one.layer, *borrowers[one.block].values()] for one in active}
     if _merged_alike(view, run, outputs):
         return dict.fromkeys(tied, True)
     return {

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import cached_property
+from itertools import chain
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -188,15 +189,16 @@ class ModelView:
             for (other, weight), block in layer.disha.blocks(adapter).items()
         ]
 
-    def borrowers(self, one: ModelBlock) -> dict[str, AdaptedLayer]:
-        """Return the tied parameters that have a block of another one -> their layers."""
-        own = one.layer, one.block.slot.parameter
-        return {
-            join(name, parameter): layer
-            for name, layer in self.layers
-            for parameter, found in layer.disha.all_blocks.items()
-            if one.block in found.get(one.adapter, ()) and (layer, parameter) != own
-        }
+    def borrowers(self) -> dict[Block, dict[str, AdaptedLayer]]:
+        """Return every block -> the tied parameters that have it too, and their layers."""
+        homes = {one.block: (one.layer, one.block.slot.parameter) for one in self.blocks()}
+        borrowers: dict[Block, dict[str, AdaptedLayer]] = {block: {} for block in homes}
+        for name, layer in self.layers:
+            for parameter, blocks in layer.disha.all_blocks.items():
+                for block in chain.from_iterable(blocks.values()):
+                    if homes[block] != (layer, parameter):
+                        borrowers[block][join(name, parameter)] = layer
+        return borrowers
 
     @property
     def adapters(self) -> list[str]:
