@@ -12,7 +12,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from disha.config import check_dtype, compile_regex
+from disha.config import AdapterConfig, check_dtype, compile_regex
 from disha.errors import (
     AdapterFileError,
     AdapterFileWarning,
@@ -96,7 +96,6 @@ def save_adapter(
     view = ModelView(model)
     ranks, action = view.ranks(), f"save adapter {adapter!r}"
     with ranks.agreeing(action):
-        view.require(adapter)
         target = file_at(path)
     header, tensors = adapter_contents(view, adapter, metadata)
     with ranks.agreeing(action):
@@ -214,7 +213,6 @@ def load_adapter(
     """
     view = ModelView(model)
     with view.ranks().agreeing(f"load a file as adapter {adapter!r}"):
-        check_adapter_name(adapter)
         header, tensors = read_contents(file_at(path), also_train=also_train, layers=layers)
     return load_contents(
         view,
@@ -356,11 +354,10 @@ def narrowed(
     also_train: Sequence[str] = (),
 ) -> tuple[Header, dict[str, Tensor]]:
     """Return a part of an adapter."""
-    keys = (*(layer.key for layer in layers), *also_train)
-    forgets = header.config.also_train and not also_train
+    keys = [*(layer.key for layer in layers), *also_train]
     part = replace(
         header,
-        config=header.config.changed(also_train=[]) if forgets else header.config,
+        config=header.config if also_train else header.config.changed(also_train=[]),
         layers=tuple(layers),
         also_train=tuple(also_train),
         tensors={key: header.tensors[key] for key in keys},
@@ -378,27 +375,21 @@ def blocks_only(header: AdapterHeader, tensors: Mapping[str, Tensor]) -> Content
 
 @dataclass(frozen=True)
 class _Incoming:
-    """An adapter on its way into a model, under a name."""
+    """An adapter on its way into a model, under a name. All keys are the model's."""
 
     view: ModelView
     adapter: str
     source: Source
-    header: AdapterHeader
-    tensors: Mapping[str, Tensor]
-    keys: Mapping[str, str]  # to those of the model, where a tensor can have several names
+    config: AdapterConfig
+    layers: dict[str, LayerRecord]
+    tensors: dict[str, Tensor]
 
-    @property
-    def values(self) -> dict[str, Tensor]:
-        """The tensors under the keys of the model."""
-        return {self.keys[key]: tensor for key, tensor in self.tensors.items()}
-
-    def layers(self) -> Iterator[tuple[ModelBlock, LayerRecord]]:
+    def blocks(self) -> Iterator[tuple[ModelBlock, LayerRecord]]:
         """Iterate over the model's blocks for which the adapter has one."""
-        records = {self.keys[layer.key]: layer for layer in self.header.layers}
         for one in self.view.require(self.adapter):
-            key = join(one.name, one.block.parameter_name)
-            if key in records:
-                yield one, records[key]
+            layer = self.layers.get(join(one.name, one.block.parameter_name))
+            if layer is not None:
+                yield one, layer
 
 
 def load_contents(
@@ -431,90 +422,90 @@ def load_contents(
                 raise ArgumentError(
                     "replace=True keeps the blocks with their dtype; leave dtype out"
                 )
-            keys = _model_keys(view, source, header)
-            incoming = _Incoming(view, adapter, source, header, tensors, keys)
+            incoming = _under_model_names(view, adapter, source, header, tensors)
             if taken:
-                adapter_tensors(view, adapter)  # raises if the blocks have no values here
-                incoming = _as_wide_as_the_model(incoming)
+                _widen(incoming)
             else:
                 apply_plan(view, _planned(incoming, dtype, freeze), undo, activate=activate)
             targets = running_statistics.statistics(view.names) | adapter_tensors(view, adapter)
             _check_fits(incoming, targets, _differences(incoming) if taken else [])
-        new = set() if taken else {layer.key for layer in header.layers}  # these have their values
-        for key, own in keys.items():
-            if key not in new:
-                write(targets[own], incoming.tensors[key], undo)
+        for key, tensor in incoming.tensors.items():
+            if taken or key not in incoming.layers:  # new blocks have their values
+                write(targets[key], tensor, undo)
+        if taken:
+            _take_settings(incoming, undo)
         if taken and not partial:
             _forget_the_rest(incoming, undo)
-        for (*_, block), layer in incoming.layers():
-            if taken:
-                mine = {"r": block.config.r, "rank_pattern": block.config.rank_pattern}
-                undo.callback(block.set_scale, block.scale)
-                undo.callback(block.reconfigure, block.config)
-                same = block.method.name == header.config.method
-                block.reconfigure(header.config.changed(**mine) if same else block.config)
+        for (*_, block), layer in incoming.blocks():
             block.set_scale(layer.scale)
         _warn_of_other_base(incoming)
-    return LoadReport(matched=tuple(incoming.values))  # if a key did not fit, this has raised
+    return LoadReport(matched=tuple(incoming.tensors))  # if a key did not fit, this has raised
 
 
-def _model_keys(view: ModelView, source: Source, header: AdapterHeader) -> dict[str, str]:
+def _under_model_names(
+    view: ModelView,
+    adapter: str,
+    source: Source,
+    header: AdapterHeader,
+    tensors: Mapping[str, Tensor],
+) -> _Incoming:
+    """Return an adapter with the first name of everything that has several in the model."""
     first = {name: aliases[0] for aliases in view.names.values() for name in aliases}
+
+    def first_name(name: str) -> str:
+        """Return the name of a module, or of a weight or a buffer in one."""
+        module, _, below = name.rpartition(".")
+        return first.get(name) or join(first.get(module, module), below)
+
     parameters = view.parameters_by_name
-    keys = {}
-    for key in header.also_train:
-        module, _, attribute = key.rpartition(".")
-        own = join(first.get(module, module), attribute)
-        keys[key] = parameters[key].name if key in parameters else own
+    keys = {
+        key: parameters[key].name if key in parameters else first_name(key)
+        for key in header.also_train
+    }
+    layers = {}
     for layer in header.layers:
-        module, _, below = layer.name.rpartition(".")
-        own = first.get(layer.name) or join(first.get(module, module), below)
-        keys[layer.key] = own + layer.key[len(layer.name) :]
+        own = replace(layer, name=first_name(layer.name))
+        keys[layer.key], layers[own.key] = own.key, own
     given: dict[str, str] = {}
-    for key, own in keys.items():
-        if given.setdefault(own, key) != key:
+    for key, own_key in keys.items():
+        if given.setdefault(own_key, key) != key:
             raise AdapterFileError(
-                f"{source}: {given[own]} and {key} are one parameter in the model; nothing was "
+                f"{source}: {given[own_key]} and {key} are one parameter in the model; nothing was "
                 "loaded. Leave out one of them"
             )
-    return keys
+    found = {keys[key]: tensor for key, tensor in tensors.items()}
+    return _Incoming(view, adapter, source, header.config, layers, found)
 
 
 def _planned(incoming: _Incoming, dtype: torch.dtype | None, freeze: bool) -> Plan:
-    view, header = incoming.view, incoming.header
-    statistics = running_statistics.statistics(view.names)
-    beside = [key for key in header.also_train if incoming.keys[key] not in statistics]
-    contents = (header.config, header.layers, incoming.tensors, beside)
+    view, layers, tensors = incoming.view, incoming.layers, incoming.tensors
+    beside = tensors.keys() - layers.keys() - running_statistics.statistics(view.names).keys()
+    contents = (incoming.config, [*layers.values()], tensors, sorted(beside))
     try:
         return plan_weights(view, incoming.adapter, *contents, dtype=dtype, freeze=freeze)
     except ArgumentError as error:
         raise AdapterFileError(f"{incoming.source}: {error}") from error
 
 
-def _as_wide_as_the_model(incoming: _Incoming) -> _Incoming:
-    """Return an adapter with the shard sizes of the model's adapter, where that is exact."""
-    layers = {layer.key: layer for layer in incoming.header.layers}
-    tensors = dict(incoming.tensors)
-    for (*_, block), layer in incoming.layers():
-        method = METHODS[layer.method]
-        wider = method.wider_block(layer.layout, tensors[layer.key], layer.r, block.r)
+def _widen(incoming: _Incoming) -> None:
+    """Give an adapter the shard sizes of the model's adapter, where that is exact."""
+    for (*_, block), layer in incoming.blocks():
+        key, tensors = layer.key, incoming.tensors
+        wider = block.method.wider_block(layer.layout, tensors[key], layer.r, block.r)
         if wider is not None:
-            layers[layer.key], tensors[layer.key] = replace(layer, r=block.r), wider
-    header = replace(incoming.header, layers=tuple(layers.values()))
-    return replace(incoming, header=header, tensors=tensors)
+            incoming.layers[key], tensors[key] = replace(layer, r=block.r), wider
 
 
 def _differences(incoming: _Incoming) -> list[str]:
-    """Return how the blocks that it replaces differ from its own."""
-    fields = ("method", "r", "r_out", "in_features", "out_features", "layout", "rows", "tied")
-    layers = list(incoming.layers())
-    records = _records(incoming.view, (one for one, _ in layers), base=False)
+    """Return how the blocks that it replaces differ from its own, but for scales and bases."""
+    pairs = list(incoming.blocks())
+    found = [replace(layer, scale=one.block.scale, base=None) for one, layer in pairs]
+    expected = _records(incoming.view, (one for one, _ in pairs), base=False)
     return [
-        f"{mine.name}: {field} is {getattr(theirs, field)} in the file and "
-        f"{getattr(mine, field)} in the model"
-        for (_, theirs), mine in zip(layers, records, strict=True)
-        for field in fields
-        if getattr(theirs, field) != getattr(mine, field)
+        f"{mine.name}: {field} is {getattr(theirs, field)} in the file and {value} in the model"
+        for theirs, mine in zip(found, expected, strict=True)
+        for field, value in vars(mine).items()
+        if getattr(theirs, field) != value
     ]
 
 
@@ -522,7 +513,7 @@ def _check_fits(
     incoming: _Incoming, targets: Mapping[str, Tensor], differences: Sequence[str]
 ) -> None:
     """Raise unless the model has all keys, with these sizes, and can hold the values."""
-    values = incoming.values
+    values = incoming.tensors
     report = check_fit({key: target for key, target in targets.items() if key in values}, values)
     reasons = [*([] if report.complete else [str(report)]), *differences]
     if reasons:
@@ -532,25 +523,34 @@ def _check_fits(
         )
 
 
+def _take_settings(incoming: _Incoming, undo: ExitStack) -> None:
+    """Give the blocks the configuration of the adapter, but the r of the model."""
+    for (*_, block), layer in incoming.blocks():
+        former = block.config
+        undo.callback(block.set_scale, block.scale)
+        undo.callback(block.reconfigure, former)
+        if layer.method == incoming.config.method:
+            sizes = {"r": former.r, "rank_pattern": former.rank_pattern}
+            block.reconfigure(incoming.config.changed(**sizes))
+
+
 def _forget_the_rest(incoming: _Incoming, undo: ExitStack) -> None:
     """Give the base's values to the statistics and layers that the adapter lacks."""
-    running_statistics.put_back_statistics(incoming.view.names, undo, incoming.values)
-    loaded = {one.block for one, _ in incoming.layers()}
-    for _, layer, _, block in incoming.view.require(incoming.adapter):
-        if block not in loaded:
+    running_statistics.put_back_statistics(incoming.view.names, undo, incoming.tensors)
+    for name, layer, _, block in incoming.view.require(incoming.adapter):
+        if join(name, block.parameter_name) not in incoming.layers:
             start = start_of(layer, block)
             zeros = block.block.new_zeros(whole_shape(block.block))
             write(block.block, zeros if start is None else start, undo)
 
 
 def _warn_of_other_base(incoming: _Incoming) -> None:
-    found = [
-        (one.name, layer.base, _base_fingerprint(one))
-        for one, layer in incoming.layers()
-        if layer.base is not None
+    known = [
+        (one.name, same_base(layer.base, base))
+        for one, layer in incoming.blocks()
+        if layer.base is not None and (base := _base_fingerprint(one)) is not None
     ]
-    known = [(name, theirs, ours) for name, theirs, ours in found if ours is not None]
-    other = [name for name, theirs, ours in known if not same_base(theirs, ours)]
+    other = [name for name, is_same in known if not is_same]
     if other:
         layers = printable(first_few(other, 3, ", "))
         warnings.warn(
