@@ -80,7 +80,7 @@ def _read(flags: Namespace, base: Checkpoint | None) -> Contents:
         path = path / ADAPTER_NAME
     if path.is_dir():
         return _read_folder(path, flags, base)
-    if image_lora.form_of(path) is None:
+    if not image_lora.has_factors(path):
         return read_contents(path, also_train=not flags.no_also_train)
     found = image_lora.read_file(path)
     component = flags.component or next(iter(found))

@@ -219,8 +219,3 @@ def matrices_of(name: str, a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Ten
         rearrange(a, "(expert r) i -> expert r i", r=rank),
         rearrange(b, "o (r expert) -> expert o r", r=rank),
     )
-
-
-def single_expert(name: str) -> bool:
-    """Whether this is the name of one matrix of one expert."""
-    return SINGLE_EXPERT.fullmatch(name) is not None

@@ -170,7 +170,7 @@ def load(
         ('unet.conv_in.bone_block',)
     """
     views, path = _views(models), checked_path(path)
-    contents = _read(path, {name: view.modules for name, view in views.items()})
+    contents = read_file(path, {name: view.modules for name, view in views.items()})
     missing = [component for component in contents if component not in views]
     if missing:
         raise ArgumentError(
@@ -238,8 +238,8 @@ def _updates(
             )
     return [
         _scaled(one, f"{component}.{_in_file(component, one.record.name)}")
-        for component, adapter in contents.items()
-        for one in low_rank_updates(*adapter, rank=rank, base=bases.get(component))
+        for component, (header, tensors) in contents.items()
+        for one in low_rank_updates(header.layers, tensors, rank=rank, base=bases.get(component))
     ]
 
 
@@ -262,19 +262,15 @@ def _scaled(update: LowRankUpdate, name: str) -> LowRankUpdate:
 # --- reading -------------------------------------------------------------------------------------
 
 
-def form_of(path: PathLike) -> str | None:
-    """Return `"diffusers"` if a safetensors file is a LoRA with its keys, or else None."""
-    with opened(checked_path(path)) as file:
-        is_lora = any(key.endswith(MATRIX) for key in file.keys())  # noqa: SIM118
-    return "diffusers" if is_lora else None
+def has_factors(path: Path) -> bool:
+    """Whether a safetensors file is a LoRA with the keys of `diffusers`."""
+    with opened(path) as file:
+        return any(key.endswith(MATRIX) for key in file.keys())  # noqa: SIM118
 
 
-def read_file(path: PathLike) -> dict[str, Contents]:
-    """Return the adapters that a file holds, by component, as `load` reads them."""
-    return _read(checked_path(path), {})
-
-
-def _read(path: Path, modules: Mapping[str, Collection[str]]) -> dict[str, Contents]:
+def read_file(
+    path: Path, modules: Mapping[str, Collection[str]] | None = None
+) -> dict[str, Contents]:
     """Return component -> its adapter; `modules` has the names in its model, if they are known."""
     with opened(path) as file:
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
@@ -288,11 +284,11 @@ def _read(path: Path, modules: Mapping[str, Collection[str]]) -> dict[str, Conte
                 f"{path}: {weight!r} has no pair of factors, lora_A and lora_B, of "
                 f"{', '.join(COMPONENTS)}; use the file where it is made for"
             )
-        name = _in_model(component, name, modules.get(component))
+        name = _in_model(component, name, (modules or {}).get(component))
         layout = Layout(CONV if a.dim() > 2 else "out in")
         found.setdefault(component, []).append((name, a, b, layout, 1.0))
     return {
-        component: contents_of_factors(f"{path}, {component}", factors, {}, 0.0)
+        component: contents_of_factors(f"{path}, {component}", factors)
         for component, factors in found.items()
     }
 

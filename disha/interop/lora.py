@@ -7,7 +7,6 @@ same without a file.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -26,6 +25,7 @@ from disha.interop.low_rank import (
     CONV,
     BaseWeight,
     Factors,
+    LayerBlock,
     LoraReport,
     LowRankUpdate,
     base_weights,
@@ -42,19 +42,18 @@ from disha.interop.peft_format import (
     PeftFolder,
     anchored,
     exact_targets,
+    in_the_model,
     module_names,
     notes_of,
     read_peft_files,
     reasons_against,
     refuse_to_write,
     saved_modules,
-    under_first_names,
-    without_buffers,
     write_peft_files,
 )
 from disha.layers.blocks import original_class
 from disha.layers.kinds import declared_slots, full_name
-from disha.model.records import LayerRecord, Tensors, without_values
+from disha.model.records import LayerRecord, Tensors
 from disha.model.state import LoadReport
 from disha.model.view import ModelView
 from disha.text import join
@@ -221,8 +220,8 @@ def _converted(
         problems += stacks.misread_by_peft(header.layers, experts, model_type)
         refuse_to_write(CANT_EXPRESS, problems)
     base = base_weights(view, adapter)
-    header, rows, fields = _without_rows(header, tensors, view)
-    updates = low_rank_updates(header, tensors, rank=rank, pad=pad, base=base)
+    layers, rows, fields = _without_rows(header, tensors, view)
+    updates = low_rank_updates(layers, tensors, rank=rank, pad=pad, base=base)
     beside = saved.copies() | rows
     written = stacks.in_form(updates, experts, header.also_train, model_type)
     config = _config_of(header, written, saved.modules, view) | fields
@@ -231,19 +230,21 @@ def _converted(
 
 def _without_rows(
     header: AdapterHeader, tensors: Tensors, view: ModelView | None = None
-) -> tuple[AdapterHeader, dict[str, Tensor], dict[str, Any]]:
-    """Return an adapter without the rows that PEFT's LoRA has for tokens; and these in its form."""
-    rows: list[LayerRecord] = []
-    others: list[LayerRecord] = []
-    for one in header.layers:
+) -> tuple[list[LayerRecord], dict[str, Tensor], dict[str, Any]]:
+    """Return the layers without the rows that PEFT's LoRA has for tokens; and these in its form."""
+    rows = [
+        one
+        for one in header.layers
+        if METHODS[one.method].replaces
+        and one.rows
+        and one.scale == 1
         # PEFT lets all that are tied read them.
-        is_whole = view is None or len(_names_of_weight(view, one.name)) == 1 + len(one.tied)
-        fits = METHODS[one.method].replaces and one.rows and one.scale == 1 and is_whole
-        (rows if fits else others).append(one)
+        and (view is None or len(_names_of_weight(view, one.name)) == 1 + len(one.tied))
+    ]
+    others = [one for one in header.layers if one not in rows]
     numbers = {one.name: [n for ends in one.rows for n in range(*ends)] for one in rows}
     values = {one.name + TOKENS: tensors[one.key].mT.contiguous() for one in rows}
-    header = dataclasses.replace(header, layers=tuple(others))
-    return header, values, {"trainable_token_indices": numbers or None}
+    return others, values, {"trainable_token_indices": numbers or None}
 
 
 def _names_of_weight(view: ModelView, layer: str) -> tuple[str, ...]:
@@ -329,30 +330,28 @@ def load(
     with view.ranks().agreeing(f"load a LoRA as adapter {adapter!r}"):
         found = _read(folder, also_train)
         rows = _taken_rows(view, found)
-        found.tensors = without_buffers(view, found.path, found.tensors)
-        contents = _contents_of(found, _layouts(view), _model_type(view))
-        header, tensors = under_first_names(view, found.path, contents)
-        tensors |= {layer.key: block for layer, block in rows.items()}
-        layers = (*header.layers, *rows)
-        header = dataclasses.replace(header, layers=layers, tensors=without_values(tensors))
+        found.tensors = in_the_model(view, found.path, found.tensors)
+        contents = _contents_of(found, _layouts(view), _model_type(view), rows)
     return load_contents(
-        view, found.path, header, tensors, adapter, replace=replace, dtype=dtype, freeze=freeze
+        view, found.path, *contents, adapter, replace=replace, dtype=dtype, freeze=freeze
     )
 
 
-def _taken_rows(view: ModelView, folder: PeftFolder) -> dict[LayerRecord, Tensor]:
+def _taken_rows(view: ModelView, folder: PeftFolder) -> list[LayerBlock]:
     """Take the rows of tokens out of a folder, and return the layers with their blocks."""
-    numbers, found = folder.fields.pop("trainable_token_indices", None), {}
+    numbers, found = folder.fields.pop("trainable_token_indices", None), []
     for key in [key for key in folder.tensors if key.endswith(TOKENS)]:
         name, values = key.removesuffix(TOKENS), folder.tensors.pop(key)
         ends = numbers if isinstance(numbers, dict) else {name: numbers}
         own = next(own for end, own in ends.items() if f".{name}".endswith(f".{end}"))
-        order = sorted(range(len(own)), key=own.__getitem__)
         rows, names = checked_rows(name, own), _names_of_weight(view, name)
         tied = tuple([other for other in names if other != join(name, "weight")])
-        sizes = values.shape[1], len(own)
-        record = LayerRecord(name, "rows", 1, None, *sizes, 1.0, None, Layout("out in"), rows, tied)
-        found[record] = values[order].mT.contiguous()
+        block = values[torch.tensor(own).argsort()].mT.contiguous()  # (in, rows), rows in order
+        inputs, out = block.shape
+        record = LayerRecord(
+            name, "rows", 1, None, inputs, out, 1.0, None, Layout("out in"), rows, tied
+        )
+        found.append((record, block))
     return found
 
 
@@ -395,8 +394,8 @@ def write_lora(
     ]
     problems += stacks.misread_by_peft(header.layers, experts, model_type)
     refuse_to_write(CANT_EXPRESS, problems)
-    header, rows, fields = _without_rows(header, tensors)
-    updates = low_rank_updates(header, tensors, rank=rank, pad=pad, base=base)
+    layers, rows, fields = _without_rows(header, tensors)
+    updates = low_rank_updates(layers, tensors, rank=rank, pad=pad, base=base)
     written = stacks.in_form(updates, experts, header.also_train, model_type)
     beside = {name: tensors[name] for name in header.also_train}
     config = _config_of(header, written, {name.rpartition(".")[0] for name in beside}) | fields
@@ -413,7 +412,9 @@ def _config_of(
     """Return PEFT's configuration of a LoRA; of an unknown model if there is no view of it."""
     names = [update.record.name for update in updates]
     parameters = sorted(update.record.name for update in updates if is_stack(update.record))
-    single = {*filter(stacks.single_expert, names)} - {layer.name for layer in header.layers}
+    # The experts that are written one by one, which are no layers of the model.
+    single = {*filter(stacks.SINGLE_EXPERT.fullmatch, names)}
+    single -= {layer.name for layer in header.layers}
     others = [name for name in names if name not in single.union(parameters)]
     # SGLang refuses a regex, and knows single experts by the usual names of their projections.
     targets: list[str] | str = sorted({*others, *stacks.SERVED_TARGETS})
@@ -488,7 +489,12 @@ def _read(folder: PathLike, also_train: bool) -> PeftFolder:
     return found
 
 
-def _contents_of(folder: PeftFolder, layouts: Layouts, model_type: str | None) -> Contents:
+def _contents_of(
+    folder: PeftFolder,
+    layouts: Layouts,
+    model_type: str | None,
+    rows: Sequence[LayerBlock] = (),
+) -> Contents:
     """Return the adapter in a folder, as `read_lora` does."""
     _check_settings(folder)
     pairs: dict[str, dict[str, Tensor]] = {}
@@ -512,7 +518,8 @@ def _contents_of(folder: PeftFolder, layouts: Layouts, model_type: str | None) -
             f"{listed(incomplete) or 'any layer'}; save the LoRA again"
         )
     factors = _factors(folder, pairs, layouts, model_type)
-    return contents_of_factors(folder.path, factors, beside, folder.fields.get("lora_dropout", 0.0))
+    dropout = folder.fields.get("lora_dropout", 0.0)
+    return contents_of_factors(folder.path, factors, dropout, rows, beside)
 
 
 def _factors(
@@ -526,7 +533,7 @@ def _factors(
     for name, ends in pairs.items():
         a, b = (ends[end] for end in sorted(ends))
         stack = stacks.stacked(name, parameters)
-        if stacks.single_expert(name) and name not in layouts:
+        if stacks.SINGLE_EXPERT.fullmatch(name) and name not in layouts:
             raise ConversionError(
                 f"{folder.path} has a LoRA for each expert ({name}); load the one with stacked "
                 "experts"

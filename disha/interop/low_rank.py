@@ -10,6 +10,7 @@ Source: Hu et al., "LoRA", arXiv 2106.09685; Eckart and Young, 1936, for the tru
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -169,26 +170,26 @@ def base_weights(view: ModelView, adapter: str) -> BaseWeight:
 
 
 def low_rank_updates(
-    header: AdapterHeader,
+    layers: Sequence[LayerRecord],
     tensors: Tensors,
     *,
     rank: int | None = None,
     pad: bool = False,
     base: BaseWeight | None = None,
 ) -> list[LowRankUpdate]:
-    """Return the updates of all layers; `disha.interop.lora.export` documents the arguments."""
+    """Return the updates of layers; `disha.interop.lora.export` documents the arguments."""
     check_rank(rank)
     without = [
         one.name
-        for one in header.layers
+        for one in layers
         if one.rows or one.tied or not (is_stack(one) or one.layout.pattern in PATTERNS)
     ]
     if without:
         raise ConversionError(
-            f"LoRA can't express {len(without)} of {counted(len(header.layers), 'layer')} "
+            f"LoRA can't express {len(without)} of {counted(len(layers), 'layer')} "
             f"({listed(without)}); leave them out of the adapter (`exclude`)"
         )
-    updates = [_update(one, tensors[one.key], rank, base) for one in header.layers]
+    updates = [_update(one, tensors[one.key], rank, base) for one in layers]
     if not pad:
         return updates
     largest = max(update.rank for update in updates)
@@ -299,14 +300,21 @@ def _cut(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 # --- from factors to blocks ----------------------------------------------------------------------
 
 
+LayerBlock = tuple[LayerRecord, Tensor]
+"""A layer and its block."""
+
 Factors = tuple[str, Tensor, Tensor, Layout, float]
 """Name, A, B, layout, scale of a layer; A and B as in `LowRankUpdate`, B of a convolution 1x1."""
 
 
 def contents_of_factors(
-    source: Source, factors: Iterable[Factors], beside: Tensors, dropout: float
+    source: Source,
+    factors: Iterable[Factors],
+    dropout: float = 0.0,
+    rows: Sequence[LayerBlock] = (),
+    beside: Tensors | None = None,
 ) -> Contents:
-    """Return the adapter that was a LoRA of these layers, and the parameters beside them."""
+    """Return the adapter that was a LoRA of these layers, with rows and parameters beside them."""
     found, others = [], []
     for one in factors:
         layer = _layer_of_factors(*one)
@@ -320,51 +328,53 @@ def contents_of_factors(
             f"{counted(len(others) + len(found), 'layer')} ({listed(others)}); use it in PEFT, or "
             "where it is made for"
         )
-    layers = [layer for layer, _ in found]
-    contents = {layer.key: block for layer, block in found} | dict(beside)
-    if len(contents) < len(found) + len(beside):
-        twice = [key for key, count in Counter(layer.key for layer in layers).items() if count > 1]
-        raise ConversionError(f"{source} holds {listed(twice)} twice, under two names; remove one")
+    also_train = dict(beside or {})
+    first, _ = found[0]
     config = AdapterConfig(
-        commonest(layer.r for layer in layers),
+        commonest(layer.r for layer, _ in found),
         None,
-        layers[0].method,
-        scale=layers[0].scale,
+        first.method,
+        scale=first.scale,
         dropout=dropout,
-        also_train=tuple(f"^{re.escape(name)}$" for name in beside),
+        also_train=tuple(f"^{re.escape(name)}$" for name in also_train),
     )
-    header = AdapterHeader(config, tuple(layers), tuple(beside), without_values(contents), {})
-    return header, contents
+    found += rows
+    keys = Counter([*(layer.key for layer, _ in found), *also_train])
+    twice = [key for key, count in keys.items() if count > 1]
+    if twice:
+        raise ConversionError(f"{source} holds {listed(twice)} twice, under two names; remove one")
+    layers = tuple(layer for layer, _ in found)
+    tensors = {layer.key: block for layer, block in found} | also_train
+    return AdapterHeader(config, layers, tuple(also_train), without_values(tensors), {}), tensors
 
 
 def _layer_of_factors(
     name: str, a: Tensor, b: Tensor, layout: Layout, scale: float
-) -> tuple[LayerRecord, Tensor] | None:
+) -> LayerBlock | None:
     """Return the layer and block of these factors without padding, or None if none has them."""
-    dim = 0 if layout.expert_dim is None else 1
+    dim = 0 if layout.expert_dim is None else 1  # of the rank in A, and of the outputs in B
     if a.dim() < 2 or a.dim() != b.dim() or not a.numel() or a.shape[dim] != b.shape[dim + 1]:
         return None
     rows = a.movedim(dim, 0).flatten(1).any(dim=1).nonzero().flatten().tolist()
     for rank in (a.shape[dim], rows[-1] + 1 if rows else 0):
         factors = a.narrow(dim, 0, rank), b.narrow(dim + 1, 0, rank)
-        found = _layer_of_rank(name, *factors, layout, scale) if rank else None
+        found = _layer_of_rank(name, *factors, layout, scale, dim) if rank else None
         if found is not None:
             return found
     return None
 
 
 def _layer_of_rank(
-    name: str, a: Tensor, b: Tensor, layout: Layout, scale: float
-) -> tuple[LayerRecord, Tensor] | None:
-    if layout.expert_dim is not None:
-        r, inputs, out, matrices = a.shape[1], a.shape[2], b.shape[1], b
-    else:
-        kernel = a.shape[2:]
-        r, rest = divmod(a.shape[0], kernel.numel())
-        if rest or not r:
-            return None
-        inputs, out = a.shape[1], b.shape[0]
-        matrices = b.reshape(-1, r, *kernel).movedim((0, 1), (-2, -1))
+    name: str, a: Tensor, b: Tensor, layout: Layout, scale: float, dim: int
+) -> LayerBlock | None:
+    rank, inputs, *kernel = a.shape[dim:]
+    r, rest = divmod(rank, math.prod(kernel))
+    if rest or not r:
+        return None
+    # (*experts, out, rank) -> (*experts, out, r, *kernel) -> (*experts, *kernel, out, r)
+    positions = b.reshape(*b.shape[: dim + 1], r, *kernel)
+    matrices = positions.movedim((dim, dim + 1), (-2, -1))
+    out = b.shape[dim]
     for method in METHODS.values():
         block = method.from_lora_b(matrices)  # from (*stack, out, r)
         if block is None:

@@ -26,6 +26,7 @@ from disha.interop.peft_format import (
     NOTES,
     THE_MODEL_ITSELF,
     exact_targets,
+    in_the_model,
     module_names,
     notes_of,
     read_peft_files,
@@ -33,11 +34,9 @@ from disha.interop.peft_format import (
     refuse_to_load,
     refuse_to_write,
     saved_modules,
-    under_first_names,
-    without_buffers,
     write_peft_files,
 )
-from disha.layers.blocks import check_adapter_name, original_class
+from disha.layers.blocks import original_class
 from disha.model.records import LayerRecord, Tensors, without_values
 from disha.model.running_statistics import statistics
 from disha.model.state import LoadReport
@@ -59,6 +58,9 @@ BAT = "bat"
 
 INIT_WEIGHTS = {"bone": True, BAT: BAT}
 """Method -> PEFT's word for it in `init_weights`; a tile is `"mini"`."""
+
+READ_INIT_WEIGHTS = {True: "bone", False: "bone", BAT: BAT, "mini": "bone"}
+"""PEFT's word -> the method. False means random values at the start of training."""
 
 CANT_EXPRESS = "the adapter can't be written for PEFT's MiSS (disha.interop.lora writes more)"
 
@@ -199,14 +201,12 @@ def load(
     """
     view = ModelView(model)
     with view.ranks().agreeing(f"load a PEFT folder as adapter {adapter!r}"):
-        check_adapter_name(adapter)
         found = _read(folder, also_train)
         refuse_to_load(
             found.path, reasons_against(view, found.blocks, _unknown_to_miss, exporting=False)
         )
-        found.beside = without_buffers(view, found.path, found.beside)
+        found.beside = in_the_model(view, found.path, found.beside)
         contents = _contents(found, _shapes(view, found.names))
-        contents = under_first_names(view, found.path, contents)
     return load_contents(
         view, found.path, *contents, adapter, replace=replace, dtype=dtype, freeze=freeze
     )
@@ -261,13 +261,11 @@ def _read(folder: PathLike, also_train: bool) -> _Folder:
     found = read_peft_files(folder)
     path, fields, tensors = found.path, found.fields, found.tensors
     peft_type, init = fields.get("peft_type"), fields.get("init_weights", True)
-    legacy, is_tile = peft_type == "BONE", init == "mini" and peft_type == "MISS"
-    # False means the same as True, but with random values at the start of training.
-    methods = {value: method for method, value in INIT_WEIGHTS.items()} | {False: "bone"}
+    legacy, is_tile = peft_type == "BONE", init == "mini"
     problems = []
     if peft_type not in ("MISS", "BONE"):
         problems.append(f"its peft_type is {peft_type!r} (disha.interop.lora reads 'LORA')")
-    elif not is_tile and init not in [*methods]:  # it may be a list
+    elif init not in [*READ_INIT_WEIGHTS] or (legacy and is_tile):  # it may be a list
         problems.append(f"init_weights={brief(init)} is unknown")
     if fields.get("bias", "none") != "none":
         problems.append(f"bias={brief(fields['bias'])} has no place here; merge it in PEFT")
@@ -283,7 +281,7 @@ def _read(folder: PathLike, also_train: bool) -> _Folder:
     if not blocks:
         problems.append(f"there is no tensor that ends in {end}")
     refuse_to_load(path, problems)
-    method = "bone" if is_tile else methods[init]
+    method = READ_INIT_WEIGHTS[init]
     # PEFT's BAT ignores the field.
     dropout = 0.0 if legacy or method == BAT else fields.get("miss_dropout", 0.0)
     r_out = fields.get("mini_r", 1) if is_tile else None

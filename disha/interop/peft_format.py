@@ -20,7 +20,6 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from disha.errors import AdapterFileError, AdapterIOError, ArgumentError, ConversionError
-from disha.files.contents import Contents, narrowed
 from disha.files.disk import PathLike, checked_path, save, save_tensors
 from disha.layers.bitsandbytes import is_library_forward
 from disha.layers.blocks import original_class
@@ -302,42 +301,34 @@ def _state(inside: Mapping[nn.Module, str]) -> dict[str, Tensor]:
     }
 
 
-def without_buffers(view: ModelView, path: Path, tensors: Tensors) -> dict[str, Tensor]:
-    """Return the tensors of a folder without buffers that the model has already."""
+def in_the_model(view: ModelView, path: Path, tensors: Tensors) -> dict[str, Tensor]:
+    """Return tensors of a folder: without buffers that are in the model, and tied ones once."""
+    parameters = view.parameters_by_name
     # An adapter holds running statistics and no other buffers; other values of these are refused.
     buffers = {
         join(above, name): buffer
         for module, names in view.names.items()
         for name, buffer in saved_buffers(module).items()
         for above in names
-        if join(above, name) in tensors
     }
-    equal = {
-        name
-        for name, buffer in buffers.items()
-        if torch.equal(tensors[name].to(buffer.dtype), gathered(buffer).cpu())
-    }
-    problems = [
-        f"{name}: this buffer differs from the model's; copy it into the model first"
-        for name in buffers.keys() - equal - statistics(view.names).keys()
-    ]
+    known = statistics(view.names)
+    kept, problems = {}, []
+    for name, tensor in tensors.items():
+        # PEFT trains a copy for each module. If one differs or is missing, they are not tied now.
+        names = parameters[name].names if name in parameters else (name,)
+        differ = [
+            one for one in names if one not in tensors or not torch.equal(tensors[one], tensor)
+        ]
+        buffer = buffers.get(name)
+        if differ:
+            problems.append(f"{name}: the model ties it to {differ[0]}, which differs; untie them")
+        elif buffer is not None and torch.equal(tensor.to(buffer.dtype), gathered(buffer).cpu()):
+            continue
+        elif buffer is not None and name not in known:
+            problems.append(
+                f"{name}: this buffer differs from the model's; copy it into the model first"
+            )
+        elif name == names[0]:
+            kept[name] = tensor
     refuse_to_load(path, problems)
-    return {name: tensor for name, tensor in tensors.items() if name not in equal}
-
-
-def under_first_names(view: ModelView, path: Path, contents: Contents) -> Contents:
-    """Return an adapter that has each tied parameter once, under its first name."""
-    # PEFT trains a copy for each module. If one differs or is missing, they are no longer tied.
-    header, tensors = contents
-    kept, problems = [], []
-    for name in header.also_train:
-        known = view.parameters_by_name.get(name)
-        names = (name,) if known is None else known.names
-        same = [one in tensors and torch.equal(tensors[one], tensors[name]) for one in names]
-        if not all(same):
-            other = names[same.index(False)]
-            problems.append(f"{name}: the model ties it to {other}, which differs; untie them")
-        elif names[0] == name:
-            kept.append(name)
-    refuse_to_load(path, problems)
-    return narrowed(header, tensors, header.layers, kept)
+    return kept
