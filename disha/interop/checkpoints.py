@@ -204,13 +204,13 @@ class Checkpoint:
     def tensor(self, key: str) -> Tensor:
         """Return a tensor or a stack."""
         if key in self.stacks:
-            return torch.stack([self.matrix(names) for names in self.stacks[key]])
+            return torch.stack([torch.cat(self.tensors(names)) for names in self.stacks[key]])
         with opened(self.files[key]) as file:
             return file.get_tensor(key)
 
-    def matrix(self, names: Iterable[str]) -> Tensor:
-        """Return the matrix (out, in) of one expert."""
-        return torch.cat([self.tensor(name) for name in names])
+    def tensors(self, names: Iterable[str]) -> list[Tensor]:
+        """Return several tensors, such as those of one expert."""
+        return [self.tensor(name) for name in names]
 
     def shape(self, key: str) -> tuple[int, ...]:
         """Return the shape of a tensor or a stack."""
@@ -305,23 +305,24 @@ def _stored(checkpoint: Checkpoint, wanted: Mapping[str, tuple[str, ...]]) -> di
     for key in next(iter(wanted.values()), ()):
         prefixes |= {("", one.removesuffix(key)) for one in stored if one.endswith(f".{key}")}
         prefixes |= {(key.removesuffix(one), "") for one in stored if key.endswith(f".{one}")}
-    found: dict[tuple[str, str], dict[str, str]] = {}
-    for less, more in sorted(prefixes, key=lambda one: len(one[0] + one[1])):
-        own = found[less, more] = {}
+    by_prefix = []  # from the shortest, which is none
+    for less, more in sorted(prefixes, key=lambda pair: len("".join(pair))):
+        found: dict[str, str] = {}
         for name, keys in wanted.items():
             possible = [more + key.removeprefix(less) for key in keys]
-            own.update((name, key) for key in reversed(possible) if key in stored)
-    best = max(found, key=lambda one: len(found[one]))  # the shortest of the best
-    absent = [keys[0] for name, keys in wanted.items() if name not in found[best]]
-    complete = [one for one in found.values() if len(one) == len(wanted)]
-    if absent or (best != ("", "") and len(complete) > 1):
+            found.update((name, key) for key in reversed(possible) if key in stored)
+        by_prefix.append(found)
+    best = max(by_prefix, key=len)  # the first of the best
+    absent = [keys[0] for name, keys in wanted.items() if name not in best]
+    complete = [found for found in by_prefix if len(found) == len(wanted)]
+    if absent or (best is not by_prefix[0] and len(complete) > 1):
         there = first_few(sorted(stored), 5, ", ")
         lacks = f"lacks {first_few(absent, 5, ', ')}" if absent else "fits by several prefixes"
         raise AdapterFileError(
             f"{checkpoint.path} {lacks}; it has {there}. If "
             "a weight is tied, merge the adapter in the model (merge_adapters)"
         )
-    return found[best]
+    return best
 
 
 def _misfits(
@@ -374,12 +375,15 @@ def _check_target(out: Path, checkpoint: Checkpoint, overwrite: bool) -> None:
 
 def _refuse_tied(checkpoint: Checkpoint, header: AdapterHeader, keys: Mapping[str, str]) -> None:
     """Raise if an embedding that changes may be tied, as those of models are by default."""
-    tables = [one for one in header.layers if one.layout.pattern == "index out"]
-    embeddings = [one.name for one in tables if not one.tied]  # else, both have the update
-    tied = [one.name for one in header.layers if one.tied]
+    tied = [one.name for one in header.layers if one.tied]  # there, both have the update
+    embeddings = [
+        one.name for one in header.layers if one.layout.pattern == "index out" and not one.tied
+    ]
     embeddings += _stored_twice(checkpoint, [*header.also_train, *tied], keys)
-    config = checkpoint.config() if embeddings else {}
-    parts = [config, *(part for part in config.values() if isinstance(part, dict))]
+    if not embeddings:
+        return
+    config = checkpoint.config()
+    parts = [part for part in (config, *config.values()) if isinstance(part, dict)]
     said = [part["tie_word_embeddings"] for part in parts if "tie_word_embeddings" in part]
     if any(said) or (not said and "model_type" in config):
         raise MergeError(
@@ -457,10 +461,10 @@ class _Merge:
             return self._changed(name, name, self._checkpoint.tensor(name))
         key, expert = self._parts[name]
         names = self._checkpoint.stacks[key][expert]
-        rows = [self._checkpoint.shape(one)[0] for one in names]
+        parts = self._checkpoint.tensors(names)
         only = slice(expert, expert + 1)
-        matrix = self._changed(key, name, self._checkpoint.matrix(names)[None], only)[0]
-        return torch.split(matrix, rows)[names.index(name)].contiguous()
+        matrix = self._changed(key, name, torch.cat(parts)[None], only)[0]
+        return torch.split(matrix, [*map(len, parts)])[names.index(name)].contiguous()
 
     def _changed(self, key: str, name: str, value: Tensor, experts: Any = ...) -> Tensor:
         """Return the new values of a tensor, or of one expert (1, out, in) of a stack."""
