@@ -88,10 +88,13 @@ def combine_adapters(
         summands.append(Summand(f"adapter {adapter!r}", contents, weight))
     header, tensors = combine_contents(summands, r)
     load_contents(view, "the sum", header, tensors, into, freeze=False, activate=False)
-    for _, layer, _, new in view.require(into):
-        blocks = layer.disha.blocks()
-        own = [blocks[name, new.slot.name] for name in weights if (name, new.slot.name) in blocks]
-        new.block.requires_grad_(any(block.block.requires_grad for block in own))
+    trained = {
+        one.name
+        for one in view.blocks()
+        if one.adapter in weights and one.block.block.requires_grad
+    }
+    for one in view.require(into):
+        one.block.block.requires_grad_(one.name in trained)
 
 
 class _Part(NamedTuple):
@@ -101,13 +104,6 @@ class _Part(NamedTuple):
     block: Tensor
     weight: float
     source: Source
-
-    def __str__(self) -> str:
-        one = self.record
-        return (
-            f"r={one.r}, {one.in_features} -> {one.out_features}, {one.layout} with a block "
-            f"{tuple(self.block.shape)} in {self.source}"
-        )
 
 
 def combine_contents(summands: Sequence[Summand], r: int | None = None) -> Contents:
@@ -129,14 +125,14 @@ def combine_contents(summands: Sequence[Summand], r: int | None = None) -> Conte
         raise ArgumentError(
             "adapters of different methods or r_out can't be combined; make one sum of each"
         )
-    sums = [_sum(name or "(the model)", of_one, r) for name, of_one in parts.items()]
+    sums = [_sum(of_one, r) for of_one in parts.values()]
     found = {record.key: total for record, total in sums}
-    first = configs[0]
-    alike = all((one.target, one.exclude) == (first.target, first.exclude) for one in configs)
-    config = first.changed(
+    chosen_by = {(config.target, config.exclude) for config in configs}
+    target, exclude = chosen_by.pop() if len(chosen_by) == 1 else (None, ())
+    config = configs[0].changed(
         r=sums[0][0].r,
-        target=first.target if alike else None,
-        exclude=first.exclude if alike else (),
+        target=target,
+        exclude=exclude,
         rank_pattern={},
         scale=1.0,
         dtype=None,
@@ -146,21 +142,22 @@ def combine_contents(summands: Sequence[Summand], r: int | None = None) -> Conte
     return AdapterHeader(config, layers, (), without_values(found), metadata={}), found
 
 
-def _sum(name: str, parts: Sequence[_Part], r: int | None) -> tuple[LayerRecord, Tensor]:
+def _sum(parts: Sequence[_Part], r: int | None) -> tuple[LayerRecord, Tensor]:
     """Return the weighted sum of a layer's blocks."""
     first = parts[0].record
+    name = first.name or "(the model)"
     method = METHODS[first.method]
-    r = math.lcm(*(part.record.r for part in parts)) if r is None else r
-    listing = "; ".join(map(str, parts))
+    r = r or math.lcm(*(part.record.r for part in parts))
+    listing = "; ".join(
+        f"r={one.r}, {one.in_features} -> {one.out_features}, {one.layout} with a block "
+        f"{tuple(block.shape)} in {source}"
+        for one, block, _, source in parts
+    )
     if not method.additive:
         raise ArgumentError(
             f"layer {name!r}: {method.name} blocks can't be added, because dW is not linear in the "
             "block; load them as several adapters instead, whose updates add up"
         )
-    same = {
-        (one.in_features, one.out_features, one.layout, one.rows, one.tied)
-        for one, _, _, _ in parts
-    }
     if r > first.in_features:
         raise ArgumentError(
             f"layer {name!r}: the sum needs r={r}, but the layer has only {first.in_features} "
@@ -175,7 +172,8 @@ def _sum(name: str, parts: Sequence[_Part], r: int | None) -> tuple[LayerRecord,
                 "an r that is a multiple of each, or adapters of equal r"
             )
         terms.append((wide, weight * record.scale))
-    if len(same) > 1 or len({wide.shape for wide, _ in terms}) > 1:
+    records = {replace(part.record, r=r, scale=1.0, base=None) for part in parts}
+    if len(records) > 1 or len({wide.shape for wide, _ in terms}) > 1:
         raise ArgumentError(f"layer {name!r} is not the same in all adapters: {listing}")
     total = functional.weighted_sum(terms)
     if not finite_as(total, total.dtype):
