@@ -96,6 +96,7 @@ def save_adapter(
     view = ModelView(model)
     ranks, action = view.ranks(), f"save adapter {adapter!r}"
     with ranks.agreeing(action):
+        view.require(adapter)
         target = file_at(path)
     header, tensors = adapter_contents(view, adapter, metadata)
     with ranks.agreeing(action):
@@ -108,8 +109,7 @@ def save_adapter(
 
 def _warn_of_others(view: ModelView, adapter: str) -> None:
     """Name the parameters that were saved because they train, although nobody asked for it."""
-    trained = view.trained(adapter)
-    others = [one.name for one in trained if not one.is_claimed()]
+    others = [one.name for one in view.trained(adapter) if not one.is_claimed()]
     if others:
         warnings.warn(
             f"the file of adapter {adapter!r} also holds {counted(len(others), 'parameter')} that "
@@ -245,10 +245,11 @@ def adapter_contents(
         if not all(isinstance(text, str) for note in notes.items() for text in note):
             raise ArgumentTypeError(f"metadata must be a dict of str -> str, got {metadata!r}")
         held = adapter_tensors(view, adapter)
-        meta = next((key for key, tensor in held.items() if tensor.is_meta), None)
-        if meta is not None:
+        meta = [key for key, tensor in held.items() if tensor.is_meta]
+        if meta:
             raise AdapterStateError(
-                f"adapter {adapter!r} is on the meta device ({meta}); give the model values first"
+                f"adapter {adapter!r} is on the meta device ({meta[0]}); give the model values "
+                "first"
             )
     tensors = {key: gathered(tensor).detach().cpu().contiguous() for key, tensor in held.items()}
     blocks = view.require(adapter)
@@ -332,19 +333,14 @@ def read_contents(
     with torch.device("cpu"), opened(path) as file:  # old releases take the default device
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         header = parse_header(path, (file.metadata() or {}).get(HEADER_KEY), tensors)
-    kept = header.layers if layers is None else _chosen(header, layers)
-    return narrowed(header, tensors, kept, header.also_train if also_train else ())
-
-
-def _chosen(header: AdapterFile, layers: str) -> Sequence[LayerRecord]:
-    pattern = compile_regex("layers", layers)
+    pattern = compile_regex("layers", "" if layers is None else layers)  # "" matches all
     kept = [layer for layer in header.layers if pattern.search(layer.name)]
     if not kept:
         names = first_few([layer.name for layer in header.layers], 10, ", ")
         raise ArgumentError(
-            f"layers={layers!r} matches none of the layers in {header.path}, which are {names}"
+            f"layers={layers!r} matches none of the layers in {path}, which are {names}"
         )
-    return kept
+    return narrowed(header, tensors, kept, header.also_train if also_train else ())
 
 
 def narrowed(
@@ -432,12 +428,9 @@ def load_contents(
         for key, tensor in incoming.tensors.items():
             if taken or key not in incoming.layers:  # new blocks have their values
                 write(targets[key], tensor, undo)
-        if taken:
-            _take_settings(incoming, undo)
         if taken and not partial:
             _forget_the_rest(incoming, undo)
-        for (*_, block), layer in incoming.blocks():
-            block.set_scale(layer.scale)
+        _take_settings(incoming, undo)
         _warn_of_other_base(incoming)
     return LoadReport(matched=tuple(incoming.tensors))  # if a key did not fit, this has raised
 
@@ -473,8 +466,8 @@ def _under_model_names(
                 f"{source}: {given[own_key]} and {key} are one parameter in the model; nothing was "
                 "loaded. Leave out one of them"
             )
-    found = {keys[key]: tensor for key, tensor in tensors.items()}
-    return _Incoming(view, adapter, source, header.config, layers, found)
+    renamed = {keys[key]: tensor for key, tensor in tensors.items()}
+    return _Incoming(view, adapter, source, header.config, layers, renamed)
 
 
 def _planned(incoming: _Incoming, dtype: torch.dtype | None, freeze: bool) -> Plan:
@@ -513,8 +506,7 @@ def _check_fits(
     incoming: _Incoming, targets: Mapping[str, Tensor], differences: Sequence[str]
 ) -> None:
     """Raise unless the model has all keys, with these sizes, and can hold the values."""
-    values = incoming.tensors
-    report = check_fit({key: target for key, target in targets.items() if key in values}, values)
+    report = replace(check_fit(targets, incoming.tensors), missing=())  # these keep their values
     reasons = [*([] if report.complete else [str(report)]), *differences]
     if reasons:
         raise AdapterFileError(
@@ -524,7 +516,7 @@ def _check_fits(
 
 
 def _take_settings(incoming: _Incoming, undo: ExitStack) -> None:
-    """Give the blocks the configuration of the adapter, but the r of the model."""
+    """Give the blocks the configuration and the scales of the adapter, but the r of the model."""
     for (*_, block), layer in incoming.blocks():
         former = block.config
         undo.callback(block.set_scale, block.scale)
@@ -532,6 +524,7 @@ def _take_settings(incoming: _Incoming, undo: ExitStack) -> None:
         if layer.method == incoming.config.method:
             sizes = {"r": former.r, "rank_pattern": former.rank_pattern}
             block.reconfigure(incoming.config.changed(**sizes))
+        block.set_scale(layer.scale)
 
 
 def _forget_the_rest(incoming: _Incoming, undo: ExitStack) -> None:

@@ -28,11 +28,12 @@ ADAPTER_NAME = "adapter.safetensors"  # in output folders and checkpoints
 PICKLES = (b"PK\x03\x04", b"\x80")  # how the files of torch.save begin
 
 
-def checked_path(path: object) -> Path:
+def checked_path(path: Any) -> Path:
     """Return a path as a `Path`."""
-    if not isinstance(path, (str, os.PathLike)) or not isinstance(os.fspath(path), str):
-        raise ArgumentTypeError(f"path must be a str or a pathlib.Path, got {path!r}")
-    return Path(path)
+    try:
+        return Path(path)
+    except TypeError as error:
+        raise ArgumentTypeError(f"path must be a str or a pathlib.Path, got {path!r}") from error
 
 
 def file_at(path: PathLike) -> Path:

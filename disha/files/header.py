@@ -223,8 +223,8 @@ def _layer(config: AdapterConfig, entry: Any) -> LayerRecord:
     tied, method = entry.get("tied", ()), entry.get("method", config.method)
     for text in (name, *tied):
         check_type("the name of a layer", text, str, "text")
-    check_type("base", base, (str, type(None)), "text")
-    check_type("padding_idx", padding, (int, type(None)), "an int")
+    check_type("base", base, str | None, "text")
+    check_type("padding_idx", padding, int | None, "an int")
     for what in ("r", "in", "out"):
         check_positive_int(what, entry[what])
     check_positive_int("groups", groups)
@@ -252,6 +252,8 @@ def _key_problems(found: AdapterFile) -> list[str]:
     problems += [f"{brief(key)} is listed {n} times" for key, n in listed.items() if n > 1]
     problems += [f"{brief(key)} is missing" for key in listed if key not in tensors]
     problems += [f"{brief(key)} is not listed" for key in tensors if key not in listed]
-    dtypes = {key: tensors[key].dtype for key in blocks if key in tensors}
-    wrong = {key: dtype for key, dtype in dtypes.items() if dtype not in BLOCK_DTYPES.values()}
-    return problems + [f"{brief(key)} has dtype {dtype}" for key, dtype in wrong.items()]
+    return problems + [
+        f"{brief(key)} has dtype {tensors[key].dtype}"
+        for key in blocks
+        if key in tensors and tensors[key].dtype not in BLOCK_DTYPES.values()
+    ]
