@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,13 +24,14 @@ from disha import functional
 from disha.config import check_scale
 from disha.errors import AdapterFileError, AdapterIOError, ArgumentError, MergeError
 from disha.files import inspect_adapter
-from disha.files.contents import Contents, read_contents
+from disha.files.contents import read_contents
 from disha.files.disk import PathLike, checked_path, opened, save
 from disha.files.header import AdapterHeader
+from disha.functional import METHODS
 from disha.interop.experts import DOWN, FAMILIES, GATE_UP, SEPARATE_BEFORE, SINGLE_EXPERT, renamed
 from disha.layers.kinds import PROJECTIONS
 from disha.model.fingerprints import fingerprint, same_base
-from disha.model.records import LayerRecord
+from disha.model.records import LayerRecord, Tensors
 from disha.model.state import finite_as
 from disha.text import counted, first_few, join, printable
 
@@ -146,13 +147,12 @@ def merge_into_checkpoint(
     adapter_path, out = checked_path(adapter_path), checked_path(out)
     checkpoint = open_checkpoint(base)
     _check_target(out, checkpoint, overwrite)
-    contents = read_contents(adapter_path, also_train=also_train)
-    header = contents[0]
+    header, tensors = read_contents(adapter_path, also_train=also_train)
     keys = _keys(checkpoint, header)
     _refuse(checkpoint, _misfits(checkpoint, header, keys, values=not force))
     if not force:
         _refuse_tied(checkpoint, header, keys)
-    merge = _Merge(checkpoint, keys, contents, scale)
+    merge = _Merge(checkpoint, keys, header, tensors, scale)
     save(out, merge.write_file if out.suffix == SUFFIX else merge.write_folder)
     layers = tuple(record.name for record in header.layers)
     return MergedCheckpoint(out, layers, tuple(keys[name] for name in header.also_train))
@@ -204,27 +204,22 @@ class Checkpoint:
     def tensor(self, key: str) -> Tensor:
         """Return a tensor or a stack."""
         if key in self.stacks:
-            return torch.stack([torch.cat(self.tensors(names)) for names in self.stacks[key]])
+            return torch.stack(
+                [torch.cat([*map(self.tensor, names)]) for names in self.stacks[key]]
+            )
         with opened(self.files[key]) as file:
             return file.get_tensor(key)
 
-    def tensors(self, names: Iterable[str]) -> list[Tensor]:
-        """Return several tensors, such as those of one expert."""
-        return [self.tensor(name) for name in names]
-
-    def shape(self, key: str) -> tuple[int, ...]:
-        """Return the shape of a tensor or a stack."""
+    def shape_and_dtype(self, key: str) -> tuple[tuple[int, ...], str]:
+        """Return these of a tensor or a stack, the dtype as safetensors calls it."""
         if key in self.stacks:
-            shapes = [self.shape(name) for name in self.stacks[key][0]]
-            return len(self.stacks[key]), sum(rows for rows, _ in shapes), shapes[0][1]
+            parts = [self.shape_and_dtype(name) for name in self.stacks[key][0]]
+            (_, inputs), dtype = parts[0]
+            outputs = sum(shape[0] for shape, _ in parts)
+            return (len(self.stacks[key]), outputs, inputs), dtype
         with opened(self.files[key]) as file:
-            return tuple(file.get_slice(key).get_shape())
-
-    def dtype(self, key: str) -> str:
-        """Return the dtype of a tensor or a stack, as safetensors calls it."""
-        name = self.stacks[key][0][0] if key in self.stacks else key
-        with opened(self.files[name]) as file:
-            return file.get_slice(name).get_dtype()
+            stored = file.get_slice(key)
+            return tuple(stored.get_shape()), stored.get_dtype()
 
     def config(self) -> dict[str, Any]:
         """Return the content of config.json in the folder, or beside the file; {} if none."""
@@ -259,10 +254,11 @@ def _stacks_of(names: Collection[str]) -> dict[str, Stack]:
             continue
         block, last, parts = _FIRST_PARTS[match[3]]
         stack = f"{renamed(match[1], block, 'mlp')}.{last}"
-        rows = tuple(f"{match[1]}.{match[2]}.{part}.weight" for part in parts)
-        found.setdefault(stack, {})[int(match[2])] = rows
+        found.setdefault(stack, {})[int(match[2])] = tuple(
+            f"{match[1]}.{match[2]}.{part}.weight" for part in parts
+        )
     return {
-        stack: tuple(experts[number] for number in range(len(experts)))
+        stack: tuple(experts[number] for number in sorted(experts))
         for stack, experts in found.items()
         if stack not in names  # else it is stored as one tensor too
         and max(experts) < len(experts)
@@ -276,7 +272,7 @@ def _stacks_of(names: Collection[str]) -> dict[str, Stack]:
 def base_shapes(checkpoint: Checkpoint, names: Iterable[str]) -> dict[str, tuple[int, ...]]:
     """Return the shapes of parameters, by their names in the adapter's model."""
     keys = _stored(checkpoint, {name: (name,) for name in names})
-    return {name: checkpoint.shape(key) for name, key in keys.items()}
+    return {name: checkpoint.shape_and_dtype(key)[0] for name, key in keys.items()}
 
 
 def base_weights(checkpoint: Checkpoint, header: AdapterHeader) -> Callable[[str], Tensor]:
@@ -314,8 +310,8 @@ def _stored(checkpoint: Checkpoint, wanted: Mapping[str, tuple[str, ...]]) -> di
         by_prefix.append(found)
     best = max(by_prefix, key=len)  # the first of the best
     absent = [keys[0] for name, keys in wanted.items() if name not in best]
-    complete = [found for found in by_prefix if len(found) == len(wanted)]
-    if absent or (best is not by_prefix[0] and len(complete) > 1):
+    complete = sum(len(found) == len(wanted) for found in by_prefix)
+    if absent or (best is not by_prefix[0] and complete > 1):
         there = first_few(sorted(stored), 5, ", ")
         lacks = f"lacks {first_few(absent, 5, ', ')}" if absent else "fits by several prefixes"
         raise AdapterFileError(
@@ -332,7 +328,7 @@ def _misfits(
     found, replaced = [], {keys[name] for name in header.also_train}
     for layer in header.layers:
         key = keys[layer.name]
-        dtype, shape = checkpoint.dtype(key), checkpoint.shape(key)
+        shape, dtype = checkpoint.shape_and_dtype(key)
         problem = layer.reason_against_weight(header.tensors[layer.key].shape, shape)
         if dtype not in DENSE:
             problem = f"is quantised or packed there ({dtype}); give the original checkpoint"
@@ -342,7 +338,8 @@ def _misfits(
                 problem = "has other values than the weight that the adapter was saved from"
         found += [] if problem is None else [f"{key}: {problem}"]
     for name in header.also_train:
-        own, shape = tuple(header.tensors[name].shape), checkpoint.shape(keys[name])
+        own = tuple(header.tensors[name].shape)
+        shape, _ = checkpoint.shape_and_dtype(keys[name])
         found += [] if shape == own else [f"{name}: {own}, the checkpoint has {shape}"]
     return found
 
@@ -360,7 +357,7 @@ def _refuse(checkpoint: Checkpoint, problems: Sequence[str]) -> None:
 
 def _check_target(out: Path, checkpoint: Checkpoint, overwrite: bool) -> None:
     target, source = out.resolve(), checkpoint.path.resolve()
-    if target in (source, *source.parents) or source in target.parents:
+    if source.is_relative_to(target) or target.is_relative_to(source):
         raise ArgumentError(f"can't write to {out}: the base is there; name another place")
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
@@ -397,7 +394,9 @@ def _stored_twice(
     checkpoint: Checkpoint, names: Iterable[str], keys: Mapping[str, str]
 ) -> list[str]:
     """Return the parameters whose matrix is stored under another name too, as a tied one may be."""
-    matrices = {name: keys[name] for name in names if len(checkpoint.shape(keys[name])) > 1}
+    matrices = {
+        name: keys[name] for name in names if len(checkpoint.shape_and_dtype(keys[name])[0]) > 1
+    }
     stored = checkpoint.files if matrices else ()
     marks = Counter(fingerprint(checkpoint.tensor(key)) for key in stored)
     return [n for n, key in matrices.items() if marks[fingerprint(checkpoint.tensor(key))] > 1]
@@ -413,15 +412,15 @@ class _Merge:
         self,
         checkpoint: Checkpoint,
         keys: Mapping[str, str],
-        contents: Contents,
+        header: AdapterHeader,
+        tensors: Tensors,
         scale: float | None,
     ) -> None:
-        header, self._blocks = contents
-        self._checkpoint, self._scale = checkpoint, scale
-        self._values = {keys[name]: self._blocks[name] for name in header.also_train}
-        self._layers: dict[str, list[LayerRecord]] = {}
+        self._checkpoint, self._blocks, self._scale = checkpoint, tensors, scale
+        self._values = {keys[name]: tensors[name] for name in header.also_train}
+        self._layers = defaultdict[str, list[LayerRecord]](list)
         for record in header.layers:
-            self._layers.setdefault(keys[record.name], []).append(record)
+            self._layers[keys[record.name]].append(record)
         # Matrix of one expert -> its stack, and the number of the expert.
         self._parts = {
             name: (key, expert)
@@ -446,13 +445,13 @@ class _Merge:
         """Write the shards, and copies of the index and of all other files that hold no weights."""
         base, files = self._checkpoint.path, self._checkpoint.files
         folder.mkdir()
-        for source in sorted(base.rglob("*")):
+        for source in base.rglob("*"):
             target = source.relative_to(base)
             is_weights = source.name.endswith(WEIGHTS) and target != Path(INDEX)
             if source.is_file() and not is_weights and not re.search(r"(^|/)\.", target.as_posix()):
                 (folder / target).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(source, folder / target)
-        for file in sorted({*files.values()}):
+        for file in {*files.values()}:
             names = [name for name, one in files.items() if one == file]
             self._write(folder / (SINGLE if file == base else file.name), names)
 
@@ -461,7 +460,7 @@ class _Merge:
             return self._changed(name, name, self._checkpoint.tensor(name))
         key, expert = self._parts[name]
         names = self._checkpoint.stacks[key][expert]
-        parts = self._checkpoint.tensors(names)
+        parts = [*map(self._checkpoint.tensor, names)]
         only = slice(expert, expert + 1)
         matrix = self._changed(key, name, torch.cat(parts)[None], only)[0]
         return torch.split(matrix, [*map(len, parts)])[names.index(name)].contiguous()
@@ -480,6 +479,6 @@ class _Merge:
     def _deltas(self, key: str, weight: Tensor, experts: Any) -> Iterator[tuple[Tensor, float]]:
         for one in self._layers[key]:
             block = self._blocks[one.key][experts]
-            method = functional.method_of(one.method)
+            method = METHODS[one.method]
             delta = method.delta_weight(one.layout, block, weight, one.rows, one.r)
             yield delta, one.scale if self._scale is None else self._scale
