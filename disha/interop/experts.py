@@ -15,10 +15,9 @@ Source: PEFT 0.21, `ParamWrapper`; vLLM 0.33, `LoRAModelManager`; SGLang 0.5.23,
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 from einops import rearrange
@@ -53,11 +52,13 @@ class Family:
     down: str = "down_proj"
     by_turns: bool = False  # whether the rows of gate and up take turns
 
-    def split(self, gate_up: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the rows of gate and of up; rows are the axis before the last."""
+    def projections(self, stack: str, b: Tensor) -> dict[str, Tensor]:
+        """Return the projections in a stack, each with its rows of B (expert, out, r)."""
+        if stack == DOWN:
+            return {self.down: b}
         rows = "(row two)" if self.by_turns else "(two row)"
-        gate, up = rearrange(gate_up, f"... {rows} r -> two ... row r", two=2)
-        return gate.contiguous(), up.contiguous()
+        gate, up = rearrange(b, f"expert {rows} r -> two expert row r", two=2)
+        return {self.gate: gate.contiguous(), self.up: up.contiguous()}
 
 
 FAMILIES = {
@@ -161,7 +162,7 @@ def _separated(update: LowRankUpdate, family: Family) -> Iterator[LowRankUpdate]
     """Yield the updates of each expert in place of that of a stack."""
     name = renamed(update.record.name, "mlp", family.block)
     if not is_stack(update.record):
-        yield update.with_record(name=name)
+        yield replace(update, record=replace(update.record, name=name))
         return
     if update.record.layout != family.layout:
         raise ConversionError(
@@ -169,13 +170,12 @@ def _separated(update: LowRankUpdate, family: Family) -> Iterator[LowRankUpdate]
             f"{family.layout}; name the base that the adapter is for"
         )
     owner, _, last = name.rpartition(".")
-    projections = {family.down: update.b}
-    if last == GATE_UP:
-        projections = dict(zip((family.gate, family.up), family.split(update.b), strict=True))
+    projections = family.projections(last, update.b)
     for expert, a in enumerate(update.a):
         for projection, b in projections.items():
-            one = update.with_record(name=f"{owner}.{expert}.{projection}", layout=Layout("out in"))
-            yield dataclasses.replace(one, a=a.clone(), b=b[expert])  # no two share memory
+            name = f"{owner}.{expert}.{projection}"
+            record = replace(update.record, name=name, layout=Layout("out in"))
+            yield LowRankUpdate(record, a.clone(), b[expert])  # no two share memory
 
 
 def renamed(name: str, old: str, new: str) -> str:
@@ -198,7 +198,7 @@ def stacked(name: str, targets: Collection[str]) -> str | None:
     found = [
         full
         for full in (f"{owner}.{DOWN}", f"{owner}.{GATE_UP}")  # from the outermost wrapper inwards
-        if any(full == target or full.endswith(f".{target}") for target in targets)
+        if any(f".{full}".endswith(f".{target}") for target in targets)
     ]
     if depth >= len(found):
         raise ConversionError(

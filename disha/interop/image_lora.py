@@ -7,9 +7,9 @@ files to and from the form of kohya's programs.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Collection, Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -256,7 +256,7 @@ def _scaled(update: LowRankUpdate, name: str) -> LowRankUpdate:
     b = product.to(dtype)
     if not torch.equal(b.double(), product):
         b = product.to(torch.promote_types(dtype, torch.float32))
-    return dataclasses.replace(update.with_record(name=name, scale=1.0), b=b)
+    return replace(update, record=replace(update.record, name=name, scale=1.0), b=b)
 
 
 # --- reading -------------------------------------------------------------------------------------

@@ -16,12 +16,12 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from statistics import mode
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from disha import functional
 from disha.config import AdapterConfig, check_positive_int
 from disha.errors import AdapterFileError, ArgumentError, ConversionError
 from disha.files import AdapterHeader
@@ -71,10 +71,6 @@ class LowRankUpdate:
     def rank(self) -> int:
         """Rank of the factors."""
         return self.b.shape[-1]
-
-    def with_record(self, **changes: Any) -> LowRankUpdate:
-        """Return the same factors for the layer with these fields changed."""
-        return dataclasses.replace(self, record=dataclasses.replace(self.record, **changes))
 
     def padded(self, rank: int) -> LowRankUpdate:
         """Return the same update with a larger rank, by zeros in A and B."""
@@ -151,8 +147,7 @@ def _shown(error: float) -> str:
 
 def commonest(values: Iterable[T]) -> T:
     """Return the value that occurs most often; if several do, the largest of them."""
-    counts = Counter(values)
-    return max(counts, key=lambda value: (counts[value], value))
+    return mode(sorted(values, reverse=True))
 
 
 def listed(names: Sequence[str]) -> str:
@@ -162,8 +157,8 @@ def listed(names: Sequence[str]) -> str:
 
 def base_weights(view: ModelView, adapter: str) -> BaseWeight:
     """Return a function from a layer's name to its base weight; collective if sharded."""
-    found = {one.name: one for one in view.require(adapter)}
-    return lambda name: gathered(base_of(found[name].layer, found[name].block.slot).detach())
+    places = {one.name: (one.layer, one.block.slot) for one in view.require(adapter)}
+    return lambda name: gathered(base_of(*places[name]).detach())
 
 
 # --- from blocks to factors ----------------------------------------------------------------------
@@ -216,6 +211,7 @@ def is_stack(layer: LayerRecord) -> bool:
 def _update(
     layer: LayerRecord, block: Tensor, rank: int | None, base: BaseWeight | None
 ) -> LowRankUpdate:
+    """Return the factors of a block, or the leading singular values of dW."""
     factors = _factors(layer, block)
     if factors is not None and (rank is None or rank >= factors[1].shape[-1]):
         return LowRankUpdate(layer, *factors)
@@ -224,15 +220,21 @@ def _update(
             f"{layer.name} is a stack of experts, and its {layer.method} update is not cut to a "
             "rank; merge it"
         )
-    return _truncated(layer, block, rank, base)
+    if rank is None:
+        raise ArgumentError(f"a {layer.method} update is cut to a rank: give `rank`")
+    delta = _delta(layer, block, base)
+    wide = delta.flatten(1).to(torch.promote_types(delta.dtype, torch.float32))
+    a, b = (factor.to(block.dtype).contiguous() for factor in _cut(wide, rank))
+    lost = wide - b.to(wide.dtype) @ a.to(wide.dtype)
+    error, norm = (float(torch.linalg.vector_norm(x, dtype=torch.float64)) for x in (lost, wide))
+    error = error / norm if norm and layer.scale else 0.0
+    return LowRankUpdate(layer, a.reshape(-1, *delta.shape[1:]), b, error)
 
 
 def _factors(layer: LayerRecord, block: Tensor) -> tuple[Tensor, Tensor] | None:
     """Return A (rank, in, *kernel) and B (out, rank), or None if the method has no factors."""
     geometry = layer.geometry(block.shape)
-    factors = functional.method_of(layer.method).lora_factors(
-        layer.layout, block, geometry, layer.r
-    )
+    factors = METHODS[layer.method].lora_factors(layer.layout, block, geometry, layer.r)
     if factors is None:
         return None
     a, b = factors
@@ -247,38 +249,20 @@ def _factors(layer: LayerRecord, block: Tensor) -> tuple[Tensor, Tensor] | None:
     return a.contiguous(), b.permute(1, 2, 0).flatten(1).contiguous()
 
 
-def _truncated(
-    layer: LayerRecord, block: Tensor, rank: int | None, base: BaseWeight | None
-) -> LowRankUpdate:
-    """Form dW and return its leading singular values."""
-    if rank is None:
-        raise ArgumentError(f"a {layer.method} update is cut to a rank: give `rank`")
-    weight = block.new_empty(()).expand(layer.weight_shape(block.shape))  # for its shape
-    method = functional.method_of(layer.method)
-    if method.reads_weight:
-        weight = _base_weight(layer, block, base)
-    delta = method.delta_weight(layer.layout, block, weight, r=layer.r)
-    if layer.layout.in_first:
-        delta = delta.transpose(0, 1)  # (out, in, *kernel)
-    wide = delta.flatten(1).to(torch.promote_types(delta.dtype, torch.float32))
-    a, b = (x.to(block.dtype).contiguous() for x in _cut(wide, rank))
-    lost, norm = _norm(wide - b.to(wide.dtype) @ a.to(wide.dtype)), _norm(wide)
-    error = lost / norm if norm and layer.scale else 0.0
-    return LowRankUpdate(layer, a.reshape(-1, *delta.shape[1:]), b, error)
-
-
-def _base_weight(layer: LayerRecord, block: Tensor, base: BaseWeight | None) -> Tensor:
-    if base is None:
+def _delta(layer: LayerRecord, block: Tensor, base: BaseWeight | None) -> Tensor:
+    """Return dW (out, in, *kernel)."""
+    method = METHODS[layer.method]
+    if not method.reads_weight:
+        weight = block.new_empty(()).expand(layer.weight_shape(block.shape))  # for its shape
+    elif base is None:
         raise ArgumentError(f"a {layer.method} update depends on the base weights: give `base`")
-    weight = base(layer.name).detach().cpu()
-    reason = layer.reason_against_weight(block.shape, tuple(weight.shape))
-    if reason is not None:
-        raise AdapterFileError(f"{layer.name}: {reason}; pass the base that it was trained on")
-    return weight
-
-
-def _norm(x: Tensor) -> float:
-    return float(torch.linalg.vector_norm(x, dtype=torch.float64))
+    else:
+        weight = base(layer.name).detach().cpu()
+        reason = layer.reason_against_weight(block.shape, tuple(weight.shape))
+        if reason is not None:
+            raise AdapterFileError(f"{layer.name}: {reason}; pass the base that it was trained on")
+    delta = method.delta_weight(layer.layout, block, weight, r=layer.r)
+    return delta.transpose(0, 1) if layer.layout.in_first else delta
 
 
 def _cut(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
@@ -339,11 +323,11 @@ def contents_of_factors(
         also_train=tuple(f"^{re.escape(name)}$" for name in also_train),
     )
     found += rows
-    keys = Counter([*(layer.key for layer, _ in found), *also_train])
+    layers = tuple(layer for layer, _ in found)
+    keys = Counter([*(layer.key for layer in layers), *also_train])
     twice = [key for key, count in keys.items() if count > 1]
     if twice:
         raise ConversionError(f"{source} holds {listed(twice)} twice, under two names; remove one")
-    layers = tuple(layer for layer, _ in found)
     tensors = {layer.key: block for layer, block in found} | also_train
     return AdapterHeader(config, layers, tuple(also_train), without_values(tensors), {}), tensors
 
@@ -357,8 +341,9 @@ def _layer_of_factors(
         return None
     rows = a.movedim(dim, 0).flatten(1).any(dim=1).nonzero().flatten().tolist()
     for rank in (a.shape[dim], rows[-1] + 1 if rows else 0):
-        factors = a.narrow(dim, 0, rank), b.narrow(dim + 1, 0, rank)
-        found = _layer_of_rank(name, *factors, layout, scale, dim) if rank else None
+        found = _layer_of_rank(
+            name, a.narrow(dim, 0, rank), b.narrow(dim + 1, 0, rank), layout, scale, dim
+        )
         if found is not None:
             return found
     return None
@@ -372,15 +357,13 @@ def _layer_of_rank(
     if rest or not r:
         return None
     # (*experts, out, rank) -> (*experts, out, r, *kernel) -> (*experts, *kernel, out, r)
-    positions = b.reshape(*b.shape[: dim + 1], r, *kernel)
-    matrices = positions.movedim((dim, dim + 1), (-2, -1))
-    out = b.shape[dim]
+    matrices = b.reshape(*b.shape[: dim + 1], r, *kernel).movedim((dim, dim + 1), (-2, -1))
     for method in METHODS.values():
         block = method.from_lora_b(matrices)  # from (*stack, out, r)
         if block is None:
             continue
         block = method.kept_block(layout, block).contiguous()
-        layer = LayerRecord(name, method.name, r, None, inputs, out, scale, None, layout)
+        layer = LayerRecord(name, method.name, r, None, inputs, b.shape[dim], scale, None, layout)
         if layer.reason_against_block(tuple(block.shape)) is None:
             factors = _factors(layer, block.to(a.dtype))
             if factors is not None and torch.equal(factors[0], a):
