@@ -328,7 +328,7 @@ def load(
     """
     view = ModelView(model)
     with view.ranks().agreeing(f"load a LoRA as adapter {adapter!r}"):
-        found = _read(folder, also_train)
+        found = read_peft_files(folder, (*FACTORS, TOKENS), also_train)
         rows = _taken_rows(view, found)
         found.tensors = in_the_model(view, found.path, found.tensors)
         contents = _contents_of(found, _layouts(view), _model_type(view), rows)
@@ -358,9 +358,8 @@ def _taken_rows(view: ModelView, folder: PeftFolder) -> list[LayerBlock]:
 def _layouts(view: ModelView) -> Layouts:
     return {
         join(name, slot.name): slot.layout
-        for module, names in view.names.items()
+        for name, module in view.modules.items()
         for slot in declared_slots(module)
-        for name in names
     }
 
 
@@ -386,7 +385,7 @@ def write_lora(
         if layer.layout.pattern == CONV
     ]
     if any(not layer.name for layer in header.layers):
-        problems.append(THE_MODEL_ITSELF)
+        problems.append(f"(the model): {THE_MODEL_ITSELF}")
     problems += [
         f"{name}: it belongs to the model itself, not to a module in it"
         for name in header.also_train
@@ -478,15 +477,7 @@ def read_lora(
     also_train: bool = True,
 ) -> Contents:
     """Return the adapter that a LoRA folder holds, as `load` reads it without a model."""
-    return _contents_of(_read(folder, also_train), {}, model_type)
-
-
-def _read(folder: PathLike, also_train: bool) -> PeftFolder:
-    found = read_peft_files(folder)
-    if not also_train:
-        kept = (*FACTORS, TOKENS)
-        found.tensors = {key: one for key, one in found.tensors.items() if key.endswith(kept)}
-    return found
+    return _contents_of(read_peft_files(folder, (*FACTORS, TOKENS), also_train), {}, model_type)
 
 
 def _contents_of(
@@ -510,8 +501,9 @@ def _contents_of(
                 f"{folder.path}: tensor {key!r} is neither lora_A nor lora_B, nor in "
                 "modules_to_save"
             )
-    whole = (set(MATRIX), set(EMBEDDING))
-    incomplete = [name for name, ends in pairs.items() if set(ends) not in whole]
+    incomplete = [
+        name for name, ends in pairs.items() if tuple(sorted(ends)) not in (MATRIX, EMBEDDING)
+    ]
     if incomplete or not pairs:
         raise AdapterFileError(
             f"{folder.path} has no pair of factors, lora_A and lora_B, for "
@@ -548,7 +540,7 @@ def _factors(
                 layouts.get(name)
                 or stacks.family_of(model_type, "the layout of stacked experts").layout
             )
-        yield name, a, b, layout, _scale_of(folder, name, rank)
+        yield name, a, b, layout, _scale_of(folder, name, max(rank, 1))
 
 
 def _layout(
@@ -578,7 +570,7 @@ def _scale_of(folder: PeftFolder, name: str, rank: int) -> float:
         check_scale(alpha)
     except DishaError as error:
         raise AdapterFileError(f"{folder.path}: lora_alpha: {error}") from error
-    return alpha / (math.sqrt(rank or 1) if folder.fields.get("use_rslora") else rank or 1)
+    return alpha / (math.sqrt(rank) if folder.fields.get("use_rslora") else rank)
 
 
 def _check_settings(folder: PeftFolder) -> None:

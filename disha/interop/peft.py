@@ -8,8 +8,7 @@ r does not divide or with dropout. Your own notes and the fingerprint of the bas
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,6 +24,7 @@ from disha.interop.low_rank import LoraLayer, LoraReport
 from disha.interop.peft_format import (
     NOTES,
     THE_MODEL_ITSELF,
+    PeftFolder,
     exact_targets,
     in_the_model,
     module_names,
@@ -52,6 +52,9 @@ ShapesOf = Callable[[Sequence[str]], Shapes]
 """Takes the names of parameters, returns the shapes of those that the base has."""
 
 LINEAR = Layout("out in")
+
+MISS_BLOCK, BONE_BLOCK = ".miss_block", ".bone_block"
+"""The ends of the keys of blocks, in folders of MiSS and of Bone."""
 
 BAT = "bat"
 """The method for which PEFT has no padding and no dropout."""
@@ -201,12 +204,11 @@ def load(
     """
     view = ModelView(model)
     with view.ranks().agreeing(f"load a PEFT folder as adapter {adapter!r}"):
-        found = _read(folder, also_train)
-        refuse_to_load(
-            found.path, reasons_against(view, found.blocks, _unknown_to_miss, exporting=False)
-        )
-        found.beside = in_the_model(view, found.path, found.beside)
-        contents = _contents(found, _shapes(view, found.names))
+        found, config, blocks = _read(folder, also_train)
+        problems = reasons_against(view, blocks, _unknown_to_miss, exporting=False)
+        refuse_to_load(found.path, problems)
+        found.tensors = in_the_model(view, found.path, found.tensors)
+        contents = _contents(found, config, blocks, partial(_shapes, view))
     return load_contents(
         view, found.path, *contents, adapter, replace=replace, dtype=dtype, freeze=freeze
     )
@@ -219,8 +221,8 @@ def _shapes(view: ModelView, names: Sequence[str]) -> Shapes:
         for name, module in view.modules.items()
         if isinstance(module, nn.Linear)
     }
-    parameters = {name: one.value for name, one in view.parameters_by_name.items()}
-    known = parameters | statistics(view.names)
+    known: dict[str, Tensor] = {name: one.value for name, one in view.parameters_by_name.items()}
+    known |= statistics(view.names)
     others = known.keys() & names - linear.keys()
     return linear | {name: tuple(known[name].shape) for name in others}
 
@@ -236,29 +238,12 @@ def _unknown_to_miss(module: nn.Module) -> str | None:
 
 def read_folder(folder: PathLike, base_shapes: ShapesOf, *, also_train: bool = True) -> Contents:
     """Return the adapter that a folder holds, as `load` reads it for a base of these shapes."""
-    found = _read(folder, also_train)
-    return _contents(found, base_shapes(found.names))
+    return _contents(*_read(folder, also_train), base_shapes)
 
 
-@dataclass
-class _Folder:
-    """What a PEFT folder holds: its settings, the block of each layer, and other tensors."""
-
-    path: Path
-    config: AdapterConfig
-    notes: dict[str, str]
-    blocks: Tensors
-    beside: Tensors
-
-    @property
-    def names(self) -> list[str]:
-        """The names of the parameters that it is about."""
-        return [*(join(name, "weight") for name in self.blocks), *self.beside]
-
-
-def _read(folder: PathLike, also_train: bool) -> _Folder:
-    """Read a PEFT folder of MiSS or Bone."""
-    found = read_peft_files(folder)
+def _read(folder: PathLike, also_train: bool) -> tuple[PeftFolder, AdapterConfig, Tensors]:
+    """Return a PEFT folder of MiSS or Bone without its blocks, its settings, and the blocks."""
+    found = read_peft_files(folder, (MISS_BLOCK, BONE_BLOCK), also_train)
     path, fields, tensors = found.path, found.fields, found.tensors
     peft_type, init = fields.get("peft_type"), fields.get("init_weights", True)
     legacy, is_tile = peft_type == "BONE", init == "mini"
@@ -270,12 +255,11 @@ def _read(folder: PathLike, also_train: bool) -> _Folder:
     if fields.get("bias", "none") != "none":
         problems.append(f"bias={brief(fields['bias'])} has no place here; merge it in PEFT")
     refuse_to_load(path, problems)
-    end = ".bone_block" if legacy else ".miss_block"
+    end = BONE_BLOCK if legacy else MISS_BLOCK
     blocks = {key.removesuffix(end): tensors.pop(key) for key in [*tensors] if key.endswith(end)}
-    beside = tensors if also_train else {}
     problems += [
         f"{name}: it is no block, and not in a module that modules_to_save names"
-        for name in beside
+        for name in tensors
         if not found.saves(name)
     ]
     if not blocks:
@@ -291,13 +275,15 @@ def _read(folder: PathLike, also_train: bool) -> _Folder:
         raise AdapterFileError(
             f"{path} has a configuration that can't be loaded: {error}"
         ) from error
-    notes = {note: fields[note] for note in NOTES if fields.get(note)}
-    return _Folder(path, config, notes, blocks, beside)
+    return found, config, blocks
 
 
-def _contents(folder: _Folder, shapes: Shapes) -> Contents:
+def _contents(
+    folder: PeftFolder, config: AdapterConfig, blocks: Tensors, shapes_of: ShapesOf
+) -> Contents:
     """Return the adapter in a PEFT folder."""
-    config, blocks, beside = folder.config, folder.blocks, folder.beside
+    beside = folder.tensors
+    shapes = shapes_of([*(join(name, "weight") for name in blocks), *beside])
     problems, layers = [], []
     for name, block in blocks.items():
         shape = shapes.get(join(name, "weight"), ())
@@ -316,9 +302,12 @@ def _contents(folder: _Folder, shapes: Shapes) -> Contents:
         if shapes.get(name) != tuple(value.shape)
     ]
     refuse_to_load(folder.path, problems)
-    tensors = {layer.key: blocks[layer.name] for layer in layers} | dict(beside)
-    also_train, empty = tuple(sorted(beside)), without_values(tensors)
-    return AdapterHeader(config, tuple(layers), also_train, empty, folder.notes), tensors
+    notes = {note: folder.fields[note] for note in NOTES if folder.fields.get(note)}
+    tensors = {layer.key: blocks[layer.name] for layer in layers} | beside
+    header = AdapterHeader(
+        config, tuple(layers), tuple(sorted(beside)), without_values(tensors), notes
+    )
+    return header, tensors
 
 
 def write_folder(
@@ -363,7 +352,7 @@ def _fields(
 
 
 def _blocks(header: AdapterHeader, tensors: Tensors) -> dict[str, Tensor]:
-    return {f"{layer.name}.miss_block": tensors[layer.key] for layer in header.layers}
+    return {f"{layer.name}{MISS_BLOCK}": tensors[layer.key] for layer in header.layers}
 
 
 def _inexpressible(header: AdapterHeader, dropout: float | None) -> list[str]:
@@ -381,7 +370,7 @@ def _inexpressible(header: AdapterHeader, dropout: float | None) -> list[str]:
             problems.append(f"{name}: PEFT's MiSS adapts all rows of a weight, not some of them")
         problems += [f"{name}: PEFT's MiSS would leave {tied} without it" for tied in layer.tied]
         if not layer.name:
-            problems.append(THE_MODEL_ITSELF)
+            problems.append(f"{name}: {THE_MODEL_ITSELF}")
         if layer.scale != 1.0:
             problems.append(f"{name}: PEFT's MiSS has no scale (see combine_adapters)")
         if method == BAT and (layer.in_features % r or layer.out_features % r):

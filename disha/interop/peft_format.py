@@ -35,7 +35,7 @@ WEIGHTS_NAME = "adapter_model.safetensors"
 
 PREFIX = "base_model.model."  # of every name: PEFT's wrapper, and the model in it
 
-THE_MODEL_ITSELF = "(the model): PEFT adapts layers within a model, not the model itself"
+THE_MODEL_ITSELF = "PEFT adapts layers within a model, not the model itself"
 
 # --- both files ----------------------------------------------------------------------------------
 
@@ -72,8 +72,8 @@ class PeftFolder:
         return self.fields.get(field, default)
 
 
-def read_peft_files(folder: PathLike) -> PeftFolder:
-    """Read both files of a folder."""
+def read_peft_files(folder: PathLike, ends: tuple[str, ...], also_train: bool) -> PeftFolder:
+    """Read both files; without `also_train`, only the tensors whose names end so."""
     path = checked_path(folder)
     if (path / "adapter_model.bin").exists() and not (path / WEIGHTS_NAME).exists():
         raise AdapterFileError(
@@ -87,7 +87,11 @@ def read_peft_files(folder: PathLike) -> PeftFolder:
         raise AdapterIOError(f"can't read a folder of PEFT: {error}") from error
     except (SafetensorError, ValueError) as error:
         raise AdapterFileError(f"{path} is no complete folder of PEFT: {error}") from error
-    named = {key.removeprefix(PREFIX): tensor for key, tensor in tensors.items()}
+    named = {
+        key.removeprefix(PREFIX): tensor
+        for key, tensor in tensors.items()
+        if also_train or key.endswith(ends)
+    }
     return PeftFolder(path, fields, named)
 
 
@@ -202,8 +206,7 @@ def reasons_against(
         if module is None:
             why: str | None = "there is no such module, and PEFT can only replace modules"
         elif not name:
-            found.append(THE_MODEL_ITSELF)
-            continue
+            why = THE_MODEL_ITSELF
         elif module in read:
             why = f"{read[module]} reads its weight, without PEFT's update"
         elif places[module] > 1:
@@ -215,7 +218,7 @@ def reasons_against(
             why = f"{original_class(module).__name__} has a forward of its own, which PEFT wraps"
         else:
             why = why_unknown(module)
-        found += [] if why is None else [f"{name}: {why}"]
+        found += [] if why is None else [f"{name or '(the model)'}: {why}"]
     return found
 
 
@@ -252,7 +255,8 @@ def saved_modules(view: ModelView, also_train: Sequence[str], layers: Sequence[s
     known = view.parameters_by_name
     trained = {one for name in also_train if name in known for one in known[name].names}
     adapted = {view.modules[name] for name in layers if name in view.modules}
-    problems, tensors = [], {}
+    problems = []
+    tensors: dict[str, Tensor] = {}
     modules: list[str] = []
     inside_saved = set[nn.Module]()
     for module, names in view.names.items():
@@ -269,8 +273,14 @@ def saved_modules(view: ModelView, also_train: Sequence[str], layers: Sequence[s
         else:
             modules += names
             inside_saved.update(inside)
-            state = _state(inside)
-            tensors.update({join(name, key): state[key] for name in names for key in state})
+            for inner, below in inside.items():
+                held = {**inner._parameters, **saved_buffers(inner)}
+                tensors |= {
+                    join(join(name, below), key): tensor
+                    for name in names
+                    for key, tensor in held.items()
+                    if tensor is not None
+                }
             continue
         problems.append(f"{join(names[0], own[0])}: {why}")
     problems += [
@@ -291,25 +301,14 @@ def saved_modules(view: ModelView, also_train: Sequence[str], layers: Sequence[s
     return Saved(modules, tensors, problems)
 
 
-def _state(inside: Mapping[nn.Module, str]) -> dict[str, Tensor]:
-    """Return the parameters and buffers that the state dict of a module has, by clean names."""
-    return {
-        join(above, name): tensor
-        for module, above in inside.items()
-        for name, tensor in [*module._parameters.items(), *saved_buffers(module).items()]
-        if tensor is not None
-    }
-
-
 def in_the_model(view: ModelView, path: Path, tensors: Tensors) -> dict[str, Tensor]:
     """Return tensors of a folder: without buffers that are in the model, and tied ones once."""
     parameters = view.parameters_by_name
     # An adapter holds running statistics and no other buffers; other values of these are refused.
     buffers = {
         join(above, name): buffer
-        for module, names in view.names.items()
+        for above, module in view.modules.items()
         for name, buffer in saved_buffers(module).items()
-        for above in names
     }
     known = statistics(view.names)
     kept, problems = {}, []
