@@ -271,25 +271,26 @@ def adapter_contents(
 def _records(
     view: ModelView, blocks: Iterable[ModelBlock], *, base: bool
 ) -> tuple[LayerRecord, ...]:
+    """Return what a file says of blocks; without `base`, no fingerprints."""
     borrowers = view.borrowers()
-    return tuple(_record(one, borrowers[one.block], base=base) for one in blocks)
-
-
-def _record(one: ModelBlock, tied: Iterable[str], *, base: bool) -> LayerRecord:
-    block, geometry = one.block, geometry_of(one.layer, one.block.slot)
-    return LayerRecord(
-        name=one.name,
-        method=block.method.name,
-        r=block.r,
-        r_out=block.config.r_out,
-        in_features=geometry.in_features,
-        out_features=geometry.out_features,
-        scale=block.scale,
-        base=_base_fingerprint(one) if base else None,
-        layout=block.slot.layout,
-        rows=block.slot.rows,
-        tied=tuple(tied),
-    )
+    records = []
+    for one in blocks:
+        block, geometry = one.block, geometry_of(one.layer, one.block.slot)
+        record = LayerRecord(
+            name=one.name,
+            method=block.method.name,
+            r=block.r,
+            r_out=block.config.r_out,
+            in_features=geometry.in_features,
+            out_features=geometry.out_features,
+            scale=block.scale,
+            base=_base_fingerprint(one) if base else None,
+            layout=block.slot.layout,
+            rows=block.slot.rows,
+            tied=tuple(borrowers[block]),
+        )
+        records.append(record)
+    return tuple(records)
 
 
 def _base_fingerprint(one: ModelBlock) -> str | None:
