@@ -194,37 +194,30 @@ def _checked(
     view.model.eval()
     with torch.inference_mode(False), torch.enable_grad():
         blocks = [one.block for one in active]
-        zeros = [not gathered(block.block).count_nonzero() for block in blocks]
-        frozen = [not block.block.requires_grad for block in blocks]
+        zeros = {block for block in blocks if not gathered(block.block).count_nonzero()}
+        frozen = {block for block in blocks if not block.block.requires_grad}
         _randomise(blocks, undo)
         undo.callback(view.reshard)  # a forward gathers what is sharded
         read, outputs = _read(run, blocks)
-        gradients = _gradients(outputs, [block.block for block in blocks])
+        reached = _with_gradient(outputs, blocks)
         outputs = [output.detach() for output in outputs]
-        acting = [
-            gradient or _changes(run, block, outputs)
-            for block, gradient in zip(blocks, gradients, strict=True)
-        ]
+        acting = {block for block in blocks if block in reached or _changes(run, block, outputs)}
         try:
             merging, refusal = _merging(view, run, outputs, active), ""
         except DishaError as error:
             merging, refusal = {}, str(error)
         # Whether a block can leave zeros depends on its method, so one block of each is tried.
-        tried = {
-            block.config.method: block
-            for block, is_zero, gradient in zip(blocks, zeros, gradients, strict=True)
-            if is_zero and gradient
-        }
-        stuck = {method for method, one in tried.items() if not _leaves_zeros(run, one, undo)}
+        tried = {block.method: block for block in blocks if block in zeros and block in reached}
+        stuck = {method for method, block in tried.items() if not _leaves_zeros(run, block, undo)}
     found = []
-    for (name, layer, adapter, block), acts, gradient, is_zero, is_frozen in zip(
-        active, acting, gradients, zeros, frozen, strict=True
-    ):
-        starts = not (is_zero and block.config.method in stuck)
-        reason = _reason(block in read, acts, gradient, starts, is_frozen) or refusal
-        gradient = gradient and starts and not is_frozen
+    for name, layer, adapter, block in active:
+        is_read, acts, gradient = block in read, block in acting, block in reached
+        starts = not (block in zeros and block.method in stuck)
+        is_frozen = block in frozen
+        reason = _reason(is_read, acts, gradient, starts, is_frozen) or refusal
+        trains = gradient and starts and not is_frozen
         merges = merging.get(layer)
-        found.append(CheckedWeight(name, adapter, block in read, acts, gradient, merges, reason))
+        found.append(CheckedWeight(name, adapter, is_read, acts, trains, merges, reason))
     return tuple(found)
 
 
@@ -272,8 +265,8 @@ def _read(run: Run, blocks: list[Block]) -> tuple[set[Block], list[Tensor]]:
     return read, outputs
 
 
-def _gradients(outputs: list[Tensor], blocks: list[Tensor]) -> list[bool]:
-    """Return which blocks get a gradient from a random sum of the outputs."""
+def _with_gradient(outputs: list[Tensor], blocks: list[Block]) -> set[Block]:
+    """Return the blocks that get a gradient from a random sum of the outputs."""
     generator = torch.Generator("cpu").manual_seed(1)
     sums = [
         (output * _random(output.shape, generator).to(output)).sum()
@@ -281,16 +274,21 @@ def _gradients(outputs: list[Tensor], blocks: list[Tensor]) -> list[bool]:
         if output.requires_grad
     ]
     if not sums:
-        return [False] * len(blocks)
-    found = torch.autograd.grad(sums, blocks, allow_unused=True)
-    release(blocks)
-    return [one is not None and bool(one.count_nonzero()) for one in found]
+        return set()
+    values = [block.block for block in blocks]
+    gradients = torch.autograd.grad(sums, values, allow_unused=True)
+    release(values)
+    return {
+        block
+        for block, gradient in zip(blocks, gradients)
+        if gradient is not None and gradient.count_nonzero()
+    }
 
 
 def _leaves_zeros(run: Run, block: Block, undo: ExitStack) -> bool:
     """Whether a block of zeros gets a gradient, without which it stays zero."""
     write(block.block, torch.zeros(whole_shape(block.block), device="cpu"), undo)
-    return _gradients(run(), [block.block])[0]
+    return block in _with_gradient(run(), [block])
 
 
 def _changes(run: Run, block: Block, outputs: list[Tensor]) -> bool:
@@ -336,8 +334,8 @@ def _tensors(output: Any) -> list[Tensor]:
     if isinstance(output, Tensor):
         output = output.values() if output.is_nested else output
         return [output] if output.is_floating_point() else []
-    if isinstance(output, Mapping):
-        return [one for value in output.values() for one in _tensors(value)]
-    if isinstance(output, (list, tuple)):
-        return [one for value in output for one in _tensors(value)]
-    return [one for value in getattr(output, "__dict__", {}).values() for one in _tensors(value)]
+    inside = output
+    if not isinstance(output, (Mapping, list, tuple)):
+        inside = getattr(output, "__dict__", {})
+    parts = inside.values() if isinstance(inside, Mapping) else inside
+    return [tensor for part in parts for tensor in _tensors(part)]
