@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
@@ -12,10 +10,9 @@ from disha.functional import method_of
 from disha.layers import opaque
 from disha.layers.blocks import Block, Slot
 from disha.layers.offloading import device_of_weight
-from disha.layers.weights import read_weight, weight_shape
+from disha.layers.weights import read_weight, start_of, weight_shape
 from disha.sharding.tensor_parallel import split_of
 from disha.sharding.tensors import write
-from disha.sharding.zero import present
 
 
 def make_block(
@@ -37,13 +34,9 @@ def make_block(
         )
         own = None if weight is None else weight.dtype
         dtype = config.dtype or (own if own is torch.float64 else torch.float32)
-        if method.replaces:
-            stored: Any = weight
-            part = slot.layout.part(present(stored), slot.rows).detach()
-            values = method.block_of(slot.layout, part).to(dtype)
     block = Block(shape, slot=slot, config=config, r=r, device=device, dtype=dtype, split=split)
     if values is None:
-        block.reset_parameters()
+        block.reset_parameters(start_of(module, block))
     else:
         write(block.block, values)
     return block
