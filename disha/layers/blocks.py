@@ -283,12 +283,6 @@ class Adapters(nn.Module):
                 found[own, block.slot.name] = block
         return found
 
-    def blocks_of_first_adapter(self, parameter: str) -> tuple[Block, ...]:
-        """The blocks on a parameter, of the first adapter that has any."""
-        for blocks in self.all_blocks.get(parameter, {}).values():
-            return blocks
-        return ()
-
     def add(
         self, adapter: str, blocks: Sequence[Block], borrowed: Sequence[tuple[str, Block]] = ()
     ) -> None:
@@ -296,14 +290,13 @@ class Adapters(nn.Module):
 
         The borrowed ones are on these parameters, and children of another layer.
         """
-        for block in blocks:
-            vars(block)["training"] = self.training
-        child: nn.Module = blocks[0] if blocks else nn.ModuleDict()
-        if len(blocks) > 1 or (blocks and blocks[0].slot.name):
-            child = nn.ModuleDict()
-            # Not by the dict's own functions: they refuse names of its methods, such as "keys".
-            child._modules.update({block.slot.name or "weight": block for block in blocks})
-            child.train(self.training)
+        by_name = {block.slot.name or "weight": block for block in blocks}
+        child: nn.Module = nn.ModuleDict()
+        # Not by the dict's own functions: they refuse names of its methods, such as "keys".
+        child._modules.update(by_name)
+        child.train(self.training)
+        if list(by_name) == ["weight"]:
+            child = by_name["weight"]
         vars(child)["borrowed"] = borrowed
         self._modules[adapter] = child
         self.activate(self.active)
@@ -333,12 +326,13 @@ class Adapters(nn.Module):
         # Written to __dict__, because assigning through nn.Module is slow.
         vars(self).update(active=active, merged=merged, all_blocks=all_blocks)
         names = () if merged is not None else active
-        acting = {parameter: self._blocks_of(names, parameter) for parameter in all_blocks}
+        acting = {parameter: self.blocks_of(names, parameter) for parameter in all_blocks}
         on_weight = acting.get("weight", ())
         usual = on_weight[0] if len(on_weight) == 1 and on_weight[0].is_usual else None
         vars(self).update(active_blocks=acting, usual_block=usual)
 
-    def _blocks_of(self, adapters: Iterable[str], parameter: str) -> tuple[Block, ...]:
+    def blocks_of(self, adapters: Iterable[str], parameter: str) -> tuple[Block, ...]:
+        """The blocks of some adapters on a parameter."""
         by_adapter = self.all_blocks.get(parameter, {})
         blocks: tuple[Block, ...] = ()
         for adapter in adapters:
@@ -356,30 +350,25 @@ class Adapters(nn.Module):
         return () if context.override is None else context.override
 
     def blocks_on(self, parameter: str, override: Override | None) -> tuple[Block, ...]:
-        """The blocks that act on a parameter; of a route, those of one of its adapters."""
+        """The blocks that act on a parameter; of a route, those of all its adapters."""
         if override is None or self.merged is not None:
             return self.active_blocks.get(parameter, ())
-        if isinstance(override, Route):
-            return self.blocks_of_first_adapter(parameter)
-        return self._blocks_of(override, parameter)
+        adapters = override.adapters if isinstance(override, Route) else override
+        return self.blocks_of(adapters, parameter)
 
     def updates(
-        self,
-        blocks: tuple[Block, ...],
-        override: Override | None,
-        compiling: bool,
-        on_meta: bool = False,
+        self, parameter: str, override: Override | None, compiling: bool, on_meta: bool = False
     ) -> Updates:
         """The updates of the blocks that `blocks_on` gives; `compiling` as for `override`."""
-        if not isinstance(override, Route):
-            group = self.group if compiling else None
-            return Updates(tuple([block.update(on_meta, group) for block in blocks]))
-        by_adapter = {}
-        for all_blocks in self.all_blocks.values():
-            for adapter in override.adapters if blocks in [*all_blocks.values()] else ():
-                own = all_blocks.get(adapter, ())
-                by_adapter[adapter] = self.updates(own, None, compiling, on_meta).every
-        return Routed(override, by_adapter)
+        if isinstance(override, Route):
+            by_adapter = {
+                adapter: self.updates(parameter, (adapter,), compiling, on_meta).every
+                for adapter in override.adapters
+            }
+            return Routed(override, by_adapter)
+        group = self.group if compiling else None
+        blocks = self.blocks_on(parameter, override)
+        return Updates(tuple([block.update(on_meta, group) for block in blocks]))
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]

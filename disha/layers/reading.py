@@ -57,11 +57,11 @@ def weight_property(original: type[nn.Module], name: str) -> property:
         try:
             usual = type(base) in PLAIN and not base.is_meta and base.numel()
             if not usual or blocks[0].split is not None:
-                return _unusual_weight(adapters, base, blocks, override, compiling)
+                return _unusual_weight(adapters, name, base, blocks, override, compiling)
             layout = blocks[0].slot.layout
             if override is None and not compiling and len(blocks) == 1:
                 return effective(base, layout, Updates((blocks[0].update(),)))  # a call less
-            return effective(base, layout, adapters.updates(blocks, override, compiling))
+            return effective(base, layout, adapters.updates(name, override, compiling))
         except AttributeError as error:
             # nn.Module would return the plain parameter, and the adapter would have no effect.
             raise RuntimeError(f"the update of {name} failed: {error}") from error
@@ -82,6 +82,7 @@ def was_written(layer: nn.Module, name: str, value: Any) -> bool:
 
 def _unusual_weight(
     adapters: Adapters,
+    name: str,
     base: Any,
     blocks: tuple[Block, ...],
     override: Override | None,
@@ -92,11 +93,11 @@ def _unusual_weight(
     if split is None and base.is_meta:
         # The hook of an offloaded block does not run here: accelerate reads W before it loads D.
         if all("forward" not in block.__dict__ and block.block.is_meta for block in blocks):
-            return effective(base, layout, adapters.updates(blocks, override, compiling, True))
+            return effective(base, layout, adapters.updates(name, override, compiling, True))
         return absent(base, layout)
     if not base.numel():  # ZeRO-3 gathers it where its layer runs
         return absent(base, layout)
-    updates = adapters.updates(blocks, override, compiling)
+    updates = adapters.updates(name, override, compiling)
     if split is not None:
         if any(not is_sharded(block.block) and block.split != split for block in blocks):
             raise ModeError(

@@ -551,8 +551,9 @@ def _reason_against(one: PlannedLayer, method: str) -> str | None:
     if taken and not isinstance(module, AdaptedLayer):
         return f"it has its own attribute {min(taken)!r}, which adapters would replace"
     for place, parameter in (one.place, *one.tied.values()):
-        has_blocks = isinstance(place, AdaptedLayer)
-        for block in place.disha.blocks_of_first_adapter(parameter) if has_blocks else ():
+        if not isinstance(place, AdaptedLayer):
+            continue
+        for block in place.disha.blocks_of(place.disha, parameter):
             found = block.slot.layout
             if found != slot.layout:
                 return f"another adapter has it with the layout {found}, not {slot.layout}"
