@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Container, Sequence
 from contextlib import ExitStack
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -122,25 +121,26 @@ def merge(
     # Inference mode is off, because tensors that are made in it can never be trained.
     with torch.inference_mode(False), torch.no_grad():
         chosen = _chosen(view, adapter)
-        changed = [
-            (layer, slot) for layer in chosen for slot in slots_of(layer, chosen[layer]).values()
-        ]
-        places = {
-            join(name, slot.parameter) for layer, slot in changed for name in view.names[layer]
+        slots = {layer: slots_of(layer, names) for layer, names in chosen.items()}
+        changed = {
+            join(name, parameter)
+            for layer, own in slots.items()
+            for parameter in own
+            for name in view.names[layer]
         }
-        changes = {}
-        done: dict[int, Any] = {}  # a tied parameter is merged once
-        for layer, slot in changed:
-            name = join(view.names[layer][0], slot.parameter)
-            shared = _check_mergeable(view, name, layer, slot, places, untie=untie, dense=dense)
-            key = id(layer._parameters[slot.parameter])
-            if key not in done:
-                done[key] = _merged(name, layer, slot, chosen[layer], shared)
-            changes[layer, slot.parameter] = done[key]
-        for (layer, parameter), (_, new) in changes.items():
-            _replace(layer, parameter, new, undo)
+        done: dict[int, tuple[Original, Tensor]] = {}  # a tied parameter is merged once
         for layer, names in chosen.items():
-            originals = {own: one for (of, own), (one, _) in changes.items() if of is layer}
+            originals = {}
+            for parameter, slot in slots[layer].items():
+                name = join(view.names[layer][0], parameter)
+                shared = _check_mergeable(
+                    view, name, layer, slot, changed, untie=untie, dense=dense
+                )
+                key = id(layer._parameters[parameter])
+                if key not in done:
+                    done[key] = _merged(name, layer, slot, names, shared)
+                originals[parameter], new = done[key]
+                _replace(layer, parameter, new, undo)
             _note_merged(layer, Merged(names, originals), undo)
 
 
