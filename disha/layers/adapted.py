@@ -7,6 +7,7 @@ the module's own forward runs. Its new child `disha` holds the blocks.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
@@ -141,36 +142,34 @@ def refuse_merged(layers: Iterable[AdaptedLayer], action: str) -> None:
 
 # --- to an adapted class and back ----------------------------------------------------------------
 
-_Key = tuple[type[nn.Module], tuple[str, ...], bool]
-_CLASSES: dict[_Key, type[AdaptedLayer]] = {}
 
-
+@functools.cache
 def adapted_class(
     original: type[nn.Module], parameters: tuple[str, ...], is_opaque: bool
 ) -> type[AdaptedLayer]:
     """Return the adapted class for `original`. Each combination of arguments has one class."""
-    key = (original, parameters, is_opaque)
-    if key not in _CLASSES:
-        namespace: dict[str, Any] = {
-            "__module__": AdaptedLayer.__module__,
-            "__doc__": f"{original.__qualname__}, adapted by disha.",
-            "_made_on_the_fly": True,
-            "_original_class": original,
-            "_adapted_parameters": parameters,
-            "_is_opaque": is_opaque,
-            "__reduce_ex__": _reduced,
-        }
-        if hasattr(original, "reset_parameters"):
-            namespace["reset_parameters"] = reset_parameters
-        if is_opaque:
-            bases: tuple[type, ...] = (*opaque.leading_bases(original), AdaptedLayer, original)
-        else:
-            namespace |= {name: weight_property(original, name) for name in parameters}
-            bases = (AdaptedLayer, original)
-            if issubclass(original, nn.RNNBase):
-                bases = (_Recurrent, *bases)
-        _CLASSES[key] = type(f"Adapted{original.__name__}", bases, namespace)
-    return _CLASSES[key]
+    if (original, parameters) == (nn.Linear, ("weight",)) and not is_opaque:
+        return AdaptedLinear
+    namespace: dict[str, Any] = {
+        "__module__": AdaptedLayer.__module__,
+        "__doc__": f"{original.__qualname__}, adapted by disha.",
+        "_made_on_the_fly": True,
+        "_original_class": original,
+        "_adapted_parameters": parameters,
+        "_is_opaque": is_opaque,
+        "__reduce_ex__": _reduced,
+    }
+    if hasattr(original, "reset_parameters"):
+        namespace["reset_parameters"] = reset_parameters
+    leading: tuple[type, ...] = ()
+    if is_opaque:
+        leading = opaque.leading_bases(original)
+    else:
+        namespace |= {name: weight_property(original, name) for name in parameters}
+        if issubclass(original, nn.RNNBase):
+            leading = (_Recurrent,)
+    bases = (*leading, AdaptedLayer, original)
+    return type(f"Adapted{original.__name__}", bases, namespace)
 
 
 def _reduced(layer: Any, protocol: Any) -> Any:
@@ -223,7 +222,6 @@ class AdaptedLinear(AdaptedLayer, nn.Linear):
 
 
 AdaptedLinear.weight = weight_property(nn.Linear, "weight")  # type: ignore[assignment]
-_CLASSES[nn.Linear, ("weight",), False] = AdaptedLinear
 
 
 class _Recurrent(nn.Module):
@@ -257,30 +255,33 @@ def _list_plain_weights(layer: Any) -> None:
     layer.__dict__["_flat_weights"] = [layer._parameters.get(name) for name in names]
 
 
-def adapt(module: nn.Module, parameters: Iterable[str], is_opaque: bool) -> None:
-    """Move a module to the class that adapts these parameters too, and give it `Adapters`."""
-    original, names = type(module), [*parameters]
+def adapt(module: nn.Module, parameters: Iterable[str], is_opaque: bool) -> Adapters:
+    """Move a module to the class that adapts these parameters too, and return its `Adapters`."""
+    original: Any = type(module)
+    known: tuple[str, ...] = ()
     if isinstance(module, AdaptedLayer):
-        original, is_opaque = module._original_class, module._is_opaque
-        names = [*module._adapted_parameters, *names]
-        if set(names) <= set(module._adapted_parameters):
-            return
-        refuse_changed_class(module, "it")
-    try:
-        _set_class(module, adapted_class(original, tuple(dict.fromkeys(names)), is_opaque))
-    except TypeError as error:
-        raise ArgumentError(
-            f"{original.__name__} can't be adapted: Python does not let its class change "
-            f"({error}); leave it out with exclude="
-        ) from error
-    if CHILD_NAME in module._modules:
-        return
-    adapters = Adapters()
-    vars(adapters)["training"] = module.training
-    # Written to _modules, because the user's class may guard its attributes.
-    module._modules[CHILD_NAME] = adapters
-    if is_opaque:
-        opaque.attach_hook(module)
+        original, known = module._original_class, module._adapted_parameters
+        is_opaque = module._is_opaque
+    names = tuple(dict.fromkeys((*known, *parameters)))
+    if names != known:
+        if known:
+            refuse_changed_class(module, "it")
+        try:
+            _set_class(module, adapted_class(original, names, is_opaque))
+        except TypeError as error:
+            raise ArgumentError(
+                f"{original.__name__} can't be adapted: Python does not let its class change "
+                f"({error}); leave it out with exclude="
+            ) from error
+    adapters = module._modules.get(CHILD_NAME)
+    if not isinstance(adapters, Adapters):
+        adapters = Adapters()
+        vars(adapters)["training"] = module.training
+        # Written to _modules, because the user's class may guard its attributes.
+        module._modules[CHILD_NAME] = adapters
+        if is_opaque:
+            opaque.attach_hook(module)
+    return adapters
 
 
 def restore(layer: nn.Module) -> None:

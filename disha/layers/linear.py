@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from disha.config import AdapterConfig, Init
 from disha.errors import ArgumentError, ArgumentTypeError
 from disha.functional import layout_of
-from disha.layers.adapted import AdaptedLinear
-from disha.layers.blocks import CHILD_NAME, Adapters, Slot, check_adapter_name
+from disha.layers.adapted import AdaptedLinear, adapt
+from disha.layers.blocks import Slot, check_adapter_name
 from disha.layers.gradient_flags import set_requires_grad
 from disha.layers.new_blocks import make_block
 
@@ -114,9 +114,7 @@ class _LinearWithAdapter(AdaptedLinear):
         if reason is not None:
             raise ArgumentError(f"{type(self).__name__}: {reason}")
         block = make_block(self, WEIGHT, config, config.r)
-        adapters = Adapters()
-        vars(adapters)["training"] = self.training
-        self._modules[CHILD_NAME] = adapters
+        adapters = adapt(self, [WEIGHT.parameter], is_opaque=False)
         adapters.add(adapter, [block])
         adapters.activate((adapter,))
         for name in ("weight", "bias") if freeze else ():

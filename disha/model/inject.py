@@ -16,7 +16,7 @@ from disha.effective.contexts import LOOSE, OPEN, Group
 from disha.errors import ArgumentError, ModeError
 from disha.layers import gradient_flags
 from disha.layers.adapted import AdaptedLayer, adapt, readapt, refuse_changed_class, restore
-from disha.layers.blocks import CHILD_NAME, Adapters, Block
+from disha.layers.blocks import Block
 from disha.layers.encoder import Encoder, guard_encoder
 from disha.layers.new_blocks import make_block
 from disha.model import running_statistics
@@ -173,9 +173,7 @@ def apply_plan(view: ModelView, plan: Plan, undo: ExitStack, *, activate: bool =
     for module in modules:
         own, tied = blocks[module], borrowed[module]
         names = [block.slot.parameter for block in own] + [name for name, _ in tied]
-        adapt(module, names, any(block.slot.opaque for block in own))
-        adapters = module._modules[CHILD_NAME]
-        assert isinstance(adapters, Adapters)
+        adapters = adapt(module, names, any(block.slot.opaque for block in own))
         if not len(adapters):
             group.take(adapters, former=adapters.group)
         adapters.add(plan.adapter, own, tied)
