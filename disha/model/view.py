@@ -6,6 +6,7 @@ A public function builds one view and passes it down. Names are those in the unw
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import cached_property
@@ -190,14 +191,12 @@ class ModelView:
         ]
 
     def borrowers(self) -> dict[Block, dict[str, AdaptedLayer]]:
-        """Return every block -> the tied parameters that have it too, and their layers."""
-        homes = {one.block: (one.layer, one.block.slot.parameter) for one in self.blocks()}
-        borrowers: dict[Block, dict[str, AdaptedLayer]] = {block: {} for block in homes}
+        """Return each block -> the tied parameters that borrow it, and their layers."""
+        borrowers = defaultdict[Block, dict[str, AdaptedLayer]](dict)
         for name, layer in self.layers:
-            for parameter, blocks in layer.disha.all_blocks.items():
-                for block in chain.from_iterable(blocks.values()):
-                    if homes[block] != (layer, parameter):
-                        borrowers[block][join(name, parameter)] = layer
+            children: Any = layer.disha.children()
+            for parameter, block in chain.from_iterable(child.borrowed for child in children):
+                borrowers[block][join(name, parameter)] = layer
         return borrowers
 
     @property
