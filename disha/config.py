@@ -42,8 +42,8 @@ class AdapterConfig:
 
     Args:
         r: shard size, at least 1.
-        target: the regex, or several, that is searched in names, or `"all-linear"`; None if a
-            predicate chose the targets.
+        target: the regex, or several, that is searched in names, or `"all-linear"`. A predicate
+            that chooses the targets is recorded as None.
         method: a key of `disha.functional.METHODS`, such as `"bone"` (also called `"miss"`) or
             `"bat"`.
         r_out: size of the output shard, which makes Bone a tile, or None.
@@ -109,10 +109,12 @@ class AdapterConfig:
         if not 0.0 <= self.dropout < 1.0:
             raise ArgumentError(f"dropout must be at least 0 and below 1, got {self.dropout}")
         check_dtype(self.dtype)
-        if self.target is not None and not isinstance(self.target, str):
-            values["target"] = _as_tuple("target_regex", self.target)
+        if callable(self.target):
+            values["target"] = None
+        elif self.target is not None and not isinstance(self.target, str):
+            values["target"] = as_tuple("target_regex", self.target)
         for name in ("exclude", "also_train"):
-            values[name] = _as_tuple(name, values[name])
+            values[name] = as_tuple(name, values[name])
         values["rank_pattern"] = _as_dict("rank_pattern", self.rank_pattern, check_positive_int)
         values["layouts"] = _as_dict("layouts", self.layouts, lambda _, one: layout_of(one).pattern)
         values["rows"] = _as_dict("rows", self.rows, checked_rows)
@@ -234,7 +236,7 @@ def check_dtype(dtype: object) -> None:
         raise ArgumentError(f"a block can't be trained in {brief(dtype)}; allowed are {allowed}")
 
 
-def _as_tuple(name: str, patterns: Any) -> tuple[str, ...]:
+def as_tuple(name: str, patterns: Any) -> tuple[str, ...]:
     """Return one regex, several, or None as a tuple."""
     found = [patterns] if isinstance(patterns, str) else () if patterns is None else patterns
     check_type(name, found, Sequence, "a regex (str) or a list of them")

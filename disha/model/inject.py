@@ -6,12 +6,12 @@ import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
-from disha.config import Init, MethodName, Patterns, with_hints
+from disha.config import AdapterConfig, Init, MethodName, Patterns, with_hints
 from disha.effective.contexts import LOOSE, OPEN, Group
 from disha.errors import ArgumentError, ModeError
 from disha.layers import gradient_flags
@@ -116,23 +116,13 @@ def inject_adapters(
         >>> [name for name, p in model.named_parameters() if p.requires_grad]
         ['0.disha.default.bone_block', '2.disha.default.bone_block']
     """
-    settings = {
-        "method": method,
-        "r_out": r_out,
-        "exclude": exclude,
-        "rank_pattern": rank_pattern,
-        "layouts": layouts,
-        "rows": rows,
-        "dropout": dropout,
-        "scale": scale,
-        "dtype": dtype,
-        "init": init,
-        "also_train": also_train,
-    }
     view = ModelView(model)
-    plan = plan_injection(
-        view, target_regex, r, settings, adapter, freeze, also_train_rows, strict=True
-    )
+    settings: Any = (
+        r, target_regex, method, r_out, exclude, rank_pattern, layouts, rows, dropout, scale, dtype,
+        init, also_train,
+    )  # fmt: skip
+    config = AdapterConfig(*settings)
+    plan = plan_injection(view, target_regex, config, adapter, freeze, also_train_rows, strict=True)
     _warn_of_skipped(plan)
     with all_or_nothing(view) as undo:
         apply_plan(view, plan, undo)

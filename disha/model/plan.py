@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -27,12 +27,12 @@ from disha.config import (
     Init,
     MethodName,
     Patterns,
+    as_tuple,
     matching,
     with_hints,
 )
 from disha.errors import ArgumentError, ArgumentTypeError, TargetError
 from disha.functional import Geometry, Update, layout_of, method_names, method_of
-from disha.functional.layouts import Layout
 from disha.functional.products import update_of_part
 from disha.layers.adapted import AdaptedLayer
 from disha.layers.bitsandbytes import parameter_count
@@ -52,9 +52,6 @@ Target = str | Sequence[str] | Callable[[str, nn.Module], bool]
 
 Place = tuple[Any, str]
 """A module, and its attribute that holds a parameter."""
-
-ROWS = Layout("out in")
-"""The layout in which the first axis of a matrix has its rows."""
 
 
 # --- the plan ------------------------------------------------------------------------------------
@@ -160,8 +157,6 @@ class Plan:
         skipped: what the target selects but would not be adapted, each with its `reason`.
         unknown: the matrix parameters of the model whose layouts are unknown.
         convolutions: names of the convolutions that `"all-linear"` leaves out.
-        tied: the names of each adapted parameter that several modules share, if they read its one
-            block; those that `exclude` leaves out do not.
         trainable: number of parameters in the model that would require gradients afterwards.
         total: number of parameters of the model afterwards, blocks included. A quantised weight
             counts as a dense one.
@@ -187,9 +182,16 @@ class Plan:
     skipped: tuple[PlannedLayer, ...] = ()
     unknown: tuple[PlannedLayer, ...] = ()
     convolutions: tuple[str, ...] = ()
-    tied: tuple[tuple[str, ...], ...] = ()
     trainable: int = 0
     total: int = 0
+
+    @property
+    def tied(self) -> tuple[tuple[str, ...], ...]:
+        """The names of each adapted parameter that several modules share and read with its block.
+
+        Those that `exclude` leaves out do not read it.
+        """
+        return tuple((one.parameter_names[-1], *one.tied) for one in self.layers if one.tied)
 
     @property
     def added(self) -> int:
@@ -291,22 +293,14 @@ def plan_adapters(
         skipped 1: no layer kind adapts LayerNorm
         adapter 'default': 1 layer, 8 parameters; trainable 8 of 52 (15.385%)
     """
-    settings = {
-        "method": method,
-        "r_out": r_out,
-        "exclude": exclude,
-        "rank_pattern": rank_pattern,
-        "layouts": layouts,
-        "rows": rows,
-        "dropout": dropout,
-        "scale": scale,
-        "dtype": dtype,
-        "init": init,
-        "also_train": also_train,
-    }
     view = ModelView(model)
+    settings: Any = (
+        r, target_regex, method, r_out, exclude, rank_pattern, layouts, rows, dropout, scale, dtype,
+        init, also_train,
+    )  # fmt: skip
+    config = AdapterConfig(*settings)
     plan = plan_injection(
-        view, target_regex, r, settings, adapter, freeze, also_train_rows, strict=False
+        view, target_regex, config, adapter, freeze, also_train_rows, strict=False
     )
     return _with_counts(view, plan)
 
@@ -314,8 +308,7 @@ def plan_adapters(
 def plan_injection(
     view: ModelView,
     target: Target,
-    r: int,
-    settings: Mapping[str, Any],
+    config: AdapterConfig,
     adapter: str,
     freeze: bool,
     also_train_rows: Mapping[str, Sequence[int]] | None = None,
@@ -327,50 +320,54 @@ def plan_injection(
 
     What `plain` matches does not read the update of a tied parameter; `exclude` by default.
     """
-    if target is None or target in ([], ()):
+    parts = () if callable(target) else as_tuple("target_regex", target)
+    if not parts and not callable(target):
         raise ArgumentTypeError(
             f"target_regex must be a regex, a list of them, {ALL_LINEAR!r} or a predicate "
             f"(name, module) -> bool, got {target!r}"
         )
-    recorded = None if callable(target) else target
-    config = AdapterConfig(r, recorded, **settings)
     check_addable(view, adapter)
     known = _layers_of(view, config)
     layers, skipped, unfit = [], [], []
     with_rows: tuple[PlannedLayer, ...] = ()
     if also_train_rows:
-        own: Any = {"layouts": dict.fromkeys(also_train_rows, "out in"), "rows": also_train_rows}
-        own |= {"method": "rows", "dtype": config.dtype}
-        of_rows = view, [*also_train_rows], 1, own, adapter, freeze, None, config.exclude
-        plan = plan_injection(*of_rows, strict=strict)
-        with_rows, skipped = plan.layers, [*plan.skipped]
-    taken = {place for one in with_rows for place in (one.place, *one.tied.values())}
-    for one in _selected(view, known, target, config.exclude):
-        if one.slot is not None and not one.reason:
-            if one.place in taken:
-                continue  # it reads the block of another one
-            one = replace(one, tied=_tied(view, one, plain or config.exclude))
-            taken.update(one.tied.values())
-        reason = one.reason or _reason_against(one, config.method)
-        if reason:
-            skipped.append(replace(one, reason=reason))
-            continue
-        one = replace(
-            one, config=config, r=config.rank_of(*one.names, *one.module_names, *one.tied)
+        of_rows = _for_rows(config, also_train_rows)
+        regexes = [*also_train_rows]
+        plan = plan_injection(
+            view, regexes, of_rows, adapter, freeze, plain=config.exclude, strict=strict
         )
-        reason = _reason_against_block(one)
+        with_rows, skipped = plan.layers, [*plan.skipped]
+    taken = {place for layer in with_rows for place in (layer.place, *layer.tied.values())}
+    patterns = [part for part in parts if part != ALL_LINEAR]
+    linear = _all_linear(view, known) if ALL_LINEAR in parts else ()
+
+    def is_matched(name: str, module: nn.Module) -> bool:
+        return bool(matching(patterns, [name]))
+
+    chooses = target if callable(target) else is_matched
+    for layer in _selected(view, known, chooses, frozenset(linear), config.exclude):
+        if layer.slot is not None and not layer.reason:
+            if layer.place in taken:
+                continue  # it reads the block of another one
+            layer = replace(layer, tied=_tied(view, layer, plain or config.exclude))
+            taken.update(layer.tied.values())
+        reason = layer.reason or _reason_against(layer, config.method)
+        if reason:
+            skipped.append(replace(layer, reason=reason))
+            continue
+        r = config.rank_of(*layer.names, *layer.module_names, *layer.tied)
+        layer = replace(layer, config=config, r=r)
+        reason = _reason_against_block(layer)
         if reason is None:
-            layers.append(one)
+            layers.append(layer)
         else:
-            unfit.append(replace(one, reason=reason))
+            unfit.append(replace(layer, reason=reason))
     if not layers and not unfit:
         raise TargetError(_nothing_selected(target, known, skipped))
-    listed = [] if callable(target) or isinstance(target, str) else target
-    patterns = {"target_regex": [part for part in listed if part != ALL_LINEAR], **vars(config)}
-    for argument in ("target_regex", "exclude", "rank_pattern", "layouts", "rows"):
-        if patterns[argument]:
-            names = [name for one in known for name in (*one.module_names, *one.parameter_names)]
-            _refuse_unused(argument, patterns[argument], names)
+    names = [name for layer in known for name in (*layer.module_names, *layer.parameter_names)]
+    _refuse_unused("target_regex", patterns, names)
+    for argument in ("exclude", "rank_pattern", "layouts", "rows"):
+        _refuse_unused(argument, vars(config)[argument], names)
     if unfit and strict:
         raise ArgumentError(
             f"{_shown(unfit)}. Choose a smaller `r`, or an `r_out` that divides the outputs, give "
@@ -390,8 +387,10 @@ def plan_injection(
     )
 
 
-def _for_rows(config: AdapterConfig) -> AdapterConfig:
-    return AdapterConfig(1, None, "rows", dtype=config.dtype)
+def _for_rows(config: AdapterConfig, rows: Mapping[str, Any]) -> AdapterConfig:
+    """Return the configuration of new rows, which are trained beside an adapter."""
+    layouts = dict.fromkeys(rows, "out in")
+    return AdapterConfig(1, None, "rows", layouts=layouts, rows=rows, dtype=config.dtype)
 
 
 def _layers_of(view: ModelView, config: AdapterConfig) -> list[PlannedLayer]:
@@ -487,9 +486,9 @@ def _as_recorded(
 ) -> PlannedLayer:
     """Return a weight with the block and the rows of the file, and its layout if none is known."""
     slot = one.slot
-    config = config if layer.method == config.method else _for_rows(config)
+    config = config if layer.method == config.method else _for_rows(config, {})
     if one.attribute and (slot is None or method_of(layer.method).replaces):
-        slot = replace(slot or slot_of(one.attribute, ROWS), layout=layer.layout)
+        slot = replace(slot or slot_of(one.attribute, layer.layout), layout=layer.layout)
     if slot is not None and layer.rows:
         slot = replace(slot, rows=layer.rows)
     return replace(one, slot=slot, config=config, r=layer.r, values=values)
@@ -652,29 +651,26 @@ def check_addable(
 
 
 def _selected(
-    view: ModelView, known: list[PlannedLayer], target: Target, exclude: tuple[str, ...]
+    view: ModelView,
+    known: list[PlannedLayer],
+    chooses: Callable[[str, nn.Module], bool],
+    linear: Container[PlannedLayer],
+    exclude: tuple[str, ...],
 ) -> list[PlannedLayer]:
-    """Return what a target selects, with a reason if it is excluded."""
-    parts = [target] if callable(target) or isinstance(target, str) else target
-    linear = set(_all_linear(view, known) if ALL_LINEAR in parts else ())
-    patterns = [part for part in parts if isinstance(part, str) and part != ALL_LINEAR]
+    """Return what a predicate or `linear` selects, with a reason if it is excluded."""
     # nn.MultiheadAttention itself reads the weight of its child `out_proj`.
     readers = {m.out_proj: m for m in view.names if isinstance(m, nn.MultiheadAttention)}
     found = []
     for one in known:
         reader = readers.get(one.module, one.module)  # type: ignore[call-overload]
-        names = (*one.names, *one.module_names, *view.names[reader])
-        if callable(target):
-            asked = dict.fromkeys((*one.names, *one.module_names), one.module)
-            asked |= dict.fromkeys(view.names[reader], reader)
-            chosen = any(target(name, module) for name, module in asked.items())
-        else:
-            chosen = one in linear or bool(matching(patterns, names))
+        asked = dict.fromkeys((*one.names, *one.module_names), one.module)
+        asked |= dict.fromkeys(view.names[reader], reader)
+        chosen = one in linear or any(chooses(name, module) for name, module in asked.items())
         # A module without parameters is no miss.
         if chosen and (
             one.attribute or any(p is not None for p in one.module._parameters.values())
         ):
-            found.append(replace(one, reason=EXCLUDED) if matching(exclude, names) else one)
+            found.append(replace(one, reason=EXCLUDED) if matching(exclude, [*asked]) else one)
     return found
 
 
@@ -782,8 +778,7 @@ def _reason_against_training(one: ModelParameter) -> str | None:
 
 
 def _with_counts(view: ModelView, plan: Plan) -> Plan:
-    """Return a plan with what only its reader needs: numbers of parameters, and tied names."""
-    tied = tuple((one.parameter_names[-1], *one.tied) for one in plan.layers if one.tied)
+    """Return a plan with what only its reader needs: the numbers of parameters."""
     blocks = [one.block.block for one in view.blocks()]
     total = plan.added + sum(map(parameter_count, blocks))
     trainable = plan.added + sum(parameter_count(one) for one in blocks if one.requires_grad)
@@ -794,4 +789,4 @@ def _with_counts(view: ModelView, plan: Plan) -> Plan:
         stays = not plan.freeze or one.is_claimed()
         if one.name in plan.also_train or (stays and one.value.requires_grad):
             trainable += one.size
-    return replace(plan, tied=tied, trainable=trainable, total=total)
+    return replace(plan, trainable=trainable, total=total)
