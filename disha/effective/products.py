@@ -13,7 +13,6 @@ from disha import functional
 from disha.effective.rules import RULES, Operation, rule, rules
 from disha.effective.views import is_index, item_of, turned
 from disha.effective.weight import EffectiveWeight, compute_first
-from disha.functional import adapted_linear
 from disha.functional.private_torch import GROUPED
 
 
@@ -74,9 +73,7 @@ def _weight_first(weight: EffectiveWeight, x: Tensor) -> Any:
             return torch.matmul(w, x.mT)
 
         return functional.adapted_product(multiply, x.mT, base, None, layout, updates)
-    if stack:
-        return functional.adapted_stack(x.mT, base, updates).mT
-    return adapted_linear(x.mT, base, None, updates).mT
+    return _matmul(x.mT, turned(weight)).mT
 
 
 @rule("addmm")
@@ -117,8 +114,8 @@ def _conv(
 ) -> Any:
     if not isinstance(weight, EffectiveWeight) or not weight.weight_layout.has_kernel:
         return NotImplemented
-    in_first = func in (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
-    if weight.weight_layout.in_first != in_first:
+    transposes = func.__name__.startswith("conv_transpose")
+    if weight.weight_layout.in_first != transposes:
         return NotImplemented
 
     def convolve(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:

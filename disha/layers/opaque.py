@@ -250,9 +250,6 @@ def add_updates(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], outp
 def _delta(module: nn.Module, slot: Slot, x: Tensor, update: Update) -> Tensor:
     """Return s dW x of one update; only methods that need W read it."""
     weight = weight_for(update.method, module, slot, _own_weight(module), update.block)
-    multiply = _look_up if slot.layout.pattern == "index out" else F.linear
+    # Without a bias, which stands where an embedding has its padding_idx.
+    multiply: Any = F.embedding if slot.layout.pattern == "index out" else F.linear
     return update_product(multiply, x, weight, slot.layout, update)
-
-
-def _look_up(indices: Tensor, table: Tensor, bias: Tensor | None) -> Tensor:
-    return F.embedding(indices, table)
