@@ -379,7 +379,7 @@ def conv_case(name, dtype=torch.float64):
     groups = options.get("groups", 1)
     outputs = shape[1] * groups if layout.in_first else shape[0]
     x, weight, bias = (torch.randn(s, dtype=dtype) for s in (inputs, shape, (outputs,)))
-    return convolve, layout, groups, x, weight, bias
+    return convolve, layout, x, weight, bias
 
 
 @pytest.mark.parametrize(
@@ -389,14 +389,14 @@ def conv_case(name, dtype=torch.float64):
 )  # fmt: skip
 @pytest.mark.parametrize("name", CONVOLUTIONS)
 def test_a_convolution(name, combination):
-    convolve, layout, groups, x, weight, bias = conv_case(name)
+    convolve, layout, x, weight, bias = conv_case(name)
     x.requires_grad_()
     updates = [
         make_update(kind, layout, weight, dropout=dropout, rows=rows)
         for kind, dropout, rows in COMBINATIONS[combination]
     ]
     torch.manual_seed(1)
-    found = functional.adapted_product(convolve, x, weight, bias, layout, updates, groups)
+    found = functional.adapted_product(convolve, x, weight, bias, layout, updates)
     torch.manual_seed(1)
     expected = convolve(x, weight, bias)
     for update in updates:

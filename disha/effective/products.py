@@ -121,10 +121,7 @@ def _conv(
     def convolve(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
         return func(x, w, b, *args, **kwargs)
 
-    # After the bias: stride, padding, then dilation or output_padding, then groups.
-    groups = args[3] if len(args) > 3 else kwargs.get("groups", 1)
-    base, layout = weight.base, weight.weight_layout
-    return weight.updates.product(convolve, input, base, bias, layout, groups)
+    return weight.updates.product(convolve, input, weight.base, bias, weight.weight_layout)
 
 
 @rule(F.embedding)
@@ -145,8 +142,8 @@ def _embedding(
         return compute_first(F.embedding, args, {})
 
     def look_up(indices: Tensor, table: Tensor, bias: Tensor | None) -> Tensor:
-        own = sparse and table is weight.base  # a computed weight needs a dense gradient
-        return F.embedding(indices, table, padding_idx, None, 2.0, False, own)
+        is_sparse = sparse and table is weight.base  # a computed weight needs a dense gradient
+        return F.embedding(indices, table, padding_idx, sparse=is_sparse)
 
     return weight.updates.product(look_up, input, weight.base, None, weight.weight_layout)
 

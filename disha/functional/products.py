@@ -144,7 +144,6 @@ def adapted_product(
     bias: Tensor | None,
     layout: Layout,
     updates: Sequence[Update],
-    groups: int = 1,
 ) -> Tensor:
     """Return a product of x with W + sum of s dW, plus b.
 
@@ -157,25 +156,20 @@ def adapted_product(
     small, folded, others = _divided(updates, layout, sizes)
     output = multiply(x, computed_weight(weight, layout, folded), bias)
     for one in small:
-        output = added(output, _reduced_product(multiply, x, layout, one, sizes, groups))
+        output = added(output, _reduced_product(multiply, x, layout, one, sizes))
     for update in others:
-        output = added(output, update_product(multiply, x, weight, layout, update, groups))
+        output = added(output, update_product(multiply, x, weight, layout, update))
     return output
 
 
 def update_product(
-    multiply: Product,
-    x: Tensor,
-    weight: Tensor,
-    layout: Layout,
-    update: Update,
-    groups: int = 1,
+    multiply: Product, x: Tensor, weight: Tensor, layout: Layout, update: Update
 ) -> Tensor:
     """Return the product of x with s dW of one update, with its dropout."""
     sizes = layout.geometry(weight.shape)
     small = reduced_updates([update], layout, sizes)
     if small:
-        return _reduced_product(multiply, x, layout, small[0], sizes, groups)
+        return _reduced_product(multiply, x, layout, small[0], sizes)
     rows = update.rows if layout.pattern == "out in" else ()  # then the product has only these
     own = () if rows else update.rows
     part, block = layout.part(weight, rows), update.chosen_block()
@@ -197,7 +191,7 @@ def update_product(
 
 
 def _reduced_product(
-    multiply: Product, x: Tensor, layout: Layout, small: Reduced, sizes: Geometry, groups: int
+    multiply: Product, x: Tensor, layout: Layout, small: Reduced, sizes: Geometry
 ) -> Tensor:
     """Return s S(x) R: the product of the shard sums with a smaller weight of the same layout."""
     matrix, dropout, chosen = small
@@ -218,6 +212,7 @@ def _reduced_product(
     # A linear tile is repeated after the product, so backward keeps nothing of the larger size.
     matrix = matrix if multiply is F.linear else tiled(matrix, out_features)
     dim = 1 - layout.weight(matrix.mT).dim() if layout.has_kernel else -1
+    groups = x.shape[dim] // sizes.in_features  # of a convolution: each has its own inputs
     if groups > 1:
         x = torch.unflatten(x, dim, (groups, -1))
     sums, regain = shard_sums(x, r, dim)

@@ -62,20 +62,19 @@ class Route:
         """Return the runs in the order of the samples. An adapter may have several."""
         return self._runs_of(self.names, size)
 
-    def by_adapter(self, size: int, device: torch.device) -> tuple[list[Run], Tensor]:
-        """Return one run for each adapter, and the indices that sort a leading dimension so.
+    def by_adapter(
+        self, size: int, device: torch.device
+    ) -> tuple[list[tuple[str, Tensor]], Tensor]:
+        """Return each adapter with its indices along a leading dimension, and all these indices.
 
-        What has no adapter comes last.
+        What has no adapter comes last, under an empty name.
         """
         places = self._places(self.adapters)
         order = sorted(range(len(places)), key=places.__getitem__)
         runs = self._runs_of([self.names[sample] for sample in order], size)
-        return runs, self._entries(order, size, device)
-
-    def rows(self, adapter: str, size: int, device: torch.device) -> Tensor:
-        """Return the indices along a leading dimension that go through an adapter."""
-        own = [sample for sample, name in enumerate(self.names) if name == adapter]
-        return self._entries(own, size, device)
+        indices = self._entries(order, size, device)
+        each = torch.split(indices, [entries for _, entries in runs])
+        return [(name or "", own) for (name, _), own in zip(runs, each)], indices
 
     def choices(self, adapters: Sequence[str], device: torch.device) -> Tensor:
         """Return the index of each sample's adapter, or the number of adapters for no adapter."""
@@ -119,9 +118,7 @@ class Routed(Updates):
         self.by_adapter = by_adapter
         self.batch = batch
 
-    def of_input(
-        self, x: Tensor, shape: Sequence[int], layout: Layout
-    ) -> tuple[Update, ...] | None:
+    def of_input(self, x: Tensor, shape: Sequence[int]) -> tuple[Update, ...] | None:
         """Return the updates for the samples of an input, or None if these have their own.
 
         Raise unless the input has samples first, a multiple of the number of names.
@@ -167,7 +164,7 @@ class Routed(Updates):
             first = x.reshape(-1, self.batch, x.shape[-1]).transpose(0, 1)
             output = Routed(self.route, self.by_adapter).linear(first, weight, bias)
             return output.transpose(0, 1).contiguous().view(*x.shape[:-1], output.shape[-1])
-        same = self.of_input(x, weight.shape, MATRIX)
+        same = self.of_input(x, weight.shape)
         if same is not None or not x.shape[0]:
             return adapted_linear(x, weight, bias, same or ())
         if not all(update.method.reduces for update in self.every):
@@ -184,10 +181,9 @@ class Routed(Updates):
 
     def added(self, output: Tensor, x: Tensor, delta_of: DeltaOf) -> Tensor:
         """Return an output plus, for each sample, what the updates of its own adapter add."""
-        size, device = x.shape[0], x.device
-        for adapter, updates in self.by_adapter.items():
-            rows = self.route.rows(adapter, size, device)
-            for update in updates:
+        each, _ = self.route.by_adapter(x.shape[0], x.device)
+        for adapter, rows in each:
+            for update in self.by_adapter.get(adapter, ()):
                 delta = delta_of(x.index_select(0, rows), update)
                 output = output.index_add(0, rows, delta.to(output.dtype))
         return output
@@ -195,11 +191,10 @@ class Routed(Updates):
 
 def _linear_by_adapter(x: Tensor, weight: Tensor, bias: Tensor | None, routed: Routed) -> Tensor:
     """Sort the samples by adapter, multiply each run, and put the outputs back in order."""
-    route, size = routed.route, x.shape[0]
-    runs, order = route.by_adapter(size, x.device)
-    parts, each = [], torch.split(order, [entries for _, entries in runs])
-    for (adapter, _), rows in zip(runs, each, strict=True):
-        own = routed.by_adapter.get(adapter or "", ())
+    each, order = routed.route.by_adapter(x.shape[0], x.device)
+    parts = []
+    for adapter, rows in each:
+        own = routed.by_adapter.get(adapter, ())
         parts.append(adapted_linear(x.index_select(0, rows), weight, bias, own))
     together = torch.cat(parts)
     return torch.empty_like(together).index_copy(0, order, together)
@@ -228,11 +223,11 @@ def _with_alike(output: Tensor, x: Tensor, route: Route, alike: Mapping[str, Ten
             if (matrix := matrices.get(adapter or "")) is not None:
                 into.view(-1, out_features).addmm_(own.flatten(0, 1), matrix, alpha=regain)
         return outputs.reshape(output.shape)
-    runs, order = route.by_adapter(size, x.device)
-    parts = torch.split(sums.index_select(0, order), [entries for _, entries in runs])
+    each_rows, order = route.by_adapter(size, x.device)
+    parts = torch.split(sums.index_select(0, order), [len(rows) for _, rows in each_rows])
     deltas = []
-    for (adapter, _), own in zip(runs, parts, strict=True):
-        matrix, shape = matrices.get(adapter or ""), (*own.shape[:-1], out_features)
+    for (adapter, _), own in zip(each_rows, parts, strict=True):
+        matrix, shape = matrices.get(adapter), (*own.shape[:-1], out_features)
         deltas.append(own.new_zeros(shape) if matrix is None else own @ matrix)
     delta = scaled(torch.cat(deltas), regain).to(output.dtype)
     add = outputs.index_add if torch.is_grad_enabled() else outputs.index_add_

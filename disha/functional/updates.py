@@ -35,9 +35,7 @@ class Updates:
     def __init__(self, every: tuple[Update, ...]) -> None:
         self.every = self.of_all_samples = every
 
-    def of_input(
-        self, x: Tensor, shape: Sequence[int], layout: Layout
-    ) -> tuple[Update, ...] | None:
+    def of_input(self, x: Tensor, shape: Sequence[int]) -> tuple[Update, ...] | None:
         """Return the updates for the samples of an input, or None if these have their own."""
         return self.every
 
@@ -70,15 +68,14 @@ class Updates:
         weight: Tensor,
         bias: Tensor | None,
         layout: Layout,
-        groups: int = 1,
     ) -> Tensor:
         """Return a product as `functional.adapted_product` does."""
-        same = self.of_input(x, weight.shape, layout)
+        same = self.of_input(x, weight.shape)
         if same is not None:
-            return functional.adapted_product(multiply, x, weight, bias, layout, same, groups)
+            return functional.adapted_product(multiply, x, weight, bias, layout, same)
 
         def delta_of(own: Tensor, update: Update) -> Tensor:
-            return update_product(multiply, own, weight, layout, update, groups)
+            return update_product(multiply, own, weight, layout, update)
 
         return self.added(multiply(x, weight, bias), x, delta_of)
 

@@ -243,7 +243,7 @@ def add_updates(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], outp
     input: Any = args[0] if args else next(tensors, None)
     input = input.to(output.device)
     updates = adapters.updates("weight", override, compiling, input.is_meta)
-    updates.of_input(input, slot.shape, slot.layout)  # raises if samples can't be routed
+    updates.of_input(input, slot.shape)  # raises if samples can't be routed
     return updates.added(output, input, partial(_delta, module, slot))
 
 
