@@ -37,12 +37,12 @@ class Group:
         self.factors: dict[tuple[str, bool], torch.Tensor] = {}  # of scales, in compiled code
         NAMED[self.name] = self
 
-    def take(self, adapters: Any, former: Group | None = None) -> None:
+    def take(self, adapters: Any) -> None:
         """Add the adapters of a layer as a member, and remove them from their former group."""
         with _LOCK:
+            former = vars(adapters).get("group", self)
+            former.members.discard(adapters)
             self.members.add(adapters)
-            if former is not None:
-                former.members.discard(adapters)
             vars(adapters)["group"] = self
 
     def __reduce__(self) -> str | tuple[Any, ...]:
@@ -113,7 +113,7 @@ def groups_of(layers: Iterable[Any]) -> frozenset[Group]:
             if len(members) < len(group.members):
                 part = Group(group.lineage)
                 for adapters in members:
-                    part.take(adapters, former=group)
+                    part.take(adapters)
         return frozenset(adapters.group for adapters in chosen)
 
 

@@ -81,8 +81,8 @@ class CheckReport:
 
     def __str__(self) -> str:
         rows = [
-            (one.name or "(the model)", one.adapter, *map(_word, (one.read, one.acts)),
-             _word(one.gradient), _word(one.merges))
+            (one.name or "(the model)", one.adapter,
+             *map(_word, (one.read, one.acts, one.gradient, one.merges)))
             for one in self.weights
         ]  # fmt: skip
         lines = [table(("weight", "adapter", "read", "acts", "gradient", "merges"), rows)]

@@ -221,7 +221,7 @@ def _refuse_stacks(view: ModelView) -> None:
 def _refuse_sequences_first(view: ModelView) -> None:
     """Raise if layers outside a sequence-first attention module are adapted."""
     attention = [module for module in view.names if isinstance(module, nn.MultiheadAttention)]
-    inside = {child for module in attention for child in view.inside(module)}
+    inside = {child for module in attention for child in module.modules()}
     beside = [name for name, layer in view.layers if layer not in inside]
     first = [view.names[module][0] for module in attention if not module.batch_first]
     if first and beside:

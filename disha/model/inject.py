@@ -165,7 +165,7 @@ def apply_plan(view: ModelView, plan: Plan, undo: ExitStack, *, activate: bool =
         names = [block.slot.parameter for block in own] + [name for name, _ in tied]
         adapters = adapt(module, names, any(block.slot.opaque for block in own))
         if not len(adapters):
-            group.take(adapters, former=adapters.group)
+            group.take(adapters)
         adapters.add(plan.adapter, own, tied)
     for _, adapted in view.layers if activate else ():
         adapted.disha.activate((plan.adapter,))
