@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from contextlib import ExitStack
 from typing import Any, NamedTuple
 
-from torch import Tensor, nn
+from torch import nn
 
 _FLAGS = "_disha_training"
 
@@ -49,17 +49,11 @@ def keep_flags(parameters: Iterable[tuple[Any, Any, str]], undo: ExitStack) -> N
     """Note the flags of parameters, and what their modules remember, in `undo`."""
     for _, module, name in parameters:
         attributes, parameter = attributes_of(module), module._parameters[name]
-        remembered = dict(attributes.get(_FLAGS, {}))
-        undo.callback(_put_back, parameter, parameter.requires_grad, attributes, remembered)
-
-
-def _put_back(
-    parameter: Tensor, flag: bool, attributes: dict[str, Any], remembered: dict[str, Any]
-) -> None:
-    parameter.requires_grad = flag
-    attributes.pop(_FLAGS, None)
-    if remembered:
-        attributes[_FLAGS] = remembered
+        undo.callback(setattr, parameter, "requires_grad", parameter.requires_grad)
+        if _FLAGS in attributes:
+            undo.callback(attributes.__setitem__, _FLAGS, dict(attributes[_FLAGS]))
+        else:
+            undo.callback(attributes.pop, _FLAGS, None)
 
 
 def claim(module: nn.Module, adapter: str, name: str, flag_without: bool) -> None:
