@@ -66,8 +66,8 @@ class LayerRecord:
             "scale": None if self.scale == 1 else self.scale,
             "groups": None if self.layout.groups == 1 else self.layout.groups,
             "padding_idx": self.layout.padding_idx,
-            "rows": [list(one) for one in self.rows] or None,
-            "tied": list(self.tied) or None,
+            "rows": self.rows or None,
+            "tied": self.tied or None,
             "base": self.base,
         }
         return {name: value for name, value in fields.items() if value is not None}
