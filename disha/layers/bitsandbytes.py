@@ -43,7 +43,7 @@ def is_library_forward(cls: type[nn.Module]) -> bool:
 
 def _classes(*names: str) -> tuple[Any, ...]:
     found = (imported_class("bitsandbytes.nn", name) for name in names)
-    return tuple(cls for cls in found if cls is not None)
+    return tuple(filter(None, found))
 
 
 def parameter_count(parameter: Tensor, module: nn.Module | None = None) -> int:

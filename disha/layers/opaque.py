@@ -55,7 +55,7 @@ def quantisation_of(module: nn.Module | None, weight: Any) -> Quantisation | Non
         if type(weight).dequantize is not Tensor.dequantize:
             return Quantisation("a quantised tensor", _read_subclass)
         base = imported_class("torchao.utils", "TorchAOBaseTensor")
-        if base is not None and isinstance(weight, base):
+        if isinstance(weight, base):
             return Quantisation("a quantised tensor", None)
     if module is None:
         return None
@@ -146,10 +146,10 @@ def opaque_slot(module: nn.Module) -> Slot | None:
     sizes = _sizes_of(module)
     if sizes is None or quantisation_of(module, _own_weight(module)) is None:
         return None
+    layout, shape = Layout("out in"), sizes[::-1]
     if isinstance(module, nn.Embedding):
-        layout = Layout("index out", padding_idx=module.padding_idx)
-        return Slot("", "weight", layout, opaque=True, shape=sizes)
-    return Slot("", "weight", Layout("out in"), opaque=True, shape=sizes[::-1])
+        layout, shape = Layout("index out", padding_idx=module.padding_idx), sizes
+    return Slot("", "weight", layout, opaque=True, shape=shape)
 
 
 _SIZES = (("in_features", "out_features"), ("infeatures", "outfeatures"))

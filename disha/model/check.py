@@ -147,7 +147,7 @@ def check_adapters(
         _refuse_parametrised(one.name, one.layer)
     runs: Any = model
     engine = imported_class("deepspeed.runtime.engine", "DeepSpeedEngine")
-    if engine is not None and isinstance(model, engine):
+    if isinstance(model, engine):
         runs = model.module  # the engine takes every backward for one of training
     with ExitStack() as undo:  # whatever the check changes comes back
         found = _checked(view, undo, active, lambda: _tensors(runs(*inputs, **kwargs)))

@@ -689,8 +689,7 @@ def _tied(view: ModelView, one: PlannedLayer, exclude: Iterable[str] = ()) -> di
 
 def _all_linear(view: ModelView, known: list[PlannedLayer]) -> list[PlannedLayer]:
     """Return the linear weights, without output heads that are tied to an embedding."""
-    tuner = imported_class("peft.tuners.tuners_utils", "BaseTunerLayer")
-    added = set() if tuner is None else _modules_added_by_peft(view, tuner)
+    added = _modules_added_by_peft(view)
     tables, linear = set(), []
     for one in known:
         if isinstance(one.module, (nn.Embedding, nn.EmbeddingBag)):
@@ -703,8 +702,9 @@ def _all_linear(view: ModelView, known: list[PlannedLayer]) -> list[PlannedLayer
     return [one for one in linear if id(one.module._parameters.get(one.attribute)) not in tables]
 
 
-def _modules_added_by_peft(view: ModelView, tuner: type) -> set[nn.Module]:
+def _modules_added_by_peft(view: ModelView) -> set[nn.Module]:
     """Return the modules that PEFT has added beside the layers that it adapts."""
+    tuner = imported_class("peft.tuners.tuners_utils", "BaseTunerLayer")
     return {
         own
         for module in view.names

@@ -112,9 +112,7 @@ class ModelView:
             raise ArgumentTypeError(f"model must be an nn.Module, got {type(model).__name__}")
         self.model = model
         self.names = {}
-        # A class that is not imported can't wrap any module.
-        found = [(imported_class(one.module, one.name), one) for one in _WRAPPERS]
-        self._wrappers = [(cls, one) for cls, one in found if cls is not None]
+        self._wrappers = [(imported_class(one.module, one.name), one) for one in _WRAPPERS]
         self._walk(model, "", on_path=set())
 
     def _walk(self, module: nn.Module, name: str, on_path: set[nn.Module]) -> None:
@@ -255,8 +253,8 @@ class ModelView:
 
     def reshard(self) -> None:
         """Make FSDP hold shards. Parameters that a forward has gathered are only temporary."""
-        cls: Any = imported_class(_FSDP, "FSDPModule")
-        for module in self.names if cls is not None else ():
+        cls = imported_class(_FSDP, "FSDPModule")
+        for module in self.names:
             if isinstance(module, cls):
                 module.reshard()
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 
-def imported_class(module: str, name: str) -> type | None:
-    """Return a class if its module is imported, else None: no object of it can exist then."""
-    return getattr(sys.modules.get(module), name, None)
+def imported_class(module: str, name: str) -> Any:
+    """Return a class for `isinstance`; () if its module is not imported: then it has no object."""
+    return getattr(sys.modules.get(module), name, ())

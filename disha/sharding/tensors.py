@@ -19,8 +19,7 @@ from disha.sharding.zero import gathered_by, optimized_values, present, write_op
 
 def is_sharded(tensor: object) -> TypeGuard[Any]:
     """Whether a tensor is a DTensor, distributed over a device mesh."""
-    cls = imported_class("torch.distributed.tensor", "DTensor")
-    return cls is not None and isinstance(tensor, cls)
+    return isinstance(tensor, imported_class("torch.distributed.tensor", "DTensor"))
 
 
 def gathered(tensor: Tensor) -> Tensor:

@@ -34,7 +34,7 @@ def gathered_by(tensor: Tensor, writes: bool = False) -> AbstractContextManager[
     """Give a parameter of ZeRO-3 its values in the body; with `writes`, keep those of rank 0."""
     if not is_partitioned(tensor) or (tensor.shape == whole_shape(tensor) and not writes):
         return nullcontext()
-    cls: Any = imported_class("deepspeed.runtime.zero.partition_parameters", "GatheredParameters")
+    cls = imported_class("deepspeed.runtime.zero.partition_parameters", "GatheredParameters")
     return cls([tensor], modifier_rank=0 if writes else None)
 
 
