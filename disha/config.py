@@ -128,16 +128,7 @@ class AdapterConfig:
 
     def to_json(self) -> dict[str, Any]:
         """Return the configuration as a dict of plain JSON values."""
-        return {
-            **vars(self),
-            "target": list(self.target) if isinstance(self.target, tuple) else self.target,
-            "exclude": list(self.exclude),
-            "also_train": list(self.also_train),
-            "rank_pattern": dict(self.rank_pattern),
-            "layouts": dict(self.layouts),
-            "rows": {key: [list(one) for one in rows] for key, rows in self.rows.items()},
-            "dtype": None if self.dtype is None else str(self.dtype).removeprefix("torch."),
-        }
+        return {name: as_json(value) for name, value in vars(self).items()}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> AdapterConfig:
@@ -185,6 +176,17 @@ HINTS = {
 
 P = ParamSpec("P")
 T = TypeVar("T")
+
+
+def as_json(value: Any) -> Any:
+    """Return a value as JSON has it: lists for tuples, and dicts for mappings."""
+    if isinstance(value, Mapping):
+        return {key: as_json(item) for key, item in value.items()}
+    if isinstance(value, tuple):
+        return [as_json(item) for item in value]
+    if isinstance(value, torch.dtype):
+        return str(value).removeprefix("torch.")
+    return value
 
 
 def with_hints(function: Callable[P, T]) -> Callable[P, T]:

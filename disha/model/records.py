@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from disha.config import as_json
 from disha.functional import METHODS, Geometry, Layout
 from disha.functional.layouts import Rows
 from disha.layers.blocks import block_name
@@ -47,12 +48,7 @@ class LayerRecord:
         """Return all fields of the layer as JSON values, including those of its layout."""
         layout = {**vars(self.layout), "layout": self.layout.pattern}
         del layout["pattern"]
-        return {
-            **vars(self),
-            **layout,
-            "rows": [list(one) for one in self.rows],
-            "tied": [*self.tied],
-        }
+        return {name: as_json(value) for name, value in (vars(self) | layout).items()}
 
     def entry(self, method: str) -> dict[str, Any]:
         """Return the layer's entry in a header, which has the usual method and r_out elsewhere."""
