@@ -76,7 +76,7 @@ class AdaptedLayer(nn.Module):
         Args:
             block: one of the layer's blocks; `block.block` is D, `block.r` its shard size.
         """
-        return delta_of(self, block)
+        return delta_of(self, block, block.slot)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if not was_written(self, name, value):

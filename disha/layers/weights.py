@@ -116,23 +116,21 @@ def start_of(layer: nn.Module, block: Block) -> Tensor | None:
     return block.method.block_of(slot.layout, slot.layout.part(base, slot.rows))
 
 
-def delta_of(layer: nn.Module, block: Block, parameter: str | None = None) -> Tensor:
-    """Return dW of a block of a layer, without its scale: a tensor of the parameter's shape."""
-    slot, values = block.slot, block.block
-    slot = replace(slot, parameter=parameter or slot.parameter)
+def delta_of(layer: nn.Module, block: Block, slot: Slot) -> Tensor:
+    """Return dW of a block on a parameter of a layer, without its scale, in the weight's shape."""
     if slot.opaque:
         stored = stored_weight(layer, slot.parameter)
-        base = opaque.weight_for(block.method, layer, slot, stored, values)
+        base = opaque.weight_for(block.method, layer, slot, stored, block.block)
     else:
         base = base_of(layer, slot)
-    return block.method.delta_weight(slot.layout, values, base, slot.rows, block.r)
+    return block.method.delta_weight(slot.layout, block.block, base, block.slot.rows, block.r)
 
 
 def merged_weight(layer: nn.Module, slot: Slot, adapters: Iterable[str]) -> Tensor:
     """Return W + sum of s * dW of the named adapters, with all rows of the parameter."""
     blocks: Any = layer.disha.all_blocks[slot.parameter]  # type: ignore[index, union-attr]
     deltas = [
-        (delta_of(layer, block, slot.parameter), block.scale)
+        (delta_of(layer, block, slot), block.scale)
         for adapter in adapters
         for block in blocks.get(adapter, ())
     ]
