@@ -5,7 +5,7 @@ Each norm keeps them in its `__dict__`. Statistics that changed since belong to 
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from typing import Any
 
@@ -25,13 +25,17 @@ Names = Mapping[nn.Module, tuple[str, ...]]
 _STATISTICS = "_disha_statistics"
 
 
+def _with_kept(names: Names) -> Iterator[tuple[str, Tensor, Tensor | None]]:
+    """Yield the clean name of each running statistic, its value, and the kept one, if any."""
+    for module, (name, *_) in names.items():
+        kept = attributes_of(module).get(_STATISTICS, {})
+        for own, now in _statistics_of(module).items():
+            yield join(name, own), now, kept.get(own)
+
+
 def statistics(names: Names) -> dict[str, Tensor]:
     """Return the running statistics of all norms under their clean names."""
-    return {
-        join(name, own): buffer
-        for module, (name, *_) in names.items()
-        for own, buffer in _statistics_of(module).items()
-    }
+    return {name: now for name, now, _ in _with_kept(names)}
 
 
 def remember_statistics(model: Any, modules: Iterable[nn.Module], undo: ExitStack) -> None:
@@ -78,14 +82,11 @@ def _hooks(module: Any) -> list[int]:
 
 def changed_statistics(names: Names) -> dict[str, tuple[Tensor, Tensor | None]]:
     """Return the statistics that may not be those of the base, each with the kept value, if any."""
-    found = {}
-    for module, (name, *_) in names.items():
-        kept = attributes_of(module).get(_STATISTICS, {})
-        for own, now in _statistics_of(module).items():
-            former = kept.get(own)
-            if former is None or former.is_meta or not torch.equal(now, former.to(now)):
-                found[join(name, own)] = now, former
-    return found
+    return {
+        name: (now, former)
+        for name, now, former in _with_kept(names)
+        if former is None or former.is_meta or not torch.equal(now, former.to(now))
+    }
 
 
 def put_back_statistics(names: Names, undo: ExitStack, but: Container[str] = ()) -> None:
