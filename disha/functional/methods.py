@@ -202,13 +202,13 @@ class Method:
                 f"{tuple(weight.shape)} laid out as {layout.pattern!r}"
             )
         own = self.matrix_block(layout, block)
-        matrices = layout.matrices(layout.part(weight, rows)) if self.reads_weight else None
         if self.reduces:  # dW only repeats the values of R, so it needs no wider dtype
             reduced = self.reduced(own, geometry, r)
             delta = bone_delta_weight(reduced, geometry.in_features, geometry.out_features)
         else:
-            dtype = merge_dtype(weight.dtype, block.dtype)
-            matrices = None if matrices is None else matrices.to(dtype)
+            dtype, matrices = merge_dtype(weight.dtype, block.dtype), None
+            if self.reads_weight:
+                matrices = layout.matrices(layout.part(weight, rows)).to(dtype)
             with without_autocast(weight.device):
                 delta = self.delta(own.to(dtype), geometry, matrices)
         if layout.padding_idx is not None:

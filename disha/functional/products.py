@@ -459,10 +459,10 @@ def _in_pieces(
 
 def adapted_stack(x: Tensor, weight: Tensor, updates: Sequence[Update]) -> Tensor:
     """Return x (W + sum of s dW)^T, with one product for each matrix of a stack."""
-    folded = [update for update in updates if not (update.method.reduces or update.dropout)]
-    if folded and x.shape[0] == 1:
+    folds = any(not update.method.reduces and not update.dropout for update in updates)
+    if folds and x.shape[0] == 1:
         x = x.expand(weight.shape[0], -1, -1)
-    each_has_one = bool(folded) and 0 < x.shape[0] == weight.shape[0]
+    each_has_one = folds and 0 < x.shape[0] == weight.shape[0]
     if each_has_one and len(updates) == 1 and not updates[0].rows:
         method, _, scale, *_ = updates[0]
         output = method.product(x, weight, None, updates[0].chosen_block(), scale)

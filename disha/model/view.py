@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from disha.effective.contexts import OPEN, current_context
+from disha.effective.contexts import current_context
 from disha.errors import ArgumentError, ArgumentTypeError, ModeError, TargetError
 from disha.functional.private_torch import CHECKPOINTED, COMPILED, FSDP_CHILD
 from disha.layers.adapted import AdaptedLayer, refuse_merged
@@ -227,10 +227,10 @@ class ModelView:
     def refuse_inside(self, action: str) -> None:
         """Raise if adapters are merged, or this thread or task is in a context of the model."""
         self.refuse_merged(action)
-        contexts = (current_context(layer.disha.group) for _, layer in self.layers) if OPEN else ()
-        context = next(filter(None, contexts), None)
-        if context is not None:
-            raise ModeError(f"can't {action} inside {context.function}; leave it first")
+        for _, layer in self.layers:
+            context = current_context(layer.disha.group)
+            if context is not None:
+                raise ModeError(f"can't {action} inside {context.function}; leave it first")
 
     # --- wrappers and shards ---------------------------------------------------------------------
 
