@@ -150,7 +150,7 @@ def apply_plan(view: ModelView, plan: Plan, undo: ExitStack, *, activate: bool =
     borrowed = defaultdict[nn.Module, list[tuple[str, Block]]](list)
     for one in plan.layers:
         assert one.slot is not None
-        block = make_block(one.module, one.slot, one.config or plan.config, one.r, one.values)
+        block = make_block(one.module, one.slot, one.config, one.r, one.values)
         blocks[one.module].append(block)
         for module, name in one.tied.values():
             borrowed[module].append((name, block))

@@ -63,9 +63,9 @@ class PlannedLayer:
 
     module: nn.Module = field(repr=False)
     module_names: tuple[str, ...]  # its names in the model; a shared module has several
+    config: AdapterConfig
     attribute: str = ""  # the weight's name in the module; empty if it has none
     slot: Slot | None = None  # None if the layout is unknown
-    config: AdapterConfig | None = None
     r: int = 0
     # Of its block; None for those of `init`.
     values: Tensor | None = field(default=None, repr=False, compare=False)
@@ -124,7 +124,6 @@ class PlannedLayer:
         """The shape of its block."""
         slot, config = self.slot, self.config
         assert slot is not None
-        assert config is not None
         method = method_of(config.method)
         return method.block_shape(slot.layout, self.shape, self.r, config.r_out, slot.rows)
 
@@ -205,7 +204,7 @@ class Plan:
 
     def __str__(self) -> str:
         rows = [
-            (p.name or "(the model)", (p.config or self.config).method, p.r,
+            (p.name or "(the model)", p.config.method, p.r,
              f"{p.in_features} -> {p.out_features}", f"{p.parameters:,}")
             for p in self.layers
         ]  # fmt: skip
@@ -351,12 +350,12 @@ def plan_injection(
                 continue  # it reads the block of another one
             layer = replace(layer, tied=_tied(view, layer, plain or config.exclude))
             taken.update(layer.tied.values())
-        reason = layer.reason or _reason_against(layer, config.method)
+        reason = layer.reason or _reason_against(layer)
         if reason:
             skipped.append(replace(layer, reason=reason))
             continue
         r = config.rank_of(*layer.names, *layer.module_names, *layer.tied)
-        layer = replace(layer, config=config, r=r)
+        layer = replace(layer, r=r)
         reason = _reason_against_block(layer)
         if reason is None:
             layers.append(layer)
@@ -383,7 +382,7 @@ def plan_injection(
         also_train=_also_trained(view, config) if config.also_train else (),
         skipped=(*skipped, *unfit),
         unknown=tuple([one for one in known if one.slot is None and one.attribute]),
-        convolutions=tuple([n.name for n in left_out if _reason_against(n, config.method) is None]),
+        convolutions=tuple([layer.name for layer in left_out if _reason_against(layer) is None]),
     )
 
 
@@ -398,12 +397,12 @@ def _layers_of(view: ModelView, config: AdapterConfig) -> list[PlannedLayer]:
     found: list[PlannedLayer] = []
     for module, names in view.names.items():
         slots = declared_slots(module)
-        own = [PlannedLayer(module, names, slot.parameter, slot) for slot in slots]
+        own = [PlannedLayer(module, names, config, slot.parameter, slot) for slot in slots]
         if not (slots and slots[0].opaque):
             known = [slot.parameter for slot in slots]
             matrices = [name for name in matrix_weights(module) if name not in known]
-            own += [PlannedLayer(module, names, name) for name in matrices]
-        found += own or [PlannedLayer(module, names)]
+            own += [PlannedLayer(module, names, config, name) for name in matrices]
+        found += own or [PlannedLayer(module, names, config)]
     if not config.layouts and not config.rows:
         return found
     # Several slots may become one weight.
@@ -501,7 +500,7 @@ def _reason_against_record(
     reason = layer.reason_against_block(block)
     if reason is not None:
         return reason
-    reason = _reason_against(one, layer.method)
+    reason = _reason_against(one)
     if reason is not None or one.slot is None:
         return f"can't be adapted: {reason}"
     if {*one.tied} != {*layer.tied}:
@@ -538,8 +537,8 @@ def _reason_against_parameter(one: ModelParameter | None, shape: tuple[int, ...]
 # --- reasons against an adapter ------------------------------------------------------------------
 
 
-def _reason_against(one: PlannedLayer, method: str) -> str | None:
-    """Return why a method can't adapt a weight, whatever the size of the block."""
+def _reason_against(one: PlannedLayer) -> str | None:
+    """Return why its method can't adapt a weight, whatever the size of the block."""
     module, slot = one.module, one.slot
     if slot is None and one.attribute:
         return f"the layout of this weight {one.shape} is unknown; declare it, such as {one.remedy}"
@@ -557,7 +556,7 @@ def _reason_against(one: PlannedLayer, method: str) -> str | None:
             if found != slot.layout:
                 return f"another adapter has it with the layout {found}, not {slot.layout}"
     reason = (
-        _reason_against_reading(module, slot, method)
+        _reason_against_reading(module, slot, one.config.method)
         if slot.opaque
         else _reason_against_dense(read_weight(module, one.attribute), slot)
     )
@@ -612,7 +611,6 @@ def _reason_against_block(one: PlannedLayer) -> str | None:
     """Return why a weight can't have a block of the planned sizes."""
     slot, config = one.slot, one.config
     assert slot is not None
-    assert config is not None
     reason = slot.layout.reason_against(one.geometry, one.r, config.r_out)
     split = None if slot.opaque else split_of(read_weight(one.module, one.attribute))
     if reason is not None or split is None:
