@@ -12,7 +12,6 @@ from typing import Any
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from disha.config import BLOCK_DTYPES
 from disha.errors import ArgumentTypeError
 from disha.functional import Layout, layout_of
 from disha.layers.blocks import Slot, original_class
@@ -167,7 +166,7 @@ def declared_slots(module: nn.Module) -> list[Slot]:
     if not (module._parameters or module._buffers or hasattr(module, "parametrizations")):
         return []  # a container, as most modules are
     kind = kind_of(module)
-    slot = None if kind is not None and _is_plain(module) else opaque_slot(module)
+    slot = opaque_slot(module)
     if slot is not None:
         return [slot]
     return [] if kind is None else [_with_shape(module, slot) for slot in kind(module)]
@@ -178,10 +177,3 @@ def _with_shape(module: nn.Module, slot: Slot) -> Slot:
     if not is_parametrized(module, slot.parameter):
         return slot
     return replace(slot, shape=tuple(read_weight(module, slot.parameter).shape))
-
-
-def _is_plain(module: nn.Module) -> bool:
-    """Whether a module of a known class has a dense weight and the forward of its class."""
-    weight = module._parameters.get("weight")
-    plain = type(weight) is nn.Parameter and weight.dtype in BLOCK_DTYPES.values()
-    return plain and type(module) in LAYER_KINDS and "forward" not in module.__dict__
