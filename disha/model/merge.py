@@ -6,7 +6,7 @@ merged one is in use, so unmerging is exact.
 
 from __future__ import annotations
 
-from collections.abc import Container, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 
 import torch
@@ -133,12 +133,19 @@ def merge(
             originals = {}
             for parameter, slot in slots[layer].items():
                 name = join(view.names[layer][0], parameter)
-                shared = _check_mergeable(
-                    view, name, layer, slot, changed, untie=untie, dense=dense
-                )
+                reason = _reason_against(layer, slot, dense)
+                if reason is not None:
+                    raise MergeError(f"{name} {reason}")
+                others = set(view.parameters_by_name[name].names) - changed
+                if others and not untie:
+                    raise MergeError(
+                        f"{name} is shared with {', '.join(sorted(others))}, which the adapter "
+                        "leaves out, but which merging would change too; pass untie=True to merge "
+                        "into a weight of its own"
+                    )
                 key = id(layer._parameters[parameter])
                 if key not in done:
-                    done[key] = _merged(name, layer, slot, names, shared)
+                    done[key] = _merged(name, layer, slot, names, bool(others))
                 originals[parameter], new = done[key]
                 _replace(layer, parameter, new, undo)
             _note_merged(layer, Merged(names, originals), undo)
@@ -188,15 +195,10 @@ def unmerge_adapters(model: nn.Module) -> None:
     merged = [(layer, layer.disha.merged) for _, layer in view.layers if layer.disha.merged]
     if merged:
         _refuse_sharded(view, "unmerge adapters")
-    restored = [
-        (layer, name, _restored(layer, name, original))
-        for layer, one in merged
-        for name, original in one.originals.items()
-    ]
     with all_or_nothing(view) as undo:
-        for layer, name, former in restored:
-            _replace(layer, name, former, undo)
-        for layer, _ in merged:
+        for layer, into_layer in merged:
+            for name, original in into_layer.originals.items():
+                _replace(layer, name, _restored(layer, name, original), undo)
             _note_merged(layer, None, undo)
 
 
@@ -223,30 +225,6 @@ def _chosen(
             "there is nothing to merge: no adapter is active. Inject or load one, or pass adapter="
         )
     return chosen
-
-
-def _check_mergeable(
-    view: ModelView,
-    name: str,
-    layer: AdaptedLayer,
-    slot: Slot,
-    changed: Container[str],
-    *,
-    untie: bool,
-    dense: bool,
-) -> bool:
-    """Raise if nothing can be merged into a weight; return whether it is tied to others."""
-    reason = _reason_against(layer, slot, dense)
-    if reason is not None:
-        raise MergeError(f"{name} {reason}")
-    known = view.parameters_by_name.get(name)
-    others = [other for other in known.names if other not in changed] if known else []
-    if others and not untie:
-        raise MergeError(
-            f"{name} is shared with {', '.join(others)}, which the adapter leaves out, but which "
-            "merging would change too; pass untie=True to merge into a weight of its own"
-        )
-    return bool(others)
 
 
 def _reason_against(layer: AdaptedLayer, slot: Slot, dense: bool) -> str | None:
