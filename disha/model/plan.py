@@ -373,7 +373,6 @@ def plan_injection(
             "these layers their own r (`rank_pattern`), or leave them out (`exclude`)"
         )
     candidates = known if target == ALL_LINEAR else ()
-    left_out = [one for one in candidates if one.slot is not None and one.slot.layout.has_kernel]
     return Plan(
         adapter,
         config,
@@ -382,7 +381,13 @@ def plan_injection(
         also_train=_also_trained(view, config) if config.also_train else (),
         skipped=(*skipped, *unfit),
         unknown=tuple([one for one in known if one.slot is None and one.attribute]),
-        convolutions=tuple([layer.name for layer in left_out if _reason_against(layer) is None]),
+        convolutions=tuple(
+            layer.name
+            for layer in candidates
+            if layer.slot is not None
+            and layer.slot.layout.has_kernel
+            and _reason_against(layer) is None
+        ),
     )
 
 
