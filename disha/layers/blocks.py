@@ -20,6 +20,7 @@ from disha.errors import ArgumentError, ArgumentTypeError, ModeError
 from disha.functional import Layout, Update, method_of
 from disha.functional.layouts import Rows
 from disha.functional.routed import Route, Routed
+from disha.functional.shard_sums import merge_dtype
 from disha.functional.updates import Updates
 from disha.layers import compiled
 from disha.sharding.tensor_parallel import Split
@@ -154,14 +155,16 @@ class Block(nn.Module):
             return  # there are no values
         with gathered_by(self.block, writes=True):
             values = self.block.detach()
-            if self.config.init == "zeros" or start is not None:
-                values.copy_(values.new_zeros(()) if start is None else start)
-                return
-            # A block of fewer than two dimensions has no fan-in, so it counts as one row.
-            rows = values if values.dim() >= 2 else values.view(1, -1)
-            nn.init.kaiming_uniform_(rows, a=math.sqrt(5))
-            if self.split is not None:
-                self.split.agree_on(values)
+            if start is not None:
+                values.copy_(start)
+            elif self.config.init == "zeros":
+                values.zero_()
+            else:
+                # A block of fewer than two dimensions has no fan-in, so it counts as one row.
+                rows = values if values.dim() >= 2 else values.view(1, -1)
+                nn.init.kaiming_uniform_(rows, a=math.sqrt(5))
+                if self.split is not None:
+                    self.split.agree_on(values)
 
     def set_scale(self, scale: float) -> None:
         """Set the runtime scale."""
@@ -183,7 +186,7 @@ class Block(nn.Module):
         """Make `scale_tensor` anew: autograd may have saved the old one."""
         # 0-dim, so it never changes a result's dtype; at least float32, so it is not rounded.
         block, former = self.block, self._buffers["scale_tensor"]
-        dtype = torch.float64 if block.dtype == torch.float64 else torch.float32
+        dtype = merge_dtype(block.dtype)
         # The tensor of an offloaded block stays on the device to which the block will be loaded.
         device = former.device if block.is_meta and former is not None else block.device
         with torch.inference_mode(False):

@@ -98,8 +98,7 @@ class _LinearWithAdapter(AdaptedLinear):
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
         layer.in_features, layer.out_features = linear.in_features, linear.out_features
-        layer.weight = linear.weight
-        layer.register_parameter("bias", linear._parameters["bias"])  # may be None
+        layer._parameters.update(linear._parameters)  # the bias may be None
         layer.train(linear.training)
         config = AdapterConfig(
             r, None, cls.method, r_out, dropout=dropout, scale=scale, dtype=block_dtype, init=init

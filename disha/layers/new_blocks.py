@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import torch
+from typing import Any
+
 from torch import Tensor, nn
 
 from disha.config import AdapterConfig
 from disha.functional import method_of
+from disha.functional.shard_sums import merge_dtype
 from disha.layers import opaque
 from disha.layers.blocks import Block, Slot
 from disha.layers.offloading import device_of_weight
@@ -32,8 +34,8 @@ def make_block(
         shape = method.block_shape(
             slot.layout, weight_shape(module, slot), r, config.r_out, slot.rows
         )
-        own = None if weight is None else weight.dtype
-        dtype = config.dtype or (own if own is torch.float64 else torch.float32)
+        weight_dtype: Any = getattr(weight, "dtype", None)
+        dtype = config.dtype or merge_dtype(weight_dtype)
     block = Block(shape, slot=slot, config=config, r=r, device=device, dtype=dtype, split=split)
     if values is None:
         block.reset_parameters(start_of(module, block))

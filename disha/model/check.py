@@ -187,8 +187,7 @@ def _checked(
         with torch.random.fork_rng(devices):
             return outputs_of()
 
-    own = [module for _, layer in view.layers for module in layer.disha.modules()]
-    for module in (*view.names, *own):
+    for module in view.model.modules():
         undo.callback(setattr, module, "training", module.training)
     view.reshard()
     view.model.eval()

@@ -317,8 +317,7 @@ def mark_only_adapters_trainable(model: nn.Module) -> None:
     with all_or_nothing(view) as undo:
         gradient_flags.keep_flags(view.parameters, undo)
         for one in view.parameters:
-            trains = one.is_claimed()
-            gradient_flags.set_requires_grad(one.module, one.attribute, trains)
+            gradient_flags.set_requires_grad(one.module, one.attribute, one.is_claimed())
         for block in blocks:
             undo.callback(block.requires_grad_, block.requires_grad)
             block.requires_grad_(True)
@@ -328,7 +327,7 @@ def _guard_encoders(view: ModelView) -> None:
     """Guard those encoders of torch that contain an adapted layer, and release the others."""
     for module in view.names:
         if isinstance(module, Encoder):
-            adapted = any(isinstance(inner, AdaptedLayer) for inner in view.inside(module))
+            adapted = any(isinstance(inner, AdaptedLayer) for inner in module.modules())
             guard_encoder(module, adapted)
 
 
