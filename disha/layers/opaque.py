@@ -144,7 +144,7 @@ def opaque_slot(module: nn.Module) -> Slot | None:
             slot = next(iter(adapters.blocks().values())).slot  # perhaps dense by now
             return replace(slot, rows=())
     sizes = _sizes_of(module)
-    if sizes is None or quantisation_of(module, _own_weight(module)) is None:
+    if sizes is None or quantisation_of(module, own_weight(module)) is None:
         return None
     layout, shape = Layout("out in"), sizes[::-1]
     if isinstance(module, nn.Embedding):
@@ -182,8 +182,9 @@ def _own_tensors(module: nn.Module) -> list[Tensor]:
     return [one for one in own if one is not None and not isinstance(one, _UNINITIALISED)]
 
 
-def _own_weight(module: nn.Module) -> Tensor | None:
-    return module._parameters.get("weight", module._buffers.get("weight"))
+def own_weight(module: nn.Module, name: str = "weight") -> Tensor | None:
+    """Return a weight that a module holds itself, or None if it holds none."""
+    return module._parameters.get(name, module._buffers.get(name))
 
 
 # --- base classes of adapted modules -------------------------------------------------------------
@@ -218,7 +219,7 @@ def leading_bases(original: type[nn.Module]) -> tuple[type[nn.Module], ...]:
 
 def attach_hook(module: nn.Module) -> None:
     """Make a module add the updates of its adapters to its output, before other hooks see it."""
-    bitsandbytes.refuse_repacked(_own_weight(module))
+    bitsandbytes.refuse_repacked(own_weight(module))
     module.register_forward_hook(add_updates, with_kwargs=True, prepend=True)
 
 
@@ -249,7 +250,7 @@ def add_updates(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], outp
 
 def _delta(module: nn.Module, slot: Slot, x: Tensor, update: Update) -> Tensor:
     """Return s dW x of one update; only methods that need W read it."""
-    weight = weight_for(update.method, module, slot, _own_weight(module), update.block)
+    weight = weight_for(update.method, module, slot, own_weight(module), update.block)
     # Without a bias, which stands where an embedding has its padding_idx.
     multiply: Any = F.embedding if slot.layout.pattern == "index out" else F.linear
     return update_product(multiply, x, weight, slot.layout, update)

@@ -82,7 +82,7 @@ def stored_weight(module: nn.Module, name: str) -> Tensor | None:
     original = _original_of(module, name)
     if original.dense:
         return original.parameter
-    return module._parameters.get(name, module._buffers.get(name))
+    return opaque.own_weight(module, name)
 
 
 def base_of(layer: nn.Module, slot: Slot) -> Tensor:

@@ -58,9 +58,13 @@ def _before_loading(
     given = {clean_key(key.removeprefix(prefix)) for key in state if key.endswith("_block")}
     if given:
         adapters = set(map(_adapter_of, given))
-        own = [name for name, _ in model.named_parameters() if name.endswith("_block")]
-        absent = [name for name in own if clean_key(name) not in given]
-        missing += [prefix + name for name in absent if _adapter_of(name) in adapters]
+        missing += [
+            prefix + name
+            for name, _ in model.named_parameters()
+            if name.endswith("_block")
+            and _adapter_of(name) in adapters
+            and clean_key(name) not in given
+        ]
         return
     for name, module in model.named_modules():
         kept = attributes_of(module).get(_STATISTICS, {})
