@@ -148,11 +148,11 @@ def apply_plan(view: ModelView, plan: Plan, undo: ExitStack, *, activate: bool =
     """Carry out a plan that was just made for this model. Activate the new adapter alone."""
     blocks = defaultdict[nn.Module, list[Block]](list)
     borrowed = defaultdict[nn.Module, list[tuple[str, Block]]](list)
-    for one in plan.layers:
-        assert one.slot is not None
-        block = make_block(one.module, one.slot, one.config, one.r, one.values)
-        blocks[one.module].append(block)
-        for module, name in one.tied.values():
+    for layer in plan.layers:
+        assert layer.slot is not None
+        block = make_block(layer.module, layer.slot, layer.config, layer.r, layer.values)
+        blocks[layer.module].append(block)
+        for module, name in layer.tied.values():
             borrowed[module].append((name, block))
     # Contexts cover the layers of a group together.
     groups = [layer.disha.group for _, layer in view.layers if layer.disha.group is not LOOSE]
@@ -240,14 +240,14 @@ def take_out(view: ModelView, adapters: Sequence[str], undo: ExitStack) -> None:
     """Remove adapters, and give layers without any their own class back."""
     _keep(view, [layer for _, layer in view.layers], undo)
     for _, layer in view.layers:
-        for own in adapters:
-            layer.disha.discard(own)
+        for adapter in adapters:
+            layer.disha.discard(adapter)
         if not len(layer.disha):
             restore(layer)
     _guard_encoders(view)
     for module in view.names:
-        for own in adapters:
-            gradient_flags.release(module, own)
+        for adapter in adapters:
+            gradient_flags.release(module, adapter)
     for module in () if view.layers else view.names:
         gradient_flags.restore_flags(module)
 

@@ -190,7 +190,9 @@ class Plan:
 
         Those that `exclude` leaves out do not read it.
         """
-        return tuple((one.parameter_names[-1], *one.tied) for one in self.layers if one.tied)
+        return tuple(
+            (layer.parameter_names[-1], *layer.tied) for layer in self.layers if layer.tied
+        )
 
     @property
     def added(self) -> int:
@@ -209,10 +211,10 @@ class Plan:
             for p in self.layers
         ]  # fmt: skip
         lines = [table(("layer", "method", "r", "in -> out", "parameters"), rows)]
-        lines += [f"skipped {one.name}: {one.reason}" for one in self.skipped]
+        lines += [f"skipped {layer.name}: {layer.reason}" for layer in self.skipped]
         lines += [
-            f"not adapted {one.name} {one.shape}: to adapt it, pass {one.remedy}"
-            for one in self.unknown
+            f"not adapted {layer.name} {layer.shape}: to adapt it, pass {layer.remedy}"
+            for layer in self.unknown
         ]
         if self.convolutions:
             lines.append(
@@ -380,7 +382,7 @@ def plan_injection(
         layers=(*with_rows, *layers),
         also_train=_also_trained(view, config) if config.also_train else (),
         skipped=(*skipped, *unfit),
-        unknown=tuple([one for one in known if one.slot is None and one.attribute]),
+        unknown=tuple([layer for layer in known if layer.slot is None and layer.attribute]),
         convolutions=tuple(
             layer.name
             for layer in candidates
@@ -411,27 +413,27 @@ def _layers_of(view: ModelView, config: AdapterConfig) -> list[PlannedLayer]:
     if not config.layouts and not config.rows:
         return found
     # Several slots may become one weight.
-    return list(dict.fromkeys(_as_declared(one, config) for one in found))
+    return list(dict.fromkeys(_as_declared(layer, config) for layer in found))
 
 
-def _as_declared(one: PlannedLayer, config: AdapterConfig) -> PlannedLayer:
+def _as_declared(layer: PlannedLayer, config: AdapterConfig) -> PlannedLayer:
     """Return a weight with the layout and the rows that the user declares."""
-    pattern = next(iter(matching(config.layouts, one.parameter_names)), None)
-    opaque = one.slot is not None and one.slot.opaque
-    if pattern is not None and not opaque and one.attribute in matrix_weights(one.module):
+    pattern = next(iter(matching(config.layouts, layer.parameter_names)), None)
+    opaque = layer.slot is not None and layer.slot.opaque
+    if pattern is not None and not opaque and layer.attribute in matrix_weights(layer.module):
         layout = layout_of(config.layouts[pattern])
-        reason = layout.reason_against_shape(one.shape)
+        reason = layout.reason_against_shape(layer.shape)
         if reason is not None:
-            raise ArgumentError(f"layouts {pattern!r} does not fit {one.name}: {reason}")
-        one = replace(one, slot=slot_of(one.attribute, layout))
-    pattern = next(iter(matching(config.rows, one.parameter_names)), None)
-    if pattern is not None and one.slot is not None:
-        if one.slot.rows:
+            raise ArgumentError(f"layouts {pattern!r} does not fit {layer.name}: {reason}")
+        layer = replace(layer, slot=slot_of(layer.attribute, layout))
+    pattern = next(iter(matching(config.rows, layer.parameter_names)), None)
+    if pattern is not None and layer.slot is not None:
+        if layer.slot.rows:
             raise ArgumentError(
-                f"{one.name} has rows of its own; choose it by its name, not by rows"
+                f"{layer.name} has rows of its own; choose it by its name, not by rows"
             )
-        one = replace(one, slot=replace(one.slot, rows=config.rows[pattern]))
-    return one
+        layer = replace(layer, slot=replace(layer.slot, rows=config.rows[pattern]))
+    return layer
 
 
 # --- planning by a file --------------------------------------------------------------------------
@@ -451,21 +453,21 @@ def plan_weights(
     """Plan an adapter for the weights that a file names; one error lists all reasons."""
     check_addable(view, adapter)
     known: dict[str, PlannedLayer] = {}
-    for one in _layers_of(view, AdapterConfig(config.r)):
+    for layer in _layers_of(view, AdapterConfig(config.r)):
         # A parameter of unknown layout can be asked for too, because the file has its layout.
-        known |= dict.fromkeys(one.parameter_names if one.slot is None else one.names, one)
+        known |= dict.fromkeys(layer.parameter_names if layer.slot is None else layer.names, layer)
     reasons, planned = [], []
-    for layer in layers:
-        tensor, found = tensors[layer.key], known.get(layer.name)
+    for record in layers:
+        tensor, found = tensors[record.key], known.get(record.name)
         reason: str | None = "the model has no such layer"
         if found is not None:
-            found = _as_recorded(found, layer, config, tensor.to(dtype or tensor.dtype))
+            found = _as_recorded(found, record, config, tensor.to(dtype or tensor.dtype))
             places = _tied(view, found)  # those that the adapter left out stay plain
-            tied = {name: places[name] for name in layer.tied if name in places}
+            tied = {name: places[name] for name in record.tied if name in places}
             found = replace(found, tied=tied)
-            reason = _reason_against_record(found, layer, tuple(tensor.shape))
+            reason = _reason_against_record(found, record, tuple(tensor.shape))
         if found is None or reason is not None:
-            reasons.append(f"{printable(layer.name, WIDEST) or '(the model)'}: {reason}")
+            reasons.append(f"{printable(record.name, WIDEST) or '(the model)'}: {reason}")
         else:
             planned.append(found)
     for key in also_train:
@@ -476,7 +478,7 @@ def plan_weights(
             reasons.append(f"parameter {printable(key, WIDEST)}: {reason}")
     if reasons:
         message = f"the adapter does not fit the model; nothing changed:\n{first_few(reasons, 20)}"
-        absent = [layer.name for layer in layers if layer.name not in known]
+        absent = [record.name for record in layers if record.name not in known]
         nearest = _nearest(absent[0], known) if absent else ""
         if nearest:
             message += f"\nthe names nearest to {brief(absent[0])} are {nearest}"
@@ -486,40 +488,40 @@ def plan_weights(
 
 
 def _as_recorded(
-    one: PlannedLayer, layer: LayerRecord, config: AdapterConfig, values: Tensor
+    layer: PlannedLayer, record: LayerRecord, config: AdapterConfig, values: Tensor
 ) -> PlannedLayer:
     """Return a weight with the block and the rows of the file, and its layout if none is known."""
-    slot = one.slot
-    config = config if layer.method == config.method else _for_rows(config, {})
-    if one.attribute and (slot is None or method_of(layer.method).replaces):
-        slot = replace(slot or slot_of(one.attribute, layer.layout), layout=layer.layout)
-    if slot is not None and layer.rows:
-        slot = replace(slot, rows=layer.rows)
-    return replace(one, slot=slot, config=config, r=layer.r, values=values)
+    slot = layer.slot
+    config = config if record.method == config.method else _for_rows(config, {})
+    if layer.attribute and (slot is None or method_of(record.method).replaces):
+        slot = replace(slot or slot_of(layer.attribute, record.layout), layout=record.layout)
+    if slot is not None and record.rows:
+        slot = replace(slot, rows=record.rows)
+    return replace(layer, slot=slot, config=config, r=record.r, values=values)
 
 
 def _reason_against_record(
-    one: PlannedLayer, layer: LayerRecord, block: tuple[int, ...]
+    layer: PlannedLayer, record: LayerRecord, block: tuple[int, ...]
 ) -> str | None:
     """Return why a weight can't be adapted as a file describes it."""
-    reason = layer.reason_against_block(block)
+    reason = record.reason_against_block(block)
     if reason is not None:
         return reason
-    reason = _reason_against(one)
-    if reason is not None or one.slot is None:
+    reason = _reason_against(layer)
+    if reason is not None or layer.slot is None:
         return f"can't be adapted: {reason}"
-    if {*one.tied} != {*layer.tied}:
-        return f"in the adapter, its weight is also {', '.join(layer.tied)}; tie them"
-    look = stored_weight if one.slot.opaque else read_weight
-    weight = look(one.module, one.attribute)
-    if isinstance(weight, Tensor) and device_of_weight(one.module, weight).type == "meta":
+    if {*layer.tied} != {*record.tied}:
+        return f"in the adapter, its weight is also {', '.join(record.tied)}; tie them"
+    look = stored_weight if layer.slot.opaque else read_weight
+    weight = look(layer.module, layer.attribute)
+    if isinstance(weight, Tensor) and device_of_weight(layer.module, weight).type == "meta":
         return "its weight is on the meta device; give the model its weights first"
-    if layer.layout != one.slot.layout:
-        return f"expected the layout {layer.layout}, found {one.slot.layout} in the model"
-    geometry = layer.geometry(block)
-    if geometry != one.geometry:
-        return f"expected {_sizes(geometry)}, found {_sizes(one.geometry)} in the model"
-    return _reason_against_block(one)
+    if record.layout != layer.slot.layout:
+        return f"expected the layout {record.layout}, found {layer.slot.layout} in the model"
+    geometry = record.geometry(block)
+    if geometry != layer.geometry:
+        return f"expected {_sizes(geometry)}, found {_sizes(layer.geometry)} in the model"
+    return _reason_against_block(layer)
 
 
 def _sizes(geometry: Geometry) -> str:
@@ -527,33 +529,39 @@ def _sizes(geometry: Geometry) -> str:
     return f"{stack}{geometry.in_features} -> {geometry.out_features}"
 
 
-def _reason_against_parameter(one: ModelParameter | None, shape: tuple[int, ...]) -> str | None:
+def _reason_against_parameter(
+    parameter: ModelParameter | None, shape: tuple[int, ...]
+) -> str | None:
     """Return why a parameter can't be trained with the adapter as a file describes it."""
-    if one is None:
+    if parameter is None:
         return "the model has no such parameter"
-    found = None if is_lazy(one.value) else tuple(whole_shape(one.value))
+    found = None if is_lazy(parameter.value) else tuple(whole_shape(parameter.value))
     if found != shape:
         return f"expected shape {shape}, found {found} in the model"
-    if one.value.is_meta:
+    if parameter.value.is_meta:
         return "it is on the meta device; give the model its weights first"
-    return _reason_against_training(one)
+    return _reason_against_training(parameter)
 
 
 # --- reasons against an adapter ------------------------------------------------------------------
 
 
-def _reason_against(one: PlannedLayer) -> str | None:
+def _reason_against(layer: PlannedLayer) -> str | None:
     """Return why its method can't adapt a weight, whatever the size of the block."""
-    module, slot = one.module, one.slot
-    if slot is None and one.attribute:
-        return f"the layout of this weight {one.shape} is unknown; declare it, such as {one.remedy}"
+    module, slot = layer.module, layer.slot
+    if slot is None and layer.attribute:
+        return (
+            f"the layout of this weight {layer.shape} is unknown; declare it, such as "
+            f"{layer.remedy}"
+        )
     if slot is None:
         return f"no layer kind adapts {type(module).__qualname__}"
-    own = {*vars(module), *module._parameters, *module._buffers, *module._modules}
-    taken = {n for n in _ADDED if n in own or hasattr(type(module), n)}.difference((one.attribute,))
+    attributes = {*vars(module), *module._parameters, *module._buffers, *module._modules}
+    taken = {name for name in _ADDED if name in attributes or hasattr(type(module), name)}
+    taken.discard(layer.attribute)
     if taken and not isinstance(module, AdaptedLayer):
         return f"it has its own attribute {min(taken)!r}, which adapters would replace"
-    for place, parameter in (one.place, *one.tied.values()):
+    for place, parameter in (layer.place, *layer.tied.values()):
         if not isinstance(place, AdaptedLayer):
             continue
         for block in place.disha.blocks_of(place.disha, parameter):
@@ -561,12 +569,12 @@ def _reason_against(one: PlannedLayer) -> str | None:
             if found != slot.layout:
                 return f"another adapter has it with the layout {found}, not {slot.layout}"
     reason = (
-        _reason_against_reading(module, slot, one.config.method)
+        _reason_against_reading(module, slot, layer.config.method)
         if slot.opaque
-        else _reason_against_dense(read_weight(module, one.attribute), slot)
+        else _reason_against_dense(read_weight(module, layer.attribute), slot)
     )
     if reason is None and slot.rows:
-        outputs, last = slot.layout.geometry(one.shape).out_features, slot.rows[-1]
+        outputs, last = slot.layout.geometry(layer.shape).out_features, slot.rows[-1]
         if last[1] > outputs:
             return f"rows {last} are out of range: it has {outputs} rows"
     return reason
@@ -590,7 +598,7 @@ def _reason_against_reading(module: nn.Module, slot: Slot, method: str) -> str |
         return None
     return (
         f"its weight is quantised ({quantisation.name}) and can't be read as numbers, as method "
-        f"{method!r} requires; use {method_names(lambda one: not one.reads_weight)}"
+        f"{method!r} requires; use {method_names(lambda method: not method.reads_weight)}"
     )
 
 
@@ -612,24 +620,24 @@ def _reason_against_dense(weight: Any, slot: Slot) -> str | None:
     return slot.layout.reason_against_shape(shape)
 
 
-def _reason_against_block(one: PlannedLayer) -> str | None:
+def _reason_against_block(layer: PlannedLayer) -> str | None:
     """Return why a weight can't have a block of the planned sizes."""
-    slot, config = one.slot, one.config
+    slot, config = layer.slot, layer.config
     assert slot is not None
-    reason = slot.layout.reason_against(one.geometry, one.r, config.r_out)
-    split = None if slot.opaque else split_of(read_weight(one.module, one.attribute))
+    reason = slot.layout.reason_against(layer.geometry, layer.r, config.r_out)
+    split = None if slot.opaque else split_of(read_weight(layer.module, layer.attribute))
     if reason is not None or split is None:
         return reason
     placed = f"its weight is a DTensor placed as {split.placements}"
     if config.dropout:
         return f"{placed}, and each rank would drop different inputs of it; use dropout=0"
-    block = torch.empty(one.block_shape, device="meta")
-    update = Update(method_of(config.method), block, rows=slot.rows, r=one.r)
+    block = torch.empty(layer.block_shape, device="meta")
+    update = Update(method_of(config.method), block, rows=slot.rows, r=layer.r)
     for part in split.parts:
-        if update_of_part(update, slot.layout, one.shape, part) is None:
+        if update_of_part(update, slot.layout, layer.shape, part) is None:
             ends = " and ".join(f"{first}:{stop}" for first, stop in part)
             return (
-                f"{placed}, and a {config.method!r} block of r={one.r} can't be cut at the edges "
+                f"{placed}, and a {config.method!r} block of r={layer.r} can't be cut at the edges "
                 f"of a rank's part ({ends}); choose an r that divides these, or another method"
             )
     return None
@@ -664,28 +672,29 @@ def _selected(
     # nn.MultiheadAttention itself reads the weight of its child `out_proj`.
     readers = {m.out_proj: m for m in view.names if isinstance(m, nn.MultiheadAttention)}
     found = []
-    for one in known:
-        reader = readers.get(one.module, one.module)  # type: ignore[call-overload]
-        asked = dict.fromkeys((*one.names, *one.module_names), one.module)
+    for layer in known:
+        reader = readers.get(layer.module, layer.module)  # type: ignore[call-overload]
+        asked = dict.fromkeys((*layer.names, *layer.module_names), layer.module)
         asked |= dict.fromkeys(view.names[reader], reader)
-        chosen = one in linear or any(chooses(name, module) for name, module in asked.items())
+        chosen = layer in linear or any(chooses(name, module) for name, module in asked.items())
         # A module without parameters is no miss.
         if chosen and (
-            one.attribute or any(p is not None for p in one.module._parameters.values())
+            layer.attribute or any(p is not None for p in layer.module._parameters.values())
         ):
-            found.append(replace(one, reason=EXCLUDED) if matching(exclude, [*asked]) else one)
+            found.append(replace(layer, reason=EXCLUDED) if matching(exclude, [*asked]) else layer)
     return found
 
 
-def _tied(view: ModelView, one: PlannedLayer, exclude: Iterable[str] = ()) -> dict[str, Place]:
+def _tied(view: ModelView, layer: PlannedLayer, exclude: Iterable[str] = ()) -> dict[str, Place]:
     """Return where else the parameter of a layer is, and reads its update."""
-    own = view.parameters_by_name.get(join(one.module_names[0], one.attribute))
+    parameter = view.parameters_by_name.get(join(layer.module_names[0], layer.attribute))
+    is_opaque = layer.slot is not None and layer.slot.opaque
     found: dict[str, Place] = {}
-    for name in () if own is None or (one.slot and one.slot.opaque) else own.names:
+    for name in () if parameter is None or is_opaque else parameter.names:
         owner, _, attribute = name.rpartition(".")
         place = view.modules[owner], attribute
         left_out = matching(exclude, (name, name.removesuffix(".weight")))
-        if not left_out and place not in [one.place, *found.values()]:
+        if not left_out and place not in [layer.place, *found.values()]:
             found[name] = place
     return found
 
@@ -694,15 +703,17 @@ def _all_linear(view: ModelView, known: list[PlannedLayer]) -> list[PlannedLayer
     """Return the linear weights, without output heads that are tied to an embedding."""
     added = _modules_added_by_peft(view)
     tables, linear = set(), []
-    for one in known:
-        if isinstance(one.module, (nn.Embedding, nn.EmbeddingBag)):
-            tables.add(id(one.module._parameters.get(one.attribute)))
-        elif one.slot is not None and one.module not in added:
-            layout = one.slot.layout
+    for layer in known:
+        if isinstance(layer.module, (nn.Embedding, nn.EmbeddingBag)):
+            tables.add(id(layer.module._parameters.get(layer.attribute)))
+        elif layer.slot is not None and layer.module not in added:
+            layout = layer.slot.layout
             if not layout.has_kernel and layout.pattern != "index out":
-                linear.append(one)
+                linear.append(layer)
     tables.discard(id(None))  # of a weight that is computed from others
-    return [one for one in linear if id(one.module._parameters.get(one.attribute)) not in tables]
+    return [
+        layer for layer in linear if id(layer.module._parameters.get(layer.attribute)) not in tables
+    ]
 
 
 def _modules_added_by_peft(view: ModelView) -> set[nn.Module]:
@@ -734,7 +745,7 @@ def _nothing_selected(
     asked = "the predicate" if callable(target) else f"target_regex={target!r}"
     if skipped:
         return f"{asked} selects only modules that can't be adapted: {_shown(skipped)}"
-    nearest = _nearest(str(target), (one.name for one in known if one.slot is not None))
+    nearest = _nearest(str(target), (layer.name for layer in known if layer.slot is not None))
     near = f"; the nearest names are {nearest}" if nearest else ""
     return f"{asked} selects no layer that can be adapted{near}"
 
@@ -748,7 +759,7 @@ def _nearest(pattern: str, names: Iterable[str]) -> str:
 
 def _shown(layers: list[PlannedLayer]) -> str:
     """Return the names of weights and why they are not adapted."""
-    reasons = grouped((one.name or "(the model)", one.reason) for one in layers)
+    reasons = grouped((layer.name or "(the model)", layer.reason) for layer in layers)
     return first_few(reasons, 5, "; ")
 
 
@@ -757,39 +768,41 @@ def _shown(layers: list[PlannedLayer]) -> str:
 
 def _also_trained(view: ModelView, config: AdapterConfig) -> tuple[str, ...]:
     """Return the clean names of the parameters that `also_train` matches by any of their names."""
-    matched = [one for one in view.parameters if matching(config.also_train, one.names)]
-    for one in matched:
-        reason = _reason_against_training(one)
+    matched = [
+        parameter for parameter in view.parameters if matching(config.also_train, parameter.names)
+    ]
+    for parameter in matched:
+        reason = _reason_against_training(parameter)
         if reason is not None:
             raise ArgumentError(
-                f"also_train matches {one.name}: {reason}; give a regex that leaves it out"
+                f"also_train matches {parameter.name}: {reason}; give a regex that leaves it out"
             )
-    names = [name for one in matched for name in one.names]
+    names = [name for parameter in matched for name in parameter.names]
     _refuse_unused("also_train", config.also_train, names)
-    return tuple(one.name for one in matched)
+    return tuple(parameter.name for parameter in matched)
 
 
-def _reason_against_training(one: ModelParameter) -> str | None:
+def _reason_against_training(parameter: ModelParameter) -> str | None:
     """Return why a parameter can't be trained with a new adapter."""
-    if quantisation_of(None, one.value) is not None:
+    if quantisation_of(None, parameter.value) is not None:
         return "it is quantised and can't be trained with an adapter"
-    if one.value.dtype not in BLOCK_DTYPES.values():
-        return f"it has dtype {one.value.dtype} and can't be trained with an adapter"
-    if one.is_claimed():
+    if parameter.value.dtype not in BLOCK_DTYPES.values():
+        return f"it has dtype {parameter.value.dtype} and can't be trained with an adapter"
+    if parameter.is_claimed():
         return "it is already trained with another adapter, and can belong to only one"
     return None
 
 
 def _with_counts(view: ModelView, plan: Plan) -> Plan:
     """Return a plan with what only its reader needs: the numbers of parameters."""
-    blocks = [one.block.block for one in view.blocks()]
+    blocks = [found.block.block for found in view.blocks()]
     total = plan.added + sum(map(parameter_count, blocks))
-    trainable = plan.added + sum(parameter_count(one) for one in blocks if one.requires_grad)
-    for one in view.parameters:
-        if is_lazy(one.value):
+    trainable = plan.added + sum(parameter_count(block) for block in blocks if block.requires_grad)
+    for parameter in view.parameters:
+        if is_lazy(parameter.value):
             continue
-        total += one.size
-        stays = not plan.freeze or one.is_claimed()
-        if one.name in plan.also_train or (stays and one.value.requires_grad):
-            trainable += one.size
+        total += parameter.size
+        stays = not plan.freeze or parameter.is_claimed()
+        if parameter.name in plan.also_train or (stays and parameter.value.requires_grad):
+            trainable += parameter.size
     return replace(plan, trainable=trainable, total=total)
