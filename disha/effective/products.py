@@ -107,15 +107,16 @@ def _grouped_of_transformers(*args: Any, **kwargs: Any) -> Tensor:
 RULES["transformers::grouped_mm_fallback"] = partial(_grouped, _grouped_of_transformers)
 
 
-@rules(F.conv1d, F.conv2d, F.conv3d)
-@rules(F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
+_TRANSPOSED = F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d
+
+
+@rules(F.conv1d, F.conv2d, F.conv3d, *_TRANSPOSED)
 def _conv(
     func: Operation, input: Any, weight: Any, bias: Any = None, *args: Any, **kwargs: Any
 ) -> Any:
     if not isinstance(weight, EffectiveWeight) or not weight.weight_layout.has_kernel:
         return NotImplemented
-    transposes = func.__name__.startswith("conv_transpose")
-    if weight.weight_layout.in_first != transposes:
+    if weight.weight_layout.in_first != (func in _TRANSPOSED):
         return NotImplemented
 
     def convolve(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
