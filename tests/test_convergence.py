@@ -345,7 +345,8 @@ class TestReport:
         for task in ("arithmetic", "docstrings"):  # with r = 16, a tenth is best
             own = found[task].findings
             assert (own["bone"].rate, own["lora"].rate) == (mild, 3e-3)
-        assert f"or less: {mild:g} for the language model" in report.verdict(found, long)
+        verdict = report.verdict(found, long)
+        assert f"rate](choosing.md#learning-rate): {mild:g} for the language model" in verdict
 
     def test_random_signs_are_better_in_the_two_smaller_models_only(self):
         columns = report.matrices(KEPT)
