@@ -13,14 +13,7 @@ from typing import Any
 import disha
 from disha.cli.dispatcher import Parser
 from disha.errors import AdapterFileWarning, ArgumentError
-from disha.finetune.base import (
-    BITS,
-    TEMPLATE_KEY,
-    best_device,
-    load_base,
-    noted_base,
-    noted_tokens,
-)
+from disha.finetune.base import BITS, best_device, load_base, noted_base
 
 Prompt = str | Sequence[dict[str, str]]  # a text, or the messages of a conversation
 
@@ -84,9 +77,7 @@ def opened(flags: Namespace) -> Asker:
         raise ArgumentError("name the model with --base or --adapter")
     name, bits = (flags.base, "fp32") if flags.base else noted(flags.adapter)
     notes = {} if flags.adapter is None else disha.inspect_adapter(flags.adapter).metadata
-    tokens = [] if flags.adapter is None else noted_tokens(flags.adapter)
-    model, tokenizer = load_base(name, flags.bits or bits, best_device(), tokens)
-    tokenizer.chat_template = notes.get(TEMPLATE_KEY, tokenizer.chat_template)
+    model, tokenizer = load_base(name, flags.bits or bits, best_device(), notes)
     if notes.get("prompt") == "chat" and not tokenizer.chat_template:
         raise ArgumentError(
             f"{flags.adapter} learned conversations, and {name} has no chat template; name a base "

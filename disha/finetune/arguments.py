@@ -18,7 +18,7 @@ from trl import SFTConfig
 
 import disha
 from disha.errors import ArgumentError
-from disha.finetune.base import BITS, noted_tokens
+from disha.finetune.base import BITS, TOKENS_KEY
 
 RENAMED = {
     "batch_size": "per_device_train_batch_size",
@@ -195,8 +195,9 @@ def parsed(argv: Sequence[str]) -> Parsed:
     path = found[0].adapter
     if path is None:
         return found
-    noted = disha.inspect_adapter(path).config.to_json()
-    noted["new_tokens"] = noted_tokens(Path(path))
+    file = disha.inspect_adapter(path)
+    noted = file.config.to_json()
+    noted["new_tokens"] = json.loads(file.metadata.get(TOKENS_KEY, "[]"))
     parser.set_defaults(**noted)
     found = _found(parser, words)
     for name, value in noted.items():

@@ -9,8 +9,9 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -38,9 +39,12 @@ def load_base(
     name: str,
     bits: str = "fp32",
     device: torch.device | None = None,
-    new_tokens: Sequence[str] = (),
+    notes: Mapping[str, str] = MappingProxyType({}),
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Return a base in evaluation mode and its tokenizer; `bits` is one of `BITS`, or `auto`."""
+    """Return a base in evaluation mode and its tokenizer; `bits` is one of `BITS`, or `auto`.
+
+    `notes` are those of an adapter file: its chat template, and the tokens that it has added.
+    """
     source, file = _source(name)
     options: dict[str, Any] = {"dtype": _dtype(bits, device)}
     if device is not None:
@@ -63,15 +67,16 @@ def load_base(
             module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    if new_tokens:
-        _add_tokens(model, tokenizer, new_tokens)
+    tokenizer.chat_template = notes.get(TEMPLATE_KEY, tokenizer.chat_template)
+    if TOKENS_KEY in notes:
+        _add_tokens(model, tokenizer, json.loads(notes[TOKENS_KEY]))
     return model, tokenizer
 
 
-def _add_tokens(model: Any, tokenizer: Any, tokens: Sequence[str]) -> None:
+def _add_tokens(model: Any, tokenizer: Any, tokens: list[str]) -> None:
     """Add those tokens that are new, with rows at the mean of the others."""
     known = len(tokenizer)
-    tokenizer.add_tokens(list(tokens))
+    tokenizer.add_tokens(tokens)
     if len(tokenizer) > len(model.get_input_embeddings().weight):  # some tables have spare rows
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
@@ -180,17 +185,6 @@ def noted_base(adapter: Path) -> tuple[str, str]:
     if not path.exists():
         raise ArgumentError(f"{adapter} notes the base {path}, which is not there; give --base")
     return str(path), bits
-
-
-def noted_tokens(adapter: Path) -> list[str]:
-    """Return the tokens that an adapter has added to its base."""
-    found: list[str] = json.loads(disha.inspect_adapter(adapter).metadata.get(TOKENS_KEY, "[]"))
-    return found
-
-
-def noted_template(adapter: Path) -> str | None:
-    """Return the chat template that an adapter was trained with, if it is not that of its base."""
-    return disha.inspect_adapter(adapter).metadata.get(TEMPLATE_KEY)
 
 
 def template_at(name: str) -> str:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import disha
 from disha.errors import ArgumentError
-from disha.finetune.base import is_gguf, load_base, noted_template, noted_tokens
+from disha.finetune.base import is_gguf, load_base
 
 
 def require_mergeable(base: str) -> None:
@@ -23,8 +23,7 @@ def merge_base(
 ) -> None:
     """Write a copy of a base with an adapter merged, in the dtype of the base."""
     require_mergeable(base)
-    model, tokenizer = load_base(base, "auto", new_tokens=noted_tokens(adapter))
-    tokenizer.chat_template = noted_template(adapter) or tokenizer.chat_template
+    model, tokenizer = load_base(base, "auto", notes=disha.inspect_adapter(adapter).metadata)
     disha.load_adapter(model, adapter, also_train=also_train)
     if scale is not None:
         disha.set_adapter_scale(model, scale)

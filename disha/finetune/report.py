@@ -26,7 +26,7 @@ from trl import SFTConfig
 
 import disha
 from disha.errors import DishaError
-from disha.finetune.base import load_base, noted_tokens
+from disha.finetune.base import load_base
 from disha.finetune.trainer import Trainer
 from disha.integrations.transformers import AdapterCheckpoints
 from disha.text import counted
@@ -95,7 +95,7 @@ def prove(base: str, bits: str, path: Path, outcome: Outcome) -> Proof:
     training.dataset_kwargs = {"skip_prepare_dataset": True}  # packed rows can't be packed again
     is_partitioned: bool = is_deepspeed_zero3_enabled()  # type: ignore[no-untyped-call]
     device = None if is_partitioned else training.device
-    model, tokenizer = load_base(base, bits, device, noted_tokens(path))
+    model, tokenizer = load_base(base, bits, device, disha.inspect_adapter(path).metadata)
     # ZeRO-3 would need all ranks for an answer.
     is_shown = training.process_index == 0 and not is_partitioned
     rows = _with_question(outcome.checked, training.samples if is_shown else 0)

@@ -31,7 +31,6 @@ from disha.finetune.base import (
     base_note,
     load_base,
     noted_base,
-    noted_template,
     template_at,
 )
 from disha.finetune.data import formed, load_rows, masks_answers, mixed
@@ -143,13 +142,13 @@ def _trainer(
     sets, held_out = _read(data)
     quantised = bits in ("8", "4")
     device = training.device if quantised else None
-    model, tokenizer = load_base(base, bits, device, adapter.new_tokens)
-    template = adapter.adapter and noted_template(Path(adapter.adapter))
+    notes = dict(disha.inspect_adapter(adapter.adapter).metadata) if adapter.adapter else {}
     if training.chat_template_path:
-        template = template_at(training.chat_template_path)
+        notes[TEMPLATE_KEY] = template_at(training.chat_template_path)
         training.chat_template_path = None  # trl would also add the tokens of another model
-    if template:
-        tokenizer.chat_template = template
+    if adapter.new_tokens:
+        notes[TOKENS_KEY] = json.dumps(adapter.new_tokens)
+    model, tokenizer = load_base(base, bits, device, notes)
     rows = mixed(
         [formed(one, data.dataset_field, tokenizer) for one in sets],
         data.data_weights,
@@ -177,11 +176,7 @@ def _trainer(
         ],
     )
     trainer.is_held_out = held_out is not None
-    trainer.notes = {PROMPT_KEY: "chat" if is_chat else "text"}
-    if template:
-        trainer.notes[TEMPLATE_KEY] = template
-    if adapter.new_tokens:
-        trainer.notes[TOKENS_KEY] = json.dumps(adapter.new_tokens)
+    trainer.notes = notes | {PROMPT_KEY: "chat" if is_chat else "text"}
     return trainer
 
 

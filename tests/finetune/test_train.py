@@ -455,7 +455,8 @@ def test_tokens_that_a_base_has_train_from_where_they_are(tiny):
     model, tokenizer = load_base(str(tiny))
     known, rows = len(tokenizer), model.lm_head.weight
     model.resize_token_embeddings(known + 2)
-    more, words = load_base(str(tiny), new_tokens=["<|im_start|>", "<think>"])
+    notes = {"new_tokens": '["<|im_start|>", "<think>"]'}
+    more, words = load_base(str(tiny), notes=notes)
     assert words.convert_tokens_to_ids(["<|im_start|>", "<think>"]) == [3, known]
     assert torch.equal(more.lm_head.weight[:known], rows[:known])
     torch.testing.assert_close(more.lm_head.weight[known], rows[:known].mean(0))
