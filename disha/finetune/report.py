@@ -11,7 +11,7 @@ import platform
 import re
 import sys
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -45,19 +45,13 @@ class Outcome:
     """What a training leaves, without its model."""
 
     training: SFTConfig
-    tokenizer: Any
     rows: int
     checked: Dataset
-    is_held_out: bool
+    measured_on: str
     state: TrainerState
     loss: float
     summary: disha.Summary
     resumed_from: str | None
-
-    @property
-    def losses(self) -> dict[int, float]:
-        """The measured losses by step."""
-        return logged(self.state, "eval_loss")
 
 
 @dataclass(frozen=True)
@@ -76,7 +70,7 @@ class Proof:
 
     trained: float
     loaded: float
-    samples: tuple[Sample, ...]
+    samples: list[Sample]
 
     def require_same(self) -> None:
         """Raise if the losses differ."""
@@ -98,57 +92,54 @@ def prove(base: str, bits: str, path: Path, outcome: Outcome) -> Proof:
     model, tokenizer = load_base(base, bits, device, disha.inspect_adapter(path).metadata)
     # ZeRO-3 would need all ranks for an answer.
     is_shown = training.process_index == 0 and not is_partitioned
-    rows = _with_question(outcome.checked, training.samples if is_shown else 0)
-    without = _answers(model, tokenizer, rows)
+    pairs = list(_questions(outcome.checked, training.samples if is_shown else 0))
+    questions = [question for question, _ in pairs]
+    without = _answers(model, tokenizer, questions)
     disha.load_adapter(model, path)
-    answers = zip(rows, without, _answers(model, tokenizer, rows), strict=True)
+    with_adapter = _answers(model, tokenizer, questions)
     trainer = Trainer(
         model,
         training,
         train_dataset=outcome.checked,
         eval_dataset=outcome.checked,
-        processing_class=outcome.tokenizer,
+        processing_class=tokenizer,
         callbacks=[AdapterCheckpoints(model)],
     )
     # Without training, accelerate has no FSDP2, and DeepSpeed has ZeRO-3 only.
     trainer.is_fsdp_enabled = False
     trainer.is_deepspeed_enabled = is_partitioned
-    return Proof(
-        trained=outcome.loss,
-        loaded=trainer.evaluate()["eval_loss"],
-        samples=tuple(_sample(row, tokenizer, *two) for row, *two in answers),
-    )
+    samples = [
+        Sample(str(tokenizer.decode(question)), before, after, _text(tokenizer, reference))
+        for (question, reference), before, after in zip(pairs, without, with_adapter, strict=True)
+    ]
+    return Proof(outcome.loss, trainer.evaluate()["eval_loss"], samples)
 
 
-def _with_question(rows: Dataset, count: int) -> list[Mapping[str, Any]]:
-    """Return the first rows that begin with something that is not learned."""
-    return list(itertools.islice((row for row in rows if row["labels"][0] == -100), max(count, 0)))
+def _questions(rows: Dataset, count: int) -> Iterator[tuple[list[int], list[int]]]:
+    """Return the first rows that begin with a question, each as its tokens and those learned."""
+    asked = (row for row in rows if row["labels"][0] == -100)
+    for row in itertools.islice(asked, max(count, 0)):
+        learned = [label for label in row["labels"] if label != -100]
+        start = row["labels"].index(learned[0])
+        yield row["input_ids"][:start], learned
 
 
-def _question(row: Mapping[str, Any]) -> list[int]:
-    first = next(at for at, label in enumerate(row["labels"]) if label != -100)
-    return list(row["input_ids"][:first])
-
-
-def _answers(model: Any, tokenizer: Any, rows: Sequence[Mapping[str, Any]]) -> list[str]:
+def _answers(model: Any, tokenizer: Any, questions: Sequence[list[int]]) -> list[str]:
     texts = []
-    for row in tqdm(rows, desc="Answering"):
-        ids = torch.tensor([_question(row)], device=model.device)
-        with torch.inference_mode():
-            found = model.generate(
-                input_ids=ids,
-                attention_mask=torch.ones_like(ids),
-                max_new_tokens=SAMPLE_TOKENS,
-                do_sample=False,
-            )
-        texts.append(tokenizer.decode(found[0, ids.shape[1] :], skip_special_tokens=True))
+    for question in tqdm(questions, desc="Answering"):
+        ids = torch.tensor([question], device=model.device)
+        found = model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=SAMPLE_TOKENS,
+            do_sample=False,
+        )
+        texts.append(_text(tokenizer, found[0, len(question) :]))
     return texts
 
 
-def _sample(row: Mapping[str, Any], tokenizer: Any, without: str, with_adapter: str) -> Sample:
-    learned = [label for label in row["labels"] if label != -100]
-    reference = tokenizer.decode(learned, skip_special_tokens=True)
-    return Sample(tokenizer.decode(_question(row)), without, with_adapter, reference)
+def _text(tokenizer: Any, tokens: Any) -> str:
+    return str(tokenizer.decode(tokens, skip_special_tokens=True))
 
 
 def _page(samples: Sequence[Sample]) -> str:
@@ -164,7 +155,7 @@ def _page(samples: Sequence[Sample]) -> str:
 
 def write_report(folder: Path, settings: Mapping[str, Any], outcome: Outcome, proof: Proof) -> None:
     """Write the plot, the samples and the report, and print the result."""
-    losses, name = outcome.losses, "held-out" if outcome.is_held_out else "training"
+    losses, name = logged(outcome.state, "eval_loss"), outcome.measured_on
     _plot(outcome.state, losses, name).savefig(folder / PLOT)
     if proof.samples:
         (folder / SAMPLES).write_text(_page(proof.samples), encoding="utf-8")

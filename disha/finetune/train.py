@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import itertools
 import json
-import math
 import re
 import shlex
 import shutil
@@ -72,8 +71,6 @@ def run(
     if training.process_index == 0:
         if adapter.merge:
             merge_base(base, folder / ADAPTER_NAME, folder / MERGED)
-        if adapter.new_tokens:
-            outcome.tokenizer.save_pretrained(folder)
         settings = vars(adapter) | vars(data) | {"base": base, "bits": bits}
         write_report(folder, settings, outcome, proof)
     proof.require_same()
@@ -175,7 +172,7 @@ def _trainer(
             *([EarlyStoppingCallback(patience)] if patience else []),
         ],
     )
-    trainer.is_held_out = held_out is not None
+    trainer.measured_on = "training" if held_out is None else "held-out"
     trainer.notes = notes | {PROMPT_KEY: "chat" if is_chat else "text"}
     return trainer
 
@@ -233,12 +230,13 @@ def _trained(trainer: Trainer, base: str, bits: str, folder: Path) -> Outcome:
     path = folder / ADAPTER_NAME
     notes = trainer.notes | {BASE_KEY: base_note(base, bits, path)}
     disha.save_adapter(trainer.model, path, metadata=notes)
+    if TOKENS_KEY in notes and training.process_index == 0:
+        trainer.processing_class.save_pretrained(folder)
     return Outcome(
         training=training,
-        tokenizer=trainer.processing_class,
         rows=len(trainer.train_dataset),
         checked=trainer.eval_dataset,
-        is_held_out=trainer.is_held_out,
+        measured_on=trainer.measured_on,
         state=state,
         loss=losses[saved_step] if saved_step in losses else trainer.evaluate()["eval_loss"],
         summary=disha.summary(trainer.model),
@@ -269,7 +267,8 @@ def _preview(trainer: Trainer) -> None:
     row = trainer.train_dataset[0]
     print(f"\none of {len(trainer.train_dataset)} rows; [[ ]] marks what is learned:")
     print(_marked(row["input_ids"], row["labels"], trainer.processing_class))
-    print(f"\n{_steps(trainer)} steps")
+    *_, steps = trainer.set_initial_training_values(trainer.args, trainer.get_train_dataloader())
+    print(f"\n{steps} steps")
 
 
 def _marked(ids: list[int], labels: list[int], tokenizer: Any) -> str:
@@ -279,12 +278,3 @@ def _marked(ids: list[int], labels: list[int], tokenizer: Any) -> str:
         part = tokenizer.decode([token for token, _ in run])
         text += f"[[{part}]]" if learned else part
     return text
-
-
-def _steps(trainer: Trainer) -> int:
-    training = trainer.args
-    if training.max_steps > 0:
-        return training.max_steps
-    batches = len(trainer.get_train_dataloader())
-    in_epoch = math.ceil(batches / training.gradient_accumulation_steps)
-    return math.ceil(training.num_train_epochs * in_epoch)
