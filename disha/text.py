@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 import reprlib
 from collections.abc import Iterable, Sequence
@@ -36,6 +37,12 @@ def brief(value: object) -> str:
 def counted(count: int, noun: str) -> str:
     """Return a number and a noun, which is plural unless the number is 1."""
     return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """Return a question for the end of a message: whether the known word most like it is meant."""
+    near = difflib.get_close_matches(word, known, n=1)
+    return f"; did you mean {near[0]}?" if near else ""
 
 
 def first_few(items: Sequence[str], limit: int, separator: str = "\n") -> str:

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import logging
 import os
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from importlib.metadata import version
 from typing import Any, NoReturn, TextIO
 
 from disha.errors import AdapterFileWarning, ArgumentError, DishaError
-from disha.text import printable
+from disha.text import nearest, printable
 from disha.version import __version__
 
 DONE, FAILED, TROUBLE, INTERRUPTED = 0, 1, 2, 130  # trouble: the user can correct it
@@ -70,7 +69,7 @@ def _run(words: Sequence[str]) -> int:
         print(f"disha {__version__}" if name == "--version" else _help())
         return DONE
     if name not in COMMANDS:
-        raise ArgumentError(f"{name!r} is not a command{_nearest(name, COMMANDS)}")
+        raise ArgumentError(f"{name!r} is not a command{nearest(name, COMMANDS)}")
     if name in ("finetune", "evaluate"):
         version("trl")  # where the extra is not installed, this raises before torch is imported
     module = "disha.finetune" if name == "finetune" else f"disha.cli.{name}"
@@ -99,7 +98,7 @@ class Parser(argparse.ArgumentParser):
         spelled = [_underscored(word) for word in words]
         found, unknown = self.parse_known_args(spelled)
         if unknown:
-            near = _nearest(unknown[0].partition("=")[0], self._option_string_actions)
+            near = nearest(unknown[0].partition("=")[0], self._option_string_actions)
             raise ArgumentError(f"{self.prog} does not take {unknown[0]}{near}")
         return found
 
@@ -113,11 +112,6 @@ def _underscored(word: str) -> str:
         return word
     name, equals, value = word[2:].partition("=")
     return f"--{name.replace('-', '_')}{equals}{value}"
-
-
-def _nearest(word: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(word, known, n=1)
-    return f"; did you mean {near[0]}?" if near else ""
 
 
 def _told(error: Exception) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields
@@ -19,6 +18,7 @@ from trl import SFTConfig
 import disha
 from disha.errors import ArgumentError
 from disha.finetune.base import BITS, TOKENS_KEY
+from disha.text import nearest
 
 RENAMED = {
     "batch_size": "per_device_train_batch_size",
@@ -184,37 +184,32 @@ Parsed = tuple[AdapterArguments, DataArguments, TrainingArguments]
 
 def parsed(argv: Sequence[str]) -> Parsed:
     """Return the settings that the words of a command line give. Help is printed, and exits."""
-    words = [_renamed(word) for word in argv if word != "--debug"]
-    shows_all = "--help_all" in words
-    parser = _parser(shows_all)
-    if shows_all or not {"-h", "--help"}.isdisjoint(words):
-        parser.print_help()
-        raise SystemExit(0)
-    words = _with_config(words)
-    found = _found(parser, words)
-    path = found[0].adapter
-    if path is None:
-        return found
-    file = disha.inspect_adapter(path)
-    noted = file.config.to_json()
-    noted["new_tokens"] = json.loads(file.metadata.get(TOKENS_KEY, "[]"))
+    words = [word for word in argv if word != "--debug"]
+    parser = _parser(shows_all="--help_all" in words)
+    flags, _ = parser.parse_known_args(words)
+    if flags.config is not None:
+        words = [*_words_of(Path(flags.config)), *words]
+        flags, _ = parser.parse_known_args(words)
+    noted = {} if flags.adapter is None else _noted(flags.adapter)
     parser.set_defaults(**noted)
-    found = _found(parser, words)
-    for name, value in noted.items():
-        if vars(found[0]).get(name, value) != value:
-            raise ArgumentError(
-                f"{path} has {name}={value}, which can't change; leave out --{name}"
-            )
-    return found
-
-
-def _found(parser: _Parser, words: Sequence[str]) -> Parsed:
     *found, _, unknown = parser.parse_args_into_dataclasses(
         words, return_remaining_strings=True, look_for_args_file=False
     )
-    if unknown:
-        _refuse(unknown[0], parser)
+    for word in unknown:
+        hint = nearest(word.partition("=")[0], parser._option_string_actions)
+        raise ArgumentError(f"there is no flag {word}{hint or '; --help_all shows all flags'}")
+    for name, value in noted.items():
+        if vars(found[0]).get(name, value) != value:
+            raise ArgumentError(
+                f"{flags.adapter} has {name}={value}, which can't change; leave out --{name}"
+            )
     return tuple(found)  # type: ignore[return-value]
+
+
+def _noted(adapter: str) -> dict[str, Any]:
+    """Return what an adapter file sets: its configuration, and the tokens that it has added."""
+    file = disha.inspect_adapter(adapter)
+    return file.config.to_json() | {"new_tokens": json.loads(file.metadata.get(TOKENS_KEY, "[]"))}
 
 
 def _parser(shows_all: bool) -> _Parser:
@@ -222,12 +217,16 @@ def _parser(shows_all: bool) -> _Parser:
     parser = _Parser(
         classes,  # type: ignore[arg-type]
         usage=USAGE,
-        add_help=False,
         allow_abbrev=False,
         formatter_class=_Format,
     )
-    parser.add_argument("--config", help="a YAML file of flags; those of the command line win")
-    parser.add_argument("--help_all", action="store_true", help="show all flags of SFTConfig too")
+    config_help = "a YAML file of flags; those of the command line win"
+    parser.add_argument("--config", nargs="?", const=".", help=config_help)
+    parser.add_argument("--help_all", action="help", help="show all flags of SFTConfig too")
+    flags = parser._option_string_actions
+    for former, name in RENAMED.items():
+        flags[f"--{former}"] = flags[f"--{name}"]
+        flags[f"--{former.replace('_', '-')}"] = flags[f"--{name}"]
     hidden = set() if shows_all else {one.name for one in fields(SFTConfig)} - set(SHOWN)
     for action in parser._actions:
         if action.dest in hidden or action.option_strings[0].startswith("--no_"):
@@ -251,21 +250,6 @@ class _Format(argparse.ArgumentDefaultsHelpFormatter):
         return ", ".join(names) + values
 
 
-def _renamed(word: str) -> str:
-    """Return a flag under its name of today, and any other word as it is."""
-    name, sign, value = word.partition("=")
-    plain = name.removeprefix("--").replace("-", "_")
-    return f"--{RENAMED[plain]}{sign}{value}" if name[:2] == "--" and plain in RENAMED else word
-
-
-def _with_config(words: list[str]) -> list[str]:
-    """Put the flags of the file that `--config` names before those of the command line."""
-    if "--config" not in words:
-        return words
-    at = words.index("--config")
-    return [*_words_of(Path(*words[at + 1 : at + 2])), *words[:at], *words[at + 2 :]]
-
-
 def _words_of(path: Path) -> Iterator[str]:
     try:
         flags = yaml.safe_load(path.read_text(encoding="utf-8")).items()
@@ -276,16 +260,9 @@ def _words_of(path: Path) -> Iterator[str]:
         ) from error
     for name, value in flags:
         if value is not None:
-            yield _renamed(f"--{name}")
+            yield f"--{name}"
             for one in value if isinstance(value, list) else [value]:
                 yield json.dumps(one) if isinstance(one, dict) else str(one)
-
-
-def _refuse(word: str, parser: argparse.ArgumentParser) -> NoReturn:
-    known = [name for action in parser._actions for name in action.option_strings]
-    near = difflib.get_close_matches(word.partition("=")[0], known, 1)
-    hint = f"; did you mean {near[0]}?" if near else "; --help_all shows all flags"
-    raise ArgumentError(f"there is no flag {word}{hint}")
 
 
 def _rank(pair: str) -> tuple[str, int]:

@@ -436,7 +436,7 @@ def test_new_tokens(finetune, tmp_path, tied, capsys):
         loss = measured["adapter" if "adapter" in measured else "base"]["loss"]
         assert loss == pytest.approx(result.losses[60], abs=0.02)
     assert disha_command(["convert", path, str(tmp_path / "lora"), "--to", "lora"]) == 0
-    theirs, tokenizer = load_base(str(base), new_tokens=["<think>", "</think>"])
+    theirs, tokenizer = load_base(str(base), notes=disha.inspect_adapter(path).metadata)
     theirs = peft.PeftModel.from_pretrained(theirs, tmp_path / "lora")
     ours, _ = load_base(merged[1])
     ids = tokenizer("say two 3<think>", return_tensors="pt")["input_ids"]
