@@ -37,21 +37,7 @@ QUANTISED = ("is_quantized", "is_loaded_in_4bit", "is_loaded_in_8bit")
 the model, and the trainers of `trl` cast all trainable parameters to bfloat16."""
 
 
-class SeenAsPlain(TrainerCallback):
-    """Hides from a trainer, while it is made, that its model is quantised."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self._quantised = [flag for flag in QUANTISED if getattr(model, flag, False)]
-        for flag in self._quantised:
-            setattr(model, flag, False)
-
-    def on_init_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
-        """Let the model be quantised again."""
-        for flag in self._quantised:
-            setattr(given["model"], flag, True)
-
-
-class AdapterCheckpoints(SeenAsPlain):
+class AdapterCheckpoints(TrainerCallback):
     """Makes `Trainer` save, resume and choose the adapter alone.
 
     Make it before the trainer, and pass it in `callbacks`. Then
@@ -94,7 +80,9 @@ class AdapterCheckpoints(SeenAsPlain):
 
     def __init__(self, model: nn.Module, adapter: str = "default") -> None:
         self._adapter, self._kept = adapter, set(disha.adapter_state_dict(model, adapter))
-        super().__init__(model)
+        self._quantised = [flag for flag in QUANTISED if getattr(model, flag, False)]
+        for flag in self._quantised:  # hidden while the trainer is made
+            setattr(model, flag, False)
         # Trainer warns of other missing keys than these when it loads a checkpoint. Blocks never
         # count as missing, so that a checkpoint of the base can be loaded too.
         base = {key for key in model.state_dict() if ".disha." not in key}
@@ -103,8 +91,9 @@ class AdapterCheckpoints(SeenAsPlain):
 
     def on_init_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         """Let the model be quantised again. Refuse what would not be trained."""
-        super().on_init_end(args, state, control, **given)
         model = given["model"]
+        for flag in self._quantised:
+            setattr(model, flag, True)
         leave_out_base(model, self._kept, AcceleratorState().distributed_type)
         if args.should_save:
             _set_aside_incomplete(Path(args.output_dir))

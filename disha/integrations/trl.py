@@ -25,41 +25,40 @@ __all__ = ["DPOTrainer", "GRPOTrainer"]
 
 Names = Sequence[str] | None
 UNFIT = {
-    "sync_ref_model": "writes into a second model, and here the reference is the trained model "
-    "itself; leave it out",
-    "use_vllm": "sends vLLM the weights without the adapter's update; pass a rollout_func that "
-    "sends it the adapter (disha.interop.lora.export_tensors)",
+    "peft_config": "peft_config adds an adapter of PEFT, and the model has one of disha, which "
+    "would be frozen",
+    "ref_model": "ref_model is a second model, and here the reference is the trained model itself; "
+    "name the adapters that act in it with `reference`, or use the trainer of trl",
+    "sync_ref_model": "sync_ref_model=True writes into a second model, and here the reference is "
+    "the trained model itself; leave it out",
+    "use_vllm": "use_vllm=True sends vLLM the weights without the adapter's update; pass a "
+    "rollout_func that sends it the adapter (disha.interop.lora.export_tensors)",
 }
-"""Settings of `trl` that are refused -> why, and what to do."""
-
-UNFIT_ARGUMENTS = {
-    "peft_config": "adds an adapter of PEFT, and the model has one of disha, which would be frozen",
-    "ref_model": "is a second model, and here the reference is the trained model itself; name the "
-    "adapters that act in it with `reference`, or use the trainer of trl",
-}
-"""Arguments of `trl` that are refused -> why, and what to do."""
+"""Arguments and settings of `trl` that are refused -> why, and what to do."""
 
 
 class _Reference(nn.Module):
     """Stands for a frozen model, without parameters: a call runs the trained model with these."""
 
+    model: Any
+    adapters: Sequence[str]
+
     def __init__(self, model: nn.Module, adapters: Sequence[str]) -> None:
         super().__init__()
-        self.config = model.config
-        vars(self).update(model=model, adapters=adapters)  # the model is not a child of it
+        self.config, self.adapters = model.config, adapters
+        vars(self)["model"] = model  # not a child of it
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model. `trl` replaces `forward` of a reference, so this does not use it."""
-        own = vars(self)
-        with disha.adapters_active(own["model"], own["adapters"]):
-            return own["model"](*args, **kwargs)
+        with disha.adapters_active(self.model, self.adapters):
+            return self.model(*args, **kwargs)
 
     def state_dict(self, *args: Any, **named: Any) -> dict[str, Tensor]:  # type: ignore[override]
         """Return what the results depend on. `trl` stores some results under a hash of it."""
-        model = vars(self)["model"]
-        state = {key: value for key, value in model.state_dict().items() if ".disha." not in key}
-        for adapter in vars(self)["adapters"]:
-            state |= disha.adapter_state_dict(model, adapter)
+        whole = self.model.state_dict()
+        state = {key: value for key, value in whole.items() if ".disha." not in key}
+        for adapter in self.adapters:
+            state |= disha.adapter_state_dict(self.model, adapter)
         return state
 
 
@@ -73,20 +72,18 @@ def _make_ready(view: ModelView, args: Any, named: Mapping[str, Any], undo: Exit
             f"no adapter of the model is active ({', '.join(view.adapters)}), so none would train; "
             "call set_active_adapters first"
         )
-    for argument, reason in UNFIT_ARGUMENTS.items():
-        if named.get(argument) is not None:
-            raise ArgumentError(f"{argument} {reason}")
+    for name, reason in UNFIT.items():
+        if named.get(name) is not None or getattr(args, name, False):
+            raise ArgumentError(reason)
     for one in view.trained():
         raise ArgumentError(
             f"{one.name} trains with the adapter, so it would change the reference, in which "
             "adapters are off; freeze it, and inject without also_train"
         )
-    for setting, reason in UNFIT.items():
-        if getattr(args, setting, False):
-            raise ArgumentError(f"{setting}=True {reason}")
-    for *_, block in view.blocks() if getattr(args, "disable_dropout", True) else ():
-        undo.callback(setattr, block, "dropout", block.dropout)
-        block.dropout = 0.0  # trl does this for the dropout of torch
+    if getattr(args, "disable_dropout", True):
+        for *_, block in view.blocks():
+            undo.callback(setattr, block, "dropout", block.dropout)
+            block.dropout = 0.0  # trl does this for the dropout of torch
 
 
 def _reference(view: ModelView, adapters: Names, undo: ExitStack) -> _Reference:
