@@ -40,7 +40,7 @@ from disha.text import counted
 
 FORMATS = ("disha", "peft", "lora", "diffusers")
 PEFT_CONFIG = "adapter_config.json"
-FOLDERS = {"MISS": "peft", "BONE": "peft", "LORA": "lora"}  # PEFT's name of a method -> the format
+PEFT_METHODS = ("MISS", "BONE", "LORA")
 
 
 def main(words: Sequence[str]) -> None:
@@ -97,10 +97,10 @@ def _read_folder(path: Path, flags: Namespace, base: Checkpoint | None) -> Conte
             "that PEFT has saved, or a checkpoint saved with AdapterCheckpoints"
         )
     method = json.loads((path / PEFT_CONFIG).read_text(encoding="utf-8")).get("peft_type")
-    if method not in FOLDERS:
-        raise AdapterFileError(f"{path} is of peft_type {method!r}, not {', '.join(FOLDERS)}")
+    if method not in PEFT_METHODS:
+        raise AdapterFileError(f"{path} is of peft_type {method!r}, not {', '.join(PEFT_METHODS)}")
     saved = not flags.no_also_train
-    if FOLDERS[method] == "lora":
+    if method == "LORA":
         model_type = None if base is None else base.config().get("model_type")
         contents: Contents = lora.read_lora(path, model_type=model_type, also_train=saved)
     else:

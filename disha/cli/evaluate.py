@@ -66,7 +66,9 @@ def _measured(asker: Asker, batches: Any, rows: Dataset, flags: Namespace) -> di
             tokens += count
     loss = total / max(tokens, 1)
     found = {"loss": loss, "perplexity": math.exp(min(loss, 700)), "tokens": tokens}
-    return found | ({"exact": _exact(asker, rows, flags)} if flags.exact_match else {})
+    if flags.exact_match:
+        found["exact"] = _exact(asker, rows, flags)
+    return found
 
 
 def _batches(asker: Asker, rows: Dataset, flags: Namespace) -> Any:
@@ -98,9 +100,11 @@ def _batches(asker: Asker, rows: Dataset, flags: Namespace) -> Any:
 
 def _exact(asker: Asker, rows: Dataset, flags: Namespace) -> int:
     """Return how many answers equal the row's, apart from white space around them."""
-    exact, options = 0, {"max_new_tokens": flags.max_new_tokens, "do_sample": False}
+    exact = 0
     for batch in rows.iter(flags.per_device_eval_batch_size):
-        answers = asker.answers(batch["prompt"], **options)
+        answers = asker.answers(
+            batch["prompt"], max_new_tokens=flags.max_new_tokens, do_sample=False
+        )
         for answer, given in zip(answers, batch["completion"], strict=True):
             text = given if isinstance(given, str) else given[-1]["content"]
             exact += answer == text.strip()

@@ -15,6 +15,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import disha
 from disha.cli.dispatcher import Parser
@@ -41,24 +42,23 @@ def main(words: Sequence[str]) -> None:
         from disha.cli.models import noted  # transformers takes seconds to import
 
         base, _ = noted(flags.adapter)
+    options = {"scale": flags.scale, "also_train": not flags.no_also_train}
     notes = disha.inspect_adapter(flags.adapter).metadata
     if not Path(base).exists() or "new_tokens" in notes:
         from disha.finetune.merging import merge_base
 
-        also_train = not flags.no_also_train
-        with warnings.catch_warnings():
-            warnings.simplefilter("default" if flags.force else "error", AdapterFileWarning)
-            merge_base(base, flags.adapter, flags.out, scale=flags.scale, also_train=also_train)
+        action: Any = "default" if flags.force else "error"
+        with warnings.catch_warnings(action=action, category=AdapterFileWarning):
+            merge_base(base, flags.adapter, flags.out, **options)
         print(f"{flags.out}: {flags.adapter} merged into {base}")
         return
     merged = merge_into_checkpoint(
         base,
         flags.adapter,
         flags.out,
-        also_train=not flags.no_also_train,
-        scale=flags.scale,
         force=flags.force,
         overwrite=flags.overwrite,
+        **options,
     )
     template = notes.get("chat_template")
     if template is not None and flags.out.is_dir():

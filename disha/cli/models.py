@@ -44,23 +44,28 @@ class Asker:
 
     def load(self, flags: Namespace) -> None:
         """Load the adapter, which must belong to the base if its note has named this."""
-        with warnings.catch_warnings():
-            if flags.base is None:
-                warnings.simplefilter("error", AdapterFileWarning)
+        action: Any = "error" if flags.base is None else "default"
+        with warnings.catch_warnings(action=action, category=AdapterFileWarning):
             disha.load_adapter(self.model, flags.adapter)
 
     def _text(self, prompt: Prompt) -> str:
         turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         if not self.is_chat:
             return "\n".join(turn["content"] for turn in turns)
-        options = {"tokenize": False, "add_generation_prompt": True}
-        return str(self.tokenizer.apply_chat_template(turns, **options))
+        return str(
+            self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        )
 
     def encoded(self, prompts: Sequence[Prompt]) -> Any:
         """Return prompts as one batch of tokens, padded on the left."""
         texts = [self._text(prompt) for prompt in prompts]
-        options = {"padding": True, "padding_side": "left", "return_tensors": "pt"}
-        found = self.tokenizer(texts, add_special_tokens=not self.is_chat, **options)
+        found = self.tokenizer(
+            texts,
+            add_special_tokens=not self.is_chat,
+            padding=True,
+            padding_side="left",
+            return_tensors="pt",
+        )
         found.pop("token_type_ids", None)
         return found.to(self.model.device)
 

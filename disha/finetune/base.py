@@ -167,13 +167,12 @@ def base_note(name: str, bits: str, adapter: Path) -> str:
     return json.dumps({"base_model_name_or_path": name, "bits": bits})
 
 
-def noted_base(adapter: Path) -> tuple[str, str]:
+def noted_base(adapter: str | Path) -> tuple[str, str]:
     """Return the base that an adapter file notes, and its bits."""
     file = disha.inspect_adapter(adapter)
     adapter = file.path
-    text: Any = file.metadata.get(BASE_KEY)
     try:
-        note = json.loads(text)
+        note = json.loads(file.metadata[BASE_KEY])
         name, bits = note["base_model_name_or_path"], note.get("bits", "fp32")
         is_path = name.startswith("./")
         BITS.index(bits)

@@ -42,6 +42,15 @@ BUILDERS = {
     ".tsv": "csv",
     ".txt": "text",
 }
+FORMS = (
+    ("instruction", "output"),
+    ("query", "response"),
+    ("messages",),
+    ("conversations",),
+    ("text",),
+)
+"""The fields by which a form is known, in the order in which they are looked for."""
+
 ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant"}
 """The roles of ShareGPT -> those of chat templates."""
 
@@ -145,14 +154,7 @@ def _known_fields(columns: set[str]) -> Sequence[str]:
     """Return the fields of a known form, or one without a name; () for a form of `trl`."""
     if {"prompt", "completion"} <= columns or "input_ids" in columns:
         return ()
-    if {"instruction", "output"} <= columns:
-        return ("instruction", "output")
-    if {"query", "response"} <= columns:
-        return ("query", "response")
-    for field in ("messages", "conversations", "text"):
-        if field in columns:
-            return (field,)
-    return ("",)
+    return next((fields for fields in FORMS if columns.issuperset(fields)), ("",))
 
 
 def _mapped(rows: Dataset, form: Any, kind: Any = None, **options: Any) -> Dataset:

@@ -44,14 +44,10 @@ a device does not always add up in the same order."""
 class Outcome:
     """What a training leaves, without its model."""
 
-    training: SFTConfig
-    rows: int
     checked: Dataset
-    measured_on: str
-    state: TrainerState
     loss: float
-    summary: disha.Summary
-    resumed_from: str | None
+    facts: dict[str, Any]
+    """What the report says of the training."""
 
 
 @dataclass(frozen=True)
@@ -81,9 +77,9 @@ class Proof:
             )
 
 
-def prove(base: str, bits: str, path: Path, outcome: Outcome) -> Proof:
+def prove(base: str, bits: str, path: Path, training: SFTConfig, outcome: Outcome) -> Proof:
     """Load a saved adapter into the base anew, let both answer, and measure the loss."""
-    training = copy.copy(outcome.training)
+    training = copy.copy(training)
     training.report_to = []
     training.deepspeed_plugin = None  # accelerate keeps the first one
     training.dataset_kwargs = {"skip_prepare_dataset": True}  # packed rows can't be packed again
@@ -153,36 +149,42 @@ def _page(samples: Sequence[Sample]) -> str:
     return "\n".join(parts)
 
 
+def facts_of(trainer: Trainer, resumed_from: str | None) -> dict[str, Any]:
+    """Return what the report says of a training."""
+    state, summary = trainer.state, disha.summary(trainer.model)
+    return {
+        "parameters": {"trainable": summary.trainable, "total": summary.total},
+        "rows": {"training": len(trainer.train_dataset), "measured": len(trainer.eval_dataset)},
+        "steps": state.global_step,
+        "resumed_from": resumed_from,
+        "best_step": state.best_global_step,
+        "measured_on": trainer.measured_on,
+        "losses": logged(state, "eval_loss"),
+        "training_losses": logged(state, "loss"),
+        "seconds": sum(logged(state, "train_runtime").values()),
+    }
+
+
 def write_report(folder: Path, settings: Mapping[str, Any], outcome: Outcome, proof: Proof) -> None:
     """Write the plot, the samples and the report, and print the result."""
-    losses, name = logged(outcome.state, "eval_loss"), outcome.measured_on
-    _plot(outcome.state, losses, name).savefig(folder / PLOT)
+    facts = outcome.facts
+    _plot(facts).savefig(folder / PLOT)
     if proof.samples:
         (folder / SAMPLES).write_text(_page(proof.samples), encoding="utf-8")
-    steps, summary = outcome.state.global_step, outcome.summary
-    seconds = sum(logged(outcome.state, "train_runtime").values())
     report = {
-        "settings": {**settings, **outcome.training.to_sanitized_dict()},
+        "settings": settings,
         "versions": {"python": platform.python_version(), "disha": disha.__version__}
         | {package: importlib.metadata.version(package) for package in PACKAGES},
         "machine": platform.platform(),
-        "parameters": {"trainable": summary.trainable, "total": summary.total},
-        "rows": {"training": outcome.rows, "measured": len(outcome.checked)},
-        "steps": steps,
-        "resumed_from": outcome.resumed_from,
-        "best_step": outcome.state.best_global_step,
-        "measured_on": name,
-        "losses": losses,
-        "training_losses": logged(outcome.state, "loss"),
+        **facts,
         "proof": {"trained": proof.trained, "loaded": proof.loaded},
-        "seconds": seconds,
         "peak_memory_bytes": _peak_memory(),
         "samples": [asdict(sample) for sample in proof.samples],
     }
     (folder / REPORT).write_text(json.dumps(report, indent=2, default=str) + "\n", encoding="utf-8")
-    before = losses.get(0, math.nan)
-    took = f"in {counted(steps, 'step')}, {seconds:.0f} s"
-    print(f"{name} loss {before:.3f} -> {proof.trained:.3f} {took}")
+    before = facts["losses"].get(0, math.nan)
+    took = f"in {counted(facts['steps'], 'step')}, {facts['seconds']:.0f} s"
+    print(f"{facts['measured_on']} loss {before:.3f} -> {proof.trained:.3f} {took}")
     print(f"the saved file, in the base loaded anew: {proof.loaded:.6f}")
     print(f"in {folder}: {', '.join(sorted(path.name for path in folder.iterdir()))}")
 
@@ -192,13 +194,14 @@ def logged(state: TrainerState, name: str) -> dict[Any, float]:
     return {one["step"]: one[name] for one in state.log_history if name in one}
 
 
-def _plot(state: TrainerState, losses: Mapping[int, float], name: str) -> Figure:
+def _plot(facts: Mapping[str, Any]) -> Figure:
     figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
     axes = figure.add_subplot()
     axes.set(xlabel="optimizer step", ylabel="loss (nats per token)")
-    trained = logged(state, "loss")
+    trained, measured = facts["training_losses"], facts["losses"]
     axes.plot(list(trained), list(trained.values()), label="training loss")
-    axes.plot(list(losses), list(losses.values()), marker="o", label=f"{name} loss")
+    label = f"{facts['measured_on']} loss"
+    axes.plot(list(measured), list(measured.values()), marker="o", label=label)
     axes.grid(alpha=0.3)
     axes.legend()
     return figure

@@ -10,14 +10,14 @@ import shlex
 import shutil
 import tempfile
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
 from transformers import EarlyStoppingCallback
 from transformers.trainer_utils import get_last_checkpoint
+from trl import is_conversational
 
 import disha
 from disha.errors import AdapterFileWarning, ArgumentError
@@ -34,7 +34,7 @@ from disha.finetune.base import (
 )
 from disha.finetune.data import formed, load_rows, masks_answers, mixed
 from disha.finetune.merging import merge_base, require_mergeable
-from disha.finetune.report import MERGED, RESULTS, Outcome, logged, prove, write_report
+from disha.finetune.report import MERGED, RESULTS, Outcome, facts_of, logged, prove, write_report
 from disha.finetune.trainer import Trainer
 from disha.integrations.transformers import AdapterCheckpoints
 
@@ -63,15 +63,21 @@ def run(
     folder = Path(training.output_dir)
     _require_free(folder, training)
     trainer = _trainer(base, bits, adapter, data, training)
-    with _saying_how_to_go_on(argv, folder):
+    try:
         outcome = _trained(trainer, base, bits, folder)
+    except KeyboardInterrupt:
+        if get_last_checkpoint(folder):  # type: ignore[no-untyped-call]
+            words = [word for word in argv if word != "--resume"]
+            print(f"\nto go on: {shlex.join(['disha', 'finetune', *words, '--resume'])}")
+        raise
     del trainer
     gc.collect()  # the base is loaded anew, and may fill the memory
-    proof = prove(base, bits, folder / ADAPTER_NAME, outcome)
+    proof = prove(base, bits, folder / ADAPTER_NAME, training, outcome)
     if training.process_index == 0:
         if adapter.merge:
             merge_base(base, folder / ADAPTER_NAME, folder / MERGED)
-        settings = vars(adapter) | vars(data) | {"base": base, "bits": bits}
+        settings = vars(adapter) | {"base": base, "bits": bits} | vars(data)
+        settings |= training.to_sanitized_dict()
         write_report(folder, settings, outcome, proof)
     proof.require_same()
     return 0
@@ -83,7 +89,7 @@ def _base_of(adapter: AdapterArguments) -> tuple[str, str]:
         return adapter.base, adapter.bits or "fp32"
     if adapter.adapter is None:
         raise ArgumentError("which model? name it with --base")
-    base, bits = noted_base(Path(adapter.adapter))
+    base, bits = noted_base(adapter.adapter)
     return base, adapter.bits or bits
 
 
@@ -112,17 +118,6 @@ def _clear(folder: Path) -> None:
             shutil.rmtree(path)
         else:
             path.unlink()
-
-
-@contextmanager
-def _saying_how_to_go_on(argv: Sequence[str], folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except KeyboardInterrupt:
-        if _last_checkpoint(folder):
-            words = [word for word in argv if word != "--resume"]
-            print(f"\nto go on: {shlex.join(['disha', 'finetune', *words, '--resume'])}")
-        raise
 
 
 # --- model, adapter and rows ---------------------------------------------------------------------
@@ -159,21 +154,18 @@ def _trainer(
     if "messages" in rows.column_names and masks_answers(tokenizer):
         training.assistant_only_loss = True
     _adapt(model, adapter, tokenizer)
-    patience = training.early_stopping_patience
-    is_chat = "messages" in rows.column_names or isinstance(rows[0].get("prompt"), list)
     trainer = Trainer(
         model,
         training,
         train_dataset=rows,
-        eval_dataset=held_out or rows.select(range(min(CHECKED_ROWS, len(rows)))),
+        eval_dataset=held_out or rows.select(range(len(rows))[:CHECKED_ROWS]),
         processing_class=tokenizer,
-        callbacks=[
-            AdapterCheckpoints(model),
-            *([EarlyStoppingCallback(patience)] if patience else []),
-        ],
+        callbacks=[AdapterCheckpoints(model)],
     )
+    if training.early_stopping_patience:
+        trainer.add_callback(EarlyStoppingCallback(training.early_stopping_patience))
     trainer.measured_on = "training" if held_out is None else "held-out"
-    trainer.notes = notes | {PROMPT_KEY: "chat" if is_chat else "text"}
+    trainer.notes = notes | {PROMPT_KEY: "chat" if is_conversational(rows[0]) else "text"}
     return trainer
 
 
@@ -181,7 +173,9 @@ def _read(data: DataArguments) -> tuple[list[Dataset], Dataset | None]:
     """Return the data sets to train on, and the rows to measure on if they are apart."""
     if not data.data:
         raise ArgumentError("which rows? name a file or a data set with --data")
-    splits = data.dataset_split * (len(data.data) if len(data.dataset_split) == 1 else 1)
+    splits = data.dataset_split
+    if len(splits) == 1:
+        splits = splits * len(data.data)
     if len(splits) != len(data.data):
         raise ArgumentError("give one --dataset_split for all data, or one for each")
     sets = [load_rows(one, split) for one, split in zip(data.data, splits, strict=True)]
@@ -205,8 +199,7 @@ def _adapt(model: Any, adapter: AdapterArguments, tokenizer: Any) -> None:
             settings["also_train_rows"] = tables
         disha.inject_adapters(model, **settings)
         return
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", AdapterFileWarning)
+    with warnings.catch_warnings(action="error", category=AdapterFileWarning):
         disha.load_adapter(model, adapter.adapter)
 
 
@@ -226,36 +219,26 @@ def _trained(trainer: Trainer, base: str, bits: str, folder: Path) -> Outcome:
     trainer.train(resume_from_checkpoint=resumed_from)
     state = trainer.state
     saved_step = (training.load_best_model_at_end and state.best_global_step) or state.global_step
-    losses = logged(state, "eval_loss")
     path = folder / ADAPTER_NAME
     notes = trainer.notes | {BASE_KEY: base_note(base, bits, path)}
     disha.save_adapter(trainer.model, path, metadata=notes)
     if TOKENS_KEY in notes and training.process_index == 0:
         trainer.processing_class.save_pretrained(folder)
-    return Outcome(
-        training=training,
-        rows=len(trainer.train_dataset),
-        checked=trainer.eval_dataset,
-        measured_on=trainer.measured_on,
-        state=state,
-        loss=losses[saved_step] if saved_step in losses else trainer.evaluate()["eval_loss"],
-        summary=disha.summary(trainer.model),
-        resumed_from=resumed_from,
-    )
+    measured = logged(state, "eval_loss").get(saved_step)
+    loss = trainer.evaluate()["eval_loss"] if measured is None else measured
+    return Outcome(trainer.eval_dataset, loss, facts_of(trainer, resumed_from))
 
 
 def _checkpoint(training: TrainingArguments, folder: Path) -> str | None:
     """Return the checkpoint to go on from, if one is asked for and there is one."""
     if training.resume_from_checkpoint:
         return str(training.resume_from_checkpoint)
-    found = _last_checkpoint(folder) if training.resume else None
-    if training.resume and found is None:
+    if not training.resume:
+        return None
+    found: str | None = get_last_checkpoint(folder)  # type: ignore[no-untyped-call]
+    if found is None:
         print(f"there is no complete checkpoint in {folder}; starting at the beginning")
     return found
-
-
-def _last_checkpoint(folder: Path) -> str | None:
-    return get_last_checkpoint(str(folder)) if folder.is_dir() else None  # type: ignore[no-untyped-call]
 
 
 # --- the dry run ---------------------------------------------------------------------------------
