@@ -47,6 +47,7 @@ def test_a_file_of_flags_and_the_command_line_wins(tmp_path):
     adapter, data, training = parsed(["--learning_rate", "0.1", "--config", str(path)])
     assert (adapter.r, data.data, training.learning_rate) == (16, ["a.json", "b.json"], 0.1)
     assert adapter.base is None
+    assert parsed([f"--config={path}"])[0].r == 16
 
 
 @pytest.mark.parametrize(
