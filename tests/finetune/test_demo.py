@@ -5,10 +5,13 @@ import sysconfig
 from pathlib import Path
 
 import pytest
+import torch
 
 from disha import ArgumentError, MissingPackageError
 from disha.finetune.arguments import parsed
+from disha.finetune.base import load_base
 from docs import demo
+from tests.finetune import tiny_gguf
 
 SOURCE = '''
 class Box:
@@ -83,6 +86,14 @@ def test_its_flags_are_defaults():
     adapter, _, training = parsed([*demo.demo_words(), "--max_steps", "7"])
     assert adapter.base.endswith(".gguf")
     assert (training.max_steps, training.max_length, training.eval_steps) == (7, 128, 100)
+
+
+def test_its_model_is_the_same_in_a_folder(tmp_path):
+    state = tiny_gguf.random_state(tied=True)
+    file = tiny_gguf.write_gguf(tmp_path / "tiny.gguf", state, kind="Q4_1")
+    folder = demo.unpacked(str(file), tmp_path / "model")
+    expected, found = (load_base(str(one))[0].state_dict() for one in (file, folder))
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
 
 
 def test_without_its_model(monkeypatch):
