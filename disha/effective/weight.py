@@ -21,17 +21,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from disha.effective.rules import RULES, Operation
 from disha.errors import ArgumentError, ModeError
 from disha.functional import Layout
-from disha.functional.private_torch import OP_NAME, start_no_graph
+from disha.functional.private_torch import OP_NAME, FakeTensor, as_it_is, start_no_graph
 from disha.functional.updates import Updates
-
-PLAIN = (Tensor, torch.nn.Parameter)
-"""The classes of weights that an effective weight can be an alias of."""
 
 
 class EffectiveWeight(Tensor):
@@ -104,7 +100,11 @@ start_no_graph(vars(EffectiveWeight)["__torch_function__"].__func__)
 
 def effective(base: Tensor, layout: Layout, updates: Updates) -> EffectiveWeight:
     """Return the effective weight of W, with its layout and updates."""
-    weight = base.as_subclass(EffectiveWeight)
+    if type(base) is FakeTensor:
+        with as_it_is():  # else the alias would be a FakeTensor
+            weight = base.as_subclass(EffectiveWeight)
+    else:
+        weight = base.as_subclass(EffectiveWeight)
     weight.base = base
     weight.weight_layout = layout
     weight.updates = updates

@@ -24,6 +24,7 @@ from torch.compiler import is_compiling
 from disha.errors import ArgumentError
 from disha.functional.private_torch import in_forward_mode, transforms_active
 from disha.functional.shard_sums import (
+    PLAIN,
     Scale,
     autocasts,
     merge_dtype,
@@ -157,13 +158,10 @@ def bat_linear(
     return output if rows is x else output.reshape(*x.shape[:-1], weight.shape[0])
 
 
-_PLAIN = frozenset((Tensor, torch.nn.Parameter))
-
-
 def _applies(x: Tensor, weight: Tensor, bias: Tensor | None, block: Tensor) -> bool:
     dtype = x.dtype
     return (
-        {type(x), type(weight), type(block)} <= _PLAIN
+        {type(x), type(weight), type(block)} <= PLAIN
         and dtype is weight.dtype is block.dtype
         and (bias is None or bias.dtype is dtype)
         and not weight.requires_grad

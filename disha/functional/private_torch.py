@@ -2,10 +2,14 @@
 
 No other module has one, save for those of `nn.Module` (`_parameters`, `_modules`, `_buffers`, its
 hooks) and those of methods and attributes that a class overrides. Each name is in all of torch 2.8
-to 2.15, unless its line says else. Importing this module never fails; a missing name costs what the
-last column says.
+to 2.15, unless its line says else. A missing name costs what the last column says.
 
     name                                 what it is for                        without it
+    torch._subclasses.FakeTensor,        tensors without memory act too          disha can't start
+      .FakeTensorMode;
+      torch._C._DisableTorchDispatch
+    torch.distributed._tools             counts the memory of a step             no dry run
+      .mem_tracker.MemTracker
     torch._C:
       _are_functorch_transforms_active   nothing is written in place then      as if always: slow
       _is_any_autocast_enabled           a quick question before a slow one    the slow one
@@ -50,6 +54,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._C import _DisableTorchDispatch as as_it_is  # noqa: F401
+from torch._subclasses import FakeTensor, FakeTensorMode  # noqa: F401
 from torch.autograd import forward_ad
 
 from disha.errors import DishaError
@@ -107,6 +113,18 @@ def required(place: str) -> Any:
             f"torch {torch.__version__} has no {place}, which disha needs; use another release of "
             "one of them"
         ) from error
+
+
+def memory_tracker() -> Any:
+    """Return a context that adds up the storages that live, by what they are for.
+
+    It would hook into the parameters of modules, and fails at frozen ones.
+    """
+    from torch.distributed._tools.mem_tracker import MemTracker
+
+    tracker: Any = MemTracker()
+    tracker._track_module_params_and_buffers = lambda module, install_grad_hooks: (0, 0)
+    return tracker
 
 
 def in_backward() -> bool:

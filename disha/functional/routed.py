@@ -154,7 +154,7 @@ class Routed(Updates):
         """Raise: no one weight is that of all samples."""
         raise ModeError(
             "samples can't be routed here: this operation needs one computed weight for all "
-            "samples; use one adapter at a time, exclude the weight, or export with strict=True"
+            "samples; use one adapter at a time, or exclude the weight"
         )
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

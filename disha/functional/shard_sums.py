@@ -12,9 +12,12 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from disha.errors import ArgumentError
-from disha.functional.private_torch import any_autocast, is_view, transforms_active
+from disha.functional.private_torch import FakeTensor, any_autocast, is_view, transforms_active
 
 Scale = float | Tensor
+
+PLAIN = {Tensor, torch.nn.Parameter, FakeTensor}
+"""The classes of dense tensors. A `FakeTensor` has no values, but takes the same way."""
 
 FEW_TILES = 4
 """Up to this number, tiles are concatenated, because the gradient then adds them up much faster."""

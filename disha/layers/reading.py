@@ -11,9 +11,10 @@ from torch.compiler import is_compiling
 
 from disha.effective.contexts import OPEN, Override
 from disha.effective.tensor_parallel import effective_part
-from disha.effective.weight import PLAIN, EffectiveWeight, absent, computed, effective
+from disha.effective.weight import EffectiveWeight, absent, computed, effective
 from disha.errors import ModeError
 from disha.functional import adapted_linear
+from disha.functional.shard_sums import PLAIN
 from disha.functional.updates import Updates
 from disha.layers.blocks import CHILD_NAME, Adapters, Block
 from disha.layers.weights import base_reader
