@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+import torch.distributed as dist
 import yaml
+from accelerate import DistributedType
 from transformers import HfArgumentParser
 from transformers.utils.import_utils import is_torch_tf32_available
 from trl import SFTConfig
@@ -165,16 +167,22 @@ class TrainingArguments(SFTConfig):  # type: ignore[misc]
         None, "stop after so many measurements without a lower loss"
     )
     samples: int = _flag(3, "how many answers to show with and without the adapter")
-    dry_run: bool = _flag(False, "show the plan, an example and the steps; write nothing")
+    dry_run: int = _flag(0, "show plan, steps and memory, on so many devices", nargs="?", const=1)
 
     def __post_init__(self) -> None:
-        if not torch.accelerator.is_available():
+        if self.dry_run or not torch.accelerator.is_available():
             self.use_cpu = True
         tf32 = self.tf32  # type: ignore[has-type]
         if tf32 and not is_torch_tf32_available():
             print("note: --tf32 does nothing on this machine")
             self.tf32 = None
         super().__post_init__()
+        if self.dry_run > 1:
+            dist.init_process_group("fake", rank=0, world_size=self.dry_run)
+            self.distributed_state.num_processes = self.dry_run
+            # accelerate shards on accelerators only, and its DDP compares values
+            kind = "MULTI_GPU" if self.fsdp else "NO"
+            self.distributed_state.distributed_type = DistributedType(kind)
         if self.early_stopping_patience and not self.metric_for_best_model:
             raise ArgumentError("--early_stopping_patience needs --load_best_model_at_end")
 

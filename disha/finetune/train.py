@@ -33,6 +33,7 @@ from disha.finetune.base import (
     template_at,
 )
 from disha.finetune.data import formed, load_rows, masks_answers, mixed
+from disha.finetune.memory import print_memory
 from disha.finetune.merging import merge_base, require_mergeable
 from disha.finetune.report import MERGED, RESULTS, Outcome, facts_of, logged, prove, write_report
 from disha.finetune.trainer import Trainer
@@ -245,13 +246,14 @@ def _checkpoint(training: TrainingArguments, folder: Path) -> str | None:
 
 
 def _preview(trainer: Trainer) -> None:
-    """Print the plan, one example with [[ ]] around what is learned, and the number of steps."""
+    """Print the plan, one example with [[ ]] around what is learned, the steps, and the memory."""
     print(disha.summary(trainer.model))
     row = trainer.train_dataset[0]
     print(f"\none of {len(trainer.train_dataset)} rows; [[ ]] marks what is learned:")
     print(_marked(row["input_ids"], row["labels"], trainer.processing_class))
     *_, steps = trainer.set_initial_training_values(trainer.args, trainer.get_train_dataloader())
-    print(f"\n{steps} steps")
+    print(f"\n{steps} steps; one needs on each device, simulated:")
+    print_memory(trainer)
 
 
 def _marked(ids: list[int], labels: list[int], tokenizer: Any) -> str:

@@ -26,7 +26,7 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
 
     def __init__(self, *given: Any, **named: Any) -> None:
         super().__init__(*given, **named)
-        if self.args.device.type == "cpu":
+        if self.args.device.type == "cpu" and not self.args.dry_run:  # which has no values
             _score_learned_positions()
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)

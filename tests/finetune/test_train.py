@@ -287,8 +287,32 @@ class TestCourse:
         shown = capsys.readouterr().out
         assert "model.layers.0.mlp.down_proj" in shown
         assert "[[" in shown
-        assert "6 steps" in shown
+        assert "6 steps; one needs on each device, simulated:\nweights " in shown
         assert not list(tmp_path.iterdir())
+
+    def test_dry_run_on_several_devices(self, tiny, data):
+        """In a process of its own, because of the group of processes that it pretends."""
+        words = f"--base {tiny} --data {data} --r 8 --per_device_train_batch_size 1"
+        command = [sys.executable, "-m", "disha", "finetune", *words.split(), "--dry_run"]
+        sizes = []
+        for more in ("8", "--fsdp full_shard 8"):
+            flags = more.split()
+            done = subprocess.run(
+                [*command, flags[-1], *flags[:-1]],
+                capture_output=True,
+                text=True,
+                check=True,
+                env=environment(),
+            )
+            steps, *lines = done.stdout.partition("\n6 steps; ")[2].splitlines()
+            assert "simulated" in steps
+            sizes.append({line.split()[0]: float(line.split()[1]) for line in lines})
+        whole, sharded = sizes
+        assert list(whole) == [
+            *("weights", "adapter", "gradients", "optimizer", "activations", "peak")
+        ]
+        assert 0 < sharded["weights"] <= whole["weights"] / 4
+        assert sharded["peak"] > sharded["activations"] > sharded["weights"]
 
 
 class TestOutputFolder:
