@@ -1,0 +1,29 @@
+"""The memory of a step is simulated as the allocator gives it out."""
+
+import pytest
+import torch
+from torch import nn
+
+import disha
+from benchmarks.fits import checked
+from disha.effective import EffectiveWeight
+from disha.functional.private_torch import FakeTensorMode
+
+
+@pytest.mark.parametrize(("adapter", "way"), [("bat", "one process"), ("bone", "FSDP2")])
+def test_a_simulated_step_needs_what_the_allocator_gives_out(adapter, way):
+    simulated, real = checked(adapter, way)
+    assert abs(simulated - real) < 0.05 * real
+
+
+def test_an_adapted_weight_of_a_fake_tensor_is_not_computed():
+    with FakeTensorMode():
+        layer = disha.inject_adapters(nn.Sequential(nn.Linear(6, 4)), "0", r=2)[0]
+        weight = layer.weight
+        assert type(weight) is EffectiveWeight
+        assert weight.shape == (4, 6)
+        assert weight.device == torch.device("cpu")
+        nn.functional.linear(torch.ones(3, 6), weight).sum().backward()
+        assert layer.weight.base.grad is None
+        (block,) = disha.adapter_parameters(layer)
+        assert block.grad.shape == block.shape
