@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch._subclasses import FakeTensorMode
 from torch.distributed.algorithms.ddp_comm_hooks.debugging_hooks import noop_hook
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -30,7 +31,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 import disha
 from benchmarks.markdown import NOTHING, table
 from benchmarks.memory import allocated_peak
-from disha.functional.private_torch import FakeTensorMode, memory_tracker
+from disha.functional.private_torch import memory_tracker
 from disha.sharding.tensors import local_part
 
 # Transformers makes a mask for a fake batch that it would not make for a real one without padding.

@@ -3,11 +3,11 @@
 import pytest
 import torch
 from torch import nn
+from torch._subclasses import FakeTensorMode
 
 import disha
 from benchmarks.fits import checked
 from disha.effective import EffectiveWeight
-from disha.functional.private_torch import FakeTensorMode
 
 
 @pytest.mark.parametrize(("adapter", "way"), [("bat", "one process"), ("bone", "FSDP2")])

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from disha.functional.private_torch import FakeTensorMode, memory_tracker
+from disha.functional.private_torch import FAKE_MODE, memory_tracker, required
 from disha.sharding.tensors import local_part
 
 
@@ -21,7 +21,7 @@ def print_memory(trainer: Any) -> None:
     model, optimizer = trainer.accelerator.prepare(
         trainer.model.train(), trainer.create_optimizer()
     )
-    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    fake = required(FAKE_MODE)(allow_non_fake_inputs=True)
     # These stand for the weights in all operations. While they live, each weight is counted once.
     weights = [fake.from_tensor(local_part(weight)) for weight in model.parameters()]
     with fake, memory_tracker() as tracker:

@@ -2,13 +2,14 @@
 
 No other module has one, save for those of `nn.Module` (`_parameters`, `_modules`, `_buffers`, its
 hooks) and those of methods and attributes that a class overrides. Each name is in all of torch 2.8
-to 2.15, unless its line says else. A missing name costs what the last column says.
+to 2.15, unless its line says else. Importing this module never fails; a missing name costs what the
+last column says.
 
     name                                 what it is for                        without it
-    torch._subclasses.FakeTensor,        tensors without memory act too          disha can't start
-      .FakeTensorMode;
+    torch._subclasses.FakeTensor;        tensors without memory act too          dense
       torch._C._DisableTorchDispatch
-    torch.distributed._tools             counts the memory of a step             no dry run
+    torch._subclasses.FakeTensorMode;    counts the memory of a step             one error at use
+      torch.distributed._tools
       .mem_tracker.MemTracker
     torch._C:
       _are_functorch_transforms_active   nothing is written in place then      as if always: slow
@@ -47,15 +48,13 @@ import pkgutil
 import re
 import sys
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from types import ModuleType
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._C import _DisableTorchDispatch as as_it_is  # noqa: F401
-from torch._subclasses import FakeTensor, FakeTensorMode  # noqa: F401
 from torch.autograd import forward_ad
 
 from disha.errors import DishaError
@@ -72,6 +71,15 @@ any_autocast: Callable[[], bool] = getattr(torch._C, "_is_any_autocast_enabled",
 """Whether autocast is on for any device; torch asks so of a CPU and of CUDA only."""
 
 is_view: Callable[[Tensor], bool] = getattr(Tensor, "_is_view", _yes)
+
+FakeTensor: Any = getattr(getattr(torch, "_subclasses", None), "FakeTensor", Tensor)
+"""A tensor that has a shape, but no memory."""
+
+as_it_is: Any = getattr(torch._C, "_DisableTorchDispatch", nullcontext)
+"""A context in which a tensor's class has no say in its operations."""
+
+FAKE_MODE = "torch._subclasses:FakeTensorMode"
+"""The mode in which operations give fake tensors."""
 
 _graph_task: Callable[[], int] = getattr(torch._C, "_current_graph_task_id", _yes)
 
@@ -120,9 +128,7 @@ def memory_tracker() -> Any:
 
     It would hook into the parameters of modules, and fails at frozen ones.
     """
-    from torch.distributed._tools.mem_tracker import MemTracker
-
-    tracker: Any = MemTracker()
+    tracker = required("torch.distributed._tools.mem_tracker:MemTracker")()
     tracker._track_module_params_and_buffers = lambda module, install_grad_hooks: (0, 0)
     return tracker
 
