@@ -11,8 +11,8 @@ from __future__ import annotations
 import itertools
 import json
 import re
-import socket
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +39,7 @@ AttentionInterface.register("unmasked", sdpa_attention_forward)
 RESULTS, PAGE = Path("benchmarks/results/fits.json"), Path("docs/guides/memory.md")
 LLAMA = {"num_key_value_heads": 8, "vocab_size": 128256, "dtype": "bfloat16"}
 CONFIGS = {
-    "Llama-8B": LlamaConfig(
-        hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, **LLAMA),
+    "Llama-8B": LlamaConfig(intermediate_size=14336, **LLAMA),
     "Llama-70B": LlamaConfig(
         hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64,
         **LLAMA),
@@ -122,11 +121,10 @@ def simulated(
         dist.destroy_process_group()
 
 
-def real(rank: int, adapter: str, way: str, port: int, found: Any) -> None:
+def real(rank: int, adapter: str, way: str, file: str, found: Any) -> None:
     """Measure a step of the small model, as one of two ranks, or alone."""
     if way != "one process":
-        address = f"tcp://127.0.0.1:{port}"
-        dist.init_process_group("gloo", init_method=address, rank=rank, world_size=2)
+        dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
     mesh = None if way == "one process" else init_device_mesh("cpu", (2,))
     model = placed(made("small", adapter, way, False, 16, "cpu"), mesh, adapter, way, 16)
     ids = torch.zeros(8, 256, dtype=torch.long)
@@ -149,10 +147,9 @@ def checked(adapter: str, way: str) -> tuple[int, int]:
     """Return what a step takes beyond what is there before it: simulated, and real."""
     ranks = 1 if way == "one process" else 2
     found = simulated("small", adapter, way, ranks, False, 8, 256, 16)
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
     queue = mp.get_context("spawn").SimpleQueue()
-    mp.spawn(real, (adapter, way, port, queue), nprocs=ranks)
+    with tempfile.TemporaryDirectory() as folder:
+        mp.spawn(real, (adapter, way, f"{folder}/ranks", queue), nprocs=ranks)
     return found["gradients"] + found["activations"], queue.get()
 
 
@@ -173,8 +170,7 @@ def main() -> None:
             print(adapter, way, "simulated {:,}, allocated {:,}".format(*checked(adapter, way)))
         return
     kept: dict[str, Any] = json.loads(RESULTS.read_text())
-    places = itertools.product(list(CONFIGS)[:-1], PLACES, COLUMNS)
-    for name, (way, ranks), column in places:
+    for name, (way, ranks), column in itertools.product(list(CONFIGS)[:-1], PLACES, COLUMNS):
         adapter, _, recompute = column.partition(" ")
         key = f"{name}, {way}, {ranks}, {column}"
         uncut = way == "tensor parallel" and (adapter == "lora" or name == "Mixtral-8x7B")

@@ -391,10 +391,9 @@ def _all_beside(case: Case, one: str, other: str) -> list[str]:
     return [spread_text(_beside(case, one, other, figure)) for figure in BESIDE]
 
 
-def _short(case: Case, one: str, other: str) -> tuple[str, str]:
+def _short(case: Case, one: str, other: str) -> list[str]:
     """Return the time and the peak of memory of one contestant, divided by another's."""
-    seconds, peak = (short_text(_beside(case, one, other, f)) for f in ("seconds", "peak_bytes"))
-    return seconds, peak
+    return [short_text(_beside(case, one, other, name)) for name in ("seconds", "peak_bytes")]
 
 
 def _adapter(cases: Sequence[Case]) -> str:

@@ -3,11 +3,10 @@
     python -m benchmarks.side_by_side            # SmolLM2-135M, about 12 minutes on two idle cores
     python -m benchmarks.side_by_side --tiny     # a tiny model, to try the script
 
-Every contestant is a process of its own that trains the same model on the same rows. The processes
-take turns: in each round, each of them trains one step, in a new random order. The first round is
-not counted. What is reported of a step: its seconds, and the seconds of processor time. What is
-reported of a process: the peak of its resident memory since training began, and the most that the
-allocator gave out in one forward and backward pass, which is a count.
+Every contestant is a process that trains the same model on the same rows. In each round, each of
+them trains one step, in a new random order; the first round is not counted. Reported are seconds
+and processor time of a step, the peak of a process's resident memory since training began, and the
+most that the allocator gave out in one forward and backward pass, which is a count.
 
 - **adapter**: `SFTTrainer` with Bone, PEFT's MiSS, and PEFT's LoRA of equal parameters; the same
   rows in the same order.
@@ -36,7 +35,7 @@ from torch import nn
 from benchmarks.memory import allocated_peak, status_bytes
 from benchmarks.protocol import R, slow_dtypes
 from benchmarks.results import describe, write_results
-from benchmarks.whole_model import demo_file, demo_model, projections
+from benchmarks.whole_model import demo_file, projections
 
 
 class Contestant(NamedTuple):
@@ -105,20 +104,16 @@ def _write_model(folder: Path, tiny: bool) -> None:
     """Write SmolLM2-135M as a folder, or a tiny model with its tokenizer."""
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+    from docs.demo import unpacked
+
     file = demo_file()
+    if not tiny:
+        unpacked(str(file), folder)
+        return
     AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(folder)
-    if tiny:
-        heads: Any = {"num_attention_heads": 2, "num_key_value_heads": 1}
-        widths: Any = {"vocab_size": 49152, "hidden_size": 16, "intermediate_size": 32}
-        LlamaForCausalLM(LlamaConfig(num_hidden_layers=2, **widths, **heads)).save_pretrained(
-            folder
-        )
-    else:
-        base = demo_model(torch.float32, torch.device("cpu"))
-        fields = {k: v for k, v in base.config.to_dict().items() if k != "quantization_config"}
-        model = LlamaForCausalLM(LlamaConfig.from_dict(fields))
-        model.load_state_dict(base.state_dict())
-        model.save_pretrained(folder)
+    sizes: Any = {"vocab_size": 49152, "hidden_size": 16, "intermediate_size": 32}
+    heads: Any = {"num_attention_heads": 2, "num_key_value_heads": 1}
+    LlamaForCausalLM(LlamaConfig(num_hidden_layers=2, **sizes, **heads)).save_pretrained(folder)
 
 
 def _write_rows(folder: Path, sizes: Sizes) -> None:

@@ -115,7 +115,7 @@ def verdict(found: Mapping[str, TaskFindings], long: Longer) -> str:
         _line("Memory", found, "memory of a step", None, ("less", "more")),
         _line("Forgetting", found, "forgetting", "forgetting", ("less", "more"))
         + f" Each at its own rate. At one rate for both, MiSS (Bone) forgets {_at_one_rate(long)} "
-        f"times as much as LoRA here, and {_reported_forgetting():.1f} times [in PEFT's comparison]"
+        f"times as much as LoRA here, and {REPORTED_FORGETTING:.1f} times [in PEFT's comparison]"
         "(#what-others-report).",
     ]
     listed = "\n".join(f"- {line}" for line in lines)
@@ -221,7 +221,8 @@ def _longer(found: Longer) -> str:
     ]
     equal = [sorted(found.at(name, limit)[0] for name in found.own) for limit in LIMITS]
     lowest = _joined([f"{losses[0]:.3f} to {losses[-1]:.3f}" for losses in equal])
-    mild = MILD["bone"]
+    mild, own = MILD["bone"], found.own["bone"].rate
+    low, high = (found.ends("bone", rate)[0].forgetting for rate in (mild, own))
     return f"""## Learning against forgetting
 
 A longer training: {task.steps} steps of {task.batch} rows, no row twice, r = {task.r}. *Forgetting*
@@ -239,8 +240,8 @@ and the verdict compares. A star: mean of {len(STUDY.seeds)} seeds; others have 
 - **At a third of LoRA's rate, MiSS (Bone) does about the same.** In the {len(thirds(found))} pairs
   of such rates, its loss is {_span(loss for loss, _ in thirds(found))}, and its forgetting
   {_span(f for _, f in thirds(found))}. With r = 16, in short trainings, a tenth was best.
-- **A high rate costs more than it gives.** From {mild:g} to {found.own["bone"].rate:g}, MiSS (Bone)
-  forgets {_times(found, "bone", mild):.1f} times as much, for no lower test loss.
+- **A high rate costs more than it gives.** From {mild:g} to {own:g}, MiSS (Bone)
+  forgets {high / low:.1f} times as much, for no lower test loss.
 - **To forget less, you can scale after training.** It costs no more than a lower rate.
   {_scaled(found, "bone", 1e-4)}
   {_scaled(found, OTHER, mild)}
@@ -283,13 +284,9 @@ def _mean_gap(mine: Sequence[Point], others: Sequence[Point], what: str) -> floa
 
 def _span(values: Iterable[float]) -> str:
     """Return from where to where values go: 0.024 lower to 0.034 higher."""
-    low, high = (f"{abs(v):.3f} {'lower' if v < 0 else 'higher'}" for v in _ends(values))
-    return f"{low} to {high}"
-
-
-def _ends(values: Iterable[float]) -> tuple[float, float]:
-    known = sorted(values)
-    return known[0], known[-1]
+    ordered = sorted(values)
+    ends = (ordered[0], ordered[-1])
+    return " to ".join(f"{abs(v):.3f} {'lower' if v < 0 else 'higher'}" for v in ends)
 
 
 def _at(found: Longer, name: str, rate: float) -> str:
@@ -300,11 +297,6 @@ def _at(found: Longer, name: str, rate: float) -> str:
     text = f"{loss:.3f} {forgetting:+.2f}"
     text = f"**{text}**" if rate == found.own[name].rate else text
     return f"{text} \\*" if len(ends) == len(STUDY.seeds) else text
-
-
-def _times(found: Longer, name: str, mild: float) -> float:
-    low, high = (found.ends(name, rate)[0].forgetting for rate in (mild, found.own[name].rate))
-    return high / low
 
 
 def _scaled(found: Longer, name: str, low: float) -> str:
@@ -407,6 +399,7 @@ REPORTED = (
     Reported("full fine-tuning", None, 3212.7, 1e-5, (47.16,), 0.030, 36.2, 2147),
 )
 """Rows of PEFT's `method_comparison/MetaMathQA/results`, of July 2026; older runs are from 2025."""
+REPORTED_FORGETTING = REPORTED[0].forgetting / REPORTED[2].forgetting
 
 
 def _reported(found: Longer) -> str:
@@ -434,7 +427,7 @@ loss and forgetting at {rate:g}.
 
 {table(header, rows)}
 - **For MiSS (Bone)**: the least memory and time of all methods there above 45%.
-- **Against it**: it and BAT forget {_reported_forgetting():.1f} times as much as LoRA. rsLoRA and
+- **Against it**: it and BAT forget {REPORTED_FORGETTING:.1f} times as much as LoRA. rsLoRA and
   SHiRA have more correct; SHiRA forgets as little as LoRA. We have not trained SHiRA.
 - **One rate for all** means [larger steps](choosing.md#learning-rate) for MiSS (Bone) and BAT. Here
   it forgets {_at_one_rate(found)} times as much as LoRA at one rate.
@@ -449,15 +442,9 @@ for MiSS (Bone) and 40.75% for LoRA: a Llama with 7B parameters on GSM8K, both a
 
 def _at_one_rate(found: Longer) -> str:
     """Return how many times as much as LoRA MiSS forgets at one rate, from 1e-4 upwards."""
-    pairs = [
-        (found.ends("bone", rate), found.ends(OTHER, rate)) for rate in found.rates if rate >= 1e-4
-    ]
-    times = [mine[0].forgetting / others[0].forgetting for mine, others in pairs if mine and others]
+    both = [(found.ends("bone", r), found.ends(OTHER, r)) for r in found.rates if r >= 1e-4]
+    times = [mine[0].forgetting / others[0].forgetting for mine, others in both if mine and others]
     return f"{min(times):.1f} to {max(times):.1f}"
-
-
-def _reported_forgetting() -> float:
-    return REPORTED[0].forgetting / REPORTED[2].forgetting
 
 
 def _here(found: Longer, one: Reported) -> str:
