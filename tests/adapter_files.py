@@ -37,8 +37,7 @@ def every_kind(seed: int = 0, dtype: torch.dtype = torch.float64) -> EveryKind:
 def save(path: Path, *, seed: int = 1, scale: float = 1.0, base: int = 0, **injected) -> Path:
     """Save an adapter with random values, for the model of seed `base`."""
     arguments = {"target_regex": ".", "r": 4, **injected}
-    model = disha.inject_adapters(every_kind(base), **arguments)
-    perturb(model, seed)
+    model = perturb(disha.inject_adapters(every_kind(base), **arguments), seed)
     disha.set_adapter_scale(model, scale)
     disha.save_adapter(model, path)
     return path
@@ -52,9 +51,7 @@ def base(dtype=torch.float32):
 def trained(dtype=torch.float32, **arguments):
     options = {"target_regex": "proj|head", "r": 3, "also_train": r"norm\.weight"}
     options |= {"dtype": dtype, **arguments}
-    model = disha.inject_adapters(base(dtype), **options)
-    perturb(model)
-    return model
+    return perturb(disha.inject_adapters(base(dtype), **options))
 
 
 def rewritten(path, change_header=None, change_tensors=None):

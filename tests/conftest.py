@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -78,8 +79,8 @@ def process_group():
     torch.distributed.destroy_process_group()
 
 
-def perturb(model: nn.Module, seed: int = 0, size: float = 0.3) -> None:
-    """Give every block random values, so that adapters do something."""
+def perturb(model: nn.Module, seed: int = 0, size: float = 0.3) -> nn.Module:
+    """Give every block random values, so that adapters do something; return the model."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for module in model.modules():
@@ -87,6 +88,7 @@ def perturb(model: nn.Module, seed: int = 0, size: float = 0.3) -> None:
                 for one in module.disha.blocks().values():
                     block = one.block
                     block.copy_(torch.randn(block.shape, generator=generator) * size)
+    return model
 
 
 def merged_weight(layer: AdaptedLayer) -> torch.Tensor:
@@ -120,6 +122,17 @@ def assert_unchanged(model: nn.Module, before: dict[str, object]) -> None:
     for name, value in values_before.items():
         assert torch.equal(values_after[name], value), name
     before["values"] = values_before
+
+
+@contextlib.contextmanager
+def refused(
+    model: nn.Module, kind: type[BaseException], says: str | None = None
+) -> Iterator[pytest.ExceptionInfo[BaseException]]:
+    """Expect an error that leaves the model as it was."""
+    before = snapshot(model)
+    with pytest.raises(kind, match=says) as caught:
+        yield caught
+    assert_unchanged(model, before)
 
 
 needs_fully_shard = pytest.mark.skipif(

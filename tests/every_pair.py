@@ -215,8 +215,7 @@ class PairTests:
         row = self.table[name]
         x, model = row.input(), row.adapted(method, adapter="a")
         own = {"target_regex": "^0", **row.options}
-        disha.inject_adapters(model, r=1, adapter="b", **own)
-        perturb(model)
+        perturb(disha.inject_adapters(model, r=1, adapter="b", **own))
         plain = row.plain()
         with torch.no_grad():
             for adapter in "ab":
@@ -231,8 +230,7 @@ class PairTests:
         row = self.table[name]
         model, x = row.adapted(method, adapter="a"), row.input()
         own = {"target_regex": "^0", **row.options}
-        disha.inject_adapters(model, r=1, adapter="b", **own)
-        perturb(model)
+        perturb(disha.inject_adapters(model, r=1, adapter="b", **own))
         names = (["b", "a", None] * len(x))[: len(x)]
         if not row.routes:
             with (

@@ -165,15 +165,13 @@ class TestEveryForm:
                 assert torch.equal(found, weights)
 
     def test_forward_is_that_of_the_dense_merged_weight(self, name, method, dtype):
-        module = inject(attention(name, dtype), "^$", method, scale=0.5)
-        perturb(module)
+        module = perturb(inject(attention(name, dtype), "^$", method, scale=0.5))
         plain = dense(copy.deepcopy(module).double(), attention(name, dtype).double(), scale=0.5)
         expected = plain(*(x.double() for x in inputs(plain, dtype=dtype)))[0]
         close(module(*inputs(module, dtype=dtype))[0], expected.to(dtype), tolerance(dtype))
 
     def test_merged_is_unmerged_and_comes_back_bit_for_bit(self, name, method, dtype):
-        module = inject(attention(name, dtype), "^$", method)
-        perturb(module)
+        module = perturb(inject(attention(name, dtype), "^$", method))
         tensors = inputs(module, dtype=dtype)
         before = {key: value.clone() for key, value in module.state_dict().items()}
         pointers = {name: p.data_ptr() for name, p in module.named_parameters()}
@@ -191,8 +189,7 @@ class TestEveryForm:
         assert pointers == {name: p.data_ptr() for name, p in module.named_parameters()}
 
     def test_file_round_trip_gives_equal_outputs(self, name, method, dtype, tmp_path):
-        module = inject(attention(name, dtype), "^$", method)
-        perturb(module)
+        module = perturb(inject(attention(name, dtype), "^$", method))
         disha.save_adapter(module, tmp_path / "a")
         names = {layer.name for layer in disha.inspect_adapter(tmp_path / "a").layers}
         assert names == {"q_proj", "k_proj", "v_proj", "out_proj"}
@@ -213,8 +210,7 @@ class TestEveryForm:
 @pytest.mark.parametrize("masks", MASKS)
 def test_masks_and_modes(name, masks):
     method = METHODS[(list(FORMS).index(name) + list(MASKS).index(masks)) % 3]
-    module = inject(attention(name), "^$", method, scale=0.5)
-    perturb(module)
+    module = perturb(inject(attention(name), "^$", method, scale=0.5))
     assert set(blocks_of(module)) == {"q_proj", "k_proj", "v_proj", "out_proj"}
     plain = dense(module, attention(name), scale=0.5)
     for need_weights in (True, False):
@@ -232,8 +228,7 @@ def test_masks_and_modes(name, masks):
 @pytest.mark.parametrize(("name", "method"), PAIRS)
 class TestEveryFormInFloat64:
     def test_gradients_are_those_of_the_dense_merged_weight(self, name, method):
-        module = inject(attention(name), "^$", method)
-        perturb(module)
+        module = perturb(inject(attention(name), "^$", method))
         plain = attention(name)
         q, k, v = (x.requires_grad_() for x in inputs(plain))
         blocks = {n: b.clone().requires_grad_() for n, b in blocks_of(module).items()}
@@ -265,8 +260,7 @@ class TestEveryFormInFloat64:
             close(one, other)
 
     def test_copies_compute_the_same(self, name, method):
-        module = inject(attention(name), "^$", method)
-        perturb(module)
+        module = perturb(inject(attention(name), "^$", method))
         tensors = inputs(module)
         expected = module(*tensors)[0]
         for copied in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
@@ -279,8 +273,7 @@ class TestEveryFormInFloat64:
 
     def test_routing_equals_running_the_samples_one_by_one(self, name, method):
         module = inject(attention(name), "^$", method, adapter="a")
-        disha.inject_adapters(module, "q_proj|out_proj", 1, adapter="b")
-        perturb(module)
+        perturb(disha.inject_adapters(module, "q_proj|out_proj", 1, adapter="b"))
         tensors = inputs(module)
         batch = 0 if module.batch_first else 1
         names = ["a", None, "b"]
@@ -295,8 +288,7 @@ class TestEveryFormInFloat64:
     def test_several_adapters_add_up_and_switch_off(self, name, method):
         module, tensors = attention(name), inputs(attention(name))
         inject(module, "^$", method, adapter="a")
-        disha.inject_adapters(module, "q_proj|out_proj", 1, adapter="b")
-        perturb(module)
+        perturb(disha.inject_adapters(module, "q_proj|out_proj", 1, adapter="b"))
         disha.set_active_adapters(module, ["a", "b"])
         both = module(*tensors)[0]
         merged = copy.deepcopy(module)
@@ -318,8 +310,7 @@ class TestEveryFormInFloat64:
         assert not torch.equal(first, second)
 
     def test_compiled_is_eager(self, name, method):
-        module = inject(attention(name), "^$", method)
-        perturb(module)
+        module = perturb(inject(attention(name), "^$", method))
         tensors = inputs(module)
         torch._dynamo.reset()
         compiled = torch.compile(module, backend="eager", fullgraph=True)
@@ -341,8 +332,7 @@ class ReadsPacked(nn.Module):
 class TestAttention:
     @pytest.mark.parametrize("part", ["q_proj", "k_proj", "v_proj", "out_proj"])
     def test_each_projection_alone(self, part):
-        module = inject(attention(), part)
-        perturb(module)
+        module = perturb(inject(attention(), part))
         assert set(blocks_of(module)) == {part}
         plain = dense(module, attention())
         for mode in (torch.enable_grad, torch.no_grad, torch.inference_mode):
@@ -363,8 +353,7 @@ class TestAttention:
             close(module(x, x, x)[0], dense(module, plain)(x, x, x)[0], 0.03)
 
     def test_an_input_without_batch(self):
-        module = inject(attention(), "^$")
-        perturb(module)
+        module = perturb(inject(attention(), "^$"))
         plain = dense(module, attention())
         q, k, v = (x[:, 0] for x in inputs(plain))
         options = {"key_padding_mask": padding(3, 5)[0], "average_attn_weights": False}
@@ -373,8 +362,7 @@ class TestAttention:
 
     @pytest.mark.parametrize("need_weights", [True, False])
     def test_the_causal_hint(self, need_weights):
-        module = inject(attention("packed, batch first"), "^$")
-        perturb(module)
+        module = perturb(inject(attention("packed, batch first"), "^$"))
         plain = dense(module, attention("packed, batch first"))
         x = inputs(plain)[0]
         options = {"attn_mask": causal(4, 4), "is_causal": True, "need_weights": need_weights}
@@ -397,8 +385,7 @@ class TestAttention:
             assert str(found.value) == str(expected.value)
 
     def test_a_base_checkpoint_loads_strictly_but_not_while_merged(self):
-        module = inject(attention(), "^$")
-        perturb(module)
+        module = perturb(inject(attention(), "^$"))
         other = attention()
         with torch.no_grad():
             other.in_proj_weight.zero_()
@@ -438,8 +425,7 @@ class TestAttention:
                 self.first, self.second = attention(), attention()
                 self.second.in_proj_weight = self.first.in_proj_weight
 
-        model = disha.inject_adapters(Pair(), "first.[qk]_proj", 2, exclude="second")
-        perturb(model)
+        model = perturb(disha.inject_adapters(Pair(), "first.[qk]_proj", 2, exclude="second"))
         tensors = inputs(model.first)
         expected, other = model.first(*tensors)[0], model.second(*tensors)[0]
         shared = model.second.in_proj_weight
@@ -461,8 +447,7 @@ class TestAttention:
         close(module(*tensors)[0], dense(module, attention())(*tensors)[0])
 
     def test_a_packed_weight_that_the_owner_reads(self):
-        model = disha.inject_adapters(ReadsPacked(), "all-linear", 2)
-        perturb(model)
+        model = perturb(disha.inject_adapters(ReadsPacked(), "all-linear", 2))
         plain, x = ReadsPacked(), torch.randn(3, 4, WIDTH, dtype=torch.float64)
         dense(model.attn, plain.attn)
         close(model(x), plain(x))
@@ -497,8 +482,7 @@ class TestAttention:
         torch.manual_seed(0)
         model = nn.Sequential(Own(WIDTH, HEADS), nn.Linear(WIDTH, WIDTH)).double()
         plain = copy.deepcopy(model)
-        disha.inject_adapters(model, "all-linear", 2)
-        perturb(model)
+        perturb(disha.inject_adapters(model, "all-linear", 2))
         plain.load_state_dict(merged_state(model))
         x = torch.randn(4, 3, WIDTH, dtype=torch.float64)
         close(model(x), plain(x))
@@ -545,8 +529,7 @@ class TestNames:
             one = attention()
             return nn.ModuleDict({"a": one, "b": one})
 
-        model = disha.inject_adapters(build(), "b.q_proj", 2)
-        perturb(model)
+        model = perturb(disha.inject_adapters(build(), "b.q_proj", 2))
         disha.save_adapter(model, tmp_path / "file")
         fresh = build()
         disha.load_adapter(fresh, tmp_path / "file")
@@ -690,8 +673,7 @@ class TestOwners:
         assert copied.use_nested_tensor is True
 
     def test_an_encoder_made_of_an_adapted_layer(self):
-        layer = disha.inject_adapters(encoder_layer(), "linear1", 2)
-        perturb(layer)
+        layer = perturb(disha.inject_adapters(encoder_layer(), "linear1", 2))
         encoder = nn.TransformerEncoder(layer, 2).eval()
         x, mask = torch.randn(3, 5, 8, dtype=torch.float64), padding(3, 5)
         with torch.no_grad():
@@ -708,8 +690,7 @@ class TestOwners:
             torch.manual_seed(0)
             return Own(8, 2, 12, dropout=0.0, batch_first=True).double().eval()
 
-        model = disha.inject_adapters(build(), "all-linear", 2)
-        perturb(model)
+        model = perturb(disha.inject_adapters(build(), "all-linear", 2))
         plain = build()
         plain.load_state_dict(merged_state(model))
         x = torch.randn(3, 5, 8, dtype=torch.float64)
@@ -720,8 +701,7 @@ class TestOwners:
 
     def test_routing_samples_through_an_encoder(self):
         model = disha.inject_adapters(self.model(), "all-linear", 2, adapter="a").eval()
-        disha.inject_adapters(model, "linear1|v_proj", 1, adapter="b")
-        perturb(model)
+        perturb(disha.inject_adapters(model, "linear1|v_proj", 1, adapter="b"))
         x, mask = torch.randn(3, 5, 8, dtype=torch.float64), padding(3, 5)
         names = ["b", None, "a"]
         with torch.no_grad(), disha.route_adapters(model, names):

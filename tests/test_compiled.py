@@ -95,8 +95,7 @@ def test_swapping_in_an_adapter_of_smaller_r_or_fewer_layers_compiles_nothing(
     for number, target in enumerate((CASES[case]["target_regex"], "head", "up")):
         small = Mixed().double().eval()
         small.load_state_dict(model.state_dict(), strict=False)
-        disha.inject_adapters(small, **{**CASES[case], "r": 1, "target_regex": target})
-        perturb(small)
+        perturb(disha.inject_adapters(small, **{**CASES[case], "r": 1, "target_regex": target}))
         disha.save_adapter(small, tmp_path / str(number))
         disha.load_adapter(model, tmp_path / str(number), "b", replace=True)
         disha.set_active_adapters(model, "b")
@@ -168,8 +167,7 @@ def test_bone_adds_the_fewest_kernels_to_a_linear_layer():
 def test_bat_multiplies_in_the_dtype_of_the_weight():
     """In float32, the products of a 16-bit weight with its block take several times as long."""
     layer = nn.Sequential(nn.Linear(8, 8, bias=False, dtype=torch.bfloat16))
-    disha.inject_adapters(layer, "0", r=2, method="bat", dtype=torch.float32)
-    perturb(layer)
+    perturb(disha.inject_adapters(layer, "0", r=2, method="bat", dtype=torch.float32))
     dtypes = []
 
     def note(graph, inputs):
@@ -210,8 +208,7 @@ def test_private_functions_of_torch_see_the_update(method):
     """The compiler passes only public functions on by itself; the rest would see W alone."""
     layouts = {"up": "expert in out", "normed": "out in"}
     model = Private().bfloat16()
-    disha.inject_adapters(model, "up|normed", r=4, method=method, layouts=layouts)
-    perturb(model)
+    perturb(disha.inject_adapters(model, "up|normed", r=4, method=method, layouts=layouts))
     blocks, x = list(disha.adapter_parameters(model)), torch.randn(8, 16, dtype=torch.bfloat16)
     torch._dynamo.reset()
     found, expected = torch.compile(model, backend="eager", fullgraph=True)(x), model(x)

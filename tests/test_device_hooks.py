@@ -121,9 +121,7 @@ def injected(model: nn.Module, method: str, **options: object) -> nn.Module:
 
 
 def adapted(name: str, method: str = "bone") -> nn.Module:
-    model = injected(fresh(name), method)
-    perturb(model)
-    return model
+    return perturb(injected(fresh(name), method))
 
 
 def dispatched(name: str, way: Callable[..., None], folder: Path) -> nn.Module:
@@ -366,8 +364,7 @@ def test_a_block_without_values_raises_and_a_dry_run_does_not():
 def test_a_weight_that_no_hook_brings_raises():
     """Attention reads the weight of its last projection without calling it."""
     model, x = nn.MultiheadAttention(8, 2, batch_first=True).eval(), torch.randn(2, 3, 8)
-    disha.inject_adapters(model, "all-linear", 2)
-    perturb(model)
+    perturb(disha.inject_adapters(model, "all-linear", 2))
     expected = model(x, x, x)[0]
     accelerate.cpu_offload(model)
     with pytest.raises(ModeError, match="preload_module_classes"):
@@ -415,8 +412,7 @@ def test_a_tied_weight_stays_tied():
             return self.head(self.proj(self.embed(tokens)))
 
     model = Tied()
-    disha.inject_adapters(model, "head|proj", 2)
-    perturb(model)
+    perturb(disha.inject_adapters(model, "head|proj", 2))
     expected = model(tokens())
     devices = dict.fromkeys(("embed", "proj", "head"), "cpu")
     accelerate.dispatch_model(model, devices, main_device="cpu", force_hooks=True)

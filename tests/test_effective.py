@@ -187,8 +187,7 @@ class TestActing:
 
     def test_the_reader_gets_the_merged_weight(self, name):
         model, target, x = build(name)
-        disha.inject_adapters(model, target, 2, scale=0.5)
-        perturb(model)
+        perturb(disha.inject_adapters(model, target, 2, scale=0.5))
         plain = with_update(build(name)[0], model, target, 0.5)
         for context in (torch.enable_grad, torch.no_grad, torch.inference_mode):
             with context():
@@ -197,8 +196,7 @@ class TestActing:
 
     def test_the_block_gets_its_gradient(self, name):
         model, target, x = build(name)
-        disha.inject_adapters(model, target, 2)
-        perturb(model)
+        perturb(disha.inject_adapters(model, target, 2))
         (block,) = disha.adapter_parameters(model)
         assert torch.autograd.gradcheck(
             lambda b: torch.func.functional_call(model, {key_of(model): b}, (x,)),
@@ -207,8 +205,7 @@ class TestActing:
 
     def test_merged_is_unmerged_and_comes_back_bit_for_bit(self, name):
         model, target, x = build(name)
-        disha.inject_adapters(model, target, 2)
-        perturb(model)
+        perturb(disha.inject_adapters(model, target, 2))
         before = snapshot(model)
         expected = model(x)
         for _ in range(5):
@@ -235,8 +232,7 @@ class TestActing:
 
     def test_compiled_is_eager(self, name):
         model, target, x = build(name)
-        disha.inject_adapters(model, target, 2)
-        perturb(model)
+        perturb(disha.inject_adapters(model, target, 2))
         torch._dynamo.reset()
         compiled = torch.compile(model, backend="eager", fullgraph=True)
         assert torch.allclose(compiled(x), model(x), rtol=0, atol=1e-10)
@@ -268,8 +264,7 @@ class TestRefusals:
 
 def test_bat_through_a_weight_that_is_read():
     model, target, x = build("linear")
-    disha.inject_adapters(model, target, 2, method="bat")
-    perturb(model)
+    perturb(disha.inject_adapters(model, target, 2, method="bat"))
     plain = with_update(build("linear")[0], model, target)
     assert torch.allclose(model(x), plain(x), rtol=0, atol=1e-10)
 
@@ -285,8 +280,7 @@ def test_all_linear_leaves_a_head_out_that_is_tied_to_a_table_which_is_read():
 
 def test_resetting_a_layer_that_is_read_resets_its_own_weight():
     model, target, _ = build("linear")
-    disha.inject_adapters(model, target, 2)
-    perturb(model)
+    perturb(disha.inject_adapters(model, target, 2))
     before = model.qkv.base_weight.clone()
     model.qkv.reset_parameters()
     assert not torch.equal(model.qkv.base_weight, before)
@@ -300,8 +294,7 @@ def test_fsdp_keeps_the_original_of_a_weight_that_is_read():
     from torch.distributed.fsdp import fully_shard
 
     model, target, x = build("linear")
-    disha.inject_adapters(model, target, 2)
-    perturb(model)
+    perturb(disha.inject_adapters(model, target, 2))
     original, expected = model.qkv.base_weight.clone(), model(x)
     fully_shard(model)
     for _ in range(2):
@@ -318,8 +311,7 @@ def test_a_flat_parameter_acts_if_the_parameters_stay(keeps):
     from torch.distributed.fsdp import FullyShardedDataParallel
 
     model, target, x = build("linear")
-    disha.inject_adapters(model, target, 2)
-    perturb(model)
+    perturb(disha.inject_adapters(model, target, 2))
     expected = model(x)
     [gradient] = torch.autograd.grad(expected.sum(), list(disha.adapter_parameters(model)))
     device = torch.device("cpu")
@@ -339,8 +331,7 @@ def test_a_flat_parameter_acts_if_the_parameters_stay(keeps):
 
 def test_an_error_within_the_update_is_not_taken_for_a_missing_weight():
     model, target, x = build("linear")
-    disha.inject_adapters(model, target, 2)
-    perturb(model)
+    perturb(disha.inject_adapters(model, target, 2))
     block = model.qkv.disha["default"]
     block.update = lambda: block.no_such_attribute
     with pytest.raises(RuntimeError, match="the update of weight failed"):
@@ -363,8 +354,7 @@ def test_a_computed_weight_that_is_read():
     model, target, x = build("linear")
     torch.nn.utils.parametrizations.weight_norm(model.qkv)
     weight = model.qkv.weight.detach()
-    disha.inject_adapters(model, target, 2)
-    perturb(model)
+    perturb(disha.inject_adapters(model, target, 2))
     dense = weight + model.qkv.delta_weight(model.qkv.disha["default"])
     expected = model.proj(F.linear(x, dense, model.qkv.bias))
     assert torch.allclose(model(x), expected, rtol=0, atol=1e-10)
@@ -517,8 +507,7 @@ class TestFacts:
 
     @pytest.mark.parametrize("method", ["bone", "bat"])
     def test_sparse_inputs(self, method):
-        layer = disha.inject_adapters(nn.Linear(4, 3, bias=False), "", 2, method=method)
-        perturb(layer)
+        layer = perturb(disha.inject_adapters(nn.Linear(4, 3, bias=False), "", 2, method=method))
         x = torch.randn(5, 4).relu()
         torch.testing.assert_close(layer(x.to_sparse()), layer(x))
 
@@ -702,8 +691,7 @@ def test_a_forward_that_writes_merged_and_unmerged(written, compiles):
             return F.linear(x, written(self.weight), self.bias)
 
     model, x = nn.Sequential(Clipped(6, 4)).double(), torch.randn(3, 6).double()
-    disha.inject_adapters(model, "0", 2)
-    perturb(model)
+    perturb(disha.inject_adapters(model, "0", 2))
     torch._dynamo.reset()
     forward = torch.compile(model, backend="eager") if compiles else model
     expected = forward(x)
@@ -789,8 +777,7 @@ class TestWhatAsksNoTensor:
                 return torch.vmap(torch.matmul)(x, self.weight)
 
         model, x = nn.Sequential(Experts()).double(), torch.randn(3, 5, 6).double()
-        disha.inject_adapters(model, "0", 2, layouts={"0": "expert in out"})
-        perturb(model)
+        perturb(disha.inject_adapters(model, "0", 2, layouts={"0": "expert in out"}))
         torch._dynamo.reset()
         forward = torch.compile(model, backend="eager", fullgraph=True) if compiles else model
         torch.testing.assert_close(forward(x), x @ merged_weight(model[0]))

@@ -237,8 +237,7 @@ def dense_weight(weight: Tensor, block: Tensor, inputs_first: bool, scale: float
 def oracle(name: str, method: str) -> dict[str, Any]:
     """Return what the plain model gives with dense merged weights, and gradients of the blocks."""
     source = plain(name, "eager")
-    disha.inject_adapters(source, "all-linear", **METHODS[method])
-    perturb(source, size=0.2)
+    perturb(disha.inject_adapters(source, "all-linear", **METHODS[method]), size=0.2)
     model = plain(name, "eager").requires_grad_(False)
     blocks, merged = {}, {}
     for key, block in block_parameters(source).items():
@@ -435,8 +434,7 @@ OF_RANKS = [
 def test_every_rank_and_dtype(name, implementation, dtype, options):
     """Grouped products want rows of a multiple of 16 bytes, and blocks have rows of any size."""
     experts = block_of(plain(name, implementation)).experts.to(dtype)
-    disha.inject_adapters(experts, "all-linear", **options)
-    perturb(experts, size=0.2)
+    perturb(disha.inject_adapters(experts, "all-linear", **options), size=0.2)
     output = run_experts(experts, dtype)
     assert output.dtype == dtype
     limit = 2e-5 if dtype == torch.float32 else 4e-2
@@ -454,8 +452,7 @@ def test_a_matrix_for_each_token(method):
     """Indices in any order, negative ones too; second derivatives; autocast; cut off by detach."""
     experts = nn.Module()
     experts.weight = nn.Parameter(torch.randn(3, 8, 10, dtype=torch.float64))
-    disha.inject_adapters(experts, "", layouts={"^$": "expert out in"}, **METHODS[method])
-    perturb(experts)
+    perturb(disha.inject_adapters(experts, "", layouts={"^$": "expert out in"}, **METHODS[method]))
     (block,) = disha.adapter_parameters(experts)
     own = block.detach().clone().requires_grad_()
     merged = dense_weight(experts.base_weight.detach(), own, inputs_first=False)

@@ -26,7 +26,7 @@ from disha.layers.kinds import LAYER_KINDS
 from disha.model.fingerprints import fingerprint, same_base
 from tests import reference_reader
 from tests.adapter_files import base, first_layer, rewritten, trained
-from tests.conftest import assert_unchanged, perturb, snapshot
+from tests.conftest import perturb, refused
 
 PAGE = (Path(__file__).parent.parent / "docs" / "format.md").read_text()
 OLD = Path(__file__).parent / "old_files"
@@ -313,12 +313,10 @@ class TestRefusals:
         disha.save_adapter(trained(), path)
         rewritten(path, **changes)
         model = base()
-        before = snapshot(model)
-        with pytest.raises(AdapterFileError, match=says) as caught:
+        with refused(model, AdapterFileError, says) as caught:
             disha.load_adapter(model, path)
         assert path.name in str(caught.value)
         assert len(str(caught.value)) < 2000
-        assert_unchanged(model, before)
 
     @pytest.mark.parametrize("name", BAD_HEADERS)
     def test_headers(self, path, name):

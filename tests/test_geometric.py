@@ -73,9 +73,7 @@ def fresh(name: str) -> nn.Module:
 
 
 def adapted(name: str, method: str) -> nn.Module:
-    model = disha.inject_adapters(fresh(name), "all-linear", 3, method=method)
-    perturb(model)
-    return model
+    return perturb(disha.inject_adapters(fresh(name), "all-linear", 3, method=method))
 
 
 def nodes() -> torch.Tensor:

@@ -117,8 +117,7 @@ class Setting:
         self.base = save_sharded(model.state_dict(), folder / "base", shards)
         self.adapter = folder / "adapter.safetensors"
         self.out = folder / "merged"
-        disha.inject_adapters(model, target, r, **arguments)
-        perturb(model)
+        perturb(disha.inject_adapters(model, target, r, **arguments))
         disha.save_adapter(model, self.adapter)
         self.model = model
 
@@ -635,8 +634,7 @@ class TestTransformers:
         model.to(dtype)
         save.save_pretrained(tmp_path / "base", max_shard_size="3KB")
         assert len(list((tmp_path / "base").glob("*.safetensors"))) > 2
-        disha.inject_adapters(adapt, target, 5, **arguments)
-        perturb(adapt)
+        perturb(disha.inject_adapters(adapt, target, 5, **arguments))
         disha.save_adapter(adapt, tmp_path / "adapter.safetensors")
         merge_into_checkpoint(
             tmp_path / "base", tmp_path / "adapter.safetensors", tmp_path / "merged"
@@ -705,8 +703,7 @@ class TestExpertsStoredOneByOne:
         assert len(list((tmp_path / "base").glob("*.safetensors"))) > 2
         stored = open_checkpoint(tmp_path / "base").files
         assert any(".experts.0." in key for key in stored)
-        disha.inject_adapters(model, r"experts\.\w+_proj$|o_proj", 3, **arguments)
-        perturb(model)
+        perturb(disha.inject_adapters(model, r"experts\.\w+_proj$|o_proj", 3, **arguments))
         disha.save_adapter(model, tmp_path / "adapter.safetensors")
         return model
 

@@ -36,9 +36,7 @@ SEPARATE = ("Mixtral", "Qwen3-MoE", "GPT-OSS")
 
 
 def adapted(base, target=WITH_ATTENTION, r=3, **options):
-    model = disha.inject_adapters(copy.deepcopy(base), target, r, **options)
-    perturb(model, size=0.2)
-    return model
+    return perturb(disha.inject_adapters(copy.deepcopy(base), target, r, **options), size=0.2)
 
 
 def config_of(folder):

@@ -33,8 +33,7 @@ TOKENS = torch.arange(10).view(1, 10)
 
 
 def adapted(base, target=EVERY, r=2, **options):
-    model = disha.inject_adapters(copy.deepcopy(base), target, r, **options)
-    perturb(model)
+    model = perturb(disha.inject_adapters(copy.deepcopy(base), target, r, **options))
     for block in disha.adapter_parameters(model):
         block.data.mul_(0.1)
     return model

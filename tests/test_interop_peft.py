@@ -33,7 +33,7 @@ from disha.interop.peft import export, load, read_folder, write_folder
 from disha.interop.peft_format import anchored, exact_targets
 from disha.model.view import ModelView
 from tests import reference
-from tests.conftest import assert_unchanged, perturb, snapshot
+from tests.conftest import perturb, refused
 from tests.peft_models import (
     close,
     config_of,
@@ -96,8 +96,7 @@ are the ends of others."""
 @pytest.mark.parametrize(("make", "kind", "target", "form"), CASES)
 def test_peft_computes_what_we_export(make, kind, target, form, tmp_path):
     model = make()
-    disha.inject_adapters(model, target, **KINDS[kind])
-    perturb(model)
+    perturb(disha.inject_adapters(model, target, **KINDS[kind]))
     expected = output(model, make)
     assert not torch.allclose(expected, output(make(), make))
 
@@ -121,8 +120,7 @@ def test_peft_computes_what_we_export(make, kind, target, form, tmp_path):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 def test_dtypes_stay(dtype, tmp_path):
     model = llama().to(dtype)
-    disha.inject_adapters(model, "q_proj", 4, also_train="model.norm", dtype=dtype)
-    perturb(model)
+    perturb(disha.inject_adapters(model, "q_proj", 4, also_train="model.norm", dtype=dtype))
     export(model, tmp_path)
     assert {tensor.dtype for tensor in tensors_of(tmp_path).values()} == {dtype}
 
@@ -188,8 +186,7 @@ def test_names_are_those_of_the_plain_model(wrap, tmp_path):
         torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     try:
         model = net()
-        disha.inject_adapters(model, r"inner|\.q", 2, also_train="^norm")
-        perturb(model)
+        perturb(disha.inject_adapters(model, r"inner|\.q", 2, also_train="^norm"))
         export(model, tmp_path / "plain")
         model = wrap(model)
         export(model, tmp_path / "wrapped")
@@ -219,8 +216,7 @@ def test_a_quantised_base(method, tolerance, tmp_path, monkeypatch):
         base = nn.Sequential(Linear4bit(64, 64, quant_type="nf4"), nn.Linear(64, 8))
         return base.to("cpu").eval()  # training takes other kernels
 
-    model = disha.inject_adapters(quantised(), ".", 8, method=method)
-    perturb(model)
+    model = perturb(disha.inject_adapters(quantised(), ".", 8, method=method))
     x = torch.randn(4, 64)
     expected = model(x)
     assert not torch.allclose(quantised()(x), expected, atol=0.1)
@@ -281,18 +277,15 @@ NOT_EXPRESSIBLE = {
 def test_what_peft_lacks_is_refused_before_anything_is_written(case, tmp_path):
     make, arguments, reason = NOT_EXPRESSIBLE[case]
     model = disha.inject_adapters(make(), ".*", **arguments)
-    before = snapshot(model)
-    with pytest.raises(ConversionError, match="nothing was written") as caught:
+    with refused(model, ConversionError, "nothing was written") as caught:
         export(model, tmp_path / "folder")
     assert reason in str(caught.value)
     assert not (tmp_path / "folder").exists()
-    assert_unchanged(model, before)
 
 
 def test_remedies_work(tmp_path):
     model = net()
-    disha.inject_adapters(model, r"layers\..*[qv]", 2, scale=0.5, rank_pattern={"q": 3})
-    perturb(model)
+    perturb(disha.inject_adapters(model, r"layers\..*[qv]", 2, scale=0.5, rank_pattern={"q": 3}))
     expected = output(model, net)
     disha.combine_adapters(model, {"default": 1.0}, into="plain", r=6)
     export(model, tmp_path, "plain")
@@ -304,8 +297,7 @@ def test_remedies_work(tmp_path):
 
 
 def test_export_while_merged(tmp_path):
-    model = disha.inject_adapters(net(), "inner", 4)
-    perturb(model)
+    model = perturb(disha.inject_adapters(net(), "inner", 4))
     expected = output(model, net)
     disha.merge_adapters(model)
     export(model, tmp_path)
@@ -491,8 +483,7 @@ def test_bone_has_no_mini_and_no_biases(tmp_path):
 @pytest.mark.parametrize("kind", KINDS)
 def test_files_convert_both_ways_without_a_model(kind, tmp_path):
     model = net()
-    disha.inject_adapters(model, r"^inner|^q", **KINDS[kind])
-    perturb(model)
+    perturb(disha.inject_adapters(model, r"^inner|^q", **KINDS[kind]))
     disha.save_adapter(model, tmp_path / "a.safetensors", metadata={"task_type": "CAUSAL_LM"})
     file, tensors = read_contents(tmp_path / "a.safetensors")
     write_folder(tmp_path / "folder", file, tensors)
@@ -521,8 +512,7 @@ def test_files_convert_both_ways_without_a_model(kind, tmp_path):
 
 def test_other_layers_that_a_file_selects_stay_as_they_are(tmp_path):
     """`q` as an item of a list also means every `layers.<n>.q`, where PEFT adds nothing."""
-    model = disha.inject_adapters(net(), "^q$", 2)
-    perturb(model)
+    model = perturb(disha.inject_adapters(net(), "^q$", 2))
     header, tensors = adapter_contents(ModelView(model))
     write_folder(tmp_path, header, tensors)
     with pytest.warns(UserWarning, match="missing adapter keys"):
@@ -548,12 +538,10 @@ def test_contents_need_the_base(tmp_path):
 
 
 def _refused(model, folder, reason):
-    before = snapshot(model)
-    with pytest.raises(DishaError) as caught:
+    with refused(model, DishaError) as caught:
         load(model, folder)
     assert reason in str(caught.value), str(caught.value)
     assert str(folder) in str(caught.value)
-    assert_unchanged(model, before)
 
 
 @pytest.fixture

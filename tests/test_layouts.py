@@ -177,8 +177,7 @@ def test_compiled_once_whatever_changes(name, method):
     model, x = row.adapted(method, adapter="a"), row.input()
     own = {"target_regex": "^0", **row.options}
     kind, r_out = ("bone", 2) if method == "tile" else (method, None)
-    disha.inject_adapters(model, r=2, method=kind, r_out=r_out, adapter="b", **own)
-    perturb(model)
+    perturb(disha.inject_adapters(model, r=2, method=kind, r_out=r_out, adapter="b", **own))
     torch._dynamo.reset()
     counter = CompileCounter()
 
@@ -262,8 +261,7 @@ def check_piece(pattern, method, piece):
     torch.manual_seed(0)
     shape = reference.shape_of(pattern)
     model = Holder(shape)
-    disha.inject_adapters(model, "mix", 2, method=method, layouts={"mix": pattern})
-    perturb(model)
+    perturb(disha.inject_adapters(model, "mix", 2, method=method, layouts={"mix": pattern}))
     (block,) = disha.adapter_parameters(model)
     base = model._parameters["mix"].detach()
     dense = base + reference.layout_delta_weight(method, pattern, block.detach(), base)

@@ -140,8 +140,7 @@ def test_a_missing_name_raises_at_use_and_changes_nothing(monkeypatch):
 @pytest.mark.parametrize("source", ["torch's file", "no source"])
 def test_attention_that_another_library_has_wrapped(source, monkeypatch):
     """Its code is no longer that of torch's function, and has a closure."""
-    model = disha.inject_adapters(nn.MultiheadAttention(6, 2), "all-linear", 2)
-    perturb(model)
+    model = perturb(disha.inject_adapters(nn.MultiheadAttention(6, 2), "all-linear", 2))
     plain = copy.deepcopy(model)
     disha.merge_adapters(plain)
     original = F.multi_head_attention_forward

@@ -84,8 +84,7 @@ def test_a_stack_is_read_as_often_as_without_adapters(method, monkeypatch):
 def test_the_file_fits_the_dense_base_and_lora_of_experts(tmp_path):
     model = quantise_stacks(dense())
     twin = dequantised(model)
-    disha.inject_adapters(model, "all-linear", r=4)
-    perturb(model, size=0.2)
+    perturb(disha.inject_adapters(model, "all-linear", r=4), size=0.2)
     expected = logits(model)
     disha.save_adapter(model, tmp_path / "a")
     plain = dense()

@@ -37,11 +37,9 @@ def untied():
 
 
 def trained(make=llama, **options):
-    model = disha.inject_adapters(
-        make(), "q_proj|c_attn", 4, **{"also_train_rows": ROWS, **options}
+    return perturb(
+        disha.inject_adapters(make(), "q_proj|c_attn", 4, **{"also_train_rows": ROWS, **options})
     )
-    perturb(model)
-    return model
 
 
 def rows_of(model, adapter="default"):
@@ -83,8 +81,7 @@ def test_all_other_rows_keep_every_bit(dtype):
     weight = model.get_input_embeddings().weight
     weight.data[OTHERS[::2]] *= -0.0  # a sum would make these 0.0
     kept, bits = weight.detach().clone(), {2: torch.int16, 4: torch.int32}[dtype.itemsize]
-    model = disha.inject_adapters(model, "q_proj", 4, also_train_rows=ROWS)
-    perturb(model)
+    model = perturb(disha.inject_adapters(model, "q_proj", 4, also_train_rows=ROWS))
     expected = model(TOKENS).logits
     disha.merge_adapters(model)
     merged = model.lm_head._parameters["weight"]

@@ -99,8 +99,7 @@ def test_both_read_one_update(make, target, method, r):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_compiled_it_is_the_same(method):
-    model = disha.inject_adapters(llama(), "embed_tokens", 4, **METHODS[method])
-    perturb(model)
+    model = perturb(disha.inject_adapters(llama(), "embed_tokens", 4, **METHODS[method]))
     (block,) = disha.adapter_parameters(model)
     found = []
     for run in (model, torch.compile(model, fullgraph=True)):
@@ -143,8 +142,7 @@ def _saved(model):
 
 @pytest.mark.parametrize("way", COPIES)
 def test_copies_read_their_own_block(way):
-    model = disha.inject_adapters(llama(), "embed_tokens", 4)
-    perturb(model)
+    model = perturb(disha.inject_adapters(llama(), "embed_tokens", 4))
     expected = model(TOKENS).logits
     other = COPIES[way](model)
     assert torch.equal(other(TOKENS).logits, expected)
@@ -155,8 +153,7 @@ def test_copies_read_their_own_block(way):
 
 
 def test_tying_and_assigning_again_keep_the_update():
-    model = disha.inject_adapters(llama(), "embed_tokens", 4)
-    perturb(model)
+    model = perturb(disha.inject_adapters(llama(), "embed_tokens", 4))
     expected = model(TOKENS).logits
     model.tie_weights()
     assert torch.equal(model(TOKENS).logits, expected)
@@ -171,8 +168,7 @@ def test_exclude_leaves_the_head_plain(tmp_path):
     assert "one shared parameter" not in str(plan)
     shared = str(disha.plan_adapters(llama(), "embed_tokens", 4))
     assert "one shared parameter: model.embed_tokens.weight, lm_head.weight" in shared
-    model = disha.inject_adapters(llama(), "embed_tokens", 4, exclude="lm_head")
-    perturb(model)
+    model = perturb(disha.inject_adapters(llama(), "embed_tokens", 4, exclude="lm_head"))
     assert type(model.lm_head) is nn.Linear
     with pytest.raises(MergeError, match=r"shared with lm_head.weight.*untie"):
         disha.merge_adapters(model)
@@ -184,8 +180,7 @@ def test_exclude_leaves_the_head_plain(tmp_path):
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_a_file_says_who_reads_it(tmp_path, target):
-    model = disha.inject_adapters(llama(), TARGETS[target], 4)
-    perturb(model)
+    model = perturb(disha.inject_adapters(llama(), TARGETS[target], 4))
     save_adapter(model, tmp_path / "file")
     again, untied = llama(), llama()
     load_adapter(again, tmp_path / "file")
@@ -198,8 +193,7 @@ def test_a_file_says_who_reads_it(tmp_path, target):
 def test_adapters_come_from_either_side():
     """A second adapter has the layout of the first; what is left plain by one may read another."""
     model = disha.inject_adapters(llama(), "embed_tokens", 4, adapter="a", exclude="lm_head")
-    disha.inject_adapters(model, "embed_tokens", 2, adapter="b")
-    perturb(model)
+    perturb(disha.inject_adapters(model, "embed_tokens", 2, adapter="b"))
     disha.set_active_adapters(model, ["a", "b"])
     embedding, head = model.get_input_embeddings(), model.lm_head
     a, b = (embedding.delta_weight(embedding.disha[name]) for name in "ab")
@@ -215,8 +209,7 @@ def test_adapters_come_from_either_side():
 
 
 def test_transposed_convolutions_of_a_tied_autoencoder_see_the_update():
-    layer = disha.inject_adapters(nn.Conv2d(4, 4, 3).double(), "", 4)
-    perturb(layer)
+    layer = perturb(disha.inject_adapters(nn.Conv2d(4, 4, 3).double(), "", 4))
     x = torch.randn(2, 4, 5, 5, dtype=torch.float64)
     expected = F.conv_transpose2d(x, layer.weight.clone())
     torch.testing.assert_close(F.conv_transpose2d(x, layer.weight), expected)

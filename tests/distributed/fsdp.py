@@ -128,9 +128,7 @@ def check_a_bfloat16_base_with_float32_blocks(folder):
     def make():
         torch.manual_seed(0)
         model = Model().to(torch.bfloat16)
-        disha.inject_adapters(model, "up|down|head|conv", 3, dtype=torch.float32)
-        perturb(model)
-        return model
+        return perturb(disha.inject_adapters(model, "up|down|head|conv", 3, dtype=torch.float32))
 
     half = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     for options, tolerance in (({}, 1e-5), ({"mp_policy": half}, 0.05)):
@@ -245,9 +243,7 @@ def check_peft_folders(folder):
     def trained(seed):
         torch.manual_seed(0)
         model = Model().double()
-        disha.inject_adapters(model, "up|down", 3, also_train=r"norm\.|head")
-        perturb(model, seed)
-        return model
+        return perturb(disha.inject_adapters(model, "up|down", 3, also_train=r"norm\.|head"), seed)
 
     plain, model = trained(0), sharded(trained(0))
     alone, together = folder / f"{rank()}", folder / "a"
@@ -385,8 +381,7 @@ def check_tensor_parallel_models(folder):
             model = Model(hidden=8).double()
             for block in model.blocks if plan else ():
                 parallelize_module(block, mesh["inner"], plan)
-            disha.inject_adapters(model, "up|down|head", 2, method=method)
-            perturb(model)
+            perturb(disha.inject_adapters(model, "up|down|head", 2, method=method))
             models.append(model)
         plain, model = models
         sharded(model, mesh=mesh["outer"])

@@ -95,9 +95,7 @@ def adapted_attention(method: str = "bone") -> AttentionModel:
     """Return the same model on every rank; no block is zero."""
     torch.manual_seed(0)
     model = AttentionModel().double()
-    disha.inject_adapters(model, "all-linear", 2, method=method)
-    perturb(model)
-    return model
+    return perturb(disha.inject_adapters(model, "all-linear", 2, method=method))
 
 
 ADAPTERS = {

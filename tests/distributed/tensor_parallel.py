@@ -54,9 +54,7 @@ def fresh() -> Feedforward:
 
 
 def adapted(target: str, method: str = "bone") -> Feedforward:
-    model = disha.inject_adapters(fresh(), target, 2, method=method)
-    perturb(model)
-    return model
+    return perturb(disha.inject_adapters(fresh(), target, 2, method=method))
 
 
 def mesh() -> DeviceMesh:
@@ -77,8 +75,7 @@ def pair(
     """Return a plain and a tensor-parallel model with the same adapter; no block is zero."""
     models = make(), parallelize_module(make(), mesh(), {name: own() for name, own in plan.items()})
     for model in models:
-        disha.inject_adapters(model, target, r, **options)
-        perturb(model)
+        perturb(disha.inject_adapters(model, target, r, **options))
     return models
 
 
@@ -202,8 +199,7 @@ def check_shards_of_other_sizes(folder):
         models[0].weight = nn.Parameter(weight)
         models[1].weight = nn.Parameter(distribute_tensor(weight, mesh(), [placement]))
         for model in models:
-            disha.inject_adapters(model, "", 3)
-            perturb(model)
+            perturb(disha.inject_adapters(model, "", 3))
         expected = models[0](x)
         output = models[1](DTensor.from_local(x, mesh(), [Replicate()])).full_tensor()
         close(output, expected)
@@ -220,13 +216,11 @@ def check_whatever_reads_a_parallel_weight_sees_the_update(folder):
         owner = nn.Module()
         owner.experts = nn.Parameter(distribute_tensor(weight, mesh(), [Shard(dim)]))
         layouts = {"experts": "expert out in"}
-        disha.inject_adapters(owner, "experts", 2, layouts=layouts, method=method)
-        perturb(owner)
+        perturb(disha.inject_adapters(owner, "experts", 2, layouts=layouts, method=method))
         block = disha.adapter_parameters(owner)[0]
         plain = nn.Module()
         plain.experts = nn.Parameter(weight)
-        disha.inject_adapters(plain, "experts", 2, layouts=layouts, method=method)
-        perturb(plain)
+        perturb(disha.inject_adapters(plain, "experts", 2, layouts=layouts, method=method))
         dense = (plain.experts * 1).detach()
         close(owner.experts.full_tensor(), dense)
         local = owner.experts.to_local()

@@ -50,8 +50,7 @@ def assert_equals_one_process(folder, parallel, r, method):
     """Train and infer: in inference, `transformers` computes with local tensors."""
     plain = AutoModelForCausalLM.from_pretrained(folder)
     for model in (parallel, plain):
-        disha.inject_adapters(model, "all-linear", r, method=method)
-        perturb(model)
+        perturb(disha.inject_adapters(model, "all-linear", r, method=method))
     tokens = torch.randint(1, 32, (2, 6), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         torch.testing.assert_close(parallel(tokens).logits, plain(tokens).logits)

@@ -77,9 +77,7 @@ def our_logits(model: torch.nn.Module, tokens: list[int]) -> torch.Tensor:
 
 
 def adapted(base, target, r, **options):
-    model = disha.inject_adapters(copy.deepcopy(base), target, r, **options)
-    perturb(model)
-    return model
+    return perturb(disha.inject_adapters(copy.deepcopy(base), target, r, **options))
 
 
 # --- tiny models, in float32 ---------------------------------------------------------------------
@@ -212,9 +210,7 @@ def prompts(loaded):
 @pytest.fixture(scope="module")
 def ours(base):
     """A Bone adapter on every projection that changes the logits by about half their norm."""
-    model = disha.inject_adapters(copy.deepcopy(base), "layers", 16)
-    perturb(model, size=0.02)
-    return model
+    return perturb(disha.inject_adapters(copy.deepcopy(base), "layers", 16), size=0.02)
 
 
 @pytest.fixture(scope="module")
