@@ -1,7 +1,5 @@
 """Models with adapters, and their files, for tests of what files hold."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

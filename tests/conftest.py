@@ -1,7 +1,5 @@
 """Tiny models that each carry one pathology, and how tests compare a model with what it was."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

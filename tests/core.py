@@ -5,8 +5,6 @@ test file is left out if it, or a file of tests that it imports, imports anythin
 loaded; and so are the folders and files of `LEFT_OUT`, which need more than their imports tell.
 """
 
-from __future__ import annotations
-
 import ast
 import sys
 from functools import cache

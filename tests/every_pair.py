@@ -3,8 +3,6 @@
 `tests/test_layouts.py` has a row for each layout, `tests/test_kinds.py` one for each kind of layer.
 """
 
-from __future__ import annotations
-
 import copy
 import pickle
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Tiny random image models of `diffusers`, with inputs, and text encoders."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

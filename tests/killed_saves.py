@@ -1,7 +1,5 @@
 """Kill saves at random moments while this process reads: `python -m tests.killed_saves 200`."""
 
-from __future__ import annotations
-
 import multiprocessing
 import random
 import sys

@@ -5,8 +5,6 @@ Python of a leg on this machine, and else downloads it. The oldest releases are 
 `setup.py`.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 import subprocess

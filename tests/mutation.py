@@ -5,8 +5,6 @@ the tests notice, by module. The default pattern takes every third or so: an hou
 Quote a pattern: `'*'` is all of them, `'disha.functional.bat.*'` those of one module.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 import subprocess

@@ -4,8 +4,6 @@ A stand-in has the attributes of the library's class, and computes what it compu
 may read W but the forward, reading it fails.
 """
 
-from __future__ import annotations
-
 from types import SimpleNamespace
 
 import torch

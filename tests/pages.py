@@ -8,8 +8,6 @@
 `python -m tests.pages <page>...` puts what is printed now into pages.
 """
 
-from __future__ import annotations
-
 import contextlib
 import io
 import os

@@ -1,7 +1,5 @@
 """What the tests of PEFT's folders share: small models, and reading and changing a folder."""
 
-from __future__ import annotations
-
 import json
 
 import safetensors.torch

@@ -1,7 +1,5 @@
 """Python in a process of its own, which ends with all that it has started, such as ranks."""
 
-from __future__ import annotations
-
 import os
 import signal
 import subprocess

@@ -1,7 +1,5 @@
 """adapted_linear with one block against the loops: values, gradients, and what is kept."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 import torch.nn.functional as F

@@ -1,7 +1,5 @@
 """nn.MultiheadAttention and the modules with fused paths around it, held against plain torch."""
 
-from __future__ import annotations
-
 import copy
 import pickle
 

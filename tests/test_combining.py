@@ -1,7 +1,5 @@
 """Weighted sums of adapters: of files and within a model, by the same rules."""
 
-from __future__ import annotations
-
 import warnings
 
 import pytest

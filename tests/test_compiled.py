@@ -3,8 +3,6 @@
 Graphs are counted by a backend that runs them as they are.
 """
 
-from __future__ import annotations
-
 import re
 from collections import Counter
 from unittest import mock

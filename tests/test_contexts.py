@@ -1,7 +1,5 @@
 """Contexts belong to a thread or task: others do not see them, and nothing is left behind."""
 
-from __future__ import annotations
-
 import asyncio
 import copy
 import itertools

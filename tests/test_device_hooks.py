@@ -3,8 +3,6 @@
 Every device is the CPU here. What is offloaded is on the meta device between forwards, as anywhere.
 """
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path

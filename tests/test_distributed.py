@@ -3,8 +3,6 @@
 A launch takes seconds to import torch, so that all checks of all scripts share it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType

@@ -1,7 +1,5 @@
 """The effective weight: whoever reads an adapted weight sees the update."""
 
-from __future__ import annotations
-
 import copy
 import inspect
 import itertools
@@ -19,13 +17,7 @@ from disha import ArgumentError, ModeError
 from disha.layers.adapted import AdaptedLayer
 from disha.layers.weights import geometry_of
 from tests import reference
-from tests.conftest import (
-    assert_unchanged,
-    merged_weight,
-    needs_fully_shard,
-    perturb,
-    snapshot,
-)
+from tests.conftest import assert_unchanged, merged_weight, needs_fully_shard, perturb, snapshot
 
 
 class Reader(nn.Module):

@@ -1,7 +1,5 @@
 """The scripts of docs/examples, each at reduced size."""
 
-from __future__ import annotations
-
 import re
 import runpy
 import sys

@@ -8,8 +8,6 @@ another, into the plain model. Each model runs in every implementation of its ex
 - grouped_mm: tokens in the order of their experts, one grouped product.
 """
 
-from __future__ import annotations
-
 import copy
 import functools
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Graph networks of PyTorch Geometric, whose layers have a linear layer of their own kind."""
 
-from __future__ import annotations
-
 import copy
 
 import pytest

@@ -1,7 +1,5 @@
 """The code of the pages runs as it stands, and prints what they say."""
 
-from __future__ import annotations
-
 import re
 import tempfile
 from unittest.mock import patch

@@ -1,7 +1,5 @@
 """Bridges to other libraries, each tried with the real library."""
 
-from __future__ import annotations
-
 import copy
 import logging
 import pickle

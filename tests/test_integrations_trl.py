@@ -1,7 +1,5 @@
 """Trainers of `trl` on models with adapters, compared with the same trainers on models of PEFT."""
 
-from __future__ import annotations
-
 import copy
 import gc
 import logging
@@ -14,12 +12,7 @@ import pytest
 import torch
 import trl
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import (
-    BitsAndBytesConfig,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedTokenizerFast,
-)
+from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import disha
 from disha.integrations.transformers import AdapterCheckpoints

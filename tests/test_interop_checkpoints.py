@@ -16,13 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import disha
-from disha import (
-    AdapterFileError,
-    AdapterIOError,
-    ArgumentError,
-    ArgumentTypeError,
-    MergeError,
-)
+from disha import AdapterFileError, AdapterIOError, ArgumentError, ArgumentTypeError, MergeError
 from disha.interop import checkpoints
 from disha.interop.checkpoints import (
     base_shapes,

@@ -4,8 +4,6 @@
 names and shapes here are those that it has accepted.
 """
 
-from __future__ import annotations
-
 import copy
 import dataclasses
 import json

@@ -4,8 +4,6 @@ For kohya's programs, the oracle is the reader of their files in `diffusers`, an
 programs: W + alpha / rank * up @ down.
 """
 
-from __future__ import annotations
-
 import copy
 import re
 

@@ -1,7 +1,5 @@
 """Adapters as LoRA: the real `peft` loads what is written and computes what the adapter does."""
 
-from __future__ import annotations
-
 import copy
 import json
 import warnings

@@ -34,16 +34,7 @@ from disha.interop.peft_format import anchored, exact_targets
 from disha.model.view import ModelView
 from tests import reference
 from tests.conftest import perturb, refused
-from tests.peft_models import (
-    close,
-    config_of,
-    llama,
-    net,
-    output,
-    perturb_all,
-    rewrite,
-    tensors_of,
-)
+from tests.peft_models import close, config_of, llama, net, output, perturb_all, rewrite, tensors_of
 
 GOLDEN = Path(__file__).parent / "golden"
 KINDS = {

@@ -1,7 +1,5 @@
 """Every layer kind x method x dtype, held against the plain layer with the oracle's weight."""
 
-from __future__ import annotations
-
 import copy
 import pickle
 from functools import partial

@@ -3,8 +3,6 @@
 One row for each layout, and for each way in which a module can have weights of it.
 """
 
-from __future__ import annotations
-
 import itertools
 
 import pytest

@@ -1,7 +1,5 @@
 """Exported programs, ONNX files and compiled packages compute what the adapted model computes."""
 
-from __future__ import annotations
-
 import copy
 
 import onnxruntime

@@ -1,7 +1,5 @@
 """The table of methods and layouts, cell by cell against the loops of reference.py."""
 
-from __future__ import annotations
-
 import copy
 import itertools
 import pickle

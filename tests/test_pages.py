@@ -1,7 +1,5 @@
 """The built site in a browser, and what its pages take from files that are kept elsewhere."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

@@ -1,7 +1,5 @@
 """What is private in torch stands in one module, and a new torch reclassifies no operation."""
 
-from __future__ import annotations
-
 import ast
 import copy
 import functools

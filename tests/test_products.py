@@ -1,7 +1,5 @@
 """Products with updates against dense weights of the loops of reference.py."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 import torch.nn.functional as F

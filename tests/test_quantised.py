@@ -1,7 +1,5 @@
 """Quantised bases, held against a plain linear layer on the dequantised weight."""
 
-from __future__ import annotations
-
 import copy
 import io
 import json

@@ -1,7 +1,5 @@
 """Stacks of experts in 4 bits, held against a model whose stacks have the dequantised values."""
 
-from __future__ import annotations
-
 import copy
 import warnings
 

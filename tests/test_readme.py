@@ -1,7 +1,5 @@
 """The README fits two screens, links to what exists, and has the figures of the kept results."""
 
-from __future__ import annotations
-
 import json
 import re
 

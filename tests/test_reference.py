@@ -1,7 +1,5 @@
 """The reference has every public name exactly once; the code of the first pages runs."""
 
-from __future__ import annotations
-
 import importlib
 import re
 from collections import Counter

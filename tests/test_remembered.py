@@ -1,7 +1,5 @@
 """What training does to batch and instance norms is part of the adapter."""
 
-from __future__ import annotations
-
 import copy
 import subprocess
 import sys

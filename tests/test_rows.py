@@ -1,7 +1,5 @@
 """Rows of a matrix that are trained and saved beside an adapter, such as those of new tokens."""
 
-from __future__ import annotations
-
 import copy
 
 import peft
@@ -12,13 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import disha
-from disha import (
-    AdapterFileError,
-    ArgumentError,
-    ArgumentTypeError,
-    ConversionError,
-    TargetError,
-)
+from disha import AdapterFileError, ArgumentError, ArgumentTypeError, ConversionError, TargetError
 from disha.files import inspect_adapter, load_adapter, save_adapter
 from disha.interop import lora
 from tests.conftest import perturb

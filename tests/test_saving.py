@@ -1,7 +1,5 @@
 """A save that fails or is killed leaves the old file."""
 
-from __future__ import annotations
-
 import multiprocessing
 import os
 import resource

@@ -1,7 +1,5 @@
 """What of sharded tensors needs no ranks; `tests/distributed` has the rest."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 from dataclasses import dataclass

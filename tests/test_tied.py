@@ -1,7 +1,5 @@
 """One parameter in several modules: one block, one update, one merge."""
 
-from __future__ import annotations
-
 import copy
 import io
 import pickle

@@ -1,7 +1,5 @@
 """The page of other tools is that of the current tests."""
 
-from __future__ import annotations
-
 import ast
 
 import pytest

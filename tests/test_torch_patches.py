@@ -1,7 +1,5 @@
 """Importing disha changes nothing in torch; the first injection changes what one module lists."""
 
-from __future__ import annotations
-
 import inspect
 import json
 import subprocess

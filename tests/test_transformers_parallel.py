@@ -1,7 +1,5 @@
 """Parallel models and trainers of `transformers`, `disha finetune` and DeepSpeed, on two ranks."""
 
-from __future__ import annotations
-
 import importlib.util
 import json
 
@@ -9,13 +7,7 @@ import pytest
 
 from disha.finetune import main
 from tests.conftest import once
-from tests.distributed import (
-    deepspeed_zero,
-    finetune,
-    quantised,
-    trainers,
-    transformers_parallel,
-)
+from tests.distributed import deepspeed_zero, finetune, quantised, trainers, transformers_parallel
 from tests.test_distributed import checks_in, launch, name_of
 
 SCRIPTS = [transformers_parallel, quantised]

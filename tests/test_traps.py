@@ -1,7 +1,5 @@
 """Modules that make adapting hard: guarded, slotted, lazy, on meta, compiled, parametrised."""
 
-from __future__ import annotations
-
 import copy
 from types import MappingProxyType
 

@@ -4,8 +4,6 @@ A tree is drawn as plain data and built twice where a fresh base is needed. Ever
 returns a tensor (batch, positions, WIDTH), so that anything can stand anywhere.
 """
 
-from __future__ import annotations
-
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """A user's script has no errors for type checkers, and types can be read at run time."""
 
-from __future__ import annotations
-
 import inspect
 import subprocess
 import sys

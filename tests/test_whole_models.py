@@ -4,8 +4,6 @@ Everything that can be adapted is. What matters here is what no single layer sho
 read a layer's weight without calling it, fused paths, tied weights, layers of other libraries.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field

@@ -6,8 +6,6 @@ It also runs `python -m tests.runtimes` and `python -m tests.llamacpp`, which fi
 compile for some minutes.
 """
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

@@ -3,8 +3,6 @@
 Checked by mypy, strictly, and never run.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 from typing import assert_type

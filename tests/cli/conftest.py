@@ -1,7 +1,5 @@
 """A command line run in this process, and small files to run it on."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The dispatcher: help, exit codes, errors in one line, and what is imported when."""
 
-from __future__ import annotations
-
 import errno
 import subprocess
 import sys

@@ -4,8 +4,6 @@ The ranks get the variables of torchrun. They are forks of this process, which h
 scripts, because importing torch takes longer than most checks.
 """
 
-from __future__ import annotations
-
 import multiprocessing
 import os
 import socket

@@ -1,7 +1,5 @@
 """DDP on two ranks: training, files, control, and what is refused."""
 
-from __future__ import annotations
-
 import inspect
 
 import pytest

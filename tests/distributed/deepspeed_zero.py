@@ -3,8 +3,6 @@
 DeepSpeed is imported in the checks: the tests are also collected where it can't be installed.
 """
 
-from __future__ import annotations
-
 import copy
 import warnings
 

@@ -1,7 +1,5 @@
 """`disha finetune` on two ranks. `test_transformers_parallel.py` compares it with one process."""
 
-from __future__ import annotations
-
 import json
 import shlex
 from functools import partial

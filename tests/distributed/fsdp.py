@@ -1,7 +1,5 @@
 """FSDP2 on two ranks: training, files, state dicts, control, and what is refused."""
 
-from __future__ import annotations
-
 import functools
 
 import pytest
@@ -22,11 +20,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
-from torch.distributed.tensor.parallel import (
-    ColwiseParallel,
-    RowwiseParallel,
-    parallelize_module,
-)
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import disha
 from disha import (

@@ -4,8 +4,6 @@ Rank 0 notes in the folder which checks have passed. After a failed check the ra
 so nothing more of the script is run.
 """
 
-from __future__ import annotations
-
 import sys
 import traceback
 from collections.abc import Callable, Mapping

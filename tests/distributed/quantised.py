@@ -1,7 +1,5 @@
 """Bases in few bits on two ranks: what trains as in one process, and what their libraries lack."""
 
-from __future__ import annotations
-
 import peft
 import pytest
 import torch

@@ -4,8 +4,6 @@ Each pair of a trainer and an engine trains four steps, with a checkpoint at eac
 which another run goes on. The measure of the best is such that the first checkpoint is the best.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import os
 from contextlib import contextmanager

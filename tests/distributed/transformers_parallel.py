@@ -1,7 +1,5 @@
 """Tensor and expert parallelism of `transformers` on two ranks: it equals one process."""
 
-from __future__ import annotations
-
 import warnings
 
 import pytest

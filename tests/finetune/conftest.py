@@ -1,7 +1,5 @@
 """Fixtures of the fine-tuning tests: nothing is downloaded, and a tiny model is made once."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

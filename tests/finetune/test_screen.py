@@ -1,7 +1,5 @@
 """What the command shows: in a log, on a terminal, and for `--help`."""
 
-from __future__ import annotations
-
 import fcntl
 import json
 import os

@@ -4,8 +4,6 @@ The file is made the way converters make them, from a state dict under the usual
 rows of a Llama are put into GGUF's order here, independently of the code under test.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Tiny random language models on disk, with a tokenizer, and rows that they can learn."""
 
-from __future__ import annotations
-
 import json
 import random
 from pathlib import Path

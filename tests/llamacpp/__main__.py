@@ -3,8 +3,6 @@
 The first call compiles llama.cpp in an environment of its own, which takes some minutes.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 import shutil

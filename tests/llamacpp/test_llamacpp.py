@@ -7,8 +7,6 @@ kernels round activations too, so there its change of the logits is compared wit
 with what `transformers` finds likely.
 """
 
-from __future__ import annotations
-
 import copy
 import os
 import subprocess

@@ -5,8 +5,6 @@ of `docs/examples/newcomer` run there, one process each: a model is adapted and 
 adapter is saved; elsewhere it is loaded, exported as a LoRA and merged; experts are adapted.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

@@ -1,7 +1,5 @@
 """`make build`, then `python -m tests.packaging.ready TAG`: may the wheel be published under it?"""
 
-from __future__ import annotations
-
 import re
 import sys
 import zipfile

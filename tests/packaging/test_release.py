@@ -1,7 +1,5 @@
 """What must hold before a release: the package page, the tag, and the workflows."""
 
-from __future__ import annotations
-
 import re
 import shutil
 import subprocess

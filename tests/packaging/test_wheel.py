@@ -1,7 +1,5 @@
 """The sdist and the wheel hold what they should."""
 
-from __future__ import annotations
-
 import re
 import subprocess
 import sys

@@ -4,8 +4,6 @@ The first call downloads the newest sources of both, about 90 MB, without what t
 are never installed, and no kernel runs: only the code that reads and checks a LoRA.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 import subprocess

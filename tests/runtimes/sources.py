@@ -6,8 +6,6 @@ empty one, whose attributes are empty classes. Code that would need one of these
 nothing, so a check can't pass because of them.
 """
 
-from __future__ import annotations
-
 import importlib
 import importlib.abc
 import importlib.machinery

@@ -4,8 +4,6 @@ Each of them turns a folder into the factors of its own layers. The updates that
 must be the adapter's.
 """
 
-from __future__ import annotations
-
 import copy
 import os
 import re
