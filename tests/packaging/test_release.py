@@ -1,6 +1,7 @@
 """What must hold before a release: the package page, the tag, and the workflows."""
 
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -9,9 +10,10 @@ import pytest
 import yaml
 
 import disha
-from tests.packaging.ready import metadata, reasons_against
 from tests.pages import DOCS, ROOT
 
+READY = runpy.run_path(str(ROOT / ".github" / "ready.py"))
+metadata, reasons_against = READY["metadata"], READY["reasons_against"]
 TAG = f"v{disha.__version__}"
 CHANGES = f"# Changelog\n\n## [{disha.__version__}] - 2026-12-01\n"
 ADDRESS = "https://example.org/somebody/disha"

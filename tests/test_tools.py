@@ -4,15 +4,13 @@ import ast
 
 import pytest
 
+from docs.tools import PAGE, ROOT, TABLES, TICK, render, results_of
 from tests.pages import tables_of
-from tests.tool_table import PAGE, ROOT, TABLES, TICK, render, results_of
 
 
 def test_the_page_is_that_of_tests_which_all_passed():
     everything = {test: True for table in TABLES for test in table.tests()}
-    assert PAGE.read_text(encoding="utf-8") == render(everything), (
-        "run `python -m tests.tool_table`"
-    )
+    assert PAGE.read_text(encoding="utf-8") == render(everything), "run `python -m docs.tools`"
 
 
 @pytest.mark.parametrize("test", sorted({test for table in TABLES for test in table.tests()}))

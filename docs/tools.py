@@ -1,6 +1,6 @@
 """Write docs/tools.md from the tests: a tool's feature is ticked where its tests ran and passed.
 
-    python -m tests.tool_table
+    python -m docs.tools
 
 It also runs `python -m tests.runtimes` and `python -m tests.llamacpp`, which first download and
 compile for some minutes.
@@ -23,7 +23,7 @@ INTRODUCTION = """\
 
 These tables show which other tools work with `disha`. Read them before you build on one of these
 tools. ✓ means that every test of the feature ran with the real library and passed. An empty
-cell means that no test shows the feature. `python -m tests.tool_table` writes this page from the
+cell means that no test shows the feature. `python -m docs.tools` writes this page from the
 tests; do not edit it.
 """
 

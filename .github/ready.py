@@ -1,4 +1,4 @@
-"""`make build`, then `python -m tests.packaging.ready TAG`: may the wheel be published under it?"""
+"""`make build`, then `python .github/ready.py TAG`: may the wheel be published under it?"""
 
 import re
 import sys
@@ -7,7 +7,7 @@ from email.message import Message
 from email.parser import HeaderParser
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent.parent
+ROOT = Path(__file__).parent.parent
 
 
 def metadata(wheel: Path) -> Message:
