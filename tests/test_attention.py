@@ -400,9 +400,7 @@ class TestAttention:
         assert set(module.state_dict()) == keys | {"disha.default.q_proj.bone_block"}
 
     def test_merging_some_projections_leaves_the_others(self):
-        module = attention()
-        inject(module, "q_proj|v_proj", adapter="a")
-        inject(module, "k_proj", adapter="b")
+        module = inject(inject(attention(), "q_proj|v_proj", adapter="a"), "k_proj", adapter="b")
         perturb(module)
         original = packed(module).detach().clone()
         disha.merge_adapters(module, "a")
@@ -439,8 +437,7 @@ class TestAttention:
         module = attention()
         forward = module.forward
         module.forward = lambda *args, **kwargs: forward(*args, **kwargs)
-        inject(module, "^$")
-        perturb(module)
+        perturb(inject(module, "^$"))
         tensors = inputs(module)
         close(module(*tensors)[0], dense(module, attention())(*tensors)[0])
 
@@ -649,8 +646,7 @@ class TestOwners:
         assert not model._forward_hooks
 
     def test_removing_one_of_two_adapters_leaves_the_encoder_guarded(self):
-        model = self.model()
-        disha.inject_adapters(model, "layers.0", 2, adapter="a")
+        model = disha.inject_adapters(self.model(), "layers.0", 2, adapter="a")
         disha.inject_adapters(model, "layers.1", 2, adapter="b")
         disha.remove_adapters(model, "b")
         assert type(model.layers[1].self_attn) is nn.MultiheadAttention

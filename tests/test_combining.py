@@ -123,8 +123,7 @@ class TestSum:
         values = torch.tensor([[1 / 3], [1e-3]])
 
         def contents(name, dtype):
-            model = nn.Sequential(nn.Linear(2, 1))
-            disha.inject_adapters(model, "0", r=2, dtype=dtype)
+            model = disha.inject_adapters(nn.Sequential(nn.Linear(2, 1)), "0", r=2, dtype=dtype)
             with torch.no_grad():
                 model[0].disha["default"].block.copy_(values)
             disha.save_adapter(model, tmp_path / name)

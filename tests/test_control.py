@@ -140,8 +140,7 @@ class Doubled(nn.Linear):
 
 
 def several():
-    model = Several().double()
-    disha.inject_adapters(model, ".", 2, adapter="a")
+    model = disha.inject_adapters(Several().double(), ".", 2, adapter="a")
     disha.inject_adapters(model, "flat|own", 3, adapter="b", method="bat")
     return perturb(disha.inject_adapters(model, "embed|conv", 4, adapter="c"))
 

@@ -409,8 +409,7 @@ def test_a_tied_weight_stays_tied():
         def forward(self, tokens):
             return self.head(self.proj(self.embed(tokens)))
 
-    model = Tied()
-    perturb(disha.inject_adapters(model, "head|proj", 2))
+    model = perturb(disha.inject_adapters(Tied(), "head|proj", 2))
     expected = model(tokens())
     devices = dict.fromkeys(("embed", "proj", "head"), "cpu")
     accelerate.dispatch_model(model, devices, main_device="cpu", force_hooks=True)

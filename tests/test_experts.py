@@ -175,8 +175,7 @@ def plain(name: str, implementation: str) -> nn.Module:
 
 def adapted(name: str, implementation: str, method: str, **options: Any) -> nn.Module:
     model = plain(name, implementation)
-    disha.inject_adapters(model, "all-linear", **METHODS[method], **options)
-    perturb(model, size=0.2)
+    perturb(disha.inject_adapters(model, "all-linear", **METHODS[method], **options), size=0.2)
     return model
 
 
@@ -305,8 +304,7 @@ def dense(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_all_linear_reaches_what_is_not_an_embedding(name: str) -> None:
-    model = build(name, "eager", width=64, inner=64)
-    disha.inject_adapters(model, "all-linear", 4)
+    model = disha.inject_adapters(build(name, "eager", width=64, inner=64), "all-linear", 4)
     looked_up = {
         id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)
     }
@@ -726,8 +724,7 @@ def kept(model: nn.Module, tokens: int = MEASURED_TOKENS) -> int:
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_training_keeps_less_than_lora_of_peft(implementation):
     frozen = kept(measured(implementation).requires_grad_(False))
-    model = measured(implementation)
-    disha.inject_adapters(model, ONLY_EXPERTS, MEASURED_R)
+    model = disha.inject_adapters(measured(implementation), ONLY_EXPERTS, MEASURED_R)
     config = LoraConfig(
         r=LORA_RANK,
         lora_alpha=LORA_RANK,

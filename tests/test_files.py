@@ -40,12 +40,12 @@ def path(tmp_path):
 
 @pytest.fixture
 def saved(path):
-    """A model and the file of its adapter."""
+    """A model whose adapter is in the file at `path`."""
     model = trained()
     with torch.no_grad():
         model.layers[0]["attn"].norm.weight.add_(0.5)
     disha.save_adapter(model, path)
-    return model, path
+    return model
 
 
 def blocks_of(model):
@@ -103,35 +103,30 @@ class TestRoundTrip:
         assert {p.dtype for p in blocks_of(model)} == {torch.float64}
 
     @pytest.mark.parametrize("freeze", [True, False])
-    def test_the_base_is_frozen_or_not(self, saved, freeze):
-        _, path = saved
+    def test_the_base_is_frozen_or_not(self, saved, path, freeze):
         other = base()
         disha.load_adapter(other, path, freeze=freeze)
         assert other.embed.weight.requires_grad is not freeze
 
-    def test_under_another_name_beside_others(self, saved, tokens):
-        model, path = saved
-        other = base()
-        disha.inject_adapters(other, "q_proj", 1, adapter="first", init="kaiming")
+    def test_under_another_name_beside_others(self, saved, path, tokens):
+        other = disha.inject_adapters(base(), "q_proj", 1, adapter="first", init="kaiming")
         disha.load_adapter(other, path, adapter="second")
-        assert torch.equal(other(tokens), model(tokens))
+        assert torch.equal(other(tokens), saved(tokens))
         assert other.head.disha.active == ("second",)
 
-    def test_without_the_parameters_beside(self, saved):
-        model, path = saved
+    def test_without_the_parameters_beside(self, saved, path):
         other = base()
         disha.load_adapter(other, path, also_train=False)
         norm = other.layers[0]["attn"].norm.weight
         assert torch.equal(norm, torch.ones_like(norm))
         assert not norm.requires_grad
-        blocks = disha.adapter_parameters(model), disha.adapter_parameters(other)
+        blocks = disha.adapter_parameters(saved), disha.adapter_parameters(other)
         assert all(map(torch.equal, *blocks))
 
-    def test_a_merged_adapter_can_be_saved(self, saved):
-        model, path = saved
+    def test_a_merged_adapter_can_be_saved(self, saved, path):
         plain = path.read_bytes()
-        disha.merge_adapters(model)
-        disha.save_adapter(model, path)
+        disha.merge_adapters(saved)
+        disha.save_adapter(saved, path)
         assert path.read_bytes() == plain
 
 
@@ -251,8 +246,7 @@ class TestContents:
         load_contents(ModelView(model), "elsewhere", *contents, "new", freeze=True)
         assert model.head.disha.active == ("new",)
 
-    def test_some_layers_are_read(self, saved):
-        _, path = saved
+    def test_some_layers_are_read(self, saved, path):
         described, tensors = read_contents(path, layers="head", also_train=False)
         assert [layer.name for layer in described.layers] == ["head"]
         assert list(tensors) == list(described.tensors) == ["head.bone_block"]
@@ -319,13 +313,12 @@ class TestLayersThatDiffer:
 
 
 class TestReplace:
-    def test_copies_in_place(self, saved, tokens):
-        model, path = saved
+    def test_copies_in_place(self, saved, path, tokens):
         other = disha.inject_adapters(base(), "proj|head", 3, also_train=r"norm\.weight")
         blocks = list(disha.adapter_parameters(other))
         disha.load_adapter(other, path, replace=True)
         assert all(a is b for a, b in zip(blocks, disha.adapter_parameters(other), strict=True))
-        assert torch.equal(other(tokens), model(tokens))
+        assert torch.equal(other(tokens), saved(tokens))
 
     def test_takes_over_the_dropout(self, path):
         disha.save_adapter(trained(dropout=0.25), path)
@@ -334,14 +327,12 @@ class TestReplace:
         assert other.head.disha["default"].config.dropout == 0.25
         assert other.head.disha["default"].dropout == 0.25
 
-    def test_is_needed_for_a_taken_name(self, saved):
-        _, path = saved
+    def test_is_needed_for_a_taken_name(self, saved, path):
         other = trained()
         with refused(other, ArgumentError, r"'default' already.*replace=True"):
             disha.load_adapter(other, path)
 
-    def test_refuses_another_shape(self, saved):
-        _, path = saved
+    def test_refuses_another_shape(self, saved, path):
         other = trained(r=2)
         with refused(other, AdapterFileError, r"wrong: head.bone_block has the shape \(3, 12\)"):
             disha.load_adapter(other, path, replace=True)
@@ -384,29 +375,25 @@ class TestReplace:
         ):
             disha.load_adapter(other, path, replace=True)
 
-    def test_refuses_to_change_the_dtype(self, saved):
-        _, path = saved
+    def test_refuses_to_change_the_dtype(self, saved, path):
         with pytest.raises(ArgumentError, match="leave dtype out"):
             disha.load_adapter(trained(), path, replace=True, dtype=torch.float64)
 
-    def test_without_the_parameters_beside(self, saved):
-        model, path = saved
+    def test_without_the_parameters_beside(self, saved, path):
         other = trained()
         norm = other.layers[0]["attn"].norm.weight.detach().clone()
         disha.load_adapter(other, path, replace=True, also_train=False)
         assert torch.equal(other.layers[0]["attn"].norm.weight, norm)
-        assert torch.equal(other.head.disha["default"].block, model.head.disha["default"].block)
+        assert torch.equal(other.head.disha["default"].block, saved.head.disha["default"].block)
 
-    def test_refuses_other_layers(self, saved):
-        _, path = saved
+    def test_refuses_other_layers(self, saved, path):
         other = trained(target_regex="proj")
         with refused(other, AdapterFileError, r"unexpected: head.bone_block"):
             disha.load_adapter(other, path, replace=True)
 
 
 class TestSomeLayers:
-    def test_only_they_are_loaded(self, saved):
-        model, path = saved
+    def test_only_they_are_loaded(self, saved, path):
         names = [layer.name for layer in disha.inspect_adapter(path).layers]
         plain = base()
         report = disha.load_adapter(plain, path, layers=f"^{names[0]}$", also_train=False)
@@ -414,27 +401,25 @@ class TestSomeLayers:
         found = disha.adapter_state_dict(plain)
         assert report.matched == (f"{names[0]}.bone_block",)
         assert list(found) == [key]
-        assert torch.equal(found[key], disha.adapter_state_dict(model)[key])
+        assert torch.equal(found[key], disha.adapter_state_dict(saved)[key])
 
-    def test_replacing_leaves_the_others_alone(self, saved):
-        model, path = saved
+    def test_replacing_leaves_the_others_alone(self, saved, path):
         names = [layer.name for layer in disha.inspect_adapter(path).layers]
-        wanted = {k: v.clone() for k, v in disha.adapter_state_dict(model).items()}
+        wanted = {k: v.clone() for k, v in disha.adapter_state_dict(saved).items()}
         with torch.no_grad():
-            for block in disha.adapter_parameters(model):
+            for block in disha.adapter_parameters(saved):
                 block.fill_(7.0)
-        disha.set_adapter_scale(model, 0.5)
-        disha.load_adapter(model, path, layers=f"^{names[0]}$", replace=True, also_train=False)
-        for key, value in disha.adapter_state_dict(model).items():
+        disha.set_adapter_scale(saved, 0.5)
+        disha.load_adapter(saved, path, layers=f"^{names[0]}$", replace=True, also_train=False)
+        for key, value in disha.adapter_state_dict(saved).items():
             if not key.endswith("bone_block"):
                 continue
             chosen = key.startswith(f"{names[0]}.")
             assert torch.equal(value, wanted[key] if chosen else torch.full_like(value, 7.0)), key
-        scales = {row.name: row.scale for row in disha.summary(model).layers}
+        scales = {row.name: row.scale for row in disha.summary(saved).layers}
         assert scales == {name: 1.0 if name == names[0] else 0.5 for name in names}
 
-    def test_replacing_what_the_model_lacks_raises(self, saved):
-        _, path = saved
+    def test_replacing_what_the_model_lacks_raises(self, saved, path):
         names = [layer.name for layer in disha.inspect_adapter(path).layers]
         model = base()
         disha.load_adapter(model, path, layers=f"^{names[0]}$")
@@ -444,8 +429,7 @@ class TestSomeLayers:
     @pytest.mark.parametrize(
         ("layers", "match"), [("nothing", "none of the layers"), ("(", "layers .*valid regex")]
     )
-    def test_a_regex_without_a_layer(self, saved, layers, match):
-        _, path = saved
+    def test_a_regex_without_a_layer(self, saved, path, layers, match):
         model = base()
         before = [type(module) for module in model.modules()]
         with pytest.raises(ArgumentError, match=match):
@@ -541,8 +525,7 @@ class TestInspect:
         disha.save_adapter(disha.inject_adapters(nn.Linear(4, 6), "all-linear", 2), path)
         assert str(disha.inspect_adapter(path)).splitlines()[1].startswith("(the model)  bone")
 
-    def test_reads_no_tensor(self, saved):
-        _, path = saved
+    def test_reads_no_tensor(self, saved, path):
         size = path.stat().st_size
         header = int.from_bytes(path.read_bytes()[:8], "little") + 8
         with open(path, "r+b") as file:  # a hole in place of the data
@@ -584,8 +567,9 @@ class TestFingerprint:
             load_contents(ModelView(Layered()), "a", header, tensors, "default", freeze=True)
 
     @pytest.mark.parametrize("replacing", [False, True])
-    def test_a_warning_that_is_made_an_error_leaves_the_model_as_it_was(self, saved, replacing):
-        _, path = saved
+    def test_a_warning_that_is_made_an_error_leaves_the_model_as_it_was(
+        self, saved, path, replacing
+    ):
         torch.manual_seed(1)
         other = Layered()
         if replacing:
@@ -596,24 +580,21 @@ class TestFingerprint:
             disha.load_adapter(other, path, replace=replacing)
         assert_unchanged(other, before)
 
-    def test_another_base_warns(self, saved):
-        _, path = saved
+    def test_another_base_warns(self, saved, path):
         torch.manual_seed(1)
         with pytest.warns(AdapterFileWarning, match=r"5 of 5 layers \(layers.0"):
             disha.load_adapter(Layered(), path)
 
-    def test_a_base_with_the_adapter_merged_in_already_warns(self, saved):
-        model, path = saved
-        disha.merge_adapters(model)
+    def test_a_base_with_the_adapter_merged_in_already_warns(self, saved, path):
+        disha.merge_adapters(saved)
         merged = base()
         merged.load_state_dict(
-            {key: value for key, value in model.state_dict().items() if "disha" not in key}
+            {key: value for key, value in saved.state_dict().items() if "disha" not in key}
         )
         with pytest.warns(AdapterFileWarning, match="without the adapter merged into it"):
             disha.load_adapter(merged, path)
 
-    def test_the_base_in_another_dtype_counts_as_the_same(self, saved):
-        _, path = saved
+    def test_the_base_in_another_dtype_counts_as_the_same(self, saved, path):
         for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
             with warnings.catch_warnings():
                 warnings.simplefilter("error")
@@ -677,8 +658,7 @@ class TestBadFiles:
         self.refused(path, "not a complete safetensors file")
 
     @pytest.mark.parametrize("part", [0.1, 0.5, 0.99])
-    def test_truncated(self, saved, part):
-        _, path = saved
+    def test_truncated(self, saved, path, part):
         data = path.read_bytes()
         path.write_bytes(data[: int(len(data) * part)])
         self.refused(path, "not a complete safetensors file")
@@ -687,40 +667,34 @@ class TestBadFiles:
         safetensors.torch.save_file({"head.bone_block": torch.zeros(3, 12)}, path)
         self.refused(path, "it was not written by disha.save_adapter; name an adapter file")
 
-    def test_for_another_model(self, saved):
-        _, path = saved
+    def test_for_another_model(self, saved, path):
         self.refused(
             path, "(?s)q_proj: the model has no such layer.*nearest", nn.Sequential(nn.Linear(8, 8))
         )
 
-    def test_for_layers_of_another_kind(self, saved):
-        _, path = saved
+    def test_for_layers_of_another_kind(self, saved, path):
         model = base()
         model.head = nn.LayerNorm(12)
         self.refused(path, "head: can't be adapted: no layer kind adapts LayerNorm", model)
 
-    def test_while_merged(self, saved):
-        model, path = saved
-        disha.merge_adapters(model)
-        with refused(model, MergeError):
-            disha.load_adapter(model, path, adapter="b")
+    def test_while_merged(self, saved, path):
+        disha.merge_adapters(saved)
+        with refused(saved, MergeError):
+            disha.load_adapter(saved, path, adapter="b")
 
-    def test_values_that_a_narrower_dtype_can_not_hold(self, saved):
-        _, path = saved
+    def test_values_that_a_narrower_dtype_can_not_hold(self, saved, path):
         rewritten(path, change_tensors=lambda t: t["head.bone_block"].fill_(1e6))
         model = base()
         with refused(model, AdapterFileError, r"head.bone_block .*as torch.float16"):
             disha.load_adapter(model, path, dtype=torch.float16)
 
-    def test_a_parameter_that_can_not_train(self, saved):
-        _, path = saved
+    def test_a_parameter_that_can_not_train(self, saved, path):
         model = base()
         norm = model.layers[0]["attn"].norm
         norm.weight = nn.Parameter(torch.ones(8, dtype=torch.int64), requires_grad=False)
         self.refused(path, "norm.weight: it has dtype torch.int64", model)
 
-    def test_a_model_without_weights(self, saved):
-        _, path = saved
+    def test_a_model_without_weights(self, saved, path):
         with torch.device("meta"):
             model = Layered()
         with pytest.raises(AdapterFileError, match="on the meta device; give the model"):
@@ -728,8 +702,7 @@ class TestBadFiles:
         assert "head.bone_block" not in dict(model.named_parameters())
 
     @pytest.mark.parametrize("dtype", [torch.int32, "float32"])
-    def test_a_dtype_that_no_block_can_have(self, saved, dtype):
-        _, path = saved
+    def test_a_dtype_that_no_block_can_have(self, saved, path, dtype):
         with pytest.raises(DishaError, match=r"dtype|trained in"):
             disha.load_adapter(base(), path, dtype=dtype)
 
@@ -743,21 +716,19 @@ class TestBadFiles:
             with pytest.raises(ArgumentTypeError, match="path must be"):
                 call()
 
-    def test_into_a_bad_name(self, saved):
-        _, path = saved
+    def test_into_a_bad_name(self, saved, path):
         model = base()
         with refused(model, ArgumentError, "have a dot"):
             disha.load_adapter(model, path, adapter="a.b")
 
 
 class TestSaving:
-    def test_values_that_are_not_finite_are_not_written(self, saved):
-        model, path = saved
+    def test_values_that_are_not_finite_are_not_written(self, saved, path):
         old = path.read_bytes()
         with torch.no_grad():
-            model.head.disha["default"].block[0, 0] = float("nan")
+            saved.head.disha["default"].block[0, 0] = float("nan")
         with pytest.raises(AdapterStateError, match=r"not finite.*head.bone_block"):
-            disha.save_adapter(model, path)
+            disha.save_adapter(saved, path)
         assert path.read_bytes() == old
 
     def test_a_weight_that_holds_a_merge_is_not_taken_for_the_adapters(self, path):

@@ -271,8 +271,7 @@ class TestTraining:
         assert all(p.requires_grad for p in model.parameters())
 
     def test_patterns_match_any_name_of_what_is_shared_or_tied(self):
-        model = Tied()
-        disha.inject_adapters(model, "q_proj", 2, also_train=r"^head\.weight$")
+        model = disha.inject_adapters(Tied(), "q_proj", 2, also_train=r"^head\.weight$")
         assert model.embed.weight.requires_grad
         shared = disha.inject_adapters(Shared(), "first", 4, rank_pattern={"second": 2})
         assert shared.first.disha["default"].r == 2

@@ -86,8 +86,7 @@ are the ends of others."""
 
 @pytest.mark.parametrize(("make", "kind", "target", "form"), CASES)
 def test_peft_computes_what_we_export(make, kind, target, form, tmp_path):
-    model = make()
-    perturb(disha.inject_adapters(model, target, **KINDS[kind]))
+    model = perturb(disha.inject_adapters(make(), target, **KINDS[kind]))
     expected = output(model, make)
     assert not torch.allclose(expected, output(make(), make))
 
@@ -130,8 +129,7 @@ def test_dtypes_stay(dtype, tmp_path):
 
 
 def test_dropout_is_kept(tmp_path):
-    model = net()
-    disha.inject_adapters(model, "inner", 4, dropout=0.25)
+    model = disha.inject_adapters(net(), "inner", 4, dropout=0.25)
     export(model, tmp_path / "a")
     assert config_of(tmp_path / "a")["miss_dropout"] == 0.25
     base = net()
@@ -176,8 +174,7 @@ def test_names_are_those_of_the_plain_model(wrap, tmp_path):
         store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
         torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     try:
-        model = net()
-        perturb(disha.inject_adapters(model, r"inner|\.q", 2, also_train="^norm"))
+        model = perturb(disha.inject_adapters(net(), r"inner|\.q", 2, also_train="^norm"))
         export(model, tmp_path / "plain")
         model = wrap(model)
         export(model, tmp_path / "wrapped")
@@ -473,8 +470,7 @@ def test_bone_has_no_mini_and_no_biases(tmp_path):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_files_convert_both_ways_without_a_model(kind, tmp_path):
-    model = net()
-    perturb(disha.inject_adapters(model, r"^inner|^q", **KINDS[kind]))
+    model = perturb(disha.inject_adapters(net(), r"^inner|^q", **KINDS[kind]))
     disha.save_adapter(model, tmp_path / "a.safetensors", metadata={"task_type": "CAUSAL_LM"})
     file, tensors = read_contents(tmp_path / "a.safetensors")
     write_folder(tmp_path / "folder", file, tensors)

@@ -207,8 +207,7 @@ SAVED = {
 @pytest.mark.parametrize("case", SAVED)
 def test_peft_gets_what_was_trained_beside(case, form, tmp_path):
     also_train, modules, more = SAVED[case]
-    model = net()
-    disha.inject_adapters(model, r"layers\.", 2, also_train=also_train)
+    model = disha.inject_adapters(net(), r"layers\.", 2, also_train=also_train)
     names = adapter_contents(ModelView(model))[0].also_train
     perturb_all(model, names)
     if modules == ["norm"]:
@@ -270,8 +269,7 @@ def test_a_saved_module_may_have_modules_in_it(tmp_path, form, make):
 
 @in_both_formats
 def test_weights_that_two_modules_share_are_saved_with_both(tmp_path, form):
-    model = Tied().double()
-    disha.inject_adapters(model, "q_proj", 2, also_train="embed")
+    model = disha.inject_adapters(Tied().double(), "q_proj", 2, also_train="embed")
     perturb_all(model, ["embed.weight"])
     tokens = torch.arange(10).view(2, 5)
     expected = model(tokens)

@@ -134,8 +134,7 @@ class TestMaxNorm:
 
 
 def test_sparse_gradients_of_an_embedding_stay_sparse():
-    layer = nn.Embedding(7, 4, sparse=True)
-    disha.inject_adapters(layer, "^$", 2, freeze=False)
+    layer = disha.inject_adapters(nn.Embedding(7, 4, sparse=True), "^$", 2, freeze=False)
     layer(torch.tensor([1, 5])).sum().backward()
     assert layer.weight.grad.is_sparse
     assert layer.disha["default"].block.grad.abs().sum() > 0
@@ -143,8 +142,7 @@ def test_sparse_gradients_of_an_embedding_stay_sparse():
 
 @pytest.mark.parametrize("make", [nn.Embedding, partial(nn.EmbeddingBag, mode="sum")])
 def test_resetting_a_table_keeps_its_padding_zero(make):
-    layer = make(7, 4, padding_idx=2)
-    disha.inject_adapters(layer, "^$", 2, init="kaiming")
+    layer = disha.inject_adapters(make(7, 4, padding_idx=2), "^$", 2, init="kaiming")
     before = layer.base_weight.detach().clone()
     layer.reset_parameters()
     assert not layer.base_weight[2].any()

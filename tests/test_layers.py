@@ -302,8 +302,7 @@ def test_dropout_leaves_the_base_path_alone(kind):
 
 
 def test_dropout_follows_train_and_eval_of_the_model_for_adapters_added_later():
-    model = nn.Sequential(nn.Linear(8, 8)).eval()
-    inject(model, "bone", dropout=0.5)
+    model = inject(nn.Sequential(nn.Linear(8, 8)).eval(), "bone", dropout=0.5)
     fill(model)
     x = torch.randn(50, 8)
     assert torch.equal(model(x), model(x))

@@ -130,8 +130,7 @@ def test_a_merge_in_inference_mode_can_be_trained_on():
 
 
 def test_autocast_does_not_coarsen_a_merge():
-    model = nn.Linear(8, 8)
-    perturb(disha.inject_adapters(model, "all-linear", 4, method="bat"))
+    model = perturb(disha.inject_adapters(nn.Linear(8, 8), "all-linear", 4, method="bat"))
     twin = copy.deepcopy(model)
     disha.merge_adapters(model)
     with torch.autocast("cpu", torch.bfloat16):

@@ -166,8 +166,7 @@ class TestEveryWay:
         layer = linear(way)
         base = layer(x)
         inject(layer, method, adapter="a")
-        inject(layer, "bone", r=3, adapter="b")
-        perturb(layer)
+        perturb(inject(layer, "bone", r=3, adapter="b"))
         disha.set_active_adapters(layer, ["a", "b"])
         blocks = [(layer.disha[one].block, 1.0) for one in "ab"]
         close(layer(x), reference.linear(x, dense_weight(layer), layer.bias, blocks))
@@ -295,8 +294,7 @@ class TestMixedModel:
             "Doubled", (type(layer),), {"forward": lambda self, *x: 2 * forward(self, *x)}
         )
         base = layer(x)
-        inject(layer, "bat")
-        perturb(layer)
+        perturb(inject(layer, "bat"))
         block = disha.adapter_parameters(layer)[0]
         delta = reference.bat_delta_weight(dense_weight(layer), block)
         close(layer(x), base + x @ delta.T)  # what a dense merge would not compute
@@ -359,8 +357,7 @@ class TestMixedModel:
 
     def test_file_from_and_onto_a_dense_base(self, way, tmp_path, recwarn):
         dense, model = nn.Sequential(nn.Linear(64, 64)), nn.Sequential(linear(way, 64, 64))
-        inject(dense, "bone")
-        perturb(dense)
+        perturb(inject(dense, "bone"))
         disha.save_adapter(dense, tmp_path / "dense")
         disha.load_adapter(model, tmp_path / "dense")
         assert torch.equal(model[0].disha["default"].block, dense[0].disha["default"].block)
@@ -400,8 +397,7 @@ class TestBitsandbytes:
         layer = linear("8-bit", 64, 64).eval()
         x = torch.randn(5, 64)
         base = layer(x)
-        inject(layer, "bat")
-        perturb(layer)
+        perturb(inject(layer, "bat"))
         block = disha.adapter_parameters(layer)[0]
         delta = reference.bat_delta_weight(dense_weight(layer), block)
         close(layer(x), base + x @ delta.T)
@@ -410,8 +406,7 @@ class TestBitsandbytes:
         ("compute", "expected"), [(torch.bfloat16, torch.bfloat16), (None, torch.float16)]
     )
     def test_a_dense_merge_is_in_the_compute_dtype(self, compute, expected):
-        layer = linear("nf4", dtype=torch.float16, compute_dtype=compute)
-        inject(layer, "bone")
+        layer = inject(linear("nf4", dtype=torch.float16, compute_dtype=compute), "bone")
         disha.merge_adapters(layer, dense=True)
         assert layer.weight.dtype == expected
         assert layer(torch.randn(2, 10)).dtype == torch.float32
@@ -419,8 +414,7 @@ class TestBitsandbytes:
     @pytest.mark.parametrize("way", ["8-bit", "nf4"])
     def test_quantising_may_follow_injection(self, way, x):
         options = {"has_fp16_weights": False} if way == "8-bit" else {"quant_type": way}
-        layer = {"8-bit": Linear8bitLt, "nf4": Linear4bit}[way](10, 12, **options)
-        inject(layer, "bat")
+        layer = inject({"8-bit": Linear8bitLt, "nf4": Linear4bit}[way](10, 12, **options), "bat")
         perturb(layer)
         layer.to("cpu")
         block = disha.adapter_parameters(layer)[0]
@@ -428,8 +422,7 @@ class TestBitsandbytes:
 
     def test_8bit_over_dense_weights_refuses_to_merge(self):
         layer = Linear8bitLt(10, 12)  # quantises in its forward, and keeps what it got
-        inject(layer, "bone")
-        perturb(layer)
+        perturb(inject(layer, "bone"))
         with refused(layer, MergeError, "would not compute the same"):
             disha.merge_adapters(layer, dense=True)
 
@@ -457,8 +450,7 @@ class TestTensorSubclasses:
         layer = nn.Linear(64, 64)
         layer.weight = nn.Parameter(to_nf4(layer.weight.data, 64, 64), False)
         weight = layer.weight.get_original_weight()
-        inject(layer, "bat", r=16)
-        perturb(layer)
+        perturb(inject(layer, "bat", r=16))
         x = torch.randn(3, 64)
         block = disha.adapter_parameters(layer)[0]
         close(layer(x), reference.linear(x, weight, layer.bias, [(block, 1.0)]))
@@ -573,8 +565,7 @@ class TestEveryBase:
         assert torch.equal(model(x), expected)
 
     def test_check_adapters(self, name, x):
-        model = nn.Sequential(base(name), nn.Linear(OUT, 4))
-        inject(model, "bone", r=4)
+        model = inject(nn.Sequential(base(name), nn.Linear(OUT, 4)), "bone", r=4)
         report = disha.check_adapters(model, x)
         assert report.ok, str(report)
 
@@ -605,8 +596,7 @@ class TestLawsOverOpaqueBases:
         model = nn.Sequential(base(name))
         plain = model(x)
         inject(model, "bone", r=6, adapter="a")
-        inject(model, "tile", r=4, adapter="b")
-        perturb(model)
+        perturb(inject(model, "tile", r=4, adapter="b"))
         blocks = {one: model[0].disha[one].block for one in "ab"}
         deltas = {one: bone_delta(x, block, OUT) for one, block in blocks.items()}
         disha.set_active_adapters(model, ["a", "b"])
@@ -622,8 +612,7 @@ class TestLawsOverOpaqueBases:
     def test_removal_restores_everything(self, name, x):
         layer = base(name)
         before, parts = layer(x), everything_of(layer)
-        inject(layer, "bone", r=6)
-        perturb(layer)
+        perturb(inject(layer, "bone", r=6))
         layer(x)
         disha.remove_adapters(layer)
         assert everything_of(layer) == parts
@@ -659,8 +648,7 @@ class TestLawsOverOpaqueBases:
 def test_bat_over_a_weight_that_can_be_read(name):
     model, x = nn.Sequential(base(name)), torch.randn(3, 2, IN)
     before = model(x)
-    inject(model, "bat", r=6)
-    perturb(model)
+    perturb(inject(model, "bat", r=6))
     assert model[0].base_weight.shape == (OUT, IN)
     delta = reference.bat_delta_weight(model[0].base_weight, model[0].disha["default"].block)
     close(model(x), before + x @ delta.T)
@@ -727,8 +715,7 @@ def test_rows_of_an_opaque_weight(way, method):
     x = torch.randn(3, 64)
     plain = model(x)
     rows = [(0, 4), (8, 12)]
-    inject(model, method, rows={"^0$": rows})
-    perturb(model)
+    perturb(inject(model, method, rows={"^0$": rows}))
     layer, kept = model[0], torch.tensor([*range(4), *range(8, 12)])
     block = layer.disha["default"].block
     delta = torch.zeros(12, 64)
@@ -744,13 +731,11 @@ def test_a_base_that_is_decompressed_later_stays_adapted():
     x = torch.randn(3, IN)
     model = nn.Sequential(base("compressed"))
     before = model(x)
-    inject(model, "bone", adapter="a")
-    perturb(model)
+    perturb(inject(model, "bone", adapter="a"))
     expected = model(x)
     decompress(model[0])  # what compressed-tensors does before the first forward
     close(model(x), expected)
-    inject(model, "bone", adapter="b")
-    perturb(model)
+    perturb(inject(model, "bone", adapter="b"))
     disha.remove_adapters(model, "a")
     disha.set_active_adapters(model, "b")
     delta = bone_delta(x, model[0].disha["b"].block, OUT)
@@ -761,8 +746,7 @@ def test_a_base_that_is_decompressed_later_stays_adapted():
 
 
 def test_a_layer_that_works_in_groups_raises():
-    model = nn.Sequential(CpuFP8GroupedLinear(IN, OUT, n_groups=2))
-    inject(model, "bone")
+    model = inject(nn.Sequential(CpuFP8GroupedLinear(IN, OUT, n_groups=2)), "bone")
     with pytest.raises(RuntimeError, match="size of tensor"):
         model(torch.randn(3, 2, IN))
 

@@ -193,8 +193,7 @@ class TestMeta:
         assert torch.allclose(compiled(tokens), trained(tokens), atol=1e-6)
 
     def test_weights_assigned_later(self, tokens):
-        trained = Layered()
-        disha.inject_adapters(trained, "all-linear", 2, init="kaiming")
+        trained = disha.inject_adapters(Layered(), "all-linear", 2, init="kaiming")
         with torch.device("meta"):
             model = Layered()
         disha.inject_adapters(model, "all-linear", 2)
@@ -486,8 +485,7 @@ class TestEmbeddingsWithAForwardOfTheirOwn:
         assert torch.allclose(model(tokens), expected)
 
     def test_dropout_that_could_not_act_is_refused(self):
-        model = nn.Sequential(Positions(9, 4))
-        disha.inject_adapters(model, ".", 2, dropout=0.1)
+        model = disha.inject_adapters(nn.Sequential(Positions(9, 4)), ".", 2, dropout=0.1)
         with pytest.raises(disha.ModeError, match=r"dropout can't act here.*dropout=0"):
             model(torch.zeros(2, 3, dtype=torch.int64))
         model.eval()(torch.zeros(2, 3, dtype=torch.int64))
