@@ -59,6 +59,20 @@ def run(capsys):
     return run_main
 
 
+@pytest.fixture
+def complaint(run, files):
+    """Run `disha` with arguments that it refuses, and that change no file; return its one line."""
+
+    def refused(*arguments: object) -> str:
+        before = files.names()
+        done = run(*arguments)
+        assert done.code == 2
+        assert files.names() == before
+        return done.complaint
+
+    return refused
+
+
 def model(seed: int = 0) -> nn.Module:
     """Return the base: layers whose names llama.cpp knows, and a norm."""
     torch.manual_seed(seed)
@@ -96,10 +110,8 @@ class Folder:
     ) -> Path:
         """Write an adapter with random values, for the base of that seed."""
         metadata = injected.pop("metadata", None)
-        adapted = disha.inject_adapters(
-            model(base), **{"target_regex": "_proj$", "r": 4, **injected}
-        )
-        perturb(adapted, seed)
+        settings = {"target_regex": "_proj$", "r": 4, **injected}
+        adapted = perturb(disha.inject_adapters(model(base), **settings), seed)
         disha.save_adapter(adapted, self.path / name, metadata=metadata)
         return self.path / name
 

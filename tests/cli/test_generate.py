@@ -125,11 +125,9 @@ def test_an_adapter_of_another_base_is_refused(asks, language_model, tmp_path):
         (("--adapter", "absent.safetensors"), "absent.safetensors"),
     ],
 )
-def test_bad_input(run, language_model, given, says):
+def test_bad_input(complaint, language_model, given, says):
     words = [str(language_model / "model") if word == "MODEL" else word for word in given]
-    done = run("generate", "--prompt", "a", *words)
-    assert done.code == 2
-    assert says in done.complaint
+    assert says in complaint("generate", "--prompt", "a", *words)
 
 
 # --- a conversation ------------------------------------------------------------------------------
