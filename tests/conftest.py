@@ -1,8 +1,10 @@
 """Tiny models that each carry one pathology, and how tests compare a model with what it was."""
 
 import contextlib
+import io
 import json
 import os
+import pickle
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -95,13 +97,29 @@ def merged_weight(layer: AdaptedLayer) -> torch.Tensor:
     return weights.merged_weight(layer, layer.disha[name].slot, [name])
 
 
+def values_of(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Return copies of the tensors of a state, and of the parts of quantised ones."""
+    values = {}
+    for name, value in model.state_dict().items():
+        parts = {} if type(value) is torch.Tensor else vars(value)
+        tensors = {key: part for key, part in parts.items() if isinstance(part, torch.Tensor)}
+        for key, tensor in (tensors or {"": value}).items():
+            values[f"{name} {key}"] = tensor.detach().clone()
+    return values
+
+
 def snapshot(model: nn.Module) -> dict[str, object]:
     """Return everything that a refused operation must leave as it was."""
     return {
         "classes": {name: type(module) for name, module in model.named_modules()},
         "objects": {name: id(module) for name, module in model.named_modules()},
         "parameters": {name: id(p) for name, p in model.named_parameters()},
-        "values": {name: p.detach().clone() for name, p in model.state_dict().items()},
+        "buffers": {name: id(buffer) for name, buffer in model.named_buffers()},
+        "hooks": {
+            name: (*module._forward_hooks, *module._forward_pre_hooks)
+            for name, module in model.named_modules()
+        },
+        "values": values_of(model),
         "flags": {name: p.requires_grad for name, p in model.named_parameters()},
         "attributes": {name: sorted(module.__dict__) for name, module in model.named_modules()},
         "active": {
@@ -112,13 +130,19 @@ def snapshot(model: nn.Module) -> dict[str, object]:
     }
 
 
+def same_bits(first: torch.Tensor, second: torch.Tensor) -> bool:
+    if (first.shape, first.dtype) != (second.shape, second.dtype):
+        return False
+    return torch.equal(*(one.contiguous().flatten().view(torch.uint8) for one in (first, second)))
+
+
 def assert_unchanged(model: nn.Module, before: dict[str, object]) -> None:
     after = snapshot(model)
     values_before, values_after = before.pop("values"), after.pop("values")
     assert after == before
     assert values_after.keys() == values_before.keys()
     for name, value in values_before.items():
-        assert torch.equal(values_after[name], value), name
+        assert same_bits(values_after[name], value), name
     before["values"] = values_before
 
 
@@ -131,6 +155,17 @@ def refused(
     with pytest.raises(kind, match=says) as caught:
         yield caught
     assert_unchanged(model, before)
+
+
+def pickled(model: nn.Module) -> nn.Module:
+    return pickle.loads(pickle.dumps(model))
+
+
+def saved_by_torch(model: nn.Module) -> nn.Module:
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
 
 
 needs_fully_shard = pytest.mark.skipif(

@@ -1,7 +1,6 @@
 """Quantised bases, held against a plain linear layer on the dequantised weight."""
 
 import copy
-import io
 import json
 import pickle
 import subprocess
@@ -33,10 +32,9 @@ from transformers.integrations.metal_quantization import MetalLinear
 import disha
 from disha import ArgumentError, MergeError, TargetError
 from disha.functional import bone_delta
-from disha.layers.adapted import AdaptedLayer
 from disha.layers.opaque import opaque_slot
 from tests import reference
-from tests.conftest import perturb, refused
+from tests.conftest import assert_unchanged, perturb, pickled, refused, saved_by_torch, snapshot
 from tests.opaque_bases import (
     BASES,
     IN,
@@ -49,7 +47,7 @@ from tests.opaque_bases import (
 )
 
 WAYS = ("8-bit", "nf4", "fp4", "torchao")
-METHODS = ("bone", "tile", "bat")
+METHODS = reference.KINDS
 
 
 def quantised(dense: nn.Linear, way: str, **options) -> nn.Linear:
@@ -99,21 +97,6 @@ def close(actual, expected, limit=1e-5):
     assert (actual - expected).abs().max() <= limit * max(1.0, float(expected.abs().max()))
 
 
-def everything(model):
-    """Return a snapshot of tensors that can be compared, for weights of torchao too."""
-    plain = {}
-    for name, value in model.state_dict().items():
-        parts = {"": value} if type(value) is torch.Tensor else vars(value)
-        plain |= {f"{name} {k}": v for k, v in parts.items() if isinstance(v, torch.Tensor)}
-    return {name: value.clone() for name, value in plain.items()}
-
-
-def same(first, second):
-    assert first.keys() == second.keys()
-    for name, value in first.items():
-        assert torch.equal(value, second[name]), name
-
-
 @pytest.fixture(autouse=True)
 def not_packed(monkeypatch):
     """Keep bitsandbytes from packing weights for CPUs with AVX512-BF16."""
@@ -137,8 +120,9 @@ class Small(nn.Module):
 
 
 @pytest.fixture
-def x():
-    return torch.randn(3, 2, 10, generator=torch.Generator().manual_seed(1))
+def x(request):
+    width = IN if "name" in request.fixturenames else 10
+    return torch.randn(3, 2, width, generator=torch.Generator().manual_seed(1))
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -191,7 +175,7 @@ class TestEveryWay:
     def test_dense_merge_computes_the_same_and_comes_back_bit_for_bit(self, way, method, x):
         layer = adapted(way, method)
         disha.set_adapter_scale(layer, 0.5)
-        expected, weight, values = layer(x), layer.weight, everything(layer)
+        expected, weight, before = layer(x), layer.weight, snapshot(layer)
         for _ in range(3):
             disha.merge_adapters(layer, dense=True)
             merged, stand_in = layer(x), layer.weight
@@ -202,19 +186,8 @@ class TestEveryWay:
         assert (stand_in.dtype, stand_in.shape) == (torch.float32, (12, 10))
         assert not stand_in.requires_grad
         assert layer.weight is weight
-        same(everything(layer), values)
+        assert_unchanged(layer, before)
         assert torch.equal(layer(x), expected)
-
-
-def snapshot_of(model):
-    """Return what a refused operation must leave, apart from values."""
-    return {
-        "types": {name: type(module) for name, module in model.named_modules()},
-        "parameters": {name: id(p) for name, p in model.named_parameters()},
-        "flags": {name: p.requires_grad for name, p in model.named_parameters()},
-        "keys": list(model.state_dict()),
-        "merged": [m.disha.merged for m in model.modules() if isinstance(m, AdaptedLayer)],
-    }
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -252,11 +225,8 @@ class TestMixedModel:
 
     def test_a_merge_has_to_be_asked_to_be_dense(self, way):
         model = inject(Small(way), "bat")
-        before, values = snapshot_of(model), everything(model)
-        with pytest.raises(MergeError, match=r"first.weight is quantised \(.*pass dense=True"):
+        with refused(model, MergeError, r"first.weight is quantised \(.*pass dense=True"):
             disha.merge_adapters(model)
-        assert snapshot_of(model) == before
-        same(everything(model), values)
 
     def test_a_dense_merge_leaves_a_plain_model(self, way):
         model, x = inject(Small(way), "bat"), torch.randn(2, 64)
@@ -274,7 +244,7 @@ class TestMixedModel:
         layer = adapted(way, "bat")
         expected, twins = layer(x), [copy.deepcopy(layer)]
         if way != "torchao":  # whose weights can't be pickled
-            twins += [pickled(layer), saved(layer)]
+            twins += [pickled(layer), saved_by_torch(layer)]
         disha.merge_adapters(layer, dense=True)
         twins.append(copy.deepcopy(layer))
         disha.unmerge_adapters(twins[-1])
@@ -298,10 +268,8 @@ class TestMixedModel:
         block = disha.adapter_parameters(layer)[0]
         delta = reference.bat_delta_weight(dense_weight(layer), block)
         close(layer(x), base + x @ delta.T)  # what a dense merge would not compute
-        before = snapshot_of(layer)
-        with pytest.raises(MergeError, match="is a Doubled with a forward of its own"):
+        with refused(layer, MergeError, "is a Doubled with a forward of its own"):
             disha.merge_adapters(layer, dense=True)
-        assert snapshot_of(layer) == before
 
     def test_what_is_not_quantised_merges_as_ever(self, way):
         model = perturb(inject(Small(way), "bone", target="head"))
@@ -330,19 +298,15 @@ class TestMixedModel:
         model = inject(Small(way), "bone", target="first|second")
         with torch.no_grad():
             model.second.disha["default"].block.fill_(float("inf"))
-        before = snapshot_of(model)
-        with pytest.raises(MergeError, match=r"second.weight gives values that are not finite"):
+        with refused(model, MergeError, r"second.weight gives values that are not finite"):
             disha.merge_adapters(model, dense=True)
-        assert snapshot_of(model) == before
 
     def test_a_shared_layer_or_weight(self, way):
         model = nn.Sequential(linear(way, 64, 64), linear(way, 64, 64))
         model[1].weight = model[0].weight
         inject(model, "bone", target="^0$")
-        before = snapshot_of(model)
-        with pytest.raises(MergeError, match=r"0.weight is shared with 1.weight"):
+        with refused(model, MergeError, r"0.weight is shared with 1.weight"):
             disha.merge_adapters(model, dense=True)
-        assert snapshot_of(model) == before
         disha.merge_adapters(model, dense=True, untie=True)
         assert model[0].weight is not model[1].weight
         disha.unmerge_adapters(model)
@@ -350,10 +314,8 @@ class TestMixedModel:
 
     def test_quantised_weights_can_not_be_trained_beside_an_adapter(self, way):
         model = Small(way)
-        before = snapshot_of(model)
-        with pytest.raises(ArgumentError, match=r"first.weight: it is quantised"):
+        with refused(model, ArgumentError, r"first.weight: it is quantised"):
             disha.inject_adapters(model, "head", 4, also_train=r"first\.weight")
-        assert snapshot_of(model) == before
 
     def test_file_from_and_onto_a_dense_base(self, way, tmp_path, recwarn):
         dense, model = nn.Sequential(nn.Linear(64, 64)), nn.Sequential(linear(way, 64, 64))
@@ -507,10 +469,6 @@ def adapted_base(name):
 class TestEveryBase:
     """Bone over each kind of opaque base; W is never read."""
 
-    @pytest.fixture
-    def x(self):
-        return torch.randn(3, 2, IN, generator=torch.Generator().manual_seed(1))
-
     def test_all_linear_reaches_it_and_injection_changes_no_bit(self, name, x, monkeypatch):
         forbid_reading(monkeypatch)
         model = nn.Sequential(base(name))
@@ -553,15 +511,15 @@ class TestEveryBase:
 
     def test_merging(self, name, x):
         model = adapted_base(name)
-        expected, parts = model(x), snapshot_of(model)
+        expected, before = model(x), snapshot(model)
         for dense in (False, True)[: 1 if name in MERGEABLE else 2]:
-            with pytest.raises(MergeError, match=r"0.weight is|a forward of its own"):
+            with refused(model, MergeError, r"0.weight is|a forward of its own"):
                 disha.merge_adapters(model, dense=dense)
         if name in MERGEABLE:
             disha.merge_adapters(model, dense=True)
             close(model(x), expected, 0.02 if "dynamic" in name else 1e-5)
             disha.unmerge_adapters(model)
-        assert snapshot_of(model) == parts
+        assert_unchanged(model, before)
         assert torch.equal(model(x), expected)
 
     def test_check_adapters(self, name, x):
@@ -573,10 +531,6 @@ class TestEveryBase:
 @pytest.mark.parametrize("name", ["gptq", "hqq", "fp8", "compressed", "torchao int8"])
 class TestLawsOverOpaqueBases:
     """One without a weight, a state, forward or tensor of its own, and a weight with scales."""
-
-    @pytest.fixture
-    def x(self):
-        return torch.randn(3, 2, IN, generator=torch.Generator().manual_seed(1))
 
     def test_state_dict_and_file(self, name, x, tmp_path, monkeypatch):
         forbid_reading(monkeypatch)
@@ -611,12 +565,12 @@ class TestLawsOverOpaqueBases:
 
     def test_removal_restores_everything(self, name, x):
         layer = base(name)
-        before, parts = layer(x), everything_of(layer)
+        expected, before = layer(x), snapshot(layer)
         perturb(inject(layer, "bone", r=6))
         layer(x)
         disha.remove_adapters(layer)
-        assert everything_of(layer) == parts
-        assert torch.equal(layer(x), before)
+        assert_unchanged(layer, before)
+        assert torch.equal(layer(x), expected)
 
     def test_copies_and_pickles(self, name, x):
         model = adapted_base(name)
@@ -624,8 +578,8 @@ class TestLawsOverOpaqueBases:
         twins = [copy.deepcopy(model)]
         if goes_through(pickled, base(name)):
             twins.append(pickled(model))
-        if goes_through(saved, base(name)):
-            twins.append(saved(model))
+        if goes_through(saved_by_torch, base(name)):
+            twins.append(saved_by_torch(model))
         perturb(model, seed=5)
         for twin in twins:
             assert torch.equal(twin(x), expected)
@@ -657,24 +611,11 @@ def test_bat_over_a_weight_that_can_be_read(name):
 @pytest.mark.parametrize("name", sorted(BASES.keys() - READABLE))
 def test_bat_over_a_weight_that_can_not_be_read(name):
     model = nn.Sequential(base(name), nn.Linear(OUT, 4))
-    parts = everything_of(model[0])
-    with pytest.raises(TargetError, match=r"is quantised .*as method 'bat' requires.*'bone'"):
+    with refused(model, TargetError, r"is quantised .*as method 'bat' requires.*'bone'"):
         disha.inject_adapters(model, "0", 6, method="bat")
-    assert everything_of(model[0]) == parts
     assert disha.plan_adapters(model, "all-linear", 6, method="bat").skipped[0].name == "0"
     with pytest.raises(ArgumentError, match="can't be read as numbers"):
         _ = inject(model, "bone")[0].base_weight
-
-
-def pickled(layer):
-    return pickle.loads(pickle.dumps(layer))
-
-
-def saved(layer):
-    file = io.BytesIO()
-    torch.save(layer, file)
-    file.seek(0)
-    return torch.load(file, weights_only=False)
 
 
 def goes_through(way, plain):
@@ -684,20 +625,6 @@ def goes_through(way, plain):
     except (AttributeError, pickle.PicklingError):
         return False
     return True
-
-
-def everything_of(layer):
-    """Return what tells a module from another, apart from values."""
-    hooks = (layer._forward_hooks, layer._forward_hooks_with_kwargs, layer._forward_pre_hooks)
-    own = {**layer._parameters, **layer._buffers}
-    return {
-        "class": type(layer),
-        "attributes": set(vars(layer)),
-        "children": list(layer._modules),
-        "hooks": [list(one) for one in hooks],
-        "tensors": {name: id(tensor) for name, tensor in own.items()},
-        "flags": {name: p.requires_grad for name, p in layer.named_parameters()},
-    }
 
 
 @pytest.mark.parametrize("name", ["gptq", "compressed", "torchao float8"])
