@@ -187,10 +187,7 @@ class TestForward:
                 optimizer.zero_grad()
                 of(tokens()).square().mean().backward()
                 optimizer.step()
-        for block, expected in zip(
-            disha.adapter_parameters(model), disha.adapter_parameters(plain), strict=True
-        ):
-            close(block, expected)
+        close(disha.adapter_parameters(model), disha.adapter_parameters(plain))
         close(model(tokens()), plain(tokens()))
 
     def test_training_after_injecting_before(self, name, method, way, tmp_path):

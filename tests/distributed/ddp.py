@@ -15,27 +15,20 @@ from tests.distributed.harness import (
     adapted,
     assert_same,
     assert_trains_alike,
+    assert_trains_alike_while_routed,
     batch,
     blocks,
     close,
     loss_of,
     own_part,
+    rank,
+    saved,
     train,
 )
-from tests.processes import RANKS
-
-
-def rank():
-    return dist.get_rank()
 
 
 def wrapped(model, **options):
     return DistributedDataParallel(model, **options)
-
-
-def saved(model, path):
-    disha.save_adapter(model, path)
-    return path.read_bytes()
 
 
 def check_training(folder):
@@ -45,17 +38,14 @@ def check_training(folder):
 
 def check_an_adapter_that_is_not_active(folder):
     """It requires gradients and gets none, which DDP has to be told of."""
-    plain, model = (
-        adapted("two at once"),
-        wrapped(adapted("two at once"), find_unused_parameters=True),
-    )
+    plain = adapted("two at once")
+    model = wrapped(adapted("two at once"), find_unused_parameters=True)
     for of in (plain, model):
         disha.set_active_adapters(of, "second")
     _, expected = train(plain, batch())
     _, gradients = train(model, own_part(batch()))
     assert not any("default" in name for name in expected[-1])
-    for name, gradient in expected[-1].items():
-        close(gradients[-1][name], gradient)
+    close({name: gradients[-1][name] for name in expected[-1]}, expected[-1])
 
 
 def check_saving(folder):
@@ -119,11 +109,7 @@ def check_merging(folder):
 
 
 def check_training_while_routed(folder):
-    """Each rank's part of the batch uses the same adapters."""
-    plain, model = adapted("two at once"), wrapped(adapted("two at once"))
-    names = ["second", "default"]
-    with disha.route_adapters(plain, names * RANKS), disha.route_adapters(model, names):
-        assert_trains_alike(plain, model)
+    assert_trains_alike_while_routed(wrapped(adapted("two at once")))
 
 
 def check_refusals(folder):
@@ -167,6 +153,5 @@ def check_flattened_parameters_act_but_are_no_files(folder):
     assert not list(folder.iterdir())
     with FullyShardedDataParallel.summon_full_params(model):
         disha.save_adapter(model, folder / "a")
-    disha.save_adapter(adapted("tile"), folder / "b")
-    assert (folder / "a").read_bytes() == (folder / "b").read_bytes()
+    assert (folder / "a").read_bytes() == saved(adapted("tile"), folder / "b")
     torch.testing.assert_close(model(batch()), adapted("tile")(batch()))

@@ -41,12 +41,16 @@ from tests.distributed.harness import (
     adapted,
     adapted_attention,
     assert_same,
+    assert_same_folders,
     assert_trains_alike,
+    assert_trains_alike_while_routed,
     batch,
     blocks,
     close,
     loss_of,
     own_part,
+    rank,
+    saved,
     train,
     whole,
 )
@@ -61,19 +65,9 @@ def sharded(model, **options):
     return fully_shard(model, **options)
 
 
-def rank():
-    return dist.get_rank()
-
-
 def from_rank(culprit, message):
     """What an error says that one rank causes: there, and on the other."""
     return f"^{message}" if rank() == culprit else f"^on rank {culprit}: {message}"
-
-
-def saved(model, path, adapter="default"):
-    """Save from all ranks at once; return the bytes."""
-    disha.save_adapter(model, path, adapter)
-    return path.read_bytes()
 
 
 def check_training(folder):
@@ -133,9 +127,8 @@ def check_a_bfloat16_base_with_float32_blocks(folder):
         loss_of(model, own_part(batch())).backward()
         for part in batch().chunk(RANKS):  # products in bfloat16 round each part by itself
             (loss_of(plain, part) / RANKS).backward()
-        for block, expected in zip(
-            disha.adapter_parameters(model), disha.adapter_parameters(plain), strict=True
-        ):
+        pairs = zip(disha.adapter_parameters(model), disha.adapter_parameters(plain), strict=True)
+        for block, expected in pairs:
             assert block.dtype == block.grad.dtype == torch.float32
             error = (whole(block.grad) - expected.grad).norm() / expected.grad.norm()
             assert error < tolerance
@@ -187,8 +180,7 @@ def check_export_as_lora(folder):
         expected = disha.interop.lora.export(adapted(case), alone, rank=2)
         report = disha.interop.lora.export(model, path, rank=2)
         assert report.layers == expected.layers
-        for name in ("adapter_config.json", "adapter_model.safetensors"):
-            assert (path / name).read_bytes() == (alone / name).read_bytes()
+        assert_same_folders(path, alone)
     with pytest.raises(disha.ArgumentTypeError, match=from_rank(1, "rank must be an int")):
         disha.interop.lora.export(model, folder / "a", rank="2" if rank() == 1 else 2)
     assert not (folder / "a").exists()
@@ -243,8 +235,7 @@ def check_peft_folders(folder):
     alone, together = folder / f"{rank()}", folder / "a"
     disha.interop.peft.export(plain, alone)
     disha.interop.peft.export(model, together)
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
-        assert (together / name).read_bytes() == (alone / name).read_bytes()
+    assert_same_folders(together, alone)
     other = sharded(trained(5))
     disha.interop.peft.load(other, together, replace=True)
     assert_same(blocks(other), blocks(plain))
@@ -379,12 +370,7 @@ def check_tensor_parallel_models(folder):
             models.append(model)
         plain, model = models
         sharded(model, mesh=mesh["outer"])
-        expected, gradients = (train(one, batch()) for one in models)
-        for loss, other in zip(expected[0], gradients[0], strict=True):
-            close(other, loss)
-        for step, other in zip(expected[1], gradients[1], strict=True):
-            for name, gradient in step.items():
-                close(other[name], gradient)
+        close(train(model, batch()), train(plain, batch()))
         path = folder / method
         disha.save_adapter(model, path)
         torch.manual_seed(0)
@@ -414,25 +400,18 @@ def check_control(folder):
         yield of(tokens)
 
     with torch.no_grad():
-        for ours, theirs in zip(outputs(model), outputs(plain), strict=True):
-            close(ours, theirs)
+        close(list(outputs(model)), list(outputs(plain)))
     first = disha.adapter_parameters(model)[0]
     assert isinstance(first, DTensor)  # not what the forward has left there
-    plain.requires_grad_(True)
-    model.requires_grad_(True)
-    disha.mark_only_adapters_trainable(plain)
-    disha.mark_only_adapters_trainable(model)
     for of in (plain, model):
+        of.requires_grad_(True)
+        disha.mark_only_adapters_trainable(of)
         disha.set_active_adapters(of, ["default", "second"])
     assert_trains_alike(plain, model)
 
 
 def check_training_while_routed(folder):
-    """Each rank's part of the batch uses the same adapters."""
-    plain, model = adapted("two at once"), sharded(adapted("two at once"))
-    names = ["second", "default"]
-    with disha.route_adapters(plain, names * RANKS), disha.route_adapters(model, names):
-        assert_trains_alike(plain, model)
+    assert_trains_alike_while_routed(sharded(adapted("two at once")))
 
 
 def check_refusals(folder):
@@ -461,8 +440,7 @@ def check_refusals(folder):
 
 
 def check_activation_checkpointing(folder):
-    plain = saved(adapted(), folder / f"plain{rank()}")
-    model = adapted()
+    plain, model = saved(adapted(), folder / f"plain{rank()}"), adapted()
     wrap = functools.partial(checkpoint_wrapper, checkpoint_impl=CheckpointImpl.NO_REENTRANT)
     apply_activation_checkpointing(
         model, checkpoint_wrapper_fn=wrap, check_fn=lambda module: isinstance(module, Block)

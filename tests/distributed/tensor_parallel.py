@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 import disha
 from disha import AdaptedLayer, ArgumentError, MergeError, ModeError, TargetError
 from tests.conftest import perturb
-from tests.distributed.harness import assert_same, blocks, close
+from tests.distributed.harness import assert_same, blocks, close, gradients_of, rank, saved
 from tests.processes import RANKS
 
 PLAN = {"up": ColwiseParallel, "down": RowwiseParallel}
@@ -76,9 +76,8 @@ def check_training_equals_one_process(folder):
     cases = ((2, {}), (5, {}), (3, {"r_out": 2}), (2, {"method": "bat"}), (3, {"method": "bat"}))
     for r, options in cases:
         models = pair(r, **options)
-        optimizers = [
-            torch.optim.AdamW(disha.adapter_parameters(model), lr=0.05) for model in models
-        ]
+        trained = [disha.adapter_parameters(model) for model in models]
+        optimizers = [torch.optim.AdamW(parameters, lr=0.05) for parameters in trained]
         for _ in range(3):
             losses, gradients = [], []
             for model, optimizer in zip(models, optimizers, strict=True):
@@ -88,12 +87,10 @@ def check_training_equals_one_process(folder):
                 loss.backward()
                 optimizer.step()
                 losses.append(loss)
-                gradients.append([x.grad, *(p.grad for p in disha.adapter_parameters(model))])
+                gradients.append([x.grad, *gradients_of(model)])
             close(losses[1], losses[0])
-            for expected, gradient in zip(*gradients, strict=True):
-                close(gradient, expected)
-        for expected, block in zip(*map(blocks, models), strict=True):
-            close(block, expected)
+            close(gradients[1], gradients[0])
+        close(blocks(models[1]), blocks(models[0]))
         for index, model in enumerate(models):
             disha.save_adapter(model, folder / f"{index}")
         files = [disha.inspect_adapter(folder / name) for name in "01"]
@@ -105,17 +102,14 @@ def check_files_are_those_of_one_process(folder):
     """One goes into a plain model and back; an adapter drawn at random is the same on all ranks."""
     for method in METHODS:
         plain, model = pair(2, method=method)
-        disha.save_adapter(model, folder / f"{method}-parallel")
-        disha.save_adapter(plain, folder / f"{method}-{dist.get_rank()}")
-        dist.barrier()
-        saved = (folder / f"{method}-parallel").read_bytes()
-        assert saved == (folder / f"{method}-{dist.get_rank()}").read_bytes()
+        together, alone = folder / f"{method}-parallel", folder / f"{method}-{rank()}"
+        assert saved(model, together) == saved(plain, alone)
         loaded = parallel(fresh())
-        disha.load_adapter(loaded, folder / f"{method}-parallel")
+        disha.load_adapter(loaded, together)
         close(loaded(inputs()), plain(inputs()))
         with torch.no_grad():
             disha.adapter_parameters(loaded)[0].zero_()
-        disha.load_adapter(loaded, folder / f"{method}-{dist.get_rank()}", replace=True)
+        disha.load_adapter(loaded, alone, replace=True)
         close(loaded(inputs()), plain(inputs()))
     model = parallel(fresh())
     torch.manual_seed(dist.get_rank())
@@ -175,10 +169,7 @@ def check_sequence_parallel_and_embeddings(folder):
             close(output, expected)
             for one in (expected, output):
                 one.square().sum().backward()
-            for block, other in zip(
-                disha.adapter_parameters(model), disha.adapter_parameters(plain), strict=True
-            ):
-                close(block.grad, other.grad)
+            close(gradients_of(model), gradients_of(plain))
 
 
 def check_shards_of_other_sizes(folder):
@@ -313,17 +304,11 @@ def check_replicated_weights_act(folder):
         close(output.full_tensor(), expected)
         output.full_tensor().square().sum().backward()
         expected.square().sum().backward()
-        for block, other in zip(
-            disha.adapter_parameters(model), disha.adapter_parameters(plain), strict=True
-        ):
-            close(block.grad.full_tensor(), other.grad)
+        close(gradients_of(model), gradients_of(plain))
         assert_same(blocks(model), blocks(plain))
         with disha.adapters_disabled(model):
             close(model(x).full_tensor(), fresh()(inputs()))
-        disha.save_adapter(model, folder / method)
-        disha.save_adapter(plain, folder / f"{method}-{dist.get_rank()}")
-        plain_bytes = (folder / f"{method}-{dist.get_rank()}").read_bytes()
-        assert (folder / method).read_bytes() == plain_bytes
+        assert saved(model, folder / method) == saved(plain, folder / f"{method}-{rank()}")
 
 
 def check_routed_samples_of_replicated_weights_are_refused(folder):
