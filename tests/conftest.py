@@ -146,6 +146,11 @@ def assert_unchanged(model: nn.Module, before: dict[str, object]) -> None:
     before["values"] = values_before
 
 
+def assert_same(actual: Any, expected: Any) -> None:
+    """Compare tensors, or lists or dicts of them, bit for bit."""
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+
+
 @contextlib.contextmanager
 def refused(
     model: nn.Module, kind: type[BaseException], says: str | None = None

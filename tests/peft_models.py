@@ -88,3 +88,25 @@ def rewrite(folder, tensors=None, **fields):
     (folder / "adapter_config.json").write_text(json.dumps(config))
     if tensors is not None:
         safetensors.torch.save_file(tensors, folder / "adapter_model.safetensors")
+
+
+def with_fields(**fields):
+    """Return what changes fields of the configuration of a folder."""
+    return lambda folder: rewrite(folder, **fields)
+
+
+def with_tensor(key, change):
+    """Return what puts `change` of a tensor, or of None, into a folder; None takes it away."""
+
+    def apply(folder):
+        tensors = tensors_of(folder)
+        full = f"base_model.model.{key}"
+        tensors[full] = change(tensors.get(full))
+        rewrite(folder, {key: tensor for key, tensor in tensors.items() if tensor is not None})
+
+    return apply
+
+
+def assert_same_folders(first, second):
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        assert (first / name).read_bytes() == (second / name).read_bytes()

@@ -1,7 +1,6 @@
 """Adapters as LoRA: the real `peft` loads what is written and computes what the adapter does."""
 
 import copy
-import json
 import warnings
 from collections import OrderedDict
 from contextlib import contextmanager
@@ -9,7 +8,6 @@ from dataclasses import FrozenInstanceError, replace
 
 import peft
 import pytest
-import safetensors.torch
 import torch
 import transformers
 from torch import nn
@@ -22,7 +20,15 @@ from disha.functional import Layout, bat_delta_weight, bone_delta_weight
 from disha.interop import lora, low_rank
 from disha.interop import peft as miss
 from disha.model.view import ModelView
-from tests.conftest import Layered, assert_unchanged, perturb, snapshot
+from tests.conftest import Layered, assert_same, assert_unchanged, perturb, refused, snapshot
+from tests.peft_models import (
+    assert_same_folders,
+    config_of,
+    rewrite,
+    tensors_of,
+    with_fields,
+    with_tensor,
+)
 
 TOKENS = torch.arange(12).view(2, 6)
 
@@ -58,20 +64,11 @@ class Vision(nn.Module):
 
 
 @contextmanager
-def nothing_written(tmp_path, *models):
-    """The body raises, and then neither the folder nor a model has changed."""
-    before = [snapshot(model) for model in models]
-    yield
-    assert list(tmp_path.iterdir()) == []
-    for model, was in zip(models, before, strict=True):
-        assert_unchanged(model, was)
-
-
-@contextmanager
-def refused(tmp_path, message, *models, kind=disha.ConversionError):
-    """The body raises with this message, and has done nothing."""
-    with nothing_written(tmp_path, *models), pytest.raises(kind, match=message):
+def refused_export(tmp_path, model, message, kind=disha.ConversionError):
+    """The body raises with this message, and neither the folder nor the model has changed."""
+    with refused(model, kind, message):
         yield
+    assert list(tmp_path.iterdir()) == []
 
 
 def served(base, folder):
@@ -82,7 +79,7 @@ def served(base, folder):
         warnings.filterwarnings("ignore", ".*tied.*")
         model = peft.PeftModel.from_pretrained(copy.deepcopy(base), str(folder)).eval()
     kept = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
-    assert kept.keys() == safetensors.torch.load_file(folder / "adapter_model.safetensors").keys()
+    assert kept.keys() == tensors_of(folder).keys()
     return model
 
 
@@ -143,7 +140,7 @@ def test_sixteen_bits_stay_sixteen_bits(tmp_path):
     base = tiny_llama().to(torch.bfloat16)
     ours = adapted(base, dtype=torch.bfloat16)
     lora.export(ours, tmp_path)
-    tensors = safetensors.torch.load_file(tmp_path / "adapter_model.safetensors")
+    tensors = tensors_of(tmp_path)
     assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
     theirs = served(base, tmp_path)
     change = output(ours, TOKENS) - output(base, TOKENS)
@@ -159,7 +156,7 @@ def test_sixteen_bits_stay_sixteen_bits(tmp_path):
 def test_blocks_of_another_dtype_than_the_weights_keep_it(tmp_path):
     ours = adapted(tiny_llama().to(torch.bfloat16), dtype=torch.float32)
     lora.export(ours, tmp_path)
-    tensors = safetensors.torch.load_file(tmp_path / "adapter_model.safetensors")
+    tensors = tensors_of(tmp_path)
     assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
 
 
@@ -167,7 +164,7 @@ def test_gpt2s_transposed_layers(tmp_path):
     base = tiny_gpt2()
     ours = adapted(base, "attn|mlp", 5)
     lora.export(ours, tmp_path)
-    assert json.loads((tmp_path / "adapter_config.json").read_text())["fan_in_fan_out"] is True
+    assert config_of(tmp_path)["fan_in_fan_out"] is True
     check_served(base, tmp_path, ours, TOKENS, 1e-4)
 
 
@@ -245,7 +242,7 @@ def test_an_adapter_of_scale_zero_stays_without_effect(tmp_path):
     base = nn.Sequential(nn.Linear(8, 8))
     ours = adapted(base, "0", 4, scale=0.0)
     lora.export(ours, tmp_path)
-    assert json.loads((tmp_path / "adapter_config.json").read_text())["lora_alpha"] == 4
+    assert config_of(tmp_path)["lora_alpha"] == 4
     x = torch.randn(3, 8)
     assert torch.equal(served(base, tmp_path)(x), base(x))
 
@@ -262,8 +259,7 @@ def test_a_merged_adapter_is_exported_from_the_original_weights(tmp_path):
     lora.export(ours, tmp_path / "before", rank=6)
     disha.merge_adapters(ours)
     lora.export(ours, tmp_path / "after", rank=6)
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
-        assert (tmp_path / "before" / name).read_bytes() == (tmp_path / "after" / name).read_bytes()
+    assert_same_folders(tmp_path / "before", tmp_path / "after")
 
 
 def test_a_quantised_base(tmp_path):
@@ -313,9 +309,6 @@ def test_modules_trained_beside_the_blocks(tmp_path):
 # --- where peft would do something else ----------------------------------------------------------
 
 
-"""Models on which PEFT loads the adapter and then computes something else, without a word."""
-
-
 class Mix(nn.Module):
     def __init__(self):
         super().__init__()
@@ -344,21 +337,18 @@ def _mix():
         (nn.ConvTranspose1d(8, 8, 3), "does not know a ConvTranspose1d"),
         (nn.Embedding(8, 8, max_norm=0.5), "has max_norm"),
         (Mix(), "does not know a Mix"),
-        (
-            nn.utils.parametrizations.weight_norm(nn.Linear(8, 8)),
-            "its weight is computed",
-        ),
+        (nn.utils.parametrizations.weight_norm(nn.Linear(8, 8)), "its weight is computed"),
     ],
 )
 def test_layers_that_peft_has_no_lora_for(tmp_path, layer, message):
     ours = adapted(nn.Sequential(layer), "0", 2)
-    with refused(tmp_path, message, ours):
+    with refused_export(tmp_path, ours, message):
         lora.export(ours, tmp_path / "lora")
 
 
 def test_the_model_itself_is_refused(tmp_path):
     ours = adapted(nn.Linear(8, 8))
-    with refused(tmp_path, "not the model itself"):
+    with refused_export(tmp_path, ours, "not the model itself"):
         lora.write_lora(tmp_path / "lora", *adapter_contents(ModelView(ours)))
 
 
@@ -433,7 +423,7 @@ def test_leading_singular_values_of_large_layers(tmp_path, monkeypatch):
 )
 def test_arguments(tmp_path, options, kind, message):
     ours = adapted(Layered(), "_proj", 4, method="bat")
-    with refused(tmp_path, message, ours, kind=kind):
+    with refused_export(tmp_path, ours, message, kind=kind):
         lora.export(ours, tmp_path / "lora", **options)
 
 
@@ -444,10 +434,8 @@ def test_in_memory_it_is_what_the_files_hold_and_peft_takes_it(tmp_path, options
     model = adapted(base, **options)
     lora.export(model, tmp_path, rank=rank)
     tensors, config = lora.export_tensors(model, rank=rank)
-    assert config == json.loads((tmp_path / "adapter_config.json").read_text())
-    stored = safetensors.torch.load_file(tmp_path / "adapter_model.safetensors")
-    assert tensors.keys() == stored.keys()
-    assert all(torch.equal(tensors[key], value) for key, value in stored.items())
+    assert config == config_of(tmp_path)
+    assert_same(tensors, tensors_of(tmp_path))
 
     theirs = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig.from_peft_type(**config))
     report = peft.set_peft_model_state_dict(theirs, tensors)
@@ -486,7 +474,7 @@ def test_values_that_are_not_finite_are_refused(tmp_path):
     ours = adapted(Layered(), "q_proj", 4)
     with torch.no_grad():
         disha.adapter_parameters(ours)[0][0, 0] = float("nan")
-    with refused(tmp_path, "not finite", kind=disha.AdapterStateError):
+    with refused_export(tmp_path, ours, "not finite", kind=disha.AdapterStateError):
         lora.export(ours, tmp_path / "lora")
 
 
@@ -517,18 +505,11 @@ def test_a_file_becomes_the_same_folder(tmp_path, method):
     header, tensors = read_contents(tmp_path / "adapter.safetensors")
     state = base.state_dict()
     report = lora.write_lora(
-        tmp_path / "file",
-        header,
-        tensors,
-        rank=4,
-        base=lambda name: state[f"{name}.weight"],
+        tmp_path / "file", header, tensors, rank=4, base=lambda name: state[f"{name}.weight"]
     )
     name = "adapter_model.safetensors"
     assert (tmp_path / "file" / name).read_bytes() == (tmp_path / "model" / name).read_bytes()
-    found, expected = (
-        json.loads((tmp_path / folder / "adapter_config.json").read_text())
-        for folder in ("file", "model")
-    )
+    found, expected = (config_of(tmp_path / folder) for folder in ("file", "model"))
     assert found["target_modules"] == sorted(layer.name for layer in report.layers)
     assert found == {**expected, "task_type": None}  # the model tells its task
 
@@ -536,9 +517,9 @@ def test_a_file_becomes_the_same_folder(tmp_path, method):
 def test_away_from_the_model_bat_needs_the_base(tmp_path):
     ours = adapted(Layered(), "q_proj", 4, method="bat")
     header, tensors = adapter_contents(ModelView(ours))
-    with refused(tmp_path, "give `base`", kind=disha.ArgumentError):
+    with refused_export(tmp_path, ours, "give `base`", kind=disha.ArgumentError):
         lora.write_lora(tmp_path / "lora", header, tensors, rank=4)
-    with refused(tmp_path, "the weight has the shape", kind=disha.AdapterFileError):
+    with refused_export(tmp_path, ours, "the weight has the shape", kind=disha.AdapterFileError):
         lora.write_lora(tmp_path / "lora", header, tensors, rank=4, base=lambda _: torch.ones(3, 8))
 
 
@@ -551,9 +532,9 @@ def test_away_from_the_model_bat_needs_the_base(tmp_path):
     ],
 )
 def test_away_from_the_model_some_layers_are_refused(tmp_path, layer, message):
-    contents = adapter_contents(ModelView(adapted(nn.Sequential(layer), "0", 2)))
-    with refused(tmp_path, message):
-        lora.write_lora(tmp_path / "lora", *contents)
+    ours = adapted(nn.Sequential(layer), "0", 2)
+    with refused_export(tmp_path, ours, message):
+        lora.write_lora(tmp_path / "lora", *adapter_contents(ModelView(ours)))
 
 
 # --- and back ------------------------------------------------------------------------------------
@@ -569,8 +550,7 @@ def test_lora_and_back_is_the_same_adapter(tmp_path, dtype):
     report = lora.load(again, tmp_path, "back")
     assert report.complete
     expected, found = adapter_contents(ModelView(ours)), adapter_contents(ModelView(again), "back")
-    assert found[1].keys() == expected[1].keys()
-    assert all(torch.equal(found[1][key], tensor) for key, tensor in expected[1].items())
+    assert_same(found[1], expected[1])
     for layer, was in zip(found[0].layers, expected[0].layers, strict=True):
         assert layer.scale == pytest.approx(was.scale, rel=1e-15)
         assert replace(layer, scale=was.scale, base=was.base) == was
@@ -598,19 +578,14 @@ def test_padded_ranks_are_those_that_servers_allow(tmp_path, r, padded):
 
 def test_ranks_beyond_those_of_servers_are_not_padded(tmp_path):
     ours = adapted(nn.Sequential(nn.Linear(600, 4)), "0", 513)
-    with refused(tmp_path, "ranks are padded to at most 512"):
+    with refused_export(tmp_path, ours, "ranks are padded to at most 512"):
         lora.export(ours, tmp_path / "lora", pad=True)
     assert lora.export(ours, tmp_path / "lora").layers[0].rank == 513
 
 
 def test_embeddings_convolutions_and_tiles_come_back(tmp_path):
-    base = nn.ModuleDict(
-        {
-            "embed": nn.Embedding(9, 6, padding_idx=4),
-            "conv": nn.Conv2d(5, 4, 3),
-            "linear": nn.Linear(7, 6),
-        }
-    )
+    base = with_embedding(4)
+    base["conv"] = nn.Conv2d(5, 4, 3)
     ours = adapted(base, "embed|conv|linear", 2, r_out=2)
     lora.export(ours, tmp_path)
     again = copy.deepcopy(base)
@@ -644,12 +619,10 @@ def test_embeddings_go_from_lora_to_a_file_and_back(tmp_path, padding):
     assert again.complete
     lora.write_lora(tmp_path / "straight", header, tensors)
     lora.write_lora(tmp_path / "through", *read_contents(tmp_path / "file"))
-    expected = safetensors.torch.load_file(tmp_path / "lora" / "adapter_model.safetensors")
+    expected = tensors_of(tmp_path / "lora")
     assert "base_model.model.embed.lora_embedding_A" in expected
     for folder in ("straight", "through"):
-        found = safetensors.torch.load_file(tmp_path / folder / "adapter_model.safetensors")
-        assert found.keys() == expected.keys()
-        assert all(torch.equal(found[key], tensor) for key, tensor in expected.items())
+        assert_same(tensors_of(tmp_path / folder), expected)
 
 
 @pytest.mark.parametrize(("theirs", "ours"), [(None, 4), (4, None), (4, 5)])
@@ -739,11 +712,8 @@ def test_what_peft_saves_again_comes_back(tmp_path):
 def test_peft_scales_by_patterns_and_roots(tmp_path):
     base = Layered().eval()
     lora.export(adapted(base, "_proj", 4), tmp_path)
-    path = tmp_path / "adapter_config.json"
-    config = json.loads(path.read_text())
     patterns = {"0.attn.q_proj": 5, "v_proj": 7, r"^layers\.1\.attn\.q_proj": 2, "q_proj": 9}
-    config |= {"lora_alpha": 3, "use_rslora": True, "alpha_pattern": patterns}
-    path.write_text(json.dumps(config))
+    rewrite(tmp_path, lora_alpha=3, use_rslora=True, alpha_pattern=patterns)
     again = copy.deepcopy(base)
     lora.load(again, tmp_path)
     theirs = served(base, tmp_path)
@@ -776,59 +746,47 @@ def test_a_trained_lora_is_no_bone_adapter(tmp_path):
         lora.load(model, tmp_path)
 
 
-def rewritten(folder, *, config=None, tensors=None):
-    path = folder / "adapter_config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **(config or {})}))
-    path = folder / "adapter_model.safetensors"
-    changed = {**safetensors.torch.load_file(path), **(tensors or {})}
-    safetensors.torch.save_file({k: t for k, t in changed.items() if t is not None}, path)
-
-
-FIRST = "base_model.model.layers.0.attn.q_proj"
+FIRST = "layers.0.attn.q_proj"
 
 
 @pytest.mark.parametrize(
-    ("changes", "kind", "message"),
+    ("change", "kind", "message"),
     [
-        ({"config": {"peft_type": "MISS"}}, disha.AdapterFileError, "not 'LORA'"),
-        ({"config": {"use_dora": True}}, disha.ConversionError, "uses use_dora"),
-        ({"config": {"bias": "all"}}, disha.ConversionError, "uses bias"),
+        (with_fields(peft_type="MISS"), disha.AdapterFileError, "not 'LORA'"),
+        (with_fields(use_dora=True), disha.ConversionError, "uses use_dora"),
+        (with_fields(bias="all"), disha.ConversionError, "uses bias"),
         (
-            {"config": {"init_lora_weights": "pissa_niter_4"}},
+            with_fields(init_lora_weights="pissa_niter_4"),
             disha.ConversionError,
             "uses init_lora_weights=pissa_niter_4",
         ),
+        (with_fields(lora_alpha="8"), AdapterFileError, "lora_alpha: .* must be a number"),
         (
-            {"config": {"lora_alpha": "8"}},
-            disha.AdapterFileError,
-            "lora_alpha: .* must be a number",
-        ),
-        (
-            {"tensors": {f"{FIRST}.lora_B.weight": None}},
-            disha.AdapterFileError,
+            with_tensor(f"{FIRST}.lora_B.weight", lambda t: None),
+            AdapterFileError,
             "has no pair of factors, .*q_proj",
         ),
-        ({"tensors": {"other": torch.ones(1)}}, disha.AdapterFileError, "is neither lora_A nor"),
+        (with_tensor("other", lambda t: torch.ones(1)), AdapterFileError, "is neither lora_A nor"),
         (
-            {"tensors": {f"{FIRST}.lora_A.weight": torch.tensor(1.0)}},
+            with_tensor(f"{FIRST}.lora_A.weight", lambda t: torch.tensor(1.0)),
             disha.ConversionError,
             "is not a Bone adapter",
         ),
         (
-            {"tensors": {f"{FIRST}.lora_B.weight": torch.full((8, 4), float("inf"))}},
-            disha.AdapterFileError,
+            with_tensor(f"{FIRST}.lora_B.weight", lambda t: t / 0),
+            AdapterFileError,
             "not finite",
         ),
         (
-            {"tensors": {f"{FIRST}.lora_B.weight": torch.ones(7, 4)}},
-            disha.AdapterFileError,
+            with_tensor(f"{FIRST}.lora_B.weight", lambda t: torch.ones(7, 4)),
+            AdapterFileError,
             "expected 8 -> 7, found 8 -> 8",
         ),
     ],
 )
-def test_folders_that_are_refused(tmp_path, changes, kind, message):
+def test_folders_that_are_refused(tmp_path, change, kind, message):
     lora.export(adapted(Layered(), "q_proj", 4), tmp_path)
-    rewritten(tmp_path, **changes)
+    change(tmp_path)
     model = Layered()
     with refused(model, kind, message):
         lora.load(model, tmp_path)

@@ -33,8 +33,20 @@ from disha.interop.peft import export, load, read_folder, write_folder
 from disha.interop.peft_format import anchored, exact_targets
 from disha.model.view import ModelView
 from tests import reference
-from tests.conftest import perturb, refused
-from tests.peft_models import close, config_of, llama, net, output, perturb_all, rewrite, tensors_of
+from tests.conftest import assert_same, perturb, refused
+from tests.peft_models import (
+    assert_same_folders,
+    close,
+    config_of,
+    llama,
+    net,
+    output,
+    perturb_all,
+    rewrite,
+    tensors_of,
+    with_fields,
+    with_tensor,
+)
 
 GOLDEN = Path(__file__).parent / "golden"
 KINDS = {
@@ -178,14 +190,11 @@ def test_names_are_those_of_the_plain_model(wrap, tmp_path):
         export(model, tmp_path / "plain")
         model = wrap(model)
         export(model, tmp_path / "wrapped")
-        for name in ("adapter_config.json", "adapter_model.safetensors"):
-            plain = (tmp_path / "plain" / name).read_bytes()
-            assert (tmp_path / "wrapped" / name).read_bytes() == plain
+        assert_same_folders(tmp_path / "wrapped", tmp_path / "plain")
         expected = disha.adapter_state_dict(model)
         perturb(model, seed=2)
         load(model, tmp_path / "plain", replace=True)
-        found = disha.adapter_state_dict(model)
-        assert all(torch.equal(found[key], value) for key, value in expected.items())
+        assert_same(disha.adapter_state_dict(model), expected)
     finally:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
@@ -392,13 +401,8 @@ def test_round_trips_by_way_of_peft_change_nothing(kind, tmp_path):
         assert again.also_train == header.also_train
         assert described(again) == described(header)
         chosen = {"target": None, "also_train": ()}
-        assert {**again.config.to_json(), **chosen} == {
-            **header.config.to_json(),
-            "target": None,
-            "also_train": (),
-        }
-        assert found.keys() == tensors.keys()
-        assert all(torch.equal(found[key], value) for key, value in tensors.items())
+        assert {**again.config.to_json(), **chosen} == {**header.config.to_json(), **chosen}
+        assert_same(found, tensors)
 
 
 def test_arguments_of_load(tmp_path):
@@ -488,7 +492,7 @@ def test_files_convert_both_ways_without_a_model(kind, tmp_path):
     plain = [{**vars(layer), "base": None} for layer in file.layers]
     assert [vars(layer) for layer in again.layers] == plain
     assert (again.also_train, described(again)) == (file.also_train, described(file))
-    assert all(torch.equal(found[key], value) for key, value in tensors.items())
+    assert_same(found, tensors)
     base = net()
     disha.load_adapter(base, tmp_path / "b.safetensors")
     close(output(base, net), output(model, net))
@@ -538,20 +542,6 @@ def folder(tmp_path):
     perturb_all(model, ["norm.weight"])
     export(model, tmp_path)
     return tmp_path
-
-
-def with_tensor(key, change):
-    def apply(folder):
-        tensors = tensors_of(folder)
-        full = f"base_model.model.{key}"
-        tensors[full] = change(tensors.get(full))
-        rewrite(folder, {key: tensor for key, tensor in tensors.items() if tensor is not None})
-
-    return apply
-
-
-def with_fields(**fields):
-    return lambda folder: rewrite(folder, **fields)
 
 
 def as_pickle(folder):

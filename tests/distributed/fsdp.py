@@ -41,7 +41,6 @@ from tests.distributed.harness import (
     adapted,
     adapted_attention,
     assert_same,
-    assert_same_folders,
     assert_trains_alike,
     assert_trains_alike_while_routed,
     batch,
@@ -54,6 +53,7 @@ from tests.distributed.harness import (
     train,
     whole,
 )
+from tests.peft_models import assert_same_folders
 from tests.processes import RANKS
 
 

@@ -213,11 +213,6 @@ def blocks(model: nn.Module, adapter: str = "default") -> list[torch.Tensor]:
     return [whole(block).detach().clone() for block in disha.adapter_parameters(model, adapter)]
 
 
-def assert_same_folders(first: Path, second: Path) -> None:
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
-        assert (first / name).read_bytes() == (second / name).read_bytes()
-
-
 def assert_same(first: list[torch.Tensor], second: list[torch.Tensor]) -> None:
     assert len(first) == len(second)
     assert all(map(torch.equal, first, second))
