@@ -3,7 +3,6 @@
 import asyncio
 import copy
 import itertools
-import pickle
 import random
 import threading
 import time
@@ -20,7 +19,7 @@ import disha
 from disha.effective import contexts
 from disha.errors import ModeError
 from disha.functional import private_torch
-from tests.conftest import perturb
+from tests.conftest import perturb, pickled
 
 X = torch.linspace(-1, 1, 24, dtype=torch.float64).view(4, 6)
 NAMES = (None, "a", "b", "c")
@@ -44,6 +43,16 @@ def outputs_of(model):
         expected[name] = model(X).detach()
     disha.set_active_adapters(model, "c")
     return expected
+
+
+@pytest.fixture
+def model():
+    return net()
+
+
+@pytest.fixture
+def expected(model):
+    return outputs_of(model)
 
 
 def close(actual, expected):
@@ -75,9 +84,7 @@ def jobs(model, expected, seed, routes):
 
 
 @pytest.mark.parametrize("way", ["eager", "compiled"])
-def test_threads_with_contexts_of_their_own(way):
-    model = net()
-    expected = outputs_of(model)
+def test_threads_with_contexts_of_their_own(model, expected, way):
     # A list of names compiles once, and a model has 8 graphs by default.
     run, routes = (model, 4) if way == "eager" else (torch.compile(model, backend="eager"), 3)
     torch._dynamo.reset()
@@ -100,9 +107,7 @@ def test_threads_with_contexts_of_their_own(way):
 
 
 @pytest.mark.parametrize("way", ["eager", "compiled"])
-def test_tasks_with_contexts_of_their_own(way):
-    model = net()
-    expected = outputs_of(model)
+def test_tasks_with_contexts_of_their_own(model, expected, way):
     torch._dynamo.reset()
     run = model if way == "eager" else torch.compile(model, backend="eager")
 
@@ -133,9 +138,7 @@ def test_tasks_with_contexts_of_their_own(way):
 
 
 class TestOrder:
-    def test_contexts_end_in_any_order(self):
-        model = net()
-        expected = outputs_of(model)
+    def test_contexts_end_in_any_order(self, model, expected):
         for order in itertools.permutations(range(3)):
             made = [
                 disha.adapters_active(model, "a"),
@@ -153,9 +156,7 @@ class TestOrder:
             assert close(model(X), expected["c"])
         assert not contexts.OPEN
 
-    def test_a_context_that_another_thread_ends(self):
-        model = net()
-        expected = outputs_of(model)
+    def test_a_context_that_another_thread_ends(self, model, expected):
         context = disha.adapters_disabled(model)
         context.__enter__()
         with ThreadPoolExecutor(1) as pool:
@@ -163,9 +164,7 @@ class TestOrder:
             pool.submit(context.__exit__, None, None, None).result()
         assert close(model(X), expected["c"])
 
-    def test_a_task_that_outlives_the_context(self):
-        model = net()
-        expected = outputs_of(model)
+    def test_a_task_that_outlives_the_context(self, model, expected):
 
         async def late(ended):
             inside = model(X)
@@ -184,9 +183,7 @@ class TestOrder:
         assert close(inside, expected[None])
         assert close(after, expected["c"])
 
-    def test_disabling_wins_and_otherwise_the_innermost(self):
-        model = net()
-        expected = outputs_of(model)
+    def test_disabling_wins_and_otherwise_the_innermost(self, model, expected):
         with disha.adapters_active(model, []):
             assert close(model(X), expected[None])
             with disha.adapters_active(model, "a"):
@@ -194,16 +191,14 @@ class TestOrder:
                 with disha.adapters_disabled(model), disha.adapters_active(model, "b"):
                     assert close(model(X), expected[None])
 
-    def test_several_adapters_add_up(self):
-        model = net()
+    def test_several_adapters_add_up(self, model):
         disha.set_active_adapters(model, ["a", "b"])
         both = model(X)
         disha.set_active_adapters(model, [])
         with disha.adapters_active(model, ["b", "a"]):
             assert close(model(X), both)
 
-    def test_gradients_go_to_the_acting_adapter(self):
-        model = net()
+    def test_gradients_go_to_the_acting_adapter(self, model):
         with disha.adapters_active(model, "a"):
             model(X).sum().backward()
         assert all(p.grad is not None for p in disha.adapter_parameters(model, "a"))
@@ -211,8 +206,7 @@ class TestOrder:
 
 
 class TestParts:
-    def test_a_part_of_the_model(self):
-        model = net()
+    def test_a_part_of_the_model(self, model):
         first = model[0]
         with disha.adapters_disabled(first):
             part = model(X)
@@ -225,9 +219,7 @@ class TestParts:
         assert not close(part, adapted)
         assert not close(part, base)
 
-    def test_a_part_inside_a_context_of_the_model(self):
-        model = net()
-        expected = outputs_of(model)
+    def test_a_part_inside_a_context_of_the_model(self, model, expected):
         with disha.adapters_disabled(model):
             with disha.adapters_disabled(model[0]):
                 assert close(model(X), expected[None])
@@ -240,10 +232,8 @@ class TestParts:
         with disha.adapters_disabled(model):
             assert close(other(X), expected["c"])
 
-    @pytest.mark.parametrize("clone", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
-    def test_a_copy_is_not_covered(self, clone):
-        model = net()
-        expected = outputs_of(model)
+    @pytest.mark.parametrize("clone", [copy.deepcopy, pickled])
+    def test_a_copy_is_not_covered(self, model, expected, clone):
         with disha.adapters_disabled(model):
             twin = clone(model)
             assert close(twin(X), expected["c"])
@@ -275,9 +265,7 @@ class Residual(nn.Module):
 class TestServing:
     """Load, use and remove adapters while other threads use the model."""
 
-    def test_new_adapters_come_and_go_beside_forwards(self, tmp_path):
-        model = net()
-        expected = outputs_of(model)
+    def test_new_adapters_come_and_go_beside_forwards(self, model, expected, tmp_path):
         other = net("bat")
         disha.save_adapter(other, tmp_path / "new", "a")
         new = outputs_of(other)["a"]
@@ -307,8 +295,7 @@ class TestServing:
         assert not wrong
         assert all(done)
 
-    def test_layers_that_no_adapter_had_before(self, tmp_path):
-        model = net()
+    def test_layers_that_no_adapter_had_before(self, model, tmp_path):
         disha.save_adapter(model, tmp_path / "all", "a")
         disha.remove_adapters(model)
         plain = model(X)
@@ -317,8 +304,7 @@ class TestServing:
         with disha.adapters_active(model, "a"):
             assert not torch.equal(model(X), plain)
 
-    def test_an_adapter_in_use_is_not_removed(self):
-        model = net()
+    def test_an_adapter_in_use_is_not_removed(self, model):
 
         def remove(name=None):
             disha.remove_adapters(model, name)
@@ -424,8 +410,6 @@ class TestBackward:
         assert "because adapters_active is open" in str(error)
         assert close(beside, expected["c"])
 
-    def test_without_contexts_nothing_is_asked(self, monkeypatch):
-        model = net()
-        expected = outputs_of(model)
+    def test_without_contexts_nothing_is_asked(self, model, expected, monkeypatch):
         output = self.in_a_thread_of_autograd(monkeypatch, lambda: model(X))
         assert close(output, expected["c"])
