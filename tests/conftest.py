@@ -146,6 +146,11 @@ def assert_unchanged(model: nn.Module, before: dict[str, object]) -> None:
     before["values"] = values_before
 
 
+def close(actual: Any, expected: Any, tolerance: float = 1e-10) -> None:
+    """Compare tensors, or lists or dicts of them, with a relative and an absolute tolerance."""
+    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
+
+
 def assert_same(actual: Any, expected: Any) -> None:
     """Compare tensors, or lists or dicts of them, bit for bit."""
     torch.testing.assert_close(actual, expected, rtol=0, atol=0)
@@ -160,6 +165,12 @@ def refused(
     with pytest.raises(kind, match=says) as caught:
         yield caught
     assert_unchanged(model, before)
+
+
+def freshly_compiled(model: Any, backend: Any = "eager", fullgraph: bool = True) -> Any:
+    """Compile a model or function, which was not compiled before, by default as one graph."""
+    torch._dynamo.reset()
+    return torch.compile(model, backend=backend, fullgraph=fullgraph)
 
 
 def pickled(model: nn.Module) -> nn.Module:

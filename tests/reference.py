@@ -83,42 +83,6 @@ def linear(x, weight, bias, blocks_and_scales):
     return y if bias is None else y + bias
 
 
-def conv_delta_weight(block, in_channels, out_channels):
-    """dW[o, i, k] = D[o mod r_out, i mod r, k] for every output o, input i of its group, position.
-
-    `in_channels` counts those of one group.
-    """
-    r_out, r = block.shape[:2]
-    rows = []
-    for o in range(out_channels):
-        rows.append(torch.stack([block[o % r_out, i % r] for i in range(in_channels)]))
-    return torch.stack(rows)
-
-
-def conv_transpose_delta_weight(block, in_channels, out_channels, groups):
-    """dW[g in + i, o, k] = D[g r + i mod r, o mod r_out, k] for every group g of input channels.
-
-    `in_channels` and `out_channels` count those of one group.
-    """
-    r, r_out = block.shape[0] // groups, block.shape[1]
-    rows = []
-    for g in range(groups):
-        for i in range(in_channels):
-            row = [block[g * r + i % r, o % r_out] for o in range(out_channels)]
-            rows.append(torch.stack(row))
-    return torch.stack(rows)
-
-
-def embedding_delta_weight(block, rows, dim, padding_idx=None):
-    """dW[i, d] = D[i mod r, d mod r_out], and 0 in the row of padding_idx."""
-    r, r_out = block.shape
-    delta = []
-    for i in range(rows):
-        row = [block[i % r, d % r_out] for d in range(dim)]
-        delta.append(torch.stack(row) * (0.0 if i == padding_idx else 1.0))
-    return torch.stack(delta)
-
-
 def shape_of(pattern):
     """A weight's shape with 6 outputs and 7 inputs, by the names of its axes."""
     sizes = {"out": (6,), "in": (7,), "index": (7,), "expert": (3,), "*kernel": (2, 3)}

@@ -13,7 +13,7 @@ from disha import ArgumentError, MergeError
 from disha.layers.weights import base_of
 from disha.model.view import ModelView
 from tests import reference
-from tests.conftest import assert_unchanged, perturb, snapshot
+from tests.conftest import assert_unchanged, freshly_compiled, perturb, snapshot
 
 WIDTH, HEADS = 6, 2
 
@@ -310,8 +310,7 @@ class TestEveryFormInFloat64:
     def test_compiled_is_eager(self, name, method):
         module = perturb(inject(attention(name), "^$", method))
         tensors = inputs(module)
-        torch._dynamo.reset()
-        compiled = torch.compile(module, backend="eager", fullgraph=True)
+        compiled = freshly_compiled(module)
         close(compiled(*tensors)[0], module(*tensors)[0])
 
 

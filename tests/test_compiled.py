@@ -19,7 +19,7 @@ from torch._inductor.async_compile import AsyncCompile
 from torch._inductor.utils import run_and_get_code
 
 import disha
-from tests.conftest import needs_grouped_products, perturb
+from tests.conftest import close, needs_grouped_products, perturb
 from tests.test_effective import Reader
 
 
@@ -63,10 +63,6 @@ def compiled(case, *, train=False):
     torch._dynamo.reset()
     counter = CompileCounter()
     return model, torch.compile(model, backend=counter, fullgraph=True), counter
-
-
-def close(actual, expected):
-    torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
 
 
 def steps(model, folder):

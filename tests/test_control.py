@@ -6,7 +6,7 @@ from torch import nn
 
 import disha
 from disha import ArgumentError, ArgumentTypeError, MergeError, ModeError
-from tests.conftest import assert_unchanged, perturb, refused, snapshot
+from tests.conftest import assert_unchanged, freshly_compiled, perturb, refused, snapshot
 
 
 @pytest.fixture
@@ -324,8 +324,7 @@ class TestRoute:
             disha.inject_adapters(layer, "^$", 2, adapter=adapter)
         perturb(layer)
         x = torch.randn(4, 7)
-        torch._dynamo.reset()
-        compiled = torch.compile(layer, backend="eager", fullgraph=True)
+        compiled = freshly_compiled(layer)
         with disha.route_adapters(layer, ["b", None, "a", "b"]):
             assert torch.allclose(compiled(x), layer(x), atol=1e-6)
 

@@ -17,7 +17,14 @@ from disha import ArgumentError, ModeError
 from disha.layers.adapted import AdaptedLayer
 from disha.layers.weights import geometry_of
 from tests import reference
-from tests.conftest import assert_unchanged, merged_weight, needs_fully_shard, perturb, snapshot
+from tests.conftest import (
+    assert_unchanged,
+    freshly_compiled,
+    merged_weight,
+    needs_fully_shard,
+    perturb,
+    snapshot,
+)
 
 
 class Reader(nn.Module):
@@ -154,9 +161,9 @@ def delta_of(layer):
     block = layer.disha["default"].block.detach()
     weight = layer.base_weight.detach()
     if isinstance(layer, nn.Conv1d):
-        return reference.conv_delta_weight(block, layer.in_channels, layer.out_channels)
+        return reference.layout_delta_weight("bone", "out in *kernel", block, weight)
     if isinstance(layer, nn.Embedding):
-        return reference.embedding_delta_weight(block, *weight.shape)
+        return reference.layout_delta_weight("bone", "index out", block, weight)
     return reference.delta_weight(weight, block)
 
 
@@ -225,8 +232,7 @@ class TestActing:
     def test_compiled_is_eager(self, name):
         model, target, x = build(name)
         perturb(disha.inject_adapters(model, target, 2))
-        torch._dynamo.reset()
-        compiled = torch.compile(model, backend="eager", fullgraph=True)
+        compiled = freshly_compiled(model)
         assert torch.allclose(compiled(x), model(x), rtol=0, atol=1e-10)
 
 
@@ -683,8 +689,7 @@ def test_a_forward_that_writes_merged_and_unmerged(written, compiles):
 
     model, x = nn.Sequential(Clipped(6, 4)).double(), torch.randn(3, 6).double()
     perturb(disha.inject_adapters(model, "0", 2))
-    torch._dynamo.reset()
-    forward = torch.compile(model, backend="eager") if compiles else model
+    forward = freshly_compiled(model, fullgraph=False) if compiles else model
     expected = forward(x)
     assert not torch.allclose(expected, F.linear(x, model[0].base_weight, model[0].bias))
     assert torch.allclose(expected, F.linear(x, merged_weight(model[0]), model[0].bias))
@@ -769,8 +774,7 @@ class TestWhatAsksNoTensor:
 
         model, x = nn.Sequential(Experts()).double(), torch.randn(3, 5, 6).double()
         perturb(disha.inject_adapters(model, "0", 2, layouts={"0": "expert in out"}))
-        torch._dynamo.reset()
-        forward = torch.compile(model, backend="eager", fullgraph=True) if compiles else model
+        forward = freshly_compiled(model) if compiles else model
         torch.testing.assert_close(forward(x), x @ merged_weight(model[0]))
         assert disha.check_adapters(model, x).ok
 

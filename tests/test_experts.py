@@ -29,7 +29,7 @@ from disha.functional import products
 from disha.functional.methods import METHODS as TABLE
 from disha.layers.adapted import AdaptedLayer
 from tests import reference
-from tests.conftest import assert_unchanged, perturb, snapshot
+from tests.conftest import assert_unchanged, freshly_compiled, perturb, snapshot
 
 WIDTH, INNER, EXPERTS, VOCABULARY = 16, 8, 4, 32
 TOKENS = (2, 16)
@@ -587,8 +587,7 @@ def test_compiled_experts(name, implementation, method):
 def test_compiled_model():
     model = adapted("Mixtral", "grouped_mm", "bone")
     expected = gradients(model)
-    torch._dynamo.reset()
-    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    compiled = freshly_compiled(model, "aot_eager")
     output = compiled(input_ids=tokens(), use_cache=False).logits
     close(output, oracle("Mixtral", "bone")["logits"])
     found = torch.autograd.grad(

@@ -26,6 +26,7 @@ from disha.interop.checkpoints import (
     open_checkpoint,
 )
 from tests.conftest import Layered, perturb
+from tests.language_models import gpt2, llama
 from tests.test_experts import build
 
 
@@ -603,26 +604,11 @@ class TestBelonging:
             base_weights(open_checkpoint(setting.base), header)
 
 
-class TestTransformers:
-    def tiny(self, name, **more):
-        transformers = pytest.importorskip("transformers")
-        torch.manual_seed(0)
-        if name == "gpt2":
-            config = transformers.GPT2Config(
-                n_embd=12, n_layer=2, n_head=2, vocab_size=40, n_positions=16, **more
-            )
-            return transformers.GPT2LMHeadModel(config)
-        config = transformers.LlamaConfig(
-            hidden_size=16,
-            intermediate_size=20,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            vocab_size=40,
-            **more,
-        )
-        return transformers.LlamaForCausalLM(config)
+def merge_in(folder):
+    merge_into_checkpoint(folder / "base", folder / "adapter.safetensors", folder / "merged")
 
+
+class TestTransformers:
     def merged(self, tmp_path, model, save, adapt, target, dtype=torch.float32, **arguments):
         """Merge into what `save` writes, in memory into `adapt`; return both, as one class."""
         model.to(dtype)
@@ -630,9 +616,7 @@ class TestTransformers:
         assert len(list((tmp_path / "base").glob("*.safetensors"))) > 2
         perturb(disha.inject_adapters(adapt, target, 5, **arguments))
         disha.save_adapter(adapt, tmp_path / "adapter.safetensors")
-        merge_into_checkpoint(
-            tmp_path / "base", tmp_path / "adapter.safetensors", tmp_path / "merged"
-        )
+        merge_in(tmp_path)
         loaded = type(save).from_pretrained(tmp_path / "merged", dtype=dtype)
         disha.merge_adapters(adapt)
         return loaded, save
@@ -653,36 +637,31 @@ class TestTransformers:
         ],
     )
     def test_from_pretrained_reads_the_merged_model(self, tmp_path, name, method, dtype):
-        model = self.tiny(name)
+        model = {"gpt2": gpt2, "llama": llama}[name]()
         target = "all-linear"
         self.assert_same_model(
             *self.merged(tmp_path, model, model, model, target, dtype, method=method)
         )
 
     def test_an_adapter_of_the_inner_model(self, tmp_path):
-        model = self.tiny("llama")
+        model = llama()
         self.assert_same_model(*self.merged(tmp_path, model, model, model.model, "proj"))
 
     def test_the_checkpoint_of_the_inner_model(self, tmp_path):
-        model = self.tiny("llama")
+        model = llama()
         self.assert_same_model(*self.merged(tmp_path, model, model.model, model, "proj"))
 
     def test_a_tied_embedding(self, tmp_path):
-        model = self.tiny("llama", tie_word_embeddings=True, pad_token_id=None)
+        model = llama(tie_word_embeddings=True, pad_token_id=None)
         self.assert_same_model(*self.merged(tmp_path, model, model, model, "embed_tokens"))
 
     def test_a_tied_embedding_without_its_head_is_refused(self, tmp_path):
-        model = self.tiny("llama", tie_word_embeddings=True, pad_token_id=None)
+        model = llama(tie_word_embeddings=True, pad_token_id=None)
         with pytest.raises(MergeError, match="tied to an output head"):
             self.merged(tmp_path, model, model, model, "embed_tokens", exclude="lm_head")
 
 
-SINGLE_EXPERTS = [
-    ("Mixtral", "bone"),
-    ("Qwen3-MoE", "bat"),
-    ("DeepSeek-V3", "bone"),
-    ("OLMoE", "bat"),
-]
+SINGLE_EXPERTS = {"Mixtral": "bone", "Qwen3-MoE": "bat", "DeepSeek-V3": "bone", "OLMoE": "bat"}
 """Models whose checkpoints store experts one by one."""
 
 
@@ -701,14 +680,12 @@ class TestExpertsStoredOneByOne:
         disha.save_adapter(model, tmp_path / "adapter.safetensors")
         return model
 
-    @pytest.mark.parametrize(("name", "method"), SINGLE_EXPERTS)
+    @pytest.mark.parametrize(("name", "method"), SINGLE_EXPERTS.items())
     def test_merging_writes_what_transformers_writes(self, tmp_path, name, method):
         dtype = torch.bfloat16 if name == "Mixtral" else torch.float32
         model = self.saved(tmp_path, name, dtype, method=method)
         assert misfits(tmp_path / "base", tmp_path / "adapter.safetensors") == []
-        merge_into_checkpoint(
-            tmp_path / "base", tmp_path / "adapter.safetensors", tmp_path / "merged"
-        )
+        merge_in(tmp_path)
         disha.merge_adapters(model)
         model.save_pretrained(tmp_path / "expected", state_dict=base_state(model))
         assert_same_bits(tensors_in(tmp_path / "merged"), tensors_in(tmp_path / "expected"))
@@ -725,9 +702,7 @@ class TestExpertsStoredOneByOne:
         with torch.no_grad():
             model.model.layers[0].mlp.experts.gate_up_proj.add_(1)
         disha.save_adapter(model, tmp_path / "adapter.safetensors")
-        merge_into_checkpoint(
-            tmp_path / "base", tmp_path / "adapter.safetensors", tmp_path / "merged"
-        )
+        merge_in(tmp_path)
         before, after = tensors_in(tmp_path / "base"), tensors_in(tmp_path / "merged")
         for key, value in before.items():
             expected = value + (".experts." in key and "down" not in key)

@@ -9,7 +9,6 @@ from dataclasses import FrozenInstanceError, replace
 import peft
 import pytest
 import torch
-import transformers
 from torch import nn
 
 import disha
@@ -21,6 +20,7 @@ from disha.interop import lora, low_rank
 from disha.interop import peft as miss
 from disha.model.view import ModelView
 from tests.conftest import Layered, assert_same, assert_unchanged, perturb, refused, snapshot
+from tests.language_models import gpt2, llama
 from tests.peft_models import (
     assert_same_folders,
     config_of,
@@ -31,20 +31,6 @@ from tests.peft_models import (
 )
 
 TOKENS = torch.arange(12).view(2, 6)
-
-
-def tiny_llama(**options):
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "vocab_size": 20}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 4}
-    config = transformers.LlamaConfig(**{**sizes, **heads, **options})
-    return transformers.LlamaForCausalLM(config).eval()
-
-
-def tiny_gpt2():
-    torch.manual_seed(0)
-    config = transformers.GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=20, n_positions=12)
-    return transformers.GPT2LMHeadModel(config).eval()
 
 
 class Vision(nn.Module):
@@ -126,7 +112,7 @@ def adapted(base, target="all-linear", r=4, **options):
     ids=["r4", "ragged", "wide", "tile", "ranks", "scale", "scale-and-ranks"],
 )
 def test_llama_under_peft_computes_the_same(tmp_path, dtype, options):
-    base = tiny_llama().to(dtype)
+    base = llama().eval().to(dtype)
     ours = adapted(base, **options)
     if options.get("scale", 1) > 1e3:
         for block in disha.adapter_parameters(ours):
@@ -137,7 +123,7 @@ def test_llama_under_peft_computes_the_same(tmp_path, dtype, options):
 
 
 def test_sixteen_bits_stay_sixteen_bits(tmp_path):
-    base = tiny_llama().to(torch.bfloat16)
+    base = llama().eval().to(torch.bfloat16)
     ours = adapted(base, dtype=torch.bfloat16)
     lora.export(ours, tmp_path)
     tensors = tensors_of(tmp_path)
@@ -154,14 +140,14 @@ def test_sixteen_bits_stay_sixteen_bits(tmp_path):
 
 
 def test_blocks_of_another_dtype_than_the_weights_keep_it(tmp_path):
-    ours = adapted(tiny_llama().to(torch.bfloat16), dtype=torch.float32)
+    ours = adapted(llama().eval().to(torch.bfloat16), dtype=torch.float32)
     lora.export(ours, tmp_path)
     tensors = tensors_of(tmp_path)
     assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
 
 
 def test_gpt2s_transposed_layers(tmp_path):
-    base = tiny_gpt2()
+    base = gpt2().eval()
     ours = adapted(base, "attn|mlp", 5)
     lora.export(ours, tmp_path)
     assert config_of(tmp_path)["fan_in_fan_out"] is True
@@ -169,7 +155,7 @@ def test_gpt2s_transposed_layers(tmp_path):
 
 
 def test_transposed_and_plain_layers_in_one_adapter(tmp_path):
-    base = tiny_gpt2()
+    base = gpt2().eval()
     base.lm_head.weight = nn.Parameter(base.lm_head.weight.detach().clone())
     base.config.tie_word_embeddings = False
     ours = adapted(base, "c_attn|lm_head", 4, method="bat")
@@ -187,7 +173,7 @@ def test_embeddings(tmp_path, padding):
 
 
 def test_an_embedding_tied_to_the_head(tmp_path):
-    base = tiny_llama(tie_word_embeddings=True)
+    base = llama(tie_word_embeddings=True).eval()
     ours = adapted(base, "embed_tokens|q_proj", 4, exclude="lm_head")
     lora.export(ours, tmp_path)
     theirs = served(base, tmp_path)
@@ -255,7 +241,7 @@ def test_dropout_is_passed_on(tmp_path):
 
 
 def test_a_merged_adapter_is_exported_from_the_original_weights(tmp_path):
-    ours = adapted(tiny_llama(), method="bat", r=4)
+    ours = adapted(llama().eval(), method="bat", r=4)
     lora.export(ours, tmp_path / "before", rank=6)
     disha.merge_adapters(ours)
     lora.export(ours, tmp_path / "after", rank=6)
@@ -275,7 +261,7 @@ def test_a_quantised_base(tmp_path):
     [("LlamaForCausalLM", "CAUSAL_LM"), ("GPT2LMHeadModel", "CAUSAL_LM"), ("LlamaModel", None)],
 )
 def test_the_task_and_the_name_of_the_base_are_written(tmp_path, architecture, task):
-    base = tiny_llama()
+    base = llama().eval()
     base.config.architectures = [architecture]
     base.config._name_or_path = "someone/tiny-llama"
     ours = adapted(base, "q_proj")
@@ -384,7 +370,7 @@ def test_the_cut_is_the_best_one_and_its_error_is_reported(tmp_path, method, ran
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_bat_at_full_rank_is_exact_to_rounding(tmp_path, dtype):
-    base = tiny_llama().to(dtype)
+    base = llama().eval().to(dtype)
     ours = adapted(base, method="bat", r=5)
     report = lora.export(ours, tmp_path, rank=64)
     assert report.error < (1e-5 if dtype == torch.float32 else 1e-12)
@@ -392,7 +378,7 @@ def test_bat_at_full_rank_is_exact_to_rounding(tmp_path, dtype):
 
 
 def test_errors_count_the_rounding_to_sixteen_bits(tmp_path):
-    ours = adapted(tiny_llama().to(torch.bfloat16), method="bat", dtype=torch.bfloat16)
+    ours = adapted(llama().eval().to(torch.bfloat16), method="bat", dtype=torch.bfloat16)
     assert 1e-4 < lora.export(ours, tmp_path, rank=64).error < 1e-2
 
 
@@ -430,7 +416,7 @@ def test_arguments(tmp_path, options, kind, message):
 @pytest.mark.parametrize("options", [{"also_train": "norm"}, {"method": "bat"}], ids=str)
 def test_in_memory_it_is_what_the_files_hold_and_peft_takes_it(tmp_path, options):
     rank = 5 if "method" in options else None
-    base = tiny_llama()
+    base = llama().eval()
     model = adapted(base, **options)
     lora.export(model, tmp_path, rank=rank)
     tensors, config = lora.export_tensors(model, rank=rank)
@@ -498,7 +484,7 @@ def test_a_failed_write_leaves_the_old_folder(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("method", ["bone", "bat"])
 def test_a_file_becomes_the_same_folder(tmp_path, method):
-    base = tiny_llama()
+    base = llama().eval()
     ours = adapted(base, method=method, also_train="norm")
     lora.export(ours, tmp_path / "model", rank=4)
     disha.save_adapter(ours, tmp_path / "adapter.safetensors")
@@ -542,7 +528,7 @@ def test_away_from_the_model_some_layers_are_refused(tmp_path, layer, message):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_lora_and_back_is_the_same_adapter(tmp_path, dtype):
-    base = tiny_llama().to(dtype)
+    base = llama().eval().to(dtype)
     options = {"rank_pattern": {"q_proj": 3}, "scale": 0.3, "dropout": 0.1, "also_train": "norm"}
     ours = adapted(base, **options)
     lora.export(ours, tmp_path)
@@ -633,7 +619,7 @@ def test_an_embedding_with_another_padding_row_is_refused(tmp_path, theirs, ours
 
 
 def test_layers_of_fan_in_fan_out_are_told_by_the_model_only(tmp_path):
-    base = tiny_gpt2()
+    base = gpt2().eval()
     ours = adapted(base, "c_attn|lm_head", 4, exclude="wte")
     lora.export(ours, tmp_path)
     with pytest.raises(disha.ConversionError, match="fan_in_fan_out"):

@@ -17,6 +17,7 @@ from disha.functional import METHODS, PATTERNS, Geometry, Layout, Method, Update
 from disha.functional.layouts import Rows, place_rows, take_rows
 from disha.functional.products import reduced_updates, update_of_part, updates_of_rows
 from tests import reference
+from tests.conftest import close
 
 LAYOUTS = {pattern: (Layout(pattern), reference.shape_of(pattern)) for pattern in PATTERNS} | {
     "padded embedding": (Layout("index out", padding_idx=2), (7, 6)),
@@ -573,10 +574,6 @@ def third(request, monkeypatch):
     monkeypatch.setitem(METHODS, name, request.param())
     monkeypatch.setitem(reference.LOOPS, name, LOOPS[name])
     return name
-
-
-def close(found, expected, tolerance=1e-10):
-    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
 
 
 class TestAThirdMethod:

@@ -26,6 +26,7 @@ from torch import nn
 
 import disha
 from disha import BatLinear, BoneLinear
+from tests.conftest import close
 
 INIT_WEIGHTS = {"bone": True, "tile": "mini", "bat": "bat"}
 # method, in, out, r, r_out
@@ -93,10 +94,6 @@ def pair(case, make=injected, dtype=torch.float64, bias=True):
     ours = make(linear, method, r, r_out)
     fill(ours.disha["default"].block, theirs.miss_block["default"])
     return ours, theirs
-
-
-def close(actual, expected, tolerance):
-    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
 
 
 COVER = [

@@ -8,7 +8,7 @@ from disha import functional
 from disha.functional import Layout, Update, method_of
 from disha.functional.bone import bone_delta, routed_delta
 from tests import reference
-from tests.conftest import needs_grouped_products
+from tests.conftest import close, freshly_compiled, needs_grouped_products
 from tests.test_adapted_linear import kept_by
 
 MATRIX, STACK, INDEX = Layout("out in"), Layout("expert out in"), Layout("index out")
@@ -22,10 +22,6 @@ def multiply(x, weight, bias):
 
 def look_up(indices, table, bias):
     return F.embedding(indices, table)
-
-
-def close(found, expected, tolerance=1e-10):
-    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
 
 
 def make_update(kind, layout, weight, scale=0.5, dropout=0.0, rows=(), r=None):
@@ -188,8 +184,7 @@ def test_compiled_products_are_the_eager_ones_in_one_graph(name):
     def run(x, *blocks):
         return functional.adapted_linear(x, weight, None, with_blocks(updates, blocks))
 
-    torch._dynamo.reset()
-    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    compiled = freshly_compiled(run, "aot_eager")
     check(compiled(x.requires_grad_(), *blocks), run(x, *blocks), [x, *blocks])
 
 
@@ -336,8 +331,7 @@ def test_compiled_grouped_products_take_their_groups_as_data(kind):
         updates = [update.replace(block=block)]
         return functional.adapted_grouped(torch._grouped_mm, x, weight, offsets, updates)
 
-    torch._dynamo.reset()
-    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    compiled = freshly_compiled(run, "aot_eager")
     for ends in ([2, 5, 9], [0, 9, 9]):
         offsets = torch.tensor(ends, dtype=torch.int32)
         block = update.block

@@ -34,7 +34,15 @@ from disha import ArgumentError, MergeError, TargetError
 from disha.functional import bone_delta
 from disha.layers.opaque import opaque_slot
 from tests import reference
-from tests.conftest import assert_unchanged, perturb, pickled, refused, saved_by_torch, snapshot
+from tests.conftest import (
+    assert_unchanged,
+    freshly_compiled,
+    perturb,
+    pickled,
+    refused,
+    saved_by_torch,
+    snapshot,
+)
 from tests.opaque_bases import (
     BASES,
     IN,
@@ -398,7 +406,7 @@ class TestBitsandbytes:
         assert torch.equal(embedding(indices), weight[indices])
         perturb(embedding)
         blocks = [embedding.disha[name].block for name in ("default", "bat")]
-        delta = reference.embedding_delta_weight(blocks[0], 20, 64)
+        delta = reference.layout_delta_weight("bone", "index out", blocks[0], weight)
         close(embedding(indices), (weight + delta)[indices])
         disha.set_active_adapters(embedding, "bat")
         delta = reference.bat_delta_weight(weight.T, blocks[1]).T
@@ -420,8 +428,7 @@ class TestTensorSubclasses:
     def test_compiles_to_one_graph(self):
         model = perturb(inject(nn.Sequential(linear("torchao"), linear("torchao", 12, 8)), "bat"))
         x = torch.randn(3, 10)
-        torch._dynamo.reset()
-        compiled = torch.compile(model, backend="eager", fullgraph=True)
+        compiled = freshly_compiled(model)
         close(compiled(x), model(x))
 
 
@@ -631,8 +638,7 @@ def goes_through(way, plain):
 def test_opaque_bases_compile_to_one_graph(name):
     model = perturb(inject(nn.Sequential(base(name)), "bone"))
     x = torch.randn(3, IN)
-    torch._dynamo.reset()
-    close(torch.compile(model, backend="eager", fullgraph=True)(x), model(x))
+    close(freshly_compiled(model)(x), model(x))
 
 
 @pytest.mark.parametrize("way", ["nf4", "torchao"])
@@ -690,7 +696,10 @@ def test_fp8_embedding(padding_idx):
     assert torch.equal(embedding(indices), before)
     perturb(embedding)
     block = embedding.disha["default"].block
-    delta = reference.embedding_delta_weight(block, 20, 16, padding_idx)
+    weight = torch.zeros(20, 16)  # for its shape
+    delta = reference.layout_delta_weight(
+        "bone", "index out", block, weight, padding_idx=padding_idx
+    )
     close(embedding(indices), before + delta[indices])
 
 

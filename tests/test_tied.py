@@ -9,11 +9,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import disha
 from disha import AdapterFileError, MergeError
 from disha.files import load_adapter, save_adapter
+from tests import language_models
 from tests.conftest import perturb
 
 WORDS = 36
@@ -21,17 +21,12 @@ TOKENS = torch.tensor([[1, 5, 3, 35, 2, 2], [0, 7, 33, 12, 1, 4]])
 
 
 def llama(words=WORDS):
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
-    heads = {"num_attention_heads": 2, "tie_word_embeddings": True, "initializer_range": 0.2}
-    return LlamaForCausalLM(LlamaConfig(vocab_size=words, **sizes, **heads)).double().eval()
+    tied = {"tie_word_embeddings": True, "initializer_range": 0.2}
+    return language_models.llama(vocab_size=words, **tied).double().eval()
 
 
 def gpt2():
-    torch.manual_seed(0)
-    sizes = {"n_positions": 32, "n_embd": 16, "n_layer": 1, "n_head": 2}
-    config = GPT2Config(vocab_size=WORDS, **sizes, bos_token_id=0, eos_token_id=0)
-    return GPT2LMHeadModel(config).double().eval()
+    return language_models.gpt2(vocab_size=WORDS, bos_token_id=0, eos_token_id=0).double().eval()
 
 
 def dense_like(model, make):

@@ -11,7 +11,7 @@ from torch.nn.utils import parametrizations
 
 import disha
 from disha import ArgumentError, TargetError
-from tests.conftest import Layered, assert_unchanged, perturb, refused, snapshot
+from tests.conftest import Layered, assert_unchanged, freshly_compiled, perturb, refused, snapshot
 
 
 class Sealed(nn.Linear):
@@ -365,8 +365,7 @@ class TestParametrised:
         models = [self.make(layer, how, training) for _ in range(2)]
         for model in models:
             perturb(disha.inject_adapters(model, "^0$", 2, method=method))
-        torch._dynamo.reset()
-        compiled, x = torch.compile(models[0], backend="eager", fullgraph=True), self.input(layer)
+        compiled, x = freshly_compiled(models[0]), self.input(layer)
         for _ in range(2):
             assert torch.allclose(compiled(x), models[1](x), rtol=0, atol=1e-10)
 

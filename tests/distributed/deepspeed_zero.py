@@ -10,33 +10,14 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 import disha
 from benchmarks.four_bits import quantise
 from tests.distributed.harness import own_part
+from tests.language_models import llama, mixtral
 from tests.processes import RANKS
 
-SIZES = {
-    "vocab_size": 32,
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-}
-
 STAGES = (2, 3)
-
-
-def llama(**options):
-    torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(**SIZES, **options))
-
-
-def mixtral(**options):
-    torch.manual_seed(0)
-    return MixtralForCausalLM(MixtralConfig(**SIZES, num_local_experts=4, **options))
 
 
 def adapted(model, **options):

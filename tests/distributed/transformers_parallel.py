@@ -5,27 +5,13 @@ import warnings
 import pytest
 import torch
 import torch.distributed as dist
-from transformers import (
-    AutoModelForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    MixtralConfig,
-    MixtralForCausalLM,
-)
+from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
 
 import disha
 from tests.conftest import perturb
+from tests.language_models import llama, mixtral
 from tests.processes import RANKS
-
-SIZES = {
-    "vocab_size": 32,
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-}
 
 
 def base(folder, model):
@@ -34,14 +20,6 @@ def base(folder, model):
         model.save_pretrained(folder / "base")
     dist.barrier()
     return folder / "base"
-
-
-def llama():
-    return LlamaForCausalLM(LlamaConfig(**SIZES, tie_word_embeddings=True))
-
-
-def mixtral():
-    return MixtralForCausalLM(MixtralConfig(**SIZES, num_local_experts=4))
 
 
 def assert_equals_one_process(folder, parallel, r, method):
@@ -61,7 +39,7 @@ def assert_equals_one_process(folder, parallel, r, method):
 
 
 def check_tensor_parallel(folder):
-    path = base(folder, llama())
+    path = base(folder, llama(tie_word_embeddings=True))
     for r, method in ((3, "bone"), (4, "bat")):
         parallel = AutoModelForCausalLM.from_pretrained(path, tp_plan="auto")
         plain, tokens = assert_equals_one_process(path, parallel, r, method)
