@@ -1,6 +1,7 @@
 """Tiny models that each carry one pathology, and how tests compare a model with what it was."""
 
 import contextlib
+import copy
 import io
 import json
 import os
@@ -183,6 +184,8 @@ def saved_by_torch(model: nn.Module) -> nn.Module:
     file.seek(0)
     return torch.load(file, weights_only=False)
 
+
+COPIES = {"deepcopy": copy.deepcopy, "pickle": pickled, "torch.save": saved_by_torch}
 
 needs_fully_shard = pytest.mark.skipif(
     not hasattr(torch.cpu.Stream, "record_event"),

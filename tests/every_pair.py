@@ -4,7 +4,6 @@
 """
 
 import copy
-import pickle
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -18,7 +17,7 @@ from disha import ArgumentError, ModeError, functional
 from disha.layers.weights import base_of
 from disha.model.view import ModelView
 from tests import reference
-from tests.conftest import assert_unchanged, perturb, snapshot
+from tests.conftest import assert_unchanged, perturb, pickled, snapshot
 
 UNTILED = tuple(functional.METHODS)
 
@@ -119,15 +118,13 @@ class DtypeTests:
 
     def test_forward_is_that_of_the_dense_weight(self, name, method, dtype):
         row = self.table[name]
-        model, x = row.adapted(method, dtype, scale=0.5), row.input(dtype)
-        perturb(model)
+        model, x = perturb(row.adapted(method, dtype, scale=0.5)), row.input(dtype)
         expected = row.output(dense(row, model, 0.5), x if row.indices else x.double())
         close(row.output(model, x), expected.to(dtype), dtype)
 
     def test_merged_is_unmerged_and_comes_back_bit_for_bit(self, name, method, dtype):
         row = self.table[name]
-        model, x = row.adapted(method, dtype), row.input(dtype)
-        perturb(model)
+        model, x = perturb(row.adapted(method, dtype)), row.input(dtype)
         before, expected = snapshot(model), row.output(model, x)
         for _ in range(self.merges):
             disha.merge_adapters(model)
@@ -140,8 +137,7 @@ class DtypeTests:
 
     def test_file_round_trip_gives_equal_outputs(self, name, method, dtype, tmp_path):
         row = self.table[name]
-        model, x = row.adapted(method, dtype), row.input(dtype)
-        perturb(model)
+        model, x = perturb(row.adapted(method, dtype)), row.input(dtype)
         disha.save_adapter(model, tmp_path / "a")
         fresh = row.plain(dtype)
         disha.load_adapter(fresh, tmp_path / "a")
@@ -168,8 +164,7 @@ class PairTests:
 
     def test_gradients_are_those_of_the_dense_weight(self, name, method):
         row = self.table[name]
-        model, plain, x = row.adapted(method), row.plain(), row.input()
-        perturb(model)
+        model, plain, x = perturb(row.adapted(method)), row.plain(), row.input()
         x.requires_grad_(not row.indices)
         own = {one.name: one.block.block for one in ModelView(model).blocks("default")}
         leaves = {key: block.detach().clone().requires_grad_() for key, block in own.items()}
@@ -204,9 +199,8 @@ class PairTests:
 
     def test_copies_compute_the_same(self, name, method):
         row = self.table[name]
-        model, x = row.adapted(method), row.input()
-        perturb(model)
-        for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        model, x = perturb(row.adapted(method)), row.input()
+        for copied in (copy.deepcopy(model), pickled(model)):
             assert torch.equal(row.output(copied, x), row.output(model, x))
 
     def test_several_adapters_add_up_and_switch_off(self, name, method):

@@ -1,7 +1,6 @@
 """nn.MultiheadAttention and the modules with fused paths around it, held against plain torch."""
 
 import copy
-import pickle
 
 import pytest
 import torch
@@ -13,7 +12,7 @@ from disha import ArgumentError, MergeError
 from disha.layers.weights import base_of
 from disha.model.view import ModelView
 from tests import reference
-from tests.conftest import assert_unchanged, freshly_compiled, perturb, snapshot
+from tests.conftest import assert_unchanged, freshly_compiled, perturb, pickled, snapshot
 
 WIDTH, HEADS = 6, 2
 
@@ -261,7 +260,7 @@ class TestEveryFormInFloat64:
         module = perturb(inject(attention(name), "^$", method))
         tensors = inputs(module)
         expected = module(*tensors)[0]
-        for copied in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        for copied in (copy.deepcopy(module), pickled(module)):
             assert torch.equal(copied(*tensors)[0], expected)
             with torch.no_grad():
                 for parameter in copied.parameters():
@@ -655,7 +654,7 @@ class TestOwners:
     def test_copies_are_guarded_and_restore_too(self):
         model = disha.inject_adapters(self.model(), "all-linear", 2).eval()
         perturb(model)
-        copied = pickle.loads(pickle.dumps(model))
+        copied = pickled(model)
         x, mask = torch.randn(3, 5, 8, dtype=torch.float64), padding(3, 5)
         with torch.no_grad():
             assert torch.equal(

@@ -1,6 +1,5 @@
 import copy
 import json
-import pickle
 
 import pytest
 import torch
@@ -9,6 +8,7 @@ from disha import ArgumentError, ArgumentTypeError, DishaError
 from disha.config import AdapterConfig
 from disha.functional import method_names
 from disha.layers.blocks import check_adapter_name
+from tests.conftest import pickled
 
 FULL = AdapterConfig(
     r=4,
@@ -31,7 +31,7 @@ def test_miss_is_the_later_name_of_bone():
 @pytest.mark.parametrize("config", [AdapterConfig(1), FULL, AdapterConfig(2, None, "bat")])
 def test_survives_json_pickle_and_copy(config):
     assert AdapterConfig.from_json(json.loads(json.dumps(config.to_json()))) == config
-    assert pickle.loads(pickle.dumps(config)) == config
+    assert pickled(config) == config
     assert copy.deepcopy(config) == config
     assert hash(copy.deepcopy(config)) == hash(config)
 

@@ -4,7 +4,6 @@ import copy
 import inspect
 import itertools
 import operator
-import pickle
 
 import pytest
 import torch
@@ -23,6 +22,7 @@ from tests.conftest import (
     merged_weight,
     needs_fully_shard,
     perturb,
+    pickled,
     snapshot,
 )
 
@@ -609,7 +609,7 @@ class TestFacts:
         dense = layer.weight.as_subclass(torch.Tensor)
         torch.testing.assert_close(dense, merged_weight(layer))
 
-    @pytest.mark.parametrize("clone", [copy.deepcopy, lambda w: pickle.loads(pickle.dumps(w))])
+    @pytest.mark.parametrize("clone", [copy.deepcopy, pickled])
     def test_copies_of_it_are_dense(self, clone):
         layer, _ = self.weight()
         with torch.no_grad():

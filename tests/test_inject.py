@@ -1,5 +1,4 @@
 import copy
-import pickle
 import re
 
 import pytest
@@ -16,6 +15,7 @@ from tests.conftest import (
     Tied,
     assert_unchanged,
     perturb,
+    pickled,
     refused,
     snapshot,
 )
@@ -176,7 +176,7 @@ class TestIdentity:
         other.load_state_dict(model.state_dict())
         assert torch.equal(other(tokens), model(tokens))
 
-    @pytest.mark.parametrize("clone", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+    @pytest.mark.parametrize("clone", [copy.deepcopy, pickled])
     def test_copies_keep_adapters_flags_and_the_way_back(self, model, tokens, clone):
         keys = list(model.state_dict())
         perturb(disha.inject_adapters(model, "attn", 2, also_train="norm"))
@@ -552,7 +552,7 @@ def test_an_adapter_may_have_the_name_of_an_attribute(name, tmp_path):
     model, x = nn.Sequential(nn.Linear(6, 8)), torch.randn(3, 6)
     disha.inject_adapters(model, "0", 2, adapter=name, init="kaiming")
     expected = model.train().eval()(x)
-    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+    for other in (copy.deepcopy(model), pickled(model)):
         assert torch.equal(other(x), expected)
     disha.save_adapter(model, tmp_path, name)
     disha.load_adapter(model, tmp_path, name, replace=True)

@@ -2,7 +2,6 @@
 
 import copy
 import logging
-import pickle
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -32,7 +31,7 @@ import disha
 from disha.integrations import lightning
 from disha.integrations.accelerate import keep_adapter_only
 from disha.integrations.transformers import AdapterCheckpoints
-from tests.conftest import refused
+from tests.conftest import pickled, refused
 
 SIZES = {
     "vocab_size": 64,
@@ -181,7 +180,7 @@ def test_the_final_folder_and_copies_of_the_model_hold_the_adapter(tmp_path):
         for block in disha.adapter_parameters(copied):
             block.zero_()
     copied.save_pretrained(tmp_path / "copy")
-    pickle.loads(pickle.dumps(model)).save_pretrained(tmp_path / "pickled")
+    pickled(model).save_pretrained(tmp_path / "pickled")
     for name, expected in (("final", model), ("copy", copied), ("pickled", model)):
         assert {file.name for file in (tmp_path / name).iterdir()} >= FILES
         again = adapted(llama)

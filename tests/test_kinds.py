@@ -1,7 +1,6 @@
 """Every layer kind x method x dtype, held against the plain layer with the oracle's weight."""
 
 import copy
-import pickle
 from functools import partial
 
 import pytest
@@ -14,7 +13,7 @@ import disha
 from disha import ArgumentError, ArgumentTypeError, TargetError
 from disha.functional import method_names
 from disha.layers.kinds import LAYER_KINDS
-from tests.conftest import perturb, refused
+from tests.conftest import perturb, pickled, refused
 from tests.every_pair import DtypeTests, PairTests, Row, close
 
 BONE = ("bone", "tile")
@@ -299,7 +298,7 @@ class TestRegistry:
         disha.remove_adapters(fresh)
         disha.load_adapter(fresh, tmp_path / "a")
         assert torch.equal(fresh(x), model(x))
-        assert torch.equal(pickle.loads(pickle.dumps(model))(x), model(x))
+        assert torch.equal(pickled(model)(x), model(x))
         expected = model(x)
         disha.merge_adapters(model)
         close(model(x), expected)

@@ -2,9 +2,7 @@
 
 import copy
 import functools
-import io
 import itertools
-import pickle
 import warnings
 
 import pytest
@@ -16,7 +14,7 @@ import disha
 from disha import BatLinear, BoneLinear, DishaError, MergeError
 from disha.layers.adapted import AdaptedLinear
 from tests import reference
-from tests.conftest import merged_weight
+from tests.conftest import COPIES, merged_weight
 
 KINDS = reference.KINDS
 DTYPES = (torch.float64, torch.float32, torch.bfloat16)
@@ -460,20 +458,6 @@ def test_plain_layer_takes_its_input_by_keyword_as_before():
     layer = inject(nn.Linear(10, 9), "bone")
     x = torch.randn(3, 10)
     assert torch.equal(layer(input=x), layer(x))
-
-
-def through_torch_save(model):
-    buffer = io.BytesIO()
-    torch.save(model, buffer)
-    buffer.seek(0)
-    return torch.load(buffer, weights_only=False)
-
-
-COPIES = {
-    "deepcopy": copy.deepcopy,
-    "pickle": lambda model: pickle.loads(pickle.dumps(model)),
-    "torch.save": through_torch_save,
-}
 
 
 @pytest.mark.parametrize("duplicate", COPIES.values(), ids=COPIES)

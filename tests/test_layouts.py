@@ -155,8 +155,7 @@ class TestEveryPair(PairTests):
         from torch.distributed.fsdp import fully_shard
 
         row = TABLE[name]
-        model, x = row.adapted(method, torch.float32), row.input(torch.float32)
-        perturb(model)
+        model, x = perturb(row.adapted(method, torch.float32)), row.input(torch.float32)
         blocks = list(disha.adapter_parameters(model))
         expected = row.output(model, x)
         gradients = torch.autograd.grad(expected.sum(), blocks)
@@ -204,8 +203,7 @@ def test_compiled_once_whatever_changes(name, method):
 @pytest.mark.parametrize(("name", "method"), EXPORTED)
 def test_exported_is_eager(name, method):
     row = TABLE[name]
-    model, x = row.adapted(method), row.input()
-    perturb(model)
+    model, x = perturb(row.adapted(method)), row.input()
     found = torch.export.export(model, (x,), strict=True).module()(x)
     close(found[0] if isinstance(found, tuple) else found, row.output(model, x))
 
@@ -213,8 +211,7 @@ def test_exported_is_eager(name, method):
 @pytest.mark.parametrize(("name", "method"), ALONE)
 def test_traced_is_eager(name, method):
     row = TABLE[name]
-    model, x = row.adapted(method).eval(), row.input()
-    perturb(model)
+    model, x = perturb(row.adapted(method).eval()), row.input()
     found = torch.jit.trace(model[0], (x,), check_trace=False)(x)
     close(found[0] if isinstance(found, tuple) else found, row.output(model, x))
 

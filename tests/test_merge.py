@@ -1,5 +1,4 @@
 import copy
-import pickle
 
 import pytest
 import torch
@@ -8,7 +7,7 @@ from torch import nn
 import disha
 from disha import ArgumentError, MergeError, ModeError
 from tests import reference
-from tests.conftest import Tied, assert_unchanged, perturb, refused, snapshot
+from tests.conftest import Tied, assert_unchanged, perturb, pickled, refused, snapshot
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
@@ -144,7 +143,7 @@ def test_unmerging_nothing_is_no_error(model):
     assert_unchanged(model, before)
 
 
-@pytest.mark.parametrize("clone", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+@pytest.mark.parametrize("clone", [copy.deepcopy, pickled])
 def test_a_merged_model_can_be_copied_and_unmerged(clone):
     model = disha.inject_adapters(nn.Linear(6, 4), "all-linear", 2, init="kaiming")
     original = model.base_weight.detach().clone()

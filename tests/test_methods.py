@@ -2,7 +2,6 @@
 
 import copy
 import itertools
-import pickle
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -17,7 +16,7 @@ from disha.functional import METHODS, PATTERNS, Geometry, Layout, Method, Update
 from disha.functional.layouts import Rows, place_rows, take_rows
 from disha.functional.products import reduced_updates, update_of_part, updates_of_rows
 from tests import reference
-from tests.conftest import close
+from tests.conftest import close, pickled
 
 LAYOUTS = {pattern: (Layout(pattern), reference.shape_of(pattern)) for pattern in PATTERNS} | {
     "padded embedding": (Layout("index out", padding_idx=2), (7, 6)),
@@ -470,7 +469,7 @@ def test_a_method_that_is_no_text_is_refused():
         method_of(["bone"])
 
 
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda one: pickle.loads(pickle.dumps(one))])
+@pytest.mark.parametrize("copied", [copy.deepcopy, pickled])
 def test_a_copy_of_an_update_has_the_method_of_the_table(copied):
     update = Update(method_of("bat"), torch.zeros(2, 2, 2))
     assert copied(update).method is METHODS["bat"]

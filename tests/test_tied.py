@@ -1,8 +1,6 @@
 """One parameter in several modules: one block, one update, one merge."""
 
 import copy
-import io
-import pickle
 
 import pytest
 import torch
@@ -14,7 +12,7 @@ import disha
 from disha import AdapterFileError, MergeError
 from disha.files import load_adapter, save_adapter
 from tests import language_models
-from tests.conftest import perturb
+from tests.conftest import COPIES, perturb
 
 WORDS = 36
 TOKENS = torch.tensor([[1, 5, 3, 35, 2, 2], [0, 7, 33, 12, 1, 4]])
@@ -117,20 +115,6 @@ def test_a_step_makes_no_dense_table(method):
     with Largest() as seen:
         model(TOKENS[:, :3], labels=TOKENS[:, :3]).loss.backward()
     assert max(seen.sizes) < 5003 * 16
-
-
-COPIES = {
-    "deepcopy": copy.deepcopy,
-    "pickle": lambda model: pickle.loads(pickle.dumps(model)),
-    "torch.save": lambda model: torch.load(_saved(model), weights_only=False),
-}
-
-
-def _saved(model):
-    file = io.BytesIO()
-    torch.save(model, file)
-    file.seek(0)
-    return file
 
 
 @pytest.mark.parametrize("way", COPIES)
