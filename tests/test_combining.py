@@ -20,7 +20,7 @@ from disha.files.combining import Summand, combine_contents
 from disha.files.contents import read_contents, write_contents
 from disha.model.view import ModelView
 from tests.adapter_files import every_kind, save
-from tests.conftest import assert_unchanged, refused, snapshot
+from tests.conftest import assert_same, assert_unchanged, refused, snapshot
 from tests.test_methods import Gained
 
 METHODS = {
@@ -65,14 +65,11 @@ class TestSum:
         disha.save_adapter(model, tmp_path / "expected", "c")
         expected, tensors = read_contents(tmp_path / "expected")
         header, found = combine((a, 0.3), (b, -2.0))
-        assert {one.name: one for one in header.layers} == {
-            one.name: one for one in expected.layers
-        }
+        found_layers, layers = (sorted(one.layers, key=repr) for one in (header, expected))
+        assert found_layers == layers
         assert header.config == expected.config
         assert header.tensors.keys() == expected.tensors.keys()
-        for key, tensor in header.tensors.items():
-            assert tensor.dtype == tensors[key].dtype
-            assert torch.equal(found[key], tensors[key])
+        assert_same(found, tensors)
 
     @pytest.mark.parametrize(
         ("method", "sizes"), [("bone", (4, 6)), ("tile", (4, 6)), ("bat", (4, 4))]
@@ -101,8 +98,7 @@ class TestSum:
         assert {layer.r for layer in header.layers} == {12}
         for name, _, _, block in ModelView(model).require("wide"):
             assert torch.equal(block.block, tensors[f"{name}.bone_block"])
-        for name, delta in updates(model, "wide").items():
-            assert torch.equal(delta, updates(model, "a")[name])
+        assert_same(updates(model, "wide"), updates(model, "a"))
 
     def test_r_may_differ_from_layer_to_layer(self, tmp_path):
         a = save(tmp_path / "a", target_regex="linear|conv", rank_pattern={"conv": 3})
@@ -145,8 +141,7 @@ class TestSum:
         write_contents(tmp_path / "double", header, tensors)
         model = load_all({"a": a, "twice": tmp_path / "double"})
         disha.set_adapter_scale(model, 2.0, "a")
-        for name, delta in updates(model, "twice").items():
-            assert torch.equal(delta, updates(model, "a")[name])
+        assert_same(updates(model, "twice"), updates(model, "a"))
 
 
 class TestConfiguration:
@@ -226,64 +221,50 @@ class TestModel:
             disha.combine_adapters(model, {"a": 1.0}, into="c")
 
 
+LINEAR, BOTH = {"target_regex": "linear"}, (1.0, 1.0)
 REFUSED = {
-    "another method": (
-        {},
-        {"target_regex": "linear", "method": "bat"},
-        (1.0, 1.0),
-        "different methods or r_out",
-    ),
+    "another method": ({}, {**LINEAR, "method": "bat"}, BOTH, "different methods or r_out"),
     "another method on another layer": (
         {"target_regex": "^up"},
-        {"target_regex": "linear", "method": "bat"},
-        (1.0, 1.0),
+        {**LINEAR, "method": "bat"},
+        BOTH,
         "different methods",
     ),
-    "another tile": (
-        {"r_out": 2},
-        {"target_regex": "linear", "r_out": 3},
-        (1.0, 1.0),
-        "different methods or r_out",
-    ),
+    "another tile": ({"r_out": 2}, {**LINEAR, "r_out": 3}, BOTH, "different methods or r_out"),
     "another r of BAT": (
         METHODS["bat"],
         {**METHODS["bat"], "r": 2},
-        (1.0, 1.0),
+        BOTH,
         "bat blocks can't be added with r=4.*r=4.*r=2",
     ),
     "too large a multiple": (
-        {"target_regex": "linear"},
-        {"target_regex": "linear", "r": 5},
-        (1.0, 1.0),
+        LINEAR,
+        {**LINEAR, "r": 5},
+        BOTH,
         "'linear'.*r=20.*only 14 inputs.*as LoRA",
     ),
     "parameters beside": (
-        {"target_regex": "linear", "also_train": ["^conv", "^embed"]},
-        {"target_regex": "linear"},
-        (1.0, 1.0),
+        {**LINEAR, "also_train": ["^conv", "^embed"]},
+        LINEAR,
+        BOTH,
         r"\(conv.bias, conv.weight, embed.weight\).*leave out `also_train`",
     ),
     "many parameters beside": (
-        {"target_regex": "linear", "also_train": ["^conv", "^embed", "^padded"]},
-        {"target_regex": "linear"},
-        (1.0, 1.0),
+        {**LINEAR, "also_train": ["^conv", "^embed", "^padded"]},
+        LINEAR,
+        BOTH,
         r"\(conv.bias, conv.weight, embed.weight, and 1 more\)",
     ),
     "a weight that is none": (
-        {"target_regex": "linear"},
-        {"target_regex": "linear"},
+        LINEAR,
+        LINEAR,
         (float("nan"), 1.0),
         "the weight of an adapter.*finite",
     ),
-    "a weight that is no number": (
-        {"target_regex": "linear"},
-        {"target_regex": "linear"},
-        ("1", 1.0),
-        "number",
-    ),
+    "a weight that is no number": (LINEAR, LINEAR, ("1", 1.0), "number"),
     "a sum that is not finite": (
-        {"target_regex": "linear", "dtype": torch.float16},
-        {"target_regex": "linear", "dtype": torch.float16},
+        {**LINEAR, "dtype": torch.float16},
+        {**LINEAR, "dtype": torch.float16},
         (3e38, 1.0),
         "'linear': the sum is not finite as torch.float16",
     ),

@@ -14,6 +14,7 @@ from torch import nn
 import disha
 from disha import AdapterFileError, AdapterStateError, MergeError, ModeError
 from tests.conftest import perturb
+from tests.language_models import llama
 
 accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed")
 from accelerate.hooks import remove_hook_from_submodules  # noqa: E402
@@ -52,11 +53,7 @@ class Logits(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        transformers = pytest.importorskip("transformers", reason="transformers is not installed")
-        sizes = {"hidden_size": 16, "intermediate_size": 24, "vocab_size": 12}
-        heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2}
-        config = transformers.LlamaConfig(**sizes, **heads, max_position_embeddings=32)
-        self.llama = transformers.LlamaForCausalLM(config)
+        self.llama = llama(vocab_size=12, max_position_embeddings=32)
 
     def forward(self, tokens):
         return self.llama(input_ids=tokens, use_cache=False).logits

@@ -26,7 +26,7 @@ from disha.layers.kinds import LAYER_KINDS
 from disha.model.fingerprints import fingerprint, same_base
 from tests import reference_reader
 from tests.adapter_files import base, first_layer, rewritten, trained
-from tests.conftest import perturb, refused
+from tests.conftest import assert_same, perturb, refused
 
 PAGE = (Path(__file__).parent.parent / "docs" / "format.md").read_text()
 OLD = Path(__file__).parent / "old_files"
@@ -216,9 +216,7 @@ class TestOldFiles:
         assert report.complete
         disha.merge_adapters(model)
         expected = safetensors.torch.load_file(OLD / f"{case}_merged.safetensors")
-        found = model.state_dict()
-        for name, value in expected.items():
-            assert torch.equal(found[name], value), name
+        assert_same({name: model.state_dict()[name] for name in expected}, expected)
 
     @pytest.mark.parametrize("case", ["bone", "tile", "bat"])
     def test_say_the_same(self, case):
@@ -337,10 +335,9 @@ class TestRefusals:
 
     @pytest.mark.parametrize("key", ["embed.disha", "head.disha.other.bone_block"])
     def test_blocks_of_another_adapter_can_not_be_listed(self, path, key):
-        self.refused(
-            path, key, change_header=lambda h: h["also_train"].append(key),
-            change_tensors=lambda t: t.update({key: torch.ones(3, 12)}),
-        )  # fmt: skip
+        block = {key: torch.ones(3, 12)}
+        listed = {"change_header": lambda header: header["also_train"].append(key)}
+        self.refused(path, key, **listed, change_tensors=lambda tensors: tensors.update(block))
 
     def test_regexes_of_a_file_are_never_run(self, path, tokens):
         model = trained()

@@ -9,7 +9,7 @@ from torch import nn
 import disha
 from disha import TargetError
 from disha.effective.weight import EffectiveWeight
-from tests.conftest import assert_unchanged, merged_weight, perturb, snapshot
+from tests.conftest import assert_same, assert_unchanged, merged_weight, perturb, snapshot
 
 geometric = pytest.importorskip("torch_geometric.nn", reason="PyTorch Geometric is not installed")
 
@@ -113,7 +113,7 @@ class TestNetworks:
         disha.merge_adapters(model)
         torch.testing.assert_close(model(nodes()), expected, rtol=0, atol=1e-10)
         disha.unmerge_adapters(model)
-        assert all(torch.equal(model.state_dict()[key], value) for key, value in weights.items())
+        assert_same(model.state_dict(), weights)
         with disha.adapters_disabled(model):
             assert torch.equal(model(nodes()), fresh(name)(nodes()))
 

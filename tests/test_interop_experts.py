@@ -52,8 +52,7 @@ def check_same_adapter(base, folder, ours):
     lora.load(again, folder)
     (header, blocks), (found, same) = (adapter_contents(ModelView(one)) for one in (ours, again))
     by_name = {layer.name: layer for layer in found.layers}
-    assert blocks.keys() == same.keys()
-    assert all(torch.equal(same[key], block) for key, block in blocks.items())
+    assert_same(same, blocks)
     for layer in header.layers:
         other = by_name[layer.name]
         assert (other.layout, other.r, other.method) == (layer.layout, layer.r, layer.method)

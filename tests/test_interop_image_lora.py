@@ -16,10 +16,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import disha
+from disha.cli import main
 from disha.files.contents import adapter_contents, read_contents
 from disha.interop import image_lora, lora
 from disha.model.view import ModelView
-from tests.conftest import assert_unchanged, perturb, snapshot
+from tests.conftest import assert_same, assert_unchanged, perturb, snapshot
 from tests.image_models import FLUX, IMAGE_MODELS, PIXART, SD3, UNET, text_encoder
 
 EVERY = r"to_|ff|proj|conv|linear|embedder|fc"
@@ -179,12 +180,6 @@ def test_kohya_through_the_converters_of_diffusers_and_back(tmp_path):
     close(UNET.run(back), UNET.run(ours))
 
 
-def blocks_of(model):
-    return [
-        layer.disha["default"] for layer in model.modules() if isinstance(layer, disha.AdaptedLayer)
-    ]
-
-
 # --- BAT, and what can't be written --------------------------------------------------------------
 
 
@@ -272,14 +267,17 @@ def test_files_that_can_not_be_read(tmp_path, tensors, message):
     assert str(path) in str(caught.value)
 
 
-def test_all_models_or_none(tmp_path):
+def two_models(folder):
+    """Two models of a pipeline, plain and adapted, and the file of both adapters."""
     models = {"unet": UNET.model(), "text_encoder": text_encoder()}
-    ours = {
-        "unet": adapted(models["unet"], "to_q"),
-        "text_encoder": adapted(models["text_encoder"], "fc1"),
-    }
-    path = tmp_path / "lora.safetensors"
-    image_lora.export(ours, path)
+    targets = {"unet": "to_q", "text_encoder": "fc1"}
+    ours = {name: adapted(models[name], target) for name, target in targets.items()}
+    image_lora.export(ours, folder / "lora.safetensors")
+    return models, ours, folder / "lora.safetensors"
+
+
+def test_all_models_or_none(tmp_path):
+    models, _, path = two_models(tmp_path)
     with pytest.raises(disha.ArgumentError, match=r"holds text_encoder, unet, and .* no text_enc"):
         image_lora.load({"unet": models["unet"]}, path)
     disha.inject_adapters(models["text_encoder"], "fc2", 2, adapter="style", freeze=False)
@@ -295,13 +293,7 @@ def test_all_models_or_none(tmp_path):
 
 
 def test_a_file_replaces_the_adapter_of_its_models_and_of_no_other(tmp_path):
-    models = {"unet": UNET.model(), "text_encoder": text_encoder()}
-    ours = {
-        "unet": adapted(models["unet"], "to_q"),
-        "text_encoder": adapted(models["text_encoder"], "fc1"),
-    }
-    path = tmp_path / "lora.safetensors"
-    image_lora.export(ours, path)
+    models, ours, path = two_models(tmp_path)
     image_lora.load(models, path)
     before = copy.deepcopy(models)
     for name, model in ours.items():
@@ -311,17 +303,13 @@ def test_a_file_replaces_the_adapter_of_its_models_and_of_no_other(tmp_path):
         image_lora.load(models, tmp_path / "unet")
     image_lora.load(models, tmp_path / "unet", replace=True)
     for name, expected in (("unet", ours), ("text_encoder", before)):
-        state = disha.adapter_state_dict(expected[name])
-        for key, value in disha.adapter_state_dict(models[name]).items():
-            assert torch.equal(value, state[key]), key
+        assert_same(*(disha.adapter_state_dict(one[name]) for one in (models, expected)))
 
 
 # --- the command ---------------------------------------------------------------------------------
 
 
 def test_the_command_converts_both_ways(tmp_path):
-    from disha.cli import main
-
     adapter, back = tmp_path / "adapter.safetensors", tmp_path / "back.safetensors"
     disha.save_adapter(adapted(UNET.model(), BLOCKS, scale=0.5), adapter)
     expected, out = read_contents(adapter), tmp_path / "lora.safetensors"
@@ -335,11 +323,7 @@ def test_the_command_converts_both_ways(tmp_path):
 
 
 def test_the_command_asks_for_a_component(tmp_path, capsys):
-    from disha.cli import main
-
-    path, out = tmp_path / "lora.safetensors", tmp_path / "out.safetensors"
-    models = {"unet": adapted(UNET.model(), "to_q"), "text_encoder": adapted(text_encoder(), "fc1")}
-    image_lora.export(models, path)
+    (_, models, path), out = two_models(tmp_path), tmp_path / "out.safetensors"
     command = ["convert", str(path), str(out), "--to", "disha"]
     assert main(command) == 2
     assert "choose one with --component" in capsys.readouterr().err
@@ -353,8 +337,6 @@ def test_the_command_asks_for_a_component(tmp_path, capsys):
 
 
 def test_the_command_cuts_bat_to_a_rank_with_a_base(tmp_path, capsys):
-    from disha.cli import main
-
     base, path = UNET.model(), tmp_path / "bat.safetensors"
     base.save_pretrained(tmp_path / "unet")
     ours = adapted(base, "to_q|conv1", 4, method="bat")
@@ -383,7 +365,7 @@ def test_adapters_act_and_train_in_image_models(name):
     def gradients():
         model.zero_grad()
         kind.run(model).square().mean().backward()
-        return [block.block.grad for block in blocks_of(model)]
+        return [block.grad for block in disha.adapter_parameters(model)]
 
     plain = gradients()
     unused = 1 if name == "sd3" else 0  # its last block computes queries of the text, unused

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import disha
+from tests.conftest import assert_same
 
 ROOT = Path(__file__).parent.parent
 
@@ -142,8 +143,7 @@ def test_what_fails_changes_no_statistic(tmp_path):
     before = copy.deepcopy(wider.state_dict())
     with pytest.raises(disha.AdapterFileError, match=r"1\.running_mean"):
         disha.load_adapter(wider, path)
-    assert wider.state_dict().keys() == before.keys()
-    assert all(torch.equal(value, before[key]) for key, value in wider.state_dict().items())
+    assert_same(wider.state_dict(), before)
     assert "_disha_statistics" not in vars(wider[1])
 
 

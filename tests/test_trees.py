@@ -20,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 import disha
 from disha import MergeError
-from tests.conftest import assert_unchanged, perturb, snapshot
+from tests.conftest import assert_same, assert_unchanged, perturb, snapshot
 
 WIDTH, ROWS = 6, 5
 
@@ -190,8 +190,7 @@ def base_values(model: nn.Module) -> dict[str, torch.Tensor]:
 def assert_base_is(model: nn.Module, values: dict[str, torch.Tensor]) -> None:
     found = base_values(model)
     assert list(found) == list(values)
-    for key, value in values.items():
-        assert torch.equal(found[key], value), key
+    assert_same(found, values)
 
 
 def close(actual: torch.Tensor, expected: torch.Tensor) -> None:

@@ -78,22 +78,12 @@ class Case:
     def output(self, model: nn.Module) -> torch.Tensor:
         return self.result(model(**self.arguments()))
 
-    def inject(self, model: nn.Module, method: str, **options: Any) -> None:
-        disha.inject_adapters(
-            model,
-            ".",
-            2,
-            method=method,
-            exclude=list(self.unused),
-            rank_pattern=self.rank_pattern,
-            **options,
-        )
+    def inject(self, model: nn.Module, method: str, **options: Any) -> nn.Module:
+        options |= {"exclude": list(self.unused), "rank_pattern": self.rank_pattern}
+        return disha.inject_adapters(model, ".", 2, method=method, **options)
 
     def adapted(self, method: str) -> nn.Module:
-        model = self.model()
-        self.inject(model, method)
-        perturb(model)
-        return model
+        return perturb(self.inject(self.model(), method))
 
     def close(self, actual: torch.Tensor, expected: torch.Tensor) -> None:
         limit = (1e-4 if self.single else 1e-9) * max(1.0, float(expected.detach().abs().max()))

@@ -17,6 +17,7 @@ from disha import AdapterFileWarning, ArgumentError
 from disha.cli import main as disha_command
 from disha.finetune import main, train, trainer
 from disha.finetune.base import load_base, noted_base
+from tests.conftest import assert_same
 from tests.finetune import tiny_gguf
 from tests.finetune.conftest import Result
 from tests.finetune.tiny_models import CHATML, FAMILIES, rows, write_model, write_rows
@@ -468,8 +469,7 @@ def test_new_tokens(finetune, tmp_path, tied, capsys):
     checkpoint = tmp_path / "out" / "checkpoint-30"
     words = [*words[:-1], "--resume_from_checkpoint", checkpoint, "--overwrite_output_dir"]
     again = finetune(tmp_path / "out", *words, base=base)
-    for key, block in result.blocks().items():
-        assert torch.equal(again.blocks()[key], block)
+    assert_same(again.blocks(), result.blocks())
     with pytest.raises(ArgumentError, match=r"new_tokens=.*can't change"):
         finetune(tmp_path / "other", "--adapter", path, "--new_tokens", "<end>", base=base)
 
