@@ -72,6 +72,24 @@ class Shared(nn.Module):
         return self.last(self.second(torch.relu(self.first(x))))
 
 
+class Doubled(nn.Linear):
+    """A subclass of a user, whose forward reaches that of its base class."""
+
+    def forward(self, input):
+        return 2 * super().forward(input)
+
+
+class InOut(nn.Module):
+    """A linear layer that keeps its weight as (in, out), and that no library knows."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(inputs, outputs))
+
+    def forward(self, x):
+        return x @ self.weight
+
+
 @pytest.fixture
 def process_group():
     store = torch.distributed.HashStore()

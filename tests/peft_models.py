@@ -6,6 +6,7 @@ import safetensors.torch
 import torch
 from torch import nn
 
+from tests import language_models
 from tests.conftest import perturb
 
 
@@ -37,15 +38,7 @@ def net():
 
 
 def llama():
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=24, hidden_size=12, intermediate_size=20, num_hidden_layers=2,
-        num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=16,
-        tie_word_embeddings=False,
-    )  # fmt: skip
-    return LlamaForCausalLM(config).double().eval()
+    return language_models.llama(hidden_size=12, num_attention_heads=2).double().eval()
 
 
 INPUTS = {

@@ -481,6 +481,9 @@ class TestAttention:
         close(model(x), plain(x))
 
 
+PROJECTIONS = {"attn.q_proj", "attn.k_proj", "attn.v_proj", "attn.out_proj"}
+
+
 class TestNames:
     def model(self):
         return nn.ModuleDict({"attn": attention(), "ff": nn.Linear(WIDTH, WIDTH)})
@@ -488,29 +491,22 @@ class TestNames:
     @pytest.mark.parametrize(
         ("target", "names"),
         [
-            ("all-linear", ["attn.q_proj", "attn.k_proj", "attn.v_proj", "attn.out_proj", "ff"]),
-            (r"attn$", ["attn.q_proj", "attn.k_proj", "attn.v_proj", "attn.out_proj"]),
-            (r"\.[qv]_proj", ["attn.q_proj", "attn.v_proj"]),
-            (
-                lambda name, module: isinstance(module, nn.MultiheadAttention),
-                ["attn.q_proj", "attn.k_proj", "attn.v_proj", "attn.out_proj"],
-            ),
-            (lambda name, module: name == "attn.q_proj", ["q_proj"]),
+            ("all-linear", {*PROJECTIONS, "ff"}),
+            (r"attn$", PROJECTIONS),
+            (r"\.[qv]_proj", {"attn.q_proj", "attn.v_proj"}),
+            (lambda name, module: isinstance(module, nn.MultiheadAttention), PROJECTIONS),
+            (lambda name, module: name == "attn.q_proj", {"attn.q_proj"}),
         ],
     )
     def test_targets(self, target, names):
         plan = disha.plan_adapters(self.model(), target, 2)
-        assert sorted(one.name.removeprefix("attn.") for one in plan.layers) == sorted(
-            name.removeprefix("attn.") for name in names
-        )
+        assert sorted(one.name for one in plan.layers) == sorted(names)
         assert plan.total == sum(p.numel() for p in self.model().parameters()) + plan.added
 
     def test_excluding_the_attention_excludes_its_four_layers(self):
         plan = disha.plan_adapters(self.model(), ".", 2, exclude="attn$")
         assert [layer.name for layer in plan.layers] == ["ff"]
-        assert {s.name for s in plan.skipped} == {
-            "attn.q_proj", "attn.k_proj", "attn.v_proj", "attn.out_proj"
-        }  # fmt: skip
+        assert {s.name for s in plan.skipped} == PROJECTIONS
 
     def test_ranks_of_their_own(self):
         model = disha.inject_adapters(self.model(), "attn$", 2, rank_pattern={"q_proj": 3})

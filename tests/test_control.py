@@ -6,7 +6,7 @@ from torch import nn
 
 import disha
 from disha import ArgumentError, ArgumentTypeError, MergeError, ModeError
-from tests.conftest import assert_unchanged, freshly_compiled, perturb, refused, snapshot
+from tests.conftest import Doubled, assert_unchanged, freshly_compiled, perturb, refused, snapshot
 
 
 @pytest.fixture
@@ -132,11 +132,6 @@ class Several(nn.Module):
         x = self.conv(self.embed(tokens).transpose(-1, -2)).transpose(-1, -2)
         x = self.flat(x.reshape(-1, 6)).view(*tokens.shape, 6)
         return self.own(x)
-
-
-class Doubled(nn.Linear):
-    def forward(self, input):
-        return 2 * super().forward(input)
 
 
 def several():

@@ -13,7 +13,7 @@ from torch import nn
 
 import disha
 from disha import AdapterFileError, AdapterStateError, MergeError, ModeError
-from tests.conftest import perturb
+from tests.conftest import assert_same, perturb
 from tests.language_models import llama
 
 accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed")
@@ -294,10 +294,7 @@ class TestOperations:
         assert not any(isinstance(module, disha.AdaptedLayer) for module in model.modules())
         close(model(tokens()), fresh("small")(tokens()))
         remove_hook_from_submodules(model)
-        assert all(
-            torch.equal(value, fresh("small").state_dict()[key])
-            for key, value in model.state_dict().items()
-        )
+        assert_same(model.state_dict(), fresh("small").state_dict())
 
     def test_removing_the_hooks(self, way, injected_first, tmp_path):
         model, expected = self.build(way, tmp_path, injected_first), adapted("small")(tokens())

@@ -26,7 +26,7 @@ from disha.layers.kinds import LAYER_KINDS
 from disha.model.fingerprints import fingerprint, same_base
 from tests import reference_reader
 from tests.adapter_files import base, first_layer, rewritten, trained
-from tests.conftest import assert_same, perturb, refused
+from tests.conftest import InOut, assert_same, perturb, refused
 
 PAGE = (Path(__file__).parent.parent / "docs" / "format.md").read_text()
 OLD = Path(__file__).parent / "old_files"
@@ -65,17 +65,6 @@ class TestPage:
 
 
 # --- what a file means ---------------------------------------------------------------------------
-
-
-class InOut(nn.Module):
-    """A linear layer that keeps its weight as (in, out)."""
-
-    def __init__(self, inputs, outputs):
-        super().__init__()
-        self.weight = nn.Parameter(torch.randn(inputs, outputs))
-
-    def forward(self, x):
-        return x @ self.weight
 
 
 class Experts(nn.Module):

@@ -116,6 +116,12 @@ class Setting:
         disha.save_adapter(model, self.adapter)
         self.model = model
 
+    def change(self, **tensors):
+        """Write other tensors into the base; None takes one away."""
+        state = tensors_in(self.base) | tensors
+        kept = {name: tensor for name, tensor in state.items() if tensor is not None}
+        save_sharded(kept, self.base, 3)
+
     def merge(self, **arguments):
         return merge_into_checkpoint(self.base, self.adapter, self.out, **arguments)
 
@@ -334,9 +340,7 @@ class TestNames:
 
     def test_a_tied_head_that_is_stored_once_says_what_to_do(self, tmp_path):
         setting = Setting(tmp_path, Layered(), "head")
-        state = tensors_in(setting.base)
-        del state["head.weight"]
-        save_sharded(state, setting.base, 2)
+        setting.change(**{"head.weight": None})
         with pytest.raises(AdapterFileError, match=r"lacks head\.weight.*If a weight is tied"):
             setting.merge()
 
@@ -349,11 +353,8 @@ class TestRefused:
             setting.merge(**arguments)
         assert setting.listing() == before
 
-    def change(self, setting, **tensors):
-        save_sharded(tensors_in(setting.base) | tensors, setting.base, 3)
-
     def test_other_weights_unless_forced(self, setting):
-        self.change(setting, **{"head.weight": torch.randn(12, 8)})
+        setting.change(**{"head.weight": torch.randn(12, 8)})
         self.refuse(setting, AdapterFileError, "head.weight: has other values")
         setting.merge(force=True)
         expected = setting.model
@@ -367,21 +368,19 @@ class TestRefused:
         self.refuse(again, AdapterFileError, "is not the base")
 
     def test_another_shape(self, setting):
-        self.change(setting, **{"head.weight": torch.randn(12, 9)})
+        setting.change(**{"head.weight": torch.randn(12, 9)})
         self.refuse(setting, AdapterFileError, r"\(12, 9\).*\(12, 8\)", force=True)
 
     @pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.float8_e4m3fn])
     def test_a_quantised_weight(self, setting, dtype):
-        self.change(setting, **{"head.weight": torch.ones(12, 8).to(dtype)})
+        setting.change(**{"head.weight": torch.ones(12, 8).to(dtype)})
         self.refuse(setting, AdapterFileError, "quantised or packed there")
 
     def test_a_parameter_beside_the_blocks_that_is_missing_or_misshapen(self, tmp_path):
         setting = Setting(tmp_path, Layered(), "proj", also_train="norm")
-        self.change(setting, **{"layers.1.attn.norm.bias": torch.zeros(9)})
+        setting.change(**{"layers.1.attn.norm.bias": torch.zeros(9)})
         self.refuse(setting, AdapterFileError, r"norm\.bias: \(8,\), the checkpoint has \(9,\)")
-        state = tensors_in(setting.base)
-        del state["layers.0.attn.norm.weight"]
-        save_sharded(state, setting.base, 2)
+        setting.change(**{"layers.0.attn.norm.weight": None})
         self.refuse(setting, AdapterFileError, r"lacks layers\.0\.attn\.norm\.weight")
 
     def test_a_merged_weight_that_is_not_finite_is_found_midway(self, tmp_path):

@@ -18,8 +18,9 @@ from disha.files.contents import adapter_contents, read_contents, write_contents
 from disha.functional import Layout, bat_delta_weight, bone_delta_weight
 from disha.interop import lora, low_rank
 from disha.interop import peft as miss
+from disha.layers.kinds import LAYER_KINDS
 from disha.model.view import ModelView
-from tests.conftest import Layered, assert_same, assert_unchanged, perturb, refused, snapshot
+from tests.conftest import InOut, Layered, assert_same, assert_unchanged, perturb, refused, snapshot
 from tests.language_models import gpt2, llama
 from tests.peft_models import (
     assert_same_folders,
@@ -295,25 +296,13 @@ def test_modules_trained_beside_the_blocks(tmp_path):
 # --- where peft would do something else ----------------------------------------------------------
 
 
-class Mix(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(6, 6))
-
-    def forward(self, x):
-        return x @ self.weight
-
-
 @pytest.fixture
-def _mix():
-    from disha.layers.kinds import LAYER_KINDS
-
-    disha.register_layer_kind(Mix, {"weight": "in out"})
-    yield
-    del LAYER_KINDS[Mix]
+def _in_out(monkeypatch):
+    monkeypatch.setattr("disha.layers.kinds.LAYER_KINDS", dict(LAYER_KINDS))
+    disha.register_layer_kind(InOut, {"weight": "in out"})
 
 
-@pytest.mark.usefixtures("_mix")
+@pytest.mark.usefixtures("_in_out")
 @pytest.mark.parametrize(
     ("layer", "message"),
     [
@@ -322,7 +311,7 @@ def _mix():
         (nn.Conv1d(8, 8, 3, padding=1, padding_mode="reflect"), "padding_mode='reflect'"),
         (nn.ConvTranspose1d(8, 8, 3), "does not know a ConvTranspose1d"),
         (nn.Embedding(8, 8, max_norm=0.5), "has max_norm"),
-        (Mix(), "does not know a Mix"),
+        (InOut(6, 6), "does not know a InOut"),
         (nn.utils.parametrizations.weight_norm(nn.Linear(8, 8)), "its weight is computed"),
     ],
 )

@@ -228,6 +228,10 @@ def test_a_quantised_base(method, tolerance, tmp_path, monkeypatch):
 # --- what PEFT can't express ---------------------------------------------------------------------
 
 
+def square():
+    return nn.Sequential(nn.Linear(8, 8))
+
+
 def conv1d():
     from transformers.pytorch_utils import Conv1D
 
@@ -240,12 +244,8 @@ NOT_EXPRESSIBLE = {
         {"r": 4, "method": "bat"},
         "needs an r that divides both sizes",
     ),
-    "bat's dropout": (
-        lambda: nn.Sequential(nn.Linear(8, 8)),
-        {"r": 4, "method": "bat", "dropout": 0.1},
-        "no dropout",
-    ),
-    "scale": (lambda: nn.Sequential(nn.Linear(8, 8)), {"r": 4, "scale": 2.0}, "no scale"),
+    "bat's dropout": (square, {"r": 4, "method": "bat", "dropout": 0.1}, "no dropout"),
+    "scale": (square, {"r": 4, "scale": 2.0}, "no scale"),
     "several r": (
         lambda: nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)),
         {"r": 4, "rank_pattern": {"1": 2}},
@@ -262,11 +262,7 @@ NOT_EXPRESSIBLE = {
         "the layout of this weight is 'index out'",
     ),
     "weights as (in, out)": (conv1d, {"r": 4}, "the layout of this weight is 'in out'"),
-    "rows": (
-        lambda: nn.Sequential(nn.Linear(8, 8)),
-        {"r": 4, "rows": {"0": [(0, 4)]}},
-        "all rows of a weight",
-    ),
+    "rows": (square, {"r": 4, "rows": {"0": [(0, 4)]}}, "all rows of a weight"),
 }
 
 

@@ -15,7 +15,7 @@ from disha.files.contents import adapter_contents
 from disha.interop import lora
 from disha.interop import peft as miss
 from disha.model.view import ModelView
-from tests.conftest import Layered, Shared, Tied, perturb, refused
+from tests.conftest import Doubled, Layered, Shared, Tied, perturb, refused
 from tests.peft_models import close, config_of, net, output, perturb_all, rewrite, tensors_of
 
 FORMATS = {"miss": miss, "lora": lora}
@@ -23,11 +23,6 @@ in_both_formats = pytest.mark.parametrize("form", FORMATS.values(), ids=FORMATS)
 
 
 # --- layers that PEFT would run otherwise --------------------------------------------------------
-
-
-class Doubled(nn.Linear):
-    def forward(self, x):
-        return 2 * super().forward(x)
 
 
 class SelfAttention(nn.Module):

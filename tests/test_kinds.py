@@ -13,7 +13,7 @@ import disha
 from disha import ArgumentError, ArgumentTypeError, TargetError
 from disha.functional import method_names
 from disha.layers.kinds import LAYER_KINDS
-from tests.conftest import perturb, pickled, refused
+from tests.conftest import InOut, perturb, pickled, refused
 from tests.every_pair import DtypeTests, PairTests, Row, close
 
 BONE = ("bone", "tile")
@@ -266,17 +266,6 @@ class Gain(nn.Module):
         return x * self.weight
 
 
-class MyConv1D(nn.Module):
-    """A transposed linear layer that disha has never heard of."""
-
-    def __init__(self, in_features: int, out_features: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.randn(in_features, out_features))
-
-    def forward(self, x):
-        return x @ self.weight
-
-
 class TestRegistry:
     @pytest.fixture(autouse=True)
     def _restored(self, monkeypatch):
@@ -284,8 +273,8 @@ class TestRegistry:
 
     @pytest.mark.parametrize("method", ["bone", "bat"])
     def test_a_made_up_layer_lives_a_whole_life(self, method, tmp_path):
-        disha.register_layer_kind(MyConv1D, {"weight": "in out"})
-        model, x = nn.Sequential(MyConv1D(5, 6), nn.ReLU()).double(), torch.randn(3, 5).double()
+        disha.register_layer_kind(InOut, {"weight": "in out"})
+        model, x = nn.Sequential(InOut(5, 6), nn.ReLU()).double(), torch.randn(3, 5).double()
         before = model(x)
         for adapter in ("first", "default"):
             disha.inject_adapters(model, "all-linear", 2, method=method, adapter=adapter)
@@ -304,7 +293,7 @@ class TestRegistry:
         close(model(x), expected)
         disha.unmerge_adapters(model)
         disha.remove_adapters(model)
-        assert type(model[0]) is MyConv1D
+        assert type(model[0]) is InOut
         assert torch.equal(model(x), before)
 
     @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from torch import nn
 import disha
 from disha import ArgumentError, MergeError, ModeError
 from tests import reference
-from tests.conftest import Tied, assert_unchanged, perturb, pickled, refused, snapshot
+from tests.conftest import Doubled, Tied, assert_unchanged, perturb, pickled, refused, snapshot
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
@@ -180,11 +180,6 @@ class TestTied:
         assert torch.equal(model(tokens), expected)
 
 
-class Doubling(nn.Linear):
-    def forward(self, input):
-        return 2 * super().forward(input)
-
-
 class Squaring(nn.Linear):
     def forward(self, input):
         return torch.nn.functional.linear(input, self.weight, self.bias) ** 2
@@ -196,7 +191,7 @@ class OwnProduct(nn.Linear):
 
 
 class TestOwnForward:
-    @pytest.mark.parametrize("cls", [Doubling, Squaring, OwnProduct])
+    @pytest.mark.parametrize("cls", [Doubled, Squaring, OwnProduct])
     @pytest.mark.parametrize("method", ["bone", "bat"])
     def test_merges_to_the_same_output(self, cls, method):
         model = nn.Sequential(cls(6, 4))

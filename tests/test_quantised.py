@@ -459,7 +459,10 @@ def eager():
         yield
 
 
-def forbid_reading(monkeypatch):
+@pytest.fixture
+def unread(monkeypatch):
+    """W is never read."""
+
     def fail(*args):
         raise AssertionError("W was read")
 
@@ -476,8 +479,7 @@ def adapted_base(name):
 class TestEveryBase:
     """Bone over each kind of opaque base; W is never read."""
 
-    def test_all_linear_reaches_it_and_injection_changes_no_bit(self, name, x, monkeypatch):
-        forbid_reading(monkeypatch)
+    def test_all_linear_reaches_it_and_injection_changes_no_bit(self, name, x, unread):
         model = nn.Sequential(base(name))
         before = model(x)
         (planned,) = disha.plan_adapters(model, "all-linear", 6).layers
@@ -486,8 +488,7 @@ class TestEveryBase:
         assert torch.equal(model(x), before)
         assert model[0].disha["default"].block.dtype == torch.float32
 
-    def test_update_is_exactly_the_shard_sum_times_the_block(self, name, x, monkeypatch):
-        forbid_reading(monkeypatch)
+    def test_update_is_exactly_the_shard_sum_times_the_block(self, name, x, unread):
         plain = base(name)(x)
         model = adapted_base(name)
         disha.set_adapter_scale(model, 0.5)
@@ -497,8 +498,7 @@ class TestEveryBase:
         close(model(x), plain + 0.5 * x @ delta.T)
         close(model[0].delta_weight(model[0].disha["default"]), delta)
 
-    def test_gradients_of_block_and_input(self, name, x, monkeypatch):
-        forbid_reading(monkeypatch)
+    def test_gradients_of_block_and_input(self, name, x, unread):
         weights = torch.randn(3, 2, OUT, generator=torch.Generator().manual_seed(2))
         x.requires_grad_()
         try:
@@ -539,8 +539,7 @@ class TestEveryBase:
 class TestLawsOverOpaqueBases:
     """One without a weight, a state, forward or tensor of its own, and a weight with scales."""
 
-    def test_state_dict_and_file(self, name, x, tmp_path, monkeypatch):
-        forbid_reading(monkeypatch)
+    def test_state_dict_and_file(self, name, x, tmp_path, unread):
         model = adapted_base(name)
         assert "0.disha.default.bone_block" in model.state_dict()
         assert list(disha.adapter_state_dict(model)) == ["0.disha.default.bone_block"]
@@ -552,8 +551,7 @@ class TestLawsOverOpaqueBases:
         for one in (fresh, other):
             assert torch.equal(one(x), model(x))
 
-    def test_several_adapters_disabling_and_routing(self, name, x, monkeypatch):
-        forbid_reading(monkeypatch)
+    def test_several_adapters_disabling_and_routing(self, name, x, unread):
         model = nn.Sequential(base(name))
         plain = model(x)
         inject(model, "bone", r=6, adapter="a")
@@ -594,8 +592,7 @@ class TestLawsOverOpaqueBases:
             assert torch.equal(plain, base(name)(x))
 
     @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
-    def test_modes(self, name, x, monkeypatch):
-        forbid_reading(monkeypatch)
+    def test_modes(self, name, x, unread):
         model = adapted_base(name)
         expected = model(x)
         close(torch.func.functional_call(model, dict(model.named_parameters()), (x,)), expected)

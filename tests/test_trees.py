@@ -20,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 import disha
 from disha import MergeError
-from tests.conftest import assert_same, assert_unchanged, perturb, snapshot
+from tests.conftest import Doubled, assert_same, assert_unchanged, perturb, snapshot
 
 WIDTH, ROWS = 6, 5
 
@@ -54,13 +54,6 @@ class SelfAttention(nn.Module):
 
     def forward(self, x):
         return self.attention(x, x, x, need_weights=False)[0].contiguous()
-
-
-class Doubled(nn.Linear):
-    """A user's subclass with a forward of its own."""
-
-    def forward(self, input):
-        return 2 * super().forward(input)
 
 
 class Residual(nn.Module):
