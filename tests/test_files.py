@@ -199,10 +199,7 @@ class TestOtherNames:
     @pytest.mark.parametrize("replacing", [False, True])
     @pytest.mark.parametrize(
         ("target", "beside", "keys"),
-        [
-            ("a|b", None, "a.bone_block and b.bone_block"),
-            ("c", r"[ab]\.bias", "a.bias and b.bias"),
-        ],
+        [("a|b", None, "a.bone_block and b.bone_block"), ("c", r"[ab]\.bias", "a.bias and b.bias")],
     )
     def test_two_of_the_file_that_are_one_in_the_model(self, path, target, beside, keys, replacing):
         model = TwoNames()

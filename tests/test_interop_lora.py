@@ -747,11 +747,7 @@ FIRST = "layers.0.attn.q_proj"
             disha.ConversionError,
             "is not a Bone adapter",
         ),
-        (
-            with_tensor(f"{FIRST}.lora_B.weight", lambda t: t / 0),
-            AdapterFileError,
-            "not finite",
-        ),
+        (with_tensor(f"{FIRST}.lora_B.weight", lambda t: t / 0), AdapterFileError, "not finite"),
         (
             with_tensor(f"{FIRST}.lora_B.weight", lambda t: torch.ones(7, 4)),
             AdapterFileError,

@@ -122,11 +122,7 @@ def test_block_shapes_and_names(kind):
     expected = {"bone": (4, 9), "tile": (4, 3), "bat": (3, 4, 4)}[kind]
     assert block.block.shape == expected
     name = "bat_block" if kind == "bat" else "bone_block"
-    assert set(born(kind, adapter="mine").state_dict()) == {
-        "weight",
-        "bias",
-        f"disha.mine.{name}",
-    }
+    assert set(born(kind, adapter="mine").state_dict()) == {"weight", "bias", f"disha.mine.{name}"}
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -269,11 +269,7 @@ def merge_and_unmerge(model: Model, active: list[str], x: torch.Tensor) -> None:
 
 
 @settings(deadline=None, max_examples=30, derandomize=True, database=None)
-@given(
-    tree=trees,
-    chosen=st.lists(adapters, min_size=1, max_size=3),
-    resting=st.integers(0, 3),
-)
+@given(tree=trees, chosen=st.lists(adapters, min_size=1, max_size=3), resting=st.integers(0, 3))
 def test_any_tree_lives_a_whole_life(tree, chosen, resting):
     model, x = fresh(tree), torch.randn(2, 3, WIDTH, dtype=torch.float64)
     base, before = model(x), snapshot(model)

@@ -249,9 +249,7 @@ CASES = {
         rank_pattern=DEPTHWISE,
     ),
     "timm BEiT": Case(
-        timm_model("beit_base_patch16_224", **VIT),
-        images(16),
-        ("attn.qkv", "attn.proj"),
+        timm_model("beit_base_patch16_224", **VIT), images(16), ("attn.qkv", "attn.proj")
     ),
     "GPT-2": Case(
         hugging_face(

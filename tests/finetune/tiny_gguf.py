@@ -17,11 +17,7 @@ ROPE_BASE, EPSILON = 5000.0, 1e-5
 
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 MERGES = ("h e", "l l", "he ll", "hell o", "Ġ w", "Ġw o", "Ġ Ġ")
-TOKENS = (
-    *SPECIAL,
-    *sorted(ByteLevel.alphabet()),
-    *("".join(merge.split()) for merge in MERGES),
-)
+TOKENS = (*SPECIAL, *sorted(ByteLevel.alphabet()), *("".join(merge.split()) for merge in MERGES))
 METADATA: Mapping[str, object] = {
     "llama.block_count": LAYERS,
     "llama.context_length": CONTEXT,
