@@ -127,6 +127,10 @@ def values_of(model: nn.Module) -> dict[str, torch.Tensor]:
     return values
 
 
+def flags(model: nn.Module) -> dict[str, bool]:
+    return {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+
+
 def snapshot(model: nn.Module) -> dict[str, object]:
     """Return everything that a refused operation must leave as it was."""
     return {
@@ -139,7 +143,7 @@ def snapshot(model: nn.Module) -> dict[str, object]:
             for name, module in model.named_modules()
         },
         "values": values_of(model),
-        "flags": {name: p.requires_grad for name, p in model.named_parameters()},
+        "flags": flags(model),
         "attributes": {name: sorted(module.__dict__) for name, module in model.named_modules()},
         "active": {
             name: (module.disha.active, module.disha.override(), module.disha.merged)

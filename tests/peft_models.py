@@ -1,13 +1,15 @@
 """What the tests of PEFT's folders share: small models, and reading and changing a folder."""
 
 import json
+from contextlib import contextmanager
 
 import safetensors.torch
 import torch
 from torch import nn
 
+from disha import ConversionError
 from tests import language_models
-from tests.conftest import perturb
+from tests.conftest import perturb, refused
 
 
 class Net(nn.Module):
@@ -98,6 +100,14 @@ def with_tensor(key, change):
         rewrite(folder, {key: tensor for key, tensor in tensors.items() if tensor is not None})
 
     return apply
+
+
+@contextmanager
+def refused_export(tmp_path, model, message, kind=ConversionError):
+    """The body raises with this message, and neither the folder nor the model has changed."""
+    with refused(model, kind, message):
+        yield
+    assert list(tmp_path.iterdir()) == []
 
 
 def assert_same_folders(first, second):

@@ -20,7 +20,7 @@ from disha.files.combining import Summand, combine_contents
 from disha.files.contents import read_contents, write_contents
 from disha.model.view import ModelView
 from tests.adapter_files import every_kind, save
-from tests.conftest import assert_same, assert_unchanged, refused, snapshot
+from tests.conftest import assert_same, flags, refused
 from tests.test_methods import Gained
 
 METHODS = {
@@ -49,10 +49,6 @@ def load_all(paths, **options):
     for name, path in paths.items():
         disha.load_adapter(model, path, name, **options)
     return model
-
-
-def flags(model):
-    return {name: parameter.requires_grad for name, parameter in model.named_parameters()}
 
 
 class TestSum:
@@ -277,13 +273,11 @@ class TestRefusals:
         first, second, weights, says = REFUSED[case]
         a, b = save(tmp_path / "a", **first), save(tmp_path / "b", seed=2, **second)
         model = load_all({"a": a, "b": b})
-        before = snapshot(model)
         kind = ArgumentTypeError if "1" in weights else ArgumentError
         with pytest.raises(kind, match=says):
             combine((a, weights[0]), (b, weights[1]))
-        with pytest.raises(kind, match=says):
+        with refused(model, kind, says):
             disha.combine_adapters(model, dict(zip("ab", weights, strict=True)), into="c")
-        assert_unchanged(model, before)
 
     def test_a_method_whose_update_is_not_linear_in_the_block(self, tmp_path, monkeypatch):
         monkeypatch.setitem(functional.METHODS, "gained", Gained())

@@ -6,17 +6,13 @@ from torch import nn
 
 import disha
 from disha import ArgumentError, ArgumentTypeError, MergeError, ModeError
-from tests.conftest import Doubled, assert_unchanged, freshly_compiled, perturb, refused, snapshot
+from tests.conftest import Doubled, flags, freshly_compiled, perturb, refused
 
 
 @pytest.fixture
 def two(model):
     disha.inject_adapters(model, "proj", 2, adapter="a")
     return perturb(disha.inject_adapters(model, "head|q_proj", 3, adapter="b", method="bat"))
-
-
-def flags(model):
-    return {name: p.requires_grad for name, p in model.named_parameters()}
 
 
 class TestActive:
@@ -108,14 +104,12 @@ class TestScale:
 
 def test_everything_raises_while_merged(two):
     disha.merge_adapters(two)
-    before = snapshot(two)
-    with pytest.raises(MergeError, match="can't change the active adapters"):
+    with refused(two, MergeError, "can't change the active adapters"):
         disha.set_active_adapters(two, "a")
-    with pytest.raises(MergeError, match="can't disable adapters"), disha.adapters_disabled(two):
+    with refused(two, MergeError, "can't disable adapters"), disha.adapters_disabled(two):
         pass
-    with pytest.raises(MergeError, match="can't change an adapter's scale"):
+    with refused(two, MergeError, "can't change an adapter's scale"):
         disha.set_adapter_scale(two, 0.5, "a")
-    assert_unchanged(two, before)
 
 
 class Several(nn.Module):
@@ -209,10 +203,8 @@ class TestRoute:
     )
     def test_refusals(self, names, kind, says):
         model = several()
-        before = snapshot(model)
-        with pytest.raises(kind, match=says), disha.route_adapters(model, names):
+        with refused(model, kind, says), disha.route_adapters(model, names):
             pass
-        assert_unchanged(model, before)
 
     def test_a_wrong_number_of_names(self):
         model = several()

@@ -48,6 +48,7 @@ from benchmarks.convergence.runs import RESULTS, Cell, Run, read_runs, write_run
 from benchmarks.convergence.tasks import TASKS, packages
 from benchmarks.convergence.tasks.digits import Digits, ViT
 from benchmarks.convergence.training import train
+from tests.language_models import llama
 
 ROOT = Path(__file__).parent.parent
 NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
@@ -79,13 +80,9 @@ def sizes_of(task):
 
         config = json.loads((packages._model_folder() / "config.json").read_text())
         return packages.Encoder(BertModel(BertConfig(**config), add_pooling_layer=False), 8)
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(
-        vocab_size=64, hidden_size=576, intermediate_size=1536, num_hidden_layers=2,
-        num_attention_heads=9, num_key_value_heads=3, tie_word_embeddings=True,
-    )  # fmt: skip
-    return LlamaForCausalLM(config).eval()
+    sizes = {"vocab_size": 64, "hidden_size": 576, "intermediate_size": 1536}
+    heads = {"num_attention_heads": 9, "num_key_value_heads": 3, "tie_word_embeddings": True}
+    return llama(**sizes, **heads).eval()
 
 
 def update(model, base, name):

@@ -30,7 +30,7 @@ from disha.functional import Layout
 from disha.model.state import adapter_tensors
 from disha.model.view import ModelView
 from tests.adapter_files import base, rewritten, trained
-from tests.conftest import Layered, Shared, Tied, assert_unchanged, perturb, refused, snapshot
+from tests.conftest import Layered, Shared, Tied, perturb, refused
 
 
 @pytest.fixture
@@ -219,11 +219,9 @@ class TestContents:
         header, tensors = adapter_contents(ModelView(trained()))
         header = replace(header, layers=tuple(replace(one, r=2) for one in header.layers))
         model = trained() if replacing else base()
-        before = snapshot(model)
         given = ModelView(model), "elsewhere", header, tensors, "default"
-        with pytest.raises(AdapterFileError, match=r"(?s)^elsewhere.* does not fit .*head"):
+        with refused(model, AdapterFileError, r"(?s)^elsewhere.* does not fit .*head"):
             load_contents(*given, replace=replacing, freeze=True)
-        assert_unchanged(model, before)
 
     def test_blocks_only(self):
         header, tensors = adapter_contents(ModelView(trained()))
@@ -571,11 +569,9 @@ class TestFingerprint:
         other = Layered()
         if replacing:
             disha.inject_adapters(other, "proj|head", 3, also_train=r"norm\.weight")
-        before = snapshot(other)
         warnings.simplefilter("error")  # pytest resets it
-        with pytest.raises(AdapterFileWarning):
+        with refused(other, AdapterFileWarning):
             disha.load_adapter(other, path, replace=replacing)
-        assert_unchanged(other, before)
 
     def test_another_base_warns(self, saved, path):
         torch.manual_seed(1)

@@ -3,7 +3,6 @@
 import copy
 import warnings
 from collections import OrderedDict
-from contextlib import contextmanager
 from dataclasses import FrozenInstanceError, replace
 
 import peft
@@ -25,6 +24,7 @@ from tests.language_models import gpt2, llama
 from tests.peft_models import (
     assert_same_folders,
     config_of,
+    refused_export,
     rewrite,
     tensors_of,
     with_fields,
@@ -48,14 +48,6 @@ class Vision(nn.Module):
         x = self.line(self.plane(x).flatten(2))
         x = self.point(x[:, :, None]).transpose(1, 2).unsqueeze(-1)
         return self.space(x.expand(-1, -1, -1, -1, 3))
-
-
-@contextmanager
-def refused_export(tmp_path, model, message, kind=disha.ConversionError):
-    """The body raises with this message, and neither the folder nor the model has changed."""
-    with refused(model, kind, message):
-        yield
-    assert list(tmp_path.iterdir()) == []
 
 
 def served(base, folder):

@@ -235,14 +235,8 @@ class TestRefusals:
         with torch.no_grad():
             model.head.disha["default"].block.fill_(value)
         disha.set_adapter_scale(model, 10.0)
-        before = snapshot(model)
-        before["values"] = {k: v for k, v in before["values"].items() if "head.disha" not in k}
-        with pytest.raises(MergeError, match=r"head.weight gives values that are not finite"):
+        with refused(model, MergeError, r"head.weight gives values that are not finite"):
             disha.merge_adapters(model)
-        after = snapshot(model)
-        for name, tensor in before["values"].items():
-            assert torch.equal(after["values"][name], tensor), name
-        assert after["active"] == before["active"]
 
     def test_parametrised_weight(self):
         model = nn.Sequential(torch.nn.utils.parametrizations.weight_norm(nn.Linear(6, 4)))

@@ -13,7 +13,7 @@ import disha
 from disha import AdapterFileError, ArgumentError, ArgumentTypeError, ConversionError, TargetError
 from disha.files import inspect_adapter, load_adapter, save_adapter
 from disha.interop import lora
-from tests.conftest import perturb
+from tests.conftest import perturb, refused
 from tests.test_tied import TOKENS, WORDS, gpt2, llama
 
 NEW = [3, 34, 35]
@@ -141,9 +141,8 @@ def test_a_file_has_the_rows_only_and_fits_a_base_with_others(tmp_path):
 )
 def test_rows_that_there_are_not(rows, error, says):
     model = llama()
-    with pytest.raises(error, match=says):
+    with refused(model, error, says):
         disha.inject_adapters(model, "q_proj", 4, also_train_rows=rows)
-    assert not any(isinstance(module, disha.AdaptedLayer) for module in model.modules())
 
 
 def test_they_take_the_place_of_an_adapter_on_the_same_matrix():

@@ -7,7 +7,7 @@ from torch import nn
 
 import disha
 from disha import AdapterStateError, ArgumentError, MergeError
-from tests.conftest import Layered, Shared, assert_unchanged, perturb, refused, snapshot
+from tests.conftest import Layered, Shared, perturb, refused
 
 
 @pytest.fixture
@@ -86,13 +86,11 @@ class TestLoad:
     def test_two_keys_of_one_parameter_are_refused(self, adapted, prefix, strict):
         own = disha.adapter_state_dict(adapted)
         key = next(iter(own))
-        before = snapshot(adapted)
         for state in ({**own, prefix + key: own[key]}, {prefix + key: own[key], **own}):
-            with pytest.raises(AdapterStateError, match="are one parameter") as caught:
+            with refused(adapted, AdapterStateError, "are one parameter") as caught:
                 disha.load_adapter_state_dict(adapted, state, strict=strict)
             assert repr(key) in str(caught.value)
             assert repr(prefix + key) in str(caught.value)
-        assert_unchanged(adapted, before)
 
     def test_a_child_that_has_the_name_of_a_wrappers(self):
         model = nn.ModuleDict(

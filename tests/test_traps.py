@@ -380,10 +380,8 @@ class TestParametrised:
         perturb(model)
         values = {k: v.clone() for k, v in model.state_dict().items()}
         disha.save_adapter(model, tmp_path / "a")
-        with pytest.raises(disha.MergeError, match="computed from other parameters"):
+        with refused(model, disha.MergeError, "computed from other parameters"):
             disha.merge_adapters(model)
-        state = model.state_dict()
-        assert all(torch.equal(state[key], value) for key, value in values.items())
         fresh = self.make(layer, how, training)
         fresh.load_state_dict({k: v for k, v in values.items() if ".disha." not in k})
         disha.load_adapter(fresh, tmp_path / "a")
