@@ -18,6 +18,7 @@ from disha.layers.weights import base_of
 from disha.model.view import ModelView
 from tests import reference
 from tests.conftest import assert_unchanged, perturb, pickled, snapshot
+from tests.reference import settings_of
 
 UNTILED = tuple(functional.METHODS)
 
@@ -45,10 +46,8 @@ class Row:
         return nn.Sequential(self.make()).to(dtype)
 
     def adapted(self, method, dtype=torch.float64, **options):
-        kind, r_out = ("bone", 2) if method == "tile" else (method, None)
-        model = self.plain(dtype)
-        own = {"target_regex": "^0", **self.options, **options}
-        return disha.inject_adapters(model, r=2, method=kind, r_out=r_out, **own)
+        own = {"target_regex": "^0", **settings_of(method, 2), **self.options, **options}
+        return disha.inject_adapters(self.plain(dtype), r=2, **own)
 
     def input(self, dtype=torch.float64):
         generator = torch.Generator().manual_seed(1)

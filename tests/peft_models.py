@@ -7,7 +7,7 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from disha import ConversionError
+from disha import AdapterFileError, ConversionError
 from tests import language_models
 from tests.conftest import perturb, refused
 
@@ -108,6 +108,14 @@ def refused_export(tmp_path, model, message, kind=ConversionError):
     with refused(model, kind, message):
         yield
     assert list(tmp_path.iterdir()) == []
+
+
+def refused_to_load(folder, form, model, reason, kind=AdapterFileError):
+    """The folder is refused for this reason, and the model stays as it was."""
+    with refused(model, kind) as caught:
+        form.load(model, folder)
+    assert reason in str(caught.value), str(caught.value)
+    assert str(folder) in str(caught.value)
 
 
 def assert_same_folders(first, second):

@@ -24,6 +24,11 @@ KINDS = ("bone", "tile", "bat")
 """The kinds of blocks. Tests that run with each take them from here; `LOOPS` has the methods."""
 
 
+def settings_of(kind, r_out):
+    """Return the settings that make a kind of block; only a tile has an r_out."""
+    return {"method": "bone", "r_out": r_out} if kind == "tile" else {"method": kind}
+
+
 def shard_sum(x, r):
     total = torch.zeros(*x.shape[:-1], r, dtype=x.dtype)
     for i in range(x.shape[-1]):

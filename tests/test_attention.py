@@ -57,8 +57,7 @@ def attention(form="packed", dtype=torch.float64):
 
 
 def inject(model, target, method="bone", r=2, **options):
-    kind, r_out = ("bone", 3) if method == "tile" else (method, None)
-    return disha.inject_adapters(model, target, r, method=kind, r_out=r_out, **options)
+    return disha.inject_adapters(model, target, r, **reference.settings_of(method, 3), **options)
 
 
 def inputs(module, samples=3, length=4, source=5, dtype=torch.float64):

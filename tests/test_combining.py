@@ -116,8 +116,7 @@ class TestSum:
 
         def contents(name, dtype):
             model = disha.inject_adapters(nn.Sequential(nn.Linear(2, 1)), "0", r=2, dtype=dtype)
-            with torch.no_grad():
-                model[0].disha["default"].block.copy_(values)
+            model[0].disha["default"].block.data.copy_(values)
             disha.save_adapter(model, tmp_path / name)
             return tmp_path / name
 
@@ -200,8 +199,7 @@ class TestModel:
 
     def test_values_that_are_not_finite(self, tmp_path):
         model = load_all({"a": save(tmp_path / "a", target_regex="linear")})
-        with torch.no_grad():
-            model.linear.disha["a"].block[0, 0] = float("inf")
+        model.linear.disha["a"].block.data[0, 0] = float("inf")
         with refused(model, AdapterStateError, "not finite"):
             disha.combine_adapters(model, {"a": 1.0}, into="c")
 
@@ -217,7 +215,7 @@ class TestModel:
             disha.combine_adapters(model, {"a": 1.0}, into="c")
 
 
-LINEAR, BOTH = {"target_regex": "linear"}, (1.0, 1.0)
+LINEAR, BOTH, NAN = {"target_regex": "linear"}, (1.0, 1.0), float("nan")
 REFUSED = {
     "another method": ({}, {**LINEAR, "method": "bat"}, BOTH, "different methods or r_out"),
     "another method on another layer": (
@@ -251,12 +249,7 @@ REFUSED = {
         BOTH,
         r"\(conv.bias, conv.weight, embed.weight, and 1 more\)",
     ),
-    "a weight that is none": (
-        LINEAR,
-        LINEAR,
-        (float("nan"), 1.0),
-        "the weight of an adapter.*finite",
-    ),
+    "a weight that is none": (LINEAR, LINEAR, (NAN, 1.0), "the weight of an adapter.*finite"),
     "a weight that is no number": (LINEAR, LINEAR, ("1", 1.0), "number"),
     "a sum that is not finite": (
         {**LINEAR, "dtype": torch.float16},

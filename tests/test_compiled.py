@@ -19,7 +19,7 @@ from torch._inductor.async_compile import AsyncCompile
 from torch._inductor.utils import run_and_get_code
 
 import disha
-from tests.conftest import close, needs_grouped_products, perturb
+from tests.conftest import close, freshly_compiled, needs_grouped_products, perturb
 from tests.test_effective import Reader
 
 
@@ -60,9 +60,8 @@ def compiled(case, *, train=False):
     for adapter in ("a", "b"):
         disha.inject_adapters(model, adapter=adapter, **CASES[case])
     perturb(model)
-    torch._dynamo.reset()
     counter = CompileCounter()
-    return model, torch.compile(model, backend=counter, fullgraph=True), counter
+    return model, freshly_compiled(model, counter), counter
 
 
 def steps(model, folder):
@@ -204,8 +203,7 @@ def test_private_functions_of_torch_see_the_update(method):
     model = Private().bfloat16()
     perturb(disha.inject_adapters(model, "up|normed", r=4, method=method, layouts=layouts))
     blocks, x = list(disha.adapter_parameters(model)), torch.randn(8, 16, dtype=torch.bfloat16)
-    torch._dynamo.reset()
-    found, expected = torch.compile(model, backend="eager", fullgraph=True)(x), model(x)
+    found, expected = freshly_compiled(model)(x), model(x)
     torch.testing.assert_close(found, expected, rtol=5e-2, atol=0.3)
     for one, other in zip(
         *(torch.autograd.grad(y.float().square().sum(), blocks) for y in (found, expected)),

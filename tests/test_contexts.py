@@ -19,7 +19,7 @@ import disha
 from disha.effective import contexts
 from disha.errors import ModeError
 from disha.functional import private_torch
-from tests.conftest import perturb, pickled
+from tests.conftest import freshly_compiled, perturb, pickled
 
 X = torch.linspace(-1, 1, 24, dtype=torch.float64).view(4, 6)
 NAMES = (None, "a", "b", "c")
@@ -108,8 +108,7 @@ def test_threads_with_contexts_of_their_own(model, expected, way):
 
 @pytest.mark.parametrize("way", ["eager", "compiled"])
 def test_tasks_with_contexts_of_their_own(model, expected, way):
-    torch._dynamo.reset()
-    run = model if way == "eager" else torch.compile(model, backend="eager")
+    run = model if way == "eager" else freshly_compiled(model, fullgraph=False)
 
     async def request(number):
         name = NAMES[number % 4]
@@ -328,9 +327,8 @@ class TestCompiled:
         """Return a model, compiled too, the counter of its graphs, and `outputs_of` it."""
         model = net()
         expected = outputs_of(model)
-        torch._dynamo.reset()
         counter = CompileCounter()
-        return model, torch.compile(model, backend=counter, fullgraph=True), counter, expected
+        return model, freshly_compiled(model, counter), counter, expected
 
     def test_disabling_in_one_thread_compiles_nothing_and_others_see_nothing(self):
         model, graph, counter, expected = self.compiled()

@@ -7,6 +7,7 @@ from torch import nn
 import disha
 from disha import ArgumentError, ArgumentTypeError, MergeError, ModeError
 from tests.conftest import Doubled, flags, freshly_compiled, perturb, refused
+from tests.reference import KINDS, settings_of
 
 
 @pytest.fixture
@@ -228,14 +229,13 @@ class TestRoute:
             layer(x)
 
     @pytest.mark.parametrize("positions", [(), (3,), (2, 4)])
-    @pytest.mark.parametrize("method", ["bone", "tile", "bat"])
+    @pytest.mark.parametrize("method", KINDS)
     def test_many_adapters_of_one_size_are_those_run_one_by_one(
         self, method, positions, monkeypatch
     ):
-        kind, r_out = ("bone", 3) if method == "tile" else (method, None)
         layer = nn.Linear(7, 6).double()
         for adapter in "abc":
-            disha.inject_adapters(layer, "^$", 2, method=kind, r_out=r_out, adapter=adapter)
+            disha.inject_adapters(layer, "^$", 2, adapter=adapter, **settings_of(method, 3))
         perturb(layer)
         disha.set_adapter_scale(layer, 0.5, "b")
         names = ["c", None, "a", "b", "c"]

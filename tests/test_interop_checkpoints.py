@@ -385,8 +385,7 @@ class TestRefused:
 
     def test_a_merged_weight_that_is_not_finite_is_found_midway(self, tmp_path):
         setting = Setting(tmp_path, Layered().half(), "proj", shards=4)
-        with torch.no_grad():
-            setting.model.layers[1]["attn"].v_proj.disha["default"].block.fill_(6e4)
+        setting.model.layers[1]["attn"].v_proj.disha["default"].block.data.fill_(6e4)
         disha.save_adapter(setting.model, setting.adapter)
         match = r"layers\.1\.attn\.v_proj.*not be finite in torch\.float16"
         self.refuse(setting, MergeError, match, scale=2.0)

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import disha
-from disha import AdapterFileError
+from disha import AdapterFileError, ConversionError
 from disha.files import disk
 from disha.files.contents import adapter_contents, read_contents, write_contents
 from disha.functional import Layout, bat_delta_weight, bone_delta_weight
@@ -713,35 +713,27 @@ def test_a_trained_lora_is_no_bone_adapter(tmp_path):
         lora.load(model, tmp_path)
 
 
-FIRST = "layers.0.attn.q_proj"
+A, B = (f"layers.0.attn.q_proj.lora_{one}.weight" for one in "AB")
 
 
 @pytest.mark.parametrize(
     ("change", "kind", "message"),
     [
-        (with_fields(peft_type="MISS"), disha.AdapterFileError, "not 'LORA'"),
-        (with_fields(use_dora=True), disha.ConversionError, "uses use_dora"),
-        (with_fields(bias="all"), disha.ConversionError, "uses bias"),
+        (with_fields(peft_type="MISS"), AdapterFileError, "not 'LORA'"),
+        (with_fields(use_dora=True), ConversionError, "uses use_dora"),
+        (with_fields(bias="all"), ConversionError, "uses bias"),
         (
             with_fields(init_lora_weights="pissa_niter_4"),
-            disha.ConversionError,
+            ConversionError,
             "uses init_lora_weights=pissa_niter_4",
         ),
         (with_fields(lora_alpha="8"), AdapterFileError, "lora_alpha: .* must be a number"),
-        (
-            with_tensor(f"{FIRST}.lora_B.weight", lambda t: None),
-            AdapterFileError,
-            "has no pair of factors, .*q_proj",
-        ),
+        (with_tensor(B, lambda t: None), AdapterFileError, "has no pair of factors, .*q_proj"),
         (with_tensor("other", lambda t: torch.ones(1)), AdapterFileError, "is neither lora_A nor"),
+        (with_tensor(A, lambda t: torch.tensor(1.0)), ConversionError, "is not a Bone adapter"),
+        (with_tensor(B, lambda t: t / 0), AdapterFileError, "not finite"),
         (
-            with_tensor(f"{FIRST}.lora_A.weight", lambda t: torch.tensor(1.0)),
-            disha.ConversionError,
-            "is not a Bone adapter",
-        ),
-        (with_tensor(f"{FIRST}.lora_B.weight", lambda t: t / 0), AdapterFileError, "not finite"),
-        (
-            with_tensor(f"{FIRST}.lora_B.weight", lambda t: torch.ones(7, 4)),
+            with_tensor(B, lambda t: torch.ones(7, 4)),
             AdapterFileError,
             "expected 8 -> 7, found 8 -> 8",
         ),

@@ -29,6 +29,7 @@ from disha import (
 )
 from disha.files import disk
 from disha.files.contents import adapter_contents, load_contents, read_contents, write_contents
+from disha.interop import peft as miss
 from disha.interop.peft import export, load, read_folder, write_folder
 from disha.interop.peft_format import anchored, exact_targets
 from disha.model.view import ModelView
@@ -42,6 +43,7 @@ from tests.peft_models import (
     net,
     output,
     perturb_all,
+    refused_to_load,
     rewrite,
     tensors_of,
     with_fields,
@@ -457,12 +459,12 @@ def test_bone_has_no_mini_and_no_biases(tmp_path):
     shutil.copytree(GOLDEN / "peft_bone", tmp_path, dirs_exist_ok=True)
     base = nn.Sequential(nn.Linear(12, 8), nn.Tanh(), nn.Linear(8, 6))
     rewrite(tmp_path, init_weights="mini")
-    _refused(base, tmp_path, "init_weights='mini' is unknown")
+    refused_to_load(tmp_path, miss, base, "init_weights='mini' is unknown", DishaError)
     rewrite(tmp_path, init_weights=True, bias="bone_only")
-    _refused(base, tmp_path, "bias='bone_only'")
+    refused_to_load(tmp_path, miss, base, "bias='bone_only'", DishaError)
     for values, says in (({"r": 0}, "r must be at least 1"), ({"init_weights": []}, "is unknown")):
         rewrite(tmp_path, **{"init_weights": True, "bias": "none", **values})
-        _refused(base, tmp_path, says)
+        refused_to_load(tmp_path, miss, base, says, DishaError)
 
 
 # --- without a model -----------------------------------------------------------------------------
@@ -524,13 +526,6 @@ def test_contents_need_the_base(tmp_path):
 # --- folders from strangers ----------------------------------------------------------------------
 
 
-def _refused(model, folder, reason):
-    with refused(model, DishaError) as caught:
-        load(model, folder)
-    assert reason in str(caught.value), str(caught.value)
-    assert str(folder) in str(caught.value)
-
-
 @pytest.fixture
 def folder(tmp_path):
     """A good folder: Bone on two layers, a module saved whole."""
@@ -590,7 +585,7 @@ BAD = {
 def test_bad_folders_are_refused_and_change_nothing(case, folder):
     change, reason = BAD[case]
     change(folder)
-    _refused(net(), folder, reason)
+    refused_to_load(folder, miss, net(), reason, DishaError)
 
 
 def test_the_good_folder_is_good(folder):

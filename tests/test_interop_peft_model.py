@@ -10,13 +10,22 @@ from peft import LoraConfig, MissConfig, PeftModel, get_peft_model
 from torch import nn
 
 import disha
-from disha import AdapterFileError, ConversionError
+from disha import ConversionError
 from disha.files.contents import adapter_contents
 from disha.interop import lora
 from disha.interop import peft as miss
 from disha.model.view import ModelView
 from tests.conftest import Doubled, Layered, Shared, Tied, perturb, refused
-from tests.peft_models import close, config_of, net, output, perturb_all, rewrite, tensors_of
+from tests.peft_models import (
+    close,
+    config_of,
+    net,
+    output,
+    perturb_all,
+    refused_to_load,
+    rewrite,
+    tensors_of,
+)
 
 FORMATS = {"miss": miss, "lora": lora}
 in_both_formats = pytest.mark.parametrize("form", FORMATS.values(), ids=FORMATS)
@@ -178,13 +187,6 @@ def refused_to_export(folder, form, model, reason):
         form.export(model, folder / "folder")
     assert reason in str(caught.value), str(caught.value)
     assert list(folder.iterdir()) == []
-
-
-def refused_to_load(folder, form, model, reason):
-    with refused(model, AdapterFileError) as caught:
-        form.load(model, folder)
-    assert reason in str(caught.value), str(caught.value)
-    assert str(folder) in str(caught.value)
 
 
 # --- what was trained beside ---------------------------------------------------------------------

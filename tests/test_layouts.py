@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 import disha
 from disha import functional
 from tests import reference
-from tests.conftest import needs_fully_shard, perturb
+from tests.conftest import freshly_compiled, needs_fully_shard, perturb
 from tests.every_pair import UNTILED, DtypeTests, PairTests, Row, close
 
 
@@ -173,15 +173,14 @@ def test_compiled_once_whatever_changes(name, method):
     row = TABLE[name]
     model, x = row.adapted(method, adapter="a"), row.input()
     own = {"target_regex": "^0", **row.options}
-    kind, r_out = ("bone", 2) if method == "tile" else (method, None)
-    perturb(disha.inject_adapters(model, r=2, method=kind, r_out=r_out, adapter="b", **own))
-    torch._dynamo.reset()
+    own |= reference.settings_of(method, 2)
+    perturb(disha.inject_adapters(model, r=2, adapter="b", **own))
     counter = CompileCounter()
 
     def run(x):
         return row.output(model, x)
 
-    compiled = torch.compile(run, backend=counter, fullgraph=row.compiles)
+    compiled = freshly_compiled(run, counter, row.compiles)
     blocks = list(disha.adapter_parameters(model, "b"))
     y = torch.randn_like(run(x))
     close(compiled(x), run(x))

@@ -90,8 +90,7 @@ def dense_weight(layer: nn.Linear) -> torch.Tensor:
 
 
 def inject(model, method, r=4, target="all-linear", **options):
-    kind, r_out = ("bone", 4) if method == "tile" else (method, None)
-    return disha.inject_adapters(model, target, r, method=kind, r_out=r_out, **options)
+    return disha.inject_adapters(model, target, r, **reference.settings_of(method, 4), **options)
 
 
 def adapted(way, method, r=4, **options):
@@ -304,8 +303,7 @@ class TestMixedModel:
 
     def test_values_that_are_not_finite_are_refused(self, way):
         model = inject(Small(way), "bone", target="first|second")
-        with torch.no_grad():
-            model.second.disha["default"].block.fill_(float("inf"))
+        model.second.disha["default"].block.data.fill_(float("inf"))
         with refused(model, MergeError, r"second.weight gives values that are not finite"):
             disha.merge_adapters(model, dense=True)
 

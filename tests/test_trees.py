@@ -21,6 +21,7 @@ from transformers.pytorch_utils import Conv1D
 import disha
 from disha import MergeError
 from tests.conftest import Doubled, assert_same, assert_unchanged, perturb, snapshot
+from tests.reference import KINDS, settings_of
 
 WIDTH, ROWS = 6, 5
 
@@ -145,8 +146,7 @@ class Adapter:
     target: str
 
     def arguments(self) -> dict[str, Any]:
-        method, r_out = ("bone", 2) if self.method == "tile" else (self.method, None)
-        return {"target_regex": self.target, "r": self.r, "method": method, "r_out": r_out}
+        return {"target_regex": self.target, "r": self.r, **settings_of(self.method, 2)}
 
 
 leaves = st.sampled_from(sorted(LEAVES)) | st.tuples(
@@ -161,7 +161,7 @@ trees = st.recursive(
 )
 adapters = st.builds(
     Adapter,
-    method=st.sampled_from(["bone", "tile", "bat"]),
+    method=st.sampled_from(KINDS),
     r=st.integers(1, 3),
     target=st.sampled_from([".", "all-linear", "head|0", "head|conv|table|attention"]),
 )

@@ -77,11 +77,8 @@ def test_an_embedding_goes_from_lora_to_lora_and_back(run, files):
     assert run("convert", second, back, "--to", "disha").code == 0
     again = beside_a_norm()
     disha.load_adapter(again, back)
-    for layer, expected in zip(again[:2], adapted[:2], strict=True):
-        assert torch.equal(
-            layer.delta_weight(layer.disha["default"]),
-            expected.delta_weight(expected.disha["default"]),
-        )
+    for layers in zip(again[:2], adapted[:2], strict=True):
+        assert torch.equal(*(layer.delta_weight(layer.disha["default"]) for layer in layers))
 
 
 def test_running_statistics_in_a_lora_stay_behind_if_asked(run, files):
