@@ -19,6 +19,7 @@ SIZES = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
 }
+SMALLER = {"num_hidden_layers": 1, "num_attention_heads": 2}
 
 
 def llama(**options: object) -> nn.Module:

@@ -40,7 +40,8 @@ def net():
 
 
 def llama():
-    return language_models.llama(hidden_size=12, num_attention_heads=2).double().eval()
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
+    return language_models.llama(hidden_size=12, intermediate_size=20, **heads).double().eval()
 
 
 INPUTS = {

@@ -19,12 +19,13 @@ TOKENS = torch.tensor([[1, 5, 3, 35, 2, 2], [0, 7, 33, 12, 1, 4]])
 
 
 def llama(words=WORDS):
-    tied = {"tie_word_embeddings": True, "initializer_range": 0.2}
+    tied = {**language_models.SMALLER, "tie_word_embeddings": True, "initializer_range": 0.2}
     return language_models.llama(vocab_size=words, **tied).double().eval()
 
 
 def gpt2():
-    return language_models.gpt2(vocab_size=WORDS, bos_token_id=0, eos_token_id=0).double().eval()
+    options = {"n_layer": 1, "bos_token_id": 0, "eos_token_id": 0}
+    return language_models.gpt2(vocab_size=WORDS, **options).double().eval()
 
 
 def dense_like(model, make):

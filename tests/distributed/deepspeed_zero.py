@@ -5,6 +5,7 @@ DeepSpeed is imported in the checks: the tests are also collected where it can't
 
 import copy
 import warnings
+from functools import partial
 
 import pytest
 import torch
@@ -13,11 +14,13 @@ from torch import nn
 
 import disha
 from benchmarks.four_bits import quantise
+from tests import language_models
 from tests.distributed.harness import own_part
-from tests.language_models import llama, mixtral
 from tests.processes import RANKS
 
 STAGES = (2, 3)
+llama = partial(language_models.llama, **language_models.SMALLER)
+mixtral = partial(language_models.mixtral, **language_models.SMALLER)
 
 
 def adapted(model, **options):
