@@ -137,7 +137,6 @@ def snapshot(model: nn.Module) -> dict[str, object]:
         "classes": {name: type(module) for name, module in model.named_modules()},
         "objects": {name: id(module) for name, module in model.named_modules()},
         "parameters": {name: id(p) for name, p in model.named_parameters()},
-        "buffers": {name: id(buffer) for name, buffer in model.named_buffers()},
         "hooks": {
             name: (*module._forward_hooks, *module._forward_pre_hooks)
             for name, module in model.named_modules()

@@ -25,7 +25,7 @@ from disha.interop.checkpoints import (
     misfits,
     open_checkpoint,
 )
-from tests.conftest import Layered, perturb
+from tests.conftest import Layered, assert_same, perturb
 from tests.language_models import gpt2, llama
 from tests.test_experts import build
 
@@ -97,13 +97,6 @@ def base_state(model):
     return {name: value for name, value in state if "disha" not in name.split(".")}
 
 
-def assert_same_bits(found, expected):
-    assert found.keys() == expected.keys()
-    for name, value in expected.items():
-        assert found[name].dtype == value.dtype, name
-        assert torch.equal(found[name], value), name
-
-
 class Setting:
     """A base checkpoint, an adapter file, and what merging in memory makes of the two."""
 
@@ -164,7 +157,7 @@ class TestMergingIsWhatMergingInMemoryIs:
         setting = Setting(tmp_path, Zoo().to(dtype), target, **arguments)
         report = setting.merge()
         before, merged = tensors_in(setting.base), tensors_in(setting.out)
-        assert_same_bits(merged, setting.merged_in_memory())
+        assert_same(merged, setting.merged_in_memory())
         changed = {name for name in merged if not torch.equal(merged[name], before[name])}
         assert len(report.layers) >= len(changed) >= 5
         assert "norm.weight" not in changed
@@ -181,19 +174,19 @@ class TestMergingIsWhatMergingInMemoryIs:
             assert out.is_file()
         expected = setting.merged_in_memory()
         assert os.listdir(setting.out) == ["model.safetensors"]
-        assert_same_bits(tensors_in(setting.out), expected)
-        assert_same_bits(load_file(tmp_path / "whole-merged.safetensors"), expected)
-        assert_same_bits(load_file(tmp_path / "base-merged.safetensors"), expected)
+        assert_same(tensors_in(setting.out), expected)
+        assert_same(load_file(tmp_path / "whole-merged.safetensors"), expected)
+        assert_same(load_file(tmp_path / "base-merged.safetensors"), expected)
 
     def test_a_model_that_is_itself_one_linear(self, tmp_path):
         setting = Setting(tmp_path, nn.Linear(4, 3), shards=1)
         setting.merge()
-        assert_same_bits(tensors_in(setting.out), setting.merged_in_memory())
+        assert_same(tensors_in(setting.out), setting.merged_in_memory())
 
     def test_scale_in_place_of_the_adapters(self, setting):
         setting.merge(scale=-0.25)
         disha.set_adapter_scale(setting.model, -0.25)
-        assert_same_bits(tensors_in(setting.out), setting.merged_in_memory())
+        assert_same(tensors_in(setting.out), setting.merged_in_memory())
 
     def test_parameters_saved_beside_the_blocks(self, tmp_path):
         model = Layered().bfloat16()
@@ -204,7 +197,7 @@ class TestMergingIsWhatMergingInMemoryIs:
         disha.save_adapter(model, setting.adapter)
         report = setting.merge()
         assert "head.weight" in report.replaced
-        assert_same_bits(tensors_in(setting.out), setting.merged_in_memory())
+        assert_same(tensors_in(setting.out), setting.merged_in_memory())
 
     def test_parameters_beside_the_blocks_stay_the_bases_if_asked(self, tmp_path):
         model = Layered()
@@ -218,7 +211,7 @@ class TestMergingIsWhatMergingInMemoryIs:
         assert report.replaced == ()
         assert not torch.equal(expected["head.weight"], before["head.weight"])
         beside = {name for name in merged if "norm" in name or name == "head.weight"}
-        assert_same_bits(merged, expected | {name: before[name] for name in beside})
+        assert_same(merged, expected | {name: before[name] for name in beside})
 
 
 class TestWhatIsWritten:
@@ -285,7 +278,7 @@ class TestWhatIsWritten:
             (snapshot / path.name).symlink_to(f"../../blobs/blob{number}")
         merge_into_checkpoint(snapshot, setting.adapter, setting.out)
         assert (setting.out / "config.json").read_text() == "{}"
-        assert_same_bits(tensors_in(setting.out), setting.merged_in_memory())
+        assert_same(tensors_in(setting.out), setting.merged_in_memory())
 
 
 class TestNames:
@@ -300,7 +293,7 @@ class TestNames:
         setting.merge()
         expected = setting.merged_in_memory()
         found = tensors_in(setting.out)
-        assert_same_bits(
+        assert_same(
             found, {f"{new}{name.removeprefix(old)}": value for name, value in expected.items()}
         )
         return setting
@@ -318,7 +311,7 @@ class TestNames:
         twin = {f"twin.{name}": torch.zeros_like(value) for name, value in state.items()}
         save_sharded(state | twin, setting.base, 2)
         setting.merge()
-        assert_same_bits(tensors_in(setting.out), setting.merged_in_memory() | twin)
+        assert_same(tensors_in(setting.out), setting.merged_in_memory() | twin)
 
     def test_two_prefixes_that_lead_to_all_are_refused(self, tmp_path):
         setting = Setting(tmp_path, Layered())
@@ -359,7 +352,7 @@ class TestRefused:
         setting.merge(force=True)
         expected = setting.model
         expected.head.weight.data = tensors_in(setting.base)["head.weight"].clone()
-        assert_same_bits(tensors_in(setting.out), setting.merged_in_memory())
+        assert_same(tensors_in(setting.out), setting.merged_in_memory())
 
     def test_merging_twice(self, setting):
         setting.merge()
@@ -407,7 +400,7 @@ class TestRefused:
         if tied:
             self.refuse(setting, MergeError, "tie_word_embeddings")
         setting.merge(force=tied)
-        assert_same_bits(tensors_in(setting.out), setting.merged_in_memory())
+        assert_same(tensors_in(setting.out), setting.merged_in_memory())
 
     def test_a_tied_weight_that_is_stored_twice(self, tmp_path):
         model = Layered()
@@ -484,14 +477,14 @@ class TestTarget:
         (setting.out / "notes.txt").write_text("mine")
         setting.merge(scale=0.0, overwrite=True)
         assert not (setting.out / "notes.txt").exists()
-        assert_same_bits(tensors_in(setting.out), tensors_in(setting.base))
+        assert_same(tensors_in(setting.out), tensors_in(setting.base))
         assert setting.listing() == ["adapter.safetensors", "base", "merged"]
 
     def test_a_file_is_replaced_when_told(self, setting):
         setting.out = setting.folder / "out.safetensors"
         setting.out.write_text("mine")
         setting.merge(overwrite=True)
-        assert_same_bits(load_file(setting.out), setting.merged_in_memory())
+        assert_same(load_file(setting.out), setting.merged_in_memory())
 
 
 class TestFailure:
@@ -507,7 +500,7 @@ class TestFailure:
         monkeypatch.setattr(checkpoints, "save_file", full)
         with pytest.raises(AdapterIOError, match="No space left"):
             setting.merge(overwrite=True)
-        assert_same_bits(tensors_in(setting.out), before)
+        assert_same(tensors_in(setting.out), before)
         assert setting.listing() == ["adapter.safetensors", "base", name]
 
     def test_the_next_clears_what_a_killed_one_left(self, setting):
@@ -536,7 +529,7 @@ class TestFailure:
             monkeypatch.setattr(os, name, partial(first_fails, getattr(os, name)))
         with pytest.raises(AdapterIOError, match="Input/output error"):
             setting.merge(scale=0.0, overwrite=True)
-        assert_same_bits(tensors_in(setting.out), before)
+        assert_same(tensors_in(setting.out), before)
         assert setting.listing() == ["adapter.safetensors", "base", "merged"]
 
     def test_no_folder_to_write_into(self, setting):
@@ -620,7 +613,7 @@ class TestTransformers:
         return loaded, save
 
     def assert_same_model(self, loaded, model):
-        assert_same_bits(loaded.state_dict(), base_state(model))
+        assert_same(loaded.state_dict(), base_state(model))
         tokens = torch.arange(8).view(1, 8)
         model.eval()
         assert torch.equal(loaded(tokens)[0], model(tokens)[0])
@@ -686,7 +679,7 @@ class TestExpertsStoredOneByOne:
         merge_in(tmp_path)
         disha.merge_adapters(model)
         model.save_pretrained(tmp_path / "expected", state_dict=base_state(model))
-        assert_same_bits(tensors_in(tmp_path / "merged"), tensors_in(tmp_path / "expected"))
+        assert_same(tensors_in(tmp_path / "merged"), tensors_in(tmp_path / "expected"))
         assert not torch.equal(*(
             next(value for key, value in tensors_in(tmp_path / folder).items() if ".1.w3" in key
                  or ".1.up_proj" in key)
@@ -770,5 +763,5 @@ def test_memory_is_that_of_some_shards(tmp_path, method, shards):
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     print(f"{method}, {shards} shards: {float(done.stdout):.1f} MiB")  # shown by pytest -rP
     assert float(done.stdout) < 40
-    assert_same_bits(tensors_in(tmp_path / "large" / "merged"), setting.merged_in_memory())
+    assert_same(tensors_in(tmp_path / "large" / "merged"), setting.merged_in_memory())
     shutil.rmtree(tmp_path)  # pytest would keep it for a while

@@ -568,11 +568,12 @@ class TestLawsOverOpaqueBases:
 
     def test_removal_restores_everything(self, name, x):
         layer = base(name)
-        expected, before = layer(x), snapshot(layer)
+        expected, before, buffers = layer(x), snapshot(layer), dict(layer.named_buffers())
         perturb(inject(layer, "bone", r=6))
         layer(x)
         disha.remove_adapters(layer)
         assert_unchanged(layer, before)
+        assert all(layer.get_buffer(name) is buffer for name, buffer in buffers.items())
         assert torch.equal(layer(x), expected)
 
     def test_copies_and_pickles(self, name, x):
@@ -613,8 +614,10 @@ def test_bat_over_a_weight_that_can_be_read(name):
 @pytest.mark.parametrize("name", sorted(BASES.keys() - READABLE))
 def test_bat_over_a_weight_that_can_not_be_read(name):
     model = nn.Sequential(base(name), nn.Linear(OUT, 4))
+    buffers = dict(model.named_buffers())
     with refused(model, TargetError, r"is quantised .*as method 'bat' requires.*'bone'"):
         disha.inject_adapters(model, "0", 6, method="bat")
+    assert all(model.get_buffer(name) is buffer for name, buffer in buffers.items())
     assert disha.plan_adapters(model, "all-linear", 6, method="bat").skipped[0].name == "0"
     with pytest.raises(ArgumentError, match="can't be read as numbers"):
         _ = inject(model, "bone")[0].base_weight

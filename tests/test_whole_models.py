@@ -23,7 +23,7 @@ from torchvision.models.swin_transformer import (
 )
 
 import disha
-from tests.conftest import assert_unchanged, perturb, snapshot
+from tests.conftest import assert_same, assert_unchanged, perturb, snapshot
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:enable_nested_tensor is True:UserWarning"),
@@ -90,10 +90,6 @@ class Case:
         assert actual.dtype == expected.dtype
         assert actual.isfinite().all()
         assert (actual - expected).abs().max() <= limit
-
-
-def assert_equal(actual: torch.Tensor, expected: torch.Tensor) -> None:
-    assert torch.equal(actual, expected)
 
 
 def fan_in(parameter: nn.Parameter) -> int:
@@ -383,7 +379,7 @@ class TestWholeModel:
         case.inject(model, method, freeze=False)
         layers = [row.name for row in disha.summary(model).layers]
         assert all(any(part in layer for layer in layers) for part in case.expected), layers
-        agree = case.close if case.fused else assert_equal
+        agree = case.close if case.fused else assert_same
         agree(case.output(model), with_gradients)
         with torch.no_grad():
             agree(case.output(model), without)

@@ -9,6 +9,7 @@ import disha
 from disha.files.contents import read_contents
 from disha.interop import lora, peft
 from tests.cli.conftest import DOWN, Q, model
+from tests.conftest import assert_same
 
 
 def deltas(path, load=disha.load_adapter):
@@ -19,11 +20,6 @@ def deltas(path, load=disha.load_adapter):
     return {
         name: layer.delta_weight(layer.disha["default"]).detach() for name, layer in layers.items()
     }
-
-
-def equal(found, expected):
-    assert found.keys() == expected.keys()
-    return all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 def contents(path):
@@ -40,16 +36,16 @@ def test_to_peft_and_back(run, files, injected):
     done = run("convert", a, folder, "--to", "peft")
     assert (done.code, done.err) == (0, "")
     assert done.out == f"{a} -> {folder} (peft): 2 layers\n"
-    assert equal(deltas(folder, peft.load), deltas(a))
+    assert_same(deltas(folder, peft.load), deltas(a))
     assert run("convert", folder, back, "--to", "disha", "--base", files.base()).code == 0
-    assert equal(deltas(back), deltas(a))
+    assert_same(deltas(back), deltas(a))
 
 
 def test_bat_leaves_its_dropout_behind_for_peft_when_asked(run, complaint, files):
     a, folder = files.adapter(method="bat", dropout=0.1), files.path / "peft"
     assert "dropout" in complaint("convert", a, folder, "--to", "peft")
     assert run("convert", a, folder, "--to", "peft", "--dropout", 0.0).code == 0
-    assert equal(deltas(folder, peft.load), deltas(a))
+    assert_same(deltas(folder, peft.load), deltas(a))
 
 
 def test_to_lora_and_back(run, files):
@@ -59,7 +55,7 @@ def test_to_lora_and_back(run, files):
     assert contents(files.path / "again") == contents(folder)
     done = run("convert", folder, back, "--to", "disha")
     assert done.out == f"{folder} -> {back} (disha): 2 layers\n"
-    assert equal(deltas(back), deltas(a))
+    assert_same(deltas(back), deltas(a))
 
 
 def beside_a_norm():
@@ -96,7 +92,7 @@ def test_from_peft_to_lora(run, files):
     a, folder, out = files.adapter(), files.path / "peft", files.path / "lora"
     run("convert", a, folder, "--to", "peft")
     assert run("convert", folder, out, "--to", "lora", "--base", files.base()).code == 0
-    assert equal(deltas(out, lora.load), deltas(a))
+    assert_same(deltas(out, lora.load), deltas(a))
 
 
 def test_bat_is_cut_and_the_error_told(run, files):
@@ -139,7 +135,7 @@ def test_an_adapter_of_the_inner_model_finds_its_base(run, files):
     run("convert", a, folder, "--to", "peft")
     back, cut = files.path / "back", files.path / "lora"
     assert run("convert", folder, back, "--to", "disha", "--base", base).code == 0
-    assert equal(deltas(back), deltas(a))
+    assert_same(deltas(back), deltas(a))
     assert run("convert", a, cut, "--to", "lora", "--base", base, "--rank", 8).code == 0
 
 
@@ -200,7 +196,7 @@ def test_what_is_there_stays_unless_told(run, complaint, files):
     assert run("convert", a, out, "--to", "peft", "--overwrite").code == 2  # a file, no folder
     assert out.read_text() == "mine"
     assert run("convert", a, out, "--to", "disha", "--overwrite").code == 0
-    assert equal(deltas(out), deltas(a))
+    assert_same(deltas(out), deltas(a))
 
 
 def folder_of(files, content):

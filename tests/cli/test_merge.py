@@ -6,6 +6,7 @@ from torch import nn
 import disha
 from disha.finetune.base import load_base
 from tests.cli.conftest import model
+from tests.conftest import assert_same
 
 
 def merged(path, scale=None):
@@ -17,24 +18,19 @@ def merged(path, scale=None):
     return adapted.state_dict()
 
 
-def same(found, expected):
-    assert found.keys() == expected.keys()
-    return all(torch.equal(found[key], expected[key]) for key in expected)
-
-
 def test_a_folder_becomes_a_folder(run, files):
     base, adapter, out = files.base(config={"heads": 2}), files.adapter(), files.path / "out"
     done = run("merge", base, adapter, out)
     assert (done.code, done.err) == (0, "")
     assert done.out.startswith(f"{out}: 2 layers merged")
-    assert same(load_file(out / "model.safetensors"), merged(adapter))
+    assert_same(load_file(out / "model.safetensors"), merged(adapter))
     assert (out / "config.json").read_text() == (base / "config.json").read_text()
 
 
 def test_a_file_with_another_scale(run, files):
     base, adapter, out = files.base(), files.adapter(), files.path / "out.safetensors"
     assert run("merge", base / "model.safetensors", adapter, out, "--scale", 0.5).code == 0
-    assert same(load_file(out), merged(adapter, 0.5))
+    assert_same(load_file(out), merged(adapter, 0.5))
 
 
 def test_further_parameters_are_left_alone_if_asked(run, files):
@@ -60,7 +56,7 @@ def test_the_base_that_the_file_notes_is_found(run, language_model, tmp_path):
     expected, _ = load_base(str(language_model / "model"))
     disha.load_adapter(expected, adapter)
     disha.merge_adapters(expected, unload=True)
-    assert same(found.state_dict(), expected.state_dict())
+    assert_same(found.state_dict(), expected.state_dict())
 
 
 def test_a_base_that_is_a_name_takes_the_same_flags(run, language_model, tmp_path, monkeypatch):
@@ -76,7 +72,7 @@ def test_a_base_that_is_a_name_takes_the_same_flags(run, language_model, tmp_pat
     disha.load_adapter(expected, adapter, also_train=False)
     disha.set_adapter_scale(expected, 0.5)
     disha.merge_adapters(expected, unload=True)
-    assert same(load_base(str(out))[0].state_dict(), expected.state_dict())
+    assert_same(load_base(str(out))[0].state_dict(), expected.state_dict())
 
 
 def test_another_base_that_is_a_name_is_refused_too(
