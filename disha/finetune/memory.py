@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from typing import Any
 
+from disha.finetune.trainer import score_learned_positions
 from disha.functional.private_torch import FAKE_MODE, memory_tracker, required
 from disha.sharding.tensors import local_part
 
 
 def print_memory(trainer: Any) -> None:
     """Print what a step of the first batch needs on a device, as if every token were learned."""
+    score_learned_positions(False)  # because which they are is a question of values
     batch = next(iter(trainer.get_train_dataloader()))
     if trainer.args.gradient_checkpointing:
         trainer.model.gradient_checkpointing_enable(trainer.args.gradient_checkpointing_kwargs)
