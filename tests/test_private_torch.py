@@ -100,12 +100,19 @@ def classified():
             value = getattr(owner, name)
             for end in ("", ".__get__", ".__set__"):
                 func = getattr(value, end.lstrip("."), None) if end else value
-                if getattr(func, "__hash__", None) and func in RULES:
+                if has_rule(func):
                     named.add(func)
                     made = getattr(RULES[func], "func", RULES[func])  # of a partial function
                     found[f"{prefix}.{name}{end}"] = made.__module__.split(".")[-1]
     assert {func for func in RULES if not isinstance(func, str)} == named | {torch.__hash__}
     return found
+
+
+def has_rule(func):
+    try:
+        return func in RULES
+    except TypeError:  # it can't be hashed, such as a dict, so it has none
+        return False
 
 
 def kept():
