@@ -130,7 +130,8 @@ def _is_bad_input(error: BaseException) -> bool:
 
 
 def _show_warning(message: Warning | str, category: type[Warning], *place: Any) -> None:
-    if not issubclass(category, (DeprecationWarning, FutureWarning)):  # these are for programmers
+    for_programmers = (DeprecationWarning, FutureWarning, SyntaxWarning)
+    if not issubclass(category, for_programmers):
         _complain(f"warning: {message}")
 
 

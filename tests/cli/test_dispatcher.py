@@ -175,6 +175,7 @@ def test_a_warning_is_one_line(run, command):
     def warn(words):
         warnings.warn("the base is another", AdapterFileWarning, stacklevel=1)
         warnings.warn("for programmers", FutureWarning, stacklevel=1)
+        warnings.warn("of source that is compiled now", SyntaxWarning, stacklevel=1)
 
     command(warn)
     done = run("it")
