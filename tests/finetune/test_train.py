@@ -421,7 +421,9 @@ def test_only_learned_positions_are_scored_on_a_cpu(words, finetune, tmp_path, m
         state = json.loads((tmp_path / name / "checkpoint-8/trainer_state.json").read_text())
         metrics = {"loss", "eval_loss", "entropy", "eval_entropy", "mean_token_accuracy"}
         logged = [log[key] for log in state["log_history"] for key in metrics & log.keys()]
-        return result.blocks(), logged, counter.get_total_flops()
+        counts = counter.get_flop_counts()["Global"].items()  # torch 2.15 counts attention too
+        products = sum(count for operation, count in counts if "attention" not in str(operation))
+        return result.blocks(), logged, products
 
     blocks, logged, work = run("learned")
     monkeypatch.setattr(trainer, "_score_learned_positions", lambda: None)
@@ -440,7 +442,7 @@ def test_new_tokens(finetune, tmp_path, tied, capsys):
     answers = tmp_path / "rows.jsonl"
     thought = [{**row, "response": f"<think>{row['response']}</think>"} for row in rows()]
     words = ["--data", write_rows(answers, thought), "--new_tokens", "<think>", "</think>"]
-    words += ["--max_steps", 60, "--save_steps", 30, "--learning_rate", 0.02, "--merge"]
+    words += ["--max_steps", 60, "--save_steps", 30, "--learning_rate", 0.005, "--merge"]
     result = finetune(tmp_path / "out", *words, base=base)
     path, (size, _) = str(result.adapter), (load_base(str(base))[0].lm_head.weight.shape)
     assert result.report["proof"]["loaded"] == pytest.approx(result.report["proof"]["trained"])
