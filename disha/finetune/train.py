@@ -33,10 +33,10 @@ from disha.finetune.base import (
     template_at,
 )
 from disha.finetune.data import formed, load_rows, masks_answers, mixed
-from disha.finetune.memory import print_memory
 from disha.finetune.merging import merge_base, require_mergeable
 from disha.finetune.report import MERGED, RESULTS, Outcome, facts_of, logged, prove, write_report
-from disha.finetune.trainer import Trainer
+from disha.finetune.trainer import Trainer, score_learned_positions
+from disha.integrations.memory import step_memory
 from disha.integrations.transformers import AdapterCheckpoints
 
 PROMPT_KEY = "prompt"
@@ -253,7 +253,20 @@ def _preview(trainer: Trainer) -> None:
     print(_marked(row["input_ids"], row["labels"], trainer.processing_class))
     *_, steps = trainer.set_initial_training_values(trainer.args, trainer.get_train_dataloader())
     print(f"\n{steps} steps; one needs on each device, simulated:")
-    print_memory(trainer)
+    for part, size in _memory(trainer).items():
+        print(f"{part:12}{size / 2**20:10,.1f} MiB")
+
+
+def _memory(trainer: Trainer) -> dict[str, int]:
+    """Return what a step of the first batch needs on a device, as if every token were learned."""
+    score_learned_positions(False)  # because which they are is a question of values
+    batch = next(iter(trainer.get_train_dataloader()))
+    if trainer.args.gradient_checkpointing:
+        trainer.model.gradient_checkpointing_enable(trainer.args.gradient_checkpointing_kwargs)
+    model, optimizer = trainer.accelerator.prepare(
+        trainer.model.train(), trainer.create_optimizer()
+    )
+    return step_memory(model, optimizer, lambda: model(**batch, fused_lm_head=True).log_probs.sum())
 
 
 def _marked(ids: list[int], labels: list[int], tokenizer: Any) -> str:

@@ -313,7 +313,7 @@ class TestCourse:
             *("weights", "adapter", "gradients", "optimizer", "activations", "peak")
         ]
         assert 0 < sharded["weights"] <= whole["weights"] / 4
-        assert sharded["peak"] > sharded["activations"] > sharded["weights"]
+        assert sharded["peak"] >= sharded["activations"] > sharded["weights"]  # in tenths of a MiB
 
 
 class TestOutputFolder:
@@ -426,7 +426,7 @@ def test_only_learned_positions_are_scored_on_a_cpu(words, finetune, tmp_path, m
         return result.blocks(), logged, products
 
     blocks, logged, work = run("learned")
-    monkeypatch.setattr(trainer, "_score_learned_positions", lambda: None)
+    monkeypatch.setattr(trainer, "score_learned_positions", lambda alone: None)
     monkeypatch.setattr(trl_utils, "_use_triton", lambda device: False)
     monkeypatch.setattr(trl_utils, "_CHUNKED_LOGPROB_CHUNK_SIZE", 32768)
     all_blocks, all_logged, all_work = run("all")

@@ -7,36 +7,40 @@ in a group that communicates nothing.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
-from disha.finetune.trainer import score_learned_positions
+from torch import Tensor, nn
+
 from disha.functional.private_torch import FAKE_MODE, memory_tracker, required
 from disha.sharding.tensors import local_part
 
 
-def print_memory(trainer: Any) -> None:
-    """Print what a step of the first batch needs on a device, as if every token were learned."""
-    score_learned_positions(False)  # because which they are is a question of values
-    batch = next(iter(trainer.get_train_dataloader()))
-    if trainer.args.gradient_checkpointing:
-        trainer.model.gradient_checkpointing_enable(trainer.args.gradient_checkpointing_kwargs)
-    model, optimizer = trainer.accelerator.prepare(
-        trainer.model.train(), trainer.create_optimizer()
-    )
+def step_memory(model: nn.Module, optimizer: Any, loss_of: Callable[[], Tensor]) -> dict[str, int]:
+    """Return the bytes of a training step on this device, by what they are for.
+
+    The values of the model stay as they are.
+
+    Args:
+        model: the model, with its adapters.
+        optimizer: its optimizer.
+        loss_of: runs the model, and returns the loss; what it computes has no values.
+    """
     fake = required(FAKE_MODE)(allow_non_fake_inputs=True)
     # These stand for the weights in all operations. While they live, each weight is counted once.
     weights = [fake.from_tensor(local_part(weight)) for weight in model.parameters()]
     with fake, memory_tracker() as tracker:
         tracker.track_external(weights)
-        model(**batch, fused_lm_head=True).log_probs.sum().backward()
+        loss_of().backward()  # type: ignore[no-untyped-call]
         [peak] = tracker.get_tracker_snapshot("peak").values()
         optimizer.step()  # which makes its state; from then on, each step has it too
         [after] = tracker.get_tracker_snapshot().values()
     trained = sum(weight.nbytes for weight in weights if weight.requires_grad)
-    print(
-        f"weights     {(peak['Other'] - trained) / 2**20:10,.1f} MiB\n"
-        f"adapter     {trained / 2**20:10,.1f} MiB\ngradients   {trained / 2**20:10,.1f} MiB\n"
-        f"optimizer   {after['Optstate'] / 2**20:10,.1f} MiB\n"
-        f"activations {(peak['Total'] - peak['Other'] - trained) / 2**20:10,.1f} MiB\n"
-        f"peak        {(peak['Total'] + after['Optstate']) / 2**20:10,.1f} MiB"
-    )
+    return {
+        "weights": peak["Other"] - trained,
+        "adapter": trained,
+        "gradients": trained,
+        "optimizer": after["Optstate"],
+        "activations": peak["Total"] - peak["Other"] - trained,
+        "peak": peak["Total"] + after["Optstate"],
+    }
