@@ -303,7 +303,7 @@ def update_of_part(
     whole = [(0, size) for size in shape]
     if layout.has_kernel:
         return [update] if list(part) == whole else None
-    axes = zip(layout.axes, part, whole)
+    axes = zip(layout.axes, part, whole, strict=True)
     cut = {axis: own for axis, own, all_of_it in axes if own != all_of_it}
     if "expert" in cut:
         update = update.select_matrices(slice(*cut["expert"]))
