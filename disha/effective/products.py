@@ -11,7 +11,7 @@ from torch import Tensor
 
 from disha import functional
 from disha.effective.rules import RULES, Operation, rule, rules
-from disha.effective.views import is_index, item_of, turned
+from disha.effective.views import is_index, item_of, transposed
 from disha.effective.weight import EffectiveWeight, compute_first
 from disha.functional.private_torch import GROUPED
 
@@ -46,12 +46,12 @@ def _matmul(input: Any, other: Any) -> Any:
         return NotImplemented if isinstance(other, EffectiveWeight) else _weight_first(input, other)
     if not _is_dense(input):
         return NotImplemented
-    transposed = turned(other)
+    matrices = transposed(other)
     if other.base.dim() == 2:
-        return linear_product(input, transposed)
+        return linear_product(input, matrices)
     updates = other.updates.of_all_samples
     if other.weight_layout.pattern == "expert in out" and input.dim() == 3 and updates is not None:
-        return functional.adapted_stack(input, transposed.base, updates)
+        return functional.adapted_stack(input, matrices.base, updates)
     return NotImplemented
 
 
@@ -73,7 +73,7 @@ def _weight_first(weight: EffectiveWeight, x: Tensor) -> Any:
             return torch.matmul(w, x.mT)
 
         return functional.adapted_product(multiply, x.mT, base, None, layout, updates)
-    return _matmul(x.mT, turned(weight)).mT
+    return _matmul(x.mT, transposed(weight)).mT
 
 
 @rule("addmm")
@@ -82,7 +82,7 @@ def _addmm(input: Any, mat1: Any, mat2: Any, *, beta: float = 1, alpha: float = 
         return NotImplemented
     if isinstance(mat1, EffectiveWeight) or input.dim() != 1 or (beta, alpha) != (1, 1):
         return NotImplemented
-    return linear_product(mat1, turned(mat2), input)
+    return linear_product(mat1, transposed(mat2), input)
 
 
 @rules(GROUPED)
@@ -96,7 +96,7 @@ def _grouped(
         return NotImplemented
     if more or any(value is not None for value in named.values()) or offs is None:
         return NotImplemented
-    return functional.adapted_grouped(multiply, input, turned(weight).base, offs, updates)
+    return functional.adapted_grouped(multiply, input, transposed(weight).base, offs, updates)
 
 
 def _grouped_of_transformers(*args: Any, **kwargs: Any) -> Tensor:

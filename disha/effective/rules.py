@@ -1,6 +1,7 @@
 """The tables of rules: what each operation does with an effective weight.
 
 A rule is a function with its operations in a decorator above it. The tables build themselves.
+`torch.compile` traces rules, so a rule does only what dynamo can trace.
 """
 
 from __future__ import annotations

@@ -24,7 +24,8 @@ def _mapped(weight: EffectiveWeight, base: Tensor, layout: Layout, change: Chang
 
 
 @rule("mT")
-def turned(weight: Any) -> Any:
+def transposed(weight: Any) -> Any:
+    """View the transposed matrices; NotImplemented if that is no layout."""
     layout = weight.weight_layout.turned()
     if layout is None:
         return NotImplemented
@@ -33,14 +34,14 @@ def turned(weight: Any) -> Any:
 
 @rule("t T")
 def _t(weight: Any) -> Any:
-    return turned(weight) if weight.base.dim() == 2 else NotImplemented
+    return transposed(weight) if weight.base.dim() == 2 else NotImplemented
 
 
 @rule("transpose swapdims swapaxes")
 def _transpose(weight: Any, *dims: int, **named: int) -> Any:
     ndim = weight.base.dim()
     swapped = {dim % ndim for dim in (*dims, *named.values())}
-    return turned(weight) if swapped == {ndim - 2, ndim - 1} else NotImplemented
+    return transposed(weight) if swapped == {ndim - 2, ndim - 1} else NotImplemented
 
 
 _INDEX_DTYPES = (torch.int64, torch.int32)
@@ -57,7 +58,7 @@ def is_index(index: Any) -> bool:
 def item_of(weight: Any, index: Any) -> Any:
     """Return one or several matrices of a stack, or rows of a matrix."""
     layout, base = weight.weight_layout, weight.base
-    if layout.expert_dim == 0 and (is_index(index) or isinstance(index, slice)):
+    if layout.experts_first and (is_index(index) or isinstance(index, slice)):
         return _selected(weight, index)
     if layout.pattern == "out in" and isinstance(index, slice):
         start, stop, step = index.indices(base.shape[0])
@@ -109,7 +110,7 @@ def in_parts(weight: Any, bases: Sequence[Tensor]) -> Any:
 @rule("unbind")
 def _unbind(weight: Any, dim: int = 0) -> Any:
     layout = weight.weight_layout
-    if dim or layout.expert_dim != 0:
+    if dim or not layout.experts_first:
         return NotImplemented
     updates = weight.updates.of_all_samples
     if not updates:
@@ -121,7 +122,9 @@ def _unbind(weight: Any, dim: int = 0) -> Any:
 
 @rule("index_select select")
 def _select(weight: Any, dim: int, index: Any) -> Any:
-    return item_of(weight, index) if dim == 0 == weight.weight_layout.expert_dim else NotImplemented
+    if dim or not weight.weight_layout.experts_first:
+        return NotImplemented
+    return item_of(weight, index)
 
 
 @rules("to type type_as float double half bfloat16 contiguous")

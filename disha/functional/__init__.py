@@ -6,6 +6,9 @@ shards share one small trainable block D. The shard sum of an input x (..., in) 
 cropped afterwards. A runtime scale s multiplies the update dW. All functions are differentiable,
 and none takes a module.
 
+From a layer to its update: the layer makes an `Update` of each acting block. `products` takes it,
+and asks its `Method` for dW or for a factor of it. `Layout` tells the method what the matrices are.
+
 Read in this order: `shard_sums` cuts dimensions, `bone` and `bat` have the formulas, `layouts` says
 which axes of a weight are its matrices, `methods` is the table of methods and layouts, and
 `products` multiplies an input by a weight and its updates.

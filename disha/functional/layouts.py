@@ -13,11 +13,13 @@ pattern does, and converts between the weight and its matrices:
     "expert in out"      (expert, out, in)              experts that are used as x @ W
 
 `Layout` knows three names: `expert` counts the matrices that a module chooses from, `index` is an
-input that is looked up, and `*kernel`, always last, stands for all the remaining axes.
+input that is looked up, and `*kernel` stands for all the remaining axes. So far, it is last.
 
-To add a layout: add its pattern to `PATTERNS`, and change `geometry`, `shape`, `matrices` and
-`weight` of `Layout`. Until a rule of `disha.effective` knows the pattern, products compute the
-effective weight.
+To add a layout, add its pattern to `PATTERNS`, and to `_TURNED` if `PATTERNS` has the layout of
+`weight.mT`. Two inverse pairs of `Layout` know where each axis is: `geometry` and `shape`,
+`matrices` and `weight`. The rest goes by the names of the axes: `has_kernel`, `in_first`,
+`of_one_expert`, `reason_against_shape`, and `update_of_part` in `products`. Until a rule of
+`disha.effective` knows the pattern, products compute the effective weight.
 """
 
 from __future__ import annotations
@@ -112,8 +114,13 @@ class Layout:
 
     @property
     def has_kernel(self) -> bool:
-        """Whether it is the layout of a convolution."""
-        return self.axes[-1] == "*kernel"
+        """Whether it is the layout of a convolution; in all of them, the kernel is last."""
+        return "*kernel" in self.axes
+
+    @property
+    def experts_first(self) -> bool:
+        """Whether the first dimension of a weight counts its experts."""
+        return self.expert_dim == 0
 
     @property
     def expert_dim(self) -> int | None:
@@ -127,7 +134,7 @@ class Layout:
         return self.axes.index(inputs) < self.axes.index("out")
 
     def turned(self) -> Layout | None:
-        """Return the layout of the transposed matrices, or None if `PATTERNS` has none."""
+        """Return the layout of `weight.mT`, or None if `PATTERNS` has none."""
         pattern = None if self.padding_idx is not None else _TURNED.get(self.pattern)
         return None if pattern is None else replace(self, pattern=pattern)
 

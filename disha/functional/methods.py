@@ -241,7 +241,7 @@ class Method:
         return bone_lora_factors(reduced, geometry.in_features, geometry.out_features)
 
     def matrix_block(self, layout: Layout, block: Tensor) -> Tensor:
-        """Return a kept block as the method defines it, with the stack's axes first."""
+        """Return a block that layers and files *keep* as the method defines it, its stack first."""
         return layout.matrices(block).mT if self._keeps_as_weight(layout) else block
 
     def kept_block(self, layout: Layout, block: Tensor) -> Tensor:

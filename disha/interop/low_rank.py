@@ -41,7 +41,7 @@ BaseWeight = Callable[[str], Tensor]
 
 CONV = "out in *kernel"
 
-PATTERNS = ("out in", "in out", CONV, "index out")
+LORA_LAYOUTS = ("out in", "in out", CONV, "index out")
 """The layouts of the weights that LoRA can adapt, besides stacks of experts."""
 
 _STACK = re.compile(r"(?:.+\.)?experts\.(?:gate_up_proj|down_proj)")
@@ -177,7 +177,7 @@ def low_rank_updates(
     without = [
         one.name
         for one in layers
-        if one.rows or one.tied or not (is_stack(one) or one.layout.pattern in PATTERNS)
+        if one.rows or one.tied or not (is_stack(one) or one.layout.pattern in LORA_LAYOUTS)
     ]
     if without:
         raise ConversionError(
