@@ -362,7 +362,11 @@ class TestLayoutsOfTheUser:
     def test_unknown_layouts_are_listed_with_the_way_to_adapt_them(self):
         plan = disha.plan_adapters(Raw(), "all-linear", 2)
         assert [(one.name, one.shape) for one in plan.unknown] == [("mix", (3, 6, 4))]
-        assert "to adapt it, pass layouts={'mix$': 'expert out in'}" in str(plan)
+        assert "declare its layout, such as layouts={'mix$': 'expert out in'}" in str(plan)
+        raw = Raw()
+        del raw.proj
+        with pytest.raises(TargetError, match=r"selects no layer; mix: .* declare it, such as"):
+            disha.plan_adapters(raw, "all-linear", 2)
 
     def test_a_target_that_matches_only_them_says_what_to_write(self):
         model = Raw()

@@ -134,7 +134,7 @@ class PlannedLayer:
 
     @property
     def remedy(self) -> str:
-        """The argument that declares an unknown layout."""
+        """An argument that declares an unknown layout. Which layout it is, only the user knows."""
         axes = {2: "out in", 3: "expert out in"}.get(len(self.shape), "out in *kernel")
         return f"layouts={{{re.escape(self.name) + '$'!r}: {axes!r}}}"
 
@@ -213,7 +213,7 @@ class Plan:
         lines = [table(("layer", "method", "r", "in -> out", "parameters"), rows)]
         lines += [f"skipped {layer.name}: {layer.reason}" for layer in self.skipped]
         lines += [
-            f"not adapted {layer.name} {layer.shape}: to adapt it, pass {layer.remedy}"
+            f"not adapted {layer.name} {layer.shape}: declare its layout, such as {layer.remedy}"
             for layer in self.unknown
         ]
         if self.convolutions:
@@ -363,8 +363,9 @@ def plan_injection(
             layers.append(layer)
         else:
             unfit.append(replace(layer, reason=reason))
+    unknown = [layer for layer in known if layer.slot is None and layer.attribute]
     if not layers and not unfit:
-        raise TargetError(_nothing_selected(target, known, skipped))
+        raise TargetError(_nothing_selected(target, known, skipped, unknown))
     names = [name for layer in known for name in (*layer.module_names, *layer.parameter_names)]
     _refuse_unused("target_regex", patterns, names)
     for argument in ("exclude", "rank_pattern", "layouts", "rows"):
@@ -382,7 +383,7 @@ def plan_injection(
         layers=(*with_rows, *layers),
         also_train=_also_trained(view, config) if config.also_train else (),
         skipped=(*skipped, *unfit),
-        unknown=tuple([layer for layer in known if layer.slot is None and layer.attribute]),
+        unknown=tuple(unknown),
         convolutions=tuple(
             layer.name
             for layer in candidates
@@ -520,7 +521,10 @@ def _reason_against_record(
         return f"expected the layout {record.layout}, found {layer.slot.layout} in the model"
     geometry = record.geometry(block)
     if geometry != layer.geometry:
-        return f"expected {_sizes(geometry)}, found {_sizes(layer.geometry)} in the model"
+        return (
+            f"expected {_sizes(geometry)}, found {_sizes(layer.geometry)} in the model, where the "
+            f"weight is {layer.shape}, read as {record.layout}"
+        )
     return _reason_against_block(layer)
 
 
@@ -552,7 +556,7 @@ def _reason_against(layer: PlannedLayer) -> str | None:
     if slot is None and layer.attribute:
         return (
             f"the layout of this weight {layer.shape} is unknown; declare it, such as "
-            f"{layer.remedy}"
+            f"{layer.remedy}, as your code uses it: see Layouts in docs/mechanism.md"
         )
     if slot is None:
         return f"no layer kind adapts {type(module).__qualname__}"
@@ -739,12 +743,18 @@ def _refuse_unused(argument: str, patterns: Iterable[str], names: Sequence[str])
 
 
 def _nothing_selected(
-    target: Target, known: list[PlannedLayer], skipped: list[PlannedLayer]
+    target: Target,
+    known: list[PlannedLayer],
+    skipped: list[PlannedLayer],
+    unknown: list[PlannedLayer],
 ) -> str:
     """Return the message of the error for a target that selects nothing that can be adapted."""
     asked = "the predicate" if callable(target) else f"target_regex={target!r}"
     if skipped:
         return f"{asked} selects only modules that can't be adapted: {_shown(skipped)}"
+    if target == ALL_LINEAR and unknown:
+        first = unknown[0]
+        return f"{asked} selects no layer; {first.name}: {_reason_against(first)}"
     nearest = _nearest(str(target), (layer.name for layer in known if layer.slot is not None))
     near = f"; the nearest names are {nearest}" if nearest else ""
     return f"{asked} selects no layer that can be adapted{near}"
