@@ -103,6 +103,8 @@ def matrices(layer, weight):
         return {(e,): weight[e] for e in range(len(weight))}
     if layout == "expert in out":
         return {(e,): weight[e].T for e in range(len(weight))}
+    if layout not in ("out in *kernel", "in out *kernel"):
+        raise NotImplementedError(f"add the matrices of {layout!r} here")
     found = {}
     for position in numpy.ndindex(weight.shape[2:]):
         at = weight[(slice(None), slice(None), *position)]

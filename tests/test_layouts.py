@@ -16,7 +16,7 @@ import disha
 from disha import functional
 from tests import reference
 from tests.conftest import freshly_compiled, needs_fully_shard, perturb
-from tests.every_pair import UNTILED, DtypeTests, PairTests, Row, close
+from tests.every_pair import METHODS_WITHOUT_TILE, DtypeTests, PairTests, Row, close
 
 
 class Experts(nn.Module):
@@ -58,11 +58,11 @@ def attention(module, x):
 EXPERTS = {"layouts": {"mix": "expert out in"}}
 EXPERTS_TURNED = {"layouts": {"mix": "expert in out"}}
 RAW = {"layouts": {"into": "out in", "out$": "out in"}, "target_regex": "into|out"}
-ROWS = {"rows": {"^0$": [(4, 6), (0, 2)]}}
+ROWS = {"options": {"rows": {"^0$": [(4, 6), (0, 2)]}}, "splits": True}
 
 TABLE = {
     "out in": Row(lambda: nn.Linear(5, 6), (3, 4, 5)),
-    "out in, raw": Row(Raw, (3, 8), options=RAW, methods=UNTILED, routes=False),
+    "out in, raw": Row(Raw, (3, 8), options=RAW, methods=METHODS_WITHOUT_TILE, routes=False),
     "out in, recurrent": Row(
         lambda: nn.LSTM(4, 6, 2, bidirectional=True, proj_size=4, batch_first=True),
         (3, 5, 4), routes=False, compiles=False, exports=False,
@@ -90,23 +90,32 @@ TABLE = {
         lambda: Experts("expert in out", False), (6, 8), options=EXPERTS_TURNED, routes=False
     ),
     "expert out in, whole": Row(
-        lambda: Experts("expert out in", True), (6, 8), options=EXPERTS, routes=False
+        lambda: Experts("expert out in", True), (6, 8), options=EXPERTS, routes=False, splits=True
     ),
     "expert in out, whole": Row(
-        lambda: Experts("expert in out", True), (6, 8), options=EXPERTS_TURNED, routes=False
+        lambda: Experts("expert in out", True), (6, 8), options=EXPERTS_TURNED, routes=False,
+        splits=True,
     ),
     "expert out in, bilinear": Row(
-        lambda: nn.Bilinear(6, 5, 4), (3, 5), routes=False, methods=UNTILED,
+        lambda: nn.Bilinear(6, 5, 4), (3, 5), routes=False, methods=METHODS_WITHOUT_TILE,
         call=lambda module, x: module(torch.cat([x, x[:, :1]], 1), x),
     ),
-    "rows": Row(lambda: nn.Linear(5, 6), (3, 4, 5), options=ROWS),
-    "rows, in out": Row(lambda: Conv1D(6, 5), (3, 4, 5), options=ROWS),
-    "rows, convolution": Row(lambda: nn.Conv1d(4, 6, 3), (3, 4, 5), options=ROWS),
-    "rows, embedding": Row(lambda: nn.Embedding(7, 6), (3, 5), indices=7, options=ROWS),
+    "rows": Row(lambda: nn.Linear(5, 6), (3, 4, 5), **ROWS),
+    "rows, in out": Row(lambda: Conv1D(6, 5), (3, 4, 5), **ROWS),
+    "rows, convolution": Row(lambda: nn.Conv1d(4, 6, 3), (3, 4, 5), **ROWS),
+    "rows, embedding": Row(lambda: nn.Embedding(7, 6), (3, 5), indices=7, **ROWS),
     "rows, attention": Row(
-        lambda: nn.MultiheadAttention(6, 2, batch_first=True), (3, 4, 6), call=attention
+        lambda: nn.MultiheadAttention(6, 2, batch_first=True), (3, 4, 6), call=attention,
+        splits=True,
     ),
 }  # fmt: skip
+
+
+def test_every_layout_is_tried():
+    tried = {name.split(",")[0] for name in TABLE}
+    assert tried >= set(functional.PATTERNS), "add a row for each layout to TABLE"
+
+
 PAIRS = [(name, method) for name, row in TABLE.items() for method in row.methods]
 OTHER_DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 CELLS = [(name, method, torch.float64) for name, method in PAIRS] + [

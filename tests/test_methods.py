@@ -154,6 +154,11 @@ def stack_of(kind):
     return (*experts, *groups, *(shape[axes.index("*kernel") :] if "*kernel" in axes else ()))
 
 
+def test_every_layout_has_a_shape():
+    tried = {LAYOUTS[kind][0].pattern for kind in SHAPES}
+    assert tried == set(PATTERNS), "add a row for each layout to SHAPES"
+
+
 @pytest.mark.parametrize("kind", SHAPES)
 def test_shapes_of_bone_blocks(kind):
     (layout, shape), expected = LAYOUTS[kind], SHAPES[kind]
@@ -427,6 +432,8 @@ def test_a_kernel_is_not_cut():
     assert update_of_part(update, layout, (4, 6, 3), whole) == [update]
     for part in (((0, 2), *whole[1:]), (*whole[:2], (0, 1))):
         assert update_of_part(update, layout, (4, 6, 3), part) is None
+    with pytest.raises(ValueError, match=r"zip\(\)"):
+        update_of_part(update, Layout("out in"), (4, 6, 3), whole)
 
 
 @pytest.mark.parametrize(
