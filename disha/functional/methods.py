@@ -127,7 +127,8 @@ class Method:
     def reduced(self, block: Tensor, geometry: Geometry, r: int) -> Tensor:
         """Return R (..., r, out) with dW x = S(x) R; or (..., r, r_out), whose columns repeat.
 
-        Products cast R to the dtype of their input.
+        The block comes in its own dtype, such as float32 over a bfloat16 weight, and so does R.
+        Products cast R to the dtype of their input; merging does not.
         """
         return block
 
