@@ -184,5 +184,6 @@ def test_nothing_else_walks():
         ("layers/weights.py", "computed.modules()"),
         ("integrations/engines.py", "model.modules()"),
         ("integrations/engines.py", "model.parameters()"),
+        ("integrations/memory.py", "model.parameters()"),
         ("model/running_statistics.py", "model.named_modules()"),
     }
