@@ -207,13 +207,14 @@ class TestRoute:
         with refused(model, kind, says), disha.route_adapters(model, names):
             pass
 
-    def test_a_wrong_number_of_names(self):
+    @pytest.mark.parametrize("names", [["a", "b", "c"], [None] * 3])
+    def test_a_wrong_number_of_names(self, names):
         model = several()
         with (
             pytest.raises(
                 ArgumentError, match="3 names, but a layer got an input with the leading size 5"
             ),
-            disha.route_adapters(model, ["a", "b", "c"]),
+            disha.route_adapters(model, names),
         ):
             model(self.tokens)
 

@@ -14,7 +14,6 @@ from torch.utils.checkpoint import checkpoint
 import disha
 from disha import ArgumentError, ModeError
 from disha.layers.adapted import AdaptedLayer
-from disha.layers.weights import geometry_of
 from tests import reference
 from tests.conftest import (
     assert_unchanged,
@@ -378,7 +377,7 @@ class Doubled(nn.Module):
 def test_a_computed_weight_may_have_another_shape_than_the_stored_one(method):
     model = nn.Sequential(Doubled())
     disha.inject_adapters(model, "0", 2, method=method, layouts={"0": "out in"}, init="kaiming")
-    geometry = geometry_of(model[0], model[0].disha["default"].slot)
+    geometry = model[0].disha["default"].slot.layout.geometry(model[0].weight.shape)
     assert geometry == disha.Geometry(6, 8)
     assert model[0].disha["default"].config.r == 2
     assert disha.check_adapters(model, torch.randn(3, 6)).ok

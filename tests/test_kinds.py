@@ -479,3 +479,14 @@ class TestLayoutsOfTheUser:
         plan = disha.plan_adapters(model, "all-linear", 2)
         assert all("lora_" not in one.name for one in plan.layers)
         assert len(plan.layers) == 2
+
+
+@pytest.mark.parametrize("r", [1, 2, 3])
+def test_a_transposed_convolution_may_have_more_groups_than_its_layout(r):
+    """Then dW is computed, as merging does."""
+    model = nn.Sequential(nn.ConvTranspose1d(4, 6, 5, groups=2).double())
+    perturb(disha.inject_adapters(model, "0", r, layouts={"0": "in out *kernel"}))
+    x = torch.randn(2, 4, 7, dtype=torch.float64)
+    unmerged = model(x)
+    disha.merge_adapters(model)
+    torch.testing.assert_close(model(x), unmerged)

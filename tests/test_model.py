@@ -180,8 +180,11 @@ def test_nothing_else_walks():
         and not {"cli", "finetune"} & set(path.parts)  # which use the library as a user would
     }
     assert found == {
-        ("model/check.py", "layer.disha.modules()"),
         ("layers/weights.py", "computed.modules()"),
+        ("model/check.py", "view.model.modules()"),
+        ("model/control.py", "module.modules()"),
+        ("model/view.py", "layer.disha.children()"),
+        ("model/inject.py", "module.modules()"),
         ("integrations/engines.py", "model.modules()"),
         ("integrations/engines.py", "model.parameters()"),
         ("integrations/memory.py", "model.parameters()"),

@@ -9,10 +9,10 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import disha
-from disha import AdapterFileError, MergeError
+from disha import AdapterFileError, AdapterStateError, MergeError
 from disha.files import load_adapter, save_adapter
 from tests import language_models
-from tests.conftest import COPIES, perturb
+from tests.conftest import COPIES, perturb, refused
 
 WORDS = 36
 TOKENS = torch.tensor([[1, 5, 3, 35, 2, 2], [0, 7, 33, 12, 1, 4]])
@@ -166,6 +166,14 @@ def test_a_file_says_who_reads_it(tmp_path, target):
     untied.lm_head.weight = nn.Parameter(untied.lm_head.weight.detach().clone())
     with pytest.raises(AdapterFileError, match=r"its weight is also .*tie them"):
         load_adapter(untied, tmp_path / "file")
+
+
+def test_a_part_with_a_borrowed_block_alone_is_not_saved(tmp_path):
+    model = disha.inject_adapters(llama(), "embed_tokens|q_proj", 4)
+    part = nn.ModuleList([model.model.layers, model.lm_head])
+    with refused(part, AdapterStateError, r"1\.weight is tied to a parameter outside this part"):
+        save_adapter(part, tmp_path / "file")
+    assert not list(tmp_path.iterdir())
 
 
 def test_adapters_come_from_either_side():

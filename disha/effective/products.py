@@ -116,13 +116,15 @@ def _conv(
 ) -> Any:
     if not isinstance(weight, EffectiveWeight) or not weight.weight_layout.has_kernel:
         return NotImplemented
-    if weight.weight_layout.in_first != (func in _TRANSPOSED):
+    layout, transposes = weight.weight_layout, func in _TRANSPOSED
+    groups = args[3] if len(args) > 3 else kwargs.get("groups", 1)
+    if layout.in_first != transposes or (transposes and groups != layout.groups):
         return NotImplemented
 
     def convolve(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
         return func(x, w, b, *args, **kwargs)
 
-    return weight.updates.product(convolve, input, weight.base, bias, weight.weight_layout)
+    return weight.updates.product(convolve, input, weight.base, bias, layout)
 
 
 @rule(F.embedding)

@@ -30,7 +30,7 @@ from disha.files.header import (
 )
 from disha.functional import METHODS
 from disha.layers.blocks import check_adapter_name
-from disha.layers.weights import base_of, geometry_of, is_packed, start_of
+from disha.layers.weights import base_of, is_packed, start_of, weight_shape
 from disha.model import running_statistics
 from disha.model.fingerprints import fingerprint, same_base
 from disha.model.inject import apply_plan
@@ -275,7 +275,8 @@ def _records(
     borrowers = view.borrowers()
     records = []
     for one in blocks:
-        block, geometry = one.block, geometry_of(one.layer, one.block.slot)
+        block, slot = one.block, one.block.slot
+        geometry = slot.layout.geometry(weight_shape(one.layer, slot), slot.rows)
         record = LayerRecord(
             name=one.name,
             method=block.method.name,
@@ -285,8 +286,8 @@ def _records(
             out_features=geometry.out_features,
             scale=block.scale,
             base=_base_fingerprint(one) if base else None,
-            layout=block.slot.layout,
-            rows=block.slot.rows,
+            layout=slot.layout,
+            rows=slot.rows,
             tied=tuple(borrowers[block]),
         )
         records.append(record)

@@ -167,7 +167,8 @@ class TrainingArguments(SFTConfig):  # type: ignore[misc]
         None, "stop after so many measurements without a lower loss"
     )
     samples: int = _flag(3, "how many answers to show with and without the adapter")
-    dry_run: int = _flag(0, "show plan, steps and memory, on so many devices", nargs="?", const=1)
+    dry_run: bool = _flag(False, "show the plan, the steps and a step's memory; write nothing")
+    dry_run_devices: int = _flag(1, "how many devices a dry run pretends to have")
 
     def __post_init__(self) -> None:
         if self.dry_run or not torch.accelerator.is_available():
@@ -177,12 +178,11 @@ class TrainingArguments(SFTConfig):  # type: ignore[misc]
             print("note: --tf32 does nothing on this machine")
             self.tf32 = None
         super().__post_init__()
-        if self.dry_run > 1:
-            dist.init_process_group("fake", rank=0, world_size=self.dry_run)
-            self.distributed_state.num_processes = self.dry_run
-            # accelerate shards on accelerators only, and its DDP compares values
-            kind = "MULTI_GPU" if self.fsdp else "NO"
-            self.distributed_state.distributed_type = DistributedType(kind)
+        if self.dry_run_devices > 1:
+            dist.init_process_group("fake", rank=0, world_size=self.dry_run_devices)
+            self.distributed_state.num_processes = self.dry_run_devices
+            if self.fsdp:  # accelerate shards on accelerators only
+                self.distributed_state.distributed_type = DistributedType.MULTI_GPU
         if self.early_stopping_patience and not self.metric_for_best_model:
             raise ArgumentError("--early_stopping_patience needs --load_best_model_at_end")
 

@@ -236,7 +236,8 @@ def _checkpoint(training: TrainingArguments, folder: Path) -> str | None:
         return str(training.resume_from_checkpoint)
     if not training.resume:
         return None
-    found: str | None = get_last_checkpoint(folder)  # type: ignore[no-untyped-call]
+    # Another rank may not have made the folder yet.
+    found = get_last_checkpoint(folder) if folder.is_dir() else None  # type: ignore[no-untyped-call]
     if found is None:
         print(f"there is no complete checkpoint in {folder}; starting at the beginning")
     return found
@@ -253,8 +254,11 @@ def _preview(trainer: Trainer) -> None:
     print(_marked(row["input_ids"], row["labels"], trainer.processing_class))
     *_, steps = trainer.set_initial_training_values(trainer.args, trainer.get_train_dataloader())
     print(f"\n{steps} steps; one needs on each device, simulated:")
-    for part, size in _memory(trainer).items():
-        print(f"{part:12}{size / 2**20:10,.1f} MiB")
+    try:
+        for part, size in _memory(trainer).items():
+            print(f"{part:12}{size / 2**20:10,.1f} MiB")
+    except Exception as error:  # not every operation and optimizer knows tensors without memory
+        print(f"unknown: {type(error).__name__}: {error}")
 
 
 def _memory(trainer: Trainer) -> dict[str, int]:

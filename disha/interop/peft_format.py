@@ -315,9 +315,8 @@ def in_the_model(view: ModelView, path: Path, tensors: Tensors) -> dict[str, Ten
     for name, tensor in tensors.items():
         # PEFT trains a copy for each module. If one differs or is missing, they are not tied now.
         names = parameters[name].names if name in parameters else (name,)
-        differ = [
-            one for one in names if one not in tensors or not torch.equal(tensors[one], tensor)
-        ]
+        others = [other for other in names if other != name]
+        differ = [o for o in others if o not in tensors or not torch.equal(tensors[o], tensor)]
         buffer = buffers.get(name)
         if differ:
             problems.append(f"{name}: the model ties it to {differ[0]}, which differs; untie them")

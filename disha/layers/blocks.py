@@ -353,14 +353,13 @@ class Adapters(nn.Module):
         return () if context.override is None else context.override
 
     def blocks_on(self, parameter: str, override: Override | None) -> tuple[Block, ...]:
-        """The blocks that act on a parameter; of a route, those of all its adapters.
+        """The blocks that act on a parameter; of a route, those of all adapters.
 
         Readers ask the first one what all share, such as the layout, and `updates` for the rest.
         """
         if override is None or self.merged is not None:
             return self.active_blocks.get(parameter, ())
-        adapters = override.adapters if isinstance(override, Route) else override
-        return self.blocks_of(adapters, parameter)
+        return self.blocks_of(self if isinstance(override, Route) else override, parameter)
 
     def updates(
         self, parameter: str, override: Override | None, compiling: bool, on_meta: bool = False

@@ -12,7 +12,6 @@ from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils.parametrize import is_parametrized
 
 from disha import functional
-from disha.functional import Geometry
 from disha.layers import opaque
 from disha.layers.blocks import CHILD_NAME, Adapters, Block, Original, Slot, original_class
 from disha.sharding.tensors import gathered
@@ -135,11 +134,6 @@ def merged_weight(layer: nn.Module, slot: Slot, adapters: Iterable[str]) -> Tens
         for block in blocks.get(adapter, ())
     ]
     return functional.merged_weight(base_of(layer, slot), deltas)
-
-
-def geometry_of(layer: nn.Module, slot: Slot) -> Geometry:
-    """Return the sizes of the adapted rows of a weight."""
-    return slot.layout.geometry(weight_shape(layer, slot), slot.rows)
 
 
 def weight_shape(module: nn.Module, slot: Slot) -> tuple[int, ...]:

@@ -6,17 +6,21 @@ A public function builds one view and passes it down. Names are those in the unw
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import cached_property
-from itertools import chain
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import nn
 
 from disha.effective.contexts import current_context
-from disha.errors import ArgumentError, ArgumentTypeError, ModeError, TargetError
+from disha.errors import (
+    AdapterStateError,
+    ArgumentError,
+    ArgumentTypeError,
+    ModeError,
+    TargetError,
+)
 from disha.functional.private_torch import CHECKPOINTED, COMPILED, FSDP_CHILD
 from disha.layers.adapted import AdaptedLayer, refuse_merged
 from disha.layers.bitsandbytes import parameter_count
@@ -190,11 +194,16 @@ class ModelView:
 
     def borrowers(self) -> dict[Block, dict[str, AdaptedLayer]]:
         """Return each block -> the tied parameters that borrow it, and their layers."""
-        borrowers = defaultdict[Block, dict[str, AdaptedLayer]](dict)
+        borrowers: dict[Block, dict[str, AdaptedLayer]] = {one.block: {} for one in self.blocks()}
         for name, layer in self.layers:
-            children: Any = layer.disha.children()
-            for parameter, block in chain.from_iterable(child.borrowed for child in children):
-                borrowers[block][join(name, parameter)] = layer
+            for child in layer.disha.children():
+                for parameter, block in child.borrowed:  # type: ignore[union-attr]
+                    if block not in borrowers:
+                        raise AdapterStateError(
+                            f"{join(name, parameter)} is tied to a parameter outside this part of "
+                            "the model, and its block is there; pass the complete model"
+                        )
+                    borrowers[block][join(name, parameter)] = layer
         return borrowers
 
     @property
