@@ -264,7 +264,7 @@ def reduced_updates(updates: Sequence[Update], layout: Layout, geometry: Geometr
             matrix = place_rows(matrix, update.rows, out_features, dim=-1)
         one = Reduced(scaled(matrix, update.scale), update.dropout, update.chosen)
         alone = one.dropout or one.chosen is not None
-        key = (len(found),) if alone else (update.r, matrix.dtype)
+        key = (len(found),) if alone else (matrix.shape[-2], matrix.dtype)
         if key in found:
             pair = [tiled(two.matrix, out_features) for two in (found[key], one)]
             one = Reduced(pair[0] + pair[1], 0.0)
