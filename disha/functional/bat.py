@@ -161,7 +161,7 @@ def bat_linear(
 def _applies(x: Tensor, weight: Tensor, bias: Tensor | None, block: Tensor) -> bool:
     dtype = x.dtype
     return (
-        {type(x), type(weight), type(block)} <= PLAIN
+        {type(x), type(weight), type(block)}.issubset(PLAIN)
         and dtype is weight.dtype is block.dtype
         and (bias is None or bias.dtype is dtype)
         and not weight.requires_grad

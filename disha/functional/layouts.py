@@ -115,7 +115,7 @@ class Layout:
     @property
     def has_kernel(self) -> bool:
         """Whether it is the layout of a convolution; in all of them, the kernel is last."""
-        return "*kernel" in self.axes
+        return "*kernel" in self.pattern
 
     @property
     def experts_first(self) -> bool:
@@ -130,8 +130,7 @@ class Layout:
     @property
     def in_first(self) -> bool:
         """Whether the inputs come before the outputs."""
-        inputs = "index" if "index" in self.axes else "in"
-        return self.axes.index(inputs) < self.axes.index("out")
+        return self.pattern.find("in") < self.pattern.find("out")  # `in` or `index`
 
     def turned(self) -> Layout | None:
         """Return the layout of `weight.mT`, or None if `PATTERNS` has none."""

@@ -16,8 +16,9 @@ from disha.functional.private_torch import FakeTensor, any_autocast, is_view, tr
 
 Scale = float | Tensor
 
-PLAIN = {Tensor, torch.nn.Parameter, FakeTensor}
-"""The classes of dense tensors. A `FakeTensor` has no values, but takes the same way."""
+PLAIN = Tensor, torch.nn.Parameter, FakeTensor
+"""The classes of dense tensors. A `FakeTensor` has no values, but takes the same way. No
+set, which torch 2.8 does not compile."""
 
 FEW_TILES = 4
 """Up to this number, tiles are concatenated, because the gradient then adds them up much faster."""
