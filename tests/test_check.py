@@ -138,6 +138,17 @@ def test_a_frozen_block_is_not_in_order(model, tokens):
     assert not model.head.disha["default"].block.requires_grad
 
 
+def test_the_block_of_a_replaced_module_is_one_of_other_modules(model, tokens):
+    """As when transformers resizes an adapted output head."""
+    disha.inject_adapters(model, "head|q_proj", 2)
+    optimizer = torch.optim.SGD(disha.adapter_parameters(model))
+    assert "of other modules" not in str(disha.check_adapters(model, tokens, optimizer=optimizer))
+    model.head = nn.Linear(model.head.in_features, 3).requires_grad_(False)
+    report = disha.check_adapters(model, tokens, optimizer=optimizer)
+    assert (report.unknown, report.untrained) == (1, ())
+    assert "the optimizer has 1 parameter of other modules" in str(report)
+
+
 def test_random_states_come_back():
     model = disha.inject_adapters(nn.Sequential(nn.Linear(4, 4), nn.Dropout()), "0", 2)
     state = torch.get_rng_state()

@@ -128,7 +128,7 @@ def square_tiles(weight: Tensor, r: int) -> Tensor:
 def bat_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, block: Tensor, scale: Scale = 1.0
 ) -> Tensor | None:
-    """Return y = (W + s dW) x + b as `bat_forward` does, but save only x, W and D for backward.
+    """Return y = (W + s dW) x + b for x (n, in), but save only x, W and D for backward.
 
     Products are computed in the dtype of the operands. In 16 bits, W + W D is rounded once, and
     the other part of dW, D itself, is added to the output. W must be frozen. The result is None
@@ -147,15 +147,13 @@ def bat_linear(
         return F.linear(x, _traced(weight, block), bias)
     if not _applies(x, weight, bias, block):
         return None
-    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     if torch.is_grad_enabled():
-        output = _BatLinear.apply(rows, weight, bias, block)  # type: ignore[no-untyped-call]
-    elif rows.shape[0] < block.shape[-1] * STREAMED_SHARE:
-        output = bat_streamed(rows, weight, block)
-        output = output if bias is None else output + bias
-    else:
-        output = _product(rows, weight, bias, block)
-    return output if rows is x else output.reshape(*x.shape[:-1], weight.shape[0])
+        output: Tensor = _BatLinear.apply(x, weight, bias, block)  # type: ignore[no-untyped-call]
+        return output
+    if x.shape[0] < block.shape[-1] * STREAMED_SHARE:
+        output = bat_streamed(x, weight, block)
+        return output if bias is None else output + bias
+    return _product(x, weight, bias, block)
 
 
 def _applies(x: Tensor, weight: Tensor, bias: Tensor | None, block: Tensor) -> bool:

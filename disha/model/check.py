@@ -53,6 +53,8 @@ class CheckReport:
     Attributes:
         weights: one entry for each active block.
         untrained: parameters that require gradients, but are not in the optimizer.
+        unknown: how many parameters the optimizer has that the model lacks, such as the blocks of a
+            module that was replaced.
 
     Examples:
         >>> import torch
@@ -68,6 +70,7 @@ class CheckReport:
 
     weights: tuple[CheckedWeight, ...]
     untrained: tuple[str, ...] = ()
+    unknown: int = 0
 
     @property
     def problems(self) -> tuple[CheckedWeight, ...]:
@@ -93,6 +96,8 @@ class CheckReport:
                 f"the optimizer lacks {counted(len(self.untrained), 'parameter')} that should "
                 f"train ({first_few(self.untrained, 5, ', ')}); give it adapter_parameters(model)"
             )
+        if self.unknown:
+            lines.append(f"the optimizer has {counted(self.unknown, 'parameter')} of other modules")
         good = len(self.weights) - len(self.problems)
         return "\n".join([*lines, f"{good:,} of {counted(len(self.weights), 'block')} in order"])
 
@@ -117,7 +122,7 @@ def check_adapters(
         model: a model with adapters, not merged.
         inputs: positional arguments for the model.
         optimizer: the optimizer; the report names the parameters that should train but that it
-            lacks.
+            lacks, and counts those of other modules.
         kwargs: keyword arguments for the model.
 
     Returns:
@@ -151,7 +156,7 @@ def check_adapters(
         runs = model.module  # the engine takes every backward for one of training
     with ExitStack() as undo:  # whatever the check changes comes back
         found = _checked(view, undo, active, lambda: _tensors(runs(*inputs, **kwargs)))
-    return CheckReport(found, () if optimizer is None else _untrained(model, optimizer))
+    return CheckReport(found, *(() if optimizer is None else _compared(model, optimizer)))
 
 
 def _refuse_parametrised(name: str, layer: AdaptedLayer) -> None:
@@ -165,14 +170,16 @@ def _refuse_parametrised(name: str, layer: AdaptedLayer) -> None:
             )
 
 
-def _untrained(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[str, ...]:
-    """Return the names of the parameters that require gradients, but that an optimizer lacks."""
+def _compared(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[tuple[str, ...], int]:
+    """Return which parameters that should train an optimizer lacks, and how many the model does."""
     trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    return tuple(
+    parameters = dict(model.named_parameters())
+    untrained = tuple(
         clean_key(name)
-        for name, parameter in model.named_parameters()
+        for name, parameter in parameters.items()
         if parameter.requires_grad and id(parameter) not in trained
     )
+    return untrained, len(trained.difference(map(id, parameters.values())))
 
 
 def _checked(
