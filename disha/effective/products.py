@@ -117,6 +117,7 @@ def _conv(
     if not isinstance(weight, EffectiveWeight) or not weight.weight_layout.has_kernel:
         return NotImplemented
     layout, transposes = weight.weight_layout, func in _TRANSPOSED
+    # After the bias: stride, padding, then dilation or output_padding, then groups.
     groups = args[3] if len(args) > 3 else kwargs.get("groups", 1)
     if layout.in_first != transposes or (transposes and groups != layout.groups):
         return NotImplemented

@@ -36,9 +36,18 @@ def _all_writes() -> Iterator[Operation]:
             yield found.__set__
 
 
-_RESHAPES = (
-    "as_strided_ resize_ resize_as_ set_ squeeze_ swapaxes_ swapdims_ t_ transpose_ unsqueeze_"
-)
+_RESHAPES = [
+    "as_strided_",
+    "resize_",
+    "resize_as_",
+    "set_",
+    "squeeze_",
+    "swapaxes_",
+    "swapdims_",
+    "t_",
+    "transpose_",
+    "unsqueeze_",
+]
 """Writes that change the shape of a tensor."""
 
 
@@ -47,7 +56,7 @@ def _write(func: Operation, *args: Any, **kwargs: Any) -> Any:
     """Write into W. The result is the effective weight of W as it is then."""
     if args:
         written = args[0]
-        if func.__name__ in _RESHAPES.split():
+        if func.__name__ in _RESHAPES:
             _refuse_to_reshape(written)
         result = compute_first(func, (base_of(written), *_sources(*args)), kwargs)
     else:

@@ -459,17 +459,18 @@ def _under_model_names(
     }
     layers = {}
     for layer in header.layers:
-        own = replace(layer, name=first_name(layer.name))
-        keys[layer.key], layers[own.key] = own.key, own
+        renamed = replace(layer, name=first_name(layer.name))
+        keys[layer.key] = renamed.key
+        layers[renamed.key] = renamed
     given: dict[str, str] = {}
-    for key, own_key in keys.items():
-        if given.setdefault(own_key, key) != key:
+    for key, model_key in keys.items():
+        if given.setdefault(model_key, key) != key:
             raise AdapterFileError(
-                f"{source}: {given[own_key]} and {key} are one parameter in the model; nothing was "
-                "loaded. Leave out one of them"
+                f"{source}: {given[model_key]} and {key} are one parameter in the model; nothing "
+                "was loaded. Leave out one of them"
             )
-    renamed = {keys[key]: tensor for key, tensor in tensors.items()}
-    return _Incoming(view, adapter, source, header.config, layers, renamed)
+    values = {keys[key]: tensor for key, tensor in tensors.items()}
+    return _Incoming(view, adapter, source, header.config, layers, values)
 
 
 def _planned(incoming: _Incoming, dtype: torch.dtype | None, freeze: bool) -> Plan:

@@ -171,9 +171,11 @@ def update_product(
     if small:
         return _reduced_product(multiply, x, layout, small[0], sizes)
     rows = update.rows if layout.pattern == "out in" else ()  # then the product has only these
-    own = () if rows else update.rows
+    rows_of_part = () if rows else update.rows
     part, block = layout.part(weight, rows), update.chosen_block()
-    delta = scaled(update.method.delta_weight(layout, block, part, own, update.r), update.scale)
+    delta = scaled(
+        update.method.delta_weight(layout, block, part, rows_of_part, update.r), update.scale
+    )
     numbers = [torch.arange(*ends, device=x.device) for ends in rows]
     if not x.is_floating_point():  # indices
         if rows:

@@ -316,7 +316,11 @@ def in_the_model(view: ModelView, path: Path, tensors: Tensors) -> dict[str, Ten
         # PEFT trains a copy for each module. If one differs or is missing, they are not tied now.
         names = parameters[name].names if name in parameters else (name,)
         others = [other for other in names if other != name]
-        differ = [o for o in others if o not in tensors or not torch.equal(tensors[o], tensor)]
+        differ = [
+            other
+            for other in others
+            if other not in tensors or not torch.equal(tensors[other], tensor)
+        ]
         buffer = buffers.get(name)
         if differ:
             problems.append(f"{name}: the model ties it to {differ[0]}, which differs; untie them")

@@ -6,7 +6,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -117,11 +117,21 @@ def inject_adapters(
         ['0.disha.default.bone_block', '2.disha.default.bone_block']
     """
     view = ModelView(model)
-    settings: Any = (
-        r, target_regex, method, r_out, exclude, rank_pattern, layouts, rows, dropout, scale, dtype,
-        init, also_train,
-    )  # fmt: skip
-    config = AdapterConfig(*settings)
+    config = AdapterConfig(
+        r,
+        target_regex,  # type: ignore[arg-type]
+        method,
+        r_out,
+        exclude,  # type: ignore[arg-type]
+        rank_pattern,  # type: ignore[arg-type]
+        layouts,  # type: ignore[arg-type]
+        rows,  # type: ignore[arg-type]
+        dropout,
+        scale,
+        dtype,
+        init,
+        also_train,  # type: ignore[arg-type]
+    )
     plan = plan_injection(view, target_regex, config, adapter, freeze, also_train_rows, strict=True)
     _warn_of_skipped(plan)
     with all_or_nothing(view) as undo:

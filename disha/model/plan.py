@@ -295,11 +295,21 @@ def plan_adapters(
         adapter 'default': 1 layer, 8 parameters; trainable 8 of 52 (15.385%)
     """
     view = ModelView(model)
-    settings: Any = (
-        r, target_regex, method, r_out, exclude, rank_pattern, layouts, rows, dropout, scale, dtype,
-        init, also_train,
-    )  # fmt: skip
-    config = AdapterConfig(*settings)
+    config = AdapterConfig(
+        r,
+        target_regex,  # type: ignore[arg-type]
+        method,
+        r_out,
+        exclude,  # type: ignore[arg-type]
+        rank_pattern,  # type: ignore[arg-type]
+        layouts,  # type: ignore[arg-type]
+        rows,  # type: ignore[arg-type]
+        dropout,
+        scale,
+        dtype,
+        init,
+        also_train,  # type: ignore[arg-type]
+    )
     plan = plan_injection(
         view, target_regex, config, adapter, freeze, also_train_rows, strict=False
     )
