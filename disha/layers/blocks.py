@@ -289,20 +289,21 @@ class Adapters(nn.Module):
     def add(
         self, adapter: str, blocks: Sequence[Block], borrowed: Sequence[tuple[str, Block]] = ()
     ) -> None:
-        """Add blocks under a name that `check_adapter_name` allows. They are not active yet.
+        """Add blocks under a name that `check_adapter_name` allows; `activate` takes note of them.
 
         The borrowed ones are on these parameters, and children of another layer.
         """
         by_name = {block.slot.name or "weight": block for block in blocks}
-        child: nn.Module = nn.ModuleDict()
-        # Not by the dict's own functions: they refuse names of its methods, such as "keys".
-        child._modules.update(by_name)
-        child.train(self.training)
+        child: nn.Module
         if list(by_name) == ["weight"]:
             child = by_name["weight"]
+        else:
+            child = nn.ModuleDict()
+            # Not by the dict's own functions: they refuse names of its methods, such as "keys".
+            child._modules.update(by_name)
+        child.train(self.training)
         vars(child)["borrowed"] = borrowed
         self._modules[adapter] = child
-        self.activate(self.active)
 
     def discard(self, adapter: str) -> None:
         """Remove the blocks of an adapter, and deactivate it."""

@@ -177,8 +177,8 @@ def apply_plan(view: ModelView, plan: Plan, undo: ExitStack, *, activate: bool =
         if not len(adapters):
             group.take(adapters)
         adapters.add(plan.adapter, own, tied)
-    for _, adapted in view.layers if activate else ():
-        adapted.disha.activate((plan.adapter,))
+    for _, adapted in view.layers:
+        adapted.disha.activate((plan.adapter,) if activate else adapted.disha.active)
     _guard_encoders(view)
     _set_flags(view, plan)
 
