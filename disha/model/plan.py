@@ -356,18 +356,18 @@ def plan_injection(
         return bool(matching(patterns, [name]))
 
     chooses = target if callable(target) else is_matched
-    for layer in _selected(view, known, chooses, frozenset(linear), config.exclude):
+    for layer in _selected(view, known, chooses, linear, config.exclude):
         if layer.slot is not None and not layer.reason:
             if layer.place in taken:
                 continue  # it reads the block of another one
-            layer = replace(layer, tied=_tied(view, layer, plain or config.exclude))
-            taken.update(layer.tied.values())
+            tied = _tied(view, layer, plain or config.exclude)
+            taken.update(tied.values())
+            r = config.rank_of(*layer.names, *layer.module_names, *tied)
+            layer = replace(layer, tied=tied, r=r)
         reason = layer.reason or _reason_against(layer)
         if reason:
             skipped.append(replace(layer, reason=reason))
             continue
-        r = config.rank_of(*layer.names, *layer.module_names, *layer.tied)
-        layer = replace(layer, r=r)
         reason = _reason_against_block(layer)
         if reason is None:
             layers.append(layer)
@@ -462,7 +462,6 @@ def plan_weights(
     freeze: bool,
 ) -> Plan:
     """Plan an adapter for the weights that a file names; one error lists all reasons."""
-    check_addable(view, adapter)
     known: dict[str, PlannedLayer] = {}
     for layer in _layers_of(view, AdapterConfig(config.r)):
         # A parameter of unknown layout can be asked for too, because the file has its layout.
@@ -672,14 +671,17 @@ def check_addable(
     view.refuse_inside(action)
     view.refuse_wrapped(action, before_wrapping)
     if adapter in view.adapters:
-        raise ArgumentError(f"the model has an adapter {adapter!r} already; choose another name")
+        raise ArgumentError(
+            f"the model has an adapter {adapter!r} already; choose another name, or load into it "
+            "with replace=True"
+        )
 
 
 def _selected(
     view: ModelView,
     known: list[PlannedLayer],
     chooses: Callable[[str, nn.Module], bool],
-    linear: Container[PlannedLayer],
+    linear: Container[Place],
     exclude: tuple[str, ...],
 ) -> list[PlannedLayer]:
     """Return what a predicate or `linear` selects, with a reason if it is excluded."""
@@ -690,9 +692,9 @@ def _selected(
         reader = readers.get(layer.module, layer.module)  # type: ignore[call-overload]
         asked = dict.fromkeys((*layer.names, *layer.module_names), layer.module)
         asked |= dict.fromkeys(view.names[reader], reader)
-        chosen = layer in linear or any(chooses(name, module) for name, module in asked.items())
+        matched = any(chooses(name, module) for name, module in asked.items())
         # A module without parameters is no miss.
-        if chosen and (
+        if (matched or layer.place in linear) and (
             layer.attribute or any(p is not None for p in layer.module._parameters.values())
         ):
             found.append(replace(layer, reason=EXCLUDED) if matching(exclude, [*asked]) else layer)
@@ -707,14 +709,15 @@ def _tied(view: ModelView, layer: PlannedLayer, exclude: Iterable[str] = ()) -> 
     for name in () if parameter is None or is_opaque else parameter.names:
         owner, _, attribute = name.rpartition(".")
         place = view.modules[owner], attribute
-        left_out = matching(exclude, (name, name.removesuffix(".weight")))
-        if not left_out and place not in [layer.place, *found.values()]:
+        if place in [layer.place, *found.values()]:
+            continue
+        if not matching(exclude, (name, name.removesuffix(".weight"))):
             found[name] = place
     return found
 
 
-def _all_linear(view: ModelView, known: list[PlannedLayer]) -> list[PlannedLayer]:
-    """Return the linear weights, without output heads that are tied to an embedding."""
+def _all_linear(view: ModelView, known: list[PlannedLayer]) -> set[Place]:
+    """Return where linear weights are, without output heads that are tied to an embedding."""
     added = _modules_added_by_peft(view)
     tables, linear = set(), []
     for layer in known:
@@ -725,9 +728,11 @@ def _all_linear(view: ModelView, known: list[PlannedLayer]) -> list[PlannedLayer
             if not layout.has_kernel and layout.pattern != "index out":
                 linear.append(layer)
     tables.discard(id(None))  # of a weight that is computed from others
-    return [
-        layer for layer in linear if id(layer.module._parameters.get(layer.attribute)) not in tables
-    ]
+    return {
+        layer.place
+        for layer in linear
+        if id(layer.module._parameters.get(layer.attribute)) not in tables
+    }
 
 
 def _modules_added_by_peft(view: ModelView) -> set[nn.Module]:
