@@ -119,8 +119,8 @@ if not TYPE_CHECKING:  # a type checker would take any misspelt name for one of 
         """Import all public names when the first is used, or a part such as `disha.interop`."""
         if name in __all__:
             for home in HOMES:
-                own = vars(import_module(f"disha.{home}"))
-                globals().update({one: own[one] for one in __all__ if one in own})
+                home_names = vars(import_module(f"disha.{home}"))
+                globals().update({name: home_names[name] for name in __all__ if name in home_names})
             return globals()[name]
         try:
             return import_module(f"disha.{name}")

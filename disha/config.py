@@ -100,7 +100,7 @@ class AdapterConfig:
         if self.r_out is not None:
             check_positive_int("r_out", self.r_out)
             if not method.tiles:
-                tiles = method_names(lambda one: one.tiles)
+                tiles = method_names(lambda method: method.tiles)
                 raise ArgumentError(f"leave r_out out: only {tiles} has an output shard")
         if self.init not in INITS:
             raise ArgumentError(f"unknown init {brief(self.init)}; allowed are {INITS}")
@@ -116,7 +116,9 @@ class AdapterConfig:
         for name in ("exclude", "also_train"):
             values[name] = as_tuple(name, values[name])
         values["rank_pattern"] = _as_dict("rank_pattern", self.rank_pattern, check_positive_int)
-        values["layouts"] = _as_dict("layouts", self.layouts, lambda _, one: layout_of(one).pattern)
+        values["layouts"] = _as_dict(
+            "layouts", self.layouts, lambda _, layout: layout_of(layout).pattern
+        )
         values["rows"] = _as_dict("rows", self.rows, checked_rows)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -242,8 +244,8 @@ def as_tuple(name: str, patterns: Any) -> tuple[str, ...]:
     """Return one regex, several, or None as a tuple."""
     found = [patterns] if isinstance(patterns, str) else () if patterns is None else patterns
     check_type(name, found, Sequence, "a regex (str) or a list of them")
-    for one in found:
-        check_type(name, one, str, "a regex (str) or a list of them")
+    for item in found:
+        check_type(name, item, str, "a regex (str) or a list of them")
     return tuple(found)
 
 

@@ -22,10 +22,10 @@ def printable(text: str, limit: int = LONGEST, *, lines: bool = False) -> str:
     if text.isprintable():
         return text
     return "".join(
-        one
-        if one.isprintable() or (lines and one == "\n")
-        else one.encode("unicode_escape").decode()
-        for one in text
+        character
+        if character.isprintable() or (lines and character == "\n")
+        else character.encode("unicode_escape").decode()
+        for character in text
     )
 
 

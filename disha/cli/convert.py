@@ -131,7 +131,7 @@ def _write(flags: Namespace, contents: Contents, base: Checkpoint | None) -> Lor
         return None
     options: dict[str, Any] = {"rank": flags.rank}
     methods = [method_of(layer.method) for layer in contents[0].layers]
-    if any(one.reads_weight and not one.replaces for one in methods):
+    if any(method.reads_weight and not method.replaces for method in methods):
         if base is None or flags.rank is None:
             raise ArgumentError(
                 f"{flags.source} must be cut to become LoRA; give --base and --rank"

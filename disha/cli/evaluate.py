@@ -51,7 +51,9 @@ def main(words: Sequence[str]) -> None:
         asker.load(flags)
         measured["adapter"] = _measured(asker, batches, rows, flags)
     names = next(iter(measured.values()))
-    cells = [(name, *(f"{one:.5g}" for one in found.values())) for name, found in measured.items()]
+    cells = [
+        (name, *(f"{value:.5g}" for value in values.values())) for name, values in measured.items()
+    ]
     text = f"{table(('', *names), cells)}\n{len(rows):,} rows"
     show(flags.json, text, {**measured, "rows": len(rows)})
 

@@ -90,11 +90,11 @@ class Conversation:
         known = {"past_key_values": self._cache} if is_known else {}
         self._cache = None  # an answer that is stopped leaves half a cache
         streamer = Printer(self.asker)
-        found = self.asker.model.generate(
+        generated = self.asker.model.generate(
             **inputs, **known, **self.options, streamer=streamer, return_dict_in_generate=True
         )
-        whole = found.sequences[0].tolist()
-        self._cache, self._read = found.past_key_values, whole[:-1]
+        whole = generated.sequences[0].tolist()
+        self._cache, self._read = generated.past_key_values, whole[:-1]
         answer = self.asker.tokenizer.decode(whole[len(ids) :], skip_special_tokens=True)
         self.turns = [*turns, {"role": "assistant", "content": answer}]
 

@@ -26,21 +26,21 @@ def main(words: Sequence[str]) -> int:
     parser.add_argument("--base", type=Path, help="a safetensors file, or a folder of them")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     flags = parser.parsed(words)
-    found = disha.inspect_adapter(flags.file)
+    adapter_file = disha.inspect_adapter(flags.file)
     wrong = [] if flags.base is None else misfits(flags.base, flags.file)
-    lines = [str(found), *wrong]
+    lines = [str(adapter_file), *wrong]
     if flags.base is not None:
         lines.append(f"{flags.file} {'does not belong' if wrong else 'belongs'} to {flags.base}")
-    entries = found.entries()
+    entries = adapter_file.entries()
     fields = {
-        "path": str(found.path),
-        "format": found.format,
-        "bytes": found.nbytes,
-        "parameters": found.parameters,
-        "config": found.config.to_json(),
-        "layers": [entries[layer.key] for layer in found.layers],
-        "also_train": [entries[key] for key in found.also_train],
-        "metadata": dict(found.metadata),
+        "path": str(adapter_file.path),
+        "format": adapter_file.format,
+        "bytes": adapter_file.nbytes,
+        "parameters": adapter_file.parameters,
+        "config": adapter_file.config.to_json(),
+        "layers": [entries[layer.key] for layer in adapter_file.layers],
+        "also_train": [entries[key] for key in adapter_file.also_train],
+        "metadata": dict(adapter_file.metadata),
         "misfits": wrong,
     }
     show(flags.json, "\n".join(lines), fields)

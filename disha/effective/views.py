@@ -117,7 +117,9 @@ def _unbind(weight: Any, dim: int = 0) -> Any:
         return tuple(item_of(weight, index) for index in range(weight.base.shape[0]))
     each = zip(*(update.unstack() for update in updates))
     item, bases = layout.of_one_expert(), weight.base.unbind(0)
-    return tuple(effective(base, item, Updates(own)) for base, own in zip(bases, each))
+    return tuple(
+        effective(base, item, Updates(item_updates)) for base, item_updates in zip(bases, each)
+    )
 
 
 @rule("index_select select")

@@ -153,12 +153,12 @@ def base_of(value: Any) -> Any:
 def _refuse_to_lose_gradients(args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
     """Raise if a product that trains goes into `out=`, without gradients (losses of trl do so)."""
     operands = [*args, *(value for name, value in kwargs.items() if name != "out")]
-    for one in operands:
-        updates = one.updates.every if isinstance(one, EffectiveWeight) else ()
+    for operand in operands:
+        updates = operand.updates.every if isinstance(operand, EffectiveWeight) else ()
         if any(update.block.requires_grad for update in updates):
             raise ModeError(
-                f"a product with an adapted weight of shape {tuple(one.shape)} can't go into out=, "
-                "because its block would get no gradient. If a trainer computes its loss from the "
-                "weight of the output head, as those of trl do, leave the head out "
+                f"a product with an adapted weight of shape {tuple(operand.shape)} can't go into "
+                "out=, because its block would get no gradient. If a trainer computes its loss "
+                "from the weight of the output head, as those of trl do, leave the head out "
                 "(exclude='lm_head'); in your own code, use weight.clone()"
             )

@@ -27,13 +27,13 @@ def _all_writes() -> Iterator[Operation]:
     """Yield every operation of torch that writes into its first argument."""
     for owner in (Tensor, torch, NATIVE_FUNCTIONS, F, torch.nn.init):
         for name in dir(owner):
-            found = getattr(owner, name, None)
-            if _writes(name) and callable(found):
-                yield found
+            operation = getattr(owner, name, None)
+            if _writes(name) and callable(operation):
+                yield operation
     for name in dir(Tensor):
-        found = getattr(Tensor, name)
-        if isinstance(found, GetSetDescriptorType):  # as in `weight.grad = ...`
-            yield found.__set__
+        operation = getattr(Tensor, name)
+        if isinstance(operation, GetSetDescriptorType):  # as in `weight.grad = ...`
+            yield operation.__set__
 
 
 _RESHAPES = [
@@ -79,14 +79,16 @@ def _sources(written: Any, *sources: Any) -> tuple[Any, ...]:
     if not isinstance(written, EffectiveWeight):
         return sources
     return tuple(
-        one.base if isinstance(one, EffectiveWeight) and _same_blocks(one, written) else one
-        for one in sources
+        source.base
+        if isinstance(source, EffectiveWeight) and _same_blocks(source, written)
+        else source
+        for source in sources
     )
 
 
-def _same_blocks(one: EffectiveWeight, other: EffectiveWeight) -> bool:
+def _same_blocks(weight: EffectiveWeight, other: EffectiveWeight) -> bool:
     """Whether two effective weights have the updates of the same blocks."""
-    mine, theirs = one.updates.every, other.updates.every
+    mine, theirs = weight.updates.every, other.updates.every
     same = all(a.block.is_set_to(b.block) for a, b in zip(mine, theirs))
     return same and len(mine) == len(theirs)
 

@@ -83,18 +83,18 @@ def combine_adapters(
     summands = []
     for adapter, weight in weights.items():
         contents = adapter_contents(view, adapter)
-        if not (also_train and any(one.is_claimed(adapter) for one in view.parameters)):
+        if not (also_train and any(parameter.is_claimed(adapter) for parameter in view.parameters)):
             contents = blocks_only(*contents)  # others that train are the model's in any case
         summands.append(Summand(f"adapter {adapter!r}", contents, weight))
     header, tensors = combine_contents(summands, r)
     load_contents(view, "the sum", header, tensors, into, freeze=False, activate=False)
     trained = {
-        one.name
-        for one in view.blocks()
-        if one.adapter in weights and one.block.block.requires_grad
+        model_block.name
+        for model_block in view.blocks()
+        if model_block.adapter in weights and model_block.block.block.requires_grad
     }
-    for one in view.require(into):
-        one.block.block.requires_grad_(one.name in trained)
+    for model_block in view.require(into):
+        model_block.block.block.requires_grad_(model_block.name in trained)
 
 
 class _Part(NamedTuple):
@@ -117,9 +117,9 @@ def combine_contents(summands: Sequence[Summand], r: int | None = None) -> Conte
                 f"({first_few(header.also_train, 3, ', ')}). These are values, not updates, so "
                 "they have no weighted sum; leave out `also_train`"
             )
-        for one in header.layers:
-            part = _Part(one, tensors[one.key], weight, source)
-            parts.setdefault(one.name, []).append(part)
+        for layer in header.layers:
+            part = _Part(layer, tensors[layer.key], weight, source)
+            parts.setdefault(layer.name, []).append(part)
     configs = [header.config for _, (header, _), _ in summands]
     if len({(config.method, config.r_out) for config in configs}) > 1:
         raise ArgumentError(
@@ -149,9 +149,9 @@ def _sum(parts: Sequence[_Part], r: int | None) -> tuple[LayerRecord, Tensor]:
     method = METHODS[first.method]
     r = r or math.lcm(*(part.record.r for part in parts))
     listing = "; ".join(
-        f"r={one.r}, {one.in_features} -> {one.out_features}, {one.layout} with a block "
-        f"{tuple(block.shape)} in {source}"
-        for one, block, _, source in parts
+        f"r={record.r}, {record.in_features} -> {record.out_features}, {record.layout} with a "
+        f"block {tuple(block.shape)} in {source}"
+        for record, block, _, source in parts
     )
     if not method.additive:
         raise ArgumentError(

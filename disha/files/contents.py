@@ -108,7 +108,7 @@ def save_adapter(
 
 def _warn_of_others(view: ModelView, adapter: str) -> None:
     """Name the parameters that were saved because they train, although nobody asked for it."""
-    others = [one.name for one in view.trained(adapter) if not one.is_claimed()]
+    others = [parameter.name for parameter in view.trained(adapter) if not parameter.is_claimed()]
     if others:
         warnings.warn(
             f"the file of adapter {adapter!r} also holds {counted(len(others), 'parameter')} that "
@@ -256,9 +256,9 @@ def adapter_contents(
     with ranks.agreeing(action):
         _check_can_be_loaded(adapter, layers, tensors)
     keys = {layer.key for layer in layers}
-    configs = [one.block.config for one in blocks]
+    configs = [model_block.block.config for model_block in blocks]
     header = AdapterHeader(
-        config=min(configs, key=lambda one: METHODS[one.method].replaces),
+        config=min(configs, key=lambda config: METHODS[config.method].replaces),
         layers=layers,
         also_train=tuple(sorted(tensors.keys() - keys)),
         tensors=without_values(tensors),
@@ -273,18 +273,18 @@ def _records(
     """Return what a file says of blocks; without `base`, no fingerprints."""
     borrowers = view.borrowers()
     records = []
-    for one in blocks:
-        block, slot = one.block, one.block.slot
-        geometry = slot.layout.geometry(weight_shape(one.layer, slot), slot.rows)
+    for model_block in blocks:
+        block, slot = model_block.block, model_block.block.slot
+        geometry = slot.layout.geometry(weight_shape(model_block.layer, slot), slot.rows)
         record = LayerRecord(
-            name=one.name,
+            name=model_block.name,
             method=block.method.name,
             r=block.r,
             r_out=block.config.r_out,
             in_features=geometry.in_features,
             out_features=geometry.out_features,
             scale=block.scale,
-            base=_base_fingerprint(one) if base else None,
+            base=_base_fingerprint(model_block) if base else None,
             layout=slot.layout,
             rows=slot.rows,
             tied=tuple(borrowers[block]),
@@ -293,19 +293,25 @@ def _records(
     return tuple(records)
 
 
-def _base_fingerprint(one: ModelBlock) -> str | None:
+def _base_fingerprint(model_block: ModelBlock) -> str | None:
     """Return the fingerprint of an adapted weight's original, or None if it is quantised."""
-    slot = one.block.slot
+    slot = model_block.block.slot
     # Quantised values depend on how it is done, but an adapter fits all ways. New rows fit all.
-    if slot.opaque or is_packed(one.layer, slot.parameter) or one.block.method.replaces:
+    if (
+        slot.opaque
+        or is_packed(model_block.layer, slot.parameter)
+        or model_block.block.method.replaces
+    ):
         return None
-    return fingerprint(slot.layout.part(present(base_of(one.layer, slot)), slot.rows))
+    return fingerprint(slot.layout.part(present(base_of(model_block.layer, slot)), slot.rows))
 
 
 def _check_can_be_loaded(
     adapter: str, layers: Sequence[LayerRecord], tensors: Mapping[str, Tensor]
 ) -> None:
-    methods = {(one.method, one.r_out) for one in layers if not METHODS[one.method].replaces}
+    methods = {
+        (record.method, record.r_out) for record in layers if not METHODS[record.method].replaces
+    }
     if len(methods) > 1:
         raise AdapterStateError(
             f"adapter {adapter!r} has blocks of different methods or r_out, and a file holds one; "
@@ -383,10 +389,10 @@ class _Incoming:
 
     def blocks(self) -> Iterator[tuple[ModelBlock, LayerRecord]]:
         """Iterate over the model's blocks for which the adapter has one."""
-        for one in self.view.require(self.adapter):
-            layer = self.layers.get(join(one.name, one.block.parameter_name))
+        for model_block in self.view.require(self.adapter):
+            layer = self.layers.get(join(model_block.name, model_block.block.parameter_name))
             if layer is not None:
-                yield one, layer
+                yield model_block, layer
 
 
 def load_contents(
@@ -490,8 +496,10 @@ def _widen(incoming: _Incoming) -> None:
 def _differences(incoming: _Incoming) -> list[str]:
     """Return how the blocks that it replaces differ from its own, but for scales and bases."""
     pairs = list(incoming.blocks())
-    found = [replace(layer, scale=one.block.scale, base=None) for one, layer in pairs]
-    expected = _records(incoming.view, (one for one, _ in pairs), base=False)
+    found = [
+        replace(layer, scale=model_block.block.scale, base=None) for model_block, layer in pairs
+    ]
+    expected = _records(incoming.view, (model_block for model_block, _ in pairs), base=False)
     return [
         f"{mine.name}: {field} is {getattr(theirs, field)} in the file and {value} in the model"
         for theirs, mine in zip(found, expected, strict=True)
@@ -537,9 +545,9 @@ def _forget_the_rest(incoming: _Incoming, undo: ExitStack) -> None:
 
 def _warn_of_other_base(incoming: _Incoming) -> None:
     known = [
-        (one.name, same_base(layer.base, base))
-        for one, layer in incoming.blocks()
-        if layer.base is not None and (base := _base_fingerprint(one)) is not None
+        (model_block.name, same_base(layer.base, base))
+        for model_block, layer in incoming.blocks()
+        if layer.base is not None and (base := _base_fingerprint(model_block)) is not None
     ]
     other = [name for name, is_same in known if not is_same]
     if other:

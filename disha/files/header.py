@@ -128,8 +128,8 @@ class AdapterFile(AdapterHeader):
 def reasons_against_blocks(header: AdapterHeader) -> list[str]:
     """Return the name of each layer whose block has a wrong shape, and the reason."""
     found = [
-        (one.name, one.reason_against_block(tuple(header.tensors[one.key].shape)))
-        for one in header.layers
+        (record.name, record.reason_against_block(tuple(header.tensors[record.key].shape)))
+        for record in header.layers
     ]
     return [f"{name or '(the model)'}: {reason}" for name, reason in found if reason is not None]
 
@@ -180,9 +180,9 @@ def _unfit(path: Path, problem: str) -> AdapterFileError:
     )
 
 
-def _parsed(path: Path, found: Any, tensors: Mapping[str, Tensor]) -> AdapterFile:
-    found = {"needs": [], "also_train": [], "metadata": {}, **found}
-    version, needs = found["format"], found["needs"]
+def _parsed(path: Path, fields: Any, tensors: Mapping[str, Tensor]) -> AdapterFile:
+    fields = {"needs": [], "also_train": [], "metadata": {}, **fields}
+    version, needs = fields["format"], fields["needs"]
     check_positive_int("format", version)
     if version > FORMAT:  # it may have other fields
         raise AdapterFileError(
@@ -194,23 +194,23 @@ def _parsed(path: Path, found: Any, tensors: Mapping[str, Tensor]) -> AdapterFil
             f"{path} needs {brief(needs)}, which this version of disha does not know; upgrade "
             "disha-torch"
         )
-    check_type("metadata", found["metadata"], dict, "a JSON object")
-    for one in (*found["also_train"], *found["metadata"].values()):
-        check_type("a name or a note", one, str, "text")
-    check_type("config", found["config"], dict, "a JSON object")
-    method = found["config"].get("method")
+    check_type("metadata", fields["metadata"], dict, "a JSON object")
+    for words in (*fields["also_train"], *fields["metadata"].values()):
+        check_type("a name or a note", words, str, "text")
+    check_type("config", fields["config"], dict, "a JSON object")
+    method = fields["config"].get("method")
     if isinstance(method, str) and method not in METHODS:
         raise AdapterFileError(
             f"{path} has blocks of the method {brief(method)}, which is unknown here; register the "
             "method first (disha.functional.METHODS), or upgrade disha-torch"
         )
-    config = AdapterConfig.from_json(found["config"])
+    config = AdapterConfig.from_json(fields["config"])
     return AdapterFile(
         config=config,
-        layers=tuple(_layer(config, entry) for entry in found["layers"]),
-        also_train=tuple(found["also_train"]),
+        layers=tuple(_layer(config, entry) for entry in fields["layers"]),
+        also_train=tuple(fields["also_train"]),
         tensors=without_values(tensors),
-        metadata=found["metadata"],
+        metadata=fields["metadata"],
         path=path,
         format=FORMAT,
         nbytes=path.stat().st_size,
@@ -244,10 +244,10 @@ def _layer(config: AdapterConfig, entry: Any) -> LayerRecord:
     )
 
 
-def _key_problems(found: AdapterFile) -> list[str]:
+def _key_problems(fields: AdapterFile) -> list[str]:
     """Return what is wrong unless the header lists each tensor once, and blocks are numbers."""
-    blocks = [layer.key for layer in found.layers]
-    listed, tensors = Counter([*blocks, *found.also_train]), found.tensors
+    blocks = [layer.key for layer in fields.layers]
+    listed, tensors = Counter([*blocks, *fields.also_train]), fields.tensors
     problems = [] if blocks else ["there is no layer"]
     problems += [f"{brief(key)} is listed {n} times" for key, n in listed.items() if n > 1]
     problems += [f"{brief(key)} is missing" for key in listed if key not in tensors]

@@ -235,7 +235,7 @@ def _parser(shows_all: bool) -> _Parser:
     for former, name in RENAMED.items():
         flags[f"--{former}"] = flags[f"--{name}"]
         flags[f"--{former.replace('_', '-')}"] = flags[f"--{name}"]
-    hidden = set() if shows_all else {one.name for one in fields(SFTConfig)} - set(SHOWN)
+    hidden = set() if shows_all else {setting.name for setting in fields(SFTConfig)} - set(SHOWN)
     for action in parser._actions:
         if action.dest in hidden or action.option_strings[0].startswith("--no_"):
             action.help = argparse.SUPPRESS
@@ -269,8 +269,8 @@ def _words_of(path: Path) -> Iterator[str]:
     for name, value in flags:
         if value is not None:
             yield f"--{name}"
-            for one in value if isinstance(value, list) else [value]:
-                yield json.dumps(one) if isinstance(one, dict) else str(one)
+            for item in value if isinstance(value, list) else [value]:
+                yield json.dumps(item) if isinstance(item, dict) else str(item)
 
 
 def _rank(pair: str) -> tuple[str, int]:

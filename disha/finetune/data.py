@@ -100,7 +100,7 @@ def _wrong_line(path: str) -> str | None:
 
 def mixed(sets: Sequence[Dataset], weights: Sequence[float], seed: int) -> Dataset:
     """Return the rows of several sets: each row once, or drawn by weight until all were seen."""
-    forms = {", ".join(sorted(one.column_names)) for one in sets}
+    forms = {", ".join(sorted(rows.column_names)) for rows in sets}
     if len(forms) > 1:
         raise ArgumentError(f"the data sets must have one form, got {' and '.join(sorted(forms))}")
     if not weights:

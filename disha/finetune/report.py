@@ -191,7 +191,7 @@ def write_report(folder: Path, settings: Mapping[str, Any], outcome: Outcome, pr
 
 def logged(state: TrainerState, name: str) -> dict[Any, float]:
     """Return what a run has logged under a name, by step."""
-    return {one["step"]: one[name] for one in state.log_history if name in one}
+    return {entry["step"]: entry[name] for entry in state.log_history if name in entry}
 
 
 def _plot(facts: Mapping[str, Any]) -> Figure:

@@ -143,7 +143,7 @@ def _trainer(
         notes[TOKENS_KEY] = json.dumps(adapter.new_tokens)
     model, tokenizer = load_base(base, bits, device, notes)
     rows = mixed(
-        [formed(one, data.dataset_field, tokenizer) for one in sets],
+        [formed(rows, data.dataset_field, tokenizer) for rows in sets],
         data.data_weights,
         training.seed,
     )
@@ -179,7 +179,7 @@ def _read(data: DataArguments) -> tuple[list[Dataset], Dataset | None]:
         splits = splits * len(data.data)
     if len(splits) != len(data.data):
         raise ArgumentError("give one --dataset_split for all data, or one for each")
-    sets = [load_rows(one, split) for one, split in zip(data.data, splits, strict=True)]
+    sets = [load_rows(source, split) for source, split in zip(data.data, splits, strict=True)]
     if data.eval_data is None and data.eval_split is None:
         return sets, None
     return sets, load_rows(data.eval_data or data.data[0], data.eval_split or "train")

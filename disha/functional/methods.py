@@ -202,16 +202,16 @@ class Method:
                 f"a {self.name} block of shape {tuple(block.shape)} does not fit a weight of shape "
                 f"{tuple(weight.shape)} laid out as {layout.pattern!r}"
             )
-        own = self.matrix_block(layout, block)
+        matrix = self.matrix_block(layout, block)
         if self.reduces:  # dW only repeats the values of R, so it needs no wider dtype
-            reduced = self.reduced(own, geometry, r)
+            reduced = self.reduced(matrix, geometry, r)
             delta = bone_delta_weight(reduced, geometry.in_features, geometry.out_features)
         else:
             dtype, matrices = merge_dtype(weight.dtype, block.dtype), None
             if self.reads_weight:
                 matrices = layout.matrices(layout.part(weight, rows)).to(dtype)
             with without_autocast(weight.device):
-                delta = self.delta(own.to(dtype), geometry, matrices)
+                delta = self.delta(matrix.to(dtype), geometry, matrices)
         if layout.padding_idx is not None:
             index = torch.tensor([layout.padding_idx], device=delta.device)
             delta = delta.index_fill(-1, index, 0.0)

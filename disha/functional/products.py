@@ -155,8 +155,8 @@ def adapted_product(
     sizes = layout.geometry(weight.shape)
     small, folded, others = _divided(updates, layout, sizes)
     output = multiply(x, computed_weight(weight, layout, folded), bias)
-    for one in small:
-        output = added(output, _reduced_product(multiply, x, layout, one, sizes))
+    for reduced in small:
+        output = added(output, _reduced_product(multiply, x, layout, reduced, sizes))
     for update in others:
         output = added(output, update_product(multiply, x, weight, layout, update))
     return output
@@ -222,8 +222,8 @@ def _reduced_product(
         sums = torch.flatten(sums, dim - 1, dim)
 
     def product(sums: Tensor, matrix: Tensor) -> Tensor:
-        own = matrix if chosen is None else matrix[chosen]
-        return multiply(sums, layout.weight(own.mT), None)
+        chosen_matrix = matrix if chosen is None else matrix[chosen]
+        return multiply(sums, layout.weight(chosen_matrix.mT), None)
 
     if chosen is None or is_compiling() or transforms_active():
         output = product(sums, matrix)
@@ -264,13 +264,13 @@ def reduced_updates(updates: Sequence[Update], layout: Layout, geometry: Geometr
         if update.rows:
             matrix = tiled(matrix, outputs)
             matrix = place_rows(matrix, update.rows, out_features, dim=-1)
-        one = Reduced(scaled(matrix, update.scale), update.dropout, update.chosen)
-        alone = one.dropout or one.chosen is not None
+        reduced = Reduced(scaled(matrix, update.scale), update.dropout, update.chosen)
+        alone = reduced.dropout or reduced.chosen is not None
         key = (len(found),) if alone else (matrix.shape[-2], matrix.dtype)
         if key in found:
-            pair = [tiled(two.matrix, out_features) for two in (found[key], one)]
-            one = Reduced(pair[0] + pair[1], 0.0)
-        found[key] = one
+            pair = [tiled(term.matrix, out_features) for term in (found[key], reduced)]
+            reduced = Reduced(pair[0] + pair[1], 0.0)
+        found[key] = reduced
     return list(found.values())
 
 
@@ -292,8 +292,8 @@ def updates_of_rows(
                 )
                 if block is None:
                     return None
-                own = () if (low, high) == (start, stop) else ((low - start, high - start),)
-                found.append(update.replace(block=block, rows=own))
+                kept_rows = () if (low, high) == (start, stop) else ((low - start, high - start),)
+                found.append(update.replace(block=block, rows=kept_rows))
             before += last - first
     return found
 
@@ -306,7 +306,9 @@ def update_of_part(
     if layout.has_kernel:
         return [update] if list(part) == whole else None
     axes = zip(layout.axes, part, whole, strict=True)
-    cut = {axis: own for axis, own, all_of_it in axes if own != all_of_it}
+    cut = {
+        axis: part_of_axis for axis, part_of_axis, all_of_it in axes if part_of_axis != all_of_it
+    }
     if "expert" in cut:
         update = update.select_matrices(slice(*cut["expert"]))
     geometry = layout.geometry(shape)
@@ -400,8 +402,8 @@ def _linear_in_general(
         sums.append((*shard_sums(dropped, matrix.shape[0]), matrix))
     deltas = [update_product(F.linear, x, weight, MATRIX, update) for update in others]
     output = _folded(x, weight, bias, folded) if folded else F.linear(x, weight, bias)
-    for one, regain, matrix in sums:
-        output = _plus_product(output, one, matrix, regain)
+    for summed, regain, matrix in sums:
+        output = _plus_product(output, summed, matrix, regain)
     return reduce(added, deltas, output)
 
 
@@ -418,14 +420,18 @@ def _plus_product(output: Tensor, sums: Tensor, matrix: Tensor, factor: float) -
 def _folded(x: Tensor, weight: Tensor, bias: Tensor | None, updates: Sequence[Update]) -> Tensor:
     """Return the product with the updates folded into W."""
     first = updates[0]
-    kinds = [(one.method, one.block.shape, one.block.dtype, one.rows) for one in updates]
+    kinds = [
+        (update.method, update.block.shape, update.block.dtype, update.rows) for update in updates
+    ]
     alike = all(kind == kinds[0] for kind in kinds)
     if len(updates) > 1 and alike and first.method.additive:
         blocks = [scaled(update.block, update.scale) for update in updates]
         updates = [first.replace(block=reduce(torch.add, blocks), scale=1.0)]
     if len(updates) == 1 and not first.rows:
         return _folded_alone(x, weight, bias, updates[0])
-    pieces = _in_pieces(x, weight, bias, updates) if any(one.rows for one in updates) else None
+    pieces = (
+        _in_pieces(x, weight, bias, updates) if any(update.rows for update in updates) else None
+    )
     if pieces is None:
         return F.linear(x, computed_weight(weight, MATRIX, updates), bias)
     return torch.cat(pieces, -1)
@@ -448,11 +454,11 @@ def _in_pieces(
     edges = {0, size, *(edge for update in updates for ends in update.rows for edge in ends)}
     pieces = []
     for start, stop in pairwise(sorted(edges)):
-        own = updates_of_rows(updates, start, stop, MATRIX.geometry(weight.shape))
-        if own is None:
+        updates_here = updates_of_rows(updates, start, stop, MATRIX.geometry(weight.shape))
+        if updates_here is None:
             return None
         offset = None if bias is None else bias[start:stop]
-        pieces.append(adapted_linear(x, weight[start:stop], offset, own))
+        pieces.append(adapted_linear(x, weight[start:stop], offset, updates_here))
     return pieces
 
 
@@ -474,7 +480,12 @@ def adapted_stack(x: Tensor, weight: Tensor, updates: Sequence[Update]) -> Tenso
         # One matrix at a time saves no dense weight for backward.
         each = zip(*(update.unstack() for update in updates))
         parts = zip(x.unbind(0), weight.unbind(0), each)
-        return torch.stack([adapted_linear(one, matrix, None, own) for one, matrix, own in parts])
+        return torch.stack(
+            [
+                adapted_linear(inputs, matrix, None, matrix_updates)
+                for inputs, matrix, matrix_updates in parts
+            ]
+        )
 
     def multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return torch.matmul(x, weight.mT)
@@ -496,13 +507,13 @@ def adapted_grouped(
     if not is_compiling() and not all(update.method.reduces for update in updates):
         return _one_by_one(x, weight, offsets, updates)
 
-    def grouped(own: Tensor, matrices: Tensor, bias: Tensor | None) -> Tensor:
+    def grouped(inputs: Tensor, matrices: Tensor, bias: Tensor | None) -> Tensor:
         if matrices is not weight:
             # The product requires one dtype and rows of a multiple of 16 bytes, so r is padded.
             step = 16 // x.element_size()
-            own = pad_to_multiple(own, step, dim=-1)
+            inputs = pad_to_multiple(inputs, step, dim=-1)
             matrices = pad_to_multiple(matrices, step, dim=-1).contiguous()
-        return multiply(own, torch.transpose(matrices, -2, -1), offs=offsets)
+        return multiply(inputs, torch.transpose(matrices, -2, -1), offs=offsets)
 
     return adapted_product(grouped, x, weight, None, STACK, updates)
 

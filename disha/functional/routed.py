@@ -74,7 +74,7 @@ class Route:
         runs = self._runs_of([self.names[sample] for sample in order], size)
         indices = self._entries(order, size, device)
         each = torch.split(indices, [entries for _, entries in runs])
-        return [(name or "", own) for (name, _), own in zip(runs, each)], indices
+        return [(name or "", updates) for (name, _), updates in zip(runs, each)], indices
 
     def choices(self, adapters: Sequence[str], device: torch.device) -> Tensor:
         """Return the index of each sample's adapter, or the number of adapters for no adapter."""
@@ -112,7 +112,7 @@ class Routed(Updates):
         by_adapter: Mapping[str, tuple[Update, ...]],
         batch: int = 0,  # the number of samples if they are the second dimension
     ) -> None:
-        super().__init__(tuple([one for updates in by_adapter.values() for one in updates]))
+        super().__init__(tuple([update for updates in by_adapter.values() for update in updates]))
         self.of_all_samples = None  # also for a route with one adapter: what works must with two
         self.route = route
         self.by_adapter = by_adapter
@@ -137,7 +137,7 @@ class Routed(Updates):
     def changed(self, change: Change) -> Updates | None:
         """Return the updates of a view, or None if there are none."""
         views = {adapter: change(updates) for adapter, updates in self.by_adapter.items()}
-        found = {adapter: tuple(own) for adapter, own in views.items() if own is not None}
+        found = {adapter: tuple(kept) for adapter, kept in views.items() if kept is not None}
         return Routed(self.route, found, self.batch) if len(found) == len(views) else None
 
     def in_attention(self, query: Tensor) -> Updates:
@@ -194,8 +194,8 @@ def _linear_by_adapter(x: Tensor, weight: Tensor, bias: Tensor | None, routed: R
     each, order = routed.route.by_adapter(x.shape[0], x.device)
     parts = []
     for adapter, rows in each:
-        own = routed.by_adapter.get(adapter, ())
-        parts.append(adapted_linear(x.index_select(0, rows), weight, bias, own))
+        updates = routed.by_adapter.get(adapter, ())
+        parts.append(adapted_linear(x.index_select(0, rows), weight, bias, updates))
     together = torch.cat(parts)
     return torch.empty_like(together).index_copy(0, order, together)
 
@@ -210,7 +210,7 @@ Sorting costs passes over the output. Without sorting, each sample costs one pro
 def _with_alike(output: Tensor, x: Tensor, route: Route, alike: Mapping[str, Tensor]) -> Tensor:
     """Return an output plus S(x) s R of each sample, where all matrices s R have one shape."""
     size, (r, out_features) = x.shape[0], next(iter(alike.values())).shape
-    rows, outputs = (one.reshape(size, -1, one.shape[-1]) for one in (x, output))
+    rows, outputs = (tensor.reshape(size, -1, tensor.shape[-1]) for tensor in (x, output))
     sums, regain = shard_sums(rows, r)
     matrices = {adapter: matrix.to(x.dtype) for adapter, matrix in alike.items()}
     runs = route.runs(size)
@@ -219,16 +219,16 @@ def _with_alike(output: Tensor, x: Tensor, route: Route, alike: Mapping[str, Ten
     if in_place and not few:
         sizes = [entries for _, entries in runs]
         each = zip(runs, torch.split(outputs, sizes), torch.split(sums, sizes), strict=True)
-        for (adapter, _), into, own in each:
+        for (adapter, _), into, sums_of_run in each:
             if (matrix := matrices.get(adapter or "")) is not None:
-                into.view(-1, out_features).addmm_(own.flatten(0, 1), matrix, alpha=regain)
+                into.view(-1, out_features).addmm_(sums_of_run.flatten(0, 1), matrix, alpha=regain)
         return outputs.reshape(output.shape)
     each_rows, order = route.by_adapter(size, x.device)
     parts = torch.split(sums.index_select(0, order), [len(rows) for _, rows in each_rows])
     deltas = []
-    for (adapter, _), own in zip(each_rows, parts, strict=True):
-        matrix, shape = matrices.get(adapter), (*own.shape[:-1], out_features)
-        deltas.append(own.new_zeros(shape) if matrix is None else own @ matrix)
+    for (adapter, _), sums_of_run in zip(each_rows, parts, strict=True):
+        matrix, shape = matrices.get(adapter), (*sums_of_run.shape[:-1], out_features)
+        deltas.append(sums_of_run.new_zeros(shape) if matrix is None else sums_of_run @ matrix)
     delta = scaled(torch.cat(deltas), regain).to(output.dtype)
     add = outputs.index_add if torch.is_grad_enabled() else outputs.index_add_
     return add(0, order, delta).reshape(output.shape)
@@ -241,7 +241,7 @@ def _alike(
     found = {}
     for adapter, updates in by_adapter.items():
         small = reduced_updates(updates, MATRIX, geometry)
-        if len(small) > 1 or any(one.dropout for one in small):
+        if len(small) > 1 or any(reduced.dropout for reduced in small):
             return None
         if small:
             found[adapter] = small[0].matrix

@@ -74,8 +74,8 @@ class Updates:
         if same is not None:
             return functional.adapted_product(multiply, x, weight, bias, layout, same)
 
-        def delta_of(own: Tensor, update: Update) -> Tensor:
-            return update_product(multiply, own, weight, layout, update)
+        def delta_of(inputs: Tensor, update: Update) -> Tensor:
+            return update_product(multiply, inputs, weight, layout, update)
 
         return self.added(multiply(x, weight, bias), x, delta_of)
 

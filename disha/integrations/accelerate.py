@@ -52,7 +52,7 @@ def keep_adapter_only(accelerator: Accelerator, model: nn.Module, adapter: str =
 
     def place_in(models: list[nn.Module]) -> int | None:
         found = (
-            place for place, one in enumerate(models) if accelerator.unwrap_model(one) is model
+            place for place, other in enumerate(models) if accelerator.unwrap_model(other) is model
         )
         return next(found, None)
 

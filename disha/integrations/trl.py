@@ -75,9 +75,9 @@ def _make_ready(view: ModelView, args: Any, named: Mapping[str, Any], undo: Exit
     for name, reason in UNFIT.items():
         if named.get(name) is not None or getattr(args, name, False):
             raise ArgumentError(reason)
-    for one in view.trained():
+    for parameter in view.trained():
         raise ArgumentError(
-            f"{one.name} trains with the adapter, so it would change the reference, in which "
+            f"{parameter.name} trains with the adapter, so it would change the reference, in which "
             "adapters are off; freeze it, and inject without also_train"
         )
     if getattr(args, "disable_dropout", True):
@@ -109,7 +109,7 @@ def _reference(view: ModelView, adapters: Names, undo: ExitStack) -> _Reference:
                     "adapters of the reference yourself"
                 )
             former, values = adapter_contents(view, copied)
-            undo.callback(load, former, {k: one.clone() for k, one in values.items()}, copied)
+            undo.callback(load, former, {k: tensor.clone() for k, tensor in values.items()}, copied)
             load(header, tensors, copied)
     for name in names:
         if name in active:

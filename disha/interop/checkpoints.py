@@ -299,8 +299,8 @@ def _stored(checkpoint: Checkpoint, wanted: Mapping[str, tuple[str, ...]]) -> di
     stored = checkpoint.files.keys() | checkpoint.stacks.keys()
     prefixes = {("", "")}  # the one that the checkpoint lacks, and the one that it has in addition
     for key in next(iter(wanted.values()), ()):
-        prefixes |= {("", one.removesuffix(key)) for one in stored if one.endswith(f".{key}")}
-        prefixes |= {(key.removesuffix(one), "") for one in stored if key.endswith(f".{one}")}
+        prefixes |= {("", name.removesuffix(key)) for name in stored if name.endswith(f".{key}")}
+        prefixes |= {(key.removesuffix(name), "") for name in stored if key.endswith(f".{name}")}
     by_prefix = []  # from the shortest, which is none
     for less, more in sorted(prefixes, key=lambda pair: len("".join(pair))):
         found: dict[str, str] = {}
@@ -338,9 +338,11 @@ def _misfits(
                 problem = "has other values than the weight that the adapter was saved from"
         found += [] if problem is None else [f"{key}: {problem}"]
     for name in header.also_train:
-        own = tuple(header.tensors[name].shape)
+        found_shape = tuple(header.tensors[name].shape)
         shape, _ = checkpoint.shape_and_dtype(keys[name])
-        found += [] if shape == own else [f"{name}: {own}, the checkpoint has {shape}"]
+        found += (
+            [] if shape == found_shape else [f"{name}: {found_shape}, the checkpoint has {shape}"]
+        )
     return found
 
 
@@ -372,9 +374,11 @@ def _check_target(out: Path, checkpoint: Checkpoint, overwrite: bool) -> None:
 
 def _refuse_tied(checkpoint: Checkpoint, header: AdapterHeader, keys: Mapping[str, str]) -> None:
     """Raise if an embedding that changes may be tied, as those of models are by default."""
-    tied = [one.name for one in header.layers if one.tied]  # there, both have the update
+    tied = [record.name for record in header.layers if record.tied]  # there, both have the update
     embeddings = [
-        one.name for one in header.layers if one.layout.pattern == "index out" and not one.tied
+        record.name
+        for record in header.layers
+        if record.layout.pattern == "index out" and not record.tied
     ]
     embeddings += _stored_twice(checkpoint, [*header.also_train, *tied], keys)
     if not embeddings:
@@ -452,7 +456,7 @@ class _Merge:
                 (folder / target).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(source, folder / target)
         for file in {*files.values()}:
-            names = [name for name, one in files.items() if one == file]
+            names = [name for name, other in files.items() if other == file]
             self._write(folder / (SINGLE if file == base else file.name), names)
 
     def _merged(self, name: str) -> Tensor:
@@ -477,8 +481,8 @@ class _Merge:
         return changed
 
     def _deltas(self, key: str, weight: Tensor, experts: Any) -> Iterator[tuple[Tensor, float]]:
-        for one in self._layers[key]:
-            block = self._blocks[one.key][experts]
-            method = METHODS[one.method]
-            delta = method.delta_weight(one.layout, block, weight, one.rows, one.r)
-            yield delta, one.scale if self._scale is None else self._scale
+        for record in self._layers[key]:
+            block = self._blocks[record.key][experts]
+            method = METHODS[record.method]
+            delta = method.delta_weight(record.layout, block, weight, record.rows, record.r)
+            yield delta, record.scale if self._scale is None else self._scale

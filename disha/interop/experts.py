@@ -113,17 +113,17 @@ def misread_by_peft(layers: Sequence[LayerRecord], form: str, model_type: str | 
     stacks = [layer for layer in layers if is_stack(layer)]
     family = FAMILIES.get(model_type or "")
     turned = [
-        f"{one.name}: PEFT would take its inputs for its outputs, except in models of type "
+        f"{record.name}: PEFT would take its inputs for its outputs, except in models of type "
         f"gpt_oss; this one is {model_type or 'unknown'} (--base for the command)"
-        for one in stacks
-        if one.layout.in_first and (family is None or family.layout != one.layout)
+        for record in stacks
+        if record.layout.in_first and (family is None or family.layout != record.layout)
     ]
     taken = [
-        f"{one.name}: PEFT takes a target of this name for a projection of the experts; write the "
-        'experts apart (experts="separate")'
-        for one in layers
-        if one not in stacks
-        and one.name.rpartition(".")[2] in _OLD_TARGETS
+        f"{record.name}: PEFT takes a target of this name for a projection of the experts; write "
+        'the experts apart (experts="separate")'
+        for record in layers
+        if record not in stacks
+        and record.name.rpartition(".")[2] in _OLD_TARGETS
         and any(stack.layout == SEPARATE_BEFORE for stack in stacks)
     ]
     return turned + taken
@@ -155,7 +155,7 @@ def in_form(
                 f"{name} is adapted, and {other} is not; vLLM and SGLang read both or none"
             )
     family = family_of(model_type, "what separate experts are called")
-    return [one for update in updates for one in _separated(update, family)]
+    return [separate for update in updates for separate in _separated(update, family)]
 
 
 def _separated(update: LowRankUpdate, family: Family) -> Iterator[LowRankUpdate]:

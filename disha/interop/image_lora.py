@@ -196,7 +196,9 @@ def load(
 
 def _views(models: Models) -> dict[str, ModelView]:
     check_type("models", models, Mapping, "a mapping such as {'unet': unet}")
-    return {name: ModelView(one) for name, one in models.items() if isinstance(one, nn.Module)}
+    return {
+        name: ModelView(model) for name, model in models.items() if isinstance(model, nn.Module)
+    }
 
 
 # --- writing -------------------------------------------------------------------------------------
@@ -227,9 +229,9 @@ def _updates(
                 f"{', '.join(COMPONENTS)} (--component of disha convert)"
             )
         other = [
-            one.name
-            for one in header.layers
-            if one.layout.pattern not in ("out in", CONV) or not one.name
+            record.name
+            for record in header.layers
+            if record.layout.pattern not in ("out in", CONV) or not record.name
         ] + list(header.also_train)
         if other:
             raise ConversionError(
@@ -237,9 +239,9 @@ def _updates(
                 "and convolutions; leave them out (`exclude`, --no-also-train), or merge"
             )
     return [
-        _scaled(one, f"{component}.{_in_file(component, one.record.name)}")
+        _scaled(update, f"{component}.{_in_file(component, update.record.name)}")
         for component, (header, tensors) in contents.items()
-        for one in low_rank_updates(header.layers, tensors, rank=rank, base=bases.get(component))
+        for update in low_rank_updates(header.layers, tensors, rank=rank, base=bases.get(component))
     ]
 
 

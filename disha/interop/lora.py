@@ -233,23 +233,23 @@ def _without_rows(
 ) -> tuple[list[LayerRecord], dict[str, Tensor], dict[str, Any]]:
     """Return the layers without the rows that PEFT's LoRA has for tokens; and these in its form."""
     rows = [
-        one
-        for one in header.layers
-        if METHODS[one.method].replaces
-        and one.rows
-        and one.scale == 1
+        record
+        for record in header.layers
+        if METHODS[record.method].replaces
+        and record.rows
+        and record.scale == 1
         # PEFT lets all that are tied read them.
-        and (view is None or len(_names_of_weight(view, one.name)) == 1 + len(one.tied))
+        and (view is None or len(_names_of_weight(view, record.name)) == 1 + len(record.tied))
     ]
-    others = [one for one in header.layers if one not in rows]
-    numbers = {one.name: [n for ends in one.rows for n in range(*ends)] for one in rows}
-    values = {one.name + TOKENS: tensors[one.key].mT.contiguous() for one in rows}
+    others = [record for record in header.layers if record not in rows]
+    numbers = {record.name: [n for ends in record.rows for n in range(*ends)] for record in rows}
+    values = {record.name + TOKENS: tensors[record.key].mT.contiguous() for record in rows}
     return others, values, {"trainable_token_indices": numbers or None}
 
 
 def _names_of_weight(view: ModelView, layer: str) -> tuple[str, ...]:
-    one = view.parameters_by_name.get(join(layer, "weight"))
-    return () if one is None else one.names
+    parameter = view.parameters_by_name.get(join(layer, "weight"))
+    return () if parameter is None else parameter.names
 
 
 def _model_type(view: ModelView) -> str | None:
@@ -328,31 +328,31 @@ def load(
     """
     view = ModelView(model)
     with view.ranks().agreeing(f"load a LoRA as adapter {adapter!r}"):
-        found = read_peft_files(folder, (*FACTORS, TOKENS), also_train)
-        rows = _taken_rows(view, found)
-        found.tensors = in_the_model(view, found.path, found.tensors)
-        contents = _contents_of(found, _layouts(view), _model_type(view), rows)
+        peft_folder = read_peft_files(folder, (*FACTORS, TOKENS), also_train)
+        rows = _taken_rows(view, peft_folder)
+        peft_folder.tensors = in_the_model(view, peft_folder.path, peft_folder.tensors)
+        contents = _contents_of(peft_folder, _layouts(view), _model_type(view), rows)
     return load_contents(
-        view, found.path, *contents, adapter, replace=replace, dtype=dtype, freeze=freeze
+        view, peft_folder.path, *contents, adapter, replace=replace, dtype=dtype, freeze=freeze
     )
 
 
 def _taken_rows(view: ModelView, folder: PeftFolder) -> list[LayerBlock]:
     """Take the rows of tokens out of a folder, and return the layers with their blocks."""
-    numbers, found = folder.fields.pop("trainable_token_indices", None), []
+    numbers, taken = folder.fields.pop("trainable_token_indices", None), []
     for key in [key for key in folder.tensors if key.endswith(TOKENS)]:
         name, values = key.removesuffix(TOKENS), folder.tensors.pop(key)
         ends = numbers if isinstance(numbers, dict) else {name: numbers}
-        own = next(own for end, own in ends.items() if f".{name}".endswith(f".{end}"))
-        rows, names = checked_rows(name, own), _names_of_weight(view, name)
+        indices = next(rows for end, rows in ends.items() if f".{name}".endswith(f".{end}"))
+        rows, names = checked_rows(name, indices), _names_of_weight(view, name)
         tied = tuple([other for other in names if other != join(name, "weight")])
-        block = values[torch.tensor(own).argsort()].mT.contiguous()  # (in, rows), rows in order
+        block = values[torch.tensor(indices).argsort()].mT.contiguous()  # (in, rows), in order
         inputs, out = block.shape
         record = LayerRecord(
             name, "rows", 1, None, inputs, out, 1.0, None, Layout("out in"), rows, tied
         )
-        found.append((record, block))
-    return found
+        taken.append((record, block))
+    return taken
 
 
 def _layouts(view: ModelView) -> Layouts:
@@ -420,7 +420,7 @@ def _config_of(
     if not single:
         targets = exact_targets(others, None if view is None else module_names(view))
     # The values of most layers are the default; the patterns list the other layers.
-    sizes = {one.record.name: (one.rank, _alpha_of(one)) for one in updates}
+    sizes = {update.record.name: (update.rank, _alpha_of(update)) for update in updates}
     r, alpha = commonest(sizes.values())
     return {
         "peft_type": "LORA",
@@ -430,14 +430,18 @@ def _config_of(
         **({} if view is None else notes_of(view.model)),
         "r": r,
         "lora_alpha": alpha,
-        "rank_pattern": {anchored(one): own for one, (own, _) in sizes.items() if own != r},
-        "alpha_pattern": {anchored(one): own for one, (_, own) in sizes.items() if own != alpha},
+        "rank_pattern": {anchored(name): rank for name, (rank, _) in sizes.items() if rank != r},
+        "alpha_pattern": {
+            anchored(name): its_alpha
+            for name, (_, its_alpha) in sizes.items()
+            if its_alpha != alpha
+        },
         "target_modules": targets,
         "modules_to_save": sorted(saved) or None,
         **({"target_parameters": parameters} if parameters else {}),
         # PEFT has no dropout for parameters.
         "lora_dropout": 0.0 if parameters else header.config.dropout,
-        "fan_in_fan_out": any(one.record.layout.pattern == "in out" for one in updates),
+        "fan_in_fan_out": any(update.record.layout.pattern == "in out" for update in updates),
         "bias": "none",
         "init_lora_weights": True,
         "use_rslora": False,
@@ -453,7 +457,7 @@ def _alpha_of(update: LowRankUpdate) -> float:
 
 def tensors_of(updates: Sequence[LowRankUpdate]) -> dict[str, Tensor]:
     """Return the factors of all layers by their keys in a folder, without PEFT's prefix."""
-    names = stacks.stack_names(one.record.name for one in updates if is_stack(one.record))
+    names = stacks.stack_names(update.record.name for update in updates if is_stack(update.record))
     found = {}
     for update in updates:
         name, a, b = update.record.name, update.a, update.b

@@ -118,8 +118,10 @@ class LoraReport:
     ) -> LoraReport:
         """Return the report on updates that were written to `path`."""
         layers = tuple(
-            LoraLayer(one.record.name, one.record.method, one.record.r, one.rank, one.error)
-            for one in updates
+            LoraLayer(
+                update.record.name, update.record.method, update.record.r, update.rank, update.error
+            )
+            for update in updates
         )
         return cls(path, layers, tuple(also_train))
 
@@ -157,7 +159,10 @@ def listed(names: Sequence[str]) -> str:
 
 def base_weights(view: ModelView, adapter: str) -> BaseWeight:
     """Return a function from a layer's name to its base weight; collective if sharded."""
-    places = {one.name: (one.layer, one.block.slot) for one in view.require(adapter)}
+    places = {
+        model_block.name: (model_block.layer, model_block.block.slot)
+        for model_block in view.require(adapter)
+    }
     return lambda name: gathered(base_of(*places[name]).detach())
 
 
@@ -175,16 +180,18 @@ def low_rank_updates(
     """Return the updates of layers; `disha.interop.lora.export` documents the arguments."""
     check_rank(rank)
     without = [
-        one.name
-        for one in layers
-        if one.rows or one.tied or not (is_stack(one) or one.layout.pattern in LORA_LAYOUTS)
+        record.name
+        for record in layers
+        if record.rows
+        or record.tied
+        or not (is_stack(record) or record.layout.pattern in LORA_LAYOUTS)
     ]
     if without:
         raise ConversionError(
             f"LoRA can't express {len(without)} of {counted(len(layers), 'layer')} "
             f"({listed(without)}); leave them out of the adapter (`exclude`)"
         )
-    updates = [_update(one, tensors[one.key], rank, base) for one in layers]
+    updates = [_update(record, tensors[record.key], rank, base) for record in layers]
     if not pad:
         return updates
     largest = max(update.rank for update in updates)
@@ -193,7 +200,7 @@ def low_rank_updates(
             f"a layer has rank {largest}, and ranks are padded to at most {SERVED_RANKS[-1]}; give "
             "a smaller `rank`, or do not pad"
         )
-    padded = next(one for one in SERVED_RANKS if one >= largest)
+    padded = next(served for served in SERVED_RANKS if served >= largest)
     return [update.padded(padded) for update in updates]
 
 
@@ -300,10 +307,10 @@ def contents_of_factors(
 ) -> Contents:
     """Return the adapter that was a LoRA of these layers, with rows and parameters beside them."""
     found, others = [], []
-    for one in factors:
-        layer = _layer_of_factors(*one)
+    for layer_factors in factors:
+        layer = _layer_of_factors(*layer_factors)
         if layer is None:
-            others.append(one[0])
+            others.append(layer_factors[0])
         else:
             found.append(layer)
     if others:

@@ -128,7 +128,9 @@ def export(
     view = ModelView(model)
     ranks, action = view.ranks(), f"export adapter {adapter!r} to PEFT"
     given = {"base_model_name_or_path": base_model_name_or_path, "task_type": task_type}
-    notes = notes_of(view.model) | {note: one for note, one in given.items() if one is not None}
+    notes = notes_of(view.model) | {
+        note: value for note, value in given.items() if value is not None
+    }
     for note, value in notes.items():
         check_type(note, value, str, "a str")
     header, tensors = adapter_contents(view, adapter, base=False)
@@ -144,7 +146,9 @@ def export(
     with ranks.agreeing(action):
         if ranks.writes:
             write_peft_files(target, fields, _blocks(header, tensors) | beside)
-    layers = [LoraLayer(one.name, one.method, one.r, one.r, 0.0) for one in header.layers]
+    layers = [
+        LoraLayer(record.name, record.method, record.r, record.r, 0.0) for record in header.layers
+    ]
     return LoraReport(target, tuple(layers), tuple(beside))
 
 
@@ -204,13 +208,13 @@ def load(
     """
     view = ModelView(model)
     with view.ranks().agreeing(f"load a PEFT folder as adapter {adapter!r}"):
-        found, config, blocks = _read(folder, also_train)
+        peft_folder, config, blocks = _read(folder, also_train)
         problems = reasons_against(view, blocks, _unknown_to_miss, exporting=False)
-        refuse_to_load(found.path, problems)
-        found.tensors = in_the_model(view, found.path, found.tensors)
-        contents = _contents(found, config, blocks, partial(_shapes, view))
+        refuse_to_load(peft_folder.path, problems)
+        peft_folder.tensors = in_the_model(view, peft_folder.path, peft_folder.tensors)
+        contents = _contents(peft_folder, config, blocks, partial(_shapes, view))
     return load_contents(
-        view, found.path, *contents, adapter, replace=replace, dtype=dtype, freeze=freeze
+        view, peft_folder.path, *contents, adapter, replace=replace, dtype=dtype, freeze=freeze
     )
 
 
@@ -221,7 +225,9 @@ def _shapes(view: ModelView, names: Sequence[str]) -> Shapes:
         for name, module in view.modules.items()
         if isinstance(module, nn.Linear)
     }
-    known: dict[str, Tensor] = {name: one.value for name, one in view.parameters_by_name.items()}
+    known: dict[str, Tensor] = {
+        name: parameter.value for name, parameter in view.parameters_by_name.items()
+    }
     known |= statistics(view.names)
     others = known.keys() & names - linear.keys()
     return linear | {name: tuple(known[name].shape) for name in others}
@@ -243,8 +249,8 @@ def read_folder(folder: PathLike, base_shapes: ShapesOf, *, also_train: bool = T
 
 def _read(folder: PathLike, also_train: bool) -> tuple[PeftFolder, AdapterConfig, Tensors]:
     """Return a PEFT folder of MiSS or Bone without its blocks, its settings, and the blocks."""
-    found = read_peft_files(folder, (MISS_BLOCK, BONE_BLOCK), also_train)
-    path, fields, tensors = found.path, found.fields, found.tensors
+    peft_folder = read_peft_files(folder, (MISS_BLOCK, BONE_BLOCK), also_train)
+    path, fields, tensors = peft_folder.path, peft_folder.fields, peft_folder.tensors
     peft_type, init = fields.get("peft_type"), fields.get("init_weights", True)
     legacy, is_tile = peft_type == "BONE", init == "mini"
     problems = []
@@ -260,7 +266,7 @@ def _read(folder: PathLike, also_train: bool) -> tuple[PeftFolder, AdapterConfig
     problems += [
         f"{name}: it is no block, and not in a module that modules_to_save names"
         for name in tensors
-        if not found.saves(name)
+        if not peft_folder.saves(name)
     ]
     if not blocks:
         problems.append(f"there is no tensor that ends in {end}")
@@ -275,7 +281,7 @@ def _read(folder: PathLike, also_train: bool) -> tuple[PeftFolder, AdapterConfig
         raise AdapterFileError(
             f"{path} has a configuration that can't be loaded: {error}"
         ) from error
-    return found, config, blocks
+    return peft_folder, config, blocks
 
 
 def _contents(

@@ -62,7 +62,7 @@ class PeftFolder:
     def saves(self, name: str) -> bool:
         """Whether a tensor of that name is in a module that PEFT saves, at any depth."""
         # "head." is in the name if the name of a module around the tensor ends with "head".
-        return any(f"{one}." in name for one in self.fields.get("modules_to_save") or ())
+        return any(f"{module}." in name for module in self.fields.get("modules_to_save") or ())
 
     def of_layer(self, name: str, field: str, pattern: str, default: Any) -> Any:
         """Return a setting of a layer as PEFT finds it: by the first key of the pattern."""
@@ -118,7 +118,7 @@ def refuse_to_load(path: Path, problems: Sequence[str]) -> None:
 
 def is_inside(name: str, modules_to_save: Iterable[str]) -> bool:
     """Whether PEFT skips the layer of that name because it sees it as part of a saved module."""
-    return any(f".{one}." in f".{name}." for one in modules_to_save)
+    return any(f".{module}." in f".{name}." for module in modules_to_save)
 
 
 def anchored(name: str) -> str:
@@ -136,7 +136,7 @@ def exact_targets(
         is_exact = not any(map(str.isdecimal, wanted))
     else:
         ends = tuple(f".{name}" for name in wanted)
-        is_exact = not any(one.endswith(ends) for one in modules if one not in wanted)
+        is_exact = not any(module.endswith(ends) for module in modules if module not in wanted)
     return sorted(wanted) if is_exact else "|".join(map(re.escape, sorted(wanted)))
 
 
@@ -253,15 +253,17 @@ class Saved:
 def saved_modules(view: ModelView, also_train: Sequence[str], layers: Sequence[str]) -> Saved:
     """Return how PEFT saves the parameters that were trained with an adapter of these layers."""
     known = view.parameters_by_name
-    trained = {one for name in also_train if name in known for one in known[name].names}
+    trained = {alias for name in also_train if name in known for alias in known[name].names}
     adapted = {view.modules[name] for name in layers if name in view.modules}
     problems = []
     tensors: dict[str, Tensor] = {}
     modules: list[str] = []
     inside_saved = set[nn.Module]()
     for module, names in view.names.items():
-        own = [one for one in module._parameters if join(names[0], one) in trained]
-        if not own or module in inside_saved:
+        trained_here = [
+            attribute for attribute in module._parameters if join(names[0], attribute) in trained
+        ]
+        if not trained_here or module in inside_saved:
             continue
         inside = view.inside(module)
         if not names[0]:
@@ -282,7 +284,7 @@ def saved_modules(view: ModelView, also_train: Sequence[str], layers: Sequence[s
                     if tensor is not None
                 }
             continue
-        problems.append(f"{join(names[0], own[0])}: {why}")
+        problems.append(f"{join(names[0], trained_here[0])}: {why}")
     problems += [
         f"{name}: PEFT would save it too, because its name ends like one in modules_to_save"
         for name in module_names(view)

@@ -133,7 +133,7 @@ def refuse_merged(layers: Iterable[AdaptedLayer], action: str) -> None:
     """Raise if any of the layers is merged, so an action would mix merged and unmerged adapters."""
     merged = [layer.disha.merged for layer in layers if layer.disha.merged is not None]
     if merged:
-        names = dict.fromkeys(repr(name) for one in merged for name in one.adapters)
+        names = dict.fromkeys(repr(name) for state in merged for name in state.adapters)
         raise MergeError(
             f"can't {action} while adapters are merged (now: {', '.join(names)}); "
             "call unmerge_adapters(model) first"

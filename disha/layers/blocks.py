@@ -203,9 +203,9 @@ class Block(nn.Module):
             self._write_scale()  # load_state_dict(assign=True) has taken the block off meta
         # A base model's checkpoint has no blocks, but must still load strictly. If one has some
         # blocks, a hook of the model (running_statistics) adds the others to the missing keys.
-        missing_keys, own = args[2], prefix + self.parameter_name
-        if own in missing_keys:
-            missing_keys.remove(own)
+        missing_keys, key = args[2], prefix + self.parameter_name
+        if key in missing_keys:
+            missing_keys.remove(key)
 
 
 @dataclass(frozen=True)
@@ -262,7 +262,9 @@ class Adapters(nn.Module):
     @property
     def is_dense(self) -> bool:
         """Whether a dense weight that replaces a quantised one is merged in."""
-        return self.merged is not None and any(one.dense for one in self.merged.originals.values())
+        return self.merged is not None and any(
+            original.dense for original in self.merged.originals.values()
+        )
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._modules)
@@ -280,10 +282,10 @@ class Adapters(nn.Module):
         """Return (adapter, name of the weight) -> block, of one adapter or of all."""
         found: dict[tuple[str, str], Block] = {}
         # A list, because another thread may add one.
-        for own in list(self._modules) if adapter is None else [adapter]:
-            child: Any = self._modules.get(own, {})
+        for name in list(self._modules) if adapter is None else [adapter]:
+            child: Any = self._modules.get(name, {})
             for block in (child,) if isinstance(child, Block) else child.values():
-                found[own, block.slot.name] = block
+                found[name, block.slot.name] = block
         return found
 
     def add(
@@ -323,8 +325,8 @@ class Adapters(nn.Module):
         all_blocks: dict[str, dict[str, tuple[Block, ...]]] = {}
         children: dict[str, Any] = dict(self._modules)  # a copy: another thread may add one
         for adapter, child in children.items():
-            own = [(block.slot.parameter, block) for block in self.blocks(adapter).values()]
-            for parameter, block in (*own, *child.borrowed):
+            held = [(block.slot.parameter, block) for block in self.blocks(adapter).values()]
+            for parameter, block in (*held, *child.borrowed):
                 of_adapters = all_blocks.setdefault(parameter, {})
                 of_adapters[adapter] = (*of_adapters.get(adapter, ()), block)
         # Written to __dict__, because assigning through nn.Module is slow.

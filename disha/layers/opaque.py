@@ -81,8 +81,8 @@ def _packs_weight(module: nn.Module) -> bool:
     if plain and "forward" not in module.__dict__:
         return False
     return _dequantizes(module) or any(
-        _can_be_packed(one.dtype) and one.nbytes * 8 >= sizes[0] * sizes[1]
-        for one in _own_tensors(module)
+        _can_be_packed(tensor.dtype) and tensor.nbytes * 8 >= sizes[0] * sizes[1]
+        for tensor in _own_tensors(module)
     )
 
 
@@ -112,17 +112,17 @@ def _read_subclass(module: nn.Module, weight: Any) -> Tensor:
 
 def dequantised(module: nn.Module, weight: Any) -> Tensor:
     """Return a weight of `module` as a dense one; `weight` itself if it is dense."""
-    found = quantisation_of(module, weight)
-    if found is None:
+    quantisation = quantisation_of(module, weight)
+    if quantisation is None:
         return weight
-    if found.read is None:
+    if quantisation.read is None:
         raise ArgumentError(
-            f"the weight of {original_class(module).__qualname__} is quantised ({found.name}) and "
-            "can't be read as numbers; use a method that does not read it "
-            f"({method_names(lambda method: not method.reads_weight)})"
+            f"the weight of {original_class(module).__qualname__} is quantised "
+            f"({quantisation.name}) and can't be read as numbers; use a method that does not "
+            f"read it ({method_names(lambda method: not method.reads_weight)})"
         )
     with torch.no_grad():
-        return found.read(module, weight)
+        return quantisation.read(module, weight)
 
 
 def weight_for(method: Method, module: nn.Module, slot: Slot, weight: Any, like: Tensor) -> Tensor:
@@ -178,8 +178,12 @@ def device_of(module: nn.Module) -> torch.device | None:
 
 
 def _own_tensors(module: nn.Module) -> list[Tensor]:
-    own = (*module._parameters.values(), *module._buffers.values())
-    return [one for one in own if one is not None and not isinstance(one, _UNINITIALISED)]
+    tensors = (*module._parameters.values(), *module._buffers.values())
+    return [
+        tensor
+        for tensor in tensors
+        if tensor is not None and not isinstance(tensor, _UNINITIALISED)
+    ]
 
 
 def own_weight(module: nn.Module, name: str = "weight") -> Tensor | None:
@@ -225,7 +229,7 @@ def attach_hook(module: nn.Module) -> None:
 
 def remove_hook(module: nn.Module, hook: Callable[..., Any]) -> None:
     """Remove a forward hook, also from a copy of the module, for which there is no handle."""
-    for number in [n for n, own in module._forward_hooks.items() if own is hook]:
+    for number in [n for n, attached in module._forward_hooks.items() if attached is hook]:
         del module._forward_hooks[number]
         module._forward_hooks_with_kwargs.pop(number, None)
 

@@ -66,7 +66,7 @@ def is_packed(module: nn.Module, name: str) -> bool:
     if not is_parametrized(module, name):
         return False
     stored = module.parametrizations[name]._parameters.values()  # type: ignore[index, union-attr]
-    return not any(one.is_floating_point() for one in stored)
+    return not any(tensor.is_floating_point() for tensor in stored)
 
 
 def _original_of(module: nn.Module, name: str) -> Original:
@@ -101,8 +101,8 @@ def slots_of(layer: Any, adapters: Iterable[str]) -> dict[str, Slot]:
     """Return parameter -> a slot of it, for each parameter that the adapters change."""
     return {
         parameter: replace(blocks[0].slot, parameter=parameter)
-        for parameter, found in layer.disha.all_blocks.items()
-        for adapter, blocks in found.items()
+        for parameter, by_adapter in layer.disha.all_blocks.items()
+        for adapter, blocks in by_adapter.items()
         if adapter in adapters
     }
 

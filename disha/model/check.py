@@ -75,7 +75,7 @@ class CheckReport:
     @property
     def problems(self) -> tuple[CheckedWeight, ...]:
         """The entries with a problem."""
-        return tuple(one for one in self.weights if not one.ok)
+        return tuple(weight for weight in self.weights if not weight.ok)
 
     @property
     def ok(self) -> bool:
@@ -84,12 +84,12 @@ class CheckReport:
 
     def __str__(self) -> str:
         rows = [
-            (one.name or "(the model)", one.adapter,
-             *map(_word, (one.read, one.acts, one.gradient, one.merges)))
-            for one in self.weights
+            (weight.name or "(the model)", weight.adapter,
+             *map(_word, (weight.read, weight.acts, weight.gradient, weight.merges)))
+            for weight in self.weights
         ]  # fmt: skip
         lines = [table(("weight", "adapter", "read", "acts", "gradient", "merges"), rows)]
-        reasons = grouped((one.name, one.reason) for one in self.weights if one.reason)
+        reasons = grouped((weight.name, weight.reason) for weight in self.weights if weight.reason)
         lines += map(printable, reasons)
         if self.untrained:
             lines.append(
@@ -145,11 +145,15 @@ def check_adapters(
     """
     view = ModelView(model)
     view.refuse_inside("check adapters")
-    active = [one for one in view.blocks() if one.adapter in one.layer.disha.active]
+    active = [
+        model_block
+        for model_block in view.blocks()
+        if model_block.adapter in model_block.layer.disha.active
+    ]
     if not active:
         raise ArgumentError("no adapter is active; activate one with set_active_adapters")
-    for one in active:
-        _refuse_parametrised(one.name, one.layer)
+    for model_block in active:
+        _refuse_parametrised(model_block.name, model_block.layer)
     runs: Any = model
     engine = imported_class("deepspeed.runtime.engine", "DeepSpeedEngine")
     if isinstance(model, engine):
@@ -199,7 +203,7 @@ def _checked(
     view.reshard()
     view.model.eval()
     with torch.inference_mode(False), torch.enable_grad():
-        blocks = [one.block for one in active]
+        blocks = [model_block.block for model_block in active]
         zeros = {block for block in blocks if not gathered(block.block).count_nonzero()}
         frozen = {block for block in blocks if not block.block.requires_grad}
         _randomise(blocks, undo)
@@ -310,7 +314,10 @@ def _merging(
 ) -> dict[AdaptedLayer, bool]:
     """Return layer -> whether the output stays the same when it is merged."""
     borrowers = view.borrowers()
-    tied = {one.layer: [one.layer, *borrowers[one.block].values()] for one in active}
+    tied = {
+        model_block.layer: [model_block.layer, *borrowers[model_block.block].values()]
+        for model_block in active
+    }
     if _merged_alike(view, run, outputs):
         return dict.fromkeys(tied, True)
     return {

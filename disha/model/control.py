@@ -153,7 +153,7 @@ def set_adapter_scale(model: nn.Module, scale: float, adapter: str = "default") 
     """
     check_scale(scale)
     view = ModelView(model)
-    blocks = [one.block for one in view.require(adapter)]
+    blocks = [model_block.block for model_block in view.require(adapter)]
     view.refuse_merged("change an adapter's scale")
     with all_or_nothing(view) as undo:
         for block in blocks:
@@ -210,11 +210,11 @@ def route_adapters(model: nn.Module, names_per_sample: Sequence[str | None]) -> 
 
 def _refuse_stacks(view: ModelView) -> None:
     """Raise if experts are adapted: their inputs are tokens of all samples, in any order."""
-    for one in view.blocks():
-        if one.block.slot.layout.expert_dim is not None:
+    for model_block in view.blocks():
+        if model_block.block.slot.layout.expert_dim is not None:
             raise ArgumentError(
-                f"route_adapters can't route samples through {one.name}: experts get the tokens of "
-                "all samples in any order. Leave experts out (exclude=)"
+                f"route_adapters can't route samples through {model_block.name}: experts "
+                "get the tokens of all samples in any order. Leave experts out (exclude=)"
             )
 
 

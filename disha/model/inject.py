@@ -142,9 +142,9 @@ def inject_adapters(
 def _warn_of_skipped(plan: Plan) -> None:
     """Warn if the target selects weights that can't be adapted, which is rarely intended."""
     weights = [
-        f"{one.name}: {one.reason}"
-        for one in plan.skipped
-        if one.attribute and one.reason != EXCLUDED
+        f"{layer.name}: {layer.reason}"
+        for layer in plan.skipped
+        if layer.attribute and layer.reason != EXCLUDED
     ]
     if weights:
         warnings.warn(
@@ -171,12 +171,12 @@ def apply_plan(view: ModelView, plan: Plan, undo: ExitStack, *, activate: bool =
     modules = {**blocks, **borrowed}
     _keep(view, modules, undo)
     for module in modules:
-        own, tied = blocks[module], borrowed[module]
-        names = [block.slot.parameter for block in own] + [name for name, _ in tied]
-        adapters = adapt(module, names, any(block.slot.opaque for block in own))
+        held, tied = blocks[module], borrowed[module]
+        names = [block.slot.parameter for block in held] + [name for name, _ in tied]
+        adapters = adapt(module, names, any(block.slot.opaque for block in held))
         if not len(adapters):
             group.take(adapters)
-        adapters.add(plan.adapter, own, tied)
+        adapters.add(plan.adapter, held, tied)
     for _, adapted in view.layers:
         adapted.disha.activate((plan.adapter,) if activate else adapted.disha.active)
     _guard_encoders(view)
@@ -299,8 +299,11 @@ def adapter_parameters(model: nn.Module, adapter: str | None = None) -> list[nn.
     """
     view = ModelView(model)
     view.reshard()
-    found = view.blocks() if adapter is None else view.require(adapter)
-    return [*(one.block.block for one in found), *(one.value for one in view.trained(adapter))]
+    model_blocks = view.blocks() if adapter is None else view.require(adapter)
+    return [
+        *(model_block.block.block for model_block in model_blocks),
+        *(parameter.value for parameter in view.trained(adapter)),
+    ]
 
 
 def mark_only_adapters_trainable(model: nn.Module) -> None:
@@ -321,13 +324,15 @@ def mark_only_adapters_trainable(model: nn.Module) -> None:
         False
     """
     view = ModelView(model)
-    blocks = [one.block.block for one in view.blocks()]
+    blocks = [model_block.block.block for model_block in view.blocks()]
     if not blocks:
         raise ArgumentError("the model has no adapter, so nothing would train")
     with all_or_nothing(view) as undo:
         gradient_flags.keep_flags(view.parameters, undo)
-        for one in view.parameters:
-            gradient_flags.set_requires_grad(one.module, one.attribute, one.is_claimed())
+        for parameter in view.parameters:
+            gradient_flags.set_requires_grad(
+                parameter.module, parameter.attribute, parameter.is_claimed()
+            )
         for block in blocks:
             undo.callback(block.requires_grad_, block.requires_grad)
             block.requires_grad_(True)
@@ -344,9 +349,9 @@ def _guard_encoders(view: ModelView) -> None:
 def _set_flags(view: ModelView, plan: Plan) -> None:
     """Set requires_grad as planned, and remember which parameters train with the adapter."""
     also_train = set(plan.also_train)
-    for one in view.parameters:
-        if one.name in also_train:
-            flag_without = one.value.requires_grad and not plan.freeze
-            gradient_flags.claim(one.module, plan.adapter, one.attribute, flag_without)
-        elif plan.freeze and not one.is_claimed():
-            gradient_flags.set_requires_grad(one.module, one.attribute, False)
+    for parameter in view.parameters:
+        if parameter.name in also_train:
+            flag_without = parameter.value.requires_grad and not plan.freeze
+            gradient_flags.claim(parameter.module, plan.adapter, parameter.attribute, flag_without)
+        elif plan.freeze and not parameter.is_claimed():
+            gradient_flags.set_requires_grad(parameter.module, parameter.attribute, False)

@@ -124,8 +124,8 @@ def merge(
         slots = {layer: slots_of(layer, names) for layer, names in chosen.items()}
         changed = {
             join(name, parameter)
-            for layer, own in slots.items()
-            for parameter in own
+            for layer, parameters in slots.items()
+            for parameter in parameters
             for name in view.names[layer]
         }
         done: dict[int, tuple[Original, Tensor]] = {}  # a tied parameter is merged once

@@ -415,12 +415,12 @@ def _layers_of(view: ModelView, config: AdapterConfig) -> list[PlannedLayer]:
     found: list[PlannedLayer] = []
     for module, names in view.names.items():
         slots = declared_slots(module)
-        own = [PlannedLayer(module, names, config, slot.parameter, slot) for slot in slots]
+        weights = [PlannedLayer(module, names, config, slot.parameter, slot) for slot in slots]
         if not (slots and slots[0].opaque):
             known = [slot.parameter for slot in slots]
             matrices = [name for name in matrix_weights(module) if name not in known]
-            own += [PlannedLayer(module, names, config, name) for name in matrices]
-        found += own or [PlannedLayer(module, names, config)]
+            weights += [PlannedLayer(module, names, config, name) for name in matrices]
+        found += weights or [PlannedLayer(module, names, config)]
     if not config.layouts and not config.rows:
         return found
     # Several slots may become one weight.
@@ -578,9 +578,9 @@ def _reason_against(layer: PlannedLayer) -> str | None:
         if not isinstance(place, AdaptedLayer):
             continue
         for block in place.disha.blocks_of(place.disha, parameter):
-            found = block.slot.layout
-            if found != slot.layout:
-                return f"another adapter has it with the layout {found}, not {slot.layout}"
+            other_layout = block.slot.layout
+            if other_layout != slot.layout:
+                return f"another adapter has it with the layout {other_layout}, not {slot.layout}"
     reason = (
         _reason_against_reading(module, slot, layer.config.method)
         if slot.opaque
@@ -604,10 +604,10 @@ _ADDED = frozenset(
 def _reason_against_reading(module: nn.Module, slot: Slot, method: str) -> str | None:
     """Return why a method that reads W can't adapt an opaque weight, which is not read here."""
     quantisation = quantisation_of(module, stored_weight(module, slot.parameter))
-    found = method_of(method)
-    if quantisation is None or not found.reads_weight:
+    chosen = method_of(method)
+    if quantisation is None or not chosen.reads_weight:
         return None
-    if quantisation.read is not None and not found.replaces:
+    if quantisation.read is not None and not chosen.replaces:
         return None
     return (
         f"its weight is quantised ({quantisation.name}) and can't be read as numbers, as method "
@@ -739,10 +739,10 @@ def _modules_added_by_peft(view: ModelView) -> set[nn.Module]:
     """Return the modules that PEFT has added beside the layers that it adapts."""
     tuner = imported_class("peft.tuners.tuners_utils", "BaseTunerLayer")
     return {
-        own
+        added
         for module in view.names
         if isinstance(module, tuner)
-        for own, name in view.inside(module).items()
+        for added, name in view.inside(module).items()
         if name.split(".")[0] not in ("", "base_layer")
     }
 
@@ -820,7 +820,7 @@ def _reason_against_training(parameter: ModelParameter) -> str | None:
 
 def _with_counts(view: ModelView, plan: Plan) -> Plan:
     """Return a plan with what only its reader needs: the numbers of parameters."""
-    blocks = [found.block.block for found in view.blocks()]
+    blocks = [model_block.block.block for model_block in view.blocks()]
     total = plan.added + sum(map(parameter_count, blocks))
     trainable = plan.added + sum(parameter_count(block) for block in blocks if block.requires_grad)
     for parameter in view.parameters:

@@ -29,8 +29,8 @@ def _with_kept(names: Names) -> Iterator[tuple[str, Tensor, Tensor | None]]:
     """Yield the clean name of each running statistic, its value, and the kept one, if any."""
     for module, (name, *_) in names.items():
         kept = attributes_of(module).get(_STATISTICS, {})
-        for own, now in _statistics_of(module).items():
-            yield join(name, own), now, kept.get(own)
+        for name_inside, now in _statistics_of(module).items():
+            yield join(name, name_inside), now, kept.get(name_inside)
 
 
 def statistics(names: Names) -> dict[str, Tensor]:
@@ -44,10 +44,10 @@ def remember_statistics(model: Any, modules: Iterable[nn.Module], undo: ExitStac
         undo.callback(forget_statistics, [model])
         model.register_load_state_dict_pre_hook(_before_loading)
     for module in modules:
-        own, attributes = _statistics_of(module), attributes_of(module)
-        if own and _STATISTICS not in attributes:
+        now, attributes = _statistics_of(module), attributes_of(module)
+        if now and _STATISTICS not in attributes:
             undo.callback(attributes.pop, _STATISTICS, None)
-            attributes[_STATISTICS] = {name: value.detach().clone() for name, value in own.items()}
+            attributes[_STATISTICS] = {name: value.detach().clone() for name, value in now.items()}
 
 
 def _before_loading(
@@ -68,8 +68,8 @@ def _before_loading(
         return
     for name, module in model.named_modules():
         kept = attributes_of(module).get(_STATISTICS, {})
-        for own, former in kept.items():
-            kept[own] = state.get(prefix + join(name, own), former).detach().clone()
+        for name_inside, former in kept.items():
+            kept[name_inside] = state.get(prefix + join(name, name_inside), former).detach().clone()
 
 
 def _adapter_of(key: str) -> str:
@@ -80,7 +80,7 @@ def _adapter_of(key: str) -> str:
 def _hooks(module: Any) -> list[int]:
     """Return the numbers of our hooks before a module loads a state dict."""
     return [
-        n for n, one in module._load_state_dict_pre_hooks.items() if one.hook is _before_loading
+        n for n, hook in module._load_state_dict_pre_hooks.items() if hook.hook is _before_loading
     ]
 
 

@@ -117,11 +117,13 @@ def adapter_tensors(view: ModelView, adapter: str) -> dict[str, Tensor]:
     for name, layer, _, block in view.require(adapter):
         _refuse_flattened(name, layer, block)
         tensors[join(name, block.parameter_name)] = block.block
-    for one in view.trained(adapter):
-        merged = one.module.disha.merged if isinstance(one.module, AdaptedLayer) else None
-        if merged is not None and one.attribute in merged.originals:
-            view.refuse_merged(f"use {one.name} as part of the adapter")
-        tensors[one.name] = one.value
+    for parameter in view.trained(adapter):
+        merged = (
+            parameter.module.disha.merged if isinstance(parameter.module, AdaptedLayer) else None
+        )
+        if merged is not None and parameter.attribute in merged.originals:
+            view.refuse_merged(f"use {parameter.name} as part of the adapter")
+        tensors[parameter.name] = parameter.value
     changed = running_statistics.changed_statistics(view.names)
     return tensors | {name: now for name, (now, _) in changed.items()}
 
@@ -184,8 +186,8 @@ def load_adapter_state_dict(
             statistics = running_statistics.statistics(view.names)
             names = {clean_key(key) for key in map(str, state)}
             given = {name: value for name, value in statistics.items() if name in names}
-            own = adapter_tensors(view, adapter)
-            parameters = {key: own[key] for key in own.keys() - statistics.keys()}
+            held = adapter_tensors(view, adapter)
+            parameters = {key: held[key] for key in held.keys() - statistics.keys()}
             expected = _in_state_dict(view, parameters | given)
             found = _under_model_keys(state, expected)
             report = check_fit(expected, found)
@@ -206,13 +208,13 @@ def _under_model_keys(state: Tensors, expected: Tensors) -> dict[str, Tensor]:
     model_keys = {clean_key(key): key for key in expected}
     given: dict[str, str] = {}
     for key in map(str, state):
-        own = key if key in expected else model_keys.get(clean_key(key), key)
-        if own in given:
+        model_key = key if key in expected else model_keys.get(clean_key(key), key)
+        if model_key in given:
             raise AdapterStateError(
-                f"the state has {given[own]!r} and {key!r}, which are one parameter of the model; "
-                "leave out one of them"
+                f"the state has {given[model_key]!r} and {key!r}, which are one parameter of the "
+                "model; leave out one of them"
             )
-        given[own] = key
+        given[model_key] = key
     return dict(zip(given, state.values()))
 
 

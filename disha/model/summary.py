@@ -98,10 +98,10 @@ def summary(model: nn.Module) -> Summary:
         )
         for name, layer, adapter, block in view.blocks()
     )
-    trained = (one for one in view.all_parameters() if one.requires_grad)
+    trained = (parameter for parameter in view.all_parameters() if parameter.requires_grad)
     blocks = sum(layer.parameters for layer in layers)
     return Summary(
         trainable=sum(map(parameter_count, trained)),
-        total=blocks + sum(one.size for one in view.parameters),
+        total=blocks + sum(parameter.size for parameter in view.parameters),
         layers=layers,
     )

@@ -116,7 +116,9 @@ class ModelView:
             raise ArgumentTypeError(f"model must be an nn.Module, got {type(model).__name__}")
         self.model = model
         self.names = {}
-        self._wrappers = [(imported_class(one.module, one.name), one) for one in _WRAPPERS]
+        self._wrappers = [
+            (imported_class(wrapper.module, wrapper.name), wrapper) for wrapper in _WRAPPERS
+        ]
         self._walk(model, "", on_path=set())
 
     def _walk(self, module: nn.Module, name: str, on_path: set[nn.Module]) -> None:
@@ -127,7 +129,7 @@ class ModelView:
         if not children:
             return
         on_path.add(module)
-        hidden = [one.child for cls, one in self._wrappers if isinstance(module, cls)]
+        hidden = [wrapper.child for cls, wrapper in self._wrappers if isinstance(module, cls)]
         for child_name, child in children.items():
             if child is not None:
                 below = name if child_name in hidden else join(name, child_name)
@@ -171,7 +173,7 @@ class ModelView:
     @cached_property
     def parameters_by_name(self) -> dict[str, ModelParameter]:
         """Every clean name of a parameter -> the parameter."""
-        return {name: one for one in self.parameters for name in one.names}
+        return {name: parameter for parameter in self.parameters for name in parameter.names}
 
     # --- adapters --------------------------------------------------------------------------------
 
@@ -194,7 +196,9 @@ class ModelView:
 
     def borrowers(self) -> dict[Block, dict[str, AdaptedLayer]]:
         """Return each block -> the tied parameters that borrow it, and their layers."""
-        borrowers: dict[Block, dict[str, AdaptedLayer]] = {one.block: {} for one in self.blocks()}
+        borrowers: dict[Block, dict[str, AdaptedLayer]] = {
+            model_block.block: {} for model_block in self.blocks()
+        }
         for name, layer in self.layers:
             for child in layer.disha.children():
                 for parameter, block in child.borrowed:  # type: ignore[union-attr]
@@ -224,9 +228,10 @@ class ModelView:
         One that requires gradients, but that `also_train` did not name, trains with every adapter.
         """
         return [
-            one
-            for one in self.parameters
-            if one.is_claimed(adapter) or (one.value.requires_grad and not one.is_claimed())
+            parameter
+            for parameter in self.parameters
+            if parameter.is_claimed(adapter)
+            or (parameter.value.requires_grad and not parameter.is_claimed())
         ]
 
     def refuse_merged(self, action: str) -> None:
@@ -245,7 +250,7 @@ class ModelView:
 
     def refuse_wrapped(self, action: str, remedy: str) -> None:
         """Raise if a wrapper that keeps track of parameters has the model or a part of it."""
-        classes = tuple([cls for cls, one in self._wrappers if one.distributes])
+        classes = tuple([cls for cls, wrapper in self._wrappers if wrapper.distributes])
         wrappers = [type(module).__name__ for module in self.names if isinstance(module, classes)]
         if wrappers:
             raise TargetError(f"can't {action}: the model is wrapped by {wrappers[0]}; {remedy}")
@@ -253,10 +258,12 @@ class ModelView:
     @property
     def sharded(self) -> nn.Module | None:
         """A module that FSDP manages or that has a sharded or partitioned parameter, or None."""
-        classes = tuple([cls for cls, one in self._wrappers if one.shards])
+        classes = tuple([cls for cls, wrapper in self._wrappers if wrapper.shards])
         for module in self.names:
-            own = module._parameters.values()
-            if isinstance(module, classes) or any(is_sharded(p) or is_partitioned(p) for p in own):
+            parameters = module._parameters.values()
+            if isinstance(module, classes) or any(
+                is_sharded(p) or is_partitioned(p) for p in parameters
+            ):
                 return module
         return None
 
@@ -274,8 +281,8 @@ class ModelView:
 
     def all_parameters(self) -> list[nn.Parameter]:
         """Return all parameters, those of blocks included, each once."""
-        blocks = [one.block.block for one in self.blocks()]
-        return [*(one.value for one in self.parameters), *blocks]
+        blocks = [model_block.block.block for model_block in self.blocks()]
+        return [*(parameter.value for parameter in self.parameters), *blocks]
 
 
 @contextmanager

@@ -64,5 +64,5 @@ class Ranks:
         for group in self.groups:
             theirs: list[Any] = [None] * torch.distributed.get_world_size(group)
             torch.distributed.all_gather_object(theirs, reports, group)
-            reports = list(dict.fromkeys(one for many in theirs for one in many))
+            reports = list(dict.fromkeys(report for many in theirs for report in many))
         return reports

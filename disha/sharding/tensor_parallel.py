@@ -51,7 +51,7 @@ class Split:
     def parts(self) -> list[tuple[tuple[int, int], ...]]:
         """The parts of all ranks."""
         sizes = (range(size) for size in self.device_mesh.shape)
-        return [tuple(local_ranges(self, own)) for own in product(*sizes)]
+        return [tuple(local_ranges(self, coordinate)) for coordinate in product(*sizes)]
 
     def whole(self, local: Tensor) -> Tensor:
         """Return the whole DTensor, given the part of each rank."""
@@ -79,7 +79,9 @@ class Split:
                 "sharded weight, and must be Replicate; inject after parallelize_module. With "
                 "fully_shard, call module.unshard() before reading its weight outside a forward"
             )
-        partial = [Partial() if one.is_shard() else Replicate() for one in self.placements]
+        partial = [
+            Partial() if placement.is_shard() else Replicate() for placement in self.placements
+        ]
         # In backward, this redistribution sums the gradients.
         whole = whole.redistribute(placements=everywhere)
         return whole.to_local(grad_placements=partial)

@@ -48,7 +48,7 @@ def present(tensor: Tensor) -> Tensor:
 
 def release(parameters: Iterable[Tensor]) -> None:
     """Let ZeRO-3 partition what it still holds after a backward that no engine has started."""
-    for optimizer in {getattr(one, "_z3_optimizer", None) for one in parameters}:
+    for optimizer in {getattr(parameter, "_z3_optimizer", None) for parameter in parameters}:
         if optimizer is not None:
             optimizer.empty_partition_cache()
 
