@@ -135,7 +135,7 @@ def test_a_file_has_the_rows_only_and_fits_a_base_with_others(tmp_path):
         ({"embed": [-1]}, ArgumentError, "rows from 0"),
         ({"embed": [3, 3]}, ArgumentError, "each once"),
         ({"embed": ["a"]}, ArgumentTypeError, "a list of row numbers"),
-        ({"tokens_of": [3]}, TargetError, r"'tokens_of'\] selects no layer"),
+        ({"tokens_of": [3]}, TargetError, r"also_train_rows=\['tokens_of'\] selects no layer"),
         ({"norm": [3]}, TargetError, "'norm'.* can't be adapted"),
     ],
 )

@@ -126,6 +126,8 @@ def _is_bad_input(error: BaseException) -> bool:
     """Return whether the user can correct it: a value, a missing package, or a wrong path."""
     while isinstance(error, OSError) and isinstance(error.__cause__, OSError):
         error = error.__cause__
+    if type(error) is DishaError:  # the saved file is wrong, or torch lacks a name
+        return False
     return isinstance(error, (DishaError, AdapterFileWarning, ImportError, *BAD_PATH))
 
 

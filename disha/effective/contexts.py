@@ -121,13 +121,15 @@ def current_context(group: Group) -> Context | None:
     """Return the context that decides here, if any: one that disables, else the last one."""
     contexts = _here()
     if not contexts and in_backward():
-        _refuse_others(group)
+        _refuse_in_autograd_thread(group)
     around = [context for context in contexts if context.covers(group)]
     disabling = [context for context in around if context.override is None]
-    return next(iter([*disabling, *reversed(around)]), None)
+    if disabling:
+        return disabling[0]
+    return around[-1] if around else None
 
 
-def _refuse_others(group: Group) -> None:
+def _refuse_in_autograd_thread(group: Group) -> None:
     """Raise in a thread of autograd, which has no contexts, if any is open for these layers."""
     if not isinstance(threading.current_thread(), threading._DummyThread):
         return  # a thread that called `backward` itself

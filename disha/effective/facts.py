@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from disha.effective.rules import Operation, rule, rules
-from disha.effective.weight import base_of, compute_first, computed
+from disha.effective.rules import Operation, rule, rule_with_operation
+from disha.effective.weight import base_inside, compute_first, computed
 from disha.functional.private_torch import FACTS
 
 _NO_FACTS = {"H", "T", "data", "imag", "mH", "mT", "real"}
@@ -24,7 +24,7 @@ _PROPERTIES = " ".join(
 )
 
 
-@rules(
+@rule_with_operation(
     _PROPERTIES,
     FACTS,
     "dim size stride numel nelement ndimension element_size is_floating_point is_complex is_signed "
@@ -33,14 +33,14 @@ _PROPERTIES = " ".join(
     "register_hook register_post_accumulate_grad_hook retain_grad",
 )
 def _ask_base(func: Operation, weight: Any, *args: Any, **kwargs: Any) -> Any:
-    return func(base_of(weight), *map(base_of, args), **kwargs)
+    return func(base_inside(weight), *map(base_inside, args), **kwargs)
 
 
-@rules(" ".join(name for name in dir(torch) if name.endswith("_like")))
-@rules(" ".join(name for name in dir(Tensor) if name.startswith("new_")))
+@rule_with_operation(" ".join(name for name in dir(torch) if name.endswith("_like")))
+@rule_with_operation(" ".join(name for name in dir(Tensor) if name.startswith("new_")))
 def _create(func: Operation, like: Any, *args: Any, **kwargs: Any) -> Any:
     """Make a tensor like the first argument. The others are values."""
-    return compute_first(func, (base_of(like), *args), kwargs)
+    return compute_first(func, (base_inside(like), *args), kwargs)
 
 
 @rule(Tensor.data_ptr)
@@ -53,4 +53,4 @@ def _data_ptr(weight: Any) -> int:
 @rule(torch.autograd.grad)
 def _gradients(outputs: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
     """The gradient of a weight is that of W."""
-    return compute_first(torch.autograd.grad, (outputs, base_of(inputs), *args), kwargs)
+    return compute_first(torch.autograd.grad, (outputs, base_inside(inputs), *args), kwargs)

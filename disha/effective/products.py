@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from disha import functional
-from disha.effective.rules import RULES, Operation, rule, rules
+from disha.effective.rules import RULES, Operation, rule, rule_with_operation
 from disha.effective.views import is_index, item_of, transposed
 from disha.effective.weight import EffectiveWeight, compute_first
 from disha.functional.private_torch import GROUPED
@@ -57,14 +57,15 @@ def _matmul(input: Any, other: Any) -> Any:
 
 @rule("mm bmm mv")
 def _mm(input: Any, *other: Any, **named: Any) -> Any:
-    return _matmul(input, *other, *named.values())
+    return _matmul(input, *other, *named.values())  # torch calls the second one `mat2` or `vec`
 
 
 def _weight_first(weight: EffectiveWeight, x: Tensor) -> Any:
     layout, base, updates = weight.weight_layout, weight.base, weight.updates.of_all_samples
     if layout.pattern == "out in" and x.dim() == 1:
         return linear_product(x, weight)
-    matrix, stack = layout.pattern == "out in", layout.pattern == "expert out in" and x.dim() == 3
+    matrix = layout.pattern == "out in"
+    stack = layout.pattern == "expert out in" and x.dim() == 3
     if not (matrix or stack) or updates is None or not _is_dense(x):
         return NotImplemented
     if all(update.method.reduces for update in updates):
@@ -85,7 +86,7 @@ def _addmm(input: Any, mat1: Any, mat2: Any, *, beta: float = 1, alpha: float = 
     return linear_product(mat1, transposed(mat2), input)
 
 
-@rules(GROUPED)
+@rule_with_operation(GROUPED)
 def _grouped(
     multiply: Operation, input: Any, weight: Any, offs: Any = None, *more: Any, **named: Any
 ) -> Any:
@@ -110,7 +111,7 @@ RULES["transformers::grouped_mm_fallback"] = partial(_grouped, _grouped_of_trans
 _TRANSPOSED = F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d
 
 
-@rules(F.conv1d, F.conv2d, F.conv3d, *_TRANSPOSED)
+@rule_with_operation(F.conv1d, F.conv2d, F.conv3d, *_TRANSPOSED)
 def _conv(
     func: Operation, input: Any, weight: Any, bias: Any = None, *args: Any, **kwargs: Any
 ) -> Any:
@@ -141,7 +142,8 @@ def _embedding(
     if not isinstance(weight, EffectiveWeight) or weight.base.dim() != 2:
         return NotImplemented
     if not _is_dense(input) or scale_grad_by_freq or max_norm is not None:
-        # Torch changes the rows, or the gradient, of the computed weight, whose gradient is dense.
+        # `max_norm` changes rows of the table, and `scale_grad_by_freq` its gradient. Torch does
+        # this to the computed weight, whose gradient is dense, so `sparse` is left out.
         args = (input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq)
         return compute_first(F.embedding, args, {})
 
@@ -161,15 +163,16 @@ def _item(weight: Any, index: Any) -> Any:
     return item_of(weight, index)
 
 
-SPARSE = 7
-"""The position of `sparse` among the arguments. A computed weight needs a dense gradient."""
+_SPARSE = 7
+"""Position of `sparse` among the arguments of `embedding_bag`. A computed weight needs a dense
+gradient."""
 
 
 @rule(F.embedding_bag)
 def _embedding_bag(input: Any, weight: Any, *args: Any, **kwargs: Any) -> Any:
     given = [input, weight, *args]
-    if len(given) > SPARSE:
-        given[SPARSE] = False
+    if len(given) > _SPARSE:
+        given[_SPARSE] = False
     else:
         kwargs["sparse"] = False
     return compute_first(F.embedding_bag, tuple(given), kwargs)

@@ -49,7 +49,7 @@ def rule(*operations: Any) -> Callable[[R], R]:
     return register
 
 
-def rules(*operations: Any) -> Callable[[R], R]:
+def rule_with_operation(*operations: Any) -> Callable[[R], R]:
     """Make a function the rule of operations; it gets the operation before the arguments."""
 
     def register(function: R) -> R:

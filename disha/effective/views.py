@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from disha.effective.rules import Operation, rule, rules
-from disha.effective.weight import EffectiveWeight, base_of, effective
+from disha.effective.rules import Operation, rule, rule_with_operation
+from disha.effective.weight import EffectiveWeight, base_inside, effective
 from disha.functional import Layout, Update
 from disha.functional.products import updates_of_rows
 from disha.functional.updates import Change, Updates
@@ -90,7 +90,7 @@ def rows_of(weight: Any, start: int, stop: int) -> Any:
     return _mapped(weight, weight.base[start:stop], weight.weight_layout, of_rows)
 
 
-@rules("split chunk")
+@rule_with_operation("split chunk")
 def _cut(func: Operation, weight: Any, *args: Any, **kwargs: Any) -> Any:
     return in_parts(weight, func(weight.base, *args, **kwargs))
 
@@ -129,10 +129,10 @@ def _select(weight: Any, dim: int, index: Any) -> Any:
     return item_of(weight, index)
 
 
-@rules("to type type_as float double half bfloat16 contiguous")
+@rule_with_operation("to type type_as float double half bfloat16 contiguous")
 def _cast(func: Operation, weight: Any, *args: Any, **kwargs: Any) -> Any:
-    named = {name: base_of(value) for name, value in kwargs.items()}
-    base = func(base_of(weight), *map(base_of, args), **named)
+    named = {name: base_inside(value) for name, value in kwargs.items()}
+    base = func(base_inside(weight), *map(base_inside, args), **named)
     if not isinstance(weight, EffectiveWeight) or not isinstance(base, Tensor):
         return base  # another tensor, cast like this weight; or `type()` without arguments
     if not base.is_floating_point() or base.device != weight.base.device:
@@ -140,7 +140,7 @@ def _cast(func: Operation, weight: Any, *args: Any, **kwargs: Any) -> Any:
     return effective(base, weight.weight_layout, weight.updates)
 
 
-@rules("detach data")
+@rule_with_operation("detach data")
 def _detach(func: Operation, weight: Any) -> Any:
     def detached(updates: Sequence[Update]) -> Sequence[Update]:
         return [update.replace(block=func(update.block)) for update in updates]

@@ -126,7 +126,7 @@ def computed(weight: EffectiveWeight) -> Tensor:
 def compute_first(func: Operation, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """Run an operation with the computed weight. If `out=` is the weight, it writes into W."""
     named = {
-        name: base_of(value) if name == "out" else computed_inside(value)
+        name: base_inside(value) if name == "out" else computed_inside(value)
         for name, value in kwargs.items()
     }
     result = func(*[computed_inside(value) for value in args], **named)
@@ -144,10 +144,11 @@ def computed_inside(value: Any) -> Any:
     return value
 
 
-def base_of(value: Any) -> Any:
+def base_inside(value: Any) -> Any:
+    """Return a value with W in place of the effective weights in it; dicts are left alone."""
     if isinstance(value, EffectiveWeight):
         return value.base
-    return type(value)(map(base_of, value)) if type(value) in (list, tuple) else value
+    return type(value)(map(base_inside, value)) if type(value) in (list, tuple) else value
 
 
 def _refuse_to_lose_gradients(args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from disha.effective.rules import Operation, rule, rules
-from disha.effective.weight import EffectiveWeight, base_of, compute_first
+from disha.effective.rules import Operation, rule, rule_with_operation
+from disha.effective.weight import EffectiveWeight, base_inside, compute_first
 from disha.errors import ArgumentError
 from disha.functional.private_torch import NATIVE_FUNCTIONS
 
@@ -51,17 +51,17 @@ _RESHAPES = [
 """Writes that change the shape of a tensor."""
 
 
-@rules(*_all_writes())
+@rule_with_operation(*_all_writes())
 def _write(func: Operation, *args: Any, **kwargs: Any) -> Any:
     """Write into W. The result is the effective weight of W as it is then."""
     if args:
         written = args[0]
         if func.__name__ in _RESHAPES:
             _refuse_to_reshape(written)
-        result = compute_first(func, (base_of(written), *_sources(*args)), kwargs)
+        result = compute_first(func, (base_inside(written), *_sources(*args)), kwargs)
     else:
         name, written = next(iter(kwargs.items()))
-        result = compute_first(func, (), {**kwargs, name: base_of(written)})
+        result = compute_first(func, (), {**kwargs, name: base_inside(written)})
     return result if result is None else written
 
 
@@ -98,4 +98,4 @@ def _set_data(weight: Any, value: Any) -> None:
     # `weight.data = weight.data.half()` casts W without adding an update to it.
     if value.shape != weight.shape:
         _refuse_to_reshape(weight)
-    base_of(weight).data = base_of(value)
+    base_inside(weight).data = base_inside(value)

@@ -255,9 +255,10 @@ def adapter_contents(
     layers = _records(view, blocks, base=base)
     with ranks.agreeing(action):
         _check_can_be_loaded(adapter, layers, tensors)
-    keys = {layer.key for layer in layers}
+    keys = {record.key for record in layers}
     configs = [model_block.block.config for model_block in blocks]
     header = AdapterHeader(
+        # That of new rows (`replaces`) only if there is no other.
         config=min(configs, key=lambda config: METHODS[config.method].replaces),
         layers=layers,
         also_train=tuple(sorted(tensors.keys() - keys)),
@@ -341,9 +342,9 @@ def read_contents(
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         header = parse_header(path, (file.metadata() or {}).get(HEADER_KEY), tensors)
     pattern = compile_regex("layers", "" if layers is None else layers)  # "" matches all
-    kept = [layer for layer in header.layers if pattern.search(layer.name)]
+    kept = [record for record in header.layers if pattern.search(record.name)]
     if not kept:
-        names = first_few([layer.name for layer in header.layers], 10, ", ")
+        names = first_few([record.name for record in header.layers], 10, ", ")
         raise ArgumentError(
             f"layers={layers!r} matches none of the layers in {path}, which are {names}"
         )
@@ -356,8 +357,8 @@ def narrowed(
     layers: Sequence[LayerRecord],
     also_train: Sequence[str] = (),
 ) -> tuple[Header, dict[str, Tensor]]:
-    """Return a part of an adapter."""
-    keys = [*(layer.key for layer in layers), *also_train]
+    """Return an adapter with only these layers and these parameters."""
+    keys = [*(record.key for record in layers), *also_train]
     part = replace(
         header,
         config=header.config if also_train else header.config.changed(also_train=[]),
@@ -390,9 +391,9 @@ class _Incoming:
     def blocks(self) -> Iterator[tuple[ModelBlock, LayerRecord]]:
         """Iterate over the model's blocks for which the adapter has one."""
         for model_block in self.view.require(self.adapter):
-            layer = self.layers.get(join(model_block.name, model_block.block.parameter_name))
-            if layer is not None:
-                yield model_block, layer
+            record = self.layers.get(join(model_block.name, model_block.block.parameter_name))
+            if record is not None:
+                yield model_block, record
 
 
 def load_contents(
@@ -432,7 +433,7 @@ def load_contents(
             if taken or key not in incoming.layers:  # new blocks have their values
                 write(targets[key], tensor, undo)
         if taken and not partial:
-            _forget_the_rest(incoming, undo)
+            _reset_the_rest(incoming, undo)
         _take_settings(incoming, undo)
         _warn_of_other_base(incoming)
     return LoadReport(matched=tuple(incoming.tensors))  # if a key did not fit, this has raised
@@ -459,9 +460,9 @@ def _under_model_names(
         for key in header.also_train
     }
     layers = {}
-    for layer in header.layers:
-        renamed = replace(layer, name=first_name(layer.name))
-        keys[layer.key] = renamed.key
+    for record in header.layers:
+        renamed = replace(record, name=first_name(record.name))
+        keys[record.key] = renamed.key
         layers[renamed.key] = renamed
     given: dict[str, str] = {}
     for key, model_key in keys.items():
@@ -486,18 +487,18 @@ def _planned(incoming: _Incoming, dtype: torch.dtype | None, freeze: bool) -> Pl
 
 def _widen(incoming: _Incoming) -> None:
     """Give an adapter the shard sizes of the model's adapter, where that is exact."""
-    for (*_, block), layer in incoming.blocks():
-        key, tensors = layer.key, incoming.tensors
-        wider = block.method.wider_block(layer.layout, tensors[key], layer.r, block.r)
+    for (*_, block), record in incoming.blocks():
+        key, tensors = record.key, incoming.tensors
+        wider = block.method.wider_block(record.layout, tensors[key], record.r, block.r)
         if wider is not None:
-            incoming.layers[key], tensors[key] = replace(layer, r=block.r), wider
+            incoming.layers[key], tensors[key] = replace(record, r=block.r), wider
 
 
 def _differences(incoming: _Incoming) -> list[str]:
     """Return how the blocks that it replaces differ from its own, but for scales and bases."""
     pairs = list(incoming.blocks())
     found = [
-        replace(layer, scale=model_block.block.scale, base=None) for model_block, layer in pairs
+        replace(record, scale=model_block.block.scale, base=None) for model_block, record in pairs
     ]
     expected = _records(incoming.view, (model_block for model_block, _ in pairs), base=False)
     return [
@@ -523,17 +524,17 @@ def _check_fits(
 
 def _take_settings(incoming: _Incoming, undo: ExitStack) -> None:
     """Give the blocks the configuration and the scales of the adapter, but the r of the model."""
-    for (*_, block), layer in incoming.blocks():
+    for (*_, block), record in incoming.blocks():
         former = block.config
         undo.callback(block.set_scale, block.scale)
         undo.callback(block.reconfigure, former)
-        if layer.method == incoming.config.method:
+        if record.method == incoming.config.method:
             sizes = {"r": former.r, "rank_pattern": former.rank_pattern}
             block.reconfigure(incoming.config.changed(**sizes))
-        block.set_scale(layer.scale)
+        block.set_scale(record.scale)
 
 
-def _forget_the_rest(incoming: _Incoming, undo: ExitStack) -> None:
+def _reset_the_rest(incoming: _Incoming, undo: ExitStack) -> None:
     """Give the base's values to the statistics and layers that the adapter lacks."""
     running_statistics.put_back_statistics(incoming.view.names, undo, incoming.tensors)
     for name, layer, _, block in incoming.view.require(incoming.adapter):
@@ -545,9 +546,9 @@ def _forget_the_rest(incoming: _Incoming, undo: ExitStack) -> None:
 
 def _warn_of_other_base(incoming: _Incoming) -> None:
     known = [
-        (model_block.name, same_base(layer.base, base))
-        for model_block, layer in incoming.blocks()
-        if layer.base is not None and (base := _base_fingerprint(model_block)) is not None
+        (model_block.name, same_base(record.base, base))
+        for model_block, record in incoming.blocks()
+        if record.base is not None and (base := _base_fingerprint(model_block)) is not None
     ]
     other = [name for name, is_same in known if not is_same]
     if other:

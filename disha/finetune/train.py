@@ -35,7 +35,7 @@ from disha.finetune.base import (
 from disha.finetune.data import formed, load_rows, masks_answers, mixed
 from disha.finetune.merging import merge_base, require_mergeable
 from disha.finetune.report import MERGED, RESULTS, Outcome, facts_of, logged, prove, write_report
-from disha.finetune.trainer import Trainer, score_learned_positions
+from disha.finetune.trainer import Trainer, set_scored_positions
 from disha.integrations.memory import step_memory
 from disha.integrations.transformers import AdapterCheckpoints
 
@@ -53,7 +53,7 @@ def run(
     training: TrainingArguments,
 ) -> int:
     """Run the command with what its words say, and return its exit code."""
-    base, bits = _base_of(adapter)
+    base, bits = _base_and_bits(adapter)
     if adapter.merge:
         require_mergeable(base)
     if training.dry_run:
@@ -84,7 +84,7 @@ def run(
     return 0
 
 
-def _base_of(adapter: AdapterArguments) -> tuple[str, str]:
+def _base_and_bits(adapter: AdapterArguments) -> tuple[str, str]:
     """Return the base and its bits: those of the flags, or those that the adapter file notes."""
     if adapter.base is not None:
         return adapter.base, adapter.bits or "fp32"
@@ -98,7 +98,7 @@ def _base_of(adapter: AdapterArguments) -> tuple[str, str]:
 
 
 def _require_free(folder: Path, training: TrainingArguments) -> None:
-    if training.resume or training.overwrite_output_dir:
+    if training.resume or training.resume_from_checkpoint or training.overwrite_output_dir:
         return
     left = [path.name for path in _earlier_results(folder)]
     if left:
@@ -232,12 +232,16 @@ def _trained(trainer: Trainer, base: str, bits: str, folder: Path) -> Outcome:
 
 def _checkpoint(training: TrainingArguments, folder: Path) -> str | None:
     """Return the checkpoint to go on from, if one is asked for and there is one."""
-    if training.resume_from_checkpoint:
-        return str(training.resume_from_checkpoint)
+    found: str | None = training.resume_from_checkpoint
     if not training.resume:
-        return None
-    # Another rank may not have made the folder yet.
-    found = get_last_checkpoint(folder) if folder.is_dir() else None  # type: ignore[no-untyped-call]
+        return found
+    if folder.is_dir():  # another rank may not have made it yet
+        found = get_last_checkpoint(folder) or found  # type: ignore[no-untyped-call]
+    if found is None and (folder / ADAPTER_NAME).exists() and not training.overwrite_output_dir:
+        raise ArgumentError(
+            f"--output_dir {folder} holds an adapter, but no complete checkpoint to go on from; "
+            "start over with --overwrite_output_dir"
+        )
     if found is None:
         print(f"there is no complete checkpoint in {folder}; starting at the beginning")
     return found
@@ -263,7 +267,7 @@ def _preview(trainer: Trainer) -> None:
 
 def _memory(trainer: Trainer) -> dict[str, int]:
     """Return what a step of the first batch needs on a device, as if every token were learned."""
-    score_learned_positions(False)  # because which they are is a question of values
+    set_scored_positions(only_learned=False)  # which they are depends on values: fakes have none
     batch = next(iter(trainer.get_train_dataloader()))
     if trainer.args.gradient_checkpointing:
         trainer.model.gradient_checkpointing_enable(trainer.args.gradient_checkpointing_kwargs)

@@ -27,7 +27,7 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
     def __init__(self, *given: Any, **named: Any) -> None:
         super().__init__(*given, **named)
         if self.args.device.type == "cpu":
-            score_learned_positions(True)
+            set_scored_positions(True)
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
         if self.args.process_index == 0:
@@ -69,12 +69,12 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
         return sampler
 
 
-def score_learned_positions(alone: bool) -> None:
+def set_scored_positions(only_learned: bool) -> None:
     """Let trl score on a CPU as it does with its kernel: what is learned, and nothing else.
 
     These names are private in trl 1.16. A trl without them has the same losses, in more time.
     """
-    trl_utils._use_triton = lambda device: alone
+    trl_utils._use_triton = lambda device: only_learned
     trl_utils._CHUNKED_LOGPROB_CHUNK_SIZE = TILE
 
 

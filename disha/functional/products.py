@@ -152,11 +152,11 @@ def adapted_product(
     in an output head that is tied to an embedding, has x (..., out), and its result (..., in). A
     lookup in the weight of a linear layer has the indices of outputs.
     """
-    sizes = layout.geometry(weight.shape)
-    small, folded, others = _divided(updates, layout, sizes)
+    geometry = layout.geometry(weight.shape)
+    reduced_parts, folded, others = _divided(updates, layout, geometry)
     output = multiply(x, computed_weight(weight, layout, folded), bias)
-    for reduced in small:
-        output = added(output, _reduced_product(multiply, x, layout, reduced, sizes))
+    for reduced in reduced_parts:
+        output = added(output, _reduced_product(multiply, x, layout, reduced, geometry))
     for update in others:
         output = added(output, update_product(multiply, x, weight, layout, update))
     return output
@@ -166,55 +166,57 @@ def update_product(
     multiply: Product, x: Tensor, weight: Tensor, layout: Layout, update: Update
 ) -> Tensor:
     """Return the product of x with s dW of one update, with its dropout."""
-    sizes = layout.geometry(weight.shape)
-    small = reduced_updates([update], layout, sizes)
-    if small:
-        return _reduced_product(multiply, x, layout, small[0], sizes)
+    geometry = layout.geometry(weight.shape)
+    reduced_parts = reduced_updates([update], layout, geometry)
+    if reduced_parts:
+        return _reduced_product(multiply, x, layout, reduced_parts[0], geometry)
     rows = update.rows if layout.pattern == "out in" else ()  # then the product has only these
     rows_of_part = () if rows else update.rows
     part, block = layout.part(weight, rows), update.chosen_block()
     delta = scaled(
         update.method.delta_weight(layout, block, part, rows_of_part, update.r), update.scale
     )
-    numbers = [torch.arange(*ends, device=x.device) for ends in rows]
+    row_numbers = [torch.arange(*ends, device=x.device) for ends in rows]
     if not x.is_floating_point():  # indices
         if rows:
-            found = x.unsqueeze(-1) == torch.cat(numbers)  # (..., rows)
-            output = F.embedding(found.int().argmax(-1), delta) * found.any(-1, keepdim=True)
+            is_row = x.unsqueeze(-1) == torch.cat(row_numbers)  # (..., rows)
+            output = F.embedding(is_row.int().argmax(-1), delta) * is_row.any(-1, keepdim=True)
         else:
             output = multiply(x, delta.to(weight.dtype), None)
         return _dropped_tokens(output, update.dropout)
     x = F.dropout(x, update.dropout) if update.dropout else x
     output = multiply(x, delta.to(x.dtype), None)
     if rows:
-        whole = output.new_zeros((*output.shape[:-1], sizes.out_features))
-        output = whole.index_add_(-1, torch.cat(numbers), output)
+        whole = output.new_zeros((*output.shape[:-1], geometry.out_features))
+        output = whole.index_add_(-1, torch.cat(row_numbers), output)
     return output
 
 
 def _reduced_product(
-    multiply: Product, x: Tensor, layout: Layout, small: Reduced, sizes: Geometry
+    multiply: Product, x: Tensor, layout: Layout, reduced: Reduced, geometry: Geometry
 ) -> Tensor:
     """Return s S(x) R: the product of the shard sums with a smaller weight of the same layout."""
-    matrix, dropout, chosen = small
-    r, out_features, looks_up = matrix.shape[-2], sizes.out_features, not x.is_floating_point()
+    matrix, dropout, chosen = reduced
+    r, out_features, looks_up = matrix.shape[-2], geometry.out_features, not x.is_floating_point()
     if not looks_up:
         x = F.dropout(x, dropout) if dropout else x
         matrix = matrix.to(x.dtype)
-    if len(layout.axes) == 2 and layout.in_first != looks_up:
-        # The product with the transposed dW is x R^T, repeated over the shards of the inputs.
+    # So it is for a table in a linear product, and for a linear weight in a lookup.
+    is_transposed = len(layout.axes) == 2 and layout.in_first != looks_up
+    if is_transposed:
+        # The product is x R^T, repeated over the shards of the inputs.
         delta = multiply(x, layout.weight(tiled(matrix, out_features).mT), None)  # (..., r)
-        delta = tiled(delta, shard_count(sizes.in_features, r) * r)[..., : sizes.in_features]
+        delta = tiled(delta, shard_count(geometry.in_features, r) * r)[..., : geometry.in_features]
         if layout.padding_idx is not None:
             delta[..., layout.padding_idx] = 0.0
-        return _dropped_tokens(delta, dropout * looks_up)
+        return _dropped_tokens(delta, dropout if looks_up else 0.0)
     if looks_up:
         delta = embedding_delta(x, matrix, out_features, padding_idx=layout.padding_idx)
         return _dropped_tokens(delta, dropout)
     # A linear tile is repeated after the product, so backward keeps nothing of the larger size.
     matrix = matrix if multiply is F.linear else tiled(matrix, out_features)
     dim = 1 - layout.weight(matrix.mT).dim() if layout.has_kernel else -1
-    groups = x.shape[dim] // sizes.in_features  # of a convolution: each has its own inputs
+    groups = x.shape[dim] // geometry.in_features  # of a convolution: each has its own inputs
     if groups > 1:
         x = torch.unflatten(x, dim, (groups, -1))
     sums, regain = shard_sums(x, r, dim)
@@ -259,13 +261,16 @@ def reduced_updates(updates: Sequence[Update], layout: Layout, geometry: Geometr
         if update.rows:
             outputs = sum(stop - first for first, stop in update.rows)
         # The block's own stack, because a stack of chosen matrices has another size.
-        sizes = Geometry(geometry.in_features, outputs, method.stack_of(layout, block.shape))
-        matrix = method.reduced(method.matrix_block(layout, block), sizes, update.r)
+        block_geometry = Geometry(
+            geometry.in_features, outputs, method.stack_of(layout, block.shape)
+        )
+        matrix = method.reduced(method.matrix_block(layout, block), block_geometry, update.r)
         if update.rows:
             matrix = tiled(matrix, outputs)
             matrix = place_rows(matrix, update.rows, out_features, dim=-1)
         reduced = Reduced(scaled(matrix, update.scale), update.dropout, update.chosen)
         alone = reduced.dropout or reduced.chosen is not None
+        # A number is a key that no other has.
         key = (len(found),) if alone else (matrix.shape[-2], matrix.dtype)
         if key in found:
             pair = [tiled(term.matrix, out_features) for term in (found[key], reduced)]
@@ -282,13 +287,13 @@ def updates_of_rows(
     for update in updates:
         rows, before = update.rows or ((0, geometry.out_features),), 0
         outputs = sum(last - first for first, last in rows)
-        sizes = Geometry(geometry.in_features, outputs, geometry.stack)
+        block_geometry = Geometry(geometry.in_features, outputs, geometry.stack)
         for first, last in rows:
             low, high = max(first, start), min(last, stop)
             if low < high:
                 offset = before - first
                 block = update.method.of_outputs(
-                    update.block, low + offset, high + offset, sizes, update.r
+                    update.block, low + offset, high + offset, block_geometry, update.r
                 )
                 if block is None:
                     return None
@@ -356,8 +361,8 @@ def adapted_linear(
     if len(updates) != 1 or updates[0].rows or updates[0].dropout:
         output = _linear_in_general(rows, weight, bias, updates)
     elif (method := updates[0].method).reduces:
-        sizes = Geometry(rows.shape[1], weight.shape[0])
-        matrix = method.reduced(updates[0].block, sizes, updates[0].r)
+        geometry = Geometry(rows.shape[1], weight.shape[0])
+        matrix = method.reduced(updates[0].block, geometry, updates[0].r)
         output = _linear_and_reduced(rows, weight, bias, matrix, updates[0].scale)
     else:
         output = _folded_alone(rows, weight, bias, updates[0])
@@ -393,11 +398,11 @@ def _linear_in_general(
     x: Tensor, weight: Tensor, bias: Tensor | None, updates: Sequence[Update]
 ) -> Tensor:
     """Return (W + sum of s dW) x + b for any updates and x (n, in)."""
-    small, folded, others = _divided(updates, MATRIX, MATRIX.geometry(weight.shape))
+    reduced_parts, folded, others = _divided(updates, MATRIX, MATRIX.geometry(weight.shape))
     # The updates are computed before W x. So in backward, W x creates the gradient of x, and the
     # updates add to it.
     sums = []
-    for matrix, dropout, _ in small:
+    for matrix, dropout, _ in reduced_parts:
         dropped = F.dropout(x, dropout) if dropout else x
         sums.append((*shard_sums(dropped, matrix.shape[0]), matrix))
     deltas = [update_product(F.linear, x, weight, MATRIX, update) for update in others]
@@ -466,17 +471,17 @@ def _in_pieces(
 
 
 def adapted_stack(x: Tensor, weight: Tensor, updates: Sequence[Update]) -> Tensor:
-    """Return x (W + sum of s dW)^T, with one product for each matrix of a stack."""
+    """Return x (W + sum of s dW)^T for a stack of matrices, each with its own part of x."""
     folds = any(not update.method.reduces and not update.dropout for update in updates)
     if folds and x.shape[0] == 1:
         x = x.expand(weight.shape[0], -1, -1)
-    each_has_one = folds and 0 < x.shape[0] == weight.shape[0]
-    if each_has_one and len(updates) == 1 and not updates[0].rows:
+    one_input_each = folds and 0 < x.shape[0] == weight.shape[0]
+    if one_input_each and len(updates) == 1 and not updates[0].rows:
         method, _, scale, *_ = updates[0]
         output = method.product(x, weight, None, updates[0].chosen_block(), scale)
         if output is not None:
             return output
-    if each_has_one and not is_compiling():
+    if one_input_each and not is_compiling():
         # One matrix at a time saves no dense weight for backward.
         each = zip(*(update.unstack() for update in updates))
         parts = zip(x.unbind(0), weight.unbind(0), each)

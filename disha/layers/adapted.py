@@ -19,7 +19,7 @@ from disha.effective.weight import EffectiveWeight
 from disha.errors import ArgumentError, MergeError, ModeError
 from disha.layers import opaque
 from disha.layers.blocks import CHILD_NAME, MERGED, Adapters, Block
-from disha.layers.reading import linear_forward, was_written, weight_property
+from disha.layers.reading import is_own_weight, linear_forward, weight_property
 from disha.layers.weights import base_of, delta_of, slots_of, start_of
 
 
@@ -79,7 +79,7 @@ class AdaptedLayer(nn.Module):
         return delta_of(self, block, block.slot)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if not was_written(self, name, value):
+        if not is_own_weight(self, name, value):
             super().__setattr__(name, value)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
@@ -239,7 +239,7 @@ class _Recurrent(nn.Module):
         _list_plain_weights(self)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if not was_written(self, name, value):
+        if not is_own_weight(self, name, value):
             nn.Module.__setattr__(self, name, value)  # torch's would write into the list as well
 
     def _update_flat_weights(self) -> None:

@@ -89,7 +89,7 @@ class Block(nn.Module):
         return parameter
 
     @property
-    def is_usual(self) -> bool:
+    def is_on_whole_matrix(self) -> bool:
         """Whether the weight is a matrix (out, in), whole on this rank."""
         return self.split is None and self.slot.layout.pattern == "out in"
 
@@ -241,7 +241,7 @@ class Adapters(nn.Module):
     """Parameter -> adapter -> its blocks on the parameter, which differ in their rows."""
     active_blocks: dict[str, tuple[Block, ...]]
     """Parameter -> the blocks that act on it outside of contexts: none while merged."""
-    usual_block: Block | None
+    only_linear_block: Block | None
     """The only block that acts on `weight`, if that is a whole matrix (out, in)."""
     group: Group
     """The layers that contexts cover together with this one."""
@@ -334,8 +334,8 @@ class Adapters(nn.Module):
         names = () if merged is not None else active
         acting = {parameter: self.blocks_of(names, parameter) for parameter in all_blocks}
         on_weight = acting.get("weight", ())
-        usual = on_weight[0] if len(on_weight) == 1 and on_weight[0].is_usual else None
-        vars(self).update(active_blocks=acting, usual_block=usual)
+        usual = on_weight[0] if len(on_weight) == 1 and on_weight[0].is_on_whole_matrix else None
+        vars(self).update(active_blocks=acting, only_linear_block=usual)
 
     def blocks_of(self, adapters: Iterable[str], parameter: str) -> tuple[Block, ...]:
         """The blocks of some adapters on a parameter."""
@@ -346,7 +346,11 @@ class Adapters(nn.Module):
         return blocks
 
     def override(self, compiling: bool = False) -> Override | None:
-        """What acts on the layer here, or None for the active adapters."""
+        """What acts in place of the active adapters: None for no change, () for nothing.
+
+        Compiled code (`compiling`) gets None while adapters are disabled too: there, a factor of
+        the scale is 0 (`layers.compiled`).
+        """
         if compiling:
             override: Override | None = getattr(compiled, self.group.name)
             return override

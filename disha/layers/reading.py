@@ -1,4 +1,4 @@
-"""The property of an adapted parameter: reading it gives an effective weight."""
+"""Reading an adapted parameter gives an effective weight; and the short forward of `nn.Linear`."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ LINEAR_FORWARD = nn.Linear.forward
 def weight_property(original: type[nn.Module], name: str) -> property:
     """Return the property that reads a parameter of a class as an effective weight."""
     read_base = base_reader(original, name)
-    keeps = not hasattr(original, name) and original.__getattr__ is nn.Module.__getattr__
+    asks_no_class = not hasattr(original, name) and original.__getattr__ is nn.Module.__getattr__
 
     def read(layer: nn.Module) -> Any:
         parameters: dict[str, Any] = layer._parameters
-        base = parameters[name] if keeps and name in parameters else read_base(layer)
+        base = parameters[name] if asks_no_class and name in parameters else read_base(layer)
         adapters: Any = layer._modules.get(CHILD_NAME)
         if adapters is None:
             return base
@@ -53,11 +53,13 @@ def weight_property(original: type[nn.Module], name: str) -> property:
             blocks = adapters.active_blocks.get(name)
         if not blocks:
             return base
-        if not compiling and sys._getframe(1).f_globals.get("__name__", "").startswith(WANT_BASE):
-            return base
+        if not compiling:
+            caller = sys._getframe(1).f_globals.get("__name__", "")
+            if caller.startswith(WANT_BASE):
+                return base
         try:
-            usual = type(base) in PLAIN and not base.is_meta and base.numel()
-            if not usual or blocks[0].split is not None:
+            is_plain = type(base) in PLAIN and not base.is_meta and base.numel()
+            if not is_plain or blocks[0].split is not None:
                 return _unusual_weight(adapters, name, base, blocks, override, compiling)
             layout = blocks[0].slot.layout
             if override is None and not compiling and len(blocks) == 1:
@@ -76,8 +78,11 @@ def weight_property(original: type[nn.Module], name: str) -> property:
     return property(read, write, delete)
 
 
-def was_written(layer: nn.Module, name: str, value: Any) -> bool:
-    """Whether a value is the weight that it is assigned to: `layer.weight += 1` wrote into W."""
+def is_own_weight(layer: nn.Module, name: str, value: Any) -> bool:
+    """Whether a value is the effective weight of this parameter.
+
+    So it is after `layer.weight += 1`, which wrote into W.
+    """
     return isinstance(value, EffectiveWeight) and value.base is layer._parameters.get(name)
 
 
@@ -89,7 +94,7 @@ def _unusual_weight(
     override: Override | None,
     compiling: bool,
 ) -> Any:
-    """Return the value of a weight that is on meta, partitioned, a DTensor, or in a trace."""
+    """Return the value of a weight without values here, cut over ranks, or of another class."""
     layout, split = blocks[0].slot.layout, split_of(base)
     if split is None and base.is_meta:
         # The hook of an offloaded block does not run here: accelerate reads W before it loads D.
@@ -111,17 +116,17 @@ def _unusual_weight(
     if type(base) in PLAIN:
         # In some forwards, transformers replaces DTensors by their local tensors.
         return effective_part(base, blocks[0].split, layout, updates)  # type: ignore[arg-type]
-    return updates.computed(base, layout)
+    return updates.computed(base, layout)  # a tensor of another class
 
 
 def linear_forward(layer: Any, input: Tensor) -> Tensor:
     """Return what `nn.Linear` returns, with fewer Python calls: for few tokens, these cost most."""
     parameters, adapters = layer._parameters, layer._modules.get(CHILD_NAME)
     patched = nn.Linear.forward is not LINEAR_FORWARD
-    # First, because compiled code would be made for each state of what stands after it.
+    # `is_compiling()` is asked first: compiled code would depend on all that is asked before it.
     if is_compiling() or patched or OPEN or adapters is None or layer._has_own_reading:
         return nn.Linear.forward(layer, input)
-    block = adapters.__dict__["usual_block"]
+    block = adapters.__dict__["only_linear_block"]
     if block is None:
         return nn.Linear.forward(layer, input)
     base = parameters.get("weight")

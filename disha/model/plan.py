@@ -324,12 +324,14 @@ def plan_injection(
     freeze: bool,
     also_train_rows: Mapping[str, Sequence[int]] | None = None,
     plain: Iterable[str] = (),
+    argument: str = "target_regex",
     *,
     strict: bool,
 ) -> Plan:
     """Plan an injection. If r or r_out does not fit a weight, raise if `strict`, else list it.
 
-    What `plain` matches does not read the update of a tied parameter; `exclude` by default.
+    What `plain` matches does not read the update of a tied parameter; `exclude` by default. Errors
+    name the `argument` that gave the target.
     """
     parts = () if callable(target) else as_tuple("target_regex", target)
     if not parts and not callable(target):
@@ -345,7 +347,14 @@ def plan_injection(
         of_rows = _for_rows(config, also_train_rows)
         regexes = [*also_train_rows]
         plan = plan_injection(
-            view, regexes, of_rows, adapter, freeze, plain=config.exclude, strict=strict
+            view,
+            regexes,
+            of_rows,
+            adapter,
+            freeze,
+            plain=config.exclude,
+            argument="also_train_rows",
+            strict=strict,
         )
         with_rows, skipped = plan.layers, [*plan.skipped]
     taken = {place for layer in with_rows for place in (layer.place, *layer.tied.values())}
@@ -375,9 +384,9 @@ def plan_injection(
             unfit.append(replace(layer, reason=reason))
     unknown = [layer for layer in known if layer.slot is None and layer.attribute]
     if not layers and not unfit:
-        raise TargetError(_nothing_selected(target, known, skipped, unknown))
+        raise TargetError(_nothing_selected(argument, target, known, skipped, unknown))
     names = [name for layer in known for name in (*layer.module_names, *layer.parameter_names)]
-    _refuse_unused("target_regex", patterns, names)
+    _refuse_unused(argument, patterns, names)
     for argument in ("exclude", "rank_pattern", "layouts", "rows"):
         _refuse_unused(argument, vars(config)[argument], names)
     if unfit and strict:
@@ -582,7 +591,7 @@ def _reason_against(layer: PlannedLayer) -> str | None:
             if other_layout != slot.layout:
                 return f"another adapter has it with the layout {other_layout}, not {slot.layout}"
     reason = (
-        _reason_against_reading(module, slot, layer.config.method)
+        _reason_against_opaque(module, slot, layer.config.method)
         if slot.opaque
         else _reason_against_dense(read_weight(module, layer.attribute), slot)
     )
@@ -601,18 +610,21 @@ _ADDED = frozenset(
 """The public names that adapting adds to a module."""
 
 
-def _reason_against_reading(module: nn.Module, slot: Slot, method: str) -> str | None:
-    """Return why a method that reads W can't adapt an opaque weight, which is not read here."""
+def _reason_against_opaque(module: nn.Module, slot: Slot, method: str) -> str | None:
+    """Return why a method can't adapt an opaque weight."""
     quantisation = quantisation_of(module, stored_weight(module, slot.parameter))
     chosen = method_of(method)
     if quantisation is None or not chosen.reads_weight:
         return None
-    if quantisation.read is not None and not chosen.replaces:
-        return None
-    return (
-        f"its weight is quantised ({quantisation.name}) and can't be read as numbers, as method "
-        f"{method!r} requires; use {method_names(lambda method: not method.reads_weight)}"
-    )
+    if quantisation.read is None:
+        return (
+            f"its weight is quantised ({quantisation.name}) and can't be read as numbers, as "
+            f"method {method!r} requires; "
+            f"use {method_names(lambda method: not method.reads_weight)}"
+        )
+    if chosen.replaces:
+        return f"its weight is quantised ({quantisation.name}); only dense ones get new rows"
+    return None
 
 
 def _reason_against_dense(weight: Any, slot: Slot) -> str | None:
@@ -719,20 +731,17 @@ def _tied(view: ModelView, layer: PlannedLayer, exclude: Iterable[str] = ()) -> 
 def _all_linear(view: ModelView, known: list[PlannedLayer]) -> set[Place]:
     """Return where linear weights are, without output heads that are tied to an embedding."""
     added = _modules_added_by_peft(view)
-    tables, linear = set(), []
+    tables, linear = set(), {}
     for layer in known:
+        parameter = layer.module._parameters.get(layer.attribute)
         if isinstance(layer.module, (nn.Embedding, nn.EmbeddingBag)):
-            tables.add(id(layer.module._parameters.get(layer.attribute)))
+            tables.add(id(parameter))
         elif layer.slot is not None and layer.module not in added:
             layout = layer.slot.layout
             if not layout.has_kernel and layout.pattern != "index out":
-                linear.append(layer)
+                linear[layer.place] = id(parameter)
     tables.discard(id(None))  # of a weight that is computed from others
-    return {
-        layer.place
-        for layer in linear
-        if id(layer.module._parameters.get(layer.attribute)) not in tables
-    }
+    return {place for place, parameter in linear.items() if parameter not in tables}
 
 
 def _modules_added_by_peft(view: ModelView) -> set[nn.Module]:
@@ -758,13 +767,14 @@ def _refuse_unused(argument: str, patterns: Iterable[str], names: Sequence[str])
 
 
 def _nothing_selected(
+    argument: str,
     target: Target,
     known: list[PlannedLayer],
     skipped: list[PlannedLayer],
     unknown: list[PlannedLayer],
 ) -> str:
     """Return the message of the error for a target that selects nothing that can be adapted."""
-    asked = "the predicate" if callable(target) else f"target_regex={target!r}"
+    asked = "the predicate" if callable(target) else f"{argument}={target!r}"
     if skipped:
         return f"{asked} selects only modules that can't be adapted: {_shown(skipped)}"
     if target == ALL_LINEAR and unknown:

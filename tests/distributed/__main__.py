@@ -18,7 +18,7 @@ from tests.processes import RANKS
 
 def on_ranks(script: ModuleType, folder: Path) -> None:
     """Run the checks of a script, and wait for the ranks."""
-    folder.mkdir()
+    folder.mkdir(parents=True)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])

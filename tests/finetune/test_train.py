@@ -425,7 +425,7 @@ def test_only_learned_positions_are_scored_on_a_cpu(words, finetune, tmp_path, m
         return result.blocks(), logged, products
 
     blocks, logged, work = run("learned")
-    monkeypatch.setattr(trainer, "score_learned_positions", lambda alone: None)
+    monkeypatch.setattr(trainer, "set_scored_positions", lambda alone: None)
     monkeypatch.setattr(trl_utils, "_use_triton", lambda device: False)
     monkeypatch.setattr(trl_utils, "_CHUNKED_LOGPROB_CHUNK_SIZE", 32768)
     all_blocks, all_logged, all_work = run("all")
