@@ -11,19 +11,11 @@ from typing import Any
 from weakref import WeakSet
 
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
 
-from disha.model.view import clean_key
-from disha.sharding.zero import is_partitioned
+from disha.model.view import ModelView, clean_key
 
 _WITHOUT_BASE: WeakSet[nn.Module] = WeakSet()
 """The models whose frozen parameters DeepSpeed leaves out."""
-
-
-def is_cut(model: nn.Module) -> bool:
-    """Whether each rank has a part of the model, so that saving it needs all ranks."""
-    is_sharded = any(isinstance(module, FSDPModule) for module in model.modules())
-    return is_sharded or any(map(is_partitioned, model.parameters()))
 
 
 def leave_out_base(model: nn.Module, kept: Collection[str], engine: str) -> None:
@@ -40,8 +32,8 @@ def leave_out_base(model: nn.Module, kept: Collection[str], engine: str) -> None
 
     def drop(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
         # On the meta device, accelerate has not yet distributed the base.
-        is_placed = is_cut(module) and not any(value.is_meta for value in state.values())
-        if is_deepspeed or is_placed:
+        is_placed = not any(value.is_meta for value in state.values())
+        if is_deepspeed or (is_placed and ModelView(module).sharded):
             for key in filter(is_base, list(state)):
                 del state[key]
 

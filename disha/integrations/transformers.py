@@ -20,7 +20,8 @@ from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME
 
 import disha
 from disha.files import ADAPTER_NAME
-from disha.integrations.engines import is_cut, leave_out_base
+from disha.integrations.engines import leave_out_base
+from disha.model.view import ModelView
 
 __all__ = ["AdapterCheckpoints"]
 
@@ -102,7 +103,7 @@ class AdapterCheckpoints(TrainerCallback):
     def on_save(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         """Write the adapter of a sharded model, for which all ranks must act together."""
         model: nn.Module = given["model"]
-        if is_cut(model):
+        if ModelView(model).sharded:
             folder = Path(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
             disha.save_adapter(model, folder / ADAPTER_NAME, self._adapter)
 
@@ -124,7 +125,7 @@ class _Saving:
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
         state = state_dict or {}
-        if not is_cut(self._model):
+        if not ModelView(self._model).sharded:
             disha.save_adapter(self._model, folder / ADAPTER_NAME, self._adapter)
             state = disha.adapter_state_dict(self._model, self._adapter)
         if is_main_process:

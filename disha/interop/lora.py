@@ -42,7 +42,7 @@ from disha.interop.peft_format import (
     PeftFolder,
     anchored,
     exact_targets,
-    in_the_model,
+    keep_for_model,
     module_names,
     notes_of,
     read_peft_files,
@@ -330,7 +330,7 @@ def load(
     with view.ranks().agreeing(f"load a LoRA as adapter {adapter!r}"):
         peft_folder = read_peft_files(folder, (*FACTORS, TOKENS), also_train)
         rows = _taken_rows(view, peft_folder)
-        peft_folder.tensors = in_the_model(view, peft_folder.path, peft_folder.tensors)
+        keep_for_model(view, peft_folder)
         contents = _contents_of(peft_folder, _layouts(view), _model_type(view), rows)
     return load_contents(
         view, peft_folder.path, *contents, adapter, replace=replace, dtype=dtype, freeze=freeze

@@ -26,7 +26,7 @@ from disha.interop.peft_format import (
     THE_MODEL_ITSELF,
     PeftFolder,
     exact_targets,
-    in_the_model,
+    keep_for_model,
     module_names,
     notes_of,
     read_peft_files,
@@ -211,7 +211,7 @@ def load(
         peft_folder, config, blocks = _read(folder, also_train)
         problems = reasons_against(view, blocks, _unknown_to_miss, exporting=False)
         refuse_to_load(peft_folder.path, problems)
-        peft_folder.tensors = in_the_model(view, peft_folder.path, peft_folder.tensors)
+        keep_for_model(view, peft_folder)
         contents = _contents(peft_folder, config, blocks, partial(_shapes, view))
     return load_contents(
         view, peft_folder.path, *contents, adapter, replace=replace, dtype=dtype, freeze=freeze

@@ -303,9 +303,9 @@ def saved_modules(view: ModelView, also_train: Sequence[str], layers: Sequence[s
     return Saved(modules, tensors, problems)
 
 
-def in_the_model(view: ModelView, path: Path, tensors: Tensors) -> dict[str, Tensor]:
-    """Return tensors of a folder: without buffers that are in the model, and tied ones once."""
-    parameters = view.parameters_by_name
+def keep_for_model(view: ModelView, folder: PeftFolder) -> None:
+    """Take buffers that are in the model out of a folder, and leave tied tensors once."""
+    parameters, tensors = view.parameters_by_name, folder.tensors
     # An adapter holds running statistics and no other buffers; other values of these are refused.
     buffers = {
         join(above, name): buffer
@@ -334,5 +334,5 @@ def in_the_model(view: ModelView, path: Path, tensors: Tensors) -> dict[str, Ten
             )
         elif name == names[0]:
             kept[name] = tensor
-    refuse_to_load(path, problems)
-    return kept
+    refuse_to_load(folder.path, problems)
+    folder.tensors = kept

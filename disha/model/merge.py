@@ -203,10 +203,10 @@ def unmerge_adapters(model: nn.Module) -> None:
 
 
 def _refuse_sharded(view: ModelView, action: str) -> None:
-    module = view.sharded
-    if module is not None:
+    if view.sharded:
+        name = type(view.sharded[0]).__name__
         raise MergeError(
-            f"can't {action} in a model with sharded parameters ({type(module).__name__}): save "
+            f"can't {action} in a model with sharded parameters ({name}): save "
             "the adapter (save_adapter, on all ranks), and merge it into the plain model"
         )
 

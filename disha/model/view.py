@@ -256,16 +256,15 @@ class ModelView:
             raise TargetError(f"can't {action}: the model is wrapped by {wrappers[0]}; {remedy}")
 
     @property
-    def sharded(self) -> nn.Module | None:
-        """A module that FSDP manages or that has a sharded or partitioned parameter, or None."""
+    def sharded(self) -> list[nn.Module]:
+        """The modules that FSDP manages or that have a sharded or partitioned parameter."""
         classes = tuple([cls for cls, wrapper in self._wrappers if wrapper.shards])
-        for module in self.names:
-            parameters = module._parameters.values()
-            if isinstance(module, classes) or any(
-                is_sharded(p) or is_partitioned(p) for p in parameters
-            ):
-                return module
-        return None
+        return [
+            module
+            for module in self.names
+            if isinstance(module, classes)
+            or any(is_sharded(p) or is_partitioned(p) for p in module._parameters.values())
+        ]
 
     def reshard(self) -> None:
         """Make FSDP hold shards. Parameters that a forward has gathered are only temporary."""
