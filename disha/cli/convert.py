@@ -101,14 +101,17 @@ def _read_folder(path: Path, flags: Namespace, base: Checkpoint | None) -> Conte
         raise AdapterFileError(f"{path} is of peft_type {method!r}, not {', '.join(PEFT_METHODS)}")
     saved = not flags.no_also_train
     if method == "LORA":
-        model_type = None if base is None else base.config().get("model_type")
-        contents: Contents = lora.read_lora(path, model_type=model_type, also_train=saved)
+        contents: Contents = lora.read_lora(path, model_type=_model_type(base), also_train=saved)
     else:
         if base is None:
             raise ArgumentError(f"{path} does not tell the sizes of its layers; give --base")
         contents = peft.read_folder(path, partial(base_shapes, base), also_train=saved)
     _refuse_tied(path, contents, base)
     return contents
+
+
+def _model_type(base: Checkpoint | None) -> str | None:
+    return None if base is None else base.config().get("model_type")
 
 
 def _refuse_tied(path: Path, contents: Contents, base: Checkpoint | None) -> None:
@@ -139,7 +142,7 @@ def _write(flags: Namespace, contents: Contents, base: Checkpoint | None) -> Lor
         options["base"] = base_weights(base, contents[0])
     if flags.to == "lora":
         options |= {"pad": flags.pad_rank, "experts": flags.experts}
-        options["model_type"] = None if base is None else base.config().get("model_type")
+        options["model_type"] = _model_type(base)
         return lora.write_lora(flags.out, *contents, **options)
     if "base" in options:
         options["bases"] = {flags.component: options.pop("base")}

@@ -140,7 +140,7 @@ def _show_warning(message: Warning | str, category: type[Warning], *place: Any) 
 def _complain(message: str) -> None:
     """Print one line, also to a closed terminal. Of several processes, the first one speaks."""
     if _is_first():
-        line = "; ".join(" ".join(message.split(" ")).splitlines()).replace(":; ", ": ")
+        line = "; ".join(message.splitlines()).replace(":; ", ": ")
         try:
             print(f"disha: {printable(line)}", file=sys.stderr, flush=True)
         except OSError:

@@ -58,9 +58,10 @@ class Route:
             )
         return size // samples
 
-    def runs(self, size: int) -> list[Run]:
-        """Return the runs in the order of the samples. An adapter may have several."""
-        return self._runs_of(self.names, size)
+    def runs(self, names: Sequence[str | None], size: int) -> list[Run]:
+        """Return the runs of samples that have these adapters. An adapter may have several."""
+        parts = self.parts(size)
+        return [(name, parts * len(list(same))) for name, same in groupby(names)]
 
     def by_adapter(
         self, size: int, device: torch.device
@@ -71,7 +72,7 @@ class Route:
         """
         places = self._places(self.adapters)
         order = sorted(range(len(places)), key=places.__getitem__)
-        runs = self._runs_of([self.names[sample] for sample in order], size)
+        runs = self.runs([self.names[sample] for sample in order], size)
         indices = self._entries(order, size, device)
         each = torch.split(indices, [entries for _, entries in runs])
         return [(name or "", updates) for (name, _), updates in zip(runs, each)], indices
@@ -83,10 +84,6 @@ class Route:
     def _places(self, adapters: Sequence[str]) -> list[int]:
         place = {adapter: index for index, adapter in enumerate(adapters)}
         return [place.get(name or "", len(place)) for name in self.names]
-
-    def _runs_of(self, names: Sequence[str | None], size: int) -> list[Run]:
-        parts = self.parts(size)
-        return [(name, parts * len(list(same))) for name, same in groupby(names)]
 
     def _entries(self, samples: Sequence[int], size: int, device: torch.device) -> Tensor:
         parts = self.parts(size)
@@ -213,7 +210,7 @@ def _with_alike(output: Tensor, x: Tensor, route: Route, alike: Mapping[str, Ten
     rows, outputs = (tensor.reshape(size, -1, tensor.shape[-1]) for tensor in (x, output))
     sums, regain = shard_sums(rows, r)
     matrices = {adapter: matrix.to(x.dtype) for adapter, matrix in alike.items()}
-    runs = route.runs(size)
+    runs = route.runs(route.names, size)
     few = rows.shape[1] * route.parts(size) < FEW_ROWS and len(runs) > len(alike)
     in_place = not torch.is_grad_enabled() and outputs.is_contiguous() and output.dtype == x.dtype
     if in_place and not few:
