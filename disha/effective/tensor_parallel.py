@@ -20,7 +20,7 @@ def effective_part(
     """Return the effective weight of this rank's part of a weight with these updates."""
 
     def of_part(every: Sequence[Update]) -> Sequence[Update] | None:
-        found: list[Update] = []
+        found = []
         for update in every:
             if update.dropout:
                 raise ModeError(
@@ -31,7 +31,7 @@ def effective_part(
             cut = update_of_part(update, layout, split.shape, split.part)
             if cut is None:
                 return None
-            found += cut
+            found.extend(cut)
         return found
 
     of_rank = updates.changed(of_part)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -100,10 +101,7 @@ def in_parts(weight: Any, bases: Sequence[Tensor]) -> Any:
     sizes = [base.shape[0] for base in bases]
     if weight.weight_layout.pattern != "out in" or sum(sizes) != weight.base.shape[0]:
         return NotImplemented
-    parts, start = [], 0
-    for size in sizes:
-        parts.append(rows_of(weight, start, start + size))
-        start += size
+    parts = [rows_of(weight, stop - size, stop) for size, stop in zip(sizes, accumulate(sizes))]
     return NotImplemented if any(part is NotImplemented for part in parts) else tuple(parts)
 
 

@@ -171,12 +171,9 @@ def update_product(
     if reduced_parts:
         return _reduced_product(multiply, x, layout, reduced_parts[0], geometry)
     rows = update.rows if layout.pattern == "out in" else ()  # then the product has only these
-    rows_of_part = () if rows else update.rows
-    part, block = layout.part(weight, rows), update.chosen_block()
-    delta = scaled(
-        update.method.delta_weight(layout, block, part, rows_of_part, update.r), update.scale
-    )
-    row_numbers = [torch.arange(*ends, device=x.device) for ends in rows]
+    apart = update.replace(rows=() if rows else update.rows)
+    delta = scaled(apart.delta_weight(layout, layout.part(weight, rows)), update.scale)
+    numbers = [torch.arange(*ends, device=x.device) for ends in rows]
     if not x.is_floating_point():  # indices
         if rows:
             is_row = x.unsqueeze(-1) == torch.cat(row_numbers)  # (..., rows)
@@ -280,26 +277,33 @@ def reduced_updates(updates: Sequence[Update], layout: Layout, geometry: Geometr
 
 
 def updates_of_rows(
-    updates: Sequence[Update], start: int, stop: int, geometry: Geometry
+    updates: Sequence[Update], start: int, stop: int, geometry: Geometry, everywhere: bool = False
 ) -> list[Update] | None:
-    """Return the updates of the outputs start to stop, or None if a block can't be cut there."""
+    """Return the updates of the outputs start to stop, or None if a block can't be cut there.
+
+    Those of none of these outputs are left out, or empty if they must be `everywhere`.
+    """
     found = []
     for update in updates:
-        rows, before = update.rows or ((0, geometry.out_features),), 0
-        outputs = sum(last - first for first, last in rows)
-        block_geometry = Geometry(geometry.in_features, outputs, geometry.stack)
-        for first, last in rows:
-            low, high = max(first, start), min(last, stop)
-            if low < high:
-                offset = before - first
-                block = update.method.of_outputs(
-                    update.block, low + offset, high + offset, block_geometry, update.r
-                )
-                if block is None:
-                    return None
-                kept_rows = () if (low, high) == (start, stop) else ((low - start, high - start),)
-                found.append(update.replace(block=block, rows=kept_rows))
-            before += last - first
+        rows = update.rows or ((0, geometry.out_features),)
+        # How many of a block's outputs stand before each of these.
+        first, last, outputs = [
+            sum(min(edge, end) - min(edge, begin) for begin, end in rows)
+            for edge in (start, stop, geometry.out_features)
+        ]
+        if first == last and not everywhere:
+            continue
+        sizes = Geometry(geometry.in_features, outputs, geometry.stack)
+        block = update.method.of_outputs(update.block, first, last, sizes, update.r)
+        if block is None:
+            return None
+        inside = [
+            (max(begin, start) - start, min(end, stop) - start)
+            for begin, end in rows
+            if begin < stop and start < end
+        ]
+        has_all = last - first == stop - start
+        found.append(update.replace(block=block, rows=() if has_all else tuple(inside or [(0, 0)])))
     return found
 
 
@@ -310,7 +314,7 @@ def update_of_part(
     whole = [(0, size) for size in shape]
     if layout.has_kernel:
         return [update] if list(part) == whole else None
-    axes = zip(layout.axes, part, whole, strict=True)
+    axes = zip(layout.axes, part, whole)
     cut = {
         axis: part_of_axis for axis, part_of_axis, all_of_it in axes if part_of_axis != all_of_it
     }
@@ -324,7 +328,8 @@ def update_of_part(
         update = update.replace(block=block)
     if "out" not in cut:
         return [update]
-    return updates_of_rows([update], *cut["out"], geometry)
+    # A rank that has none of the rows takes part in the sum of their gradients too.
+    return updates_of_rows([update], *cut["out"], geometry, everywhere=True)
 
 
 # --- one matrix ----------------------------------------------------------------------------------

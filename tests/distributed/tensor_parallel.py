@@ -1,5 +1,7 @@
 """Tensor parallelism on two ranks: it equals one process, or it raises."""
 
+import copy
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -170,6 +172,46 @@ def check_sequence_parallel_and_embeddings(folder):
             for one in (expected, output):
                 one.square().sum().backward()
             close(gradients_of(model), gradients_of(plain))
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(12, 8)
+        self.up = nn.Linear(8, 12)
+        self.down = nn.Linear(12, 8)
+        self.head = nn.Linear(8, 12, bias=False)
+
+    def forward(self, tokens):
+        return self.head(self.down(torch.tanh(self.up(self.embed(tokens)))))
+
+
+def check_rows_and_tied_tables(folder):
+    """Also rows that are all on one rank: the other one adds nothing to their gradient."""
+    plan = {
+        "embed": lambda: RowwiseParallel(input_layouts=Replicate()),
+        "head": lambda: ColwiseParallel(output_layouts=Replicate()),
+        **PLAN,
+    }
+    tokens = torch.tensor([[1, 11, 0, 1], [6, 5, 10, 7]])
+    cases = [{"also_train_rows": {"embed": rows}} for rows in ([1, 7], [10, 11])]
+    cases += [{"target_regex": "embed", **own} for own in ({}, {"r_out": 4}, {"method": "bat"})]
+    cases += [{"rows": {"up": [(6, 12)]}, "method": method} for method in METHODS]
+    for options in cases:
+        torch.manual_seed(0)
+        plain = Tied().double()
+        model = parallelize_module(
+            copy.deepcopy(plain), mesh(), {name: style() for name, style in plan.items()}
+        )
+        for one in (plain, model):
+            one.head.weight = one.embed.weight  # a plan unties them
+            disha.inject_adapters(one, **{"target_regex": "up|down", "r": 2, **options})
+            perturb(one)
+        expected, output = plain(tokens), model(tokens)
+        close(output, expected)
+        for one in (expected, output):
+            one.square().sum().backward()
+        close(gradients_of(model), gradients_of(plain))
 
 
 def check_shards_of_other_sizes(folder):
