@@ -173,7 +173,7 @@ def update_product(
     rows = update.rows if layout.pattern == "out in" else ()  # then the product has only these
     apart = update.replace(rows=() if rows else update.rows)
     delta = scaled(apart.delta_weight(layout, layout.part(weight, rows)), update.scale)
-    numbers = [torch.arange(*ends, device=x.device) for ends in rows]
+    row_numbers = [torch.arange(*ends, device=x.device) for ends in rows]
     if not x.is_floating_point():  # indices
         if rows:
             is_row = x.unsqueeze(-1) == torch.cat(row_numbers)  # (..., rows)
@@ -286,15 +286,15 @@ def updates_of_rows(
     found = []
     for update in updates:
         rows = update.rows or ((0, geometry.out_features),)
-        # How many of a block's outputs stand before each of these.
+        # How many of a block's outputs stand before each of these edges.
         first, last, outputs = [
             sum(min(edge, end) - min(edge, begin) for begin, end in rows)
             for edge in (start, stop, geometry.out_features)
         ]
         if first == last and not everywhere:
             continue
-        sizes = Geometry(geometry.in_features, outputs, geometry.stack)
-        block = update.method.of_outputs(update.block, first, last, sizes, update.r)
+        block_geometry = Geometry(geometry.in_features, outputs, geometry.stack)
+        block = update.method.of_outputs(update.block, first, last, block_geometry, update.r)
         if block is None:
             return None
         inside = [
