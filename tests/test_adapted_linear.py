@@ -1,5 +1,7 @@
 """adapted_linear with one block against the loops: values, gradients, and what is kept."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -400,3 +402,16 @@ def test_symbolic_tracing_of_a_layer_sees_its_update():
     model = disha.inject_adapters(nn.Sequential(nn.Linear(8, 4)), "0", r=4, init="kaiming")
     x = torch.randn(3, 8)
     torch.testing.assert_close(torch.fx.symbolic_trace(model)(x), model(x))
+
+
+def test_a_traced_model_calls_its_adapted_layers():
+    """So it switches, casts, copies and trains as the model, as a traced plain layer would."""
+    model = disha.inject_adapters(nn.Sequential(nn.Linear(8, 4)), "0", r=4, init="kaiming")
+    disha.inject_adapters(model, "0", r=2, init="kaiming", adapter="other")
+    traced, x = torch.fx.symbolic_trace(model), torch.randn(3, 8)
+    assert [*traced.state_dict()] == [*model.state_dict()]
+    for active in ("default", ()):
+        disha.set_active_adapters(model, active)
+        assert torch.equal(traced(x), model(x))
+        assert torch.equal(copy.deepcopy(traced)(x), model(x))
+    assert traced.double()(x.double()).dtype == torch.float64

@@ -51,7 +51,7 @@ class AdaptedLayer(nn.Module):
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
-        if "_made_on_the_fly" in vars(cls):
+        if "_made_by_disha" in vars(cls):
             return
         # If a user's class computes a weight, the computed weight is adapted.
         for name in cls._adapted_parameters:
@@ -106,6 +106,15 @@ class AdaptedLayer(nn.Module):
             return
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Pickle with the arguments that make the class, which no Python module contains."""
+        reduced: Any = super().__reduce_ex__(protocol)
+        made = type(self)
+        if "_made_by_disha" not in vars(made):
+            return reduced
+        arguments = made._original_class, made._adapted_parameters, made._is_opaque
+        return (_new_instance, arguments, *reduced[2:])
+
     def _replicate_for_data_parallel(self) -> Any:
         raise ModeError(
             "nn.DataParallel can't run adapted layers on several devices, because its replicas "
@@ -151,13 +160,12 @@ def adapted_class(
     if (original, parameters) == (nn.Linear, ("weight",)) and not is_opaque:
         return AdaptedLinear
     namespace: dict[str, Any] = {
-        "__module__": AdaptedLayer.__module__,
+        "__module__": original.__module__,  # by which torch.fx knows what to call as a whole
         "__doc__": f"{original.__qualname__}, adapted by disha.",
-        "_made_on_the_fly": True,
+        "_made_by_disha": True,
         "_original_class": original,
         "_adapted_parameters": parameters,
         "_is_opaque": is_opaque,
-        "__reduce_ex__": _reduced,
     }
     if hasattr(original, "reset_parameters"):
         namespace["reset_parameters"] = reset_parameters
@@ -170,19 +178,6 @@ def adapted_class(
             leading = (_Recurrent,)
     bases = (*leading, AdaptedLayer, original)
     return type(f"Adapted{original.__name__}", bases, namespace)
-
-
-def _reduced(layer: Any, protocol: Any) -> Any:
-    """Pickle a layer with the arguments that make its class, which no Python module contains."""
-    made: Any = next(cls for cls in type(layer).__mro__ if "_made_on_the_fly" in vars(cls))
-    reduced = super(made, layer).__reduce_ex__(protocol)
-    if made is not type(layer):
-        return reduced
-    return (
-        _new_instance,
-        (made._original_class, made._adapted_parameters, made._is_opaque),
-        *reduced[2:],
-    )
 
 
 def _new_instance(*arguments: Any) -> nn.Module:
@@ -211,6 +206,8 @@ class AdaptedLinear(AdaptedLayer, nn.Linear):
     _has_own_reading: ClassVar[bool] = False
     """Whether a user's subclass computes the weight or the bias."""
 
+    __module__ = nn.Linear.__module__
+    _made_by_disha = True
     _original_class = nn.Linear
     _adapted_parameters = ("weight",)
     reset_parameters = reset_parameters
