@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.utils import parametrizations
+from torch.nn.utils import parametrizations, prune
 
 import disha
 from disha import ArgumentError, TargetError
@@ -437,6 +437,19 @@ def test_the_old_weight_norm_can_be_removed_under_an_adapter():
     expected = model(x.double())
     nn.utils.remove_weight_norm(model[0])
     assert torch.allclose(model(x.double()), expected)
+
+
+def test_pruning_under_an_adapter_prunes_w():
+    model = perturb(disha.inject_adapters(nn.Sequential(nn.Linear(6, 4)).double(), "^0$", 2))
+    layer, x = model[0], torch.randn(3, 6).double()
+    base, delta = layer.base_weight.clone(), layer.delta_weight(layer.disha["default"])
+    for _ in range(2):
+        prune.l1_unstructured(layer, "weight", 0.5)
+        expected = F.linear(x, base * layer.weight_mask + delta, layer.bias)
+        torch.testing.assert_close(model(x), expected)
+    prune.remove(layer, "weight")
+    torch.testing.assert_close(model(x), expected)
+    assert disha.check_adapters(model, x).ok
 
 
 class Positions(nn.Embedding):

@@ -23,12 +23,13 @@ from disha.sharding.tensors import is_sharded
 
 WANT_BASE = (
     "torch.nn.modules.module",
+    "torch.nn.utils.prune",
     "torch.distributed.fsdp",
     "torch.distributed.checkpoint",
     "accelerate.utils.modeling",
 )
-"""Modules that read a parameter by its name, to return it (`get_parameter`), to save it or to move
-it: these get W itself."""
+"""Modules that read a parameter by its name, to return it (`get_parameter`), to save it, to move
+it or to prune it: these get W itself."""
 
 LINEAR_FORWARD = nn.Linear.forward
 """The forward of torch. If user code replaces it in `nn.Linear`, the replacement runs."""
