@@ -72,6 +72,11 @@ class TestFailed:
         with pytest.raises(AdapterIOError, match="No such file"):
             disha.save_adapter(trained(), tmp_path / "none" / "a.safetensors")
 
+    @pytest.mark.parametrize("length", [250, 300])
+    def test_a_name_that_is_too_long(self, tmp_path, length):
+        with pytest.raises(AdapterIOError, match="File name too long; nothing was changed"):
+            disha.save_adapter(trained(), tmp_path / ("a" * length))
+
     def test_what_is_no_path(self):
         with pytest.raises(ArgumentTypeError, match="path must be"):
             save_tensors(5, NEW, {})

@@ -75,7 +75,7 @@ def save(path: PathLike, write: Callable[[Path], object]) -> None:
         reason = getattr(error, "strerror", None) or error
         raise AdapterIOError(f"can't save to {target}: {reason}; nothing was changed") from error
     finally:
-        if old.exists() and not target.exists():
+        if is_made and old.exists() and not target.exists():
             old.rename(target)
         shutil.rmtree(draft, ignore_errors=True)
 
