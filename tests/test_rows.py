@@ -224,5 +224,15 @@ def test_peft_can_not_hold_every_row(tmp_path):
         disha.set_adapter_scale(model, options.get("scale", 1.0))
         with pytest.raises(ConversionError, match="embed_tokens"):
             lora.export(model, tmp_path)
+    layers = {"head": nn.Linear(4, 6), "table": nn.Embedding(6, 4), "other": nn.Linear(4, 6)}
+    model = nn.ModuleDict(layers)
+    for tied in (False, True):  # PEFT forgets the bias of a layer with new rows
+        if tied:
+            model["head"].weight = model["table"].weight
+        target = "table" if tied else "head"
+        adapted = copy.deepcopy(model)
+        disha.inject_adapters(adapted, "other", 2, also_train_rows={target: [1]})
+        with pytest.raises(ConversionError, match=target):
+            lora.export(adapted, tmp_path)
     with pytest.raises(ConversionError, match="PEFT's MiSS adapts all rows"):
         disha.interop.peft.export(trained(), tmp_path)

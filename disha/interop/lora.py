@@ -238,13 +238,19 @@ def _without_rows(
         if METHODS[record.method].replaces
         and record.rows
         and record.scale == 1
-        # PEFT lets all that are tied read them.
-        and (view is None or len(_names_of_weight(view, record.name)) == 1 + len(record.tied))
+        and (view is None or _reads_alike(view, record))
     ]
     others = [record for record in header.layers if record not in rows]
     numbers = {record.name: [n for ends in record.rows for n in range(*ends)] for record in rows}
     values = {record.name + TOKENS: tensors[record.key].mT.contiguous() for record in rows}
     return others, values, {"trainable_token_indices": numbers or None}
+
+
+def _reads_alike(view: ModelView, layer: LayerRecord) -> bool:
+    """Whether PEFT reads the new rows alike: in all that are tied, and without adding a bias."""
+    names = _names_of_weight(view, layer.name)
+    biases = {name.removesuffix("weight") + "bias" for name in names}
+    return len(names) == 1 + len(layer.tied) and biases.isdisjoint(view.parameters_by_name)
 
 
 def _names_of_weight(view: ModelView, layer: str) -> tuple[str, ...]:
