@@ -50,22 +50,19 @@ def keep_adapter_only(accelerator: Accelerator, model: nn.Module, adapter: str =
     kept = disha.adapter_state_dict(model, adapter).keys()
     leave_out_base(model, set(kept), accelerator.distributed_type)
 
-    def place_in(models: list[nn.Module]) -> int | None:
-        found = (
-            place for place, other in enumerate(models) if accelerator.unwrap_model(other) is model
-        )
-        return next(found, None)
+    def take_out(items: list[Any], models: list[nn.Module]) -> None:
+        """Take what belongs to the model out of a list, which is in the order of the models."""
+        for place, other in enumerate(models):
+            if accelerator.unwrap_model(other) is model:
+                del items[place : place + 1]  # FSDP and DeepSpeed list no weights
+                break
 
     def save(models: list[nn.Module], weights: list[Mapping[str, Any]], folder: str) -> None:
-        place = place_in(models)
-        if place is not None and place < len(weights):
-            weights.pop(place)
+        take_out(weights, models)
         disha.save_adapter(model, Path(folder) / ADAPTER_NAME, adapter)
 
     def load(models: list[nn.Module], folder: str) -> None:
-        place = place_in(models)
-        if place is not None:
-            models.pop(place)
+        take_out(models, models)
         if accelerator.distributed_type not in ("DEEPSPEED", "FSDP"):
             disha.load_adapter(model, Path(folder) / ADAPTER_NAME, adapter, replace=True)
 
