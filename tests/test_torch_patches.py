@@ -48,6 +48,7 @@ NAMES = [
     "torch._functorch.vmap._add_batch_dim",
     f"torch.autograd.function.{'_SingleLevelFunction' if IN_PYTHON else 'Function'}.apply",
     "torch.autograd.function.custom_function_call",
+    "torch.utils.checkpoint._CheckpointFrame",
 ]
 
 

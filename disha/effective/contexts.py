@@ -16,8 +16,6 @@ from weakref import WeakSet, WeakValueDictionary
 
 import torch
 
-from disha.errors import ModeError
-from disha.functional.private_torch import in_backward
 from disha.functional.routed import Route
 
 Override: TypeAlias = Route | tuple[str, ...]
@@ -104,6 +102,27 @@ def _here() -> tuple[Context, ...]:
     return tuple([context for context in _ENTERED.get() if context in OPEN])
 
 
+def in_these_contexts(arguments: Any) -> Any:
+    """Return arguments whose first, a function, always runs in the contexts of now.
+
+    Activation checkpointing computes layers again in backward: after a context has ended, or in a
+    thread of autograd, which has none.
+    """
+    function, *others = arguments
+    contexts = tuple([Context(one.groups, one.override) for one in _here()])
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        OPEN.update(contexts)
+        before = _ENTERED.set(contexts)
+        try:
+            return function(*args, **kwargs)
+        finally:
+            OPEN.difference_update(contexts)
+            _ENTERED.reset(before)
+
+    return run, *others
+
+
 def groups_of(layers: Iterable[Any]) -> frozenset[Group]:
     """Return groups that hold exactly these layers; a group of more is split."""
     with _LOCK:
@@ -119,25 +138,6 @@ def groups_of(layers: Iterable[Any]) -> frozenset[Group]:
 
 def current_context(group: Group) -> Context | None:
     """Return the context that decides here, if any: one that disables, else the last one."""
-    contexts = _here()
-    if not contexts and in_backward():
-        _refuse_in_autograd_thread(group)
-    around = [context for context in contexts if context.covers(group)]
+    around = [context for context in _here() if context.covers(group)]
     disabling = [context for context in around if context.override is None]
-    if disabling:
-        return disabling[0]
-    return around[-1] if around else None
-
-
-def _refuse_in_autograd_thread(group: Group) -> None:
-    """Raise in a thread of autograd, which has no contexts, if any is open for these layers."""
-    if not isinstance(threading.current_thread(), threading._DummyThread):
-        return  # a thread that called `backward` itself
-    covering = [context for context in list(OPEN) if context.covers(group)]
-    if covering:
-        function = covering[0].function
-        raise ModeError(
-            "a layer is computed again in backward (activation checkpointing), where a thread of "
-            f"autograd can't know which adapters acted in forward, because {function} is open; "
-            "call backward after it, and choose the adapters to train with set_active_adapters"
-        )
+    return next(iter([*disabling, *reversed(around)]), None)

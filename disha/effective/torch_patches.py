@@ -1,17 +1,20 @@
 """What disha changes in torch: functions that take tensors without asking their class.
 
-The first injection calls `install`; importing changes nothing. An effective weight reaches these
-functions as W alone, so the adapter would not act, without a word:
+The first injection calls `install`; importing changes nothing. Without this, the adapter would not
+act, or another one would, without a word:
 
     the `apply` of a custom function of autograd    runs it, with W and no gradient
     autograd.function.custom_function_call          does the same inside transforms of `torch.func`
     what wraps an argument of `torch.vmap`,         wraps W
     `torch.func.grad` and `jvp`
+    what keeps a function for activation            runs it again in backward, where another
+    checkpointing                                   context is open, or none
     overrides.get_overridable_functions()           what the compiler asks; private functions, such
                                                     as the grouped product, are not in this list
 
-The first ones get the computed weight; a custom function for which there is a rule, that rule. The
-private functions are added to the list. `functional.private_torch` has the private names.
+The first ones get the computed weight; a custom function for which there is a rule, that rule.
+Checkpointing computes again in the contexts of the forward pass. The private functions are added to
+the list. `functional.private_torch` has the private names.
 """
 
 from __future__ import annotations
@@ -24,8 +27,9 @@ from typing import Any
 
 import torch
 
+from disha.effective.contexts import in_these_contexts
 from disha.effective.rules import RULES
-from disha.effective.weight import EffectiveWeight, computed, computed_inside
+from disha.effective.weight import computed_inside
 from disha.functional import private_torch
 
 _LOCK = threading.Lock()
@@ -48,6 +52,8 @@ def _install() -> None:
         result = NotImplemented if rule is None else rule(*args, **kwargs)
         if result is not NotImplemented:
             return result
+        if cls.__name__ == "CheckpointFunction":  # the reentrant one, also of DeepSpeed
+            args = in_these_contexts(args)
         return super(inner, cls).apply(*computed_inside(args), **computed_inside(kwargs))
 
     private_torch.start_no_graph(apply)
@@ -60,20 +66,21 @@ def _install() -> None:
 
 def _getting(change: Callable[[Any], Any], function: Callable[..., Any]) -> Any:
     """Return a function that gets changed arguments."""
-    return lambda *args, **kwargs: function(*map(change, args), **kwargs)
+    return lambda *args, **kwargs: function(*change(args), **kwargs)
 
 
-def _computed_outside(value: Any) -> Any:
-    """Return an argument of a transform, computed before the transform began."""
-    if not isinstance(value, EffectiveWeight) or torch.compiler.is_compiling():
-        return computed_inside(value)
+def _computed_outside(args: Any) -> Any:
+    """Return the arguments of a transform, computed before the transform began."""
+    if torch.compiler.is_compiling():
+        return computed_inside(args)
     with private_torch.required(private_torch.OUTSIDE_TRANSFORMS)():
-        return computed(value)
+        return computed_inside(args)
 
 
 _CHANGES: dict[str, Callable[[Any], Any]] = {
     "torch.autograd.function:custom_function_call": computed_inside,
     private_torch.ADD_BATCH_DIM: _computed_outside,
     private_torch.WRAP_FOR_GRAD: _computed_outside,
+    private_torch.CHECKPOINT: in_these_contexts,
 }
 """Function of torch -> how its arguments change."""

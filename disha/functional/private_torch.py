@@ -14,7 +14,6 @@ last column says.
     torch._C:
       _are_functorch_transforms_active   nothing is written in place then      as if always: slow
       _is_any_autocast_enabled           a quick question before a slow one    the slow one
-      _current_graph_task_id             whether a thread is one of backward   refuses more
       _VariableFunctions                 private operations have rules too     weights are computed
       _nn                                operations that write                 a copy is written
       _dynamo.eval_frame._FrameAction,   no graph starts in our functions      the compiler raises
@@ -38,6 +37,8 @@ last column says.
       ._add_batch_dim                    computed weights                      raises
     torch._functorch.eager_transforms    the same                              the same
       ._wrap_for_grad
+    torch.utils.checkpoint               contexts act again in backward        the first injection
+      ._CheckpointFrame                                                        raises
     torch._functorch.pyfunctorch         weights are computed outside of them  a transform raises
 """
 
@@ -81,8 +82,6 @@ as_it_is: Any = getattr(torch._C, "_DisableTorchDispatch", nullcontext)
 FAKE_MODE = "torch._subclasses:FakeTensorMode"
 """The mode in which operations give fake tensors."""
 
-_graph_task: Callable[[], int] = getattr(torch._C, "_current_graph_task_id", _yes)
-
 NATIVE_FUNCTIONS: Any = getattr(torch._C, "_nn", F)
 """What holds some of the functions of `torch.nn.functional`."""
 
@@ -108,6 +107,9 @@ ADD_BATCH_DIM = "torch._functorch.vmap:_add_batch_dim"
 WRAP_FOR_GRAD = "torch._functorch.eager_transforms:_wrap_for_grad"
 """Functions that wrap an argument of `torch.vmap`; of `torch.func.grad` and `jvp`."""
 
+CHECKPOINT = "torch.utils.checkpoint:_CheckpointFrame"
+"""What keeps a function, to run it again in backward."""
+
 OUTSIDE_TRANSFORMS = "torch._functorch.pyfunctorch:temporarily_pop_interpreter_stack"
 """A context in which nothing is transformed."""
 
@@ -131,11 +133,6 @@ def memory_tracker() -> Any:
     tracker = required("torch.distributed._tools.mem_tracker:MemTracker")()
     tracker._track_module_params_and_buffers = lambda module, install_grad_hooks: (0, 0)
     return tracker
-
-
-def in_backward() -> bool:
-    """Whether autograd runs a backward pass in this thread."""
-    return _graph_task() != -1
 
 
 def in_forward_mode() -> bool:
