@@ -109,7 +109,7 @@ def in_these_contexts(arguments: Any) -> Any:
     thread of autograd, which has none.
     """
     function, *others = arguments
-    contexts = tuple([Context(one.groups, one.override) for one in _here()])
+    contexts = tuple([Context(context.groups, context.override) for context in _here()])
 
     def run(*args: Any, **kwargs: Any) -> Any:
         OPEN.update(contexts)
