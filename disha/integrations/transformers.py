@@ -91,7 +91,7 @@ class AdapterCheckpoints(TrainerCallback):
         model.save_pretrained = _Saving(model, adapter)  # type: ignore[assignment]
 
     def on_init_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
-        """Let the model be quantised again. Refuse what would not be trained."""
+        """Let the model be quantised again, and prepare the engine that writes checkpoints."""
         model = given["model"]
         for flag in self._quantised:
             setattr(model, flag, True)
