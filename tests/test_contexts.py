@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 import disha
 from disha.effective import contexts
 from disha.errors import ModeError
+from disha.functional import private_torch
 from tests.conftest import freshly_compiled, perturb, pickled
 
 X = torch.linspace(-1, 1, 24, dtype=torch.float64).view(4, 6)
@@ -390,3 +391,35 @@ class TestBackward:
         for mine, plain in zip(twin.parameters(), model.parameters(), strict=True):
             assert (mine.grad is None) == (plain.grad is None)
             assert mine.grad is None or torch.equal(mine.grad, plain.grad)
+
+    def in_a_thread_of_autograd(self, monkeypatch, function):
+        """Run a function as autograd does: in a thread that Python has not made."""
+        import _thread
+
+        outcome, done = [], threading.Event()
+
+        def body():
+            try:
+                outcome.append(function())
+            except ModeError as error:
+                outcome.append(error)
+            done.set()
+
+        monkeypatch.setattr(private_torch, "_graph_task", lambda: 7)
+        _thread.start_new_thread(body, ())
+        done.wait()
+        return outcome[0]
+
+    def test_an_open_context_raises(self, monkeypatch):
+        model, other = net(), net()
+        expected = outputs_of(other)
+        with disha.adapters_active(model, "a"):
+            error = self.in_a_thread_of_autograd(monkeypatch, lambda: model(X))
+            beside = self.in_a_thread_of_autograd(monkeypatch, lambda: other(X))
+        assert isinstance(error, ModeError)
+        assert "because adapters_active is open" in str(error)
+        assert close(beside, expected["c"])
+
+    def test_without_contexts_nothing_is_asked(self, model, expected, monkeypatch):
+        output = self.in_a_thread_of_autograd(monkeypatch, lambda: model(X))
+        assert close(output, expected["c"])

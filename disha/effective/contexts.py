@@ -16,6 +16,8 @@ from weakref import WeakSet, WeakValueDictionary
 
 import torch
 
+from disha.errors import ModeError
+from disha.functional.private_torch import in_backward
 from disha.functional.routed import Route
 
 Override: TypeAlias = Route | tuple[str, ...]
@@ -138,6 +140,25 @@ def groups_of(layers: Iterable[Any]) -> frozenset[Group]:
 
 def current_context(group: Group) -> Context | None:
     """Return the context that decides here, if any: one that disables, else the last one."""
-    around = [context for context in _here() if context.covers(group)]
+    contexts = _here()
+    if not contexts and in_backward():
+        _refuse_in_autograd_thread(group)
+    around = [context for context in contexts if context.covers(group)]
     disabling = [context for context in around if context.override is None]
-    return next(iter([*disabling, *reversed(around)]), None)
+    if disabling:
+        return disabling[0]
+    return around[-1] if around else None
+
+
+def _refuse_in_autograd_thread(group: Group) -> None:
+    """Raise in a thread of autograd, which has no contexts, if any is open for these layers."""
+    if not isinstance(threading.current_thread(), threading._DummyThread):
+        return  # a thread that called `backward` itself
+    covering = [context for context in list(OPEN) if context.covers(group)]
+    if covering:
+        function = covering[0].function
+        raise ModeError(
+            "a layer is computed again in backward (activation checkpointing), where a thread of "
+            f"autograd can't know which adapters acted in forward, because {function} is open; "
+            "call backward after it, and choose the adapters to train with set_active_adapters"
+        )

@@ -14,6 +14,7 @@ last column says.
     torch._C:
       _are_functorch_transforms_active   nothing is written in place then      as if always: slow
       _is_any_autocast_enabled           a quick question before a slow one    the slow one
+      _current_graph_task_id             whether a thread is one of backward   refuses more
       _VariableFunctions                 private operations have rules too     weights are computed
       _nn                                operations that write                 a copy is written
       _dynamo.eval_frame._FrameAction,   no graph starts in our functions      the compiler raises
@@ -82,6 +83,8 @@ as_it_is: Any = getattr(torch._C, "_DisableTorchDispatch", nullcontext)
 FAKE_MODE = "torch._subclasses:FakeTensorMode"
 """The mode in which operations give fake tensors."""
 
+_graph_task: Callable[[], int] = getattr(torch._C, "_current_graph_task_id", _yes)
+
 NATIVE_FUNCTIONS: Any = getattr(torch._C, "_nn", F)
 """What holds some of the functions of `torch.nn.functional`."""
 
@@ -133,6 +136,11 @@ def memory_tracker() -> Any:
     tracker = required("torch.distributed._tools.mem_tracker:MemTracker")()
     tracker._track_module_params_and_buffers = lambda module, install_grad_hooks: (0, 0)
     return tracker
+
+
+def in_backward() -> bool:
+    """Whether autograd runs a backward pass in this thread."""
+    return _graph_task() != -1
 
 
 def in_forward_mode() -> bool:
