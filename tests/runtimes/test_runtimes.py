@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from disha.interop import lora
 from disha.interop.low_rank import SERVED_RANKS
 from disha.layers.adapted import AdaptedLayer
+from tests.language_models import SIZES, llama
 from tests.runtimes.sources import from_sources
 from tests.test_interop_experts import EXPERTS, ONLY_EXPERTS, WITH_ATTENTION, adapted, build
-from tests.test_interop_lora import tiny_llama
 
 FOLDER = Path(os.environ["RUNTIMES"])
 MODELS = {
@@ -93,7 +93,7 @@ def in_vllm(folder: Path, name: str, max_rank: int = 16) -> dict[str, Any]:
         lora_model_id=1,
         device="cpu",
         dtype=torch.float32,
-        model_vocab_size=20,
+        model_vocab_size=SIZES["vocab_size"],
         weights_mapper=None if mapper is None else mapper.get_rename_mapper(),
     )
     return loaded.loras
@@ -133,7 +133,7 @@ def test_the_ranks_to_pad_to_are_those_of_vllm():
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("pad", [False, True])
 def test_a_llama_in_vllm(tmp_path, tied, pad):
-    base = tiny_llama(tie_word_embeddings=tied)
+    base = llama(tie_word_embeddings=tied).eval()
     options: dict[str, Any] = {"rank_pattern": {"q_proj": 3, "o_proj": 9}, "scale": 0.5}
     ours = adapted(base, "all-linear" if tied else "layers|embed_tokens|lm_head", 4, **options)
     lora.export(ours, tmp_path, pad=pad)
@@ -141,7 +141,7 @@ def test_a_llama_in_vllm(tmp_path, tied, pad):
 
 
 def test_ranks_above_16_need_the_flag_in_vllm(tmp_path):
-    base = tiny_llama(hidden_size=32, num_attention_heads=8)
+    base = llama(hidden_size=32, num_attention_heads=8).eval()
     ours = adapted(base, "q_proj", 18)
     lora.export(ours, tmp_path)
     with pytest.raises(ValueError, match="rank 18 is greater than max_lora_rank 16"):
@@ -150,7 +150,7 @@ def test_ranks_above_16_need_the_flag_in_vllm(tmp_path):
 
 
 def test_what_was_trained_beside_is_refused_by_vllm(tmp_path):
-    ours = adapted(tiny_llama(), "q_proj", 4, also_train="norm")
+    ours = adapted(llama().eval(), "q_proj", 4, also_train="norm")
     lora.export(ours, tmp_path)
     with pytest.raises(ValueError, match="modules_to_save"):
         in_vllm(tmp_path, "Llama")
@@ -248,7 +248,7 @@ def product(factors: tuple[Tensor, Tensor], sizes: list[int]) -> Tensor:
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_llama_in_sglang(tmp_path, tied):
-    base = tiny_llama(tie_word_embeddings=tied)
+    base = llama(tie_word_embeddings=tied).eval()
     target = "layers" if tied else "layers|embed_tokens|lm_head"
     ours = adapted(base, target, 4, rank_pattern={"q_proj": 3, "o_proj": 9}, scale=0.5)
     lora.export(ours, tmp_path, pad=True)
@@ -265,7 +265,7 @@ def test_a_llama_in_sglang(tmp_path, tied):
 
 
 def test_sglang_reads_one_rank_for_all_layers(tmp_path):
-    base = tiny_llama()
+    base = llama().eval()
     ours = adapted(base, r"q_proj|k_proj|v_proj|o_proj", 4, rank_pattern={"o_proj": 9})
     lora.export(ours, tmp_path)
     with pytest.raises(AssertionError):
@@ -273,7 +273,7 @@ def test_sglang_reads_one_rank_for_all_layers(tmp_path):
 
 
 def test_sglang_needs_v_where_q_is_adapted(tmp_path):
-    base = tiny_llama()
+    base = llama().eval()
     lora.export(adapted(base, "q_proj", 4), tmp_path)
     with pytest.raises(KeyError, match="v_proj"):
         in_sglang(tmp_path, base)
