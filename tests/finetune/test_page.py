@@ -41,4 +41,4 @@ def test_commands(folder, capsys):
 
 
 def test_the_other_commands_are_no_others():
-    assert {words[0] for words in commands()} == {"disha", "pip", "torchrun"}
+    assert {words[0] for words in commands()} == {"accelerate", "disha", "pip", "torchrun"}
