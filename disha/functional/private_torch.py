@@ -80,9 +80,6 @@ FakeTensor: Any = getattr(getattr(torch, "_subclasses", None), "FakeTensor", Ten
 as_it_is: Any = getattr(torch._C, "_DisableTorchDispatch", nullcontext)
 """A context in which a tensor's class has no say in its operations."""
 
-FAKE_MODE = "torch._subclasses:FakeTensorMode"
-"""The mode in which operations give fake tensors."""
-
 _graph_task: Callable[[], int] = getattr(torch._C, "_current_graph_task_id", _yes)
 
 NATIVE_FUNCTIONS: Any = getattr(torch._C, "_nn", F)
@@ -128,14 +125,15 @@ def required(place: str) -> Any:
         ) from error
 
 
-def memory_tracker() -> Any:
-    """Return a context that adds up the storages that live, by what they are for.
+def memory_modes() -> Any:
+    """Return a mode in which tensors have no values, and one that adds up what live at once.
 
-    It would hook into the parameters of modules, and fails at frozen ones.
+    The second would also add them up for each module, which takes long, and fails at frozen ones.
     """
+    fake = required("torch._subclasses:FakeTensorMode")(allow_non_fake_inputs=True)
     tracker = required("torch.distributed._tools.mem_tracker:MemTracker")()
-    tracker._track_module_params_and_buffers = lambda module, install_grad_hooks: (0, 0)
-    return tracker
+    tracker._mod_tracker.register_user_hooks = lambda *hooks: None
+    return fake, tracker
 
 
 def in_backward() -> bool:

@@ -12,11 +12,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from disha.functional.private_torch import FAKE_MODE, memory_tracker, required
+from disha.functional.private_torch import memory_modes
 from disha.sharding.tensors import local_part
 
 
-def step_memory(model: nn.Module, optimizer: Any, loss_of: Callable[[], Tensor]) -> dict[str, int]:
+def step_memory(
+    model: nn.Module, optimizer: Any, loss_of: Callable[[], Tensor], modes: Any = None
+) -> dict[str, int]:
     """Return the bytes of a training step on this device, by what they are for.
 
     The values of the model stay as they are.
@@ -25,22 +27,25 @@ def step_memory(model: nn.Module, optimizer: Any, loss_of: Callable[[], Tensor])
         model: the model, with its adapters.
         optimizer: its optimizer.
         loss_of: runs the model, and returns the loss; what it computes has no values.
+        modes: the `memory_modes` in which the model was made, if it has no values.
     """
-    fake = required(FAKE_MODE)(allow_non_fake_inputs=True)
-    # These stand for the weights in all operations. While they live, each weight is counted once.
-    weights = [fake.from_tensor(local_part(weight)) for weight in model.parameters()]
-    with fake, memory_tracker() as tracker:
-        tracker.track_external(weights)
+    fake, tracker = modes or memory_modes()
+    with fake, tracker:
+        # These stand for the weights in all operations: while they live, each is counted once.
+        _weights = [local_part(weight).detach() for weight in model.parameters()]
+        [before] = tracker.get_tracker_snapshot().values()
         loss_of().backward()  # type: ignore[no-untyped-call]
         [peak] = tracker.get_tracker_snapshot("peak").values()
         optimizer.step()  # which makes its state; from then on, each step has it too
         [after] = tracker.get_tracker_snapshot().values()
-    trained = sum(weight.nbytes for weight in weights if weight.requires_grad)
+    trained = sum(
+        local_part(weight).nbytes for weight in model.parameters() if weight.requires_grad
+    )
     return {
-        "weights": peak["Other"] - trained,
+        "weights": before["Total"] - trained,
         "adapter": trained,
         "gradients": trained,
         "optimizer": after["Optstate"],
-        "activations": peak["Total"] - peak["Other"] - trained,
+        "activations": peak["Total"] - before["Total"] - trained,
         "peak": peak["Total"] + after["Optstate"],
     }

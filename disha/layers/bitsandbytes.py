@@ -32,8 +32,9 @@ def is_8bit(module: nn.Module | None, weight: Tensor) -> bool:
 
 def is_library_class(module: nn.Module) -> bool:
     """Whether a module is a layer of bitsandbytes for quantised weights, even before quantising."""
-    names = ("Linear4bit", "Linear8bitLt", "Embedding4bit", "Embedding8bit")
-    return isinstance(module, _classes(*names))
+    return isinstance(
+        module, _classes("Linear4bit", "Linear8bitLt", "Embedding4bit", "Embedding8bit")
+    )
 
 
 def is_library_forward(cls: type[nn.Module]) -> bool:
