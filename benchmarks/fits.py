@@ -1,7 +1,6 @@
 """What fits where: the memory of training steps, simulated, and a check of it on small models.
 
-    python -m benchmarks.fits            simulate what the results lack, and write the page
-    python -m benchmarks.fits --check    compare with what the allocator gives out
+    python -m benchmarks.fits    write the page, and simulate what the results lack
 
 The real step runs with fake tensors and ranks. A batch is 1 x 2,048 tokens; in the check, 8 x 256.
 """
@@ -11,15 +10,20 @@ from __future__ import annotations
 import itertools
 import json
 import re
-import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from torch._subclasses import FakeTensorMode
+from bitsandbytes.functional import quantize_4bit
+from bitsandbytes.nn import LinearNF4
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+from torch._subclasses import FakeTensor
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.distributed.algorithms.ddp_comm_hooks.debugging_hooks import noop_hook
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -29,10 +33,11 @@ from transformers import AttentionInterface, AutoModelForCausalLM, LlamaConfig, 
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import disha
+from benchmarks import four_bits
 from benchmarks.markdown import NOTHING, table
 from benchmarks.memory import allocated_peak
-from disha.functional.private_torch import memory_tracker
-from disha.sharding.tensors import local_part
+from disha.functional.private_torch import memory_modes
+from disha.integrations.memory import step_memory
 
 # Transformers makes a mask for a fake batch that it would not make for a real one without padding.
 AttentionInterface.register("unmasked", sdpa_attention_forward)
@@ -49,9 +54,9 @@ CONFIGS = {
         num_key_value_heads=4, vocab_size=1024, dtype="float32"),
 }  # fmt: skip
 ADAPTERS, R = ("bone", "bat", "lora"), 64
-PARTS = ("weights", "adapter", "gradients", "optimizer", "activations")
 COLUMNS = [f"{one}{way}" for way in (" recomputed", "") for one in ADAPTERS]
 PLACES = [("one process", 1), ("DDP", 8), ("FSDP2", 8), ("FSDP2", 64), ("tensor parallel", 8)]
+ROWS = list(itertools.product(list(CONFIGS)[:-1], (16, 4), PLACES))
 MARK, END = "<!-- written by python -m benchmarks.fits -->", "<!-- end -->"
 CUT = dict.fromkeys(("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"), ColwiseParallel)
 CUT |= dict.fromkeys(("o_proj", "down_proj"), RowwiseParallel)
@@ -61,77 +66,94 @@ def adapt(model: Any, adapter: str, r: int) -> Any:
     """Adapt all linear layers and stacks of experts but the head."""
     if adapter != "lora":
         return disha.inject_adapters(model, "all-linear", r, method=adapter, exclude=["lm_head"])
-    from peft import LoraConfig, get_peft_model
+    config = LoraConfig(r=r // 2, target_modules="all-linear")
+    with unset_fake_temporarily():  # PEFT would move its parameters, which fake ones can't be
+        model = get_peft_model(model, config, low_cpu_mem_usage=True)
+    for module in model.modules():
+        if any(one.is_meta for one in module.parameters(recurse=False)):
+            module.to_empty(device="cpu", recurse=False)
+    return model
 
-    return get_peft_model(model, LoraConfig(r=r // 2, target_modules="all-linear"))
+
+def quantise(model: Any) -> None:
+    """Quantise fake tensors as `four_bits.quantise` does real ones."""
+    with unset_fake_temporarily():  # makes a map of values that is kept
+        quantize_4bit(torch.zeros(64), compress_statistics=True)
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear) and name.endswith("_proj"):
+            sizes = module.in_features, module.out_features, False
+            with unset_fake_temporarily():  # its class of weights holds no fake tensor
+                layer = LinearNF4(*sizes, model.dtype, quant_storage=model.dtype, device="meta")
+            how = {"quant_type": "nf4", "quant_storage": model.dtype}
+            data, layer.quant_state = quantize_4bit(module.weight, compress_statistics=True, **how)
+            layer.weight = nn.Parameter(data, requires_grad=False)
+            layer.register_forward_pre_hook(note_state)  # FSDP makes a parameter of its own
+            note_state(layer)
+            model.set_submodule(name, layer)
+    four_bits.quantise_stacks(model)
 
 
-def made(name: str, adapter: str, way: str, recompute: bool, r: int, device: str) -> Any:
-    """Return a model with an adapter; for tensor parallelism, the adapter comes later."""
-    with torch.device(device):
-        model = AutoModelForCausalLM.from_config(CONFIGS[name], attn_implementation="unmasked")
+def note_state(layer: Any, *_: object) -> None:
+    """Note on a weight how it is quantised, as bitsandbytes' class does."""
+    noted = {"compress_statistics": True, "quant_type": "nf4"}
+    vars(layer.weight).update(noted, quant_state=layer.quant_state)
+
+
+def made(mesh: Any, name: str, adapter: str, way: str, bits: int, recompute: bool, r: int) -> Any:
+    """Return a model with an adapter, on its ranks, and an optimizer."""
+    model = AutoModelForCausalLM.from_config(CONFIGS[name], attn_implementation="unmasked").train()
     if recompute:
         model.activation_checkpointing_enable()
-    return model.train() if way == "tensor parallel" else adapt(model.train(), adapter, r)
-
-
-def placed(model: Any, mesh: Any, adapter: str, way: str, r: int) -> Any:
-    """Return a model on its ranks."""
-    if way == "DDP":  # its first communication compares values
-        model = DistributedDataParallel(model, init_sync=False)
-        model.register_comm_hook(None, noop_hook)
+    if bits == 4:
+        model.is_loaded_in_4bit = True  # PEFT asks
+        if isinstance(model.lm_head.weight, FakeTensor):
+            quantise(model)
+        else:
+            four_bits.quantise(model, model.dtype)
     layers = [one for one in model.modules() if type(one).__name__.endswith("DecoderLayer")]
     if way == "tensor parallel":
         for layer in layers:
             names = [(name, name.split(".")[-1]) for name, _ in layer.named_modules()]
             plan = {name: CUT[last]() for name, last in names if last in CUT}
             parallelize_module(layer, mesh, plan)
-        model = adapt(model, adapter, r)
+    model = adapt(model, adapter, r)
+    if way == "DDP":  # its first communication compares values
+        model = DistributedDataParallel(model, init_sync=False)
+        model.register_comm_hook(None, noop_hook)
     if way == "FSDP2":
         for module in (*layers, model):
             fully_shard(module, mesh=mesh)
-    return model
+    return model, torch.optim.AdamW(one for one in model.parameters() if one.requires_grad)
 
 
-def simulated(
-    name: str, adapter: str, way: str, ranks: int, recompute: bool, rows: int, tokens: int, r: int
-) -> dict[str, int]:
+def loss_of(model: Any, ids: Tensor) -> Tensor:
+    """Return the loss of a batch."""
+    return model(input_ids=ids, labels=ids).loss
+
+
+def simulated(ranks: int, rows: int, tokens: int, *of_model: Any) -> dict[str, int]:
     """Return the bytes of a step on the first of so many ranks, by what they are for."""
+    modes = fake, tracker = memory_modes()
+    ids = torch.zeros(rows, tokens, dtype=torch.long)
+    dist.init_process_group("fake", rank=0, world_size=ranks)
     try:
-        dist.init_process_group("fake", rank=0, world_size=ranks)
-        model = made(name, adapter, way, recompute, r, "meta")
         mesh = init_device_mesh("cpu", (ranks,))
-        fake, tracker = FakeTensorMode(allow_non_fake_inputs=True), memory_tracker()
         with fake, tracker:
-            model = placed(model.to_empty(device="cpu"), mesh, adapter, way, r)
-        weights = [fake.from_tensor(local_part(one)) for one in model.parameters()]
-        trained = [one for one in model.parameters() if one.requires_grad]
-        ids = torch.zeros(rows, tokens, dtype=torch.long)
-        with fake, tracker:
-            model(input_ids=ids, labels=ids).loss.backward()
-            (peak,) = tracker.get_tracker_snapshot("peak").values()
-            optimizer = torch.optim.AdamW(trained)
-            optimizer.step()
-            (after,) = tracker.get_tracker_snapshot().values()
-        held, adapted = (sum(local_part(one).nbytes for one in part) for part in (weights, trained))
-        rest = peak["Total"] - held - adapted
-        sizes = (held - adapted, adapted, adapted, after["Optstate"], rest)
-        return dict(zip(PARTS, sizes, strict=True))
+            model, optimizer = made(mesh, *of_model)
+        loss = partial(loss_of, model, ids)
+        return step_memory(model, optimizer, loss, modes)
     finally:
         dist.destroy_process_group()
 
 
-def real(rank: int, adapter: str, way: str, file: str, found: Any) -> None:
-    """Measure a step of the small model, as one of two ranks, or alone."""
-    if way != "one process":
-        dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
-    mesh = None if way == "one process" else init_device_mesh("cpu", (2,))
-    model = placed(made("small", adapter, way, False, 16, "cpu"), mesh, adapter, way, 16)
+def real(rank: int, ranks: int, file: str, found: Any, *of_model: Any) -> None:
+    """Measure a step of a small model on a rank."""
+    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=ranks)
+    model, optimizer = made(init_device_mesh("cpu", (ranks,)), *of_model)
     ids = torch.zeros(8, 256, dtype=torch.long)
-    optimizer = torch.optim.AdamW(one for one in model.parameters() if one.requires_grad)
 
     def step() -> None:
-        model(input_ids=ids, labels=ids).loss.backward()
+        loss_of(model, ids).backward()
         optimizer.step()
         optimizer.zero_grad()
 
@@ -139,48 +161,46 @@ def real(rank: int, adapter: str, way: str, file: str, found: Any) -> None:
     peak = allocated_peak(step, torch.device("cpu"))
     if rank == 0:
         found.put(peak)
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    dist.destroy_process_group()
 
 
-def checked(adapter: str, way: str) -> tuple[int, int]:
+def checked(adapter: str, way: str, bits: int = 16) -> tuple[int, int]:
     """Return what a step takes beyond what is there before it: simulated, and real."""
-    ranks = 1 if way == "one process" else 2
-    found = simulated("small", adapter, way, ranks, False, 8, 256, 16)
+    ranks, of_model = 1 if way == "one process" else 2, ("small", adapter, way, bits, False, 16)
+    found = simulated(ranks, 8, 256, *of_model)
     queue = mp.get_context("spawn").SimpleQueue()
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(real, (adapter, way, f"{folder}/ranks", queue), nprocs=ranks)
+        mp.spawn(real, (ranks, f"{folder}/ranks", queue, *of_model), nprocs=ranks)
     return found["gradients"] + found["activations"], queue.get()
 
 
-def page(kept: dict[str, Any]) -> str:
-    """Return the table: the peak of each way."""
+def write(kept: dict[str, Any]) -> None:
+    """Write the results, and the peak of each into the page's table."""
     rows = []
-    for name, (way, ranks) in itertools.product(list(CONFIGS)[:-1], PLACES):
-        cells = [kept.get(f"{name}, {way}, {ranks}, {one}") for one in COLUMNS]
-        peaks = [f"{sum(one.values()) / 2**30:.1f}" if one else NOTHING for one in cells]
+    for name, bits, (way, ranks) in ROWS:
+        cells = [kept.get(f"{name}, {bits} bits, {way}, {ranks}, {one}") for one in COLUMNS]
+        peaks = [f"{one['peak'] / 2**30:.1f}" if one else NOTHING for one in cells]
         if any(cells):
-            rows.append([name, f"{way.replace(' ', '-')}:{ranks}", *peaks])
-    return re.sub(r" ?\| ?", "|", table(["model", "devices", *COLUMNS], rows))
+            rows.append([f"{name}:{bits}", f"{way.replace(' ', '-')}:{ranks}", *peaks])
+    shown = re.sub(r" ?\| ?", "|", table(["model:bits", "devices", *COLUMNS], rows))
+    start, _, rest = PAGE.read_text().partition(MARK)
+    PAGE.write_text(f"{start}{MARK}\n\n{shown}\n{END}{rest.partition(END)[2]}")
+    RESULTS.write_text(json.dumps(kept, indent=1) + "\n")
 
 
 def main() -> None:
-    if "--check" in sys.argv:
-        for adapter, way in itertools.product(ADAPTERS, ("one process", "FSDP2")):
-            print(adapter, way, "simulated {:,}, allocated {:,}".format(*checked(adapter, way)))
-        return
     kept: dict[str, Any] = json.loads(RESULTS.read_text())
-    for name, (way, ranks), column in itertools.product(list(CONFIGS)[:-1], PLACES, COLUMNS):
+    write(kept)
+    for (name, bits, (way, ranks)), column in itertools.product(ROWS, COLUMNS):
         adapter, _, recompute = column.partition(" ")
-        key = f"{name}, {way}, {ranks}, {column}"
-        uncut = way == "tensor parallel" and (adapter == "lora" or name == "Mixtral-8x7B")
-        if key in kept or uncut or (adapter == "bat" and name == "Mixtral-8x7B"):
+        key = f"{name}, {bits} bits, {way}, {ranks}, {column}"
+        uncut = way == "tensor parallel" and (adapter == "lora" or bits == 4 or name[0] == "M")
+        unknown = name[0] == "M" and (adapter == "bat" or (adapter, bits) == ("lora", 4))
+        if key in kept or uncut or unknown:
             continue  # the page says why
-        kept[key] = simulated(name, adapter, way, ranks, bool(recompute), 1, 2048, R)
-        RESULTS.write_text(json.dumps(kept, indent=1) + "\n")
+        kept[key] = simulated(ranks, 1, 2048, name, adapter, way, bits, bool(recompute), R)
+        write(kept)
         print(key, kept[key], flush=True)
-    start, _, rest = PAGE.read_text().partition(MARK)
-    PAGE.write_text(start + MARK + "\n\n" + page(kept) + "\n" + END + rest.partition(END)[2])
 
 
 if __name__ == "__main__":

@@ -8,13 +8,7 @@ import statistics
 from collections.abc import Mapping
 from typing import Any
 
-from benchmarks.convergence.findings import (
-    RATIOS,
-    Longer,
-    Overall,
-    TaskFindings,
-    ratios,
-)
+from benchmarks.convergence.findings import RATIOS, Longer, Overall, TaskFindings, ratios
 from benchmarks.convergence.methods import IDENTITY, METHODS, SHIRA
 from benchmarks.convergence.tasks import TASKS
 

@@ -30,22 +30,8 @@ from benchmarks.convergence.findings import (
     ratios,
     task_findings,
 )
-from benchmarks.convergence.methods import (
-    FULL,
-    LARGEST_DIFFERENCE,
-    MATRICES,
-    METHODS,
-    SHIRA,
-)
-from benchmarks.convergence.plan import (
-    LONG,
-    MATRIX_SEEDS,
-    MILD,
-    STUDY,
-    Results,
-    Study,
-    main_cell,
-)
+from benchmarks.convergence.methods import FULL, LARGEST_DIFFERENCE, MATRICES, METHODS, SHIRA
+from benchmarks.convergence.plan import LONG, MATRIX_SEEDS, MILD, STUDY, Results, Study, main_cell
 from benchmarks.convergence.runs import RESULTS, read_runs
 from benchmarks.convergence.tasks import TASKS
 from benchmarks.convergence.training import HEAD_RATE
