@@ -294,7 +294,7 @@ class TestReport:
     def test_the_verdict_says_what_the_files_say(self):
         found = report.tasks_of(STUDY, KEPT, COSTS)
         text = report.verdict(found, longer(STUDY, KEPT))
-        for what, key in (("test loss", "loss"), ("forgetting", "forgetting")):
+        for what, key in (("test loss", "loss"), ("loss on what the base could do", "forgetting")):
             by_hand = [
                 one.findings["bone"].mean(key) / one.findings["lora"].mean(key)
                 for one in found.values()
@@ -344,6 +344,32 @@ class TestReport:
             assert (own["bone"].rate, own["lora"].rate) == (mild, 3e-3)
         verdict = report.verdict(found, long)
         assert f"rate](choosing.md#learning-rate): {mild:g} for the language model" in verdict
+
+    def test_a_page_says_where_it_has_the_first_seed_only(self):
+        shira, *cells = (main_cell("documentation", name) for name in (SHIRA, "bone", "lora"))
+        mild = [Run(cell, MILD[cell.method], seed) for cell in cells for seed in (1, 2)]
+        less = {r: one for r, one in KEPT.items() if r.cell != shira and r not in mild}
+        more = less | {Run(shira, rate, 0): KEPT[Run(cells[1], rate, 0)] for rate in GRID}
+        more |= {run: KEPT[replace(run, seed=0)] for run in mild}
+        before, after = (
+            report.page(kept, COSTS, report.tasks_of(STUDY, kept, COSTS), longer(STUDY, kept))
+            for kept in (less, more)
+        )
+        for text in ("SHiRA was not trained here", "In the longer training (first seed), it"):
+            assert text in before
+            assert text not in after
+        rows = {row.split(" |")[0]: row for row in after.splitlines() if "2.540 +0.23" in row}
+        assert "2.540 +0.23 \\*" in rows["| LoRA"]  # all seeds
+        assert "2.540 +0.23 |" in rows["| SHiRA"]
+        assert "| SHiRA |" not in before
+
+    def test_the_advice_on_a_lora_rate_follows_from_the_kept_runs(self):
+        evidence, choosing = (
+            " ".join((ROOT / f"docs/{name}.md").read_text().split())
+            for name in ("evidence", "choosing")
+        )
+        times = re.search(r"It was ([\d.]+ to [\d.]+ times) LoRA's times", evidence)[1]
+        assert f"The best rates here were [{times} this product]" in choosing
 
     def test_random_signs_are_better_in_the_two_smaller_models_only(self):
         columns = report.matrices(KEPT)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import re
-import statistics
 from collections.abc import Mapping
 from typing import Any
 
@@ -48,7 +47,7 @@ def compared(found: Mapping[str, TaskFindings]) -> bytes:
         axes.axvline(1, color="black", linewidth=0.8)
         axes.set_ylim(len(COMPARED) - 0.4, -0.5)
         axes.set_yticks(range(len(COMPARED)), [METHODS[name].title for name in COMPARED])
-        axes.set_title(f"{what} / LoRA", fontsize=12)
+        axes.set_title(f"{what},\ndivided by LoRA's", fontsize=10)
         axes.tick_params(labelsize=11)
         axes.grid(alpha=0.3, axis="x")
     handles, labels = figure.axes[0].get_legend_handles_labels()
@@ -60,16 +59,15 @@ def longer_training(found: Longer) -> bytes:
     """Plot the longer training: loss over forgetting, and over rates."""
     figure = _figure(7.0, 8.5)
     frontiers, tried = (figure.add_subplot(2, 1, panel + 1) for panel in range(2))
-    for name in found.own:
+    for name in found.records:
         colour, line = STYLES[name]
         best = [(limit, found.at(name, limit)[0]) for limit in SHOWN]
         frontiers.plot(*zip(*best, strict=True), color=colour, linestyle=line,
                        label=METHODS[name].title)  # fmt: skip
-        ends = {rate: found.ends(name, rate) for rate in found.records[name]}
-        dots = [(one.forgetting, one.loss) for points in ends.values() for one in points]
+        ends = [end for rate in found.records[name] for end in found.ends(name, rate)]
+        dots = [(end.forgetting, end.loss) for end in ends]
         frontiers.plot(*zip(*dots, strict=True), color=colour, linestyle="", marker="o", alpha=0.6)
-        means = [(rate, statistics.fmean(one.loss for one in points))
-                 for rate, points in ends.items()]  # fmt: skip
+        means = [(rate, found.mean(name, rate).loss) for rate in found.records[name]]
         tried.plot(*zip(*means, strict=True), color=colour, linestyle=line, marker="o")
     frontiers.set_xlim(0, SHOWN[-1])
     frontiers.set_xlabel("forgetting", fontsize=11)

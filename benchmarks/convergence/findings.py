@@ -9,12 +9,12 @@ from itertools import pairwise, takewhile
 from typing import Any, NamedTuple
 
 from benchmarks.convergence.methods import FULL
-from benchmarks.convergence.plan import LONG, Results, Study, best_rate, compared, main_cell
+from benchmarks.convergence.plan import LONG, SEEDS, Results, Study, best_rate, compared, main_cell
 from benchmarks.convergence.runs import Cell, Run
 
 STUDENT_95 = {1: 12.706205, 2: 4.302653, 3: 3.182446, 4: 2.776445, 7: 2.364624}
 """Two-sided 95% quantiles of Student's t by degrees of freedom."""
-OTHER = "lora"
+OTHER, KEPT = "lora", "loss on what the base could do"
 STEPS = 400
 """Steps in which the scale goes from 0 to 1, between the scales that were measured."""
 Record = Mapping[str, Any]
@@ -35,7 +35,7 @@ class Finding(NamedTuple):
     records: tuple[Record, ...]
 
     def values(self, key: str) -> list[float]:
-        """Return a figure of each seed; of forgetting, that after training."""
+        """Return a figure of each seed; of forgetting, the loss after training, not its rise."""
         found = [record[key] for record in self.records]
         return [value[1] if key == "forgetting" else value for value in found]
 
@@ -152,7 +152,7 @@ RATIOS: Mapping[str, Callable[[TaskFindings, str], float]] = {
     "memory of a step": lambda found, name: (
         found.costs[name].peak_bytes / found.costs[OTHER].peak_bytes
     ),
-    "forgetting": _of_means("forgetting"),
+    KEPT: _of_means("forgetting"),
 }
 """What is compared -> the ratio of a method to LoRA in one task; lower is better."""
 
@@ -182,8 +182,8 @@ class Longer(NamedTuple):
     """The runs of the longer training.
 
     `records` are method -> rate -> results of each seed at the main r, without runs that diverged,
-    `own` the findings at each method's own rate, and `sizes` method -> r -> the first seed's test
-    loss there.
+    `own` the findings at the rate of each method that has all seeds, and `sizes` method -> r -> the
+    first seed's test loss there.
     """
 
     records: Mapping[str, Mapping[float, tuple[Record, ...]]]
@@ -198,6 +198,15 @@ class Longer(NamedTuple):
     def ends(self, method: str, rate: float) -> list[Point]:
         """Return what each seed's run does as it was trained; nothing if there is none."""
         return [points(record)[-1] for record in self.records[method].get(rate, ())]
+
+    def has_all(self, method: str, rate: float) -> bool:
+        """Whether every seed has run at a rate."""
+        return len(self.ends(method, rate)) == len(SEEDS)
+
+    def mean(self, method: str, rate: float) -> Point:
+        """Return the mean over the seeds if all have run at a rate, or else the first seed's."""
+        ends = self.ends(method, rate)[: None if self.has_all(method, rate) else 1]
+        return Point(*map(statistics.fmean, zip(*ends, strict=True)))
 
     def at(self, method: str, forgetting: float) -> tuple[float, float]:
         """Return the lowest loss of the first seed within a limit of forgetting, and its rate.
@@ -220,8 +229,9 @@ def longer(study: Study, results: Results) -> Longer:
     seed = study.seeds[0]
     of_long = {run: one for run, one in results.items() if run.cell.task == LONG}
     own = task_findings(LONG, study, results, None).findings
+    records = {name: _trained(main_cell(LONG, name), study, of_long) for name in compared(LONG)}
     return Longer(
-        records={name: _trained(main_cell(LONG, name), study, of_long) for name in own},
+        records={name: of_method for name, of_method in records.items() if of_method},
         own=own,
         sizes={
             name: {

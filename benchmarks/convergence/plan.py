@@ -157,8 +157,8 @@ def _parts(task: str) -> list[Cell]:
     return [Cell(task, name, TASKS[task].r, layers=part) for part in parts for name in SIZED]
 
 
-def _tiles(task: str) -> list[Cell]:
-    return [Cell(task, "tile", TASKS[task].r, r_out) for r_out in TILES[task]]
+def _tiles(task: str, sizes: Iterable[int]) -> list[Cell]:
+    return [Cell(task, "tile", TASKS[task].r, r_out) for r_out in sizes]
 
 
 def _half(task: str) -> list[Cell]:
@@ -188,15 +188,13 @@ def _fixed() -> dict[Cell, float]:
     return {main_cell(task, name): best[task] for task in best for name in MATRICES}
 
 
-TILES = {"digits": (16, 64)}
-
 STUDY = Study(
     cells=(
         *(main_cell(task, method) for task in TASKS for method in compared(task)),
         # All ablations where a run takes seconds. Only one, half of r, where it takes a minute.
         *_sizes("digits", (0.5, 2, 4)),
         *_parts("digits"),
-        *_tiles("digits"),
+        *_tiles("digits", (16, 64)),
         *_half("digits"),
         *_sizes("packages", (0.5,)),
         *_ranks(),
