@@ -105,8 +105,8 @@ each pass over memory, at speeds that are measured beside the steps
 """
 ABOUT_RUNS = """\
 `python -m benchmarks.report` writes this page from the results of `make bench` and
-`python -m benchmarks.side_by_side`, which are in `benchmarks/results/`. Nothing was measured on a
-GPU, and no model has more than 135M parameters."""
+`python -m benchmarks.side_by_side`, which are in `benchmarks/results/`. Nothing ran on a GPU, and
+no model that was trained has more than 135M parameters."""
 
 
 def _run(results: Results) -> str:
