@@ -11,7 +11,6 @@ import itertools
 import json
 import re
 import tempfile
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ import torch.multiprocessing as mp
 from bitsandbytes.functional import quantize_4bit
 from bitsandbytes.nn import LinearNF4
 from peft import LoraConfig, get_peft_model
-from torch import Tensor, nn
+from torch import nn
 from torch._subclasses import FakeTensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.distributed.algorithms.ddp_comm_hooks.debugging_hooks import noop_hook
@@ -126,11 +125,6 @@ def made(mesh: Any, name: str, adapter: str, way: str, bits: int, recompute: boo
     return model, torch.optim.AdamW(one for one in model.parameters() if one.requires_grad)
 
 
-def loss_of(model: Any, ids: Tensor) -> Tensor:
-    """Return the loss of a batch."""
-    return model(input_ids=ids, labels=ids).loss
-
-
 def simulated(ranks: int, rows: int, tokens: int, *of_model: Any) -> dict[str, int]:
     """Return the bytes of a step on the first of so many ranks, by what they are for."""
     modes = fake, tracker = memory_modes()
@@ -140,8 +134,7 @@ def simulated(ranks: int, rows: int, tokens: int, *of_model: Any) -> dict[str, i
         mesh = init_device_mesh("cpu", (ranks,))
         with fake, tracker:
             model, optimizer = made(mesh, *of_model)
-        loss = partial(loss_of, model, ids)
-        return step_memory(model, optimizer, loss, modes)
+        return step_memory(model, optimizer, lambda: model(input_ids=ids, labels=ids).loss, modes)
     finally:
         dist.destroy_process_group()
 
@@ -153,7 +146,7 @@ def real(rank: int, ranks: int, file: str, found: Any, *of_model: Any) -> None:
     ids = torch.zeros(8, 256, dtype=torch.long)
 
     def step() -> None:
-        loss_of(model, ids).backward()
+        model(input_ids=ids, labels=ids).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
 

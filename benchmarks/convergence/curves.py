@@ -22,10 +22,8 @@ STYLES: Mapping[str, tuple[str, str]] = {
     IDENTITY: ("tab:brown", "-."),
     SHIRA: ("tab:green", "--"),
 }
-SHOWN = [0.02 * step for step in range(1, 33)]
-"""Limits of forgetting in the picture."""
-MARKS = "os^vP"
-"""How the tasks are marked, in their order."""
+SHOWN = [0.02 * step for step in range(1, 33)]  # limits of forgetting
+MARKS = "os^vP"  # of the tasks, in their order
 HASHED = re.compile(r'(?<=["#])[mp][0-9a-f]{10}(?=["\)])')
 """The names that matplotlib gives to markers and clip paths."""
 

@@ -13,7 +13,7 @@ then has the axes of the stack before its own. In a convolution, a block of two 
 the weight, with r in the place of `in`.
 
 `Method` answers for any layout: `block_shape`, `delta_weight`, `wider_block`, `lora_factors`.
-Layers, files, merging and conversions ask it, and know no method by name. To add a
+Layers, files, merging and conversions ask it; only formats and flags have methods by name. To add a
 method: write a subclass of `Method`, and put an instance into `METHODS`.
 
 Source: arXiv 2409.15371, section 3.
