@@ -290,7 +290,9 @@ BAD_HEADERS = {
     "rows": (lambda h: first_layer(h).update(rows=[[3, 1]]), "first < stop"),
     "fingerprint": (lambda h: first_layer(h).update(base=5), "base must be text, got 5"),
     "beside without tensor": (lambda h: h["also_train"].append("x"), "'x' is missing"),
+    "padding": (lambda h: first_layer(h).update(padding_idx="0"), "padding_idx must be an int"),
     "metadata": (lambda h: h.update(metadata={"a": 1}), "a name or a note must be text, got 1"),
+    "metadata as a list": (lambda h: h.update(metadata=["a"]), "metadata must be a JSON object"),
     "out": (lambda h: first_layer(h).update(out=5), "expected a block of shape"),
 }
 

@@ -684,8 +684,8 @@ def check_addable(
     view.refuse_wrapped(action, before_wrapping)
     if adapter in view.adapters:
         raise ArgumentError(
-            f"the model has an adapter {adapter!r} already; choose another name, or load into it "
-            "with replace=True"
+            f"the model has an adapter {adapter!r} already; choose another name, or pass "
+            "replace=True to load into it"
         )
 
 

@@ -154,6 +154,11 @@ def test_an_error_of_several_lines_becomes_one(run, command):
     assert run("it").complaint == "disha: these differ: 0: a; 1: b\\x1b[2J\n"
 
 
+def test_what_the_user_cannot_correct_fails(run, command):
+    command(raising(disha.DishaError("do not use the file")))
+    assert run("it").code == 1
+
+
 def test_debug_shows_where_an_error_came_from(run, command):
     command(raising(KeyError("x")))
     assert run("it").complaint == "disha: KeyError: 'x'\n"

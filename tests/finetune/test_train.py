@@ -1,5 +1,6 @@
 import json
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -322,6 +323,13 @@ class TestOutputFolder:
             finetune(authors.folder)
         assert authors.adapter.read_bytes() == before
 
+    def test_resuming_without_a_checkpoint_keeps_it(self, finetune, authors, tmp_path):
+        kept = tmp_path / "adapter.safetensors"
+        shutil.copy(authors.adapter, kept)
+        with pytest.raises(ArgumentError, match="no complete checkpoint to go on from"):
+            finetune(tmp_path, "--resume")
+        assert kept.read_bytes() == authors.adapter.read_bytes()
+
     def test_starting_over_removes_it(self, finetune, tmp_path):
         finetune(tmp_path, "--save_steps", 2)
         assert finetune(tmp_path, "--max_steps", 1, "--overwrite_output_dir").report["steps"] == 1
@@ -404,6 +412,13 @@ class TestResuming:
         assert (command, name) == ("disha", "finetune")
         assert main(again) == 0
         assert Result(tmp_path).report["resumed_from"].endswith("checkpoint-2")
+
+    def test_from_a_checkpoint_of_its_own_folder(self, finetune, tmp_path):
+        finetune(tmp_path, *EXACT)
+        named = ["--resume_from_checkpoint", tmp_path / "checkpoint-6", *EXACT]
+        assert finetune(tmp_path, *named).report["resumed_from"].endswith("checkpoint-6")
+        newest = finetune(tmp_path, *named, "--resume").report["resumed_from"]
+        assert newest.endswith("checkpoint-8")
 
     def test_without_a_checkpoint_it_starts_at_the_beginning(self, finetune, tmp_path, capsys):
         assert finetune(tmp_path, "--resume").report["resumed_from"] is None
