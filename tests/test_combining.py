@@ -59,13 +59,13 @@ class TestSum:
         model = load_all({"a": a, "b": b})
         disha.combine_adapters(model, {"a": 0.3, "b": -2.0}, into="c")
         disha.save_adapter(model, tmp_path / "expected", "c")
-        expected, tensors = read_contents(tmp_path / "expected")
-        header, found = combine((a, 0.3), (b, -2.0))
-        found_layers, layers = (sorted(one.layers, key=repr) for one in (header, expected))
+        expected = read_contents(tmp_path / "expected")
+        found = combine((a, 0.3), (b, -2.0))
+        found_layers, layers = (sorted(one.layers, key=repr) for one in (found, expected))
         assert found_layers == layers
-        assert header.config == expected.config
-        assert header.tensors.keys() == expected.tensors.keys()
-        assert_same(found, tensors)
+        assert found.config == expected.config
+        assert found.tensors.keys() == expected.tensors.keys()
+        assert_same(found.tensors, expected.tensors)
 
     @pytest.mark.parametrize(
         ("method", "sizes"), [("bone", (4, 6)), ("tile", (4, 6)), ("bat", (4, 4))]
@@ -90,26 +90,26 @@ class TestSum:
         a = save(tmp_path / "a", target_regex="linear|^up")
         model = load_all({"a": a})
         disha.combine_adapters(model, {"a": 1.0}, into="wide", r=12)
-        header, tensors = combine((a, 1.0), r=12)
-        assert {layer.r for layer in header.layers} == {12}
+        combined = combine((a, 1.0), r=12)
+        assert {layer.r for layer in combined.layers} == {12}
         for name, _, _, block in ModelView(model).require("wide"):
-            assert torch.equal(block.block, tensors[f"{name}.bone_block"])
+            assert torch.equal(block.block, combined.tensors[f"{name}.bone_block"])
         assert_same(updates(model, "wide"), updates(model, "a"))
 
     def test_r_may_differ_from_layer_to_layer(self, tmp_path):
         a = save(tmp_path / "a", target_regex="linear|conv", rank_pattern={"conv": 3})
         b = save(tmp_path / "b", target_regex="linear|conv", r=6)
-        header, _ = combine((a, 1.0), (b, 1.0))
-        assert {layer.name: layer.r for layer in header.layers} == {"linear": 12, "conv": 6}
+        combined = combine((a, 1.0), (b, 1.0))
+        assert {layer.name: layer.r for layer in combined.layers} == {"linear": 12, "conv": 6}
 
     def test_what_only_one_has_is_scaled(self, tmp_path):
         a = save(tmp_path / "a", target_regex="linear")
         b = save(tmp_path / "b", target_regex="^up")
-        header, tensors = combine((a, 2.0), (b, 0.0))
-        assert [layer.name for layer in header.layers] == ["linear", "up"]
-        block = read_contents(a)[1]["linear.bone_block"]
-        assert torch.equal(tensors["linear.bone_block"], 2 * block)
-        assert not tensors["up.bone_block"].any()
+        combined = combine((a, 2.0), (b, 0.0))
+        assert [layer.name for layer in combined.layers] == ["linear", "up"]
+        block = read_contents(a).tensors["linear.bone_block"]
+        assert torch.equal(combined.tensors["linear.bone_block"], 2 * block)
+        assert not combined.tensors["up.bone_block"].any()
 
     def test_the_wider_dtype_holds_the_sum_of_exact_terms(self, tmp_path):
         values = torch.tensor([[1 / 3], [1e-3]])
@@ -123,17 +123,16 @@ class TestSum:
         warnings.simplefilter("ignore", AdapterFileWarning)  # the layers differ
         half, full = contents("half", torch.bfloat16), contents("full", torch.float32)
         for order in ((half, full), (full, half)):
-            found = combine(*((path, 0.3) for path in order))[1]["0.bone_block"]
+            found = combine(*((path, 0.3) for path in order)).tensors["0.bone_block"]
             exact = 0.3 * (values.bfloat16().double() + values.double())
             assert found.dtype == torch.float32
             torch.testing.assert_close(found, exact.float(), rtol=1e-7, atol=0)
-        narrow = combine((half, 0.3), (half, 0.7))[1]["0.bone_block"]
+        narrow = combine((half, 0.3), (half, 0.7)).tensors["0.bone_block"]
         assert torch.equal(narrow, values.bfloat16())  # rounded once
 
     def test_it_can_be_saved_and_loaded(self, tmp_path):
         a = save(tmp_path / "a", target_regex="linear|^up")
-        header, tensors = combine((a, 2.0))
-        write_contents(tmp_path / "double", header, tensors)
+        write_contents(tmp_path / "double", combine((a, 2.0)))
         model = load_all({"a": a, "twice": tmp_path / "double"})
         disha.set_adapter_scale(model, 2.0, "a")
         assert_same(updates(model, "twice"), updates(model, "a"))
@@ -143,15 +142,15 @@ class TestConfiguration:
     def test_keeps_what_is_common(self, tmp_path):
         a = save(tmp_path / "a", target_regex="linear", dropout=0.1, rank_pattern={"linear": 3})
         b = save(tmp_path / "b", target_regex="^up|conv", exclude="conv")
-        assert combine((a, 1.0))[0].config.target == "linear"
-        config = combine((a, 1.0), (b, 1.0))[0].config
+        assert combine((a, 1.0)).config.target == "linear"
+        config = combine((a, 1.0), (b, 1.0)).config
         assert (config.target, config.exclude, dict(config.rank_pattern)) == (None, (), {})
         assert (config.scale, config.dropout, config.also_train) == (1.0, 0.1, ())
 
     def test_keeps_what_both_leave_out_and_no_dtype(self, tmp_path):
         options = {"target_regex": "linear|^up", "exclude": "up", "dtype": torch.float32}
         a, b = save(tmp_path / "a", **options), save(tmp_path / "b", seed=2, **options)
-        config = combine((a, 1.0), (b, 1.0))[0].config
+        config = combine((a, 1.0), (b, 1.0)).config
         assert (config.target, config.exclude, config.dtype) == ("linear|^up", ("up",), None)
 
 
@@ -301,5 +300,5 @@ class TestRefusals:
 
     def test_parameters_beside_the_blocks_can_be_left_out(self, tmp_path):
         a = save(tmp_path / "a", target_regex="linear", also_train="^conv.bias")
-        header, tensors = combine((a, 1.0), also_train=False)
-        assert (header.also_train, list(tensors)) == ((), ["linear.bone_block"])
+        combined = combine((a, 1.0), also_train=False)
+        assert (combined.also_train, list(combined.tensors)) == ((), ["linear.bone_block"])

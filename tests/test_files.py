@@ -23,7 +23,7 @@ from disha import (
     MergeError,
 )
 from disha.config import AdapterConfig
-from disha.files import AdapterHeader, LayerRecord
+from disha.files import AdapterContents, LayerRecord
 from disha.files.contents import adapter_contents, blocks_only, load_contents, read_contents
 from disha.files.header import reasons_against_blocks
 from disha.functional import Layout
@@ -216,45 +216,46 @@ class TestOtherNames:
 class TestContents:
     @pytest.mark.parametrize("replacing", [False, True])
     def test_that_contradict_themselves_are_refused_from_anywhere(self, replacing):
-        header, tensors = adapter_contents(ModelView(trained()))
-        header = replace(header, layers=tuple(replace(one, r=2) for one in header.layers))
+        contents = adapter_contents(ModelView(trained()))
+        contents = replace(contents, layers=tuple(replace(one, r=2) for one in contents.layers))
         model = trained() if replacing else base()
-        given = ModelView(model), "elsewhere", header, tensors, "default"
+        given = ModelView(model), "elsewhere", contents, "default"
         with refused(model, AdapterFileError, r"(?s)^elsewhere.* does not fit .*head"):
             load_contents(*given, replace=replacing, freeze=True)
 
     def test_blocks_only(self):
-        header, tensors = adapter_contents(ModelView(trained()))
-        without, blocks = blocks_only(header, tensors)
-        assert header.also_train
-        assert header.config.also_train
+        contents = adapter_contents(ModelView(trained()))
+        without = blocks_only(contents)
+        assert contents.also_train
+        assert contents.config.also_train
         assert (without.also_train, without.config.also_train) == ((), ())
-        assert without.config == replace(header.config, also_train=())
-        assert without.layers == header.layers
-        keys = [layer.key for layer in header.layers]
-        assert list(blocks) == list(without.tensors) == keys
-        assert all(blocks[key] is tensors[key] for key in keys)
+        assert without.config == replace(contents.config, also_train=())
+        assert without.layers == contents.layers
+        keys = [layer.key for layer in contents.layers]
+        assert list(without.tensors) == keys
+        assert all(without.tensors[key] is contents.tensors[key] for key in keys)
 
     def test_they_act_at_once(self):
         model = base()
         contents = adapter_contents(ModelView(trained()))
-        load_contents(ModelView(model), "elsewhere", *contents, "new", freeze=True)
+        load_contents(ModelView(model), "elsewhere", contents, "new", freeze=True)
         assert model.head.disha.active == ("new",)
 
     def test_some_layers_are_read(self, saved, path):
-        described, tensors = read_contents(path, layers="head", also_train=False)
-        assert [layer.name for layer in described.layers] == ["head"]
-        assert list(tensors) == list(described.tensors) == ["head.bone_block"]
+        contents = read_contents(path, layers="head", also_train=False)
+        assert [layer.name for layer in contents.layers] == ["head"]
+        assert list(contents.tensors) == ["head.bone_block"]
 
     def test_layers_that_the_contents_lack_are_left_alone_only_if_asked(self):
-        header, tensors = adapter_contents(ModelView(trained(also_train=None)))
-        some = replace(header, layers=header.layers[1:])
+        contents = adapter_contents(ModelView(trained(also_train=None)))
+        first_layer, *others = contents.layers
         model = trained(also_train=None)
-        found = {layer.key: tensors[layer.key] for layer in some.layers}
-        given = ModelView(model), "elsewhere", some, found, "default"
+        found = {layer.key: contents.tensors[layer.key] for layer in others}
+        some = replace(contents, layers=tuple(others), tensors=found)
+        given = ModelView(model), "elsewhere", some, "default"
         load_contents(*given, replace=True, partial=True, freeze=True)
-        first = adapter_tensors(ModelView(model), "default")[header.layers[0].key]
-        assert torch.equal(first, tensors[header.layers[0].key])
+        first = adapter_tensors(ModelView(model), "default")[first_layer.key]
+        assert torch.equal(first, contents.tensors[first_layer.key])
         load_contents(*given, replace=True, freeze=True)
         assert not first.any()
 
@@ -276,7 +277,7 @@ class TestContents:
     )
     def test_which_shape_a_block_must_have(self, layout, shape, expected):
         record = LayerRecord("", "bone", 2, None, 8, 6, 1.0, None, layout)
-        header = AdapterHeader(
+        contents = AdapterContents(
             config=AdapterConfig(r=2, target=None),
             layers=(record,),
             also_train=(),
@@ -286,7 +287,7 @@ class TestContents:
         says = f"expected a block of shape {expected}, found {shape}"
         if expected is None:
             says = f"a block of shape {shape} does not fit the layout {layout.pattern!r}"
-        assert reasons_against_blocks(header) == [f"(the model): {says}"]
+        assert reasons_against_blocks(contents) == [f"(the model): {says}"]
 
 
 class TestLayersThatDiffer:
@@ -554,12 +555,12 @@ class TestFingerprint:
             disha.load_adapter(model(), path)
 
     def test_a_layer_without_a_fingerprint_hides_no_other(self):
-        header, tensors = adapter_contents(ModelView(trained()))
-        first, *others = header.layers
-        header = replace(header, layers=(replace(first, base=None), *others))
+        contents = adapter_contents(ModelView(trained()))
+        first, *others = contents.layers
+        contents = replace(contents, layers=(replace(first, base=None), *others))
         torch.manual_seed(1)
         with pytest.warns(AdapterFileWarning, match="4 of 4 layers"):
-            load_contents(ModelView(Layered()), "a", header, tensors, "default", freeze=True)
+            load_contents(ModelView(Layered()), "a", contents, "default", freeze=True)
 
     @pytest.mark.parametrize("replacing", [False, True])
     def test_a_warning_that_is_made_an_error_leaves_the_model_as_it_was(

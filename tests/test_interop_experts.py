@@ -50,10 +50,10 @@ def check_in_peft(base, folder, ours):
 def check_same_adapter(base, folder, ours):
     again = copy.deepcopy(base)
     lora.load(again, folder)
-    (header, blocks), (found, same) = (adapter_contents(ModelView(one)) for one in (ours, again))
+    expected, found = (adapter_contents(ModelView(one)) for one in (ours, again))
     by_name = {layer.name: layer for layer in found.layers}
-    assert_same(same, blocks)
-    for layer in header.layers:
+    assert_same(found.tensors, expected.tensors)
+    for layer in expected.layers:
         other = by_name[layer.name]
         assert (other.layout, other.r, other.method) == (layer.layout, layer.r, layer.method)
         assert other.scale == pytest.approx(layer.scale)
@@ -139,7 +139,7 @@ def test_modules_that_peft_takes_for_experts_are_refused(tmp_path):
     with pytest.raises(disha.ConversionError, match=taken):
         lora.export(ours, tmp_path / "lora")
     with pytest.raises(disha.ConversionError, match=taken):
-        lora.write_lora(tmp_path / "lora", *adapter_contents(ModelView(ours)))
+        lora.write_lora(tmp_path / "lora", adapter_contents(ModelView(ours)))
     assert lora.export(ours, tmp_path / "lora", experts="separate").error == 0
 
 
@@ -221,7 +221,7 @@ def test_servers_refuse_what_was_trained_beside(tmp_path):
     with refused_export(tmp_path, ours, says):
         lora.export(ours, tmp_path / "lora", experts="separate")
     with refused_export(tmp_path, ours, says):
-        lora.write_lora(tmp_path / "lora", *contents, experts="separate", model_type="mixtral")
+        lora.write_lora(tmp_path / "lora", contents, experts="separate", model_type="mixtral")
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -282,9 +282,9 @@ def test_arguments(tmp_path):
         lora.export(ours, tmp_path / "lora", experts="separate")
     contents = adapter_contents(ModelView(ours))
     with refused_export(tmp_path, ours, "which is unknown here; known are mixtral"):
-        lora.write_lora(tmp_path / "lora", *contents, experts="separate")
+        lora.write_lora(tmp_path / "lora", contents, experts="separate")
     with refused_export(tmp_path, ours, "is 'expert in out'"):
-        lora.write_lora(tmp_path / "lora", *contents, experts="separate", model_type="mixtral")
+        lora.write_lora(tmp_path / "lora", contents, experts="separate", model_type="mixtral")
 
 
 def test_an_adapter_for_other_experts_is_refused(tmp_path):
@@ -319,7 +319,7 @@ def test_without_the_model_the_folder_is_the_same(tmp_path):
     for form in ("stacked", "separate"):
         lora.export(ours, tmp_path / "model", experts=form)
         contents = adapter_contents(ModelView(ours))
-        lora.write_lora(tmp_path / "file", *contents, experts=form, model_type="gpt_oss")
+        lora.write_lora(tmp_path / "file", contents, experts=form, model_type="gpt_oss")
         assert_same(tensors_of(tmp_path / "file"), tensors_of(tmp_path / "model"))
 
 
@@ -327,7 +327,7 @@ def test_without_the_model_the_folder_is_the_same(tmp_path):
 def test_stacks_that_peft_may_transpose_are_refused_without_the_model(tmp_path, model_type):
     contents = adapter_contents(ModelView(adapted(build("GPT-OSS", "eager"), ONLY_EXPERTS)))
     with pytest.raises(disha.ConversionError, match=r"take its inputs for its outputs"):
-        lora.write_lora(tmp_path / "lora", *contents, model_type=model_type)
+        lora.write_lora(tmp_path / "lora", contents, model_type=model_type)
     assert not (tmp_path / "lora").exists()
 
 
@@ -364,11 +364,12 @@ def test_the_command_writes_experts_and_reads_them(tmp_path, capsys):
 
 def test_other_stacks_have_no_place_in_a_lora(tmp_path):
     ours = adapted(nn.Sequential(nn.Bilinear(8, 8, 3)), "0")
-    header, tensors = adapter_contents(ModelView(ours))
-    assert header.layers[0].layout == Layout("expert out in")
+    contents = adapter_contents(ModelView(ours))
+    [former] = contents.layers
+    assert former.layout == Layout("expert out in")
     for name in ("0", "experts.weight"):
-        layer = dataclasses.replace(header.layers[0], name=name)
-        changed = dataclasses.replace(header, layers=(layer,))
-        named = {layer.key: tensors[header.layers[0].key]}
+        layer = dataclasses.replace(former, name=name)
+        tensors = {layer.key: contents.tensors[former.key]}
+        changed = dataclasses.replace(contents, layers=(layer,), tensors=tensors)
         with pytest.raises(disha.ConversionError, match="LoRA can't express 1 of 1 layer"):
-            lora.write_lora(tmp_path / "lora", changed, named)
+            lora.write_lora(tmp_path / "lora", changed)

@@ -315,10 +315,12 @@ def test_the_command_converts_both_ways(tmp_path):
     command = ["convert", str(adapter), str(out), "--to", "diffusers", "--component", "unet"]
     assert main(command) == 0
     assert main(["convert", str(out), str(back), "--to", "disha"]) == 0
-    header, tensors = read_contents(back)
-    assert tensors.keys() == expected[1].keys()
-    assert all(torch.equal(tensors[key], 0.5 * expected[1][key]) for key in tensors)
-    assert {layer.scale for layer in header.layers} == {1.0}  # B has the scale
+    found = read_contents(back)
+    assert found.tensors.keys() == expected.tensors.keys()
+    assert all(
+        torch.equal(found.tensors[key], 0.5 * expected.tensors[key]) for key in found.tensors
+    )
+    assert {layer.scale for layer in found.layers} == {1.0}  # B has the scale
 
 
 def test_the_command_asks_for_a_component(tmp_path, capsys):

@@ -316,7 +316,7 @@ def test_layers_that_peft_has_no_lora_for(tmp_path, layer, message):
 def test_the_model_itself_is_refused(tmp_path):
     ours = adapted(nn.Linear(8, 8))
     with refused_export(tmp_path, ours, "not the model itself"):
-        lora.write_lora(tmp_path / "lora", *adapter_contents(ModelView(ours)))
+        lora.write_lora(tmp_path / "lora", adapter_contents(ModelView(ours)))
 
 
 # --- cut to a rank -------------------------------------------------------------------------------
@@ -469,10 +469,10 @@ def test_a_file_becomes_the_same_folder(tmp_path, method):
     ours = adapted(base, method=method, also_train="norm")
     lora.export(ours, tmp_path / "model", rank=4)
     disha.save_adapter(ours, tmp_path / "adapter.safetensors")
-    header, tensors = read_contents(tmp_path / "adapter.safetensors")
+    contents = read_contents(tmp_path / "adapter.safetensors")
     state = base.state_dict()
     report = lora.write_lora(
-        tmp_path / "file", header, tensors, rank=4, base=lambda name: state[f"{name}.weight"]
+        tmp_path / "file", contents, rank=4, base=lambda name: state[f"{name}.weight"]
     )
     name = "adapter_model.safetensors"
     assert (tmp_path / "file" / name).read_bytes() == (tmp_path / "model" / name).read_bytes()
@@ -483,11 +483,11 @@ def test_a_file_becomes_the_same_folder(tmp_path, method):
 
 def test_away_from_the_model_bat_needs_the_base(tmp_path):
     ours = adapted(Layered(), "q_proj", 4, method="bat")
-    header, tensors = adapter_contents(ModelView(ours))
+    contents = adapter_contents(ModelView(ours))
     with refused_export(tmp_path, ours, "give `base`", kind=disha.ArgumentError):
-        lora.write_lora(tmp_path / "lora", header, tensors, rank=4)
+        lora.write_lora(tmp_path / "lora", contents, rank=4)
     with refused_export(tmp_path, ours, "the weight has the shape", kind=disha.AdapterFileError):
-        lora.write_lora(tmp_path / "lora", header, tensors, rank=4, base=lambda _: torch.ones(3, 8))
+        lora.write_lora(tmp_path / "lora", contents, rank=4, base=lambda _: torch.ones(3, 8))
 
 
 @pytest.mark.parametrize(
@@ -501,7 +501,7 @@ def test_away_from_the_model_bat_needs_the_base(tmp_path):
 def test_away_from_the_model_some_layers_are_refused(tmp_path, layer, message):
     ours = adapted(nn.Sequential(layer), "0", 2)
     with refused_export(tmp_path, ours, message):
-        lora.write_lora(tmp_path / "lora", *adapter_contents(ModelView(ours)))
+        lora.write_lora(tmp_path / "lora", adapter_contents(ModelView(ours)))
 
 
 # --- and back ------------------------------------------------------------------------------------
@@ -517,11 +517,11 @@ def test_lora_and_back_is_the_same_adapter(tmp_path, dtype):
     report = lora.load(again, tmp_path, "back")
     assert report.complete
     expected, found = adapter_contents(ModelView(ours)), adapter_contents(ModelView(again), "back")
-    assert_same(found[1], expected[1])
-    for layer, was in zip(found[0].layers, expected[0].layers, strict=True):
+    assert_same(found.tensors, expected.tensors)
+    for layer, was in zip(found.layers, expected.layers, strict=True):
         assert layer.scale == pytest.approx(was.scale, rel=1e-15)
         assert replace(layer, scale=was.scale, base=was.base) == was
-    assert found[0].config.dropout == 0.1
+    assert found.config.dropout == 0.1
     torch.testing.assert_close(output(again, TOKENS), output(ours, TOKENS))
 
 
@@ -575,17 +575,17 @@ def test_embeddings_go_from_lora_to_a_file_and_back(tmp_path, padding):
     base = with_embedding(padding)
     ours = adapted(base, "embed|linear", 2, scale=0.5)
     lora.export(ours, tmp_path / "lora")
-    header, tensors = lora.read_lora(tmp_path / "lora")
-    assert {layer.name: layer.layout for layer in header.layers} == {
+    contents = lora.read_lora(tmp_path / "lora")
+    assert {layer.name: layer.layout for layer in contents.layers} == {
         "embed": Layout("index out", padding_idx=padding),
         "linear": Layout("out in"),
     }
-    assert header.config.scale == 0.5
-    write_contents(tmp_path / "file", header, tensors)
+    assert contents.config.scale == 0.5
+    write_contents(tmp_path / "file", contents)
     again = disha.load_adapter(copy.deepcopy(base), tmp_path / "file")
     assert again.complete
-    lora.write_lora(tmp_path / "straight", header, tensors)
-    lora.write_lora(tmp_path / "through", *read_contents(tmp_path / "file"))
+    lora.write_lora(tmp_path / "straight", contents)
+    lora.write_lora(tmp_path / "through", read_contents(tmp_path / "file"))
     expected = tensors_of(tmp_path / "lora")
     assert "base_model.model.embed.lora_embedding_A" in expected
     for folder in ("straight", "through"):
@@ -608,7 +608,7 @@ def test_layers_of_fan_in_fan_out_are_told_by_the_model_only(tmp_path):
     again = copy.deepcopy(base)
     assert lora.load(again, tmp_path).complete
     layouts = [
-        {x.name: x.layout for x in adapter_contents(ModelView(m))[0].layers} for m in (again, ours)
+        {x.name: x.layout for x in adapter_contents(ModelView(m)).layers} for m in (again, ours)
     ]
     assert layouts[0] == layouts[1]
     assert len(set(layouts[0].values())) == 2
@@ -644,9 +644,9 @@ def test_what_is_beside_the_factors_stays_behind_if_asked(tmp_path):
     assert torch.equal(again[0].disha["default"].block, ours[0].disha["default"].block)
     assert torch.equal(again[1].weight, normed()[1].weight)
     assert not again[1].weight.requires_grad
-    header, tensors = lora.read_lora(tmp_path, also_train=False)
-    assert (header.also_train, header.config.also_train) == ((), ())
-    assert list(tensors) == ["0.bone_block"]
+    contents = lora.read_lora(tmp_path, also_train=False)
+    assert (contents.also_train, contents.config.also_train) == ((), ())
+    assert list(contents.tensors) == ["0.bone_block"]
 
 
 def test_statistics_of_a_folder_become_those_of_the_adapter(tmp_path):
@@ -656,7 +656,7 @@ def test_statistics_of_a_folder_become_those_of_the_adapter(tmp_path):
     assert "1.running_mean" in lora.load(other, tmp_path / "lora").matched
     x = torch.randn(4, 8)
     assert torch.equal(other(x), ours(x))
-    write_contents(tmp_path / "file", *lora.read_lora(tmp_path / "lora"))
+    write_contents(tmp_path / "file", lora.read_lora(tmp_path / "lora"))
     again = normed()
     disha.load_adapter(again, tmp_path / "file")
     assert torch.equal(again(x), ours(x))

@@ -161,8 +161,8 @@ def test_notes_are_written(tmp_path):
     export(model, tmp_path, base_model_name_or_path="org/base", task_type="CAUSAL_LM")
     found = peft.PeftConfig.from_pretrained(tmp_path)
     assert (found.base_model_name_or_path, found.task_type) == ("org/base", "CAUSAL_LM")
-    header, _ = read_folder(tmp_path, lambda _: {"inner.weight": (6, 10)})
-    assert header.metadata == {"base_model_name_or_path": "org/base", "task_type": "CAUSAL_LM"}
+    contents = read_folder(tmp_path, lambda _: {"inner.weight": (6, 10)})
+    assert contents.metadata == {"base_model_name_or_path": "org/base", "task_type": "CAUSAL_LM"}
     with pytest.raises(ArgumentTypeError, match="task_type"):
         export(model, tmp_path, task_type=3)
 
@@ -378,8 +378,8 @@ def test_we_compute_what_peft_saved(make, case, kind, tmp_path):
     close(output(model, make), expected)
 
 
-def described(header):
-    return {key: (one.shape, one.dtype) for key, one in header.tensors.items()}
+def described(contents):
+    return {key: (one.shape, one.dtype) for key, one in contents.tensors.items()}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -387,20 +387,20 @@ def test_round_trips_by_way_of_peft_change_nothing(kind, tmp_path):
     model = net()
     disha.inject_adapters(model, r"inner|\.q", **KINDS[kind], also_train="^norm", adapter="mine")
     perturb_all(model, ["norm.weight", "norm.bias"])
-    header, tensors = adapter_contents(ModelView(model), "mine")
+    contents = adapter_contents(ModelView(model), "mine")
     export(model, tmp_path / "ours", "mine")
     from_peft(tmp_path / "ours", net).save_pretrained(tmp_path / "theirs")
 
     for name in ("ours", "theirs"):
         base = net()
         load(base, tmp_path / name, "other")
-        again, found = adapter_contents(ModelView(base), "other")
-        assert again.layers == header.layers  # fingerprints of the base too
-        assert again.also_train == header.also_train
-        assert described(again) == described(header)
+        again = adapter_contents(ModelView(base), "other")
+        assert again.layers == contents.layers  # fingerprints of the base too
+        assert again.also_train == contents.also_train
+        assert described(again) == described(contents)
         chosen = {"target": None, "also_train": ()}
-        assert {**again.config.to_json(), **chosen} == {**header.config.to_json(), **chosen}
-        assert_same(found, tensors)
+        assert {**again.config.to_json(), **chosen} == {**contents.config.to_json(), **chosen}
+        assert_same(again.tensors, contents.tensors)
 
 
 def test_arguments_of_load(tmp_path):
@@ -412,7 +412,7 @@ def test_arguments_of_load(tmp_path):
     assert torch.equal(base.norm.weight, net().norm.weight)
     assert base.q.weight.requires_grad
     disha.mark_only_adapters_trainable(base)
-    assert adapter_contents(ModelView(base))[0].also_train == ()
+    assert adapter_contents(ModelView(base)).also_train == ()
     with pytest.raises(ArgumentError, match="replace=True"):
         load(base, tmp_path)
     with pytest.raises(ArgumentError, match="have a dot"):
@@ -474,36 +474,35 @@ def test_bone_has_no_mini_and_no_biases(tmp_path):
 def test_files_convert_both_ways_without_a_model(kind, tmp_path):
     model = perturb(disha.inject_adapters(net(), r"^inner|^q", **KINDS[kind]))
     disha.save_adapter(model, tmp_path / "a.safetensors", metadata={"task_type": "CAUSAL_LM"})
-    file, tensors = read_contents(tmp_path / "a.safetensors")
-    write_folder(tmp_path / "folder", file, tensors)
+    file = read_contents(tmp_path / "a.safetensors")
+    write_folder(tmp_path / "folder", file)
     assert config_of(tmp_path / "folder")["target_modules"] == ["inner", "q"]
     assert config_of(tmp_path / "folder")["task_type"] == "CAUSAL_LM"
     rewrite(tmp_path / "folder", task_type=None)  # its model class needs a transformers model
     close(output(from_peft(tmp_path / "folder", net), net), output(model, net))
 
     shapes = {name: tuple(p.shape) for name, p in net().named_parameters()}
-    header, found = read_folder(
+    contents = read_folder(
         tmp_path / "folder", lambda names: {name: shapes[name] for name in names}
     )
-    write_contents(tmp_path / "b.safetensors", header, found)
-    again, found = read_contents(tmp_path / "b.safetensors")
+    write_contents(tmp_path / "b.safetensors", contents)
+    again = read_contents(tmp_path / "b.safetensors")
     plain = [{**vars(layer), "base": None} for layer in file.layers]
     assert [vars(layer) for layer in again.layers] == plain
     assert (again.also_train, described(again)) == (file.also_train, described(file))
-    assert_same(found, tensors)
+    assert_same(again.tensors, file.tensors)
     base = net()
     disha.load_adapter(base, tmp_path / "b.safetensors")
     close(output(base, net), output(model, net))
-    header, found = read_folder(tmp_path / "folder", lambda _: shapes, also_train=False)
-    assert header.also_train == ()
-    assert set(found) == set(header.tensors) == {layer.key for layer in header.layers}
+    contents = read_folder(tmp_path / "folder", lambda _: shapes, also_train=False)
+    assert contents.also_train == ()
+    assert set(contents.tensors) == {layer.key for layer in contents.layers}
 
 
 def test_other_layers_that_a_file_selects_stay_as_they_are(tmp_path):
     """`q` as an item of a list also means every `layers.<n>.q`, where PEFT adds nothing."""
     model = perturb(disha.inject_adapters(net(), "^q$", 2))
-    header, tensors = adapter_contents(ModelView(model))
-    write_folder(tmp_path, header, tensors)
+    write_folder(tmp_path, adapter_contents(ModelView(model)))
     with pytest.warns(UserWarning, match="missing adapter keys"):
         theirs = from_peft(tmp_path, net)
     close(output(theirs, net), output(model, net))
@@ -511,9 +510,9 @@ def test_other_layers_that_a_file_selects_stay_as_they_are(tmp_path):
 
 def test_a_file_tells_too_little_for_whole_modules(tmp_path):
     model = disha.inject_adapters(net(), "^q$", 2, also_train="^norm")
-    header, tensors = adapter_contents(ModelView(model))
+    contents = adapter_contents(ModelView(model))
     with pytest.raises(ConversionError, match="load the file into the model and export from there"):
-        write_folder(tmp_path / "folder", header, tensors)
+        write_folder(tmp_path / "folder", contents)
     assert not (tmp_path / "folder").exists()
 
 
@@ -623,9 +622,9 @@ def test_a_selected_layer_without_a_block_is_a_block_of_zeros_in_peft(folder):
 
 def test_contents_go_into_models_as_folders_do(folder):
     shapes = {name: tuple(p.shape) for name, p in net().named_parameters()}
-    header, tensors = read_folder(folder, lambda _: shapes, also_train=False)
+    contents = read_folder(folder, lambda _: shapes, also_train=False)
     one, other = net(), net()
-    load_contents(ModelView(one), folder, header, tensors, "default", freeze=True)
+    load_contents(ModelView(one), folder, contents, "default", freeze=True)
     load(other, folder, also_train=False)
     close(output(one, net), output(other, net))
 

@@ -80,7 +80,7 @@ def test_layers_that_peft_would_not_apply_are_refused(tmp_path, case, form):
     refused_to_export(tmp_path, form, ours, message)
     # An adapter away from its model does not show it, so the check is needed.
     write = {miss: miss.write_folder, lora: lora.write_lora}[form]
-    write(tmp_path, *adapter_contents(ModelView(ours)))
+    write(tmp_path, adapter_contents(ModelView(ours)))
     theirs = PeftModel.from_pretrained(copy.deepcopy(base), str(tmp_path)).eval()
     with torch.no_grad():
         assert not torch.allclose(theirs(x), ours(x), atol=1e-3)
@@ -205,7 +205,7 @@ SAVED = {
 def test_peft_gets_what_was_trained_beside(case, form, tmp_path):
     also_train, modules, more = SAVED[case]
     model = disha.inject_adapters(net(), r"layers\.", 2, also_train=also_train)
-    names = adapter_contents(ModelView(model))[0].also_train
+    names = adapter_contents(ModelView(model)).also_train
     perturb_all(model, names)
     if modules == ["norm"]:
         model.norm.running_mean.add_(0.5)  # as training does
@@ -219,7 +219,7 @@ def test_peft_gets_what_was_trained_beside(case, form, tmp_path):
     again = net()
     form.load(again, tmp_path)
     close(output(again, net), expected)
-    assert adapter_contents(ModelView(again))[0].also_train == (more or names)
+    assert adapter_contents(ModelView(again)).also_train == (more or names)
 
 
 @in_both_formats
@@ -253,7 +253,7 @@ def test_a_saved_module_may_have_modules_in_it(tmp_path, form, make):
     torch.manual_seed(0)
     base = make()
     model = disha.inject_adapters(copy.deepcopy(base), r"layers\.", 2, also_train=r"^head\.")
-    perturb_all(model, adapter_contents(ModelView(model))[0].also_train)
+    perturb_all(model, adapter_contents(ModelView(model)).also_train)
     expected = output(model, net)
     form.export(model, tmp_path)
     rewrite(tmp_path, modules_to_save=["head"])  # as PEFT writes it; `Around` has it already

@@ -30,8 +30,8 @@ from typing import Any
 from disha.cli.dispatcher import Parser
 from disha.cli.output import fit, require_free
 from disha.errors import AdapterFileError, ArgumentError
-from disha.files import ADAPTER_NAME
-from disha.files.contents import Contents, blocks_only, read_contents, write_contents
+from disha.files import ADAPTER_NAME, AdapterContents
+from disha.files.contents import blocks_only, read_contents, write_contents
 from disha.functional import method_of
 from disha.interop import image_lora, lora, peft
 from disha.interop.checkpoints import Checkpoint, base_shapes, base_weights, open_checkpoint
@@ -50,11 +50,11 @@ def main(words: Sequence[str]) -> None:
     base = None if flags.base is None else open_checkpoint(flags.base)
     contents = _read(flags, base)
     if flags.no_also_train:
-        contents = blocks_only(*contents)
+        contents = blocks_only(contents)
     report = _write(flags, contents, base)
     if report is not None:
         print(fit(str(report)))
-    layers = counted(len(contents[0].layers), "layer")
+    layers = counted(len(contents.layers), "layer")
     print(f"{flags.source} -> {flags.out} ({flags.to}): {layers}")
 
 
@@ -74,7 +74,7 @@ def _parser() -> Parser:
     return parser
 
 
-def _read(flags: Namespace, base: Checkpoint | None) -> Contents:
+def _read(flags: Namespace, base: Checkpoint | None) -> AdapterContents:
     path = flags.source
     if (path / ADAPTER_NAME).is_file():
         path = path / ADAPTER_NAME
@@ -89,7 +89,7 @@ def _read(flags: Namespace, base: Checkpoint | None) -> Contents:
     return found[component]
 
 
-def _read_folder(path: Path, flags: Namespace, base: Checkpoint | None) -> Contents:
+def _read_folder(path: Path, flags: Namespace, base: Checkpoint | None) -> AdapterContents:
     """Read a folder that PEFT has saved."""
     if not (path / PEFT_CONFIG).is_file():
         raise AdapterFileError(
@@ -101,7 +101,7 @@ def _read_folder(path: Path, flags: Namespace, base: Checkpoint | None) -> Conte
         raise AdapterFileError(f"{path} is of peft_type {method!r}, not {', '.join(PEFT_METHODS)}")
     saved = not flags.no_also_train
     if method == "LORA":
-        contents: Contents = lora.read_lora(path, model_type=_model_type(base), also_train=saved)
+        contents = lora.read_lora(path, model_type=_model_type(base), also_train=saved)
     else:
         if base is None:
             raise ArgumentError(f"{path} does not tell the sizes of its layers; give --base")
@@ -114,10 +114,9 @@ def _model_type(base: Checkpoint | None) -> str | None:
     return None if base is None else base.config().get("model_type")
 
 
-def _refuse_tied(path: Path, contents: Contents, base: Checkpoint | None) -> None:
+def _refuse_tied(path: Path, contents: AdapterContents, base: Checkpoint | None) -> None:
     """PEFT trains a copy of a tied embedding, where an adapter file would set the head too."""
-    header, tensors = contents
-    matrices = [name for name in header.also_train if tensors[name].dim() > 1]
+    matrices = [name for name in contents.also_train if contents.tensors[name].dim() > 1]
     if matrices and (base is None or base.config().get("tie_word_embeddings", True)):
         raise ArgumentError(
             f"{path} holds {matrices[0]}, which PEFT may have untied; give a --base that does not "
@@ -125,25 +124,27 @@ def _refuse_tied(path: Path, contents: Contents, base: Checkpoint | None) -> Non
         )
 
 
-def _write(flags: Namespace, contents: Contents, base: Checkpoint | None) -> LoraReport | None:
+def _write(
+    flags: Namespace, contents: AdapterContents, base: Checkpoint | None
+) -> LoraReport | None:
     if flags.to == "disha":
-        write_contents(flags.out, *contents)
+        write_contents(flags.out, contents)
         return None
     if flags.to == "peft":
-        peft.write_folder(flags.out, *contents, dropout=flags.dropout)
+        peft.write_folder(flags.out, contents, dropout=flags.dropout)
         return None
     options: dict[str, Any] = {"rank": flags.rank}
-    methods = [method_of(layer.method) for layer in contents[0].layers]
+    methods = [method_of(layer.method) for layer in contents.layers]
     if any(method.reads_weight and not method.replaces for method in methods):
         if base is None or flags.rank is None:
             raise ArgumentError(
                 f"{flags.source} must be cut to become LoRA; give --base and --rank"
             )
-        options["base"] = base_weights(base, contents[0])
+        options["base"] = base_weights(base, contents)
     if flags.to == "lora":
         options |= {"pad": flags.pad_rank, "experts": flags.experts}
         options["model_type"] = _model_type(base)
-        return lora.write_lora(flags.out, *contents, **options)
+        return lora.write_lora(flags.out, contents, **options)
     if "base" in options:
         options["bases"] = {flags.component: options.pop("base")}
     return image_lora.write_file(flags.out, {flags.component: contents}, **options)

@@ -9,14 +9,14 @@
 from disha.files.combining import combine_adapters
 from disha.files.contents import inspect_adapter, load_adapter, save_adapter
 from disha.files.disk import ADAPTER_NAME
-from disha.files.header import FORMAT, AdapterFile, AdapterHeader
+from disha.files.header import FORMAT, AdapterContents, AdapterFile
 from disha.model.records import LayerRecord
 
 __all__ = [
     "ADAPTER_NAME",
     "FORMAT",
+    "AdapterContents",
     "AdapterFile",
-    "AdapterHeader",
     "LayerRecord",
     "combine_adapters",
     "inspect_adapter",

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from disha import functional
 from disha.config import AdapterConfig, check_scale
 from disha.errors import ArgumentError, ArgumentTypeError
-from disha.files.contents import Contents, Source, adapter_contents, blocks_only, load_contents
-from disha.files.header import AdapterHeader
+from disha.files.contents import Source, adapter_contents, blocks_only, load_contents
+from disha.files.header import AdapterContents
 from disha.functional import METHODS
 from disha.model.plan import check_addable
-from disha.model.records import LayerRecord, without_values
+from disha.model.records import LayerRecord
 from disha.model.state import finite_as
 from disha.model.view import ModelView
 from disha.text import first_few
@@ -26,7 +26,7 @@ class Summand(NamedTuple):
     """An adapter, its weight w in a sum, and where it came from, for errors."""
 
     source: Source
-    contents: Contents
+    contents: AdapterContents
     weight: float
 
 
@@ -84,10 +84,10 @@ def combine_adapters(
     for adapter, weight in weights.items():
         contents = adapter_contents(view, adapter)
         if not (also_train and any(parameter.is_claimed(adapter) for parameter in view.parameters)):
-            contents = blocks_only(*contents)  # others that train are the model's in any case
+            contents = blocks_only(contents)  # others that train are the model's in any case
         summands.append(Summand(f"adapter {adapter!r}", contents, weight))
-    header, tensors = combine_contents(summands, r)
-    load_contents(view, "the sum", header, tensors, into, freeze=False, activate=False)
+    total = combine_contents(summands, r)
+    load_contents(view, "the sum", total, into, freeze=False, activate=False)
     trained = {
         model_block.name
         for model_block in view.blocks()
@@ -106,27 +106,27 @@ class _Part(NamedTuple):
     source: Source
 
 
-def combine_contents(summands: Sequence[Summand], r: int | None = None) -> Contents:
+def combine_contents(summands: Sequence[Summand], r: int | None = None) -> AdapterContents:
     """Return the adapter that is the weighted sum of others, with scale 1 and no metadata."""
     parts: dict[str, list[_Part]] = {}
-    for source, (header, tensors), weight in summands:
+    for source, contents, weight in summands:
         check_scale(weight, "the weight of an adapter")
-        if header.also_train:
+        if contents.also_train:
             raise ArgumentError(
                 f"{source} holds parameters besides its blocks "
-                f"({first_few(header.also_train, 3, ', ')}). These are values, not updates, so "
+                f"({first_few(contents.also_train, 3, ', ')}). These are values, not updates, so "
                 "they have no weighted sum; leave out `also_train`"
             )
-        for layer in header.layers:
-            part = _Part(layer, tensors[layer.key], weight, source)
+        for layer in contents.layers:
+            part = _Part(layer, contents.tensors[layer.key], weight, source)
             parts.setdefault(layer.name, []).append(part)
-    configs = [header.config for _, (header, _), _ in summands]
+    configs = [summand.contents.config for summand in summands]
     if len({(config.method, config.r_out) for config in configs}) > 1:
         raise ArgumentError(
             "adapters of different methods or r_out can't be combined; make one sum of each"
         )
     sums = [_sum(of_one, r) for of_one in parts.values()]
-    found = {record.key: total for record, total in sums}
+    tensors = {record.key: total for record, total in sums}
     chosen_by = {(config.target, config.exclude) for config in configs}
     target, exclude = chosen_by.pop() if len(chosen_by) == 1 else (None, ())
     config = configs[0].changed(
@@ -139,7 +139,7 @@ def combine_contents(summands: Sequence[Summand], r: int | None = None) -> Conte
         also_train=[],
     )
     layers = tuple(record for record, _ in sums)
-    return AdapterHeader(config, layers, (), without_values(found), metadata={}), found
+    return AdapterContents(config, layers, (), tensors, metadata={})
 
 
 def _sum(parts: Sequence[_Part], r: int | None) -> tuple[LayerRecord, Tensor]:

@@ -1,4 +1,4 @@
-"""Take an adapter out of a model or a file, as a header and tensors, and put it into either."""
+"""Take an adapter out of a model or a file, and put it into either."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from disha.errors import (
 from disha.files.disk import PathLike, file_at, opened, save_tensors
 from disha.files.header import (
     HEADER_KEY,
+    AdapterContents,
     AdapterFile,
-    AdapterHeader,
     header_to_json,
     parse_header,
 )
@@ -34,7 +34,7 @@ from disha.model import running_statistics
 from disha.model.fingerprints import fingerprint, same_base
 from disha.model.inject import apply_plan
 from disha.model.plan import Plan, check_addable, plan_weights
-from disha.model.records import LayerRecord, without_values
+from disha.model.records import LayerRecord
 from disha.model.state import LoadReport, adapter_tensors, check_fit, finite_as
 from disha.model.view import ModelBlock, ModelView, all_or_nothing
 from disha.sharding.tensors import gathered, write
@@ -43,9 +43,7 @@ from disha.text import counted, first_few, join, printable
 
 Source = Path | str  # where an adapter came from, for errors
 
-Contents = tuple[AdapterHeader, dict[str, Tensor]]  # an adapter outside a model
-
-Header = TypeVar("Header", bound=AdapterHeader)
+AnyContents = TypeVar("AnyContents", bound=AdapterContents)
 
 
 def save_adapter(
@@ -97,12 +95,12 @@ def save_adapter(
     with ranks.agreeing(action):
         view.require(adapter)
         target = file_at(path)
-    header, tensors = adapter_contents(view, adapter, metadata)
+    contents = adapter_contents(view, adapter, metadata)
     with ranks.agreeing(action):
         if ranks.writes:
             if Path(path) != target:  # the user named a folder
                 target.parent.mkdir(exist_ok=True)
-            write_contents(target, header, tensors)
+            write_contents(target, contents)
             _warn_of_others(view, adapter)
 
 
@@ -142,7 +140,9 @@ def inspect_adapter(path: PathLike) -> AdapterFile:
         >>> found.parameters, dict(found.metadata)
         (64, {'task': 'dialogue'})
     """
-    return read_contents(file_at(path))[0]
+    found = read_contents(file_at(path))
+    without_values = {key: tensor.to("meta") for key, tensor in found.tensors.items()}
+    return replace(found, tensors=without_values)
 
 
 def load_adapter(
@@ -212,12 +212,11 @@ def load_adapter(
     """
     view = ModelView(model)
     with view.ranks().agreeing(f"load a file as adapter {adapter!r}"):
-        header, tensors = read_contents(file_at(path), also_train=also_train, layers=layers)
+        contents = read_contents(file_at(path), also_train=also_train, layers=layers)
     return load_contents(
         view,
-        header.path,
-        header,
-        tensors,
+        contents.path,
+        contents,
         adapter,
         replace=replace,
         partial=layers is not None,
@@ -236,7 +235,7 @@ def adapter_contents(
     metadata: Mapping[str, str] | None = None,
     *,
     base: bool = True,
-) -> Contents:
+) -> AdapterContents:
     """Return an adapter of a model, on the CPU; collective. Without `base`, no fingerprints."""
     ranks, action = view.ranks(), f"take adapter {adapter!r} out of the model"
     with ranks.agreeing(action):
@@ -257,15 +256,14 @@ def adapter_contents(
         _check_can_be_loaded(adapter, layers, tensors)
     keys = {record.key for record in layers}
     configs = [model_block.block.config for model_block in blocks]
-    header = AdapterHeader(
+    return AdapterContents(
         # That of new rows (`replaces`) only if there is no other.
         config=min(configs, key=lambda config: METHODS[config.method].replaces),
         layers=layers,
         also_train=tuple(sorted(tensors.keys() - keys)),
-        tensors=without_values(tensors),
+        tensors=tensors,
         metadata=notes,
     )
-    return header, tensors
 
 
 def _records(
@@ -329,49 +327,45 @@ def _check_can_be_loaded(
 # --- to and from a file --------------------------------------------------------------------------
 
 
-def write_contents(path: Path, header: AdapterHeader, tensors: Mapping[str, Tensor]) -> None:
+def write_contents(path: Path, contents: AdapterContents) -> None:
     """Write an adapter to a file, completely or not at all."""
-    save_tensors(path, tensors, {HEADER_KEY: header_to_json(header)})
+    save_tensors(path, contents.tensors, {HEADER_KEY: header_to_json(contents)})
 
 
-def read_contents(
-    path: Path, *, also_train: bool = True, layers: str | None = None
-) -> tuple[AdapterFile, dict[str, Tensor]]:
+def read_contents(path: Path, *, also_train: bool = True, layers: str | None = None) -> AdapterFile:
     """Return an adapter of a file, or those of its layers whose names match; tensors are mapped."""
     with torch.device("cpu"), opened(path) as file:  # old releases take the default device
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        header = parse_header(path, (file.metadata() or {}).get(HEADER_KEY), tensors)
+        contents = parse_header(path, (file.metadata() or {}).get(HEADER_KEY), tensors)
     pattern = compile_regex("layers", "" if layers is None else layers)  # "" matches all
-    kept = [record for record in header.layers if pattern.search(record.name)]
+    kept = [record for record in contents.layers if pattern.search(record.name)]
     if not kept:
-        names = first_few([record.name for record in header.layers], 10, ", ")
+        names = first_few([record.name for record in contents.layers], 10, ", ")
         raise ArgumentError(
             f"layers={layers!r} matches none of the layers in {path}, which are {names}"
         )
-    return narrowed(header, tensors, kept, header.also_train if also_train else ())
+    return narrowed(contents, kept, contents.also_train if also_train else ())
 
 
 def narrowed(
-    header: Header,
-    tensors: Mapping[str, Tensor],
+    contents: AnyContents,
     layers: Sequence[LayerRecord],
     also_train: Sequence[str] = (),
-) -> tuple[Header, dict[str, Tensor]]:
+) -> AnyContents:
     """Return an adapter with only these layers and these parameters."""
     keys = [*(record.key for record in layers), *also_train]
-    part = replace(
-        header,
-        config=header.config if also_train else header.config.changed(also_train=[]),
+    return replace(
+        contents,
+        config=contents.config if also_train else contents.config.changed(also_train=[]),
         layers=tuple(layers),
         also_train=tuple(also_train),
-        tensors={key: header.tensors[key] for key in keys},
+        tensors={key: contents.tensors[key] for key in keys},
     )
-    return part, {key: tensors[key] for key in keys}
 
 
-def blocks_only(header: AdapterHeader, tensors: Mapping[str, Tensor]) -> Contents:
+def blocks_only(contents: AdapterContents) -> AdapterContents:
     """Return an adapter without the parameters besides its blocks."""
-    return narrowed(header, tensors, header.layers)
+    return narrowed(contents, contents.layers)
 
 
 # --- into a model --------------------------------------------------------------------------------
@@ -399,8 +393,7 @@ class _Incoming:
 def load_contents(
     view: ModelView,
     source: Source,
-    header: AdapterHeader,
-    tensors: Mapping[str, Tensor],
+    contents: AdapterContents,
     adapter: str,
     *,
     replace: bool = False,
@@ -422,7 +415,7 @@ def load_contents(
                 raise ArgumentError(
                     "replace=True keeps the blocks with their dtype; leave dtype out"
                 )
-            incoming = _under_model_names(view, adapter, source, header, tensors)
+            incoming = _under_model_names(view, adapter, source, contents)
             if taken:
                 _widen(incoming)
             else:
@@ -440,11 +433,7 @@ def load_contents(
 
 
 def _under_model_names(
-    view: ModelView,
-    adapter: str,
-    source: Source,
-    header: AdapterHeader,
-    tensors: Mapping[str, Tensor],
+    view: ModelView, adapter: str, source: Source, contents: AdapterContents
 ) -> _Incoming:
     """Return an adapter with the first name of everything that has several in the model."""
     first = {name: aliases[0] for aliases in view.names.values() for name in aliases}
@@ -457,10 +446,10 @@ def _under_model_names(
     parameters = view.parameters_by_name
     keys = {
         key: parameters[key].name if key in parameters else first_name(key)
-        for key in header.also_train
+        for key in contents.also_train
     }
     layers = {}
-    for record in header.layers:
+    for record in contents.layers:
         renamed = replace(record, name=first_name(record.name))
         keys[record.key] = renamed.key
         layers[renamed.key] = renamed
@@ -471,16 +460,16 @@ def _under_model_names(
                 f"{source}: {given[model_key]} and {key} are one parameter in the model; nothing "
                 "was loaded. Leave out one of them"
             )
-    values = {keys[key]: tensor for key, tensor in tensors.items()}
-    return _Incoming(view, adapter, source, header.config, layers, values)
+    values = {keys[key]: tensor for key, tensor in contents.tensors.items()}
+    return _Incoming(view, adapter, source, contents.config, layers, values)
 
 
 def _planned(incoming: _Incoming, dtype: torch.dtype | None, freeze: bool) -> Plan:
     view, layers, tensors = incoming.view, incoming.layers, incoming.tensors
     beside = tensors.keys() - layers.keys() - running_statistics.statistics(view.names).keys()
-    contents = (incoming.config, [*layers.values()], tensors, sorted(beside))
+    wanted = (incoming.config, [*layers.values()], tensors, sorted(beside))
     try:
-        return plan_weights(view, incoming.adapter, *contents, dtype=dtype, freeze=freeze)
+        return plan_weights(view, incoming.adapter, *wanted, dtype=dtype, freeze=freeze)
     except ArgumentError as error:
         raise AdapterFileError(f"{incoming.source}: {error}") from error
 

@@ -23,7 +23,7 @@ from disha.config import (
 from disha.errors import AdapterFileError
 from disha.files.disk import other_format
 from disha.functional import METHODS, Layout, layout_of
-from disha.model.records import LayerRecord, without_values
+from disha.model.records import LayerRecord
 from disha.text import brief, counted, first_few, printable, table
 
 FORMAT = 1
@@ -37,13 +37,13 @@ def _name_of(dtype: torch.dtype) -> str:
 
 
 @dataclass(frozen=True)
-class AdapterHeader:
-    """The description of an adapter outside its model."""
+class AdapterContents:
+    """An adapter outside its model: its tensors, and the description of them."""
 
     config: AdapterConfig
     layers: tuple[LayerRecord, ...]
     also_train: tuple[str, ...]
-    tensors: Mapping[str, Tensor] = field(compare=False)
+    tensors: Mapping[str, Tensor] = field(compare=False)  # by their keys in a file
     metadata: Mapping[str, str]
 
     @property
@@ -67,7 +67,7 @@ class AdapterHeader:
 
 
 @dataclass(frozen=True)
-class AdapterFile(AdapterHeader):
+class AdapterFile(AdapterContents):
     """The header of an adapter file, with its path and size; printable.
 
     Attributes:
@@ -125,25 +125,25 @@ class AdapterFile(AdapterHeader):
         return "\n".join(lines)
 
 
-def reasons_against_blocks(header: AdapterHeader) -> list[str]:
+def reasons_against_blocks(contents: AdapterContents) -> list[str]:
     """Return the name of each layer whose block has a wrong shape, and the reason."""
     found = [
-        (record.name, record.reason_against_block(tuple(header.tensors[record.key].shape)))
-        for record in header.layers
+        (record.name, record.reason_against_block(tuple(contents.tensors[record.key].shape)))
+        for record in contents.layers
     ]
     return [f"{name or '(the model)'}: {reason}" for name, reason in found if reason is not None]
 
 
-def header_to_json(header: AdapterHeader) -> str:
-    """Return a header as JSON, without what is as usual. The same header gives the same text."""
+def header_to_json(contents: AdapterContents) -> str:
+    """Return the header as JSON, without what is as usual. The same header gives the same text."""
     usual = {**AdapterConfig(r=1).to_json(), "r": None}
-    settings = header.config.to_json()
+    settings = contents.config.to_json()
     fields = {
         "format": FORMAT,
         "config": {name: value for name, value in settings.items() if value != usual[name]},
-        "layers": [layer.entry(header.config.method) for layer in header.layers],
-        "also_train": list(header.also_train),
-        "metadata": dict(sorted(header.metadata.items())),
+        "layers": [layer.entry(contents.config.method) for layer in contents.layers],
+        "also_train": list(contents.also_train),
+        "metadata": dict(sorted(contents.metadata.items())),
     }
     written = {name: value for name, value in fields.items() if value}
     return json.dumps(written, separators=(",", ":"))
@@ -209,7 +209,7 @@ def _parsed(path: Path, fields: Any, tensors: Mapping[str, Tensor]) -> AdapterFi
         config=config,
         layers=tuple(_layer(config, entry) for entry in fields["layers"]),
         also_train=tuple(fields["also_train"]),
-        tensors=without_values(tensors),
+        tensors=tensors,
         metadata=fields["metadata"],
         path=path,
         format=FORMAT,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -94,12 +95,13 @@ def _reference(view: ModelView, adapters: Names, undo: ExitStack) -> _Reference:
     names = list(names)
     load = partial(load_contents, view, "the model", replace=True, freeze=False, activate=False)
     for name in sorted(active) if adapters is None else ():
-        header, tensors = adapter_contents(view, name)
-        if any(tensor.any() for tensor in tensors.values()):  # else it is new, and does nothing
+        contents = adapter_contents(view, name)
+        # If all values are zero, the adapter is new, and does nothing.
+        if any(tensor.any() for tensor in contents.tensors.values()):
             copied = f"{name}_reference"
             names.append(copied)
             if copied not in view.adapters:
-                load(header, tensors, copied)
+                load(contents, copied)
                 undo.callback(disha.remove_adapters, view.model, copied)
                 continue
             if any(block.requires_grad for block in disha.adapter_parameters(view.model, copied)):
@@ -108,9 +110,10 @@ def _reference(view: ModelView, adapters: Names, undo: ExitStack) -> _Reference:
                     "the model has an adapter of that name, and it trains; remove it, or name the "
                     "adapters of the reference yourself"
                 )
-            former, values = adapter_contents(view, copied)
-            undo.callback(load, former, {k: tensor.clone() for k, tensor in values.items()}, copied)
-            load(header, tensors, copied)
+            former = adapter_contents(view, copied)
+            values = {key: tensor.clone() for key, tensor in former.tensors.items()}
+            undo.callback(load, replace(former, tensors=values), copied)
+            load(contents, copied)
     for name in names:
         if name in active:
             raise ArgumentError(

@@ -23,15 +23,14 @@ from torch import Tensor
 from disha import functional
 from disha.config import check_scale
 from disha.errors import AdapterFileError, AdapterIOError, ArgumentError, MergeError
-from disha.files import inspect_adapter
+from disha.files import AdapterContents, inspect_adapter
 from disha.files.contents import read_contents
 from disha.files.disk import PathLike, checked_path, opened, save
-from disha.files.header import AdapterHeader
 from disha.functional import METHODS
 from disha.interop.experts import DOWN, FAMILIES, GATE_UP, SEPARATE_BEFORE, SINGLE_EXPERT, renamed
 from disha.layers.kinds import PROJECTIONS
 from disha.model.fingerprints import fingerprint, same_base
-from disha.model.records import LayerRecord, Tensors
+from disha.model.records import LayerRecord
 from disha.model.state import finite_as
 from disha.text import counted, first_few, join, printable
 
@@ -147,15 +146,15 @@ def merge_into_checkpoint(
     adapter_path, out = checked_path(adapter_path), checked_path(out)
     checkpoint = open_checkpoint(base)
     _check_target(out, checkpoint, overwrite)
-    header, tensors = read_contents(adapter_path, also_train=also_train)
-    keys = _keys(checkpoint, header)
-    _refuse(checkpoint, _misfits(checkpoint, header, keys, values=not force))
+    contents = read_contents(adapter_path, also_train=also_train)
+    keys = _keys(checkpoint, contents)
+    _refuse(checkpoint, _misfits(checkpoint, contents, keys, values=not force))
     if not force:
-        _refuse_tied(checkpoint, header, keys)
-    merge = _Merge(checkpoint, keys, header, tensors, scale)
+        _refuse_tied(checkpoint, contents, keys)
+    merge = _Merge(checkpoint, keys, contents, scale)
     save(out, merge.write_file if out.suffix == SUFFIX else merge.write_folder)
-    layers = tuple(record.name for record in header.layers)
-    return MergedCheckpoint(out, layers, tuple(keys[name] for name in header.also_train))
+    layers = tuple(record.name for record in contents.layers)
+    return MergedCheckpoint(out, layers, tuple(keys[name] for name in contents.also_train))
 
 
 def misfits(base: PathLike, adapter_path: PathLike) -> list[str]:
@@ -186,8 +185,8 @@ def misfits(base: PathLike, adapter_path: PathLike) -> list[str]:
         ...     misfits(base, path)
         []
     """
-    header, checkpoint = inspect_adapter(adapter_path), open_checkpoint(base)
-    return _misfits(checkpoint, header, _keys(checkpoint, header))
+    adapter_file, checkpoint = inspect_adapter(adapter_path), open_checkpoint(base)
+    return _misfits(checkpoint, adapter_file, _keys(checkpoint, adapter_file))
 
 
 # --- a checkpoint --------------------------------------------------------------------------------
@@ -275,17 +274,17 @@ def base_shapes(checkpoint: Checkpoint, names: Iterable[str]) -> dict[str, tuple
     return {name: checkpoint.shape_and_dtype(key)[0] for name, key in keys.items()}
 
 
-def base_weights(checkpoint: Checkpoint, header: AdapterHeader) -> Callable[[str], Tensor]:
+def base_weights(checkpoint: Checkpoint, contents: AdapterContents) -> Callable[[str], Tensor]:
     """Return a function from a layer's name to its base weight; raise if the base is another."""
-    keys = _keys(checkpoint, header)
-    _refuse(checkpoint, _misfits(checkpoint, header, keys))
+    keys = _keys(checkpoint, contents)
+    _refuse(checkpoint, _misfits(checkpoint, contents, keys))
     return lambda name: checkpoint.tensor(keys[name])
 
 
-def _keys(checkpoint: Checkpoint, header: AdapterHeader) -> dict[str, str]:
+def _keys(checkpoint: Checkpoint, contents: AdapterContents) -> dict[str, str]:
     """Return layer, or parameter besides the blocks -> the name of its tensor in a checkpoint."""
-    wanted: dict[str, tuple[str, ...]] = {name: (name,) for name in header.also_train}
-    for layer in header.layers:
+    wanted: dict[str, tuple[str, ...]] = {name: (name,) for name in contents.also_train}
+    for layer in contents.layers:
         owner, _, last = layer.name.rpartition(".")
         wanted[layer.name] = (join(layer.name, "weight"), layer.name, *layer.tied)
         if last in PROJECTIONS:  # the rows of one weight of nn.MultiheadAttention, or a weight
@@ -322,14 +321,14 @@ def _stored(checkpoint: Checkpoint, wanted: Mapping[str, tuple[str, ...]]) -> di
 
 
 def _misfits(
-    checkpoint: Checkpoint, header: AdapterHeader, keys: Mapping[str, str], values: bool = True
+    checkpoint: Checkpoint, contents: AdapterContents, keys: Mapping[str, str], values: bool = True
 ) -> list[str]:
     """Return the weights that are packed, of another shape, or of other values than the base's."""
-    found, replaced = [], {keys[name] for name in header.also_train}
-    for layer in header.layers:
+    found, replaced = [], {keys[name] for name in contents.also_train}
+    for layer in contents.layers:
         key = keys[layer.name]
         shape, dtype = checkpoint.shape_and_dtype(key)
-        problem = layer.reason_against_weight(header.tensors[layer.key].shape, shape)
+        problem = layer.reason_against_weight(contents.tensors[layer.key].shape, shape)
         if dtype not in DENSE:
             problem = f"is quantised or packed there ({dtype}); give the original checkpoint"
         elif problem is None and values and layer.base and key not in replaced:
@@ -337,8 +336,8 @@ def _misfits(
             if now is not None and not same_base(now, layer.base):
                 problem = "has other values than the weight that the adapter was saved from"
         found += [] if problem is None else [f"{key}: {problem}"]
-    for name in header.also_train:
-        found_shape = tuple(header.tensors[name].shape)
+    for name in contents.also_train:
+        found_shape = tuple(contents.tensors[name].shape)
         shape, _ = checkpoint.shape_and_dtype(keys[name])
         found += (
             [] if shape == found_shape else [f"{name}: {found_shape}, the checkpoint has {shape}"]
@@ -372,15 +371,17 @@ def _check_target(out: Path, checkpoint: Checkpoint, overwrite: bool) -> None:
         )
 
 
-def _refuse_tied(checkpoint: Checkpoint, header: AdapterHeader, keys: Mapping[str, str]) -> None:
+def _refuse_tied(
+    checkpoint: Checkpoint, contents: AdapterContents, keys: Mapping[str, str]
+) -> None:
     """Raise if an embedding that changes may be tied, as those of models are by default."""
-    tied = [record.name for record in header.layers if record.tied]  # there, both have the update
+    tied = [record.name for record in contents.layers if record.tied]  # there, both have the update
     embeddings = [
         record.name
-        for record in header.layers
+        for record in contents.layers
         if record.layout.pattern == "index out" and not record.tied
     ]
-    embeddings += _stored_twice(checkpoint, [*header.also_train, *tied], keys)
+    embeddings += _stored_twice(checkpoint, [*contents.also_train, *tied], keys)
     if not embeddings:
         return
     config = checkpoint.config()
@@ -416,14 +417,13 @@ class _Merge:
         self,
         checkpoint: Checkpoint,
         keys: Mapping[str, str],
-        header: AdapterHeader,
-        tensors: Tensors,
+        contents: AdapterContents,
         scale: float | None,
     ) -> None:
-        self._checkpoint, self._blocks, self._scale = checkpoint, tensors, scale
-        self._values = {keys[name]: tensors[name] for name in header.also_train}
+        self._checkpoint, self._blocks, self._scale = checkpoint, contents.tensors, scale
+        self._values = {keys[name]: contents.tensors[name] for name in contents.also_train}
         self._layers = defaultdict[str, list[LayerRecord]](list)
-        for record in header.layers:
+        for record in contents.layers:
             self._layers[keys[record.name]].append(record)
         # Matrix of one expert -> its stack, and the number of the expert.
         self._parts = {

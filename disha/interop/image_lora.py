@@ -17,7 +17,8 @@ from torch import nn
 
 from disha.config import check_type
 from disha.errors import AdapterFileError, ArgumentError, ConversionError
-from disha.files.contents import Contents, adapter_contents, load_contents
+from disha.files import AdapterContents
+from disha.files.contents import adapter_contents, load_contents
 from disha.files.disk import PathLike, checked_path, opened, save_tensors
 from disha.functional import Layout
 from disha.interop.lora import MATRIX, tensors_of, unknown_to_lora
@@ -102,7 +103,7 @@ def export(
     with ranks.agreeing(action):
         target = checked_path(path)
         for name, view in views.items():
-            layers = [layer.name for layer in contents[name][0].layers]
+            layers = [layer.name for layer in contents[name].layers]
             problems = reasons_against(view, layers, unknown_to_lora, exporting=True)
             cls = original_class(view.modules[""])
             if cls.__module__.startswith("diffusers.") and not hasattr(cls, "load_lora_adapter"):
@@ -182,7 +183,7 @@ def load(
             report = load_contents(
                 views[component],
                 path,
-                *adapted,
+                adapted,
                 adapter,
                 replace=replace,
                 dtype=dtype,
@@ -206,7 +207,7 @@ def _views(models: Models) -> dict[str, ModelView]:
 
 def write_file(
     path: PathLike,
-    contents: Mapping[str, Contents],
+    contents: Mapping[str, AdapterContents],
     *,
     rank: int | None = None,
     bases: Mapping[str, BaseWeight] | None = None,
@@ -219,10 +220,12 @@ def write_file(
 
 
 def _updates(
-    contents: Mapping[str, Contents], bases: Mapping[str, BaseWeight], rank: int | None
+    contents: Mapping[str, AdapterContents],
+    bases: Mapping[str, BaseWeight],
+    rank: int | None,
 ) -> list[LowRankUpdate]:
     """Return the updates of all components, under their names in a file."""
-    for component, (header, _) in contents.items():
+    for component, adapted in contents.items():
         if component not in COMPONENTS:
             raise ArgumentError(
                 f"an image LoRA has no component {component!r}; allowed are "
@@ -230,9 +233,9 @@ def _updates(
             )
         other = [
             record.name
-            for record in header.layers
+            for record in adapted.layers
             if record.layout.pattern not in ("out in", CONV) or not record.name
-        ] + list(header.also_train)
+        ] + list(adapted.also_train)
         if other:
             raise ConversionError(
                 f"an image LoRA can't hold {listed(other)} of the {component}, only linear layers "
@@ -240,8 +243,10 @@ def _updates(
             )
     return [
         _scaled(update, f"{component}.{_in_file(component, update.record.name)}")
-        for component, (header, tensors) in contents.items()
-        for update in low_rank_updates(header.layers, tensors, rank=rank, base=bases.get(component))
+        for component, adapted in contents.items()
+        for update in low_rank_updates(
+            adapted.layers, adapted.tensors, rank=rank, base=bases.get(component)
+        )
     ]
 
 
@@ -272,7 +277,7 @@ def has_factors(path: Path) -> bool:
 
 def read_file(
     path: Path, modules: Mapping[str, Collection[str]] | None = None
-) -> dict[str, Contents]:
+) -> dict[str, AdapterContents]:
     """Return component -> its adapter; `modules` has the names in its model, if they are known."""
     with opened(path) as file:
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118

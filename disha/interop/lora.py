@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from disha.config import check_scale, checked_rows
 from disha.errors import AdapterFileError, ConversionError, DishaError
-from disha.files import AdapterHeader
-from disha.files.contents import Contents, adapter_contents, load_contents
+from disha.files import AdapterContents
+from disha.files.contents import adapter_contents, load_contents
 from disha.files.disk import PathLike, checked_path
 from disha.functional import METHODS, Layout
 from disha.interop import experts as stacks
@@ -53,7 +53,7 @@ from disha.interop.peft_format import (
 )
 from disha.layers.blocks import original_class
 from disha.layers.kinds import declared_slots, full_name
-from disha.model.records import LayerRecord, Tensors
+from disha.model.records import LayerRecord
 from disha.model.state import LoadReport
 from disha.model.view import ModelView
 from disha.text import join
@@ -209,40 +209,40 @@ def _converted(
     view: ModelView, adapter: str, experts: stacks.Form, rank: int | None, pad: bool
 ) -> tuple[list[LowRankUpdate], Collection[str], dict[str, Any], dict[str, Tensor]]:
     """Return an adapter's updates, what trained with it, and both in PEFT's form."""
-    header, tensors = adapter_contents(view, adapter, base=False)
+    contents = adapter_contents(view, adapter, base=False)
     model_type = _model_type(view)
     with view.ranks().agreeing(f"export adapter {adapter!r} as LoRA"):
         check_rank(rank)  # before a rank waits for another
-        modules = [layer.name for layer in header.layers if not is_stack(layer)]
-        saved = saved_modules(view, header.also_train, [layer.name for layer in header.layers])
+        modules = [layer.name for layer in contents.layers if not is_stack(layer)]
+        saved = saved_modules(view, contents.also_train, [layer.name for layer in contents.layers])
         problems = reasons_against(view, modules, unknown_to_lora, exporting=True)
         problems += saved.problems
-        problems += stacks.misread_by_peft(header.layers, experts, model_type)
+        problems += stacks.misread_by_peft(contents.layers, experts, model_type)
         refuse_to_write(CANT_EXPRESS, problems)
     base = base_weights(view, adapter)
-    layers, rows, fields = _without_rows(header, tensors, view)
-    updates = low_rank_updates(layers, tensors, rank=rank, pad=pad, base=base)
+    layers, rows, fields = _without_rows(contents, view)
+    updates = low_rank_updates(layers, contents.tensors, rank=rank, pad=pad, base=base)
     beside = saved.copies() | rows
-    written = stacks.in_form(updates, experts, header.also_train, model_type)
-    config = _config_of(header, written, saved.modules, view) | fields
+    written = stacks.in_form(updates, experts, contents.also_train, model_type)
+    config = _config_of(contents, written, saved.modules, view) | fields
     return updates, beside, config, tensors_of(written) | beside
 
 
 def _without_rows(
-    header: AdapterHeader, tensors: Tensors, view: ModelView | None = None
+    contents: AdapterContents, view: ModelView | None = None
 ) -> tuple[list[LayerRecord], dict[str, Tensor], dict[str, Any]]:
     """Return the layers without the rows that PEFT's LoRA has for tokens; and these in its form."""
     rows = [
         record
-        for record in header.layers
+        for record in contents.layers
         if METHODS[record.method].replaces
         and record.rows
         and record.scale == 1
         and (view is None or _reads_alike(view, record))
     ]
-    others = [record for record in header.layers if record not in rows]
+    others = [record for record in contents.layers if record not in rows]
     numbers = {record.name: [n for ends in record.rows for n in range(*ends)] for record in rows}
-    values = {record.name + TOKENS: tensors[record.key].mT.contiguous() for record in rows}
+    values = {record.name + TOKENS: contents.tensors[record.key].mT.contiguous() for record in rows}
     return others, values, {"trainable_token_indices": numbers or None}
 
 
@@ -339,7 +339,7 @@ def load(
         keep_for_model(view, peft_folder)
         contents = _contents_of(peft_folder, _layouts(view), _model_type(view), rows)
     return load_contents(
-        view, peft_folder.path, *contents, adapter, replace=replace, dtype=dtype, freeze=freeze
+        view, peft_folder.path, contents, adapter, replace=replace, dtype=dtype, freeze=freeze
     )
 
 
@@ -374,8 +374,7 @@ def _layouts(view: ModelView) -> Layouts:
 
 def write_lora(
     folder: PathLike,
-    header: AdapterHeader,
-    tensors: Tensors,
+    contents: AdapterContents,
     *,
     rank: int | None = None,
     pad: bool = False,
@@ -387,29 +386,29 @@ def write_lora(
     target = checked_path(folder)
     problems = [
         f"{layer.name} is a convolution of unknown groups and padding: export from the model"
-        for layer in header.layers
+        for layer in contents.layers
         if layer.layout.pattern == CONV
     ]
-    if any(not layer.name for layer in header.layers):
+    if any(not layer.name for layer in contents.layers):
         problems.append(f"(the model): {THE_MODEL_ITSELF}")
     problems += [
         f"{name}: it belongs to the model itself, not to a module in it"
-        for name in header.also_train
+        for name in contents.also_train
         if "." not in name
     ]
-    problems += stacks.misread_by_peft(header.layers, experts, model_type)
+    problems += stacks.misread_by_peft(contents.layers, experts, model_type)
     refuse_to_write(CANT_EXPRESS, problems)
-    layers, rows, fields = _without_rows(header, tensors)
-    updates = low_rank_updates(layers, tensors, rank=rank, pad=pad, base=base)
-    written = stacks.in_form(updates, experts, header.also_train, model_type)
-    beside = {name: tensors[name] for name in header.also_train}
-    config = _config_of(header, written, {name.rpartition(".")[0] for name in beside}) | fields
+    layers, rows, fields = _without_rows(contents)
+    updates = low_rank_updates(layers, contents.tensors, rank=rank, pad=pad, base=base)
+    written = stacks.in_form(updates, experts, contents.also_train, model_type)
+    beside = {name: contents.tensors[name] for name in contents.also_train}
+    config = _config_of(contents, written, {name.rpartition(".")[0] for name in beside}) | fields
     write_peft_files(target, config, tensors_of(written) | beside | rows)
     return LoraReport.of(target, updates, beside)
 
 
 def _config_of(
-    header: AdapterHeader,
+    contents: AdapterContents,
     updates: Sequence[LowRankUpdate],
     saved: Iterable[str],
     view: ModelView | None = None,
@@ -419,7 +418,7 @@ def _config_of(
     parameters = sorted(update.record.name for update in updates if is_stack(update.record))
     # The experts that are written one by one, which are no layers of the model.
     single = {*filter(stacks.SINGLE_EXPERT.fullmatch, names)}
-    single -= {layer.name for layer in header.layers}
+    single -= {layer.name for layer in contents.layers}
     others = [name for name in names if name not in single.union(parameters)]
     # SGLang refuses a regex, and knows single experts by the usual names of their projections.
     targets: list[str] | str = sorted({*others, *stacks.SERVED_TARGETS})
@@ -446,7 +445,7 @@ def _config_of(
         "modules_to_save": sorted(saved) or None,
         **({"target_parameters": parameters} if parameters else {}),
         # PEFT has no dropout for parameters.
-        "lora_dropout": 0.0 if parameters else header.config.dropout,
+        "lora_dropout": 0.0 if parameters else contents.config.dropout,
         "fan_in_fan_out": any(update.record.layout.pattern == "in out" for update in updates),
         "bias": "none",
         "init_lora_weights": True,
@@ -485,7 +484,7 @@ def read_lora(
     *,
     model_type: str | None = None,
     also_train: bool = True,
-) -> Contents:
+) -> AdapterContents:
     """Return the adapter that a LoRA folder holds, as `load` reads it without a model."""
     return _contents_of(read_peft_files(folder, (*FACTORS, TOKENS), also_train), {}, model_type)
 
@@ -495,7 +494,7 @@ def _contents_of(
     layouts: Layouts,
     model_type: str | None,
     rows: Sequence[LayerBlock] = (),
-) -> Contents:
+) -> AdapterContents:
     """Return the adapter in a folder, as `read_lora` does."""
     _check_settings(folder)
     pairs: dict[str, dict[str, Tensor]] = {}

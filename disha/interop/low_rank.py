@@ -24,12 +24,12 @@ from torch import Tensor
 
 from disha.config import AdapterConfig, check_positive_int
 from disha.errors import AdapterFileError, ArgumentError, ConversionError
-from disha.files import AdapterHeader
-from disha.files.contents import Contents, Source
+from disha.files import AdapterContents
+from disha.files.contents import Source
 from disha.functional import METHODS, Layout
 from disha.functional.layouts import place_rows
 from disha.layers.weights import base_of
-from disha.model.records import LayerRecord, Tensors, without_values
+from disha.model.records import LayerRecord, Tensors
 from disha.model.view import ModelView
 from disha.sharding.tensors import gathered
 from disha.text import counted, first_few, printable, table
@@ -304,7 +304,7 @@ def contents_of_factors(
     dropout: float = 0.0,
     rows: Sequence[LayerBlock] = (),
     beside: Tensors | None = None,
-) -> Contents:
+) -> AdapterContents:
     """Return the adapter that was a LoRA of these layers, with rows and parameters beside them."""
     found, others = [], []
     for layer_factors in factors:
@@ -336,7 +336,7 @@ def contents_of_factors(
     if twice:
         raise ConversionError(f"{source} holds {listed(twice)} twice, under two names; remove one")
     tensors = {layer.key: block for layer, block in found} | also_train
-    return AdapterHeader(config, layers, tuple(also_train), without_values(tensors), {}), tensors
+    return AdapterContents(config, layers, tuple(also_train), tensors, {})
 
 
 def _layer_of_factors(

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from disha.config import AdapterConfig, check_type
 from disha.errors import AdapterFileError, DishaError
-from disha.files.contents import Contents, adapter_contents, load_contents
+from disha.files.contents import adapter_contents, load_contents
 from disha.files.disk import PathLike, checked_path
-from disha.files.header import AdapterHeader
+from disha.files.header import AdapterContents
 from disha.functional import Layout
 from disha.interop.low_rank import LoraLayer, LoraReport
 from disha.interop.peft_format import (
@@ -37,7 +37,7 @@ from disha.interop.peft_format import (
     write_peft_files,
 )
 from disha.layers.blocks import original_class
-from disha.model.records import LayerRecord, Tensors, without_values
+from disha.model.records import LayerRecord, Tensors
 from disha.model.running_statistics import statistics
 from disha.model.state import LoadReport
 from disha.model.view import ModelView
@@ -133,21 +133,21 @@ def export(
     }
     for note, value in notes.items():
         check_type(note, value, str, "a str")
-    header, tensors = adapter_contents(view, adapter, base=False)
+    contents = adapter_contents(view, adapter, base=False)
     with ranks.agreeing(action):
-        target, names = checked_path(folder), [layer.name for layer in header.layers]
-        saved = saved_modules(view, header.also_train, names)
-        problems = _inexpressible(header, dropout)
+        target, names = checked_path(folder), [layer.name for layer in contents.layers]
+        saved = saved_modules(view, contents.also_train, names)
+        problems = _inexpressible(contents, dropout)
         problems += reasons_against(view, names, _unknown_to_miss, exporting=True)
         refuse_to_write(CANT_EXPRESS, [*problems, *saved.problems])
         targets = exact_targets(names, module_names(view))
-        fields = _fields(header, dropout, targets, saved.modules, notes)
+        fields = _fields(contents, dropout, targets, saved.modules, notes)
     beside = saved.copies()
     with ranks.agreeing(action):
         if ranks.writes:
-            write_peft_files(target, fields, _blocks(header, tensors) | beside)
+            write_peft_files(target, fields, _blocks(contents) | beside)
     layers = [
-        LoraLayer(record.name, record.method, record.r, record.r, 0.0) for record in header.layers
+        LoraLayer(record.name, record.method, record.r, record.r, 0.0) for record in contents.layers
     ]
     return LoraReport(target, tuple(layers), tuple(beside))
 
@@ -214,7 +214,7 @@ def load(
         keep_for_model(view, peft_folder)
         contents = _contents(peft_folder, config, blocks, partial(_shapes, view))
     return load_contents(
-        view, peft_folder.path, *contents, adapter, replace=replace, dtype=dtype, freeze=freeze
+        view, peft_folder.path, contents, adapter, replace=replace, dtype=dtype, freeze=freeze
     )
 
 
@@ -242,7 +242,9 @@ def _unknown_to_miss(module: nn.Module) -> str | None:
 # --- without a model -----------------------------------------------------------------------------
 
 
-def read_folder(folder: PathLike, base_shapes: ShapesOf, *, also_train: bool = True) -> Contents:
+def read_folder(
+    folder: PathLike, base_shapes: ShapesOf, *, also_train: bool = True
+) -> AdapterContents:
     """Return the adapter that a folder holds, as `load` reads it for a base of these shapes."""
     return _contents(*_read(folder, also_train), base_shapes)
 
@@ -286,7 +288,7 @@ def _read(folder: PathLike, also_train: bool) -> tuple[PeftFolder, AdapterConfig
 
 def _contents(
     folder: PeftFolder, config: AdapterConfig, blocks: Tensors, shapes_of: ShapesOf
-) -> Contents:
+) -> AdapterContents:
     """Return the adapter in a PEFT folder."""
     beside = folder.tensors
     shapes = shapes_of([*(join(name, "weight") for name in blocks), *beside])
@@ -310,39 +312,32 @@ def _contents(
     refuse_to_load(folder.path, problems)
     notes = {note: folder.fields[note] for note in NOTES if folder.fields.get(note)}
     tensors = {layer.key: blocks[layer.name] for layer in layers} | beside
-    header = AdapterHeader(
-        config, tuple(layers), tuple(sorted(beside)), without_values(tensors), notes
-    )
-    return header, tensors
+    return AdapterContents(config, tuple(layers), tuple(sorted(beside)), tensors, notes)
 
 
 def write_folder(
-    folder: PathLike,
-    header: AdapterHeader,
-    tensors: Tensors,
-    *,
-    dropout: float | None = None,
+    folder: PathLike, contents: AdapterContents, *, dropout: float | None = None
 ) -> None:
     """Write an adapter of an unknown model as `export` does."""
-    problems = _inexpressible(header, dropout) + [
+    problems = _inexpressible(contents, dropout) + [
         f"{name}: PEFT saves whole modules; load the file into the model and export from there"
-        for name in header.also_train
+        for name in contents.also_train
     ]
     refuse_to_write(CANT_EXPRESS, problems)
-    targets = exact_targets(layer.name for layer in header.layers)
-    fields = _fields(header, dropout, targets, (), header.metadata)
-    write_peft_files(checked_path(folder), fields, _blocks(header, tensors))
+    targets = exact_targets(layer.name for layer in contents.layers)
+    fields = _fields(contents, dropout, targets, (), contents.metadata)
+    write_peft_files(checked_path(folder), fields, _blocks(contents))
 
 
 def _fields(
-    header: AdapterHeader,
+    contents: AdapterContents,
     dropout: float | None,
     targets: list[str] | str,
     saved: Iterable[str],
     notes: Mapping[str, str],
 ) -> dict[str, Any]:
     """Return PEFT's configuration."""
-    config = header.config if dropout is None else header.config.changed(dropout=dropout)
+    config = contents.config if dropout is None else contents.config.changed(dropout=dropout)
     return {
         "bias": "none",
         "inference_mode": True,
@@ -351,22 +346,22 @@ def _fields(
         "miss_dropout": config.dropout,
         "modules_to_save": sorted(saved) or None,
         "peft_type": "MISS",
-        "r": header.layers[0].r,
+        "r": contents.layers[0].r,
         "target_modules": targets,
         **{note: notes.get(note) for note in NOTES},
     }
 
 
-def _blocks(header: AdapterHeader, tensors: Tensors) -> dict[str, Tensor]:
-    return {f"{layer.name}{MISS_BLOCK}": tensors[layer.key] for layer in header.layers}
+def _blocks(contents: AdapterContents) -> dict[str, Tensor]:
+    return {f"{layer.name}{MISS_BLOCK}": contents.tensors[layer.key] for layer in contents.layers}
 
 
-def _inexpressible(header: AdapterHeader, dropout: float | None) -> list[str]:
+def _inexpressible(contents: AdapterContents, dropout: float | None) -> list[str]:
     """Return the reasons why PEFT's MiSS can't express an adapter."""
-    method, problems = header.config.method, []
+    method, problems = contents.config.method, []
     if method not in INIT_WEIGHTS:
         problems.append(f"PEFT's MiSS knows {' and '.join(INIT_WEIGHTS)}, not {method}")
-    for layer in header.layers:
+    for layer in contents.layers:
         name, r = layer.name or "(the model)", layer.r
         if layer.layout != LINEAR:
             problems.append(
@@ -381,10 +376,10 @@ def _inexpressible(header: AdapterHeader, dropout: float | None) -> list[str]:
             problems.append(f"{name}: PEFT's MiSS has no scale (see combine_adapters)")
         if method == BAT and (layer.in_features % r or layer.out_features % r):
             problems.append(f"{name}: PEFT's BAT needs an r that divides both sizes, not {r}")
-    sizes = sorted({layer.r for layer in header.layers})
+    sizes = sorted({layer.r for layer in contents.layers})
     if len(sizes) > 1:
         problems.append(f"PEFT's MiSS has one r, this has {sizes} (see combine_adapters)")
-    drops = header.config.dropout if dropout is None else dropout
+    drops = contents.config.dropout if dropout is None else dropout
     if method == BAT and drops:
         problems.append(f"PEFT's BAT has no dropout, and this has {drops:g} (`dropout=0.0`)")
     return problems

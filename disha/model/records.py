@@ -18,11 +18,6 @@ Tensors = Mapping[str, Tensor]
 """Tensors by their keys in a file or a state dict."""
 
 
-def without_values(tensors: Tensors) -> dict[str, Tensor]:
-    """Return each tensor without its values (on the meta device)."""
-    return {key: tensor.to("meta") for key, tensor in tensors.items()}
-
-
 @dataclass(frozen=True)
 class LayerRecord:
     """One adapted weight: its name, its sizes, its block, and the fingerprint of its base."""

@@ -82,10 +82,10 @@ def test_running_statistics_in_a_lora_stay_behind_if_asked(run, files):
     adapted = disha.inject_adapters(beside_a_norm(), target_regex="1", r=4, also_train="2")
     lora.export(adapted, folder)
     assert run("convert", folder, out, "--to", "disha").code == 0
-    assert "2.running_mean" in read_contents(out)[1]
+    assert "2.running_mean" in read_contents(out).tensors
     given = ("--to", "disha", "--no-also-train", "--overwrite")
     assert run("convert", folder, out, *given).code == 0
-    assert list(read_contents(out)[1]) == ["1.bone_block"]
+    assert list(read_contents(out).tensors) == ["1.bone_block"]
 
 
 def test_from_peft_to_lora(run, files):

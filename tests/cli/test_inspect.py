@@ -94,16 +94,16 @@ def test_names_and_notes_of_strangers_do_nothing_to_a_terminal(run, files):
     from dataclasses import replace
 
     path = files.adapter(target_regex="q_proj")
-    header, tensors = read_contents(path)
-    [layer] = header.layers
+    contents = read_contents(path)
+    [layer] = contents.layers
     layer = replace(layer, name=HOSTILE)
-    header = replace(
-        header,
+    contents = replace(
+        contents,
         layers=(layer,),
-        tensors={layer.key: header.tensors[f"{Q}.bone_block"]},
+        tensors={layer.key: contents.tensors[f"{Q}.bone_block"]},
         metadata={"note": HOSTILE},
     )
-    write_contents(path, header, {layer.key: tensors[f"{Q}.bone_block"]})
+    write_contents(path, contents)
     assert not {"\x1b", "\u202e", "\r"} & set(run("inspect", path).out)
     assert r"a\x1b[2J\u202eb\r\nx is sound  bone" in run("inspect", path).out
     assert run("inspect", path, "--json").json["layers"][0]["name"] == HOSTILE
