@@ -225,6 +225,19 @@ def test_a_plain_model_is_refused():
         AdapterCheckpoints(llama())
 
 
+@pytest.mark.parametrize(
+    "keep", [AdapterCheckpoints, lambda model: keep_adapter_only(Accelerator(cpu=True), model)]
+)
+def test_another_adapter_that_trains_is_not_lost(keep):
+    model = disha.inject_adapters(nn.Sequential(nn.Linear(8, 4)), "all-linear", r=4)
+    keep(model)
+    disha.inject_adapters(model, "all-linear", r=4, adapter="b")
+    with refused(model, disha.ArgumentError, "adapter 'b' trains, and .* hold 'default' alone"):
+        keep(model)
+    disha.set_active_adapters(model, "default")
+    keep(model)
+
+
 class Killed(BaseException):
     pass
 

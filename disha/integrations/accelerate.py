@@ -11,7 +11,7 @@ from torch import nn
 
 import disha
 from disha.files import ADAPTER_NAME
-from disha.integrations.engines import leave_out_base
+from disha.integrations.engines import kept_keys, leave_out_base
 
 __all__ = ["keep_adapter_only"]
 
@@ -29,7 +29,7 @@ def keep_adapter_only(accelerator: Accelerator, model: nn.Module, adapter: str =
         adapter: the adapter's name.
 
     Raises:
-        ArgumentError: the model has no such adapter.
+        ArgumentError: the model has no such adapter, or another one is active and trains.
 
     Examples:
         >>> import pathlib, tempfile
@@ -47,8 +47,7 @@ def keep_adapter_only(accelerator: Accelerator, model: nn.Module, adapter: str =
         ...     sorted(path.name for path in pathlib.Path(folder).glob("*.safetensors"))
         ['adapter.safetensors']
     """
-    kept = disha.adapter_state_dict(model, adapter).keys()
-    leave_out_base(model, set(kept), accelerator.distributed_type)
+    leave_out_base(model, kept_keys(model, adapter), accelerator.distributed_type)
 
     def take_out(items: list[Any], models: list[nn.Module]) -> None:
         """Take what belongs to the model out of a list, which is in the order of the models."""

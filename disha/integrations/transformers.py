@@ -20,7 +20,7 @@ from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME
 
 import disha
 from disha.files import ADAPTER_NAME
-from disha.integrations.engines import leave_out_base
+from disha.integrations.engines import kept_keys, leave_out_base
 from disha.model.view import ModelView
 
 __all__ = ["AdapterCheckpoints"]
@@ -61,7 +61,7 @@ class AdapterCheckpoints(TrainerCallback):
         adapter: the name of the adapter to save.
 
     Raises:
-        ArgumentError: the model has no such adapter.
+        ArgumentError: the model has no such adapter, or another one is active and trains.
 
     Examples:
         >>> import pathlib, tempfile
@@ -80,7 +80,7 @@ class AdapterCheckpoints(TrainerCallback):
     """
 
     def __init__(self, model: nn.Module, adapter: str = "default") -> None:
-        self._adapter, self._kept = adapter, set(disha.adapter_state_dict(model, adapter))
+        self._adapter, self._kept = adapter, kept_keys(model, adapter)
         self._quantised = [flag for flag in QUANTISED if getattr(model, flag, False)]
         for flag in self._quantised:  # hidden while the trainer is made
             setattr(model, flag, False)
