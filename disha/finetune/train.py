@@ -98,7 +98,9 @@ def _base_and_bits(adapter: AdapterArguments) -> tuple[str, str]:
 
 
 def _require_free(folder: Path, training: TrainingArguments) -> None:
-    if training.resume or training.resume_from_checkpoint or training.overwrite_output_dir:
+    checkpoint = training.resume_from_checkpoint
+    is_own = checkpoint is not None and Path(checkpoint).resolve().parent == folder.resolve()
+    if training.resume or is_own or training.overwrite_output_dir:
         return
     left = [path.name for path in _earlier_results(folder)]
     if left:

@@ -54,7 +54,11 @@ def _before_loading(
     model: nn.Module, state: dict[str, Any], prefix: str, _: Any, strict: bool, missing: list[str],
     *others: Any,
 ) -> None:  # fmt: skip
-    """Miss the other blocks of adapters that a state dict has. Keep the statistics of a base's."""
+    """Report the blocks that a state dict lacks, or keep the statistics that it brings.
+
+    A state dict with some blocks of an adapter must have all of them: the others are added to the
+    missing keys. One without blocks is that of a base, whose statistics are kept from now on.
+    """
     given = {clean_key(key.removeprefix(prefix)) for key in state if key.endswith("_block")}
     if given:
         adapters = set(map(_adapter_of, given))
