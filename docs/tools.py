@@ -99,6 +99,9 @@ LEAVING = "test_leaving_pytorch"
 STATES = f"{TRAINER}::test_states_of_accelerate_hold_the_adapter_and_resume_bit_for_bit"
 LIGHTNING = f"{TRAINER}::test_checkpoints_of_lightning_hold_the_adapter_and_resume_bit_for_bit"
 CHECKPOINTS = f"{TRAINER}::test_checkpoints_hold_the_adapter_and_resume_bit_for_bit"
+QUANTISED = f"{TRL}::test_over_a_quantised_base_blocks_train_and_keep_their_dtype"
+DPO = f"{TRL}::test_dpo_resumes_bit_for_bit_after_sft"
+GRPO = f"{TRL}::test_grpo_keeps_the_adapter_only_and_resumes_bit_for_bit"
 SFT = f"{TRL}::test_sft_keeps_the_adapter_only_and_resumes_bit_for_bit"
 
 ENGINES = {"DDP": "ddp", "FSDP2": "fsdp2", "ZeRO-2": "zero2", "ZeRO-3": "zero3"}
@@ -133,9 +136,7 @@ that two processes train and save the same as one.
             },
             "SFTTrainer of trl": {
                 "trains": (SFT,),
-                "quantised base": (
-                    f"{TRL}::test_over_a_quantised_base_blocks_train_and_keep_their_dtype",
-                ),
+                "quantised base": (QUANTISED,),
                 "adapter only": (SFT,),
                 "resumes bit for bit": (SFT,),
                 "best is loaded": ("finetune.test_train.TestCourse::test_best_checkpoint",),
@@ -145,12 +146,17 @@ that two processes train and save the same as one.
                     f"{TRL}::test_dpo_equals_peft",
                     f"{TRL}::test_the_base_is_in_memory_once",
                 ),
+                "quantised base": (QUANTISED,),
+                "adapter only": (DPO,),
+                "resumes bit for bit": (DPO,),
             },
             "GRPOTrainer of trl, as with PEFT": {
                 "trains": (
                     f"{TRL}::test_grpo_equals_peft",
                     f"{TRL}::test_the_base_is_in_memory_once",
                 ),
+                "adapter only": (GRPO,),
+                "resumes bit for bit": (GRPO,),
             },
             "Lightning": {
                 "trains": (LIGHTNING,),

@@ -317,6 +317,21 @@ def test_grpo_equals_peft(tmp_path):
     assert ours.state.log_history[1]["kl"] > 0
 
 
+def test_grpo_keeps_the_adapter_only_and_resumes_bit_for_bit(tmp_path):
+    def train(model, folder, resume=None, **options):
+        named = {"callbacks": [AdapterCheckpoints(model)]}
+        trainer = rewarded(model, tmp_path / folder, named=named, save_steps=1, **options)
+        trainer.train(resume_from_checkpoint=resume)
+
+    whole, part, rest = (trained_before(adapted()) for _ in range(3))
+    train(whole, "whole")
+    train(part, "part", max_steps=1)
+    train(rest, "part", resume=True)
+    assert_same(rest, whole)
+    held = disha.inspect_adapter(tmp_path / "part" / "checkpoint-2" / "adapter.safetensors")
+    assert len(held.tensors) == len(blocks_of(adapted()))
+
+
 def test_grpo_needs_no_reference_without_beta(tmp_path):
     trainer = rewarded(trained_before(adapted()), tmp_path)
     assert trainer.ref_model is None
