@@ -294,6 +294,13 @@ class TestServing:
         assert not wrong
         assert all(done)
 
+    def test_an_adapter_can_come_while_a_layer_lists_its_own(self, model):
+        layer = disha.summary(model).layers[0].name
+        names = iter(model.get_submodule(layer).disha)
+        first = next(names)
+        disha.inject_adapters(model, layer, 2, adapter="new")
+        assert [first, *names] == ["a", "c"]
+
     def test_layers_that_no_adapter_had_before(self, model, tmp_path):
         disha.save_adapter(model, tmp_path / "all", "a")
         disha.remove_adapters(model)

@@ -267,7 +267,7 @@ class Adapters(nn.Module):
         )
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._modules)
+        return iter(list(self._modules))  # a copy: another thread may add one
 
     def __len__(self) -> int:
         return len(self._modules)
@@ -281,8 +281,7 @@ class Adapters(nn.Module):
     def blocks(self, adapter: str | None = None) -> dict[tuple[str, str], Block]:
         """Return (adapter, name of the weight) -> block, of one adapter or of all."""
         found: dict[tuple[str, str], Block] = {}
-        # A list, because another thread may add one.
-        for name in list(self._modules) if adapter is None else [adapter]:
+        for name in self if adapter is None else [adapter]:
             child: Any = self._modules.get(name, {})
             for block in (child,) if isinstance(child, Block) else child.values():
                 found[name, block.slot.name] = block
