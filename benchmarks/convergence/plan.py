@@ -157,14 +157,6 @@ def _parts(task: str) -> list[Cell]:
     return [Cell(task, name, TASKS[task].r, layers=part) for part in parts for name in SIZED]
 
 
-def _tiles(task: str, sizes: Iterable[int]) -> list[Cell]:
-    return [Cell(task, "tile", TASKS[task].r, r_out) for r_out in sizes]
-
-
-def _half(task: str) -> list[Cell]:
-    return [Cell(task, name, TASKS[task].r, dtype="bfloat16") for name in ("bone", "bat")]
-
-
 def _ranks() -> dict[Cell, Cell]:
     """Return the cells of other r in the longer study, each with the one that chooses its rate."""
     return {
@@ -194,8 +186,8 @@ STUDY = Study(
         # All ablations where a run takes seconds. Only one, half of r, where it takes a minute.
         *_sizes("digits", (0.5, 2, 4)),
         *_parts("digits"),
-        *_tiles("digits", (16, 64)),
-        *_half("digits"),
+        *(Cell("digits", "tile", TASKS["digits"].r, r_out) for r_out in (16, 64)),
+        *(Cell("digits", name, TASKS["digits"].r, dtype="bfloat16") for name in ("bone", "bat")),
         *_sizes("packages", (0.5,)),
         *_ranks(),
         *_fixed(),

@@ -210,8 +210,11 @@ def _longer(found: Longer) -> str:
         [METHODS[name].title, *(_at(found, name, rate) for rate in found.rates)]
         for name in found.records
     ]
-    equal = zip(*alike(found).values(), strict=True)
+    near, far = lowest_losses(found)
+    equal = zip(*near.values(), strict=True)
     lowest = _joined([f"{min(losses):.3f} to {max(losses):.3f}" for losses in equal])
+    for name, losses in far.items():
+        lowest += f"; of {METHODS[name].title}, {_joined([f'{loss:.3f}' for loss in losses])}"
     mild, own = MILD["bone"], found.own["bone"].rate
     low, high = (found.mean("bone", rate).forgetting for rate in (mild, own))
     return f"""## Learning against forgetting
@@ -244,24 +247,28 @@ and the verdict compares. A star: mean of {len(STUDY.seeds)} seeds; others have 
 {_sizes(found)}"""
 
 
-def alike(found: Longer) -> dict[str, list[float]]:
-    """Return the lowest losses at equal forgetting that are as near to MiSS's as seeds are."""
+def lowest_losses(found: Longer) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+    """Return those at equal forgetting: as near to MiSS's as seeds are, and farther."""
     lowest = {name: [found.at(name, limit)[0] for limit in LIMITS] for name in found.records}
     ours, of_seeds = lowest["bone"], spread(found)
     gaps = {
         name: max(abs(loss - our) for loss, our in zip(losses, ours, strict=True))
         for name, losses in lowest.items()
     }
-    return {name: lowest[name] for name, gap in gaps.items() if gap <= of_seeds}
+    near = {name: lowest[name] for name, gap in gaps.items() if gap <= of_seeds}
+    return near, {name: lowest[name] for name in lowest if name not in near}
 
 
 def apart(found: Longer) -> float:
     """Return how far those methods are apart at equal forgetting, at most."""
-    return max(max(losses) - min(losses) for losses in zip(*alike(found).values(), strict=True))
+    near, _ = lowest_losses(found)
+    return max(max(losses) - min(losses) for losses in zip(*near.values(), strict=True))
 
 
 def _all(found: Longer) -> str:
-    others = sorted(METHODS[name].title for name in found.records.keys() - alike(found).keys())
+    near, far = lowest_losses(found)
+    more = {name: sum(losses) < sum(near["bone"]) for name, losses in far.items()}
+    others = [f"{METHODS[n].title}, which learns {'more' if more[n] else 'less'}," for n in more]
     return f"all methods but {_joined(others)}" if others else "all methods"
 
 

@@ -418,7 +418,7 @@ class TestResuming:
         named = ["--resume_from_checkpoint", tmp_path / "checkpoint-6", *EXACT]
         assert finetune(tmp_path, *named).report["resumed_from"].endswith("checkpoint-6")
         finetune(tmp_path / "other")
-        with pytest.raises(ArgumentError, match="holds adapter.* of an earlier run"):
+        with pytest.raises(ArgumentError, match=r"holds adapter.* of an earlier run"):
             finetune(tmp_path / "other", *named)
         newest = finetune(tmp_path, *named, "--resume").report["resumed_from"]
         assert newest.endswith("checkpoint-8")
