@@ -120,7 +120,9 @@ if not TYPE_CHECKING:  # a type checker would take any misspelt name for one of 
         if name in __all__:
             for home in HOMES:
                 home_names = vars(import_module(f"disha.{home}"))
-                globals().update({name: home_names[name] for name in __all__ if name in home_names})
+                globals().update(
+                    {public: home_names[public] for public in __all__ if public in home_names}
+                )
             return globals()[name]
         try:
             return import_module(f"disha.{name}")

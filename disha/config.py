@@ -100,7 +100,7 @@ class AdapterConfig:
         if self.r_out is not None:
             check_positive_int("r_out", self.r_out)
             if not method.tiles:
-                tiles = method_names(lambda method: method.tiles)
+                tiles = method_names(lambda known: known.tiles)
                 raise ArgumentError(f"leave r_out out: only {tiles} has an output shard")
         if self.init not in INITS:
             raise ArgumentError(f"unknown init {brief(self.init)}; allowed are {INITS}")

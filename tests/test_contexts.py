@@ -373,6 +373,25 @@ class TestCompiled:
         assert counter.frame_count == 4
 
 
+class CheckpointFunction(torch.autograd.Function):
+    """Activation checkpointing as in fairscale: the function is not the first argument."""
+
+    @staticmethod
+    def forward(ctx, dummy, function, x):
+        ctx.function = function
+        ctx.save_for_backward(x)
+        with torch.no_grad():
+            return function(x)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (x,) = ctx.saved_tensors
+        x = x.detach().requires_grad_()
+        with torch.enable_grad():
+            ctx.function(x).backward(gradient)
+        return None, None, x.grad
+
+
 class TestBackward:
     """Activation checkpointing computes layers again, on an accelerator in a thread of autograd."""
 
@@ -398,6 +417,38 @@ class TestBackward:
         for mine, plain in zip(twin.parameters(), model.parameters(), strict=True):
             assert (mine.grad is None) == (plain.grad is None)
             assert mine.grad is None or torch.equal(mine.grad, plain.grad)
+
+    def test_a_checkpoint_of_another_library(self):
+        model, twin, x = net(), net(), X.clone().requires_grad_()
+        with disha.adapters_active(model, "a"):
+            model(X).sum().backward()
+        with disha.adapters_active(twin, "a"):
+            loss = CheckpointFunction.apply(torch.ones(1, requires_grad=True), twin, x).sum()
+        loss.backward()
+        for mine, plain in zip(twin.parameters(), model.parameters(), strict=True):
+            assert (mine.grad is None) == (plain.grad is None)
+            assert mine.grad is None or torch.equal(mine.grad, plain.grad)
+
+    def test_in_two_threads_at_once(self):
+        model, twin, both = net(), net(), threading.Barrier(2)
+
+        def part(x):
+            if threading.current_thread() is not threading.main_thread():
+                both.wait()
+            return model(x)
+
+        with disha.adapters_active(twin, "a"):
+            (2 * twin(X)).sum().backward()
+        with disha.adapters_active(model, "a"):
+            losses = [checkpoint(part, X, use_reentrant=False).sum() for _ in range(2)]
+        threads = [threading.Thread(target=loss.backward) for loss in losses]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        for mine, plain in zip(model.parameters(), twin.parameters(), strict=True):
+            assert (mine.grad is None) == (plain.grad is None)
+            assert mine.grad is None or close(mine.grad, plain.grad)
 
     def in_a_thread_of_autograd(self, monkeypatch, function):
         """Run a function as autograd does: in a thread that Python has not made."""
@@ -426,6 +477,12 @@ class TestBackward:
         assert isinstance(error, ModeError)
         assert "because adapters_active is open" in str(error)
         assert close(beside, expected["c"])
+
+    def test_what_acted_in_forward_is_known_to_a_checkpoint(self, model, expected, monkeypatch):
+        run, *_ = contexts.in_these_contexts([lambda: model(X)])
+        with disha.adapters_disabled(model):
+            output = self.in_a_thread_of_autograd(monkeypatch, run)
+        assert close(output, expected["c"])
 
     def test_without_contexts_nothing_is_asked(self, model, expected, monkeypatch):
         output = self.in_a_thread_of_autograd(monkeypatch, lambda: model(X))

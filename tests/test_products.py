@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from disha import functional
 from disha.functional import Layout, Update, method_of
 from disha.functional.bone import bone_delta, routed_delta
+from disha.functional.products import update_of_part
 from tests import reference
 from tests.conftest import close, freshly_compiled, needs_grouped_products
 from tests.test_adapted_linear import kept_by
@@ -517,3 +518,25 @@ def test_autocast_leaves_grouped_products_in_their_dtype(method):
     with torch.autocast("cpu", torch.bfloat16):
         assert multiply(x, weight.mT, offs=ends).dtype == torch.float32
         assert torch.equal(functional.adapted_grouped(multiply, x, weight, ends, updates), expected)
+
+
+@pytest.mark.parametrize(
+    ("method", "shape", "rows"),
+    [("bone", (2, 3), (0, 3)), ("bat", (2, 2, 2), (0, 3)), ("rows", (4, 2), (1, 3))],
+)
+def test_a_part_without_the_adapted_rows_takes_part_in_backward(method, shape, rows):
+    """Else the ranks that have these rows would wait for its gradient."""
+    block = torch.randn(shape).requires_grad_()
+    update = Update(method_of(method), block, rows=(rows,), r=2)
+    part, x, indices = torch.randn(4, 4), torch.randn(3, 4), torch.tensor([0, 3])
+    updates = update_of_part(update, MATRIX, (8, 4), ((4, 8), (0, 4)))
+    for found, expected in (
+        (functional.adapted_linear(x, part, None, updates), x @ part.mT),
+        (
+            functional.adapted_product(look_up, indices, part, None, MATRIX, updates),
+            part[indices],
+        ),
+    ):
+        close(found, expected, 1e-6)
+        (gradient,) = torch.autograd.grad(found.sum(), block)
+        assert not gradient.any()

@@ -105,15 +105,16 @@ def _here() -> tuple[Context, ...]:
 
 
 def in_these_contexts(arguments: Any) -> Any:
-    """Return arguments whose first, a function, always runs in the contexts of now.
+    """Return arguments of which the first function always runs in the contexts of now.
 
     Activation checkpointing computes layers again in backward: after a context has ended, or in a
     thread of autograd, which has none.
     """
-    function, *others = arguments
-    contexts = tuple([Context(context.groups, context.override) for context in _here()])
+    around = _here()
 
     def run(*args: Any, **kwargs: Any) -> Any:
+        # Copies, because several threads may run it at once.
+        contexts = tuple([Context(context.groups, context.override) for context in around])
         OPEN.update(contexts)
         before = _ENTERED.set(contexts)
         try:
@@ -122,7 +123,8 @@ def in_these_contexts(arguments: Any) -> Any:
             OPEN.difference_update(contexts)
             _ENTERED.reset(before)
 
-    return run, *others
+    function = next(filter(callable, arguments), run)
+    return [run if value is function else value for value in arguments]
 
 
 def groups_of(layers: Iterable[Any]) -> frozenset[Group]:
@@ -140,10 +142,9 @@ def groups_of(layers: Iterable[Any]) -> frozenset[Group]:
 
 def current_context(group: Group) -> Context | None:
     """Return the context that decides here, if any: one that disables, else the last one."""
-    contexts = _here()
-    if not contexts and in_backward():
+    if _ENTERED.get(None) is None and in_backward():
         _refuse_in_autograd_thread(group)
-    around = [context for context in contexts if context.covers(group)]
+    around = [context for context in _here() if context.covers(group)]
     disabling = [context for context in around if context.override is None]
     if disabling:
         return disabling[0]

@@ -340,7 +340,7 @@ def read_contents(path: Path, *, also_train: bool = True, layers: str | None = N
     pattern = compile_regex("layers", "" if layers is None else layers)  # "" matches all
     kept = [record for record in contents.layers if pattern.search(record.name)]
     if not kept:
-        names = first_few([record.name for record in contents.layers], 10, ", ")
+        names = first_few(contents.names, 10, ", ")
         raise ArgumentError(
             f"layers={layers!r} matches none of the layers in {path}, which are {names}"
         )

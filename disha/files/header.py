@@ -47,6 +47,11 @@ class AdapterContents:
     metadata: Mapping[str, str]
 
     @property
+    def names(self) -> list[str]:
+        """The names of its layers."""
+        return [layer.name for layer in self.layers]
+
+    @property
     def parameters(self) -> int:
         """Number of values in all tensors."""
         return sum(tensor.numel() for tensor in self.tensors.values())
@@ -244,10 +249,10 @@ def _layer(config: AdapterConfig, entry: Any) -> LayerRecord:
     )
 
 
-def _key_problems(fields: AdapterFile) -> list[str]:
+def _key_problems(file: AdapterFile) -> list[str]:
     """Return what is wrong unless the header lists each tensor once, and blocks are numbers."""
-    blocks = [layer.key for layer in fields.layers]
-    listed, tensors = Counter([*blocks, *fields.also_train]), fields.tensors
+    blocks = [layer.key for layer in file.layers]
+    listed, tensors = Counter([*blocks, *file.also_train]), file.tensors
     problems = [] if blocks else ["there is no layer"]
     problems += [f"{brief(key)} is listed {n} times" for key, n in listed.items() if n > 1]
     problems += [f"{brief(key)} is missing" for key in listed if key not in tensors]

@@ -98,9 +98,7 @@ def _base_and_bits(adapter: AdapterArguments) -> tuple[str, str]:
 
 
 def _require_free(folder: Path, training: TrainingArguments) -> None:
-    checkpoint = training.resume_from_checkpoint
-    is_own = checkpoint is not None and Path(checkpoint).resolve().parent == folder.resolve()
-    if training.resume or is_own or training.overwrite_output_dir:
+    if training.resume or training.overwrite_output_dir:
         return
     left = [path.name for path in _earlier_results(folder)]
     if left:
@@ -145,7 +143,7 @@ def _trainer(
         notes[TOKENS_KEY] = json.dumps(adapter.new_tokens)
     model, tokenizer = load_base(base, bits, device, notes)
     rows = mixed(
-        [formed(rows, data.dataset_field, tokenizer) for rows in sets],
+        [formed(one_set, data.dataset_field, tokenizer) for one_set in sets],
         data.data_weights,
         training.seed,
     )
@@ -234,11 +232,12 @@ def _trained(trainer: Trainer, base: str, bits: str, folder: Path) -> Outcome:
 
 def _checkpoint(training: TrainingArguments, folder: Path) -> str | None:
     """Return the checkpoint to go on from, if one is asked for and there is one."""
-    found: str | None = training.resume_from_checkpoint
+    if training.resume_from_checkpoint:
+        return str(training.resume_from_checkpoint)
     if not training.resume:
-        return found
-    if folder.is_dir():  # another rank may not have made it yet
-        found = get_last_checkpoint(folder) or found  # type: ignore[no-untyped-call]
+        return None
+    # Another rank may not have made the folder yet.
+    found = get_last_checkpoint(folder) if folder.is_dir() else None  # type: ignore[no-untyped-call]
     if found is None and (folder / ADAPTER_NAME).exists() and not training.overwrite_output_dir:
         raise ArgumentError(
             f"--output_dir {folder} holds an adapter, but no complete checkpoint to go on from; "

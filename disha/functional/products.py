@@ -176,8 +176,9 @@ def update_product(
     row_numbers = [torch.arange(*ends, device=x.device) for ends in rows]
     if not x.is_floating_point():  # indices
         if rows:
-            is_row = x.unsqueeze(-1) == torch.cat(row_numbers)  # (..., rows)
-            output = F.embedding(is_row.int().argmax(-1), delta) * is_row.any(-1, keepdim=True)
+            # (..., 1 + rows); all other indices look up a row of zeros, the first one.
+            is_row = x.unsqueeze(-1) == torch.cat([x.new_full((1,), -1), *row_numbers])
+            output = F.embedding(is_row.int().argmax(-1), F.pad(delta, (0, 0, 1, 0)))
         else:
             output = multiply(x, delta.to(weight.dtype), None)
         return _dropped_tokens(output, update.dropout)
@@ -291,8 +292,10 @@ def updates_of_rows(
             sum(min(edge, end) - min(edge, begin) for begin, end in rows)
             for edge in (start, stop, geometry.out_features)
         ]
-        if first == last and not everywhere:
-            continue
+        if first == last:
+            if not everywhere:
+                continue
+            first = last = 0  # there, an empty block can be cut whatever r is
         block_geometry = Geometry(geometry.in_features, outputs, geometry.stack)
         block = update.method.of_outputs(update.block, first, last, block_geometry, update.r)
         if block is None:
@@ -303,7 +306,8 @@ def updates_of_rows(
             if begin < stop and start < end
         ]
         has_all = last - first == stop - start
-        found.append(update.replace(block=block, rows=() if has_all else tuple(inside or [(0, 0)])))
+        kept_rows = () if has_all else tuple(inside or [(0, 0)])
+        found.append(update.replace(block=block, rows=kept_rows))
     return found
 
 
@@ -314,7 +318,7 @@ def update_of_part(
     whole = [(0, size) for size in shape]
     if layout.has_kernel:
         return [update] if list(part) == whole else None
-    axes = zip(layout.axes, part, whole)
+    axes = zip(layout.axes, part, whole, strict=True)
     cut = {
         axis: part_of_axis for axis, part_of_axis, all_of_it in axes if part_of_axis != all_of_it
     }
@@ -439,9 +443,10 @@ def _folded(x: Tensor, weight: Tensor, bias: Tensor | None, updates: Sequence[Up
         updates = [first.replace(block=reduce(torch.add, blocks), scale=1.0)]
     if len(updates) == 1 and not first.rows:
         return _folded_alone(x, weight, bias, updates[0])
-    pieces = (
-        _in_pieces(x, weight, bias, updates) if any(update.rows for update in updates) else None
-    )
+    pieces = None
+    # An empty block, of rows that are on other ranks, gets its gradient from the computed weight.
+    if any(update.rows for update in updates) and all(u.block.numel() for u in updates):
+        pieces = _in_pieces(x, weight, bias, updates)
     if pieces is None:
         return F.linear(x, computed_weight(weight, MATRIX, updates), bias)
     return torch.cat(pieces, -1)

@@ -75,7 +75,7 @@ class Route:
         runs = self.runs([self.names[sample] for sample in order], size)
         indices = self._entries(order, size, device)
         each = torch.split(indices, [entries for _, entries in runs])
-        return [(name or "", updates) for (name, _), updates in zip(runs, each)], indices
+        return [(name or "", entries) for (name, _), entries in zip(runs, each)], indices
 
     def choices(self, adapters: Sequence[str], device: torch.device) -> Tensor:
         """Return the index of each sample's adapter, or the number of adapters for no adapter."""

@@ -22,13 +22,14 @@ _WITHOUT_BASE: WeakSet[nn.Module] = WeakSet()
 
 def kept_keys(model: nn.Module, adapter: str) -> set[str]:
     """Return the keys of an adapter in a model's state; raise if another adapter trains."""
+    kept = set(disha.adapter_state_dict(model, adapter))
     for _, layer, other, block in ModelView(model).blocks():
         if other != adapter and other in layer.disha.active and block.block.requires_grad:
             raise ArgumentError(
                 f"adapter {other!r} trains, and checkpoints would hold {adapter!r} alone; name the "
                 "adapter to save, and activate no other (set_active_adapters)"
             )
-    return set(disha.adapter_state_dict(model, adapter))
+    return kept
 
 
 def leave_out_base(model: nn.Module, kept: Collection[str], engine: str) -> None:

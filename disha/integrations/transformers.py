@@ -121,7 +121,7 @@ class _Saving:
         state_dict: dict[str, Tensor] | None = None,
         **unused: Any,
     ) -> None:
-        """Write the adapter into a folder. A cut model comes with its state, gathered by all."""
+        """Write the adapter into a folder. A sharded model comes with its state, gathered."""
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
         state = state_dict or {}

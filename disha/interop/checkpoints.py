@@ -153,7 +153,7 @@ def merge_into_checkpoint(
         _refuse_tied(checkpoint, contents, keys)
     merge = _Merge(checkpoint, keys, contents, scale)
     save(out, merge.write_file if out.suffix == SUFFIX else merge.write_folder)
-    layers = tuple(record.name for record in contents.layers)
+    layers = tuple(contents.names)
     return MergedCheckpoint(out, layers, tuple(keys[name] for name in contents.also_train))
 
 
@@ -337,11 +337,10 @@ def _misfits(
                 problem = "has other values than the weight that the adapter was saved from"
         found += [] if problem is None else [f"{key}: {problem}"]
     for name in contents.also_train:
-        found_shape = tuple(contents.tensors[name].shape)
+        adapter_shape = tuple(contents.tensors[name].shape)
         shape, _ = checkpoint.shape_and_dtype(keys[name])
-        found += (
-            [] if shape == found_shape else [f"{name}: {found_shape}, the checkpoint has {shape}"]
-        )
+        if shape != adapter_shape:
+            found.append(f"{name}: {adapter_shape}, the checkpoint has {shape}")
     return found
 
 

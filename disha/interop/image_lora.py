@@ -103,7 +103,7 @@ def export(
     with ranks.agreeing(action):
         target = checked_path(path)
         for name, view in views.items():
-            layers = [layer.name for layer in contents[name].layers]
+            layers = contents[name].names
             problems = reasons_against(view, layers, unknown_to_lora, exporting=True)
             cls = original_class(view.modules[""])
             if cls.__module__.startswith("diffusers.") and not hasattr(cls, "load_lora_adapter"):

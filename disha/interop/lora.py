@@ -214,7 +214,7 @@ def _converted(
     with view.ranks().agreeing(f"export adapter {adapter!r} as LoRA"):
         check_rank(rank)  # before a rank waits for another
         modules = [layer.name for layer in contents.layers if not is_stack(layer)]
-        saved = saved_modules(view, contents.also_train, [layer.name for layer in contents.layers])
+        saved = saved_modules(view, contents.also_train, contents.names)
         problems = reasons_against(view, modules, unknown_to_lora, exporting=True)
         problems += saved.problems
         problems += stacks.misread_by_peft(contents.layers, experts, model_type)
@@ -349,7 +349,7 @@ def _taken_rows(view: ModelView, folder: PeftFolder) -> list[LayerBlock]:
     for key in [key for key in folder.tensors if key.endswith(TOKENS)]:
         name, values = key.removesuffix(TOKENS), folder.tensors.pop(key)
         ends = numbers if isinstance(numbers, dict) else {name: numbers}
-        indices = next(rows for end, rows in ends.items() if f".{name}".endswith(f".{end}"))
+        indices = next(listed for end, listed in ends.items() if f".{name}".endswith(f".{end}"))
         rows, names = checked_rows(name, indices), _names_of_weight(view, name)
         tied = tuple([other for other in names if other != join(name, "weight")])
         block = values[torch.tensor(indices).argsort()].mT.contiguous()  # (in, rows), in order
@@ -389,7 +389,7 @@ def write_lora(
         for layer in contents.layers
         if layer.layout.pattern == CONV
     ]
-    if any(not layer.name for layer in contents.layers):
+    if not all(contents.names):
         problems.append(f"(the model): {THE_MODEL_ITSELF}")
     problems += [
         f"{name}: it belongs to the model itself, not to a module in it"
@@ -418,7 +418,7 @@ def _config_of(
     parameters = sorted(update.record.name for update in updates if is_stack(update.record))
     # The experts that are written one by one, which are no layers of the model.
     single = {*filter(stacks.SINGLE_EXPERT.fullmatch, names)}
-    single -= {layer.name for layer in contents.layers}
+    single -= set(contents.names)
     others = [name for name in names if name not in single.union(parameters)]
     # SGLang refuses a regex, and knows single experts by the usual names of their projections.
     targets: list[str] | str = sorted({*others, *stacks.SERVED_TARGETS})

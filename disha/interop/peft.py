@@ -135,7 +135,7 @@ def export(
         check_type(note, value, str, "a str")
     contents = adapter_contents(view, adapter, base=False)
     with ranks.agreeing(action):
-        target, names = checked_path(folder), [layer.name for layer in contents.layers]
+        target, names = checked_path(folder), contents.names
         saved = saved_modules(view, contents.also_train, names)
         problems = _inexpressible(contents, dropout)
         problems += reasons_against(view, names, _unknown_to_miss, exporting=True)
@@ -324,7 +324,7 @@ def write_folder(
         for name in contents.also_train
     ]
     refuse_to_write(CANT_EXPRESS, problems)
-    targets = exact_targets(layer.name for layer in contents.layers)
+    targets = exact_targets(contents.names)
     fields = _fields(contents, dropout, targets, (), contents.metadata)
     write_peft_files(checked_path(folder), fields, _blocks(contents))
 

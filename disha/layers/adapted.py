@@ -46,6 +46,7 @@ class AdaptedLayer(nn.Module):
     _original_class: ClassVar[type[nn.Module]]
     _adapted_parameters: ClassVar[tuple[str, ...]] = ()  # those that read as effective weights
     _is_opaque: ClassVar[bool] = False
+    _has_own_reading: ClassVar[bool] = False  # whether a user's subclass computes weight or bias
 
     disha: Adapters
 
@@ -203,10 +204,7 @@ def reset_parameters(layer: AdaptedLayer) -> None:
 class AdaptedLinear(AdaptedLayer, nn.Linear):
     """An `nn.Linear` with adapters; `inject_adapters` gives this class to linear layers."""
 
-    _has_own_reading: ClassVar[bool] = False
-    """Whether a user's subclass computes the weight or the bias."""
-
-    __module__ = nn.Linear.__module__
+    __module__ = nn.Linear.__module__  # as `adapted_class` does; so the class can't be pickled
     _made_by_disha = True
     _original_class = nn.Linear
     _adapted_parameters = ("weight",)

@@ -333,8 +333,9 @@ class Adapters(nn.Module):
         names = () if merged is not None else active
         acting = {parameter: self.blocks_of(names, parameter) for parameter in all_blocks}
         on_weight = acting.get("weight", ())
-        usual = on_weight[0] if len(on_weight) == 1 and on_weight[0].is_on_whole_matrix else None
-        vars(self).update(active_blocks=acting, only_linear_block=usual)
+        is_only = len(on_weight) == 1 and on_weight[0].is_on_whole_matrix
+        only_linear = on_weight[0] if is_only else None
+        vars(self).update(active_blocks=acting, only_linear_block=only_linear)
 
     def blocks_of(self, adapters: Iterable[str], parameter: str) -> tuple[Block, ...]:
         """The blocks of some adapters on a parameter."""

@@ -387,8 +387,8 @@ def plan_injection(
         raise TargetError(_nothing_selected(argument, target, known, skipped, unknown))
     names = [name for layer in known for name in (*layer.module_names, *layer.parameter_names)]
     _refuse_unused(argument, patterns, names)
-    for argument in ("exclude", "rank_pattern", "layouts", "rows"):
-        _refuse_unused(argument, vars(config)[argument], names)
+    for setting in ("exclude", "rank_pattern", "layouts", "rows"):
+        _refuse_unused(setting, vars(config)[setting], names)
     if unfit and strict:
         raise ArgumentError(
             f"{_shown(unfit)}. Choose a smaller `r`, or an `r_out` that divides the outputs, give "
@@ -620,7 +620,7 @@ def _reason_against_opaque(module: nn.Module, slot: Slot, method: str) -> str | 
         return (
             f"its weight is quantised ({quantisation.name}) and can't be read as numbers, as "
             f"method {method!r} requires; "
-            f"use {method_names(lambda method: not method.reads_weight)}"
+            f"use {method_names(lambda known: not known.reads_weight)}"
         )
     if chosen.replaces:
         return f"its weight is quantised ({quantisation.name}); only dense ones get new rows"
@@ -684,8 +684,8 @@ def check_addable(
     view.refuse_wrapped(action, before_wrapping)
     if adapter in view.adapters:
         raise ArgumentError(
-            f"the model has an adapter {adapter!r} already; choose another name, or pass "
-            "replace=True to load into it"
+            f"the model has an adapter {adapter!r} already; choose another name. To load "
+            "into it, pass replace=True to load_adapter"
         )
 
 

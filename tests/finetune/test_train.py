@@ -413,16 +413,6 @@ class TestResuming:
         assert main(again) == 0
         assert Result(tmp_path).report["resumed_from"].endswith("checkpoint-2")
 
-    def test_from_a_checkpoint_of_its_own_folder(self, finetune, tmp_path):
-        finetune(tmp_path, *EXACT)
-        named = ["--resume_from_checkpoint", tmp_path / "checkpoint-6", *EXACT]
-        assert finetune(tmp_path, *named).report["resumed_from"].endswith("checkpoint-6")
-        finetune(tmp_path / "other")
-        with pytest.raises(ArgumentError, match=r"holds adapter.* of an earlier run"):
-            finetune(tmp_path / "other", *named)
-        newest = finetune(tmp_path, *named, "--resume").report["resumed_from"]
-        assert newest.endswith("checkpoint-8")
-
     def test_without_a_checkpoint_it_starts_at_the_beginning(self, finetune, tmp_path, capsys):
         assert finetune(tmp_path, "--resume").report["resumed_from"] is None
         assert "starting at the beginning" in capsys.readouterr().out
