@@ -448,7 +448,7 @@ In [PEFT's image comparison](https://github.com/huggingface/peft/tree/main/metho
 (FLUX.2 klein 4B, 1e-4, June 2026), MiSS with r = 32 has the lowest training loss of 31 runs: 0.617;
 LoRA has 0.735. But its images are less like the subject (0.657; LoRA 0.697), and other images drift
 more (0.309; LoRA 0.262). [The paper](citing.md) reports 48.16% for MiSS (Bone) and 40.75% for LoRA:
-a Llama with 7B parameters on GSM8K. Both have 2e-5, at which a LoRA takes smaller steps.
+a Llama with 7B parameters on GSM8K. Both were trained at 2e-5, at which a LoRA takes smaller steps.
 """
 
 

@@ -3,7 +3,8 @@
 The first injection calls `install`; importing changes nothing. Without this, the adapter would not
 act, or another one would, without a word:
 
-    the `apply` of a custom function of autograd    runs it, with W and no gradient
+    the `apply` of a custom function of autograd    runs it, with W and no gradient; one called
+                                                    `CheckpointFunction` is checkpointing, below
     autograd.function.custom_function_call          does the same inside transforms of `torch.func`
     what wraps an argument of `torch.vmap`,         wraps W
     `torch.func.grad` and `jvp`

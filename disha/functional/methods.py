@@ -13,8 +13,8 @@ then has the axes of the stack before its own. In a convolution, a block of two 
 the weight, with r in the place of `in`.
 
 `Method` answers for any layout: `block_shape`, `delta_weight`, `wider_block`, `lora_factors`.
-Layers, files, merging and conversions ask it; only formats and flags have methods by name. To add a
-method: write a subclass of `Method`, and put an instance into `METHODS`.
+Layers, files, merging and conversions ask it; a method's name stands only in files and arguments.
+To add a method: write a subclass of `Method`, and put an instance into `METHODS`.
 
 Source: arXiv 2409.15371, section 3.
 """
