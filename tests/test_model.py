@@ -185,8 +185,6 @@ def test_nothing_else_walks():
         ("model/control.py", "module.modules()"),
         ("model/view.py", "layer.disha.children()"),
         ("model/inject.py", "module.modules()"),
-        ("integrations/engines.py", "model.modules()"),
-        ("integrations/engines.py", "model.parameters()"),
         ("integrations/memory.py", "model.parameters()"),
         ("model/running_statistics.py", "model.named_modules()"),
     }

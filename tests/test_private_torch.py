@@ -81,7 +81,10 @@ def test_every_name_in_the_tables_of_rules_exists():
     missing, seen = [], 0
     for path in (PACKAGE / "effective").glob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("rule", "rules"):
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") in (
+                "rule",
+                "rule_with_operation",
+            ):
                 texts = [one.value for one in node.args if isinstance(one, ast.Constant)]
                 names = " ".join(texts).split()
                 missing += [n for n in names if not hasattr(Tensor, n) and not hasattr(torch, n)]

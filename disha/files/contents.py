@@ -29,11 +29,12 @@ from disha.files.header import (
     parse_header,
 )
 from disha.functional import METHODS
+from disha.layers.blocks import check_adapter_name
 from disha.layers.weights import base_of, is_packed, start_of, weight_shape
 from disha.model import running_statistics
 from disha.model.fingerprints import fingerprint, same_base
 from disha.model.inject import apply_plan
-from disha.model.plan import Plan, check_addable, plan_weights
+from disha.model.plan import Plan, plan_weights
 from disha.model.records import LayerRecord
 from disha.model.state import LoadReport, adapter_tensors, check_fit, finite_as
 from disha.model.view import ModelBlock, ModelView, all_or_nothing
@@ -406,12 +407,16 @@ def load_contents(
     """Put an adapter into a model, as `load_adapter` does; a `partial` one leaves other layers."""
     with all_or_nothing(view, around) as undo:
         with view.ranks().agreeing(f"load a file as adapter {adapter!r}"):
+            check_adapter_name(adapter)
             check_dtype(dtype)
             view.refuse_inside("load an adapter")
-            taken = replace and adapter in view.adapters
-            if not taken:
-                check_addable(view, adapter)
-            elif dtype is not None:
+            taken = adapter in view.adapters
+            if taken and not replace:
+                raise ArgumentError(
+                    f"the model has an adapter {adapter!r} already; load under another name "
+                    "(adapter=), or pass replace=True"
+                )
+            if taken and dtype is not None:
                 raise ArgumentError(
                     "replace=True keeps the blocks with their dtype; leave dtype out"
                 )

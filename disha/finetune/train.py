@@ -238,12 +238,12 @@ def _checkpoint(training: TrainingArguments, folder: Path) -> str | None:
         return None
     # Another rank may not have made the folder yet.
     found = get_last_checkpoint(folder) if folder.is_dir() else None  # type: ignore[no-untyped-call]
-    if found is None and (folder / ADAPTER_NAME).exists() and not training.overwrite_output_dir:
-        raise ArgumentError(
-            f"--output_dir {folder} holds an adapter, but no complete checkpoint to go on from; "
-            "start over with --overwrite_output_dir"
-        )
     if found is None:
+        if (folder / ADAPTER_NAME).exists() and not training.overwrite_output_dir:
+            raise ArgumentError(
+                f"--output_dir {folder} holds an adapter, but no complete checkpoint to go on "
+                "from; start over with --overwrite_output_dir"
+            )
         print(f"there is no complete checkpoint in {folder}; starting at the beginning")
     return found
 

@@ -10,7 +10,8 @@ last column says.
       torch._C._DisableTorchDispatch
     torch._subclasses.FakeTensorMode;    counts the memory of a step             one error at use
       torch.distributed._tools
-      .mem_tracker.MemTracker
+      .mem_tracker.MemTracker, and its
+      _mod_tracker
     torch._C:
       _are_functorch_transforms_active   nothing is written in place then      as if always: slow
       _is_any_autocast_enabled           a quick question before a slow one    the slow one

@@ -272,9 +272,6 @@ class Adapters(nn.Module):
     def __len__(self) -> int:
         return len(self._modules)
 
-    def __contains__(self, adapter: object) -> bool:
-        return adapter in self._modules
-
     def __getitem__(self, adapter: str) -> Block:
         return self._modules[adapter]  # type: ignore[return-value]
 

@@ -471,6 +471,7 @@ def plan_weights(
     freeze: bool,
 ) -> Plan:
     """Plan an adapter for the weights that a file names; one error lists all reasons."""
+    check_addable(view, adapter)
     known: dict[str, PlannedLayer] = {}
     for layer in _layers_of(view, AdapterConfig(config.r)):
         # A parameter of unknown layout can be asked for too, because the file has its layout.
@@ -683,10 +684,7 @@ def check_addable(
     view.refuse_inside(action)
     view.refuse_wrapped(action, before_wrapping)
     if adapter in view.adapters:
-        raise ArgumentError(
-            f"the model has an adapter {adapter!r} already; choose another name. To load "
-            "into it, pass replace=True to load_adapter"
-        )
+        raise ArgumentError(f"the model has an adapter {adapter!r} already; choose another name")
 
 
 def _selected(

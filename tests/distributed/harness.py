@@ -119,6 +119,7 @@ def adapted(
     model = Model().to(dtype)
     if case.startswith("tied"):
         model.head.weight = model.embed.weight
+        model.head.bias = None  # PEFT has no bias beside new rows
     if compiled:
         for index, block in enumerate(model.blocks):
             model.blocks[index] = torch.compile(block, backend="eager")
