@@ -220,7 +220,7 @@ def _longer(found: Longer) -> str:
     return f"""## Learning against forgetting
 
 A longer training: {task.steps} steps of {task.batch} rows, no row twice, r = {task.r}. *Forgetting*
-is the rise of the loss on text that the base itself wrote, from {base:.3f}.
+is the rise of the loss on text that the base itself wrote, from {base:.2f}.
 
 ![Test loss over forgetting, and over the learning rate]({PICTURES.format("longer")})
 
