@@ -155,6 +155,30 @@ class TestRoute:
                 assert torch.allclose(model(self.tokens), expected, rtol=0, atol=1e-12)
         assert len({tuple(row.flatten().tolist()) for row in expected}) == 5
 
+    @pytest.mark.parametrize(("r", "fits"), [(3, True), (2, False)])
+    def test_a_view_has_all_adapters_or_none(self, r, fits):
+        """The block of BAT can be cut between the halves only at a multiple of r."""
+
+        class Halves(nn.Linear):
+            def forward(self, x):
+                return torch.cat(
+                    [nn.functional.linear(x, half) for half in self.weight.chunk(2)], 1
+                )
+
+        model, x = nn.Sequential(Halves(6, 6, bias=False)).double(), torch.randn(2, 6).double()
+        disha.inject_adapters(model, "0", r=2, adapter="a")
+        perturb(disha.inject_adapters(model, "0", r=r, adapter="b", method="bat"))
+        expected = []
+        for name, sample in zip("ab", x.split(1), strict=True):
+            disha.set_active_adapters(model, name)
+            expected.append(model(sample))
+        with disha.route_adapters(model, ["a", "b"]):
+            if fits:
+                assert torch.allclose(model(x), torch.cat(expected), rtol=0, atol=1e-12)
+            else:
+                with pytest.raises(ModeError, match="needs one computed weight"):
+                    model(x)
+
     def test_gradients_reach_the_blocks_of_the_routed_adapters_only(self):
         model = several()
         with disha.route_adapters(model, ["a", None, "b", None, "a"]):
