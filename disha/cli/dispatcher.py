@@ -118,8 +118,9 @@ def _told(error: Exception) -> str:
     if isinstance(error, ModuleNotFoundError):
         package = str(error.name).partition(".")[0]
         return f'the package {package} is missing; run: pip install "disha-torch[finetune]"'
-    is_ours = isinstance(error, (DishaError, AdapterFileWarning))
-    return str(error) if is_ours else f"{type(error).__name__}: {error}"
+    if isinstance(error, (DishaError, AdapterFileWarning)):
+        return str(error)
+    return f"{type(error).__name__}: {error}"
 
 
 def _is_bad_input(error: BaseException) -> bool:

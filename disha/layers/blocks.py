@@ -267,7 +267,7 @@ class Adapters(nn.Module):
         )
 
     def __iter__(self) -> Iterator[str]:
-        return iter(list(self._modules))  # a copy: another thread may add one
+        yield from list(self._modules)  # a copy: another thread may add one
 
     def __len__(self) -> int:
         return len(self._modules)

@@ -47,13 +47,20 @@ def restore_flags(module: nn.Module) -> None:
 
 def keep_flags(parameters: Iterable[tuple[Any, Any, str]], undo: ExitStack) -> None:
     """Note the flags of parameters, and what their modules remember, in `undo`."""
+    kept = []
     for _, module, name in parameters:
         attributes, parameter = attributes_of(module), module._parameters[name]
-        undo.callback(setattr, parameter, "requires_grad", parameter.requires_grad)
-        if _FLAGS in attributes:
-            undo.callback(attributes.__setitem__, _FLAGS, dict(attributes[_FLAGS]))
-        else:
-            undo.callback(attributes.pop, _FLAGS, None)
+        remembered = attributes.get(_FLAGS, {}).copy()
+        kept.append((parameter, parameter.requires_grad, attributes, remembered))
+
+    def put_back() -> None:
+        for parameter, flag, attributes, remembered in kept:
+            parameter.requires_grad = flag
+            attributes[_FLAGS] = remembered
+            if not remembered:
+                del attributes[_FLAGS]
+
+    undo.callback(put_back)  # one for all parameters, because each takes time and memory
 
 
 def claim(module: nn.Module, adapter: str, name: str, flag_without: bool) -> None:
