@@ -205,9 +205,8 @@ def unmerge_adapters(model: nn.Module) -> None:
 def _refuse_sharded(view: ModelView, action: str) -> None:
     if view.sharded:
         raise MergeError(
-            f"can't {action} in a model with sharded parameters "
-            f"({type(view.sharded[0]).__name__}): save the adapter (save_adapter, on all ranks), "
-            "and merge it into the plain model"
+            f"can't {action} in a model with sharded parameters; save the adapter on all ranks "
+            "(save_adapter), and merge it into the plain model"
         )
 
 
