@@ -7,6 +7,7 @@ The real step runs with fake tensors and ranks. A batch is 1 x 2,048 tokens; in 
 
 from __future__ import annotations
 
+import gc
 import itertools
 import json
 import re
@@ -83,8 +84,8 @@ def quantise(model: Any) -> None:
             sizes = module.in_features, module.out_features, False
             with unset_fake_temporarily():  # its class of weights holds no fake tensor
                 layer = LinearNF4(*sizes, model.dtype, quant_storage=model.dtype, device="meta")
-            how = {"quant_type": "nf4", "quant_storage": model.dtype}
-            data, layer.quant_state = quantize_4bit(module.weight, compress_statistics=True, **how)
+            how = {"quant_type": "nf4", "compress_statistics": True, "quant_storage": model.dtype}
+            data, layer.quant_state = quantize_4bit(module.weight.data, **how)
             layer.weight = nn.Parameter(data, requires_grad=False)
             layer.register_forward_pre_hook(note_state)  # FSDP makes a parameter of its own
             note_state(layer)
@@ -113,8 +114,7 @@ def made(mesh: Any, name: str, adapter: str, way: str, bits: int, recompute: boo
     if way == "tensor parallel":
         for layer in layers:
             names = [(name, name.split(".")[-1]) for name, _ in layer.named_modules()]
-            plan = {name: CUT[last]() for name, last in names if last in CUT}
-            parallelize_module(layer, mesh, plan)
+            parallelize_module(layer, mesh, {name: CUT[s]() for name, s in names if s in CUT})
     model = adapt(model, adapter, r)
     if way == "DDP":  # its first communication compares values
         model = DistributedDataParallel(model, init_sync=False)
@@ -134,6 +134,7 @@ def simulated(ranks: int, rows: int, tokens: int, *of_model: Any) -> dict[str, i
         mesh = init_device_mesh("cpu", (ranks,))
         with fake, tracker:
             model, optimizer = made(mesh, *of_model)
+            gc.collect()  # what was quantised is in cycles
         return step_memory(model, optimizer, lambda: model(input_ids=ids, labels=ids).loss, modes)
     finally:
         dist.destroy_process_group()
@@ -189,11 +190,10 @@ def main() -> None:
         key = f"{name}, {bits} bits, {way}, {ranks}, {column}"
         uncut = way == "tensor parallel" and (adapter == "lora" or bits == 4 or name[0] == "M")
         unknown = name[0] == "M" and (adapter == "bat" or (adapter, bits) == ("lora", 4))
-        if key in kept or uncut or unknown:
-            continue  # the page says why
-        kept[key] = simulated(ranks, 1, 2048, name, adapter, way, bits, bool(recompute), R)
-        write(kept)
-        print(key, kept[key], flush=True)
+        if not (key in kept or uncut or unknown):  # the page says why
+            kept[key] = simulated(ranks, 1, 2048, name, adapter, way, bits, bool(recompute), R)
+            write(kept)
+            print(key, kept[key], flush=True)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ from torch import nn
 from torch._subclasses import FakeTensorMode
 
 import disha
-from benchmarks.fits import checked
+from benchmarks.fits import checked, simulated
 from disha.effective import EffectiveWeight
 
 
@@ -30,3 +30,11 @@ def test_an_adapted_weight_of_a_fake_tensor_is_not_computed():
         assert layer.weight.base.grad is None
         (block,) = disha.adapter_parameters(layer)
         assert block.grad.shape == block.shape
+
+
+def test_weights_in_four_bits_take_the_place_of_others():
+    whole, packed = (
+        simulated(1, 1, 64, "small", "bone", "one process", bits, False, 16)["weights"]
+        for bits in (16, 4)
+    )
+    assert packed < 0.4 * whole  # the embedding and the head stay

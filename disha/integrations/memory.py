@@ -30,14 +30,15 @@ def step_memory(
         modes: the `memory_modes` in which the model was made, if it has no values.
     """
     fake, tracker = modes or memory_modes()
+    device = next(model.parameters()).device
     with fake, tracker:
         # These stand for the weights in all operations: while they live, each is counted once.
         _weights = [local_part(weight).detach() for weight in model.parameters()]
-        [before] = tracker.get_tracker_snapshot().values()
+        before = tracker.get_tracker_snapshot()[device]
         loss_of().backward()  # type: ignore[no-untyped-call]
-        [peak] = tracker.get_tracker_snapshot("peak").values()
+        peak = tracker.get_tracker_snapshot("peak")[device]
         optimizer.step()  # which makes its state; from then on, each step has it too
-        [after] = tracker.get_tracker_snapshot().values()
+        after = tracker.get_tracker_snapshot()[device]
     trained = sum(
         local_part(weight).nbytes for weight in model.parameters() if weight.requires_grad
     )

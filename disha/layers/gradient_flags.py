@@ -50,8 +50,9 @@ def keep_flags(parameters: Iterable[tuple[Any, Any, str]], undo: ExitStack) -> N
     kept = []
     for _, module, name in parameters:
         attributes, parameter = attributes_of(module), module._parameters[name]
-        remembered = attributes.get(_FLAGS, {}).copy()
-        kept.append((parameter, parameter.requires_grad, attributes, remembered))
+        kept.append(
+            (parameter, parameter.requires_grad, attributes, dict(attributes.get(_FLAGS, {})))
+        )
 
     def put_back() -> None:
         for parameter, flag, attributes, remembered in kept:
