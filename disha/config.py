@@ -260,7 +260,7 @@ def _as_dict(name: str, value: Any, checked: Callable[[str, Any], Any]) -> Mappi
 def checked_rows(name: str, ranges: Any) -> Rows:
     """Check numbers of rows, or ranges of them, and return ranges in order."""
     try:
-        pairs = ((row, row + 1) if isinstance(row, int) else row for row in ranges)
+        pairs = ((item, item + 1) if isinstance(item, int) else item for item in ranges)
         rows: Rows = tuple(sorted((index(first), index(stop)) for first, stop in pairs))
     except (TypeError, ValueError) as error:
         raise ArgumentTypeError(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import threading
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from typing import Any, TypeAlias
 from weakref import WeakSet, WeakValueDictionary
@@ -113,14 +113,13 @@ def in_these_contexts(arguments: Any) -> Any:
     around = _here()
 
     def run(*args: Any, **kwargs: Any) -> Any:
-        # Copies, because several threads may run it at once.
-        contexts = tuple([Context(context.groups, context.override) for context in around])
-        OPEN.update(contexts)
-        before = _ENTERED.set(contexts)
+        before = _ENTERED.set(())
         try:
-            return function(*args, **kwargs)
+            with ExitStack() as opened:  # anew, because several threads may run it at once
+                for context in around:
+                    opened.enter_context(entered(context.groups, context.override))
+                return function(*args, **kwargs)
         finally:
-            OPEN.difference_update(contexts)
             _ENTERED.reset(before)
 
     function = next(filter(callable, arguments), run)

@@ -271,7 +271,8 @@ def _traced(weight: Tensor, block: Tensor) -> Tensor:
     """Return W_eff as a product in W's dtype and a sum in at least float32: compiled, one loop."""
     _, r, _ = block.shape
     tiles, dtype = square_tiles(weight, r), merge_dtype(weight.dtype)
-    start, product = (torch.unflatten(matrices, -2, (r, -1)) for matrices in (tiles, tiles @ block))
+    start = torch.unflatten(tiles, -2, (r, -1))
+    product = torch.unflatten(tiles @ block, -2, (r, -1))
     total = start.to(dtype) + (product.to(dtype) + block.unsqueeze(-2).to(dtype))
     effective = total.to(weight.dtype).flatten(-4, -3).flatten(-2)
     return effective[: weight.shape[0], : weight.shape[1]]

@@ -445,7 +445,8 @@ def _folded(x: Tensor, weight: Tensor, bias: Tensor | None, updates: Sequence[Up
         return _folded_alone(x, weight, bias, updates[0])
     pieces = None
     # An empty block, of rows that are on other ranks, gets its gradient from the computed weight.
-    if any(update.rows for update in updates) and all(u.block.numel() for u in updates):
+    has_rows = any(update.rows for update in updates)
+    if has_rows and all(update.block.numel() for update in updates):
         pieces = _in_pieces(x, weight, bias, updates)
     if pieces is None:
         return F.linear(x, computed_weight(weight, MATRIX, updates), bias)

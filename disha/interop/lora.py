@@ -426,20 +426,20 @@ def _config_of(
         targets = exact_targets(others, None if view is None else module_names(view))
     # The values of most layers are the default; the patterns list the other layers.
     sizes = {update.record.name: (update.rank, _alpha_of(update)) for update in updates}
-    r, alpha = commonest(sizes.values())
+    usual_r, usual_alpha = commonest(sizes.values())
     return {
         "peft_type": "LORA",
         "inference_mode": True,
         "task_type": None,
         "base_model_name_or_path": None,
         **({} if view is None else notes_of(view.model)),
-        "r": r,
-        "lora_alpha": alpha,
-        "rank_pattern": {anchored(name): rank for name, (rank, _) in sizes.items() if rank != r},
+        "r": usual_r,
+        "lora_alpha": usual_alpha,
+        "rank_pattern": {
+            anchored(name): rank for name, (rank, _) in sizes.items() if rank != usual_r
+        },
         "alpha_pattern": {
-            anchored(name): its_alpha
-            for name, (_, its_alpha) in sizes.items()
-            if its_alpha != alpha
+            anchored(name): alpha for name, (_, alpha) in sizes.items() if alpha != usual_alpha
         },
         "target_modules": targets,
         "modules_to_save": sorted(saved) or None,

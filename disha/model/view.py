@@ -256,15 +256,14 @@ class ModelView:
             raise TargetError(f"can't {action}: the model is wrapped by {wrappers[0]}; {remedy}")
 
     @property
-    def sharded(self) -> list[nn.Module]:
-        """The modules that FSDP manages or that have a sharded or partitioned parameter."""
+    def sharded(self) -> bool:
+        """Whether FSDP manages a module, or one has a sharded or partitioned parameter."""
         classes = tuple([cls for cls, wrapper in self._wrappers if wrapper.shards])
-        return [
-            module
-            for module in self.names
-            if isinstance(module, classes)
+        return any(
+            isinstance(module, classes)
             or any(is_sharded(p) or is_partitioned(p) for p in module._parameters.values())
-        ]
+            for module in self.names
+        )
 
     def reshard(self) -> None:
         """Make FSDP hold shards. Parameters that a forward has gathered are only temporary."""
