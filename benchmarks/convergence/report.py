@@ -94,7 +94,7 @@ def verdict(found: Mapping[str, TaskFindings], long: Longer) -> str:
         f"rate](choosing.md#learning-rate): {MILD['bone']:g} for the language model.** In the "
         f"longer training{seeds}, it then learns and forgets about as much as a LoRA at "
         f"{MILD[OTHER]:g}, in less time and memory. At equal forgetting, up to {LIMITS[-1]:g}"
-        f"{FIRST}, {_all(long)} there learn as much: test losses differ by at most "
+        f"{FIRST}, {_all(long)} learn as much there: test losses differ by at most "
         f"{apart(long):.3f}, seeds by up to {spread(long):.3f}.",
         _line("Quality", found, "test loss", "loss", ("better", "worse")),
         _line("Speed", found, "time of a step", None, ("faster", "slower")),
