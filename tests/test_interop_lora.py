@@ -9,6 +9,7 @@ import peft
 import pytest
 import torch
 from torch import nn
+from transformers import LlamaForSequenceClassification
 
 import disha
 from disha import AdapterFileError, ConversionError
@@ -267,6 +268,14 @@ def test_the_task_and_the_name_of_the_base_are_written(tmp_path, architecture, t
     theirs = served(base, tmp_path / "lora")
     assert isinstance(theirs, peft.PeftModelForCausalLM) == (task is not None)
     torch.testing.assert_close(output(theirs, TOKENS), output(ours, TOKENS))
+
+
+def test_a_classifier_whose_head_does_not_train(tmp_path):
+    """PEFT loads a folder that names such a task only if it has the whole head."""
+    base = LlamaForSequenceClassification(llama().config).eval()
+    ours = adapted(base, "q_proj|score")
+    lora.export(ours, tmp_path)
+    check_served(base, tmp_path, ours, TOKENS[1:], 1e-5)
 
 
 # --- what was trained beside ---------------------------------------------------------------------

@@ -148,11 +148,11 @@ NOTES = ("base_model_name_or_path", "revision", "task_type")
 TASKS = {
     "ForCausalLM": "CAUSAL_LM",
     "LMHeadModel": "CAUSAL_LM",
-    "ForSequenceClassification": "SEQ_CLS",
-    "ForTokenClassification": "TOKEN_CLS",
-    "ForQuestionAnswering": "QUESTION_ANS",
 }
-"""The end of a model's class in `transformers` -> PEFT's name of its task."""
+"""The end of a model's class in `transformers` -> PEFT's name of its task.
+
+PEFT's tasks that classify are left out: PEFT loads them only if the folder has the whole head.
+"""
 
 
 def notes_of(model: nn.Module) -> dict[str, str]:
