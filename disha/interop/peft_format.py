@@ -145,26 +145,21 @@ def exact_targets(
 NOTES = ("base_model_name_or_path", "revision", "task_type")
 """Fields that say where an adapter belongs. They do not change what it computes."""
 
-TASKS = {
-    "ForCausalLM": "CAUSAL_LM",
-    "LMHeadModel": "CAUSAL_LM",
-}
-"""The end of a model's class in `transformers` -> PEFT's name of its task.
-
-PEFT's tasks that classify are left out: PEFT loads them only if the folder has the whole head.
-"""
-
 
 def notes_of(model: nn.Module) -> dict[str, str]:
-    """Return the `NOTES` that the configuration of a model of `transformers` gives."""
+    """Return the `NOTES` that the class and the configuration of a model of `transformers` give.
+
+    PEFT's tasks that classify are left out: PEFT loads them only if the folder has the whole head.
+    """
     config: Any = getattr(model, "config", None)
-    architecture = (getattr(config, "architectures", None) or [type(model).__name__])[0]
-    tasks = [task for end, task in TASKS.items() if architecture.endswith(end)]
-    if architecture.endswith("ForConditionalGeneration") and config.is_encoder_decoder:
-        tasks.append("SEQ_2_SEQ_LM")
+    name, task = type(model).__name__, None  # the configuration may name the class of a checkpoint
+    if name.endswith(("ForCausalLM", "LMHeadModel")):
+        task = "CAUSAL_LM"
+    elif name.endswith("ForConditionalGeneration") and config.is_encoder_decoder:
+        task = "SEQ_2_SEQ_LM"
     found = {
         "base_model_name_or_path": getattr(config, "_name_or_path", None),
-        "task_type": tasks[0] if tasks else None,
+        "task_type": task,
     }
     return {note: value for note, value in found.items() if value}
 
