@@ -169,6 +169,16 @@ def test_replacing_swaps_them(tmp_path):
     assert torch.equal(model(images()), expected)
 
 
+def test_a_second_adapter_does_not_change_those_of_the_first(tmp_path):
+    first, path = trained(), tmp_path / "second.safetensors"
+    disha.save_adapter(train(adapted(small()), images() + 1), path)
+    expected = first(images())
+    with pytest.raises(disha.AdapterFileError, match=r"1\.running_mean: another adapter"):
+        disha.load_adapter(first, path, "second")
+    disha.load_adapter(first, path, "second", also_train=False, activate=False)
+    assert torch.equal(first(images()), expected)
+
+
 def test_also_train_false_leaves_them_out(tmp_path):
     disha.save_adapter(trained(), tmp_path / "a.safetensors")
     model = small()

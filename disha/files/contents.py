@@ -426,7 +426,7 @@ def load_contents(
             else:
                 apply_plan(view, _planned(incoming, dtype, freeze), undo, activate=activate)
             targets = running_statistics.statistics(view.names) | adapter_tensors(view, adapter)
-            _check_fits(incoming, targets, _differences(incoming) if taken else [])
+            _check_fits(incoming, targets, (_differences if taken else _overwritten)(incoming))
         for key, tensor in incoming.tensors.items():
             if taken or key not in incoming.layers:  # new blocks have their values
                 write(targets[key], tensor, undo)
@@ -500,6 +500,16 @@ def _differences(incoming: _Incoming) -> list[str]:
         for theirs, mine in zip(found, expected, strict=True)
         for field, value in vars(mine).items()
         if getattr(theirs, field) != value
+    ]
+
+
+def _overwritten(incoming: _Incoming) -> list[str]:
+    """Return the running statistics that it would change although another adapter has its own."""
+    return [
+        f"{name}: another adapter has changed it, and it can belong to only one; to load the "
+        "layers alone, pass also_train=False"
+        for name, (now, _) in running_statistics.changed_statistics(incoming.view.names).items()
+        if name in incoming.tensors and not torch.equal(incoming.tensors[name].to(now), now)
     ]
 
 

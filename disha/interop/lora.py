@@ -430,9 +430,7 @@ def _config_of(
     return {
         "peft_type": "LORA",
         "inference_mode": True,
-        "task_type": None,
-        "base_model_name_or_path": None,
-        **({} if view is None else notes_of(view.model)),
+        **notes_of(None if view is None else view.model),
         "r": usual_r,
         "lora_alpha": usual_alpha,
         "rank_pattern": {

@@ -128,10 +128,8 @@ def export(
     view = ModelView(model)
     ranks, action = view.ranks(), f"export adapter {adapter!r} to PEFT"
     given = {"base_model_name_or_path": base_model_name_or_path, "task_type": task_type}
-    notes = notes_of(view.model) | {
-        note: value for note, value in given.items() if value is not None
-    }
-    for note, value in notes.items():
+    given = {note: value for note, value in given.items() if value is not None}
+    for note, value in given.items():
         check_type(note, value, str, "a str")
     contents = adapter_contents(view, adapter, base=False)
     with ranks.agreeing(action):
@@ -141,6 +139,7 @@ def export(
         problems += reasons_against(view, names, _unknown_to_miss, exporting=True)
         refuse_to_write(CANT_EXPRESS, [*problems, *saved.problems])
         targets = exact_targets(names, module_names(view))
+        notes = notes_of(view.model) | given
         fields = _fields(contents, dropout, targets, saved.modules, notes)
     beside = saved.copies()
     with ranks.agreeing(action):
@@ -334,7 +333,7 @@ def _fields(
     dropout: float | None,
     targets: list[str] | str,
     saved: Iterable[str],
-    notes: Mapping[str, str],
+    notes: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Return PEFT's configuration."""
     config = contents.config if dropout is None else contents.config.changed(dropout=dropout)

@@ -146,7 +146,7 @@ NOTES = ("base_model_name_or_path", "revision", "task_type")
 """Fields that say where an adapter belongs. They do not change what it computes."""
 
 
-def notes_of(model: nn.Module) -> dict[str, str]:
+def notes_of(model: nn.Module | None) -> dict[str, str | None]:
     """Return the `NOTES` that the class and the configuration of a model of `transformers` give.
 
     PEFT's tasks that classify are left out: PEFT loads them only if the folder has the whole head.
@@ -157,11 +157,8 @@ def notes_of(model: nn.Module) -> dict[str, str]:
         task = "CAUSAL_LM"
     elif name.endswith("ForConditionalGeneration") and config.is_encoder_decoder:
         task = "SEQ_2_SEQ_LM"
-    found = {
-        "base_model_name_or_path": getattr(config, "_name_or_path", None),
-        "task_type": task,
-    }
-    return {note: value for note, value in found.items() if value}
+    base = getattr(config, "_name_or_path", None) or None
+    return {"base_model_name_or_path": base, "task_type": task}
 
 
 # --- layers --------------------------------------------------------------------------------------
