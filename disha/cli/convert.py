@@ -52,7 +52,7 @@ def main(words: Sequence[str]) -> None:
     if flags.no_also_train:
         contents = blocks_only(contents)
     report = _write(flags, contents, base)
-    if report is not None:
+    if report:
         print(fit(str(report)))
     layers = counted(len(contents.layers), "layer")
     print(f"{flags.source} -> {flags.out} ({flags.to}): {layers}")
@@ -77,11 +77,11 @@ def _parser() -> Parser:
 def _read(flags: Namespace, base: Checkpoint | None) -> AdapterContents:
     path = flags.source
     if (path / ADAPTER_NAME).is_file():
-        path = path / ADAPTER_NAME
+        path /= ADAPTER_NAME
     if path.is_dir():
         return _read_folder(path, flags, base)
     if not image_lora.has_factors(path):
-        return read_contents(path, also_train=not flags.no_also_train)
+        return read_contents(path)
     found = image_lora.read_file(path)
     component = flags.component or next(iter(found))
     if component not in found or (flags.component is None and len(found) > 1):
@@ -91,17 +91,20 @@ def _read(flags: Namespace, base: Checkpoint | None) -> AdapterContents:
 
 def _read_folder(path: Path, flags: Namespace, base: Checkpoint | None) -> AdapterContents:
     """Read a folder that PEFT has saved."""
-    if not (path / PEFT_CONFIG).is_file():
+    settings = path / PEFT_CONFIG
+    if not settings.is_file():
         raise AdapterFileError(
             f"{path} has neither {ADAPTER_NAME} nor {PEFT_CONFIG}; name an adapter file, a folder "
             "that PEFT has saved, or a checkpoint saved with AdapterCheckpoints"
         )
-    method = json.loads((path / PEFT_CONFIG).read_text(encoding="utf-8")).get("peft_type")
+    method = json.loads(settings.read_bytes()).get("peft_type")
     if method not in PEFT_METHODS:
         raise AdapterFileError(f"{path} is of peft_type {method!r}, not {', '.join(PEFT_METHODS)}")
     saved = not flags.no_also_train
     if method == "LORA":
-        contents = lora.read_lora(path, model_type=_model_type(base), also_train=saved)
+        contents = lora.read_lora(
+            path, model_type=_config(base).get("model_type"), also_train=saved
+        )
     else:
         if base is None:
             raise ArgumentError(f"{path} does not tell the sizes of its layers; give --base")
@@ -110,16 +113,22 @@ def _read_folder(path: Path, flags: Namespace, base: Checkpoint | None) -> Adapt
     return contents
 
 
-def _model_type(base: Checkpoint | None) -> str | None:
-    return None if base is None else base.config().get("model_type")
+def _config(base: Checkpoint | None) -> dict[str, Any]:
+    return {} if base is None else base.config()
 
 
 def _refuse_tied(path: Path, contents: AdapterContents, base: Checkpoint | None) -> None:
-    """PEFT trains a copy of a tied embedding, where an adapter file would set the head too."""
-    matrices = [name for name in contents.also_train if contents.tensors[name].dim() > 1]
-    if matrices and (base is None or base.config().get("tie_word_embeddings", True)):
+    """PEFT has a copy of a tied embedding alone, where an adapter file sets the head too."""
+    config = _config(base)
+    tables = [
+        name
+        for name in contents.also_train
+        if (rows := contents.tensors[name].shape[:-1])  # a matrix
+        and rows[0] == config.get("vocab_size", rows[0])
+    ]
+    if tables and config.get("tie_word_embeddings", True):
         raise ArgumentError(
-            f"{path} holds {matrices[0]}, which PEFT may have untied; give a --base that does not "
+            f"{path} holds {tables[0]}, and PEFT unties an embedding; give a --base that does not "
             "tie its embeddings, or --no_also_train"
         )
 
@@ -133,6 +142,7 @@ def _write(
     if flags.to == "peft":
         peft.write_folder(flags.out, contents, dropout=flags.dropout)
         return None
+    _refuse_tied(flags.source, contents, base)
     options: dict[str, Any] = {"rank": flags.rank}
     methods = [method_of(layer.method) for layer in contents.layers]
     if any(method.reads_weight and not method.replaces for method in methods):
@@ -142,8 +152,11 @@ def _write(
             )
         options["base"] = base_weights(base, contents)
     if flags.to == "lora":
-        options |= {"pad": flags.pad_rank, "experts": flags.experts}
-        options["model_type"] = _model_type(base)
+        options |= {
+            "pad": flags.pad_rank,
+            "experts": flags.experts,
+            "model_type": _config(base).get("model_type"),
+        }
         return lora.write_lora(flags.out, contents, **options)
     if "base" in options:
         options["bases"] = {flags.component: options.pop("base")}

@@ -223,7 +223,7 @@ class Checkpoint:
     def config(self) -> dict[str, Any]:
         """Return the content of config.json in the folder, or beside the file; {} if none."""
         path = (self.path if self.path.is_dir() else self.path.parent) / CONFIG
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        return json.loads(path.read_bytes()) if path.is_file() else {}
 
 
 def open_checkpoint(path: PathLike) -> Checkpoint:
@@ -235,7 +235,7 @@ def open_checkpoint(path: PathLike) -> Checkpoint:
         with opened(file) as tensors:
             files = dict.fromkeys(tensors.keys(), file)
     elif index.is_file():
-        shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        shards = json.loads(index.read_bytes())["weight_map"]
         files = {name: path / shard for name, shard in shards.items()}
     else:
         raise AdapterIOError(

@@ -81,7 +81,7 @@ def read_peft_files(folder: PathLike, ends: tuple[str, ...], also_train: bool) -
             "safetensors"
         )
     try:
-        fields = json.loads((path / CONFIG_NAME).read_text(encoding="utf-8"))
+        fields = json.loads((path / CONFIG_NAME).read_bytes())
         tensors = load_file(path / WEIGHTS_NAME)
     except OSError as error:
         raise AdapterIOError(f"can't read a folder of PEFT: {error}") from error

@@ -162,24 +162,29 @@ def test_a_tied_parameter_that_peft_saves_alone_is_refused(run, files, form):
     for config, code in (
         ({"tie_word_embeddings": True}, 2),
         ({}, 2),
+        ({"vocab_size": 12}, 2),
+        ({"vocab_size": 3}, 0),  # then it is a head of another kind
         ({"tie_word_embeddings": False}, 0),
     ):
         (files.path / "config.json").write_text(json.dumps(config))
         done = run(*given, "--overwrite")
         assert done.code == code, done.err
-        assert ("may have untied" in done.err) == (code == 2)
+        assert ("unties an embedding" in done.err) == (code == 2)
         assert run(*given, "--overwrite", "--no-also-train").code == 0
 
 
 def test_a_saved_matrix_of_a_lora_needs_the_base(run, complaint, files):
-    """Without the base, nothing shows whether PEFT has untied the matrix from another parameter."""
+    """Without the base, nothing shows whether PEFT unties the matrix from another parameter."""
     base = nn.ModuleDict({"embed": nn.Embedding(12, 8), "q": nn.Linear(8, 8)})
-    folder, out = files.path / "folder", files.path / "out"
+    folder, file = files.path / "folder", files.path / "a.safetensors"
     lora.export(disha.inject_adapters(base, "q", 4, also_train="embed"), folder)
-    says = complaint("convert", folder, out, "--to", "disha")
-    assert "embed.weight" in says
-    assert "--base" in says
-    assert run("convert", folder, out, "--to", "disha", "--no-also-train").code == 0
+    disha.save_adapter(base, file)
+    for source, form in ((folder, "disha"), (file, "lora")):
+        given = ("convert", source, files.path / form, "--to", form)
+        says = complaint(*given)
+        assert "embed.weight" in says
+        assert "--base" in says
+        assert run(*given, "--no-also-train").code == 0
 
 
 def test_ranks_are_padded_if_asked(run, files):
