@@ -172,7 +172,8 @@ def load_adapter(
         path: the file, or a folder with a file `adapter.safetensors`.
         adapter: the name that the adapter gets in this model.
         layers: a regex, searched in the names of the layers; only matching layers are loaded.
-        also_train: also set the parameters and running statistics that the file holds.
+        also_train: also set the parameters and running statistics that the file holds. They can
+            belong to only one adapter: if another one has changed them, this raises.
         replace: if the model has an adapter of that name, copy the file's values into it, in place
             (hot swap). The shapes must agree, or the file's r divides the model's (Bone, tile).
             Without `layers`, layers that the file lacks get zeros, and running statistics the
