@@ -210,11 +210,10 @@ class Block(nn.Module):
 
 @dataclass(frozen=True)
 class Original:
-    """The former state of one parameter, for unmerging."""
+    """The original of a merged parameter, for unmerging."""
 
-    data: Tensor | None = None
-    parameter: nn.Parameter | None = None  # if the parameter itself was replaced
-    dense: bool = False  # whether a dense weight replaces a quantised one
+    weight: Tensor  # the parameter itself if another one replaces it, else its former data
+    dense: bool  # whether a dense weight replaces a quantised one
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from disha import functional
 from disha.layers import opaque
-from disha.layers.blocks import CHILD_NAME, Adapters, Block, Original, Slot, original_class
+from disha.layers.blocks import CHILD_NAME, Adapters, Block, Slot, original_class
 from disha.sharding.tensors import gathered
 from disha.sharding.zero import whole_shape
 
@@ -69,31 +69,19 @@ def is_packed(module: nn.Module, name: str) -> bool:
     return not any(tensor.is_floating_point() for tensor in stored)
 
 
-def _original_of(module: nn.Module, name: str) -> Original:
-    """Return the former state of a parameter that is merged; an empty one of another parameter."""
+def stored_weight(module: nn.Module, name: str) -> Tensor | None:
+    """Return a stored weight, or the original of a merged one; None if it is computed."""
     adapters = module._modules.get(CHILD_NAME)
     merged = adapters.merged if isinstance(adapters, Adapters) else None
-    return Original() if merged is None else merged.originals.get(name, Original())
-
-
-def stored_weight(module: nn.Module, name: str) -> Tensor | None:
-    """Return a stored weight, or the quantised one behind a dense one; None if it is computed."""
-    original = _original_of(module, name)
-    if original.dense:
-        return original.parameter
-    return opaque.own_weight(module, name)
+    original = None if merged is None else merged.originals.get(name)
+    return opaque.own_weight(module, name) if original is None else original.weight
 
 
 def base_of(layer: nn.Module, slot: Slot) -> Tensor:
     """Return the original of an adapted parameter, also while merged; dequantised if quantised."""
-    original = _original_of(layer, slot.parameter)
-    if original.data is not None:
-        return original.data
+    stored = stored_weight(layer, slot.parameter)
     if slot.opaque:
-        return opaque.dequantised(layer, stored_weight(layer, slot.parameter))
-    stored = original.parameter
-    if stored is None:
-        stored = layer._parameters.get(slot.parameter)
+        return opaque.dequantised(layer, stored)
     return read_weight(layer, slot.parameter) if stored is None else stored
 
 

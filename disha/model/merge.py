@@ -270,27 +270,23 @@ def _merged(
             f"merging {', '.join(map(repr, adapters))} into {name} gives values that are not "
             "finite; check the adapter's blocks and its scale"
         )
-    if quantisation_of(layer, stored_weight(layer, slot.parameter)) is not None:
-        original = Original(parameter=parameter, dense=True)
-    else:
-        original = Original(parameter.data, parameter if shared else None)
-    if original.parameter is not None:
-        merged = nn.Parameter(merged, requires_grad=parameter.requires_grad)
-    return original, merged
+    dense = quantisation_of(layer, parameter) is not None
+    if not (shared or dense):
+        return Original(parameter.data, dense), merged
+    new = nn.Parameter(merged, requires_grad=parameter.requires_grad)
+    return Original(parameter, dense), new
 
 
 def _restored(layer: AdaptedLayer, name: str, original: Original) -> Tensor:
     """Return what replaces a merged weight."""
-    now = layer._parameters[name]
-    former = original.data if original.parameter is None else original.parameter
+    now, former = layer._parameters[name], original.weight
     assert now is not None
-    assert former is not None
     if now.is_meta and not former.is_meta and offloading_hooks(layer):
         raise MergeError(
             f"the merged {name} of a {layer._original_class.__name__} is offloaded; remove the "
             "hooks first (accelerate.hooks.remove_hook_from_submodules)"
         )
-    if original.parameter is None:  # the weight may have moved since
+    if not isinstance(former, nn.Parameter):  # the weight may have moved since
         return former.to(device=now.device, dtype=now.dtype)
     if not original.dense or former.device == now.device:
         return former
