@@ -38,7 +38,6 @@ from disha.layers.adapted import AdaptedLayer
 from disha.layers.bitsandbytes import parameter_count
 from disha.layers.blocks import Slot, check_adapter_name
 from disha.layers.kinds import declared_slots, slot_of
-from disha.layers.offloading import device_of_weight
 from disha.layers.opaque import quantisation_of
 from disha.layers.weights import matrix_weights, read_weight, stored_weight, weight_shape
 from disha.model.records import LayerRecord
@@ -532,10 +531,6 @@ def _reason_against_record(
         return f"can't be adapted: {reason}"
     if {*layer.tied} != {*record.tied}:
         return f"in the adapter, its weight is also {', '.join(record.tied)}; tie them"
-    look = stored_weight if layer.slot.opaque else read_weight
-    weight = look(layer.module, layer.attribute)
-    if isinstance(weight, Tensor) and device_of_weight(layer.module, weight).type == "meta":
-        return "its weight is on the meta device; give the model its weights first"
     if record.layout != layer.slot.layout:
         return f"expected the layout {record.layout}, found {layer.slot.layout} in the model"
     geometry = record.geometry(block)
@@ -561,8 +556,6 @@ def _reason_against_parameter(
     found = None if is_lazy(parameter.value) else tuple(whole_shape(parameter.value))
     if found != shape:
         return f"expected shape {shape}, found {found} in the model"
-    if parameter.value.is_meta:
-        return "it is on the meta device; give the model its weights first"
     return _reason_against_training(parameter)
 
 

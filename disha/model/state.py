@@ -240,8 +240,10 @@ def _reason_against(target: Tensor, value: object) -> str | None:
     if value.is_floating_point() != target.is_floating_point():
         due = "floating-point" if target.is_floating_point() else "an integer"
         return f"has dtype {value.dtype}, must be {due}"
-    if value.is_meta or target.is_meta:
-        return "has no values" if value.is_meta else "can't go into a parameter on the meta device"
+    if value.is_meta:
+        return "has no values"
+    if target.is_meta:
+        return "can't go into a parameter on the meta device; give the model its weights first"
     reason = reason_against_writing(target, value)
     if reason is None and not finite_as(value, target.dtype):
         return f"holds values that are not finite (NaN or infinity) as {target.dtype}"
