@@ -223,11 +223,9 @@ def _checked(
     for name, layer, adapter, block in active:
         is_read, acts, gradient = block in read, block in acting, block in reached
         starts = not (block in zeros and block.method in stuck)
-        is_frozen = block in frozen
-        reason = _reason(is_read, acts, gradient, starts, is_frozen) or refusal
-        trains = gradient and starts and not is_frozen
-        merges = merging.get(layer)
-        found.append(CheckedWeight(name, adapter, is_read, acts, trains, merges, reason))
+        reason = _reason(is_read, acts, gradient, starts, is_frozen=block in frozen)
+        trains, merges = not reason, merging.get(layer)
+        found.append(CheckedWeight(name, adapter, is_read, acts, trains, merges, reason or refusal))
     return tuple(found)
 
 
