@@ -119,13 +119,8 @@ class Layout:
 
     @property
     def experts_first(self) -> bool:
-        """Whether the first dimension of a weight counts its experts."""
-        return self.expert_dim == 0
-
-    @property
-    def expert_dim(self) -> int | None:
-        """The dimension of a weight that counts its experts, or None where there are none."""
-        return self.axes.index("expert") if "expert" in self.axes else None
+        """Whether a weight is a stack of experts, which its first dimension counts."""
+        return self.axes[0] == "expert"
 
     @property
     def in_first(self) -> bool:

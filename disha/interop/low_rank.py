@@ -212,7 +212,7 @@ def check_rank(rank: int | None) -> None:
 
 def is_stack(layer: LayerRecord) -> bool:
     """Whether a layer is a stack of experts that LoRA formats have a place for."""
-    return layer.layout.expert_dim is not None and _STACK.fullmatch(layer.name) is not None
+    return layer.layout.experts_first and _STACK.fullmatch(layer.name) is not None
 
 
 def _update(
@@ -343,7 +343,7 @@ def _layer_of_factors(
     name: str, a: Tensor, b: Tensor, layout: Layout, scale: float
 ) -> LayerBlock | None:
     """Return the layer and block of these factors without padding, or None if none has them."""
-    dim = 0 if layout.expert_dim is None else 1  # of the rank in A, and of the outputs in B
+    dim = 1 if layout.experts_first else 0  # of the rank in A, and of the outputs in B
     if a.dim() < 2 or a.dim() != b.dim() or not a.numel() or a.shape[dim] != b.shape[dim + 1]:
         return None
     rows = a.movedim(dim, 0).flatten(1).any(dim=1).nonzero().flatten().tolist()

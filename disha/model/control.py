@@ -211,7 +211,7 @@ def route_adapters(model: nn.Module, names_per_sample: Sequence[str | None]) -> 
 def _refuse_stacks(view: ModelView) -> None:
     """Raise if experts are adapted: their inputs are tokens of all samples, in any order."""
     for model_block in view.blocks():
-        if model_block.block.slot.layout.expert_dim is not None:
+        if model_block.block.slot.layout.experts_first:
             raise ArgumentError(
                 f"route_adapters can't route samples through {model_block.name}: experts "
                 "get the tokens of all samples in any order. Leave experts out (exclude=)"
