@@ -9,12 +9,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from disha.config import (
     BLOCK_DTYPES,
     AdapterConfig,
+    as_json,
     check_positive_int,
     check_scale,
     check_type,
@@ -30,10 +30,6 @@ FORMAT = 1
 """The newest file format that this library writes and reads."""
 
 HEADER_KEY = "disha"
-
-
-def _name_of(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 @dataclass(frozen=True)
@@ -65,7 +61,7 @@ class AdapterContents:
                 **fields,
                 "key": key,
                 "shape": tuple(self.tensors[key].shape),
-                "dtype": _name_of(self.tensors[key].dtype),
+                "dtype": as_json(self.tensors[key].dtype),
             }
             for key, fields in named.items()
         }
@@ -112,7 +108,7 @@ class AdapterFile(AdapterContents):
                 layer.r,
                 f"{layer.in_features} -> {layer.out_features}",
                 "x".join(map(str, self.tensors[layer.key].shape)),
-                _name_of(self.tensors[layer.key].dtype),
+                as_json(self.tensors[layer.key].dtype),
                 *([f"{layer.scale:g}"] if is_scaled else []),
             )
             for layer in self.layers
