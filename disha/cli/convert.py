@@ -36,10 +36,10 @@ from disha.functional import method_of
 from disha.interop import image_lora, lora, peft
 from disha.interop.checkpoints import Checkpoint, base_shapes, base_weights, open_checkpoint
 from disha.interop.low_rank import LoraReport
+from disha.interop.peft_format import CONFIG_NAME
 from disha.text import counted
 
 FORMATS = ("disha", "peft", "lora", "diffusers")
-PEFT_CONFIG = "adapter_config.json"
 PEFT_METHODS = ("MISS", "BONE", "LORA")
 
 
@@ -91,10 +91,10 @@ def _read(flags: Namespace, base: Checkpoint | None) -> AdapterContents:
 
 def _read_folder(path: Path, flags: Namespace, base: Checkpoint | None) -> AdapterContents:
     """Read a folder that PEFT has saved."""
-    settings = path / PEFT_CONFIG
+    settings = path / CONFIG_NAME
     if not settings.is_file():
         raise AdapterFileError(
-            f"{path} has neither {ADAPTER_NAME} nor {PEFT_CONFIG}; name an adapter file, a folder "
+            f"{path} has neither {ADAPTER_NAME} nor {CONFIG_NAME}; name an adapter file, a folder "
             "that PEFT has saved, or a checkpoint saved with AdapterCheckpoints"
         )
     method = json.loads(settings.read_bytes()).get("peft_type")
@@ -145,11 +145,8 @@ def _write(
     _refuse_tied(flags.source, contents, base)
     options: dict[str, Any] = {"rank": flags.rank}
     methods = [method_of(layer.method) for layer in contents.layers]
-    if any(method.reads_weight and not method.replaces for method in methods):
-        if base is None or flags.rank is None:
-            raise ArgumentError(
-                f"{flags.source} must be cut to become LoRA; give --base and --rank"
-            )
+    is_cut = any(method.reads_weight and not method.replaces for method in methods)
+    if is_cut and base is not None:
         options["base"] = base_weights(base, contents)
     if flags.to == "lora":
         options |= {

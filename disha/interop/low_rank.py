@@ -228,7 +228,7 @@ def _update(
             "rank; merge it"
         )
     if rank is None:
-        raise ArgumentError(f"a {layer.method} update is cut to a rank: give `rank`")
+        raise ArgumentError(f"a {layer.method} update is cut to a rank: give `rank` (--rank)")
     delta = _delta(layer, block, base)
     wide = delta.flatten(1).to(torch.promote_types(delta.dtype, torch.float32))
     a, b = (factor.to(block.dtype).contiguous() for factor in _cut(wide, rank))
@@ -262,7 +262,9 @@ def _delta(layer: LayerRecord, block: Tensor, base: BaseWeight | None) -> Tensor
     if not method.reads_weight:
         weight = block.new_empty(()).expand(layer.weight_shape(block.shape))  # for its shape
     elif base is None:
-        raise ArgumentError(f"a {layer.method} update depends on the base weights: give `base`")
+        raise ArgumentError(
+            f"a {layer.method} update depends on the base weights: give `base` (--base)"
+        )
     else:
         weight = base(layer.name).detach().cpu()
         reason = layer.reason_against_weight(block.shape, tuple(weight.shape))
