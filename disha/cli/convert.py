@@ -28,10 +28,11 @@ from pathlib import Path
 from typing import Any
 
 from disha.cli.dispatcher import Parser
-from disha.cli.output import fit, require_free
+from disha.cli.output import fit
 from disha.errors import AdapterFileError, ArgumentError
 from disha.files import ADAPTER_NAME, AdapterContents
 from disha.files.contents import blocks_only, read_contents, write_contents
+from disha.files.disk import require_free
 from disha.functional import method_of
 from disha.interop import image_lora, lora, peft
 from disha.interop.checkpoints import Checkpoint, base_shapes, base_weights, open_checkpoint

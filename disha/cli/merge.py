@@ -19,9 +19,8 @@ from typing import Any
 
 import disha
 from disha.cli.dispatcher import Parser
-from disha.cli.output import require_free
 from disha.errors import AdapterFileWarning
-from disha.files.disk import file_at
+from disha.files.disk import file_at, require_free
 from disha.interop.checkpoints import merge_into_checkpoint
 
 

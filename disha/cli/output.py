@@ -1,21 +1,13 @@
-"""What commands print, and whether they may write a file."""
+"""What commands print."""
 
 from __future__ import annotations
 
 import json
 import sys
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-from disha.errors import ArgumentError
 from disha.text import printable
-
-
-def require_free(path: Path, overwrite: bool) -> None:
-    """Raise if a file or a folder with content is at `path`, unless `overwrite` is set."""
-    if not overwrite and path.exists() and not (path.is_dir() and not any(path.iterdir())):
-        raise ArgumentError(f"{path} exists; choose another name, or give --overwrite")
 
 
 def show(as_json: bool, text: str, fields: Mapping[str, Any]) -> None:

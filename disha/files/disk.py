@@ -18,7 +18,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from disha.errors import AdapterFileError, AdapterIOError, ArgumentTypeError
+from disha.errors import AdapterFileError, AdapterIOError, ArgumentError, ArgumentTypeError
 from disha.model.records import Tensors
 
 PathLike = str | os.PathLike[str]
@@ -41,6 +41,12 @@ def file_at(path: PathLike) -> Path:
     found = checked_path(path)
     is_folder = not os.path.basename(path) or os.path.isdir(found)  # no name after the last slash
     return found / ADAPTER_NAME if is_folder else found
+
+
+def require_free(path: Path, overwrite: bool) -> None:
+    """Raise if a file or a folder with content is at `path`, unless `overwrite` is set."""
+    if not overwrite and path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise ArgumentError(f"{path} exists; choose another name, or set `overwrite` (--overwrite)")
 
 
 def save(path: PathLike, write: Callable[[Path], object]) -> None:

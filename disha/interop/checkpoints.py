@@ -25,7 +25,7 @@ from disha.config import check_scale
 from disha.errors import AdapterFileError, AdapterIOError, ArgumentError, MergeError
 from disha.files import AdapterContents, inspect_adapter
 from disha.files.contents import read_contents
-from disha.files.disk import PathLike, checked_path, opened, save
+from disha.files.disk import PathLike, checked_path, opened, require_free, save
 from disha.functional import METHODS
 from disha.interop.experts import DOWN, FAMILIES, GATE_UP, SEPARATE_BEFORE, SINGLE_EXPERT, renamed
 from disha.layers.kinds import PROJECTIONS
@@ -359,12 +359,10 @@ def _check_target(out: Path, checkpoint: Checkpoint, overwrite: bool) -> None:
     target, source = out.resolve(), checkpoint.path.resolve()
     if source.is_relative_to(target) or target.is_relative_to(source):
         raise ArgumentError(f"can't write to {out}: the base is there; name another place")
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return
-    if not overwrite:
-        raise ArgumentError(f"{out} exists; choose another name, or set `overwrite`")
+    require_free(out, overwrite)
     is_checkpoint = any((out / name).is_file() for name in (SINGLE, INDEX))
-    if out.is_dir() and (out.suffix == SUFFIX or not is_checkpoint):
+    is_full = out.is_dir() and any(out.iterdir())
+    if is_full and (out.suffix == SUFFIX or not is_checkpoint):
         raise ArgumentError(
             f"{out} is no checkpoint, and all in it would be deleted; name another folder"
         )
