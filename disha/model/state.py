@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from disha.errors import AdapterStateError
 from disha.layers.adapted import AdaptedLayer
 from disha.layers.blocks import Block
-from disha.layers.weights import weight_shape
+from disha.layers.weights import stored_weight, weight_shape
 from disha.model import running_statistics
 from disha.model.records import Tensors
 from disha.model.view import ModelView, all_or_nothing, clean_key
@@ -118,10 +118,7 @@ def adapter_tensors(view: ModelView, adapter: str) -> dict[str, Tensor]:
         _refuse_flattened(name, layer, block)
         tensors[join(name, block.parameter_name)] = block.block
     for parameter in view.trained(adapter):
-        merged = (
-            parameter.module.disha.merged if isinstance(parameter.module, AdaptedLayer) else None
-        )
-        if merged is not None and parameter.attribute in merged.originals:
+        if stored_weight(parameter.module, parameter.attribute) is not parameter.value:  # merged
             view.refuse_merged(f"use {parameter.name} as part of the adapter")
         tensors[parameter.name] = parameter.value
     changed = running_statistics.changed_statistics(view.names)
