@@ -572,9 +572,7 @@ def _reason_against(layer: PlannedLayer) -> str | None:
         )
     if slot is None:
         return f"no layer kind adapts {type(module).__qualname__}"
-    attributes = {*vars(module), *module._parameters, *module._buffers, *module._modules}
-    taken = {name for name in _ADDED if name in attributes or hasattr(type(module), name)}
-    taken.discard(layer.attribute)
+    taken = {*_ADDED}.intersection(dir(module)) - {layer.attribute}
     if taken and not isinstance(module, AdaptedLayer):
         return f"it has its own attribute {min(taken)!r}, which adapters would replace"
     for place, parameter in (layer.place, *layer.tied.values()):
@@ -596,11 +594,7 @@ def _reason_against(layer: PlannedLayer) -> str | None:
     return reason
 
 
-_ADDED = frozenset(
-    name
-    for name in {*vars(AdaptedLayer), *AdaptedLayer.__annotations__}.difference(dir(nn.Module))
-    if not name.startswith("_")
-)
+_ADDED = ("disha", "base_weight", "delta_weight")
 """The public names that adapting adds to a module."""
 
 
