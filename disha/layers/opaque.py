@@ -27,7 +27,7 @@ from disha.layers.blocks import CHILD_NAME, Adapters, Slot, original_class
 from disha.sharding.imported import imported_class
 
 DENSE_DTYPES = frozenset(BLOCK_DTYPES.values())
-_UNINITIALISED = (UninitializedParameter, UninitializedBuffer)
+_UNINITIALISED = (UninitializedParameter, UninitializedBuffer)  # torch can't compile `is_lazy`
 
 
 # --- recognising ---------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedParameter
+from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
 from disha import functional
@@ -44,7 +44,7 @@ def matrix_weights(module: nn.Module) -> dict[str, Tensor]:
         name: weight
         for name, weight in weights.items()
         if isinstance(weight, Tensor)
-        and not isinstance(weight, UninitializedParameter)
+        and not is_lazy(weight)
         and len(whole_shape(weight)) >= 2
         and weight.is_floating_point()
     }

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedParameter, is_lazy
+from torch.nn.parameter import is_lazy
 from torch.sparse import SparseSemiStructuredTensor
 
 from disha.config import (
@@ -617,7 +617,7 @@ def _reason_against_opaque(module: nn.Module, slot: Slot, method: str) -> str | 
 
 def _reason_against_dense(weight: Any, slot: Slot) -> str | None:
     """Return why no method can adapt a weight that is not opaque."""
-    if isinstance(weight, UninitializedParameter):
+    if is_lazy(weight):
         return "its weight is not initialised yet; run the model once before injecting"
     # Any floating-point dtype will do: a user's hook may cast the weight before each forward.
     if not isinstance(weight, Tensor) or not weight.is_floating_point():
