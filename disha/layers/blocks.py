@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from disha.config import AdapterConfig
+from disha.config import AdapterConfig, check_type
 from disha.effective.contexts import LOOSE, OPEN, Group, Override, current_context
 from disha.effective.torch_patches import install
-from disha.errors import ArgumentError, ArgumentTypeError, ModeError
+from disha.errors import ArgumentError, ModeError
 from disha.functional import Layout, Update, method_of
 from disha.functional.layouts import Rows
 from disha.functional.routed import Route, Routed
@@ -63,9 +63,9 @@ class Block(nn.Module):
         slot: Slot,
         config: AdapterConfig,
         r: int,
-        device: torch.device | None = None,
-        dtype: torch.dtype | None = None,
-        split: Split | None = None,
+        device: torch.device | None,
+        dtype: torch.dtype,
+        split: Split | None,
     ) -> None:
         super().__init__()
         self.slot = slot
@@ -392,12 +392,9 @@ def original_class(module: nn.Module) -> type[nn.Module]:
     return cls
 
 
-def check_adapter_name(adapter: object) -> str:
+def check_adapter_name(adapter: str) -> str:
     """Return a name if it can be one part of a state-dict key."""
-    if not isinstance(adapter, str):
-        raise ArgumentTypeError(
-            f"an adapter's name must be a str, got {adapter!r} of type {type(adapter).__name__}"
-        )
+    check_type("an adapter's name", adapter, str, "a str")
     if not adapter or "." in adapter:
         raise ArgumentError(
             f"{adapter!r} can't name an adapter: a name must not be empty or have a dot"
