@@ -17,9 +17,9 @@ import trl
 from torch import Tensor, nn
 
 import disha
-from disha.config import check_type
 from disha.errors import ArgumentError
 from disha.files.contents import adapter_contents, load_contents
+from disha.model.control import checked_names
 from disha.model.view import ModelView
 
 __all__ = ["DPOTrainer", "GRPOTrainer"]
@@ -90,9 +90,7 @@ def _make_ready(view: ModelView, args: Any, named: Mapping[str, Any], undo: Exit
 def _reference(view: ModelView, adapters: Names, undo: ExitStack) -> _Reference:
     """Return the reference with these adapters, or with copies of those that act now."""
     active = {name for _, layer in view.layers for name in layer.disha.active}
-    names = [adapters] if isinstance(adapters, str) else adapters or ()
-    check_type("reference", names, Sequence, "a list of adapter names")
-    names = list(names)
+    names = list(checked_names(view, adapters or ()))
     load = partial(load_contents, view, "the model", replace=True, freeze=False, activate=False)
     for name in sorted(active) if adapters is None else ():
         contents = adapter_contents(view, name)

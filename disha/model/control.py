@@ -6,12 +6,12 @@ asyncio task that enters them. The other functions change the model for all thre
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 from torch import nn
 
-from disha.config import check_scale
+from disha.config import check_scale, check_type
 from disha.effective.contexts import Group, entered, groups_of
 from disha.errors import ArgumentError
 from disha.functional.routed import Route
@@ -51,6 +51,7 @@ def set_active_adapters(model: nn.Module, names: str | Sequence[str]) -> None:
 
 def checked_names(view: ModelView, names: str | Sequence[str]) -> tuple[str, ...]:
     """Return the adapters that `names` lists, each of which the model has."""
+    check_type("names", names, Iterable, "an adapter's name or a list of them")
     wanted = (names,) if isinstance(names, str) else tuple(names)
     for name in wanted:
         view.require(name)
