@@ -15,17 +15,17 @@ from disha.functional.private_torch import FACTS
 _NO_FACTS = {"H", "T", "data", "imag", "mH", "mT", "real"}
 """Properties of a tensor that are views, or need the computed weight."""
 
-_PROPERTIES = " ".join(
+_PROPERTIES = [
     name
     for name in dir(Tensor)
     if isinstance(getattr(Tensor, name), GetSetDescriptorType)
     and not name.startswith("__")
     and name not in _NO_FACTS
-)
+]
 
 
 @rule_with_operation(
-    _PROPERTIES,
+    *_PROPERTIES,
     FACTS,
     "dim size stride numel nelement ndimension element_size is_floating_point is_complex is_signed "
     "is_contiguous is_inference is_conj is_neg is_pinned is_shared get_device storage_offset "
@@ -36,8 +36,8 @@ def _ask_base(func: Operation, weight: Any, *args: Any, **kwargs: Any) -> Any:
     return func(base_inside(weight), *map(base_inside, args), **kwargs)
 
 
-@rule_with_operation(" ".join(name for name in dir(torch) if name.endswith("_like")))
-@rule_with_operation(" ".join(name for name in dir(Tensor) if name.startswith("new_")))
+@rule_with_operation(*(name for name in dir(torch) if name.endswith("_like")))
+@rule_with_operation(*(name for name in dir(Tensor) if name.startswith("new_")))
 def _create(func: Operation, like: Any, *args: Any, **kwargs: Any) -> Any:
     """Make a tensor like the first argument. The others are values."""
     return compute_first(func, (base_inside(like), *args), kwargs)
