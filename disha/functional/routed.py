@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import groupby
+from itertools import chain, groupby
 
 import torch
 import torch.nn.functional as F
@@ -70,10 +70,11 @@ class Route:
 
         What has no adapter comes last, under an empty name.
         """
-        places = self._places(self.adapters)
+        places, parts = self._places(self.adapters), self.parts(size)
         order = sorted(range(len(places)), key=places.__getitem__)
         runs = self.runs([self.names[sample] for sample in order], size)
-        indices = self._entries(order, size, device)
+        ranges = (range(sample * parts, (sample + 1) * parts) for sample in order)
+        indices = self._on_device(tuple(chain.from_iterable(ranges)), device)
         each = torch.split(indices, [entries for _, entries in runs])
         return [(name or "", entries) for (name, _), entries in zip(runs, each)], indices
 
@@ -84,12 +85,6 @@ class Route:
     def _places(self, adapters: Sequence[str]) -> list[int]:
         place = {adapter: index for index, adapter in enumerate(adapters)}
         return [place.get(name or "", len(place)) for name in self.names]
-
-    def _entries(self, samples: Sequence[int], size: int, device: torch.device) -> Tensor:
-        parts = self.parts(size)
-        return self._on_device(
-            tuple(i for s in samples for i in range(s * parts, (s + 1) * parts)), device
-        )
 
     def _on_device(self, indices: tuple[int, ...], device: torch.device) -> Tensor:
         # Kept because every layer needs the same indices, and a captured graph can't copy them.
