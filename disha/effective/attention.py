@@ -45,10 +45,7 @@ def _attention(
 def _in_attention(value: Any, query: Tensor) -> Any:
     if not isinstance(value, EffectiveWeight):
         return value
-    updates = value.updates.in_attention(query)
-    if updates is value.updates:
-        return value
-    return effective(value.base, value.weight_layout, updates)
+    return effective(value.base, value.weight_layout, value.updates.in_attention(query))
 
 
 def _attention_linear(input: Any, weight: Any, bias: Any = None) -> Any:
