@@ -144,18 +144,18 @@ def _write(
         peft.write_folder(flags.out, contents, dropout=flags.dropout)
         return None
     _refuse_tied(flags.source, contents, base)
-    options: dict[str, Any] = {"rank": flags.rank}
     methods = [method_of(layer.method) for layer in contents.layers]
     is_cut = any(method.reads_weight and not method.replaces for method in methods)
-    if is_cut and base is not None:
-        options["base"] = base_weights(base, contents)
+    weights = base_weights(base, contents) if is_cut and base is not None else None
     if flags.to == "lora":
-        options |= {
-            "pad": flags.pad_rank,
-            "experts": flags.experts,
-            "model_type": _config(base).get("model_type"),
-        }
-        return lora.write_lora(flags.out, contents, **options)
-    if "base" in options:
-        options["bases"] = {flags.component: options.pop("base")}
-    return image_lora.write_file(flags.out, {flags.component: contents}, **options)
+        return lora.write_lora(
+            flags.out,
+            contents,
+            rank=flags.rank,
+            pad=flags.pad_rank,
+            experts=flags.experts,
+            model_type=_config(base).get("model_type"),
+            base=weights,
+        )
+    components, bases = {flags.component: contents}, {flags.component: weights}
+    return image_lora.write_file(flags.out, components, rank=flags.rank, bases=bases)

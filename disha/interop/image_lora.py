@@ -210,7 +210,7 @@ def write_file(
     contents: Mapping[str, AdapterContents],
     *,
     rank: int | None = None,
-    bases: Mapping[str, BaseWeight] | None = None,
+    bases: Mapping[str, BaseWeight | None] | None = None,
 ) -> LoraReport:
     """Write adapters of unknown models, by component, as `export` does."""
     target = checked_path(path)
@@ -221,7 +221,7 @@ def write_file(
 
 def _updates(
     contents: Mapping[str, AdapterContents],
-    bases: Mapping[str, BaseWeight],
+    bases: Mapping[str, BaseWeight | None],
     rank: int | None,
 ) -> list[LowRankUpdate]:
     """Return the updates of all components, under their names in a file."""
