@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -340,52 +340,26 @@ def plan_injection(
         )
     check_addable(view, adapter)
     known = _layers_of(view, config)
-    layers, skipped, unfit = [], [], []
-    with_rows: tuple[PlannedLayer, ...] = ()
+    of_rows = Plan(adapter, config, freeze, layers=(), also_train=())
     if also_train_rows:
-        of_rows = _for_rows(config, also_train_rows)
-        regexes = [*also_train_rows]
-        plan = plan_injection(
+        of_rows = plan_injection(
             view,
-            regexes,
-            of_rows,
+            [*also_train_rows],
+            _for_rows(config, also_train_rows),
             adapter,
             freeze,
             plain=config.exclude,
             argument="also_train_rows",
             strict=strict,
         )
-        with_rows, skipped = plan.layers, [*plan.skipped]
-    taken = {place for layer in with_rows for place in (layer.place, *layer.tied.values())}
-    patterns = [part for part in parts if part != ALL_LINEAR]
-    linear = _all_linear(view, known) if ALL_LINEAR in parts else ()
-
-    def is_matched(name: str, module: nn.Module) -> bool:
-        return bool(matching(patterns, [name]))
-
-    chooses = target if callable(target) else is_matched
-    for layer in _selected(view, known, chooses, linear, config.exclude):
-        if layer.slot is not None and not layer.reason:
-            if layer.place in taken:
-                continue  # it reads the block of another one
-            tied = _tied(view, layer, plain or config.exclude)
-            taken.update(tied.values())
-            r = config.rank_of(*layer.names, *layer.module_names, *tied)
-            layer = replace(layer, tied=tied, r=r)
-        reason = layer.reason or _reason_against(layer)
-        if reason:
-            skipped.append(replace(layer, reason=reason))
-            continue
-        reason = _reason_against_block(layer)
-        if reason is None:
-            layers.append(layer)
-        else:
-            unfit.append(replace(layer, reason=reason))
-    unknown = [layer for layer in known if layer.slot is None and layer.attribute]
+    taken = {place for layer in of_rows.layers for place in (layer.place, *layer.tied.values())}
+    selected = _selected(view, known, target, parts, config.exclude)
+    layers, skipped, unfit = _divided(_with_ties(view, selected, plain or config.exclude, taken))
+    unknown = tuple(layer for layer in known if layer.slot is None and layer.attribute)
     if not layers and not unfit:
         raise TargetError(_nothing_selected(argument, target, known, skipped, unknown))
     names = [name for layer in known for name in (*layer.module_names, *layer.parameter_names)]
-    _refuse_unused(argument, patterns, names)
+    _refuse_unused(argument, [part for part in parts if part != ALL_LINEAR], names)
     for setting in ("exclude", "rank_pattern", "layouts", "rows"):
         _refuse_unused(setting, vars(config)[setting], names)
     if unfit and strict:
@@ -393,23 +367,53 @@ def plan_injection(
             f"{_shown(unfit)}. Choose a smaller `r`, or an `r_out` that divides the outputs, give "
             "these layers their own r (`rank_pattern`), or leave them out (`exclude`)"
         )
-    candidates = known if target == ALL_LINEAR else ()
     return Plan(
         adapter,
         config,
         freeze,
-        layers=(*with_rows, *layers),
+        layers=(*of_rows.layers, *layers),
         also_train=_also_trained(view, config) if config.also_train else (),
-        skipped=(*skipped, *unfit),
-        unknown=tuple(unknown),
+        skipped=(*of_rows.skipped, *skipped, *unfit),
+        unknown=unknown,
         convolutions=tuple(
             layer.name
-            for layer in candidates
+            for layer in (known if target == ALL_LINEAR else ())
             if layer.slot is not None
             and layer.slot.layout.has_kernel
             and _reason_against(layer) is None
         ),
     )
+
+
+def _with_ties(
+    view: ModelView, layers: Iterable[PlannedLayer], plain: Iterable[str], taken: set[Place]
+) -> Iterator[PlannedLayer]:
+    """Yield layers with their r and the places that read their block; none for such a place."""
+    for layer in layers:
+        if layer.slot is None or layer.reason:
+            yield layer
+        elif layer.place not in taken:
+            tied = _tied(view, layer, plain)
+            taken.update(tied.values())
+            r = layer.config.rank_of(*layer.names, *layer.module_names, *tied)
+            yield replace(layer, tied=tied, r=r)
+
+
+def _divided(
+    layers: Iterable[PlannedLayer],
+) -> tuple[list[PlannedLayer], list[PlannedLayer], list[PlannedLayer]]:
+    """Return what gets a block, what can't have one, and what can't have one of these sizes."""
+    adapted, skipped, unfit = [], [], []
+    for layer in layers:
+        reason = layer.reason or _reason_against(layer)
+        misfit = None if reason else _reason_against_block(layer)
+        if reason:
+            skipped.append(replace(layer, reason=reason))
+        elif misfit:
+            unfit.append(replace(layer, reason=misfit))
+        else:
+            adapted.append(layer)
+    return adapted, skipped, unfit
 
 
 def _for_rows(config: AdapterConfig, rows: Mapping[str, Any]) -> AdapterConfig:
@@ -677,11 +681,17 @@ def check_addable(
 def _selected(
     view: ModelView,
     known: list[PlannedLayer],
-    chooses: Callable[[str, nn.Module], bool],
-    linear: Container[Place],
+    target: Target,
+    parts: tuple[str, ...],
     exclude: tuple[str, ...],
 ) -> list[PlannedLayer]:
-    """Return what a predicate or `linear` selects, with a reason if it is excluded."""
+    """Return what a target selects, a predicate or these parts, with a reason if it is excluded."""
+
+    def is_matched(name: str, module: nn.Module) -> bool:
+        return bool(matching(parts, [name]))
+
+    chooses = target if callable(target) else is_matched
+    linear = _all_linear(view, known) if ALL_LINEAR in parts else ()
     # nn.MultiheadAttention itself reads the weight of its child `out_proj`.
     readers = {m.out_proj: m for m in view.names if isinstance(m, nn.MultiheadAttention)}
     found = []
@@ -756,7 +766,7 @@ def _nothing_selected(
     target: Target,
     known: list[PlannedLayer],
     skipped: list[PlannedLayer],
-    unknown: list[PlannedLayer],
+    unknown: Sequence[PlannedLayer],
 ) -> str:
     """Return the message of the error for a target that selects nothing that can be adapted."""
     asked = "the predicate" if callable(target) else f"{argument}={target!r}"
