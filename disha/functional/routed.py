@@ -201,9 +201,11 @@ Sorting costs passes over the output. Without sorting, each sample costs one pro
 
 def _with_alike(output: Tensor, x: Tensor, route: Route, alike: Mapping[str, Tensor]) -> Tensor:
     """Return an output plus S(x) s R of each sample, where all matrices s R have one shape."""
-    size, (r, out_features) = x.shape[0], next(iter(alike.values())).shape
-    rows, outputs = (tensor.reshape(size, -1, tensor.shape[-1]) for tensor in (x, output))
-    sums, regain = shard_sums(rows, r)
+    size = x.shape[0]
+    r, out_features = next(iter(alike.values())).shape
+    rows = x.reshape(size, -1, x.shape[-1])  # (size, positions, in)
+    outputs = output.reshape(size, -1, out_features)  # (size, positions, out)
+    sums, regain = shard_sums(rows, r)  # (size, positions, r)
     matrices = {adapter: matrix.to(x.dtype) for adapter, matrix in alike.items()}
     runs = route.runs(route.names, size)
     few = rows.shape[1] * route.parts(size) < FEW_ROWS and len(runs) > len(alike)
@@ -211,16 +213,22 @@ def _with_alike(output: Tensor, x: Tensor, route: Route, alike: Mapping[str, Ten
     if in_place and not few:
         sizes = [entries for _, entries in runs]
         each = zip(runs, torch.split(outputs, sizes), torch.split(sums, sizes), strict=True)
-        for (adapter, _), into, sums_of_run in each:
-            if (matrix := matrices.get(adapter or "")) is not None:
-                into.view(-1, out_features).addmm_(sums_of_run.flatten(0, 1), matrix, alpha=regain)
+        for (adapter, _), outputs_of_run, sums_of_run in each:
+            if adapter in matrices:
+                flat_outputs = outputs_of_run.view(-1, out_features)
+                flat_sums = sums_of_run.flatten(0, 1)  # (entries * positions, r)
+                flat_outputs.addmm_(flat_sums, matrices[adapter], alpha=regain)
         return outputs.reshape(output.shape)
     each_rows, order = route.by_adapter(size, x.device)
-    parts = torch.split(sums.index_select(0, order), [len(rows) for _, rows in each_rows])
-    deltas = []
-    for (adapter, _), sums_of_run in zip(each_rows, parts, strict=True):
-        matrix, shape = matrices.get(adapter), (*sums_of_run.shape[:-1], out_features)
-        deltas.append(sums_of_run.new_zeros(shape) if matrix is None else sums_of_run @ matrix)
+    sorted_sums = sums.index_select(0, order)
+    parts = torch.split(sorted_sums, [len(entries) for _, entries in each_rows])
+    deltas = []  # (entries, positions, out) of each adapter
+    for (adapter, _), sums_of_adapter in zip(each_rows, parts, strict=True):
+        if adapter in matrices:
+            deltas.append(sums_of_adapter @ matrices[adapter])
+        else:
+            shape = (*sums_of_adapter.shape[:-1], out_features)
+            deltas.append(sums_of_adapter.new_zeros(shape))
     delta = scaled(torch.cat(deltas), regain).to(output.dtype)
     add = outputs.index_add if torch.is_grad_enabled() else outputs.index_add_
     return add(0, order, delta).reshape(output.shape)
