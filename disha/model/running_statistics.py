@@ -54,22 +54,28 @@ def _before_loading(
     model: nn.Module, state: dict[str, Any], prefix: str, _: Any, strict: bool, missing: list[str],
     *others: Any,
 ) -> None:  # fmt: skip
-    """Report the blocks that a state dict lacks, or keep the statistics that it brings.
-
-    A state dict with some blocks of an adapter must have all of them: the others are added to the
-    missing keys. One without blocks is that of a base, whose statistics are kept from now on.
-    """
+    """Report the blocks that a state dict lacks; of one without blocks, keep the statistics."""
     given = {clean_key(key.removeprefix(prefix)) for key in state if key.endswith("_block")}
     if given:
-        adapters = set(map(_adapter_of, given))
-        missing += [
-            prefix + name
-            for name, _ in model.named_parameters()
-            if name.endswith("_block")
-            and _adapter_of(name) in adapters
-            and clean_key(name) not in given
-        ]
-        return
+        missing += [prefix + name for name in _absent_blocks(model, given)]
+    else:
+        _keep_new_base(model, state, prefix)
+
+
+def _absent_blocks(model: nn.Module, given: set[str]) -> list[str]:
+    """Return the names of the other blocks of the adapters that have some of the given ones."""
+    adapters = set(map(_adapter_of, given))
+    return [
+        name
+        for name, _ in model.named_parameters()
+        if name.endswith("_block")
+        and _adapter_of(name) in adapters
+        and clean_key(name) not in given
+    ]
+
+
+def _keep_new_base(model: nn.Module, state: Mapping[str, Any], prefix: str) -> None:
+    """Keep the statistics in a state dict of a base from now on."""
     for name, module in model.named_modules():
         kept = attributes_of(module).get(_STATISTICS, {})
         for name_inside, former in kept.items():
