@@ -75,10 +75,7 @@ def write(parameter: Tensor, values: Tensor, undo: ExitStack | None = None) -> N
 def _values_of(parameter: Tensor) -> Tensor:
     """Return a copy of the values of a parameter, in the precision in which they are trained."""
     values = optimized_values(parameter)
-    if values is None:
-        with gathered_by(parameter):
-            values = parameter.detach().clone()
-    return values
+    return present(parameter).detach().clone() if values is None else values
 
 
 def in_chunks(tensor: Any) -> bool:
