@@ -206,17 +206,16 @@ def _views(models: Models) -> dict[str, ModelView]:
 
 
 def write_file(
-    path: PathLike,
+    path: Path,
     contents: Mapping[str, AdapterContents],
     *,
     rank: int | None = None,
     bases: Mapping[str, BaseWeight | None] | None = None,
 ) -> LoraReport:
     """Write adapters of unknown models, by component, as `export` does."""
-    target = checked_path(path)
     updates = _updates(contents, bases or {}, rank)
-    save_tensors(target, tensors_of(updates), {"format": "pt"})
-    return LoraReport.of(target, updates)
+    save_tensors(path, tensors_of(updates), {"format": "pt"})
+    return LoraReport.of(path, updates)
 
 
 def _updates(

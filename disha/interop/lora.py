@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -373,7 +374,7 @@ def _layouts(view: ModelView) -> Layouts:
 
 
 def write_lora(
-    folder: PathLike,
+    folder: Path,
     contents: AdapterContents,
     *,
     rank: int | None = None,
@@ -383,7 +384,6 @@ def write_lora(
     base: BaseWeight | None = None,
 ) -> LoraReport:
     """Write an adapter of an unknown model as `export` does, except convolutions."""
-    target = checked_path(folder)
     problems = [
         f"{layer.name} is a convolution of unknown groups and padding: export from the model"
         for layer in contents.layers
@@ -403,8 +403,8 @@ def write_lora(
     written = stacks.in_form(updates, experts, contents.also_train, model_type)
     beside = {name: contents.tensors[name] for name in contents.also_train}
     config = _config_of(contents, written, {name.rpartition(".")[0] for name in beside}) | fields
-    write_peft_files(target, config, tensors_of(written) | beside | rows)
-    return LoraReport.of(target, updates, beside)
+    write_peft_files(folder, config, tensors_of(written) | beside | rows)
+    return LoraReport.of(folder, updates, beside)
 
 
 def _config_of(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -314,9 +315,7 @@ def _contents(
     return AdapterContents(config, tuple(layers), tuple(sorted(beside)), tensors, notes)
 
 
-def write_folder(
-    folder: PathLike, contents: AdapterContents, *, dropout: float | None = None
-) -> None:
+def write_folder(folder: Path, contents: AdapterContents, *, dropout: float | None = None) -> None:
     """Write an adapter of an unknown model as `export` does."""
     problems = _inexpressible(contents, dropout) + [
         f"{name}: PEFT saves whole modules; load the file into the model and export from there"
@@ -325,7 +324,7 @@ def write_folder(
     refuse_to_write(CANT_EXPRESS, problems)
     targets = exact_targets(contents.names)
     fields = _fields(contents, dropout, targets, (), contents.metadata)
-    write_peft_files(checked_path(folder), fields, _blocks(contents))
+    write_peft_files(folder, fields, _blocks(contents))
 
 
 def _fields(
