@@ -11,6 +11,7 @@ import threading
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 from weakref import WeakSet, WeakValueDictionary
 
@@ -55,12 +56,12 @@ LOOSE = Group()
 """The group of layers that were made one by one, such as `BoneLinear(8, 16, r=4)`."""
 
 
+@dataclass(eq=False)
 class Context:
     """One entered context: what acts on some groups; None if all adapters are disabled."""
 
-    def __init__(self, groups: frozenset[Group], override: Override | None) -> None:
-        self.groups = groups
-        self.override = override
+    groups: frozenset[Group]
+    override: Override | None
 
     @property
     def function(self) -> str:

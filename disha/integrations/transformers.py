@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -108,11 +109,12 @@ class AdapterCheckpoints(TrainerCallback):
             disha.save_adapter(model, folder / ADAPTER_NAME, self._adapter)
 
 
+@dataclass
 class _Saving:
     """Stands for `model.save_pretrained`. It can be copied and pickled with the model."""
 
-    def __init__(self, model: nn.Module, adapter: str) -> None:
-        self._model, self._adapter = model, adapter
+    model: nn.Module
+    adapter: str
 
     def __call__(
         self,
@@ -125,9 +127,9 @@ class _Saving:
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
         state = state_dict or {}
-        if not ModelView(self._model).sharded:
-            disha.save_adapter(self._model, folder / ADAPTER_NAME, self._adapter)
-            state = disha.adapter_state_dict(self._model, self._adapter)
+        if not ModelView(self.model).sharded:
+            disha.save_adapter(self.model, folder / ADAPTER_NAME, self.adapter)
+            state = disha.adapter_state_dict(self.model, self.adapter)
         if is_main_process:
             # Copies, because tied weights share memory.
             tensors = {key: value.to("cpu", copy=True).contiguous() for key, value in state.items()}
