@@ -251,7 +251,7 @@ def adapter_contents(
                 f"adapter {adapter!r} is on the meta device ({meta[0]}); give the model values "
                 "first"
             )
-    tensors = {key: gathered(tensor).detach().cpu().contiguous() for key, tensor in held.items()}
+    tensors = {key: gathered(tensor).detach().cpu() for key, tensor in held.items()}
     blocks = view.require(adapter)
     layers = _records(view, blocks, base=base)
     with ranks.agreeing(action):

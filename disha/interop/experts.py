@@ -58,7 +58,7 @@ class Family:
             return {self.down: b}
         rows = "(row two)" if self.by_turns else "(two row)"
         gate, up = rearrange(b, f"expert {rows} r -> two expert row r", two=2)
-        return {self.gate: gate.contiguous(), self.up: up.contiguous()}
+        return {self.gate: gate, self.up: up}
 
 
 FAMILIES = {
@@ -101,7 +101,7 @@ def stack_names(names: Iterable[str]) -> dict[str, str]:
 def stack_factors(update: LowRankUpdate) -> tuple[Tensor, Tensor]:
     """Return A (expert * rank, in) and B (out, rank * expert) of a stack, as PEFT has them."""
     a = rearrange(update.a, "expert r i -> (expert r) i")
-    return a.contiguous(), rearrange(update.b, "expert o r -> o (r expert)").contiguous()
+    return a, rearrange(update.b, "expert o r -> o (r expert)")
 
 
 def misread_by_peft(layers: Sequence[LayerRecord], form: str, model_type: str | None) -> list[str]:

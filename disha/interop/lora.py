@@ -353,7 +353,7 @@ def _taken_rows(view: ModelView, folder: PeftFolder) -> list[LayerBlock]:
         indices = next(listed for end, listed in ends.items() if f".{name}".endswith(f".{end}"))
         rows, names = checked_rows(name, indices), _names_of_weight(view, name)
         tied = tuple([other for other in names if other != join(name, "weight")])
-        block = values[torch.tensor(indices).argsort()].mT.contiguous()  # (in, rows), in order
+        block = values[torch.tensor(indices).argsort()].mT  # (in, rows), in order
         inputs, out = block.shape
         record = LayerRecord(
             name, "rows", 1, None, inputs, out, 1.0, None, Layout("out in"), rows, tied
@@ -469,8 +469,8 @@ def tensors_of(updates: Sequence[LowRankUpdate]) -> dict[str, Tensor]:
         if not update.record.scale:
             b = torch.zeros_like(b)
         a_end, b_end = EMBEDDING if update.record.layout.pattern == "index out" else MATRIX
-        found[name + a_end] = a
-        found[name + b_end] = b.reshape(*b.shape, *(1 for _ in a.shape[2:]))
+        found[name + a_end] = a.contiguous()
+        found[name + b_end] = b.reshape(*b.shape, *(1 for _ in a.shape[2:])).contiguous()
     return found
 
 

@@ -231,7 +231,7 @@ def _update(
         raise ArgumentError(f"a {layer.method} update is cut to a rank: give `rank` (--rank)")
     delta = _delta(layer, block, base)
     wide = delta.flatten(1).to(torch.promote_types(delta.dtype, torch.float32))
-    a, b = (factor.to(block.dtype).contiguous() for factor in _cut(wide, rank))
+    a, b = (factor.to(block.dtype) for factor in _cut(wide, rank))
     lost = wide - b.to(wide.dtype) @ a.to(wide.dtype)
     error, norm = (float(torch.linalg.vector_norm(x, dtype=torch.float64)) for x in (lost, wide))
     error = error / norm if norm and layer.scale else 0.0
@@ -253,7 +253,7 @@ def _factors(layer: LayerRecord, block: Tensor) -> tuple[Tensor, Tensor] | None:
     a, b = a.flatten(0, len(kernel) - 1), b.flatten(0, len(kernel) - 1)
     one_position = torch.diag_embed(a.permute(1, 2, 0)).transpose(1, 2)  # (r, k, in, k)
     a = one_position.reshape(-1, layer.in_features, *kernel)
-    return a.contiguous(), b.permute(1, 2, 0).flatten(1).contiguous()
+    return a, b.permute(1, 2, 0).flatten(1)
 
 
 def _delta(layer: LayerRecord, block: Tensor, base: BaseWeight | None) -> Tensor:
@@ -371,7 +371,7 @@ def _layer_of_rank(
         block = method.from_lora_b(matrices)  # from (*stack, out, r)
         if block is None:
             continue
-        block = method.kept_block(layout, block).contiguous()
+        block = method.kept_block(layout, block)
         layer = LayerRecord(name, method.name, r, None, inputs, b.shape[dim], scale, None, layout)
         if layer.reason_against_block(tuple(block.shape)) is None:
             factors = _factors(layer, block.to(a.dtype))
