@@ -34,7 +34,7 @@ from disha.layers.weights import base_of, is_packed, start_of, weight_shape
 from disha.model import running_statistics
 from disha.model.fingerprints import fingerprint, same_base
 from disha.model.inject import apply_plan
-from disha.model.plan import Plan, plan_weights
+from disha.model.plan import plan_weights
 from disha.model.records import LayerRecord
 from disha.model.state import LoadReport, adapter_tensors, check_fit, finite_as
 from disha.model.view import ModelBlock, ModelView, all_or_nothing
@@ -407,35 +407,61 @@ def load_contents(
 ) -> LoadReport:
     """Put an adapter into a model, as `load_adapter` does; a `partial` one leaves other layers."""
     with all_or_nothing(view, around) as undo:
+        replaces = replace and adapter in view.adapters
         with view.ranks().agreeing(f"load a file as adapter {adapter!r}"):
             check_adapter_name(adapter)
-            check_dtype(dtype)
             view.refuse_inside("load an adapter")
-            taken = adapter in view.adapters
-            if taken and not replace:
-                raise ArgumentError(
-                    f"the model has an adapter {adapter!r} already; load under another name "
-                    "(adapter=), or pass replace=True"
-                )
-            if taken and dtype is not None:
-                raise ArgumentError(
-                    "replace=True keeps the blocks with their dtype; leave dtype out"
-                )
             incoming = _under_model_names(view, adapter, source, contents)
-            if taken:
-                _widen(incoming)
+            if replaces:
+                targets = _match(incoming, dtype)
             else:
-                apply_plan(view, _planned(incoming, dtype, freeze), undo, activate=activate)
-            targets = running_statistics.statistics(view.names) | adapter_tensors(view, adapter)
-            _check_fits(incoming, targets, (_differences if taken else _overwritten)(incoming))
-        for key, tensor in incoming.tensors.items():
-            if taken or key not in incoming.layers:  # new blocks have their values
-                write(targets[key], tensor, undo)
-        if taken and not partial:
+                targets = _add(incoming, dtype, freeze, activate, undo)
+        for key, target in targets.items():
+            write(target, incoming.tensors[key], undo)
+        if replaces and not partial:
             _reset_the_rest(incoming, undo)
         _take_settings(incoming, undo)
         _warn_of_other_base(incoming)
     return LoadReport(matched=tuple(incoming.tensors))  # if a key did not fit, this has raised
+
+
+def _add(
+    incoming: _Incoming, dtype: torch.dtype | None, freeze: bool, activate: bool, undo: ExitStack
+) -> dict[str, Tensor]:
+    """Add an adapter with its blocks, and return the other tensors of the model that it sets."""
+    view, adapter, layers = incoming.view, incoming.adapter, incoming.layers
+    if adapter in view.adapters:
+        raise ArgumentError(
+            f"the model has an adapter {adapter!r} already; load under another name (adapter=), or "
+            "pass replace=True"
+        )
+    check_dtype(dtype)
+    statistics = running_statistics.statistics(view.names)
+    also_train = sorted(incoming.tensors.keys() - layers.keys() - statistics.keys())
+    try:
+        plan = plan_weights(
+            view,
+            adapter,
+            incoming.config,
+            layers.values(),
+            incoming.tensors,
+            also_train,
+            dtype=dtype,
+            freeze=freeze,
+        )
+    except ArgumentError as error:
+        raise AdapterFileError(f"{incoming.source}: {error}") from error
+    apply_plan(view, plan, undo, activate=activate)
+    targets = _checked_targets(incoming, _overwritten(incoming))
+    return {key: target for key, target in targets.items() if key not in layers}
+
+
+def _match(incoming: _Incoming, dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """Fit an adapter to the one of its name, and return the tensors of the model that it sets."""
+    if dtype is not None:
+        raise ArgumentError("replace=True keeps the blocks with their dtype; leave dtype out")
+    _widen(incoming)
+    return _checked_targets(incoming, _differences(incoming))
 
 
 def _under_model_names(
@@ -468,16 +494,6 @@ def _under_model_names(
             )
     values = {keys[key]: tensor for key, tensor in contents.tensors.items()}
     return _Incoming(view, adapter, source, contents.config, layers, values)
-
-
-def _planned(incoming: _Incoming, dtype: torch.dtype | None, freeze: bool) -> Plan:
-    view, layers, tensors = incoming.view, incoming.layers, incoming.tensors
-    beside = tensors.keys() - layers.keys() - running_statistics.statistics(view.names).keys()
-    wanted = (incoming.config, [*layers.values()], tensors, sorted(beside))
-    try:
-        return plan_weights(view, incoming.adapter, *wanted, dtype=dtype, freeze=freeze)
-    except ArgumentError as error:
-        raise AdapterFileError(f"{incoming.source}: {error}") from error
 
 
 def _widen(incoming: _Incoming) -> None:
@@ -514,17 +530,18 @@ def _overwritten(incoming: _Incoming) -> list[str]:
     ]
 
 
-def _check_fits(
-    incoming: _Incoming, targets: Mapping[str, Tensor], differences: Sequence[str]
-) -> None:
-    """Raise unless the model has all keys, with these sizes, and can hold the values."""
-    report = replace(check_fit(targets, incoming.tensors), missing=())  # these keep their values
+def _checked_targets(incoming: _Incoming, differences: Sequence[str]) -> dict[str, Tensor]:
+    """Return key -> the model's tensor; raise unless it has all, and they can hold the values."""
+    view, adapter = incoming.view, incoming.adapter
+    known = running_statistics.statistics(view.names) | adapter_tensors(view, adapter)
+    report = replace(check_fit(known, incoming.tensors), missing=())  # these keep their values
     reasons = [*([] if report.complete else [str(report)]), *differences]
     if reasons:
         raise AdapterFileError(
-            f"{incoming.source} does not fit the model's adapter {incoming.adapter!r}; nothing was "
-            f"loaded:\n{first_few(reasons, 20)}"
+            f"{incoming.source} does not fit the model's adapter {adapter!r}; nothing was loaded:\n"
+            f"{first_few(reasons, 20)}"
         )
+    return {key: known[key] for key in incoming.tensors}
 
 
 def _take_settings(incoming: _Incoming, undo: ExitStack) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -466,7 +466,7 @@ def plan_weights(
     view: ModelView,
     adapter: str,
     config: AdapterConfig,
-    layers: Sequence[LayerRecord],
+    layers: Collection[LayerRecord],
     tensors: Mapping[str, Tensor],
     also_train: Iterable[str],
     *,
