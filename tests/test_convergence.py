@@ -322,7 +322,7 @@ class TestReport:
 
     def test_the_advice_on_rates_follows_from_the_kept_runs(self):
         long = longer(STUDY, KEPT)
-        assert report.apart(long) < report.spread(long) < 0.05  # at equal forgetting, all alike
+        assert report.apart(report.lowest_losses(long)[0]) < report.spread(long) < 0.05  # alike
         thirds = report.thirds(long)
         assert len(thirds) == 3
         for loss, forgetting in thirds:  # as good as LoRA at a third of its rate ...

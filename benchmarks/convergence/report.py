@@ -89,13 +89,14 @@ def page(
 def verdict(found: Mapping[str, TaskFindings], long: Longer) -> str:
     """Return the box on top of the page, in Markdown."""
     seeds = "" if all(long.has_all(name, MILD[name]) for name in ("bone", OTHER)) else FIRST
+    near, far = lowest_losses(long)
     lines = [
         "**For small models, choose MiSS (Bone), at [a tenth to a third of LoRA's "
         f"rate](choosing.md#learning-rate): {MILD['bone']:g} for the language model.** In the "
         f"longer training{seeds}, it then learns and forgets about as much as a LoRA at "
         f"{MILD[OTHER]:g}, in less time and memory. At equal forgetting, up to {LIMITS[-1]:g}"
-        f"{FIRST}, {_all(long)} learn as much there: test losses differ by at most "
-        f"{apart(long):.3f}, seeds by up to {spread(long):.3f}.",
+        f"{FIRST}, {_all(near, far)} learn as much there: test losses differ by at most "
+        f"{apart(near):.3f}, seeds by up to {spread(long):.3f}.",
         _line("Quality", found, "test loss", "loss", ("better", "worse")),
         _line("Speed", found, "time of a step", None, ("faster", "slower")),
         _line("Memory", found, "memory of a step", None, ("less", "more")),
@@ -211,6 +212,7 @@ def _longer(found: Longer) -> str:
         for name in found.records
     ]
     near, far = lowest_losses(found)
+    alike = _all(near, far)
     equal = zip(*near.values(), strict=True)
     lowest = _joined([f"{min(losses):.3f} to {max(losses):.3f}" for losses in equal])
     for name, losses in far.items():
@@ -228,7 +230,7 @@ is the rise of the loss on text that the base itself wrote, from {base:.2f}.
 Test loss, then forgetting, at one rate for all. Bold is the rate that the validation loss chooses,
 and the verdict compares. A star: mean of {len(STUDY.seeds)} seeds; others have the first.
 
-- **At equal forgetting, {_all(found)} learn as much in this task.** Over all rates and scales of
+- **At equal forgetting, {alike} learn as much in this task.** Over all rates and scales of
   the first seed, their lowest losses within a forgetting of
   {_joined([f"{limit:g}" for limit in LIMITS])} are {lowest}.
 - **At one rate, MiSS (Bone) forgets more.** It forgets {_at_one_rate(found)} times as much as LoRA.
@@ -259,14 +261,12 @@ def lowest_losses(found: Longer) -> tuple[dict[str, list[float]], dict[str, list
     return near, {name: lowest[name] for name in lowest if name not in near}
 
 
-def apart(found: Longer) -> float:
-    """Return how far those methods are apart at equal forgetting, at most."""
-    near, _ = lowest_losses(found)
+def apart(near: Mapping[str, Sequence[float]]) -> float:
+    """Return how far methods are apart at equal forgetting, at most."""
     return max(max(losses) - min(losses) for losses in zip(*near.values(), strict=True))
 
 
-def _all(found: Longer) -> str:
-    near, far = lowest_losses(found)
+def _all(near: Mapping[str, list[float]], far: Mapping[str, list[float]]) -> str:
     more = {name: sum(losses) < sum(near["bone"]) for name, losses in far.items()}
     others = [f"{METHODS[n].title}, which learns {'more' if more[n] else 'less'}," for n in more]
     return f"all methods but {_joined(others)}" if others else "all methods"
