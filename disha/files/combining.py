@@ -106,7 +106,7 @@ class _Part(NamedTuple):
     source: Source
 
 
-def combine_contents(summands: Sequence[Summand], r: int | None = None) -> AdapterContents:
+def combine_contents(summands: Sequence[Summand], r: int | None) -> AdapterContents:
     """Return the adapter that is the weighted sum of others, with scale 1 and no metadata."""
     parts: dict[str, list[_Part]] = {}
     for source, contents, weight in summands:

@@ -173,9 +173,9 @@ def low_rank_updates(
     layers: Sequence[LayerRecord],
     tensors: Tensors,
     *,
-    rank: int | None = None,
+    rank: int | None,
     pad: bool = False,
-    base: BaseWeight | None = None,
+    base: BaseWeight | None,
 ) -> list[LowRankUpdate]:
     """Return the updates of layers; `disha.interop.lora.export` documents the arguments."""
     check_rank(rank)

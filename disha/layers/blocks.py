@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -220,8 +220,8 @@ class Original:
 class Merged:
     """The adapters that are merged into a layer, perhaps none, and its former parameters."""
 
-    adapters: tuple[str, ...] = ()
-    originals: Mapping[str, Original] = field(default_factory=dict)
+    adapters: tuple[str, ...]
+    originals: Mapping[str, Original]
 
 
 class Adapters(nn.Module):
