@@ -242,7 +242,9 @@ def check_dtype(dtype: object) -> None:
 
 def as_tuple(name: str, patterns: Any) -> tuple[str, ...]:
     """Return one regex, several, or None as a tuple."""
-    found = [patterns] if isinstance(patterns, str) else () if patterns is None else patterns
+    if isinstance(patterns, str):
+        return (patterns,)
+    found = () if patterns is None else patterns
     check_type(name, found, Sequence, "a regex (str) or a list of them")
     for item in found:
         check_type(name, item, str, "a regex (str) or a list of them")
