@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from statistics import multimode
 from typing import Any
 
 import torch
@@ -31,7 +32,6 @@ from disha.interop.low_rank import (
     LowRankUpdate,
     base_weights,
     check_rank,
-    commonest,
     contents_of_factors,
     is_stack,
     listed,
@@ -426,7 +426,7 @@ def _config_of(
         targets = exact_targets(others, None if view is None else module_names(view))
     # The values of most layers are the default; the patterns list the other layers.
     sizes = {update.record.name: (update.rank, _alpha_of(update)) for update in updates}
-    usual_r, usual_alpha = commonest(sizes.values())
+    usual_r, usual_alpha = max(multimode(sizes.values()))
     return {
         "peft_type": "LORA",
         "inference_mode": True,

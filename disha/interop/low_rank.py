@@ -16,8 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import mode
-from typing import TypeVar
+from statistics import multimode
 
 import torch
 from torch import Tensor
@@ -33,8 +32,6 @@ from disha.model.records import LayerRecord, Tensors
 from disha.model.view import ModelView
 from disha.sharding.tensors import gathered
 from disha.text import counted, first_few, printable, table
-
-T = TypeVar("T", int, tuple[int, float])
 
 BaseWeight = Callable[[str], Tensor]
 """Takes the name of a layer, returns its base weight as the model stores it."""
@@ -145,11 +142,6 @@ class LoraReport:
 
 def _shown(error: float) -> str:
     return "exact" if error == 0 else f"{error:.3g}"
-
-
-def commonest(values: Iterable[T]) -> T:
-    """Return the value that occurs most often; if several do, the largest of them."""
-    return mode(sorted(values, reverse=True))
 
 
 def listed(names: Sequence[str]) -> str:
@@ -324,7 +316,7 @@ def contents_of_factors(
     also_train = dict(beside or {})
     first, _ = found[0]
     config = AdapterConfig(
-        commonest(layer.r for layer, _ in found),
+        max(multimode(layer.r for layer, _ in found)),
         None,
         first.method,
         scale=first.scale,
