@@ -27,7 +27,8 @@ def linear_product(input: Any, weight: Any, bias: Any = None) -> Any:
         return NotImplemented
     if not isinstance(weight, EffectiveWeight) or not _is_dense(input):
         return NotImplemented
-    base, layout = weight.base, weight.weight_layout
+    base = weight.base
+    layout = weight.weight_layout
     if layout.in_first and base.dim() == 2:  # such as a table, to which an output head is tied
         return weight.updates.product(F.linear, input, base, bias, layout)
     if layout.pattern != "out in":
@@ -61,7 +62,9 @@ def _mm(input: Any, *other: Any, **named: Any) -> Any:
 
 
 def _weight_first(weight: EffectiveWeight, x: Tensor) -> Any:
-    layout, base, updates = weight.weight_layout, weight.base, weight.updates.of_all_samples
+    layout = weight.weight_layout
+    base = weight.base
+    updates = weight.updates.of_all_samples
     if layout.pattern == "out in" and x.dim() == 1:
         return linear_product(x, weight)
     matrix = layout.pattern == "out in"
@@ -117,7 +120,8 @@ def _conv(
 ) -> Any:
     if not isinstance(weight, EffectiveWeight) or not weight.weight_layout.has_kernel:
         return NotImplemented
-    layout, transposes = weight.weight_layout, func in _TRANSPOSED
+    layout = weight.weight_layout
+    transposes = func in _TRANSPOSED
     # After the bias: stride, padding, then dilation or output_padding, then groups.
     groups = args[3] if len(args) > 3 else kwargs.get("groups", 1)
     if layout.in_first != transposes or (transposes and groups != layout.groups):

@@ -58,7 +58,8 @@ def is_index(index: Any) -> bool:
 
 def item_of(weight: Any, index: Any) -> Any:
     """Return one or several matrices of a stack, or rows of a matrix."""
-    layout, base = weight.weight_layout, weight.base
+    layout = weight.weight_layout
+    base = weight.base
     if layout.experts_first and (is_index(index) or isinstance(index, slice)):
         return _selected(weight, index)
     if layout.pattern == "out in" and isinstance(index, slice):
@@ -69,7 +70,8 @@ def item_of(weight: Any, index: Any) -> Any:
 
 def _selected(weight: EffectiveWeight, index: Any) -> Any:
     """Return one or several matrices of a stack."""
-    base, layout = weight.base[index], weight.weight_layout
+    base = weight.base[index]
+    layout = weight.weight_layout
     if base.dim() > weight.base.dim():
         return NotImplemented  # an index of several dimensions
     if base.dim() < weight.base.dim():
@@ -114,7 +116,8 @@ def _unbind(weight: Any, dim: int = 0) -> Any:
     if not updates:
         return tuple(item_of(weight, index) for index in range(weight.base.shape[0]))
     each = zip(*(update.unstack() for update in updates))
-    item, bases = layout.of_one_expert(), weight.base.unbind(0)
+    item = layout.of_one_expert()
+    bases = weight.base.unbind(0)
     return tuple(
         effective(base, item, Updates(item_updates)) for base, item_updates in zip(bases, each)
     )

@@ -114,7 +114,8 @@ def effective(base: Tensor, layout: Layout, updates: Updates) -> EffectiveWeight
 def absent(base: Tensor, layout: Layout) -> AbsentWeight:
     """Return the effective weight of a W that has no values."""
     weight = base.as_subclass(AbsentWeight)
-    weight.base, weight.weight_layout = base, layout
+    weight.base = base
+    weight.weight_layout = layout
     return weight
 
 

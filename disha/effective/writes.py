@@ -88,7 +88,8 @@ def _sources(written: Any, *sources: Any) -> tuple[Any, ...]:
 
 def _same_blocks(weight: EffectiveWeight, other: EffectiveWeight) -> bool:
     """Whether two effective weights have the updates of the same blocks."""
-    mine, theirs = weight.updates.every, other.updates.every
+    mine = weight.updates.every
+    theirs = other.updates.every
     same = all(a.block.is_set_to(b.block) for a, b in zip(mine, theirs))
     return same and len(mine) == len(theirs)
 

@@ -78,7 +78,8 @@ def bat_delta_weight(weight: Tensor, block: Tensor) -> Tensor:
             f"{expected}, got {tuple(block.shape)}"
         )
     dtype = merge_dtype(weight.dtype, block.dtype)
-    tiles, block = square_tiles(weight.to(dtype), r), block.to(dtype)
+    tiles = square_tiles(weight.to(dtype), r)
+    block = block.to(dtype)
     with without_autocast(weight.device):
         product = torch.unflatten(tiles @ block, -2, (r, -1))  # (..., a, i, b, j)
     delta = (product + block.unsqueeze(-2)).flatten(-4, -3).flatten(-2)  # (..., a i, b j)
@@ -183,7 +184,8 @@ class _BatLinear(torch.autograd.Function):
     def backward(ctx: Any, grad: Any) -> Any:
         x, weight, block = ctx.saved_tensors
         needs_x, _, needs_bias, needs_block = ctx.needs_input_grad
-        grad_x, parts = None, []
+        grad_x = None
+        parts = []
         slabs = list(_slabs(weight, block))
         # A second derivative needs every intermediate result, and none of `out=`.
         scratch = None if torch.is_grad_enabled() else _scratch(weight, block, slabs)
@@ -226,7 +228,8 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None, block: Tensor) -> T
 
 def _block_gradient(gradient: Tensor, weight: Tensor, r: int) -> Tensor:
     """Return dD_a = sum over b of (W_ab + I)^T G_ab from some rows of G = dY^T X and of W."""
-    gradient, tiles = square_tiles(gradient, r), square_tiles(weight.contiguous(), r)
+    gradient = square_tiles(gradient, r)
+    tiles = square_tiles(weight.contiguous(), r)
     direct = gradient.view(tiles.shape[0], r, -1, r).sum(2)
     return torch.baddbmm(direct, tiles.mT, gradient)
 
@@ -270,7 +273,8 @@ def _effective(weight: Tensor, block: Tensor, scratch: Tensor | None, add_block:
 def _traced(weight: Tensor, block: Tensor) -> Tensor:
     """Return W_eff as a product in W's dtype and a sum in at least float32: compiled, one loop."""
     _, r, _ = block.shape
-    tiles, dtype = square_tiles(weight, r), merge_dtype(weight.dtype)
+    tiles = square_tiles(weight, r)
+    dtype = merge_dtype(weight.dtype)
     start = torch.unflatten(tiles, -2, (r, -1))
     product = torch.unflatten(tiles @ block, -2, (r, -1))
     total = start.to(dtype) + (product.to(dtype) + block.unsqueeze(-2).to(dtype))
@@ -283,8 +287,11 @@ def bat_streamed(x: Tensor, weight: Tensor, block: Tensor) -> Tensor:
 
     y_a = sum over b of W_ab (I + D_a) x_b + D_a S(x). This reads W once, in order.
     """
-    stack, tokens = x.shape[:-2], x.shape[-2]
-    count, r, matrices = block.shape[-3], block.shape[-1], stack.numel()
+    stack = x.shape[:-2]
+    tokens = x.shape[-2]
+    count = block.shape[-3]
+    r = block.shape[-1]
+    matrices = stack.numel()
     x = pad_to_multiple(x, r, dim=-1)
     in_features = x.shape[-1]
     # u_ab = x_b + D_a x_b for all a at once: (matrices * out / r, tokens, in)

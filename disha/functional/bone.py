@@ -168,7 +168,8 @@ def embedding_delta(
 
 def routed_delta(x: Tensor, blocks: Sequence[Tensor], choices: Tensor) -> Tensor:
     """Return what Bone blocks add if each sample has its own block, computed in one product."""
-    samples, (r, out_features) = choices.shape[0], blocks[0].shape
+    samples = choices.shape[0]
+    r, out_features = blocks[0].shape
     table = torch.stack([*blocks, torch.zeros_like(blocks[0])])
     each = x.shape[:-1].numel() // samples
     sums, regain = shard_sums(x, r)

@@ -156,7 +156,8 @@ class Layout:
 
     def reason_against(self, geometry: Geometry, r: int, r_out: int | None = None) -> str | None:
         """Return why a weight can't have a block of these sizes, or None if it can."""
-        inputs, outputs = geometry.in_features, geometry.out_features
+        inputs = geometry.in_features
+        outputs = geometry.out_features
         if not inputs or not outputs or 0 in geometry.stack:
             return "its weight is empty"
         if self.has_kernel:
@@ -179,14 +180,17 @@ class Layout:
             *stack, first, second = shape
         inputs, out = (first, second) if self.in_first else (second, first)
         if self.pattern == "in out *kernel":
-            inputs, stack = inputs // self.groups, [self.groups, *stack]
+            inputs = inputs // self.groups
+            stack = [self.groups, *stack]
         if rows:
             out = sum(stop - start for start, stop in rows)
         return Geometry(inputs, out, tuple(stack))
 
     def shape(self, geometry: Geometry) -> tuple[int, ...]:
         """Return the shape of a weight with these sizes: the inverse of `geometry`."""
-        inputs, out, stack = geometry.in_features, geometry.out_features, geometry.stack
+        inputs = geometry.in_features
+        out = geometry.out_features
+        stack = geometry.stack
         if self.has_kernel:
             if self.in_first:
                 return (self.groups * inputs, out, *stack[1:])
@@ -259,7 +263,8 @@ def place_rows(part: Tensor, rows: Rows, size: int, dim: int = -2) -> Tensor:
         return part
     shape = list(part.shape)
     shape[dim] = size
-    whole, taken = part.new_full(shape, -0.0), 0  # x + -0.0 keeps every bit of x, also of -0.0
+    whole = part.new_full(shape, -0.0)  # x + -0.0 keeps every bit of x, also of -0.0
+    taken = 0
     for first, stop in rows:
         whole.narrow(dim, first, stop - first).copy_(part.narrow(dim, taken, stop - first))
         taken += stop - first

@@ -207,7 +207,8 @@ class Method:
             reduced = self.reduced(matrix, geometry, r)
             delta = bone_delta_weight(reduced, geometry.in_features, geometry.out_features)
         else:
-            dtype, matrices = merge_dtype(weight.dtype, block.dtype), None
+            dtype = merge_dtype(weight.dtype, block.dtype)
+            matrices = None
             if self.reads_weight:
                 matrices = layout.matrices(layout.part(weight, rows)).to(dtype)
             with without_autocast(weight.device):

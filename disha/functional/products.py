@@ -195,7 +195,9 @@ def _reduced_product(
 ) -> Tensor:
     """Return s S(x) R: the product of the shard sums with a smaller weight of the same layout."""
     matrix, dropout, chosen = reduced
-    r, out_features, looks_up = matrix.shape[-2], geometry.out_features, not x.is_floating_point()
+    r = matrix.shape[-2]
+    out_features = geometry.out_features
+    looks_up = not x.is_floating_point()
     if not looks_up:
         x = F.dropout(x, dropout) if dropout else x
         matrix = matrix.to(x.dtype)
@@ -255,7 +257,9 @@ def reduced_updates(updates: Sequence[Update], layout: Layout, geometry: Geometr
     for update in updates:
         if not update.method.reduces:
             continue
-        method, block, outputs = update.method, update.block, out_features
+        method = update.method
+        block = update.block
+        outputs = out_features
         if update.rows:
             outputs = sum(stop - first for first, stop in update.rows)
         # The block's own stack, because a stack of chosen matrices has another size.
@@ -364,7 +368,8 @@ def adapted_linear(
     late = None
     if x.dim() > 2 and bias is not None and not is_compiling() and not x.is_contiguous():
         # For such an input, torch adds the bias after the product, which can round differently.
-        bias, late = None, bias
+        late = bias
+        bias = None
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     # Almost every layer has one update of all outputs, so this case has a fast path.
     if len(updates) != 1 or updates[0].rows or updates[0].dropout:
@@ -384,7 +389,8 @@ def _linear_and_reduced(
     x: Tensor, weight: Tensor, bias: Tensor | None, matrix: Tensor, scale: Scale
 ) -> Tensor:
     """Return W x + b + s S(x) R for x (n, in)."""
-    (tokens, inputs), r = x.shape, matrix.shape[0]
+    tokens, inputs = x.shape
+    r = matrix.shape[0]
     if x.dtype == torch.float16 or any_autocast():
         sums, factor = shard_sums(x, r)
         return _plus_product(F.linear(x, weight, bias), sums, scaled(matrix, scale), factor)
@@ -536,7 +542,8 @@ def adapted_grouped(
 
 def _one_by_one(x: Tensor, weight: Tensor, offsets: Tensor, updates: Sequence[Update]) -> Tensor:
     """Return the grouped product, computed by one product for each matrix that has rows."""
-    outputs, start = [], 0
+    outputs = []
+    start = 0
     each = list(zip(*(update.unstack() for update in updates)))
     with without_autocast(x.device):  # autocast leaves grouped products alone
         for index, end in enumerate(offsets.tolist()):

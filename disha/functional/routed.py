@@ -70,7 +70,8 @@ class Route:
 
         What has no adapter comes last, under an empty name.
         """
-        places, parts = self._places(self.adapters), self.parts(size)
+        places = self._places(self.adapters)
+        parts = self.parts(size)
         order = sorted(range(len(places)), key=places.__getitem__)
         runs = self.runs([self.names[sample] for sample in order], size)
         ranges = (range(sample * parts, (sample + 1) * parts) for sample in order)
