@@ -255,7 +255,8 @@ def adapt(module: nn.Module, parameters: Iterable[str], is_opaque: bool) -> Adap
     original: Any = type(module)
     known: tuple[str, ...] = ()
     if isinstance(module, AdaptedLayer):
-        original, known = module._original_class, module._adapted_parameters
+        original = module._original_class
+        known = module._adapted_parameters
         is_opaque = module._is_opaque
     names = tuple(dict.fromkeys((*known, *parameters)))
     if names != known:

@@ -101,7 +101,8 @@ class Block(nn.Module):
     def update(self, on_meta: bool = False, group: Group | None = None) -> Update:
         """Return the update for products with the weight, with the current scale and dropout."""
         # Attributes, not items of `__dict__`: torch 2.15 compiles no guards for those.
-        name, parameters = self.parameter_name, self._parameters
+        name = self.parameter_name
+        parameters = self._parameters
         values: Any = None
         if "forward" in self.__dict__:
             # A device hook (accelerate's) replaces forward, and loads the block to its device.
@@ -185,7 +186,8 @@ class Block(nn.Module):
     def _write_scale(self) -> None:
         """Make `scale_tensor` anew: autograd may have saved the old one."""
         # 0-dim, so it never changes a result's dtype; at least float32, so it is not rounded.
-        block, former = self.block, self._buffers["scale_tensor"]
+        block = self.block
+        former = self._buffers["scale_tensor"]
         dtype = merge_dtype(block.dtype)
         # The tensor of an offloaded block stays on the device to which the block will be loaded.
         device = former.device if block.is_meta and former is not None else block.device
@@ -203,7 +205,8 @@ class Block(nn.Module):
             self._write_scale()  # load_state_dict(assign=True) has taken the block off meta
         # A base model's checkpoint has no blocks, but must still load strictly. If one has some
         # blocks, a hook of the model (running_statistics) adds the others to the missing keys.
-        missing_keys, key = args[2], prefix + self.parameter_name
+        missing_keys = args[2]
+        key = prefix + self.parameter_name
         if key in missing_keys:
             missing_keys.remove(key)
 

@@ -49,7 +49,8 @@ def keep_flags(parameters: Iterable[tuple[Any, Any, str]], undo: ExitStack) -> N
     """Note the flags of parameters, and what their modules remember, in `undo`."""
     kept = []
     for _, module, name in parameters:
-        attributes, parameter = attributes_of(module), module._parameters[name]
+        attributes = attributes_of(module)
+        parameter = module._parameters[name]
         kept.append(
             (parameter, parameter.requires_grad, attributes, dict(attributes.get(_FLAGS, {})))
         )

@@ -55,7 +55,8 @@ PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 
 def _attention(module: Any) -> list[Slot]:
     """`nn.MultiheadAttention`: q, k and v, packed in one weight or in three."""
-    width, layout = module.embed_dim, Layout("out in")
+    width = module.embed_dim
+    layout = Layout("out in")
     if module.in_proj_weight is None:
         return [Slot(name, f"{name}_weight", layout) for name in PROJECTIONS]
     return [

@@ -97,7 +97,8 @@ class _LinearWithAdapter(AdaptedLinear):
             )
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
-        layer.in_features, layer.out_features = linear.in_features, linear.out_features
+        layer.in_features = linear.in_features
+        layer.out_features = linear.out_features
         layer._parameters.update(linear._parameters)  # the bias may be None
         layer.train(linear.training)
         config = AdapterConfig(

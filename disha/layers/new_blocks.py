@@ -27,9 +27,11 @@ def make_block(
     """Return a new block for a weight, on its device, with copied values or those of `init`."""
     weight = None if slot.opaque else read_weight(module, slot.parameter)
     device = opaque.device_of(module) if weight is None else device_of_weight(module, weight)
-    split, method = split_of(weight), method_of(config.method)
+    split = split_of(weight)
+    method = method_of(config.method)
     if values is not None:
-        shape, dtype = tuple(values.shape), values.dtype
+        shape = tuple(values.shape)
+        dtype = values.dtype
     else:
         shape = method.block_shape(
             slot.layout, weight_shape(module, slot), r, config.r_out, slot.rows

@@ -146,9 +146,11 @@ def opaque_slot(module: nn.Module) -> Slot | None:
     sizes = _sizes_of(module)
     if sizes is None or quantisation_of(module, own_weight(module)) is None:
         return None
-    layout, shape = Layout("out in"), sizes[::-1]
+    layout = Layout("out in")
+    shape = sizes[::-1]
     if isinstance(module, nn.Embedding):
-        layout, shape = Layout("index out", padding_idx=module.padding_idx), sizes
+        layout = Layout("index out", padding_idx=module.padding_idx)
+        shape = sizes
     return Slot("", "weight", layout, opaque=True, shape=shape)
 
 

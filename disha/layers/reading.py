@@ -46,7 +46,8 @@ def weight_property(original: type[nn.Module], name: str) -> property:
         adapters: Any = layer._modules.get(CHILD_NAME)
         if adapters is None:
             return base
-        override, compiling = None, is_compiling()
+        override = None
+        compiling = is_compiling()
         if compiling or OPEN:
             override = adapters.override(compiling)
             blocks = adapters.blocks_on(name, override)
@@ -96,7 +97,8 @@ def _unusual_weight(
     compiling: bool,
 ) -> Any:
     """Return the value of a weight without values here, cut over ranks, or of another class."""
-    layout, split = blocks[0].slot.layout, split_of(base)
+    layout = blocks[0].slot.layout
+    split = split_of(base)
     if split is None and base.is_meta:
         # The hook of an offloaded block does not run here: accelerate reads W before it loads D.
         if all("forward" not in block.__dict__ and block.block.is_meta for block in blocks):
@@ -122,7 +124,8 @@ def _unusual_weight(
 
 def linear_forward(layer: Any, input: Tensor) -> Tensor:
     """Return what `nn.Linear` returns, with fewer Python calls: for few tokens, these cost most."""
-    parameters, adapters = layer._parameters, layer._modules.get(CHILD_NAME)
+    parameters = layer._parameters
+    adapters = layer._modules.get(CHILD_NAME)
     patched = nn.Linear.forward is not LINEAR_FORWARD
     # `is_compiling()` is asked first: compiled code would depend on all that is asked before it.
     if is_compiling() or patched or OPEN or adapters is None or layer._has_own_reading:

@@ -99,7 +99,8 @@ def start_of(layer: nn.Module, block: Block) -> Tensor | None:
     """Return the values that a block starts with if they are those of the base weight."""
     if not block.method.replaces:
         return None
-    base, slot = gathered(base_of(layer, block.slot)).detach(), block.slot
+    base = gathered(base_of(layer, block.slot)).detach()
+    slot = block.slot
     return block.method.block_of(slot.layout, slot.layout.part(base, slot.rows))
 
 

@@ -213,18 +213,23 @@ def _checked(
         outputs = [output.detach() for output in outputs]
         acting = {block for block in blocks if block in reached or _changes(run, block, outputs)}
         try:
-            merging, refusal = _merging(view, run, outputs, active), ""
+            merging = _merging(view, run, outputs, active)
+            refusal = ""
         except DishaError as error:
-            merging, refusal = {}, str(error)
+            merging = {}
+            refusal = str(error)
         # Whether a block can leave zeros depends on its method, so one block of each is tried.
         tried = {block.method: block for block in blocks if block in zeros and block in reached}
         stuck = {method for method, block in tried.items() if not _leaves_zeros(run, block, undo)}
     found = []
     for name, layer, adapter, block in active:
-        is_read, acts, gradient = block in read, block in acting, block in reached
+        is_read = block in read
+        acts = block in acting
+        gradient = block in reached
         starts = not (block in zeros and block.method in stuck)
         reason = _reason(is_read, acts, gradient, starts, is_frozen=block in frozen)
-        trains, merges = not reason, merging.get(layer)
+        trains = not reason
+        merges = merging.get(layer)
         found.append(CheckedWeight(name, adapter, is_read, acts, trains, merges, reason or refusal))
     return tuple(found)
 

@@ -197,7 +197,8 @@ def route_adapters(model: nn.Module, names_per_sample: Sequence[str | None]) -> 
         >>> torch.allclose(routed[1], model(x)[1])  # "b" is the active one
         True
     """
-    view, route = ModelView(model), Route(tuple(names_per_sample))
+    view = ModelView(model)
+    route = Route(tuple(names_per_sample))
     if not route.names:
         raise ArgumentError("names_per_sample is empty; give a name or None for each sample")
     for name in route.adapters:

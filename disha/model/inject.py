@@ -171,7 +171,8 @@ def apply_plan(view: ModelView, plan: Plan, undo: ExitStack, *, activate: bool =
     modules = {**blocks, **borrowed}
     _keep(view, modules, undo)
     for module in modules:
-        held, tied = blocks[module], borrowed[module]
+        held = blocks[module]
+        tied = borrowed[module]
         names = [block.slot.parameter for block in held] + [name for name, _ in tied]
         adapters = adapt(module, names, any(block.slot.opaque for block in held))
         if not len(adapters):

@@ -102,7 +102,8 @@ def _compute_densely(layer: nn.Module, undo: ExitStack) -> None:
     if is_library_forward(type(layer)):
         undo.callback(object.__setattr__, layer, "__class__", type(layer))
         object.__setattr__(layer, "__class__", nn.Linear)
-        weight, bias = layer._parameters["weight"], layer._parameters["bias"]
+        weight = layer._parameters["weight"]
+        bias = layer._parameters["bias"]
         if bias is not None and weight is not None:
             _replace(layer, "bias", nn.Parameter(bias.to(weight.dtype), bias.requires_grad), undo)
 
@@ -279,7 +280,8 @@ def _merged(
 
 def _restored(layer: AdaptedLayer, name: str, original: Original) -> Tensor:
     """Return what replaces a merged weight."""
-    now, former = layer._parameters[name], original.weight
+    now = layer._parameters[name]
+    former = original.weight
     assert now is not None
     if now.is_meta and not former.is_meta and offloading_hooks(layer):
         raise MergeError(

@@ -121,7 +121,8 @@ class PlannedLayer:
     @property
     def block_shape(self) -> tuple[int, ...]:
         """The shape of its block."""
-        slot, config = self.slot, self.config
+        slot = self.slot
+        config = self.config
         assert slot is not None
         method = method_of(config.method)
         return method.block_shape(slot.layout, self.shape, self.r, config.r_out, slot.rows)
@@ -403,7 +404,9 @@ def _divided(
     layers: Iterable[PlannedLayer],
 ) -> tuple[list[PlannedLayer], list[PlannedLayer], list[PlannedLayer]]:
     """Return what gets a block, what can't have one, and what can't have one of these sizes."""
-    adapted, skipped, unfit = [], [], []
+    adapted = []
+    skipped = []
+    unfit = []
     for layer in layers:
         reason = layer.reason or _reason_against(layer)
         misfit = None if reason else _reason_against_block(layer)
@@ -479,9 +482,11 @@ def plan_weights(
     for layer in _layers_of(view, AdapterConfig(config.r)):
         # A parameter of unknown layout can be asked for too, because the file has its layout.
         known |= dict.fromkeys(layer.parameter_names if layer.slot is None else layer.names, layer)
-    reasons, planned = [], []
+    reasons = []
+    planned = []
     for record in layers:
-        tensor, found = tensors[record.key], known.get(record.name)
+        tensor = tensors[record.key]
+        found = known.get(record.name)
         reason: str | None = "the model has no such layer"
         if found is not None:
             found = _as_recorded(found, record, config, tensor.to(dtype or tensor.dtype))
@@ -568,7 +573,8 @@ def _reason_against_parameter(
 
 def _reason_against(layer: PlannedLayer) -> str | None:
     """Return why its method can't adapt a weight, whatever the size of the block."""
-    module, slot = layer.module, layer.slot
+    module = layer.module
+    slot = layer.slot
     if slot is None and layer.attribute:
         return (
             f"the layout of this weight {layer.shape} is unknown; declare it, such as "
@@ -592,7 +598,8 @@ def _reason_against(layer: PlannedLayer) -> str | None:
         else _reason_against_dense(read_weight(module, layer.attribute), slot)
     )
     if reason is None and slot.rows:
-        outputs, last = slot.layout.geometry(layer.shape).out_features, slot.rows[-1]
+        outputs = slot.layout.geometry(layer.shape).out_features
+        last = slot.rows[-1]
         if last[1] > outputs:
             return f"rows {last} are out of range: it has {outputs} rows"
     return reason
@@ -639,7 +646,8 @@ def _reason_against_dense(weight: Any, slot: Slot) -> str | None:
 
 def _reason_against_block(layer: PlannedLayer) -> str | None:
     """Return why a weight can't have a block of the planned sizes."""
-    slot, config = layer.slot, layer.config
+    slot = layer.slot
+    config = layer.config
     assert slot is not None
     reason = slot.layout.reason_against(layer.geometry, layer.r, config.r_out)
     split = None if slot.opaque else split_of(read_weight(layer.module, layer.attribute))
@@ -726,7 +734,8 @@ def _tied(view: ModelView, layer: PlannedLayer, exclude: Iterable[str] = ()) -> 
 def _all_linear(view: ModelView, known: list[PlannedLayer]) -> set[Place]:
     """Return where linear weights are, without output heads that are tied to an embedding."""
     added = _modules_added_by_peft(view)
-    tables, linear = set(), {}
+    tables = set()
+    linear = {}
     for layer in known:
         parameter = layer.module._parameters.get(layer.attribute)
         if isinstance(layer.module, (nn.Embedding, nn.EmbeddingBag)):

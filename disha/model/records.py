@@ -74,7 +74,9 @@ class LayerRecord:
 
     def reason_against_block(self, block: tuple[int, ...]) -> str | None:
         """Return why a block of that shape can't be this layer's, or None if it can."""
-        layout, r, r_out = self.layout, self.r, self.r_out
+        layout = self.layout
+        r = self.r
+        r_out = self.r_out
         has_axes = len(block) >= METHODS[self.method].block_axes
         weight = self.weight_shape(block) if has_axes else ()
         if layout.reason_against_shape(weight) is not None:
@@ -90,7 +92,8 @@ class LayerRecord:
 
     def reason_against_weight(self, block: tuple[int, ...], weight: tuple[int, ...]) -> str | None:
         """Return why a weight of that shape can't be this layer's, or None if it can."""
-        layout, rows = self.layout, self.rows
+        layout = self.layout
+        rows = self.rows
         if layout.reason_against_shape(weight) is None:
             fits = layout.geometry(weight, rows) == self.geometry(block)
             if fits and all(stop <= layout.geometry(weight).out_features for _, stop in rows):

@@ -44,7 +44,8 @@ def remember_statistics(model: Any, modules: Iterable[nn.Module], undo: ExitStac
         undo.callback(forget_statistics, [model])
         model.register_load_state_dict_pre_hook(_before_loading)
     for module in modules:
-        now, attributes = _statistics_of(module), attributes_of(module)
+        now = _statistics_of(module)
+        attributes = attributes_of(module)
         if now and _STATISTICS not in attributes:
             undo.callback(attributes.pop, _STATISTICS, None)
             attributes[_STATISTICS] = {name: value.detach().clone() for name, value in now.items()}
