@@ -92,7 +92,8 @@ def save_adapter(
         ['0.bone_block']
     """
     view = ModelView(model)
-    ranks, action = view.ranks(), f"save adapter {adapter!r}"
+    ranks = view.ranks()
+    action = f"save adapter {adapter!r}"
     with ranks.agreeing(action):
         view.require(adapter)
         target = file_at(path)
@@ -239,7 +240,8 @@ def adapter_contents(
     base: bool = True,
 ) -> AdapterContents:
     """Return an adapter of a model, on the CPU; collective. Without `base`, no fingerprints."""
-    ranks, action = view.ranks(), f"take adapter {adapter!r} out of the model"
+    ranks = view.ranks()
+    action = f"take adapter {adapter!r} out of the model"
     with ranks.agreeing(action):
         notes = dict(metadata or {})
         if not all(isinstance(text, str) for note in notes.items() for text in note):
@@ -275,7 +277,8 @@ def _records(
     borrowers = view.borrowers()
     records = []
     for model_block in blocks:
-        block, slot = model_block.block, model_block.block.slot
+        block = model_block.block
+        slot = model_block.block.slot
         geometry = slot.layout.geometry(weight_shape(model_block.layer, slot), slot.rows)
         record = LayerRecord(
             name=model_block.name,
@@ -429,7 +432,9 @@ def _add(
     incoming: _Incoming, dtype: torch.dtype | None, freeze: bool, activate: bool, undo: ExitStack
 ) -> dict[str, Tensor]:
     """Add an adapter with its blocks, and return the other tensors of the model that it sets."""
-    view, adapter, layers = incoming.view, incoming.adapter, incoming.layers
+    view = incoming.view
+    adapter = incoming.adapter
+    layers = incoming.layers
     if adapter in view.adapters:
         raise ArgumentError(
             f"the model has an adapter {adapter!r} already; load under another name (adapter=), or "
@@ -499,10 +504,12 @@ def _under_model_names(
 def _widen(incoming: _Incoming) -> None:
     """Give an adapter the shard sizes of the model's adapter, where that is exact."""
     for (*_, block), record in incoming.blocks():
-        key, tensors = record.key, incoming.tensors
+        key = record.key
+        tensors = incoming.tensors
         wider = block.method.wider_block(record.layout, tensors[key], record.r, block.r)
         if wider is not None:
-            incoming.layers[key], tensors[key] = replace(record, r=block.r), wider
+            incoming.layers[key] = replace(record, r=block.r)
+            tensors[key] = wider
 
 
 def _differences(incoming: _Incoming) -> list[str]:
@@ -532,7 +539,8 @@ def _overwritten(incoming: _Incoming) -> list[str]:
 
 def _checked_targets(incoming: _Incoming, differences: Sequence[str]) -> dict[str, Tensor]:
     """Return key -> the model's tensor; raise unless it has all, and they can hold the values."""
-    view, adapter = incoming.view, incoming.adapter
+    view = incoming.view
+    adapter = incoming.adapter
     known = running_statistics.statistics(view.names) | adapter_tensors(view, adapter)
     report = replace(check_fit(known, incoming.tensors), missing=())  # these keep their values
     reasons = [*([] if report.complete else [str(report)]), *differences]

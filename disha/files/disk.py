@@ -56,7 +56,8 @@ def save(path: PathLike, write: Callable[[Path], object]) -> None:
     """
     target = Path(os.path.realpath(checked_path(path)))
     draft = target.with_name(f".{target.name}.{token_hex(4)}.tmp")
-    new, old = draft / target.name, draft / f"{target.name}.old"
+    new = draft / target.name
+    old = draft / f"{target.name}.old"
     is_made = False
     try:
         if target.exists() and not (target.is_file() or target.is_dir()):

@@ -183,7 +183,8 @@ def _unfit(path: Path, problem: str) -> AdapterFileError:
 
 def _parsed(path: Path, fields: Any, tensors: Mapping[str, Tensor]) -> AdapterFile:
     fields = {"needs": [], "also_train": [], "metadata": {}, **fields}
-    version, needs = fields["format"], fields["needs"]
+    version = fields["format"]
+    needs = fields["needs"]
     check_positive_int("format", version)
     if version > FORMAT:  # it may have other fields
         raise AdapterFileError(
@@ -219,9 +220,14 @@ def _parsed(path: Path, fields: Any, tensors: Mapping[str, Tensor]) -> AdapterFi
 
 
 def _layer(config: AdapterConfig, entry: Any) -> LayerRecord:
-    name, base, padding = entry["name"], entry.get("base"), entry.get("padding_idx")
-    groups, rows, scale = entry.get("groups", 1), entry.get("rows"), entry.get("scale", 1)
-    tied, method = entry.get("tied", ()), entry.get("method", config.method)
+    name = entry["name"]
+    base = entry.get("base")
+    padding = entry.get("padding_idx")
+    groups = entry.get("groups", 1)
+    rows = entry.get("rows")
+    scale = entry.get("scale", 1)
+    tied = entry.get("tied", ())
+    method = entry.get("method", config.method)
     for text in (name, *tied):
         check_type("the name of a layer", text, str, "text")
     check_type("base", base, str | None, "text")
@@ -248,7 +254,8 @@ def _layer(config: AdapterConfig, entry: Any) -> LayerRecord:
 def _key_problems(file: AdapterFile) -> list[str]:
     """Return what is wrong unless the header lists each tensor once, and blocks are numbers."""
     blocks = [layer.key for layer in file.layers]
-    listed, tensors = Counter([*blocks, *file.also_train]), file.tensors
+    listed = Counter([*blocks, *file.also_train])
+    tensors = file.tensors
     problems = [] if blocks else ["there is no layer"]
     problems += [f"{brief(key)} is listed {n} times" for key, n in listed.items() if n > 1]
     problems += [f"{brief(key)} is missing" for key in listed if key not in tensors]

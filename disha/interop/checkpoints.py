@@ -143,7 +143,8 @@ def merge_into_checkpoint(
     """
     if scale is not None:
         check_scale(scale)
-    adapter_path, out = checked_path(adapter_path), checked_path(out)
+    adapter_path = checked_path(adapter_path)
+    out = checked_path(out)
     checkpoint = open_checkpoint(base)
     _check_target(out, checkpoint, overwrite)
     contents = read_contents(adapter_path, also_train=also_train)
@@ -185,7 +186,8 @@ def misfits(base: PathLike, adapter_path: PathLike) -> list[str]:
         ...     misfits(base, path)
         []
     """
-    adapter_file, checkpoint = inspect_adapter(adapter_path), open_checkpoint(base)
+    adapter_file = inspect_adapter(adapter_path)
+    checkpoint = open_checkpoint(base)
     return _misfits(checkpoint, adapter_file, _keys(checkpoint, adapter_file))
 
 
@@ -324,7 +326,8 @@ def _misfits(
     checkpoint: Checkpoint, contents: AdapterContents, keys: Mapping[str, str], values: bool = True
 ) -> list[str]:
     """Return the weights that are packed, of another shape, or of other values than the base's."""
-    found, replaced = [], {keys[name] for name in contents.also_train}
+    found = []
+    replaced = {keys[name] for name in contents.also_train}
     for layer in contents.layers:
         key = keys[layer.name]
         shape, dtype = checkpoint.shape_and_dtype(key)
@@ -356,7 +359,8 @@ def _refuse(checkpoint: Checkpoint, problems: Sequence[str]) -> None:
 
 
 def _check_target(out: Path, checkpoint: Checkpoint, overwrite: bool) -> None:
-    target, source = out.resolve(), checkpoint.path.resolve()
+    target = out.resolve()
+    source = checkpoint.path.resolve()
     if source.is_relative_to(target) or target.is_relative_to(source):
         raise ArgumentError(f"can't write to {out}: the base is there; name another place")
     require_free(out, overwrite)
@@ -417,7 +421,9 @@ class _Merge:
         contents: AdapterContents,
         scale: float | None,
     ) -> None:
-        self._checkpoint, self._blocks, self._scale = checkpoint, contents.tensors, scale
+        self._checkpoint = checkpoint
+        self._blocks = contents.tensors
+        self._scale = scale
         self._values = {keys[name]: contents.tensors[name] for name in contents.also_train}
         self._layers = defaultdict[str, list[LayerRecord]](list)
         for record in contents.layers:
@@ -444,7 +450,8 @@ class _Merge:
 
     def write_folder(self, folder: Path) -> None:
         """Write the shards, and copies of the index and of all other files that hold no weights."""
-        base, files = self._checkpoint.path, self._checkpoint.files
+        base = self._checkpoint.path
+        files = self._checkpoint.files
         folder.mkdir()
         for source in base.rglob("*"):
             target = source.relative_to(base)
@@ -468,7 +475,8 @@ class _Merge:
 
     def _changed(self, key: str, name: str, value: Tensor, experts: Any = ...) -> Tensor:
         """Return the new values of a tensor, or of one expert (1, out, in) of a stack."""
-        dtype, changed = value.dtype, value
+        dtype = value.dtype
+        changed = value
         if key in self._values:
             changed = self._values[key][experts].to(dtype)
         if key in self._layers:

@@ -98,7 +98,8 @@ def export(
     views = {name: view for name, view in _views(models).items() if adapter in view.adapters}
     if not views:
         raise ArgumentError(f"no component of {', '.join(models)} has an adapter {adapter!r}")
-    ranks, action = next(iter(views.values())).ranks(), f"export adapter {adapter!r}"
+    ranks = next(iter(views.values())).ranks()
+    action = f"export adapter {adapter!r}"
     contents = {name: adapter_contents(view, adapter, base=False) for name, view in views.items()}
     with ranks.agreeing(action):
         target = checked_path(path)
@@ -170,7 +171,8 @@ def load(
         ...     image_lora.load({"unet": unet}, path).matched
         ('unet.conv_in.bone_block',)
     """
-    views, path = _views(models), checked_path(path)
+    views = _views(models)
+    path = checked_path(path)
     contents = read_file(path, {name: view.modules for name, view in views.items()})
     missing = [component for component in contents if component not in views]
     if missing:

@@ -346,12 +346,15 @@ def load(
 
 def _taken_rows(view: ModelView, folder: PeftFolder) -> list[LayerBlock]:
     """Take the rows of tokens out of a folder, and return the layers with their blocks."""
-    numbers, taken = folder.fields.pop("trainable_token_indices", None), []
+    numbers = folder.fields.pop("trainable_token_indices", None)
+    taken = []
     for key in [key for key in folder.tensors if key.endswith(TOKENS)]:
-        name, values = key.removesuffix(TOKENS), folder.tensors.pop(key)
+        name = key.removesuffix(TOKENS)
+        values = folder.tensors.pop(key)
         ends = numbers if isinstance(numbers, dict) else {name: numbers}
         indices = next(listed for end, listed in ends.items() if f".{name}".endswith(f".{end}"))
-        rows, names = checked_rows(name, indices), _names_of_weight(view, name)
+        rows = checked_rows(name, indices)
+        names = _names_of_weight(view, name)
         tied = tuple([other for other in names if other != join(name, "weight")])
         block = values[torch.tensor(indices).argsort()].mT  # (in, rows), in order
         inputs, out = block.shape
@@ -463,9 +466,12 @@ def tensors_of(updates: Sequence[LowRankUpdate]) -> dict[str, Tensor]:
     names = stacks.stack_names(update.record.name for update in updates if is_stack(update.record))
     found = {}
     for update in updates:
-        name, a, b = update.record.name, update.a, update.b
+        name = update.record.name
+        a = update.a
+        b = update.b
         if name in names:
-            name, (a, b) = names[name], stacks.stack_factors(update)
+            name = names[name]
+            a, b = stacks.stack_factors(update)
         if not update.record.scale:
             b = torch.zeros_like(b)
         a_end, b_end = EMBEDDING if update.record.layout.pattern == "index out" else MATRIX
@@ -542,7 +548,8 @@ def _factors(
             layout = _layout(folder, name, a, EMBEDDING[0] in ends, layouts)
         else:
             rank = folder.of_layer(stack, "r", "rank_pattern", PEFT_RANK)
-            name, (a, b) = stack, stacks.matrices_of(stack, a, b, rank)
+            name = stack
+            a, b = stacks.matrices_of(stack, a, b, rank)
             layout = (
                 layouts.get(name)
                 or stacks.family_of(model_type, "the layout of stacked experts").layout

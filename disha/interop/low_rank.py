@@ -242,7 +242,8 @@ def _factors(layer: LayerRecord, block: Tensor) -> tuple[Tensor, Tensor] | None:
     if not layer.layout.has_kernel:
         return a, b
     kernel = geometry.stack
-    a, b = a.flatten(0, len(kernel) - 1), b.flatten(0, len(kernel) - 1)
+    a = a.flatten(0, len(kernel) - 1)
+    b = b.flatten(0, len(kernel) - 1)
     one_position = torch.diag_embed(a.permute(1, 2, 0)).transpose(1, 2)  # (r, k, in, k)
     a = one_position.reshape(-1, layer.in_features, *kernel)
     return a, b.permute(1, 2, 0).flatten(1)
@@ -300,7 +301,8 @@ def contents_of_factors(
     beside: Tensors | None = None,
 ) -> AdapterContents:
     """Return the adapter that was a LoRA of these layers, with rows and parameters beside them."""
-    found, others = [], []
+    found = []
+    others = []
     for layer_factors in factors:
         layer = _layer_of_factors(*layer_factors)
         if layer is None:

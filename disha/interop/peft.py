@@ -127,14 +127,16 @@ def export(
         ('MISS', 4, ['0'])
     """
     view = ModelView(model)
-    ranks, action = view.ranks(), f"export adapter {adapter!r} to PEFT"
+    ranks = view.ranks()
+    action = f"export adapter {adapter!r} to PEFT"
     given = {"base_model_name_or_path": base_model_name_or_path, "task_type": task_type}
     given = {note: value for note, value in given.items() if value is not None}
     for note, value in given.items():
         check_type(note, value, str, "a str")
     contents = adapter_contents(view, adapter, base=False)
     with ranks.agreeing(action):
-        target, names = checked_path(folder), contents.names
+        target = checked_path(folder)
+        names = contents.names
         saved = saved_modules(view, contents.also_train, names)
         problems = _inexpressible(contents, dropout)
         problems += reasons_against(view, names, _unknown_to_miss, exporting=True)
@@ -252,9 +254,13 @@ def read_folder(
 def _read(folder: PathLike, also_train: bool) -> tuple[PeftFolder, AdapterConfig, Tensors]:
     """Return a PEFT folder of MiSS or Bone without its blocks, its settings, and the blocks."""
     peft_folder = read_peft_files(folder, (MISS_BLOCK, BONE_BLOCK), also_train)
-    path, fields, tensors = peft_folder.path, peft_folder.fields, peft_folder.tensors
-    peft_type, init = fields.get("peft_type"), fields.get("init_weights", True)
-    legacy, is_tile = peft_type == "BONE", init == "mini"
+    path = peft_folder.path
+    fields = peft_folder.fields
+    tensors = peft_folder.tensors
+    peft_type = fields.get("peft_type")
+    init = fields.get("init_weights", True)
+    legacy = peft_type == "BONE"
+    is_tile = init == "mini"
     problems = []
     if peft_type not in ("MISS", "BONE"):
         problems.append(f"its peft_type is {peft_type!r} (disha.interop.lora reads 'LORA')")
@@ -292,7 +298,8 @@ def _contents(
     """Return the adapter in a PEFT folder."""
     beside = folder.tensors
     shapes = shapes_of([*(join(name, "weight") for name in blocks), *beside])
-    problems, layers = [], []
+    problems = []
+    layers = []
     for name, block in blocks.items():
         shape = shapes.get(join(name, "weight"), ())
         if len(shape) != 2:
@@ -356,11 +363,13 @@ def _blocks(contents: AdapterContents) -> dict[str, Tensor]:
 
 def _inexpressible(contents: AdapterContents, dropout: float | None) -> list[str]:
     """Return the reasons why PEFT's MiSS can't express an adapter."""
-    method, problems = contents.config.method, []
+    method = contents.config.method
+    problems = []
     if method not in INIT_WEIGHTS:
         problems.append(f"PEFT's MiSS knows {' and '.join(INIT_WEIGHTS)}, not {method}")
     for layer in contents.layers:
-        name, r = layer.name or "(the model)", layer.r
+        name = layer.name or "(the model)"
+        r = layer.r
         if layer.layout != LINEAR:
             problems.append(
                 f"{name}: the layout of this weight is {layer.layout.pattern!r}, not 'out in'"

@@ -297,7 +297,8 @@ def saved_modules(view: ModelView, also_train: Sequence[str], layers: Sequence[s
 
 def keep_for_model(view: ModelView, folder: PeftFolder) -> None:
     """Take buffers that are in the model out of a folder, and leave tied tensors once."""
-    parameters, tensors = view.parameters_by_name, folder.tensors
+    parameters = view.parameters_by_name
+    tensors = folder.tensors
     # An adapter holds running statistics and no other buffers; other values of these are refused.
     buffers = {
         join(above, name): buffer
@@ -305,7 +306,8 @@ def keep_for_model(view: ModelView, folder: PeftFolder) -> None:
         for name, buffer in saved_buffers(module).items()
     }
     known = statistics(view.names)
-    kept, problems = {}, []
+    kept = {}
+    problems = []
     for name, tensor in tensors.items():
         # PEFT trains a copy for each module. If one differs or is missing, they are not tied now.
         names = parameters[name].names if name in parameters else (name,)
