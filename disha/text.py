@@ -17,7 +17,8 @@ _brief.maxstring = _brief.maxother = 200
 def printable(text: str, limit: int = LONGEST, *, lines: bool = False) -> str:
     """Return a text that can't move a terminal's cursor, hide other text, or fill the screen."""
     if len(text) > limit:
-        head, tail = text[: limit - limit // 2], text[len(text) - limit // 2 :]
+        head = text[: limit - limit // 2]
+        tail = text[len(text) - limit // 2 :]
         text = f"{head}[... {len(text) - limit:,} characters ...]{tail}"
     if text.isprintable():
         return text

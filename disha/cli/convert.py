@@ -157,5 +157,6 @@ def _write(
             model_type=_config(base).get("model_type"),
             base=weights,
         )
-    components, bases = {flags.component: contents}, {flags.component: weights}
+    components = {flags.component: contents}
+    bases = {flags.component: weights}
     return image_lora.write_file(flags.out, components, rank=flags.rank, bases=bases)

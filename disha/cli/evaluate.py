@@ -60,7 +60,8 @@ def main(words: Sequence[str]) -> None:
 
 def _measured(asker: Asker, batches: Any, rows: Dataset, flags: Namespace) -> dict[str, float]:
     """Return the mean loss of a token to predict (nats), its exponential, and more if asked."""
-    total, tokens = 0.0, 0
+    total = 0.0
+    tokens = 0
     with torch.no_grad():
         for batch in tqdm(batches, desc="Measuring"):
             count = int((batch["labels"][:, 1:] != -100).sum())

@@ -76,7 +76,8 @@ class Conversation:
     """Turns of questions and answers. What the model has read stays in its cache."""
 
     def __init__(self, asker: Asker, options: Mapping[str, Any]) -> None:
-        self.asker, self.options = asker, options
+        self.asker = asker
+        self.options = options
         self.turns: list[dict[str, str]] = []
         self._cache: Any = None
         self._read: list[int] = []
@@ -94,7 +95,8 @@ class Conversation:
             **inputs, **known, **self.options, streamer=streamer, return_dict_in_generate=True
         )
         whole = generated.sequences[0].tolist()
-        self._cache, self._read = generated.past_key_values, whole[:-1]
+        self._cache = generated.past_key_values
+        self._read = whole[:-1]
         answer = self.asker.tokenizer.decode(whole[len(ids) :], skip_special_tokens=True)
         self.turns = [*turns, {"role": "assistant", "content": answer}]
 

@@ -173,7 +173,8 @@ def noted_base(adapter: str | Path) -> tuple[str, str]:
     adapter = file.path
     try:
         note = json.loads(file.metadata[BASE_KEY])
-        name, bits = note["base_model_name_or_path"], note.get("bits", "fp32")
+        name = note["base_model_name_or_path"]
+        bits = note.get("bits", "fp32")
         is_path = name.startswith("./")
         BITS.index(bits)
     except (ValueError, KeyError, TypeError, AttributeError) as error:

@@ -61,9 +61,11 @@ def load_rows(data: str, split: str = "train") -> Dataset:
     """Return the rows of a file, a glob, a folder or a data set; `split` is as in `datasets`."""
     suffix = Path(data.removesuffix(".gz")).suffix.lower()
     files = sorted(glob.glob(data))
-    builder, options = data, dict[str, Any]()
+    builder = data
+    options = dict[str, Any]()
     if suffix in BUILDERS:
-        builder, options["data_files"] = BUILDERS[suffix], files
+        builder = BUILDERS[suffix]
+        options["data_files"] = files
         if not any(Path(file).stat().st_size for file in files):
             raise ArgumentError(f"there is no file {data}, or it is empty")
     elif files and not Path(data).is_dir():

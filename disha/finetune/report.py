@@ -151,7 +151,8 @@ def _page(samples: Sequence[Sample]) -> str:
 
 def facts_of(trainer: Trainer, resumed_from: str | None) -> dict[str, Any]:
     """Return what the report says of a training."""
-    state, summary = trainer.state, disha.summary(trainer.model)
+    state = trainer.state
+    summary = disha.summary(trainer.model)
     return {
         "parameters": {"trainable": summary.trainable, "total": summary.total},
         "rows": {"training": len(trainer.train_dataset), "measured": len(trainer.eval_dataset)},
@@ -198,7 +199,8 @@ def _plot(facts: Mapping[str, Any]) -> Figure:
     figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
     axes = figure.add_subplot()
     axes.set(xlabel="optimizer step", ylabel="loss (nats per token)")
-    trained, measured = facts["training_losses"], facts["losses"]
+    trained = facts["training_losses"]
+    measured = facts["losses"]
     axes.plot(list(trained), list(trained.values()), label="training loss")
     label = f"{facts['measured_on']} loss"
     axes.plot(list(measured), list(measured.values()), marker="o", label=label)

@@ -151,7 +151,8 @@ def _trainer(
         held_out = formed(held_out, data.dataset_field, tokenizer)
     elif data.eval_fraction:
         parts = rows.train_test_split(test_size=data.eval_fraction, seed=training.seed)
-        rows, held_out = parts["train"], parts["test"]
+        rows = parts["train"]
+        held_out = parts["test"]
     if "messages" in rows.column_names and masks_answers(tokenizer):
         training.assistant_only_loss = True
     _adapt(model, adapter, tokenizer)
@@ -189,7 +190,8 @@ def _adapt(model: Any, adapter: AdapterArguments, tokenizer: Any) -> None:
     """Add the adapter: a new one, or that of a file."""
     if adapter.adapter is None:
         settings = adapter.settings()
-        table, head = model.get_input_embeddings(), model.get_output_embeddings()
+        table = model.get_input_embeddings()
+        head = model.get_output_embeddings()
         names = {module: f"^{re.escape(name)}$" for name, module in model.named_modules()}
         # trl computes the loss from the head's weight, and an adapter on it takes a dense one.
         if head is not None and head.weight is not table.weight:

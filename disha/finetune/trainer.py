@@ -38,7 +38,8 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
 
     def _prepare_dataset(self, rows: Any, words: Any, args: Any, *others: Any) -> Any:
         """Prepare complete rows first, so that those that trl then cuts can be counted."""
-        limit, packing = args.max_length, others[0]
+        limit = args.max_length
+        packing = others[0]
         if packing or not limit:
             return super()._prepare_dataset(rows, words, args, *others)
         whole = copy.copy(args)
@@ -106,7 +107,8 @@ class LossTable(ProgressCallback):
         loss, measured, rate = (f"{logs[name]:.4g}" if name in logs else "" for name in names)
         if self.training_bar is None or not loss + measured:
             return
-        step, left = state.global_step, ""
+        step = state.global_step
+        left = ""
         if step > self.first_step:
             each = (time.monotonic() - self.began) / (step - self.first_step)
             left = tqdm.format_interval(each * (state.max_steps - step))

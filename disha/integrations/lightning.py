@@ -56,7 +56,8 @@ class AdapterCheckpoints(Callback):
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Keep the part of the state dict that trains."""
-        state, kept = checkpoint["state_dict"], self._kept(pl_module)
+        state = checkpoint["state_dict"]
+        kept = self._kept(pl_module)
         checkpoint["state_dict"] = {key: state[key] for key in kept if key in state}
 
     def on_load_checkpoint(

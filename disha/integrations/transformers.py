@@ -81,7 +81,8 @@ class AdapterCheckpoints(TrainerCallback):
     """
 
     def __init__(self, model: nn.Module, adapter: str = "default") -> None:
-        self._adapter, self._kept = adapter, kept_keys(model, adapter)
+        self._adapter = adapter
+        self._kept = kept_keys(model, adapter)
         self._quantised = [flag for flag in QUANTISED if getattr(model, flag, False)]
         for flag in self._quantised:  # hidden while the trainer is made
             setattr(model, flag, False)

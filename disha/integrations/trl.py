@@ -46,7 +46,8 @@ class _Reference(nn.Module):
 
     def __init__(self, model: nn.Module, adapters: Sequence[str]) -> None:
         super().__init__()
-        self.config, self.adapters = model.config, adapters
+        self.config = model.config
+        self.adapters = adapters
         vars(self)["model"] = model  # not a child of it
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -170,7 +171,8 @@ class GRPOTrainer(trl.GRPOTrainer):  # type: ignore[misc]
         **named: Any,
     ) -> None:
         args = trl.GRPOConfig() if args is None else copy.copy(args)
-        view, beta = ModelView(model), args.beta
+        view = ModelView(model)
+        beta = args.beta
         with ExitStack() as undo:
             _make_ready(view, args, named, undo)
             held = _reference(view, reference, undo) if beta else None
