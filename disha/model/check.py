@@ -27,6 +27,9 @@ Run = Callable[[], list[Tensor]]
 SIZE = 0.02
 """Standard deviation of the random values that blocks get during the check."""
 
+WORDS = {True: "yes", False: "NO", None: "-"}
+"""What is found -> the word in the table."""
+
 
 @dataclass(frozen=True)
 class CheckedWeight:
@@ -85,7 +88,7 @@ class CheckReport:
     def __str__(self) -> str:
         rows = [
             (weight.name or "(the model)", weight.adapter,
-             *map(_word, (weight.read, weight.acts, weight.gradient, weight.merges)))
+             *map(WORDS.get, (weight.read, weight.acts, weight.gradient, weight.merges)))
             for weight in self.weights
         ]  # fmt: skip
         lines = [table(("weight", "adapter", "read", "acts", "gradient", "merges"), rows)]
@@ -100,10 +103,6 @@ class CheckReport:
             lines.append(f"the optimizer has {counted(self.unknown, 'parameter')} of other modules")
         good = len(self.weights) - len(self.problems)
         return "\n".join([*lines, f"{good:,} of {counted(len(self.weights), 'block')} in order"])
-
-
-def _word(value: bool | None) -> str:
-    return "-" if value is None else "yes" if value else "NO"
 
 
 def check_adapters(
