@@ -8,12 +8,14 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
 import disha
 from disha import AdapterFileError, ArgumentError, ArgumentTypeError, ConversionError, TargetError
 from disha.files import inspect_adapter, load_adapter, save_adapter
 from disha.interop import lora
 from tests.conftest import perturb, refused
+from tests.language_models import SIZES
 from tests.test_tied import TOKENS, WORDS, gpt2, llama
 
 NEW = [3, 34, 35]
@@ -190,7 +192,14 @@ def test_resetting_a_table_gives_the_rows_its_new_values():
     assert torch.equal(rows_of(model), table.base_weight[NEW])
 
 
-@pytest.mark.parametrize("make", [llama, gpt2, untied])
+def gemma():
+    """A model that scales its tied embedding."""
+    torch.manual_seed(0)
+    config = Gemma3TextConfig(**{**SIZES, "vocab_size": WORDS, "head_dim": 4})
+    return Gemma3ForCausalLM(config).double().eval()
+
+
+@pytest.mark.parametrize("make", [llama, gpt2, untied, gemma])
 def test_peft_computes_the_same_with_trainable_token_indices(make, tmp_path):
     base, names = make(), "embed_tokens|wte" if make is not untied else "embed_tokens|lm_head"
     model = trained(make, also_train_rows={names: NEW})

@@ -215,11 +215,15 @@ def reasons_against(
 
 
 def _has_own_forward(module: nn.Module) -> bool:
-    """Whether the class overrides the forward of the layer class that it inherits from."""
+    """Whether the class overrides the forward of the layer class that it inherits from.
+
+    Not if it only scales an embedding (Gemma, BART): PEFT scales its update too.
+    """
     cls: Any = original_class(module)
     for known in cls.__mro__:
         if known in LAYER_KINDS or full_name(known) in FOREIGN_KINDS:
-            return cls.forward is not known.forward and not is_library_forward(cls)
+            is_known = cls.forward is known.forward or hasattr(module, "embed_scale")
+            return not (is_known or is_library_forward(cls))
     return False
 
 
