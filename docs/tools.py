@@ -102,6 +102,7 @@ CHECKPOINTS = f"{TRAINER}::test_checkpoints_hold_the_adapter_and_resume_bit_for_
 QUANTISED = f"{TRL}::test_over_a_quantised_base_blocks_train_and_keep_their_dtype"
 DPO = f"{TRL}::test_dpo_resumes_bit_for_bit_after_sft"
 GRPO = f"{TRL}::test_grpo_keeps_the_adapter_only_and_resumes_bit_for_bit"
+BEST = f"{TRL}::test_the_best_is_loaded_at_the_end[{{}}]"
 SFT = f"{TRL}::test_sft_keeps_the_adapter_only_and_resumes_bit_for_bit"
 
 ENGINES = {"DDP": "ddp", "FSDP2": "fsdp2", "ZeRO-2": "zero2", "ZeRO-3": "zero3"}
@@ -149,23 +150,28 @@ that two processes train and save the same as one.
                 "quantised base": (QUANTISED,),
                 "adapter only": (DPO,),
                 "resumes bit for bit": (DPO,),
+                "best is loaded": (BEST.format("preferring"),),
             },
             "GRPOTrainer of trl, as with PEFT": {
                 "trains": (
                     f"{TRL}::test_grpo_equals_peft",
                     f"{TRL}::test_the_base_is_in_memory_once",
                 ),
+                "quantised base": (QUANTISED,),
                 "adapter only": (GRPO,),
                 "resumes bit for bit": (GRPO,),
+                "best is loaded": (BEST.format("rewarded"),),
             },
             "Lightning": {
                 "trains": (LIGHTNING,),
+                "quantised base": (LIGHTNING,),
                 "adapter only": (LIGHTNING,),
                 "resumes bit for bit": (LIGHTNING,),
                 "best is loaded": (LIGHTNING,),
             },
             "Accelerate": {
                 "trains": (STATES,),
+                "quantised base": (STATES,),
                 "adapter only": (STATES,),
                 "resumes bit for bit": (STATES,),
             },

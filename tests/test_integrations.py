@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
+from bitsandbytes.nn import LinearNF4
 from pytorch_lightning import LightningModule
 from pytorch_lightning import Trainer as LightningTrainer
 from pytorch_lightning.callbacks import ModelCheckpoint
@@ -270,9 +271,9 @@ def test_a_run_killed_while_it_saves_resumes_from_the_last_complete_checkpoint(
 # --- Accelerate ----------------------------------------------------------------------------------
 
 
-def net():
+def net(linear=nn.Linear):
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(16, 16), nn.LayerNorm(16), nn.Linear(16, 4))
+    model = nn.Sequential(linear(16, 16), nn.LayerNorm(16), linear(16, 4)).to("cpu")
     return disha.inject_adapters(model, "0|2", r=4, also_train="1")
 
 
@@ -294,9 +295,19 @@ def step(model, optimizer, accelerator):
     optimizer.zero_grad()
 
 
+def in_4_bits(inputs, outputs):
+    return LinearNF4(inputs, outputs, compute_dtype=torch.float32)  # quantised by `.to()`
+
+
+BASES = pytest.mark.parametrize("linear", [nn.Linear, in_4_bits])
+
+
+@BASES
 @pytest.mark.parametrize("prepare_first", [False, True])
-def test_states_of_accelerate_hold_the_adapter_and_resume_bit_for_bit(tmp_path, prepare_first):
-    model = net()
+def test_states_of_accelerate_hold_the_adapter_and_resume_bit_for_bit(
+    tmp_path, prepare_first, linear
+):
+    model = net(linear)
     accelerator, prepared, optimizer = with_accelerator(model, prepare_first=prepare_first)
     for number in range(4):
         if number == 2:
@@ -304,7 +315,7 @@ def test_states_of_accelerate_hold_the_adapter_and_resume_bit_for_bit(tmp_path, 
         step(prepared, optimizer, accelerator)
     assert {file.name for file in tmp_path.glob("*.safetensors")} == {"adapter.safetensors"}
 
-    again = net()
+    again = net(linear)
     accelerator, prepared, optimizer = with_accelerator(again, prepare_first=prepare_first)
     accelerator.load_state(tmp_path)
     for _ in range(2):
@@ -331,9 +342,9 @@ def test_accelerate_saves_other_models_as_before(tmp_path):
 
 
 class Module(LightningModule):
-    def __init__(self):
+    def __init__(self, linear=nn.Linear):
         super().__init__()
-        self.net, self.head = net(), nn.Linear(4, 4)
+        self.net, self.head = net(linear), nn.Linear(4, 4)
         torch.manual_seed(2)
         self.data = [(torch.randn(16), torch.randn(4)) for _ in range(16)]
 
@@ -368,8 +379,9 @@ def fitted(module, folder, epochs, resume=None):
     return trainer
 
 
-def test_checkpoints_of_lightning_hold_the_adapter_and_resume_bit_for_bit(tmp_path):
-    whole, part, rest = Module(), Module(), Module()
+@BASES
+def test_checkpoints_of_lightning_hold_the_adapter_and_resume_bit_for_bit(tmp_path, linear):
+    whole, part, rest = (Module(linear) for _ in range(3))
     trainer = fitted(whole, tmp_path / "whole", 3)
     fitted(part, tmp_path / "part", 2)
     fitted(rest, tmp_path / "rest", 3, resume=tmp_path / "part" / "epoch=1.ckpt")

@@ -113,6 +113,7 @@ def test_over_a_quantised_base_blocks_train_and_keep_their_dtype(tmp_path):
     model = quantised(tmp_path / "base")
     tuned(model, tmp_path / "run", 2)
     preferring(model, tmp_path / "run", keep=True, max_steps=4, save_steps=4).train()
+    rewarded(model, tmp_path / "run", keep=True, max_steps=6, save_steps=6).train()
     assert model.is_quantized
     assert model.is_loaded_in_4bit
     blocks = list(disha.adapter_parameters(model))
@@ -121,7 +122,7 @@ def test_over_a_quantised_base_blocks_train_and_keep_their_dtype(tmp_path):
     disha.remove_adapters(model, "default_reference")
     again = quantised(tmp_path / "base")
     disha.load_adapter(
-        again, tmp_path / "run" / "checkpoint-4" / "adapter.safetensors", replace=True
+        again, tmp_path / "run" / "checkpoint-6" / "adapter.safetensors", replace=True
     )
     assert_same(again, model)
 
@@ -290,7 +291,7 @@ def reward(completions, **unused):
     return [len(set(one.split())) + one.count("1") / 10 for one in completions]
 
 
-def rewarded(model, folder, kind=GRPOTrainer, named=None, **options):
+def rewarded(model, folder, kind=GRPOTrainer, named=None, keep=False, **options):
     own = {"num_generations": 2, "max_completion_length": 5, "max_steps": 2}
     settings = trl.GRPOConfig(folder, **{**SETTINGS, **own, **options})
     data = rows("prompt")
@@ -301,6 +302,7 @@ def rewarded(model, folder, kind=GRPOTrainer, named=None, **options):
         train_dataset=data,
         eval_dataset=data.select(range(4)),
         processing_class=tokenizer(),
+        callbacks=[AdapterCheckpoints(model)] if keep else [],
         **(named or {}),
     )
 
@@ -318,15 +320,11 @@ def test_grpo_equals_peft(tmp_path):
 
 
 def test_grpo_keeps_the_adapter_only_and_resumes_bit_for_bit(tmp_path):
-    def train(model, folder, resume=None, **options):
-        named = {"callbacks": [AdapterCheckpoints(model)]}
-        trainer = rewarded(model, tmp_path / folder, named=named, save_steps=1, **options)
-        trainer.train(resume_from_checkpoint=resume)
-
     whole, part, rest = (trained_before(adapted()) for _ in range(3))
-    train(whole, "whole")
-    train(part, "part", max_steps=1)
-    train(rest, "part", resume=True)
+    options = {"keep": True, "save_steps": 1}
+    rewarded(whole, tmp_path / "whole", **options).train()
+    rewarded(part, tmp_path / "part", **options, max_steps=1).train()
+    rewarded(rest, tmp_path / "part", **options).train(resume_from_checkpoint=True)
     assert_same(rest, whole)
     held = disha.inspect_adapter(tmp_path / "part" / "checkpoint-2" / "adapter.safetensors")
     assert len(held.tensors) == len(blocks_of(adapted()))
@@ -339,6 +337,21 @@ def test_grpo_needs_no_reference_without_beta(tmp_path):
 
 
 # --- both ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make", [preferring, rewarded])
+def test_the_best_is_loaded_at_the_end(tmp_path, make):
+    model, again = (trained_before(adapted()) for _ in range(2))
+    every_step = {"eval_strategy": "steps", "eval_steps": 1, "save_steps": 1, "max_steps": 3}
+    # Fewer tokens are better here, so the first checkpoint is the best.
+    best = {"metric_for_best_model": "num_tokens", "greater_is_better": False}
+    options = {**every_step, **best, "load_best_model_at_end": True}
+    make(model, tmp_path, keep=True, **options).train()
+    first = tmp_path / "checkpoint-1" / "adapter.safetensors"
+    disha.load_adapter(again, first, replace=True)
+    torch.testing.assert_close(
+        *(list(disha.adapter_parameters(one, "default")) for one in (model, again)), rtol=0, atol=0
+    )
 
 
 def tables(start):
