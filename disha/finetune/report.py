@@ -84,10 +84,11 @@ def prove(base: str, bits: str, path: Path, training: SFTConfig, outcome: Outcom
     training.deepspeed_plugin = None  # accelerate keeps the first one
     training.dataset_kwargs = {"skip_prepare_dataset": True}  # packed rows can't be packed again
     is_partitioned: bool = is_deepspeed_zero3_enabled()  # type: ignore[no-untyped-call]
-    device = None if is_partitioned else training.device
+    is_sharded = is_partitioned or bool(training.fsdp)
+    device = None if is_sharded and bits not in ("8", "4") else training.device
     model, tokenizer = load_base(base, bits, device, disha.inspect_adapter(path).metadata)
-    # ZeRO-3 would need all ranks for an answer.
-    is_shown = training.process_index == 0 and not is_partitioned
+    # Sharded models would need all ranks for an answer.
+    is_shown = training.process_index == 0 and not is_sharded
     pairs = list(_questions(outcome.checked, training.samples if is_shown else 0))
     questions = [question for question, _ in pairs]
     without = _answers(model, tokenizer, questions)
@@ -101,9 +102,10 @@ def prove(base: str, bits: str, path: Path, training: SFTConfig, outcome: Outcom
         processing_class=tokenizer,
         callbacks=[AdapterCheckpoints(model)],
     )
-    # Without training, accelerate has no FSDP2, and DeepSpeed has ZeRO-3 only.
-    trainer.is_fsdp_enabled = False
+    # Without training, DeepSpeed has ZeRO-3 only, and accelerate shards with an optimizer only.
     trainer.is_deepspeed_enabled = is_partitioned
+    if trainer.is_fsdp_enabled:
+        trainer.accelerator.prepare(model, trainer.create_optimizer())
     samples = [
         Sample(str(tokenizer.decode(question)), before, after, _text(tokenizer, reference))
         for (question, reference), before, after in zip(pairs, without, with_adapter, strict=True)

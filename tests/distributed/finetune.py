@@ -9,9 +9,11 @@ import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
+from torch.distributed.tensor import DTensor
 
 from disha.files import ADAPTER_NAME
 from disha.finetune import main
+from disha.finetune.trainer import Trainer
 from tests.distributed import trainers
 from tests.distributed.deepspeed_zero import config
 from tests.finetune.tiny_models import write_model, write_rows
@@ -50,6 +52,16 @@ def ran(engine, folder, output, *more):
     return json.loads((folder / output / "report.json").read_text())
 
 
+def noting(evaluate, sharded):
+    """Evaluate as before, and note of each model whether it is sharded: the proof's is the last."""
+
+    def call(trainer, *given, **named):
+        sharded.append(any(isinstance(one, DTensor) for one in trainer.model.parameters()))
+        return evaluate(trainer, *given, **named)
+
+    return call
+
+
 def run(engine, folder):
     datasets.config.HF_DATASETS_CACHE = folder / f"cache{dist.get_rank()}"
     if dist.get_rank() == 0:
@@ -59,7 +71,11 @@ def run(engine, folder):
             settings = config(stage, gradient_accumulation_steps=2)
             (folder / f"zero{stage}.json").write_text(json.dumps(settings))
     dist.barrier()
-    report = ran(engine, folder, "two")
+    sharded = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "evaluate", noting(Trainer.evaluate, sharded))
+        report = ran(engine, folder, "two")
+    assert sharded[-1] == (engine == "fsdp2")
     assert report["best_step"] == 2
     saved, best = (
         load_file(folder / "two" / place / ADAPTER_NAME) for place in ("", "checkpoint-2")
