@@ -23,7 +23,7 @@ INTRODUCTION = """\
 
 These tables show which other tools work with `disha`. Read them before you build on one of these
 tools. ✓ means that every test of the feature ran with the real library and passed. An empty
-cell means that no test shows the feature. `python -m docs.tools` writes this page from the
+cell means that no test here shows it. `python -m docs.tools` writes this page from the
 tests; do not edit it.
 """
 

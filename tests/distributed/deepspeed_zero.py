@@ -106,7 +106,7 @@ CASES = {
 
 
 def check_training(folder):
-    for stage in STAGES:
+    for stage in (1, *STAGES):
         for make, options in CASES.values():
             engine = engine_of(adapted(make(), **options), config(stage))
             trained(adapted(make(), **options), engine)
