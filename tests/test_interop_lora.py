@@ -148,6 +148,14 @@ def test_gpt2s_transposed_layers(tmp_path):
     check_served(base, tmp_path, ours, TOKENS, 1e-4)
 
 
+@pytest.mark.parametrize("method", ["bone", "bat"])
+def test_some_rows_of_a_weight(tmp_path, method):
+    base = gpt2().eval()
+    ours = adapted(base, "attn", 4, method=method, rows={"c_attn": [(0, 16), (32, 48)]})
+    lora.export(ours, tmp_path, rank=16)
+    check_served(base, tmp_path, ours, TOKENS, 1e-4)
+
+
 def test_transposed_and_plain_layers_in_one_adapter(tmp_path):
     base = gpt2().eval()
     base.lm_head.weight = nn.Parameter(base.lm_head.weight.detach().clone())

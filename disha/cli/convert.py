@@ -33,7 +33,6 @@ from disha.errors import AdapterFileError, ArgumentError
 from disha.files import ADAPTER_NAME, AdapterContents
 from disha.files.contents import blocks_only, read_contents, write_contents
 from disha.files.disk import require_free
-from disha.functional import method_of
 from disha.interop import image_lora, lora, peft
 from disha.interop.checkpoints import Checkpoint, base_shapes, base_weights, open_checkpoint
 from disha.interop.low_rank import LoraReport
@@ -121,12 +120,10 @@ def _config(base: Checkpoint | None) -> dict[str, Any]:
 def _refuse_tied(path: Path, contents: AdapterContents, base: Checkpoint | None) -> None:
     """PEFT has a copy of a tied embedding alone, where an adapter file sets the head too."""
     config = _config(base)
-    tables = [
-        name
-        for name in contents.also_train
-        if (rows := contents.tensors[name].shape[:-1])  # a matrix
-        and rows[0] == config.get("vocab_size", rows[0])
-    ]
+    tensors = contents.tensors
+    size = config.get("vocab_size")
+    matrices = [name for name in contents.also_train if tensors[name].dim() > 1]
+    tables = [name for name in matrices if size in (None, len(tensors[name]))]
     if tables and config.get("tie_word_embeddings", True):
         raise ArgumentError(
             f"{path} holds {tables[0]}, and PEFT unties an embedding; give a --base that does not "
@@ -144,9 +141,7 @@ def _write(
         peft.write_folder(flags.out, contents, dropout=flags.dropout)
         return None
     _refuse_tied(flags.source, contents, base)
-    methods = [method_of(layer.method) for layer in contents.layers]
-    is_cut = any(method.reads_weight and not method.replaces for method in methods)
-    weights = base_weights(base, contents) if is_cut and base is not None else None
+    weights = None if base is None else base_weights(base, contents)
     if flags.to == "lora":
         return lora.write_lora(
             flags.out,

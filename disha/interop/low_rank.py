@@ -174,7 +174,7 @@ def low_rank_updates(
     without = [
         record.name
         for record in layers
-        if record.rows
+        if (record.rows and (base is None or METHODS[record.method].replaces))
         or record.tied
         or not (is_stack(record) or record.layout.pattern in LORA_LAYOUTS)
     ]
@@ -183,7 +183,14 @@ def low_rank_updates(
             f"LoRA can't express {len(without)} of {counted(len(layers), 'layer')} "
             f"({listed(without)}); leave them out of the adapter (`exclude`)"
         )
-    updates = [_update(record, tensors[record.key], rank, base) for record in layers]
+    updates = []
+    for record in layers:
+        update = _update(record, tensors[record.key], rank, base)
+        if record.rows and base is not None:
+            geometry = record.layout.geometry(base(record.name).shape)
+            b = place_rows(update.b, record.rows, geometry.out_features)  # zero in other rows
+            update = dataclasses.replace(update, b=b)
+        updates.append(update)
     if not pad:
         return updates
     largest = max(update.rank for update in updates)
@@ -263,6 +270,7 @@ def _delta(layer: LayerRecord, block: Tensor, base: BaseWeight | None) -> Tensor
         reason = layer.reason_against_weight(block.shape, tuple(weight.shape))
         if reason is not None:
             raise AdapterFileError(f"{layer.name}: {reason}; pass the base that it was trained on")
+        weight = layer.layout.part(weight, layer.rows)
     delta = method.delta_weight(layer.layout, block, weight, r=layer.r)
     return delta.transpose(0, 1) if layer.layout.in_first else delta
 
