@@ -17,7 +17,7 @@ from disha.config import AdapterConfig, check_type
 from disha.effective.contexts import LOOSE, OPEN, Group, Override, current_context
 from disha.effective.torch_patches import install
 from disha.errors import ArgumentError, ModeError
-from disha.functional import Layout, Update, method_of
+from disha.functional import Layout, Method, Update, method_of
 from disha.functional.layouts import Rows
 from disha.functional.routed import Route, Routed
 from disha.functional.shard_sums import merge_dtype
@@ -53,6 +53,14 @@ def block_name(method: str) -> str:
 class Block(nn.Module):
     """One adapter's trainable block of one weight; `split` is the cut of a tensor-parallel plan."""
 
+    slot: Slot
+    method: Method
+    parameter_name: str
+    config: AdapterConfig
+    r: int
+    scale: float
+    dropout: float
+    split: Split | None
     scale_tensor: Tensor
     """The scale as a 0-dim tensor: compiled code reads it, so scaling compiles nothing again."""
 
@@ -68,14 +76,17 @@ class Block(nn.Module):
         split: Split | None,
     ) -> None:
         super().__init__()
-        self.slot = slot
-        self.method = method_of(config.method)
-        self.parameter_name = block_name(config.method)
-        self.config = config
-        self.r = r
-        self.scale = float(config.scale)
-        self.dropout = config.dropout
-        self.split = split
+        # Written to __dict__, because assigning through nn.Module is slow.
+        vars(self).update(
+            slot=slot,
+            method=method_of(config.method),
+            parameter_name=block_name(config.method),
+            config=config,
+            r=r,
+            scale=float(config.scale),
+            dropout=config.dropout,
+            split=split,
+        )
         with torch.inference_mode(False):  # a tensor that is made in that mode can never be trained
             values = torch.empty(tuple(shape), device=device, dtype=dtype)
             self._parameters[self.parameter_name] = nn.Parameter(values)

@@ -582,7 +582,7 @@ def _reason_against(layer: PlannedLayer) -> str | None:
         )
     if slot is None:
         return f"no layer kind adapts {type(module).__qualname__}"
-    taken = {*_ADDED}.intersection(dir(module)) - {layer.attribute}
+    taken = {name for name in _ADDED if hasattr(module, name)} - {layer.attribute}
     if taken and not isinstance(module, AdaptedLayer):
         return f"it has its own attribute {min(taken)!r}, which adapters would replace"
     for place, parameter in (layer.place, *layer.tied.values()):
