@@ -100,8 +100,8 @@ STATES = f"{TRAINER}::test_states_of_accelerate_hold_the_adapter_and_resume_bit_
 LIGHTNING = f"{TRAINER}::test_checkpoints_of_lightning_hold_the_adapter_and_resume_bit_for_bit"
 CHECKPOINTS = f"{TRAINER}::test_checkpoints_hold_the_adapter_and_resume_bit_for_bit"
 QUANTISED = f"{TRL}::test_over_a_quantised_base_blocks_train_and_keep_their_dtype"
-DPO = f"{TRL}::test_dpo_resumes_bit_for_bit_after_sft"
-GRPO = f"{TRL}::test_grpo_keeps_the_adapter_only_and_resumes_bit_for_bit"
+RESUMES = f"{TRL}::test_after_sft_it_keeps_the_adapter_only_and_resumes_bit_for_bit"
+DPO, GRPO = f"{RESUMES}[preferring]", f"{RESUMES}[rewarded]"
 BEST = f"{TRL}::test_the_best_is_loaded_at_the_end[{{}}]"
 SFT = f"{TRL}::test_sft_keeps_the_adapter_only_and_resumes_bit_for_bit"
 

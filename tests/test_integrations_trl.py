@@ -257,17 +257,6 @@ def test_the_reference_after_sft_can_be_the_base_or_any_adapter(tmp_path):
         preferring(again, tmp_path, named={"reference": "default"})
 
 
-def test_dpo_resumes_bit_for_bit_after_sft(tmp_path):
-    whole, part, rest = (trained_before(adapted()) for _ in range(3))
-    options = {"keep": True, "save_steps": 1}
-    preferring(whole, tmp_path / "whole", **options).train()
-    preferring(part, tmp_path / "part", **options, max_steps=1).train()
-    preferring(rest, tmp_path / "part", **options).train(resume_from_checkpoint=True)
-    assert_same(rest, whole)
-    held = disha.inspect_adapter(tmp_path / "part" / "checkpoint-2" / "adapter.safetensors")
-    assert len(held.tensors) == len(blocks_of(adapted()))
-
-
 def test_precomputed_results_depend_on_the_reference(tmp_path):
     """trl stores them under a hash of the reference."""
     model = trained_before(adapted())
@@ -319,17 +308,6 @@ def test_grpo_equals_peft(tmp_path):
     assert ours.state.log_history[1]["kl"] > 0
 
 
-def test_grpo_keeps_the_adapter_only_and_resumes_bit_for_bit(tmp_path):
-    whole, part, rest = (trained_before(adapted()) for _ in range(3))
-    options = {"keep": True, "save_steps": 1}
-    rewarded(whole, tmp_path / "whole", **options).train()
-    rewarded(part, tmp_path / "part", **options, max_steps=1).train()
-    rewarded(rest, tmp_path / "part", **options).train(resume_from_checkpoint=True)
-    assert_same(rest, whole)
-    held = disha.inspect_adapter(tmp_path / "part" / "checkpoint-2" / "adapter.safetensors")
-    assert len(held.tensors) == len(blocks_of(adapted()))
-
-
 def test_grpo_needs_no_reference_without_beta(tmp_path):
     trainer = rewarded(trained_before(adapted()), tmp_path)
     assert trainer.ref_model is None
@@ -337,6 +315,18 @@ def test_grpo_needs_no_reference_without_beta(tmp_path):
 
 
 # --- both ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make", [preferring, rewarded])
+def test_after_sft_it_keeps_the_adapter_only_and_resumes_bit_for_bit(tmp_path, make):
+    whole, part, rest = (trained_before(adapted()) for _ in range(3))
+    options = {"keep": True, "save_steps": 1}
+    make(whole, tmp_path / "whole", **options).train()
+    make(part, tmp_path / "part", **options, max_steps=1).train()
+    make(rest, tmp_path / "part", **options).train(resume_from_checkpoint=True)
+    assert_same(rest, whole)
+    held = disha.inspect_adapter(tmp_path / "part" / "checkpoint-2" / "adapter.safetensors")
+    assert len(held.tensors) == len(blocks_of(adapted()))
 
 
 @pytest.mark.parametrize("make", [preferring, rewarded])
