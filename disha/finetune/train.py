@@ -109,8 +109,8 @@ def _require_free(folder: Path, training: TrainingArguments) -> None:
 
 
 def _earlier_results(folder: Path) -> list[Path]:
-    names = [ADAPTER_NAME, MERGED, *RESULTS]
-    return [path for name in [*names, "*checkpoint-*"] for path in sorted(folder.glob(name))]
+    names = [ADAPTER_NAME, MERGED, *RESULTS, "*checkpoint-*"]
+    return [path for name in names for path in sorted(folder.glob(name))]
 
 
 def _clear(folder: Path) -> None:
@@ -180,7 +180,7 @@ def _read(data: DataArguments) -> tuple[list[Dataset], Dataset | None]:
         splits = splits * len(data.data)
     if len(splits) != len(data.data):
         raise ArgumentError("give one --dataset_split for all data, or one for each")
-    sets = [load_rows(source, split) for source, split in zip(data.data, splits, strict=True)]
+    sets = [load_rows(source, split) for source, split in zip(data.data, splits)]
     if data.eval_data is None and data.eval_split is None:
         return sets, None
     return sets, load_rows(data.eval_data or data.data[0], data.eval_split or "train")

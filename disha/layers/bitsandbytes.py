@@ -99,10 +99,12 @@ class BitsandbytesLayer(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the library's forward, or a plain product while a dense weight is merged in."""
+        weight: Any = self._parameters["weight"]
         if not self.disha.is_dense:
+            if not is_4bit(weight):  # FSDP has made it anew, and only the layer keeps its state
+                weight.quant_state = getattr(self, "quant_state", None)
             return super().forward(*args, **kwargs)
         input: Any = args[0] if args else next(iter(kwargs.values()), None)
-        weight: Any = self._parameters["weight"]
         bias: Any = self._parameters["bias"]
         # computed in W's dtype and returned in the input's, as in the library
         bias = None if bias is None else bias.to(weight.dtype)

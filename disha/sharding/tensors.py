@@ -37,23 +37,21 @@ def local_part(tensor: Tensor) -> Tensor:
 
 def reason_against_writing(parameter: Tensor, values: Tensor) -> str | None:
     """Return why `write` can't copy the values into the parameter, or None if it can."""
-    if not is_sharded(parameter):
-        if not is_sharded(values):
-            return None
-        return "is sharded, but the parameter is not: gather it first (full_tensor())"
     if not is_sharded(values):
-        if in_chunks(parameter):
+        if not is_sharded(parameter) or in_chunks(parameter):
             return None
         return (
             f"is not sharded, but the parameter is sharded as {parameter.placements}: shard it in "
             "the same way"
         )
-    if (values.device_mesh, values.placements) != (parameter.device_mesh, parameter.placements):
-        return (
-            f"is sharded as {values.placements}, must be sharded as {parameter.placements} on the "
-            "parameter's mesh"
-        )
-    return None
+    if not is_sharded(parameter):
+        return "is sharded, but the parameter is not: gather it first (full_tensor())"
+    if (values.device_mesh, values.placements) == (parameter.device_mesh, parameter.placements):
+        return None
+    return (
+        f"is sharded as {values.placements}, must be sharded as {parameter.placements} on the "
+        "parameter's mesh"
+    )
 
 
 def write(parameter: Tensor, values: Tensor, undo: ExitStack | None = None) -> None:

@@ -297,7 +297,7 @@ class TestCourse:
         words = f"--base {tiny} --data {data} --r 8 --per_device_train_batch_size 1"
         command = [sys.executable, "-m", "disha", "finetune", *words.split(), "--dry_run"]
         sizes = []
-        for more in ("", "--fsdp full_shard"):
+        for more in ("", "--fsdp full_shard", "--fsdp full_shard --bits 4"):
             done = subprocess.run(
                 [*command, "--dry_run_devices", "8", *more.split()],
                 capture_output=True,
@@ -308,10 +308,12 @@ class TestCourse:
             steps, *lines = done.stdout.partition("\n6 steps; ")[2].splitlines()
             assert "simulated" in steps
             sizes.append({line.split()[0]: float(line.split()[1]) for line in lines})
-        whole, sharded = sizes
-        assert list(whole) == [
-            *("weights", "adapter", "gradients", "optimizer", "activations", "peak")
-        ]
+        whole, sharded, packed = sizes
+        assert (
+            list(whole)
+            == list(packed)
+            == [*("weights", "adapter", "gradients", "optimizer", "activations", "peak")]
+        )
         assert 0 < sharded["weights"] <= whole["weights"] / 4
         assert sharded["peak"] >= sharded["activations"] > sharded["weights"]  # in tenths of a MiB
 
