@@ -6,6 +6,7 @@ import onnxruntime
 import pytest
 import torch
 from torch import nn
+from torch.distributed.pipelining import SplitPoint, pipeline
 from torch.export import Dim, export
 
 import disha
@@ -117,6 +118,14 @@ def test_export_computes_no_dense_weight():
             if node.op == "call_function" and isinstance(node.meta.get("val"), torch.Tensor)
         }
         assert not weights & made
+
+
+def test_stages_of_a_pipeline_hold_their_weights():
+    model, x = adapted(linear), torch.randn(4, 8)
+    whole = pipeline(model, (x,), split_spec={"2": SplitPoint.BEGINNING})
+    close(whole(x)[0], model(x))
+    held = {name for stage in whole.split_gm.children() for name, _ in stage.named_parameters()}
+    assert held == {name for name, _ in model.named_parameters()}
 
 
 class WithAdapter(nn.Module):

@@ -24,8 +24,7 @@ from disha.sharding.tensors import is_sharded
 WANT_BASE = (
     "torch.nn.modules.module",
     "torch.nn.utils.prune",
-    "torch.distributed.fsdp",
-    "torch.distributed.checkpoint",
+    "torch.distributed",
     "accelerate.utils.modeling",
 )
 """Modules that read a parameter by its name, to return it (`get_parameter`), to save it, to move
