@@ -25,7 +25,7 @@ WANT_BASE = (
     "torch.nn.modules.module",
     "torch.nn.utils.prune",
     "torch.distributed",
-    "accelerate.utils.modeling",
+    "accelerate.utils",
 )
 """Modules that read a parameter by its name, to return it (`get_parameter`), to save it, to move
 it or to prune it: these get W itself."""

@@ -333,6 +333,17 @@ def run_all(train, engine, folder):
     assert_same(rest.adapters[-1], whole.adapters[-1])
 
 
+def check_tied_tables(folder):
+    """Accelerate asks whether table and head are one weight, to shard them together."""
+    with accelerate_with("fsdp2"):
+        accelerator = Accelerator(cpu=True, fsdp_plugin=FullyShardedDataParallelPlugin(2))
+        tied = LlamaForCausalLM(LlamaConfig(**SIZES, tie_word_embeddings=True))
+        disha.inject_adapters(tied, "embed", r=2)
+        model, _ = accelerator.prepare(tied, adamw(tied))
+        model(rows(), labels=rows()).loss.backward()
+        assert whole(disha.adapter_parameters(model)[0].grad).any()
+
+
 for trainer, train in TRAINERS.items():
     for engine in ENGINES:
         if trainer == "lightning" and "zero" in engine:
