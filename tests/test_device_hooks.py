@@ -339,6 +339,13 @@ class TestCheckpoints:
         close(model(tokens()), fresh("small")(tokens()))
 
 
+@pytest.mark.parametrize("way", WAYS)
+def test_new_rows_of_an_offloaded_table(way, tmp_path):
+    model = dispatched("small", way, tmp_path)
+    disha.inject_adapters(model, "proj", 2, also_train_rows={"embed": [1, 3]})
+    close(model(tokens()), fresh("small")(tokens()))
+
+
 def test_a_block_without_values_raises_and_a_dry_run_does_not():
     model = Small()
     with torch.device("meta"):

@@ -14,6 +14,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from disha import functional
 from disha.layers import opaque
 from disha.layers.blocks import CHILD_NAME, Adapters, Block, Slot, original_class
+from disha.layers.offloading import offloading_hooks
 from disha.sharding.tensors import gathered
 from disha.sharding.zero import whole_shape
 
@@ -37,7 +38,7 @@ def read_weight(module: nn.Module, name: str) -> Any:
 
 def matrix_weights(module: nn.Module) -> dict[str, Tensor]:
     """Return a module's own weights that are matrices or stacks of them, computed ones too."""
-    weights: dict[str, Any] = dict(module._parameters.items())
+    weights: dict[str, Any] = dict(module._parameters)
     computed: Any = module.parametrizations if is_parametrized(module) else ()
     weights |= {name: read_weight(module, name) for name in computed}
     return {
@@ -99,8 +100,10 @@ def start_of(layer: nn.Module, block: Block) -> Tensor | None:
     """Return the values that a block starts with if they are those of the base weight."""
     if not block.method.replaces:
         return None
-    base = gathered(base_of(layer, block.slot)).detach()
     slot = block.slot
+    base = gathered(base_of(layer, slot)).detach()
+    for hook in offloading_hooks(layer) if base.is_meta else ():
+        base = hook.weights_map[slot.parameter]
     return block.method.block_of(slot.layout, slot.layout.part(base, slot.rows))
 
 
@@ -114,14 +117,10 @@ def delta_of(layer: nn.Module, block: Block, slot: Slot) -> Tensor:
     return block.method.delta_weight(slot.layout, block.block, base, block.slot.rows, block.r)
 
 
-def merged_weight(layer: nn.Module, slot: Slot, adapters: Iterable[str]) -> Tensor:
+def merged_weight(layer: Any, slot: Slot, adapters: Iterable[str]) -> Tensor:
     """Return W + sum of s * dW of the named adapters, with all rows of the parameter."""
-    blocks: Any = layer.disha.all_blocks[slot.parameter]  # type: ignore[index, union-attr]
-    deltas = [
-        (delta_of(layer, block, slot), block.scale)
-        for adapter in adapters
-        for block in blocks.get(adapter, ())
-    ]
+    blocks = layer.disha.blocks_of(adapters, slot.parameter)
+    deltas = [(delta_of(layer, block, slot), block.scale) for block in blocks]
     return functional.merged_weight(base_of(layer, slot), deltas)
 
 
