@@ -205,9 +205,7 @@ def test_a_quantised_model_trains(options, tmp_path):
     trainer = trained(model, tmp_path / "run", 4)
     assert model.is_quantized
     again = quantised()
-    disha.load_adapter(
-        again, tmp_path / "run" / "checkpoint-4" / "adapter.safetensors", replace=True
-    )
+    disha.load_adapter(again, tmp_path / "run" / "checkpoint-4", replace=True)
     tokens = rows()[0]["input_ids"][None]
     with torch.no_grad():
         assert torch.equal(again(tokens).logits, trainer.model.eval()(tokens).logits)

@@ -121,9 +121,7 @@ def test_over_a_quantised_base_blocks_train_and_keep_their_dtype(tmp_path):
     assert all(bool(block.any()) for block in blocks)
     disha.remove_adapters(model, "default_reference")
     again = quantised(tmp_path / "base")
-    disha.load_adapter(
-        again, tmp_path / "run" / "checkpoint-6" / "adapter.safetensors", replace=True
-    )
+    disha.load_adapter(again, tmp_path / "run" / "checkpoint-6", replace=True)
     assert_same(again, model)
 
 
@@ -337,8 +335,7 @@ def test_the_best_is_loaded_at_the_end(tmp_path, make):
     best = {"metric_for_best_model": "num_tokens", "greater_is_better": False}
     options = {**every_step, **best, "load_best_model_at_end": True}
     make(model, tmp_path, keep=True, **options).train()
-    first = tmp_path / "checkpoint-1" / "adapter.safetensors"
-    disha.load_adapter(again, first, replace=True)
+    disha.load_adapter(again, tmp_path / "checkpoint-1", replace=True)
     torch.testing.assert_close(
         *(list(disha.adapter_parameters(one, "default")) for one in (model, again)), rtol=0, atol=0
     )

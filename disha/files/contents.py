@@ -521,7 +521,7 @@ def _differences(incoming: _Incoming) -> list[str]:
     expected = _records(incoming.view, (model_block for model_block, _ in pairs), base=False)
     return [
         f"{mine.name}: {field} is {getattr(theirs, field)} in the file and {value} in the model"
-        for theirs, mine in zip(found, expected)
+        for theirs, mine in zip(found, expected, strict=True)
         for field, value in vars(mine).items()
         if getattr(theirs, field) != value
     ]

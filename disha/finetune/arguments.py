@@ -233,7 +233,8 @@ def _parser(shows_all: bool) -> _Parser:
     parser.add_argument("--help_all", action="help", help="show all flags of SFTConfig too")
     flags = parser._option_string_actions
     for former, name in RENAMED.items():
-        flags[f"--{former}"] = flags[f"--{former.replace('_', '-')}"] = flags[f"--{name}"]
+        flags[f"--{former}"] = flags[f"--{name}"]
+        flags[f"--{former.replace('_', '-')}"] = flags[f"--{name}"]
     hidden = set() if shows_all else {setting.name for setting in fields(SFTConfig)} - set(SHOWN)
     for action in parser._actions:
         if action.dest in hidden or action.option_strings[0].startswith("--no_"):

@@ -180,7 +180,7 @@ def _read(data: DataArguments) -> tuple[list[Dataset], Dataset | None]:
         splits = splits * len(data.data)
     if len(splits) != len(data.data):
         raise ArgumentError("give one --dataset_split for all data, or one for each")
-    sets = [load_rows(source, split) for source, split in zip(data.data, splits)]
+    sets = [load_rows(source, split) for source, split in zip(data.data, splits, strict=True)]
     if data.eval_data is None and data.eval_split is None:
         return sets, None
     return sets, load_rows(data.eval_data or data.data[0], data.eval_split or "train")

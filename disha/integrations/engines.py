@@ -6,6 +6,7 @@ These engines write and read the state of a model themselves, with all ranks tog
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Collection
 from typing import Any
 from weakref import WeakSet
@@ -15,6 +16,7 @@ from torch import nn
 import disha
 from disha.errors import ArgumentError
 from disha.model.view import ModelView, clean_key
+from disha.sharding.zero import is_partitioned
 
 _WITHOUT_BASE: WeakSet[nn.Module] = WeakSet()
 """The models whose frozen parameters DeepSpeed leaves out."""
@@ -73,3 +75,12 @@ def _teach_deepspeed() -> None:
 
     for name in ("save_checkpoint", "_zero3_consolidated_16bit_state_dict"):
         setattr(DeepSpeedEngine, name, without_base(getattr(DeepSpeedEngine, name)))
+
+    # The losses of trl ask the weight of the head whether ZeRO-3 has gathered it. An effective
+    # weight, and a computed one, has its values.
+    trl_utils: Any = sys.modules.get("trl.trainer.utils")
+    gather = getattr(trl_utils, "maybe_gather_lm_head_ctx", None)
+    if gather is not None:
+        trl_utils.maybe_gather_lm_head_ctx = lambda *weights: gather(
+            *filter(is_partitioned, weights)
+        )

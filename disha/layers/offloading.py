@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 def device_of_weight(module: nn.Module, weight: Tensor) -> torch.device:
     """Return the device of a weight, or the one to which accelerate loads it for each forward."""
-    for hook in offloading_hooks(module) if weight.is_meta else ():
-        if hook.execution_device is not None and not hook.place_submodules:
-            return torch.device(hook.execution_device)
+    if weight.is_meta:
+        for hook in offloading_hooks(module):
+            if hook.execution_device is not None and not hook.place_submodules:
+                return torch.device(hook.execution_device)
     return weight.device
 
 

@@ -102,8 +102,9 @@ def start_of(layer: nn.Module, block: Block) -> Tensor | None:
         return None
     slot = block.slot
     base = gathered(base_of(layer, slot)).detach()
-    for hook in offloading_hooks(layer) if base.is_meta else ():
-        base = hook.weights_map[slot.parameter]
+    if base.is_meta:
+        for hook in offloading_hooks(layer):
+            base = hook.weights_map[slot.parameter]
     return block.method.block_of(slot.layout, slot.layout.part(base, slot.rows))
 
 

@@ -3,6 +3,7 @@
 import json
 import shlex
 from functools import partial
+from unittest.mock import patch
 
 import datasets
 import pytest
@@ -52,16 +53,6 @@ def ran(engine, folder, output, *more):
     return json.loads((folder / output / "report.json").read_text())
 
 
-def noting(evaluate, sharded):
-    """Evaluate as before, and note of each model whether it is sharded: the proof's is the last."""
-
-    def call(trainer, *given, **named):
-        sharded.append(any(isinstance(one, DTensor) for one in trainer.model.parameters()))
-        return evaluate(trainer, *given, **named)
-
-    return call
-
-
 def run(engine, folder):
     datasets.config.HF_DATASETS_CACHE = folder / f"cache{dist.get_rank()}"
     if dist.get_rank() == 0:
@@ -71,11 +62,11 @@ def run(engine, folder):
             settings = config(stage, gradient_accumulation_steps=2)
             (folder / f"zero{stage}.json").write_text(json.dumps(settings))
     dist.barrier()
-    sharded = []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Trainer, "evaluate", noting(Trainer.evaluate, sharded))
+    real = Trainer.evaluate
+    with patch.object(Trainer, "evaluate", autospec=True, side_effect=real) as evaluate:
         report = ran(engine, folder, "two")
-    assert sharded[-1] == (engine == "fsdp2")
+    proved = evaluate.call_args.args[0].model
+    assert isinstance(next(proved.parameters()), DTensor) == (engine == "fsdp2")
     assert report["best_step"] == 2
     saved, best = (
         load_file(folder / "two" / place / ADAPTER_NAME) for place in ("", "checkpoint-2")

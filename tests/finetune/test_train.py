@@ -309,11 +309,8 @@ class TestCourse:
             assert "simulated" in steps
             sizes.append({line.split()[0]: float(line.split()[1]) for line in lines})
         whole, sharded, packed = sizes
-        assert (
-            list(whole)
-            == list(packed)
-            == [*("weights", "adapter", "gradients", "optimizer", "activations", "peak")]
-        )
+        names = ["weights", "adapter", "gradients", "optimizer", "activations", "peak"]
+        assert list(whole) == list(packed) == names
         assert 0 < sharded["weights"] <= whole["weights"] / 4
         assert sharded["peak"] >= sharded["activations"] > sharded["weights"]  # in tenths of a MiB
 
