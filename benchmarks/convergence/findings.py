@@ -209,19 +209,16 @@ class Longer(NamedTuple):
         return Point(*map(statistics.fmean, zip(*ends, strict=True)))
 
     def at(self, method: str, forgetting: float) -> tuple[float, float]:
-        """Return the lowest loss of the first seed within a limit of forgetting, and its rate.
-
-        All rates compete, at every scale from 0 to 1.
-        """
+        """Return the lowest loss within a limit of forgetting, and its rate, at any scale."""
         return min(
-            (at_forgetting(points(records[0]), forgetting), rate)
-            for rate, records in self.records[method].items()
+            (statistics.fmean(self.within(method, rate, forgetting)), rate)
+            for rate in self.records[method]
         )
 
-    def spread(self, method: str, forgetting: float) -> float:
-        """Return how far the seeds are apart within that limit, at the method's own rate."""
-        losses = [at_forgetting(points(one), forgetting) for one in self.own[method].records]
-        return max(losses) - min(losses)
+    def within(self, method: str, rate: float, forgetting: float) -> list[float]:
+        """Return the lowest loss of each seed within that limit, if all have run, or the first."""
+        records = self.records[method][rate][: None if self.has_all(method, rate) else 1]
+        return [at_forgetting(points(record), forgetting) for record in records]
 
 
 def longer(study: Study, results: Results) -> Longer:

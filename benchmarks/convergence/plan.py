@@ -125,7 +125,7 @@ LONG = "documentation"
 GRID = (2e-5, 1e-4, 3e-4, 1e-3)
 """One grid for all methods there begins with the paper's rate for all, and peft's."""
 LONGER = ("bone", "lora", "bat", "rslora", "dora", IDENTITY, SHIRA)
-MILD = {"bone": 3e-4, "lora": 1e-3, "bat": 1e-4, "rslora": 3e-4, IDENTITY: 3e-4}
+MILD = {"bone": 3e-4, "lora": 1e-3, "bat": 1e-4, "rslora": 3e-4, IDENTITY: 3e-4, SHIRA: 1e-3}
 """A rate of each method at which they forget about as much: every seed runs there."""
 RANKS = (8, 32, 128)
 

@@ -91,15 +91,16 @@ def verdict(found: Mapping[str, TaskFindings], long: Longer) -> str:
     seeds = "" if all(long.has_all(name, MILD[name]) for name in ("bone", OTHER)) else FIRST
     near, far = lowest_losses(long)
     lines = [
-        "**For small models, choose MiSS (Bone), at [a tenth to a third of LoRA's "
-        f"rate](choosing.md#learning-rate): {MILD['bone']:g} for the language model.** In the "
+        "**For small models, choose MiSS (Bone), at [0.1 to 0.3 of LoRA's rate (alpha = "
+        f"rank)](choosing.md#learning-rate): {MILD['bone']:g} for the language model.** In the "
         f"longer training{seeds}, it then learns and forgets about as much as a LoRA at "
-        f"{MILD[OTHER]:g}, in less time and memory. At equal forgetting, up to {LIMITS[-1]:g}"
-        f"{FIRST}, {_all(near, far)} learn as much there: test losses differ by at most "
+        f"{MILD[OTHER]:g}, in less time and memory. At equal forgetting, up to {LIMITS[-1]:g}, "
+        f"{_all(near, far)} learn as much there: test losses differ by at most "
         f"{apart(near):.3f}, seeds by up to {spread(long):.3f}.",
         _line("Quality", found, "test loss", "loss", ("better", "worse")),
         _line("Speed", found, "time of a step", None, ("faster", "slower")),
-        _line("Memory", found, "memory of a step", None, ("less", "more")),
+        _line("Memory", found, "memory of a step", None, ("less", "more"))
+        + " [With recomputation](guides/memory.md), it is equal.",
         _line(
             "What the base could do, after training", found, KEPT, "forgetting", ("lower", "higher")
         ),
@@ -219,6 +220,7 @@ def _longer(found: Longer) -> str:
         lowest += f"; of {METHODS[name].title}, {_joined([f'{loss:.3f}' for loss in losses])}"
     mild, own = MILD["bone"], found.own["bone"].rate
     low, high = (found.mean("bone", rate).forgetting for rate in (mild, own))
+    least = found.mean("bone", mild).loss - min(one.mean("loss") for one in found.own.values())
     return f"""## Learning against forgetting
 
 A longer training: {task.steps} steps of {task.batch} rows, no row twice, r = {task.r}. *Forgetting*
@@ -230,8 +232,8 @@ is the rise of the loss on text that the base itself wrote, from {base:.2f}.
 Test loss, then forgetting, at one rate for all. Bold is the rate that the validation loss chooses,
 and the verdict compares. A star: mean of {len(STUDY.seeds)} seeds; others have the first.
 
-- **At equal forgetting, {alike} learn as much in this task.** Over all rates and scales of
-  the first seed, their lowest losses within a forgetting of
+- **At equal forgetting, {alike} learn as much in this task.** Over all rates and scales, their
+  lowest losses (means, where the table has a star) within a forgetting of
   {_joined([f"{limit:g}" for limit in LIMITS])} are {lowest}.
 - **At one rate, MiSS (Bone) forgets more.** It forgets {_at_one_rate(found)} times as much as LoRA.
 - **At a third of LoRA's rate, MiSS (Bone) does about the same.** In the {len(thirds(found))} pairs
@@ -243,8 +245,8 @@ and the verdict compares. A star: mean of {len(STUDY.seeds)} seeds; others have 
 - **To forget less, you can scale after training.** It costs no more than a lower rate{FIRST}.
   {_scaled(found, "bone", 1e-4)}
   {_scaled(found, OTHER, mild)}
-- **If forgetting doesn't matter, others learn more.** At the bold rates, MiSS (Bone) has a higher
-  loss than {_lower(found)}, beyond noise.
+- **At the bold rates, others learn more.** There, MiSS (Bone) has a higher loss than
+  {_lower(found)}, beyond noise. At {mild:g}, it is at most {least:.3f} higher than any.
 
 {_sizes(found)}"""
 
@@ -274,7 +276,9 @@ def _all(near: Mapping[str, list[float]], far: Mapping[str, list[float]]) -> str
 
 def spread(found: Longer) -> float:
     """Return how far the seeds of a method are apart at equal forgetting, at most."""
-    return max(found.spread(name, limit) for limit in LIMITS for name in found.own)
+    cases = [(name, limit) for name in found.records for limit in LIMITS]
+    seeds = [found.within(name, found.at(name, limit)[1], limit) for name, limit in cases]
+    return max(max(losses) - min(losses) for losses in seeds)
 
 
 def thirds(found: Longer) -> list[tuple[float, float]]:
@@ -479,8 +483,8 @@ def _how(results: Results, costs: Mapping[str, Any], found: Mapping[str, TaskFin
   short warm-up and a cosine to zero. New heads train at {HEAD_RATE:g} with every method.
 - **Own rates**: at least four, a factor of about three apart, with one beyond if the best is at an
   edge. The loss on validation rows with one seed chooses; then {len(STUDY.seeds)} seeds run. The
-  tables have the loss on test rows. No best rate depends on it, but the advice of
-  {MILD["bone"]:g} does.
+  tables have the loss on test rows. They chose no best rate, only the advice of
+  {MILD["bone"]:g}.
 - **Noise**: two methods differ if a paired t-test over seeds says so at 95%. With three seeds, only
   a large difference passes; among many pairs, some pass by chance.
 - **What the base could do**: upright digits, or unrelated prose; in the longer training, text that

@@ -159,10 +159,12 @@ def export(
         (LoraLayer(name='0', method='bone', r=4, rank=4, error=0.0),)
     """
     view = ModelView(model)
-    updates, beside, config, tensors = _converted(view, adapter, experts, rank, pad)
     ranks = view.ranks()
-    with ranks.agreeing(f"export adapter {adapter!r} as LoRA"):
+    action = f"export adapter {adapter!r} as LoRA"
+    with ranks.agreeing(action):
         target = checked_path(folder)
+    updates, beside, config, tensors = _converted(view, adapter, experts, rank, pad)
+    with ranks.agreeing(action):
         if ranks.writes:
             write_peft_files(target, config, tensors)
     return LoraReport.of(target, updates, beside)

@@ -183,6 +183,8 @@ def check_export_as_lora(folder):
         assert_same_folders(path, alone)
     with pytest.raises(disha.ArgumentTypeError, match=from_rank(1, "rank must be an int")):
         disha.interop.lora.export(model, folder / "a", rank="2" if rank() == 1 else 2)
+    with pytest.raises(disha.ArgumentTypeError, match=from_rank(1, "path must be")):
+        disha.interop.lora.export(model, 3 if rank() == 1 else folder / "a")
     assert not (folder / "a").exists()
 
 
