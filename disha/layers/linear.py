@@ -117,8 +117,9 @@ class _LinearWithAdapter(AdaptedLinear):
         adapters = adapt(self, [WEIGHT.parameter], is_opaque=False)
         adapters.add(adapter, [block])
         adapters.activate((adapter,))
-        for name in ("weight", "bias") if freeze else ():
-            set_requires_grad(self, name, False)
+        if freeze:
+            for name in ("weight", "bias"):
+                set_requires_grad(self, name, False)
 
 
 class BoneLinear(_LinearWithAdapter):

@@ -376,13 +376,18 @@ def plan_injection(
         also_train=_also_trained(view, config) if config.also_train else (),
         skipped=(*of_rows.skipped, *skipped, *unfit),
         unknown=unknown,
-        convolutions=tuple(
-            layer.name
-            for layer in (known if target == ALL_LINEAR else ())
-            if layer.slot is not None
-            and layer.slot.layout.has_kernel
-            and _reason_against(layer) is None
-        ),
+        convolutions=_convolutions(known) if target == ALL_LINEAR else (),
+    )
+
+
+def _convolutions(layers: Iterable[PlannedLayer]) -> tuple[str, ...]:
+    """Return the names of the convolutions that can be adapted."""
+    return tuple(
+        layer.name
+        for layer in layers
+        if layer.slot is not None
+        and layer.slot.layout.has_kernel
+        and _reason_against(layer) is None
     )
 
 
