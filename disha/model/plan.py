@@ -587,7 +587,10 @@ def _reason_against(layer: PlannedLayer) -> str | None:
         )
     if slot is None:
         return f"no layer kind adapts {type(module).__qualname__}"
-    taken = {name for name in _ADDED if hasattr(module, name)} - {layer.attribute}
+    # Properties are looked for and not asked: some read W.
+    held = {*vars(module), *module._parameters, *module._buffers, *module._modules}
+    taken = {name for name in _ADDED if name in held or hasattr(type(module), name)}
+    taken.discard(layer.attribute)
     if taken and not isinstance(module, AdaptedLayer):
         return f"it has its own attribute {min(taken)!r}, which adapters would replace"
     for place, parameter in (layer.place, *layer.tied.values()):
