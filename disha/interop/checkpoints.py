@@ -13,6 +13,7 @@ import shutil
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,13 @@ from torch import Tensor
 
 from disha import functional
 from disha.config import check_scale
-from disha.errors import AdapterFileError, AdapterIOError, ArgumentError, MergeError
+from disha.errors import (
+    AdapterFileError,
+    AdapterIOError,
+    ArgumentError,
+    ConversionError,
+    MergeError,
+)
 from disha.files import AdapterContents, inspect_adapter
 from disha.files.contents import read_contents
 from disha.files.disk import PathLike, checked_path, opened, require_free, save
@@ -277,10 +284,27 @@ def base_shapes(checkpoint: Checkpoint, names: Iterable[str]) -> dict[str, tuple
 
 
 def base_weights(checkpoint: Checkpoint, contents: AdapterContents) -> Callable[[str], Tensor]:
-    """Return a function from a layer's name to its base weight; raise if the base is another."""
-    keys = _keys(checkpoint, contents)
-    _refuse(checkpoint, _misfits(checkpoint, contents, keys))
-    return lambda name: checkpoint.tensor(keys[name])
+    """Return a function from a layer's name to its base weight; it raises if the base is another.
+
+    An adapter that asks for no weight can be of a base that is packed, or has other rows, here.
+    """
+
+    @cache
+    def keys() -> dict[str, str]:
+        found = _keys(checkpoint, contents)
+        _refuse(checkpoint, _misfits(checkpoint, contents, found))
+        return found
+
+    def weight_of(layer: str) -> Tensor:
+        key = keys()[layer]
+        if not key.endswith(".weight"):  # such as the in_proj_weight of nn.MultiheadAttention
+            raise ConversionError(
+                f"{key} is not the weight of a module of its own, which LoRA adapts; leave {layer} "
+                "out of the adapter (`exclude`)"
+            )
+        return checkpoint.tensor(key)
+
+    return weight_of
 
 
 def _keys(checkpoint: Checkpoint, contents: AdapterContents) -> dict[str, str]:

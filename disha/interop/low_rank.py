@@ -174,7 +174,7 @@ def low_rank_updates(
     without = [
         record.name
         for record in layers
-        if (record.rows and (base is None or METHODS[record.method].replaces))
+        if (record.rows and METHODS[record.method].replaces)
         or record.tied
         or not (is_stack(record) or record.layout.pattern in LORA_LAYOUTS)
     ]
@@ -186,7 +186,9 @@ def low_rank_updates(
     updates = []
     for record in layers:
         update = _update(record, tensors[record.key], rank, base)
-        if record.rows and base is not None:
+        if record.rows:
+            if base is None:
+                raise ArgumentError(f"{record.name} has rows of its weight: give `base` (--base)")
             geometry = record.layout.geometry(base(record.name).shape)
             b = place_rows(update.b, record.rows, geometry.out_features)  # zero in other rows
             update = dataclasses.replace(update, b=b)

@@ -2,7 +2,7 @@ import json
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import disha
@@ -109,25 +109,30 @@ def test_bat_is_cut_and_the_error_told(run, files):
 
 
 def peft_tensors(folder):
-    from safetensors.torch import load_file
-
     return {
         key.removeprefix("base_model.model."): value
         for key, value in load_file(folder / "adapter_model.safetensors").items()
     }
 
 
-def test_bat_from_another_base_is_refused(complaint, files):
-    a, base = files.adapter(method="bat", base=5), files.base()
-    assert "other values than the weight that the adapter was saved from" in complaint(
-        "convert", a, files.path / "out", "--to", "lora", "--base", base, "--rank", 3
-    )
+def test_what_depends_on_another_base_is_refused(run, complaint, files):
+    bat, bone = files.adapter("bat", method="bat", base=5), files.adapter("bone", base=5)
+    given = (files.path / "out", "--to", "lora", "--base", files.base(), "--rank", 4)
+    says = "other values than the weight that the adapter was saved from"
+    assert says in complaint("convert", bat, *given)
+    assert run("convert", bone, *given).code == 0
+
+
+def test_rows_that_belong_to_no_module_are_refused(complaint, files):
+    base, a = nn.ModuleDict({"attention": nn.MultiheadAttention(8, 2)}), files.path / "a"
+    save_file(base.state_dict(), files.path / "base")
+    disha.save_adapter(disha.inject_adapters(base, "q_proj", 2), a)
+    given = ("convert", a, files.path / "out", "--to", "lora", "--base", files.path / "base")
+    assert "attention.in_proj_weight is not the weight of a module" in complaint(*given)
 
 
 def test_an_adapter_of_the_inner_model_finds_its_base(run, files):
     """The checkpoint has the model under one more prefix."""
-    from safetensors.torch import load_file, save_file
-
     base, folder = files.base(), files.path / "peft"
     weights = load_file(base / "model.safetensors")
     save_file({f"model.{k}": v for k, v in weights.items()}, base / "model.safetensors")
@@ -204,14 +209,6 @@ def test_what_is_there_stays_unless_told(run, complaint, files):
     assert_same(deltas(out), deltas(a))
 
 
-def folder_of(files, content):
-    folder = files.path / "folder"
-    folder.mkdir()
-    if content is not None:
-        (folder / "adapter_config.json").write_text(content)
-    return folder
-
-
 @pytest.mark.parametrize(
     ("content", "says"),
     [
@@ -221,7 +218,10 @@ def folder_of(files, content):
     ],
 )
 def test_a_folder_that_is_no_adapter(complaint, files, content, says):
-    folder = folder_of(files, content)
+    folder = files.path / "folder"
+    folder.mkdir()
+    if content is not None:
+        (folder / "adapter_config.json").write_text(content)
     assert says in complaint("convert", folder, files.path / "out", "--to", "disha")
 
 
@@ -235,6 +235,7 @@ def test_a_folder_that_is_no_adapter(complaint, files, content, says):
         ("peft", ("--to", "disha", "--base", "a"), "lacks layers.0"),
         ("bat", ("--to", "lora"), "--rank"),
         ("bat", ("--to", "lora", "--rank", "2"), "--base"),
+        ("rows", ("--to", "lora"), "--base"),
         ("a", ("--to", "lora", "--rank", "0"), "rank must be at least 1"),
     ],
 )
@@ -243,6 +244,7 @@ def test_bad_input(run, complaint, files, monkeypatch, source, flags, says):
     files.base()
     files.adapter("a")
     files.adapter("bat", method="bat")
+    files.adapter("rows", rows={"q_proj": [(0, 4)]})
     run("convert", "a", "peft", "--to", "peft")
     assert says in complaint("convert", source, "out", *flags)
 
