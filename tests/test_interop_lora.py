@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 from transformers import LlamaForCausalLM, LlamaForSequenceClassification
+from transformers.models.t5gemma2.modeling_t5gemma2 import T5Gemma2TextScaledWordEmbedding
 
 import disha
 from disha import AdapterFileError, ConversionError
@@ -319,6 +320,7 @@ def _in_out(monkeypatch):
         (nn.Conv1d(8, 8, 3, padding=1, padding_mode="reflect"), "padding_mode='reflect'"),
         (nn.ConvTranspose1d(8, 8, 3), "does not know a ConvTranspose1d"),
         (nn.Embedding(8, 8, max_norm=0.5), "has max_norm"),
+        (T5Gemma2TextScaledWordEmbedding(8, 8, 0, eoi_token_index=5), "a forward of its own"),
         (InOut(6, 6), "does not know a InOut"),
         (nn.utils.parametrizations.weight_norm(nn.Linear(8, 8)), "its weight is computed"),
     ],

@@ -217,13 +217,15 @@ def reasons_against(
 def _has_own_forward(module: nn.Module) -> bool:
     """Whether the class overrides the forward of the layer class that it inherits from.
 
-    Not if it only scales an embedding (Gemma, BART): PEFT scales its update too.
+    Not if it only scales an embedding (Gemma, BART): PEFT scales its update too. T5Gemma2 has the
+    embedding of one token in a parameter of its own.
     """
     cls: Any = original_class(module)
     for known in cls.__mro__:
         if known in LAYER_KINDS or full_name(known) in FOREIGN_KINDS:
-            is_known = cls.forward is known.forward or hasattr(module, "embed_scale")
-            return not (is_known or is_library_forward(cls))
+            only_scales = hasattr(module, "embed_scale") and len(module._parameters) == 1
+            is_known = cls.forward is known.forward or is_library_forward(cls)
+            return not (is_known or only_scales)
     return False
 
 

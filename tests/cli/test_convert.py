@@ -22,12 +22,8 @@ def deltas(path, load=disha.load_adapter):
     }
 
 
-def contents(path):
-    return (
-        {file.name: file.read_bytes() for file in path.iterdir()}
-        if path.is_dir()
-        else path.read_bytes()
-    )
+def contents(folder):
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
 
 
 @pytest.mark.parametrize("injected", [{}, {"r_out": 2}, {"method": "bat"}])
