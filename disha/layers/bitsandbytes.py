@@ -101,8 +101,9 @@ class BitsandbytesLayer(nn.Module):
         """Run the library's forward, or a plain product while a dense weight is merged in."""
         weight: Any = self._parameters["weight"]
         if not self.disha.is_dense:
-            if not is_4bit(weight):  # FSDP has made it anew, and only the layer keeps its state
-                weight.quant_state = getattr(self, "quant_state", None)
+            state = getattr(self, "quant_state", None)
+            if state is not None and not is_4bit(weight):  # FSDP has made the weight anew
+                weight.quant_state = state
             return super().forward(*args, **kwargs)
         input: Any = args[0] if args else next(iter(kwargs.values()), None)
         bias: Any = self._parameters["bias"]
