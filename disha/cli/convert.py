@@ -121,9 +121,9 @@ def _refuse_tied(path: Path, contents: AdapterContents, base: Checkpoint | None)
     """PEFT has a copy of a tied embedding alone, where an adapter file sets the head too."""
     config = _config(base)
     tensors = contents.tensors
-    size = config.get("vocab_size")
     matrices = [name for name in contents.also_train if tensors[name].dim() > 1]
-    tables = [name for name in matrices if size in (None, len(tensors[name]))]
+    # A table has a row for each token of the base, or more. Other heads have fewer rows.
+    tables = [name for name in matrices if len(tensors[name]) >= config.get("vocab_size", 0)]
     if tables and config.get("tie_word_embeddings", True):
         raise ArgumentError(
             f"{path} holds {tables[0]}, and PEFT unties an embedding; give a --base that does not "
