@@ -10,7 +10,8 @@ saved, or a LoRA file of an image model. What is a LoRA must be a Bone adapter.
                     convert_lora_to_gguf.py of llama.cpp turns into GGUF (with --pad_rank)
   diffusers         a LoRA file for an image model
 
-Bone and tile are exact as LoRA. BAT is cut to --rank, and the error is reported.
+Bone and tile are exact as LoRA; on some rows of a weight, they need --base. BAT is cut to --rank,
+and the error is reported.
 
 Examples:
   disha convert adapter.safetensors for-peft --to peft
