@@ -297,10 +297,10 @@ def base_weights(checkpoint: Checkpoint, contents: AdapterContents) -> Callable[
 
     def weight_of(layer: str) -> Tensor:
         key = keys()[layer]
-        if not key.endswith(".weight"):  # such as the in_proj_weight of nn.MultiheadAttention
+        if not key.endswith((".weight", GATE_UP, DOWN)):  # such as attention's in_proj_weight
             raise ConversionError(
-                f"{key} is not the weight of a module of its own, which LoRA adapts; leave {layer} "
-                "out of the adapter (`exclude`)"
+                f"{key} is not the weight of a module or a stack of experts, and LoRA adapts only "
+                f"these; leave {layer} out of the adapter (`exclude`)"
             )
         return checkpoint.tensor(key)
 
