@@ -585,14 +585,14 @@ class TestBelonging:
         checkpoint, header = open_checkpoint(setting.base), disha.inspect_adapter(setting.adapter)
         weight = base_weights(checkpoint, header)
         assert torch.equal(weight("proj"), state["model.proj.weight"])
-        for name in "qkv":
-            assert torch.equal(weight(f"packed.{name}_proj"), state["model.packed.in_proj_weight"])
+        with pytest.raises(disha.ConversionError, match="in_proj_weight is not the weight of a"):
+            weight("packed.q_proj")
         shapes = base_shapes(checkpoint, ["proj.weight", "proj.bias"])
         assert shapes == {"proj.weight": (10, 8), "proj.bias": (10,)}
         state["model.proj.weight"] += 1
         save_sharded(state, setting.base, 2)
         with pytest.raises(AdapterFileError, match=r"proj\.weight: has other values"):
-            base_weights(open_checkpoint(setting.base), header)
+            base_weights(open_checkpoint(setting.base), header)("proj")
 
 
 def merge_in(folder):

@@ -119,14 +119,6 @@ def test_what_depends_on_another_base_is_refused(run, complaint, files):
     assert run("convert", bone, *given).code == 0
 
 
-def test_rows_that_belong_to_no_module_are_refused(complaint, files):
-    base, a = nn.ModuleDict({"attention": nn.MultiheadAttention(8, 2)}), files.path / "a"
-    save_file(base.state_dict(), files.path / "base")
-    disha.save_adapter(disha.inject_adapters(base, "q_proj", 2), a)
-    given = ("convert", a, files.path / "out", "--to", "lora", "--base", files.path / "base")
-    assert "attention.in_proj_weight is not the weight of a module" in complaint(*given)
-
-
 def test_an_adapter_of_the_inner_model_finds_its_base(run, files):
     """The checkpoint has the model under one more prefix."""
     base, folder = files.base(), files.path / "peft"
