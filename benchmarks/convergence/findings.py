@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise, takewhile
 from typing import Any, NamedTuple
@@ -192,8 +193,9 @@ class Longer(NamedTuple):
 
     @property
     def rates(self) -> list[float]:
-        """All learning rates at which some method does not diverge."""
-        return sorted({rate for tried in self.records.values() for rate in tried})
+        """All learning rates at which more than one method does not diverge."""
+        tried = Counter(rate for of_method in self.records.values() for rate in of_method)
+        return sorted(rate for rate, methods in tried.items() if methods > 1)
 
     def ends(self, method: str, rate: float) -> list[Point]:
         """Return what each seed's run does as it was trained; nothing if there is none."""

@@ -91,8 +91,8 @@ def verdict(found: Mapping[str, TaskFindings], long: Longer) -> str:
     seeds = "" if all(long.has_all(name, MILD[name]) for name in ("bone", OTHER)) else FIRST
     near, far = lowest_losses(long)
     lines = [
-        "**For small models, choose MiSS (Bone), at [0.1 to 0.3 of LoRA's rate (alpha = "
-        f"rank)](choosing.md#learning-rate): {MILD['bone']:g} for the language model.** In the "
+        "**For small models, choose MiSS (Bone), at [0.1 to 0.3 of LoRA's (alpha = rank) "
+        f"rate](choosing.md#learning-rate): {MILD['bone']:g} for the language model.** In the "
         f"longer training{seeds}, it then learns and forgets about as much as a LoRA at "
         f"{MILD[OTHER]:g}, in less time and memory. At equal forgetting, up to {LIMITS[-1]:g}, "
         f"{_all(near, far)} learn as much there: test losses differ by at most "
@@ -184,8 +184,8 @@ def _every_task(found: Mapping[str, TaskFindings]) -> str:
     listed = "\n".join(f"- *{TASKS[task].name}*: {TASKS[task].about}" for task in found)
     return f"""## Test loss of every method and task
 
-*Best rates* differ by task; *tied* means within noise of the best adapter.
-*Step* is the time of a step, divided by LoRA's. The best rate of MiSS (Bone) was {min(gaps):.1g} to
+*Best rates* differ by task; *tied* means within noise of the best adapter. *Step* is the time of a
+step, divided by LoRA's. The best rate of MiSS (Bone) was {min(gaps):.1g} to
 {max(gaps):.1g} times LoRA's, so do not reuse a rate from LoRA. It was {min(times):.1f} to
 {max(times):.1f} times LoRA's times [the factor](choosing.md#learning-rate) of a square layer.
 
@@ -233,13 +233,12 @@ Test loss, then forgetting, at one rate for all. Bold is the rate that the valid
 and the verdict compares. A star: mean of {len(STUDY.seeds)} seeds; others have the first.
 
 - **At equal forgetting, {alike} learn as much in this task.** Over all rates and scales, their
-  lowest losses (means, where the table has a star) within a forgetting of
+  lowest losses (means at a star) within a forgetting of
   {_joined([f"{limit:g}" for limit in LIMITS])} are {lowest}.
 - **At one rate, MiSS (Bone) forgets more.** It forgets {_at_one_rate(found)} times as much as LoRA.
 - **At a third of LoRA's rate, MiSS (Bone) does about the same.** In the {len(thirds(found))} pairs
   of such rates, its loss is {_span(loss for loss, _ in thirds(found))}, and its forgetting
-  {_span(f for _, f in thirds(found))}, over the seeds that both have. With r = 16, in short
-  trainings, a tenth was best.
+  {_span(f for _, f in thirds(found))}. With r = 16, in short trainings, a tenth was best.
 - **A high rate costs more than it gives.** From {mild:g} to {own:g}, MiSS (Bone)
   forgets {high / low:.1f} times as much, for no lower test loss.
 - **To forget less, you can scale after training.** It costs no more than a lower rate{FIRST}.
@@ -370,7 +369,7 @@ length, at the best rate of MiSS (Bone), and for digits at a third of it; mean t
 {table(header, rows)}
 A star: beyond noise. **[I I ... I] is the cheapest, but not the best in the two smaller models**:
 random signs have a lower loss there. They cost little: a sign for each input, before the shards are
-summed. For the language model they change nothing. As the paper and PEFT, `disha` has no signs.
+summed. For the language model they change nothing. `disha` has none.
 """
 
 
@@ -483,8 +482,7 @@ def _how(results: Results, costs: Mapping[str, Any], found: Mapping[str, TaskFin
   short warm-up and a cosine to zero. New heads train at {HEAD_RATE:g} with every method.
 - **Own rates**: at least four, a factor of about three apart, with one beyond if the best is at an
   edge. The loss on validation rows with one seed chooses; then {len(STUDY.seeds)} seeds run. The
-  tables have the loss on test rows. They chose no best rate, only the advice of
-  {MILD["bone"]:g}.
+  tables have the loss on test rows. They chose no best rate, only the advice of {MILD["bone"]:g}.
 - **Noise**: two methods differ if a paired t-test over seeds says so at 95%. With three seeds, only
   a large difference passes; among many pairs, some pass by chance.
 - **What the base could do**: upright digits, or unrelated prose; in the longer training, text that
