@@ -261,14 +261,17 @@ def _as_dict(name: str, value: Any, checked: Callable[[str, Any], Any]) -> Mappi
 
 def checked_rows(name: str, ranges: Any) -> Rows:
     """Check numbers of rows, or ranges of them, and return ranges in order."""
+    pairs = []
     try:
-        pairs = ((item, item + 1) if isinstance(item, int) else item for item in ranges)
-        rows: Rows = tuple(sorted((index(first), index(stop)) for first, stop in pairs))
+        for item in ranges:
+            first, stop = (item, item + 1) if isinstance(item, int) else item
+            pairs.append((index(first), index(stop)))
     except (TypeError, ValueError) as error:
         raise ArgumentTypeError(
             f"{name} must be a list of row numbers, or of pairs (first, stop) such as (0, 768), "
             f"got {brief(ranges)}"
         ) from error
+    rows: Rows = tuple(sorted(pairs))
     ends = [end for pair in rows for end in pair]
     if not rows or ends[0] < 0 or ends != sorted(ends) or any(a == b for a, b in rows):
         raise ArgumentError(

@@ -53,7 +53,7 @@ def main(words: Sequence[str]) -> None:
     if flags.no_also_train:
         contents = blocks_only(contents)
     report = _write(flags, contents, base)
-    if report:
+    if report is not None:
         print(fit(str(report)))
     layers = counted(len(contents.layers), "layer")
     print(f"{flags.source} -> {flags.out} ({flags.to}): {layers}")

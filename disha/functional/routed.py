@@ -74,8 +74,8 @@ class Route:
         parts = self.parts(size)
         order = sorted(range(len(places)), key=places.__getitem__)
         runs = self.runs([self.names[sample] for sample in order], size)
-        ranges = (range(sample * parts, (sample + 1) * parts) for sample in order)
-        indices = self._on_device(tuple(chain.from_iterable(ranges)), device)
+        entries_of_samples = [range(sample * parts, (sample + 1) * parts) for sample in order]
+        indices = self._on_device(tuple(chain.from_iterable(entries_of_samples)), device)
         each = torch.split(indices, [entries for _, entries in runs])
         return [(name or "", entries) for (name, _), entries in zip(runs, each)], indices
 
