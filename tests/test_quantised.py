@@ -609,6 +609,10 @@ def test_bat_over_a_weight_that_can_be_read(name):
     assert model[0].base_weight.shape == (OUT, IN)
     delta = reference.bat_delta_weight(model[0].base_weight, model[0].disha["default"].block)
     close(model(x), before + x @ delta.T)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(kept.append, lambda tensor: tensor):
+        model(x)
+    assert not kept  # backward reads W again
 
 
 @pytest.mark.parametrize("name", sorted(BASES.keys() - READABLE))

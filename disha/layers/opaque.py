@@ -17,10 +17,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
+from torch.utils.checkpoint import checkpoint
 
 from disha.config import BLOCK_DTYPES
 from disha.errors import ArgumentError
 from disha.functional import Layout, Method, Update, method_names
+from disha.functional.private_torch import transforms_active
 from disha.functional.products import update_product
 from disha.layers import bitsandbytes
 from disha.layers.blocks import CHILD_NAME, Adapters, Slot, original_class
@@ -256,7 +258,15 @@ def add_updates(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], outp
 
 def _delta(module: nn.Module, slot: Slot, x: Tensor, update: Update) -> Tensor:
     """Return s dW x of one update; only methods that need W read it."""
-    weight = weight_for(update.method, module, slot, own_weight(module), update.block)
-    # Without a bias, which stands where an embedding has its padding_idx.
-    multiply: Any = F.embedding if slot.layout.pattern == "index out" else F.linear
-    return update_product(multiply, x, weight, slot.layout, update)
+
+    def product() -> Tensor:
+        weight = weight_for(update.method, module, slot, own_weight(module), update.block)
+        # Without a bias, which stands where an embedding has its padding_idx.
+        multiply: Any = F.embedding if slot.layout.pattern == "index out" else F.linear
+        return update_product(multiply, x, weight, slot.layout, update)
+
+    if not update.method.reads_weight or is_compiling() or transforms_active():
+        return product()
+    # Backward reads W again. Else each layer would keep a dense copy of its quantised weight.
+    result: Tensor = checkpoint(product, use_reentrant=False)
+    return result
