@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import TypeVar
 
@@ -554,13 +555,17 @@ def _checked_targets(incoming: _Incoming, differences: Sequence[str]) -> dict[st
 
 def _take_settings(incoming: _Incoming, undo: ExitStack) -> None:
     """Give the blocks the configuration and the scales of the adapter, but the r of the model."""
+
+    @cache  # the blocks of an adapter share few configurations
+    def with_sizes_of(former: AdapterConfig) -> AdapterConfig:
+        return incoming.config.changed(r=former.r, rank_pattern=former.rank_pattern)
+
     for (*_, block), record in incoming.blocks():
         former = block.config
         undo.callback(block.set_scale, block.scale)
         undo.callback(block.reconfigure, former)
         if record.method == incoming.config.method:
-            sizes = {"r": former.r, "rank_pattern": former.rank_pattern}
-            block.reconfigure(incoming.config.changed(**sizes))
+            block.reconfigure(with_sizes_of(former))
         block.set_scale(record.scale)
 
 
