@@ -522,6 +522,12 @@ def test_away_from_the_model_some_layers_are_refused(tmp_path, layer, message):
         lora.write_lora(tmp_path / "lora", adapter_contents(ModelView(ours)))
 
 
+def test_away_from_the_model_a_layer_whose_bias_trains_is_refused(tmp_path):
+    ours = disha.inject_adapters(nn.Sequential(nn.Linear(8, 8)), "0", 2, also_train="bias")
+    with refused_export(tmp_path, ours, "0: PEFT would not adapt it"):
+        lora.write_lora(tmp_path / "lora", adapter_contents(ModelView(ours)))
+
+
 # --- and back ------------------------------------------------------------------------------------
 
 

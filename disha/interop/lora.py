@@ -44,6 +44,7 @@ from disha.interop.peft_format import (
     anchored,
     exact_targets,
     keep_for_model,
+    layers_inside,
     module_names,
     notes_of,
     read_peft_files,
@@ -401,13 +402,15 @@ def write_lora(
         for name in contents.also_train
         if "." not in name
     ]
+    saved = {name.rpartition(".")[0] for name in contents.also_train}
+    problems += layers_inside(contents.names, saved)
     problems += stacks.misread_by_peft(contents.layers, experts, model_type)
     refuse_to_write(CANT_EXPRESS, problems)
     layers, rows, fields = _without_rows(contents)
     updates = low_rank_updates(layers, contents.tensors, rank=rank, pad=pad, base=base)
     written = stacks.in_form(updates, experts, contents.also_train, model_type)
     beside = {name: contents.tensors[name] for name in contents.also_train}
-    config = _config_of(contents, written, {name.rpartition(".")[0] for name in beside}) | fields
+    config = _config_of(contents, written, saved) | fields
     write_peft_files(folder, config, tensors_of(written) | beside | rows)
     return LoraReport.of(folder, updates, beside)
 

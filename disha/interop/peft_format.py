@@ -288,17 +288,22 @@ def saved_modules(view: ModelView, also_train: Sequence[str], layers: Sequence[s
         for name in module_names(view)
         if name.endswith(tuple(modules)) and not is_inside(name, modules)
     ]
-    problems += [
-        f"{name}: PEFT would not adapt it, as a part of a module in modules_to_save"
-        for name in layers
-        if is_inside(name, modules)
-    ]
+    problems += layers_inside(layers, modules)
     problems += [
         f"{name}: PEFT saves running statistics only with a module whose parameters train"
         for name in also_train
         if name not in known and name not in tensors
     ]
     return Saved(modules, tensors, problems)
+
+
+def layers_inside(layers: Iterable[str], modules_to_save: Collection[str]) -> list[str]:
+    """Return why PEFT can't adapt the layers that are in modules which it saves."""
+    return [
+        f"{name}: PEFT would not adapt it, as a part of a module in modules_to_save"
+        for name in layers
+        if is_inside(name, modules_to_save)
+    ]
 
 
 def keep_for_model(view: ModelView, folder: PeftFolder) -> None:
