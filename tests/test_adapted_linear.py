@@ -171,17 +171,20 @@ def kept_by(run):
     return kept
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
 @pytest.mark.parametrize("method", METHODS)
-def test_what_is_kept_for_backward(method):
+def test_what_is_kept_for_backward(method, dropout):
     sizes = (62, 45, 8, 9)
     case = case_of(method, sizes, lead=(2, 10))
     x, weight, bias, block = case
     scale = 0.5 if method != "bat" else 1.0
-    updates = [Update(method_of(name_of(method)), block, scale)]
+    updates = [Update(method_of(name_of(method)), block, scale, dropout)]
     kept = kept_by(lambda: adapted_linear(x, weight, bias, updates))
     own = {tensor.untyped_storage().data_ptr() for tensor in (weight, bias, block)}
     extra = {address: size for address, size in kept.items() if address not in own}
-    if method == "bat":
+    if dropout:  # it is drawn for x
+        assert max(extra.values()) <= x.numel() * 8
+    elif method == "bat":
         assert extra == {x.untyped_storage().data_ptr(): x.numel() * 8}
     else:
         assert sum(extra.values()) == 20 * sizes[2] * 8

@@ -127,9 +127,16 @@ def square_tiles(weight: Tensor, r: int) -> Tensor:
 
 
 def bat_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, block: Tensor, scale: Scale = 1.0
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    block: Tensor,
+    scale: Scale = 1.0,
+    share: float = 1.0,
 ) -> Tensor | None:
-    """Return y = (W + s dW) x + b for x (n, in), but save only x, W and D for backward.
+    """Return y = (share W + s dW) x + b for x (n, in), but save only x, W and D for backward.
+
+    The share is 1, or 0 for the update alone.
 
     Products are computed in the dtype of the operands. In 16 bits, W + W D is rounded once, and
     the other part of dW, D itself, is added to the output. W must be frozen. The result is None
@@ -140,21 +147,21 @@ def bat_linear(
         dtype = torch.get_autocast_dtype(x.device.type)
         bias = None if bias is None else bias.to(dtype)
         with without_autocast(x.device):
-            return bat_linear(x.to(dtype), weight.to(dtype), bias, block.to(dtype), scale)
+            return bat_linear(x.to(dtype), weight.to(dtype), bias, block.to(dtype), scale, share)
     block = scaled(block, scale)
     if block.dtype is torch.float32 and weight.dtype is not torch.float32:
         block = block.to(weight.dtype)  # W_eff is rounded to 16 bits anyway
-    if is_compiling() and x.dtype is weight.dtype is block.dtype:
+    if is_compiling() and share and x.dtype is weight.dtype is block.dtype:
         return F.linear(x, _traced(weight, block), bias)
     if not _applies(x, weight, bias, block):
         return None
     if torch.is_grad_enabled():
-        output: Tensor = _BatLinear.apply(x, weight, bias, block)  # type: ignore[no-untyped-call]
+        output: Tensor = _BatLinear.apply(x, weight, bias, block, share)  # type: ignore[no-untyped-call]
         return output
-    if x.shape[0] < block.shape[-1] * STREAMED_SHARE:
+    if share and x.shape[0] < block.shape[-1] * STREAMED_SHARE:
         output = bat_streamed(x, weight, block)
         return output if bias is None else output + bias
-    return _product(x, weight, bias, block)
+    return _product(x, weight, bias, block, share)
 
 
 def _applies(x: Tensor, weight: Tensor, bias: Tensor | None, block: Tensor) -> bool:
@@ -166,24 +173,28 @@ def _applies(x: Tensor, weight: Tensor, bias: Tensor | None, block: Tensor) -> b
         and not weight.requires_grad
         and not x.is_meta
         and (weight.is_contiguous() or weight.mT.is_contiguous())
+        and not is_compiling()
         and not transforms_active()
         and not in_forward_mode()
     )
 
 
 class _BatLinear(torch.autograd.Function):
-    """(x (n, in), W, b, D) -> y (n, out)."""
+    """(x (n, in), W, b, D, share of W) -> y (n, out)."""
 
     # A separate setup_context is slower, and only transforms (not supported here) need it.
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, block: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, block: Tensor, share: float
+    ) -> Tensor:
         ctx.save_for_backward(x, weight, block)
-        return _product(x, weight, bias, block)
+        ctx.share = share
+        return _product(x, weight, bias, block, share)
 
     @staticmethod
     def backward(ctx: Any, grad: Any) -> Any:
         x, weight, block = ctx.saved_tensors
-        needs_x, _, needs_bias, needs_block = ctx.needs_input_grad
+        needs_x, _, needs_bias, needs_block, _ = ctx.needs_input_grad
         grad_x = None
         parts = []
         slabs = list(_slabs(weight, block))
@@ -193,27 +204,27 @@ class _BatLinear(torch.autograd.Function):
             for blocks, rows in slabs:
                 grad_rows = grad[:, rows]
                 if needs_x:
-                    part = _effective(weight[rows], block[blocks], scratch, add_block=True)
+                    part = _effective(weight[rows], block[blocks], scratch, True, ctx.share)
                     grad_x = grad_rows @ part if grad_x is None else grad_x.addmm_(grad_rows, part)
                 if needs_block:
                     out = _part(scratch, (grad_rows.shape[1], x.shape[1]))
                     gradient = torch.mm(grad_rows.T, x, out=out)
                     parts.append(_block_gradient(gradient, weight[rows], block.shape[-1]))
         grad_bias = grad.sum(0) if needs_bias else None
-        return grad_x, None, grad_bias, torch.cat(parts) if parts else None
+        return grad_x, None, grad_bias, torch.cat(parts) if parts else None, None
 
 
-def _product(x: Tensor, weight: Tensor, bias: Tensor | None, block: Tensor) -> Tensor:
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None, block: Tensor, share: float) -> Tensor:
     slabs = list(_slabs(weight, block))
     # In 16 bits, W + D would lose a small D. So D itself is added through S(x), as for Bone.
     wide = weight.dtype in (torch.float32, torch.float64)
     scratch = _scratch(weight, block, slabs)
     if len(slabs) == 1:
-        output = F.linear(x, _effective(weight, block, scratch, add_block=wide), bias)
+        output = F.linear(x, _effective(weight, block, scratch, wide, share), bias)
     else:
         output = x.new_empty(x.shape[0], weight.shape[0])
         for blocks, rows in slabs:
-            part = _effective(weight[rows], block[blocks], scratch, add_block=wide).T
+            part = _effective(weight[rows], block[blocks], scratch, wide, share).T
             if bias is None:
                 torch.mm(x, part, out=output[:, rows])
             else:
@@ -255,16 +266,18 @@ def _part(scratch: Tensor | None, shape: Sequence[int]) -> Tensor | None:
     return None if scratch is None else scratch[: prod(shape)].view(shape)
 
 
-def _effective(weight: Tensor, block: Tensor, scratch: Tensor | None, add_block: bool) -> Tensor:
-    """Return rows of W_eff: W_ab + W_ab D_a + D_a, or without the last D_a if not `add_block`."""
+def _effective(
+    weight: Tensor, block: Tensor, scratch: Tensor | None, add_block: bool, share: float
+) -> Tensor:
+    """Return rows of share W_ab + W_ab D_a + D_a, or without the last D_a if not `add_block`."""
     count, r, _ = block.shape
     tiles = square_tiles(weight.contiguous(), r)
     if add_block:
         apart = tiles.view(count, r, -1, r)
-        start = torch.add(apart, block.unsqueeze(2), out=_part(scratch, apart.shape))
+        start = torch.add(block.unsqueeze(2), apart, alpha=share, out=_part(scratch, apart.shape))
         product = start.view(tiles.shape).baddbmm_(tiles, block)
     else:
-        product = torch.baddbmm(tiles, tiles, block, out=_part(scratch, tiles.shape))
+        product = torch.baddbmm(tiles, tiles, block, beta=share, out=_part(scratch, tiles.shape))
     # The result has the strides of W, so a block of zeros changes no bit of the layer's output.
     effective = product.view(count * r, -1)[: weight.shape[0], : weight.shape[1]]
     return effective.contiguous() if weight.is_contiguous() else effective.mT.contiguous().mT

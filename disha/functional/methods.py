@@ -133,10 +133,17 @@ class Method:
         return block
 
     def product(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None, block: Tensor, scale: Scale
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        block: Tensor,
+        scale: Scale,
+        share: float = 1.0,
     ) -> Tensor | None:
-        """Return (W + s dW) x + b in less memory or time than by computing W + s dW, or None.
+        """Return (share W + s dW) x + b in less memory or time than by computing dW, or None.
 
+        The share is 1, or 0 where the update alone is asked for.
         x is (..., in) and W (out, in), or x is (experts, n, in) and W (experts, out, in). Not
         called if the method `reduces`.
         """
@@ -296,10 +303,16 @@ class _Bat(Method):
         return bat_delta_weight(matrices, block)
 
     def product(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None, block: Tensor, scale: Scale
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        block: Tensor,
+        scale: Scale,
+        share: float = 1.0,
     ) -> Tensor | None:
         if weight.dim() == 2:
-            return bat_linear(x, weight, bias, block, scale)
+            return bat_linear(x, weight, bias, block, scale, share)
         if x.shape[-2] != 1:
             return None
         return bat_streamed(x, weight.to(x.dtype), scaled(block, scale).to(x.dtype))

@@ -171,10 +171,17 @@ def update_product(
     if reduced_parts:
         return _reduced_product(multiply, x, layout, reduced_parts[0], geometry)
     rows = update.rows if layout.pattern == "out in" else ()  # then the product has only these
+    looks_up = not x.is_floating_point()
+    if not looks_up:
+        x = F.dropout(x, update.dropout) if update.dropout else x
+    if multiply is F.linear and layout == MATRIX and not rows:
+        output = _update_alone(x, weight, update)
+        if output is not None:
+            return output
     apart = update.replace(rows=() if rows else update.rows)
     delta = scaled(apart.delta_weight(layout, layout.part(weight, rows)), update.scale)
     row_numbers = [torch.arange(*ends, device=x.device) for ends in rows]
-    if not x.is_floating_point():  # indices
+    if looks_up:  # x has indices
         if rows:
             # (..., 1 + rows); all other indices look up a row of zeros, the first one.
             is_row = x.unsqueeze(-1) == torch.cat([x.new_full((1,), -1), *row_numbers])
@@ -182,12 +189,19 @@ def update_product(
         else:
             output = multiply(x, delta.to(weight.dtype), None)
         return _dropped_tokens(output, update.dropout)
-    x = F.dropout(x, update.dropout) if update.dropout else x
     output = multiply(x, delta.to(x.dtype), None)
     if rows:
         whole = output.new_zeros((*output.shape[:-1], geometry.out_features))
         output = whole.index_add_(-1, torch.cat(row_numbers), output)
     return output
+
+
+def _update_alone(x: Tensor, weight: Tensor, update: Update) -> Tensor | None:
+    """Return s dW x of a linear layer if the method computes it without dW, or None."""
+    method, block, scale, *_ = update
+    rows = x.reshape(-1, x.shape[-1])
+    output = method.product(rows, weight.to(x.dtype), None, block, scale, share=0.0)
+    return None if output is None else output.view(*x.shape[:-1], weight.shape[0])
 
 
 def _reduced_product(

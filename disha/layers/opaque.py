@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.compiler import is_compiling
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
-from torch.utils.checkpoint import checkpoint
 
 from disha.config import BLOCK_DTYPES
 from disha.errors import ArgumentError
@@ -259,14 +259,18 @@ def add_updates(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], outp
 def _delta(module: nn.Module, slot: Slot, x: Tensor, update: Update) -> Tensor:
     """Return s dW x of one update; only methods that need W read it."""
 
-    def product() -> Tensor:
-        weight = weight_for(update.method, module, slot, own_weight(module), update.block)
-        # Without a bias, which stands where an embedding has its padding_idx.
-        multiply: Any = F.embedding if slot.layout.pattern == "index out" else F.linear
-        return update_product(multiply, x, weight, slot.layout, update)
+    def read() -> Tensor:
+        return weight_for(update.method, module, slot, own_weight(module), update.block)
 
-    if not update.method.reads_weight or is_compiling() or transforms_active():
-        return product()
+    weight = read()
+    # Without a bias, which stands where an embedding has its padding_idx.
+    multiply: Any = F.embedding if slot.layout.pattern == "index out" else F.linear
+    if is_compiling() or transforms_active():
+        return update_product(multiply, x, weight, slot.layout, update)
     # Backward reads W again. Else each layer would keep a dense copy of its quantised weight.
-    result: Tensor = checkpoint(product, use_reentrant=False)
-    return result
+    dense = id(weight)  # not W itself, which would live as long as this function
+    with saved_tensors_hooks(
+        lambda saved: None if id(saved) == dense else saved,
+        lambda saved: read() if saved is None else saved,
+    ):
+        return update_product(multiply, x, weight, slot.layout, update)
