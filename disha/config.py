@@ -130,7 +130,8 @@ class AdapterConfig:
 
     def to_json(self) -> dict[str, Any]:
         """Return the configuration as a dict of plain JSON values."""
-        return {name: as_json(value) for name, value in vars(self).items()}
+        settings: dict[str, Any] = as_json(vars(self))
+        return settings
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> AdapterConfig:
@@ -148,8 +149,7 @@ class AdapterConfig:
             ArgumentTypeError: a field is of the wrong type, or `values` is not a dict.
         """
         check_type("an adapter configuration", values, Mapping, "a JSON object")
-        fields = {**vars(cls(r=1)), "r": None}
-        fields |= {name: values[name] for name in fields if name in values}
+        fields = {name: values.get(name, usual) for name, usual in USUAL.items()}
         if fields["init"] not in INITS:
             fields["init"] = cls.init
         dtype = fields["dtype"]
@@ -287,3 +287,7 @@ def compile_regex(argument: str, pattern: str) -> re.Pattern[str]:
         return re.compile(pattern)
     except (re.error, RecursionError, OverflowError) as error:
         raise ArgumentError(f"{argument} {brief(pattern)} is not a valid regex: {error}") from error
+
+
+USUAL = {**AdapterConfig(r=1).to_json(), "r": None}
+"""The settings that are in no file, because they are the defaults; r has none."""

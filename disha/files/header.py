@@ -13,6 +13,7 @@ from torch import Tensor
 
 from disha.config import (
     BLOCK_DTYPES,
+    USUAL,
     AdapterConfig,
     as_json,
     check_positive_int,
@@ -137,13 +138,12 @@ def reasons_against_blocks(contents: AdapterContents) -> list[str]:
 
 def header_to_json(contents: AdapterContents) -> str:
     """Return the header as JSON, without what is as usual. The same header gives the same text."""
-    usual = {**AdapterConfig(r=1).to_json(), "r": None}
     settings = contents.config.to_json()
     fields = {
         "format": FORMAT,
-        "config": {name: value for name, value in settings.items() if value != usual[name]},
+        "config": {name: value for name, value in settings.items() if value != USUAL[name]},
         "layers": [layer.entry(contents.config.method) for layer in contents.layers],
-        "also_train": list(contents.also_train),
+        "also_train": contents.also_train,
         "metadata": dict(sorted(contents.metadata.items())),
     }
     written = {name: value for name, value in fields.items() if value}

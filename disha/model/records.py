@@ -41,9 +41,9 @@ class LayerRecord:
 
     def to_json(self) -> dict[str, Any]:
         """Return all fields of the layer as JSON values, including those of its layout."""
-        layout = {**vars(self.layout), "layout": self.layout.pattern}
-        del layout["pattern"]
-        return {name: as_json(value) for name, value in (vars(self) | layout).items()}
+        fields: dict[str, Any] = as_json(vars(self) | vars(self.layout))
+        fields["layout"] = fields.pop("pattern")
+        return fields
 
     def entry(self, method: str) -> dict[str, Any]:
         """Return the layer's entry in a header, which has the usual method and r_out elsewhere."""
