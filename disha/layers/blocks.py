@@ -65,15 +65,7 @@ class Block(nn.Module):
     """The scale as a 0-dim tensor: compiled code reads it, so scaling compiles nothing again."""
 
     def __init__(
-        self,
-        shape: Sequence[int],
-        *,
-        slot: Slot,
-        config: AdapterConfig,
-        r: int,
-        device: torch.device | None,
-        dtype: torch.dtype,
-        split: Split | None,
+        self, values: Tensor, slot: Slot, config: AdapterConfig, r: int, split: Split | None
     ) -> None:
         super().__init__()
         # Written to __dict__, because assigning through nn.Module is slow.
@@ -87,22 +79,15 @@ class Block(nn.Module):
             dropout=config.dropout,
             split=split,
         )
-        with torch.inference_mode(False):  # a tensor that is made in that mode can never be trained
-            values = torch.empty(tuple(shape), device=device, dtype=dtype)
-            self._parameters[self.parameter_name] = nn.Parameter(values)
-            self.register_buffer("scale_tensor", None, persistent=False)
-            self._write_scale()
+        self._parameters[self.parameter_name] = nn.Parameter(values)
+        self.register_buffer("scale_tensor", None, persistent=False)
+        self._write_scale()
 
     @property
     def block(self) -> nn.Parameter:
         """The trainable block D."""
         parameter: nn.Parameter = self._parameters[self.parameter_name]  # type: ignore[assignment]
         return parameter
-
-    @property
-    def is_on_whole_matrix(self) -> bool:
-        """Whether the weight is a matrix (out, in), whole on this rank."""
-        return self.split is None and self.slot.layout.pattern == "out in"
 
     @property
     def r_out(self) -> int | None:
@@ -184,10 +169,9 @@ class Block(nn.Module):
         self._write_scale()
 
     def reconfigure(self, config: AdapterConfig) -> None:
-        """Take the scale and the dropout from another configuration with the same shapes."""
+        """Take the dropout from another configuration with the same shapes, but not the scale."""
         self.config = config
         self.dropout = config.dropout
-        self.set_scale(config.scale)
 
     def extra_repr(self) -> str:
         """Return the block's description in a model's printout."""
@@ -343,9 +327,9 @@ class Adapters(nn.Module):
         names = () if merged is not None else active
         acting = {parameter: self.blocks_of(names, parameter) for parameter in all_blocks}
         on_weight = acting.get("weight", ())
-        is_only = len(on_weight) == 1 and on_weight[0].is_on_whole_matrix
-        only_linear = on_weight[0] if is_only else None
-        vars(self).update(active_blocks=acting, only_linear_block=only_linear)
+        only = on_weight[0] if len(on_weight) == 1 else None
+        is_linear = only and only.split is None and only.slot.layout.pattern == "out in"
+        vars(self).update(active_blocks=acting, only_linear_block=only if is_linear else None)
 
     def blocks_of(self, adapters: Iterable[str], parameter: str) -> tuple[Block, ...]:
         """The blocks of some adapters on a parameter."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from disha.config import AdapterConfig
@@ -27,18 +29,19 @@ def make_block(
     """Return a new block for a weight, on its device, with copied values or those of `init`."""
     weight = None if slot.opaque else read_weight(module, slot.parameter)
     device = opaque.device_of(module) if weight is None else device_of_weight(module, weight)
-    split = split_of(weight)
-    method = method_of(config.method)
+    shape: Sequence[int]
     if values is not None:
-        shape = tuple(values.shape)
+        shape = values.shape
         dtype = values.dtype
     else:
-        shape = method.block_shape(
+        shape = method_of(config.method).block_shape(
             slot.layout, weight_shape(module, slot), r, config.r_out, slot.rows
         )
         weight_dtype: Any = getattr(weight, "dtype", None)
         dtype = config.dtype or merge_dtype(weight_dtype)
-    block = Block(shape, slot=slot, config=config, r=r, device=device, dtype=dtype, split=split)
+    with torch.inference_mode(False):  # a tensor that is made in that mode can never be trained
+        empty = torch.empty(shape, device=device, dtype=dtype)
+        block = Block(empty, slot, config, r, split_of(weight))
     if values is None:
         block.reset_parameters(start_of(module, block))
     else:
