@@ -66,7 +66,9 @@ def _attention(module: Any) -> list[Slot]:
 
 
 def _experts(module: Any) -> list[Slot]:
-    """Experts of transformers, whose modules declare their layout."""
+    """Experts of transformers, whose modules declare their layout; nothing for other modules."""
+    if not all(hasattr(module, name) for name in ("is_transposed", "has_gate", "has_bias")):
+        return []
     layout = Layout("expert in out" if module.is_transposed else "expert out in")
     return [
         slot_of(name, layout)
@@ -150,27 +152,25 @@ def full_name(cls: type) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
-def kind_of(module: nn.Module) -> Kind | None:
-    """Return the kind of a module, or None if no class in `LAYER_KINDS` fits."""
+def _kind_of(module: nn.Module) -> Kind:
+    """Return the kind of a module: of its class, or of experts that say how they are laid out."""
     for cls in original_class(module).__mro__:
         if cls in LAYER_KINDS:
             return LAYER_KINDS[cls]
         foreign = FOREIGN_KINDS.get(full_name(cls))
         if foreign is not None:
             return _declared(foreign)
-    says = all(hasattr(module, name) for name in ("is_transposed", "has_gate", "has_bias"))
-    return _experts if says else None
+    return _experts
 
 
 def declared_slots(module: nn.Module) -> list[Slot]:
     """Return the weights of a module whose layouts are known."""
     if not (module._parameters or module._buffers or hasattr(module, "parametrizations")):
         return []  # a container, as most modules are
-    kind = kind_of(module)
-    slot = opaque_slot(module)
-    if slot is not None:
-        return [slot]
-    return [] if kind is None else [_with_shape(module, slot) for slot in kind(module)]
+    opaque = opaque_slot(module)
+    if opaque is not None:
+        return [opaque]
+    return [_with_shape(module, slot) for slot in _kind_of(module)(module)]
 
 
 def _with_shape(module: nn.Module, slot: Slot) -> Slot:
