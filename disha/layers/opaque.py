@@ -29,6 +29,8 @@ from disha.layers.blocks import CHILD_NAME, Adapters, Slot, original_class
 from disha.sharding.imported import imported_class
 
 DENSE_DTYPES = frozenset(BLOCK_DTYPES.values())
+_COMPLEX = (torch.complex32, torch.complex64, torch.complex128)
+_NEVER_PACKED = {*DENSE_DTYPES, *_COMPLEX, torch.bool, torch.int64}  # bool: masks, int64: indices
 _UNINITIALISED = (UninitializedParameter, UninitializedBuffer)  # torch can't compile `is_lazy`
 
 
@@ -62,16 +64,12 @@ def quantisation_of(module: nn.Module | None, weight: Any) -> Quantisation | Non
     if module is None:
         return None
     if isinstance(weight, Tensor) and weight.dtype in DENSE_DTYPES:
-        return ROUNDED if _rounds_weight(module) else None
+        compressed = {"forward", "quantization_scheme"} <= module.__dict__.keys()
+        rounds = compressed or bitsandbytes.is_library_class(module)  # in its forward
+        return ROUNDED if rounds else None
     if not _packs_weight(module):
         return None
     return Quantisation("in a format of its own", _read_module if _dequantizes(module) else None)
-
-
-def _rounds_weight(module: nn.Module) -> bool:
-    """Whether a forward rounds its dense weight (bitsandbytes, compressed-tensors)."""
-    compressed = {"forward", "quantization_scheme"} <= module.__dict__.keys()
-    return compressed or bitsandbytes.is_library_class(module)
 
 
 def _packs_weight(module: nn.Module) -> bool:
@@ -83,14 +81,9 @@ def _packs_weight(module: nn.Module) -> bool:
     if plain and "forward" not in module.__dict__:
         return False
     return _dequantizes(module) or any(
-        _can_be_packed(tensor.dtype) and tensor.nbytes * 8 >= sizes[0] * sizes[1]
+        tensor.dtype not in _NEVER_PACKED and tensor.nbytes * 8 >= sizes[0] * sizes[1]
         for tensor in _own_tensors(module)
     )
-
-
-def _can_be_packed(dtype: torch.dtype) -> bool:
-    """Whether a tensor of a dtype may hold packed values; bool is for masks, int64 for indices."""
-    return not (dtype in DENSE_DTYPES or dtype.is_complex or dtype in (torch.bool, torch.int64))
 
 
 # --- reading -------------------------------------------------------------------------------------
