@@ -8,13 +8,11 @@
 """
 
 from disha.effective import attention, facts, products, views, writes
-from disha.effective.weight import EffectiveWeight, computed, effective
+from disha.effective.weight import EffectiveWeight
 
 __all__ = [
     "EffectiveWeight",
     "attention",
-    "computed",
-    "effective",
     "facts",
     "products",
     "views",

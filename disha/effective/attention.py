@@ -36,10 +36,11 @@ def _attention(
         names = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
         kwargs |= {"use_separate_proj_weight": True, **dict(zip(names, parts))}
         in_proj_weight = None
-    args = (embed_dim_to_check, num_heads, in_proj_weight, *args)
-    args = tuple([_in_attention(value, query) for value in args])
+    weights = [_in_attention(value, query) for value in (in_proj_weight, *args)]
     kwargs = {name: _in_attention(value, query) for name, value in kwargs.items()}
-    return _ATTENTION.multi_head_attention_forward(query, key, value, *args, **kwargs)
+    return _ATTENTION.multi_head_attention_forward(
+        query, key, value, embed_dim_to_check, num_heads, *weights, **kwargs
+    )
 
 
 def _in_attention(value: Any, query: Tensor) -> Any:

@@ -16,16 +16,11 @@ from disha.effective.weight import EffectiveWeight, compute_first
 from disha.functional.private_torch import GROUPED
 
 
-def _is_dense(input: Tensor) -> bool:
-    """Whether an input is dense, not sparse. For others, the weight is computed."""
-    return input.layout is torch.strided
-
-
 @rule(F.linear)
 def linear_product(input: Any, weight: Any, bias: Any = None) -> Any:
     if isinstance(input, EffectiveWeight) or isinstance(bias, EffectiveWeight):
         return NotImplemented
-    if not isinstance(weight, EffectiveWeight) or not _is_dense(input):
+    if not isinstance(weight, EffectiveWeight) or input.layout is not torch.strided:
         return NotImplemented
     base = weight.base
     layout = weight.weight_layout
@@ -45,7 +40,7 @@ def _matmul(input: Any, other: Any) -> Any:
     """Multiply x @ W for a weight whose inputs come first, or W @ x if they come last."""
     if isinstance(input, EffectiveWeight):
         return NotImplemented if isinstance(other, EffectiveWeight) else _weight_first(input, other)
-    if not _is_dense(input):
+    if input.layout is not torch.strided:
         return NotImplemented
     matrices = transposed(other)
     if other.base.dim() == 2:
@@ -65,11 +60,11 @@ def _weight_first(weight: EffectiveWeight, x: Tensor) -> Any:
     layout = weight.weight_layout
     base = weight.base
     updates = weight.updates.of_all_samples
-    if layout.pattern == "out in" and x.dim() == 1:
-        return linear_product(x, weight)
     matrix = layout.pattern == "out in"
+    if matrix and x.dim() == 1:
+        return linear_product(x, weight)
     stack = layout.pattern == "expert out in" and x.dim() == 3
-    if not (matrix or stack) or updates is None or not _is_dense(x):
+    if not (matrix or stack) or updates is None or x.layout is not torch.strided:
         return NotImplemented
     if all(update.method.reduces for update in updates):
 
@@ -145,7 +140,7 @@ def _embedding(
 ) -> Any:
     if not isinstance(weight, EffectiveWeight) or weight.base.dim() != 2:
         return NotImplemented
-    if not _is_dense(input) or scale_grad_by_freq or max_norm is not None:
+    if input.layout is not torch.strided or scale_grad_by_freq or max_norm is not None:
         # `max_norm` changes rows of the table, and `scale_grad_by_freq` its gradient. Torch does
         # this to the computed weight, whose gradient is dense, so `sparse` is left out.
         args = (input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq)
