@@ -76,7 +76,7 @@ class PlannedLayer:
     def names(self) -> tuple[str, ...]:
         """Its names in targets and files; a `weight` has the names of its module."""
         below = self.attribute if self.slot is None else self.slot.name
-        return tuple([join(name, below) for name in self.module_names])
+        return tuple(join(name, below) for name in self.module_names)
 
     @property
     def name(self) -> str:
@@ -341,6 +341,9 @@ def plan_injection(
         )
     check_addable(view, adapter)
     known = _layers_of(view, config)
+    if config.layouts or config.rows:
+        # Several slots may become one weight.
+        known = list(dict.fromkeys(_as_declared(layer, config) for layer in known))
     of_rows = Plan(adapter, config, freeze, layers=(), also_train=())
     if also_train_rows:
         of_rows = plan_injection(
@@ -357,6 +360,11 @@ def plan_injection(
     selected = _selected(view, known, target, parts, config.exclude)
     layers, skipped, unfit = _divided(_with_ties(view, selected, plain or config.exclude, taken))
     unknown = tuple(layer for layer in known if layer.slot is None and layer.attribute)
+    convolutions = [
+        layer.name
+        for layer in known
+        if layer.slot is not None and layer.slot.layout.has_kernel and not _reason_against(layer)
+    ]
     if not layers and not unfit:
         raise TargetError(_nothing_selected(argument, target, known, skipped, unknown))
     names = [name for layer in known for name in (*layer.module_names, *layer.parameter_names)]
@@ -376,18 +384,7 @@ def plan_injection(
         also_train=_also_trained(view, config) if config.also_train else (),
         skipped=(*of_rows.skipped, *skipped, *unfit),
         unknown=unknown,
-        convolutions=_convolutions(known) if target == ALL_LINEAR else (),
-    )
-
-
-def _convolutions(layers: Iterable[PlannedLayer]) -> tuple[str, ...]:
-    """Return the names of the convolutions that can be adapted."""
-    return tuple(
-        layer.name
-        for layer in layers
-        if layer.slot is not None
-        and layer.slot.layout.has_kernel
-        and _reason_against(layer) is None
+        convolutions=tuple(convolutions) if target == ALL_LINEAR else (),
     )
 
 
@@ -431,7 +428,7 @@ def _for_rows(config: AdapterConfig, rows: Mapping[str, Any]) -> AdapterConfig:
 
 
 def _layers_of(view: ModelView, config: AdapterConfig) -> list[PlannedLayer]:
-    """Return all weights, matrices of unknown layout, and modules without either, as declared."""
+    """Return all weights, matrices of unknown layout, and modules without either."""
     found: list[PlannedLayer] = []
     for module, names in view.names.items():
         slots = declared_slots(module)
@@ -441,10 +438,7 @@ def _layers_of(view: ModelView, config: AdapterConfig) -> list[PlannedLayer]:
             matrices = [name for name in matrix_weights(module) if name not in known]
             weights += [PlannedLayer(module, names, config, name) for name in matrices]
         found += weights or [PlannedLayer(module, names, config)]
-    if not config.layouts and not config.rows:
-        return found
-    # Several slots may become one weight.
-    return list(dict.fromkeys(_as_declared(layer, config) for layer in found))
+    return found
 
 
 def _as_declared(layer: PlannedLayer, config: AdapterConfig) -> PlannedLayer:
@@ -476,7 +470,7 @@ def plan_weights(
     config: AdapterConfig,
     layers: Collection[LayerRecord],
     tensors: Mapping[str, Tensor],
-    also_train: Iterable[str],
+    also_train: Collection[str],
     *,
     dtype: torch.dtype | None,
     freeze: bool,
@@ -484,7 +478,7 @@ def plan_weights(
     """Plan an adapter for the weights that a file names; one error lists all reasons."""
     check_addable(view, adapter)
     known: dict[str, PlannedLayer] = {}
-    for layer in _layers_of(view, AdapterConfig(config.r)):
+    for layer in _layers_of(view, config):
         # A parameter of unknown layout can be asked for too, because the file has its layout.
         known |= dict.fromkeys(layer.parameter_names if layer.slot is None else layer.names, layer)
     reasons = []
@@ -494,10 +488,7 @@ def plan_weights(
         found = known.get(record.name)
         reason: str | None = "the model has no such layer"
         if found is not None:
-            found = _as_recorded(found, record, config, tensor.to(dtype or tensor.dtype))
-            places = _tied(view, found)  # those that the adapter left out stay plain
-            tied = {name: places[name] for name in record.tied if name in places}
-            found = replace(found, tied=tied)
+            found = _as_recorded(view, found, record, config, tensor.to(dtype or tensor.dtype))
             reason = _reason_against_record(found, record, tuple(tensor.shape))
         if found is None or reason is not None:
             reasons.append(f"{printable(record.name, WIDEST) or '(the model)'}: {reason}")
@@ -516,12 +507,15 @@ def plan_weights(
         if nearest:
             message += f"\nthe names nearest to {brief(absent[0])} are {nearest}"
         raise ArgumentError(message)
-    trained = tuple(view.parameters_by_name[key].name for key in also_train)
-    return Plan(adapter, config, freeze, tuple(planned), trained)
+    return Plan(adapter, config, freeze, tuple(planned), tuple(also_train))
 
 
 def _as_recorded(
-    layer: PlannedLayer, record: LayerRecord, config: AdapterConfig, values: Tensor
+    view: ModelView,
+    layer: PlannedLayer,
+    record: LayerRecord,
+    config: AdapterConfig,
+    values: Tensor,
 ) -> PlannedLayer:
     """Return a weight with the block and the rows of the file, and its layout if none is known."""
     slot = layer.slot
@@ -530,7 +524,9 @@ def _as_recorded(
         slot = replace(slot or slot_of(layer.attribute, record.layout), layout=record.layout)
     if slot is not None and record.rows:
         slot = replace(slot, rows=record.rows)
-    return replace(layer, slot=slot, config=config, r=record.r, values=values)
+    places = _tied(view, layer)  # those that the adapter left out stay plain
+    tied = {name: places[name] for name in record.tied if name in places}
+    return replace(layer, slot=slot, config=config, r=record.r, values=values, tied=tied)
 
 
 def _reason_against_record(
@@ -702,11 +698,6 @@ def _selected(
     exclude: tuple[str, ...],
 ) -> list[PlannedLayer]:
     """Return what a target selects, a predicate or these parts, with a reason if it is excluded."""
-
-    def is_matched(name: str, module: nn.Module) -> bool:
-        return bool(matching(parts, [name]))
-
-    chooses = target if callable(target) else is_matched
     linear = _all_linear(view, known) if ALL_LINEAR in parts else ()
     # nn.MultiheadAttention itself reads the weight of its child `out_proj`.
     readers = {m.out_proj: m for m in view.names if isinstance(m, nn.MultiheadAttention)}
@@ -715,7 +706,10 @@ def _selected(
         reader = readers.get(layer.module, layer.module)  # type: ignore[call-overload]
         asked = dict.fromkeys((*layer.names, *layer.module_names), layer.module)
         asked |= dict.fromkeys(view.names[reader], reader)
-        matched = any(chooses(name, module) for name, module in asked.items())
+        if callable(target):
+            matched = any(target(name, module) for name, module in asked.items())
+        else:
+            matched = bool(matching(parts, [*asked]))
         # A module without parameters is no miss.
         if (matched or layer.place in linear) and (
             layer.attribute or any(p is not None for p in layer.module._parameters.values())
