@@ -138,8 +138,7 @@ def combine_contents(summands: Sequence[Summand], r: int | None) -> AdapterConte
         dtype=None,
         also_train=[],
     )
-    layers = tuple(record for record, _ in sums)
-    return AdapterContents(config, layers, (), tensors, metadata={})
+    return AdapterContents(config, tuple(record for record, _ in sums), (), tensors, {})
 
 
 def _sum(parts: Sequence[_Part], r: int | None) -> tuple[LayerRecord, Tensor]:

@@ -95,10 +95,9 @@ def save_adapter(
     view = ModelView(model)
     ranks = view.ranks()
     action = f"save adapter {adapter!r}"
-    with ranks.agreeing(action):
-        view.require(adapter)
-        target = file_at(path)
     contents = adapter_contents(view, adapter, metadata)
+    with ranks.agreeing(action):
+        target = file_at(path)
     with ranks.agreeing(action):
         if ranks.writes:
             if Path(path) != target:  # the user named a folder
@@ -255,7 +254,7 @@ def adapter_contents(
                 "first"
             )
     tensors = {key: gathered(tensor).detach().cpu() for key, tensor in held.items()}
-    blocks = view.require(adapter)
+    blocks = view.blocks(adapter)
     layers = _records(view, blocks, base=base)
     with ranks.agreeing(action):
         _check_can_be_loaded(adapter, layers, tensors)
@@ -279,7 +278,7 @@ def _records(
     records = []
     for model_block in blocks:
         block = model_block.block
-        slot = model_block.block.slot
+        slot = block.slot
         geometry = slot.layout.geometry(weight_shape(model_block.layer, slot), slot.rows)
         record = LayerRecord(
             name=model_block.name,
@@ -390,7 +389,7 @@ class _Incoming:
 
     def blocks(self) -> Iterator[tuple[ModelBlock, LayerRecord]]:
         """Iterate over the model's blocks for which the adapter has one."""
-        for model_block in self.view.require(self.adapter):
+        for model_block in self.view.blocks(self.adapter):
             record = self.layers.get(join(model_block.name, model_block.block.parameter_name))
             if record is not None:
                 yield model_block, record
@@ -417,7 +416,12 @@ def load_contents(
             view.refuse_inside("load an adapter")
             incoming = _under_model_names(view, adapter, source, contents)
             if replaces:
-                targets = _match(incoming, dtype)
+                if dtype is not None:
+                    raise ArgumentError(
+                        "replace=True keeps the blocks with their dtype; leave dtype out"
+                    )
+                _widen(incoming)
+                targets = _checked_targets(incoming, _differences(incoming))
             else:
                 targets = _add(incoming, dtype, freeze, activate, undo)
         for key, target in targets.items():
@@ -460,14 +464,6 @@ def _add(
     apply_plan(view, plan, undo, activate=activate)
     targets = _checked_targets(incoming, _overwritten(incoming))
     return {key: target for key, target in targets.items() if key not in layers}
-
-
-def _match(incoming: _Incoming, dtype: torch.dtype | None) -> dict[str, Tensor]:
-    """Fit an adapter to the one of its name, and return the tensors of the model that it sets."""
-    if dtype is not None:
-        raise ArgumentError("replace=True keeps the blocks with their dtype; leave dtype out")
-    _widen(incoming)
-    return _checked_targets(incoming, _differences(incoming))
 
 
 def _under_model_names(
@@ -572,7 +568,7 @@ def _take_settings(incoming: _Incoming, undo: ExitStack) -> None:
 def _reset_the_rest(incoming: _Incoming, undo: ExitStack) -> None:
     """Give the base's values to the statistics and layers that the adapter lacks."""
     running_statistics.put_back_statistics(incoming.view.names, undo, incoming.tensors)
-    for name, layer, _, block in incoming.view.require(incoming.adapter):
+    for name, layer, _, block in incoming.view.blocks(incoming.adapter):
         if join(name, block.parameter_name) not in incoming.layers:
             start = start_of(layer, block)
             zeros = block.block.new_zeros(whole_shape(block.block))
@@ -580,20 +576,17 @@ def _reset_the_rest(incoming: _Incoming, undo: ExitStack) -> None:
 
 
 def _warn_of_other_base(incoming: _Incoming) -> None:
-    known = {}
-    for model_block, record in incoming.blocks():
-        if record.base is None:
-            continue
-        base = _base_fingerprint(model_block)
-        if base is not None:
-            known[model_block.name] = same_base(record.base, base)
-    other = [name for name, is_same in known.items() if not is_same]
+    other = [
+        model_block.name
+        for model_block, record in incoming.blocks()
+        if record.base is not None and not same_base(record.base, _base_fingerprint(model_block))
+    ]
     if other:
-        layers = printable(first_few(other, 3, ", "))
+        names = printable(first_few(other, 3, ", "))
         warnings.warn(
             f"{printable(str(incoming.source))} was saved from other base weights than the model's "
-            f"in {len(other)} of {counted(len(known), 'layer')} ({layers}): load the base that it "
-            "was trained on, without the adapter merged into it",
+            f"in {len(other)} of {counted(len(incoming.layers), 'layer')} ({names}): load the "
+            "base that it was trained on, without the adapter merged into it",
             AdapterFileWarning,
             stacklevel=4,
         )
