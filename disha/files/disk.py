@@ -25,6 +25,7 @@ PathLike = str | os.PathLike[str]
 
 ADAPTER_NAME = "adapter.safetensors"  # in output folders and checkpoints
 
+OF_TORCH = {"format": "pt"}  # metadata that other loaders require
 PICKLES = (b"PK\x03\x04", b"\x80")  # how the files of torch.save begin
 
 
@@ -87,7 +88,7 @@ def save(path: PathLike, write: Callable[[Path], object]) -> None:
         shutil.rmtree(draft, ignore_errors=True)
 
 
-def save_tensors(path: PathLike, tensors: Tensors, metadata: dict[str, str]) -> None:
+def save_tensors(path: PathLike, tensors: Tensors, metadata: dict[str, str] = OF_TORCH) -> None:
     """Save a safetensors file. Of the files in a folder, save the configuration last."""
     whole = {key: tensor.contiguous() for key, tensor in tensors.items()}
     save(path, lambda new: save_file(whole, new, metadata))

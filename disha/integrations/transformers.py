@@ -21,6 +21,7 @@ from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME
 
 import disha
 from disha.files import ADAPTER_NAME
+from disha.files.disk import OF_TORCH
 from disha.integrations.engines import kept_keys, leave_out_base
 from disha.model.view import ModelView
 
@@ -134,7 +135,7 @@ class _Saving:
         if is_main_process:
             # Copies, because tied weights share memory.
             tensors = {key: value.to("cpu", copy=True).contiguous() for key, value in state.items()}
-            save_file(tensors, folder / SAFE_WEIGHTS_NAME, {"format": "pt"})
+            save_file(tensors, folder / SAFE_WEIGHTS_NAME, OF_TORCH)
             (folder / CONFIG_NAME).write_text(json.dumps(NO_MODEL))
 
 

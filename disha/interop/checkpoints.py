@@ -32,7 +32,7 @@ from disha.errors import (
 )
 from disha.files import AdapterContents, inspect_adapter
 from disha.files.contents import read_contents
-from disha.files.disk import PathLike, checked_path, opened, require_free, save
+from disha.files.disk import OF_TORCH, PathLike, checked_path, opened, require_free, save
 from disha.functional import METHODS
 from disha.interop.experts import DOWN, FAMILIES, GATE_UP, SEPARATE_BEFORE, SINGLE_EXPERT, renamed
 from disha.layers.kinds import PROJECTIONS
@@ -150,11 +150,10 @@ def merge_into_checkpoint(
     """
     if scale is not None:
         check_scale(scale)
-    adapter_path = checked_path(adapter_path)
     out = checked_path(out)
     checkpoint = open_checkpoint(base)
     _check_target(out, checkpoint, overwrite)
-    contents = read_contents(adapter_path, also_train=also_train)
+    contents = read_contents(checked_path(adapter_path), also_train=also_train)
     keys = _keys(checkpoint, contents)
     _refuse(checkpoint, _misfits(checkpoint, contents, keys, values=not force))
     if not force:
@@ -360,7 +359,7 @@ def _misfits(
             problem = f"is quantised or packed there ({dtype}); give the original checkpoint"
         elif problem is None and values and layer.base and key not in replaced:
             now = fingerprint(layer.layout.part(checkpoint.tensor(key), layer.rows))
-            if now is not None and not same_base(now, layer.base):
+            if not same_base(layer.base, now):
                 problem = "has other values than the weight that the adapter was saved from"
         found += [] if problem is None else [f"{key}: {problem}"]
     for name in contents.also_train:
@@ -466,10 +465,10 @@ class _Merge:
 
     def _write(self, path: Path, names: list[str]) -> None:
         """Write some tensors to a file."""
-        metadata = {"format": "pt"}  # loaders require it
+        metadata = OF_TORCH
         for file in {self._checkpoint.files[name] for name in names}:
             with opened(file) as source:
-                metadata |= source.metadata() or {}
+                metadata = metadata | (source.metadata() or {})
         save_file({name: self._merged(name) for name in names}, path, metadata)
 
     def write_folder(self, folder: Path) -> None:

@@ -116,7 +116,7 @@ def export(
     updates = _updates(contents, bases, rank)
     with ranks.agreeing(action):
         if ranks.writes:
-            save_tensors(target, tensors_of(updates), {"format": "pt"})
+            save_tensors(target, tensors_of(updates))
     return LoraReport.of(target, updates)
 
 
@@ -216,7 +216,7 @@ def write_file(
 ) -> LoraReport:
     """Write adapters of unknown models, by component, as `export` does."""
     updates = _updates(contents, bases or {}, rank)
-    save_tensors(path, tensors_of(updates), {"format": "pt"})
+    save_tensors(path, tensors_of(updates))
     return LoraReport.of(path, updates)
 
 
@@ -236,7 +236,8 @@ def _updates(
             record.name
             for record in adapted.layers
             if record.layout.pattern not in ("out in", CONV) or not record.name
-        ] + list(adapted.also_train)
+        ]
+        other += adapted.also_train
         if other:
             raise ConversionError(
                 f"an image LoRA can't hold {listed(other)} of the {component}, only linear layers "

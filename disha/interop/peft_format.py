@@ -47,7 +47,7 @@ def write_peft_files(folder: Path, config: Mapping[str, Any], tensors: Tensors) 
         raise ArgumentError(f"{folder} is a file; name a folder")
     folder.mkdir(parents=True, exist_ok=True)
     prefixed = {PREFIX + key: tensor for key, tensor in tensors.items()}
-    save_tensors(folder / WEIGHTS_NAME, prefixed, {"format": "pt"})
+    save_tensors(folder / WEIGHTS_NAME, prefixed)
     save(folder / CONFIG_NAME, lambda new: new.write_text(text, encoding="utf-8"))
 
 
