@@ -19,7 +19,7 @@ from disha.config import AdapterConfig, check_type
 from disha.errors import AdapterFileError, DishaError
 from disha.files.contents import adapter_contents, load_contents
 from disha.files.disk import PathLike, checked_path
-from disha.files.header import AdapterContents
+from disha.files.header import AdapterContents, reasons_against_blocks
 from disha.functional import Layout
 from disha.interop.low_rank import LoraLayer, LoraReport
 from disha.interop.peft_format import (
@@ -300,26 +300,25 @@ def _contents(
     shapes = shapes_of([*(join(name, "weight") for name in blocks), *beside])
     problems = []
     layers = []
-    for name, block in blocks.items():
+    for name in blocks:
         shape = shapes.get(join(name, "weight"), ())
         if len(shape) != 2:
             problems.append(f"{name}: the base has no matrix {join(name, 'weight')!r}")
             continue
-        layer = LayerRecord(
-            name, config.method, config.r, config.r_out, shape[1], shape[0], 1.0, None, LINEAR
+        out, inputs = shape
+        layers.append(
+            LayerRecord(name, config.method, config.r, config.r_out, inputs, out, 1.0, None, LINEAR)
         )
-        reason = layer.reason_against_block(tuple(block.shape))
-        problems += [] if reason is None else [f"{name}: {reason}"]
-        layers.append(layer)
     problems += [
         f"{name}: {tuple(value.shape)}, the base has {shapes.get(name)}"
         for name, value in beside.items()
         if shapes.get(name) != tuple(value.shape)
     ]
-    refuse_to_load(folder.path, problems)
     notes = {note: folder.fields[note] for note in NOTES if folder.fields.get(note)}
     tensors = {layer.key: blocks[layer.name] for layer in layers} | beside
-    return AdapterContents(config, tuple(layers), tuple(sorted(beside)), tensors, notes)
+    contents = AdapterContents(config, tuple(layers), tuple(sorted(beside)), tensors, notes)
+    refuse_to_load(folder.path, problems + reasons_against_blocks(contents))
+    return contents
 
 
 def write_folder(folder: Path, contents: AdapterContents, *, dropout: float | None = None) -> None:
