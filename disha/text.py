@@ -41,8 +41,11 @@ def counted(count: int, noun: str) -> str:
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """Return a question for the end of a message: whether the known word most like it is meant."""
-    near = difflib.get_close_matches(word, known, n=1)
+    """Return a question for the end of a message: whether the known word most like it is meant.
+
+    Of `--flag=value`, only the flag counts.
+    """
+    near = difflib.get_close_matches(word.partition("=")[0], known, n=1)
     return f"; did you mean {near[0]}?" if near else ""
 
 

@@ -98,7 +98,7 @@ class Parser(argparse.ArgumentParser):
         spelled = [_underscored(word) for word in words]
         found, unknown = self.parse_known_args(spelled)
         if unknown:
-            near = nearest(unknown[0].partition("=")[0], self._option_string_actions)
+            near = nearest(unknown[0], self._option_string_actions)
             raise ArgumentError(f"{self.prog} does not take {unknown[0]}{near}")
         return found
 

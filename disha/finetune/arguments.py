@@ -190,9 +190,8 @@ class TrainingArguments(SFTConfig):  # type: ignore[misc]
 Parsed = tuple[AdapterArguments, DataArguments, TrainingArguments]
 
 
-def parsed(argv: Sequence[str]) -> Parsed:
+def parsed(words: Sequence[str]) -> Parsed:
     """Return the settings that the words of a command line give. Help is printed, and exits."""
-    words = [word for word in argv if word != "--debug"]
     parser = _parser(shows_all="--help_all" in words)
     flags, _ = parser.parse_known_args(words)
     if flags.config is not None:
@@ -204,7 +203,7 @@ def parsed(argv: Sequence[str]) -> Parsed:
         words, return_remaining_strings=True, look_for_args_file=False
     )
     for word in unknown:
-        hint = nearest(word.partition("=")[0], parser._option_string_actions)
+        hint = nearest(word, parser._option_string_actions)
         raise ArgumentError(f"there is no flag {word}{hint or '; --help_all shows all flags'}")
     for name, value in noted.items():
         if vars(found[0]).get(name, value) != value:
@@ -221,9 +220,8 @@ def _noted(adapter: str) -> dict[str, Any]:
 
 
 def _parser(shows_all: bool) -> _Parser:
-    classes = (AdapterArguments, DataArguments, TrainingArguments)
     parser = _Parser(
-        classes,  # type: ignore[arg-type]
+        [AdapterArguments, DataArguments, TrainingArguments],  # type: ignore[list-item]
         usage=USAGE,
         allow_abbrev=False,
         formatter_class=_Format,

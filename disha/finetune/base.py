@@ -29,7 +29,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 import disha
 from disha.errors import ArgumentError, MissingPackageError
 
-BITS = ("bf16", "fp32", "8", "4")
+FEW_BITS = ("8", "4")
+BITS = ("bf16", "fp32", *FEW_BITS)
 # The keys of notes in an adapter file.
 BASE_KEY, TEMPLATE_KEY, TOKENS_KEY = "base", "chat_template", "new_tokens"
 NAME = re.compile(r"\w[\w.-]{0,95}(/\w[\w.-]{0,95})?", re.ASCII)
@@ -51,7 +52,7 @@ def load_base(
         options["device_map"] = {"": device}
     if file:
         options["quantization_config"] = GgufConfig(dequantize=True)
-    if bits in ("8", "4"):
+    if bits in FEW_BITS:
         options["quantization_config"] = _quantisation(name, bits, device)
     try:
         if not file:
@@ -113,7 +114,7 @@ def _source(name: str) -> tuple[str, dict[str, str]]:
 def _dtype(bits: str, device: torch.device | None) -> torch.dtype | str:
     if bits == "auto":
         return bits
-    if bits in ("8", "4"):
+    if bits in FEW_BITS:
         # Accelerators multiply bfloat16 faster than float32; few processors do.
         return torch.float32 if (device or best_device()).type == "cpu" else torch.bfloat16
     return torch.bfloat16 if bits == "bf16" else torch.float32

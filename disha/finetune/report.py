@@ -26,7 +26,7 @@ from trl import SFTConfig
 
 import disha
 from disha.errors import DishaError
-from disha.finetune.base import load_base
+from disha.finetune.base import FEW_BITS, load_base
 from disha.finetune.trainer import Trainer
 from disha.integrations.transformers import AdapterCheckpoints
 from disha.text import counted
@@ -85,7 +85,7 @@ def prove(base: str, bits: str, path: Path, training: SFTConfig, outcome: Outcom
     training.dataset_kwargs = {"skip_prepare_dataset": True}  # packed rows can't be packed again
     is_partitioned: bool = is_deepspeed_zero3_enabled()  # type: ignore[no-untyped-call]
     is_sharded = is_partitioned or bool(training.fsdp)
-    device = None if is_sharded and bits not in ("8", "4") else training.device
+    device = None if is_sharded and bits not in FEW_BITS else training.device
     model, tokenizer = load_base(base, bits, device, disha.inspect_adapter(path).metadata)
     # Sharded models would need all ranks for an answer.
     is_shown = training.process_index == 0 and not is_sharded

@@ -25,6 +25,7 @@ from disha.files import ADAPTER_NAME
 from disha.finetune.arguments import AdapterArguments, DataArguments, TrainingArguments
 from disha.finetune.base import (
     BASE_KEY,
+    FEW_BITS,
     TEMPLATE_KEY,
     TOKENS_KEY,
     base_note,
@@ -133,7 +134,7 @@ def _trainer(
 ) -> Trainer:
     """Return a trainer for a base with the adapter, and for the rows."""
     sets, held_out = _read(data)
-    quantised = bits in ("8", "4")
+    quantised = bits in FEW_BITS
     device = training.device if quantised else None
     notes = dict(disha.inspect_adapter(adapter.adapter).metadata) if adapter.adapter else {}
     if training.chat_template_path:
