@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from transformers import TextStreamer, set_seed
@@ -72,15 +73,15 @@ class Printer(TextStreamer):
         print(fit(text), end="\n" if stream_end else "", flush=True)
 
 
+@dataclass
 class Conversation:
     """Turns of questions and answers. What the model has read stays in its cache."""
 
-    def __init__(self, asker: Asker, options: Mapping[str, Any]) -> None:
-        self.asker = asker
-        self.options = options
-        self.turns: list[dict[str, str]] = []
-        self._cache: Any = None
-        self._read: list[int] = []
+    asker: Asker
+    options: Mapping[str, Any]
+    turns: list[dict[str, str]] = field(default_factory=list)
+    _cache: Any = None
+    _read: list[int] = field(default_factory=list)
 
     def ask(self, question: str) -> None:
         """Print the answer to a question as it comes, and remember both."""
