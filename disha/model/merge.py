@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from disha.errors import ArgumentError, MergeError
-from disha.functional.shard_sums import without_autocast
+from disha.functional.shard_sums import merge_dtype, without_autocast
 from disha.layers.adapted import AdaptedLayer
 from disha.layers.bitsandbytes import is_library_forward
 from disha.layers.blocks import Merged, Original, Slot
@@ -23,6 +23,7 @@ from disha.layers.weights import merged_weight, slots_of, stored_weight
 from disha.model import running_statistics
 from disha.model.control import checked_names
 from disha.model.inject import check_removable, take_out
+from disha.model.state import finite_as
 from disha.model.view import ModelView, all_or_nothing
 from disha.text import join
 
@@ -265,8 +266,7 @@ def _merged(
     assert parameter is not None
     with without_autocast(parameter.device):
         merged = merged_weight(layer, slot, adapters)
-    # isfinite lacks some dtypes of 8 bits.
-    if not torch.isfinite(merged.float() if merged.itemsize == 1 else merged).all():
+    if not finite_as(merged, merge_dtype(merged.dtype)):  # in 8 bits, torch can't tell
         raise MergeError(
             f"merging {', '.join(map(repr, adapters))} into {name} gives values that are not "
             "finite; check the adapter's blocks and its scale"
