@@ -148,11 +148,11 @@ class Layout:
         """Return why a weight of a shape can't have this layout, or None if it can."""
         more = len(shape) - len(self.axes)
         fits = more >= 0 if self.has_kernel else more == 0
-        if fits:
-            if self.pattern != "in out *kernel" or shape[0] % self.groups == 0:
-                return None
+        if not fits:
+            return f"its shape {tuple(shape)} does not have the axes {self.pattern!r}"
+        if self.pattern == "in out *kernel" and shape[0] % self.groups:
             return f"{self.groups} groups do not divide its {shape[0]} input channels"
-        return f"its shape {tuple(shape)} does not have the axes {self.pattern!r}"
+        return None
 
     def reason_against(self, geometry: Geometry, r: int, r_out: int | None = None) -> str | None:
         """Return why a weight can't have a block of these sizes, or None if it can."""

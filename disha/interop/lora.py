@@ -358,7 +358,7 @@ def _taken_rows(view: ModelView, folder: PeftFolder) -> list[LayerBlock]:
         indices = next(listed for end, listed in ends.items() if f".{name}".endswith(f".{end}"))
         rows = checked_rows(name, indices)
         names = _names_of_weight(view, name)
-        tied = tuple([other for other in names if other != join(name, "weight")])
+        tied = tuple(other for other in names if other != join(name, "weight"))
         block = values[torch.tensor(indices).argsort()].mT  # (in, rows), in order
         inputs, out = block.shape
         record = LayerRecord(

@@ -270,7 +270,7 @@ def _delta(layer: LayerRecord, block: Tensor, base: BaseWeight | None) -> Tensor
             f"a {layer.method} update depends on the base weights: give `base` (--base)"
         )
     else:
-        weight = base(layer.name).detach().cpu()
+        weight = base(layer.name).cpu()
         reason = layer.reason_against_weight(block.shape, tuple(weight.shape))
         if reason is not None:
             raise AdapterFileError(f"{layer.name}: {reason}; pass the base that it was trained on")

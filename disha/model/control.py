@@ -201,8 +201,7 @@ def route_adapters(model: nn.Module, names_per_sample: Sequence[str | None]) -> 
     route = Route(tuple(names_per_sample))
     if not route.names:
         raise ArgumentError("names_per_sample is empty; give a name or None for each sample")
-    for name in route.adapters:
-        view.require(name)
+    checked_names(view, route.adapters)
     view.refuse_merged("route adapters")
     _refuse_stacks(view)
     _refuse_sequences_first(view)

@@ -217,8 +217,9 @@ def _under_model_keys(state: Tensors, expected: Tensors) -> dict[str, Tensor]:
 
 def check_fit(expected: Tensors, found: Mapping[str, object]) -> LoadReport:
     """Compare tensors with their target parameters; change nothing."""
-    both = [key for key in expected if key in found]
-    reasons = {key: _reason_against(expected[key], found[key]) for key in both}
+    reasons = {
+        key: _reason_against(target, found[key]) for key, target in expected.items() if key in found
+    }
     return LoadReport(
         matched=tuple(key for key, reason in reasons.items() if reason is None),
         missing=tuple(key for key in expected if key not in found),

@@ -250,7 +250,7 @@ class ModelView:
 
     def refuse_wrapped(self, action: str, remedy: str) -> None:
         """Raise if a wrapper that keeps track of parameters has the model or a part of it."""
-        classes = tuple([cls for cls, wrapper in self._wrappers if wrapper.distributes])
+        classes = tuple(cls for cls, wrapper in self._wrappers if wrapper.distributes)
         wrappers = [type(module).__name__ for module in self.names if isinstance(module, classes)]
         if wrappers:
             raise TargetError(f"can't {action}: the model is wrapped by {wrappers[0]}; {remedy}")
@@ -258,7 +258,7 @@ class ModelView:
     @property
     def sharded(self) -> bool:
         """Whether FSDP manages a module, or one has a sharded or partitioned parameter."""
-        classes = tuple([cls for cls, wrapper in self._wrappers if wrapper.shards])
+        classes = tuple(cls for cls, wrapper in self._wrappers if wrapper.shards)
         return any(
             isinstance(module, classes)
             or any(is_sharded(p) or is_partitioned(p) for p in module._parameters.values())
