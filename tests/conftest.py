@@ -24,6 +24,19 @@ hypothesis.settings.load_profile("busy")
 collect_ignore = ["typed_api.py"]  # for type checkers, and never run
 
 
+class Made(nn.Module):
+    """A module of these parts. Its forward calls `run` with the module and the input."""
+
+    def __init__(self, run: Callable[..., Any], **parts: object) -> None:
+        super().__init__()
+        self.run = run
+        for name, part in parts.items():
+            setattr(self, name, part)
+
+    def forward(self, x):
+        return self.run(self, x)
+
+
 class Attention(nn.Module):
     def __init__(self, width: int = 8) -> None:
         super().__init__()
@@ -176,6 +189,21 @@ def close(actual: Any, expected: Any, tolerance: float = 1e-10) -> None:
 def assert_same(actual: Any, expected: Any) -> None:
     """Compare tensors, or lists or dicts of them, bit for bit."""
     torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+
+
+def kept_by(run):
+    """Return the bytes that autograd keeps for backward, by the address of their storage."""
+    kept = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        output = run()
+    assert output.requires_grad
+    return kept
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import disha
 from disha.functional import Update, adapted_linear, bat, method_of
 from tests import reference
-from tests.conftest import perturb
+from tests.conftest import kept_by, perturb
 from tests.test_functional import SIZES, make_block, name_of, random_sizes, strided_copy
 
 METHODS = reference.KINDS
@@ -154,21 +154,6 @@ def test_sixteen_bits_round_little(method, dtype):
     for one, other in zip(found, torch.autograd.grad(expected.sum(), exact), strict=True):
         assert one.dtype == dtype
         assert (one.double() - other).norm() <= limit * other.norm()
-
-
-def kept_by(run):
-    """Return the bytes that autograd keeps for backward, by the address of their storage."""
-    kept = {}
-
-    def keep(tensor):
-        storage = tensor.untyped_storage()
-        kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        output = run()
-    assert output.requires_grad
-    return kept
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.5])

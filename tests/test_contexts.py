@@ -19,7 +19,7 @@ import disha
 from disha.effective import contexts
 from disha.errors import ModeError
 from disha.functional import private_torch
-from tests.conftest import freshly_compiled, perturb, pickled
+from tests.conftest import Made, freshly_compiled, perturb, pickled
 
 X = torch.linspace(-1, 1, 24, dtype=torch.float64).view(4, 6)
 NAMES = (None, "a", "b", "c")
@@ -252,13 +252,8 @@ class TestParts:
         assert close(layers(X), adapted)
 
 
-class Residual(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.linear = nn.Linear(6, 6)
-
-    def forward(self, x):
-        return x + self.linear(x)
+def residual(self, x):
+    return x + self.linear(x)
 
 
 class TestServing:
@@ -348,7 +343,7 @@ class TestCompiled:
 
     def test_equal_blocks_of_a_model_share_a_graph(self):
         torch.manual_seed(0)
-        model = nn.Sequential(*(Residual() for _ in range(12))).double()
+        model = nn.Sequential(*(Made(residual, linear=nn.Linear(6, 6)) for _ in range(12))).double()
         disha.inject_adapters(model, "all-linear", 2, init="kaiming")
         torch._dynamo.reset()
         counter = CompileCounter()
@@ -406,9 +401,8 @@ class TestBackward:
             if where == "inside":
                 loss.backward()
             elif where == "in a thread":
-                thread = threading.Thread(target=loss.backward)
-                thread.start()
-                thread.join()
+                with ThreadPoolExecutor(1) as pool:
+                    pool.submit(loss.backward).result()
         if where == "after":
             loss.backward()
         elif where == "in another context":
@@ -441,11 +435,8 @@ class TestBackward:
             (2 * twin(X)).sum().backward()
         with disha.adapters_active(model, "a"):
             losses = [checkpoint(part, X, use_reentrant=False).sum() for _ in range(2)]
-        threads = [threading.Thread(target=loss.backward) for loss in losses]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        with ThreadPoolExecutor(2) as pool:
+            list(pool.map(torch.Tensor.backward, losses))
         for mine, plain in zip(model.parameters(), twin.parameters(), strict=True):
             assert (mine.grad is None) == (plain.grad is None)
             assert mine.grad is None or close(mine.grad, plain.grad)

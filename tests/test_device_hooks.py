@@ -13,7 +13,7 @@ from torch import nn
 
 import disha
 from disha import AdapterFileError, AdapterStateError, MergeError, ModeError
-from tests.conftest import assert_same, perturb
+from tests.conftest import Made, assert_same, perturb
 from tests.language_models import llama
 
 accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed")
@@ -48,21 +48,14 @@ class Small(nn.Module):
         return self.head(self.conv(self.mixer(tokens).mT).mT)
 
 
-class Logits(nn.Module):
-    """A tiny Llama that returns its logits."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.llama = llama(vocab_size=12, max_position_embeddings=32)
-
-    def forward(self, tokens):
-        return self.llama(input_ids=tokens, use_cache=False).logits
+def logits(model, tokens):
+    return model.llama(input_ids=tokens, use_cache=False).logits
 
 
 MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[str, ...]]] = {
     "small": (Small, ("mixer", "conv", "head")),
     "llama": (
-        Logits,
+        lambda: Made(logits, llama=llama(vocab_size=12, max_position_embeddings=32)),
         (
             *("llama.model.embed_tokens", "llama.model.layers.0", "llama.model.layers.1"),
             *("llama.model.norm", "llama.model.rotary_emb", "llama.lm_head"),
@@ -110,8 +103,7 @@ def fresh(name: str) -> nn.Module:
 def injected(model: nn.Module, method: str, **options: object) -> nn.Module:
     """Adapt every kind of layer that the method can."""
     target = "all-linear" if method == "bat" else r"embed|conv|proj|head\.\d"
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of containers that the regex matches too
+    with warnings.catch_warnings(action="ignore"):  # of containers that the regex matches too
         return disha.inject_adapters(model, target, 2, method=method, **options)
 
 

@@ -16,6 +16,7 @@ from disha import ArgumentError, ModeError
 from disha.layers.adapted import AdaptedLayer
 from tests import reference
 from tests.conftest import (
+    Made,
     assert_unchanged,
     freshly_compiled,
     merged_weight,
@@ -41,18 +42,6 @@ class Reader(nn.Module):
         return F.linear(x, self.qkv.weight, self.qkv.bias)
 
 
-class Below(nn.Module):
-    """Reads the weight of a grandchild, transposed."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.inner = nn.ModuleDict({"layer": nn.Linear(6, 8, bias=False)})
-        self.body = Reader()
-
-    def forward(self, x):
-        return x @ self.body.qkv.weight.T
-
-
 class Both(nn.Module):
     """Calls a convolution on long inputs, and reads its weight for one position."""
 
@@ -64,17 +53,6 @@ class Both(nn.Module):
         if x.shape[-1] > self.conv.weight.shape[-1]:
             return self.conv(x)
         return torch.einsum("nik,oik->no", x, self.conv.weight).unsqueeze(-1)
-
-
-class TiedByFunction(nn.Module):
-    """Uses the table of its embedding as the head."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(7, 4)
-
-    def forward(self, tokens):
-        return F.linear(self.embed(tokens), self.embed.weight)
 
 
 class Listed(nn.Module):
@@ -114,13 +92,20 @@ class Standardised(nn.Conv1d):
         return F.conv1d(x, (weight - mean) / (spread + 1e-5), self.bias)
 
 
-class Held(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv = Standardised(4, 3, 2)
+def below():
+    """Reads the weight of a grandchild, transposed."""
+    inner = nn.ModuleDict({"layer": nn.Linear(6, 8, bias=False)})
+    return Made(lambda self, x: x @ self.body.qkv.weight.T, inner=inner, body=Reader())
 
-    def forward(self, x):
-        return self.conv(x)
+
+def tied_by_function():
+    """Uses the table of its embedding as the head."""
+    embed = nn.Embedding(7, 4)
+    return Made(lambda self, tokens: F.linear(self.embed(tokens), self.embed.weight), embed=embed)
+
+
+def held():
+    return Made(lambda self, x: self.conv(x), conv=Standardised(4, 3, 2))
 
 
 class ByKeywords(nn.Module):
@@ -141,12 +126,12 @@ CASES = {
     "linear": (Reader, "qkv", torch.randn(3, 6)),
     "in a list": (Listed, "layers.1", torch.randn(3, 6)),
     "in a loop": (Looped, "layers", torch.randn(3, 6)),
-    "standardised": (Held, "conv", torch.randn(3, 4, 5)),
+    "standardised": (held, "conv", torch.randn(3, 4, 5)),
     "by keywords": (ByKeywords, "layer", torch.randn(3, 6)),
-    "below": (Below, "qkv", torch.randn(3, 6)),
+    "below": (below, "qkv", torch.randn(3, 6)),
     "called": (Both, "conv", torch.randn(3, 4, 5)),
     "read": (Both, "conv", torch.randn(3, 4, 2)),
-    "tied by a function": (TiedByFunction, "embed", torch.tensor([[1, 6], [0, 3]])),
+    "tied by a function": (tied_by_function, "embed", torch.tensor([[1, 6], [0, 3]])),
 }
 
 
@@ -267,7 +252,7 @@ def test_bat_through_a_weight_that_is_read():
 
 
 def test_all_linear_leaves_a_head_out_that_is_tied_to_a_table_which_is_read():
-    model = nn.ModuleDict({"body": TiedByFunction(), "head": nn.Linear(4, 7, bias=False)})
+    model = nn.ModuleDict({"body": tied_by_function(), "head": nn.Linear(4, 7, bias=False)})
     model["head"].weight = model["body"].embed.weight
     model["last"] = nn.Linear(7, 7)
     disha.inject_adapters(model, "embed", 2, adapter="a", init="kaiming")
@@ -763,15 +748,9 @@ class TestWhatAsksNoTensor:
 
     @pytest.mark.parametrize("compiles", [False, True])
     def test_vmap_over_a_stack(self, compiles):
-        class Experts(nn.Module):
-            def __init__(self):
-                super().__init__()
-                self.weight = nn.Parameter(torch.randn(3, 6, 4))
-
-            def forward(self, x):
-                return torch.vmap(torch.matmul)(x, self.weight)
-
-        model, x = nn.Sequential(Experts()).double(), torch.randn(3, 5, 6).double()
+        weight = nn.Parameter(torch.randn(3, 6, 4))
+        experts = Made(lambda self, x: torch.vmap(torch.matmul)(x, self.weight), weight=weight)
+        model, x = nn.Sequential(experts).double(), torch.randn(3, 5, 6).double()
         perturb(disha.inject_adapters(model, "0", 2, layouts={"0": "expert in out"}))
         forward = freshly_compiled(model) if compiles else model
         torch.testing.assert_close(forward(x), x @ merged_weight(model[0]))

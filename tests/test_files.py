@@ -590,8 +590,7 @@ class TestFingerprint:
 
     def test_the_base_in_another_dtype_counts_as_the_same(self, saved, path):
         for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
-            with warnings.catch_warnings():
-                warnings.simplefilter("error")
+            with warnings.catch_warnings(action="error"):
                 disha.load_adapter(base(dtype), path)
 
     def test_tied_head_keeps_the_embedding_out_of_the_file(self, path):

@@ -32,16 +32,11 @@ import disha
 from disha.integrations import lightning
 from disha.integrations.accelerate import keep_adapter_only
 from disha.integrations.transformers import AdapterCheckpoints
+from tests import language_models
 from tests.conftest import pickled, refused
 
-SIZES = {
-    "vocab_size": 64,
-    "hidden_size": 64,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-}
+WIDTHS = dict.fromkeys(("vocab_size", "hidden_size", "intermediate_size"), 64)
+SIZES = {**language_models.SIZES, **WIDTHS, "num_attention_heads": 2}
 FILES = {"adapter.safetensors", "model.safetensors"}
 
 

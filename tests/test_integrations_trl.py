@@ -65,20 +65,24 @@ def rows(*columns):
     )
 
 
+def made(kind, model, settings, data, named=None, keep=False):
+    return kind(
+        model,
+        args=settings,
+        train_dataset=data,
+        eval_dataset=data.select(range(4)),
+        processing_class=tokenizer(),
+        callbacks=[AdapterCheckpoints(model)] if keep else [],
+        **(named or {}),
+    )
+
+
 # --- SFTTrainer ----------------------------------------------------------------------------------
 
 
 def tuned(model, folder, steps, resume=None, **options):
     settings = trl.SFTConfig(folder, max_steps=steps, save_steps=2, **{**SETTINGS, **options})
-    data = rows("text")
-    trainer = trl.SFTTrainer(
-        model,
-        settings,
-        train_dataset=data,
-        eval_dataset=data.select(range(4)),
-        processing_class=tokenizer(),
-        callbacks=[AdapterCheckpoints(model)],
-    )
+    trainer = made(trl.SFTTrainer, model, settings, rows("text"), keep=True)
     trainer.train(resume_from_checkpoint=resume)
     return trainer
 
@@ -147,16 +151,7 @@ def test_an_adapter_on_the_head_trains(tmp_path, method, target, tied):
 
 def preferring(model, folder, kind=DPOTrainer, named=None, keep=False, **options):
     settings = trl.DPOConfig(folder, **{**SETTINGS, "beta": 0.5, "max_steps": 2, **options})
-    data = rows("prompt", "chosen", "rejected")
-    return kind(
-        model,
-        args=settings,
-        train_dataset=data,
-        eval_dataset=data.select(range(4)),
-        processing_class=tokenizer(),
-        callbacks=[AdapterCheckpoints(model)] if keep else [],
-        **(named or {}),
-    )
+    return made(kind, model, settings, rows("prompt", "chosen", "rejected"), named, keep)
 
 
 def with_peft():
@@ -281,17 +276,8 @@ def reward(completions, **unused):
 def rewarded(model, folder, kind=GRPOTrainer, named=None, keep=False, **options):
     own = {"num_generations": 2, "max_completion_length": 5, "max_steps": 2}
     settings = trl.GRPOConfig(folder, **{**SETTINGS, **own, **options})
-    data = rows("prompt")
-    return kind(
-        model,
-        reward,
-        args=settings,
-        train_dataset=data,
-        eval_dataset=data.select(range(4)),
-        processing_class=tokenizer(),
-        callbacks=[AdapterCheckpoints(model)] if keep else [],
-        **(named or {}),
-    )
+    named = {"reward_funcs": reward, **(named or {})}
+    return made(kind, model, settings, rows("prompt"), named, keep)
 
 
 def test_grpo_equals_peft(tmp_path):

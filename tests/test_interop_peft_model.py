@@ -15,7 +15,7 @@ from disha.files.contents import adapter_contents
 from disha.interop import lora
 from disha.interop import peft as miss
 from disha.model.view import ModelView
-from tests.conftest import Doubled, Layered, Shared, Tied, perturb, refused
+from tests.conftest import Doubled, Layered, Made, Shared, Tied, perturb, refused
 from tests.peft_models import (
     close,
     config_of,
@@ -34,13 +34,9 @@ in_both_formats = pytest.mark.parametrize("form", FORMATS.values(), ids=FORMATS)
 # --- layers that PEFT would run otherwise --------------------------------------------------------
 
 
-class SelfAttention(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
-
-    def forward(self, x):
-        return self.attention(x, x, x)[0]
+def self_attention():
+    attention = nn.MultiheadAttention(8, 2, batch_first=True)
+    return Made(lambda self, x: self.attention(x, x, x)[0], attention=attention)
 
 
 class Encoder(nn.TransformerEncoderLayer):
@@ -66,7 +62,7 @@ SILENT = {
     "own forward": (
         lambda: nn.Sequential(Doubled(8, 8)), "0", (3, 8), "Doubled has a forward of its own"),
     "fast path": (lambda: nn.Sequential(Encoder()), "linear1", (2, 3, 8), "Encoder reads its"),
-    "output of attention": (SelfAttention, "out_proj", (2, 3, 8), "MultiheadAttention reads"),
+    "output of attention": (self_attention, "out_proj", (2, 3, 8), "MultiheadAttention reads"),
 }  # fmt: skip
 """Models on which PEFT loads the adapter and then computes something else, without a word."""
 
@@ -139,7 +135,7 @@ class Case(NamedTuple):
 
 REFUSED = {
     "the model": Case(lambda: nn.Linear(8, 8), "not the model itself"),
-    "attention": Case(SelfAttention, "can only replace modules"),
+    "attention": Case(self_attention, "can only replace modules"),
     "a parameter": Case(lambda: nn.Sequential(nn.LSTM(8, 8)), "can only replace modules"),
     "a parametrization": Case(
         lambda: nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(8, 8))),
@@ -229,21 +225,11 @@ def test_statistics_that_peft_would_not_save_are_refused(tmp_path, form):
     refused_to_export(tmp_path, form, model, "norm.running_mean: PEFT saves running statistics")
 
 
-class Around(nn.Module):
-    """A module with a parameter of its own and a module in it."""
-
-    def __init__(self):
-        super().__init__()
-        self.gain = nn.Parameter(torch.ones(4))
-        self.inner = nn.Sequential(nn.Linear(4, 2))
-
-    def forward(self, x):
-        return self.inner(x * self.gain)
-
-
 def around():
+    """Its head has a parameter of its own and a module in it."""
+    parts = {"gain": nn.Parameter(torch.ones(4)), "inner": nn.Sequential(nn.Linear(4, 2))}
     model = net()
-    model.head = Around().double()
+    model.head = Made(lambda self, x: self.inner(x * self.gain), **parts).double()
     return model
 
 
@@ -256,7 +242,7 @@ def test_a_saved_module_may_have_modules_in_it(tmp_path, form, make):
     perturb_all(model, adapter_contents(ModelView(model)).also_train)
     expected = output(model, net)
     form.export(model, tmp_path)
-    rewrite(tmp_path, modules_to_save=["head"])  # as PEFT writes it; `Around` has it already
+    rewrite(tmp_path, modules_to_save=["head"])  # as PEFT writes it; `around` has it already
     theirs = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path).eval()
     close(output(theirs, net), expected)
     again = copy.deepcopy(base)

@@ -13,7 +13,7 @@ import disha
 from disha import ArgumentError, ArgumentTypeError, TargetError
 from disha.functional import method_names
 from disha.layers.kinds import LAYER_KINDS
-from tests.conftest import InOut, perturb, pickled, refused
+from tests.conftest import InOut, Made, perturb, pickled, refused
 from tests.every_pair import DtypeTests, PairTests, Row, close
 
 BONE = ("bone", "tile")
@@ -330,21 +330,13 @@ class Raw(nn.Module):
         return torch.einsum("ni,eoi->no", self.proj(x), self.mix)
 
 
-class Memory(nn.Module):
-    """Its parameters have the names of methods of a dict."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.keys = nn.Parameter(torch.randn(6, 8))
-        self.values = nn.Parameter(torch.randn(6, 4))
-
-    def forward(self, x):
-        return (x @ self.keys.T).softmax(-1) @ self.values
-
-
 def test_parameters_that_are_named_like_methods_of_a_dict(tmp_path):
     layouts = {"keys": "out in", "values": "in out"}
-    model, x = nn.Sequential(Memory()).double(), torch.randn(3, 8).double()
+    parts = {
+        name: nn.Parameter(torch.randn(6, size)) for name, size in zip(layouts, (8, 4), strict=True)
+    }
+    memory = Made(lambda self, x: (x @ self.keys.T).softmax(-1) @ self.values, **parts)
+    model, x = nn.Sequential(memory).double(), torch.randn(3, 8).double()
     fresh = copy.deepcopy(model)
     perturb(disha.inject_adapters(model, "0", 2, layouts=layouts))
     blocks = model[0].disha["default"]

@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 import disha
 from disha import functional
 from tests import reference
-from tests.conftest import freshly_compiled, needs_fully_shard, perturb
+from tests.conftest import Made, freshly_compiled, needs_fully_shard, perturb
 from tests.every_pair import METHODS_WITHOUT_TILE, DtypeTests, PairTests, Row, close
 
 
@@ -39,16 +39,9 @@ class Experts(nn.Module):
         return torch.cat([F.linear(part, w) for part, w in zip(x.chunk(3), weights, strict=True)])
 
 
-class Raw(nn.Module):
-    """Parameters of its own, used by einsum and by products."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.into = nn.Parameter(torch.randn(5, 8))
-        self.out = nn.Parameter(torch.randn(4, 5))
-
-    def forward(self, x):
-        return torch.einsum("ni,oi->no", x @ self.into.mT, self.out)
+def raw(self, x):
+    """The forward of a module that uses its own parameters in a product and in an einsum."""
+    return torch.einsum("ni,oi->no", x @ self.into.mT, self.out)
 
 
 def attention(module, x):
@@ -57,12 +50,16 @@ def attention(module, x):
 
 EXPERTS = {"layouts": {"mix": "expert out in"}}
 EXPERTS_TURNED = {"layouts": {"mix": "expert in out"}}
+OWN = {"into": (5, 8), "out": (4, 5)}
 RAW = {"layouts": {"into": "out in", "out$": "out in"}, "target_regex": "into|out"}
 ROWS = {"options": {"rows": {"^0$": [(4, 6), (0, 2)]}}, "splits": True}
 
 TABLE = {
     "out in": Row(lambda: nn.Linear(5, 6), (3, 4, 5)),
-    "out in, raw": Row(Raw, (3, 8), options=RAW, methods=METHODS_WITHOUT_TILE, routes=False),
+    "out in, raw": Row(
+        lambda: Made(raw, **{name: nn.Parameter(torch.randn(size)) for name, size in OWN.items()}),
+        (3, 8), options=RAW, methods=METHODS_WITHOUT_TILE, routes=False,
+    ),
     "out in, recurrent": Row(
         lambda: nn.LSTM(4, 6, 2, bidirectional=True, proj_size=4, batch_first=True),
         (3, 5, 4), routes=False, compiles=False, exports=False,

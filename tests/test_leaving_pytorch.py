@@ -10,19 +10,18 @@ from torch.distributed.pipelining import SplitPoint, pipeline
 from torch.export import Dim, export
 
 import disha
+from tests.conftest import Made
 
 BATCH = {0: Dim("batch", max=64)}
 
 
-class Experts(nn.Module):
+def experts():
     """A stack of matrices, one product for each."""
 
-    def __init__(self):
-        super().__init__()
-        self.experts = nn.Parameter(torch.randn(3, 6, 8))
-
-    def forward(self, x):
+    def run(self, x):
         return torch.bmm(x.expand(3, *x.shape), self.experts.transpose(1, 2)).sum(0)
+
+    return Made(run, experts=nn.Parameter(torch.randn(3, 6, 8)))
 
 
 def linear():
@@ -41,14 +40,14 @@ INPUTS = {
     linear: lambda size: torch.randn(size, 8),
     conv: lambda size: torch.randn(size, 4, 5, 5),
     embedding: lambda size: torch.randint(10, (size, 5)),
-    Experts: lambda size: torch.randn(size, 8),
+    experts: lambda size: torch.randn(size, 8),
 }
 
 
 def adapted(make, method="bone", **options):
     torch.manual_seed(0)
     model = make()
-    layouts = {"experts": "expert out in"} if make is Experts else None
+    layouts = {"experts": "expert out in"} if make is experts else None
     r = 3 if method == "bone" else 2
     options = {"method": method, "layouts": layouts, "init": "kaiming", **options}
     return disha.inject_adapters(model, ".", r, **options).eval()

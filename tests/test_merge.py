@@ -7,7 +7,16 @@ from torch import nn
 import disha
 from disha import ArgumentError, MergeError, ModeError
 from tests import reference
-from tests.conftest import Doubled, Tied, assert_unchanged, perturb, pickled, refused, snapshot
+from tests.conftest import (
+    Doubled,
+    Made,
+    Tied,
+    assert_unchanged,
+    perturb,
+    pickled,
+    refused,
+    snapshot,
+)
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
@@ -244,20 +253,9 @@ class TestRefusals:
             disha.merge_adapters(model)
 
 
-class TwoNames(nn.Module):
-    """One parameter under two names of one module."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.a = nn.Parameter(torch.randn(4, 4))
-        self.b = self.a
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x @ self.a.mT + x @ self.b.mT
-
-
 def test_a_second_name_in_the_same_module_is_not_merged_in_silence():
-    model, x = TwoNames(), torch.randn(3, 4)
+    weight, x = nn.Parameter(torch.randn(4, 4)), torch.randn(3, 4)
+    model = Made(lambda self, x: x @ self.a.mT + x @ self.b.mT, a=weight, b=weight)
     plain = copy.deepcopy(model)
     perturb(disha.inject_adapters(model, "a", 2, exclude="b", layouts={"a": "out in"}))
     before = model(x)

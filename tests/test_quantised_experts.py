@@ -13,7 +13,7 @@ import disha
 from benchmarks.four_bits import quantise_stacks, share
 from disha import MergeError, TargetError
 from disha.interop import lora
-from tests.conftest import perturb
+from tests.conftest import Made, perturb
 from tests.test_experts import IMPLEMENTATIONS, METHODS, build, tokens
 
 STACKS = ("gate_up_proj", "down_proj")
@@ -86,8 +86,7 @@ def test_the_file_fits_the_dense_base_and_lora_of_experts(tmp_path):
     expected = logits(model)
     disha.save_adapter(model, tmp_path / "a")
     plain = dense()
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")  # the fingerprint says nothing of how a base is quantised
+    with warnings.catch_warnings(action="error"):  # fingerprints of a quantised base are left out
         disha.load_adapter(plain, tmp_path / "a")
     for form in ("stacked", "separate"):
         for folder, of in (("quantised", model), ("dense", plain)):
@@ -122,15 +121,8 @@ def test_copies_removal_and_a_refused_merge():
 
 
 def test_a_matrix_of_a_declared_layout():
-    class Mixer(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.mix = nn.Parameter(torch.randn(64, 32, generator=torch.Generator().manual_seed(0)))
-
-        def forward(self, x):
-            return x @ self.mix
-
-    model = Mixer()
+    mix = torch.randn(64, 32, generator=torch.Generator().manual_seed(0))
+    model = Made(lambda self, x: x @ self.mix, mix=nn.Parameter(mix))
     replace_parameter_4bit(model, "mix")
     weight, x = model.mix.clone(), torch.randn(3, 64)
     with pytest.raises(TargetError, match=r"the layout of this weight \(64, 32\) is unknown"):

@@ -4,7 +4,7 @@ import inspect
 import json
 import subprocess
 import sys
-import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -94,11 +94,9 @@ def test_the_first_injection_changes_what_is_listed(code, changes):
 
 
 def test_a_second_time_nothing_changes():
-    threads = [threading.Thread(target=torch_patches.install) for _ in range(8)]
     torch_patches.install()
     before = torch.autograd.function.custom_function_call
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(8) as pool:
+        for _ in range(8):
+            pool.submit(torch_patches.install)
     assert torch.autograd.function.custom_function_call is before

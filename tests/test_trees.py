@@ -20,50 +20,26 @@ from transformers.pytorch_utils import Conv1D
 
 import disha
 from disha import MergeError
-from tests.conftest import Doubled, assert_same, assert_unchanged, perturb, snapshot
+from tests.conftest import Doubled, Made, assert_same, assert_unchanged, perturb, snapshot
 from tests.reference import KINDS, settings_of
 
 WIDTH, ROWS = 6, 5
 
 
-class OverPositions(nn.Module):
+def over_positions(conv: nn.Module) -> nn.Module:
     """Runs a convolution, whose channels come before the positions."""
-
-    def __init__(self, conv: nn.Module) -> None:
-        super().__init__()
-        self.conv = conv
-
-    def forward(self, x):
-        return self.conv(x.transpose(1, 2)).transpose(1, 2).contiguous()
+    return Made(lambda self, x: self.conv(x.mT).mT.contiguous(), conv=conv)
 
 
-class WithLookup(nn.Module):
+def with_lookup() -> nn.Module:
     """Adds an embedding that the input chooses."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.table = nn.Embedding(ROWS, WIDTH, padding_idx=1)
-
-    def forward(self, x):
-        return x + self.table(x.detach().argmax(-1) % ROWS)
+    table = nn.Embedding(ROWS, WIDTH, padding_idx=1)
+    return Made(lambda self, x: x + self.table(x.detach().argmax(-1) % ROWS), table=table)
 
 
-class SelfAttention(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.attention = nn.MultiheadAttention(WIDTH, 2, batch_first=True)
-
-    def forward(self, x):
-        return self.attention(x, x, x, need_weights=False)[0].contiguous()
-
-
-class Residual(nn.Module):
-    def __init__(self, inner: nn.Module) -> None:
-        super().__init__()
-        self.inner = inner
-
-    def forward(self, x):
-        return x + self.inner(x)
+def self_attention() -> nn.Module:
+    attention = nn.MultiheadAttention(WIDTH, 2, batch_first=True)
+    return Made(lambda self, x: self.attention(x, x, x)[0].contiguous(), attention=attention)
 
 
 class Branches(nn.Module):
@@ -97,17 +73,19 @@ LEAVES: dict[str, Callable[[], nn.Module]] = {
     "own forward": lambda: Doubled(WIDTH, WIDTH),
     "transposed": lambda: Conv1D(WIDTH, WIDTH),
     "parametrised": lambda: parametrizations.weight_norm(nn.Linear(WIDTH, WIDTH)),
-    "conv": lambda: OverPositions(nn.Conv1d(WIDTH, WIDTH, 3, padding=1)),
-    "conv transposed": lambda: OverPositions(nn.ConvTranspose1d(WIDTH, WIDTH, 3, padding=1)),
-    "lookup": WithLookup,
-    "attention": SelfAttention,
+    "conv": lambda: over_positions(nn.Conv1d(WIDTH, WIDTH, 3, padding=1)),
+    "conv transposed": lambda: over_positions(nn.ConvTranspose1d(WIDTH, WIDTH, 3, padding=1)),
+    "lookup": with_lookup,
+    "attention": self_attention,
     "norm": lambda: nn.LayerNorm(WIDTH),
     "dropout": lambda: nn.Dropout(0.2),
     "activation": nn.Tanh,
 }
 CONTAINERS: dict[str, Callable[[list[nn.Module]], nn.Module]] = {
     "sequence": lambda children: nn.Sequential(*children),
-    "residual": lambda children: Residual(nn.Sequential(*children)),
+    "residual": lambda children: Made(
+        lambda self, x: x + self.inner(x), inner=nn.Sequential(*children)
+    ),
     "list": lambda children: Branches(nn.ModuleList(children)),
     "dict": lambda children: Branches(nn.ModuleDict({f"b{i}": c for i, c in enumerate(children)})),
 }

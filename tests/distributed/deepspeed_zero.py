@@ -180,8 +180,7 @@ def check_models_made_in_parts(folder):
     trained(plain, engine_of(model, config(3)))
     disha.save_adapter(model, folder / "adapter")
     dist.barrier()
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", disha.AdapterFileWarning)  # it is the same base
+    with warnings.catch_warnings(action="error", category=disha.AdapterFileWarning):  # same base
         disha.load_adapter(mixtral(), folder / "adapter")
         disha.load_adapter(other, folder / "adapter")
     close(disha.adapter_state_dict(other), disha.adapter_state_dict(plain))
