@@ -48,9 +48,7 @@ COMMON = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 64,
     "num_experts_per_tok": 2,
-    "pad_token_id": None,
-    "bos_token_id": None,
-    "eos_token_id": None,
+    **dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id")),
     "tie_word_embeddings": False,
 }
 
