@@ -98,7 +98,7 @@ class AdaptedLayer(nn.Module):
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
         if self.disha.merged is not None:
-            for name in self._adapted_parameters:
+            for name in self.disha.merged.originals:
                 if prefix + name in state_dict:
                     refuse_merged([self], f"load {prefix}{name}, which unmerging would undo,")
         elif prefix + MERGED in state_dict:
