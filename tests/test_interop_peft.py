@@ -356,6 +356,7 @@ CONFIGS = {
         "all-linear": {"target_modules": "all-linear"},
         "the default": {},
         "saved": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head", "embed_tokens"]},
+        "the head": {"target_modules": ["lm_head"]},  # PEFT saves its frozen weight too
     },
 }  # fmt: skip
 

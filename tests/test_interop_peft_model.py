@@ -306,9 +306,11 @@ def with_buffer():
 def test_buffers_that_are_not_the_models_are_refused(tmp_path, form):
     model = disha.inject_adapters(with_buffer(), "inner", 2, also_train="^head")
     form.export(model, tmp_path)
-    rewrite(tmp_path, {**tensors_of(tmp_path), "base_model.model.head.shift": torch.ones(2)})
-    rewrite(tmp_path, modules_to_save=["head"])
-    refused_to_load(tmp_path, form, with_buffer(), "head.shift: this buffer differs")
+    unknown = ("head.shift", "inner.base_layer.weight")
+    more = {f"base_model.model.{name}": torch.ones(2) for name in unknown}
+    rewrite(tmp_path, {**tensors_of(tmp_path), **more}, modules_to_save=["head"])
+    for name in unknown:
+        refused_to_load(tmp_path, form, with_buffer(), f"{name}: it does not train, and differs")
 
 
 def test_peft_parts_a_tied_weight_that_it_saves(tmp_path):

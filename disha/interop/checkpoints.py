@@ -340,7 +340,7 @@ def _stored(checkpoint: Checkpoint, wanted: Mapping[str, tuple[str, ...]]) -> di
         lacks = f"lacks {first_few(absent, 5, ', ')}" if absent else "fits by several prefixes"
         raise AdapterFileError(
             f"{checkpoint.path} {lacks}; it has {there}. If "
-            "a weight is tied, merge the adapter in the model (merge_adapters)"
+            "a weight is tied, or has another name in the model, merge there (merge_adapters)"
         )
     return best
 

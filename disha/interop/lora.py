@@ -38,6 +38,7 @@ from disha.interop.low_rank import (
     low_rank_updates,
 )
 from disha.interop.peft_format import (
+    FROZEN,
     PREFIX,
     THE_MODEL_ITSELF,
     PeftFolder,
@@ -514,7 +515,7 @@ def _contents_of(
             pairs.setdefault(key.removesuffix(end), {})[end] = tensor
         elif folder.saves(key):
             beside[key] = tensor
-        elif not key.endswith(".base_layer.weight"):  # PEFT may save an embedding's frozen weight
+        elif not key.endswith(FROZEN):
             raise AdapterFileError(
                 f"{folder.path}: tensor {key!r} is neither lora_A nor lora_B, nor in "
                 "modules_to_save"

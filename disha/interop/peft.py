@@ -23,6 +23,7 @@ from disha.files.header import AdapterContents, reasons_against_blocks
 from disha.functional import Layout
 from disha.interop.low_rank import LoraLayer, LoraReport
 from disha.interop.peft_format import (
+    FROZEN,
     NOTES,
     THE_MODEL_ITSELF,
     PeftFolder,
@@ -274,7 +275,7 @@ def _read(folder: PathLike, also_train: bool) -> tuple[PeftFolder, AdapterConfig
     problems += [
         f"{name}: it is no block, and not in a module that modules_to_save names"
         for name in tensors
-        if not peft_folder.saves(name)
+        if not peft_folder.saves(name) and not name.endswith(FROZEN)
     ]
     if not blocks:
         problems.append(f"there is no tensor that ends in {end}")
@@ -296,7 +297,7 @@ def _contents(
     folder: PeftFolder, config: AdapterConfig, blocks: Tensors, shapes_of: ShapesOf
 ) -> AdapterContents:
     """Return the adapter in a PEFT folder."""
-    beside = folder.tensors
+    beside = {name: value for name, value in folder.tensors.items() if folder.saves(name)}
     shapes = shapes_of([*(join(name, "weight") for name in blocks), *beside])
     problems = []
     layers = []

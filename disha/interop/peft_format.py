@@ -34,6 +34,7 @@ CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 
 PREFIX = "base_model.model."  # of every name: PEFT's wrapper, and the model in it
+FROZEN = ".base_layer.weight"  # the end of a name: PEFT may save the weight of an adapted embedding
 
 THE_MODEL_ITSELF = "PEFT adapts layers within a model, not the model itself"
 
@@ -307,7 +308,7 @@ def layers_inside(layers: Iterable[str], modules_to_save: Collection[str]) -> li
 
 
 def keep_for_model(view: ModelView, folder: PeftFolder) -> None:
-    """Take buffers that are in the model out of a folder, and leave tied tensors once."""
+    """Take what is in the model and does not train out of a folder; leave tied tensors once."""
     parameters = view.parameters_by_name
     tensors = folder.tensors
     # An adapter holds running statistics and no other buffers; other values of these are refused.
@@ -315,6 +316,10 @@ def keep_for_model(view: ModelView, folder: PeftFolder) -> None:
         join(above, name): buffer
         for above, module in view.modules.items()
         for name, buffer in saved_buffers(module).items()
+    }
+    buffers |= {
+        name.removesuffix(".weight") + FROZEN: parameter.value
+        for name, parameter in parameters.items()
     }
     known = statistics(view.names)
     kept = {}
@@ -335,7 +340,7 @@ def keep_for_model(view: ModelView, folder: PeftFolder) -> None:
             continue
         elif buffer is not None and name not in known:
             problems.append(
-                f"{name}: this buffer differs from the model's; copy it into the model first"
+                f"{name}: it does not train, and differs from the model's; copy it into the model"
             )
         elif name == names[0]:
             kept[name] = tensor
