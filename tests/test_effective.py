@@ -600,6 +600,9 @@ class TestFacts:
             copied = clone(layer.weight)
         assert type(copied) is torch.Tensor
         torch.testing.assert_close(copied, merged_weight(layer))
+        other = disha.BoneLinear(4, 3, r=2)
+        other.weight.data = clone(layer).weight.data
+        torch.testing.assert_close(other.base_weight, merged_weight(layer))
 
 
 SAMPLES = {

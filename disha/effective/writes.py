@@ -99,4 +99,4 @@ def _set_data(weight: Any, value: Any) -> None:
     # `weight.data = weight.data.half()` casts W without adding an update to it.
     if value.shape != weight.shape:
         _refuse_to_reshape(weight)
-    base_inside(weight).data = base_inside(value)
+    _write(Tensor.data.__set__, weight, value)  # type: ignore[attr-defined]
