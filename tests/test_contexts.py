@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 from torch._dynamo.testing import CompileCounter
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 import disha
 from disha.effective import contexts
@@ -368,6 +368,12 @@ class TestCompiled:
         assert counter.frame_count == 4
 
 
+SELECTIVE = {
+    "use_reentrant": False,
+    "context_fn": lambda: create_selective_checkpoint_contexts([torch.ops.aten.addmm.default]),
+}
+
+
 class CheckpointFunction(torch.autograd.Function):
     """Activation checkpointing as in fairscale: the function is not the first argument."""
 
@@ -391,13 +397,13 @@ class TestBackward:
     """Activation checkpointing computes layers again, on an accelerator in a thread of autograd."""
 
     @pytest.mark.parametrize("where", ["inside", "after", "in another context", "in a thread"])
-    @pytest.mark.parametrize("use_reentrant", [False, True])
-    def test_the_adapters_of_forward_act_again(self, use_reentrant, where):
+    @pytest.mark.parametrize("kind", [{"use_reentrant": True}, {"use_reentrant": False}, SELECTIVE])
+    def test_the_adapters_of_forward_act_again(self, kind, where):
         model, twin, x = net(), net(), X.clone().requires_grad_()
         with disha.adapters_active(model, "a"):
             model(x).sum().backward()
         with disha.adapters_active(twin, "a"):
-            loss = checkpoint(twin, x, use_reentrant=use_reentrant).sum()
+            loss = checkpoint(twin, x, **kind).sum()
             if where == "inside":
                 loss.backward()
             elif where == "in a thread":

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from disha.errors import ArgumentError
-from disha.functional.private_torch import in_forward_mode, transforms_active
+from disha.functional.private_torch import in_forward_mode, must_not_write
 from disha.functional.shard_sums import (
     PLAIN,
     Scale,
@@ -174,7 +174,7 @@ def _applies(x: Tensor, weight: Tensor, bias: Tensor | None, block: Tensor) -> b
         and not x.is_meta
         and (weight.is_contiguous() or weight.mT.is_contiguous())
         and not is_compiling()
-        and not transforms_active()
+        and not must_not_write()
         and not in_forward_mode()
     )
 

@@ -20,6 +20,8 @@ last column says.
       _nn                                operations that write                 a copy is written
       _dynamo.eval_frame._FrameAction,   no graph starts in our functions      the compiler raises
       ._FrameExecStrategy
+    torch.utils._python_dispatch         selective checkpointing keeps         its backward raises
+      ._get_current_dispatch_mode        results: none is written in place
     torch.Tensor._is_view                a view is not written in place        as if always: slow
     autograd.forward_ad._current_level   BAT has no forward-mode derivative    BAT saves more
     torch._grouped_mm                    the product of experts                weights are computed
@@ -59,6 +61,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.utils import _python_dispatch
 
 from disha.errors import DishaError
 
@@ -69,6 +72,14 @@ def _yes(*asked: object) -> bool:
 
 transforms_active: Callable[[], bool] = getattr(torch._C, "_are_functorch_transforms_active", _yes)
 """Whether a transform of `torch.func` is running."""
+_current_mode: Callable[[], Any] = getattr(_python_dispatch, "_get_current_dispatch_mode", _yes)
+
+
+def must_not_write() -> bool:
+    """Whether results must stay as they are: in `torch.func` and in selective checkpointing."""
+    # A mode of selective checkpointing is in this module. Those that count memory are not.
+    return transforms_active() or type(_current_mode()).__module__ == "torch.utils.checkpoint"
+
 
 any_autocast: Callable[[], bool] = getattr(torch._C, "_is_any_autocast_enabled", _yes)
 """Whether autocast is on for any device; torch asks so of a CPU and of CUDA only."""

@@ -26,7 +26,7 @@ from torch.utils.checkpoint import checkpoint
 from disha.functional.bone import embedding_delta
 from disha.functional.layouts import Geometry, Layout, Rows, place_rows
 from disha.functional.methods import Method
-from disha.functional.private_torch import any_autocast, transforms_active
+from disha.functional.private_torch import any_autocast, must_not_write
 from disha.functional.shard_sums import (
     Scale,
     added,
@@ -241,7 +241,7 @@ def _reduced_product(
         chosen_matrix = matrix if chosen is None else matrix[chosen]
         return multiply(sums, layout.weight(chosen_matrix.mT), None)
 
-    if chosen is None or is_compiling() or transforms_active():
+    if chosen is None or is_compiling() or must_not_write():
         output = product(sums, matrix)
     else:  # backward gathers again, so it does not keep one matrix for each token
         output = checkpoint(product, sums, matrix, use_reentrant=False, preserve_rng_state=False)
@@ -418,7 +418,7 @@ def _linear_and_reduced(
     shards = x.view(tokens, inputs // r, r)
     sums = shards.sum(1)
     output = F.linear(shards.view(tokens, inputs), weight, bias)
-    if matrix.dtype != x.dtype or matrix.shape[1] != output.shape[1] or transforms_active():
+    if matrix.dtype != x.dtype or matrix.shape[1] != output.shape[1] or must_not_write():
         return _plus_product(output, sums, matrix, scale)
     return output.addmm_(sums, matrix, alpha=scale)  # here, to save a call for few tokens
 
@@ -446,7 +446,7 @@ def _plus_product(output: Tensor, sums: Tensor, matrix: Tensor, factor: float) -
     matrix = matrix.to(sums.dtype)
     if output.dtype != sums.dtype or matrix.shape[1] != output.shape[1]:
         return added(output, tiled(scaled(sums @ matrix, factor), output.shape[1]))
-    if is_compiling() or transforms_active():
+    if is_compiling() or must_not_write():
         return torch.addmm(output, sums, matrix, alpha=factor)
     return output.addmm_(sums, matrix, alpha=factor)
 

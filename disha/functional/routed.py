@@ -23,7 +23,7 @@ from torch.compiler import is_compiling
 from disha.errors import ArgumentError, ModeError
 from disha.functional import Geometry, Layout, Update, adapted_linear
 from disha.functional.bone import routed_delta
-from disha.functional.private_torch import transforms_active
+from disha.functional.private_torch import must_not_write
 from disha.functional.products import MATRIX, reduced_updates
 from disha.functional.shard_sums import scaled, shard_sums
 from disha.functional.updates import Change, DeltaOf, Updates
@@ -166,7 +166,7 @@ class Routed(Updates):
         if alike is None:
             return self.product(F.linear, x, weight, bias, MATRIX)
         output = F.linear(x, weight, bias)
-        if is_compiling() or transforms_active():
+        if is_compiling() or must_not_write():
             choices = self.route.choices(list(alike), x.device)
             delta = routed_delta(x, list(alike.values()), choices)
             return output + delta.to(output.dtype)

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from disha.errors import ArgumentError
-from disha.functional.private_torch import FakeTensor, any_autocast, is_view, transforms_active
+from disha.functional.private_torch import FakeTensor, any_autocast, is_view, must_not_write
 
 Scale = float | Tensor
 
@@ -165,7 +165,7 @@ def weighted_sum(parts: Sequence[tuple[Tensor, float]]) -> Tensor:
 def added(fresh: Tensor, delta: Tensor) -> Tensor:
     """Return fresh + delta in the dtype of `fresh`; adds in place where that is safe."""
     delta = delta.to(fresh.dtype)
-    must_copy = is_compiling() or transforms_active() or is_view(fresh)
+    must_copy = is_compiling() or must_not_write() or is_view(fresh)
     return fresh + delta if must_copy else fresh.add_(delta)
 
 
