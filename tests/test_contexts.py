@@ -23,6 +23,8 @@ from tests.conftest import Made, freshly_compiled, perturb, pickled
 
 X = torch.linspace(-1, 1, 24, dtype=torch.float64).view(4, 6)
 NAMES = (None, "a", "b", "c")
+KEPT = [torch.ops.aten.addmm.default]
+KEEP = {"use_reentrant": False, "context_fn": lambda: create_selective_checkpoint_contexts(KEPT)}
 
 
 def net(method="bone"):
@@ -368,12 +370,6 @@ class TestCompiled:
         assert counter.frame_count == 4
 
 
-SELECTIVE = {
-    "use_reentrant": False,
-    "context_fn": lambda: create_selective_checkpoint_contexts([torch.ops.aten.addmm.default]),
-}
-
-
 class CheckpointFunction(torch.autograd.Function):
     """Activation checkpointing as in fairscale: the function is not the first argument."""
 
@@ -397,7 +393,7 @@ class TestBackward:
     """Activation checkpointing computes layers again, on an accelerator in a thread of autograd."""
 
     @pytest.mark.parametrize("where", ["inside", "after", "in another context", "in a thread"])
-    @pytest.mark.parametrize("kind", [{"use_reentrant": True}, {"use_reentrant": False}, SELECTIVE])
+    @pytest.mark.parametrize("kind", [{"use_reentrant": True}, {"use_reentrant": False}, KEEP])
     def test_the_adapters_of_forward_act_again(self, kind, where):
         model, twin, x = net(), net(), X.clone().requires_grad_()
         with disha.adapters_active(model, "a"):
