@@ -95,9 +95,9 @@ def save_adapter(
     view = ModelView(model)
     ranks = view.ranks()
     action = f"save adapter {adapter!r}"
-    contents = adapter_contents(view, adapter, metadata)
     with ranks.agreeing(action):
         target = file_at(path)
+    contents = adapter_contents(view, adapter, metadata)
     with ranks.agreeing(action):
         if ranks.writes:
             if Path(path) != target:  # the user named a folder
@@ -416,12 +416,7 @@ def load_contents(
             view.refuse_inside("load an adapter")
             incoming = _under_model_names(view, adapter, source, contents)
             if replaces:
-                if dtype is not None:
-                    raise ArgumentError(
-                        "replace=True keeps the blocks with their dtype; leave dtype out"
-                    )
-                _widen(incoming)
-                targets = _checked_targets(incoming, _differences(incoming))
+                targets = _match(incoming, dtype)
             else:
                 targets = _add(incoming, dtype, freeze, activate, undo)
         for key, target in targets.items():
@@ -464,6 +459,14 @@ def _add(
     apply_plan(view, plan, undo, activate=activate)
     targets = _checked_targets(incoming, _overwritten(incoming))
     return {key: target for key, target in targets.items() if key not in layers}
+
+
+def _match(incoming: _Incoming, dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """Fit an adapter to the one of its name, and return the tensors of the model that it sets."""
+    if dtype is not None:
+        raise ArgumentError("replace=True keeps the blocks with their dtype; leave dtype out")
+    _widen(incoming)
+    return _checked_targets(incoming, _differences(incoming))
 
 
 def _under_model_names(
@@ -576,17 +579,18 @@ def _reset_the_rest(incoming: _Incoming, undo: ExitStack) -> None:
 
 
 def _warn_of_other_base(incoming: _Incoming) -> None:
-    other = [
-        model_block.name
-        for model_block, record in incoming.blocks()
-        if record.base is not None and not same_base(record.base, _base_fingerprint(model_block))
-    ]
+    known = {}
+    for model_block, record in incoming.blocks():
+        base = _base_fingerprint(model_block)
+        if record.base is not None and base is not None:
+            known[model_block.name] = same_base(record.base, base)
+    other = [name for name, is_same in known.items() if not is_same]
     if other:
-        names = printable(first_few(other, 3, ", "))
+        layers = printable(first_few(other, 3, ", "))
         warnings.warn(
             f"{printable(str(incoming.source))} was saved from other base weights than the model's "
-            f"in {len(other)} of {counted(len(incoming.layers), 'layer')} ({names}): load the "
-            "base that it was trained on, without the adapter merged into it",
+            f"in {len(other)} of {counted(len(known), 'layer')} ({layers}): load the base that it "
+            "was trained on, without the adapter merged into it",
             AdapterFileWarning,
             stacklevel=4,
         )

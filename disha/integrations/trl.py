@@ -92,8 +92,9 @@ def _reference(view: ModelView, adapters: Names, undo: ExitStack) -> _Reference:
     """Return the reference with these adapters, or with copies of those that act now."""
     active = {name for _, layer in view.layers for name in layer.disha.active}
     names = list(checked_names(view, adapters or ()))
+    copied_from = sorted(active) if adapters is None else []
     load = partial(load_contents, view, "the model", replace=True, freeze=False, activate=False)
-    for name in sorted(active) if adapters is None else ():
+    for name in copied_from:
         contents = adapter_contents(view, name)
         # If all values are zero, the adapter is new, and does nothing.
         if any(tensor.any() for tensor in contents.tensors.values()):

@@ -328,8 +328,9 @@ class Adapters(nn.Module):
         acting = {parameter: self.blocks_of(names, parameter) for parameter in all_blocks}
         on_weight = acting.get("weight", ())
         only = on_weight[0] if len(on_weight) == 1 else None
-        is_linear = only and only.split is None and only.slot.layout.pattern == "out in"
-        vars(self).update(active_blocks=acting, only_linear_block=only if is_linear else None)
+        if only is not None and (only.split is not None or only.slot.layout.pattern != "out in"):
+            only = None  # only a whole matrix has the short way
+        vars(self).update(active_blocks=acting, only_linear_block=only)
 
     def blocks_of(self, adapters: Iterable[str], parameter: str) -> tuple[Block, ...]:
         """The blocks of some adapters on a parameter."""
