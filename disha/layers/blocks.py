@@ -24,7 +24,7 @@ from disha.functional.shard_sums import merge_dtype
 from disha.functional.updates import Updates
 from disha.layers import compiled
 from disha.sharding.tensor_parallel import Split
-from disha.sharding.zero import gathered_by, whole_shape
+from disha.sharding.zero import expect, gathered_by, whole_shape
 
 CHILD_NAME = "disha"
 """Name of the one sub-module that adapting adds to a module."""
@@ -106,6 +106,8 @@ class Block(nn.Module):
         elif name in parameters:
             # In a forward, the dict of ZeRO-3 gathers the block for the layer that runs; elsewhere,
             # and in compiled code, only its hooks do.
+            if type(parameters) is not dict:
+                expect(parameters.get(name))
             values = parameters[name]
             if type(parameters) is not dict and values.shape != whole_shape(values):
                 values = self()

@@ -65,6 +65,14 @@ def _trains_by_zero_3(parameter: Any) -> bool:
     return optimizer is not None and optimizer.get_param_id(parameter) in optimizer.grad_position
 
 
+def expect(parameter: Any) -> None:
+    """Let ZeRO-3 gather a block that acts for the first time: it notes anew what a step reads."""
+    if not parameter.numel() and _trains_by_zero_3(parameter):
+        order = parameter._z3_optimizer.parameter_offload.param_coordinator
+        if order.is_complete_trace():
+            order._invalidate_trace()
+
+
 def write_optimized(parameter: Any, values: Tensor) -> None:
     """Write the values that an optimizer of DeepSpeed trains, if there is one."""
     if _trains_by_zero_3(parameter):

@@ -159,6 +159,12 @@ def check_common_configurations(folder):
         trained(adapted(llama()), engine_of(adapted(llama()), config(stage, offloading)))
         in_16_bits = config(stage, bf16={"enabled": True})
         trained(adapted(llama()), engine_of(adapted(llama()), in_16_bits), tolerance=1e-2)
+    plain, model = (adapted(adapted(llama()), adapter="first") for _ in range(2))
+    engine = engine_of(model, config(3))
+    for adapter in ("first", "default"):  # ZeRO-3 has noted what a step reads when another one acts
+        for one in (plain, model):
+            disha.set_active_adapters(one, adapter)
+        trained(plain, engine, steps=1)
 
 
 def check_models_made_in_parts(folder):
