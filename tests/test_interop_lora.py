@@ -752,6 +752,7 @@ A, B = (f"layers.0.attn.q_proj.lora_{one}.weight" for one in "AB")
             "uses init_lora_weights=pissa_niter_4",
         ),
         (with_fields(lora_alpha="8"), AdapterFileError, "lora_alpha: .* must be a number"),
+        (with_fields(alpha_pattern={"(.+)+": 1}), AdapterFileError, "of alpha_pattern is a regex"),
         (with_tensor(B, lambda t: None), AdapterFileError, "has no pair of factors, .*q_proj"),
         (with_tensor("other", lambda t: torch.ones(1)), AdapterFileError, "is neither lora_A nor"),
         (with_tensor(A, lambda t: torch.tensor(1.0)), ConversionError, "is not a Bone adapter"),

@@ -548,6 +548,7 @@ BLOCK = "inner.miss_block"
 BAD = {
     "no configuration": (lambda folder: (folder / "adapter_config.json").unlink(), "can't read"),
     "no JSON": (lambda folder: (folder / "adapter_config.json").write_text("{"), "is no complete"),
+    "a list": (lambda folder: (folder / "adapter_config.json").write_text("[5]"), "is no complete"),
     "a pickle": (as_pickle, "a pickle, which can run any code"),
     "cut off": (cut_off, "is no complete folder of PEFT"),
     "a LoRA": (with_fields(peft_type="LORA"), "disha.interop.lora reads 'LORA'"),

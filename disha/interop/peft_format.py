@@ -28,7 +28,7 @@ from disha.model.records import Tensors
 from disha.model.running_statistics import saved_buffers, statistics
 from disha.model.view import ModelView
 from disha.sharding.tensors import gathered
-from disha.text import first_few, join
+from disha.text import brief, first_few, join
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -68,6 +68,12 @@ class PeftFolder:
     def of_layer(self, name: str, field: str, pattern: str, default: Any) -> Any:
         """Return a setting of a layer as PEFT finds it: by the first key of the pattern."""
         for key, value in (self.fields.get(pattern) or {}).items():
+            # Only literal and escaped characters: the regex of a stranger could take forever.
+            if not re.fullmatch(r"\^?(\\\W|[^][\\(){}*+?|^$])*", key):
+                raise AdapterFileError(
+                    f"{self.path}: the key {brief(key)} of {pattern} is a regex; name layers, or "
+                    "the ends of their names"
+                )
             if re.match(rf"(.*\.)?({key})$", name):
                 return value
         return self.fields.get(field, default)
@@ -82,11 +88,11 @@ def read_peft_files(folder: PathLike, ends: tuple[str, ...], also_train: bool) -
             "safetensors"
         )
     try:
-        fields = json.loads((path / CONFIG_NAME).read_bytes())
+        fields = dict(json.loads((path / CONFIG_NAME).read_bytes()))
         tensors = load_file(path / WEIGHTS_NAME)
     except OSError as error:
         raise AdapterIOError(f"can't read a folder of PEFT: {error}") from error
-    except (SafetensorError, ValueError) as error:
+    except (SafetensorError, ValueError, TypeError, RecursionError) as error:
         raise AdapterFileError(f"{path} is no complete folder of PEFT: {error}") from error
     named = {
         key.removeprefix(PREFIX): tensor
