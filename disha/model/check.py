@@ -208,7 +208,7 @@ def _checked(
         _randomise(blocks, undo)
         undo.callback(view.reshard)  # a forward gathers what is sharded
         read, outputs = _read(run, blocks)
-        reached = _with_gradient(outputs, blocks)
+        reached = _with_gradient(outputs, read)
         outputs = [output.detach() for output in outputs]
         acting = {block for block in blocks if block in reached or _changes(run, block, outputs)}
         try:
@@ -259,13 +259,14 @@ def _random(shape: torch.Size, generator: torch.Generator) -> Tensor:
     return torch.randn(shape, generator=generator, device="cpu")
 
 
-def _read(run: Run, blocks: list[Block]) -> tuple[set[Block], list[Tensor]]:
-    """Return the blocks that the model reads, and its outputs."""
-    read: set[Block] = set()
+def _read(run: Run, blocks: list[Block]) -> tuple[dict[Block, Tensor], list[Tensor]]:
+    """Return the blocks that the model reads, with the values that it gets, and its outputs."""
+    read: dict[Block, Tensor] = {}
 
     def noting(block: Block, *args: Any, **kwargs: Any) -> Any:
-        read.add(block)
-        return type(block).update(block, *args, **kwargs)
+        update = type(block).update(block, *args, **kwargs)
+        read[block] = update.block  # FSDP2 has gathered it for this forward
+        return update
 
     with ExitStack() as undo:
         for block in blocks:
@@ -277,7 +278,7 @@ def _read(run: Run, blocks: list[Block]) -> tuple[set[Block], list[Tensor]]:
     return read, outputs
 
 
-def _with_gradient(outputs: list[Tensor], blocks: list[Block]) -> set[Block]:
+def _with_gradient(outputs: list[Tensor], read: dict[Block, Tensor]) -> set[Block]:
     """Return the blocks that get a gradient from a random sum of the outputs."""
     generator = torch.Generator("cpu").manual_seed(1)
     sums = [
@@ -285,14 +286,14 @@ def _with_gradient(outputs: list[Tensor], blocks: list[Block]) -> set[Block]:
         for output in outputs
         if output.requires_grad
     ]
-    if not sums:
+    if not sums or not read:
         return set()
-    values = [block.block for block in blocks]
+    values = [*read.values()]
     gradients = torch.autograd.grad(sums, values, allow_unused=True)
     release(values)
     return {
         block
-        for block, gradient in zip(blocks, gradients)
+        for block, gradient in zip(read, gradients)
         if gradient is not None and gradient.count_nonzero()
     }
 
@@ -300,7 +301,8 @@ def _with_gradient(outputs: list[Tensor], blocks: list[Block]) -> set[Block]:
 def _leaves_zeros(run: Run, block: Block, undo: ExitStack) -> bool:
     """Whether a block of zeros gets a gradient, without which it stays zero."""
     write(block.block, torch.zeros(whole_shape(block.block), device="cpu"), undo)
-    return block in _with_gradient(run(), [block])
+    read, outputs = _read(run, [block])
+    return block in _with_gradient(outputs, read)
 
 
 def _changes(run: Run, block: Block, outputs: list[Tensor]) -> bool:

@@ -73,6 +73,7 @@ def from_rank(culprit, message):
 def check_training(folder):
     for case in ADAPTERS:
         model = sharded(adapted(case))
+        assert disha.check_adapters(model, batch()).ok
         assert_trains_alike(adapted(case), model)
 
 
