@@ -9,7 +9,7 @@ from torch import nn
 import disha
 from disha.files import contents
 from disha.layers import gradient_flags as flags
-from disha.layers.blocks import Adapters, Block
+from disha.layers.blocks import AdapterBlock, Adapters
 from disha.model import check, inject, merge, state
 from tests.conftest import assert_unchanged, perturb, snapshot
 
@@ -17,7 +17,7 @@ STEPS = [
     *((inject, name) for name in ("make_block", "adapt", "restore", "_guard_encoders")),
     *((flags, name) for name in ("claim", "release", "set_requires_grad", "restore_flags")),
     *((Adapters, name) for name in ("__init__", "add", "discard", "activate")),
-    *((Block, name) for name in ("reconfigure", "set_scale", "update")),
+    *((AdapterBlock, name) for name in ("reconfigure", "set_scale", "update")),
     *((merge, name) for name in ("_replace", "_note_merged", "_merged", "_restored")),
     *((module, "write") for module in (state, contents, check)),
 ]

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.utils.dataclasses import get_module_class_from_name
 from bitsandbytes.nn import LinearNF4
 from pytorch_lightning import LightningModule
 from pytorch_lightning import Trainer as LightningTrainer
@@ -314,6 +315,14 @@ def test_states_of_accelerate_hold_the_adapter_and_resume_bit_for_bit(
     for _ in range(2):
         step(prepared, optimizer, accelerator)
     assert_same(again, model)
+
+
+def test_accelerate_wraps_the_layers_of_the_user_that_are_called_block():
+    class Block(nn.Sequential):
+        pass
+
+    model = disha.inject_adapters(nn.Sequential(nn.Embedding(8, 4), Block(nn.Linear(4, 4))), ".", 2)
+    assert get_module_class_from_name(model, "Block") is Block
 
 
 def test_accelerate_saves_other_models_as_before(tmp_path):

@@ -17,7 +17,7 @@ from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, PreT
 import disha
 from disha.integrations.transformers import AdapterCheckpoints
 from disha.integrations.trl import DPOTrainer, GRPOTrainer
-from disha.layers.blocks import Block
+from disha.layers.blocks import AdapterBlock
 from tests.test_integrations import FILES, assert_same
 
 WORDS = [f"w{number}" for number in range(61)]
@@ -375,7 +375,7 @@ def test_a_trainer_that_fails_leaves_the_model_as_it_was(tmp_path, make):
 
 
 def blocks_in(model):
-    return [one for one in model.modules() if isinstance(one, Block)]
+    return [one for one in model.modules() if isinstance(one, AdapterBlock)]
 
 
 @pytest.mark.parametrize("make", [preferring, rewarded])

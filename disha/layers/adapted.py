@@ -18,7 +18,7 @@ from disha.effective.contexts import entered
 from disha.effective.weight import EffectiveWeight
 from disha.errors import ArgumentError, MergeError, ModeError
 from disha.layers import opaque
-from disha.layers.blocks import CHILD_NAME, MERGED, Adapters, Block
+from disha.layers.blocks import CHILD_NAME, MERGED, AdapterBlock, Adapters
 from disha.layers.reading import is_own_weight, linear_forward, weight_property
 from disha.layers.weights import base_of, delta_of, slots_of, start_of
 
@@ -71,7 +71,7 @@ class AdaptedLayer(nn.Module):
             raise AttributeError("`weight` is not adapted")  # nn.Module says it in its own words
         return base_of(self, slots["weight"])
 
-    def delta_weight(self, block: Block) -> Tensor:
+    def delta_weight(self, block: AdapterBlock) -> Tensor:
         """Return dW of a block of this layer, without its scale: a tensor of the weight's shape.
 
         Args:

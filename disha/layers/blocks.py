@@ -1,4 +1,4 @@
-"""A layer's adapters: Slot is where a weight is, Block its trainable block, Adapters all of them.
+"""A layer's adapters: Slot is where a weight is, AdapterBlock its block, Adapters all of them.
 
 `Adapters` is the child `disha` of a layer: its blocks by adapter, and which of them act now.
 """
@@ -50,7 +50,7 @@ def block_name(method: str) -> str:
     return f"{method}_block"
 
 
-class Block(nn.Module):
+class AdapterBlock(nn.Module):
     """One adapter's trainable block of one weight; `split` is the cut of a tensor-parallel plan."""
 
     slot: Slot
@@ -191,7 +191,7 @@ class Block(nn.Module):
         with torch.inference_mode(False):
             self._buffers["scale_tensor"] = torch.full((), self.scale, dtype=dtype, device=device)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Block:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AdapterBlock:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self._write_scale()  # follows the device, keeps its own dtype, survives to_empty()
         return self
@@ -236,11 +236,11 @@ class Adapters(nn.Module):
 
     active: tuple[str, ...]
     merged: Merged | None
-    all_blocks: dict[str, dict[str, tuple[Block, ...]]]
+    all_blocks: dict[str, dict[str, tuple[AdapterBlock, ...]]]
     """Parameter -> adapter -> its blocks on the parameter, which differ in their rows."""
-    active_blocks: dict[str, tuple[Block, ...]]
+    active_blocks: dict[str, tuple[AdapterBlock, ...]]
     """Parameter -> the blocks that act on it outside of contexts: none while merged."""
-    only_linear_block: Block | None
+    only_linear_block: AdapterBlock | None
     """The only block that acts on `weight`, if that is a whole matrix (out, in)."""
     group: Group
     """The layers that contexts cover together with this one."""
@@ -271,20 +271,23 @@ class Adapters(nn.Module):
     def __len__(self) -> int:
         return len(self._modules)
 
-    def __getitem__(self, adapter: str) -> Block:
+    def __getitem__(self, adapter: str) -> AdapterBlock:
         return self._modules[adapter]  # type: ignore[return-value]
 
-    def blocks(self, adapter: str | None = None) -> dict[tuple[str, str], Block]:
+    def blocks(self, adapter: str | None = None) -> dict[tuple[str, str], AdapterBlock]:
         """Return (adapter, name of the weight) -> block, of one adapter or of all."""
-        found: dict[tuple[str, str], Block] = {}
+        found: dict[tuple[str, str], AdapterBlock] = {}
         for name in self if adapter is None else [adapter]:
             child: Any = self._modules.get(name, {})
-            for block in (child,) if isinstance(child, Block) else child.values():
+            for block in (child,) if isinstance(child, AdapterBlock) else child.values():
                 found[name, block.slot.name] = block
         return found
 
     def add(
-        self, adapter: str, blocks: Sequence[Block], borrowed: Sequence[tuple[str, Block]] = ()
+        self,
+        adapter: str,
+        blocks: Sequence[AdapterBlock],
+        borrowed: Sequence[tuple[str, AdapterBlock]] = (),
     ) -> None:
         """Add blocks under a name that `check_adapter_name` allows; `activate` takes note of them.
 
@@ -317,7 +320,7 @@ class Adapters(nn.Module):
 
     def _decide(self, active: tuple[str, ...], merged: Merged | None) -> None:
         """Store what every forward asks."""
-        all_blocks: dict[str, dict[str, tuple[Block, ...]]] = {}
+        all_blocks: dict[str, dict[str, tuple[AdapterBlock, ...]]] = {}
         children: dict[str, Any] = dict(self._modules)  # a copy: another thread may add one
         for adapter, child in children.items():
             held = [(block.slot.parameter, block) for block in self.blocks(adapter).values()]
@@ -334,10 +337,10 @@ class Adapters(nn.Module):
             only = None  # only a whole matrix has the short way
         vars(self).update(active_blocks=acting, only_linear_block=only)
 
-    def blocks_of(self, adapters: Iterable[str], parameter: str) -> tuple[Block, ...]:
+    def blocks_of(self, adapters: Iterable[str], parameter: str) -> tuple[AdapterBlock, ...]:
         """The blocks of some adapters on a parameter."""
         by_adapter = self.all_blocks.get(parameter, {})
-        blocks: tuple[Block, ...] = ()
+        blocks: tuple[AdapterBlock, ...] = ()
         for adapter in adapters:
             blocks += by_adapter.get(adapter, ())
         return blocks
@@ -356,7 +359,7 @@ class Adapters(nn.Module):
             return None
         return () if context.override is None else context.override
 
-    def blocks_on(self, parameter: str, override: Override | None) -> tuple[Block, ...]:
+    def blocks_on(self, parameter: str, override: Override | None) -> tuple[AdapterBlock, ...]:
         """The blocks that act on a parameter; of a route, those of all adapters.
 
         Readers ask the first one what all share, such as the layout, and `updates` for the rest.

@@ -12,7 +12,7 @@ from disha.config import AdapterConfig
 from disha.functional import method_of
 from disha.functional.shard_sums import merge_dtype
 from disha.layers import opaque
-from disha.layers.blocks import Block, Slot
+from disha.layers.blocks import AdapterBlock, Slot
 from disha.layers.offloading import device_of_weight
 from disha.layers.weights import read_weight, start_of, weight_shape
 from disha.sharding.tensor_parallel import split_of
@@ -25,7 +25,7 @@ def make_block(
     config: AdapterConfig,
     r: int,
     values: Tensor | None = None,
-) -> Block:
+) -> AdapterBlock:
     """Return a new block for a weight, on its device, with copied values or those of `init`."""
     weight = None if slot.opaque else read_weight(module, slot.parameter)
     device = opaque.device_of(module) if weight is None else device_of_weight(module, weight)
@@ -41,7 +41,7 @@ def make_block(
         dtype = config.dtype or merge_dtype(weight_dtype)
     with torch.inference_mode(False):  # a tensor that is made in that mode can never be trained
         empty = torch.empty(shape, device=device, dtype=dtype)
-        block = Block(empty, slot, config, r, split_of(weight))
+        block = AdapterBlock(empty, slot, config, r, split_of(weight))
     if values is None:
         block.reset_parameters(start_of(module, block))
     else:

@@ -16,7 +16,7 @@ from disha.errors import ModeError
 from disha.functional import adapted_linear
 from disha.functional.shard_sums import PLAIN
 from disha.functional.updates import Updates
-from disha.layers.blocks import CHILD_NAME, Adapters, Block
+from disha.layers.blocks import CHILD_NAME, AdapterBlock, Adapters
 from disha.layers.weights import base_reader
 from disha.sharding.tensor_parallel import split_of
 from disha.sharding.tensors import is_sharded
@@ -91,7 +91,7 @@ def _unusual_weight(
     adapters: Adapters,
     name: str,
     base: Any,
-    blocks: tuple[Block, ...],
+    blocks: tuple[AdapterBlock, ...],
     override: Override | None,
     compiling: bool,
 ) -> Any:

@@ -13,7 +13,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from disha import functional
 from disha.layers import opaque
-from disha.layers.blocks import CHILD_NAME, Adapters, Block, Slot, original_class
+from disha.layers.blocks import CHILD_NAME, AdapterBlock, Adapters, Slot, original_class
 from disha.layers.offloading import offloading_hooks
 from disha.sharding.tensors import gathered
 from disha.sharding.zero import whole_shape
@@ -96,7 +96,7 @@ def slots_of(layer: Any, adapters: Iterable[str]) -> dict[str, Slot]:
     }
 
 
-def start_of(layer: nn.Module, block: Block) -> Tensor | None:
+def start_of(layer: nn.Module, block: AdapterBlock) -> Tensor | None:
     """Return the values that a block starts with if they are those of the base weight."""
     if not block.method.replaces:
         return None
@@ -108,7 +108,7 @@ def start_of(layer: nn.Module, block: Block) -> Tensor | None:
     return block.method.block_of(slot.layout, slot.layout.part(base, slot.rows))
 
 
-def delta_of(layer: nn.Module, block: Block, slot: Slot) -> Tensor:
+def delta_of(layer: nn.Module, block: AdapterBlock, slot: Slot) -> Tensor:
     """Return dW of a block on a parameter of a layer, without its scale, in the weight's shape."""
     if slot.opaque:
         stored = stored_weight(layer, slot.parameter)

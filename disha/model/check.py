@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from disha.errors import ArgumentError, DishaError
 from disha.layers.adapted import AdaptedLayer
-from disha.layers.blocks import Block
+from disha.layers.blocks import AdapterBlock
 from disha.model.merge import merge
 from disha.model.view import ModelBlock, ModelView, clean_key
 from disha.sharding.imported import imported_class
@@ -245,7 +245,7 @@ def _reason(read: bool, acts: bool, gradient: bool, starts: bool, is_frozen: boo
     return "" if starts else "a block of zeros gets no gradient by its method; use init='kaiming'"
 
 
-def _randomise(blocks: list[Block], undo: ExitStack) -> None:
+def _randomise(blocks: list[AdapterBlock], undo: ExitStack) -> None:
     """Give blocks random values, and make them require gradients."""
     generator = torch.Generator("cpu").manual_seed(0)
     for block in blocks:
@@ -259,11 +259,11 @@ def _random(shape: torch.Size, generator: torch.Generator) -> Tensor:
     return torch.randn(shape, generator=generator, device="cpu")
 
 
-def _read(run: Run, blocks: list[Block]) -> tuple[dict[Block, Tensor], list[Tensor]]:
+def _read(run: Run, blocks: list[AdapterBlock]) -> tuple[dict[AdapterBlock, Tensor], list[Tensor]]:
     """Return the blocks that the model reads, with the values that it gets, and its outputs."""
-    read: dict[Block, Tensor] = {}
+    read: dict[AdapterBlock, Tensor] = {}
 
-    def noting(block: Block, *args: Any, **kwargs: Any) -> Any:
+    def noting(block: AdapterBlock, *args: Any, **kwargs: Any) -> Any:
         update = type(block).update(block, *args, **kwargs)
         read[block] = update.block  # FSDP2 has gathered it for this forward
         return update
@@ -278,7 +278,7 @@ def _read(run: Run, blocks: list[Block]) -> tuple[dict[Block, Tensor], list[Tens
     return read, outputs
 
 
-def _with_gradient(outputs: list[Tensor], read: dict[Block, Tensor]) -> set[Block]:
+def _with_gradient(outputs: list[Tensor], read: dict[AdapterBlock, Tensor]) -> set[AdapterBlock]:
     """Return the blocks that get a gradient from a random sum of the outputs."""
     generator = torch.Generator("cpu").manual_seed(1)
     sums = [
@@ -298,14 +298,14 @@ def _with_gradient(outputs: list[Tensor], read: dict[Block, Tensor]) -> set[Bloc
     }
 
 
-def _leaves_zeros(run: Run, block: Block, undo: ExitStack) -> bool:
+def _leaves_zeros(run: Run, block: AdapterBlock, undo: ExitStack) -> bool:
     """Whether a block of zeros gets a gradient, without which it stays zero."""
     write(block.block, torch.zeros(whole_shape(block.block), device="cpu"), undo)
     read, outputs = _read(run, [block])
     return block in _with_gradient(outputs, read)
 
 
-def _changes(run: Run, block: Block, outputs: list[Tensor]) -> bool:
+def _changes(run: Run, block: AdapterBlock, outputs: list[Tensor]) -> bool:
     """Whether the outputs change when a block changes."""
     with torch.no_grad(), ExitStack() as undo:
         write(block.block, gathered(block.block) + 50 * SIZE, undo)

@@ -16,7 +16,7 @@ from disha.effective.contexts import LOOSE, OPEN, Group
 from disha.errors import ArgumentError, ModeError
 from disha.layers import gradient_flags
 from disha.layers.adapted import AdaptedLayer, adapt, readapt, refuse_changed_class, restore
-from disha.layers.blocks import Block
+from disha.layers.blocks import AdapterBlock
 from disha.layers.encoder import Encoder, guard_encoder
 from disha.layers.new_blocks import make_block
 from disha.model import running_statistics
@@ -156,8 +156,8 @@ def _warn_of_skipped(plan: Plan) -> None:
 
 def apply_plan(view: ModelView, plan: Plan, undo: ExitStack, *, activate: bool = True) -> None:
     """Carry out a plan that was just made for this model. Activate the new adapter alone."""
-    blocks = defaultdict[nn.Module, list[Block]](list)
-    borrowed = defaultdict[nn.Module, list[tuple[str, Block]]](list)
+    blocks = defaultdict[nn.Module, list[AdapterBlock]](list)
+    borrowed = defaultdict[nn.Module, list[tuple[str, AdapterBlock]]](list)
     for layer in plan.layers:
         assert layer.slot is not None
         block = make_block(layer.module, layer.slot, layer.config, layer.r, layer.values)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from disha.errors import AdapterStateError
 from disha.layers.adapted import AdaptedLayer
-from disha.layers.blocks import Block
+from disha.layers.blocks import AdapterBlock
 from disha.layers.weights import stored_weight, weight_shape
 from disha.model import running_statistics
 from disha.model.records import Tensors
@@ -125,7 +125,7 @@ def adapter_tensors(view: ModelView, adapter: str) -> dict[str, Tensor]:
     return tensors | {name: now for name, (now, _) in changed.items()}
 
 
-def _refuse_flattened(name: str, layer: AdaptedLayer, block: Block) -> None:
+def _refuse_flattened(name: str, layer: AdaptedLayer, block: AdapterBlock) -> None:
     """Raise if FullyShardedDataParallel holds the values."""
     parameter = block._parameters.get(block.parameter_name)
     is_whole = parameter is not None and len(whole_shape(parameter)) >= block.method.block_axes

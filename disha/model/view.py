@@ -24,7 +24,7 @@ from disha.errors import (
 from disha.functional.private_torch import CHECKPOINTED, COMPILED, FSDP_CHILD
 from disha.layers.adapted import AdaptedLayer, refuse_merged
 from disha.layers.bitsandbytes import parameter_count
-from disha.layers.blocks import CHILD_NAME, Adapters, Block
+from disha.layers.blocks import CHILD_NAME, AdapterBlock, Adapters
 from disha.layers.gradient_flags import is_claimed
 from disha.sharding.imported import imported_class
 from disha.sharding.ranks import Ranks
@@ -72,7 +72,7 @@ class ModelBlock(NamedTuple):
     name: str
     layer: AdaptedLayer
     adapter: str
-    block: Block
+    block: AdapterBlock
 
 
 class ModelParameter(NamedTuple):
@@ -194,9 +194,9 @@ class ModelView:
             for (other, weight), block in layer.disha.blocks(adapter).items()
         ]
 
-    def borrowers(self) -> dict[Block, dict[str, AdaptedLayer]]:
+    def borrowers(self) -> dict[AdapterBlock, dict[str, AdaptedLayer]]:
         """Return each block -> the tied parameters that borrow it, and their layers."""
-        borrowers: dict[Block, dict[str, AdaptedLayer]] = {
+        borrowers: dict[AdapterBlock, dict[str, AdaptedLayer]] = {
             model_block.block: {} for model_block in self.blocks()
         }
         for name, layer in self.layers:
