@@ -276,10 +276,11 @@ def reduced_updates(updates: Sequence[Update], layout: Layout, geometry: Geometr
         outputs = out_features
         if update.rows:
             outputs = sum(stop - first for first, stop in update.rows)
-        # The block's own stack, because a stack of chosen matrices has another size.
-        block_geometry = Geometry(
-            geometry.in_features, outputs, method.stack_of(layout, block.shape)
-        )
+        block_geometry = geometry
+        if update.rows or update.chosen is not None:
+            # The block's own stack, because a stack of chosen matrices has another size.
+            stack = method.stack_of(layout, block.shape)
+            block_geometry = Geometry(geometry.in_features, outputs, stack)
         matrix = method.reduced(method.matrix_block(layout, block), block_geometry, update.r)
         if update.rows:
             matrix = tiled(matrix, outputs)
