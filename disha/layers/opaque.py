@@ -258,7 +258,7 @@ def _delta(module: nn.Module, slot: Slot, x: Tensor, update: Update) -> Tensor:
     weight = read()
     # Without a bias, which stands where an embedding has its padding_idx.
     multiply: Any = F.embedding if slot.layout.pattern == "index out" else F.linear
-    if is_compiling() or transforms_active():
+    if not update.method.reads_weight or is_compiling() or transforms_active():
         return update_product(multiply, x, weight, slot.layout, update)
     # Backward reads W again. Else each layer would keep a dense copy of its quantised weight.
     dense = id(weight)  # not W itself, which would live as long as this function
