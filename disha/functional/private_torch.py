@@ -14,6 +14,8 @@ last column says.
       _mod_tracker
     torch._C:
       _are_functorch_transforms_active   nothing is written in place then      as if always: slow
+      _autograd                          hooks of tensors that are saved for    a dense copy of a
+      ._top_saved_tensors_default_hooks  backward do not nest                   quantised W is kept
       _is_any_autocast_enabled           a quick question before a slow one    the slow one
       _current_graph_task_id             whether a thread is one of backward   refuses more
       _VariableFunctions                 private operations have rules too     weights are computed
@@ -80,6 +82,11 @@ def must_not_write() -> bool:
     # A mode of selective checkpointing is in this module. Those that count memory are not.
     return transforms_active() or type(_current_mode()).__module__ == "torch.utils.checkpoint"
 
+
+saving_hooks: Callable[[bool], Any] = getattr(
+    getattr(torch._C, "_autograd", None), "_top_saved_tensors_default_hooks", _yes
+)
+"""The hooks of what is saved for backward, such as those of activation checkpointing, or None."""
 
 any_autocast: Callable[[], bool] = getattr(torch._C, "_is_any_autocast_enabled", _yes)
 """Whether autocast is on for any device; torch asks so of a CPU and of CUDA only."""

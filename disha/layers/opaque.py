@@ -22,7 +22,7 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from disha.config import BLOCK_DTYPES
 from disha.errors import ArgumentError
 from disha.functional import Layout, Method, Update, method_names
-from disha.functional.private_torch import transforms_active
+from disha.functional.private_torch import saving_hooks, transforms_active
 from disha.functional.products import update_product
 from disha.layers import bitsandbytes
 from disha.layers.blocks import CHILD_NAME, Adapters, Slot, original_class
@@ -258,7 +258,9 @@ def _delta(module: nn.Module, slot: Slot, x: Tensor, update: Update) -> Tensor:
     weight = read()
     # Without a bias, which stands where an embedding has its padding_idx.
     multiply: Any = F.embedding if slot.layout.pattern == "index out" else F.linear
-    if not update.method.reads_weight or is_compiling() or transforms_active():
+    # Hooks do not nest, and activation checkpointing has some, which keep nothing either.
+    others = is_compiling() or transforms_active() or saving_hooks(True) is not None
+    if others or not update.method.reads_weight:
         return update_product(multiply, x, weight, slot.layout, update)
     # Backward reads W again. Else each layer would keep a dense copy of its quantised weight.
     dense = id(weight)  # not W itself, which would live as long as this function
