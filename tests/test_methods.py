@@ -13,7 +13,7 @@ import disha
 from disha import functional
 from disha.errors import ArgumentError, ArgumentTypeError, DishaError
 from disha.functional import METHODS, PATTERNS, Geometry, Layout, Method, Update, method_of
-from disha.functional.layouts import Rows, place_rows, take_rows
+from disha.functional.layouts import Rows, place_rows
 from disha.functional.products import reduced_updates, update_of_part, updates_of_rows
 from tests import reference
 from tests.conftest import assert_same, close, pickled
@@ -311,7 +311,8 @@ def test_why_a_block_does_not_fit(layout, geometry, r, r_out, says):
 @pytest.mark.parametrize("rows", [*ROWS, ((4, 6),), ((0, 6),)], ids=str)
 def test_rows_are_taken_and_placed(rows, dim):
     whole = torch.randn(6, 6)
-    taken = take_rows(whole, rows, dim)
+    pattern = "in out" if dim in (1, -1) else "out in"
+    taken = Layout(pattern).part(whole, rows)
     chosen = [row for first, stop in rows or ((0, 6),) for row in range(first, stop)]
     assert torch.equal(taken, whole.index_select(dim, torch.tensor(chosen)))
     placed = place_rows(taken, rows, 6, dim)
@@ -612,7 +613,7 @@ class TestAThirdMethod:
         block = self.block(third, MATRIX, weight, rows)
         bone = Update(method_of("bone"), torch.randn(3, 6, dtype=torch.float64), -1.0)
         update = Update(method_of(third), block, 0.5, dropout, rows)
-        part = take_rows(weight, rows)
+        part = MATRIX.part(weight, rows)
         delta = torch.zeros(6, 7, dtype=torch.float64)
         chosen = [o for first, stop in rows or ((0, 6),) for o in range(first, stop)]
         delta[chosen] = 0.5 * dense_delta(third, MATRIX, block, part)

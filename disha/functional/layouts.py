@@ -215,8 +215,12 @@ class Layout:
         return matrices.transpose(-2, -1) if self.in_first else matrices
 
     def part(self, weight: Tensor, rows: Rows) -> Tensor:
-        """Return the part of a weight that belongs to some outputs, as a view where possible."""
-        return self.weight(take_rows(self.matrices(weight), rows)) if rows else weight
+        """Return the part of a weight that belongs to some outputs, a view if it is one range."""
+        if not rows:
+            return weight
+        matrices = self.matrices(weight)
+        parts = [matrices.narrow(-2, first, stop - first) for first, stop in rows]
+        return self.weight(parts[0] if len(parts) == 1 else torch.cat(parts, -2))
 
 
 def layout_of(pattern: object) -> Layout:
@@ -249,16 +253,8 @@ def layout_of(pattern: object) -> Layout:
     return Layout(normal)
 
 
-def take_rows(tensor: Tensor, rows: Rows, dim: int = -2) -> Tensor:
-    """Return some rows of a tensor one after another, as a view if they are one range."""
-    if not rows:
-        return tensor
-    parts = [tensor.narrow(dim, first, stop - first) for first, stop in rows]
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
-
-
 def place_rows(part: Tensor, rows: Rows, size: int, dim: int = -2) -> Tensor:
-    """Return a tensor with `part` in some rows and zeros elsewhere: the inverse of `take_rows`."""
+    """Return a tensor with `part` in some rows and zeros elsewhere, as `Layout.part` takes it."""
     if not rows:
         return part
     shape = list(part.shape)
