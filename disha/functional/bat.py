@@ -12,7 +12,7 @@ W_eff, which is faster for few tokens.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from math import prod
 from typing import Any
 
@@ -197,7 +197,7 @@ class _BatLinear(torch.autograd.Function):
         needs_x, _, needs_bias, needs_block, _ = ctx.needs_input_grad
         grad_x = None
         parts = []
-        slabs = list(_slabs(weight, block))
+        slabs = _slabs(weight, block)
         # A second derivative needs every intermediate result, and none of `out=`.
         scratch = None if torch.is_grad_enabled() else _scratch(weight, block, slabs)
         with without_autocast(weight.device):
@@ -215,7 +215,7 @@ class _BatLinear(torch.autograd.Function):
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None, block: Tensor, share: float) -> Tensor:
-    slabs = list(_slabs(weight, block))
+    slabs = _slabs(weight, block)
     # In 16 bits, W + D would lose a small D. So D itself is added through S(x), as for Bone.
     wide = weight.dtype in (torch.float32, torch.float64)
     scratch = _scratch(weight, block, slabs)
@@ -245,14 +245,15 @@ def _block_gradient(gradient: Tensor, weight: Tensor, r: int) -> Tensor:
     return torch.baddbmm(direct, tiles.mT, gradient)
 
 
-def _slabs(weight: Tensor, block: Tensor) -> Iterator[tuple[slice, slice]]:
+def _slabs(weight: Tensor, block: Tensor) -> list[tuple[slice, slice]]:
     """Cut a layer into slabs (blocks D_a, rows of W) of SLAB_BYTES, which fit the cache."""
     blocks, r = block.shape[:2]
-    out_features, in_features = weight.shape
-    each = max(1, SLAB_BYTES // (r * in_features * weight.element_size()))
-    for first in range(0, blocks, each):
-        last = min(first + each, blocks)
-        yield slice(first, last), slice(first * r, min(last * r, out_features))
+    each = max(1, SLAB_BYTES // (r * weight.shape[1] * weight.element_size()))
+    # Past the last block or row, a slice takes what there is.
+    return [
+        (slice(first, first + each), slice(first * r, (first + each) * r))
+        for first in range(0, blocks, each)
+    ]
 
 
 def _scratch(weight: Tensor, block: Tensor, slabs: Sequence[tuple[slice, slice]]) -> Tensor:
