@@ -47,13 +47,14 @@ def load_base(
     `notes` are those of an adapter file: its chat template, and the tokens that it has added.
     """
     source, file = _source(name)
-    options: dict[str, Any] = {"dtype": _dtype(bits, device)}
+    dtype = _dtype(bits, device)
+    options: dict[str, Any] = {"dtype": dtype}
     if device is not None:
         options["device_map"] = {"": device}
     if file:
         options["quantization_config"] = GgufConfig(dequantize=True)
     if bits in FEW_BITS:
-        options["quantization_config"] = _quantisation(name, bits, device)
+        options["quantization_config"] = _quantisation(name, bits, dtype)
     try:
         if not file:
             _require_causal(AutoConfig.from_pretrained(source), name)
@@ -120,7 +121,7 @@ def _dtype(bits: str, device: torch.device | None) -> torch.dtype | str:
     return torch.bfloat16 if bits == "bf16" else torch.float32
 
 
-def _quantisation(name: str, bits: str, device: torch.device | None) -> BitsAndBytesConfig:
+def _quantisation(name: str, bits: str, dtype: torch.dtype | str) -> BitsAndBytesConfig:
     if is_gguf(name):
         raise ArgumentError(f"a GGUF file can't be quantised to {bits} bits; use bf16 or fp32")
     try:
@@ -135,8 +136,8 @@ def _quantisation(name: str, bits: str, device: torch.device | None) -> BitsAndB
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=_dtype(bits, device),
-        bnb_4bit_quant_storage=_dtype(bits, device),  # accelerate shards no integers
+        bnb_4bit_compute_dtype=dtype,
+        bnb_4bit_quant_storage=dtype,  # accelerate shards no integers
     )
 
 
