@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import chain, groupby
 
 import torch
@@ -38,14 +39,14 @@ class Route:
     """An adapter for each sample of a batch, or None for no adapter."""
 
     names: tuple[str | None, ...]  # each covers an equal part of the rows of an input, in order
-    adapters: tuple[str, ...] = field(init=False, compare=False)  # each once
     _kept: dict[tuple[tuple[int, ...], torch.device], Tensor] = field(
         default_factory=dict, compare=False
     )
 
-    def __post_init__(self) -> None:
-        adapters = dict.fromkeys(name for name in self.names if name is not None)
-        vars(self)["adapters"] = tuple(adapters)
+    @cached_property
+    def adapters(self) -> tuple[str, ...]:
+        """The adapters of the samples, each once."""
+        return tuple(dict.fromkeys(name for name in self.names if name is not None))
 
     def parts(self, size: int) -> int:
         """Return how many entries of a leading dimension of this size each name covers."""
