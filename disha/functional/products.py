@@ -172,8 +172,8 @@ def update_product(
         return _reduced_product(multiply, x, layout, reduced_parts[0], geometry)
     rows = update.rows if layout.pattern == "out in" else ()  # then the product has only these
     looks_up = not x.is_floating_point()
-    if not looks_up:
-        x = F.dropout(x, update.dropout) if update.dropout else x
+    if update.dropout and not looks_up:
+        x = F.dropout(x, update.dropout)
     if multiply is F.linear and layout == MATRIX and not rows:
         output = _update_alone(x, weight, update)
         if output is not None:
