@@ -43,15 +43,15 @@ class Split:
         )
 
     @property
-    def part(self) -> tuple[tuple[int, int], ...]:
+    def part(self) -> list[tuple[int, int]]:
         """This rank's part."""
-        return tuple(local_ranges(self))
+        return local_ranges(self)
 
     @property
-    def parts(self) -> list[tuple[tuple[int, int], ...]]:
+    def parts(self) -> list[list[tuple[int, int]]]:
         """The parts of all ranks."""
-        sizes = (range(size) for size in self.device_mesh.shape)
-        return [tuple(local_ranges(self, coordinate)) for coordinate in product(*sizes)]
+        coordinates = product(*map(range, self.device_mesh.shape))
+        return [local_ranges(self, coordinate) for coordinate in coordinates]
 
     def whole(self, local: Tensor) -> Tensor:
         """Return the whole DTensor, given the part of each rank."""
