@@ -130,8 +130,7 @@ class AdapterConfig:
 
     def to_json(self) -> dict[str, Any]:
         """Return the configuration as a dict of plain JSON values."""
-        settings: dict[str, Any] = as_json(vars(self))
-        return settings
+        return as_json(vars(self))
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> AdapterConfig:

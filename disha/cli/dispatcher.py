@@ -8,7 +8,7 @@ import os
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib import import_module
 from importlib.metadata import version
 from typing import Any, NoReturn, TextIO
@@ -73,8 +73,7 @@ def _run(words: Sequence[str]) -> int:
     if name in ("finetune", "evaluate"):
         version("trl")  # where the extra is not installed, this raises before torch is imported
     module = "disha.finetune" if name == "finetune" else f"disha.cli.{name}"
-    command: Callable[[Sequence[str]], int | None] = import_module(module).main
-    return command(words[1:]) or DONE
+    return import_module(module).main(words[1:]) or DONE
 
 
 def _help() -> str:

@@ -156,8 +156,7 @@ def bat_linear(
     if not _applies(x, weight, bias, block):
         return None
     if torch.is_grad_enabled():
-        output: Tensor = _BatLinear.apply(x, weight, bias, block, share)  # type: ignore[no-untyped-call]
-        return output
+        return _BatLinear.apply(x, weight, bias, block, share)  # type: ignore[no-untyped-call]
     if share and x.shape[0] < block.shape[-1] * STREAMED_SHARE:
         output = bat_streamed(x, weight, block)
         return output if bias is None else output + bias

@@ -86,8 +86,7 @@ class AdapterBlock(nn.Module):
     @property
     def block(self) -> nn.Parameter:
         """The trainable block D."""
-        parameter: nn.Parameter = self._parameters[self.parameter_name]  # type: ignore[assignment]
-        return parameter
+        return self._parameters[self.parameter_name]  # type: ignore[return-value]
 
     @property
     def r_out(self) -> int | None:
@@ -352,8 +351,7 @@ class Adapters(nn.Module):
         the scale is 0 (`layers.compiled`).
         """
         if compiling:
-            override: Override | None = getattr(compiled, self.group.name)
-            return override
+            return getattr(compiled, self.group.name)
         context = current_context(self.group) if OPEN else None
         if context is None:
             return None
