@@ -52,9 +52,7 @@ class Asker:
         turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         if not self.is_chat:
             return "\n".join(turn["content"] for turn in turns)
-        return str(
-            self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-        )
+        return self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
 
     def encoded(self, prompts: Sequence[Prompt]) -> Any:
         """Return prompts as one batch of tokens, padded on the left."""

@@ -100,18 +100,18 @@ def _wrong_line(path: str) -> str | None:
     return None
 
 
-def mixed(sets: Sequence[Dataset], weights: Sequence[float], seed: int) -> Dataset:
+def mixed(sets: list[Dataset], weights: Sequence[float], seed: int) -> Dataset:
     """Return the rows of several sets: each row once, or drawn by weight until all were seen."""
     forms = {", ".join(sorted(rows.column_names)) for rows in sets}
     if len(forms) > 1:
         raise ArgumentError(f"the data sets must have one form, got {' and '.join(sorted(forms))}")
     if not weights:
-        return concatenate_datasets(list(sets))
+        return concatenate_datasets(sets)
     if len(weights) != len(sets) or min(weights) <= 0:
         raise ArgumentError(f"{len(sets)} data sets need as many weights above 0, got {weights}")
     shares = [weight / sum(weights) for weight in weights]
     return interleave_datasets(
-        list(sets), probabilities=shares, seed=seed, stopping_strategy="all_exhausted"
+        sets, probabilities=shares, seed=seed, stopping_strategy="all_exhausted"
     )
 
 

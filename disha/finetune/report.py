@@ -83,7 +83,7 @@ def prove(base: str, bits: str, path: Path, training: SFTConfig, outcome: Outcom
     training.report_to = []
     training.deepspeed_plugin = None  # accelerate keeps the first one
     training.dataset_kwargs = {"skip_prepare_dataset": True}  # packed rows can't be packed again
-    is_partitioned: bool = is_deepspeed_zero3_enabled()  # type: ignore[no-untyped-call]
+    is_partitioned = is_deepspeed_zero3_enabled()  # type: ignore[no-untyped-call]
     is_sharded = is_partitioned or bool(training.fsdp)
     device = None if is_sharded and bits not in FEW_BITS else training.device
     model, tokenizer = load_base(base, bits, device, disha.inspect_adapter(path).metadata)
@@ -137,7 +137,7 @@ def _answers(model: Any, tokenizer: Any, questions: Sequence[list[int]]) -> list
 
 
 def _text(tokenizer: Any, tokens: Any) -> str:
-    return str(tokenizer.decode(tokens, skip_special_tokens=True))
+    return tokenizer.decode(tokens, skip_special_tokens=True)
 
 
 def _page(samples: Sequence[Sample]) -> str:

@@ -134,8 +134,7 @@ def _trainer(
 ) -> Trainer:
     """Return a trainer for a base with the adapter, and for the rows."""
     sets, held_out = _read(data)
-    quantised = bits in FEW_BITS
-    device = training.device if quantised else None
+    device = training.device if bits in FEW_BITS else None
     notes = dict(disha.inspect_adapter(adapter.adapter).metadata) if adapter.adapter else {}
     if training.chat_template_path:
         notes[TEMPLATE_KEY] = template_at(training.chat_template_path)
@@ -236,7 +235,7 @@ def _trained(trainer: Trainer, base: str, bits: str, folder: Path) -> Outcome:
 def _checkpoint(training: TrainingArguments, folder: Path) -> str | None:
     """Return the checkpoint to go on from, if one is asked for and there is one."""
     if training.resume_from_checkpoint:
-        return str(training.resume_from_checkpoint)
+        return training.resume_from_checkpoint
     if not training.resume:
         return None
     # Another rank may not have made the folder yet.
