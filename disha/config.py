@@ -270,7 +270,7 @@ def checked_rows(name: str, ranges: Any) -> Rows:
             f"{name} must be a list of row numbers, or of pairs (first, stop) such as (0, 768), "
             f"got {brief(ranges)}"
         ) from error
-    rows: Rows = tuple(sorted(pairs))
+    rows = tuple(sorted(pairs))
     ends = [end for pair in rows for end in pair]
     if not rows or ends[0] < 0 or ends != sorted(ends) or any(a == b for a, b in rows):
         raise ArgumentError(

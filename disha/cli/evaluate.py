@@ -44,7 +44,7 @@ def main(words: Sequence[str]) -> None:
     if flags.exact_match and "completion" not in rows.column_names:
         raise ArgumentError("--exact_match needs rows with a question and an answer")
     batches = _batches(asker, rows, flags)
-    measured: dict[str, dict[str, float]] = {}
+    measured = {}
     if flags.adapter is None or flags.compare:
         measured["base"] = _measured(asker, batches, rows, flags)
     if flags.adapter is not None:

@@ -105,7 +105,7 @@ class AdapterCheckpoints(TrainerCallback):
 
     def on_save(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         """Write the adapter of a sharded model, for which all ranks must act together."""
-        model: nn.Module = given["model"]
+        model = given["model"]
         if ModelView(model).sharded:
             folder = Path(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
             disha.save_adapter(model, folder / ADAPTER_NAME, self._adapter)

@@ -42,7 +42,6 @@ class _Reference(nn.Module):
     """Stands for a frozen model, without parameters: a call runs the trained model with these."""
 
     model: Any
-    adapters: Sequence[str]
 
     def __init__(self, model: nn.Module, adapters: Sequence[str]) -> None:
         super().__init__()

@@ -109,7 +109,7 @@ class AdaptedLayer(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickle with the arguments that make the class, which no Python module contains."""
-        reduced: Any = super().__reduce_ex__(protocol)
+        reduced = super().__reduce_ex__(protocol)
         made = type(self)
         if "_made_by_disha" not in vars(made):
             return reduced
@@ -160,7 +160,7 @@ def adapted_class(
     """Return the adapted class for `original`. Each combination of arguments has one class."""
     if (original, parameters) == (nn.Linear, ("weight",)) and not is_opaque:
         return AdaptedLinear
-    namespace: dict[str, Any] = {
+    namespace = {
         "__module__": original.__module__,  # by which torch.fx knows what to call as a whole
         "__doc__": f"{original.__qualname__}, adapted by disha.",
         "_made_by_disha": True,

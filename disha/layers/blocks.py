@@ -123,7 +123,6 @@ class AdapterBlock(nn.Module):
                 "block must load it: inject first, then offload"
             )
         dropout = self.dropout if self.training else 0.0
-        scale: float | Tensor
         if group is None:
             scale = self.scale
         else:
@@ -133,7 +132,7 @@ class AdapterBlock(nn.Module):
 
     def _from_hook(self) -> Tensor:
         """Return the block after its device hook has loaded it."""
-        values: Tensor = self()
+        values = self()
         taken_away = self._parameters.get(self.parameter_name) is not values
         if taken_away and self.training and values.requires_grad and torch.is_grad_enabled():
             raise ModeError(
@@ -275,7 +274,7 @@ class Adapters(nn.Module):
 
     def blocks(self, adapter: str | None = None) -> dict[tuple[str, str], AdapterBlock]:
         """Return (adapter, name of the weight) -> block, of one adapter or of all."""
-        found: dict[tuple[str, str], AdapterBlock] = {}
+        found = {}
         for name in self if adapter is None else [adapter]:
             child: Any = self._modules.get(name, {})
             for block in (child,) if isinstance(child, AdapterBlock) else child.values():
@@ -388,7 +387,7 @@ class Adapters(nn.Module):
 
 def original_class(module: nn.Module) -> type[nn.Module]:
     """Return the class of a module, or the one that it had before it was adapted."""
-    cls: type[nn.Module] = type(module)
+    cls = type(module)
     if hasattr(cls, "_original_class") and isinstance(module._modules.get(CHILD_NAME), Adapters):
         cls = cls._original_class
     return cls

@@ -39,7 +39,7 @@ def _cast_as_fused(
     """Return the output in the dtype of torch's fused layer, where torch would use that one."""
     if layer.training or torch.is_grad_enabled() or not torch.is_autocast_enabled("cpu"):
         return output
-    attention: Any = layer.self_attn
+    attention = layer.self_attn
     fuses = (
         torch.backends.mha.get_fastpath_enabled()
         and type(layer).forward is nn.TransformerEncoderLayer.forward

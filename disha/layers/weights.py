@@ -38,7 +38,7 @@ def read_weight(module: nn.Module, name: str) -> Any:
 
 def matrix_weights(module: nn.Module) -> dict[str, Tensor]:
     """Return a module's own weights that are matrices or stacks of them, computed ones too."""
-    weights: dict[str, Any] = dict(module._parameters)
+    weights = dict(module._parameters)
     computed: Any = module.parametrizations if is_parametrized(module) else ()
     weights |= {name: read_weight(module, name) for name in computed}
     return {

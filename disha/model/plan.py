@@ -429,7 +429,7 @@ def _for_rows(config: AdapterConfig, rows: Mapping[str, Any]) -> AdapterConfig:
 
 def _layers_of(view: ModelView, config: AdapterConfig) -> list[PlannedLayer]:
     """Return all weights, matrices of unknown layout, and modules without either."""
-    found: list[PlannedLayer] = []
+    found = []
     for module, names in view.names.items():
         slots = declared_slots(module)
         weights = [PlannedLayer(module, names, config, slot.parameter, slot) for slot in slots]

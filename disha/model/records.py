@@ -41,7 +41,7 @@ class LayerRecord:
 
     def to_json(self) -> dict[str, Any]:
         """Return all fields of the layer as JSON values, including those of its layout."""
-        fields: dict[str, Any] = as_json(vars(self) | vars(self.layout))
+        fields = as_json(vars(self) | vars(self.layout))
         fields["layout"] = fields.pop("pattern")
         return fields
 

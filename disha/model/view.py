@@ -107,7 +107,6 @@ class ModelParameter(NamedTuple):
 class ModelView:
     """The modules, parameters and adapters of a model; the adapters are always up to date."""
 
-    model: nn.Module
     names: dict[nn.Module, tuple[str, ...]]
     """Every module -> its clean names; a shared module has several. Adapters are left out."""
 
