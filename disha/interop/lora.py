@@ -71,9 +71,6 @@ TOKENS = ".token_adapter.trainable_tokens_delta"  # new values of rows, in spite
 FACTORS = (*MATRIX, *EMBEDDING)
 """The ends of the keys of factors."""
 
-PEFT_ALPHA, PEFT_RANK = 8, 8
-"""PEFT's lora_alpha and r if a configuration has none."""
-
 CHANGE_THE_SUM = (
     "use_dora",
     "lora_bias",
@@ -553,7 +550,7 @@ def _factors(
             rank = len(a) if a.dim() else 1
             layout = _layout(folder, name, a, EMBEDDING[0] in ends, layouts)
         else:
-            rank = folder.of_layer(stack, "r", "rank_pattern", PEFT_RANK)
+            rank = folder.of_layer(stack, "r", "rank_pattern")
             name = stack
             a, b = stacks.matrices_of(stack, a, b, rank)
             layout = (
@@ -585,7 +582,7 @@ def _layout(
 
 def _scale_of(folder: PeftFolder, name: str, rank: int) -> float:
     """Return the scale s of a layer, by its lora_alpha."""
-    alpha = folder.of_layer(name, "lora_alpha", "alpha_pattern", PEFT_ALPHA)
+    alpha = folder.of_layer(name, "lora_alpha", "alpha_pattern")
     try:
         check_scale(alpha)
     except DishaError as error:

@@ -65,8 +65,8 @@ class PeftFolder:
         # "head." is in the name if the name of a module around the tensor ends with "head".
         return any(f"{module}." in name for module in self.fields.get("modules_to_save") or ())
 
-    def of_layer(self, name: str, field: str, pattern: str, default: Any) -> Any:
-        """Return a setting of a layer as PEFT finds it: by the first key of the pattern."""
+    def of_layer(self, name: str, field: str, pattern: str) -> Any:
+        """Return r or lora_alpha of a layer as PEFT finds it: by the first key of the pattern."""
         for key, value in (self.fields.get(pattern) or {}).items():
             # Only literal and escaped characters: the regex of a stranger could take forever.
             if not re.fullmatch(r"\^?(\\\W|[^][\\(){}*+?|^$])*", key):
@@ -76,7 +76,7 @@ class PeftFolder:
                 )
             if re.match(rf"(.*\.)?({key})$", name):
                 return value
-        return self.fields.get(field, default)
+        return self.fields.get(field, 8)  # the default of both in PEFT
 
 
 def read_peft_files(folder: PathLike, ends: tuple[str, ...], also_train: bool) -> PeftFolder:
