@@ -180,4 +180,4 @@ def _sum(parts: Sequence[_Part], r: int | None) -> tuple[LayerRecord, Tensor]:
             f"layer {name!r}: the sum is not finite as {total.dtype}; give smaller weights"
         )
     bases = {part.record.base for part in parts}
-    return replace(first, r=r, scale=1.0, base=first.base if len(bases) == 1 else None), total
+    return replace(records.pop(), base=first.base if len(bases) == 1 else None), total
