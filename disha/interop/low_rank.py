@@ -232,9 +232,7 @@ def _update(
         raise ArgumentError(f"a {layer.method} update is cut to a rank: give `rank` (--rank)")
     delta = _delta(layer, block, base)
     wide = delta.flatten(1).to(torch.promote_types(delta.dtype, torch.float32))
-    wide_a, wide_b = _cut(wide, rank)
-    a = wide_a.to(block.dtype)
-    b = wide_b.to(block.dtype)
+    a, b = (factor.to(block.dtype) for factor in _cut(wide, rank))
     lost = wide - b.to(wide.dtype) @ a.to(wide.dtype)
     error, norm = (float(torch.linalg.vector_norm(x, dtype=torch.float64)) for x in (lost, wide))
     error = error / norm if norm and layer.scale else 0.0
