@@ -212,10 +212,10 @@ def write_file(
     contents: Mapping[str, AdapterContents],
     *,
     rank: int | None = None,
-    bases: Mapping[str, BaseWeight | None] | None = None,
+    bases: Mapping[str, BaseWeight | None],
 ) -> LoraReport:
     """Write adapters of unknown models, by component, as `export` does."""
-    updates = _updates(contents, bases or {}, rank)
+    updates = _updates(contents, bases, rank)
     save_tensors(path, tensors_of(updates))
     return LoraReport.of(path, updates)
 
