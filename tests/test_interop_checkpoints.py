@@ -14,6 +14,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import AutoConfig, AutoModelForImageTextToText
 
 import disha
 from disha import AdapterFileError, AdapterIOError, ArgumentError, ArgumentTypeError, MergeError
@@ -26,7 +27,7 @@ from disha.interop.checkpoints import (
     open_checkpoint,
 )
 from tests.conftest import Layered, assert_same, perturb
-from tests.language_models import gpt2, llama
+from tests.language_models import SIZES, gpt2, llama
 from tests.test_experts import build
 
 
@@ -599,6 +600,15 @@ def merge_in(folder):
     merge_into_checkpoint(folder / "base", folder / "adapter.safetensors", folder / "merged")
 
 
+TOWER = {**SIZES, "image_size": 8, "patch_size": 4}
+ROTATED = {"rope_type": "default", "mrope_section": [1, 1, 0]}  # which of a head's pairs turn
+VISION = {  # text, tower
+    "llava": ({"model_type": "llama"}, {"model_type": "clip_vision_model", **TOWER}),
+    "gemma3": ({"head_dim": 4}, {"vision_use_head": False, **TOWER}),
+    "qwen2_vl": ({"rope_scaling": ROTATED}, {"depth": 1, "embed_dim": 16, "hidden_size": 16}),
+}
+
+
 class TestTransformers:
     def merged(self, tmp_path, model, save, adapt, target, dtype=torch.float32, **arguments):
         """Merge into what `save` writes, in memory into `adapt`; return both, as one class."""
@@ -641,6 +651,14 @@ class TestTransformers:
     def test_the_checkpoint_of_the_inner_model(self, tmp_path):
         model = llama()
         self.assert_same_model(*self.merged(tmp_path, model, model.model, model, "proj"))
+
+    @pytest.mark.parametrize("name", VISION)
+    def test_text_layers_that_have_other_names_in_the_model(self, tmp_path, name):
+        text, tower = VISION[name]
+        config = AutoConfig.for_model(name, text_config=SIZES | text, vision_config=tower)
+        model = AutoModelForImageTextToText.from_config(config)
+        merged = self.merged(tmp_path, model, model, model, "all-linear", also_train="norm")
+        self.assert_same_model(*merged)
 
     def test_a_tied_embedding(self, tmp_path):
         model = llama(tie_word_embeddings=True, pad_token_id=None)

@@ -1,8 +1,8 @@
 """Base checkpoints on disk: merge an adapter file into one, or ask whether the two belong together.
 
-A checkpoint is one safetensors file or a folder. Its names are those of the adapter's model, or all
-have one prefix more or less. Single matrices of experts, which `transformers` stacks as it loads
-them, get the name of their stack too.
+A checkpoint is one safetensors file or a folder. Its names are those of the adapter's model, or
+begin otherwise: `transformers` renames the text layers of models that see images as it loads them.
+Single matrices of experts, which it stacks then, get the name of their stack too.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,9 @@ _FIRST_PARTS = {
     if family.layout == SEPARATE_BEFORE
 }
 """The first matrix of an expert's part of a stack -> the block, the stack, and all matrices."""
+
+SAME_END = re.compile(r"^(|.*?\.)(.+)\n(|.*\.)\2$")
+"""Two names with the same end: how one begins, the end, and how the other begins."""
 
 Stack = tuple[tuple[str, ...], ...]
 """For each expert, the tensors whose rows, one after the other, are its matrix (out, in)."""
@@ -108,8 +112,8 @@ def merge_into_checkpoint(
     Args:
         base: one safetensors file; or a folder with a `model.safetensors`, or with shards and a
             `model.safetensors.index.json`.
-        adapter_path: the adapter file. The base has its weights under their names, or all of them
-            with one prefix more or less.
+        adapter_path: the adapter file. The base has its weights under their names, or these begin
+            otherwise there, with some modules more or less, or in another order.
         out: the folder to write. If it ends with `.safetensors`, the file to write, which then
             holds all tensors. In a folder, a base that is one file becomes `model.safetensors`.
         also_train: also merge the parameters saved with the blocks.
@@ -319,30 +323,43 @@ def _keys(checkpoint: Checkpoint, contents: AdapterContents) -> dict[str, str]:
 
 
 def _stored(checkpoint: Checkpoint, wanted: Mapping[str, tuple[str, ...]]) -> dict[str, str]:
-    """Return name -> the first of its possible names that the checkpoint has, with one prefix."""
+    """Return name -> the first of its possible names that the checkpoint has.
+
+    The names of a part of the model, such as its text layers, may begin otherwise there. If they
+    do, fewer modules or more come before the same end, and no numbers such as those of layers. A
+    `model` may come and go.
+    """
+    if not wanted:
+        return {}
     stored = checkpoint.files.keys() | checkpoint.stacks.keys()
-    prefixes = {("", "")}  # the one that the checkpoint lacks, and the one that it has in addition
-    for key in next(iter(wanted.values()), ()):
-        prefixes |= {("", name.removesuffix(key)) for name in stored if name.endswith(f".{key}")}
-        prefixes |= {(key.removesuffix(name), "") for name in stored if key.endswith(f".{name}")}
-    by_prefix = []  # from the shortest, which is none
-    for less, more in sorted(prefixes, key=lambda pair: len("".join(pair))):
+    starts = {("", "")}  # how names begin in the model, and in the checkpoint
+    for key, name in product(next(iter(wanted.values())), stored):
+        for start, _, other in SAME_END.findall(f"{key}\n{name}"):  # one, or none
+            modules, others = ({"model", *names.split(".")} for names in (start, other))
+            shared = modules & others
+            if shared in (modules, others) and not any(map(str.isdigit, shared)):
+                starts.add((start, other))
+    by_start = []
+    for start, other in sorted(starts):  # none is the first
         found: dict[str, str] = {}
         for name, keys in wanted.items():
-            possible = [more + key.removeprefix(less) for key in keys]
-            found.update((name, key) for key in reversed(possible) if key in stored)
-        by_prefix.append(found)
-    best = max(by_prefix, key=len)  # the first of the best
-    absent = [keys[0] for name, keys in wanted.items() if name not in best]
-    complete = sum(len(found) == len(wanted) for found in by_prefix)
-    if absent or (best is not by_prefix[0] and complete > 1):
+            for key in reversed(keys):
+                moved = other + key.removeprefix(start)
+                if moved in stored:
+                    found[name] = moved
+        by_start.append(found)
+    best = max(by_start, key=len)  # the first of the best
+    equal = sum(len(found) == len(best) for found in by_start)
+    if not best or (best is not by_start[0] and equal > 1):
         there = first_few(sorted(stored), 5, ", ")
-        lacks = f"lacks {first_few(absent, 5, ', ')}" if absent else "fits by several prefixes"
+        absent = first_few([keys[0] for keys in wanted.values()], 5, ", ")
+        lacks = "fits by several prefixes" if best else f"lacks {absent}"
         raise AdapterFileError(
             f"{checkpoint.path} {lacks}; it has {there}. If "
             "a weight is tied, or has another name in the model, merge there (merge_adapters)"
         )
-    return best
+    rest = {name: keys for name, keys in wanted.items() if name not in best}
+    return best | _stored(checkpoint, rest)
 
 
 def _misfits(
