@@ -499,3 +499,26 @@ class TestEmbeddingsWithAForwardOfTheirOwn:
         with pytest.raises(disha.ModeError, match=r"dropout can't act here.*dropout=0"):
             model(torch.zeros(2, 3, dtype=torch.int64))
         model.eval()(torch.zeros(2, 3, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("trace", [False, True])
+def test_a_scripted_part_stays_as_it_is(trace, tmp_path):
+    x = torch.randn(6, 4)
+
+    def build():
+        torch.manual_seed(0)
+        part = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+        part = torch.jit.trace(part, x) if trace else torch.jit.script(part)
+        return nn.Sequential(nn.Linear(4, 4), part, nn.Linear(4, 4))
+
+    model = disha.inject_adapters(build(), "all-linear", 2, also_train=r"1\.1")
+    assert not model.get_parameter("1.0.weight").requires_grad
+    perturb(model)(x)  # changes the running statistics
+    disha.save_adapter(model, tmp_path / "adapter")
+    again = build()
+    disha.load_adapter(again, tmp_path / "adapter")
+    expected = model.eval()(x)
+    assert torch.equal(again.eval()(x), expected)
+    disha.merge_adapters(again)
+    torch.testing.assert_close(again(x), expected)
+    assert disha.remove_adapters(model).get_parameter("1.0.weight").requires_grad

@@ -40,7 +40,7 @@ def set_requires_grad(module: nn.Module, name: str, flag: bool) -> None:
 def restore_flags(module: nn.Module) -> None:
     """Restore the first flags of the module's parameters, and forget everything."""
     for name, flag in attributes_of(module).pop(_FLAGS, {}).items():
-        parameter = module._parameters.get(name)
+        parameter = dict(module._parameters).get(name)
         if parameter is not None:
             parameter.requires_grad = flag.first
 

@@ -431,9 +431,10 @@ def _layers_of(view: ModelView, config: AdapterConfig) -> list[PlannedLayer]:
     """Return all weights, matrices of unknown layout, and modules without either."""
     found = []
     for module, names in view.names.items():
-        slots = declared_slots(module)
+        compiled = isinstance(module, torch.jit.ScriptModule)  # it stays as it is
+        slots = [] if compiled else declared_slots(module)
         weights = [PlannedLayer(module, names, config, slot.parameter, slot) for slot in slots]
-        if not (slots and slots[0].opaque):
+        if not compiled and not (slots and slots[0].opaque):
             known = [slot.parameter for slot in slots]
             matrices = [name for name in matrix_weights(module) if name not in known]
             weights += [PlannedLayer(module, names, config, name) for name in matrices]
@@ -739,7 +740,7 @@ def _all_linear(view: ModelView, known: list[PlannedLayer]) -> set[Place]:
     tables = set()
     linear = {}
     for layer in known:
-        parameter = layer.module._parameters.get(layer.attribute)
+        parameter = dict(layer.module._parameters).get(layer.attribute)
         if isinstance(layer.module, (nn.Embedding, nn.EmbeddingBag)):
             tables.add(id(parameter))
         elif layer.slot is not None and layer.module not in added:

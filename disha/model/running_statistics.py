@@ -121,7 +121,7 @@ def forget_statistics(modules: Iterable[nn.Module]) -> None:
 
 def _statistics_of(module: nn.Module) -> dict[str, Tensor]:
     """Return the buffers in the state dict of a norm, or nothing if the module is none."""
-    return {} if module._buffers.get("running_mean") is None else saved_buffers(module)
+    return saved_buffers(module) if "running_mean" in module._buffers else {}
 
 
 def saved_buffers(module: nn.Module) -> dict[str, Tensor]:

@@ -118,7 +118,10 @@ def adapter_tensors(view: ModelView, adapter: str) -> dict[str, Tensor]:
         _refuse_flattened(name, layer, block)
         tensors[join(name, block.parameter_name)] = block.block
     for parameter in view.trained(adapter):
-        if stored_weight(parameter.module, parameter.attribute) is not parameter.value:  # merged
+        if (
+            isinstance(parameter.module, AdaptedLayer)  # perhaps merged
+            and stored_weight(parameter.module, parameter.attribute) is not parameter.value
+        ):
             view.refuse_merged(f"use {parameter.name} as part of the adapter")
         tensors[parameter.name] = parameter.value
     changed = running_statistics.changed_statistics(view.names)
