@@ -558,7 +558,7 @@ BAD = {
     "another kind": (with_fields(init_weights="bat"), "a block of shape (4, 6) does not fit"),
     "unknown kind": (with_fields(init_weights="nice"), "init_weights='nice' is unknown"),
     "mini that does not divide": (with_fields(init_weights="mini", mini_r=4), "does not divide"),
-    "nothing saved": (with_fields(modules_to_save=None), "norm.weight: it is no block, and not in"),
+    "nothing saved": (with_fields(modules_to_save=None), "norm.weight: it does not train, and"),
     "biases": (with_fields(bias="MiSS_only"), "bias='MiSS_only'"),
     "wrong shape": (with_tensor(BLOCK, lambda t: t[:, :-1].clone()), "expected a block of shape"),
     "infinite": (with_tensor(BLOCK, lambda t: t / 0), "not finite"),
@@ -577,8 +577,9 @@ BAD = {
     ),
     "a parameter more": (
         with_tensor("scale", lambda t: torch.zeros(6, dtype=torch.float64)),
-        "scale: it is no block",
+        "scale: it does not train, and differs",
     ),
+    "a tensor more": (with_tensor("more", lambda t: torch.zeros(6)), "more: it is no block"),
 }  # fmt: skip
 
 

@@ -19,6 +19,7 @@ from tests.conftest import Doubled, Layered, Made, Shared, Tied, perturb, refuse
 from tests.peft_models import (
     close,
     config_of,
+    llama,
     net,
     output,
     perturb_all,
@@ -311,6 +312,21 @@ def test_buffers_that_are_not_the_models_are_refused(tmp_path, form):
     rewrite(tmp_path, {**tensors_of(tmp_path), **more}, modules_to_save=["head"])
     for name in unknown:
         refused_to_load(tmp_path, form, with_buffer(), f"{name}: it does not train, and differs")
+
+
+@in_both_formats
+def test_whole_embeddings_must_be_the_models(tmp_path, form):
+    ours = perturb(disha.inject_adapters(llama(), "q_proj", 2))
+    form.export(ours, tmp_path)
+    theirs = PeftModel.from_pretrained(llama(), tmp_path)
+    theirs.save_pretrained(tmp_path, save_embedding_layers=True)
+    model = llama()
+    assert form.load(model, tmp_path).complete
+    close(output(model, llama), output(ours, llama))
+    assert adapter_contents(ModelView(model)).also_train == ()
+    disha.remove_adapters(model).model.embed_tokens.weight.data[0] += 1
+    refused_to_load(tmp_path, form, model, "embed_tokens.weight: it does not train, and differs")
+    form.load(model, tmp_path, also_train=False)
 
 
 def test_peft_parts_a_tied_weight_that_it_saves(tmp_path):

@@ -272,11 +272,6 @@ def _read(folder: PathLike, also_train: bool) -> tuple[PeftFolder, AdapterConfig
     refuse_to_load(path, problems)
     end = BONE_BLOCK if legacy else MISS_BLOCK
     blocks = {key.removesuffix(end): tensors.pop(key) for key in [*tensors] if key.endswith(end)}
-    problems += [
-        f"{name}: it is no block, and not in a module that modules_to_save names"
-        for name in tensors
-        if not peft_folder.saves(name) and not name.endswith(FROZEN)
-    ]
     if not blocks:
         problems.append(f"there is no tensor that ends in {end}")
     refuse_to_load(path, problems)
@@ -299,7 +294,11 @@ def _contents(
     """Return the adapter in a PEFT folder."""
     beside = {name: value for name, value in folder.tensors.items() if folder.saves(name)}
     shapes = shapes_of([*(join(name, "weight") for name in blocks), *beside])
-    problems = []
+    problems = [
+        f"{name}: it is no block, and not in a module that modules_to_save names"
+        for name in folder.tensors
+        if name not in beside and not name.endswith(FROZEN)
+    ]
     layers = []
     for name in blocks:
         shape = shapes.get(join(name, "weight"), ())

@@ -323,10 +323,10 @@ def keep_for_model(view: ModelView, folder: PeftFolder) -> None:
         for above, module in view.modules.items()
         for name, buffer in saved_buffers(module).items()
     }
-    buffers |= {
-        name.removesuffix(".weight") + FROZEN: parameter.value
-        for name, parameter in parameters.items()
-    }
+    for name in tensors:  # whole embeddings, and the frozen weights of adapted ones
+        frozen = parameters.get(name.replace(FROZEN, ".weight"))
+        if frozen and not folder.saves(name):
+            buffers[name] = frozen.value
     known = statistics(view.names)
     kept = {}
     problems = []
