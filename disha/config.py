@@ -6,6 +6,8 @@ import functools
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from fractions import Fraction
+from numbers import Real
 from operator import index
 from types import MappingProxyType
 from typing import Any, Literal, ParamSpec, TypeVar, get_args
@@ -25,7 +27,7 @@ MethodName = Literal["bone", "miss", "bat"] | str
 
 Init = Literal["zeros", "kaiming"]
 INITS = get_args(Init)
-LARGEST_SCALE = torch.finfo(torch.float32).max
+LARGEST_SCALE = Fraction(torch.finfo(torch.float32).max)  # numpy would round a float to compare
 BLOCK_DTYPES = {
     "float16": torch.float16,
     "bfloat16": torch.bfloat16,
@@ -104,7 +106,7 @@ class AdapterConfig:
                 raise ArgumentError(f"leave r_out out: only {tiles} has an output shard")
         if self.init not in INITS:
             raise ArgumentError(f"unknown init {brief(self.init)}; allowed are {INITS}")
-        check_scale(self.scale)
+        values["scale"] = check_scale(self.scale)
         check_type("dropout", self.dropout, (int, float), "a number")
         if not 0.0 <= self.dropout < 1.0:
             raise ArgumentError(f"dropout must be at least 0 and below 1, got {self.dropout}")
@@ -223,13 +225,14 @@ def check_positive_int(name: str, value: Any) -> int:
     return value
 
 
-def check_scale(scale: Any, name: str = "scale") -> None:
-    """Raise unless `scale` is a number that is finite in float32, its dtype in compiled graphs."""
-    check_type(name, scale, (int, float), "a number")
+def check_scale(scale: Any, name: str = "scale") -> float:
+    """Return a number that is finite in float32, its dtype in compiled graphs."""
+    check_type(name, scale, Real, "a number")
     if not abs(scale) <= LARGEST_SCALE:
         raise ArgumentError(
-            f"{name} must be finite and at most {LARGEST_SCALE:.3g}, got {brief(scale)}"
+            f"{name} must be finite and at most {float(LARGEST_SCALE):.3g}, got {brief(scale)}"
         )
+    return float(scale)
 
 
 def check_dtype(dtype: object) -> None:

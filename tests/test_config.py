@@ -1,6 +1,7 @@
 import copy
 import json
 
+import numpy as np
 import pytest
 import torch
 
@@ -17,7 +18,7 @@ FULL = AdapterConfig(
     exclude=["head", "norm"],
     rank_pattern={"v_proj": 2, "q": 3},
     dropout=0.1,
-    scale=0.5,
+    scale=np.float32(0.5),
     dtype=torch.bfloat16,
     init="kaiming",
     also_train="norm",

@@ -1,5 +1,6 @@
 import copy
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -83,7 +84,7 @@ class TestDisabled:
 
 class TestScale:
     def test_only_the_named_adapter(self, two):
-        disha.set_adapter_scale(two, 0.5, "a")
+        disha.set_adapter_scale(two, np.float32(0.5), "a")
         scales = {(row.adapter, row.scale) for row in disha.summary(two).layers}
         assert scales == {("a", 0.5), ("b", 1.0)}
 
@@ -94,7 +95,9 @@ class TestScale:
             (float("inf"), "a", ArgumentError),
             (1e300, "a", ArgumentError),
             (10**400, "a", ArgumentError),
+            (np.float16("inf"), "a", ArgumentError),
             ("1", "a", ArgumentTypeError),
+            (True, "a", ArgumentTypeError),
             (1.0, "c", ArgumentError),
         ],
     )

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import textwrap
+from fractions import Fraction
 from functools import partial
 
 import pytest
@@ -185,7 +186,7 @@ class TestMergingIsWhatMergingInMemoryIs:
         assert_same(tensors_in(setting.out), setting.merged_in_memory())
 
     def test_scale_in_place_of_the_adapters(self, setting):
-        setting.merge(scale=-0.25)
+        setting.merge(scale=Fraction(-1, 4))
         disha.set_adapter_scale(setting.model, -0.25)
         assert_same(tensors_in(setting.out), setting.merged_in_memory())
 

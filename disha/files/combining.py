@@ -110,7 +110,7 @@ def combine_contents(summands: Sequence[Summand], r: int | None) -> AdapterConte
     """Return the adapter that is the weighted sum of others, with scale 1 and no metadata."""
     parts: dict[str, list[_Part]] = {}
     for source, contents, weight in summands:
-        check_scale(weight, "the weight of an adapter")
+        factor = check_scale(weight, "the weight of an adapter")
         if contents.also_train:
             raise ArgumentError(
                 f"{source} holds parameters besides its blocks "
@@ -118,7 +118,7 @@ def combine_contents(summands: Sequence[Summand], r: int | None) -> AdapterConte
                 "they have no weighted sum; leave out `also_train`"
             )
         for layer in contents.layers:
-            part = _Part(layer, contents.tensors[layer.key], weight, source)
+            part = _Part(layer, contents.tensors[layer.key], factor, source)
             parts.setdefault(layer.name, []).append(part)
     configs = [summand.contents.config for summand in summands]
     if len({(config.method, config.r_out) for config in configs}) > 1:

@@ -153,7 +153,7 @@ def merge_into_checkpoint(
         True
     """
     if scale is not None:
-        check_scale(scale)
+        scale = check_scale(scale)
     out = checked_path(out)
     checkpoint = open_checkpoint(base)
     _check_target(out, checkpoint, overwrite)
