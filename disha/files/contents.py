@@ -96,6 +96,7 @@ def save_adapter(
     ranks = view.ranks()
     action = f"save adapter {adapter!r}"
     with ranks.agreeing(action):
+        view.require(adapter)
         target = file_at(path)
     contents = adapter_contents(view, adapter, metadata)
     with ranks.agreeing(action):

@@ -105,10 +105,11 @@ class AdapterBlock(nn.Module):
         elif name in parameters:
             # In a forward, the dict of ZeRO-3 gathers the block for the layer that runs; elsewhere,
             # and in compiled code, only its hooks do.
-            if type(parameters) is not dict:
+            gathers = type(parameters) is not dict
+            if gathers:
                 expect(parameters.get(name))
             values = parameters[name]
-            if type(parameters) is not dict and values.shape != whole_shape(values):
+            if gathers and values.shape != whole_shape(values):
                 values = self()
         if values is None:
             raise ModeError(

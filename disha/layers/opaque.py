@@ -259,7 +259,7 @@ def _delta(module: nn.Module, slot: Slot, x: Tensor, update: Update) -> Tensor:
     # Without a bias, which stands where an embedding has its padding_idx.
     multiply: Any = F.embedding if slot.layout.pattern == "index out" else F.linear
     # Hooks do not nest, and activation checkpointing has some, which keep nothing either.
-    others = is_compiling() or transforms_active() or saving_hooks(True) is not None
+    others = is_compiling() or transforms_active() or saving_hooks(True)
     if others or not update.method.reads_weight:
         return update_product(multiply, x, weight, slot.layout, update)
     # Backward reads W again. Else each layer would keep a dense copy of its quantised weight.
