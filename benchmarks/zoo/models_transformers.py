@@ -16,7 +16,14 @@ from functools import partial
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
+from transformers import CONFIG_MAPPING, PreTrainedConfig, ResNetConfig
+from transformers.models.auto import modeling_auto
+from transformers.models.auto.configuration_auto import (
+    CONFIG_MAPPING_NAMES,
+    model_type_to_module_name,
+)
 
 from benchmarks.zoo.cases import Built, Case, NotRun, run, seed, short, tensors, wake
 
@@ -59,43 +66,31 @@ RULES: tuple[tuple[str, int], ...] = (
      r"experts|experts_per_token|num_experts_per_token", PER_TOKEN),
     (r"num_shared_experts|n_shared_experts|moe_num_shared_experts", 1),
     (r"n_group|topk_group|num_expert_group|num_limited_groups", 1),
-    (r"q_lora_rank|kv_lora_rank|o_lora_rank|\w*lora_rank", 16),
+    (r"\w*lora_rank|mamba_d_head|mamba_head_dim|mamba_d_state|ssm_state_size|state_size|"
+     r"num_mel_bins|(proj_)?codevector_dim|num_conv_pos_embeddings|classifier_proj_size|"
+     r"xvector_output_dim|coordinate_size|shape_size", 16),
     (r"first_k_dense_replace|decoder_sparse_step|moe_layer_interval|expert_layer_period|"
      r"num_dense_layers|moe_layer_freq", 1),
     (r"max_position_embeddings|n_positions|max_(source|target)_positions|max_seq_len\w*|"
      r"seq_length|\w+_max_position_embeddings", 128),
     (r"image_size|img_size|input_size|(\w+_)?image_size|pretrain_image_size|crop_size", IMAGE),
     (r"patch_size", PATCH),
-    (r"sliding_window|attention_window_size|local_attention_window|sliding_window_size", 8),
+    (r"sliding_window|attention_window_size|local_attention_window|sliding_window_size|"
+     r"mamba_n_heads|mamba_num_heads|mamba_chunk_size|chunk_size|chunk_length|time_step_rank|"
+     r"num_queries|num_query_tokens|num_object_queries|num_latents|resampler_n_latents|"
+     r"resampler_num_latents", 8),
     (r"linear_(key|value)_head_dim|index_head_dim|swa_head_dim|kda_head_dim", HEAD),
     (r"linear_num_key_heads|index_n_heads|linear_num_heads", KV_HEADS),
     (r"linear_num_value_heads", HEADS),
-    (r"index_topk", 4),
-    (r"mamba_n_heads|mamba_num_heads", 8),
-    (r"mamba_d_head|mamba_head_dim", 16),
-    (r"mamba_d_state|ssm_state_size|state_size|mamba_d_ssm", 16),
+    (r"index_topk|num_denoising|num_codebooks|num_quantizers|num_residual_quantizers|"
+     r"mm_tokens_per_image", 4),
     (r"mamba_d_ssm", 128),
-    (r"mamba_chunk_size|chunk_size|chunk_length", 8),
-    (r"time_step_rank", 8),
-    (r"num_queries|num_query_tokens|num_object_queries", 8),
-    (r"num_denoising", 4),
-    (r"num_feature_levels", 3),
-    (r"num_mel_bins", 16),
+    (r"num_feature_levels|num_labels", 3),
     (r"codebook_size|num_codevectors_per_group", 32),
-    (r"codevector_dim|proj_codevector_dim", 16),
-    (r"num_codebooks|num_quantizers|num_residual_quantizers", 4),
-    (r"num_conv_pos_embeddings", 16),
-    (r"num_conv_pos_embedding_groups", 2),
-    (r"num_frames", 2),
-    (r"num_labels", 3),
-    (r"upsample_initial_channel", 64),
-    (r"classifier_proj_size|xvector_output_dim|coordinate_size|shape_size", 16),
+    (r"num_conv_pos_embedding_groups|num_frames", 2),
+    (r"upsample_initial_channel|num_position_embeddings|d_latents|latent_dim", 64),
     (r"query_pre_attn_scalar", HEAD),
-    (r"num_position_embeddings", 64),
-    (r"mm_tokens_per_image", 4),
     (r"image_seq_length|image_seq_len", (IMAGE // PATCH) ** 2),
-    (r"num_latents|resampler_n_latents|resampler_num_latents", 8),
-    (r"d_latents|latent_dim", 64),
 )  # fmt: skip
 
 KEPT = re.compile(
@@ -113,6 +108,7 @@ USUAL_TOKENS = {
     "forced_eos_token_id": 2, "forced_bos_token_id": 1,
 }  # fmt: skip
 FIRST_TOKEN = 100
+LAYER_COUNTS = ("num_hidden_layers", "n_layer", "num_layers")
 
 GENTLE = re.compile(
     r"(num_|n_)?(hidden_)?layers?|(num_)?(encoder|decoder)_(hidden_)?layers|n_layers?|depth|"
@@ -127,8 +123,6 @@ def _mrope(*sections: int, **more: Any) -> dict[str, Any]:
 
 
 def _resnet() -> dict[str, Any]:
-    from transformers import ResNetConfig
-
     backbone = ResNetConfig(
         embedding_size=32,
         hidden_sizes=[32, 64, 64, 96],
@@ -139,29 +133,17 @@ def _resnet() -> dict[str, Any]:
 
 
 SPECIAL: dict[str, Any] = {
-    "qwen2_vl_text": _mrope(4, 2, 2),
-    "qwen2_5_vl_text": _mrope(4, 2, 2),
-    "qwen2_5_omni_text": _mrope(4, 2, 2),
-    "qwen3_vl_text": _mrope(4, 2, 2),
-    "qwen3_vl_moe_text": _mrope(4, 2, 2),
-    "qwen3_5_text": _mrope(2, 1, 1, partial_rotary_factor=0.5),
-    "qwen3_5_moe_text": _mrope(2, 1, 1, partial_rotary_factor=0.5),
-    "glm4v_text": _mrope(4, 2, 2),
-    "glm4v_moe_text": _mrope(2, 1, 1, partial_rotary_factor=0.5),
-    "glm_ocr_text": _mrope(4, 2, 2),
-    "paddleocr_vl_text": _mrope(4, 2, 2),
-    "hunyuan_v1_dense": {"head_dim": HEAD},
-    "hunyuan_v1_moe": {"head_dim": HEAD},
-    "hunyuan_vl_text": {"head_dim": HEAD},
-    "autoformer": {"prediction_length": 4, "context_length": 16},
-    "informer": {"prediction_length": 4, "context_length": 16},
-    "time_series_transformer": {"prediction_length": 4, "context_length": 16},
-    "detr": _resnet,
-    "conditional_detr": _resnet,
-    "dab-detr": _resnet,
-    "deformable_detr": _resnet,
-    "table-transformer": _resnet,
-    "omdet-turbo": _resnet,
+    **dict.fromkeys(("qwen2_vl_text", "qwen2_5_vl_text", "qwen2_5_omni_text", "qwen3_vl_text",
+                     "qwen3_vl_moe_text", "glm4v_text", "glm_ocr_text", "paddleocr_vl_text"),
+                    _mrope(4, 2, 2)),
+    **dict.fromkeys(("qwen3_5_text", "qwen3_5_moe_text", "glm4v_moe_text"),
+                    _mrope(2, 1, 1, partial_rotary_factor=0.5)),
+    **{name: {"head_dim": HEAD} for name in ("hunyuan_v1_dense", "hunyuan_v1_moe",
+                                             "hunyuan_vl_text", "ministral")},
+    **{name: {"prediction_length": 4, "context_length": 16}
+       for name in ("autoformer", "informer", "time_series_transformer")},
+    **dict.fromkeys(("detr", "conditional_detr", "dab-detr", "deformable_detr",
+                     "table-transformer", "omdet-turbo"), _resnet),
     "esm": {"vocab_size": VOCABULARY, "pad_token_id": 0},
     "xlstm": {"num_heads": HEADS},
     "xmod": {"default_language": "en_XX"},
@@ -173,7 +155,6 @@ SPECIAL: dict[str, Any] = {
     "efficientnet": {"width_coefficient": 0.25, "depth_coefficient": 0.1, "hidden_dim": 320},
     "decision_transformer": {"state_dim": 17, "act_dim": 4},
     "nemotron": {"num_key_value_heads": KV_HEADS, "head_dim": HEAD},
-    "ministral": {"head_dim": HEAD},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "mamba2": {"num_heads": 8, "head_dim": 16},
     "zamba2": {"n_mamba_heads": 8, "mamba_headdim": 16},
@@ -232,15 +213,13 @@ class Shrinker:
         known = {k: v for k, v in values.items() if k in accepted or k in default.attribute_map}
         config = type(default)(**known)
         for name, value in values.items():  # what is computed from others, and not an argument
-            if name in fields and name not in known and not isinstance(value, _configuration()):
+            if name in fields and name not in known and not isinstance(value, PreTrainedConfig):
                 setattr(config, name, value)
         return config
 
     def _layers(self, fields: dict[str, Any]) -> tuple[int, ...]:
         """Return which layers are kept: enough for one of every kind."""
-        count = next(
-            (fields[n] for n in ("num_hidden_layers", "n_layer", "num_layers") if n in fields), None
-        )
+        count = next((fields[n] for n in LAYER_COUNTS if n in fields), None)
         if not isinstance(count, int):
             return tuple(range(LAYERS))
         per_layer = [
@@ -257,19 +236,19 @@ class Shrinker:
         return tuple(kept[:MOST_LAYERS])
 
     def _small(self, name: str, value: Any, layers: tuple[int, ...], fields: dict[str, Any]) -> Any:
-        if isinstance(value, _configuration()):
+        if isinstance(value, PreTrainedConfig):
             return self.shrink(value, SPECIAL.get(value.model_type))
         if value is None or isinstance(value, (bool, str)):
             return None
         if TOKEN.fullmatch(name) and not isinstance(value, float):
             return self._token(name, value)
         if name == "rope_parameters" and isinstance(value, dict):
-            return self._rope(value)
+            return None if self.gentle else _small_rope(value)
         if isinstance(value, (list, tuple)):
             return self._short(name, value, layers, fields)
         if not isinstance(value, int):
             return None
-        if name in ("num_hidden_layers", "n_layer", "num_layers"):
+        if name in LAYER_COUNTS:
             return min(value, len(layers))
         if self.gentle and not GENTLE.fullmatch(name):
             return None
@@ -290,18 +269,11 @@ class Shrinker:
             return self.ids.setdefault(kind, FIRST_TOKEN + len(self.ids))
         return None
 
-    def _rope(self, value: dict[str, Any]) -> dict[str, Any] | None:
-        if self.gentle:
-            return None
-        return _small_rope(value)
-
     def _short(self, name: str, value: Any, layers: tuple[int, ...], fields: dict[str, Any]) -> Any:
         kind = type(value)
         if not value:
             return None
-        count = next(
-            (fields[n] for n in ("num_hidden_layers", "n_layer", "num_layers") if n in fields), None
-        )
+        count = next((fields[n] for n in LAYER_COUNTS if n in fields), None)
         if isinstance(count, int) and len(value) == count and count > 4:
             return kind(value[i] for i in layers)
         if not all(isinstance(v, int) and not isinstance(v, bool) for v in value):
@@ -315,11 +287,7 @@ class Shrinker:
             return kind(IMAGE for _ in value)
         if name == "patch_size":
             return kind(min(v, PATCH) for v in value)
-        if name == "conv_dim":
-            return kind(32 for _ in value)
-        if name == "tdnn_dim":
-            return kind(32 for _ in value)
-        return None
+        return kind(32 for _ in value) if name in ("conv_dim", "tdnn_dim") else None
 
 
 def _usual(config_class: type) -> dict[str, Any]:
@@ -346,12 +314,6 @@ def _small_rope(value: dict[str, Any]) -> dict[str, Any]:
     return small
 
 
-def _configuration() -> type:
-    from transformers import PreTrainedConfig
-
-    return PreTrainedConfig
-
-
 def _constructor_fields(config_class: type) -> set[str]:
     found = set(inspect.signature(config_class.__init__).parameters)
     for cls in config_class.__mro__:
@@ -374,10 +336,6 @@ HEADS_IN_ORDER = (
 
 def classes_of(model_type: str) -> list[type[nn.Module]]:
     """Return the model classes of a type: with a head first, then the model without one."""
-    import transformers
-    from transformers import CONFIG_MAPPING
-    from transformers.models.auto import modeling_auto
-
     default = CONFIG_MAPPING[model_type]()
     order = list(HEADS_IN_ORDER)
     if default.is_encoder_decoder:
@@ -408,7 +366,7 @@ def _value(config: Any, names: tuple[str, ...], default: Any) -> Any:
 
 def _parts(config: Any) -> Iterator[Any]:
     for value in vars(config).values():
-        if isinstance(value, _configuration()):
+        if isinstance(value, PreTrainedConfig):
             yield value
             yield from _parts(value)
 
@@ -449,7 +407,7 @@ def candidates(model: nn.Module) -> Iterator[dict[str, Any]]:
             frames = _value(config, ("num_frames", "frames_per_clip"), 2)
             yield {**common, "pixel_values_videos": torch.stack([image] * frames, 1)}
     if "input_features" in arguments:
-        yield from _features(config, common, arguments)
+        yield from ({**common, **features} for features in _features(config, arguments))
     if "input_values" in arguments:
         for shape in ((BATCH, 4000), (BATCH, 1, 4000), (BATCH, 64, 16), (BATCH, 1, 1920),
                       (BATCH, 16, 64), (BATCH, 1, 9600)):  # fmt: skip
@@ -495,13 +453,13 @@ def _vision(config: Any, common: dict[str, Any]) -> Iterator[dict[str, Any]]:
             yield {**common, "pixel_values": image, "pixel_mask": mask}
 
 
-def _features(config: Any, common: dict[str, Any], arguments: Any) -> Iterator[dict[str, Any]]:
+def _features(config: Any, arguments: Any) -> Iterator[dict[str, Any]]:
     bins = _value(config, ("num_mel_bins", "feature_size", "input_feat_per_channel",
                            "feature_projection_input_dim", "input_dim"), 16)  # fmt: skip
     longest = _value(config, ("max_source_positions",), 128)
     for shape in ((BATCH, bins, 2 * longest), (BATCH, 64, bins), (BATCH, bins, 64),
                   (BATCH, 1, 64, bins), (BATCH, 128, bins)):  # fmt: skip
-        yield {**common, "input_features": torch.randn(*shape)}
+        yield {"input_features": torch.randn(*shape)}
 
 
 def _series(config: Any, common: dict[str, Any], arguments: Any) -> Iterator[dict[str, Any]]:
@@ -529,18 +487,13 @@ def _multimodal(
 
     The text has as many placeholders as the model says that the image has features.
     """
-    token = _value(config, ("image_token_id", "image_token_index"), None)
-    if token is not None and "input_ids" in arguments and "pixel_values" in arguments:
-        for extra in _pictures(config, arguments):
-            yield from _with_placeholders(
-                model, common, extra, int(token), getattr(model, "get_image_features", None)
-            )
-    token = _value(config, ("audio_token_id", "audio_token_index"), None)
-    if token is not None and "input_ids" in arguments and "input_features" in arguments:
-        for extra in _features(config, {}, arguments):
-            yield from _with_placeholders(
-                model, common, extra, int(token), getattr(model, "get_audio_features", None)
-            )
+    parts = (("image", "pixel_values", _pictures), ("audio", "input_features", _features))
+    for kind, name, inputs in parts:
+        token = _value(config, (f"{kind}_token_id", f"{kind}_token_index"), None)
+        if token is not None and "input_ids" in arguments and name in arguments:
+            features = getattr(model, f"get_{kind}_features", None)
+            for extra in inputs(config, arguments):
+                yield from _with_placeholders(model, common, extra, int(token), features)
 
 
 def _pictures(config: Any, arguments: Any) -> Iterator[dict[str, Any]]:
@@ -569,16 +522,15 @@ def _pictures(config: Any, arguments: Any) -> Iterator[dict[str, Any]]:
 def _with_placeholders(
     model: nn.Module, common: dict[str, Any], extra: dict[str, Any], token: int, features: Any
 ) -> Iterator[dict[str, Any]]:
-    counts = []
-    if features is not None:
-        accepted = inspect.signature(features).parameters
-        try:
-            with torch.no_grad():
-                found = features(**{k: v for k, v in extra.items() if k in accepted})
-        except Exception:
-            found = None
-        counts = _row_counts(found)
-    for count in counts:
+    if features is None:
+        return
+    accepted = inspect.signature(features).parameters
+    try:
+        with torch.no_grad():
+            found = features(**{k: v for k, v in extra.items() if k in accepted})
+    except Exception:
+        return
+    for count in _row_counts(found):
         ids = _ids(count + 6)
         ids[:, 2 : 2 + count] = token
         inputs = {**common, **extra, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
@@ -630,8 +582,6 @@ def build(model_type: str) -> Built:
 
 
 def _build(model_type: str, gentle: bool) -> Built:
-    from transformers import CONFIG_MAPPING
-
     reason = "no model class"
     try:
         classes = classes_of(model_type)
@@ -686,11 +636,6 @@ def parts_of() -> dict[str, list[str]]:
 
     A part is of the same folder of the library as the type whose name it starts with.
     """
-    from transformers.models.auto.configuration_auto import (
-        CONFIG_MAPPING_NAMES,
-        model_type_to_module_name,
-    )
-
     folders: dict[str, list[str]] = {}
     for model_type in CONFIG_MAPPING_NAMES:
         folders.setdefault(model_type_to_module_name(model_type), []).append(model_type)

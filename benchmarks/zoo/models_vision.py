@@ -7,8 +7,10 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import timm
 import torch
 from torch import nn
+from torchvision import models
 
 from benchmarks.zoo.cases import Built, Case, NotRun, building, run, seed, short, wake
 
@@ -40,8 +42,6 @@ def _first_that_runs(make: Callable[[int], nn.Module], sizes: tuple[int, ...], n
 
 
 def _timm(module: str) -> Built:
-    import timm
-
     names = timm.list_models(module=module)
     sized: list[tuple[int, str]] = []
     with torch.device("meta"):
@@ -64,9 +64,8 @@ def _timm(module: str) -> Built:
         except TypeError:  # takes images of any size
             return timm.create_model(name, num_classes=5, **less)
 
-    own = timm.create_model(name, num_classes=5, **less).default_cfg.get(
-        "input_size", (3, 224, 224)
-    )[-1]
+    default = timm.create_model(name, num_classes=5, **less).default_cfg
+    own = default.get("input_size", (3, 224, 224))[-1]
     return _first_that_runs(make, tuple(dict.fromkeys((64, 96, 128, 224, own))), name)
 
 
@@ -88,8 +87,6 @@ VIDEO = ("mc3_18", "mvit_v2_s", "r2plus1d_18", "r3d_18", "s3d", "swin3d_t")
 
 
 def _torchvision(name: str) -> Built:
-    from torchvision import models
-
     fixed: dict[str, Any] = {"weights": None}
     if "weights_backbone" in inspect.signature(models.get_model_builder(name)).parameters:
         fixed["weights_backbone"] = None
@@ -108,23 +105,19 @@ def _torchvision(name: str) -> Built:
             )  # fmt: skip
         return models.get_model(name, **fixed, **more)
 
+    detector = hasattr(models.detection, name)
+    if not (name == "raft_small" or name in VIDEO or detector):
+        return _first_that_runs(make, (64, 128, 224, 299), name)
+    seed()
+    model = wake(make(0).eval())
     if name == "raft_small":
-        seed()
-        model = wake(make(128).eval())
         pair = (torch.randn(1, 3, 128, 128), torch.randn(1, 3, 128, 128))
         return _checked(Built(model, pair, {"num_flow_updates": 2}, note=name))
-    if name in VIDEO:
-        seed()
-        model = wake(make(0).eval())
-        size = 224 if name in ("mvit_v2_s", "s3d") else 64
-        clip = torch.randn(1, 3, 16, size, size)
-        return _checked(Built(model, (clip,), note=name))
-    if hasattr(models.detection, name):
-        seed()
-        model = wake(make(0).eval())
+    if detector:
         size = 300 if name == "ssd300_vgg16" else 96
         return _checked(Built(_Losses(model), (torch.rand(1, 3, size, size),), note=name))
-    return _first_that_runs(make, (64, 128, 224, 299), name)
+    size = 224 if name in ("mvit_v2_s", "s3d") else 64
+    return _checked(Built(model, (torch.randn(1, 3, 16, size, size),), note=name))
 
 
 class _Losses(nn.Module):
@@ -166,8 +159,6 @@ def _checked(built: Built) -> Built:
 
 def cases() -> list[Case]:
     """Return a case for every file of timm and for the models of torchvision."""
-    import timm
-
     return [
         *(Case("timm", name, partial(_timm, name)) for name in sorted(timm.list_modules())),
         *(Case("torchvision", name, partial(_torchvision, name)) for name in TORCHVISION),
