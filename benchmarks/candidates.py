@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -54,17 +54,13 @@ def _freeze(model: nn.Module, names: Sequence[str], r: int) -> None:
     model.requires_grad_(False)
 
 
-def _bone(model: nn.Module, names: Sequence[str], r: int) -> None:
-    disha.inject_adapters(model, lambda name, _: name in names, r)
+def _disha(model: nn.Module, names: Sequence[str], r: int, **more: Any) -> None:
+    disha.inject_adapters(model, lambda name, _: name in names, r, **more)
 
 
 def _tile(model: nn.Module, names: Sequence[str], r: int) -> None:
     (half,) = {out // 2 for _, out in _sizes(model, names)}
-    disha.inject_adapters(model, lambda name, _: name in names, 2 * r, r_out=half)
-
-
-def _bat(model: nn.Module, names: Sequence[str], r: int) -> None:
-    disha.inject_adapters(model, lambda name, _: name in names, r, method="bat")
+    _disha(model, names, 2 * r, r_out=half)
 
 
 def _peft_miss(model: nn.Module, names: Sequence[str], r: int, **more: object) -> None:
@@ -88,14 +84,8 @@ def _loralib(model: nn.Module, names: Sequence[str], r: int) -> None:
     model.requires_grad_(False)
     for name in names:
         base = model.get_submodule(name)
-        layer = loralib.Linear(
-            base.in_features,
-            base.out_features,
-            r=rank,
-            lora_alpha=rank,
-            merge_weights=False,
-            bias=base.bias is not None,
-        )
+        sizes, bias = (base.in_features, base.out_features), base.bias is not None
+        layer = loralib.Linear(*sizes, r=rank, lora_alpha=rank, merge_weights=False, bias=bias)
         layer.weight, layer.bias = base.weight, base.bias
         parent, _, attribute = name.rpartition(".")
         setattr(model.get_submodule(parent), attribute, layer)
@@ -128,9 +118,9 @@ CANDIDATES: Mapping[str, Candidate] = {
     candidate.name: candidate
     for candidate in (
         Candidate(BASE, "frozen base", "frozen", _freeze),
-        Candidate("bone", "disha MiSS (Bone)", "bone", _bone),
+        Candidate("bone", "disha MiSS (Bone)", "bone", _disha),
         Candidate("tile", "disha tile", "other", _tile),
-        Candidate("bat", "disha BAT", "bat", _bat),
+        Candidate("bat", "disha BAT", "bat", partial(_disha, method="bat")),
         Candidate("peft_miss", "PEFT MiSS", "bone", _peft_miss),
         Candidate("peft_bat", "PEFT BAT", "bat", partial(_peft_miss, init_weights="bat")),
         Candidate("peft_lora", "PEFT LoRA", "lora", _peft_lora),
@@ -142,11 +132,7 @@ CANDIDATES: Mapping[str, Candidate] = {
 
 
 def adapted_model(
-    candidate: Candidate,
-    model: nn.Module,
-    names: Sequence[str],
-    r: int,
-    scale: float = MODEL_SCALE,
+    candidate: Candidate, model: nn.Module, names: Sequence[str], r: int, scale: float = MODEL_SCALE
 ) -> nn.Module:
     """Return a copy of `model`, adapted, its blocks filled; the base parameters are shared."""
     shared = {id(parameter): parameter for parameter in model.parameters()}

@@ -12,13 +12,20 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import disha
 from benchmarks.candidates import BASE, lora_rank
 from benchmarks.memory import kept_bytes
 from benchmarks.protocol import Budget, compare
-from benchmarks.steps import TrainingStep, check_gradients, fill, require_gradient, trainable
+from benchmarks.steps import (
+    TrainingStep,
+    check_gradients,
+    fill,
+    language_loss,
+    require_gradient,
+    trainable,
+)
 
 TARGET = r"experts\.(gate_up|down)_proj$"
 TARGET_PARAMETERS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
@@ -73,22 +80,14 @@ def _measure(size: ExpertModel, implementation: str, device: torch.device) -> di
         model = adapt(copy.deepcopy(base, dict(shared))).train()
         fill(trainable(model), SCALE)
         model.get_input_embeddings().register_forward_hook(require_gradient)
-        step = steps[name] = TrainingStep(model, _loss(model, ids))
+        step = steps[name] = TrainingStep(model, language_loss(model, ids))
         step()
         check_gradients(name, model)
         step.clear()
         kept[name] = kept_bytes(model, step.loss)
-    return {
-        "model": size.names[0],
-        "implementation": implementation,
-        "hidden": size.hidden,
-        "inner": size.inner,
-        "experts": size.experts,
-        "tokens": size.length,
-        "r": size.r,
-        "kept_bytes": kept,
-        "seconds": compare(steps, BUDGET),
-    }
+    model = {"model": size.names[0], "implementation": implementation, "experts": size.experts}
+    sizes = {"hidden": size.hidden, "inner": size.inner, "tokens": size.length, "r": size.r}
+    return {**model, **sizes, "kept_bytes": kept, "seconds": compare(steps, BUDGET)}
 
 
 def _built(size: ExpertModel, implementation: str, device: torch.device) -> nn.Module:
@@ -120,7 +119,3 @@ def _lora(model: nn.Module, rank: int) -> nn.Module:
         r=rank, lora_alpha=rank, target_modules=[], target_parameters=TARGET_PARAMETERS
     )
     return get_peft_model(model, config, autocast_adapter_dtype=False)
-
-
-def _loss(model: nn.Module, ids: Tensor) -> Callable[[], Tensor]:
-    return lambda: model(input_ids=ids, labels=ids, use_cache=False).loss

@@ -36,6 +36,7 @@ import disha
 from benchmarks import four_bits
 from benchmarks.markdown import NOTHING, table
 from benchmarks.memory import allocated_peak
+from benchmarks.steps import full_step
 from disha.functional.private_torch import memory_modes
 from disha.integrations.memory import step_memory
 
@@ -145,12 +146,7 @@ def real(rank: int, ranks: int, file: str, found: Any, *of_model: Any) -> None:
     dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=ranks)
     model, optimizer = made(init_device_mesh("cpu", (ranks,)), *of_model)
     ids = torch.zeros(8, 256, dtype=torch.long)
-
-    def step() -> None:
-        model(input_ids=ids, labels=ids).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
+    step = full_step(lambda: model(input_ids=ids, labels=ids).loss, optimizer)
     step()
     peak = allocated_peak(step, torch.device("cpu"))
     if rank == 0:

@@ -17,6 +17,7 @@ from transformers import MixtralConfig, MixtralForCausalLM
 
 import disha
 from benchmarks.memory import allocated_peak
+from benchmarks.steps import full_step, language_loss
 
 LAYERS, WIDTH, INNER, EXPERTS, TOKENS = 16, 128, 256, 8, 64
 
@@ -65,12 +66,7 @@ def step_bytes(model: nn.Module, *, checkpointing: bool, **options: object) -> i
     model.train()
     optimizer = torch.optim.AdamW(disha.adapter_parameters(model))
     tokens = torch.arange(TOKENS)[None]
-
-    def step() -> None:
-        model(tokens, labels=tokens, use_cache=False).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
+    step = full_step(language_loss(model, tokens), optimizer)
     step()  # the optimizer makes its state
     return stored + allocated_peak(step, torch.device("cpu"))
 

@@ -57,11 +57,9 @@ def measure(adapters: int) -> dict[str, Any]:
     x = torch.randn(SAMPLES, WIDTH)
     runs = {"active_of_one": forward(few, x), "active_of_many": forward(many, x)}
     own = sum(block.nbytes for block in disha.adapter_parameters(many, "a0"))
+    sizes = {"adapters": adapters, "layers": LAYERS, "width": WIDTH, "r": SMALL_R}
     return {
-        "adapters": adapters,
-        "layers": LAYERS,
-        "width": WIDTH,
-        "r": SMALL_R,
+        **sizes,
         "block_bytes": own * (adapters - 1),
         "resident_bytes": None if before is None or after is None else after - before,
         "load_seconds": load_seconds,

@@ -105,10 +105,9 @@ def floor(table: str, case: Mapping[str, Any], method: str) -> float:
     if table == "few_tokens":
         layer = Linear(case["width"], case["width"])
         return 1 + layer.block(method, r) / (layer.in_features * layer.out_features)
+    copying = case["rates"]["cached"], case["rates"]["memory"]
     rates = {
-        Linear(one["in"], one["out"]): Rates(
-            one["products"], case["rates"]["cached"], case["rates"]["memory"]
-        )
+        Linear(one["in"], one["out"]): Rates(one["products"], *copying)
         for one in case["rates"]["layers"]
     }
     itemsize = getattr(torch, case["dtype"]).itemsize
@@ -116,12 +115,9 @@ def floor(table: str, case: Mapping[str, Any], method: str) -> float:
         inputs, layers = SMOLLM2_INPUTS, SMOLLM2_LINEARS
     else:
         inputs, layers = [case["width"]], list(rates)
-    of_passes = next(iter(rates.values()))
-    added = sum(
-        of_passes.seconds(_input_terms(width, tokens, method, r, itemsize)) for width in inputs
-    ) + sum(
-        rates[layer].seconds(_layer_terms(layer, tokens, method, r, itemsize)) for layer in layers
-    )
+    of_passes, sizes = next(iter(rates.values())), (tokens, method, r, itemsize)
+    added = sum(of_passes.seconds(_input_terms(width, *sizes)) for width in inputs)
+    added += sum(rates[layer].seconds(_layer_terms(layer, *sizes)) for layer in layers)
     return 1 + added / min(case["seconds"]["frozen"])
 
 
@@ -133,12 +129,8 @@ def _input_terms(width: int, tokens: int, method: str, r: int, itemsize: int) ->
 def _layer_terms(layer: Linear, tokens: int, method: str, r: int, itemsize: int) -> list[Term]:
     values = layer.in_features * layer.out_features
     x, y = tokens * layer.in_features * itemsize, tokens * layer.out_features * itemsize
-    sums, weight, block = (
-        tokens * r * itemsize,
-        values * itemsize,
-        layer.block(method, r) * itemsize,
-    )
-    narrow = tokens * r * layer.out_features
+    sums, weight = tokens * r * itemsize, values * itemsize
+    block, narrow = layer.block(method, r) * itemsize, tokens * r * layer.out_features
     if method == "bone":
         return [
             Term(2 * y + sums + block, narrow, "S D"),
@@ -156,11 +148,7 @@ def _layer_terms(layer: Linear, tokens: int, method: str, r: int, itemsize: int)
 
 
 def measured_rates(
-    layers: Iterable[Linear],
-    tokens: int,
-    r: int,
-    dtype: torch.dtype,
-    device: torch.device,
+    layers: Iterable[Linear], tokens: int, r: int, dtype: torch.dtype, device: torch.device
 ) -> dict[str, Any]:
     """Return what the machine reaches, as JSON.
 

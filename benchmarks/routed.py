@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,10 +32,7 @@ def _measure(adapters: int, tokens: int, device: torch.device) -> dict[str, Any]
     names = [f"a{sample % adapters}" for sample in range(SAMPLES)]
     torch.manual_seed(0)
     x = torch.randn(SAMPLES, tokens, WIDTH, device=device)
-
-    def base() -> nn.Sequential:
-        return frozen_stack(LAYERS, WIDTH, device)
-
+    base = partial(frozen_stack, LAYERS, WIDTH, device)
     runs: dict[str, Run] = {BASE: forward(base(), x)}
     for method in ("bone", "bat"):
         runs |= _disha(base(), method, names, x)
@@ -45,15 +43,9 @@ def _measure(adapters: int, tokens: int, device: torch.device) -> dict[str, Any]
     runs["peft_lora_one_adapter"] = forward(_peft_model(base(), names[:1]), x)
     for method in ("bone", "bat", "peft_lora"):
         _check(method, runs[f"{method}_routed"](), runs[f"{method}_one_by_one"](), names)
-    return {
-        "adapters": adapters,
-        "samples": SAMPLES,
-        "tokens": tokens * SAMPLES,
-        "layers": LAYERS,
-        "width": WIDTH,
-        "r": R,
-        "seconds": compare(runs, BUDGET),
-    }
+    batch = {"adapters": adapters, "samples": SAMPLES, "tokens": tokens * SAMPLES}
+    model = {"layers": LAYERS, "width": WIDTH, "r": R}
+    return {**batch, **model, "seconds": compare(runs, BUDGET)}
 
 
 def _disha(model: nn.Module, method: str, names: Sequence[str], x: Tensor) -> dict[str, Run]:

@@ -61,6 +61,22 @@ class TrainingStep:
         return loss.detach()
 
 
+def language_loss(model: nn.Module, ids: Tensor) -> Callable[[], Tensor]:
+    """Return a call that computes a language model's loss on tokens."""
+    return lambda: model(input_ids=ids, labels=ids, use_cache=False).loss
+
+
+def full_step(loss: Callable[[], Tensor], optimizer: torch.optim.Optimizer) -> Callable[[], None]:
+    """Return a complete training step, from forward to optimizer."""
+
+    def step() -> None:
+        loss().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
 def require_gradient(module: nn.Module, inputs: object, output: Tensor) -> Tensor:
     """As a hook of an embedding: all candidates get the same way back, the frozen base too."""
     return output.requires_grad_()

@@ -21,6 +21,7 @@ from benchmarks.convergence.training import optimizer_for
 from benchmarks.memory import allocated_peak
 from benchmarks.protocol import Budget, compare
 from benchmarks.results import describe, read_results, write_results
+from benchmarks.steps import full_step
 
 COSTS = RESULTS.with_name("convergence-costs.json")
 BUDGET = Budget(120.0, least_rounds=5, most_rounds=40, warm_up=1)
@@ -55,13 +56,7 @@ def training_step(task: Task, method: str) -> Callable[[], None]:
     optimizer, _ = optimizer_for(task, model, RATE)
     rows = task.rows.training
     batch = task.batch_of([rows[i] for i in batch_order(len(rows), task.batch, 1, seed=0)[0]])
-
-    def step() -> None:
-        task.loss(model, batch).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return step
+    return full_step(lambda: task.loss(model, batch), optimizer)
 
 
 if __name__ == "__main__":

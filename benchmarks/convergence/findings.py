@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from benchmarks.convergence.methods import FULL
 from benchmarks.convergence.plan import LONG, SEEDS, Results, Study, best_rate, compared, main_cell
 from benchmarks.convergence.runs import Cell, Run
+from benchmarks.protocol import paired_ratios
 
 STUDENT_95 = {1: 12.706205, 2: 4.302653, 3: 3.182446, 4: 2.776445, 7: 2.364624}
 """Two-sided 95% quantiles of Student's t by degrees of freedom."""
@@ -104,11 +105,8 @@ def task_findings(
 def _costs(measured: Mapping[str, Any]) -> dict[str, Costs]:
     seconds, peaks = measured["seconds"], measured["peak_bytes"]
     return {
-        name: Costs(
-            statistics.median(a / b for a, b in zip(taken, seconds[OTHER], strict=True)),
-            peaks[name],
-        )
-        for name, taken in seconds.items()
+        name: Costs(statistics.median(paired_ratios(seconds, name, OTHER)), peaks[name])
+        for name in seconds
     }
 
 

@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
+from peft import LoHaConfig, LoraConfig, ShiraConfig, inject_adapter_in_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 import disha
@@ -62,8 +64,6 @@ def set_scale(model: nn.Module, scale: float) -> None:
 
     DoRA keeps its trained magnitudes at any scale, so that it is not the base at 0.
     """
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
     of_peft = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
     if not of_peft:
         disha.set_adapter_scale(model, scale)
@@ -86,12 +86,8 @@ def _sizes(layer: nn.Module) -> tuple[int, int]:
 # --- ours ----------------------------------------------------------------------------------------
 
 
-def _bone(model: nn.Module, layers: Layers, cell: Cell) -> None:
-    disha.inject_adapters(model, lambda name, _: name in layers, cell.r)
-
-
-def _bat(model: nn.Module, layers: Layers, cell: Cell) -> None:
-    disha.inject_adapters(model, lambda name, _: name in layers, cell.r, method="bat")
+def _ours(model: nn.Module, layers: Layers, cell: Cell) -> None:
+    disha.inject_adapters(model, lambda name, _: name in layers, cell.r, method=cell.method)
 
 
 def _tile(model: nn.Module, layers: Layers, cell: Cell) -> None:
@@ -130,12 +126,9 @@ def ranks(layers: Layers, wanted: int, factors: int = 1, beside: bool = False) -
 
 def _lora(**settings: Any) -> Adapt:
     def adapt(model: nn.Module, layers: Layers, cell: Cell) -> None:
-        from peft import LoraConfig, inject_adapter_in_model
-
         chosen = ranks(layers, budget(layers, cell.r), beside=settings.get("use_dora", False))
         common = _in_config(chosen)
-        config = LoraConfig(lora_alpha=common["r"], **common, **settings)
-        inject_adapter_in_model(config, model)
+        inject_adapter_in_model(LoraConfig(lora_alpha=common["r"], **common, **settings), model)
 
     return adapt
 
@@ -193,8 +186,6 @@ def _fixed(matrix: Callable[[int, int], Tensor]) -> Adapt:
     """Return Bone with another matrix: A is drawn once and stays, B starts at zero and trains."""
 
     def adapt(model: nn.Module, layers: Layers, cell: Cell) -> None:
-        from peft import LoraConfig, inject_adapter_in_model
-
         config = LoraConfig(r=cell.r, lora_alpha=cell.r, target_modules=list(layers))
         inject_adapter_in_model(config, model)
         for name in layers:
@@ -205,16 +196,12 @@ def _fixed(matrix: Callable[[int, int], Tensor]) -> Adapt:
 
 
 def _shira(model: nn.Module, layers: Layers, cell: Cell) -> None:
-    from peft import ShiraConfig, inject_adapter_in_model
-
     r = round(budget(layers, cell.r) / sum(map(sum, map(_sizes, layers.values()))))
     config = ShiraConfig(r=r, target_modules=list(layers), random_seed=torch.initial_seed())
     inject_adapter_in_model(config, model)
 
 
 def _loha(model: nn.Module, layers: Layers, cell: Cell) -> None:
-    from peft import LoHaConfig, inject_adapter_in_model
-
     common = _in_config(ranks(layers, budget(layers, cell.r), factors=2))
     inject_adapter_in_model(LoHaConfig(alpha=common["r"], **common), model)
 
@@ -223,36 +210,28 @@ def _in_config(chosen: Mapping[str, int]) -> dict[str, Any]:
     """Return the ranks as peft takes them, with alpha = rank in every layer."""
     lowest = min(chosen.values())
     others = {f"^{re.escape(name)}$": r for name, r in chosen.items() if r != lowest}
-    return {
-        "r": lowest,
-        "rank_pattern": others,
-        "alpha_pattern": others,
-        "target_modules": list(chosen),
-    }
+    patterns = {"rank_pattern": others, "alpha_pattern": others}
+    return {"r": lowest, **patterns, "target_modules": list(chosen)}
 
 
 FULL, IDENTITY, SHIRA = "full", "lora_identity", "shira"
+PEFT = "peft, alpha = rank"
 
 METHODS: Mapping[str, Method] = {
     method.name: method
     for method in (
-        Method("bone", "MiSS (Bone)", "disha, starts at zero", _bone),
+        Method("bone", "MiSS (Bone)", "disha, starts at zero", _ours),
         Method("tile", "tile", "disha, starts at zero", _tile),
-        Method("bat", "BAT", "disha, starts at zero", _bat),
-        Method("lora", "LoRA", "peft, alpha = rank", _lora()),
-        Method(
-            "rslora",
-            "rsLoRA",
-            "peft, alpha = rank, divided by its square root",
-            _lora(use_rslora=True),
-        ),
-        Method("pissa", "PiSSA", "peft, alpha = rank", _lora(init_lora_weights="pissa")),
-        Method("olora", "OLoRA", "peft, alpha = rank", _lora(init_lora_weights="olora")),
-        Method("dora", "DoRA", "peft, alpha = rank", _lora(use_dora=True)),
+        Method("bat", "BAT", "disha, starts at zero", _ours),
+        Method("lora", "LoRA", PEFT, _lora()),
+        Method("rslora", "rsLoRA", f"{PEFT}, divided by its square root", _lora(use_rslora=True)),
+        Method("pissa", "PiSSA", PEFT, _lora(init_lora_weights="pissa")),
+        Method("olora", "OLoRA", PEFT, _lora(init_lora_weights="olora")),
+        Method("dora", "DoRA", PEFT, _lora(use_dora=True)),
         Method(
             IDENTITY,
             "LoRA from identity",
-            "peft, alpha = rank, A starts as [I I ... I] and B at zero",
+            f"{PEFT}, A starts as [I I ... I] and B at zero",
             _lora_identity,
         ),
         Method(SHIRA, "SHiRA", "peft, trains entries of W, chosen at random", _shira),
@@ -260,7 +239,7 @@ METHODS: Mapping[str, Method] = {
             Method(name, f"MiSS, {title}", "peft's LoRA, A is drawn once and fixed", _fixed(matrix))
             for name, (title, matrix) in MATRICES.items()
         ),
-        Method("loha", "LoHa", "peft, alpha = rank", _loha),
+        Method("loha", "LoHa", PEFT, _loha),
         Method(FULL, "full fine-tuning", "the weights of the same layers", _full),
     )
 }

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from benchmarks.convergence.tasks.language import LanguageTask, Row, demo_tokenizer
+from benchmarks.convergence.tasks.language import LanguageTask, Row, demo_tokenizer, encoded
 from benchmarks.convergence.tasks.task import Rows, held_out
 
 PACKAGES = ("matplotlib", "numpy", "pandas", "scipy", "sklearn")
@@ -81,12 +81,9 @@ class Documentation(LanguageTask):
 
 def _row(prompt: str, answer: str) -> Row | None:
     """Return a row; None if it does not fit."""
-    tokenizer = demo_tokenizer()
-    first = tokenizer.encode(prompt)
-    if len(first) > LONGEST_PROMPT:
-        return None
-    whole = [*first, *tokenizer.encode(answer), tokenizer.eos_token_id]
-    return (whole[:LONGEST], len(first)) if len(whole) - len(first) >= SHORTEST_ANSWER else None
+    whole, first = encoded(prompt, answer)
+    fits = first <= LONGEST_PROMPT and len(whole) - first >= SHORTEST_ANSWER
+    return (whole[:LONGEST], first) if fits else None
 
 
 def _distinct() -> list[tuple[str, str]]:
