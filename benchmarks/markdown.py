@@ -71,3 +71,13 @@ def bytes_text(count: float) -> str:
 def versions_text(results: Mapping[str, Any]) -> str:
     """Return the versions in a file of results: torch 2.13.0, peft 0.21.2."""
     return ", ".join(f"{name} {version}" for name, version in results["versions"].items())
+
+
+def run_text(results: Mapping[str, Any]) -> str:
+    """Return when and where results were measured, and with which versions."""
+    machine = results["machine"]
+    return (
+        f"{results['date'][:10]}, {results['device']}, {machine['processor']} "
+        f"({machine['instructions']}), {count_text(machine['cores'], 'core')}, "
+        f"{bytes_text(machine['memory_bytes'])} of memory; {versions_text(results)}."
+    )

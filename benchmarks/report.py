@@ -22,11 +22,11 @@ from benchmarks.markdown import (
     count_text,
     folded,
     ratio_text,
+    run_text,
     seconds_text,
     short_text,
     spread_text,
     table,
-    versions_text,
 )
 from benchmarks.protocol import Spread, paired_ratios
 from benchmarks.results import read_results
@@ -80,7 +80,7 @@ def page(files: Sequence[Results]) -> str:
     for name, results in there.items():
         told = f"*Run {used.index(results) + 1}.* " if len(used) > 1 else ""
         sections.append(SECTIONS[name](tables[name]).replace("\n\n", f"\n\n{told}", 1))
-    listed = "".join(f"{number}. {_run(results)}\n" for number, results in enumerate(used, 1))
+    listed = "".join(f"{number}. {run_text(results)}\n" for number, results in enumerate(used, 1))
     return "\n".join(
         [
             "# Speed and memory\n",
@@ -107,15 +107,6 @@ ABOUT_RUNS = """\
 `python -m benchmarks.report` writes this page from the results of `make bench` and
 `python -m benchmarks.side_by_side`, which are in `benchmarks/results/`. Nothing ran on a GPU, and
 no model that was trained has more than 135M parameters."""
-
-
-def _run(results: Results) -> str:
-    machine = results["machine"]
-    return (
-        f"{results['date'][:10]}, {results['device']}, {machine['processor']} "
-        f"({machine['instructions']}), {count_text(machine['cores'], 'core')}, "
-        f"{bytes_text(machine['memory_bytes'])} of memory; {versions_text(results)}."
-    )
 
 
 # --- the box and the picture: figures / those of PEFT's LoRA -------------------------------------
