@@ -10,7 +10,7 @@ autograd keeps each dequantised stack until its backward.
 from __future__ import annotations
 
 import torch
-from bitsandbytes.nn import LinearNF4
+from bitsandbytes.nn import Linear8bitLt, LinearNF4
 from bitsandbytes.nn.parametrize import replace_parameter_4bit
 from torch import nn
 from transformers import MixtralConfig, MixtralForCausalLM
@@ -46,15 +46,18 @@ def quantise_stacks(model: nn.Module) -> nn.Module:
     return model
 
 
-def quantise(model: nn.Module, storage: torch.dtype = torch.uint8) -> nn.Module:
-    """Quantise the stacks of experts, and the linear layers of attention."""
+def quantise(model: nn.Module, storage: torch.dtype = torch.uint8, bits: int = 4) -> nn.Module:
+    """Quantise the projections, and in 4 bits the stacks of experts too."""
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.Linear) and name.endswith("_proj"):
             sizes = module.in_features, module.out_features, module.bias is not None
-            layer = LinearNF4(*sizes, module.weight.dtype, quant_storage=storage)
+            if bits == 4:
+                layer = LinearNF4(*sizes, module.weight.dtype, quant_storage=storage)
+            else:
+                layer = Linear8bitLt(*sizes, has_fp16_weights=False)
             layer.load_state_dict(module.state_dict())
             model.set_submodule(name, layer.to("cpu"))  # quantises
-    return quantise_stacks(model)
+    return quantise_stacks(model) if bits == 4 else model
 
 
 def step_bytes(model: nn.Module, *, checkpointing: bool, **options: object) -> int:

@@ -16,7 +16,8 @@ import torch
 
 import disha
 
-PACKAGES = ("torch", "peft", "loralib", "lycoris-lora", "transformers", "numpy", "safetensors")
+PACKAGES = ("torch", "peft", "loralib", "lycoris-lora", "bitsandbytes", "transformers", "numpy",
+            "safetensors")  # fmt: skip
 DIGITS = 4
 
 
