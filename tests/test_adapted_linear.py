@@ -93,7 +93,8 @@ def test_a_bat_layer_of_several_slabs(monkeypatch, sizes, blocks_each):
     slabs = list(bat._slabs(case[1], case[3]))
     assert len(slabs) == -(-case[3].shape[0] // blocks_each) > 1
     assert [row for _, rows in slabs for row in range(out_features)[rows]] == [*range(out_features)]
-    check("bat", case, 0.5)
+    for bias in (case[2], None):
+        check("bat", (*case[:2], bias, case[3]), 0.5)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -253,11 +253,13 @@ class TestContents:
         found = {layer.key: contents.tensors[layer.key] for layer in others}
         some = replace(contents, layers=tuple(others), tensors=found)
         given = ModelView(model), "elsewhere", some, "default"
+        load_contents(ModelView(model), "elsewhere", contents, "other", freeze=True)
         load_contents(*given, replace=True, partial=True, freeze=True)
         first = adapter_tensors(ModelView(model), "default")[first_layer.key]
         assert torch.equal(first, contents.tensors[first_layer.key])
         load_contents(*given, replace=True, freeze=True)
         assert not first.any()
+        assert all(block.any() for block in adapter_tensors(ModelView(model), "other").values())
 
     @pytest.mark.parametrize(
         ("layout", "shape", "expected"),
