@@ -544,7 +544,7 @@ def _checked_targets(incoming: _Incoming, differences: Sequence[str]) -> dict[st
     adapter = incoming.adapter
     known = running_statistics.statistics(view.names) | adapter_tensors(view, adapter)
     report = replace(check_fit(known, incoming.tensors), missing=())  # these keep their values
-    reasons = [*([] if report.complete else [str(report)]), *differences]
+    reasons = [*differences] if report.complete else [str(report), *differences]
     if reasons:
         raise AdapterFileError(
             f"{incoming.source} does not fit the model's adapter {adapter!r}; nothing was loaded:\n"

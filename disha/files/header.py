@@ -130,7 +130,7 @@ class AdapterFile(AdapterContents):
 def reasons_against_blocks(contents: AdapterContents) -> list[str]:
     """Return the name of each layer whose block has a wrong shape, and the reason."""
     found = [
-        (record.name, record.reason_against_block(tuple(contents.tensors[record.key].shape)))
+        (record.name, record.reason_against_block(contents.tensors[record.key].shape))
         for record in contents.layers
     ]
     return [f"{name or '(the model)'}: {reason}" for name, reason in found if reason is not None]

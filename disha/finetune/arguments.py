@@ -173,8 +173,7 @@ class TrainingArguments(SFTConfig):  # type: ignore[misc]
     def __post_init__(self) -> None:
         if self.dry_run or not torch.accelerator.is_available():
             self.use_cpu = True
-        tf32 = self.tf32  # type: ignore[has-type]
-        if tf32 and not is_torch_tf32_available():
+        if self.tf32 and not is_torch_tf32_available():  # type: ignore[has-type]
             print("note: --tf32 does nothing on this machine")
             self.tf32 = None
         super().__post_init__()

@@ -84,7 +84,7 @@ def prove(base: str, bits: str, path: Path, training: SFTConfig, outcome: Outcom
     training.deepspeed_plugin = None  # accelerate keeps the first one
     training.dataset_kwargs = {"skip_prepare_dataset": True}  # packed rows can't be packed again
     is_partitioned = is_deepspeed_zero3_enabled()  # type: ignore[no-untyped-call]
-    is_sharded = is_partitioned or bool(training.fsdp)
+    is_sharded = is_partitioned or training.fsdp
     device = None if is_sharded and bits not in FEW_BITS else training.device
     model, tokenizer = load_base(base, bits, device, disha.inspect_adapter(path).metadata)
     # Sharded models would need all ranks for an answer.

@@ -101,11 +101,11 @@ def _base_and_bits(adapter: AdapterArguments) -> tuple[str, str]:
 def _require_free(folder: Path, training: TrainingArguments) -> None:
     if training.resume or training.overwrite_output_dir:
         return
-    left = [path.name for path in _earlier_results(folder)]
+    left = _earlier_results(folder)
     if left:
         raise ArgumentError(
-            f"--output_dir {folder} holds {left[0]} of an earlier run; go on with --resume, or "
-            "start over with --overwrite_output_dir"
+            f"--output_dir {folder} holds {left[0].name} of an earlier run; go on with --resume, "
+            "or start over with --overwrite_output_dir"
         )
 
 
@@ -180,7 +180,7 @@ def _read(data: DataArguments) -> tuple[list[Dataset], Dataset | None]:
         splits = splits * len(data.data)
     if len(splits) != len(data.data):
         raise ArgumentError("give one --dataset_split for all data, or one for each")
-    sets = [load_rows(source, split) for source, split in zip(data.data, splits, strict=True)]
+    sets = [*map(load_rows, data.data, splits)]
     if data.eval_data is None and data.eval_split is None:
         return sets, None
     return sets, load_rows(data.eval_data or data.data[0], data.eval_split or "train")

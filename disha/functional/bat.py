@@ -72,7 +72,7 @@ def bat_delta_weight(weight: Tensor, block: Tensor) -> Tensor:
     *stack, out_features, in_features = weight.shape
     r = block.shape[-1]
     expected = (*stack, shard_count(out_features, r), r, r)
-    if tuple(block.shape) != expected:
+    if block.shape != expected:
         raise ArgumentError(
             f"a BAT block for a weight of shape {tuple(weight.shape)} and r={r} has shape "
             f"{expected}, got {tuple(block.shape)}"

@@ -269,7 +269,7 @@ def _delta(layer: LayerRecord, block: Tensor, base: BaseWeight | None) -> Tensor
         )
     else:
         weight = base(layer.name).cpu()
-        reason = layer.reason_against_weight(block.shape, tuple(weight.shape))
+        reason = layer.reason_against_weight(block.shape, weight.shape)
         if reason is not None:
             raise AdapterFileError(f"{layer.name}: {reason}; pass the base that it was trained on")
         weight = layer.layout.part(weight, layer.rows)
@@ -377,7 +377,7 @@ def _layer_of_rank(
             continue
         block = method.kept_block(layout, block)
         layer = LayerRecord(name, method.name, r, None, inputs, b.shape[dim], scale, None, layout)
-        if layer.reason_against_block(tuple(block.shape)) is None:
+        if layer.reason_against_block(block.shape) is None:
             factors = _factors(layer, block.to(a.dtype))
             if factors is not None and torch.equal(factors[0], a):
                 return layer, block

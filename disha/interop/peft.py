@@ -273,8 +273,7 @@ def _read(folder: PathLike, also_train: bool) -> tuple[PeftFolder, AdapterConfig
     end = BONE_BLOCK if legacy else MISS_BLOCK
     blocks = {key.removesuffix(end): tensors.pop(key) for key in [*tensors] if key.endswith(end)}
     if not blocks:
-        problems.append(f"there is no tensor that ends in {end}")
-    refuse_to_load(path, problems)
+        refuse_to_load(path, [f"there is no tensor that ends in {end}"])
     method = READ_INIT_WEIGHTS[init]
     # PEFT's BAT ignores the field.
     dropout = 0.0 if legacy or method == BAT else fields.get("miss_dropout", 0.0)
@@ -312,7 +311,7 @@ def _contents(
     problems += [
         f"{name}: {tuple(value.shape)}, the base has {shapes.get(name)}"
         for name, value in beside.items()
-        if shapes.get(name) != tuple(value.shape)
+        if shapes.get(name) != value.shape
     ]
     notes = {note: folder.fields[note] for note in NOTES if folder.fields.get(note)}
     tensors = {layer.key: blocks[layer.name] for layer in layers} | beside

@@ -13,6 +13,7 @@ import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import starmap
 from typing import Any
 
 import torch
@@ -490,15 +491,13 @@ def plan_weights(
         reason: str | None = "the model has no such layer"
         if found is not None:
             found = _as_recorded(view, found, record, config, tensor.to(dtype or tensor.dtype))
-            reason = _reason_against_record(found, record, tuple(tensor.shape))
+            reason = _reason_against_record(found, record, tensor.shape)
         if found is None or reason is not None:
             reasons.append(f"{printable(record.name, WIDEST) or '(the model)'}: {reason}")
         else:
             planned.append(found)
     for key in also_train:
-        reason = _reason_against_parameter(
-            view.parameters_by_name.get(key), tuple(tensors[key].shape)
-        )
+        reason = _reason_against_parameter(view.parameters_by_name.get(key), tensors[key].shape)
         if reason is not None:
             reasons.append(f"parameter {printable(key, WIDEST)}: {reason}")
     if reasons:
@@ -566,7 +565,7 @@ def _reason_against_parameter(
         return "the model has no such parameter"
     found = None if is_lazy(parameter.value) else tuple(whole_shape(parameter.value))
     if found != shape:
-        return f"expected shape {shape}, found {found} in the model"
+        return f"expected shape {tuple(shape)}, found {found} in the model"
     return _reason_against_training(parameter)
 
 
@@ -708,7 +707,7 @@ def _selected(
         asked = dict.fromkeys((*layer.names, *layer.module_names), layer.module)
         asked |= dict.fromkeys(view.names[reader], reader)
         if callable(target):
-            matched = any(target(name, module) for name, module in asked.items())
+            matched = any(starmap(target, asked.items()))
         else:
             matched = bool(matching(parts, [*asked]))
         # A module without parameters is no miss.

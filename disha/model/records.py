@@ -80,7 +80,7 @@ class LayerRecord:
         has_axes = len(block) >= METHODS[self.method].block_axes
         weight = self.weight_shape(block) if has_axes else ()
         if layout.reason_against_shape(weight) is not None:
-            return f"a block of shape {block} does not fit the layout {layout.pattern!r}"
+            return f"a block of shape {tuple(block)} does not fit the layout {layout.pattern!r}"
         reason = layout.reason_against(self.geometry(block), r, r_out)
         if reason is not None:
             return reason
@@ -88,7 +88,9 @@ class LayerRecord:
         if self.rows and count != self.out_features:
             return f"it lists {counted(count, 'row')}, but its output has {self.out_features}"
         expected = METHODS[self.method].block_shape(layout, weight, r, r_out)
-        return None if block == expected else f"expected a block of shape {expected}, found {block}"
+        if block == expected:
+            return None
+        return f"expected a block of shape {expected}, found {tuple(block)}"
 
     def reason_against_weight(self, block: tuple[int, ...], weight: tuple[int, ...]) -> str | None:
         """Return why a weight of that shape can't be this layer's, or None if it can."""
@@ -101,4 +103,4 @@ class LayerRecord:
         ranges = ", ".join(f"{first}:{stop}" for first, stop in rows)
         of_rows = f" in rows {ranges}" if rows else ""
         expected = self.weight_shape(block)
-        return f"the weight has the shape {weight}; the adapter is for {expected}{of_rows}"
+        return f"the weight has the shape {tuple(weight)}; the adapter is for {expected}{of_rows}"
