@@ -325,6 +325,22 @@ class TestNames:
             setting.merge()
         assert not setting.out.exists()
 
+    def test_no_tensor_of_another_part_is_taken(self, tmp_path):
+        towers = nn.ModuleDict({"text": Layered(), "image": Layered()})
+        setting = Setting(tmp_path, towers, "q_proj", also_train="text.head")
+        state = tensors_in(setting.base)
+        text = {name: value for name, value in state.items() if name.startswith("text")}
+        one_tower = {name.removeprefix("text."): value for name, value in text.items()}
+        deeper = {f"text.more.{name}": value.clone() for name, value in one_tower.items()}
+        lacks_layer = state | deeper | {"text.layers.1.attn.q_proj.weight": None}
+        in_layer = {"text.head.weight": None, "text.layers.0.head.weight": text["text.head.weight"]}
+        lacks = {"image": one_tower, r"text\.layers\.1": lacks_layer, "text.head": state | in_layer}
+        for absent, stored in lacks.items():
+            kept = {name: value for name, value in stored.items() if value is not None}
+            save_sharded(kept, setting.base, 1)
+            with pytest.raises(AdapterFileError, match=f"lacks {absent}"):
+                setting.merge(force=True)
+
     def test_a_missing_layer_is_named_with_what_is_there(self, setting):
         state = tensors_in(setting.base)
         state["layers.1.attn.query.weight"] = state.pop("layers.1.attn.q_proj.weight")

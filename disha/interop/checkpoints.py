@@ -312,14 +312,14 @@ def base_weights(checkpoint: Checkpoint, contents: AdapterContents) -> Callable[
 
 def _keys(checkpoint: Checkpoint, contents: AdapterContents) -> dict[str, str]:
     """Return layer, or parameter besides the blocks -> the name of its tensor in a checkpoint."""
-    wanted: dict[str, tuple[str, ...]] = {name: (name,) for name in contents.also_train}
+    wanted: dict[str, tuple[str, ...]] = {}
     for layer in contents.layers:
         owner, _, last = layer.name.rpartition(".")
         wanted[layer.name] = (join(layer.name, "weight"), layer.name, *layer.tied)
         if last in PROJECTIONS:  # the rows of one weight of nn.MultiheadAttention, or a weight
             packed = "in_proj_weight" if layer.rows else f"{last}_weight"
             wanted[layer.name] += (join(owner, packed),)
-    return _stored(checkpoint, wanted)
+    return _stored(checkpoint, wanted | {name: (name,) for name in contents.also_train})
 
 
 def _stored(checkpoint: Checkpoint, wanted: Mapping[str, tuple[str, ...]]) -> dict[str, str]:
@@ -327,39 +327,44 @@ def _stored(checkpoint: Checkpoint, wanted: Mapping[str, tuple[str, ...]]) -> di
 
     The names of a part of the model, such as its text layers, may begin otherwise there. If they
     do, fewer modules or more come before the same end, and no numbers such as those of layers. A
-    `model` may come and go.
+    `model` may come and go. No two parts have a tensor in common, and no part is in two places.
     """
-    if not wanted:
-        return {}
     stored = checkpoint.files.keys() | checkpoint.stacks.keys()
-    starts = {("", "")}  # how names begin in the model, and in the checkpoint
-    for key, name in product(next(iter(wanted.values())), stored):
-        for start, _, other in SAME_END.findall(f"{key}\n{name}"):  # one, or none
-            modules, others = ({"model", *names.split(".")} for names in (start, other))
-            shared = modules & others
-            if shared in (modules, others) and not any(map(str.isdigit, shared)):
-                starts.add((start, other))
-    by_start = []
-    for start, other in sorted(starts):  # none is the first
-        found: dict[str, str] = {}
-        for name, keys in wanted.items():
-            for key in reversed(keys):
-                moved = other + key.removeprefix(start)
-                if moved in stored:
-                    found[name] = moved
-        by_start.append(found)
-    best = max(by_start, key=len)  # the first of the best
-    equal = sum(len(found) == len(best) for found in by_start)
-    if not best or (best is not by_start[0] and equal > 1):
-        there = first_few(sorted(stored), 5, ", ")
-        absent = first_few([keys[0] for keys in wanted.values()], 5, ", ")
-        lacks = "fits by several prefixes" if best else f"lacks {absent}"
-        raise AdapterFileError(
-            f"{checkpoint.path} {lacks}; it has {there}. If "
-            "a weight is tied, or has another name in the model, merge there (merge_adapters)"
-        )
-    rest = {name: keys for name, keys in wanted.items() if name not in best}
-    return best | _stored(checkpoint, rest)
+    found = {name: key for name, keys in wanted.items() for key in reversed(keys) if key in stored}
+    while len(found) < len(wanted):
+        absent = [keys for name, keys in wanted.items() if name not in found]
+        free = stored - set(found.values())
+        starts = set()  # how names begin in the model, and in the checkpoint
+        for key, name in product(absent[0], free):
+            for start, _, other in SAME_END.findall(f"{key}\n{name}"):  # one, or none
+                modules, others = ({"model", *names.split(".")} for names in (start, other))
+                shared = modules & others
+                # The whole model may be one of several in a wrapper, such as the first.
+                unnumbered = modules | others if found else shared
+                if shared in (modules, others) and not any(map(str.isdigit, unnumbered)):
+                    starts.add((start, other))
+        parts = []
+        for start, other in starts:
+            part = {
+                name: moved
+                for name, keys in wanted.items()
+                for key in reversed(keys)
+                if (moved := other + key.removeprefix(start)) in free
+            }
+            if part.keys().isdisjoint(found):
+                parts.append(part)
+        best = max(parts, key=len, default={})
+        equal = [part for part in parts if len(part) == len(best)]
+        if len(equal) != 1:
+            names = first_few([keys[0] for keys in absent], 5, ", ")
+            there = first_few(sorted(stored), 5, ", ")
+            lacks = "fits by several prefixes" if equal else f"lacks {names}"
+            raise AdapterFileError(
+                f"{checkpoint.path} {lacks}; it has {there}. If "
+                "a weight is tied, or has another name in the model, merge there (merge_adapters)"
+            )
+        found |= best
+    return found
 
 
 def _misfits(
@@ -380,10 +385,10 @@ def _misfits(
                 problem = "has other values than the weight that the adapter was saved from"
         found += [] if problem is None else [f"{key}: {problem}"]
     for name in contents.also_train:
-        adapter_shape = tuple(contents.tensors[name].shape)
+        adapter_shape = contents.tensors[name].shape
         shape, _ = checkpoint.shape_and_dtype(keys[name])
         if shape != adapter_shape:
-            found.append(f"{name}: {adapter_shape}, the checkpoint has {shape}")
+            found.append(f"{name}: {tuple(adapter_shape)}, the checkpoint has {shape}")
     return found
 
 
@@ -478,9 +483,9 @@ class _Merge:
 
     def write_file(self, path: Path) -> None:
         """Write all tensors to one file."""
-        self._write(path, list(self._checkpoint.files))
+        self._write(path, self._checkpoint.files)
 
-    def _write(self, path: Path, names: list[str]) -> None:
+    def _write(self, path: Path, names: Collection[str]) -> None:
         """Write some tensors to a file."""
         metadata = OF_TORCH
         for file in {self._checkpoint.files[name] for name in names}:
