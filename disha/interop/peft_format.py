@@ -36,6 +36,11 @@ WEIGHTS_NAME = "adapter_model.safetensors"
 PREFIX = "base_model.model."  # of every name: PEFT's wrapper, and the model in it
 FROZEN = ".base_layer.weight"  # the end of a name: PEFT may save the weight of an adapted embedding
 
+_CHARACTER = r"(?:\\[\Wdw]|\[[\w-]+\]|[^][\\(){}*+?|^$])"  # as it is, escaped, or one of a set
+_CHOICE = rf"(?:{_CHARACTER}[*+?]|\((?:\?:)?(?:{_CHARACTER}|\|)*\))"  # repeated, or (this|that)
+ORDINARY = re.compile(rf"\^?{_CHARACTER}*(?:{_CHOICE}{_CHARACTER}*){{0,3}}\$?")
+"""The regexes that are run, with few choices: the regex of a stranger could take forever."""
+
 THE_MODEL_ITSELF = "PEFT adapts layers within a model, not the model itself"
 
 # --- both files ----------------------------------------------------------------------------------
@@ -68,11 +73,10 @@ class PeftFolder:
     def of_layer(self, name: str, field: str, pattern: str) -> Any:
         """Return r or lora_alpha of a layer as PEFT finds it: by the first key of the pattern."""
         for key, value in (self.fields.get(pattern) or {}).items():
-            # Only literal and escaped characters: the regex of a stranger could take forever.
-            if not re.fullmatch(r"\^?(\\\W|[^][\\(){}*+?|^$])*", key):
+            if not ORDINARY.fullmatch(key) or len(key + name) > 500:
                 raise AdapterFileError(
-                    f"{self.path}: the key {brief(key)} of {pattern} is a regex; name layers, or "
-                    "the ends of their names"
+                    f"{self.path}: the key {brief(key)} of {pattern} is too long or repeats too "
+                    "much; name layers, or the ends of their names"
                 )
             if re.match(rf"(.*\.)?({key})$", name):
                 return value
