@@ -11,6 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -327,26 +328,29 @@ def keep_for_model(view: ModelView, folder: PeftFolder) -> None:
         for above, module in view.modules.items()
         for name, buffer in saved_buffers(module).items()
     }
-    for name in tensors:  # whole embeddings, and the frozen weights of adapted ones
-        frozen = parameters.get(name.replace(FROZEN, ".weight"))
-        if frozen and not folder.saves(name):
-            buffers[name] = frozen.value
     known = statistics(view.names)
     kept = {}
     problems = []
     for name, tensor in tensors.items():
         # PEFT trains a copy for each module. If one differs or is missing, they are not tied now.
         names = parameters[name].names if name in parameters else (name,)
-        others = [other for other in names if other != name]
         differ = [
             other
-            for other in others
+            for other in names
             if other not in tensors or not torch.equal(tensors[other], tensor)
         ]
         buffer = buffers.get(name)
+        # Whole embeddings, and the frozen weights of adapted ones.
+        frozen = parameters.get(name.replace(FROZEN, ".weight"))
+        if frozen and not folder.saves(name):
+            buffer = frozen.value
+        is_same = False
+        if buffer is not None:
+            narrower = min(tensor.dtype, buffer.dtype, key=attrgetter("itemsize"))
+            is_same = torch.equal(tensor.to(narrower), gathered(buffer).cpu().to(narrower))
         if differ:
             problems.append(f"{name}: the model ties it to {differ[0]}, which differs; untie them")
-        elif buffer is not None and torch.equal(tensor.to(buffer.dtype), gathered(buffer).cpu()):
+        elif is_same:
             continue
         elif buffer is not None and name not in known:
             problems.append(
