@@ -329,11 +329,10 @@ class TestNames:
         towers = nn.ModuleDict({"text": Layered(), "image": Layered()})
         setting = Setting(tmp_path, towers, "q_proj", also_train="text.head")
         state = tensors_in(setting.base)
-        text = {name: value for name, value in state.items() if name.startswith("text")}
-        one_tower = {name.removeprefix("text."): value for name, value in text.items()}
+        one_tower = {name[5:]: value for name, value in state.items() if name.startswith("text.")}
         deeper = {f"text.more.{name}": value.clone() for name, value in one_tower.items()}
         lacks_layer = state | deeper | {"text.layers.1.attn.q_proj.weight": None}
-        in_layer = {"text.head.weight": None, "text.layers.0.head.weight": text["text.head.weight"]}
+        in_layer = {"text.head.weight": None, "text.layers.0.head.weight": one_tower["head.weight"]}
         lacks = {"image": one_tower, r"text\.layers\.1": lacks_layer, "text.head": state | in_layer}
         for absent, stored in lacks.items():
             kept = {name: value for name, value in stored.items() if value is not None}

@@ -122,11 +122,13 @@ def test_inspect_names_what_training_has_changed(tmp_path):
 
 
 def test_a_model_that_was_never_in_train_has_none(tmp_path):
-    path = tmp_path / "a.safetensors"
     model = adapted(small().eval())
     model(images())
-    disha.save_adapter(model, path)
-    assert disha.inspect_adapter(path).also_train == ()
+    disha.save_adapter(model, tmp_path)
+    assert disha.inspect_adapter(tmp_path).also_train == ()
+    base = small()
+    base[1].running_mean = base[1].running_var = None  # then it has none, whatever else it holds
+    assert not any(key.startswith("1.") for key in disha.adapter_state_dict(trained(base)))
 
 
 def test_removing_puts_the_old_ones_back():

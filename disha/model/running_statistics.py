@@ -121,7 +121,8 @@ def forget_statistics(modules: Iterable[nn.Module]) -> None:
 
 def _statistics_of(module: nn.Module) -> dict[str, Tensor]:
     """Return the buffers in the state dict of a norm, or nothing if the module is none."""
-    return saved_buffers(module) if "running_mean" in module._buffers else {}
+    buffers = saved_buffers(module)
+    return buffers if "running_mean" in buffers else {}
 
 
 def saved_buffers(module: nn.Module) -> dict[str, Tensor]:
