@@ -325,34 +325,22 @@ class TestNames:
             setting.merge()
         assert not setting.out.exists()
 
-    def test_no_tensor_of_another_part_is_taken(self, tmp_path):
+    def test_what_is_missing_is_named_and_not_taken_from_another_part(self, tmp_path):
         towers = nn.ModuleDict({"text": Layered(), "image": Layered()})
         setting = Setting(tmp_path, towers, "q_proj", also_train="text.head")
         state = tensors_in(setting.base)
         one_tower = {name[5:]: value for name, value in state.items() if name.startswith("text.")}
-        deeper = {f"text.more.{name}": value.clone() for name, value in one_tower.items()}
-        lacks_layer = state | deeper | {"text.layers.1.attn.q_proj.weight": None}
-        in_layer = {"text.head.weight": None, "text.layers.0.head.weight": one_tower["head.weight"]}
-        lacks = {"image": one_tower, r"text\.layers\.1": lacks_layer, "text.head": state | in_layer}
+        layer, head = "text.layers.1.attn.q_proj.weight", "text.head.weight"
+        lacks = {
+            "image": one_tower,
+            layer: state | {layer: None} | {f"text.more.{n}": v + 0 for n, v in one_tower.items()},
+            rf"{layer}; it has image\.embed": state | {layer: None, f"{layer}.query": state[layer]},
+            f"{head}; .*If a weight is tied": state | {head: None, f"layers.0.{head}": state[head]},
+        }
         for absent, stored in lacks.items():
-            kept = {name: value for name, value in stored.items() if value is not None}
-            save_sharded(kept, setting.base, 1)
+            save_sharded({n: v for n, v in stored.items() if v is not None}, setting.base, 1)
             with pytest.raises(AdapterFileError, match=f"lacks {absent}"):
                 setting.merge(force=True)
-
-    def test_a_missing_layer_is_named_with_what_is_there(self, setting):
-        state = tensors_in(setting.base)
-        state["layers.1.attn.query.weight"] = state.pop("layers.1.attn.q_proj.weight")
-        save_sharded(state, setting.base, 2)
-        message = r"lacks layers\.1\.attn\.q_proj\.weight; it has embed\.weight, head\.weight"
-        with pytest.raises(AdapterFileError, match=message):
-            setting.merge()
-
-    def test_a_tied_head_that_is_stored_once_says_what_to_do(self, tmp_path):
-        setting = Setting(tmp_path, Layered(), "head")
-        setting.change(**{"head.weight": None})
-        with pytest.raises(AdapterFileError, match=r"lacks head\.weight.*If a weight is tied"):
-            setting.merge()
 
 
 class TestRefused:

@@ -532,10 +532,7 @@ def test_a_part_without_the_adapted_rows_takes_part_in_backward(method, shape, r
     updates = update_of_part(update, MATRIX, (8, 4), ((4, 8), (0, 4)))
     for found, expected in (
         (functional.adapted_linear(x, part, None, updates), x @ part.mT),
-        (
-            functional.adapted_product(look_up, indices, part, None, MATRIX, updates),
-            part[indices],
-        ),
+        (functional.adapted_product(look_up, indices, part, None, MATRIX, updates), part[indices]),
     ):
         close(found, expected, 1e-6)
         (gradient,) = torch.autograd.grad(found.sum(), block)
