@@ -284,9 +284,10 @@ class TestWhatIsWritten:
 
 
 class TestNames:
-    def merged_under(self, tmp_path, old, new, **arguments):
+    def merged_under(self, tmp_path, old, new, beside=(), **arguments):
         """Merge into a checkpoint whose names have another prefix than the adapter's model."""
-        setting = Setting(tmp_path, nn.ModuleDict({"net": Layered()}), **arguments)
+        model = nn.ModuleDict({"net": Layered(), **dict(beside)})
+        setting = Setting(tmp_path, model, **arguments)
         state = {
             f"{new}{name.removeprefix(old)}": value
             for name, value in tensors_in(setting.base).items()
@@ -294,14 +295,13 @@ class TestNames:
         save_sharded(state, setting.base, 2)
         setting.merge()
         expected = setting.merged_in_memory()
-        found = tensors_in(setting.out)
-        assert_same(
-            found, {f"{new}{name.removeprefix(old)}": value for name, value in expected.items()}
-        )
+        moved = {f"{new}{name.removeprefix(old)}": value for name, value in expected.items()}
+        assert_same(tensors_in(setting.out), moved)
         return setting
 
     def test_the_checkpoint_has_a_prefix_more(self, tmp_path):
-        setting = self.merged_under(tmp_path, "", "model.", also_train="norm")
+        inner = Layered().named_children()  # which end as those of the net do
+        setting = self.merged_under(tmp_path, "", "model.", inner, also_train="norm")
         assert misfits(setting.base, setting.adapter) == []
 
     def test_the_checkpoint_has_a_prefix_less(self, tmp_path):

@@ -349,7 +349,7 @@ def _stored(checkpoint: Checkpoint, wanted: Mapping[str, tuple[str, ...]]) -> di
                 name: moved
                 for name, keys in wanted.items()
                 for key in reversed(keys)
-                if (moved := other + key.removeprefix(start)) in free
+                if key.startswith(start) and (moved := other + key.removeprefix(start)) in free
             }
             if part.keys().isdisjoint(found):
                 parts.append(part)
