@@ -60,7 +60,10 @@ def write(parameter: Tensor, values: Tensor, undo: ExitStack | None = None) -> N
     A sharded parameter takes all values, the same on all ranks, or values that are sharded like it.
     """
     if undo is not None:
-        undo.callback(write, parameter, _values_of(parameter))
+        former = optimized_values(parameter)  # in the precision in which they are trained
+        if former is None:
+            former = present(parameter).detach().clone()
+        undo.callback(write, parameter, former)
     values = values.detach()
     if is_sharded(parameter) and not is_sharded(values):
         part = tuple(slice(start, stop) for start, stop in local_ranges(parameter))
@@ -68,12 +71,6 @@ def write(parameter: Tensor, values: Tensor, undo: ExitStack | None = None) -> N
     with gathered_by(parameter, writes=True):
         local_part(parameter.detach()).copy_(local_part(values))
     write_optimized(parameter, values)
-
-
-def _values_of(parameter: Tensor) -> Tensor:
-    """Return a copy of the values of a parameter, in the precision in which they are trained."""
-    values = optimized_values(parameter)
-    return present(parameter).detach().clone() if values is None else values
 
 
 def in_chunks(tensor: Any) -> bool:
