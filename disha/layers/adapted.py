@@ -263,7 +263,7 @@ def adapt(module: nn.Module, parameters: Iterable[str], is_opaque: bool) -> Adap
         if known:
             refuse_changed_class(module, "it")
         try:
-            _set_class(module, adapted_class(original, names, is_opaque))
+            set_class(module, adapted_class(original, names, is_opaque))
         except TypeError as error:
             raise ArgumentError(
                 f"{original.__name__} can't be adapted: Python does not let its class change "
@@ -286,7 +286,7 @@ def restore(layer: nn.Module) -> None:
         return
     layer._modules.pop(CHILD_NAME, None)
     opaque.remove_hook(layer, opaque.add_updates)
-    _set_class(layer, type(layer)._original_class)
+    set_class(layer, type(layer)._original_class)
     if isinstance(layer, nn.RNNBase):
         _list_plain_weights(layer)
 
@@ -300,13 +300,14 @@ def readapt(
     """Give a module back its adapted class, its adapters and their blocks."""
     if CHILD_NAME not in module._modules and cls._is_opaque:
         opaque.attach_hook(module)
-    _set_class(module, cls)
+    set_class(module, cls)
     module._modules[CHILD_NAME] = adapters
     adapters._modules.clear()
     adapters._modules.update(blocks)
 
 
-def _set_class(module: nn.Module, cls: type[nn.Module]) -> None:
+def set_class(module: nn.Module, cls: type[nn.Module]) -> None:
+    """Give a module another class."""
     # Not by assignment: the user's class may guard its attributes.
     object.__setattr__(module, "__class__", cls)
 

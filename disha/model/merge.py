@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from disha.errors import ArgumentError, MergeError
 from disha.functional.shard_sums import merge_dtype, without_autocast
-from disha.layers.adapted import AdaptedLayer
+from disha.layers.adapted import AdaptedLayer, set_class
 from disha.layers.bitsandbytes import is_library_forward
 from disha.layers.blocks import Merged, Original, Slot
 from disha.layers.offloading import offloading_hooks
@@ -101,8 +101,8 @@ def merge_adapters(
 def _compute_densely(layer: nn.Module, undo: ExitStack) -> None:
     """Make a layer of bitsandbytes that has a dense weight an `nn.Linear`."""
     if is_library_forward(type(layer)):
-        undo.callback(object.__setattr__, layer, "__class__", type(layer))
-        object.__setattr__(layer, "__class__", nn.Linear)
+        undo.callback(set_class, layer, type(layer))
+        set_class(layer, nn.Linear)
         weight = layer._parameters["weight"]
         bias = layer._parameters["bias"]
         if bias is not None and weight is not None:
