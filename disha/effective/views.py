@@ -59,19 +59,12 @@ def is_index(index: Any) -> bool:
 def item_of(weight: Any, index: Any) -> Any:
     """Return one or several matrices of a stack, or rows of a matrix."""
     layout = weight.weight_layout
-    base = weight.base
-    if layout.experts_first and (is_index(index) or isinstance(index, slice)):
-        return _selected(weight, index)
     if layout.pattern == "out in" and isinstance(index, slice):
-        start, stop, step = index.indices(base.shape[0])
+        start, stop, step = index.indices(weight.base.shape[0])
         return rows_of(weight, start, stop) if step == 1 and stop > start else NotImplemented
-    return NotImplemented
-
-
-def _selected(weight: EffectiveWeight, index: Any) -> Any:
-    """Return one or several matrices of a stack."""
+    if not layout.experts_first or not (is_index(index) or isinstance(index, slice)):
+        return NotImplemented
     base = weight.base[index]
-    layout = weight.weight_layout
     if base.dim() > weight.base.dim():
         return NotImplemented  # an index of several dimensions
     if base.dim() < weight.base.dim():
