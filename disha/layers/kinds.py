@@ -170,11 +170,10 @@ def declared_slots(module: nn.Module) -> list[Slot]:
     opaque = opaque_slot(module)
     if opaque is not None:
         return [opaque]
-    return [_with_shape(module, slot) for slot in _kind_of(module)(module)]
-
-
-def _with_shape(module: nn.Module, slot: Slot) -> Slot:
-    """Return a slot that knows the shape of a computed weight, which may not be read any more."""
-    if not is_parametrized(module, slot.parameter):
-        return slot
-    return replace(slot, shape=tuple(read_weight(module, slot.parameter).shape))
+    slots = []
+    for slot in _kind_of(module)(module):
+        if is_parametrized(module, slot.parameter):
+            # A slot knows the shape of a computed weight, which may not be read any more.
+            slot = replace(slot, shape=tuple(read_weight(module, slot.parameter).shape))
+        slots.append(slot)
+    return slots
