@@ -59,8 +59,11 @@ def _before_loading(
     given = {clean_key(key.removeprefix(prefix)) for key in state if key.endswith("_block")}
     if given:
         missing += [prefix + name for name in _absent_blocks(model, given)]
-    else:
-        _keep_new_base(model, state, prefix)
+        return
+    for name, module in model.named_modules():
+        kept = attributes_of(module).get(_STATISTICS, {})
+        for name_inside, former in kept.items():
+            kept[name_inside] = state.get(prefix + join(name, name_inside), former).detach().clone()
 
 
 def _absent_blocks(model: nn.Module, given: set[str]) -> list[str]:
@@ -73,14 +76,6 @@ def _absent_blocks(model: nn.Module, given: set[str]) -> list[str]:
         and _adapter_of(name) in adapters
         and clean_key(name) not in given
     ]
-
-
-def _keep_new_base(model: nn.Module, state: Mapping[str, Any], prefix: str) -> None:
-    """Keep the statistics in a state dict of a base from now on."""
-    for name, module in model.named_modules():
-        kept = attributes_of(module).get(_STATISTICS, {})
-        for name_inside, former in kept.items():
-            kept[name_inside] = state.get(prefix + join(name, name_inside), former).detach().clone()
 
 
 def _adapter_of(key: str) -> str:
