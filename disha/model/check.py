@@ -250,13 +250,9 @@ def _randomise(blocks: list[AdapterBlock], undo: ExitStack) -> None:
     generator = torch.Generator("cpu").manual_seed(0)
     for block in blocks:
         undo.callback(block.block.requires_grad_, block.block.requires_grad)
-        write(block.block, _random(whole_shape(block.block), generator) * SIZE, undo)
+        shape = whole_shape(block.block)
+        write(block.block, torch.randn(shape, generator=generator, device="cpu") * SIZE, undo)
         block.block.requires_grad_(True)
-
-
-def _random(shape: torch.Size, generator: torch.Generator) -> Tensor:
-    """Return random values on the CPU, also if the user has set another default device."""
-    return torch.randn(shape, generator=generator, device="cpu")
 
 
 def _read(run: Run, blocks: list[AdapterBlock]) -> tuple[dict[AdapterBlock, Tensor], list[Tensor]]:
@@ -281,11 +277,11 @@ def _read(run: Run, blocks: list[AdapterBlock]) -> tuple[dict[AdapterBlock, Tens
 def _with_gradient(outputs: list[Tensor], read: dict[AdapterBlock, Tensor]) -> set[AdapterBlock]:
     """Return the blocks that get a gradient from a random sum of the outputs."""
     generator = torch.Generator("cpu").manual_seed(1)
-    sums = [
-        (output * _random(output.shape, generator).to(output)).sum()
-        for output in outputs
-        if output.requires_grad
-    ]
+    sums = []
+    for output in outputs:
+        if output.requires_grad:
+            factors = torch.randn(output.shape, generator=generator, device="cpu")
+            sums.append((output * factors.to(output)).sum())
     if not sums or not read:
         return set()
     values = [*read.values()]
