@@ -155,11 +155,11 @@ def _refuse_in_autograd_thread(group: Group) -> None:
     """Raise in a thread of autograd, which has no contexts, if any is open for these layers."""
     if not isinstance(threading.current_thread(), threading._DummyThread):
         return  # a thread that called `backward` itself
-    covering = [context for context in list(OPEN) if context.covers(group)]
-    if covering:
-        function = covering[0].function
-        raise ModeError(
-            "a layer is computed again in backward (activation checkpointing), where a thread of "
-            f"autograd can't know which adapters acted in forward, because {function} is open; "
-            "call backward after it, and choose the adapters to train with set_active_adapters"
-        )
+    for context in list(OPEN):
+        if context.covers(group):
+            raise ModeError(
+                "a layer is computed again in backward (activation checkpointing), where a thread "
+                "of autograd can't know which adapters acted in forward, because "
+                f"{context.function} is open; call backward after it, and choose the adapters to "
+                "train with set_active_adapters"
+            )
