@@ -250,9 +250,11 @@ class ModelView:
     def refuse_wrapped(self, action: str, remedy: str) -> None:
         """Raise if a wrapper that keeps track of parameters has the model or a part of it."""
         classes = tuple(cls for cls, wrapper in self._wrappers if wrapper.distributes)
-        wrappers = [type(module).__name__ for module in self.names if isinstance(module, classes)]
-        if wrappers:
-            raise TargetError(f"can't {action}: the model is wrapped by {wrappers[0]}; {remedy}")
+        for module in self.names:
+            if isinstance(module, classes):
+                raise TargetError(
+                    f"can't {action}: the model is wrapped by {type(module).__name__}; {remedy}"
+                )
 
     @property
     def sharded(self) -> bool:
