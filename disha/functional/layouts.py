@@ -134,7 +134,7 @@ class Layout:
 
     def of_one_expert(self) -> Layout:
         """Return the layout of the matrix of one expert: this one without the axis `expert`."""
-        return replace(self, pattern=" ".join(axis for axis in self.axes if axis != "expert"))
+        return replace(self, pattern=self.pattern.removeprefix("expert "))
 
     def of_part(self, part: Sequence[tuple[int, int]]) -> Layout:
         """Return the layout of a part of a weight: there, `padding_idx` is another row, or none."""
