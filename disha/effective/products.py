@@ -79,7 +79,7 @@ def _weight_first(weight: EffectiveWeight, x: Tensor) -> Any:
 def _addmm(input: Any, mat1: Any, mat2: Any, *, beta: float = 1, alpha: float = 1) -> Any:
     if not isinstance(mat2, EffectiveWeight):
         return NotImplemented
-    if isinstance(mat1, EffectiveWeight) or input.dim() != 1 or (beta, alpha) != (1, 1):
+    if input.dim() != 1 or (beta, alpha) != (1, 1):
         return NotImplemented
     return linear_product(mat1, transposed(mat2), input)
 
