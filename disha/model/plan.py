@@ -576,12 +576,12 @@ def _reason_against(layer: PlannedLayer) -> str | None:
     """Return why its method can't adapt a weight, whatever the size of the block."""
     module = layer.module
     slot = layer.slot
-    if slot is None and layer.attribute:
-        return (
-            f"the layout of this weight {layer.shape} is unknown; declare it, such as "
-            f"{layer.remedy}, as your code uses it: see Layouts in docs/mechanism.md"
-        )
     if slot is None:
+        if layer.attribute:
+            return (
+                f"the layout of this weight {layer.shape} is unknown; declare it, such as "
+                f"{layer.remedy}, as your code uses it: see Layouts in docs/mechanism.md"
+            )
         return f"no layer kind adapts {type(module).__qualname__}"
     # Properties are looked for and not asked: some read W.
     held = {*vars(module), *module._parameters, *module._buffers, *module._modules}
@@ -721,9 +721,10 @@ def _selected(
 def _tied(view: ModelView, layer: PlannedLayer, exclude: Iterable[str] = ()) -> dict[str, Place]:
     """Return where else the parameter of a layer is, and reads its update."""
     parameter = view.parameters_by_name.get(join(layer.module_names[0], layer.attribute))
-    is_opaque = layer.slot is not None and layer.slot.opaque
+    if parameter is None or (layer.slot is not None and layer.slot.opaque):
+        return {}
     found: dict[str, Place] = {}
-    for name in () if parameter is None or is_opaque else parameter.names:
+    for name in parameter.names:
         owner, _, attribute = name.rpartition(".")
         place = view.modules[owner], attribute
         if place in [layer.place, *found.values()]:
