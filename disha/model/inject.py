@@ -259,8 +259,9 @@ def take_out(view: ModelView, adapters: Sequence[str], undo: ExitStack) -> None:
     for module in view.names:
         for adapter in adapters:
             gradient_flags.release(module, adapter)
-    for module in () if view.layers else view.names:
-        gradient_flags.restore_flags(module)
+    if not view.layers:
+        for module in view.names:
+            gradient_flags.restore_flags(module)
 
 
 def check_removable(view: ModelView, removed: Sequence[str]) -> None:
