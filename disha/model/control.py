@@ -203,20 +203,15 @@ def route_adapters(model: nn.Module, names_per_sample: Sequence[str | None]) -> 
         raise ArgumentError("names_per_sample is empty; give a name or None for each sample")
     checked_names(view, route.adapters)
     view.refuse_merged("route adapters")
-    _refuse_stacks(view)
-    _refuse_sequences_first(view)
-    with entered(_groups(view), route):
-        yield
-
-
-def _refuse_stacks(view: ModelView) -> None:
-    """Raise if experts are adapted: their inputs are tokens of all samples, in any order."""
     for model_block in view.blocks():
         if model_block.block.slot.layout.experts_first:
             raise ArgumentError(
                 f"route_adapters can't route samples through {model_block.name}: experts "
                 "get the tokens of all samples in any order. Leave experts out (exclude=)"
             )
+    _refuse_sequences_first(view)
+    with entered(_groups(view), route):
+        yield
 
 
 def _refuse_sequences_first(view: ModelView) -> None:
