@@ -256,7 +256,7 @@ def adapter_contents(
             )
     tensors = {key: gathered(tensor).detach().cpu() for key, tensor in held.items()}
     blocks = view.blocks(adapter)
-    layers = _records(view, blocks, base=base)
+    layers = tuple(_records(view, blocks, base=base))
     with ranks.agreeing(action):
         _check_can_be_loaded(adapter, layers, tensors)
     keys = {record.key for record in layers}
@@ -273,15 +273,14 @@ def adapter_contents(
 
 def _records(
     view: ModelView, blocks: Iterable[ModelBlock], *, base: bool
-) -> tuple[LayerRecord, ...]:
-    """Return what a file says of blocks; without `base`, no fingerprints."""
+) -> Iterator[LayerRecord]:
+    """Yield what a file says of blocks; without `base`, no fingerprints."""
     borrowers = view.borrowers()
-    records = []
     for model_block in blocks:
         block = model_block.block
         slot = block.slot
         geometry = slot.layout.geometry(weight_shape(model_block.layer, slot), slot.rows)
-        record = LayerRecord(
+        yield LayerRecord(
             name=model_block.name,
             method=block.method.name,
             r=block.r,
@@ -294,8 +293,6 @@ def _records(
             rows=slot.rows,
             tied=tuple(borrowers[block]),
         )
-        records.append(record)
-    return tuple(records)
 
 
 def _base_fingerprint(model_block: ModelBlock) -> str | None:
@@ -516,15 +513,12 @@ def _widen(incoming: _Incoming) -> None:
 def _differences(incoming: _Incoming) -> list[str]:
     """Return how the blocks that it replaces differ from its own, but for scales and bases."""
     pairs = list(incoming.blocks())
-    found = [
-        replace(record, scale=model_block.block.scale, base=None) for model_block, record in pairs
-    ]
     expected = _records(incoming.view, (model_block for model_block, _ in pairs), base=False)
     return [
         f"{mine.name}: {field} is {getattr(theirs, field)} in the file and {value} in the model"
-        for theirs, mine in zip(found, expected, strict=True)
+        for (_, theirs), mine in zip(pairs, expected, strict=True)
         for field, value in vars(mine).items()
-        if getattr(theirs, field) != value
+        if field not in ("scale", "base") and getattr(theirs, field) != value
     ]
 
 
