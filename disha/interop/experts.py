@@ -16,7 +16,7 @@ Source: PEFT 0.21, `ParamWrapper`; vLLM 0.33, `LoRAModelManager`; SGLang 0.5.23,
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
@@ -87,15 +87,11 @@ def family_of(model_type: str | None, what: str) -> Family:
 # --- writing: stacked ----------------------------------------------------------------------------
 
 
-def stack_names(names: Iterable[str]) -> dict[str, str]:
-    """Return stack -> the name of its factors in a PEFT folder."""
-    found = {}
-    stacks = set(names)
-    for name in stacks:
-        owner, _, last = name.rpartition(".")
-        inner = last == GATE_UP and f"{owner}.{DOWN}" in stacks
-        found[name] = owner + WRAPPED if inner else owner
-    return found
+def factors_name(stack: str, stacks: Collection[str]) -> str:
+    """Return the name of a stack's factors in a PEFT folder that holds these stacks."""
+    owner, _, last = stack.rpartition(".")
+    is_inner = last == GATE_UP and f"{owner}.{DOWN}" in stacks
+    return owner + WRAPPED if is_inner else owner
 
 
 def stack_factors(update: LowRankUpdate) -> tuple[Tensor, Tensor]:

@@ -467,14 +467,14 @@ def _alpha_of(update: LowRankUpdate) -> float:
 
 def tensors_of(updates: Sequence[LowRankUpdate]) -> dict[str, Tensor]:
     """Return the factors of all layers by their keys in a folder, without PEFT's prefix."""
-    names = stacks.stack_names(update.record.name for update in updates if is_stack(update.record))
+    stack_names = {update.record.name for update in updates if is_stack(update.record)}
     found = {}
     for update in updates:
         name = update.record.name
         a = update.a
         b = update.b
-        if name in names:
-            name = names[name]
+        if name in stack_names:
+            name = stacks.factors_name(name, stack_names)
             a, b = stacks.stack_factors(update)
         if not update.record.scale:
             b = torch.zeros_like(b)
