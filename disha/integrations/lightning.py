@@ -42,15 +42,15 @@ class AdapterCheckpoints(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Let the module be loaded from a checkpoint without the base."""
-        kept = set(self._kept(pl_module))
+        kept = self._kept(pl_module)
         pl_module.strict_loading = False
         if isinstance(trainer.strategy, ModelParallelStrategy):
             leave_out_base(pl_module, kept, "FSDP")
 
-    def _kept(self, module: LightningModule) -> list[str]:
+    def _kept(self, module: LightningModule) -> set[str]:
         """Return the keys of all that trains: the adapter, and perhaps a head beside it."""
         trained = {key for key, parameter in module.named_parameters() if parameter.requires_grad}
-        return sorted(trained | disha.adapter_state_dict(module, self._adapter).keys())
+        return trained | disha.adapter_state_dict(module, self._adapter).keys()
 
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
@@ -58,7 +58,7 @@ class AdapterCheckpoints(Callback):
         """Keep the part of the state dict that trains."""
         state = checkpoint["state_dict"]
         kept = self._kept(pl_module)
-        checkpoint["state_dict"] = {key: state[key] for key in kept if key in state}
+        checkpoint["state_dict"] = {key: state[key] for key in state if key in kept}
 
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
@@ -66,7 +66,7 @@ class AdapterCheckpoints(Callback):
         """Check that the checkpoint has the adapter, because Lightning ignores missing keys."""
         if isinstance(trainer.strategy, ModelParallelStrategy):
             return  # it has loaded the state
-        missing = [key for key in self._kept(pl_module) if key not in checkpoint["state_dict"]]
+        missing = sorted(self._kept(pl_module) - checkpoint["state_dict"].keys())
         if missing:
             raise disha.AdapterStateError(
                 f"the checkpoint lacks {counted(len(missing), 'tensor')} that train with adapter "
