@@ -223,9 +223,7 @@ def _layer(config: AdapterConfig, entry: Any) -> LayerRecord:
     name = entry["name"]
     base = entry.get("base")
     padding = entry.get("padding_idx")
-    groups = entry.get("groups", 1)
     rows = entry.get("rows")
-    scale = entry.get("scale", 1)
     tied = entry.get("tied", ())
     method = entry.get("method", config.method)
     for text in (name, *tied):
@@ -234,8 +232,7 @@ def _layer(config: AdapterConfig, entry: Any) -> LayerRecord:
     check_type("padding_idx", padding, int | None, "an int")
     for what in ("r", "in", "out"):
         check_positive_int(what, entry[what])
-    check_positive_int("groups", groups)
-    check_scale(scale)
+    groups = check_positive_int("groups", entry.get("groups", 1))
     return LayerRecord(
         name=name,
         method=method,
@@ -243,7 +240,7 @@ def _layer(config: AdapterConfig, entry: Any) -> LayerRecord:
         r_out=config.r_out if method == config.method else None,
         in_features=entry["in"],
         out_features=entry["out"],
-        scale=float(scale),
+        scale=check_scale(entry.get("scale", 1)),
         base=base,
         layout=Layout(layout_of(entry["layout"]).pattern, groups, padding),
         rows=() if rows is None else checked_rows(name, rows),
