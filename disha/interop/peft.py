@@ -7,7 +7,7 @@ r does not divide or with dropout. Your own notes and the fingerprint of the bas
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -142,9 +142,8 @@ def export(
         problems = _inexpressible(contents, dropout)
         problems += reasons_against(view, names, _unknown_to_miss, exporting=True)
         refuse_to_write(CANT_EXPRESS, [*problems, *saved.problems])
-        targets = exact_targets(names, module_names(view))
         notes = notes_of(view.model) | given
-        fields = _fields(contents, dropout, targets, saved.modules, notes)
+        fields = _fields(contents, dropout, module_names(view), saved.modules, notes)
     beside = saved.copies()
     with ranks.agreeing(action):
         if ranks.writes:
@@ -327,19 +326,18 @@ def write_folder(folder: Path, contents: AdapterContents, *, dropout: float | No
         for name in contents.also_train
     ]
     refuse_to_write(CANT_EXPRESS, problems)
-    targets = exact_targets(contents.names)
-    fields = _fields(contents, dropout, targets, (), contents.metadata)
+    fields = _fields(contents, dropout, None, (), contents.metadata)
     write_peft_files(folder, fields, _blocks(contents))
 
 
 def _fields(
     contents: AdapterContents,
     dropout: float | None,
-    targets: list[str] | str,
+    modules: Collection[str] | None,
     saved: Iterable[str],
     notes: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Return PEFT's configuration."""
+    """Return PEFT's configuration, for a model with these modules if they are known."""
     config = contents.config if dropout is None else contents.config.changed(dropout=dropout)
     return {
         "bias": "none",
@@ -350,7 +348,7 @@ def _fields(
         "modules_to_save": sorted(saved) or None,
         "peft_type": "MISS",
         "r": contents.layers[0].r,
-        "target_modules": targets,
+        "target_modules": exact_targets(contents.names, modules),
         **{note: notes.get(note) for note in NOTES},
     }
 
