@@ -424,9 +424,8 @@ def _config_of(
     names = [update.record.name for update in updates]
     parameters = sorted(update.record.name for update in updates if is_stack(update.record))
     # The experts that are written one by one, which are no layers of the model.
-    single = {*filter(stacks.SINGLE_EXPERT.fullmatch, names)}
-    single -= set(contents.names)
-    others = [name for name in names if name not in single.union(parameters)]
+    single = set(filter(stacks.SINGLE_EXPERT.fullmatch, names)).difference(contents.names)
+    others = set(names).difference(single, parameters)
     # SGLang refuses a regex, and knows single experts by the usual names of their projections.
     targets: list[str] | str = sorted({*others, *stacks.SERVED_TARGETS})
     if not single:
