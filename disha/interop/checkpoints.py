@@ -476,7 +476,7 @@ class _Merge:
         # Matrix of one expert -> its stack, and the number of the expert.
         self._parts = {
             name: (key, expert)
-            for key in self._layers.keys() | self._values.keys()
+            for key in keys.values()
             for expert, names in enumerate(checkpoint.stacks.get(key, ()))
             for name in names
         }
