@@ -256,7 +256,10 @@ def adapter_contents(
             )
     tensors = {key: gathered(tensor).detach().cpu() for key, tensor in held.items()}
     blocks = view.blocks(adapter)
-    layers = tuple(_records(view, blocks, base=base))
+    borrowers = view.borrowers()
+    layers = tuple(
+        _record(model_block, borrowers[model_block.block], base=base) for model_block in blocks
+    )
     with ranks.agreeing(action):
         _check_can_be_loaded(adapter, layers, tensors)
     keys = {record.key for record in layers}
@@ -271,28 +274,24 @@ def adapter_contents(
     )
 
 
-def _records(
-    view: ModelView, blocks: Iterable[ModelBlock], *, base: bool
-) -> Iterator[LayerRecord]:
-    """Yield what a file says of blocks; without `base`, no fingerprints."""
-    borrowers = view.borrowers()
-    for model_block in blocks:
-        block = model_block.block
-        slot = block.slot
-        geometry = slot.layout.geometry(weight_shape(model_block.layer, slot), slot.rows)
-        yield LayerRecord(
-            name=model_block.name,
-            method=block.method.name,
-            r=block.r,
-            r_out=block.config.r_out,
-            in_features=geometry.in_features,
-            out_features=geometry.out_features,
-            scale=block.scale,
-            base=_base_fingerprint(model_block) if base else None,
-            layout=slot.layout,
-            rows=slot.rows,
-            tied=tuple(borrowers[block]),
-        )
+def _record(model_block: ModelBlock, tied: Iterable[str], *, base: bool) -> LayerRecord:
+    """Return what a file says of a block; without `base`, no fingerprint."""
+    block = model_block.block
+    slot = block.slot
+    geometry = slot.layout.geometry(weight_shape(model_block.layer, slot), slot.rows)
+    return LayerRecord(
+        name=model_block.name,
+        method=block.method.name,
+        r=block.r,
+        r_out=block.config.r_out,
+        in_features=geometry.in_features,
+        out_features=geometry.out_features,
+        scale=block.scale,
+        base=_base_fingerprint(model_block) if base else None,
+        layout=slot.layout,
+        rows=slot.rows,
+        tied=tuple(tied),
+    )
 
 
 def _base_fingerprint(model_block: ModelBlock) -> str | None:
@@ -512,14 +511,16 @@ def _widen(incoming: _Incoming) -> None:
 
 def _differences(incoming: _Incoming) -> list[str]:
     """Return how the blocks that it replaces differ from its own, but for scales and bases."""
-    pairs = list(incoming.blocks())
-    expected = _records(incoming.view, (model_block for model_block, _ in pairs), base=False)
-    return [
-        f"{mine.name}: {field} is {getattr(theirs, field)} in the file and {value} in the model"
-        for (_, theirs), mine in zip(pairs, expected, strict=True)
-        for field, value in vars(mine).items()
-        if field not in ("scale", "base") and getattr(theirs, field) != value
-    ]
+    borrowers = incoming.view.borrowers()
+    found = []
+    for model_block, theirs in incoming.blocks():
+        mine = _record(model_block, borrowers[model_block.block], base=False)
+        found += [
+            f"{mine.name}: {field} is {getattr(theirs, field)} in the file and {value} in the model"
+            for field, value in vars(mine).items()
+            if field not in ("scale", "base") and getattr(theirs, field) != value
+        ]
+    return found
 
 
 def _overwritten(incoming: _Incoming) -> list[str]:
