@@ -129,11 +129,12 @@ class AdapterFile(AdapterContents):
 
 def reasons_against_blocks(contents: AdapterContents) -> list[str]:
     """Return the name of each layer whose block has a wrong shape, and the reason."""
-    found = [
-        (record.name, record.reason_against_block(contents.tensors[record.key].shape))
-        for record in contents.layers
-    ]
-    return [f"{name or '(the model)'}: {reason}" for name, reason in found if reason is not None]
+    found = []
+    for record in contents.layers:
+        reason = record.reason_against_block(contents.tensors[record.key].shape)
+        if reason is not None:
+            found.append(f"{record.name or '(the model)'}: {reason}")
+    return found
 
 
 def header_to_json(contents: AdapterContents) -> str:
