@@ -136,7 +136,6 @@ def combine_contents(summands: Sequence[Summand], r: int | None) -> AdapterConte
         rank_pattern={},
         scale=1.0,
         dtype=None,
-        also_train=[],
     )
     return AdapterContents(config, tuple(record for record, _ in sums), (), tensors, {})
 
