@@ -264,7 +264,7 @@ def saved_modules(view: ModelView, also_train: Sequence[str], layers: Sequence[s
     """Return how PEFT saves the parameters that were trained with an adapter of these layers."""
     known = view.parameters_by_name
     trained = {alias for name in also_train if name in known for alias in known[name].names}
-    adapted = {view.modules[name] for name in layers if name in view.modules}
+    adapted = {view.modules.get(name) for name in layers}
     problems = []
     tensors: dict[str, Tensor] = {}
     modules: list[str] = []
