@@ -431,8 +431,11 @@ def _refuse_tied(
     if not embeddings:
         return
     config = checkpoint.config()
-    parts = [part for part in (config, *config.values()) if isinstance(part, dict)]
-    said = [part["tie_word_embeddings"] for part in parts if "tie_word_embeddings" in part]
+    said = [
+        part["tie_word_embeddings"]
+        for part in (config, *config.values())
+        if isinstance(part, dict) and "tie_word_embeddings" in part
+    ]
     if any(said) or (not said and "model_type" in config):
         raise MergeError(
             f"{embeddings[0]} may be tied to an output head, which merging would change too "
