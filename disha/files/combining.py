@@ -97,29 +97,24 @@ def combine_adapters(
         model_block.block.block.requires_grad_(model_block.name in trained)
 
 
-class _Part(NamedTuple):
-    """One layer of one adapter."""
-
-    record: LayerRecord
-    block: Tensor
-    weight: float
-    source: Source
+Part = tuple[LayerRecord, Summand]
+"""One layer, and the adapter that it is of."""
 
 
 def combine_contents(summands: Sequence[Summand], r: int | None) -> AdapterContents:
     """Return the adapter that is the weighted sum of others, with scale 1 and no metadata."""
-    parts: dict[str, list[_Part]] = {}
-    for source, contents, weight in summands:
-        factor = check_scale(weight, "the weight of an adapter")
-        if contents.also_train:
+    parts: dict[str, list[Part]] = {}
+    for summand in summands:
+        check_scale(summand.weight, "the weight of an adapter")
+        also_train = summand.contents.also_train
+        if also_train:
             raise ArgumentError(
-                f"{source} holds parameters besides its blocks "
-                f"({first_few(contents.also_train, 3, ', ')}). These are values, not updates, so "
+                f"{summand.source} holds parameters besides its blocks "
+                f"({first_few(also_train, 3, ', ')}). These are values, not updates, so "
                 "they have no weighted sum; leave out `also_train`"
             )
-        for layer in contents.layers:
-            part = _Part(layer, contents.tensors[layer.key], factor, source)
-            parts.setdefault(layer.name, []).append(part)
+        for layer in summand.contents.layers:
+            parts.setdefault(layer.name, []).append((layer, summand))
     configs = [summand.contents.config for summand in summands]
     if len({(config.method, config.r_out) for config in configs}) > 1:
         raise ArgumentError(
@@ -140,16 +135,16 @@ def combine_contents(summands: Sequence[Summand], r: int | None) -> AdapterConte
     return AdapterContents(config, tuple(record for record, _ in sums), (), tensors, {})
 
 
-def _sum(parts: Sequence[_Part], r: int | None) -> tuple[LayerRecord, Tensor]:
+def _sum(parts: Sequence[Part], r: int | None) -> tuple[LayerRecord, Tensor]:
     """Return the weighted sum of a layer's blocks."""
-    first = parts[0].record
+    first, _ = parts[0]
     name = first.name or "(the model)"
     method = METHODS[first.method]
-    r = r or math.lcm(*(part.record.r for part in parts))
+    r = r or math.lcm(*(record.r for record, _ in parts))
     listing = "; ".join(
         f"r={record.r}, {record.in_features} -> {record.out_features}, {record.layout} with a "
-        f"block {tuple(block.shape)} in {source}"
-        for record, block, _, source in parts
+        f"block {tuple(summand.contents.tensors[record.key].shape)} in {summand.source}"
+        for record, summand in parts
     )
     if not method.additive:
         raise ArgumentError(
@@ -162,15 +157,16 @@ def _sum(parts: Sequence[_Part], r: int | None) -> tuple[LayerRecord, Tensor]:
             f"inputs: {listing}; export the adapters as LoRA, and combine those"
         )
     terms = []
-    for record, block, weight, _ in parts:
+    for record, summand in parts:
+        block = summand.contents.tensors[record.key]
         wide = method.wider_block(record.layout, block, record.r, r)
         if wide is None:
             raise ArgumentError(
                 f"layer {name!r}: {method.name} blocks can't be added with r={r}: {listing}; give "
                 "an r that is a multiple of each, or adapters of equal r"
             )
-        terms.append((wide, weight * record.scale))
-    records = {replace(part.record, r=r, scale=1.0, base=None) for part in parts}
+        terms.append((wide, float(summand.weight) * record.scale))
+    records = {replace(record, r=r, scale=1.0, base=None) for record, _ in parts}
     if len(records) > 1 or len({wide.shape for wide, _ in terms}) > 1:
         raise ArgumentError(f"layer {name!r} is not the same in all adapters: {listing}")
     total = functional.weighted_sum(terms)
@@ -178,5 +174,5 @@ def _sum(parts: Sequence[_Part], r: int | None) -> tuple[LayerRecord, Tensor]:
         raise ArgumentError(
             f"layer {name!r}: the sum is not finite as {total.dtype}; give smaller weights"
         )
-    bases = {part.record.base for part in parts}
+    bases = {record.base for record, _ in parts}
     return replace(records.pop(), base=first.base if len(bases) == 1 else None), total
