@@ -184,9 +184,8 @@ def _unfit(path: Path, problem: str) -> AdapterFileError:
 
 def _parsed(path: Path, fields: Any, tensors: Mapping[str, Tensor]) -> AdapterFile:
     fields = {"needs": [], "also_train": [], "metadata": {}, **fields}
-    version = fields["format"]
+    version = check_positive_int("format", fields["format"])
     needs = fields["needs"]
-    check_positive_int("format", version)
     if version > FORMAT:  # it may have other fields
         raise AdapterFileError(
             f"{path} has format {brief(version)}, and this version of disha reads up to {FORMAT}; "
