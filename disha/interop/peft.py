@@ -227,10 +227,9 @@ def _shapes(view: ModelView, names: Sequence[str]) -> Shapes:
         for name, module in view.modules.items()
         if isinstance(module, nn.Linear)
     }
-    known: dict[str, Tensor] = {
+    known = statistics(view.names) | {
         name: parameter.value for name, parameter in view.parameters_by_name.items()
     }
-    known |= statistics(view.names)
     others = known.keys() & names - linear.keys()
     return linear | {name: tuple(known[name].shape) for name in others}
 
