@@ -106,12 +106,11 @@ def combine_contents(summands: Sequence[Summand], r: int | None) -> AdapterConte
     parts: dict[str, list[Part]] = {}
     for summand in summands:
         check_scale(summand.weight, "the weight of an adapter")
-        also_train = summand.contents.also_train
-        if also_train:
+        if summand.contents.also_train:
             raise ArgumentError(
                 f"{summand.source} holds parameters besides its blocks "
-                f"({first_few(also_train, 3, ', ')}). These are values, not updates, so "
-                "they have no weighted sum; leave out `also_train`"
+                f"({first_few(summand.contents.also_train, 3, ', ')}). These are values, not "
+                "updates, so they have no weighted sum; leave out `also_train`"
             )
         for layer in summand.contents.layers:
             parts.setdefault(layer.name, []).append((layer, summand))

@@ -104,8 +104,7 @@ def export(
     with ranks.agreeing(action):
         target = checked_path(path)
         for name, view in views.items():
-            layers = contents[name].names
-            problems = reasons_against(view, layers, unknown_to_lora, exporting=True)
+            problems = reasons_against(view, contents[name].names, unknown_to_lora, exporting=True)
             cls = original_class(view.modules[""])
             if cls.__module__.startswith("diffusers.") and not hasattr(cls, "load_lora_adapter"):
                 problems.append(
