@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -28,12 +29,14 @@ def make_block(
     """Return a new block for a weight, on its device, with copied values or those of `init`."""
     weight = None if slot.opaque else read_weight(module, slot.parameter)
     device = opaque.device_of(module) if weight is None else device_of_weight(module, weight)
-    shape = method_of(config.method).block_shape(
-        slot.layout, weight_shape(module, slot), r, config.r_out, slot.rows
-    )
+    shape: Sequence[int]
     if values is not None:
+        shape = values.shape
         dtype = values.dtype
     else:
+        shape = method_of(config.method).block_shape(
+            slot.layout, weight_shape(module, slot), r, config.r_out, slot.rows
+        )
         weight_dtype: Any = getattr(weight, "dtype", None)
         dtype = config.dtype or merge_dtype(weight_dtype)
     with torch.inference_mode(False):  # a tensor that is made in that mode can never be trained
