@@ -72,7 +72,20 @@ def load_base(
     tokenizer.chat_template = notes.get(TEMPLATE_KEY, tokenizer.chat_template)
     if TOKENS_KEY in notes:
         _add_tokens(model, tokenizer, json.loads(notes[TOKENS_KEY]))
+    if tokenizer.chat_template:
+        _end_with_turns(model.generation_config, tokenizer)
     return model, tokenizer
+
+
+def _end_with_turns(generation: Any, tokenizer: Any) -> None:
+    """Let answers end with the token that ends them in the chat template, if it has one."""
+    turns = [{"role": role, "content": role} for role in ("user", "assistant")]
+    rest = tokenizer.apply_chat_template(turns, tokenize=False).rpartition("assistant")[2]
+    tokens = tokenizer(rest, add_special_tokens=False)["input_ids"]
+    known = generation.eos_token_id
+    ends = [known] if isinstance(known, int) else known or []
+    for end in tokenizer.added_tokens_decoder.keys() & tokens[:1]:
+        generation.eos_token_id = sorted({*ends, end})
 
 
 def _add_tokens(model: Any, tokenizer: Any, tokens: list[str]) -> None:

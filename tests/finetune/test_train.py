@@ -190,6 +190,7 @@ def test_a_template_that_was_given_goes_where_the_adapter_goes(
     assert disha_command(["merge", str(result.adapter), str(merged)]) == 0
     for folder in (result.folder / "merged", merged):
         assert load_base(str(folder))[1].chat_template == CHATML
+        assert load_base(str(folder))[0].generation_config.eos_token_id == [2, 4]  # <|im_end|> too
     capsys.readouterr()
     words = ["evaluate", "--adapter", str(result.adapter), "--data", str(data), "--json"]
     assert disha_command(words) == 0
