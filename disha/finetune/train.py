@@ -142,17 +142,19 @@ def _trainer(
     if adapter.new_tokens:
         notes[TOKENS_KEY] = json.dumps(adapter.new_tokens)
     model, tokenizer = load_base(base, bits, device, notes)
-    rows = mixed(
-        [formed(one_set, data.dataset_field, tokenizer) for one_set in sets],
-        data.data_weights,
-        training.seed,
-    )
+    sets = [formed(one_set, data.dataset_field, tokenizer) for one_set in sets]
     if held_out is not None:
         held_out = formed(held_out, data.dataset_field, tokenizer)
     elif data.eval_fraction:
-        parts = rows.train_test_split(test_size=data.eval_fraction, seed=training.seed)
-        rows = parts["train"]
-        held_out = parts["test"]
+        if not data.data_weights:
+            sets = [mixed(sets, (), training.seed)]
+        # Before rows are drawn by weight: a row that is drawn twice must not be in both parts.
+        parts = [
+            one_set.train_test_split(data.eval_fraction, seed=training.seed) for one_set in sets
+        ]
+        sets = [part["train"] for part in parts]
+        held_out = mixed([part["test"] for part in parts], (), training.seed)
+    rows = mixed(sets, data.data_weights, training.seed)
     if "messages" in rows.column_names and masks_answers(tokenizer):
         training.assistant_only_loss = True
     _adapt(model, adapter, tokenizer)

@@ -210,6 +210,8 @@ def test_several_sets_and_held_out_rows(finetune, tmp_path, data):
     assert result.report["rows"]["measured"] == 4
     result = finetune(tmp_path / "fraction", "--eval_fraction", 0.25)
     assert result.report["rows"] == {"training": 36, "measured": 12}
+    result = finetune(tmp_path / "drawn", *words[:6], "--eval_fraction", 0.25)
+    assert result.report["rows"]["measured"] == 14  # of 48 and 8: none is drawn twice
 
 
 class TestCourse:
