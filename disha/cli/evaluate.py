@@ -65,7 +65,8 @@ def _measured(asker: Asker, batches: Any, rows: Dataset, flags: Namespace) -> di
     with torch.no_grad():
         for batch in tqdm(batches, desc="Measuring"):
             count = int((batch["labels"][:, 1:] != -100).sum())
-            total += float(asker.model(**batch).loss) * count
+            if count:  # a row of one token has nothing to predict
+                total += float(asker.model(**batch).loss) * count
             tokens += count
     loss = total / max(tokens, 1)
     found = {"loss": loss, "perplexity": math.exp(min(loss, 700)), "tokens": tokens}
