@@ -24,6 +24,7 @@ from disha.text import nearest
 
 RENAMED = {
     "batch_size": "per_device_train_batch_size",
+    "dataset_text_field": "dataset_field",
     "epochs": "num_train_epochs",
     "evaluation_strategy": "eval_strategy",
     "lr": "learning_rate",
@@ -102,7 +103,7 @@ class AdapterArguments:
     def settings(self) -> dict[str, Any]:
         """Return the arguments of `disha.inject_adapters`."""
         return {
-            "target_regex": self.target[0] if len(self.target) == 1 else self.target,
+            "target_regex": self.target,
             "r": self.r,
             "r_out": self.r_out,
             "method": self.method,
@@ -264,7 +265,7 @@ def _words_of(path: Path) -> Iterator[str]:
             f"{error}"
         ) from error
     for name, value in flags:
-        if value is not None:
+        if value not in (None, []):
             yield f"--{name}"
             for item in value if isinstance(value, list) else [value]:
                 yield json.dumps(item) if isinstance(item, dict) else str(item)

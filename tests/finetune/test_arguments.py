@@ -43,10 +43,10 @@ def test_other_names_of_flags(words, name, value):
 def test_a_file_of_flags_and_the_command_line_wins(tmp_path):
     path = tmp_path / "run.yaml"
     flags = {"bone_r": 16, "data": ["a.json", "b.json"], "lr": 0.5, "bf16": False, "base": None}
-    path.write_text(yaml.safe_dump(flags))
+    path.write_text(yaml.safe_dump(flags | {"exclude": [], "dataset_text_field": "body"}))
     adapter, data, training = parsed(["--learning_rate", "0.1", "--config", str(path)])
     assert (adapter.r, data.data, training.learning_rate) == (16, ["a.json", "b.json"], 0.1)
-    assert adapter.base is None
+    assert (adapter.base, adapter.exclude, data.dataset_field) == (None, [], ["body"])
     assert parsed([f"--config={path}"])[0].r == 16
 
 
