@@ -21,6 +21,7 @@ from typing import Any
 from datasets import (
     Dataset,
     Features,
+    Json,
     Value,
     concatenate_datasets,
     interleave_datasets,
@@ -55,6 +56,11 @@ ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "as
 """The roles of ShareGPT -> those of chat templates."""
 
 TEXT = Value("string")
+AS_WRITTEN = {"csv": TEXT, "json": Json()}
+"""A format whose values `datasets` may take for others -> the kind that keeps them."""
+
+OF_TEMPLATES = ("tools", "chat_template_kwargs")
+"""Columns that `trl` hands to the chat template."""
 
 
 def load_rows(data: str, split: str = "train") -> Dataset:
@@ -74,11 +80,21 @@ def load_rows(data: str, split: str = "train") -> Dataset:
         options["delimiter"] = "\t"
     try:
         rows = load_dataset(builder, split=split, **options)
+        # Read again, as it is written, what was taken for a number or a date, such as 007.
+        read_by = rows.info.builder_name
+        kinds = {
+            name: AS_WRITTEN.get(read_by, kind)
+            for name, kind in rows.features.items()
+            if read_by == "csv" or "timestamp[" in str(kind)
+        }
+        if kinds:
+            options["features"] = Features(rows.features | kinds)
+            rows = load_dataset(builder, split=split, **options)
     except (DatasetGenerationError, OSError, ValueError) as error:
         if len(files) > 1:
             for file in files:  # the one that is wrong raises
                 load_rows(glob.escape(file), split)
-        found = builder in ("csv", "json", "text") and data[-3:] != ".gz" and _wrong_line(data)
+        found = builder in ("csv", "json", "text") and data[-3:] != ".gz" and _wrong_line(files[0])
         raise ArgumentError(f"can't read {data}: {found or error.__cause__ or error}") from error
     if builder == "text":
         rows = rows.filter(lambda row: row["text"].strip())
@@ -172,7 +188,7 @@ def _mapped(rows: Dataset, form: Any, kind: Any = None, **options: Any) -> Datas
     return rows.map(
         formed_row,
         with_indices=True,
-        remove_columns=rows.column_names,
+        remove_columns=[name for name in rows.column_names if kind or name not in OF_TEMPLATES],
         features=kind and Features(dict.fromkeys(formed_row(rows[0], 0), kind)),
         desc="Forming the rows",
     )
