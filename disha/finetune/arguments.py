@@ -103,7 +103,7 @@ class AdapterArguments:
     def settings(self) -> dict[str, Any]:
         """Return the arguments of `disha.inject_adapters`."""
         return {
-            "target_regex": self.target,
+            "target_regex": self.target[0] if len(self.target) == 1 else self.target,
             "r": self.r,
             "r_out": self.r_out,
             "method": self.method,
