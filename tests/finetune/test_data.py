@@ -1,5 +1,3 @@
-from typing import ClassVar
-
 import datasets
 import pytest
 from trl import SFTConfig, SFTTrainer
@@ -10,6 +8,7 @@ from disha.finetune.data import formed, load_rows, mixed
 from tests.finetune.tiny_models import tokenizer, write_rows
 
 PAIR = {"query": "say two", "response": "two"}
+UNCHANGED = {"query": "2030-01-31", "response": "007"}  # neither a date nor a number
 TALK = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
 SHAREGPT = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
 PLAIN = {"prompt": "say two", "completion": "\ntwo"}
@@ -72,10 +71,8 @@ def test_rows_that_can_not_be_used(row, fields, message):
 
 
 class TestFiles:
-    row: ClassVar = {"query": "2030-01-31", "response": "007"}  # neither a date nor a number
-
     def write(self, folder, ending):
-        rows, path = datasets.Dataset.from_list([self.row] * 3), folder / f"rows{ending}"
+        rows, path = datasets.Dataset.from_list([UNCHANGED] * 3), folder / f"rows{ending}"
         if ending == ".parquet":
             rows.to_parquet(path)
         elif ending in (".csv", ".tsv"):
@@ -93,7 +90,7 @@ class TestFiles:
     def test_kinds(self, tmp_path, ending):
         rows = load_rows(str(self.write(tmp_path, ending)))
         assert len(rows) == 3
-        assert rows[1] == ({"text": "two"} if ending == ".txt" else self.row)
+        assert rows[1] == ({"text": "two"} if ending == ".txt" else UNCHANGED)
 
     def test_globs_folders_and_splits(self, tmp_path):
         self.write(tmp_path, ".jsonl").rename(tmp_path / "train-a.jsonl")
