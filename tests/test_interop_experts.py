@@ -300,6 +300,7 @@ def test_an_adapter_for_other_experts_is_refused(tmp_path):
     ("config", "says"),
     [
         ({"r": 5}, r"are not \(5 \* experts, in\)"),
+        ({"r": 0}, r"are not \(0 \* experts, in\)"),
         ({"target_parameters": ["experts.weight"]}, "is a parameter other than"),
     ],
 )

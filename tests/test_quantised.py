@@ -611,8 +611,7 @@ def test_bat_over_a_weight_that_can_be_read(name, monkeypatch):
     assert model[0].base_weight.shape == (OUT, IN)
     delta = reference.bat_delta_weight(model[0].base_weight, model[0].disha["default"].block)
     close(model(x), before + x @ delta.T)
-    dense = []
-    read = opaque.weight_for
+    dense, read = [], opaque.weight_for
 
     def noted(*given):
         weight = read(*given)

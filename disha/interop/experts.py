@@ -206,7 +206,8 @@ def stacked(name: str, targets: Collection[str]) -> str | None:
 
 def matrices_of(name: str, a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """Return A (expert, rank, in) and B (expert, out, rank): the inverse of `stack_factors`."""
-    if a.dim() != 2 or b.dim() != 2 or a.shape[0] % rank or b.shape[1] != a.shape[0]:
+    fits = a.dim() == b.dim() == 2 and b.shape[1] == len(a) and rank in range(1, len(a) + 1)
+    if not fits or len(a) % rank:
         raise AdapterFileError(
             f"{name} has factors of shape {tuple(a.shape)} and {tuple(b.shape)}, which are not "
             f"({rank} * experts, in) and (out, {rank} * experts)"

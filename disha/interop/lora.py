@@ -478,8 +478,10 @@ def tensors_of(updates: Sequence[LowRankUpdate]) -> dict[str, Tensor]:
         if not update.record.scale:
             b = torch.zeros_like(b)
         a_end, b_end = EMBEDDING if update.record.layout.pattern == "index out" else MATRIX
+        b = b.reshape(*b.shape, *(1 for _ in a.shape[2:]))
         found[name + a_end] = a.contiguous()
-        found[name + b_end] = b.reshape(*b.shape, *(1 for _ in a.shape[2:])).contiguous()
+        # A copy: for r = 1, B is the block itself.
+        found[name + b_end] = b.clone(memory_format=torch.contiguous_format)
     return found
 
 
