@@ -230,7 +230,7 @@ class TestCourse:
         assert finetune(tmp_path, *words).report["steps"] < 60
 
     def test_an_adapter_is_trained_further(self, finetune, authors, tmp_path):
-        words = ["--adapter", authors.adapter, "--max_steps", 3, "--target", "all-linear"]
+        words = ["--adapter", authors.adapter, "--max_steps", 3]
         result = finetune(tmp_path, *words, base=None)
         assert result.losses[0] == pytest.approx(authors.report["proof"]["trained"], abs=1e-2)
         assert noted_base(result.adapter) == noted_base(authors.adapter)
