@@ -361,11 +361,14 @@ def plan_injection(
     selected = _selected(view, known, target, parts, config.exclude)
     layers, skipped, unfit = _divided(_with_ties(view, selected, plain or config.exclude, taken))
     unknown = tuple(layer for layer in known if layer.slot is None and layer.attribute)
-    convolutions = [
+    convolutions = tuple(
         layer.name
         for layer in known
-        if layer.slot is not None and layer.slot.layout.has_kernel and not _reason_against(layer)
-    ]
+        if target == ALL_LINEAR
+        and layer.slot is not None
+        and layer.slot.layout.has_kernel
+        and not _reason_against(layer)
+    )
     if not layers and not unfit:
         raise TargetError(_nothing_selected(argument, target, known, skipped, unknown))
     names = [name for layer in known for name in (*layer.module_names, *layer.parameter_names)]
@@ -385,7 +388,7 @@ def plan_injection(
         also_train=_also_trained(view, config) if config.also_train else (),
         skipped=(*of_rows.skipped, *skipped, *unfit),
         unknown=unknown,
-        convolutions=tuple(convolutions) if target == ALL_LINEAR else (),
+        convolutions=convolutions,
     )
 
 
