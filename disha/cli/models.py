@@ -86,4 +86,4 @@ def opened(flags: Namespace) -> Asker:
             f"{flags.adapter} learned conversations, and {name} has no chat template; name a base "
             "that has it with --base"
         )
-    return Asker(model, tokenizer, tokenizer.chat_template and notes.get("prompt") != "text")
+    return Asker(model, tokenizer, bool(tokenizer.chat_template) and notes.get("prompt") != "text")

@@ -81,11 +81,11 @@ def _end_with_turns(generation: Any, tokenizer: Any) -> None:
     """Let answers end with the token that ends them in the chat template, if it has one."""
     turns = [{"role": role, "content": role} for role in ("user", "assistant")]
     rest = tokenizer.apply_chat_template(turns, tokenize=False).rpartition("assistant")[2]
-    tokens = tokenizer(rest, add_special_tokens=False)["input_ids"]
+    tokens = tokenizer.encode(rest, add_special_tokens=False)
     known = generation.eos_token_id
     ends = [known] if isinstance(known, int) else known or []
-    for end in tokenizer.added_tokens_decoder.keys() & tokens[:1]:
-        generation.eos_token_id = sorted({*ends, end})
+    if tokens and tokens[0] in tokenizer.added_tokens_decoder:
+        generation.eos_token_id = sorted({*ends, tokens[0]})
 
 
 def _add_tokens(model: Any, tokenizer: Any, tokens: list[str]) -> None:

@@ -147,7 +147,7 @@ def formed(rows: Dataset, fields: Sequence[str], tokenizer: PreTrainedTokenizerB
             return rows
         return _mapped(rows, _texts, TEXT, fields={"prompt": "prompt", "completion": "completion"})
     if len(fields) == 2:
-        is_chat = tokenizer.chat_template
+        is_chat = bool(tokenizer.chat_template)
         return _mapped(rows, _pair, None if is_chat else TEXT, fields=fields, is_chat=is_chat)
     if not isinstance(rows[0][fields[0]], list):
         return _mapped(rows, _texts, TEXT, fields={"text": fields[0]})

@@ -337,7 +337,8 @@ def _stored(checkpoint: Checkpoint, wanted: Mapping[str, tuple[str, ...]]) -> di
         starts = set()  # how names begin in the model, and in the checkpoint
         for key, name in product(absent[0], free):
             for start, _, other in SAME_END.findall(f"{key}\n{name}"):  # one, or none
-                modules, others = ({"model", *names.split(".")} for names in (start, other))
+                modules = {"model", *start.split(".")}
+                others = {"model", *other.split(".")}
                 shared = modules & others
                 # The whole model may be one of several in a wrapper, such as the first.
                 unnumbered = modules | others if found else shared
@@ -381,7 +382,7 @@ def _misfits(
             problem = f"is quantised or packed there ({dtype}); give the original checkpoint"
         elif problem is None and values and layer.base and key not in replaced:
             now = fingerprint(layer.layout.part(checkpoint.tensor(key), layer.rows))
-            if not same_base(layer.base, now):
+            if now is not None and not same_base(layer.base, now):
                 problem = "has other values than the weight that the adapter was saved from"
         found += [] if problem is None else [f"{key}: {problem}"]
     for name in contents.also_train:

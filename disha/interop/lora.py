@@ -427,7 +427,7 @@ def _config_of(
     single = set(filter(stacks.SINGLE_EXPERT.fullmatch, names)).difference(contents.names)
     others = set(names).difference(single, parameters)
     # SGLang refuses a regex, and knows single experts by the usual names of their projections.
-    targets: list[str] | str = sorted({*others, *stacks.SERVED_TARGETS})
+    targets: list[str] | str = sorted(others.union(stacks.SERVED_TARGETS))
     if not single:
         targets = exact_targets(others, None if view is None else module_names(view))
     # The values of most layers are the default; the patterns list the other layers.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -29,9 +28,8 @@ def make_block(
     """Return a new block for a weight, on its device, with copied values or those of `init`."""
     weight = None if slot.opaque else read_weight(module, slot.parameter)
     device = opaque.device_of(module) if weight is None else device_of_weight(module, weight)
-    shape: Sequence[int]
     if values is not None:
-        shape = values.shape
+        shape = tuple(values.shape)
         dtype = values.dtype
     else:
         shape = method_of(config.method).block_shape(

@@ -36,12 +36,7 @@ def fingerprint(weight: Tensor) -> str | None:
     return "".join(digests)
 
 
-def same_base(first: str, second: str | None) -> bool:
-    """Return whether two fingerprints belong to the same base, perhaps in different dtypes.
-
-    A weight that has no fingerprint can be any.
-    """
-    if second is None:
-        return True
+def same_base(first: str, second: str) -> bool:
+    """Return whether two fingerprints belong to the same base, perhaps in different dtypes."""
     halves = {first[:HALF], first[HALF:]}
     return not halves.isdisjoint({second[:HALF], second[HALF:]})
