@@ -19,6 +19,7 @@ from torch import Tensor, nn
 import disha
 from disha.errors import ArgumentError
 from disha.files.contents import adapter_contents, load_contents
+from disha.layers.adapted import refuse_merged
 from disha.model.control import checked_names
 from disha.model.view import ModelView
 
@@ -67,8 +68,8 @@ def _make_ready(view: ModelView, args: Any, named: Mapping[str, Any], undo: Exit
     """Make a model ready for training as the settings ask, or raise."""
     if not view.adapters:
         raise ArgumentError("the model has no adapter; call inject_adapters first")
-    view.refuse_merged("train")
-    if not any(layer.disha.active for _, layer in view.layers):
+    refuse_merged(view.layers, "train")
+    if not any(layer.disha.active for layer in view.layers):
         raise ArgumentError(
             f"no adapter of the model is active ({', '.join(view.adapters)}), so none would train; "
             "call set_active_adapters first"
@@ -89,7 +90,7 @@ def _make_ready(view: ModelView, args: Any, named: Mapping[str, Any], undo: Exit
 
 def _reference(view: ModelView, adapters: Names, undo: ExitStack) -> _Reference:
     """Return the reference with these adapters, or with copies of those that act now."""
-    active = {name for _, layer in view.layers for name in layer.disha.active}
+    active = {name for layer in view.layers for name in layer.disha.active}
     names = list(checked_names(view, adapters or ()))
     copied_from = sorted(active) if adapters is None else []
     load = partial(load_contents, view, "the model", replace=True, freeze=False, activate=False)

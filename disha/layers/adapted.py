@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from disha.effective.contexts import entered
+from disha.effective.contexts import LOOSE, Group, entered
 from disha.effective.weight import EffectiveWeight
 from disha.errors import ArgumentError, MergeError, ModeError
 from disha.layers import opaque
@@ -250,8 +250,13 @@ def _list_plain_weights(layer: Any) -> None:
     layer.__dict__["_flat_weights"] = [layer._parameters.get(name) for name in names]
 
 
-def adapt(module: nn.Module, parameters: Iterable[str], is_opaque: bool) -> Adapters:
-    """Move a module to the class that adapts these parameters too, and return its `Adapters`."""
+def adapt(
+    module: nn.Module, parameters: Iterable[str], is_opaque: bool, group: Group = LOOSE
+) -> Adapters:
+    """Move a module to the class that adapts these parameters too, and return its `Adapters`.
+
+    New ones are in this group.
+    """
     original: Any = type(module)
     known: tuple[str, ...] = ()
     if isinstance(module, AdaptedLayer):
@@ -271,7 +276,7 @@ def adapt(module: nn.Module, parameters: Iterable[str], is_opaque: bool) -> Adap
             ) from error
     adapters = module._modules.get(CHILD_NAME)
     if not isinstance(adapters, Adapters):
-        adapters = Adapters()
+        adapters = Adapters(group)
         vars(adapters)["training"] = module.training
         # Written to _modules, because the user's class may guard its attributes.
         module._modules[CHILD_NAME] = adapters

@@ -20,31 +20,25 @@ from disha.sharding.imported import imported_class
 from disha.sharding.zero import whole_shape
 
 
-def is_4bit(weight: Tensor) -> bool:
-    """Whether a weight is a 4-bit one; pickling may have lost its class."""
-    return getattr(weight, "quant_state", None) is not None
+def bits_of(module: nn.Module | None, weight: Tensor) -> int | None:
+    """Return 4 or 8 for a weight of so many bits that has scales; pickling may lose its class."""
+    if getattr(weight, "quant_state", None) is not None:
+        return 4
+    is_8bit = weight.dtype == torch.int8 and _row_scales(module, weight) is not None
+    return 8 if is_8bit else None
 
 
-def is_8bit(module: nn.Module | None, weight: Tensor) -> bool:
-    """Whether a weight is an 8-bit one that has scales."""
-    return weight.dtype == torch.int8 and _row_scales(module, weight) is not None
-
-
-def is_library_class(module: nn.Module) -> bool:
-    """Whether a module is a layer of bitsandbytes for quantised weights, even before quantising."""
-    return isinstance(
-        module, _classes("Linear4bit", "Linear8bitLt", "Embedding4bit", "Embedding8bit")
-    )
+def library_classes() -> tuple[Any, ...]:
+    """Return the classes of layers that quantise their weights; none without the library."""
+    names = ("Linear4bit", "Linear8bitLt", "Embedding4bit", "Embedding8bit")
+    found = (imported_class("bitsandbytes.nn", name) for name in names)
+    return tuple(filter(None, found))
 
 
 def is_library_forward(cls: type[nn.Module]) -> bool:
     """Whether a class's forward is bitsandbytes' own: W x + b by kernels for a quantised W."""
-    return any(cls.forward is known.forward for known in _classes("Linear4bit", "Linear8bitLt"))
-
-
-def _classes(*names: str) -> tuple[Any, ...]:
-    found = (imported_class("bitsandbytes.nn", name) for name in names)
-    return tuple(filter(None, found))
+    linear = [known for known in library_classes() if issubclass(known, nn.Linear)]
+    return any(cls.forward is known.forward for known in linear)
 
 
 def parameter_count(parameter: Tensor, module: nn.Module | None = None) -> int:
@@ -69,6 +63,10 @@ def read_8bit(module: nn.Module, weight: Any) -> Tensor:
     """Return the dense weight in float32, because its former dtype is not recorded."""
     kernels = sys.modules["bitsandbytes.functional"]
     return kernels.int8_vectorwise_dequant(weight.data, _row_scales(module, weight))
+
+
+READERS = {4: read_4bit, 8: read_8bit}
+"""Bits -> how a weight of so many is read."""
 
 
 def _row_scales(module: nn.Module | None, weight: Tensor) -> Tensor | None:
@@ -102,7 +100,7 @@ class BitsandbytesLayer(nn.Module):
         weight: Any = self._parameters["weight"]
         if not self.disha.is_dense:
             state = getattr(self, "quant_state", None)
-            if state is not None and not is_4bit(weight):  # FSDP has made the weight anew
+            if state is not None and bits_of(self, weight) is None:  # FSDP has made it anew
                 weight.quant_state = state
             return super().forward(*args, **kwargs)
         input: Any = args[0] if args else next(iter(kwargs.values()), None)

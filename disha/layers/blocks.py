@@ -244,11 +244,12 @@ class Adapters(nn.Module):
     group: Group
     """The layers that contexts cover together with this one."""
 
-    def __init__(self) -> None:
+    def __init__(self, group: Group = LOOSE) -> None:
         super().__init__()
         install()
-        self._decide((), None)
-        LOOSE.take(self)
+        self.merged = None
+        self.activate(())
+        group.take(self)
 
     def __setattr__(self, name: str, value: Any) -> None:
         # `nn.Module` would refuse `self.training = True` if an adapter is called "training".
@@ -309,16 +310,16 @@ class Adapters(nn.Module):
         self._modules.pop(adapter, None)
         self.activate(tuple(name for name in self.active if name != adapter))
 
-    def activate(self, adapters: tuple[str, ...]) -> None:
-        """Make exactly these adapters act; names that this layer lacks are ignored."""
-        self._decide(adapters, self.merged)
-
     def set_merged(self, merged: Merged | None) -> None:
         """Note what is merged into the layer: then no block acts."""
-        self._decide(self.active, merged)
+        self.merged = merged
+        self.activate(self.active)
 
-    def _decide(self, active: tuple[str, ...], merged: Merged | None) -> None:
-        """Store what every forward asks."""
+    def activate(self, adapters: tuple[str, ...]) -> None:
+        """Make exactly these adapters act, and store what every forward asks.
+
+        Names that this layer lacks are ignored.
+        """
         all_blocks: dict[str, dict[str, tuple[AdapterBlock, ...]]] = {}
         children: dict[str, Any] = dict(self._modules)  # a copy: another thread may add one
         for adapter, child in children.items():
@@ -327,8 +328,8 @@ class Adapters(nn.Module):
                 of_adapters = all_blocks.setdefault(parameter, {})
                 of_adapters[adapter] = (*of_adapters.get(adapter, ()), block)
         # Written to __dict__, because assigning through nn.Module is slow.
-        vars(self).update(active=active, merged=merged, all_blocks=all_blocks)
-        names = () if merged is not None else active
+        vars(self).update(active=adapters, all_blocks=all_blocks)
+        names = adapters if self.merged is None else ()
         acting = {parameter: self.blocks_of(names, parameter) for parameter in all_blocks}
         on_weight = acting.get("weight", ())
         only = on_weight[0] if len(on_weight) == 1 else None

@@ -12,7 +12,7 @@ from disha.functional import method_of
 from disha.functional.shard_sums import merge_dtype
 from disha.layers import opaque
 from disha.layers.blocks import AdapterBlock, Slot
-from disha.layers.offloading import device_of_weight
+from disha.layers.offloading import device_in_forward
 from disha.layers.weights import read_weight, start_of, weight_shape
 from disha.sharding.tensor_parallel import split_of
 from disha.sharding.tensors import write
@@ -27,7 +27,9 @@ def make_block(
 ) -> AdapterBlock:
     """Return a new block for a weight, on its device, with copied values or those of `init`."""
     weight = None if slot.opaque else read_weight(module, slot.parameter)
-    device = opaque.device_of(module) if weight is None else device_of_weight(module, weight)
+    device = opaque.device_of(module) if weight is None else weight.device
+    if weight is not None and weight.is_meta:
+        device = device_in_forward(module, weight.device)
     if values is not None:
         shape = tuple(values.shape)
         dtype = values.dtype

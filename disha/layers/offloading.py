@@ -5,16 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 
-def device_of_weight(module: nn.Module, weight: Tensor) -> torch.device:
-    """Return the device of a weight, or the one to which accelerate loads it for each forward."""
-    if weight.is_meta:
-        for hook in offloading_hooks(module):
-            if hook.execution_device is not None and not hook.place_submodules:
-                return torch.device(hook.execution_device)
-    return weight.device
+def device_in_forward(module: nn.Module, device: torch.device) -> torch.device:
+    """Return the device to which accelerate loads a weight for each forward, or the present one."""
+    for hook in offloading_hooks(module):
+        if hook.execution_device is not None and not hook.place_submodules:
+            return torch.device(hook.execution_device)
+    return device
 
 
 def offloading_hooks(module: nn.Module) -> list[Any]:

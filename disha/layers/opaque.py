@@ -52,10 +52,9 @@ def quantisation_of(module: nn.Module | None, weight: Any) -> Quantisation | Non
     if isinstance(weight, _UNINITIALISED):
         return None
     if isinstance(weight, Tensor):
-        if bitsandbytes.is_4bit(weight):
-            return Quantisation("bitsandbytes 4-bit", bitsandbytes.read_4bit)
-        if bitsandbytes.is_8bit(module, weight):
-            return Quantisation("bitsandbytes 8-bit", bitsandbytes.read_8bit)
+        bits = bitsandbytes.bits_of(module, weight)
+        if bits is not None:
+            return Quantisation(f"bitsandbytes {bits}-bit", bitsandbytes.READERS[bits])
         if type(weight).dequantize is not Tensor.dequantize:
             return Quantisation("a quantised tensor", _read_subclass)
         base = imported_class("torchao.utils", "TorchAOBaseTensor")
@@ -65,7 +64,7 @@ def quantisation_of(module: nn.Module | None, weight: Any) -> Quantisation | Non
         return None
     if isinstance(weight, Tensor) and weight.dtype in DENSE_DTYPES:
         compressed = {"forward", "quantization_scheme"} <= module.__dict__.keys()
-        rounds = compressed or bitsandbytes.is_library_class(module)  # in its forward
+        rounds = compressed or isinstance(module, bitsandbytes.library_classes())  # in its forward
         return ROUNDED if rounds else None
     if not _packs_weight(module):
         return None

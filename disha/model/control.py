@@ -15,6 +15,7 @@ from disha.config import check_scale, check_type
 from disha.effective.contexts import Group, entered, groups_of
 from disha.errors import ArgumentError
 from disha.functional.routed import Route
+from disha.layers.adapted import refuse_merged
 from disha.model.view import ModelView, all_or_nothing
 
 
@@ -42,9 +43,9 @@ def set_active_adapters(model: nn.Module, names: str | Sequence[str]) -> None:
     """
     view = ModelView(model)
     wanted = checked_names(view, names)
-    view.refuse_merged("change the active adapters")
+    refuse_merged(view.layers, "change the active adapters")
     with all_or_nothing(view) as undo:
-        for _, layer in view.layers:
+        for layer in view.layers:
             undo.callback(layer.disha.activate, layer.disha.active)
             layer.disha.activate(wanted)
 
@@ -89,7 +90,7 @@ def adapters_active(model: nn.Module, names: str | Sequence[str]) -> Iterator[No
     """
     view = ModelView(model)
     wanted = checked_names(view, names)
-    view.refuse_merged("choose the acting adapters")
+    refuse_merged(view.layers, "choose the acting adapters")
     with entered(_groups(view), wanted):
         yield
 
@@ -122,13 +123,13 @@ def adapters_disabled(model: nn.Module) -> Iterator[None]:
         True
     """
     view = ModelView(model)
-    view.refuse_merged("disable adapters")
+    refuse_merged(view.layers, "disable adapters")
     with entered(_groups(view), None):
         yield
 
 
 def _groups(view: ModelView) -> frozenset[Group]:
-    return groups_of(layer.disha for _, layer in view.layers)
+    return groups_of(layer.disha for layer in view.layers)
 
 
 def set_adapter_scale(model: nn.Module, scale: float, adapter: str = "default") -> None:
@@ -155,7 +156,7 @@ def set_adapter_scale(model: nn.Module, scale: float, adapter: str = "default") 
     check_scale(scale)
     view = ModelView(model)
     blocks = [model_block.block for model_block in view.require(adapter)]
-    view.refuse_merged("change an adapter's scale")
+    refuse_merged(view.layers, "change an adapter's scale")
     with all_or_nothing(view) as undo:
         for block in blocks:
             undo.callback(block.set_scale, block.scale)
@@ -202,7 +203,7 @@ def route_adapters(model: nn.Module, names_per_sample: Sequence[str | None]) -> 
     if not route.names:
         raise ArgumentError("names_per_sample is empty; give a name or None for each sample")
     checked_names(view, route.adapters)
-    view.refuse_merged("route adapters")
+    refuse_merged(view.layers, "route adapters")
     for model_block in view.blocks():
         if model_block.block.slot.layout.experts_first:
             raise ArgumentError(
@@ -218,7 +219,7 @@ def _refuse_sequences_first(view: ModelView) -> None:
     """Raise if layers outside a sequence-first attention module are adapted."""
     attention = [module for module in view.names if isinstance(module, nn.MultiheadAttention)]
     inside = {child for module in attention for child in module.modules()}
-    beside = [name for name, layer in view.layers if layer not in inside]
+    beside = [name for layer, name in view.layers.items() if layer not in inside]
     first = [view.names[module][0] for module in attention if not module.batch_first]
     if first and beside:
         raise ArgumentError(

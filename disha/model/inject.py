@@ -165,7 +165,7 @@ def apply_plan(view: ModelView, plan: Plan, undo: ExitStack, *, activate: bool =
         for module, name in layer.tied.values():
             borrowed[module].append((name, block))
     # Contexts cover the layers of a group together.
-    groups = [layer.disha.group for _, layer in view.layers if layer.disha.group is not LOOSE]
+    groups = [layer.disha.group for layer in view.layers if layer.disha.group is not LOOSE]
     group = groups[0] if groups else Group()
     running_statistics.remember_statistics(view.model, view.names, undo)
     modules = {**blocks, **borrowed}
@@ -174,11 +174,9 @@ def apply_plan(view: ModelView, plan: Plan, undo: ExitStack, *, activate: bool =
         held = blocks[module]
         tied = borrowed[module]
         names = [block.slot.parameter for block in held] + [name for name, _ in tied]
-        adapters = adapt(module, names, any(block.slot.opaque for block in held))
-        if not len(adapters):
-            group.take(adapters)
-        adapters.add(plan.adapter, held, tied)
-    for _, adapted in view.layers:
+        is_opaque = any(block.slot.opaque for block in held)
+        adapt(module, names, is_opaque, group).add(plan.adapter, held, tied)
+    for adapted in view.layers:
         adapted.disha.activate((plan.adapter,) if activate else adapted.disha.active)
     _guard_encoders(view)
     _set_flags(view, plan)
@@ -188,7 +186,7 @@ def _keep(view: ModelView, modules: Iterable[nn.Module], undo: ExitStack) -> Non
     """Note the classes and adapters of modules, what acts in the model, and all flags."""
     gradient_flags.keep_flags(view.parameters, undo)
     undo.callback(_guard_encoders, view)
-    for _, layer in view.layers:
+    for layer in view.layers:
         undo.callback(layer.disha.activate, layer.disha.active)
     for module in modules:
         if isinstance(module, AdaptedLayer):
@@ -249,8 +247,8 @@ def remove_adapters(model: M, adapter: str | None = None) -> M:
 
 def take_out(view: ModelView, adapters: Sequence[str], undo: ExitStack) -> None:
     """Remove adapters, and give layers without any their own class back."""
-    _keep(view, [layer for _, layer in view.layers], undo)
-    for _, layer in view.layers:
+    _keep(view, view.layers, undo)
+    for layer in view.layers:
         for adapter in adapters:
             layer.disha.discard(adapter)
         if not len(layer.disha):
@@ -266,10 +264,10 @@ def take_out(view: ModelView, adapters: Sequence[str], undo: ExitStack) -> None:
 
 def check_removable(view: ModelView, removed: Sequence[str]) -> None:
     """Raise if a class was changed, or another thread or task is in a context of an adapter."""
-    for name, layer in view.layers:
+    for layer, name in view.layers.items():
         if set(layer.disha) <= set(removed):
             refuse_changed_class(layer, name)
-    groups = {layer.disha.group for _, layer in view.layers}
+    groups = {layer.disha.group for layer in view.layers}
     for context in list(OPEN):
         used = sorted(context.names.intersection(removed))
         if used and any(context.covers(group) for group in groups):

@@ -91,7 +91,7 @@ def merge_adapters(
     with all_or_nothing(view) as undo:
         merge(view, undo, adapter, untie=untie, dense=dense)
         if unload:
-            layers = [layer for _, layer in view.layers if layer.disha.is_dense]
+            layers = [layer for layer in view.layers if layer.disha.is_dense]
             take_out(view, view.adapters, undo)
             for layer in layers:
                 _compute_densely(layer, undo)
@@ -194,7 +194,7 @@ def unmerge_adapters(model: nn.Module) -> None:
         True
     """
     view = ModelView(model)
-    merged = [(layer, layer.disha.merged) for _, layer in view.layers if layer.disha.merged]
+    merged = [(layer, layer.disha.merged) for layer in view.layers if layer.disha.merged]
     if merged:
         _refuse_sharded(view, "unmerge adapters")
     with all_or_nothing(view) as undo:
@@ -218,7 +218,7 @@ def _chosen(
     """Return each layer -> those of its adapters to merge."""
     names = None if adapter is None else checked_names(view, adapter)
     chosen = {}
-    for _, layer in view.layers:
+    for layer in view.layers:
         wanted = layer.disha.active if names is None else names
         chosen[layer] = tuple(name for name in wanted if name in layer.disha)
     if not any(chosen.values()):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import starmap
@@ -359,7 +359,7 @@ def plan_injection(
         )
     taken = {place for layer in of_rows.layers for place in (layer.place, *layer.tied.values())}
     selected = _selected(view, known, target, parts, config.exclude)
-    layers, skipped, unfit = _divided(_with_ties(view, selected, plain or config.exclude, taken))
+    layers, skipped, unfit = _divided(view, selected, plain or config.exclude, taken)
     unknown = tuple(layer for layer in known if layer.slot is None and layer.attribute)
     convolutions = tuple(
         layer.name
@@ -392,28 +392,24 @@ def plan_injection(
     )
 
 
-def _with_ties(
-    view: ModelView, layers: Iterable[PlannedLayer], plain: Iterable[str], taken: set[Place]
-) -> Iterator[PlannedLayer]:
-    """Yield layers with their r and the places that read their block; none for such a place."""
-    for layer in layers:
-        if layer.slot is None or layer.reason:
-            yield layer
-        elif layer.place not in taken:
-            tied = _tied(view, layer, plain)
-            taken.update(tied.values())
-            r = layer.config.rank_of(*layer.names, *layer.module_names, *tied)
-            yield replace(layer, tied=tied, r=r)
-
-
 def _divided(
-    layers: Iterable[PlannedLayer],
+    view: ModelView, layers: Iterable[PlannedLayer], plain: Iterable[str], taken: set[Place]
 ) -> tuple[list[PlannedLayer], list[PlannedLayer], list[PlannedLayer]]:
-    """Return what gets a block, what can't have one, and what can't have one of these sizes."""
+    """Return what gets a block, what can't have one, and what can't have one of these sizes.
+
+    A place that is taken reads the block of another layer, and is left out.
+    """
     adapted = []
     skipped = []
     unfit = []
     for layer in layers:
+        if layer.slot is not None and not layer.reason:
+            if layer.place in taken:
+                continue
+            tied = _tied(view, layer, plain)
+            taken.update(tied.values())
+            r = layer.config.rank_of(*layer.names, *layer.module_names, *tied)
+            layer = replace(layer, tied=tied, r=r)
         reason = layer.reason or _reason_against(layer)
         misfit = None if reason else _reason_against_block(layer)
         if reason:
@@ -724,7 +720,8 @@ def _selected(
 def _tied(view: ModelView, layer: PlannedLayer, exclude: Iterable[str] = ()) -> dict[str, Place]:
     """Return where else the parameter of a layer is, and reads its update."""
     parameter = view.parameters_by_name.get(join(layer.module_names[0], layer.attribute))
-    if parameter is None or (layer.slot is not None and layer.slot.opaque):
+    opaque = layer.slot is not None and layer.slot.opaque
+    if opaque or parameter is None or len(parameter.names) == 1:
         return {}
     found: dict[str, Place] = {}
     for name in parameter.names:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from disha.errors import AdapterStateError
-from disha.layers.adapted import AdaptedLayer
+from disha.layers.adapted import AdaptedLayer, refuse_merged
 from disha.layers.blocks import AdapterBlock
 from disha.layers.weights import stored_weight, weight_shape
 from disha.model import running_statistics
@@ -122,7 +122,7 @@ def adapter_tensors(view: ModelView, adapter: str) -> dict[str, Tensor]:
             isinstance(parameter.module, AdaptedLayer)  # perhaps merged
             and stored_weight(parameter.module, parameter.attribute) is not parameter.value
         ):
-            view.refuse_merged(f"use {parameter.name} as part of the adapter")
+            refuse_merged(view.layers, f"use {parameter.name} as part of the adapter")
         tensors[parameter.name] = parameter.value
     changed = running_statistics.changed_statistics(view.names)
     return tensors | {name: now for name, (now, _) in changed.items()}
@@ -182,7 +182,7 @@ def load_adapter_state_dict(
     view = ModelView(model)
     with all_or_nothing(view) as undo:
         with view.ranks().agreeing(f"load a state dict as adapter {adapter!r}"):
-            view.refuse_merged("load an adapter")
+            refuse_merged(view.layers, "load an adapter")
             statistics = running_statistics.statistics(view.names)
             names = {clean_key(key) for key in map(str, state)}
             given = {name: value for name, value in statistics.items() if name in names}

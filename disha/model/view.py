@@ -177,19 +177,19 @@ class ModelView:
     # --- adapters --------------------------------------------------------------------------------
 
     @property
-    def layers(self) -> list[tuple[str, AdaptedLayer]]:
-        """The adapted layers, each once, with their clean names."""
-        return [
-            (names[0], module)
+    def layers(self) -> dict[AdaptedLayer, str]:
+        """The adapted layers -> their clean names."""
+        return {
+            module: names[0]
             for module, names in self.names.items()
             if isinstance(module, AdaptedLayer) and CHILD_NAME in module._modules
-        ]
+        }
 
     def blocks(self, adapter: str | None = None) -> list[ModelBlock]:
         """Return the blocks of all adapters, or of one, layer by layer."""
         return [
             ModelBlock(join(name, weight), layer, other, block)
-            for name, layer in self.layers
+            for layer, name in self.layers.items()
             for (other, weight), block in layer.disha.blocks(adapter).items()
         ]
 
@@ -198,7 +198,7 @@ class ModelView:
         borrowers: dict[AdapterBlock, dict[str, AdaptedLayer]] = {
             model_block.block: {} for model_block in self.blocks()
         }
-        for name, layer in self.layers:
+        for layer, name in self.layers.items():
             for child in layer.disha.children():
                 for parameter, block in child.borrowed:  # type: ignore[union-attr]
                     if block not in borrowers:
@@ -212,7 +212,7 @@ class ModelView:
     @property
     def adapters(self) -> list[str]:
         """The names of all adapters, in the order of the layers."""
-        return list(dict.fromkeys(name for _, layer in self.layers for name in layer.disha))
+        return list(dict.fromkeys(name for layer in self.layers for name in layer.disha))
 
     def require(self, adapter: str) -> list[ModelBlock]:
         """Return the blocks of an adapter, or raise if there are none."""
@@ -233,14 +233,10 @@ class ModelView:
             or (parameter.value.requires_grad and not parameter.is_claimed())
         ]
 
-    def refuse_merged(self, action: str) -> None:
-        """Raise if adapters are merged."""
-        refuse_merged((layer for _, layer in self.layers), action)
-
     def refuse_inside(self, action: str) -> None:
         """Raise if adapters are merged, or this thread or task is in a context of the model."""
-        self.refuse_merged(action)
-        for _, layer in self.layers:
+        refuse_merged(self.layers, action)
+        for layer in self.layers:
             context = current_context(layer.disha.group)
             if context is not None:
                 raise ModeError(f"can't {action} inside {context.function}; leave it first")
