@@ -1,6 +1,6 @@
 """The adapter beside those of PEFT in one and the same trainer, and the whole job beside `Trainer`.
 
-    python -m benchmarks.side_by_side            # SmolLM2-135M, about 12 minutes on two idle cores
+    python -m benchmarks.side_by_side            # SmolLM2-135M, about 20 minutes on two idle cores
     python -m benchmarks.side_by_side --tiny     # a tiny model, to try the script
 
 Every contestant is a process that trains the same model on the same rows. In each round, each of
@@ -12,7 +12,7 @@ most that the allocator gave out in one forward and backward pass, which is a co
   rows in the same order.
 - **job**: from `Trainer` with PEFT to what `disha finetune` does, one part after the other: the
   adapter, the loss on learned positions only (`trl`'s, which the trainer of the command asks for),
-  rows of similar length in a batch (as `transformers` does it). The last two help any adapter.
+  256 rows, those of similar length in a batch (`transformers`'). The last two help any adapter.
 """
 
 from __future__ import annotations
@@ -79,20 +79,22 @@ class Sizes(NamedTuple):
 
 
 SIZES = Sizes(steps=16, batch=4, length=256, r=R)
+JOB_SIZES = SIZES._replace(steps=64)
 TINY = Sizes(steps=4, batch=2, length=64, r=4)
 
 
 def side_by_side(tiny: bool, folder: Path) -> dict[str, Any]:
     """Measure both tables, and return the results."""
-    sizes, device = TINY if tiny else SIZES, torch.device("cpu")
+    sizes, job_sizes = (TINY, TINY) if tiny else (SIZES, JOB_SIZES)
     _write_model(folder / "model", tiny)
-    _write_rows(folder, sizes)
+    _write_rows(folder, job_sizes)
+    device = torch.device("cpu")
     results = describe(device)
     slow = slow_dtypes({torch.bfloat16}, device)
     dtypes = ["float32", *([] if slow else ["bfloat16"])]
     results["tables"] = {
         "adapter": [_race(ADAPTER, dtype, sizes, folder) for dtype in dtypes],
-        "job": [_race(JOB, "float32", sizes, folder)],
+        "job": [_race(JOB, "float32", job_sizes, folder)],
     }
     return results
 
@@ -257,7 +259,8 @@ def _trainer(contestant: Contestant, dtype: str, sizes: Sizes, folder: Path) -> 
         "disable_tqdm": True,
         "train_sampling_strategy": "group_by_length" if contestant.grouped else "random",
     }
-    rows = Dataset.from_list(json.loads((folder / "rows.json").read_text()))
+    taken = json.loads((folder / "rows.json").read_text())[: sizes.steps * sizes.batch]
+    rows = Dataset.from_list(taken)
     if contestant.trainer == "transformers":
         collator = DataCollatorForSeq2Seq(tokenizer, padding=True)
         return Trainer(model, TrainingArguments(**settings), collator, rows)
