@@ -97,8 +97,12 @@ class AdapterArguments:
     merge: bool = _flag(False, "also write the base with the adapter merged, into merged/")
 
     def __post_init__(self) -> None:
-        if self.init_weights is not None:
-            self.method = "bat" if self.init_weights == "bat" else "bone"
+        if self.init_weights == "bat":
+            self.method = "bat"
+        elif self.init_weights and self.method == "bat":
+            raise ArgumentError(
+                "--init_weights True means Bone, and the adapter has method=bat; leave one out"
+            )
 
     def settings(self) -> dict[str, Any]:
         """Return the arguments of `disha.inject_adapters`."""

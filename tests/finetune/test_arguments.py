@@ -57,6 +57,7 @@ def test_a_file_of_flags_and_the_command_line_wins(tmp_path):
         ("--zzzz", "no flag --zzzz; --help_all shows"),
         ("--bits 3", "invalid choice: '3'"),
         ("--r many", "invalid int value: 'many'"),
+        ("--init_weights True --method bat", "True means Bone, and the adapter has method=bat"),
         ("--config", "--config needs a YAML file"),
         ("--eval_fraction 1.5", "--eval_fraction must be below 1, got 1.5"),
         ("--config nowhere.yaml", "can't be read as YAML"),
@@ -69,8 +70,7 @@ def test_wrong_flags_raise(words, message):
 
 @pytest.mark.parametrize("text", ["a: [", "- 1", "r"])
 def test_a_file_that_holds_no_flags(tmp_path, text):
-    path = tmp_path / "run.yaml"
-    path.write_text(text)
+    (path := tmp_path / "run.yaml").write_text(text)
     with pytest.raises(ArgumentError, match=r"run\.yaml"):
         parsed(["--config", str(path)])
 
