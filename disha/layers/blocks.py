@@ -247,7 +247,7 @@ class Adapters(nn.Module):
     def __init__(self, group: Group = LOOSE) -> None:
         super().__init__()
         install()
-        self.merged = None
+        vars(self)["merged"] = None
         self.activate(())
         group.take(self)
 
