@@ -21,18 +21,19 @@ def fingerprint(weight: Tensor) -> str | None:
     """
     if weight.is_meta or not weight.is_floating_point() or not weight.numel():
         return None
-    whole = gathered(weight.detach())
-    count = min(SAMPLES, whole.numel())
-    positions = torch.arange(count, device=whole.device)
-    positions = positions * (whole.numel() - 1) // max(count - 1, 1)
-    # By their bytes, because torch 2.8 can't pick values of 8 bits.
-    chosen = whole.reshape(-1, 1).view(torch.uint8)[positions].cpu()
-    values = chosen.view(whole.dtype).flatten()
+    values = gathered(weight.detach())
+    count = min(SAMPLES, values.numel())
+    # From the first value to the last: position i is i * step // (count - 1).
+    step = max(values.numel() - 1, 1)
+    positions = torch.arange(0, count * step, step, device=values.device) // max(count - 1, 1)
+    # As integers, because torch 2.8 can't take values of 8 bits.
+    numbers = values.view(torch.uint8) if values.itemsize == 1 else values
+    chosen = numbers.take(positions).cpu().view(values.dtype)
+    shape = str(tuple(weight.shape)).encode()
     digests = []
-    for rounded in (values.to(torch.bfloat16), values.to(torch.float16).to(torch.bfloat16)):
-        digest = hashlib.sha256(str(tuple(weight.shape)).encode())
-        digest.update(bytes(rounded.view(torch.uint8).tolist()))
-        digests.append(digest.hexdigest()[:HALF])
+    for rounded in (chosen.bfloat16(), chosen.half().bfloat16()):
+        content = shape + bytes(rounded.view(torch.uint8).tolist())
+        digests.append(hashlib.sha256(content).hexdigest()[:HALF])
     return "".join(digests)
 
 
