@@ -5,7 +5,7 @@ Each norm keeps them in its `__dict__`. Statistics that changed since belong to 
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Mapping
 from contextlib import ExitStack
 from typing import Any
 
@@ -25,17 +25,13 @@ Names = Mapping[nn.Module, tuple[str, ...]]
 _STATISTICS = "_disha_statistics"
 
 
-def _with_kept(names: Names) -> Iterator[tuple[str, Tensor, Tensor | None]]:
-    """Yield the clean name of each running statistic, its value, and the kept one, if any."""
-    for module, (name, *_) in names.items():
-        kept = attributes_of(module).get(_STATISTICS, {})
-        for name_inside, now in _statistics_of(module).items():
-            yield join(name, name_inside), now, kept.get(name_inside)
-
-
 def statistics(names: Names) -> dict[str, Tensor]:
     """Return the running statistics of all norms under their clean names."""
-    return {name: now for name, now, _ in _with_kept(names)}
+    return {
+        join(name, name_inside): value
+        for module, (name, *_) in names.items()
+        for name_inside, value in _statistics_of(module).items()
+    }
 
 
 def remember_statistics(model: Any, modules: Iterable[nn.Module], undo: ExitStack) -> None:
@@ -92,11 +88,14 @@ def _hooks(module: Any) -> list[int]:
 
 def changed_statistics(names: Names) -> dict[str, tuple[Tensor, Tensor | None]]:
     """Return the statistics that may not be those of the base, each with the kept value, if any."""
-    return {
-        name: (now, former)
-        for name, now, former in _with_kept(names)
-        if former is None or former.is_meta or not torch.equal(now, former.to(now))
-    }
+    changed = {}
+    for module, (name, *_) in names.items():
+        kept = attributes_of(module).get(_STATISTICS, {})
+        for name_inside, now in _statistics_of(module).items():
+            former = kept.get(name_inside)
+            if former is None or former.is_meta or not torch.equal(now, former.to(now)):
+                changed[join(name, name_inside)] = now, former
+    return changed
 
 
 def put_back_statistics(names: Names, undo: ExitStack, but: Container[str] = ()) -> None:
