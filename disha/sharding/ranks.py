@@ -28,11 +28,8 @@ class Ranks:
         groups = [mesh.get_group(dim) for mesh in meshes for dim in range(mesh.ndim)]
         groups += [p.ds_process_group for p in found if is_partitioned(p)]
         self.groups = tuple(dict.fromkeys(groups))
-
-    @property
-    def writes(self) -> bool:
-        """Whether this rank writes the files; only the first one does."""
-        return not any(torch.distributed.get_rank(group) for group in self.groups)
+        # Only the first rank writes files.
+        self.writes = not any(torch.distributed.get_rank(group) for group in self.groups)
 
     @contextmanager
     def agreeing(self, action: str) -> Iterator[None]:
