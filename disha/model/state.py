@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -10,7 +11,6 @@ from torch import Tensor, nn
 
 from disha.errors import AdapterStateError
 from disha.layers.adapted import AdaptedLayer, refuse_merged
-from disha.layers.blocks import AdapterBlock
 from disha.layers.weights import stored_weight, weight_shape
 from disha.model import running_statistics
 from disha.model.records import Tensors
@@ -115,7 +115,13 @@ def adapter_tensors(view: ModelView, adapter: str) -> dict[str, Tensor]:
     view.reshard()
     tensors = {}
     for name, layer, _, block in view.require(adapter):
-        _refuse_flattened(name, layer, block)
+        parameter = block._parameters.get(block.parameter_name)
+        is_whole = parameter is not None and len(whole_shape(parameter)) >= block.method.block_axes
+        if not is_whole or len(weight_shape(layer, block.slot)) < 2:
+            raise AdapterStateError(
+                f"the block of {name or 'the model'} or its weight is missing or flattened, as by "
+                "FullyShardedDataParallel; use fully_shard, or call this inside summon_full_params"
+            )
         tensors[join(name, block.parameter_name)] = block.block
     for parameter in view.trained(adapter):
         if (
@@ -126,17 +132,6 @@ def adapter_tensors(view: ModelView, adapter: str) -> dict[str, Tensor]:
         tensors[parameter.name] = parameter.value
     changed = running_statistics.changed_statistics(view.names)
     return tensors | {name: now for name, (now, _) in changed.items()}
-
-
-def _refuse_flattened(name: str, layer: AdaptedLayer, block: AdapterBlock) -> None:
-    """Raise if FullyShardedDataParallel holds the values."""
-    parameter = block._parameters.get(block.parameter_name)
-    is_whole = parameter is not None and len(whole_shape(parameter)) >= block.method.block_axes
-    if not is_whole or len(weight_shape(layer, block.slot)) < 2:
-        raise AdapterStateError(
-            f"the block of {name or 'the model'} or its weight is missing or flattened, as by "
-            "FullyShardedDataParallel; use fully_shard, or call this inside summon_full_params"
-        )
 
 
 def load_adapter_state_dict(
@@ -255,4 +250,4 @@ def finite_as(value: Tensor, dtype: torch.dtype) -> bool:
     """Whether all values that this rank holds are finite after a cast to `dtype`."""
     value = local_part(value).detach().to(dtype)
     # A finite sum has finite terms, so only a sum that overflows needs a second look.
-    return bool(value.sum().isfinite()) or bool(value.isfinite().all())
+    return math.isfinite(value.sum()) or bool(value.isfinite().all())
