@@ -93,7 +93,7 @@ def save_adapter(
         ['0.bone_block']
     """
     view = ModelView(model)
-    ranks = view.ranks()
+    ranks = view.ranks
     action = f"save adapter {adapter!r}"
     with ranks.agreeing(action):
         view.require(adapter)
@@ -215,7 +215,7 @@ def load_adapter(
         ('0.bone_block',)
     """
     view = ModelView(model)
-    with view.ranks().agreeing(f"load a file as adapter {adapter!r}"):
+    with view.ranks.agreeing(f"load a file as adapter {adapter!r}"):
         contents = read_contents(file_at(path), also_train=also_train, layers=layers)
     return load_contents(
         view,
@@ -241,7 +241,7 @@ def adapter_contents(
     base: bool = True,
 ) -> AdapterContents:
     """Return an adapter of a model, on the CPU; collective. Without `base`, no fingerprints."""
-    ranks = view.ranks()
+    ranks = view.ranks
     action = f"take adapter {adapter!r} out of the model"
     with ranks.agreeing(action):
         notes = dict(metadata or {})
@@ -339,8 +339,10 @@ def read_contents(path: Path, *, also_train: bool = True, layers: str | None = N
     with torch.device("cpu"), opened(path) as file:  # old releases take the default device
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         contents = parse_header(path, (file.metadata() or {}).get(HEADER_KEY), tensors)
-    pattern = compile_regex("layers", "" if layers is None else layers)  # "" matches all
-    kept = [record for record in contents.layers if pattern.search(record.name)]
+    kept = contents.layers
+    if layers is not None:
+        pattern = compile_regex("layers", layers)
+        kept = tuple(record for record in kept if pattern.search(record.name))
     if not kept:
         names = first_few(contents.names, 10, ", ")
         raise ArgumentError(
@@ -408,7 +410,7 @@ def load_contents(
     """Put an adapter into a model, as `load_adapter` does; a `partial` one leaves other layers."""
     with all_or_nothing(view, around) as undo:
         replaces = replace and adapter in view.adapters
-        with view.ranks().agreeing(f"load a file as adapter {adapter!r}"):
+        with view.ranks.agreeing(f"load a file as adapter {adapter!r}"):
             check_adapter_name(adapter)
             view.refuse_inside("load an adapter")
             incoming = _under_model_names(view, adapter, source, contents)
@@ -418,9 +420,13 @@ def load_contents(
                 targets = _add(incoming, dtype, freeze, activate, undo)
         for key, target in targets.items():
             write(target, incoming.tensors[key], undo)
-        if replaces and not partial:
-            _reset_the_rest(incoming, undo)
-        _take_settings(incoming, undo)
+        for (*_, block), record in incoming.blocks():
+            undo.callback(block.set_scale, block.scale)
+            block.set_scale(record.scale)
+        if replaces:
+            _take_settings(incoming, undo)
+            if not partial:
+                _reset_the_rest(incoming, undo)
         _warn_of_other_base(incoming)
     return LoadReport(matched=tuple(incoming.tensors))  # if a key did not fit, this has raised
 
@@ -549,19 +555,16 @@ def _checked_targets(incoming: _Incoming, differences: Sequence[str]) -> dict[st
 
 
 def _take_settings(incoming: _Incoming, undo: ExitStack) -> None:
-    """Give the blocks the configuration and the scales of the adapter, but the r of the model."""
+    """Give the blocks that it replaces its configuration, but the r of the model."""
 
     @cache  # the blocks of an adapter share few configurations
     def with_sizes_of(former: AdapterConfig) -> AdapterConfig:
         return incoming.config.changed(r=former.r, rank_pattern=former.rank_pattern)
 
     for (*_, block), record in incoming.blocks():
-        former = block.config
-        undo.callback(block.set_scale, block.scale)
-        undo.callback(block.reconfigure, former)
         if record.method == incoming.config.method:
-            block.reconfigure(with_sizes_of(former))
-        block.set_scale(record.scale)
+            undo.callback(block.reconfigure, block.config)
+            block.reconfigure(with_sizes_of(block.config))
 
 
 def _reset_the_rest(incoming: _Incoming, undo: ExitStack) -> None:

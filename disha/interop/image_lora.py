@@ -98,7 +98,7 @@ def export(
     views = {name: view for name, view in _views(models).items() if adapter in view.adapters}
     if not views:
         raise ArgumentError(f"no component of {', '.join(models)} has an adapter {adapter!r}")
-    ranks = next(iter(views.values())).ranks()
+    ranks = next(iter(views.values())).ranks
     action = f"export adapter {adapter!r}"
     contents = {name: adapter_contents(view, adapter, base=False) for name, view in views.items()}
     with ranks.agreeing(action):

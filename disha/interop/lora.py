@@ -158,7 +158,7 @@ def export(
         (LoraLayer(name='0', method='bone', r=4, rank=4, error=0.0),)
     """
     view = ModelView(model)
-    ranks = view.ranks()
+    ranks = view.ranks
     action = f"export adapter {adapter!r} as LoRA"
     with ranks.agreeing(action):
         target = checked_path(folder)
@@ -213,7 +213,7 @@ def _converted(
     """Return an adapter's updates, what trained with it, and both in PEFT's form."""
     contents = adapter_contents(view, adapter, base=False)
     model_type = _model_type(view)
-    with view.ranks().agreeing(f"export adapter {adapter!r} as LoRA"):
+    with view.ranks.agreeing(f"export adapter {adapter!r} as LoRA"):
         check_rank(rank)  # before a rank waits for another
         modules = [layer.name for layer in contents.layers if not is_stack(layer)]
         saved = saved_modules(view, contents.also_train, contents.names)
@@ -336,7 +336,7 @@ def load(
         ('0.bone_block',)
     """
     view = ModelView(model)
-    with view.ranks().agreeing(f"load a LoRA as adapter {adapter!r}"):
+    with view.ranks.agreeing(f"load a LoRA as adapter {adapter!r}"):
         peft_folder = read_peft_files(folder, (*FACTORS, TOKENS), also_train)
         rows = _taken_rows(view, peft_folder)
         keep_for_model(view, peft_folder)

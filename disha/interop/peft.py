@@ -128,7 +128,7 @@ def export(
         ('MISS', 4, ['0'])
     """
     view = ModelView(model)
-    ranks = view.ranks()
+    ranks = view.ranks
     action = f"export adapter {adapter!r} to PEFT"
     given = {"base_model_name_or_path": base_model_name_or_path, "task_type": task_type}
     given = {note: value for note, value in given.items() if value is not None}
@@ -209,7 +209,7 @@ def load(
         True
     """
     view = ModelView(model)
-    with view.ranks().agreeing(f"load a PEFT folder as adapter {adapter!r}"):
+    with view.ranks.agreeing(f"load a PEFT folder as adapter {adapter!r}"):
         peft_folder, config, blocks = _read(folder, also_train)
         problems = reasons_against(view, blocks, _unknown_to_miss, exporting=False)
         refuse_to_load(peft_folder.path, problems)

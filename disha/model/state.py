@@ -176,7 +176,7 @@ def load_adapter_state_dict(
     """
     view = ModelView(model)
     with all_or_nothing(view) as undo:
-        with view.ranks().agreeing(f"load a state dict as adapter {adapter!r}"):
+        with view.ranks.agreeing(f"load a state dict as adapter {adapter!r}"):
             refuse_merged(view.layers, "load an adapter")
             statistics = running_statistics.statistics(view.names)
             names = {clean_key(key) for key in map(str, state)}

@@ -269,9 +269,10 @@ class ModelView:
             if isinstance(module, cls):
                 module.reshard()
 
+    @cached_property
     def ranks(self) -> Ranks:
-        """Reshard the modules, and return the ranks that hold the shards."""
-        self.reshard()
+        """The ranks that hold the shards of the parameters."""
+        self.reshard()  # what a forward has gathered does not show its ranks
         return Ranks(self.all_parameters())
 
     def all_parameters(self) -> list[nn.Parameter]:
