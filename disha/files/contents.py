@@ -415,18 +415,19 @@ def load_contents(
             view.refuse_inside("load an adapter")
             incoming = _under_model_names(view, adapter, source, contents)
             if replaces:
-                targets = _match(incoming, dtype)
+                if dtype is not None:
+                    raise ArgumentError(
+                        "replace=True keeps the blocks with their dtype; leave dtype out"
+                    )
+                _widen(incoming)
+                targets = _checked_targets(incoming, _differences(incoming))
             else:
                 targets = _add(incoming, dtype, freeze, activate, undo)
         for key, target in targets.items():
             write(target, incoming.tensors[key], undo)
-        for (*_, block), record in incoming.blocks():
-            undo.callback(block.set_scale, block.scale)
-            block.set_scale(record.scale)
-        if replaces:
-            _take_settings(incoming, undo)
-            if not partial:
-                _reset_the_rest(incoming, undo)
+        if replaces and not partial:
+            _reset_the_rest(incoming, undo)
+        _take_settings(incoming, undo)
         _warn_of_other_base(incoming)
     return LoadReport(matched=tuple(incoming.tensors))  # if a key did not fit, this has raised
 
@@ -464,14 +465,6 @@ def _add(
     return {key: target for key, target in targets.items() if key not in layers}
 
 
-def _match(incoming: _Incoming, dtype: torch.dtype | None) -> dict[str, Tensor]:
-    """Fit an adapter to the one of its name, and return the tensors of the model that it sets."""
-    if dtype is not None:
-        raise ArgumentError("replace=True keeps the blocks with their dtype; leave dtype out")
-    _widen(incoming)
-    return _checked_targets(incoming, _differences(incoming))
-
-
 def _under_model_names(
     view: ModelView, adapter: str, source: Source, contents: AdapterContents
 ) -> _Incoming:
@@ -490,7 +483,8 @@ def _under_model_names(
     }
     layers = {}
     for record in contents.layers:
-        renamed = replace(record, name=first_name(record.name))
+        name = first_name(record.name)
+        renamed = record if name == record.name else replace(record, name=name)
         keys[record.key] = renamed.key
         layers[renamed.key] = renamed
     given: dict[str, str] = {}
@@ -507,12 +501,14 @@ def _under_model_names(
 def _widen(incoming: _Incoming) -> None:
     """Give an adapter the shard sizes of the model's adapter, where that is exact."""
     for (*_, block), record in incoming.blocks():
+        if record.r == block.r:
+            continue
         key = record.key
-        tensors = incoming.tensors
-        wider = block.method.wider_block(record.layout, tensors[key], record.r, block.r)
+        narrow = incoming.tensors[key]
+        wider = block.method.wider_block(record.layout, narrow, record.r, block.r)
         if wider is not None:
             incoming.layers[key] = replace(record, r=block.r)
-            tensors[key] = wider
+            incoming.tensors[key] = wider
 
 
 def _differences(incoming: _Incoming) -> list[str]:
@@ -555,16 +551,21 @@ def _checked_targets(incoming: _Incoming, differences: Sequence[str]) -> dict[st
 
 
 def _take_settings(incoming: _Incoming, undo: ExitStack) -> None:
-    """Give the blocks that it replaces its configuration, but the r of the model."""
+    """Give the blocks the configuration and the scales of the adapter, but the r of the model."""
+    config = incoming.config
 
     @cache  # the blocks of an adapter share few configurations
     def with_sizes_of(former: AdapterConfig) -> AdapterConfig:
-        return incoming.config.changed(r=former.r, rank_pattern=former.rank_pattern)
+        return config.changed(r=former.r, rank_pattern=former.rank_pattern)
 
     for (*_, block), record in incoming.blocks():
-        if record.method == incoming.config.method:
-            undo.callback(block.reconfigure, block.config)
-            block.reconfigure(with_sizes_of(block.config))
+        former = block.config
+        if former is not config and record.method == config.method:  # new blocks have it
+            undo.callback(block.reconfigure, former)
+            block.reconfigure(with_sizes_of(former))
+        if block.scale != record.scale:
+            undo.callback(block.set_scale, block.scale)
+            block.set_scale(record.scale)
 
 
 def _reset_the_rest(incoming: _Incoming, undo: ExitStack) -> None:

@@ -74,20 +74,18 @@ class LayerRecord:
 
     def reason_against_block(self, block: tuple[int, ...]) -> str | None:
         """Return why a block of that shape can't be this layer's, or None if it can."""
+        method = METHODS[self.method]
         layout = self.layout
-        r = self.r
-        r_out = self.r_out
-        has_axes = len(block) >= METHODS[self.method].block_axes
-        weight = self.weight_shape(block) if has_axes else ()
+        weight = self.weight_shape(block) if len(block) >= method.block_axes else ()
         if layout.reason_against_shape(weight) is not None:
             return f"a block of shape {tuple(block)} does not fit the layout {layout.pattern!r}"
-        reason = layout.reason_against(self.geometry(block), r, r_out)
+        reason = layout.reason_against(layout.geometry(weight), self.r, self.r_out)
         if reason is not None:
             return reason
         count = sum(stop - first for first, stop in self.rows)
         if self.rows and count != self.out_features:
             return f"it lists {counted(count, 'row')}, but its output has {self.out_features}"
-        expected = METHODS[self.method].block_shape(layout, weight, r, r_out)
+        expected = method.block_shape(layout, weight, self.r, self.r_out)
         if block == expected:
             return None
         return f"expected a block of shape {expected}, found {tuple(block)}"

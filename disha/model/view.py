@@ -216,10 +216,11 @@ class ModelView:
 
     def require(self, adapter: str) -> list[ModelBlock]:
         """Return the blocks of an adapter, or raise if there are none."""
-        if adapter not in self.adapters:
+        blocks = self.blocks(adapter)
+        if not blocks and adapter not in self.adapters:
             known = ", ".join(map(repr, self.adapters)) or "none"
             raise ArgumentError(f"the model has no adapter {adapter!r}; it has {known}")
-        return self.blocks(adapter)
+        return blocks
 
     def trained(self, adapter: str | None = None) -> list[ModelParameter]:
         """Return the parameters that train with an adapter, or with any, besides the blocks.
