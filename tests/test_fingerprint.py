@@ -14,8 +14,7 @@ def test_same_values_same_fingerprint_whatever_the_dtype_and_strides(shape, seed
     mark = fingerprint(values)
     assert len(mark) == 16
     assert fingerprint(values.double()) == mark
-    turned = values.mT.clone(memory_format=torch.contiguous_format).mT
-    assert fingerprint(turned) == mark
+    assert fingerprint(values.mT.clone(memory_format=torch.contiguous_format).mT) == mark
     for dtype in (torch.bfloat16, torch.float16):
         assert same_base(fingerprint(values.to(dtype)), mark)
         assert same_base(mark, fingerprint(values.to(dtype)))
@@ -31,13 +30,7 @@ def test_eight_bits_have_the_fingerprint_of_their_values(dtype):
 
 
 def test_every_value_of_a_small_weight_counts():
-    values = torch.zeros(8, 8)
-    assert values.numel() == SAMPLES
-    marks = set()
-    for i in range(SAMPLES):
-        changed = values.clone()
-        changed.view(-1)[i] = 1.0
-        marks.add(fingerprint(changed))
+    marks = {fingerprint(values.view(8, 8)) for values in torch.eye(SAMPLES)}
     assert len(marks) == SAMPLES
 
 

@@ -102,8 +102,8 @@ ASKED = {
 def test_ranks_agree_on_what_they_were_asked(monkeypatch, tmp_path, action):
     model = disha.inject_adapters(nn.Sequential(nn.Linear(4, 4)), "0", r=2)
     disha.save_adapter(model, tmp_path / "a")
-    asked, mesh = [], Mesh((1,), (0,))
-    monkeypatch.setattr(Ranks, "__init__", lambda ranks, _: vars(ranks).update(groups=(mesh,), writes=True))
+    asked, alone = [], {"groups": (Mesh((1,), (0,)),), "writes": True}
+    monkeypatch.setattr(Ranks, "__init__", lambda ranks, _: vars(ranks).update(alone))
     monkeypatch.setattr(Ranks, "_exchanged", lambda _, report: asked.append(report[1]) or [report])
     monkeypatch.setattr(torch.distributed, "get_rank", lambda *_: 0)
     ASKED[action](model, tmp_path / "a")

@@ -581,9 +581,10 @@ def _reset_the_rest(incoming: _Incoming, undo: ExitStack) -> None:
 def _warn_of_other_base(incoming: _Incoming) -> None:
     known = {}
     for model_block, record in incoming.blocks():
-        base = _base_fingerprint(model_block)
-        if record.base is not None and base is not None:
-            known[model_block.name] = same_base(record.base, base)
+        if record.base is not None:
+            base = _base_fingerprint(model_block)
+            if base is not None:
+                known[model_block.name] = same_base(record.base, base)
     other = [name for name, is_same in known.items() if not is_same]
     if other:
         layers = printable(first_few(other, 3, ", "))

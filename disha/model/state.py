@@ -115,8 +115,8 @@ def adapter_tensors(view: ModelView, adapter: str) -> dict[str, Tensor]:
     view.reshard()
     tensors = {}
     for name, layer, _, block in view.require(adapter):
-        parameter = block._parameters.get(block.parameter_name)
-        is_whole = parameter is not None and len(whole_shape(parameter)) >= block.method.block_axes
+        values = block._parameters.get(block.parameter_name)
+        is_whole = values is not None and len(whole_shape(values)) >= block.method.block_axes
         if not is_whole or len(weight_shape(layer, block.slot)) < 2:
             raise AdapterStateError(
                 f"the block of {name or 'the model'} or its weight is missing or flattened, as by "

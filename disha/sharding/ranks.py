@@ -6,7 +6,7 @@ can fail runs inside `Ranks.agreeing`, which raises the error on all ranks.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,11 +22,10 @@ from disha.sharding.zero import is_partitioned
 class Ranks:
     """The ranks that hold the shards of a model; only this process if the model is not sharded."""
 
-    def __init__(self, parameters: Iterable[Tensor]) -> None:
-        found = list(parameters)
-        meshes = dict.fromkeys(p.device_mesh for p in found if is_sharded(p))
+    def __init__(self, parameters: Sequence[Tensor]) -> None:
+        meshes = dict.fromkeys(p.device_mesh for p in parameters if is_sharded(p))
         groups = [mesh.get_group(dim) for mesh in meshes for dim in range(mesh.ndim)]
-        groups += [p.ds_process_group for p in found if is_partitioned(p)]
+        groups += [p.ds_process_group for p in parameters if is_partitioned(p)]
         self.groups = tuple(dict.fromkeys(groups))
         # Only the first rank writes files.
         self.writes = not any(torch.distributed.get_rank(group) for group in self.groups)
