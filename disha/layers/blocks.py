@@ -96,20 +96,17 @@ class AdapterBlock(nn.Module):
     def update(self, on_meta: bool = False, group: Group | None = None) -> Update:
         """Return the update for products with the weight, with the current scale and dropout."""
         # Attributes, not items of `__dict__`: torch 2.15 compiles no guards for those.
-        name = self.parameter_name
         parameters = self._parameters
-        values: Any = None
+        values: Any = parameters.get(self.parameter_name)
         if "forward" in self.__dict__:
             # A device hook (accelerate's) replaces forward, and loads the block to its device.
             values = self._from_hook()
-        elif name in parameters:
+        elif type(parameters) is not dict and values is not None:
             # In a forward, the dict of ZeRO-3 gathers the block for the layer that runs; elsewhere,
             # and in compiled code, only its hooks do.
-            gathers = type(parameters) is not dict
-            if gathers:
-                expect(parameters.get(name))
-            values = parameters[name]
-            if gathers and values.shape != whole_shape(values):
+            expect(values)
+            values = parameters[self.parameter_name]
+            if values.shape != whole_shape(values):
                 values = self()
         if values is None:
             raise ModeError(
