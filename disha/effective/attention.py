@@ -36,17 +36,24 @@ def _attention(
         names = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
         kwargs |= {"use_separate_proj_weight": True, **dict(zip(names, parts))}
         in_proj_weight = None
-    weights = [_in_attention(value, query) for value in (in_proj_weight, *args)]
-    kwargs = {name: _in_attention(value, query) for name, value in kwargs.items()}
+    weights = [
+        _in_attention(value, query) if type(value) is EffectiveWeight else value
+        for value in (in_proj_weight, *args)
+    ]
+    kwargs = {
+        name: _in_attention(value, query) if type(value) is EffectiveWeight else value
+        for name, value in kwargs.items()
+    }
     return _ATTENTION.multi_head_attention_forward(
         query, key, value, embed_dim_to_check, num_heads, *weights, **kwargs
     )
 
 
-def _in_attention(value: Any, query: Tensor) -> Any:
-    if not isinstance(value, EffectiveWeight):
-        return value
-    return effective(value.base, value.weight_layout, value.updates.in_attention(query))
+def _in_attention(weight: EffectiveWeight, query: Tensor) -> EffectiveWeight:
+    updates = weight.updates.in_attention(query)
+    if updates is weight.updates:
+        return weight
+    return effective(weight.base, weight.weight_layout, updates)
 
 
 def _attention_linear(input: Any, weight: Any, bias: Any = None) -> Any:

@@ -24,11 +24,12 @@ def linear_product(input: Any, weight: Any, bias: Any = None) -> Any:
         return NotImplemented
     base = weight.base
     layout = weight.weight_layout
-    if layout.in_first and base.dim() == 2:  # such as a table, to which an output head is tied
-        return weight.updates.product(F.linear, input, base, bias, layout)
-    if layout.pattern != "out in":
+    if layout.pattern == "out in":
+        return weight.updates.linear(input, base, bias)
+    if base.dim() != 2:
         return NotImplemented
-    return weight.updates.linear(input, base, bias)
+    # Such as a table, to which an output head is tied.
+    return weight.updates.product(F.linear, input, base, bias, layout)
 
 
 # With ZeRO-3, DeepSpeed replaces F.linear by a function of its own.

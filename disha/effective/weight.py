@@ -47,16 +47,18 @@ class EffectiveWeight(Tensor):
     ) -> Any:
         """Run an operation by its rule."""
         rule = RULES.get(func) or RULES.get(getattr(func, OP_NAME, None))
-        named = dict(kwargs or {})
-        if rule is not None and not args and "input" in named:
-            # So torch calls the first argument of all functions that have a rule.
-            args = (named.pop("input"),)
-        if rule is not None and "out" in named:
-            _refuse_to_lose_gradients(args, named)
-        elif rule is not None:
-            result = rule(*args, **named)
-            if result is not NotImplemented:
-                return result
+        named = kwargs or {}
+        if rule is not None:
+            if not args and "input" in named:
+                # So torch calls the first argument of all functions that have a rule.
+                named = dict(named)
+                args = (named.pop("input"),)
+            if "out" in named:
+                _refuse_to_lose_gradients(args, named)
+            else:
+                result = rule(*args, **named)
+                if result is not NotImplemented:
+                    return result
         return compute_first(func, args, named)
 
     def as_subclass(self, cls: Any) -> Any:
