@@ -18,6 +18,7 @@ last column says.
       ._top_saved_tensors_default_hooks  backward do not nest                   quantised W is kept
       _is_any_autocast_enabled           a quick question before a slow one    the slow one
       _current_graph_task_id             whether a thread is one of backward   refuses more
+      _len_torch_dispatch_stack          a quick question before a slow one    the slow one
       _VariableFunctions                 private operations have rules too     weights are computed
       _nn                                operations that write                 a copy is written
       _dynamo.eval_frame._FrameAction,   no graph starts in our functions      the compiler raises
@@ -74,6 +75,8 @@ def _yes(*asked: object) -> bool:
 
 transforms_active: Callable[[], bool] = getattr(torch._C, "_are_functorch_transforms_active", _yes)
 """Whether a transform of `torch.func` is running."""
+modes_active: Callable[[], int] = getattr(torch._C, "_len_torch_dispatch_stack", _yes)
+"""How many modes see all operations of tensors: of checkpointing, of counting memory, or others."""
 _current_mode: Callable[[], Any] = getattr(_python_dispatch, "_get_current_dispatch_mode", _yes)
 
 

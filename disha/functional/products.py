@@ -26,7 +26,12 @@ from torch.utils.checkpoint import checkpoint
 from disha.functional.bone import embedding_delta
 from disha.functional.layouts import Geometry, Layout, Rows, place_rows
 from disha.functional.methods import Method
-from disha.functional.private_torch import any_autocast, must_not_write
+from disha.functional.private_torch import (
+    any_autocast,
+    modes_active,
+    must_not_write,
+    transforms_active,
+)
 from disha.functional.shard_sums import (
     Scale,
     added,
@@ -130,8 +135,10 @@ def computed_weight(weight: Tensor, layout: Layout, updates: Sequence[Update]) -
         >>> computed_weight(torch.zeros(1, 3), Layout("out in"), [update])
         tensor([[1., 1., 1.]])
     """
+    if not updates:
+        return weight
     deltas = [(update.delta_weight(layout, weight), update.scale) for update in updates]
-    return merged_weight(weight, deltas) if updates else weight
+    return merged_weight(weight, deltas)
 
 
 # --- any product ---------------------------------------------------------------------------------
@@ -216,7 +223,7 @@ def _reduced_product(
         x = F.dropout(x, dropout) if dropout else x
         matrix = matrix.to(x.dtype)
     # So it is for a table in a linear product, and for a linear weight in a lookup.
-    is_transposed = len(layout.axes) == 2 and layout.in_first != looks_up
+    is_transposed = layout.in_first != looks_up and len(layout.axes) == 2
     if is_transposed:
         # The product is x R^T, repeated over the shards of the inputs.
         delta = multiply(x, layout.weight(tiled(matrix, out_features).mT), None)  # (..., r)
@@ -229,7 +236,7 @@ def _reduced_product(
         return _dropped_tokens(delta, dropout)
     # A linear tile is repeated after the product, so backward keeps nothing of the larger size.
     matrix = matrix if multiply is F.linear else tiled(matrix, out_features)
-    dim = 1 - layout.weight(matrix.mT).dim() if layout.has_kernel else -1
+    dim = layout.in_first - len(geometry.stack) - 1 if layout.has_kernel else -1
     groups = x.shape[dim] // geometry.in_features  # of a convolution: each has its own inputs
     if groups > 1:
         x = torch.unflatten(x, dim, (groups, -1))
@@ -273,14 +280,12 @@ def reduced_updates(updates: Sequence[Update], layout: Layout, geometry: Geometr
             continue
         method = update.method
         block = update.block
-        outputs = out_features
+        inputs, outputs, stack = geometry
         if update.rows:
-            outputs = sum(stop - first for first, stop in update.rows)
-        block_geometry = geometry
-        if update.rows or update.chosen is not None:
-            # The block's own stack, because a stack of chosen matrices has another size.
-            stack = method.stack_of(layout, block.shape)
-            block_geometry = Geometry(geometry.in_features, outputs, stack)
+            outputs = sum([stop - first for first, stop in update.rows])
+        if update.chosen is not None:
+            stack = method.stack_of(layout, block.shape)  # the weight has only the chosen matrices
+        block_geometry = Geometry(inputs, outputs, stack)
         matrix = method.reduced(method.matrix_block(layout, block), block_geometry, update.r)
         if update.rows:
             matrix = tiled(matrix, outputs)
@@ -389,10 +394,8 @@ def adapted_linear(
     # Almost every layer has one update of all outputs, so this case has a fast path.
     if len(updates) != 1 or updates[0].rows or updates[0].dropout:
         output = _linear_in_general(rows, weight, bias, updates)
-    elif (method := updates[0].method).reduces:
-        geometry = Geometry(rows.shape[1], weight.shape[0])
-        matrix = method.reduced(updates[0].block, geometry, updates[0].r)
-        output = _linear_and_reduced(rows, weight, bias, matrix, updates[0].scale)
+    elif updates[0].method.reduces:
+        output = _linear_and_reduced(rows, weight, bias, updates[0])
     else:
         output = _folded_alone(rows, weight, bias, updates[0])
     if late is not None:
@@ -400,12 +403,13 @@ def adapted_linear(
     return output if rows is x else output.reshape(*x.shape[:-1], weight.shape[0])
 
 
-def _linear_and_reduced(
-    x: Tensor, weight: Tensor, bias: Tensor | None, matrix: Tensor, scale: Scale
-) -> Tensor:
-    """Return W x + b + s S(x) R for x (n, in)."""
+def _linear_and_reduced(x: Tensor, weight: Tensor, bias: Tensor | None, update: Update) -> Tensor:
+    """Return W x + b + s S(x) R for x (n, in), with one update of all outputs."""
     tokens, inputs = x.shape
-    r = matrix.shape[0]
+    outputs = weight.shape[0]
+    scale = update.scale
+    matrix = update.method.reduced(update.block, Geometry(inputs, outputs), update.r)
+    r, columns = matrix.shape
     if x.dtype == torch.float16 or any_autocast():
         sums, factor = shard_sums(x, r)
         return _plus_product(F.linear(x, weight, bias), sums, scaled(matrix, scale), factor)
@@ -414,12 +418,14 @@ def _linear_and_reduced(
         return _plus_product(F.linear(x, weight, bias), sums, matrix, 1.0)
     if inputs % r:
         return _plus_product(F.linear(x, weight, bias), shard_sum(x, r), matrix, scale)
-    # W x and S(x) read the same view. So in backward, the gradient of S(x) is added to that of W x
-    # as it is, and not repeated in memory first.
     shards = x.view(tokens, inputs // r, r)
     sums = shards.sum(1)
-    output = F.linear(shards.view(tokens, inputs), weight, bias)
-    if matrix.dtype != x.dtype or matrix.shape[1] != output.shape[1] or must_not_write():
+    if x.requires_grad:
+        # W x and S(x) read the same view. So in backward, the gradient of S(x) is added to that of
+        # W x as it is, and not repeated in memory first.
+        x = shards.view(tokens, inputs)
+    output = F.linear(x, weight, bias)
+    if matrix.dtype != x.dtype or columns != outputs or transforms_active() or modes_active():
         return _plus_product(output, sums, matrix, scale)
     return output.addmm_(sums, matrix, alpha=scale)  # here, to save a call for few tokens
 
