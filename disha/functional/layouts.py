@@ -125,7 +125,7 @@ class Layout:
     @property
     def in_first(self) -> bool:
         """Whether the inputs come before the outputs."""
-        return "out in" not in self.pattern
+        return self.pattern.find("in") < self.pattern.find("out")  # `in` or `index`
 
     def turned(self) -> Layout | None:
         """Return the layout of `weight.mT`, or None if `PATTERNS` has none."""

@@ -236,7 +236,10 @@ def _reduced_product(
         return _dropped_tokens(delta, dropout)
     # A linear tile is repeated after the product, so backward keeps nothing of the larger size.
     matrix = matrix if multiply is F.linear else tiled(matrix, out_features)
-    dim = layout.in_first - len(geometry.stack) - 1 if layout.has_kernel else -1
+    dim = -1
+    if layout.has_kernel:  # x is (..., channels, *positions), with a position for each kernel axis
+        kernel = geometry.stack[1:] if layout.in_first else geometry.stack  # without the groups
+        dim -= len(kernel)
     groups = x.shape[dim] // geometry.in_features  # of a convolution: each has its own inputs
     if groups > 1:
         x = torch.unflatten(x, dim, (groups, -1))
