@@ -57,6 +57,7 @@ _TURNED = {
 
 
 _AXES = {pattern: tuple(pattern.split()) for pattern in PATTERNS}
+_IN_FIRST = {pattern: pattern.find("in") < pattern.find("out") for pattern in PATTERNS}
 
 
 class Geometry(NamedTuple):
@@ -125,7 +126,7 @@ class Layout:
     @property
     def in_first(self) -> bool:
         """Whether the inputs come before the outputs."""
-        return self.pattern.find("in") < self.pattern.find("out")  # `in` or `index`
+        return _IN_FIRST[self.pattern]
 
     def turned(self) -> Layout | None:
         """Return the layout of `weight.mT`, or None if `PATTERNS` has none."""
