@@ -277,6 +277,9 @@ def test_weights_that_two_modules_share_are_saved_with_both(tmp_path, form):
     del tensors["base_model.model.head.weight"]
     rewrite(tmp_path, tensors, modules_to_save=["embed"])
     refused_to_load(tmp_path, form, copy.deepcopy(base), "ties it to head.weight, which differs")
+    tensors["base_model.model.embed.weight"] = base.embed.weight.detach()  # whole, and frozen
+    rewrite(tmp_path, tensors, modules_to_save=None)
+    assert form.load(base, tmp_path).complete
 
 
 @in_both_formats

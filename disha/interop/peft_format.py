@@ -348,10 +348,10 @@ def keep_for_model(view: ModelView, folder: PeftFolder) -> None:
         if buffer is not None:
             narrower = min(tensor.dtype, buffer.dtype, key=attrgetter("itemsize"))
             is_same = torch.equal(tensor.to(narrower), gathered(buffer).cpu().to(narrower))
+        if is_same:
+            continue
         if differ:
             problems.append(f"{name}: the model ties it to {differ[0]}, which differs; untie them")
-        elif is_same:
-            continue
         elif buffer is not None and name not in known:
             problems.append(
                 f"{name}: it does not train, and differs from the model's; copy it into the model"
