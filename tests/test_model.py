@@ -101,6 +101,7 @@ def test_wrapped_model_saves_under_clean_names_and_loads_into_a_plain_one(tmp_pa
     disha.load_adapter(plain, tmp_path / "a")
     x = torch.randn(3, 4)
     assert torch.equal(plain(x), wrapped(x))
+    assert torch.equal(plain[0].weight @ x.T, wrapped[0].weight @ x.T)  # as attention reads it
 
 
 def test_a_users_attribute_called_module_keeps_its_name():

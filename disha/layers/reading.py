@@ -55,8 +55,10 @@ def weight_property(original: type[nn.Module], name: str) -> property:
         if not blocks:
             return base
         if not compiling:
-            caller = sys._getframe(1).f_globals.get("__name__", "")
-            if caller.startswith(WANT_BASE):
+            caller = sys._getframe(1)
+            reader = caller.f_globals.get("__name__", "")
+            # A wrapper's `__getattr__` passes on what somebody else reads.
+            if reader.startswith(WANT_BASE) and caller.f_code.co_name != "__getattr__":
                 return base
         try:
             is_plain = type(base) in PLAIN and not base.is_meta and base.numel()
