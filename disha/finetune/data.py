@@ -87,6 +87,8 @@ def load_rows(data: str, split: str = "train") -> Dataset:
             for name, kind in rows.features.items()
             if read_by == "csv" or "timestamp[" in str(kind)
         }
+        if read_by == "csv":  # text such as NA is no missing value
+            options |= {"keep_default_na": False, "na_values": [""]}
         if kinds:
             options["features"] = Features(rows.features | kinds)
             rows = load_dataset(builder, split=split, **options)

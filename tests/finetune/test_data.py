@@ -8,7 +8,7 @@ from disha.finetune.data import formed, load_rows, mixed
 from tests.finetune.tiny_models import tokenizer, write_rows
 
 PAIR = {"query": "say two", "response": "two"}
-UNCHANGED = {"query": "2030-01-31", "response": "007"}  # neither a date nor a number
+UNCHANGED = {"query": "2030-01-31", "response": "007", "more": "NA"}  # no date, number or gap
 TALK = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
 SHAREGPT = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
 PLAIN = {"prompt": "say two", "completion": "\ntwo"}
