@@ -16,6 +16,7 @@ from disha.files import inspect_adapter, load_adapter, save_adapter
 from disha.interop import lora
 from tests.conftest import perturb, refused
 from tests.language_models import SIZES
+from tests.peft_models import rewrite
 from tests.test_tied import TOKENS, WORDS, gpt2, llama
 
 NEW = [3, 34, 35]
@@ -225,6 +226,10 @@ def test_rows_that_peft_has_trained(tmp_path):
     model = llama()
     lora.load(model, tmp_path / "peft")
     torch.testing.assert_close(theirs(TOKENS).logits, model(TOKENS).logits)
+    for indices, says in (([3], "not have a row for each"), ({}, "list of row numbers")):
+        rewrite(tmp_path / "peft", trainable_token_indices=indices)
+        with pytest.raises(disha.DishaError, match=says):
+            lora.load(llama(), tmp_path / "peft")
 
 
 def test_peft_can_not_hold_every_row(tmp_path):

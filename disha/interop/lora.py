@@ -354,8 +354,12 @@ def _taken_rows(view: ModelView, folder: PeftFolder) -> list[LayerBlock]:
         name = key.removesuffix(TOKENS)
         values = folder.tensors.pop(key)
         ends = numbers if isinstance(numbers, dict) else {name: numbers}
-        indices = next(listed for end, listed in ends.items() if f".{name}".endswith(f".{end}"))
+        indices = next(
+            (listed for end, listed in ends.items() if f".{name}".endswith(f".{end}")), None
+        )
         rows = checked_rows(name, indices)
+        if values.shape[:-1] != (len(indices),):
+            raise AdapterFileError(f"{folder.path}: {key} does not have a row for each token")
         names = _names_of_weight(view, name)
         tied = tuple(other for other in names if other != join(name, "weight"))
         block = values[torch.tensor(indices).argsort()].mT  # (in, rows), in order
