@@ -40,7 +40,7 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
         """Prepare complete rows first, so that those that trl then cuts can be counted."""
         limit = args.max_length
         packing = others[0]
-        if packing or not limit:
+        if packing or limit is None:
             return super()._prepare_dataset(rows, words, args, *others)
         whole = copy.copy(args)
         whole.max_length = None
