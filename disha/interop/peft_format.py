@@ -332,6 +332,15 @@ def keep_for_model(view: ModelView, folder: PeftFolder) -> None:
     kept = {}
     problems = []
     for name, tensor in tensors.items():
+        buffer = buffers.get(name)
+        # Whole embeddings, and the frozen weights of adapted ones.
+        frozen = parameters.get(name.replace(FROZEN, ".weight"))
+        if frozen and not folder.saves(name):
+            buffer = frozen.value
+        if buffer is not None:
+            narrower = min(tensor.dtype, buffer.dtype, key=attrgetter("itemsize"))
+            if torch.equal(tensor.to(narrower), gathered(buffer).cpu().to(narrower)):
+                continue
         # PEFT trains a copy for each module. If one differs or is missing, they are not tied now.
         names = parameters[name].names if name in parameters else (name,)
         differ = [
@@ -339,17 +348,6 @@ def keep_for_model(view: ModelView, folder: PeftFolder) -> None:
             for other in names
             if other not in tensors or not torch.equal(tensors[other], tensor)
         ]
-        buffer = buffers.get(name)
-        # Whole embeddings, and the frozen weights of adapted ones.
-        frozen = parameters.get(name.replace(FROZEN, ".weight"))
-        if frozen and not folder.saves(name):
-            buffer = frozen.value
-        is_same = False
-        if buffer is not None:
-            narrower = min(tensor.dtype, buffer.dtype, key=attrgetter("itemsize"))
-            is_same = torch.equal(tensor.to(narrower), gathered(buffer).cpu().to(narrower))
-        if is_same:
-            continue
         if differ:
             problems.append(f"{name}: the model ties it to {differ[0]}, which differs; untie them")
         elif buffer is not None and name not in known:
