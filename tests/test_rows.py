@@ -32,9 +32,8 @@ def untied():
 
 
 def trained(make=llama, **options):
-    return perturb(
-        disha.inject_adapters(make(), "q_proj|c_attn", 4, **{"also_train_rows": ROWS, **options})
-    )
+    options = {"also_train_rows": ROWS, **options}
+    return perturb(disha.inject_adapters(make(), "q_proj|c_attn", 4, **options))
 
 
 def rows_of(model, adapter="default"):

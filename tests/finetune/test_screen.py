@@ -99,11 +99,8 @@ def test_help_is_help_alone():
     words = [sys.executable, "-c", code]
     done = subprocess.run(words, env=variables(), capture_output=True, text=True)
     assert done.stderr == ""
-    assert re.findall("^usage: disha (.*?) ", done.stdout, re.MULTILINE) == [
-        "generate",
-        "evaluate",
-        "finetune",
-    ]
+    shown = re.findall("^usage: disha (.*?) ", done.stdout, re.MULTILINE)
+    assert shown == ["generate", "evaluate", "finetune"]
     assert done.stdout.endswith("set()\n")
 
 
@@ -114,8 +111,7 @@ def test_rows_that_are_cut_or_left_out_are_counted(finetune, tiny, tmp_path, cap
     words = ["--max_length", 10, "--data", path]
     finetune(tmp_path / "out", *words)
     assert capsys.readouterr().err.count(told) == 2  # to train on, and to measure on
-    evaluate = ["evaluate", "--base", tiny, *words, "--json"]
-    assert disha_command([str(word) for word in evaluate]) == 0
+    assert disha_command([*map(str, ("evaluate", "--base", tiny, *words, "--json"))]) == 0
     out, err = capsys.readouterr()
     assert json.loads(out)["rows"] == 4
     assert told in err
