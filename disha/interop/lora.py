@@ -354,9 +354,8 @@ def _taken_rows(view: ModelView, folder: PeftFolder) -> list[LayerBlock]:
         name = key.removesuffix(TOKENS)
         values = folder.tensors.pop(key)
         ends = numbers if isinstance(numbers, dict) else {name: numbers}
-        indices = next(
-            (listed for end, listed in ends.items() if f".{name}".endswith(f".{end}")), None
-        )
+        found = (listed for end, listed in ends.items() if f".{name}".endswith(f".{end}"))
+        indices: Any = next(found, None)
         rows = checked_rows(name, indices)
         if values.shape[:-1] != (len(indices),):
             raise AdapterFileError(f"{folder.path}: {key} does not have a row for each token")
