@@ -153,7 +153,7 @@ def bat_linear(
         block = block.to(weight.dtype)  # W_eff is rounded to 16 bits anyway
     if is_compiling() and share and x.dtype is weight.dtype is block.dtype:
         return F.linear(x, _traced(weight, block), bias)
-    if not _applies(x, weight, bias, block):
+    if not _applies(x, weight, block):
         return None
     if torch.is_grad_enabled():
         return _BatLinear.apply(x, weight, bias, block, share)  # type: ignore[no-untyped-call]
@@ -163,12 +163,10 @@ def bat_linear(
     return _product(x, weight, bias, block, share)
 
 
-def _applies(x: Tensor, weight: Tensor, bias: Tensor | None, block: Tensor) -> bool:
-    dtype = x.dtype
+def _applies(x: Tensor, weight: Tensor, block: Tensor) -> bool:
     return (
         {type(x), type(weight), type(block)}.issubset(PLAIN)
-        and dtype is weight.dtype is block.dtype
-        and (bias is None or bias.dtype is dtype)
+        and x.dtype is weight.dtype is block.dtype
         and not weight.requires_grad
         and not x.is_meta
         and (weight.is_contiguous() or weight.mT.is_contiguous())
@@ -290,7 +288,7 @@ def _traced(weight: Tensor, block: Tensor) -> Tensor:
     dtype = merge_dtype(weight.dtype)
     start = torch.unflatten(tiles, -2, (r, -1))
     product = torch.unflatten(tiles @ block, -2, (r, -1))
-    total = start.to(dtype) + (product.to(dtype) + block.unsqueeze(-2).to(dtype))
+    total = start + (product.to(dtype) + block.unsqueeze(-2))
     effective = total.to(weight.dtype).flatten(-4, -3).flatten(-2)
     return effective[: weight.shape[0], : weight.shape[1]]
 

@@ -417,7 +417,7 @@ def _linear_and_reduced(x: Tensor, weight: Tensor, bias: Tensor | None, update: 
         sums, factor = shard_sums(x, r)
         return _plus_product(F.linear(x, weight, bias), sums, scaled(matrix, scale), factor)
     if isinstance(scale, Tensor):  # in compiled code, where s and the sum become one loop
-        sums = shard_sum(scaled(x, scale).to(x.dtype), r)
+        sums = shard_sum(x * scale, r)
         return _plus_product(F.linear(x, weight, bias), sums, matrix, 1.0)
     if inputs % r:
         return _plus_product(F.linear(x, weight, bias), shard_sum(x, r), matrix, scale)
@@ -575,6 +575,5 @@ def _one_by_one(x: Tensor, weight: Tensor, offsets: Tensor, updates: Sequence[Up
                 outputs.append(adapted_linear(x[start:end], weight[index], None, each[index]))
             start = end
     if start < x.shape[0]:  # rows of no matrix
-        like = outputs[0] if outputs else x
-        outputs.append(like.new_zeros(x.shape[0] - start, weight.shape[-2]))
+        outputs.append(x.new_zeros(x.shape[0] - start, weight.shape[-2]))
     return torch.cat(outputs)

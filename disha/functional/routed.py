@@ -214,7 +214,7 @@ def _with_alike(output: Tensor, x: Tensor, route: Route, alike: Mapping[str, Ten
     in_place = not torch.is_grad_enabled() and outputs.is_contiguous() and output.dtype == x.dtype
     if in_place and not few:
         sizes = [entries for _, entries in runs]
-        each = zip(runs, torch.split(outputs, sizes), torch.split(sums, sizes), strict=True)
+        each = zip(runs, torch.split(outputs, sizes), torch.split(sums, sizes))
         for (adapter, _), outputs_of_run, sums_of_run in each:
             if adapter in matrices:
                 flat_outputs = outputs_of_run.view(-1, out_features)
@@ -225,7 +225,7 @@ def _with_alike(output: Tensor, x: Tensor, route: Route, alike: Mapping[str, Ten
     sorted_sums = sums.index_select(0, order)
     parts = torch.split(sorted_sums, [len(entries) for _, entries in each_rows])
     deltas = []  # (entries, positions, out) of each adapter
-    for (adapter, _), sums_of_adapter in zip(each_rows, parts, strict=True):
+    for (adapter, _), sums_of_adapter in zip(each_rows, parts):
         if adapter in matrices:
             deltas.append(sums_of_adapter @ matrices[adapter])
         else:
