@@ -64,6 +64,10 @@ def test_values_and_gradients_are_those_of_the_loops(method, sizes, tokens, scal
 def test_weights_that_lie_in_memory_by_their_columns(method, tokens):
     x, weight, bias, block = case_of(method, (10, 9, 4, 3), lead=(tokens,))
     check(method, (x, weight.T.contiguous().T, bias, block), 0.5)
+    x, weight, bias, block = case_of(method, (63, 50, 8, 10), torch.float32, lead=(9 * tokens,))
+    for w in (weight, weight.T.contiguous().T):
+        output = product(method, x, w, bias, torch.zeros_like(block))
+        assert torch.equal(output, F.linear(x, w, bias))
 
 
 @settings(deadline=None, max_examples=50, derandomize=True)
@@ -183,22 +187,24 @@ class TestBatProduct:
         """Return how often BAT's own product gave a result, and the output."""
         results, own = [], method_of("bat").product
 
-        def watched(*operands):
-            results.append(own(*operands))
+        def watched(*operands, **share):
+            results.append(own(*operands, **share))
             return results[-1]
 
         monkeypatch.setattr(method_of("bat"), "product", watched, raising=False)
         output = adapted_linear(x, weight, bias, updates)
         return sum(result is not None for result in results), output
 
-    def test_under_autocast(self, monkeypatch):
+    @pytest.mark.parametrize("dropout", [0.0, 1e-9])  # that drops nothing, and has its own product
+    def test_under_autocast(self, monkeypatch, dropout):
         x, weight, bias, block = case_of("bat", (8, 12, 4, 3), torch.float32)
+        update = Update(method_of("bat"), block, 0.5, dropout)
         with torch.autocast("cpu", torch.bfloat16):
-            count, output = self.used(
-                monkeypatch, x, weight, bias, Update(method_of("bat"), block, 0.5)
-            )
+            count, output = self.used(monkeypatch, x, weight, bias, update)
         assert count == 1
         assert output.dtype == torch.bfloat16
+        expected = reference.linear(x, weight, bias, [(block, 0.5)])
+        assert (output - expected).norm() < 0.02 * expected.norm()
 
     @pytest.mark.parametrize("count", [1, 2])
     def test_wider_blocks_in_the_dtype_of_their_layer(self, monkeypatch, count):
@@ -215,29 +221,31 @@ class TestBatProduct:
     @pytest.mark.parametrize("sizes", SIZES, ids=str)
     def test_as_one_traced_expression(self, monkeypatch, sizes):
         monkeypatch.setattr("disha.functional.bat.is_compiling", lambda: True)
-        check("bat", case_of("bat", sizes), 0.5)
+        case = case_of("bat", sizes)
+        check("bat", case, 0.5)
+        assert bat.bat_linear(*case) is not None
+        for dtype in (torch.bfloat16, torch.float16):  # 1 + D is 1 in these
+            eps, one = torch.finfo(dtype).eps, torch.ones(1, 1, dtype=dtype)
+            output = bat.bat_linear(one, one * 2 / eps, None, one[None] * eps / 2)
+            assert output.item() == 2 / eps + 2  # not 2 / eps, so W + (W D + D) is rounded once
 
-    @pytest.mark.parametrize("why", ["weight trains", "other dtype", "transform"])
+    @pytest.mark.parametrize("why", ["weight trains", "other dtype", "transform", "gaps"])
     def test_plain(self, monkeypatch, why):
         x, weight, bias, block = case_of("bat", (8, 12, 4, 3))
-        if why == "weight trains":
-            weight.requires_grad_()
-        elif why == "other dtype":
-            block = block.detach().float().requires_grad_()
-            weight, bias = weight.float(), bias.detach().float()
-            x = x.detach().bfloat16().float().double()
-        update = Update(method_of("bat"), block, 0.5)
+        weight = strided_copy(weight).detach() if why == "gaps" else weight
+        weight.requires_grad_(why == "weight trains")
         if why == "other dtype":
-            weight, bias = weight.double(), bias.double()
             block = block.detach().bfloat16().requires_grad_()
+        counts = []
+
+        def run(x):
             update = Update(method_of("bat"), block, 0.5)
-        if why == "transform":
-            count, output = 0, torch.func.vmap(
-                lambda one: self.used(monkeypatch, one, weight, bias, update)[1]
-            )(x)  # fmt: skip
-        else:
             count, output = self.used(monkeypatch, x, weight, bias, update)
-        assert count == 0
+            counts.append(count)
+            return output
+
+        output = torch.func.vmap(run)(x) if why == "transform" else run(x)
+        assert counts == [0]
         expected = reference.linear(x, weight, bias, [(block.double(), 0.5)])
         torch.testing.assert_close(output, expected, rtol=1e-10, atol=1e-10)
 

@@ -7,6 +7,7 @@ from torch import nn
 
 import disha
 from disha import ArgumentError, ArgumentTypeError, MergeError, ModeError
+from disha.functional.routed import Route
 from tests.conftest import Doubled, flags, freshly_compiled, perturb, refused
 from tests.reference import KINDS, settings_of
 
@@ -268,8 +269,11 @@ class TestRoute:
         disha.set_adapter_scale(layer, 0.5, "b")
         names = ["c", None, "a", "b", "c"]
         x = torch.randn(2 * len(names), *positions, 7, dtype=torch.float64, requires_grad=True)
-        with disha.route_adapters(layer, names):
-            routed = layer(x)
+        twin = copy.deepcopy(layer).to("meta")
+        with disha.route_adapters(layer, names), disha.route_adapters(twin, names):
+            routed, transformed = layer(x), torch.func.vmap(layer)(x[None])[0]
+            assert twin(x.to("meta")).is_meta
+        assert torch.allclose(transformed, routed, rtol=0, atol=1e-12)
         # BAT in a product per adapter, in one that reads W once, and in one for each r outputs
         for share, slab in ((0.0, 2**22), (1e6, 2**22), (1e6, 1)):
             monkeypatch.setattr("disha.functional.bat.STREAMED_SHARE", share)
@@ -326,11 +330,15 @@ class TestRoute:
                     assert torch.allclose(layers(sample), output, rtol=0, atol=1e-12)
 
     def test_an_empty_batch(self):
-        layer = nn.Linear(7, 6)
-        for adapter in "ab":
-            disha.inject_adapters(layer, "^$", 2, adapter=adapter)
-        with disha.route_adapters(layer, ["a", "b"]):
-            assert layer(torch.zeros(0, 7)).shape == (0, 6)
+        model = several()
+        with disha.route_adapters(model, ["a", "c"]):
+            assert model(self.tokens[:0]).shape == (0, 5, 4)
+
+    def test_each_adapter_gets_all_its_samples_at_once(self):
+        each, order = Route(("b", None, "a", "b")).by_adapter(8, torch.device("cpu"))
+        found = {name: rows.tolist() for name, rows in each}
+        assert (found, len(each)) == ({"b": [0, 1, 6, 7], "a": [4, 5], "": [2, 3]}, 3)
+        assert order.tolist() == [0, 1, 6, 7, 4, 5, 2, 3]
 
     def test_compiled(self):
         layer = nn.Linear(7, 6)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from disha import functional
 from disha.errors import DishaError
 from disha.functional import Layout, method_of
-from disha.functional.shard_sums import added
+from disha.functional.shard_sums import added, shard_sums
 from tests import reference
 
 MATRIX = Layout("out in")
@@ -140,6 +140,14 @@ def test_shard_sum_accumulates_in_the_dtype_asked_for():
     wide = functional.shard_sum(x, r=1, dtype=torch.float32)
     assert wide.dtype == torch.float32
     assert wide.item() == 259.0
+
+
+@pytest.mark.parametrize(
+    ("count", "power"), [(1, 1), (2, 2), (3, 4), (4, 4), (5, 8), (32, 32), (33, 64)]
+)
+def test_float16_sums_are_divided_by_the_power_of_two_that_holds_their_number(count, power):
+    sums, factor = shard_sums(torch.ones(count, dtype=torch.float16), r=1)
+    assert (sums.item() * power, factor) == (count, power)
 
 
 @pytest.mark.parametrize("dim", [-2, -3, -4])
@@ -287,7 +295,9 @@ def test_bone_delta_under_autocast_is_a_bfloat16_product(method):
     x, weight, _, block = (t.detach() for t in make_case(method, (10, 9, 4, 3), torch.float32))
     with torch.autocast("cpu", torch.bfloat16):
         delta = functional.bone_delta(x, block, weight.shape[0], 0.5)
+        narrow = functional.bone_delta(x, block.half(), weight.shape[0], 0.5)
     assert delta.dtype == torch.bfloat16
+    close(narrow, delta, 0.1)
     sums, dense = reference.shard_sum(x.double(), 4), block.double()
     expected = 0.5 * sums @ dense
     # S, D and the product are rounded to bfloat16: half an eps, relative, each

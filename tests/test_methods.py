@@ -515,13 +515,21 @@ class Sloped(Method):
         return (*geometry.stack, geometry.out_features)
 
     def reduced(self, block, geometry, r):
-        assert block.shape[-1] == geometry.out_features
-        assert 0 < r <= geometry.in_features
+        self.check(block, geometry, r)
         return torch.arange(1.0, r + 1, dtype=block.dtype).unsqueeze(1) * block.unsqueeze(-2)
 
     def of_outputs(self, block, start, stop, geometry, r):
-        assert stop <= geometry.out_features
+        self.check(block, geometry, r)
         return block[..., start:stop]
+
+    def of_inputs(self, block, start, stop, geometry, r):
+        self.check(block, geometry, r)
+        return None if start % r else block
+
+    def check(self, block, geometry, r):
+        """Assert that it gets the geometry of this block, and its r."""
+        assert (block.dim(), block.shape[-1]) == (len(geometry.stack) + 1, geometry.out_features)
+        assert r == 3 <= geometry.in_features
 
 
 @pytest.mark.parametrize("reads", ["linear", "attention", "experts"])
@@ -535,6 +543,10 @@ def test_a_method_that_needs_r_to_reduce_its_block(monkeypatch, tmp_path, reads)
     options = {"method": "sloped", "init": "kaiming", "scale": 0.1}
     disha.inject_adapters(model, "all-linear", 3, **options)
     assert disha.check_adapters(model, *map(torch.randn, shapes)).ok
+    update, weight = Update(Sloped(), torch.randn(3, 6), r=3), torch.randn(3, 6, 7)
+    (cut,) = update_of_part(update, STACK, weight.shape, ((1, 3), (2, 6), (3, 7)))
+    whole = functional.computed_weight(weight, STACK, [update])[1:, 2:, 3:]
+    close(functional.computed_weight(weight[1:, 2:, 3:], STACK, [cut]), whole, 1e-6)
 
 
 class Shifted(Method):
