@@ -10,7 +10,7 @@ import disha
 from disha.files import contents
 from disha.layers import gradient_flags as flags
 from disha.layers.blocks import AdapterBlock, Adapters
-from disha.model import check, inject, merge, state
+from disha.model import check, inject, merge, running_statistics, state
 from tests.conftest import assert_unchanged, perturb, snapshot
 
 STEPS = [
@@ -19,7 +19,7 @@ STEPS = [
     *((Adapters, name) for name in ("__init__", "add", "discard", "activate")),
     *((AdapterBlock, name) for name in ("reconfigure", "set_scale", "update")),
     *((merge, name) for name in ("_replace", "_note_merged", "_merged", "_restored")),
-    *((module, "write") for module in (state, contents, check)),
+    *((module, "write") for module in (state, contents, check, running_statistics)),
 ]
 """The functions whose calls are the steps of operations."""
 
@@ -80,6 +80,10 @@ OPERATIONS = {
     "unmerge": (lambda model, path: disha.unmerge_adapters(model), merged),
     "load": (lambda model, path: disha.load_adapter(model, path, adapter="c"), lambda _: Net()),
     "replace": (lambda model, path: disha.load_adapter(model, path, "a", replace=True), adapted),
+    "replace some": (
+        lambda model, path: disha.load_adapter(model, path, "b", replace=True, also_train=False),
+        adapted,
+    ),
     "combine": (
         lambda model, path: disha.combine_adapters(model, {"a": 0.5}, "c", also_train=False),
         adapted,

@@ -14,6 +14,7 @@ from disha import (
     ArgumentTypeError,
     MergeError,
     ModeError,
+    TargetError,
     functional,
 )
 from disha.files.combining import Summand, combine_contents
@@ -21,6 +22,7 @@ from disha.files.contents import read_contents, write_contents
 from disha.model.view import ModelView
 from tests.adapter_files import every_kind, save
 from tests.conftest import assert_same, flags, refused
+from tests.test_inject import WrappedByParallel
 from tests.test_methods import Gained
 
 METHODS = {
@@ -87,11 +89,11 @@ class TestSum:
         assert found == ({4} if method == "bat" else {12, 4})
 
     def test_a_larger_r_may_be_asked_for(self, tmp_path):
-        a = save(tmp_path / "a", target_regex="linear|^up")
+        a = save(tmp_path / "a", target_regex="linear|^up", r=7)
         model = load_all({"a": a})
-        disha.combine_adapters(model, {"a": 1.0}, into="wide", r=12)
-        combined = combine((a, 1.0), r=12)
-        assert {layer.r for layer in combined.layers} == {12}
+        disha.combine_adapters(model, {"a": 1.0}, into="wide", r=14)
+        combined = combine((a, 1.0), r=14)
+        assert {layer.r for layer in combined.layers} == {14}
         for name, _, _, block in ModelView(model).require("wide"):
             assert torch.equal(block.block, combined.tensors[f"{name}.bone_block"])
         assert_same(updates(model, "wide"), updates(model, "a"))
@@ -123,7 +125,9 @@ class TestSum:
         warnings.simplefilter("ignore", AdapterFileWarning)  # the layers differ
         half, full = contents("half", torch.bfloat16), contents("full", torch.float32)
         for order in ((half, full), (full, half)):
-            found = combine(*((path, 0.3) for path in order)).tensors["0.bone_block"]
+            contents = combine(*((path, 0.3) for path in order))
+            found = contents.tensors["0.bone_block"]
+            assert contents.layers[0].base is None
             exact = 0.3 * (values.bfloat16().double() + values.double())
             assert found.dtype == torch.float32
             torch.testing.assert_close(found, exact.float(), rtol=1e-7, atol=0)
@@ -209,6 +213,10 @@ class TestModel:
             pytest.raises(ModeError, match="can't combine adapters"),
         ):
             disha.combine_adapters(model, {"a": 1.0}, into="c")
+        wrapped = WrappedByParallel(model)
+        says = "can't combine adapters: the model is wrapped by .*; combine first, then wrap$"
+        with refused(wrapped, TargetError, says):
+            disha.combine_adapters(wrapped, {"a": 1.0}, into="c")
         disha.merge_adapters(model)
         with refused(model, MergeError, "can't combine adapters"):
             disha.combine_adapters(model, {"a": 1.0}, into="c")
@@ -228,7 +236,7 @@ REFUSED = {
         METHODS["bat"],
         {**METHODS["bat"], "r": 2},
         BOTH,
-        "bat blocks can't be added with r=4.*r=4.*r=2",
+        "bat blocks can't be added with r=4: r=4, .* in .*; r=2, .* in .*; give an r that",
     ),
     "too large a multiple": (
         LINEAR,

@@ -2,6 +2,7 @@ import copy
 import json
 import sys
 import warnings
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from disha import (
     ArgumentTypeError,
     DishaError,
     MergeError,
+    ModeError,
 )
 from disha.config import AdapterConfig
 from disha.files import AdapterContents, LayerRecord
@@ -30,7 +32,7 @@ from disha.functional import Layout
 from disha.model.state import adapter_tensors
 from disha.model.view import ModelView
 from tests.adapter_files import base, rewritten, trained
-from tests.conftest import Layered, Shared, Tied, perturb, refused
+from tests.conftest import Layered, Shared, Tied, assert_unchanged, perturb, refused, snapshot
 
 
 @pytest.fixture
@@ -224,7 +226,8 @@ class TestContents:
             load_contents(*given, replace=replacing, freeze=True)
 
     def test_blocks_only(self):
-        contents = adapter_contents(ModelView(trained()))
+        contents = adapter_contents(ModelView(trained()), base=False)
+        assert {layer.base for layer in contents.layers} == {None}
         without = blocks_only(contents)
         assert contents.also_train
         assert contents.config.also_train
@@ -240,6 +243,13 @@ class TestContents:
         contents = adapter_contents(ModelView(trained()))
         load_contents(ModelView(model), "elsewhere", contents, "new", freeze=True)
         assert model.head.disha.active == ("new",)
+        with refused(model, ArgumentError, "has an adapter 'new' already"):
+            load_contents(ModelView(model), "elsewhere", contents, "new", freeze=True)
+        before, around = snapshot(model), ExitStack()
+        contents = blocks_only(contents)
+        load_contents(ModelView(model), "it", contents, "other", freeze=True, around=around)
+        around.close()  # as an operation does that fails after this
+        assert_unchanged(model, before)
 
     def test_some_layers_are_read(self, saved, path):
         contents = read_contents(path, layers="head", also_train=False)
@@ -304,7 +314,7 @@ class TestLayersThatDiffer:
 
     def test_different_methods_under_one_name_are_refused(self, path):
         model = nn.Sequential(disha.BoneLinear(4, 4, r=2), disha.BatLinear(4, 4, r=2))
-        says = r"blocks of different methods.*; give each method its own"
+        says = r"adapter 'default' has blocks of different methods.*; give each method its own"
         with pytest.raises(AdapterStateError, match=says):
             disha.save_adapter(model, path)
         assert not path.exists()
@@ -329,6 +339,8 @@ class TestReplace:
         other = trained()
         with refused(other, ArgumentError, r"'default' already.*replace=True"):
             disha.load_adapter(other, path)
+        disha.load_adapter(other, path, "new", also_train=False, replace=True)
+        assert list(other.head.disha) == ["default", "new"]
 
     def test_refuses_another_shape(self, saved, path):
         other = trained(r=2)
@@ -425,7 +437,11 @@ class TestSomeLayers:
             disha.load_adapter(model, path, layers=f"^{names[1]}$", replace=True)
 
     @pytest.mark.parametrize(
-        ("layers", "match"), [("nothing", "none of the layers"), ("(", "layers .*valid regex")]
+        ("layers", "match"),
+        [
+            ("nothing", r"which are layers\.0\.attn\.q_proj, layers\.0"),
+            ("(", "layers .*valid regex"),
+        ],
     )
     def test_a_regex_without_a_layer(self, saved, path, layers, match):
         model = base()
@@ -504,16 +520,17 @@ class TestInspect:
         assert "2x12" in text
         assert "task: docs" in text
 
-    def test_the_whole_text(self, path):
+    @pytest.mark.parametrize(("scale", "ends"), [(1.0, ("", "")), (0.5, ("    scale", "    0.5"))])
+    def test_the_whole_text(self, path, scale, ends):
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 12)).half()
         options = {"also_train": "bias", "rank_pattern": {"1": 3}, "dtype": torch.float16}
-        disha.inject_adapters(model, ".", 2, **options)
+        disha.inject_adapters(model, ".", 2, scale=scale, **options)
         disha.save_adapter(model, path, metadata={"task": "docs"})
         assert str(disha.inspect_adapter(path)).splitlines() == [
-            "layer  method  r  in -> out  block  dtype",
-            "0      bone    2  4 -> 6     2x6    float16",
-            "1      bone    3  6 -> 12    3x12   float16",
+            f"layer  method  r  in -> out  block  dtype{ends[0]}",
+            f"0      bone    2  4 -> 6     2x6    float16{ends[1]}",
+            f"1      bone    3  6 -> 12    3x12   float16{ends[1]}",
             "also trained: 0.bias, 1.bias",
             "task: docs",
             f"{path}: format 1, 2 layers, 66 parameters, {path.stat().st_size:,} bytes",
@@ -587,7 +604,8 @@ class TestFingerprint:
         merged.load_state_dict(
             {key: value for key, value in saved.state_dict().items() if "disha" not in key}
         )
-        with pytest.warns(AdapterFileWarning, match="without the adapter merged into it"):
+        says = "load the base that it was trained on, without the adapter merged into it$"
+        with pytest.warns(AdapterFileWarning, match=says):
             disha.load_adapter(merged, path)
 
     def test_the_base_in_another_dtype_counts_as_the_same(self, saved, path):
@@ -608,10 +626,14 @@ class TestWhatTrainsIsSaved:
         disha.inject_adapters(model, "q_proj", 2)
         model.head = nn.Linear(8, 5)
         model.embed.requires_grad_(True)
+        model.layers[0]["attn"].norm.bias.requires_grad_(True)
         perturb(model)
         trained = {id(one) for one in model.parameters() if one.requires_grad}
         assert {id(one) for one in disha.adapter_parameters(model)} == trained
-        with pytest.warns(UserWarning, match=r"holds 3 parameters .*: embed.weight, head"):
+        says = (
+            r"holds 4 parameters .*: embed\.weight, .*, and 1 more\. To save without them, freeze"
+        )
+        with pytest.warns(UserWarning, match=says):
             disha.save_adapter(model, path)
         disha.load_adapter(other, path)
         assert torch.equal(other(tokens), model(tokens))
@@ -637,10 +659,14 @@ class TestBadFiles:
     @pytest.mark.parametrize(("kind", "reader"), [("LORA", "lora"), ("MISS", "peft")])
     @pytest.mark.parametrize("name", ["", "adapter_model.safetensors"])
     def test_a_folder_of_peft_says_who_reads_it(self, tmp_path, kind, reader, name):
-        (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": kind}))
+        config = json.dumps({"peft_type": kind}).encode() + b"\xff"  # which is no text
+        (tmp_path / "adapter_config.json").write_bytes(config)
         tensors = {"base_model.model.head.lora_A.weight": torch.ones(2)}
         safetensors.torch.save_file(tensors, tmp_path / "adapter_model.safetensors")
-        with pytest.raises(AdapterFileError, match=rf"PEFT; read it with disha.interop.{reader}"):
+        says = (
+            rf"with disha.interop.{reader}.load, or make an adapter file of it with disha convert$"
+        )
+        with pytest.raises(AdapterFileError, match=f"is a folder of PEFT; read it {says}"):
             disha.load_adapter(base(), tmp_path / name)
 
     def test_a_pickle_says_who_reads_it(self, path):
@@ -673,8 +699,13 @@ class TestBadFiles:
         self.refused(path, "head: can't be adapted: no layer kind adapts LayerNorm", model)
 
     def test_while_merged(self, saved, path):
+        with (
+            disha.adapters_disabled(saved),
+            refused(saved, ModeError, "can't load an adapter inside"),
+        ):
+            disha.load_adapter(saved, path, adapter="b")
         disha.merge_adapters(saved)
-        with refused(saved, MergeError):
+        with refused(saved, MergeError, "can't load an adapter while"):
             disha.load_adapter(saved, path, adapter="b")
 
     def test_values_that_a_narrower_dtype_can_not_hold(self, saved, path):
@@ -719,8 +750,11 @@ class TestBadFiles:
 
 class TestSaving:
     def test_values_that_are_not_finite_are_not_written(self, saved, path):
+        block = saved.head.disha["default"].block.data
+        block.fill_(torch.finfo(torch.float32).max)  # whose sum is not finite
+        disha.save_adapter(saved, path)
         old = path.read_bytes()
-        saved.head.disha["default"].block.data[0, 0] = float("nan")
+        block[0, 0] = float("nan")
         with pytest.raises(AdapterStateError, match=r"not finite.*head.bone_block"):
             disha.save_adapter(saved, path)
         assert path.read_bytes() == old
@@ -788,20 +822,21 @@ def test_entries_have_every_field_of_every_tensor(path):
 
 
 @pytest.mark.parametrize(
-    ("rows", "shape", "fits"),
+    ("rows", "shape", "due"),
     [
-        ((), (8, 8), True),
-        ((), (8, 9), False),
-        (((4, 8),), (8, 8), True),
-        (((4, 8),), (12, 8), True),
-        (((4, 8),), (6, 8), False),
-        (((4, 8),), (8, 8, 1), False),
+        ((), (8, 8), None),
+        ((), (8, 9), "(8, 8)"),
+        (((4, 8),), (8, 8), None),
+        (((4, 8),), (12, 8), None),
+        (((4, 8),), (6, 8), "(4, 8) in rows 4:8"),
+        (((0, 2), (4, 6)), (8, 8, 1), "(4, 8) in rows 0:2, 4:6"),
     ],
 )
-def test_a_weight_of_another_shape_is_not_the_layer_s(rows, shape, fits):
+def test_a_weight_of_another_shape_is_not_the_layer_s(rows, shape, due):
     outputs = 4 if rows else 8
     layer = LayerRecord("x", "bone", 2, None, 8, outputs, 1.0, None, Layout("out in"), rows)
-    assert (layer.reason_against_weight((2, outputs), shape) is None) is fits
+    says = due and f"the weight has the shape {shape}; the adapter is for {due}"
+    assert layer.reason_against_weight((2, outputs), shape) == says
 
 
 def test_the_work_grows_with_the_layers_not_with_their_square(path):

@@ -178,7 +178,7 @@ class TestMeaning:
             assert layer.base == reference_reader.fingerprint(part), layer.name
 
     @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16])
-    @pytest.mark.parametrize("shape", [(1,), (63,), (8, 8), (5, 13), (3, 7, 11), (64, 65)])
+    @pytest.mark.parametrize("shape", [(1,), (2,), (63,), (8, 8), (5, 13), (3, 7, 11), (64, 65)])
     def test_fingerprint_of_any_weight(self, shape, dtype):
         # From below the least half to beyond the largest, where rounding differs most.
         exponents = torch.randint(-30, 20, shape).double()
@@ -195,6 +195,9 @@ class TestMeaning:
         weight = torch.cat([1 + steps.double(), -1 - steps.double()])
         for one in (weight, weight.float()):
             assert fingerprint(one) == reference_reader.fingerprint(one.numpy())
+        assert (
+            fingerprint(weight.int()) is fingerprint(weight[:0]) is fingerprint(weight.to("meta"))
+        )
 
 
 # --- files of before -----------------------------------------------------------------------------
@@ -242,7 +245,10 @@ def with_news(header):
 class TestLaterFiles:
     def test_what_is_usual_is_not_written(self, path):
         disha.save_adapter(disha.inject_adapters(nn.Linear(4, 6), "", 2), path)
-        header = json.loads(reference_reader.container(path.read_bytes())[0])
+        text = reference_reader.container(path.read_bytes())[0]
+        assert '": ' not in text
+        assert ', "' not in text
+        header = json.loads(text)
         (layer,) = header["layers"]
         assert header.keys() == {"format", "config", "layers"}
         assert header["config"] == {"r": 2, "target": ""}
@@ -283,7 +289,12 @@ BAD_HEADERS = {
     "huge r": (lambda h: first_layer(h).update(r=10**30), "larger than in_features"),
     "no sizes": (lambda h: first_layer(h).pop("out") and None, "lacks the field 'out'"),
     "huge scale": (lambda h: first_layer(h).update(scale=1e39), "scale must be finite"),
-    "layer twice": (lambda h: h["layers"].append(first_layer(h)), "listed 2 times"),
+    "layer twice": (
+        lambda h: h["layers"].append(first_layer(h)), "q_proj.bone_block' is listed 2 times"),
+    "groups": (lambda h: first_layer(h).update(groups=0), "groups must be at least 1"),
+    "a tile": (lambda h: h["config"].update(r_out=5), "r_out=5 does not divide out_features=12"),
+    "fewer rows": (
+        lambda h: first_layer(h).update(rows=[[0, 1]]), "it lists 1 row, but its output has 8"),
     "other name": (lambda h: first_layer(h).update(name="x"), "'x.bone_block' is missing"),
     "no name": (lambda h: first_layer(h).update(name=5), "the name of a layer must be text, got 5"),
     "layout": (lambda h: first_layer(h).update(layout="in"), "unknown layout 'in'.*upgrade"),
@@ -294,14 +305,15 @@ BAD_HEADERS = {
     "metadata": (lambda h: h.update(metadata={"a": 1}), "a name or a note must be text, got 1"),
     "metadata as a list": (lambda h: h.update(metadata=["a"]), "metadata must be a JSON object"),
     "out": (lambda h: first_layer(h).update(out=5), "expected a block of shape"),
-}
+}  # fmt: skip
 
 BAD_TENSORS = {
     "missing": (lambda t: t.pop("head.bone_block"), "'head.bone_block' is missing"),
     "extra": (lambda t: t.update(x=torch.ones(1)), "'x' is not listed"),
     "nan": (lambda t: t["head.bone_block"].fill_(float("nan")), "head.bone_block .*not finite"),
     "integers": (
-        lambda t: t.update({"head.bone_block": t["head.bone_block"].int()}), "dtype torch.int32"),
+        lambda t: t.update({"head.bone_block": t["head.bone_block"].int()}),
+        "'head.bone_block' has dtype torch.int32"),
     "eight bits": (
         lambda t: t.update({"head.bone_block": t["head.bone_block"].to(torch.float8_e5m2)}),
         "dtype torch.float8_e5m2"),

@@ -502,7 +502,9 @@ class TestRefusals:
     def test_removing_from_a_wrapped_model_says_what_to_do(self, model):
         wrapped = WrappedByParallel(disha.inject_adapters(model, "proj", 2))
         with pytest.raises(
-            TargetError, match=r"before wrapping .* with set_active_adapters\(model, \[\]\)"
+            TargetError,
+            match=r"can't remove adapters: .*; remove them before wrapping \(of DDP, from the "
+            r"module inside\), or switch them off with set_active_adapters\(model, \[\]\)$",
         ):
             disha.remove_adapters(wrapped)
 

@@ -375,8 +375,9 @@ class TestLayoutsOfTheUser:
 
     @pytest.mark.filterwarnings("error")
     def test_a_warning_that_is_made_an_error_leaves_the_model_as_it_was(self):
-        model = Raw()
-        with refused(model, UserWarning, "can't be adapted"):
+        model = nn.ModuleList(Raw() for _ in range(6))
+        says = r"selects 6 weights that can't be .*: 0\.mix: .*; 4\.mix: .*; and 1 more\. To leave"
+        with refused(model, UserWarning, says):
             disha.inject_adapters(model, ".", 2)
 
     def test_declared_they_are_adapted(self):

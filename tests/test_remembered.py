@@ -126,6 +126,7 @@ def test_a_model_that_was_never_in_train_has_none(tmp_path):
     model(images())
     disha.save_adapter(model, tmp_path)
     assert disha.inspect_adapter(tmp_path).also_train == ()
+    assert not any("running" in key for key in disha.adapter_state_dict(model.double()))
     base = small()
     base[1].running_mean = base[1].running_var = None  # then it has none, whatever else it holds
     assert not any(key.startswith("1.") for key in disha.adapter_state_dict(trained(base)))
@@ -158,6 +159,9 @@ def test_state_dicts_carry_them():
     assert torch.equal(fresh.eval()(images()), model(images()))
     assert disha.load_adapter_state_dict(fresh, untrained).complete  # as before the training
     assert torch.equal(fresh(images()), small().eval()(images()))
+    state["1.num_batches_tracked"] = torch.ones(())
+    with pytest.raises(disha.AdapterStateError, match=r"torch\.float32, must be an integer"):
+        disha.load_adapter_state_dict(fresh, state)
 
 
 def test_replacing_swaps_them(tmp_path):
@@ -175,7 +179,8 @@ def test_a_second_adapter_does_not_change_those_of_the_first(tmp_path):
     first, path = trained(), tmp_path / "second.safetensors"
     disha.save_adapter(train(adapted(small()), images() + 1), path)
     expected = first(images())
-    with pytest.raises(disha.AdapterFileError, match=r"1\.running_mean: another adapter"):
+    says = r"1\.running_mean: another adapter .*; to load the layers alone, pass also_train=False"
+    with pytest.raises(disha.AdapterFileError, match=says):
         disha.load_adapter(first, path, "second")
     disha.load_adapter(first, path, "second", also_train=False, activate=False)
     assert torch.equal(first(images()), expected)
@@ -203,6 +208,7 @@ def test_a_checkpoint_of_the_base_brings_its_statistics():
     trained_base, model = train(small(), images()), small()
     disha.inject_adapters(model, r"0|3", r=2)
     model.load_state_dict(trained_base.state_dict(), strict=False)
+    model.load_state_dict({}, strict=False)  # which has none
     assert not any("running" in key for key in disha.adapter_state_dict(model))
     state = model.state_dict()
     train(model, images())

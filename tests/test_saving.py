@@ -12,10 +12,11 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
+from safetensors.torch import save_file
 
 import disha
-from disha import AdapterIOError, ArgumentTypeError
-from disha.files.disk import save, save_tensors
+from disha import AdapterIOError, ArgumentError, ArgumentTypeError
+from disha.files.disk import require_free, save, save_tensors
 from tests.adapter_files import trained
 
 NEW = {"x": torch.ones(40_000)}
@@ -27,6 +28,16 @@ def old(tmp_path):
     path = tmp_path / "a.safetensors"
     save_tensors(path, {"x": torch.zeros(3)}, {})
     return path
+
+
+def folder_with(text):
+    """Return what writes a folder with a file in another one."""
+
+    def write(new):
+        (new / "inner").mkdir(parents=True)
+        (new / "inner" / "x").write_text(text)
+
+    return write
 
 
 def assert_old(path):
@@ -68,6 +79,29 @@ class TestFailed:
         assert path.is_fifo()
         assert [one.name for one in tmp_path.iterdir()] == [path.name]
 
+    def test_a_folder_that_can_not_take_the_place_of_another(self, tmp_path, monkeypatch):
+        path = tmp_path / "folder"
+        for text in ("old", "new"):
+            save(path, folder_with(text))
+            assert (path / "inner" / "x").read_text() == text
+
+        def fail(*_):
+            raise OSError("full")
+
+        monkeypatch.setattr(Path, "replace", fail)
+        with pytest.raises(AdapterIOError, match="full"):
+            save(path, folder_with("newer"))
+        assert (path / "inner" / "x").read_text() == "new"
+        assert list(tmp_path.iterdir()) == [path]
+
+    def test_what_is_there_stays_unless_that_is_asked_for(self, old):
+        (old.parent / "empty").mkdir()
+        for name, overwrite in (("none", False), ("empty", False), (old.name, True)):
+            require_free(old.parent / name, overwrite)
+        for path in (old, old.parent):
+            with pytest.raises(ArgumentError, match="exists; choose another name"):
+                require_free(path, False)
+
     def test_no_folder(self, tmp_path):
         with pytest.raises(AdapterIOError, match="No such file"):
             disha.save_adapter(trained(), tmp_path / "none" / "a.safetensors")
@@ -84,9 +118,10 @@ class TestFailed:
 
 class TestSaved:
     def test_a_left_draft_is_removed(self, old):
-        draft = old.parent / f".{old.name}.0123cdef.tmp"
-        draft.mkdir()
-        (draft / "part").write_text("of a killed save")
+        drafts = []
+        save(old, lambda new: (drafts.append(new.parent), new.touch()))
+        drafts[0].mkdir()
+        (drafts[0] / "part").write_text("of a killed save")
         save_tensors(old, {"x": torch.zeros(3)}, {})
         assert_old(old)
 
@@ -114,6 +149,8 @@ class TestSaved:
         try:
             save_tensors(path, NEW, {})
             assert stat.S_IMODE(path.stat().st_mode) == 0o640
+            save(path.with_name("folder"), lambda new: (new.mkdir(), save_file(NEW, new / "x")))
+            assert stat.S_IMODE(path.with_name("folder").joinpath("x").stat().st_mode) == 0o640
             path.chmod(0o604)
             save_tensors(path, NEW, {})
             assert stat.S_IMODE(path.stat().st_mode) == 0o604

@@ -46,13 +46,14 @@ class TestFilter:
         with pytest.raises(ArgumentError, match="no adapter 'default'; it has none"):
             disha.adapter_state_dict(model)
 
-    @pytest.mark.parametrize("flattened", [True, False])
-    def test_a_block_that_was_flattened_or_taken_out(self, flattened):
-        model = disha.inject_adapters(nn.Linear(4, 6), "^$", 2)
-        block = model.disha["default"]
+    @pytest.mark.parametrize(("flattened", "name"), [(True, "the model"), (False, "inner")])
+    def test_a_block_that_was_flattened_or_taken_out(self, flattened, name):
+        layer = nn.Linear(4, 6)
+        model = layer if flattened else nn.ModuleDict({name: layer})
+        block = disha.inject_adapters(model, "all-linear", 2) and layer.disha["default"]
         flat = nn.Parameter(block.block.detach().flatten())
         block._parameters[block.parameter_name] = flat if flattened else None
-        says = "^the block of the model or its weight is missing or flattened.*fully_shard"
+        says = f"^the block of {name} or its weight is missing or flattened.*fully_shard"
         with pytest.raises(AdapterStateError, match=says):
             disha.adapter_state_dict(model)
 
@@ -182,8 +183,10 @@ class TestLoad:
 
     def test_what_is_no_state(self, adapted):
         key = next(iter(disha.adapter_state_dict(adapted)))
-        with pytest.raises(AdapterStateError, match="is not a tensor but a str"):
-            disha.load_adapter_state_dict(adapted, {key: "x"})
+        nothing = torch.zeros(2, 8, device="meta")
+        for value, says in (("x", "is not a tensor but a str"), (nothing, "has no values")):
+            with pytest.raises(AdapterStateError, match=f"wrong: {key} {says}"):
+                disha.load_adapter_state_dict(adapted, {key: value})
 
     def test_into_a_model_without_values(self, adapted):
         other = fresh().to("meta")
