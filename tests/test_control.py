@@ -334,6 +334,17 @@ class TestRoute:
         with disha.route_adapters(model, ["a", "c"]):
             assert model(self.tokens[:0]).shape == (0, 5, 4)
 
+    def test_blocks_of_several_sizes_on_one_weight(self):
+        model = nn.MultiheadAttention(6, 2, dtype=torch.float64)
+        for adapter in "ab":
+            disha.inject_adapters(model, ".", 2, adapter=adapter, rank_pattern={"k_proj": 3})
+        x = torch.randn(2, 6, dtype=torch.float64)
+        with disha.route_adapters(perturb(model), ["a", "b"]):
+            routed = nn.functional.linear(x, model.in_proj_weight)
+        disha.set_active_adapters(model, "a")
+        alone = nn.functional.linear(x, model.in_proj_weight)
+        assert torch.allclose(alone[0], routed[0], rtol=0, atol=1e-12)
+
     def test_each_adapter_gets_all_its_samples_at_once(self):
         each, order = Route(("b", None, "a", "b")).by_adapter(8, torch.device("cpu"))
         found = {name: rows.tolist() for name, rows in each}

@@ -403,8 +403,12 @@ ON_META = {
         MATRIX, block, torch.empty(9, 7, device=META), rows=((1, 4), (5, 8))
     ),
     "weighted_sum": lambda block: functional.weighted_sum([(block, 0.5)]),
+    "product of rows": lambda block: functional.adapted_linear(
+        torch.empty(3, 7, device=META), torch.empty(9, 7, device=META), None,
+        [functional.Update(method_of("bat"), block.view(3, 2, 2), 0.5, 0.5, ((1, 7),))],
+    ),
     "widened": lambda block: method_of("bone").wider_block(MATRIX, block, 2, 4),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", ON_META)

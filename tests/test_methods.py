@@ -387,6 +387,7 @@ def test_the_updates_of_a_slice_of_outputs(name, rows, start, stop):
     if found is None:
         assert not METHODS[method].reduces  # R has a column for each output
         return
+    assert bool(found) == any(first < stop and start < last for first, last in rows or [(0, 8)])
     whole = functional.computed_weight(weight, layout, [update])
     part = functional.computed_weight(weight[start:stop], layout, found)
     torch.testing.assert_close(part, whole[start:stop], rtol=1e-12, atol=1e-12)
@@ -544,6 +545,9 @@ def test_a_method_that_needs_r_to_reduce_its_block(monkeypatch, tmp_path, reads)
     disha.inject_adapters(model, "all-linear", 3, **options)
     assert disha.check_adapters(model, *map(torch.randn, shapes)).ok
     update, weight = Update(Sloped(), torch.randn(3, 6), r=3), torch.randn(3, 6, 7)
+    chosen, x = torch.tensor([2, 0]), torch.randn(2, 1, 7)
+    found = functional.adapted_stack(x, weight[chosen], [update.select_matrices(chosen)])
+    close(found, x @ functional.computed_weight(weight, STACK, [update])[chosen].mT, 1e-5)
     (cut,) = update_of_part(update, STACK, weight.shape, ((1, 3), (2, 6), (3, 7)))
     whole = functional.computed_weight(weight, STACK, [update])[1:, 2:, 3:]
     close(functional.computed_weight(weight[1:, 2:, 3:], STACK, [cut]), whole, 1e-6)

@@ -82,16 +82,19 @@ COMBINATIONS = {
 }
 
 
+def updates_of(combination, layout, weight, scales=(0.5, -1.0, 1.0, 2.0)):
+    return [
+        make_update(kind, layout, weight, scale, dropout, rows)
+        for (kind, dropout, rows), scale in zip(COMBINATIONS[combination], scales, strict=False)
+    ]
+
+
 @pytest.mark.parametrize("name", COMBINATIONS)
 def test_a_linear_product(name):
     x, weight = (torch.randn(s, dtype=torch.float64) for s in ((2, 3, 7), (6, 7)))
     b = torch.randn(6, dtype=torch.float64).requires_grad_()
     x.requires_grad_()
-    scales = (0.5, -1.0, 1.0, 2.0)
-    updates = [
-        make_update(kind, MATRIX, weight, scale, dropout, rows)
-        for (kind, dropout, rows), scale in zip(COMBINATIONS[name], scales, strict=False)
-    ]
+    updates = updates_of(name, MATRIX, weight)
 
     def found(x):
         torch.manual_seed(1)
@@ -193,7 +196,7 @@ def test_vmap_of_grad_over_mixed_updates(count):
 @pytest.mark.parametrize("name", ["some with dropout", "bat of q, k and v"])
 def test_compiled_products_are_the_eager_ones_in_one_graph(name):
     x, weight = (torch.randn(s, dtype=torch.float64) for s in ((3, 7), (6, 7)))
-    updates = [make_update(kind, MATRIX, weight, rows=rows) for kind, _, rows in COMBINATIONS[name]]
+    updates = [update.replace(dropout=0.0) for update in updates_of(name, MATRIX, weight)]
     blocks = [update.block for update in updates]
 
     def run(x, *blocks):
@@ -246,6 +249,13 @@ def test_one_input_of_all_matrices_keeps_no_dense_weight_for_backward():
     kept = kept_by(lambda: functional.adapted_stack(x, weight, [update, update]))
     own = {one.untyped_storage().data_ptr() for one in (x, weight)}
     assert max(size for key, size in kept.items() if key not in own) < weight.nbytes / 4
+
+
+def test_blocks_of_rows_keep_no_dense_weight_for_backward():
+    x, weight = torch.randn(2, 64), torch.randn(48, 64)
+    updates = [make_update("bat", MATRIX, weight, rows=((first, first + 8),)) for first in (0, 16)]
+    kept = kept_by(lambda: functional.adapted_linear(x, weight, None, updates))
+    assert max(kept.values()) == weight.nbytes == sum(size for size in kept.values() if size > 2048)
 
 
 @pytest.mark.parametrize("count", [1, 3])
@@ -395,19 +405,26 @@ def conv_case(name, dtype=torch.float64):
 @pytest.mark.parametrize("name", CONVOLUTIONS)
 def test_a_convolution(name, combination):
     convolve, layout, x, weight, bias = conv_case(name)
-    x.requires_grad_()
-    updates = [
-        make_update(kind, layout, weight, dropout=dropout, rows=rows)
-        for kind, dropout, rows in COMBINATIONS[combination]
-    ]
+    check_product(convolve, x, weight, bias, layout, combination)
+
+
+def check_product(multiply, x, weight, bias, layout, combination):
+    updates = updates_of(combination, layout, weight)
     torch.manual_seed(1)
-    found = functional.adapted_product(convolve, x, weight, bias, layout, updates)
+    found = functional.adapted_product(multiply, x.requires_grad_(), weight, bias, layout, updates)
     torch.manual_seed(1)
-    expected = convolve(x, weight, bias)
+    expected = multiply(x, weight, bias)
     for update in updates:
         delta = dense(update, layout, weight)
-        expected = expected + convolve(F.dropout(x, update.dropout), delta, None)
+        expected = expected + multiply(F.dropout(x, update.dropout), delta, None)
     check(found, expected, [x, *[update.block for update in updates]])
+
+
+@pytest.mark.parametrize("combination", COMBINATIONS)
+def test_a_linear_product_with_a_table(combination):
+    shapes = (2, 6), (7, 6), (7,)
+    x, weight, bias = (torch.randn(shape, dtype=torch.float64) for shape in shapes)
+    check_product(F.linear, x, weight, bias, Layout("index out", padding_idx=3), combination)
 
 
 @pytest.mark.parametrize("kind", SIZES)
@@ -464,14 +481,12 @@ def test_autocast_to_float16_in_which_shard_sums_overflow():
 # --- lookups -------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("layout", [Layout("index out", padding_idx=3), MATRIX], ids=str)
 @pytest.mark.parametrize("combination", COMBINATIONS)
-def test_a_lookup(combination):
-    layout = Layout("index out", padding_idx=3)
-    weight, indices = torch.randn(7, 6, dtype=torch.float64), torch.tensor([[0, 3], [6, 4]])
-    updates = [
-        make_update(kind, layout, weight, dropout=dropout, rows=rows)
-        for kind, dropout, rows in COMBINATIONS[combination]
-    ]
+def test_a_lookup(combination, layout):
+    indices = torch.tensor([[0, 3], [5, 1]])
+    weight = torch.randn((6, 7) if layout is MATRIX else (7, 6), dtype=torch.float64)
+    updates = updates_of(combination, layout, weight)
     torch.manual_seed(1)
     found = functional.adapted_product(look_up, indices, weight, None, layout, updates)
     torch.manual_seed(1)
@@ -480,7 +495,7 @@ def test_a_lookup(combination):
         kept = F.dropout(torch.ones(2, 2, 1, dtype=torch.float64), update.dropout)
         expected = expected + kept * dense(update, layout, weight)[indices]
     check(found, expected, [update.block for update in updates])
-    assert torch.equal(found[0, 1], weight[3])
+    assert layout is MATRIX or torch.equal(found[0, 1], weight[3])
 
 
 # --- samples with blocks of their own ------------------------------------------------------------

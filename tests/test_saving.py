@@ -145,12 +145,12 @@ class TestSaved:
         assert_old(old)
 
     def test_permissions(self, tmp_path):
-        path, mask = tmp_path / "a.safetensors", os.umask(0o027)
+        path, mask = tmp_path / "a.safetensors", os.umask(0o022)
         try:
             save_tensors(path, NEW, {})
-            assert stat.S_IMODE(path.stat().st_mode) == 0o640
+            assert stat.S_IMODE(path.stat().st_mode) == 0o644
             save(path.with_name("folder"), lambda new: (new.mkdir(), save_file(NEW, new / "x")))
-            assert stat.S_IMODE(path.with_name("folder").joinpath("x").stat().st_mode) == 0o640
+            assert stat.S_IMODE(path.with_name("folder").joinpath("x").stat().st_mode) == 0o644
             path.chmod(0o604)
             save_tensors(path, NEW, {})
             assert stat.S_IMODE(path.stat().st_mode) == 0o604
