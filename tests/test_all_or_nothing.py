@@ -90,7 +90,9 @@ OPERATIONS = {
     ),
     "load a state": (
         lambda model, path: disha.load_adapter_state_dict(
-            model, {k: v + 1 for k, v in disha.adapter_state_dict(model, "a").items()}, "a"
+            model,
+            {k: v + 1 for k, v in disha.adapter_state_dict(model, "a").items() if "run" not in k},
+            "a",
         ),
         adapted,
     ),

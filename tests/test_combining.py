@@ -146,7 +146,8 @@ class TestConfiguration:
     def test_keeps_what_is_common(self, tmp_path):
         a = save(tmp_path / "a", target_regex="linear", dropout=0.1, rank_pattern={"linear": 3})
         b = save(tmp_path / "b", target_regex="^up|conv", exclude="conv")
-        assert combine((a, 1.0)).config.target == "linear"
+        alone = combine((a, 1.0)).config
+        assert (alone.target, alone.r) == ("linear", 3)
         config = combine((a, 1.0), (b, 1.0)).config
         assert (config.target, config.exclude, dict(config.rank_pattern)) == (None, (), {})
         assert (config.scale, config.dropout, config.also_train) == (1.0, 0.1, ())
@@ -188,7 +189,12 @@ class TestModel:
             (["a"], {}, ArgumentTypeError, "dict"),
             ({"a": 1.0}, {"into": "b"}, ArgumentError, "has an adapter 'b' already"),
             ({"a": 1.0}, {"into": "d.e"}, ArgumentError, "have a dot"),
-            ({"a": 1.0}, {"r": 3}, ArgumentError, "bone blocks can't be added with r=3"),
+            (
+                {"a": 1.0},
+                {"r": 3},
+                ArgumentError,
+                "can't be added with r=3: .* in adapter 'a'; give",
+            ),
             ({"a": 1.0}, {"r": 16}, ArgumentError, "needs r=16, but the layer has only 14 inputs"),
             ({"a": 1.0}, {"r": 0}, ArgumentError, "r must be at least 1"),
             ({"a": 1.0}, {"r": "8"}, ArgumentTypeError, "r must be an int"),

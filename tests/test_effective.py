@@ -235,6 +235,12 @@ class TestRefusals:
             model(x)
         with disha.adapters_disabled(model), disha.route_adapters(model, ["default", None, None]):
             model(x)
+        layer = disha.inject_adapters(nn.Linear(4, 4), "", 2)
+        with (
+            disha.route_adapters(layer, ["default"]),
+            pytest.raises(ModeError, match="one computed"),
+        ):
+            layer.weight @ x.new_ones(4, 2)
 
     def test_dropout_that_can_not_act(self):
         model, target, x = build("standardised")
