@@ -259,6 +259,16 @@ def test_blocks_of_rows_keep_no_dense_weight_for_backward():
     assert large == [weight.untyped_storage().data_ptr()]
 
 
+def test_a_transform_of_a_product_with_chosen_matrices():
+    x, weight, chosen = torch.randn(4, 2, 7), torch.randn(3, 6, 7), torch.tensor([2, 0, 2, 1])
+    update = make_update("bone", STACK, weight).select_matrices(chosen)
+
+    def run(x):
+        return functional.adapted_stack(x, weight[chosen], [update]).sin().sum()
+
+    close(torch.func.grad(run)(x), torch.autograd.grad(run(x.requires_grad_()), x)[0], 1e-5)
+
+
 @pytest.mark.parametrize("count", [1, 3])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_stack_of_bat_in_sixteen_bits(dtype, count):
