@@ -13,6 +13,7 @@ from disha.layers.weights import base_of
 from disha.model.view import ModelView
 from tests import reference
 from tests.conftest import assert_unchanged, freshly_compiled, perturb, pickled, snapshot
+from tests.every_pair import DtypeTests, PairTests, Row
 
 WIDTH, HEADS = 6, 2
 
@@ -70,6 +71,25 @@ def inputs(module, samples=3, length=4, source=5, dtype=torch.float64):
     )
     sequences = [torch.randn(s, generator=generator, dtype=torch.float64) for s in shapes]
     return [x.transpose(0, 1).to(dtype) if module.batch_first else x.to(dtype) for x in sequences]
+
+
+def attend(module, x):
+    """Return the output and the weights (samples, both flattened), of samples with q, k and v."""
+    parts = [WIDTH, module.kdim, module.vdim]
+    q, k, v = (part if module.batch_first else part.transpose(0, 1) for part in x.split(parts, -1))
+    output, weights = module(q[:, :4] if module.batch_first else q[:4], k, v)
+    output = output if module.batch_first else output.transpose(0, 1)
+    return torch.cat([output.flatten(1), weights.flatten(1)], 1)
+
+
+TABLE = {
+    name: Row(
+        lambda name=name: attention(name),
+        (3, 5, WIDTH + options.get("kdim", WIDTH) + options.get("vdim", WIDTH)),
+        call=attend,
+    )
+    for name, options in FORMS.items()
+}
 
 
 def parameter_of(module, name):
@@ -144,7 +164,9 @@ def padding(samples, source):
 
 
 @pytest.mark.parametrize(("name", "method", "dtype"), CASES)
-class TestEveryForm:
+class TestEveryForm(DtypeTests):
+    table = TABLE
+
     def test_injection_changes_no_bit(self, name, method, dtype):
         """Bit for bit where torch takes the same path: one product for q, k and v."""
         plain, module = attention(name, dtype), inject(attention(name, dtype), "^$", method)
@@ -159,47 +181,6 @@ class TestEveryForm:
             else:
                 assert torch.equal(output, expected)
                 assert torch.equal(found, weights)
-
-    def test_forward_is_that_of_the_dense_merged_weight(self, name, method, dtype):
-        module = perturb(inject(attention(name, dtype), "^$", method, scale=0.5))
-        plain = dense(copy.deepcopy(module).double(), attention(name, dtype).double(), scale=0.5)
-        expected = plain(*(x.double() for x in inputs(plain, dtype=dtype)))[0]
-        close(module(*inputs(module, dtype=dtype))[0], expected.to(dtype), tolerance(dtype))
-
-    def test_merged_is_unmerged_and_comes_back_bit_for_bit(self, name, method, dtype):
-        module = perturb(inject(attention(name, dtype), "^$", method))
-        tensors = inputs(module, dtype=dtype)
-        before = {key: value.clone() for key, value in module.state_dict().items()}
-        pointers = {name: p.data_ptr() for name, p in module.named_parameters()}
-        expected = module(*tensors)[0]
-        for _ in range(5):
-            disha.merge_adapters(module)
-            merged = module(*tensors)[0]
-            disha.unmerge_adapters(module)
-        close(merged, expected, tolerance(dtype))
-        plain = attention(name, dtype)
-        assert not torch.allclose(merged, plain(*tensors)[0], atol=tolerance(dtype))
-        assert before.keys() == module.state_dict().keys()
-        for key, value in module.state_dict().items():
-            assert torch.equal(value, before[key]), key
-        assert pointers == {name: p.data_ptr() for name, p in module.named_parameters()}
-
-    def test_file_round_trip_gives_equal_outputs(self, name, method, dtype, tmp_path):
-        module = perturb(inject(attention(name, dtype), "^$", method))
-        disha.save_adapter(module, tmp_path / "a")
-        names = {layer.name for layer in disha.inspect_adapter(tmp_path / "a").layers}
-        assert names == {"q_proj", "k_proj", "v_proj", "out_proj"}
-        fresh = attention(name, dtype)
-        disha.load_adapter(fresh, tmp_path / "a")
-        tensors = inputs(module, dtype=dtype)
-        assert torch.equal(fresh(*tensors)[0], module(*tensors)[0])
-
-    def test_removal_restores(self, name, method, dtype):
-        module = attention(name, dtype)
-        before = snapshot(module)
-        inject(module, "^$", method)
-        disha.remove_adapters(module)
-        assert_unchanged(module, before)
 
 
 @pytest.mark.parametrize("name", FORMS)
@@ -222,38 +203,8 @@ def test_masks_and_modes(name, masks):
 
 
 @pytest.mark.parametrize(("name", "method"), PAIRS)
-class TestEveryFormInFloat64:
-    def test_gradients_are_those_of_the_dense_merged_weight(self, name, method):
-        module = perturb(inject(attention(name), "^$", method))
-        plain = attention(name)
-        q, k, v = (x.requires_grad_() for x in inputs(plain))
-        blocks = {n: b.clone().requires_grad_() for n, b in blocks_of(module).items()}
-        state = dict(plain.named_parameters())
-        deltas = {}
-        for name, block in blocks.items():
-            weight = parameter_of(plain, name).detach()
-            is_bat = block.dim() == 3
-            deltas[name] = (
-                reference.bat_delta_weight(weight, block)
-                if is_bat
-                else reference.bone_delta_weight(block, weight.shape[1], weight.shape[0])
-            )
-        if plain.in_proj_weight is None:
-            for name in ("q_proj", "k_proj", "v_proj"):
-                state[f"{name}_weight"] = state[f"{name}_weight"] + deltas[name]
-        else:
-            packed = torch.cat([deltas[name] for name in ("q_proj", "k_proj", "v_proj")])
-            state["in_proj_weight"] = state["in_proj_weight"] + packed
-        state["out_proj.weight"] = state["out_proj.weight"] + deltas["out_proj"]
-        weights = torch.randn_like(module(q, k, v)[0])
-        expected = torch.autograd.grad(
-            (torch.func.functional_call(plain, state, (q, k, v))[0] * weights).sum(),
-            [*blocks.values(), q, k, v],
-        )
-        own = [block_of(module, name).block for name in blocks]
-        found = torch.autograd.grad((module(q, k, v)[0] * weights).sum(), [*own, q, k, v])
-        for one, other in zip(found, expected, strict=True):
-            close(one, other)
+class TestEveryFormInFloat64(PairTests):
+    table = TABLE
 
     def test_copies_compute_the_same(self, name, method):
         module = perturb(inject(attention(name), "^$", method))
@@ -266,35 +217,6 @@ class TestEveryFormInFloat64:
                     parameter.zero_()
             assert torch.equal(module(*tensors)[0], expected)
             assert not torch.equal(copied(*tensors)[0], expected)
-
-    def test_routing_equals_running_the_samples_one_by_one(self, name, method):
-        module = inject(attention(name), "^$", method, adapter="a")
-        perturb(disha.inject_adapters(module, "q_proj|out_proj", 1, adapter="b"))
-        tensors = inputs(module)
-        batch = 0 if module.batch_first else 1
-        names = ["a", None, "b"]
-        with disha.route_adapters(module, names):
-            routed, weights = module(*tensors)
-        for sample, name in enumerate(names):
-            disha.set_active_adapters(module, [] if name is None else name)
-            alone, own = module(*(x.narrow(batch, sample, 1) for x in tensors))
-            close(routed.narrow(batch, sample, 1), alone)
-            close(weights[sample : sample + 1], own)
-
-    def test_several_adapters_add_up_and_switch_off(self, name, method):
-        module, tensors = attention(name), inputs(attention(name))
-        inject(module, "^$", method, adapter="a")
-        perturb(disha.inject_adapters(module, "q_proj|out_proj", 1, adapter="b"))
-        disha.set_active_adapters(module, ["a", "b"])
-        both = module(*tensors)[0]
-        merged = copy.deepcopy(module)
-        disha.merge_adapters(merged, ["a", "b"])
-        close(merged(*tensors)[0], both)
-        alone = copy.deepcopy(module)
-        disha.set_active_adapters(alone, "a")
-        assert not torch.allclose(alone(*tensors)[0], both)
-        with disha.adapters_disabled(module):
-            close(module(*tensors)[0], attention(name)(*tensors)[0])
 
     def test_dropout_acts_in_training_only(self, name, method):
         module = inject(attention(name), "^$", method, dropout=0.5)
