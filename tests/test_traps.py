@@ -12,6 +12,7 @@ from torch.nn.utils import parametrizations, prune
 import disha
 from disha import ArgumentError, TargetError
 from tests.conftest import Layered, assert_unchanged, freshly_compiled, perturb, refused, snapshot
+from tests.every_pair import DtypeTests, PairTests, Row
 
 
 class Sealed(nn.Linear):
@@ -68,37 +69,47 @@ class GuardedDict(nn.Linear):
         return MappingProxyType(nn.Module.__dict__["__dict__"].__get__(self))
 
 
-HARD = [Sealed, ReadOnlySizes, Slotted, GuardedDict]
+class Positions(nn.Embedding):
+    """Looks positions up, whatever the tokens are that it is called with."""
+
+    def forward(self, tokens, start=0):
+        return self.weight[start : start + tokens.shape[1]]
 
 
-@pytest.mark.parametrize("method", ["bone", "bat"])
-@pytest.mark.parametrize("cls", HARD)
-class TestGuardedLayers:
-    def model(self, cls):
-        torch.manual_seed(0)
-        return nn.Sequential(cls(6, 4), nn.Tanh(), cls(4, 3)).double()
+class Shifted(nn.Embedding):
+    """Looks up what it is called with, by way of torch's forward."""
 
-    def test_lives_a_whole_life(self, cls, method, tmp_path):
-        model, x = self.model(cls), torch.randn(5, 6, dtype=torch.float64)
-        base, before = model(x), snapshot(model)
-        disha.inject_adapters(model, "all-linear", 2, method=method, also_train="bias")
-        assert torch.equal(model(x), base)
-        model(x).sum().backward()
-        assert all(p.grad is not None for p in disha.adapter_parameters(model))
-        perturb(model)
-        expected = model(x)
-        assert not torch.allclose(expected, base)
-        disha.save_adapter(model, tmp_path / "a")
-        twin = self.model(cls)
-        disha.load_adapter(twin, tmp_path / "a")
-        assert torch.equal(twin(x), expected)
-        disha.merge_adapters(model)
-        assert torch.allclose(model(x), expected)
-        disha.unmerge_adapters(model)
-        assert torch.equal(model(x), expected)
-        disha.remove_adapters(model)
-        assert_unchanged(model, before)
-        assert torch.equal(model(x), base)
+    def forward(self, input):
+        return super().forward(input + 2) * self.weight.shape[0]
+
+
+HARD = {
+    cls.__name__: Row(lambda cls=cls: cls(6, 4), (5, 6), methods=("bone", "bat"))
+    for cls in (Sealed, ReadOnlySizes, Slotted, GuardedDict)
+} | {
+    cls.__name__: Row(lambda cls=cls: cls(9, 4), (2, 3), indices=7, methods=("bone",))
+    for cls in (Positions, Shifted)
+}
+HARD_PAIRS = [(name, method) for name, row in HARD.items() for method in row.methods]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64])
+@pytest.mark.parametrize(("name", "method"), HARD_PAIRS)
+class TestGuardedLayersAndForwardsOfTheirOwn(DtypeTests):
+    table = HARD
+
+
+@pytest.mark.parametrize(("name", "method"), HARD_PAIRS)
+class TestTraining:
+    table = HARD
+    test_gradients = PairTests.test_gradients_are_those_of_the_dense_weight
+
+
+def test_dropout_that_could_not_act_is_refused():
+    model = disha.inject_adapters(nn.Sequential(Positions(9, 4)), ".", 2, dropout=0.1)
+    with pytest.raises(disha.ModeError, match=r"dropout can't act here.*dropout=0"):
+        model(torch.zeros(2, 3, dtype=torch.int64))
+    model.eval()(torch.zeros(2, 3, dtype=torch.int64))
 
 
 def test_a_slot_survives_adapting_and_removal():
@@ -450,55 +461,6 @@ def test_pruning_under_an_adapter_prunes_w():
     prune.remove(layer, "weight")
     torch.testing.assert_close(model(x), expected)
     assert disha.check_adapters(model, x).ok
-
-
-class Positions(nn.Embedding):
-    """Looks positions up, whatever the tokens are that it is called with."""
-
-    def forward(self, tokens, start=0):
-        return self.weight[start : start + tokens.shape[1]]
-
-
-class Shifted(nn.Embedding):
-    """Looks up what it is called with, by way of torch's forward."""
-
-    def forward(self, input):
-        return super().forward(input + 2) * self.weight.shape[0]
-
-
-class TestEmbeddingsWithAForwardOfTheirOwn:
-    def dense(self, model, cls):
-        plain = nn.Sequential(cls(9, 4)).double()
-        layer = model[0]
-        with torch.no_grad():
-            plain[0].weight.copy_(layer.base_weight + layer.delta_weight(layer.disha["default"]))
-        return plain
-
-    @pytest.mark.parametrize("cls", [Positions, Shifted])
-    def test_the_update_is_looked_up_as_the_weight_is(self, cls, tmp_path):
-        model, tokens = nn.Sequential(cls(9, 4)).double(), torch.tensor([[6, 0, 3], [2, 2, 5]])
-        base, before = model(tokens), snapshot(model)
-        disha.inject_adapters(model, ".", 2)
-        assert torch.equal(model(tokens), base)
-        model(tokens).sum().backward()
-        assert all(p.grad.abs().sum() > 0 for p in disha.adapter_parameters(model))
-        perturb(model)
-        expected = self.dense(model, cls)(tokens)
-        assert torch.allclose(model(tokens), expected)
-        disha.save_adapter(model, tmp_path / "a")
-        disha.merge_adapters(model)
-        assert torch.allclose(model(tokens), expected)
-        disha.unmerge_adapters(model)
-        disha.remove_adapters(model)
-        assert_unchanged(model, before)
-        disha.load_adapter(model, tmp_path / "a")
-        assert torch.allclose(model(tokens), expected)
-
-    def test_dropout_that_could_not_act_is_refused(self):
-        model = disha.inject_adapters(nn.Sequential(Positions(9, 4)), ".", 2, dropout=0.1)
-        with pytest.raises(disha.ModeError, match=r"dropout can't act here.*dropout=0"):
-            model(torch.zeros(2, 3, dtype=torch.int64))
-        model.eval()(torch.zeros(2, 3, dtype=torch.int64))
 
 
 @pytest.mark.parametrize("trace", [False, True])
