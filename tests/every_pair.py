@@ -89,15 +89,12 @@ def updates(adapted, adapter="default", blocks=None):
 
 def dense(row, adapted, scale=1.0, adapter="default"):
     """Return the plain model in float64 with the updates in its weights."""
-    plain = row.plain(adapted[0].disha.blocks()[adapter, first(adapted)].block.dtype).double()
+    block = ModelView(adapted).blocks(adapter)[0].block.block
+    plain = row.plain(block.dtype).double()
     with torch.no_grad():
         for key, delta in updates(adapted, adapter).items():
             plain.get_parameter(key).add_(delta * scale)
     return plain
-
-
-def first(adapted):
-    return next(name for _, name in adapted[0].disha.blocks())
 
 
 class DtypeTests:

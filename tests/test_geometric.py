@@ -9,7 +9,8 @@ from torch import nn
 import disha
 from disha import TargetError
 from disha.effective.weight import EffectiveWeight
-from tests.conftest import assert_same, assert_unchanged, merged_weight, perturb, snapshot
+from tests.conftest import perturb
+from tests.every_pair import DtypeTests, PairTests, Row
 
 geometric = pytest.importorskip("torch_geometric.nn", reason="PyTorch Geometric is not installed")
 
@@ -63,6 +64,10 @@ NETWORKS = {
     ),
 }
 CASES = [(name, method) for name in NETWORKS for method in METHODS]
+TABLE = {
+    name: Row(lambda make=make: make().eval(), (6, 8), options={"target_regex": "all-linear"})
+    for name, (make, _) in NETWORKS.items()
+}
 
 
 def fresh(name: str) -> nn.Module:
@@ -79,16 +84,6 @@ def nodes() -> torch.Tensor:
     return torch.randn(6, 8, dtype=torch.float64, generator=generator)
 
 
-def dense(name: str, model: nn.Module) -> nn.Module:
-    """Return the plain model with W + dW in the place of each adapted weight."""
-    plain = fresh(name)
-    with torch.no_grad():
-        for path in NETWORKS[name][1]:
-            weight = merged_weight(model.get_submodule(path))
-            plain.get_submodule(path).weight.copy_(weight)
-    return plain
-
-
 @pytest.mark.parametrize("name", NETWORKS)
 def test_all_linear_reaches_every_linear_layer(name):
     plan = disha.plan_adapters(fresh(name), "all-linear", 3)
@@ -96,26 +91,16 @@ def test_all_linear_reaches_every_linear_layer(name):
     assert not plan.skipped
 
 
+@pytest.mark.parametrize("dtype", [torch.float64])
+@pytest.mark.parametrize(("name", "method"), CASES)
+class TestDtypes(DtypeTests):
+    table = TABLE
+
+
 @pytest.mark.parametrize(("name", "method"), CASES)
 class TestNetworks:
-    def test_injection_is_the_identity(self, name, method):
-        model = fresh(name)
-        before = model(nodes())
-        disha.inject_adapters(model, "all-linear", 3, method=method)
-        assert torch.equal(model(nodes()), before)
-
-    def test_it_equals_the_dense_model_merged_or_not(self, name, method):
-        model = adapted(name, method)
-        expected = dense(name, model)(nodes())
-        assert not torch.allclose(expected, fresh(name)(nodes()), atol=1e-3)
-        torch.testing.assert_close(model(nodes()), expected, rtol=0, atol=1e-10)
-        weights = copy.deepcopy(model.state_dict())
-        disha.merge_adapters(model)
-        torch.testing.assert_close(model(nodes()), expected, rtol=0, atol=1e-10)
-        disha.unmerge_adapters(model)
-        assert_same(model.state_dict(), weights)
-        with disha.adapters_disabled(model):
-            assert torch.equal(model(nodes()), fresh(name)(nodes()))
+    table = TABLE
+    test_several_adapters = PairTests.test_several_adapters_add_up_and_switch_off
 
     def test_every_block_trains(self, name, method):
         model = disha.inject_adapters(fresh(name), "all-linear", 3, method=method).train()
@@ -132,17 +117,6 @@ class TestNetworks:
         assert all(block.abs().sum() > 0 for block in disha.adapter_parameters(model))
         own = dict(model.named_parameters())
         assert all(torch.equal(own[key], value) for key, value in fresh(name).named_parameters())
-
-    def test_saved_loaded_and_removed(self, name, method, tmp_path):
-        model, path = adapted(name, method), tmp_path / "adapter.safetensors"
-        disha.save_adapter(model, path)
-        other = fresh(name)
-        before, plain = snapshot(other), other(nodes())
-        disha.load_adapter(other, path)
-        assert torch.equal(other(nodes()), model(nodes()))
-        disha.remove_adapters(other)
-        assert_unchanged(other, before)
-        assert torch.equal(other(nodes()), plain)
 
     def test_its_state_dict_has_the_plain_weights(self, name, method, tmp_path):
         """The linear layer saves by itself, and reads its weight to do so."""
