@@ -186,6 +186,13 @@ def close(actual: Any, expected: Any, tolerance: float = 1e-10) -> None:
     torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
 
 
+def near(actual: torch.Tensor, expected: torch.Tensor, limit: float = 1e-10) -> None:
+    """Compare tensors of one shape and dtype with a limit relative to the largest value."""
+    assert (actual.shape, actual.dtype) == (expected.shape, expected.dtype)
+    largest = max(1.0, float(expected.detach().abs().max()))
+    assert (actual - expected).detach().abs().max() <= limit * largest
+
+
 def assert_same(actual: Any, expected: Any) -> None:
     """Compare tensors, or lists or dicts of them, bit for bit."""
     torch.testing.assert_close(actual, expected, rtol=0, atol=0)

@@ -13,6 +13,7 @@ from disha.layers.weights import base_of
 from disha.model.view import ModelView
 from tests import reference
 from tests.conftest import assert_unchanged, freshly_compiled, perturb, pickled, snapshot
+from tests.conftest import near as close
 from tests.every_pair import DtypeTests, PairTests, Row
 
 WIDTH, HEADS = 6, 2
@@ -126,13 +127,6 @@ def blocks_of(module):
 
 def block_of(module, name, adapter="default"):
     return next(one.block for one in ModelView(module).blocks(adapter) if one.name == name)
-
-
-def close(actual, expected, tolerance=1e-10):
-    assert actual.shape == expected.shape
-    assert actual.dtype == expected.dtype
-    limit = tolerance * max(1.0, float(expected.detach().abs().max()))
-    assert (actual - expected).detach().abs().max() <= limit
 
 
 MASKS = {

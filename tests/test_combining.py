@@ -232,45 +232,26 @@ LINEAR, BOTH, NAN = {"target_regex": "linear"}, (1.0, 1.0), float("nan")
 REFUSED = {
     "another method": ({}, {**LINEAR, "method": "bat"}, BOTH, "different methods or r_out"),
     "another method on another layer": (
-        {"target_regex": "^up"},
-        {**LINEAR, "method": "bat"},
-        BOTH,
-        "different methods",
-    ),
+        {"target_regex": "^up"}, {**LINEAR, "method": "bat"}, BOTH, "different methods"),
     "another tile": ({"r_out": 2}, {**LINEAR, "r_out": 3}, BOTH, "different methods or r_out"),
     "another r of BAT": (
-        METHODS["bat"],
-        {**METHODS["bat"], "r": 2},
-        BOTH,
+        METHODS["bat"], {**METHODS["bat"], "r": 2}, BOTH,
         "bat blocks can't be added with r=4: r=4, .* in .*; r=2, .* in .*; give an r that",
     ),
     "too large a multiple": (
-        LINEAR,
-        {**LINEAR, "r": 5},
-        BOTH,
-        "'linear'.*r=20.*only 14 inputs.*as LoRA",
-    ),
+        LINEAR, {**LINEAR, "r": 5}, BOTH, "'linear'.*r=20.*only 14 inputs.*as LoRA"),
     "parameters beside": (
-        {**LINEAR, "also_train": ["^conv", "^embed"]},
-        LINEAR,
-        BOTH,
-        r"\(conv.bias, conv.weight, embed.weight\).*leave out `also_train`",
-    ),
+        {**LINEAR, "also_train": ["^conv", "^embed"]}, LINEAR, BOTH,
+        r"\(conv.bias, conv.weight, embed.weight\).*leave out `also_train`"),
     "many parameters beside": (
-        {**LINEAR, "also_train": ["^conv", "^embed", "^padded"]},
-        LINEAR,
-        BOTH,
-        r"\(conv.bias, conv.weight, embed.weight, and 1 more\)",
-    ),
+        {**LINEAR, "also_train": ["^conv", "^embed", "^padded"]}, LINEAR, BOTH,
+        r"\(conv.bias, conv.weight, embed.weight, and 1 more\)"),
     "a weight that is none": (LINEAR, LINEAR, (NAN, 1.0), "the weight of an adapter.*finite"),
     "a weight that is no number": (LINEAR, LINEAR, ("1", 1.0), "number"),
     "a sum that is not finite": (
-        {**LINEAR, "dtype": torch.float16},
-        {**LINEAR, "dtype": torch.float16},
-        (3e38, 1.0),
-        "'linear': the sum is not finite as torch.float16",
-    ),
-}
+        {**LINEAR, "dtype": torch.float16}, {**LINEAR, "dtype": torch.float16}, (3e38, 1.0),
+        "'linear': the sum is not finite as torch.float16"),
+}  # fmt: skip
 
 
 class TestRefusals:

@@ -66,6 +66,7 @@ def test_rank_pattern_first_found_wins():
         ({"method": "lora"}, ArgumentError, f"allowed are {method_names()}"),
         ({"method": ["bone"]}, ArgumentError, "allowed are"),
         ({"r_out": 0}, ArgumentError, "r_out must be at least 1"),
+        ({"r_out": 3.0}, ArgumentTypeError, "r_out must be an int"),
         ({"r_out": 2, "method": "bat"}, ArgumentError, "only 'bone' has an output shard"),
         ({"init": "ones"}, ArgumentError, "'zeros', 'kaiming'"),
         ({"dropout": 1.0}, ArgumentError, "below 1"),

@@ -29,7 +29,7 @@ from disha.functional import products
 from disha.functional.methods import METHODS as TABLE
 from disha.layers.adapted import AdaptedLayer
 from tests import reference
-from tests.conftest import assert_unchanged, freshly_compiled, perturb, refused, snapshot
+from tests.conftest import assert_unchanged, freshly_compiled, near, perturb, refused, snapshot
 
 WIDTH, INNER, EXPERTS, VOCABULARY = 16, 8, 4, 32
 TOKENS = (2, 16)
@@ -258,17 +258,13 @@ def oracle(name: str, method: str) -> dict[str, Any]:
 
 
 def close(actual: Tensor, expected: Tensor, limit: float = 2e-5) -> None:
-    assert actual.shape == expected.shape
-    assert actual.isfinite().all()
-    largest = max(1.0, float(expected.detach().abs().max()))
-    difference = float((actual.detach() - expected.detach()).abs().max())
-    assert difference <= limit * largest, f"{difference:.1e} of {largest:.1e}"
+    near(actual, expected, limit)
 
 
 def all_close(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     assert actual.keys() == expected.keys()
     for key, value in expected.items():
-        close(actual[key], value, 5e-5)
+        near(actual[key], value, 5e-5)
 
 
 @pytest.fixture

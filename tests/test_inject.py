@@ -9,7 +9,6 @@ import disha
 from disha import ArgumentError, ArgumentTypeError, DishaError, MergeError, TargetError
 from disha.layers.adapted import AdaptedLinear
 from tests.conftest import (
-    Attention,
     Layered,
     Shared,
     Tied,
@@ -542,11 +541,6 @@ def test_error_messages_name_no_internal(model):
     with pytest.raises(TargetError) as caught:
         disha.inject_adapters(model, "nothing_like_it", 2)
     assert not re.search(r"Layered|object at", str(caught.value))
-
-
-def test_attention_is_a_module_like_any_other():
-    model = disha.inject_adapters(Attention(), "q_proj", 8)
-    assert model.q_proj.disha["default"].bone_block.shape == (8, 8)
 
 
 @pytest.mark.parametrize("name", ["train", "training", "active", "state_dict", "_modules"])

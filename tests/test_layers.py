@@ -15,6 +15,7 @@ from disha import BatLinear, BoneLinear, DishaError, MergeError
 from disha.layers.adapted import AdaptedLinear
 from tests import reference
 from tests.conftest import COPIES, kept_by, merged_weight, refused
+from tests.test_functional import close
 
 KINDS = reference.KINDS
 DTYPES = (torch.float64, torch.float32, torch.bfloat16)
@@ -45,10 +46,6 @@ def oracle(layer, x, adapters=("default",)):
     blocks = [(layer.disha[a].block.detach().double(), layer.disha[a].scale) for a in adapters]
     bias = None if layer.bias is None else layer.bias.detach().double()
     return reference.linear(x.double(), layer.base_weight.detach().double(), bias, blocks)
-
-
-def close(actual, expected, tolerance=1e-10):
-    torch.testing.assert_close(actual, expected.to(actual.dtype), rtol=tolerance, atol=tolerance)
 
 
 # --- a drop-in nn.Linear -------------------------------------------------------------------------
@@ -233,19 +230,6 @@ def test_changing_dtype_never_rounds_the_scale(kind):
     fill(model)
     x = torch.randn(2, 10, dtype=torch.float64)
     close(model(x), oracle(model[0], x))
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("kind", KINDS)
-def test_merge_of_low_precision_layer_and_block_rounds_once(kind, dtype):
-    layer = fill(born(kind, 40, 36, dtype=dtype, r=8, scale=0.5))
-    weight, block = layer.base_weight.double(), layer.disha["default"].block.detach().double()
-    exact = reference.merged_weight(weight, [(block, 0.5)])
-    disha.merge_adapters(layer)
-    _, exponent = torch.frexp(exact)
-    half_ulp = torch.ldexp(torch.ones_like(exact), exponent - 1) * torch.finfo(dtype).eps / 2
-    # float32 arithmetic may move what lies at the middle of two neighbours by a little
-    assert ((layer.weight.double() - exact).abs() <= half_ulp + 1e-6).all()
 
 
 # --- training ------------------------------------------------------------------------------------
@@ -478,17 +462,6 @@ def test_copy_acts_alike_and_shares_nothing(make, duplicate):
     assert not isinstance(twin, AdaptedLinear) or type(twin) in (BoneLinear, BatLinear)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_checkpoint_of_the_base_loads_strictly_and_leaves_the_block(kind):
-    base, layer = nn.Linear(10, 9), fill(born(kind))
-    block = layer.disha["default"].block.clone()
-    layer.load_state_dict(base.state_dict(), strict=True)
-    assert torch.equal(layer.base_weight, base.weight)
-    assert torch.equal(layer.disha["default"].block, block)
-    with pytest.raises(RuntimeError, match="weight"):
-        layer.load_state_dict({"bias": base.bias}, strict=True)
-
-
 # --- torch's transformations ---------------------------------------------------------------------
 
 
@@ -540,6 +513,7 @@ WRONG = (
     ({"adapter": "a.b"}, ValueError, "dot"),
     ({"block_dtype": torch.int8}, ValueError, "int8"),
     ({"init": "gauss"}, ValueError, "gauss"),
+    ({"r_out": 2}, ValueError, "r_out"),
 )
 """Of each kind one; `tests/test_config.py` has all that a configuration refuses."""
 
@@ -556,15 +530,6 @@ def test_wrong_argument_raises_a_disha_error_of_its_kind(arguments, kind, text):
             make(**arguments)
         assert isinstance(caught.value, kind)
     assert linear.weight.requires_grad  # a refused call froze nothing
-
-
-@pytest.mark.parametrize(
-    ("r_out", "kind"), [(2, ValueError), (0, ValueError), (10, ValueError), (3.0, TypeError)]
-)
-def test_wrong_output_shard_raises(r_out, kind):
-    with pytest.raises(DishaError, match="r_out") as caught:
-        BoneLinear(10, 9, r=4, r_out=r_out)
-    assert isinstance(caught.value, kind)
 
 
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")

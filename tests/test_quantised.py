@@ -39,6 +39,7 @@ from tests import reference
 from tests.conftest import (
     assert_unchanged,
     freshly_compiled,
+    near,
     perturb,
     pickled,
     refused,
@@ -100,10 +101,7 @@ def adapted(way, method, r=4, **options):
 
 
 def close(actual, expected, limit=1e-5):
-    assert actual.dtype == expected.dtype
-    assert actual.shape == expected.shape
-    actual, expected = actual.detach(), expected.detach()
-    assert (actual - expected).abs().max() <= limit * max(1.0, float(expected.abs().max()))
+    near(actual, expected, limit)
 
 
 @pytest.fixture(autouse=True)
