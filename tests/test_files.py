@@ -561,11 +561,13 @@ class TestInspect:
 
 
 class TestFingerprint:
-    def test_the_warning_points_at_the_line_that_loads(self, path):
-        disha.save_adapter(disha.inject_adapters(nn.Sequential(nn.Linear(4, 6)), "0", 2), path)
-        with pytest.warns(AdapterFileWarning) as caught:
+    def test_a_warning_points_at_the_line_that_saves_or_loads(self, path):
+        model = disha.inject_adapters(nn.Sequential(nn.Linear(4, 6)), "0", 2, freeze=False)
+        with pytest.warns(UserWarning) as of_saving:
+            disha.save_adapter(model, path)
+        with pytest.warns(AdapterFileWarning) as of_loading:
             disha.load_adapter(nn.Sequential(nn.Linear(4, 6)), path)
-        assert caught[0].filename == __file__
+        assert of_saving[0].filename == of_loading[0].filename == __file__
 
     @pytest.mark.parametrize("count", [3, 4])
     def test_three_layers_of_another_base_are_named(self, path, count):
