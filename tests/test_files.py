@@ -562,8 +562,9 @@ class TestInspect:
 
 class TestFingerprint:
     def test_a_warning_points_at_the_line_that_saves_or_loads(self, path):
-        model = disha.inject_adapters(nn.Sequential(nn.Linear(4, 6)), "0", 2, freeze=False)
-        with pytest.warns(UserWarning) as of_saving:
+        model = disha.inject_adapters(nn.Sequential(nn.Linear(4, 6)), "0", 2)
+        model[0].bias.requires_grad_(True)
+        with pytest.warns(UserWarning, match="also holds 1 parameter") as of_saving:
             disha.save_adapter(model, path)
         with pytest.warns(AdapterFileWarning) as of_loading:
             disha.load_adapter(nn.Sequential(nn.Linear(4, 6)), path)
