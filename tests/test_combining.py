@@ -293,6 +293,12 @@ class TestRefusals:
         with pytest.raises(ArgumentError, match=says):
             combine((save(tmp_path / "a", target_regex=target), 1.0), (tmp_path / "b", 1.0))
 
+    def test_the_layer_that_is_the_model(self, tmp_path):
+        for name, inputs in (("a", 4), ("b", 8)):
+            disha.save_adapter(disha.inject_adapters(nn.Linear(inputs, 6), "", 2), tmp_path / name)
+        with pytest.raises(ArgumentError, match=r"^layer '\(the model\)' is not the same"):
+            combine((tmp_path / "a", 1.0), (tmp_path / "b", 1.0))
+
     def test_parameters_beside_the_blocks_can_be_left_out(self, tmp_path):
         a = save(tmp_path / "a", target_regex="linear", also_train="^conv.bias")
         combined = combine((a, 1.0), also_train=False)

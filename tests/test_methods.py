@@ -551,6 +551,8 @@ def test_a_method_that_needs_r_to_reduce_its_block(monkeypatch, tmp_path, reads)
     chosen = torch.tensor([2, 0])
     found = functional.adapted_stack(x, weight[chosen], [update.select_matrices(chosen)])
     close(found, x @ functional.computed_weight(weight, STACK, [update])[chosen].mT, 1e-5)
+    a, b = Sloped().lora_factors(STACK, update.block, STACK.geometry(weight.shape), 3)
+    close(b @ a, update.delta_weight(STACK, weight), 1e-5)
     (cut,) = update_of_part(update, STACK, weight.shape, ((1, 3), (2, 6), (3, 7)))
     whole = functional.computed_weight(weight, STACK, [update])[1:, 2:, 3:]
     close(functional.computed_weight(weight[1:, 2:, 3:], STACK, [cut]), whole, 1e-6)
