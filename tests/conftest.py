@@ -17,6 +17,7 @@ from torch import nn
 
 from disha.layers import weights
 from disha.layers.adapted import AdaptedLayer
+from disha.layers.blocks import AdapterBlock
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # nothing is downloaded, and no test waits for an answer
 hypothesis.settings.register_profile("busy", deadline=None)  # a busy machine is no failure
@@ -162,6 +163,7 @@ def snapshot(model: nn.Module) -> dict[str, object]:
             for name, module in model.named_modules()
             if isinstance(module, AdaptedLayer)
         },
+        "scales": [one.scale for one in model.modules() if isinstance(one, AdapterBlock)],
     }
 
 

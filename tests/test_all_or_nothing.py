@@ -53,7 +53,7 @@ def adapted(folder):
     disha.inject_adapters(model, ["head", "attention"], 2, adapter="a", also_train="norm.weight")
     perturb(model)
     disha.save_adapter(model, folder / "a.safetensors", "a")
-    perturb(model, seed=1)
+    disha.set_adapter_scale(perturb(model, seed=1), 0.25, "a")
     model(TOKENS)  # which changes the running statistics
     return disha.inject_adapters(model, ".", 2, adapter="b", init="kaiming")
 

@@ -146,11 +146,10 @@ class TestConfiguration:
     def test_keeps_what_is_common(self, tmp_path):
         a = save(tmp_path / "a", target_regex="linear", dropout=0.1, rank_pattern={"linear": 3})
         b = save(tmp_path / "b", target_regex="^up|conv", exclude="conv")
-        alone = combine((a, 1.0)).config
-        assert (alone.target, alone.r) == ("linear", 3)
+        assert combine((a, 1.0)).config.target == "linear"
         config = combine((a, 1.0), (b, 1.0)).config
         assert (config.target, config.exclude, dict(config.rank_pattern)) == (None, (), {})
-        assert (config.scale, config.dropout, config.also_train) == (1.0, 0.1, ())
+        assert (config.r, config.scale, config.dropout, config.also_train) == (3, 1.0, 0.1, ())
 
     def test_keeps_what_both_leave_out_and_no_dtype(self, tmp_path):
         options = {"target_regex": "linear|^up", "exclude": "up", "dtype": torch.float32}
