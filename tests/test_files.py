@@ -651,12 +651,12 @@ class TestBadFiles:
 
     def test_missing(self, path):
         self.refused(path, "can't read .*No such file", kind=AdapterIOError)
-        with pytest.raises(OSError, match="No such file"):
-            disha.inspect_adapter(path)
+        for missing, says in ((path, "No such file"), ("a\0", r"can't read .* null byte")):
+            with pytest.raises(OSError, match=says):
+                disha.inspect_adapter(missing)
 
     def test_a_folder(self, tmp_path):
-        with pytest.raises(AdapterIOError, match=r"can't read .*adapter.safetensors: No such file"):
-            disha.load_adapter(base(), tmp_path)
+        self.refused(tmp_path, r"can't read .*adapter.safetensors: No such", kind=AdapterIOError)
 
     @pytest.mark.parametrize(("kind", "reader"), [("LORA", "lora"), ("MISS", "peft")])
     @pytest.mark.parametrize("name", ["", "adapter_model.safetensors"])
