@@ -285,9 +285,9 @@ def test_bone_delta_is_computed_in_the_dtype_of_the_input():
 )
 def test_bat_delta_weight_is_never_rounded_to_16_bits(weight_dtype, block_dtype, expected):
     weight, block = torch.randn(4, 4).to(weight_dtype), torch.randn(2, 2, 2).to(block_dtype)
-    delta = functional.bat_delta_weight(weight, block)
-    assert delta.dtype == expected
-    close(delta, reference.bat_delta_weight(weight.double(), block.double()), 1e-5)
+    for delta in (functional.bat_delta_weight(weight, block), delta_weight("bat", weight, block)):
+        assert delta.dtype == expected
+        close(delta, reference.bat_delta_weight(weight.double(), block.double()), 1e-5)
 
 
 @pytest.mark.parametrize("method", ["bone", "tile"])
