@@ -62,7 +62,7 @@ class Row:
         return found[0] if isinstance(found, tuple) else found
 
 
-LIMITS = {torch.float64: 1e-9, torch.float32: 2e-5, torch.bfloat16: 0.08, torch.float16: 0.02}
+LIMITS = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 0.06, torch.float16: 0.02}
 
 
 def close(actual, expected, dtype=torch.float64):

@@ -153,7 +153,7 @@ def bat_linear(
         block = block.to(weight.dtype)  # W_eff is rounded to 16 bits anyway
     if is_compiling() and share and x.dtype is weight.dtype is block.dtype:
         return F.linear(x, _traced(weight, block), bias)
-    if not _applies(x, weight, block):
+    if not _applies(x, weight, bias, block):
         return None
     if torch.is_grad_enabled():
         return _BatLinear.apply(x, weight, bias, block, share)  # type: ignore[no-untyped-call]
@@ -163,10 +163,11 @@ def bat_linear(
     return _product(x, weight, bias, block, share)
 
 
-def _applies(x: Tensor, weight: Tensor, block: Tensor) -> bool:
+def _applies(x: Tensor, weight: Tensor, bias: Tensor | None, block: Tensor) -> bool:
     return (
         {type(x), type(weight), type(block)}.issubset(PLAIN)
         and x.dtype is weight.dtype is block.dtype
+        and (bias is None or bias.dtype is x.dtype)
         and not weight.requires_grad
         and not x.is_meta
         and (weight.is_contiguous() or weight.mT.is_contiguous())

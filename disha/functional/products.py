@@ -575,5 +575,6 @@ def _one_by_one(x: Tensor, weight: Tensor, offsets: Tensor, updates: Sequence[Up
                 outputs.append(adapted_linear(x[start:end], weight[index], None, each[index]))
             start = end
     if start < x.shape[0]:  # rows of no matrix
-        outputs.append(x.new_zeros(x.shape[0] - start, weight.shape[-2]))
+        like = outputs[0] if outputs else x  # under autocast, of another dtype than x
+        outputs.append(like.new_zeros(x.shape[0] - start, weight.shape[-2]))
     return torch.cat(outputs)

@@ -68,8 +68,9 @@ def shard_sum(x: Tensor, r: int, dtype: torch.dtype | None = None, dim: int = -1
         tensor([9., 6.])
     """
     # reduce(x, "... (b r) -> ... r", "sum"), but without einops: this is the hot path
-    padded = pad_to_multiple(x, r, dim)
-    return torch.unflatten(padded, dim, (-1, r)).sum(dim - 1, dtype=dtype)
+    if x.shape[dim] % r:
+        x = pad_to_multiple(x, r, dim)
+    return torch.unflatten(x, dim, (-1, r)).sum(dim - 1, dtype=dtype)
 
 
 def scaled(x: Tensor, scale: Scale) -> Tensor:

@@ -129,5 +129,4 @@ def weight_shape(module: nn.Module, slot: Slot) -> tuple[int, ...]:
     """Return the shape of a slot's parameter, or of the weight that a packed one represents."""
     if slot.shape is not None:
         return slot.shape
-    weight = opaque.own_weight(module, slot.parameter)
-    return tuple(whole_shape(read_weight(module, slot.parameter) if weight is None else weight))
+    return tuple(whole_shape(read_weight(module, slot.parameter)))

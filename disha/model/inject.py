@@ -335,6 +335,7 @@ def mark_only_adapters_trainable(model: nn.Module) -> None:
                 parameter.module, parameter.attribute, parameter.is_claimed()
             )
         for block in blocks:
+            undo.callback(block.requires_grad_, block.requires_grad)
             block.requires_grad_(True)
 
 
