@@ -108,10 +108,10 @@ def test_rows_that_are_cut_or_left_out_are_counted(finetune, tiny, tmp_path, cap
     rows = [{"query": "q", "response": "a" * n} for n in (2, 2, 40)]
     path = write_rows(tmp_path / "rows.jsonl", [*rows, {"query": "q" * 40, "response": "a"}])
     told = "of 4 rows, 2 are cut to 10 tokens, and 1 are left out, because nothing to learn is in"
-    words = ["--max_length", 10, "--data", path]
+    words = ["--max_length", "10", "--data", str(path)]
     finetune(tmp_path / "out", *words)
     assert capsys.readouterr().err.count(told) == 2  # to train on, and to measure on
-    assert disha_command([*map(str, ("evaluate", "--base", tiny, *words, "--json"))]) == 0
+    assert disha_command(["evaluate", "--base", str(tiny), *words, "--json"]) == 0
     out, err = capsys.readouterr()
     assert json.loads(out)["rows"] == 4
     assert told in err
