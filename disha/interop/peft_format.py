@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from disha.config import check_type
 from disha.errors import AdapterFileError, AdapterIOError, ArgumentError, ConversionError
 from disha.files.disk import PathLike, checked_path, save, save_tensors
 from disha.layers.bitsandbytes import is_library_forward
@@ -73,7 +74,9 @@ class PeftFolder:
 
     def of_layer(self, name: str, field: str, pattern: str) -> Any:
         """Return r or lora_alpha of a layer as PEFT finds it: by the first key of the pattern."""
-        for key, value in (self.fields.get(pattern) or {}).items():
+        values = self.fields.get(pattern) or {}
+        check_type(pattern, values, dict, "a JSON object")
+        for key, value in values.items():
             if not ORDINARY.fullmatch(key) or len(key + name) > 500:
                 raise AdapterFileError(
                     f"{self.path}: the key {brief(key)} of {pattern} is too long or repeats too "
