@@ -426,7 +426,7 @@ def _job(cases: Sequence[Case]) -> str:
         f"adapter alone takes {adapter} of the time and {adapter_peak} of the memory.**\n\n"
         "From `Trainer` with PEFT's LoRA to what `disha finetune` does, one part after the other, "
         "each divided by what was before it. Only the first is a merit of the adapter: the loss on "
-        "learned positions alone is `trl`'s, and rows of similar length in a batch are "
+        "learned positions alone is `trl`'s, and batches of similar length, of 256 rows, are "
         "`transformers`'. They would help any adapter."
     )
     return _section("The whole job, part by part", about, table(["", *BESIDE.values()], rows))
