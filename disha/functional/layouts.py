@@ -13,13 +13,17 @@ pattern does, and converts between the weight and its matrices:
     "expert in out"      (expert, out, in)              experts that are used as x @ W
 
 `Layout` knows three names: `expert` counts the matrices that a module chooses from, `index` is an
-input that is looked up, and `*kernel` stands for all the remaining axes. So far, it is last.
+input that is looked up, and `*kernel` stands for all the remaining axes. So far, `*kernel` is last
+and `expert` is first; what is listed below relies on both, and so do the rules of an index.
 
 To add a layout, add its pattern to `PATTERNS`, and to `_TURNED` if `PATTERNS` has the layout of
 `weight.mT`. Two inverse pairs of `Layout` know where each axis is: `geometry` and `shape`,
 `matrices` and `weight`. The rest goes by the names of the axes: `has_kernel`, `in_first`,
-`of_one_expert`, `reason_against_shape`, and `update_of_part` in `products`. Until a rule of
-`disha.effective` knows the pattern, products compute the effective weight.
+`experts_first`, `of_one_expert`, `reason_against_shape`, and `update_of_part` in
+`functional.products`. A block has the axes of the stack first; only those with a kernel are kept
+like W (`kept_block`), so a view that moves the axes of a kernel moves the block too.
+Until a rule of `disha.effective` knows the pattern, products compute the effective weight: look
+whether the result of your rule is an `EffectiveWeight`. An index is in `views.item_of`.
 """
 
 from __future__ import annotations
@@ -147,7 +151,7 @@ class Layout:
 
     def reason_against_shape(self, shape: Sequence[int]) -> str | None:
         """Return why a weight of a shape can't have this layout, or None if it can."""
-        more = len(shape) - len(self.axes)
+        more = len(shape) - len(self.axes)  # `*kernel` stands for at least one
         fits = more >= 0 if self.has_kernel else more == 0
         if not fits:
             return f"its shape {tuple(shape)} does not have the axes {self.pattern!r}"

@@ -57,7 +57,7 @@ class Update(NamedTuple):
 
     Attributes:
         method: the block's method.
-        block: D, as it is stored.
+        block: D, as layers keep it (`Method.kept_block`).
         scale: runtime scale s.
         dropout: current probability of zeroing each of the block's inputs; 0 in evaluation.
         rows: the outputs that the block adapts; empty for all.

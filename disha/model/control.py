@@ -205,7 +205,7 @@ def route_adapters(model: nn.Module, names_per_sample: Sequence[str | None]) -> 
     checked_names(view, route.adapters)
     refuse_merged(view.layers, "route adapters")
     for model_block in view.blocks():
-        if model_block.block.slot.layout.experts_first:
+        if "expert" in model_block.block.slot.layout.axes:
             raise ArgumentError(
                 f"route_adapters can't route samples through {model_block.name}: experts "
                 "get the tokens of all samples in any order. Leave experts out (exclude=)"
