@@ -661,7 +661,7 @@ class TestBadFiles:
     @pytest.mark.parametrize(("kind", "reader"), [("LORA", "lora"), ("MISS", "peft")])
     @pytest.mark.parametrize("name", ["", "adapter_model.safetensors"])
     def test_a_folder_of_peft_says_who_reads_it(self, tmp_path, kind, reader, name):
-        config = json.dumps({"peft_type": kind}).encode() + b"\xff"  # which is no text
+        config = json.dumps({"peft_type": kind}).encode() + b"\xff"  # these bytes are not UTF-8
         (tmp_path / "adapter_config.json").write_bytes(config)
         tensors = {"base_model.model.head.lora_A.weight": torch.ones(2)}
         safetensors.torch.save_file(tensors, tmp_path / "adapter_model.safetensors")

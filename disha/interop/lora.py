@@ -354,8 +354,8 @@ def _taken_rows(view: ModelView, folder: PeftFolder) -> list[LayerBlock]:
         name = key.removesuffix(TOKENS)
         values = folder.tensors.pop(key)
         ends = numbers if isinstance(numbers, dict) else {name: numbers}
-        found = (listed for end, listed in ends.items() if f".{name}".endswith(f".{end}"))
-        indices: Any = next(found, None)
+        of_table = (listed for end, listed in ends.items() if f".{name}".endswith(f".{end}"))
+        indices: Any = next(of_table, None)
         rows = checked_rows(name, indices)
         if values.shape[:-1] != (len(indices),):
             raise AdapterFileError(f"{folder.path}: {key} does not have a row for each token")

@@ -21,7 +21,8 @@ from disha.sharding.zero import whole_shape
 
 
 def bits_of(module: nn.Module | None, weight: Tensor) -> int | None:
-    """Return 4 or 8 for a weight of so many bits that has scales; pickling may lose its class."""
+    """Return 4 or 8 if bitsandbytes has quantised a weight to so many bits, or None."""
+    # Not by its class, which pickling may have lost.
     if getattr(weight, "quant_state", None) is not None:
         return 4
     is_8bit = weight.dtype == torch.int8 and _row_scales(module, weight) is not None
@@ -31,8 +32,8 @@ def bits_of(module: nn.Module | None, weight: Tensor) -> int | None:
 def library_classes() -> tuple[Any, ...]:
     """Return the classes of layers that quantise their weights; none without the library."""
     names = ("Linear4bit", "Linear8bitLt", "Embedding4bit", "Embedding8bit")
-    found = (imported_class("bitsandbytes.nn", name) for name in names)
-    return tuple(filter(None, found))
+    classes = (imported_class("bitsandbytes.nn", name) for name in names)
+    return tuple(filter(None, classes))
 
 
 def is_library_forward(cls: type[nn.Module]) -> bool:
@@ -66,7 +67,7 @@ def read_8bit(module: nn.Module, weight: Any) -> Tensor:
 
 
 READERS = {4: read_4bit, 8: read_8bit}
-"""Bits -> how a weight of so many is read."""
+"""Bits -> the function that reads such a weight."""
 
 
 def _row_scales(module: nn.Module | None, weight: Tensor) -> Tensor | None:
