@@ -80,21 +80,23 @@ def _passed(test: str, passed: Mapping[str, bool]) -> bool:
     return bool(found) and all(found)
 
 
-TRAINER = "test_integrations"
-TRL = "test_integrations_trl"
-FSDP = "test_distributed::test_on_two_ranks[fsdp-check_{}]"
-DDP = "test_distributed::test_on_two_ranks[ddp-check_{}]"
-TENSOR = "test_distributed::test_on_two_ranks[tensor_parallel-check_{}]"
-OF_TRANSFORMERS = "test_transformers_parallel::test_on_two_ranks[transformers_parallel-check_{}]"
-PROCESSES = "test_transformers_parallel::test_trainers_on_two_ranks[{}-check_{}]"
-ZERO = "test_transformers_parallel::test_on_two_ranks[deepspeed_zero-check_{}]"
-PEFT = "test_interop_peft"
-LORA = "test_interop_lora"
-EXPERTS = "test_interop_experts"
-IMAGES = "test_interop_image_lora"
+TRAINER = "integrations.test_libraries"
+TRL = "integrations.test_trl"
+FSDP = "whole.test_distributed::test_on_two_ranks[fsdp-check_{}]"
+DDP = "whole.test_distributed::test_on_two_ranks[ddp-check_{}]"
+TENSOR = "whole.test_distributed::test_on_two_ranks[tensor_parallel-check_{}]"
+OF_TRANSFORMERS = (
+    "whole.test_transformers_parallel::test_on_two_ranks[transformers_parallel-check_{}]"
+)
+PROCESSES = "whole.test_transformers_parallel::test_trainers_on_two_ranks[{}-check_{}]"
+ZERO = "whole.test_transformers_parallel::test_on_two_ranks[deepspeed_zero-check_{}]"
+PEFT = "interop.test_peft"
+LORA = "interop.test_lora"
+EXPERTS = "interop.test_experts"
+IMAGES = "interop.test_image_lora"
 SERVERS = "runtimes.test_runtimes"
 LLAMA_CPP = "llamacpp.test_llamacpp"
-LEAVING = "test_leaving_pytorch"
+LEAVING = "whole.test_leaving_pytorch"
 
 STATES = f"{TRAINER}::test_states_of_accelerate_hold_the_adapter_and_resume_bit_for_bit"
 LIGHTNING = f"{TRAINER}::test_checkpoints_of_lightning_hold_the_adapter_and_resume_bit_for_bit"
@@ -228,7 +230,7 @@ only, and these tests run without it.
             "`disha finetune`": _in_processes(
                 "finetune",
                 "{}",
-                "test_transformers_parallel::test_two_processes_give_the_losses_of_one",
+                "whole.test_transformers_parallel::test_two_processes_give_the_losses_of_one",
             ),
         },
     ),

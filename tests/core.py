@@ -24,8 +24,7 @@ LEFT_OUT = (
     "disha/__main__.py",
     *("benchmarks", "docs", "tests/cli", "tests/finetune", "tests/llamacpp", "tests/packaging"),
     "tests/runtimes",
-    *("tests/test_examples.py", "tests/test_guides.py", "tests/test_pages.py"),
-    *("tests/test_readme.py", "tests/test_reference.py", "tests/test_types.py"),
+    *("tests/docs", "tests/test_types.py"),
 )
 
 EXTRAS_INSIDE = ("disha.cli", "disha.finetune")

@@ -1,6 +1,7 @@
 """The tests of one table: modules, each with every method, against dense weights of slow loops.
 
-`tests/test_layouts.py` has a row for each layout, `tests/test_kinds.py` one for each kind of layer.
+`tests/layers/test_layouts.py` has a row for each layout, and `tests/layers/test_kinds.py` one for
+each kind of layer.
 """
 
 import copy

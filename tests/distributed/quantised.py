@@ -22,7 +22,7 @@ from disha.interop import lora
 from tests.distributed.harness import own_part
 from tests.finetune.tiny_models import write_model
 from tests.processes import RANKS
-from tests.test_experts import build, tokens
+from tests.whole.test_experts import build, tokens
 
 PROJECTIONS = r"self_attn\.._proj$"
 

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from disha.interop import lora
 from disha.interop.low_rank import SERVED_RANKS
 from disha.layers.adapted import AdaptedLayer
+from tests.interop.test_experts import EXPERTS, ONLY_EXPERTS, WITH_ATTENTION, adapted, build
 from tests.language_models import SIZES, llama
 from tests.runtimes.sources import from_sources
-from tests.test_interop_experts import EXPERTS, ONLY_EXPERTS, WITH_ATTENTION, adapted, build
 
 FOLDER = Path(os.environ["RUNTIMES"])
 MODELS = {

@@ -29,7 +29,7 @@ from disha.interop.checkpoints import (
 )
 from tests.conftest import Layered, assert_same, perturb
 from tests.language_models import SIZES, gpt2, llama
-from tests.test_experts import build
+from tests.whole.test_experts import build
 
 
 class Zoo(nn.Module):

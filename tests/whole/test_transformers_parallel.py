@@ -8,7 +8,7 @@ import pytest
 from disha.finetune import main
 from tests.conftest import once
 from tests.distributed import deepspeed_zero, finetune, quantised, trainers, transformers_parallel
-from tests.test_distributed import checks_in, launch, name_of
+from tests.whole.test_distributed import checks_in, launch, name_of
 
 SCRIPTS = [transformers_parallel, quantised]
 TRAINERS = [trainers, finetune]

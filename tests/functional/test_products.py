@@ -10,7 +10,7 @@ from disha.functional.bone import bone_delta, routed_delta
 from disha.functional.products import update_of_part
 from tests import reference
 from tests.conftest import close, freshly_compiled, needs_grouped_products
-from tests.test_adapted_linear import kept_by
+from tests.functional.test_adapted_linear import kept_by
 
 MATRIX, STACK, INDEX = Layout("out in"), Layout("expert out in"), Layout("index out")
 SIZES = {"bone": ("bone", 3, None), "tile": ("bone", 3, 2), "bat": ("bat", 4, None)}

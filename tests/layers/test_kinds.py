@@ -68,7 +68,7 @@ PAIRS = [
     (name, case.methods[place % len(case.methods)])
     for place, (name, case) in enumerate(CASES.items())
 ]
-"""Every layer once; `tests/test_layouts.py` has every method and dtype for every layout."""
+"""Every layer once; `tests/layers/test_layouts.py` has every method and dtype for every layout."""
 
 
 @pytest.mark.parametrize("dtype", [torch.float64])

@@ -17,7 +17,7 @@ from benchmarks.roofline import SMOLLM2_LINEARS, Linear
 from benchmarks.steps import CandidateError
 
 MIB = 2**20
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 
 
 class Clock:

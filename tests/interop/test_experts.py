@@ -22,7 +22,7 @@ from disha.model.view import ModelView
 from tests.conftest import assert_same, perturb, refused
 from tests.language_models import llama
 from tests.peft_models import config_of, refused_export, rewrite, tensors_of
-from tests.test_experts import EXPERTS, INNER, VOCABULARY, WIDTH, build
+from tests.whole.test_experts import EXPERTS, INNER, VOCABULARY, WIDTH, build
 
 ONLY_EXPERTS = r"\bexperts\.(gate_up|down)_proj$"
 WITH_ATTENTION = r"self_attn\.(q|k|v|o)_proj$|" + ONLY_EXPERTS

@@ -50,7 +50,7 @@ from benchmarks.convergence.tasks.digits import Digits, ViT
 from benchmarks.convergence.training import train
 from tests.language_models import llama
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
 
 

@@ -345,7 +345,7 @@ CASES = {
 }
 
 PAIRS = [(name, ("bone", "bat")[place % 2]) for place, name in enumerate(CASES)]
-"""Each model once; `tests/test_layouts.py` has every method for every layout."""
+"""Each model once; `tests/layers/test_layouts.py` has every method for every layout."""
 
 
 def blocks(model: nn.Module) -> dict[str, torch.Tensor]:

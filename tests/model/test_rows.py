@@ -16,8 +16,8 @@ from disha.files import inspect_adapter, load_adapter, save_adapter
 from disha.interop import lora
 from tests.conftest import perturb, refused
 from tests.language_models import SIZES
+from tests.model.test_tied import TOKENS, WORDS, gpt2, llama
 from tests.peft_models import rewrite
-from tests.test_tied import TOKENS, WORDS, gpt2, llama
 
 NEW = [3, 34, 35]
 OTHERS = [number for number in range(WORDS) if number not in NEW]

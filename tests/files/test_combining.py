@@ -22,8 +22,8 @@ from disha.files.contents import read_contents, write_contents
 from disha.model.view import ModelView
 from tests.adapter_files import every_kind, save
 from tests.conftest import assert_same, flags, refused
-from tests.test_inject import WrappedByParallel
-from tests.test_methods import Gained
+from tests.functional.test_methods import Gained
+from tests.model.test_inject import WrappedByParallel
 
 METHODS = {
     "bone": {},

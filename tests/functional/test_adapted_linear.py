@@ -14,7 +14,7 @@ import disha
 from disha.functional import Update, adapted_linear, bat, method_of
 from tests import reference
 from tests.conftest import kept_by, perturb
-from tests.test_functional import SIZES, make_block, name_of, random_sizes, strided_copy
+from tests.functional.test_functional import SIZES, make_block, name_of, random_sizes, strided_copy
 
 METHODS = reference.KINDS
 

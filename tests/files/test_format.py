@@ -28,8 +28,8 @@ from tests import reference_reader
 from tests.adapter_files import base, first_layer, rewritten, trained
 from tests.conftest import InOut, assert_same, perturb, refused
 
-PAGE = (Path(__file__).parent.parent / "docs" / "format.md").read_text()
-OLD = Path(__file__).parent / "old_files"
+PAGE = (Path(__file__).parent.parent.parent / "docs" / "format.md").read_text()
+OLD = Path(__file__).parent.parent / "old_files"
 
 
 @pytest.fixture
@@ -379,7 +379,7 @@ def test_processes_and_hash_seeds_do_not_matter(path):
     assert dict(disha.inspect_adapter(path).metadata) == NOTES
     script = f"""
         import disha
-        from tests.test_format import NOTES, varied
+        from tests.files.test_format import NOTES, varied
         notes = dict(reversed(NOTES.items()))
         disha.save_adapter(varied(), {str(path) + ".other"!r}, metadata=notes)
     """

@@ -50,7 +50,7 @@ from tests.peft_models import (
     with_tensor,
 )
 
-GOLDEN = Path(__file__).parent / "golden"
+GOLDEN = Path(__file__).parent.parent / "golden"
 KINDS = {
     "bone": {"method": "bone", "r": 4},
     "tile": {"method": "bone", "r": 4, "r_out": 2},

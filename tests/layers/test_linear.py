@@ -15,7 +15,7 @@ from disha import BatLinear, BoneLinear, DishaError, MergeError
 from disha.layers.adapted import AdaptedLinear
 from tests import reference
 from tests.conftest import COPIES, kept_by, merged_weight, refused
-from tests.test_functional import close
+from tests.functional.test_functional import close
 
 KINDS = reference.KINDS
 DTYPES = (torch.float64, torch.float32, torch.bfloat16)

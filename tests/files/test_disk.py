@@ -168,6 +168,6 @@ class TestSaved:
 def test_killed_saves_leave_a_whole_file():
     done = subprocess.run(
         [sys.executable, "-m", "tests.killed_saves", "20"],
-        capture_output=True, text=True, check=True, cwd=Path(__file__).parent.parent,
+        capture_output=True, text=True, check=True, cwd=Path(__file__).parent.parent.parent,
     )  # fmt: skip
     assert "20 killed saves, whole versions read: [1.0, 2.0]" in done.stdout

@@ -12,7 +12,7 @@ from torch import nn
 import disha
 from tests.conftest import assert_same
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 
 
 class Bert(nn.Module):
@@ -86,7 +86,7 @@ ADAPTED = {
 }
 FRESH = f"""
 import torch, disha
-from tests.test_remembered import inputs_of, made
+from tests.model.test_remembered import inputs_of, made
 for name in {[*ADAPTED]}:
     model = made(name)
     model.load_state_dict(torch.load(f"{{name}}.pt"))

@@ -14,7 +14,7 @@ from benchmarks.four_bits import quantise_stacks, share
 from disha import MergeError, TargetError
 from disha.interop import lora
 from tests.conftest import Made, perturb
-from tests.test_experts import IMPLEMENTATIONS, METHODS, build, tokens
+from tests.whole.test_experts import IMPLEMENTATIONS, METHODS, build, tokens
 
 STACKS = ("gate_up_proj", "down_proj")
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-DOCS = Path(__file__).parent.parent / "docs"
+DOCS = Path(__file__).parent.parent.parent / "docs"
 MODULES = (
     "disha",
     "disha.functional",
