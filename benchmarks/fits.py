@@ -76,7 +76,7 @@ def adapt(model: Any, adapter: str, r: int) -> Any:
     return model
 
 
-def quantise(model: Any) -> None:
+def quantize(model: Any) -> None:
     """Quantise fake tensors as `four_bits.quantise` does real ones."""
     with unset_fake_temporarily():  # makes a map of values that is kept
         quantize_4bit(torch.zeros(64), compress_statistics=True)
@@ -91,7 +91,7 @@ def quantise(model: Any) -> None:
             layer.register_forward_pre_hook(note_state)  # FSDP makes a parameter of its own
             note_state(layer)
             model.set_submodule(name, layer)
-    four_bits.quantise_stacks(model)
+    four_bits.quantize_stacks(model)
 
 
 def note_state(layer: Any, *_: object) -> None:
@@ -108,9 +108,9 @@ def made(mesh: Any, name: str, adapter: str, way: str, bits: int, recompute: boo
     if bits == 4:
         model.is_loaded_in_4bit = True  # PEFT asks
         if isinstance(model.lm_head.weight, FakeTensor):
-            quantise(model)
+            quantize(model)
         else:
-            four_bits.quantise(model, model.dtype)
+            four_bits.quantize(model, model.dtype)
     layers = [one for one in model.modules() if type(one).__name__.endswith("DecoderLayer")]
     if way == "tensor parallel":
         for layer in layers:

@@ -37,7 +37,7 @@ def mixtral(dtype: torch.dtype = torch.bfloat16) -> MixtralForCausalLM:
     return MixtralForCausalLM(config).to(dtype)
 
 
-def quantise_stacks(model: nn.Module) -> nn.Module:
+def quantize_stacks(model: nn.Module) -> nn.Module:
     """Quantise the stacks of experts."""
     for name, module in list(model.named_modules()):
         if name.endswith("experts"):
@@ -46,7 +46,7 @@ def quantise_stacks(model: nn.Module) -> nn.Module:
     return model
 
 
-def quantise(model: nn.Module, storage: torch.dtype = torch.uint8, bits: int = 4) -> nn.Module:
+def quantize(model: nn.Module, storage: torch.dtype = torch.uint8, bits: int = 4) -> nn.Module:
     """Quantise the projections, and in 4 bits the stacks of experts too."""
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.Linear) and name.endswith("_proj"):
@@ -57,7 +57,7 @@ def quantise(model: nn.Module, storage: torch.dtype = torch.uint8, bits: int = 4
                 layer = Linear8bitLt(*sizes, has_fp16_weights=False)
             layer.load_state_dict(module.state_dict())
             model.set_submodule(name, layer.to("cpu"))  # quantises
-    return quantise_stacks(model) if bits == 4 else model
+    return quantize_stacks(model) if bits == 4 else model
 
 
 def step_bytes(model: nn.Module, *, checkpointing: bool, **options: object) -> int:
@@ -78,7 +78,7 @@ def share(*, checkpointing: bool = True, **options: object) -> float:
     """Return the memory of a step in 4 bits, divided by that in 16 bits."""
     few, many = (
         step_bytes(model, checkpointing=checkpointing, **options)
-        for model in (quantise(mixtral()), mixtral())
+        for model in (quantize(mixtral()), mixtral())
     )
     return few / many
 

@@ -101,7 +101,7 @@ LEAVING = "whole.test_leaving_pytorch"
 STATES = f"{TRAINER}::test_states_of_accelerate_hold_the_adapter_and_resume_bit_for_bit"
 LIGHTNING = f"{TRAINER}::test_checkpoints_of_lightning_hold_the_adapter_and_resume_bit_for_bit"
 CHECKPOINTS = f"{TRAINER}::test_checkpoints_hold_the_adapter_and_resume_bit_for_bit"
-QUANTISED = f"{TRL}::test_over_a_quantised_base_blocks_train_and_keep_their_dtype"
+QUANTIZED = f"{TRL}::test_over_a_quantized_base_blocks_train_and_keep_their_dtype"
 RESUMES = f"{TRL}::test_after_sft_it_keeps_the_adapter_only_and_resumes_bit_for_bit"
 DPO, GRPO = f"{RESUMES}[preferring]", f"{RESUMES}[rewarded]"
 BEST = f"{TRL}::test_the_best_is_loaded_at_the_end[{{}}]"
@@ -132,14 +132,14 @@ that two processes train and save the same as one.
         {
             "Trainer of transformers": {
                 "trains": (CHECKPOINTS,),
-                "quantised base": (f"{TRAINER}::test_a_quantised_model_trains",),
+                "quantised base": (f"{TRAINER}::test_a_quantized_model_trains",),
                 "adapter only": (CHECKPOINTS, f"{TRAINER}::test_a_checkpoint_is_no_model"),
                 "resumes bit for bit": (CHECKPOINTS,),
                 "best is loaded": (f"{TRAINER}::test_the_best_is_loaded_at_the_end",),
             },
             "SFTTrainer of trl": {
                 "trains": (SFT,),
-                "quantised base": (QUANTISED,),
+                "quantised base": (QUANTIZED,),
                 "adapter only": (SFT,),
                 "resumes bit for bit": (SFT,),
                 "best is loaded": ("finetune.test_train.TestCourse::test_best_checkpoint",),
@@ -149,7 +149,7 @@ that two processes train and save the same as one.
                     f"{TRL}::test_dpo_equals_peft",
                     f"{TRL}::test_the_base_is_in_memory_once",
                 ),
-                "quantised base": (QUANTISED,),
+                "quantised base": (QUANTIZED,),
                 "adapter only": (DPO,),
                 "resumes bit for bit": (DPO,),
                 "best is loaded": (BEST.format("preferring"),),
@@ -159,7 +159,7 @@ that two processes train and save the same as one.
                     f"{TRL}::test_grpo_equals_peft",
                     f"{TRL}::test_the_base_is_in_memory_once",
                 ),
-                "quantised base": (QUANTISED,),
+                "quantised base": (QUANTIZED,),
                 "adapter only": (GRPO,),
                 "resumes bit for bit": (GRPO,),
                 "best is loaded": (BEST.format("rewarded"),),

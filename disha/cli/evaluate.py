@@ -81,9 +81,9 @@ def _batches(asker: Asker, rows: Dataset, flags: Namespace) -> Any:
     from trl import SFTConfig
 
     from disha.finetune.trainer import Trainer
-    from disha.integrations.transformers import QUANTISED
+    from disha.integrations.transformers import QUANTIZED
 
-    for flag in QUANTISED:  # a trainer refuses a quantised model, and here it only makes batches
+    for flag in QUANTIZED:  # a trainer refuses a quantised model, and here it only makes batches
         setattr(asker.model, flag, False)
 
     with tempfile.TemporaryDirectory() as folder:

@@ -299,7 +299,7 @@ def _base_fingerprint(model_block: ModelBlock) -> str | None:
     slot = model_block.block.slot
     # Quantised values depend on how it is done, but an adapter fits all ways. New rows fit all.
     if (
-        slot.opaque
+        slot.quantized
         or is_packed(model_block.layer, slot.parameter)
         or model_block.block.method.replaces
     ):

@@ -54,7 +54,7 @@ def load_base(
     if file:
         options["quantization_config"] = GgufConfig(dequantize=True)
     if bits in FEW_BITS:
-        options["quantization_config"] = _quantisation(name, bits, dtype)
+        options["quantization_config"] = _quantization(name, bits, dtype)
     try:
         if not file:
             _require_causal(AutoConfig.from_pretrained(source), name)
@@ -63,7 +63,7 @@ def load_base(
     except OSError as error:
         raise ArgumentError(f"can't load the base {name}: {error}") from error
     if bits == "4":
-        _quantise_stacks(model)
+        _quantize_stacks(model)
         for module in model.modules():
             # bitsandbytes would pack weights for this processor, and they would take no adapter.
             module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
@@ -134,7 +134,7 @@ def _dtype(bits: str, device: torch.device | None) -> torch.dtype | str:
     return torch.bfloat16 if bits == "bf16" else torch.float32
 
 
-def _quantisation(name: str, bits: str, dtype: torch.dtype | str) -> BitsAndBytesConfig:
+def _quantization(name: str, bits: str, dtype: torch.dtype | str) -> BitsAndBytesConfig:
     if is_gguf(name):
         raise ArgumentError(f"a GGUF file can't be quantised to {bits} bits; use bf16 or fp32")
     try:
@@ -154,7 +154,7 @@ def _quantisation(name: str, bits: str, dtype: torch.dtype | str) -> BitsAndByte
     )
 
 
-def _quantise_stacks(model: PreTrainedModel) -> None:
+def _quantize_stacks(model: PreTrainedModel) -> None:
     """Quantise the stacks of experts, which transformers leaves as they are."""
     from bitsandbytes.nn.parametrize import replace_parameter_4bit
 

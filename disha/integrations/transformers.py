@@ -35,7 +35,7 @@ NO_MODEL = {
 ignores the type, but refuses a quantisation without a method. Without this, it would return a model
 of random weights."""
 
-QUANTISED = ("is_quantized", "is_loaded_in_4bit", "is_loaded_in_8bit")
+QUANTIZED = ("is_quantized", "is_loaded_in_4bit", "is_loaded_in_8bit")
 """What tells trainers that a model is quantised. They know adapters of PEFT only: `Trainer` refuses
 the model, and the trainers of `trl` cast all trainable parameters to bfloat16."""
 
@@ -84,8 +84,8 @@ class AdapterCheckpoints(TrainerCallback):
     def __init__(self, model: nn.Module, adapter: str = "default") -> None:
         self._adapter = adapter
         self._kept = kept_keys(model, adapter)
-        self._quantised = [flag for flag in QUANTISED if getattr(model, flag, False)]
-        for flag in self._quantised:  # hidden while the trainer is made
+        self._quantized = [flag for flag in QUANTIZED if getattr(model, flag, False)]
+        for flag in self._quantized:  # hidden while the trainer is made
             setattr(model, flag, False)
         # Trainer warns of other missing keys than these when it loads a checkpoint. Blocks never
         # count as missing, so that a checkpoint of the base can be loaded too.
@@ -96,7 +96,7 @@ class AdapterCheckpoints(TrainerCallback):
     def on_init_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         """Let the model be quantised again, and prepare the engine that writes checkpoints."""
         model = given["model"]
-        for flag in self._quantised:
+        for flag in self._quantized:
             setattr(model, flag, True)
         leave_out_base(model, self._kept, AcceleratorState().distributed_type)
         if args.should_save:

@@ -1,4 +1,4 @@
-"""Layers with adapters: blocks, adapted classes, the table of layer kinds, and opaque weights."""
+"""Layers with adapters: blocks, adapted classes, layer kinds, and quantised weights."""
 
 from disha.layers.adapted import AdaptedLayer
 from disha.layers.kinds import register_layer_kind

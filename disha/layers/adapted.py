@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from disha.effective.contexts import LOOSE, Group, entered
 from disha.effective.weight import EffectiveWeight
 from disha.errors import ArgumentError, MergeError, ModeError
-from disha.layers import opaque
+from disha.layers import quantized
 from disha.layers.blocks import CHILD_NAME, MERGED, AdapterBlock, Adapters
 from disha.layers.reading import is_own_weight, linear_forward, weight_property
 from disha.layers.weights import base_of, delta_of, slots_of, start_of
@@ -45,7 +45,7 @@ class AdaptedLayer(nn.Module):
     # Private, so that a user's module gets three public names and no more.
     _original_class: ClassVar[type[nn.Module]]
     _adapted_parameters: ClassVar[tuple[str, ...]] = ()  # those that read as effective weights
-    _is_opaque: ClassVar[bool] = False
+    _is_quantized: ClassVar[bool] = False
     _has_own_reading: ClassVar[bool] = False  # whether a user's subclass computes weight or bias
 
     disha: Adapters
@@ -113,7 +113,7 @@ class AdaptedLayer(nn.Module):
         made = type(self)
         if "_made_by_disha" not in vars(made):
             return reduced
-        arguments = made._original_class, made._adapted_parameters, made._is_opaque
+        arguments = made._original_class, made._adapted_parameters, made._is_quantized
         return (_new_instance, arguments, *reduced[2:])
 
     def _replicate_for_data_parallel(self) -> Any:
@@ -155,10 +155,10 @@ def refuse_merged(layers: Iterable[AdaptedLayer], action: str) -> None:
 
 @functools.cache
 def adapted_class(
-    original: type[nn.Module], parameters: tuple[str, ...], is_opaque: bool
+    original: type[nn.Module], parameters: tuple[str, ...], is_quantized: bool
 ) -> type[AdaptedLayer]:
     """Return the adapted class for `original`. Each combination of arguments has one class."""
-    if (original, parameters) == (nn.Linear, ("weight",)) and not is_opaque:
+    if (original, parameters) == (nn.Linear, ("weight",)) and not is_quantized:
         return AdaptedLinear
     namespace = {
         "__module__": original.__module__,  # by which torch.fx knows what to call as a whole
@@ -166,13 +166,13 @@ def adapted_class(
         "_made_by_disha": True,
         "_original_class": original,
         "_adapted_parameters": parameters,
-        "_is_opaque": is_opaque,
+        "_is_quantized": is_quantized,
     }
     if hasattr(original, "reset_parameters"):
         namespace["reset_parameters"] = reset_parameters
     leading: tuple[type, ...] = ()
-    if is_opaque:
-        leading = opaque.leading_bases(original)
+    if is_quantized:
+        leading = quantized.leading_bases(original)
     else:
         namespace |= {name: weight_property(original, name) for name in parameters}
         if issubclass(original, nn.RNNBase):
@@ -251,7 +251,7 @@ def _list_plain_weights(layer: Any) -> None:
 
 
 def adapt(
-    module: nn.Module, parameters: Iterable[str], is_opaque: bool, group: Group = LOOSE
+    module: nn.Module, parameters: Iterable[str], is_quantized: bool, group: Group = LOOSE
 ) -> Adapters:
     """Move a module to the class that adapts these parameters too, and return its `Adapters`.
 
@@ -262,13 +262,13 @@ def adapt(
     if isinstance(module, AdaptedLayer):
         original = module._original_class
         known = module._adapted_parameters
-        is_opaque = module._is_opaque
+        is_quantized = module._is_quantized
     names = tuple(dict.fromkeys((*known, *parameters)))
     if names != known:
         if known:
             refuse_changed_class(module, "it")
         try:
-            set_class(module, adapted_class(original, names, is_opaque))
+            set_class(module, adapted_class(original, names, is_quantized))
         except TypeError as error:
             raise ArgumentError(
                 f"{original.__name__} can't be adapted: Python does not let its class change "
@@ -280,8 +280,8 @@ def adapt(
         vars(adapters)["training"] = module.training
         # Written to _modules, because the user's class may guard its attributes.
         module._modules[CHILD_NAME] = adapters
-        if is_opaque:
-            opaque.attach_hook(module)
+        if is_quantized:
+            quantized.attach_hook(module)
     return adapters
 
 
@@ -290,7 +290,7 @@ def restore(layer: nn.Module) -> None:
     if not isinstance(layer, AdaptedLayer):
         return
     layer._modules.pop(CHILD_NAME, None)
-    opaque.remove_hook(layer, opaque.add_updates)
+    quantized.remove_hook(layer, quantized.add_updates)
     set_class(layer, type(layer)._original_class)
     if isinstance(layer, nn.RNNBase):
         _list_plain_weights(layer)
@@ -303,8 +303,8 @@ def readapt(
     blocks: Mapping[str, nn.Module | None],
 ) -> None:
     """Give a module back its adapted class, its adapters and their blocks."""
-    if CHILD_NAME not in module._modules and cls._is_opaque:
-        opaque.attach_hook(module)
+    if CHILD_NAME not in module._modules and cls._is_quantized:
+        quantized.attach_hook(module)
     set_class(module, cls)
     module._modules[CHILD_NAME] = adapters
     adapters._modules.clear()

@@ -17,7 +17,6 @@ from torch.nn.utils.parametrize import ParametrizationList
 
 from disha.errors import ModeError
 from disha.sharding.imported import imported_class
-from disha.sharding.zero import whole_shape
 
 
 def bits_of(module: nn.Module | None, weight: Tensor) -> int | None:
@@ -42,12 +41,13 @@ def is_library_forward(cls: type[nn.Module]) -> bool:
     return any(cls.forward is known.forward for known in linear)
 
 
-def parameter_count(parameter: Tensor, module: nn.Module | None = None) -> int:
-    """Return the number of values in a parameter of a module; a packed one counts as unpacked."""
-    # The state of a parametrised weight is in its parametrization.
-    owner = module[0] if isinstance(module, ParametrizationList) else parameter
+def unpacked_shape(parameter: Tensor, module: nn.Module | None = None) -> torch.Size | None:
+    """Return the shape of the weight that 4-bit values in a parameter stand for, else None."""
+    owner: Any = parameter
+    if isinstance(module, ParametrizationList):
+        owner = module[0]  # the parametrization has the state of a weight that it computes
     state = getattr(owner, "quant_state", None)
-    return whole_shape(parameter).numel() if state is None else torch.Size(state.shape).numel()
+    return None if state is None else torch.Size(state.shape)
 
 
 def read_4bit(module: nn.Module, weight: Any) -> Tensor:

@@ -41,7 +41,7 @@ class Slot:
     parameter: str  # the attribute of the module that holds it
     layout: Layout
     rows: Rows = ()  # the adapted outputs; empty for all
-    opaque: bool = False  # whether the update is added to the output of the module
+    quantized: bool = False  # whether the update is added to the output of the module
     shape: tuple[int, ...] | None = None  # the weight's, if the parameter does not show it
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from disha.layers.opaque import remove_hook
+from disha.layers.quantized import remove_hook
 
 _KEPT = "_disha_nests"
 """Attribute of a guarded encoder: whether torch would use nested tensors."""

@@ -15,7 +15,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from disha.errors import ArgumentTypeError
 from disha.functional import Layout, layout_of
 from disha.layers.blocks import Slot, original_class
-from disha.layers.opaque import opaque_slot
+from disha.layers.quantized import quantized_slot
 from disha.layers.weights import matrix_weights, read_weight
 from disha.sharding.zero import whole_shape
 
@@ -167,9 +167,9 @@ def declared_slots(module: nn.Module) -> list[Slot]:
     """Return the weights of a module whose layouts are known."""
     if not (module._parameters or module._buffers or hasattr(module, "parametrizations")):
         return []  # a container, as most modules are
-    opaque = opaque_slot(module)
-    if opaque is not None:
-        return [opaque]
+    quantized = quantized_slot(module)
+    if quantized is not None:
+        return [quantized]
     slots = []
     for slot in _kind_of(module)(module):
         if is_parametrized(module, slot.parameter):

@@ -114,7 +114,7 @@ class _LinearWithAdapter(AdaptedLinear):
         if reason is not None:
             raise ArgumentError(f"{type(self).__name__}: {reason}")
         block = make_block(self, WEIGHT, config, config.r)
-        adapters = adapt(self, [WEIGHT.parameter], is_opaque=False)
+        adapters = adapt(self, [WEIGHT.parameter], is_quantized=False)
         adapters.add(adapter, [block])
         adapters.activate((adapter,))
         if freeze:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from disha.config import AdapterConfig
 from disha.functional import method_of
 from disha.functional.shard_sums import merge_dtype
-from disha.layers import opaque
+from disha.layers import quantized
 from disha.layers.blocks import AdapterBlock, Slot
 from disha.layers.offloading import device_in_forward
 from disha.layers.weights import read_weight, start_of, weight_shape
@@ -26,8 +26,8 @@ def make_block(
     values: Tensor | None = None,
 ) -> AdapterBlock:
     """Return a new block for a weight, on its device, with copied values or those of `init`."""
-    weight = None if slot.opaque else read_weight(module, slot.parameter)
-    device = opaque.device_of(module) if weight is None else weight.device
+    weight = None if slot.quantized else read_weight(module, slot.parameter)
+    device = quantized.device_of(module) if weight is None else weight.device
     if weight is not None and weight.is_meta:
         device = device_in_forward(module, weight.device)
     if values is not None:

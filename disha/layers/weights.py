@@ -12,7 +12,7 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
 from disha import functional
-from disha.layers import opaque
+from disha.layers import bitsandbytes, quantized
 from disha.layers.blocks import CHILD_NAME, AdapterBlock, Adapters, Slot, original_class
 from disha.layers.offloading import offloading_hooks
 from disha.sharding.tensors import gathered
@@ -75,14 +75,14 @@ def stored_weight(module: nn.Module, name: str) -> Tensor | None:
     adapters = module._modules.get(CHILD_NAME)
     merged = adapters.merged if isinstance(adapters, Adapters) else None
     original = None if merged is None else merged.originals.get(name)
-    return opaque.own_weight(module, name) if original is None else original.weight
+    return quantized.own_weight(module, name) if original is None else original.weight
 
 
 def base_of(layer: nn.Module, slot: Slot) -> Tensor:
     """Return the original of an adapted parameter, also while merged; dequantised if quantised."""
     stored = stored_weight(layer, slot.parameter)
-    if slot.opaque:
-        return opaque.dequantised(layer, stored)
+    if slot.quantized:
+        return quantized.dequantize(layer, stored)
     return read_weight(layer, slot.parameter) if stored is None else stored
 
 
@@ -110,9 +110,9 @@ def start_of(layer: nn.Module, block: AdapterBlock) -> Tensor | None:
 
 def delta_of(layer: nn.Module, block: AdapterBlock, slot: Slot) -> Tensor:
     """Return dW of a block on a parameter of a layer, without its scale, in the weight's shape."""
-    if slot.opaque:
+    if slot.quantized:
         stored = stored_weight(layer, slot.parameter)
-        base = opaque.weight_for(block.method, layer, slot, stored, block.block)
+        base = quantized.weight_for(block.method, layer, slot, stored, block.block)
     else:
         base = base_of(layer, slot)
     return block.method.delta_weight(slot.layout, block.block, base, block.slot.rows, block.r)
@@ -123,6 +123,14 @@ def merged_weight(layer: Any, slot: Slot, adapters: Iterable[str]) -> Tensor:
     blocks = layer.disha.blocks_of(adapters, slot.parameter)
     deltas = [(delta_of(layer, block, slot), block.scale) for block in blocks]
     return functional.merged_weight(base_of(layer, slot), deltas)
+
+
+def count_values(parameter: Tensor, module: nn.Module | None = None) -> int:
+    """Return the number of values in a parameter of a module; a packed one counts as unpacked."""
+    shape = bitsandbytes.unpacked_shape(parameter, module)
+    if shape is None:
+        shape = whole_shape(parameter)
+    return shape.numel()
 
 
 def weight_shape(module: nn.Module, slot: Slot) -> tuple[int, ...]:

@@ -175,8 +175,8 @@ def apply_plan(view: ModelView, plan: Plan, undo: ExitStack, *, activate: bool =
         held = blocks[module]
         tied = borrowed[module]
         names = [block.slot.parameter for block in held] + [name for name, _ in tied]
-        is_opaque = any(block.slot.opaque for block in held)
-        adapt(module, names, is_opaque, group).add(plan.adapter, held, tied)
+        is_quantized = any(block.slot.quantized for block in held)
+        adapt(module, names, is_quantized, group).add(plan.adapter, held, tied)
     for adapted in view.layers:
         adapted.disha.activate((plan.adapter,) if activate else adapted.disha.active)
     _guard_encoders(view)

@@ -18,7 +18,7 @@ from disha.layers.adapted import AdaptedLayer, set_class
 from disha.layers.bitsandbytes import is_library_forward
 from disha.layers.blocks import Merged, Original, Slot
 from disha.layers.offloading import offloading_hooks
-from disha.layers.opaque import ROUNDED, quantisation_of, takes_dense
+from disha.layers.quantized import ROUNDED, quantization_of, takes_dense
 from disha.layers.weights import merged_weight, slots_of, stored_weight
 from disha.model import running_statistics
 from disha.model.control import checked_names
@@ -231,8 +231,8 @@ def _chosen(
 def _reason_against(layer: AdaptedLayer, slot: Slot, dense: bool) -> str | None:
     """Return why nothing can be merged into a weight and what to do, or None."""
     parameter = layer._parameters.get(slot.parameter)
-    quantisation = quantisation_of(layer, stored_weight(layer, slot.parameter))
-    if parameter is None and quantisation is None:
+    quantization = quantization_of(layer, stored_weight(layer, slot.parameter))
+    if parameter is None and quantization is None:
         return (
             "is computed from other parameters (a parametrization); save the adapter, remove it "
             "and the parametrization (or load a base without it), and load the adapter again"
@@ -240,16 +240,16 @@ def _reason_against(layer: AdaptedLayer, slot: Slot, dense: bool) -> str | None:
     blocks = [block.block for block in layer.disha.blocks().values()]
     if any(tensor is not None and tensor.is_meta for tensor in (parameter, *blocks)):
         return "or its adapter is on the meta device; give the model its weights first"
-    if quantisation is None:
+    if quantization is None:
         return None
     unmerged = "leave its adapters unmerged"
-    if quantisation.read is None:
+    if quantization.read is None:
         return f"is quantised and can't be read as numbers; {unmerged}"
-    if quantisation is ROUNDED:
+    if quantization is ROUNDED:
         return f"is rounded, and its layer would not compute the same with a sum; {unmerged}"
     if not dense:
         return (
-            f"is quantised ({quantisation.name}), too coarsely for an update; pass dense=True to "
+            f"is quantised ({quantization.name}), too coarsely for an update; pass dense=True to "
             f"compute with a dense merged weight, or {unmerged}"
         )
     if parameter is None or not takes_dense(layer):
@@ -271,7 +271,7 @@ def _merged(
             f"merging {', '.join(map(repr, adapters))} into {name} gives values that are not "
             "finite; check the adapter's blocks and its scale"
         )
-    dense = quantisation_of(layer, parameter) is not None
+    dense = quantization_of(layer, parameter) is not None
     if not (shared or dense):
         return Original(parameter.data, dense), merged
     new = nn.Parameter(merged, requires_grad=parameter.requires_grad)

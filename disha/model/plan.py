@@ -36,11 +36,16 @@ from disha.errors import ArgumentError, ArgumentTypeError, TargetError
 from disha.functional import Geometry, Update, layout_of, method_names, method_of
 from disha.functional.products import update_of_part
 from disha.layers.adapted import AdaptedLayer
-from disha.layers.bitsandbytes import parameter_count
 from disha.layers.blocks import Slot, check_adapter_name
 from disha.layers.kinds import declared_slots, slot_of
-from disha.layers.opaque import quantisation_of
-from disha.layers.weights import matrix_weights, read_weight, stored_weight, weight_shape
+from disha.layers.quantized import quantization_of
+from disha.layers.weights import (
+    count_values,
+    matrix_weights,
+    read_weight,
+    stored_weight,
+    weight_shape,
+)
 from disha.model.records import LayerRecord
 from disha.model.view import ModelParameter, ModelView
 from disha.sharding.imported import imported_class
@@ -434,7 +439,7 @@ def _layers_of(view: ModelView, config: AdapterConfig) -> list[PlannedLayer]:
         compiled = isinstance(module, torch.jit.ScriptModule)  # it stays as it is
         slots = [] if compiled else declared_slots(module)
         weights = [PlannedLayer(module, names, config, slot.parameter, slot) for slot in slots]
-        if not compiled and not (slots and slots[0].opaque):
+        if not compiled and not (slots and slots[0].quantized):
             known = [slot.parameter for slot in slots]
             matrices = [name for name in matrix_weights(module) if name not in known]
             weights += [PlannedLayer(module, names, config, name) for name in matrices]
@@ -445,8 +450,8 @@ def _layers_of(view: ModelView, config: AdapterConfig) -> list[PlannedLayer]:
 def _as_declared(layer: PlannedLayer, config: AdapterConfig) -> PlannedLayer:
     """Return a weight with the layout and the rows that the user declares."""
     pattern = next(iter(matching(config.layouts, layer.parameter_names)), None)
-    opaque = layer.slot is not None and layer.slot.opaque
-    if pattern is not None and not opaque and layer.attribute in matrix_weights(layer.module):
+    quantized = layer.slot is not None and layer.slot.quantized
+    if pattern is not None and not quantized and layer.attribute in matrix_weights(layer.module):
         layout = layout_of(config.layouts[pattern])
         reason = layout.reason_against_shape(layer.shape)
         if reason is not None:
@@ -596,8 +601,8 @@ def _reason_against(layer: PlannedLayer) -> str | None:
             if other_layout != slot.layout:
                 return f"another adapter has it with the layout {other_layout}, not {slot.layout}"
     reason = (
-        _reason_against_opaque(module, slot, layer.config.method)
-        if slot.opaque
+        _reason_against_quantized(module, slot, layer.config.method)
+        if slot.quantized
         else _reason_against_dense(read_weight(module, layer.attribute), slot)
     )
     if reason is None and slot.rows:
@@ -612,25 +617,25 @@ _ADDED = ("disha", "base_weight", "delta_weight")
 """The public names that adapting adds to a module."""
 
 
-def _reason_against_opaque(module: nn.Module, slot: Slot, method: str) -> str | None:
-    """Return why a method can't adapt an opaque weight."""
-    quantisation = quantisation_of(module, stored_weight(module, slot.parameter))
+def _reason_against_quantized(module: nn.Module, slot: Slot, method: str) -> str | None:
+    """Return why a method can't adapt a quantised weight."""
+    quantization = quantization_of(module, stored_weight(module, slot.parameter))
     chosen = method_of(method)
-    if quantisation is None or not chosen.reads_weight:
+    if quantization is None or not chosen.reads_weight:
         return None
-    if quantisation.read is None:
+    if quantization.read is None:
         return (
-            f"its weight is quantised ({quantisation.name}) and can't be read as numbers, as "
+            f"its weight is quantised ({quantization.name}) and can't be read as numbers, as "
             f"method {method!r} requires; "
             f"use {method_names(lambda known: not known.reads_weight)}"
         )
     if chosen.replaces:
-        return f"its weight is quantised ({quantisation.name}); only dense ones get new rows"
+        return f"its weight is quantised ({quantization.name}); only dense ones get new rows"
     return None
 
 
 def _reason_against_dense(weight: Any, slot: Slot) -> str | None:
-    """Return why no method can adapt a weight that is not opaque."""
+    """Return why no method can adapt a weight that is not quantised."""
     if is_lazy(weight):
         return "its weight is not initialised yet; run the model once before injecting"
     # Any floating-point dtype will do: a user's hook may cast the weight before each forward.
@@ -653,7 +658,7 @@ def _reason_against_block(layer: PlannedLayer) -> str | None:
     config = layer.config
     assert slot is not None
     reason = slot.layout.reason_against(layer.geometry, layer.r, config.r_out)
-    split = None if slot.opaque else split_of(read_weight(layer.module, layer.attribute))
+    split = None if slot.quantized else split_of(read_weight(layer.module, layer.attribute))
     if reason is not None or split is None:
         return reason
     placed = f"its weight is a DTensor placed as {split.placements}"
@@ -720,8 +725,8 @@ def _selected(
 def _tied(view: ModelView, layer: PlannedLayer, exclude: Iterable[str] = ()) -> dict[str, Place]:
     """Return where else the parameter of a layer is, and reads its update."""
     parameter = view.parameters_by_name.get(join(layer.module_names[0], layer.attribute))
-    opaque = layer.slot is not None and layer.slot.opaque
-    if opaque or parameter is None or len(parameter.names) == 1:
+    quantized = layer.slot is not None and layer.slot.quantized
+    if quantized or parameter is None or len(parameter.names) == 1:
         return {}
     found: dict[str, Place] = {}
     for name in parameter.names:
@@ -826,7 +831,7 @@ def _also_trained(view: ModelView, config: AdapterConfig) -> tuple[str, ...]:
 
 def _reason_against_training(parameter: ModelParameter) -> str | None:
     """Return why a parameter can't be trained with a new adapter."""
-    if quantisation_of(None, parameter.value) is not None:
+    if quantization_of(None, parameter.value) is not None:
         return "it is quantised and can't be trained with an adapter"
     if parameter.value.dtype not in BLOCK_DTYPES.values():
         return f"it has dtype {parameter.value.dtype} and can't be trained with an adapter"
@@ -838,8 +843,8 @@ def _reason_against_training(parameter: ModelParameter) -> str | None:
 def _with_counts(view: ModelView, plan: Plan) -> Plan:
     """Return a plan with what only its reader needs: the numbers of parameters."""
     blocks = [model_block.block.block for model_block in view.blocks()]
-    total = plan.added + sum(map(parameter_count, blocks))
-    trainable = plan.added + sum(parameter_count(block) for block in blocks if block.requires_grad)
+    total = plan.added + sum(map(count_values, blocks))
+    trainable = plan.added + sum(count_values(block) for block in blocks if block.requires_grad)
     for parameter in view.parameters:
         if is_lazy(parameter.value):
             continue

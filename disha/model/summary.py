@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from disha.layers.bitsandbytes import parameter_count
+from disha.layers.weights import count_values
 from disha.model.view import ModelView
 from disha.text import table
 
@@ -92,7 +92,7 @@ def summary(model: nn.Module) -> Summary:
             method=block.method.name,
             r=block.r,
             r_out=block.r_out,
-            parameters=parameter_count(block.block),
+            parameters=count_values(block.block),
             scale=block.scale,
             active=adapter in layer.disha.active,
         )
@@ -101,7 +101,7 @@ def summary(model: nn.Module) -> Summary:
     trained = (parameter for parameter in view.all_parameters() if parameter.requires_grad)
     blocks = sum(layer.parameters for layer in layers)
     return Summary(
-        trainable=sum(map(parameter_count, trained)),
+        trainable=sum(map(count_values, trained)),
         total=blocks + sum(parameter.size for parameter in view.parameters),
         layers=layers,
     )

@@ -23,9 +23,9 @@ from disha.errors import (
 )
 from disha.functional.private_torch import CHECKPOINTED, COMPILED, FSDP_CHILD
 from disha.layers.adapted import AdaptedLayer, refuse_merged
-from disha.layers.bitsandbytes import parameter_count
 from disha.layers.blocks import CHILD_NAME, AdapterBlock, Adapters
 from disha.layers.gradient_flags import is_claimed
+from disha.layers.weights import count_values
 from disha.sharding.imported import imported_class
 from disha.sharding.ranks import Ranks
 from disha.sharding.tensors import is_sharded
@@ -101,7 +101,7 @@ class ModelParameter(NamedTuple):
     @property
     def size(self) -> int:
         """Number of its values; a packed one counts as unpacked."""
-        return parameter_count(self.value, self.module)
+        return count_values(self.value, self.module)
 
 
 class ModelView:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from benchmarks import __main__ as command
-from benchmarks import candidates, few_tokens, layers, quantised, report, results, roofline, steps
+from benchmarks import candidates, few_tokens, layers, quantized, report, results, roofline, steps
 from benchmarks.candidates import BASE, CANDIDATES, lora_rank
 from benchmarks.layers import Size, build_layers
 from benchmarks.memory import allocated_peak, kept_bytes, stack
@@ -221,7 +221,7 @@ def test_a_run_is_written_and_becomes_a_page(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
-    ("tried", "first"), [(few_tokens, "float32, 1"), (quantised, "8, 32, disha MiSS (Bone)")]
+    ("tried", "first"), [(few_tokens, "float32, 1"), (quantized, "8, 32, disha MiSS (Bone)")]
 )
 def test_a_table_of_ratios_is_printed(tried, first, capsys):
     tried.main(["--tiny"])

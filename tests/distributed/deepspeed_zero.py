@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import nn
 
 import disha
-from benchmarks.four_bits import quantise
+from benchmarks.four_bits import quantize
 from tests import language_models
 from tests.distributed.harness import own_part
 from tests.processes import RANKS
@@ -117,7 +117,7 @@ def check_training(folder):
 def check_four_bits(folder):
     """Linear layers and stacks of experts."""
     for stage, method in ((2, "bone"), (3, "bone"), (3, "bat")):
-        plain, model = (adapted(quantise(mixtral()), method=method) for _ in range(2))
+        plain, model = (adapted(quantize(mixtral()), method=method) for _ in range(2))
         engine, path = engine_of(model, config(stage)), folder / f"{stage}{method}"
         trained(plain, engine)
         layer = model.model.layers[0]
@@ -125,7 +125,7 @@ def check_four_bits(folder):
         for owner, name in ((layer.self_attn.q_proj, "weight"), (stack, "original")):
             assert bool(owner._parameters[name].numel()) == (stage == 2)
         disha.save_adapter(engine, path)
-        loaded = quantise(mixtral())
+        loaded = quantize(mixtral())
         disha.load_adapter(loaded, path)
         close(logits(loaded), logits(plain))
         disha.load_adapter(engine, path, replace=True)

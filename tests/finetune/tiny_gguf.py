@@ -102,8 +102,8 @@ def write_gguf(
     for name, values in state.items():
         rows = _gguf_rows(name, values) if architecture == "llama" else values
         stored = gguf.GGMLQuantizationType[kind if rows.dim() == 2 else "F32"]
-        quantised = gguf.quants.quantize(rows.contiguous().numpy(), stored)
-        writer.add_tensor(_gguf_name(name), quantised, raw_dtype=stored)
+        quantized = gguf.quants.quantize(rows.contiguous().numpy(), stored)
+        writer.add_tensor(_gguf_name(name), quantized, raw_dtype=stored)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -184,23 +184,23 @@ def test_the_final_folder_and_copies_of_the_model_hold_the_adapter(tmp_path):
 
 
 @pytest.mark.parametrize("options", [{"load_in_8bit": True}, {"load_in_4bit": True}], ids=str)
-def test_a_quantised_model_trains(options, tmp_path):
+def test_a_quantized_model_trains(options, tmp_path):
     torch.manual_seed(0)
     llama().save_pretrained(tmp_path / "base")
 
-    def quantised():
+    def quantized():
         settings = BitsAndBytesConfig(**options)
         model = LlamaForCausalLM.from_pretrained(
             tmp_path / "base", quantization_config=settings, device_map="cpu"
         )
         return disha.inject_adapters(model, "all-linear", r=4, dtype=torch.float32)
 
-    model = quantised()
+    model = quantized()
     with pytest.raises(ValueError, match="purely quantized models"):
         Trainer(model, TrainingArguments(tmp_path / "refused", report_to=[]))
     trainer = trained(model, tmp_path / "run", 4)
     assert model.is_quantized
-    again = quantised()
+    again = quantized()
     disha.load_adapter(again, tmp_path / "run" / "checkpoint-4", replace=True)
     tokens = rows()[0]["input_ids"][None]
     with torch.no_grad():

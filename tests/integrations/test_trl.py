@@ -106,15 +106,15 @@ def test_sft_keeps_the_adapter_only_and_resumes_bit_for_bit(tmp_path, caplog):
     assert not {name for name in names - FILES if "model" in name}
 
 
-def quantised(folder):
+def quantized(folder):
     settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
     model = LlamaForCausalLM.from_pretrained(folder, quantization_config=settings, device_map="cpu")
     return disha.inject_adapters(model, "|".join(TARGETS), r=4, dtype=torch.float32)
 
 
-def test_over_a_quantised_base_blocks_train_and_keep_their_dtype(tmp_path):
+def test_over_a_quantized_base_blocks_train_and_keep_their_dtype(tmp_path):
     llama().save_pretrained(tmp_path / "base")
-    model = quantised(tmp_path / "base")
+    model = quantized(tmp_path / "base")
     tuned(model, tmp_path / "run", 2)
     preferring(model, tmp_path / "run", keep=True, max_steps=4, save_steps=4).train()
     rewarded(model, tmp_path / "run", keep=True, max_steps=6, save_steps=6).train()
@@ -124,7 +124,7 @@ def test_over_a_quantised_base_blocks_train_and_keep_their_dtype(tmp_path):
     assert {block.dtype for block in blocks} == {torch.float32}
     assert all(bool(block.any()) for block in blocks)
     disha.remove_adapters(model, "default_reference")
-    again = quantised(tmp_path / "base")
+    again = quantized(tmp_path / "base")
     disha.load_adapter(again, tmp_path / "run" / "checkpoint-6", replace=True)
     assert_same(again, model)
 

@@ -370,7 +370,7 @@ class TestRefused:
         self.refuse(setting, AdapterFileError, r"\(12, 9\).*\(12, 8\)", force=True)
 
     @pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.float8_e4m3fn])
-    def test_a_quantised_weight(self, setting, dtype):
+    def test_a_quantized_weight(self, setting, dtype):
         setting.change(**{"head.weight": torch.ones(12, 8).to(dtype)})
         self.refuse(setting, AdapterFileError, "quantised or packed there")
 
@@ -578,9 +578,9 @@ class TestBelonging:
         state["layers.0.attn.v_proj.weight"] = torch.zeros(8, 7)
         state["layers.1.attn.q_proj.weight"] = torch.zeros(8, 8, dtype=torch.int8)
         save_sharded(state, setting.base, 2)
-        shape, quantised, other = misfits(setting.base, setting.adapter)
+        shape, quantized, other = misfits(setting.base, setting.adapter)
         assert shape.startswith("layers.0.attn.v_proj.weight: the weight has the shape (8, 7)")
-        assert quantised.startswith("layers.1.attn.q_proj.weight: is quantised or packed there")
+        assert quantized.startswith("layers.1.attn.q_proj.weight: is quantised or packed there")
         assert other == values
 
     def test_weights_and_shapes_by_the_names_of_the_adapter(self, tmp_path):
@@ -729,7 +729,7 @@ class TestExpertsStoredOneByOne:
         [wrong] = misfits(tmp_path / "other.safetensors", tmp_path / "adapter.safetensors")
         assert wrong.startswith("model.layers.0.mlp.experts.gate_up_proj: has other values")
 
-    def test_quantised_and_missing_experts_are_named(self, tmp_path):
+    def test_quantized_and_missing_experts_are_named(self, tmp_path):
         self.saved(tmp_path, "Qwen3-MoE")
         path, adapter = tmp_path / "other.safetensors", tmp_path / "adapter.safetensors"
         state = {

@@ -251,7 +251,7 @@ def test_a_merged_adapter_is_exported_from_the_original_weights(tmp_path):
     assert_same_folders(tmp_path / "before", tmp_path / "after")
 
 
-def test_a_quantised_base(tmp_path):
+def test_a_quantized_base(tmp_path):
     bitsandbytes = pytest.importorskip("bitsandbytes")
     base = nn.Sequential(bitsandbytes.nn.Linear8bitLt(16, 8, has_fp16_weights=False)).to("cpu")
     ours = perturb(disha.inject_adapters(base, "0", 4))

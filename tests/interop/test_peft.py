@@ -203,26 +203,26 @@ def test_names_are_those_of_the_plain_model(wrap, tmp_path):
 
 
 @pytest.mark.parametrize(("method", "tolerance"), [("bone", 1e-5), ("bat", 1e-2)])
-def test_a_quantised_base(method, tolerance, tmp_path, monkeypatch):
+def test_a_quantized_base(method, tolerance, tmp_path, monkeypatch):
     """BAT's tolerance is that of the kernels: PEFT multiplies with the dequantised weight."""
     from bitsandbytes.nn import Linear4bit
 
     # On some CPUs it packs the weights of PEFT's layers, and computes in bfloat16 then.
     monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: False)
 
-    def quantised():
+    def quantized():
         torch.manual_seed(0)
         base = nn.Sequential(Linear4bit(64, 64, quant_type="nf4"), nn.Linear(64, 8))
         return base.to("cpu").eval()  # training takes other kernels
 
-    model = perturb(disha.inject_adapters(quantised(), ".", 8, method=method))
+    model = perturb(disha.inject_adapters(quantized(), ".", 8, method=method))
     x = torch.randn(4, 64)
     expected = model(x)
-    assert not torch.allclose(quantised()(x), expected, atol=0.1)
+    assert not torch.allclose(quantized()(x), expected, atol=0.1)
     export(model, tmp_path)
-    theirs = PeftModel.from_pretrained(quantised(), tmp_path)
+    theirs = PeftModel.from_pretrained(quantized(), tmp_path)
     torch.testing.assert_close(theirs(x), expected, rtol=tolerance, atol=tolerance)
-    ours = quantised()
+    ours = quantized()
     load(ours, tmp_path)
     assert torch.equal(ours(x), expected)
 

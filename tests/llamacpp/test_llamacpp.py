@@ -233,7 +233,7 @@ def test_the_next_token_moves_as_ours_does(smollm, adapter, base, ours, prompts)
         assert found.norm() == pytest.approx(expected.norm().item(), rel=0.1)
 
 
-def test_greedy_text_agrees_up_to_quantisation(smollm, adapter, base, ours, prompts):
+def test_greedy_text_agrees_up_to_quantization(smollm, adapter, base, ours, prompts):
     """llama.cpp's next token is ours, or one that ours holds as likely up to its own noise."""
     plain, with_adapter = served(smollm), served(smollm, adapter)
     same, total = 0, 0

@@ -7,10 +7,10 @@ import pytest
 
 from disha.finetune import main
 from tests.conftest import once
-from tests.distributed import deepspeed_zero, finetune, quantised, trainers, transformers_parallel
+from tests.distributed import deepspeed_zero, finetune, quantized, trainers, transformers_parallel
 from tests.whole.test_distributed import checks_in, launch, name_of
 
-SCRIPTS = [transformers_parallel, quantised]
+SCRIPTS = [transformers_parallel, quantized]
 TRAINERS = [trainers, finetune]
 if importlib.util.find_spec("deepspeed") is not None:  # not each platform has it
     SCRIPTS.append(deepspeed_zero)

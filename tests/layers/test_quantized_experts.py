@@ -10,7 +10,7 @@ from bitsandbytes.nn.parametrize import Bnb4bitParametrization, replace_paramete
 from torch import nn
 
 import disha
-from benchmarks.four_bits import quantise_stacks, share
+from benchmarks.four_bits import quantize_stacks, share
 from disha import MergeError, TargetError
 from disha.interop import lora
 from tests.conftest import Made, perturb
@@ -23,7 +23,7 @@ def dense(name="Mixtral", implementation="grouped_mm"):
     return build(name, implementation, width=64, inner=32)
 
 
-def dequantised(model):
+def dequantize(model):
     """Return a dense model with the values that a quantised one computes with."""
     twin = dense()
     for name, module in twin.named_modules():
@@ -50,16 +50,16 @@ def losses(model, steps=3):
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("method", METHODS)
-def test_it_trains_as_over_the_dequantised_values(method, implementation, tmp_path):
-    model = quantise_stacks(dense(implementation=implementation))
-    twin = dequantised(model)
+def test_it_trains_as_over_the_dequantized_values(method, implementation, tmp_path):
+    model = quantize_stacks(dense(implementation=implementation))
+    twin = dequantize(model)
     twin.set_experts_implementation(implementation)
     for one in (model, twin):
         disha.inject_adapters(one, "all-linear", **METHODS[method])
     assert disha.summary(model) == disha.summary(twin)  # as many parameters, and trained ones
     assert losses(model) == losses(twin)
     disha.save_adapter(model, tmp_path / "a")
-    fresh = quantise_stacks(dense(implementation=implementation))
+    fresh = quantize_stacks(dense(implementation=implementation))
     disha.load_adapter(fresh, tmp_path / "a")
     assert torch.equal(logits(fresh), logits(model))
 
@@ -70,7 +70,7 @@ def test_a_stack_is_read_as_often_as_without_adapters(method, monkeypatch):
     monkeypatch.setattr(
         Bnb4bitParametrization, "forward", lambda self, x: reads.append(self) or read(self, x)
     )
-    model = quantise_stacks(dense())
+    model = quantize_stacks(dense())
     logits(model)
     expected = list(reads)
     disha.inject_adapters(model, "all-linear", **METHODS[method])
@@ -80,8 +80,8 @@ def test_a_stack_is_read_as_often_as_without_adapters(method, monkeypatch):
 
 
 def test_the_file_fits_the_dense_base_and_lora_of_experts(tmp_path):
-    model = quantise_stacks(dense())
-    twin = dequantised(model)
+    model = quantize_stacks(dense())
+    twin = dequantize(model)
     perturb(disha.inject_adapters(model, "all-linear", r=4), size=0.2)
     expected = logits(model)
     disha.save_adapter(model, tmp_path / "a")
@@ -96,13 +96,13 @@ def test_the_file_fits_the_dense_base_and_lora_of_experts(tmp_path):
     folder = tmp_path / "stacked" / "quantised"
     theirs = peft.PeftModel.from_pretrained(twin, folder)
     torch.testing.assert_close(logits(theirs), expected, rtol=1e-4, atol=1e-5)
-    again = quantise_stacks(dense())
+    again = quantize_stacks(dense())
     lora.load(again, folder)
     assert torch.equal(logits(again), expected)
 
 
 def test_copies_removal_and_a_refused_merge():
-    model = quantise_stacks(dense())
+    model = quantize_stacks(dense())
     before, expected = model.model.layers[0].mlp.experts.__class__, logits(model)
     disha.inject_adapters(model, "experts", r=4)
     disha.inject_adapters(model, "experts", r=4, method="bat", adapter="second")

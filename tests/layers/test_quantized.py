@@ -33,8 +33,8 @@ from transformers.integrations.metal_quantization import MetalLinear
 import disha
 from disha import ArgumentError, MergeError, TargetError
 from disha.functional import bone_delta
-from disha.layers import opaque
-from disha.layers.opaque import opaque_slot
+from disha.layers import quantized
+from disha.layers.quantized import quantized_slot
 from tests import reference
 from tests.conftest import (
     assert_unchanged,
@@ -46,7 +46,7 @@ from tests.conftest import (
     saved_by_torch,
     snapshot,
 )
-from tests.opaque_bases import (
+from tests.quantized_bases import (
     BASES,
     IN,
     MERGEABLE,
@@ -61,7 +61,7 @@ WAYS = ("8-bit", "nf4", "fp4", "torchao")
 METHODS = reference.KINDS
 
 
-def quantised(dense: nn.Linear, way: str, **options) -> nn.Linear:
+def quantize(dense: nn.Linear, way: str, **options) -> nn.Linear:
     """Return a quantised layer with the weight and the bias of a dense one."""
     if way == "torchao":
         quantize_(dense, Int8WeightOnlyConfig(**options))
@@ -78,7 +78,7 @@ def quantised(dense: nn.Linear, way: str, **options) -> nn.Linear:
 def linear(way, in_features=10, out_features=12, bias=True, dtype=torch.float32, **options):
     torch.manual_seed(0)
     dense = nn.Linear(in_features, out_features, bias, dtype=dtype)
-    return quantised(dense, way, **options)
+    return quantize(dense, way, **options)
 
 
 def dense_weight(layer: nn.Linear) -> torch.Tensor:
@@ -170,7 +170,7 @@ class TestEveryWay:
             disha.set_active_adapters(layer, [] if name is None else name)
             close(routed[sample : sample + 1], layer(x[sample : sample + 1]))
 
-    def test_file_round_trip_onto_a_freshly_quantised_base(self, way, method, tmp_path):
+    def test_file_round_trip_onto_a_freshly_quantized_base(self, way, method, tmp_path):
         model = perturb(inject(Small(way), method))
         disha.save_adapter(model, tmp_path / "a")
         fresh = Small(way)
@@ -199,7 +199,7 @@ class TestEveryWay:
 
 @pytest.mark.parametrize("way", WAYS)
 class TestMixedModel:
-    def test_all_linear_takes_quantised_and_plain_layers(self, way):
+    def test_all_linear_takes_quantized_and_plain_layers(self, way):
         model, dense, x = Small(way), Small("torchao"), torch.randn(2, 64)
         dense.first, dense.second = nn.Linear(64, 128), nn.Linear(128, 64, bias=False)
         before, expected = model(x), disha.plan_adapters(dense, "all-linear", 8)
@@ -278,7 +278,7 @@ class TestMixedModel:
         with refused(layer, MergeError, "is a Doubled with a forward of its own"):
             disha.merge_adapters(layer, dense=True)
 
-    def test_what_is_not_quantised_merges_as_ever(self, way):
+    def test_what_is_not_quantized_merges_as_ever(self, way):
         model = perturb(inject(Small(way), "bone", target="head"))
         weight, kept = model.head.base_weight.clone(), model.first.weight
         disha.merge_adapters(model)
@@ -318,7 +318,7 @@ class TestMixedModel:
         disha.unmerge_adapters(model)
         assert model[0].weight is model[1].weight
 
-    def test_quantised_weights_can_not_be_trained_beside_an_adapter(self, way):
+    def test_quantized_weights_can_not_be_trained_beside_an_adapter(self, way):
         model = Small(way)
         with refused(model, ArgumentError, r"first.weight: it is quantised"):
             disha.inject_adapters(model, "head", 4, also_train=r"first\.weight")
@@ -353,7 +353,7 @@ class TestBitsandbytes:
         not has_avx512bf16(), reason="only on CPUs with AVX512-BF16 does bitsandbytes pack weights"
     )
     def test_a_weight_that_its_forward_has_packed_is_refused(self):
-        layer = quantised(nn.Linear(128, 64), "nf4").requires_grad_(False)
+        layer = quantize(nn.Linear(128, 64), "nf4").requires_grad_(False)
         layer.support_avx512bf16_for_cpu = True
         layer.eval()(torch.randn(1, 128))
         before = type(layer)
@@ -380,7 +380,7 @@ class TestBitsandbytes:
         assert layer(torch.randn(2, 10)).dtype == torch.float32
 
     @pytest.mark.parametrize("way", ["8-bit", "nf4"])
-    def test_quantising_may_follow_injection(self, way, x):
+    def test_quantizing_may_follow_injection(self, way, x):
         options = {"has_fp16_weights": False} if way == "8-bit" else {"quant_type": way}
         layer = inject({"8-bit": Linear8bitLt, "nf4": Linear4bit}[way](10, 12, **options), "bat")
         perturb(layer)
@@ -442,7 +442,7 @@ class Owner(nn.Module):
         return self.out(F.linear(x, self.qkv.weight.dequantize()))
 
 
-def test_a_quantised_weight_that_its_owner_reads_is_named(x):
+def test_a_quantized_weight_that_its_owner_reads_is_named(x):
     model = inject(Owner("torchao"), "bone", target="qkv|out")
     report = disha.check_adapters(model, x)
     assert not report.ok
@@ -464,7 +464,7 @@ def unread(monkeypatch):
     def fail(*args):
         raise AssertionError("W was read")
 
-    for owner in ("disha.layers.opaque.dequantised", "disha.layers.opaque._read_subclass"):
+    for owner in ("disha.layers.quantized.dequantize", "disha.layers.quantized._read_subclass"):
         monkeypatch.setattr(owner, fail)
 
 
@@ -475,7 +475,7 @@ def adapted_base(name):
 @pytest.mark.usefixtures("eager")
 @pytest.mark.parametrize("name", BASES)
 class TestEveryBase:
-    """Bone over each kind of opaque base; W is never read."""
+    """Bone over each kind of quantised base; W is never read."""
 
     def test_all_linear_reaches_it_and_injection_changes_no_bit(self, name, x, unread):
         model = nn.Sequential(base(name))
@@ -534,7 +534,7 @@ class TestEveryBase:
 
 
 @pytest.mark.parametrize("name", ["gptq", "hqq", "fp8", "compressed", "torchao int8"])
-class TestLawsOverOpaqueBases:
+class TestLawsOverQuantizedBases:
     """One without a weight, a state, forward or tensor of its own, and a weight with scales."""
 
     def test_state_dict_and_file(self, name, x, tmp_path, unread):
@@ -609,14 +609,14 @@ def test_bat_over_a_weight_that_can_be_read(name, monkeypatch):
     assert model[0].base_weight.shape == (OUT, IN)
     delta = reference.bat_delta_weight(model[0].base_weight, model[0].disha["default"].block)
     close(model(x), before + x @ delta.T)
-    dense, read = [], opaque.weight_for
+    dense, read = [], quantized.weight_for
 
     def noted(*given):
         weight = read(*given)
         dense.append(weakref.ref(weight))
         return weight
 
-    monkeypatch.setattr(opaque, "weight_for", noted)
+    monkeypatch.setattr(quantized, "weight_for", noted)
     output = model(x)
     assert [weight() for weight in dense] == [None]  # not kept,
     output.sum().backward()
@@ -645,7 +645,7 @@ def goes_through(way, plain):
 
 
 @pytest.mark.parametrize("name", ["gptq", "compressed", "torchao float8"])
-def test_opaque_bases_compile_to_one_graph(name):
+def test_quantized_bases_compile_to_one_graph(name):
     model = perturb(inject(nn.Sequential(base(name)), "bone"))
     x = torch.randn(3, IN)
     close(freshly_compiled(model)(x), model(x))
@@ -653,7 +653,7 @@ def test_opaque_bases_compile_to_one_graph(name):
 
 @pytest.mark.parametrize("way", ["nf4", "torchao"])
 @pytest.mark.parametrize("method", METHODS)
-def test_rows_of_an_opaque_weight(way, method):
+def test_rows_of_a_quantized_weight(way, method):
     model = nn.Sequential(linear(way, 64, 12))
     x = torch.randn(3, 64)
     plain = model(x)
@@ -756,8 +756,8 @@ class Window(nn.Module):
         lambda: nn.LSTM(8, 8),
     ],
 )
-def test_dense_modules_are_not_opaque(make):
-    assert [opaque_slot(module) for module in make().modules() if opaque_slot(module)] == []
+def test_dense_modules_are_not_quantized(make):
+    assert [quantized_slot(module) for module in make().modules() if quantized_slot(module)] == []
 
 
 @pytest.mark.parametrize(
@@ -774,17 +774,17 @@ def test_dense_modules_are_not_opaque(make):
         lambda: Linear8bitLt(256, 32, has_fp16_weights=False),
     ],
 )
-def test_packed_modules_of_libraries_are_opaque(make):
+def test_packed_modules_of_libraries_are_recognized(make):
     layer = make()
-    slot = opaque_slot(layer)
-    assert (slot.shape, slot.layout.pattern, slot.opaque) == ((32, 256), "out in", True)
+    slot = quantized_slot(layer)
+    assert (slot.shape, slot.layout.pattern, slot.quantized) == ((32, 256), "out in", True)
     inject(layer, "bone")
     assert layer.disha["default"].block.shape == (4, 32)
     disha.remove_adapters(layer)
-    assert opaque_slot(layer) == slot
+    assert quantized_slot(layer) == slot
 
 
-def test_no_quantisation_library_is_imported():
+def test_no_quantization_library_is_imported():
     code = """
 import json, sys
 import torch

@@ -1,8 +1,9 @@
-"""Opaque weights: weights that are not a dense tensor, such as quantised ones.
+"""Quantised weights: how to recognise them, how to read them, and how their layers add updates.
 
-The library of such a weight computes its product, and a forward hook adds the update. BAT and a
-dense merge read W with functions of that library, which the user has imported already: nothing is
-imported here. To add a way to quantise, recognise it in `quantisation_of` and say how to read it.
+A library stores such a weight in a format of its own and computes the product with it, so a forward
+hook adds the update to the output. BAT and a dense merge need W's values, and read them with
+functions of that library, which the user has imported already: nothing is imported here. To support
+another format, recognise it in `quantization_of` and say how to read it.
 """
 
 from __future__ import annotations
@@ -37,29 +38,29 @@ _UNINITIALISED = (UninitializedParameter, UninitializedBuffer)  # torch can't co
 # --- recognising ---------------------------------------------------------------------------------
 
 
-class Quantisation(NamedTuple):
+class Quantization(NamedTuple):
     """A way to quantise; `read` returns the dense weight, and is None if no way is known."""
 
     name: str
     read: Callable[[nn.Module, Any], Tensor] | None
 
 
-ROUNDED = Quantisation("rounded by the layer's forward", lambda module, weight: weight.detach())
+ROUNDED = Quantization("rounded by the layer's forward", lambda module, weight: weight.detach())
 
 
-def quantisation_of(module: nn.Module | None, weight: Any) -> Quantisation | None:
+def quantization_of(module: nn.Module | None, weight: Any) -> Quantization | None:
     """Return how a module's weight is quantised, or None if it is not, or in no known way."""
     if isinstance(weight, _UNINITIALISED):
         return None
     if isinstance(weight, Tensor):
         bits = bitsandbytes.bits_of(module, weight)
         if bits is not None:
-            return Quantisation(f"bitsandbytes {bits}-bit", bitsandbytes.READERS[bits])
+            return Quantization(f"bitsandbytes {bits}-bit", bitsandbytes.READERS[bits])
         if type(weight).dequantize is not Tensor.dequantize:
-            return Quantisation("a quantised tensor", _read_subclass)
+            return Quantization("a quantised tensor", _read_subclass)
         base = imported_class("torchao.utils", "TorchAOBaseTensor")
         if isinstance(weight, base):
-            return Quantisation("a quantised tensor", None)
+            return Quantization("a quantised tensor", None)
     if module is None:
         return None
     if isinstance(weight, Tensor) and weight.dtype in DENSE_DTYPES:
@@ -68,7 +69,7 @@ def quantisation_of(module: nn.Module | None, weight: Any) -> Quantisation | Non
         return ROUNDED if rounds else None
     if not _packs_weight(module):
         return None
-    return Quantisation("in a format of its own", _read_module if _dequantizes(module) else None)
+    return Quantization("in a format of its own", _read_module if _dequantizes(module) else None)
 
 
 def _packs_weight(module: nn.Module) -> bool:
@@ -104,48 +105,50 @@ def _read_subclass(module: nn.Module, weight: Any) -> Tensor:
     return dense.to(weight.dtype)
 
 
-def dequantised(module: nn.Module, weight: Any) -> Tensor:
+def dequantize(module: nn.Module, weight: Any) -> Tensor:
     """Return a weight of `module` as a dense one; `weight` itself if it is dense."""
-    quantisation = quantisation_of(module, weight)
-    if quantisation is None:
+    quantization = quantization_of(module, weight)
+    if quantization is None:
         return weight
-    if quantisation.read is None:
+    if quantization.read is None:
         raise ArgumentError(
             f"the weight of {original_class(module).__qualname__} is quantised "
-            f"({quantisation.name}) and can't be read as numbers; use a method that does not "
+            f"({quantization.name}) and can't be read as numbers; use a method that does not "
             f"read it ({method_names(lambda method: not method.reads_weight)})"
         )
     with torch.no_grad():
-        return quantisation.read(module, weight)
+        return quantization.read(module, weight)
 
 
 def weight_for(method: Method, module: nn.Module, slot: Slot, weight: Any, like: Tensor) -> Tensor:
-    """Return an opaque weight's values if the method reads them, or a tensor of its shape."""
+    """Return a quantised weight's values if the method reads them, or a tensor of its shape."""
     assert slot.shape is not None
     if method.reads_weight:
-        return dequantised(module, weight)
+        return dequantize(module, weight)
     return like.new_empty(()).expand(slot.shape)
 
 
-# --- modules with an opaque weight ---------------------------------------------------------------
+# --- modules with a quantised weight -------------------------------------------------------------
 
 
-def opaque_slot(module: nn.Module) -> Slot | None:
-    """Return the slot of a module whose weight is opaque, or None if it is not."""
-    if getattr(type(module), "_is_opaque", False):  # perhaps a class of the user has that name too
+def quantized_slot(module: nn.Module) -> Slot | None:
+    """Return the slot of a module whose weight is quantised, or None if it is not."""
+    if getattr(
+        type(module), "_is_quantized", False
+    ):  # perhaps a class of the user has that name too
         adapters = module._modules.get(CHILD_NAME)
         if isinstance(adapters, Adapters):
             slot = next(iter(adapters.blocks().values())).slot  # perhaps dense by now
             return replace(slot, rows=())
     sizes = _sizes_of(module)
-    if sizes is None or quantisation_of(module, own_weight(module)) is None:
+    if sizes is None or quantization_of(module, own_weight(module)) is None:
         return None
     layout = Layout("out in")
     shape = sizes[::-1]
     if isinstance(module, nn.Embedding):
         layout = Layout("index out", padding_idx=module.padding_idx)
         shape = sizes
-    return Slot("", "weight", layout, opaque=True, shape=shape)
+    return Slot("", "weight", layout, quantized=True, shape=shape)
 
 
 _SIZES = (("in_features", "out_features"), ("infeatures", "outfeatures"))
@@ -163,13 +166,13 @@ def _sizes_of(module: nn.Module) -> tuple[int, int] | None:
 
 
 def takes_dense(module: nn.Module) -> bool:
-    """Whether a module still computes W x + b when a dense W replaces the opaque one."""
+    """Whether a module still computes W x + b when a dense W replaces the quantised one."""
     original = original_class(module)
     return original.forward is nn.Linear.forward or bitsandbytes.is_library_forward(original)
 
 
 def device_of(module: nn.Module) -> torch.device | None:
-    """Return the device of a module with an opaque weight."""
+    """Return the device of a module with a quantised weight."""
     return next((tensor.device for tensor in _own_tensors(module)), None)
 
 
@@ -208,7 +211,7 @@ class _ListsItself(nn.Module):
 
 
 def leading_bases(original: type[nn.Module]) -> tuple[type[nn.Module], ...]:
-    """Return the base classes of an adapted module with an opaque weight, before its own."""
+    """Return the base classes of an adapted module with a quantised weight, before its own."""
     if bitsandbytes.is_library_forward(original):
         return (bitsandbytes.BitsandbytesLayer,)
     return () if original.state_dict is nn.Module.state_dict else (_ListsItself,)
@@ -231,7 +234,7 @@ def remove_hook(module: nn.Module, hook: Callable[..., Any]) -> None:
 
 
 def add_updates(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-    """Add the updates that act: the hook of a module with an opaque weight."""
+    """Add the updates that act: the hook of a module with a quantised weight."""
     adapters: Adapters = module.disha
     compiling = is_compiling()
     override = adapters.override(compiling)

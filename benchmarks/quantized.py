@@ -1,7 +1,7 @@
 """A training step over a base in 8 or 4 bits, divided by that of PEFT's LoRA.
 
-    python -m benchmarks.quantised
-    python -m benchmarks.quantised --tiny    # a tiny model, to try the command
+    python -m benchmarks.quantized
+    python -m benchmarks.quantized --tiny    # a tiny model, to try the command
 
 The base is a random Llama in bfloat16, or in float32 if the processor has no instructions for that.
 bitsandbytes quantises all its projections. Bone and BAT of disha, and MiSS and LoRA of PEFT, train
@@ -21,7 +21,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.candidates import CANDIDATES, MODEL_SCALE
-from benchmarks.four_bits import quantise
+from benchmarks.four_bits import quantize
 from benchmarks.markdown import ratio_text, run_text, spread_text, table
 from benchmarks.memory import allocated_peak
 from benchmarks.protocol import Budget, R, Spread, compare, paired_ratios, slow_dtypes
@@ -35,7 +35,7 @@ COMPARED, OTHER = ("bone", "bat", "peft_miss", "peft_lora"), "peft_lora"
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, and print a table."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.quantised")
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.quantized")
     parser.add_argument("--tiny", action="store_true", help="a tiny model, to try the command")
     tiny = parser.parse_args(arguments).tiny
     sizes = (128, (8,), Budget(0.0, 2)) if tiny else (512, (64, 256), Budget(40.0, 9, 40))
@@ -63,7 +63,7 @@ def training_step(
 ) -> Callable[[], None]:
     """Return the step of an adapter over a base of its own."""
     torch.manual_seed(0)
-    model = quantise(llama(width).to(dtype), bits=bits)
+    model = quantize(llama(width).to(dtype), bits=bits)
     setattr(model, f"is_loaded_in_{bits}bit", True)  # PEFT asks
     CANDIDATES[name].adapt(model, projections(model), R)
     for parameter in trainable(model):

@@ -15,7 +15,7 @@ from torchao.quantization import Int8WeightOnlyConfig, quantize_, to_nf4
 from transformers import Trainer, TrainingArguments
 
 import disha
-from benchmarks.four_bits import quantise
+from benchmarks.four_bits import quantize
 from disha.finetune.base import load_base
 from disha.integrations.transformers import AdapterCheckpoints
 from disha.interop import lora
@@ -28,7 +28,7 @@ PROJECTIONS = r"self_attn\.._proj$"
 
 
 def four_bits(storage=torch.bfloat16):
-    return quantise(build("Mixtral", "grouped_mm", width=64, inner=32), storage)
+    return quantize(build("Mixtral", "grouped_mm", width=64, inner=32), storage)
 
 
 def other(kind):

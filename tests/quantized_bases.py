@@ -1,4 +1,4 @@
-"""Layers with opaque weights: real ones where they run on a CPU, else stand-ins.
+"""Layers with quantised weights: real ones where they run on a CPU, else stand-ins.
 
 A stand-in has the attributes of the library's class, and computes what it computes. Where nothing
 may read W but the forward, reading it fails.
