@@ -182,6 +182,11 @@ def base_note(name: str, bits: str, adapter: Path) -> str:
     return json.dumps({"base_model_name_or_path": name, "bits": bits})
 
 
+def notes_at(path: Path, notes: Mapping[str, str], base: str, bits: str) -> dict[str, str]:
+    """Return the notes for an adapter file at a path: those given, and that of its base."""
+    return {**notes, BASE_KEY: base_note(base, bits, path)}
+
+
 def noted_base(adapter: str | Path) -> tuple[str, str]:
     """Return the base that an adapter file notes, and its bits."""
     file = disha.inspect_adapter(adapter)

@@ -11,6 +11,7 @@ import shutil
 import tempfile
 import warnings
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +25,12 @@ from disha.errors import AdapterFileWarning, ArgumentError
 from disha.files import ADAPTER_NAME
 from disha.finetune.arguments import AdapterArguments, DataArguments, TrainingArguments
 from disha.finetune.base import (
-    BASE_KEY,
     FEW_BITS,
     TEMPLATE_KEY,
     TOKENS_KEY,
-    base_note,
     load_base,
     noted_base,
+    notes_at,
     template_at,
 )
 from disha.finetune.data import formed, load_rows, masks_answers, mixed
@@ -66,7 +66,7 @@ def run(
     _require_free(folder, training)
     trainer = _trainer(base, bits, adapter, data, training)
     try:
-        outcome = _trained(trainer, base, bits, folder)
+        outcome = _trained(trainer, folder)
     except KeyboardInterrupt:
         if get_last_checkpoint(folder):  # type: ignore[no-untyped-call]
             words = [word for word in argv if word != "--resume"]
@@ -157,6 +157,9 @@ def _trainer(
     rows = mixed(sets, data.data_weights, training.seed)
     if "messages" in rows.column_names and masks_answers(tokenizer):
         training.assistant_only_loss = True
+    notes[PROMPT_KEY] = "chat" if is_conversational(rows[0]) else "text"
+    # Each checkpoint holds the notes that the final file holds, so that commands can use it.
+    notes_of = partial(notes_at, notes=notes, base=base, bits=bits)
     _adapt(model, adapter, tokenizer)
     trainer = Trainer(
         model,
@@ -164,12 +167,12 @@ def _trainer(
         train_dataset=rows,
         eval_dataset=held_out or rows.select(range(len(rows))[:CHECKED_ROWS]),
         processing_class=tokenizer,
-        callbacks=[AdapterCheckpoints(model)],
+        callbacks=[AdapterCheckpoints(model, notes=notes_of)],
     )
     if training.early_stopping_patience:
         trainer.add_callback(EarlyStoppingCallback(training.early_stopping_patience))
     trainer.measured_on = "training" if held_out is None else "held-out"
-    trainer.notes = notes | {PROMPT_KEY: "chat" if is_conversational(rows[0]) else "text"}
+    trainer.notes_of = notes_of
     return trainer
 
 
@@ -211,7 +214,7 @@ def _adapt(model: Any, adapter: AdapterArguments, tokenizer: Any) -> None:
 # --- training ------------------------------------------------------------------------------------
 
 
-def _trained(trainer: Trainer, base: str, bits: str, folder: Path) -> Outcome:
+def _trained(trainer: Trainer, folder: Path) -> Outcome:
     """Train, save the adapter, and return what is left to prove and to report."""
     training = trainer.args
     if training.process_index == 0:
@@ -225,7 +228,7 @@ def _trained(trainer: Trainer, base: str, bits: str, folder: Path) -> Outcome:
     state = trainer.state
     saved_step = (training.load_best_model_at_end and state.best_global_step) or state.global_step
     path = folder / ADAPTER_NAME
-    notes = trainer.notes | {BASE_KEY: base_note(base, bits, path)}
+    notes = trainer.notes_of(path)
     disha.save_adapter(trainer.model, path, metadata=notes)
     if TOKENS_KEY in notes and training.process_index == 0:
         trainer.processing_class.save_pretrained(folder)

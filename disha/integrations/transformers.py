@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,13 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
-from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 import disha
 from disha.files import ADAPTER_NAME
 from disha.files.disk import OF_TORCH
 from disha.integrations.engines import kept_keys, leave_out_base
+from disha.model.state import adapter_tensors
 from disha.model.view import ModelView
 
 __all__ = ["AdapterCheckpoints"]
@@ -39,6 +41,14 @@ QUANTIZED = ("is_quantized", "is_loaded_in_4bit", "is_loaded_in_8bit")
 """What tells trainers that a model is quantised. They know adapters of PEFT only: `Trainer` refuses
 the model, and the trainers of `trl` cast all trainable parameters to bfloat16."""
 
+NotesAt = Callable[[Path], Mapping[str, str]]
+"""Takes the path of an adapter file, and returns the notes for its metadata."""
+
+
+def no_notes(path: Path) -> Mapping[str, str]:
+    """Return no notes, whatever the path."""
+    return {}
+
 
 class AdapterCheckpoints(TrainerCallback):
     """Makes `Trainer` save, resume and choose the adapter alone.
@@ -53,14 +63,16 @@ class AdapterCheckpoints(TrainerCallback):
     - `Trainer` accepts a quantised model;
     - `from_pretrained` of a checkpoint raises, and does not return a model without the adapter.
 
-    `model.safetensors` in a checkpoint holds the same values under the keys of the model's state
-    dict, because `Trainer` reads these. FSDP and DeepSpeed write and read files of their own. With
-    FSDP and ZeRO-3, only checkpoints hold `adapter.safetensors`, so call `disha.save_adapter` on
-    all ranks after training.
+    `model.safetensors.index.json` in a checkpoint leads `Trainer` to `adapter.safetensors`, so the
+    adapter is on disk once. FSDP and DeepSpeed write and read files of their own. With FSDP and
+    ZeRO-3, only checkpoints hold `adapter.safetensors`, so call `disha.save_adapter` on all ranks
+    after training.
 
     Args:
         model: a model of `transformers` with adapters.
         adapter: the name of the adapter to save.
+        notes: takes the path of an adapter file, and returns the metadata to save in it. Paths in
+            it can so be relative to the folder of the file.
 
     Raises:
         ArgumentError: the model has no such adapter, or another one is active and trains.
@@ -81,8 +93,10 @@ class AdapterCheckpoints(TrainerCallback):
         8
     """
 
-    def __init__(self, model: nn.Module, adapter: str = "default") -> None:
-        self._adapter = adapter
+    def __init__(
+        self, model: nn.Module, adapter: str = "default", notes: NotesAt = no_notes
+    ) -> None:
+        self._saving = _AdapterSaving(model, adapter, notes)
         self._kept = kept_keys(model, adapter)
         self._quantized = [flag for flag in QUANTIZED if getattr(model, flag, False)]
         for flag in self._quantized:  # hidden while the trainer is made
@@ -91,7 +105,8 @@ class AdapterCheckpoints(TrainerCallback):
         # count as missing, so that a checkpoint of the base can be loaded too.
         base = {key for key in model.state_dict() if ".disha." not in key}
         model._keys_to_ignore_on_save = base - self._kept  # type: ignore[assignment]
-        model.save_pretrained = _Saving(model, adapter)  # type: ignore[assignment]
+        model.save_pretrained = self._saving  # type: ignore[assignment]
+        model.register_load_state_dict_pre_hook(_FileKeys(adapter))  # type: ignore[no-untyped-call]
 
     def on_init_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         """Let the model be quantised again, and prepare the engine that writes checkpoints."""
@@ -105,18 +120,22 @@ class AdapterCheckpoints(TrainerCallback):
 
     def on_save(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         """Write the adapter of a sharded model, for which all ranks must act together."""
-        model = given["model"]
-        if ModelView(model).sharded:
-            folder = Path(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
-            disha.save_adapter(model, folder / ADAPTER_NAME, self._adapter)
+        if not ModelView(given["model"]).sharded:
+            return  # `save_pretrained` has written it
+        folder = Path(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
+        self._saving.write_adapter(folder)
+        if args.should_save:
+            # The engine reads its own files, and the adapter is in its file now.
+            (folder / SAFE_WEIGHTS_NAME).unlink(missing_ok=True)
 
 
 @dataclass
-class _Saving:
+class _AdapterSaving:
     """Stands for `model.save_pretrained`. It can be copied and pickled with the model."""
 
     model: nn.Module
     adapter: str
+    notes: NotesAt
 
     def __call__(
         self,
@@ -128,15 +147,49 @@ class _Saving:
         """Write the adapter into a folder. A sharded model comes with its state, gathered."""
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
-        state = state_dict or {}
-        if not ModelView(self.model).sharded:
-            disha.save_adapter(self.model, folder / ADAPTER_NAME, self.adapter)
-            state = disha.adapter_state_dict(self.model, self.adapter)
-        if is_main_process:
+        is_sharded = ModelView(self.model).sharded
+        if not is_sharded:
+            self.write_adapter(folder)
+        if not is_main_process:
+            return
+        if is_sharded:
             # Copies, because tied weights share memory.
+            state = state_dict or {}
             tensors = {key: value.to("cpu", copy=True).contiguous() for key, value in state.items()}
             save_file(tensors, folder / SAFE_WEIGHTS_NAME, OF_TORCH)
-            (folder / CONFIG_NAME).write_text(json.dumps(NO_MODEL))
+        else:
+            kept = disha.adapter_state_dict(self.model, self.adapter)
+            index = {"metadata": {}, "weight_map": {key: ADAPTER_NAME for key in kept}}
+            (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index))
+        (folder / CONFIG_NAME).write_text(json.dumps(NO_MODEL))
+
+    def write_adapter(self, folder: Path) -> None:
+        """Write the adapter file, with its notes."""
+        path = folder / ADAPTER_NAME
+        disha.save_adapter(self.model, path, self.adapter, metadata=self.notes(path))
+
+
+@dataclass
+class _FileKeys:
+    """Lets `load_state_dict` read an adapter file, to which the index of a checkpoint leads."""
+
+    adapter: str
+
+    def __call__(
+        self, model: nn.Module, state: dict[str, Tensor], prefix: str, *unused: Any
+    ) -> None:
+        """Give the tensors of a file the keys that they have in the model's state dict."""
+        parameters = model.state_dict(keep_vars=True)
+        in_file = {name: value for name, value in state.items() if name not in parameters}
+        if prefix or not in_file:
+            return
+        held = adapter_tensors(ModelView(model), self.adapter)
+        names = {id(tensor): name for name, tensor in held.items()}
+        for key, parameter in parameters.items():
+            name = names.get(id(parameter))
+            if name in in_file:
+                state[key] = in_file[name]
+                state.pop(name, None)
 
 
 def _set_aside_incomplete(output: Path) -> None:

@@ -444,6 +444,23 @@ def test_only_learned_positions_are_scored_on_a_cpu(words, finetune, tmp_path, m
     assert work < 0.95 * all_work
 
 
+def test_a_checkpoint_holds_what_the_final_file_holds(finetune, tmp_path, tiny, chatty, capsys):
+    words = ["--chat_template_path", chatty, "--new_tokens", "<think>"]
+    final = finetune(tmp_path / "out", *words, "--save_steps", 6).adapter
+    checkpoint = tmp_path / "out" / "checkpoint-6"
+    notes, expected = (dict(disha.inspect_adapter(path).metadata) for path in (checkpoint, final))
+    assert noted_base(checkpoint) == noted_base(final) == (str(tiny), "fp32")
+    assert {**notes, "base": ""} == {**expected, "base": ""}
+    assert {"prompt", "chat_template", "new_tokens"} < notes.keys()
+    said = []
+    for path in (checkpoint, final):
+        capsys.readouterr()
+        words = ["--adapter", str(path), "--prompt", "say two 3", "--max_new_tokens", "4"]
+        assert disha_command(["generate", *words]) == 0
+        said.append(capsys.readouterr().out)
+    assert said[0] == said[1]
+
+
 @pytest.mark.parametrize("tied", [True, False])
 def test_new_tokens(finetune, tmp_path, tied, capsys):
     """Two new tokens that stand in every answer: they are learned, generated, merged, converted."""
