@@ -159,7 +159,7 @@ class _AdapterSaving:
             save_file(tensors, folder / SAFE_WEIGHTS_NAME, OF_TORCH)
         else:
             kept = disha.adapter_state_dict(self.model, self.adapter)
-            index = {"metadata": {}, "weight_map": {key: ADAPTER_NAME for key in kept}}
+            index = {"metadata": {}, "weight_map": dict.fromkeys(kept, ADAPTER_NAME)}
             (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index))
         (folder / CONFIG_NAME).write_text(json.dumps(NO_MODEL))
 
