@@ -34,8 +34,11 @@ from disha.errors import AdapterFileError, ArgumentError
 from disha.files import ADAPTER_NAME, AdapterContents
 from disha.files.contents import blocks_only, read_contents, write_contents
 from disha.files.disk import require_free
-from disha.interop import image_lora, lora, peft
-from disha.interop.checkpoints import Checkpoint, base_shapes, base_weights, open_checkpoint
+from disha.interop import image_lora, peft
+from disha.interop.checkpoints.matching import base_shapes, base_weights
+from disha.interop.checkpoints.reading import Checkpoint, open_checkpoint
+from disha.interop.lora.reading import read_lora
+from disha.interop.lora.writing import write_lora
 from disha.interop.low_rank import LoraReport
 from disha.interop.peft_format import CONFIG_NAME
 from disha.text import counted
@@ -103,9 +106,7 @@ def _read_folder(path: Path, flags: Namespace, base: Checkpoint | None) -> Adapt
         raise AdapterFileError(f"{path} is of peft_type {method!r}, not {', '.join(PEFT_METHODS)}")
     saved = not flags.no_also_train
     if method == "LORA":
-        contents = lora.read_lora(
-            path, model_type=_config(base).get("model_type"), also_train=saved
-        )
+        contents = read_lora(path, model_type=_config(base).get("model_type"), also_train=saved)
     else:
         if base is None:
             raise ArgumentError(f"{path} does not tell the sizes of its layers; give --base")
@@ -144,7 +145,7 @@ def _write(
     _refuse_tied(flags.source, contents, base)
     weights = None if base is None else base_weights(base, contents)
     if flags.to == "lora":
-        return lora.write_lora(
+        return write_lora(
             flags.out,
             contents,
             rank=flags.rank,

@@ -2,14 +2,17 @@
 
 - `disk`: saves files, each of them whole, and opens them
 - `header`: the format of the header
-- `contents`: takes an adapter from a model or a file, and puts it into either
+- `contents`: reads an adapter from a file, or writes it, without its model
+- `saving` and `loading`: take an adapter out of a model, and put it into one
 - `combining`: `combine_adapters`
 """
 
 from disha.files.combining import combine_adapters
-from disha.files.contents import inspect_adapter, load_adapter, save_adapter
+from disha.files.contents import inspect_adapter
 from disha.files.disk import ADAPTER_NAME
 from disha.files.header import FORMAT, AdapterContents, AdapterFile
+from disha.files.loading import load_adapter
+from disha.files.saving import save_adapter
 from disha.model.records import LayerRecord
 
 __all__ = [

@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from disha import functional
 from disha.config import AdapterConfig, check_scale
 from disha.errors import ArgumentError, ArgumentTypeError
-from disha.files.contents import Source, adapter_contents, blocks_only, load_contents
+from disha.files.contents import blocks_only
 from disha.files.header import AdapterContents
+from disha.files.loading import Source, load_contents
+from disha.files.saving import adapter_contents
 from disha.functional import METHODS
 from disha.model.plan import check_addable
 from disha.model.records import LayerRecord

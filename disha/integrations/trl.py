@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 import disha
 from disha.errors import ArgumentError
-from disha.files.contents import adapter_contents, load_contents
+from disha.files.loading import load_contents
+from disha.files.saving import adapter_contents
 from disha.layers.adapted import refuse_merged
 from disha.model.control import checked_names
 from disha.model.view import ModelView

@@ -18,10 +18,11 @@ from torch import nn
 from disha.config import check_type
 from disha.errors import AdapterFileError, ArgumentError, ConversionError
 from disha.files import AdapterContents
-from disha.files.contents import adapter_contents, load_contents
 from disha.files.disk import PathLike, checked_path, opened, save_tensors
+from disha.files.loading import load_contents
+from disha.files.saving import adapter_contents
 from disha.functional import Layout
-from disha.interop.lora import MATRIX, tensors_of, unknown_to_lora
+from disha.interop.lora.writing import MATRIX, tensors_of, unknown_to_lora
 from disha.interop.low_rank import (
     CONV,
     BaseWeight,

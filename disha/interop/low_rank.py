@@ -24,7 +24,7 @@ from torch import Tensor
 from disha.config import AdapterConfig, check_positive_int
 from disha.errors import AdapterFileError, ArgumentError, ConversionError
 from disha.files import AdapterContents
-from disha.files.contents import Source
+from disha.files.loading import Source
 from disha.functional import METHODS, Layout
 from disha.functional.layouts import place_rows
 from disha.layers.weights import base_of

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 
 from disha.config import AdapterConfig, check_type
 from disha.errors import AdapterFileError, DishaError
-from disha.files.contents import adapter_contents, load_contents
 from disha.files.disk import PathLike, checked_path
 from disha.files.header import AdapterContents, reasons_against_blocks
+from disha.files.loading import load_contents
+from disha.files.saving import adapter_contents
 from disha.functional import Layout
 from disha.interop.low_rank import LoraLayer, LoraReport
 from disha.interop.peft_format import (

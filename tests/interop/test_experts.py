@@ -15,9 +15,10 @@ from torch import nn
 
 import disha
 from disha.cli import main
-from disha.files.contents import adapter_contents
+from disha.files.saving import adapter_contents
 from disha.functional import Layout
 from disha.interop import lora
+from disha.interop.lora.writing import write_lora
 from disha.model.view import ModelView
 from tests.conftest import assert_same, perturb, refused
 from tests.language_models import llama
@@ -139,7 +140,7 @@ def test_modules_that_peft_takes_for_experts_are_refused(tmp_path):
     with pytest.raises(disha.ConversionError, match=taken):
         lora.export(ours, tmp_path / "lora")
     with pytest.raises(disha.ConversionError, match=taken):
-        lora.write_lora(tmp_path / "lora", adapter_contents(ModelView(ours)))
+        write_lora(tmp_path / "lora", adapter_contents(ModelView(ours)))
     assert lora.export(ours, tmp_path / "lora", experts="separate").error == 0
 
 
@@ -221,7 +222,7 @@ def test_servers_refuse_what_was_trained_beside(tmp_path):
     with refused_export(tmp_path, ours, says):
         lora.export(ours, tmp_path / "lora", experts="separate")
     with refused_export(tmp_path, ours, says):
-        lora.write_lora(tmp_path / "lora", contents, experts="separate", model_type="mixtral")
+        write_lora(tmp_path / "lora", contents, experts="separate", model_type="mixtral")
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -282,9 +283,9 @@ def test_arguments(tmp_path):
         lora.export(ours, tmp_path / "lora", experts="separate")
     contents = adapter_contents(ModelView(ours))
     with refused_export(tmp_path, ours, "which is unknown here; known are mixtral"):
-        lora.write_lora(tmp_path / "lora", contents, experts="separate")
+        write_lora(tmp_path / "lora", contents, experts="separate")
     with refused_export(tmp_path, ours, "is 'expert in out'"):
-        lora.write_lora(tmp_path / "lora", contents, experts="separate", model_type="mixtral")
+        write_lora(tmp_path / "lora", contents, experts="separate", model_type="mixtral")
 
 
 def test_an_adapter_for_other_experts_is_refused(tmp_path):
@@ -320,7 +321,7 @@ def test_without_the_model_the_folder_is_the_same(tmp_path):
     for form in ("stacked", "separate"):
         lora.export(ours, tmp_path / "model", experts=form)
         contents = adapter_contents(ModelView(ours))
-        lora.write_lora(tmp_path / "file", contents, experts=form, model_type="gpt_oss")
+        write_lora(tmp_path / "file", contents, experts=form, model_type="gpt_oss")
         assert_same(tensors_of(tmp_path / "file"), tensors_of(tmp_path / "model"))
 
 
@@ -328,7 +329,7 @@ def test_without_the_model_the_folder_is_the_same(tmp_path):
 def test_stacks_that_peft_may_transpose_are_refused_without_the_model(tmp_path, model_type):
     contents = adapter_contents(ModelView(adapted(build("GPT-OSS", "eager"), ONLY_EXPERTS)))
     with pytest.raises(disha.ConversionError, match=r"take its inputs for its outputs"):
-        lora.write_lora(tmp_path / "lora", contents, model_type=model_type)
+        write_lora(tmp_path / "lora", contents, model_type=model_type)
     assert not (tmp_path / "lora").exists()
 
 
@@ -373,4 +374,4 @@ def test_other_stacks_have_no_place_in_a_lora(tmp_path):
         tensors = {layer.key: contents.tensors[former.key]}
         changed = dataclasses.replace(contents, layers=(layer,), tensors=tensors)
         with pytest.raises(disha.ConversionError, match="LoRA can't express 1 of 1 layer"):
-            lora.write_lora(tmp_path / "lora", changed)
+            write_lora(tmp_path / "lora", changed)

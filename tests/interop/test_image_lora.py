@@ -17,7 +17,8 @@ from torch import nn
 
 import disha
 from disha.cli import main
-from disha.files.contents import adapter_contents, read_contents
+from disha.files.contents import read_contents
+from disha.files.saving import adapter_contents
 from disha.interop import image_lora, lora
 from disha.model.view import ModelView
 from tests.conftest import assert_same, assert_unchanged, perturb, snapshot

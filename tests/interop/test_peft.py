@@ -28,7 +28,9 @@ from disha import (
     DishaError,
 )
 from disha.files import disk
-from disha.files.contents import adapter_contents, load_contents, read_contents, write_contents
+from disha.files.contents import read_contents, write_contents
+from disha.files.loading import load_contents
+from disha.files.saving import adapter_contents
 from disha.interop import peft as miss
 from disha.interop.peft import export, load, read_folder, write_folder
 from disha.interop.peft_format import anchored, exact_targets

@@ -11,9 +11,10 @@ from torch import nn
 
 import disha
 from disha import ConversionError
-from disha.files.contents import adapter_contents
+from disha.files.saving import adapter_contents
 from disha.interop import lora
 from disha.interop import peft as miss
+from disha.interop.lora.writing import write_lora
 from disha.model.view import ModelView
 from tests.conftest import Doubled, Layered, Made, Shared, Tied, perturb, refused
 from tests.peft_models import (
@@ -76,7 +77,7 @@ def test_layers_that_peft_would_not_apply_are_refused(tmp_path, case, form):
     ours = perturb(disha.inject_adapters(copy.deepcopy(base), target, 2))
     refused_to_export(tmp_path, form, ours, message)
     # An adapter away from its model does not show it, so the check is needed.
-    write = {miss: miss.write_folder, lora: lora.write_lora}[form]
+    write = {miss: miss.write_folder, lora: write_lora}[form]
     write(tmp_path, adapter_contents(ModelView(ours)))
     theirs = PeftModel.from_pretrained(copy.deepcopy(base), str(tmp_path)).eval()
     with torch.no_grad():

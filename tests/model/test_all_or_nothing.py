@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import disha
-from disha.files import contents
+from disha.files import loading
 from disha.layers import gradient_flags as flags
 from disha.layers.blocks import AdapterBlock, Adapters
 from disha.model import check, inject, merge, running_statistics, state
@@ -19,7 +19,7 @@ STEPS = [
     *((Adapters, name) for name in ("__init__", "add", "discard", "activate")),
     *((AdapterBlock, name) for name in ("reconfigure", "set_scale", "update")),
     *((merge, name) for name in ("_replace", "_note_merged", "_merged", "_restored")),
-    *((module, "write") for module in (state, contents, check, running_statistics)),
+    *((module, "write") for module in (state, loading, check, running_statistics)),
 ]
 """The functions whose calls are the steps of operations."""
 

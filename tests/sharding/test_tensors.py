@@ -12,7 +12,7 @@ from torch import nn
 from torch.distributed.tensor import Placement, Replicate, Shard
 
 import disha
-from disha.files.contents import adapter_contents
+from disha.files.saving import adapter_contents
 from disha.model.view import ModelView
 from disha.sharding.ranks import Ranks
 from disha.sharding.tensors import (

@@ -1,4 +1,4 @@
-"""Adapters and base checkpoints on disk: merging without the model, and whether they belong."""
+"""Merging an adapter file into a base checkpoint without the model."""
 
 import json
 import os
@@ -15,122 +15,21 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoConfig, AutoModelForImageTextToText
 
 import disha
 from disha import AdapterFileError, AdapterIOError, ArgumentError, ArgumentTypeError, MergeError
-from disha.interop import checkpoints
-from disha.interop.checkpoints import (
-    base_shapes,
-    base_weights,
-    merge_into_checkpoint,
-    misfits,
-    open_checkpoint,
-)
-from tests.conftest import Layered, assert_same, perturb
-from tests.language_models import SIZES, gpt2, llama
-from tests.whole.test_experts import build
-
-
-class Zoo(nn.Module):
-    """A layer of every layout, and one with rows; no size is a multiple of 3."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(11, 8)
-        self.padded = nn.Embedding(11, 8, padding_idx=4)
-        self.sliced = nn.Linear(8, 10)
-        self.recurrent = nn.LSTM(8, 5)
-        self.experts = nn.Parameter(torch.randn(4, 8, 5))
-        self.stacked = nn.Parameter(torch.randn(4, 5, 8))
-        self.proj = nn.Linear(8, 10)
-        self.conv = nn.Conv2d(8, 6, (3, 2), groups=2)
-        self.up = nn.ConvTranspose1d(10, 4, 3, groups=2)
-        self.packed = nn.MultiheadAttention(8, 2)
-        self.apart = nn.MultiheadAttention(8, 2, kdim=5, vdim=7)
-        self.norm = nn.LayerNorm(10)
-        self.register_buffer("steps", torch.tensor(3))
-        self.register_buffer("mask", torch.tensor([True, False, True]))
-        self.register_buffer("nothing", torch.zeros(0, 4))
-
+from disha.interop.checkpoints import merge_into_checkpoint, merging
+from tests.base_checkpoints import Setting, Zoo, save_sharded, tensors_in
+from tests.conftest import Layered, assert_same
 
 OTHERS = "padded|sliced|recurrent|experts|stacked"
+
+
 DECLARED = {
     "layouts": {"experts": "expert in out", "stacked": "expert out in"},
     "rows": {"sliced": [(1, 4), (6, 9)], "experts": [(2, 5)]},
 }
 """What of the zoo needs more than a target."""
-
-
-def save_sharded(state, folder, count, metadata=None):
-    """Write a state dict as shards with an index, tensors dealt out in turn."""
-    folder.mkdir(exist_ok=True)
-    names = sorted(state)
-    weight_map = {}
-    for number in range(count):
-        shard = f"model-{number + 1:05}-of-{count:05}.safetensors"
-        held = {name: state[name].contiguous() for name in names[number::count]}
-        save_file(held, folder / shard, metadata={"format": "pt"})
-        weight_map.update(dict.fromkeys(held, shard))
-    size = sum(tensor.nbytes for tensor in state.values())
-    index = {"metadata": metadata or {"total_size": size}, "weight_map": weight_map}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    return folder
-
-
-def tensors_in(path):
-    """Return all tensors of a checkpoint as a loader sees them: through its index."""
-    if path.is_file():
-        return load_file(path)
-    index = path / "model.safetensors.index.json"
-    if not index.exists():
-        return load_file(path / "model.safetensors")
-    weight_map = json.loads(index.read_text())["weight_map"]
-    found = {}
-    for shard in sorted(set(weight_map.values())):
-        held = load_file(path / shard)
-        assert {name for name in weight_map if weight_map[name] == shard} == set(held)
-        found.update(held)
-    return found
-
-
-def base_state(model):
-    state = model.state_dict().items()
-    return {name: value for name, value in state if "disha" not in name.split(".")}
-
-
-class Setting:
-    """A base checkpoint, an adapter file, and what merging in memory makes of the two."""
-
-    def __init__(self, folder, model, target="all-linear", r=3, shards=3, **arguments):
-        self.folder = folder
-        self.base = save_sharded(model.state_dict(), folder / "base", shards)
-        self.adapter = folder / "adapter.safetensors"
-        self.out = folder / "merged"
-        perturb(disha.inject_adapters(model, target, r, **arguments))
-        disha.save_adapter(model, self.adapter)
-        self.model = model
-
-    def change(self, **tensors):
-        """Write other tensors into the base; None takes one away."""
-        state = tensors_in(self.base) | tensors
-        kept = {name: tensor for name, tensor in state.items() if tensor is not None}
-        save_sharded(kept, self.base, 3)
-
-    def merge(self, **arguments):
-        return merge_into_checkpoint(self.base, self.adapter, self.out, **arguments)
-
-    def merged_in_memory(self):
-        disha.merge_adapters(self.model)
-        return base_state(self.model)
-
-    def listing(self):
-        return sorted(os.listdir(self.folder))
-
-
-@pytest.fixture
-def setting(tmp_path):
-    return Setting(tmp_path, Layered())
 
 
 class TestMergingIsWhatMergingInMemoryIs:
@@ -281,66 +180,6 @@ class TestWhatIsWritten:
         merge_into_checkpoint(snapshot, setting.adapter, setting.out)
         assert (setting.out / "config.json").read_text() == "{}"
         assert_same(tensors_in(setting.out), setting.merged_in_memory())
-
-
-class TestNames:
-    def merged_under(self, tmp_path, old, new, beside=(), **arguments):
-        """Merge into a checkpoint whose names have another prefix than the adapter's model."""
-        model = nn.ModuleDict({"net": Layered(), **dict(beside)})
-        setting = Setting(tmp_path, model, **arguments)
-        state = {
-            f"{new}{name.removeprefix(old)}": value
-            for name, value in tensors_in(setting.base).items()
-        }
-        save_sharded(state, setting.base, 2)
-        setting.merge()
-        expected = setting.merged_in_memory()
-        moved = {f"{new}{name.removeprefix(old)}": value for name, value in expected.items()}
-        assert_same(tensors_in(setting.out), moved)
-        return setting
-
-    def test_the_checkpoint_has_a_prefix_more(self, tmp_path):
-        inner = Layered().named_children()  # which end as those of the net do
-        setting = self.merged_under(tmp_path, "", "model.", inner, also_train="norm")
-        assert misfits(setting.base, setting.adapter) == []
-
-    def test_the_checkpoint_has_a_prefix_less(self, tmp_path):
-        self.merged_under(tmp_path, "net.", "")
-
-    def test_names_as_they_are_come_first(self, tmp_path):
-        setting = Setting(tmp_path, Layered())
-        state = tensors_in(setting.base)
-        twin = {f"twin.{name}": torch.zeros_like(value) for name, value in state.items()}
-        save_sharded(state | twin, setting.base, 2)
-        setting.merge()
-        assert_same(tensors_in(setting.out), setting.merged_in_memory() | twin)
-
-    def test_two_prefixes_that_lead_to_all_are_refused(self, tmp_path):
-        setting = Setting(tmp_path, Layered())
-        state = tensors_in(setting.base)
-        save_sharded(
-            {f"{p}.{n}": v.clone() for p in "ab" for n, v in state.items()}, setting.base, 2
-        )
-        with pytest.raises(AdapterFileError, match=r"several prefixes; it has a\.embed"):
-            setting.merge()
-        assert not setting.out.exists()
-
-    def test_what_is_missing_is_named_and_not_taken_from_another_part(self, tmp_path):
-        towers = nn.ModuleDict({"text": Layered(), "image": Layered()})
-        setting = Setting(tmp_path, towers, "q_proj", also_train="text.head")
-        state = tensors_in(setting.base)
-        one_tower = {name[5:]: value for name, value in state.items() if name.startswith("text.")}
-        layer, head = "text.layers.1.attn.q_proj.weight", "text.head.weight"
-        lacks = {
-            "image": one_tower,
-            layer: state | {layer: None} | {f"text.more.{n}": v + 0 for n, v in one_tower.items()},
-            rf"{layer}; it has image\.embed": state | {layer: None, f"{layer}.query": state[layer]},
-            f"{head}; .*If a weight is tied": state | {head: None, f"layers.0.{head}": state[head]},
-        }
-        for absent, stored in lacks.items():
-            save_sharded({n: v for n, v in stored.items() if v is not None}, setting.base, 1)
-            with pytest.raises(AdapterFileError, match=f"lacks {absent}"):
-                setting.merge(force=True)
 
 
 class TestRefused:
@@ -502,7 +341,7 @@ class TestFailure:
         def full(*_):
             raise OSError(28, "No space left on device")
 
-        monkeypatch.setattr(checkpoints, "save_file", full)
+        monkeypatch.setattr(merging, "save_file", full)
         with pytest.raises(AdapterIOError, match="No space left"):
             setting.merge(overwrite=True)
         assert_same(tensors_in(setting.out), before)
@@ -541,211 +380,6 @@ class TestFailure:
         setting.out = setting.folder / "a" / "b"
         with pytest.raises(AdapterIOError, match="can't save to"):
             setting.merge()
-
-
-class TestReading:
-    def test_one_file_goes_before_shards_as_in_transformers(self, setting):
-        save_file({"only": torch.ones(2)}, setting.base / "model.safetensors")
-        assert list(open_checkpoint(setting.base).files) == ["only"]
-
-    def test_what_is_no_checkpoint(self, setting):
-        for path in (setting.folder, setting.folder / "nowhere"):
-            with pytest.raises(AdapterIOError, match=r"holds neither|can't read"):
-                open_checkpoint(path)
-        shard = next(setting.base.glob("*.safetensors"))
-        shard.write_bytes(shard.read_bytes()[:-5])
-        with pytest.raises(AdapterFileError, match="not a complete safetensors file"):
-            setting.merge()
-
-
-class TestBelonging:
-    def test_all_is_well(self, tmp_path):
-        setting = Setting(tmp_path, Zoo(), "proj|embed|conv|up|packed|apart", also_train="norm")
-        assert misfits(setting.base, setting.adapter) == []
-
-    def test_a_base_in_another_dtype_is_the_same_base(self, setting):
-        state = {name: value.bfloat16() for name, value in tensors_in(setting.base).items()}
-        save_sharded(state, setting.base, 2)
-        assert misfits(setting.base, setting.adapter) == []
-
-    def test_everything_that_is_wrong_is_listed(self, setting):
-        state = tensors_in(setting.base)
-        state["layers.1.attn.v_proj.weight"] += 1
-        save_sharded(state, setting.base, 2)
-        key = "layers.1.attn.v_proj.weight"
-        values = f"{key}: has other values than the weight that the adapter was saved from"
-        assert misfits(setting.base, setting.adapter) == [values]
-        state["layers.0.attn.v_proj.weight"] = torch.zeros(8, 7)
-        state["layers.1.attn.q_proj.weight"] = torch.zeros(8, 8, dtype=torch.int8)
-        save_sharded(state, setting.base, 2)
-        shape, quantized, other = misfits(setting.base, setting.adapter)
-        assert shape.startswith("layers.0.attn.v_proj.weight: the weight has the shape (8, 7)")
-        assert quantized.startswith("layers.1.attn.q_proj.weight: is quantised or packed there")
-        assert other == values
-
-    def test_weights_and_shapes_by_the_names_of_the_adapter(self, tmp_path):
-        setting = Setting(tmp_path, Zoo(), "proj|packed", method="bat")
-        state = {f"model.{name}": one for name, one in tensors_in(setting.base).items()}
-        save_sharded(state, setting.base, 2)
-        checkpoint, header = open_checkpoint(setting.base), disha.inspect_adapter(setting.adapter)
-        weight = base_weights(checkpoint, header)
-        assert torch.equal(weight("proj"), state["model.proj.weight"])
-        with pytest.raises(disha.ConversionError, match="in_proj_weight is not the weight of a"):
-            weight("packed.q_proj")
-        shapes = base_shapes(checkpoint, ["proj.weight", "proj.bias"])
-        assert shapes == {"proj.weight": (10, 8), "proj.bias": (10,)}
-        state["model.proj.weight"] += 1
-        save_sharded(state, setting.base, 2)
-        with pytest.raises(AdapterFileError, match=r"proj\.weight: has other values"):
-            base_weights(open_checkpoint(setting.base), header)("proj")
-
-
-def merge_in(folder):
-    merge_into_checkpoint(folder / "base", folder / "adapter.safetensors", folder / "merged")
-
-
-TOWER = {**SIZES, "image_size": 8, "patch_size": 4}
-ROTATED = {"rope_type": "default", "mrope_section": [1, 1, 0]}  # which of a head's pairs turn
-VISION = {  # text, tower
-    "llava": ({"model_type": "llama"}, {"model_type": "clip_vision_model", **TOWER}),
-    "gemma3": ({"head_dim": 4}, {"vision_use_head": False, **TOWER}),
-    "qwen2_vl": ({"rope_scaling": ROTATED}, {"depth": 1, "embed_dim": 16, "hidden_size": 16}),
-}
-
-
-class TestTransformers:
-    def merged(self, tmp_path, model, save, adapt, target, dtype=torch.float32, **arguments):
-        """Merge into what `save` writes, in memory into `adapt`; return both, as one class."""
-        model.to(dtype)
-        save.save_pretrained(tmp_path / "base", max_shard_size="3KB")
-        assert len(list((tmp_path / "base").glob("*.safetensors"))) > 2
-        perturb(disha.inject_adapters(adapt, target, 5, **arguments))
-        disha.save_adapter(adapt, tmp_path / "adapter.safetensors")
-        merge_in(tmp_path)
-        loaded = type(save).from_pretrained(tmp_path / "merged", dtype=dtype)
-        disha.merge_adapters(adapt)
-        return loaded, save
-
-    def assert_same_model(self, loaded, model):
-        assert_same(loaded.state_dict(), base_state(model))
-        tokens = torch.arange(8).view(1, 8)
-        model.eval()
-        assert torch.equal(loaded(tokens)[0], model(tokens)[0])
-
-    @pytest.mark.parametrize(
-        ("name", "method", "dtype"),
-        [
-            ("llama", "bone", torch.bfloat16),
-            ("llama", "bat", torch.float32),
-            ("gpt2", "bone", torch.float32),
-            ("gpt2", "bat", torch.bfloat16),
-        ],
-    )
-    def test_from_pretrained_reads_the_merged_model(self, tmp_path, name, method, dtype):
-        model = {"gpt2": gpt2, "llama": llama}[name]()
-        target = "all-linear"
-        self.assert_same_model(
-            *self.merged(tmp_path, model, model, model, target, dtype, method=method)
-        )
-
-    def test_an_adapter_of_the_inner_model(self, tmp_path):
-        model = llama()
-        self.assert_same_model(*self.merged(tmp_path, model, model, model.model, "proj"))
-
-    def test_the_checkpoint_of_the_inner_model(self, tmp_path):
-        model = llama()
-        self.assert_same_model(*self.merged(tmp_path, model, model.model, model, "proj"))
-
-    @pytest.mark.parametrize("name", VISION)
-    def test_text_layers_that_have_other_names_in_the_model(self, tmp_path, name):
-        text, tower = VISION[name]
-        config = AutoConfig.for_model(name, text_config=SIZES | text, vision_config=tower)
-        model = AutoModelForImageTextToText.from_config(config)
-        merged = self.merged(tmp_path, model, model, model, "all-linear", also_train="norm")
-        self.assert_same_model(*merged)
-
-    def test_a_tied_embedding(self, tmp_path):
-        model = llama(tie_word_embeddings=True, pad_token_id=None)
-        self.assert_same_model(*self.merged(tmp_path, model, model, model, "embed_tokens"))
-
-    def test_a_tied_embedding_without_its_head_is_refused(self, tmp_path):
-        model = llama(tie_word_embeddings=True, pad_token_id=None)
-        with pytest.raises(MergeError, match="tied to an output head"):
-            self.merged(tmp_path, model, model, model, "embed_tokens", exclude="lm_head")
-
-
-SINGLE_EXPERTS = {"Mixtral": "bone", "Qwen3-MoE": "bat", "DeepSeek-V3": "bone", "OLMoE": "bat"}
-"""Models whose checkpoints store experts one by one."""
-
-
-class TestExpertsStoredOneByOne:
-    """`transformers` joins them as it loads the model, so the adapter names their stacks."""
-
-    @staticmethod
-    def saved(tmp_path, name, dtype=torch.float32, **arguments):
-        """A model of which the base and an adapter are saved."""
-        model = build(name, "eager").to(dtype)
-        model.save_pretrained(tmp_path / "base", max_shard_size="4KB")
-        assert len(list((tmp_path / "base").glob("*.safetensors"))) > 2
-        stored = open_checkpoint(tmp_path / "base").files
-        assert any(".experts.0." in key for key in stored)
-        perturb(disha.inject_adapters(model, r"experts\.\w+_proj$|o_proj", 3, **arguments))
-        disha.save_adapter(model, tmp_path / "adapter.safetensors")
-        return model
-
-    @pytest.mark.parametrize(("name", "method"), SINGLE_EXPERTS.items())
-    def test_merging_writes_what_transformers_writes(self, tmp_path, name, method):
-        dtype = torch.bfloat16 if name == "Mixtral" else torch.float32
-        model = self.saved(tmp_path, name, dtype, method=method)
-        assert misfits(tmp_path / "base", tmp_path / "adapter.safetensors") == []
-        merge_in(tmp_path)
-        disha.merge_adapters(model)
-        model.save_pretrained(tmp_path / "expected", state_dict=base_state(model))
-        assert_same(tensors_in(tmp_path / "merged"), tensors_in(tmp_path / "expected"))
-        assert not torch.equal(*(
-            next(value for key, value in tensors_in(tmp_path / folder).items() if ".1.w3" in key
-                 or ".1.up_proj" in key)
-            for folder in ("base", "merged")
-        ))  # fmt: skip
-
-    def test_a_stack_that_is_saved_beside_the_blocks(self, tmp_path):
-        model = self.saved(tmp_path, "Qwen3-MoE")
-        disha.remove_adapters(model)
-        disha.inject_adapters(model, "o_proj", 3, also_train=r"experts\.gate_up_proj")
-        with torch.no_grad():
-            model.model.layers[0].mlp.experts.gate_up_proj.add_(1)
-        disha.save_adapter(model, tmp_path / "adapter.safetensors")
-        merge_in(tmp_path)
-        before, after = tensors_in(tmp_path / "base"), tensors_in(tmp_path / "merged")
-        for key, value in before.items():
-            expected = value + (".experts." in key and "down" not in key)
-            torch.testing.assert_close(after[key], expected, rtol=0, atol=0)
-
-    def test_other_experts_are_another_base(self, tmp_path):
-        self.saved(tmp_path, "OLMoE")
-        state = tensors_in(tmp_path / "base")
-        key = next(key for key in state if ".experts.3.gate_proj" in key)
-        save_file(state | {key: state[key] + 1}, tmp_path / "other.safetensors")
-        [wrong] = misfits(tmp_path / "other.safetensors", tmp_path / "adapter.safetensors")
-        assert wrong.startswith("model.layers.0.mlp.experts.gate_up_proj: has other values")
-
-    def test_quantized_and_missing_experts_are_named(self, tmp_path):
-        self.saved(tmp_path, "Qwen3-MoE")
-        path, adapter = tmp_path / "other.safetensors", tmp_path / "adapter.safetensors"
-        state = {
-            key: value.to(torch.float8_e4m3fn) if ".experts." in key else value
-            for key, value in tensors_in(tmp_path / "base").items()
-        }
-        save_file(state, path)
-        found = misfits(path, adapter)
-        assert [one.partition(": is quantised")[0].rpartition(".")[2] for one in found] == [
-            "gate_up_proj",
-            "down_proj",
-        ]
-        del state[next(key for key in state if ".experts.0.down_proj" in key)]
-        save_file(state, path)
-        with pytest.raises(AdapterFileError, match=r"lacks model\.layers\.0\.mlp\.experts\.down_"):
-            misfits(path, adapter)
 
 
 MEMORY = """

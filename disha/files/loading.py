@@ -1,0 +1,344 @@
+"""Put an adapter into a model."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from disha.config import AdapterConfig, check_dtype
+from disha.errors import (
+    AdapterFileError,
+    AdapterFileWarning,
+    ArgumentError,
+)
+from disha.files.contents import read_contents
+from disha.files.disk import PathLike, file_at
+from disha.files.header import (
+    AdapterContents,
+)
+from disha.files.saving import base_fingerprint, describe_block
+from disha.layers.blocks import check_adapter_name
+from disha.layers.weights import start_of
+from disha.model import running_statistics
+from disha.model.fingerprints import same_base
+from disha.model.inject import apply_plan
+from disha.model.plan import plan_weights
+from disha.model.records import LayerRecord
+from disha.model.state import LoadReport, adapter_tensors, check_fit
+from disha.model.view import ModelBlock, ModelView, all_or_nothing
+from disha.sharding.tensors import write
+from disha.sharding.zero import whole_shape
+from disha.text import counted, first_few, join, printable
+
+Source = Path | str  # where an adapter came from, for errors
+
+
+def load_adapter(
+    model: nn.Module,
+    path: PathLike,
+    adapter: str = "default",
+    *,
+    layers: str | None = None,
+    also_train: bool = True,
+    replace: bool = False,
+    dtype: torch.dtype | None = None,
+    freeze: bool = True,
+    activate: bool = True,
+) -> LoadReport:
+    """Load an adapter file into a model, injecting the layers that it describes.
+
+    The file says which layers are adapted and how, so the model can be a plain one. If it has
+    adapters already, the loaded one is added and becomes the active one.
+
+    A model inside DDP or FSDP can't get new layers: load first and wrap afterwards, or load with
+    `replace=True`. Call this on all ranks. If anything is wrong on one rank, all ranks raise, and
+    no model changes.
+
+    Args:
+        model: the base model, or one that has other adapters.
+        path: the file, or a folder with a file `adapter.safetensors`.
+        adapter: the name that the adapter gets in this model.
+        layers: a regex, searched in the names of the layers; only matching layers are loaded.
+        also_train: also set the parameters and running statistics that the file holds. They can
+            belong to only one adapter: if another one has changed them, this raises.
+        replace: if the model has an adapter of that name, copy the file's values into it, in place
+            (hot swap). The shapes must agree, or the file's r divides the model's (Bone, tile).
+            Without `layers`, layers that the file lacks get zeros, and running statistics the
+            values of the base. `also_train` parameters that it lacks keep their values.
+        dtype: dtype of the blocks; the file's by default.
+        freeze: freeze all parameters that belong to no adapter, as `inject_adapters` does.
+        activate: make a new adapter the only active one.
+
+    Returns:
+        A `LoadReport` of the keys that were loaded.
+
+    Raises:
+        AdapterIOError: the file can't be read.
+        AdapterFileError: it is not a valid adapter file, or does not fit the model; the message
+            lists every reason.
+        ArgumentError: the name is taken and `replace` is not set, or no layer's name matches
+            `layers`.
+        ModeError: adapters are merged (`MergeError`), or in a context.
+
+    The model is unchanged whenever this raises.
+
+    Warns:
+        AdapterFileWarning: the adapter was saved from other base weights.
+
+    Examples:
+        >>> import tempfile, pathlib
+        >>> from torch import nn
+        >>> import disha
+        >>> model = disha.inject_adapters(nn.Sequential(nn.Linear(8, 16)), "0", r=4)
+        >>> base = nn.Sequential(nn.Linear(8, 16))
+        >>> base.load_state_dict(model.state_dict(), strict=False).missing_keys
+        []
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = pathlib.Path(folder, "adapter.safetensors")
+        ...     disha.save_adapter(model, path)
+        ...     disha.load_adapter(base, path).matched
+        ('0.bone_block',)
+    """
+    view = ModelView(model)
+    with view.ranks.agreeing(f"load a file as adapter {adapter!r}"):
+        contents = read_contents(file_at(path), also_train=also_train, layers=layers)
+    return load_contents(
+        view,
+        contents.path,
+        contents,
+        adapter,
+        replace=replace,
+        partial=layers is not None,
+        dtype=dtype,
+        freeze=freeze,
+        activate=activate,
+    )
+
+
+@dataclass(frozen=True)
+class _Incoming:
+    """An adapter on its way into a model, under a name. All keys are the model's."""
+
+    view: ModelView
+    adapter: str
+    source: Source
+    config: AdapterConfig
+    layers: dict[str, LayerRecord]
+    tensors: dict[str, Tensor]
+
+    def blocks(self) -> Iterator[tuple[ModelBlock, LayerRecord]]:
+        """Iterate over the model's blocks for which the adapter has one."""
+        for model_block in self.view.blocks(self.adapter):
+            record = self.layers.get(join(model_block.name, model_block.block.parameter_name))
+            if record is not None:
+                yield model_block, record
+
+
+def load_contents(
+    view: ModelView,
+    source: Source,
+    contents: AdapterContents,
+    adapter: str,
+    *,
+    replace: bool = False,
+    partial: bool = False,
+    dtype: torch.dtype | None = None,
+    freeze: bool,
+    activate: bool = True,
+    around: ExitStack | None = None,
+) -> LoadReport:
+    """Put an adapter into a model, as `load_adapter` does; a `partial` one leaves other layers."""
+    with all_or_nothing(view, around) as undo:
+        replaces = replace and adapter in view.adapters
+        with view.ranks.agreeing(f"load a file as adapter {adapter!r}"):
+            check_adapter_name(adapter)
+            view.refuse_inside("load an adapter")
+            incoming = _under_model_names(view, adapter, source, contents)
+            if replaces:
+                if dtype is not None:
+                    raise ArgumentError(
+                        "replace=True keeps the blocks with their dtype; leave dtype out"
+                    )
+                _widen(incoming)
+                targets = _checked_targets(incoming, _differences(incoming))
+            else:
+                targets = _add(incoming, dtype, freeze, activate, undo)
+        for key, target in targets.items():
+            write(target, incoming.tensors[key], undo)
+        if replaces and not partial:
+            _reset_the_rest(incoming, undo)
+        _take_settings(incoming, undo)
+        _warn_of_other_base(incoming)
+    return LoadReport(matched=tuple(incoming.tensors))  # if a key did not fit, this has raised
+
+
+def _add(
+    incoming: _Incoming, dtype: torch.dtype | None, freeze: bool, activate: bool, undo: ExitStack
+) -> dict[str, Tensor]:
+    """Add an adapter with its blocks, and return the other tensors of the model that it sets."""
+    view = incoming.view
+    adapter = incoming.adapter
+    layers = incoming.layers
+    if adapter in view.adapters:
+        raise ArgumentError(
+            f"the model has an adapter {adapter!r} already; load under another name (adapter=), or "
+            "pass replace=True"
+        )
+    check_dtype(dtype)
+    statistics = running_statistics.statistics(view.names)
+    also_train = sorted(incoming.tensors.keys() - layers.keys() - statistics.keys())
+    try:
+        plan = plan_weights(
+            view,
+            adapter,
+            incoming.config,
+            layers.values(),
+            incoming.tensors,
+            also_train,
+            dtype=dtype,
+            freeze=freeze,
+        )
+    except ArgumentError as error:
+        raise AdapterFileError(f"{incoming.source}: {error}") from error
+    apply_plan(view, plan, undo, activate=activate)
+    targets = _checked_targets(incoming, _overwritten(incoming))
+    return {key: target for key, target in targets.items() if key not in layers}
+
+
+def _under_model_names(
+    view: ModelView, adapter: str, source: Source, contents: AdapterContents
+) -> _Incoming:
+    """Return an adapter with the first name of everything that has several in the model."""
+    first = {name: aliases[0] for aliases in view.names.values() for name in aliases}
+
+    def first_name(name: str) -> str:
+        """Return the name of a module, or of a weight or a buffer in one."""
+        module, _, below = name.rpartition(".")
+        return first.get(name) or join(first.get(module, module), below)
+
+    parameters = view.parameters_by_name
+    keys = {
+        key: parameters[key].name if key in parameters else first_name(key)
+        for key in contents.also_train
+    }
+    layers = {}
+    for record in contents.layers:
+        name = first_name(record.name)
+        renamed = record if name == record.name else replace(record, name=name)
+        keys[record.key] = renamed.key
+        layers[renamed.key] = renamed
+    given: dict[str, str] = {}
+    for key, model_key in keys.items():
+        if given.setdefault(model_key, key) != key:
+            raise AdapterFileError(
+                f"{source}: {given[model_key]} and {key} are one parameter in the model; nothing "
+                "was loaded. Leave out one of them"
+            )
+    values = {keys[key]: tensor for key, tensor in contents.tensors.items()}
+    return _Incoming(view, adapter, source, contents.config, layers, values)
+
+
+def _widen(incoming: _Incoming) -> None:
+    """Give an adapter the shard sizes of the model's adapter, where that is exact."""
+    for (*_, block), record in incoming.blocks():
+        if record.r == block.r:
+            continue
+        key = record.key
+        narrow = incoming.tensors[key]
+        wider = block.method.wider_block(record.layout, narrow, record.r, block.r)
+        if wider is not None:
+            incoming.layers[key] = replace(record, r=block.r)
+            incoming.tensors[key] = wider
+
+
+def _differences(incoming: _Incoming) -> list[str]:
+    """Return how the blocks that it replaces differ from its own, but for scales and bases."""
+    borrowers = incoming.view.borrowers()
+    found = []
+    for model_block, theirs in incoming.blocks():
+        mine = describe_block(model_block, borrowers[model_block.block], base=False)
+        found += [
+            f"{mine.name}: {field} is {getattr(theirs, field)} in the file and {value} in the model"
+            for field, value in vars(mine).items()
+            if field not in ("scale", "base") and getattr(theirs, field) != value
+        ]
+    return found
+
+
+def _overwritten(incoming: _Incoming) -> list[str]:
+    """Return the running statistics that it would change although another adapter has its own."""
+    return [
+        f"{name}: another adapter has changed it, and it can belong to only one; to load the "
+        "layers alone, pass also_train=False"
+        for name, (now, _) in running_statistics.changed_statistics(incoming.view.names).items()
+        if name in incoming.tensors and not torch.equal(incoming.tensors[name].to(now), now)
+    ]
+
+
+def _checked_targets(incoming: _Incoming, differences: Sequence[str]) -> dict[str, Tensor]:
+    """Return key -> the model's tensor; raise unless it has all, and they can hold the values."""
+    view = incoming.view
+    adapter = incoming.adapter
+    known = running_statistics.statistics(view.names) | adapter_tensors(view, adapter)
+    report = replace(check_fit(known, incoming.tensors), missing=())  # these keep their values
+    reasons = [*differences] if report.complete else [str(report), *differences]
+    if reasons:
+        raise AdapterFileError(
+            f"{incoming.source} does not fit the model's adapter {adapter!r}; nothing was loaded:\n"
+            f"{first_few(reasons, 20)}"
+        )
+    return {key: known[key] for key in incoming.tensors}
+
+
+def _take_settings(incoming: _Incoming, undo: ExitStack) -> None:
+    """Give the blocks the configuration and the scales of the adapter, but the r of the model."""
+    config = incoming.config
+
+    @cache  # the blocks of an adapter share few configurations
+    def with_sizes_of(former: AdapterConfig) -> AdapterConfig:
+        return config.changed(r=former.r, rank_pattern=former.rank_pattern)
+
+    for (*_, block), record in incoming.blocks():
+        former = block.config
+        if former is not config and record.method == config.method:  # new blocks have it
+            undo.callback(block.reconfigure, former)
+            block.reconfigure(with_sizes_of(former))
+        if block.scale != record.scale:
+            undo.callback(block.set_scale, block.scale)
+            block.set_scale(record.scale)
+
+
+def _reset_the_rest(incoming: _Incoming, undo: ExitStack) -> None:
+    """Give the base's values to the statistics and layers that the adapter lacks."""
+    running_statistics.put_back_statistics(incoming.view.names, undo, incoming.tensors)
+    for name, layer, _, block in incoming.view.blocks(incoming.adapter):
+        if join(name, block.parameter_name) not in incoming.layers:
+            start = start_of(layer, block)
+            zeros = block.block.new_zeros(whole_shape(block.block))
+            write(block.block, zeros if start is None else start, undo)
+
+
+def _warn_of_other_base(incoming: _Incoming) -> None:
+    known = {}
+    for model_block, record in incoming.blocks():
+        if record.base is not None:
+            base = base_fingerprint(model_block)
+            if base is not None:
+                known[model_block.name] = same_base(record.base, base)
+    other = [name for name, is_same in known.items() if not is_same]
+    if other:
+        layers = printable(first_few(other, 3, ", "))
+        warnings.warn(
+            f"{printable(str(incoming.source))} was saved from other base weights than the model's "
+            f"in {len(other)} of {counted(len(known), 'layer')} ({layers}): load the base that it "
+            "was trained on, without the adapter merged into it",
+            AdapterFileWarning,
+            stacklevel=4,
+        )

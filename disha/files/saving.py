@@ -1,0 +1,193 @@
+"""Take an adapter out of a model, and save it."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from disha.errors import (
+    AdapterStateError,
+    ArgumentTypeError,
+)
+from disha.files.contents import write_contents
+from disha.files.disk import PathLike, file_at
+from disha.files.header import (
+    AdapterContents,
+)
+from disha.functional import METHODS
+from disha.layers.weights import base_of, is_packed, weight_shape
+from disha.model.fingerprints import fingerprint
+from disha.model.records import LayerRecord
+from disha.model.state import adapter_tensors, finite_as
+from disha.model.view import ModelBlock, ModelView
+from disha.sharding.tensors import gathered
+from disha.sharding.zero import present
+from disha.text import counted, first_few
+
+
+def save_adapter(
+    model: nn.Module,
+    path: PathLike,
+    adapter: str = "default",
+    *,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Write an adapter, and nothing else of the model, to one safetensors file.
+
+    The adapter is its blocks, the parameters of `also_train`, all others that require gradients (of
+    which it warns), and the running statistics of norms that training has changed. An existing
+    file stays until the new one is complete. The same adapter gives the same bytes, also from a
+    wrapped, sharded or merged model.
+
+    If `fully_shard` has sharded the model, call this on all ranks: they gather the adapter, and the
+    first one writes the file. Otherwise, also under DDP, rank 0 is enough.
+
+    Args:
+        model: a model with adapters.
+        path: the file to write. For a folder (it exists, or the path ends with a slash), the file
+            is `adapter.safetensors` in it.
+        adapter: the adapter's name. The file does not contain it.
+        metadata: your notes, str -> str.
+
+    Raises:
+        AdapterIOError: the file can't be written. An existing file is unchanged.
+        AdapterStateError: the adapter holds values that are not finite, or has no values (on the
+            meta device), or its blocks differ in method or r_out.
+        ArgumentError: there is no such adapter.
+        ArgumentTypeError: the metadata is not str -> str.
+
+    Warns:
+        UserWarning: parameters train, and so are saved, that `also_train` does not name.
+
+    Examples:
+        >>> import tempfile
+        >>> from torch import nn
+        >>> import disha
+        >>> model = disha.inject_adapters(nn.Sequential(nn.Linear(8, 16)), "0", r=4)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     disha.save_adapter(model, f"{folder}/adapter.safetensors")
+        ...     list(disha.inspect_adapter(folder).tensors)
+        ['0.bone_block']
+    """
+    view = ModelView(model)
+    ranks = view.ranks
+    action = f"save adapter {adapter!r}"
+    with ranks.agreeing(action):
+        view.require(adapter)
+        target = file_at(path)
+    contents = adapter_contents(view, adapter, metadata)
+    with ranks.agreeing(action):
+        if ranks.writes:
+            if Path(path) != target:  # the user named a folder
+                target.parent.mkdir(exist_ok=True)
+            write_contents(target, contents)
+            _warn_of_others(view, adapter)
+
+
+def _warn_of_others(view: ModelView, adapter: str) -> None:
+    """Name the parameters that were saved because they train, although nobody asked for it."""
+    others = [parameter.name for parameter in view.trained(adapter) if not parameter.is_claimed()]
+    if others:
+        warnings.warn(
+            f"the file of adapter {adapter!r} also holds {counted(len(others), 'parameter')} that "
+            f"also_train does not name, because they train: {first_few(others, 3, ', ')}. To save "
+            "without them, freeze them (mark_only_adapters_trainable)",
+            stacklevel=3,
+        )
+
+
+def adapter_contents(
+    view: ModelView,
+    adapter: str = "default",
+    metadata: Mapping[str, str] | None = None,
+    *,
+    base: bool = True,
+) -> AdapterContents:
+    """Return an adapter of a model, on the CPU; collective. Without `base`, no fingerprints."""
+    ranks = view.ranks
+    action = f"take adapter {adapter!r} out of the model"
+    with ranks.agreeing(action):
+        notes = dict(metadata or {})
+        if not all(isinstance(text, str) for note in notes.items() for text in note):
+            raise ArgumentTypeError(f"metadata must be a dict of str -> str, got {metadata!r}")
+        held = adapter_tensors(view, adapter)
+        meta = [key for key, tensor in held.items() if tensor.is_meta]
+        if meta:
+            raise AdapterStateError(
+                f"adapter {adapter!r} is on the meta device ({meta[0]}); give the model values "
+                "first"
+            )
+    tensors = {key: gathered(tensor).detach().cpu() for key, tensor in held.items()}
+    blocks = view.blocks(adapter)
+    borrowers = view.borrowers()
+    layers = tuple(
+        describe_block(model_block, borrowers[model_block.block], base=base)
+        for model_block in blocks
+    )
+    with ranks.agreeing(action):
+        _check_can_be_loaded(adapter, layers, tensors)
+    keys = {record.key for record in layers}
+    configs = [model_block.block.config for model_block in blocks]
+    return AdapterContents(
+        # That of new rows (`replaces`) only if there is no other.
+        config=min(configs, key=lambda config: METHODS[config.method].replaces),
+        layers=layers,
+        also_train=tuple(sorted(tensors.keys() - keys)),
+        tensors=tensors,
+        metadata=notes,
+    )
+
+
+def describe_block(model_block: ModelBlock, tied: Iterable[str], *, base: bool) -> LayerRecord:
+    """Return what a file says of a block; without `base`, no fingerprint."""
+    block = model_block.block
+    slot = block.slot
+    geometry = slot.layout.geometry(weight_shape(model_block.layer, slot), slot.rows)
+    return LayerRecord(
+        name=model_block.name,
+        method=block.method.name,
+        r=block.r,
+        r_out=block.config.r_out,
+        in_features=geometry.in_features,
+        out_features=geometry.out_features,
+        scale=block.scale,
+        base=base_fingerprint(model_block) if base else None,
+        layout=slot.layout,
+        rows=slot.rows,
+        tied=tuple(tied),
+    )
+
+
+def base_fingerprint(model_block: ModelBlock) -> str | None:
+    """Return the fingerprint of an adapted weight's original, or None if it is quantised."""
+    slot = model_block.block.slot
+    # Quantised values depend on how it is done, but an adapter fits all ways. New rows fit all.
+    if (
+        slot.quantized
+        or is_packed(model_block.layer, slot.parameter)
+        or model_block.block.method.replaces
+    ):
+        return None
+    return fingerprint(slot.layout.part(present(base_of(model_block.layer, slot)), slot.rows))
+
+
+def _check_can_be_loaded(
+    adapter: str, layers: Sequence[LayerRecord], tensors: Mapping[str, Tensor]
+) -> None:
+    methods = {
+        (record.method, record.r_out) for record in layers if not METHODS[record.method].replaces
+    }
+    if len(methods) > 1:
+        raise AdapterStateError(
+            f"adapter {adapter!r} has blocks of different methods or r_out, and a file holds one; "
+            "give each method its own adapter"
+        )
+    broken = [key for key, tensor in tensors.items() if not finite_as(tensor, tensor.dtype)]
+    if broken:
+        raise AdapterStateError(
+            f"adapter {adapter!r} holds values that are not finite (NaN or infinity) in "
+            f"{first_few(broken, 5, ', ')}; go back to an earlier checkpoint"
+        )

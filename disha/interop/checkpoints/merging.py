@@ -1,0 +1,271 @@
+"""Merge an adapter file into a base checkpoint."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from disha import functional
+from disha.config import check_scale
+from disha.errors import (
+    ArgumentError,
+    MergeError,
+)
+from disha.files import AdapterContents
+from disha.files.contents import read_contents
+from disha.files.disk import OF_TORCH, PathLike, checked_path, opened, require_free, save
+from disha.functional import METHODS
+from disha.interop.checkpoints.matching import find_keys, find_misfits, refuse
+from disha.interop.checkpoints.reading import CONFIG, INDEX, SINGLE, Checkpoint, open_checkpoint
+from disha.model.fingerprints import fingerprint
+from disha.model.records import LayerRecord
+from disha.model.state import finite_as
+from disha.text import counted, printable
+
+SUFFIX = ".safetensors"
+
+WEIGHTS = (".safetensors", ".index.json", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5")
+"""Endings of the names of weight files and their indexes, which are not copied."""
+
+
+@dataclass(frozen=True)
+class MergedCheckpoint:
+    """What `merge_into_checkpoint` has written; printable.
+
+    Attributes:
+        path: the folder or the file.
+        layers: the adapter's layers, all merged.
+        replaced: tensors that were replaced by parameters saved with the blocks.
+    """
+
+    path: Path
+    layers: tuple[str, ...]
+    replaced: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return (
+            f"{printable(str(self.path))}: {counted(len(self.layers), 'layer')} merged, "
+            f"{counted(len(self.replaced), 'tensor')} replaced"
+        )
+
+
+def merge_into_checkpoint(
+    base: PathLike,
+    adapter_path: PathLike,
+    out: PathLike,
+    *,
+    also_train: bool = True,
+    scale: float | None = None,
+    force: bool = False,
+    overwrite: bool = False,
+) -> MergedCheckpoint:
+    """Write a copy of a base checkpoint with an adapter merged into its weights.
+
+    W becomes W + s * dW, computed in float32 (float64 for float64 weights) and rounded once: bit
+    for bit what `merge_adapters` computes. Parameters saved with the blocks replace the base's.
+
+    The copy has the same tensor names, shards and other files as the base, except for weights in
+    other formats, so any loader of the base reads it. It appears at `out` when it is complete. If
+    the merge fails, nothing changes. The base never changes.
+
+    Args:
+        base: one safetensors file; or a folder with a `model.safetensors`, or with shards and a
+            `model.safetensors.index.json`.
+        adapter_path: the adapter file. The base has its weights under their names, or these begin
+            otherwise there, with some modules more or less, or in another order.
+        out: the folder to write. If it ends with `.safetensors`, the file to write, which then
+            holds all tensors. In a folder, a base that is one file becomes `model.safetensors`.
+        also_train: also merge the parameters saved with the blocks.
+        scale: runtime scale s of all layers, in place of the adapter's own.
+        force: merge even if the adapter was saved from other weights, or if an adapted embedding
+            may be tied to an output head.
+        overwrite: replace an existing checkpoint.
+
+    Returns:
+        A `MergedCheckpoint`.
+
+    Raises:
+        AdapterIOError: a file can't be read or written.
+        AdapterFileError: the adapter or the checkpoint is damaged, or they don't belong together.
+        MergeError: an adapted embedding may be tied, or a merged weight is not finite.
+        ArgumentError: an argument is out of range, or something is at `out` already.
+
+    Source: arXiv 2409.15371, section 3.
+
+    Examples:
+        >>> import pathlib, tempfile
+        >>> from safetensors.torch import load_file, save_file
+        >>> from torch import nn
+        >>> import disha
+        >>> from disha.interop.checkpoints import merge_into_checkpoint
+        >>> model = nn.Sequential(nn.Linear(8, 16))
+        >>> with tempfile.TemporaryDirectory() as name:
+        ...     folder = pathlib.Path(name)
+        ...     save_file(model.state_dict(), folder / "base.safetensors")
+        ...     model = disha.inject_adapters(model, "0", r=4, init="kaiming")
+        ...     disha.save_adapter(model, folder / "adapter")
+        ...     out = folder / "merged.safetensors"
+        ...     _ = merge_into_checkpoint(folder / "base.safetensors", folder / "adapter", out)
+        ...     merged = load_file(out)
+        >>> disha.merge_adapters(model)
+        >>> bool((merged["0.weight"] == model[0].weight).all())
+        True
+    """
+    if scale is not None:
+        scale = check_scale(scale)
+    out = checked_path(out)
+    checkpoint = open_checkpoint(base)
+    _check_target(out, checkpoint, overwrite)
+    contents = read_contents(checked_path(adapter_path), also_train=also_train)
+    keys = find_keys(checkpoint, contents)
+    refuse(checkpoint, find_misfits(checkpoint, contents, keys, values=not force))
+    if not force:
+        _refuse_tied(checkpoint, contents, keys)
+    merge = _Merge(checkpoint, keys, contents, scale)
+    save(out, merge.write_file if out.suffix == SUFFIX else merge.write_folder)
+    layers = tuple(contents.names)
+    return MergedCheckpoint(out, layers, tuple(keys[name] for name in contents.also_train))
+
+
+def _check_target(out: Path, checkpoint: Checkpoint, overwrite: bool) -> None:
+    target = out.resolve()
+    source = checkpoint.path.resolve()
+    if source.is_relative_to(target) or target.is_relative_to(source):
+        raise ArgumentError(f"can't write to {out}: the base is there; name another place")
+    require_free(out, overwrite)
+    is_checkpoint = any((out / name).is_file() for name in (SINGLE, INDEX))
+    is_full = out.is_dir() and any(out.iterdir())
+    if is_full and (out.suffix == SUFFIX or not is_checkpoint):
+        raise ArgumentError(
+            f"{out} is no checkpoint, and all in it would be deleted; name another folder"
+        )
+
+
+def _refuse_tied(
+    checkpoint: Checkpoint, contents: AdapterContents, keys: Mapping[str, str]
+) -> None:
+    """Raise if an embedding that changes may be tied, as those of models are by default."""
+    tied = [record.name for record in contents.layers if record.tied]  # there, both have the update
+    embeddings = [
+        record.name
+        for record in contents.layers
+        if record.layout.pattern == "index out" and not record.tied
+    ]
+    embeddings += _stored_twice(checkpoint, [*contents.also_train, *tied], keys)
+    if not embeddings:
+        return
+    config = checkpoint.config()
+    said = [
+        part["tie_word_embeddings"]
+        for part in (config, *config.values())
+        if isinstance(part, dict) and "tie_word_embeddings" in part
+    ]
+    if any(said) or (not said and "model_type" in config):
+        raise MergeError(
+            f"{embeddings[0]} may be tied to an output head, which merging would change too "
+            f"(tie_word_embeddings in {CONFIG}); merge in the model, with "
+            "merge_adapters(model, untie=True)"
+        )
+
+
+def _stored_twice(
+    checkpoint: Checkpoint, names: Iterable[str], keys: Mapping[str, str]
+) -> list[str]:
+    """Return the parameters whose matrix is stored under another name too, as a tied one may be."""
+    matrices = {
+        name: keys[name] for name in names if len(checkpoint.shape_and_dtype(keys[name])[0]) > 1
+    }
+    stored = checkpoint.files if matrices else ()
+    marks = Counter(fingerprint(checkpoint.tensor(key)) for key in stored)
+    return [n for n, key in matrices.items() if marks[fingerprint(checkpoint.tensor(key))] > 1]
+
+
+class _Merge:
+    """Computes and writes the tensors of the merged checkpoint."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        keys: Mapping[str, str],
+        contents: AdapterContents,
+        scale: float | None,
+    ) -> None:
+        self._checkpoint = checkpoint
+        self._blocks = contents.tensors
+        self._scale = scale
+        self._values = {keys[name]: contents.tensors[name] for name in contents.also_train}
+        self._layers = defaultdict[str, list[LayerRecord]](list)
+        for record in contents.layers:
+            self._layers[keys[record.name]].append(record)
+        # Matrix of one expert -> its stack, and the number of the expert.
+        self._parts = {
+            name: (key, expert)
+            for key in keys.values()
+            for expert, names in enumerate(checkpoint.stacks.get(key, ()))
+            for name in names
+        }
+
+    def write_file(self, path: Path) -> None:
+        """Write all tensors to one file."""
+        self._write(path, self._checkpoint.files)
+
+    def _write(self, path: Path, names: Collection[str]) -> None:
+        """Write some tensors to a file."""
+        metadata = OF_TORCH
+        for file in {self._checkpoint.files[name] for name in names}:
+            with opened(file) as source:
+                metadata = metadata | (source.metadata() or {})
+        save_file({name: self._merged(name) for name in names}, path, metadata)
+
+    def write_folder(self, folder: Path) -> None:
+        """Write the shards, and copies of the index and of all other files that hold no weights."""
+        base = self._checkpoint.path
+        files = self._checkpoint.files
+        folder.mkdir()
+        for source in base.rglob("*"):
+            target = source.relative_to(base)
+            is_weights = source.name.endswith(WEIGHTS) and target != Path(INDEX)
+            if source.is_file() and not is_weights and not re.search(r"(^|/)\.", target.as_posix()):
+                (folder / target).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(source, folder / target)
+        for file in {*files.values()}:
+            names = [name for name, other in files.items() if other == file]
+            self._write(folder / (SINGLE if file == base else file.name), names)
+
+    def _merged(self, name: str) -> Tensor:
+        if name not in self._parts:
+            return self._changed(name, name, self._checkpoint.tensor(name))
+        key, expert = self._parts[name]
+        names = self._checkpoint.stacks[key][expert]
+        parts = [*map(self._checkpoint.tensor, names)]
+        only = slice(expert, expert + 1)
+        matrix = self._changed(key, name, torch.cat(parts)[None], only)[0]
+        return torch.split(matrix, [*map(len, parts)])[names.index(name)].contiguous()
+
+    def _changed(self, key: str, name: str, value: Tensor, experts: Any = ...) -> Tensor:
+        """Return the new values of a tensor, or of one expert (1, out, in) of a stack."""
+        dtype = value.dtype
+        changed = value
+        if key in self._values:
+            changed = self._values[key][experts].to(dtype)
+        if key in self._layers:
+            changed = functional.merged_weight(changed, self._deltas(key, changed, experts))
+        if changed is not value and not finite_as(changed, dtype) and finite_as(value, dtype):
+            raise MergeError(f"{name} would not be finite in {dtype}; give a smaller `scale`")
+        return changed
+
+    def _deltas(self, key: str, weight: Tensor, experts: Any) -> Iterator[tuple[Tensor, float]]:
+        for record in self._layers[key]:
+            block = self._blocks[record.key][experts]
+            method = METHODS[record.method]
+            delta = method.delta_weight(record.layout, block, weight, record.rows, record.r)
+            yield delta, record.scale if self._scale is None else self._scale

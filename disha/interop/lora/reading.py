@@ -1,0 +1,280 @@
+"""Read a LoRA that is a Bone adapter, with a model or without."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from disha.config import check_scale, checked_rows
+from disha.errors import AdapterFileError, ConversionError, DishaError
+from disha.files import AdapterContents
+from disha.files.disk import PathLike
+from disha.files.loading import load_contents
+from disha.functional import Layout
+from disha.interop import experts as stacks
+from disha.interop.lora.writing import (
+    EMBEDDING,
+    FACTORS,
+    MATRIX,
+    TOKENS,
+    model_type_of,
+    names_of_weight,
+)
+from disha.interop.low_rank import (
+    CONV,
+    Factors,
+    LayerBlock,
+    contents_of_factors,
+    listed,
+)
+from disha.interop.peft_format import (
+    FROZEN,
+    PeftFolder,
+    keep_for_model,
+    read_peft_files,
+)
+from disha.layers.kinds import declared_slots
+from disha.model.records import LayerRecord
+from disha.model.state import LoadReport
+from disha.model.view import ModelView
+from disha.text import join
+
+CHANGE_THE_SUM = (
+    "use_dora",
+    "lora_bias",
+    "layer_replication",
+    "trainable_token_indices",
+    "arrow_config",
+    "alora_invocation_tokens",
+    "monteclora_config",
+    "kasa_config",
+    "use_bdlora",
+    "use_qalora",
+)
+"""PEFT's settings that make a layer compute something other than W x + s B A x."""
+
+Layouts = dict[str, Layout]
+"""The layouts of the weights of a model, by their names in adapter files."""
+
+CHANGE_THE_BASE = ("pissa", "corda", "olora", "loftq")
+"""Starts of the values of `init_lora_weights` that let PEFT change W, also when it loads a LoRA."""
+
+
+def load(
+    model: nn.Module,
+    folder: PathLike,
+    adapter: str = "default",
+    *,
+    also_train: bool = True,
+    replace: bool = False,
+    dtype: torch.dtype | None = None,
+    freeze: bool = True,
+) -> LoadReport:
+    """Load a LoRA that is a Bone adapter, such as `export` writes, into a model.
+
+    If every A is [I_r I_r ... I_r], the LoRA is Bone with D = B^T, without loss. Other LoRAs have
+    no block and raise an error. Experts must be stacked.
+    Parameters in `modules_to_save` become parameters trained with the adapter. Buffers there must
+    have the model's values. Keys of `rank_pattern` and `alpha_pattern` may be regexes with at most
+    three repeated characters or choices, such as `.*` and `(q|v)`.
+
+    Args:
+        model: the base model, or one that has other adapters.
+        folder: the folder.
+        adapter: the name that the adapter gets in this model.
+        also_train: also set the parameters that the folder holds besides the blocks.
+        replace: if the model has an adapter of that name, copy the folder's values into it.
+        dtype: dtype of the blocks; B's by default.
+        freeze: freeze all parameters that belong to no adapter.
+
+    Returns:
+        A `LoadReport` of the keys that were loaded.
+
+    Raises:
+        AdapterIOError: the folder can't be read.
+        AdapterFileError: it does not hold a LoRA in PEFT's layout, or does not fit the model.
+        ConversionError: the LoRA is not a Bone adapter.
+        ArgumentError: the name is taken and `replace` is not set.
+        ModeError: adapters are merged (`MergeError`), or in a context.
+
+    The model is unchanged if this raises.
+
+    Examples:
+        >>> import tempfile
+        >>> from torch import nn
+        >>> import disha
+        >>> from disha.interop import lora
+        >>> model = disha.inject_adapters(nn.Sequential(nn.Linear(8, 16)), "0", r=4, init="kaiming")
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     report = lora.export(model, folder)
+        ...     lora.load(nn.Sequential(nn.Linear(8, 16)), folder).matched
+        ('0.bone_block',)
+    """
+    view = ModelView(model)
+    with view.ranks.agreeing(f"load a LoRA as adapter {adapter!r}"):
+        peft_folder = read_peft_files(folder, (*FACTORS, TOKENS), also_train)
+        rows = _taken_rows(view, peft_folder)
+        keep_for_model(view, peft_folder)
+        contents = _contents_of(peft_folder, _layouts(view), model_type_of(view), rows)
+    return load_contents(
+        view, peft_folder.path, contents, adapter, replace=replace, dtype=dtype, freeze=freeze
+    )
+
+
+def _taken_rows(view: ModelView, folder: PeftFolder) -> list[LayerBlock]:
+    """Take the rows of tokens out of a folder, and return the layers with their blocks."""
+    numbers = folder.fields.pop("trainable_token_indices", None)
+    taken = []
+    for key in [key for key in folder.tensors if key.endswith(TOKENS)]:
+        name = key.removesuffix(TOKENS)
+        values = folder.tensors.pop(key)
+        ends = numbers if isinstance(numbers, dict) else {name: numbers}
+        of_table = (listed for end, listed in ends.items() if f".{name}".endswith(f".{end}"))
+        indices: Any = next(of_table, None)
+        rows = checked_rows(name, indices)
+        if values.shape[:-1] != (len(indices),):
+            raise AdapterFileError(f"{folder.path}: {key} does not have a row for each token")
+        names = names_of_weight(view, name)
+        tied = tuple(other for other in names if other != join(name, "weight"))
+        block = values[torch.tensor(indices).argsort()].mT  # (in, rows), in order
+        inputs, out = block.shape
+        record = LayerRecord(
+            name, "rows", 1, None, inputs, out, 1.0, None, Layout("out in"), rows, tied
+        )
+        taken.append((record, block))
+    return taken
+
+
+def _layouts(view: ModelView) -> Layouts:
+    return {
+        join(name, slot.name): slot.layout
+        for name, module in view.modules.items()
+        for slot in declared_slots(module)
+    }
+
+
+def read_lora(
+    folder: PathLike,
+    *,
+    model_type: str | None = None,
+    also_train: bool = True,
+) -> AdapterContents:
+    """Return the adapter that a LoRA folder holds, as `load` reads it without a model."""
+    return _contents_of(read_peft_files(folder, (*FACTORS, TOKENS), also_train), {}, model_type)
+
+
+def _contents_of(
+    folder: PeftFolder,
+    layouts: Layouts,
+    model_type: str | None,
+    rows: Sequence[LayerBlock] = (),
+) -> AdapterContents:
+    """Return the adapter in a folder, as `read_lora` does."""
+    _check_settings(folder)
+    pairs: dict[str, dict[str, Tensor]] = {}
+    beside = {}
+    for key, tensor in folder.tensors.items():
+        end = next((end for end in FACTORS if key.endswith(end)), None)
+        if end is not None:
+            pairs.setdefault(key.removesuffix(end), {})[end] = tensor
+        elif folder.saves(key):
+            beside[key] = tensor
+        elif not key.endswith(FROZEN):
+            raise AdapterFileError(
+                f"{folder.path}: tensor {key!r} is neither lora_A nor lora_B, nor in "
+                "modules_to_save"
+            )
+    incomplete = [
+        name for name, ends in pairs.items() if tuple(sorted(ends)) not in (MATRIX, EMBEDDING)
+    ]
+    if incomplete or not pairs:
+        raise AdapterFileError(
+            f"{folder.path} has no pair of factors, lora_A and lora_B, for "
+            f"{listed(incomplete) or 'any layer'}; save the LoRA again"
+        )
+    factors = _factors(folder, pairs, layouts, model_type)
+    dropout = folder.fields.get("lora_dropout", 0.0)
+    return contents_of_factors(folder.path, factors, dropout, rows, beside)
+
+
+def _factors(
+    folder: PeftFolder,
+    pairs: Mapping[str, dict[str, Tensor]],
+    layouts: Layouts,
+    model_type: str | None,
+) -> Iterator[Factors]:
+    """Yield the factors of every layer of a folder, experts as stacks."""
+    parameters = folder.fields.get("target_parameters") or ()
+    for name, ends in pairs.items():
+        a, b = (ends[end] for end in sorted(ends))
+        stack = stacks.stacked(name, parameters)
+        if stacks.SINGLE_EXPERT.fullmatch(name) and name not in layouts:
+            raise ConversionError(
+                f"{folder.path} has a LoRA for each expert ({name}); load the one with stacked "
+                "experts"
+            )
+        if stack is None:
+            rank = len(a) if a.dim() else 1
+            layout = _layout(folder, name, a, EMBEDDING[0] in ends, layouts)
+        else:
+            rank = folder.of_layer(stack, "r", "rank_pattern")
+            name = stack
+            a, b = stacks.matrices_of(stack, a, b, rank)
+            layout = (
+                layouts.get(name)
+                or stacks.family_of(model_type, "the layout of stacked experts").layout
+            )
+        yield name, a, b, layout, _scale_of(folder, name, max(rank, 1))
+
+
+def _layout(
+    folder: PeftFolder, name: str, a: Tensor, is_embedding: bool, layouts: Layouts
+) -> Layout:
+    """Return the layout of a weight, of which A shows only a part."""
+    if is_embedding:
+        # The padding row of an embedding gets no update, so it is the only zero column of A.
+        empty = (a == 0).all(dim=0).nonzero().flatten().tolist()
+        return Layout("index out", padding_idx=empty[0] if len(empty) == 1 else None)
+    if a.dim() > 2:
+        return Layout(CONV)
+    if not folder.fields.get("fan_in_fan_out"):
+        return Layout("out in")
+    if name not in layouts:
+        raise ConversionError(
+            f"{folder.path} has fan_in_fan_out, and whether {name} is such a layer is unknown "
+            "here; use lora.load with the model"
+        )
+    return layouts[name]
+
+
+def _scale_of(folder: PeftFolder, name: str, rank: int) -> float:
+    """Return the scale s of a layer, by its lora_alpha."""
+    alpha = folder.of_layer(name, "lora_alpha", "alpha_pattern")
+    try:
+        check_scale(alpha)
+    except DishaError as error:
+        raise AdapterFileError(f"{folder.path}: lora_alpha: {error}") from error
+    return alpha / (math.sqrt(rank) if folder.fields.get("use_rslora") else rank)
+
+
+def _check_settings(folder: PeftFolder) -> None:
+    fields = folder.fields
+    if fields.get("peft_type") != "LORA":
+        raise AdapterFileError(
+            f"{folder.path} has the peft_type {fields.get('peft_type')!r}, not 'LORA'; use "
+            "peft.load"
+        )
+    more = [name for name in CHANGE_THE_SUM if fields.get(name)]
+    init = str(fields.get("init_lora_weights"))
+    if init.lower().startswith(CHANGE_THE_BASE):
+        more.append(f"init_lora_weights={init}")
+    if fields.get("bias", "none") != "none":
+        more.append("bias")
+    if more:
+        raise ConversionError(
+            f"{folder.path} uses {', '.join(more)}, which Bone can't express; use it with PEFT"
+        )

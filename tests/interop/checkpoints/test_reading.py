@@ -1,0 +1,23 @@
+"""What a base checkpoint is, and what is none."""
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from disha import AdapterFileError, AdapterIOError
+from disha.interop.checkpoints.reading import open_checkpoint
+
+
+class TestReading:
+    def test_one_file_goes_before_shards_as_in_transformers(self, setting):
+        save_file({"only": torch.ones(2)}, setting.base / "model.safetensors")
+        assert list(open_checkpoint(setting.base).files) == ["only"]
+
+    def test_what_is_no_checkpoint(self, setting):
+        for path in (setting.folder, setting.folder / "nowhere"):
+            with pytest.raises(AdapterIOError, match=r"holds neither|can't read"):
+                open_checkpoint(path)
+        shard = next(setting.base.glob("*.safetensors"))
+        shard.write_bytes(shard.read_bytes()[:-5])
+        with pytest.raises(AdapterFileError, match="not a complete safetensors file"):
+            setting.merge()
