@@ -45,9 +45,10 @@ if TYPE_CHECKING:
         remove_adapters,
     )
     from disha.model.merge import merge_adapters, unmerge_adapters
-    from disha.model.plan import Plan, PlannedLayer, plan_adapters
+    from disha.model.plan import Plan, PlannedLayer
     from disha.model.state import LoadReport, adapter_state_dict, load_adapter_state_dict
     from disha.model.summary import LayerSummary, Summary, summary
+    from disha.model.target_plans import plan_adapters
 
 __all__ = [
     "AdaptedLayer",
@@ -109,6 +110,7 @@ HOMES = (
     "model.plan",
     "model.state",
     "model.summary",
+    "model.target_plans",
 )
 """The modules with the public names beyond errors. They import torch, which takes a second."""
 

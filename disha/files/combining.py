@@ -17,7 +17,6 @@ from disha.files.header import AdapterContents
 from disha.files.loading import Source, load_contents
 from disha.files.saving import adapter_contents
 from disha.functional import METHODS
-from disha.model.plan import check_addable
 from disha.model.records import LayerRecord
 from disha.model.state import finite_as
 from disha.model.view import ModelView
@@ -81,7 +80,7 @@ def combine_adapters(
     if r is not None:
         AdapterConfig(r)  # checks r
     view = ModelView(model)
-    check_addable(view, into, "combine adapters", "combine first, then wrap")
+    view.check_can_add(into, "combine adapters", "combine first, then wrap")
     summands = []
     for adapter, weight in weights.items():
         contents = adapter_contents(view, adapter)

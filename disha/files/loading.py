@@ -27,9 +27,9 @@ from disha.files.saving import base_fingerprint, describe_block
 from disha.layers.blocks import check_adapter_name
 from disha.layers.weights import start_of
 from disha.model import running_statistics
+from disha.model.file_plans import plan_weights
 from disha.model.fingerprints import same_base
 from disha.model.inject import apply_plan
-from disha.model.plan import plan_weights
 from disha.model.records import LayerRecord
 from disha.model.state import LoadReport, adapter_tensors, check_fit
 from disha.model.view import ModelBlock, ModelView, all_or_nothing

@@ -1,7 +1,9 @@
 """What is done to a whole model: plan, inject, control, merge, check, summarise.
 
 - `view`: one walk over a model: clean names, aliases, wrappers, adapted layers
-- `plan`, `inject`, `control`, `merge`, `state`, `check`, `summary`: the public functions
+- `plan`: what an injection would do. Made by `target_plans` or `file_plans`, from a `selection`
+  of the model's weights and the `reasons` against adapting some of them
+- `inject`, `control`, `merge`, `state`, `check`, `summary`: the public functions
 - `records`, `fingerprints`: what a file says of an adapted weight, and of its base
 - `running_statistics`: what norms remember
 """

@@ -11,7 +11,7 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from disha.config import AdapterConfig, Init, MethodName, Patterns, with_hints
+from disha.config import Init, MethodName, Patterns, with_hints
 from disha.effective.contexts import LOOSE, OPEN, Group
 from disha.errors import ArgumentError, ModeError
 from disha.layers import gradient_flags
@@ -20,7 +20,8 @@ from disha.layers.blocks import AdapterBlock
 from disha.layers.encoder import Encoder, guard_encoder
 from disha.layers.new_blocks import make_block
 from disha.model import running_statistics
-from disha.model.plan import EXCLUDED, Plan, Target, plan_injection
+from disha.model.plan import EXCLUDED, Plan, Target
+from disha.model.target_plans import plan_injection
 from disha.model.view import ModelView, all_or_nothing
 from disha.text import counted, first_few
 
@@ -118,22 +119,26 @@ def inject_adapters(
         ['0.disha.default.bone_block', '2.disha.default.bone_block']
     """
     view = ModelView(model)
-    config = AdapterConfig(
-        r,
-        target_regex,  # type: ignore[arg-type]
-        method,
-        r_out,
-        exclude,  # type: ignore[arg-type]
-        rank_pattern,  # type: ignore[arg-type]
-        layouts,  # type: ignore[arg-type]
-        rows,  # type: ignore[arg-type]
-        dropout,
-        scale,
-        dtype,
-        init,
-        also_train,  # type: ignore[arg-type]
+    plan = plan_injection(
+        view,
+        target_regex,
+        adapter,
+        also_train_rows,
+        freeze=freeze,
+        strict=True,
+        r=r,
+        method=method,
+        r_out=r_out,
+        exclude=exclude,
+        rank_pattern=rank_pattern,
+        layouts=layouts,
+        rows=rows,
+        dropout=dropout,
+        scale=scale,
+        dtype=dtype,
+        init=init,
+        also_train=also_train,
     )
-    plan = plan_injection(view, target_regex, config, adapter, freeze, also_train_rows, strict=True)
     _warn_of_skipped(plan)
     with all_or_nothing(view) as undo:
         apply_plan(view, plan, undo)

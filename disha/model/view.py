@@ -23,7 +23,7 @@ from disha.errors import (
 )
 from disha.functional.private_torch import CHECKPOINTED, COMPILED, FSDP_CHILD
 from disha.layers.adapted import AdaptedLayer, refuse_merged
-from disha.layers.blocks import CHILD_NAME, AdapterBlock, Adapters
+from disha.layers.blocks import CHILD_NAME, AdapterBlock, Adapters, check_adapter_name
 from disha.layers.gradient_flags import is_claimed
 from disha.layers.weights import count_values
 from disha.sharding.imported import imported_class
@@ -221,6 +221,22 @@ class ModelView:
             known = ", ".join(map(repr, self.adapters)) or "none"
             raise ArgumentError(f"the model has no adapter {adapter!r}; it has {known}")
         return blocks
+
+    def check_can_add(
+        self,
+        adapter: str,
+        action: str = "add an adapter",
+        before_wrapping: str = "inject first, then wrap. To load into an existing adapter, pass "
+        "replace=True to load_adapter",
+    ) -> None:
+        """Raise unless an adapter of this name can be added to the model."""
+        check_adapter_name(adapter)
+        self.refuse_inside(action)
+        self.refuse_wrapped(action, before_wrapping)
+        if adapter in self.adapters:
+            raise ArgumentError(
+                f"the model has an adapter {adapter!r} already; choose another name"
+            )
 
     def trained(self, adapter: str | None = None) -> list[ModelParameter]:
         """Return the parameters that train with an adapter, or with any, besides the blocks.

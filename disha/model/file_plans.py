@@ -1,0 +1,97 @@
+"""Plan an injection from what an adapter file says of its layers."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from disha.config import AdapterConfig
+from disha.errors import ArgumentError
+from disha.functional import method_of
+from disha.layers.kinds import slot_of
+from disha.model.plan import Plan, PlannedLayer
+from disha.model.reasons import reason_against_loading, reason_against_record
+from disha.model.records import LayerRecord
+from disha.model.selection import find_tied, list_nearest, list_weights
+from disha.model.target_plans import configure_rows
+from disha.model.view import ModelView
+from disha.text import WIDEST, brief, first_few, printable
+
+
+def plan_weights(
+    view: ModelView,
+    adapter: str,
+    config: AdapterConfig,
+    layers: Collection[LayerRecord],
+    tensors: Mapping[str, Tensor],
+    also_train: Collection[str],
+    *,
+    dtype: torch.dtype | None,
+    freeze: bool,
+) -> Plan:
+    """Plan an adapter for the weights that a file names; one error lists all reasons."""
+    view.check_can_add(adapter)
+    weights = _weights_by_name(view, config)
+    reasons = []
+    planned = []
+    for record in layers:
+        tensor = tensors[record.key]
+        layer = weights.get(record.name)
+        reason: str | None = "the model has no such layer"
+        if layer is not None:
+            values = tensor.to(dtype or tensor.dtype)
+            layer = _plan_as_recorded(view, layer, record, config, values)
+            reason = reason_against_record(layer, record, tensor.shape)
+        if layer is None or reason is not None:
+            reasons.append(f"{printable(record.name, WIDEST) or '(the model)'}: {reason}")
+        else:
+            planned.append(layer)
+    for key in also_train:
+        reason = reason_against_loading(view.parameters_by_name.get(key), tensors[key].shape)
+        if reason is not None:
+            reasons.append(f"parameter {printable(key, WIDEST)}: {reason}")
+    if reasons:
+        message = f"the adapter does not fit the model; nothing changed:\n{first_few(reasons, 20)}"
+        absent = [record.name for record in layers if record.name not in weights]
+        if absent:
+            nearest = list_nearest(absent[0], weights)
+            message += f"\nthe names nearest to {brief(absent[0])} are {nearest}" if nearest else ""
+        raise ArgumentError(message)
+    return Plan(adapter, config, freeze, tuple(planned), tuple(also_train))
+
+
+def _weights_by_name(view: ModelView, config: AdapterConfig) -> dict[str, PlannedLayer]:
+    """Return every weight of the model under all names that a file may have for it."""
+    weights = {}
+    for layer in list_weights(view, config):
+        # The file has the layout of a parameter whose layout is unknown in the model.
+        names = layer.parameter_names if layer.slot is None else layer.names
+        for name in names:
+            weights[name] = layer
+    return weights
+
+
+def _plan_as_recorded(
+    view: ModelView,
+    layer: PlannedLayer,
+    record: LayerRecord,
+    config: AdapterConfig,
+    values: Tensor,
+) -> PlannedLayer:
+    """Return a weight with the block and the rows of the file, and its layout if none is known."""
+    if record.method != config.method:
+        config = configure_rows(config, {})
+    slot = layer.slot
+    if slot is None and layer.attribute:
+        slot = slot_of(layer.attribute, record.layout)
+    elif slot is not None and method_of(record.method).replaces:
+        slot = replace(slot, layout=record.layout)
+    if slot is not None and record.rows:
+        slot = replace(slot, rows=record.rows)
+    places = find_tied(view, layer)
+    # Where the file has no update, the tied parameter stays plain.
+    tied = {name: places[name] for name in record.tied if name in places}
+    return replace(layer, slot=slot, config=config, r=record.r, values=values, tied=tied)

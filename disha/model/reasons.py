@@ -1,0 +1,195 @@
+"""Why a weight can't be adapted, or a parameter can't be trained with an adapter.
+
+Each function returns the reason, or None if there is none.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.sparse import SparseSemiStructuredTensor
+
+from disha.config import BLOCK_DTYPES
+from disha.functional import Geometry, Update, method_names, method_of
+from disha.functional.products import update_of_part
+from disha.layers.adapted import AdaptedLayer
+from disha.layers.blocks import Slot
+from disha.layers.quantized import quantization_of
+from disha.layers.weights import read_weight, stored_weight
+from disha.model.plan import PlannedLayer
+from disha.model.records import LayerRecord
+from disha.model.view import ModelParameter
+from disha.sharding.tensor_parallel import split_of
+from disha.sharding.zero import whole_shape
+
+ADDED_NAMES = ("disha", "base_weight", "delta_weight")
+"""The public names that adapting adds to a module."""
+
+
+# --- against adapting a weight -------------------------------------------------------------------
+
+
+def reason_against_adapting(layer: PlannedLayer) -> str | None:
+    """Return why the method can't adapt the weight, whatever the size of the block."""
+    slot = layer.slot
+    if slot is None:
+        return _reason_without_layout(layer)
+    module = layer.module
+    taken = _find_taken_names(module) - {layer.attribute}
+    if taken and not isinstance(module, AdaptedLayer):
+        return f"it has its own attribute {min(taken)!r}, which adapters would replace"
+    for holder, parameter in (layer.place, *layer.tied.values()):
+        if not isinstance(holder, AdaptedLayer):
+            continue
+        for block in holder.disha.blocks_of(holder.disha, parameter):
+            other_layout = block.slot.layout
+            if other_layout != slot.layout:
+                return f"another adapter has it with the layout {other_layout}, not {slot.layout}"
+    if slot.quantized:
+        reason = _reason_against_quantized(module, slot, layer.config.method)
+    else:
+        reason = _reason_against_dense(read_weight(module, layer.attribute), slot)
+    if reason is None and slot.rows:
+        outputs = slot.layout.geometry(layer.shape).out_features
+        last = slot.rows[-1]
+        if last[1] > outputs:
+            return f"rows {last} are out of range: it has {outputs} rows"
+    return reason
+
+
+def _reason_without_layout(layer: PlannedLayer) -> str:
+    if not layer.attribute:
+        return f"no layer kind adapts {type(layer.module).__qualname__}"
+    return (
+        f"the layout of this weight {layer.shape} is unknown; declare it, such as "
+        f"{layer.remedy}, as your code uses it: see Layouts in docs/mechanism.md"
+    )
+
+
+def _find_taken_names(module: nn.Module) -> set[str]:
+    """Return which of the names that adapting adds the module uses itself."""
+    # A property counts by its presence on the class: asking for its value may read W.
+    held = {*vars(module), *module._parameters, *module._buffers, *module._modules}
+    return {name for name in ADDED_NAMES if name in held or hasattr(type(module), name)}
+
+
+def _reason_against_quantized(module: nn.Module, slot: Slot, method_name: str) -> str | None:
+    """Return why the method can't adapt a quantised weight."""
+    quantization = quantization_of(module, stored_weight(module, slot.parameter))
+    method = method_of(method_name)
+    if quantization is None or not method.reads_weight:
+        return None
+    if quantization.read is None:
+        others = method_names(lambda other: not other.reads_weight)
+        return (
+            f"its weight is quantised ({quantization.name}) and can't be read as numbers, as "
+            f"method {method_name!r} requires; use {others}"
+        )
+    if method.replaces:
+        return f"its weight is quantised ({quantization.name}); only dense ones get new rows"
+    return None
+
+
+def _reason_against_dense(weight: Any, slot: Slot) -> str | None:
+    """Return why no method can adapt a weight that is not quantised."""
+    if is_lazy(weight):
+        return "its weight is not initialised yet; run the model once before injecting"
+    # Any floating-point dtype will do: a user's hook may cast the weight before each forward.
+    if not isinstance(weight, Tensor) or not weight.is_floating_point():
+        return "its weight is not a floating-point tensor"
+    if weight.layout is not torch.strided or isinstance(weight, SparseSemiStructuredTensor):
+        return "its weight is sparse; store it as a dense tensor (Tensor.to_dense)"
+    shape = whole_shape(weight)
+    if not shape.numel():
+        return "its weight is empty"
+    split = split_of(weight)
+    if split is not None and split.reason is not None:
+        return split.reason
+    return slot.layout.reason_against_shape(shape)
+
+
+# --- against a block of some size ----------------------------------------------------------------
+
+
+def reason_against_block(layer: PlannedLayer) -> str | None:
+    """Return why the weight can't have a block of the planned size."""
+    slot = layer.slot
+    config = layer.config
+    assert slot is not None
+    reason = slot.layout.reason_against(layer.geometry, layer.r, config.r_out)
+    if reason is not None or slot.quantized:
+        return reason
+    split = split_of(read_weight(layer.module, layer.attribute))
+    if split is None:
+        return None
+    placed = f"its weight is a DTensor placed as {split.placements}"
+    if config.dropout:
+        return f"{placed}, and each rank would drop different inputs of it; use dropout=0"
+    block = torch.empty(layer.block_shape, device="meta")
+    update = Update(method_of(config.method), block, rows=slot.rows, r=layer.r)
+    for part in split.parts:
+        if update_of_part(update, slot.layout, layer.shape, part) is None:
+            ends = " and ".join(f"{first}:{stop}" for first, stop in part)
+            return (
+                f"{placed}, and a {config.method!r} block of r={layer.r} can't be cut at the edges "
+                f"of a rank's part ({ends}); choose an r that divides these, or another method"
+            )
+    return None
+
+
+# --- against what a file describes ---------------------------------------------------------------
+
+
+def reason_against_record(
+    layer: PlannedLayer, record: LayerRecord, block: tuple[int, ...]
+) -> str | None:
+    """Return why the weight can't be adapted as a file describes it, with a block of that shape."""
+    reason = record.reason_against_block(block)
+    if reason is not None:
+        return reason
+    reason = reason_against_adapting(layer)
+    if reason is not None or layer.slot is None:
+        return f"can't be adapted: {reason}"
+    if set(layer.tied) != set(record.tied):
+        return f"in the adapter, its weight is also {', '.join(record.tied)}; tie them"
+    if record.layout != layer.slot.layout:
+        return f"expected the layout {record.layout}, found {layer.slot.layout} in the model"
+    geometry = record.geometry(block)
+    if geometry != layer.geometry:
+        return (
+            f"expected {_describe(geometry)}, found {_describe(layer.geometry)} in the model, "
+            f"where the weight is {layer.shape}, read as {record.layout}"
+        )
+    return reason_against_block(layer)
+
+
+def _describe(geometry: Geometry) -> str:
+    stack = "".join(f"{size} x " for size in geometry.stack)
+    return f"{stack}{geometry.in_features} -> {geometry.out_features}"
+
+
+# --- against training a parameter ----------------------------------------------------------------
+
+
+def reason_against_training(parameter: ModelParameter) -> str | None:
+    """Return why the parameter can't be trained with a new adapter."""
+    if quantization_of(None, parameter.value) is not None:
+        return "it is quantised and can't be trained with an adapter"
+    if parameter.value.dtype not in BLOCK_DTYPES.values():
+        return f"it has dtype {parameter.value.dtype} and can't be trained with an adapter"
+    if parameter.is_claimed():
+        return "it is already trained with another adapter, and can belong to only one"
+    return None
+
+
+def reason_against_loading(parameter: ModelParameter | None, shape: tuple[int, ...]) -> str | None:
+    """Return why the parameter can't be trained with an adapter whose file has it in that shape."""
+    if parameter is None:
+        return "the model has no such parameter"
+    current = None if is_lazy(parameter.value) else tuple(whole_shape(parameter.value))
+    if current != shape:
+        return f"expected shape {tuple(shape)}, found {current} in the model"
+    return reason_against_training(parameter)

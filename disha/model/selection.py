@@ -1,0 +1,259 @@
+"""Which weights of a model a target selects.
+
+The candidates are the weights of the model, each as a `PlannedLayer` that has no block yet. A
+target selects some of them by their names. What it selects and `exclude` leaves out stays in the
+selection, with that reason.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from disha.config import ALL_LINEAR, AdapterConfig, as_tuple, matching
+from disha.errors import ArgumentError, ArgumentTypeError
+from disha.functional import layout_of
+from disha.layers.kinds import declared_slots, slot_of
+from disha.layers.weights import matrix_weights
+from disha.model.plan import EXCLUDED, Place, PlannedLayer, Target
+from disha.model.reasons import reason_against_adapting
+from disha.model.view import ModelView
+from disha.sharding.imported import imported_class
+from disha.text import first_few, grouped, join
+
+
+class Selection:
+    """What one argument, such as `target_regex`, selects among the weights of a model.
+
+    Attributes:
+        argument: the name of the argument, for errors.
+        regexes: those of the target; none if it is a predicate.
+        candidates: all weights of the model, with the declared layouts and rows.
+    """
+
+    def __init__(
+        self, view: ModelView, argument: str, target: Target, config: AdapterConfig
+    ) -> None:
+        self.view = view
+        self.argument = argument
+        self.target = target
+        self.config = config
+        self.regexes = () if callable(target) else as_tuple(argument, target)
+        if not self.regexes and not callable(target):
+            raise ArgumentTypeError(
+                f"{argument} must be a regex, a list of them, {ALL_LINEAR!r} or a predicate "
+                f"(name, module) -> bool, got {target!r}"
+            )
+        self.candidates = list_weights(view, config)
+        if config.layouts or config.rows:
+            declared = [_declare(layer, config) for layer in self.candidates]
+            # Several slots may have become one weight.
+            self.candidates = list(dict.fromkeys(declared))
+
+    def select(self) -> list[PlannedLayer]:
+        """Return the selected weights, and selected modules that have no matrix but parameters."""
+        linear: Collection[Place] = ()
+        if ALL_LINEAR in self.regexes:
+            linear = _find_linear_weights(self.view, self.candidates)
+        # The forward of nn.MultiheadAttention reads the weight of its child `out_proj`.
+        readers: dict[nn.Module, nn.Module] = {
+            module.out_proj: module
+            for module in self.view.names
+            if isinstance(module, nn.MultiheadAttention)
+        }
+        selected = []
+        for layer in self.candidates:
+            reader = readers.get(layer.module, layer.module)
+            # A target may name the weight, its module, or the module that reads it.
+            modules = dict.fromkeys((*layer.names, *layer.module_names), layer.module)
+            modules |= dict.fromkeys(self.view.names[reader], reader)
+            if layer.place not in linear and not self._matches(modules):
+                continue
+            if not layer.attribute and not _has_parameters(layer.module):
+                continue  # a container, for example, which a target may match without harm
+            if matching(self.config.exclude, [*modules]):
+                layer = replace(layer, reason=EXCLUDED)
+            selected.append(layer)
+        return selected
+
+    def _matches(self, modules: Mapping[str, nn.Module]) -> bool:
+        """Return whether the target matches any of the names of a weight."""
+        if callable(self.target):
+            return any(self.target(name, module) for name, module in modules.items())
+        return bool(matching(self.regexes, [*modules]))
+
+    @property
+    def unknown(self) -> tuple[PlannedLayer, ...]:
+        """The matrix parameters of unknown layout."""
+        return tuple(layer for layer in self.candidates if layer.slot is None and layer.attribute)
+
+    @property
+    def convolutions(self) -> tuple[str, ...]:
+        """The names of the convolutions that could be adapted, but `"all-linear"` leaves out."""
+        if self.target != ALL_LINEAR:
+            return ()
+        return tuple(
+            layer.name
+            for layer in self.candidates
+            if layer.slot is not None
+            and layer.slot.layout.has_kernel
+            and reason_against_adapting(layer) is None
+        )
+
+    def refuse_unused(self) -> None:
+        """Raise if a pattern of the target, or of another setting, matches nothing in the model."""
+        names = [
+            name
+            for layer in self.candidates
+            for name in (*layer.module_names, *layer.parameter_names)
+        ]
+        regexes = [regex for regex in self.regexes if regex != ALL_LINEAR]
+        refuse_unused(self.argument, regexes, names)
+        for setting in ("exclude", "rank_pattern", "layouts", "rows"):
+            refuse_unused(setting, vars(self.config)[setting], names)
+
+    def explain_nothing(self, skipped: Sequence[PlannedLayer]) -> str:
+        """Return the message of the error if nothing that is selected can be adapted."""
+        request = f"{self.argument}={self.target!r}"
+        if callable(self.target):
+            request = "the predicate"
+        if skipped:
+            return f"{request} selects only modules that can't be adapted: {list_reasons(skipped)}"
+        if self.target == ALL_LINEAR and self.unknown:
+            first = self.unknown[0]
+            return f"{request} selects no layer; {first.name}: {reason_against_adapting(first)}"
+        message = f"{request} selects no layer that can be adapted"
+        names = [layer.name for layer in self.candidates if layer.slot is not None]
+        nearest = list_nearest(str(self.target), names)
+        return f"{message}; the nearest names are {nearest}" if nearest else message
+
+
+# --- candidates ----------------------------------------------------------------------------------
+
+
+def list_weights(view: ModelView, config: AdapterConfig) -> list[PlannedLayer]:
+    """Return all weights, matrices of unknown layout, and modules that have neither."""
+    layers = []
+    for module, names in view.names.items():
+        if isinstance(module, torch.jit.ScriptModule):  # its code is compiled and can't change
+            layers.append(PlannedLayer(module, names, config))
+            continue
+        slots = declared_slots(module)
+        weights = [PlannedLayer(module, names, config, slot.parameter, slot) for slot in slots]
+        if not slots or not slots[0].quantized:
+            declared = [slot.parameter for slot in slots]
+            weights += [
+                PlannedLayer(module, names, config, name)
+                for name in matrix_weights(module)
+                if name not in declared
+            ]
+        layers += weights or [PlannedLayer(module, names, config)]
+    return layers
+
+
+def _declare(layer: PlannedLayer, config: AdapterConfig) -> PlannedLayer:
+    """Return a weight with the layout and the rows that the user declares for it."""
+    layouts = matching(config.layouts, layer.parameter_names)
+    quantized = layer.slot is not None and layer.slot.quantized
+    if layouts and not quantized and layer.attribute in matrix_weights(layer.module):
+        pattern = layouts[0]
+        layout = layout_of(config.layouts[pattern])
+        reason = layout.reason_against_shape(layer.shape)
+        if reason is not None:
+            raise ArgumentError(f"layouts {pattern!r} does not fit {layer.name}: {reason}")
+        layer = replace(layer, slot=slot_of(layer.attribute, layout))
+    rows = matching(config.rows, layer.parameter_names)
+    if rows and layer.slot is not None:
+        if layer.slot.rows:
+            raise ArgumentError(
+                f"{layer.name} has rows of its own; choose it by its name, not by rows"
+            )
+        layer = replace(layer, slot=replace(layer.slot, rows=config.rows[rows[0]]))
+    return layer
+
+
+def find_tied(
+    view: ModelView, layer: PlannedLayer, exclude: Iterable[str] = ()
+) -> dict[str, Place]:
+    """Return where else the parameter of a layer is, and reads its update."""
+    parameter = view.parameters_by_name.get(join(layer.module_names[0], layer.attribute))
+    quantized = layer.slot is not None and layer.slot.quantized
+    if quantized or parameter is None or len(parameter.names) == 1:
+        return {}
+    places: dict[str, Place] = {}
+    for name in parameter.names:
+        owner, _, attribute = name.rpartition(".")
+        place = view.modules[owner], attribute
+        if place == layer.place or place in places.values():
+            continue  # another name of the same module
+        if not matching(exclude, (name, name.removesuffix(".weight"))):
+            places[name] = place
+    return places
+
+
+# --- "all-linear" --------------------------------------------------------------------------------
+
+
+def _find_linear_weights(view: ModelView, candidates: Iterable[PlannedLayer]) -> set[Place]:
+    """Return where linear weights are, except output heads that are tied to an embedding."""
+    added = _find_modules_of_peft(view)
+    tables = set()
+    linear = {}
+    for layer in candidates:
+        parameter = dict(layer.module._parameters).get(layer.attribute)
+        if isinstance(layer.module, (nn.Embedding, nn.EmbeddingBag)):
+            tables.add(id(parameter))
+        elif layer.slot is not None and layer.module not in added:
+            layout = layer.slot.layout
+            if not layout.has_kernel and layout.pattern != "index out":
+                linear[layer.place] = id(parameter)
+    tables.discard(id(None))  # of a weight that is computed from others
+    return {place for place, parameter in linear.items() if parameter not in tables}
+
+
+def _find_modules_of_peft(view: ModelView) -> set[nn.Module]:
+    """Return the modules that PEFT has added beside the layers that it adapts."""
+    tuner = imported_class("peft.tuners.tuners_utils", "BaseTunerLayer")
+    return {
+        added
+        for module in view.names
+        if isinstance(module, tuner)
+        for added, name in view.inside(module).items()
+        if name.split(".")[0] not in ("", "base_layer")
+    }
+
+
+def _has_parameters(module: nn.Module) -> bool:
+    return any(parameter is not None for parameter in module._parameters.values())
+
+
+# --- messages ------------------------------------------------------------------------------------
+
+
+def refuse_unused(argument: str, patterns: Iterable[str], names: Sequence[str]) -> None:
+    """Raise if a pattern matches none of the names."""
+    used = matching(patterns, names)
+    unused = ", ".join(repr(pattern) for pattern in patterns if pattern not in used)
+    if unused:
+        raise ArgumentError(
+            f"{argument} {unused} matches nothing in the model; correct or remove it"
+        )
+
+
+def list_nearest(pattern: str, names: Iterable[str]) -> str:
+    """Return the names most similar to a pattern, as text; empty if there is no name."""
+    # Only the end of the pattern is compared: the time grows with the product of both lengths.
+    plain = re.sub(r"[^\w.]", "", pattern[-200:])
+    nonempty = [name for name in names if name]
+    return ", ".join(map(repr, difflib.get_close_matches(plain, nonempty, 5, 0.0)))
+
+
+def list_reasons(layers: Iterable[PlannedLayer]) -> str:
+    """Return the names of weights and why they are not adapted, as text."""
+    reasons = grouped((layer.name or "(the model)", layer.reason) for layer in layers)
+    return first_few(reasons, 5, "; ")

@@ -1,0 +1,225 @@
+"""Plan an injection from a target: which weights get which blocks, and what else trains."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parameter import is_lazy
+
+from disha.config import AdapterConfig, Init, MethodName, Patterns, matching, with_hints
+from disha.errors import ArgumentError, TargetError
+from disha.layers.weights import count_values
+from disha.model.plan import Plan, PlannedLayer, Target
+from disha.model.reasons import (
+    reason_against_adapting,
+    reason_against_block,
+    reason_against_training,
+)
+from disha.model.selection import Selection, find_tied, list_reasons, refuse_unused
+from disha.model.view import ModelView
+
+
+@with_hints
+def plan_adapters(
+    model: nn.Module,
+    target_regex: Target,
+    r: int,
+    *,
+    adapter: str = "default",
+    method: MethodName = "bone",
+    r_out: int | None = None,
+    exclude: Patterns = None,
+    rank_pattern: Mapping[str, int] | None = None,
+    layouts: Mapping[str, str] | None = None,
+    rows: Mapping[str, Sequence[tuple[int, int]]] | None = None,
+    dropout: float = 0.0,
+    scale: float = 1.0,
+    dtype: torch.dtype | None = None,
+    init: Init = "zeros",
+    also_train: Patterns = None,
+    also_train_rows: Mapping[str, Sequence[int]] | None = None,
+    freeze: bool = True,
+) -> Plan:
+    """Return what `inject_adapters` would do with the same arguments; change nothing.
+
+    The plan lists weights that r or r_out does not fit as skipped. It also lists every matrix
+    parameter of unknown layout, with the argument that would adapt it.
+
+    Args:
+        model: any model.
+        target_regex: the weights to adapt. All arguments are as for `inject_adapters`.
+        r: shard size.
+        adapter: the new adapter's name.
+        method: its method.
+        r_out: size of the output shard of a tile.
+        exclude: names to leave out.
+        rank_pattern: regex of names -> r.
+        layouts: regex of names -> layout.
+        rows: regex of names -> ranges of outputs.
+        dropout: probability of zeroing each input of the adapter.
+        scale: factor on the update.
+        dtype: dtype of the blocks.
+        init: initial values of the blocks.
+        also_train: names of parameters to train and save with the adapter.
+        also_train_rows: regex of names -> rows of matrices to train and save with it.
+        freeze: whether all other parameters are frozen.
+
+    Raises:
+        DishaError: as for `inject_adapters`, but not if r or r_out does not fit a weight.
+
+    Examples:
+        >>> from torch import nn
+        >>> import disha
+        >>> plan = disha.plan_adapters(nn.Sequential(nn.Linear(8, 4), nn.LayerNorm(4)), ".", r=2)
+        >>> print(plan)
+        layer  method  r  in -> out  parameters
+        0      bone    2  8 -> 4              8
+        skipped 1: no layer kind adapts LayerNorm
+        adapter 'default': 1 layer, 8 parameters; trainable 8 of 52 (15.385%)
+    """
+    view = ModelView(model)
+    plan = plan_injection(
+        view,
+        target_regex,
+        adapter,
+        also_train_rows,
+        freeze=freeze,
+        strict=False,
+        r=r,
+        method=method,
+        r_out=r_out,
+        exclude=exclude,
+        rank_pattern=rank_pattern,
+        layouts=layouts,
+        rows=rows,
+        dropout=dropout,
+        scale=scale,
+        dtype=dtype,
+        init=init,
+        also_train=also_train,
+    )
+    return _count_parameters(view, plan)
+
+
+def plan_injection(
+    view: ModelView,
+    target: Target,
+    adapter: str,
+    also_train_rows: Mapping[str, Sequence[int]] | None,
+    *,
+    freeze: bool,
+    strict: bool,
+    **settings: Any,
+) -> Plan:
+    """Plan an injection; `settings` are the fields of its `AdapterConfig`, as the user gave them.
+
+    If r or r_out does not fit a weight, raise if `strict`, and list the weight as skipped if not.
+    """
+    # A predicate can't be recorded.
+    config = AdapterConfig(target=None if callable(target) else target, **settings)
+    view.check_can_add(adapter)
+    selection = Selection(view, "target_regex", target, config)
+    layers: list[PlannedLayer] = []
+    skipped: list[PlannedLayer] = []
+    if also_train_rows:
+        config_of_rows = configure_rows(config, also_train_rows)
+        rows = Selection(view, "also_train_rows", [*also_train_rows], config_of_rows)
+        layers, skipped = _plan_layers(rows, config.exclude, [], strict)
+    more_layers, more_skipped = _plan_layers(selection, config.exclude, layers, strict)
+    return Plan(
+        adapter,
+        config,
+        freeze,
+        layers=(*layers, *more_layers),
+        also_train=_choose_parameters(view, config),
+        skipped=(*skipped, *more_skipped),
+        unknown=selection.unknown,
+        convolutions=selection.convolutions,
+    )
+
+
+def configure_rows(config: AdapterConfig, rows: Mapping[str, Any]) -> AdapterConfig:
+    """Return the configuration of new rows, which are trained beside an adapter."""
+    layouts = dict.fromkeys(rows, "out in")
+    return AdapterConfig(1, None, "rows", layouts=layouts, rows=rows, dtype=config.dtype)
+
+
+def _plan_layers(
+    selection: Selection, plain: Iterable[str], planned: Sequence[PlannedLayer], strict: bool
+) -> tuple[list[PlannedLayer], list[PlannedLayer]]:
+    """Return which selected weights get a block, and which are skipped, with their reasons.
+
+    Weights that are `planned` already are left out. What `plain` matches does not read the update
+    of a parameter that it shares.
+    """
+    # A place that is taken reads the block of another layer.
+    taken = {place for layer in planned for place in (layer.place, *layer.tied.values())}
+    layers = []
+    skipped = []
+    unfit = []  # weights that could have a block of another size
+    for layer in selection.select():
+        if layer.slot is not None and not layer.reason:
+            if layer.place in taken:
+                continue
+            tied = find_tied(selection.view, layer, plain)
+            taken.update(tied.values())
+            r = layer.config.rank_of(*layer.names, *layer.module_names, *tied)
+            layer = replace(layer, tied=tied, r=r)
+        reason = layer.reason or reason_against_adapting(layer)
+        if reason:
+            skipped.append(replace(layer, reason=reason))
+            continue
+        reason = reason_against_block(layer)
+        if reason:
+            unfit.append(replace(layer, reason=reason))
+            continue
+        layers.append(layer)
+    if not layers and not unfit:
+        raise TargetError(selection.explain_nothing(skipped))
+    selection.refuse_unused()
+    if unfit and strict:
+        raise ArgumentError(
+            f"{list_reasons(unfit)}. Choose a smaller `r`, or an `r_out` that divides the outputs, "
+            "give these layers their own r (`rank_pattern`), or leave them out (`exclude`)"
+        )
+    return layers, [*skipped, *unfit]
+
+
+# --- other parameters, and counts ----------------------------------------------------------------
+
+
+def _choose_parameters(view: ModelView, config: AdapterConfig) -> tuple[str, ...]:
+    """Return the clean names of the parameters that `also_train` matches by any of their names."""
+    if not config.also_train:
+        return ()
+    chosen = [
+        parameter for parameter in view.parameters if matching(config.also_train, parameter.names)
+    ]
+    for parameter in chosen:
+        reason = reason_against_training(parameter)
+        if reason is not None:
+            raise ArgumentError(
+                f"also_train matches {parameter.name}: {reason}; give a regex that leaves it out"
+            )
+    names = [name for parameter in chosen for name in parameter.names]
+    refuse_unused("also_train", config.also_train, names)
+    return tuple(parameter.name for parameter in chosen)
+
+
+def _count_parameters(view: ModelView, plan: Plan) -> Plan:
+    """Return a plan with the numbers of parameters, which only its reader needs."""
+    blocks = [model_block.block.block for model_block in view.blocks()]
+    total = plan.added + sum(map(count_values, blocks))
+    trainable = plan.added + sum(count_values(block) for block in blocks if block.requires_grad)
+    for parameter in view.parameters:
+        if is_lazy(parameter.value):
+            continue
+        total += parameter.size
+        keeps_flag = not plan.freeze or parameter.is_claimed()
+        if parameter.name in plan.also_train or (keeps_flag and parameter.value.requires_grad):
+            trainable += parameter.size
+    return replace(plan, trainable=trainable, total=total)
