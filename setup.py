@@ -104,7 +104,7 @@ ZOO = [
 setup(
     name="disha-torch",
     version=VERSION,
-    description="Fine-tune any PyTorch model with small adapters: MiSS (Bone), tile, BAT (DiSHA)",
+    description="Fine-tune any PyTorch model with small adapters: MiSS, tile, BAT (DiSHA)",
     author=AUTHOR,
     author_email=EMAIL,
     project_urls={"Repository": ADDRESS} if ADDRESS else {},

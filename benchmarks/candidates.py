@@ -118,7 +118,7 @@ CANDIDATES: Mapping[str, Candidate] = {
     candidate.name: candidate
     for candidate in (
         Candidate(BASE, "frozen base", "frozen", _freeze),
-        Candidate("bone", "disha MiSS (Bone)", "bone", _disha),
+        Candidate("bone", "disha MiSS", "bone", _disha),
         Candidate("tile", "disha tile", "other", _tile),
         Candidate("bat", "disha BAT", "bat", partial(_disha, method="bat")),
         Candidate("peft_miss", "PEFT MiSS", "bone", _peft_miss),

@@ -97,7 +97,7 @@ HOW_TO_READ = """\
 How it is measured: all candidates run in one process, in rounds, each round in a new random order.
 A ratio is taken within a round. The tables have the median over the rounds, and half the distance
 of the quartiles after the sign ±. *Frozen* is the same layer or model without an adapter; gradients
-pass through it. All candidates have as many trained parameters as MiSS (Bone) with r = 64, and
+pass through it. All candidates have as many trained parameters as MiSS with r = 64, and
 adapters of the base's dtype. Each must change the output and get gradients before it is timed. The
 *roofline* is the lowest ratio that the machine allows: it adds up the time of each product and of
 each pass over memory, at speeds that are measured beside the steps
@@ -175,7 +175,7 @@ def _title(name: str) -> str:
 
 
 ABOUT_LINES = """
-Less than 1 is better than LoRA. MiSS (Bone) and BAT without a name before them are those of
+Less than 1 is better than LoRA. MiSS and BAT without a name before them are those of
 `disha`. Brackets have the quartiles of the rounds."""
 
 

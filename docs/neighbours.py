@@ -1,7 +1,7 @@
 """`python -m docs.neighbours`: which tools can share an environment with disha.
 
 For every Python, `uv` solves the requirements of the newest release of a tool together with those
-of disha. It installs nothing. The table goes into docs/versions.md.
+of disha. It installs nothing. The table goes into docs/compatibility.md.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 from uv import find_uv_bin
 
 ROOT = Path(__file__).parent.parent
-PAGE = ROOT / "docs" / "versions.md"
+PAGE = ROOT / "docs" / "compatibility.md"
 TOOLS = {"vllm": "vLLM", "sglang": "SGLang", "unsloth": "unsloth", "axolotl": "axolotl"}
 PYTHONS = ("3.11", "3.12", "3.13", "3.14")
 EXTRAS = ("", "[finetune]", "[finetune,quant]")

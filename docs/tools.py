@@ -1,4 +1,4 @@
-"""Write docs/tools.md from the tests: a tool's feature is ticked where its tests ran and passed.
+"""Write the tools of docs/compatibility.md: a feature is ticked where its tests ran and passed.
 
     python -m docs.tools
 
@@ -16,18 +16,30 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 ROOT = Path(__file__).parents[1]
-PAGE = ROOT / "docs" / "tools.md"
+PAGE = ROOT / "docs" / "compatibility.md"
+MARK, END = "<!-- written by python -m docs.tools -->", "<!-- end of the tools -->"
 
 INTRODUCTION = """\
-# Beside other tools
+## Other tools
 
-These tables show which other tools work with `disha`. Read them before you build on one of these
-tools. ✓ means that every test of the feature ran with the real library and passed. An empty
-cell means that no test here shows it. `python -m docs.tools` writes this page from the
-tests; do not edit it.
+`python -m docs.tools` writes these tables from the tests; do not edit them. An empty cell means
+that no test here shows the feature.
+
+| mark | what was seen |
+| --- | --- |
+| ✓ | every test of the feature ran with the real library on a processor, and passed |
+| ✓ simulated | the same in two processes, where `accelerate` was told that processors are GPUs |
+| ✓ read | the tool's own code reads the file; none of its kernels, and no server, ran |
 """
 
 TICK = "✓"
+SIMULATED = (
+    "whole.test_transformers_parallel::test_trainers_on_two_ranks[trainers-check_trainer_",
+    "whole.test_transformers_parallel::test_trainers_on_two_ranks[trainers-check_sft_",
+    "whole.test_transformers_parallel::test_trainers_on_two_ranks[trainers-check_accelerate_",
+    "whole.test_transformers_parallel::test_trainers_on_two_ranks[finetune-",
+)
+"""The beginnings of tests that tell accelerate that processors are GPUs, except with DDP."""
 
 Features = Mapping[str, tuple[str, ...]]
 """Feature -> its tests, as `module::function` or `module::function[parameters]`."""
@@ -71,7 +83,13 @@ def _line(cells: list[str]) -> str:
 
 
 def _cell(tests: tuple[str, ...], passed: Mapping[str, bool]) -> str:
-    return TICK if tests and all(_passed(test, passed) for test in tests) else ""
+    if not tests or not all(_passed(test, passed) for test in tests):
+        return ""
+    if any(test.startswith("runtimes.") for test in tests):
+        return f"{TICK} read"
+    if any(test.startswith(SIMULATED) and "ddp]" not in test for test in tests):
+        return f"{TICK} simulated"
+    return TICK
 
 
 def _passed(test: str, passed: Mapping[str, bool]) -> bool:
@@ -89,6 +107,7 @@ OF_TRANSFORMERS = (
     "whole.test_transformers_parallel::test_on_two_ranks[transformers_parallel-check_{}]"
 )
 PROCESSES = "whole.test_transformers_parallel::test_trainers_on_two_ranks[{}-check_{}]"
+QUANTISED_RANKS = "whole.test_transformers_parallel::test_on_two_ranks[quantised-check_{}]"
 ZERO = "whole.test_transformers_parallel::test_on_two_ranks[deepspeed_zero-check_{}]"
 PEFT = "interop.test_peft"
 LORA = "interop.lora.test_writing"
@@ -120,7 +139,7 @@ def _in_processes(script: str, check: str = "{}", *more: str) -> Features:
 TABLES = (
     Table(
         """\
-## Training
+### Training
 
 *Adapter only* means that a checkpoint holds the adapter and not the base. *As one process* means
 that two processes train and save the same as one.
@@ -179,11 +198,13 @@ that two processes train and save the same as one.
             },
             "DDP": {
                 "trains": (DDP.format("training"),),
+                "quantised base": (QUANTISED_RANKS.format("other_libraries"),),
                 "adapter only": (DDP.format("saving"),),
                 "as one process": (DDP.format("training"),),
             },
             "FSDP2": {
                 "trains": (FSDP.format("training"),),
+                "quantised base": (QUANTISED_RANKS.format("four_bits_and_experts"),),
                 "adapter only": (FSDP.format("saved_file_is_that_of_the_plain_model"),),
                 "as one process": (
                     FSDP.format("training"),
@@ -204,6 +225,7 @@ that two processes train and save the same as one.
             },
             "DeepSpeed ZeRO-2 and ZeRO-3": {
                 "trains": (ZERO.format("training"), ZERO.format("common_configurations")),
+                "quantised base": (ZERO.format("four_bits"),),
                 "adapter only": (ZERO.format("saving_and_loading"),),
                 "as one process": (ZERO.format("training"), ZERO.format("saving_and_loading")),
             },
@@ -211,7 +233,7 @@ that two processes train and save the same as one.
     ),
     Table(
         """\
-## Training in several processes
+### Training in several processes
 
 ✓ means all of this: two processes give the losses and the adapter of one, checkpoints leave out the
 base, a run resumes bit for bit, and the best checkpoint is loaded. Lightning runs DeepSpeed on CUDA
@@ -236,7 +258,7 @@ only, and these tests run without it.
     ),
     Table(
         """\
-## Reading an adapter
+### Reading an adapter
 
 *Read* means that the tool's own code reads the adapter that `disha` writes. *Same result* means
 that the tool then computes the same as the adapted model. *Back* means that `disha` reads the file
@@ -289,7 +311,7 @@ back.
     ),
     Table(
         """\
-## Leaving PyTorch
+### ONNX and torch.export
 
 *Any adapter* means that one program takes the blocks as inputs, so it serves every adapter of the
 same shapes.
@@ -321,8 +343,10 @@ same shapes.
 
 
 def render(passed: Mapping[str, bool]) -> str:
-    """Return the whole page."""
-    return "\n".join([INTRODUCTION, *(table.render(passed) for table in TABLES)])
+    """Return the page as it is, with the tables of these results."""
+    start, _, rest = PAGE.read_text(encoding="utf-8").partition(MARK)
+    tables = "\n".join([INTRODUCTION, *(table.render(passed) for table in TABLES)])
+    return f"{start}{MARK}\n\n{tables}\n{END}{rest.partition(END)[2]}"
 
 
 def results_of(report: Path) -> dict[str, bool]:

@@ -220,7 +220,7 @@ PEFT = "peft, alpha = rank"
 METHODS: Mapping[str, Method] = {
     method.name: method
     for method in (
-        Method("bone", "MiSS (Bone)", "disha, starts at zero", _ours),
+        Method("bone", "MiSS", "disha, starts at zero", _ours),
         Method("tile", "tile", "disha, starts at zero", _tile),
         Method("bat", "BAT", "disha, starts at zero", _ours),
         Method("lora", "LoRA", PEFT, _lora()),

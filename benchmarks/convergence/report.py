@@ -73,7 +73,7 @@ def page(
         [
             "# How well it learns\n",
             verdict(found, long),
-            f"![MiSS (Bone), BAT and others compared with LoRA]({PICTURES.format('verdict')})\n",
+            f"![MiSS, BAT and others compared with LoRA]({PICTURES.format('verdict')})\n",
             _every_task(found),
             _longer(long),
             _matrices(results),
@@ -91,7 +91,7 @@ def verdict(found: Mapping[str, TaskFindings], long: Longer) -> str:
     seeds = "" if all(long.has_all(name, MILD[name]) for name in ("bone", OTHER)) else FIRST
     near, far = lowest_losses(long)
     lines = [
-        "**For small models, choose MiSS (Bone), at [0.1 to 0.3 of LoRA's (alpha = rank) "
+        "**For small models, choose MiSS, at [0.1 to 0.3 of LoRA's (alpha = rank) "
         f"rate](choosing.md#learning-rate): {MILD['bone']:g} for the language model.** In the "
         f"longer training{seeds}, it then learns and forgets about as much as a LoRA at "
         f"{MILD[OTHER]:g}, in less time and memory. At equal forgetting, up to {LIMITS[-1]:g}, "
@@ -104,7 +104,7 @@ def verdict(found: Mapping[str, TaskFindings], long: Longer) -> str:
         _line(
             "What the base could do, after training", found, KEPT, "forgetting", ("lower", "higher")
         ),
-        f"**Forgetting, the rise of that loss: at one rate, MiSS (Bone) forgets more.** It forgets "
+        f"**Forgetting, the rise of that loss: at one rate, MiSS forgets more.** It forgets "
         f"{_at_one_rate(long)} times as much as LoRA in the longer training, and "
         f"{REPORTED_FORGETTING:.1f} times [in PEFT's comparison](#what-others-report).",
     ]
@@ -185,7 +185,7 @@ def _every_task(found: Mapping[str, TaskFindings]) -> str:
     return f"""## Test loss of every method and task
 
 *Best rates* differ by task; *tied* means within noise of the best adapter. *Step* is the time of a
-step, divided by LoRA's. The best rate of MiSS (Bone) was {min(gaps):.1g} to
+step, divided by LoRA's. The best rate of MiSS was {min(gaps):.1g} to
 {max(gaps):.1g} times LoRA's, so do not reuse a rate from LoRA. It was {min(times):.1f} to
 {max(times):.1f} times LoRA's times [the factor](choosing.md#learning-rate) of a square layer.
 
@@ -235,16 +235,16 @@ and the verdict compares. A star: mean of {len(STUDY.seeds)} seeds; others have 
 - **At equal forgetting, {alike} learn as much in this task.** Over all rates and scales, their
   lowest losses (means at a star) within a forgetting of
   {_joined([f"{limit:g}" for limit in LIMITS])} are {lowest}.
-- **At one rate, MiSS (Bone) forgets more.** It forgets {_at_one_rate(found)} times as much as LoRA.
-- **At a third of LoRA's rate, MiSS (Bone) does about the same.** In the {len(thirds(found))} pairs
+- **At one rate, MiSS forgets more.** It forgets {_at_one_rate(found)} times as much as LoRA.
+- **At a third of LoRA's rate, MiSS does about the same.** In the {len(thirds(found))} pairs
   of such rates, its loss is {_span(loss for loss, _ in thirds(found))}, and its forgetting
   {_span(f for _, f in thirds(found))}. With r = 16, in short trainings, a tenth was best.
-- **A high rate costs more than it gives.** From {mild:g} to {own:g}, MiSS (Bone)
+- **A high rate costs more than it gives.** From {mild:g} to {own:g}, MiSS
   forgets {high / low:.1f} times as much, for no lower test loss.
 - **To forget less, you can scale after training.** It costs no more than a lower rate{FIRST}.
   {_scaled(found, "bone", 1e-4)}
   {_scaled(found, OTHER, mild)}
-- **At the bold rates, others learn more.** There, MiSS (Bone) has a higher loss than
+- **At the bold rates, others learn more.** There, MiSS has a higher loss than
   {_lower(found)}, beyond noise. At {mild:g}, it is at most {least:.3f} higher than any.
 
 {_sizes(found)}"""
@@ -341,7 +341,7 @@ def _sizes(found: Longer) -> str:
     losses = {
         name: ", ".join(f"{found.sizes[name][r]:.3f}" for r in both) for name in ("bone", OTHER)
     }
-    return f"""With r = {", ".join(map(str, both))}, at the bold rates{FIRST}: MiSS (Bone) has
+    return f"""With r = {", ".join(map(str, both))}, at the bold rates{FIRST}: MiSS has
 {losses["bone"]}; LoRA, with as many parameters, has {losses[OTHER]}.
 """
 
@@ -363,8 +363,8 @@ def _matrices(results: Results) -> str:
                      for (task, rate), losses in columns.items())]  # fmt: skip
     return f"""## Other fixed matrices
 
-MiSS (Bone) is a LoRA whose A stays [I I ... I]. Other fixed A, with columns of about the same
-length, at the best rate of MiSS (Bone), and for digits at a third of it; mean test loss:
+MiSS is a LoRA whose A stays [I I ... I]. Other fixed A, with columns of about the same
+length, at the best rate of MiSS, and for digits at a third of it; mean test loss:
 
 {table(header, rows)}
 A star: beyond noise. **[I I ... I] is the cheapest, but not the best in the two smaller models**:
@@ -403,7 +403,7 @@ class Reported(NamedTuple):
 
 
 REPORTED = (
-    Reported("MiSS (Bone), r = 64", "bone", 7.3, 1e-4, (48.67, 50.72), 0.197, 18.9, 897),
+    Reported("MiSS, r = 64", "bone", 7.3, 1e-4, (48.67, 50.72), 0.197, 18.9, 897),
     Reported("BAT, r = 64", "bat", 7.3, 1e-4, (50.42, 51.63), 0.194, 23.5, 1409),
     Reported("LoRA, r = 32", OTHER, 9.2, 1e-4, (47.84, 48.22, 49.05), 0.050, 20.8, 942),
     Reported("rsLoRA, r = 64", "rslora", 18.4, 1e-4, (51.33, 52.99, 53.22), 0.111, 21.0, 966),
@@ -441,16 +441,16 @@ scored on GSM8K. The rate is {rate:g}; SHiRA has 3e-4 and full fine-tuning 1e-5.
 loss and forgetting at the same rate.
 
 {table(header, rows)}
-- **For MiSS (Bone)**: the least memory and time of all methods there above 45%.
+- **For MiSS**: the least memory and time of all methods there above 45%.
 - **Against it**: it and BAT forget {REPORTED_FORGETTING:.1f} times as much as LoRA. rsLoRA and
   SHiRA have more correct; SHiRA forgets as little as LoRA.{untrained}
-- **One rate for all** means [larger steps](choosing.md#learning-rate) for MiSS (Bone) and BAT.
+- **One rate for all** means [larger steps](choosing.md#learning-rate) for MiSS and BAT.
 - Repeated runs differ by up to {varies:.1f} points.
 
 In [PEFT's image comparison](https://github.com/huggingface/peft/tree/main/method_comparison/image-gen)
 (FLUX.2 klein 4B, 1e-4, June 2026), MiSS with r = 32 has the lowest training loss of 31 runs: 0.617;
 LoRA has 0.735. But its images are less like the subject (0.657; LoRA 0.697), and other images drift
-more (0.309; LoRA 0.262). [The paper](citing.md) reports 48.16% for MiSS (Bone) and 40.75% for LoRA:
+more (0.309; LoRA 0.262). [The paper](citing.md) reports 48.16% for MiSS and 40.75% for LoRA:
 a Llama with 7B parameters on GSM8K. Both were trained at 2e-5, at which a LoRA takes smaller steps.
 """
 
@@ -476,7 +476,7 @@ def _how(results: Results, costs: Mapping[str, Any], found: Mapping[str, TaskFin
     settings = "; ".join(f"{_joined(titles)}: {about}" for about, titles in alike.items())
     return f"""## How it was measured
 
-- **Equal parameters**: as many as MiSS (Bone), within {LARGEST_DIFFERENCE:.0%}. Full fine-tuning of
+- **Equal parameters**: as many as MiSS, within {LARGEST_DIFFERENCE:.0%}. Full fine-tuning of
   the same layers is shown for reference.
 - **Equal training**: the same rows in the same order, AdamW without decay, clipping or dropout, a
   short warm-up and a cosine to zero. New heads train at {HEAD_RATE:g} with every method.
@@ -488,7 +488,7 @@ def _how(results: Results, costs: Mapping[str, Any], found: Mapping[str, TaskFin
 - **What the base could do**: upright digits, or unrelated prose; in the longer training, text that
   the base wrote. For *packages*, the loss is 1 - the cosine to the base's embeddings of other text.
   The verdict compares this loss after training. *Forgetting* is its rise alone.
-- **Time and memory of a step** are those of short rows, with an optimizer. A step of MiSS (Bone)
+- **Time and memory of a step** are those of short rows, with an optimizer. A step of MiSS
   takes {min(steps):.2f} to {max(steps):.2f} of LoRA's. In [speed and memory](performance.md) it is
   closer to 1: there a step has more tokens and no optimizer.
 - **Settings**: {settings}.

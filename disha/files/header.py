@@ -1,4 +1,7 @@
-"""The header of an adapter file, format 1: JSON in the safetensors metadata (docs/format.md)."""
+"""The header of an adapter file, format 1: JSON in the safetensors metadata.
+
+docs/reference/format.md describes it.
+"""
 
 from __future__ import annotations
 

@@ -8,6 +8,7 @@ from torch import nn
 
 from docs.drawings.canvas import WIDTH, Canvas
 from docs.drawings.colours import colour
+from docs.drawings.effective import effective_weight
 from docs.drawings.grids import Cell, Grid
 from docs.drawings.landing import Index, Landing, landing, reach
 
@@ -20,9 +21,9 @@ Shade = Callable[[Index], str]
 
 
 def bone() -> str:
-    """Draw MiSS (Bone), with a last shard that is cropped."""
+    """Draw MiSS, with a last shard that is cropped."""
     found = landing(_linear(CROPPED_IN), R)
-    canvas = _begun(330, "MiSS (Bone)", "dW[o, i] = D[i mod r, o]")
+    canvas = _begun(330, "MiSS", "dW[o, i] = D[i mod r, o]")
     block = Grid(LEFT, TOP, OUT, R)
     delta = Grid(150, TOP, OUT, 16, run=(None, R))
     _pair(canvas, found, block, delta, by_place(OUT), marked=(1, 5))
@@ -187,7 +188,7 @@ def _kinds(canvas: Canvas, y: int) -> None:
             landing(_linear(), R),
             place,
             (None, R),
-            ("MiSS (Bone)", "repeated along", "the inputs"),
+            ("MiSS", "repeated along", "the inputs"),
         ),
         (
             176,
@@ -306,6 +307,7 @@ def _note(canvas: Canvas, y: int, words: str) -> None:
 
 
 FIGURES = {
+    "effective.svg": effective_weight,
     "shards.svg": overview,
     "shards-bone.svg": bone,
     "shards-tile.svg": tile,

@@ -300,13 +300,13 @@ class TestReport:
                 for one in found.values()
             ]
             assert list(ratios(found, "bone", what).values()) == by_hand
-            assert f"MiSS (Bone) {Overall.of(by_hand)}" in text
+            assert f"MiSS {Overall.of(by_hand)}" in text
         seconds = [one["seconds"] for one in COSTS["tables"]["costs"]]
         steps = [
             statistics.median(a / b for a, b in zip(one["bone"], one["lora"], strict=True))
             for one in seconds
         ]
-        assert f"Time of a step: MiSS (Bone) {Overall.of(steps)}" in text
+        assert f"Time of a step: MiSS {Overall.of(steps)}" in text
 
     def test_another_result_gives_another_page(self):
         changed = {
@@ -317,7 +317,7 @@ class TestReport:
         }
         before, after = (longer(STUDY, results) for results in (KEPT, changed))
         text = report.verdict(report.tasks_of(STUDY, changed, COSTS), after)
-        assert "Quality. MiSS (Bone): clearly better" in text
+        assert "Quality. MiSS: clearly better" in text
         assert after.own["bone"].mean("loss") == before.own["bone"].mean("loss") / 2
 
     def test_the_advice_on_rates_follows_from_the_kept_runs(self):

@@ -35,7 +35,7 @@ def test_code_runs_and_prints_what_the_page_says(path, monkeypatch):
 
 
 def test_every_promise_names_its_tests():
-    text = (DOCS / "guarantees.md").read_text(encoding="utf-8")
+    text = (DOCS / "stability.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| \*\*.*$", text, re.MULTILINE)
     assert len(rows) >= 25
     modules = {path.stem for path in (ROOT / "tests").rglob("test_*.py")}

@@ -30,10 +30,10 @@ def test_its_figures_are_those_of_the_kept_results():
     held = sum(result["status"] == "held" for result in kept)
     ran = sum(result["status"] != "not run" for result in kept)
     assert f"Of {len(kept)} architectures, {ran} run in a small form, and {held} pass" in WORDS
-    pattern = r"keep ([\d.]+) MiB. MiSS \(Bone\) adds ([\d.]+) MiB.* adds ([\d.]+) MiB"
+    pattern = r"keep ([\d.]+) MiB. MiSS adds ([\d.]+) MiB.* adds ([\d.]+) MiB"
     base, bone, lora = map(float, re.search(pattern, WORDS).groups())
     assert f"| frozen base | {base:g} MiB |" in page("performance.md")
-    assert f"| disha MiSS (Bone) | {base + bone:g} MiB |" in page("performance.md")
+    assert f"| disha MiSS | {base + bone:g} MiB |" in page("performance.md")
     assert f"| PEFT MiSS | {base + bone:g} MiB |" in page("performance.md")
     assert f"| PEFT LoRA | {base + lora:g} MiB |" in page("performance.md")
     here, there = re.search(r"up to ([\d.]+) times as much.* \[([\d.]+) times\]", WORDS).groups()
@@ -41,8 +41,8 @@ def test_its_figures_are_those_of_the_kept_results():
     assert f" and {there} times [in PEFT's comparison]" in page("evidence.md")
     pattern = r"([\d.]+) of the time and ([\d.]+) of the memory"
     time, memory = re.search(pattern, WORDS).groups()
-    assert f"Time of a step: MiSS (Bone) {time} " in page("evidence.md")
-    assert f"Memory of a step: MiSS (Bone) {memory} " in page("evidence.md")
+    assert f"Time of a step: MiSS {time} " in page("evidence.md")
+    assert f"Memory of a step: MiSS {memory} " in page("evidence.md")
     assert "no clear difference](docs/evidence.md) in quality; in one, it was worse" in WORDS
-    assert "MiSS (Bone) worse in 1," in page("evidence.md")
+    assert "MiSS worse in 1," in page("evidence.md")
     assert "no clear difference" in page("evidence.md")

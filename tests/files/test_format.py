@@ -1,4 +1,4 @@
-"""What docs/format.md says is true: of the files, and of what reads them.
+"""What docs/reference/format.md says is true: of the files, and of what reads them.
 
 Files are read by `tests/reference_reader.py` as well, which was written from that page.
 """
@@ -28,7 +28,7 @@ from tests import reference_reader
 from tests.adapter_files import base, first_layer, rewritten, trained
 from tests.conftest import InOut, assert_same, perturb, refused
 
-PAGE = (Path(__file__).parent.parent.parent / "docs" / "format.md").read_text()
+PAGE = (Path(__file__).parent.parent.parent / "docs" / "reference" / "format.md").read_text()
 OLD = Path(__file__).parent.parent / "old_files"
 
 

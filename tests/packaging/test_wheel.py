@@ -45,7 +45,7 @@ def test_the_sdist_holds_what_builds_tests_and_explains(dist):
     expected = {
         *("setup.py", "pyproject.toml", "mkdocs.yml", "Makefile", "LICENSE", "conftest.py"),
         *("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "CITATION.cff", "SECURITY.md"),
-        *("disha/py.typed", "docs/format.md", "docs/examples/newcomer/train.py"),
+        *("disha/py.typed", "docs/reference/format.md", "docs/examples/newcomer/train.py"),
         *("tests/conftest.py", "benchmarks/__main__.py", ".github/workflows/ci.yml"),
     }
     assert expected <= names

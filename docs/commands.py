@@ -1,0 +1,149 @@
+"""`python -m docs.commands`: write docs/reference/commands.md from the parsers of the commands."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from importlib import import_module
+from importlib.metadata import version
+from pathlib import Path
+from unittest.mock import patch
+
+from trl import SFTConfig
+
+from disha.cli import dispatcher
+from disha.finetune import arguments
+
+PAGE = Path(__file__).parent / "reference" / "commands.md"
+HEAD = """\
+# Command line
+
+Every command of `disha` with all its flags. `python -m docs.commands` writes this page from the
+parsers; do not edit it. [Fine-tuning from the command line](../finetuning.md) shows the commands at
+work.
+
+A flag may be spelled with dashes or underscores: `--max-new-tokens` is `--max_new_tokens`. Every
+command has `--help`, and `--debug`, which shows where an error came from and what the other
+libraries say. An error is one line on standard error, and the exit code says of which sort it is:
+
+| exit code | meaning |
+| --- | --- |
+| 0 | done |
+| 1 | the work failed |
+| 2 | the input can't be used: a flag, a file, a missing package |
+| 130 | interrupted by Ctrl-C |
+"""
+FINETUNE = """\
+## disha finetune
+
+Train an adapter for a language model with `SFTTrainer` of `trl`. The flags are those that `disha`
+adds, and all of [`SFTConfig`](https://huggingface.co/docs/trl/sft_trainer#trl.SFTConfig).
+"""
+
+
+class _Seen(Exception):
+    """Carries the parser of a command."""
+
+
+def parser_of(command: str) -> argparse.ArgumentParser:
+    """Return the parser that a command makes."""
+
+    def seen(parser: dispatcher.Parser, words: Sequence[str]) -> None:
+        raise _Seen(parser)
+
+    module = import_module(f"disha.cli.{command}")
+    with patch.object(dispatcher.Parser, "parsed", seen):
+        try:
+            module.main([])
+        except _Seen as found:
+            parser: argparse.ArgumentParser = found.args[0]
+            return parser
+    raise AssertionError(f"{command} reads no flags")
+
+
+def page() -> str:
+    """Return the page."""
+    others = [name for name in dispatcher.COMMANDS if name != "finetune"]
+    return "\n".join([HEAD, finetune(), *(_command(name) for name in others)])
+
+
+def finetune() -> str:
+    """Return the section of `disha finetune`."""
+    parser = arguments._parser(shows_all=True)
+    of_trl = {field.name for field in dataclasses.fields(SFTConfig)} - set(arguments.SHOWN)
+    own = [action for action in _shown(parser) if action.dest not in of_trl]
+    rest = [action for action in _shown(parser) if action.dest in of_trl]
+    made = f"trl {version('trl')} and transformers {version('transformers')}"
+    former = "\n".join(f"| `--{old}` | `--{new}` |" for old, new in arguments.RENAMED.items())
+    return f"""{FINETUNE}
+{_table(own)}
+Short names, and names that the libraries have changed, still work:
+
+| also accepted | flag |
+| --- | --- |
+{former}
+
+<details markdown="1"><summary>The other flags of SFTConfig, with {made}</summary>
+
+{_table(rest)}
+</details>
+"""
+
+
+def _command(name: str) -> str:
+    parser = parser_of(name)
+    about = (parser.description or "").strip()
+    text, _, examples = about.partition("Examples:\n")
+    joined = re.sub(r"\n {8,}", " ", text.strip())
+    listed = re.sub(r"^  (\w+) +(?=\S)", r"- `\1`: ", joined, flags=re.MULTILINE)
+    listed = re.sub(r":\n- ", ":\n\n- ", listed)
+    commands = "\n".join(line.strip() for line in examples.strip().splitlines())
+    block = f"\n```sh\n{commands}\n```\n" if commands else ""
+    return f"## disha {name}\n\n{listed}\n{block}\n{_table(_shown(parser))}"
+
+
+def _shown(parser: argparse.ArgumentParser) -> list[argparse.Action]:
+    hidden = ("help", "help_all", "debug")
+    return [
+        action
+        for action in parser._actions
+        if action.dest not in hidden and action.help != argparse.SUPPRESS
+    ]
+
+
+def _table(actions: Sequence[argparse.Action]) -> str:
+    rows = "\n".join(f"| {' | '.join(_cells(action))} |" for action in actions)
+    return f"| flag | default | meaning |\n| --- | --- | --- |\n{rows}\n"
+
+
+def _cells(action: argparse.Action) -> Iterator[str]:
+    """Return the names of a flag, its default, and what it does."""
+    names = [name for name in action.option_strings if "-" not in name[2:]]
+    yield ", ".join(f"`{name}`" for name in names) or f"`{action.dest.upper()}`"
+    yield "required" if action.required else _default(action.default)
+    words = " ".join((action.help or "").split())
+    values: Mapping[str, object] | Sequence[object] = action.choices or ()  # type: ignore[assignment]
+    choices = ", ".join(f"`{value}`" for value in values)
+    text = f"{words} ({choices})" if choices and len(choices) < 100 else words
+    yield re.sub(r"(?<!\\)\|", r"\\|", text).replace("<", "&lt;").replace("%%", "%")
+
+
+def _default(value: object) -> str:
+    if value is None or value == [] or value == argparse.SUPPRESS or callable(value):
+        return ""
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    text = " ".join(map(str, value)) if isinstance(value, list) else str(value)
+    return f"`{text}`"
+
+
+def main() -> None:
+    """Write the page."""
+    PAGE.write_text(page(), encoding="utf-8")
+    print(PAGE)
+
+
+if __name__ == "__main__":
+    main()
