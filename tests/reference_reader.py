@@ -1,4 +1,4 @@
-"""A reader of adapter files, written from docs/reference/format.md alone: slow, obvious, and all by hand.
+"""A reader of adapter files, written from docs/reference/format.md alone: slow, and all by hand.
 
 It uses neither disha nor safetensors nor torch, so that what it finds in a file, and what it makes
 of it, is there by the format and not by the library. `read` takes a file apart; `merged` gives the
