@@ -2,33 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+import math
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from enum import Enum
 from functools import partial
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from disha.errors import ArgumentError, DishaError
+from disha.functional import Method
+from disha.functional.shard_sums import merge_dtype
 from disha.layers.adapted import AdaptedLayer
 from disha.layers.blocks import AdapterBlock
+from disha.layers.quantized import quantized_slot
 from disha.model.merge import merge
 from disha.model.view import ModelBlock, ModelView, clean_key
 from disha.sharding.imported import imported_class
-from disha.sharding.tensors import gathered, write
-from disha.sharding.zero import release, whole_shape
+from disha.sharding.tensors import gathered, is_sharded, write
+from disha.sharding.zero import is_partitioned, release, whole_shape
 from disha.text import counted, first_few, grouped, printable, table
-
-Run = Callable[[], list[Tensor]]
-"""Runs the model and returns its floating-point outputs."""
 
 SIZE = 0.02
 """Standard deviation of the random values that blocks get during the check."""
 
 WORDS = {True: "yes", False: "NO", None: "-"}
-"""What is found -> the word in the table."""
+"""What a column of the table says."""
 
 
 @dataclass(frozen=True)
@@ -86,14 +91,14 @@ class CheckReport:
         return not self.problems and not self.untrained
 
     def __str__(self) -> str:
-        rows = [
-            (weight.name or "(the model)", weight.adapter,
-             *map(WORDS.get, (weight.read, weight.acts, weight.gradient, weight.merges)))
-            for weight in self.weights
-        ]  # fmt: skip
+        rows = []
+        for weight in self.weights:
+            answers = (weight.read, weight.acts, weight.gradient, weight.merges)
+            words = [WORDS[answer] for answer in answers]
+            rows.append((weight.name or "(the model)", weight.adapter, *words))
         lines = [table(("weight", "adapter", "read", "acts", "gradient", "merges"), rows)]
         reasons = grouped((weight.name, weight.reason) for weight in self.weights if weight.reason)
-        lines += map(printable, reasons)
+        lines += [printable(reason) for reason in reasons]
         if self.untrained:
             lines.append(
                 f"the optimizer lacks {counted(len(self.untrained), 'parameter')} that should "
@@ -102,7 +107,8 @@ class CheckReport:
         if self.unknown:
             lines.append(f"the optimizer has {counted(self.unknown, 'parameter')} of other modules")
         good = len(self.weights) - len(self.problems)
-        return "\n".join([*lines, f"{good:,} of {counted(len(self.weights), 'block')} in order"])
+        lines.append(f"{good:,} of {counted(len(self.weights), 'block')} in order")
+        return "\n".join(lines)
 
 
 def check_adapters(
@@ -113,9 +119,14 @@ def check_adapters(
 ) -> CheckReport:
     """Run a model and report for each active block whether it acts, trains and merges.
 
-    The model runs in evaluation mode: once with random values in all blocks, once merged, and once
-    for each block that gets no gradient. Afterwards, values, modes, gradients and random states are
-    as before.
+    The model runs in evaluation mode: twice with random values in all blocks, once merged, and once
+    for each block that gets no gradient. If a block does not act or gets no gradient there, the
+    model also runs in training mode, without the adapters' own dropout. So a head that only
+    training uses is in order, and so is a model that differentiates in its forward (forces of an
+    energy) and keeps the graph of that in training only.
+
+    Afterwards, parameters, buffers, modes, gradients and the random states of torch are as before.
+    What else a forward changes, such as a counter that is a Python number, is not seen.
 
     Args:
         model: a model with adapters, not merged.
@@ -128,8 +139,8 @@ def check_adapters(
         A `CheckReport`.
 
     Raises:
-        ArgumentError: no adapter is active, the model returns no floating-point tensor, or an
-            adapted layer was parametrised (`torch.nn.utils.parametrize`).
+        ArgumentError: no adapter is active, the model returns no floating-point or complex tensor,
+            or an adapted layer was parametrised (`torch.nn.utils.parametrize`).
         ModeError: adapters are merged (`MergeError`), or in a context.
 
     Examples:
@@ -158,13 +169,18 @@ def check_adapters(
     if isinstance(model, engine):
         runs = model.module  # the engine takes every backward for one of training
     with ExitStack() as undo:  # whatever the check changes comes back
-        found = _checked(view, undo, active, lambda: _tensors(runs(*inputs, **kwargs)))
-    return CheckReport(found, *(() if optimizer is None else _compared(model, optimizer)))
+        weights = _check(view, undo, active, lambda: runs(*inputs, **kwargs))
+    if optimizer is None:
+        return CheckReport(weights)
+    untrained, unknown = _compare_with_optimizer(model, optimizer)
+    return CheckReport(weights, untrained, unknown)
 
 
 def _refuse_parametrised(name: str, layer: AdaptedLayer) -> None:
     """Raise if an adapted parameter was replaced by a parametrization, which hides the adapters."""
-    computed: Any = layer._modules.get("parametrizations") or ()
+    computed: Any = layer._modules.get("parametrizations")
+    if computed is None:
+        return
     for parameter in layer._adapted_parameters:
         if parameter in computed and not hasattr(layer._original_class, parameter):
             raise ArgumentError(
@@ -173,76 +189,209 @@ def _refuse_parametrised(name: str, layer: AdaptedLayer) -> None:
             )
 
 
-def _compared(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[tuple[str, ...], int]:
+def _compare_with_optimizer(
+    model: nn.Module, optimizer: torch.optim.Optimizer
+) -> tuple[tuple[str, ...], int]:
     """Return which parameters that should train an optimizer lacks, and how many the model does."""
     trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    parameters = dict(model.named_parameters())
-    untrained = tuple(
-        clean_key(name)
-        for name, parameter in parameters.items()
-        if parameter.requires_grad and id(parameter) not in trained
-    )
-    return untrained, len(trained.difference(map(id, parameters.values())))
+    untrained = []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and id(parameter) not in trained:
+            untrained.append(clean_key(name))
+        trained.discard(id(parameter))
+    return tuple(untrained), len(trained)
 
 
-def _checked(
-    view: ModelView, undo: ExitStack, active: list[ModelBlock], outputs_of: Run
-) -> tuple[CheckedWeight, ...]:
-    """Return what is found in a model, which this changes."""
+# --- running the model ---------------------------------------------------------------------------
 
-    def run() -> list[Tensor]:
-        # All runs start from the same random state, and none changes it.
+
+class _Runner:
+    """Runs a model so that each run starts from the same state and leaves nothing behind."""
+
+    def __init__(self, view: ModelView, blocks: list[AdapterBlock], call: Callable[[], Any]):
+        self.blocks = blocks
+        self._view = view
+        self._call = call
+
+    @contextmanager
+    def mode(self, training: bool) -> Iterator[None]:
+        """Run the body in this mode, from the same random state, and put the buffers back."""
+        self._view.model.train(training)
+        for block in self.blocks:
+            block.train(False)  # without its dropout, which a merged weight can't have
         started = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
         devices = range(torch.cuda.device_count()) if started else ()
-        with torch.random.fork_rng(devices):
-            return outputs_of()
+        with torch.random.fork_rng(devices), _keep_buffers(self._view.names):
+            yield
 
+    def outputs(self) -> list[Tensor]:
+        """Return the outputs of the model with their graph; call it in `mode`."""
+        outputs = tensors_in(self._call())
+        if not outputs:
+            raise ArgumentError(
+                "the model returns no floating-point tensor, real or complex; check the part that "
+                "does"
+            )
+        return outputs
+
+    def run(self, training: bool) -> list[Tensor]:
+        """Return the outputs of the model in this mode."""
+        # With gradients, because some models differentiate in their forward.
+        with self.mode(training):
+            return [output.detach() for output in self.outputs()]
+
+
+@contextmanager
+def _keep_buffers(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Put the buffers of modules back after the body, in which forwards may change them."""
+    kept = []
+    for module in modules:
+        if quantized_slot(module) is not None:
+            continue  # its buffers may be packed weights, which are large and stay as they are
+        for name, buffer in module._buffers.items():
+            if buffer is not None and not is_lazy(buffer) and not buffer.is_meta:
+                kept.append((module, name, buffer, buffer.detach().clone()))
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for module, name, buffer, values in kept:
+                if module._buffers[name] is not buffer:
+                    module._buffers[name] = buffer
+                if not torch.equal(buffer, values):
+                    buffer.copy_(values)
+
+
+def tensors_in(output: Any) -> list[Tensor]:
+    """Return the floating-point and complex tensors in the output of a model, of any type.
+
+    Complex ones come as real tensors.
+    """
+    tensors = []
+    visited: dict[int, Any] = {}  # by id; it keeps the values alive, so that no id comes twice
+    waiting = deque([output])
+    while waiting:
+        value = waiting.popleft()
+        if id(value) in visited:
+            continue  # an output may refer to itself
+        visited[id(value)] = value
+        if not isinstance(value, Tensor):
+            waiting += _parts_of(value)
+            continue
+        tensor = value.values() if value.is_nested else value
+        tensor = _as_real(tensor)
+        if tensor.is_floating_point():
+            tensors.append(tensor)
+    return tensors
+
+
+def _as_real(tensor: Tensor) -> Tensor:
+    """Return a complex tensor as its parts, with a dimension more; any other as it is."""
+    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+
+
+def _parts_of(value: Any) -> list[Any]:
+    """Return what a container or an object of an output holds."""
+    if isinstance(value, Mapping):
+        return list(value.values())
+    if isinstance(value, (list, tuple)):
+        return list(value)
+    if isinstance(value, (type, ModuleType, Enum, nn.Module)):
+        return []
+    return list(getattr(value, "__dict__", {}).values())
+
+
+# --- the check -----------------------------------------------------------------------------------
+
+
+@dataclass
+class _Seen:
+    """What was seen of the blocks while the model ran in one mode."""
+
+    training: bool
+    outputs: list[Tensor]
+    read: set[AdapterBlock]
+    acting: set[AdapterBlock]
+    reached: set[AdapterBlock]  # those that get a gradient
+    error: str  # why gradients could not be computed, if so
+
+
+def _check(
+    view: ModelView, undo: ExitStack, active: list[ModelBlock], call: Callable[[], Any]
+) -> tuple[CheckedWeight, ...]:
+    """Return what is seen of each block; `undo` takes back what this changes."""
     for module in view.model.modules():
         undo.callback(setattr, module, "training", module.training)
     view.reshard()
-    view.model.eval()
+    blocks = [model_block.block for model_block in active]
+    runner = _Runner(view, blocks, call)
     with torch.inference_mode(False), torch.enable_grad():
-        blocks = [model_block.block for model_block in active]
         zeros = {block for block in blocks if not gathered(block.block).count_nonzero()}
         frozen = {block for block in blocks if not block.block.requires_grad}
         _randomise(blocks, undo)
+        _keep_data(active, undo)
         undo.callback(view.reshard)  # a forward gathers what is sharded
-        read, outputs = _read(run, blocks)
-        reached = _with_gradient(outputs, read)
-        outputs = [output.detach() for output in outputs]
-        acting = {block for block in blocks if block in reached or _changes(run, block, outputs)}
-        try:
-            merging = _merging(view, run, outputs, active)
-            refusal = ""
-        except DishaError as error:
-            merging = {}
-            refusal = str(error)
-        # Whether a block can leave zeros depends on its method, so one block of each is tried.
-        tried = {block.method: block for block in blocks if block in zeros and block in reached}
-        stuck = {method for method, block in tried.items() if not _leaves_zeros(run, block, undo)}
-    found = []
+        seen = [_observe(runner, blocks, training=False)]
+        idle = [block for block in blocks if block not in seen[0].acting & seen[0].reached]
+        unseen = ""  # why training mode shows nothing
+        if idle:
+            try:
+                seen.append(_observe(runner, idle, training=True))
+            except Exception as error:  # such as of a loss without its targets, or of a batch norm
+                unseen = f"; in training mode it raises {type(error).__name__} with these inputs"
+        merges = _compare_merged(view, runner, seen[0], active)
+        if len(seen) == 2:
+            only_training = seen[1].acting - seen[0].acting
+            acting = [model_block for model_block in active if model_block.block in only_training]
+            merges |= _compare_merged(view, runner, seen[1], acting)
+        stuck = _find_stuck_methods(runner, zeros, seen, undo)
+    weights = []
     for name, layer, adapter, block in active:
-        is_read = block in read
-        acts = block in acting
-        gradient = block in reached
-        starts = not (block in zeros and block.method in stuck)
-        reason = _reason(is_read, acts, gradient, starts, is_frozen=block in frozen)
+        read = any(block in mode.read for mode in seen)
+        acts = any(block in mode.acting for mode in seen)
+        reached = any(block in mode.reached for mode in seen)
+        errors = [mode.error for mode in seen if mode.error]
+        if not read:
+            reason = f"the model does not use this weight, or not with these inputs{unseen}"
+        elif not acts:
+            reason = "the model reads this weight, but the update does not reach the output"
+            reason += unseen
+        elif not reached and errors:
+            reason = f"it acts, but its gradient can't be computed: {errors[-1]}{unseen}"
+        elif not reached:
+            reason = f"it acts, but a detach or a custom function stops its gradient{unseen}"
+        elif block in frozen:
+            reason = "it acts, but it is frozen; to train it, call mark_only_adapters_trainable"
+        elif block in zeros and block.method in stuck:
+            reason = "a block of zeros gets no gradient by its method; use init='kaiming'"
+        else:
+            reason = ""
         trains = not reason
-        merges = merging.get(layer)
-        found.append(CheckedWeight(name, adapter, is_read, acts, trains, merges, reason or refusal))
-    return tuple(found)
+        merged_alike, difference = merges[layer]
+        if not reason:
+            reason = difference
+        weights.append(CheckedWeight(name, adapter, read, acts, trains, merged_alike, reason))
+    return tuple(weights)
 
 
-def _reason(read: bool, acts: bool, gradient: bool, starts: bool, is_frozen: bool) -> str:
-    if not read:
-        return "the model does not use this weight, or not with these inputs"
-    if not acts:
-        return "the model reads this weight, but the update does not reach the output"
-    if not gradient:
-        return "it acts, but a detach or a custom function stops its gradient"
-    if is_frozen:
-        return "it acts, but it is frozen; to train it, call mark_only_adapters_trainable"
-    return "" if starts else "a block of zeros gets no gradient by its method; use init='kaiming'"
+def _observe(runner: _Runner, blocks: list[AdapterBlock], training: bool) -> _Seen:
+    """Return which of the blocks are read, act and get gradients in this mode."""
+    with runner.mode(training):
+        read, outputs = _run_and_note_reads(runner, blocks)
+        try:
+            reached = _with_gradient(outputs, read)
+            error = ""
+        except DishaError:
+            raise
+        except RuntimeError as failure:  # for example, the forward has freed a part of the graph
+            reached = set()
+            error = str(failure).partition(".")[0]
+    outputs = [output.detach() for output in outputs]
+    acting = set(reached)
+    for block in blocks:
+        if block not in reached and _changes_outputs(runner, block, outputs, training):
+            acting.add(block)
+    return _Seen(training, outputs, set(read), acting, reached, error)
 
 
 def _randomise(blocks: list[AdapterBlock], undo: ExitStack) -> None:
@@ -255,22 +404,22 @@ def _randomise(blocks: list[AdapterBlock], undo: ExitStack) -> None:
         block.block.requires_grad_(True)
 
 
-def _read(run: Run, blocks: list[AdapterBlock]) -> tuple[dict[AdapterBlock, Tensor], list[Tensor]]:
+def _run_and_note_reads(
+    runner: _Runner, blocks: list[AdapterBlock]
+) -> tuple[dict[AdapterBlock, Tensor], list[Tensor]]:
     """Return the blocks that the model reads, with the values that it gets, and its outputs."""
     read: dict[AdapterBlock, Tensor] = {}
 
-    def noting(block: AdapterBlock, *args: Any, **kwargs: Any) -> Any:
+    def note_read(block: AdapterBlock, *args: Any, **kwargs: Any) -> Any:
         update = type(block).update(block, *args, **kwargs)
         read[block] = update.block  # FSDP2 has gathered it for this forward
         return update
 
     with ExitStack() as undo:
         for block in blocks:
-            block.__dict__["update"] = partial(noting, block)
+            block.__dict__["update"] = partial(note_read, block)
             undo.callback(block.__dict__.pop, "update")
-        outputs = run()
-    if not outputs:
-        raise ArgumentError("the model returns no floating-point tensor; check the part that does")
+        outputs = runner.outputs()
     return read, outputs
 
 
@@ -294,61 +443,176 @@ def _with_gradient(outputs: list[Tensor], read: dict[AdapterBlock, Tensor]) -> s
     }
 
 
-def _leaves_zeros(run: Run, block: AdapterBlock, undo: ExitStack) -> bool:
-    """Whether a block of zeros gets a gradient, without which it stays zero."""
-    write(block.block, torch.zeros(whole_shape(block.block), device="cpu"), undo)
-    read, outputs = _read(run, [block])
-    return block in _with_gradient(outputs, read)
-
-
-def _changes(run: Run, block: AdapterBlock, outputs: list[Tensor]) -> bool:
+def _changes_outputs(
+    runner: _Runner, block: AdapterBlock, outputs: list[Tensor], training: bool
+) -> bool:
     """Whether the outputs change when a block changes."""
-    with torch.no_grad(), ExitStack() as undo:
+    with ExitStack() as undo:
         write(block.block, gathered(block.block) + 50 * SIZE, undo)
-        changed = run()
-    return any(not torch.equal(a, b) for a, b in zip(changed, outputs, strict=True))
+        changed = runner.run(training)
+    if len(changed) != len(outputs):
+        return True
+    return not all(torch.equal(output, former) for output, former in zip(changed, outputs))
 
 
-def _merging(
-    view: ModelView, run: Run, outputs: list[Tensor], active: list[ModelBlock]
-) -> dict[AdaptedLayer, bool]:
-    """Return layer -> whether the output stays the same when it is merged."""
+def _find_stuck_methods(
+    runner: _Runner, zeros: set[AdapterBlock], seen: list[_Seen], undo: ExitStack
+) -> set[Method]:
+    """Return the methods whose blocks get no gradient while they are zero, and so stay zero."""
+    tried: set[Method] = set()  # one block of each method shows it
+    stuck = set()
+    for block in runner.blocks:
+        modes = [mode for mode in seen if block in mode.reached]
+        if block not in zeros or block.method in tried or not modes:
+            continue
+        tried.add(block.method)
+        write(block.block, torch.zeros(whole_shape(block.block), device="cpu"), undo)
+        with runner.mode(modes[0].training):
+            read, outputs = _run_and_note_reads(runner, [block])
+            if block not in _with_gradient(outputs, read):
+                stuck.add(block.method)
+    return stuck
+
+
+# --- merging -------------------------------------------------------------------------------------
+
+ROUNDINGS = 4
+"""By how many times the change that a tiny change of the blocks makes, merging may change outputs:
+each adds up its roundings in its own way."""
+
+
+DRIFTS = (
+    "each forward changes this weight, as `weight.data = weight.data.clone()` would, so its update "
+    "is added again and again; read and write layer.base_weight there"
+)
+"""Why a weight is not in order whose values a forward changes each time."""
+
+
+def _compare_merged(
+    view: ModelView, runner: _Runner, seen: _Seen, active: list[ModelBlock]
+) -> dict[AdaptedLayer, tuple[bool | None, str]]:
+    """Return layer -> whether outputs stay the same when it is merged, and why not.
+
+    None stands for a merge that is refused.
+    """
+    if not active:
+        return {}
     borrowers = view.borrowers()
-    tied = {
-        model_block.layer: [model_block.layer, *borrowers[model_block.block].values()]
-        for model_block in active
-    }
-    if _merged_alike(view, run, outputs):
-        return dict.fromkeys(tied, True)
-    return {
-        layer: _merged_alike(ModelView(nn.ModuleList(together)), run, outputs)
-        for layer, together in tied.items()
-    }
+    tied: dict[AdaptedLayer, list[nn.Module]] = {}  # layer -> those that must merge with it
+    for model_block in active:
+        layers = tied.setdefault(model_block.layer, [model_block.layer])
+        layers += borrowers[model_block.block].values()
+    try:
+        merged = _run_merged(view, runner, seen.training)
+    except DishaError as error:
+        return {layer: (None, str(error)) for layer in tied}
+    tolerance = _relative_tolerance(seen.outputs, active)
+    before = _weight_sums(active)
+    allowed = _changes_by_rounding(runner, seen, tolerance)
+    after = _weight_sums(active)
+    all_alike = not _difference(merged, seen.outputs, tolerance, allowed)
+    answers: dict[AdaptedLayer, tuple[bool | None, str]] = {}
+    for layer, layers in tied.items():
+        difference = ""
+        if not all_alike:
+            merged = _run_merged(ModelView(nn.ModuleList(layers)), runner, seen.training)
+            difference = _difference(merged, seen.outputs, tolerance, allowed)
+        answers[layer] = not difference, difference
+    for model_block in active:
+        if before.get(model_block.block) != after.get(model_block.block):
+            answers[model_block.layer] = False, DRIFTS
+    return answers
 
 
-def _merged_alike(view: ModelView, run: Run, outputs: list[Tensor]) -> bool:
+def _run_merged(view: ModelView, runner: _Runner, training: bool) -> list[Tensor]:
+    """Return the outputs of the model while the layers of a view are merged."""
     with ExitStack() as undo:
         merge(view, undo)
-        # Not around merging: its inference mode would then end by disabling gradients.
-        with torch.no_grad():
-            return all(map(_alike, run(), outputs))
+        return runner.run(training)
 
 
-def _alike(output: Tensor, expected: Tensor) -> bool:
-    """Whether an output is the same up to rounding."""
-    limit = float(torch.finfo(expected.dtype).eps ** 0.5)
-    finite = expected[expected.isfinite()].abs()
-    size = max(1.0, float(finite.max())) if finite.numel() else 1.0
-    return torch.allclose(output, expected, rtol=limit, atol=limit * size, equal_nan=True)
+def _relative_tolerance(outputs: list[Tensor], active: list[ModelBlock]) -> float:
+    """Return the square root of the coarsest rounding step of outputs and adapted weights."""
+    dtypes = {output.dtype for output in outputs}
+    dtypes |= {weight.dtype for weight in _dense_weights(active).values()}
+    return float(max(torch.finfo(dtype).eps for dtype in dtypes) ** 0.5)
 
 
-def _tensors(output: Any) -> list[Tensor]:
-    """Return the floating-point tensors in the output of a model, of any type."""
-    if isinstance(output, Tensor):
-        output = output.values() if output.is_nested else output
-        return [output] if output.is_floating_point() else []
-    inside = output
-    if not isinstance(output, (Mapping, list, tuple)):
-        inside = getattr(output, "__dict__", {})
-    parts = inside.values() if isinstance(inside, Mapping) else inside
-    return [tensor for part in parts for tensor in _tensors(part)]
+def _changes_by_rounding(runner: _Runner, seen: _Seen, tolerance: float) -> list[float]:
+    """Return for each output by how much it may differ when weights are rounded in another way.
+
+    This is measured by a relative change of all blocks by `tolerance`. So it is small where outputs
+    are small, and not where large numbers cancel out in them.
+    """
+    with ExitStack() as undo:
+        for block in runner.blocks:
+            write(block.block, gathered(block.block) * (1 + tolerance), undo)
+        outputs = runner.run(seen.training)
+    if _shapes_of(outputs) != _shapes_of(seen.outputs):
+        return [0.0] * len(seen.outputs)
+    return [ROUNDINGS * _largest(output - former) for output, former in zip(outputs, seen.outputs)]
+
+
+def _difference(
+    outputs: list[Tensor], expected: list[Tensor], tolerance: float, allowed: list[float]
+) -> str:
+    """Return how merged outputs differ from the expected ones; empty if only by rounding."""
+    if len(outputs) != len(expected):
+        returned = counted(len(outputs), "tensor")
+        return f"merged, the model returns {returned} in place of {len(expected):,}"
+    if _shapes_of(outputs) != _shapes_of(expected):
+        return "merged, the model returns tensors of other shapes"
+    for output, former, limit in zip(outputs, expected, allowed):
+        if not torch.allclose(output.to(former), former, tolerance, limit, equal_nan=True):
+            return (
+                f"merged, an output differs by up to {_largest(output - former):.2g}, where its "
+                f"values reach {_largest(former):.2g}: the model does something else when its "
+                "weights are plain"
+            )
+    return ""
+
+
+def _shapes_of(tensors: list[Tensor]) -> list[torch.Size]:
+    return [tensor.shape for tensor in tensors]
+
+
+def _largest(tensor: Tensor) -> float:
+    """Return the largest finite magnitude in a tensor, or 0 if it has none."""
+    finite = tensor[tensor.isfinite()].abs()
+    return float(finite.max()) if finite.numel() else 0.0
+
+
+# --- weights that the forward changes ------------------------------------------------------------
+
+
+def _dense_weights(active: list[ModelBlock]) -> dict[AdapterBlock, nn.Parameter]:
+    """Return the adapted parameters whose values are all here, by their blocks."""
+    weights = {}
+    for _, layer, _, block in active:
+        parameter = layer._parameters.get(block.slot.parameter)
+        if parameter is None or block.slot.quantized or parameter.is_meta:
+            continue
+        if not is_sharded(parameter) and not is_partitioned(parameter):
+            weights[block] = parameter
+    return weights
+
+
+def _weight_sums(active: list[ModelBlock]) -> dict[AdapterBlock, float]:
+    """Return the sums of the adapted weights, by which a change of one shows."""
+    sums = {}
+    for block, weight in _dense_weights(active).items():
+        total = float(_as_real(weight.detach()).sum(dtype=merge_dtype(weight.dtype)))
+        if not math.isnan(total):
+            sums[block] = total
+    return sums
+
+
+def _keep_data(active: list[ModelBlock], undo: ExitStack) -> None:
+    """Put the weights back that a forward replaces by others; nothing is copied."""
+
+    def put_back(weight: nn.Parameter, data: Tensor) -> None:
+        if weight.data_ptr() != data.data_ptr():
+            weight.data = data
+
+    for weight in _dense_weights(active).values():
+        undo.callback(put_back, weight, weight.data)

@@ -1,6 +1,7 @@
 """check_adapters: what it finds in models that use their weights in good and in bad ways."""
 
 import copy
+from enum import Enum
 
 import pytest
 import torch
@@ -74,7 +75,7 @@ USES = {
     "by its class": (
         lambda layer, x: layer(x) * (2 if layer.disha.merged is None else 1),
         (True, True, True, False),
-        "",
+        "the model does something else when its weights are plain",
     ),
 }
 
@@ -106,6 +107,192 @@ def test_only_the_layer_that_merges_to_something_else_is_named():
         ("1.layer", False),
     ]
     assert str(report).splitlines()[-1] == "1 of 2 blocks in order"
+
+
+def check(use, x=None, **settings):
+    """Return the model that uses its layer so, and the only row of its report."""
+    model = disha.inject_adapters(Model(use), "layer", 2, **settings)
+    (row,) = disha.check_adapters(model, torch.randn(3, 4) if x is None else x).weights
+    return model, row
+
+
+class Kind(Enum):
+    MEAN = "mean"
+
+
+class Loop:
+    """Refers to itself, as the output of a tree does whose nodes know their parents."""
+
+    def __init__(self, values):
+        self.values = values
+        self.parent = self
+        self.kind = Kind.MEAN
+
+
+def test_outputs_may_hold_an_enum_or_refer_to_themselves():
+    _, row = check(lambda layer, x: Loop([layer(x)]))
+    assert row.ok
+
+
+def test_complex_outputs_count():
+    _, row = check(lambda layer, x: torch.fft.rfft(layer(x)))
+    assert row.ok
+
+
+class Energies(nn.Module):
+    """A force field: forces are the gradient of the energy, with its graph in training only."""
+
+    def __init__(self, keeps_graph=True):
+        super().__init__()
+        self.keeps_graph = keeps_graph
+        self.layers = nn.Sequential(nn.Linear(3, 8), nn.SiLU(), nn.Linear(8, 1))
+
+    def forward(self, positions):
+        positions = positions.detach().requires_grad_()
+        energy = self.layers(positions).sum()
+        graph = self.training and self.keeps_graph
+        (gradient,) = torch.autograd.grad(energy, positions, create_graph=graph)
+        return {"energy": energy, "forces": -gradient}
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("method", ["bone", "bat"])
+def test_a_model_that_differentiates_in_its_forward(method, training):
+    model = disha.inject_adapters(Energies(), "all-linear", 2, method=method)
+    model.train(training)
+    report = disha.check_adapters(model, torch.randn(5, 3))
+    assert report.ok, report
+    assert model.training is training
+
+
+def test_a_gradient_that_the_forward_has_freed_is_explained():
+    model = disha.inject_adapters(Energies(keeps_graph=False), "all-linear", 2)
+    report = disha.check_adapters(model, torch.randn(5, 3))
+    assert {row.gradient for row in report.weights} == {False}
+    assert "its gradient can't be computed: Trying to backward through the graph" in str(report)
+
+
+class Heads(nn.Module):
+    """Has a head that only training uses, which then may need something else."""
+
+    def __init__(self, fails=False):
+        super().__init__()
+        self.main, self.extra = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.fails = fails
+
+    def forward(self, x):
+        if self.training and self.fails:
+            raise ValueError("no targets")
+        return (self.main(x), self.extra(x)) if self.training else self.main(x)
+
+
+def test_a_head_that_acts_in_training_only_is_in_order():
+    model = disha.inject_adapters(Heads(), "all-linear", 2, dropout=0.5)
+    assert disha.check_adapters(model.eval(), torch.randn(3, 4)).ok
+    assert not model.training
+
+
+def test_the_report_says_that_training_mode_can_not_be_seen():
+    model = disha.inject_adapters(Heads(fails=True), "all-linear", 2)
+    (row,) = disha.check_adapters(model, torch.randn(3, 4)).problems
+    assert row.name == "extra"
+    assert "in training mode it raises ValueError with these inputs" in row.reason
+
+
+def test_fewer_outputs_after_merging_are_a_problem():
+    _, row = check(
+        lambda layer, x: [layer(x), layer(x) + 1][: 2 if layer.disha.merged is None else 1]
+    )
+    assert row.merges is False
+    assert row.reason == "merged, the model returns 1 tensor in place of 2"
+
+
+@pytest.mark.parametrize("size", [1e-5, 1.0, 1e5])
+def test_the_size_of_outputs_does_not_matter(size):
+    _, row = check(lambda layer, x: size * layer(x))
+    assert row.ok
+    _, row = check(lambda layer, x: size * layer(x) * (0.3 if layer.disha.merged else 1.0))
+    assert row.merges is False
+
+
+def test_a_masked_output_hides_no_other():
+    def use(layer, x):
+        scores = layer(x) * (0.3 if layer.disha.merged else 1.0)
+        return torch.cat([scores, torch.full_like(scores, -1e9)])
+
+    _, row = check(use)
+    assert row.merges is False
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_an_output_that_only_rounding_makes_merges(dtype):
+    """Sums of differences from the mean, which are zero but for their rounding."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 64)).to(dtype)
+    model.append(Model(lambda layer, x: ((x - x.mean(-1, keepdim=True)).sum(-1).float(), x)))
+    disha.inject_adapters(model, r"^[02]$", 4)
+    report = disha.check_adapters(model, torch.randn(8, 64, dtype=dtype))
+    assert report.ok, report
+
+
+class Counts(nn.Module):
+    """Counts its forwards, in place and by a new tensor."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+        self.norm = nn.BatchNorm1d(4)
+        self.register_buffer("steps", torch.zeros(()))
+        self.register_buffer("sums", torch.zeros(4))
+
+    def forward(self, x):
+        self.steps += 1
+        self.sums = self.sums + x.sum(0)
+        return self.norm(self.layer(x)) * self.steps
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_buffers_that_a_forward_changes_come_back(training):
+    model = disha.inject_adapters(Counts(), "layer", 2).train(training)
+    before = snapshot(model)
+    assert disha.check_adapters(model, torch.randn(3, 4)).ok
+    assert_unchanged(model, before)
+
+
+def replace_data(layer, x):
+    layer.weight.data = layer.weight.data.clone()
+    return layer(x)
+
+
+def write_data(layer, x):
+    layer.weight.data.copy_(layer.weight.data.clone())
+    return layer(x)
+
+
+@pytest.mark.parametrize("use", [replace_data, write_data])
+def test_a_forward_that_adds_the_update_to_w_again_and_again_is_named(use):
+    _, row = check(use)
+    assert not row.ok
+    assert row.merges is False
+    assert "each forward changes this weight" in row.reason
+
+
+def test_a_weight_that_a_forward_replaced_comes_back():
+    model = disha.inject_adapters(Model(replace_data), "layer", 2)
+    before = snapshot(model)
+    disha.check_adapters(model, torch.randn(3, 4))
+    assert_unchanged(model, before)
+
+
+def test_a_forward_that_prepares_w_once_is_in_order():
+    def prepare_once(layer, x):
+        if not hasattr(layer, "is_prepared"):
+            layer.is_prepared = True
+            layer.base_weight.data.div_(2)
+        return layer(x)
+
+    _, row = check(prepare_once)
+    assert row.ok
 
 
 def test_a_merge_that_is_refused_is_no_problem():
