@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,17 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     if not config.getoption("--core"):
         return None
     return None if is_core(collection_path.relative_to(config.rootpath)) else True
+
+
+@pytest.fixture(autouse=True)
+def _registered_methods() -> Iterator[None]:
+    """Take away the methods that a test, or an example in a docstring, has registered."""
+    from disha.functional import METHODS
+
+    before = dict(METHODS)
+    yield
+    METHODS.clear()
+    METHODS.update(before)
 
 
 def pytest_collection_finish() -> None:

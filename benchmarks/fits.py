@@ -37,8 +37,8 @@ from benchmarks import four_bits
 from benchmarks.markdown import NOTHING, table
 from benchmarks.memory import allocated_peak
 from benchmarks.steps import full_step
-from disha.functional.private_torch import memory_modes
 from disha.integrations.memory import step_memory
+from disha.private_torch import memory_modes
 
 # Transformers makes a mask for a fake batch that it would not make for a real one without padding.
 AttentionInterface.register("unmasked", sdpa_attention_forward)

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
         load_adapter,
         save_adapter,
     )
-    from disha.functional import Geometry
+    from disha.functional import Geometry, register_method
     from disha.layers import AdaptedLayer, BatLinear, BoneLinear, register_layer_kind
     from disha.model.check import CheckedWeight, CheckReport, check_adapters
     from disha.model.control import (
@@ -90,6 +90,7 @@ __all__ = [
     "merge_adapters",
     "plan_adapters",
     "register_layer_kind",
+    "register_method",
     "remove_adapters",
     "route_adapters",
     "save_adapter",

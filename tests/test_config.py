@@ -29,7 +29,9 @@ def test_miss_is_the_later_name_of_bone():
     assert AdapterConfig(1, method="miss") == AdapterConfig(1, method="bone")
 
 
-@pytest.mark.parametrize("config", [AdapterConfig(1), FULL, AdapterConfig(2, None, "bat")])
+@pytest.mark.parametrize(
+    "config", [AdapterConfig(1), FULL, AdapterConfig(2, target=None, method="bat")]
+)
 def test_survives_json_pickle_and_copy(config):
     assert AdapterConfig.from_json(json.loads(json.dumps(config.to_json()))) == config
     assert pickled(config) == config

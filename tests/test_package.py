@@ -18,9 +18,9 @@ PACKAGE = Path(disha.__file__).parent
 LAYERS = [
     {"text", "version"},
     {"errors"},
+    {"private_torch", "checks", "hints"},
     {"functional", "sharding"},
-    {"config"},
-    {"effective"},
+    {"config", "effective"},
     {"layers"},
     {"model"},
     {"files"},
@@ -30,7 +30,7 @@ LAYERS = [
     {"cli"},
     {"__main__"},
 ]
-"""A room may import from the rooms above it in this list, and from itself."""
+"""A subpackage may import from those above it in this list, and from itself."""
 
 
 def imports_of(path):
@@ -53,7 +53,7 @@ def imports_of(path):
     return own, others
 
 
-def room_of(path):
+def subpackage_of(path):
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
@@ -62,28 +62,28 @@ def sources():
             or path.parent != PACKAGE]  # fmt: skip
 
 
-def test_every_file_has_a_room():
+def test_every_file_has_a_subpackage():
     known = set().union(*LAYERS)
-    assert {room_of(path) for path in sources()} <= known
+    assert {subpackage_of(path) for path in sources()} <= known
 
 
 def test_arrows_run_one_way():
-    level = {room: depth for depth, rooms in enumerate(LAYERS) for room in rooms}
+    level = {name: depth for depth, names in enumerate(LAYERS) for name in names}
     wrong = []
     for path in sources():
-        room = room_of(path)
+        subpackage = subpackage_of(path)
         for name in imports_of(path)[0]:
             if name == "disha" or name.removeprefix("disha.") in disha.__all__:
                 continue  # through the package root: another test says who may
             other = name.split(".")[1]
-            if other != room and not level[other] < level[room]:
-                wrong.append(f"{room} imports {name}")
+            if other != subpackage and not level[other] < level[subpackage]:
+                wrong.append(f"{subpackage} imports {name}")
     assert not wrong
 
 
 def test_nothing_inside_imports_the_package_root():
     for path in sources():
-        if room_of(path) not in ("integrations", "finetune", "cli"):
+        if subpackage_of(path) not in ("integrations", "finetune", "cli"):
             roots = {n for n in imports_of(path)[0] if n.removeprefix("disha.") in disha.__all__}
             assert not roots | ({"disha"} & imports_of(path)[0]), path
 

@@ -15,11 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import disha
-from disha import effective
+from disha import effective, private_torch
 from disha.effective import torch_patches
 from disha.effective.rules import RULES
 from disha.errors import DishaError
-from disha.functional import private_torch
 from tests.conftest import perturb
 
 PACKAGE = Path(disha.__file__).parent

@@ -150,7 +150,7 @@ class Everywhere(functional.Method):
         return block.unsqueeze(-1).expand(*block.shape, geometry.in_features)
 
 
-functional.METHODS[Everywhere.name] = Everywhere()
+disha.register_method(Everywhere())
 
 
 def converting(model: nn.Module, folder: Path) -> None:

@@ -4,7 +4,7 @@
 - `rules`: the tables of rules; `facts`, `views`, `products`, `attention`, `writes`: the rules
 - `tensor_parallel`: the effective weight of a rank's part
 - `contexts`: which adapters act for the current thread or task
-- `torch_patches`: what the first injection changes in torch (its names: `functional.private_torch`)
+- `torch_patches`: what the first injection changes in torch (its names: `private_torch`)
 """
 
 from disha.effective import attention, facts, products, views, writes

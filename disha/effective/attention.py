@@ -12,7 +12,7 @@ from disha.effective.products import linear_product
 from disha.effective.rules import rule
 from disha.effective.views import in_parts
 from disha.effective.weight import EffectiveWeight, computed, effective
-from disha.functional.private_torch import attention_with
+from disha.private_torch import attention_with
 
 
 @rule(F.multi_head_attention_forward)

@@ -18,8 +18,8 @@ from weakref import WeakSet, WeakValueDictionary
 import torch
 
 from disha.errors import ModeError
-from disha.functional.private_torch import in_backward
 from disha.functional.routed import Route
+from disha.private_torch import in_backward
 
 Override: TypeAlias = Route | tuple[str, ...]
 """What acts: an adapter for each sample, or these adapters for all samples."""

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from disha.effective.rules import Operation, rule, rule_with_operation
 from disha.effective.weight import base_inside, compute_first, computed
-from disha.functional.private_torch import FACTS
+from disha.private_torch import FACTS
 
 _NO_FACTS = {"H", "T", "data", "imag", "mH", "mT", "real"}
 """Properties of a tensor that are views, or need the computed weight."""

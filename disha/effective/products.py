@@ -13,7 +13,7 @@ from disha import functional
 from disha.effective.rules import RULES, Operation, rule, rule_with_operation
 from disha.effective.views import is_index, item_of, transposed
 from disha.effective.weight import EffectiveWeight, compute_first
-from disha.functional.private_torch import GROUPED
+from disha.private_torch import GROUPED
 
 
 @rule(F.linear)
@@ -67,7 +67,7 @@ def _weight_first(weight: EffectiveWeight, x: Tensor) -> Any:
     stack = layout.pattern == "expert out in" and x.dim() == 3
     if not (matrix or stack) or updates is None or x.layout is not torch.strided:
         return NotImplemented
-    if all(update.method.reduces for update in updates):
+    if all(update.method.uses_shard_sum for update in updates):
 
         def multiply(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
             return torch.matmul(w, x.mT)

@@ -9,7 +9,7 @@ from torch import Tensor
 from disha.effective.weight import EffectiveWeight, effective
 from disha.errors import ModeError
 from disha.functional import Layout, Update
-from disha.functional.products import update_of_part
+from disha.functional.parts import update_of_part
 from disha.functional.updates import Updates
 from disha.sharding.tensor_parallel import Split
 
@@ -27,7 +27,7 @@ def effective_part(
                     "the adapter's dropout can't act here: each rank would drop different inputs "
                     "of a tensor-parallel weight; use dropout=0"
                 )
-            update = update.replace(block=split.summed(update.block))
+            update = update.replace(block=split.with_all_reduced_gradient(update.block))
             cut = update_of_part(update, layout, split.shape, split.part)
             if cut is None:
                 return None

@@ -15,7 +15,7 @@ act, or another one would, without a word:
 
 The first ones get the computed weight; a custom function for which there is a rule, that rule.
 Checkpointing computes again in the contexts of the forward pass. The private functions are added to
-the list. `functional.private_torch` has the private names.
+the list. `private_torch` has the private names.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from typing import Any
 
 import torch
 
+from disha import private_torch
 from disha.effective.contexts import in_these_contexts
 from disha.effective.rules import RULES
 from disha.effective.weight import computed_inside
-from disha.functional import private_torch
 
 _LOCK = threading.Lock()
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from disha.effective.rules import Operation, rule, rule_with_operation
 from disha.effective.weight import EffectiveWeight, base_inside, effective
 from disha.functional import Layout, Update
-from disha.functional.products import updates_of_rows
+from disha.functional.parts import updates_of_outputs
 from disha.functional.updates import Change, Updates
 
 
@@ -81,7 +81,7 @@ def rows_of(weight: Any, start: int, stop: int) -> Any:
     geometry = weight.weight_layout.geometry(weight.base.shape)
 
     def of_rows(updates: Sequence[Update]) -> Sequence[Update] | None:
-        return updates_of_rows(updates, start, stop, geometry)
+        return updates_of_outputs(updates, start, stop, geometry)
 
     return _mapped(weight, weight.base[start:stop], weight.weight_layout, of_rows)
 

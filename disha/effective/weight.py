@@ -26,8 +26,8 @@ from torch import Tensor
 from disha.effective.rules import RULES, Operation
 from disha.errors import ArgumentError, ModeError
 from disha.functional import Layout
-from disha.functional.private_torch import OP_NAME, FakeTensor, as_it_is, start_no_graph
 from disha.functional.updates import Updates
+from disha.private_torch import OP_NAME, FakeTensor, as_it_is, start_no_graph
 
 
 class EffectiveWeight(Tensor):

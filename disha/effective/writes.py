@@ -13,7 +13,7 @@ from torch import Tensor
 from disha.effective.rules import Operation, rule, rule_with_operation
 from disha.effective.weight import EffectiveWeight, base_inside, compute_first
 from disha.errors import ArgumentError
-from disha.functional.private_torch import NATIVE_FUNCTIONS
+from disha.private_torch import NATIVE_FUNCTIONS
 
 
 def _writes(name: str) -> bool:

@@ -10,13 +10,14 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from disha import functional
-from disha.config import AdapterConfig, check_scale
+from disha.checks import check_scale
+from disha.config import AdapterConfig
 from disha.errors import ArgumentError, ArgumentTypeError
 from disha.files.contents import blocks_only
 from disha.files.header import AdapterContents
 from disha.files.loading import Source, load_contents
 from disha.files.saving import adapter_contents
-from disha.functional import METHODS
+from disha.functional import method_of
 from disha.model.records import LayerRecord
 from disha.model.state import finite_as
 from disha.model.view import ModelView
@@ -139,7 +140,7 @@ def _sum(parts: Sequence[Part], r: int | None) -> tuple[LayerRecord, Tensor]:
     """Return the weighted sum of a layer's blocks."""
     first, _ = parts[0]
     name = first.name or "(the model)"
-    method = METHODS[first.method]
+    method = method_of(first.method)
     r = r or math.lcm(*(record.r for record, _ in parts))
     listing = "; ".join(
         f"r={record.r}, {record.in_features} -> {record.out_features}, {record.layout} with a "

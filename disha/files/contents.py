@@ -9,7 +9,7 @@ from typing import TypeVar
 
 import torch
 
-from disha.config import compile_regex
+from disha.checks import compile_regex
 from disha.errors import (
     ArgumentError,
 )

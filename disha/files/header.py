@@ -14,16 +14,8 @@ from typing import Any
 
 from torch import Tensor
 
-from disha.config import (
-    BLOCK_DTYPES,
-    USUAL,
-    AdapterConfig,
-    as_json,
-    check_positive_int,
-    check_scale,
-    check_type,
-    checked_rows,
-)
+from disha.checks import BLOCK_DTYPES, check_positive_int, check_scale, check_type
+from disha.config import DEFAULTS, AdapterConfig, as_json, check_rows
 from disha.errors import AdapterFileError
 from disha.files.disk import other_format
 from disha.functional import METHODS, Layout, layout_of
@@ -145,7 +137,7 @@ def header_to_json(contents: AdapterContents) -> str:
     settings = contents.config.to_json()
     fields = {
         "format": FORMAT,
-        "config": {name: value for name, value in settings.items() if value != USUAL[name]},
+        "config": {name: value for name, value in settings.items() if value != DEFAULTS[name]},
         "layers": [layer.entry(contents.config.method) for layer in contents.layers],
         "also_train": contents.also_train,
         "metadata": dict(sorted(contents.metadata.items())),
@@ -207,7 +199,7 @@ def _parsed(path: Path, fields: Any, tensors: Mapping[str, Tensor]) -> AdapterFi
     if isinstance(method, str) and method not in METHODS:
         raise AdapterFileError(
             f"{path} has blocks of the method {brief(method)}, which is unknown here; register the "
-            "method first (disha.functional.METHODS), or upgrade disha-torch"
+            "method first (disha.register_method), or upgrade disha-torch"
         )
     config = AdapterConfig.from_json(fields["config"])
     return AdapterFile(
@@ -246,7 +238,7 @@ def _layer(config: AdapterConfig, entry: Any) -> LayerRecord:
         scale=check_scale(entry.get("scale", 1)),
         base=base,
         layout=Layout(layout_of(entry["layout"]).pattern, groups, padding),
-        rows=() if rows is None else checked_rows(name, rows),
+        rows=() if rows is None else check_rows(name, rows),
         tied=tuple(tied),
     )
 

@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from disha.config import AdapterConfig, check_dtype
+from disha.checks import check_dtype
+from disha.config import AdapterConfig
 from disha.errors import (
     AdapterFileError,
     AdapterFileWarning,

@@ -17,7 +17,7 @@ from disha.files.disk import PathLike, file_at
 from disha.files.header import (
     AdapterContents,
 )
-from disha.functional import METHODS
+from disha.functional import method_of
 from disha.layers.weights import base_of, is_packed, weight_shape
 from disha.model.fingerprints import fingerprint
 from disha.model.records import LayerRecord
@@ -133,7 +133,7 @@ def adapter_contents(
     configs = [model_block.block.config for model_block in blocks]
     return AdapterContents(
         # That of new rows (`replaces`) only if there is no other.
-        config=min(configs, key=lambda config: METHODS[config.method].replaces),
+        config=min(configs, key=lambda config: method_of(config.method).replaces),
         layers=layers,
         also_train=tuple(sorted(tensors.keys() - keys)),
         tensors=tensors,
@@ -178,7 +178,7 @@ def _check_can_be_loaded(
     adapter: str, layers: Sequence[LayerRecord], tensors: Mapping[str, Tensor]
 ) -> None:
     methods = {
-        (record.method, record.r_out) for record in layers if not METHODS[record.method].replaces
+        (record.method, record.r_out) for record in layers if not method_of(record.method).replaces
     }
     if len(methods) > 1:
         raise AdapterStateError(

@@ -31,21 +31,18 @@ from disha.functional.layouts import (
     Layout,
     layout_of,
 )
+from disha.functional.linear import adapted_linear
 from disha.functional.methods import (
     METHODS,
     Method,
     method_names,
     method_of,
+    register_method,
 )
-from disha.functional.products import (
-    Update,
-    adapted_grouped,
-    adapted_linear,
-    adapted_product,
-    adapted_stack,
-    computed_weight,
-)
+from disha.functional.products import adapted_product
 from disha.functional.shard_sums import merged_weight, shard_count, shard_sum, weighted_sum
+from disha.functional.stacks import adapted_grouped, adapted_stack
+from disha.functional.update import Update, computed_weight
 
 __all__ = [
     "METHODS",
@@ -70,6 +67,7 @@ __all__ = [
     "merged_weight",
     "method_names",
     "method_of",
+    "register_method",
     "shard_count",
     "shard_sum",
     "weighted_sum",

@@ -22,7 +22,6 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from disha.errors import ArgumentError
-from disha.functional.private_torch import in_forward_mode, must_not_write
 from disha.functional.shard_sums import (
     PLAIN,
     Scale,
@@ -35,12 +34,13 @@ from disha.functional.shard_sums import (
     shard_sums,
     without_autocast,
 )
+from disha.private_torch import in_forward_mode, must_not_write
 
 SLAB_BYTES = 2**23
 """Largest part of W_eff, or of the weight's gradient, in memory at once; at least one block."""
 
-STREAMED_SHARE = 0.75
-"""Fewer tokens than this share of r are streamed. At this number, measured times are equal.
+STREAMED_FRACTION = 0.75
+"""Fewer tokens than this fraction of r are streamed. At this number, measured times are equal.
 
 Streaming costs 2 tokens x in x out multiply-adds, forming W_eff (tokens + r) x in x out.
 """
@@ -132,11 +132,11 @@ def bat_linear(
     bias: Tensor | None,
     block: Tensor,
     scale: Scale = 1.0,
-    share: float = 1.0,
+    base_scale: float = 1.0,
 ) -> Tensor | None:
-    """Return y = (share W + s dW) x + b for x (n, in), but save only x, W and D for backward.
+    """Return y = (c W + s dW) x + b for x (n, in), but save only x, W and D for backward.
 
-    The share is 1, or 0 for the update alone.
+    `base_scale` is c: 1, or 0 for the update alone.
 
     Products are computed in the dtype of the operands. In 16 bits, W + W D is rounded once, and
     the other part of dW, D itself, is added to the output. W must be frozen. The result is None
@@ -147,20 +147,22 @@ def bat_linear(
         dtype = torch.get_autocast_dtype(x.device.type)
         bias = None if bias is None else bias.to(dtype)
         with without_autocast(x.device):
-            return bat_linear(x.to(dtype), weight.to(dtype), bias, block.to(dtype), scale, share)
+            return bat_linear(
+                x.to(dtype), weight.to(dtype), bias, block.to(dtype), scale, base_scale
+            )
     block = scaled(block, scale)
     if block.dtype is torch.float32 and weight.dtype is not torch.float32:
         block = block.to(weight.dtype)  # W_eff is rounded to 16 bits anyway
-    if is_compiling() and share and x.dtype is weight.dtype is block.dtype:
+    if is_compiling() and base_scale and x.dtype is weight.dtype is block.dtype:
         return F.linear(x, _traced(weight, block), bias)
     if not _applies(x, weight, bias, block):
         return None
     if torch.is_grad_enabled():
-        return _BatLinear.apply(x, weight, bias, block, share)  # type: ignore[no-untyped-call]
-    if share and x.shape[0] < block.shape[-1] * STREAMED_SHARE:
+        return _BatLinear.apply(x, weight, bias, block, base_scale)  # type: ignore[no-untyped-call]
+    if base_scale and x.shape[0] < block.shape[-1] * STREAMED_FRACTION:
         output = bat_streamed(x, weight, block)
         return output if bias is None else output + bias
-    return _product(x, weight, bias, block, share)
+    return _product(x, weight, bias, block, base_scale)
 
 
 def _applies(x: Tensor, weight: Tensor, bias: Tensor | None, block: Tensor) -> bool:
@@ -178,16 +180,16 @@ def _applies(x: Tensor, weight: Tensor, bias: Tensor | None, block: Tensor) -> b
 
 
 class _BatLinear(torch.autograd.Function):
-    """(x (n, in), W, b, D, share of W) -> y (n, out)."""
+    """(x (n, in), W, b, D, base_scale of W) -> y (n, out)."""
 
     # A separate setup_context is slower, and only transforms (not supported here) need it.
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, block: Tensor, share: float
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, block: Tensor, base_scale: float
     ) -> Tensor:
         ctx.save_for_backward(x, weight, block)
-        ctx.share = share
-        return _product(x, weight, bias, block, share)
+        ctx.base_scale = base_scale
+        return _product(x, weight, bias, block, base_scale)
 
     @staticmethod
     def backward(ctx: Any, grad: Any) -> Any:
@@ -202,7 +204,7 @@ class _BatLinear(torch.autograd.Function):
             for blocks, rows in slabs:
                 grad_rows = grad[:, rows]
                 if needs_x:
-                    part = _effective(weight[rows], block[blocks], scratch, True, ctx.share)
+                    part = _effective(weight[rows], block[blocks], scratch, True, ctx.base_scale)
                     grad_x = grad_rows @ part if grad_x is None else grad_x.addmm_(grad_rows, part)
                 if needs_block:
                     out = _part(scratch, (grad_rows.shape[1], x.shape[1]))
@@ -212,17 +214,19 @@ class _BatLinear(torch.autograd.Function):
         return grad_x, None, grad_bias, torch.cat(parts) if parts else None, None
 
 
-def _product(x: Tensor, weight: Tensor, bias: Tensor | None, block: Tensor, share: float) -> Tensor:
+def _product(
+    x: Tensor, weight: Tensor, bias: Tensor | None, block: Tensor, base_scale: float
+) -> Tensor:
     slabs = _slabs(weight, block)
     # In 16 bits, W + D would lose a small D. So D itself is added through S(x), as for Bone.
     wide = weight.dtype in (torch.float32, torch.float64)
     scratch = _scratch(weight, block, slabs)
     if len(slabs) == 1:
-        output = F.linear(x, _effective(weight, block, scratch, wide, share), bias)
+        output = F.linear(x, _effective(weight, block, scratch, wide, base_scale), bias)
     else:
         output = x.new_empty(x.shape[0], weight.shape[0])
         for blocks, rows in slabs:
-            part = _effective(weight[rows], block[blocks], scratch, wide, share).T
+            part = _effective(weight[rows], block[blocks], scratch, wide, base_scale).T
             if bias is None:
                 torch.mm(x, part, out=output[:, rows])
             else:
@@ -230,9 +234,9 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None, block: Tensor, shar
     if wide:
         return output
     r = block.shape[-1]
-    sums, regain = shard_sums(x, r)
+    sums, overflow_scale = shard_sums(x, r)
     # D (out / r, r, r) as (out, r): row a r + i is row i of D_a
-    return output.addmm_(sums, block.reshape(-1, r)[: weight.shape[0]].T, alpha=regain)
+    return output.addmm_(sums, block.reshape(-1, r)[: weight.shape[0]].T, alpha=overflow_scale)
 
 
 def _block_gradient(gradient: Tensor, weight: Tensor, r: int) -> Tensor:
@@ -266,17 +270,24 @@ def _part(scratch: Tensor | None, shape: Sequence[int]) -> Tensor | None:
 
 
 def _effective(
-    weight: Tensor, block: Tensor, scratch: Tensor | None, add_block: bool, share: float
+    weight: Tensor, block: Tensor, scratch: Tensor | None, add_block: bool, base_scale: float
 ) -> Tensor:
-    """Return rows of share W_ab + W_ab D_a + D_a, or without the last D_a if not `add_block`."""
+    """Return rows of c W_ab + W_ab D_a + D_a for c = base_scale.
+
+    Without `add_block`, the last D_a is left out.
+    """
     count, r, _ = block.shape
     tiles = square_tiles(weight.contiguous(), r)
     if add_block:
         apart = tiles.view(count, r, -1, r)
-        start = torch.add(block.unsqueeze(2), apart, alpha=share, out=_part(scratch, apart.shape))
+        start = torch.add(
+            block.unsqueeze(2), apart, alpha=base_scale, out=_part(scratch, apart.shape)
+        )
         product = start.view(tiles.shape).baddbmm_(tiles, block)
     else:
-        product = torch.baddbmm(tiles, tiles, block, beta=share, out=_part(scratch, tiles.shape))
+        product = torch.baddbmm(
+            tiles, tiles, block, beta=base_scale, out=_part(scratch, tiles.shape)
+        )
     # The result has the strides of W, so a block of zeros changes no bit of the layer's output.
     effective = product.view(count * r, -1)[: weight.shape[0], : weight.shape[1]]
     return effective.contiguous() if weight.is_contiguous() else effective.mT.contiguous().mT
@@ -314,6 +325,6 @@ def bat_streamed(x: Tensor, weight: Tensor, block: Tensor) -> Tensor:
     rows = square_tiles(weight.contiguous(), r).reshape(matrices * count, r, in_features)
     output = torch.bmm(moved, rows.mT).view(*stack, count, tokens, r)
     output = output.transpose(-3, -2).reshape(*stack, tokens, count * r)
-    sums, regain = shard_sums(x, r)
-    output = output + scaled(sums @ block.reshape(*stack, count * r, r).mT, regain)
+    sums, overflow_scale = shard_sums(x, r)
+    output = output + scaled(sums @ block.reshape(*stack, count * r, r).mT, overflow_scale)
     return output[..., : weight.shape[-2]]

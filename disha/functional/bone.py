@@ -42,8 +42,8 @@ def bone_delta(x: Tensor, block: Tensor, out_features: int, scale: Scale = 1.0) 
         >>> bone_delta(torch.ones(1, 6), torch.ones(2, 3), out_features=3)
         tensor([[6., 6., 6.]])
     """
-    sums, regain = shard_sums(x, block.shape[-2])
-    return scaled(sums @ scaled(tiled(block, out_features), scale).to(x.dtype), regain)
+    sums, overflow_scale = shard_sums(x, block.shape[-2])
+    return scaled(sums @ scaled(tiled(block, out_features), scale).to(x.dtype), overflow_scale)
 
 
 def bone_delta_weight(block: Tensor, in_features: int, out_features: int) -> Tensor:
@@ -172,6 +172,6 @@ def routed_delta(x: Tensor, blocks: Sequence[Tensor], choices: Tensor) -> Tensor
     r, out_features = blocks[0].shape
     table = torch.stack([*blocks, torch.zeros_like(blocks[0])])
     each = x.shape[:-1].numel() // samples
-    sums, regain = shard_sums(x, r)
+    sums, overflow_scale = shard_sums(x, r)
     product = sums.reshape(samples, each, r) @ table.to(x.dtype)[choices]
-    return scaled(product, regain).reshape(*x.shape[:-1], out_features)
+    return scaled(product, overflow_scale).reshape(*x.shape[:-1], out_features)

@@ -20,7 +20,7 @@ To add a layout, add its pattern to `PATTERNS`, and to `_TURNED` if `PATTERNS` h
 `weight.mT`. Two inverse pairs of `Layout` know where each axis is: `geometry` and `shape`,
 `matrices` and `weight`. The rest goes by the names of the axes: `has_kernel`, `in_first`,
 `experts_first`, `of_one_expert`, `reason_against_shape`, and `update_of_part` in
-`functional.products`. A block has the axes of the stack first; only those with a kernel are kept
+`functional.parts`. A block has the axes of the stack first; only those with a kernel are kept
 like W (`kept_block`), so a view that moves the axes of a kernel moves the block too.
 Until a rule of `disha.effective` knows the pattern, products compute the effective weight: look
 whether the result of your rule is an `EffectiveWeight`. An index is in `views.item_of`.
@@ -37,7 +37,7 @@ from torch import Tensor
 
 from disha.errors import ArgumentError, ArgumentTypeError
 
-Rows = tuple[tuple[int, int], ...]
+OutputRanges = tuple[tuple[int, int], ...]
 """Ranges (first, stop) of a weight's outputs, in order, without overlap; empty means all."""
 
 PATTERNS = (
@@ -177,8 +177,8 @@ class Layout:
             return f"r_out={r_out} does not divide {sizes[1]}"
         return None
 
-    def geometry(self, shape: Sequence[int], rows: Rows = ()) -> Geometry:
-        """Return the sizes of a weight of this layout."""
+    def geometry(self, shape: Sequence[int], output_ranges: OutputRanges = ()) -> Geometry:
+        """Return the sizes of a weight of this layout, or of its part with these outputs."""
         if self.has_kernel:
             first, second, *stack = shape
         else:
@@ -187,8 +187,8 @@ class Layout:
         if self.pattern == "in out *kernel":
             inputs = inputs // self.groups
             stack = [self.groups, *stack]
-        if rows:
-            out = sum(stop - start for start, stop in rows)
+        if output_ranges:
+            out = sum(stop - start for start, stop in output_ranges)
         return Geometry(inputs, out, tuple(stack))
 
     def shape(self, geometry: Geometry) -> tuple[int, ...]:
@@ -219,13 +219,17 @@ class Layout:
             return matrices.movedim((-2, -1), (0, 1))
         return matrices.transpose(-2, -1) if self.in_first else matrices
 
-    def part(self, weight: Tensor, rows: Rows) -> Tensor:
-        """Return the part of a weight that belongs to some outputs, a view if it is one range."""
-        if not rows:
+    def part(self, weight: Tensor, output_ranges: OutputRanges) -> Tensor:
+        """Return the part of a weight with these outputs, as a view if they are one range."""
+        if not output_ranges:
             return weight
         matrices = self.matrices(weight)
-        parts = [matrices.narrow(-2, first, stop - first) for first, stop in rows]
+        parts = [matrices.narrow(-2, first, stop - first) for first, stop in output_ranges]
         return self.weight(parts[0] if len(parts) == 1 else torch.cat(parts, -2))
+
+
+MATRIX = Layout("out in")
+STACK = Layout("expert out in")
 
 
 def layout_of(pattern: object) -> Layout:
@@ -258,15 +262,15 @@ def layout_of(pattern: object) -> Layout:
     return Layout(normal)
 
 
-def place_rows(part: Tensor, rows: Rows, size: int, dim: int = -2) -> Tensor:
-    """Return a tensor with `part` in some rows and zeros elsewhere, as `Layout.part` takes it."""
-    if not rows:
+def place_outputs(part: Tensor, output_ranges: OutputRanges, size: int, dim: int = -2) -> Tensor:
+    """Return a tensor of all outputs from `Layout.part`'s; the other outputs get zeros."""
+    if not output_ranges:
         return part
     shape = list(part.shape)
     shape[dim] = size
     whole = part.new_full(shape, -0.0)  # x + -0.0 keeps every bit of x, also of -0.0
     taken = 0
-    for first, stop in rows:
+    for first, stop in output_ranges:
         whole.narrow(dim, first, stop - first).copy_(part.narrow(dim, taken, stop - first))
         taken += stop - first
     return whole

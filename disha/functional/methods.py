@@ -14,7 +14,7 @@ the weight, with r in the place of `in`.
 
 `Method` answers for any layout: `block_shape`, `delta_weight`, `wider_block`, `lora_factors`.
 Layers, files, merging and conversions ask it; a method's name stands only in files and arguments.
-To add a method: write a subclass of `Method`, and put an instance into `METHODS`.
+To add a method: write a subclass of `Method`, and pass an instance to `register_method`.
 
 Source: arXiv 2409.15371, section 3.
 """
@@ -27,10 +27,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from disha.errors import ArgumentError
+from disha.errors import ArgumentError, ArgumentTypeError
 from disha.functional.bat import bat_delta_weight, bat_linear, bat_streamed
 from disha.functional.bone import bone_delta_weight, bone_lora_factors
-from disha.functional.layouts import Geometry, Layout, Rows, place_rows
+from disha.functional.layouts import Geometry, Layout, OutputRanges, place_outputs
 from disha.functional.shard_sums import (
     Scale,
     merge_dtype,
@@ -45,34 +45,36 @@ from disha.text import brief
 class Method:
     """What one method does with one matrix W (out, in), and from that, with a weight of any layout.
 
-    A method defines `shape`, the shape of its block, and `delta`, its update; or, if it `reduces`,
-    `reduced` instead of `delta`. Everything else has a default that is correct for any method.
-    Override it where the method can do more, or do it at a lower cost. Set `block_axes`,
-    `reads_weight` and `additive` as the formula of dW says.
+    A method defines `shape`, the shape of its block, and one of two things: `delta`, its update dW;
+    or `shard_sum_factor`, a matrix R (r, out) such that dW x = S(x) R, with `uses_shard_sum` set.
+    Everything else has a default that is correct for any method. Override it where the method can
+    do more, or do it at a lower cost. Set `block_axes`, `reads_weight` and `additive` as dW's
+    formula says.
+
+    An instance is what is registered and what blocks carry, so a method may have settings: then the
+    `name` of an instance must tell them, because files have only the name.
 
     What others rely on:
 
-    - A method has LoRA factors if it `reduces`, and otherwise none: it is exported as a LoRA by
-      cutting dW to a rank.
-    - A block can be cut at multiples of r, in inputs (`of_inputs`) and in outputs (`of_outputs`).
-      Where it can't, as by default, a tensor-parallel weight can't have it, and products with some
-      rows of a weight compute the weight.
-    - A method that `reduces` can be cut anywhere: R has a column for each output.
+    - A method that uses shard sums has LoRA factors. Any other is exported as a LoRA by cutting dW
+      to a rank.
+    - `of_outputs` and `of_inputs` say where a block can be cut: by default nowhere. Then a
+      tensor-parallel weight can't have it, and a product with some rows of a weight computes the
+      weight.
 
     Attributes:
         name: its name in configurations and files.
         aliases: other names that users may give it.
         block_axes: number of axes of the block of one matrix.
         reads_weight: whether dW depends on the values of W.
-        reduces: whether dW x = S(x) R for a matrix R (r, out), which `reduced` computes from the
-            block. R acts as a smaller weight: the product of x with dW equals the product of S(x)
-            with R.
+        uses_shard_sum: whether dW x = S(x) R. R acts as a smaller weight: the product of x with dW
+            equals the product of S(x) with R.
         tiles: whether a block can have an output shard r_out.
         replaces: whether D^T has new values of W, and so starts as W is, whatever `init` says.
         additive: whether dW is linear in D. If so, combining adapters adds up their blocks, which
             gives wrong numbers for a method that is not linear.
 
-    Source: arXiv 2409.15371, section 3, for the methods of `METHODS`.
+    Source: arXiv 2409.15371, section 3, for the methods of the library.
 
     Examples:
         >>> import torch
@@ -82,8 +84,8 @@ class Method:
         (6, 2, 3, 3)
         >>> bone.delta_weight(Layout("out in"), torch.tensor([[1.0], [2.0]]), torch.zeros(1, 5))
         tensor([[1., 2., 1., 2., 1.]])
-        >>> class Rows(Method):  # dW[o, i] = D[o]
-        ...     name = "rows"
+        >>> class Shift(Method):  # dW[o, i] = D[o]
+        ...     name = "shift"
         ...     block_axes = 1
         ...
         ...     def shape(self, geometry, r, r_out):
@@ -91,23 +93,24 @@ class Method:
         ...
         ...     def delta(self, block, geometry, matrices):
         ...         return block.unsqueeze(-1).expand(*block.shape, geometry.in_features)
-        >>> Rows().delta_weight(Layout("in out"), torch.tensor([1.0, 2.0]), torch.zeros(3, 2))
+        >>> Shift().delta_weight(Layout("in out"), torch.tensor([1.0, 2.0]), torch.zeros(3, 2))
         tensor([[1., 2.],
                 [1., 2.],
                 [1., 2.]])
     """
 
-    name: ClassVar[str]
+    name: str  # of the instance, if it has settings
     aliases: ClassVar[tuple[str, ...]] = ()
     block_axes: ClassVar[int] = 2
     reads_weight: ClassVar[bool] = False
-    reduces: ClassVar[bool] = False
+    uses_shard_sum: ClassVar[bool] = False
     tiles: ClassVar[bool] = False
     replaces: ClassVar[bool] = False
     additive: ClassVar[bool] = False
 
     def __reduce__(self) -> Any:
-        return (method_of, (self.name,))  # a copied or pickled block has the same method
+        # So a copied or pickled block has the registered method.
+        return (method_of, (self.name,))
 
     # --- one matrix, or a stack with its axes first: what a method defines -----------------------
 
@@ -118,13 +121,13 @@ class Method:
     def delta(self, block: Tensor, geometry: Geometry, matrices: Tensor | None) -> Tensor:
         """Return dW as a stack of matrices (..., out, in), in the dtype of its arguments.
 
-        `matrices` is W (..., out, in) if the method `reads_weight`, or else None. Unless the method
-        `reduces`, D and W come in float32, or in float64 if one of them is wider. So dW has all its
-        digits, and is rounded once, when it is added to W.
+        `matrices` is W (..., out, in) if the method `reads_weight`, or else None. D and W come in
+        float32, or in float64 if one of them is wider. So dW has all its digits, and is rounded
+        once, when it is added to W.
         """
         raise NotImplementedError
 
-    def reduced(self, block: Tensor, geometry: Geometry, r: int) -> Tensor:
+    def shard_sum_factor(self, block: Tensor, geometry: Geometry, r: int) -> Tensor:
         """Return R (..., r, out) with dW x = S(x) R; or (..., r, r_out), whose columns repeat.
 
         The block comes in its own dtype, such as float32 over a bfloat16 weight, and so does R.
@@ -139,13 +142,13 @@ class Method:
         bias: Tensor | None,
         block: Tensor,
         scale: Scale,
-        share: float = 1.0,
+        base_scale: float = 1.0,
     ) -> Tensor | None:
-        """Return (share W + s dW) x + b in less memory or time than by computing dW, or None.
+        """Return (c W + s dW) x + b in less memory or time than by computing dW, or None.
 
-        The share is 1, or 0 where the update alone is asked for.
-        x is (..., in) and W (out, in), or x is (experts, n, in) and W (experts, out, in). Not
-        called if the method `reduces`.
+        `base_scale` is c: 1, or 0 where the update alone is asked for.
+        x is (..., in) and W (out, in), or x is (experts, n, in) and W (experts, out, in). It is not
+        called if the method uses shard sums.
         """
         return None
 
@@ -177,10 +180,10 @@ class Method:
         shape: Sequence[int],
         r: int,
         r_out: int | None = None,
-        rows: Rows = (),
+        output_ranges: OutputRanges = (),
     ) -> tuple[int, ...]:
-        """Return the shape of the block of a weight, or of some of its rows."""
-        of_matrices = self.shape(layout.geometry(shape, rows), r, r_out)
+        """Return the shape of the block of a weight, or of those of its outputs."""
+        of_matrices = self.shape(layout.geometry(shape, output_ranges), r, r_out)
         if not self._keeps_as_weight(layout):
             return of_matrices
         *stack, inputs, outputs = of_matrices
@@ -193,38 +196,43 @@ class Method:
         return tuple(block[: len(block) - self.block_axes])
 
     def delta_weight(
-        self, layout: Layout, block: Tensor, weight: Tensor, rows: Rows = (), r: int = 0
+        self,
+        layout: Layout,
+        block: Tensor,
+        weight: Tensor,
+        output_ranges: OutputRanges = (),
+        r: int = 0,
     ) -> Tensor:
         """Return dW of a kept block, without a scale: a tensor of the weight's shape.
 
-        Only the shape of the weight matters if the method does not read it. Methods of `METHODS`
+        Only the shape of the weight matters if the method does not read it. Methods of the library
         know r from their block.
 
         Raises:
             ArgumentError: the block does not fit the weight.
         """
-        geometry = layout.geometry(weight.shape, rows)
+        geometry = layout.geometry(weight.shape, output_ranges)
         if self.stack_of(layout, block.shape) != geometry.stack:
             raise ArgumentError(
                 f"a {self.name} block of shape {tuple(block.shape)} does not fit a weight of shape "
                 f"{tuple(weight.shape)} laid out as {layout.pattern!r}"
             )
         matrix = self.matrix_block(layout, block)
-        if self.reduces:  # dW only repeats the values of R, so it needs no wider dtype
-            reduced = self.reduced(matrix, geometry, r)
-            delta = bone_delta_weight(reduced, geometry.in_features, geometry.out_features)
+        if self.uses_shard_sum:  # dW only repeats the values of R, so it needs no wider dtype
+            factor = self.shard_sum_factor(matrix, geometry, r)
+            delta = bone_delta_weight(factor, geometry.in_features, geometry.out_features)
         else:
             dtype = merge_dtype(weight.dtype, block.dtype)
             matrices = None
             if self.reads_weight:
-                matrices = layout.matrices(layout.part(weight, rows)).to(dtype)
+                matrices = layout.matrices(layout.part(weight, output_ranges)).to(dtype)
             with without_autocast(weight.device):
                 delta = self.delta(matrix.to(dtype), geometry, matrices)
         if layout.padding_idx is not None:
             index = torch.tensor([layout.padding_idx], device=delta.device)
             delta = delta.index_fill(-1, index, 0.0)
         out_features = layout.geometry(weight.shape).out_features
-        return layout.weight(place_rows(delta, rows, out_features))
+        return layout.weight(place_outputs(delta, output_ranges, out_features))
 
     def block_of(self, layout: Layout, part: Tensor) -> Tensor:
         """Return the block that `replaces` a weight, or some rows of one, by the same values."""
@@ -242,12 +250,12 @@ class Method:
     ) -> tuple[Tensor, Tensor] | None:
         """Return A (..., r, in) and B (..., out, r) with dW = B A, or None if there are none.
 
-        They exist for a method that `reduces`: A = [I_r I_r ... I_r] cropped to (r, in).
+        A method that uses shard sums has them: A = [I_r I_r ... I_r] cropped to (r, in), B = R^T.
         """
-        if not self.reduces:
+        if not self.uses_shard_sum:
             return None
-        reduced = self.reduced(self.matrix_block(layout, block), geometry, r)
-        return bone_lora_factors(reduced, geometry.in_features, geometry.out_features)
+        factor = self.shard_sum_factor(self.matrix_block(layout, block), geometry, r)
+        return bone_lora_factors(factor, geometry.in_features, geometry.out_features)
 
     def matrix_block(self, layout: Layout, block: Tensor) -> Tensor:
         """Return a block that layers and files *keep* as the method defines it, its stack first."""
@@ -264,7 +272,7 @@ class Method:
 class _Bone(Method):
     name = "bone"
     aliases = ("miss",)  # its name in later versions of the paper
-    reduces = True
+    uses_shard_sum = True
     tiles = True
     additive = True
 
@@ -309,10 +317,10 @@ class _Bat(Method):
         bias: Tensor | None,
         block: Tensor,
         scale: Scale,
-        share: float = 1.0,
+        base_scale: float = 1.0,
     ) -> Tensor | None:
         if weight.dim() == 2:
-            return bat_linear(x, weight, bias, block, scale, share)
+            return bat_linear(x, weight, bias, block, scale, base_scale)
         if x.shape[-2] != 1:
             return None
         return bat_streamed(x, weight.to(x.dtype), scaled(block, scale).to(x.dtype))
@@ -356,14 +364,94 @@ class _Rows(Method):
 
 
 METHODS: dict[str, Method] = {method.name: method for method in (_Bone(), _Bat(), _Rows())}
-"""Name of a method -> the method."""
+"""Name -> method, of the library and of users. `register_method` adds one."""
+
+
+def register_method(method: Method) -> None:
+    """Make a method known by its name, everywhere: in arguments, files, merging and copies.
+
+    Register it before you load a file that has blocks of it. A second call with the same class
+    replaces the method.
+
+    Args:
+        method: an instance of a subclass of `Method`.
+
+    Raises:
+        ArgumentTypeError: `method` is not such an instance, or lacks what a method must define.
+        ArgumentError: another method has its name, or the name can't be part of a key in a file.
+
+    Examples:
+        >>> import torch
+        >>> from torch import nn
+        >>> import disha
+        >>> class Shift(disha.functional.Method):
+        ...     block_axes = 1  # dW[o, i] = D[o] + offset
+        ...
+        ...     def __init__(self, offset):
+        ...         self.offset = offset
+        ...         self.name = f"shift{offset}"
+        ...
+        ...     def shape(self, geometry, r, r_out):
+        ...         return (*geometry.stack, geometry.out_features)
+        ...
+        ...     def delta(self, block, geometry, matrices):
+        ...         rows = block.unsqueeze(-1) + self.offset
+        ...         return rows.expand(*block.shape, geometry.in_features)
+        >>> disha.register_method(Shift(2))
+        >>> layer = disha.inject_adapters(nn.Linear(3, 1), "all-linear", r=1, method="shift2")
+        >>> layer.delta_weight(layer.disha["default"])
+        tensor([[2., 2., 2.]], grad_fn=<ExpandBackward0>)
+    """
+    if not isinstance(method, Method):
+        raise ArgumentTypeError(
+            f"register_method needs an instance of a subclass of Method, got {brief(method)}"
+        )
+    cls = type(method)
+    missing = []
+    if not isinstance(getattr(method, "name", None), str):
+        missing.append("name (a str)")
+    if cls.shape is Method.shape:
+        missing.append("shape")
+    if cls.delta is Method.delta and not method.uses_shard_sum:
+        missing.append("delta, or uses_shard_sum = True with shard_sum_factor")
+    if missing:
+        raise ArgumentTypeError(f"the method {cls.__name__} must define {', '.join(missing)}")
+    if not method.name.isidentifier():
+        raise ArgumentError(
+            f"{brief(method.name)} can't name a method: use letters, digits and underscores, as "
+            "in the names of Python"
+        )
+    for name in (method.name, *method.aliases):
+        known = _find_method(name)
+        if known is not None and not _have_same_class(known, method):
+            raise ArgumentError(
+                f"there is a method {name!r} already, of the class {type(known).__name__}; give "
+                f"{cls.__name__} another name"
+            )
+    METHODS[method.name] = method
+
+
+def _have_same_class(first: Method, second: Method) -> bool:
+    """Whether two methods have one class, or classes of one name: a notebook defines it again."""
+    first_class = type(first)
+    second_class = type(second)
+    same_module = first_class.__module__ == second_class.__module__
+    return same_module and first_class.__qualname__ == second_class.__qualname__
+
+
+def _find_method(name: object) -> Method | None:
+    """Return the method with a name or an alias, or None."""
+    for method in METHODS.values():
+        if name == method.name or name in method.aliases:
+            return method
+    return None
 
 
 def method_of(name: object) -> Method:
     """Return a method by its name, or by an alias.
 
     Args:
-        name: a key of `METHODS`, or an alias of one of them.
+        name: the name of a method of the library, or of one that `register_method` has added.
 
     Raises:
         ArgumentError: there is no such method.
@@ -373,10 +461,10 @@ def method_of(name: object) -> Method:
         >>> method_of("miss").name
         'bone'
     """
-    for method in METHODS.values():
-        if name == method.name or name in method.aliases:
-            return method
-    raise ArgumentError(f"unknown method {brief(name)}; allowed are {method_names()}")
+    method = _find_method(name)
+    if method is None:
+        raise ArgumentError(f"unknown method {brief(name)}; allowed are {method_names()}")
+    return method
 
 
 def method_names(where: Callable[[Method], bool] = lambda method: True) -> str:

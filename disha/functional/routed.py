@@ -24,10 +24,11 @@ from torch.compiler import is_compiling
 from disha.errors import ArgumentError, ModeError
 from disha.functional import Geometry, Layout, Update, adapted_linear
 from disha.functional.bone import routed_delta
-from disha.functional.private_torch import must_not_write
-from disha.functional.products import MATRIX, reduced_updates
+from disha.functional.layouts import MATRIX
 from disha.functional.shard_sums import scaled, shard_sums
+from disha.functional.update import shard_sum_terms
 from disha.functional.updates import Change, DeltaOf, Updates
+from disha.private_torch import must_not_write
 from disha.text import counted
 
 Run = tuple[str | None, int]
@@ -161,7 +162,7 @@ class Routed(Updates):
         same = self.of_input(x, weight.shape)
         if same is not None or not x.shape[0]:
             return adapted_linear(x, weight, bias, same or ())
-        if not all(update.method.reduces for update in self.every):
+        if not all(update.method.uses_shard_sum for update in self.every):
             return _linear_by_adapter(x, weight, bias, self)
         alike = _alike(self.by_adapter, MATRIX.geometry(weight.shape))
         if alike is None:
@@ -207,7 +208,7 @@ def _with_alike(output: Tensor, x: Tensor, route: Route, alike: Mapping[str, Ten
     r, out_features = next(iter(alike.values())).shape
     rows = x.reshape(size, -1, x.shape[-1])  # (size, positions, in)
     outputs = output.reshape(size, -1, out_features)  # (size, positions, out)
-    sums, regain = shard_sums(rows, r)  # (size, positions, r)
+    sums, overflow_scale = shard_sums(rows, r)  # (size, positions, r)
     matrices = {adapter: matrix.to(x.dtype) for adapter, matrix in alike.items()}
     runs = route.runs(route.names, size)
     few = rows.shape[1] * route.parts(size) < FEW_ROWS and len(runs) > len(alike)
@@ -219,7 +220,7 @@ def _with_alike(output: Tensor, x: Tensor, route: Route, alike: Mapping[str, Ten
             if adapter in matrices:
                 flat_outputs = outputs_of_run.view(-1, out_features)
                 flat_sums = sums_of_run.flatten(0, 1)  # (entries * positions, r)
-                flat_outputs.addmm_(flat_sums, matrices[adapter], alpha=regain)
+                flat_outputs.addmm_(flat_sums, matrices[adapter], alpha=overflow_scale)
         return outputs.reshape(output.shape)
     each_rows, order = route.by_adapter(size, x.device)
     sorted_sums = sums.index_select(0, order)
@@ -231,7 +232,7 @@ def _with_alike(output: Tensor, x: Tensor, route: Route, alike: Mapping[str, Ten
         else:
             shape = (*sums_of_adapter.shape[:-1], out_features)
             deltas.append(sums_of_adapter.new_zeros(shape))
-    delta = scaled(torch.cat(deltas), regain).to(output.dtype)
+    delta = scaled(torch.cat(deltas), overflow_scale).to(output.dtype)
     add = outputs.index_add if torch.is_grad_enabled() else outputs.index_add_
     return add(0, order, delta).reshape(output.shape)
 
@@ -242,7 +243,7 @@ def _alike(
     """Return s R of each adapter if all have one size and no tiles or dropout, else None."""
     found = {}
     for adapter, updates in by_adapter.items():
-        small = reduced_updates(updates, MATRIX, geometry)
+        small = shard_sum_terms(updates, MATRIX, geometry)
         if len(small) > 1 or any(reduced.dropout for reduced in small):
             return None
         if small:

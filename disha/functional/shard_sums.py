@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from disha.errors import ArgumentError
-from disha.functional.private_torch import FakeTensor, any_autocast, is_view, must_not_write
+from disha.private_torch import FakeTensor, any_autocast, is_view, must_not_write
 
 Scale = float | Tensor
 

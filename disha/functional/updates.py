@@ -13,7 +13,9 @@ from torch import Tensor
 from disha import functional
 from disha.errors import ModeError
 from disha.functional.layouts import Layout
-from disha.functional.products import Product, Update, adapted_linear, update_product
+from disha.functional.linear import adapted_linear
+from disha.functional.products import Product, update_product
+from disha.functional.update import Update
 
 Change = Callable[[Sequence[Update]], Sequence[Update] | None]
 """Updates -> those of a view of the weight, or None if a block can't be cut there."""

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from disha.functional.private_torch import memory_modes
+from disha.private_torch import memory_modes
 from disha.sharding.tensors import local_part
 
 

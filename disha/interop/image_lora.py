@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from disha.config import check_type
+from disha.checks import check_type
 from disha.errors import AdapterFileError, ArgumentError, ConversionError
 from disha.files import AdapterContents
 from disha.files.disk import PathLike, checked_path, opened, save_tensors

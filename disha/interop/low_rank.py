@@ -21,12 +21,13 @@ from statistics import multimode
 import torch
 from torch import Tensor
 
-from disha.config import AdapterConfig, check_positive_int
+from disha.checks import check_positive_int
+from disha.config import AdapterConfig
 from disha.errors import AdapterFileError, ArgumentError, ConversionError
 from disha.files import AdapterContents
 from disha.files.loading import Source
-from disha.functional import METHODS, Layout
-from disha.functional.layouts import place_rows
+from disha.functional import METHODS, Layout, method_of
+from disha.functional.layouts import place_outputs
 from disha.layers.weights import base_of
 from disha.model.records import LayerRecord, Tensors
 from disha.model.view import ModelView
@@ -72,8 +73,8 @@ class LowRankUpdate:
     def padded(self, rank: int) -> LowRankUpdate:
         """Return the same update with a larger rank, by zeros in A and B."""
         rows = ((0, self.rank),)
-        a = place_rows(self.a, rows, rank, dim=self.b.dim() - 2)
-        return dataclasses.replace(self, a=a, b=place_rows(self.b, rows, rank, dim=-1))
+        a = place_outputs(self.a, rows, rank, dim=self.b.dim() - 2)
+        return dataclasses.replace(self, a=a, b=place_outputs(self.b, rows, rank, dim=-1))
 
 
 @dataclass(frozen=True)
@@ -174,7 +175,7 @@ def low_rank_updates(
     without = [
         record.name
         for record in layers
-        if (record.rows and METHODS[record.method].replaces)
+        if (record.rows and method_of(record.method).replaces)
         or record.tied
         or not (is_stack(record) or record.layout.pattern in LORA_LAYOUTS)
     ]
@@ -190,7 +191,7 @@ def low_rank_updates(
             if base is None:
                 raise ArgumentError(f"{record.name} has rows of its weight: give `base` (--base)")
             geometry = record.layout.geometry(base(record.name).shape)
-            b = place_rows(update.b, record.rows, geometry.out_features)  # zero in other rows
+            b = place_outputs(update.b, record.rows, geometry.out_features)  # zero in other rows
             update = dataclasses.replace(update, b=b)
         updates.append(update)
     if not pad:
@@ -242,7 +243,7 @@ def _update(
 def _factors(layer: LayerRecord, block: Tensor) -> tuple[Tensor, Tensor] | None:
     """Return A (rank, in, *kernel) and B (out, rank), or None if the method has no factors."""
     geometry = layer.geometry(block.shape)
-    factors = METHODS[layer.method].lora_factors(layer.layout, block, geometry, layer.r)
+    factors = method_of(layer.method).lora_factors(layer.layout, block, geometry, layer.r)
     if factors is None:
         return None
     a, b = factors
@@ -260,7 +261,7 @@ def _factors(layer: LayerRecord, block: Tensor) -> tuple[Tensor, Tensor] | None:
 
 def _delta(layer: LayerRecord, block: Tensor, base: BaseWeight | None) -> Tensor:
     """Return dW (out, in, *kernel)."""
-    method = METHODS[layer.method]
+    method = method_of(layer.method)
     if not method.reads_weight:
         weight = block.new_empty(()).expand(layer.weight_shape(block.shape))  # for its shape
     elif base is None:
@@ -329,8 +330,8 @@ def contents_of_factors(
     first, _ = found[0]
     config = AdapterConfig(
         max(multimode(layer.r for layer, _ in found)),
-        None,
-        first.method,
+        target=None,
+        method=first.method,
         scale=first.scale,
         dropout=dropout,
         also_train=tuple(f"^{re.escape(name)}$" for name in also_train),

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from disha.config import AdapterConfig, check_type
+from disha.checks import check_type
+from disha.config import AdapterConfig
 from disha.errors import AdapterFileError, DishaError
 from disha.files.disk import PathLike, checked_path
 from disha.files.header import AdapterContents, reasons_against_blocks
@@ -278,7 +279,9 @@ def _read(folder: PathLike, also_train: bool) -> tuple[PeftFolder, AdapterConfig
     dropout = 0.0 if legacy or method == BAT else fields.get("miss_dropout", 0.0)
     r_out = fields.get("mini_r", 1) if is_tile else None
     try:
-        config = AdapterConfig(fields.get("r", 64), None, method, r_out, dropout=dropout)
+        config = AdapterConfig(
+            fields.get("r", 64), target=None, method=method, r_out=r_out, dropout=dropout
+        )
     except DishaError as error:
         raise AdapterFileError(
             f"{path} has a configuration that can't be loaded: {error}"

@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from disha.config import check_type
+from disha.checks import check_type
 from disha.errors import AdapterFileError, AdapterIOError, ArgumentError, ConversionError
 from disha.files.disk import PathLike, checked_path, save, save_tensors
 from disha.layers.bitsandbytes import is_library_forward

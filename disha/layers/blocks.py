@@ -13,12 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from disha.config import AdapterConfig, check_type
+from disha.checks import check_type
+from disha.config import AdapterConfig
 from disha.effective.contexts import LOOSE, OPEN, Group, Override, current_context
 from disha.effective.torch_patches import install
 from disha.errors import ArgumentError, ModeError
 from disha.functional import Layout, Method, Update, method_of
-from disha.functional.layouts import Rows
+from disha.functional.layouts import OutputRanges
 from disha.functional.routed import Route, Routed
 from disha.functional.shard_sums import merge_dtype
 from disha.functional.updates import Updates
@@ -40,7 +41,7 @@ class Slot:
     name: str  # below its module, in targets and files; empty for `weight`
     parameter: str  # the attribute of the module that holds it
     layout: Layout
-    rows: Rows = ()  # the adapted outputs; empty for all
+    rows: OutputRanges = ()  # the adapted outputs; empty for all
     quantized: bool = False  # whether the update is added to the output of the module
     shape: tuple[int, ...] | None = None  # the weight's, if the parameter does not show it
 
@@ -159,7 +160,7 @@ class AdapterBlock(nn.Module):
                 rows = values if values.dim() >= 2 else values.view(1, -1)
                 nn.init.kaiming_uniform_(rows, a=math.sqrt(5))
                 if self.split is not None:
-                    self.split.agree_on(values)
+                    self.split.broadcast_from_first_rank(values)
 
     def set_scale(self, scale: float) -> None:
         """Set the runtime scale."""

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from disha.effective.contexts import NAMED, OPEN, Group, current_context
-from disha.functional.private_torch import start_no_graph
+from disha.private_torch import start_no_graph
 
 
 def factor_name(group: str, device: torch.device) -> str:

@@ -46,7 +46,14 @@ class _LinearWithAdapter(AdaptedLinear):
     ) -> None:
         super().__init__(in_features, out_features, bias, device, dtype)
         config = AdapterConfig(
-            r, None, self.method, r_out, dropout=dropout, scale=scale, dtype=block_dtype, init=init
+            r,
+            target=None,
+            method=self.method,
+            r_out=r_out,
+            dropout=dropout,
+            scale=scale,
+            dtype=block_dtype,
+            init=init,
         )
         self._add_first_adapter(adapter, config, freeze)
 
@@ -102,7 +109,14 @@ class _LinearWithAdapter(AdaptedLinear):
         layer._parameters.update(linear._parameters)  # the bias may be None
         layer.train(linear.training)
         config = AdapterConfig(
-            r, None, cls.method, r_out, dropout=dropout, scale=scale, dtype=block_dtype, init=init
+            r,
+            target=None,
+            method=cls.method,
+            r_out=r_out,
+            dropout=dropout,
+            scale=scale,
+            dtype=block_dtype,
+            init=init,
         )
         layer._add_first_adapter(adapter, config, freeze)
         return layer

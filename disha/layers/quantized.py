@@ -20,13 +20,13 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.compiler import is_compiling
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
-from disha.config import BLOCK_DTYPES
+from disha.checks import BLOCK_DTYPES
 from disha.errors import ArgumentError
 from disha.functional import Layout, Method, Update, method_names
-from disha.functional.private_torch import saving_hooks, transforms_active
 from disha.functional.products import update_product
 from disha.layers import bitsandbytes
 from disha.layers.blocks import CHILD_NAME, Adapters, Slot, original_class
+from disha.private_torch import saving_hooks, transforms_active
 from disha.sharding.imported import imported_class
 
 DENSE_DTYPES = frozenset(BLOCK_DTYPES.values())

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from disha.config import check_scale, check_type
+from disha.checks import check_scale, check_type
 from disha.effective.contexts import Group, entered, groups_of
 from disha.errors import ArgumentError
 from disha.functional.routed import Route

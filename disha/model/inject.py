@@ -11,16 +11,17 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from disha.config import Init, MethodName, Patterns, with_hints
+from disha.config import Init, MethodName, Patterns, Target
 from disha.effective.contexts import LOOSE, OPEN, Group
 from disha.errors import ArgumentError, ModeError
+from disha.hints import with_hints
 from disha.layers import gradient_flags
 from disha.layers.adapted import AdaptedLayer, adapt, readapt, refuse_changed_class, restore
 from disha.layers.blocks import AdapterBlock
 from disha.layers.encoder import Encoder, guard_encoder
 from disha.layers.new_blocks import make_block
 from disha.model import running_statistics
-from disha.model.plan import EXCLUDED, Plan, Target
+from disha.model.plan import EXCLUDED, Plan
 from disha.model.target_plans import plan_injection
 from disha.model.view import ModelView, all_or_nothing
 from disha.text import counted, first_few
@@ -64,8 +65,8 @@ def inject_adapters(
             `"all-linear"` is every linear weight, including attention, recurrent layers and
             experts, but not an output head that is tied to an embedding.
         r: shard size, at most the in_features of every target.
-        method: a key of `disha.functional.METHODS`: `"bone"` (also called `"miss"`), or `"bat"`,
-            whose update is not low-rank and takes more time.
+        method: `"bone"` (also called `"miss"`), or `"bat"`, whose update is not low-rank and takes
+            more time, or the name of a method that `register_method` has added.
         layouts: regex of names -> layout, for parameters whose layout is unknown, such as
             `{"mixer.weight_in": "expert out in"}`. The regex is searched in the names of
             parameters and of modules; the name of a module means its `weight`.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -21,8 +21,6 @@ from disha.layers.blocks import Slot
 from disha.layers.weights import read_weight, weight_shape
 from disha.sharding.zero import whole_shape
 from disha.text import counted, first_few, join, table
-
-Target = str | Sequence[str] | Callable[[str, nn.Module], bool]
 
 Place = tuple[Any, str]
 """A module, and its attribute that holds a parameter."""

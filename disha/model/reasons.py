@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.sparse import SparseSemiStructuredTensor
 
-from disha.config import BLOCK_DTYPES
+from disha.checks import BLOCK_DTYPES
 from disha.functional import Geometry, Update, method_names, method_of
-from disha.functional.products import update_of_part
+from disha.functional.parts import update_of_part
 from disha.layers.adapted import AdaptedLayer
 from disha.layers.blocks import Slot
 from disha.layers.quantized import quantization_of
@@ -129,7 +129,7 @@ def reason_against_block(layer: PlannedLayer) -> str | None:
     if config.dropout:
         return f"{placed}, and each rank would drop different inputs of it; use dropout=0"
     block = torch.empty(layer.block_shape, device="meta")
-    update = Update(method_of(config.method), block, rows=slot.rows, r=layer.r)
+    update = Update(method_of(config.method), block, output_ranges=slot.rows, r=layer.r)
     for part in split.parts:
         if update_of_part(update, slot.layout, layer.shape, part) is None:
             ends = " and ".join(f"{first}:{stop}" for first, stop in part)

@@ -9,8 +9,8 @@ from typing import Any
 from torch import Tensor
 
 from disha.config import as_json
-from disha.functional import METHODS, Geometry, Layout
-from disha.functional.layouts import Rows
+from disha.functional import Geometry, Layout, method_of
+from disha.functional.layouts import OutputRanges
 from disha.layers.blocks import block_name
 from disha.text import counted, join
 
@@ -31,7 +31,7 @@ class LayerRecord:
     scale: float
     base: str | None  # fingerprint of the base weight, if it has one
     layout: Layout
-    rows: Rows = ()  # the adapted outputs; empty for all
+    rows: OutputRanges = ()  # the adapted outputs; empty for all
     tied: tuple[str, ...] = ()  # where else the weight is, and reads the update
 
     @property
@@ -65,7 +65,7 @@ class LayerRecord:
 
     def geometry(self, block: tuple[int, ...]) -> Geometry:
         """Return the sizes of the adapted weight; the block has those of its stack."""
-        stack = METHODS[self.method].stack_of(self.layout, block)
+        stack = method_of(self.method).stack_of(self.layout, block)
         return Geometry(self.in_features, self.out_features, stack)
 
     def weight_shape(self, block: tuple[int, ...]) -> tuple[int, ...]:
@@ -74,7 +74,7 @@ class LayerRecord:
 
     def reason_against_block(self, block: tuple[int, ...]) -> str | None:
         """Return why a block of that shape can't be this layer's, or None if it can."""
-        method = METHODS[self.method]
+        method = method_of(self.method)
         layout = self.layout
         weight = self.weight_shape(block) if len(block) >= method.block_axes else ()
         if layout.reason_against_shape(weight) is not None:

@@ -15,12 +15,13 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from disha.config import ALL_LINEAR, AdapterConfig, as_tuple, matching
+from disha.checks import check_regexes
+from disha.config import ALL_LINEAR, AdapterConfig, Target, matching
 from disha.errors import ArgumentError, ArgumentTypeError
 from disha.functional import layout_of
 from disha.layers.kinds import declared_slots, slot_of
 from disha.layers.weights import matrix_weights
-from disha.model.plan import EXCLUDED, Place, PlannedLayer, Target
+from disha.model.plan import EXCLUDED, Place, PlannedLayer
 from disha.model.reasons import reason_against_adapting
 from disha.model.view import ModelView
 from disha.sharding.imported import imported_class
@@ -43,7 +44,7 @@ class Selection:
         self.argument = argument
         self.target = target
         self.config = config
-        self.regexes = () if callable(target) else as_tuple(argument, target)
+        self.regexes = () if callable(target) else check_regexes(argument, target)
         if not self.regexes and not callable(target):
             raise ArgumentTypeError(
                 f"{argument} must be a regex, a list of them, {ALL_LINEAR!r} or a predicate "

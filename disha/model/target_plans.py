@@ -10,10 +10,11 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from disha.config import AdapterConfig, Init, MethodName, Patterns, matching, with_hints
+from disha.config import AdapterConfig, Init, MethodName, Patterns, Target, matching
 from disha.errors import ArgumentError, TargetError
+from disha.hints import with_hints
 from disha.layers.weights import count_values
-from disha.model.plan import Plan, PlannedLayer, Target
+from disha.model.plan import Plan, PlannedLayer
 from disha.model.reasons import (
     reason_against_adapting,
     reason_against_block,
@@ -145,7 +146,9 @@ def plan_injection(
 def configure_rows(config: AdapterConfig, rows: Mapping[str, Any]) -> AdapterConfig:
     """Return the configuration of new rows, which are trained beside an adapter."""
     layouts = dict.fromkeys(rows, "out in")
-    return AdapterConfig(1, None, "rows", layouts=layouts, rows=rows, dtype=config.dtype)
+    return AdapterConfig(
+        1, target=None, method="rows", layouts=layouts, rows=rows, dtype=config.dtype
+    )
 
 
 def _plan_layers(

@@ -21,11 +21,11 @@ from disha.errors import (
     ModeError,
     TargetError,
 )
-from disha.functional.private_torch import CHECKPOINTED, COMPILED, FSDP_CHILD
 from disha.layers.adapted import AdaptedLayer, refuse_merged
 from disha.layers.blocks import CHILD_NAME, AdapterBlock, Adapters, check_adapter_name
 from disha.layers.gradient_flags import is_claimed
 from disha.layers.weights import count_values
+from disha.private_torch import CHECKPOINTED, COMPILED, FSDP_CHILD
 from disha.sharding.imported import imported_class
 from disha.sharding.ranks import Ranks
 from disha.sharding.tensors import is_sharded

@@ -8,7 +8,7 @@ update that belongs to it:
     outputs       the columns of D               a shard of the outputs
     inputs        D, its rows rotated            a term of the sum over the ranks
 
-Every rank holds all of D, and `Split.summed` adds up its gradients.
+Every rank holds all of D, and `Split.with_all_reduced_gradient` adds up its gradients.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class Split:
             local, self.device_mesh, self.placements, run_check=False, shape=size, stride=stride
         )
 
-    def summed(self, block: Tensor) -> Tensor:
+    def with_all_reduced_gradient(self, block: Tensor) -> Tensor:
         """Return a block that all ranks hold; its gradient is summed over those that cut W."""
         from torch.distributed.tensor import DTensor, Partial, Replicate
 
@@ -86,7 +86,7 @@ class Split:
         whole = whole.redistribute(placements=everywhere)
         return whole.to_local(grad_placements=partial)
 
-    def agree_on(self, block: Tensor) -> None:
+    def broadcast_from_first_rank(self, block: Tensor) -> None:
         """Give all ranks the values that the first one has. Collective."""
         for dim in range(self.device_mesh.ndim):
             group = self.device_mesh.get_group(dim)

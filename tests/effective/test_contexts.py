@@ -16,9 +16,9 @@ from torch._dynamo.testing import CompileCounter
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 import disha
+from disha import private_torch
 from disha.effective import contexts
 from disha.errors import ModeError
-from disha.functional import private_torch
 from tests.conftest import Made, freshly_compiled, perturb, pickled
 
 X = torch.linspace(-1, 1, 24, dtype=torch.float64).view(4, 6)

@@ -9,8 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
+from disha import private_torch
 from disha.effective import torch_patches
-from disha.functional import private_torch
 
 WALK = """
 import json, os, sys, threading, types

@@ -15,7 +15,6 @@ from disha import (
     MergeError,
     ModeError,
     TargetError,
-    functional,
 )
 from disha.files.combining import Summand, combine_contents
 from disha.files.contents import read_contents, write_contents
@@ -266,7 +265,7 @@ class TestRefusals:
             disha.combine_adapters(model, dict(zip("ab", weights, strict=True)), into="c")
 
     def test_a_method_whose_update_is_not_linear_in_the_block(self, tmp_path, monkeypatch):
-        monkeypatch.setitem(functional.METHODS, "gained", Gained())
+        disha.register_method(Gained())
         options = {"target_regex": "linear", "method": "gained"}
         a, b = save(tmp_path / "a", **options), save(tmp_path / "b", seed=2, **options)
         model = load_all({"a": a, "b": b})

@@ -400,7 +400,7 @@ ON_META = {
         Layout("index out", padding_idx=3), block, torch.empty(7, 6, device=META)
     ),
     "rows": lambda block: method_of("bone").delta_weight(
-        MATRIX, block, torch.empty(9, 7, device=META), rows=((1, 4), (5, 8))
+        MATRIX, block, torch.empty(9, 7, device=META), output_ranges=((1, 4), (5, 8))
     ),
     "weighted_sum": lambda block: functional.weighted_sum([(block, 0.5)]),
     "product of rows": lambda block: functional.adapted_linear(

@@ -13,8 +13,9 @@ import disha
 from disha import functional
 from disha.errors import ArgumentError, ArgumentTypeError, DishaError
 from disha.functional import METHODS, PATTERNS, Geometry, Layout, Method, Update, method_of
-from disha.functional.layouts import Rows, place_rows
-from disha.functional.products import reduced_updates, update_of_part, updates_of_rows
+from disha.functional.layouts import OutputRanges, place_outputs
+from disha.functional.parts import update_of_part, updates_of_outputs
+from disha.functional.update import shard_sum_terms
 from tests import reference
 from tests.conftest import assert_same, close, pickled
 
@@ -54,7 +55,7 @@ class Case(NamedTuple):
     r: int
     weight: torch.Tensor
     block: torch.Tensor
-    rows: Rows
+    rows: OutputRanges
 
     @property
     def geometry(self):
@@ -165,14 +166,14 @@ def test_shapes_of_bone_blocks(kind):
     assert method_of("bone").block_shape(layout, shape, r=4) == expected(4, 6)
     assert method_of("bone").block_shape(layout, shape, r=4, r_out=3) == expected(4, 3)
     rows = ((0, 2), (3, 5))
-    assert method_of("bone").block_shape(layout, shape, r=4, rows=rows) == expected(4, 4)
+    assert method_of("bone").block_shape(layout, shape, r=4, output_ranges=rows) == expected(4, 4)
 
 
 @on_every_layout
 def test_shapes_of_bat_blocks_have_the_stack_in_front(kind):
     layout, shape = LAYOUTS[kind]
     for rows, outputs in (((), 6), (((0, 2), (3, 6)), 5)):
-        found = method_of("bat").block_shape(layout, shape, r=4, rows=rows)
+        found = method_of("bat").block_shape(layout, shape, r=4, output_ranges=rows)
         assert found == (*stack_of(kind), -(-outputs // 4), 4, 4)
 
 
@@ -222,7 +223,7 @@ def test_a_block_of_its_own_size_stays_and_no_other_multiple_exists(name):
 def test_lora_factors_multiply_to_the_update_without_loss(kind, name):
     case = case_of(kind, name)
     factors = method_of(case.method).lora_factors(case.layout, case.block, case.geometry)
-    if not METHODS[case.method].reduces:
+    if not METHODS[case.method].uses_shard_sum:
         assert factors is None
         assert METHODS[case.method].from_lora_b(torch.zeros(4, 2)) is None
         return
@@ -315,7 +316,7 @@ def test_rows_are_taken_and_placed(rows, dim):
     taken = Layout(pattern).part(whole, rows)
     chosen = [row for first, stop in rows or ((0, 6),) for row in range(first, stop)]
     assert torch.equal(taken, whole.index_select(dim, torch.tensor(chosen)))
-    placed = place_rows(taken, rows, 6, dim)
+    placed = place_outputs(taken, rows, 6, dim)
     expected = torch.zeros(6, 6).index_copy(dim, torch.tensor(chosen), taken)
     assert torch.equal(placed, expected)
 
@@ -324,9 +325,9 @@ def test_rows_are_taken_and_placed(rows, dim):
 @on_every_layout
 def test_what_a_block_of_some_rows_adds_by_shard_sums(kind, name):
     case = case_of(kind, name, ((0, 2), (3, 5)))
-    update = Update(method_of(case.method), case.block, 0.5, rows=case.rows)
-    found = reduced_updates([update], case.layout, case.layout.geometry(case.weight.shape))
-    if not METHODS[case.method].reduces:
+    update = Update(method_of(case.method), case.block, 0.5, output_ranges=case.rows)
+    found = shard_sum_terms([update], case.layout, case.layout.geometry(case.weight.shape))
+    if not METHODS[case.method].uses_shard_sum:
         assert found == []
         return
     (one,) = found
@@ -340,16 +341,16 @@ def test_what_a_block_of_some_rows_adds_by_shard_sums(kind, name):
 def test_updates_of_one_shard_size_add_up():
     layout, sizes, blocks = Layout("out in"), Geometry(7, 6), torch.randn(3, 2, 2)
     updates = [
-        Update(method_of("bone"), block, scale, rows=((2 * i, 2 * i + 2),))
+        Update(method_of("bone"), block, scale, output_ranges=((2 * i, 2 * i + 2),))
         for i, (block, scale) in enumerate(zip(blocks, (1.0, 0.5, torch.tensor(-2.0)), strict=True))
     ]
-    (one,) = reduced_updates(updates, layout, sizes)
+    (one,) = shard_sum_terms(updates, layout, sizes)
     assert torch.equal(one.matrix, torch.cat([blocks[0], 0.5 * blocks[1], -2 * blocks[2]], 1))
     dropping = [updates[0], updates[1]._replace(dropout=0.5), updates[2]]
-    assert len(reduced_updates(dropping, layout, sizes)) == 2
+    assert len(shard_sum_terms(dropping, layout, sizes)) == 2
     wider = Update(method_of("bone"), torch.randn(3, 6))
-    assert len(reduced_updates([*updates, wider], layout, sizes)) == 2
-    (alone,) = reduced_updates([wider], layout, sizes)
+    assert len(shard_sum_terms([*updates, wider], layout, sizes)) == 2
+    (alone,) = shard_sum_terms([wider], layout, sizes)
     assert alone.matrix is wider.block
 
 
@@ -366,7 +367,7 @@ def test_the_block_of_a_slice_of_outputs(name, start, stop):
     if method == "bat":
         assert (found is None) == bool(start % r or (stop % r and stop < 7))
     if found is None:
-        assert not METHODS[method].reduces  # R has a column for each output
+        assert not METHODS[method].uses_shard_sum  # R has a column for each output
         return
     whole = method_of(method).delta_weight(layout, block, weight)
     part = method_of(method).delta_weight(layout, found, weight[start:stop])
@@ -382,24 +383,24 @@ def test_the_updates_of_a_slice_of_outputs(name, rows, start, stop):
     (method, r, r_out), layout = BLOCKS[name], Layout("out in")
     weight = torch.randn(8, 7, dtype=torch.float64)
     shape = method_of(method).block_shape(layout, weight.shape, r, r_out, rows)
-    update = Update(method_of(method), torch.randn(shape, dtype=torch.float64), rows=rows)
-    found = updates_of_rows([update], start, stop, Geometry(7, 8))
+    update = Update(method_of(method), torch.randn(shape, dtype=torch.float64), output_ranges=rows)
+    found = updates_of_outputs([update], start, stop, Geometry(7, 8))
     if found is None:
-        assert not METHODS[method].reduces  # R has a column for each output
+        assert not METHODS[method].uses_shard_sum  # R has a column for each output
         return
     assert bool(found) == any(first < stop and start < last for first, last in rows or [(0, 8)])
     whole = functional.computed_weight(weight, layout, [update])
     part = functional.computed_weight(weight[start:stop], layout, found)
     torch.testing.assert_close(part, whole[start:stop], rtol=1e-12, atol=1e-12)
-    if update.rows == ((start, stop),):
-        assert found[0].rows == ()
+    if update.output_ranges == ((start, stop),):
+        assert found[0].output_ranges == ()
 
 
 @pytest.mark.parametrize("part", [((0, 3), (0, 4), (0, 7)), ((1, 3), (4, 8), (2, 4)), None])
 @pytest.mark.parametrize("pattern", ["out in", "in out", "index out", "expert in out"])
 @with_every_block
 def test_the_updates_of_a_part_of_a_weight(name, pattern, part):
-    """A method that reduces can be cut anywhere; None stands for one that every method can."""
+    """A method with shard sums can be cut anywhere; None stands for what every method can."""
     method, r, r_out = BLOCKS[name]
     layout = Layout(pattern, padding_idx=3 if pattern == "index out" else None)
     shape = (3, 8, 8)[3 - len(layout.axes) :]
@@ -413,7 +414,7 @@ def test_the_updates_of_a_part_of_a_weight(name, pattern, part):
     update = Update(method_of(method), block)
     found = update_of_part(update, layout, shape, part)
     if found is None:
-        assert not METHODS[method].reduces
+        assert not METHODS[method].uses_shard_sum
         assert part[-1] != (r, 8)
         return
     own = tuple(slice(*ends) for ends in part)
@@ -509,13 +510,13 @@ class Sloped(Method):
 
     name = "sloped"
     block_axes = 1
-    reduces = True
+    uses_shard_sum = True
     additive = True
 
     def shape(self, geometry, r, r_out):
         return (*geometry.stack, geometry.out_features)
 
-    def reduced(self, block, geometry, r):
+    def shard_sum_factor(self, block, geometry, r):
         self.check(block, geometry, r)
         return torch.arange(1.0, r + 1, dtype=block.dtype).unsqueeze(1) * block.unsqueeze(-2)
 
@@ -534,8 +535,8 @@ class Sloped(Method):
 
 
 @pytest.mark.parametrize("reads", ["linear", "attention", "experts"])
-def test_a_method_that_needs_r_to_reduce_its_block(monkeypatch, tmp_path, reads):
-    monkeypatch.setitem(METHODS, "sloped", Sloped())
+def test_a_method_whose_factor_depends_on_r(reads):
+    disha.register_method(Sloped())
     model, *shapes = {
         "linear": (nn.Sequential(nn.Linear(7, 6)), (3, 7)),
         "attention": (nn.TransformerEncoderLayer(6, 2, 8, dropout=0.0), (3, 2, 6)),
@@ -556,6 +557,75 @@ def test_a_method_that_needs_r_to_reduce_its_block(monkeypatch, tmp_path, reads)
     (cut,) = update_of_part(update, STACK, weight.shape, ((1, 3), (2, 6), (3, 7)))
     whole = functional.computed_weight(weight, STACK, [update])[1:, 2:, 3:]
     close(functional.computed_weight(weight[1:, 2:, 3:], STACK, [cut]), whole, 1e-6)
+
+
+class Shift(Method):
+    """dW[o, i] = D[o] + offset: its name tells its setting."""
+
+    block_axes = 1
+
+    def __init__(self, offset):
+        self.offset = offset
+        self.name = f"shift{offset}"
+
+    def shape(self, geometry, r, r_out):
+        return (*geometry.stack, geometry.out_features)
+
+    def delta(self, block, geometry, matrices):
+        return (block.unsqueeze(-1) + self.offset).expand(*block.shape, geometry.in_features)
+
+
+class TestRegisterMethod:
+    def test_each_setting_of_a_method_has_a_name_that_files_and_copies_keep(self, tmp_path):
+        for offset in (2, 5):
+            disha.register_method(Shift(offset))
+        model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 3)).double()
+        fresh = copy.deepcopy(model)
+        disha.inject_adapters(model, "0", 1, method="shift2", init="kaiming")
+        disha.inject_adapters(model, "1", 1, method="shift5", init="kaiming", adapter="five")
+        disha.set_active_adapters(model, ["default", "five"])
+        for adapter in ("default", "five"):
+            disha.save_adapter(model, tmp_path / adapter, adapter=adapter)
+            disha.load_adapter(fresh, tmp_path / adapter, adapter=adapter)
+        disha.set_active_adapters(fresh, ["default", "five"])
+        x = torch.randn(5, 3, dtype=torch.float64)
+        assert torch.equal(fresh(x), model(x))
+        assert torch.equal(pickled(model)(x), model(x))
+        assert pickled(model)[1].disha["five"].method is method_of("shift5")
+
+    def test_the_same_class_replaces_a_method_and_another_may_not(self):
+        disha.register_method(Shift(2))
+        again = Shift(2)
+        disha.register_method(again)
+        assert method_of("shift2") is again
+
+        class Other(Shift):
+            pass
+
+        with pytest.raises(ArgumentError, match="a method 'shift2' already, of the class Shift"):
+            disha.register_method(Other(2))
+
+    @pytest.mark.parametrize("name", ["bone", "miss"])
+    def test_names_and_aliases_of_the_library_are_taken(self, name):
+        method = Shift(2)
+        method.name = name
+        with pytest.raises(ArgumentError, match=f"a method '{name}' already, of the class _Bone"):
+            disha.register_method(method)
+        assert type(method_of(name)).__name__ == "_Bone"
+
+    @pytest.mark.parametrize(
+        ("method", "says"),
+        [
+            (Shift, "needs an instance of a subclass of Method"),
+            (Method(), r"must define name \(a str\), shape, delta, or uses_shard_sum"),
+            (Shift("-.5"), "'shift-.5' can't name a method: use letters, digits"),
+        ],
+    )
+    def test_what_is_no_method_is_refused(self, method, says):
+        before = dict(METHODS)
+        with pytest.raises(DishaError, match=says):
+            disha.register_method(method)
+        assert before == METHODS
 
 
 class Shifted(Method):
@@ -599,7 +669,7 @@ def dense_delta(method, layout, block, weight):
 def third(request, monkeypatch):
     """The name of a third method in the table."""
     name = request.param.name
-    monkeypatch.setitem(METHODS, name, request.param())
+    disha.register_method(request.param())
     monkeypatch.setitem(reference.LOOPS, name, LOOPS[name])
     return name
 
@@ -608,7 +678,7 @@ class TestAThirdMethod:
     """`shape` and `delta` are enough: everything else has a default."""
 
     def block(self, method, layout, weight, rows=()):
-        shape = method_of(method).block_shape(layout, weight.shape, 2, rows=rows)
+        shape = method_of(method).block_shape(layout, weight.shape, 2, output_ranges=rows)
         return torch.randn(shape, dtype=weight.dtype)
 
     @on_every_layout

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from disha import functional
 from disha.functional import Layout, Update, method_of
 from disha.functional.bone import bone_delta, routed_delta
-from disha.functional.products import update_of_part
+from disha.functional.parts import update_of_part
 from tests import reference
 from tests.conftest import close, freshly_compiled, needs_grouped_products
 from tests.functional.test_adapted_linear import kept_by
@@ -36,7 +36,7 @@ def make_update(kind, layout, weight, scale=0.5, dropout=0.0, rows=(), r=None):
 def dense(update, layout, weight):
     """Return s dW of an update, by the loops."""
     delta = reference.layout_delta_weight(
-        update.method.name, layout.pattern, update.block, weight, update.rows,
+        update.method.name, layout.pattern, update.block, weight, update.output_ranges,
         layout.groups, layout.padding_idx,
     )  # fmt: skip
     return update.scale * delta
@@ -566,7 +566,7 @@ def test_autocast_leaves_grouped_products_in_their_dtype(method):
 def test_a_part_without_the_adapted_rows_takes_part_in_backward(method, shape, rows):
     """Else the ranks that have these rows would wait for its gradient."""
     block = torch.randn(shape).requires_grad_()
-    update = Update(method_of(method), block, rows=(rows,), r=2)
+    update = Update(method_of(method), block, output_ranges=(rows,), r=2)
     part, x, indices = torch.randn(4, 4), torch.randn(3, 4), torch.tensor([0, 3])
     updates = update_of_part(update, MATRIX, (8, 4), ((4, 8), (0, 4)))
     for found, expected in (

@@ -362,7 +362,7 @@ class Squares(Method):
 
 @pytest.mark.parametrize("init", ["zeros", "kaiming"])
 def test_a_method_that_can_not_leave_zeros(monkeypatch, init):
-    monkeypatch.setitem(functional.METHODS, "squares", Squares())
+    disha.register_method(Squares())
     model = nn.Sequential(nn.Linear(4, 4))
     disha.inject_adapters(model, "0", 2, method="squares", init=init)
     report = disha.check_adapters(model, torch.randn(3, 4))

@@ -280,7 +280,7 @@ class TestRoute:
         assert torch.allclose(mapped[0], routed, rtol=0, atol=1e-12)
         # BAT in a product per adapter, in one that reads W once, and in one for each r outputs
         for share, slab in ((0.0, 2**22), (1e6, 2**22), (1e6, 1)):
-            monkeypatch.setattr("disha.functional.bat.STREAMED_SHARE", share)
+            monkeypatch.setattr("disha.functional.bat.STREAMED_FRACTION", share)
             monkeypatch.setattr("disha.functional.bat.SLAB_BYTES", slab)
             with torch.no_grad(), disha.route_adapters(layer, names):
                 assert torch.allclose(layer(x), routed, rtol=0, atol=1e-12)

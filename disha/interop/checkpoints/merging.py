@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from disha import functional
-from disha.config import check_scale
+from disha.checks import check_scale
 from disha.errors import (
     ArgumentError,
     MergeError,
@@ -23,7 +23,7 @@ from disha.errors import (
 from disha.files import AdapterContents
 from disha.files.contents import read_contents
 from disha.files.disk import OF_TORCH, PathLike, checked_path, opened, require_free, save
-from disha.functional import METHODS
+from disha.functional import method_of
 from disha.interop.checkpoints.matching import find_keys, find_misfits, refuse
 from disha.interop.checkpoints.reading import CONFIG, INDEX, SINGLE, Checkpoint, open_checkpoint
 from disha.model.fingerprints import fingerprint
@@ -266,6 +266,6 @@ class _Merge:
     def _deltas(self, key: str, weight: Tensor, experts: Any) -> Iterator[tuple[Tensor, float]]:
         for record in self._layers[key]:
             block = self._blocks[record.key][experts]
-            method = METHODS[record.method]
+            method = method_of(record.method)
             delta = method.delta_weight(record.layout, block, weight, record.rows, record.r)
             yield delta, record.scale if self._scale is None else self._scale

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from disha.config import check_scale, checked_rows
+from disha.checks import check_scale
+from disha.config import check_rows
 from disha.errors import AdapterFileError, ConversionError, DishaError
 from disha.files import AdapterContents
 from disha.files.disk import PathLike
@@ -135,7 +136,7 @@ def _taken_rows(view: ModelView, folder: PeftFolder) -> list[LayerBlock]:
         ends = numbers if isinstance(numbers, dict) else {name: numbers}
         of_table = (listed for end, listed in ends.items() if f".{name}".endswith(f".{end}"))
         indices: Any = next(of_table, None)
-        rows = checked_rows(name, indices)
+        rows = check_rows(name, indices)
         if values.shape[:-1] != (len(indices),):
             raise AdapterFileError(f"{folder.path}: {key} does not have a row for each token")
         names = names_of_weight(view, name)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from disha.files import AdapterContents
 from disha.files.disk import PathLike, checked_path
 from disha.files.saving import adapter_contents
-from disha.functional import METHODS
+from disha.functional import method_of
 from disha.interop import experts as stacks
 from disha.interop.low_rank import (
     CONV,
@@ -195,7 +195,7 @@ def _without_rows(
     rows = [
         record
         for record in contents.layers
-        if METHODS[record.method].replaces
+        if method_of(record.method).replaces
         and record.rows
         and record.scale == 1
         and (view is None or _reads_alike(view, record))

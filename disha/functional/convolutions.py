@@ -1,0 +1,30 @@
+"""Convolutions: the shard sums of their channels, for a smaller convolution with r channels."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from disha.functional.layouts import Geometry, Layout
+from disha.functional.shard_sums import shard_sums
+
+
+def channel_shard_sums(
+    x: Tensor, r: int, layout: Layout, geometry: Geometry
+) -> tuple[Tensor, float]:
+    """Return the shard sums of the channels of x (..., channels, *positions), as `shard_sums` does.
+
+    Each group of the convolution has its own channels, so the sums are (..., groups * r,
+    *positions).
+    """
+    kernel_axes = len(geometry.stack)
+    if layout.in_first:
+        kernel_axes -= 1  # of a transposed convolution, the stack has the groups too
+    dim = -1 - kernel_axes  # x has a position for each axis of the kernel
+    groups = x.shape[dim] // geometry.in_features
+    if groups > 1:
+        x = torch.unflatten(x, dim, (groups, -1))
+    sums, overflow_scale = shard_sums(x, r, dim)
+    if groups > 1:
+        sums = torch.flatten(sums, dim - 1, dim)
+    return sums, overflow_scale

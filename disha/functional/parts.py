@@ -1,0 +1,85 @@
+"""The updates of a part of a weight: of some outputs, or of the part that one rank holds.
+
+A part has updates of its own if every block can be cut at its edges, which the method says
+(`Method.of_outputs`, `Method.of_inputs`). Otherwise the whole weight must be computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from disha.functional.layouts import Geometry, Layout, OutputRanges
+from disha.functional.update import Update
+
+
+def updates_of_outputs(
+    updates: Sequence[Update], start: int, stop: int, geometry: Geometry, keep_empty: bool = False
+) -> list[Update] | None:
+    """Return the updates of the outputs start to stop, or None if a block can't be cut there.
+
+    Updates of other outputs are left out. With `keep_empty`, they stay, with an empty block.
+    """
+    inside = []
+    for update in updates:
+        ranges = update.output_ranges
+        if not ranges:
+            ranges = ((0, geometry.out_features),)
+        first = _count_before(ranges, start)
+        last = _count_before(ranges, stop)
+        if first == last:
+            if not keep_empty:
+                continue
+            first = last = 0  # there, an empty block can be cut whatever r is
+        count = _count_before(ranges, geometry.out_features)
+        block_geometry = Geometry(geometry.in_features, count, geometry.stack)
+        block = update.method.of_outputs(update.block, first, last, block_geometry, update.r)
+        if block is None:
+            return None
+        adapts_all = last - first == stop - start
+        ranges_inside = () if adapts_all else _ranges_inside(ranges, start, stop)
+        inside.append(update.replace(block=block, output_ranges=ranges_inside))
+    return inside
+
+
+def _count_before(ranges: OutputRanges, edge: int) -> int:
+    """Return how many outputs of these ranges come before an edge."""
+    return sum([min(stop, edge) - first for first, stop in ranges if first < edge])
+
+
+def _ranges_inside(ranges: OutputRanges, start: int, stop: int) -> OutputRanges:
+    """Return the ranges within start to stop, counted from start; an empty range if none is."""
+    inside = [
+        (max(first, start) - start, min(last, stop) - start)
+        for first, last in ranges
+        if first < stop and start < last
+    ]
+    return tuple(inside) if inside else ((0, 0),)
+
+
+def update_of_part(
+    update: Update, layout: Layout, shape: Sequence[int], part: Sequence[tuple[int, int]]
+) -> list[Update] | None:
+    """Return the updates of a part of a weight, or None if a block can't be cut there.
+
+    A part is a range (start, stop) for each dimension of the weight.
+    """
+    whole = [(0, size) for size in shape]
+    if layout.has_kernel:
+        return [update] if list(part) == whole else None
+    cut_axes = {}
+    for axis, range_of_part, range_of_whole in zip(layout.axes, part, whole, strict=True):
+        if range_of_part != range_of_whole:
+            cut_axes[axis] = range_of_part
+    geometry = layout.geometry(shape)
+    if "expert" in cut_axes:
+        update = update.select_matrices(slice(*cut_axes["expert"]))
+    for axis in ("in", "index"):
+        if axis in cut_axes:
+            block = update.method.of_inputs(update.block, *cut_axes[axis], geometry, update.r)
+            if block is None:
+                return None
+            update = update.replace(block=block)
+    if "out" not in cut_axes:
+        return [update]
+    # A rank that has none of the outputs takes part in the sum of their gradients too.
+    return updates_of_outputs([update], *cut_axes["out"], geometry, keep_empty=True)

@@ -1,0 +1,88 @@
+"""Products of stacks of matrices, such as experts, with their updates."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torch.compiler import is_compiling
+
+from disha.functional.layouts import STACK
+from disha.functional.linear import adapted_linear
+from disha.functional.products import adapted_product
+from disha.functional.shard_sums import pad_to_multiple, without_autocast
+from disha.functional.update import Update
+
+
+def adapted_stack(x: Tensor, weight: Tensor, updates: Sequence[Update]) -> Tensor:
+    """Return x (W + sum of s dW)^T for a stack of matrices, each with its own part of x."""
+    folds = any(not update.method.uses_shard_sum and not update.dropout for update in updates)
+    if folds and x.shape[0] == 1:
+        x = x.expand(weight.shape[0], -1, -1)
+    has_input_for_each = 0 < x.shape[0] == weight.shape[0]
+    if folds and has_input_for_each:
+        if len(updates) == 1 and not updates[0].output_ranges:
+            method, _, scale, *_ = updates[0]
+            output = method.product(x, weight, None, updates[0].chosen_block(), scale)
+            if output is not None:
+                return output
+        if not is_compiling():
+            # One matrix at a time saves no dense weight for backward.
+            return torch.stack(_multiply_one_by_one(x, weight, updates))
+
+    def multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return torch.matmul(x, weight.mT)
+
+    return adapted_product(multiply, x, weight, None, STACK, updates)
+
+
+def _multiply_one_by_one(x: Tensor, weight: Tensor, updates: Sequence[Update]) -> list[Tensor]:
+    """Return the product of each matrix of a stack with its own input."""
+    by_matrix = zip(*[update.unstack() for update in updates])
+    return [
+        adapted_linear(inputs, matrix, None, updates_of_matrix)
+        for inputs, matrix, updates_of_matrix in zip(x.unbind(0), weight.unbind(0), by_matrix)
+    ]
+
+
+def adapted_grouped(
+    multiply: Callable[..., Tensor],
+    x: Tensor,
+    weight: Tensor,
+    offsets: Tensor,
+    updates: Sequence[Update],
+) -> Tensor:
+    """Return x (W_e + sum of s dW_e)^T, where each run of tokens in x belongs to one matrix e.
+
+    One shard sum serves all matrices, and one grouped product adds an update to all tokens.
+    """
+    if not is_compiling() and not all(update.method.uses_shard_sum for update in updates):
+        return _multiply_runs(x, weight, offsets, updates)
+
+    def multiply_grouped(inputs: Tensor, matrices: Tensor, bias: Tensor | None) -> Tensor:
+        if matrices is not weight:
+            # torch requires one dtype and rows of a multiple of 16 bytes, so r is padded.
+            multiple = 16 // x.element_size()
+            inputs = pad_to_multiple(inputs, multiple, dim=-1)
+            matrices = pad_to_multiple(matrices, multiple, dim=-1).contiguous()
+        return multiply(inputs, torch.transpose(matrices, -2, -1), offs=offsets)
+
+    return adapted_product(multiply_grouped, x, weight, None, STACK, updates)
+
+
+def _multiply_runs(x: Tensor, weight: Tensor, offsets: Tensor, updates: Sequence[Update]) -> Tensor:
+    """Return the grouped product, computed by one product for each matrix that has tokens."""
+    outputs = []
+    start = 0
+    by_matrix = list(zip(*[update.unstack() for update in updates]))
+    with without_autocast(x.device):  # autocast leaves grouped products alone
+        for index, stop in enumerate(offsets.tolist()):
+            if stop > start or not x.shape[0]:
+                tokens = x[start:stop]
+                outputs.append(adapted_linear(tokens, weight[index], None, by_matrix[index]))
+            start = stop
+    if start < x.shape[0]:  # the remaining tokens belong to no matrix
+        like = outputs[0] if outputs else x  # under autocast, its dtype is not that of x
+        outputs.append(like.new_zeros(x.shape[0] - start, weight.shape[-2]))
+    return torch.cat(outputs)

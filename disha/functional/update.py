@@ -1,0 +1,150 @@
+"""One block on one weight, and what several of them add: to the weight, or through shard sums."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from disha.functional.layouts import Geometry, Layout, OutputRanges, place_outputs
+from disha.functional.methods import Method
+from disha.functional.shard_sums import Scale, merged_weight, scaled, tiled
+
+
+class Update(NamedTuple):
+    """One block on one weight.
+
+    Attributes:
+        method: the block's method.
+        block: D, as layers keep it (`Method.kept_block`).
+        scale: runtime scale s.
+        dropout: current probability of zeroing each of the block's inputs; 0 in evaluation.
+        output_ranges: the outputs that the block adapts, as ranges (first, stop); empty for all.
+        chosen: indices of the matrices of a stack, for experts chosen by token; None for all.
+        r: the shard size; methods of the library know it from their block.
+
+    Examples:
+        >>> import torch
+        >>> from disha.functional import Update, method_of
+        >>> Update(method_of("bone"), torch.zeros(2, 3), scale=0.5).output_ranges
+        ()
+    """
+
+    method: Method
+    block: Tensor
+    scale: Scale = 1.0
+    dropout: float = 0.0
+    output_ranges: OutputRanges = ()
+    chosen: Tensor | None = None
+    r: int = 0
+
+    # Methods, because torch 2.8 compiles neither `_replace` nor a property of a tuple.
+
+    def needs_own_product(self) -> bool:
+        """Whether dW has its own product, and can't be folded into W."""
+        return bool(self.dropout or (self.output_ranges and self.method.replaces))
+
+    def replace(self, **fields: Any) -> Update:
+        """Return the update with other values of some fields."""
+        return Update(**(dict(zip(Update._fields, self)) | fields))
+
+    def chosen_block(self) -> Tensor:
+        """Return the block of the chosen matrices."""
+        return self.block if self.chosen is None else self.block[self.chosen]
+
+    def delta_weight(self, layout: Layout, weight: Tensor) -> Tensor:
+        """Return dW, without the scale."""
+        return self.method.delta_weight(
+            layout, self.chosen_block(), weight, self.output_ranges, self.r
+        )
+
+    def select_matrices(self, index: int | slice | Tensor) -> Update:
+        """Return the update of one matrix of a stack, or of several."""
+        if isinstance(index, Tensor) and index.dim() == 1:
+            # The blocks are gathered only where they are used: there may be one for each token.
+            return self.replace(chosen=index if self.chosen is None else self.chosen[index])
+        return self.replace(block=self.chosen_block()[index], chosen=None)
+
+    def unstack(self) -> list[Update]:
+        """Return the updates of all matrices of a stack, with one gradient for the block."""
+        return [self.replace(block=block, chosen=None) for block in self.chosen_block().unbind(0)]
+
+
+def computed_weight(weight: Tensor, layout: Layout, updates: Sequence[Update]) -> Tensor:
+    """Return W + sum of s dW, computed in float32 (float64 for float64) and rounded once.
+
+    Args:
+        weight: W.
+        layout: its layout.
+        updates: the blocks; their dropout is ignored.
+
+    Returns:
+        Tensor of W's shape and dtype.
+
+    Examples:
+        >>> import torch
+        >>> from disha.functional import Layout, Update, computed_weight, method_of
+        >>> update = Update(method_of("bone"), torch.ones(2, 1))
+        >>> computed_weight(torch.zeros(1, 3), Layout("out in"), [update])
+        tensor([[1., 1., 1.]])
+    """
+    if not updates:
+        return weight
+    deltas = [(update.delta_weight(layout, weight), update.scale) for update in updates]
+    return merged_weight(weight, deltas)
+
+
+class ShardSumTerm(NamedTuple):
+    """s R, the factor by which updates multiply S(x); R is (..., r, out), or (..., r, r_out)."""
+
+    matrix: Tensor
+    dropout: float
+    chosen: Tensor | None = None
+
+
+def shard_sum_terms(
+    updates: Sequence[Update], layout: Layout, geometry: Geometry
+) -> list[ShardSumTerm]:
+    """Return the terms of all updates that use shard sums. Those of one shard size are added up."""
+    terms: list[ShardSumTerm] = []
+    places: dict[tuple[int, torch.dtype], int] = {}  # of the terms that others can be added to
+    for update in updates:
+        if not update.method.uses_shard_sum:
+            continue
+        term = _shard_sum_term(update, layout, geometry)
+        if term.dropout or term.chosen is not None:
+            terms.append(term)  # its shard sum, or its choice of matrices, is like no other's
+            continue
+        size_and_dtype = term.matrix.shape[-2], term.matrix.dtype
+        if size_and_dtype in places:
+            place = places[size_and_dtype]
+            former = tiled(terms[place].matrix, geometry.out_features)
+            matrix = former + tiled(term.matrix, geometry.out_features)
+            terms[place] = ShardSumTerm(matrix, dropout=0.0)
+        else:
+            places[size_and_dtype] = len(terms)
+            terms.append(term)
+    return terms
+
+
+def _shard_sum_term(update: Update, layout: Layout, geometry: Geometry) -> ShardSumTerm:
+    """Return s R of one update, with zeros for the outputs that it does not adapt."""
+    method = update.method
+    outputs = geometry.out_features
+    stack = geometry.stack
+    if update.output_ranges:
+        outputs = sum([stop - first for first, stop in update.output_ranges])
+    if update.chosen is not None:
+        # The weight has only the chosen matrices, and the block has all of them.
+        stack = method.stack_of(layout, update.block.shape)
+    matrix = method.shard_sum_factor(
+        method.matrix_block(layout, update.block),
+        Geometry(geometry.in_features, outputs, stack),
+        update.r,
+    )
+    if update.output_ranges:
+        matrix = tiled(matrix, outputs)
+        matrix = place_outputs(matrix, update.output_ranges, geometry.out_features, dim=-1)
+    return ShardSumTerm(scaled(matrix, update.scale), update.dropout, update.chosen)
