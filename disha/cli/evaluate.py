@@ -21,7 +21,8 @@ from disha.cli.dispatcher import Parser
 from disha.cli.models import Asker, add_model_flags, opened
 from disha.cli.output import show
 from disha.errors import ArgumentError
-from disha.finetune.data import formed, load_rows, masks_answers
+from disha.finetune.data import load_rows
+from disha.finetune.forms import form_rows, learns_marked_answers
 from disha.text import table
 
 
@@ -40,7 +41,7 @@ def main(words: Sequence[str]) -> None:
     flags = parser.parsed(words)
     read = load_rows(flags.data, flags.dataset_split)
     asker = opened(flags)
-    rows = formed(read, flags.dataset_field, asker.tokenizer)
+    rows = form_rows(read, flags.dataset_field, asker.tokenizer)
     if flags.exact_match and "completion" not in rows.column_names:
         raise ArgumentError("--exact_match needs rows with a question and an answer")
     batches = _batches(asker, rows, flags)
@@ -91,7 +92,7 @@ def _batches(asker: Asker, rows: Dataset, flags: Namespace) -> Any:
             folder,
             max_length=flags.max_length,
             per_device_eval_batch_size=flags.per_device_eval_batch_size,
-            assistant_only_loss="messages" in rows.column_names and masks_answers(asker.tokenizer),
+            assistant_only_loss=learns_marked_answers(rows, asker.tokenizer),
             gradient_checkpointing=False,
             bf16=False,
             use_cpu=asker.model.device.type == "cpu",

@@ -4,7 +4,8 @@
 |---|---|
 | `arguments` | the flags |
 | `base` | the base model, and the note in an adapter file that finds it |
-| `data` | the rows, and the form in which they are trained |
+| `data` | the rows, as they are read |
+| `forms` | the form in which rows are trained |
 | `trainer` | trl's trainer, and what it shows |
 | `train` | one run, from the flags to the saved adapter |
 | `report` | the files beside the adapter, and the proof that the adapter is sound |

@@ -163,6 +163,9 @@ class TrainingArguments(SFTConfig):  # type: ignore[misc]
         "how batches are drawn; group_by_length saves padding",
         choices=("random", "sequential", "group_by_length", "batch_rebalance"),
     )
+    assistant_only_loss: bool | None = _flag(
+        None, "of conversations, learn the answers alone (as far as trl can), or all with False"
+    )
     save_total_limit: int | None = _flag(2, "how many checkpoints to keep")
     report_to: str = _flag("none", "none, or such as tensorboard or wandb")
 

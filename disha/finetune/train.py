@@ -33,7 +33,8 @@ from disha.finetune.base import (
     notes_at,
     template_at,
 )
-from disha.finetune.data import formed, load_rows, masks_answers, mixed
+from disha.finetune.data import load_rows, mix_rows
+from disha.finetune.forms import form_rows, learns_marked_answers, marks_answers
 from disha.finetune.merging import merge_base, require_mergeable
 from disha.finetune.report import MERGED, RESULTS, Outcome, facts_of, logged, prove, write_report
 from disha.finetune.trainer import Trainer, set_scored_positions
@@ -142,21 +143,30 @@ def _trainer(
     if adapter.new_tokens:
         notes[TOKENS_KEY] = json.dumps(adapter.new_tokens)
     model, tokenizer = load_base(base, bits, device, notes)
-    sets = [formed(one_set, data.dataset_field, tokenizer) for one_set in sets]
+    if training.assistant_only_loss and not marks_answers(tokenizer):
+        raise ArgumentError(
+            "--assistant_only_loss True needs a chat template in which trl can mark the answers; "
+            "give one with --chat_template_path, or leave the flag out"
+        )
+    form = partial(
+        form_rows,
+        fields=data.dataset_field,
+        tokenizer=tokenizer,
+        learn_all=training.assistant_only_loss is False,
+    )
+    sets = [form(rows) for rows in sets]
     if held_out is not None:
-        held_out = formed(held_out, data.dataset_field, tokenizer)
+        held_out = form(held_out)
     elif data.eval_fraction:
         if not data.data_weights:
-            sets = [mixed(sets, (), training.seed)]
+            sets = [mix_rows(sets, (), training.seed)]
         # Before rows are drawn by weight: a row that is drawn twice must not be in both parts.
-        parts = [
-            one_set.train_test_split(data.eval_fraction, seed=training.seed) for one_set in sets
-        ]
+        parts = [rows.train_test_split(data.eval_fraction, seed=training.seed) for rows in sets]
         sets = [part["train"] for part in parts]
-        held_out = mixed([part["test"] for part in parts], (), training.seed)
-    rows = mixed(sets, data.data_weights, training.seed)
-    if "messages" in rows.column_names and masks_answers(tokenizer):
-        training.assistant_only_loss = True
+        held_out = mix_rows([part["test"] for part in parts], (), training.seed)
+    rows = mix_rows(sets, data.data_weights, training.seed)
+    if training.assistant_only_loss is None:
+        training.assistant_only_loss = learns_marked_answers(rows, tokenizer)
     notes[PROMPT_KEY] = "chat" if is_conversational(rows[0]) else "text"
     # Each checkpoint holds the notes that the final file holds, so that commands can use it.
     notes_of = partial(notes_at, notes=notes, base=base, bits=bits)
