@@ -1,14 +1,14 @@
-"""Files on disk: save them whole, open safetensors, and say what a file is that is none.
+"""Files on disk: save them whole, open safetensors files, and explain why a file is not one.
 
-A new version is written in a folder of its own beside the target, then takes its place. A killed
-save leaves that folder, and the next save of the same target removes it.
+A save writes a draft, which is a folder beside the target, and then moves what is in it to the
+target. A save that is killed leaves its draft, and the next save to that target removes it.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from glob import escape
 from pathlib import Path
@@ -38,88 +38,144 @@ def checked_path(path: Any) -> Path:
 
 
 def file_at(path: PathLike) -> Path:
-    """Return the path of an adapter file; a folder stands for the file of the usual name in it."""
-    found = checked_path(path)
-    is_folder = not os.path.basename(path) or os.path.isdir(found)  # no name after the last slash
-    return found / ADAPTER_NAME if is_folder else found
+    """Return the path of an adapter file: the path itself, or `ADAPTER_NAME` in a folder."""
+    file = checked_path(path)
+    ends_with_slash = not os.path.basename(path)
+    if ends_with_slash or os.path.isdir(file):
+        return file / ADAPTER_NAME
+    return file
 
 
 def require_free(path: Path, overwrite: bool) -> None:
     """Raise if a file or a folder with content is at `path`, unless `overwrite` is set."""
-    if not overwrite and path.exists() and not (path.is_dir() and not any(path.iterdir())):
+    is_empty_folder = path.is_dir() and not any(path.iterdir())
+    if path.exists() and not is_empty_folder and not overwrite:
         raise ArgumentError(f"{path} exists; choose another name, or set `overwrite` (--overwrite)")
 
 
 def save(path: PathLike, write: Callable[[Path], object]) -> None:
-    """Save the file or folder that `write` writes to the path that it gets. A symbolic link stays.
+    """Save the file or folder that `write` writes to the path that it gets.
 
-    Of several that save to one path at once, the last one wins, and removes what the others left.
+    A symbolic link stays a link. If several save to one path at once, the last one wins: a save
+    whose draft another one has removed writes it again.
     """
     target = Path(os.path.realpath(checked_path(path)))
-    draft = target.with_name(f".{target.name}.{token_hex(4)}.tmp")
-    new = draft / target.name
-    old = draft / f"{target.name}.old"
-    is_made = False
+    is_saved = False
     try:
         if target.exists() and not (target.is_file() or target.is_dir()):
             raise OSError("it is a device or a pipe")
-        draft.mkdir()
-        is_made = True
-        write(new)
-        for file in filter(Path.is_file, (new, *new.rglob("*"))):
-            # safetensors makes files that only their owner can read.
-            file.chmod((target if target.is_file() else draft).stat().st_mode & 0o666)
-            with file.open("r+b") as written:
-                os.fsync(written.fileno())
-        if new.is_dir() and target.exists():
-            target.rename(old)  # nothing takes the place of a folder in one step
-        new.replace(target)
-        for left in target.parent.glob(f".{escape(target.name)}.{'[0-9a-f]' * 8}.tmp"):
-            with suppress(OSError):  # another one has removed it
-                left.rename(draft / left.name)
+        while not is_saved:
+            is_saved = _try_to_save(target, write)
     except (OSError, ValueError, SafetensorError) as error:
-        if is_made and not draft.exists():
-            return  # another one has saved since
-        reason = getattr(error, "strerror", None) or error
-        raise AdapterIOError(f"can't save to {target}: {reason}; nothing was changed") from error
+        raise AdapterIOError(
+            f"can't save to {target}: {_reason_of(error)}; nothing was changed"
+        ) from error
+
+
+def _try_to_save(target: Path, write: Callable[[Path], object]) -> bool:
+    """Save, and return True; or return False if another save has removed the draft."""
+    other_drafts = _drafts_of(target)  # of saves that were killed, or that end before this one
+    draft = target.with_name(f".{target.name}.{token_hex(4)}.tmp")
+    draft.mkdir()
+    new = draft / target.name
+    try:
+        write(new)
+        _give_permissions(new, target, draft)
+        _flush(new)
+        _swap(new, target)
+        _remove(other_drafts, draft)
+    except (OSError, ValueError, SafetensorError):
+        if draft.exists():
+            raise
+        return False
     finally:
-        if is_made and old.exists() and not target.exists():
-            old.rename(target)
         shutil.rmtree(draft, ignore_errors=True)
+    return True
+
+
+def _drafts_of(target: Path) -> list[Path]:
+    token = "[0-9a-f]" * 8
+    return list(target.parent.glob(f".{escape(target.name)}.{token}.tmp"))
+
+
+def _files_in(path: Path) -> list[Path]:
+    """Return the file itself, or all files in a folder."""
+    return [file for file in (path, *path.rglob("*")) if file.is_file()]
+
+
+def _give_permissions(new: Path, target: Path, draft: Path) -> None:
+    """Let the files be read and written as the old file is, or as any new file would be."""
+    # safetensors makes files that only their owner can read.
+    model = target if target.is_file() else draft
+    mode = model.stat().st_mode & 0o666
+    for file in _files_in(new):
+        file.chmod(mode)
+
+
+def _flush(new: Path) -> None:
+    """Wait until the files are on the disk, so that a power cut leaves no empty ones."""
+    for file in _files_in(new):
+        with file.open("r+b") as written:
+            os.fsync(written.fileno())
+
+
+def _swap(new: Path, target: Path) -> None:
+    """Put the new file or folder in the place of the old one."""
+    if not (new.is_dir() and target.exists()):
+        new.replace(target)
+        return
+    old = new.with_name(f"{target.name}.old")
+    target.rename(old)  # nothing takes the place of a folder in one step
+    try:
+        new.replace(target)
+    finally:
+        if not target.exists():
+            old.rename(target)
+
+
+def _remove(drafts: Iterable[Path], draft: Path) -> None:
+    """Move the drafts of other saves into this one, which is removed."""
+    for other in drafts:
+        with suppress(OSError):  # it is gone already
+            other.rename(draft / other.name)  # in one step: a save that is alive misses all of it
+
+
+def _reason_of(error: Exception) -> object:
+    """Return what an error of the operating system says, or else the error."""
+    return getattr(error, "strerror", None) or error
 
 
 def save_tensors(path: PathLike, tensors: Tensors, metadata: dict[str, str] = OF_TORCH) -> None:
-    """Save a safetensors file. Of the files in a folder, save the configuration last."""
+    """Save tensors as a safetensors file."""
     whole = {key: tensor.contiguous() for key, tensor in tensors.items()}
     save(path, lambda new: save_file(whole, new, metadata))
 
 
-def opened(path: Path) -> Any:
-    """Open a safetensors file by `safe_open`."""
+def open_tensors(path: Path) -> Any:
+    """Return a safetensors file, opened by `safe_open`; the tensors are read when asked for."""
     try:
         with open(path, "rb") as file:
             start = file.read(4)
         return safe_open(path, "pt")
     except (OSError, ValueError) as error:
-        other = other_format(path)
-        if other is not None:
-            raise AdapterFileError(other) from error
-        reason = getattr(error, "strerror", None) or error
-        raise AdapterIOError(f"can't read {path}: {reason}; check the path") from error
+        advice = explain_peft_folder(path)
+        if advice is not None:
+            raise AdapterFileError(advice) from error
+        raise AdapterIOError(f"can't read {path}: {_reason_of(error)}; check the path") from error
     except SafetensorError as error:
         if start.startswith(PICKLES):
             raise AdapterFileError(
-                f"{path} is a pickle, as torch.save writes; read it with torch.load, and give the "
-                "result to load_adapter_state_dict"
+                f"{path} is a pickle, as torch.save writes it; read it with torch.load, and give "
+                "the result to load_adapter_state_dict"
             ) from error
         raise AdapterFileError(
-            f"{path} is not a complete safetensors file ({error}); it is damaged, was cut off, or "
-            "is another kind of file. Get it again"
+            f"{path} is not a complete safetensors file ({error}): it is damaged, cut off, or a "
+            "file of another kind; get it again"
         ) from error
 
 
-def other_format(path: Path) -> str | None:
-    """Return what to do with a path in a folder that PEFT wrote, or None for another path."""
+def explain_peft_folder(path: Path) -> str | None:
+    """Return how to read a folder that PEFT wrote, if the path is in one, and else None."""
     config = path.parent / "adapter_config.json"
     if not os.path.isfile(config):
         return None

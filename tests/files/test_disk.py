@@ -144,6 +144,19 @@ class TestSaved:
         save_tensors(old, {"x": torch.zeros(3)}, {})
         assert_old(old)
 
+    def test_the_save_that_ends_last_wins_though_another_has_removed_its_draft(self, old):
+        others = []
+
+        def write(new):
+            if not others:  # another save begins after this one, and ends before it
+                others.append("another")
+                save(old, lambda new: new.write_text("another"))
+            new.write_text("the last")
+
+        save(old, write)
+        assert old.read_text() == "the last"
+        assert list(old.parent.iterdir()) == [old]
+
     def test_permissions(self, tmp_path):
         path, mask = tmp_path / "a.safetensors", os.umask(0o022)
         try:
