@@ -32,7 +32,7 @@ from disha.cli.dispatcher import Parser
 from disha.cli.output import fit
 from disha.errors import AdapterFileError, ArgumentError
 from disha.files import ADAPTER_NAME, AdapterContents
-from disha.files.contents import blocks_only, read_contents, write_contents
+from disha.files.contents import keep_blocks, read_contents, write_contents
 from disha.files.disk import require_free
 from disha.interop import image_lora, peft
 from disha.interop.checkpoints.matching import base_shapes, base_weights
@@ -54,7 +54,7 @@ def main(words: Sequence[str]) -> None:
     base = None if flags.base is None else open_checkpoint(flags.base)
     contents = _read(flags, base)
     if flags.no_also_train:
-        contents = blocks_only(contents)
+        contents = keep_blocks(contents)
     report = _write(flags, contents, base)
     if report is not None:
         print(fit(str(report)))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -13,7 +13,7 @@ from disha import functional
 from disha.checks import check_scale
 from disha.config import AdapterConfig
 from disha.errors import ArgumentError, ArgumentTypeError
-from disha.files.contents import blocks_only
+from disha.files.contents import keep_blocks
 from disha.files.header import AdapterContents
 from disha.files.loading import Source, load_contents
 from disha.files.saving import adapter_contents
@@ -85,8 +85,9 @@ def combine_adapters(
     summands = []
     for adapter, weight in weights.items():
         contents = adapter_contents(view, adapter)
-        if not (also_train and any(parameter.is_claimed(adapter) for parameter in view.parameters)):
-            contents = blocks_only(contents)  # others that train are the model's in any case
+        claims = any(parameter.is_claimed(adapter) for parameter in view.parameters)
+        if not also_train or not claims:  # what trains unclaimed stays in the model
+            contents = keep_blocks(contents)
         summands.append(Summand(f"adapter {adapter!r}", contents, weight))
     total = combine_contents(summands, r)
     load_contents(view, "the sum", total, into, freeze=False, activate=False)
@@ -100,53 +101,59 @@ def combine_adapters(
 
 
 Part = tuple[LayerRecord, Summand]
-"""One layer, and the adapter that it is of."""
+"""A layer of an adapter, and the adapter."""
 
 
 def combine_contents(summands: Sequence[Summand], r: int | None) -> AdapterContents:
-    """Return the adapter that is the weighted sum of others, with scale 1 and no metadata."""
+    """Return the weighted sum of adapters, which has the scale 1 and no metadata."""
+    _check_can_be_combined(summands)
     parts: dict[str, list[Part]] = {}
     for summand in summands:
-        check_scale(summand.weight, "the weight of an adapter")
-        if summand.contents.also_train:
-            raise ArgumentError(
-                f"{summand.source} holds parameters besides its blocks "
-                f"({first_few(summand.contents.also_train, 3, ', ')}). These are values, not "
-                "updates, so they have no weighted sum; leave out `also_train`"
-            )
         for layer in summand.contents.layers:
             parts.setdefault(layer.name, []).append((layer, summand))
-    configs = [summand.contents.config for summand in summands]
-    if len({(config.method, config.r_out) for config in configs}) > 1:
-        raise ArgumentError(
-            "adapters of different methods or r_out can't be combined; make one sum of each"
-        )
-    sums = [_sum(of_one, r) for of_one in parts.values()]
-    tensors = {record.key: total for record, total in sums}
-    chosen_by = {(config.target, config.exclude) for config in configs}
-    target, exclude = chosen_by.pop() if len(chosen_by) == 1 else (None, ())
-    config = configs[0].changed(
-        r=sums[0][0].r,
-        target=target,
-        exclude=exclude,
-        rank_pattern={},
-        scale=1.0,
-        dtype=None,
-    )
-    return AdapterContents(config, tuple(record for record, _ in sums), (), tensors, {})
+    records = []
+    tensors = {}
+    for layer_parts in parts.values():
+        record, block = _sum_blocks(layer_parts, r)
+        records.append(record)
+        tensors[record.key] = block
+    first = summands[0].contents.config
+    changes: dict[str, Any] = {"rank_pattern": {}, "scale": 1.0, "dtype": None}
+    for summand in summands:
+        config = summand.contents.config
+        if (config.target, config.exclude) != (first.target, first.exclude):
+            changes |= {"target": None, "exclude": ()}  # no one pattern selects these layers
+    config = first.changed(r=records[0].r, **changes)
+    return AdapterContents(config, tuple(records), (), tensors, {})
 
 
-def _sum(parts: Sequence[Part], r: int | None) -> tuple[LayerRecord, Tensor]:
+def _check_can_be_combined(summands: Sequence[Summand]) -> None:
+    first = summands[0].contents.config
+    for summand in summands:
+        check_scale(summand.weight, "the weight of an adapter")
+        parameters = summand.contents.also_train
+        if parameters:
+            raise ArgumentError(
+                f"{summand.source} holds parameters besides its blocks "
+                f"({first_few(parameters, 3, ', ')}). These are values, not "
+                "updates, so they have no weighted sum; leave out `also_train`"
+            )
+    for summand in summands:
+        config = summand.contents.config
+        if (config.method, config.r_out) != (first.method, first.r_out):
+            raise ArgumentError(
+                "adapters of different methods or r_out can't be combined; make one sum of each"
+            )
+
+
+def _sum_blocks(parts: Sequence[Part], r: int | None) -> tuple[LayerRecord, Tensor]:
     """Return the weighted sum of a layer's blocks."""
     first, _ = parts[0]
     name = first.name or "(the model)"
     method = method_of(first.method)
-    r = r or math.lcm(*(record.r for record, _ in parts))
-    listing = "; ".join(
-        f"r={record.r}, {record.in_features} -> {record.out_features}, {record.layout} with a "
-        f"block {tuple(summand.contents.tensors[record.key].shape)} in {summand.source}"
-        for record, summand in parts
-    )
+    if r is None:
+        r = math.lcm(*(record.r for record, _ in parts))
+    listing = "; ".join(_describe(part) for part in parts)
     if not method.additive:
         raise ArgumentError(
             f"layer {name!r}: {method.name} blocks can't be added, because dW is not linear in the "
@@ -167,13 +174,24 @@ def _sum(parts: Sequence[Part], r: int | None) -> tuple[LayerRecord, Tensor]:
                 "an r that is a multiple of each, or adapters of equal r"
             )
         terms.append((wide, float(summand.weight) * record.scale))
+    # The base is left out, because one is the same in another dtype.
     records = {replace(record, r=r, scale=1.0, base=None) for record, _ in parts}
-    if len(records) > 1 or len({wide.shape for wide, _ in terms}) > 1:
+    shapes = {wide.shape for wide, _ in terms}
+    if len(records) > 1 or len(shapes) > 1:
         raise ArgumentError(f"layer {name!r} is not the same in all adapters: {listing}")
     total = functional.weighted_sum(terms)
     if not finite_as(total, total.dtype):
         raise ArgumentError(
             f"layer {name!r}: the sum is not finite as {total.dtype}; give smaller weights"
         )
-    bases = {record.base for record, _ in parts}
-    return replace(records.pop(), base=first.base if len(bases) == 1 else None), total
+    base = first.base
+    if any(record.base != base for record, _ in parts):
+        base = None
+    return replace(first, r=r, scale=1.0, base=base), total
+
+
+def _describe(part: Part) -> str:
+    record, summand = part
+    shape = tuple(summand.contents.tensors[record.key].shape)
+    sizes = f"{record.in_features} -> {record.out_features}"
+    return f"r={record.r}, {sizes}, {record.layout} with a block {shape} in {summand.source}"

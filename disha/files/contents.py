@@ -1,4 +1,4 @@
-"""Adapters outside a model: read them from files, write them, and take parts of them."""
+"""Read an adapter from a file or write it to one, without its model."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from disha.checks import compile_regex
 from disha.errors import (
     ArgumentError,
 )
-from disha.files.disk import PathLike, file_at, opened, save_tensors
+from disha.files.disk import PathLike, file_at, open_tensors, save_tensors
 from disha.files.header import (
     HEADER_KEY,
     AdapterContents,
@@ -45,15 +45,15 @@ def inspect_adapter(path: PathLike) -> AdapterFile:
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     path = pathlib.Path(folder, "adapter.safetensors")
         ...     disha.save_adapter(model, path, metadata={"task": "dialogue"})
-        ...     found = disha.inspect_adapter(path)
-        >>> [(layer.name, layer.r, layer.in_features) for layer in found.layers]
+        ...     file = disha.inspect_adapter(path)
+        >>> [(layer.name, layer.r, layer.in_features) for layer in file.layers]
         [('0', 4, 8)]
-        >>> found.parameters, dict(found.metadata)
+        >>> file.parameters, dict(file.metadata)
         (64, {'task': 'dialogue'})
     """
-    found = read_contents(file_at(path))
-    without_values = {key: tensor.to("meta") for key, tensor in found.tensors.items()}
-    return replace(found, tensors=without_values)
+    file = read_contents(file_at(path))
+    without_values = {key: tensor.to("meta") for key, tensor in file.tensors.items()}
+    return replace(file, tensors=without_values)
 
 
 def write_contents(path: Path, contents: AdapterContents) -> None:
@@ -62,10 +62,11 @@ def write_contents(path: Path, contents: AdapterContents) -> None:
 
 
 def read_contents(path: Path, *, also_train: bool = True, layers: str | None = None) -> AdapterFile:
-    """Return an adapter of a file, or those of its layers whose names match; tensors are mapped."""
-    with torch.device("cpu"), opened(path) as file:  # old releases take the default device
+    """Return the adapter in a file, or its layers whose names match; the tensors are mapped."""
+    with torch.device("cpu"), open_tensors(path) as file:  # torch 2.8 maps to the default device
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        contents = parse_header(path, (file.metadata() or {}).get(HEADER_KEY), tensors)
+        metadata = file.metadata() or {}
+    contents = parse_header(path, metadata.get(HEADER_KEY), tensors)
     kept = contents.layers
     if layers is not None:
         pattern = compile_regex("layers", layers)
@@ -75,25 +76,31 @@ def read_contents(path: Path, *, also_train: bool = True, layers: str | None = N
         raise ArgumentError(
             f"layers={layers!r} matches none of the layers in {path}, which are {names}"
         )
-    return narrowed(contents, kept, contents.also_train if also_train else ())
+    parameters: Sequence[str] = ()
+    if also_train:
+        parameters = contents.also_train
+    return keep_only(contents, kept, parameters)
 
 
-def narrowed(
+def keep_only(
     contents: AnyContents,
     layers: Sequence[LayerRecord],
     also_train: Sequence[str] = (),
 ) -> AnyContents:
     """Return an adapter with only these layers and these parameters."""
+    config = contents.config
+    if not also_train:
+        config = config.changed(also_train=[])
     keys = [*(record.key for record in layers), *also_train]
     return replace(
         contents,
-        config=contents.config if also_train else contents.config.changed(also_train=[]),
+        config=config,
         layers=tuple(layers),
         also_train=tuple(also_train),
         tensors={key: contents.tensors[key] for key in keys},
     )
 
 
-def blocks_only(contents: AdapterContents) -> AdapterContents:
-    """Return an adapter without the parameters besides its blocks."""
-    return narrowed(contents, contents.layers)
+def keep_blocks(contents: AdapterContents) -> AdapterContents:
+    """Return an adapter with its blocks only, without the parameters of `also_train`."""
+    return keep_only(contents, contents.layers)

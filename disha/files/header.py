@@ -17,8 +17,9 @@ from torch import Tensor
 from disha.checks import BLOCK_DTYPES, check_positive_int, check_scale, check_type
 from disha.config import DEFAULTS, AdapterConfig, as_json, check_rows
 from disha.errors import AdapterFileError
-from disha.files.disk import other_format
+from disha.files.disk import explain_peft_folder
 from disha.functional import METHODS, Layout, layout_of
+from disha.functional.layouts import Rows
 from disha.model.records import LayerRecord
 from disha.text import brief, counted, first_few, printable, table
 
@@ -84,10 +85,10 @@ class AdapterFile(AdapterContents):
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     path = pathlib.Path(folder, "adapter.safetensors")
         ...     disha.save_adapter(layer, path, metadata={"task": "dialogue"})
-        ...     found = disha.inspect_adapter(path)
-        >>> found.layers[0].in_features, found.layers[0].out_features, found.parameters
+        ...     file = disha.inspect_adapter(path)
+        >>> file.layers[0].in_features, file.layers[0].out_features, file.parameters
         (8, 16, 64)
-        >>> found.config.method, found.metadata["task"]
+        >>> file.config.method, file.metadata["task"]
         ('bone', 'dialogue')
     """
 
@@ -96,49 +97,55 @@ class AdapterFile(AdapterContents):
     nbytes: int
 
     def __str__(self) -> str:
-        is_scaled = any(layer.scale != 1 for layer in self.layers)
-        rows = [
-            (
-                layer.name or "(the model)",
-                layer.method,
-                layer.r,
-                f"{layer.in_features} -> {layer.out_features}",
-                "x".join(map(str, self.tensors[layer.key].shape)),
-                as_json(self.tensors[layer.key].dtype),
-                *([f"{layer.scale:g}"] if is_scaled else []),
-            )
-            for layer in self.layers
-        ]
-        scale = ["scale"] if is_scaled else []  # usually 1 everywhere
-        lines = [table(("layer", "method", "r", "in -> out", "block", "dtype", *scale), rows)]
+        lines = [self._table()]
         if self.also_train:
             lines.append(f"also trained: {printable(', '.join(self.also_train))}")
         lines += [printable(f"{key}: {value}") for key, value in self.metadata.items()]
-        lines.append(
-            f"{printable(str(self.path))}: format {self.format}, "
-            f"{counted(len(self.layers), 'layer')}, {counted(self.parameters, 'parameter')}, "
-            f"{counted(self.nbytes, 'byte')}"
+        sizes = (
+            counted(len(self.layers), "layer"),
+            counted(self.parameters, "parameter"),
+            counted(self.nbytes, "byte"),
         )
+        lines.append(f"{printable(str(self.path))}: format {self.format}, {', '.join(sizes)}")
         return "\n".join(lines)
+
+    def _table(self) -> str:
+        """Return the layers as a table, with their scales if one is not 1."""
+        header = ("layer", "method", "r", "in -> out", "block", "dtype")
+        rows = []
+        for layer in self.layers:
+            block = self.tensors[layer.key]
+            name = layer.name or "(the model)"
+            sizes = f"{layer.in_features} -> {layer.out_features}"
+            shape = "x".join(map(str, block.shape))
+            rows.append((name, layer.method, layer.r, sizes, shape, as_json(block.dtype)))
+        if all(layer.scale == 1 for layer in self.layers):
+            return table(header, rows)
+        scales = [f"{layer.scale:g}" for layer in self.layers]
+        return table((*header, "scale"), [(*row, scale) for row, scale in zip(rows, scales)])
 
 
 def reasons_against_blocks(contents: AdapterContents) -> list[str]:
-    """Return the name of each layer whose block has a wrong shape, and the reason."""
-    found = []
+    """Return a line for each layer whose block has a wrong shape."""
+    reasons = []
     for record in contents.layers:
         reason = record.reason_against_block(contents.tensors[record.key].shape)
         if reason is not None:
-            found.append(f"{record.name or '(the model)'}: {reason}")
-    return found
+            reasons.append(f"{record.name or '(the model)'}: {reason}")
+    return reasons
 
 
 def header_to_json(contents: AdapterContents) -> str:
-    """Return the header as JSON, without what is as usual. The same header gives the same text."""
-    settings = contents.config.to_json()
+    """Return the header as JSON, without the settings that have their default.
+
+    The same adapter always gives the same text.
+    """
+    config = contents.config
+    settings = config.to_json().items()
     fields = {
         "format": FORMAT,
-        "config": {name: value for name, value in settings.items() if value != DEFAULTS[name]},
-        "layers": [layer.entry(contents.config.method) for layer in contents.layers],
+        "config": {name: value for name, value in settings if value != DEFAULTS[name]},
+        "layers": [layer.entry(config.method) for layer in contents.layers],
         "also_train": contents.also_train,
         "metadata": dict(sorted(contents.metadata.items())),
     }
@@ -150,61 +157,47 @@ def header_to_json(contents: AdapterContents) -> str:
 
 
 def parse_header(path: Path, text: str | None, tensors: Mapping[str, Tensor]) -> AdapterFile:
-    """Return the checked header of a file, given its JSON and its tensors."""
+    """Return the header of a file, checked against the file's tensors."""
     if text is None:
-        raise AdapterFileError(
-            other_format(path)
-            or f"{path} is a safetensors file without a {HEADER_KEY!r} entry in its metadata: it "
-            "was not written by disha.save_adapter; name an adapter file"
-        )
+        advice = explain_peft_folder(path)
+        if advice is None:
+            advice = (
+                f"{path} is a safetensors file without a {HEADER_KEY!r} entry in its metadata: it "
+                "was not written by disha.save_adapter; name an adapter file"
+            )
+        raise AdapterFileError(advice)
     try:
-        found = _parsed(path, json.loads(text), tensors)
+        file = _parse_file(path, json.loads(text), tensors)
     except KeyError as error:
-        raise _unfit(path, f"lacks the field {error}") from error
+        raise _header_error(path, f"lacks the field {error}") from error
     except AdapterFileError:
         raise
     except (ValueError, TypeError, RecursionError) as error:
-        raise _unfit(path, f"is not of format {FORMAT}: {error}") from error
-    problems = _key_problems(found) or reasons_against_blocks(found)
-    if problems:
-        raise _unfit(path, f"contradicts its tensors:\n{first_few(problems, 20)}")
-    return found
+        raise _header_error(path, f"is not of format {FORMAT}: {error}") from error
+    reasons = _reasons_against_keys(file)
+    if not reasons:
+        reasons = reasons_against_blocks(file)
+    if reasons:
+        raise _header_error(path, f"contradicts its tensors:\n{first_few(reasons, 20)}")
+    return file
 
 
-def _unfit(path: Path, problem: str) -> AdapterFileError:
+def _header_error(path: Path, problem: str) -> AdapterFileError:
     return AdapterFileError(
         f"{path}: the header {problem}; get the file again, or upgrade disha-torch"
     )
 
 
-def _parsed(path: Path, fields: Any, tensors: Mapping[str, Tensor]) -> AdapterFile:
+def _parse_file(path: Path, fields: Any, tensors: Mapping[str, Tensor]) -> AdapterFile:
     fields = {"needs": [], "also_train": [], "metadata": {}, **fields}
-    version = check_positive_int("format", fields["format"])
-    needs = fields["needs"]
-    if version > FORMAT:  # it may have other fields
-        raise AdapterFileError(
-            f"{path} has format {brief(version)}, and this version of disha reads up to {FORMAT}; "
-            "upgrade disha-torch"
-        )
-    if needs:  # what is named there changes the meaning of the file
-        raise AdapterFileError(
-            f"{path} needs {brief(needs)}, which this version of disha does not know; upgrade "
-            "disha-torch"
-        )
+    _check_version(path, fields)
     check_type("metadata", fields["metadata"], dict, "a JSON object")
     for words in (*fields["also_train"], *fields["metadata"].values()):
         check_type("a name or a note", words, str, "text")
-    check_type("config", fields["config"], dict, "a JSON object")
-    method = fields["config"].get("method")
-    if isinstance(method, str) and method not in METHODS:
-        raise AdapterFileError(
-            f"{path} has blocks of the method {brief(method)}, which is unknown here; register the "
-            "method first (disha.register_method), or upgrade disha-torch"
-        )
-    config = AdapterConfig.from_json(fields["config"])
+    config = _parse_config(path, fields["config"])
     return AdapterFile(
         config=config,
-        layers=tuple(_layer(config, entry) for entry in fields["layers"]),
+        layers=tuple(_parse_layer(config, entry) for entry in fields["layers"]),
         also_train=tuple(fields["also_train"]),
         tensors=tensors,
         metadata=fields["metadata"],
@@ -214,46 +207,81 @@ def _parsed(path: Path, fields: Any, tensors: Mapping[str, Tensor]) -> AdapterFi
     )
 
 
-def _layer(config: AdapterConfig, entry: Any) -> LayerRecord:
+def _check_version(path: Path, fields: Mapping[str, Any]) -> None:
+    """Raise if only a newer version of the library can read the file."""
+    version = check_positive_int("format", fields["format"])
+    needs = fields["needs"]  # what changes the meaning of the other fields
+    if version > FORMAT:
+        raise AdapterFileError(
+            f"{path} has format {brief(version)}, and this version of disha reads up to {FORMAT}; "
+            "upgrade disha-torch"
+        )
+    if needs:
+        raise AdapterFileError(
+            f"{path} needs {brief(needs)}, which this version of disha does not know; upgrade "
+            "disha-torch"
+        )
+
+
+def _parse_config(path: Path, fields: Any) -> AdapterConfig:
+    check_type("config", fields, dict, "a JSON object")
+    method = fields.get("method")
+    if isinstance(method, str) and method not in METHODS:
+        raise AdapterFileError(
+            f"{path} has blocks of the method {brief(method)}, which is unknown here; register the "
+            "method first (disha.register_method), or upgrade disha-torch"
+        )
+    return AdapterConfig.from_json(fields)
+
+
+def _parse_layer(config: AdapterConfig, entry: Any) -> LayerRecord:
     name = entry["name"]
     base = entry.get("base")
     padding = entry.get("padding_idx")
-    rows = entry.get("rows")
     tied = entry.get("tied", ())
     method = entry.get("method", config.method)
     for text in (name, *tied):
         check_type("the name of a layer", text, str, "text")
     check_type("base", base, str | None, "text")
     check_type("padding_idx", padding, int | None, "an int")
-    for what in ("r", "in", "out"):
-        check_positive_int(what, entry[what])
+    for size in ("r", "in", "out"):
+        check_positive_int(size, entry[size])
     groups = check_positive_int("groups", entry.get("groups", 1))
+    scale = check_scale(entry.get("scale", 1))
+    pattern = layout_of(entry["layout"]).pattern
+    r_out = None
+    if method == config.method:
+        r_out = config.r_out
+    rows: Rows = ()
+    if entry.get("rows") is not None:
+        rows = check_rows(name, entry["rows"])
     return LayerRecord(
         name=name,
         method=method,
         r=entry["r"],
-        r_out=config.r_out if method == config.method else None,
+        r_out=r_out,
         in_features=entry["in"],
         out_features=entry["out"],
-        scale=check_scale(entry.get("scale", 1)),
+        scale=scale,
         base=base,
-        layout=Layout(layout_of(entry["layout"]).pattern, groups, padding),
-        rows=() if rows is None else check_rows(name, rows),
+        layout=Layout(pattern, groups, padding),
+        rows=rows,
         tied=tuple(tied),
     )
 
 
-def _key_problems(file: AdapterFile) -> list[str]:
-    """Return what is wrong unless the header lists each tensor once, and blocks are numbers."""
+def _reasons_against_keys(file: AdapterFile) -> list[str]:
+    """Return what is wrong, unless each tensor is listed once and each block has a float dtype."""
     blocks = [layer.key for layer in file.layers]
-    listed = Counter([*blocks, *file.also_train])
+    counts = Counter([*blocks, *file.also_train])
     tensors = file.tensors
-    problems = [] if blocks else ["there is no layer"]
-    problems += [f"{brief(key)} is listed {n} times" for key, n in listed.items() if n > 1]
-    problems += [f"{brief(key)} is missing" for key in listed if key not in tensors]
-    problems += [f"{brief(key)} is not listed" for key in tensors if key not in listed]
-    return problems + [
+    reasons = [] if blocks else ["there is no layer"]
+    reasons += [f"{brief(key)} is listed {n} times" for key, n in counts.items() if n > 1]
+    reasons += [f"{brief(key)} is missing" for key in counts if key not in tensors]
+    reasons += [f"{brief(key)} is not listed" for key in tensors if key not in counts]
+    reasons += [
         f"{brief(key)} has dtype {tensors[key].dtype}"
         for key in blocks
         if key in tensors and tensors[key].dtype not in BLOCK_DTYPES.values()
     ]
+    return reasons

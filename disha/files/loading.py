@@ -125,7 +125,7 @@ def load_adapter(
 
 @dataclass(frozen=True)
 class _Incoming:
-    """An adapter on its way into a model, under a name. All keys are the model's."""
+    """An adapter that is being loaded, with the names that everything has in the model."""
 
     view: ModelView
     adapter: str
@@ -135,7 +135,7 @@ class _Incoming:
     tensors: dict[str, Tensor]
 
     def blocks(self) -> Iterator[tuple[ModelBlock, LayerRecord]]:
-        """Iterate over the model's blocks for which the adapter has one."""
+        """Yield the model's blocks, each with the layer of the adapter that goes into it."""
         for model_block in self.view.blocks(self.adapter):
             record = self.layers.get(join(model_block.name, model_block.block.parameter_name))
             if record is not None:
@@ -155,35 +155,38 @@ def load_contents(
     activate: bool = True,
     around: ExitStack | None = None,
 ) -> LoadReport:
-    """Put an adapter into a model, as `load_adapter` does; a `partial` one leaves other layers."""
+    """Put an adapter into a model, as `load_adapter` does.
+
+    With `replace`, the layers that the adapter lacks get zeros, unless it is `partial`.
+    """
     with all_or_nothing(view, around) as undo:
         replaces = replace and adapter in view.adapters
         with view.ranks.agreeing(f"load a file as adapter {adapter!r}"):
             check_adapter_name(adapter)
             view.refuse_inside("load an adapter")
-            incoming = _under_model_names(view, adapter, source, contents)
+            incoming = _rename_as_in_model(view, adapter, source, contents)
             if replaces:
                 if dtype is not None:
                     raise ArgumentError(
                         "replace=True keeps the blocks with their dtype; leave dtype out"
                     )
                 _widen(incoming)
-                targets = _checked_targets(incoming, _differences(incoming))
+                targets = _find_targets(incoming, _list_differences(incoming))
             else:
-                targets = _add(incoming, dtype, freeze, activate, undo)
+                targets = _add_adapter(incoming, dtype, freeze, activate, undo)
         for key, target in targets.items():
             write(target, incoming.tensors[key], undo)
         if replaces and not partial:
-            _reset_the_rest(incoming, undo)
+            _reset_missing(incoming, undo)
         _take_settings(incoming, undo)
         _warn_of_other_base(incoming)
-    return LoadReport(matched=tuple(incoming.tensors))  # if a key did not fit, this has raised
+    return LoadReport(matched=tuple(incoming.tensors))  # a key that does not fit has raised above
 
 
-def _add(
+def _add_adapter(
     incoming: _Incoming, dtype: torch.dtype | None, freeze: bool, activate: bool, undo: ExitStack
 ) -> dict[str, Tensor]:
-    """Add an adapter with its blocks, and return the other tensors of the model that it sets."""
+    """Add an adapter with its blocks, and return the model's other tensors that it changes."""
     view = incoming.view
     adapter = incoming.adapter
     layers = incoming.layers
@@ -209,45 +212,50 @@ def _add(
     except ArgumentError as error:
         raise AdapterFileError(f"{incoming.source}: {error}") from error
     apply_plan(view, plan, undo, activate=activate)
-    targets = _checked_targets(incoming, _overwritten(incoming))
+    targets = _find_targets(incoming, _list_conflicts(incoming))
     return {key: target for key, target in targets.items() if key not in layers}
 
 
-def _under_model_names(
+def _rename_as_in_model(
     view: ModelView, adapter: str, source: Source, contents: AdapterContents
 ) -> _Incoming:
-    """Return an adapter with the first name of everything that has several in the model."""
-    first = {name: aliases[0] for aliases in view.names.values() for name in aliases}
+    """Return an adapter under the model's names: the first, for what has several there."""
+    first_names = {name: aliases[0] for aliases in view.names.values() for name in aliases}
 
     def first_name(name: str) -> str:
         """Return the name of a module, or of a weight or a buffer in one."""
+        if name in first_names:
+            return first_names[name]
         module, _, below = name.rpartition(".")
-        return first.get(name) or join(first.get(module, module), below)
+        return join(first_names.get(module, module), below)
 
     parameters = view.parameters_by_name
-    keys = {
-        key: parameters[key].name if key in parameters else first_name(key)
-        for key in contents.also_train
-    }
+    keys = {}  # key in the file -> key in the model
+    for key in contents.also_train:
+        if key in parameters:
+            keys[key] = parameters[key].name
+        else:
+            keys[key] = first_name(key)
     layers = {}
     for record in contents.layers:
         name = first_name(record.name)
-        renamed = record if name == record.name else replace(record, name=name)
+        renamed = replace(record, name=name)
         keys[record.key] = renamed.key
         layers[renamed.key] = renamed
-    given: dict[str, str] = {}
+    file_keys: dict[str, str] = {}
     for key, model_key in keys.items():
-        if given.setdefault(model_key, key) != key:
+        if model_key in file_keys:
             raise AdapterFileError(
-                f"{source}: {given[model_key]} and {key} are one parameter in the model; nothing "
-                "was loaded. Leave out one of them"
+                f"{source}: {file_keys[model_key]} and {key} are one parameter in the model; "
+                "nothing was loaded. Leave out one of them"
             )
+        file_keys[model_key] = key
     values = {keys[key]: tensor for key, tensor in contents.tensors.items()}
     return _Incoming(view, adapter, source, contents.config, layers, values)
 
 
 def _widen(incoming: _Incoming) -> None:
-    """Give an adapter the shard sizes of the model's adapter, where that is exact."""
+    """Widen the blocks of an adapter to the model's r, where that does not change the update."""
     for (*_, block), record in incoming.blocks():
         if record.r == block.r:
             continue
@@ -259,22 +267,24 @@ def _widen(incoming: _Incoming) -> None:
             incoming.tensors[key] = wider
 
 
-def _differences(incoming: _Incoming) -> list[str]:
-    """Return how the blocks that it replaces differ from its own, but for scales and bases."""
+def _list_differences(incoming: _Incoming) -> list[str]:
+    """Return what differs between the blocks of the file and of the model, besides their values."""
     borrowers = incoming.view.borrowers()
-    found = []
-    for model_block, theirs in incoming.blocks():
-        mine = describe_block(model_block, borrowers[model_block.block], base=False)
-        found += [
-            f"{mine.name}: {field} is {getattr(theirs, field)} in the file and {value} in the model"
-            for field, value in vars(mine).items()
-            if field not in ("scale", "base") and getattr(theirs, field) != value
-        ]
-    return found
+    differences = []
+    for model_block, in_file in incoming.blocks():
+        in_model = describe_block(model_block, borrowers[model_block.block], base=False)
+        for field, value in vars(in_model).items():
+            file_value = getattr(in_file, field)
+            is_compared = field not in ("scale", "base")
+            if is_compared and file_value != value:
+                differences.append(
+                    f"{in_model.name}: {field} is {file_value} in the file and {value} in the model"
+                )
+    return differences
 
 
-def _overwritten(incoming: _Incoming) -> list[str]:
-    """Return the running statistics that it would change although another adapter has its own."""
+def _list_conflicts(incoming: _Incoming) -> list[str]:
+    """Return the running statistics for which another adapter of the model has other values."""
     return [
         f"{name}: another adapter has changed it, and it can belong to only one; to load the "
         "layers alone, pass also_train=False"
@@ -283,13 +293,15 @@ def _overwritten(incoming: _Incoming) -> list[str]:
     ]
 
 
-def _checked_targets(incoming: _Incoming, differences: Sequence[str]) -> dict[str, Tensor]:
-    """Return key -> the model's tensor; raise unless it has all, and they can hold the values."""
+def _find_targets(incoming: _Incoming, differences: Sequence[str]) -> dict[str, Tensor]:
+    """Return key -> the model's tensor. Raise if one is missing or can't hold the values."""
     view = incoming.view
     adapter = incoming.adapter
     known = running_statistics.statistics(view.names) | adapter_tensors(view, adapter)
     report = replace(check_fit(known, incoming.tensors), missing=())  # these keep their values
-    reasons = [*differences] if report.complete else [str(report), *differences]
+    reasons = list(differences)
+    if not report.complete:
+        reasons.insert(0, str(report))
     if reasons:
         raise AdapterFileError(
             f"{incoming.source} does not fit the model's adapter {adapter!r}; nothing was loaded:\n"
@@ -299,7 +311,7 @@ def _checked_targets(incoming: _Incoming, differences: Sequence[str]) -> dict[st
 
 
 def _take_settings(incoming: _Incoming, undo: ExitStack) -> None:
-    """Give the blocks the configuration and the scales of the adapter, but the r of the model."""
+    """Give the model's blocks the adapter's configuration and scales; each keeps its r."""
     config = incoming.config
 
     @cache  # the blocks of an adapter share few configurations
@@ -316,29 +328,35 @@ def _take_settings(incoming: _Incoming, undo: ExitStack) -> None:
             block.set_scale(record.scale)
 
 
-def _reset_the_rest(incoming: _Incoming, undo: ExitStack) -> None:
-    """Give the base's values to the statistics and layers that the adapter lacks."""
+def _reset_missing(incoming: _Incoming, undo: ExitStack) -> None:
+    """Let the layers and running statistics that the adapter lacks act as in the base."""
     running_statistics.put_back_statistics(incoming.view.names, undo, incoming.tensors)
     for name, layer, _, block in incoming.view.blocks(incoming.adapter):
         if join(name, block.parameter_name) not in incoming.layers:
             start = start_of(layer, block)
-            zeros = block.block.new_zeros(whole_shape(block.block))
-            write(block.block, zeros if start is None else start, undo)
+            if start is None:
+                start = block.block.new_zeros(whole_shape(block.block))
+            write(block.block, start, undo)
 
 
 def _warn_of_other_base(incoming: _Incoming) -> None:
-    known = {}
+    """Warn if the model's weights are not those that the adapter was saved from."""
+    compared = 0
+    other = []
     for model_block, record in incoming.blocks():
-        if record.base is not None:
-            base = base_fingerprint(model_block)
-            if base is not None:
-                known[model_block.name] = same_base(record.base, base)
-    other = [name for name, is_same in known.items() if not is_same]
+        if record.base is None:
+            continue
+        base = base_fingerprint(model_block)
+        if base is None:
+            continue
+        compared += 1
+        if not same_base(record.base, base):
+            other.append(model_block.name)
     if other:
         layers = printable(first_few(other, 3, ", "))
         warnings.warn(
             f"{printable(str(incoming.source))} was saved from other base weights than the model's "
-            f"in {len(other)} of {counted(len(known), 'layer')} ({layers}): load the base that it "
+            f"in {len(other)} of {counted(compared, 'layer')} ({layers}): load the base that it "
             "was trained on, without the adapter merged into it",
             AdapterFileWarning,
             stacklevel=4,

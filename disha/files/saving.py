@@ -8,6 +8,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
+from disha.config import AdapterConfig
 from disha.errors import (
     AdapterStateError,
     ArgumentTypeError,
@@ -88,7 +89,7 @@ def save_adapter(
 
 
 def _warn_of_others(view: ModelView, adapter: str) -> None:
-    """Name the parameters that were saved because they train, although nobody asked for it."""
+    """Warn of parameters that are in the file only because they require gradients."""
     others = [parameter.name for parameter in view.trained(adapter) if not parameter.is_claimed()]
     if others:
         warnings.warn(
@@ -106,13 +107,11 @@ def adapter_contents(
     *,
     base: bool = True,
 ) -> AdapterContents:
-    """Return an adapter of a model, on the CPU; collective. Without `base`, no fingerprints."""
+    """Return an adapter of a model, on the CPU; collective. `base` asks for fingerprints."""
     ranks = view.ranks
     action = f"take adapter {adapter!r} out of the model"
     with ranks.agreeing(action):
-        notes = dict(metadata or {})
-        if not all(isinstance(text, str) for note in notes.items() for text in note):
-            raise ArgumentTypeError(f"metadata must be a dict of str -> str, got {metadata!r}")
+        notes = _check_notes(metadata)
         held = adapter_tensors(view, adapter)
         meta = [key for key, tensor in held.items() if tensor.is_meta]
         if meta:
@@ -128,12 +127,10 @@ def adapter_contents(
         for model_block in blocks
     )
     with ranks.agreeing(action):
-        _check_can_be_loaded(adapter, layers, tensors)
+        _check_contents(adapter, layers, tensors)
     keys = {record.key for record in layers}
-    configs = [model_block.block.config for model_block in blocks]
     return AdapterContents(
-        # That of new rows (`replaces`) only if there is no other.
-        config=min(configs, key=lambda config: method_of(config.method).replaces),
+        config=_config_of(blocks),
         layers=layers,
         also_train=tuple(sorted(tensors.keys() - keys)),
         tensors=tensors,
@@ -141,10 +138,31 @@ def adapter_contents(
     )
 
 
+def _check_notes(metadata: Mapping[str, str] | None) -> dict[str, str]:
+    if metadata is None:
+        return {}
+    notes = dict(metadata)
+    if not all(isinstance(text, str) for text in (*notes.keys(), *notes.values())):
+        raise ArgumentTypeError(f"metadata must be a dict of str -> str, got {metadata!r}")
+    return notes
+
+
+def _config_of(blocks: Sequence[ModelBlock]) -> AdapterConfig:
+    """Return the configuration of the blocks; that of new rows only if there is no other."""
+    configs = [model_block.block.config for model_block in blocks]
+    for config in configs:
+        if not method_of(config.method).replaces:
+            return config
+    return configs[0]
+
+
 def describe_block(model_block: ModelBlock, tied: Iterable[str], *, base: bool) -> LayerRecord:
-    """Return what a file says of a block; without `base`, no fingerprint."""
+    """Return what a file says about a block. `base` asks for the fingerprint of its weight."""
     block = model_block.block
     slot = block.slot
+    fingerprint_of_base = None
+    if base:
+        fingerprint_of_base = base_fingerprint(model_block)
     geometry = slot.layout.geometry(weight_shape(model_block.layer, slot), slot.rows)
     return LayerRecord(
         name=model_block.name,
@@ -154,7 +172,7 @@ def describe_block(model_block: ModelBlock, tied: Iterable[str], *, base: bool) 
         in_features=geometry.in_features,
         out_features=geometry.out_features,
         scale=block.scale,
-        base=base_fingerprint(model_block) if base else None,
+        base=fingerprint_of_base,
         layout=slot.layout,
         rows=slot.rows,
         tied=tuple(tied),
@@ -162,21 +180,23 @@ def describe_block(model_block: ModelBlock, tied: Iterable[str], *, base: bool) 
 
 
 def base_fingerprint(model_block: ModelBlock) -> str | None:
-    """Return the fingerprint of an adapted weight's original, or None if it is quantised."""
-    slot = model_block.block.slot
-    # Quantised values depend on how it is done, but an adapter fits all ways. New rows fit all.
-    if (
-        slot.quantized
-        or is_packed(model_block.layer, slot.parameter)
-        or model_block.block.method.replaces
-    ):
+    """Return the fingerprint of an adapted weight's original, or None if it has none."""
+    layer = model_block.layer
+    block = model_block.block
+    slot = block.slot
+    if block.method.replaces:  # new rows do not depend on the old ones
         return None
-    return fingerprint(slot.layout.part(present(base_of(model_block.layer, slot)), slot.rows))
+    # The values depend on how the weight is quantised, but the adapter fits it either way.
+    if slot.quantized or is_packed(layer, slot.parameter):
+        return None
+    weight = present(base_of(layer, slot))
+    return fingerprint(slot.layout.part(weight, slot.rows))
 
 
-def _check_can_be_loaded(
+def _check_contents(
     adapter: str, layers: Sequence[LayerRecord], tensors: Mapping[str, Tensor]
 ) -> None:
+    """Raise unless a file can hold the adapter, and a model can load it again."""
     methods = {
         (record.method, record.r_out) for record in layers if not method_of(record.method).replaces
     }

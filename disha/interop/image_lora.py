@@ -18,7 +18,7 @@ from torch import nn
 from disha.checks import check_type
 from disha.errors import AdapterFileError, ArgumentError, ConversionError
 from disha.files import AdapterContents
-from disha.files.disk import PathLike, checked_path, opened, save_tensors
+from disha.files.disk import PathLike, checked_path, open_tensors, save_tensors
 from disha.files.loading import load_contents
 from disha.files.saving import adapter_contents
 from disha.functional import Layout
@@ -273,7 +273,7 @@ def _scaled(update: LowRankUpdate, name: str) -> LowRankUpdate:
 
 def has_factors(path: Path) -> bool:
     """Whether a safetensors file is a LoRA with the keys of `diffusers`."""
-    with opened(path) as file:
+    with open_tensors(path) as file:
         return any(key.endswith(MATRIX) for key in file.keys())  # noqa: SIM118
 
 
@@ -281,7 +281,7 @@ def read_file(
     path: Path, modules: Mapping[str, Collection[str]] | None = None
 ) -> dict[str, AdapterContents]:
     """Return component -> its adapter; `modules` has the names in its model, if they are known."""
-    with opened(path) as file:
+    with open_tensors(path) as file:
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     found: dict[str, list[Factors]] = {}
     weights = [key.removesuffix(MATRIX[0]).removesuffix(MATRIX[1]) for key in tensors]

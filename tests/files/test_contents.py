@@ -9,7 +9,7 @@ from torch import nn
 import disha
 from disha.config import AdapterConfig
 from disha.files import AdapterContents, LayerRecord
-from disha.files.contents import blocks_only, read_contents
+from disha.files.contents import keep_blocks, read_contents
 from disha.files.header import reasons_against_blocks
 from disha.files.saving import adapter_contents
 from disha.functional import Layout
@@ -94,10 +94,10 @@ def test_entries_have_every_field_of_every_tensor(path):
     assert entries["norm.bias"] == plain
 
 
-def test_blocks_only():
+def test_keep_blocks():
     contents = adapter_contents(ModelView(trained()), base=False)
     assert {layer.base for layer in contents.layers} == {None}
-    without = blocks_only(contents)
+    without = keep_blocks(contents)
     assert contents.also_train
     assert contents.config.also_train
     assert (without.also_train, without.config.also_train) == ((), ())

@@ -26,7 +26,7 @@ from disha import (
 )
 from disha.config import AdapterConfig
 from disha.files import AdapterContents, LayerRecord
-from disha.files.contents import blocks_only
+from disha.files.contents import keep_blocks
 from disha.files.header import reasons_against_blocks
 from disha.files.loading import load_contents
 from disha.files.saving import adapter_contents
@@ -222,7 +222,7 @@ class TestContents:
         with refused(model, ArgumentError, "has an adapter 'new' already"):
             load_contents(ModelView(model), "elsewhere", contents, "new", freeze=True)
         before, around = snapshot(model), ExitStack()
-        contents = blocks_only(contents)
+        contents = keep_blocks(contents)
         load_contents(ModelView(model), "it", contents, "other", freeze=True, around=around)
         around.close()  # as an operation does that fails after this
         assert_unchanged(model, before)

@@ -22,7 +22,7 @@ from disha.errors import (
 )
 from disha.files import AdapterContents
 from disha.files.contents import read_contents
-from disha.files.disk import OF_TORCH, PathLike, checked_path, opened, require_free, save
+from disha.files.disk import OF_TORCH, PathLike, checked_path, open_tensors, require_free, save
 from disha.functional import method_of
 from disha.interop.checkpoints.matching import find_keys, find_misfits, refuse
 from disha.interop.checkpoints.reading import CONFIG, INDEX, SINGLE, Checkpoint, open_checkpoint
@@ -222,7 +222,7 @@ class _Merge:
         """Write some tensors to a file."""
         metadata = OF_TORCH
         for file in {self._checkpoint.files[name] for name in names}:
-            with opened(file) as source:
+            with open_tensors(file) as source:
                 metadata = metadata | (source.metadata() or {})
         save_file({name: self._merged(name) for name in names}, path, metadata)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from disha.errors import (
     AdapterIOError,
 )
-from disha.files.disk import PathLike, checked_path, opened
+from disha.files.disk import PathLike, checked_path, open_tensors
 from disha.interop.experts import DOWN, FAMILIES, GATE_UP, SEPARATE_BEFORE, SINGLE_EXPERT, renamed
 
 SINGLE = "model.safetensors"
@@ -47,7 +47,7 @@ class Checkpoint:
             return torch.stack(
                 [torch.cat([*map(self.tensor, names)]) for names in self.stacks[key]]
             )
-        with opened(self.files[key]) as file:
+        with open_tensors(self.files[key]) as file:
             return file.get_tensor(key)
 
     def shape_and_dtype(self, key: str) -> tuple[tuple[int, ...], str]:
@@ -57,7 +57,7 @@ class Checkpoint:
             (_, inputs), dtype = parts[0]
             outputs = sum(shape[0] for shape, _ in parts)
             return (len(self.stacks[key]), outputs, inputs), dtype
-        with opened(self.files[key]) as file:
+        with open_tensors(self.files[key]) as file:
             stored = file.get_slice(key)
             return tuple(stored.get_shape()), stored.get_dtype()
 
@@ -73,7 +73,7 @@ def open_checkpoint(path: PathLike) -> Checkpoint:
     index = path / INDEX
     file = path / SINGLE if path.is_dir() else path
     if file == path or file.is_file():
-        with opened(file) as tensors:
+        with open_tensors(file) as tensors:
             files = dict.fromkeys(tensors.keys(), file)
     elif index.is_file():
         shards = json.loads(index.read_bytes())["weight_map"]
