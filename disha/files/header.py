@@ -19,7 +19,7 @@ from disha.config import DEFAULTS, AdapterConfig, as_json, check_rows
 from disha.errors import AdapterFileError
 from disha.files.disk import explain_peft_folder
 from disha.functional import METHODS, Layout, layout_of
-from disha.functional.layouts import Rows
+from disha.functional.layouts import OutputRanges
 from disha.model.records import LayerRecord
 from disha.text import brief, counted, first_few, printable, table
 
@@ -252,7 +252,7 @@ def _parse_layer(config: AdapterConfig, entry: Any) -> LayerRecord:
     r_out = None
     if method == config.method:
         r_out = config.r_out
-    rows: Rows = ()
+    rows: OutputRanges = ()
     if entry.get("rows") is not None:
         rows = check_rows(name, entry["rows"])
     return LayerRecord(
