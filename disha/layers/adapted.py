@@ -103,9 +103,15 @@ class AdaptedLayer(nn.Module):
                     refuse_merged([self], f"load {prefix}{name}, which unmerging would undo,")
         elif prefix + MERGED in state_dict:
             errors = args[-1]
-            errors[:] = dict.fromkeys([*errors, _TAKEN_MERGED])  # once, and not for each layer
+            if _TAKEN_MERGED not in errors:  # once, and not for each layer
+                errors.append(_TAKEN_MERGED)
             return
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        # The blocks load after their layer, so those in the state dict replace these values.
+        for block in self.disha.blocks().values():
+            if block.awaits_base and prefix + block.slot.parameter in state_dict:
+                block.reset_parameters(start_of(self, block))
+                block.awaits_base = False
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickle with the arguments that make the class, which no Python module contains."""

@@ -62,6 +62,8 @@ class AdapterBlock(nn.Module):
     scale: float
     dropout: float
     split: Split | None
+    awaits_base: bool
+    """Whether the block starts with values of W, and has got its memory before W has its values."""
     scale_tensor: Tensor
     """The scale as a 0-dim tensor: compiled code reads it, so scaling compiles nothing again."""
 
@@ -79,6 +81,7 @@ class AdapterBlock(nn.Module):
             scale=float(config.scale),
             dropout=config.dropout,
             split=split,
+            awaits_base=False,
         )
         self._parameters[self.parameter_name] = nn.Parameter(values)
         self.register_buffer("scale_tensor", None, persistent=False)
@@ -189,7 +192,12 @@ class AdapterBlock(nn.Module):
             self._buffers["scale_tensor"] = torch.full((), self.scale, dtype=dtype, device=device)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AdapterBlock:
+        was_on_meta = self.block.is_meta
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if was_on_meta and not self.block.is_meta:
+            # `to_empty()` gives memory without values, and no checkpoint of the base has them.
+            self.reset_parameters()
+            self.awaits_base = self.method.replaces
         self._write_scale()  # follows the device, keeps its own dtype, survives to_empty()
         return self
 
@@ -211,6 +219,7 @@ class Original:
 
     weight: Tensor  # the parameter itself if another one replaces it, else its former data
     dense: bool  # whether a dense weight replaces a quantised one
+    merged: str | None  # the fingerprint of what merging wrote
 
 
 @dataclass(frozen=True)

@@ -16,12 +16,13 @@ from disha.errors import ArgumentError, MergeError
 from disha.functional.shard_sums import merge_dtype, without_autocast
 from disha.layers.adapted import AdaptedLayer, set_class
 from disha.layers.bitsandbytes import is_library_forward
-from disha.layers.blocks import Merged, Original, Slot
+from disha.layers.blocks import AdapterBlock, Merged, Original, Slot
 from disha.layers.offloading import offloading_hooks
 from disha.layers.quantized import ROUNDED, quantization_of, takes_dense
 from disha.layers.weights import merged_weight, slots_of, stored_weight
 from disha.model import running_statistics
 from disha.model.control import checked_names
+from disha.model.fingerprints import fingerprint, same_base
 from disha.model.inject import check_removable, take_out
 from disha.model.state import finite_as
 from disha.model.view import ModelView, all_or_nothing
@@ -46,9 +47,9 @@ def merge_adapters(
         model: the complete model. If a weight is shared with a module outside of it, this is not
             noticed.
         adapter: the adapter, or several, to merge; the active ones by default.
-        untie: if a weight is shared with a module that does not see the update, because `exclude`
-            leaves it out, give the others a merged weight of their own instead of raising.
-            `unmerge_adapters` shares it again.
+        untie: if a weight is shared with a module that does not see the same updates, because
+            `exclude` leaves it out of an adapter, give each a merged weight of its own instead of
+            raising. `unmerge_adapters` shares it again.
         dense: if a weight is quantised, let its layer compute with a dense merged weight,
             W dequantised + sum of s * dW, instead of raising. The layer is then a plain linear
             layer, in memory and in `state_dict()`. The weight has the dtype in which the layer
@@ -122,15 +123,16 @@ def merge(
     _refuse_sharded(view, "merge adapters")
     # Inference mode is off, because tensors that are made in it can never be trained.
     with torch.inference_mode(False), torch.no_grad():
-        chosen = _chosen(view, adapter)
+        chosen = _choose(view, adapter)
         slots = {layer: slots_of(layer, names) for layer, names in chosen.items()}
-        changed = {
-            join(name, parameter)
-            for layer, parameters in slots.items()
-            for parameter in parameters
-            for name in view.names[layer]
-        }
-        done: dict[int, tuple[Original, Tensor]] = {}  # a tied parameter is merged once
+        merging = {}  # every name of a weight -> the blocks that are merged there
+        for layer, names in chosen.items():
+            for parameter in slots[layer]:
+                blocks = frozenset(layer.disha.blocks_of(names, parameter))
+                for name in view.names[layer]:
+                    merging[join(name, parameter)] = blocks
+        # A tied parameter is merged once for all modules that see the same updates of it.
+        sums: dict[tuple[int, frozenset[AdapterBlock]], tuple[Original, Tensor]] = {}
         for layer, names in chosen.items():
             originals = {}
             for parameter, slot in slots[layer].items():
@@ -138,19 +140,21 @@ def merge(
                 reason = _reason_against(layer, slot, dense)
                 if reason is not None:
                     raise MergeError(f"{name} {reason}")
-                others = set(view.parameters_by_name[name].names) - changed
+                blocks = merging[name]
+                aliases = view.parameters_by_name[name].names
+                others = [alias for alias in aliases if merging.get(alias) != blocks]
                 if others and not untie:
                     raise MergeError(
-                        f"{name} is shared with {', '.join(sorted(others))}, which the adapter "
-                        "leaves out, but which merging would change too; pass untie=True to merge "
-                        "into a weight of its own"
+                        f"{name} is shared with {', '.join(sorted(others))}, where not all of the "
+                        "same adapters act, but which merging would change too; pass untie=True to "
+                        "merge into a weight of its own"
                     )
-                key = id(layer._parameters[parameter])
-                if key not in done:
-                    done[key] = _merged(name, layer, slot, names, bool(others))
-                originals[parameter], new = done[key]
+                key = id(layer._parameters[parameter]), blocks
+                if key not in sums:
+                    sums[key] = _compute_merged(name, layer, slot, names, bool(others))
+                originals[parameter], new = sums[key]
                 _replace(layer, parameter, new, undo)
-            _note_merged(layer, Merged(names, originals), undo)
+            _set_merged(layer, Merged(names, originals), undo)
 
 
 def _replace(module: nn.Module, name: str, new: Tensor, undo: ExitStack) -> None:
@@ -165,7 +169,7 @@ def _replace(module: nn.Module, name: str, new: Tensor, undo: ExitStack) -> None
         now.data = new
 
 
-def _note_merged(layer: AdaptedLayer, merged: Merged | None, undo: ExitStack) -> None:
+def _set_merged(layer: AdaptedLayer, merged: Merged | None, undo: ExitStack) -> None:
     undo.callback(layer.disha.set_merged, layer.disha.merged)
     layer.disha.set_merged(merged)
 
@@ -179,7 +183,10 @@ def unmerge_adapters(model: nn.Module) -> None:
         model: a model with adapters.
 
     Raises:
-        MergeError: the model was sharded or offloaded (accelerate) after adapters were merged.
+        MergeError: a weight is no longer what merging wrote, because it was trained or quantised
+            since; or the model was sharded or offloaded (accelerate).
+
+    The model is unchanged whenever this raises.
 
     Examples:
         >>> import torch
@@ -194,14 +201,43 @@ def unmerge_adapters(model: nn.Module) -> None:
         True
     """
     view = ModelView(model)
-    merged = [(layer, layer.disha.merged) for layer in view.layers if layer.disha.merged]
-    if merged:
-        _refuse_sharded(view, "unmerge adapters")
+    originals = {
+        layer: layer.disha.merged.originals
+        for layer in view.layers
+        if layer.disha.merged is not None
+    }
+    if not originals:
+        return
+    _refuse_sharded(view, "unmerge adapters")
+    for layer, of_layer in originals.items():
+        for parameter, original in of_layer.items():
+            _refuse_changed(join(view.layers[layer], parameter), layer, parameter, original)
     with all_or_nothing(view) as undo:
-        for layer, into_layer in merged:
-            for name, original in into_layer.originals.items():
-                _replace(layer, name, _restored(layer, name, original), undo)
-            _note_merged(layer, None, undo)
+        for layer, of_layer in originals.items():
+            for parameter, original in of_layer.items():
+                _replace(layer, parameter, _get_original(layer, parameter, original), undo)
+            _set_merged(layer, None, undo)
+
+
+def _refuse_changed(name: str, layer: AdaptedLayer, parameter: str, original: Original) -> None:
+    """Raise if a merged weight is no longer what merging wrote: unmerging would lose the change."""
+    now = layer._parameters.get(parameter)
+    change = ""
+    if now is None:
+        change = "parametrised"
+    elif quantization_of(None, now) is not None:
+        change = "quantised"
+    elif offloading_hooks(layer) or original.merged is None:
+        return  # the values are elsewhere
+    else:
+        written = fingerprint(now)
+        if written is not None and not same_base(written, original.merged):
+            change = "changed"
+    if change:
+        raise MergeError(
+            f"{name} was {change} after adapters were merged into it, and unmerging would undo "
+            "that; undo it first, or load the base again. To keep it, merge with unload=True before"
+        )
 
 
 def _refuse_sharded(view: ModelView, action: str) -> None:
@@ -212,7 +248,7 @@ def _refuse_sharded(view: ModelView, action: str) -> None:
         )
 
 
-def _chosen(
+def _choose(
     view: ModelView, adapter: str | Sequence[str] | None
 ) -> dict[AdaptedLayer, tuple[str, ...]]:
     """Return each layer -> those of its adapters to merge."""
@@ -258,7 +294,7 @@ def _reason_against(layer: AdaptedLayer, slot: Slot, dense: bool) -> str | None:
     return None
 
 
-def _merged(
+def _compute_merged(
     name: str, layer: AdaptedLayer, slot: Slot, adapters: tuple[str, ...], shared: bool
 ) -> tuple[Original, Tensor]:
     """Return the original of a weight, and what replaces it."""
@@ -272,14 +308,15 @@ def _merged(
             "finite; check the adapter's blocks and its scale"
         )
     dense = quantization_of(layer, parameter) is not None
+    written = fingerprint(merged)
     if not (shared or dense):
-        return Original(parameter.data, dense), merged
+        return Original(parameter.data, dense, written), merged
     new = nn.Parameter(merged, requires_grad=parameter.requires_grad)
-    return Original(parameter, dense), new
+    return Original(parameter, dense, written), new
 
 
-def _restored(layer: AdaptedLayer, name: str, original: Original) -> Tensor:
-    """Return what replaces a merged weight."""
+def _get_original(layer: AdaptedLayer, name: str, original: Original) -> Tensor:
+    """Return the original of a merged weight, where the merged one is now, and in its dtype."""
     now = layer._parameters[name]
     former = original.weight
     assert now is not None

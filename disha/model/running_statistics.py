@@ -52,7 +52,7 @@ def _before_loading(
     *others: Any,
 ) -> None:  # fmt: skip
     """Report the blocks that a state dict lacks; of one without blocks, keep the statistics."""
-    given = {clean_key(key.removeprefix(prefix)) for key in state if key.endswith("_block")}
+    given = {clean_key(key.removeprefix(prefix)) for key in state if _is_block(key)}
     if given:
         missing += [prefix + name for name in _absent_blocks(model, given)]
         return
@@ -68,10 +68,13 @@ def _absent_blocks(model: nn.Module, given: set[str]) -> list[str]:
     return [
         name
         for name, _ in model.named_parameters()
-        if name.endswith("_block")
-        and _adapter_of(name) in adapters
-        and clean_key(name) not in given
+        if _is_block(name) and _adapter_of(name) in adapters and clean_key(name) not in given
     ]
+
+
+def _is_block(key: str) -> bool:
+    """Whether a state-dict key is that of a block, and not of a user's own parameter."""
+    return f".{CHILD_NAME}." in f".{key}" and key.endswith("_block")
 
 
 def _adapter_of(key: str) -> str:

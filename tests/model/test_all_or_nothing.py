@@ -18,7 +18,7 @@ STEPS = [
     *((flags, name) for name in ("claim", "release", "set_requires_grad", "restore_flags")),
     *((Adapters, name) for name in ("__init__", "add", "discard", "activate")),
     *((AdapterBlock, name) for name in ("reconfigure", "set_scale", "update")),
-    *((merge, name) for name in ("_replace", "_note_merged", "_merged", "_restored")),
+    *((merge, name) for name in ("_replace", "_set_merged", "_compute_merged", "_get_original")),
     *((module, "write") for module in (state, loading, check, running_statistics)),
 ]
 """The functions whose calls are the steps of operations."""

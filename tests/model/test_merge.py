@@ -3,6 +3,8 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
+from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
 import disha
 from disha import ArgumentError, MergeError, ModeError
@@ -188,6 +190,48 @@ class TestTied:
         disha.unmerge_adapters(model)
         assert model.head.base_weight is model.embed.weight
         assert torch.equal(model(tokens), expected)
+
+    def test_each_side_gets_the_adapters_that_act_there(self, tokens):
+        """One of two adapters leaves the head out."""
+        model = disha.inject_adapters(Tied(), "embed", 2, adapter="a", exclude="head")
+        perturb(disha.inject_adapters(model, "embed", 2, adapter="b"))
+        disha.set_active_adapters(model, ["a", "b"])
+        expected = model(tokens)
+        with refused(model, MergeError, "embed.weight is shared with head.weight, where not all"):
+            disha.merge_adapters(model)
+        disha.merge_adapters(model, untie=True)
+        torch.testing.assert_close(model(tokens), expected)
+        disha.unmerge_adapters(model)
+        assert torch.equal(model(tokens), expected)
+        assert model.head._parameters["weight"] is model.embed._parameters["weight"]
+
+
+def quantise(layer):
+    quantize_(layer, Int8WeightOnlyConfig())
+
+
+def train(layer):
+    with torch.no_grad():
+        layer.weight.sub_(0.1)
+
+
+def prune_half(layer):
+    prune.l1_unstructured(layer, "weight", 0.5)
+
+
+CHANGES = {quantise: "quantised", train: "changed", prune_half: "parametrised"}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_unmerging_does_not_undo_a_later_change(change):
+    model = perturb(disha.inject_adapters(nn.Sequential(nn.Linear(16, 32)), "0", 2))
+    disha.merge_adapters(model)
+    change(model[0])
+    x = torch.randn(3, 16)
+    expected = model(x)
+    with pytest.raises(MergeError, match=f"0.weight was {CHANGES[change]} after"):
+        disha.unmerge_adapters(model)
+    assert torch.equal(model(x), expected)
 
 
 class Squaring(nn.Linear):

@@ -1,0 +1,82 @@
+"""Blocks: when they get their values, and which parameters are theirs."""
+
+import pytest
+import torch
+from torch import nn
+
+import disha
+from tests.conftest import perturb
+
+SETTINGS = {
+    "bone": {"target_regex": "0", "r": 2},
+    "bat": {"target_regex": "0", "r": 2, "method": "bat"},
+    "kaiming": {"target_regex": "0", "r": 2, "init": "kaiming"},
+    "rows": {"target_regex": "0", "r": 2, "also_train_rows": {"1": [1, 3]}},
+}
+
+
+def build(device):
+    torch.manual_seed(0)
+    with torch.device(device):
+        return nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 8))
+
+
+@pytest.fixture(params=SETTINGS)
+def settings(request):
+    return SETTINGS[request.param]
+
+
+class TestFromMeta:
+    """The blocks start as `init` says when memory comes, not as it was left by others."""
+
+    @pytest.fixture
+    def model(self, settings, monkeypatch):
+        model = disha.inject_adapters(build("meta"), **settings)
+        # What memory holds is up to chance.
+        empty_like = torch.empty_like
+        monkeypatch.setattr(torch, "empty_like", lambda *a, **k: empty_like(*a, **k).fill_(1e23))
+        return model.to_empty(device="cpu")
+
+    def test_then_the_base_is_loaded(self, model, settings):
+        base = build("cpu")
+        model.load_state_dict(base.state_dict())
+        expected = disha.inject_adapters(build("cpu"), **settings)
+        x = torch.randn(3, 6)
+        for ours, theirs in zip(
+            disha.adapter_parameters(model), disha.adapter_parameters(expected), strict=True
+        ):
+            assert ours.abs().max() < 1
+            if settings.get("init") != "kaiming":
+                assert torch.equal(ours, theirs)
+                assert torch.equal(model(x), base(x))
+
+    def test_a_checkpoint_with_blocks_decides(self, model, settings):
+        trained = perturb(disha.inject_adapters(build("cpu"), **settings))
+        model.load_state_dict(trained.state_dict())
+        x = torch.randn(3, 6)
+        assert torch.equal(model(x), trained(x))
+
+
+def test_blocks_stay_as_they_are_in_a_cast_or_a_later_checkpoint(settings):
+    model = perturb(disha.inject_adapters(build("cpu"), **settings))
+    expected = [block.detach().clone() for block in disha.adapter_parameters(model)]
+    model.double().load_state_dict(build("cpu").state_dict(), strict=False)
+    for block, values in zip(disha.adapter_parameters(model), expected, strict=True):
+        assert torch.equal(block, values.double())
+
+
+class OwnBlock(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+        self.norm = nn.BatchNorm1d(4)
+        self.my_block = nn.Parameter(torch.zeros(4))
+
+
+def test_a_parameter_of_the_user_may_be_called_a_block():
+    """The checkpoint is one of the base, and brings the base's running statistics."""
+    model = disha.inject_adapters(OwnBlock(), "layer", 2)
+    base = OwnBlock()
+    base.norm(torch.randn(8, 4))
+    model.load_state_dict(base.state_dict())
+    assert list(disha.adapter_state_dict(model)) == ["layer.disha.default.bone_block"]
