@@ -156,7 +156,7 @@ def in_form(
 
 def _separated(update: LowRankUpdate, family: Family) -> Iterator[LowRankUpdate]:
     """Yield the updates of each expert in place of that of a stack."""
-    name = renamed(update.record.name, "mlp", family.block)
+    name = replace_part(update.record.name, "mlp", family.block)
     if not is_stack(update.record):
         yield replace(update, record=replace(update.record, name=name))
         return
@@ -174,9 +174,10 @@ def _separated(update: LowRankUpdate, family: Family) -> Iterator[LowRankUpdate]
             yield LowRankUpdate(record, a.clone(), b[expert])  # no two share memory
 
 
-def renamed(name: str, old: str, new: str) -> str:
-    """Return a dotted name in which the part `old` is replaced by `new`."""
-    return ".".join(new if part == old else part for part in name.split("."))
+def replace_part(name: str, old: str, new: str) -> str:
+    """Return a dotted name with `new` in place of each part `old`."""
+    parts = [new if part == old else part for part in name.split(".")]
+    return ".".join(parts)
 
 
 # --- reading -------------------------------------------------------------------------------------

@@ -1,37 +1,38 @@
-"""Find the weights of an adapter in a base checkpoint, and ask whether the two belong together."""
+"""Find the weights of an adapter in a base checkpoint, and say whether the two fit together."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import cache
-from itertools import product
+from typing import NamedTuple
 
 from torch import Tensor
 
-from disha.errors import (
-    AdapterFileError,
-    ConversionError,
-)
+from disha.errors import AdapterFileError, ConversionError
 from disha.files import AdapterContents, inspect_adapter
 from disha.files.disk import PathLike
 from disha.interop.checkpoints.reading import Checkpoint, open_checkpoint
 from disha.interop.experts import DOWN, GATE_UP
 from disha.layers.kinds import PROJECTIONS
 from disha.model.fingerprints import fingerprint, same_base
+from disha.model.records import LayerRecord
 from disha.text import first_few, join
 
 DENSE = ("F64", "F32", "BF16", "F16")  # the dtypes of weights that are not quantised
 
-SAME_END = re.compile(r"^(|.*?\.)(.+)\n(|.*\.)\2$")
-"""Two names with the same end: how one begins, the end, and how the other begins."""
+STORED_NAMES = {
+    "experts.gate_up_proj": "input_linear.weight",
+    "experts.down_proj": "output_linear.weight",
+    "router.weight": "router.layer.weight",
+}
+"""Ends of names that `transformers` changes as it loads a GraniteMoe: in the model, in the file."""
 
 
 def misfits(base: PathLike, adapter_path: PathLike) -> list[str]:
     """Return a line for each layer of an adapter file that does not belong to a base checkpoint.
 
-    A layer belongs there if the checkpoint has a weight of its name and shape, with the values that
-    the adapter was saved from. The fingerprint of a weight consists of 64 of its values.
+    A layer belongs to it if the checkpoint has a weight of its name and shape, and 64 values of
+    this weight are those that the adapter was saved from.
 
     Args:
         base: one safetensors file, or a folder as Hugging Face libraries write it.
@@ -57,29 +58,31 @@ def misfits(base: PathLike, adapter_path: PathLike) -> list[str]:
     """
     adapter_file = inspect_adapter(adapter_path)
     checkpoint = open_checkpoint(base)
-    return find_misfits(checkpoint, adapter_file, find_keys(checkpoint, adapter_file))
+    keys = find_keys(checkpoint, adapter_file)
+    return find_misfits(checkpoint, adapter_file, keys)
 
 
 def base_shapes(checkpoint: Checkpoint, names: Iterable[str]) -> dict[str, tuple[int, ...]]:
     """Return the shapes of parameters, by their names in the adapter's model."""
-    keys = _stored(checkpoint, {name: (name,) for name in names})
+    keys = _match(checkpoint, {name: _possible_keys(name) for name in names})
     return {name: checkpoint.shape_and_dtype(key)[0] for name, key in keys.items()}
 
 
 def base_weights(checkpoint: Checkpoint, contents: AdapterContents) -> Callable[[str], Tensor]:
-    """Return a function from a layer's name to its base weight; it raises if the base is another.
+    """Return a function that takes the name of a layer and returns its base weight.
 
-    An adapter that asks for no weight can be of a base that is packed, or has other rows, here.
+    The first call raises if the checkpoint is not the base of the adapter. An adapter that needs no
+    weight is not compared, so its base may be quantised here.
     """
 
     @cache
-    def keys() -> dict[str, str]:
-        found = find_keys(checkpoint, contents)
-        refuse(checkpoint, find_misfits(checkpoint, contents, found))
-        return found
+    def find_checked_keys() -> dict[str, str]:
+        keys = find_keys(checkpoint, contents)
+        refuse(checkpoint, find_misfits(checkpoint, contents, keys))
+        return keys
 
     def weight_of(layer: str) -> Tensor:
-        key = keys()[layer]
+        key = find_checked_keys()[layer]
         if not key.endswith((".weight", GATE_UP, DOWN)):  # such as attention's in_proj_weight
             raise ConversionError(
                 f"{key} is not the weight of a module or a stack of experts, and LoRA adapts only "
@@ -90,92 +93,189 @@ def base_weights(checkpoint: Checkpoint, contents: AdapterContents) -> Callable[
     return weight_of
 
 
+# --- names ---------------------------------------------------------------------------------------
+
+
 def find_keys(checkpoint: Checkpoint, contents: AdapterContents) -> dict[str, str]:
-    """Return layer, or parameter besides the blocks -> the name of its tensor in a checkpoint."""
-    wanted: dict[str, tuple[str, ...]] = {}
-    for layer in contents.layers:
-        owner, _, last = layer.name.rpartition(".")
-        wanted[layer.name] = (join(layer.name, "weight"), layer.name, *layer.tied)
-        if last in PROJECTIONS:  # the rows of one weight of nn.MultiheadAttention, or a weight
-            packed = "in_proj_weight" if layer.rows else f"{last}_weight"
-            wanted[layer.name] += (join(owner, packed),)
-    return _stored(checkpoint, wanted | {name: (name,) for name in contents.also_train})
+    """Return the checkpoint's name of each weight that an adapter changes.
+
+    The weights are given by the names of layers, and of parameters of `also_train`.
+    """
+    possible = {layer.name: _possible_keys_of_layer(layer) for layer in contents.layers}
+    for name in contents.also_train:
+        possible[name] = _possible_keys(name)
+    return _match(checkpoint, possible)
 
 
-def _stored(checkpoint: Checkpoint, wanted: Mapping[str, tuple[str, ...]]) -> dict[str, str]:
-    """Return name -> the first of its possible names that the checkpoint has.
+def _possible_keys_of_layer(layer: LayerRecord) -> tuple[str, ...]:
+    """Return the names under which the weight of a layer may be stored, the best one first."""
+    keys = [join(layer.name, "weight"), *_possible_keys(layer.name)]
+    for tied in layer.tied:
+        keys += _possible_keys(tied)
+    owner, _, last = layer.name.rpartition(".")
+    if last in PROJECTIONS:  # nn.MultiheadAttention packs three weights into one, or has each
+        packed = "in_proj_weight" if layer.rows else f"{last}_weight"
+        keys.append(join(owner, packed))
+    return tuple(keys)
 
-    The names of a part of the model, such as its text layers, may begin otherwise there. If they
-    do, fewer modules or more come before the same end, and no numbers such as those of layers. A
-    `model` may come and go. No two parts have a tensor in common, and no part is in two places.
+
+def _possible_keys(name: str) -> tuple[str, ...]:
+    """Return a name, and the other one that files of GraniteMoe have for it."""
+    for in_model, in_file in STORED_NAMES.items():
+        if name.endswith(f".{in_model}"):
+            return name, name.removesuffix(in_model) + in_file
+    return (name,)
+
+
+class Renaming(NamedTuple):
+    """How the names of a part of the model begin there, and how they begin in a checkpoint."""
+
+    in_model: str
+    in_file: str
+
+
+def _match(checkpoint: Checkpoint, possible: Mapping[str, tuple[str, ...]]) -> dict[str, str]:
+    """Return, for each name, the first of its possible keys that the checkpoint has.
+
+    A part of the model, such as its text layers, may begin otherwise in the checkpoint. No two
+    parts share a tensor, and no part is stored in two places.
     """
     stored = checkpoint.files.keys() | checkpoint.stacks.keys()
-    found = {name: key for name, keys in wanted.items() for key in reversed(keys) if key in stored}
-    while len(found) < len(wanted):
-        absent = [keys for name, keys in wanted.items() if name not in found]
-        free = stored - set(found.values())
-        starts = set()  # how names begin in the model, and in the checkpoint
-        for key, name in product(absent[0], free):
-            for start, _, other in SAME_END.findall(f"{key}\n{name}"):  # one, or none
-                modules = {"model", *start.split(".")}
-                others = {"model", *other.split(".")}
-                shared = modules & others
-                # The whole model may be one of several in a wrapper, such as the first.
-                unnumbered = modules | others if found else shared
-                if shared in (modules, others) and not any(map(str.isdigit, unnumbered)):
-                    starts.add((start, other))
-        parts = []
-        for start, other in starts:
-            part = {
-                name: moved
-                for name, keys in wanted.items()
-                for key in reversed(keys)
-                if key.startswith(start) and (moved := other + key.removeprefix(start)) in free
-            }
-            if part.keys().isdisjoint(found):
-                parts.append(part)
-        best = max(parts, key=len, default={})
-        equal = [part for part in parts if len(part) == len(best)]
-        if len(equal) != 1:
-            names = first_few([keys[0] for keys in absent], 5, ", ")
-            there = first_few(sorted(stored), 5, ", ")
-            lacks = "fits by several prefixes" if equal else f"lacks {names}"
-            raise AdapterFileError(
-                f"{checkpoint.path} {lacks}; it has {there}. If "
-                "a weight is tied, or has another name in the model, merge there (merge_adapters)"
-            )
-        found |= best
-    return found
+    keys = _find_first_keys(possible, stored)
+    while len(keys) < len(possible):
+        keys |= _match_part(checkpoint, possible, keys)
+    return keys
+
+
+def _find_first_keys(
+    possible: Mapping[str, tuple[str, ...]], stored: Collection[str], change: Renaming | None = None
+) -> dict[str, str]:
+    """Return, for each name, the first of its possible keys that is stored, after a renaming."""
+    first = {}
+    for name, keys in possible.items():
+        if change is not None:
+            below = [key for key in keys if key.startswith(change.in_model)]
+            keys = tuple(change.in_file + key.removeprefix(change.in_model) for key in below)
+        present = [key for key in keys if key in stored]
+        if present:
+            first[name] = present[0]
+    return first
+
+
+def _match_part(
+    checkpoint: Checkpoint, possible: Mapping[str, tuple[str, ...]], keys: Mapping[str, str]
+) -> dict[str, str]:
+    """Return the keys of one more part of the model, the largest that a renaming leads to."""
+    stored = checkpoint.files.keys() | checkpoint.stacks.keys()
+    free = stored.difference(keys.values())
+    absent = [name for name in possible if name not in keys]
+    parts = []
+    for change in _find_renamings(possible[absent[0]], free, is_first=not keys):
+        part = _find_first_keys(possible, free, change)
+        if part.keys().isdisjoint(keys):
+            parts.append(part)
+    largest = max(map(len, parts), default=0)
+    best = [part for part in parts if len(part) == largest]
+    if len(best) == 1:
+        return best[0]
+    problem = "fits by several prefixes"
+    if not best:
+        names = [possible[name][0] for name in absent]
+        problem = f"lacks {first_few(names, 5, ', ')}"
+    raise AdapterFileError(
+        f"{checkpoint.path} {problem}; it has {first_few(sorted(stored), 5, ', ')}. If "
+        "a weight is tied, or has another name in the model, merge there (merge_adapters)"
+    )
+
+
+def _find_renamings(
+    keys: Iterable[str], stored: Collection[str], *, is_first: bool
+) -> set[Renaming]:
+    """Return the renamings that lead from one of these keys to a stored one with the same end."""
+    changes = set()
+    for key in keys:
+        for name in stored:
+            start, other_start = _split_common_end(key, name)
+            has_common_end = len(start) < len(key.split("."))
+            if has_common_end and _is_plausible(start, other_start, is_first):
+                changes.add(Renaming(_as_prefix(start), _as_prefix(other_start)))
+    return changes
+
+
+def _split_common_end(name: str, other: str) -> tuple[list[str], list[str]]:
+    """Return the parts of two dotted names that come before their longest common end."""
+    parts = name.split(".")
+    others = other.split(".")
+    while parts and others and parts[-1] == others[-1]:
+        parts.pop()
+        others.pop()
+    return parts, others
+
+
+def _is_plausible(start: Sequence[str], other: Sequence[str], is_first: bool) -> bool:
+    """Whether one start has all modules of the other and some more, which have no numbers.
+
+    A number is that of a layer or a tower, so layers are never taken for each other. Only the whole
+    model, which is the first part to be found, may be a numbered one in a wrapper. The module
+    `model` may come and go.
+    """
+    modules = {"model", *start}
+    others = {"model", *other}
+    common = modules & others
+    if common not in (modules, others):
+        return False
+    compared = common if is_first else modules | others
+    return not any(part.isdigit() for part in compared)
+
+
+def _as_prefix(parts: Sequence[str]) -> str:
+    return "".join(f"{part}." for part in parts)
+
+
+# --- whether they fit together -------------------------------------------------------------------
 
 
 def find_misfits(
-    checkpoint: Checkpoint, contents: AdapterContents, keys: Mapping[str, str], values: bool = True
+    checkpoint: Checkpoint,
+    contents: AdapterContents,
+    keys: Mapping[str, str],
+    compares_values: bool = True,
 ) -> list[str]:
-    """Return the weights that are packed, of another shape, or of other values than the base's."""
-    found = []
+    """Return a line for each weight that is quantised, or of other shape or values than it was."""
+    misfits = []
     replaced = {keys[name] for name in contents.also_train}
     for layer in contents.layers:
         key = keys[layer.name]
         shape, dtype = checkpoint.shape_and_dtype(key)
-        problem = layer.reason_against_weight(contents.tensors[layer.key].shape, shape)
+        reason = layer.reason_against_weight(contents.tensors[layer.key].shape, shape)
         if dtype not in DENSE:
-            problem = f"is quantised or packed there ({dtype}); give the original checkpoint"
-        elif problem is None and values and layer.base and key not in replaced:
-            now = fingerprint(layer.layout.part(checkpoint.tensor(key), layer.rows))
-            if now is not None and not same_base(layer.base, now):
-                problem = "has other values than the weight that the adapter was saved from"
-        found += [] if problem is None else [f"{key}: {problem}"]
+            reason = f"is quantised or packed there ({dtype}); give the original checkpoint"
+        elif reason is None and compares_values and key not in replaced:
+            reason = _reason_against_values(checkpoint, layer, key)
+        if reason is not None:
+            misfits.append(f"{key}: {reason}")
     for name in contents.also_train:
-        adapter_shape = contents.tensors[name].shape
+        shape_in_adapter = tuple(contents.tensors[name].shape)
         shape, _ = checkpoint.shape_and_dtype(keys[name])
-        if shape != adapter_shape:
-            found.append(f"{name}: {tuple(adapter_shape)}, the checkpoint has {shape}")
-    return found
+        if shape != shape_in_adapter:
+            misfits.append(f"{name}: {shape_in_adapter}, the checkpoint has {shape}")
+    return misfits
 
 
-def refuse(checkpoint: Checkpoint, problems: Sequence[str]) -> None:
-    if problems:
+def _reason_against_values(checkpoint: Checkpoint, layer: LayerRecord, key: str) -> str | None:
+    if not layer.base:
+        return None
+    weight = layer.layout.part(checkpoint.tensor(key), layer.rows)
+    base = fingerprint(weight)
+    if base is None or same_base(layer.base, base):
+        return None
+    return "has other values than the weight that the adapter was saved from"
+
+
+def refuse(checkpoint: Checkpoint, reasons: Sequence[str]) -> None:
+    """Raise if there are reasons why a checkpoint is not the base of an adapter."""
+    if reasons:
         raise AdapterFileError(
-            f"{checkpoint.path} is not the base of this adapter:\n{first_few(problems, 20)}\n"
+            f"{checkpoint.path} is not the base of this adapter:\n{first_few(reasons, 20)}\n"
             "Give the base that it was trained on, or merge with `force`"
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shutil
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -16,10 +15,7 @@ from torch import Tensor
 
 from disha import functional
 from disha.checks import check_scale
-from disha.errors import (
-    ArgumentError,
-    MergeError,
-)
+from disha.errors import ArgumentError, MergeError
 from disha.files import AdapterContents
 from disha.files.contents import read_contents
 from disha.files.disk import OF_TORCH, PathLike, checked_path, open_tensors, require_free, save
@@ -44,7 +40,7 @@ class MergedCheckpoint:
     Attributes:
         path: the folder or the file.
         layers: the adapter's layers, all merged.
-        replaced: tensors that were replaced by parameters saved with the blocks.
+        replaced: the base's tensors that were replaced by parameters of `also_train`.
     """
 
     path: Path
@@ -52,10 +48,11 @@ class MergedCheckpoint:
     replaced: tuple[str, ...]
 
     def __str__(self) -> str:
-        return (
-            f"{printable(str(self.path))}: {counted(len(self.layers), 'layer')} merged, "
-            f"{counted(len(self.replaced), 'tensor')} replaced"
-        )
+        text = f"{printable(str(self.path))}: {counted(len(self.layers), 'layer')} merged"
+        if self.replaced:
+            parameters = counted(len(self.replaced), "parameter")
+            text += f", and {parameters} taken from the adapter"
+        return text
 
 
 def merge_into_checkpoint(
@@ -127,13 +124,19 @@ def merge_into_checkpoint(
     _check_target(out, checkpoint, overwrite)
     contents = read_contents(checked_path(adapter_path), also_train=also_train)
     keys = find_keys(checkpoint, contents)
-    refuse(checkpoint, find_misfits(checkpoint, contents, keys, values=not force))
+    refuse(checkpoint, find_misfits(checkpoint, contents, keys, compares_values=not force))
     if not force:
         _refuse_tied(checkpoint, contents, keys)
     merge = _Merge(checkpoint, keys, contents, scale)
-    save(out, merge.write_file if out.suffix == SUFFIX else merge.write_folder)
-    layers = tuple(contents.names)
-    return MergedCheckpoint(out, layers, tuple(keys[name] for name in contents.also_train))
+    if out.suffix == SUFFIX:
+        save(out, merge.write_file)
+    else:
+        save(out, merge.write_folder)
+    replaced = tuple(keys[name] for name in contents.also_train)
+    return MergedCheckpoint(out, tuple(contents.names), replaced)
+
+
+# --- checks before anything is written -----------------------------------------------------------
 
 
 def _check_target(out: Path, checkpoint: Checkpoint, overwrite: bool) -> None:
@@ -153,23 +156,16 @@ def _check_target(out: Path, checkpoint: Checkpoint, overwrite: bool) -> None:
 def _refuse_tied(
     checkpoint: Checkpoint, contents: AdapterContents, keys: Mapping[str, str]
 ) -> None:
-    """Raise if an embedding that changes may be tied, as those of models are by default."""
-    tied = [record.name for record in contents.layers if record.tied]  # there, both have the update
-    embeddings = [
-        record.name
-        for record in contents.layers
-        if record.layout.pattern == "index out" and not record.tied
-    ]
-    embeddings += _stored_twice(checkpoint, [*contents.also_train, *tied], keys)
-    if not embeddings:
-        return
-    config = checkpoint.config()
-    said = [
-        part["tie_word_embeddings"]
-        for part in (config, *config.values())
-        if isinstance(part, dict) and "tie_word_embeddings" in part
-    ]
-    if any(said) or (not said and "model_type" in config):
+    """Raise if an embedding that changes may be tied to a head that must not change."""
+    embeddings = []
+    may_be_tied = list(contents.also_train)
+    for layer in contents.layers:
+        if layer.tied:  # the head gets the update too, unless it is stored apart
+            may_be_tied.append(layer.name)
+        elif layer.layout.pattern == "index out":
+            embeddings.append(layer.name)
+    embeddings += _stored_twice(checkpoint, may_be_tied, keys)
+    if embeddings and _ties_embeddings(checkpoint.config()):
         raise MergeError(
             f"{embeddings[0]} may be tied to an output head, which merging would change too "
             f"(tie_word_embeddings in {CONFIG}); merge in the model, with "
@@ -177,16 +173,33 @@ def _refuse_tied(
         )
 
 
+def _ties_embeddings(config: Mapping[str, Any]) -> bool:
+    """Whether a model ties its embeddings: as its configuration says, or a part of this."""
+    key = "tie_word_embeddings"
+    parts = [config, *config.values()]
+    answers = [part[key] for part in parts if isinstance(part, dict) and key in part]
+    if not answers:
+        return "model_type" in config  # the default of transformers
+    return any(answers)
+
+
 def _stored_twice(
     checkpoint: Checkpoint, names: Iterable[str], keys: Mapping[str, str]
 ) -> list[str]:
     """Return the parameters whose matrix is stored under another name too, as a tied one may be."""
-    matrices = {
-        name: keys[name] for name in names if len(checkpoint.shape_and_dtype(keys[name])[0]) > 1
-    }
-    stored = checkpoint.files if matrices else ()
-    marks = Counter(fingerprint(checkpoint.tensor(key)) for key in stored)
-    return [n for n, key in matrices.items() if marks[fingerprint(checkpoint.tensor(key))] > 1]
+    matrices = [name for name in names if len(checkpoint.shape_and_dtype(keys[name])[0]) > 1]
+    if not matrices:
+        return []
+    counts = Counter(fingerprint(checkpoint.tensor(key)) for key in checkpoint.files)
+    twice = []
+    for name in matrices:
+        matrix = checkpoint.tensor(keys[name])
+        if counts[fingerprint(matrix)] > 1:
+            twice.append(name)
+    return twice
+
+
+# --- tensors -------------------------------------------------------------------------------------
 
 
 class _Merge:
@@ -206,52 +219,57 @@ class _Merge:
         self._layers = defaultdict[str, list[LayerRecord]](list)
         for record in contents.layers:
             self._layers[keys[record.name]].append(record)
-        # Matrix of one expert -> its stack, and the number of the expert.
-        self._parts = {
-            name: (key, expert)
-            for key in keys.values()
-            for expert, names in enumerate(checkpoint.stacks.get(key, ()))
-            for name in names
-        }
+        # Tensor of a single expert -> the stack that it belongs to, and the number of the expert.
+        self._experts: dict[str, tuple[str, int]] = {}
+        for stack in checkpoint.stacks.keys() & set(keys.values()):
+            for number, names in enumerate(checkpoint.stacks[stack]):
+                for name in names:
+                    self._experts[name] = (stack, number)
 
     def write_file(self, path: Path) -> None:
         """Write all tensors to one file."""
         self._write(path, self._checkpoint.files)
 
-    def _write(self, path: Path, names: Collection[str]) -> None:
-        """Write some tensors to a file."""
-        metadata = OF_TORCH
-        for file in {self._checkpoint.files[name] for name in names}:
-            with open_tensors(file) as source:
-                metadata = metadata | (source.metadata() or {})
-        save_file({name: self._merged(name) for name in names}, path, metadata)
-
     def write_folder(self, folder: Path) -> None:
         """Write the shards, and copies of the index and of all other files that hold no weights."""
         base = self._checkpoint.path
-        files = self._checkpoint.files
         folder.mkdir()
         for source in base.rglob("*"):
-            target = source.relative_to(base)
-            is_weights = source.name.endswith(WEIGHTS) and target != Path(INDEX)
-            if source.is_file() and not is_weights and not re.search(r"(^|/)\.", target.as_posix()):
-                (folder / target).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(source, folder / target)
-        for file in {*files.values()}:
-            names = [name for name, other in files.items() if other == file]
-            self._write(folder / (SINGLE if file == base else file.name), names)
+            relative = source.relative_to(base)
+            if source.is_file() and _is_copied(relative):
+                target = folder / relative
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(source, target)
+        shards = defaultdict(list)
+        for name, file in self._checkpoint.files.items():
+            shards[file].append(name)
+        for file, names in shards.items():
+            shard = SINGLE if file == base else file.name
+            self._write(folder / shard, names)
 
-    def _merged(self, name: str) -> Tensor:
-        if name not in self._parts:
-            return self._changed(name, name, self._checkpoint.tensor(name))
-        key, expert = self._parts[name]
-        names = self._checkpoint.stacks[key][expert]
-        parts = [*map(self._checkpoint.tensor, names)]
-        only = slice(expert, expert + 1)
-        matrix = self._changed(key, name, torch.cat(parts)[None], only)[0]
-        return torch.split(matrix, [*map(len, parts)])[names.index(name)].contiguous()
+    def _write(self, path: Path, names: Collection[str]) -> None:
+        """Write tensors to a file, with the metadata of the files that they come from."""
+        metadata = dict(OF_TORCH)
+        for file in {self._checkpoint.files[name] for name in names}:
+            with open_tensors(file) as source:
+                own = source.metadata()
+            if own is not None:
+                metadata |= own
+        save_file({name: self._merge(name) for name in names}, path, metadata)
 
-    def _changed(self, key: str, name: str, value: Tensor, experts: Any = ...) -> Tensor:
+    def _merge(self, name: str) -> Tensor:
+        """Return the new values of a tensor."""
+        if name not in self._experts:
+            return self._change(name, name, self._checkpoint.tensor(name))
+        stack, number = self._experts[name]
+        names = self._checkpoint.stacks[stack][number]
+        matrices = [self._checkpoint.tensor(part) for part in names]
+        joined = torch.cat(matrices)[None]  # (1, out, in)
+        changed = self._change(stack, name, joined, slice(number, number + 1))[0]
+        parts = torch.split(changed, [len(matrix) for matrix in matrices])
+        return parts[names.index(name)].contiguous()
+
+    def _change(self, key: str, name: str, value: Tensor, experts: Any = ...) -> Tensor:
         """Return the new values of a tensor, or of one expert (1, out, in) of a stack."""
         dtype = value.dtype
         changed = value
@@ -264,8 +282,17 @@ class _Merge:
         return changed
 
     def _deltas(self, key: str, weight: Tensor, experts: Any) -> Iterator[tuple[Tensor, float]]:
+        """Yield dW and s of each layer that changes a weight."""
         for record in self._layers[key]:
             block = self._blocks[record.key][experts]
             method = method_of(record.method)
             delta = method.delta_weight(record.layout, block, weight, record.rows, record.r)
-            yield delta, record.scale if self._scale is None else self._scale
+            scale = record.scale if self._scale is None else self._scale
+            yield delta, scale
+
+
+def _is_copied(path: Path) -> bool:
+    """Whether a file of a base comes along: not if it holds weights, or is hidden."""
+    if any(part.startswith(".") for part in path.parts):
+        return False
+    return path == Path(INDEX) or not path.name.endswith(WEIGHTS)

@@ -6,28 +6,47 @@ import json
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from disha.errors import (
-    AdapterIOError,
-)
+from disha.errors import AdapterIOError
 from disha.files.disk import PathLike, checked_path, open_tensors
-from disha.interop.experts import DOWN, FAMILIES, GATE_UP, SEPARATE_BEFORE, SINGLE_EXPERT, renamed
+from disha.interop.experts import (
+    DOWN,
+    FAMILIES,
+    GATE_UP,
+    SEPARATE_BEFORE,
+    SINGLE_EXPERT,
+    replace_part,
+)
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 CONFIG = "config.json"
 
-_FIRST_PARTS = {
-    parts[0]: (family.block, last, parts)
-    for family in FAMILIES.values()
-    for last, parts in ((GATE_UP, (family.gate, family.up)), (DOWN, (family.down,)))
-    if family.layout == SEPARATE_BEFORE
-}
-"""The first matrix of an expert's part of a stack -> the block, the stack, and all matrices."""
+
+class ExpertMatrices(NamedTuple):
+    """The matrices of an expert that `transformers` joins, as rows, into its part of a stack."""
+
+    stack: str
+    block: str  # the module around the experts, as in names of single experts
+    matrices: tuple[str, ...]
+
+
+def _list_expert_matrices() -> dict[str, ExpertMatrices]:
+    """Return the matrices that are joined, by the name of the first of them."""
+    by_first = {}
+    for family in FAMILIES.values():
+        if family.layout == SEPARATE_BEFORE:
+            pair = ExpertMatrices(GATE_UP, family.block, (family.gate, family.up))
+            by_first[family.gate] = pair
+            by_first[family.down] = ExpertMatrices(DOWN, family.block, (family.down,))
+    return by_first
+
+
+EXPERT_MATRICES = _list_expert_matrices()
 
 Stack = tuple[tuple[str, ...], ...]
 """For each expert, the tensors whose rows, one after the other, are its matrix (out, in)."""
@@ -35,46 +54,55 @@ Stack = tuple[tuple[str, ...], ...]
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A base checkpoint, opened but not read: the file of each tensor, and its stacks."""
+    """A base checkpoint, of which no tensor has been read.
+
+    Experts that are stored one by one have the name of their stack in the model too.
+    """
 
     path: Path
-    files: Mapping[str, Path]
+    files: Mapping[str, Path]  # tensor -> the file that holds it
     stacks: Mapping[str, Stack]
 
     def tensor(self, key: str) -> Tensor:
         """Return a tensor or a stack."""
-        if key in self.stacks:
-            return torch.stack(
-                [torch.cat([*map(self.tensor, names)]) for names in self.stacks[key]]
-            )
-        with open_tensors(self.files[key]) as file:
-            return file.get_tensor(key)
+        if key not in self.stacks:
+            with open_tensors(self.files[key]) as file:
+                return file.get_tensor(key)
+        experts = []
+        for names in self.stacks[key]:
+            experts.append(torch.cat([self.tensor(name) for name in names]))
+        return torch.stack(experts)
 
     def shape_and_dtype(self, key: str) -> tuple[tuple[int, ...], str]:
-        """Return these of a tensor or a stack, the dtype as safetensors calls it."""
-        if key in self.stacks:
-            parts = [self.shape_and_dtype(name) for name in self.stacks[key][0]]
-            (_, inputs), dtype = parts[0]
-            outputs = sum(shape[0] for shape, _ in parts)
-            return (len(self.stacks[key]), outputs, inputs), dtype
-        with open_tensors(self.files[key]) as file:
-            stored = file.get_slice(key)
-            return tuple(stored.get_shape()), stored.get_dtype()
+        """Return the shape and dtype of a tensor or a stack; the dtype as safetensors names it."""
+        if key not in self.stacks:
+            with open_tensors(self.files[key]) as file:
+                stored = file.get_slice(key)
+                return tuple(stored.get_shape()), stored.get_dtype()
+        stack = self.stacks[key]
+        matrices = [self.shape_and_dtype(name) for name in stack[0]]
+        (_, inputs), dtype = matrices[0]
+        outputs = sum(shape[0] for shape, _ in matrices)
+        return (len(stack), outputs, inputs), dtype
 
     def config(self) -> dict[str, Any]:
-        """Return the content of config.json in the folder, or beside the file; {} if none."""
-        path = (self.path if self.path.is_dir() else self.path.parent) / CONFIG
-        return json.loads(path.read_bytes()) if path.is_file() else {}
+        """Return what config.json holds, in the folder or beside the file; {} without one."""
+        folder = self.path if self.path.is_dir() else self.path.parent
+        config = folder / CONFIG
+        if not config.is_file():
+            return {}
+        return json.loads(config.read_bytes())
 
 
 def open_checkpoint(path: PathLike) -> Checkpoint:
-    """Open a base checkpoint: a file, or a folder with one `model.safetensors` or an index."""
+    """Open a base checkpoint: a file, or a folder with a `model.safetensors` or an index."""
     path = checked_path(path)
+    single = path / SINGLE
     index = path / INDEX
-    file = path / SINGLE if path.is_dir() else path
-    if file == path or file.is_file():
-        with open_tensors(file) as tensors:
-            files = dict.fromkeys(tensors.keys(), file)
+    if not path.is_dir():
+        files = _names_in(path)
+    elif single.is_file():
+        files = _names_in(single)
     elif index.is_file():
         shards = json.loads(index.read_bytes())["weight_map"]
         files = {name: path / shard for name, shard in shards.items()}
@@ -82,25 +110,33 @@ def open_checkpoint(path: PathLike) -> Checkpoint:
         raise AdapterIOError(
             f"{path} holds neither {SINGLE} nor {INDEX}; name a checkpoint of safetensors"
         )
-    return Checkpoint(path, files, _stacks_of(files))
+    return Checkpoint(path, files, _find_stacks(files))
 
 
-def _stacks_of(names: Collection[str]) -> dict[str, Stack]:
-    """Return stack's name in the model -> the stack, for all experts that are stored one by one."""
-    found: dict[str, dict[int, tuple[str, ...]]] = {}
+def _names_in(file: Path) -> dict[str, Path]:
+    with open_tensors(file) as tensors:
+        return dict.fromkeys(tensors.keys(), file)
+
+
+def _find_stacks(names: Collection[str]) -> dict[str, Stack]:
+    """Return the stacks of all experts that are stored one by one, by their names in the model."""
+    stacks: dict[str, dict[int, tuple[str, ...]]] = {}
     for name in names:
         match = SINGLE_EXPERT.fullmatch(name.removesuffix(".weight"))
-        if match is None or match[3] not in _FIRST_PARTS:
+        if match is None:
             continue
-        block, last, parts = _FIRST_PARTS[match[3]]
-        stack = f"{renamed(match[1], block, 'mlp')}.{last}"
-        found.setdefault(stack, {})[int(match[2])] = tuple(
-            f"{match[1]}.{match[2]}.{part}.weight" for part in parts
-        )
-    return {
-        stack: tuple(experts[number] for number in sorted(experts))
-        for stack, experts in found.items()
-        if stack not in names  # else it is stored as one tensor too
-        and max(experts) < len(experts)
-        and all(name in names for rows in experts.values() for name in rows)
-    }
+        experts, number, matrix = match.groups()
+        if matrix not in EXPERT_MATRICES:
+            continue
+        expert = EXPERT_MATRICES[matrix]
+        stack = f"{replace_part(experts, expert.block, 'mlp')}.{expert.stack}"
+        tensors = tuple(f"{experts}.{number}.{part}.weight" for part in expert.matrices)
+        stacks.setdefault(stack, {})[int(number)] = tensors
+    complete = {}
+    for stack, numbered in stacks.items():
+        tensors = tuple(name for expert in numbered.values() for name in expert)
+        has_all_experts = max(numbered) < len(numbered)
+        has_all_tensors = all(name in names for name in tensors)
+        if has_all_experts and has_all_tensors and stack not in names:
+            complete[stack] = tuple(numbered[number] for number in sorted(numbered))
+    return complete

@@ -3,7 +3,12 @@
 import pytest
 import torch
 from safetensors.torch import save_file
-from transformers import AutoConfig, AutoModelForImageTextToText
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    GraniteMoeConfig,
+    GraniteMoeForCausalLM,
+)
 
 import disha
 from disha import AdapterFileError, MergeError
@@ -81,6 +86,15 @@ class TestTransformers:
         config = AutoConfig.for_model(name, text_config=SIZES | text, vision_config=tower)
         model = AutoModelForImageTextToText.from_config(config)
         merged = self.merged(tmp_path, model, model, model, "all-linear", also_train="norm")
+        self.assert_same_model(*merged)
+
+    @pytest.mark.parametrize("method", ["bone", "bat"])
+    def test_stacks_of_experts_that_have_other_names_in_the_model(self, tmp_path, method):
+        sizes = SIZES | {"num_local_experts": 4, "num_experts_per_tok": 2}
+        model = GraniteMoeForCausalLM(GraniteMoeConfig(**sizes))
+        merged = self.merged(tmp_path, model, model, model, "experts|q_proj|router", method=method)
+        stored = open_checkpoint(tmp_path / "base").files
+        assert "model.layers.0.block_sparse_moe.input_linear.weight" in stored
         self.assert_same_model(*merged)
 
     def test_a_tied_embedding(self, tmp_path):
