@@ -21,9 +21,11 @@ BLOCK_DTYPES = {
     "bfloat16": torch.bfloat16,
     "float32": torch.float32,
     "float64": torch.float64,
-    "complex64": torch.complex64,
 }
-"""The dtypes that a block can have, by their names in JSON."""
+"""The dtypes that a user can choose for blocks, by their names in JSON."""
+
+TRAINABLE_DTYPES = frozenset({*BLOCK_DTYPES.values(), torch.complex64})
+"""The dtypes of blocks, and of parameters that are trained with an adapter. Files have no other."""
 
 
 def check_type(name: str, value: object, types: Any, wanted: str) -> None:

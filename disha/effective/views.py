@@ -13,6 +13,7 @@ from disha.effective.rules import Operation, rule, rule_with_operation
 from disha.effective.weight import EffectiveWeight, base_inside, effective
 from disha.functional import Layout, Update
 from disha.functional.parts import updates_of_outputs
+from disha.functional.shard_sums import is_inexact
 from disha.functional.updates import Change, Updates
 
 
@@ -129,7 +130,7 @@ def _cast(func: Operation, weight: Any, *args: Any, **kwargs: Any) -> Any:
     base = func(base_inside(weight), *map(base_inside, args), **named)
     if not isinstance(weight, EffectiveWeight) or not isinstance(base, Tensor):
         return base  # another tensor, cast like this weight; or `type()` without arguments
-    if not base.is_floating_point() or base.device != weight.base.device:
+    if not is_inexact(base) or base.device != weight.base.device:
         return NotImplemented  # the blocks stay on their device
     return effective(base, weight.weight_layout, weight.updates)
 

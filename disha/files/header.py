@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from disha.checks import BLOCK_DTYPES, check_positive_int, check_scale, check_type
+from disha.checks import TRAINABLE_DTYPES, check_positive_int, check_scale, check_type
 from disha.config import DEFAULTS, AdapterConfig, as_json, check_rows
 from disha.errors import AdapterFileError
 from disha.files.disk import explain_peft_folder
@@ -282,6 +282,6 @@ def _reasons_against_keys(file: AdapterFile) -> list[str]:
     reasons += [
         f"{brief(key)} has dtype {tensors[key].dtype}"
         for key in blocks
-        if key in tensors and tensors[key].dtype not in BLOCK_DTYPES.values()
+        if key in tensors and tensors[key].dtype not in TRAINABLE_DTYPES
     ]
     return reasons

@@ -25,7 +25,7 @@ from disha.errors import ArgumentError
 from disha.functional.shard_sums import (
     PLAIN,
     Scale,
-    autocasts,
+    is_cast,
     merge_dtype,
     merged_weight,
     pad_to_multiple,
@@ -143,7 +143,7 @@ def bat_linear(
     where `bat_forward` is needed: for transforms of `torch.func`, forward-mode derivatives, and
     operands of several dtypes. Compiled code forms all of W_eff, in one loop.
     """
-    if autocasts(x.device) and x.dtype != torch.float64:
+    if is_cast(x):
         dtype = torch.get_autocast_dtype(x.device.type)
         bias = None if bias is None else bias.to(dtype)
         with without_autocast(x.device):
@@ -205,10 +205,11 @@ class _BatLinear(torch.autograd.Function):
                 grad_rows = grad[:, rows]
                 if needs_x:
                     part = _effective(weight[rows], block[blocks], scratch, True, ctx.base_scale)
+                    part = part.conj()  # of real numbers, it is the same tensor
                     grad_x = grad_rows @ part if grad_x is None else grad_x.addmm_(grad_rows, part)
                 if needs_block:
                     out = _part(scratch, (grad_rows.shape[1], x.shape[1]))
-                    gradient = torch.mm(grad_rows.T, x, out=out)
+                    gradient = torch.mm(grad_rows.T, x.conj(), out=out)
                     parts.append(_block_gradient(gradient, weight[rows], block.shape[-1]))
         grad_bias = grad.sum(0) if needs_bias else None
         return grad_x, None, grad_bias, torch.cat(parts) if parts else None, None
@@ -219,7 +220,7 @@ def _product(
 ) -> Tensor:
     slabs = _slabs(weight, block)
     # In 16 bits, W + D would lose a small D. So D itself is added through S(x), as for Bone.
-    wide = weight.dtype in (torch.float32, torch.float64)
+    wide = weight.dtype not in (torch.float16, torch.bfloat16)
     scratch = _scratch(weight, block, slabs)
     if len(slabs) == 1:
         output = F.linear(x, _effective(weight, block, scratch, wide, base_scale), bias)
@@ -240,11 +241,11 @@ def _product(
 
 
 def _block_gradient(gradient: Tensor, weight: Tensor, r: int) -> Tensor:
-    """Return dD_a = sum over b of (W_ab + I)^T G_ab from some rows of G = dY^T X and of W."""
+    """Return dD_a = sum over b of (W_ab + I)^H G_ab from some rows of G = dY^T X and of W."""
     gradient = square_tiles(gradient, r)
     tiles = square_tiles(weight.contiguous(), r)
     direct = gradient.view(tiles.shape[0], r, -1, r).sum(2)
-    return torch.baddbmm(direct, tiles.mT, gradient)
+    return torch.baddbmm(direct, tiles.mH, gradient)
 
 
 def _slabs(weight: Tensor, block: Tensor) -> list[tuple[slice, slice]]:

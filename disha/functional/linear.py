@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.compiler import is_compiling
 
+from disha.functional.dropout import drop_inputs
 from disha.functional.layouts import MATRIX, Geometry
 from disha.functional.parts import updates_of_outputs
 from disha.functional.products import fold_or_separate, update_product
@@ -97,8 +98,7 @@ def _linear_in_general(
     # updates add to it.
     sums_and_matrices = []
     for matrix, dropout, _ in shard_sum_terms(updates, MATRIX, MATRIX.geometry(weight.shape)):
-        dropped = F.dropout(x, dropout) if dropout else x
-        sums, overflow_scale = shard_sums(dropped, matrix.shape[0])
+        sums, overflow_scale = shard_sums(drop_inputs(x, dropout), matrix.shape[0])
         sums_and_matrices.append((sums, matrix, overflow_scale))
     deltas = [update_product(F.linear, x, weight, MATRIX, update) for update in separate]
     output = _linear_with_folded(x, weight, bias, folded)

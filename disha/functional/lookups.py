@@ -10,18 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from disha.functional.layouts import OutputRanges
+from disha.functional.shard_sums import is_inexact
 
 
 def is_lookup(x: Tensor) -> bool:
     """Whether an input has indices, so that its product is a lookup."""
-    return not x.is_floating_point() and not x.is_complex()
-
-
-def drop_tokens(output: Tensor, dropout: float) -> Tensor:
-    """Zero the update of some tokens: the effect of dropout on a one-hot input."""
-    if not dropout:
-        return output
-    return output * F.dropout(torch.ones_like(output[..., :1]), dropout)
+    return not is_inexact(x)
 
 
 def look_up_outputs(indices: Tensor, delta: Tensor, ranges: OutputRanges) -> Tensor:

@@ -25,8 +25,9 @@ from torch.utils.checkpoint import checkpoint
 
 from disha.functional.bone import embedding_delta
 from disha.functional.convolutions import channel_shard_sums
+from disha.functional.dropout import drop_inputs, drop_tokens
 from disha.functional.layouts import MATRIX, Geometry, Layout
-from disha.functional.lookups import drop_tokens, is_lookup, look_up_outputs, output_numbers
+from disha.functional.lookups import is_lookup, look_up_outputs, output_numbers
 from disha.functional.shard_sums import added, scaled, shard_count, shard_sums, tiled
 from disha.functional.update import ShardSumTerm, Update, computed_weight, shard_sum_terms
 from disha.private_torch import must_not_write
@@ -94,8 +95,7 @@ def update_product(
         else:
             output = multiply(x, delta.to(weight.dtype), None)
         return drop_tokens(output, update.dropout)
-    if update.dropout:
-        x = F.dropout(x, update.dropout)
+    x = drop_inputs(x, update.dropout)
     if multiply is F.linear and layout == MATRIX and not ranges:
         product = _product_without_delta(x, weight, update)
         if product is not None:
@@ -132,9 +132,8 @@ def _shard_sum_product(
     outputs = geometry.out_features
     looks_up = is_lookup(x)
     if not looks_up:
+        x = drop_inputs(x, dropout)
         matrix = matrix.to(x.dtype)
-        if dropout:
-            x = F.dropout(x, dropout)
     # A linear product with a table, or a lookup in the weight of a linear layer.
     is_transposed = layout.in_first != looks_up and len(layout.axes) == 2
     if is_transposed:

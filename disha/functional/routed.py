@@ -25,6 +25,7 @@ from disha.errors import ArgumentError, ModeError
 from disha.functional import Geometry, Layout, Update, adapted_linear
 from disha.functional.bone import routed_delta
 from disha.functional.layouts import MATRIX
+from disha.functional.lookups import is_lookup
 from disha.functional.shard_sums import scaled, shard_sums
 from disha.functional.update import shard_sum_terms
 from disha.functional.updates import Change, DeltaOf, Updates
@@ -119,7 +120,7 @@ class Routed(Updates):
         Raise unless the input has samples first, a multiple of the number of names.
         """
         # One input is a vector, an index, or channels with as many positions as the kernel.
-        if x.dim() < len(shape) - (not x.is_floating_point()):
+        if x.dim() < len(shape) - is_lookup(x):
             raise ArgumentError(
                 "route_adapters needs samples along the leading dimension of each input, and a "
                 f"weight of shape {tuple(shape)} got an input of shape {tuple(x.shape)}; "

@@ -73,6 +73,11 @@ def shard_sum(x: Tensor, r: int, dtype: torch.dtype | None = None, dim: int = -1
     return torch.unflatten(x, dim, (-1, r)).sum(dim - 1, dtype=dtype)
 
 
+def is_inexact(x: Tensor) -> bool:
+    """Whether a tensor has floating-point or complex numbers, and no integers (as in numpy)."""
+    return x.is_floating_point() or x.is_complex()
+
+
 def scaled(x: Tensor, scale: Scale) -> Tensor:
     """Return s x; x itself if s is the number 1."""
     return x if not isinstance(scale, Tensor) and scale == 1.0 else x * scale
@@ -85,8 +90,7 @@ def shard_sums(x: Tensor, r: int, dim: int = -1) -> tuple[Tensor, float]:
     in float16, f is the smallest power of two that is at least n, which changes no digit of the
     sums. Otherwise, f is 1.
     """
-    casts = x.dtype != torch.float64 and autocasts(x.device)
-    product_dtype = torch.get_autocast_dtype(x.device.type) if casts else x.dtype
+    product_dtype = torch.get_autocast_dtype(x.device.type) if is_cast(x) else x.dtype
     if product_dtype != torch.float16:
         return shard_sum(x, r, dim=dim), 1.0
     f = float(2 ** (shard_count(x.shape[dim], r) - 1).bit_length())
@@ -115,11 +119,16 @@ def tiled(block: Tensor, out_features: int) -> Tensor:
 
 def merge_dtype(*dtypes: torch.dtype) -> torch.dtype:
     """Return the dtype in which updates are added to a weight."""
-    return torch.float64 if torch.float64 in dtypes else torch.float32
+    is_wide = torch.float64 in dtypes or torch.complex128 in dtypes
+    if any(dtype.is_complex for dtype in dtypes):
+        return torch.complex128 if is_wide else torch.complex64
+    return torch.float64 if is_wide else torch.float32
 
 
 def merged_weight(weight: Tensor, deltas: Iterable[tuple[Tensor, Scale]]) -> Tensor:
     """Return W + sum of s * dW, computed in float32 (float64 for float64) and rounded once.
+
+    The complex counterparts are complex64 and complex128.
 
     Args:
         weight: W.
@@ -180,6 +189,11 @@ def autocasts(device: torch.device) -> bool:
     if name in _ANY_ASKS and not any_autocast():
         return False
     return name != "meta" and torch.is_autocast_enabled(name)  # meta has none
+
+
+def is_cast(x: Tensor) -> bool:
+    """Return whether autocast casts x in a product now: float64 and complex numbers stay."""
+    return x.is_floating_point() and x.dtype != torch.float64 and autocasts(x.device)
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:

@@ -185,7 +185,7 @@ class AdapterBlock(nn.Module):
         # 0-dim, so it never changes a result's dtype; at least float32, so it is not rounded.
         block = self.block
         former = self._buffers["scale_tensor"]
-        dtype = merge_dtype(block.dtype)
+        dtype = merge_dtype(block.dtype).to_real()
         # The tensor of an offloaded block stays on the device to which the block will be loaded.
         device = former.device if block.is_meta and former is not None else block.device
         with torch.inference_mode(False):

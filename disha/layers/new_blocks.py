@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
@@ -37,8 +35,7 @@ def make_block(
         shape = method_of(config.method).block_shape(
             slot.layout, weight_shape(module, slot), r, config.r_out, slot.rows
         )
-        weight_dtype: Any = getattr(weight, "dtype", None)
-        dtype = config.dtype or merge_dtype(weight_dtype)
+        dtype = _choose_dtype(weight, config.dtype)
     with torch.inference_mode(False):  # a tensor that is made in that mode can never be trained
         empty = torch.empty(shape, device=device, dtype=dtype)
         block = AdapterBlock(empty, slot, config, r, split_of(weight))
@@ -47,3 +44,12 @@ def make_block(
     else:
         write(block.block, values)
     return block
+
+
+def _choose_dtype(weight: Tensor | None, chosen: torch.dtype | None) -> torch.dtype:
+    """Return the dtype of a new block: the chosen one, or else one with all digits of the sums."""
+    if weight is not None and weight.is_complex():
+        return torch.complex64  # a safetensors file has no complex128
+    if chosen is not None:
+        return chosen
+    return torch.float32 if weight is None else merge_dtype(weight.dtype)

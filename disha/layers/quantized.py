@@ -20,7 +20,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.compiler import is_compiling
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
-from disha.checks import BLOCK_DTYPES
+from disha.checks import TRAINABLE_DTYPES
 from disha.errors import ArgumentError
 from disha.functional import Layout, Method, Update, method_names
 from disha.functional.products import update_product
@@ -29,7 +29,7 @@ from disha.layers.blocks import CHILD_NAME, Adapters, Slot, original_class
 from disha.private_torch import saving_hooks, transforms_active
 from disha.sharding.imported import imported_class
 
-DENSE_DTYPES = frozenset(BLOCK_DTYPES.values())
+DENSE_DTYPES = TRAINABLE_DTYPES
 _COMPLEX = (torch.complex32, torch.complex64, torch.complex128)
 _NEVER_PACKED = {*DENSE_DTYPES, *_COMPLEX, torch.bool, torch.int64}  # bool: masks, int64: indices
 _UNINITIALISED = (UninitializedParameter, UninitializedBuffer)  # torch can't compile `is_lazy`

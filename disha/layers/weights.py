@@ -12,6 +12,7 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
 from disha import functional
+from disha.functional.shard_sums import is_inexact
 from disha.layers import bitsandbytes, quantized
 from disha.layers.blocks import CHILD_NAME, AdapterBlock, Adapters, Slot, original_class
 from disha.layers.offloading import offloading_hooks
@@ -47,7 +48,7 @@ def matrix_weights(module: nn.Module) -> dict[str, Tensor]:
         if isinstance(weight, Tensor)
         and not is_lazy(weight)
         and len(whole_shape(weight)) >= 2
-        and weight.is_floating_point()
+        and is_inexact(weight)
     }
 
 
@@ -67,7 +68,7 @@ def is_packed(module: nn.Module, name: str) -> bool:
     if not is_parametrized(module, name):
         return False
     stored = module.parametrizations[name]._parameters.values()  # type: ignore[index, union-attr]
-    return not any(tensor.is_floating_point() for tensor in stored)
+    return not any(is_inexact(tensor) for tensor in stored)
 
 
 def stored_weight(module: nn.Module, name: str) -> Tensor | None:

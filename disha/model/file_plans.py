@@ -42,7 +42,9 @@ def plan_weights(
         layer = weights.get(record.name)
         reason: str | None = "the model has no such layer"
         if layer is not None:
-            values = tensor.to(dtype or tensor.dtype)
+            values = tensor
+            if dtype is not None and not tensor.is_complex():
+                values = tensor.to(dtype)
             layer = _plan_as_recorded(view, layer, record, config, values)
             reason = reason_against_record(layer, record, tensor.shape)
         if layer is None or reason is not None:

@@ -7,6 +7,7 @@ import hashlib
 import torch
 from torch import Tensor
 
+from disha.functional.shard_sums import is_inexact
 from disha.sharding.tensors import gathered
 
 SAMPLES = 64
@@ -19,7 +20,7 @@ def fingerprint(weight: Tensor) -> str | None:
     The same base may be stored in float32, bfloat16 or float16. So there are two digests: of the
     values rounded to bfloat16, and of those rounded to float16 and then to bfloat16.
     """
-    if weight.is_meta or not weight.is_floating_point() or not weight.numel():
+    if weight.is_meta or not is_inexact(weight) or not weight.numel():
         return None
     values = gathered(weight.detach())
     count = min(SAMPLES, values.numel())
@@ -29,6 +30,8 @@ def fingerprint(weight: Tensor) -> str | None:
     # As integers, because torch 2.8 can't take values of 8 bits.
     numbers = values.view(torch.uint8) if values.itemsize == 1 else values
     chosen = numbers.take(positions).cpu().view(values.dtype)
+    if chosen.is_complex():
+        chosen = torch.view_as_real(chosen).flatten()
     shape = str(tuple(weight.shape)).encode()
     digests = []
     for rounded in (chosen.bfloat16(), chosen.half().bfloat16()):

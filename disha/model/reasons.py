@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.sparse import SparseSemiStructuredTensor
 
-from disha.checks import BLOCK_DTYPES
+from disha.checks import TRAINABLE_DTYPES
 from disha.functional import Geometry, Update, method_names, method_of
 from disha.functional.parts import update_of_part
+from disha.functional.shard_sums import is_inexact
 from disha.layers.adapted import AdaptedLayer
 from disha.layers.blocks import Slot
 from disha.layers.quantized import quantization_of
@@ -97,9 +98,9 @@ def _reason_against_dense(weight: Any, slot: Slot) -> str | None:
     """Return why no method can adapt a weight that is not quantised."""
     if is_lazy(weight):
         return "its weight is not initialised yet; run the model once before injecting"
-    # Any floating-point dtype will do: a user's hook may cast the weight before each forward.
-    if not isinstance(weight, Tensor) or not weight.is_floating_point():
-        return "its weight is not a floating-point tensor"
+    # Any such dtype will do: a user's hook may cast the weight before each forward.
+    if not isinstance(weight, Tensor) or not is_inexact(weight):
+        return "its weight is not a tensor of floating-point or complex numbers"
     if weight.layout is not torch.strided or isinstance(weight, SparseSemiStructuredTensor):
         return "its weight is sparse; store it as a dense tensor (Tensor.to_dense)"
     shape = whole_shape(weight)
@@ -153,6 +154,10 @@ def reason_against_record(
     reason = reason_against_adapting(layer)
     if reason is not None or layer.slot is None:
         return f"can't be adapted: {reason}"
+    if layer.values is not None and not layer.slot.quantized:
+        reason = _reason_against_values(layer.values, read_weight(layer.module, layer.attribute))
+        if reason is not None:
+            return reason
     if set(layer.tied) != set(record.tied):
         return f"in the adapter, its weight is also {', '.join(record.tied)}; tie them"
     if record.layout != layer.slot.layout:
@@ -164,6 +169,17 @@ def reason_against_record(
             f"where the weight is {layer.shape}, read as {record.layout}"
         )
     return reason_against_block(layer)
+
+
+def _reason_against_values(values: Tensor, weight: Tensor) -> str | None:
+    """Return why a block with these values can't act on a weight."""
+    if values.is_complex() == weight.is_complex():
+        return None
+    kinds = {True: "complex", False: "real"}
+    return (
+        f"its block is {kinds[values.is_complex()]}, and the weight in the model is "
+        f"{kinds[weight.is_complex()]}"
+    )
 
 
 def _describe(geometry: Geometry) -> str:
@@ -178,7 +194,7 @@ def reason_against_training(parameter: ModelParameter) -> str | None:
     """Return why the parameter can't be trained with a new adapter."""
     if quantization_of(None, parameter.value) is not None:
         return "it is quantised and can't be trained with an adapter"
-    if parameter.value.dtype not in BLOCK_DTYPES.values():
+    if parameter.value.dtype not in TRAINABLE_DTYPES:
         return f"it has dtype {parameter.value.dtype} and can't be trained with an adapter"
     if parameter.is_claimed():
         return "it is already trained with another adapter, and can belong to only one"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -233,9 +232,8 @@ def _reason_against(target: Tensor, value: object) -> str | None:
     shape = whole_shape(target)
     if value.shape != shape:
         return f"has the shape {tuple(value.shape)}, must be {tuple(shape)}"
-    if value.is_floating_point() != target.is_floating_point():
-        due = "floating-point" if target.is_floating_point() else "an integer"
-        return f"has dtype {value.dtype}, must be {due}"
+    if _kind_of_number(value) != _kind_of_number(target):
+        return f"has dtype {value.dtype}, must be {_kind_of_number(target)}"
     if value.is_meta:
         return "has no values"
     if target.is_meta:
@@ -246,8 +244,14 @@ def _reason_against(target: Tensor, value: object) -> str | None:
     return reason
 
 
+def _kind_of_number(tensor: Tensor) -> str:
+    if tensor.is_complex():
+        return "complex"
+    return "floating-point" if tensor.is_floating_point() else "an integer"
+
+
 def finite_as(value: Tensor, dtype: torch.dtype) -> bool:
     """Whether all values that this rank holds are finite after a cast to `dtype`."""
     value = local_part(value).detach().to(dtype)
     # A finite sum has finite terms, so only a sum that overflows needs a second look.
-    return math.isfinite(value.sum()) or bool(value.isfinite().all())
+    return bool(value.sum().isfinite()) or bool(value.isfinite().all())
