@@ -21,7 +21,15 @@ from itertools import product
 import torch
 
 KINDS = ("bone", "tile", "bat")
-"""The kinds of blocks. Tests that run with each take them from here; `LOOPS` has the methods."""
+"""The kinds of blocks that users choose from. Tests that run with each take them from here."""
+
+EVERY_KIND = (*KINDS, "rows")
+"""All kinds: also that of new rows, which a user gets by `also_train_rows`."""
+
+
+def method_of_kind(kind):
+    """Return the name of a kind's method: a tile is Bone with an output shard."""
+    return "bone" if kind == "tile" else kind
 
 
 def settings_of(kind, r_out):
@@ -69,22 +77,23 @@ LOOPS = {
 """Method -> (W, D) -> dW for one matrix W, and how many axes the block D of one matrix has."""
 
 
-def delta_weight(weight, block):
-    """dW of a Bone or a BAT block, whose axes tell which it is."""
-    if block.dim() == 3:
-        return bat_delta_weight(weight, block)
-    return bone_delta_weight(block, weight.shape[1], weight.shape[0])
+def delta_weight(kind, weight, block):
+    """dW of a block of a kind, or of a method in `LOOPS`, on one matrix."""
+    loop, _ = LOOPS[method_of_kind(kind)]
+    return loop(weight, block)
 
 
-def merged_weight(weight, blocks_and_scales):
+def merged_weight(weight, blocks):
+    """W + sum of s dW for blocks (kind, D, s)."""
     merged = weight
-    for block, scale in blocks_and_scales:
-        merged = merged + scale * delta_weight(weight, block)
+    for kind, block, scale in blocks:
+        merged = merged + scale * delta_weight(kind, weight, block)
     return merged
 
 
-def linear(x, weight, bias, blocks_and_scales):
-    y = x @ merged_weight(weight, blocks_and_scales).T
+def linear(x, weight, bias, blocks):
+    """The product with W + sum of s dW for blocks (kind, D, s)."""
+    y = x @ merged_weight(weight, blocks).T
     return y if bias is None else y + bias
 
 
@@ -97,7 +106,7 @@ def shape_of(pattern):
 def matrices(pattern, shape, groups=1):
     """Yield, for each matrix of a weight: its sizes, where it is in the weight and in the block.
 
-    (out, in), (o, i) -> index of the weight, (kept block, its axes per matrix) -> own block.
+    (out, in), (o, i) -> index of the weight, (kept block, its axes per matrix) -> its block.
     """
     axes = pattern.split()
     kernel = shape[len(axes) - 1 :] if "*kernel" in axes else ()

@@ -111,18 +111,19 @@ def packed(module):
 def dense(adapted, plain, scale=1.0):
     """Add to a plain module, by the oracle, what the blocks of the adapted one say."""
     with torch.no_grad():
-        for name, block in blocks_of(adapted).items():
+        for method, name, block in blocks_of(adapted):
             weight = parameter_of(plain, name)
-            if block.dim() == 2 and block.shape[1] != weight.shape[0]:
-                delta = reference.bone_delta_weight(block, weight.shape[1], weight.shape[0])
-            else:
-                delta = reference.delta_weight(weight.detach(), block)
+            delta = reference.delta_weight(method, weight.detach(), block)
             weight.add_(delta * scale)
     return plain
 
 
 def blocks_of(module):
-    return {one.name: one.block.block.detach() for one in ModelView(module).blocks("default")}
+    """Return method, name and values of every block."""
+    return [
+        (found.block.method.name, found.name, found.block.block.detach())
+        for found in ModelView(module).blocks("default")
+    ]
 
 
 def block_of(module, name, adapter="default"):
@@ -182,7 +183,7 @@ class TestEveryForm(DtypeTests):
 def test_masks_and_modes(name, masks):
     method = METHODS[(list(FORMS).index(name) + list(MASKS).index(masks)) % 3]
     module = perturb(inject(attention(name), "^$", method, scale=0.5))
-    assert set(blocks_of(module)) == {"q_proj", "k_proj", "v_proj", "out_proj"}
+    assert {name for _, name, _ in blocks_of(module)} == {"q_proj", "k_proj", "v_proj", "out_proj"}
     plain = dense(module, attention(name), scale=0.5)
     for need_weights in (True, False):
         for training in (True, False):
@@ -244,7 +245,7 @@ class TestAttention:
     @pytest.mark.parametrize("part", ["q_proj", "k_proj", "v_proj", "out_proj"])
     def test_each_projection_alone(self, part):
         module = perturb(inject(attention(), part))
-        assert set(blocks_of(module)) == {part}
+        assert {name for _, name, _ in blocks_of(module)} == {part}
         plain = dense(module, attention())
         for mode in (torch.enable_grad, torch.no_grad, torch.inference_mode):
             for training in (True, False):

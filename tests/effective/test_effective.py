@@ -142,13 +142,10 @@ def build(name, dtype=torch.float64):
 
 
 def delta_of(layer):
-    block = layer.disha["default"].block.detach()
+    block = layer.disha["default"]
     weight = layer.base_weight.detach()
-    if isinstance(layer, nn.Conv1d):
-        return reference.layout_delta_weight("bone", "out in *kernel", block, weight)
-    if isinstance(layer, nn.Embedding):
-        return reference.layout_delta_weight("bone", "index out", block, weight)
-    return reference.delta_weight(weight, block)
+    pattern = block.slot.layout.pattern
+    return reference.layout_delta_weight(block.method.name, pattern, block.block.detach(), weight)
 
 
 def with_update(plain, model, target, scale=1.0):

@@ -14,7 +14,7 @@ import disha
 from disha.functional import Update, adapted_linear, bat, method_of
 from tests import reference
 from tests.conftest import kept_by, perturb
-from tests.functional.test_functional import SIZES, make_block, name_of, random_sizes, strided_copy
+from tests.functional.test_functional import SIZES, make_block, random_sizes, strided_copy
 
 METHODS = reference.KINDS
 
@@ -30,14 +30,16 @@ def case_of(method, sizes, dtype=torch.float64, lead=(3,), seed=0, bias=True):
 
 
 def product(method, x, weight, bias, block, scale=1.0):
-    return adapted_linear(x, weight, bias, [Update(method_of(name_of(method)), block, scale)])
+    return adapted_linear(
+        x, weight, bias, [Update(method_of(reference.method_of_kind(method)), block, scale)]
+    )
 
 
 def check(method, case, scale, tolerance=1e-10):
     """Compare with the loops: what gradients record, what is computed without, all gradients."""
     x, weight, bias, block = case
     inputs = [tensor for tensor in (x, bias, block) if tensor is not None]
-    expected = reference.linear(x, weight, bias, [(block, scale)])
+    expected = reference.linear(x, weight, bias, [(method, block, scale)])
     output = product(method, *case, scale)
     torch.testing.assert_close(output, expected, rtol=tolerance, atol=tolerance)
     with torch.no_grad():
@@ -150,7 +152,7 @@ def test_sixteen_bits_round_little(method, dtype):
     case = case_of(method, sizes, dtype, lead=(20,))
     case = tuple(t if t is None else (t.detach() / 8).requires_grad_(t.requires_grad) for t in case)
     wide = tuple(t.detach().double().requires_grad_(t.requires_grad) for t in case)
-    output, expected = product(method, *case), reference.linear(*wide[:3], [(wide[3], 1.0)])
+    output, expected = product(method, *case), reference.linear(*wide[:3], [(method, wide[3], 1.0)])
     assert output.dtype == dtype
     limit = 4 * torch.finfo(dtype).eps
     assert (output.double() - expected).norm() <= limit * expected.norm()
@@ -168,7 +170,7 @@ def test_what_is_kept_for_backward(method, dropout):
     case = case_of(method, sizes, lead=(2, 10))
     x, weight, bias, block = case
     scale = 0.5 if method != "bat" else 1.0
-    updates = [Update(method_of(name_of(method)), block, scale, dropout)]
+    updates = [Update(method_of(reference.method_of_kind(method)), block, scale, dropout)]
     kept = kept_by(lambda: adapted_linear(x, weight, bias, updates))
     own = {tensor.untyped_storage().data_ptr() for tensor in (weight, bias, block)}
     extra = {address: size for address, size in kept.items() if address not in own}
@@ -203,7 +205,7 @@ class TestBatProduct:
             count, output = self.used(monkeypatch, x, weight, bias, update)
         assert count == 1
         assert output.dtype == torch.bfloat16
-        expected = reference.linear(x, weight, bias, [(block, 0.5)])
+        expected = reference.linear(x, weight, bias, [("bat", block, 0.5)])
         assert (output - expected).norm() < 0.02 * expected.norm()
 
     @pytest.mark.parametrize("count", [1, 2])
@@ -246,7 +248,7 @@ class TestBatProduct:
 
         output = torch.func.vmap(run)(x) if why == "transform" else run(x)
         assert counts == [0]
-        expected = reference.linear(x, weight, bias, [(block.double(), 0.5)])
+        expected = reference.linear(x, weight, bias, [("bat", block.double(), 0.5)])
         torch.testing.assert_close(output, expected, rtol=1e-10, atol=1e-10)
 
 
@@ -262,7 +264,9 @@ class TestAutocast:
         output.float().square().sum().backward()
         assert x.grad.dtype == block.grad.dtype == torch.float32
         exact = [t.detach().double().requires_grad_() for t in (x, block)]
-        expected = reference.linear(exact[0], weight.double(), bias.double(), [(exact[1], 1.0)])
+        expected = reference.linear(
+            exact[0], weight.double(), bias.double(), [(method, exact[1], 1.0)]
+        )
         assert (output.double() - expected).norm() < 0.02 * expected.norm()
         gradients = torch.autograd.grad(expected.square().sum(), exact)
         for one, other in zip((x.grad, block.grad), gradients, strict=True):
@@ -302,10 +306,10 @@ class TestFloat16:
         scale = torch.tensor(0.5) if "plain" in way else 0.5  # a tensor's is not fused
         with torch.autocast("cpu", torch.float16, enabled="autocast" in way):
             output = adapted_linear(
-                x, weight, bias, [Update(method_of(name_of(method)), block, scale)]
+                x, weight, bias, [Update(method_of(reference.method_of_kind(method)), block, scale)]
             )
         assert output.dtype == torch.float16
-        expected = reference.linear(*wide[:3], [(wide[3], 0.5)])
+        expected = reference.linear(*wide[:3], [(method, wide[3], 0.5)])
         assert (output.double() - expected).norm() < 0.01 * expected.norm()
         cotangent = torch.randn_like(output) * 2.0**-8
         found = torch.autograd.grad(output, (x, bias, block), cotangent)
@@ -319,7 +323,7 @@ class TestFloat16:
         x = x[:tokens]
         output = bat.bat_linear(x, weight, bias, block)
         wide = [t.double() for t in (x, weight, bias, block)]
-        expected = reference.linear(*wide[:3], [(wide[3], 1.0)])
+        expected = reference.linear(*wide[:3], [("bat", wide[3], 1.0)])
         assert (output.double() - expected).norm() < 0.01 * expected.norm()
 
 

@@ -62,13 +62,8 @@ def forward(method):
     return functional.bat_forward if method == "bat" else functional.bone_forward
 
 
-def name_of(method):
-    """The method's name in the table: a tile is Bone with r_out."""
-    return "bone" if method == "tile" else method
-
-
 def delta_weight(method, weight, block):
-    return method_of(name_of(method)).delta_weight(MATRIX, block, weight)
+    return method_of(reference.method_of_kind(method)).delta_weight(MATRIX, block, weight)
 
 
 def check_against_oracle(method, case, scale, tolerance):
@@ -76,7 +71,7 @@ def check_against_oracle(method, case, scale, tolerance):
     exact = [tensor.detach().double().requires_grad_() for tensor in case]
     x, weight, bias, block = case
     y = forward(method)(x, weight, bias, block, scale)
-    expected = reference.linear(*exact[:3], [(exact[3], float(scale))])
+    expected = reference.linear(*exact[:3], [(method, exact[3], float(scale))])
     assert y.dtype == x.dtype
     close(y, expected, tolerance)
 
@@ -87,7 +82,7 @@ def check_against_oracle(method, case, scale, tolerance):
         close(gradient, oracle, tolerance)
 
     merged = functional.merged_weight(weight, [(delta_weight(method, weight, block), scale)])
-    close(merged, reference.merged_weight(exact[1], [(exact[3], float(scale))]), tolerance)
+    close(merged, reference.merged_weight(exact[1], [(method, exact[3], float(scale))]), tolerance)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
@@ -169,7 +164,7 @@ def test_shard_sum_of_another_dimension(dim):
 @pytest.mark.parametrize("method", ["bone", "tile"])
 def test_bone_delta_is_the_product_with_delta_weight(method, sizes, scale):
     x, weight, _, block = make_case(method, sizes, lead=(2, 3))
-    expected = float(scale) * x @ reference.delta_weight(weight, block).T
+    expected = float(scale) * x @ reference.delta_weight(method, weight, block).T
     close(functional.bone_delta(x, block, weight.shape[0], scale), expected, 1e-10)
 
 
@@ -221,7 +216,7 @@ def test_merge_into_bfloat16_rounds_once(method, scale, block_dtype):
     _, weight, _, block = (tensor.detach() for tensor in make_case(method, (40, 36, 8, 6)))
     weight, block = weight.bfloat16(), block.to(block_dtype)
     merged = functional.merged_weight(weight, [(delta_weight(method, weight, block), scale)])
-    exact = reference.merged_weight(weight.double(), [(block.double(), scale)])
+    exact = reference.merged_weight(weight.double(), [(method, block.double(), scale)])
     assert merged.dtype == torch.bfloat16
     # a single rounding errs by half an ulp at most; float32 arithmetic may move ties by a little
     error = (merged.double() - exact).abs()
@@ -254,10 +249,13 @@ def test_float32_block_over_a_low_precision_layer_gives_its_dtype(method, dtype)
     y = forward(method)(x, weight, bias, block)
     assert y.dtype == dtype
     exact = [tensor.double() for tensor in (x, weight, bias)]
-    expected = reference.linear(*exact, [(block.double(), 1.0)])
+    expected = reference.linear(*exact, [(method, block.double(), 1.0)])
     # W' (BAT), or two summands and their sum (Bone), are rounded to dtype: relative eps / 2 each
     magnitude = reference.linear(
-        exact[0].abs(), reference.merged_weight(exact[1], [(block.double(), 1.0)]).abs(), None, []
+        exact[0].abs(),
+        reference.merged_weight(exact[1], [(method, block.double(), 1.0)]).abs(),
+        None,
+        [],
     )
     assert ((y.double() - expected).abs() <= 2 * torch.finfo(dtype).eps * (magnitude + 2)).all()
 
@@ -325,7 +323,7 @@ def test_vmap_of_grad_gives_per_sample_block_gradients(method):
 
     def oracle(x):
         leaf = block.clone().requires_grad_()
-        y = reference.linear(x, weight, bias, [(leaf, 1.0)])
+        y = reference.linear(x, weight, bias, [(method, leaf, 1.0)])
         return torch.autograd.grad(y.square().sum(), leaf)[0]
 
     mapped = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(block, x)

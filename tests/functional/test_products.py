@@ -323,8 +323,8 @@ def test_a_grouped_product(kinds, dtype, ends, dropout):
     for e, end in enumerate(offsets.tolist()):
         wide = weight[e].double()
         piece = exact[0][start:end] @ wide.T
-        for block, own in zip(exact[1:], dropped, strict=True):
-            delta = reference.delta_weight(wide, block[e])
+        for kind, block, own in zip(kinds, exact[1:], dropped, strict=True):
+            delta = reference.delta_weight(kind, wide, block[e])
             piece = piece + 0.5 * own[start:end] @ delta.T
         pieces.append(piece)
         start = end

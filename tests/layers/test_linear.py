@@ -43,9 +43,10 @@ def fill(model):
 
 def oracle(layer, x, adapters=("default",)):
     """The float64 output of the layer with these adapters, in this order."""
-    blocks = [(layer.disha[a].block.detach().double(), layer.disha[a].scale) for a in adapters]
+    blocks = [layer.disha[adapter] for adapter in adapters]
+    triples = [(block.method.name, block.block.detach().double(), block.scale) for block in blocks]
     bias = None if layer.bias is None else layer.bias.detach().double()
-    return reference.linear(x.double(), layer.base_weight.detach().double(), bias, blocks)
+    return reference.linear(x.double(), layer.base_weight.detach().double(), bias, triples)
 
 
 # --- a drop-in nn.Linear -------------------------------------------------------------------------
@@ -241,7 +242,7 @@ def test_gradients_of_an_unfrozen_base_are_those_of_the_formula(kind):
     x = torch.randn(4, 10, dtype=torch.float64)
     block = layer.disha["default"].block
     leaves = (layer._parameters["weight"], layer.bias, block)
-    y = reference.linear(x, layer.base_weight, layer.bias, [(block, 0.5)])
+    y = reference.linear(x, layer.base_weight, layer.bias, [(kind, block, 0.5)])
     expected = torch.autograd.grad(y.square().sum(), leaves)
     found = torch.autograd.grad(layer(x).square().sum(), leaves)
     for actual, wanted in zip(found, expected, strict=True):
@@ -288,7 +289,7 @@ def test_forward_inside_adapters_disabled_does_not_disturb_backward(kind):
         base = layer(x)
     assert torch.equal(base, F.linear(x, layer.base_weight, layer.bias))
     (gradient,) = torch.autograd.grad((policy - base).square().sum(), block)
-    y = reference.linear(x, layer.base_weight, layer.bias, [(block, 0.5)])
+    y = reference.linear(x, layer.base_weight, layer.bias, [(kind, block, 0.5)])
     close(gradient, torch.autograd.grad((y - base).square().sum(), block)[0])
 
 
@@ -403,7 +404,9 @@ def over_merged_weight(layer, cls, x):
     plain = cls(10, 9, dtype=torch.float64)
     block = layer.disha["default"]
     with torch.no_grad():
-        merged = reference.merged_weight(layer.base_weight, [(block.block, block.scale)])
+        merged = reference.merged_weight(
+            layer.base_weight, [(block.method.name, block.block, block.scale)]
+        )
         plain.weight.copy_(merged)
         plain.bias.copy_(layer.bias)
     return plain(x)
@@ -493,14 +496,14 @@ def test_functional_call_uses_the_block_it_is_given(kind):
     (name,) = (n for n, p in layer.named_parameters() if p.requires_grad)
     block = torch.randn_like(layer.disha["default"].block)
     y = torch.func.functional_call(layer, {name: block}, (x,))
-    expected = reference.linear(x, layer.base_weight, layer.bias, [(block, 1.0)])
+    expected = reference.linear(x, layer.base_weight, layer.bias, [(kind, block, 1.0)])
     close(y, expected)
 
     def loss(block):
         return torch.func.functional_call(layer, {name: block}, (x,)).square().sum()
 
     leaf = block.clone().requires_grad_()
-    y = reference.linear(x, layer.base_weight, layer.bias, [(leaf, 1.0)])
+    y = reference.linear(x, layer.base_weight, layer.bias, [(kind, leaf, 1.0)])
     close(torch.func.grad(loss)(block), torch.autograd.grad(y.square().sum(), leaf)[0])
 
 

@@ -145,7 +145,7 @@ class TestEveryWay:
         block, leaf = disha.adapter_parameters(layer)[0], x.clone().requires_grad_()
         twin, twin_x = block.detach().clone().requires_grad_(), x.clone().requires_grad_()
         output = layer.train()(leaf)
-        expected = reference.linear(twin_x, dense_weight(layer), layer.bias, [(twin, 0.5)])
+        expected = reference.linear(twin_x, dense_weight(layer), layer.bias, [(method, twin, 0.5)])
         close(output, expected)
         torch.tanh(output).sum().backward()
         torch.tanh(expected).sum().backward()
@@ -159,7 +159,7 @@ class TestEveryWay:
         inject(layer, method, adapter="a")
         perturb(inject(layer, "bone", r=3, adapter="b"))
         disha.set_active_adapters(layer, ["a", "b"])
-        blocks = [(layer.disha[one].block, 1.0) for one in "ab"]
+        blocks = [(method, layer.disha["a"].block, 1.0), ("bone", layer.disha["b"].block, 1.0)]
         close(layer(x), reference.linear(x, dense_weight(layer), layer.bias, blocks))
         with disha.adapters_disabled(layer):
             assert torch.equal(layer(x), base)
@@ -223,7 +223,7 @@ class TestMixedModel:
         blocks = list(disha.adapter_parameters(layer))
         assert [block.dtype for block in blocks] == [torch.float32, torch.bfloat16]
         bias, weight = layer.bias.float(), dense_weight(layer)
-        expected = reference.linear(x, weight, bias, [(blocks[0], 1.0)])
+        expected = reference.linear(x, weight, bias, [("bat", blocks[0], 1.0)])
         for cast, dtype in ((False, plain.dtype), (True, in_autocast)):
             with torch.autocast("cpu", torch.bfloat16, enabled=cast):
                 output = layer(x.bfloat16())
@@ -344,7 +344,7 @@ class TestBitsandbytes:
         layer = adapted("nf4", "bat", compress_statistics=nested, quant_storage=storage)
         block = disha.adapter_parameters(layer)[0]
         assert block.dtype == torch.float32
-        expected = reference.linear(x, dense_weight(layer), layer.bias, [(block, 1.0)])
+        expected = reference.linear(x, dense_weight(layer), layer.bias, [("bat", block, 1.0)])
         close(layer(x), expected)
         disha.merge_adapters(layer, dense=True)
         close(layer(x), expected)
@@ -386,7 +386,7 @@ class TestBitsandbytes:
         perturb(layer)
         layer.to("cpu")
         block = disha.adapter_parameters(layer)[0]
-        close(layer(x), reference.linear(x, dense_weight(layer), layer.bias, [(block, 1.0)]))
+        close(layer(x), reference.linear(x, dense_weight(layer), layer.bias, [("bat", block, 1.0)]))
 
     def test_8bit_over_dense_weights_refuses_to_merge(self):
         layer = Linear8bitLt(10, 12)  # quantises in its forward, and keeps what it got
@@ -421,7 +421,7 @@ class TestTensorSubclasses:
         perturb(inject(layer, "bat", r=16))
         x = torch.randn(3, 64)
         block = disha.adapter_parameters(layer)[0]
-        close(layer(x), reference.linear(x, weight, layer.bias, [(block, 1.0)]))
+        close(layer(x), reference.linear(x, weight, layer.bias, [("bat", block, 1.0)]))
 
     def test_compiles_to_one_graph(self):
         model = perturb(inject(nn.Sequential(linear("torchao"), linear("torchao", 12, 8)), "bat"))
@@ -663,7 +663,7 @@ def test_rows_of_a_quantized_weight(way, method):
     block = layer.disha["default"].block
     delta = torch.zeros(12, 64)
     part = dense_weight(layer)[kept]
-    delta[kept] = reference.delta_weight(part, block)
+    delta[kept] = reference.delta_weight(method, part, block)
     close(layer.delta_weight(layer.disha["default"]), delta)
     close(model(x), plain + x @ delta.T)
     with pytest.raises(TargetError, match="out of range"):

@@ -471,7 +471,7 @@ class TestRefusals:
         with refused(model, ArgumentError, r"norm.weight: it is already trained with another"):
             disha.inject_adapters(model, "head", 2, adapter="b", also_train="norm")
 
-    @pytest.mark.parametrize("dtype", [torch.int64, torch.complex64])
+    @pytest.mark.parametrize("dtype", [torch.int64, torch.complex128])
     def test_a_parameter_that_can_not_train(self, model, dtype):
         model.odd = nn.Parameter(torch.ones(3, dtype=dtype), requires_grad=False)
         with pytest.raises(ArgumentError, match=f"odd: it has dtype {dtype}"):

@@ -216,13 +216,15 @@ def stacks(blocks: dict[str, Any]) -> dict[str, Any]:
 # --- the oracle ----------------------------------------------------------------------------------
 
 
-def dense_weight(weight: Tensor, block: Tensor, inputs_first: bool, scale: float = 1.0) -> Tensor:
+def dense_weight(
+    method: str, weight: Tensor, block: Tensor, inputs_first: bool, scale: float = 1.0
+) -> Tensor:
     """Return W + s dW by the loops of the reference: one matrix, or one expert after another."""
     if weight.dim() == 2:
-        return reference.merged_weight(weight, [(block, scale)])
+        return reference.merged_weight(weight, [(method, block, scale)])
     matrices = [matrix.T if inputs_first else matrix for matrix in weight]
     merged = [
-        reference.merged_weight(matrix, [(own, scale)])
+        reference.merged_weight(matrix, [(method, own, scale)])
         for matrix, own in zip(matrices, block, strict=True)
     ]
     return torch.stack([matrix.T if inputs_first else matrix for matrix in merged])
@@ -239,7 +241,8 @@ def oracle(name: str, method: str) -> dict[str, Any]:
         parameter = model.get_parameter(key)
         blocks[key] = block.detach().double().requires_grad_()
         inputs_first = name in INPUTS_FIRST
-        merged[key] = dense_weight(parameter.detach().double(), blocks[key], inputs_first)
+        base = parameter.detach().double()
+        merged[key] = dense_weight(method, base, blocks[key], inputs_first)
         parameter.copy_(merged[key]) if parameter.requires_grad else parameter.data.copy_(
             merged[key].detach()
         )
@@ -395,11 +398,11 @@ def dense_experts(name: str, experts: nn.Module) -> nn.Module:
     """Return the plain eager experts with the dense merged weights of adapted ones."""
     merged = copy.deepcopy(block_of(_built(name, "eager")).experts)
     for key in ("gate_up_proj", "down_proj"):
-        block = experts.disha["default"][key].block
+        block = experts.disha["default"][key]
+        values = block.block.detach().double()
         weight = merged.get_parameter(key)
-        inputs_first = name in INPUTS_FIRST
-        weight.data = dense_weight(weight.detach().double(), block.detach().double(), inputs_first)
-        weight.data = weight.data.float()
+        base = weight.detach().double()
+        weight.data = dense_weight(block.method.name, base, values, name in INPUTS_FIRST).float()
     return merged
 
 
@@ -445,7 +448,7 @@ def test_a_matrix_for_each_token(method):
     perturb(disha.inject_adapters(experts, "", layouts={"^$": "expert out in"}, **METHODS[method]))
     (block,) = disha.adapter_parameters(experts)
     own = block.detach().clone().requires_grad_()
-    merged = dense_weight(experts.base_weight.detach(), own, inputs_first=False)
+    merged = dense_weight(method, experts.base_weight.detach(), own, inputs_first=False)
     x = torch.randn(5, 10, 1, dtype=torch.float64, requires_grad=True)
     for index in (torch.tensor([2, 0, -1, 2, 1]), torch.tensor([1, 1, -3, 0, 2])):
         actual, expected = experts.weight[index] @ x, merged[index] @ x
@@ -654,7 +657,7 @@ def test_undecorated_experts(kind, method, tmp_path):
     (block,) = disha.adapter_parameters(model)
     own = block.detach().clone().requires_grad_()
     weight = fresh["experts"].get_parameter(parameter).detach()
-    merged = dense_weight(weight, own, inputs_first=pattern == "expert in out")
+    merged = dense_weight(method, weight, own, inputs_first=pattern == "expert in out")
     matrices = merged if pattern == "expert in out" else merged.mT
     expected = torch.cat([part @ w for part, w in zip(x.split(sizes), matrices, strict=True)])
     output, direction = experts(x, sizes), torch.randn(7, 8)
