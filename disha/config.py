@@ -59,8 +59,8 @@ class AdapterConfig:
         rows: regex of names -> ranges (first, stop) of the outputs to adapt.
         dropout: probability of zeroing each input of the adapter in training.
         scale: factor on the update when the adapter is injected.
-        dtype: dtype of the blocks; None for float32, or for that of a weight in float64 or with
-            complex values.
+        dtype: dtype of the blocks; None for float32, or float64 over a float64 weight. Over a
+            complex weight, it is always complex64.
         init: `"zeros"` (injection changes nothing) or `"kaiming"` (uniform, as in `nn.Linear`).
         also_train: a regex, or several, of parameters to train and save with the adapter.
 

@@ -79,7 +79,8 @@ def inject_adapters(
         rank_pattern: regex of names -> r of the matching weights; the first match wins.
         dropout: probability of zeroing each input of the adapter in training.
         scale: factor s on the update; `set_adapter_scale` changes it later.
-        dtype: dtype of the blocks. By default float32, or float64 over a float64 weight.
+        dtype: dtype of the blocks. By default float32, or float64 over a float64 weight. Over a
+            complex weight, it is always complex64.
         init: `"zeros"` (the adapter changes nothing until it is trained), or `"kaiming"` (random
             blocks, which act immediately).
         freeze: freeze all parameters, except those of adapters and those that `also_train` matches.

@@ -25,7 +25,7 @@ from transformers.models.jetmoe.modeling_jetmoe import JetMoeParallelExperts
 import disha
 from benchmarks.memory import kept_bytes
 from disha import functional
-from disha.functional import products
+from disha.functional import linear, products
 from disha.functional.methods import METHODS as TABLE
 from disha.layers.adapted import AdaptedLayer
 from tests import reference
@@ -281,8 +281,8 @@ def dense(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
             computed.append(tuple(weight.shape))
         return original(weight, layout, some)
 
-    monkeypatch.setattr(functional, "computed_weight", computed_weight)
-    monkeypatch.setattr(products, "computed_weight", computed_weight)
+    for module in (functional, linear, products):
+        monkeypatch.setattr(module, "computed_weight", computed_weight)
     for method in TABLE.values():
         delta = type(method).delta
 
