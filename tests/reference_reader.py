@@ -62,8 +62,11 @@ def numbers(raw, dtype, shape):
     if dtype == "BF16":
         bits = numpy.frombuffer(raw, "<u2").astype("<u4") << 16
         return bits.view("<f4").astype("f8").reshape(shape)
-    code = {"F16": "<f2", "F32": "<f4", "F64": "<f8", "I64": "<i8"}[dtype]
-    return numpy.frombuffer(raw, code).astype("f8").reshape(shape)
+    if dtype == "BOOL":
+        return numpy.frombuffer(raw, "?").reshape(shape)
+    code = f"<{dtype[0].lower()}{int(dtype[1:]) // 8}"  # such as <f4 for F32, and <u1 for U8
+    values = numpy.frombuffer(raw, code).reshape(shape)
+    return values.astype("f8") if dtype[0] == "F" else values
 
 
 def read(data):

@@ -18,9 +18,10 @@ from disha.files.header import AdapterContents
 from disha.files.loading import Source, load_contents
 from disha.files.saving import adapter_contents
 from disha.functional import method_of
+from disha.model.buffers import claimant_of
 from disha.model.records import LayerRecord
 from disha.model.state import finite_as
-from disha.model.view import ModelView
+from disha.model.view import ModelView, all_or_nothing
 from disha.text import first_few
 
 
@@ -86,18 +87,20 @@ def combine_adapters(
     for adapter, weight in weights.items():
         contents = adapter_contents(view, adapter)
         claims = any(parameter.is_claimed(adapter) for parameter in view.parameters)
+        claims = claims or any(claimant_of(buffer) == adapter for buffer in view.buffers)
         if not also_train or not claims:  # what trains unclaimed stays in the model
             contents = keep_blocks(contents)
         summands.append(Summand(f"adapter {adapter!r}", contents, weight))
     total = combine_contents(summands, r)
-    load_contents(view, "the sum", total, into, freeze=False, activate=False)
-    trained = {
-        model_block.name
-        for model_block in view.blocks()
-        if model_block.adapter in weights and model_block.block.block.requires_grad
-    }
-    for model_block in view.require(into):
-        model_block.block.block.requires_grad_(model_block.name in trained)
+    with all_or_nothing(view) as undo:
+        load_contents(view, "the sum", total, into, freeze=False, activate=False, around=undo)
+        trained = {
+            model_block.name
+            for model_block in view.blocks()
+            if model_block.adapter in weights and model_block.block.block.requires_grad
+        }
+        for model_block in view.require(into):
+            model_block.block.block.requires_grad_(model_block.name in trained)
 
 
 Part = tuple[LayerRecord, Summand]

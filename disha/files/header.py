@@ -71,7 +71,7 @@ class AdapterFile(AdapterContents):
     Attributes:
         config: the adapter's configuration.
         layers: the adapted layers, in the order of the model.
-        also_train: names of the parameters and running statistics saved with the blocks.
+        also_train: names of the parameters and buffers saved with the blocks.
         tensors: key -> tensor without values (on the meta device): its shape and dtype.
         metadata: the notes that the user gave to `save_adapter`.
         path: the file.

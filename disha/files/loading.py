@@ -27,7 +27,7 @@ from disha.files.header import (
 from disha.files.saving import base_fingerprint, describe_block
 from disha.layers.blocks import check_adapter_name
 from disha.layers.weights import start_of
-from disha.model import running_statistics
+from disha.model import buffers
 from disha.model.file_plans import plan_weights
 from disha.model.fingerprints import same_base
 from disha.model.inject import apply_plan
@@ -67,12 +67,12 @@ def load_adapter(
         path: the file, or a folder with a file `adapter.safetensors`.
         adapter: the name that the adapter gets in this model.
         layers: a regex, searched in the names of the layers; only matching layers are loaded.
-        also_train: also set the parameters and running statistics that the file holds. They can
+        also_train: also set the parameters and buffers that the file holds. They can
             belong to only one adapter: if another one has changed them, this raises.
         replace: if the model has an adapter of that name, copy the file's values into it, in place
             (hot swap). The shapes must agree, or the file's r divides the model's (Bone, tile).
-            Without `layers`, layers that the file lacks get zeros, and running statistics the
-            values of the base. `also_train` parameters that it lacks keep their values.
+            Without `layers`, layers that the file lacks get zeros, and buffers that the adapter
+            saves the values of the base. `also_train` parameters that it lacks keep their values.
         dtype: dtype of the blocks; the file's by default.
         freeze: freeze all parameters that belong to no adapter, as `inject_adapters` does.
         activate: make a new adapter the only active one.
@@ -196,8 +196,7 @@ def _add_adapter(
             "pass replace=True"
         )
     check_dtype(dtype)
-    statistics = running_statistics.statistics(view.names)
-    also_train = sorted(incoming.tensors.keys() - layers.keys() - statistics.keys())
+    also_train = sorted(incoming.tensors.keys() - layers.keys())
     try:
         plan = plan_weights(
             view,
@@ -284,11 +283,11 @@ def _list_differences(incoming: _Incoming) -> list[str]:
 
 
 def _list_conflicts(incoming: _Incoming) -> list[str]:
-    """Return the running statistics for which another adapter of the model has other values."""
+    """Return the buffers for which another adapter of the model has other values."""
     return [
         f"{name}: another adapter has changed it, and it can belong to only one; to load the "
         "layers alone, pass also_train=False"
-        for name, (now, _) in running_statistics.changed_statistics(incoming.view.names).items()
+        for name, now in buffers.list_changed(incoming.view).items()
         if name in incoming.tensors and not torch.equal(incoming.tensors[name].to(now), now)
     ]
 
@@ -297,7 +296,7 @@ def _find_targets(incoming: _Incoming, differences: Sequence[str]) -> dict[str, 
     """Return key -> the model's tensor. Raise if one is missing or can't hold the values."""
     view = incoming.view
     adapter = incoming.adapter
-    known = running_statistics.statistics(view.names) | adapter_tensors(view, adapter)
+    known = buffers.list_saved(view, adapter) | adapter_tensors(view, adapter)
     report = replace(check_fit(known, incoming.tensors), missing=())  # these keep their values
     reasons = list(differences)
     if not report.complete:
@@ -329,8 +328,8 @@ def _take_settings(incoming: _Incoming, undo: ExitStack) -> None:
 
 
 def _reset_missing(incoming: _Incoming, undo: ExitStack) -> None:
-    """Let the layers and running statistics that the adapter lacks act as in the base."""
-    running_statistics.put_back_statistics(incoming.view.names, undo, incoming.tensors)
+    """Let the layers and buffers that the adapter lacks act as in the base."""
+    buffers.put_back_buffers(incoming.view, undo, incoming.adapter, but=incoming.tensors)
     for name, layer, _, block in incoming.view.blocks(incoming.adapter):
         if join(name, block.parameter_name) not in incoming.layers:
             start = start_of(layer, block)

@@ -20,7 +20,9 @@ from disha.files.header import (
 )
 from disha.functional import method_of
 from disha.layers.weights import base_of, is_packed, weight_shape
+from disha.model import buffers
 from disha.model.fingerprints import fingerprint
+from disha.model.lost_layers import find_lost_layers
 from disha.model.records import LayerRecord
 from disha.model.state import adapter_tensors, finite_as
 from disha.model.view import ModelBlock, ModelView
@@ -39,9 +41,9 @@ def save_adapter(
     """Write an adapter, and nothing else of the model, to one safetensors file.
 
     The adapter is its blocks, the parameters of `also_train`, all others that require gradients (of
-    which it warns), and the running statistics of norms that training has changed. An existing
-    file stays until the new one is complete. The same adapter gives the same bytes, also from a
-    wrapped, sharded or merged model.
+    which it warns), and the buffers that training has changed: the running statistics of norms and
+    those that `also_train` names. An existing file stays until the new one is complete. The same
+    adapter gives the same bytes, also from a wrapped, sharded or merged model.
 
     If `fully_shard` has sharded the model, call this on all ranks: they gather the adapter, and the
     first one writes the file. Otherwise, also under DDP, rank 0 is enough.
@@ -61,7 +63,9 @@ def save_adapter(
         ArgumentTypeError: the metadata is not str -> str.
 
     Warns:
-        UserWarning: parameters train, and so are saved, that `also_train` does not name.
+        UserWarning: parameters train, and so are saved, that `also_train` does not name; other
+            buffers have changed since the injection, and are not saved; or the adapter has lost
+            layers, because other modules have taken their place.
 
     Examples:
         >>> import tempfile
@@ -86,6 +90,8 @@ def save_adapter(
                 target.parent.mkdir(exist_ok=True)
             write_contents(target, contents)
             _warn_of_others(view, adapter)
+            _warn_of_buffers(view, adapter)
+            _warn_of_lost_layers(view, adapter)
 
 
 def _warn_of_others(view: ModelView, adapter: str) -> None:
@@ -96,6 +102,30 @@ def _warn_of_others(view: ModelView, adapter: str) -> None:
             f"the file of adapter {adapter!r} also holds {counted(len(others), 'parameter')} that "
             f"also_train does not name, because they train: {first_few(others, 3, ', ')}. To save "
             "without them, freeze them (mark_only_adapters_trainable)",
+            stacklevel=3,
+        )
+
+
+def _warn_of_buffers(view: ModelView, adapter: str) -> None:
+    """Name the buffers that have changed since the injection, and were not saved."""
+    changed = buffers.list_unsaved(view)
+    if changed:
+        warnings.warn(
+            f"the file of adapter {adapter!r} lacks {counted(len(changed), 'buffer')} of the model "
+            f"that changed since the injection: {first_few(changed, 3, ', ')}. To save them, name "
+            "them in also_train when you inject",
+            stacklevel=3,
+        )
+
+
+def _warn_of_lost_layers(view: ModelView, adapter: str) -> None:
+    """Name the layers that the adapter had when it was injected, and has no more."""
+    lost = find_lost_layers(view, adapter)
+    if lost:
+        warnings.warn(
+            f"the file of adapter {adapter!r} lacks {counted(len(lost), 'layer')} that it was "
+            f"injected into: {first_few(lost, 3, ', ')}. Another module has taken their place, as "
+            "resize_token_embeddings does; change the model first, and then inject",
             stacklevel=3,
         )
 

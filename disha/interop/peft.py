@@ -42,7 +42,6 @@ from disha.interop.peft_format import (
 )
 from disha.layers.blocks import original_class
 from disha.model.records import LayerRecord, Tensors
-from disha.model.running_statistics import statistics
 from disha.model.state import LoadReport
 from disha.model.view import ModelView
 from disha.text import brief, join
@@ -223,15 +222,14 @@ def load(
 
 
 def _shapes(view: ModelView, names: Sequence[str]) -> Shapes:
-    """Return the shapes of parameters and statistics; of a linear layer's weight also if packed."""
+    """Return the shapes of parameters and buffers; of a linear layer's weight also if packed."""
     linear = {
         join(name, "weight"): (module.out_features, module.in_features)
         for name, module in view.modules.items()
         if isinstance(module, nn.Linear)
     }
-    known = statistics(view.names) | {
-        name: parameter.value for name, parameter in view.parameters_by_name.items()
-    }
+    known: dict[str, Tensor] = {buffer.name: buffer.value for buffer in view.buffers}
+    known |= {name: parameter.value for name, parameter in view.parameters_by_name.items()}
     others = known.keys() & names - linear.keys()
     return linear | {name: tuple(known[name].shape) for name in others}
 

@@ -27,8 +27,7 @@ from disha.layers.bitsandbytes import is_library_forward
 from disha.layers.blocks import original_class
 from disha.layers.kinds import FOREIGN_KINDS, LAYER_KINDS, full_name
 from disha.model.records import Tensors
-from disha.model.running_statistics import saved_buffers, statistics
-from disha.model.view import ModelView
+from disha.model.view import ModelView, persistent_buffers_of
 from disha.sharding.tensors import gathered
 from disha.text import brief, first_few, join
 
@@ -289,7 +288,7 @@ def saved_modules(view: ModelView, also_train: Sequence[str], layers: Sequence[s
             modules += names
             inside_saved.update(inside)
             for inner, below in inside.items():
-                held = {**inner._parameters, **saved_buffers(inner)}
+                held = {**inner._parameters, **persistent_buffers_of(inner)}
                 tensors |= {
                     join(join(name, below), key): tensor
                     for name in names
@@ -305,7 +304,7 @@ def saved_modules(view: ModelView, also_train: Sequence[str], layers: Sequence[s
     ]
     problems += layers_inside(layers, modules)
     problems += [
-        f"{name}: PEFT saves running statistics only with a module whose parameters train"
+        f"{name}: PEFT saves buffers only with a module whose parameters train"
         for name in also_train
         if name not in known and name not in tensors
     ]
@@ -325,13 +324,12 @@ def keep_for_model(view: ModelView, folder: PeftFolder) -> None:
     """Take what is in the model and does not train out of a folder; leave tied tensors once."""
     parameters = view.parameters_by_name
     tensors = folder.tensors
-    # An adapter holds running statistics and no other buffers; other values of these are refused.
     buffers = {
         join(above, name): buffer
         for above, module in view.modules.items()
-        for name, buffer in saved_buffers(module).items()
+        for name, buffer in persistent_buffers_of(module).items()
     }
-    known = statistics(view.names)
+    loadable = {buffer.name for buffer in view.buffers}
     kept = {}
     problems = []
     for name, tensor in tensors.items():
@@ -353,7 +351,7 @@ def keep_for_model(view: ModelView, folder: PeftFolder) -> None:
         ]
         if differ:
             problems.append(f"{name}: the model ties it to {differ[0]}, which differs; untie them")
-        elif buffer is not None and name not in known:
+        elif buffer is not None and name not in loadable:
             problems.append(
                 f"{name}: it does not train, and differs from the model's; copy it into the model"
             )

@@ -206,7 +206,7 @@ class AdapterBlock(nn.Module):
         if self.scale_tensor.device != self.block.device:
             self._write_scale()  # load_state_dict(assign=True) has taken the block off meta
         # A base model's checkpoint has no blocks, but must still load strictly. If one has some
-        # blocks, a hook of the model (running_statistics) adds the others to the missing keys.
+        # blocks, a hook of the model (model/buffers.py) adds the others to the missing keys.
         missing_keys = args[2]
         key = prefix + self.parameter_name
         if key in missing_keys:

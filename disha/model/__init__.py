@@ -5,5 +5,5 @@
   of the model's weights and the `reasons` against adapting some of them
 - `inject`, `control`, `merge`, `state`, `check`, `summary`: the public functions
 - `records`, `fingerprints`: what a file says of an adapted weight, and of its base
-- `running_statistics`: what norms remember
+- `buffers`, `lost_layers`: what a model remembers of itself from before its adapters
 """

@@ -13,7 +13,11 @@ from disha.errors import ArgumentError
 from disha.functional import method_of
 from disha.layers.kinds import slot_of
 from disha.model.plan import Plan, PlannedLayer
-from disha.model.reasons import reason_against_loading, reason_against_record
+from disha.model.reasons import (
+    reason_against_claiming,
+    reason_against_loading,
+    reason_against_record,
+)
 from disha.model.records import LayerRecord
 from disha.model.selection import find_tied, list_nearest, list_weights
 from disha.model.target_plans import configure_rows
@@ -51,8 +55,13 @@ def plan_weights(
             reasons.append(f"{printable(record.name, WIDEST) or '(the model)'}: {reason}")
         else:
             planned.append(layer)
+    buffers = {name: buffer for buffer in view.buffers for name in buffer.names}
     for key in also_train:
-        reason = reason_against_loading(view.parameters_by_name.get(key), tensors[key].shape)
+        if key in buffers:
+            reason = reason_against_claiming(buffers[key])
+        else:
+            parameter = view.parameters_by_name.get(key)
+            reason = reason_against_loading(parameter, tensors[key].shape)
         if reason is not None:
             reasons.append(f"parameter {printable(key, WIDEST)}: {reason}")
     if reasons:
@@ -62,7 +71,9 @@ def plan_weights(
             nearest = list_nearest(absent[0], weights)
             message += f"\nthe names nearest to {brief(absent[0])} are {nearest}" if nearest else ""
         raise ArgumentError(message)
-    return Plan(adapter, config, freeze, tuple(planned), tuple(also_train))
+    statistics = [name for name, buffer in buffers.items() if buffer.is_statistic]
+    claimed = tuple(key for key in also_train if key not in statistics)
+    return Plan(adapter, config, freeze, tuple(planned), claimed)
 
 
 def _weights_by_name(view: ModelView, config: AdapterConfig) -> dict[str, PlannedLayer]:

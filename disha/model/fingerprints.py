@@ -13,6 +13,21 @@ from disha.sharding.tensors import gathered
 SAMPLES = 64
 HALF = 8
 
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def sample(values: Tensor) -> Tensor:
+    """Return 64 values of a tensor, from the first to the last, or all if there are fewer."""
+    if values.numel() <= SAMPLES:
+        return values.flatten().clone()
+    # Position i is i * step // 63.
+    step = values.numel() - 1
+    positions = torch.arange(0, SAMPLES * step, step, device=values.device) // (SAMPLES - 1)
+    if values.is_complex():
+        return values.take(positions)
+    # As integers, because torch 2.8 can't take values of 8 bits, nor unsigned ones.
+    return values.view(_BITS[values.itemsize]).take(positions).view(values.dtype)
+
 
 def fingerprint(weight: Tensor) -> str | None:
     """Return 16 hexadecimal digits of 64 of a weight's values, or None; collective if sharded.
@@ -22,14 +37,7 @@ def fingerprint(weight: Tensor) -> str | None:
     """
     if weight.is_meta or not is_inexact(weight) or not weight.numel():
         return None
-    values = gathered(weight.detach())
-    count = min(SAMPLES, values.numel())
-    # From the first value to the last: position i is i * step // (count - 1).
-    step = max(values.numel() - 1, 1)
-    positions = torch.arange(0, count * step, step, device=values.device) // max(count - 1, 1)
-    # As integers, because torch 2.8 can't take values of 8 bits.
-    numbers = values.view(torch.uint8) if values.itemsize == 1 else values
-    chosen = numbers.take(positions).cpu().view(values.dtype)
+    chosen = sample(gathered(weight.detach())).cpu()
     if chosen.is_complex():
         chosen = torch.view_as_real(chosen).flatten()
     shape = str(tuple(weight.shape)).encode()

@@ -20,7 +20,7 @@ from disha.layers.adapted import AdaptedLayer, adapt, readapt, refuse_changed_cl
 from disha.layers.blocks import AdapterBlock
 from disha.layers.encoder import Encoder, guard_encoder
 from disha.layers.new_blocks import make_block
-from disha.model import running_statistics
+from disha.model import buffers, lost_layers
 from disha.model.plan import EXCLUDED, Plan
 from disha.model.target_plans import plan_injection
 from disha.model.view import ModelView, all_or_nothing
@@ -85,8 +85,9 @@ def inject_adapters(
             blocks, which act immediately).
         freeze: freeze all parameters, except those of adapters and those that `also_train` matches.
             `remove_adapters` restores their `requires_grad` flags.
-        also_train: regex, or several, of parameter names (such as `"norm.*weight"`) to train and
-            save with the adapter. These stay parameters of the model: unlike blocks, they act
+        also_train: regex, or several, of names of parameters (such as `"norm.*weight"`) to train
+            and save with the adapter, and of persistent buffers to save with it once they have
+            changed. These stay parameters and buffers of the model: unlike blocks, they act
             whichever adapter is active. So each of them can belong to only one adapter.
         also_train_rows: regex of names of matrices -> numbers of their rows to train and save with
             the adapter: `{"embed_tokens": [32000, 32001]}` for two new tokens. They are blocks with
@@ -175,7 +176,10 @@ def apply_plan(view: ModelView, plan: Plan, undo: ExitStack, *, activate: bool =
     # Contexts cover the layers of a group together.
     groups = [layer.disha.group for layer in view.layers if layer.disha.group is not LOOSE]
     group = groups[0] if groups else Group()
-    running_statistics.remember_statistics(view.model, view.names, undo)
+    buffers.remember_buffers(view, plan.adapter, plan.also_train, undo)
+    lost_layers.remember_layers(
+        view.model, plan.adapter, [layer.name for layer in plan.layers], undo
+    )
     modules = {**blocks, **borrowed}
     _keep(view, modules, undo)
     for module in modules:
@@ -208,8 +212,9 @@ def remove_adapters(model: M, adapter: str | None = None) -> M:
 
     A layer without adapters gets its former class and state-dict keys back. When the model has no
     adapter left, every `requires_grad` flag and the running statistics of batch norms are as they
-    were before the first injection. Parameters that were trained with the adapter (`also_train`)
-    keep their values. No other adapter becomes active.
+    were before the first injection. Buffers that `also_train` named are as before the adapter that
+    it trained them with; parameters that it named keep their values. No other adapter becomes
+    active.
 
     Args:
         model: a model with adapters.
@@ -224,6 +229,9 @@ def remove_adapters(model: M, adapter: str | None = None) -> M:
         TargetError: DDP or FSDP wraps the model.
         ModeError: adapters are merged (`MergeError`); or this thread is in a context of the model,
             or another one is in a context that names the adapter.
+
+    Warns:
+        UserWarning: other buffers have changed since the injection. They keep their values.
 
     The model is unchanged whenever this raises.
 
@@ -247,10 +255,25 @@ def remove_adapters(model: M, adapter: str | None = None) -> M:
     check_removable(view, removed)
     with all_or_nothing(view) as undo:
         take_out(view, removed, undo)
+        for name in removed:
+            buffers.release_buffers(view, name, undo)
         if not view.layers:
-            running_statistics.put_back_statistics(view.names, undo)
-            running_statistics.forget_statistics(view.names)
+            buffers.put_back_buffers(view, undo)
+            _warn_of_unsaved_buffers(view)
+            buffers.forget_buffers(view.names, undo)
     return model
+
+
+def _warn_of_unsaved_buffers(view: ModelView) -> None:
+    """Name the buffers that have changed, but whose former values nothing has kept."""
+    changed = buffers.list_unsaved(view)
+    if changed:
+        warnings.warn(
+            f"{counted(len(changed), 'buffer')} of the model changed while it had adapters, and "
+            f"can't be put back: {first_few(changed, 3, ', ')}. Name them in also_train when you "
+            "inject, and they are saved and put back",
+            stacklevel=3,
+        )
 
 
 def take_out(view: ModelView, adapters: Sequence[str], undo: ExitStack) -> None:
@@ -265,6 +288,8 @@ def take_out(view: ModelView, adapters: Sequence[str], undo: ExitStack) -> None:
     for module in view.names:
         for adapter in adapters:
             gradient_flags.release(module, adapter)
+    for adapter in adapters:
+        lost_layers.forget_layers(view.names, adapter, undo)
     if not view.layers:
         for module in view.names:
             gradient_flags.restore_flags(module)

@@ -20,7 +20,7 @@ from disha.layers.blocks import AdapterBlock, Merged, Original, Slot
 from disha.layers.offloading import offloading_hooks
 from disha.layers.quantized import ROUNDED, quantization_of, takes_dense
 from disha.layers.weights import merged_weight, slots_of, stored_weight
-from disha.model import running_statistics
+from disha.model import buffers
 from disha.model.control import checked_names
 from disha.model.fingerprints import fingerprint, same_base
 from disha.model.inject import check_removable, take_out
@@ -96,7 +96,7 @@ def merge_adapters(
             take_out(view, view.adapters, undo)
             for layer in layers:
                 _compute_densely(layer, undo)
-            running_statistics.forget_statistics(view.names)
+            buffers.forget_buffers(view.names, undo)
 
 
 def _compute_densely(layer: nn.Module, undo: ExitStack) -> None:

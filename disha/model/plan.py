@@ -122,7 +122,8 @@ class Plan:
         config: its configuration.
         freeze: whether all other parameters are frozen.
         layers: the weights that would be adapted.
-        also_train: clean names of the parameters to be trained and saved with the adapter.
+        also_train: clean names of the parameters to be trained and saved with the adapter, and of
+            the buffers to be saved with it once they have changed.
         skipped: what the target selects but would not be adapted, each with its `reason`.
         unknown: the matrix parameters of the model whose layouts are unknown.
         convolutions: names of the convolutions that `"all-linear"` leaves out.

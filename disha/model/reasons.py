@@ -20,9 +20,10 @@ from disha.layers.adapted import AdaptedLayer
 from disha.layers.blocks import Slot
 from disha.layers.quantized import quantization_of
 from disha.layers.weights import read_weight, stored_weight
+from disha.model.buffers import claimant_of
 from disha.model.plan import PlannedLayer
 from disha.model.records import LayerRecord
-from disha.model.view import ModelParameter
+from disha.model.view import ModelBuffer, ModelParameter
 from disha.sharding.tensor_parallel import split_of
 from disha.sharding.zero import whole_shape
 
@@ -187,7 +188,10 @@ def _describe(geometry: Geometry) -> str:
     return f"{stack}{geometry.in_features} -> {geometry.out_features}"
 
 
-# --- against training a parameter ----------------------------------------------------------------
+# --- against training a parameter or a buffer ----------------------------------------------------
+
+
+CLAIMED = "it is already trained with another adapter, and can belong to only one"
 
 
 def reason_against_training(parameter: ModelParameter) -> str | None:
@@ -196,9 +200,12 @@ def reason_against_training(parameter: ModelParameter) -> str | None:
         return "it is quantised and can't be trained with an adapter"
     if parameter.value.dtype not in TRAINABLE_DTYPES:
         return f"it has dtype {parameter.value.dtype} and can't be trained with an adapter"
-    if parameter.is_claimed():
-        return "it is already trained with another adapter, and can belong to only one"
-    return None
+    return CLAIMED if parameter.is_claimed() else None
+
+
+def reason_against_claiming(buffer: ModelBuffer) -> str | None:
+    """Return why the buffer can't be saved with a new adapter."""
+    return None if claimant_of(buffer) is None else CLAIMED
 
 
 def reason_against_loading(parameter: ModelParameter | None, shape: tuple[int, ...]) -> str | None:

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from disha.errors import AdapterStateError
+from disha.functional.shard_sums import is_inexact
 from disha.layers.adapted import AdaptedLayer, refuse_merged
 from disha.layers.weights import stored_weight, weight_shape
-from disha.model import running_statistics
+from disha.model import buffers
 from disha.model.records import Tensors
 from disha.model.view import ModelView, all_or_nothing, clean_key
 from disha.sharding.tensors import local_part, reason_against_writing, write
@@ -129,8 +130,7 @@ def adapter_tensors(view: ModelView, adapter: str) -> dict[str, Tensor]:
         ):
             refuse_merged(view.layers, f"use {parameter.name} as part of the adapter")
         tensors[parameter.name] = parameter.value
-    changed = running_statistics.changed_statistics(view.names)
-    return tensors | {name: now for name, (now, _) in changed.items()}
+    return tensors | buffers.list_changed(view, adapter)
 
 
 def load_adapter_state_dict(
@@ -177,11 +177,11 @@ def load_adapter_state_dict(
     with all_or_nothing(view) as undo:
         with view.ranks.agreeing(f"load a state dict as adapter {adapter!r}"):
             refuse_merged(view.layers, "load an adapter")
-            statistics = running_statistics.statistics(view.names)
+            saved_buffers = buffers.list_saved(view, adapter)
             names = {clean_key(key) for key in map(str, state)}
-            given = {name: value for name, value in statistics.items() if name in names}
+            given = {name: value for name, value in saved_buffers.items() if name in names}
             held = adapter_tensors(view, adapter)
-            parameters = {key: held[key] for key in held.keys() - statistics.keys()}
+            parameters = {key: held[key] for key in held.keys() - saved_buffers.keys()}
             expected = _in_state_dict(view, parameters | given)
             found = _under_model_keys(state, expected)
             report = check_fit(expected, found)
@@ -192,8 +192,8 @@ def load_adapter_state_dict(
                 )
         for key in report.matched:
             write(expected[key], found[key], undo)
-        if strict:  # the state is complete, so the other statistics were the base's
-            running_statistics.put_back_statistics(view.names, undo, given)
+        if strict:  # the state is complete, so its adapter has not changed the other buffers
+            buffers.put_back_buffers(view, undo, adapter, but=given)
     return report
 
 
@@ -253,5 +253,9 @@ def _kind_of_number(tensor: Tensor) -> str:
 def finite_as(value: Tensor, dtype: torch.dtype) -> bool:
     """Whether all values that this rank holds are finite after a cast to `dtype`."""
     value = local_part(value).detach().to(dtype)
+    if not is_inexact(value):
+        return True
+    if value.itemsize == 1:  # torch does not add up numbers of 8 bits
+        value = value.float()
     # A finite sum has finite terms, so only a sum that overflows needs a second look.
     return bool(value.sum().isfinite()) or bool(value.isfinite().all())

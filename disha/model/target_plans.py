@@ -18,6 +18,7 @@ from disha.model.plan import Plan, PlannedLayer
 from disha.model.reasons import (
     reason_against_adapting,
     reason_against_block,
+    reason_against_claiming,
     reason_against_training,
 )
 from disha.model.selection import Selection, find_tied, list_reasons, refuse_unused
@@ -65,7 +66,7 @@ def plan_adapters(
         scale: factor on the update.
         dtype: dtype of the blocks.
         init: initial values of the blocks.
-        also_train: names of parameters to train and save with the adapter.
+        also_train: names of parameters to train, and of buffers, to save with the adapter.
         also_train_rows: regex of names -> rows of matrices to train and save with it.
         freeze: whether all other parameters are frozen.
 
@@ -136,7 +137,7 @@ def plan_injection(
         config,
         freeze,
         layers=(*layers, *more_layers),
-        also_train=_choose_parameters(view, config),
+        also_train=_choose_also_trained(view, config),
         skipped=(*skipped, *more_skipped),
         unknown=selection.unknown,
         convolutions=selection.convolutions,
@@ -195,22 +196,30 @@ def _plan_layers(
 # --- other parameters, and counts ----------------------------------------------------------------
 
 
-def _choose_parameters(view: ModelView, config: AdapterConfig) -> tuple[str, ...]:
-    """Return the clean names of the parameters that `also_train` matches by any of their names."""
+def _choose_also_trained(view: ModelView, config: AdapterConfig) -> tuple[str, ...]:
+    """Return the main names of the parameters and buffers that `also_train` matches."""
     if not config.also_train:
         return ()
-    chosen = [
-        parameter for parameter in view.parameters if matching(config.also_train, parameter.names)
-    ]
-    for parameter in chosen:
-        reason = reason_against_training(parameter)
-        if reason is not None:
-            raise ArgumentError(
-                f"also_train matches {parameter.name}: {reason}; give a regex that leaves it out"
-            )
-    names = [name for parameter in chosen for name in parameter.names]
-    refuse_unused("also_train", config.also_train, names)
-    return tuple(parameter.name for parameter in chosen)
+    matched_names: list[str] = []
+    chosen = []
+    for parameter in view.parameters:
+        if matching(config.also_train, parameter.names):
+            _refuse_also_train(parameter.name, reason_against_training(parameter))
+            matched_names += parameter.names
+            chosen.append(parameter.name)
+    for buffer in view.buffers:
+        if matching(config.also_train, buffer.names):
+            _refuse_also_train(buffer.name, reason_against_claiming(buffer))
+            matched_names += buffer.names
+            if not buffer.is_statistic:  # these are saved with every adapter
+                chosen.append(buffer.name)
+    refuse_unused("also_train", config.also_train, matched_names)
+    return tuple(chosen)
+
+
+def _refuse_also_train(name: str, reason: str | None) -> None:
+    if reason is not None:
+        raise ArgumentError(f"also_train matches {name}: {reason}; give a regex that leaves it out")
 
 
 def _count_parameters(view: ModelView, plan: Plan) -> Plan:

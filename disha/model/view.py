@@ -11,7 +11,9 @@ from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from typing import NamedTuple
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from disha.effective.contexts import current_context
 from disha.errors import (
@@ -104,6 +106,38 @@ class ModelParameter(NamedTuple):
         return count_values(self.value, self.module)
 
 
+class ModelBuffer(NamedTuple):
+    """A persistent buffer of a model, with all of its clean names."""
+
+    names: tuple[str, ...]
+    module: nn.Module
+    attribute: str  # its name in the module
+    is_statistic: bool  # whether it is one of the running statistics of a norm
+
+    @property
+    def name(self) -> str:
+        """Its main name."""
+        return self.names[0]
+
+    @property
+    def value(self) -> Tensor:
+        """The buffer as the module holds it now."""
+        buffer = self.module._buffers[self.attribute]
+        assert buffer is not None
+        return buffer
+
+
+def persistent_buffers_of(module: nn.Module) -> dict[str, Tensor]:
+    """Return the buffers of a module, not those of its children, that are in state dicts."""
+    return {
+        name: buffer
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+        and not is_lazy(buffer)
+        and name not in module._non_persistent_buffers_set
+    }
+
+
 class ModelView:
     """The modules, parameters and adapters of a model; the adapters are always up to date."""
 
@@ -173,6 +207,20 @@ class ModelView:
     def parameters_by_name(self) -> dict[str, ModelParameter]:
         """Every clean name of a parameter -> the parameter."""
         return {name: parameter for parameter in self.parameters for name in parameter.names}
+
+    @cached_property
+    def buffers(self) -> tuple[ModelBuffer, ...]:
+        """The persistent buffers of the model, except sparse ones and those of special classes."""
+        buffers = []
+        for module, names in self.names.items():
+            persistent = persistent_buffers_of(module)
+            is_norm = "running_mean" in persistent
+            for attribute, buffer in persistent.items():
+                is_plain = type(buffer) is Tensor or is_sharded(buffer)
+                if is_plain and buffer.layout is torch.strided:
+                    aliases = tuple(join(name, attribute) for name in names)
+                    buffers.append(ModelBuffer(aliases, module, attribute, is_norm))
+        return tuple(buffers)
 
     # --- adapters --------------------------------------------------------------------------------
 

@@ -187,5 +187,5 @@ def test_nothing_else_walks():
         ("model/view.py", "layer.disha.children()"),
         ("model/inject.py", "module.modules()"),
         ("integrations/memory.py", "model.parameters()"),
-        ("model/running_statistics.py", "model.named_modules()"),
+        ("model/buffers.py", "model.named_modules()"),
     }

@@ -1,0 +1,230 @@
+"""What training changes besides parameters: the persistent buffers of a model.
+
+Each module remembers in its `__dict__` what its buffers were before the first adapter:
+
+    buffers                           remembered       saved, once they have changed
+    running statistics of norms       their values     with every adapter
+    those that `also_train` matches   their values     with that adapter
+    all others                        some values      never: a save names them
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Container, Iterable
+from contextlib import ExitStack
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from disha.layers.blocks import CHILD_NAME
+from disha.layers.gradient_flags import attributes_of
+from disha.model.fingerprints import sample
+from disha.model.view import ModelBuffer, ModelView, clean_key
+from disha.sharding.tensors import local_part, write
+from disha.text import join
+
+_BUFFERS = "_disha_buffers"
+
+
+class _Remembered(NamedTuple):
+    """What a module remembers of a buffer."""
+
+    former: Tensor  # its values before the first adapter, or a sample of them
+    is_whole: bool  # whether these are all of its values, because adapters save it
+    adapter: str | None = None  # the only one that saves it
+
+    def is_saved_with(self, adapter: str | None) -> bool:
+        """Whether a change is saved with an adapter, or with any."""
+        return self.is_whole and (adapter is None or self.adapter in (None, adapter))
+
+    def differs_from(self, now: Tensor) -> bool:
+        """Whether a buffer may have changed. On the meta device, that is unknown."""
+        if self.former.is_meta or now.is_meta:
+            return self.is_whole
+        current = _read(now, self.is_whole)
+        former = self.former.to(current)
+        if torch.equal(current, former):
+            return False
+        # NaN differs from itself, but may be what was there before.
+        numbers = ~current.isnan()
+        same_numbers = torch.equal(current[numbers], former[numbers])
+        return not (same_numbers and torch.equal(numbers, ~former.isnan()))
+
+
+def _read(buffer: Tensor, is_whole: bool) -> Tensor:
+    """Return the values of a buffer, or a sample of them."""
+    values = local_part(buffer.detach())  # all of them: buffers are replicated, never sharded
+    return values if is_whole else sample(values)
+
+
+def _recall(buffer: ModelBuffer) -> _Remembered | None:
+    return attributes_of(buffer.module).get(_BUFFERS, {}).get(buffer.attribute)
+
+
+def claimant_of(buffer: ModelBuffer) -> str | None:
+    """Return the adapter whose `also_train` has named the buffer, if there is one."""
+    remembered = _recall(buffer)
+    return None if remembered is None else remembered.adapter
+
+
+# --- remembering ---------------------------------------------------------------------------------
+
+
+def remember_buffers(
+    view: ModelView, adapter: str, also_train: Collection[str], undo: ExitStack
+) -> None:
+    """Remember the buffers that are not remembered yet, and those that the adapter shall save."""
+    if not _find_hooks(view.model):
+        handle = view.model.register_load_state_dict_pre_hook(_before_loading)
+        undo.callback(handle.remove)
+    for buffer in view.buffers:
+        if buffer.name in also_train:
+            _remember(buffer, undo, is_whole=True, adapter=adapter)
+        elif _recall(buffer) is None:
+            _remember(buffer, undo, is_whole=buffer.is_statistic)
+
+
+def _remember(
+    buffer: ModelBuffer, undo: ExitStack, *, is_whole: bool, adapter: str | None = None
+) -> None:
+    """Remember what a buffer is now."""
+    remembered = _Remembered(_read(buffer.value, is_whole).clone(), is_whole, adapter)
+    attributes = attributes_of(buffer.module)
+    former = attributes.get(_BUFFERS)
+    if former is None:
+        undo.callback(attributes.pop, _BUFFERS, None)
+    else:
+        undo.callback(attributes.__setitem__, _BUFFERS, former)
+    attributes[_BUFFERS] = {**(former or {}), buffer.attribute: remembered}
+
+
+def forget_buffers(modules: Iterable[nn.Module], undo: ExitStack) -> None:
+    """Forget what the buffers of modules were."""
+    for module in modules:
+        attributes = attributes_of(module)
+        if _BUFFERS in attributes:
+            undo.callback(attributes.__setitem__, _BUFFERS, attributes[_BUFFERS])
+            del attributes[_BUFFERS]
+        hooks: Any = module._load_state_dict_pre_hooks
+        for number in _find_hooks(module):
+            undo.callback(hooks.__setitem__, number, hooks[number])
+            del hooks[number]
+
+
+# --- changes -------------------------------------------------------------------------------------
+
+
+def list_saved(view: ModelView, adapter: str | None = None) -> dict[str, Tensor]:
+    """Return the buffers that an adapter, or any, saves once they have changed, by name."""
+    return {buffer.name: buffer.value for buffer in view.buffers if _is_saved(buffer, adapter)}
+
+
+def list_changed(view: ModelView, adapter: str | None = None) -> dict[str, Tensor]:
+    """Return the buffers that may have changed and that an adapter, or any, saves, by name."""
+    return {
+        buffer.name: buffer.value
+        for buffer in view.buffers
+        if _is_saved(buffer, adapter) and _has_changed(buffer)
+    }
+
+
+def list_unsaved(view: ModelView) -> list[str]:
+    """Return the names of the buffers that have changed and that no adapter saves."""
+    saved = {id(buffer.value) for buffer in view.buffers if _is_saved(buffer)}
+    return [
+        buffer.name
+        for buffer in view.buffers
+        if id(buffer.value) not in saved and _recall(buffer) is not None and _has_changed(buffer)
+    ]
+
+
+def _is_saved(buffer: ModelBuffer, adapter: str | None = None) -> bool:
+    remembered = _recall(buffer)
+    if remembered is None:  # it came after the adapters
+        return buffer.is_statistic
+    return remembered.is_saved_with(adapter)
+
+
+def _has_changed(buffer: ModelBuffer) -> bool:
+    remembered = _recall(buffer)
+    return remembered is None or remembered.differs_from(buffer.value)
+
+
+def put_back_buffers(
+    view: ModelView, undo: ExitStack, adapter: str | None = None, but: Container[str] = ()
+) -> None:
+    """Give the buffers that an adapter, or any, saves their former values, but for these names."""
+    for buffer in view.buffers:
+        if buffer.name not in but and _is_saved(buffer, adapter) and _has_changed(buffer):
+            _put_back(buffer, undo)
+
+
+def release_buffers(view: ModelView, adapter: str, undo: ExitStack) -> None:
+    """Give the buffers that only this adapter saves their former values, and let it save none."""
+    for buffer in view.buffers:
+        if claimant_of(buffer) == adapter:
+            if _has_changed(buffer):
+                _put_back(buffer, undo)
+            _remember(buffer, undo, is_whole=False)
+
+
+def _put_back(buffer: ModelBuffer, undo: ExitStack) -> None:
+    remembered = _recall(buffer)
+    if remembered is not None and not remembered.former.is_meta:
+        write(buffer.value, remembered.former, undo)
+
+
+# --- loading a state dict ------------------------------------------------------------------------
+
+
+def _before_loading(
+    model: nn.Module,
+    state: dict[str, Any],
+    prefix: str,
+    local_metadata: Any,
+    strict: bool,
+    missing: list[str],
+    *others: Any,
+) -> None:
+    """Report the blocks that a state dict lacks. One without blocks brings the base's buffers."""
+    given = {clean_key(key.removeprefix(prefix)) for key in state if _is_block(key)}
+    if given:
+        missing += [prefix + name for name in _list_absent_blocks(model, given)]
+        return
+    for name, module in model.named_modules():
+        remembered = attributes_of(module).get(_BUFFERS, {})
+        for attribute, buffer in list(remembered.items()):
+            values = state.get(prefix + join(name, attribute))
+            if values is not None:
+                former = _read(values, buffer.is_whole).clone()
+                remembered[attribute] = buffer._replace(former=former)
+
+
+def _list_absent_blocks(model: nn.Module, given: set[str]) -> list[str]:
+    """Return the names of the other blocks of the adapters that have some of the given ones."""
+    adapters = set(map(_adapter_of, given))
+    return [
+        name
+        for name, _ in model.named_parameters()
+        if _is_block(name) and _adapter_of(name) in adapters and clean_key(name) not in given
+    ]
+
+
+def _is_block(key: str) -> bool:
+    """Whether a key of a state dict is that of a block, and not of a user's own parameter."""
+    return key.endswith("_block") and f".{CHILD_NAME}." in f".{key}"
+
+
+def _adapter_of(key: str) -> str:
+    """Return the name of an adapter from the key of one of its blocks."""
+    return f".{key}".rpartition(f".{CHILD_NAME}.")[2].partition(".")[0]
+
+
+def _find_hooks(module: Any) -> list[int]:
+    """Return the numbers of our hooks before a module loads a state dict."""
+    return [
+        number
+        for number, hook in module._load_state_dict_pre_hooks.items()
+        if hook.hook is _before_loading
+    ]
