@@ -49,7 +49,7 @@ PEFT_METHODS = ("MISS", "BONE", "LORA")
 
 def main(words: Sequence[str]) -> None:
     """Convert an adapter."""
-    flags = _parser().parsed(words)
+    flags = _parser().parse(words)
     require_free(flags.out, flags.overwrite)
     base = None if flags.base is None else open_checkpoint(flags.base)
     contents = _read(flags, base)

@@ -8,7 +8,8 @@ import os
 import sys
 import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 from importlib.metadata import version
 from typing import Any, NoReturn, TextIO
@@ -27,49 +28,81 @@ COMMANDS = {
     "convert": "convert an adapter for PEFT, LoRA runtimes or diffusers, or back",
     "merge": "write a base model with an adapter merged into its weights",
 }
+OTHER_NAMES = {
+    "train": "finetune",
+    "sft": "finetune",
+    "tune": "finetune",
+    "chat": "generate",
+    "run": "generate",
+    "eval": "evaluate",
+    "export": "convert",
+    "show": "inspect",
+}
+"""Names that other programs have for these commands."""
+
 BAD_PATH = (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line: the words after the name of the program, or those of this process."""
-    words = list(sys.argv[1:] if argv is None else argv)
+    words = list(sys.argv[1:]) if argv is None else list(argv)
     debug = "--debug" in words
+    with _own_screen(debug):
+        try:
+            code = _run([word for word in words if word != "--debug"])
+            sys.stdout.flush()
+            return code
+        except SystemExit as request:
+            return request.code if isinstance(request.code, int) else DONE
+        except KeyboardInterrupt:
+            _complain("interrupted; every file that was written is complete")
+            return INTERRUPTED
+        except BrokenPipeError:  # the reader has closed the pipe, as `| head` does
+            _silence(sys.stdout)
+            return FAILED
+        except Exception as error:
+            if debug:
+                traceback.print_exc()
+            _complain(_describe(error))
+            return TROUBLE if _is_bad_input(error) else FAILED
+
+
+@contextmanager
+def _own_screen(debug: bool) -> Iterator[None]:
+    """Let warnings be lines of this command, and other libraries draw and log less, for now."""
     shown = warnings.showwarning
+    disabled = logging.root.manager.disable
+    # tqdm asks for these when it is imported.
+    bars = {"TQDM_LEAVE": ""}
+    if not (sys.stderr.isatty() and _is_first()):
+        bars["TQDM_DISABLE"] = "1"
+    before = {name: os.environ.get(name) for name in bars}
     try:
         warnings.showwarning = _show_warning  # type: ignore[assignment]
         if not debug:
             logging.disable(logging.ERROR)  # libraries log what they also raise
-        os.environ["TQDM_LEAVE"] = ""  # tqdm asks for it when it is imported
-        if not (sys.stderr.isatty() and _is_first()):
-            os.environ["TQDM_DISABLE"] = "1"
-        code = _run([word for word in words if word != "--debug"])
-        sys.stdout.flush()
-        return code
-    except SystemExit as request:
-        return request.code if isinstance(request.code, int) else DONE
-    except KeyboardInterrupt:
-        _complain("interrupted; every file that was written is complete")
-        return INTERRUPTED
-    except BrokenPipeError:  # the reader has closed the pipe, as `| head` does
-        _silence(sys.stdout)
-        return FAILED
-    except Exception as error:
-        if debug:
-            traceback.print_exc()
-        _complain(_told(error))
-        return TROUBLE if _is_bad_input(error) else FAILED
+        os.environ.update(bars)
+        yield
     finally:
         warnings.showwarning = shown
-        logging.disable(logging.NOTSET)
+        logging.disable(disabled)
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
 
 
 def _run(words: Sequence[str]) -> int:
     name = words[0] if words else "--help"
     if name in ("-h", "--help", "--version"):
-        print(f"disha {__version__}" if name == "--version" else _help())
+        text = f"disha {__version__}" if name == "--version" else _help()
+        print(text)
         return DONE
     if name not in COMMANDS:
-        raise ArgumentError(f"{name!r} is not a command{nearest(name, COMMANDS)}")
+        hint = nearest(name, COMMANDS)
+        if name in OTHER_NAMES:
+            hint = f"; did you mean {OTHER_NAMES[name]}?"
+        raise ArgumentError(f"{name!r} is not a command{hint}")
     if name in ("finetune", "evaluate"):
         version("trl")  # where the extra is not installed, this raises before torch is imported
     module = "disha.finetune" if name == "finetune" else f"disha.cli.{name}"
@@ -92,28 +125,28 @@ class Parser(argparse.ArgumentParser):
         super().__init__(f"disha {name}", description=about, formatter_class=form)
         self.add_argument("--debug", action="store_true", help="show where an error came from")
 
-    def parsed(self, words: Sequence[str]) -> argparse.Namespace:
+    def parse(self, words: Sequence[str]) -> argparse.Namespace:
         """Return the values of the flags, which may be spelled with dashes or underscores."""
-        spelled = [_underscored(word) for word in words]
-        found, unknown = self.parse_known_args(spelled)
+        spelled = [_use_underscores(word) for word in words]
+        flags, unknown = self.parse_known_args(spelled)
         if unknown:
             near = nearest(unknown[0], self._option_string_actions)
             raise ArgumentError(f"{self.prog} does not take {unknown[0]}{near}")
-        return found
+        return flags
 
     def error(self, message: str) -> NoReturn:
         """Raise `ArgumentError`."""
         raise ArgumentError(f"{message}; see {self.prog} --help")
 
 
-def _underscored(word: str) -> str:
+def _use_underscores(word: str) -> str:
     if not word.startswith("--"):
         return word
     name, equals, value = word[2:].partition("=")
     return f"--{name.replace('-', '_')}{equals}{value}"
 
 
-def _told(error: Exception) -> str:
+def _describe(error: Exception) -> str:
     if isinstance(error, ModuleNotFoundError):
         package = str(error.name).partition(".")[0]
         return f'the package {package} is missing; run: pip install "disha-torch[finetune]"'

@@ -1,8 +1,10 @@
 """Measure a model on rows: loss, perplexity, and answers that are exactly right.
 
+Several files are measured each, and together.
+
 Examples:
   disha evaluate --adapter output/adapter.safetensors --data held_out.jsonl --compare
-  disha evaluate --base model.gguf --data test.jsonl --exact_match
+  disha evaluate --base model.gguf --data test.jsonl other.jsonl --exact_match
 """
 
 from __future__ import annotations
@@ -10,7 +12,8 @@ from __future__ import annotations
 import math
 import tempfile
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,65 +21,132 @@ from datasets import Dataset
 from tqdm import tqdm
 
 from disha.cli.dispatcher import Parser
-from disha.cli.models import Asker, add_model_flags, opened
+from disha.cli.models import PromptRunner, add_model_flags, at_least_1, load_runner
 from disha.cli.output import show
 from disha.errors import ArgumentError
 from disha.finetune.data import load_rows
 from disha.finetune.forms import form_rows, learns_marked_answers
-from disha.text import table
+from disha.text import counted, table
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Sums over rows, which can be added."""
+
+    loss: float
+    tokens: int
+    exact: int | None = None
+
+    def __add__(self, other: Measured) -> Measured:
+        exact = None
+        if self.exact is not None and other.exact is not None:
+            exact = self.exact + other.exact
+        return Measured(self.loss + other.loss, self.tokens + other.tokens, exact)
+
+    def fields(self) -> dict[str, float]:
+        """Return the mean loss of a token to predict (nats), its exponential, and the counts."""
+        loss = self.loss / max(self.tokens, 1)
+        fields = {
+            "loss": loss,
+            "perplexity": math.exp(min(loss, 700)),
+            "tokens": self.tokens,
+        }
+        if self.exact is not None:
+            fields["exact"] = self.exact
+        return fields
 
 
 def main(words: Sequence[str]) -> None:
     """Measure a model."""
     parser = Parser("evaluate", __doc__)
     add_model_flags(parser)
-    parser.add_argument("--data", "--data_path", required=True, help="as for disha finetune")
+    parser.add_argument(
+        "--data", "--data_path", nargs="+", required=True, help="as for disha finetune"
+    )
     parser.add_argument("--dataset_split", default="train", help="such as train[:1000]")
     parser.add_argument("--dataset_field", nargs="+", default=[], help="question and answer")
-    parser.add_argument("--max_length", "--max_seq_length", type=int, default=512, help="of a row")
-    parser.add_argument("--per_device_eval_batch_size", type=int, default=8, help="rows of a batch")
+    parser.add_argument(
+        "--max_length", "--max_seq_length", type=at_least_1, default=512, help="tokens of a row"
+    )
+    parser.add_argument(
+        "--per_device_eval_batch_size", type=at_least_1, default=8, help="rows of a batch"
+    )
     parser.add_argument("--exact_match", action="store_true", help="generate answers, and compare")
     parser.add_argument("--compare", action="store_true", help="measure the base without it too")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    flags = parser.parsed(words)
-    read = load_rows(flags.data, flags.dataset_split)
-    asker = opened(flags)
-    rows = form_rows(read, flags.dataset_field, asker.tokenizer)
-    if flags.exact_match and "completion" not in rows.column_names:
-        raise ArgumentError("--exact_match needs rows with a question and an answer")
-    batches = _batches(asker, rows, flags)
-    measured = {}
+    flags = parser.parse(words)
+    read = {name: load_rows(name, flags.dataset_split) for name in flags.data}
+    runner = load_runner(flags)
+    sets = {
+        name: form_rows(rows, flags.dataset_field, runner.tokenizer) for name, rows in read.items()
+    }
+    for name, rows in sets.items():
+        if flags.exact_match and "completion" not in rows.column_names:
+            raise ArgumentError(
+                f"--exact_match needs rows with a question and an answer, and {name} has none"
+            )
+    batches = {name: _batches(runner, rows, flags) for name, rows in sets.items()}
+    results: dict[str, dict[str, Measured]] = {}
     if flags.adapter is None or flags.compare:
-        measured["base"] = _measured(asker, batches, rows, flags)
+        results["base"] = _measure_sets(runner, batches, sets, flags)
     if flags.adapter is not None:
-        asker.load(flags)
-        measured["adapter"] = _measured(asker, batches, rows, flags)
-    names = next(iter(measured.values()))
-    cells = [
-        (name, *(f"{value:.5g}" for value in values.values())) for name, values in measured.items()
-    ]
-    text = f"{table(('', *names), cells)}\n{len(rows):,} rows"
-    show(flags.json, text, {**measured, "rows": len(rows)})
+        runner.load_adapter(flags)
+        results["adapter"] = _measure_sets(runner, batches, sets, flags)
+    _show(results, sets, flags.json)
 
 
-def _measured(asker: Asker, batches: Any, rows: Dataset, flags: Namespace) -> dict[str, float]:
-    """Return the mean loss of a token to predict (nats), its exponential, and more if asked."""
+def _show(
+    results: Mapping[str, Mapping[str, Measured]], sets: Mapping[str, Dataset], as_json: bool
+) -> None:
+    """Print what was measured: of all rows, and of each data set if there are several."""
+    wholes = {model: sum_of(measured.values()) for model, measured in results.items()}
+    lines = {model: whole.fields() for model, whole in wholes.items()}
+    count = sum(map(len, sets.values()))
+    fields: dict[str, Any] = {**lines, "rows": count}
+    if len(sets) > 1:
+        fields["data"] = {name: {"rows": len(rows)} for name, rows in sets.items()}
+        for model, measured in results.items():
+            for name, of_set in measured.items():
+                lines[f"{model}, {name}"] = of_set.fields()
+                fields["data"][name][model] = of_set.fields()
+    header = next(iter(lines.values()))
+    cells = []
+    for label, values in lines.items():
+        cells.append((label, *(f"{value:.5g}" for value in values.values())))
+    show(as_json, f"{table(('', *header), cells)}\n{counted(count, 'row')}", fields)
+
+
+def sum_of(measured: Any) -> Measured:
+    """Return the sums over all rows of several data sets."""
+    first, *others = measured
+    for other in others:
+        first += other
+    return first
+
+
+def _measure_sets(
+    runner: PromptRunner,
+    batches: Mapping[str, Any],
+    sets: Mapping[str, Dataset],
+    flags: Namespace,
+) -> dict[str, Measured]:
+    return {name: _measure(runner, batches[name], rows, flags) for name, rows in sets.items()}
+
+
+def _measure(runner: PromptRunner, batches: Any, rows: Dataset, flags: Namespace) -> Measured:
     total = 0.0
     tokens = 0
     with torch.no_grad():
         for batch in tqdm(batches, desc="Measuring"):
             count = int((batch["labels"][:, 1:] != -100).sum())
             if count:  # a row of one token has nothing to predict
-                total += float(asker.model(**batch).loss) * count
+                total += float(runner.model(**batch).loss) * count
             tokens += count
-    loss = total / max(tokens, 1)
-    found = {"loss": loss, "perplexity": math.exp(min(loss, 700)), "tokens": tokens}
-    if flags.exact_match:
-        found["exact"] = _exact(asker, rows, flags)
-    return found
+    exact = _count_exact(runner, rows, flags) if flags.exact_match else None
+    return Measured(total, tokens, exact)
 
 
-def _batches(asker: Asker, rows: Dataset, flags: Namespace) -> Any:
+def _batches(runner: PromptRunner, rows: Dataset, flags: Namespace) -> Any:
     """Return the rows as batches, with the labels that `trl` trains on."""
     # Help must not wait for trainers.
     from trl import SFTConfig
@@ -85,32 +155,35 @@ def _batches(asker: Asker, rows: Dataset, flags: Namespace) -> Any:
     from disha.integrations.transformers import QUANTIZED
 
     for flag in QUANTIZED:  # a trainer refuses a quantised model, and here it only makes batches
-        setattr(asker.model, flag, False)
+        setattr(runner.model, flag, False)
 
     with tempfile.TemporaryDirectory() as folder:
         settings = SFTConfig(
             folder,
             max_length=flags.max_length,
             per_device_eval_batch_size=flags.per_device_eval_batch_size,
-            assistant_only_loss=learns_marked_answers(rows, asker.tokenizer),
+            assistant_only_loss=learns_marked_answers(rows, runner.tokenizer),
             gradient_checkpointing=False,
             bf16=False,
-            use_cpu=asker.model.device.type == "cpu",
+            use_cpu=runner.model.device.type == "cpu",
             report_to=[],
         )
-        trainer = Trainer(asker.model, settings, None, rows, processing_class=asker.tokenizer)
-    asker.model.train(False)
+        trainer = Trainer(runner.model, settings, None, rows, processing_class=runner.tokenizer)
+    runner.model.train(False)
     return trainer.get_eval_dataloader(trainer.train_dataset)
 
 
-def _exact(asker: Asker, rows: Dataset, flags: Namespace) -> int:
+def _count_exact(runner: PromptRunner, rows: Dataset, flags: Namespace) -> int:
     """Return how many answers equal the row's, apart from white space around them."""
     exact = 0
     for batch in rows.iter(flags.per_device_eval_batch_size):
-        answers = asker.answers(
-            batch["prompt"], max_new_tokens=flags.max_new_tokens, do_sample=False
-        )
-        for answer, given in zip(answers, batch["completion"], strict=True):
-            text = given if isinstance(given, str) else given[-1]["content"]
-            exact += answer == text.strip()
+        tools = batch.get("tools", [None] * len(batch["prompt"]))
+        texts = [
+            runner.render(prompt, of_row)
+            for prompt, of_row in zip(batch["prompt"], tools, strict=True)
+        ]
+        answers = runner.answer(texts, max_new_tokens=flags.max_new_tokens, do_sample=False)
+        for answer, completion in zip(answers, batch["completion"], strict=True):
+            expected = completion if isinstance(completion, str) else completion[-1]["content"]
+            exact += answer == expected.strip()
     return exact

@@ -1,7 +1,7 @@
 """Answer prompts with a model, with or without an adapter.
 
 Without --prompt, the prompts are the lines of standard input. On a terminal, a conversation starts
-instead. Answers are written as they come.
+instead. Answers are written as they come; with --json, each is a line with a JSON object.
 
 Examples:
   disha generate --adapter output/adapter.safetensors --prompt 'What is a shard?'
@@ -11,17 +11,22 @@ Examples:
 
 from __future__ import annotations
 
+import json
 import sys
+from argparse import ArgumentTypeError
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+from jinja2 import TemplateError
 from transformers import TextStreamer, set_seed
 
 from disha.cli.dispatcher import Parser
-from disha.cli.models import Asker, add_model_flags, opened
+from disha.cli.models import PromptRunner, add_model_flags, load_runner
 from disha.cli.output import fit
 from disha.errors import ArgumentError
+from disha.finetune.base import not_utf8, read_text
 
 SAMPLING = ("temperature", "top_k", "top_p")
 
@@ -31,53 +36,104 @@ def main(words: Sequence[str]) -> None:
     parser = Parser("generate", __doc__)
     add_model_flags(parser)
     parser.add_argument("--prompt", nargs="+", help="the texts to answer")
-    parser.add_argument("--temperature", type=float, help="sample; higher is more random")
+    parser.add_argument("--system", help="a text that comes before each prompt")
+    parser.add_argument("--tools", type=Path, help="a JSON file with the tools that it may call")
+    parser.add_argument("--temperature", type=_not_negative, help="sample; higher is more random")
     parser.add_argument("--top_k", type=int, help="sample from so many most likely tokens")
-    parser.add_argument("--top_p", type=float, help="sample from the tokens of this probability")
+    parser.add_argument("--top_p", type=_probability, help="sample from tokens of this probability")
     parser.add_argument("--seed", type=int, default=0, help="makes sampling reproducible")
-    flags = parser.parsed(words)
-    prompts = list(filter(None, flags.prompt or ())) or _lines()
-    asker = opened(flags)
+    parser.add_argument("--json", action="store_true", help="print a JSON object for each prompt")
+    flags = parser.parse(words)
+    prompts = [prompt for prompt in flags.prompt or () if prompt] or _read_prompts()
+    if prompts is None and flags.json:
+        raise ArgumentError("--json needs a --prompt, or prompts on standard input")
+    tools = None if flags.tools is None else _read_tools(flags.tools)
+    runner = load_runner(flags, flags.system, tools)
     if flags.adapter is not None:
-        asker.load(flags)
+        runner.load_adapter(flags)
     set_seed(flags.seed)
-    sampling = {name: value for name in SAMPLING if (value := getattr(flags, name))}
-    options = {"max_new_tokens": flags.max_new_tokens, "do_sample": bool(sampling), **sampling}
+    options = {"max_new_tokens": flags.max_new_tokens, "do_sample": False}
+    for name in SAMPLING:
+        value = getattr(flags, name)
+        if value:  # a temperature of 0 takes the most likely token, as without it
+            options |= {"do_sample": True, name: value}
     if prompts is None:
-        _converse(Conversation(asker, options))
+        _converse(Conversation(runner, options))
         return
     for prompt in prompts:
+        text = _render(runner, prompt)
+        if flags.json:
+            [answer] = runner.answer([text], **options)
+            print(json.dumps({"prompt": prompt, "answer": answer}), flush=True)
+            continue
         if len(prompts) > 1:
             print(f"> {fit(prompt)}")
-        asker.answers([prompt], streamer=Printer(asker), **options)
+        runner.answer([text], streamer=Printer(runner), **options)
 
 
-def _lines() -> list[str] | None:
+def _render(runner: PromptRunner, prompt: str) -> str:
+    try:
+        return runner.render(prompt)
+    except TemplateError as error:
+        raise ArgumentError(f"the chat template refuses the prompt: {error}") from error
+
+
+def _read_prompts() -> list[str] | None:
     """Return the lines of standard input; None on a terminal."""
     if sys.stdin.isatty():
         return None
-    lines = [line.strip() for line in sys.stdin if line.strip()]
+    try:
+        text = sys.stdin.read()
+    except UnicodeDecodeError as error:
+        raise not_utf8("standard input", error) from error
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
     if not lines:
         raise ArgumentError("there is no prompt; give --prompt 'a text'")
     return lines
 
 
+def _read_tools(path: Path) -> list[Any]:
+    """Return the tools that a JSON file describes: a list, as chat templates take it."""
+    try:
+        tools = json.loads(read_text(path))
+    except json.JSONDecodeError as error:
+        raise ArgumentError(f"--tools {path} is not JSON: {error}") from error
+    if not isinstance(tools, list):
+        raise ArgumentError(f"--tools {path} must hold a list of tools")
+    return tools
+
+
+def _probability(word: str) -> float:
+    number = float(word)
+    if not 0 < number <= 1:
+        raise ArgumentTypeError(f"must be above 0 and at most 1, got {word}")
+    return number
+
+
+def _not_negative(word: str) -> float:
+    number = float(word)
+    if not number >= 0:
+        raise ArgumentTypeError(f"must not be negative, got {word}")
+    return number
+
+
 class Printer(TextStreamer):
     """Prints an answer as it comes, with everything escaped that a terminal can't show."""
 
-    def __init__(self, asker: Asker) -> None:
-        super().__init__(asker.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    def __init__(self, runner: PromptRunner) -> None:
+        super().__init__(runner.tokenizer, skip_prompt=True, skip_special_tokens=True)
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
         """Print a piece."""
-        print(fit(text), end="\n" if stream_end else "", flush=True)
+        end = "\n" if stream_end else ""
+        print(fit(text), end=end, flush=True)
 
 
 @dataclass
 class Conversation:
     """Turns of questions and answers. What the model has read stays in its cache."""
 
-    asker: Asker
+    runner: PromptRunner
     options: Mapping[str, Any]
     turns: list[dict[str, str]] = field(default_factory=list)
     _cache: Any = None
@@ -86,19 +142,19 @@ class Conversation:
     def ask(self, question: str) -> None:
         """Print the answer to a question as it comes, and remember both."""
         turns = [*self.turns, {"role": "user", "content": question}]
-        inputs = self.asker.encoded([turns])
+        inputs = self.runner.encode([self.runner.render(turns)])
         ids = inputs["input_ids"][0].tolist()
         is_known = self._cache is not None and ids[: len(self._read)] == self._read
         known = {"past_key_values": self._cache} if is_known else {}
         self._cache = None  # an answer that is stopped leaves half a cache
-        streamer = Printer(self.asker)
-        generated = self.asker.model.generate(
+        streamer = Printer(self.runner)
+        generated = self.runner.model.generate(
             **inputs, **known, **self.options, streamer=streamer, return_dict_in_generate=True
         )
         whole = generated.sequences[0].tolist()
         self._cache = generated.past_key_values
         self._read = whole[:-1]
-        answer = self.asker.tokenizer.decode(whole[len(ids) :], skip_special_tokens=True)
+        answer = self.runner.tokenizer.decode(whole[len(ids) :], skip_special_tokens=True)
         self.turns = [*turns, {"role": "assistant", "content": answer}]
 
 

@@ -25,7 +25,7 @@ def main(words: Sequence[str]) -> int:
     parser.add_argument("file", type=Path, help="the adapter file")
     parser.add_argument("--base", type=Path, help="a safetensors file, or a folder of them")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    flags = parser.parsed(words)
+    flags = parser.parse(words)
     adapter_file = disha.inspect_adapter(flags.file)
     wrong = [] if flags.base is None else misfits(flags.base, flags.file)
     lines = [str(adapter_file), *wrong]

@@ -19,6 +19,7 @@ from typing import Any
 
 import disha
 from disha.cli.dispatcher import Parser
+from disha.cli.output import tell_noted_base
 from disha.errors import AdapterFileWarning
 from disha.files.disk import file_at, require_free
 from disha.interop.checkpoints import merge_into_checkpoint
@@ -34,13 +35,11 @@ def main(words: Sequence[str]) -> None:
     parser.add_argument("--no_also_train", action="store_true", help="merge the blocks alone")
     parser.add_argument("--force", action="store_true", help="also into another or a tied base")
     parser.add_argument("--overwrite", action="store_true", help="replace what is there")
-    flags = parser.parsed(words)
+    flags = parser.parse(words)
     require_free(flags.out, flags.overwrite)
     base = flags.base
     if base is None:
-        from disha.cli.models import noted  # transformers takes seconds to import
-
-        base, _ = noted(flags.adapter)
+        base, _ = tell_noted_base(flags.adapter)
     options = {"scale": flags.scale, "also_train": not flags.no_also_train}
     notes = disha.inspect_adapter(flags.adapter).metadata
     if not Path(base).exists() or "new_tokens" in notes:

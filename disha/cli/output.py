@@ -5,14 +5,19 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+from disha.finetune.notes import noted_base
 from disha.text import printable
 
 
 def show(as_json: bool, text: str, fields: Mapping[str, Any]) -> None:
     """Print a result: text for people, or one JSON object for scripts."""
-    print(json.dumps(fields, indent=2) if as_json else fit(text))
+    if as_json:
+        print(json.dumps(fields, indent=2))
+    else:
+        print(fit(text))
 
 
 def fit(text: str) -> str:
@@ -20,3 +25,10 @@ def fit(text: str) -> str:
     encoding = sys.stdout.encoding or "utf-8"
     shown = printable(text.expandtabs(4), len(text) * 4, lines=True)
     return shown.encode(encoding, "backslashreplace").decode(encoding)
+
+
+def tell_noted_base(adapter: Path) -> tuple[str, str]:
+    """Return the base that an adapter notes, and its bits, and print which it is."""
+    base, bits = noted_base(adapter)
+    print(f"the base is {base}, with --bits {bits}, as {adapter} notes", file=sys.stderr)
+    return base, bits

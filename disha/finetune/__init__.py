@@ -19,9 +19,9 @@ __all__ = ["main"]
 
 def main(argv: Sequence[str]) -> int:
     """Run `disha finetune` with these words of a command line, and return the exit code."""
-    from disha.finetune.arguments import parsed
+    from disha.finetune.arguments import parse_flags
 
-    settings = parsed(argv)  # help ends here, before a trainer is imported
+    settings = parse_flags(argv)  # help ends here, before a trainer is imported
     from disha.finetune.train import run
 
     return run(argv, *settings)

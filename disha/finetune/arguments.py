@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -14,12 +15,14 @@ import torch.distributed as dist
 import yaml
 from accelerate import DistributedType
 from transformers import HfArgumentParser
+from transformers.integrations import get_reporting_integration_callbacks
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils.import_utils import is_torch_tf32_available
 from trl import SFTConfig
 
-import disha
-from disha.errors import ArgumentError
-from disha.finetune.base import BITS, TOKENS_KEY
+from disha.errors import ArgumentError, MissingPackageError
+from disha.finetune.base import read_text
+from disha.finetune.notes import BITS, read_settings
 from disha.text import nearest
 
 RENAMED = {
@@ -34,6 +37,29 @@ RENAMED = {
     "warmup_ratio": "warmup_steps",  # below 1, it is a ratio
 }
 """Short names, and names that `transformers` and `trl` have changed -> the names of today."""
+
+OF_OTHERS = {
+    "load_in_4bit": "--bits 4",
+    "load_in_8bit": "--bits 8",
+    "lora_alpha": "--learning_rate, because the update of this adapter has no scale of its own",
+    "lora_dropout": "--dropout",
+    "lora_r": "--r",
+    "lora_rank": "--r",
+    "lora_target": "--target",
+    "lora_target_modules": "--target",
+    "model": "--base",
+    "model_name_or_path": "--base",
+    "dataset": "--data",
+    "dataset_name": "--data",
+    "resume_from": "--resume",
+}
+"""Flags of other programs -> what to use here."""
+
+REFUSED = {
+    "model_init_kwargs": "the base is loaded here; use --bits and --attn_implementation",
+    "trust_remote_code": "code in the folder of a model never runs",
+}
+"""Flags of `SFTConfig` that would do nothing -> why."""
 
 SHOWN = (
     "output_dir",
@@ -92,6 +118,9 @@ class AdapterArguments:
     rank_pattern: list[str] = _flag([], "another r for some weights, such as v_proj=16")
     dropout: float = _flag(0.0, "the share of inputs that are set to zero", "--adapter_dropout")
     also_train: list[str] = _flag([], "regexes for other parameters to train, such as norm")
+    attn_implementation: str | None = _flag(
+        None, "how attention is computed, such as sdpa, eager or flash_attention_2"
+    )
     new_tokens: list[str] = _flag([], "tokens to add, whose rows train, such as '<think>'")
     adapter: str | None = _flag(None, "an adapter file to train further; it sets r and targets")
     merge: bool = _flag(False, "also write the base with the adapter merged, into merged/")
@@ -103,6 +132,12 @@ class AdapterArguments:
             raise ArgumentError(
                 "--init_weights True means Bone, and the adapter has method=bat; leave one out"
             )
+        for pattern in [*self.target, *self.exclude]:
+            if re.fullmatch(r"\w[\w.]*(,[\w.]+)+", pattern):  # no name has a comma
+                raise ArgumentError(
+                    f"{pattern} matches no name; separate names by spaces: "
+                    f"{pattern.replace(',', ' ')}"
+                )
 
     def settings(self) -> dict[str, Any]:
         """Return the arguments of `disha.inject_adapters`."""
@@ -112,7 +147,7 @@ class AdapterArguments:
             "r_out": self.r_out,
             "method": self.method,
             "exclude": self.exclude,
-            "rank_pattern": dict(map(_rank, self.rank_pattern)),
+            "rank_pattern": dict(_split_rank_pattern(pair) for pair in self.rank_pattern),
             "also_train": self.also_train,
             "dropout": self.dropout,
         }
@@ -166,6 +201,7 @@ class TrainingArguments(SFTConfig):  # type: ignore[misc]
     assistant_only_loss: bool | None = _flag(
         None, "of conversations, learn the answers alone (as far as trl can), or all with False"
     )
+    logging_nan_inf_filter: bool = _flag(False, "show the last number where the loss is none")
     save_total_limit: int | None = _flag(2, "how many checkpoints to keep")
     report_to: str = _flag("none", "none, or such as tensorboard or wandb")
 
@@ -179,6 +215,10 @@ class TrainingArguments(SFTConfig):  # type: ignore[misc]
     dry_run_devices: int = _flag(1, "how many devices a dry run pretends to have")
 
     def __post_init__(self) -> None:
+        for name, reason in REFUSED.items():
+            if getattr(self, name, None):
+                raise ArgumentError(f"--{name} can't be used: {reason}")
+        self._choose_checkpoint()
         if self.dry_run or not torch.accelerator.is_available():
             self.use_cpu = True
         if self.tf32 and not is_torch_tf32_available():  # type: ignore[has-type]
@@ -192,38 +232,67 @@ class TrainingArguments(SFTConfig):  # type: ignore[misc]
                 self.distributed_state.distributed_type = DistributedType.MULTI_GPU
         if self.early_stopping_patience and not self.metric_for_best_model:
             raise ArgumentError("--early_stopping_patience needs --load_best_model_at_end")
+        _require_reporters(self.report_to)
+
+    def _choose_checkpoint(self) -> None:
+        """Let `--resume_from_checkpoint True` mean the last one, as in `Trainer`; check others."""
+        chosen = self.resume_from_checkpoint
+        if chosen is None:
+            return
+        if chosen.lower() in ("true", "false"):
+            self.resume = chosen.lower() == "true"
+            self.resume_from_checkpoint = None
+        elif not Path(chosen, TRAINER_STATE_NAME).is_file():
+            raise ArgumentError(
+                f"--resume_from_checkpoint {chosen} is no complete checkpoint of a run; --resume "
+                "goes on from the last one"
+            )
+
+
+def _require_reporters(names: Sequence[str]) -> None:
+    """Raise if a package to report to is not there, before a model is loaded."""
+    for callback in get_reporting_integration_callbacks(names):  # type: ignore[no-untyped-call]
+        try:
+            callback()
+        except (ImportError, RuntimeError) as error:
+            raise MissingPackageError(f"--report_to: {error}") from error
 
 
 Parsed = tuple[AdapterArguments, DataArguments, TrainingArguments]
 
 
-def parsed(words: Sequence[str]) -> Parsed:
+def parse_flags(words: Sequence[str]) -> Parsed:
     """Return the settings that the words of a command line give. Help is printed, and exits."""
     parser = _parser(shows_all="--help_all" in words)
     flags, _ = parser.parse_known_args(words)
     if flags.config is not None:
-        words = [*_words_of(Path(flags.config)), *words]
+        words = [*_read_flags(Path(flags.config)), *words]
         flags, _ = parser.parse_known_args(words)
-    noted = {} if flags.adapter is None else _noted(flags.adapter)
-    parser.set_defaults(**noted)
-    *found, _, unknown = parser.parse_args_into_dataclasses(
-        words, return_remaining_strings=True, look_for_args_file=False
-    )
-    for word in unknown:
-        hint = nearest(word, parser._option_string_actions)
-        raise ArgumentError(f"there is no flag {word}{hint or '; --help_all shows all flags'}")
-    for name, value in noted.items():
-        if vars(found[0]).get(name, value) != value:
+    from_file = {} if flags.adapter is None else read_settings(flags.adapter)
+    parser.set_defaults(**from_file)
+    try:
+        adapter, data, training, _, unknown = parser.parse_args_into_dataclasses(
+            words, return_remaining_strings=True, look_for_args_file=False
+        )
+    except ValueError as error:  # SFTConfig checks its values, and says clearly what is wrong
+        raise ArgumentError(str(error)) from error
+    if unknown:
+        raise ArgumentError(f"there is no flag {unknown[0]}{_hint(unknown[0], parser)}")
+    for name, value in from_file.items():
+        if vars(adapter).get(name, value) != value:
             raise ArgumentError(
                 f"{flags.adapter} has {name}={value}, which can't change; leave out --{name}"
             )
-    return tuple(found)  # type: ignore[return-value]
+    return adapter, data, training
 
 
-def _noted(adapter: str) -> dict[str, Any]:
-    """Return what an adapter file sets: its configuration, and the tokens that it has added."""
-    file = disha.inspect_adapter(adapter)
-    return file.config.to_json() | {"new_tokens": json.loads(file.metadata.get(TOKENS_KEY, "[]"))}
+def _hint(word: str, parser: argparse.ArgumentParser) -> str:
+    """Return the end of the message on an unknown flag: what leads on."""
+    name = word.removeprefix("--").partition("=")[0].replace("-", "_")
+    if name in OF_OTHERS:
+        return f"; use {OF_OTHERS[name]}"
+    near = nearest(word, parser._option_string_actions)
+    return near if near else "; --help_all shows all flags"
 
 
 def _parser(shows_all: bool) -> _Parser:
@@ -263,22 +332,25 @@ class _Format(argparse.ArgumentDefaultsHelpFormatter):
         return ", ".join(names) + values
 
 
-def _words_of(path: Path) -> Iterator[str]:
+def _read_flags(path: Path) -> Iterator[str]:
+    """Give the words of a command line that a YAML file of flags stands for."""
+    example = "--config needs a YAML file of flags, as in `r: 64`"
     try:
-        flags = yaml.safe_load(path.read_text(encoding="utf-8")).items()
-    except (OSError, ValueError, AttributeError, yaml.YAMLError) as error:
-        raise ArgumentError(
-            f"--config needs a YAML file of flags, as in `r: 64`; {path} can't be read as YAML: "
-            f"{error}"
-        ) from error
-    for name, value in flags:
-        if value not in (None, []):
-            yield f"--{name}"
-            for item in value if isinstance(value, list) else [value]:
-                yield json.dumps(item) if isinstance(item, dict) else str(item)
+        flags = yaml.safe_load(read_text(path))
+    except (OSError, yaml.YAMLError) as error:
+        raise ArgumentError(f"{example}; {path} can't be read as YAML: {error}") from error
+    if not isinstance(flags, dict):
+        state = "is empty" if flags is None else "holds no flags"
+        raise ArgumentError(f"{example}; {path} {state}")
+    for name, value in flags.items():
+        if value in (None, []):
+            continue
+        yield f"--{name}"
+        for item in value if isinstance(value, list) else [value]:
+            yield json.dumps(item) if isinstance(item, dict) else str(item)
 
 
-def _rank(pair: str) -> tuple[str, int]:
+def _split_rank_pattern(pair: str) -> tuple[str, int]:
     pattern, sign, r = pair.rpartition("=")
     if not sign or not r.isdecimal():
         raise ArgumentError(f"--rank_pattern needs regex=r, such as v_proj=16, got {pair}")

@@ -1,8 +1,4 @@
-"""The base model and its tokenizer, as `transformers` loads them, and the note that finds them.
-
-An adapter file notes its base as JSON. A path in it begins with a dot and is relative to the folder
-of the adapter file, so that both can be moved together. Any other text is a name.
-"""
+"""The base model and its tokenizer, as `transformers` loads them."""
 
 from __future__ import annotations
 
@@ -10,6 +6,7 @@ import json
 import os
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -27,13 +24,25 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 import disha
-from disha.errors import ArgumentError, MissingPackageError
+from disha.errors import ArgumentError, DishaError, MissingPackageError
+from disha.finetune.notes import FEW_BITS, TEMPLATE_KEY, TOKENS_KEY
 
-FEW_BITS = ("8", "4")
-BITS = ("bf16", "fp32", *FEW_BITS)
-# The keys of notes in an adapter file.
-BASE_KEY, TEMPLATE_KEY, TOKENS_KEY = "base", "chat_template", "new_tokens"
 NAME = re.compile(r"\w[\w.-]{0,95}(/\w[\w.-]{0,95})?", re.ASCII)
+
+
+@dataclass(frozen=True)
+class Base:
+    """The base of a run: its name, how it is held in memory, and how it computes attention."""
+
+    name: str
+    bits: str
+    attn_implementation: str | None = None
+
+    def load(
+        self, device: torch.device | None, notes: Mapping[str, str]
+    ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        """Return the model, and the tokenizer, with what the notes of an adapter ask for."""
+        return load_base(self.name, self.bits, device, notes, self.attn_implementation)
 
 
 def load_base(
@@ -41,6 +50,7 @@ def load_base(
     bits: str = "fp32",
     device: torch.device | None = None,
     notes: Mapping[str, str] = MappingProxyType({}),
+    attn_implementation: str | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Return a base in evaluation mode and its tokenizer; `bits` is one of `BITS`, or `auto`.
 
@@ -51,6 +61,8 @@ def load_base(
     options: dict[str, Any] = {"dtype": dtype}
     if device is not None:
         options["device_map"] = {"": device}
+    if attn_implementation is not None:
+        options["attn_implementation"] = attn_implementation
     if file:
         options["quantization_config"] = GgufConfig(dequantize=True)
     if bits in FEW_BITS:
@@ -60,7 +72,9 @@ def load_base(
             _require_causal(AutoConfig.from_pretrained(source), name)
         tokenizer = AutoTokenizer.from_pretrained(source, **file)
         model = AutoModelForCausalLM.from_pretrained(source, **file, **options)
-    except OSError as error:
+    except DishaError:
+        raise
+    except (OSError, ValueError, ImportError) as error:
         raise ArgumentError(f"can't load the base {name}: {error}") from error
     if bits == "4":
         _quantize_stacks(model)
@@ -170,46 +184,25 @@ def _require_causal(config: Any, name: str) -> None:
         raise ArgumentError(f"{name} is not a causal language model: it is {classes[0]}")
 
 
-def base_note(name: str, bits: str, adapter: Path) -> str:
-    """Return the note of a base for an adapter file."""
-    path = Path(name)
-    if path.exists():
-        try:
-            relative = os.path.relpath(path.absolute(), adapter.parent.resolve())
-            name = f"./{Path(relative).as_posix()}"
-        except ValueError:  # another drive of Windows
-            name = str(path.absolute())
-    return json.dumps({"base_model_name_or_path": name, "bits": bits})
-
-
-def notes_at(path: Path, notes: Mapping[str, str], base: str, bits: str) -> dict[str, str]:
-    """Return the notes for an adapter file at a path: those given, and that of its base."""
-    return {**notes, BASE_KEY: base_note(base, bits, path)}
-
-
-def noted_base(adapter: str | Path) -> tuple[str, str]:
-    """Return the base that an adapter file notes, and its bits."""
-    file = disha.inspect_adapter(adapter)
-    adapter = file.path
+def read_text(path: Path) -> str:
+    """Return the text of a file, which must be in UTF-8."""
+    content = path.read_bytes()
     try:
-        note = json.loads(file.metadata[BASE_KEY])
-        name = note["base_model_name_or_path"]
-        bits = note.get("bits", "fp32")
-        is_path = name.startswith("./")
-        BITS.index(bits)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ArgumentError(f"{adapter} notes no base that can be used; name it too") from error
-    if not is_path:
-        return name, bits
-    path = Path(os.path.normpath(adapter.parent.resolve() / name))
-    if not path.exists():
-        raise ArgumentError(f"{adapter} notes the base {path}, which is not there; give --base")
-    return str(path), bits
+        return content.decode()
+    except UnicodeDecodeError as error:
+        raise not_utf8(str(path), error) from error
+
+
+def not_utf8(name: str, error: UnicodeDecodeError) -> ArgumentError:
+    """Return the error for what is not in UTF-8, with the line."""
+    line = error.object.count(b"\n", 0, error.start) + 1
+    byte = error.object[error.start]
+    return ArgumentError(f"line {line} of {name} is not in UTF-8: it has the byte 0x{byte:02x}")
 
 
 def template_at(name: str) -> str:
     """Return the chat template in a file, or that of a model."""
     path = Path(name)
     if path.is_file() or path.suffix == ".jinja":
-        return path.read_text(encoding="utf-8")
+        return read_text(path)
     return str(AutoTokenizer.from_pretrained(name).chat_template)

@@ -26,7 +26,8 @@ from trl import SFTConfig
 
 import disha
 from disha.errors import DishaError
-from disha.finetune.base import FEW_BITS, load_base
+from disha.finetune.base import Base
+from disha.finetune.notes import FEW_BITS, read_notes
 from disha.finetune.trainer import Trainer
 from disha.integrations.transformers import AdapterCheckpoints
 from disha.text import counted
@@ -35,6 +36,40 @@ MERGED = "merged"
 PLOT, SAMPLES, REPORT = RESULTS = ("loss.png", "samples.md", "report.json")
 PACKAGES = ("torch", "transformers", "trl", "datasets", "accelerate", "safetensors", "einops")
 SAMPLE_TOKENS = 64
+CARD = "README.md"
+OWN_CARD = "library_name: disha"
+CARD_TEXT = """---
+library_name: disha
+{named}tags:
+- adapter
+- disha
+- miss
+# license: yours to choose; those of the base and of the rows may bind you
+---
+
+# An adapter for {title}
+
+| | |
+|---|---|
+{table}
+
+`samples.md` shows answers with and without it, and `report.json` has all settings.
+
+## Use
+
+```sh
+disha generate --adapter adapter.safetensors --prompt 'a question'
+disha merge {base} adapter.safetensors merged
+```
+
+```python
+import disha
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("{base}")
+disha.load_adapter(model, "adapter.safetensors")
+```
+"""
 TOLERANCE = 1e-3
 """How much the loss of the saved file may differ, in nats per token. It differs at all only where
 a device does not always add up in the same order."""
@@ -77,7 +112,7 @@ class Proof:
             )
 
 
-def prove(base: str, bits: str, path: Path, training: SFTConfig, outcome: Outcome) -> Proof:
+def prove(base: Base, path: Path, training: SFTConfig, outcome: Outcome) -> Proof:
     """Load a saved adapter into the base anew, let both answer, and measure the loss."""
     training = copy.copy(training)
     training.report_to = []
@@ -85,8 +120,8 @@ def prove(base: str, bits: str, path: Path, training: SFTConfig, outcome: Outcom
     training.dataset_kwargs = {"skip_prepare_dataset": True}  # packed rows can't be packed again
     is_partitioned = is_deepspeed_zero3_enabled()  # type: ignore[no-untyped-call]
     is_sharded = is_partitioned or training.fsdp
-    device = None if is_sharded and bits not in FEW_BITS else training.device
-    model, tokenizer = load_base(base, bits, device, disha.inspect_adapter(path).metadata)
+    device = None if is_sharded and base.bits not in FEW_BITS else training.device
+    model, tokenizer = base.load(device, read_notes(path))
     # Sharded models would need all ranks for an answer.
     is_shown = training.process_index == 0 and not is_sharded
     pairs = list(_questions(outcome.checked, training.samples if is_shown else 0))
@@ -185,11 +220,43 @@ def write_report(folder: Path, settings: Mapping[str, Any], outcome: Outcome, pr
         "samples": [asdict(sample) for sample in proof.samples],
     }
     (folder / REPORT).write_text(json.dumps(report, indent=2, default=str) + "\n", encoding="utf-8")
-    before = facts["losses"].get(0, math.nan)
     took = f"in {counted(facts['steps'], 'step')}, {facts['seconds']:.0f} s"
-    print(f"{facts['measured_on']} loss {before:.3f} -> {proof.trained:.3f} {took}")
+    print(f"{_losses(facts, proof)} {took}")
     print(f"the saved file, in the base loaded anew: {proof.loaded:.6f}")
     print(f"in {folder}: {', '.join(sorted(path.name for path in folder.iterdir()))}")
+
+
+def write_card(folder: Path, settings: Mapping[str, Any], outcome: Outcome, proof: Proof) -> None:
+    """Write a model card, as the Hugging Face hub shows it; a `README.md` of others stays."""
+    path = folder / CARD
+    if path.exists() and OWN_CARD not in path.read_text(encoding="utf-8", errors="replace"):
+        return
+    facts = outcome.facts
+    base = settings["base"]
+    method = f"tile, r_out = {settings['r_out']}" if settings["r_out"] else settings["method"]
+    rows = f"{facts['rows']['training']:,} of {', '.join(settings['data'])}"
+    lines = {
+        "base": base,
+        "held in memory as": settings["bits"],
+        "method": f"{method}, r = {settings['r']}",
+        "layers": ", ".join(settings["target"]),
+        "trained parameters": f"{facts['parameters']['trainable']:,}",
+        "rows": rows,
+        "steps": f"{facts['steps']:,}",
+        "learning rate": settings["learning_rate"],
+        "loss": _losses(facts, proof),
+        "made with": f"disha {disha.__version__}",
+    }
+    table = "\n".join(f"| {name} | {value} |" for name, value in lines.items())
+    # A path on this machine is no name that the hub knows.
+    named = "" if Path(base).exists() else f"base_model: {base}\n"
+    text = CARD_TEXT.format(named=named, table=table, base=base, title=Path(base).name)
+    path.write_text(text, encoding="utf-8")
+
+
+def _losses(facts: Mapping[str, Any], proof: Proof) -> str:
+    before = facts["losses"].get(0, math.nan)
+    return f"{facts['measured_on']} loss {before:.3f} -> {proof.trained:.3f}"
 
 
 def logged(state: TrainerState, name: str) -> dict[Any, float]:

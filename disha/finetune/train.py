@@ -24,25 +24,34 @@ import disha
 from disha.errors import AdapterFileWarning, ArgumentError
 from disha.files import ADAPTER_NAME
 from disha.finetune.arguments import AdapterArguments, DataArguments, TrainingArguments
-from disha.finetune.base import (
-    FEW_BITS,
-    TEMPLATE_KEY,
-    TOKENS_KEY,
-    load_base,
-    noted_base,
-    notes_at,
-    template_at,
-)
+from disha.finetune.base import Base, template_at
 from disha.finetune.data import load_rows, mix_rows
 from disha.finetune.forms import form_rows, learns_marked_answers, marks_answers
 from disha.finetune.merging import merge_base, require_mergeable
-from disha.finetune.report import MERGED, RESULTS, Outcome, facts_of, logged, prove, write_report
-from disha.finetune.trainer import Trainer, set_scored_positions
+from disha.finetune.notes import (
+    FEW_BITS,
+    PROMPT_KEY,
+    TEMPLATE_KEY,
+    TOKENS_KEY,
+    load_noted_adapter,
+    noted_base,
+    notes_at,
+    read_notes,
+)
+from disha.finetune.report import (
+    MERGED,
+    RESULTS,
+    Outcome,
+    facts_of,
+    logged,
+    prove,
+    write_card,
+    write_report,
+)
+from disha.finetune.trainer import Trainer, score_positions
 from disha.integrations.memory import step_memory
 from disha.integrations.transformers import AdapterCheckpoints
-
-PROMPT_KEY = "prompt"
-"""The key of the note that says how the adapter was asked: by the chat template, or by a text."""
+from disha.text import counted
 
 CHECKED_ROWS = 64
 """How many training rows stand for held-out rows where none are given."""
@@ -55,19 +64,19 @@ def run(
     training: TrainingArguments,
 ) -> int:
     """Run the command with what its words say, and return its exit code."""
-    base, bits = _base_and_bits(adapter)
+    base = _choose_base(adapter)
     if adapter.merge:
-        require_mergeable(base)
+        require_mergeable(base.name)
     if training.dry_run:
         with tempfile.TemporaryDirectory() as nowhere:
             training.output_dir = nowhere
-            _preview(_trainer(base, bits, adapter, data, training))
+            _preview(_make_trainer(base, adapter, data, training))
         return 0
     folder = Path(training.output_dir)
     _require_free(folder, training)
-    trainer = _trainer(base, bits, adapter, data, training)
+    trainer = _make_trainer(base, adapter, data, training)
     try:
-        outcome = _trained(trainer, folder)
+        outcome = _train(trainer, folder)
     except KeyboardInterrupt:
         if get_last_checkpoint(folder):  # type: ignore[no-untyped-call]
             words = [word for word in argv if word != "--resume"]
@@ -75,32 +84,38 @@ def run(
         raise
     del trainer
     gc.collect()  # the base is loaded anew, and may fill the memory
-    proof = prove(base, bits, folder / ADAPTER_NAME, training, outcome)
+    proof = prove(base, folder / ADAPTER_NAME, training, outcome)
     if training.process_index == 0:
         if adapter.merge:
-            merge_base(base, folder / ADAPTER_NAME, folder / MERGED)
-        settings = vars(adapter) | {"base": base, "bits": bits} | vars(data)
+            merge_base(base.name, folder / ADAPTER_NAME, folder / MERGED)
+        settings = vars(adapter) | {"base": base.name, "bits": base.bits} | vars(data)
         settings |= training.to_sanitized_dict()
+        write_card(folder, settings, outcome, proof)
         write_report(folder, settings, outcome, proof)
     proof.require_same()
     return 0
 
 
-def _base_and_bits(adapter: AdapterArguments) -> tuple[str, str]:
-    """Return the base and its bits: those of the flags, or those that the adapter file notes."""
-    if adapter.base is not None:
-        return adapter.base, adapter.bits or "fp32"
-    if adapter.adapter is None:
-        raise ArgumentError("which model? name it with --base")
-    base, bits = noted_base(adapter.adapter)
-    return base, adapter.bits or bits
+def _choose_base(adapter: AdapterArguments) -> Base:
+    """Return the base that the flags name, or that the adapter notes."""
+    name = adapter.base
+    bits = "fp32"
+    if name is None:
+        if adapter.adapter is None:
+            raise ArgumentError("which model? name it with --base")
+        name, bits = noted_base(adapter.adapter)
+    if adapter.bits is not None:
+        bits = adapter.bits
+    return Base(name, bits, adapter.attn_implementation)
 
 
 # --- the output folder ---------------------------------------------------------------------------
 
 
 def _require_free(folder: Path, training: TrainingArguments) -> None:
-    if training.resume or training.overwrite_output_dir:
+    if folder.exists() and not folder.is_dir():
+        raise ArgumentError(f"--output_dir {folder} is a file; name a folder")
+    if training.resume or training.resume_from_checkpoint or training.overwrite_output_dir:
         return
     left = _earlier_results(folder)
     if left:
@@ -126,23 +141,22 @@ def _clear(folder: Path) -> None:
 # --- model, adapter and rows ---------------------------------------------------------------------
 
 
-def _trainer(
-    base: str,
-    bits: str,
+def _make_trainer(
+    base: Base,
     adapter: AdapterArguments,
     data: DataArguments,
     training: TrainingArguments,
 ) -> Trainer:
     """Return a trainer for a base with the adapter, and for the rows."""
     sets, held_out = _read(data)
-    device = training.device if bits in FEW_BITS else None
-    notes = dict(disha.inspect_adapter(adapter.adapter).metadata) if adapter.adapter else {}
+    notes = read_notes(adapter.adapter) if adapter.adapter else {}
     if training.chat_template_path:
         notes[TEMPLATE_KEY] = template_at(training.chat_template_path)
         training.chat_template_path = None  # trl would also add the tokens of another model
     if adapter.new_tokens:
         notes[TOKENS_KEY] = json.dumps(adapter.new_tokens)
-    model, tokenizer = load_base(base, bits, device, notes)
+    device = training.device if base.bits in FEW_BITS else None
+    model, tokenizer = base.load(device, notes)
     if training.assistant_only_loss and not marks_answers(tokenizer):
         raise ArgumentError(
             "--assistant_only_loss True needs a chat template in which trl can mark the answers; "
@@ -169,7 +183,7 @@ def _trainer(
         training.assistant_only_loss = learns_marked_answers(rows, tokenizer)
     notes[PROMPT_KEY] = "chat" if is_conversational(rows[0]) else "text"
     # Each checkpoint holds the notes that the final file holds, so that commands can use it.
-    notes_of = partial(notes_at, notes=notes, base=base, bits=bits)
+    notes_of = partial(notes_at, notes=notes, base=base.name, bits=base.bits)
     _adapt(model, adapter, tokenizer)
     trainer = Trainer(
         model,
@@ -195,7 +209,7 @@ def _read(data: DataArguments) -> tuple[list[Dataset], Dataset | None]:
         splits = splits * len(data.data)
     if len(splits) != len(data.data):
         raise ArgumentError("give one --dataset_split for all data, or one for each")
-    sets = [*map(load_rows, data.data, splits)]
+    sets = [load_rows(name, split) for name, split in zip(data.data, splits, strict=True)]
     if data.eval_data is None and data.eval_split is None:
         return sets, None
     return sets, load_rows(data.eval_data or data.data[0], data.eval_split or "train")
@@ -218,19 +232,20 @@ def _adapt(model: Any, adapter: AdapterArguments, tokenizer: Any) -> None:
         disha.inject_adapters(model, **settings)
         return
     with warnings.catch_warnings(action="error", category=AdapterFileWarning):
-        disha.load_adapter(model, adapter.adapter)
+        load_noted_adapter(model, adapter.adapter)
 
 
 # --- training ------------------------------------------------------------------------------------
 
 
-def _trained(trainer: Trainer, folder: Path) -> Outcome:
+def _train(trainer: Trainer, folder: Path) -> Outcome:
     """Train, save the adapter, and return what is left to prove and to report."""
     training = trainer.args
     if training.process_index == 0:
         print(str(disha.summary(trainer.model)).splitlines()[-1])
-        print(f"{len(trainer.train_dataset):,} rows, measured on {len(trainer.eval_dataset):,}")
-    resumed_from = _checkpoint(training, folder)
+        rows = counted(len(trainer.train_dataset), "row")
+        print(f"{rows}, measured on {len(trainer.eval_dataset):,}")
+    resumed_from = _choose_checkpoint(training, folder)
     training.eval_on_start = resumed_from is None
     if resumed_from is None and training.process_index == 0:
         _clear(folder)
@@ -247,22 +262,22 @@ def _trained(trainer: Trainer, folder: Path) -> Outcome:
     return Outcome(trainer.eval_dataset, loss, facts_of(trainer, resumed_from))
 
 
-def _checkpoint(training: TrainingArguments, folder: Path) -> str | None:
+def _choose_checkpoint(training: TrainingArguments, folder: Path) -> str | None:
     """Return the checkpoint to go on from, if one is asked for and there is one."""
     if training.resume_from_checkpoint:
         return training.resume_from_checkpoint
     if not training.resume:
         return None
     # Another rank may not have made the folder yet.
-    found = get_last_checkpoint(folder) if folder.is_dir() else None  # type: ignore[no-untyped-call]
-    if found is None:
+    last = get_last_checkpoint(folder) if folder.is_dir() else None  # type: ignore[no-untyped-call]
+    if last is None:
         if (folder / ADAPTER_NAME).exists() and not training.overwrite_output_dir:
             raise ArgumentError(
                 f"--output_dir {folder} holds an adapter, but no complete checkpoint to go on "
                 "from; start over with --overwrite_output_dir"
             )
         print(f"there is no complete checkpoint in {folder}; starting at the beginning")
-    return found
+    return last
 
 
 # --- the dry run ---------------------------------------------------------------------------------
@@ -272,30 +287,33 @@ def _preview(trainer: Trainer) -> None:
     """Print the plan, one example with [[ ]] around what is learned, the steps, and the memory."""
     print(disha.summary(trainer.model))
     row = trainer.train_dataset[0]
-    print(f"\none of {len(trainer.train_dataset)} rows; [[ ]] marks what is learned:")
-    print(_marked(row["input_ids"], row["labels"], trainer.processing_class))
+    print(f"\none of {counted(len(trainer.train_dataset), 'row')}; [[ ]] marks what is learned:")
+    print(_mark_learned(row["input_ids"], row["labels"], trainer.processing_class))
     *_, steps = trainer.set_initial_training_values(trainer.args, trainer.get_train_dataloader())
-    print(f"\n{steps} steps; one needs on each device, simulated:")
+    print(f"\n{counted(steps, 'step')}; one needs on each device, simulated:")
     try:
-        for part, size in _memory(trainer).items():
+        for part, size in _simulate_memory(trainer).items():
             print(f"{part:12}{size / 2**20:10,.1f} MiB")
     except Exception as error:  # not every operation and optimizer knows tensors without memory
         print(f"unknown: {type(error).__name__}: {error}")
 
 
-def _memory(trainer: Trainer) -> dict[str, int]:
+def _simulate_memory(trainer: Trainer) -> dict[str, int]:
     """Return what a step of the first batch needs on a device, as if every token were learned."""
-    set_scored_positions(only_learned=False)  # which they are depends on values: fakes have none
     batch = next(iter(trainer.get_train_dataloader()))
     if trainer.args.gradient_checkpointing:
         trainer.model.gradient_checkpointing_enable(trainer.args.gradient_checkpointing_kwargs)
     model, optimizer = trainer.accelerator.prepare(
         trainer.model.train(), trainer.create_optimizer()
     )
-    return step_memory(model, optimizer, lambda: model(**batch, fused_lm_head=True).log_probs.sum())
+    # Which positions are learned depends on values, and simulated tensors have none.
+    with score_positions(only_learned=False):
+        return step_memory(
+            model, optimizer, lambda: model(**batch, fused_lm_head=True).log_probs.sum()
+        )
 
 
-def _marked(ids: list[int], labels: list[int], tokenizer: Any) -> str:
+def _mark_learned(ids: list[int], labels: list[int], tokenizer: Any) -> str:
     text = ""
     pairs = zip(ids, labels, strict=True)
     for learned, run in itertools.groupby(pairs, key=lambda pair: pair[1] != -100):

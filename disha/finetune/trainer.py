@@ -1,20 +1,27 @@
-"""trl's trainer, with batches of rows of similar length, a table of losses, and cut rows told."""
+"""trl's trainer, which also batches rows of similar length and says how many rows it has cut."""
 
 from __future__ import annotations
 
 import copy
+import math
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from tqdm import tqdm
-from transformers import PrinterCallback, ProgressCallback
+from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from trl import SFTTrainer
 from trl.trainer import utils as trl_utils
 
-from disha.errors import ArgumentError
+from disha.errors import ArgumentError, DishaError
+from disha.text import counted
+
+COLUMNS = ("loss", "eval_loss", "learning_rate")
+"""What is shown of a step, in this order."""
 
 TILE = 2048
 """How many columns of the head trl multiplies at a time on a CPU, so that a tile stays in its
@@ -26,15 +33,21 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
 
     def __init__(self, *given: Any, **named: Any) -> None:
         super().__init__(*given, **named)
-        if self.args.device.type == "cpu":
-            set_scored_positions(True)
+        self.add_callback(StopWithoutLoss)
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
         if self.args.process_index == 0:
             self.add_callback(LossTable)
 
     def create_model_card(self, *given: Any, **named: Any) -> None:
-        """Write none: trl's shows how to load a complete model."""
+        """Do nothing, because trl's card shows how to load a complete model."""
+
+    def compute_loss(self, *given: Any, **named: Any) -> Any:
+        """Return the loss; on a processor, only learned positions are scored."""
+        if self.args.device.type != "cpu":
+            return super().compute_loss(*given, **named)
+        with score_positions(only_learned=True):
+            return super().compute_loss(*given, **named)
 
     def _prepare_dataset(self, rows: Any, words: Any, args: Any, *others: Any) -> Any:
         """Prepare complete rows first, so that those that trl then cuts can be counted."""
@@ -52,8 +65,8 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
         if cut and args.process_index == 0:
             left_out = len(complete) - len(fitting)
             print(
-                f"of {len(complete):,} rows, {cut:,} are cut to {limit} tokens, and "
-                f"{left_out:,} are left out, because nothing to learn is in them",
+                f"of {counted(len(complete), 'row')}, {cut:,} cut to {limit} tokens, and "
+                f"{left_out:,} left out, because nothing to learn is in what is left",
                 file=sys.stderr,
             )
         return fitting
@@ -70,13 +83,23 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
         return sampler
 
 
-def set_scored_positions(only_learned: bool) -> None:
-    """Let trl score on a CPU as it does with its kernel: what is learned, and nothing else.
+@contextmanager
+def score_positions(only_learned: bool) -> Iterator[None]:
+    """Let trl score on a processor as it does with its kernel: what is learned, and nothing else.
 
     These names are private in trl 1.16. A trl without them has the same losses, in more time.
     """
-    trl_utils._use_triton = lambda device: only_learned
-    trl_utils._CHUNKED_LOGPROB_CHUNK_SIZE = TILE
+    names = vars(trl_utils)
+    changed = {
+        "_use_triton": lambda device: only_learned,
+        "_CHUNKED_LOGPROB_CHUNK_SIZE": TILE,
+    }
+    before = {name: names.get(name) for name in changed}
+    names.update(changed)
+    try:
+        yield
+    finally:
+        names.update(before)
 
 
 class _ByLength(LengthGroupedSampler):
@@ -88,8 +111,30 @@ class _ByLength(LengthGroupedSampler):
         self.generator.manual_seed(self.seed + epoch)
 
 
+class StopWithoutLoss(TrainerCallback):
+    """Stops a run whose loss is no longer a number, on all processes in the same step."""
+
+    def on_log(self, args: Any, state: Any, *given: Any, logs: Any = None, **named: Any) -> None:
+        """Raise if a loss is not finite."""
+        for name in ("loss", "eval_loss"):
+            loss = logs.get(name, 0.0)
+            if math.isfinite(loss):
+                continue
+            if state.global_step == 0:
+                raise DishaError(f"the loss is {loss} before training; check --base and --bits")
+            raise DishaError(
+                f"the loss is {loss} at step {state.global_step}, with a --learning_rate of "
+                f"{args.learning_rate:g}; take a lower one, and start over with "
+                "--overwrite_output_dir"
+            )
+
+
 class LossTable(ProgressCallback):
-    """Prints a line for each loss, above the only bar, which is shown on a terminal."""
+    """Prints a line for each step with a loss, above the only bar, which is shown on a terminal."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.values: dict[str, float] = {}
 
     def on_train_begin(self, args: Any, state: Any, *given: Any, **named: Any) -> None:
         """Start the table and the bar."""
@@ -97,21 +142,36 @@ class LossTable(ProgressCallback):
         self.training_bar = tqdm(total=state.max_steps, disable=args.disable_tqdm or None)
         tqdm.write("      step      loss  measured      rate      left")
         self.began = time.monotonic()
+        self.values = {}
 
     def on_prediction_step(self, *given: Any, **named: Any) -> None:
         """Show no second bar."""
 
     def on_log(self, args: Any, state: Any, *given: Any, logs: Any = None, **named: Any) -> None:
-        """Print a line."""
-        names = ("loss", "eval_loss", "learning_rate")
-        loss, measured, rate = (f"{logs[name]:.4g}" if name in logs else "" for name in names)
-        if self.training_bar is None or not loss + measured:
+        """Keep what was logged. A step may be logged twice: when it is trained, and measured."""
+        self.values |= {name: logs[name] for name in COLUMNS if name in logs}
+
+    def on_step_begin(self, args: Any, state: Any, *given: Any, **named: Any) -> None:
+        """Print the line of the step before, which is complete now."""
+        self._print_line(state)
+
+    def on_train_end(self, args: Any, state: Any, *given: Any, **named: Any) -> None:
+        """Print the last line, and close the bar."""
+        self._print_line(state)
+        super().on_train_end(args, state, *given, **named)
+
+    def _print_line(self, state: Any) -> None:
+        if not self.values.keys() & {"loss", "eval_loss"}:
             return
         step = state.global_step
-        left = ""
+        line = f"{step:>10}"
+        for name in COLUMNS:
+            shown = f"{self.values[name]:.4g}" if name in self.values else ""
+            line += f"{shown:>10}"
         if step > self.first_step:
-            each = (time.monotonic() - self.began) / (step - self.first_step)
-            left = tqdm.format_interval(each * (state.max_steps - step))
-        line = f"{step:>10}{loss:>10}{measured:>10}{rate:>10}{left:>10}"
+            seconds_a_step = (time.monotonic() - self.began) / (step - self.first_step)
+            left = tqdm.format_interval(seconds_a_step * (state.max_steps - step))
+            line += f"{left:>10}"
+        self.values = {}
         tqdm.write(line.rstrip())
         sys.stdout.flush()

@@ -38,7 +38,10 @@ def leave_out_base(model: nn.Module, kept: Collection[str], engine: str) -> None
     """Keep the base out of the state that an engine writes, and do not miss it in loading."""
     is_deepspeed = engine == "DEEPSPEED"
     if is_deepspeed:
-        _teach_deepspeed()
+        _leave_base_out_of_deepspeed()
+        trl_utils = sys.modules.get("trl.trainer.utils")
+        if trl_utils is not None:  # a trainer of trl has imported it by now
+            _let_trl_read_effective_heads(trl_utils)
         _WITHOUT_BASE.add(model)
     elif engine != "FSDP":
         return
@@ -61,7 +64,7 @@ def leave_out_base(model: nn.Module, kept: Collection[str], engine: str) -> None
 
 
 @functools.cache
-def _teach_deepspeed() -> None:
+def _leave_base_out_of_deepspeed() -> None:
     """Let engines of these models do what `Trainer` asks of them for a model of PEFT only."""
     from deepspeed import DeepSpeedEngine  # type: ignore[import-untyped]
 
@@ -76,11 +79,19 @@ def _teach_deepspeed() -> None:
     for name in ("save_checkpoint", "_zero3_consolidated_16bit_state_dict"):
         setattr(DeepSpeedEngine, name, without_base(getattr(DeepSpeedEngine, name)))
 
-    # The losses of trl ask the weight of the head whether ZeRO-3 has gathered it. An effective
-    # weight, and a computed one, has its values.
-    trl_utils: Any = sys.modules.get("trl.trainer.utils")
+
+@functools.cache
+def _let_trl_read_effective_heads(trl_utils: Any) -> None:
+    """Let the losses of trl read the weight of a head that is adapted.
+
+    They ask it whether ZeRO-3 has gathered it. An effective weight, and a computed one, has its
+    values.
+    """
     gather = getattr(trl_utils, "maybe_gather_lm_head_ctx", None)
-    if gather is not None:
-        trl_utils.maybe_gather_lm_head_ctx = lambda *weights: gather(
-            *filter(is_partitioned, weights)
-        )
+    if gather is None:
+        return
+
+    def gather_partitioned(*weights: Any) -> Any:
+        return gather(*filter(is_partitioned, weights))
+
+    trl_utils.maybe_gather_lm_head_ctx = gather_partitioned

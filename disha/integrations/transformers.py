@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,6 +78,9 @@ class AdapterCheckpoints(TrainerCallback):
     Raises:
         ArgumentError: the model has no such adapter, or another one is active and trains.
 
+    Warns:
+        UserWarning: the trainer has frozen the adapter, as `peft_config` of `trl` does.
+
     Examples:
         >>> import pathlib, tempfile
         >>> from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
@@ -97,6 +101,7 @@ class AdapterCheckpoints(TrainerCallback):
         self, model: nn.Module, adapter: str = "default", notes: NotesAt = no_notes
     ) -> None:
         self._saving = _AdapterSaving(model, adapter, notes)
+        self._trains = self._has_gradients()
         self._kept = kept_keys(model, adapter)
         self._quantized = [flag for flag in QUANTIZED if getattr(model, flag, False)]
         for flag in self._quantized:  # hidden while the trainer is made
@@ -113,10 +118,20 @@ class AdapterCheckpoints(TrainerCallback):
         model = given["model"]
         for flag in self._quantized:
             setattr(model, flag, True)
+        if self._trains and not self._has_gradients():
+            warnings.warn(
+                f"the trainer has frozen adapter {self._saving.adapter!r}, so it will not train; "
+                "leave out peft_config, which adds an adapter of PEFT instead",
+                stacklevel=2,
+            )
         leave_out_base(model, self._kept, AcceleratorState().distributed_type)
         if args.should_save:
             _set_aside_incomplete(Path(args.output_dir))
         PartialState().wait_for_everyone()
+
+    def _has_gradients(self) -> bool:
+        blocks = ModelView(self._saving.model).blocks(self._saving.adapter)
+        return any(block.block.requires_grad for *_, block in blocks)
 
     def on_save(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         """Write the adapter of a sharded model, for which all ranks must act together."""

@@ -16,7 +16,8 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTra
 
 import disha
 from disha.cli import main
-from disha.finetune.base import base_note, load_base
+from disha.finetune.base import load_base
+from disha.finetune.notes import base_note
 from tests.conftest import perturb
 
 

@@ -1,6 +1,8 @@
 """The dispatcher: help, exit codes, errors in one line, and what is imported when."""
 
 import errno
+import logging
+import os
 import subprocess
 import sys
 import types
@@ -37,7 +39,14 @@ def test_help_of_every_command(run, name):
 
 @pytest.mark.parametrize(
     ("word", "meant"),
-    [("finetun", "finetune"), ("fine-tune", "finetune"), ("generat", "generate"), ("xyz", None)],
+    [
+        ("finetun", "finetune"),
+        ("fine-tune", "finetune"),
+        ("train", "finetune"),
+        ("eval", "evaluate"),
+        ("generat", "generate"),
+        ("xyz", None),
+    ],
 )
 def test_an_unknown_command_names_the_one_that_is_meant(run, word, meant):
     done = run(word, "x")
@@ -66,8 +75,8 @@ def parser():
 
 
 def test_flags_may_have_dashes_or_underscores():
-    assert parser().parsed(["--max-error", "0.5"]).max_error == 0.5
-    assert parser().parsed(["--max-error=-1e-3"]).max_error == -1e-3
+    assert parser().parse(["--max-error", "0.5"]).max_error == 0.5
+    assert parser().parse(["--max-error=-1e-3"]).max_error == -1e-3
 
 
 @pytest.mark.parametrize(
@@ -82,7 +91,7 @@ def test_flags_may_have_dashes_or_underscores():
 )
 def test_a_wrong_flag_is_named(words, says):
     with pytest.raises(disha.ArgumentError) as found:
-        parser().parsed(words)
+        parser().parse(words)
     assert says in str(found.value)
 
 
@@ -199,6 +208,22 @@ def test_what_no_one_reads_is_no_complaint(files):
     process.stdin.close()  # now it may print
     assert process.stderr.read() == b""
     assert process.wait() == 1
+
+
+def test_the_environment_and_the_logging_of_a_host_stay_as_they_are(run, command, monkeypatch):
+    monkeypatch.setenv("TQDM_LEAVE", "x")
+    monkeypatch.delenv("TQDM_DISABLE", raising=False)
+    during = []
+    command(lambda words: during.append((os.environ["TQDM_DISABLE"], os.environ["TQDM_LEAVE"])))
+    logging.disable(logging.WARNING)
+    try:
+        run("it")
+        assert logging.root.manager.disable == logging.WARNING
+    finally:
+        logging.disable(logging.NOTSET)
+    assert during == [("1", "")]
+    assert os.environ["TQDM_LEAVE"] == "x"
+    assert "TQDM_DISABLE" not in os.environ
 
 
 # --- as a program --------------------------------------------------------------------------------

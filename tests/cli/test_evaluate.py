@@ -73,6 +73,19 @@ def test_exact_answers_are_counted(run, language_model, tmp_path):
     assert both["adapter"]["exact"] == 0
 
 
+def test_several_files_are_measured_each_and_together(run, language_model, rows, tmp_path):
+    other = write(tmp_path / "other.jsonl", ROWS[:1])
+    given = ("evaluate", "--base", language_model / "model", "--json", "--data")
+    both = run(*given, rows, other).json
+    alone = [run(*given, path).json for path in (rows, other)]
+    for name, expected in zip((rows, other), alone, strict=True):
+        assert both["data"][str(name)]["base"] == pytest.approx(expected["base"])
+        assert both["data"][str(name)]["rows"] == expected["rows"]
+    total = sum(one["base"]["loss"] * one["base"]["tokens"] for one in alone)
+    assert both["base"]["loss"] == pytest.approx(total / both["base"]["tokens"])
+    assert both["rows"] == 4
+
+
 @pytest.mark.parametrize(
     ("given", "says"),
     [

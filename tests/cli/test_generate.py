@@ -1,4 +1,6 @@
+import dataclasses
 import io
+import json
 import sys
 
 import pytest
@@ -6,7 +8,7 @@ import torch
 
 import disha
 from disha.cli.generate import Conversation
-from disha.cli.models import Asker
+from disha.cli.models import PromptRunner
 from disha.finetune.base import load_base
 from tests.finetune.tiny_models import write_model
 
@@ -22,27 +24,27 @@ def asks(run, language_model):
 
 
 @pytest.fixture
-def asker(language_model):
+def runner(language_model):
     model, tokenizer = load_base(str(language_model / "model"))
     disha.load_adapter(model, language_model / "adapter.safetensors")
-    return Asker(model, tokenizer, is_chat=True)
+    return PromptRunner(model, tokenizer, is_chat=True)
 
 
-def answer(asker, prompt, tokens=6):
+def answer(runner, prompt, tokens=6):
     """The answer that `model.generate` gives without a cache between turns."""
-    ids = asker.tokenizer(prompt, add_special_tokens=False, return_tensors="pt")
-    found = asker.model.generate(**ids, max_new_tokens=tokens, do_sample=False)
-    return asker.tokenizer.decode(found[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)
+    ids = runner.tokenizer(prompt, add_special_tokens=False, return_tensors="pt")
+    found = runner.model.generate(**ids, max_new_tokens=tokens, do_sample=False)
+    return runner.tokenizer.decode(found[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
-def test_an_answer_is_that_of_the_model(asks, asker, language_model):
+def test_an_answer_is_that_of_the_model(asks, runner, language_model):
     done = asks("--adapter", language_model / "adapter.safetensors", "--prompt", "hello")
     assert done.code == 0
-    assert done.out == answer(asker, "<user>hello</s><assistant>") + "\n"
+    assert done.out == answer(runner, "<user>hello</s><assistant>") + "\n"
     assert "the base is" in done.err
-    disha.remove_adapters(asker.model)
+    disha.remove_adapters(runner.model)
     base = asks("--base", language_model / "model", "--prompt", "hello")
-    assert base.out == answer(asker, "<user>hello</s><assistant>") + "\n"
+    assert base.out == answer(runner, "<user>hello</s><assistant>") + "\n"
     assert base.out != done.out
     assert "the base is" not in base.err
 
@@ -89,11 +91,11 @@ def test_sampling_is_reproducible(asks, language_model):
     assert len({sampled(seed) for seed in range(5)}) > 1
 
 
-def test_an_adapter_that_was_trained_on_texts_is_asked_in_texts(asks, asker, language_model):
+def test_an_adapter_that_was_trained_on_texts_is_asked_in_texts(asks, runner, language_model):
     path = language_model / "text.safetensors"
-    disha.save_adapter(asker.model, path, metadata={"prompt": "text"})
+    disha.save_adapter(runner.model, path, metadata={"prompt": "text"})
     given = ("--base", language_model / "model", "--adapter", path, "--prompt", "hello")
-    assert asks(*given).out == answer(asker, "hello") + "\n"
+    assert asks(*given).out == answer(runner, "hello") + "\n"
 
 
 def test_an_adapter_of_another_base_is_refused(asks, language_model, tmp_path):
@@ -130,13 +132,60 @@ def test_bad_input(complaint, language_model, given, says):
     assert says in complaint("generate", "--prompt", "a", *words)
 
 
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        (("--max_new_tokens", 0), "--max_new_tokens: must be at least 1, got 0"),
+        (("--top_p", 7), "--top_p: must be above 0 and at most 1, got 7"),
+        (("--temperature", -1), "--temperature: must not be negative, got -1"),
+        (("--tools", "absent.json"), "absent.json"),
+    ],
+)
+def test_what_is_wrong_is_said_before_a_model_is_loaded(complaint, given, says):
+    assert says in complaint("generate", "--base", "absent/model", "--prompt", "a", *given)
+
+
+def test_bytes_that_are_not_utf8_are_named_with_their_line(complaint, monkeypatch):
+    given = io.TextIOWrapper(io.BytesIO(b"hello\n\xe9\n"), encoding="utf-8")
+    monkeypatch.setattr(sys, "stdin", given)
+    assert "line 2 of standard input is not in UTF-8" in complaint("generate", "--base", "x")
+
+
+def test_answers_as_json(asks, language_model):
+    base = language_model / "model"
+    plain = asks("--base", base, "--prompt", "hello").out
+    lines = asks("--base", base, "--prompt", "hello", "world", "--json").out.splitlines()
+    first, second = map(json.loads, lines)
+    assert first == {"prompt": "hello", "answer": plain.strip()}
+    assert second["prompt"] == "world"
+
+
+def test_a_system_message_comes_first(asks, runner, language_model):
+    adapter = language_model / "adapter.safetensors"
+    done = asks("--adapter", adapter, "--prompt", "hello", "--system", "be brief")
+    assert done.out == answer(runner, "<system>be brief</s><user>hello</s><assistant>") + "\n"
+
+
+def test_tools_are_handed_to_the_template(runner):
+    runner.tokenizer.chat_template = "{{ tools[0]['name'] }} {{ messages[0]['content'] }}"
+    told = dataclasses.replace(runner, tools=[{"name": "f"}])
+    assert told.render("hello") == "f hello"
+
+
+def test_a_folder_of_peft_is_an_adapter_that_names_its_base(asks, runner, language_model, tmp_path):
+    base = str(language_model / "model")
+    disha.interop.peft.export(runner.model, tmp_path, base_model_name_or_path=base)
+    expected = asks("--adapter", language_model / "adapter.safetensors", "--prompt", "hello").out
+    assert asks("--adapter", tmp_path, "--prompt", "hello").out == expected
+
+
 # --- a conversation ------------------------------------------------------------------------------
 
 
-def test_a_conversation_remembers_and_keeps_its_cache(asks, asker, language_model, monkeypatch):
+def test_a_conversation_remembers_and_keeps_its_cache(asks, runner, language_model, monkeypatch):
     lines = iter(["hello", "", "and you?"])
     kept = []
-    generate = type(asker.model).generate
+    generate = type(runner.model).generate
 
     def spied(self, *given, **options):
         kept.append(options.get("past_key_values"))
@@ -150,31 +199,31 @@ def test_a_conversation_remembers_and_keeps_its_cache(asks, asker, language_mode
 
     monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
     monkeypatch.setattr("builtins.input", typed)
-    monkeypatch.setattr(type(asker.model), "generate", spied)
+    monkeypatch.setattr(type(runner.model), "generate", spied)
     done = asks("--adapter", language_model / "adapter.safetensors")
     monkeypatch.undo()
-    first = answer(asker, "<user>hello</s><assistant>")
-    second = answer(asker, f"<user>hello</s><assistant>{first}</s><user>and you?</s><assistant>")
+    first = answer(runner, "<user>hello</s><assistant>")
+    second = answer(runner, f"<user>hello</s><assistant>{first}</s><user>and you?</s><assistant>")
     assert done.code == 0
     assert [line for line in done.out.splitlines()[1:] if line] == [first, second]
     assert [one is not None for one in kept] == [False, True]
 
 
-def test_a_stopped_answer_is_forgotten(asker, capsys):
-    conversation = Conversation(asker, {"max_new_tokens": 6, "do_sample": False})
+def test_a_stopped_answer_is_forgotten(runner, capsys):
+    conversation = Conversation(runner, {"max_new_tokens": 6, "do_sample": False})
     conversation.ask("hello")
     before = list(conversation.turns)
-    generate = asker.model.generate
+    generate = runner.model.generate
 
     def stopped(**options):
         options["streamer"].put(torch.tensor([[5]]))
         raise KeyboardInterrupt
 
-    asker.model.generate = stopped
+    runner.model.generate = stopped
     with pytest.raises(KeyboardInterrupt):
         conversation.ask("and you?")
-    asker.model.generate = generate
+    runner.model.generate = generate
     assert conversation.turns == before
     conversation.ask("and you?")
     text = f"<user>hello</s><assistant>{before[1]['content']}</s><user>and you?</s><assistant>"
-    assert conversation.turns[-1]["content"] == answer(asker, text)
+    assert conversation.turns[-1]["content"] == answer(runner, text)

@@ -1,8 +1,8 @@
 import pytest
 import yaml
 
-from disha import ArgumentError
-from disha.finetune.arguments import parsed
+from disha import ArgumentError, DishaError
+from disha.finetune.arguments import parse_flags
 
 AUTHORS = """--base_model_name_or_path model --output_dir output/bone --bone_r 32 --init_weights bat
 --bits bf16 --data_path meta-math/MetaMathQA --dataset_split train[:100000]
@@ -13,7 +13,7 @@ AUTHORS = """--base_model_name_or_path model --output_dir output/bone --bone_r 3
 
 
 def test_the_authors_command_line(capsys):
-    adapter, data, training = parsed(AUTHORS.split())
+    adapter, data, training = parse_flags(AUTHORS.split())
     assert (adapter.base, adapter.r, adapter.method, adapter.bits) == ("model", 32, "bat", "bf16")
     assert data.data == ["meta-math/MetaMathQA"]
     assert data.dataset_field == ["query", "response"]
@@ -37,17 +37,17 @@ def test_the_authors_command_line(capsys):
     ],
 )
 def test_other_names_of_flags(words, name, value):
-    assert getattr(parsed(words.split())[2], name) == value
+    assert getattr(parse_flags(words.split())[2], name) == value
 
 
 def test_a_file_of_flags_and_the_command_line_wins(tmp_path):
     path = tmp_path / "run.yaml"
     flags = {"bone_r": 16, "data": ["a.json", "b.json"], "lr": 0.5, "bf16": False, "base": None}
     path.write_text(yaml.safe_dump(flags | {"exclude": [], "dataset_text_field": "body"}))
-    adapter, data, training = parsed(["--learning_rate", "0.1", "--config", str(path)])
+    adapter, data, training = parse_flags(["--learning_rate", "0.1", "--config", str(path)])
     assert (adapter.r, data.data, training.learning_rate) == (16, ["a.json", "b.json"], 0.1)
     assert (adapter.base, adapter.exclude, data.dataset_field) == (None, [], ["body"])
-    assert parsed([f"--config={path}"])[0].r == 16
+    assert parse_flags([f"--config={path}"])[0].r == 16
 
 
 @pytest.mark.parametrize(
@@ -65,30 +65,72 @@ def test_a_file_of_flags_and_the_command_line_wins(tmp_path):
 )
 def test_wrong_flags_raise(words, message):
     with pytest.raises(ArgumentError, match=message.replace("?", r"\?")):
-        parsed(words.split())
+        parse_flags(words.split())
 
 
 @pytest.mark.parametrize("text", ["a: [", "- 1", "r"])
 def test_a_file_that_holds_no_flags(tmp_path, text):
     (path := tmp_path / "run.yaml").write_text(text)
     with pytest.raises(ArgumentError, match=r"run\.yaml"):
-        parsed(["--config", str(path)])
+        parse_flags(["--config", str(path)])
 
 
 def test_rank_pattern():
-    adapter, *_ = parsed(["--rank_pattern", "v_proj=16", "mlp=32"])
+    adapter, *_ = parse_flags(["--rank_pattern", "v_proj=16", "mlp=32"])
     assert adapter.settings()["rank_pattern"] == {"v_proj": 16, "mlp": 32}
     with pytest.raises(ArgumentError, match="needs regex=r"):
-        parsed(["--rank_pattern", "v_proj"])[0].settings()
+        parse_flags(["--rank_pattern", "v_proj"])[0].settings()
 
 
 @pytest.mark.parametrize(("word", "shows_all"), [("--help", False), ("--help_all", True)])
 def test_help(capsys, word, shows_all):
     with pytest.raises(SystemExit) as end:
-        parsed([word])
+        parse_flags([word])
     assert end.value.code == 0
     shown = capsys.readouterr().out
     for flag in ("--base, --base_model_name_or_path", "--r, --bone_r", "--learning_rate"):
         assert f"  {flag}" in shown
     assert ("--neftune_noise_alpha" in shown) == shows_all
     assert "--learning-rate" not in shown
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ("--load_in_4bit True", "no flag --load_in_4bit; use --bits 4"),
+        ("--lora-r=8", "use --r"),
+        ("--target q_proj,v_proj", "separate names by spaces: q_proj v_proj"),
+        ("--trust_remote_code True", "code in the folder of a model never"),
+        ('--model_init_kwargs {"a":1}', "--model_init_kwargs can't be used: .*--attn_impl"),
+        ("--lr_scheduler_type nope", "nope is not a valid SchedulerType"),
+        ("--report_to wandb", "--report_to: .*wandb"),
+        ("--report_to nobody", "nobody is not supported"),
+        ("--load_best_model_at_end", "save and eval strategy to match"),
+        ("--resume_from_checkpoint no/such", "no/such is no complete checkpoint of a run"),
+    ],
+)
+def test_what_is_wrong_is_said_before_a_model_is_loaded(words, says):
+    with pytest.raises(DishaError, match=says):
+        parse_flags(words.split())
+
+
+def test_the_last_checkpoint_is_named_as_in_trainer():
+    training = parse_flags(["--resume_from_checkpoint", "True"])[2]
+    assert training.resume
+    assert training.resume_from_checkpoint is None
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"", "is empty"),
+        (None, "can't be read"),
+        (b"r: 8\nbase: \xe9\n", "line 2 of .* not in UTF-8: it has the byte 0xe9"),
+    ],
+)
+def test_a_file_of_flags_that_can_not_be_read(tmp_path, content, says):
+    path = tmp_path / "run.yaml"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ArgumentError, match=says):
+        parse_flags(["--config", str(path)])

@@ -8,7 +8,8 @@ from transformers import BertConfig, BertForMaskedLM, T5Config
 
 import disha
 from disha import ArgumentError, MissingPackageError
-from disha.finetune.base import BASE_KEY, base_note, best_device, load_base, noted_base
+from disha.finetune.base import best_device, load_base
+from disha.finetune.notes import BASE_KEY, base_note, noted_base
 from tests.finetune import tiny_gguf
 from tests.finetune.tiny_models import write_model
 

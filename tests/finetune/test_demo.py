@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from disha import ArgumentError, MissingPackageError
-from disha.finetune.arguments import parsed
+from disha.finetune.arguments import parse_flags
 from disha.finetune.base import load_base
 from docs import demo
 from tests.finetune import tiny_gguf
@@ -83,7 +83,7 @@ def test_too_few_functions(tmp_path):
 
 
 def test_its_flags_are_defaults():
-    adapter, _, training = parsed([*demo.demo_words(), "--max_steps", "7"])
+    adapter, _, training = parse_flags([*demo.demo_words(), "--max_steps", "7"])
     assert adapter.base.endswith(".gguf")
     assert (training.max_steps, training.max_length, training.eval_steps) == (7, 128, 100)
 

@@ -4,10 +4,12 @@ import shutil
 import signal
 import subprocess
 import sys
+from contextlib import nullcontext
 
 import peft
 import pytest
 import torch
+import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoTokenizer
@@ -17,7 +19,8 @@ import disha
 from disha import AdapterFileWarning, ArgumentError
 from disha.cli import main as disha_command
 from disha.finetune import main, train, trainer
-from disha.finetune.base import load_base, noted_base
+from disha.finetune.base import Base, load_base
+from disha.finetune.notes import noted_base
 from tests.conftest import assert_same
 from tests.finetune import tiny_gguf
 from tests.finetune.conftest import Result
@@ -57,7 +60,22 @@ class TestResults:
         assert {"adapter.safetensors", "loss.png", "samples.md", "report.json"} < names
         assert (authors.folder / "loss.png").read_bytes().startswith(b"\x89PNG")
         assert (authors.folder / "samples.md").read_text().count("**With adapter**") == 3
-        assert not list(authors.folder.rglob("README.md"))  # trl's knows no adapter file
+        cards = list(authors.folder.rglob("README.md"))  # trl's knows no adapter file
+        assert cards == [authors.folder / "README.md"]
+
+    def test_card(self, authors, tiny, data):
+        card = (authors.folder / "README.md").read_text()
+        head = yaml.safe_load(card.split("---")[1])
+        assert head == {"library_name": "disha", "tags": ["adapter", "disha", "miss"]}
+        for line in (f"| base | {tiny} |", "| method | bone, r = 8 |", f"| rows | 48 of {data} |"):
+            assert line in card
+        assert f"training loss {authors.losses[0]:.3f} -> " in card
+        assert "# license: yours to choose" in card
+
+    def test_a_readme_of_others_stays(self, finetune, tmp_path):
+        (tmp_path / "README.md").write_text("mine")
+        finetune(tmp_path, "--max_steps", 1)
+        assert (tmp_path / "README.md").read_text() == "mine"
 
     def test_report(self, authors):
         report = authors.report
@@ -357,6 +375,32 @@ def test_bad_input(finetune, tmp_path, words, message):
     assert not (tmp_path / "out" / "adapter.safetensors").exists()
 
 
+def test_an_output_that_is_a_file_is_named_before_a_model_is_loaded(finetune, tmp_path):
+    (tmp_path / "out").touch()
+    with pytest.raises(ArgumentError, match="out is a file; name a folder"):
+        finetune(tmp_path / "out", base=tmp_path / "absent")
+
+
+def test_a_loss_that_is_no_number_stops_the_run_and_names_the_rate(finetune, tmp_path):
+    words = ["--learning_rate", 1e30, "--max_grad_norm", 0, "--logging_steps", 1]
+    with pytest.raises(disha.DishaError, match=r"the loss is (nan|inf) at step \d, .* of 1e\+30"):
+        finetune(tmp_path, *words, "--lr_scheduler_type", "constant", "--warmup_steps", 0)
+
+
+def test_attention_is_computed_as_the_flag_says(tiny):
+    base = Base(str(tiny), "fp32", "eager")
+    assert base.load(None, {})[0].config._attn_implementation == "eager"
+    with pytest.raises(ArgumentError, match=r"can't load the base .*nonsense"):
+        Base(str(tiny), "fp32", "nonsense").load(None, {})
+
+
+def test_trl_is_left_as_it_was():
+    before = dict(vars(trl_utils))
+    with trainer.score_positions(only_learned=True):
+        assert trl_utils._use_triton("cpu")
+    assert vars(trl_utils) == before
+
+
 @pytest.mark.parametrize("words", [[], ["--base", "model"]])
 def test_what_must_be_named(words):
     with pytest.raises(ArgumentError, match="name "):
@@ -435,7 +479,7 @@ def test_only_learned_positions_are_scored_on_a_cpu(words, finetune, tmp_path, m
         return result.blocks(), logged, products
 
     blocks, logged, work = run("learned")
-    monkeypatch.setattr(trainer, "set_scored_positions", lambda alone: None)
+    monkeypatch.setattr(trainer, "score_positions", lambda only_learned: nullcontext())
     monkeypatch.setattr(trl_utils, "_use_triton", lambda device: False)
     monkeypatch.setattr(trl_utils, "_CHUNKED_LOGPROB_CHUNK_SIZE", 32768)
     all_blocks, all_logged, all_work = run("all")

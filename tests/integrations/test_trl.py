@@ -106,6 +106,13 @@ def test_sft_keeps_the_adapter_only_and_resumes_bit_for_bit(tmp_path, caplog):
     assert not {name for name in names - FILES if "model" in name}
 
 
+def test_a_peft_config_that_freezes_the_adapter_is_told(tmp_path):
+    settings = trl.SFTConfig(tmp_path, **SETTINGS)
+    config = peft.LoraConfig(target_modules=["q_proj"])
+    with pytest.warns(UserWarning, match="has frozen adapter 'default', .* leave out peft_config"):
+        made(trl.SFTTrainer, adapted(), settings, rows("text"), {"peft_config": config}, keep=True)
+
+
 def quantized(folder):
     settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
     model = LlamaForCausalLM.from_pretrained(folder, quantization_config=settings, device_map="cpu")

@@ -1,0 +1,118 @@
+"""What an adapter file notes for the commands, and how they load it.
+
+| note | what it holds |
+|---|---|
+| `base` | the base, and how it was held in memory, as JSON |
+| `chat_template` | a template that is not the base's |
+| `new_tokens` | the tokens that were added to the base, as JSON |
+| `prompt` | `chat` if the adapter was asked by the template, `text` if not |
+
+A path of a base begins with a dot and is relative to the folder of the adapter file, so that both
+can be moved together. Any other text is a name. A folder of PEFT's MiSS names its base only.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+import disha
+from disha.errors import AdapterFileError, ArgumentError
+from disha.files import ADAPTER_NAME
+from disha.interop import peft
+from disha.interop.peft_format import CONFIG_NAME
+
+BASE_KEY = "base"
+TEMPLATE_KEY = "chat_template"
+TOKENS_KEY = "new_tokens"
+PROMPT_KEY = "prompt"
+
+FEW_BITS = ("8", "4")
+BITS = ("bf16", "fp32", *FEW_BITS)
+"""How a base can be held in memory."""
+
+
+def read_notes(adapter: str | Path) -> dict[str, str]:
+    """Return the notes in an adapter file; a folder of PEFT has none."""
+    if _is_peft_folder(adapter):
+        return {}
+    return dict(disha.inspect_adapter(adapter).metadata)
+
+
+def read_settings(adapter: str | Path) -> dict[str, Any]:
+    """Return what an adapter sets: its configuration, and the tokens that it has added."""
+    if _is_peft_folder(adapter):
+        settings = _peft_settings(adapter)
+        method = "bat" if settings.get("init_weights") == "bat" else "bone"
+        return {"r": settings.get("r"), "method": method, "new_tokens": []}
+    file = disha.inspect_adapter(adapter)
+    tokens = json.loads(file.metadata.get(TOKENS_KEY, "[]"))
+    return {**file.config.to_json(), "new_tokens": tokens}
+
+
+def load_noted_adapter(model: nn.Module, adapter: str | Path) -> None:
+    """Load an adapter file, or a folder of PEFT's MiSS, into a model."""
+    if _is_peft_folder(adapter):
+        peft.load(model, adapter)
+    else:
+        disha.load_adapter(model, adapter)
+
+
+def _is_peft_folder(adapter: str | Path) -> bool:
+    folder = Path(adapter)
+    return (folder / CONFIG_NAME).is_file() and not (folder / ADAPTER_NAME).exists()
+
+
+def _peft_settings(folder: str | Path) -> dict[str, Any]:
+    path = Path(folder, CONFIG_NAME)
+    settings = json.loads(path.read_bytes())
+    if not isinstance(settings, dict):
+        raise AdapterFileError(f"{path} must hold a JSON object")
+    return settings
+
+
+def base_note(name: str, bits: str, adapter: Path) -> str:
+    """Return the note of a base for an adapter file."""
+    path = Path(name)
+    if path.exists():
+        try:
+            relative = os.path.relpath(path.absolute(), adapter.parent.resolve())
+            name = f"./{Path(relative).as_posix()}"
+        except ValueError:  # another drive of Windows
+            name = str(path.absolute())
+    return json.dumps({"base_model_name_or_path": name, "bits": bits})
+
+
+def notes_at(path: Path, notes: Mapping[str, str], base: str, bits: str) -> dict[str, str]:
+    """Return the notes for an adapter file at a path: those given, and that of its base."""
+    return {**notes, BASE_KEY: base_note(base, bits, path)}
+
+
+def noted_base(adapter: str | Path) -> tuple[str, str]:
+    """Return the base that an adapter notes, and its bits."""
+    if _is_peft_folder(adapter):
+        name = _peft_settings(adapter).get("base_model_name_or_path")
+        if not name:
+            raise ArgumentError(f"{adapter} notes no base that can be used; name it too")
+        return name, "fp32"
+    file = disha.inspect_adapter(adapter)
+    adapter = file.path
+    try:
+        note = json.loads(file.metadata[BASE_KEY])
+        name = note["base_model_name_or_path"]
+        bits = note.get("bits", "fp32")
+        is_path = name.startswith("./")
+        BITS.index(bits)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ArgumentError(f"{adapter} notes no base that can be used; name it too") from error
+    if not is_path:
+        return name, bits
+    path = Path(os.path.normpath(adapter.parent.resolve() / name))
+    if not path.exists():
+        raise ArgumentError(f"{adapter} notes the base {path}, which is not there; give --base")
+    return str(path), bits
