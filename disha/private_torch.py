@@ -29,6 +29,9 @@ last column says.
     autograd.forward_ad._current_level   BAT has no forward-mode derivative    BAT saves more
     torch._grouped_mm                    the product of experts                weights are computed
     OpOverloadPacket._qualified_op_name  operations of other libraries         weights are computed
+    torch.utils._pytree.tree_leaves      finds weights among arguments         the import fails
+    torch._ops.OpOverloadPacket;         what an operation writes into         an operation of it
+      .OpOverload._schema                                                      raises
     torch._dynamo.variables.torch        has a copy of what has rules          weights are computed
     torch._dynamo.eval_frame             finds a wrapper, and what is in it    names have it
       .OptimizedModule._orig_mod
@@ -40,12 +43,16 @@ last column says.
     F._in_projection_packed,             attention made of products            weights are computed
       ._in_projection,
       ._check_key_padding_mask
+    torch.nested._internal               nested inputs leave functions to      the first injection
+      .nested_tensor; NestedTensor       weights                               raises
+      ._ragged_idx
     torch._functorch.vmap                transforms of `torch.func` get        the first injection
       ._add_batch_dim                    computed weights                      raises
     torch._functorch.eager_transforms    the same                              the same
       ._wrap_for_grad
     torch.utils.checkpoint               contexts act again in backward        the first injection
       ._CheckpointFrame                                                        raises
+    nn.init._no_grad_trunc_normal_       W is written, not W + dW              the same
     torch._functorch.pyfunctorch         weights are computed outside of them  a transform raises
 """
 
@@ -65,6 +72,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils import _python_dispatch
+from torch.utils._pytree import tree_leaves as tree_leaves
 
 from disha.errors import DishaError
 
@@ -132,6 +140,12 @@ WRAP_FOR_GRAD = "torch._functorch.eager_transforms:_wrap_for_grad"
 CHECKPOINT = "torch.utils.checkpoint:_CheckpointFrame"
 """What keeps a function, to run it again in backward."""
 
+NESTED_TENSOR = "torch.nested._internal.nested_tensor:NestedTensor"
+"""The class of jagged nested tensors."""
+
+TRUNC_NORMAL = "torch.nn.init:_no_grad_trunc_normal_"
+"""What draws the values of a truncated normal distribution."""
+
 OUTSIDE_TRANSFORMS = "torch._functorch.pyfunctorch:temporarily_pop_interpreter_stack"
 """A context in which nothing is transformed."""
 
@@ -166,6 +180,33 @@ def in_backward() -> bool:
 def in_forward_mode() -> bool:
     """Whether forward-mode derivatives may be computed."""
     return getattr(forward_ad, "_current_level", 0) >= 0
+
+
+def written_arguments(operation: Any) -> set[int | str]:
+    """Return the positions and names of the arguments that an operation writes into.
+
+    A registered operation (`torch.ops`) says so in its schema, any other by the name `out`.
+    """
+    written: set[int | str] = {"out"}
+    overloads: list[Any]
+    if isinstance(operation, torch._ops.OpOverloadPacket):
+        names: list[str] = operation.overloads()  # type: ignore[no-untyped-call]
+        overloads = [getattr(operation, name) for name in names]
+    elif isinstance(operation, torch._ops.OpOverload):
+        overloads = [operation]
+    else:
+        return written
+    for overload in overloads:
+        for position, argument in enumerate(overload._schema.arguments):
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                written |= {position, argument.name}
+    return written
+
+
+def ragged_axis(nested: Any) -> int:
+    """Return the axis along which the sequences of a jagged nested tensor differ in length."""
+    axis: int = nested._ragged_idx
+    return axis
 
 
 def start_no_graph(function: Any) -> None:

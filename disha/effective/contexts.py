@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -105,8 +105,8 @@ def _here() -> tuple[Context, ...]:
     return tuple([context for context in _ENTERED.get() if context in OPEN])
 
 
-def in_these_contexts(arguments: Any) -> Any:
-    """Return arguments of which the first function always runs in the contexts of now.
+def in_these_contexts(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function that always runs in the contexts in which it is made.
 
     Activation checkpointing computes layers again in backward: after a context has ended, or in a
     thread of autograd, which has none.
@@ -123,8 +123,7 @@ def in_these_contexts(arguments: Any) -> Any:
         finally:
             _ENTERED.reset(before)
 
-    function = next(filter(callable, arguments), run)
-    return [run if value is function else value for value in arguments]
+    return run
 
 
 def groups_of(layers: Iterable[Any]) -> frozenset[Group]:

@@ -13,15 +13,17 @@ from disha import functional
 from disha.effective.rules import RULES, Operation, rule, rule_with_operation
 from disha.effective.views import is_index, item_of, transposed
 from disha.effective.weight import EffectiveWeight, compute_first
-from disha.private_torch import GROUPED
+from disha.private_torch import GROUPED, ragged_axis
 
 
 @rule(F.linear)
 def linear_product(input: Any, weight: Any, bias: Any = None) -> Any:
     if isinstance(input, EffectiveWeight) or isinstance(bias, EffectiveWeight):
         return NotImplemented
-    if not isinstance(weight, EffectiveWeight) or input.layout is not torch.strided:
+    if not isinstance(weight, EffectiveWeight):
         return NotImplemented
+    if input.layout is not torch.strided:
+        return _of_values(linear_product, input, weight, bias)
     base = weight.base
     layout = weight.weight_layout
     if layout.pattern == "out in":
@@ -30,6 +32,20 @@ def linear_product(input: Any, weight: Any, bias: Any = None) -> Any:
         return NotImplemented
     # Such as a table, to which an output head is tied.
     return weight.updates.product(F.linear, input, base, bias, layout)
+
+
+def _of_values(product: Operation, nested: Any, weight: EffectiveWeight, *args: Any) -> Any:
+    """Return a product with the values of a jagged nested tensor, nested in the same way."""
+    if nested.layout is not torch.jagged or weight.updates.of_all_samples is None:
+        return NotImplemented
+    if nested.is_floating_point() and ragged_axis(nested) == nested.dim() - 1:
+        return NotImplemented  # torch says that the features can't be ragged
+    output = product(nested.values(), weight, *args)
+    if output is NotImplemented:
+        return NotImplemented
+    return torch.nested.nested_tensor_from_jagged(
+        output, nested.offsets(), nested.lengths(), ragged_axis(nested)
+    )
 
 
 # With ZeRO-3, DeepSpeed replaces F.linear by a function of its own.
@@ -41,11 +57,11 @@ def _matmul(input: Any, other: Any) -> Any:
     """Multiply x @ W for a weight whose inputs come first, or W @ x if they come last."""
     if isinstance(input, EffectiveWeight):
         return NotImplemented if isinstance(other, EffectiveWeight) else _weight_first(input, other)
-    if input.layout is not torch.strided:
-        return NotImplemented
     matrices = transposed(other)
     if other.base.dim() == 2:
         return linear_product(input, matrices)
+    if input.layout is not torch.strided:
+        return NotImplemented
     updates = other.updates.of_all_samples
     if other.weight_layout.pattern == "expert in out" and input.dim() == 3 and updates is not None:
         return functional.adapted_stack(input, matrices.base, updates)
@@ -141,7 +157,10 @@ def _embedding(
 ) -> Any:
     if not isinstance(weight, EffectiveWeight) or weight.base.dim() != 2:
         return NotImplemented
-    if input.layout is not torch.strided or scale_grad_by_freq or max_norm is not None:
+    changes_table = scale_grad_by_freq or max_norm is not None
+    if input.layout is torch.jagged and not changes_table:
+        return _of_values(_embedding, input, weight, padding_idx, None, norm_type, False, sparse)
+    if input.layout is not torch.strided or changes_table:
         # `max_norm` changes rows of the table, and `scale_grad_by_freq` its gradient. Torch does
         # this to the computed weight, whose gradient is dense, so `sparse` is left out.
         args = (input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq)

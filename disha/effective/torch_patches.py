@@ -3,13 +3,15 @@
 The first injection calls `install`; importing changes nothing. Without this, the adapter would not
 act, or another one would, without a word:
 
-    the `apply` of a custom function of autograd    runs it, with W and no gradient; one called
-                                                    `CheckpointFunction` is checkpointing, below
+    the `apply` of a custom function of autograd    runs it, with W and no gradient; that of
+                                                    reentrant checkpointing is meant below too
     autograd.function.custom_function_call          does the same inside transforms of `torch.func`
     what wraps an argument of `torch.vmap`,         wraps W
     `torch.func.grad` and `jvp`
     what keeps a function for activation            runs it again in backward, where another
     checkpointing                                   context is open, or none
+    nested tensors, by their `__torch_function__`   multiply with W
+    nn.init.trunc_normal_ and .orthogonal_          write values that they have read into W
     overrides.get_overridable_functions()           what the compiler asks; private functions, such
                                                     as the grouped product, are not in this list
 
@@ -31,7 +33,8 @@ import torch
 from disha import private_torch
 from disha.effective.contexts import in_these_contexts
 from disha.effective.rules import RULES
-from disha.effective.weight import computed_inside
+from disha.effective.weight import EffectiveWeight, computed_inside
+from disha.effective.writes import write
 
 _LOCK = threading.Lock()
 
@@ -45,6 +48,7 @@ def install() -> None:
 @functools.cache
 def _install() -> None:
     inner = private_torch.class_with_apply()
+    nested_tensor = private_torch.required(private_torch.NESTED_TENSOR)
     # Before anything is changed, because a place may be missing.
     originals = {place: private_torch.required(place) for place in _CHANGES}
 
@@ -53,21 +57,61 @@ def _install() -> None:
         result = NotImplemented if rule is None else rule(*args, **kwargs)
         if result is not NotImplemented:
             return result
-        if cls.__name__ == "CheckpointFunction":  # the reentrant one, also of DeepSpeed
-            args = in_these_contexts(args)
+        if cls.__name__ == "CheckpointFunction" and cls.__module__ in _CHECKPOINTS:
+            position = _CHECKPOINTS[cls.__module__]
+            function = in_these_contexts(args[position])
+            args = (*args[:position], function, *args[position + 1 :])
         return super(inner, cls).apply(*computed_inside(args), **computed_inside(kwargs))
 
+    _leave_functions_to_weights(nested_tensor)
     private_torch.start_no_graph(apply)
     inner.apply = classmethod(apply)
     for place, change in _CHANGES.items():
         module, _, name = place.partition(":")
-        setattr(sys.modules[module], name, _getting(change, originals[place]))
+        setattr(sys.modules[module], name, change(originals[place]))
     private_torch.ask_private_operations()
 
 
-def _getting(change: Callable[[Any], Any], function: Callable[..., Any]) -> Any:
-    """Return a function that gets changed arguments."""
-    return lambda *args, **kwargs: function(*change(args), **kwargs)
+_CHECKPOINTS = {
+    "torch.utils.checkpoint": 0,
+    "deepspeed.runtime.activation_checkpointing.checkpointing": 0,
+    "megatron.core.tensor_parallel.random": 0,
+    "fairscale.nn.checkpoint.checkpoint_activations": 1,
+}
+"""Module with a `CheckpointFunction` -> the position of its argument that backward runs again."""
+
+
+def _leave_functions_to_weights(tensor_class: Any) -> None:
+    """Make a class of tensors leave a function to an effective weight among its arguments."""
+    answer = vars(tensor_class)["__torch_function__"].__func__
+
+    def answer_or_leave(
+        cls: type, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if any(issubclass(other, EffectiveWeight) for other in types):
+            return NotImplemented
+        return answer(cls, func, types, args, kwargs)
+
+    tensor_class.__torch_function__ = classmethod(answer_or_leave)
+
+
+def _passing(change: Callable[[Any], Any]) -> Callable[[Any], Callable[..., Any]]:
+    """Return what makes a function get changed arguments."""
+
+    def changed(function: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *args, **kwargs: function(*change(args), **change(kwargs))
+
+    return changed
+
+
+def _keeping_contexts(frame: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the class that keeps a function for backward, which then runs it in these contexts."""
+    return lambda function, *args, **kwargs: frame(in_these_contexts(function), *args, **kwargs)
+
+
+def _writing_base(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return what lets a function of `nn.init` read and write W."""
+    return functools.partial(write, function)
 
 
 def _computed_outside(args: Any) -> Any:
@@ -78,10 +122,12 @@ def _computed_outside(args: Any) -> Any:
         return computed_inside(args)
 
 
-_CHANGES: dict[str, Callable[[Any], Any]] = {
-    "torch.autograd.function:custom_function_call": computed_inside,
-    private_torch.ADD_BATCH_DIM: _computed_outside,
-    private_torch.WRAP_FOR_GRAD: _computed_outside,
-    private_torch.CHECKPOINT: in_these_contexts,
+_CHANGES: dict[str, Callable[[Any], Callable[..., Any]]] = {
+    "torch.autograd.function:custom_function_call": _passing(computed_inside),
+    private_torch.ADD_BATCH_DIM: _passing(_computed_outside),
+    private_torch.WRAP_FOR_GRAD: _passing(_computed_outside),
+    private_torch.CHECKPOINT: _keeping_contexts,
+    private_torch.TRUNC_NORMAL: _writing_base,
+    "torch.nn.init:orthogonal_": _writing_base,
 }
-"""Function of torch -> how its arguments change."""
+"""Function of torch -> what replaces it."""

@@ -19,19 +19,33 @@ use `base` and `updates` itself. In compiled code, a rule is not dispatched agai
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from disha.effective.rules import RULES, Operation
 from disha.errors import ArgumentError, ModeError
 from disha.functional import Layout
 from disha.functional.updates import Updates
-from disha.private_torch import OP_NAME, FakeTensor, as_it_is, start_no_graph
+from disha.private_torch import (
+    OP_NAME,
+    FakeTensor,
+    as_it_is,
+    start_no_graph,
+    tree_leaves,
+    written_arguments,
+)
+
+W = TypeVar("W", bound="EffectiveWeight")
 
 
 class EffectiveWeight(Tensor):
-    """W + sum of s dW, not computed: an alias of W that carries the updates."""
+    """W + sum of s dW, not computed: an alias of W that carries the updates.
+
+    An attribute that a tensor does not have, such as `infshape` of muP, is that of W.
+    """
 
     base: Tensor
     weight_layout: Layout  # in torch, the attribute `layout` has another meaning
@@ -61,9 +75,40 @@ class EffectiveWeight(Tensor):
                     return result
         return compute_first(func, args, named)
 
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Catch an operation that did not call `__torch_function__`: compute the weight first.
+
+        Autograd has recorded the operation before. So raise if a block would get no gradient.
+        """
+        named = kwargs or {}
+        if func.overloadpacket.__name__ in RESHAPES:
+            refuse_to_reshape(args[0])
+        if torch.is_grad_enabled():
+            _refuse_to_train_unseen(func, tree_leaves((args, named)))
+        return compute_first(func, args, named)
+
     def as_subclass(self, cls: Any) -> Any:
         """Return the computed weight as a tensor of another class."""
         return computed(self).as_subclass(cls)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
+        copied = computed(self).detach().clone()
+        memo[id(self)] = copied
+        return copied
+
+    def __getattr__(self, name: str) -> Any:
+        if "base" not in self.__dict__:
+            raise AttributeError(name)
+        return getattr(self.base, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if hasattr(type(self), name):
+            super().__setattr__(name, value)
+        else:
+            setattr(self.base, name, value)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return computed(self).__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
@@ -80,6 +125,13 @@ class EffectiveWeight(Tensor):
             "because it would hide the adapters; make it of weight.clone(), the computed weight, "
             "or of layer.base_weight"
         )
+
+
+class TracedWeight(EffectiveWeight):
+    """An effective weight in compiled code. The compiler traces no class that has these methods."""
+
+    __torch_dispatch__ = Tensor.__torch_dispatch__  # type: ignore[assignment]
+    __setattr__ = Tensor.__setattr__  # type: ignore[assignment]
 
 
 class AbsentWeight(EffectiveWeight):
@@ -102,22 +154,32 @@ start_no_graph(vars(EffectiveWeight)["__torch_function__"].__func__)
 
 def effective(base: Tensor, layout: Layout, updates: Updates) -> EffectiveWeight:
     """Return the effective weight of W, with its layout and updates."""
+    if is_compiling():
+        traced = _alias(base, TracedWeight)
+        traced.base = base
+        traced.weight_layout = layout
+        traced.updates = updates
+        return traced
+    weight = _alias(base, EffectiveWeight)
+    attributes = weight.__dict__  # `weight.base = base` would set an attribute of W
+    attributes["base"] = base
+    attributes["weight_layout"] = layout
+    attributes["updates"] = updates
+    return weight
+
+
+def _alias(base: Tensor, cls: type[W]) -> W:
+    """Return a tensor of this class that shares the memory and the graph of W."""
     if type(base) is FakeTensor:
         with as_it_is():  # else the alias would be a FakeTensor
-            weight = base.as_subclass(EffectiveWeight)
-    else:
-        weight = base.as_subclass(EffectiveWeight)
-    weight.base = base
-    weight.weight_layout = layout
-    weight.updates = updates
-    return weight
+            return base.as_subclass(cls)
+    return base.as_subclass(cls)
 
 
 def absent(base: Tensor, layout: Layout) -> AbsentWeight:
     """Return the effective weight of a W that has no values."""
     weight = base.as_subclass(AbsentWeight)
-    weight.base = base
-    weight.weight_layout = layout
+    weight.__dict__.update(base=base, weight_layout=layout)
     return weight
 
 
@@ -126,14 +188,24 @@ def computed(weight: EffectiveWeight) -> Tensor:
     return weight.updates.computed(weight.base, weight.weight_layout)
 
 
-def compute_first(func: Operation, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    """Run an operation with the computed weight. If `out=` is the weight, it writes into W."""
+def compute_first(func: Operation, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """Run an operation with computed weights; those that it writes into are W."""
+    written = written_arguments(func)
+    if kwargs.get("inplace"):  # as in F.relu
+        written = {0, "input"}
+    positional = [
+        base_inside(value) if position in written else computed_inside(value)
+        for position, value in enumerate(args)
+    ]
     named = {
-        name: base_inside(value) if name == "out" else computed_inside(value)
+        name: base_inside(value) if name in written else computed_inside(value)
         for name, value in kwargs.items()
     }
-    result = func(*[computed_inside(value) for value in args], **named)
-    return kwargs["out"] if isinstance(kwargs.get("out"), EffectiveWeight) else result
+    result = func(*positional, **named)
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, EffectiveWeight) and result is value.base:
+            return value
+    return result
 
 
 def computed_inside(value: Any) -> Any:
@@ -148,10 +220,51 @@ def computed_inside(value: Any) -> Any:
 
 
 def base_inside(value: Any) -> Any:
-    """Return a value with W in place of the effective weights in it; dicts are left alone."""
+    """Return a value with W in place of the effective weights in it."""
     if isinstance(value, EffectiveWeight):
         return value.base
-    return type(value)(map(base_inside, value)) if type(value) in (list, tuple) else value
+    if type(value) in (list, tuple):
+        return type(value)([base_inside(item) for item in value])
+    if type(value) is dict:
+        return {key: base_inside(item) for key, item in value.items()}
+    return value
+
+
+RESHAPES = {
+    "as_strided_",
+    "resize_",
+    "resize_as_",
+    "set_",
+    "squeeze_",
+    "swapaxes_",
+    "swapdims_",
+    "t_",
+    "transpose_",
+    "unsqueeze_",
+}
+"""Names of writes that change the shape of a tensor."""
+
+
+def refuse_to_reshape(weight: Any) -> None:
+    """Raise if a weight is an effective one: its blocks would no longer fit."""
+    if isinstance(weight, EffectiveWeight):
+        raise ArgumentError(
+            f"an adapted weight (of shape {tuple(weight.shape)}) can't change its shape in place; "
+            "resize it before you inject, or use the operation that returns a new tensor"
+        )
+
+
+def _refuse_to_train_unseen(func: Operation, values: Sequence[Any]) -> None:
+    """Raise if autograd has recorded an operation on a weight whose block trains."""
+    for value in values:
+        if isinstance(value, EffectiveWeight):
+            updates = value.updates.every
+            if value.base.requires_grad or any(update.block.requires_grad for update in updates):
+                raise ModeError(
+                    f"{func} got an adapted weight of shape {tuple(value.shape)} from code that "
+                    "does not call __torch_function__, so its block would get no gradient; pass "
+                    "weight.clone() to that code, the computed weight"
+                )
 
 
 def _refuse_to_lose_gradients(args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:

@@ -11,8 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from disha.effective.rules import Operation, rule, rule_with_operation
-from disha.effective.weight import EffectiveWeight, base_inside, compute_first
-from disha.errors import ArgumentError
+from disha.effective.weight import (
+    RESHAPES,
+    EffectiveWeight,
+    base_inside,
+    compute_first,
+    refuse_to_reshape,
+)
 from disha.private_torch import NATIVE_FUNCTIONS
 
 
@@ -36,42 +41,18 @@ def _all_writes() -> Iterator[Operation]:
             yield operation.__set__
 
 
-_RESHAPES = [
-    "as_strided_",
-    "resize_",
-    "resize_as_",
-    "set_",
-    "squeeze_",
-    "swapaxes_",
-    "swapdims_",
-    "t_",
-    "transpose_",
-    "unsqueeze_",
-]
-"""Writes that change the shape of a tensor."""
-
-
 @rule_with_operation(*_all_writes())
-def _write(func: Operation, *args: Any, **kwargs: Any) -> Any:
+def write(func: Operation, *args: Any, **kwargs: Any) -> Any:
     """Write into W. The result is the effective weight of W as it is then."""
     if args:
         written = args[0]
-        if func.__name__ in _RESHAPES:
-            _refuse_to_reshape(written)
+        if func.__name__ in RESHAPES:
+            refuse_to_reshape(written)
         result = compute_first(func, (base_inside(written), *_sources(*args)), kwargs)
     else:
         name, written = next(iter(kwargs.items()))
         result = compute_first(func, (), {**kwargs, name: base_inside(written)})
     return result if result is None else written
-
-
-def _refuse_to_reshape(weight: Any) -> None:
-    """Raise if a weight is an effective one: its blocks would no longer fit."""
-    if isinstance(weight, EffectiveWeight):
-        raise ArgumentError(
-            f"an adapted weight (of shape {tuple(weight.shape)}) can't change its shape in place; "
-            "resize it before you inject, or use the operation that returns a new tensor"
-        )
 
 
 def _sources(written: Any, *sources: Any) -> tuple[Any, ...]:
@@ -98,5 +79,5 @@ def _same_blocks(weight: EffectiveWeight, other: EffectiveWeight) -> bool:
 def _set_data(weight: Any, value: Any) -> None:
     # `weight.data = weight.data.half()` casts W without adding an update to it.
     if value.shape != weight.shape:
-        _refuse_to_reshape(weight)
-    _write(Tensor.data.__set__, weight, value)  # type: ignore[attr-defined]
+        refuse_to_reshape(weight)
+    write(Tensor.data.__set__, weight, value)  # type: ignore[attr-defined]

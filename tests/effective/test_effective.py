@@ -564,6 +564,44 @@ class TestFacts:
         with pytest.raises((RuntimeError, TypeError)):
             nn.Linear(4, 3).weight = layer.weight
 
+    @pytest.mark.parametrize(
+        "draw",
+        [
+            lambda w: nn.init.trunc_normal_(w, std=0.5, a=-0.1, b=0.1),
+            lambda w: nn.init.trunc_normal_(w),
+            lambda w: nn.init.orthogonal_(w),
+            lambda w: nn.init.orthogonal_(tensor=w, gain=2.0),
+            lambda w: torch.ops.aten.mul_(w, 2.0),
+            lambda w: torch.ops.aten.add_.Tensor(w, w.new_ones(4)),
+            lambda w: F.elu(w, inplace=True),
+        ],
+    )
+    def test_what_is_drawn_or_changed_in_place_is_that_of_a_plain_weight(self, draw):
+        layer, weight = self.weight()
+        plain = layer.base_weight.detach().clone()
+        found = []
+        for tensor in (weight, plain):
+            torch.manual_seed(3)
+            with torch.no_grad():
+                found.append(draw(tensor))
+        assert torch.equal(layer.base_weight, plain)
+        torch.testing.assert_close(found[0] + 0, merged_weight(layer))
+
+    def test_attributes_of_the_parameter(self):
+        layer, weight = self.weight()
+        layer.base_weight.infshape = (4, 3)
+        weight._no_weight_decay = True
+        assert layer.weight.infshape == (4, 3)
+        assert layer.base_weight._no_weight_decay is True
+        assert not hasattr(weight, "no_such_attribute")
+
+    def test_compiled_code_reads_attributes_of_the_parameter(self):
+        layer, _ = self.weight()
+        layer.base_weight.factor = 3.0
+        x = torch.randn(2, 4)
+        compiled = freshly_compiled(lambda x: F.linear(x, layer.weight) * layer.weight.factor)
+        torch.testing.assert_close(compiled(x), 3.0 * F.linear(x, layer.weight))
+
     def test_hooks_are_those_of_the_base(self):
         layer, seen = disha.inject_adapters(nn.Linear(4, 3), "", 2, freeze=False), []
         handle = layer.weight.register_hook(lambda gradient: seen.append(gradient.shape))
@@ -596,12 +634,16 @@ class TestFacts:
         dense = layer.weight.as_subclass(torch.Tensor)
         torch.testing.assert_close(dense, merged_weight(layer))
 
+    @pytest.mark.parametrize("grad", [True, False])
     @pytest.mark.parametrize("clone", [copy.deepcopy, pickled])
-    def test_copies_of_it_are_dense(self, clone):
+    def test_copies_of_it_are_dense(self, clone, grad):
+        if grad and clone is pickled:
+            pytest.skip("torch pickles no tensor with a graph")
         layer, _ = self.weight()
-        with torch.no_grad():
+        with torch.set_grad_enabled(grad):
             copied = clone(layer.weight)
         assert type(copied) is torch.Tensor
+        assert not copied.requires_grad
         torch.testing.assert_close(copied, merged_weight(layer))
         other = disha.BoneLinear(4, 3, r=2)
         other.weight.data = clone(layer).weight.data
@@ -687,8 +729,9 @@ def test_a_forward_that_writes_merged_and_unmerged(written, compiles):
 
 def test_a_weight_does_not_change_its_shape_in_place():
     layer = disha.BoneLinear(4, 3, r=2)
-    with pytest.raises(ArgumentError, match="can't change its shape in place"):
-        layer.weight.data.t_()
+    for change in (lambda w: w.t_(), lambda w: w.set_(torch.ones(2, 2))):
+        with pytest.raises(ArgumentError, match="can't change its shape in place"):
+            change(layer.weight.data)
     assert layer.weight.shape == (3, 4)
 
 
@@ -786,6 +829,105 @@ class TestWhatAsksNoTensor:
         frozen = disha.BoneLinear(6, 4, r=2)
         with pytest.raises(RuntimeError, match="does not require grad"):
             torch.autograd.grad(frozen(x).sum(), frozen.weight)
+
+
+class Sequences(nn.Module):
+    """Reads jagged nested tensors of indices."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(7, 4)
+        self.up = nn.Linear(4, 6)
+        self.down = nn.Linear(6, 3, bias=False)
+
+    def forward(self, indices):
+        return self.up(self.embed(indices)) @ self.down.weight.mT
+
+
+class TestJagged:
+    """`NestedTensor.__torch_function__` comes before that of the weight, and asks no weight."""
+
+    sequences = (torch.tensor([1, 2]), torch.tensor([3, 4, 6]))
+
+    def model(self, **options):
+        model = disha.inject_adapters(Sequences().double(), ".", 2, init="kaiming", **options)
+        return perturb(model), torch.nested.nested_tensor(list(self.sequences), layout=torch.jagged)
+
+    @pytest.mark.parametrize("method", ["bone", "bat"])
+    @pytest.mark.parametrize("compiles", [False, True])
+    def test_outputs_and_gradients_are_those_of_each_sequence(self, method, compiles):
+        model, nested = self.model(method=method)
+        forward = freshly_compiled(model) if compiles else model
+        outputs = forward(nested).unbind()
+        expected = [model(indices) for indices in self.sequences]
+        torch.testing.assert_close(list(outputs), expected)
+        blocks = list(disha.adapter_parameters(model))
+        found, wanted = (
+            torch.autograd.grad(sum(output.square().sum() for output in some), blocks)
+            for some in (outputs, expected)
+        )
+        torch.testing.assert_close(found, wanted)
+
+    def test_the_lengths_stay_those_of_the_input(self):
+        model, nested = self.model()
+        assert (model.embed(nested) + model.down(model.up(model.embed(nested)))[..., :1]).is_nested
+
+    def test_dropout(self):
+        model, nested = self.model(dropout=0.5)
+        first, second = (model.train().up(model.embed(nested)).values() for _ in range(2))
+        assert not torch.equal(first, second)
+
+    def test_ragged_features_are_refused_as_by_torch(self):
+        model, _ = self.model()
+        ragged = torch.nested.nested_tensor([torch.randn(4, 4).double()], layout=torch.jagged)
+        for layer in (model.up, nn.Linear(4, 6).double()):
+            with pytest.raises((ValueError, RuntimeError), match=r"contiguous|ragged"):
+                layer(ragged.transpose(1, 2))
+
+    def test_a_route_is_refused(self):
+        model, nested = self.model()
+        with (
+            disha.route_adapters(model, ["default", None]),
+            pytest.raises(ModeError, match="can't be routed here"),
+        ):
+            model(nested)
+
+
+class TestWhatGoesAroundTorchFunction:
+    """As C++ extensions do, and classes whose `__torch_function__` switches that of others off."""
+
+    def multiply(self, x, weight):
+        with torch._C.DisableTorchFunctionSubclass():
+            return F.linear(x, weight)
+
+    def test_without_gradients_the_weight_is_computed(self):
+        layer = disha.BoneLinear(6, 4, r=2, init="kaiming")
+        x = torch.randn(3, 6)
+        with torch.no_grad():
+            output = self.multiply(x, layer.weight)
+        torch.testing.assert_close(output, F.linear(x, merged_weight(layer)))
+
+    def test_a_block_that_would_get_no_gradient_raises(self):
+        layer = disha.BoneLinear(6, 4, r=2)
+        with pytest.raises(ModeError, match=r"aten\.\w+\.default.*\(4, 6\).*weight\.clone\(\)"):
+            self.multiply(torch.randn(3, 6), layer.weight)
+        torch.testing.assert_close(
+            self.multiply(torch.ones(1, 6), layer.weight.clone()),
+            F.linear(torch.ones(1, 6), layer.weight),
+        )
+
+    def test_a_frozen_block_lets_the_gradient_of_the_input_pass(self):
+        layer = perturb(disha.BoneLinear(6, 4, r=2))
+        layer.requires_grad_(False)
+        x = torch.randn(3, 6, requires_grad=True)
+        (found,) = torch.autograd.grad(self.multiply(x, layer.weight).sum(), x)
+        torch.testing.assert_close(found, merged_weight(layer).sum(0).expand(3, 6))
+
+    def test_a_write_goes_to_the_base(self):
+        layer = disha.BoneLinear(6, 4, r=2, init="kaiming")
+        with torch.no_grad(), torch._C.DisableTorchFunctionSubclass():
+            layer.weight.fill_(2.0)
+        assert torch.equal(layer.base_weight, torch.full((4, 6), 2.0))
 
 
 @pytest.mark.parametrize("method", ["bone", "bat"])

@@ -48,6 +48,9 @@ NAMES = [
     "torch._functorch.vmap._add_batch_dim",
     f"torch.autograd.function.{'_SingleLevelFunction' if IN_PYTHON else 'Function'}.apply",
     "torch.autograd.function.custom_function_call",
+    "torch.nested._internal.nested_tensor.NestedTensor.__torch_function__",
+    "torch.nn.init._no_grad_trunc_normal_",
+    "torch.nn.init.orthogonal_",
     "torch.utils.checkpoint._CheckpointFrame",
 ]
 
