@@ -40,9 +40,6 @@ last column says.
       _checkpoint_wrapped_module
     FullyShardedDataParallel             the same                              the same
       ._fsdp_wrapped_module
-    F._in_projection_packed,             attention made of products            weights are computed
-      ._in_projection,
-      ._check_key_padding_mask
     torch.nested._internal               nested inputs leave functions to      the first injection
       .nested_tensor; NestedTensor       weights                               raises
       ._ragged_idx
@@ -58,13 +55,10 @@ last column says.
 
 from __future__ import annotations
 
-import inspect
 import pkgutil
-import re
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -237,32 +231,3 @@ def ask_private_operations() -> None:
     compiler = sys.modules.get("torch._dynamo.variables.torch")
     if compiler is not None:  # it keeps a copy of the list
         compiler.get_overridable_functions().update(functions)
-
-
-def attention_with(linear: Callable[..., Tensor], check: Callable[..., None]) -> Any:
-    """Return torch's attention with another `F.linear` and another check of its padding mask.
-
-    It is made of torch's source, which stays as it is if a library replaces the function in torch.
-    None if there is no such source.
-    """
-    module = ModuleType("disha.functional.attention_of_torch")
-    vars(module).update(
-        vars(F),
-        __name__=module.__name__,
-        linear=linear,
-        _check_key_padding_mask=check,
-        has_torch_function=lambda tensors: False,
-    )
-    try:
-        source = inspect.getsource(F)
-    except OSError:
-        return None
-    for name in ("_in_projection_packed", "_in_projection", "multi_head_attention_forward"):
-        before, start, after = source.partition(f"\ndef {name}(")
-        if not start:
-            return None
-        function = start + re.split(r"\n(?=[^\s)#])", after, maxsplit=1)[0]
-        lines_before = "\n" * before.count("\n")  # so that errors point into torch's file
-        exec(compile(lines_before + function, F.__file__, "exec"), vars(module))
-    sys.modules[module.__name__] = module  # where compiled code looks names up
-    return module

@@ -1,8 +1,6 @@
 """What is private in torch stands in one module, and a new torch reclassifies no operation."""
 
 import ast
-import copy
-import functools
 import json
 import re
 import subprocess
@@ -15,11 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import disha
-from disha import effective, private_torch
+from disha import private_torch
 from disha.effective import torch_patches
 from disha.effective.rules import RULES
 from disha.errors import DishaError
-from tests.conftest import perturb
 
 PACKAGE = Path(disha.__file__).parent
 OPERATIONS = Path(__file__).parent / "operations.txt"
@@ -143,33 +140,6 @@ def test_a_missing_name_raises_at_use_and_changes_nothing(monkeypatch):
     with pytest.raises(DishaError, match=r"has no torch._functorch.vmap:_gone, which disha needs"):
         torch_patches._install.__wrapped__()
     assert private_torch.class_with_apply().apply == before
-
-
-@pytest.mark.parametrize("source", ["torch's file", "no source"])
-def test_attention_that_another_library_has_wrapped(source, monkeypatch):
-    """Its code is no longer that of torch's function, and has a closure."""
-    model = perturb(disha.inject_adapters(nn.MultiheadAttention(6, 2), "all-linear", 2))
-    plain = copy.deepcopy(model)
-    disha.merge_adapters(plain)
-    original = F.multi_head_attention_forward
-
-    @functools.wraps(original)
-    def wrapped(*args, **kwargs):
-        return original(*args, **kwargs)
-
-    monkeypatch.setattr(F, "multi_head_attention_forward", wrapped)
-    if source == "no source":
-        monkeypatch.setattr(private_torch.inspect, "getsource", _no_source)
-    made = private_torch.attention_with(F.linear, F._check_key_padding_mask)
-    assert (made is None) == (source == "no source")
-    monkeypatch.setattr(effective.attention, "_ATTENTION", made and effective.attention._ATTENTION)
-    monkeypatch.setitem(RULES, wrapped, RULES[original])
-    x = torch.randn(4, 3, 6)
-    torch.testing.assert_close(model(x, x, x), plain(x, x, x))
-
-
-def _no_source(module):
-    raise OSError("no source")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,15 @@
-"""Attention: torch's own function, with projections that are products of effective weights."""
+"""Attention: what torch's function computes, with projections that are products.
+
+    F.multi_head_attention_forward = out(softmax(q k^T / sqrt(E) + masks) v)
+
+q, k and v are projections of the inputs, and `out` is one of the result. Inputs are (positions,
+samples, width), and the heads of all samples are one axis: (samples * heads, positions, E).
+"""
 
 from __future__ import annotations
 
+import math
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +20,6 @@ from disha.effective.products import linear_product
 from disha.effective.rules import rule
 from disha.effective.views import in_parts
 from disha.effective.weight import EffectiveWeight, computed, effective
-from disha.private_torch import attention_with
 
 
 @rule(F.multi_head_attention_forward)
@@ -23,52 +30,186 @@ def _attention(
     embed_dim_to_check: int,
     num_heads: int,
     in_proj_weight: Any,
-    *args: Any,
-    **kwargs: Any,
+    in_proj_bias: Any,
+    bias_k: Any,
+    bias_v: Any,
+    add_zero_attn: bool,
+    dropout_p: float,
+    out_proj_weight: Any,
+    out_proj_bias: Any,
+    training: bool = True,
+    key_padding_mask: Any = None,
+    need_weights: bool = True,
+    attn_mask: Any = None,
+    use_separate_proj_weight: bool = False,
+    q_proj_weight: Any = None,
+    k_proj_weight: Any = None,
+    v_proj_weight: Any = None,
+    static_k: Any = None,
+    static_v: Any = None,
+    average_attn_weights: bool = True,
+    is_causal: bool = False,
 ) -> Any:
-    """Attention by a copy of torch's code, which would itself call this rule again."""
-    if _ATTENTION is None:
+    tensors = (query, key, value, bias_k, bias_v, key_padding_mask, attn_mask, static_k, static_v)
+    if any(isinstance(tensor, EffectiveWeight) for tensor in tensors):
         return NotImplemented
-    if isinstance(in_proj_weight, EffectiveWeight) and not query is key is value:
-        parts = in_parts(in_proj_weight, torch.chunk(in_proj_weight.base, 3))
-        if parts is NotImplemented:  # a block across the borders of q, k and v can't be split
-            parts = torch.chunk(computed(in_proj_weight), 3)
-        names = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
-        kwargs |= {"use_separate_proj_weight": True, **dict(zip(names, parts))}
-        in_proj_weight = None
-    weights = [
-        _in_attention(value, query) if type(value) is EffectiveWeight else value
-        for value in (in_proj_weight, *args)
-    ]
-    kwargs = {
-        name: _in_attention(value, query) if type(value) is EffectiveWeight else value
-        for name, value in kwargs.items()
-    }
-    return _ATTENTION.multi_head_attention_forward(
-        query, key, value, embed_dim_to_check, num_heads, *weights, **kwargs
+    project = partial(_project, query)
+
+    is_batched = query.dim() == 3
+    if not is_batched:
+        query, key, value = (x.unsqueeze(1) for x in (query, key, value))
+        key_padding_mask = None if key_padding_mask is None else key_padding_mask.unsqueeze(0)
+    length, samples, width = query.shape
+    assert width == embed_dim_to_check, (
+        f"was expecting embedding dimension of {embed_dim_to_check}, but got {width}"
     )
+    if is_causal and attn_mask is None:
+        raise RuntimeError(
+            "Need attn_mask if specifying the is_causal hint. You may use the Transformer module "
+            "method `generate_square_subsequent_mask` to create this mask."
+        )
+
+    # Projections.
+    if use_separate_proj_weight:
+        b_q, b_k, b_v = [None] * 3 if in_proj_bias is None else in_proj_bias.chunk(3)
+        q = project(query, q_proj_weight, b_q)
+        k = project(key, k_proj_weight, b_k)
+        v = project(value, v_proj_weight, b_v)
+    else:
+        q, k, v = _project_packed(project, query, key, value, in_proj_weight, in_proj_bias)
+    if bias_k is not None:
+        assert static_k is None, "bias cannot be added to static key."
+        assert static_v is None, "bias cannot be added to static value."
+        k = torch.cat([k, bias_k.repeat(1, samples, 1)])
+        v = torch.cat([v, bias_v.repeat(1, samples, 1)])
+
+    def in_heads(x: Tensor) -> Tensor:
+        return x.view(x.shape[0], samples * num_heads, width // num_heads).transpose(0, 1)
+
+    q = in_heads(q)
+    k = in_heads(k) if static_k is None else static_k
+    v = in_heads(v) if static_v is None else static_v
+    if add_zero_attn:
+        k = F.pad(k, (0, 0, 0, 1))
+        v = F.pad(v, (0, 0, 0, 1))
+
+    # Masks.
+    is_hint = is_causal and key_padding_mask is None and not need_weights
+    added_keys = int(bias_k is not None) + int(add_zero_attn)
+    mask = None
+    if attn_mask is not None and not is_hint:
+        mask = _addend(attn_mask, "attn_mask", query.dtype)
+        mask = _of_each_head(mask, (samples * num_heads, length, key.shape[0]))
+        mask = _hiding_no_more(mask, added_keys)
+    if key_padding_mask is not None:
+        padding = _addend(key_padding_mask, "key_padding_mask", query.dtype)
+        padding = _hiding_no_more(padding, added_keys)
+        _check_padding(padding, samples, k.shape[1])
+        padding = padding[:, None, None].expand(-1, num_heads, -1, -1).flatten(0, 1)
+        mask = padding if mask is None else mask + padding
+
+    # Attention.
+    dropout = dropout_p if training else 0.0
+    weights = None
+    if need_weights:
+        output, weights = _attend_with_weights(q, k, v, mask, dropout)
+        output = output.transpose(0, 1)  # (length, samples * heads, width of a head)
+        weights = torch.unflatten(weights, 0, (samples, num_heads))
+        weights = weights.mean(1) if average_attn_weights else weights
+    else:
+        q, k, v = (torch.unflatten(x, 0, (samples, num_heads)) for x in (q, k, v))
+        if mask is not None:
+            mask = mask[None] if len(mask) == 1 else torch.unflatten(mask, 0, (samples, num_heads))
+        output = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_hint)
+        output = output.permute(2, 0, 1, 3)  # (length, samples, heads, width of a head)
+    output = project(output.reshape(length * samples, width), out_proj_weight, out_proj_bias)
+    output = output.view(length, samples, output.shape[-1])
+    if is_batched:
+        return output, weights
+    return output.squeeze(1), None if weights is None else weights.squeeze(0)
 
 
-def _in_attention(weight: EffectiveWeight, query: Tensor) -> EffectiveWeight:
+def _project(query: Tensor, x: Tensor, weight: Any, bias: Tensor | None) -> Any:
+    """Return the projection of x in an attention with this query."""
+    if not isinstance(weight, EffectiveWeight):
+        return F.linear(x, weight, bias)
     updates = weight.updates.in_attention(query)
-    if updates is weight.updates:
-        return weight
-    return effective(weight.base, weight.weight_layout, updates)
+    if updates is not weight.updates:
+        weight = effective(weight.base, weight.weight_layout, updates)
+    output: Any = linear_product(x, weight, bias)
+    return F.linear(x, computed(weight), bias) if output is NotImplemented else output
 
 
-def _attention_linear(input: Any, weight: Any, bias: Any = None) -> Any:
-    if isinstance(weight, EffectiveWeight):
-        return linear_product(input, weight, bias)
-    return F.linear(input, weight, bias)
+def _project_packed(
+    project: Any, query: Tensor, key: Tensor, value: Tensor, weight: Any, bias: Tensor | None
+) -> list[Tensor]:
+    """Return q, k and v of one weight that has all three; equal inputs share a product."""
+    if key is not value:
+        inputs, counts = [query, key, value], [1, 1, 1]
+    elif query is not key:
+        inputs, counts = [query, key], [1, 2]
+    else:
+        inputs, counts = [query], [3]
+    width = query.shape[-1]
+    sizes = [count * width for count in counts]
+    biases = [None] * len(sizes) if bias is None else torch.split(bias, sizes)
+    projections = []
+    for x, part, part_bias, count in zip(inputs, _parts(weight, sizes), biases, counts):
+        projected = project(x, part, part_bias).unflatten(-1, (count, width))
+        projections += projected.movedim(-2, 0).contiguous().unbind(0)
+    return projections
 
 
-def _check_padding(key_padding_mask: Tensor, src_len: int, bsz: int) -> None:
-    """Check what torch's attention checks, in a way that can be compiled."""
-    for axis, expected in enumerate((bsz, src_len)):
-        size = key_padding_mask.shape[axis]
+def _parts(weight: Any, sizes: list[int]) -> Any:
+    """Cut a packed weight into parts of these numbers of rows."""
+    if not isinstance(weight, EffectiveWeight):
+        return torch.split(weight, sizes)
+    if len(sizes) == 1:
+        return [weight]
+    parts: Any = in_parts(weight, torch.split(weight.base, sizes))
+    if parts is NotImplemented:  # a block across the borders of q, k and v can't be cut
+        return torch.split(computed(weight), sizes)
+    return parts
+
+
+def _addend(mask: Tensor, name: str, dtype: torch.dtype) -> Tensor:
+    """Return a mask as what is added to the scores: -inf where a boolean mask is true."""
+    if mask.is_floating_point():
+        return mask
+    assert mask.dtype == torch.bool, f"only bool and floating types of {name} are supported"
+    return torch.zeros_like(mask, dtype=dtype).masked_fill_(mask, -math.inf)
+
+
+def _of_each_head(mask: Tensor, shape: tuple[int, int, int]) -> Tensor:
+    """Return a mask (heads of all samples, length, keys), or (1, length, keys) for all heads."""
+    expected = shape if mask.dim() == 3 else shape[1:]
+    if mask.shape != expected:
+        raise RuntimeError(
+            f"The shape of the {mask.dim()}D attn_mask is {mask.shape}, but should be {expected}."
+        )
+    return mask if mask.dim() == 3 else mask[None]
+
+
+def _hiding_no_more(mask: Tensor, added_keys: int) -> Tensor:
+    """Return a mask with more keys, which it does not hide."""
+    return F.pad(mask, (0, added_keys)) if added_keys else mask
+
+
+def _check_padding(padding: Tensor, samples: int, length: int) -> None:
+    for axis, expected in enumerate((samples, length)):
+        size = padding.shape[axis]
         assert size == expected, (
             f"Expected key_padded_mask.shape[{axis}] to be {expected}, but got {size}"
         )
 
 
-_ATTENTION = attention_with(_attention_linear, _check_padding)
+def _attend_with_weights(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float
+) -> tuple[Tensor, Tensor]:
+    """Return the values that are attended to, and the weights (heads, length, source length)."""
+    q = q * math.sqrt(1.0 / q.shape[-1])
+    scores = torch.bmm(q, k.mT) if mask is None else torch.baddbmm(mask, q, k.mT)
+    weights = scores.softmax(-1)
+    if dropout > 0.0:
+        weights = F.dropout(weights, dropout)
+    return torch.bmm(weights, v), weights

@@ -1,6 +1,7 @@
 """nn.MultiheadAttention and the modules with fused paths around it, held against plain torch."""
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch import nn
 
 import disha
 from disha import ArgumentError, MergeError
+from disha.effective import EffectiveWeight
 from disha.layers.weights import base_of
 from disha.model.view import ModelView
 from tests import reference
@@ -227,6 +229,187 @@ class TestEveryFormInFloat64(PairTests):
         tensors = inputs(module)
         compiled = freshly_compiled(module)
         close(compiled(*tensors)[0], module(*tensors)[0])
+
+
+# --- every option of torch's function -------------------------------------------------------------
+
+LENGTH, SOURCE, SAMPLES = 4, 5, 3
+WEIGHTS = {
+    "no weights": {"need_weights": False},
+    "averaged": {"need_weights": True},
+    "of each head": {"need_weights": True, "average_attn_weights": False},
+}
+"""Options of what is returned."""
+
+
+def hidden(*shape):
+    """Return a boolean mask that leaves the first key of each row."""
+    mask = torch.rand(*shape, generator=torch.Generator().manual_seed(2)) < 0.4
+    mask[..., 0] = False
+    return mask
+
+
+ATTENTION_MASKS = {
+    "no mask": lambda length: {},
+    "bool": lambda length: {"attn_mask": hidden(length, SOURCE)},
+    "float": lambda length: {"attn_mask": floating(hidden(length, SOURCE))},
+    "bool of each head": lambda length: {"attn_mask": hidden(SAMPLES * HEADS, length, SOURCE)},
+    "float of each head": lambda length: {
+        "attn_mask": floating(hidden(SAMPLES * HEADS, length, SOURCE))
+    },
+    "causal hint": lambda length: {"attn_mask": causal(length, SOURCE), "is_causal": True},
+}
+PADDINGS = {
+    "no padding": {},
+    "bool padding": {"key_padding_mask": hidden(SAMPLES, SOURCE)},
+    "float padding": {"key_padding_mask": floating(hidden(SAMPLES, SOURCE))},
+}
+ADDED_KEYS = {
+    "nothing": {},
+    "bias_kv": {"bias": True},
+    "zero_attn": {"add_zero_attn": True},
+    "bias_kv, zero_attn": {"bias": True, "add_zero_attn": True},
+    "static_k, static_v": {"static": ("k", "v")},
+    "static_k, zero_attn": {"static": ("k",), "add_zero_attn": True},
+}
+PROJECTED = {
+    "q, k, v": lambda q, k, v: (q, k, v),
+    "k is v": lambda q, k, v: (q, k, k),
+    "q is k is v": lambda q, k, v: (k, k, k),
+    "separate weights": lambda q, k, v: (q, k, v),
+}
+
+
+def function_case(projected, added, options, effective=True):
+    """Return the inputs and other arguments of the function, with effective or computed weights."""
+    form = "kdim, vdim" if projected == "separate weights" else "packed"
+    module = perturb(inject(attention(form), "^$"))
+    q, k, v = PROJECTED[projected](*inputs(module, SAMPLES, LENGTH, SOURCE))
+    draw = torch.Generator().manual_seed(3)
+    bias_k, bias_v = torch.randn(2, 1, 1, WIDTH, generator=draw, dtype=torch.float64)
+    static = torch.randn(SAMPLES * HEADS, SOURCE, WIDTH // HEADS, generator=draw).double()
+    arguments = {
+        "embed_dim_to_check": WIDTH,
+        "num_heads": HEADS,
+        "in_proj_weight": module.in_proj_weight,
+        "in_proj_bias": module.in_proj_bias,
+        "bias_k": bias_k if "bias" in added else None,
+        "bias_v": bias_v if "bias" in added else None,
+        "add_zero_attn": added.get("add_zero_attn", False),
+        "dropout_p": 0.3,
+        "out_proj_weight": module.out_proj.weight,
+        "out_proj_bias": module.out_proj.bias,
+        "training": False,
+        **{f"static_{name}": static for name in added.get("static", ())},
+        **options,
+    }
+    if form == "kdim, vdim":
+        arguments["use_separate_proj_weight"] = True
+        arguments |= {f"{n}_proj_weight": getattr(module, f"{n}_proj_weight") for n in "qkv"}
+    if not effective:
+        for name, value in arguments.items():
+            if isinstance(value, EffectiveWeight):
+                arguments[name] = value.clone().detach()
+    return (q, k, v), arguments
+
+
+def assert_as_torch(projected, added, options):
+    tensors, arguments = function_case(projected, added, options)
+    _, plain = function_case(projected, added, options, effective=False)
+    torch.manual_seed(5)
+    output, weights = F.multi_head_attention_forward(*tensors, **arguments)
+    torch.manual_seed(5)
+    expected, expected_weights = F.multi_head_attention_forward(*tensors, **plain)
+    close(output, expected)
+    assert (weights is None) == (expected_weights is None)
+    if weights is not None:
+        close(weights, expected_weights)
+
+
+class TestEveryOptionOfTheFunction:
+    """Against torch's own function with the computed weights: all options in all combinations."""
+
+    @pytest.mark.parametrize("weights", WEIGHTS)
+    @pytest.mark.parametrize("added", ADDED_KEYS)
+    @pytest.mark.parametrize("projected", PROJECTED)
+    def test_masks(self, projected, added, weights):
+        length = SOURCE if projected == "q is k is v" else LENGTH
+        for mask, padding in itertools.product(ATTENTION_MASKS.values(), PADDINGS.values()):
+            options = mask(length) | padding | WEIGHTS[weights]
+            assert_as_torch(projected, ADDED_KEYS[added], options)
+
+    @pytest.mark.parametrize("weights", ["averaged", "of each head"])
+    def test_dropout_of_the_weights(self, weights):
+        assert_as_torch("k is v", {}, WEIGHTS[weights] | {"training": True})
+
+    @pytest.mark.parametrize("weights", WEIGHTS)
+    @pytest.mark.parametrize("projected", ["q, k, v", "separate weights"])
+    def test_without_samples(self, projected, weights):
+        options = WEIGHTS[weights] | {"attn_mask": hidden(HEADS, LENGTH, SOURCE)}
+        results = []
+        for effective in (True, False):
+            tensors, arguments = function_case(projected, {}, options, effective)
+            arguments["key_padding_mask"] = hidden(SOURCE)
+            q, k, v = (x[:, 0] for x in tensors)
+            results.append(F.multi_head_attention_forward(q, k, v, **arguments))
+        torch.testing.assert_close(*results)
+
+    def test_without_a_bias(self):
+        results = []
+        for effective in (True, False):
+            tensors, arguments = function_case("q, k, v", {}, {}, effective)
+            arguments |= {"in_proj_bias": None, "out_proj_bias": None}
+            results.append(F.multi_head_attention_forward(*tensors, **arguments))
+        torch.testing.assert_close(*results)
+
+    @pytest.mark.parametrize(
+        ("added", "options"),
+        [
+            ({}, {"attn_mask": torch.zeros(LENGTH, LENGTH)}),
+            ({}, {"attn_mask": torch.zeros(2, LENGTH, SOURCE)}),
+            ({}, {"attn_mask": torch.zeros(LENGTH, SOURCE, dtype=torch.int64)}),
+            ({}, {"key_padding_mask": torch.zeros(SAMPLES, 2)}),
+            ({}, {"key_padding_mask": torch.zeros(2, SOURCE)}),
+            ({}, {"is_causal": True}),
+            ({}, {"embed_dim_to_check": 5}),
+            ({"bias": True, "static": ("k",)}, {}),
+            ({"bias": True, "static": ("v",)}, {}),
+        ],
+    )
+    def test_wrong_arguments_are_refused_as_by_torch(self, added, options):
+        errors = []
+        for effective in (True, False):
+            tensors, arguments = function_case("q, k, v", added, options, effective)
+            with pytest.raises((RuntimeError, AssertionError)) as caught:
+                F.multi_head_attention_forward(*tensors, **arguments)
+            errors.append(caught)
+        assert str(errors[0].value) == str(errors[1].value)
+        assert errors[0].type is errors[1].type
+
+    def test_an_effective_weight_as_input_is_computed(self):
+        tensors, arguments = function_case("q, k, v", {}, {})
+        rows = disha.BoneLinear(WIDTH, SOURCE, r=2, init="kaiming", dtype=torch.float64).weight
+        keys = rows[:, None].expand(-1, SAMPLES, -1)
+        plain = F.multi_head_attention_forward(tensors[0], keys, keys, **arguments)
+        unbatched = tensors[0][:, 0], rows, rows
+        found, _ = F.multi_head_attention_forward(*unbatched, **arguments)
+        close(found, plain[0][:, 0])
+
+    def test_exported(self):
+        module = perturb(inject(attention("bias_kv, zero_attn"), "^$")).eval()
+        tensors = tuple(inputs(module))
+        program = torch.export.export(module, tensors)
+        for found, expected in zip(program.module()(*tensors), module(*tensors), strict=True):
+            close(found, expected)
+
+    def test_a_function_that_another_library_has_wrapped(self, monkeypatch):
+        original = F.multi_head_attention_forward
+        monkeypatch.setattr(
+            F, "multi_head_attention_forward", lambda *args, **kwargs: original(*args, **kwargs)
+        )
+        module = perturb(inject(attention(), "^$"))
+        tensors = inputs(module)
+        close(module(*tensors)[0], dense(module, attention())(*tensors)[0])
 
 
 class ReadsPacked(nn.Module):
