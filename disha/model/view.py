@@ -297,9 +297,9 @@ class ModelView:
             if len(shape) < 2:
                 raise AdapterStateError(
                     f"can't {action}: something has replaced the weight of {name or 'the model'} "
-                    "since it was adapted: a parametrization (undo it with remove_parametrizations, "
-                    "and parametrise before you inject), or FullyShardedDataParallel (use "
-                    "fully_shard)"
+                    "since it was adapted: a parametrization (undo it with "
+                    "remove_parametrizations, and parametrise before you inject), or "
+                    "FullyShardedDataParallel (use fully_shard)"
                 )
 
     def trained(self, adapter: str | None = None) -> list[ModelParameter]:

@@ -6,7 +6,6 @@ from functools import partial
 import pytest
 import torch
 from torch import nn
-from torch.sparse import SparseSemiStructuredTensorCUTLASS
 from transformers.pytorch_utils import Conv1D
 
 import disha
@@ -219,23 +218,6 @@ class Mixed(nn.Module):
 
 
 class TestWalking:
-    def test_all_linear_takes_recurrent_and_bilinear_weights_too(self):
-        plan = disha.plan_adapters(Mixed(), "all-linear", 2)
-        names = [layer.name for layer in plan.layers]
-        assert names == ["rnn.weight_ih_l0", "rnn.weight_hh_l0", "mix", "proj"]
-
-    @pytest.mark.parametrize("method", ["bone", "bat"])
-    def test_a_pattern_takes_every_kind_and_says_what_it_can_not_take(self, method):
-        model = nn.Sequential(Mixed(), nn.LayerNorm(4), Gain(4))
-        plan = disha.plan_adapters(model, ".", 2, method=method)
-        assert {layer.name.removeprefix("0.") for layer in plan.layers} == {
-            "embed", "conv", "rnn.weight_ih_l0", "rnn.weight_hh_l0", "mix", "proj"
-        }  # fmt: skip
-        assert {(s.name, s.reason) for s in plan.skipped} == {
-            ("1", "no layer kind adapts LayerNorm"),
-            ("2", "no layer kind adapts Gain"),
-        }
-
     def test_only_layers_that_can_not_be_adapted(self):
         model = nn.Sequential(nn.LayerNorm(4), Gain(4))
         with refused(model, TargetError, r"0: .*LayerNorm.*1: .*Gain"):
@@ -351,15 +333,6 @@ def test_parameters_that_are_named_like_methods_of_a_dict(tmp_path):
 
 
 class TestLayoutsOfTheUser:
-    def test_unknown_layouts_are_listed_with_the_way_to_adapt_them(self):
-        plan = disha.plan_adapters(Raw(), "all-linear", 2)
-        assert [(one.name, one.shape) for one in plan.unknown] == [("mix", (3, 6, 4))]
-        assert "declare its layout, such as layouts={'mix$': 'expert out in'}" in str(plan)
-        raw = Raw()
-        del raw.proj
-        with pytest.raises(TargetError, match=r"selects no layer; mix: .* declare it, such as"):
-            disha.plan_adapters(raw, "all-linear", 2)
-
     def test_a_target_that_matches_only_them_says_what_to_write(self):
         model = Raw()
         with refused(model, TargetError, r"mix: .*unknown.*layouts=\{'mix\$': 'expert out in'"):
@@ -430,48 +403,6 @@ class TestLayoutsOfTheUser:
         assert not k.any()
         assert v.abs().min() > 0
         assert disha.adapter_parameters(model)[0].shape == (3, 12)
-
-    def test_a_plan_lists_what_r_does_not_fit(self):
-        model = nn.Sequential(nn.Linear(2, 4), nn.Linear(8, 4), nn.Linear(8, 0))
-        plan = disha.plan_adapters(model, "all-linear", 4)
-        assert [one.name for one in plan.layers] == ["1"]
-        assert [(one.name, one.reason) for one in plan.skipped] == [
-            ("2", "its weight is empty"), ("0", "r=4 is larger than in_features=2")
-        ]  # fmt: skip
-        with pytest.raises(ArgumentError, match="0: r=4 is larger than in_features=2"):
-            disha.inject_adapters(model, "all-linear", 4)
-
-    def test_tied_weights_are_named(self):
-        model = nn.Sequential(nn.Embedding(6, 4), nn.Embedding(6, 4))
-        model[1].weight = model[0].weight
-        plan = disha.plan_adapters(model, ".", 2)
-        assert plan.tied == (("0.weight", "1.weight"),)
-        assert "one shared parameter: 0.weight, 1.weight" in str(plan)
-
-    def test_sparse_weights_are_refused(self):
-        layer = nn.Linear(4, 4)
-        layer.weight = nn.Parameter(layer.weight.detach().to_sparse(), requires_grad=False)
-        with pytest.raises(TargetError, match="its weight is sparse"):
-            disha.inject_adapters(nn.Sequential(layer), "0", 2)
-
-    def test_weights_of_sparse_kernels_are_skipped(self):
-        """They are strided by their own account, but no operation of ours works on them."""
-        packed = torch.ones(4, 4).half()
-        weight = SparseSemiStructuredTensorCUTLASS(packed.shape, packed, *[None] * 4)
-        model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
-        model[1].weight = nn.Parameter(weight, requires_grad=False)
-        [skipped] = disha.plan_adapters(model, ".", 2).skipped
-        assert (skipped.name, skipped.reason.split(";")[0]) == ("1", "its weight is sparse")
-        with pytest.warns(UserWarning, match="1: its weight is sparse"):
-            disha.inject_adapters(model, ".", 2)
-
-    def test_adapters_of_peft_are_left_alone(self):
-        peft = pytest.importorskip("peft", reason="peft is not installed")
-        base = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
-        model = peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=["0"]))
-        plan = disha.plan_adapters(model, "all-linear", 2)
-        assert all("lora_" not in one.name for one in plan.layers)
-        assert len(plan.layers) == 2
 
 
 @pytest.mark.parametrize("r", [1, 2, 3])

@@ -24,103 +24,6 @@ def adapted_names(model):
     return [name for name, module in model.named_modules() if isinstance(module, AdaptedLinear)]
 
 
-class TestTargets:
-    def test_regex_is_searched_in_dotted_names(self, model):
-        disha.inject_adapters(model, r"layers\.1.*(q|v)_proj", 2)
-        assert adapted_names(model) == ["layers.1.attn.q_proj", "layers.1.attn.v_proj"]
-
-    def test_any_of_several_names_may_match(self, model, tmp_path):
-        disha.inject_adapters(model, ["q_proj", "^head$"], 2)
-        names = ["layers.0.attn.q_proj", "layers.1.attn.q_proj", "head"]
-        assert adapted_names(model) == names
-        disha.save_adapter(model, tmp_path / "a.safetensors")
-        file = disha.inspect_adapter(tmp_path / "a.safetensors")
-        assert file.config.target == ("q_proj", "^head$")
-        both = disha.plan_adapters(Tied(), ["all-linear", "^head$"], 2)
-        assert {layer.name for layer in both.layers} >= {"head", "layers.0.attn.q_proj"}
-
-    def test_predicate_gets_name_and_module(self, model):
-        disha.inject_adapters(model, lambda name, m: "layers" in name and m.bias is not None
-                              if isinstance(m, nn.Linear) else False, 2)  # fmt: skip
-        assert adapted_names(model) == ["layers.0.attn.v_proj", "layers.1.attn.v_proj"]
-
-    def test_all_linear_takes_every_linear_layer(self, model):
-        disha.inject_adapters(model, "all-linear", 2)
-        linears = [name for name, m in model.named_modules() if isinstance(m, nn.Linear)]
-        assert adapted_names(model) == linears
-        assert "head" in linears
-
-    def test_all_linear_leaves_a_tied_head_out(self):
-        model = disha.inject_adapters(Tied(), "all-linear", 2)
-        assert "head" not in adapted_names(model)
-        assert len(adapted_names(model)) == 4
-
-    def test_regex_reaches_a_tied_head_when_asked(self):
-        assert adapted_names(disha.inject_adapters(Tied(), "^head$", 2)) == ["head"]
-
-    def test_containers_and_weightless_modules_are_no_misses(self, model):
-        plan = disha.plan_adapters(model, "layers.0", 2)
-        assert [skipped.name for skipped in plan.skipped] == ["layers.0.attn.norm"]
-
-    def test_exclude_leaves_out_with_a_reason(self, model):
-        plan = disha.plan_adapters(model, "all-linear", 2, exclude=["head", "layers.0"])
-        assert [layer.name for layer in plan.layers] == [
-            "layers.1.attn.q_proj",
-            "layers.1.attn.v_proj",
-        ]
-        assert {(s.name, s.reason) for s in plan.skipped} == {
-            ("head", "excluded"),
-            ("layers.0.attn.q_proj", "excluded"),
-            ("layers.0.attn.v_proj", "excluded"),
-        }
-
-    def test_patterns_may_name_what_the_target_leaves_out(self):
-        options = {"exclude": "head", "rank_pattern": {"embed": 1}}
-        plan = disha.plan_adapters(Tied(), "all-linear", 2, **options)
-        assert "head" not in [layer.name for layer in plan.layers]
-
-    def test_all_linear_names_the_convolutions_that_it_leaves_out(self):
-        convs = [nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.LazyConv1d(8, 3)]
-        model = nn.Sequential(*convs, nn.Linear(8, 4))
-        plan = disha.plan_adapters(model, "all-linear", 2)
-        assert plan.convolutions == ("0", "1")
-        assert "not adapted 0, 1: 'all-linear' leaves convolutions out" in str(plan)
-        all_of_them = disha.plan_adapters(model, lambda name, m: "Conv2d" in type(m).__name__, 2)
-        assert [layer.name for layer in all_of_them.layers] == ["0", "1"]
-        assert not all_of_them.convolutions
-
-    def test_rank_pattern_may_name_a_module_with_several_weights(self):
-        model = nn.ModuleDict({"attn": nn.MultiheadAttention(8, 2), "lstm": nn.LSTM(8, 8)})
-        plan = disha.plan_adapters(model, "all-linear", 4, rank_pattern={"attn$": 2, "^lstm$": 1})
-        found = {one.name: one.r for one in plan.layers}
-        assert found == {
-            **dict.fromkeys(("attn.q_proj", "attn.k_proj", "attn.v_proj"), 2),
-            "attn.out_proj": 4,
-            **dict.fromkeys(("lstm.weight_ih_l0", "lstm.weight_hh_l0"), 1),
-        }
-
-    def test_rank_pattern_gives_layers_their_own_r(self, model):
-        disha.inject_adapters(model, "proj", 4, rank_pattern={r"0\.attn\.q": 1, "q_proj": 3})
-        ranks = {row.name: row.r for row in disha.summary(model).layers}
-        assert ranks == {
-            "layers.0.attn.q_proj": 1,
-            "layers.0.attn.v_proj": 4,
-            "layers.1.attn.q_proj": 3,
-            "layers.1.attn.v_proj": 4,
-        }
-
-    def test_a_model_that_is_itself_one_linear(self):
-        model = nn.Linear(4, 3)
-        assert disha.inject_adapters(model, "all-linear", 2) is model
-        assert isinstance(model, AdaptedLinear)
-
-    def test_shared_module_is_adapted_once_and_matched_by_any_name(self):
-        model = disha.inject_adapters(Shared(), "second", 2)
-        assert model.first is model.second
-        assert len(list(disha.adapter_parameters(model))) == 1
-        assert [row.name for row in disha.summary(model).layers] == ["first"]
-
-
 class TestForwardsOfInstances:
     """Device hooks set a forward on the instance, which runs the class's own."""
 
@@ -336,39 +239,6 @@ class TestTraining:
         assert torch.nn.utils.clip_grad_norm_(parameters, 1.0) > 0
 
 
-class TestPlan:
-    def test_counts_are_what_injection_gives(self, model):
-        arguments = {"r": 2, "also_train": "norm", "method": "bat", "exclude": "head"}
-        plan = disha.plan_adapters(model, "all-linear", **arguments)
-        disha.inject_adapters(model, "all-linear", **arguments)
-        summary = disha.summary(model)
-        assert (plan.trainable, plan.total) == (summary.trainable, summary.total)
-        assert plan.percent == summary.percent
-        assert [layer.name for layer in plan.layers] == [row.name for row in summary.layers]
-        assert plan.added == sum(layer.parameters for layer in summary.layers)
-
-    def test_counts_beside_another_adapter(self, model):
-        disha.inject_adapters(model, "q_proj", 2, adapter="a", also_train="norm")
-        plan = disha.plan_adapters(model, "head", 3)
-        disha.inject_adapters(model, "head", 3)
-        summary = disha.summary(model)
-        assert (plan.trainable, plan.total) == (summary.trainable, summary.total)
-
-    def test_changes_nothing(self, model):
-        before = snapshot(model)
-        text = str(disha.plan_adapters(model, ".", 2, also_train="embed"))
-        assert_unchanged(model, before)
-        assert "skipped layers.0.attn.norm: no layer kind adapts LayerNorm" in text
-        assert "also trained: embed.weight" in text
-
-    def test_works_on_meta(self):
-        with torch.device("meta"):
-            model = Layered()
-        assert disha.plan_adapters(model, "all-linear", 2).added == 2 * (8 * 4 + 12)
-        disha.inject_adapters(model, "all-linear", 2)
-        assert all(p.is_meta for p in disha.adapter_parameters(model))
-
-
 class ReadOnly(nn.Module):
     """Refuses new attributes once it is built."""
 
@@ -465,17 +335,6 @@ class TestRefusals:
     def test_what_is_no_model(self):
         with pytest.raises(ArgumentTypeError, match=r"nn\.Module, got dict"):
             disha.inject_adapters({}, "all-linear", 2)
-
-    def test_a_parameter_that_another_adapter_trains(self, model):
-        disha.inject_adapters(model, "head", 2, adapter="a", also_train="norm.weight")
-        with refused(model, ArgumentError, r"norm.weight: it is already trained with another"):
-            disha.inject_adapters(model, "head", 2, adapter="b", also_train="norm")
-
-    @pytest.mark.parametrize("dtype", [torch.int64, torch.complex128])
-    def test_a_parameter_that_can_not_train(self, model, dtype):
-        model.odd = nn.Parameter(torch.ones(3, dtype=dtype), requires_grad=False)
-        with pytest.raises(ArgumentError, match=f"odd: it has dtype {dtype}"):
-            disha.inject_adapters(model, "head", 2, also_train="odd")
 
     def test_a_model_wrapped_for_distribution(self, model):
         wrapped = WrappedByParallel(model)

@@ -1,3 +1,5 @@
+"""The walk over a model: clean names, aliases, wrappers, buffers, and what is refused."""
+
 import ast
 from collections import Counter
 from pathlib import Path
@@ -10,7 +12,6 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 
 import disha
 from disha.model.view import ModelView, clean_key
-from disha.text import join
 from tests.conftest import Shared
 
 
@@ -46,6 +47,16 @@ def test_tied_parameters_come_once():
     assert tied.value is model[0].weight
     assert (weight.names, bias.names) == (("2.weight",), ("2.bias",))
     assert ModelView(model).parameters_by_name["1.weight"] is not None
+
+
+def test_buffers_are_those_of_state_dicts():
+    model = nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 3))
+    model[1].register_buffer("scale", torch.ones(3))
+    model[1].register_buffer("scratch", torch.ones(3), persistent=False)
+    model[1].register_buffer("absent", None)
+    buffers = {buffer.name: buffer.is_statistic for buffer in ModelView(model).buffers}
+    statistics = ("0.running_mean", "0.running_var", "0.num_batches_tracked")
+    assert buffers == {**dict.fromkeys(statistics, True), "1.scale": False}
 
 
 def test_a_module_that_contains_itself_ends():
@@ -111,8 +122,29 @@ def test_a_users_attribute_called_module_keeps_its_name():
     ModelView(model).refuse_wrapped("do this", "unwrap it")
 
 
-def test_join():
-    assert [join("", "a"), join("a", ""), join("a", "b"), join("", "")] == ["a", "a", "a.b", ""]
+class TestLostWeights:
+    """After a layer was adapted, something else has taken the place of its weight."""
+
+    SAYS = "something has replaced the weight of 0 since it was adapted: a parametrization"
+
+    @pytest.fixture
+    def parametrised(self):
+        model = disha.inject_adapters(nn.Sequential(nn.Linear(4, 4)), "0", 2)
+        torch.nn.utils.parametrizations.weight_norm(model[0])
+        return model
+
+    def test_saving_says_so(self, parametrised, tmp_path):
+        with pytest.raises(disha.AdapterStateError, match=f"can't take adapter .*: {self.SAYS}"):
+            disha.save_adapter(parametrised, tmp_path)
+
+    def test_injecting_says_so(self, parametrised):
+        with pytest.raises(disha.AdapterStateError, match=f"can't add an adapter: {self.SAYS}"):
+            disha.inject_adapters(parametrised, "0", 2, adapter="b")
+
+    def test_undoing_it_is_a_way_out(self, parametrised, tmp_path):
+        torch.nn.utils.parametrize.remove_parametrizations(parametrised[0], "weight")
+        disha.save_adapter(parametrised, tmp_path)
+        assert type(disha.remove_adapters(parametrised)[0]) is nn.Linear
 
 
 # --- one walk ------------------------------------------------------------------------------------
