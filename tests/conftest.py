@@ -120,7 +120,9 @@ def perturb(model: nn.Module, seed: int = 0, size: float = 0.3) -> nn.Module:
             if isinstance(module, AdaptedLayer):
                 for one in module.disha.blocks().values():
                     block = one.block
-                    block.copy_(torch.randn(block.shape, generator=generator) * size)
+                    dtype = block.dtype if block.is_complex() else torch.float32
+                    values = torch.randn(block.shape, generator=generator, dtype=dtype)
+                    block.copy_(values * size)
     return model
 
 

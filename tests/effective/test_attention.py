@@ -16,7 +16,7 @@ from disha.model.view import ModelView
 from tests import reference
 from tests.conftest import assert_unchanged, freshly_compiled, perturb, pickled, snapshot
 from tests.conftest import near as close
-from tests.every_pair import DtypeTests, PairTests, Row
+from tests.every_pair import Case, DtypeTests, PairTests, numbers
 
 WIDTH, HEADS = 6, 2
 
@@ -86,9 +86,9 @@ def attend(module, x):
 
 
 TABLE = {
-    name: Row(
+    name: Case(
         lambda name=name: attention(name),
-        (3, 5, WIDTH + options.get("kdim", WIDTH) + options.get("vdim", WIDTH)),
+        numbers(3, 5, WIDTH + options.get("kdim", WIDTH) + options.get("vdim", WIDTH)),
         call=attend,
     )
     for name, options in FORMS.items()
@@ -160,19 +160,19 @@ def padding(samples, source):
     return torch.arange(source) >= lengths.unsqueeze(1)
 
 
-@pytest.mark.parametrize(("name", "method", "dtype"), CASES)
+@pytest.mark.parametrize(("name", "kind", "dtype"), CASES)
 class TestEveryForm(DtypeTests):
     table = TABLE
 
-    def test_injection_changes_no_bit(self, name, method, dtype):
+    def test_injection_changes_no_bit(self, name, kind, dtype):
         """Bit for bit where torch takes the same path: one product for q, k and v."""
-        plain, module = attention(name, dtype), inject(attention(name, dtype), "^$", method)
+        plain, module = attention(name, dtype), inject(attention(name, dtype), "^$", kind)
         q, k, v = inputs(plain, dtype=dtype)
         arguments = [(q, k, v)] if plain.kdim != WIDTH else [(q, k, v), (q, q, q), (q, k, k)]
         for tensors in arguments:
             expected, weights = plain(*tensors)
             output, found = module(*tensors)
-            if method == "bat" or tensors[0] is not tensors[1]:
+            if kind == "bat" or tensors[0] is not tensors[1]:
                 close(output, expected, tolerance(dtype))
                 close(found, weights, tolerance(dtype))
             else:
@@ -199,12 +199,12 @@ def test_masks_and_modes(name, masks):
                 close(found, weights)
 
 
-@pytest.mark.parametrize(("name", "method"), PAIRS)
+@pytest.mark.parametrize(("name", "kind"), PAIRS)
 class TestEveryFormInFloat64(PairTests):
     table = TABLE
 
-    def test_copies_compute_the_same(self, name, method):
-        module = perturb(inject(attention(name), "^$", method))
+    def test_copies_compute_the_same(self, name, kind):
+        module = perturb(inject(attention(name), "^$", kind))
         tensors = inputs(module)
         expected = module(*tensors)[0]
         for copied in (copy.deepcopy(module), pickled(module)):
@@ -215,17 +215,17 @@ class TestEveryFormInFloat64(PairTests):
             assert torch.equal(module(*tensors)[0], expected)
             assert not torch.equal(copied(*tensors)[0], expected)
 
-    def test_dropout_acts_in_training_only(self, name, method):
-        module = inject(attention(name), "^$", method, dropout=0.5)
-        plain, tensors = inject(attention(name), "^$", method), inputs(module)
+    def test_dropout_acts_in_training_only(self, name, kind):
+        module = inject(attention(name), "^$", kind, dropout=0.5)
+        plain, tensors = inject(attention(name), "^$", kind), inputs(module)
         for one in (module, plain):
             perturb(one)
         close(module.eval()(*tensors)[0], plain(*tensors)[0])
         first, second = (module.train()(*tensors)[0] for _ in range(2))
         assert not torch.equal(first, second)
 
-    def test_compiled_is_eager(self, name, method):
-        module = perturb(inject(attention(name), "^$", method))
+    def test_compiled_is_eager(self, name, kind):
+        module = perturb(inject(attention(name), "^$", kind))
         tensors = inputs(module)
         compiled = freshly_compiled(module)
         close(compiled(*tensors)[0], module(*tensors)[0])

@@ -63,6 +63,24 @@ def test_values_and_gradients_are_those_of_the_loops(method, sizes, tokens, scal
 
 @pytest.mark.parametrize("tokens", [1, 9])
 @pytest.mark.parametrize("method", METHODS)
+def test_complex_numbers(method, tokens):
+    check(method, case_of(method, (10, 9, 4, 3), torch.complex128, lead=(tokens,)), 0.5)
+
+
+@pytest.mark.parametrize("method", ["bone", "bat"])
+def test_dropout_of_complex_numbers_zeroes_inputs_and_scales_the_others(method):
+    x, weight, bias, block = case_of(method, (10, 9, 4, 3), torch.complex128, lead=(1000,))
+    update = Update(method_of(method), block, dropout=0.5)
+    expected = reference.linear(x, weight, bias, [(method, block, 1.0)])
+    x = x.detach()[:1].expand(1000, -1)
+    outputs = adapted_linear(x, weight, bias, [update]).detach()
+    spread = outputs.std(0) / 1000**0.5
+    assert spread.min() > 0
+    assert ((outputs.mean(0) - expected[0].detach()).abs() < 6 * spread).all()
+
+
+@pytest.mark.parametrize("tokens", [1, 9])
+@pytest.mark.parametrize("method", METHODS)
 def test_weights_that_lie_in_memory_by_their_columns(method, tokens):
     x, weight, bias, block = case_of(method, (10, 9, 4, 3), lead=(tokens,))
     check(method, (x, weight.T.contiguous().T, bias, block), 0.5)

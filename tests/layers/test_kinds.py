@@ -13,27 +13,42 @@ from disha import ArgumentError, ArgumentTypeError, TargetError
 from disha.functional import method_names
 from disha.layers.kinds import LAYER_KINDS
 from tests.conftest import InOut, Made, perturb, pickled, refused
-from tests.every_pair import DtypeTests, PairTests, Row, close
+from tests.every_pair import (
+    Case,
+    DtypeTests,
+    PairTests,
+    close,
+    indices,
+    numbers,
+    one_kind_each,
+)
 
 BONE = ("bone", "tile")
-NO_SAMPLES = {"routes": False, "refusal": "needs samples along the leading dimension"}
+NO_SAMPLES = "needs samples along the leading dimension"
 
 
 def conv(cls, *arguments, shape, samples=True, output_size=None, **options):
     def call(module, x):
         return module(x) if output_size is None else module(x, output_size=output_size)
 
-    own = {} if samples else NO_SAMPLES
-    return Row(lambda: cls(*arguments, **options), shape, methods=BONE, call=call, **own)
+    return Case(
+        lambda: cls(*arguments, **options),
+        numbers(*shape),
+        kinds=BONE,
+        call=call,
+        routing_error=None if samples else NO_SAMPLES,
+    )
 
 
 C1, C2, C3 = nn.Conv1d, nn.Conv2d, nn.Conv3d
 T1, T2, T3 = nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d
 
 CASES = {
-    "linear": Row(lambda: nn.Linear(5, 6), (3, 4, 5)),
-    "linear, no bias": Row(lambda: nn.Linear(4, 4, bias=False), (4,), **NO_SAMPLES),
-    "transposed linear": Row(lambda: Conv1D(6, 5), (3, 4, 5)),
+    "linear": Case(lambda: nn.Linear(5, 6), numbers(3, 4, 5)),
+    "linear, no bias": Case(
+        lambda: nn.Linear(4, 4, bias=False), numbers(4), routing_error=NO_SAMPLES
+    ),
+    "transposed linear": Case(lambda: Conv1D(6, 5), numbers(3, 4, 5)),
     "conv1d": conv(C1, 5, 4, 3, shape=(2, 5, 9)),
     "conv1d, stride, dilation": conv(C1, 4, 6, 2, stride=2, dilation=3, shape=(2, 4, 12)),
     "conv1d, no batch": conv(C1, 5, 4, 3, shape=(5, 9), samples=False),
@@ -53,30 +68,27 @@ CASES = {
         T2, 3, 4, 3, stride=2, shape=(2, 3, 4, 4), output_size=[10, 9]
     ),
     "conv transpose 3d": conv(T3, 3, 2, 2, shape=(2, 3, 3, 2, 2)),
-    "embedding": Row(lambda: nn.Embedding(7, 4), (3, 5), methods=BONE, indices=7),
-    "embedding, padding": Row(
-        lambda: nn.Embedding(7, 4, padding_idx=3), (3, 5), methods=BONE, indices=7
+    "embedding": Case(lambda: nn.Embedding(7, 4), indices(7, 3, 5), kinds=BONE),
+    "embedding, padding": Case(
+        lambda: nn.Embedding(7, 4, padding_idx=3), indices(7, 3, 5), kinds=BONE
     ),
-    "embedding, last row padding": Row(
-        lambda: nn.Embedding(7, 4, padding_idx=-1), (9,), methods=BONE, indices=7
+    "embedding, last row padding": Case(
+        lambda: nn.Embedding(7, 4, padding_idx=-1), indices(7, 9), kinds=BONE
     ),
 }
 """Layers whose merged weight is that of the plain layer; those with max_norm have tests apart."""
 
-PAIRS = [
-    (name, case.methods[place % len(case.methods)])
-    for place, (name, case) in enumerate(CASES.items())
-]
-"""Every layer once; `tests/layers/test_layouts.py` has every method and dtype for every layout."""
+PAIRS = one_kind_each(CASES)
+"""Every layer once; `tests/layers/test_layouts.py` has every kind and dtype for every layout."""
 
 
 @pytest.mark.parametrize("dtype", [torch.float64])
-@pytest.mark.parametrize(("name", "method"), PAIRS)
+@pytest.mark.parametrize(("name", "kind"), PAIRS)
 class TestEveryKind(DtypeTests):
     table = CASES
 
 
-@pytest.mark.parametrize(("name", "method"), PAIRS)
+@pytest.mark.parametrize(("name", "kind"), PAIRS)
 class TestEveryKindInFloat64(PairTests):
     table = CASES
 
@@ -85,19 +97,19 @@ ONE_OF_EACH = ("linear", "conv2d", "conv transpose 1d", "embedding, padding")
 
 
 @pytest.mark.parametrize(
-    ("name", "method"), [(name, method) for name in ONE_OF_EACH for method in CASES[name].methods]
+    ("name", "kind"), [(name, kind) for name in ONE_OF_EACH for kind in CASES[name].kinds]
 )
-def test_dropout_acts_in_training_only_and_is_unbiased(name, method):
-    row = CASES[name]
-    plain, layer = row.adapted(method), row.adapted(method, dropout=0.5)
+def test_dropout_acts_in_training_only_and_is_unbiased(name, kind):
+    case = CASES[name]
+    plain, layer = case.adapted(kind), case.adapted(kind, dropout=0.5)
     for model in (plain, layer):
         perturb(model)
-    x = row.input()
-    expected = row.output(plain, x)
-    assert torch.equal(row.output(layer.eval(), x), expected)
-    base = row.output(row.plain(), x)
+    x = case.input()
+    expected = case.output(plain, x)
+    assert torch.equal(case.output(layer.eval(), x), expected)
+    base = case.output(case.plain(), x)
     layer.train()
-    outputs = torch.stack([row.output(layer, x) for _ in range(400)])
+    outputs = torch.stack([case.output(layer, x) for _ in range(400)])
     spread = outputs.std(dim=0)
     assert spread.max() > 0.01
     # six standard errors of a mean of 400

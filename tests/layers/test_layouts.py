@@ -1,6 +1,6 @@
-"""Every layout x method x dtype, held against dense weights that slow loops have computed.
+"""Every layout with every kind of block in every dtype, against the oracle's dense weights.
 
-One row for each layout, and for each way in which a module can have weights of it.
+`CASES` has one for each layout, and for each way in which a module can have weights of it.
 """
 
 import itertools
@@ -15,8 +15,19 @@ from transformers.pytorch_utils import Conv1D
 import disha
 from disha import functional
 from tests import reference
-from tests.conftest import Made, freshly_compiled, needs_fully_shard, perturb
-from tests.every_pair import METHODS_WITHOUT_TILE, DtypeTests, PairTests, Row, close
+from tests.conftest import freshly_compiled, needs_fully_shard, perturb
+from tests.every_pair import (
+    NO_TILE,
+    Case,
+    DtypeTests,
+    PairTests,
+    call_module,
+    close,
+    every_kind,
+    indices,
+    numbers,
+    one_kind_each,
+)
 
 
 class Experts(nn.Module):
@@ -39,93 +50,187 @@ class Experts(nn.Module):
         return torch.cat([F.linear(part, w) for part, w in zip(x.chunk(3), weights, strict=True)])
 
 
-def raw(self, x):
-    """The forward of a module that uses its own parameters in a product and in an einsum."""
-    return torch.einsum("ni,oi->no", x @ self.into.mT, self.out)
+class Raw(nn.Module):
+    """Uses its own parameters, one in a product and one in an einsum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.into = nn.Parameter(torch.randn(5, 8))
+        self.out = nn.Parameter(torch.randn(4, 5))
+
+    def forward(self, x):
+        return torch.einsum("ni,oi->no", x @ self.into.mT, self.out)
 
 
-def attention(module, x):
+def attend_to_itself(module, x):
     return module(x, x, x, need_weights=False)
 
 
-EXPERTS = {"layouts": {"mix": "expert out in"}}
-EXPERTS_TURNED = {"layouts": {"mix": "expert in out"}}
-OWN = {"into": (5, 8), "out": (4, 5)}
-RAW = {"layouts": {"into": "out in", "out$": "out in"}, "target_regex": "into|out"}
-ROWS = {"options": {"rows": {"^0$": [(4, 6), (0, 2)]}}, "splits": True}
+def call_with_two_inputs(module, x):
+    return module(torch.cat([x, x[:, :1]], 1), x)
 
-TABLE = {
-    "out in": Row(lambda: nn.Linear(5, 6), (3, 4, 5)),
-    "out in, raw": Row(
-        lambda: Made(raw, **{name: nn.Parameter(torch.randn(size)) for name, size in OWN.items()}),
-        (3, 8), options=RAW, methods=METHODS_WITHOUT_TILE, routes=False,
+
+OUT_IN_STACK = {"layouts": {"mix": "expert out in"}}
+IN_OUT_STACK = {"layouts": {"mix": "expert in out"}}
+TWO_RANGES = {"rows": {"^0$": [(4, 6), (0, 2)]}}
+NO_ROUTES = "can't"
+
+CASES = {
+    "out in": Case(lambda: nn.Linear(5, 6), numbers(3, 4, 5)),
+    "out in, raw": Case(
+        Raw,
+        numbers(3, 8),
+        kinds=NO_TILE,
+        settings={"layouts": {"into": "out in", "out$": "out in"}, "target_regex": "into|out"},
+        routing_error=NO_ROUTES,
     ),
-    "out in, recurrent": Row(
+    "out in, recurrent": Case(
         lambda: nn.LSTM(4, 6, 2, bidirectional=True, proj_size=4, batch_first=True),
-        (3, 5, 4), routes=False, compiles=False, exports=False,
+        numbers(3, 5, 4),
+        routing_error=NO_ROUTES,
+        is_one_graph=False,
     ),
-    "out in, gates": Row(
-        lambda: nn.GRU(4, 6, bias=False, batch_first=True), (3, 5, 4), routes=False,
-        compiles=False, exports=False,
+    "out in, gates": Case(
+        lambda: nn.GRU(4, 6, bias=False, batch_first=True),
+        numbers(3, 5, 4),
+        routing_error=NO_ROUTES,
+        is_one_graph=False,
     ),
-    "out in, cell": Row(lambda: nn.LSTMCell(4, 6), (3, 4), routes=False),
-    "in out": Row(lambda: Conv1D(6, 5), (3, 4, 5)),
-    "index out": Row(lambda: nn.Embedding(7, 4), (3, 5), indices=7),
-    "index out, padding": Row(lambda: nn.Embedding(7, 4, padding_idx=3), (3, 5), indices=7),
-    "index out, bags": Row(
-        lambda: nn.EmbeddingBag(7, 4, mode="sum"), (3, 5), indices=7, routes=False
+    "out in, cell": Case(lambda: nn.LSTMCell(4, 6), numbers(3, 4), routing_error=NO_ROUTES),
+    "in out": Case(lambda: Conv1D(6, 5), numbers(3, 4, 5)),
+    "index out": Case(lambda: nn.Embedding(7, 4), indices(7, 3, 5)),
+    "index out, padding": Case(lambda: nn.Embedding(7, 4, padding_idx=3), indices(7, 3, 5)),
+    "index out, bags": Case(
+        lambda: nn.EmbeddingBag(7, 4, mode="sum"), indices(7, 3, 5), routing_error=NO_ROUTES
     ),
-    "out in *kernel": Row(lambda: nn.Conv1d(6, 4, 3, groups=2), (2, 6, 5)),
-    "out in *kernel, 2": Row(
-        lambda: nn.Conv2d(3, 4, (3, 2), padding=1, padding_mode="circular"), (2, 3, 5, 4)
+    "out in *kernel": Case(lambda: nn.Conv1d(6, 4, 3, groups=2), numbers(2, 6, 5)),
+    "out in *kernel, 2": Case(
+        lambda: nn.Conv2d(3, 4, (3, 2), padding=1, padding_mode="circular"), numbers(2, 3, 5, 4)
     ),
-    "in out *kernel": Row(lambda: nn.ConvTranspose2d(4, 8, 2, groups=2), (2, 4, 3, 3)),
-    "expert out in": Row(
-        lambda: Experts("expert out in", False), (6, 8), options=EXPERTS, routes=False
+    "in out *kernel": Case(lambda: nn.ConvTranspose2d(4, 8, 2, groups=2), numbers(2, 4, 3, 3)),
+    "expert out in": Case(
+        lambda: Experts("expert out in", whole=False),
+        numbers(6, 8),
+        settings=OUT_IN_STACK,
+        routing_error=NO_ROUTES,
     ),
-    "expert in out": Row(
-        lambda: Experts("expert in out", False), (6, 8), options=EXPERTS_TURNED, routes=False
+    "expert in out": Case(
+        lambda: Experts("expert in out", whole=False),
+        numbers(6, 8),
+        settings=IN_OUT_STACK,
+        routing_error=NO_ROUTES,
     ),
-    "expert out in, whole": Row(
-        lambda: Experts("expert out in", True), (6, 8), options=EXPERTS, routes=False, splits=True
+    "expert out in, whole": Case(
+        lambda: Experts("expert out in", whole=True),
+        numbers(6, 8),
+        settings=OUT_IN_STACK,
+        routing_error=NO_ROUTES,
+        has_own_product=True,
     ),
-    "expert in out, whole": Row(
-        lambda: Experts("expert in out", True), (6, 8), options=EXPERTS_TURNED, routes=False,
-        splits=True,
+    "expert in out, whole": Case(
+        lambda: Experts("expert in out", whole=True),
+        numbers(6, 8),
+        settings=IN_OUT_STACK,
+        routing_error=NO_ROUTES,
+        has_own_product=True,
     ),
-    "expert out in, bilinear": Row(
-        lambda: nn.Bilinear(6, 5, 4), (3, 5), routes=False, methods=METHODS_WITHOUT_TILE,
-        call=lambda module, x: module(torch.cat([x, x[:, :1]], 1), x),
+    "expert out in, bilinear": Case(
+        lambda: nn.Bilinear(6, 5, 4),
+        numbers(3, 5),
+        kinds=NO_TILE,
+        call=call_with_two_inputs,
+        routing_error=NO_ROUTES,
     ),
-    "rows": Row(lambda: nn.Linear(5, 6), (3, 4, 5), **ROWS),
-    "rows, in out": Row(lambda: Conv1D(6, 5), (3, 4, 5), **ROWS),
-    "rows, convolution": Row(lambda: nn.Conv1d(4, 6, 3), (3, 4, 5), **ROWS),
-    "rows, embedding": Row(lambda: nn.Embedding(7, 6), (3, 5), indices=7, **ROWS),
-    "rows, attention": Row(
-        lambda: nn.MultiheadAttention(6, 2, batch_first=True), (3, 4, 6), call=attention,
-        splits=True,
+    "rows": Case(
+        lambda: nn.Linear(5, 6), numbers(3, 4, 5), settings=TWO_RANGES, has_own_product=True
     ),
-}  # fmt: skip
+    "rows, in out": Case(
+        lambda: Conv1D(6, 5), numbers(3, 4, 5), settings=TWO_RANGES, has_own_product=True
+    ),
+    "rows, convolution": Case(
+        lambda: nn.Conv1d(4, 6, 3), numbers(3, 4, 5), settings=TWO_RANGES, has_own_product=True
+    ),
+    "rows, embedding": Case(
+        lambda: nn.Embedding(7, 6), indices(7, 3, 5), settings=TWO_RANGES, has_own_product=True
+    ),
+    "rows, attention": Case(
+        lambda: nn.MultiheadAttention(6, 2, batch_first=True),
+        numbers(3, 4, 6),
+        call=attend_to_itself,
+        has_own_product=True,
+    ),
+}
+
+OTHER_DTYPES = {
+    "bone": (torch.bfloat16, torch.float16),
+    "tile": (torch.float32,),
+    "bat": (torch.bfloat16, torch.float16),
+    "rows": (torch.float32,),
+}
+"""Kind -> the dtypes, beside float64, in which every case is tried with it."""
+
+COMPLEX = (
+    "out in",
+    "out in, raw",
+    "in out",
+    "out in *kernel",
+    "in out *kernel",
+    "expert out in",
+    "expert in out, whole",
+    "rows",
+)
+"""The cases that are also tried with complex numbers. torch trains no complex lookups."""
 
 
 def test_every_layout_is_tried():
-    tried = {name.split(",")[0] for name in TABLE}
-    assert tried >= set(functional.PATTERNS), "add a row for each layout to TABLE"
+    tried = {name.split(",")[0] for name in CASES}
+    assert tried >= set(functional.PATTERNS), "add a case for each layout to CASES"
 
 
-PAIRS = [(name, method) for name, row in TABLE.items() for method in row.methods]
-OTHER_DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-CELLS = [(name, method, torch.float64) for name, method in PAIRS] + [
-    (name, row.methods[(place + turn) % len(row.methods)], dtype)
-    for place, (name, row) in enumerate(TABLE.items())
-    for turn, dtype in enumerate(OTHER_DTYPES)
-]
-"""Every pair in float64, and every layout once in each other dtype."""
+def every_dtype():
+    """Return (name, kind, dtype) for all dtypes in which a case is tried with a kind."""
+    cells = []
+    for name, kind in every_kind(CASES):
+        dtypes = [torch.float64, *OTHER_DTYPES[kind]]
+        if name in COMPLEX:
+            dtypes.append(torch.complex64)
+        cells += [(name, kind, dtype) for dtype in dtypes]
+    return cells
 
-ALONE = [(name, method) for name, method in PAIRS if TABLE[name].call is Row.call]
-"""Modules that are called with their input alone."""
 
-OF_EVERY_METHOD = (
+@pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
+@pytest.mark.parametrize(("name", "kind", "dtype"), every_dtype())
+class TestEveryDtype(DtypeTests):
+    table = CASES
+
+
+@pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
+@pytest.mark.parametrize(("name", "kind"), every_kind(CASES))
+class TestEveryPair(PairTests):
+    table = CASES
+
+    @needs_fully_shard
+    @pytest.mark.usefixtures("process_group")
+    def test_fully_sharded(self, name, kind):
+        from torch.distributed.fsdp import fully_shard
+
+        case = CASES[name]
+        model = perturb(case.adapted(kind, torch.float32))
+        x = case.input(torch.float32)
+        blocks = list(disha.adapter_parameters(model))
+        expected = case.output(model, x)
+        gradients = torch.autograd.grad(expected.sum(), blocks)
+        model[0] = fully_shard(model[0])
+        output = case.output(model, x)
+        close(output, expected, torch.float32)
+        output.sum().backward()
+        for block, gradient in zip(disha.adapter_parameters(model), gradients, strict=True):
+            close(block.grad.full_tensor(), gradient, torch.float32)
+
+
+# --- compiled, exported, traced ------------------------------------------------------------------
+
+ONE_OF_EACH_PRODUCT = (
     "out in",
     "index out",
     "out in *kernel",
@@ -133,66 +238,40 @@ OF_EVERY_METHOD = (
     "expert in out, whole",
     "rows",
 )
-COMPILED = [
-    (name, method)
-    for place, (name, row) in enumerate(TABLE.items())
-    for turn, method in enumerate(row.methods)
-    if name in OF_EVERY_METHOD or turn == place % len(row.methods)
-]
-"""One row of each kind of product with every method, and the other rows once."""
+COMPILED = sorted(
+    {
+        *one_kind_each(CASES),
+        *every_kind({name: CASES[name] for name in ONE_OF_EACH_PRODUCT}),
+    }
+)
+"""Compiling takes time: one case of each product has every kind, and the others one kind each."""
 
-EXPORTED = [pair for pair in COMPILED if pair in ALONE and TABLE[pair[0]].exports]
+TRACED = [(name, kind) for name, kind in every_kind(CASES) if CASES[name].call is call_module]
+"""Modules that are called with their input alone."""
 
-
-@pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
-@pytest.mark.parametrize(("name", "method", "dtype"), CELLS)
-class TestEveryDtype(DtypeTests):
-    table = TABLE
+EXPORTED = [pair for pair in COMPILED if pair in TRACED and CASES[pair[0]].is_one_graph]
 
 
 @pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
-@pytest.mark.parametrize(("name", "method"), PAIRS)
-class TestEveryPair(PairTests):
-    table = TABLE
-
-    @needs_fully_shard
-    @pytest.mark.usefixtures("process_group")
-    def test_fully_sharded(self, name, method):
-        from torch.distributed.fsdp import fully_shard
-
-        row = TABLE[name]
-        model, x = perturb(row.adapted(method, torch.float32)), row.input(torch.float32)
-        blocks = list(disha.adapter_parameters(model))
-        expected = row.output(model, x)
-        gradients = torch.autograd.grad(expected.sum(), blocks)
-        model[0] = fully_shard(model[0])
-        output = row.output(model, x)
-        close(output, expected, torch.float32)
-        output.sum().backward()
-        for block, wanted in zip(disha.adapter_parameters(model), gradients, strict=True):
-            close(block.grad.full_tensor(), wanted, torch.float32)
-
-
-@pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
-@pytest.mark.parametrize(("name", "method"), COMPILED)
-def test_compiled_once_whatever_changes(name, method):
-    row = TABLE[name]
-    model, x = row.adapted(method, adapter="a"), row.input()
-    own = {"target_regex": "^0", **row.options}
-    own |= reference.settings_of(method, 2)
-    perturb(disha.inject_adapters(model, r=2, adapter="b", **own))
+@pytest.mark.parametrize(("name", "kind"), COMPILED)
+def test_compiled_once_whatever_changes(name, kind):
+    case = CASES[name]
+    x = case.input()
+    model = case.adapted(kind, adapter="a")
+    perturb(case.adapt(model, r=2, adapter="b", **reference.settings_of(kind, 2)))
     counter = CompileCounter()
 
     def run(x):
-        return row.output(model, x)
+        return case.output(model, x)
 
-    compiled = freshly_compiled(run, counter, row.compiles)
+    compiled = freshly_compiled(run, counter, fullgraph=case.is_one_graph)
     blocks = list(disha.adapter_parameters(model, "b"))
-    y = torch.randn_like(run(x))
+    cotangent = torch.randn_like(run(x))
     close(compiled(x), run(x))
-    found = torch.autograd.grad((compiled(x) * y).sum(), blocks)
-    for one, other in zip(found, torch.autograd.grad((run(x) * y).sum(), blocks), strict=True):
-        close(one, other)
+    gradients = torch.autograd.grad((compiled(x) * cotangent).sum(), blocks)
+    expected = torch.autograd.grad((run(x) * cotangent).sum(), blocks)
+    for gradient, expected_gradient in zip(gradients, expected, strict=True):
+        close(gradient, expected_gradient)
     compilations = counter.frame_count
     disha.set_adapter_scale(model, 0.3, "b")
     close(compiled(x), run(x))
@@ -201,24 +280,33 @@ def test_compiled_once_whatever_changes(name, method):
     with disha.adapters_disabled(model):
         close(compiled(x), run(x))
     close(compiled(x), run(x))
-    if row.compiles:
+    if case.is_one_graph:
         assert counter.frame_count == compilations == 1
 
 
-@pytest.mark.parametrize(("name", "method"), EXPORTED)
-def test_exported_is_eager(name, method):
-    row = TABLE[name]
-    model, x = perturb(row.adapted(method)), row.input()
-    found = torch.export.export(model, (x,), strict=True).module()(x)
-    close(found[0] if isinstance(found, tuple) else found, row.output(model, x))
+@pytest.mark.parametrize(("name", "kind"), EXPORTED)
+def test_exported_is_eager(name, kind):
+    case = CASES[name]
+    model = perturb(case.adapted(kind))
+    x = case.input()
+    output = torch.export.export(model, (x,), strict=True).module()(x)
+    close(first_of(output), case.output(model, x))
 
 
-@pytest.mark.parametrize(("name", "method"), ALONE)
-def test_traced_is_eager(name, method):
-    row = TABLE[name]
-    model, x = perturb(row.adapted(method).eval()), row.input()
-    found = torch.jit.trace(model[0], (x,), check_trace=False)(x)
-    close(found[0] if isinstance(found, tuple) else found, row.output(model, x))
+@pytest.mark.parametrize(("name", "kind"), TRACED)
+def test_traced_is_eager(name, kind):
+    case = CASES[name]
+    model = perturb(case.adapted(kind).eval())
+    x = case.input()
+    output = torch.jit.trace(model[0], (x,), check_trace=False)(x)
+    close(first_of(output), case.output(model, x))
+
+
+def first_of(output):
+    return output[0] if isinstance(output, tuple) else output
+
+
+# --- pieces of a weight --------------------------------------------------------------------------
 
 
 class Holder(nn.Module):
@@ -229,50 +317,71 @@ class Holder(nn.Module):
         self.mix = nn.Parameter(torch.randn(shape, dtype=torch.float64))
 
 
+def at(dim, index):
+    """Return an index into a dimension, for [ ]."""
+    return (slice(None),) * dim + (index,)
+
+
 PIECES = {
-    "select": lambda weight, dim: weight.select(dim, 1),
-    "one by [ ]": lambda weight, dim: weight[(slice(None),) * dim + (1,)],
-    "one by a tensor": lambda weight, dim: weight[(slice(None),) * dim + (torch.tensor(1),)],
-    "some by [ ]": lambda weight, dim: weight[(slice(None),) * dim + (torch.tensor([1, 0, 1]),)],
-    "a slice": lambda weight, dim: weight[(slice(None),) * dim + (slice(1, 3),)],
-    "every second": lambda weight, dim: weight[(slice(None),) * dim + (slice(None, None, 2),)],
+    "one by [ ]": lambda weight, dim: weight[at(dim, 1)],
+    "one by a tensor": lambda weight, dim: weight[at(dim, torch.tensor(1))],
+    "some by [ ]": lambda weight, dim: weight[at(dim, torch.tensor([1, 0, 1]))],
+    "a slice": lambda weight, dim: weight[at(dim, slice(1, 3))],
+    "every second": lambda weight, dim: weight[at(dim, slice(None, None, 2))],
     "the only index": lambda weight, dim: (weight[1], weight[torch.tensor([1, 0])], weight[1:3]),
+    "iteration": lambda weight, dim: tuple(weight),
+    "movedim": lambda weight, dim: weight.movedim(dim, 0),
+    "a turn": lambda weight, dim: weight.transpose(dim, -1),
+    "transposed": lambda weight, dim: weight.mT,
+}
+PIECES_BY_DIM = {
+    "select": lambda weight, dim: weight.select(dim, 1),
     "index_select": lambda weight, dim: weight.index_select(dim, torch.tensor([1, 0, 1])),
     "narrow": lambda weight, dim: weight.narrow(dim, 1, 1),
     "unbind": lambda weight, dim: weight.unbind(dim),
     "split": lambda weight, dim: weight.split(1, dim),
     "chunk": lambda weight, dim: weight.chunk(2, dim),
-    "iteration": lambda weight, dim: tuple(weight),
-    "movedim": lambda weight, dim: weight.movedim(dim, 0),
-    "a turn": lambda weight, dim: weight.transpose(dim, -1),
-    "transposed": lambda weight, dim: weight.mT,
     "a sum": lambda weight, dim: weight.sum(dim),
 }
+"""Operations that take a dimension, which may be counted from the end."""
+
+PATTERNS_AND_METHODS = list(itertools.product(functional.PATTERNS, functional.METHODS))
 
 
 @pytest.mark.parametrize("piece", PIECES)
 def test_a_piece_of_a_weight_is_that_of_the_dense_weight(piece):
     """A rule that takes a layout's axes for others gives wrong values here."""
-    for pattern, method in itertools.product(functional.PATTERNS, functional.METHODS):
-        check_piece(pattern, method, piece)
+    for pattern, method in PATTERNS_AND_METHODS:
+        weight, dense = adapted_and_dense(pattern, method)
+        for dim in range(dense.dim()):
+            check_pieces(PIECES[piece](weight(), dim), PIECES[piece](dense, dim))
 
 
-def check_piece(pattern, method, piece):
+@pytest.mark.parametrize("piece", PIECES_BY_DIM)
+def test_a_piece_by_its_dimension_is_that_of_the_dense_weight(piece):
+    for pattern, method in PATTERNS_AND_METHODS:
+        weight, dense = adapted_and_dense(pattern, method)
+        for dim in range(-dense.dim(), dense.dim()):
+            check_pieces(PIECES_BY_DIM[piece](weight(), dim), PIECES_BY_DIM[piece](dense, dim))
+
+
+def adapted_and_dense(pattern, method):
+    """Return a function that reads an adapted weight, and the dense weight that it stands for."""
     torch.manual_seed(0)
-    shape = reference.shape_of(pattern)
-    model = Holder(shape)
+    model = Holder(reference.shape_of(pattern))
     perturb(disha.inject_adapters(model, "mix", 2, method=method, layouts={"mix": pattern}))
     (block,) = disha.adapter_parameters(model)
     base = model._parameters["mix"].detach()
-    dense = base + reference.layout_delta_weight(method, pattern, block.detach(), base)
-    for dim in range(len(shape)):
-        for at in {dim, dim - len(shape)} if piece in BY_NUMBER else {dim}:
-            found, expected = PIECES[piece](model.mix, at), PIECES[piece](dense, at)
-            several = isinstance(expected, tuple)
-            pairs = zip(found, expected, strict=True) if several else [(found, expected)]
-            for one, other in pairs:
-                assert one.shape == other.shape
-                close(one + 0.0, other)
+    delta = reference.layout_delta_weight(method, pattern, block.detach(), base)
+    return lambda: model.mix, base + delta
+
+
+def check_pieces(pieces, expected):
+    if not isinstance(expected, tuple):
+        pieces, expected = (pieces,), (expected,)
+    for piece, expected_piece in zip(pieces, expected, strict=True):
+        assert piece.shape == expected_piece.shape
+        close(piece + 0.0, expected_piece)
 
 
 def test_parts_that_overlap_in_another_way_are_refused():
@@ -281,6 +390,3 @@ def test_parts_that_overlap_in_another_way_are_refused():
         disha.inject_adapters(model, "mix", 2, layouts={"mix": "in out"}, adapter="other")
     with pytest.raises(disha.ArgumentError, match="q_proj has rows of its own"):
         disha.plan_adapters(nn.MultiheadAttention(8, 2), "in_proj", 2, rows={"in_proj": [(0, 8)]})
-
-
-BY_NUMBER = ("select", "index_select", "narrow", "unbind", "split", "chunk", "a sum")

@@ -10,7 +10,7 @@ import disha
 from disha import TargetError
 from disha.effective.weight import EffectiveWeight
 from tests.conftest import perturb
-from tests.every_pair import DtypeTests, PairTests, Row
+from tests.every_pair import Case, DtypeTests, PairTests, numbers
 
 geometric = pytest.importorskip("torch_geometric.nn", reason="PyTorch Geometric is not installed")
 
@@ -65,7 +65,11 @@ NETWORKS = {
 }
 CASES = [(name, method) for name in NETWORKS for method in METHODS]
 TABLE = {
-    name: Row(lambda make=make: make().eval(), (6, 8), options={"target_regex": "all-linear"})
+    name: Case(
+        lambda make=make: make().eval(),
+        numbers(6, 8),
+        settings={"target_regex": "all-linear"},
+    )
     for name, (make, _) in NETWORKS.items()
 }
 
@@ -92,18 +96,18 @@ def test_all_linear_reaches_every_linear_layer(name):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64])
-@pytest.mark.parametrize(("name", "method"), CASES)
+@pytest.mark.parametrize(("name", "kind"), CASES)
 class TestDtypes(DtypeTests):
     table = TABLE
 
 
-@pytest.mark.parametrize(("name", "method"), CASES)
+@pytest.mark.parametrize(("name", "kind"), CASES)
 class TestNetworks:
     table = TABLE
     test_several_adapters = PairTests.test_several_adapters_add_up_and_switch_off
 
-    def test_every_block_trains(self, name, method):
-        model = disha.inject_adapters(fresh(name), "all-linear", 3, method=method).train()
+    def test_every_block_trains(self, name, kind):
+        model = disha.inject_adapters(fresh(name), "all-linear", 3, method=kind).train()
         target = torch.randn(6, 4, dtype=torch.float64)
         optimizer = torch.optim.Adam(disha.adapter_parameters(model), lr=0.02)
         losses = []
@@ -118,9 +122,9 @@ class TestNetworks:
         own = dict(model.named_parameters())
         assert all(torch.equal(own[key], value) for key, value in fresh(name).named_parameters())
 
-    def test_its_state_dict_has_the_plain_weights(self, name, method, tmp_path):
+    def test_its_state_dict_has_the_plain_weights(self, name, kind, tmp_path):
         """The linear layer saves by itself, and reads its weight to do so."""
-        model, plain = adapted(name, method), fresh(name).state_dict()
+        model, plain = adapted(name, kind), fresh(name).state_dict()
         for keep in (False, True):
             state = model.state_dict(keep_vars=keep)
             assert not any(isinstance(value, EffectiveWeight) for value in state.values())
@@ -128,13 +132,13 @@ class TestNetworks:
             for key, parameter in model.named_parameters():
                 assert state[key].data_ptr() == parameter.data_ptr()
         torch.save(model.state_dict(), tmp_path / "model.pt")
-        other = disha.inject_adapters(fresh(name), "all-linear", 3, method=method)
+        other = disha.inject_adapters(fresh(name), "all-linear", 3, method=kind)
         other.load_state_dict(torch.load(tmp_path / "model.pt"))
         assert torch.equal(other(nodes()), model(nodes()))
         assert torch.equal(copy.deepcopy(model)(nodes()), model(nodes()))
 
-    def test_check_adapters_finds_all_of_them_acting(self, name, method):
-        report = disha.check_adapters(adapted(name, method), nodes())
+    def test_check_adapters_finds_all_of_them_acting(self, name, kind):
+        report = disha.check_adapters(adapted(name, kind), nodes())
         assert report.ok, str(report)
 
 

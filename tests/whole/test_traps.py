@@ -12,7 +12,7 @@ from torch.nn.utils import parametrizations, prune
 import disha
 from disha import ArgumentError, TargetError
 from tests.conftest import Layered, assert_unchanged, freshly_compiled, perturb, refused, snapshot
-from tests.every_pair import DtypeTests, PairTests, Row
+from tests.every_pair import Case, DtypeTests, PairTests, every_kind, indices, numbers
 
 
 class Sealed(nn.Linear):
@@ -84,22 +84,22 @@ class Shifted(nn.Embedding):
 
 
 HARD = {
-    cls.__name__: Row(lambda cls=cls: cls(6, 4), (5, 6), methods=("bone", "bat"))
+    cls.__name__: Case(lambda cls=cls: cls(6, 4), numbers(5, 6), kinds=("bone", "bat"))
     for cls in (Sealed, ReadOnlySizes, Slotted, GuardedDict)
 } | {
-    cls.__name__: Row(lambda cls=cls: cls(9, 4), (2, 3), indices=7, methods=("bone",))
+    cls.__name__: Case(lambda cls=cls: cls(9, 4), indices(7, 2, 3), kinds=("bone",))
     for cls in (Positions, Shifted)
 }
-HARD_PAIRS = [(name, method) for name, row in HARD.items() for method in row.methods]
+HARD_PAIRS = every_kind(HARD)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64])
-@pytest.mark.parametrize(("name", "method"), HARD_PAIRS)
+@pytest.mark.parametrize(("name", "kind"), HARD_PAIRS)
 class TestGuardedLayersAndForwardsOfTheirOwn(DtypeTests):
     table = HARD
 
 
-@pytest.mark.parametrize(("name", "method"), HARD_PAIRS)
+@pytest.mark.parametrize(("name", "kind"), HARD_PAIRS)
 class TestTraining:
     table = HARD
     test_gradients = PairTests.test_gradients_are_those_of_the_dense_weight
