@@ -12,7 +12,7 @@ from torch.compiler import is_compiling
 from disha.effective.contexts import OPEN, Override
 from disha.effective.tensor_parallel import effective_part
 from disha.effective.weight import EffectiveWeight, absent, computed, effective
-from disha.errors import ModeError
+from disha.errors import ArgumentError, ModeError
 from disha.functional import adapted_linear
 from disha.functional.shard_sums import PLAIN
 from disha.functional.updates import Updates
@@ -21,14 +21,19 @@ from disha.layers.weights import base_reader
 from disha.sharding.tensor_parallel import split_of
 from disha.sharding.tensors import is_sharded
 
-WANT_BASE = (
-    "torch.nn.modules.module",
-    "torch.nn.utils.prune",
-    "torch.distributed",
-    "accelerate.utils",
+READERS_OF_PARAMETERS = (
+    "torch.nn.modules.module",  # get_parameter, which returns it
+    "torch.nn.utils.prune",  # puts it under another name, times a mask
+    "torch.nn.utils.weight_norm",  # the older weight_norm: splits it into length and direction
+    "torch.nn.utils.parametrize",  # would put it where this class does not look: refused
+    "torch.distributed.fsdp",  # replaces it by a shard, and back
+    "accelerate.utils.modeling",  # set_module_tensor_to_device and retie_parameters move it
+    "accelerate.utils.other",  # recursive_getattr, to find tied ones
 )
-"""Modules that read a parameter by its name, to return it (`get_parameter`), to save it, to move
-it or to prune it: these get W itself."""
+"""Modules of libraries that read a parameter by its name to replace it: they get W itself.
+
+They leave no other way to tell than to look who reads.
+"""
 
 LINEAR_FORWARD = nn.Linear.forward
 """The forward of torch. If user code replaces it in `nn.Linear`, the replacement runs."""
@@ -58,7 +63,8 @@ def weight_property(original: type[nn.Module], name: str) -> property:
             caller = sys._getframe(1)
             reader = caller.f_globals.get("__name__", "")
             # A wrapper's `__getattr__` passes on what somebody else reads.
-            if reader.startswith(WANT_BASE) and caller.f_code.co_name != "__getattr__":
+            if reader.startswith(READERS_OF_PARAMETERS) and caller.f_code.co_name != "__getattr__":
+                _refuse_parametrization(reader, layer, name)
                 return base
         try:
             is_plain = type(base) in PLAIN and not base.is_meta and base.numel()
@@ -79,6 +85,15 @@ def weight_property(original: type[nn.Module], name: str) -> property:
         del layer.__dict__[name]
 
     return property(read, write, delete)
+
+
+def _refuse_parametrization(reader: str, layer: nn.Module, name: str) -> None:
+    """Raise if the reader is about to replace a parameter by a parametrization of it."""
+    if reader == "torch.nn.utils.parametrize" and name in layer._parameters:
+        raise ArgumentError(
+            f"an adapted {name} can't be parametrized, because its adapters would no longer act; "
+            "remove the adapters, add the parametrization, and adapt the layer again"
+        )
 
 
 def is_own_weight(layer: nn.Module, name: str, value: Any) -> bool:

@@ -12,6 +12,7 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
 from disha import functional
+from disha.errors import ArgumentError
 from disha.functional.shard_sums import is_inexact
 from disha.layers import bitsandbytes, quantized
 from disha.layers.blocks import CHILD_NAME, AdapterBlock, Adapters, Slot, original_class
@@ -32,6 +33,12 @@ def read_weight(module: nn.Module, name: str) -> Any:
         if original is type(module):
             return getattr(module, name, None)
         return base_reader(original, name)(module)
+    except AttributeError as error:
+        raise ArgumentError(
+            f"the adapted {name} of a {type(module).__name__} is gone, for example because a "
+            "parametrization has replaced it; undo that change first "
+            "(torch.nn.utils.parametrize.remove_parametrizations)"
+        ) from error
     finally:
         for part in trained:
             part.training = True

@@ -156,7 +156,9 @@ class TestLazy:
 
     def test_all_linear_says_what_to_do_and_changes_nothing(self):
         model = self.model()
-        with pytest.raises(TargetError, match=r"no effect|run the model once"):
+        with pytest.raises(
+            TargetError, match=r"0: its weight is not initialised yet; run the model once"
+        ):
             disha.inject_adapters(model, "^0$", 2)
         assert type(model[0]) is nn.LazyLinear
 
@@ -218,7 +220,9 @@ class TestMeta:
             model = Layered()
         disha.inject_adapters(model, "all-linear", 2)
         before = snapshot(model)
-        with pytest.raises(disha.DishaError):
+        with pytest.raises(
+            disha.MergeError, match="is on the meta device; give the model its weights first"
+        ):
             disha.merge_adapters(model)
         assert snapshot(model)["objects"] == before["objects"]
         assert not any(merged for _, _, merged in snapshot(model)["active"].values())
@@ -405,13 +409,31 @@ class TestParametrised:
 
 
 @pytest.mark.parametrize("how", PARAMETRIZATIONS)
-def test_the_check_refuses_a_parametrization_that_was_added_under_an_adapter(how):
+def test_a_parametrization_is_refused_under_an_adapter_that_acts(how):
     model, x = disha.inject_adapters(nn.Sequential(nn.Linear(6, 4)), "0", 2), torch.randn(3, 6)
-    PARAMETRIZATIONS[how](model[0])
-    with pytest.raises(ArgumentError, match=r"0 was parametrised after it was adapted"):
-        disha.check_adapters(model, x)
+    with refused(model, ArgumentError, "an adapted weight can't be parametrized.*adapt the layer"):
+        PARAMETRIZATIONS[how](model[0])
     model = nn.Sequential(PARAMETRIZATIONS[how](nn.Linear(6, 4)))
     assert disha.check_adapters(disha.inject_adapters(model, "0", 2), x).ok
+
+
+@pytest.mark.parametrize("how", PARAMETRIZATIONS)
+def test_a_parametrization_under_an_adapter_that_does_not_act_says_what_to_undo(how, tmp_path):
+    model, x = disha.inject_adapters(nn.Sequential(nn.Linear(6, 4)), "0", 2), torch.randn(3, 6)
+    disha.save_adapter(model, tmp_path / "adapter")
+    with disha.adapters_disabled(model):
+        PARAMETRIZATIONS[how](model[0])
+    with pytest.raises(ArgumentError, match=r"0 was parametrised after it was adapted"):
+        disha.check_adapters(model, x)
+    for use in (
+        lambda: disha.save_adapter(model, tmp_path / "again"),
+        lambda: disha.load_adapter(model, tmp_path / "adapter", replace=True),
+        lambda: disha.inject_adapters(model, "0", 2, adapter="b"),
+    ):
+        with pytest.raises(ArgumentError, match=r"undo that change first.*remove_parametrizations"):
+            use()
+    nn.utils.parametrize.remove_parametrizations(model[0], "weight")
+    assert disha.check_adapters(model, x).ok
 
 
 def test_looking_for_tied_heads_takes_no_step_of_training():
@@ -448,6 +470,35 @@ def test_the_old_weight_norm_can_be_removed_under_an_adapter():
     expected = model(x.double())
     nn.utils.remove_weight_norm(model[0])
     assert torch.allclose(model(x.double()), expected)
+
+
+def _with_old_weight_norm(model):
+    nn.utils.weight_norm(model[0])
+    return model
+
+
+def _pruned(model):
+    prune.l1_unstructured(model[0], "weight", 0.5)
+    return model
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*deprecated:FutureWarning")
+@pytest.mark.parametrize("change", [_with_old_weight_norm, _pruned])
+def test_a_hook_that_computes_the_weight_under_an_adapter(change, tmp_path):
+    x = torch.randn(3, 6).double()
+    model = perturb(disha.inject_adapters(nn.Sequential(nn.Linear(6, 4)).double(), "0", 2))
+    base = {k: v.clone() for k, v in model.state_dict().items() if ".disha." not in k}
+    expected = model(x)
+    change(model)
+    if change is _with_old_weight_norm:
+        torch.testing.assert_close(model(x), expected)
+    disha.save_adapter(model, tmp_path / "adapter")
+    fresh = nn.Sequential(nn.Linear(6, 4)).double()
+    fresh.load_state_dict(base)
+    disha.load_adapter(change(fresh), tmp_path / "adapter")
+    torch.testing.assert_close(fresh(x), model(x))
+    disha.inject_adapters(model, "0", 2, adapter="b")
+    assert disha.check_adapters(model, x).ok
 
 
 def test_pruning_under_an_adapter_prunes_w():
