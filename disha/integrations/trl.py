@@ -21,7 +21,7 @@ from disha.errors import ArgumentError
 from disha.files.loading import load_contents
 from disha.files.saving import adapter_contents
 from disha.layers.adapted import refuse_merged
-from disha.model.control import checked_names
+from disha.model.control import check_names
 from disha.model.view import ModelView
 
 __all__ = ["DPOTrainer", "GRPOTrainer"]
@@ -92,7 +92,7 @@ def _make_ready(view: ModelView, args: Any, named: Mapping[str, Any], undo: Exit
 def _reference(view: ModelView, adapters: Names, undo: ExitStack) -> _Reference:
     """Return the reference with these adapters, or with copies of those that act now."""
     active = {name for layer in view.layers for name in layer.disha.active}
-    names = list(checked_names(view, adapters or ()))
+    names = list(check_names(view, adapters or ()))
     copied_from = sorted(active) if adapters is None else []
     load = partial(load_contents, view, "the model", replace=True, freeze=False, activate=False)
     for name in copied_from:

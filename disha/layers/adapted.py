@@ -1,13 +1,14 @@
 """AdaptedLayer: a module whose adapted parameters read as effective weights.
 
-The same object moves to a subclass of its own class, with one property for each adapted parameter.
-So hooks, other references, `isinstance` checks, parameters and state-dict keys do not change, and
-the module's own forward runs. Its new child `disha` holds the blocks.
+To adapt a module, its class is replaced by a subclass with a property for each adapted parameter.
+It stays the same object, so hooks, references, `isinstance` checks, parameters and state-dict keys
+do not change, and its own forward runs. A new child module, `disha`, holds the blocks.
 """
 
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
@@ -54,7 +55,7 @@ class AdaptedLayer(nn.Module):
         super().__init_subclass__(**options)
         if "_made_by_disha" in vars(cls):
             return
-        # If a user's class computes a weight, the computed weight is adapted.
+        # A user's subclass may compute a weight itself; then the computed weight is adapted.
         for name in cls._adapted_parameters:
             if name in vars(cls):
                 setattr(cls, name, weight_property(cls, name))
@@ -68,7 +69,7 @@ class AdaptedLayer(nn.Module):
         """
         slots = slots_of(self, self.disha)
         if "weight" not in slots:
-            raise AttributeError("`weight` is not adapted")  # nn.Module says it in its own words
+            raise AttributeError("`weight` is not adapted")  # nn.Module replaces this message
         return base_of(self, slots["weight"])
 
     def delta_weight(self, block: AdapterBlock) -> Tensor:
@@ -80,12 +81,15 @@ class AdaptedLayer(nn.Module):
         return delta_of(self, block, block.slot)
 
     def __setattr__(self, name: str, value: Any) -> None:
+        if name == "qconfig":
+            warnings.warn(QCONFIG_IS_IGNORED, stacklevel=2)
         if not is_own_weight(self, name, value):
             super().__setattr__(name, value)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        # A class that saves in its own way (as in PyTorch Geometric) may read an effective weight.
+        # A class with a `_save_to_state_dict` of its own, as in PyTorch Geometric, may have read an
+        # effective weight.
         for name in self._adapted_parameters:
             parameter = self._parameters.get(name)
             saved = destination.get(prefix + name)
@@ -102,9 +106,9 @@ class AdaptedLayer(nn.Module):
                 if prefix + name in state_dict:
                     refuse_merged([self], f"load {prefix}{name}, which unmerging would undo,")
         elif prefix + MERGED in state_dict:
-            errors = args[-1]
-            if _TAKEN_MERGED not in errors:  # once, and not for each layer
-                errors.append(_TAKEN_MERGED)
+            error_messages = args[-1]
+            if STATE_IS_MERGED not in error_messages:  # once, and not for each layer
+                error_messages.append(STATE_IS_MERGED)
             return
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         # The blocks load after their layer, so those in the state dict replace these values.
@@ -114,12 +118,12 @@ class AdaptedLayer(nn.Module):
                 block.awaits_base = False
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """Pickle with the arguments that make the class, which no Python module contains."""
+        """Pickle the arguments of `adapted_class` in place of the class, which no module holds."""
         reduced = super().__reduce_ex__(protocol)
-        made = type(self)
-        if "_made_by_disha" not in vars(made):
+        cls = type(self)
+        if "_made_by_disha" not in vars(cls):
             return reduced
-        arguments = made._original_class, made._adapted_parameters, made._is_quantized
+        arguments = cls._original_class, cls._adapted_parameters, cls._is_quantized
         return (_new_instance, arguments, *reduced[2:])
 
     def _replicate_for_data_parallel(self) -> Any:
@@ -130,26 +134,41 @@ class AdaptedLayer(nn.Module):
 
     def extra_repr(self) -> str:
         """Return the layer's description in a model's printout."""
-        state = f"active={list(self.disha.active)}"
+        parts = [f"active={list(self.disha.active)}"]
+        of_layer = super().extra_repr()
+        if of_layer:
+            parts.insert(0, of_layer)
         if self.disha.merged is not None:
-            state += f", merged={list(self.disha.merged.adapters)}"
+            parts.append(f"merged={list(self.disha.merged.adapters)}")
         elif self.disha.override() == ():
-            state += ", disabled"
-        return ", ".join(filter(None, (super().extra_repr(), state)))
+            parts.append("disabled")
+        return ", ".join(parts)
 
 
-_TAKEN_MERGED = (
+STATE_IS_MERGED = (
     "the state was taken while adapters were merged, so their updates would act twice; take it "
     "after unmerge_adapters(model), or load it into a plain model (strict=False)"
 )
-"""What `load_state_dict` says of a state that has merged weights."""
+"""The error of `load_state_dict` for a state with merged weights."""
+
+QCONFIG_IS_IGNORED = (
+    "torch.ao.quantization finds layers by their exact class, so it leaves adapted layers in "
+    "floating point; to quantise them too, call merge_adapters(model, unload=True) first"
+)
+"""The warning when `quantize_dynamic`, `prepare_qat` and the like come across an adapted layer."""
 
 
 def refuse_merged(layers: Iterable[AdaptedLayer], action: str) -> None:
     """Raise if any of the layers is merged, so an action would mix merged and unmerged adapters."""
-    merged = [layer.disha.merged for layer in layers if layer.disha.merged is not None]
-    if merged:
-        names = dict.fromkeys(repr(name) for state in merged for name in state.adapters)
+    is_merged = False
+    names: list[str] = []
+    for layer in layers:
+        merged = layer.disha.merged
+        if merged is None:
+            continue
+        is_merged = True
+        names += [repr(name) for name in merged.adapters if repr(name) not in names]
+    if is_merged:
         raise MergeError(
             f"can't {action} while adapters are merged (now: {', '.join(names)}); "
             "call unmerge_adapters(model) first"
@@ -163,11 +182,11 @@ def refuse_merged(layers: Iterable[AdaptedLayer], action: str) -> None:
 def adapted_class(
     original: type[nn.Module], parameters: tuple[str, ...], is_quantized: bool
 ) -> type[AdaptedLayer]:
-    """Return the adapted class for `original`. Each combination of arguments has one class."""
+    """Return the adapted class for `original`, the same one for the same arguments."""
     if (original, parameters) == (nn.Linear, ("weight",)) and not is_quantized:
         return AdaptedLinear
     namespace = {
-        "__module__": original.__module__,  # by which torch.fx knows what to call as a whole
+        "__module__": original.__module__,  # torch.fx traces no layer that torch.nn defines
         "__doc__": f"{original.__qualname__}, adapted by disha.",
         "_made_by_disha": True,
         "_original_class": original,
@@ -200,7 +219,7 @@ def reset_parameters(layer: AdaptedLayer) -> None:
         original.reset_parameters(layer)
         return
     refuse_merged([layer], "reset parameters")
-    # The layer must read W: of a computed weight, `weight[padding_idx].fill_(0)` changes a copy.
+    # With adapters disabled, because `weight[padding_idx].fill_(0)` must write into W.
     with entered(frozenset([adapters.group]), None):
         original.reset_parameters(layer)
     for block in adapters.blocks().values():
@@ -210,7 +229,7 @@ def reset_parameters(layer: AdaptedLayer) -> None:
 class AdaptedLinear(AdaptedLayer, nn.Linear):
     """An `nn.Linear` with adapters; `inject_adapters` gives this class to linear layers."""
 
-    __module__ = nn.Linear.__module__  # as `adapted_class` does; so the class can't be pickled
+    __module__ = nn.Linear.__module__  # as in `adapted_class`; pickling goes by `__reduce_ex__`
     _made_by_disha = True
     _original_class = nn.Linear
     _adapted_parameters = ("weight",)
@@ -226,13 +245,13 @@ AdaptedLinear.weight = weight_property(nn.Linear, "weight")  # type: ignore[assi
 
 
 class _Recurrent(nn.Module):
-    """The first base of adapted recurrent layers: their class keeps a list of the plain weights."""
+    """The first base class of adapted recurrent layers: lets `_flat_weights` have the updates."""
 
     _flat_weights_names: list[str]
 
     @property
     def _flat_weights(self) -> list[Any]:
-        """The weights as they are read now; torch's own list has the plain parameters."""
+        """The weights with their updates; the list that torch keeps has the plain parameters."""
         return [getattr(self, name, None) for name in self._flat_weights_names]
 
     @_flat_weights.setter
@@ -241,17 +260,18 @@ class _Recurrent(nn.Module):
 
     def __setattr__(self, name: str, value: Any) -> None:
         if not is_own_weight(self, name, value):
-            nn.Module.__setattr__(self, name, value)  # torch's would write into the list as well
+            # The `__setattr__` of nn.RNNBase would write into the list as well.
+            nn.Module.__setattr__(self, name, value)
 
     def _update_flat_weights(self) -> None:
-        """Do nothing: no list of weights is kept that could be out of date."""
+        """Do nothing: `_flat_weights` is read anew each time."""
 
     def flatten_parameters(self) -> None:
-        """Do nothing: a computed weight can't be part of a flat one."""
+        """Do nothing: computed weights don't lie in one buffer, as cuDNN's flat weights do."""
 
 
 def _list_plain_weights(layer: Any) -> None:
-    """Fill the list that torch keeps of the weights of a recurrent layer."""
+    """Update the list that torch keeps of the weights of a recurrent layer."""
     names = layer._flat_weights_names
     layer.__dict__["_flat_weights"] = [layer._parameters.get(name) for name in names]
 
@@ -259,9 +279,9 @@ def _list_plain_weights(layer: Any) -> None:
 def adapt(
     module: nn.Module, parameters: Iterable[str], is_quantized: bool, group: Group = LOOSE
 ) -> Adapters:
-    """Move a module to the class that adapts these parameters too, and return its `Adapters`.
+    """Give a module a class that adapts these parameters too, and return its `Adapters`.
 
-    New ones are in this group.
+    If the module has none yet, the new ones join the group.
     """
     original: Any = type(module)
     known: tuple[str, ...] = ()
@@ -292,7 +312,7 @@ def adapt(
 
 
 def restore(layer: nn.Module) -> None:
-    """Give a module its original class back, and remove its adapters."""
+    """Remove a layer's adapters, and give it its original class back."""
     if not isinstance(layer, AdaptedLayer):
         return
     layer._modules.pop(CHILD_NAME, None)
@@ -308,7 +328,7 @@ def readapt(
     adapters: Adapters,
     blocks: Mapping[str, nn.Module | None],
 ) -> None:
-    """Give a module back its adapted class, its adapters and their blocks."""
+    """Give a module its adapted class, its adapters and their blocks back."""
     if CHILD_NAME not in module._modules and cls._is_quantized:
         quantized.attach_hook(module)
     set_class(module, cls)
@@ -324,7 +344,7 @@ def set_class(module: nn.Module, cls: type[nn.Module]) -> None:
 
 
 def refuse_changed_class(layer: nn.Module, name: str) -> None:
-    """Raise if a module got another class after its adapted one: restoring would undo that too."""
+    """Raise if a layer's class changed after it was adapted: restoring would undo that change."""
     if "_original_class" not in type(layer).__dict__:
         raise ArgumentError(
             f"{name or 'the model'} has become a {type(layer).__name__} since it was adapted, for "

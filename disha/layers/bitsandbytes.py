@@ -1,7 +1,7 @@
-"""Layers of bitsandbytes: read their weights, and merge densely, without importing the library.
+"""Layers of bitsandbytes: how to read their weights, and how they compute with a dense merged one.
 
-A 4-bit weight has its scales in `quant_state`. An 8-bit one is int8, with one scale per row in
-`SCB`, which moves to its layer in the first forward.
+Nothing here imports the library. A 4-bit weight has its scales in `quant_state`. An 8-bit weight is
+int8 with one scale for each row in `SCB`, which the first forward moves to the layer.
 """
 
 from __future__ import annotations
@@ -20,23 +20,24 @@ from disha.sharding.imported import imported_class
 
 
 def bits_of(module: nn.Module | None, weight: Tensor) -> int | None:
-    """Return 4 or 8 if bitsandbytes has quantised a weight to so many bits, or None."""
-    # Not by its class, which pickling may have lost.
+    """Return to how many bits bitsandbytes has quantised a weight, 4 or 8; None if it has not."""
+    # The class of the weight does not tell: pickling may have lost it.
     if getattr(weight, "quant_state", None) is not None:
         return 4
-    is_8bit = weight.dtype == torch.int8 and _row_scales(module, weight) is not None
-    return 8 if is_8bit else None
+    if weight.dtype == torch.int8 and _row_scales(module, weight) is not None:
+        return 8
+    return None
 
 
 def library_classes() -> tuple[Any, ...]:
-    """Return the classes of layers that quantise their weights; none without the library."""
+    """Return the library's classes of quantised layers; none if it is not imported."""
     names = ("Linear4bit", "Linear8bitLt", "Embedding4bit", "Embedding8bit")
-    classes = (imported_class("bitsandbytes.nn", name) for name in names)
-    return tuple(filter(None, classes))
+    classes = [imported_class("bitsandbytes.nn", name) for name in names]
+    return tuple(cls for cls in classes if isinstance(cls, type))
 
 
 def is_library_forward(cls: type[nn.Module]) -> bool:
-    """Whether a class's forward is bitsandbytes' own: W x + b by kernels for a quantised W."""
+    """Whether a class runs the forward of a linear layer of bitsandbytes, by its own kernels."""
     linear = [known for known in library_classes() if issubclass(known, nn.Linear)]
     return any(cls.forward is known.forward for known in linear)
 
@@ -51,7 +52,7 @@ def unpacked_shape(parameter: Tensor, module: nn.Module | None = None) -> torch.
 
 
 def read_4bit(module: nn.Module, weight: Any) -> Tensor:
-    """Return the dense weight in the layer's compute dtype, or in its former dtype without one."""
+    """Return the dense weight in the layer's compute dtype, or else in its former dtype."""
     refuse_repacked(weight)
     state = copy.copy(weight.quant_state)
     compute_dtype = getattr(module, "compute_dtype", None)
@@ -71,15 +72,18 @@ READERS = {4: read_4bit, 8: read_8bit}
 
 
 def _row_scales(module: nn.Module | None, weight: Tensor) -> Tensor | None:
+    """Return the scales of an 8-bit weight, which are its own or its layer's."""
     scales = getattr(weight, "SCB", None)
     if scales is None:
-        scales = getattr(getattr(module, "state", None), "SCB", None)
+        state = getattr(module, "state", None)
+        scales = getattr(state, "SCB", None)
     return scales if isinstance(scales, Tensor) else None
 
 
 def refuse_repacked(weight: Any) -> None:
     """Raise if a 4-bit weight is packed for a kernel that has no gradients."""
-    if getattr(getattr(weight, "quant_state", None), "packing_format_for_cpu", False):
+    state = getattr(weight, "quant_state", None)
+    if getattr(state, "packing_format_for_cpu", False):
         raise ModeError(
             "bitsandbytes has packed a 4-bit weight for this CPU; inject adapters before the model "
             "runs in evaluation mode"
@@ -87,32 +91,34 @@ def refuse_repacked(weight: Any) -> None:
 
 
 class BitsandbytesLayer(nn.Module):
-    """The first base class of an adapted linear layer of bitsandbytes, before the layer's own."""
+    """What an adapted linear layer of bitsandbytes inherits from first."""
 
     disha: Any
 
     @property
     def support_avx512bf16_for_cpu(self) -> bool:
-        """No: the weight stays as it is (see `refuse_repacked`)."""
+        """Say no, so that bitsandbytes does not repack the weight (see `refuse_repacked`)."""
         return False
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the library's forward, or a plain product while a dense weight is merged in."""
+        """Run the library's forward; with a dense merged weight, compute W x + b."""
         weight: Any = self._parameters["weight"]
         if not self.disha.is_dense:
             state = getattr(self, "quant_state", None)
-            if state is not None and bits_of(self, weight) is None:  # FSDP has made it anew
-                weight.quant_state = state
+            if state is not None and bits_of(self, weight) is None:
+                weight.quant_state = state  # FSDP has made a new parameter without it
             return super().forward(*args, **kwargs)
-        input: Any = args[0] if args else next(iter(kwargs.values()), None)
+        inputs = (*args, *kwargs.values())
+        input: Any = inputs[0]
         bias: Any = self._parameters["bias"]
-        # computed in W's dtype and returned in the input's, as in the library
-        bias = None if bias is None else bias.to(weight.dtype)
+        if bias is not None:
+            bias = bias.to(weight.dtype)
+        # As the library does: compute in W's dtype, and return the input's.
         return F.linear(input.to(weight.dtype), weight, bias).to(input.dtype)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         if self.disha.is_dense:
-            # A dense weight is saved as a plain layer's, without the quantised one's scales.
+            # As a plain linear layer, without the scales of the quantised weight.
             nn.Module._save_to_state_dict(self, destination, prefix, keep_vars)
         else:
             super()._save_to_state_dict(destination, prefix, keep_vars)

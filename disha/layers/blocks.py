@@ -1,6 +1,8 @@
-"""A layer's adapters: Slot is where a weight is, AdapterBlock its block, Adapters all of them.
+"""The adapters of a layer.
 
-`Adapters` is the child `disha` of a layer: its blocks by adapter, and which of them act now.
+- `Slot` says which weight of a module a block is for.
+- `AdapterBlock` is an adapter's block for one weight.
+- `Adapters` is the child module `disha` of a layer: its blocks by adapter, and which of them act.
 """
 
 from __future__ import annotations
@@ -28,22 +30,22 @@ from disha.sharding.tensor_parallel import Split
 from disha.sharding.zero import expect, gathered_by, whole_shape
 
 CHILD_NAME = "disha"
-"""Name of the one sub-module that adapting adds to a module."""
+"""Name of the child module that adapting adds to a module."""
 
 MERGED = f"{CHILD_NAME}.merged"
-"""Key that marks a layer's part of a state dict that was taken while adapters were merged."""
+"""Key in the state dict of a layer whose weights were merged when it was taken."""
 
 
 @dataclass(frozen=True)
 class Slot:
-    """A weight of a module that adapters can have: a parameter, or some rows of one."""
+    """A weight of a module that can be adapted: a parameter, or some rows of one."""
 
     name: str  # below its module, in targets and files; empty for `weight`
     parameter: str  # the attribute of the module that holds it
     layout: Layout
     rows: OutputRanges = ()  # the adapted outputs; empty for all
-    quantized: bool = False  # whether the update is added to the output of the module
-    shape: tuple[int, ...] | None = None  # the weight's, if the parameter does not show it
+    quantized: bool = False  # then a hook adds the update to the output of the module
+    shape: tuple[int, ...] | None = None  # the weight's shape, if the parameter has another one
 
 
 def block_name(method: str) -> str:
@@ -52,7 +54,10 @@ def block_name(method: str) -> str:
 
 
 class AdapterBlock(nn.Module):
-    """One adapter's trainable block of one weight; `split` is the cut of a tensor-parallel plan."""
+    """The trainable block of one adapter for one weight.
+
+    `split` says how tensor parallelism divides the weight, and with it the block.
+    """
 
     slot: Slot
     method: Method
@@ -65,7 +70,7 @@ class AdapterBlock(nn.Module):
     awaits_base: bool
     """Whether the block starts with values of W, and has got its memory before W has its values."""
     scale_tensor: Tensor
-    """The scale as a 0-dim tensor: compiled code reads it, so scaling compiles nothing again."""
+    """The scale as a 0-dim tensor, which compiled code reads: a new scale compiles nothing anew."""
 
     def __init__(
         self, values: Tensor, slot: Slot, config: AdapterConfig, r: int, split: Split | None
@@ -99,15 +104,15 @@ class AdapterBlock(nn.Module):
 
     def update(self, on_meta: bool = False, group: Group | None = None) -> Update:
         """Return the update for products with the weight, with the current scale and dropout."""
-        # Attributes, not items of `__dict__`: torch 2.15 compiles no guards for those.
+        # Read as attributes: torch 2.15 compiles no guards for items of `__dict__`.
         parameters = self._parameters
         values: Any = parameters.get(self.parameter_name)
         if "forward" in self.__dict__:
             # A device hook (accelerate's) replaces forward, and loads the block to its device.
             values = self._from_hook()
         elif type(parameters) is not dict and values is not None:
-            # In a forward, the dict of ZeRO-3 gathers the block for the layer that runs; elsewhere,
-            # and in compiled code, only its hooks do.
+            # ZeRO-3 has put a dict of its own here. In a forward, looking the block up gathers it;
+            # elsewhere, and in compiled code, only the hooks of a call of this module do.
             expect(values)
             values = parameters[self.parameter_name]
             if values.shape != whole_shape(values):
@@ -119,10 +124,9 @@ class AdapterBlock(nn.Module):
             )
         if values.is_meta and not on_meta:
             raise ModeError(
-                "an adapter can't act: its block is on the meta device, where it has no values, "
-                "and its weight is not; give the model its weights first and inject afterwards, or "
-                "load the block with the model. If accelerate has offloaded it, a hook of the "
-                "block must load it: inject first, then offload"
+                "an adapter can't act: its block is on the meta device and has no values, but its "
+                "weight has; give the model its weights first and inject afterwards, or load the "
+                "block with the model. If accelerate offloads the model, inject first, then offload"
             )
         dropout = self.dropout if self.training else 0.0
         if group is None:
@@ -133,14 +137,14 @@ class AdapterBlock(nn.Module):
         return Update(self.method, values, scale, dropout, self.slot.rows, None, self.r)
 
     def _from_hook(self) -> Tensor:
-        """Return the block after its device hook has loaded it."""
+        """Return the block as accelerate's hook loads it."""
         values = self()
         taken_away = self._parameters.get(self.parameter_name) is not values
         if taken_away and self.training and values.requires_grad and torch.is_grad_enabled():
             raise ModeError(
-                "an adapter can't train while its block is offloaded: its hook loads a copy whose "
-                "gradient is lost. To train, offload first and inject afterwards, so that blocks "
-                "stay on their device; otherwise call model.eval(), or use torch.no_grad()"
+                "an adapter can't train while its block is offloaded, because the gradient of the "
+                "copy that is loaded is lost. To train, offload first and inject afterwards: then "
+                "blocks stay on their device. Otherwise call model.eval(), or use torch.no_grad()"
             )
         return values
 
@@ -149,9 +153,9 @@ class AdapterBlock(nn.Module):
         return self.block
 
     def reset_parameters(self, start: Tensor | None = None) -> None:
-        """Set the block to these values, or as `init` in the configuration says."""
+        """Set the block to these values, or else as `init` in the configuration says."""
         if self.block.is_meta:
-            return  # there are no values
+            return  # it has no values
         with gathered_by(self.block, writes=True):
             values = self.block.detach()
             if start is not None:
@@ -159,9 +163,9 @@ class AdapterBlock(nn.Module):
             elif self.config.init == "zeros":
                 values.zero_()
             else:
-                # A block of fewer than two dimensions has no fan-in, so it counts as one row.
-                rows = values if values.dim() >= 2 else values.view(1, -1)
-                nn.init.kaiming_uniform_(rows, a=math.sqrt(5))
+                # A vector has no fan-in, so it counts as one row.
+                matrix = values if values.dim() >= 2 else values.view(1, -1)
+                nn.init.kaiming_uniform_(matrix, a=math.sqrt(5))
                 if self.split is not None:
                     self.split.broadcast_from_first_rank(values)
 
@@ -171,23 +175,28 @@ class AdapterBlock(nn.Module):
         self._write_scale()
 
     def reconfigure(self, config: AdapterConfig) -> None:
-        """Take the dropout from another configuration with the same shapes, but not the scale."""
+        """Take another configuration with the same shapes, but keep the scale."""
         self.config = config
         self.dropout = config.dropout
 
     def extra_repr(self) -> str:
         """Return the block's description in a model's printout."""
-        tile = "" if self.r_out is None else f", r_out={self.r_out}"
-        return f"r={self.r}{tile}, shape={tuple(whole_shape(self.block))}, scale={self.scale:g}"
+        parts = [f"r={self.r}"]
+        if self.r_out is not None:
+            parts.append(f"r_out={self.r_out}")
+        parts += [f"shape={tuple(whole_shape(self.block))}", f"scale={self.scale:g}"]
+        return ", ".join(parts)
 
     def _write_scale(self) -> None:
-        """Make `scale_tensor` anew: autograd may have saved the old one."""
-        # 0-dim, so it never changes a result's dtype; at least float32, so it is not rounded.
+        """Replace `scale_tensor` by a new one: autograd may have saved the old one."""
+        # It is 0-dim, so that it changes no result's dtype, and at least float32, so that it is not
+        # rounded.
         block = self.block
         former = self._buffers["scale_tensor"]
         dtype = merge_dtype(block.dtype).to_real()
-        # The tensor of an offloaded block stays on the device to which the block will be loaded.
-        device = former.device if block.is_meta and former is not None else block.device
+        device = block.device
+        if block.is_meta and former is not None:
+            device = former.device  # to which an offloaded block will be loaded
         with torch.inference_mode(False):
             self._buffers["scale_tensor"] = torch.full((), self.scale, dtype=dtype, device=device)
 
@@ -205,8 +214,8 @@ class AdapterBlock(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
         if self.scale_tensor.device != self.block.device:
             self._write_scale()  # load_state_dict(assign=True) has taken the block off meta
-        # A base model's checkpoint has no blocks, but must still load strictly. If one has some
-        # blocks, a hook of the model (model/buffers.py) adds the others to the missing keys.
+        # The checkpoint of a base has no blocks, and yet it must load strictly. If a checkpoint has
+        # some blocks, a hook of the model (model/buffers.py) reports the missing ones.
         missing_keys = args[2]
         key = prefix + self.parameter_name
         if key in missing_keys:
@@ -215,16 +224,16 @@ class AdapterBlock(nn.Module):
 
 @dataclass(frozen=True)
 class Original:
-    """The original of a merged parameter, for unmerging."""
+    """What unmerging needs of a merged parameter."""
 
-    weight: Tensor  # the parameter itself if another one replaces it, else its former data
+    weight: Tensor  # the former parameter, if another one replaces it, or else its former data
     dense: bool  # whether a dense weight replaces a quantised one
     merged: str | None  # the fingerprint of what merging wrote
 
 
 @dataclass(frozen=True)
 class Merged:
-    """The adapters that are merged into a layer, perhaps none, and its former parameters."""
+    """The adapters that are merged into a layer, if any, and the originals of its parameters."""
 
     adapters: tuple[str, ...]
     originals: Mapping[str, Original]
@@ -233,9 +242,9 @@ class Merged:
 class Adapters(nn.Module):
     """The adapters of one layer, by name, and which of them act.
 
-    If an adapter has only a block for the module's `weight`, `adapters[name]` is that block.
-    Otherwise it is a dict of blocks by the names of their weights, of which types do not tell;
-    `blocks(name)` has the blocks of any layer.
+    If an adapter has one block here, and that is for the module's `weight`, `adapters[name]` is the
+    block. Otherwise it is a dict of blocks by the names of their weights. `blocks(name)` returns
+    the blocks in both cases.
 
     If layers share a parameter, one of them has its block, and the others borrow it.
     """
@@ -243,13 +252,13 @@ class Adapters(nn.Module):
     active: tuple[str, ...]
     merged: Merged | None
     all_blocks: dict[str, dict[str, tuple[AdapterBlock, ...]]]
-    """Parameter -> adapter -> its blocks on the parameter, which differ in their rows."""
+    """Parameter -> adapter -> its blocks for the parameter, each for other rows."""
     active_blocks: dict[str, tuple[AdapterBlock, ...]]
-    """Parameter -> the blocks that act on it outside of contexts: none while merged."""
+    """Parameter -> the blocks that act on it outside of contexts; none while merged."""
     only_linear_block: AdapterBlock | None
-    """The only block that acts on `weight`, if that is a whole matrix (out, in)."""
+    """The block that acts on `weight`, if it is the only one, and `weight` a whole matrix."""
     group: Group
-    """The layers that contexts cover together with this one."""
+    """The layers that the same contexts cover."""
 
     def __init__(self, group: Group = LOOSE) -> None:
         super().__init__()
@@ -267,10 +276,10 @@ class Adapters(nn.Module):
 
     @property
     def is_dense(self) -> bool:
-        """Whether a dense weight that replaces a quantised one is merged in."""
-        return self.merged is not None and any(
-            original.dense for original in self.merged.originals.values()
-        )
+        """Whether a dense merged weight stands in for a quantised one."""
+        if self.merged is None:
+            return False
+        return any(original.dense for original in self.merged.originals.values())
 
     def __iter__(self) -> Iterator[str]:
         yield from list(self._modules)  # a copy: another thread may add one
@@ -283,12 +292,16 @@ class Adapters(nn.Module):
 
     def blocks(self, adapter: str | None = None) -> dict[tuple[str, str], AdapterBlock]:
         """Return (adapter, name of the weight) -> block, of one adapter or of all."""
-        found = {}
-        for name in self if adapter is None else [adapter]:
+        names = list(self) if adapter is None else [adapter]
+        blocks = {}
+        for name in names:
             child: Any = self._modules.get(name, {})
-            for block in (child,) if isinstance(child, AdapterBlock) else child.values():
-                found[name, block.slot.name] = block
-        return found
+            if isinstance(child, AdapterBlock):
+                blocks[name, child.slot.name] = child
+                continue
+            for block in child.values():
+                blocks[name, block.slot.name] = block
+        return blocks
 
     def add(
         self,
@@ -296,9 +309,9 @@ class Adapters(nn.Module):
         blocks: Sequence[AdapterBlock],
         borrowed: Sequence[tuple[str, AdapterBlock]] = (),
     ) -> None:
-        """Add blocks under a name that `check_adapter_name` allows; `activate` takes note of them.
+        """Add the blocks of an adapter; `activate` makes them act.
 
-        The borrowed ones are on these parameters, and children of another layer.
+        `borrowed` names parameters of this layer whose blocks are children of another layer.
         """
         by_name = {block.slot.name or "weight": block for block in blocks}
         child: nn.Module
@@ -306,7 +319,7 @@ class Adapters(nn.Module):
             child = by_name["weight"]
         else:
             child = nn.ModuleDict()
-            # Not by the dict's own functions: they refuse names of its methods, such as "keys".
+            # A ModuleDict refuses the names of its methods as keys, such as "keys".
             child._modules.update(by_name)
         child.train(self.training)
         vars(child)["borrowed"] = borrowed
@@ -318,14 +331,14 @@ class Adapters(nn.Module):
         self.activate(tuple(name for name in self.active if name != adapter))
 
     def set_merged(self, merged: Merged | None) -> None:
-        """Note what is merged into the layer: then no block acts."""
+        """Set what is merged into the layer; while it is merged, no block acts."""
         self.merged = merged
         self.activate(self.active)
 
     def activate(self, adapters: tuple[str, ...]) -> None:
-        """Make exactly these adapters act, and store what every forward asks.
+        """Make exactly these adapters act, and store what every forward asks for.
 
-        Names that this layer lacks are ignored.
+        Names of adapters that this layer lacks are ignored.
         """
         all_blocks: dict[str, dict[str, tuple[AdapterBlock, ...]]] = {}
         children: dict[str, Any] = dict(self._modules)  # a copy: another thread may add one
@@ -338,14 +351,16 @@ class Adapters(nn.Module):
         vars(self).update(active=adapters, all_blocks=all_blocks)
         names = adapters if self.merged is None else ()
         acting = {parameter: self.blocks_of(names, parameter) for parameter in all_blocks}
+        only = None
         on_weight = acting.get("weight", ())
-        only = on_weight[0] if len(on_weight) == 1 else None
-        if only is not None and (only.split is not None or only.slot.layout.pattern != "out in"):
-            only = None  # only a whole matrix has the short way
+        if len(on_weight) == 1:
+            (block,) = on_weight
+            if block.split is None and block.slot.layout.pattern == "out in":
+                only = block
         vars(self).update(active_blocks=acting, only_linear_block=only)
 
     def blocks_of(self, adapters: Iterable[str], parameter: str) -> tuple[AdapterBlock, ...]:
-        """The blocks of some adapters on a parameter."""
+        """Return the blocks of these adapters for a parameter."""
         by_adapter = self.all_blocks.get(parameter, {})
         blocks: tuple[AdapterBlock, ...] = ()
         for adapter in adapters:
@@ -353,10 +368,10 @@ class Adapters(nn.Module):
         return blocks
 
     def override(self, compiling: bool = False) -> Override | None:
-        """What acts in place of the active adapters: None for no change, () for nothing.
+        """Return what acts in place of the active adapters: None for no change, () for nothing.
 
-        Compiled code (`compiling`) gets None while adapters are disabled too: there, a factor of
-        the scale is 0 (`layers.compiled`).
+        While adapters are disabled, compiled code (`compiling`) gets None too: there, scales are
+        multiplied by 0 (`layers.compiled`).
         """
         if compiling:
             return getattr(compiled, self.group.name)
@@ -366,18 +381,17 @@ class Adapters(nn.Module):
         return () if context.override is None else context.override
 
     def blocks_on(self, parameter: str, override: Override | None) -> tuple[AdapterBlock, ...]:
-        """The blocks that act on a parameter; of a route, those of all adapters.
-
-        Readers ask the first one what all share, such as the layout, and `updates` for the rest.
-        """
+        """Return the blocks that act on a parameter; for a route, the blocks of all adapters."""
         if override is None or self.merged is not None:
             return self.active_blocks.get(parameter, ())
-        return self.blocks_of(self if isinstance(override, Route) else override, parameter)
+        if isinstance(override, Route):
+            return self.blocks_of(self, parameter)
+        return self.blocks_of(override, parameter)
 
     def updates(
         self, parameter: str, override: Override | None, compiling: bool, on_meta: bool = False
     ) -> Updates:
-        """The updates of the blocks that `blocks_on` gives; `compiling` as for `override`."""
+        """Return the updates of the blocks that act on a parameter."""
         if isinstance(override, Route):
             by_adapter = {
                 adapter: self.updates(parameter, (adapter,), compiling, on_meta).every
@@ -395,7 +409,7 @@ class Adapters(nn.Module):
 
 
 def original_class(module: nn.Module) -> type[nn.Module]:
-    """Return the class of a module, or the one that it had before it was adapted."""
+    """Return the class that a module has, or had before it was adapted."""
     cls = type(module)
     if hasattr(cls, "_original_class") and isinstance(module._modules.get(CHILD_NAME), Adapters):
         cls = cls._original_class
@@ -403,10 +417,10 @@ def original_class(module: nn.Module) -> type[nn.Module]:
 
 
 def check_adapter_name(adapter: str) -> str:
-    """Return a name if it can be one part of a state-dict key."""
+    """Return an adapter's name, or raise if it can't be a part of a state-dict key."""
     check_type("an adapter's name", adapter, str, "a str")
     if not adapter or "." in adapter:
         raise ArgumentError(
-            f"{adapter!r} can't name an adapter: a name must not be empty or have a dot"
+            f"{adapter!r} can't name an adapter: the name must not be empty or contain a dot"
         )
     return adapter

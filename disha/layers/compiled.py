@@ -1,13 +1,13 @@
-"""The contexts of a thread or task, as attributes of this module, which compiled code reads.
+"""How compiled code learns which adapters act: it reads attributes of this module.
 
-`torch.compile` can't trace a context variable. But it reads an attribute of a module again on every
-call, as an input of the graph, and calls this module's `__getattr__` for it. Each group of layers
-has two attributes:
+`torch.compile` can't trace a context variable. But an attribute of a Python module is an input of
+the graph, read anew on every call through this module's `__getattr__`. Each group of layers has two
+such attributes:
 
     <group>                what acts on the layers (`contexts.Override`); None for the active
                            adapters, and while adapters are disabled
-    <group>_on_<device>    a tensor that multiplies the scale: 0 while adapters are disabled,
-                           otherwise 1. So disabling compiles nothing again
+    <group>_on_<device>    a tensor by which scales are multiplied: 0 while adapters are disabled,
+                           otherwise 1, so that disabling them compiles nothing again
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from disha.private_torch import start_no_graph
 
 
 def factor_name(group: str, device: torch.device) -> str:
-    """Return the attribute with the factor of a group on a device."""
+    """Return the name of the attribute that holds the factor of a group on a device."""
     return f"{group}_on_{device.type}_{device.index or 0}"
 
 
@@ -33,15 +33,15 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     context = current_context(group) if OPEN else None
     if device:
-        return _factor(group, device, disables=context is not None and context.override is None)
+        return _get_factor(group, device, disables=context is not None and context.override is None)
     return None if context is None else context.override
 
 
 start_no_graph(__getattr__)
 
 
-def _factor(group: Group, device: str, disables: bool) -> Tensor | float:
-    # An exported program can't take a tensor from here, and keeps the value anyway.
+def _get_factor(group: Group, device: str, disables: bool) -> Tensor | float:
+    # An exported program can't have a tensor of this module as an input: it keeps the number.
     if torch.compiler.is_exporting():
         return float(not disables)
     key = device, disables

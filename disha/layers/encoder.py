@@ -1,8 +1,10 @@
-"""What torch's transformer encoders decide by asking whether their weights are plain tensors.
+"""Let torch's transformer encoders return the same with adapted weights as with plain ones.
 
-In evaluation, torch runs a fused layer on plain weights only. So an adapted encoder hands no nested
-tensors on. On a CPU the fused layer returns autocast's dtype, the other one float32: a hook gives
-the output of an adapted layer the former.
+In evaluation, torch runs a fused kernel if all weights are plain tensors. If a weight is adapted:
+
+- The encoder makes no nested tensors, which only the fused kernel can take.
+- A hook casts the output of a layer: on a CPU under autocast, the fused kernel returns autocast's
+  dtype, and the layers that replace it return float32.
 """
 
 from __future__ import annotations
@@ -14,19 +16,19 @@ from torch import Tensor, nn
 
 from disha.layers.quantized import remove_hook
 
-_KEPT = "_disha_nests"
-"""Attribute of a guarded encoder: whether torch would use nested tensors."""
+_FORMER_FLAG = "_disha_nests"
+"""The attribute of a guarded encoder with its former `enable_nested_tensor`."""
 
 Encoder = nn.TransformerEncoder | nn.TransformerEncoderLayer
 
 
 def guard_encoder(encoder: Encoder, adapted: bool) -> None:
-    """Make an encoder compute the same with adapted weights, or undo that if it has none."""
+    """Let an encoder return the same with adapted weights; undo that if it has none any more."""
     if isinstance(encoder, nn.TransformerEncoder):
-        nests = encoder.__dict__.pop(_KEPT, encoder.use_nested_tensor)
-        encoder.use_nested_tensor = nests and not adapted
+        former = encoder.__dict__.pop(_FORMER_FLAG, encoder.use_nested_tensor)
+        encoder.use_nested_tensor = former and not adapted
         if adapted:
-            encoder.__dict__[_KEPT] = nests
+            encoder.__dict__[_FORMER_FLAG] = former
     elif not adapted:
         remove_hook(encoder, _cast_as_fused)
     elif _cast_as_fused not in encoder._forward_hooks.values():
@@ -36,19 +38,21 @@ def guard_encoder(encoder: Encoder, adapted: bool) -> None:
 def _cast_as_fused(
     layer: nn.TransformerEncoderLayer, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
 ) -> Tensor:
-    """Return the output in the dtype of torch's fused layer, where torch would use that one."""
+    """Return the output in the dtype of the fused kernel, where torch would run it."""
     if layer.training or torch.is_grad_enabled() or not torch.is_autocast_enabled("cpu"):
         return output
+    if output.device.type == "cpu" and output.dim() == 3 and _can_be_fused(layer):
+        return output.to(torch.get_autocast_dtype("cpu"))
+    return output
+
+
+def _can_be_fused(layer: nn.TransformerEncoderLayer) -> bool:
+    """Whether torch would run its fused kernel for a layer if all of its weights were plain."""
+    if not torch.backends.mha.get_fastpath_enabled():
+        return False
+    if type(layer).forward is not nn.TransformerEncoderLayer.forward:
+        return False
     attention = layer.self_attn
-    fuses = (
-        torch.backends.mha.get_fastpath_enabled()
-        and type(layer).forward is nn.TransformerEncoderLayer.forward
-        and attention.batch_first
-        and attention.in_proj_bias is not None
-        and attention.num_heads % 2 == 0
-        and layer.activation_relu_or_gelu
-        and layer.norm1.eps == layer.norm2.eps
-        and output.dim() == 3
-        and output.device.type == "cpu"
-    )
-    return output.to(torch.get_autocast_dtype("cpu")) if fuses else output
+    if not attention.batch_first or attention.in_proj_bias is None or attention.num_heads % 2:
+        return False
+    return layer.activation_relu_or_gelu > 0 and layer.norm1.eps == layer.norm2.eps

@@ -1,6 +1,6 @@
-"""What modules remember of `requires_grad`: the first flags, and what trains with an adapter.
+"""The `requires_grad` flags that parameters had before injection, and who trains them now.
 
-Each module keeps it in its `__dict__`, so copies and pickles have it too.
+A module remembers those of its parameters in its `__dict__`, so copies and pickles have them too.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ _FLAGS = "_disha_training"
 
 
 class _Flag(NamedTuple):
-    """What a module remembers of a parameter."""
+    """What a module remembers of one of its parameters."""
 
     first: bool  # its requires_grad before disha first changed it
     adapter: str | None = None  # the adapter that it trains with
@@ -23,12 +23,12 @@ class _Flag(NamedTuple):
 
 
 def attributes_of(module: nn.Module) -> dict[str, Any]:
-    """Return the module's real `__dict__`, even if the user's class shows another."""
+    """Return the module's real `__dict__`, even if its class has an attribute of that name."""
     return nn.Module.__dict__["__dict__"].__get__(module)
 
 
 def set_requires_grad(module: nn.Module, name: str, flag: bool) -> None:
-    """Set requires_grad of the module's own parameter `name`, and remember the first value."""
+    """Set requires_grad of a module's parameter, and remember what it was at first."""
     parameter = module._parameters[name]
     if parameter is None or parameter.requires_grad == flag:
         return
@@ -38,7 +38,7 @@ def set_requires_grad(module: nn.Module, name: str, flag: bool) -> None:
 
 
 def restore_flags(module: nn.Module) -> None:
-    """Restore the first flags of the module's parameters, and forget everything."""
+    """Give the module's parameters their first flags back, and forget everything."""
     for name, flag in attributes_of(module).pop(_FLAGS, {}).items():
         parameter = dict(module._parameters).get(name)
         if parameter is not None:
@@ -46,27 +46,27 @@ def restore_flags(module: nn.Module) -> None:
 
 
 def keep_flags(parameters: Iterable[tuple[Any, Any, str]], undo: ExitStack) -> None:
-    """Note the flags of parameters, and what their modules remember, in `undo`."""
+    """Let `undo` put back the flags of parameters, and what their modules remember."""
     kept = []
     for _, module, name in parameters:
-        attributes = attributes_of(module)
         parameter = module._parameters[name]
-        kept.append(
-            (parameter, parameter.requires_grad, attributes, dict(attributes.get(_FLAGS, {})))
-        )
+        attributes = attributes_of(module)
+        remembered = dict(attributes.get(_FLAGS, {}))
+        kept.append((parameter, parameter.requires_grad, attributes, remembered))
 
     def put_back() -> None:
         for parameter, flag, attributes, remembered in kept:
             parameter.requires_grad = flag
-            attributes[_FLAGS] = remembered
-            if not remembered:
-                del attributes[_FLAGS]
+            if remembered:
+                attributes[_FLAGS] = remembered
+            else:
+                attributes.pop(_FLAGS, None)
 
-    undo.callback(put_back)  # one for all parameters, because each takes time and memory
+    undo.callback(put_back)  # one callback for all parameters, because each takes time and memory
 
 
-def claim(module: nn.Module, adapter: str, name: str, flag_without: bool) -> None:
-    """Train a parameter of the module with an adapter."""
+def claim_parameter(module: nn.Module, adapter: str, name: str, flag_without: bool) -> None:
+    """Train a parameter of the module together with an adapter."""
     parameter: Any = module._parameters[name]
     flags = attributes_of(module).setdefault(_FLAGS, {})
     first = flags[name].first if name in flags else parameter.requires_grad
@@ -74,8 +74,8 @@ def claim(module: nn.Module, adapter: str, name: str, flag_without: bool) -> Non
     parameter.requires_grad = True
 
 
-def release(module: nn.Module, adapter: str) -> None:
-    """Stop training the module's parameters that an adapter claims, and forget the claims."""
+def release_parameters(module: nn.Module, adapter: str) -> None:
+    """Give the parameters of the module that an adapter trains their flags without it."""
     flags = attributes_of(module).get(_FLAGS, {})
     for name, flag in list(flags.items()):
         if flag.adapter == adapter:
@@ -84,6 +84,6 @@ def release(module: nn.Module, adapter: str) -> None:
 
 
 def is_claimed(module: nn.Module, name: str, adapter: str | None = None) -> bool:
-    """Whether an adapter, or any, trains a parameter of the module."""
+    """Whether a parameter of the module trains with an adapter, by default with any."""
     flag = attributes_of(module).get(_FLAGS, {}).get(name)
     return flag is not None and flag.adapter is not None and adapter in (None, flag.adapter)

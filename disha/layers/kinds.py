@@ -1,6 +1,7 @@
-"""The adaptable weights of a module and their layouts, which are declared, never guessed.
+"""The kinds of layers: which weights of a module can be adapted, and in which layouts.
 
-To add a kind of layer: `register_layer_kind(MyLayer, {"weight": "out in"})`.
+Layouts are declared by a class and never guessed. To add a kind of layer:
+`register_layer_kind(MyLayer, {"weight": "out in"})`.
 """
 
 from __future__ import annotations
@@ -24,25 +25,26 @@ Kind = Callable[[Any], Iterable[Slot]]
 
 
 def slot_of(parameter: str, layout: Layout) -> Slot:
-    """Return the slot of a parameter with all of its rows."""
-    return Slot("" if parameter == "weight" else parameter, parameter, layout)
+    """Return the slot of a parameter, all of its rows."""
+    name = "" if parameter == "weight" else parameter
+    return Slot(name, parameter, layout)
 
 
-def _declared(layouts: Mapping[str, str]) -> Kind:
-    """Return the kind of modules that have these parameters."""
+def _kind_with(layouts: Mapping[str, str]) -> Kind:
+    """Return the kind of modules with these parameters in these layouts."""
     slots = [slot_of(name, layout_of(layout)) for name, layout in layouts.items()]
     return lambda module: slots
 
 
-def _embedding(module: Any) -> list[Slot]:
+def _slots_of_embedding(module: Any) -> list[Slot]:
     return [slot_of("weight", Layout("index out", padding_idx=module.padding_idx))]
 
 
-def _transposed_conv(module: Any) -> list[Slot]:
+def _slots_of_transposed_conv(module: Any) -> list[Slot]:
     return [slot_of("weight", Layout("in out *kernel", groups=module.groups))]
 
 
-def _recurrent(module: Any) -> list[Slot]:
+def _slots_of_recurrent(module: Any) -> list[Slot]:
     """`nn.RNN`, `nn.LSTM`, `nn.GRU` and their cells: each gate stack is one matrix."""
     return [
         slot_of(name, Layout("out in")) for name in module._parameters if name.startswith("weight_")
@@ -53,8 +55,8 @@ PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 """Names in targets and files for the rows of q, k and v of a packed weight."""
 
 
-def _attention(module: Any) -> list[Slot]:
-    """`nn.MultiheadAttention`: q, k and v, packed in one weight or in three."""
+def _slots_of_attention(module: Any) -> list[Slot]:
+    """`nn.MultiheadAttention`: q, k and v, as rows of one weight or as three weights."""
     width = module.embed_dim
     layout = Layout("out in")
     if module.in_proj_weight is None:
@@ -65,11 +67,12 @@ def _attention(module: Any) -> list[Slot]:
     ]
 
 
-def _experts(module: Any) -> list[Slot]:
-    """Experts of transformers, whose modules declare their layout; nothing for other modules."""
+def _slots_of_experts(module: Any) -> list[Slot]:
+    """Fused experts of transformers, which declare their layout; none for any other module."""
     if not all(hasattr(module, name) for name in ("is_transposed", "has_gate", "has_bias")):
         return []
-    layout = Layout("expert in out" if module.is_transposed else "expert out in")
+    pattern = "expert in out" if module.is_transposed else "expert out in"
+    layout = Layout(pattern)
     return [
         slot_of(name, layout)
         for name, weight in matrix_weights(module).items()
@@ -77,23 +80,23 @@ def _experts(module: Any) -> list[Slot]:
     ]
 
 
-_CONV = _declared({"weight": "out in *kernel"})
+_CONV = _kind_with({"weight": "out in *kernel"})
 LAYER_KINDS: dict[type[nn.Module], Kind] = {
-    nn.Linear: _declared({"weight": "out in"}),
-    nn.Bilinear: _declared({"weight": "expert out in"}),
-    nn.Embedding: _embedding,
-    nn.EmbeddingBag: _embedding,
+    nn.Linear: _kind_with({"weight": "out in"}),
+    nn.Bilinear: _kind_with({"weight": "expert out in"}),
+    nn.Embedding: _slots_of_embedding,
+    nn.EmbeddingBag: _slots_of_embedding,
     nn.Conv1d: _CONV,
     nn.Conv2d: _CONV,
     nn.Conv3d: _CONV,
-    nn.ConvTranspose1d: _transposed_conv,
-    nn.ConvTranspose2d: _transposed_conv,
-    nn.ConvTranspose3d: _transposed_conv,
-    nn.RNNBase: _recurrent,
-    nn.RNNCellBase: _recurrent,
-    nn.MultiheadAttention: _attention,
+    nn.ConvTranspose1d: _slots_of_transposed_conv,
+    nn.ConvTranspose2d: _slots_of_transposed_conv,
+    nn.ConvTranspose3d: _slots_of_transposed_conv,
+    nn.RNNBase: _slots_of_recurrent,
+    nn.RNNCellBase: _slots_of_recurrent,
+    nn.MultiheadAttention: _slots_of_attention,
 }
-"""Class -> the kind of its instances, and of its subclasses."""
+"""Class -> the kind of its instances and of those of its subclasses."""
 
 _IN_OUT_STACKS = {"gate_up_proj": "expert in out", "down_proj": "expert in out"}
 _OUT_IN_STACKS = {"gate_up_proj": "expert out in", "down_proj": "expert out in"}
@@ -108,7 +111,7 @@ FOREIGN_KINDS = {
     "torch_geometric.nn.dense.linear.Linear": {"weight": "out in"},
     "torch_geometric.nn.dense.linear.HeteroLinear": {"weight": "expert in out"},
 }
-"""Classes of other libraries by their full names, so they need not be imported here."""
+"""The layouts of classes of other libraries, by their full names: nothing is imported here."""
 
 
 def register_layer_kind(cls: type[nn.Module], layouts: Mapping[str, str]) -> None:
@@ -144,23 +147,23 @@ def register_layer_kind(cls: type[nn.Module], layouts: Mapping[str, str]) -> Non
         raise ArgumentTypeError(
             f"layouts must be a dict of parameter name -> layout, got {layouts!r}"
         )
-    LAYER_KINDS[cls] = _declared(layouts)
+    LAYER_KINDS[cls] = _kind_with(layouts)
 
 
 def full_name(cls: type) -> str:
-    """Return the name of a class, with that of its module in front."""
+    """Return the name of a class with its Python module."""
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
 def _kind_of(module: nn.Module) -> Kind:
-    """Return the kind of a module: of its class, or of experts that say how they are laid out."""
+    """Return the kind of a module, by the nearest of its base classes that has one."""
     for cls in original_class(module).__mro__:
         if cls in LAYER_KINDS:
             return LAYER_KINDS[cls]
         foreign = FOREIGN_KINDS.get(full_name(cls))
         if foreign is not None:
-            return _declared(foreign)
-    return _experts
+            return _kind_with(foreign)
+    return _slots_of_experts
 
 
 def declared_slots(module: nn.Module) -> list[Slot]:
@@ -170,10 +173,12 @@ def declared_slots(module: nn.Module) -> list[Slot]:
     quantized = quantized_slot(module)
     if quantized is not None:
         return [quantized]
+    kind = _kind_of(module)
     slots = []
-    for slot in _kind_of(module)(module):
+    for slot in kind(module):
         if is_parametrized(module, slot.parameter):
-            # A slot knows the shape of a computed weight, which may not be read any more.
-            slot = replace(slot, shape=tuple(read_weight(module, slot.parameter).shape))
+            # The slot keeps the shape of a computed weight, which can't always be read later.
+            weight = read_weight(module, slot.parameter)
+            slot = replace(slot, shape=tuple(weight.shape))
         slots.append(slot)
     return slots

@@ -1,4 +1,4 @@
-"""BoneLinear and BatLinear: linear layers that are made with an adapter."""
+"""BoneLinear and BatLinear: linear layers with an adapter from the start."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ WEIGHT = Slot("", "weight", layout_of("out in"))
 
 
 class _LinearWithAdapter(AdaptedLinear):
-    """The base class of the linear layers of all methods."""
+    """The base class of BoneLinear and BatLinear; subclasses name their method."""
 
     method: ClassVar[str]
 
-    if TYPE_CHECKING:  # torch says that a module returns anything
+    if TYPE_CHECKING:  # torch annotates `nn.Module.__call__` as returning Any
 
         def __call__(self, input: Tensor) -> Tensor: ...
 

@@ -1,6 +1,8 @@
-"""Make the block of a weight, on its device."""
+"""Make new blocks."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,18 +25,22 @@ def make_block(
     r: int,
     values: Tensor | None = None,
 ) -> AdapterBlock:
-    """Return a new block for a weight, on its device, with copied values or those of `init`."""
-    weight = None if slot.quantized else read_weight(module, slot.parameter)
-    device = quantized.device_of(module) if weight is None else weight.device
-    if weight is not None and weight.is_meta:
-        device = device_in_forward(module, weight.device)
+    """Return a new block on the device of its weight, with these values or those of `init`."""
+    weight: Any = None
+    if slot.quantized:
+        device = quantized.device_of(module)
+    else:
+        weight = read_weight(module, slot.parameter)
+        device = weight.device
+        if weight.is_meta:
+            device = device_in_forward(module, weight.device)
     if values is not None:
         shape = tuple(values.shape)
         dtype = values.dtype
     else:
-        shape = method_of(config.method).block_shape(
-            slot.layout, weight_shape(module, slot), r, config.r_out, slot.rows
-        )
+        method = method_of(config.method)
+        shape_of_weight = weight_shape(module, slot)
+        shape = method.block_shape(slot.layout, shape_of_weight, r, config.r_out, slot.rows)
         dtype = _choose_dtype(weight, config.dtype)
     with torch.inference_mode(False):  # a tensor that is made in that mode can never be trained
         empty = torch.empty(shape, device=device, dtype=dtype)

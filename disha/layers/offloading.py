@@ -1,4 +1,4 @@
-"""The hooks of accelerate that keep a weight elsewhere between forwards."""
+"""The hooks by which accelerate keeps weights on another device between forwards."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import nn
 
 
 def device_in_forward(module: nn.Module, device: torch.device) -> torch.device:
-    """Return the device to which accelerate loads a weight for each forward, or the present one."""
+    """Return the device to which accelerate loads a weight for a forward, or else `device`."""
     for hook in offloading_hooks(module):
         if hook.execution_device is not None and not hook.place_submodules:
             return torch.device(hook.execution_device)
@@ -17,7 +17,7 @@ def device_in_forward(module: nn.Module, device: torch.device) -> torch.device:
 
 
 def offloading_hooks(module: nn.Module) -> list[Any]:
-    """Return the hooks of accelerate that load weights for a forward of this module."""
+    """Return the hooks of accelerate that load this module's weights for each forward."""
     hook = module.__dict__.get("_hf_hook")
-    parts = getattr(hook, "hooks", (hook,))  # of a sequence of hooks
-    return [part for part in parts if getattr(part, "offload", False) is True]
+    hooks = getattr(hook, "hooks", (hook,))  # accelerate can chain several into one
+    return [each for each in hooks if getattr(each, "offload", False) is True]

@@ -39,17 +39,19 @@ _UNINITIALISED = (UninitializedParameter, UninitializedBuffer)  # torch can't co
 
 
 class Quantization(NamedTuple):
-    """A way to quantise; `read` returns the dense weight, and is None if no way is known."""
+    """How a weight is quantised."""
 
     name: str
     read: Callable[[nn.Module, Any], Tensor] | None
+    """(module, weight) -> the dense weight; None if it is not known how to read it."""
 
 
 ROUNDED = Quantization("rounded by the layer's forward", lambda module, weight: weight.detach())
+"""A weight that is stored dense, and that its layer rounds in each forward."""
 
 
 def quantization_of(module: nn.Module | None, weight: Any) -> Quantization | None:
-    """Return how a module's weight is quantised, or None if it is not, or in no known way."""
+    """Return how a module's weight is quantised; None if it is not, or in an unknown way."""
     if isinstance(weight, _UNINITIALISED):
         return None
     if isinstance(weight, Tensor):
@@ -64,32 +66,40 @@ def quantization_of(module: nn.Module | None, weight: Any) -> Quantization | Non
     if module is None:
         return None
     if isinstance(weight, Tensor) and weight.dtype in DENSE_DTYPES:
-        compressed = {"forward", "quantization_scheme"} <= module.__dict__.keys()
-        rounds = compressed or isinstance(module, bitsandbytes.library_classes())  # in its forward
-        return ROUNDED if rounds else None
+        is_compressed = {"forward", "quantization_scheme"} <= module.__dict__.keys()
+        if is_compressed or isinstance(module, bitsandbytes.library_classes()):
+            return ROUNDED
+        return None
     if not _packs_weight(module):
         return None
-    return Quantization("in a format of its own", _read_module if _dequantizes(module) else None)
+    read = _read_module if _can_dequantize(module) else None
+    return Quantization("in a format of its own", read)
 
 
 def _packs_weight(module: nn.Module) -> bool:
-    """Whether a module packs its weight in its own tensors, as GPTQ, AWQ, HQQ and fp8 do."""
+    """Whether a module holds its weight in tensors of another form, as GPTQ, AWQ and HQQ do."""
     sizes = _sizes_of(module)
-    plain = original_class(module).forward in (nn.Linear.forward, nn.Embedding.forward)
     if sizes is None or "parametrizations" in module._modules:
         return False
-    if plain and "forward" not in module.__dict__:
+    has_forward_of_torch = original_class(module).forward in (
+        nn.Linear.forward,
+        nn.Embedding.forward,
+    )
+    if has_forward_of_torch and "forward" not in module.__dict__:
         return False
-    return _dequantizes(module) or any(
-        tensor.dtype not in _NEVER_PACKED and tensor.nbytes * 8 >= sizes[0] * sizes[1]
-        for tensor in _own_tensors(module)
+    if _can_dequantize(module):
+        return True
+    inputs, outputs = sizes
+    return any(
+        tensor.dtype not in _NEVER_PACKED and tensor.nbytes * 8 >= inputs * outputs
+        for tensor in _held_tensors(module)
     )
 
 
 # --- reading -------------------------------------------------------------------------------------
 
 
-def _dequantizes(module: nn.Module) -> bool:
+def _can_dequantize(module: nn.Module) -> bool:
     return callable(getattr(module, "dequantize", None))
 
 
@@ -99,14 +109,15 @@ def _read_module(module: Any, weight: Any) -> Tensor:
 
 def _read_subclass(module: nn.Module, weight: Any) -> Tensor:
     """Return the dense weight in the dtype that the tensor reports."""
-    # The `dequantize` of torchao's NF4Tensor has another meaning.
-    original = getattr(weight, "get_original_weight", None)
-    dense = weight.dequantize() if original is None else original()
+    if hasattr(weight, "get_original_weight"):
+        dense = weight.get_original_weight()  # NF4Tensor's `dequantize` does something else
+    else:
+        dense = weight.dequantize()
     return dense.to(weight.dtype)
 
 
 def dequantize(module: nn.Module, weight: Any) -> Tensor:
-    """Return a weight of `module` as a dense one; `weight` itself if it is dense."""
+    """Return the dense weight that a weight of a module stands for; itself if it is dense."""
     quantization = quantization_of(module, weight)
     if quantization is None:
         return weight
@@ -121,7 +132,7 @@ def dequantize(module: nn.Module, weight: Any) -> Tensor:
 
 
 def weight_for(method: Method, module: nn.Module, slot: Slot, weight: Any, like: Tensor) -> Tensor:
-    """Return a quantised weight's values if the method reads them, or a tensor of its shape."""
+    """Return the dense weight if the method reads W, or else an empty tensor of its shape."""
     assert slot.shape is not None
     if method.reads_weight:
         return dequantize(module, weight)
@@ -133,15 +144,14 @@ def weight_for(method: Method, module: nn.Module, slot: Slot, weight: Any, like:
 
 def quantized_slot(module: nn.Module) -> Slot | None:
     """Return the slot of a module whose weight is quantised, or None if it is not."""
-    if getattr(
-        type(module), "_is_quantized", False
-    ):  # perhaps a class of the user has that name too
-        adapters = module._modules.get(CHILD_NAME)
-        if isinstance(adapters, Adapters):
-            slot = next(iter(adapters.blocks().values())).slot  # perhaps dense by now
-            return replace(slot, rows=())
+    adapters = module._modules.get(CHILD_NAME)
+    # A class of the user may have an attribute of that name too.
+    if getattr(type(module), "_is_quantized", False) and isinstance(adapters, Adapters):
+        # A block knows the slot, also while a dense weight is merged in.
+        block, *_ = adapters.blocks().values()
+        return replace(block.slot, rows=())
     sizes = _sizes_of(module)
-    if sizes is None or quantization_of(module, own_weight(module)) is None:
+    if sizes is None or quantization_of(module, held_weight(module)) is None:
         return None
     layout = Layout("out in")
     shape = sizes[::-1]
@@ -158,25 +168,28 @@ def _sizes_of(module: nn.Module) -> tuple[int, int] | None:
     """Return (in, out) of a module that has attributes for its sizes, or None."""
     if isinstance(module, nn.Embedding):
         return module.num_embeddings, module.embedding_dim
-    for names in _SIZES:
-        inputs, outputs = (getattr(module, name, None) for name in names)
+    for in_name, out_name in _SIZES:
+        inputs = getattr(module, in_name, None)
+        outputs = getattr(module, out_name, None)
         if isinstance(inputs, int) and isinstance(outputs, int) and inputs > 0 and outputs > 0:
             return inputs, outputs
     return None
 
 
 def takes_dense(module: nn.Module) -> bool:
-    """Whether a module still computes W x + b when a dense W replaces the quantised one."""
+    """Whether a module can compute W x + b with a dense W in place of the quantised one."""
     original = original_class(module)
     return original.forward is nn.Linear.forward or bitsandbytes.is_library_forward(original)
 
 
 def device_of(module: nn.Module) -> torch.device | None:
-    """Return the device of a module with a quantised weight."""
-    return next((tensor.device for tensor in _own_tensors(module)), None)
+    """Return the device of a module with a quantised weight, or None if it has no tensor."""
+    tensors = _held_tensors(module)
+    return tensors[0].device if tensors else None
 
 
-def _own_tensors(module: nn.Module) -> list[Tensor]:
+def _held_tensors(module: nn.Module) -> list[Tensor]:
+    """Return the parameters and buffers of a module, without those of its children."""
     tensors = (*module._parameters.values(), *module._buffers.values())
     return [
         tensor
@@ -185,56 +198,61 @@ def _own_tensors(module: nn.Module) -> list[Tensor]:
     ]
 
 
-def own_weight(module: nn.Module, name: str = "weight") -> Tensor | None:
-    """Return a weight that a module holds itself, or None if it holds none."""
+def held_weight(module: nn.Module, name: str = "weight") -> Tensor | None:
+    """Return a parameter or buffer that a module itself holds, or None."""
     return module._parameters.get(name, module._buffers.get(name))
 
 
 # --- base classes of adapted modules -------------------------------------------------------------
 
 
-class _ListsItself(nn.Module):
-    """A base class that adds the adapters to a `state_dict` that leaves children out (HQQ's)."""
+class _SavesAdapters(nn.Module):
+    """A base class for modules whose `state_dict` leaves children out, as HQQ's does."""
 
     disha: Any
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """Return the state of the class, and the adapters."""
+        """Return what the class saves, and the adapters."""
         state = super().state_dict(*args, **kwargs)
-        listed = kwargs.get("destination")
+        destination = kwargs.get("destination")
+        if destination is None:
+            destination = state
+        prefix = kwargs.get("prefix", "")
+        keep_vars = kwargs.get("keep_vars", False)
         self.disha.state_dict(
-            destination=state if listed is None else listed,
-            prefix=f"{kwargs.get('prefix', '')}disha.",
-            keep_vars=kwargs.get("keep_vars", False),
+            destination=destination, prefix=f"{prefix}{CHILD_NAME}.", keep_vars=keep_vars
         )
         return state
 
 
 def leading_bases(original: type[nn.Module]) -> tuple[type[nn.Module], ...]:
-    """Return the base classes of an adapted module with a quantised weight, before its own."""
+    """Return what an adapted class with a quantised weight inherits from before its original."""
     if bitsandbytes.is_library_forward(original):
         return (bitsandbytes.BitsandbytesLayer,)
-    return () if original.state_dict is nn.Module.state_dict else (_ListsItself,)
+    if original.state_dict is not nn.Module.state_dict:
+        return (_SavesAdapters,)
+    return ()
 
 
 # --- adding updates to the output of a module ----------------------------------------------------
 
 
 def attach_hook(module: nn.Module) -> None:
-    """Make a module add the updates of its adapters to its output, before other hooks see it."""
-    bitsandbytes.refuse_repacked(own_weight(module))
+    """Let a module add the updates to its output, before other hooks see the output."""
+    bitsandbytes.refuse_repacked(held_weight(module))
     module.register_forward_hook(add_updates, with_kwargs=True, prepend=True)
 
 
 def remove_hook(module: nn.Module, hook: Callable[..., Any]) -> None:
-    """Remove a forward hook, also from a copy of the module, for which there is no handle."""
-    for number in [n for n, attached in module._forward_hooks.items() if attached is hook]:
-        del module._forward_hooks[number]
-        module._forward_hooks_with_kwargs.pop(number, None)
+    """Remove a forward hook. A copy of a module has its hooks, but there is no handle for them."""
+    for number, attached in list(module._forward_hooks.items()):
+        if attached is hook:
+            del module._forward_hooks[number]
+            module._forward_hooks_with_kwargs.pop(number, None)
 
 
 def add_updates(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-    """Add the updates that act: the hook of a module with a quantised weight."""
+    """Return the output with the updates that act: the hook of a module with a quantised weight."""
     adapters: Adapters = module.disha
     compiling = is_compiling()
     override = adapters.override(compiling)
@@ -243,31 +261,36 @@ def add_updates(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], outp
         return output
     slot = blocks[0].slot
     assert slot.shape is not None
-    tensors = (value for value in kwargs.values() if isinstance(value, Tensor))
-    input: Any = args[0] if args else next(tensors, None)
-    input = input.to(output.device)
+    # The module takes one tensor, by position or under a name of its class.
+    tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+    input = tensors[0].to(output.device)
     updates = adapters.updates("weight", override, compiling, input.is_meta)
     updates.of_input(input, slot.shape)  # raises if samples can't be routed
     return updates.added(output, input, partial(_delta, module, slot))
 
 
 def _delta(module: nn.Module, slot: Slot, x: Tensor, update: Update) -> Tensor:
-    """Return s dW x of one update; only methods that need W read it."""
+    """Return s dW x of one update; W is dequantised only for methods that read it."""
 
     def read() -> Tensor:
-        return weight_for(update.method, module, slot, own_weight(module), update.block)
+        return weight_for(update.method, module, slot, held_weight(module), update.block)
 
     weight = read()
-    # Without a bias, which stands where an embedding has its padding_idx.
+    # The third argument is no bias here: for an embedding, it would be its padding_idx.
     multiply: Any = F.embedding if slot.layout.pattern == "index out" else F.linear
-    # Hooks do not nest, and activation checkpointing has some, which keep nothing either.
-    others = is_compiling() or transforms_active() or saving_hooks(True)
-    if others or not update.method.reads_weight:
+    # Hooks on saved tensors do not nest. If activation checkpointing has some, it keeps no dense
+    # weight either.
+    has_other_hooks = is_compiling() or transforms_active() or saving_hooks(True)
+    if has_other_hooks or not update.method.reads_weight:
         return update_product(multiply, x, weight, slot.layout, update)
-    # Backward reads W again. Else each layer would keep a dense copy of its quantised weight.
-    dense = id(weight)  # not W itself, which would live as long as this function
-    with saved_tensors_hooks(
-        lambda saved: None if id(saved) == dense else saved,
-        lambda saved: read() if saved is None else saved,
-    ):
+    dense = id(weight)  # the id alone, because W would live as long as these functions
+
+    def save(saved: Tensor) -> Tensor | None:
+        return None if id(saved) == dense else saved
+
+    def load(saved: Tensor | None) -> Tensor:
+        return read() if saved is None else saved
+
+    # Backward dequantises W again. Otherwise autograd would keep a dense copy for each layer.
+    with saved_tensors_hooks(save, load):
         return update_product(multiply, x, weight, slot.layout, update)

@@ -1,4 +1,4 @@
-"""The weight of a module, adapted or not: its stored form and its values."""
+"""The weights of modules, adapted or not: how they are stored, and their values."""
 
 from __future__ import annotations
 
@@ -23,9 +23,11 @@ from disha.sharding.zero import whole_shape
 
 def read_weight(module: nn.Module, name: str) -> Any:
     """Return a weight of a module without updates, or None if it has none of that name."""
-    # In training, torch's spectral_norm improves its estimate whenever the weight is read.
+    # In training mode, torch's spectral_norm updates its estimate whenever the weight is read.
     computed = module._modules.get("parametrizations")
-    trained = [] if computed is None else [part for part in computed.modules() if part.training]
+    trained = []
+    if computed is not None:
+        trained = [part for part in computed.modules() if part.training]
     original = original_class(module)
     try:
         for part in trained:
@@ -45,33 +47,40 @@ def read_weight(module: nn.Module, name: str) -> Any:
 
 
 def matrix_weights(module: nn.Module) -> dict[str, Tensor]:
-    """Return a module's own weights that are matrices or stacks of them, computed ones too."""
-    weights = dict(module._parameters)
-    computed: Any = module.parametrizations if is_parametrized(module) else ()
-    weights |= {name: read_weight(module, name) for name in computed}
-    return {
-        name: weight
-        for name, weight in weights.items()
-        if isinstance(weight, Tensor)
-        and not is_lazy(weight)
-        and len(whole_shape(weight)) >= 2
-        and is_inexact(weight)
-    }
+    """Return the weights of a module that are matrices or stacks of them, computed ones too."""
+    weights: dict[str, Any] = dict(module._parameters)
+    if is_parametrized(module):
+        computed: Any = module.parametrizations
+        weights |= {name: read_weight(module, name) for name in computed}
+    return {name: weight for name, weight in weights.items() if _is_matrix(weight)}
+
+
+def _is_matrix(weight: Any) -> bool:
+    """Whether a value is a tensor of real or complex numbers with two dimensions or more."""
+    if not isinstance(weight, Tensor) or is_lazy(weight):
+        return False
+    return len(whole_shape(weight)) >= 2 and is_inexact(weight)
 
 
 def base_reader(original: type[nn.Module], name: str) -> Callable[[Any], Any]:
     """Return the function by which instances of a class read a parameter."""
-    computes = inspect.getattr_static(original, name, None)
-    if isinstance(computes, property) and computes.fget is not None:
-        return computes.fget  # because compiled code can't call `property.__get__`
-    if hasattr(computes, "__get__"):
-        return lambda layer: computes.__get__(layer, type(layer))
-    looks_up: Any = original.__getattr__
-    return lambda layer: layer.__dict__[name] if name in layer.__dict__ else looks_up(layer, name)
+    descriptor = inspect.getattr_static(original, name, None)
+    if isinstance(descriptor, property) and descriptor.fget is not None:
+        return descriptor.fget  # because compiled code can't call `property.__get__`
+    if hasattr(descriptor, "__get__"):
+        return lambda layer: descriptor.__get__(layer, type(layer))
+    look_up: Any = original.__getattr__
+
+    def read(layer: Any) -> Any:
+        if name in layer.__dict__:
+            return layer.__dict__[name]
+        return look_up(layer, name)
+
+    return read
 
 
 def is_packed(module: nn.Module, name: str) -> bool:
-    """Whether a weight is computed from integers: a parametrization has quantised it."""
+    """Whether a parametrization computes a weight from integers, as of a quantised stack."""
     if not is_parametrized(module, name):
         return False
     stored = module.parametrizations[name]._parameters.values()  # type: ignore[index, union-attr]
@@ -79,33 +88,38 @@ def is_packed(module: nn.Module, name: str) -> bool:
 
 
 def stored_weight(module: nn.Module, name: str) -> Tensor | None:
-    """Return a stored weight, or the original of a merged one; None if it is computed."""
+    """Return a weight as it is stored, while merged the original; None if it is computed."""
     adapters = module._modules.get(CHILD_NAME)
-    merged = adapters.merged if isinstance(adapters, Adapters) else None
-    original = None if merged is None else merged.originals.get(name)
-    return quantized.own_weight(module, name) if original is None else original.weight
+    if isinstance(adapters, Adapters) and adapters.merged is not None:
+        original = adapters.merged.originals.get(name)
+        if original is not None:
+            return original.weight
+    return quantized.held_weight(module, name)
 
 
 def base_of(layer: nn.Module, slot: Slot) -> Tensor:
-    """Return the original of an adapted parameter, also while merged; dequantised if quantised."""
+    """Return W, the original of an adapted weight, also while merged; a quantised one dense."""
     stored = stored_weight(layer, slot.parameter)
     if slot.quantized:
         return quantized.dequantize(layer, stored)
-    return read_weight(layer, slot.parameter) if stored is None else stored
+    if stored is None:
+        return read_weight(layer, slot.parameter)
+    return stored
 
 
 def slots_of(layer: Any, adapters: Iterable[str]) -> dict[str, Slot]:
-    """Return parameter -> a slot of it, for each parameter that the adapters change."""
-    return {
-        parameter: replace(blocks[0].slot, parameter=parameter)
-        for parameter, by_adapter in layer.disha.all_blocks.items()
-        for adapter, blocks in by_adapter.items()
-        if adapter in adapters
-    }
+    """Return parameter -> a slot of it, for each parameter that one of the adapters changes."""
+    slots = {}
+    for parameter, by_adapter in layer.disha.all_blocks.items():
+        for adapter, blocks in by_adapter.items():
+            if adapter in adapters:
+                # A borrowed block may be for a parameter of another name in its layer.
+                slots[parameter] = replace(blocks[0].slot, parameter=parameter)
+    return slots
 
 
 def start_of(layer: nn.Module, block: AdapterBlock) -> Tensor | None:
-    """Return the values that a block starts with if they are those of the base weight."""
+    """Return the values of W that a block starts with, or None if it starts as `init` says."""
     if not block.method.replaces:
         return None
     slot = block.slot
@@ -117,7 +131,7 @@ def start_of(layer: nn.Module, block: AdapterBlock) -> Tensor | None:
 
 
 def delta_of(layer: nn.Module, block: AdapterBlock, slot: Slot) -> Tensor:
-    """Return dW of a block on a parameter of a layer, without its scale, in the weight's shape."""
+    """Return dW of a block for a parameter of a layer, without its scale, in the weight's shape."""
     if slot.quantized:
         stored = stored_weight(layer, slot.parameter)
         base = quantized.weight_for(block.method, layer, slot, stored, block.block)
@@ -126,8 +140,8 @@ def delta_of(layer: nn.Module, block: AdapterBlock, slot: Slot) -> Tensor:
     return block.method.delta_weight(slot.layout, block.block, base, block.slot.rows, block.r)
 
 
-def merged_weight(layer: Any, slot: Slot, adapters: Iterable[str]) -> Tensor:
-    """Return W + sum of s * dW of the named adapters, with all rows of the parameter."""
+def sum_with_updates(layer: Any, slot: Slot, adapters: Iterable[str]) -> Tensor:
+    """Return W + sum of s * dW of these adapters, for all rows of the parameter."""
     blocks = layer.disha.blocks_of(adapters, slot.parameter)
     deltas = [(delta_of(layer, block, slot), block.scale) for block in blocks]
     return functional.merged_weight(base_of(layer, slot), deltas)
@@ -142,7 +156,8 @@ def count_values(parameter: Tensor, module: nn.Module | None = None) -> int:
 
 
 def weight_shape(module: nn.Module, slot: Slot) -> tuple[int, ...]:
-    """Return the shape of a slot's parameter, or of the weight that a packed one represents."""
+    """Return the shape of a slot's parameter, or of the weight that a packed one stands for."""
     if slot.shape is not None:
         return slot.shape
-    return tuple(whole_shape(read_weight(module, slot.parameter)))
+    weight = read_weight(module, slot.parameter)
+    return tuple(whole_shape(weight))

@@ -1,6 +1,6 @@
 """Activate, disable, scale and route adapters. None of this changes requires_grad.
 
-The contexts (`adapters_active`, `adapters_disabled`, `route_adapters`) hold for the thread or the
+The contexts (`adapters_active`, `adapters_disabled`, `route_adapters`) apply to the thread or
 asyncio task that enters them. The other functions change the model for all threads.
 """
 
@@ -42,7 +42,7 @@ def set_active_adapters(model: nn.Module, names: str | Sequence[str]) -> None:
         ('a', 'b')
     """
     view = ModelView(model)
-    wanted = checked_names(view, names)
+    wanted = check_names(view, names)
     refuse_merged(view.layers, "change the active adapters")
     with all_or_nothing(view) as undo:
         for layer in view.layers:
@@ -50,14 +50,14 @@ def set_active_adapters(model: nn.Module, names: str | Sequence[str]) -> None:
             layer.disha.activate(wanted)
 
 
-def checked_names(view: ModelView, names: str | Sequence[str]) -> tuple[str, ...]:
-    """Return the adapters that `names` lists, each of which the model has."""
+def check_names(view: ModelView, names: str | Sequence[str]) -> tuple[str, ...]:
+    """Return the names of adapters as a tuple, or raise if the model lacks one."""
     check_type("names", names, Iterable, "an adapter's name or a list of them")
     wanted = (names,) if isinstance(names, str) else tuple(names)
     for name in wanted:
         view.require(name)
     if len(set(wanted)) != len(wanted):
-        raise ArgumentError(f"an adapter is named twice in {list(wanted)}; name each once")
+        raise ArgumentError(f"{list(wanted)} names an adapter twice; name each once")
     return wanted
 
 
@@ -89,7 +89,7 @@ def adapters_active(model: nn.Module, names: str | Sequence[str]) -> Iterator[No
         False
     """
     view = ModelView(model)
-    wanted = checked_names(view, names)
+    wanted = check_names(view, names)
     refuse_merged(view.layers, "choose the acting adapters")
     with entered(_groups(view), wanted):
         yield
@@ -202,13 +202,13 @@ def route_adapters(model: nn.Module, names_per_sample: Sequence[str | None]) -> 
     route = Route(tuple(names_per_sample))
     if not route.names:
         raise ArgumentError("names_per_sample is empty; give a name or None for each sample")
-    checked_names(view, route.adapters)
+    check_names(view, route.adapters)
     refuse_merged(view.layers, "route adapters")
     for model_block in view.blocks():
         if "expert" in model_block.block.slot.layout.axes:
             raise ArgumentError(
-                f"route_adapters can't route samples through {model_block.name}: experts "
-                "get the tokens of all samples in any order. Leave experts out (exclude=)"
+                f"route_adapters can't route samples through {model_block.name}, because experts "
+                "get the tokens of all samples in any order; leave experts out (exclude=)"
             )
     _refuse_sequences_first(view)
     with entered(_groups(view), route):
@@ -216,14 +216,14 @@ def route_adapters(model: nn.Module, names_per_sample: Sequence[str | None]) -> 
 
 
 def _refuse_sequences_first(view: ModelView) -> None:
-    """Raise if layers outside a sequence-first attention module are adapted."""
+    """Raise if layers are adapted outside of attention modules that take sequences first."""
     attention = [module for module in view.names if isinstance(module, nn.MultiheadAttention)]
     inside = {child for module in attention for child in module.modules()}
-    beside = [name for layer, name in view.layers.items() if layer not in inside]
-    first = [view.names[module][0] for module in attention if not module.batch_first]
-    if first and beside:
+    outside = [name for layer, name in view.layers.items() if layer not in inside]
+    sequence_first = [view.names[module][0] for module in attention if not module.batch_first]
+    if sequence_first and outside:
         raise ArgumentError(
-            f"route_adapters needs samples along the leading dimension, and {first[0]} has "
-            f"batch_first=False, so layers such as {beside[0]} may get sequences first. Build the "
-            "model with batch_first=True, or adapt attention projections only"
+            f"route_adapters needs samples along the leading dimension, but {sequence_first[0]} "
+            f"has batch_first=False, so other layers, such as {outside[0]}, may get sequences "
+            "first. Build the model with batch_first=True, or adapt attention projections only"
         )

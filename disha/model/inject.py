@@ -287,7 +287,7 @@ def take_out(view: ModelView, adapters: Sequence[str], undo: ExitStack) -> None:
     _guard_encoders(view)
     for module in view.names:
         for adapter in adapters:
-            gradient_flags.release(module, adapter)
+            gradient_flags.release_parameters(module, adapter)
     for adapter in adapters:
         lost_layers.forget_layers(view.names, adapter, undo)
     if not view.layers:
@@ -385,6 +385,8 @@ def _set_flags(view: ModelView, plan: Plan) -> None:
     for parameter in view.parameters:
         if parameter.name in also_train:
             flag_without = parameter.value.requires_grad and not plan.freeze
-            gradient_flags.claim(parameter.module, plan.adapter, parameter.attribute, flag_without)
+            gradient_flags.claim_parameter(
+                parameter.module, plan.adapter, parameter.attribute, flag_without
+            )
         elif plan.freeze and not parameter.is_claimed():
             gradient_flags.set_requires_grad(parameter.module, parameter.attribute, False)

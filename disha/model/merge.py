@@ -1,7 +1,7 @@
 """Merge adapters into the weights, and restore the original weights bit for bit.
 
-Only these functions merge; `eval()` and a forward never do. The original weight is kept while the
-merged one is in use, so unmerging is exact.
+Only these functions merge; neither `eval()` nor a forward does. The original of a weight is kept
+while it is merged, so unmerging is exact.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from disha.layers.bitsandbytes import is_library_forward
 from disha.layers.blocks import AdapterBlock, Merged, Original, Slot
 from disha.layers.offloading import offloading_hooks
 from disha.layers.quantized import ROUNDED, quantization_of, takes_dense
-from disha.layers.weights import merged_weight, slots_of, stored_weight
+from disha.layers.weights import slots_of, stored_weight, sum_with_updates
 from disha.model import buffers
-from disha.model.control import checked_names
+from disha.model.control import check_names
 from disha.model.fingerprints import fingerprint, same_base
 from disha.model.inject import check_removable, take_out
 from disha.model.state import finite_as
@@ -100,14 +100,16 @@ def merge_adapters(
 
 
 def _compute_densely(layer: nn.Module, undo: ExitStack) -> None:
-    """Make a layer of bitsandbytes that has a dense weight an `nn.Linear`."""
-    if is_library_forward(type(layer)):
-        undo.callback(set_class, layer, type(layer))
-        set_class(layer, nn.Linear)
-        weight = layer._parameters["weight"]
-        bias = layer._parameters["bias"]
-        if bias is not None and weight is not None:
-            _replace(layer, "bias", nn.Parameter(bias.to(weight.dtype), bias.requires_grad), undo)
+    """Turn a layer of bitsandbytes that has a dense weight into an `nn.Linear`."""
+    if not is_library_forward(type(layer)):
+        return
+    undo.callback(set_class, layer, type(layer))
+    set_class(layer, nn.Linear)
+    weight = layer._parameters["weight"]
+    bias = layer._parameters["bias"]
+    if bias is not None and weight is not None:
+        cast = nn.Parameter(bias.to(weight.dtype), bias.requires_grad)
+        _replace(layer, "bias", cast, undo)
 
 
 def merge(
@@ -118,7 +120,7 @@ def merge(
     untie: bool = False,
     dense: bool = False,
 ) -> None:
-    """Do as `merge_adapters`, and note in `undo` how to take it back."""
+    """Merge adapters as `merge_adapters` says, and let `undo` take it back."""
     view.refuse_inside("merge adapters")
     _refuse_sharded(view, "merge adapters")
     # Inference mode is off, because tensors that are made in it can never be trained.
@@ -158,7 +160,7 @@ def merge(
 
 
 def _replace(module: nn.Module, name: str, new: Tensor, undo: ExitStack) -> None:
-    """Replace a parameter, or only its data if `new` is none, which takes one copy less."""
+    """Replace a parameter; if the new tensor is not a parameter, replace only its data."""
     now = module._parameters[name]
     assert now is not None
     if isinstance(new, nn.Parameter):
@@ -221,23 +223,30 @@ def unmerge_adapters(model: nn.Module) -> None:
 
 def _refuse_changed(name: str, layer: AdaptedLayer, parameter: str, original: Original) -> None:
     """Raise if a merged weight is no longer what merging wrote: unmerging would lose the change."""
-    now = layer._parameters.get(parameter)
-    change = ""
-    if now is None:
-        change = "parametrised"
-    elif quantization_of(None, now) is not None:
-        change = "quantised"
-    elif offloading_hooks(layer) or original.merged is None:
-        return  # the values are elsewhere
-    else:
-        written = fingerprint(now)
-        if written is not None and not same_base(written, original.merged):
-            change = "changed"
-    if change:
+    change = _change_since_merging(layer, parameter, original)
+    if change is not None:
         raise MergeError(
             f"{name} was {change} after adapters were merged into it, and unmerging would undo "
-            "that; undo it first, or load the base again. To keep it, merge with unload=True before"
+            "that; undo it first, or load the base again. To keep such a change, merge with "
+            "unload=True before you make it"
         )
+
+
+def _change_since_merging(layer: AdaptedLayer, parameter: str, original: Original) -> str | None:
+    """Return what was done to a merged weight, or None if it has the values that merging wrote."""
+    now = layer._parameters.get(parameter)
+    if now is None:
+        return "parametrised"
+    if quantization_of(None, now) is not None:
+        return "quantised"
+    if offloading_hooks(layer):
+        return None  # the values are on another device
+    if getattr(layer, "max_norm", None) is not None:
+        return None  # the forward of an embedding scales rows of whatever its weight is
+    digits = fingerprint(now)
+    if digits is None or original.merged is None or same_base(digits, original.merged):
+        return None
+    return "changed"
 
 
 def _refuse_sharded(view: ModelView, action: str) -> None:
@@ -251,8 +260,8 @@ def _refuse_sharded(view: ModelView, action: str) -> None:
 def _choose(
     view: ModelView, adapter: str | Sequence[str] | None
 ) -> dict[AdaptedLayer, tuple[str, ...]]:
-    """Return each layer -> those of its adapters to merge."""
-    names = None if adapter is None else checked_names(view, adapter)
+    """Return each layer -> the adapters to merge into it."""
+    names = None if adapter is None else check_names(view, adapter)
     chosen = {}
     for layer in view.layers:
         wanted = layer.disha.active if names is None else names
@@ -265,7 +274,7 @@ def _choose(
 
 
 def _reason_against(layer: AdaptedLayer, slot: Slot, dense: bool) -> str | None:
-    """Return why nothing can be merged into a weight and what to do, or None."""
+    """Return why nothing can be merged into a weight, and what to do; None if it can."""
     parameter = layer._parameters.get(slot.parameter)
     quantization = quantization_of(layer, stored_weight(layer, slot.parameter))
     if parameter is None and quantization is None:
@@ -275,14 +284,14 @@ def _reason_against(layer: AdaptedLayer, slot: Slot, dense: bool) -> str | None:
         )
     blocks = [block.block for block in layer.disha.blocks().values()]
     if any(tensor is not None and tensor.is_meta for tensor in (parameter, *blocks)):
-        return "or its adapter is on the meta device; give the model its weights first"
+        return "or its block is on the meta device; give the model its values first"
     if quantization is None:
         return None
     unmerged = "leave its adapters unmerged"
     if quantization.read is None:
         return f"is quantised and can't be read as numbers; {unmerged}"
     if quantization is ROUNDED:
-        return f"is rounded, and its layer would not compute the same with a sum; {unmerged}"
+        return f"is rounded by its layer, which would not compute the same with a sum; {unmerged}"
     if not dense:
         return (
             f"is quantised ({quantization.name}), too coarsely for an update; pass dense=True to "
@@ -301,7 +310,7 @@ def _compute_merged(
     parameter = layer._parameters[slot.parameter]
     assert parameter is not None
     with without_autocast(parameter.device):
-        merged = merged_weight(layer, slot, adapters)
+        merged = sum_with_updates(layer, slot, adapters)
     if not finite_as(merged, merge_dtype(merged.dtype)):  # in 8 bits, torch can't tell
         raise MergeError(
             f"merging {', '.join(map(repr, adapters))} into {name} gives values that are not "

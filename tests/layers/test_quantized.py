@@ -22,7 +22,14 @@ from bitsandbytes.nn import (
 from torch import nn
 from torch.nn.utils import prune
 from torch.utils.checkpoint import checkpoint
-from torchao.quantization import Int8WeightOnlyConfig, quantize_, to_nf4
+from torchao.quantization import (
+    Int8DynamicActivationIntxWeightConfig,
+    Int8WeightOnlyConfig,
+    PerGroup,
+    quantize_,
+    to_nf4,
+)
+from torchao.quantization.qat import QATConfig
 from transformers.integrations.fbgemm_fp8 import FbgemmFp8Linear
 from transformers.integrations.finegrained_fp8 import FP8Embedding, FP8Linear
 from transformers.integrations.gemma_quant import QuantizedLinear
@@ -798,3 +805,49 @@ print(json.dumps(sorted({"bitsandbytes", "torchao"} & set(sys.modules))))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert json.loads(done.stdout) == []
+
+
+def int4_aware(step):
+    return QATConfig(
+        Int8DynamicActivationIntxWeightConfig(
+            weight_dtype=torch.int4, weight_granularity=PerGroup(32)
+        ),
+        step=step,
+    )
+
+
+@pytest.mark.parametrize("method", ["bone", "bat"])
+def test_adapters_train_what_quantisation_will_round(method):
+    """Fake quantisation rounds W and the update together, as `convert` does after merging."""
+    model = nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 32))
+    quantize_(model, int4_aware("prepare"))
+    perturb(inject(model, method), size=0.1)
+    x = torch.randn(3, 32)
+    assert disha.check_adapters(model, x).ok
+    expected = model(x)
+    disha.merge_adapters(model, unload=True)
+    torch.testing.assert_close(model(x), expected)
+    quantize_(model, int4_aware("convert"))
+    assert type(model[0]) is nn.Linear
+    torch.testing.assert_close(model(x), expected, rtol=0.05, atol=0.05)
+
+
+def prepare_qat(model):
+    model.qconfig = torch.ao.quantization.get_default_qat_qconfig("x86")
+    return torch.ao.quantization.prepare_qat(model.train())
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.ao.quantization is deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:Please use quant_min and quant_max:UserWarning")
+@pytest.mark.parametrize(
+    "quantize",
+    [lambda model: torch.ao.quantization.quantize_dynamic(model, {nn.Linear}), prepare_qat],
+    ids=["quantize_dynamic", "prepare_qat"],
+)
+def test_that_torch_leaves_adapted_layers_out_is_said(quantize):
+    model = perturb(disha.inject_adapters(nn.Sequential(nn.Linear(8, 4)), "0", 2))
+    x = torch.randn(3, 8)
+    expected = model(x)
+    with pytest.warns(UserWarning, match=r"leaves adapted layers in floating point.*unload=True"):
+        model = quantize(model)
+    assert torch.equal(model(x), expected)
