@@ -62,8 +62,8 @@ USES = {
         (True, True, False, True),
         "stops its gradient",
     ),
-    "as W alone": (  # torch does not ask the arguments of a scripted function
-        lambda layer, x: scripted(x, layer.weight),
+    "as W alone": (
+        lambda layer, x: scripted(x, layer.weight.base),
         (True, False, False, False),
         "the update does not reach the output",
     ),
