@@ -1,4 +1,4 @@
-"""LoRA of stacked experts: one pair of factors for a stack, or one for each expert.
+"""LoRA of stacked experts: a pair of factors for a stack, or a pair for each expert.
 
 In a Bone adapter of `experts.gate_up_proj` or `experts.down_proj`, A is the same for all experts,
 and B is (expert, out, r). Two forms of LoRA hold such factors:
@@ -25,7 +25,7 @@ from torch import Tensor
 
 from disha.errors import AdapterFileError, ArgumentError, ConversionError
 from disha.functional import Layout
-from disha.interop.low_rank import LowRankUpdate, is_stack, listed
+from disha.interop.low_rank import LowRankUpdate, is_stack, list_names
 from disha.model.records import LayerRecord
 
 GATE_UP, DOWN = "gate_up_proj", "down_proj"
@@ -63,7 +63,10 @@ class Family:
 
 FAMILIES = {
     "mixtral": Family(SEPARATE_BEFORE, block="block_sparse_moe", gate="w1", up="w3", down="w2"),
-    **dict.fromkeys(("qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v3"), Family(SEPARATE_BEFORE)),
+    "qwen2_moe": Family(SEPARATE_BEFORE),
+    "qwen3_moe": Family(SEPARATE_BEFORE),
+    "olmoe": Family(SEPARATE_BEFORE),
+    "deepseek_v3": Family(SEPARATE_BEFORE),
     "gpt_oss": Family(Layout("expert in out"), by_turns=True),
 }
 """Model type in `transformers` -> how its models name and store experts."""
@@ -74,7 +77,7 @@ Form = Literal["stacked", "separate"]
 
 
 def family_of(model_type: str | None, what: str) -> Family:
-    """Return the family of a type of model; `what` needs it."""
+    """Return the family of a type of model; `what` says in the error what depends on it."""
     family = FAMILIES.get(model_type or "")
     if family is None:
         raise ConversionError(
@@ -101,28 +104,31 @@ def stack_factors(update: LowRankUpdate) -> tuple[Tensor, Tensor]:
 
 
 def misread_by_peft(layers: Sequence[LayerRecord], form: str, model_type: str | None) -> list[str]:
-    """Return the layers that PEFT would read in another way, each with the reason."""
+    """Return a line for each layer that PEFT would take for something else."""
     if form not in get_args(Form):
         raise ArgumentError(f"experts must be 'stacked' or 'separate', got {form!r}")
     if form == "separate":
         return []  # it is not for PEFT
     stacks = [layer for layer in layers if is_stack(layer)]
     family = FAMILIES.get(model_type or "")
-    turned = [
-        f"{record.name}: PEFT would take its inputs for its outputs, except in models of type "
-        f"gpt_oss; this one is {model_type or 'unknown'} (--base for the command)"
-        for record in stacks
-        if record.layout.in_first and (family is None or family.layout != record.layout)
-    ]
-    taken = [
-        f"{record.name}: PEFT takes a target of this name for a projection of the experts; write "
-        'the experts apart (experts="separate")'
-        for record in layers
-        if record not in stacks
-        and record.name.rpartition(".")[2] in _OLD_TARGETS
-        and any(stack.layout == SEPARATE_BEFORE for stack in stacks)
-    ]
-    return turned + taken
+    reasons = []
+    for stack in stacks:
+        is_known = family is not None and family.layout == stack.layout
+        if stack.layout.in_first and not is_known:
+            reasons.append(
+                f"{stack.name}: PEFT would take its inputs for its outputs, except in models of "
+                f"type gpt_oss; this one is {model_type or 'unknown'} (--base for the command)"
+            )
+    if all(stack.layout != SEPARATE_BEFORE for stack in stacks):
+        return reasons
+    for layer in layers:
+        last = layer.name.rpartition(".")[2]
+        if last in _OLD_TARGETS and layer not in stacks:
+            reasons.append(
+                f"{layer.name}: PEFT takes a target of this name for a projection of the experts; "
+                'write the experts apart (experts="separate")'
+            )
+    return reasons
 
 
 # --- writing: separate ---------------------------------------------------------------------------
@@ -140,21 +146,25 @@ def in_form(
         return updates
     if also_train:
         raise ConversionError(
-            f"vLLM and SGLang refuse a LoRA with other parameters ({listed(also_train)}); leave "
-            "them out (--no_also_train), or merge the adapter"
+            f"vLLM and SGLang refuse a LoRA with other parameters ({list_names(also_train)}); "
+            "leave them out (--no_also_train), or merge the adapter"
         )
     for name in sorted(names):
         owner, _, last = name.rpartition(".")
-        other = f"{owner}.{DOWN if last == GATE_UP else GATE_UP}"
+        other_stack = DOWN if last == GATE_UP else GATE_UP
+        other = f"{owner}.{other_stack}"
         if other not in names:
             raise ConversionError(
                 f"{name} is adapted, and {other} is not; vLLM and SGLang read both or none"
             )
     family = family_of(model_type, "what separate experts are called")
-    return [separate for update in updates for separate in _separated(update, family)]
+    separate: list[LowRankUpdate] = []
+    for update in updates:
+        separate += _separate(update, family)
+    return separate
 
 
-def _separated(update: LowRankUpdate, family: Family) -> Iterator[LowRankUpdate]:
+def _separate(update: LowRankUpdate, family: Family) -> Iterator[LowRankUpdate]:
     """Yield the updates of each expert in place of that of a stack."""
     name = replace_part(update.record.name, "mlp", family.block)
     if not is_stack(update.record):
@@ -186,23 +196,21 @@ SINGLE_EXPERT = re.compile(r"((?:.+\.)?experts)\.(\d+)\.(\w+)")
 """The name of a matrix of one expert: the module of the experts, the number, the projection."""
 
 
-def stacked(name: str, targets: Collection[str]) -> str | None:
+def find_stack(name: str, targets: Collection[str]) -> str | None:
     """Return the stack whose factors have this name in a PEFT folder, or None if it is a module."""
     owner = name.replace(WRAPPED, "")
     depth = name.count(WRAPPED)
     if not targets or (depth == 0 and owner.rpartition(".")[2] != "experts"):
         return None
-    found = [
-        full
-        for full in (f"{owner}.{DOWN}", f"{owner}.{GATE_UP}")  # from the outermost wrapper inwards
-        if any(f".{full}".endswith(f".{target}") for target in targets)
-    ]
-    if depth >= len(found):
+    ends = tuple(f".{target}" for target in targets)
+    from_outermost = (f"{owner}.{DOWN}", f"{owner}.{GATE_UP}")  # as PEFT wraps them
+    stacks = [stack for stack in from_outermost if f".{stack}".endswith(ends)]
+    if depth >= len(stacks):
         raise ConversionError(
             f"{name} is a parameter other than experts.{GATE_UP} and experts.{DOWN}; merge this "
             "LoRA in PEFT"
         )
-    return found[depth]
+    return stacks[depth]
 
 
 def matrices_of(name: str, a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor]:

@@ -31,7 +31,7 @@ from disha.interop.low_rank import (
     LowRankUpdate,
     base_weights,
     contents_of_factors,
-    listed,
+    list_names,
     low_rank_updates,
 )
 from disha.interop.peft_format import reasons_against, refuse_to_write
@@ -96,10 +96,11 @@ def export(
         ...     image_lora.export({"unet": unet}, pathlib.Path(folder, "lora.safetensors")).layers
         (LoraLayer(name='unet.conv_in', method='bone', r=2, rank=18, error=0.0),)
     """
-    views = {name: view for name, view in _views(models).items() if adapter in view.adapters}
+    views = {name: view for name, view in _views_of(models).items() if adapter in view.adapters}
     if not views:
         raise ArgumentError(f"no component of {', '.join(models)} has an adapter {adapter!r}")
-    ranks = next(iter(views.values())).ranks
+    first, *_ = views.values()
+    ranks = first.ranks
     action = f"export adapter {adapter!r}"
     contents = {name: adapter_contents(view, adapter, base=False) for name, view in views.items()}
     with ranks.agreeing(action):
@@ -171,7 +172,7 @@ def load(
         ...     image_lora.load({"unet": unet}, path).matched
         ('unet.conv_in.bone_block',)
     """
-    views = _views(models)
+    views = _views_of(models)
     path = checked_path(path)
     contents = read_file(path, {name: view.modules for name, view in views.items()})
     missing = [component for component in contents if component not in views]
@@ -197,7 +198,7 @@ def load(
     return LoadReport(tuple(matched))
 
 
-def _views(models: Models) -> dict[str, ModelView]:
+def _views_of(models: Models) -> dict[str, ModelView]:
     check_type("models", models, Mapping, "a mapping such as {'unet': unet}")
     return {
         name: ModelView(model) for name, model in models.items() if isinstance(model, nn.Module)
@@ -214,7 +215,7 @@ def write_file(
     rank: int | None = None,
     bases: Mapping[str, BaseWeight | None],
 ) -> LoraReport:
-    """Write adapters of unknown models, by component, as `export` does."""
+    """Write the adapters of components as `export` does, without their models."""
     updates = _updates(contents, bases, rank)
     save_tensors(path, tensors_of(updates))
     return LoraReport.of(path, updates)
@@ -226,6 +227,7 @@ def _updates(
     rank: int | None,
 ) -> list[LowRankUpdate]:
     """Return the updates of all components, under their names in a file."""
+    updates = []
     for component, adapted in contents.items():
         if component not in COMPONENTS:
             raise ArgumentError(
@@ -240,26 +242,28 @@ def _updates(
         other += adapted.also_train
         if other:
             raise ConversionError(
-                f"an image LoRA can't hold {listed(other)} of the {component}, only linear layers "
-                "and convolutions; leave them out (`exclude`, --no-also-train), or merge"
+                f"an image LoRA can't hold {list_names(other)} of the {component}, only linear "
+                "layers and convolutions; leave them out (`exclude`, --no_also_train), or merge"
             )
-    return [
-        _scaled(update, f"{component}.{_in_file(component, update.record.name)}")
-        for component, adapted in contents.items()
-        for update in low_rank_updates(
-            adapted.layers, adapted.tensors, rank=rank, base=bases.get(component)
-        )
-    ]
+        base = bases.get(component)
+        for update in low_rank_updates(adapted.layers, adapted.tensors, rank=rank, base=base):
+            name = _name_in_file(component, update.record.name)
+            updates.append(_scale_b(update, f"{component}.{name}"))
+    return updates
 
 
-def _in_file(component: str, name: str) -> str:
-    """Return the name in a file, where `text_model` starts those of CLIP text encoders."""
-    is_flat = component.startswith("text_encoder") and name.startswith("encoder.layers.")
-    return f"text_model.{name}" if is_flat else name
+def _name_in_file(component: str, name: str) -> str:
+    """Return the name of a layer in a file, where those of CLIP text encoders have `text_model`."""
+    if component.startswith("text_encoder") and name.startswith("encoder.layers."):
+        return f"text_model.{name}"
+    return name
 
 
-def _scaled(update: LowRankUpdate, name: str) -> LowRankUpdate:
-    """Return the update with this name and s B in place of B, in float32 if B's dtype rounds it."""
+def _scale_b(update: LowRankUpdate, name: str) -> LowRankUpdate:
+    """Return an update under this name, with s B in place of B and the scale 1.
+
+    B becomes float32 if its dtype would round the product.
+    """
     dtype = update.b.dtype
     product = update.b.double() * update.record.scale
     b = product.to(dtype)
@@ -280,30 +284,42 @@ def has_factors(path: Path) -> bool:
 def read_file(
     path: Path, modules: Mapping[str, Collection[str]] | None = None
 ) -> dict[str, AdapterContents]:
-    """Return component -> its adapter; `modules` has the names in its model, if they are known."""
+    """Return component -> its adapter. `modules` has the names in each model, if it is known."""
     with open_tensors(path) as file:
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    found: dict[str, list[Factors]] = {}
-    weights = [key.removesuffix(MATRIX[0]).removesuffix(MATRIX[1]) for key in tensors]
-    for weight in dict.fromkeys(weights or [""]):
+    if not tensors:
+        raise AdapterFileError(f"{path} has no pair of factors: it has no tensors")
+    a_end, b_end = MATRIX
+    factors: dict[str, list[Factors]] = {}
+    for weight in dict.fromkeys(key.removesuffix(a_end).removesuffix(b_end) for key in tensors):
         component, _, name = weight.partition(".")
-        a, b = (tensors.get(weight + ending) for ending in MATRIX)
+        a = tensors.get(weight + a_end)
+        b = tensors.get(weight + b_end)
         if a is None or b is None or component not in COMPONENTS:
             raise AdapterFileError(
                 f"{path}: {weight!r} has no pair of factors, lora_A and lora_B, of "
-                f"{', '.join(COMPONENTS)}; use the file where it is made for"
+                f"{', '.join(COMPONENTS)}; use the file in the program that it is made for"
             )
-        name = _in_model(component, name, (modules or {}).get(component))
-        layout = Layout(CONV if a.dim() > 2 else "out in")
-        found.setdefault(component, []).append((name, a, b, layout, 1.0))
+        layout = Layout(CONV) if a.dim() > 2 else Layout("out in")
+        names = None if modules is None else modules.get(component)
+        model_name = _name_in_model(component, name, names)
+        factors.setdefault(component, []).append((model_name, a, b, layout, 1.0))
     return {
-        component: contents_of_factors(f"{path}, {component}", factors)
-        for component, factors in found.items()
+        component: contents_of_factors(f"{path}, {component}", of_component)
+        for component, of_component in factors.items()
     }
 
 
-def _in_model(component: str, name: str, modules: Collection[str] | None) -> str:
-    """Return the name in a model: without its own, that in present versions of `transformers`."""
+def _name_in_model(component: str, name: str, modules: Collection[str] | None) -> str:
+    """Return the name of a layer in a model that has these modules.
+
+    Without them, the name is that in present versions of `transformers`, in which only the second
+    text encoder of a pipeline has a `text_model`.
+    """
+    if not component.startswith("text_encoder"):
+        return name
     flat = name.removeprefix("text_model.")
-    is_flat = component == "text_encoder" if modules is None else flat in modules
-    return flat if component.startswith("text_encoder") and is_flat else name
+    is_flat = component == "text_encoder"
+    if modules is not None:
+        is_flat = flat in modules
+    return flat if is_flat else name

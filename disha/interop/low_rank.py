@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import multimode
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -130,24 +131,27 @@ class LoraReport:
 
     def __str__(self) -> str:
         rows = [
-            (layer.name, layer.method, layer.r, layer.rank, _shown(layer.error))
+            (layer.name, layer.method, layer.r, layer.rank, describe_error(layer.error))
             for layer in self.layers
         ]
         lines = [table(("layer", "method", "r", "rank", "error"), rows)]
         if self.also_train:
             lines.append(f"also trained: {printable(', '.join(self.also_train))}")
         count = counted(len(self.layers), "layer")
-        lines.append(f"{printable(str(self.path))}: {count}, largest error {_shown(self.error)}")
+        error = describe_error(self.error)
+        lines.append(f"{printable(str(self.path))}: {count}, largest error {error}")
         return "\n".join(lines)
 
 
-def _shown(error: float) -> str:
+def describe_error(error: float) -> str:
+    """Return the relative error of an update, for a message."""
     return "exact" if error == 0 else f"{error:.3g}"
 
 
-def listed(names: Sequence[str]) -> str:
-    """Return the first names of a list, for a message."""
-    return first_few([name or "(the model)" for name in names], 5, ", ")
+def list_names(names: Sequence[str]) -> str:
+    """Return the first names of a list as a text for a message."""
+    shown = [name or "(the model)" for name in names]
+    return first_few(shown, 5, ", ")
 
 
 def base_weights(view: ModelView, adapter: str) -> BaseWeight:
@@ -172,24 +176,21 @@ def low_rank_updates(
 ) -> list[LowRankUpdate]:
     """Return the updates of layers; `disha.interop.lora.export` documents the arguments."""
     check_rank(rank)
-    without = [
-        record.name
-        for record in layers
-        if (record.rows and method_of(record.method).replaces)
-        or record.tied
-        or not (is_stack(record) or record.layout.pattern in LORA_LAYOUTS)
-    ]
-    if without:
+    inexpressible = [record.name for record in layers if not _is_expressible(record)]
+    if inexpressible:
         raise ConversionError(
-            f"LoRA can't express {len(without)} of {counted(len(layers), 'layer')} "
-            f"({listed(without)}); leave them out of the adapter (`exclude`)"
+            f"LoRA can't express {len(inexpressible)} of {counted(len(layers), 'layer')} "
+            f"({list_names(inexpressible)}); leave them out of the adapter (`exclude`)"
         )
     updates = []
     for record in layers:
-        update = _update(record, tensors[record.key], rank, base)
+        update = _update_of(record, tensors[record.key], rank, base)
         if record.rows:
             if base is None:
-                raise ArgumentError(f"{record.name} has rows of its weight: give `base` (--base)")
+                raise ArgumentError(
+                    f"{record.name} adapts some outputs of its weight only, and LoRA needs to know "
+                    "how many there are: give `base` (--base)"
+                )
             geometry = record.layout.geometry(base(record.name).shape)
             b = place_outputs(update.b, record.rows, geometry.out_features)  # zero in other rows
             update = dataclasses.replace(update, b=b)
@@ -197,13 +198,28 @@ def low_rank_updates(
     if not pad:
         return updates
     largest = max(update.rank for update in updates)
-    if largest > SERVED_RANKS[-1]:
+    padded_rank = served_rank(largest)
+    if padded_rank is None:
         raise ConversionError(
             f"a layer has rank {largest}, and ranks are padded to at most {SERVED_RANKS[-1]}; give "
             "a smaller `rank`, or do not pad"
         )
-    padded = next(served for served in SERVED_RANKS if served >= largest)
-    return [update.padded(padded) for update in updates]
+    return [update.padded(padded_rank) for update in updates]
+
+
+def served_rank(rank: int) -> int | None:
+    """Return the smallest rank that vLLM can be started with for a LoRA, or None above all."""
+    for served in SERVED_RANKS:
+        if served >= rank:
+            return served
+    return None
+
+
+def _is_expressible(layer: LayerRecord) -> bool:
+    """Whether a LoRA can hold the update of a layer."""
+    if layer.tied or (layer.rows and method_of(layer.method).replaces):
+        return False
+    return is_stack(layer) or layer.layout.pattern in LORA_LAYOUTS
 
 
 def check_rank(rank: int | None) -> None:
@@ -217,27 +233,33 @@ def is_stack(layer: LayerRecord) -> bool:
     return layer.layout.experts_first and _STACK.fullmatch(layer.name) is not None
 
 
-def _update(
+def _update_of(
     layer: LayerRecord, block: Tensor, rank: int | None, base: BaseWeight | None
 ) -> LowRankUpdate:
-    """Return the factors of a block, or the leading singular values of dW."""
+    """Return the factors of a block, or those of the leading singular values of dW."""
     factors = _factors(layer, block)
     if factors is not None and (rank is None or rank >= factors[1].shape[-1]):
         return LowRankUpdate(layer, *factors)
     if is_stack(layer):
         raise ConversionError(
-            f"{layer.name} is a stack of experts, and its {layer.method} update is not cut to a "
-            "rank; merge it"
+            f"{layer.name} is a stack of experts, and a {layer.method} update of a stack can't be "
+            "cut to a rank; merge it"
         )
     if rank is None:
         raise ArgumentError(f"a {layer.method} update is cut to a rank: give `rank` (--rank)")
     delta = _delta(layer, block, base)
     wide = delta.flatten(1).to(torch.promote_types(delta.dtype, torch.float32))
-    a, b = (factor.to(block.dtype) for factor in _cut(wide, rank))
+    a, b = (factor.to(block.dtype) for factor in _truncate(wide, rank))
     lost = wide - b.to(wide.dtype) @ a.to(wide.dtype)
-    error, norm = (float(torch.linalg.vector_norm(x, dtype=torch.float64)) for x in (lost, wide))
-    error = error / norm if norm and layer.scale else 0.0
+    norm = _norm(wide)
+    error = 0.0
+    if norm and layer.scale:
+        error = _norm(lost) / norm
     return LowRankUpdate(layer, a.reshape(-1, *delta.shape[1:]), b, error)
+
+
+def _norm(matrix: Tensor) -> float:
+    return float(torch.linalg.vector_norm(matrix, dtype=torch.float64))
 
 
 def _factors(layer: LayerRecord, block: Tensor) -> tuple[Tensor, Tensor] | None:
@@ -263,7 +285,7 @@ def _delta(layer: LayerRecord, block: Tensor, base: BaseWeight | None) -> Tensor
     """Return dW (out, in, *kernel)."""
     method = method_of(layer.method)
     if not method.reads_weight:
-        weight = block.new_empty(()).expand(layer.weight_shape(block.shape))  # for its shape
+        weight = block.new_empty(()).expand(layer.weight_shape(block.shape))  # only its shape
     elif base is None:
         raise ArgumentError(
             f"a {layer.method} update depends on the base weights: give `base` (--base)"
@@ -275,10 +297,12 @@ def _delta(layer: LayerRecord, block: Tensor, base: BaseWeight | None) -> Tensor
             raise AdapterFileError(f"{layer.name}: {reason}; pass the base that it was trained on")
         weight = layer.layout.part(weight, layer.rows)
     delta = method.delta_weight(layer.layout, block, weight, r=layer.r)
-    return delta.transpose(0, 1) if layer.layout.in_first else delta
+    if layer.layout.in_first:
+        return delta.transpose(0, 1)
+    return delta
 
 
-def _cut(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+def _truncate(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """Return A (rank, in) and B (out, rank); each has the roots of the leading singular values."""
     smaller = min(matrix.shape)
     rank = min(rank, smaller)
@@ -309,63 +333,65 @@ def contents_of_factors(
     factors: Iterable[Factors],
     dropout: float = 0.0,
     rows: Sequence[LayerBlock] = (),
-    beside: Tensors | None = None,
+    parameters: Tensors = MappingProxyType({}),
 ) -> AdapterContents:
-    """Return the adapter that was a LoRA of these layers, with rows and parameters beside them."""
-    found = []
+    """Return the adapter that a LoRA of these layers is, with new rows and other parameters."""
+    blocks: list[LayerBlock] = []
     others = []
     for layer_factors in factors:
-        layer = _layer_of_factors(*layer_factors)
-        if layer is None:
+        layer_block = _block_of(*layer_factors)
+        if layer_block is None:
             others.append(layer_factors[0])
         else:
-            found.append(layer)
+            blocks.append(layer_block)
     if others:
+        count = counted(len(others) + len(blocks), "layer")
         raise ConversionError(
-            f"{source} is not a Bone adapter: A is not [I I ... I] in {len(others)} of "
-            f"{counted(len(others) + len(found), 'layer')} ({listed(others)}); use it in PEFT, or "
-            "where it is made for"
+            f"{source} is not a Bone adapter: A is not [I I ... I] in {len(others)} of {count} "
+            f"({list_names(others)}); use it in PEFT, or in the program that it is made for"
         )
-    also_train = dict(beside or {})
-    first, _ = found[0]
+    first, _ = blocks[0]
+    usual_r = max(multimode(layer.r for layer, _ in blocks))
     config = AdapterConfig(
-        max(multimode(layer.r for layer, _ in found)),
+        usual_r,
         target=None,
         method=first.method,
         scale=first.scale,
         dropout=dropout,
-        also_train=tuple(f"^{re.escape(name)}$" for name in also_train),
+        also_train=tuple(f"^{re.escape(name)}$" for name in parameters),
     )
-    found += rows
-    layers = tuple(layer for layer, _ in found)
-    keys = Counter([*(layer.key for layer in layers), *also_train])
-    twice = [key for key, count in keys.items() if count > 1]
+    blocks += rows
+    layers = tuple(layer for layer, _ in blocks)
+    counts = Counter([*(layer.key for layer in layers), *parameters])
+    twice = [key for key, count in counts.items() if count > 1]
     if twice:
-        raise ConversionError(f"{source} holds {listed(twice)} twice, under two names; remove one")
-    tensors = {layer.key: block for layer, block in found} | also_train
-    return AdapterContents(config, layers, tuple(also_train), tensors, {})
+        raise ConversionError(
+            f"{source} holds {list_names(twice)} twice, under two names; remove one"
+        )
+    tensors = {layer.key: block for layer, block in blocks} | dict(parameters)
+    return AdapterContents(config, layers, tuple(parameters), tensors, {})
 
 
-def _layer_of_factors(
-    name: str, a: Tensor, b: Tensor, layout: Layout, scale: float
-) -> LayerBlock | None:
-    """Return the layer and block of these factors without padding, or None if none has them."""
+def _block_of(name: str, a: Tensor, b: Tensor, layout: Layout, scale: float) -> LayerBlock | None:
+    """Return the layer and block that have these factors, or None. Padding of the rank is cut."""
     dim = 1 if layout.experts_first else 0  # of the rank in A, and of the outputs in B
     if a.dim() < 2 or a.dim() != b.dim() or not a.numel() or a.shape[dim] != b.shape[dim + 1]:
         return None
     rows = a.movedim(dim, 0).flatten(1).any(dim=1).nonzero().flatten().tolist()
-    for rank in (a.shape[dim], rows[-1] + 1 if rows else 0):
-        found = _layer_of_rank(
-            name, a.narrow(dim, 0, rank), b.narrow(dim + 1, 0, rank), layout, scale, dim
-        )
-        if found is not None:
-            return found
+    unpadded = rows[-1] + 1 if rows else 0
+    for rank in (a.shape[dim], unpadded):
+        cut_a = a.narrow(dim, 0, rank)
+        cut_b = b.narrow(dim + 1, 0, rank)
+        layer_block = _block_of_rank(name, cut_a, cut_b, layout, scale, dim)
+        if layer_block is not None:
+            return layer_block
     return None
 
 
-def _layer_of_rank(
+def _block_of_rank(
     name: str, a: Tensor, b: Tensor, layout: Layout, scale: float, dim: int
 ) -> LayerBlock | None:
+    """Return the layer and block that have just these factors; `dim` is that of the rank in A."""
     rank, inputs, *kernel = a.shape[dim:]
     r, rest = divmod(rank, math.prod(kernel))
     if rest or not r:

@@ -131,28 +131,32 @@ def export(
     view = ModelView(model)
     ranks = view.ranks
     action = f"export adapter {adapter!r} to PEFT"
-    given = {"base_model_name_or_path": base_model_name_or_path, "task_type": task_type}
-    given = {note: value for note, value in given.items() if value is not None}
-    for note, value in given.items():
-        check_type(note, value, str, "a str")
+    given = {}
+    for note, value in (
+        ("base_model_name_or_path", base_model_name_or_path),
+        ("task_type", task_type),
+    ):
+        if value is not None:
+            check_type(note, value, str, "a str")
+            given[note] = value
     contents = adapter_contents(view, adapter, base=False)
     with ranks.agreeing(action):
         target = checked_path(folder)
         names = contents.names
         saved = saved_modules(view, contents.also_train, names)
-        problems = _inexpressible(contents, dropout)
-        problems += reasons_against(view, names, _unknown_to_miss, exporting=True)
+        problems = _reasons_against_miss(contents, dropout)
+        problems += reasons_against(view, names, _reason_if_unknown, exporting=True)
         refuse_to_write(CANT_EXPRESS, [*problems, *saved.problems])
         notes = notes_of(view.model) | given
-        fields = _fields(contents, dropout, module_names(view), saved.modules, notes)
-    beside = saved.copies()
+        fields = _fields_of(contents, dropout, module_names(view), saved.modules, notes)
+    others = saved.copies()
     with ranks.agreeing(action):
         if ranks.writes:
-            write_peft_files(target, fields, _blocks(contents) | beside)
+            write_peft_files(target, fields, _blocks_of(contents) | others)
     layers = [
         LoraLayer(record.name, record.method, record.r, record.r, 0.0) for record in contents.layers
     ]
-    return LoraReport(target, tuple(layers), tuple(beside))
+    return LoraReport(target, tuple(layers), tuple(others))
 
 
 def load(
@@ -212,29 +216,29 @@ def load(
     view = ModelView(model)
     with view.ranks.agreeing(f"load a PEFT folder as adapter {adapter!r}"):
         peft_folder, config, blocks = _read(folder, also_train)
-        problems = reasons_against(view, blocks, _unknown_to_miss, exporting=False)
+        problems = reasons_against(view, blocks, _reason_if_unknown, exporting=False)
         refuse_to_load(peft_folder.path, problems)
         keep_for_model(view, peft_folder)
-        contents = _contents(peft_folder, config, blocks, partial(_shapes, view))
+        contents = _contents_of(peft_folder, config, blocks, partial(_shapes_in, view))
     return load_contents(
         view, peft_folder.path, contents, adapter, replace=replace, dtype=dtype, freeze=freeze
     )
 
 
-def _shapes(view: ModelView, names: Sequence[str]) -> Shapes:
-    """Return the shapes of parameters and buffers; of a linear layer's weight also if packed."""
-    linear = {
-        join(name, "weight"): (module.out_features, module.in_features)
-        for name, module in view.modules.items()
-        if isinstance(module, nn.Linear)
-    }
-    known: dict[str, Tensor] = {buffer.name: buffer.value for buffer in view.buffers}
-    known |= {name: parameter.value for name, parameter in view.parameters_by_name.items()}
-    others = known.keys() & names - linear.keys()
-    return linear | {name: tuple(known[name].shape) for name in others}
+def _shapes_in(view: ModelView, names: Iterable[str]) -> Shapes:
+    """Return the shapes of those of these parameters and buffers that a model has."""
+    tensors: dict[str, Tensor] = {buffer.name: buffer.value for buffer in view.buffers}
+    for name, parameter in view.parameters_by_name.items():
+        tensors[name] = parameter.value
+    shapes = {name: tuple(tensors[name].shape) for name in names if name in tensors}
+    for name, module in view.modules.items():
+        if isinstance(module, nn.Linear):  # the weight may be packed
+            shapes[join(name, "weight")] = (module.out_features, module.in_features)
+    return shapes
 
 
-def _unknown_to_miss(module: nn.Module) -> str | None:
+def _reason_if_unknown(module: nn.Module) -> str | None:
+    """Return why PEFT's MiSS can't adapt a module, or None if it can."""
     if isinstance(module, nn.Linear):
         return None
     return f"PEFT's MiSS adapts nn.Linear only, not {original_class(module).__name__}"
@@ -247,7 +251,8 @@ def read_folder(
     folder: PathLike, base_shapes: ShapesOf, *, also_train: bool = True
 ) -> AdapterContents:
     """Return the adapter that a folder holds, as `load` reads it for a base of these shapes."""
-    return _contents(*_read(folder, also_train), base_shapes)
+    peft_folder, config, blocks = _read(folder, also_train)
+    return _contents_of(peft_folder, config, blocks, base_shapes)
 
 
 def _read(folder: PathLike, also_train: bool) -> tuple[PeftFolder, AdapterConfig, Tensors]:
@@ -258,24 +263,29 @@ def _read(folder: PathLike, also_train: bool) -> tuple[PeftFolder, AdapterConfig
     tensors = peft_folder.tensors
     peft_type = fields.get("peft_type")
     init = fields.get("init_weights", True)
-    legacy = peft_type == "BONE"
+    is_legacy = peft_type == "BONE"
     is_tile = init == "mini"
+    is_known = init in list(READ_INIT_WEIGHTS)  # not in the dict: a file may have an unhashable one
     problems = []
     if peft_type not in ("MISS", "BONE"):
         problems.append(f"its peft_type is {peft_type!r} (disha.interop.lora reads 'LORA')")
-    elif init not in [*READ_INIT_WEIGHTS] or (legacy and is_tile):  # it may be a list
+    elif not is_known or (is_legacy and is_tile):
         problems.append(f"init_weights={brief(init)} is unknown")
     if fields.get("bias", "none") != "none":
         problems.append(f"bias={brief(fields['bias'])} has no place here; merge it in PEFT")
     refuse_to_load(path, problems)
-    end = BONE_BLOCK if legacy else MISS_BLOCK
-    blocks = {key.removesuffix(end): tensors.pop(key) for key in [*tensors] if key.endswith(end)}
-    if not blocks:
+    end = BONE_BLOCK if is_legacy else MISS_BLOCK
+    keys = [key for key in tensors if key.endswith(end)]
+    if not keys:
         refuse_to_load(path, [f"there is no tensor that ends in {end}"])
+    blocks = {key.removesuffix(end): tensors.pop(key) for key in keys}
     method = READ_INIT_WEIGHTS[init]
-    # PEFT's BAT ignores the field.
-    dropout = 0.0 if legacy or method == BAT else fields.get("miss_dropout", 0.0)
-    r_out = fields.get("mini_r", 1) if is_tile else None
+    dropout = 0.0
+    if not is_legacy and method != BAT:  # which have no dropout in PEFT, even if the field is set
+        dropout = fields.get("miss_dropout", 0.0)
+    r_out = None
+    if is_tile:
+        r_out = fields.get("mini_r", 1)
     try:
         config = AdapterConfig(
             fields.get("r", 64), target=None, method=method, r_out=r_out, dropout=dropout
@@ -287,16 +297,17 @@ def _read(folder: PathLike, also_train: bool) -> tuple[PeftFolder, AdapterConfig
     return peft_folder, config, blocks
 
 
-def _contents(
+def _contents_of(
     folder: PeftFolder, config: AdapterConfig, blocks: Tensors, shapes_of: ShapesOf
 ) -> AdapterContents:
-    """Return the adapter in a PEFT folder."""
-    beside = {name: value for name, value in folder.tensors.items() if folder.saves(name)}
-    shapes = shapes_of([*(join(name, "weight") for name in blocks), *beside])
+    """Return the adapter in a PEFT folder, from which the blocks were taken."""
+    others = {name: value for name, value in folder.tensors.items() if folder.saves(name)}
+    weights = [join(name, "weight") for name in blocks]
+    shapes = shapes_of([*weights, *others])
     problems = [
         f"{name}: it is no block, and not in a module that modules_to_save names"
         for name in folder.tensors
-        if name not in beside and not name.endswith(FROZEN)
+        if name not in others and not name.endswith(FROZEN)
     ]
     layers = []
     for name in blocks:
@@ -310,28 +321,29 @@ def _contents(
         )
     problems += [
         f"{name}: {tuple(value.shape)}, the base has {shapes.get(name)}"
-        for name, value in beside.items()
+        for name, value in others.items()
         if shapes.get(name) != value.shape
     ]
-    notes = {note: folder.fields[note] for note in NOTES if folder.fields.get(note)}
-    tensors = {layer.key: blocks[layer.name] for layer in layers} | beside
-    contents = AdapterContents(config, tuple(layers), tuple(sorted(beside)), tensors, notes)
+    tensors = {layer.key: blocks[layer.name] for layer in layers} | others
+    names = tuple(sorted(others))
+    contents = AdapterContents(config, tuple(layers), names, tensors, folder.notes())
     refuse_to_load(folder.path, problems + reasons_against_blocks(contents))
     return contents
 
 
 def write_folder(folder: Path, contents: AdapterContents, *, dropout: float | None = None) -> None:
-    """Write an adapter of an unknown model as `export` does."""
-    problems = _inexpressible(contents, dropout) + [
+    """Write an adapter as `export` does, without the model; with its notes that PEFT knows."""
+    problems = _reasons_against_miss(contents, dropout)
+    problems += [
         f"{name}: PEFT saves whole modules; load the file into the model and export from there"
         for name in contents.also_train
     ]
     refuse_to_write(CANT_EXPRESS, problems)
-    fields = _fields(contents, dropout, None, (), contents.metadata)
-    write_peft_files(folder, fields, _blocks(contents))
+    fields = _fields_of(contents, dropout, None, (), contents.metadata)
+    write_peft_files(folder, fields, _blocks_of(contents))
 
 
-def _fields(
+def _fields_of(
     contents: AdapterContents,
     dropout: float | None,
     modules: Collection[str] | None,
@@ -339,11 +351,16 @@ def _fields(
     notes: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Return PEFT's configuration, for a model with these modules if they are known."""
-    config = contents.config if dropout is None else contents.config.changed(dropout=dropout)
+    config = contents.config
+    if dropout is not None:
+        config = config.changed(dropout=dropout)
+    init_weights: object = "mini"
+    if config.r_out is None:
+        init_weights = INIT_WEIGHTS[config.method]
     return {
         "bias": "none",
         "inference_mode": True,
-        "init_weights": INIT_WEIGHTS[config.method] if config.r_out is None else "mini",
+        "init_weights": init_weights,
         "mini_r": config.r_out or 1,
         "miss_dropout": config.dropout,
         "modules_to_save": sorted(saved) or None,
@@ -354,12 +371,12 @@ def _fields(
     }
 
 
-def _blocks(contents: AdapterContents) -> dict[str, Tensor]:
+def _blocks_of(contents: AdapterContents) -> dict[str, Tensor]:
     return {f"{layer.name}{MISS_BLOCK}": contents.tensors[layer.key] for layer in contents.layers}
 
 
-def _inexpressible(contents: AdapterContents, dropout: float | None) -> list[str]:
-    """Return the reasons why PEFT's MiSS can't express an adapter."""
+def _reasons_against_miss(contents: AdapterContents, dropout: float | None) -> list[str]:
+    """Return a line for each reason why PEFT's MiSS can't express an adapter."""
     method = contents.config.method
     problems = []
     if method not in INIT_WEIGHTS:

@@ -1,4 +1,4 @@
-"""PEFT's folders, names and notes; and a model as PEFT sees it: what it would adapt, and save.
+"""PEFT's folders, and what PEFT would do with a model: which layers it adapts, and what it saves.
 
 The tensors say which layers are adapted, so the fields that select layers are not evaluated.
 Source: PEFT 0.21; 0.18 for Bone.
@@ -40,7 +40,7 @@ FROZEN = ".base_layer.weight"  # the end of a name: PEFT may save the weight of 
 _CHARACTER = r"(?:\\[\Wdw]|\[[\w-]+\]|[^][\\(){}*+?|^$])"  # as it is, escaped, or one of a set
 _CHOICE = rf"(?:{_CHARACTER}[*+?]|\((?:\?:)?(?:{_CHARACTER}|\|)*\))"  # repeated, or (this|that)
 ORDINARY = re.compile(rf"\^?{_CHARACTER}*(?:{_CHOICE}{_CHARACTER}*){{0,3}}\$?")
-"""The regexes that are run, with few choices: the regex of a stranger could take forever."""
+"""The patterns that are run as regexes. Any other one in a file could take forever."""
 
 THE_MODEL_ITSELF = "PEFT adapts layers within a model, not the model itself"
 
@@ -68,8 +68,14 @@ class PeftFolder:
 
     def saves(self, name: str) -> bool:
         """Whether a tensor of that name is in a module that PEFT saves, at any depth."""
+        modules = self.fields.get("modules_to_save") or ()
         # "head." is in the name if the name of a module around the tensor ends with "head".
-        return any(f"{module}." in name for module in self.fields.get("modules_to_save") or ())
+        return any(f"{module}." in name for module in modules)
+
+    def notes(self) -> dict[str, str]:
+        """Return the `NOTES` that the configuration has."""
+        notes = {name: self.fields.get(name) for name in NOTES}
+        return {name: text for name, text in notes.items() if text and isinstance(text, str)}
 
     def of_layer(self, name: str, field: str, pattern: str) -> Any:
         """Return r or lora_alpha of a layer as PEFT finds it: by the first key of the pattern."""
@@ -87,7 +93,7 @@ class PeftFolder:
 
 
 def read_peft_files(folder: PathLike, ends: tuple[str, ...], also_train: bool) -> PeftFolder:
-    """Read both files; without `also_train`, only the tensors whose names end so."""
+    """Read both files. Without `also_train`, only tensors whose names end with one of `ends`."""
     path = checked_path(folder)
     if (path / "adapter_model.bin").exists() and not (path / WEIGHTS_NAME).exists():
         raise AdapterFileError(
@@ -100,7 +106,7 @@ def read_peft_files(folder: PathLike, ends: tuple[str, ...], also_train: bool) -
     except OSError as error:
         raise AdapterIOError(f"can't read a folder of PEFT: {error}") from error
     except (SafetensorError, ValueError, TypeError, RecursionError) as error:
-        raise AdapterFileError(f"{path} is no complete folder of PEFT: {error}") from error
+        raise AdapterFileError(f"{path} is not a complete folder of PEFT: {error}") from error
     named = {
         key.removeprefix(PREFIX): tensor
         for key, tensor in tensors.items()
@@ -135,7 +141,7 @@ def is_inside(name: str, modules_to_save: Iterable[str]) -> bool:
     return any(f".{module}." in f".{name}." for module in modules_to_save)
 
 
-def anchored(name: str) -> str:
+def exact_pattern(name: str) -> str:
     """Return the key of `rank_pattern` or `alpha_pattern` for this layer only."""
     return "^" + re.escape(name)
 
@@ -143,15 +149,18 @@ def anchored(name: str) -> str:
 def exact_targets(
     adapted: Iterable[str], modules: Collection[str] | None = None
 ) -> list[str] | str:
-    """Return `target_modules` that select these layers: their full names, or a regex."""
-    # PEFT reads the entries of a list as endings of names, which other modules may have too.
-    wanted = set(adapted)
+    """Return `target_modules` that select these layers and no others: their names, or a regex."""
+    names = sorted(set(adapted))
+    # PEFT reads the entries of a list as ends of names, which other modules may have too.
     if modules is None:
-        is_exact = not any(map(str.isdecimal, wanted))
+        is_exact = not any(name.isdecimal() for name in names)
     else:
-        ends = tuple(f".{name}" for name in wanted)
-        is_exact = not any(module.endswith(ends) for module in modules if module not in wanted)
-    return sorted(wanted) if is_exact else "|".join(map(re.escape, sorted(wanted)))
+        ends = tuple(f".{name}" for name in names)
+        others = set(modules).difference(names)
+        is_exact = not any(module.endswith(ends) for module in others)
+    if is_exact:
+        return names
+    return "|".join(re.escape(name) for name in names)
 
 
 # --- settings ------------------------------------------------------------------------------------
@@ -160,19 +169,25 @@ NOTES = ("base_model_name_or_path", "revision", "task_type")
 """Fields that say where an adapter belongs. They do not change what it computes."""
 
 
-def notes_of(model: nn.Module | None) -> dict[str, str | None]:
-    """Return the `NOTES` that the class and the configuration of a model of `transformers` give.
-
-    PEFT's tasks that classify are left out: PEFT loads them only if the folder has the whole head.
-    """
+def notes_of(model: nn.Module) -> dict[str, str | None]:
+    """Return the `NOTES` that a model of `transformers` gives."""
     config: Any = getattr(model, "config", None)
-    name, task = type(model).__name__, None  # the configuration may name the class of a checkpoint
-    if name.endswith(("ForCausalLM", "LMHeadModel")):
-        task = "CAUSAL_LM"
-    elif name.endswith("ForConditionalGeneration") and config.is_encoder_decoder:
-        task = "SEQ_2_SEQ_LM"
+    # Not config.architectures, which may name another class that the checkpoint was saved from.
+    task = task_of(type(model).__name__, getattr(config, "is_encoder_decoder", False))
     base = getattr(config, "_name_or_path", None) or None
-    return {"base_model_name_or_path": base, "task_type": task}
+    return {"base_model_name_or_path": base, "revision": None, "task_type": task}
+
+
+def task_of(architecture: str, is_encoder_decoder: bool) -> str | None:
+    """Return PEFT's name of the task of a class of `transformers`, if it generates text.
+
+    PEFT loads a folder of a task that classifies only if it has the whole head, so none is named.
+    """
+    if architecture.endswith(("ForCausalLM", "LMHeadModel")):
+        return "CAUSAL_LM"
+    if architecture.endswith("ForConditionalGeneration") and is_encoder_decoder:
+        return "SEQ_2_SEQ_LM"
+    return None
 
 
 # --- layers --------------------------------------------------------------------------------------
@@ -181,58 +196,66 @@ READ_BY = {nn.MultiheadAttention: ("out_proj",)}
 """Classes that read the weights of their children, without PEFT's update."""
 
 READ_IN_EVALUATION = {nn.TransformerEncoderLayer: ("linear1", "linear2")}
-"""Classes that do so on a fast path for inference."""
+"""Classes that read these weights on a fast path for inference."""
 
 
 def module_names(view: ModelView) -> list[str]:
-    """Return the names under which PEFT looks at modules: the first name of each."""
+    """Return the name under which PEFT finds each module, which is its first one."""
     return [names[0] for names in view.names.values() if names[0]]
 
 
 def reasons_against(
     view: ModelView,
     layers: Iterable[str],
-    why_unknown: Callable[[nn.Module], str | None],
+    reason_if_unknown: Callable[[nn.Module], str | None],
     *,
     exporting: bool,
 ) -> list[str]:
-    """Return the layers where PEFT would compute something else, each with the reason."""
-    places = Counter(child for module in view.names for child in module._modules.values())
-    readers = READ_BY | READ_IN_EVALUATION if exporting else READ_BY
-    read = {
-        module._modules.get(child): original_class(module).__name__
-        for module in view.names
-        for cls, children in readers.items()
-        if isinstance(module, cls)
-        for child in children
-    }
-    found = []
+    """Return a line for each layer where PEFT would compute something else."""
+    parents = Counter(child for module in view.names for child in module._modules.values())
+    readers = _find_readers(view, exporting)
+    reasons = []
     for name in layers:
         module = view.modules.get(name)
         if module is None:
-            why: str | None = "there is no such module, and PEFT can only replace modules"
+            reason: str | None = "there is no such module, and PEFT can only replace modules"
         elif not name:
-            why = THE_MODEL_ITSELF
-        elif module in read:
-            why = f"{read[module]} reads its weight, without PEFT's update"
-        elif places[module] > 1:
+            reason = THE_MODEL_ITSELF
+        elif module in readers:
+            reason = f"{readers[module]} reads its weight, without PEFT's update"
+        elif parents[module] > 1:
             names = ", ".join(view.names[module])
-            why = f"it is one module with the names {names}, and PEFT adapts only the first"
+            reason = f"it is one module with the names {names}, and PEFT adapts only the first"
         elif "parametrizations" in module._modules:
-            why = "its weight is computed (a parametrization), which PEFT can't merge into"
+            reason = "its weight is computed (a parametrization), which PEFT can't merge into"
         elif _has_own_forward(module):
-            why = f"{original_class(module).__name__} has a forward of its own, which PEFT wraps"
+            reason = f"{original_class(module).__name__} has a forward of its own, which PEFT wraps"
         else:
-            why = why_unknown(module)
-        found += [] if why is None else [f"{name or '(the model)'}: {why}"]
-    return found
+            reason = reason_if_unknown(module)
+        if reason is not None:
+            reasons.append(f"{name or '(the model)'}: {reason}")
+    return reasons
+
+
+def _find_readers(view: ModelView, exporting: bool) -> dict[nn.Module | None, str]:
+    """Return the modules whose weight is read by another one, with the class of that one."""
+    children_of = dict(READ_BY)
+    if exporting:
+        children_of |= READ_IN_EVALUATION
+    readers = {}
+    for module in view.names:
+        for cls, children in children_of.items():
+            if isinstance(module, cls):
+                for child in children:
+                    readers[module._modules.get(child)] = original_class(module).__name__
+    return readers
 
 
 def _has_own_forward(module: nn.Module) -> bool:
     """Whether the class overrides the forward of the layer class that it inherits from.
 
-    Not if it only scales an embedding (Gemma, BART): PEFT scales its update too. T5Gemma2 has the
-    embedding of one token in a parameter of its own.
+    An embedding that is only scaled (Gemma, BART) does not count, because PEFT scales its update
+    too. It has one parameter; that of T5Gemma2 has another one, for a single token.
     """
     cls: Any = original_class(module)
     for known in cls.__mro__:
@@ -248,7 +271,10 @@ def _has_own_forward(module: nn.Module) -> bool:
 
 @dataclass(frozen=True)
 class Saved:
-    """What PEFT saves besides the layers: whole modules, with buffers; and why not the rest."""
+    """The modules that PEFT saves besides the layers, whole, and what it can't save.
+
+    `problems` has a line for each trained parameter that PEFT has no place for.
+    """
 
     modules: list[str]
     tensors: dict[str, Tensor]
@@ -272,31 +298,25 @@ def saved_modules(view: ModelView, also_train: Sequence[str], layers: Sequence[s
     modules: list[str] = []
     inside_saved = set[nn.Module]()
     for module, names in view.names.items():
-        trained_here = [
-            attribute for attribute in module._parameters if join(names[0], attribute) in trained
-        ]
+        first = names[0]
+        trained_here = [name for name in module._parameters if join(first, name) in trained]
         if not trained_here or module in inside_saved:
             continue
         inside = view.inside(module)
-        if not names[0]:
-            why = "it belongs to the model itself, not to a module in it"
+        reason = None
+        if not first:
+            reason = "it belongs to the model itself, not to a module in it"
         elif not adapted.isdisjoint(inside):
-            why = f"PEFT can't save {names[0]}, because a layer in it is adapted"
+            reason = f"PEFT can't save {first}, because a layer in it is adapted"
         elif isinstance(module, (nn.ParameterList, nn.ParameterDict)):
-            why = f"PEFT can't save a {type(module).__name__}"
-        else:
-            modules += names
-            inside_saved.update(inside)
-            for inner, below in inside.items():
-                held = {**inner._parameters, **persistent_buffers_of(inner)}
-                tensors |= {
-                    join(join(name, below), key): tensor
-                    for name in names
-                    for key, tensor in held.items()
-                    if tensor is not None
-                }
+            reason = f"PEFT can't save a {type(module).__name__}"
+        if reason is not None:
+            problems.append(f"{join(first, trained_here[0])}: {reason}")
             continue
-        problems.append(f"{join(names[0], trained_here[0])}: {why}")
+        modules += names
+        inside_saved.update(inside)
+        for name in names:
+            tensors |= _tensors_inside(name, inside)
     problems += [
         f"{name}: PEFT would save it too, because its name ends like one in modules_to_save"
         for name in module_names(view)
@@ -311,8 +331,18 @@ def saved_modules(view: ModelView, also_train: Sequence[str], layers: Sequence[s
     return Saved(modules, tensors, problems)
 
 
+def _tensors_inside(name: str, inside: Mapping[nn.Module, str]) -> dict[str, Tensor]:
+    """Return what a state dict holds of a module, given the modules in it and their names there."""
+    tensors = {}
+    for inner, below in inside.items():
+        for key, tensor in {**inner._parameters, **persistent_buffers_of(inner)}.items():
+            if tensor is not None:
+                tensors[join(join(name, below), key)] = tensor
+    return tensors
+
+
 def layers_inside(layers: Iterable[str], modules_to_save: Collection[str]) -> list[str]:
-    """Return why PEFT can't adapt the layers that are in modules which it saves."""
+    """Return a line for each layer that PEFT does not adapt, because it saves the module around."""
     return [
         f"{name}: PEFT would not adapt it, as a part of a module in modules_to_save"
         for name in layers
@@ -321,7 +351,11 @@ def layers_inside(layers: Iterable[str], modules_to_save: Collection[str]) -> li
 
 
 def keep_for_model(view: ModelView, folder: PeftFolder) -> None:
-    """Take what is in the model and does not train out of a folder; leave tied tensors once."""
+    """Keep those tensors of a folder that a load sets: what trains, and tied tensors once.
+
+    Tensors that do not train must be as in the model, and copies that PEFT trained of a tied tensor
+    must be equal.
+    """
     parameters = view.parameters_by_name
     tensors = folder.tensors
     buffers = {
@@ -333,25 +367,21 @@ def keep_for_model(view: ModelView, folder: PeftFolder) -> None:
     kept = {}
     problems = []
     for name, tensor in tensors.items():
-        buffer = buffers.get(name)
-        # Whole embeddings, and the frozen weights of adapted ones.
+        untrained = buffers.get(name)
+        # PEFT may save whole embeddings, and the frozen weights of adapted ones.
         frozen = parameters.get(name.replace(FROZEN, ".weight"))
         if frozen and not folder.saves(name):
-            buffer = frozen.value
-        if buffer is not None:
-            narrower = min(tensor.dtype, buffer.dtype, key=attrgetter("itemsize"))
-            if torch.equal(tensor.to(narrower), gathered(buffer).cpu().to(narrower)):
-                continue
+            untrained = frozen.value
+        if untrained is not None and _equal_in_narrower(tensor, untrained):
+            continue
         # PEFT trains a copy for each module. If one differs or is missing, they are not tied now.
-        names = parameters[name].names if name in parameters else (name,)
-        differ = [
-            other
-            for other in names
-            if other not in tensors or not torch.equal(tensors[other], tensor)
-        ]
-        if differ:
-            problems.append(f"{name}: the model ties it to {differ[0]}, which differs; untie them")
-        elif buffer is not None and name not in loadable:
+        names: Sequence[str] = (name,)
+        if name in parameters:
+            names = parameters[name].names
+        others = [other for other in names if not _holds(tensors, other, tensor)]
+        if others:
+            problems.append(f"{name}: the model ties it to {others[0]}, which differs; untie them")
+        elif untrained is not None and name not in loadable:
             problems.append(
                 f"{name}: it does not train, and differs from the model's; copy it into the model"
             )
@@ -359,3 +389,13 @@ def keep_for_model(view: ModelView, folder: PeftFolder) -> None:
             kept[name] = tensor
     refuse_to_load(folder.path, problems)
     folder.tensors = kept
+
+
+def _equal_in_narrower(tensor: Tensor, in_model: Tensor) -> bool:
+    """Whether two tensors are equal in the narrower of their dtypes."""
+    dtype = min(tensor.dtype, in_model.dtype, key=attrgetter("itemsize"))
+    return torch.equal(tensor.to(dtype), gathered(in_model).cpu().to(dtype))
+
+
+def _holds(tensors: Tensors, name: str, value: Tensor) -> bool:
+    return name in tensors and torch.equal(tensors[name], value)

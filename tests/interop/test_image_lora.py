@@ -253,7 +253,7 @@ TWICE = {f"{name}.lora_{n}.weight": one for name in NAMES for n, one in (("A", A
         ({"base_model.model.a.lora_A.weight": A}, "'base_model"),
         ({"unet.a.lora_A.weight": A}, "'unet.a' has no pair of factors"),
         ({"unet.a.lora_B.weight": B}, "'unet.a' has no pair of factors"),
-        ({}, "'' has no pair of factors"),
+        ({}, "has no pair of factors: it has no tensors"),
         (TWICE, "holds a.bone_block twice"),
         ({"unet.a.lora_A.weight": A, "unet.a.lora_B.weight": B.T}, "is not a Bone adapter"),
         ({"unet.a.lora_A.weight": A * 2, "unet.a.lora_B.weight": B}, "is not a Bone adapter"),

@@ -33,7 +33,7 @@ from disha.files.loading import load_contents
 from disha.files.saving import adapter_contents
 from disha.interop import peft as miss
 from disha.interop.peft import export, load, read_folder, write_folder
-from disha.interop.peft_format import anchored, exact_targets
+from disha.interop.peft_format import exact_pattern, exact_targets
 from disha.model.view import ModelView
 from tests import reference
 from tests.conftest import assert_same, perturb, refused
@@ -556,7 +556,7 @@ BAD = {
     "no JSON": (lambda folder: (folder / "adapter_config.json").write_text("{"), "is no complete"),
     "a list": (lambda folder: (folder / "adapter_config.json").write_text("[5]"), "is no complete"),
     "a pickle": (as_pickle, "a pickle, which can run any code"),
-    "cut off": (cut_off, "is no complete folder of PEFT"),
+    "cut off": (cut_off, "is not a complete folder of PEFT"),
     "a LoRA": (with_fields(peft_type="LORA"), "disha.interop.lora reads 'LORA'"),
     "another type": (with_fields(peft_type="LOHA"), "its peft_type is 'LOHA'"),
     "r of another": (with_fields(r=3), "expected a block of shape (3, 6)"),
@@ -662,7 +662,7 @@ def test_exact_targets_select_these_and_no_others(config_class):
 
 @pytest.mark.parametrize("name", ["q", "layers.0.q", "a+b.c", "layers.1"])
 def test_anchored_keys_are_of_one_layer_only(name):
-    key = anchored(name)
+    key = exact_pattern(name)
     assert get_pattern_key([key], name) == key
     for other in (f"model.{name}", f"{name}.x", f"x{name}", "a.b.c"):
         assert get_pattern_key([key], other) == other

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -30,7 +31,7 @@ from disha.interop.low_rank import (
     Factors,
     LayerBlock,
     contents_of_factors,
-    listed,
+    list_names,
 )
 from disha.interop.peft_format import (
     FROZEN,
@@ -62,7 +63,7 @@ Layouts = dict[str, Layout]
 """The layouts of the weights of a model, by their names in adapter files."""
 
 CHANGE_THE_BASE = ("pissa", "corda", "olora", "loftq")
-"""Starts of the values of `init_lora_weights` that let PEFT change W, also when it loads a LoRA."""
+"""Values of `init_lora_weights` start so if PEFT changes W, also as it loads the LoRA."""
 
 
 def load(
@@ -118,39 +119,48 @@ def load(
     view = ModelView(model)
     with view.ranks.agreeing(f"load a LoRA as adapter {adapter!r}"):
         peft_folder = read_peft_files(folder, (*FACTORS, TOKENS), also_train)
-        rows = _taken_rows(view, peft_folder)
+        rows = _take_token_rows(view, peft_folder)
         keep_for_model(view, peft_folder)
-        contents = _contents_of(peft_folder, _layouts(view), model_type_of(view), rows)
+        contents = _contents_of(peft_folder, _layouts_of(view), model_type_of(view), rows)
     return load_contents(
         view, peft_folder.path, contents, adapter, replace=replace, dtype=dtype, freeze=freeze
     )
 
 
-def _taken_rows(view: ModelView, folder: PeftFolder) -> list[LayerBlock]:
+def _take_token_rows(view: ModelView, folder: PeftFolder) -> list[LayerBlock]:
     """Take the rows of tokens out of a folder, and return the layers with their blocks."""
-    numbers = folder.fields.pop("trainable_token_indices", None)
-    taken = []
+    settings = folder.fields.pop("trainable_token_indices", None)
+    layers = []
     for key in [key for key in folder.tensors if key.endswith(TOKENS)]:
         name = key.removesuffix(TOKENS)
         values = folder.tensors.pop(key)
-        ends = numbers if isinstance(numbers, dict) else {name: numbers}
-        of_table = (listed for end, listed in ends.items() if f".{name}".endswith(f".{end}"))
-        indices: Any = next(of_table, None)
-        rows = check_rows(name, indices)
-        if values.shape[:-1] != (len(indices),):
+        numbers = _token_numbers_of(name, settings)
+        rows = check_rows(name, numbers)
+        if values.shape[:-1] != (len(numbers),):
             raise AdapterFileError(f"{folder.path}: {key} does not have a row for each token")
         names = names_of_weight(view, name)
         tied = tuple(other for other in names if other != join(name, "weight"))
-        block = values[torch.tensor(indices).argsort()].mT  # (in, rows), in order
+        order = torch.tensor(numbers).argsort()
+        block = values[order].mT  # (in, rows)
         inputs, out = block.shape
         record = LayerRecord(
             name, "rows", 1, None, inputs, out, 1.0, None, Layout("out in"), rows, tied
         )
-        taken.append((record, block))
-    return taken
+        layers.append((record, block))
+    return layers
 
 
-def _layouts(view: ModelView) -> Layouts:
+def _token_numbers_of(name: str, settings: Any) -> Any:
+    """Return the numbers of a table's rows: PEFT has one list, or one for each end of a name."""
+    if not isinstance(settings, dict):
+        return settings
+    for end, numbers in settings.items():
+        if f".{name}".endswith(f".{end}"):
+            return numbers
+    return None
+
+
+def _layouts_of(view: ModelView) -> Layouts:
     return {
         join(name, slot.name): slot.layout
         for name, module in view.modules.items()
@@ -165,7 +175,8 @@ def read_lora(
     also_train: bool = True,
 ) -> AdapterContents:
     """Return the adapter that a LoRA folder holds, as `load` reads it without a model."""
-    return _contents_of(read_peft_files(folder, (*FACTORS, TOKENS), also_train), {}, model_type)
+    peft_folder = read_peft_files(folder, (*FACTORS, TOKENS), also_train)
+    return _contents_of(peft_folder, {}, model_type)
 
 
 def _contents_of(
@@ -174,92 +185,114 @@ def _contents_of(
     model_type: str | None,
     rows: Sequence[LayerBlock] = (),
 ) -> AdapterContents:
-    """Return the adapter in a folder, as `read_lora` does."""
+    """Return the adapter in a folder, with rows of tokens that were taken out of it before."""
     _check_settings(folder)
     pairs: dict[str, dict[str, Tensor]] = {}
-    beside = {}
+    others = {}
     for key, tensor in folder.tensors.items():
-        end = next((end for end in FACTORS if key.endswith(end)), None)
+        end = _end_of(key)
         if end is not None:
             pairs.setdefault(key.removesuffix(end), {})[end] = tensor
         elif folder.saves(key):
-            beside[key] = tensor
+            others[key] = tensor
         elif not key.endswith(FROZEN):
             raise AdapterFileError(
                 f"{folder.path}: tensor {key!r} is neither lora_A nor lora_B, nor in "
                 "modules_to_save"
             )
+    _check_pairs(folder, pairs)
+    factors = _factors_of(folder, pairs, layouts, model_type)
+    dropout = folder.fields.get("lora_dropout", 0.0)
+    contents = contents_of_factors(folder.path, factors, dropout, rows, others)
+    return replace(contents, metadata=folder.notes())
+
+
+def _end_of(key: str) -> str | None:
+    """Return the end of the key of a factor, or None for another tensor."""
+    for end in FACTORS:
+        if key.endswith(end):
+            return end
+    return None
+
+
+def _check_pairs(folder: PeftFolder, pairs: Mapping[str, Mapping[str, Tensor]]) -> None:
+    """Raise unless there are factors, and each layer has both."""
     incomplete = [
-        name for name, ends in pairs.items() if tuple(sorted(ends)) not in (MATRIX, EMBEDDING)
+        name for name, factors in pairs.items() if tuple(sorted(factors)) not in (MATRIX, EMBEDDING)
     ]
     if incomplete or not pairs:
+        layers = list_names(incomplete) if incomplete else "any layer"
         raise AdapterFileError(
-            f"{folder.path} has no pair of factors, lora_A and lora_B, for "
-            f"{listed(incomplete) or 'any layer'}; save the LoRA again"
+            f"{folder.path} has no pair of factors, lora_A and lora_B, for {layers}; save the LoRA "
+            "again"
         )
-    factors = _factors(folder, pairs, layouts, model_type)
-    dropout = folder.fields.get("lora_dropout", 0.0)
-    return contents_of_factors(folder.path, factors, dropout, rows, beside)
 
 
-def _factors(
+def _factors_of(
     folder: PeftFolder,
-    pairs: Mapping[str, dict[str, Tensor]],
+    pairs: Mapping[str, Mapping[str, Tensor]],
     layouts: Layouts,
     model_type: str | None,
 ) -> Iterator[Factors]:
     """Yield the factors of every layer of a folder, experts as stacks."""
     parameters = folder.fields.get("target_parameters") or ()
-    for name, ends in pairs.items():
-        a, b = (ends[end] for end in sorted(ends))
-        stack = stacks.stacked(name, parameters)
-        if stacks.SINGLE_EXPERT.fullmatch(name) and name not in layouts:
+    for key, pair in pairs.items():
+        a, b = (pair[end] for end in sorted(pair))
+        if stacks.SINGLE_EXPERT.fullmatch(key) and key not in layouts:
             raise ConversionError(
-                f"{folder.path} has a LoRA for each expert ({name}); load the one with stacked "
+                f"{folder.path} has a LoRA for each expert ({key}); load the one with stacked "
                 "experts"
             )
+        stack = stacks.find_stack(key, parameters)
         if stack is None:
+            name = key
             rank = len(a) if a.dim() else 1
-            layout = _layout(folder, name, a, EMBEDDING[0] in ends, layouts)
+            layout = _layout_of(folder, name, a, EMBEDDING[0] in pair, layouts)
         else:
-            rank = folder.of_layer(stack, "r", "rank_pattern")
             name = stack
-            a, b = stacks.matrices_of(stack, a, b, rank)
-            layout = (
-                layouts.get(name)
-                or stacks.family_of(model_type, "the layout of stacked experts").layout
-            )
+            rank = folder.of_layer(name, "r", "rank_pattern")
+            a, b = stacks.matrices_of(name, a, b, rank)
+            layout = _layout_of_stack(name, layouts, model_type)
         yield name, a, b, layout, _scale_of(folder, name, max(rank, 1))
 
 
-def _layout(
+def _layout_of_stack(name: str, layouts: Layouts, model_type: str | None) -> Layout:
+    if name in layouts:
+        return layouts[name]
+    return stacks.family_of(model_type, "the layout of stacked experts").layout
+
+
+def _layout_of(
     folder: PeftFolder, name: str, a: Tensor, is_embedding: bool, layouts: Layouts
 ) -> Layout:
     """Return the layout of a weight, of which A shows only a part."""
     if is_embedding:
         # The padding row of an embedding gets no update, so it is the only zero column of A.
         empty = (a == 0).all(dim=0).nonzero().flatten().tolist()
-        return Layout("index out", padding_idx=empty[0] if len(empty) == 1 else None)
+        padding_idx = empty[0] if len(empty) == 1 else None
+        return Layout("index out", padding_idx=padding_idx)
     if a.dim() > 2:
         return Layout(CONV)
     if not folder.fields.get("fan_in_fan_out"):
         return Layout("out in")
     if name not in layouts:
         raise ConversionError(
-            f"{folder.path} has fan_in_fan_out, and whether {name} is such a layer is unknown "
-            "here; use lora.load with the model"
+            f"{folder.path} has fan_in_fan_out, and only the model tells whether {name} is such a "
+            "layer; use lora.load with the model"
         )
     return layouts[name]
 
 
 def _scale_of(folder: PeftFolder, name: str, rank: int) -> float:
-    """Return the scale s of a layer, by its lora_alpha."""
+    """Return the scale s of a layer: lora_alpha by the rank, or by its root."""
     alpha = folder.of_layer(name, "lora_alpha", "alpha_pattern")
     try:
         check_scale(alpha)
     except DishaError as error:
         raise AdapterFileError(f"{folder.path}: lora_alpha: {error}") from error
-    return alpha / (math.sqrt(rank) if folder.fields.get("use_rslora") else rank)
+    if folder.fields.get("use_rslora"):
+        return alpha / math.sqrt(rank)
+    return alpha / rank
 
 
 def _check_settings(folder: PeftFolder) -> None:
@@ -269,13 +302,14 @@ def _check_settings(folder: PeftFolder) -> None:
             f"{folder.path} has the peft_type {fields.get('peft_type')!r}, not 'LORA'; use "
             "peft.load"
         )
-    more = [name for name in CHANGE_THE_SUM if fields.get(name)]
+    unsupported = [name for name in CHANGE_THE_SUM if fields.get(name)]
     init = str(fields.get("init_lora_weights"))
     if init.lower().startswith(CHANGE_THE_BASE):
-        more.append(f"init_lora_weights={init}")
+        unsupported.append(f"init_lora_weights={init}")
     if fields.get("bias", "none") != "none":
-        more.append("bias")
-    if more:
+        unsupported.append("bias")
+    if unsupported:
         raise ConversionError(
-            f"{folder.path} uses {', '.join(more)}, which Bone can't express; use it with PEFT"
+            f"{folder.path} uses {', '.join(unsupported)}, which Bone can't express; use it with "
+            "PEFT"
         )

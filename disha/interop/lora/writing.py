@@ -26,9 +26,10 @@ from disha.interop.low_rank import (
     low_rank_updates,
 )
 from disha.interop.peft_format import (
+    NOTES,
     PREFIX,
     THE_MODEL_ITSELF,
-    anchored,
+    exact_pattern,
     exact_targets,
     layers_inside,
     module_names,
@@ -40,7 +41,7 @@ from disha.interop.peft_format import (
 )
 from disha.layers.blocks import original_class
 from disha.layers.kinds import full_name
-from disha.model.records import LayerRecord
+from disha.model.records import LayerRecord, Tensors
 from disha.model.view import ModelView
 from disha.text import join
 
@@ -120,11 +121,11 @@ def export(
     action = f"export adapter {adapter!r} as LoRA"
     with ranks.agreeing(action):
         target = checked_path(folder)
-    updates, beside, config, tensors = _converted(view, adapter, experts, rank, pad)
+    updates, others, config, tensors = _convert(view, adapter, experts, rank, pad)
     with ranks.agreeing(action):
         if ranks.writes:
             write_peft_files(target, config, tensors)
-    return LoraReport.of(target, updates, beside)
+    return LoraReport.of(target, updates, others)
 
 
 def export_tensors(
@@ -161,14 +162,14 @@ def export_tensors(
         >>> config["r"], config["lora_alpha"]
         (4, 4)
     """
-    _, _, config, tensors = _converted(ModelView(model), adapter, experts, rank, pad)
+    _, _, config, tensors = _convert(ModelView(model), adapter, experts, rank, pad)
     return {PREFIX + key: tensor for key, tensor in tensors.items()}, config
 
 
-def _converted(
+def _convert(
     view: ModelView, adapter: str, experts: stacks.Form, rank: int | None, pad: bool
-) -> tuple[list[LowRankUpdate], Collection[str], dict[str, Any], dict[str, Tensor]]:
-    """Return an adapter's updates, what trained with it, and both in PEFT's form."""
+) -> tuple[list[LowRankUpdate], dict[str, Tensor], dict[str, Any], dict[str, Tensor]]:
+    """Return an adapter's updates and its other tensors; and both in PEFT's form."""
     contents = adapter_contents(view, adapter, base=False)
     model_type = model_type_of(view)
     with view.ranks.agreeing(f"export adapter {adapter!r} as LoRA"):
@@ -179,51 +180,73 @@ def _converted(
         problems += saved.problems
         problems += stacks.misread_by_peft(contents.layers, experts, model_type)
         refuse_to_write(CANT_EXPRESS, problems)
+    token_rows, layers = _split_token_rows(contents.layers, view)
     base = base_weights(view, adapter)
-    layers, rows, fields = _without_rows(contents, view)
     updates = low_rank_updates(layers, contents.tensors, rank=rank, pad=pad, base=base)
-    beside = saved.copies() | rows
     written = stacks.in_form(updates, experts, contents.also_train, model_type)
-    config = _config_of(contents, written, saved.modules, view) | fields
-    return updates, beside, config, tensors_of(written) | beside
+    others = saved.copies() | _token_tensors(token_rows, contents.tensors)
+    config = _config_of(contents, written, saved.modules, module_names(view))
+    config |= notes_of(view.model)
+    config["trainable_token_indices"] = _token_numbers(token_rows)
+    return updates, others, config, tensors_of(written) | others
 
 
-def _without_rows(
-    contents: AdapterContents, view: ModelView | None = None
-) -> tuple[list[LayerRecord], dict[str, Tensor], dict[str, Any]]:
-    """Return the layers without the rows that PEFT's LoRA has for tokens; and these in its form."""
-    rows = [
-        record
-        for record in contents.layers
-        if method_of(record.method).replaces
-        and record.rows
-        and record.scale == 1
-        and (view is None or _reads_alike(view, record))
-    ]
-    others = [record for record in contents.layers if record not in rows]
-    numbers = {record.name: [n for ends in record.rows for n in range(*ends)] for record in rows}
-    values = {record.name + TOKENS: contents.tensors[record.key].mT.contiguous() for record in rows}
-    return others, values, {"trainable_token_indices": numbers or None}
+# --- rows of tokens ------------------------------------------------------------------------------
 
 
-def _reads_alike(view: ModelView, layer: LayerRecord) -> bool:
+def _split_token_rows(
+    layers: Sequence[LayerRecord], view: ModelView | None
+) -> tuple[list[LayerRecord], list[LayerRecord]]:
+    """Return the layers that PEFT's LoRA holds as rows of tokens, and the other layers."""
+    token_rows = []
+    others = []
+    for layer in layers:
+        is_new_rows = method_of(layer.method).replaces and layer.rows and layer.scale == 1
+        if is_new_rows and (view is None or _reads_rows_alike(view, layer)):
+            token_rows.append(layer)
+        else:
+            others.append(layer)
+    return token_rows, others
+
+
+def _token_tensors(layers: Sequence[LayerRecord], tensors: Tensors) -> dict[str, Tensor]:
+    return {layer.name + TOKENS: tensors[layer.key].mT.contiguous() for layer in layers}
+
+
+def _token_numbers(layers: Sequence[LayerRecord]) -> dict[str, list[int]] | None:
+    """Return PEFT's `trainable_token_indices`: the numbers of the rows of each table."""
+    numbers = {}
+    for layer in layers:
+        numbers[layer.name] = [number for ends in layer.rows for number in range(*ends)]
+    return numbers or None
+
+
+def _reads_rows_alike(view: ModelView, layer: LayerRecord) -> bool:
     """Whether PEFT reads the new rows alike: in all that are tied, and without adding a bias."""
     names = names_of_weight(view, layer.name)
     biases = {name.removesuffix("weight") + "bias" for name in names}
     return len(names) == 1 + len(layer.tied) and biases.isdisjoint(view.parameters_by_name)
 
 
+# --- what PEFT can adapt -------------------------------------------------------------------------
+
+
 def names_of_weight(view: ModelView, layer: str) -> tuple[str, ...]:
+    """Return all names of the weight of a layer, which may be tied."""
     parameter = view.parameters_by_name.get(join(layer, "weight"))
-    return () if parameter is None else parameter.names
+    if parameter is None:
+        return ()
+    return parameter.names
 
 
 def model_type_of(view: ModelView) -> str | None:
-    return getattr(getattr(view.model, "config", None), "model_type", None)
+    """Return the type of a model of `transformers`."""
+    config = getattr(view.model, "config", None)
+    return getattr(config, "model_type", None)
 
 
 def unknown_to_lora(layer: nn.Module) -> str | None:
-    """Return why PEFT's LoRA has no layer that does the same, or None if it has."""
+    """Return why PEFT's LoRA can't adapt a layer with the same result, or None if it can."""
     if isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
         if layer.groups != 1:
             return f"its convolution has groups={layer.groups}, and PEFT's LoRA can't merge these"
@@ -243,6 +266,9 @@ def unknown_to_lora(layer: nn.Module) -> str | None:
     return f"PEFT's LoRA does not know a {original_class(layer).__name__}"
 
 
+# --- without a model -----------------------------------------------------------------------------
+
+
 def write_lora(
     folder: Path,
     contents: AdapterContents,
@@ -253,7 +279,11 @@ def write_lora(
     model_type: str | None = None,
     base: BaseWeight | None = None,
 ) -> LoraReport:
-    """Write an adapter of an unknown model as `export` does, except convolutions."""
+    """Write an adapter as `export` does, without the model.
+
+    The notes of the adapter that PEFT knows go into the configuration. Convolutions are refused,
+    because the file does not tell whether PEFT's LoRA can adapt them.
+    """
     problems = [
         f"{layer.name} is a convolution of unknown groups and padding: export from the model"
         for layer in contents.layers
@@ -270,69 +300,82 @@ def write_lora(
     problems += layers_inside(contents.names, saved)
     problems += stacks.misread_by_peft(contents.layers, experts, model_type)
     refuse_to_write(CANT_EXPRESS, problems)
-    layers, rows, fields = _without_rows(contents)
+    token_rows, layers = _split_token_rows(contents.layers, None)
     updates = low_rank_updates(layers, contents.tensors, rank=rank, pad=pad, base=base)
     written = stacks.in_form(updates, experts, contents.also_train, model_type)
-    beside = {name: contents.tensors[name] for name in contents.also_train}
-    config = _config_of(contents, written, saved) | fields
-    write_peft_files(folder, config, tensors_of(written) | beside | rows)
-    return LoraReport.of(folder, updates, beside)
+    others = {name: contents.tensors[name] for name in contents.also_train}
+    others |= _token_tensors(token_rows, contents.tensors)
+    config = _config_of(contents, written, saved, None)
+    config |= {note: contents.metadata.get(note) for note in NOTES}
+    config["trainable_token_indices"] = _token_numbers(token_rows)
+    write_peft_files(folder, config, tensors_of(written) | others)
+    return LoraReport.of(folder, updates, others)
+
+
+# --- in PEFT's form ------------------------------------------------------------------------------
 
 
 def _config_of(
     contents: AdapterContents,
     updates: Sequence[LowRankUpdate],
     saved: Iterable[str],
-    view: ModelView | None = None,
+    modules: Collection[str] | None,
 ) -> dict[str, Any]:
-    """Return PEFT's configuration of a LoRA; of an unknown model if there is no view of it."""
-    names = [update.record.name for update in updates]
-    parameters = sorted(update.record.name for update in updates if is_stack(update.record))
-    # The experts that are written one by one, which are no layers of the model.
-    single = set(filter(stacks.SINGLE_EXPERT.fullmatch, names)).difference(contents.names)
-    others = set(names).difference(single, parameters)
-    # SGLang refuses a regex, and knows single experts by the usual names of their projections.
-    targets: list[str] | str = sorted(others.union(stacks.SERVED_TARGETS))
-    if not single:
-        targets = exact_targets(others, None if view is None else module_names(view))
+    """Return PEFT's configuration of a LoRA, for a model with these modules if they are known."""
     # The values of most layers are the default; the patterns list the other layers.
     sizes = {update.record.name: (update.rank, _alpha_of(update)) for update in updates}
-    usual_r, usual_alpha = max(multimode(sizes.values()))
-    return {
+    r, alpha = max(multimode(sizes.values()))
+    ranks = {name: rank for name, (rank, _) in sizes.items() if rank != r}
+    alphas = {name: other for name, (_, other) in sizes.items() if other != alpha}
+    parameters = sorted(update.record.name for update in updates if is_stack(update.record))
+    config = {
         "peft_type": "LORA",
         "inference_mode": True,
-        **notes_of(None if view is None else view.model),
-        "r": usual_r,
-        "lora_alpha": usual_alpha,
-        "rank_pattern": {
-            anchored(name): rank for name, (rank, _) in sizes.items() if rank != usual_r
-        },
-        "alpha_pattern": {
-            anchored(name): alpha for name, (_, alpha) in sizes.items() if alpha != usual_alpha
-        },
-        "target_modules": targets,
+        "r": r,
+        "lora_alpha": alpha,
+        "rank_pattern": {exact_pattern(name): rank for name, rank in ranks.items()},
+        "alpha_pattern": {exact_pattern(name): other for name, other in alphas.items()},
+        "target_modules": _targets_of(contents, sizes.keys() - parameters, modules),
         "modules_to_save": sorted(saved) or None,
-        **({"target_parameters": parameters} if parameters else {}),
-        # PEFT has no dropout for parameters.
-        "lora_dropout": 0.0 if parameters else contents.config.dropout,
+        "lora_dropout": contents.config.dropout,
         "fan_in_fan_out": any(update.record.layout.pattern == "in out" for update in updates),
         "bias": "none",
         "init_lora_weights": True,
         "use_rslora": False,
         "use_dora": False,
     }
+    if parameters:
+        config["target_parameters"] = parameters
+        config["lora_dropout"] = 0.0  # PEFT has no dropout for parameters
+    return config
+
+
+def _targets_of(
+    contents: AdapterContents, names: Collection[str], modules: Collection[str] | None
+) -> list[str] | str:
+    """Return `target_modules` for LoRAs of these names, of which some may be of single experts."""
+    single = {name for name in names if stacks.SINGLE_EXPERT.fullmatch(name)}
+    single.difference_update(contents.names)  # the model itself has experts as modules
+    others = set(names) - single
+    if single:
+        # SGLang refuses a regex, and knows single experts by the usual names of their projections.
+        return sorted(others.union(stacks.SERVED_TARGETS))
+    return exact_targets(others, modules)
 
 
 def _alpha_of(update: LowRankUpdate) -> float:
-    """Return lora_alpha = s * rank; a scale of 0 makes B zero, as some runtimes read 0 as 1."""
-    alpha = (update.record.scale or 1.0) * update.rank
+    """Return lora_alpha = s * rank, or the rank for a scale of 0, whose B is written as zeros."""
+    scale = update.record.scale
+    if scale == 0:  # some runtimes read a lora_alpha of 0 as 1
+        scale = 1.0
+    alpha = scale * update.rank
     return int(alpha) if alpha == int(alpha) else alpha
 
 
 def tensors_of(updates: Sequence[LowRankUpdate]) -> dict[str, Tensor]:
     """Return the factors of all layers by their keys in a folder, without PEFT's prefix."""
     stack_names = {update.record.name for update in updates if is_stack(update.record)}
-    found = {}
+    tensors = {}
     for update in updates:
         name = update.record.name
         a = update.a
@@ -342,9 +385,11 @@ def tensors_of(updates: Sequence[LowRankUpdate]) -> dict[str, Tensor]:
             a, b = stacks.stack_factors(update)
         if not update.record.scale:
             b = torch.zeros_like(b)
-        a_end, b_end = EMBEDDING if update.record.layout.pattern == "index out" else MATRIX
-        b = b.reshape(*b.shape, *(1 for _ in a.shape[2:]))
-        found[name + a_end] = a.contiguous()
+        is_embedding = update.record.layout.pattern == "index out"
+        a_end, b_end = EMBEDDING if is_embedding else MATRIX
+        for _ in a.shape[2:]:  # of a convolution, whose B is 1x1
+            b = b.unsqueeze(-1)
+        tensors[name + a_end] = a.contiguous()
         # A copy: for r = 1, B is the block itself.
-        found[name + b_end] = b.clone(memory_format=torch.contiguous_format)
-    return found
+        tensors[name + b_end] = b.clone(memory_format=torch.contiguous_format)
+    return tensors
