@@ -63,7 +63,7 @@ USES = {
         "stops its gradient",
     ),
     "as W alone": (
-        lambda layer, x: scripted(x, layer.weight.base),
+        lambda layer, x: scripted(x, getattr(layer.weight, "base", layer.weight)),
         (True, False, False, False),
         "the update does not reach the output",
     ),
