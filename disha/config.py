@@ -214,7 +214,7 @@ def as_json(value: Any) -> Any:
     return value
 
 
-def matching(patterns: Iterable[str], names: Sequence[str]) -> list[str]:
+def find_matching(patterns: Iterable[str], names: Sequence[str]) -> list[str]:
     """Return the patterns that are found in any of the names, in order."""
     return [p for p in patterns if any(re.search(p, name) for name in names)]
 
@@ -222,7 +222,7 @@ def matching(patterns: Iterable[str], names: Sequence[str]) -> list[str]:
 def first_match(patterns: Iterable[str], names: Sequence[str]) -> str | None:
     """Return the first pattern that is found in any of the names, or None."""
     for pattern in patterns:
-        if matching([pattern], names):
+        if find_matching([pattern], names):
             return pattern
     return None
 

@@ -133,7 +133,7 @@ def _project(query: Tensor, x: Tensor, weight: Any, bias: Tensor | None) -> Any:
     """Return the projection of x in an attention with this query."""
     if not isinstance(weight, EffectiveWeight):
         return F.linear(x, weight, bias)
-    updates = weight.updates.in_attention(query)
+    updates = weight.updates.for_attention(query)
     if updates is not weight.updates:
         weight = effective(weight.base, weight.weight_layout, updates)
     output: Any = linear_product(x, weight, bias)

@@ -34,7 +34,7 @@ def effective_part(
             found.extend(cut)
         return found
 
-    of_rank = updates.changed(of_part)
+    of_rank = updates.map(of_part)
     if of_rank is None:
         raise ModeError(
             f"an adapter can't act: its weight is placed as {split.placements}, and its block "

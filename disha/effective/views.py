@@ -19,7 +19,7 @@ from disha.functional.updates import Change, Updates
 
 def _mapped(weight: EffectiveWeight, base: Tensor, layout: Layout, change: Change) -> Any:
     """Return a view with its updates changed; NotImplemented if a block can't be cut there."""
-    updates = weight.updates.changed(change)
+    updates = weight.updates.map(change)
     if updates is None:
         return NotImplemented
     return effective(base, layout, updates) if updates.every else base
@@ -28,7 +28,7 @@ def _mapped(weight: EffectiveWeight, base: Tensor, layout: Layout, change: Chang
 @rule("mT")
 def transposed(weight: Any) -> Any:
     """View the transposed matrices; NotImplemented if that is no layout."""
-    layout = weight.weight_layout.turned()
+    layout = weight.weight_layout.transposed()
     if layout is None:
         return NotImplemented
     return effective(torch.transpose(weight.base, -2, -1), layout, weight.updates)

@@ -185,7 +185,7 @@ def absent(base: Tensor, layout: Layout) -> AbsentWeight:
 
 def computed(weight: EffectiveWeight) -> Tensor:
     """Return W + sum of s dW as a plain tensor, with its graph."""
-    return weight.updates.computed(weight.base, weight.weight_layout)
+    return weight.updates.compute_weight(weight.base, weight.weight_layout)
 
 
 def compute_first(func: Operation, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:

@@ -108,7 +108,7 @@ def load_adapter(
         ('0.bone_block',)
     """
     view = ModelView(model)
-    with view.ranks.agreeing(f"load a file as adapter {adapter!r}"):
+    with view.ranks.fail_together(f"load a file as adapter {adapter!r}"):
         contents = read_contents(file_at(path), also_train=also_train, layers=layers)
     return load_contents(
         view,
@@ -161,7 +161,7 @@ def load_contents(
     """
     with all_or_nothing(view, around) as undo:
         replaces = replace and adapter in view.adapters
-        with view.ranks.agreeing(f"load a file as adapter {adapter!r}"):
+        with view.ranks.fail_together(f"load a file as adapter {adapter!r}"):
             check_adapter_name(adapter)
             view.refuse_inside("load an adapter")
             incoming = _rename_as_in_model(view, adapter, source, contents)

@@ -26,8 +26,8 @@ from disha.model.lost_layers import find_lost_layers
 from disha.model.records import LayerRecord
 from disha.model.state import adapter_tensors, finite_as
 from disha.model.view import ModelBlock, ModelView
-from disha.sharding.tensors import gathered
-from disha.sharding.zero import present
+from disha.sharding.tensors import gather
+from disha.sharding.zero import gather_partition
 from disha.text import counted, first_few
 
 
@@ -80,11 +80,11 @@ def save_adapter(
     view = ModelView(model)
     ranks = view.ranks
     action = f"save adapter {adapter!r}"
-    with ranks.agreeing(action):
+    with ranks.fail_together(action):
         view.require(adapter)
         target = file_at(path)
     contents = adapter_contents(view, adapter, metadata)
-    with ranks.agreeing(action):
+    with ranks.fail_together(action):
         if ranks.writes:
             if Path(path) != target:  # the user named a folder
                 target.parent.mkdir(exist_ok=True)
@@ -140,7 +140,7 @@ def adapter_contents(
     """Return an adapter of a model, on the CPU; collective. `base` asks for fingerprints."""
     ranks = view.ranks
     action = f"take adapter {adapter!r} out of the model"
-    with ranks.agreeing(action):
+    with ranks.fail_together(action):
         notes = _check_notes(metadata)
         held = adapter_tensors(view, adapter)
         meta = [key for key, tensor in held.items() if tensor.is_meta]
@@ -149,14 +149,14 @@ def adapter_contents(
                 f"adapter {adapter!r} is on the meta device ({meta[0]}); give the model values "
                 "first"
             )
-    tensors = {key: gathered(tensor).detach().cpu() for key, tensor in held.items()}
+    tensors = {key: gather(tensor).detach().cpu() for key, tensor in held.items()}
     blocks = view.blocks(adapter)
     borrowers = view.borrowers()
     layers = tuple(
         describe_block(model_block, borrowers[model_block.block], base=base)
         for model_block in blocks
     )
-    with ranks.agreeing(action):
+    with ranks.fail_together(action):
         _check_contents(adapter, layers, tensors)
     keys = {record.key for record in layers}
     return AdapterContents(
@@ -219,7 +219,7 @@ def base_fingerprint(model_block: ModelBlock) -> str | None:
     # The values depend on how the weight is quantised, but the adapter fits it either way.
     if slot.quantized or is_packed(layer, slot.parameter):
         return None
-    weight = present(base_of(layer, slot))
+    weight = gather_partition(base_of(layer, slot))
     return fingerprint(slot.layout.part(weight, slot.rows))
 
 

@@ -16,7 +16,7 @@ pattern does, and converts between the weight and its matrices:
 input that is looked up, and `*kernel` stands for all the remaining axes. So far, `*kernel` is last
 and `expert` is first; what is listed below relies on both, and so do the rules of an index.
 
-To add a layout, add its pattern to `PATTERNS`, and to `_TURNED` if `PATTERNS` has the layout of
+To add a layout, add its pattern to `PATTERNS`, and to `_TRANSPOSED` if `PATTERNS` has the layout of
 `weight.mT`. Two inverse pairs of `Layout` know where each axis is: `geometry` and `shape`,
 `matrices` and `weight`. The rest goes by the names of the axes: `has_kernel`, `in_first`,
 `experts_first`, `of_one_expert`, `reason_against_shape`, and `update_of_part` in
@@ -51,7 +51,7 @@ PATTERNS = (
 )
 """The layouts that a weight can have."""
 
-_TURNED = {
+_TRANSPOSED = {
     "out in": "in out",
     "in out": "out in",
     "index out": "out in",
@@ -132,9 +132,9 @@ class Layout:
         """Whether the inputs come before the outputs."""
         return _IN_FIRST[self.pattern]
 
-    def turned(self) -> Layout | None:
+    def transposed(self) -> Layout | None:
         """Return the layout of `weight.mT`, or None if `PATTERNS` has none."""
-        pattern = None if self.padding_idx is not None else _TURNED.get(self.pattern)
+        pattern = None if self.padding_idx is not None else _TRANSPOSED.get(self.pattern)
         return None if pattern is None else replace(self, pattern=pattern)
 
     def of_one_expert(self) -> Layout:
@@ -244,7 +244,7 @@ def layout_of(pattern: object) -> Layout:
 
     Examples:
         >>> from disha.functional import layout_of
-        >>> layout_of("expert in out").turned().pattern
+        >>> layout_of("expert in out").transposed().pattern
         'expert out in'
     """
     if isinstance(pattern, Layout):

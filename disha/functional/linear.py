@@ -14,7 +14,7 @@ from disha.functional.dropout import drop_inputs
 from disha.functional.layouts import MATRIX, Geometry
 from disha.functional.parts import updates_of_outputs
 from disha.functional.products import fold_or_separate, update_product
-from disha.functional.shard_sums import added, scaled, shard_sum, shard_sums, tiled
+from disha.functional.shard_sums import add_to, scaled, shard_sum, shard_sums, tiled
 from disha.functional.update import Update, computed_weight, shard_sum_terms
 from disha.private_torch import any_autocast, modes_active, must_not_write, transforms_active
 
@@ -55,7 +55,7 @@ def adapted_linear(
     else:
         output = _linear_with_one_folded(inputs, weight, bias, updates[0])
     if late_bias is not None:
-        output = added(output, late_bias)
+        output = add_to(output, late_bias)
     return output if inputs is x else output.reshape(*x.shape[:-1], weight.shape[0])
 
 
@@ -105,7 +105,7 @@ def _linear_in_general(
     for sums, matrix, overflow_scale in sums_and_matrices:
         output = _add_product(output, sums, matrix, overflow_scale)
     for delta in deltas:
-        output = added(output, delta)
+        output = add_to(output, delta)
     return output
 
 
@@ -113,7 +113,7 @@ def _add_product(output: Tensor, sums: Tensor, matrix: Tensor, factor: float) ->
     """Return output + factor * sums @ matrix, in one operation where possible."""
     matrix = matrix.to(sums.dtype)
     if output.dtype != sums.dtype or matrix.shape[1] != output.shape[1]:
-        return added(output, tiled(scaled(sums @ matrix, factor), output.shape[1]))
+        return add_to(output, tiled(scaled(sums @ matrix, factor), output.shape[1]))
     if is_compiling() or must_not_write():
         return torch.addmm(output, sums, matrix, alpha=factor)
     return output.addmm_(sums, matrix, alpha=factor)

@@ -164,7 +164,7 @@ class Method:
         """Return the block of the inputs start to stop, or None if it can't be cut there."""
         return None
 
-    def widened(self, block: Tensor, r: int, wider: int) -> Tensor | None:
+    def widen(self, block: Tensor, r: int, wider: int) -> Tensor | None:
         """Return the block for a larger shard size with the same dW, or None if there is none."""
         return None
 
@@ -242,7 +242,7 @@ class Method:
         """Return the kept block for a larger shard size with the same dW, or None."""
         if wider == r:
             return block
-        matrices = self.widened(self.matrix_block(layout, block), r, wider)
+        matrices = self.widen(self.matrix_block(layout, block), r, wider)
         return None if matrices is None else self.kept_block(layout, matrices)
 
     def lora_factors(
@@ -290,7 +290,7 @@ class _Bone(Method):
         offset = start % block.shape[-2]
         return block.roll(-offset, -2) if offset else block  # D'[j] = D[(start + j) mod r]
 
-    def widened(self, block: Tensor, r: int, wider: int) -> Tensor | None:
+    def widen(self, block: Tensor, r: int, wider: int) -> Tensor | None:
         return None if wider % r else torch.cat([block] * (wider // r), -2)  # D'[j] = D[j mod r]
 
     def from_lora_b(self, b: Tensor) -> Tensor | None:

@@ -28,7 +28,7 @@ from disha.functional.convolutions import channel_shard_sums
 from disha.functional.dropout import drop_inputs, drop_tokens
 from disha.functional.layouts import MATRIX, Geometry, Layout
 from disha.functional.lookups import is_lookup, look_up_outputs, output_numbers
-from disha.functional.shard_sums import added, scaled, shard_count, shard_sums, tiled
+from disha.functional.shard_sums import add_to, scaled, shard_count, shard_sums, tiled
 from disha.functional.update import ShardSumTerm, Update, computed_weight, shard_sum_terms
 from disha.private_torch import must_not_write
 
@@ -56,9 +56,9 @@ def adapted_product(
     terms = shard_sum_terms(updates, layout, geometry)
     output = multiply(x, computed_weight(weight, layout, folded), bias)
     for term in terms:
-        output = added(output, _shard_sum_product(multiply, x, layout, term, geometry))
+        output = add_to(output, _shard_sum_product(multiply, x, layout, term, geometry))
     for update in separate:
-        output = added(output, update_product(multiply, x, weight, layout, update))
+        output = add_to(output, update_product(multiply, x, weight, layout, update))
     return output
 
 

@@ -130,13 +130,13 @@ class Routed(Updates):
         names = self.route.names
         return self.by_adapter.get(names[0] or "", ()) if len(set(names)) == 1 else None
 
-    def changed(self, change: Change) -> Updates | None:
+    def map(self, change: Change) -> Updates | None:
         """Return the updates of a view, or None if there are none."""
         views = {adapter: change(updates) for adapter, updates in self.by_adapter.items()}
         found = {adapter: tuple(kept) for adapter, kept in views.items() if kept is not None}
         return Routed(self.route, found, self.batch) if len(found) == len(views) else None
 
-    def in_attention(self, query: Tensor) -> Updates:
+    def for_attention(self, query: Tensor) -> Updates:
         """Return the updates for torch's attention, where samples are the second dimension."""
         if query.dim() != 3:
             raise ArgumentError(
@@ -146,7 +146,7 @@ class Routed(Updates):
             )
         return Routed(self.route, self.by_adapter, query.shape[1])
 
-    def computed(self, weight: Tensor, layout: Layout) -> Tensor:
+    def compute_weight(self, weight: Tensor, layout: Layout) -> Tensor:
         """Raise: no one weight is that of all samples."""
         raise ModeError(
             "samples can't be routed here: this operation needs one computed weight for all "
@@ -175,7 +175,7 @@ class Routed(Updates):
             return output + delta.to(output.dtype)
         return _with_alike(output, x, self.route, alike)
 
-    def added(self, output: Tensor, x: Tensor, delta_of: DeltaOf) -> Tensor:
+    def add_updates(self, output: Tensor, x: Tensor, delta_of: DeltaOf) -> Tensor:
         """Return an output plus, for each sample, what the updates of its own adapter add."""
         each, _ = self.route.by_adapter(x.shape[0], x.device)
         for adapter, rows in each:

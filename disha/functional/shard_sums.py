@@ -171,7 +171,7 @@ def weighted_sum(parts: Sequence[tuple[Tensor, float]]) -> Tensor:
     return merged_weight(torch.zeros_like(parts[0][0], dtype=dtype), parts)
 
 
-def added(fresh: Tensor, delta: Tensor) -> Tensor:
+def add_to(fresh: Tensor, delta: Tensor) -> Tensor:
     """Return fresh + delta in the dtype of `fresh`; adds in place where that is safe."""
     delta = delta.to(fresh.dtype)
     must_copy = is_compiling() or must_not_write() or is_view(fresh)

@@ -41,16 +41,16 @@ class Updates:
         """Return the updates for the samples of an input, or None if these have their own."""
         return self.every
 
-    def changed(self, change: Change) -> Updates | None:
+    def map(self, change: Change) -> Updates | None:
         """Return the updates of a view, or None if there are none."""
         every = change(self.every)
         return None if every is None else Updates(tuple(every))
 
-    def in_attention(self, query: Tensor) -> Updates:
+    def for_attention(self, query: Tensor) -> Updates:
         """Return the updates for torch's attention, where samples are the second dimension."""
         return self
 
-    def computed(self, weight: Tensor, layout: Layout) -> Tensor:
+    def compute_weight(self, weight: Tensor, layout: Layout) -> Tensor:
         """Return W + sum of s dW."""
         if any(update.dropout for update in self.every):
             raise ModeError(
@@ -79,9 +79,9 @@ class Updates:
         def delta_of(inputs: Tensor, update: Update) -> Tensor:
             return update_product(multiply, inputs, weight, layout, update)
 
-        return self.added(multiply(x, weight, bias), x, delta_of)
+        return self.add_updates(multiply(x, weight, bias), x, delta_of)
 
-    def added(self, output: Tensor, x: Tensor, delta_of: DeltaOf) -> Tensor:
+    def add_updates(self, output: Tensor, x: Tensor, delta_of: DeltaOf) -> Tensor:
         """Return an output plus what each update adds to it."""
         for update in self.every:
             output = output + delta_of(x, update).to(output.dtype)

@@ -103,7 +103,7 @@ def export(
     ranks = first.ranks
     action = f"export adapter {adapter!r}"
     contents = {name: adapter_contents(view, adapter, base=False) for name, view in views.items()}
-    with ranks.agreeing(action):
+    with ranks.fail_together(action):
         target = checked_path(path)
         for name, view in views.items():
             problems = reasons_against(view, contents[name].names, unknown_to_lora, exporting=True)
@@ -115,7 +115,7 @@ def export(
             refuse_to_write(f"a LoRA would not compute what the {name} does", problems)
     bases = {name: base_weights(view, adapter) for name, view in views.items()}
     updates = _updates(contents, bases, rank)
-    with ranks.agreeing(action):
+    with ranks.fail_together(action):
         if ranks.writes:
             save_tensors(target, tensors_of(updates))
     return LoraReport.of(target, updates)

@@ -32,7 +32,7 @@ from disha.functional.layouts import place_outputs
 from disha.layers.weights import base_of
 from disha.model.records import LayerRecord, Tensors
 from disha.model.view import ModelView
-from disha.sharding.tensors import gathered
+from disha.sharding.tensors import gather
 from disha.text import counted, first_few, printable, table
 
 BaseWeight = Callable[[str], Tensor]
@@ -160,7 +160,7 @@ def base_weights(view: ModelView, adapter: str) -> BaseWeight:
         model_block.name: (model_block.layer, model_block.block.slot)
         for model_block in view.require(adapter)
     }
-    return lambda name: gathered(base_of(*places[name]).detach())
+    return lambda name: gather(base_of(*places[name]).detach())
 
 
 # --- from blocks to factors ----------------------------------------------------------------------

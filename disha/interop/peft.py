@@ -140,7 +140,7 @@ def export(
             check_type(note, value, str, "a str")
             given[note] = value
     contents = adapter_contents(view, adapter, base=False)
-    with ranks.agreeing(action):
+    with ranks.fail_together(action):
         target = checked_path(folder)
         names = contents.names
         saved = saved_modules(view, contents.also_train, names)
@@ -150,7 +150,7 @@ def export(
         notes = notes_of(view.model) | given
         fields = _fields_of(contents, dropout, module_names(view), saved.modules, notes)
     others = saved.copies()
-    with ranks.agreeing(action):
+    with ranks.fail_together(action):
         if ranks.writes:
             write_peft_files(target, fields, _blocks_of(contents) | others)
     layers = [
@@ -214,7 +214,7 @@ def load(
         True
     """
     view = ModelView(model)
-    with view.ranks.agreeing(f"load a PEFT folder as adapter {adapter!r}"):
+    with view.ranks.fail_together(f"load a PEFT folder as adapter {adapter!r}"):
         peft_folder, config, blocks = _read(folder, also_train)
         problems = reasons_against(view, blocks, _reason_if_unknown, exporting=False)
         refuse_to_load(peft_folder.path, problems)

@@ -28,7 +28,7 @@ from disha.layers.blocks import original_class
 from disha.layers.kinds import FOREIGN_KINDS, LAYER_KINDS, full_name
 from disha.model.records import Tensors
 from disha.model.view import ModelView, persistent_buffers_of
-from disha.sharding.tensors import gathered
+from disha.sharding.tensors import gather
 from disha.text import brief, first_few, join
 
 CONFIG_NAME = "adapter_config.json"
@@ -283,7 +283,7 @@ class Saved:
     def copies(self) -> dict[str, Tensor]:
         """Return copies of the tensors on the CPU; collective if sharded."""
         return {
-            name: gathered(tensor.detach()).to("cpu", copy=True).contiguous()
+            name: gather(tensor.detach()).to("cpu", copy=True).contiguous()
             for name, tensor in self.tensors.items()
         }
 
@@ -394,7 +394,7 @@ def keep_for_model(view: ModelView, folder: PeftFolder) -> None:
 def _equal_in_narrower(tensor: Tensor, in_model: Tensor) -> bool:
     """Whether two tensors are equal in the narrower of their dtypes."""
     dtype = min(tensor.dtype, in_model.dtype, key=attrgetter("itemsize"))
-    return torch.equal(tensor.to(dtype), gathered(in_model).cpu().to(dtype))
+    return torch.equal(tensor.to(dtype), gather(in_model).cpu().to(dtype))
 
 
 def _holds(tensors: Tensors, name: str, value: Tensor) -> bool:

@@ -27,7 +27,7 @@ from disha.functional.shard_sums import merge_dtype
 from disha.functional.updates import Updates
 from disha.layers import compiled
 from disha.sharding.tensor_parallel import Split
-from disha.sharding.zero import expect, gathered_by, whole_shape
+from disha.sharding.zero import gathered_parameter, restart_trace, whole_shape
 
 CHILD_NAME = "disha"
 """Name of the child module that adapting adds to a module."""
@@ -113,7 +113,7 @@ class AdapterBlock(nn.Module):
         elif type(parameters) is not dict and values is not None:
             # ZeRO-3 has put a dict of its own here. In a forward, looking the block up gathers it;
             # elsewhere, and in compiled code, only the hooks of a call of this module do.
-            expect(values)
+            restart_trace(values)
             values = parameters[self.parameter_name]
             if values.shape != whole_shape(values):
                 values = self()
@@ -156,7 +156,7 @@ class AdapterBlock(nn.Module):
         """Set the block to these values, or else as `init` in the configuration says."""
         if self.block.is_meta:
             return  # it has no values
-        with gathered_by(self.block, writes=True):
+        with gathered_parameter(self.block, writes=True):
             values = self.block.detach()
             if start is not None:
                 values.copy_(start)

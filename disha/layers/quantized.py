@@ -266,7 +266,7 @@ def add_updates(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], outp
     input = tensors[0].to(output.device)
     updates = adapters.updates("weight", override, compiling, input.is_meta)
     updates.of_input(input, slot.shape)  # raises if samples can't be routed
-    return updates.added(output, input, partial(_delta, module, slot))
+    return updates.add_updates(output, input, partial(_delta, module, slot))
 
 
 def _delta(module: nn.Module, slot: Slot, x: Tensor, update: Update) -> Tensor:

@@ -135,7 +135,7 @@ def _unusual_weight(
     if type(base) in PLAIN:
         # In some forwards, transformers replaces DTensors by their local tensors.
         return effective_part(base, blocks[0].split, layout, updates)  # type: ignore[arg-type]
-    return updates.computed(base, layout)  # a tensor of another class
+    return updates.compute_weight(base, layout)  # a tensor of another class
 
 
 def linear_forward(layer: Any, input: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from disha.functional.shard_sums import is_inexact
 from disha.layers import bitsandbytes, quantized
 from disha.layers.blocks import CHILD_NAME, AdapterBlock, Adapters, Slot, original_class
 from disha.layers.offloading import offloading_hooks
-from disha.sharding.tensors import gathered
+from disha.sharding.tensors import gather
 from disha.sharding.zero import whole_shape
 
 
@@ -123,7 +123,7 @@ def start_of(layer: nn.Module, block: AdapterBlock) -> Tensor | None:
     if not block.method.replaces:
         return None
     slot = block.slot
-    base = gathered(base_of(layer, slot)).detach()
+    base = gather(base_of(layer, slot)).detach()
     if base.is_meta:
         for hook in offloading_hooks(layer):
             base = hook.weights_map[slot.parameter]

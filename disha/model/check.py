@@ -25,8 +25,8 @@ from disha.layers.quantized import quantized_slot
 from disha.model.merge import merge
 from disha.model.view import ModelBlock, ModelView, clean_key
 from disha.sharding.imported import imported_class
-from disha.sharding.tensors import gathered, is_sharded, write
-from disha.sharding.zero import is_partitioned, release, whole_shape
+from disha.sharding.tensors import gather, is_sharded, write
+from disha.sharding.zero import is_partitioned, repartition, whole_shape
 from disha.text import counted, first_few, grouped, printable, table
 
 SIZE = 0.02
@@ -326,7 +326,7 @@ def _check(
     blocks = [model_block.block for model_block in active]
     runner = _Runner(view, blocks, call)
     with torch.inference_mode(False), torch.enable_grad():
-        zeros = {block for block in blocks if not gathered(block.block).count_nonzero()}
+        zeros = {block for block in blocks if not gather(block.block).count_nonzero()}
         frozen = {block for block in blocks if not block.block.requires_grad}
         _randomise(blocks, undo)
         _keep_data(active, undo)
@@ -435,7 +435,7 @@ def _with_gradient(outputs: list[Tensor], read: dict[AdapterBlock, Tensor]) -> s
         return set()
     values = [*read.values()]
     gradients = torch.autograd.grad(sums, values, allow_unused=True)
-    release(values)
+    repartition(values)
     return {
         block
         for block, gradient in zip(read, gradients)
@@ -448,7 +448,7 @@ def _changes_outputs(
 ) -> bool:
     """Whether the outputs change when a block changes."""
     with ExitStack() as undo:
-        write(block.block, gathered(block.block) + 50 * SIZE, undo)
+        write(block.block, gather(block.block) + 50 * SIZE, undo)
         changed = runner.run(training)
     if len(changed) != len(outputs):
         return True
@@ -546,7 +546,7 @@ def _changes_by_rounding(runner: _Runner, seen: _Seen, tolerance: float) -> list
     """
     with ExitStack() as undo:
         for block in runner.blocks:
-            write(block.block, gathered(block.block) * (1 + tolerance), undo)
+            write(block.block, gather(block.block) * (1 + tolerance), undo)
         outputs = runner.run(seen.training)
     if _shapes_of(outputs) != _shapes_of(seen.outputs):
         return [0.0] * len(seen.outputs)

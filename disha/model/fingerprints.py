@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from disha.functional.shard_sums import is_inexact
-from disha.sharding.tensors import gathered
+from disha.sharding.tensors import gather
 
 SAMPLES = 64
 HALF = 8
@@ -37,7 +37,7 @@ def fingerprint(weight: Tensor) -> str | None:
     """
     if weight.is_meta or not is_inexact(weight) or not weight.numel():
         return None
-    chosen = sample(gathered(weight.detach())).cpu()
+    chosen = sample(gather(weight.detach())).cpu()
     if chosen.is_complex():
         chosen = torch.view_as_real(chosen).flatten()
     shape = str(tuple(weight.shape)).encode()

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from disha.checks import check_regexes
-from disha.config import ALL_LINEAR, AdapterConfig, Target, matching
+from disha.config import ALL_LINEAR, AdapterConfig, Target, find_matching
 from disha.errors import ArgumentError, ArgumentTypeError
 from disha.functional import layout_of
 from disha.layers.kinds import declared_slots, slot_of
@@ -77,7 +77,7 @@ class Selection:
                 continue
             if not layer.attribute and not _has_parameters(layer.module):
                 continue  # a container, for example, which a target may match without harm
-            if matching(self.config.exclude, [*modules]):
+            if find_matching(self.config.exclude, [*modules]):
                 layer = replace(layer, reason=EXCLUDED)
             selected.append(layer)
         return selected
@@ -86,7 +86,7 @@ class Selection:
         """Return whether the target matches any of the names of a weight."""
         if callable(self.target):
             return any(self.target(name, module) for name, module in modules.items())
-        return bool(matching(self.regexes, [*modules]))
+        return bool(find_matching(self.regexes, [*modules]))
 
     @property
     def unknown(self) -> tuple[PlannedLayer, ...]:
@@ -159,7 +159,7 @@ def list_weights(view: ModelView, config: AdapterConfig) -> list[PlannedLayer]:
 
 def _declare(layer: PlannedLayer, config: AdapterConfig) -> PlannedLayer:
     """Return a weight with the layout and the rows that the user declares for it."""
-    layouts = matching(config.layouts, layer.parameter_names)
+    layouts = find_matching(config.layouts, layer.parameter_names)
     quantized = layer.slot is not None and layer.slot.quantized
     if layouts and not quantized and layer.attribute in matrix_weights(layer.module):
         pattern = layouts[0]
@@ -168,7 +168,7 @@ def _declare(layer: PlannedLayer, config: AdapterConfig) -> PlannedLayer:
         if reason is not None:
             raise ArgumentError(f"layouts {pattern!r} does not fit {layer.name}: {reason}")
         layer = replace(layer, slot=slot_of(layer.attribute, layout))
-    rows = matching(config.rows, layer.parameter_names)
+    rows = find_matching(config.rows, layer.parameter_names)
     if rows and layer.slot is not None:
         if layer.slot.rows:
             raise ArgumentError(
@@ -192,7 +192,7 @@ def find_tied(
         place = view.modules[owner], attribute
         if place == layer.place or place in places.values():
             continue  # another name of the same module
-        if not matching(exclude, (name, name.removesuffix(".weight"))):
+        if not find_matching(exclude, (name, name.removesuffix(".weight"))):
             places[name] = place
     return places
 
@@ -238,7 +238,7 @@ def _has_parameters(module: nn.Module) -> bool:
 
 def refuse_unused(argument: str, patterns: Iterable[str], names: Sequence[str]) -> None:
     """Raise if a pattern matches none of the names."""
-    used = matching(patterns, names)
+    used = find_matching(patterns, names)
     unused = ", ".join(repr(pattern) for pattern in patterns if pattern not in used)
     if unused:
         raise ArgumentError(

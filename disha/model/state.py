@@ -16,7 +16,7 @@ from disha.model import buffers
 from disha.model.records import Tensors
 from disha.model.view import ModelView, all_or_nothing, clean_key
 from disha.sharding.tensors import local_part, reason_against_writing, write
-from disha.sharding.zero import present, whole_shape
+from disha.sharding.zero import gather_partition, whole_shape
 from disha.text import first_few, join
 
 
@@ -92,7 +92,7 @@ def adapter_state_dict(model: nn.Module, adapter: str = "default") -> dict[str, 
     """
     view = ModelView(model)
     found = _in_state_dict(view, adapter_tensors(view, adapter))
-    return {key: present(tensor).detach() for key, tensor in found.items()}
+    return {key: gather_partition(tensor).detach() for key, tensor in found.items()}
 
 
 def _in_state_dict(view: ModelView, tensors: Tensors) -> dict[str, Tensor]:
@@ -175,7 +175,7 @@ def load_adapter_state_dict(
     """
     view = ModelView(model)
     with all_or_nothing(view) as undo:
-        with view.ranks.agreeing(f"load a state dict as adapter {adapter!r}"):
+        with view.ranks.fail_together(f"load a state dict as adapter {adapter!r}"):
             refuse_merged(view.layers, "load an adapter")
             saved_buffers = buffers.list_saved(view, adapter)
             names = {clean_key(key) for key in map(str, state)}

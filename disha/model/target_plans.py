@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from disha.config import AdapterConfig, Init, MethodName, Patterns, Target, matching
+from disha.config import AdapterConfig, Init, MethodName, Patterns, Target, find_matching
 from disha.errors import ArgumentError, TargetError
 from disha.hints import with_hints
 from disha.layers.weights import count_values
@@ -203,12 +203,12 @@ def _choose_also_trained(view: ModelView, config: AdapterConfig) -> tuple[str, .
     matched_names: list[str] = []
     chosen = []
     for parameter in view.parameters:
-        if matching(config.also_train, parameter.names):
+        if find_matching(config.also_train, parameter.names):
             _refuse_also_train(parameter.name, reason_against_training(parameter))
             matched_names += parameter.names
             chosen.append(parameter.name)
     for buffer in view.buffers:
-        if matching(config.also_train, buffer.names):
+        if find_matching(config.also_train, buffer.names):
             _refuse_also_train(buffer.name, reason_against_claiming(buffer))
             matched_names += buffer.names
             if not buffer.is_statistic:  # these are saved with every adapter

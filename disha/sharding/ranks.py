@@ -1,7 +1,7 @@
 """The ranks that hold the shards of a model: they fail together, and one of them writes files.
 
 Gathering is collective, so no rank may raise an error alone while the others wait for it. Code that
-can fail runs inside `Ranks.agreeing`, which raises the error on all ranks.
+can fail runs inside `Ranks.fail_together`, which raises the error on all ranks.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Ranks:
         self.writes = not any(torch.distributed.get_rank(group) for group in self.groups)
 
     @contextmanager
-    def agreeing(self, action: str) -> Iterator[None]:
+    def fail_together(self, action: str) -> Iterator[None]:
         """Run the body; if it raises on any rank, raise on all ranks. It must not be collective."""
         if not self.groups:
             yield
@@ -42,7 +42,7 @@ class Ranks:
         except Exception as error:
             problem = error
         kind = None if problem is None else type(problem).__name__
-        reports = self._exchanged((torch.distributed.get_rank(), action, kind, str(problem)))
+        reports = self._exchange((torch.distributed.get_rank(), action, kind, str(problem)))
         if problem is not None:
             raise problem
         for rank, other, kind, message in reports:
@@ -54,7 +54,7 @@ class Ranks:
             if kind is not None:
                 raise getattr(errors, kind, DishaError)(f"on rank {rank}: {message}")
 
-    def _exchanged(self, report: tuple[Any, ...]) -> list[tuple[Any, ...]]:
+    def _exchange(self, report: tuple[Any, ...]) -> list[tuple[Any, ...]]:
         """Return the reports of all ranks."""
         reports = [report]
         for group in self.groups:

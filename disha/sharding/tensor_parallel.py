@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from disha.errors import ModeError
-from disha.sharding.tensors import in_chunks, is_sharded, local_ranges
+from disha.sharding.tensors import is_in_chunks, is_sharded, local_ranges
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Split:
     @property
     def reason(self) -> str | None:
         """Why no adapter can act on such a weight, or None."""
-        if in_chunks(self):
+        if is_in_chunks(self):
             return None
         return (
             f"its weight is a DTensor placed as {self.placements}, and adapters act only on "

@@ -14,7 +14,12 @@ from typing import Any, TypeGuard
 from torch import Tensor
 
 from disha.sharding.imported import imported_class
-from disha.sharding.zero import gathered_by, optimized_values, present, write_optimized
+from disha.sharding.zero import (
+    gather_partition,
+    gathered_parameter,
+    read_trained_values,
+    write_trained_values,
+)
 
 
 def is_sharded(tensor: object) -> TypeGuard[Any]:
@@ -22,10 +27,10 @@ def is_sharded(tensor: object) -> TypeGuard[Any]:
     return isinstance(tensor, imported_class("torch.distributed.tensor", "DTensor"))
 
 
-def gathered(tensor: Tensor) -> Tensor:
+def gather(tensor: Tensor) -> Tensor:
     """Return a tensor with all of its values. Collective if the tensor is sharded."""
     if not is_sharded(tensor):
-        return present(tensor)
+        return gather_partition(tensor)
     # An offloaded parameter is on the CPU, where the mesh may be unable to communicate.
     return tensor.to(tensor.device_mesh.device_type).full_tensor()
 
@@ -38,7 +43,7 @@ def local_part(tensor: Tensor) -> Tensor:
 def reason_against_writing(parameter: Tensor, values: Tensor) -> str | None:
     """Return why `write` can't copy the values into the parameter, or None if it can."""
     if not is_sharded(values):
-        if not is_sharded(parameter) or in_chunks(parameter):
+        if not is_sharded(parameter) or is_in_chunks(parameter):
             return None
         return (
             f"is not sharded, but the parameter is sharded as {parameter.placements}: shard it in "
@@ -60,20 +65,20 @@ def write(parameter: Tensor, values: Tensor, undo: ExitStack | None = None) -> N
     A sharded parameter takes all values, the same on all ranks, or values that are sharded like it.
     """
     if undo is not None:
-        former = optimized_values(parameter)  # in the precision in which they are trained
+        former = read_trained_values(parameter)  # in the precision in which they are trained
         if former is None:
-            former = present(parameter).detach().clone()
+            former = gather_partition(parameter).detach().clone()
         undo.callback(write, parameter, former)
     values = values.detach()
     if is_sharded(parameter) and not is_sharded(values):
         part = tuple(slice(start, stop) for start, stop in local_ranges(parameter))
         values = values[part]
-    with gathered_by(parameter, writes=True):
+    with gathered_parameter(parameter, writes=True):
         local_part(parameter.detach()).copy_(local_part(values))
-    write_optimized(parameter, values)
+    write_trained_values(parameter, values)
 
 
-def in_chunks(tensor: Any) -> bool:
+def is_in_chunks(tensor: Any) -> bool:
     """Whether `local_ranges` knows the shards: not if FSDP shards a tensor-parallel weight."""
     return all(type(p).__name__ in ("Shard", "Replicate") for p in tensor.placements)
 

@@ -30,7 +30,7 @@ def whole_shape(tensor: Tensor) -> torch.Size:
     return getattr(tensor, "ds_shape", tensor.shape)
 
 
-def gathered_by(tensor: Tensor, writes: bool = False) -> AbstractContextManager[Any]:
+def gathered_parameter(tensor: Tensor, writes: bool = False) -> AbstractContextManager[Any]:
     """Give a parameter of ZeRO-3 its values in the body; with `writes`, keep those of rank 0."""
     if not is_partitioned(tensor) or (tensor.shape == whole_shape(tensor) and not writes):
         return nullcontext()
@@ -38,22 +38,22 @@ def gathered_by(tensor: Tensor, writes: bool = False) -> AbstractContextManager[
     return cls([tensor], modifier_rank=0 if writes else None)
 
 
-def present(tensor: Tensor) -> Tensor:
+def gather_partition(tensor: Tensor) -> Tensor:
     """Return a tensor, which for ZeRO-3 is a copy with all values. Collective for ZeRO-3."""
     if not is_partitioned(tensor):
         return tensor
-    with gathered_by(tensor):
+    with gathered_parameter(tensor):
         return tensor.detach().clone()
 
 
-def release(parameters: Iterable[Tensor]) -> None:
+def repartition(parameters: Iterable[Tensor]) -> None:
     """Let ZeRO-3 partition what it still holds after a backward that no engine has started."""
     for optimizer in {getattr(parameter, "_z3_optimizer", None) for parameter in parameters}:
         if optimizer is not None:
             optimizer.empty_partition_cache()
 
 
-def optimized_values(parameter: Any) -> Tensor | None:
+def read_trained_values(parameter: Any) -> Tensor | None:
     """Return the values that an optimizer of DeepSpeed trains, or None. Collective."""
     if _trains_by_zero_3(parameter):
         return parameter._z3_optimizer.get_full_hp_param(parameter)
@@ -65,7 +65,7 @@ def _trains_by_zero_3(parameter: Any) -> bool:
     return optimizer is not None and optimizer.get_param_id(parameter) in optimizer.grad_position
 
 
-def expect(parameter: Any) -> None:
+def restart_trace(parameter: Any) -> None:
     """Let ZeRO-3 gather a block that acts for the first time: it notes anew what a step reads."""
     if not parameter.numel() and _trains_by_zero_3(parameter):
         order = parameter._z3_optimizer.parameter_offload.param_coordinator
@@ -73,7 +73,7 @@ def expect(parameter: Any) -> None:
             order._invalidate_trace()
 
 
-def write_optimized(parameter: Any, values: Tensor) -> None:
+def write_trained_values(parameter: Any, values: Tensor) -> None:
     """Write the values that an optimizer of DeepSpeed trains, if there is one."""
     if _trains_by_zero_3(parameter):
         size = parameter.ds_tensor.ds_numel  # each rank's part, of which the last is padded

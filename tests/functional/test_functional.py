@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from disha import functional
 from disha.errors import DishaError
 from disha.functional import Layout, method_of
-from disha.functional.shard_sums import added, shard_sums
+from disha.functional.shard_sums import add_to, shard_sums
 from tests import reference
 
 MATRIX = Layout("out in")
@@ -368,7 +368,7 @@ def test_blocks_that_do_not_fit_are_refused():
 
 def test_adding_under_a_transform_writes_into_nothing():
     deltas = torch.randn(3, 2)
-    mapped = torch.func.vmap(lambda delta: added(torch.ones(2), delta))(deltas)
+    mapped = torch.func.vmap(lambda delta: add_to(torch.ones(2), delta))(deltas)
     assert torch.equal(mapped, 1 + deltas)
 
 

@@ -199,7 +199,7 @@ def test_a_kept_block_and_the_methods_own_are_inverse(kind, name):
 
 
 def has_wider_blocks(method):
-    return type(METHODS[method]).widened is not Method.widened
+    return type(METHODS[method]).widen is not Method.widen
 
 
 @with_every_block
@@ -259,10 +259,10 @@ def test_a_layout_takes_apart_what_it_puts_together(kind):
     assert torch.equal(layout.weight(matrices), weight)
     assert layout.shape(geometry) == shape
     assert layout.reason_against_shape(shape) is None
-    turned = layout.turned()
+    turned = layout.transposed()
     if turned is not None:
         assert torch.equal(turned.matrices(weight.mT), matrices)
-        assert turned.turned().pattern == layout.pattern.replace("index", "in")
+        assert turned.transposed().pattern == layout.pattern.replace("index", "in")
     rows = ((0, 2), (3, 5))
     assert torch.equal(layout.matrices(layout.part(weight, rows)), matrices[..., [0, 1, 3, 4], :])
     assert layout.part(weight, ()) is weight

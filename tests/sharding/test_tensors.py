@@ -16,7 +16,7 @@ from disha.files.saving import adapter_contents
 from disha.model.view import ModelView
 from disha.sharding.ranks import Ranks
 from disha.sharding.tensors import (
-    gathered,
+    gather,
     is_sharded,
     local_part,
     local_ranges,
@@ -68,7 +68,7 @@ def test_parts_are_the_chunks_of_torch(shape, mesh, data):
 def test_plain_tensors_are_whole():
     tensor = torch.randn(3, 4)
     assert not is_sharded(tensor)
-    assert gathered(tensor) is tensor
+    assert gather(tensor) is tensor
     assert local_part(tensor) is tensor
     assert reason_against_writing(tensor, tensor) is None
     target = torch.zeros(3, 4)
@@ -81,7 +81,7 @@ def test_a_plain_model_is_alone():
     assert not ModelView(model).sharded
     ranks = ModelView(model).ranks
     assert ranks.writes
-    with pytest.raises(KeyError, match="as it is"), ranks.agreeing("fail"):
+    with pytest.raises(KeyError, match="as it is"), ranks.fail_together("fail"):
         raise KeyError("as it is")
 
 
@@ -102,9 +102,18 @@ ASKED = {
 def test_ranks_agree_on_what_they_were_asked(monkeypatch, tmp_path, action):
     model = disha.inject_adapters(nn.Sequential(nn.Linear(4, 4)), "0", r=2)
     disha.save_adapter(model, tmp_path / "a")
-    asked, alone = [], {"groups": (Mesh((1,), (0,)),), "writes": True}
-    monkeypatch.setattr(Ranks, "__init__", lambda ranks, _: vars(ranks).update(alone))
-    monkeypatch.setattr(Ranks, "_exchanged", lambda _, report: asked.append(report[1]) or [report])
+    asked = []
+
+    def be_the_only_rank(ranks, parameters):
+        ranks.groups = (Mesh((1,), (0,)),)
+        ranks.writes = True
+
+    def note_and_return(ranks, report):
+        asked.append(report[1])
+        return [report]
+
+    monkeypatch.setattr(Ranks, "__init__", be_the_only_rank)
+    monkeypatch.setattr(Ranks, "_exchange", note_and_return)
     monkeypatch.setattr(torch.distributed, "get_rank", lambda *_: 0)
     ASKED[action](model, tmp_path / "a")
     assert action in asked

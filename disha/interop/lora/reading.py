@@ -117,7 +117,7 @@ def load(
         ('0.bone_block',)
     """
     view = ModelView(model)
-    with view.ranks.agreeing(f"load a LoRA as adapter {adapter!r}"):
+    with view.ranks.fail_together(f"load a LoRA as adapter {adapter!r}"):
         peft_folder = read_peft_files(folder, (*FACTORS, TOKENS), also_train)
         rows = _take_token_rows(view, peft_folder)
         keep_for_model(view, peft_folder)

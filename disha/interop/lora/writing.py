@@ -119,10 +119,10 @@ def export(
     view = ModelView(model)
     ranks = view.ranks
     action = f"export adapter {adapter!r} as LoRA"
-    with ranks.agreeing(action):
+    with ranks.fail_together(action):
         target = checked_path(folder)
     updates, others, config, tensors = _convert(view, adapter, experts, rank, pad)
-    with ranks.agreeing(action):
+    with ranks.fail_together(action):
         if ranks.writes:
             write_peft_files(target, config, tensors)
     return LoraReport.of(target, updates, others)
@@ -172,7 +172,7 @@ def _convert(
     """Return an adapter's updates and its other tensors; and both in PEFT's form."""
     contents = adapter_contents(view, adapter, base=False)
     model_type = model_type_of(view)
-    with view.ranks.agreeing(f"export adapter {adapter!r} as LoRA"):
+    with view.ranks.fail_together(f"export adapter {adapter!r} as LoRA"):
         check_rank(rank)  # before a rank waits for another
         modules = [layer.name for layer in contents.layers if not is_stack(layer)]
         saved = saved_modules(view, contents.also_train, contents.names)
