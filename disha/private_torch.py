@@ -109,8 +109,8 @@ _graph_task: Callable[[], int] = getattr(torch._C, "_current_graph_task_id", _ye
 NATIVE_FUNCTIONS: Any = getattr(torch._C, "_nn", F)
 """What holds some of the functions of `torch.nn.functional`."""
 
-FACTS = "_is_view"
-"""Operations on a weight that need no values."""
+IS_VIEW = "_is_view"
+"""A fact of a tensor that needs no values."""
 
 GROUPED = "_grouped_mm"
 """The grouped product, which `F.grouped_mm` (from 2.10) calls."""

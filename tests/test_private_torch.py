@@ -88,7 +88,7 @@ def test_every_name_in_the_tables_of_rules_exists():
     assert missing == []
     assert seen > 50
     assert hasattr(torch, private_torch.GROUPED)
-    assert hasattr(Tensor, private_torch.FACTS)
+    assert hasattr(Tensor, private_torch.IS_VIEW)
 
 
 def classified():

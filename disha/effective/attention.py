@@ -18,7 +18,7 @@ from torch import Tensor
 
 from disha.effective.products import linear_product
 from disha.effective.rules import rule
-from disha.effective.views import in_parts
+from disha.effective.views import split_rows
 from disha.effective.weight import EffectiveWeight, computed, effective
 
 
@@ -166,7 +166,7 @@ def _parts(weight: Any, sizes: list[int]) -> Any:
         return torch.split(weight, sizes)
     if len(sizes) == 1:
         return [weight]
-    parts: Any = in_parts(weight, torch.split(weight.base, sizes))
+    parts: Any = split_rows(weight, torch.split(weight.base, sizes))
     if parts is NotImplemented:  # a block across the borders of q, k and v can't be cut
         return torch.split(computed(weight), sizes)
     return parts

@@ -1,7 +1,7 @@
-"""Contexts: what acts for the current thread or task, instead of the active adapters.
+"""Contexts: which adapters act in a thread or task, instead of the active ones.
 
-Each public context adds a `Context` to a context variable, and writes nothing on layers. A layer
-asks for the context that covers its group.
+`adapters_active`, `adapters_disabled` and `route_adapters` each add a `Context` to a context
+variable, and write nothing on layers. A layer asks for the context that covers its group.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from disha.functional.routed import Route
 from disha.private_torch import in_backward
 
 Override: TypeAlias = Route | tuple[str, ...]
-"""What acts: an adapter for each sample, or these adapters for all samples."""
+"""What acts in a context: an adapter for each sample, or these adapters for all samples."""
 
 _NUMBERS = itertools.count()
 _LOCK = threading.RLock()
@@ -33,10 +33,10 @@ class Group:
 
     def __init__(self, lineage: tuple[Group, ...] = ()) -> None:
         self.name = f"group_{next(_NUMBERS)}"  # compiled code asks for it (`layers.compiled`)
-        self.lineage = (self, *lineage)  # and the groups that its layers were in before
+        self.lineage = (self, *lineage)  # itself, and the groups that its layers came from
         self.members: WeakSet[Any] = WeakSet()  # the adapters of its layers
         self.factors: dict[tuple[str, bool], torch.Tensor] = {}  # of scales, in compiled code
-        NAMED[self.name] = self
+        GROUPS_BY_NAME[self.name] = self
 
     def take(self, adapters: Any) -> None:
         """Add the adapters of a layer as a member, and remove them from their former group."""
@@ -47,87 +47,94 @@ class Group:
             vars(adapters)["group"] = self
 
     def __reduce__(self) -> str | tuple[Any, ...]:
-        return "LOOSE" if self is LOOSE else (Group, ())
+        if self is SINGLE_LAYERS:
+            return "SINGLE_LAYERS"  # unpickled as the group of that name in this module
+        return Group, ()
 
 
-NAMED: WeakValueDictionary[str, Group] = WeakValueDictionary()
+GROUPS_BY_NAME: WeakValueDictionary[str, Group] = WeakValueDictionary()
 
-LOOSE = Group()
+SINGLE_LAYERS = Group()
 """The group of layers that were made one by one, such as `BoneLinear(8, 16, r=4)`."""
 
 
 @dataclass(eq=False)
 class Context:
-    """One entered context: what acts on some groups; None if all adapters are disabled."""
+    """An open context: what acts on the layers of some groups."""
 
     groups: frozenset[Group]
-    override: Override | None
+    override: Override | None  # None if it disables all adapters
 
     @property
     def function(self) -> str:
-        """The function that makes such a context."""
-        if isinstance(self.override, Route):
-            return "route_adapters"
-        return "adapters_disabled" if self.override is None else "adapters_active"
+        """The public function that opens such a context."""
+        if self.override is None:
+            return "adapters_disabled"
+        return "route_adapters" if isinstance(self.override, Route) else "adapters_active"
 
     @property
     def names(self) -> frozenset[str]:
         """The adapters that it names."""
-        override = self.override
-        return frozenset(override.adapters if isinstance(override, Route) else override or ())
+        if self.override is None:
+            return frozenset()
+        if isinstance(self.override, Route):
+            return frozenset(self.override.adapters)
+        return frozenset(self.override)
 
     def covers(self, group: Group) -> bool:
-        """Whether the layers of a group are covered."""
+        """Whether it decides what acts on the layers of a group."""
         return not self.groups.isdisjoint(group.lineage)
 
 
-_ENTERED: ContextVar[tuple[Context, ...]] = ContextVar("disha_contexts", default=())
+_CONTEXTS: ContextVar[tuple[Context, ...]] = ContextVar("disha_contexts", default=())
+"""The contexts of a thread or task, from the outermost inwards. Some may have ended elsewhere."""
 
-OPEN: set[Context] = set()
+OPEN_CONTEXTS: set[Context] = set()
 """The contexts that are open in any thread. While there are none, layers do not look for theirs."""
 
 
 @contextmanager
-def entered(groups: frozenset[Group], override: Override | None) -> Iterator[None]:
+def open_context(groups: frozenset[Group], override: Override | None) -> Iterator[None]:
     """Run the body with other adapters acting, in this thread or task and in tasks it starts."""
     context = Context(groups, override)
-    OPEN.add(context)
+    OPEN_CONTEXTS.add(context)
     try:
-        _ENTERED.set((*_ENTERED.get(), context))
+        _CONTEXTS.set((*_CONTEXTS.get(), context))
         yield
     finally:
-        OPEN.discard(context)  # it can end in another task than the one that entered it
-        _ENTERED.set(_here())
+        OPEN_CONTEXTS.discard(context)  # another task than the one that opened it may end it
+        _CONTEXTS.set(_open_here())
 
 
-def _here() -> tuple[Context, ...]:
-    """Return the contexts of this thread or task, from the outermost inwards."""
-    return tuple([context for context in _ENTERED.get() if context in OPEN])
+def _open_here() -> tuple[Context, ...]:
+    """Return the open contexts of this thread or task, from the outermost inwards."""
+    return tuple([context for context in _CONTEXTS.get() if context in OPEN_CONTEXTS])
 
 
-def in_these_contexts(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a function that always runs in the contexts in which it is made.
+def bind_contexts(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function that runs in the contexts that are open here, wherever it is called.
 
-    Activation checkpointing computes layers again in backward: after a context has ended, or in a
-    thread of autograd, which has none.
+    Activation checkpointing computes layers again in backward. By then a context may have ended,
+    and a thread of autograd has none.
     """
-    around = _here()
+    contexts = _open_here()
 
     def run(*args: Any, **kwargs: Any) -> Any:
-        before = _ENTERED.set(())
+        before = _CONTEXTS.set(())
         try:
-            with ExitStack() as opened:  # anew, because several threads may run it at once
-                for context in around:
-                    opened.enter_context(entered(context.groups, context.override))
+            with ExitStack() as stack:
+                for context in contexts:
+                    # A new one for each call, because several threads may run it at once.
+                    stack.enter_context(open_context(context.groups, context.override))
                 return function(*args, **kwargs)
         finally:
-            _ENTERED.reset(before)
+            _CONTEXTS.reset(before)
 
     return run
 
 
 def groups_of(layers: Iterable[Any]) -> frozenset[Group]:
-    """Return groups that hold exactly these layers; a group of more is split."""
+    """Return groups that hold these layers and no others. A group with others is split."""
     with _LOCK:
         chosen = set(layers)
         for group in {adapters.group for adapters in chosen}:
@@ -140,21 +147,29 @@ def groups_of(layers: Iterable[Any]) -> frozenset[Group]:
 
 
 def current_context(group: Group) -> Context | None:
-    """Return the context that decides here, if any: one that disables, else the last one."""
-    if _ENTERED.get(None) is None and in_backward():
+    """Return the context that decides what acts on a group here, or None.
+
+    One that disables all adapters decides, whatever is inside it; otherwise the innermost does.
+    """
+    if _CONTEXTS.get(None) is None and in_backward():
         _refuse_in_autograd_thread(group)
-    around = [context for context in _here() if context.covers(group)]
-    disabling = [context for context in around if context.override is None]
-    if disabling:
-        return disabling[0]
-    return around[-1] if around else None
+    innermost = None
+    for context in _open_here():
+        if context.covers(group):
+            if context.override is None:
+                return context
+            innermost = context
+    return innermost
 
 
 def _refuse_in_autograd_thread(group: Group) -> None:
-    """Raise in a thread of autograd, which has no contexts, if any is open for these layers."""
+    """Raise in a thread of autograd if any context is open for these layers.
+
+    Such a thread has no contexts, so it can't know which adapters acted in forward.
+    """
     if not isinstance(threading.current_thread(), threading._DummyThread):
-        return  # a thread that called `backward` itself
-    for context in list(OPEN):
+        return  # the thread that called `backward` itself
+    for context in list(OPEN_CONTEXTS):
         if context.covers(group):
             raise ModeError(
                 "a layer is computed again in backward (activation checkpointing), where a thread "

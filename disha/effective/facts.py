@@ -10,7 +10,7 @@ from torch import Tensor
 
 from disha.effective.rules import Operation, rule, rule_with_operation
 from disha.effective.weight import base_inside, compute_first, computed
-from disha.private_torch import FACTS
+from disha.private_torch import IS_VIEW
 
 _NO_FACTS = {"H", "T", "data", "imag", "mH", "mT", "real"}
 """Properties of a tensor that are views, or need the computed weight."""
@@ -26,7 +26,7 @@ _PROPERTIES = [
 
 @rule_with_operation(
     *_PROPERTIES,
-    FACTS,
+    IS_VIEW,
     "dim size stride numel nelement ndimension element_size is_floating_point is_complex is_signed "
     "is_contiguous is_inference is_conj is_neg is_pinned is_shared get_device storage_offset "
     "dim_order __len__ __hash__ is_coalesced is_same_size result_type "

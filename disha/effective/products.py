@@ -11,7 +11,7 @@ from torch import Tensor
 
 from disha import functional
 from disha.effective.rules import RULES, Operation, rule, rule_with_operation
-from disha.effective.views import is_index, item_of, transposed
+from disha.effective.views import is_index, select_item, transposed
 from disha.effective.weight import EffectiveWeight, compute_first
 from disha.private_torch import GROUPED, ragged_axis
 
@@ -179,7 +179,7 @@ def _item(weight: Any, index: Any) -> Any:
     if weight.base.dim() == 2 and isinstance(index, Tensor) and is_index(index):
         # Unlike a lookup, an index may count from the end.
         return _embedding(torch.where(index < 0, index + weight.base.shape[0], index), weight)
-    return item_of(weight, index)
+    return select_item(weight, index)
 
 
 _SPARSE = 7

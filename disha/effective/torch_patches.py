@@ -1,23 +1,24 @@
 """What disha changes in torch: functions that take tensors without asking their class.
 
-The first injection calls `install`; importing changes nothing. Without this, the adapter would not
-act, or another one would, without a word:
+The first injection calls `install`; importing changes nothing. Without these changes, an adapter
+would not act, or another one would, and no error would say so:
 
-    the `apply` of a custom function of autograd    runs it, with W and no gradient; that of
-                                                    reentrant checkpointing is meant below too
-    autograd.function.custom_function_call          does the same inside transforms of `torch.func`
+    what is changed                                 what it does otherwise
+    the `apply` of a custom function of autograd    runs it with W, and the block gets no gradient
+    autograd.function.custom_function_call          the same inside transforms of `torch.func`
     what wraps an argument of `torch.vmap`,         wraps W
     `torch.func.grad` and `jvp`
-    what keeps a function for activation            runs it again in backward, where another
-    checkpointing                                   context is open, or none
-    nested tensors, by their `__torch_function__`   multiply with W
-    nn.init.trunc_normal_ and .orthogonal_          write values that they have read into W
-    overrides.get_overridable_functions()           what the compiler asks; private functions, such
-                                                    as the grouped product, are not in this list
+    what keeps a function for activation            computes layers again in backward, where other
+    checkpointing                                   contexts are open, or none
+    `NestedTensor.__torch_function__`               multiplies with W
+    nn.init.trunc_normal_ and .orthogonal_          write values that contain the update into W
+    overrides.get_overridable_functions()           lacks private functions, such as the grouped
+                                                    product, so compiled code runs them with W
 
-The first ones get the computed weight; a custom function for which there is a rule, that rule.
-Checkpointing computes again in the contexts of the forward pass. The private functions are added to
-the list. `private_torch` has the private names.
+A custom function and a transform get the computed weight; a custom function that has a rule runs
+by it. A checkpointed function, also that of the older `CheckpointFunction`, runs in the contexts of
+the forward pass. A nested tensor leaves the function to the weight. Functions of `nn.init` get W.
+The private functions are added to the list. `private_torch` has the private names.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from typing import Any
 import torch
 
 from disha import private_torch
-from disha.effective.contexts import in_these_contexts
+from disha.effective.contexts import bind_contexts
 from disha.effective.rules import RULES
 from disha.effective.weight import EffectiveWeight, computed_inside
 from disha.effective.writes import write
@@ -49,7 +50,7 @@ def install() -> None:
 def _install() -> None:
     inner = private_torch.class_with_apply()
     nested_tensor = private_torch.required(private_torch.NESTED_TENSOR)
-    # Before anything is changed, because a place may be missing.
+    # All places are looked up before anything is changed, because one may be missing.
     originals = {place: private_torch.required(place) for place in _CHANGES}
 
     def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
@@ -59,7 +60,7 @@ def _install() -> None:
             return result
         if cls.__name__ == "CheckpointFunction" and cls.__module__ in _CHECKPOINTS:
             position = _CHECKPOINTS[cls.__module__]
-            function = in_these_contexts(args[position])
+            function = bind_contexts(args[position])
             args = (*args[:position], function, *args[position + 1 :])
         return super(inner, cls).apply(*computed_inside(args), **computed_inside(kwargs))
 
@@ -106,7 +107,7 @@ def _passing(change: Callable[[Any], Any]) -> Callable[[Any], Callable[..., Any]
 
 def _keeping_contexts(frame: Callable[..., Any]) -> Callable[..., Any]:
     """Return the class that keeps a function for backward, which then runs it in these contexts."""
-    return lambda function, *args, **kwargs: frame(in_these_contexts(function), *args, **kwargs)
+    return lambda function, *args, **kwargs: frame(bind_contexts(function), *args, **kwargs)
 
 
 def _writing_base(function: Callable[..., Any]) -> Callable[..., Any]:

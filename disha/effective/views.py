@@ -57,12 +57,12 @@ def is_index(index: Any) -> bool:
     return isinstance(index, int) and not isinstance(index, bool)
 
 
-def item_of(weight: Any, index: Any) -> Any:
+def select_item(weight: Any, index: Any) -> Any:
     """Return one or several matrices of a stack, or rows of a matrix."""
     layout = weight.weight_layout
     if layout.pattern == "out in" and isinstance(index, slice):
         start, stop, step = index.indices(weight.base.shape[0])
-        return rows_of(weight, start, stop) if step == 1 and stop > start else NotImplemented
+        return select_rows(weight, start, stop) if step == 1 and stop > start else NotImplemented
     if not layout.experts_first or not (is_index(index) or isinstance(index, slice)):
         return NotImplemented
     base = weight.base[index]
@@ -77,7 +77,7 @@ def item_of(weight: Any, index: Any) -> Any:
     return _mapped(weight, base, layout, select)
 
 
-def rows_of(weight: Any, start: int, stop: int) -> Any:
+def select_rows(weight: Any, start: int, stop: int) -> Any:
     """Return the effective weight of some rows of a matrix (out, in)."""
     geometry = weight.weight_layout.geometry(weight.base.shape)
 
@@ -89,15 +89,15 @@ def rows_of(weight: Any, start: int, stop: int) -> Any:
 
 @rule_with_operation("split chunk")
 def _cut(func: Operation, weight: Any, *args: Any, **kwargs: Any) -> Any:
-    return in_parts(weight, func(weight.base, *args, **kwargs))
+    return split_rows(weight, func(weight.base, *args, **kwargs))
 
 
-def in_parts(weight: Any, bases: Sequence[Tensor]) -> Any:
+def split_rows(weight: Any, bases: Sequence[Tensor]) -> Any:
     """Return a matrix (out, in) in parts, each some of its rows; `bases` are those of W."""
     sizes = [base.shape[0] for base in bases]
     if weight.weight_layout.pattern != "out in" or sum(sizes) != weight.base.shape[0]:
         return NotImplemented
-    parts = [rows_of(weight, stop - size, stop) for size, stop in zip(sizes, accumulate(sizes))]
+    parts = [select_rows(weight, stop - size, stop) for size, stop in zip(sizes, accumulate(sizes))]
     return NotImplemented if any(part is NotImplemented for part in parts) else tuple(parts)
 
 
@@ -108,7 +108,7 @@ def _unbind(weight: Any, dim: int = 0) -> Any:
         return NotImplemented
     updates = weight.updates.of_all_samples
     if not updates:
-        return tuple(item_of(weight, index) for index in range(weight.base.shape[0]))
+        return tuple(select_item(weight, index) for index in range(weight.base.shape[0]))
     each = zip(*(update.unstack() for update in updates))
     item = layout.of_one_expert()
     bases = weight.base.unbind(0)
@@ -121,7 +121,7 @@ def _unbind(weight: Any, dim: int = 0) -> Any:
 def _select(weight: Any, dim: int, index: Any) -> Any:
     if dim or not weight.weight_layout.experts_first:
         return NotImplemented
-    return item_of(weight, index)
+    return select_item(weight, index)
 
 
 @rule_with_operation("to type type_as float double half bfloat16 contiguous")

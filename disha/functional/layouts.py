@@ -23,7 +23,7 @@ To add a layout, add its pattern to `PATTERNS`, and to `_TRANSPOSED` if `PATTERN
 `functional.parts`. A block has the axes of the stack first; only those with a kernel are kept
 like W (`kept_block`), so a view that moves the axes of a kernel moves the block too.
 Until a rule of `disha.effective` knows the pattern, products compute the effective weight: look
-whether the result of your rule is an `EffectiveWeight`. An index is in `views.item_of`.
+whether the result of your rule is an `EffectiveWeight`. An index is in `views.select_item`.
 """
 
 from __future__ import annotations

@@ -15,12 +15,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from disha.effective.contexts import LOOSE, Group, entered
+from disha.effective.contexts import SINGLE_LAYERS, Group, open_context
 from disha.effective.weight import EffectiveWeight
 from disha.errors import ArgumentError, MergeError, ModeError
 from disha.layers import quantized
 from disha.layers.blocks import CHILD_NAME, MERGED, AdapterBlock, Adapters
-from disha.layers.reading import is_own_weight, linear_forward, weight_property
+from disha.layers.reading import is_weight_of, linear_forward, weight_property
 from disha.layers.weights import base_of, delta_of, slots_of, start_of
 
 
@@ -83,7 +83,7 @@ class AdaptedLayer(nn.Module):
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "qconfig":
             warnings.warn(QCONFIG_IS_IGNORED, stacklevel=2)
-        if not is_own_weight(self, name, value):
+        if not is_weight_of(self, name, value):
             super().__setattr__(name, value)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
@@ -220,7 +220,7 @@ def reset_parameters(layer: AdaptedLayer) -> None:
         return
     refuse_merged([layer], "reset parameters")
     # With adapters disabled, because `weight[padding_idx].fill_(0)` must write into W.
-    with entered(frozenset([adapters.group]), None):
+    with open_context(frozenset([adapters.group]), None):
         original.reset_parameters(layer)
     for block in adapters.blocks().values():
         block.reset_parameters(start_of(layer, block))
@@ -259,7 +259,7 @@ class _Recurrent(nn.Module):
         _list_plain_weights(self)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if not is_own_weight(self, name, value):
+        if not is_weight_of(self, name, value):
             # The `__setattr__` of nn.RNNBase would write into the list as well.
             nn.Module.__setattr__(self, name, value)
 
@@ -277,7 +277,7 @@ def _list_plain_weights(layer: Any) -> None:
 
 
 def adapt(
-    module: nn.Module, parameters: Iterable[str], is_quantized: bool, group: Group = LOOSE
+    module: nn.Module, parameters: Iterable[str], is_quantized: bool, group: Group = SINGLE_LAYERS
 ) -> Adapters:
     """Give a module a class that adapts these parameters too, and return its `Adapters`.
 

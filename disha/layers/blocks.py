@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from disha.checks import check_type
 from disha.config import AdapterConfig
-from disha.effective.contexts import LOOSE, OPEN, Group, Override, current_context
+from disha.effective.contexts import OPEN_CONTEXTS, SINGLE_LAYERS, Group, Override, current_context
 from disha.effective.torch_patches import install
 from disha.errors import ArgumentError, ModeError
 from disha.functional import Layout, Method, Update, method_of
@@ -260,7 +260,7 @@ class Adapters(nn.Module):
     group: Group
     """The layers that the same contexts cover."""
 
-    def __init__(self, group: Group = LOOSE) -> None:
+    def __init__(self, group: Group = SINGLE_LAYERS) -> None:
         super().__init__()
         install()
         vars(self)["merged"] = None
@@ -375,7 +375,7 @@ class Adapters(nn.Module):
         """
         if compiling:
             return getattr(compiled, self.group.name)
-        context = current_context(self.group) if OPEN else None
+        context = current_context(self.group) if OPEN_CONTEXTS else None
         if context is None:
             return None
         return () if context.override is None else context.override

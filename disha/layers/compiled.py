@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from disha.effective.contexts import NAMED, OPEN, Group, current_context
+from disha.effective.contexts import GROUPS_BY_NAME, OPEN_CONTEXTS, Group, current_context
 from disha.private_torch import start_no_graph
 
 
@@ -28,10 +28,10 @@ def factor_name(group: str, device: torch.device) -> str:
 
 def __getattr__(name: str) -> Any:
     group_name, _, device = name.partition("_on_")
-    group = NAMED.get(group_name)
+    group = GROUPS_BY_NAME.get(group_name)
     if group is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    context = current_context(group) if OPEN else None
+    context = current_context(group) if OPEN_CONTEXTS else None
     if device:
         return _get_factor(group, device, disables=context is not None and context.override is None)
     return None if context is None else context.override

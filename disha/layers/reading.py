@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
-from disha.effective.contexts import OPEN, Override
+from disha.effective.contexts import OPEN_CONTEXTS, Override
 from disha.effective.tensor_parallel import effective_part
 from disha.effective.weight import EffectiveWeight, absent, computed, effective
 from disha.errors import ArgumentError, ModeError
@@ -52,7 +52,7 @@ def weight_property(original: type[nn.Module], name: str) -> property:
             return base
         override = None
         compiling = is_compiling()
-        if compiling or OPEN:
+        if compiling or OPEN_CONTEXTS:
             override = adapters.override(compiling)
             blocks = adapters.blocks_on(name, override)
         else:
@@ -96,7 +96,7 @@ def _refuse_parametrization(reader: str, layer: nn.Module, name: str) -> None:
         )
 
 
-def is_own_weight(layer: nn.Module, name: str, value: Any) -> bool:
+def is_weight_of(layer: nn.Module, name: str, value: Any) -> bool:
     """Whether a value is the effective weight of this parameter.
 
     So it is after `layer.weight += 1`, which wrote into W.
@@ -144,7 +144,7 @@ def linear_forward(layer: Any, input: Tensor) -> Tensor:
     adapters = layer._modules.get(CHILD_NAME)
     patched = nn.Linear.forward is not LINEAR_FORWARD
     # `is_compiling()` is asked first: compiled code would depend on all that is asked before it.
-    if is_compiling() or patched or OPEN or adapters is None or layer._has_own_reading:
+    if is_compiling() or patched or OPEN_CONTEXTS or adapters is None or layer._has_own_reading:
         return nn.Linear.forward(layer, input)
     block = adapters.__dict__["only_linear_block"]
     if block is None:

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from torch import nn
 
 from disha.checks import check_scale, check_type
-from disha.effective.contexts import Group, entered, groups_of
+from disha.effective.contexts import Group, groups_of, open_context
 from disha.errors import ArgumentError
 from disha.functional.routed import Route
 from disha.layers.adapted import refuse_merged
@@ -91,7 +91,7 @@ def adapters_active(model: nn.Module, names: str | Sequence[str]) -> Iterator[No
     view = ModelView(model)
     wanted = check_names(view, names)
     refuse_merged(view.layers, "choose the acting adapters")
-    with entered(_groups(view), wanted):
+    with open_context(_groups(view), wanted):
         yield
 
 
@@ -124,7 +124,7 @@ def adapters_disabled(model: nn.Module) -> Iterator[None]:
     """
     view = ModelView(model)
     refuse_merged(view.layers, "disable adapters")
-    with entered(_groups(view), None):
+    with open_context(_groups(view), None):
         yield
 
 
@@ -211,7 +211,7 @@ def route_adapters(model: nn.Module, names_per_sample: Sequence[str | None]) -> 
                 "get the tokens of all samples in any order; leave experts out (exclude=)"
             )
     _refuse_sequences_first(view)
-    with entered(_groups(view), route):
+    with open_context(_groups(view), route):
         yield
 
 

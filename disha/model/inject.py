@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from disha.config import Init, MethodName, Patterns, Target
-from disha.effective.contexts import LOOSE, OPEN, Group
+from disha.effective.contexts import OPEN_CONTEXTS, SINGLE_LAYERS, Group
 from disha.errors import ArgumentError, ModeError
 from disha.hints import with_hints
 from disha.layers import gradient_flags
@@ -174,7 +174,7 @@ def apply_plan(view: ModelView, plan: Plan, undo: ExitStack, *, activate: bool =
         for module, name in layer.tied.values():
             borrowed[module].append((name, block))
     # Contexts cover the layers of a group together.
-    groups = [layer.disha.group for layer in view.layers if layer.disha.group is not LOOSE]
+    groups = [layer.disha.group for layer in view.layers if layer.disha.group is not SINGLE_LAYERS]
     group = groups[0] if groups else Group()
     buffers.remember_buffers(view, plan.adapter, plan.also_train, undo)
     lost_layers.remember_layers(
@@ -301,7 +301,7 @@ def check_removable(view: ModelView, removed: Sequence[str]) -> None:
         if set(layer.disha) <= set(removed):
             refuse_changed_class(layer, name)
     groups = {layer.disha.group for layer in view.layers}
-    for context in list(OPEN):
+    for context in list(OPEN_CONTEXTS):
         used = sorted(context.names.intersection(removed))
         if used and any(context.covers(group) for group in groups):
             raise ModeError(

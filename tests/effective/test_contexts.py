@@ -105,7 +105,7 @@ def test_threads_with_contexts_of_their_own(model, expected, way):
         list(pool.map(serve, range(8)))
     assert not wrong
     assert close(run(X), expected["c"])
-    assert not contexts.OPEN
+    assert not contexts.OPEN_CONTEXTS
 
 
 @pytest.mark.parametrize("way", ["eager", "compiled"])
@@ -135,7 +135,7 @@ def test_tasks_with_contexts_of_their_own(model, expected, way):
 
     assert set(asyncio.run(serve())) == {None}
     assert close(run(X), expected["c"])
-    assert not contexts.OPEN
+    assert not contexts.OPEN_CONTEXTS
 
 
 class TestOrder:
@@ -155,7 +155,7 @@ class TestOrder:
                 made[ends].__exit__(None, None, None)
                 now[ends] = "over"
             assert close(model(X), expected["c"])
-        assert not contexts.OPEN
+        assert not contexts.OPEN_CONTEXTS
 
     def test_a_context_that_another_thread_ends(self, model, expected):
         context = disha.adapters_disabled(model)
@@ -499,7 +499,7 @@ class TestBackward:
         assert close(beside, expected["c"])
 
     def test_what_acted_in_forward_is_known_to_a_checkpoint(self, model, expected, monkeypatch):
-        run = contexts.in_these_contexts(lambda: model(X))
+        run = contexts.bind_contexts(lambda: model(X))
         with disha.adapters_disabled(model):
             output = self.in_a_thread_of_autograd(monkeypatch, run)
         assert close(output, expected["c"])
