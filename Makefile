@@ -7,8 +7,8 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -q
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 
-.PHONY: help demo test coverage lint format hooks docs build bench zoo evidence evidence-report \
-	clean
+.PHONY: help demo test coverage lint format hooks docs build bench gpu zoo evidence \
+	evidence-report clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -45,6 +45,10 @@ build: $(VENV)/.dev ## build the sdist and the wheel into dist/
 bench: $(VENV)/.dev ## measure speed and memory on this machine: 15 minutes on two idle cores
 	$(BIN)/python -m benchmarks --out bench-output/results.json
 	$(BIN)/python -m benchmarks.report bench-output/results.json --docs bench-output
+
+gpu: $(VENV)/.dev ## test and measure on a GPU, and write docs/gpu.md and README's table: about an hour
+	$(BIN)/python -m benchmarks.gpu --out benchmarks/results/gpu.json
+	$(BIN)/python -m benchmarks.gpu_page benchmarks/results/gpu.json
 
 zoo: $(VENV)/.zoo ## try adapters in hundreds of models of four libraries: 20 minutes on two idle cores
 	$(BIN)/python -m benchmarks.zoo --out bench-output/zoo.json

@@ -24,6 +24,7 @@ from benchmarks.markdown import run_text, spread_text, table
 from benchmarks.protocol import Budget, R, Spread, compare, paired_ratios, slow_dtypes
 from benchmarks.results import describe
 from benchmarks.steps import forward, frozen_stack
+from benchmarks.timers import ClockTimer
 
 CPU, LAYERS = torch.device("cpu"), 4
 DTYPES, TOKENS = (torch.float32, torch.bfloat16), (1, 2, 4, 8, 16)
@@ -57,7 +58,7 @@ def measured(width: int, budget: Budget) -> Iterator[list[str]]:
         for tokens in TOKENS:
             x = torch.randn(tokens, width, dtype=dtype)
             runs = {name: forward(model, x) for name, model in models.items()}
-            seconds = compare(runs, budget, clock=time.process_time)
+            seconds = compare(runs, budget, ClockTimer(time.process_time))
             ratios = [Spread.of(paired_ratios(seconds, *pair)) for pair in RATIOS.values()]
             yield [f"{str(dtype).removeprefix('torch.')}, {tokens}", *map(spread_text, ratios)]
 

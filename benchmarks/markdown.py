@@ -76,8 +76,10 @@ def versions_text(results: Mapping[str, Any]) -> str:
 def run_text(results: Mapping[str, Any]) -> str:
     """Return when and where results were measured, and with which versions."""
     machine = results["machine"]
+    memory = machine["memory_bytes"]
+    of_memory = "" if memory is None else f", {bytes_text(memory)} of memory"
     return (
         f"{results['date'][:10]}, {results['device']}, {machine['processor']} "
-        f"({machine['instructions']}), {count_text(machine['cores'], 'core')}, "
-        f"{bytes_text(machine['memory_bytes'])} of memory; {versions_text(results)}."
+        f"({machine['instructions']}), {count_text(machine['cores'], 'core')}{of_memory}; "
+        f"{versions_text(results)}."
     )

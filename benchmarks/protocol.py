@@ -9,13 +9,12 @@ from __future__ import annotations
 import gc
 import random
 import statistics
-import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 
-Run = Callable[[], object]
+from benchmarks.timers import ClockTimer, Run, Timer
 
 R = 64
 """The shard size of every table; LoRA gets the rank with as many trainable parameters."""
@@ -54,35 +53,28 @@ def paired_ratios(seconds: Mapping[str, Sequence[float]], name: str, to: str) ->
     return [one / other for one, other in zip(seconds[name], seconds[to], strict=True)]
 
 
-def wait_for_gpu() -> None:
-    if torch.cuda.is_initialized():
-        torch.cuda.synchronize()
-
-
 def compare(
-    runs: Mapping[str, Run],
-    budget: Budget,
-    wait: Callable[[], None] = wait_for_gpu,
-    clock: Callable[[], float] = time.perf_counter,
+    runs: Mapping[str, Run], budget: Budget, timer: Timer | None = None
 ) -> dict[str, list[float]]:
-    """Time every run once per round, in a new random order each round."""
+    """Time every run once per round, in a new random order each round.
+
+    Without a timer, it is the clock's time.
+    """
+    timer = timer or ClockTimer()
     order, shuffle = list(runs), random.Random(0).shuffle
     seconds: dict[str, list[float]] = {name: [] for name in runs}
-    started, rounds = clock(), -budget.warm_up
+    started, rounds = timer.now(), -budget.warm_up
     collecting = gc.isenabled()
     gc.disable()
     try:
         while rounds < budget.most_rounds:
-            if rounds >= budget.least_rounds and clock() - started >= budget.seconds:
+            if rounds >= budget.least_rounds and timer.now() - started >= budget.seconds:
                 break
             shuffle(order)
             for name in order:
-                wait()
-                before = clock()
-                runs[name]()
-                wait()
+                taken = timer.seconds(runs[name])
                 if rounds >= 0:
-                    seconds[name].append(clock() - before)
+                    seconds[name].append(taken)
             rounds += 1
     finally:
         if collecting:
@@ -91,11 +83,7 @@ def compare(
     return seconds
 
 
-def slow_dtypes(
-    dtypes: Collection[torch.dtype],
-    device: torch.device,
-    clock: Callable[[], float] = time.perf_counter,
-) -> dict[torch.dtype, float]:
+def slow_dtypes(dtypes: Collection[torch.dtype], device: torch.device) -> dict[torch.dtype, float]:
     """Return the dtypes that the device has no instructions for.
 
     Its products then take many times as long, those of the frozen base too. They say nothing about
@@ -104,7 +92,7 @@ def slow_dtypes(
     square = torch.randn(TRIED_WIDTH, TRIED_WIDTH, device=device)
     operands = {dtype: square.to(dtype) for dtype in (torch.float32, *dtypes)}
     products = {str(dtype): lambda one=one: one @ one for dtype, one in operands.items()}
-    seconds = compare(products, Budget(0.0, least_rounds=3, warm_up=1), clock=clock)
+    seconds = compare(products, Budget(0.0, least_rounds=3, warm_up=1))
     fastest = {dtype: min(seconds[str(dtype)]) for dtype in operands}
     ratios = {dtype: taken / fastest[torch.float32] for dtype, taken in fastest.items()}
     return {dtype: ratio for dtype, ratio in ratios.items() if ratio > FAR_SLOWER}

@@ -27,6 +27,7 @@ from benchmarks.memory import allocated_peak
 from benchmarks.protocol import Budget, R, Spread, compare, paired_ratios, slow_dtypes
 from benchmarks.results import describe
 from benchmarks.steps import check_gradients, fill, full_step, language_loss, trainable
+from benchmarks.timers import ClockTimer
 from benchmarks.whole_model import projections
 
 CPU, ROWS, VOCABULARY = torch.device("cpu"), 4, 1024
@@ -50,7 +51,7 @@ def measured(width: int, lengths: Sequence[int], budget: Budget) -> Iterator[lis
         for length in lengths:
             ids = torch.randint(VOCABULARY, (ROWS, length))
             steps = {name: training_step(name, width, dtype, bits, ids) for name in COMPARED}
-            seconds = compare(steps, budget, clock=time.process_time)
+            seconds = compare(steps, budget, ClockTimer(time.process_time))
             peaks = {name: allocated_peak(step, CPU) for name, step in steps.items()}
             for name in COMPARED[:-1]:
                 ratio = spread_text(Spread.of(paired_ratios(seconds, name, OTHER)))

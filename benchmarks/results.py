@@ -26,14 +26,14 @@ def describe(device: torch.device) -> dict[str, Any]:
     on_gpu = device.type == "cuda"
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "device": torch.cuda.get_device_name(device) if on_gpu else "cpu",
+        "device": torch.cuda.get_device_name(device) if on_gpu else device.type,
         "machine": {
             "system": platform.system(),
             "processor": _processor(),
             "instructions": torch.backends.cpu.get_cpu_capability(),
             "cores": os.cpu_count(),
             "threads": torch.get_num_threads(),
-            "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+            "memory_bytes": _memory_bytes(),
         },
         "versions": {
             "python": platform.python_version(),
@@ -86,6 +86,13 @@ def rounded(value: Any, digits: int = DIGITS) -> Any:
     if isinstance(value, list | tuple):
         return [rounded(one, digits) for one in value]
     return value
+
+
+def _memory_bytes() -> int | None:
+    """Return the bytes of the machine's memory; None if the system does not tell, as Windows."""
+    if not hasattr(os, "sysconf"):
+        return None
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _processor() -> str:

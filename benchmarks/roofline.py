@@ -39,6 +39,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.protocol import Budget, Run, compare
+from benchmarks.timers import timer_of
 
 CACHED_BYTES = 2**25
 """Most bytes of a pass that are counted as cached. Few processors have more cache for a process."""
@@ -103,7 +104,7 @@ def floor(table: str, case: Mapping[str, Any], method: str) -> float:
     """Return the least time of a method / that of the frozen base."""
     r, tokens = case["r"], case["tokens"]
     if table == "few_tokens":
-        layer = Linear(case["width"], case["width"])
+        layer = Linear(case["width"], case.get("outputs", case["width"]))
         return 1 + layer.block(method, r) / (layer.in_features * layer.out_features)
     copying = case["rates"]["cached"], case["rates"]["memory"]
     rates = {
@@ -148,7 +149,12 @@ def _layer_terms(layer: Linear, tokens: int, method: str, r: int, itemsize: int)
 
 
 def measured_rates(
-    layers: Iterable[Linear], tokens: int, r: int, dtype: torch.dtype, device: torch.device
+    layers: Iterable[Linear],
+    tokens: int,
+    r: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    budget: Budget | None = None,
 ) -> dict[str, Any]:
     """Return what the machine reaches, as JSON.
 
@@ -166,7 +172,7 @@ def measured_rates(
     copies = {"cached": (CACHED_COPY, CACHED_COPIES), "memory": (MEMORY_COPY, 1)}
     for name, (size, times) in copies.items():
         runs[f"{name} copy"] = _copier(size, times, device)
-    taken = compare(runs, BUDGET)
+    taken = compare(runs, BUDGET if budget is None else budget, timer_of(device))
     fastest = {name: min(seconds) for name, seconds in taken.items()}
     found: dict[str, Any] = {
         name: 2 * size * times / fastest[f"{name} copy"] for name, (size, times) in copies.items()

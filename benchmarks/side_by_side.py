@@ -35,7 +35,7 @@ from torch import nn
 from benchmarks.memory import allocated_peak, status_bytes
 from benchmarks.protocol import R, slow_dtypes
 from benchmarks.results import describe, write_results
-from benchmarks.whole_model import demo_file, projections
+from benchmarks.whole_model import projections, write_model
 
 
 class Contestant(NamedTuple):
@@ -86,7 +86,7 @@ TINY = Sizes(steps=4, batch=2, length=64, r=4)
 def side_by_side(tiny: bool, folder: Path) -> dict[str, Any]:
     """Measure both tables, and return the results."""
     sizes, job_sizes = (TINY, TINY) if tiny else (SIZES, JOB_SIZES)
-    _write_model(folder / "model", tiny)
+    write_model(folder / "model", tiny)
     _write_rows(folder, job_sizes)
     device = torch.device("cpu")
     results = describe(device)
@@ -100,22 +100,6 @@ def side_by_side(tiny: bool, folder: Path) -> dict[str, Any]:
 
 
 # --- the same model and rows for all -------------------------------------------------------------
-
-
-def _write_model(folder: Path, tiny: bool) -> None:
-    """Write SmolLM2-135M as a folder, or a tiny model with its tokenizer."""
-    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
-
-    from docs.demo import unpacked
-
-    file = demo_file()
-    if not tiny:
-        unpacked(str(file), folder)
-        return
-    AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(folder)
-    sizes: Any = {"vocab_size": 49152, "hidden_size": 16, "intermediate_size": 32}
-    heads: Any = {"num_attention_heads": 2, "num_key_value_heads": 1}
-    LlamaForCausalLM(LlamaConfig(num_hidden_layers=2, **sizes, **heads)).save_pretrained(folder)
 
 
 def _write_rows(folder: Path, sizes: Sizes) -> None:

@@ -82,6 +82,22 @@ def demo_model(dtype: torch.dtype, device: torch.device) -> Any:
     return model.to(device)
 
 
+def write_model(folder: Path, tiny: bool) -> Path:
+    """Write SmolLM2-135M as a folder, or a tiny model with its tokenizer; return the folder."""
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    from docs.demo import unpacked
+
+    file = demo_file()
+    if not tiny:
+        return unpacked(str(file), folder)
+    AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(folder)
+    sizes: Any = {"vocab_size": 49152, "hidden_size": 16, "intermediate_size": 32}
+    heads: Any = {"num_attention_heads": 2, "num_key_value_heads": 1}
+    LlamaForCausalLM(LlamaConfig(num_hidden_layers=2, **sizes, **heads)).save_pretrained(folder)
+    return folder
+
+
 def language_model(run: ModelRun, device: torch.device) -> tuple[Any, Tensor, Tensor]:
     """Return the language model of a run, and random tokens with the ones that follow them."""
     base = demo_model(run.dtype, device)

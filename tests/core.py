@@ -23,7 +23,7 @@ LEFT_OUT = (
     *("disha/cli", "disha/finetune", "disha/integrations"),
     "disha/__main__.py",
     *("benchmarks", "docs", "tests/cli", "tests/finetune", "tests/llamacpp", "tests/packaging"),
-    "tests/runtimes",
+    *("tests/runtimes", "tests/serving"),
     *("tests/docs", "tests/test_types.py"),
 )
 

@@ -15,6 +15,7 @@ from benchmarks.memory import allocated_peak, kept_bytes, stack
 from benchmarks.protocol import Budget, Spread, compare, paired_ratios
 from benchmarks.roofline import SMOLLM2_LINEARS, Linear
 from benchmarks.steps import CandidateError
+from benchmarks.timers import ClockTimer
 
 MIB = 2**20
 ROOT = Path(__file__).parent.parent.parent
@@ -42,7 +43,7 @@ class Clock:
 def test_each_round_runs_everything_once_in_an_order_of_its_own():
     clock = Clock()
     runs = {name: clock.run(name, 1.0) for name in "abcd"}
-    seconds = compare(runs, Budget(1e9, most_rounds=20, warm_up=3), clock=clock)
+    seconds = compare(runs, Budget(1e9, most_rounds=20, warm_up=3), ClockTimer(clock))
     rounds = [clock.order[i : i + 4] for i in range(0, len(clock.order), 4)]
     assert len(rounds) == 23
     assert all(sorted(one) == list("abcd") for one in rounds)
@@ -53,7 +54,7 @@ def test_each_round_runs_everything_once_in_an_order_of_its_own():
 def test_warm_up_is_left_out():
     clock = Clock()
     seconds = compare(
-        {"a": clock.run("a", 9.0, 8.0, 1.0, 2.0)}, Budget(1e9, 2, 2, warm_up=2), clock=clock
+        {"a": clock.run("a", 9.0, 8.0, 1.0, 2.0)}, Budget(1e9, 2, 2, warm_up=2), ClockTimer(clock)
     )
     assert seconds == {"a": [1.0, 2.0]}
 
@@ -62,7 +63,7 @@ def test_warm_up_is_left_out():
 def test_no_round_starts_after_the_budget_but_for_the_least(allowed, rounds):
     clock = Clock()
     budget = Budget(allowed, least_rounds=3, most_rounds=8, warm_up=1)
-    assert len(compare({"a": clock.run("a", 1.0)}, budget, clock=clock)["a"]) == rounds
+    assert len(compare({"a": clock.run("a", 1.0)}, budget, ClockTimer(clock))["a"]) == rounds
 
 
 def test_the_device_is_waited_for_on_both_sides_of_a_run():
@@ -73,7 +74,7 @@ def test_the_device_is_waited_for_on_both_sides_of_a_run():
         clock.now += 0.5
 
     budget = Budget(0.0, 1, 1, warm_up=0)
-    seconds = compare({"a": clock.run("a", 1.0)}, budget, wait=wait, clock=clock)
+    seconds = compare({"a": clock.run("a", 1.0)}, budget, ClockTimer(clock, wait))
     assert clock.order == ["wait", "a", "wait"]
     assert seconds == {"a": [1.5]}
 

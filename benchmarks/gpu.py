@@ -1,0 +1,475 @@
+"""Everything that is to be measured on a GPU, in one command.
+
+    python -m benchmarks.gpu                 # or make gpu, which also writes the page
+    python -m benchmarks.gpu --device cpu    # tiny sizes, to try the command
+
+| table | what it holds |
+|---|---|
+| tests | how many of the tests for accelerators pass (`pytest -m cuda`) |
+| step | a training step of a layer, eager and compiled; what it keeps and allocates |
+| decoding | a forward of few tokens through several layers, eager and compiled |
+| model | a training step of SmolLM2-135M, eager and compiled |
+| finetune | `disha finetune` with SmolLM2-135M, from the flags to the proven file |
+
+On CUDA, events take the time. The clock rate is brought up before each case, the cache is cleared
+before each measurement, and all candidates run once in each round, in a new random order. What
+fails, such as a candidate that does not fit the memory, is noted with its reason; the rest goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.candidates import (
+    BASE,
+    CANDIDATES,
+    LAYER_SCALE,
+    MODEL_SCALE,
+    adapted_model,
+    check_layer,
+    check_same_results,
+)
+from benchmarks.compiled import COMPILED, MORE_COMPILATIONS
+from benchmarks.memory import allocated_peak, kept_bytes
+from benchmarks.protocol import Budget, R, compare, slow_dtypes
+from benchmarks.results import describe, write_results
+from benchmarks.roofline import Linear, measured_rates
+from benchmarks.steps import TrainingStep, check_gradients, require_gradient
+from benchmarks.timers import Run, timer_of, warm
+from benchmarks.whole_model import projections, token_loss, write_model
+
+TIMED = (BASE, "bone", "bat", "peft_miss", "peft_lora", "loralib")
+ROOT = Path(__file__).parent.parent
+REPORTED = ("losses", "training_losses", "seconds", "steps", "proof", "parameters")
+SETTINGS = ("bits", "bf16", "fp16", "learning_rate", "max_length", "per_device_train_batch_size",
+            "gradient_checkpointing", "r")  # fmt: skip
+"""What is kept of the report of a fine-tuning."""
+CHECKED_TOKENS = 16
+COUNTED = ("passed", "failed", "error", "skipped")
+
+Case = dict[str, Any]
+
+
+class Sizes(NamedTuple):
+    """How much is measured."""
+
+    name: str
+    layers: Sequence[Linear]
+    tokens: Sequence[int]
+    few_tokens: Sequence[int]
+    copies: int
+    """Layers of a forward of few tokens. Together they do not fit into a cache."""
+    model: tuple[int, int, int]
+    """Rows, tokens of a row, decoder layers."""
+    steps: int
+    """Of the fine-tuning."""
+    budget: Budget
+    times: int
+    """Forwards of few tokens in a measurement."""
+    warm_seconds: float
+    r: int
+    tests: Sequence[str]
+
+
+FULL = Sizes(
+    "full",
+    layers=(Linear(4096, 4096), Linear(4096, 14336)),
+    tokens=(512, 1024, 2048, 4096, 8192),
+    few_tokens=(1, 2, 4, 8, 16),
+    copies=8,
+    model=(8, 1024, 30),
+    steps=200,
+    budget=Budget(5.0, least_rounds=20, most_rounds=200, warm_up=5),
+    times=10,
+    warm_seconds=1.0,
+    r=R,
+    tests=("-m", "cuda"),
+)
+TINY = Sizes(
+    "tiny",
+    layers=(Linear(64, 96),),
+    tokens=(16,),
+    few_tokens=(1,),
+    copies=2,
+    model=(2, 16, 1),
+    steps=2,
+    budget=Budget(0.0, least_rounds=15, warm_up=3),
+    times=2,
+    warm_seconds=0.0,
+    r=8,
+    tests=("-m", "cuda", "tests/whole/test_accelerators.py", "-k", "no_bit"),
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure what the command line names, and return 1 if something failed."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.gpu",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--device", type=torch.device, default=default_device())
+    parser.add_argument("--tiny", action="store_true", help="tiny sizes, as on a processor")
+    parser.add_argument("--only", nargs="+", choices=list(TABLES), default=list(TABLES))
+    parser.add_argument("--out", type=Path, default=Path("bench-output/gpu.json"))
+    asked = parser.parse_args(arguments)
+    sizes = TINY if asked.tiny or asked.device.type == "cpu" else FULL
+    results = describe(asked.device) | {"sizes": sizes.name, "accelerator": about(asked.device)}
+    results["failed"] = {}
+    for name in asked.only:
+        started = time.perf_counter()
+        try:
+            results["tables"][name] = TABLES[name](asked.device, sizes)
+        except Exception as error:
+            results["failed"][name] = reason(error)
+        release(asked.device)
+        results["table_seconds"][name] = time.perf_counter() - started
+        write_results(asked.out, results)  # a run that is stopped keeps the tables it has
+        print(f"{name}: {results['table_seconds'][name]:.0f} s", flush=True)
+    print(f"results: {asked.out}")
+    for name, why in results["failed"].items():
+        print(f"{name} failed: {why}", file=sys.stderr)
+    return 1 if results["failed"] else 0
+
+
+def default_device() -> torch.device:
+    """Return the accelerator of this machine, or the processor if there is none."""
+    device = torch.accelerator.current_accelerator(check_available=True)
+    return torch.device("cpu") if device is None else device
+
+
+def about(device: torch.device) -> dict[str, Any]:
+    """Return what is known of an accelerator; nothing of a processor."""
+    if device.type != "cuda":
+        return {}
+    card = torch.cuda.get_device_properties(device)
+    return {
+        "name": card.name,
+        "memory_bytes": card.total_memory,
+        "multiprocessors": card.multi_processor_count,
+        "capability": f"{card.major}.{card.minor}",
+        "runtime": torch.version.cuda or torch.version.hip,
+    }
+
+
+def reason(error: Exception) -> str:
+    """Return the first line of an error."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"
+
+
+def release(device: torch.device) -> None:
+    """Give memory back that nothing holds any more, the compiler's too."""
+    torch._dynamo.reset()
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def dtype_of(device: torch.device) -> torch.dtype:
+    """Return bfloat16, or float32 for a processor that has no instructions for it."""
+    slow = slow_dtypes({torch.bfloat16}, device)
+    return torch.float32 if slow else torch.bfloat16
+
+
+# --- the tests -----------------------------------------------------------------------------------
+
+
+def tests(device: torch.device, sizes: Sizes) -> list[Case]:
+    """Run the tests for accelerators, and count them by how they end."""
+    words = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *sizes.tests]
+    run = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+    print(run.stdout[-4000:], run.stderr[-4000:], flush=True)
+    return [counted_tests(run.stdout)]
+
+
+def counted_tests(output: str) -> Case:
+    """Return the numbers in the last line of pytest."""
+    *_, last = output.strip().splitlines()
+    found = {word: int(number) for number, word in re.findall(r"(\d+) ([a-z]+)", last)}
+    return {word: found.get(word, 0) for word in COUNTED} | {"said": last.strip("= ")}
+
+
+# --- a layer -------------------------------------------------------------------------------------
+
+
+def step(device: torch.device, sizes: Sizes) -> list[Case]:
+    """Measure forward and backward of one layer, the gradient of its input included."""
+    dtype = dtype_of(device)
+    return [
+        layer_case(layer, tokens, dtype, device, sizes)
+        for layer in sizes.layers
+        for tokens in sizes.tokens
+    ]
+
+
+def layer_case(
+    layer: Linear, tokens: int, dtype: torch.dtype, device: torch.device, sizes: Sizes
+) -> Case:
+    """Measure the steps of one layer and number of tokens."""
+    plain = frozen_layer(layer, dtype, device)
+    x = torch.randn(tokens, layer.in_features, device=device, dtype=dtype, requires_grad=True)
+    cotangent = torch.randn(tokens, layer.out_features, device=device, dtype=dtype)
+    models = checked_models(plain, x.detach()[:CHECKED_TOKENS], sizes.r)
+
+    def make(model: nn.Module, called: Callable[[Tensor], Tensor]) -> TrainingStep:
+        return TrainingStep(model, lambda: (called(x) * cotangent).sum(), [x])
+
+    steps, failed = eager_and_compiled(models, make, device)
+    warm(device, sizes.warm_seconds)
+    case = {
+        **size_of(layer, tokens, dtype, sizes.r),
+        "seconds": compare(steps, sizes.budget, timer_of(device)),
+        "kept_bytes": {
+            name: kept_bytes(model, partial(model, x)) for name, model in models.items()
+        },
+        "peak_bytes": {name: peak_of(one, device) for name, one in steps.items()},
+        "missing": failed,
+    }
+    budget = sizes.budget._replace(most_rounds=40)
+    case["rates"] = measured_rates([layer], tokens, sizes.r, dtype, device, budget)
+    release(device)
+    return case
+
+
+def decoding(device: torch.device, sizes: Sizes) -> list[Case]:
+    """Measure forwards of few tokens through several layers that read the same input."""
+    dtype = dtype_of(device)
+    return [
+        few_tokens_case(layer, tokens, dtype, device, sizes)
+        for layer in sizes.layers
+        for tokens in sizes.few_tokens
+    ]
+
+
+class Layers(nn.ModuleList):
+    """Layers with weights of their own, which all read one input."""
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        return [layer(x) for layer in self]
+
+
+def few_tokens_case(
+    layer: Linear, tokens: int, dtype: torch.dtype, device: torch.device, sizes: Sizes
+) -> Case:
+    """Measure the forwards of one layer's size and number of tokens."""
+    base = Layers(frozen_layer(layer, dtype, device) for _ in range(sizes.copies))
+    x = torch.randn(tokens, layer.in_features, device=device, dtype=dtype)
+    names = [name for name, _ in base.named_children()]
+    models = adapted_models(base, names, sizes.r, LAYER_SCALE)
+
+    def make(model: nn.Module, called: Any) -> Run:
+        model.eval()
+        return forward_of(called, x)
+
+    # On CUDA, this mode records a graph: the launches of its kernels cost nothing then.
+    mode = "reduce-overhead" if device.type == "cuda" else None
+    runs, failed = eager_and_compiled(models, make, device, mode)
+    warm(device, sizes.warm_seconds)
+    seconds = compare(runs, sizes.budget, timer_of(device, sizes.times))
+    release(device)
+    return {
+        **size_of(layer, tokens, dtype, sizes.r),
+        "layers": sizes.copies,
+        "seconds": seconds,
+        "missing": failed,
+    }
+
+
+def forward_of(called: Callable[[Tensor], object], x: Tensor) -> Run:
+    """Return a call without gradients."""
+
+    def run() -> object:
+        with torch.no_grad():
+            return called(x)
+
+    return run
+
+
+def frozen_layer(layer: Linear, dtype: torch.dtype, device: torch.device) -> nn.Linear:
+    """Return a frozen layer without a bias."""
+    plain = nn.Linear(*layer, bias=False, device=device, dtype=dtype)
+    return plain.requires_grad_(False)
+
+
+def checked_models(plain: nn.Linear, x: Tensor, r: int) -> dict[str, nn.Module]:
+    """Return every candidate over one weight, after checking that it acts and learns."""
+    models, outputs = {}, {}
+    for name in TIMED:
+        candidate = CANDIDATES[name]
+        models[name] = adapted_model(candidate, nn.Sequential(plain), ["0"], r, LAYER_SCALE)
+        outputs[name] = check_layer(candidate, models[name], plain, x)
+    check_same_results(outputs, x.dtype)
+    return models
+
+
+def adapted_models(
+    base: nn.Module, names: Sequence[str], r: int, scale: float
+) -> dict[str, nn.Module]:
+    """Return every candidate over the weights of one model."""
+    return {name: adapted_model(CANDIDATES[name], base, names, r, scale) for name in TIMED}
+
+
+def size_of(layer: Linear, tokens: int, dtype: torch.dtype, r: int) -> Case:
+    """Return the size of a case, as JSON."""
+    return {
+        "width": layer.in_features,
+        "outputs": layer.out_features,
+        "tokens": tokens,
+        "dtype": str(dtype).removeprefix("torch."),
+        "r": r,
+    }
+
+
+def eager_and_compiled(
+    models: Mapping[str, nn.Module],
+    make: Callable[[nn.Module, Any], Run],
+    device: torch.device,
+    mode: str | None = None,
+) -> tuple[dict[str, Run], dict[str, str]]:
+    """Return the runs of each model, eager and compiled, and why others do not run."""
+    runs: dict[str, Run] = {}
+    failed: dict[str, str] = {}
+    # On a processor, only whether the code can be traced is tried: kernels take minutes to build.
+    backend = "eager" if device.type == "cpu" else "inductor"
+    with torch._dynamo.config.patch(recompile_limit=MORE_COMPILATIONS):
+        for name, model in models.items():
+            compiled = torch.compile(model, backend=backend, mode=mode)
+            for suffix, called in (("", model), (COMPILED, compiled)):
+                run = make(model, called)
+                try:
+                    run()  # compiles
+                    if isinstance(run, TrainingStep):
+                        check_gradients(name, model)
+                except Exception as error:
+                    failed[name + suffix] = reason(error)
+                else:
+                    runs[name + suffix] = run
+    return runs, failed
+
+
+def peak_of(run: Run, device: torch.device) -> int | None:
+    """Return the most bytes that a step allocates; None where no allocator counts them."""
+    if device.type not in ("cuda", "cpu"):
+        return None
+    if isinstance(run, TrainingStep):
+        run.clear()
+    return allocated_peak(run, device)
+
+
+# --- a model -------------------------------------------------------------------------------------
+
+
+def model(device: torch.device, sizes: Sizes) -> list[Case]:
+    """Measure loss, forward and backward of a language model, down to the embedding's output."""
+    from transformers import AutoModelForCausalLM
+
+    rows, length, layers = sizes.model
+    dtype = dtype_of(device)
+    with tempfile.TemporaryDirectory() as name:
+        folder = write_model(Path(name) / "model", sizes is TINY)
+        base = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device)
+    base.model.layers = base.model.layers[:layers]
+    ids = torch.randint(base.config.vocab_size, (rows, length + 1), device=device)
+    tokens, labels = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+    names = projections(base)
+    models = adapted_models(base, names, sizes.r, MODEL_SCALE)
+    for one in models.values():
+        one.get_input_embeddings().register_forward_hook(require_gradient)
+
+    def make(model: nn.Module, called: Any) -> TrainingStep:
+        return TrainingStep(model, partial(token_loss, called, tokens, labels))
+
+    steps, failed = eager_and_compiled(models, make, device)
+    warm(device, sizes.warm_seconds)
+    case = {
+        "model": model_title(sizes),
+        "layers": len(base.model.layers),
+        "tokens": rows * length,
+        "dtype": str(dtype).removeprefix("torch."),
+        "r": sizes.r,
+        "seconds": compare(steps, sizes.budget, timer_of(device)),
+        "peak_bytes": {name: peak_of(one, device) for name, one in steps.items()},
+        "missing": failed,
+    }
+    return [case]
+
+
+def finetune(device: torch.device, sizes: Sizes) -> list[Case]:
+    """Fine-tune the model by the command, and return what its report says."""
+    from disha.finetune import main as command
+
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        words = ["--base", str(write_model(folder / "model", sizes is TINY))]
+        words += ["--data", str(write_rows(folder / "rows.jsonl", sizes is TINY))]
+        words += ["--eval_split", "train[:64]", "--output_dir", str(folder / "output")]
+        words += [
+            "--r",
+            str(sizes.r),
+            "--max_steps",
+            str(sizes.steps),
+            "--samples",
+            "0",
+            "--disable_tqdm",
+            "true",
+        ]
+        words += ["--use_cpu", "true"] if device.type == "cpu" else []
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        command(words)
+        peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+        report = json.loads((folder / "output" / "report.json").read_text(encoding="utf-8"))
+    return [
+        {
+            "model": model_title(sizes),
+            **{name: report[name] for name in REPORTED},
+            "settings": {name: report["settings"][name] for name in SETTINGS},
+            "peak_bytes": peak,
+        }
+    ]
+
+
+def model_title(sizes: Sizes) -> str:
+    """Return how the page calls the model."""
+    return "a tiny Llama" if sizes is TINY else "SmolLM2-135M"
+
+
+def write_rows(file: Path, tiny: bool) -> Path:
+    """Write the rows of the demo, or a few; return the file."""
+    from docs.demo import docstring_pairs
+
+    if tiny:
+        rows = [{"query": f"say {number}", "response": str(number)} for number in range(16)]
+    else:
+        rows = [pair._asdict() for pair in docstring_pairs()]
+    lines = [json.dumps(row) + "\n" for row in rows]
+    file.write_text("".join(lines), encoding="utf-8")
+    return file
+
+
+TABLES: Mapping[str, Callable[[torch.device, Sizes], list[Case]]] = {
+    "tests": tests,
+    "step": step,
+    "decoding": decoding,
+    "model": model,
+    "finetune": finetune,
+}
+
+
+if __name__ == "__main__":
+    sys.exit(main())
