@@ -179,7 +179,7 @@ def explain_peft_folder(path: Path) -> str | None:
     config = path.parent / "adapter_config.json"
     if not os.path.isfile(config):
         return None
-    reader = "lora" if '"LORA"' in config.read_text(errors="replace") else "peft"
+    reader = "lora" if '"LORA"' in config.read_text(encoding="utf-8", errors="replace") else "peft"
     return (
         f"{path.parent} is a folder of PEFT; read it with disha.interop.{reader}.load, or make an "
         "adapter file of it with disha convert"

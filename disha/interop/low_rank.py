@@ -259,7 +259,7 @@ def _update_of(
 
 
 def _norm(matrix: Tensor) -> float:
-    return float(torch.linalg.vector_norm(matrix, dtype=torch.float64))
+    return float(torch.linalg.vector_norm(matrix))
 
 
 def _factors(layer: LayerRecord, block: Tensor) -> tuple[Tensor, Tensor] | None:

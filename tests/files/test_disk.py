@@ -184,3 +184,17 @@ def test_killed_saves_leave_a_whole_file():
         capture_output=True, text=True, check=True, cwd=Path(__file__).parent.parent.parent,
     )  # fmt: skip
     assert "20 killed saves, whole versions read: [1.0, 2.0]" in done.stdout
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="tells what is mapped")
+def test_a_loaded_file_is_not_kept_open(tmp_path):
+    # Windows replaces no file that a process has open or mapped.
+    path = tmp_path / "adapter.safetensors"
+    model = disha.inject_adapters(torch.nn.Linear(16, 16), "", r=4)
+    disha.save_adapter(model, path)
+    disha.load_adapter(model, path, replace=True)
+    file = disha.inspect_adapter(path)
+    assert file.path == path
+    assert str(path) not in Path("/proc/self/maps").read_text()
+    descriptors = [os.readlink(one.path) for one in os.scandir("/proc/self/fd") if one.is_symlink()]
+    assert str(path) not in descriptors
