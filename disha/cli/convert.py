@@ -22,6 +22,8 @@ Examples:
 from __future__ import annotations
 
 import json
+import os
+import shlex
 from argparse import Namespace
 from collections.abc import Sequence
 from functools import partial
@@ -39,12 +41,14 @@ from disha.interop.checkpoints.matching import base_shapes, base_weights
 from disha.interop.checkpoints.reading import Checkpoint, open_checkpoint
 from disha.interop.lora.reading import read_lora
 from disha.interop.lora.writing import write_lora
-from disha.interop.low_rank import LoraReport
+from disha.interop.low_rank import SERVED_RANKS, LoraReport
 from disha.interop.peft_format import CONFIG_NAME
 from disha.text import counted
 
 FORMATS = ("disha", "peft", "lora", "diffusers")
 PEFT_METHODS = ("MISS", "BONE", "LORA")
+NOTED_BASE = "base"
+"""The key of the note on the base that `disha finetune` leaves: it trains language models."""
 
 
 def main(words: Sequence[str]) -> None:
@@ -60,6 +64,8 @@ def main(words: Sequence[str]) -> None:
         print(fit(str(report)))
     layers = counted(len(contents.layers), "layer")
     print(f"{flags.source} -> {flags.out} ({flags.to}): {layers}")
+    if report is not None and flags.to == "lora" and NOTED_BASE in contents.metadata:
+        print(_serving_command(flags, contents, report))
 
 
 def _parser() -> Parser:
@@ -113,6 +119,21 @@ def _read_folder(path: Path, flags: Namespace, base: Checkpoint | None) -> Adapt
         contents = peft.read_folder(path, partial(base_shapes, base), also_train=saved)
     _refuse_tied(path, contents, base)
     return contents
+
+
+def _serving_command(flags: Namespace, contents: AdapterContents, report: LoraReport) -> str:
+    """Return the command with which vLLM serves a language model and the written adapter."""
+    base = json.loads(contents.metadata[NOTED_BASE])["base_model_name_or_path"]
+    if base.startswith("./"):
+        base = os.path.normpath(flags.source.parent / base)
+    largest = max(layer.rank for layer in report.layers)
+    served = [rank for rank in SERVED_RANKS if rank >= largest]
+    if not served:
+        return f"vLLM serves no rank above {SERVED_RANKS[-1]}, and a layer has {largest}"
+    words = ["vllm", "serve", str(flags.base or base), "--enable-lora"]
+    words += ["--max-lora-rank", str(served[0])]
+    words += ["--lora-modules", f"{flags.out.name}={flags.out}"]
+    return f"to serve it: {shlex.join(words)}"
 
 
 def _config(base: Checkpoint | None) -> dict[str, Any]:

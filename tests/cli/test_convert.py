@@ -54,6 +54,17 @@ def test_to_lora_and_back(run, files):
     assert_same(deltas(back), deltas(a))
 
 
+@pytest.mark.parametrize(("r", "rank"), [(4, 8), (12, 16)])
+def test_the_command_that_serves_a_lora_comes_from_the_file(run, files, r, rank):
+    adapted = disha.inject_adapters(nn.Sequential(nn.Linear(16, 16)), "0", r)
+    noted = {"base": json.dumps({"base_model_name_or_path": "./model", "bits": "fp32"})}
+    file, folder = files.path / "a.safetensors", files.path / "mine"
+    disha.save_adapter(adapted, file, metadata=noted)
+    done = run("convert", file, folder, "--to", "lora")
+    served = f"vllm serve {files.path / 'model'} --enable-lora --max-lora-rank {rank}"
+    assert done.out.splitlines()[-1] == f"to serve it: {served} --lora-modules mine={folder}"
+
+
 def beside_a_norm():
     torch.manual_seed(0)
     return nn.Sequential(nn.Embedding(9, 8), nn.Linear(8, 8), nn.BatchNorm1d(8))
