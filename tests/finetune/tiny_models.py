@@ -60,7 +60,7 @@ def write_model(
     torch.manual_seed(seed)
     words = tokenizer(chat=chat)
     config = getattr(transformers, f"{family}Config")(
-        **{**FAMILIES[family], "vocab_size": len(words), **more},
+        **{**FAMILIES.get(family, SIZES), "vocab_size": len(words), **more},
         bos_token_id=1,
         eos_token_id=2,
         pad_token_id=2,

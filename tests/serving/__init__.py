@@ -1,0 +1,1 @@
+"""vLLM serves exported adapters: `python -m tests.serving`."""

@@ -1,0 +1,3 @@
+"""Leaves out what only vLLM's Python can import."""
+
+collect_ignore = ["in_vllm.py"]
