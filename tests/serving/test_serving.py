@@ -49,6 +49,7 @@ class Served:
         file, exported = self.folder / f"{name}.safetensors", self.folder / name
         disha.save_adapter(model, file)
         words = ["convert", file, exported, "--to", "lora", "--experts", "separate"]
+        words += ["--base", self.model]
         assert command([*map(str, words)]) == 0
         self.adapters[name] = str(exported)
         return model
