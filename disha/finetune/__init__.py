@@ -3,12 +3,14 @@
 | module | what it holds |
 |---|---|
 | `arguments` | the flags |
-| `base` | the base model, and the note in an adapter file that finds it |
+| `base` | the base model and its tokenizer |
+| `notes` | what an adapter file notes, and how it is loaded |
 | `data` | the rows, as they are read |
 | `forms` | the form in which rows are trained |
 | `trainer` | trl's trainer, and what it shows |
 | `train` | one run, from the flags to the saved adapter |
-| `report` | the files beside the adapter, and the proof that the adapter is sound |
+| `card` | the model card beside the adapter |
+| `report` | the other files beside the adapter, and the proof that the adapter is sound |
 | `merging` | a copy of the base with the adapter in its weights |
 """
 

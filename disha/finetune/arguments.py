@@ -15,7 +15,7 @@ import torch.distributed as dist
 import yaml
 from accelerate import DistributedType
 from transformers import HfArgumentParser
-from transformers.integrations import get_reporting_integration_callbacks
+from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils.import_utils import is_torch_tf32_available
 from trl import SFTConfig
@@ -141,8 +141,11 @@ class AdapterArguments:
 
     def settings(self) -> dict[str, Any]:
         """Return the arguments of `disha.inject_adapters`."""
+        targets: str | list[str] = self.target
+        if len(self.target) == 1:
+            targets = self.target[0]
         return {
-            "target_regex": self.target[0] if len(self.target) == 1 else self.target,
+            "target_regex": targets,
             "r": self.r,
             "r_out": self.r_out,
             "method": self.method,
@@ -236,7 +239,7 @@ class TrainingArguments(SFTConfig):  # type: ignore[misc]
 
     def _choose_checkpoint(self) -> None:
         """Let `--resume_from_checkpoint True` mean the last one, as in `Trainer`; check others."""
-        chosen = self.resume_from_checkpoint
+        chosen: str | None = self.resume_from_checkpoint  # type: ignore[has-type]
         if chosen is None:
             return
         if chosen.lower() in ("true", "false"):
@@ -309,7 +312,9 @@ def _parser(shows_all: bool) -> _Parser:
     for former, name in RENAMED.items():
         flags[f"--{former}"] = flags[f"--{name}"]
         flags[f"--{former.replace('_', '-')}"] = flags[f"--{name}"]
-    hidden = set() if shows_all else {setting.name for setting in fields(SFTConfig)} - set(SHOWN)
+    hidden = set()
+    if not shows_all:
+        hidden = {setting.name for setting in fields(SFTConfig)} - set(SHOWN)
     for action in parser._actions:
         if action.dest in hidden or action.option_strings[0].startswith("--no_"):
             action.help = argparse.SUPPRESS
@@ -328,7 +333,11 @@ class _Format(argparse.ArgumentDefaultsHelpFormatter):
 
     def _format_action_invocation(self, action: argparse.Action) -> str:
         names = [name for name in action.option_strings if "-" not in name[2:]]
-        values = {"+": " ...", "?": ""}.get(str(action.nargs), " X" if action.nargs != 0 else "")
+        values = " X"
+        if action.nargs == "+":
+            values = " ..."
+        elif action.nargs in (0, "?"):
+            values = ""
         return ", ".join(names) + values
 
 
@@ -346,8 +355,10 @@ def _read_flags(path: Path) -> Iterator[str]:
         if value in (None, []):
             continue
         yield f"--{name}"
-        for item in value if isinstance(value, list) else [value]:
-            yield json.dumps(item) if isinstance(item, dict) else str(item)
+        items = value if isinstance(value, list) else [value]
+        for item in items:
+            text = json.dumps(item) if isinstance(item, dict) else str(item)
+            yield text
 
 
 def _split_rank_pattern(pair: str) -> tuple[str, int]:

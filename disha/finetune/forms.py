@@ -140,7 +140,7 @@ def _columns(names: Sequence[str]) -> str:
 
 def _choose_form(
     rows: Dataset, named: Sequence[str], tokenizer: PreTrainedTokenizerBase, learn_all: bool
-) -> _Texts | _Conversations:
+) -> _Texts | _TextsOfMessages | _Conversations:
     """Return the form of rows, by the fields that were named, or by those of a known form."""
     columns = rows.column_names
     fields = tuple(named or _known_fields(columns))
@@ -154,21 +154,21 @@ def _choose_form(
     if len(fields) == 1:
         [field] = fields
         if field not in CONVERSATIONS and not _is_list_of_messages(first_row[field]):
-            return _Texts({"text": field})
+            return _Texts(field)
         read: Reader = partial(_read_conversation, field=field)
         used = {field, "system"}
     elif fields == SPLIT and _is_list_of_messages(first_row["prompt"]):
         read = _read_split_conversation
         used = set(SPLIT)
     elif fields == SPLIT and not named:
-        return _Texts({"prompt": "prompt", "completion": "completion"})
+        return _Texts(*SPLIT)
     else:
         read = partial(_read_pair, question=fields[0], answer=fields[1])
         used = {*fields, "system", "history"}
         if fields[0] == "instruction":
             used.add("input")
         if not tokenizer.chat_template:
-            return _Texts({}, read, used)
+            return _TextsOfMessages(read, used)
     if not tokenizer.chat_template:
         raise ArgumentError(
             "the rows are conversations, and the model has no chat template; give one with "
@@ -199,28 +199,41 @@ def _is_list_of_messages(value: Any) -> bool:
 
 
 class _Texts:
-    """Rows that become texts: of one field each, or of the messages that a reader finds."""
+    """Rows that become texts: each of one field."""
 
     remarks: Sequence[str] = ()
 
-    def __init__(
-        self, fields: Mapping[str, str], read: Reader | None = None, columns: Collection[str] = ()
-    ) -> None:
+    def __init__(self, *fields: str) -> None:
         self._fields = fields
-        self._read = read
-        self.columns = {*fields.values(), *columns}
+        self.columns = set(fields)
 
     def features(self, columns: Collection[str]) -> dict[str, Any]:
         """Return the kinds of the columns that rows get."""
-        return dict.fromkeys(self._fields or SPLIT, TEXT)
+        names = SPLIT if self._fields == SPLIT else ("text",)
+        return dict.fromkeys(names, TEXT)
 
     def form_row(self, row: Row) -> Row:
         """Return a row of texts."""
-        if self._read is None:
-            return {
-                name: _answer(row, field) if name == "completion" else _text(row, field)
-                for name, field in self._fields.items()
-            }
+        if self._fields == SPLIT:
+            return {"prompt": _text(row, "prompt"), "completion": _answer(row, "completion")}
+        return {"text": _text(row, self._fields[0])}
+
+
+class _TextsOfMessages:
+    """Rows that become texts, because there is no chat template: a message is a line."""
+
+    remarks: Sequence[str] = ()
+
+    def __init__(self, read: Reader, columns: Collection[str]) -> None:
+        self._read = read
+        self.columns = columns
+
+    def features(self, columns: Collection[str]) -> dict[str, Any]:
+        """Return the kinds of the columns that rows get."""
+        return dict.fromkeys(SPLIT, TEXT)
+
+    def form_row(self, row: Row) -> Row:
+        """Return a row of texts."""
         *asked, answer = self._read(row)
         question = "\n".join(message["content"] for message in asked)
         return {"prompt": question, "completion": f"\n{answer['content']}"}
@@ -346,13 +359,14 @@ class _Conversations:
         shape = json.dumps([marked, bool(tools), chat_template_kwargs])
         if shape in self._shown:
             return
+        options = chat_template_kwargs if chat_template_kwargs else {}
         try:
             shown = self._tokenizer.apply_chat_template(
                 marked,
                 tools=tools,
                 tokenize=False,
                 chat_template=self._template,
-                **(chat_template_kwargs or {}),
+                **options,
             )
         except (TemplateError, TypeError, ValueError) as error:
             raise ValueError(f"the chat template refuses it: {error}") from error

@@ -24,13 +24,14 @@ from torch import nn
 import disha
 from disha.errors import AdapterFileError, ArgumentError
 from disha.files import ADAPTER_NAME
-from disha.interop import peft
-from disha.interop.peft_format import CONFIG_NAME
 
 BASE_KEY = "base"
 TEMPLATE_KEY = "chat_template"
 TOKENS_KEY = "new_tokens"
 PROMPT_KEY = "prompt"
+
+PEFT_CONFIG = "adapter_config.json"
+"""The file that tells a folder of PEFT from others."""
 
 FEW_BITS = ("8", "4")
 BITS = ("bf16", "fp32", *FEW_BITS)
@@ -58,18 +59,18 @@ def read_settings(adapter: str | Path) -> dict[str, Any]:
 def load_noted_adapter(model: nn.Module, adapter: str | Path) -> None:
     """Load an adapter file, or a folder of PEFT's MiSS, into a model."""
     if _is_peft_folder(adapter):
-        peft.load(model, adapter)
+        disha.interop.peft.load(model, adapter)
     else:
         disha.load_adapter(model, adapter)
 
 
 def _is_peft_folder(adapter: str | Path) -> bool:
     folder = Path(adapter)
-    return (folder / CONFIG_NAME).is_file() and not (folder / ADAPTER_NAME).exists()
+    return (folder / PEFT_CONFIG).is_file() and not (folder / ADAPTER_NAME).exists()
 
 
 def _peft_settings(folder: str | Path) -> dict[str, Any]:
-    path = Path(folder, CONFIG_NAME)
+    path = Path(folder, PEFT_CONFIG)
     settings = json.loads(path.read_bytes())
     if not isinstance(settings, dict):
         raise AdapterFileError(f"{path} must hold a JSON object")

@@ -36,40 +36,6 @@ MERGED = "merged"
 PLOT, SAMPLES, REPORT = RESULTS = ("loss.png", "samples.md", "report.json")
 PACKAGES = ("torch", "transformers", "trl", "datasets", "accelerate", "safetensors", "einops")
 SAMPLE_TOKENS = 64
-CARD = "README.md"
-OWN_CARD = "library_name: disha"
-CARD_TEXT = """---
-library_name: disha
-{named}tags:
-- adapter
-- disha
-- miss
-# license: yours to choose; those of the base and of the rows may bind you
----
-
-# An adapter for {title}
-
-| | |
-|---|---|
-{table}
-
-`samples.md` shows answers with and without it, and `report.json` has all settings.
-
-## Use
-
-```sh
-disha generate --adapter adapter.safetensors --prompt 'a question'
-disha merge {base} adapter.safetensors merged
-```
-
-```python
-import disha
-from transformers import AutoModelForCausalLM
-
-model = AutoModelForCausalLM.from_pretrained("{base}")
-disha.load_adapter(model, "adapter.safetensors")
-```
-"""
 TOLERANCE = 1e-3
 """How much the loss of the saved file may differ, in nats per token. It differs at all only where
 a device does not always add up in the same order."""
@@ -124,7 +90,8 @@ def prove(base: Base, path: Path, training: SFTConfig, outcome: Outcome) -> Proo
     model, tokenizer = base.load(device, read_notes(path))
     # Sharded models would need all ranks for an answer.
     is_shown = training.process_index == 0 and not is_sharded
-    pairs = list(_questions(outcome.checked, training.samples if is_shown else 0))
+    count = training.samples if is_shown else 0
+    pairs = list(_questions(outcome.checked, count))
     questions = [question for question, _ in pairs]
     without = _answers(model, tokenizer, questions)
     disha.load_adapter(model, path)
@@ -182,7 +149,8 @@ def _page(samples: Sequence[Sample]) -> str:
         for name, text in asdict(sample).items():
             # Indented text is shown as it is, whatever is in it.
             title = name.replace("_", " ").capitalize()
-            parts.append(f"**{title}**\n\n{textwrap.indent(text.strip() or '-', ' ' * 4)}\n")
+            shown = text.strip() if text.strip() else "-"
+            parts.append(f"**{title}**\n\n{textwrap.indent(shown, ' ' * 4)}\n")
     return "\n".join(parts)
 
 
@@ -209,54 +177,30 @@ def write_report(folder: Path, settings: Mapping[str, Any], outcome: Outcome, pr
     _plot(facts).savefig(folder / PLOT)
     if proof.samples:
         (folder / SAMPLES).write_text(_page(proof.samples), encoding="utf-8")
+    versions = {"python": platform.python_version(), "disha": disha.__version__}
+    versions |= {package: importlib.metadata.version(package) for package in PACKAGES}
     report = {
         "settings": settings,
-        "versions": {"python": platform.python_version(), "disha": disha.__version__}
-        | {package: importlib.metadata.version(package) for package in PACKAGES},
+        "versions": versions,
         "machine": platform.platform(),
         **facts,
         "proof": {"trained": proof.trained, "loaded": proof.loaded},
         "peak_memory_bytes": _peak_memory(),
         "samples": [asdict(sample) for sample in proof.samples],
     }
-    (folder / REPORT).write_text(json.dumps(report, indent=2, default=str) + "\n", encoding="utf-8")
+    text = json.dumps(report, indent=2, default=str)
+    (folder / REPORT).write_text(f"{text}\n", encoding="utf-8")
     took = f"in {counted(facts['steps'], 'step')}, {facts['seconds']:.0f} s"
-    print(f"{_losses(facts, proof)} {took}")
+    print(f"{facts['measured_on']} loss {loss_before_and_after(facts, proof)} {took}")
     print(f"the saved file, in the base loaded anew: {proof.loaded:.6f}")
-    print(f"in {folder}: {', '.join(sorted(path.name for path in folder.iterdir()))}")
+    names = sorted(path.name for path in folder.iterdir())
+    print(f"in {folder}: {', '.join(names)}")
 
 
-def write_card(folder: Path, settings: Mapping[str, Any], outcome: Outcome, proof: Proof) -> None:
-    """Write a model card, as the Hugging Face hub shows it; a `README.md` of others stays."""
-    path = folder / CARD
-    if path.exists() and OWN_CARD not in path.read_text(encoding="utf-8", errors="replace"):
-        return
-    facts = outcome.facts
-    base = settings["base"]
-    method = f"tile, r_out = {settings['r_out']}" if settings["r_out"] else settings["method"]
-    rows = f"{facts['rows']['training']:,} of {', '.join(settings['data'])}"
-    lines = {
-        "base": base,
-        "held in memory as": settings["bits"],
-        "method": f"{method}, r = {settings['r']}",
-        "layers": ", ".join(settings["target"]),
-        "trained parameters": f"{facts['parameters']['trainable']:,}",
-        "rows": rows,
-        "steps": f"{facts['steps']:,}",
-        "learning rate": settings["learning_rate"],
-        "loss": _losses(facts, proof),
-        "made with": f"disha {disha.__version__}",
-    }
-    table = "\n".join(f"| {name} | {value} |" for name, value in lines.items())
-    # A path on this machine is no name that the hub knows.
-    named = "" if Path(base).exists() else f"base_model: {base}\n"
-    text = CARD_TEXT.format(named=named, table=table, base=base, title=Path(base).name)
-    path.write_text(text, encoding="utf-8")
-
-
-def _losses(facts: Mapping[str, Any], proof: Proof) -> str:
+def loss_before_and_after(facts: Mapping[str, Any], proof: Proof) -> str:
+    """Return the loss before and after training, as text."""
     before = facts["losses"].get(0, math.nan)
-    return f"{facts['measured_on']} loss {before:.3f} -> {proof.trained:.3f}"
+    return f"{before:.3f} -> {proof.trained:.3f}"
 
 
 def logged(state: TrainerState, name: str) -> dict[Any, float]:
@@ -282,7 +226,8 @@ def _peak_memory() -> int | None:
     """Return this process's peak resident memory in bytes; None if unknown."""
     status = Path("/proc/self/status")
     if status.exists():  # on Linux, `getrusage` counts the memory of the starting process too
-        return int(re.findall(r"VmHWM:\s*(\d+) kB", status.read_text())[0]) * 1024
+        [kilobytes] = re.findall(r"VmHWM:\s*(\d+) kB", status.read_text())
+        return int(kilobytes) * 1024
     if sys.platform == "win32":
         return None
     import resource

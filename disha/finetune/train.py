@@ -25,6 +25,7 @@ from disha.errors import AdapterFileWarning, ArgumentError
 from disha.files import ADAPTER_NAME
 from disha.finetune.arguments import AdapterArguments, DataArguments, TrainingArguments
 from disha.finetune.base import Base, template_at
+from disha.finetune.card import write_card
 from disha.finetune.data import load_rows, mix_rows
 from disha.finetune.forms import form_rows, learns_marked_answers, marks_answers
 from disha.finetune.merging import merge_base, require_mergeable
@@ -38,16 +39,7 @@ from disha.finetune.notes import (
     notes_at,
     read_notes,
 )
-from disha.finetune.report import (
-    MERGED,
-    RESULTS,
-    Outcome,
-    facts_of,
-    logged,
-    prove,
-    write_card,
-    write_report,
-)
+from disha.finetune.report import MERGED, RESULTS, Outcome, facts_of, logged, prove, write_report
 from disha.finetune.trainer import Trainer, score_positions
 from disha.integrations.memory import step_memory
 from disha.integrations.transformers import AdapterCheckpoints
@@ -113,15 +105,16 @@ def _choose_base(adapter: AdapterArguments) -> Base:
 
 
 def _require_free(folder: Path, training: TrainingArguments) -> None:
+    """Raise if the folder holds an earlier run, unless the flags say what becomes of it."""
     if folder.exists() and not folder.is_dir():
         raise ArgumentError(f"--output_dir {folder} is a file; name a folder")
     if training.resume or training.resume_from_checkpoint or training.overwrite_output_dir:
         return
-    left = _earlier_results(folder)
-    if left:
+    results = _earlier_results(folder)
+    if results:
         raise ArgumentError(
-            f"--output_dir {folder} holds {left[0].name} of an earlier run; go on with --resume, "
-            "or start over with --overwrite_output_dir"
+            f"--output_dir {folder} holds {results[0].name} of an earlier run; go on with "
+            "--resume, or start over with --overwrite_output_dir"
         )
 
 
@@ -148,48 +141,25 @@ def _make_trainer(
     training: TrainingArguments,
 ) -> Trainer:
     """Return a trainer for a base with the adapter, and for the rows."""
-    sets, held_out = _read(data)
-    notes = read_notes(adapter.adapter) if adapter.adapter else {}
-    if training.chat_template_path:
-        notes[TEMPLATE_KEY] = template_at(training.chat_template_path)
-        training.chat_template_path = None  # trl would also add the tokens of another model
-    if adapter.new_tokens:
-        notes[TOKENS_KEY] = json.dumps(adapter.new_tokens)
+    sets, held_out = _read_sets(data)
+    notes = _notes_of_run(adapter, training)
     device = training.device if base.bits in FEW_BITS else None
     model, tokenizer = base.load(device, notes)
-    if training.assistant_only_loss and not marks_answers(tokenizer):
-        raise ArgumentError(
-            "--assistant_only_loss True needs a chat template in which trl can mark the answers; "
-            "give one with --chat_template_path, or leave the flag out"
-        )
-    form = partial(
-        form_rows,
-        fields=data.dataset_field,
-        tokenizer=tokenizer,
-        learn_all=training.assistant_only_loss is False,
-    )
-    sets = [form(rows) for rows in sets]
-    if held_out is not None:
-        held_out = form(held_out)
-    elif data.eval_fraction:
-        if not data.data_weights:
-            sets = [mix_rows(sets, (), training.seed)]
-        # Before rows are drawn by weight: a row that is drawn twice must not be in both parts.
-        parts = [rows.train_test_split(data.eval_fraction, seed=training.seed) for rows in sets]
-        sets = [part["train"] for part in parts]
-        held_out = mix_rows([part["test"] for part in parts], (), training.seed)
-    rows = mix_rows(sets, data.data_weights, training.seed)
-    if training.assistant_only_loss is None:
-        training.assistant_only_loss = learns_marked_answers(rows, tokenizer)
+    rows, held_out = _form_sets(sets, held_out, data, training, tokenizer)
     notes[PROMPT_KEY] = "chat" if is_conversational(rows[0]) else "text"
     # Each checkpoint holds the notes that the final file holds, so that commands can use it.
     notes_of = partial(notes_at, notes=notes, base=base.name, bits=base.bits)
-    _adapt(model, adapter, tokenizer)
+    if adapter.adapter is None:
+        _inject(model, adapter, tokenizer)
+    else:
+        with warnings.catch_warnings(action="error", category=AdapterFileWarning):
+            load_noted_adapter(model, adapter.adapter)
+    measured = rows.select(range(min(len(rows), CHECKED_ROWS))) if held_out is None else held_out
     trainer = Trainer(
         model,
         training,
         train_dataset=rows,
-        eval_dataset=held_out or rows.select(range(len(rows))[:CHECKED_ROWS]),
+        eval_dataset=measured,
         processing_class=tokenizer,
         callbacks=[AdapterCheckpoints(model, notes=notes_of)],
     )
@@ -200,7 +170,7 @@ def _make_trainer(
     return trainer
 
 
-def _read(data: DataArguments) -> tuple[list[Dataset], Dataset | None]:
+def _read_sets(data: DataArguments) -> tuple[list[Dataset], Dataset | None]:
     """Return the data sets to train on, and the rows to measure on if they are apart."""
     if not data.data:
         raise ArgumentError("which rows? name a file or a data set with --data")
@@ -212,27 +182,66 @@ def _read(data: DataArguments) -> tuple[list[Dataset], Dataset | None]:
     sets = [load_rows(name, split) for name, split in zip(data.data, splits, strict=True)]
     if data.eval_data is None and data.eval_split is None:
         return sets, None
-    return sets, load_rows(data.eval_data or data.data[0], data.eval_split or "train")
+    measured_on = data.data[0] if data.eval_data is None else data.eval_data
+    split = "train" if data.eval_split is None else data.eval_split
+    return sets, load_rows(measured_on, split)
 
 
-def _adapt(model: Any, adapter: AdapterArguments, tokenizer: Any) -> None:
-    """Add the adapter: a new one, or that of a file."""
-    if adapter.adapter is None:
-        settings = adapter.settings()
-        table = model.get_input_embeddings()
-        head = model.get_output_embeddings()
-        names = {module: f"^{re.escape(name)}$" for name, module in model.named_modules()}
-        # trl computes the loss from the head's weight, and an adapter on it takes a dense one.
-        if head is not None and head.weight is not table.weight:
-            settings["exclude"].append(names[head])
-        if adapter.new_tokens:
-            numbers = tokenizer.convert_tokens_to_ids(adapter.new_tokens)
-            tables = {names[layer]: numbers for layer in (table, head) if layer is not None}
-            settings["also_train_rows"] = tables
-        disha.inject_adapters(model, **settings)
-        return
-    with warnings.catch_warnings(action="error", category=AdapterFileWarning):
-        load_noted_adapter(model, adapter.adapter)
+def _notes_of_run(adapter: AdapterArguments, training: TrainingArguments) -> dict[str, str]:
+    """Return the notes of the adapter that is trained further, with what the flags add."""
+    notes = {} if adapter.adapter is None else read_notes(adapter.adapter)
+    if training.chat_template_path:
+        notes[TEMPLATE_KEY] = template_at(training.chat_template_path)
+        training.chat_template_path = None  # trl would also add the tokens of another model
+    if adapter.new_tokens:
+        notes[TOKENS_KEY] = json.dumps(adapter.new_tokens)
+    return notes
+
+
+def _form_sets(
+    sets: list[Dataset],
+    held_out: Dataset | None,
+    data: DataArguments,
+    training: TrainingArguments,
+    tokenizer: Any,
+) -> tuple[Dataset, Dataset | None]:
+    """Return the rows to train on, mixed, and those held out, in the forms that trl trains."""
+    if training.assistant_only_loss and not marks_answers(tokenizer):
+        raise ArgumentError(
+            "--assistant_only_loss True needs a chat template in which trl can mark the answers; "
+            "give one with --chat_template_path, or leave the flag out"
+        )
+    learn_all = training.assistant_only_loss is False
+    sets = [form_rows(rows, data.dataset_field, tokenizer, learn_all=learn_all) for rows in sets]
+    if held_out is not None:
+        held_out = form_rows(held_out, data.dataset_field, tokenizer, learn_all=learn_all)
+    elif data.eval_fraction:
+        if not data.data_weights:
+            sets = [mix_rows(sets, (), training.seed)]
+        # Before rows are drawn by weight: a row that is drawn twice must not be in both parts.
+        parts = [rows.train_test_split(data.eval_fraction, seed=training.seed) for rows in sets]
+        sets = [part["train"] for part in parts]
+        held_out = mix_rows([part["test"] for part in parts], (), training.seed)
+    rows = mix_rows(sets, data.data_weights, training.seed)
+    if training.assistant_only_loss is None:
+        training.assistant_only_loss = learns_marked_answers(rows, tokenizer)
+    return rows, held_out
+
+
+def _inject(model: Any, adapter: AdapterArguments, tokenizer: Any) -> None:
+    """Add a new adapter, as the flags say."""
+    settings = adapter.settings()
+    table = model.get_input_embeddings()
+    head = model.get_output_embeddings()
+    patterns = {module: f"^{re.escape(name)}$" for name, module in model.named_modules()}
+    # trl computes the loss from the head's weight, and an adapter on it takes a dense one.
+    if head is not None and head.weight is not table.weight:
+        settings["exclude"].append(patterns[head])
+    if adapter.new_tokens:
+        numbers = tokenizer.convert_tokens_to_ids(adapter.new_tokens)
+        tables = [layer for layer in (table, head) if layer is not None]
+        settings["also_train_rows"] = {patterns[layer]: numbers for layer in tables}
+    disha.inject_adapters(model, **settings)
 
 
 # --- training ------------------------------------------------------------------------------------
@@ -251,14 +260,17 @@ def _train(trainer: Trainer, folder: Path) -> Outcome:
         _clear(folder)
     trainer.train(resume_from_checkpoint=resumed_from)
     state = trainer.state
-    saved_step = (training.load_best_model_at_end and state.best_global_step) or state.global_step
+    saved_step = state.global_step
+    if training.load_best_model_at_end and state.best_global_step:
+        saved_step = state.best_global_step
     path = folder / ADAPTER_NAME
     notes = trainer.notes_of(path)
     disha.save_adapter(trainer.model, path, metadata=notes)
     if TOKENS_KEY in notes and training.process_index == 0:
         trainer.processing_class.save_pretrained(folder)
-    measured = logged(state, "eval_loss").get(saved_step)
-    loss = trainer.evaluate()["eval_loss"] if measured is None else measured
+    loss = logged(state, "eval_loss").get(saved_step)
+    if loss is None:
+        loss = trainer.evaluate()["eval_loss"]
     return Outcome(trainer.eval_dataset, loss, facts_of(trainer, resumed_from))
 
 

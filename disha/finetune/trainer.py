@@ -158,7 +158,7 @@ class LossTable(ProgressCallback):
     def on_train_end(self, args: Any, state: Any, *given: Any, **named: Any) -> None:
         """Print the last line, and close the bar."""
         self._print_line(state)
-        super().on_train_end(args, state, *given, **named)
+        super().on_train_end(args, state, *given, **named)  # type: ignore[no-untyped-call]
 
     def _print_line(self, state: Any) -> None:
         if not self.values.keys() & {"loss", "eval_loss"}:

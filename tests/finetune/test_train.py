@@ -69,7 +69,7 @@ class TestResults:
         assert head == {"library_name": "disha", "tags": ["adapter", "disha", "miss"]}
         for line in (f"| base | {tiny} |", "| method | bone, r = 8 |", f"| rows | 48 of {data} |"):
             assert line in card
-        assert f"training loss {authors.losses[0]:.3f} -> " in card
+        assert f"| training loss | {authors.losses[0]:.3f} -> " in card
         assert "# license: yours to choose" in card
 
     def test_a_readme_of_others_stays(self, finetune, tmp_path):

@@ -1,0 +1,73 @@
+"""The model card beside an adapter, as the Hugging Face hub shows it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import disha
+from disha.finetune.report import Outcome, Proof, loss_before_and_after
+
+CARD = "README.md"
+MARK = "library_name: disha"
+TEXT = """---
+library_name: disha
+{named}tags:
+- adapter
+- disha
+- miss
+# license: yours to choose; those of the base and of the rows may bind you
+---
+
+# An adapter for {title}
+
+| | |
+|---|---|
+{table}
+
+`samples.md` shows answers with and without it, and `report.json` has all settings.
+
+## Use
+
+```sh
+disha generate --adapter adapter.safetensors --prompt 'a question'
+disha merge {base} adapter.safetensors merged
+```
+
+```python
+import disha
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("{base}")
+disha.load_adapter(model, "adapter.safetensors")
+```
+"""
+
+
+def write_card(folder: Path, settings: Mapping[str, Any], outcome: Outcome, proof: Proof) -> None:
+    """Write the card, unless the folder has a `README.md` of its user."""
+    path = folder / CARD
+    if path.exists() and MARK not in path.read_text(encoding="utf-8", errors="replace"):
+        return
+    facts = outcome.facts
+    base = settings["base"]
+    method = f"tile, r_out = {settings['r_out']}" if settings["r_out"] else settings["method"]
+    rows = f"{facts['rows']['training']:,} of {', '.join(settings['data'])}"
+    lines = {
+        "base": base,
+        "held in memory as": settings["bits"],
+        "method": f"{method}, r = {settings['r']}",
+        "layers": ", ".join(settings["target"]),
+        "trained parameters": f"{facts['parameters']['trainable']:,}",
+        "rows": rows,
+        "steps": f"{facts['steps']:,}",
+        "learning rate": settings["learning_rate"],
+        f"{facts['measured_on']} loss": loss_before_and_after(facts, proof),
+        "made with": f"disha {disha.__version__}",
+    }
+    table = "\n".join(f"| {name} | {value} |" for name, value in lines.items())
+    # A path on this machine is no name that the hub knows.
+    named = "" if Path(base).exists() else f"base_model: {base}\n"
+    text = TEXT.format(named=named, table=table, base=base, title=Path(base).name)
+    path.write_text(text, encoding="utf-8")
