@@ -20,7 +20,7 @@ from disha.files.saving import adapter_contents
 from disha.functional import method_of
 from disha.model.buffers import claimant_of
 from disha.model.records import LayerRecord
-from disha.model.state import finite_as
+from disha.model.state import is_finite_as
 from disha.model.view import ModelView, all_or_nothing
 from disha.text import first_few
 
@@ -183,7 +183,7 @@ def _sum_blocks(parts: Sequence[Part], r: int | None) -> tuple[LayerRecord, Tens
     if len(records) > 1 or len(shapes) > 1:
         raise ArgumentError(f"layer {name!r} is not the same in all adapters: {listing}")
     total = functional.weighted_sum(terms)
-    if not finite_as(total, total.dtype):
+    if not is_finite_as(total, total.dtype):
         raise ArgumentError(
             f"layer {name!r}: the sum is not finite as {total.dtype}; give smaller weights"
         )

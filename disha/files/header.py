@@ -145,7 +145,7 @@ def header_to_json(contents: AdapterContents) -> str:
     fields = {
         "format": FORMAT,
         "config": {name: value for name, value in settings if value != DEFAULTS[name]},
-        "layers": [layer.entry(config.method) for layer in contents.layers],
+        "layers": [layer.to_entry(config.method) for layer in contents.layers],
         "also_train": contents.also_train,
         "metadata": dict(sorted(contents.metadata.items())),
     }

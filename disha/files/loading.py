@@ -32,7 +32,7 @@ from disha.model.file_plans import plan_weights
 from disha.model.fingerprints import same_base
 from disha.model.inject import apply_plan
 from disha.model.records import LayerRecord
-from disha.model.state import LoadReport, adapter_tensors, check_fit
+from disha.model.state import LoadReport, check_fit, collect_tensors
 from disha.model.view import ModelBlock, ModelView, all_or_nothing
 from disha.sharding.tensors import write
 from disha.sharding.zero import whole_shape
@@ -268,7 +268,7 @@ def _widen(incoming: _Incoming) -> None:
 
 def _list_differences(incoming: _Incoming) -> list[str]:
     """Return what differs between the blocks of the file and of the model, besides their values."""
-    borrowers = incoming.view.borrowers()
+    borrowers = incoming.view.find_borrowers()
     differences = []
     for model_block, in_file in incoming.blocks():
         in_model = describe_block(model_block, borrowers[model_block.block], base=False)
@@ -296,7 +296,7 @@ def _find_targets(incoming: _Incoming, differences: Sequence[str]) -> dict[str, 
     """Return key -> the model's tensor. Raise if one is missing or can't hold the values."""
     view = incoming.view
     adapter = incoming.adapter
-    known = buffers.list_saved(view, adapter) | adapter_tensors(view, adapter)
+    known = buffers.list_saved(view, adapter) | collect_tensors(view, adapter)
     report = replace(check_fit(known, incoming.tensors), missing=())  # these keep their values
     reasons = list(differences)
     if not report.complete:

@@ -24,7 +24,7 @@ from disha.model import buffers
 from disha.model.fingerprints import fingerprint
 from disha.model.lost_layers import find_lost_layers
 from disha.model.records import LayerRecord
-from disha.model.state import adapter_tensors, finite_as
+from disha.model.state import collect_tensors, is_finite_as
 from disha.model.view import ModelBlock, ModelView
 from disha.sharding.tensors import gather
 from disha.sharding.zero import gather_partition
@@ -96,7 +96,9 @@ def save_adapter(
 
 def _warn_of_others(view: ModelView, adapter: str) -> None:
     """Warn of parameters that are in the file only because they require gradients."""
-    others = [parameter.name for parameter in view.trained(adapter) if not parameter.is_claimed()]
+    others = [
+        parameter.name for parameter in view.list_trained(adapter) if not parameter.is_claimed()
+    ]
     if others:
         warnings.warn(
             f"the file of adapter {adapter!r} also holds {counted(len(others), 'parameter')} that "
@@ -142,7 +144,7 @@ def adapter_contents(
     action = f"take adapter {adapter!r} out of the model"
     with ranks.fail_together(action):
         notes = _check_notes(metadata)
-        held = adapter_tensors(view, adapter)
+        held = collect_tensors(view, adapter)
         meta = [key for key, tensor in held.items() if tensor.is_meta]
         if meta:
             raise AdapterStateError(
@@ -151,7 +153,7 @@ def adapter_contents(
             )
     tensors = {key: gather(tensor).detach().cpu() for key, tensor in held.items()}
     blocks = view.blocks(adapter)
-    borrowers = view.borrowers()
+    borrowers = view.find_borrowers()
     layers = tuple(
         describe_block(model_block, borrowers[model_block.block], base=base)
         for model_block in blocks
@@ -235,7 +237,7 @@ def _check_contents(
             f"adapter {adapter!r} has blocks of different methods or r_out, and a file holds one; "
             "give each method its own adapter"
         )
-    broken = [key for key, tensor in tensors.items() if not finite_as(tensor, tensor.dtype)]
+    broken = [key for key, tensor in tensors.items() if not is_finite_as(tensor, tensor.dtype)]
     if broken:
         raise AdapterStateError(
             f"adapter {adapter!r} holds values that are not finite (NaN or infinity) in "

@@ -52,7 +52,7 @@ def leave_out_base(model: nn.Module, kept: Collection[str], engine: str) -> None
     def drop(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
         # On the meta device, accelerate has not yet distributed the base.
         is_placed = not any(value.is_meta for value in state.values())
-        if is_deepspeed or (is_placed and ModelView(module).sharded):
+        if is_deepspeed or (is_placed and ModelView(module).is_sharded):
             for key in filter(is_base, list(state)):
                 del state[key]
 

@@ -25,7 +25,7 @@ import disha
 from disha.files import ADAPTER_NAME
 from disha.files.disk import OF_TORCH
 from disha.integrations.engines import kept_keys, leave_out_base
-from disha.model.state import adapter_tensors
+from disha.model.state import collect_tensors
 from disha.model.view import ModelView
 
 __all__ = ["AdapterCheckpoints"]
@@ -135,7 +135,7 @@ class AdapterCheckpoints(TrainerCallback):
 
     def on_save(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         """Write the adapter of a sharded model, for which all ranks must act together."""
-        if not ModelView(given["model"]).sharded:
+        if not ModelView(given["model"]).is_sharded:
             return  # `save_pretrained` has written it
         folder = Path(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
         self._saving.write_adapter(folder)
@@ -162,7 +162,7 @@ class _AdapterSaving:
         """Write the adapter into a folder. A sharded model comes with its state, gathered."""
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
-        is_sharded = ModelView(self.model).sharded
+        is_sharded = ModelView(self.model).is_sharded
         if not is_sharded:
             self.write_adapter(folder)
         if not is_main_process:
@@ -198,7 +198,7 @@ class _FileKeys:
         in_file = {name: value for name, value in state.items() if name not in parameters}
         if prefix or not in_file:
             return
-        held = adapter_tensors(ModelView(model), self.adapter)
+        held = collect_tensors(ModelView(model), self.adapter)
         names = {id(tensor): name for name, tensor in held.items()}
         for key, parameter in parameters.items():
             name = names.get(id(parameter))

@@ -78,9 +78,10 @@ def _make_ready(view: ModelView, args: Any, named: Mapping[str, Any], undo: Exit
     for name, reason in UNFIT.items():
         if named.get(name) is not None or getattr(args, name, False):
             raise ArgumentError(reason)
-    for parameter in view.trained():
+    others = view.list_trained()
+    if others:
         raise ArgumentError(
-            f"{parameter.name} trains with the adapter, so it would change the reference, in which "
+            f"{others[0].name} trains with the adapter, so it would change the reference, in which "
             "adapters are off; freeze it, and inject without also_train"
         )
     if getattr(args, "disable_dropout", True):

@@ -497,7 +497,7 @@ def _compare_merged(
     """
     if not active:
         return {}
-    borrowers = view.borrowers()
+    borrowers = view.find_borrowers()
     tied: dict[AdaptedLayer, list[nn.Module]] = {}  # layer -> those that must merge with it
     for model_block in active:
         layers = tied.setdefault(model_block.layer, [model_block.layer])

@@ -1,4 +1,4 @@
-"""Inject and remove: the only code that changes a model's structure."""
+"""Inject adapters into a model and remove them: only this code changes a model's structure."""
 
 from __future__ import annotations
 
@@ -164,7 +164,11 @@ def _warn_of_skipped(plan: Plan) -> None:
 
 
 def apply_plan(view: ModelView, plan: Plan, undo: ExitStack, *, activate: bool = True) -> None:
-    """Carry out a plan that was just made for this model. Activate the new adapter alone."""
+    """Carry out a plan that was just made for this model.
+
+    The new adapter becomes the only active one, or does not act yet without `activate`.
+    """
+    # All that can fail comes first: the blocks are made before the model changes.
     blocks = defaultdict[nn.Module, list[AdapterBlock]](list)
     borrowed = defaultdict[nn.Module, list[tuple[str, AdapterBlock]]](list)
     for layer in plan.layers:
@@ -173,29 +177,37 @@ def apply_plan(view: ModelView, plan: Plan, undo: ExitStack, *, activate: bool =
         blocks[layer.module].append(block)
         for module, name in layer.tied.values():
             borrowed[module].append((name, block))
-    # Contexts cover the layers of a group together.
-    groups = [layer.disha.group for layer in view.layers if layer.disha.group is not SINGLE_LAYERS]
-    group = groups[0] if groups else Group()
+    group = _find_group(view)
+    names = [layer.name for layer in plan.layers]
+    lost_layers.remember_layers(view.model, plan.adapter, names, undo)
     buffers.remember_buffers(view, plan.adapter, plan.also_train, undo)
-    lost_layers.remember_layers(
-        view.model, plan.adapter, [layer.name for layer in plan.layers], undo
-    )
     modules = {**blocks, **borrowed}
-    _keep(view, modules, undo)
+    _note_state(view, modules, undo)
     for module in modules:
-        held = blocks[module]
+        own_blocks = blocks[module]
         tied = borrowed[module]
-        names = [block.slot.parameter for block in held] + [name for name, _ in tied]
-        is_quantized = any(block.slot.quantized for block in held)
-        adapt(module, names, is_quantized, group).add(plan.adapter, held, tied)
+        parameters = [block.slot.parameter for block in own_blocks]
+        parameters += [name for name, _ in tied]
+        is_quantized = any(block.slot.quantized for block in own_blocks)
+        adapters = adapt(module, parameters, is_quantized, group)
+        adapters.add(plan.adapter, own_blocks, tied)
     for adapted in view.layers:
-        adapted.disha.activate((plan.adapter,) if activate else adapted.disha.active)
+        active = (plan.adapter,) if activate else adapted.disha.active
+        adapted.disha.activate(active)
     _guard_encoders(view)
     _set_flags(view, plan)
 
 
-def _keep(view: ModelView, modules: Iterable[nn.Module], undo: ExitStack) -> None:
-    """Note the classes and adapters of modules, what acts in the model, and all flags."""
+def _find_group(view: ModelView) -> Group:
+    """Return the group of the model's layers, which contexts cover together; at first a new one."""
+    for layer in view.layers:
+        if layer.disha.group is not SINGLE_LAYERS:
+            return layer.disha.group
+    return Group()
+
+
+def _note_state(view: ModelView, modules: Iterable[nn.Module], undo: ExitStack) -> None:
+    """Put on the stack how to restore classes and adapters of modules, what acts, and all flags."""
     gradient_flags.keep_flags(view.parameters, undo)
     undo.callback(_guard_encoders, view)
     for layer in view.layers:
@@ -278,7 +290,7 @@ def _warn_of_unsaved_buffers(view: ModelView) -> None:
 
 def take_out(view: ModelView, adapters: Sequence[str], undo: ExitStack) -> None:
     """Remove adapters, and give layers without any their own class back."""
-    _keep(view, view.layers, undo)
+    _note_state(view, view.layers, undo)
     for layer in view.layers:
         for adapter in adapters:
             layer.disha.discard(adapter)
@@ -335,7 +347,7 @@ def adapter_parameters(model: nn.Module, adapter: str | None = None) -> list[nn.
     model_blocks = view.blocks() if adapter is None else view.require(adapter)
     return [
         *(model_block.block.block for model_block in model_blocks),
-        *(parameter.value for parameter in view.trained(adapter)),
+        *(parameter.value for parameter in view.list_trained(adapter)),
     ]
 
 
@@ -372,11 +384,11 @@ def mark_only_adapters_trainable(model: nn.Module) -> None:
 
 
 def _guard_encoders(view: ModelView) -> None:
-    """Guard those encoders of torch that contain an adapted layer, and release the others."""
+    """Make encoders with adapted layers compute the same, and leave others as they were."""
     for module in view.names:
         if isinstance(module, Encoder):
-            adapted = any(isinstance(inner, AdaptedLayer) for inner in module.modules())
-            guard_encoder(module, adapted)
+            is_adapted = any(isinstance(inner, AdaptedLayer) for inner in module.modules())
+            guard_encoder(module, is_adapted)
 
 
 def _set_flags(view: ModelView, plan: Plan) -> None:

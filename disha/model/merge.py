@@ -24,7 +24,7 @@ from disha.model import buffers
 from disha.model.control import check_names
 from disha.model.fingerprints import fingerprint, same_base
 from disha.model.inject import check_removable, take_out
-from disha.model.state import finite_as
+from disha.model.state import is_finite_as
 from disha.model.view import ModelView, all_or_nothing
 from disha.text import join
 
@@ -250,7 +250,7 @@ def _change_since_merging(layer: AdaptedLayer, parameter: str, original: Origina
 
 
 def _refuse_sharded(view: ModelView, action: str) -> None:
-    if view.sharded:
+    if view.is_sharded:
         raise MergeError(
             f"can't {action} in a model with sharded parameters; save the adapter on all ranks "
             "(save_adapter), and merge it into the plain model"
@@ -311,7 +311,7 @@ def _compute_merged(
     assert parameter is not None
     with without_autocast(parameter.device):
         merged = sum_with_updates(layer, slot, adapters)
-    if not finite_as(merged, merge_dtype(merged.dtype)):  # in 8 bits, torch can't tell
+    if not is_finite_as(merged, merge_dtype(merged.dtype)):  # in 8 bits, torch can't tell
         raise MergeError(
             f"merging {', '.join(map(repr, adapters))} into {name} gives values that are not "
             "finite; check the adapter's blocks and its scale"

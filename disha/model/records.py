@@ -45,23 +45,31 @@ class LayerRecord:
         fields["layout"] = fields.pop("pattern")
         return fields
 
-    def entry(self, method: str) -> dict[str, Any]:
-        """Return the layer's entry in a header, which has the usual method and r_out elsewhere."""
-        fields = {
-            "name": self.name,
-            "method": None if self.method == method else self.method,
-            "layout": self.layout.pattern,
-            "r": self.r,
-            "in": self.in_features,
-            "out": self.out_features,
-            "scale": None if self.scale == 1 else self.scale,
-            "groups": None if self.layout.groups == 1 else self.layout.groups,
-            "padding_idx": self.layout.padding_idx,
-            "rows": self.rows or None,
-            "tied": self.tied or None,
-            "base": self.base,
-        }
-        return {name: value for name, value in fields.items() if value is not None}
+    def to_entry(self, method: str) -> dict[str, Any]:
+        """Return the layer's entry in a header whose configuration has this method.
+
+        What a reader assumes if it is absent is left out.
+        """
+        entry: dict[str, Any] = {"name": self.name}
+        if self.method != method:
+            entry["method"] = self.method
+        entry["layout"] = self.layout.pattern
+        entry["r"] = self.r
+        entry["in"] = self.in_features
+        entry["out"] = self.out_features
+        if self.scale != 1:
+            entry["scale"] = self.scale
+        if self.layout.groups != 1:
+            entry["groups"] = self.layout.groups
+        if self.layout.padding_idx is not None:
+            entry["padding_idx"] = self.layout.padding_idx
+        if self.rows:
+            entry["rows"] = self.rows
+        if self.tied:
+            entry["tied"] = self.tied
+        if self.base is not None:
+            entry["base"] = self.base
+        return entry
 
     def geometry(self, block: tuple[int, ...]) -> Geometry:
         """Return the sizes of the adapted weight; the block has those of its stack."""

@@ -55,8 +55,9 @@ class LoadReport:
 
     def __str__(self) -> str:
         count = len(self.matched)
+        fitting = "1 key fits" if count == 1 else f"{count:,} keys fit"
         sections = (
-            ["1 key fits" if count == 1 else f"{count:,} keys fit"],
+            [fitting],
             [f"missing: {key}" for key in self.missing],
             [f"unexpected: {key}" for key in self.unexpected],
             [f"wrong: {key} {reason}" for key, reason in self.wrong],
@@ -91,27 +92,27 @@ def adapter_state_dict(model: nn.Module, adapter: str = "default") -> dict[str, 
         {'0.disha.default.bone_block': (4, 16)}
     """
     view = ModelView(model)
-    found = _in_state_dict(view, adapter_tensors(view, adapter))
-    return {key: gather_partition(tensor).detach() for key, tensor in found.items()}
+    tensors = _find_in_state_dict(view, collect_tensors(view, adapter))
+    return {key: gather_partition(tensor).detach() for key, tensor in tensors.items()}
 
 
-def _in_state_dict(view: ModelView, tensors: Tensors) -> dict[str, Tensor]:
+def _find_in_state_dict(view: ModelView, tensors: Tensors) -> dict[str, Tensor]:
     """Return tensors of the model under their keys in its state dict."""
-    absent = {id(tensor): key for key, tensor in tensors.items()}
+    ids = {id(tensor) for tensor in tensors.values()}
     state = view.model.state_dict(keep_vars=True)
-    found = {key: value for key, value in state.items() if id(value) in absent}
-    for value in found.values():
-        absent.pop(id(value), None)
+    present_in_state = {key: value for key, value in state.items() if id(value) in ids}
+    ids_in_state = {id(value) for value in present_in_state.values()}
+    absent = [key for key, tensor in tensors.items() if id(tensor) not in ids_in_state]
     if absent:
         raise AdapterStateError(
-            f"the model's state_dict lacks {first_few(list(absent.values()), 3, ', ')}, because a "
-            "class has a state_dict of its own; use save_adapter and load_adapter"
+            f"the model's state_dict lacks {first_few(absent, 3, ', ')}, because a class has a "
+            "state_dict of its own; use save_adapter and load_adapter"
         )
-    return found
+    return present_in_state
 
 
-def adapter_tensors(view: ModelView, adapter: str) -> dict[str, Tensor]:
-    """Return an adapter's tensors by key: blocks, `also_train`, running statistics."""
+def collect_tensors(view: ModelView, adapter: str) -> dict[str, Tensor]:
+    """Return an adapter's tensors by key: blocks, other trained parameters, changed buffers."""
     view.reshard()
     tensors = {}
     for name, _, _, block in view.require(adapter):
@@ -123,7 +124,7 @@ def adapter_tensors(view: ModelView, adapter: str) -> dict[str, Tensor]:
             )
         tensors[join(name, block.parameter_name)] = block.block
     view.refuse_lost_weights(f"take adapter {adapter!r} out of the model", adapter)
-    for parameter in view.trained(adapter):
+    for parameter in view.list_trained(adapter):
         if (
             isinstance(parameter.module, AdaptedLayer)  # perhaps merged
             and stored_weight(parameter.module, parameter.attribute) is not parameter.value
@@ -180,48 +181,60 @@ def load_adapter_state_dict(
             saved_buffers = buffers.list_saved(view, adapter)
             names = {clean_key(key) for key in map(str, state)}
             given = {name: value for name, value in saved_buffers.items() if name in names}
-            held = adapter_tensors(view, adapter)
+            held = collect_tensors(view, adapter)
             parameters = {key: held[key] for key in held.keys() - saved_buffers.keys()}
-            expected = _in_state_dict(view, parameters | given)
-            found = _under_model_keys(state, expected)
-            report = check_fit(expected, found)
+            expected = _find_in_state_dict(view, parameters | given)
+            given_tensors = _rename_keys(state, expected)
+            report = check_fit(expected, given_tensors)
             if report.wrong or (strict and not report.complete):
                 raise AdapterStateError(
                     f"the state does not fit the model's adapter {adapter!r}; nothing was loaded:\n"
                     f"{report}"
                 )
         for key in report.matched:
-            write(expected[key], found[key], undo)
+            write(expected[key], given_tensors[key], undo)
         if strict:  # the state is complete, so its adapter has not changed the other buffers
             buffers.put_back_buffers(view, undo, adapter, but=given)
     return report
 
 
-def _under_model_keys(state: Tensors, expected: Tensors) -> dict[str, Tensor]:
+def _rename_keys(state: Tensors, expected: Tensors) -> dict[str, Tensor]:
     """Return the state with each key replaced by the model's key for the same tensor."""
     model_keys = {clean_key(key): key for key in expected}
-    given: dict[str, str] = {}
-    for key in map(str, state):
-        model_key = key if key in expected else model_keys.get(clean_key(key), key)
-        if model_key in given:
+    renamed: dict[str, Tensor] = {}
+    former_keys: dict[str, str] = {}
+    for key, tensor in state.items():
+        key = str(key)
+        model_key = key
+        if key not in expected:
+            model_key = model_keys.get(clean_key(key), key)
+        if model_key in renamed:
             raise AdapterStateError(
-                f"the state has {given[model_key]!r} and {key!r}, which are one parameter of the "
-                "model; leave out one of them"
+                f"the state has {former_keys[model_key]!r} and {key!r}, which are one parameter of "
+                "the model; leave out one of them"
             )
-        given[model_key] = key
-    return dict(zip(given, state.values()))
+        renamed[model_key] = tensor
+        former_keys[model_key] = key
+    return renamed
 
 
-def check_fit(expected: Tensors, found: Mapping[str, object]) -> LoadReport:
-    """Compare tensors with their target parameters; change nothing."""
-    reasons = {
-        key: _reason_against(target, found[key]) for key, target in expected.items() if key in found
-    }
+def check_fit(expected: Tensors, given: Mapping[str, object]) -> LoadReport:
+    """Compare given tensors with those of the model that they shall replace; change nothing."""
+    matched = []
+    wrong = []
+    for key, target in expected.items():
+        if key not in given:
+            continue
+        reason = _reason_against(target, given[key])
+        if reason is None:
+            matched.append(key)
+        else:
+            wrong.append((key, reason))
     return LoadReport(
-        matched=tuple(key for key, reason in reasons.items() if reason is None),
-        missing=tuple(key for key in expected if key not in found),
-        unexpected=tuple(key for key in found if key not in expected),
-        wrong=tuple((key, reason) for key, reason in reasons.items() if reason is not None),
+        matched=tuple(matched),
+        missing=tuple(key for key in expected if key not in given),
+        unexpected=tuple(key for key in given if key not in expected),
+        wrong=tuple(wrong),
     )
 
 
@@ -239,7 +252,7 @@ def _reason_against(target: Tensor, value: object) -> str | None:
     if target.is_meta:
         return "can't go into a parameter on the meta device; give the model its weights first"
     reason = reason_against_writing(target, value)
-    if reason is None and not finite_as(value, target.dtype):
+    if reason is None and not is_finite_as(value, target.dtype):
         return f"holds values that are not finite (NaN or infinity) as {target.dtype}"
     return reason
 
@@ -250,7 +263,7 @@ def _kind_of_number(tensor: Tensor) -> str:
     return "floating-point" if tensor.is_floating_point() else "an integer"
 
 
-def finite_as(value: Tensor, dtype: torch.dtype) -> bool:
+def is_finite_as(value: Tensor, dtype: torch.dtype) -> bool:
     """Whether all values that this rank holds are finite after a cast to `dtype`."""
     value = local_part(value).detach().to(dtype)
     if not is_inexact(value):

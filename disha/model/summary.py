@@ -37,10 +37,10 @@ class Summary:
 
     Examples:
         >>> import disha
-        >>> found = disha.summary(disha.BoneLinear(8, 16, r=4))
-        >>> found.trainable, found.total, round(found.percent, 1)
+        >>> summary = disha.summary(disha.BoneLinear(8, 16, r=4))
+        >>> summary.trainable, summary.total, round(summary.percent, 1)
         (64, 208, 30.8)
-        >>> found.layers[0].adapter, found.layers[0].parameters
+        >>> summary.layers[0].adapter, summary.layers[0].parameters
         ('default', 64)
     """
 
@@ -56,10 +56,17 @@ class Summary:
     def __str__(self) -> str:
         head = f"trainable {self.trainable:,} of {self.total:,} parameters ({self.percent:.3f}%)"
         rows = [
-            (row.name or "(the model)", row.adapter, row.method, row.r, f"{row.parameters:,}",
-             f"{row.scale:g}", "yes" if row.active else "no")
+            (
+                row.name or "(the model)",
+                row.adapter,
+                row.method,
+                row.r,
+                f"{row.parameters:,}",
+                f"{row.scale:g}",
+                "yes" if row.active else "no",
+            )
             for row in self.layers
-        ]  # fmt: skip
+        ]
         if not rows:
             return f"{head}\nno adapters"
         header = ("layer", "adapter", "method", "r", "parameters", "scale", "active")
@@ -98,10 +105,10 @@ def summary(model: nn.Module) -> Summary:
         )
         for name, layer, adapter, block in view.blocks()
     )
-    trained = (parameter for parameter in view.all_parameters() if parameter.requires_grad)
-    blocks = sum(layer.parameters for layer in layers)
-    return Summary(
-        trainable=sum(map(count_values, trained)),
-        total=blocks + sum(parameter.size for parameter in view.parameters),
-        layers=layers,
-    )
+    of_blocks = sum(layer.parameters for layer in layers)
+    of_model = sum(parameter.size for parameter in view.parameters)
+    trainable = 0
+    for parameter in view.list_parameters():
+        if parameter.requires_grad:
+            trainable += count_values(parameter)
+    return Summary(trainable, total=of_blocks + of_model, layers=layers)

@@ -119,10 +119,12 @@ def plan_injection(
 ) -> Plan:
     """Plan an injection; `settings` are the fields of its `AdapterConfig`, as the user gave them.
 
-    If r or r_out does not fit a weight, raise if `strict`, and list the weight as skipped if not.
+    If r or r_out does not fit a weight, raise if `strict`, and else list the weight as skipped.
     """
-    # A predicate can't be recorded.
-    config = AdapterConfig(target=None if callable(target) else target, **settings)
+    recorded = target
+    if callable(target):
+        recorded = None  # a file can't hold a predicate
+    config = AdapterConfig(target=recorded, **settings)
     view.check_can_add(adapter)
     selection = Selection(view, "target_regex", target, config)
     layers: list[PlannedLayer] = []

@@ -1,4 +1,4 @@
-"""ModelView: the modules, parameters and adapters of a model, found by walking it once.
+"""ModelView: the modules, parameters, buffers and adapters of a model, from one walk over it.
 
 A public function builds one view and passes it down. Names are those in the unwrapped model, so
 `torch.compile`, DDP, FSDP and checkpointing do not change what targets match and files hold.
@@ -6,6 +6,7 @@ A public function builds one view and passes it down. Names are those in the unw
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import cached_property
@@ -190,17 +191,20 @@ class ModelView:
     @cached_property
     def parameters(self) -> tuple[ModelParameter, ...]:
         """The parameters of the model, each once. Those of blocks are left out."""
-        found: dict[int, tuple[list[str], nn.Module, str]] = {}
+        aliases = defaultdict[int, list[str]](list)
+        places: dict[int, tuple[nn.Module, str]] = {}
         for module, names in self.names.items():
             for attribute, parameter in module._parameters.items():
-                if parameter is not None:
-                    aliases, _, _ = found.setdefault(id(parameter), ([], module, attribute))
-                    aliases += [join(name, attribute) for name in names]
-                    if is_claimed(module, attribute):  # a tied one is claimed where it was named
-                        found[id(parameter)] = (aliases, module, attribute)
+                if parameter is None:
+                    continue
+                key = id(parameter)
+                aliases[key] += [join(name, attribute) for name in names]
+                # A tied parameter is claimed in the module whose name `also_train` matched.
+                if key not in places or is_claimed(module, attribute):
+                    places[key] = module, attribute
         return tuple(
-            ModelParameter(tuple(names), module, attribute)
-            for names, module, attribute in found.values()
+            ModelParameter(tuple(aliases[key]), module, attribute)
+            for key, (module, attribute) in places.items()
         )
 
     @cached_property
@@ -241,7 +245,7 @@ class ModelView:
             for (other, weight), block in layer.disha.blocks(adapter).items()
         ]
 
-    def borrowers(self) -> dict[AdapterBlock, dict[str, AdaptedLayer]]:
+    def find_borrowers(self) -> dict[AdapterBlock, dict[str, AdaptedLayer]]:
         """Return each block -> the tied parameters that borrow it, and their layers."""
         borrowers: dict[AdapterBlock, dict[str, AdaptedLayer]] = {
             model_block.block: {} for model_block in self.blocks()
@@ -260,7 +264,10 @@ class ModelView:
     @property
     def adapters(self) -> list[str]:
         """The names of all adapters, in the order of the layers."""
-        return list(dict.fromkeys(name for layer in self.layers for name in layer.disha))
+        names: dict[str, None] = {}  # a set would not keep the order
+        for layer in self.layers:
+            names |= dict.fromkeys(layer.disha)
+        return list(names)
 
     def require(self, adapter: str) -> list[ModelBlock]:
         """Return the blocks of an adapter, or raise if there are none."""
@@ -302,7 +309,7 @@ class ModelView:
                     "FullyShardedDataParallel (use fully_shard)"
                 )
 
-    def trained(self, adapter: str | None = None) -> list[ModelParameter]:
+    def list_trained(self, adapter: str | None = None) -> list[ModelParameter]:
         """Return the parameters that train with an adapter, or with any, besides the blocks.
 
         One that requires gradients, but that `also_train` did not name, trains with every adapter.
@@ -334,14 +341,16 @@ class ModelView:
                 )
 
     @property
-    def sharded(self) -> bool:
+    def is_sharded(self) -> bool:
         """Whether FSDP manages a module, or one has a sharded or partitioned parameter."""
         classes = tuple(cls for cls, wrapper in self._wrappers if wrapper.shards)
-        return any(
-            isinstance(module, classes)
-            or any(is_sharded(p) or is_partitioned(p) for p in module._parameters.values())
-            for module in self.names
-        )
+        for module in self.names:
+            if isinstance(module, classes):
+                return True
+            for parameter in module._parameters.values():
+                if is_sharded(parameter) or is_partitioned(parameter):
+                    return True
+        return False
 
     def reshard(self) -> None:
         """Make FSDP hold shards. Parameters that a forward has gathered are only temporary."""
@@ -354,9 +363,9 @@ class ModelView:
     def ranks(self) -> Ranks:
         """The ranks that hold the shards of the parameters."""
         self.reshard()  # what a forward has gathered does not show its ranks
-        return Ranks(self.all_parameters())
+        return Ranks(self.list_parameters())
 
-    def all_parameters(self) -> list[nn.Parameter]:
+    def list_parameters(self) -> list[nn.Parameter]:
         """Return all parameters, those of blocks included, each once."""
         blocks = [model_block.block.block for model_block in self.blocks()]
         return [*(parameter.value for parameter in self.parameters), *blocks]
@@ -364,10 +373,14 @@ class ModelView:
 
 @contextmanager
 def all_or_nothing(view: ModelView, around: ExitStack | None = None) -> Iterator[ExitStack]:
-    """Run the body, which notes how to undo each change before making it; undo all if it raises."""
+    """Give the body a stack, on which it puts how to undo each change, before it makes the change.
+
+    If the body raises, all changes are undone. `around` is the stack of a larger operation, which
+    may still raise later and then undoes these changes too.
+    """
     view.reshard()
     with ExitStack() as undo:
         yield undo
-        notes = undo.pop_all()
-        if around is not None:  # an operation on several models, which may still raise
-            around.push(notes)
+        callbacks = undo.pop_all()
+        if around is not None:
+            around.push(callbacks)

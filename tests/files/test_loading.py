@@ -31,7 +31,7 @@ from disha.files.header import reasons_against_blocks
 from disha.files.loading import load_contents
 from disha.files.saving import adapter_contents
 from disha.functional import Layout
-from disha.model.state import adapter_tensors
+from disha.model.state import collect_tensors
 from disha.model.view import ModelView
 from tests.adapter_files import base, rewritten, trained
 from tests.conftest import Layered, Shared, Tied, assert_unchanged, perturb, refused, snapshot
@@ -236,11 +236,11 @@ class TestContents:
         given = ModelView(model), "elsewhere", some, "default"
         load_contents(ModelView(model), "elsewhere", contents, "other", freeze=True)
         load_contents(*given, replace=True, partial=True, freeze=True)
-        first = adapter_tensors(ModelView(model), "default")[first_layer.key]
+        first = collect_tensors(ModelView(model), "default")[first_layer.key]
         assert torch.equal(first, contents.tensors[first_layer.key])
         load_contents(*given, replace=True, freeze=True)
         assert not first.any()
-        assert all(block.any() for block in adapter_tensors(ModelView(model), "other").values())
+        assert all(block.any() for block in collect_tensors(ModelView(model), "other").values())
 
     @pytest.mark.parametrize(
         ("layout", "shape", "expected"),

@@ -78,7 +78,7 @@ def test_plain_tensors_are_whole():
 
 def test_a_plain_model_is_alone():
     model = nn.Linear(2, 2)
-    assert not ModelView(model).sharded
+    assert not ModelView(model).is_sharded
     ranks = ModelView(model).ranks
     assert ranks.writes
     with pytest.raises(KeyError, match="as it is"), ranks.fail_together("fail"):

@@ -24,7 +24,7 @@ from disha.interop.checkpoints.matching import find_keys, find_misfits, refuse
 from disha.interop.checkpoints.reading import CONFIG, INDEX, SINGLE, Checkpoint, open_checkpoint
 from disha.model.fingerprints import fingerprint
 from disha.model.records import LayerRecord
-from disha.model.state import finite_as
+from disha.model.state import is_finite_as
 from disha.text import counted, printable
 
 SUFFIX = ".safetensors"
@@ -277,7 +277,7 @@ class _Merge:
             changed = self._values[key][experts].to(dtype)
         if key in self._layers:
             changed = functional.merged_weight(changed, self._deltas(key, changed, experts))
-        if changed is not value and not finite_as(changed, dtype) and finite_as(value, dtype):
+        if changed is not value and not is_finite_as(changed, dtype) and is_finite_as(value, dtype):
             raise MergeError(f"{name} would not be finite in {dtype}; give a smaller `scale`")
         return changed
 
