@@ -98,12 +98,12 @@ def _attention(
     added_keys = int(bias_k is not None) + int(add_zero_attn)
     mask = None
     if attn_mask is not None and not is_hint:
-        mask = _addend(attn_mask, "attn_mask", query.dtype)
-        mask = _of_each_head(mask, (samples * num_heads, length, key.shape[0]))
-        mask = _hiding_no_more(mask, added_keys)
+        mask = _as_addend(attn_mask, "attn_mask", query.dtype)
+        mask = _for_each_head(mask, (samples * num_heads, length, key.shape[0]))
+        mask = _pad_keys(mask, added_keys)
     if key_padding_mask is not None:
-        padding = _addend(key_padding_mask, "key_padding_mask", query.dtype)
-        padding = _hiding_no_more(padding, added_keys)
+        padding = _as_addend(key_padding_mask, "key_padding_mask", query.dtype)
+        padding = _pad_keys(padding, added_keys)
         _check_padding(padding, samples, k.shape[1])
         padding = padding[:, None, None].expand(-1, num_heads, -1, -1).flatten(0, 1)
         mask = padding if mask is None else mask + padding
@@ -154,13 +154,13 @@ def _project_packed(
     sizes = [count * width for count in counts]
     biases = [None] * len(sizes) if bias is None else torch.split(bias, sizes)
     projections = []
-    for x, part, part_bias, count in zip(inputs, _parts(weight, sizes), biases, counts):
+    for x, part, part_bias, count in zip(inputs, _split_packed(weight, sizes), biases, counts):
         projected = project(x, part, part_bias).unflatten(-1, (count, width))
         projections += projected.movedim(-2, 0).contiguous().unbind(0)
     return projections
 
 
-def _parts(weight: Any, sizes: list[int]) -> Any:
+def _split_packed(weight: Any, sizes: list[int]) -> Any:
     """Cut a packed weight into parts of these numbers of rows."""
     if not isinstance(weight, EffectiveWeight):
         return torch.split(weight, sizes)
@@ -172,7 +172,7 @@ def _parts(weight: Any, sizes: list[int]) -> Any:
     return parts
 
 
-def _addend(mask: Tensor, name: str, dtype: torch.dtype) -> Tensor:
+def _as_addend(mask: Tensor, name: str, dtype: torch.dtype) -> Tensor:
     """Return a mask as what is added to the scores: -inf where a boolean mask is true."""
     if mask.is_floating_point():
         return mask
@@ -180,7 +180,7 @@ def _addend(mask: Tensor, name: str, dtype: torch.dtype) -> Tensor:
     return torch.zeros_like(mask, dtype=dtype).masked_fill_(mask, -math.inf)
 
 
-def _of_each_head(mask: Tensor, shape: tuple[int, int, int]) -> Tensor:
+def _for_each_head(mask: Tensor, shape: tuple[int, int, int]) -> Tensor:
     """Return a mask (heads of all samples, length, keys), or (1, length, keys) for all heads."""
     expected = shape if mask.dim() == 3 else shape[1:]
     if mask.shape != expected:
@@ -190,8 +190,8 @@ def _of_each_head(mask: Tensor, shape: tuple[int, int, int]) -> Tensor:
     return mask if mask.dim() == 3 else mask[None]
 
 
-def _hiding_no_more(mask: Tensor, added_keys: int) -> Tensor:
-    """Return a mask with more keys, which it does not hide."""
+def _pad_keys(mask: Tensor, added_keys: int) -> Tensor:
+    """Extend a mask to keys that are added behind those of the input, which it does not hide."""
     return F.pad(mask, (0, added_keys)) if added_keys else mask
 
 

@@ -12,15 +12,15 @@ from disha.effective.rules import Operation, rule, rule_with_operation
 from disha.effective.weight import base_inside, compute_first, computed
 from disha.private_torch import IS_VIEW
 
-_NO_FACTS = {"H", "T", "data", "imag", "mH", "mT", "real"}
-"""Properties of a tensor that are views, or need the computed weight."""
+_VIEWS = {"H", "T", "data", "imag", "mH", "mT", "real"}
+"""Properties of a tensor that are views of its values, and so no facts."""
 
 _PROPERTIES = [
     name
     for name in dir(Tensor)
     if isinstance(getattr(Tensor, name), GetSetDescriptorType)
     and not name.startswith("__")
-    and name not in _NO_FACTS
+    and name not in _VIEWS
 ]
 
 
@@ -39,15 +39,16 @@ def _ask_base(func: Operation, weight: Any, *args: Any, **kwargs: Any) -> Any:
 @rule_with_operation(*(name for name in dir(torch) if name.endswith("_like")))
 @rule_with_operation(*(name for name in dir(Tensor) if name.startswith("new_")))
 def _create(func: Operation, like: Any, *args: Any, **kwargs: Any) -> Any:
-    """Make a tensor like the first argument. The others are values."""
+    """Make a tensor like W. The other arguments may be values, so their weights are computed."""
     return compute_first(func, (base_inside(like), *args), kwargs)
 
 
 @rule(Tensor.data_ptr)
 def _data_ptr(weight: Any) -> int:
-    # Kept as long as the weight lives, because the caller uses the address after the call.
-    weight.addressed = computed(weight)
-    return weight.addressed.data_ptr()
+    # The caller uses the address after the call, so the values live as long as the weight.
+    values = computed(weight)
+    weight.__dict__["values_at_data_ptr"] = values
+    return values.data_ptr()
 
 
 @rule(torch.autograd.grad)

@@ -23,7 +23,7 @@ def linear_product(input: Any, weight: Any, bias: Any = None) -> Any:
     if not isinstance(weight, EffectiveWeight):
         return NotImplemented
     if input.layout is not torch.strided:
-        return _of_values(linear_product, input, weight, bias)
+        return _multiply_values(linear_product, input, weight, bias)
     base = weight.base
     layout = weight.weight_layout
     if layout.pattern == "out in":
@@ -34,12 +34,12 @@ def linear_product(input: Any, weight: Any, bias: Any = None) -> Any:
     return weight.updates.product(F.linear, input, base, bias, layout)
 
 
-def _of_values(product: Operation, nested: Any, weight: EffectiveWeight, *args: Any) -> Any:
+def _multiply_values(product: Operation, nested: Any, weight: EffectiveWeight, *args: Any) -> Any:
     """Return a product with the values of a jagged nested tensor, nested in the same way."""
     if nested.layout is not torch.jagged or weight.updates.of_all_samples is None:
         return NotImplemented
     if nested.is_floating_point() and ragged_axis(nested) == nested.dim() - 1:
-        return NotImplemented  # torch says that the features can't be ragged
+        return NotImplemented  # the features are ragged, which torch refuses
     output = product(nested.values(), weight, *args)
     if output is NotImplemented:
         return NotImplemented
@@ -56,7 +56,9 @@ RULES["LinearFunctionForZeroStage3"] = linear_product
 def _matmul(input: Any, other: Any) -> Any:
     """Multiply x @ W for a weight whose inputs come first, or W @ x if they come last."""
     if isinstance(input, EffectiveWeight):
-        return NotImplemented if isinstance(other, EffectiveWeight) else _weight_first(input, other)
+        if isinstance(other, EffectiveWeight):
+            return NotImplemented
+        return _multiply_weight_first(input, other)
     matrices = transposed(other)
     if other.base.dim() == 2:
         return linear_product(input, matrices)
@@ -70,18 +72,18 @@ def _matmul(input: Any, other: Any) -> Any:
 
 @rule("mm bmm mv")
 def _mm(input: Any, *other: Any, **named: Any) -> Any:
-    return _matmul(input, *other, *named.values())  # torch calls the second one `mat2` or `vec`
+    return _matmul(input, *other, *named.values())  # the second argument is `mat2` or `vec`
 
 
-def _weight_first(weight: EffectiveWeight, x: Tensor) -> Any:
+def _multiply_weight_first(weight: EffectiveWeight, x: Tensor) -> Any:
     layout = weight.weight_layout
     base = weight.base
     updates = weight.updates.of_all_samples
-    matrix = layout.pattern == "out in"
-    if matrix and x.dim() == 1:
+    is_matrix = layout.pattern == "out in"
+    is_stack = layout.pattern == "expert out in" and x.dim() == 3
+    if is_matrix and x.dim() == 1:
         return linear_product(x, weight)
-    stack = layout.pattern == "expert out in" and x.dim() == 3
-    if not (matrix or stack) or updates is None or x.layout is not torch.strided:
+    if not (is_matrix or is_stack) or updates is None or x.layout is not torch.strided:
         return NotImplemented
     if all(update.method.uses_shard_sum for update in updates):
 
@@ -119,7 +121,7 @@ def _grouped_of_transformers(*args: Any, **kwargs: Any) -> Tensor:
     return torch.ops.transformers.grouped_mm_fallback(*args, **kwargs)
 
 
-# By its name, because it exists only after transformers is imported.
+# It is listed by its name, because it exists only after transformers is imported.
 RULES["transformers::grouped_mm_fallback"] = partial(_grouped, _grouped_of_transformers)
 
 
@@ -159,7 +161,8 @@ def _embedding(
         return NotImplemented
     changes_table = scale_grad_by_freq or max_norm is not None
     if input.layout is torch.jagged and not changes_table:
-        return _of_values(_embedding, input, weight, padding_idx, None, norm_type, False, sparse)
+        look_values_up = partial(_embedding, padding_idx=padding_idx, sparse=sparse)
+        return _multiply_values(look_values_up, input, weight)
     if input.layout is not torch.strided or changes_table:
         # `max_norm` changes rows of the table, and `scale_grad_by_freq` its gradient. Torch does
         # this to the computed weight, whose gradient is dense, so `sparse` is left out.
@@ -183,12 +186,12 @@ def _item(weight: Any, index: Any) -> Any:
 
 
 _SPARSE = 7
-"""Position of `sparse` among the arguments of `embedding_bag`. A computed weight needs a dense
-gradient."""
+"""Position of `sparse` in `F.embedding_bag`."""
 
 
 @rule(F.embedding_bag)
 def _embedding_bag(input: Any, weight: Any, *args: Any, **kwargs: Any) -> Any:
+    # The computed weight needs a dense gradient.
     given = [input, weight, *args]
     if len(given) > _SPARSE:
         given[_SPARSE] = False

@@ -21,29 +21,35 @@ Rule = Callable[..., Any]
 """What to do in place of an operation, with the same arguments. NotImplemented: compute first."""
 
 RULES: dict[Any, Rule] = {}
-"""Operation -> its rule; a later one replaces an earlier. One of another library has its name."""
+"""Operation -> its rule. A later rule replaces an earlier one.
+
+An operation of another library has its name as the key, because it may be imported later.
+"""
 
 R = TypeVar("R", bound=Rule)
 
 
-def _operations(named: Sequence[Any]) -> Iterator[Any]:
-    """Yield operations; names stand for those of tensors and of torch that this version has."""
-    for operation in named:
+def _resolve(operations: Sequence[Any]) -> Iterator[Any]:
+    """Yield operations. A text has names of those of `Tensor` and `torch`, if they have them."""
+    for operation in operations:
         if not isinstance(operation, str):
             yield operation
             continue
         for name in operation.split():
             for owner in (Tensor, torch):
                 member = getattr(owner, name, None)
-                if member is not None:
-                    yield member.__get__ if isinstance(member, GetSetDescriptorType) else member
+                if isinstance(member, GetSetDescriptorType):
+                    yield member.__get__
+                elif member is not None:
+                    yield member
 
 
 def rule(*operations: Any) -> Callable[[R], R]:
     """Make a function the rule of operations."""
 
     def register(function: R) -> R:
-        RULES.update(dict.fromkeys(_operations(operations), function))
+        for operation in _resolve(operations):
+            RULES[operation] = function
         return function
 
     return register
@@ -53,7 +59,8 @@ def rule_with_operation(*operations: Any) -> Callable[[R], R]:
     """Make a function the rule of operations; it gets the operation before the arguments."""
 
     def register(function: R) -> R:
-        RULES.update({func: partial(function, func) for func in _operations(operations)})
+        for operation in _resolve(operations):
+            RULES[operation] = partial(function, operation)
         return function
 
     return register

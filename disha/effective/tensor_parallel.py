@@ -20,7 +20,7 @@ def effective_part(
     """Return the effective weight of this rank's part of a weight with these updates."""
 
     def of_part(every: Sequence[Update]) -> Sequence[Update] | None:
-        found = []
+        updates_of_part: list[Update] = []
         for update in every:
             if update.dropout:
                 raise ModeError(
@@ -31,8 +31,8 @@ def effective_part(
             cut = update_of_part(update, layout, split.shape, split.part)
             if cut is None:
                 return None
-            found.extend(cut)
-        return found
+            updates_of_part.extend(cut)
+        return updates_of_part
 
     of_rank = updates.map(of_part)
     if of_rank is None:

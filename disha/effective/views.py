@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -17,8 +16,8 @@ from disha.functional.shard_sums import is_inexact
 from disha.functional.updates import Change, Updates
 
 
-def _mapped(weight: EffectiveWeight, base: Tensor, layout: Layout, change: Change) -> Any:
-    """Return a view with its updates changed; NotImplemented if a block can't be cut there."""
+def _make_view(weight: EffectiveWeight, base: Tensor, layout: Layout, change: Change) -> Any:
+    """Return a view of a weight, whose W is `base`; NotImplemented if no block can be cut so."""
     updates = weight.updates.map(change)
     if updates is None:
         return NotImplemented
@@ -27,7 +26,7 @@ def _mapped(weight: EffectiveWeight, base: Tensor, layout: Layout, change: Chang
 
 @rule("mT")
 def transposed(weight: Any) -> Any:
-    """View the transposed matrices; NotImplemented if that is no layout."""
+    """Return the weight with its matrices transposed; NotImplemented if no layout says that."""
     layout = weight.weight_layout.transposed()
     if layout is None:
         return NotImplemented
@@ -51,18 +50,20 @@ _INDEX_DTYPES = (torch.int64, torch.int32)
 
 
 def is_index(index: Any) -> bool:
-    """Whether an index counts positions: an int or a tensor of them, no mask."""
+    """Whether an index is an int or a tensor of ints, and not a mask."""
     if isinstance(index, Tensor):
         return index.dtype in _INDEX_DTYPES and not isinstance(index, EffectiveWeight)
     return isinstance(index, int) and not isinstance(index, bool)
 
 
 def select_item(weight: Any, index: Any) -> Any:
-    """Return one or several matrices of a stack, or rows of a matrix."""
+    """Return matrices of a stack, or rows of a matrix; NotImplemented for any other index."""
     layout = weight.weight_layout
     if layout.pattern == "out in" and isinstance(index, slice):
         start, stop, step = index.indices(weight.base.shape[0])
-        return select_rows(weight, start, stop) if step == 1 and stop > start else NotImplemented
+        if step != 1 or stop <= start:
+            return NotImplemented
+        return select_rows(weight, start, stop)
     if not layout.experts_first or not (is_index(index) or isinstance(index, slice)):
         return NotImplemented
     base = weight.base[index]
@@ -74,7 +75,7 @@ def select_item(weight: Any, index: Any) -> Any:
     def select(updates: Sequence[Update]) -> Sequence[Update]:
         return [update.select_matrices(index) for update in updates]
 
-    return _mapped(weight, base, layout, select)
+    return _make_view(weight, base, layout, select)
 
 
 def select_rows(weight: Any, start: int, stop: int) -> Any:
@@ -84,7 +85,7 @@ def select_rows(weight: Any, start: int, stop: int) -> Any:
     def of_rows(updates: Sequence[Update]) -> Sequence[Update] | None:
         return updates_of_outputs(updates, start, stop, geometry)
 
-    return _mapped(weight, weight.base[start:stop], weight.weight_layout, of_rows)
+    return _make_view(weight, weight.base[start:stop], weight.weight_layout, of_rows)
 
 
 @rule_with_operation("split chunk")
@@ -93,12 +94,19 @@ def _cut(func: Operation, weight: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def split_rows(weight: Any, bases: Sequence[Tensor]) -> Any:
-    """Return a matrix (out, in) in parts, each some of its rows; `bases` are those of W."""
+    """Return a matrix (out, in) cut along its rows as W is cut into `bases`."""
     sizes = [base.shape[0] for base in bases]
     if weight.weight_layout.pattern != "out in" or sum(sizes) != weight.base.shape[0]:
-        return NotImplemented
-    parts = [select_rows(weight, stop - size, stop) for size, stop in zip(sizes, accumulate(sizes))]
-    return NotImplemented if any(part is NotImplemented for part in parts) else tuple(parts)
+        return NotImplemented  # cut along another axis
+    parts = []
+    start = 0
+    for size in sizes:
+        part = select_rows(weight, start, start + size)
+        if part is NotImplemented:
+            return NotImplemented
+        parts.append(part)
+        start += size
+    return tuple(parts)
 
 
 @rule("unbind")
@@ -109,11 +117,12 @@ def _unbind(weight: Any, dim: int = 0) -> Any:
     updates = weight.updates.of_all_samples
     if not updates:
         return tuple(select_item(weight, index) for index in range(weight.base.shape[0]))
-    each = zip(*(update.unstack() for update in updates))
-    item = layout.of_one_expert()
+    item_layout = layout.of_one_expert()
     bases = weight.base.unbind(0)
+    updates_of_items = zip(*[update.unstack() for update in updates])
     return tuple(
-        effective(base, item, Updates(item_updates)) for base, item_updates in zip(bases, each)
+        effective(base, item_layout, Updates(item_updates))
+        for base, item_updates in zip(bases, updates_of_items)
     )
 
 
@@ -140,4 +149,4 @@ def _detach(func: Operation, weight: Any) -> Any:
     def detached(updates: Sequence[Update]) -> Sequence[Update]:
         return [update.replace(block=func(update.block)) for update in updates]
 
-    return _mapped(weight, func(weight.base), weight.weight_layout, detached)
+    return _make_view(weight, func(weight.base), weight.weight_layout, detached)

@@ -11,14 +11,15 @@ Reading an adapted parameter gives one. What each operation does with it:
 
 Each has a module, in which each rule stands under the operations that it is for.
 
-An effective weight is an alias of W with a few more attributes. Code that does not go through
-`__torch_function__` sees only W. So a rule must never pass the effective weight on to torch, but
-use `base` and `updates` itself. In compiled code, a rule is not dispatched again inside a rule.
+An effective weight is an alias of W with a few more attributes. A rule must not pass it on to
+torch, but use `base` and `updates` itself: inside a rule, compiled code calls no other rule, and
+would compute with W. Eager code that does not call `__torch_function__` is caught by
+`__torch_dispatch__`, through which every operation passes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -42,10 +43,7 @@ W = TypeVar("W", bound="EffectiveWeight")
 
 
 class EffectiveWeight(Tensor):
-    """W + sum of s dW, not computed: an alias of W that carries the updates.
-
-    An attribute that a tensor does not have, such as `infshape` of muP, is that of W.
-    """
+    """W + sum of s dW, not computed: an alias of W that carries the updates."""
 
     base: Tensor
     weight_layout: Layout  # in torch, the attribute `layout` has another meaning
@@ -64,7 +62,7 @@ class EffectiveWeight(Tensor):
         named = kwargs or {}
         if rule is not None:
             if not args and "input" in named:
-                # So torch calls the first argument of all functions that have a rule.
+                # All functions that have a rule call their first argument `input`.
                 named = dict(named)
                 args = (named.pop("input"),)
             if "out" in named:
@@ -79,9 +77,10 @@ class EffectiveWeight(Tensor):
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        """Catch an operation that did not call `__torch_function__`: compute the weight first.
+        """Compute the weight for an operation that did not call `__torch_function__`.
 
-        Autograd has recorded the operation before. So raise if a block would get no gradient.
+        Autograd has recorded the operation already, with W. So it raises if a block would get no
+        gradient.
         """
         named = kwargs or {}
         if func.overloadpacket.__name__ in RESHAPES:
@@ -100,12 +99,14 @@ class EffectiveWeight(Tensor):
         return copied
 
     def __getattr__(self, name: str) -> Any:
-        if "base" not in self.__dict__:
+        """Return an attribute of W that a tensor does not have, such as `infshape` of muP."""
+        if "base" not in self.__dict__:  # while torch makes the alias
             raise AttributeError(name)
         return getattr(self.base, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if hasattr(type(self), name):
+        """Set an attribute of W, such as `_no_weight_decay`."""
+        if hasattr(type(self), name):  # `data`, `grad`, `requires_grad` ...: their rules write to W
             super().__setattr__(name, value)
         else:
             setattr(self.base, name, value)
@@ -128,7 +129,7 @@ class EffectiveWeight(Tensor):
 
 
 class TracedWeight(EffectiveWeight):
-    """An effective weight in compiled code. The compiler traces no class that has these methods."""
+    """An effective weight in compiled code, as dynamo traces no class that has these methods."""
 
     __torch_dispatch__ = Tensor.__torch_dispatch__  # type: ignore[assignment]
     __setattr__ = Tensor.__setattr__  # type: ignore[assignment]
@@ -189,44 +190,45 @@ def computed(weight: EffectiveWeight) -> Tensor:
 
 
 def compute_first(func: Operation, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    """Run an operation with computed weights; those that it writes into are W."""
+    """Run an operation with the computed weight. What it writes into is W."""
     written = written_arguments(func)
     if kwargs.get("inplace"):  # as in F.relu
         written = {0, "input"}
-    positional = [
-        base_inside(value) if position in written else computed_inside(value)
-        for position, value in enumerate(args)
-    ]
-    named = {
-        name: base_inside(value) if name in written else computed_inside(value)
-        for name, value in kwargs.items()
-    }
+
+    def prepare(place: int | str, value: Any) -> Any:
+        return base_inside(value) if place in written else computed_inside(value)
+
+    positional = [prepare(position, value) for position, value in enumerate(args)]
+    named = {name: prepare(name, value) for name, value in kwargs.items()}
     result = func(*positional, **named)
     for value in (*args, *kwargs.values()):
         if isinstance(value, EffectiveWeight) and result is value.base:
-            return value
+            return value  # W was written and returned, so its adapters act on the result
     return result
 
 
 def computed_inside(value: Any) -> Any:
     """Return a value with the effective weights in it computed."""
-    if isinstance(value, EffectiveWeight):
-        return computed(value)
-    if type(value) in (list, tuple):
-        return type(value)([computed_inside(item) for item in value])
-    if type(value) is dict:
-        return {key: computed_inside(item) for key, item in value.items()}
-    return value
+    return _replace_weights(value, computed)
 
 
 def base_inside(value: Any) -> Any:
     """Return a value with W in place of the effective weights in it."""
+    return _replace_weights(value, _base_of)
+
+
+def _base_of(weight: EffectiveWeight) -> Tensor:
+    return weight.base
+
+
+def _replace_weights(value: Any, replacement: Callable[[EffectiveWeight], Tensor]) -> Any:
+    """Return a value with the effective weights in it replaced, also in lists, tuples and dicts."""
     if isinstance(value, EffectiveWeight):
-        return value.base
+        return replacement(value)
     if type(value) in (list, tuple):
-        return type(value)([base_inside(item) for item in value])
+        return type(value)([_replace_weights(item, replacement) for item in value])
     if type(value) is dict:
-        return {key: base_inside(item) for key, item in value.items()}
+        return {key: _replace_weights(item, replacement) for key, item in value.items()}
     return value
 
 
@@ -254,25 +256,27 @@ def refuse_to_reshape(weight: Any) -> None:
         )
 
 
+def _blocks_train(weight: EffectiveWeight) -> bool:
+    return any(update.block.requires_grad for update in weight.updates.every)
+
+
 def _refuse_to_train_unseen(func: Operation, values: Sequence[Any]) -> None:
-    """Raise if autograd has recorded an operation on a weight whose block trains."""
-    for value in values:
-        if isinstance(value, EffectiveWeight):
-            updates = value.updates.every
-            if value.base.requires_grad or any(update.block.requires_grad for update in updates):
-                raise ModeError(
-                    f"{func} got an adapted weight of shape {tuple(value.shape)} from code that "
-                    "does not call __torch_function__, so its block would get no gradient; pass "
-                    "weight.clone() to that code, the computed weight"
-                )
+    """Raise if autograd has recorded an operation with W on a weight that trains."""
+    weights = [value for value in values if isinstance(value, EffectiveWeight)]
+    for weight in weights:
+        if weight.base.requires_grad or _blocks_train(weight):
+            raise ModeError(
+                f"{func} got an adapted weight of shape {tuple(weight.shape)} from code that does "
+                "not call __torch_function__, so its block would get no gradient; pass "
+                "weight.clone() to that code, the computed weight"
+            )
 
 
 def _refuse_to_lose_gradients(args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-    """Raise if a product that trains goes into `out=`, without gradients (losses of trl do so)."""
-    operands = [*args, *(value for name, value in kwargs.items() if name != "out")]
-    for operand in operands:
-        updates = operand.updates.every if isinstance(operand, EffectiveWeight) else ()
-        if any(update.block.requires_grad for update in updates):
+    """Raise if a product of a weight that trains goes into `out=`, which has no gradient."""
+    operands = [value for name, value in kwargs.items() if name != "out"]
+    for operand in (*args, *operands):
+        if isinstance(operand, EffectiveWeight) and _blocks_train(operand):
             raise ModeError(
                 f"a product with an adapted weight of shape {tuple(operand.shape)} can't go into "
                 "out=, because its block would get no gradient. If a trainer computes its loss "

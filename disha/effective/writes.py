@@ -1,4 +1,4 @@
-"""Writes: done to W. The result is again an effective weight."""
+"""Writes: operations that change W in place. Their result is again an effective weight."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ from disha.effective.weight import (
 from disha.private_torch import NATIVE_FUNCTIONS
 
 
-def _writes(name: str) -> bool:
+def _is_write(name: str) -> bool:
     """Whether an operation of this name writes into its first argument: `copy_`, `__iadd__`."""
     if name.startswith("__i"):
         return hasattr(Tensor, f"__{name[3:]}")
     return name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
 
 
-def _all_writes() -> Iterator[Operation]:
+def _list_writes() -> Iterator[Operation]:
     """Yield every operation of torch that writes into its first argument."""
     for owner in (Tensor, torch, NATIVE_FUNCTIONS, F, torch.nn.init):
         for name in dir(owner):
             operation = getattr(owner, name, None)
-            if _writes(name) and callable(operation):
+            if _is_write(name) and callable(operation):
                 yield operation
     for name in dir(Tensor):
         operation = getattr(Tensor, name)
@@ -41,38 +41,36 @@ def _all_writes() -> Iterator[Operation]:
             yield operation.__set__
 
 
-@rule_with_operation(*_all_writes())
+@rule_with_operation(*_list_writes())
 def write(func: Operation, *args: Any, **kwargs: Any) -> Any:
-    """Write into W. The result is the effective weight of W as it is then."""
+    """Write into W, which is the first argument. Return its effective weight, if anything."""
     if args:
-        written = args[0]
+        written, *others = args
         if func.__name__ in RESHAPES:
             refuse_to_reshape(written)
-        result = compute_first(func, (base_inside(written), *_sources(*args)), kwargs)
+        sources = [_value_to_write(written, other) for other in others]
+        result = compute_first(func, (base_inside(written), *sources), kwargs)
     else:
-        name, written = next(iter(kwargs.items()))
+        name = next(iter(kwargs))
+        written = kwargs[name]
         result = compute_first(func, (), {**kwargs, name: base_inside(written)})
-    return result if result is None else written
+    return None if result is None else written
 
 
-def _sources(written: Any, *sources: Any) -> tuple[Any, ...]:
-    """Return the values to write: W in place of a tensor whose updates would act twice."""
-    if not isinstance(written, EffectiveWeight):
-        return sources
-    return tuple(
-        source.base
-        if isinstance(source, EffectiveWeight) and _same_blocks(source, written)
-        else source
-        for source in sources
-    )
+def _value_to_write(written: Any, source: Any) -> Any:
+    """Return a source, but W of one with the updates of what is written, which would act twice."""
+    if not isinstance(written, EffectiveWeight) or not isinstance(source, EffectiveWeight):
+        return source
+    return source.base if _have_same_blocks(source, written) else source
 
 
-def _same_blocks(weight: EffectiveWeight, other: EffectiveWeight) -> bool:
+def _have_same_blocks(weight: EffectiveWeight, other: EffectiveWeight) -> bool:
     """Whether two effective weights have the updates of the same blocks."""
     mine = weight.updates.every
     theirs = other.updates.every
-    same = all(a.block.is_set_to(b.block) for a, b in zip(mine, theirs))
-    return same and len(mine) == len(theirs)
+    if len(mine) != len(theirs):
+        return False
+    return all(a.block.is_set_to(b.block) for a, b in zip(mine, theirs))
 
 
 @rule(Tensor.data.__set__)  # type: ignore[attr-defined]

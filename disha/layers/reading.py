@@ -1,4 +1,4 @@
-"""Reading an adapted parameter gives an effective weight; and the short forward of `nn.Linear`."""
+"""Read an adapted parameter as an effective weight; and the short forward of `nn.Linear`."""
 
 from __future__ import annotations
 
@@ -42,11 +42,13 @@ LINEAR_FORWARD = nn.Linear.forward
 def weight_property(original: type[nn.Module], name: str) -> property:
     """Return the property that reads a parameter of a class as an effective weight."""
     read_base = base_reader(original, name)
-    asks_no_class = not hasattr(original, name) and original.__getattr__ is nn.Module.__getattr__
+    has_usual_lookup = original.__getattr__ is nn.Module.__getattr__
+    is_stored = has_usual_lookup and not hasattr(original, name)  # and not computed by the class
 
     def read(layer: nn.Module) -> Any:
         parameters: dict[str, Any] = layer._parameters
-        base = parameters[name] if asks_no_class and name in parameters else read_base(layer)
+        # Without a call in the usual case.
+        base = parameters[name] if is_stored and name in parameters else read_base(layer)
         adapters: Any = layer._modules.get(CHILD_NAME)
         if adapters is None:
             return base
@@ -72,10 +74,12 @@ def weight_property(original: type[nn.Module], name: str) -> property:
                 return _unusual_weight(adapters, name, base, blocks, override, compiling)
             layout = blocks[0].slot.layout
             if override is None and not compiling and len(blocks) == 1:
-                return effective(base, layout, Updates((blocks[0].update(),)))  # a call less
+                # What `adapters.updates` does in the usual case, without a call.
+                return effective(base, layout, Updates((blocks[0].update(),)))
             return effective(base, layout, adapters.updates(name, override, compiling))
         except AttributeError as error:
-            # nn.Module would return the plain parameter, and the adapter would have no effect.
+            # Python would take it for a missing attribute, and call `nn.Module.__getattr__`, which
+            # returns the plain parameter.
             raise RuntimeError(f"the update of {name} failed: {error}") from error
 
     def write(layer: nn.Module, value: Any) -> None:
@@ -99,7 +103,7 @@ def _refuse_parametrization(reader: str, layer: nn.Module, name: str) -> None:
 def is_weight_of(layer: nn.Module, name: str, value: Any) -> bool:
     """Whether a value is the effective weight of this parameter.
 
-    So it is after `layer.weight += 1`, which wrote into W.
+    Python assigns it in `layer.weight += 1`, after the addition has been written into W.
     """
     return isinstance(value, EffectiveWeight) and value.base is layer._parameters.get(name)
 
@@ -112,11 +116,11 @@ def _unusual_weight(
     override: Override | None,
     compiling: bool,
 ) -> Any:
-    """Return the value of a weight without values here, cut over ranks, or of another class."""
+    """Read a weight that has no values here, is cut over ranks, or is of another tensor class."""
     layout = blocks[0].slot.layout
     split = split_of(base)
     if split is None and base.is_meta:
-        # The hook of an offloaded block does not run here: accelerate reads W before it loads D.
+        # Unless accelerate has offloaded a block: its hook reads W before it loads D.
         if all("forward" not in block.__dict__ and block.block.is_meta for block in blocks):
             return effective(base, layout, adapters.updates(name, override, compiling, True))
         return absent(base, layout)
@@ -139,7 +143,7 @@ def _unusual_weight(
 
 
 def linear_forward(layer: Any, input: Tensor) -> Tensor:
-    """Return what `nn.Linear` returns, with fewer Python calls: for few tokens, these cost most."""
+    """Run `nn.Linear.forward` with fewer Python calls, which cost most of it for few tokens."""
     parameters = layer._parameters
     adapters = layer._modules.get(CHILD_NAME)
     patched = nn.Linear.forward is not LINEAR_FORWARD
@@ -150,10 +154,10 @@ def linear_forward(layer: Any, input: Tensor) -> Tensor:
     if block is None:
         return nn.Linear.forward(layer, input)
     base = parameters.get("weight")
-    # This is no function, to save a call per forward.
+    # Written out here, because a function would add a call to each forward.
     plain = type(base) in PLAIN and type(input) in PLAIN and not base.is_meta
     if plain and input.layout is torch.strided:
-        # `layer.bias` takes one more call.
+        # `layer.bias` calls `nn.Module.__getattr__`.
         bias = parameters["bias"] if "bias" in parameters else layer.bias  # noqa: SIM401
         return adapted_linear(input, base, bias, (block.update(),))
     return nn.Linear.forward(layer, input)
