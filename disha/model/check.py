@@ -247,7 +247,7 @@ def _keep_buffers(modules: Iterable[nn.Module]) -> Iterator[None]:
     kept = []
     for module in modules:
         if quantized_slot(module) is not None:
-            continue  # its buffers may be packed weights, which are large and stay as they are
+            continue  # its buffers may be packed weights, which are large and do not change
         for name, buffer in module._buffers.items():
             if buffer is not None and not is_lazy(buffer) and not buffer.is_meta:
                 kept.append((module, name, buffer, buffer.detach().clone()))
@@ -263,12 +263,9 @@ def _keep_buffers(modules: Iterable[nn.Module]) -> Iterator[None]:
 
 
 def tensors_in(output: Any) -> list[Tensor]:
-    """Return the floating-point and complex tensors in the output of a model, of any type.
-
-    Complex ones come as real tensors.
-    """
+    """Return the floating-point tensors in an output of any type, complex ones as real tensors."""
     tensors = []
-    visited: dict[int, Any] = {}  # by id; it keeps the values alive, so that no id comes twice
+    visited: dict[int, Any] = {}  # id -> value, which keeps it alive: so no id comes twice
     waiting = deque([output])
     while waiting:
         value = waiting.popleft()
@@ -286,7 +283,7 @@ def tensors_in(output: Any) -> list[Tensor]:
 
 
 def _as_real(tensor: Tensor) -> Tensor:
-    """Return a complex tensor as its parts, with a dimension more; any other as it is."""
+    """Return a complex tensor as its real and imaginary parts, and any other as it is."""
     return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
 
 
@@ -332,14 +329,14 @@ def _check(
         _keep_data(active, undo)
         undo.callback(view.reshard)  # a forward gathers what is sharded
         seen = [_observe(runner, blocks, training=False)]
+        merges = _compare_merged(view, runner, seen[0], active)
         idle = [block for block in blocks if block not in seen[0].acting & seen[0].reached]
-        unseen = ""  # why training mode shows nothing
+        error_in_training = ""
         if idle:
             try:
                 seen.append(_observe(runner, idle, training=True))
             except Exception as error:  # such as of a loss without its targets, or of a batch norm
-                unseen = f"; in training mode it raises {type(error).__name__} with these inputs"
-        merges = _compare_merged(view, runner, seen[0], active)
+                error_in_training = type(error).__name__
         if len(seen) == 2:
             only_training = seen[1].acting - seen[0].acting
             acting = [model_block for model_block in active if model_block.block in only_training]
@@ -349,29 +346,33 @@ def _check(
     for name, layer, adapter, block in active:
         read = any(block in mode.read for mode in seen)
         acts = any(block in mode.acting for mode in seen)
-        reached = any(block in mode.reached for mode in seen)
-        errors = [mode.error for mode in seen if mode.error]
-        if not read:
-            reason = f"the model does not use this weight, or not with these inputs{unseen}"
-        elif not acts:
-            reason = "the model reads this weight, but the update does not reach the output"
-            reason += unseen
-        elif not reached and errors:
-            reason = f"it acts, but its gradient can't be computed: {errors[-1]}{unseen}"
-        elif not reached:
-            reason = f"it acts, but a detach or a custom function stops its gradient{unseen}"
-        elif block in frozen:
+        reason = _reason_against(block, seen)
+        if reason and error_in_training:
+            reason += f"; in training mode it raises {error_in_training} with these inputs"
+        elif not reason and block in frozen:
             reason = "it acts, but it is frozen; to train it, call mark_only_adapters_trainable"
-        elif block in zeros and block.method in stuck:
+        elif not reason and block in zeros and block.method in stuck:
             reason = "a block of zeros gets no gradient by its method; use init='kaiming'"
-        else:
-            reason = ""
         trains = not reason
         merged_alike, difference = merges[layer]
         if not reason:
             reason = difference
         weights.append(CheckedWeight(name, adapter, read, acts, trains, merged_alike, reason))
     return tuple(weights)
+
+
+def _reason_against(block: AdapterBlock, seen: list[_Seen]) -> str:
+    """Return why a block does not act or gets no gradient; empty if it does both."""
+    if not any(block in mode.read for mode in seen):
+        return "the model does not use this weight, or not with these inputs"
+    if not any(block in mode.acting for mode in seen):
+        return "the model reads this weight, but the update does not reach the output"
+    if any(block in mode.reached for mode in seen):
+        return ""
+    errors = [mode.error for mode in seen if mode.error]
+    if errors:
+        return f"it acts, but its gradient can't be computed: {errors[-1]}"
+    return "it acts, but a detach or a custom function stops its gradient"
 
 
 def _observe(runner: _Runner, blocks: list[AdapterBlock], training: bool) -> _Seen:
@@ -477,42 +478,37 @@ def _find_stuck_methods(
 # --- merging -------------------------------------------------------------------------------------
 
 ROUNDINGS = 4
-"""By how many times the change that a tiny change of the blocks makes, merging may change outputs:
-each adds up its roundings in its own way."""
-
+"""Merging may change an output this many times as much as a tiny change of the blocks does."""
 
 DRIFTS = (
     "each forward changes this weight, as `weight.data = weight.data.clone()` would, so its update "
     "is added again and again; read and write layer.base_weight there"
 )
-"""Why a weight is not in order whose values a forward changes each time."""
+"""The reason against a weight that every forward changes."""
 
 
 def _compare_merged(
     view: ModelView, runner: _Runner, seen: _Seen, active: list[ModelBlock]
 ) -> dict[AdaptedLayer, tuple[bool | None, str]]:
-    """Return layer -> whether outputs stay the same when it is merged, and why not.
-
-    None stands for a merge that is refused.
-    """
+    """Return layer -> whether merging it keeps the outputs (None: it is refused), and why not."""
     if not active:
         return {}
-    borrowers = view.find_borrowers()
-    tied: dict[AdaptedLayer, list[nn.Module]] = {}  # layer -> those that must merge with it
-    for model_block in active:
-        layers = tied.setdefault(model_block.layer, [model_block.layer])
-        layers += borrowers[model_block.block].values()
     try:
+        borrowers = view.find_borrowers()
         merged = _run_merged(view, runner, seen.training)
     except DishaError as error:
-        return {layer: (None, str(error)) for layer in tied}
+        return {model_block.layer: (None, str(error)) for model_block in active}
+    together: dict[AdaptedLayer, list[nn.Module]] = {}  # layer -> it, and those tied to it
+    for model_block in active:
+        layers = together.setdefault(model_block.layer, [model_block.layer])
+        layers += borrowers[model_block.block].values()
     tolerance = _relative_tolerance(seen.outputs, active)
     before = _weight_sums(active)
     allowed = _changes_by_rounding(runner, seen, tolerance)
     after = _weight_sums(active)
     all_alike = not _difference(merged, seen.outputs, tolerance, allowed)
     answers: dict[AdaptedLayer, tuple[bool | None, str]] = {}
-    for layer, layers in tied.items():
+    for layer, layers in together.items():
         difference = ""
         if not all_alike:
             merged = _run_merged(ModelView(nn.ModuleList(layers)), runner, seen.training)

@@ -314,6 +314,15 @@ def test_a_weight_whose_merge_is_refused_because_it_is_tied(tokens):
     assert {(one.merges, one.reason) for one in report.weights} == {(None, str(caught.value))}
 
 
+def test_a_part_whose_tied_weight_is_elsewhere_can_not_be_merged(tokens):
+    model = disha.inject_adapters(Tied(), "embed|q_proj", 2)
+    projection = model.layers[0]["attn"].q_proj
+    part = nn.Sequential(projection, model.head)
+    report = disha.check_adapters(part, torch.randn(3, projection.in_features))
+    assert "tied to a parameter outside this part of the model" in str(report)
+    assert report.ok
+
+
 def test_a_frozen_block_is_not_in_order(model, tokens):
     disha.inject_adapters(model, "head|q_proj", 2)
     model.head.requires_grad_(False)
