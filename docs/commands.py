@@ -54,7 +54,7 @@ def parser_of(command: str) -> argparse.ArgumentParser:
         raise _Seen(parser)
 
     module = import_module(f"disha.cli.{command}")
-    with patch.object(dispatcher.Parser, "parsed", seen):
+    with patch.object(dispatcher.Parser, "parse", seen):
         try:
             module.main([])
         except _Seen as found:

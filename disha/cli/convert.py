@@ -11,7 +11,11 @@ saved, or a LoRA file of an image model. What is a LoRA must be a Bone adapter.
   diffusers         a LoRA file for an image model
 
 Bone and tile are exact as LoRA; on some rows of a weight, they need --base. BAT is cut to --rank,
-and the error is reported.
+and the error is reported, with --verbose for each layer.
+
+The folders of PEFT name the base and its task, by --base or by the notes of the adapter, and hold
+its chat template, and its tokenizer if the adapter has new tokens. For vLLM, the line that serves a
+LoRA is printed.
 
 Examples:
   disha convert adapter.safetensors for-peft --to peft
@@ -22,10 +26,10 @@ Examples:
 from __future__ import annotations
 
 import json
-import os
 import shlex
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,37 +39,54 @@ from disha.cli.output import fit
 from disha.errors import AdapterFileError, ArgumentError
 from disha.files import ADAPTER_NAME, AdapterContents
 from disha.files.contents import keep_blocks, read_contents, write_contents
-from disha.files.disk import require_free
+from disha.files.disk import require_free, save
+from disha.finetune.notes import (
+    BASE_KEY,
+    PROMPT_KEY,
+    TEMPLATE_KEY,
+    TOKENS_KEY,
+    base_note,
+    noted_base,
+)
 from disha.interop import image_lora, peft
 from disha.interop.checkpoints.matching import base_shapes, base_weights
 from disha.interop.checkpoints.reading import Checkpoint, open_checkpoint
 from disha.interop.lora.reading import read_lora
 from disha.interop.lora.writing import write_lora
-from disha.interop.low_rank import SERVED_RANKS, LoraReport
-from disha.interop.peft_format import CONFIG_NAME
-from disha.text import counted
+from disha.interop.low_rank import LoraReport, is_stack, served_rank
+from disha.interop.peft_format import CONFIG_NAME, task_of
+from disha.text import counted, first_few
 
 FORMATS = ("disha", "peft", "lora", "diffusers")
 PEFT_METHODS = ("MISS", "BONE", "LORA")
-NOTED_BASE = "base"
-"""The key of the note on the base that `disha finetune` leaves: it trains language models."""
+TEMPLATE_NAME = "chat_template.jinja"  # as transformers calls it
 
 
 def main(words: Sequence[str]) -> None:
     """Convert an adapter."""
     flags = _parser().parse(words)
     require_free(flags.out, flags.overwrite)
-    base = None if flags.base is None else open_checkpoint(flags.base)
-    contents = _read(flags, base)
+    source = _find_source(flags.source)
+    base = _open_base(flags.base, source)
+    contents = _read(source, flags, base)
     if flags.no_also_train:
         contents = keep_blocks(contents)
+    base_name = _find_base_name(flags.base, source, contents)
+    contents = replace(contents, metadata=_complete_notes(flags, contents, base, base_name))
+    tokenizer = None
+    if flags.to == "lora" and TOKENS_KEY in contents.metadata and base_name is not None:
+        tokenizer = _load_tokenizer(base_name, contents.metadata)
     report = _write(flags, contents, base)
-    if report is not None:
+    if flags.to in ("peft", "lora"):
+        _write_template(flags.out, contents.metadata)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(flags.out)
+    if report is not None and flags.verbose:
         print(fit(str(report)))
-    layers = counted(len(contents.layers), "layer")
-    print(f"{flags.source} -> {flags.out} ({flags.to}): {layers}")
-    if report is not None and flags.to == "lora" and NOTED_BASE in contents.metadata:
-        print(_serving_command(flags, contents, report))
+    print(fit(_describe(flags, contents, report)))
+    if flags.to == "lora" and report is not None:
+        for line in _describe_serving(flags, contents, report, base, base_name):
+            print(fit(line))
 
 
 def _parser() -> Parser:
@@ -80,69 +101,87 @@ def _parser() -> Parser:
     parser.add_argument("--dropout", type=float, help="peft: instead of the adapter's")
     parser.add_argument("--component", help="image models: such as unet or text_encoder")
     parser.add_argument("--no_also_train", action="store_true", help="convert the blocks alone")
+    parser.add_argument("--verbose", action="store_true", help="show each layer")
     parser.add_argument("--overwrite", action="store_true", help="replace what is there")
     return parser
 
 
-def _read(flags: Namespace, base: Checkpoint | None) -> AdapterContents:
-    path = flags.source
+# --- reading -------------------------------------------------------------------------------------
+
+
+def _find_source(path: Path) -> Path:
+    """Return the adapter file in a folder, such as a checkpoint of Trainer, or the path itself."""
     if (path / ADAPTER_NAME).is_file():
-        path /= ADAPTER_NAME
+        return path / ADAPTER_NAME
+    return path
+
+
+def _read(path: Path, flags: Namespace, base: Checkpoint | None) -> AdapterContents:
     if path.is_dir():
         return _read_folder(path, flags, base)
     if not image_lora.has_factors(path):
         return read_contents(path)
-    found = image_lora.read_file(path)
-    component = flags.component or next(iter(found))
-    if component not in found or (flags.component is None and len(found) > 1):
-        raise ArgumentError(f"{path} holds {', '.join(found)}; choose one with --component")
-    return found[component]
+    adapters = image_lora.read_file(path)
+    component = flags.component
+    if component is None and len(adapters) == 1:
+        [component] = adapters
+    if component not in adapters:
+        raise ArgumentError(f"{path} holds {', '.join(adapters)}; choose one with --component")
+    return adapters[component]
 
 
 def _read_folder(path: Path, flags: Namespace, base: Checkpoint | None) -> AdapterContents:
     """Read a folder that PEFT has saved."""
-    settings = path / CONFIG_NAME
-    if not settings.is_file():
-        raise AdapterFileError(
-            f"{path} has neither {ADAPTER_NAME} nor {CONFIG_NAME}; name an adapter file, a folder "
-            "that PEFT has saved, or a checkpoint saved with AdapterCheckpoints"
-        )
-    method = json.loads(settings.read_bytes()).get("peft_type")
+    method = _peft_settings(path).get("peft_type")
     if method not in PEFT_METHODS:
         raise AdapterFileError(f"{path} is of peft_type {method!r}, not {', '.join(PEFT_METHODS)}")
-    saved = not flags.no_also_train
+    also_train = not flags.no_also_train
     if method == "LORA":
-        contents = read_lora(path, model_type=_config(base).get("model_type"), also_train=saved)
+        model_type = _config_of(base).get("model_type")
+        contents = read_lora(path, model_type=model_type, also_train=also_train)
     else:
         if base is None:
-            raise ArgumentError(f"{path} does not tell the sizes of its layers; give --base")
-        contents = peft.read_folder(path, partial(base_shapes, base), also_train=saved)
+            raise ArgumentError(
+                f"{path} does not tell the sizes of its layers, and names no base on this disk; "
+                "give --base"
+            )
+        contents = peft.read_folder(path, partial(base_shapes, base), also_train=also_train)
     _refuse_tied(path, contents, base)
     return contents
 
 
-def _serving_command(flags: Namespace, contents: AdapterContents, report: LoraReport) -> str:
-    """Return the command with which vLLM serves a language model and the written adapter."""
-    base = json.loads(contents.metadata[NOTED_BASE])["base_model_name_or_path"]
-    if base.startswith("./"):
-        base = os.path.normpath(flags.source.parent / base)
-    largest = max(layer.rank for layer in report.layers)
-    served = [rank for rank in SERVED_RANKS if rank >= largest]
-    if not served:
-        return f"vLLM serves no rank above {SERVED_RANKS[-1]}, and a layer has {largest}"
-    words = ["vllm", "serve", str(flags.base or base), "--enable-lora"]
-    words += ["--max-lora-rank", str(served[0])]
-    words += ["--lora-modules", f"{flags.out.name}={flags.out}"]
-    return f"to serve it: {shlex.join(words)}"
+def _peft_settings(folder: Path) -> dict[str, Any]:
+    path = folder / CONFIG_NAME
+    if not path.is_file():
+        raise AdapterFileError(
+            f"{folder} has neither {ADAPTER_NAME} nor {CONFIG_NAME}; name an adapter file, a "
+            "folder that PEFT has saved, or a checkpoint saved with AdapterCheckpoints"
+        )
+    settings = json.loads(path.read_bytes())
+    if not isinstance(settings, dict):
+        raise AdapterFileError(f"{path} must hold a JSON object")
+    return settings
 
 
-def _config(base: Checkpoint | None) -> dict[str, Any]:
+def _open_base(given: Path | None, source: Path) -> Checkpoint | None:
+    """Open the base that is given, or that a folder of PEFT names if it is on this disk."""
+    if given is not None:
+        return open_checkpoint(given)
+    if not source.is_dir():
+        return None
+    name = _peft_settings(source).get("base_model_name_or_path")
+    if not isinstance(name, str) or not Path(name).is_dir():
+        return None
+    return open_checkpoint(name)
+
+
+def _config_of(base: Checkpoint | None) -> dict[str, Any]:
     return {} if base is None else base.config()
 
 
 def _refuse_tied(path: Path, contents: AdapterContents, base: Checkpoint | None) -> None:
-    """PEFT has a copy of a tied embedding alone, where an adapter file sets the head too."""
-    config = _config(base)
+    """Raise if PEFT has a tied embedding alone, where an adapter file sets the head too."""
+    config = _config_of(base)
     tensors = contents.tensors
     matrices = [name for name in contents.also_train if tensors[name].dim() > 1]
     # A table has a row for each token of the base, or more. Other heads have fewer rows.
@@ -154,9 +193,70 @@ def _refuse_tied(path: Path, contents: AdapterContents, base: Checkpoint | None)
         )
 
 
+# --- notes ---------------------------------------------------------------------------------------
+
+
+def _find_base_name(given: Path | None, source: Path, contents: AdapterContents) -> str | None:
+    """Return the folder or the name of the base: the one that is given, or that is noted."""
+    if given is not None and given.is_dir():
+        return str(given)
+    name = contents.metadata.get("base_model_name_or_path")  # as PEFT notes it
+    if name is None and BASE_KEY in contents.metadata:
+        try:
+            name, _ = noted_base(source)
+        except ArgumentError:  # the base is not where it was
+            return None
+    return name
+
+
+def _complete_notes(
+    flags: Namespace, contents: AdapterContents, base: Checkpoint | None, base_name: str | None
+) -> dict[str, str]:
+    """Return the notes of an adapter, with the base and the task as the target format has them."""
+    notes = dict(contents.metadata)
+    if base_name is None:
+        return notes
+    if flags.to == "disha":
+        notes[BASE_KEY] = base_note(base_name, _noted_bits(notes), flags.out)
+        return notes
+    notes["base_model_name_or_path"] = base_name
+    task = _task_of(notes, _config_of(base))
+    if task is not None:
+        notes["task_type"] = task
+    return notes
+
+
+def _noted_bits(notes: Mapping[str, str]) -> str:
+    try:
+        return json.loads(notes[BASE_KEY])["bits"]
+    except (KeyError, ValueError, TypeError):
+        return "fp32"
+
+
+def _task_of(notes: Mapping[str, str], config: Mapping[str, Any]) -> str | None:
+    """Return PEFT's name of the task, if the notes or the configuration of the base tell it."""
+    if "task_type" in notes:
+        return notes["task_type"]
+    if PROMPT_KEY in notes:
+        return "CAUSAL_LM"  # disha finetune has trained it, which trains no other models
+    for architecture in config.get("architectures") or ():
+        return task_of(architecture, config.get("is_encoder_decoder", False))
+    return None
+
+
+def _load_tokenizer(base: str, notes: Mapping[str, str]) -> Any:
+    from disha.finetune.base import load_tokenizer  # transformers takes seconds to import
+
+    return load_tokenizer(base, notes)
+
+
+# --- writing -------------------------------------------------------------------------------------
+
+
 def _write(
     flags: Namespace, contents: AdapterContents, base: Checkpoint | None
 ) -> LoraReport | None:
+    """Write an adapter in the format that is asked for; return a report on LoRA factors."""
     if flags.to == "disha":
         write_contents(flags.out, contents)
         return None
@@ -172,9 +272,71 @@ def _write(
             rank=flags.rank,
             pad=flags.pad_rank,
             experts=flags.experts,
-            model_type=_config(base).get("model_type"),
+            model_type=_config_of(base).get("model_type"),
             base=weights,
         )
     components = {flags.component: contents}
     bases = {flags.component: weights}
     return image_lora.write_file(flags.out, components, rank=flags.rank, bases=bases)
+
+
+def _write_template(folder: Path, notes: Mapping[str, str]) -> None:
+    """Write the chat template that an adapter was trained with, if it is not the base's."""
+    if TEMPLATE_KEY in notes:
+        template = notes[TEMPLATE_KEY]
+        save(folder / TEMPLATE_NAME, lambda new: new.write_text(template, encoding="utf-8"))
+
+
+# --- what is printed -----------------------------------------------------------------------------
+
+
+def _describe(flags: Namespace, contents: AdapterContents, report: LoraReport | None) -> str:
+    layers = counted(len(contents.layers), "layer")
+    text = f"{flags.source} -> {flags.out} ({flags.to}): {layers}"
+    if report is None:
+        return text
+    if report.error == 0:
+        return f"{text}, exact"
+    return f"{text}, largest error {report.error:.3g}"
+
+
+def _describe_serving(
+    flags: Namespace,
+    contents: AdapterContents,
+    report: LoraReport,
+    base: Checkpoint | None,
+    base_name: str | None,
+) -> list[str]:
+    """Return how to serve a LoRA with vLLM, or why vLLM refuses it and what to do instead."""
+    model = "BASE" if base_name is None else base_name
+    if report.also_train:
+        lines = [
+            f"vLLM and SGLang refuse it, because it holds {first_few(report.also_train, 3, ', ')}"
+        ]
+        if TOKENS_KEY in contents.metadata:
+            tokens = ", ".join(json.loads(contents.metadata[TOKENS_KEY]))
+            lines.append(
+                f"PEFT reads it with the tokenizer that has {tokens}, {_where(flags, base_name)}"
+            )
+        merge = ("disha", "merge", model, str(flags.source), f"{flags.out}-merged")
+        return [*lines, f"to serve it, merge it: {shlex.join(merge)}"]
+    has_stacks = any(is_stack(layer) for layer in contents.layers)
+    reads_stacks = _config_of(base).get("model_type") == "gpt_oss"
+    if has_stacks and flags.experts == "stacked" and not reads_stacks:
+        return ["vLLM reads stacked experts of GPT-OSS only; for others, give --experts separate"]
+    rank = max(layer.rank for layer in report.layers)
+    largest = served_rank(rank)
+    if largest is None:
+        return [f"vLLM takes ranks up to 512, and this LoRA has {rank}; give --rank 512"]
+    name = flags.out.resolve().name
+    command = ["vllm", "serve", model, "--enable-lora", "--max-lora-rank", str(largest)]
+    command += ["--lora-modules", f"{name}={flags.out}"]
+    if TEMPLATE_KEY in contents.metadata:
+        command += ["--chat-template", str(flags.out / TEMPLATE_NAME)]
+    return [f"to serve it: {shlex.join(command)}"]
+
+
+def _where(flags: Namespace, base_name: str | None) -> str:
+    if base_name is None:
+        return "which is not written, because its base is unknown: give --base"
+    return f"which is in {flags.out}"

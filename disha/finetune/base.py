@@ -91,6 +91,18 @@ def load_base(
     return model, tokenizer
 
 
+def load_tokenizer(name: str, notes: Mapping[str, str]) -> PreTrainedTokenizerBase:
+    """Return the tokenizer of a base, with the chat template and the tokens that are noted."""
+    source, file = _source(name)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, **file)
+    except (OSError, ValueError, ImportError) as error:
+        raise ArgumentError(f"can't load the tokenizer of {name}: {error}") from error
+    tokenizer.chat_template = notes.get(TEMPLATE_KEY, tokenizer.chat_template)
+    tokenizer.add_tokens(json.loads(notes.get(TOKENS_KEY, "[]")))
+    return tokenizer
+
+
 def _end_with_turns(generation: Any, tokenizer: Any) -> None:
     """Let answers end with the token that ends them in the chat template, if it has one."""
     turns = [{"role": role, "content": role} for role in ("user", "assistant")]

@@ -131,19 +131,19 @@ class LoraReport:
 
     def __str__(self) -> str:
         rows = [
-            (layer.name, layer.method, layer.r, layer.rank, describe_error(layer.error))
+            (layer.name, layer.method, layer.r, layer.rank, _describe_error(layer.error))
             for layer in self.layers
         ]
         lines = [table(("layer", "method", "r", "rank", "error"), rows)]
         if self.also_train:
             lines.append(f"also trained: {printable(', '.join(self.also_train))}")
         count = counted(len(self.layers), "layer")
-        error = describe_error(self.error)
+        error = _describe_error(self.error)
         lines.append(f"{printable(str(self.path))}: {count}, largest error {error}")
         return "\n".join(lines)
 
 
-def describe_error(error: float) -> str:
+def _describe_error(error: float) -> str:
     """Return the relative error of an update, for a message."""
     return "exact" if error == 0 else f"{error:.3g}"
 

@@ -1,15 +1,19 @@
 import json
+import shlex
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import AutoTokenizer
 
 import disha
 from disha.files.contents import read_contents
+from disha.finetune.base import load_base
+from disha.finetune.notes import base_note, noted_base
 from disha.interop import lora, peft
 from tests.cli.conftest import DOWN, Q, model
-from tests.conftest import assert_same
+from tests.conftest import assert_same, perturb
 
 
 def deltas(path, load=disha.load_adapter):
@@ -59,6 +63,7 @@ def test_the_command_that_serves_a_lora_comes_from_the_file(run, files, r, rank)
     adapted = disha.inject_adapters(nn.Sequential(nn.Linear(16, 16)), "0", r)
     noted = {"base": json.dumps({"base_model_name_or_path": "./model", "bits": "fp32"})}
     file, folder = files.path / "a.safetensors", files.path / "mine"
+    (files.path / "model").mkdir()
     disha.save_adapter(adapted, file, metadata=noted)
     done = run("convert", file, folder, "--to", "lora")
     served = f"vllm serve {files.path / 'model'} --enable-lora --max-lora-rank {rank}"
@@ -104,7 +109,7 @@ def test_from_peft_to_lora(run, files):
 
 def test_bat_is_cut_and_the_error_told(run, files):
     a, base, out = files.adapter(method="bat"), files.base(), files.path / "lora"
-    given = ("convert", a, out, "--to", "lora", "--base", base, "--rank", 3)
+    given = ("convert", a, out, "--to", "lora", "--base", base, "--rank", 3, "--verbose")
     rows = {line.split()[0]: line.split() for line in run(*given).out.splitlines()}
     tensors = peft_tensors(out)
     for name, delta in deltas(a).items():
@@ -189,6 +194,144 @@ def test_a_saved_matrix_of_a_lora_needs_the_base(run, complaint, files):
         assert "embed.weight" in says
         assert "--base" in says
         assert run(*given, "--no-also-train").code == 0
+
+
+NOTED = {"prompt": "chat", "chat_template": "{{ messages }}"}
+
+
+@pytest.mark.parametrize("form", ["peft", "lora"])
+def test_the_folder_names_the_base_and_the_task_that_the_file_notes(run, files, form):
+    base, out = files.base(), files.path / "out"
+    note = base_note(str(base), "fp32", files.path / "a.safetensors")
+    a = files.adapter(metadata={**NOTED, "base": note})
+    assert run("convert", a, out, "--to", form).code == 0
+    config = json.loads((out / "adapter_config.json").read_text())
+    assert (config["base_model_name_or_path"], config["task_type"]) == (str(base), "CAUSAL_LM")
+    assert (out / "chat_template.jinja").read_text() == NOTED["chat_template"]
+
+
+def test_the_base_that_is_given_tells_the_task(run, files):
+    base = files.base(config={"architectures": ["GPT2LMHeadModel"]})
+    out = files.path / "out"
+    assert run("convert", files.adapter(), out, "--to", "lora", "--base", base).code == 0
+    config = json.loads((out / "adapter_config.json").read_text())
+    assert (config["base_model_name_or_path"], config["task_type"]) == (str(base), "CAUSAL_LM")
+
+
+def test_a_base_that_is_not_where_it_was_is_not_named(run, files):
+    a, out = files.adapter(metadata={"base": '{"base_model_name_or_path": "./gone"}'}), "out"
+    assert run("convert", a, files.path / out, "--to", "lora").code == 0
+    config = json.loads((files.path / out / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] is None
+
+
+def test_from_lora_to_lora_the_notes_stay(run, files):
+    note = json.dumps({"base_model_name_or_path": "some/name", "bits": "bf16"})
+    a, first, second = files.adapter(metadata={"base": note}), files.path / "1", files.path / "2"
+    run("convert", a, first, "--to", "lora")
+    assert run("convert", first, second, "--to", "lora").code == 0
+    assert contents(second) == contents(first)
+
+
+def test_an_adapter_file_elsewhere_still_finds_its_base(run, files):
+    base, out = files.base(), files.path / "folder" / "b.safetensors"
+    note = base_note(str(base), "bf16", files.path / "a.safetensors")
+    a = files.adapter(metadata={"base": note})
+    out.parent.mkdir()
+    assert run("convert", a, out, "--to", "disha").code == 0
+    assert noted_base(out) == (str(base), "bf16")
+
+
+def test_a_folder_of_miss_that_names_its_base_needs_no_other(run, files):
+    base, folder, out = files.base(), files.path / "peft", files.path / "out"
+    a = files.adapter()
+    run("convert", a, folder, "--to", "peft", "--base", base)
+    assert run("convert", folder, out, "--to", "disha").code == 0
+    assert_same(deltas(out), deltas(a))
+
+
+def last_line(done):
+    assert done.code == 0, done.err
+    return done.out.splitlines()[-1]
+
+
+def test_the_line_that_serves_a_lora_is_printed(run, files):
+    note = json.dumps({"base_model_name_or_path": "some/name"})
+    a, out = files.adapter(metadata={"base": note, **NOTED}), files.path / "out"
+    assert last_line(run("convert", a, out, "--to", "lora")) == (
+        "to serve it: vllm serve some/name --enable-lora --max-lora-rank 8 --lora-modules "
+        f"out={out} --chat-template {out}/chat_template.jinja"
+    )
+
+
+def test_without_a_noted_base_the_line_has_a_place_for_it(run, files):
+    line = last_line(run("convert", files.adapter(), files.path / "out", "--to", "lora"))
+    assert "vllm serve BASE --enable-lora" in line
+
+
+def test_ranks_that_vllm_does_not_take_are_named(run, files):
+    wide = disha.inject_adapters(nn.Sequential(nn.Linear(600, 8)), target_regex="0", r=513)
+    disha.save_adapter(wide, files.path / "a")
+    line = last_line(run("convert", files.path / "a", files.path / "out", "--to", "lora"))
+    assert line == "vLLM takes ranks up to 512, and this LoRA has 513; give --rank 512"
+
+
+def test_parameters_that_vllm_refuses_are_named(run, files):
+    model = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8))
+    trained = disha.inject_adapters(model, target_regex="0", r=4, also_train="1")
+    disha.save_adapter(trained, files.path / "a")
+    out = files.path / "out"
+    done = run("convert", files.path / "a", out, "--to", "lora")
+    assert "vLLM and SGLang refuse it, because it holds 1.bias, 1.weight" in done.out
+    assert last_line(done) == (
+        f"to serve it, merge it: disha merge BASE {files.path / 'a'} {out}-merged"
+    )
+
+
+def test_stacked_experts_that_vllm_does_not_read_are_named(run, files):
+    experts = nn.Module()
+    experts.gate_up_proj = nn.Parameter(torch.randn(2, 8, 6))
+    layouts = {"gate_up_proj": "expert out in"}
+    model = nn.ModuleDict({"experts": experts})
+    disha.inject_adapters(model, target_regex="gate_up_proj", r=4, layouts=layouts)
+    disha.save_adapter(model, files.path / "a")
+    line = last_line(run("convert", files.path / "a", files.path / "out", "--to", "lora"))
+    assert "give --experts separate" in line
+
+
+@pytest.fixture
+def with_new_tokens(language_model, tmp_path):
+    """An adapter file with two new tokens, as `disha finetune --new_tokens` writes it."""
+    base, path = str(language_model / "model"), tmp_path / "a.safetensors"
+    notes = {"new_tokens": '["<think>", "</think>"]', "prompt": "chat"}
+    notes["base"] = base_note(base, "fp32", path)
+    model, tokenizer = load_base(base, notes=notes)
+    rows = {"embed_tokens|lm_head": [len(tokenizer) - 2, len(tokenizer) - 1]}
+    disha.inject_adapters(model, target_regex="q_proj", r=4, also_train_rows=rows)
+    disha.save_adapter(perturb(model), path, metadata=notes)
+    return path
+
+
+def test_the_tokenizer_of_new_tokens_is_in_the_folder(run, with_new_tokens, tmp_path):
+    assert run("convert", with_new_tokens, tmp_path / "out", "--to", "lora").code == 0
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert len(tokenizer.encode("<think></think>", add_special_tokens=False)) == 2
+
+
+def test_new_tokens_are_served_by_the_merged_model_that_is_named(run, with_new_tokens, tmp_path):
+    done = run("convert", with_new_tokens, tmp_path / "out", "--to", "lora")
+    assert "vLLM and SGLang refuse it, because it holds" in done.out
+    merge = last_line(done).removeprefix("to serve it, merge it: disha ")
+    assert run(*shlex.split(merge)).code == 0
+    _, tokenizer = load_base(str(tmp_path / "out-merged"))
+    assert len(tokenizer.encode("<think></think>", add_special_tokens=False)) == 2
+
+
+def test_every_layer_is_shown_only_if_asked(run, files):
+    a = files.adapter()
+    for flags, count in (((), 2), (("--verbose",), 6)):
+        done = run("convert", a, files.path / "out", "--to", "lora", "--overwrite", *flags)
+        assert done.out.count("\n") == count, done.out
 
 
 def test_ranks_are_padded_if_asked(run, files):

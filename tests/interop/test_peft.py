@@ -553,8 +553,8 @@ def cut_off(folder):
 BLOCK = "inner.miss_block"
 BAD = {
     "no configuration": (lambda folder: (folder / "adapter_config.json").unlink(), "can't read"),
-    "no JSON": (lambda folder: (folder / "adapter_config.json").write_text("{"), "is no complete"),
-    "a list": (lambda folder: (folder / "adapter_config.json").write_text("[5]"), "is no complete"),
+    "no JSON": (lambda folder: (folder / "adapter_config.json").write_text("{"), "not a complete"),
+    "a list": (lambda folder: (folder / "adapter_config.json").write_text("[5]"), "not a complete"),
     "a pickle": (as_pickle, "a pickle, which can run any code"),
     "cut off": (cut_off, "is not a complete folder of PEFT"),
     "a LoRA": (with_fields(peft_type="LORA"), "disha.interop.lora reads 'LORA'"),
