@@ -174,16 +174,22 @@ def _batches(runner: PromptRunner, rows: Dataset, flags: Namespace) -> Any:
 
 
 def _count_exact(runner: PromptRunner, rows: Dataset, flags: Namespace) -> int:
-    """Return how many answers equal the row's, apart from white space around them."""
+    """Return how many last answers equal the row's, apart from white space around them."""
     exact = 0
     for batch in rows.iter(flags.per_device_eval_batch_size):
         tools = batch.get("tools", [None] * len(batch["prompt"]))
-        texts = [
-            runner.render(prompt, of_row)
-            for prompt, of_row in zip(batch["prompt"], tools, strict=True)
-        ]
+        texts = []
+        expected = []
+        for prompt, completion, of_row in zip(
+            batch["prompt"], batch["completion"], tools, strict=True
+        ):
+            if isinstance(completion, str):
+                texts.append(runner.render(prompt))
+                expected.append(completion)
+            else:  # a completion may have several turns
+                texts.append(runner.render([*prompt, *completion[:-1]], of_row))
+                expected.append(completion[-1]["content"])
         answers = runner.answer(texts, max_new_tokens=flags.max_new_tokens, do_sample=False)
-        for answer, completion in zip(answers, batch["completion"], strict=True):
-            expected = completion if isinstance(completion, str) else completion[-1]["content"]
-            exact += answer == expected.strip()
+        for answer, text in zip(answers, expected, strict=True):
+            exact += answer == text.strip()
     return exact

@@ -68,9 +68,10 @@ def load_rows(data: str, split: str = "train") -> Dataset:
         if len(files) > 1:
             for file in files:  # the one that is wrong raises
                 load_rows(glob.escape(file), split)
-        reason = error.__cause__ if error.__cause__ is not None else error
+        reason: object = error if error.__cause__ is None else error.__cause__
         if builder in ("csv", "json", "text") and not data.endswith(".gz"):
-            reason = _wrong_line(files[0]) or reason
+            wrong_line = _wrong_line(files[0])
+            reason = reason if wrong_line is None else wrong_line
         raise ArgumentError(f"can't read {data}: {reason}") from error
     if builder == "text":
         rows = rows.filter(lambda row: row["text"].strip())

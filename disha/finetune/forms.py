@@ -192,7 +192,9 @@ def _is_list_of_messages(value: Any) -> bool:
             value = json.loads(value)
         except ValueError:
             return False
-    return isinstance(value, list) and bool(value) and isinstance(value[0], Mapping)
+    if not isinstance(value, list) or not value or not isinstance(value[0], Mapping):
+        return False
+    return "role" in value[0] or "from" in value[0]
 
 
 # --- texts ---------------------------------------------------------------------------------------
@@ -324,6 +326,10 @@ class _Conversations:
         if "chat_template_kwargs" in row:
             formed["chat_template_kwargs"] = _parsed(row["chat_template_kwargs"], "it") or {}
         learned = _learned_answers(messages)
+        if self._learn_all and any(message.get("weight") == 0 for message in messages):
+            raise ValueError(
+                "it has weights of 0, and --assistant_only_loss False learns all of it"
+            )
         for message in messages:
             message.pop("weight", None)
             unread = message.keys() - KEYS_OF_MESSAGES

@@ -1,11 +1,15 @@
 import json
 import math
+from argparse import Namespace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from datasets import Dataset
 
 import disha
+from disha.cli.evaluate import _count_exact
+from disha.cli.models import PromptRunner
 from disha.finetune.base import load_base
 
 ROWS = [{"query": f"say {word}", "response": word * 2} for word in ("one", "three", "eleven")]
@@ -84,6 +88,18 @@ def test_several_files_are_measured_each_and_together(run, language_model, rows,
     total = sum(one["base"]["loss"] * one["base"]["tokens"] for one in alone)
     assert both["base"]["loss"] == pytest.approx(total / both["base"]["tokens"])
     assert both["rows"] == 4
+
+
+def test_of_several_turns_the_last_answer_is_compared(language_model):
+    model, tokenizer = load_base(str(language_model / "model"))
+    runner = PromptRunner(model, tokenizer, is_chat=True)
+    asked = [{"role": role, "content": role} for role in ("user", "assistant", "user")]
+    options = {"max_new_tokens": 4, "do_sample": False}
+    [last] = runner.answer([runner.render(asked)], **options)
+    completion = [*asked[1:], {"role": "assistant", "content": last}]
+    rows = Dataset.from_dict({"prompt": [asked[:1]], "completion": [completion]})
+    flags = Namespace(per_device_eval_batch_size=2, max_new_tokens=4)
+    assert _count_exact(runner, rows, flags) == 1
 
 
 @pytest.mark.parametrize(

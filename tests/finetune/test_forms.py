@@ -82,7 +82,7 @@ def form(row, *fields, words=None, **options):
         ({"prompt": TALK[:1], "completion": TALK[1:]}, (), True, SPLIT),
         ({"messages": json.dumps(TALK)}, (), True, SPLIT),
         ({"turns": json.dumps(SHAREGPT)}, ("turns",), True, SPLIT),
-        ({"text": "[1]"}, (), True, {"text": "[1]"}),
+        ({"text": '[{"a": 1}]'}, (), True, {"text": '[{"a": 1}]'}),
     ],
 )  # fmt: skip
 def test_forms(row, fields, chat, expected):
@@ -144,6 +144,9 @@ def test_only_the_last_answer_is_learned_where_trl_can_not_mark_answers():
 def test_whole_conversations_can_be_learned(qwen):
     assert form({"messages": LONGER}, words=qwen, learn_all=True) == {"messages": LONGER}
     assert form(PAIR, words=qwen, learn_all=True) == CHAT
+    weighed = [TALK[0], {**TALK[1], "weight": 0}, *LONGER[2:]]
+    with pytest.raises(ArgumentError, match="weights of 0, and --assistant_only_loss False"):
+        form({"messages": weighed}, words=qwen, learn_all=True)
 
 
 def test_what_is_not_used_is_named_once():

@@ -5,6 +5,8 @@ import signal
 import subprocess
 import sys
 from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
 
 import peft
 import pytest
@@ -220,16 +222,26 @@ def test_a_template_that_was_given_goes_where_the_adapter_goes(
     assert disha.inspect_adapter(further.adapter).metadata["chat_template"] == CHATML
 
 
-def test_several_sets_and_held_out_rows(finetune, tmp_path, data):
-    more = write_rows(tmp_path / "more.jsonl", rows(8))
-    words = ["--data", data, more, "--data_weights", 1, 1, "--eval_data", more]
-    result = finetune(tmp_path / "out", *words, "--eval_split", "train[:4]")
-    assert result.report["measured_on"] == "held-out"
-    assert result.report["rows"]["measured"] == 4
-    result = finetune(tmp_path / "fraction", "--eval_fraction", 0.25)
-    assert result.report["rows"] == {"training": 36, "measured": 12}
-    result = finetune(tmp_path / "drawn", *words[:6], "--eval_fraction", 0.25)
-    assert result.report["rows"]["measured"] == 14  # of 48 and 8: none is drawn twice
+class TestHeldOutRows:
+    @pytest.fixture
+    def mixed(self, tmp_path, data):
+        """The flags of two files, of 48 rows and of 8, which are drawn as often."""
+        more = write_rows(tmp_path / "more.jsonl", rows(8))
+        return ["--data", data, more, "--data_weights", 1, 1]
+
+    def test_of_another_file(self, finetune, tmp_path, mixed):
+        words = ["--eval_data", tmp_path / "more.jsonl", "--eval_split", "train[:4]"]
+        report = finetune(tmp_path / "out", *mixed, *words).report
+        assert report["measured_on"] == "held-out"
+        assert report["rows"]["measured"] == 4
+
+    def test_of_one_file(self, finetune, tmp_path):
+        report = finetune(tmp_path, "--eval_fraction", 0.25).report
+        assert report["rows"] == {"training": 36, "measured": 12}
+
+    def test_of_several_files_none_is_drawn_twice(self, finetune, tmp_path, mixed):
+        report = finetune(tmp_path / "out", *mixed, "--eval_fraction", 0.25).report
+        assert report["rows"]["measured"] == 14
 
 
 class TestCourse:
@@ -505,45 +517,88 @@ def test_a_checkpoint_holds_what_the_final_file_holds(finetune, tmp_path, tiny, 
     assert said[0] == said[1]
 
 
-@pytest.mark.parametrize("tied", [True, False])
-def test_new_tokens(finetune, tmp_path, tied, capsys):
-    """Two new tokens that stand in every answer: they are learned, generated, merged, converted."""
-    base = write_model(tmp_path / "base", tie_word_embeddings=tied)
-    answers = tmp_path / "rows.jsonl"
+@dataclass
+class NewTokens:
+    """A run that learns two new tokens, which stand in every answer."""
+
+    tied: bool
+    base: Path
+    answers: Path
+    flags: list
+    result: Result
+
+    def adapter(self):
+        return str(self.result.adapter)
+
+    def models(self, folder):
+        """The flags of the adapter, of the base that the run has merged, and of one merged here."""
+        merged = folder / "merged"
+        assert disha_command(["merge", self.adapter(), str(merged)]) == 0
+        yield ["--adapter", self.adapter()]
+        yield ["--base", str(self.result.folder / "merged")]
+        yield ["--base", str(merged)]
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
+def new_tokens(request, finetune, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("new_tokens")
+    base = write_model(folder / "base", tie_word_embeddings=request.param)
     thought = [{**row, "response": f"<think>{row['response']}</think>"} for row in rows()]
-    words = ["--data", write_rows(answers, thought), "--new_tokens", "<think>", "</think>"]
-    words += ["--max_steps", 60, "--save_steps", 30, "--learning_rate", 0.005, "--merge"]
-    result = finetune(tmp_path / "out", *words, base=base)
-    path, (size, _) = str(result.adapter), (load_base(str(base))[0].lm_head.weight.shape)
-    assert result.report["proof"]["loaded"] == pytest.approx(result.report["proof"]["trained"])
-    trained = [one for one in disha.inspect_adapter(path).layers if one.method == "rows"]
-    assert [one.rows for one in trained] == [((size, size + 1), (size + 1, size + 2))] * (2 - tied)
-    assert AutoTokenizer.from_pretrained(tmp_path / "out").convert_tokens_to_ids("</think>") > size
-    merged = [str(tmp_path / name) for name in ("out/merged", "merged")]
-    assert disha_command(["merge", path, merged[1]]) == 0
-    capsys.readouterr()
-    asked = ["--prompt", "say two 3", "--max_new_tokens", "8"]
-    for model in (["--adapter", path], *(["--base", one] for one in merged)):
-        assert disha_command(["generate", *model, *asked]) == 0
-        answer = capsys.readouterr().out
-        assert "<think>" in answer
-        assert "</think>" in answer
-        assert disha_command(["evaluate", *model, "--data", str(answers), "--json"]) == 0
-        measured = json.loads(capsys.readouterr().out)
-        loss = measured["adapter" if "adapter" in measured else "base"]["loss"]
-        assert loss == pytest.approx(result.losses[60], abs=0.02)
-    assert disha_command(["convert", path, str(tmp_path / "lora"), "--to", "lora"]) == 0
-    theirs, tokenizer = load_base(str(base), notes=disha.inspect_adapter(path).metadata)
-    theirs = peft.PeftModel.from_pretrained(theirs, tmp_path / "lora")
-    ours, _ = load_base(merged[1])
-    ids = tokenizer("say two 3<think>", return_tensors="pt")["input_ids"]
-    torch.testing.assert_close(theirs(ids).logits, ours(ids).logits, rtol=1e-4, atol=1e-4)
-    checkpoint = tmp_path / "out" / "checkpoint-30"
-    words = [*words[:-1], "--resume_from_checkpoint", checkpoint, "--overwrite_output_dir"]
-    again = finetune(tmp_path / "out", *words, base=base)
-    assert_same(again.blocks(), result.blocks())
-    with pytest.raises(ArgumentError, match=r"new_tokens=.*can't change"):
-        finetune(tmp_path / "other", "--adapter", path, "--new_tokens", "<end>", base=base)
+    answers = write_rows(folder / "rows.jsonl", thought)
+    flags = ["--data", answers, "--new_tokens", "<think>", "</think>"]
+    flags += ["--max_steps", 60, "--save_steps", 30, "--learning_rate", 0.005]
+    result = finetune(folder / "out", *flags, "--merge", base=base)
+    return NewTokens(request.param, base, answers, flags, result)
+
+
+class TestNewTokens:
+    def test_their_rows_train_and_are_proved(self, new_tokens):
+        size = len(load_base(str(new_tokens.base))[0].lm_head.weight)
+        layers = disha.inspect_adapter(new_tokens.adapter()).layers
+        trained = [layer.rows for layer in layers if layer.method == "rows"]
+        tables = 1 if new_tokens.tied else 2
+        assert trained == [((size, size + 1), (size + 1, size + 2))] * tables
+        proof = new_tokens.result.report["proof"]
+        assert proof["loaded"] == pytest.approx(proof["trained"])
+        words = AutoTokenizer.from_pretrained(new_tokens.result.folder)
+        assert words.convert_tokens_to_ids("</think>") > size
+
+    def test_all_commands_know_them(self, new_tokens, tmp_path, capsys):
+        for model in new_tokens.models(tmp_path):
+            capsys.readouterr()
+            asked = ["--prompt", "say two 3", "--max_new_tokens", "8"]
+            assert disha_command(["generate", *model, *asked]) == 0
+            answer = capsys.readouterr().out
+            assert "<think>" in answer
+            assert "</think>" in answer
+            data = ["--data", str(new_tokens.answers), "--json"]
+            assert disha_command(["evaluate", *model, *data]) == 0
+            measured = json.loads(capsys.readouterr().out)
+            name = "adapter" if "adapter" in measured else "base"
+            losses = new_tokens.result.losses
+            assert measured[name]["loss"] == pytest.approx(losses[60], abs=0.02)
+
+    def test_they_go_where_the_adapter_goes(self, new_tokens, tmp_path):
+        """Converted to a LoRA, the base answers as with them merged."""
+        lora = str(tmp_path / "lora")
+        assert disha_command(["convert", new_tokens.adapter(), lora, "--to", "lora"]) == 0
+        notes = disha.inspect_adapter(new_tokens.adapter()).metadata
+        base, tokenizer = load_base(str(new_tokens.base), notes=notes)
+        converted = peft.PeftModel.from_pretrained(base, lora)
+        merged, _ = load_base(str(new_tokens.result.folder / "merged"))
+        ids = tokenizer("say two 3<think>", return_tensors="pt")["input_ids"]
+        torch.testing.assert_close(converted(ids).logits, merged(ids).logits, rtol=1e-4, atol=1e-4)
+
+    def test_a_run_resumes_with_them(self, new_tokens, finetune, tmp_path):
+        checkpoint = new_tokens.result.folder / "checkpoint-30"
+        flags = [*new_tokens.flags, "--resume_from_checkpoint", checkpoint]
+        again = finetune(tmp_path, *flags, base=new_tokens.base)
+        assert_same(again.blocks(), new_tokens.result.blocks())
+
+    def test_others_can_not_be_added(self, new_tokens, finetune, tmp_path):
+        words = ["--adapter", new_tokens.adapter(), "--new_tokens", "<end>"]
+        with pytest.raises(ArgumentError, match=r"new_tokens=.*can't change"):
+            finetune(tmp_path, *words, base=new_tokens.base)
 
 
 def test_tokens_that_a_base_has_train_from_where_they_are(tiny):
