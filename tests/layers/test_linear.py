@@ -14,7 +14,7 @@ import disha
 from disha import BatLinear, BoneLinear, DishaError, MergeError
 from disha.layers.adapted import AdaptedLinear
 from tests import reference
-from tests.conftest import COPIES, kept_by, merged_weight, refused
+from tests.conftest import COPIES, kept_by, merged_weight
 from tests.functional.test_functional import close
 
 KINDS = reference.KINDS
@@ -47,6 +47,17 @@ def oracle(layer, x, adapters=("default",)):
     triples = [(block.method.name, block.block.detach().double(), block.scale) for block in blocks]
     bias = None if layer.bias is None else layer.bias.detach().double()
     return reference.linear(x.double(), layer.base_weight.detach().double(), bias, triples)
+
+
+class Doubling(nn.Linear):
+    """Its forward reaches that of nn.Linear."""
+
+    def forward(self, x):
+        return 2 * super().forward(x + 1)
+
+
+def subclass_layer(cls, kind):
+    return fill(inject(cls(10, 9, dtype=torch.float64), kind, scale=0.5))
 
 
 # --- a drop-in nn.Linear -------------------------------------------------------------------------
@@ -357,76 +368,6 @@ def test_adapters_add_up_from_the_original_weight_in_any_order(training):
             close(layer(x), oracle(layer, x, sorted(names)))
 
 
-# --- copies and files ----------------------------------------------------------------------------
-
-
-class Doubling(nn.Linear):
-    """Its forward reaches that of nn.Linear."""
-
-    def forward(self, x):
-        return 2 * super().forward(x + 1)
-
-
-class ByItself(nn.Linear):
-    """Its forward does without that of nn.Linear."""
-
-    def forward(self, x):
-        return F.linear(x, self.weight, self.bias)
-
-
-class Sometimes(nn.Linear):
-    """It reaches the forward of nn.Linear for some inputs only."""
-
-    def forward(self, x):
-        if x.dim() > 2:
-            return F.linear(x, self.weight, self.bias)
-        return super().forward(x)
-
-
-class InParts(nn.Linear):
-    """It calls itself for the parts of a long input."""
-
-    def forward(self, x):
-        if len(x) > 1:
-            return torch.cat([self(part) for part in x.split(1)])
-        return 2 * super().forward(x + 1)
-
-
-SUBCLASSES = (Doubling, ByItself, Sometimes, InParts)
-
-
-def subclass_layer(cls, kind):
-    return fill(inject(cls(10, 9, dtype=torch.float64), kind, scale=0.5))
-
-
-def over_merged_weight(layer, cls, x):
-    """The output of the user's own class on the oracle's merged weight."""
-    plain = cls(10, 9, dtype=torch.float64)
-    block = layer.disha["default"]
-    with torch.no_grad():
-        merged = reference.merged_weight(
-            layer.base_weight, [(block.method.name, block.block, block.scale)]
-        )
-        plain.weight.copy_(merged)
-        plain.bias.copy_(layer.bias)
-    return plain(x)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("cls", SUBCLASSES)
-def test_subclass_computes_its_own_forward_over_the_merged_weight(cls, kind):
-    layer = subclass_layer(cls, kind)
-    assert isinstance(layer, cls)
-    inputs = [torch.randn(shape, dtype=torch.float64) for shape in ((3, 10), (2, 3, 10))]
-    expected = [over_merged_weight(layer, cls, x) for x in inputs]
-    for x, wanted in zip(inputs, expected, strict=True):
-        close(layer(x), wanted)
-        assert torch.equal(layer(x=x), layer(x))
-    disha.merge_adapters(layer)
-    for x, wanted in zip(inputs, expected, strict=True):
-        close(layer(x), wanted)
-
-
 def test_plain_layer_takes_its_input_by_keyword_as_before():
     layer = inject(nn.Linear(10, 9), "bone")
     x = torch.randn(3, 10)
@@ -554,43 +495,6 @@ def test_from_linear_takes_plain_linear_layers_only(other):
     assert isinstance(caught.value, TypeError)
 
 
-def test_a_layer_whose_class_was_changed_keeps_its_adapters():
-    layer = fill(inject(nn.Linear(10, 9), "bat"))
-    original, x = type(layer), torch.randn(3, 10)
-    layer.__class__ = type("Changed", (original,), {})
-    with pytest.raises(DishaError, match="has become a Changed since it was adapted"):
-        disha.remove_adapters(layer)
-    close(layer(x), oracle(layer, x), 1e-5)
-    layer.__class__ = original
-    disha.remove_adapters(layer)
-    assert type(layer) is nn.Linear
-
-
-class Gained(nn.Linear):
-    """It makes its weight of the one that is kept, without a parametrization."""
-
-    weight = property(lambda self: self.gain * self._parameters["weight"])
-
-    def __init__(self, *sizes):
-        super().__init__(*sizes)  # which must not find the weight there yet
-        self.gain = 3.0
-
-
-@pytest.mark.parametrize("method", ["bone", "bat"])
-def test_a_weight_that_the_class_computes_is_the_one_that_is_multiplied(method):
-    layer, x = Gained(8, 8), torch.randn(2, 8)
-    expected = layer(x)
-    disha.inject_adapters(layer, "all-linear", 4, method=method)
-    torch.testing.assert_close(layer(x), expected)
-
-
-class Pair(nn.Linear):
-    """It returns a tuple, and does without the forward of nn.Linear."""
-
-    def forward(self, x):
-        return F.linear(x, self.weight, self.bias), x
-
-
 def test_block_over_a_weight_of_an_untrainable_dtype_is_float32():
     layer = nn.Linear(8, 4)
     layer.weight = nn.Parameter(layer.weight.detach().to(torch.float8_e4m3fn), requires_grad=False)
@@ -635,81 +539,6 @@ def test_a_weight_of_eight_bits_that_is_cast_where_it_is_read(dtype, kind, tmp_p
         disha.merge_adapters(model)
 
 
-class KeywordOnly(nn.Linear):
-    def forward(self, *, x):
-        return F.linear(x, self.weight, self.bias)
-
-
-def test_subclass_that_returns_a_tuple():
-    layer = fill(inject(Pair(10, 9), "bone"))
-    x = torch.randn(3, 10)
-    output, same = layer(x)
-    close(output, oracle(layer, x), 1e-5)
-    assert same is x
-
-
-def test_subclass_takes_a_keyword_only_input():
-    layer = fill(inject(KeywordOnly(10, 9), "bone"))
-    x = torch.randn(3, 10)
-    close(layer(x=x), oracle(layer, x), 1e-5)
-
-
-class FromBase(nn.Linear):
-    """Has a parameter with the name of an attribute of adapted layers."""
-
-    def __init__(self, *sizes):
-        super().__init__(*sizes)
-        self.base_weight = nn.Parameter(torch.randn_like(self.weight))
-
-    def forward(self, x):
-        return F.linear(x, self.base_weight + self.weight)
-
-
-class Shaped(nn.Linear):
-    """Has names of its own that an adapted layer could have had."""
-
-    def geometry(self):
-        return 2.0
-
-    def merged_weight(self):
-        return 3.0
-
-    def forward(self, x):
-        return super().forward(x) * self.geometry() * self.merged_weight()
-
-
-def test_module_with_a_name_that_adapting_adds_is_refused():
-    model, x = nn.Sequential(FromBase(10, 9)), torch.randn(3, 10)
-    expected = model(x)
-    with refused(model, DishaError, "its own attribute 'base_weight'"):
-        disha.inject_adapters(model, "^0$", 2)
-    assert torch.equal(model(x), expected)
-
-
-def test_adapting_adds_three_public_names():
-    model, x = nn.Sequential(Shaped(10, 9)), torch.randn(3, 10)
-    expected, before = model(x), set(dir(model[0]))
-    disha.inject_adapters(model, "^0$", 2)
-    added = {name for name in set(dir(model[0])) - before if not name.startswith("_")}
-    assert added == {"disha", "base_weight", "delta_weight"}
-    assert torch.equal(model(x), expected)
-
-
-def test_module_with_an_attribute_of_our_name_is_refused():
-    layer = nn.Linear(10, 9)
-    layer.disha = "mine"
-    with refused(layer, DishaError, "its own attribute 'disha'"):
-        disha.inject_adapters(layer, "all-linear", 2)
-    assert layer.disha == "mine"
-
-
-def test_reset_parameters_while_merged_is_refused():
-    layer = fill(born("bone"))
-    disha.merge_adapters(layer)
-    with pytest.raises(disha.MergeError, match="can't reset parameters"):
-        layer.reset_parameters()
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_merged_and_unmerged_agree_under_autocast(kind):
     layer = fill(inject(nn.Linear(40, 36), kind))
@@ -720,8 +549,3 @@ def test_merged_and_unmerged_agree_under_autocast(kind):
         merged = layer(x)
     # both round products of their own to bfloat16 and add them
     close(merged, unmerged, 2**-7 * unmerged.abs().max().item())
-
-
-def test_a_layer_whose_weight_is_not_adapted_has_no_base_weight():
-    layer = disha.inject_adapters(nn.MultiheadAttention(8, 2), "^q_proj$", 2)
-    assert not hasattr(layer, "base_weight")
