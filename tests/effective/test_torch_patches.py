@@ -8,9 +8,14 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
 
-from disha import private_torch
+import disha
+from disha import ModeError, private_torch
 from disha.effective import torch_patches
+from tests.conftest import Made, freshly_compiled, merged_weight, perturb
 
 WALK = """
 import json, os, sys, threading, types
@@ -103,3 +108,99 @@ def test_a_second_time_nothing_changes():
         for _ in range(8):
             pool.submit(torch_patches.install)
     assert torch.autograd.function.custom_function_call is before
+
+
+class Multiply(torch.autograd.Function):
+    """A product with gradients of its own, as fused kernels have."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x, weight)
+        return x @ weight.T
+
+    @staticmethod
+    def backward(ctx, gradient):
+        x, weight = ctx.saved_tensors
+        return gradient @ weight, gradient.T @ x
+
+
+def checkpointed(x, weight):
+    return checkpoint(F.linear, x, weight, use_reentrant=True)
+
+
+def applied(x, weight):
+    return Multiply.apply(x, weight)
+
+
+USES = [applied, checkpointed]
+if "def apply(" in inspect.getsource(torch.autograd.Function):  # torch 2.15 has a C++ one
+    USES.append(Multiply.apply)  # kept from before the first injection
+
+
+class TestWhatAsksNoTensor:
+    """Torch asks an effective weight about most functions, but not about these."""
+
+    def case(self, method="bone"):
+        layer = disha.inject_adapters(nn.Linear(6, 4, bias=False).double(), "", 2, method=method)
+        perturb(layer)
+        return layer, layer.disha["default"].block, torch.randn(3, 6).double().requires_grad_()
+
+    @pytest.mark.parametrize("method", ["bone", "bat"])
+    @pytest.mark.parametrize("use", USES)
+    def test_a_custom_function_trains_the_block(self, use, method):
+        layer, block, x = self.case(method)
+        output, expected = use(x, layer.weight), F.linear(x, layer.weight)
+        torch.testing.assert_close(output, expected)
+        output.square().sum().backward()
+        (wanted,) = torch.autograd.grad(expected.square().sum(), block)
+        torch.testing.assert_close(block.grad, wanted)
+
+    @pytest.mark.skipif(torch.__version__ < "2.9", reason="the compiler of torch 2.8 sees W alone")
+    def test_a_custom_function_in_compiled_code(self):
+        layer, block, x = self.case()
+        torch._dynamo.reset()
+        compiled = torch.compile(lambda x: Multiply.apply(x, layer.weight), backend="eager")
+        expected = F.linear(x, layer.weight)
+        torch.testing.assert_close(compiled(x), expected)
+        (found,) = torch.autograd.grad(compiled(x).square().sum(), block)
+        torch.testing.assert_close(found, torch.autograd.grad(expected.square().sum(), block)[0])
+
+    def test_a_custom_function_and_dropout(self):
+        layer = disha.BoneLinear(6, 4, r=2, dropout=0.5)
+        with pytest.raises(ModeError, match="the adapter's dropout can't act here"):
+            Multiply.apply(torch.randn(3, 6), layer.weight)
+
+    @pytest.mark.parametrize("compiles", [False, True])
+    def test_vmap_over_a_stack(self, compiles):
+        weight = nn.Parameter(torch.randn(3, 6, 4))
+        experts = Made(lambda self, x: torch.vmap(torch.matmul)(x, self.weight), weight=weight)
+        model, x = nn.Sequential(experts).double(), torch.randn(3, 5, 6).double()
+        perturb(disha.inject_adapters(model, "0", 2, layouts={"0": "expert in out"}))
+        forward = freshly_compiled(model) if compiles else model
+        torch.testing.assert_close(forward(x), x @ merged_weight(model[0]))
+        assert disha.check_adapters(model, x).ok
+
+    @pytest.mark.parametrize(
+        "transform",
+        [
+            torch.func.grad,
+            lambda f: torch.func.grad(lambda w, x: torch.func.grad(f)(w, x).square().sum()),
+            lambda f: torch.vmap(torch.func.grad(f), in_dims=(None, 0)),
+            lambda f: lambda w, x: torch.func.jvp(lambda w: f(w, x), (w,), (torch.ones(4, 6),)),
+            lambda f: lambda w, x: torch.func.vjp(lambda w: f(w, x), w)[1](torch.ones(())),
+        ],
+    )
+    def test_transforms_that_take_the_weight(self, transform):
+        layer = disha.BoneLinear(6, 4, r=2, init="kaiming")
+        dense, x = merged_weight(layer).detach(), torch.randn(3, 6)
+        run = transform(lambda w, x: F.linear(x, w).square().sum())
+        torch.testing.assert_close(run(layer.weight, x), run(dense, x))
+
+    def test_the_gradient_of_a_weight_is_that_of_the_base(self):
+        layer = disha.inject_adapters(nn.Linear(6, 4), "", 2, init="kaiming", freeze=False)
+        x = torch.randn(3, 6)
+        (found,) = torch.autograd.grad(layer(x).sum(), layer.weight)
+        torch.testing.assert_close(found, x.sum(0).expand(4, 6))
+        frozen = disha.BoneLinear(6, 4, r=2)
+        with pytest.raises(RuntimeError, match="does not require grad"):
+            torch.autograd.grad(frozen(x).sum(), frozen.weight)
