@@ -118,8 +118,8 @@ def test_adapter_names_that_are_allowed(name):
 @pytest.mark.parametrize(
     ("name", "kind", "says"),
     [
-        ("", ArgumentError, "have a dot"),
-        ("a.b", ArgumentError, "have a dot"),
+        ("", ArgumentError, "contain a dot"),
+        ("a.b", ArgumentError, "contain a dot"),
         (3, ArgumentTypeError, "must be a str"),
         (None, ArgumentTypeError, "must be a str"),
     ],

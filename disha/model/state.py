@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from disha.errors import AdapterStateError
 from disha.functional.shard_sums import is_inexact
 from disha.layers.adapted import AdaptedLayer, refuse_merged
-from disha.layers.weights import stored_weight
+from disha.layers.weights import stored_weight, weight_shape
 from disha.model import buffers
 from disha.model.records import Tensors
 from disha.model.view import ModelView, all_or_nothing, clean_key
@@ -115,15 +115,15 @@ def collect_tensors(view: ModelView, adapter: str) -> dict[str, Tensor]:
     """Return an adapter's tensors by key: blocks, other trained parameters, changed buffers."""
     view.reshard()
     tensors = {}
-    for name, _, _, block in view.require(adapter):
+    for name, layer, _, block in view.require(adapter):
         values = block._parameters.get(block.parameter_name)
-        if values is None or len(whole_shape(values)) < block.method.block_axes:
+        is_whole = values is not None and len(whole_shape(values)) >= block.method.block_axes
+        if not is_whole or len(weight_shape(layer, block.slot)) < 2:
             raise AdapterStateError(
-                f"the block of {name or 'the model'} is missing or flattened, as by "
+                f"the block of {name or 'the model'} or its weight is missing or flattened, as by "
                 "FullyShardedDataParallel; use fully_shard, or call this inside summon_full_params"
             )
         tensors[join(name, block.parameter_name)] = block.block
-    view.refuse_lost_weights(f"take adapter {adapter!r} out of the model", adapter)
     for parameter in view.list_trained(adapter):
         if (
             isinstance(parameter.module, AdaptedLayer)  # perhaps merged

@@ -27,7 +27,7 @@ from disha.errors import (
 from disha.layers.adapted import AdaptedLayer, refuse_merged
 from disha.layers.blocks import CHILD_NAME, AdapterBlock, Adapters, check_adapter_name
 from disha.layers.gradient_flags import is_claimed
-from disha.layers.weights import count_values, weight_shape
+from disha.layers.weights import count_values
 from disha.private_torch import CHECKPOINTED, COMPILED, FSDP_CHILD
 from disha.sharding.imported import imported_class
 from disha.sharding.ranks import Ranks
@@ -288,26 +288,10 @@ class ModelView:
         check_adapter_name(adapter)
         self.refuse_inside(action)
         self.refuse_wrapped(action, before_wrapping)
-        self.refuse_lost_weights(action)
         if adapter in self.adapters:
             raise ArgumentError(
                 f"the model has an adapter {adapter!r} already; choose another name"
             )
-
-    def refuse_lost_weights(self, action: str, adapter: str | None = None) -> None:
-        """Raise if a weight that was adapted is gone, because something has taken its place."""
-        for name, layer, _, block in self.blocks(adapter):
-            try:
-                shape = weight_shape(layer, block.slot)
-            except AttributeError:  # from nn.Module, which has no such attribute any more
-                shape = ()
-            if len(shape) < 2:
-                raise AdapterStateError(
-                    f"can't {action}: something has replaced the weight of {name or 'the model'} "
-                    "since it was adapted: a parametrization (undo it with "
-                    "remove_parametrizations, and parametrise before you inject), or "
-                    "FullyShardedDataParallel (use fully_shard)"
-                )
 
     def list_trained(self, adapter: str | None = None) -> list[ModelParameter]:
         """Return the parameters that train with an adapter, or with any, besides the blocks.

@@ -186,7 +186,7 @@ class TestModel:
             ({}, {}, ArgumentTypeError, "dict"),
             (["a"], {}, ArgumentTypeError, "dict"),
             ({"a": 1.0}, {"into": "b"}, ArgumentError, "has an adapter 'b' already"),
-            ({"a": 1.0}, {"into": "d.e"}, ArgumentError, "have a dot"),
+            ({"a": 1.0}, {"into": "d.e"}, ArgumentError, "contain a dot"),
             (
                 {"a": 1.0},
                 {"r": 3},

@@ -635,5 +635,5 @@ class TestBadFiles:
 
     def test_into_a_bad_name(self, saved, path):
         model = base()
-        with refused(model, ArgumentError, "have a dot"):
+        with refused(model, ArgumentError, "contain a dot"):
             disha.load_adapter(model, path, adapter="a.b")

@@ -418,7 +418,7 @@ def test_arguments_of_load(tmp_path):
     assert adapter_contents(ModelView(base)).also_train == ()
     with pytest.raises(ArgumentError, match="replace=True"):
         load(base, tmp_path)
-    with pytest.raises(ArgumentError, match="have a dot"):
+    with pytest.raises(ArgumentError, match="contain a dot"):
         load(base, tmp_path, "a.b")
 
 

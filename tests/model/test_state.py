@@ -53,7 +53,7 @@ class TestFilter:
         block = disha.inject_adapters(model, "all-linear", 2) and layer.disha["default"]
         flat = nn.Parameter(block.block.detach().flatten())
         block._parameters[block.parameter_name] = flat if flattened else None
-        says = f"^the block of {name} is missing or flattened.*fully_shard"
+        says = f"^the block of {name} or its weight is missing or flattened.*fully_shard"
         with pytest.raises(AdapterStateError, match=says):
             disha.adapter_state_dict(model)
 

@@ -122,32 +122,6 @@ def test_a_users_attribute_called_module_keeps_its_name():
     ModelView(model).refuse_wrapped("do this", "unwrap it")
 
 
-class TestLostWeights:
-    """After a layer was adapted, something else has taken the place of its weight."""
-
-    SAYS = "something has replaced the weight of 0 since it was adapted: a parametrization"
-
-    @pytest.fixture
-    def parametrised(self):
-        model = disha.inject_adapters(nn.Sequential(nn.Linear(4, 4)), "0", 2)
-        torch.nn.utils.parametrizations.weight_norm(model[0])
-        return model
-
-    def test_saving_says_so(self, parametrised, tmp_path):
-        with pytest.raises(disha.AdapterStateError, match=f"can't take adapter .*: {self.SAYS}"):
-            disha.save_adapter(parametrised, tmp_path)
-
-    def test_injecting_says_so(self, parametrised):
-        with pytest.raises(disha.AdapterStateError, match=f"can't add an adapter: {self.SAYS}"):
-            disha.inject_adapters(parametrised, "0", 2, adapter="b")
-
-    def test_undoing_it_is_a_way_out(self, parametrised, tmp_path):
-        torch.nn.utils.parametrize.remove_parametrizations(parametrised[0], "weight")
-        disha.mark_only_adapters_trainable(parametrised)
-        disha.save_adapter(parametrised, tmp_path)
-        assert type(disha.remove_adapters(parametrised)[0]) is nn.Linear
-
-
 # --- one walk ------------------------------------------------------------------------------------
 
 
