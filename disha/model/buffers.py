@@ -75,8 +75,9 @@ def remember_buffers(
     view: ModelView, adapter: str, also_train: Collection[str], undo: ExitStack
 ) -> None:
     """Remember the buffers that are not remembered yet, and those that the adapter shall save."""
-    if not _find_hooks(view.model):
-        handle = view.model.register_load_state_dict_pre_hook(_before_loading)
+    model: Any = view.model
+    if not _find_hooks(model):
+        handle = model.register_load_state_dict_pre_hook(_before_loading)
         undo.callback(handle.remove)
     for buffer in view.buffers:
         if buffer.name in also_train:

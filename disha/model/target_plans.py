@@ -121,9 +121,7 @@ def plan_injection(
 
     If r or r_out does not fit a weight, raise if `strict`, and else list the weight as skipped.
     """
-    recorded = target
-    if callable(target):
-        recorded = None  # a file can't hold a predicate
+    recorded = None if callable(target) else target  # a file can't hold a predicate
     config = AdapterConfig(target=recorded, **settings)
     view.check_can_add(adapter)
     selection = Selection(view, "target_regex", target, config)
