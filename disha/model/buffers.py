@@ -189,7 +189,7 @@ def _before_loading(
     *others: Any,
 ) -> None:
     """Report the blocks that a state dict lacks. One without blocks brings the base's buffers."""
-    given = {clean_key(key.removeprefix(prefix)) for key in state if _is_block(key)}
+    given = _find_blocks(model, [key.removeprefix(prefix) for key in state])
     if given:
         missing += [prefix + name for name in _list_absent_blocks(model, given)]
         return
@@ -200,6 +200,16 @@ def _before_loading(
             if values is not None:
                 former = _read(values, buffer.is_whole).clone()
                 remembered[attribute] = buffer._replace(former=former)
+
+
+def _find_blocks(model: nn.Module, keys: Iterable[str]) -> set[str]:
+    """Return the clean keys of blocks: those of a state dict, or of an adapter file.
+
+    Trainer loads the file of a checkpoint as a state dict, and the keys of its blocks have no
+    adapter. So a key is a block's by its end, unless the user has a parameter of that name.
+    """
+    of_user = {clean_key(name) for name, _ in model.named_parameters() if not _is_block(name)}
+    return {clean_key(key) for key in keys if key.endswith("_block")} - of_user
 
 
 def _list_absent_blocks(model: nn.Module, given: set[str]) -> list[str]:

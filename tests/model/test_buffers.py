@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 import disha
@@ -217,6 +218,15 @@ def test_a_checkpoint_of_the_base_brings_its_statistics():
     now = disha.remove_adapters(train(model, images())).state_dict()
     assert all(torch.equal(now[key], value) for key, value in trained_base.state_dict().items())
     assert not any(module._load_state_dict_pre_hooks for module in model.modules())
+
+
+def test_an_adapter_file_that_is_loaded_as_a_state_dict_is_no_checkpoint_of_the_base(tmp_path):
+    """Trainer resumes so, with a hook that gives the blocks their keys in the model."""
+    model = trained()
+    disha.save_adapter(model, tmp_path / "a.safetensors")
+    fresh = adapted(small())
+    fresh.load_state_dict(load_file(tmp_path / "a.safetensors"), strict=False)
+    assert disha.adapter_state_dict(fresh).keys() == disha.adapter_state_dict(model).keys()
 
 
 def test_norms_that_came_after_the_injection_are_saved():
