@@ -100,7 +100,7 @@ __all__ = [
     "unmerge_adapters",
 ]
 
-HOMES = (
+MODULES_WITH_PUBLIC_NAMES = (
     "files",
     "functional",
     "layers",
@@ -113,19 +113,19 @@ HOMES = (
     "model.summary",
     "model.target_plans",
 )
-"""The modules with the public names beyond errors. They import torch, which takes a second."""
+"""They have all public names but those of errors. They import torch, which takes a second."""
 
 
 if not TYPE_CHECKING:  # a type checker would take any misspelt name for one of these
 
     def __getattr__(name: str) -> Any:
-        """Import all public names when the first is used, or a part such as `disha.interop`."""
+        """Import all public names when the first is used, or a subpackage such as `interop`."""
         if name in __all__:
-            for home in HOMES:
-                home_names = vars(import_module(f"disha.{home}"))
-                globals().update(
-                    {public: home_names[public] for public in __all__ if public in home_names}
-                )
+            for module_name in MODULES_WITH_PUBLIC_NAMES:
+                names_of_module = vars(import_module(f"disha.{module_name}"))
+                for public_name in __all__:
+                    if public_name in names_of_module:
+                        globals()[public_name] = names_of_module[public_name]
             return globals()[name]
         try:
             return import_module(f"disha.{name}")

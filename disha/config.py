@@ -125,9 +125,11 @@ class AdapterConfig:
         )
         for name in ("target", "exclude", "also_train", "rank_pattern", "layouts", "rows"):
             regexes = vars(self)[name]
+            if regexes is None:
+                continue
             if isinstance(regexes, str):
                 regexes = (regexes,)
-            for regex in () if regexes is None else regexes:
+            for regex in regexes:
                 compile_regex(name, regex)
 
     def _set_checked(self, **settings: Any) -> None:
@@ -165,7 +167,7 @@ class AdapterConfig:
 
     def rank_of(self, *names: str) -> int:
         """Return the r of the module with these dotted names: from `rank_pattern`, or else `r`."""
-        pattern = first_match(self.rank_pattern, names)
+        pattern = find_first_match(self.rank_pattern, names)
         return self.r if pattern is None else self.rank_pattern[pattern]
 
     def to_json(self) -> dict[str, Any]:
@@ -216,15 +218,19 @@ def as_json(value: Any) -> Any:
 
 def find_matching(patterns: Iterable[str], names: Sequence[str]) -> list[str]:
     """Return the patterns that are found in any of the names, in order."""
-    return [p for p in patterns if any(re.search(p, name) for name in names)]
+    return [pattern for pattern in patterns if _is_found(pattern, names)]
 
 
-def first_match(patterns: Iterable[str], names: Sequence[str]) -> str | None:
+def find_first_match(patterns: Iterable[str], names: Sequence[str]) -> str | None:
     """Return the first pattern that is found in any of the names, or None."""
     for pattern in patterns:
-        if find_matching([pattern], names):
+        if _is_found(pattern, names):
             return pattern
     return None
+
+
+def _is_found(pattern: str, names: Sequence[str]) -> bool:
+    return any(re.search(pattern, name) for name in names)
 
 
 def _check_items(name: str, value: Any, check: Callable[[str, Any], Any]) -> Mapping[str, Any]:

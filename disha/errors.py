@@ -24,8 +24,12 @@ class DishaError(Exception):
     """
 
     def __init__(self, *args: object) -> None:
-        # A message may hold names from an untrusted file.
-        super().__init__(*(printable(a, lines=True) if isinstance(a, str) else a for a in args))
+        safe_args = []
+        for arg in args:
+            if isinstance(arg, str):  # a message, which may have names from an untrusted file
+                arg = printable(arg, lines=True)
+            safe_args.append(arg)
+        super().__init__(*safe_args)
 
 
 class ArgumentError(DishaError, ValueError):

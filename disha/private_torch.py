@@ -1,9 +1,9 @@
 """Everything private in torch that the package uses: names that torch may change at any time.
 
-No other module has one, save for those of `nn.Module` (`_parameters`, `_modules`, `_buffers`, its
-hooks) and those of methods and attributes that a class overrides. Each name is in all of torch 2.8
-to 2.15, unless its line says else. Importing this module never fails; a missing name costs what the
-last column says.
+No other module has such names, except for those of `nn.Module` (`_parameters`, `_modules`,
+`_buffers`, its hooks), and for methods and attributes that a class overrides. Each name is in all
+of torch 2.8 to 2.15, unless its line says otherwise. Importing this module never fails. The last
+column says what happens where a torch lacks the name.
 
     name                                 what it is for                        without it
     torch._subclasses.FakeTensor;        tensors without memory act too          dense
@@ -70,16 +70,48 @@ from torch.utils._pytree import tree_leaves as tree_leaves
 
 from disha.errors import DishaError
 
+# --- questions to torch, each with the answer that is safe where torch lacks it ------------------
 
-def _yes(*asked: object) -> bool:
+
+def _assume_transforms() -> bool:
     return True
 
 
-transforms_active: Callable[[], bool] = getattr(torch._C, "_are_functorch_transforms_active", _yes)
+def _assume_one_mode() -> int:
+    return 1
+
+
+def _assume_no_mode() -> None:
+    return None
+
+
+def _assume_hooks(ignore_is_tracing: bool) -> bool:
+    return True
+
+
+def _assume_autocast() -> bool:
+    return True
+
+
+def _assume_view(tensor: Tensor) -> bool:
+    return True
+
+
+def _assume_backward() -> int:
+    return 0
+
+
+transforms_active: Callable[[], bool] = getattr(
+    torch._C, "_are_functorch_transforms_active", _assume_transforms
+)
 """Whether a transform of `torch.func` is running."""
-modes_active: Callable[[], int] = getattr(torch._C, "_len_torch_dispatch_stack", _yes)
+
+modes_active: Callable[[], int] = getattr(torch._C, "_len_torch_dispatch_stack", _assume_one_mode)
 """How many modes see all operations of tensors: of checkpointing, of counting memory, or others."""
-_current_mode: Callable[[], Any] = getattr(_python_dispatch, "_get_current_dispatch_mode", _yes)
+
+_current_mode: Callable[[], Any] = getattr(
+    _python_dispatch, "_get_current_dispatch_mode", _assume_no_mode
+)
 
 
 def must_not_write() -> bool:
@@ -89,22 +121,26 @@ def must_not_write() -> bool:
 
 
 saving_hooks: Callable[[bool], Any] = getattr(
-    getattr(torch._C, "_autograd", None), "_top_saved_tensors_default_hooks", _yes
+    getattr(torch._C, "_autograd", None), "_top_saved_tensors_default_hooks", _assume_hooks
 )
 """The hooks of what is saved for backward, such as those of activation checkpointing, or None."""
 
-any_autocast: Callable[[], bool] = getattr(torch._C, "_is_any_autocast_enabled", _yes)
-"""Whether autocast is on for any device; torch asks so of a CPU and of CUDA only."""
+any_autocast: Callable[[], bool] = getattr(torch._C, "_is_any_autocast_enabled", _assume_autocast)
+"""Whether autocast is on for any device. It knows CPUs and CUDA, and no other device."""
 
-is_view: Callable[[Tensor], bool] = getattr(Tensor, "_is_view", _yes)
+is_view: Callable[[Tensor], bool] = getattr(Tensor, "_is_view", _assume_view)
+"""Whether a tensor is a view of another one."""
+
+_graph_task: Callable[[], int] = getattr(torch._C, "_current_graph_task_id", _assume_backward)
+
+
+# --- classes, contexts, and names ----------------------------------------------------------------
 
 FakeTensor: Any = getattr(getattr(torch, "_subclasses", None), "FakeTensor", Tensor)
 """A tensor that has a shape, but no memory."""
 
 as_it_is: Any = getattr(torch._C, "_DisableTorchDispatch", nullcontext)
 """A context in which a tensor's class has no say in its operations."""
-
-_graph_task: Callable[[], int] = getattr(torch._C, "_current_graph_task_id", _yes)
 
 NATIVE_FUNCTIONS: Any = getattr(torch._C, "_nn", F)
 """What holds some of the functions of `torch.nn.functional`."""

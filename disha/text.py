@@ -1,4 +1,4 @@
-"""Text for messages: make untrusted text safe to print, count nouns, and shorten lists."""
+"""Text for messages: print untrusted text safely, count nouns, shorten lists, align tables."""
 
 from __future__ import annotations
 
@@ -7,32 +7,36 @@ import re
 import reprlib
 from collections.abc import Iterable, Sequence
 
-LONGEST = 10_000  # characters in one message
+LONGEST = 10_000
+"""Largest number of characters in one message."""
 
-
-_brief = reprlib.Repr()
-_brief.maxstring = _brief.maxother = 200
+_short_repr = reprlib.Repr()
+_short_repr.maxstring = 200
+_short_repr.maxother = 200
 
 
 def printable(text: str, limit: int = LONGEST, *, lines: bool = False) -> str:
-    """Return a text that can't move a terminal's cursor, hide other text, or fill the screen."""
+    """Return untrusted text without what moves a terminal's cursor, and cut to a length.
+
+    With `lines`, line breaks stay.
+    """
     if len(text) > limit:
         head = text[: limit - limit // 2]
         tail = text[len(text) - limit // 2 :]
         text = f"{head}[... {len(text) - limit:,} characters ...]{tail}"
     if text.isprintable():
         return text
-    return "".join(
-        character
-        if character.isprintable() or (lines and character == "\n")
-        else character.encode("unicode_escape").decode()
-        for character in text
-    )
+    characters = []
+    for character in text:
+        if not character.isprintable() and not (lines and character == "\n"):
+            character = character.encode("unicode_escape").decode()
+        characters.append(character)
+    return "".join(characters)
 
 
 def brief(value: object) -> str:
     """Return `repr` of a value in about 200 characters, however long or deep the value is."""
-    return _brief.repr(value)
+    return _short_repr.repr(value)
 
 
 def counted(count: int, noun: str) -> str:
@@ -41,29 +45,33 @@ def counted(count: int, noun: str) -> str:
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """Return a question for the end of a message: whether the known word most like it is meant.
+    """Return the end of a message that asks for the known word most like this one, or nothing.
 
     Of `--flag=value`, only the flag counts.
     """
-    near = difflib.get_close_matches(word.partition("=")[0], known, n=1)
-    return f"; did you mean {near[0]}?" if near else ""
+    name, _, _ = word.partition("=")
+    matches = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {matches[0]}?" if matches else ""
 
 
 def first_few(items: Sequence[str], limit: int, separator: str = "\n") -> str:
-    """Return the first items as one text, with the number of the remaining ones."""
-    more = [f"and {len(items) - limit} more"] if len(items) > limit else []
-    return separator.join([*items[:limit], *more])
+    """Return the first items as one text, and say how many more there are."""
+    shown = list(items[:limit])
+    if len(items) > limit:
+        shown.append(f"and {len(items) - limit} more")
+    return separator.join(shown)
 
 
 def grouped(reasons: Iterable[tuple[str, str]]) -> list[str]:
-    """Return one text for all names that have the same reason."""
-    names: dict[str, list[str]] = {}
+    """Return one line for each reason: its first name, and how many more names have it."""
+    names_by_reason: dict[str, list[str]] = {}
     for name, reason in reasons:
-        names.setdefault(reason, []).append(name)
-    return [
-        f"{same[0]}{f' and {len(same) - 1:,} more' if same[1:] else ''}: {reason}"
-        for reason, same in names.items()
-    ]
+        names_by_reason.setdefault(reason, []).append(name)
+    lines = []
+    for reason, names in names_by_reason.items():
+        more = f" and {len(names) - 1:,} more" if len(names) > 1 else ""
+        lines.append(f"{names[0]}{more}: {reason}")
+    return lines
 
 
 WIDEST = 200
@@ -71,16 +79,34 @@ WIDEST = 200
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """Return a table with aligned columns: numbers to the right, everything else to the left."""
-    cells = [[printable(str(cell), WIDEST) for cell in row] for row in rows]
+    """Return a table with aligned columns: numbers to the right, everything else to the left.
+
+    The first column has names, so it is always to the left.
+    """
+    printed = [_print_cells(row) for row in rows]
     columns = []
-    for number, column in enumerate(zip(header, *cells)):
-        width = max(map(len, column))
-        right = number > 0 and not any(re.search(r"[^\d.,-]", cell) for cell in column[1:])
-        columns.append([cell.rjust(width) if right else cell.ljust(width) for cell in column])
-    return "\n".join("  ".join(row).rstrip() for row in zip(*columns))
+    for place, column in enumerate(zip(header, *printed)):
+        has_numbers = place > 0 and all(_is_number(cell) for cell in column[1:])
+        width = max(len(cell) for cell in column)
+        if has_numbers:
+            columns.append([cell.rjust(width) for cell in column])
+        else:
+            columns.append([cell.ljust(width) for cell in column])
+    lines = ["  ".join(row).rstrip() for row in zip(*columns)]
+    return "\n".join(lines)
+
+
+def _print_cells(row: Sequence[object]) -> list[str]:
+    return [printable(str(cell), WIDEST) for cell in row]
+
+
+def _is_number(cell: str) -> bool:
+    """Whether a cell has nothing but digits and their signs; an empty one counts as a number."""
+    return re.search(r"[^\d.,-]", cell) is None
 
 
 def join(prefix: str, name: str) -> str:
-    """Return `prefix.name`, or the one that is not empty."""
-    return f"{prefix}.{name}" if prefix and name else prefix or name
+    """Return the dotted name `prefix.name`, without a dot if one of them is empty."""
+    if prefix and name:
+        return f"{prefix}.{name}"
+    return prefix + name

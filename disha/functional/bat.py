@@ -151,21 +151,22 @@ def bat_linear(
                 x.to(dtype), weight.to(dtype), bias, block.to(dtype), scale, base_scale
             )
     block = scaled(block, scale)
-    if block.dtype is torch.float32 and weight.dtype is not torch.float32:
-        block = block.to(weight.dtype)  # W_eff is rounded to 16 bits anyway
+    if block.dtype in (torch.float32, torch.complex64):
+        block = block.to(weight.dtype)  # W_eff has that dtype anyway
     if is_compiling() and base_scale and x.dtype is weight.dtype is block.dtype:
-        return F.linear(x, _traced(weight, block), bias)
-    if not _applies(x, weight, bias, block):
+        return F.linear(x, _form_traced(weight, block), bias)
+    if not _can_apply(x, weight, bias, block):
         return None
     if torch.is_grad_enabled():
         return _BatLinear.apply(x, weight, bias, block, base_scale)  # type: ignore[no-untyped-call]
     if base_scale and x.shape[0] < block.shape[-1] * STREAMED_FRACTION:
         output = bat_streamed(x, weight, block)
         return output if bias is None else output + bias
-    return _product(x, weight, bias, block, base_scale)
+    return _multiply(x, weight, bias, block, base_scale)
 
 
-def _applies(x: Tensor, weight: Tensor, bias: Tensor | None, block: Tensor) -> bool:
+def _can_apply(x: Tensor, weight: Tensor, bias: Tensor | None, block: Tensor) -> bool:
+    """Whether `_BatLinear` can compute the product."""
     return (
         {type(x), type(weight), type(block)}.issubset(PLAIN)
         and x.dtype is weight.dtype is block.dtype
@@ -182,52 +183,53 @@ def _applies(x: Tensor, weight: Tensor, bias: Tensor | None, block: Tensor) -> b
 class _BatLinear(torch.autograd.Function):
     """(x (n, in), W, b, D, base_scale of W) -> y (n, out)."""
 
-    # A separate setup_context is slower, and only transforms (not supported here) need it.
+    # A setup_context of its own would be slower, and only transforms of torch.func need one.
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, block: Tensor, base_scale: float
     ) -> Tensor:
         ctx.save_for_backward(x, weight, block)
         ctx.base_scale = base_scale
-        return _product(x, weight, bias, block, base_scale)
+        return _multiply(x, weight, bias, block, base_scale)
 
     @staticmethod
     def backward(ctx: Any, grad: Any) -> Any:
         x, weight, block = ctx.saved_tensors
         needs_x, _, needs_bias, needs_block, _ = ctx.needs_input_grad
         grad_x = None
-        parts = []
-        slabs = _slabs(weight, block)
+        grad_blocks = []
+        slabs = _cut_into_slabs(weight, block)
         # A second derivative needs every intermediate result, and none of `out=`.
-        scratch = None if torch.is_grad_enabled() else _scratch(weight, block, slabs)
+        scratch = None if torch.is_grad_enabled() else _new_scratch(weight, block, slabs)
         with without_autocast(weight.device):
             for blocks, rows in slabs:
                 grad_rows = grad[:, rows]
                 if needs_x:
-                    part = _effective(weight[rows], block[blocks], scratch, True, ctx.base_scale)
+                    part = _form_rows(weight[rows], block[blocks], scratch, True, ctx.base_scale)
                     part = part.conj()  # of real numbers, it is the same tensor
                     grad_x = grad_rows @ part if grad_x is None else grad_x.addmm_(grad_rows, part)
                 if needs_block:
-                    out = _part(scratch, (grad_rows.shape[1], x.shape[1]))
+                    out = _use_start(scratch, (grad_rows.shape[1], x.shape[1]))
                     gradient = torch.mm(grad_rows.T, x.conj(), out=out)
-                    parts.append(_block_gradient(gradient, weight[rows], block.shape[-1]))
+                    grad_blocks.append(_sum_block_gradient(gradient, weight[rows], block.shape[-1]))
         grad_bias = grad.sum(0) if needs_bias else None
-        return grad_x, None, grad_bias, torch.cat(parts) if parts else None, None
+        grad_block = torch.cat(grad_blocks) if needs_block else None
+        return grad_x, None, grad_bias, grad_block, None
 
 
-def _product(
+def _multiply(
     x: Tensor, weight: Tensor, bias: Tensor | None, block: Tensor, base_scale: float
 ) -> Tensor:
-    slabs = _slabs(weight, block)
+    slabs = _cut_into_slabs(weight, block)
     # In 16 bits, W + D would lose a small D. So D itself is added through S(x), as for Bone.
     wide = weight.dtype not in (torch.float16, torch.bfloat16)
-    scratch = _scratch(weight, block, slabs)
+    scratch = _new_scratch(weight, block, slabs)
     if len(slabs) == 1:
-        output = F.linear(x, _effective(weight, block, scratch, wide, base_scale), bias)
+        output = F.linear(x, _form_rows(weight, block, scratch, wide, base_scale), bias)
     else:
         output = x.new_empty(x.shape[0], weight.shape[0])
         for blocks, rows in slabs:
-            part = _effective(weight[rows], block[blocks], scratch, wide, base_scale).T
+            part = _form_rows(weight[rows], block[blocks], scratch, wide, base_scale).T
             if bias is None:
                 torch.mm(x, part, out=output[:, rows])
             else:
@@ -240,7 +242,7 @@ def _product(
     return output.addmm_(sums, block.reshape(-1, r)[: weight.shape[0]].T, alpha=overflow_scale)
 
 
-def _block_gradient(gradient: Tensor, weight: Tensor, r: int) -> Tensor:
+def _sum_block_gradient(gradient: Tensor, weight: Tensor, r: int) -> Tensor:
     """Return dD_a = sum over b of (W_ab + I)^H G_ab from some rows of G = dY^T X and of W."""
     gradient = square_tiles(gradient, r)
     tiles = square_tiles(weight.contiguous(), r)
@@ -248,29 +250,30 @@ def _block_gradient(gradient: Tensor, weight: Tensor, r: int) -> Tensor:
     return torch.baddbmm(direct, tiles.mH, gradient)
 
 
-def _slabs(weight: Tensor, block: Tensor) -> list[tuple[slice, slice]]:
-    """Cut a layer into slabs (blocks D_a, rows of W) of SLAB_BYTES, which fit the cache."""
+def _cut_into_slabs(weight: Tensor, block: Tensor) -> list[tuple[slice, slice]]:
+    """Return slabs (blocks D_a, rows of W) of SLAB_BYTES each, which fit the cache."""
     blocks, r = block.shape[:2]
-    each = max(1, SLAB_BYTES // (r * weight.shape[1] * weight.element_size()))
-    # Past the last block or row, a slice takes what there is.
-    return [
-        (slice(first, first + each), slice(first * r, (first + each) * r))
-        for first in range(0, blocks, each)
-    ]
+    bytes_of_block = r * weight.shape[1] * weight.element_size()
+    blocks_of_slab = max(1, SLAB_BYTES // bytes_of_block)
+    slabs = []
+    for first in range(0, blocks, blocks_of_slab):
+        stop = first + blocks_of_slab  # may lie beyond the end, where a slice takes what there is
+        slabs.append((slice(first, stop), slice(first * r, stop * r)))
+    return slabs
 
 
-def _scratch(weight: Tensor, block: Tensor, slabs: Sequence[tuple[slice, slice]]) -> Tensor:
-    """Return memory for one slab, which all share: mapping new memory took a tenth of a step."""
+def _new_scratch(weight: Tensor, block: Tensor, slabs: Sequence[tuple[slice, slice]]) -> Tensor:
+    """Return memory for one slab, which all slabs share: new memory took a tenth of a step."""
     blocks = block[slabs[0][0]]
     return weight.new_empty(blocks.numel() * shard_count(weight.shape[1], blocks.shape[1]))
 
 
-def _part(scratch: Tensor | None, shape: Sequence[int]) -> Tensor | None:
+def _use_start(scratch: Tensor | None, shape: Sequence[int]) -> Tensor | None:
     """Return the start of the shared memory as a tensor of this shape."""
     return None if scratch is None else scratch[: prod(shape)].view(shape)
 
 
-def _effective(
+def _form_rows(
     weight: Tensor, block: Tensor, scratch: Tensor | None, add_block: bool, base_scale: float
 ) -> Tensor:
     """Return rows of c W_ab + W_ab D_a + D_a for c = base_scale.
@@ -280,21 +283,19 @@ def _effective(
     count, r, _ = block.shape
     tiles = square_tiles(weight.contiguous(), r)
     if add_block:
-        apart = tiles.view(count, r, -1, r)
-        start = torch.add(
-            block.unsqueeze(2), apart, alpha=base_scale, out=_part(scratch, apart.shape)
-        )
+        split_tiles = tiles.view(count, r, -1, r)
+        out = _use_start(scratch, split_tiles.shape)
+        start = torch.add(block.unsqueeze(2), split_tiles, alpha=base_scale, out=out)
         product = start.view(tiles.shape).baddbmm_(tiles, block)
     else:
-        product = torch.baddbmm(
-            tiles, tiles, block, beta=base_scale, out=_part(scratch, tiles.shape)
-        )
+        out = _use_start(scratch, tiles.shape)
+        product = torch.baddbmm(tiles, tiles, block, beta=base_scale, out=out)
     # The result has the strides of W, so a block of zeros changes no bit of the layer's output.
     effective = product.view(count * r, -1)[: weight.shape[0], : weight.shape[1]]
     return effective.contiguous() if weight.is_contiguous() else effective.mT.contiguous().mT
 
 
-def _traced(weight: Tensor, block: Tensor) -> Tensor:
+def _form_traced(weight: Tensor, block: Tensor) -> Tensor:
     """Return W_eff as a product in W's dtype and a sum in at least float32: compiled, one loop."""
     _, r, _ = block.shape
     tiles = square_tiles(weight, r)

@@ -12,9 +12,10 @@ pattern does, and converts between the weight and its matrices:
     "expert out in"      (expert, out, in)              experts, nn.Bilinear
     "expert in out"      (expert, out, in)              experts that are used as x @ W
 
-`Layout` knows three names: `expert` counts the matrices that a module chooses from, `index` is an
-input that is looked up, and `*kernel` stands for all the remaining axes. So far, `*kernel` is last
-and `expert` is first; what is listed below relies on both, and so do the rules of an index.
+Three names have a meaning of their own: `expert` counts the matrices that a module chooses from,
+`index` is an input that is looked up, and `*kernel` stands for all the remaining axes. In all
+layouts so far, `*kernel` is last and `expert` is first. What is listed below relies on both, and so
+do the rules for indexing.
 
 To add a layout, add its pattern to `PATTERNS`, and to `_TRANSPOSED` if `PATTERNS` has the layout of
 `weight.mT`. Two inverse pairs of `Layout` know where each axis is: `geometry` and `shape`,
@@ -22,8 +23,9 @@ To add a layout, add its pattern to `PATTERNS`, and to `_TRANSPOSED` if `PATTERN
 `experts_first`, `of_one_expert`, `reason_against_shape`, and `update_of_part` in
 `functional.parts`. A block has the axes of the stack first; only those with a kernel are kept
 like W (`kept_block`), so a view that moves the axes of a kernel moves the block too.
-Until a rule of `disha.effective` knows the pattern, products compute the effective weight: look
-whether the result of your rule is an `EffectiveWeight`. An index is in `views.select_item`.
+Until a rule of `disha.effective` knows the pattern, products compute the effective weight. To see
+whether your rule acts, look whether its result is an `EffectiveWeight`. Indexing is in
+`views.select_item`.
 """
 
 from __future__ import annotations
@@ -38,7 +40,7 @@ from torch import Tensor
 from disha.errors import ArgumentError, ArgumentTypeError
 
 OutputRanges = tuple[tuple[int, int], ...]
-"""Ranges (first, stop) of a weight's outputs, in order, without overlap; empty means all."""
+"""Ranges (first, stop) of a weight's outputs, in order and without overlap. Empty means all."""
 
 PATTERNS = (
     "out in",
@@ -134,20 +136,23 @@ class Layout:
 
     def transposed(self) -> Layout | None:
         """Return the layout of `weight.mT`, or None if `PATTERNS` has none."""
-        pattern = None if self.padding_idx is not None else _TRANSPOSED.get(self.pattern)
-        return None if pattern is None else replace(self, pattern=pattern)
+        pattern = _TRANSPOSED.get(self.pattern)
+        if pattern is None or self.padding_idx is not None:
+            return None
+        return replace(self, pattern=pattern)
 
     def of_one_expert(self) -> Layout:
         """Return the layout of the matrix of one expert: this one without the axis `expert`."""
         return replace(self, pattern=self.pattern.removeprefix("expert "))
 
     def of_part(self, part: Sequence[tuple[int, int]]) -> Layout:
-        """Return the layout of a part of a weight: there, `padding_idx` is another row, or none."""
+        """Return the layout of a part of a weight, where `padding_idx` counts from another row."""
         if self.padding_idx is None:
             return self
         start, stop = part[0]
-        inside = start <= self.padding_idx < stop
-        return replace(self, padding_idx=self.padding_idx - start if inside else None)
+        if start <= self.padding_idx < stop:
+            return replace(self, padding_idx=self.padding_idx - start)
+        return replace(self, padding_idx=None)
 
     def reason_against_shape(self, shape: Sequence[int]) -> str | None:
         """Return why a weight of a shape can't have this layout, or None if it can."""
@@ -225,7 +230,9 @@ class Layout:
             return weight
         matrices = self.matrices(weight)
         parts = [matrices.narrow(-2, first, stop - first) for first, stop in output_ranges]
-        return self.weight(parts[0] if len(parts) == 1 else torch.cat(parts, -2))
+        if len(parts) == 1:
+            return self.weight(parts[0])
+        return self.weight(torch.cat(parts, -2))
 
 
 MATRIX = Layout("out in")

@@ -1,12 +1,13 @@
 """Routing: each sample of a batch goes through its own adapter.
 
-A `Route` says which adapter each sample has, a `Routed` which updates of one weight that means. Its
-products give each sample its own updates. A linear product takes the cheapest of four ways:
+A `Route` says which adapter each sample has. `Routed` has the updates of one weight by adapter, and
+its products give each sample those of its adapter. A linear product takes the cheapest of four
+ways:
 
 - all samples have the same adapter: the usual product;
-- a method does not reduce to shard sums: one product for each run of samples with one adapter;
+- a method does not use shard sums: one product for the samples of each adapter;
 - the adapters have blocks of one size: the shard sums of all samples at once, times each block;
-- otherwise: the product with W, plus that of each adapter with its own samples.
+- otherwise: the product with W, plus that of each adapter with its samples.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import chain, groupby
+from itertools import groupby
 
 import torch
 import torch.nn.functional as F
@@ -40,17 +41,18 @@ Run = tuple[str | None, int]
 class Route:
     """An adapter for each sample of a batch, or None for no adapter."""
 
-    names: tuple[str | None, ...]  # each covers an equal part of the rows of an input, in order
-    _kept: dict[tuple[tuple[int, ...], torch.device], Tensor] = field(
+    names: tuple[str | None, ...]  # each covers an equal part of an input's first dimension
+    _indices: dict[tuple[tuple[int, ...], torch.device], Tensor] = field(
         default_factory=dict, compare=False
     )
 
     @cached_property
     def adapters(self) -> tuple[str, ...]:
-        """The adapters of the samples, each once."""
-        return tuple(dict.fromkeys(name for name in self.names if name is not None))
+        """The adapters of the samples, each once, in order."""
+        names = [name for name in self.names if name is not None]
+        return tuple(dict.fromkeys(names))
 
-    def parts(self, size: int) -> int:
+    def entries_of_name(self, size: int) -> int:
         """Return how many entries of a leading dimension of this size each name covers."""
         samples = len(self.names)
         if size % samples:
@@ -63,8 +65,8 @@ class Route:
 
     def runs(self, names: Sequence[str | None], size: int) -> list[Run]:
         """Return the runs of samples that have these adapters. An adapter may have several."""
-        parts = self.parts(size)
-        return [(name, parts * len(list(same))) for name, same in groupby(names)]
+        entries = self.entries_of_name(size)
+        return [(name, entries * len(list(same))) for name, same in groupby(names)]
 
     def by_adapter(
         self, size: int, device: torch.device
@@ -74,29 +76,33 @@ class Route:
         What has no adapter comes last, under an empty name.
         """
         places = self._places(self.adapters)
-        parts = self.parts(size)
         order = sorted(range(len(places)), key=places.__getitem__)
+        entries = self.entries_of_name(size)
+        indices: list[int] = []
+        for sample in order:
+            indices += range(sample * entries, (sample + 1) * entries)
         runs = self.runs([self.names[sample] for sample in order], size)
-        entries_of_samples = [range(sample * parts, (sample + 1) * parts) for sample in order]
-        indices = self._on_device(tuple(chain.from_iterable(entries_of_samples)), device)
-        each = torch.split(indices, [entries for _, entries in runs])
-        return [(name or "", entries) for (name, _), entries in zip(runs, each)], indices
+        all_indices = self._on_device(tuple(indices), device)
+        indices_of_runs = torch.split(all_indices, [count for _, count in runs])
+        by_adapter = [(name or "", part) for (name, _), part in zip(runs, indices_of_runs)]
+        return by_adapter, all_indices
 
     def choices(self, adapters: Sequence[str], device: torch.device) -> Tensor:
         """Return the index of each sample's adapter, or the number of adapters for no adapter."""
         return self._on_device(tuple(self._places(adapters)), device)
 
     def _places(self, adapters: Sequence[str]) -> list[int]:
+        """Return the place of each sample's adapter among these, or their number if it has none."""
         place = {adapter: index for index, adapter in enumerate(adapters)}
         return [place.get(name or "", len(place)) for name in self.names]
 
     def _on_device(self, indices: tuple[int, ...], device: torch.device) -> Tensor:
         # Kept because every layer needs the same indices, and a captured graph can't copy them.
         key = (indices, device)
-        if key not in self._kept:
+        if key not in self._indices:
             with torch.inference_mode(False):
-                self._kept[key] = torch.tensor(indices, dtype=torch.int64, device=device)
-        return self._kept[key]
+                self._indices[key] = torch.tensor(indices, dtype=torch.int64, device=device)
+        return self._indices[key]
 
 
 class Routed(Updates):
@@ -115,26 +121,31 @@ class Routed(Updates):
         self.batch = batch
 
     def of_input(self, x: Tensor, shape: Sequence[int]) -> tuple[Update, ...] | None:
-        """Return the updates for the samples of an input, or None if these have their own.
+        """Return the updates of all samples of an input, or None if they differ by sample.
 
-        Raise unless the input has samples first, a multiple of the number of names.
+        Raise if the input has no samples, or not a multiple of the number of names.
         """
-        # One input is a vector, an index, or channels with as many positions as the kernel.
+        # Without samples, an input is a vector, an index, or channels with a position for each
+        # axis of the kernel.
         if x.dim() < len(shape) - is_lookup(x):
             raise ArgumentError(
                 "route_adapters needs samples along the leading dimension of each input, and a "
                 f"weight of shape {tuple(shape)} got an input of shape {tuple(x.shape)}; "
                 "pass a batch, or use one adapter at a time"
             )
-        self.route.parts(x.shape[0])
+        self.route.entries_of_name(x.shape[0])
         names = self.route.names
         return self.by_adapter.get(names[0] or "", ()) if len(set(names)) == 1 else None
 
     def map(self, change: Change) -> Updates | None:
-        """Return the updates of a view, or None if there are none."""
-        views = {adapter: change(updates) for adapter, updates in self.by_adapter.items()}
-        found = {adapter: tuple(kept) for adapter, kept in views.items() if kept is not None}
-        return Routed(self.route, found, self.batch) if len(found) == len(views) else None
+        """Return the updates of a view, or None if a block can't be cut there."""
+        by_adapter = {}
+        for adapter, updates in self.by_adapter.items():
+            of_view = change(updates)
+            if of_view is None:
+                return None
+            by_adapter[adapter] = tuple(of_view)
+        return Routed(self.route, by_adapter, self.batch)
 
     def for_attention(self, query: Tensor) -> Updates:
         """Return the updates for torch's attention, where samples are the second dimension."""
@@ -147,7 +158,7 @@ class Routed(Updates):
         return Routed(self.route, self.by_adapter, query.shape[1])
 
     def compute_weight(self, weight: Tensor, layout: Layout) -> Tensor:
-        """Raise: no one weight is that of all samples."""
+        """Raise, because samples have different weights."""
         raise ModeError(
             "samples can't be routed here: this operation needs one computed weight for all "
             "samples; use one adapter at a time, or exclude the weight"
@@ -157,99 +168,111 @@ class Routed(Updates):
         """Return the product of a linear layer, whose weight is (out, in)."""
         if self.batch:
             # Samples are the second dimension, or the first two dimensions are flattened.
-            first = x.reshape(-1, self.batch, x.shape[-1]).transpose(0, 1)
-            output = Routed(self.route, self.by_adapter).linear(first, weight, bias)
+            samples_first = x.reshape(-1, self.batch, x.shape[-1]).transpose(0, 1)
+            output = Routed(self.route, self.by_adapter).linear(samples_first, weight, bias)
             return output.transpose(0, 1).contiguous().view(*x.shape[:-1], output.shape[-1])
         same = self.of_input(x, weight.shape)
         if same is not None or not x.shape[0]:
             return adapted_linear(x, weight, bias, same or ())
         if not all(update.method.uses_shard_sum for update in self.every):
             return _linear_by_adapter(x, weight, bias, self)
-        alike = _alike(self.by_adapter, MATRIX.geometry(weight.shape))
-        if alike is None:
+        matrices = _find_matrices_of_one_shape(self.by_adapter, MATRIX.geometry(weight.shape))
+        if matrices is None:
             return self.product(F.linear, x, weight, bias, MATRIX)
         output = F.linear(x, weight, bias)
         if is_compiling() or must_not_write():
-            choices = self.route.choices(list(alike), x.device)
-            delta = routed_delta(x, list(alike.values()), choices)
+            choices = self.route.choices(list(matrices), x.device)
+            delta = routed_delta(x, list(matrices.values()), choices)
             return output + delta.to(output.dtype)
-        return _with_alike(output, x, self.route, alike)
+        return _add_routed_products(output, x, self.route, matrices)
 
     def add_updates(self, output: Tensor, x: Tensor, delta_of: DeltaOf) -> Tensor:
         """Return an output plus, for each sample, what the updates of its own adapter add."""
-        each, _ = self.route.by_adapter(x.shape[0], x.device)
-        for adapter, rows in each:
+        indices_by_adapter, _ = self.route.by_adapter(x.shape[0], x.device)
+        for adapter, indices in indices_by_adapter:
             for update in self.by_adapter.get(adapter, ()):
-                delta = delta_of(x.index_select(0, rows), update)
-                output = output.index_add(0, rows, delta.to(output.dtype))
+                delta = delta_of(x.index_select(0, indices), update)
+                output = output.index_add(0, indices, delta.to(output.dtype))
         return output
 
 
 def _linear_by_adapter(x: Tensor, weight: Tensor, bias: Tensor | None, routed: Routed) -> Tensor:
-    """Sort the samples by adapter, multiply each run, and put the outputs back in order."""
-    each, order = routed.route.by_adapter(x.shape[0], x.device)
-    parts = []
-    for adapter, rows in each:
+    """Sort the samples by adapter, multiply those of each, and put the outputs back in order."""
+    indices_by_adapter, order = routed.route.by_adapter(x.shape[0], x.device)
+    outputs = []
+    for adapter, indices in indices_by_adapter:
         updates = routed.by_adapter.get(adapter, ())
-        parts.append(adapted_linear(x.index_select(0, rows), weight, bias, updates))
-    together = torch.cat(parts)
-    return torch.empty_like(together).index_copy(0, order, together)
+        outputs.append(adapted_linear(x.index_select(0, indices), weight, bias, updates))
+    sorted_output = torch.cat(outputs)
+    return torch.empty_like(sorted_output).index_copy(0, order, sorted_output)
 
 
-FEW_ROWS = 8
-"""Samples of fewer rows are sorted by adapter, so that each adapter adds one product.
+FEW_TOKENS = 8
+"""Samples of fewer tokens are sorted by adapter, so that each adapter adds one product.
 
 Sorting costs passes over the output. Without sorting, each sample costs one product.
 """
 
 
-def _with_alike(output: Tensor, x: Tensor, route: Route, alike: Mapping[str, Tensor]) -> Tensor:
-    """Return an output plus S(x) s R of each sample, where all matrices s R have one shape."""
+def _add_routed_products(
+    output: Tensor, x: Tensor, route: Route, matrices: Mapping[str, Tensor]
+) -> Tensor:
+    """Return an output plus S(x) s R of each sample, where the matrices s R have one shape."""
     size = x.shape[0]
-    r, out_features = next(iter(alike.values())).shape
-    rows = x.reshape(size, -1, x.shape[-1])  # (size, positions, in)
-    outputs = output.reshape(size, -1, out_features)  # (size, positions, out)
-    sums, overflow_scale = shard_sums(rows, r)  # (size, positions, r)
-    matrices = {adapter: matrix.to(x.dtype) for adapter, matrix in alike.items()}
+    r, out_features = next(iter(matrices.values())).shape
+    inputs = x.reshape(size, -1, x.shape[-1])  # (size, tokens, in)
+    outputs = output.reshape(size, -1, out_features)  # (size, tokens, out)
+    sums, overflow_scale = shard_sums(inputs, r)  # (size, tokens, r)
+    matrices = {adapter: matrix.to(x.dtype) for adapter, matrix in matrices.items()}
     runs = route.runs(route.names, size)
-    few = rows.shape[1] * route.parts(size) < FEW_ROWS and len(runs) > len(alike)
+    has_few_tokens = inputs.shape[1] * route.entries_of_name(size) < FEW_TOKENS
+    must_sort = has_few_tokens and len(runs) > len(matrices)
     in_place = not torch.is_grad_enabled() and outputs.is_contiguous() and output.dtype == x.dtype
-    if in_place and not few:
+    if in_place and not must_sort:
         sizes = [entries for _, entries in runs]
-        each = zip(runs, torch.split(outputs, sizes), torch.split(sums, sizes))
-        for (adapter, _), outputs_of_run, sums_of_run in each:
+        outputs_of_runs = torch.split(outputs, sizes)
+        sums_of_runs = torch.split(sums, sizes)
+        for (adapter, _), outputs_of_run, sums_of_run in zip(runs, outputs_of_runs, sums_of_runs):
             if adapter in matrices:
                 flat_outputs = outputs_of_run.view(-1, out_features)
-                flat_sums = sums_of_run.flatten(0, 1)  # (entries * positions, r)
+                flat_sums = sums_of_run.flatten(0, 1)  # (entries * tokens, r)
                 flat_outputs.addmm_(flat_sums, matrices[adapter], alpha=overflow_scale)
         return outputs.reshape(output.shape)
-    each_rows, order = route.by_adapter(size, x.device)
+    indices_by_adapter, order = route.by_adapter(size, x.device)
     sorted_sums = sums.index_select(0, order)
-    parts = torch.split(sorted_sums, [len(entries) for _, entries in each_rows])
-    deltas = []  # (entries, positions, out) of each adapter
-    for (adapter, _), sums_of_adapter in zip(each_rows, parts):
+    parts = torch.split(sorted_sums, [len(indices) for _, indices in indices_by_adapter])
+    deltas = []  # (entries, tokens, out) of each adapter
+    for (adapter, _), sums_of_adapter in zip(indices_by_adapter, parts):
         if adapter in matrices:
             deltas.append(sums_of_adapter @ matrices[adapter])
         else:
             shape = (*sums_of_adapter.shape[:-1], out_features)
             deltas.append(sums_of_adapter.new_zeros(shape))
     delta = scaled(torch.cat(deltas), overflow_scale).to(output.dtype)
-    add = outputs.index_add if torch.is_grad_enabled() else outputs.index_add_
-    return add(0, order, delta).reshape(output.shape)
+    if torch.is_grad_enabled():
+        outputs = outputs.index_add(0, order, delta)
+    else:
+        outputs = outputs.index_add_(0, order, delta)
+    return outputs.reshape(output.shape)
 
 
-def _alike(
+def _find_matrices_of_one_shape(
     by_adapter: Mapping[str, tuple[Update, ...]], geometry: Geometry
 ) -> dict[str, Tensor] | None:
     """Return s R of each adapter if all have one size and no tiles or dropout, else None."""
-    found = {}
+    matrices: dict[str, Tensor] = {}
     for adapter, updates in by_adapter.items():
-        small = shard_sum_terms(updates, MATRIX, geometry)
-        if len(small) > 1 or any(reduced.dropout for reduced in small):
+        terms = shard_sum_terms(updates, MATRIX, geometry)
+        if len(terms) > 1 or any(term.dropout for term in terms):
             return None
-        if small:
-            found[adapter] = small[0].matrix
-    sizes = {(matrix.shape, matrix.dtype) for matrix in found.values()}
-    if len(sizes) != 1 or next(iter(sizes))[0][-1] != geometry.out_features:
+        if terms:
+            matrices[adapter] = terms[0].matrix
+    if not matrices:
         return None
-    return found
+    first = next(iter(matrices.values()))
+    if first.shape[-1] != geometry.out_features:
+        return None
+    for matrix in matrices.values():
+        if (matrix.shape, matrix.dtype) != (first.shape, first.dtype):
+            return None
+    return matrices

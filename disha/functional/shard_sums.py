@@ -1,4 +1,4 @@
-"""Cut dimensions into shards, and add updates to weights: shared by all kinds of layers."""
+"""Shards of a dimension, their sums, and the sum of a weight and its updates."""
 
 from __future__ import annotations
 
@@ -17,11 +17,10 @@ from disha.private_torch import FakeTensor, any_autocast, is_view, must_not_writ
 Scale = float | Tensor
 
 PLAIN = Tensor, torch.nn.Parameter, FakeTensor
-"""The classes of dense tensors. A `FakeTensor` has no values, but takes the same way. No
-set, which torch 2.8 does not compile."""
+"""The classes of dense tensors. It is a tuple because torch 2.8 compiles no set."""
 
 FEW_TILES = 4
-"""Up to this number, tiles are concatenated, because the gradient then adds them up much faster."""
+"""Up to this number, tiles are concatenated, because their gradient then adds up much faster."""
 
 
 def shard_count(features: int, r: int) -> int:
@@ -84,11 +83,11 @@ def scaled(x: Tensor, scale: Scale) -> Tensor:
 
 
 def shard_sums(x: Tensor, r: int, dim: int = -1) -> tuple[Tensor, float]:
-    """Return S(x) / f in the dtype of x, and f, by which a product with it is multiplied.
+    """Return S(x) / f in the dtype of x, and the overflow scale f, to multiply a product by.
 
     A float16 sum of n shards can overflow where the layer's output does not. So if the product is
-    in float16, f is the smallest power of two that is at least n, which changes no digit of the
-    sums. Otherwise, f is 1.
+    in float16, f is the smallest power of two that is at least n. A power of two changes no digit
+    of the sums. Otherwise, f is 1.
     """
     product_dtype = torch.get_autocast_dtype(x.device.type) if is_cast(x) else x.dtype
     if product_dtype != torch.float16:
@@ -171,24 +170,24 @@ def weighted_sum(parts: Sequence[tuple[Tensor, float]]) -> Tensor:
     return merged_weight(torch.zeros_like(parts[0][0], dtype=dtype), parts)
 
 
-def add_to(fresh: Tensor, delta: Tensor) -> Tensor:
-    """Return fresh + delta in the dtype of `fresh`; adds in place where that is safe."""
-    delta = delta.to(fresh.dtype)
-    must_copy = is_compiling() or must_not_write() or is_view(fresh)
-    return fresh + delta if must_copy else fresh.add_(delta)
+def add_to(output: Tensor, delta: Tensor) -> Tensor:
+    """Return output + delta in the output's dtype; in place if a copy is not needed."""
+    delta = delta.to(output.dtype)
+    must_copy = is_compiling() or must_not_write() or is_view(output)
+    return output + delta if must_copy else output.add_(delta)
 
 
-_ANY_ASKS = ("cpu", "cuda")
-"""Devices whose autocast torch's check for any autocast knows: not all of them."""
+_KNOWN_TO_ANY_AUTOCAST = ("cpu", "cuda")
+"""The devices that torch's check for any autocast knows."""
 
 
 def autocasts(device: torch.device) -> bool:
     """Return whether autocast casts the operands of products on a device now."""
     name = device.type
-    # This check takes a fifth of the time of the other one.
-    if name in _ANY_ASKS and not any_autocast():
+    # The check for any autocast takes a fifth of the time of the other one.
+    if name in _KNOWN_TO_ANY_AUTOCAST and not any_autocast():
         return False
-    return name != "meta" and torch.is_autocast_enabled(name)  # meta has none
+    return name != "meta" and torch.is_autocast_enabled(name)  # meta has no autocast
 
 
 def is_cast(x: Tensor) -> bool:

@@ -63,8 +63,9 @@ class Update(NamedTuple):
     def select_matrices(self, index: int | slice | Tensor) -> Update:
         """Return the update of one matrix of a stack, or of several."""
         if isinstance(index, Tensor) and index.dim() == 1:
-            # The blocks are gathered only where they are used: there may be one for each token.
-            return self.replace(chosen=index if self.chosen is None else self.chosen[index])
+            # Blocks are gathered only where they are used, because there may be one for each token.
+            chosen = index if self.chosen is None else self.chosen[index]
+            return self.replace(chosen=chosen)
         return self.replace(block=self.chosen_block()[index], chosen=None)
 
     def unstack(self) -> list[Update]:

@@ -1,7 +1,7 @@
-"""The updates of one weight as one object: of all samples here, of single samples in `routed`.
+"""All updates of one weight as one object: the same for all samples here, or routed in `routed`.
 
-Whoever multiplies by a weight, views it or computes it asks this object. It need not know which of
-the two it has.
+Whoever multiplies by a weight, views it or computes it asks this object, and need not know whether
+samples are routed.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from disha.functional.products import Product, update_product
 from disha.functional.update import Update
 
 Change = Callable[[Sequence[Update]], Sequence[Update] | None]
-"""Updates -> those of a view of the weight, or None if a block can't be cut there."""
+"""Updates of a weight -> those of a view of it, or None if a block can't be cut there."""
 
 DeltaOf = Callable[[Tensor, Update], Tensor]
 """(input, update) -> the product of the input with s dW."""
@@ -29,7 +29,7 @@ class Updates:
 
     Attributes:
         every: all of them.
-        of_all_samples: the same, or None if samples have updates of their own.
+        of_all_samples: the same, or None if the updates differ by sample.
     """
 
     of_all_samples: tuple[Update, ...] | None
@@ -38,11 +38,11 @@ class Updates:
         self.every = self.of_all_samples = every
 
     def of_input(self, x: Tensor, shape: Sequence[int]) -> tuple[Update, ...] | None:
-        """Return the updates for the samples of an input, or None if these have their own."""
+        """Return the updates of all samples of an input, or None if they differ by sample."""
         return self.every
 
     def map(self, change: Change) -> Updates | None:
-        """Return the updates of a view, or None if there are none."""
+        """Return the updates of a view, or None if a block can't be cut there."""
         every = change(self.every)
         return None if every is None else Updates(tuple(every))
 

@@ -7,5 +7,8 @@ from typing import Any
 
 
 def imported_class(module: str, name: str) -> Any:
-    """Return a class for `isinstance`; () if its module is not imported: then it has no object."""
+    """Return a class for `isinstance`, or () if its module is not imported.
+
+    Nothing is an instance of (), and a class that is not imported has no instances.
+    """
     return getattr(sys.modules.get(module), name, ())

@@ -1,13 +1,14 @@
 """The ranks that hold the shards of a model: they fail together, and one of them writes files.
 
-Gathering is collective, so no rank may raise an error alone while the others wait for it. Code that
-can fail runs inside `Ranks.fail_together`, which raises the error on all ranks.
+Gathering is collective, so a rank that raises an error alone leaves the others waiting for it. Code
+that can fail runs inside `Ranks.fail_together`, which raises the error on all ranks.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
 import torch
@@ -23,12 +24,16 @@ class Ranks:
     """The ranks that hold the shards of a model; only this process if the model is not sharded."""
 
     def __init__(self, parameters: Sequence[Tensor]) -> None:
-        meshes = dict.fromkeys(p.device_mesh for p in parameters if is_sharded(p))
-        groups = [mesh.get_group(dim) for mesh in meshes for dim in range(mesh.ndim)]
-        groups += [p.ds_process_group for p in parameters if is_partitioned(p)]
-        self.groups = tuple(dict.fromkeys(groups))
+        groups = []
+        for parameter in parameters:
+            if is_sharded(parameter):
+                mesh = parameter.device_mesh
+                groups += [mesh.get_group(dim) for dim in range(mesh.ndim)]
+            if is_partitioned(parameter):
+                groups.append(parameter.ds_process_group)
+        self.groups = tuple(dict.fromkeys(groups))  # each once, in the same order on all ranks
         # Only the first rank writes files.
-        self.writes = not any(torch.distributed.get_rank(group) for group in self.groups)
+        self.writes = all(torch.distributed.get_rank(group) == 0 for group in self.groups)
 
     @contextmanager
     def fail_together(self, action: str) -> Iterator[None]:
@@ -36,29 +41,31 @@ class Ranks:
         if not self.groups:
             yield
             return
-        problem = None
+        error_here = None
         try:
             yield
         except Exception as error:
-            problem = error
-        kind = None if problem is None else type(problem).__name__
-        reports = self._exchange((torch.distributed.get_rank(), action, kind, str(problem)))
-        if problem is not None:
-            raise problem
-        for rank, other, kind, message in reports:
-            if other != action:
+            error_here = error
+        rank_here = torch.distributed.get_rank()
+        error_name = None if error_here is None else type(error_here).__name__
+        reports = self._exchange((rank_here, action, error_name, str(error_here)))
+        if error_here is not None:
+            raise error_here
+        for rank, action_there, error_name, message in reports:
+            if action_there != action:
                 raise ArgumentError(
-                    f"rank {rank} was asked to {other}, but rank {torch.distributed.get_rank()} to "
-                    f"{action}. A sharded model needs the same call on all ranks"
+                    f"rank {rank} was asked to {action_there}, but rank {rank_here} to {action}. A "
+                    "sharded model needs the same call on all ranks"
                 )
-            if kind is not None:
-                raise getattr(errors, kind, DishaError)(f"on rank {rank}: {message}")
+            if error_name is not None:
+                error_class = getattr(errors, error_name, DishaError)
+                raise error_class(f"on rank {rank}: {message}")
 
     def _exchange(self, report: tuple[Any, ...]) -> list[tuple[Any, ...]]:
         """Return the reports of all ranks."""
         reports = [report]
         for group in self.groups:
-            theirs: list[Any] = [None] * torch.distributed.get_world_size(group)
-            torch.distributed.all_gather_object(theirs, reports, group)
-            reports = list(dict.fromkeys(report for many in theirs for report in many))
+            reports_by_rank: list[Any] = [None] * torch.distributed.get_world_size(group)
+            torch.distributed.all_gather_object(reports_by_rank, reports, group)
+            reports = list(dict.fromkeys(chain.from_iterable(reports_by_rank)))  # each once
         return reports

@@ -4,8 +4,8 @@ A tensor-parallel plan (`parallelize_module`) turns weights into DTensors that s
 forward. `Split` says how. Each rank then computes with its part of W and with the part of the
 update that belongs to it:
 
-    cut along     the rank's update              its product
-    outputs       the columns of D               a shard of the outputs
+    cut along     the rank's update of Bone      its product
+    outputs       some columns of D              a shard of the outputs
     inputs        D, its rows rotated            a term of the sum over the ranks
 
 Every rank holds all of D, and `Split.with_all_reduced_gradient` adds up its gradients.
@@ -50,11 +50,11 @@ class Split:
     @property
     def parts(self) -> list[list[tuple[int, int]]]:
         """The parts of all ranks."""
-        coordinates = product(*map(range, self.device_mesh.shape))
-        return [local_ranges(self, coordinate) for coordinate in coordinates]
+        ranges_of_mesh = [range(size) for size in self.device_mesh.shape]
+        return [local_ranges(self, coordinates) for coordinates in product(*ranges_of_mesh)]
 
     def whole(self, local: Tensor) -> Tensor:
-        """Return the whole DTensor, given the part of each rank."""
+        """Return the DTensor of which every rank has this part."""
         from torch.distributed.tensor import DTensor
 
         size = torch.Size(self.shape)
@@ -64,7 +64,7 @@ class Split:
         )
 
     def with_all_reduced_gradient(self, block: Tensor) -> Tensor:
-        """Return a block that all ranks hold; its gradient is summed over those that cut W."""
+        """Return a block as this rank has it; its gradient is summed over the ranks that cut W."""
         from torch.distributed.tensor import DTensor, Partial, Replicate
 
         everywhere = [Replicate()] * len(self.placements)
@@ -79,15 +79,15 @@ class Split:
                 "sharded weight, and must be Replicate; inject after parallelize_module. With "
                 "fully_shard, call module.unshard() before reading its weight outside a forward"
             )
-        partial = [
-            Partial() if placement.is_shard() else Replicate() for placement in self.placements
-        ]
+        placements_of_gradient: list[Any] = []
+        for placement in self.placements:
+            placements_of_gradient.append(Partial() if placement.is_shard() else Replicate())
         # In backward, this redistribution sums the gradients.
         whole = whole.redistribute(placements=everywhere)
-        return whole.to_local(grad_placements=partial)
+        return whole.to_local(grad_placements=placements_of_gradient)
 
     def broadcast_from_first_rank(self, block: Tensor) -> None:
-        """Give all ranks the values that the first one has. Collective."""
+        """Write the values of the first rank into the block of every rank. Collective."""
         for dim in range(self.device_mesh.ndim):
             group = self.device_mesh.get_group(dim)
             source = torch.distributed.get_global_rank(group, 0)

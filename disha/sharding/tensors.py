@@ -1,4 +1,4 @@
-"""Sharded and partitioned tensors: their values, and how to write into them.
+"""Sharded and partitioned tensors: how to gather their values, and how to write into them.
 
 FSDP2 (`fully_shard`) turns parameters into DTensors. Each rank holds a shard of a DTensor.
 ZeRO-3 of DeepSpeed partitions parameters: outside a forward, they are empty (`zero.py`).
@@ -60,7 +60,7 @@ def reason_against_writing(parameter: Tensor, values: Tensor) -> str | None:
 
 
 def write(parameter: Tensor, values: Tensor, undo: ExitStack | None = None) -> None:
-    """Copy values into a parameter in place, and note the former ones in `undo`.
+    """Copy values into a parameter in place, and register the former values with `undo`.
 
     A sharded parameter takes all values, the same on all ranks, or values that are sharded like it.
     """
@@ -79,19 +79,24 @@ def write(parameter: Tensor, values: Tensor, undo: ExitStack | None = None) -> N
 
 
 def is_in_chunks(tensor: Any) -> bool:
-    """Whether `local_ranges` knows the shards: not if FSDP shards a tensor-parallel weight."""
-    return all(type(p).__name__ in ("Shard", "Replicate") for p in tensor.placements)
+    """Whether `local_ranges` can tell the shards: not if FSDP shards a tensor-parallel weight."""
+    kinds = {type(placement).__name__ for placement in tensor.placements}
+    return kinds <= {"Shard", "Replicate"}
 
 
 def local_ranges(tensor: Any, coordinates: Sequence[int] | None = None) -> list[tuple[int, int]]:
-    """Return the start and stop of a rank's part, for each dimension; of this rank by default."""
+    """Return the range (start, stop) of a rank's part for each dimension of a tensor.
+
+    `coordinates` are those of the rank in the mesh, of this rank by default.
+    """
     mesh = tensor.device_mesh
-    coordinates = mesh.get_coordinate() if coordinates is None else coordinates
+    if coordinates is None:
+        coordinates = mesh.get_coordinate()
     ranges = [(0, size) for size in tensor.shape]
-    for dim, (coordinate, placement) in enumerate(zip(coordinates, tensor.placements)):
+    for mesh_dim, (coordinate, placement) in enumerate(zip(coordinates, tensor.placements)):
         if placement.is_shard():
             start, stop = ranges[placement.dim]
-            step = -(-(stop - start) // mesh.size(dim))
-            first = min(start + coordinate * step, stop)
-            ranges[placement.dim] = (first, min(first + step, stop))
+            chunk = -(-(stop - start) // mesh.size(mesh_dim))  # the last chunks may be smaller
+            first = min(start + coordinate * chunk, stop)
+            ranges[placement.dim] = (first, min(first + chunk, stop))
     return ranges

@@ -2,9 +2,9 @@
 
     stage       the parameter                             the optimizer
     ZeRO-1, -2  has all values, on every rank             has a part of a copy in float32
-    ZeRO-3      is empty, but where its module runs       has a part of a copy in float32
+    ZeRO-3      is empty, except while its module runs    has a part of a copy in float32
 
-So a parameter of ZeRO-3 does not show its shape, and a write must go into both.
+So a parameter of ZeRO-3 does not show its shape, and a write must go into parameter and copy.
 """
 
 from __future__ import annotations
@@ -31,15 +31,21 @@ def whole_shape(tensor: Tensor) -> torch.Size:
 
 
 def gathered_parameter(tensor: Tensor, writes: bool = False) -> AbstractContextManager[Any]:
-    """Give a parameter of ZeRO-3 its values in the body; with `writes`, keep those of rank 0."""
-    if not is_partitioned(tensor) or (tensor.shape == whole_shape(tensor) and not writes):
+    """Return a context in which a parameter of ZeRO-3 has its values.
+
+    With `writes`, the values that rank 0 writes in the context are kept.
+    """
+    if not is_partitioned(tensor):
         return nullcontext()
     cls = imported_class("deepspeed.runtime.zero.partition_parameters", "GatheredParameters")
-    return cls([tensor], modifier_rank=0 if writes else None)
+    if writes:
+        return cls([tensor], modifier_rank=0)
+    has_values = tensor.shape == whole_shape(tensor)
+    return nullcontext() if has_values else cls([tensor], modifier_rank=None)
 
 
 def gather_partition(tensor: Tensor) -> Tensor:
-    """Return a tensor, which for ZeRO-3 is a copy with all values. Collective for ZeRO-3."""
+    """Return a tensor, or a copy with all values if ZeRO-3 manages it. Collective for ZeRO-3."""
     if not is_partitioned(tensor):
         return tensor
     with gathered_parameter(tensor):
@@ -48,7 +54,8 @@ def gather_partition(tensor: Tensor) -> Tensor:
 
 def repartition(parameters: Iterable[Tensor]) -> None:
     """Let ZeRO-3 partition what it still holds after a backward that no engine has started."""
-    for optimizer in {getattr(parameter, "_z3_optimizer", None) for parameter in parameters}:
+    optimizers = {getattr(parameter, "_z3_optimizer", None) for parameter in parameters}
+    for optimizer in optimizers:
         if optimizer is not None:
             optimizer.empty_partition_cache()
 
@@ -66,7 +73,10 @@ def _trains_by_zero_3(parameter: Any) -> bool:
 
 
 def restart_trace(parameter: Any) -> None:
-    """Let ZeRO-3 gather a block that acts for the first time: it notes anew what a step reads."""
+    """Make ZeRO-3 record anew which parameters a step reads, if it does not know of a block yet.
+
+    It gathers only what it has recorded, and a block may act for the first time after that.
+    """
     if not parameter.numel() and _trains_by_zero_3(parameter):
         order = parameter._z3_optimizer.parameter_offload.param_coordinator
         if order.is_complete_trace():
@@ -76,9 +86,10 @@ def restart_trace(parameter: Any) -> None:
 def write_trained_values(parameter: Any, values: Tensor) -> None:
     """Write the values that an optimizer of DeepSpeed trains, if there is one."""
     if _trains_by_zero_3(parameter):
-        size = parameter.ds_tensor.ds_numel  # each rank's part, of which the last is padded
+        size = parameter.ds_tensor.ds_numel  # of the part of each rank; the last one is padded
         rank = torch.distributed.get_rank(parameter.ds_process_group)
-        flat = F.pad(values.flatten(), (0, parameter.ds_numel_aligned - values.numel()))
-        parameter._z3_optimizer.set_local_hp_param(flat[rank * size : (rank + 1) * size], parameter)
+        padded = F.pad(values.flatten(), (0, parameter.ds_numel_aligned - values.numel()))
+        part = padded[rank * size : (rank + 1) * size]
+        parameter._z3_optimizer.set_local_hp_param(part, parameter)
     elif hasattr(parameter, "_hp_mapping"):
         parameter.set_full_hp_param(values)

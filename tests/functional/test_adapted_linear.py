@@ -114,7 +114,7 @@ def test_a_bat_layer_of_several_slabs(monkeypatch, sizes, blocks_each):
     in_features, out_features, r, _ = sizes
     monkeypatch.setattr(bat, "SLAB_BYTES", blocks_each * r * in_features * 8)
     case = case_of("bat", sizes, lead=(9,))
-    slabs = list(bat._slabs(case[1], case[3]))
+    slabs = list(bat._cut_into_slabs(case[1], case[3]))
     assert len(slabs) == -(-case[3].shape[0] // blocks_each) > 1
     assert [row for _, rows in slabs for row in range(out_features)[rows]] == [*range(out_features)]
     for bias in (case[2], None):
