@@ -52,7 +52,7 @@ def load_rows(data: str, split: str = "train") -> Dataset:
         options["delimiter"] = "\t"
     try:
         rows = load_dataset(builder, split=split, **options)
-        # Read again, as it is written, what was taken for a number or a date, such as 007.
+        # What was taken for a number or a date, such as 007, is read again as it is written.
         read_by = rows.info.builder_name
         kinds = {
             name: AS_WRITTEN.get(read_by, kind)

@@ -29,7 +29,7 @@ cache. trl's own tiles of 32,768 columns suit its kernel for a GPU."""
 
 
 class Trainer(SFTTrainer):  # type: ignore[misc]
-    """Trains on rows, which may be grouped by length, and tells how many it has to cut."""
+    """An `SFTTrainer` that can group rows by length, and says how many rows it has to cut."""
 
     def __init__(self, *given: Any, **named: Any) -> None:
         super().__init__(*given, **named)
@@ -50,7 +50,7 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
             return super().compute_loss(*given, **named)
 
     def _prepare_dataset(self, rows: Any, words: Any, args: Any, *others: Any) -> Any:
-        """Prepare complete rows first, so that those that trl then cuts can be counted."""
+        """Prepare the rows before trl cuts them, to count those that it cuts or leaves out."""
         limit = args.max_length
         packing = others[0]
         if packing or limit is None:
@@ -103,7 +103,7 @@ def score_positions(only_learned: bool) -> Iterator[None]:
 
 
 class _ByLength(LengthGroupedSampler):
-    """Draws in an order of seed and epoch alone, which a resumed run sees too."""
+    """Draws rows in an order that depends on seed and epoch only, so that a run can resume."""
 
     seed: int
 

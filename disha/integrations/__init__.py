@@ -4,4 +4,6 @@
 - `lightning`: checkpoints of its `Trainer`
 - `transformers`: checkpoints of its `Trainer`
 - `trl`: its trainers, with the trained model as their reference
+- `engines`: what FSDP2 and DeepSpeed write of a model, for all of these
+- `memory`: the memory of a training step, simulated
 """

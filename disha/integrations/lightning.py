@@ -42,12 +42,12 @@ class AdapterCheckpoints(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Let the module be loaded from a checkpoint without the base."""
-        kept = self._kept(pl_module)
+        kept = self._kept_keys(pl_module)
         pl_module.strict_loading = False
         if isinstance(trainer.strategy, ModelParallelStrategy):
             leave_out_base(pl_module, kept, "FSDP")
 
-    def _kept(self, module: LightningModule) -> set[str]:
+    def _kept_keys(self, module: LightningModule) -> set[str]:
         """Return the keys of all that trains: the adapter, and perhaps a head beside it."""
         trained = {key for key, parameter in module.named_parameters() if parameter.requires_grad}
         return trained | disha.adapter_state_dict(module, self._adapter).keys()
@@ -57,7 +57,7 @@ class AdapterCheckpoints(Callback):
     ) -> None:
         """Keep the part of the state dict that trains."""
         state = checkpoint["state_dict"]
-        kept = self._kept(pl_module)
+        kept = self._kept_keys(pl_module)
         checkpoint["state_dict"] = {key: state[key] for key in state if key in kept}
 
     def on_load_checkpoint(
@@ -66,7 +66,7 @@ class AdapterCheckpoints(Callback):
         """Check that the checkpoint has the adapter, because Lightning ignores missing keys."""
         if isinstance(trainer.strategy, ModelParallelStrategy):
             return  # it has loaded the state
-        missing = sorted(self._kept(pl_module) - checkpoint["state_dict"].keys())
+        missing = sorted(self._kept_keys(pl_module) - checkpoint["state_dict"].keys())
         if missing:
             raise disha.AdapterStateError(
                 f"the checkpoint lacks {counted(len(missing), 'tensor')} that train with adapter "

@@ -1,8 +1,8 @@
-"""What a training step needs on a device, counted in a step that runs without memory.
+"""The memory of a training step, measured without using it.
 
-In torch's fake mode, operations give tensors that have shapes alone, and torch's tracker adds up
-the storages that live at once: what an allocator has to give out. Several devices are one process,
-in a group that communicates nothing.
+In torch's fake mode, operations return tensors that have a shape and no values. torch's tracker
+adds up the storages that are alive at once, which is what an allocator would have to give out. One
+process stands for several devices, in a process group that does not communicate.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def step_memory(
     fake, tracker = modes or memory_modes()
     device = next(model.parameters()).device
     with fake, tracker:
-        # These stand for the weights in all operations: while they live, each is counted once.
+        # Every operation sees these fake copies of the weights. Kept alive, each counts once.
         _weights = [local_part(weight).detach() for weight in model.parameters()]
         before = tracker.get_tracker_snapshot()[device]
         loss_of().backward()  # type: ignore[no-untyped-call]

@@ -106,10 +106,6 @@ class AdapterCheckpoints(TrainerCallback):
         self._quantized = [flag for flag in QUANTIZED if getattr(model, flag, False)]
         for flag in self._quantized:  # hidden while the trainer is made
             setattr(model, flag, False)
-        # Trainer warns of other missing keys than these when it loads a checkpoint. Blocks never
-        # count as missing, so that a checkpoint of the base can be loaded too.
-        base = {key for key in model.state_dict() if ".disha." not in key}
-        model._keys_to_ignore_on_save = base - self._kept  # type: ignore[assignment]
         model.save_pretrained = self._saving  # type: ignore[assignment]
         model.register_load_state_dict_pre_hook(_FileKeys(adapter))  # type: ignore[no-untyped-call]
 
@@ -124,6 +120,9 @@ class AdapterCheckpoints(TrainerCallback):
                 "leave out peft_config, which adds an adapter of PEFT instead",
                 stacklevel=2,
             )
+        # Trainer warns of other missing keys than these when it loads a checkpoint.
+        others = set(model.state_dict()) - self._kept
+        self._saving.model._keys_to_ignore_on_save = others  # type: ignore[assignment]
         leave_out_base(model, self._kept, AcceleratorState().distributed_type)
         if args.should_save:
             _set_aside_incomplete(Path(args.output_dir))

@@ -27,7 +27,7 @@ from disha.model.view import ModelView
 __all__ = ["DPOTrainer", "GRPOTrainer"]
 
 Names = Sequence[str] | None
-UNFIT = {
+REFUSED = {
     "peft_config": "peft_config adds an adapter of PEFT, and the model has one of disha, which "
     "would be frozen",
     "ref_model": "ref_model is a second model, and here the reference is the trained model itself; "
@@ -65,8 +65,8 @@ class _Reference(nn.Module):
         return state
 
 
-def _make_ready(view: ModelView, args: Any, named: Mapping[str, Any], undo: ExitStack) -> None:
-    """Make a model ready for training as the settings ask, or raise."""
+def _prepare_model(view: ModelView, args: Any, given: Mapping[str, Any], undo: ExitStack) -> None:
+    """Prepare a model for training as the settings ask, or raise."""
     if not view.adapters:
         raise ArgumentError("the model has no adapter; call inject_adapters first")
     refuse_merged(view.layers, "train")
@@ -75,8 +75,8 @@ def _make_ready(view: ModelView, args: Any, named: Mapping[str, Any], undo: Exit
             f"no adapter of the model is active ({', '.join(view.adapters)}), so none would train; "
             "call set_active_adapters first"
         )
-    for name, reason in UNFIT.items():
-        if named.get(name) is not None or getattr(args, name, False):
+    for name, reason in REFUSED.items():
+        if given.get(name) is not None or getattr(args, name, False):
             raise ArgumentError(reason)
     others = view.list_trained()
     if others:
@@ -90,32 +90,13 @@ def _make_ready(view: ModelView, args: Any, named: Mapping[str, Any], undo: Exit
             block.dropout = 0.0  # trl does this for the dropout of torch
 
 
-def _reference(view: ModelView, adapters: Names, undo: ExitStack) -> _Reference:
+def _make_reference(view: ModelView, adapters: Names, undo: ExitStack) -> _Reference:
     """Return the reference with these adapters, or with copies of those that act now."""
     active = {name for layer in view.layers for name in layer.disha.active}
-    names = list(check_names(view, adapters or ()))
-    copied_from = sorted(active) if adapters is None else []
-    load = partial(load_contents, view, "the model", replace=True, freeze=False, activate=False)
-    for name in copied_from:
-        contents = adapter_contents(view, name)
-        # If all values are zero, the adapter is new, and does nothing.
-        if any(tensor.any() for tensor in contents.tensors.values()):
-            copied = f"{name}_reference"
-            names.append(copied)
-            if copied not in view.adapters:
-                load(contents, copied)
-                undo.callback(disha.remove_adapters, view.model, copied)
-                continue
-            if any(block.requires_grad for block in disha.adapter_parameters(view.model, copied)):
-                raise ArgumentError(
-                    f"the reference is a copy of adapter {name!r} under the name {copied!r}, but "
-                    "the model has an adapter of that name, and it trains; remove it, or name the "
-                    "adapters of the reference yourself"
-                )
-            former = adapter_contents(view, copied)
-            values = {key: tensor.clone() for key, tensor in former.tensors.items()}
-            undo.callback(load, replace(former, tensors=values), copied)
-            load(contents, copied)
+    if adapters is None:
+        names = _copy_trained_adapters(view, sorted(active), undo)
+    else:
+        names = list(check_names(view, adapters))
     for name in names:
         if name in active:
             raise ArgumentError(
@@ -126,6 +107,37 @@ def _reference(view: ModelView, adapters: Names, undo: ExitStack) -> _Reference:
             undo.callback(block.requires_grad_, block.requires_grad)
             block.requires_grad_(False)
     return _Reference(view.model, names)
+
+
+def _copy_trained_adapters(view: ModelView, names: Sequence[str], undo: ExitStack) -> list[str]:
+    """Copy the adapters that are not new, and return the names of the copies.
+
+    The blocks of a new adapter are zero, so the model acts the same without it.
+    """
+    load = partial(load_contents, view, "the model", replace=True, freeze=False, activate=False)
+    copies = []
+    for name in names:
+        contents = adapter_contents(view, name)
+        if not any(tensor.any() for tensor in contents.tensors.values()):
+            continue
+        copy_name = f"{name}_reference"
+        copies.append(copy_name)
+        if copy_name not in view.adapters:
+            load(contents, copy_name)
+            undo.callback(disha.remove_adapters, view.model, copy_name)
+            continue
+        blocks = disha.adapter_parameters(view.model, copy_name)
+        if any(block.requires_grad for block in blocks):
+            raise ArgumentError(
+                f"the reference is a copy of adapter {name!r} under the name {copy_name!r}, but "
+                "the model has an adapter of that name, and it trains; remove it, or name the "
+                "adapters of the reference yourself"
+            )
+        former = adapter_contents(view, copy_name)
+        values = {key: tensor.clone() for key, tensor in former.tensors.items()}
+        undo.callback(load, replace(former, tensors=values), copy_name)
+        load(contents, copy_name)
+    return copies
 
 
 class DPOTrainer(trl.DPOTrainer):  # type: ignore[misc]
@@ -152,8 +164,8 @@ class DPOTrainer(trl.DPOTrainer):  # type: ignore[misc]
     ) -> None:
         view = ModelView(model)
         with ExitStack() as undo:
-            _make_ready(view, args, named, undo)
-            reference_model = _reference(view, reference, undo)
+            _prepare_model(view, args, named, undo)
+            reference_model = _make_reference(view, reference, undo)
             super().__init__(model, reference_model, args, **named)
             undo.pop_all()
 
@@ -177,10 +189,10 @@ class GRPOTrainer(trl.GRPOTrainer):  # type: ignore[misc]
         view = ModelView(model)
         beta = args.beta
         with ExitStack() as undo:
-            _make_ready(view, args, named, undo)
-            held = _reference(view, reference, undo) if beta else None
+            _prepare_model(view, args, named, undo)
+            reference_model = _make_reference(view, reference, undo) if beta else None
             args.beta = 0.0  # with another value, trl would load a reference
             super().__init__(model, reward_funcs, args, **named)
             undo.pop_all()
         args.beta = self.beta = beta
-        self.ref_model = held
+        self.ref_model = reference_model
