@@ -44,6 +44,7 @@ from disha.finetune.notes import (
     BASE_KEY,
     PROMPT_KEY,
     TEMPLATE_KEY,
+    TEMPLATE_NAME,
     TOKENS_KEY,
     base_note,
     noted_base,
@@ -59,7 +60,6 @@ from disha.text import counted, first_few
 
 FORMATS = ("disha", "peft", "lora", "diffusers")
 PEFT_METHODS = ("MISS", "BONE", "LORA")
-TEMPLATE_NAME = "chat_template.jinja"  # as transformers calls it
 
 
 def main(words: Sequence[str]) -> None:
@@ -239,9 +239,10 @@ def _task_of(notes: Mapping[str, str], config: Mapping[str, Any]) -> str | None:
         return notes["task_type"]
     if PROMPT_KEY in notes:
         return "CAUSAL_LM"  # disha finetune has trained it, which trains no other models
-    for architecture in config.get("architectures") or ():
-        return task_of(architecture, config.get("is_encoder_decoder", False))
-    return None
+    architectures = config.get("architectures")
+    if not architectures:
+        return None
+    return task_of(architectures[0], config.get("is_encoder_decoder", False))
 
 
 def _load_tokenizer(base: str, notes: Mapping[str, str]) -> Any:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import disha
 from disha.cli.dispatcher import DONE, FAILED, Parser
@@ -27,12 +28,20 @@ def main(words: Sequence[str]) -> int:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     flags = parser.parse(words)
     adapter_file = disha.inspect_adapter(flags.file)
-    wrong = [] if flags.base is None else misfits(flags.base, flags.file)
-    lines = [str(adapter_file), *wrong]
+    lines = [str(adapter_file)]
+    reasons: list[str] = []
     if flags.base is not None:
-        lines.append(f"{flags.file} {'does not belong' if wrong else 'belongs'} to {flags.base}")
+        reasons = misfits(flags.base, flags.file)
+        verdict = "does not belong" if reasons else "belongs"
+        lines += [*reasons, f"{flags.file} {verdict} to {flags.base}"]
+    show(flags.json, "\n".join(lines), _fields_of(adapter_file, reasons))
+    return FAILED if reasons else DONE
+
+
+def _fields_of(adapter_file: disha.AdapterFile, reasons: Sequence[str]) -> dict[str, Any]:
+    """Return what --json prints."""
     entries = adapter_file.entries()
-    fields = {
+    return {
         "path": str(adapter_file.path),
         "format": adapter_file.format,
         "bytes": adapter_file.nbytes,
@@ -41,7 +50,5 @@ def main(words: Sequence[str]) -> int:
         "layers": [entries[layer.key] for layer in adapter_file.layers],
         "also_train": [entries[key] for key in adapter_file.also_train],
         "metadata": dict(adapter_file.metadata),
-        "misfits": wrong,
+        "misfits": list(reasons),
     }
-    show(flags.json, "\n".join(lines), fields)
-    return FAILED if wrong else DONE

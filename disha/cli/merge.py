@@ -13,7 +13,8 @@ Examples:
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from argparse import Namespace
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from disha.cli.dispatcher import Parser
 from disha.cli.output import tell_noted_base
 from disha.errors import AdapterFileWarning
 from disha.files.disk import file_at, require_free
+from disha.finetune.notes import TEMPLATE_KEY, TEMPLATE_NAME, TOKENS_KEY
 from disha.interop.checkpoints import merge_into_checkpoint
 
 
@@ -40,25 +42,40 @@ def main(words: Sequence[str]) -> None:
     base = flags.base
     if base is None:
         base, _ = tell_noted_base(flags.adapter)
-    options = {"scale": flags.scale, "also_train": not flags.no_also_train}
     notes = disha.inspect_adapter(flags.adapter).metadata
-    if not Path(base).exists() or "new_tokens" in notes:
-        from disha.finetune.merging import merge_base
+    if Path(base).exists() and TOKENS_KEY not in notes:
+        _merge_files(base, flags, notes)
+    else:  # a name, or a base that gets more rows
+        _merge_model(base, flags)
 
-        action: Any = "default" if flags.force else "error"
-        with warnings.catch_warnings(action=action, category=AdapterFileWarning):
-            merge_base(base, flags.adapter, flags.out, **options)
-        print(f"{flags.out}: {flags.adapter} merged into {base}")
-        return
+
+def _merge_files(base: str, flags: Namespace, notes: Mapping[str, str]) -> None:
+    """Merge tensor by tensor, without the model."""
     merged = merge_into_checkpoint(
         base,
         flags.adapter,
         flags.out,
+        scale=flags.scale,
+        also_train=not flags.no_also_train,
         force=flags.force,
         overwrite=flags.overwrite,
-        **options,
     )
-    template = notes.get("chat_template")
-    if template is not None and flags.out.is_dir():
-        (flags.out / "chat_template.jinja").write_text(template, encoding="utf-8")
+    if TEMPLATE_KEY in notes and flags.out.is_dir():
+        (flags.out / TEMPLATE_NAME).write_text(notes[TEMPLATE_KEY], encoding="utf-8")
     print(merged)
+
+
+def _merge_model(base: str, flags: Namespace) -> None:
+    """Load the base with transformers, merge, and save the model."""
+    from disha.finetune.merging import merge_base  # transformers takes seconds to import
+
+    action: Any = "default" if flags.force else "error"
+    with warnings.catch_warnings(action=action, category=AdapterFileWarning):
+        merge_base(
+            base,
+            flags.adapter,
+            flags.out,
+            scale=flags.scale,
+            also_train=not flags.no_also_train,
+        )
+    print(f"{flags.out}: {flags.adapter} merged into {base}")

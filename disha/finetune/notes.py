@@ -29,6 +29,7 @@ BASE_KEY = "base"
 TEMPLATE_KEY = "chat_template"
 TOKENS_KEY = "new_tokens"
 PROMPT_KEY = "prompt"
+TEMPLATE_NAME = "chat_template.jinja"  # the file that transformers reads a template from
 
 PEFT_CONFIG = "adapter_config.json"
 """The file that tells a folder of PEFT from others."""

@@ -192,10 +192,12 @@ def task_of(architecture: str, is_encoder_decoder: bool) -> str | None:
 
 # --- layers --------------------------------------------------------------------------------------
 
-READ_BY = {nn.MultiheadAttention: ("out_proj",)}
+READ_BY: dict[type[nn.Module], tuple[str, ...]] = {nn.MultiheadAttention: ("out_proj",)}
 """Classes that read the weights of their children, without PEFT's update."""
 
-READ_IN_EVALUATION = {nn.TransformerEncoderLayer: ("linear1", "linear2")}
+READ_IN_EVALUATION: dict[type[nn.Module], tuple[str, ...]] = {
+    nn.TransformerEncoderLayer: ("linear1", "linear2")
+}
 """Classes that read these weights on a fast path for inference."""
 
 
