@@ -8,7 +8,8 @@ from setuptools import find_packages, setup
 AUTHOR = "The disha maintainers"  # LICENSE and CITATION.cff name it too
 EMAIL = ""  # who gets reports of vulnerabilities, and questions
 ADDRESS = ""  # of the repository, such as https://github.com/NAME/disha, without a slash at the end
-"""Until a person fills in both, the release workflow refuses to publish."""
+SITE = ""  # of the built pages, such as https://NAME.github.io/disha/
+"""Until a person fills in the first two, the release workflow refuses to publish."""
 
 HERE = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (HERE / "disha/version.py").read_text()).group(1)

@@ -1,6 +1,6 @@
 """What fits where: the memory of training steps, simulated, and a check of it on small models.
 
-    python -m benchmarks.fits    write the page, and simulate what the results lack
+    python -m benchmarks.fits    write both pages, and simulate what the results lack
 
 The real step runs with fake tensors and ranks. A batch is 1 x 2,048 tokens; in the check, 8 x 256.
 """
@@ -45,6 +45,9 @@ AttentionInterface.register("unmasked", sdpa_attention_forward)
 RESULTS, PAGE = Path("benchmarks/results/fits.json"), Path("docs/guides/memory.md")
 LLAMA = {"num_key_value_heads": 8, "vocab_size": 128256, "dtype": "bfloat16"}
 CONFIGS = {
+    "Llama-1B": LlamaConfig(
+        hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32,
+        tie_word_embeddings=True, **LLAMA),
     "Llama-8B": LlamaConfig(intermediate_size=14336, **LLAMA),
     "Llama-70B": LlamaConfig(
         hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64,
@@ -57,8 +60,30 @@ CONFIGS = {
 ADAPTERS, R = ("bone", "bat", "lora"), 64
 COLUMNS = [f"{one}{way}" for way in (" recomputed", "") for one in ADAPTERS]
 PLACES = [("one process", 1), ("DDP", 8), ("FSDP2", 8), ("FSDP2", 64), ("tensor parallel", 8)]
-ROWS = list(itertools.product(list(CONFIGS)[:-1], (16, 4), PLACES))
+SMALLEST = "Llama-1B"
+"""Its users need neither 4 bits nor shards."""
+ROWS = [(SMALLEST, 16, place) for place in PLACES[:2]]
+ROWS += itertools.product(list(CONFIGS)[1:-1], (16, 4), PLACES)
 MARK, END = "<!-- written by python -m benchmarks.fits -->", "<!-- end -->"
+SIZES = Path("docs/guides/sizes.md")
+RECIPES = (
+    (SMALLEST, 16, PLACES[0], "bone", "--bits bf16"),
+    (SMALLEST, 16, PLACES[0], "bone recomputed", "--bits bf16 --gradient_checkpointing"),
+    (SMALLEST, 16, PLACES[1], "bone", "--bits bf16"),
+    ("Llama-8B", 4, PLACES[0], "bone recomputed", "--bits 4 --gradient_checkpointing"),
+    ("Llama-8B", 16, PLACES[0], "bone recomputed", "--bits bf16 --gradient_checkpointing"),
+    ("Llama-8B", 16, PLACES[0], "bone", "--bits bf16"),
+    ("Llama-8B", 16, PLACES[1], "bone recomputed", "--bits bf16 --gradient_checkpointing"),
+    ("Llama-8B", 16, PLACES[2], "bone", "--bits bf16 --fsdp full_shard"),
+    ("Llama-70B", 4, PLACES[0], "bone recomputed", "--bits 4 --gradient_checkpointing"),
+    ("Llama-70B", 4, PLACES[2], "bone recomputed",
+     "--bits 4 --gradient_checkpointing --fsdp full_shard"),
+    ("Llama-70B", 16, PLACES[2], "bone recomputed",
+     "--bits bf16 --gradient_checkpointing --fsdp full_shard"),
+)  # fmt: skip
+"""Base, bits, place and way of a recipe, and its flags."""
+GPUS, SHARE = (24, 48, 80), 0.9
+"""Memory of GPUs in GiB, and the share of it that a step may take."""
 CUT = dict.fromkeys(("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"), ColwiseParallel)
 CUT |= dict.fromkeys(("o_proj", "down_proj"), RowwiseParallel)
 
@@ -178,9 +203,33 @@ def write(kept: dict[str, Any]) -> None:
     RESULTS.write_text(json.dumps(kept, indent=1) + "\n")
 
 
+def write_recipes(kept: dict[str, Any]) -> None:
+    """Write the table of recipes: flags, memory, and the GPUs that it fits."""
+    rows = []
+    for name, bits, (way, ranks), column, flags in RECIPES:
+        found = kept[f"{name}, {bits} bits, {way}, {ranks}, {column}"]
+        peak, more = found["peak"] / 2**30, found["activations"] / 2**30
+        fits = [str(size) for size in GPUS if peak <= SHARE * size]
+        how = "1" if ranks == 1 else f"{ranks}, {way}"
+        row = [name, how, f"`{flags}`", f"{peak:.1f}", f"{more:.1f}", ", ".join(fits) or "none"]
+        rows.append(row)
+    header = [
+        "base",
+        "GPUs",
+        "flags",
+        "GiB for one row",
+        "each further row, at most",
+        "fits GPUs of",
+    ]
+    start, _, rest = SIZES.read_text().partition(MARK)
+    shown = table(header, rows)
+    SIZES.write_text(f"{start}{MARK}\n\n{shown}\n{END}{rest.partition(END)[2]}")
+
+
 def main() -> None:
     kept: dict[str, Any] = json.loads(RESULTS.read_text())
     write(kept)
+    write_recipes(kept)
     for (name, bits, (way, ranks)), column in itertools.product(ROWS, COLUMNS):
         adapter, _, recompute = column.partition(" ")
         key = f"{name}, {bits} bits, {way}, {ranks}, {column}"

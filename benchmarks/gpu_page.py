@@ -75,9 +75,9 @@ def on_processor(results: Results) -> bool:
 def readme(results: Results) -> str:
     """Return what README says: figures of a GPU, or that there are none."""
     if on_processor(results):
-        return "and nothing ran on a GPU."
+        return "**No GPU has run this yet**: everything was tested and measured on CPUs."
     header, rows = summary(results)
-    about = f"and of GPUs, one has run. {results['device']}, divided by PEFT's LoRA"
+    about = f"Of GPUs, one has run. {results['device']}, divided by PEFT's LoRA"
     return f"{about} ([more](docs/gpu.md)):\n\n{table(header, rows)}"
 
 

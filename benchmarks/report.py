@@ -86,15 +86,38 @@ def page(files: Sequence[Results]) -> str:
             "# Speed and memory\n",
             box("Time and memory, divided by those of PEFT's LoRA", _summary(compared(tables))),
             f"![Time and memory, compared with PEFT's LoRA]({PICTURE})\n",
+            IN_SHORT,
             HOW_TO_READ,
+            APPENDIX,
             *sections,
-            f"## The runs\n\n{ABOUT_RUNS}\n\n{listed}",
+            f"### The runs\n\n{ABOUT_RUNS}\n\n{listed}",
         ]
     )
 
 
+IN_SHORT = """\
+## What to expect
+
+- **A step takes a few percent less time than with a LoRA** of as many parameters, in a whole
+  language model. The frozen model takes most of the time, and no adapter can save more than what a
+  LoRA adds to it.
+- **Memory is where MiSS gains**: it keeps only shard sums for the backward pass, where a LoRA keeps
+  every input. [With recomputation](guides/memory.md), neither keeps them, and both need the same.
+- **Against PEFT's MiSS, time and memory are about equal**: it is the same adapter. `disha` starts
+  faster, and also adapts what PEFT's MiSS does not.
+- **BAT costs more**: a third product of the weight's size in every step.
+- **Experts gain most**, because the shard sum is the same for all experts.
+- **A batch with many adapters** gains much with few tokens each, and little with many.
+
+Merged, every adapter runs at the speed of the plain model.
+"""
+APPENDIX = """\
+## Appendix: all tables
+"""
 HOW_TO_READ = """\
-How it is measured: all candidates run in one process, in rounds, each round in a new random order.
+## How it is measured
+
+All candidates run in one process, in rounds, each round in a new random order.
 A ratio is taken within a round. The tables have the median over the rounds, and half the distance
 of the quartiles after the sign ±. *Frozen* is the same layer or model without an adapter; gradients
 pass through it. All candidates have as many trained parameters as MiSS with r = 64, and
@@ -149,7 +172,10 @@ COMPARED: Sequence[tuple[str, str, str, Mapping[str, Any], str, str]] = (
     ("Experts", "{model}, step", "experts", GROUPED, "seconds", ""),
     ("Experts", "{model}, kept for backward", "experts", GROUPED, "kept_bytes", ""),
     (SERVING, "one token", "few_tokens", {"tokens": 1}, "seconds", ""),
-    (SERVING, "a batch with {adapters} adapters", "routed", {"adapters": 64}, "seconds", "_routed"),
+    (SERVING, "{tokens} tokens, {adapters} adapters", "routed", {"adapters": 64, "tokens": 64},
+     "seconds", "_routed"),
+    (SERVING, "{tokens:,} tokens, {adapters} adapters", "routed", {"adapters": 64, "tokens": 2048},
+     "seconds", "_routed"),
     ("Start", "adapt a 7B Llama", "start_up", {"what": "plan and inject a 7B Llama, meta"},
      "seconds", ""),
 )  # fmt: skip
@@ -210,7 +236,7 @@ def picture(rows: Sequence[Row], path: Path) -> None:
 
 
 def _section(title: str, about: str, *tables: str) -> str:
-    return f"## {title}\n\n{about}\n\n{folded('Tables', chr(10).join(tables))}"
+    return f"### {title}\n\n{about}\n\n{folded('Tables', chr(10).join(tables))}"
 
 
 def _size(case: Case) -> str:
@@ -310,7 +336,7 @@ def _loaded(cases: Sequence[Case]) -> str:
     resident = case["resident_bytes"]
     grown = "" if resident is None else f" The process grows by {bytes_text(resident)}."
     return (
-        f"## Many loaded adapters\n\n{count_text(case['adapters'], 'adapter')} with r = "
+        f"### Many loaded adapters\n\n{count_text(case['adapters'], 'adapter')} with r = "
         f"{case['r']} in {case['layers']} layers of {case['width']} x {case['width']}: the blocks "
         f"have {bytes_text(case['block_bytes'])}.{grown} Loading one takes {first} at first and "
         f"{last} at last. A forward takes {spread_text(forward)} times that of a model with one.\n"
@@ -399,9 +425,9 @@ def _adapter(cases: Sequence[Case]) -> str:
             "theirs."
         )
     rows = [
-        [f"{case['dtype']}, {took['title']}", *_all_beside(case, name, "sft_lora")]
+        [f"{case['dtype']}, {CONTESTANTS[name].title}", *_all_beside(case, name, "sft_lora")]
         for case in cases
-        for name, took in case["contestants"].items()
+        for name in case["contestants"]
     ]
     about = (
         "`SFTTrainer` with SmolLM2-135M and each adapter, with as many parameters, the same rows "
@@ -421,13 +447,14 @@ def _job(cases: Sequence[Case]) -> str:
     adapter, adapter_peak = _short(case, *PARTS["adapter"])
     rows = [[part, *_all_beside(case, one, other)] for part, (one, other) in PARTS.items()]
     about = (
-        f"**`disha finetune` takes {whole} of the time of `Trainer` with PEFT's LoRA, and "
-        f"{whole_peak} of its peak of memory; {beside_miss} and {miss_peak} of PEFT's MiSS. The "
-        f"adapter alone takes {adapter} of the time and {adapter_peak} of the memory.**\n\n"
-        "From `Trainer` with PEFT's LoRA to what `disha finetune` does, one part after the other, "
-        "each divided by what was before it. Only the first is a merit of the adapter: the loss on "
-        "learned positions alone is `trl`'s, and batches of similar length, of 256 rows, are "
-        "`transformers`'. They would help any adapter."
+        f"**The adapter takes {adapter} of the time of PEFT's LoRA in the same `Trainer`, and "
+        f"{adapter_peak} of its peak of memory.** The rest of what `disha finetune` gains is no "
+        "merit of the adapter: the loss on learned positions alone is `trl`'s, and batches of "
+        "similar length, of 256 rows, are `transformers`'. They would help any adapter. With them, "
+        f"the command takes {whole} of the time and {whole_peak} of the memory of `Trainer` with "
+        f"PEFT's LoRA ({beside_miss} and {miss_peak} of PEFT's MiSS).\n\n"
+        "The table goes from `Trainer` with PEFT's LoRA to what `disha finetune` does, one part "
+        "after the other, each divided by what was before it."
     )
     return _section("The whole job, part by part", about, table(["", *BESIDE.values()], rows))
 

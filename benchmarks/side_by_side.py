@@ -8,7 +8,7 @@ them trains one step, in a new random order; the first round is not counted. Rep
 and processor time of a step, the peak of a process's resident memory since training began, and the
 most that the allocator gave out in one forward and backward pass, which is a count.
 
-- **adapter**: `SFTTrainer` with Bone, PEFT's MiSS, and PEFT's LoRA of equal parameters; the same
+- **adapter**: `SFTTrainer` with MiSS, PEFT's MiSS, and PEFT's LoRA of equal parameters; the same
   rows in the same order.
 - **job**: from `Trainer` with PEFT to what `disha finetune` does, one part after the other: the
   adapter, the loss on learned positions only (`trl`'s, which the trainer of the command asks for),
@@ -48,10 +48,10 @@ class Contestant(NamedTuple):
 
 
 CONTESTANTS = {
-    "sft_bone": Contestant("SFTTrainer, Bone", "bone", "trl"),
+    "sft_bone": Contestant("SFTTrainer, disha MiSS", "bone", "trl"),
     "sft_miss": Contestant("SFTTrainer, PEFT MiSS", "miss", "trl"),
     "sft_lora": Contestant("SFTTrainer, PEFT LoRA", "lora", "trl"),
-    "trainer_bone": Contestant("Trainer, Bone", "bone", "transformers"),
+    "trainer_bone": Contestant("Trainer, disha MiSS", "bone", "transformers"),
     "trainer_miss": Contestant("Trainer, PEFT MiSS", "miss", "transformers"),
     "trainer_lora": Contestant("Trainer, PEFT LoRA", "lora", "transformers"),
     "learned_bone": Contestant("disha finetune, rows in random order", "bone", "command"),

@@ -13,6 +13,8 @@ from disha.text import printable
 class DishaError(Exception):
     """Base class of all errors that the library raises on purpose.
 
+    docs/guides/troubleshooting.md has the messages that users meet, with causes and remedies.
+
     Examples:
         >>> import disha
         >>> from torch import nn

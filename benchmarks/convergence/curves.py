@@ -7,7 +7,14 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from benchmarks.convergence.findings import RATIOS, Longer, Overall, TaskFindings, ratios
+from benchmarks.convergence.findings import (
+    OTHER,
+    RATIOS,
+    Longer,
+    Overall,
+    TaskFindings,
+    ratios,
+)
 from benchmarks.convergence.methods import IDENTITY, METHODS, SHIRA
 from benchmarks.convergence.tasks import TASKS
 
@@ -78,6 +85,27 @@ def longer_training(found: Longer) -> bytes:
         axes.grid(alpha=0.3)
     frontiers.set_title("lines: best of all rates and scales; dots: runs of all seeds", fontsize=11)
     frontiers.legend(fontsize=10)
+    return _svg(figure)
+
+
+def rates(found: Longer) -> bytes:
+    """Plot the test loss and the forgetting of MiSS and LoRA over the learning rate."""
+    figure = _figure(7.0, 3.6)
+    learned, forgot = (figure.add_subplot(1, 2, panel + 1) for panel in range(2))
+    for name in ("bone", OTHER):
+        colour, line = STYLES[name]
+        tried = [(rate, found.mean(name, rate)) for rate in found.records[name]]
+        style = {"color": colour, "linestyle": line, "marker": "o", "label": METHODS[name].title}
+        learned.plot([rate for rate, _ in tried], [end.loss for _, end in tried], **style)
+        forgot.plot([rate for rate, _ in tried], [end.forgetting for _, end in tried], **style)
+    for axes, what in ((learned, "test loss"), (forgot, "forgetting")):
+        axes.set_xscale("log")
+        axes.set_xlabel("learning rate", fontsize=11)
+        axes.set_title(f"{what}, lower is better", fontsize=11)
+        axes.tick_params(labelsize=10)
+        axes.grid(alpha=0.3)
+    learned.set_ylim(2.48, 2.92)  # else one bad run flattens it
+    learned.legend(fontsize=10)
     return _svg(figure)
 
 

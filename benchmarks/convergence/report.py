@@ -38,6 +38,7 @@ from benchmarks.convergence.tasks import TASKS
 from benchmarks.convergence.training import HEAD_RATE
 from benchmarks.markdown import NOTHING, box, count_text, folded, table, versions_text
 from benchmarks.results import read_results
+from disha.version import __version__
 
 WIDTHS = {"digits": 64, "packages": 384}
 """Inputs of a square layer; the language model has 576."""
@@ -54,6 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     (asked.docs / "assets").mkdir(parents=True, exist_ok=True)
     (asked.docs / PICTURES.format("verdict")).write_bytes(curves.compared(found))
     (asked.docs / PICTURES.format("longer")).write_bytes(curves.longer_training(long))
+    (asked.docs / PICTURES.format("rates")).write_bytes(curves.rates(long))
     (asked.docs / PAGE).write_text(page(results, costs, found, long), encoding="utf-8")
     print(asked.docs / PAGE)
 
@@ -74,11 +76,14 @@ def page(
             "# How well it learns\n",
             verdict(found, long),
             f"![MiSS, BAT and others compared with LoRA]({PICTURES.format('verdict')})\n",
-            _every_task(found),
             _longer(long),
-            _matrices(results),
             _reported(long),
             _how(results, costs, found),
+            "## Appendix: all tables\n",
+            _every_task(found),
+            _rates(long),
+            _matrices(results),
+            _reported_table(long),
         ]
     )
 
@@ -98,7 +103,8 @@ def verdict(found: Mapping[str, TaskFindings], long: Longer) -> str:
         f"{_all(near, far)} learn as much there: test losses differ by at most "
         f"{apart(near):.3f}, seeds by up to {spread(long):.3f}.",
         _line("Quality", found, "test loss", "loss", ("better", "worse")),
-        _line("Speed", found, "time of a step", None, ("faster", "slower")),
+        _line("Speed", found, "time of a step", None, ("faster", "slower"))
+        + " With rows of usual length, [it is closer to 1](performance.md).",
         _line("Memory", found, "memory of a step", None, ("less", "more"))
         + " [With recomputation](guides/memory.md), it is equal.",
         _line(
@@ -182,7 +188,7 @@ def _every_task(found: Mapping[str, TaskFindings]) -> str:
     gaps = [one.findings["bone"].rate / one.findings[OTHER].rate for one in found.values()]
     times = [gap / _factor(task) for task, gap in zip(found, gaps, strict=True)]
     listed = "\n".join(f"- *{TASKS[task].name}*: {TASKS[task].about}" for task in found)
-    return f"""## Test loss of every method and task
+    return f"""### Test loss of every method and task
 
 *Best rates* differ by task; *tied* means within noise of the best adapter. *Step* is the time of a
 step, divided by LoRA's. The best rate of MiSS was {min(gaps):.1g} to
@@ -208,10 +214,6 @@ FIRST = " (first seed)"
 def _longer(found: Longer) -> str:
     task = TASKS[LONG]
     base = found.own[OTHER].records[0]["forgetting"][0]
-    rates = [
-        [METHODS[name].title, *(_at(found, name, rate) for rate in found.rates)]
-        for name in found.records
-    ]
     near, far = lowest_losses(found)
     alike = _all(near, far)
     equal = zip(*near.values(), strict=True)
@@ -224,13 +226,10 @@ def _longer(found: Longer) -> str:
     return f"""## Learning against forgetting
 
 A longer training: {task.steps} steps of {task.batch} rows, no row twice, r = {task.r}. *Forgetting*
-is the rise of the loss on text that the base itself wrote, from {base:.2f}.
+is the rise of the loss on text that the base itself wrote, from {base:.2f}. The [table of
+rates](#test-loss-and-forgetting-at-each-rate) has all figures.
 
 ![Test loss over forgetting, and over the learning rate]({PICTURES.format("longer")})
-
-{table(["method", *(f"{rate:g}" for rate in found.rates)], rates)}
-Test loss, then forgetting, at one rate for all. Bold is the rate that the validation loss chooses,
-and the verdict compares. A star: mean of {len(STUDY.seeds)} seeds; others have the first.
 
 - **At equal forgetting, {alike} learn as much in this task.** Over all rates and scales, their
   lowest losses (means at a star) within a forgetting of
@@ -244,9 +243,23 @@ and the verdict compares. A star: mean of {len(STUDY.seeds)} seeds; others have 
 - **To forget less, you can scale after training.** It costs no more than a lower rate{FIRST}.
   {_scaled(found, "bone", 1e-4)}
   {_scaled(found, OTHER, mild)}
-- **At the bold rates, others learn more.** There, MiSS has a higher loss than
-  {_lower(found)}, beyond noise. At {mild:g}, it is at most {least:.3f} higher than any.
+- **At the rates that the validation loss chooses, others learn more.** There, MiSS has a higher
+  loss than {_lower(found)}, beyond noise. At {mild:g}, it is at most {least:.3f} higher than any.
+"""
 
+
+def _rates(found: Longer) -> str:
+    rates = [
+        [METHODS[name].title, *(_at(found, name, rate) for rate in found.rates)]
+        for name in found.records
+    ]
+    return f"""### Test loss and forgetting at each rate
+
+Of the longer training: test loss, then forgetting, at one rate for all. Bold is the rate that the
+validation loss chooses, and that the verdict compares. A star: mean of {len(STUDY.seeds)} seeds;
+others have the first.
+
+{table(["method", *(f"{rate:g}" for rate in found.rates)], rates)}
 {_sizes(found)}"""
 
 
@@ -361,7 +374,7 @@ def _matrices(results: Results) -> str:
         rows.append(row)
     header = ["A", *(f"{task} {rate:g}, {count_text(len(losses['bone']), 'seed')}"
                      for (task, rate), losses in columns.items())]  # fmt: skip
-    return f"""## Other fixed matrices
+    return f"""### Other fixed matrices
 
 MiSS is a LoRA whose A stays [I I ... I]. Other fixed A, with columns of about the same
 length, at the best rate of MiSS, and for digits at a third of it; mean test loss:
@@ -417,19 +430,6 @@ REPORTED_FORGETTING = REPORTED[0].forgetting / REPORTED[2].forgetting
 
 
 def _reported(found: Longer) -> str:
-    rows = [
-        [
-            one.title,
-            f"{one.millions:,.1f}",
-            f"{one.correct[0]:.1f}%",
-            f"{one.forgetting:.3f}",
-            f"{one.gibibytes:.1f}",
-            f"{one.seconds:,}",
-            _figures(found, one.method or "", one.rate),
-        ]
-        for one in REPORTED
-    ]
-    header = ["method", "million parameters", "correct", "forgetting", "GiB", "seconds", "here"]
     varies = max(max(one.correct) - min(one.correct) for one in REPORTED)
     rate = REPORTED[0].rate
     untrained = "" if SHIRA in found.records else " SHiRA was not trained here."
@@ -437,10 +437,9 @@ def _reported(found: Longer) -> str:
 
 [PEFT's own comparison](https://github.com/huggingface/peft/tree/main/method_comparison/MetaMathQA)
 of July 2026, when it corrected its measure of forgetting: Llama-3.2-3B, 5,000 steps of 4 rows,
-scored on GSM8K. The rate is {rate:g}; SHiRA has 3e-4 and full fine-tuning 1e-5. *Here* are our test
-loss and forgetting at the same rate.
+scored on GSM8K. The rate is {rate:g}; SHiRA has 3e-4 and full fine-tuning 1e-5. [Its
+figures](#figures-of-pefts-comparison) are below.
 
-{table(header, rows)}
 - **For MiSS**: the least memory and time of all methods there above 45%.
 - **Against it**: it and BAT forget {REPORTED_FORGETTING:.1f} times as much as LoRA. rsLoRA and
   SHiRA have more correct; SHiRA forgets as little as LoRA.{untrained}
@@ -455,6 +454,28 @@ a Llama with 7B parameters on GSM8K. Both were trained at 2e-5, at which a LoRA 
 """
 
 
+def _reported_table(found: Longer) -> str:
+    rows = [
+        [
+            one.title,
+            f"{one.millions:,.1f}",
+            f"{one.correct[0]:.1f}%",
+            f"{one.forgetting:.3f}",
+            f"{one.gibibytes:.1f}",
+            f"{one.seconds:,}",
+            _figures(found, one.method or "", one.rate),
+        ]
+        for one in REPORTED
+    ]
+    header = ["method", "million parameters", "correct", "forgetting", "GiB", "seconds", "here"]
+    return f"""### Figures of PEFT's comparison
+
+From [what others report](#what-others-report). *Here* are our test loss and forgetting at the same
+rate.
+
+{table(header, rows)}"""
+
+
 def _at_one_rate(found: Longer) -> str:
     """Return how many times as much as LoRA MiSS forgets at one rate, by the table's figures."""
     rates = sorted(found.records["bone"].keys() & found.records[OTHER].keys())
@@ -463,6 +484,14 @@ def _at_one_rate(found: Longer) -> str:
 
 
 # --- how it was measured -------------------------------------------------------------------------
+
+
+def _older(costs: Mapping[str, Any]) -> str:
+    """Say that times and memory are of another version, if they are."""
+    measured = costs["versions"]["disha"]
+    if measured == __version__:
+        return ""
+    return f" They were measured with disha {measured}, before {__version__}."
 
 
 def _how(results: Results, costs: Mapping[str, Any], found: Mapping[str, TaskFindings]) -> str:
@@ -482,7 +511,8 @@ def _how(results: Results, costs: Mapping[str, Any], found: Mapping[str, TaskFin
   short warm-up and a cosine to zero. New heads train at {HEAD_RATE:g} with every method.
 - **Own rates**: at least four, a factor of about three apart, with one beyond if the best is at an
   edge. The loss on validation rows with one seed chooses; then {len(STUDY.seeds)} seeds run. The
-  tables have the loss on test rows. They chose no best rate, only the advice of {MILD["bone"]:g}.
+  tables have the loss on test rows. No best rate was chosen by test rows; only the advice to take
+  {MILD["bone"]:g} for MiSS was written after we saw them.
 - **Noise**: two methods differ if a paired t-test over seeds says so at 95%. With three seeds, only
   a large difference passes; among many pairs, some pass by chance.
 - **What the base could do**: upright digits, or unrelated prose; in the longer training, text that
@@ -490,7 +520,7 @@ def _how(results: Results, costs: Mapping[str, Any], found: Mapping[str, TaskFin
   The verdict compares this loss after training. *Forgetting* is its rise alone.
 - **Time and memory of a step** are those of short rows, with an optimizer. A step of MiSS
   takes {min(steps):.2f} to {max(steps):.2f} of LoRA's. In [speed and memory](performance.md) it is
-  closer to 1: there a step has more tokens and no optimizer.
+  closer to 1: there a step has more tokens and no optimizer.{_older(costs)}
 - **Settings**: {settings}.
 
 `make evidence` measures, and `make evidence-report` writes this page from `benchmarks/results/`:

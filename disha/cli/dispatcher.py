@@ -149,7 +149,10 @@ def _use_underscores(word: str) -> str:
 def _describe(error: Exception) -> str:
     if isinstance(error, ModuleNotFoundError):
         package = str(error.name).partition(".")[0]
-        return f'the package {package} is missing; run: pip install "disha-torch[finetune]"'
+        return (
+            f"the package {package} is missing; in a checkout of disha, run: "
+            'pip install ".[finetune]"'
+        )
     if isinstance(error, (DishaError, AdapterFileWarning)):
         return str(error)
     return f"{type(error).__name__}: {error}"

@@ -167,7 +167,8 @@ def _quantization(name: str, bits: str, dtype: torch.dtype | str) -> BitsAndByte
         import bitsandbytes as bitsandbytes
     except ImportError as error:
         raise MissingPackageError(
-            f'{bits} bits need the package bitsandbytes; run: pip install "disha-torch[quant]"'
+            f"{bits} bits need the package bitsandbytes; in a checkout of disha, run: "
+            'pip install ".[quant]"'
         ) from error
     if bits == "8":
         return BitsAndBytesConfig(load_in_8bit=True)  # type: ignore[no-untyped-call]

@@ -1,6 +1,8 @@
-"""The commands on docs/finetuning.md run as they stand there, in their order."""
+"""The commands of docs/finetuning.md and of the tutorial run as they stand there, in order."""
 
+import json
 import re
+import runpy
 import shlex
 import shutil
 from pathlib import Path
@@ -8,13 +10,13 @@ from pathlib import Path
 import pytest
 
 from disha.cli import main
-from tests.finetune.tiny_models import rows, write_rows
+from tests.finetune.tiny_models import rows, write_model, write_rows
 
 PAGE = Path(__file__).parents[2] / "docs/finetuning.md"
 
 
-def commands():
-    for block in re.findall(r"^```sh\n(.*?)^```", PAGE.read_text(), re.DOTALL | re.MULTILINE):
+def commands(page=PAGE):
+    for block in re.findall(r"^```sh\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE):
         for line in block.replace("\\\n", " ").splitlines():
             yield shlex.split(line)
 
@@ -42,3 +44,40 @@ def test_commands(folder, capsys):
 
 def test_the_other_commands_are_no_others():
     assert {words[0] for words in commands()} == {"accelerate", "disha", "pip", "torchrun"}
+
+
+# --- the tutorial: its base is an 8B model, and a tiny one stands in for it -----------------------
+
+TUTORIAL = PAGE.parent / "guides" / "tutorial.md"
+BASE = "meta-llama/Llama-3.1-8B-Instruct"
+
+
+@pytest.fixture
+def shop(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_model(Path("model"), chat=True)
+    script = re.search(r"^```python\n# make_data.py\n(.*?)^```", TUTORIAL.read_text(), re.S | re.M)
+    Path("make_data.py").write_text(script[1], encoding="utf-8")
+    return tmp_path
+
+
+def test_every_command_of_the_tutorial_runs(shop, capsys):
+    seen = []
+    for words in commands(TUTORIAL):
+        words = ["model" if word == BASE else word for word in words]
+        seen.append(words[1] if words[0] == "disha" else words[0])
+        if words[0] == "python":
+            runpy.run_path(words[1])
+        elif words[0] == "disha":
+            assert main(words[1:]) == 0, (words, capsys.readouterr().err)
+        else:
+            assert words[:6] == ["torchrun", "--nproc_per_node", "8", "-m", "disha", "finetune"]
+            assert main(["finetune", *words[6:]]) == 0  # the same flags, in one process
+    assert seen == [
+        *("python", "finetune", "finetune", "torchrun", "evaluate", "generate", "inspect"),
+        *("convert", "merge"),
+    ]
+    assert Path("merged-support/model.safetensors").exists()
+    rank = json.loads(Path("for-vllm/adapter_config.json").read_text())["r"]
+    served = int(re.search(r"--max-lora-rank (\d+)", TUTORIAL.read_text())[1])
+    assert served == rank
