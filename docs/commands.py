@@ -50,11 +50,11 @@ class _Seen(Exception):
 def parser_of(command: str) -> argparse.ArgumentParser:
     """Return the parser that a command makes."""
 
-    def seen(parser: dispatcher.Parser, words: Sequence[str]) -> None:
+    def seen(parser: argparse.ArgumentParser, *_: object) -> None:
         raise _Seen(parser)
 
     module = import_module(f"disha.cli.{command}")
-    with patch.object(dispatcher.Parser, "parse", seen):
+    with patch.object(argparse.ArgumentParser, "parse_known_args", seen):
         try:
             module.main([])
         except _Seen as found:
