@@ -17,7 +17,7 @@ from typing import Any
 import disha
 from disha.cli.dispatcher import DONE, FAILED, Parser
 from disha.cli.output import show
-from disha.interop.checkpoints import misfits
+from disha.interop.checkpoints import misfits, summarize_misfits
 
 
 def main(words: Sequence[str]) -> int:
@@ -33,7 +33,7 @@ def main(words: Sequence[str]) -> int:
     if flags.base is not None:
         reasons = misfits(flags.base, flags.file)
         verdict = "does not belong" if reasons else "belongs"
-        lines += [*reasons, f"{flags.file} {verdict} to {flags.base}"]
+        lines += [*summarize_misfits(reasons), f"{flags.file} {verdict} to {flags.base}"]
     show(flags.json, "\n".join(lines), _fields_of(adapter_file, reasons))
     return FAILED if reasons else DONE
 

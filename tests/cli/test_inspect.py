@@ -68,7 +68,7 @@ def test_another_base_is_1_and_named(run, files):
     path, base = files.adapter(base=7), files.base()
     done = run("inspect", path, "--base", base)
     assert (done.code, done.err) == (1, "")
-    assert Q in done.out
+    assert f"\n{Q}.weight and 1 more: has other values than the weight" in done.out
     assert done.out.endswith(f"{path} does not belong to {base}\n")
     found = run("inspect", path, "--base", base, "--json")
     assert found.code == 1

@@ -5,7 +5,7 @@ begin otherwise: `transformers` renames the text layers of models that see image
 Single matrices of experts, which it stacks then, get the name of their stack too.
 """
 
-from disha.interop.checkpoints.matching import misfits
+from disha.interop.checkpoints.matching import misfits, summarize_misfits
 from disha.interop.checkpoints.merging import MergedCheckpoint, merge_into_checkpoint
 
-__all__ = ["MergedCheckpoint", "merge_into_checkpoint", "misfits"]
+__all__ = ["MergedCheckpoint", "merge_into_checkpoint", "misfits", "summarize_misfits"]

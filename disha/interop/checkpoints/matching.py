@@ -16,7 +16,7 @@ from disha.interop.experts import DOWN, GATE_UP
 from disha.layers.kinds import PROJECTIONS
 from disha.model.fingerprints import fingerprint, same_base
 from disha.model.records import LayerRecord
-from disha.text import first_few, join
+from disha.text import first_few, grouped, join
 
 DENSE = ("F64", "F32", "BF16", "F16")  # the dtypes of weights that are not quantised
 
@@ -272,10 +272,17 @@ def _reason_against_values(checkpoint: Checkpoint, layer: LayerRecord, key: str)
     return "has other values than the weight that the adapter was saved from"
 
 
-def refuse(checkpoint: Checkpoint, reasons: Sequence[str]) -> None:
+def summarize_misfits(misfits: Sequence[str]) -> list[str]:
+    """Return one line for each reason: the first weight that has it, and how many more have it."""
+    pairs = [misfit.split(": ", 1) for misfit in misfits]
+    return grouped((name, reason) for name, reason in pairs)
+
+
+def refuse(checkpoint: Checkpoint, misfits: Sequence[str]) -> None:
     """Raise if there are reasons why a checkpoint is not the base of an adapter."""
-    if reasons:
+    if misfits:
+        reasons = first_few(summarize_misfits(misfits), 20)
         raise AdapterFileError(
-            f"{checkpoint.path} is not the base of this adapter:\n{first_few(reasons, 20)}\n"
+            f"{checkpoint.path} is not the base of this adapter:\n{reasons}\n"
             "Give the base that it was trained on, or merge with `force`"
         )
