@@ -15,6 +15,7 @@ from torch import nn
 
 import disha
 from disha.errors import ArgumentError
+from disha.model import buffers
 from disha.model.view import ModelView, clean_key
 from disha.sharding.zero import is_partitioned
 
@@ -46,8 +47,12 @@ def leave_out_base(model: nn.Module, kept: Collection[str], engine: str) -> None
     elif engine != "FSDP":
         return
 
+    # Until training has changed them, buffers are not among the adapter's tensors.
+    saved_once_changed = buffers.list_saved(ModelView(model))
+
     def is_base(key: str) -> bool:
-        return ".disha." not in key and clean_key(key) not in kept
+        name = clean_key(key)
+        return ".disha." not in key and name not in kept and name not in saved_once_changed
 
     def drop(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
         # On the meta device, accelerate has not yet distributed the base.

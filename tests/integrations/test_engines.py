@@ -1,0 +1,18 @@
+"""What the engines of trainers write of an adapted model."""
+
+from torch import nn
+
+import disha
+from disha.integrations.engines import kept_keys, leave_out_base
+from disha.model.view import ModelView
+
+
+def test_a_state_keeps_the_buffers_that_training_may_change(monkeypatch):
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 4))
+    model[2].register_buffer("mean", model[2].bias.detach().clone())
+    model[2].register_buffer("scratch", model[2].bias.detach().clone())
+    disha.inject_adapters(model, "0", 2, also_train="mean")
+    leave_out_base(model, kept_keys(model, "default"), "FSDP")
+    monkeypatch.setattr(ModelView, "is_sharded", True)
+    statistics = {"1.running_mean", "1.running_var", "1.num_batches_tracked"}
+    assert model.state_dict().keys() == {"0.disha.default.bone_block", "2.mean", *statistics}
