@@ -27,6 +27,8 @@ READERS_OF_PARAMETERS = (
     "torch.nn.utils.weight_norm",  # the older weight_norm: splits it into length and direction
     "torch.nn.utils.parametrize",  # would put it where this class does not look: refused
     "torch.distributed.fsdp",  # replaces it by a shard, and back
+    "torch.distributed.checkpoint",  # walks to it by its name, also while it is a shard
+    "torch.distributed.pipelining",  # moves it to its stage
     "accelerate.utils.modeling",  # set_module_tensor_to_device and retie_parameters move it
     "accelerate.utils.other",  # recursive_getattr, to find tied ones
 )
