@@ -126,8 +126,9 @@ def _warn_of_lost_layers(view: ModelView, adapter: str) -> None:
     if lost:
         warnings.warn(
             f"the file of adapter {adapter!r} lacks {counted(len(lost), 'layer')} that it was "
-            f"injected into: {first_few(lost, 3, ', ')}. Another module has taken their place, as "
-            "resize_token_embeddings does; change the model first, and then inject",
+            f"injected into: {first_few(lost, 3, ', ')}. Replacing a module, as "
+            "resize_token_embeddings does, takes its block away; change the model first, and then "
+            "inject",
             stacklevel=3,
         )
 

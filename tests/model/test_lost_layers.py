@@ -17,7 +17,7 @@ def replace_head(model):
     return model
 
 
-SAYS = r"lacks 1 layer that it was injected into: head\. Another module has taken their place"
+SAYS = r"lacks 1 layer that it was injected into: head\. Replacing a module, as resize_token_emb"
 
 
 def save_silently(model, path, adapter="default"):
@@ -31,6 +31,18 @@ def test_a_replaced_layer_is_named(model, tmp_path):
     model.head.requires_grad_(False)
     with pytest.warns(UserWarning, match=SAYS):
         disha.save_adapter(model, tmp_path)
+
+
+def test_a_head_that_transformers_has_resized_is_named(tmp_path):
+    pytest.importorskip("transformers")
+    from tests import language_models
+
+    llama = language_models.llama(tie_word_embeddings=False)
+    disha.inject_adapters(llama, "q_proj|lm_head", 2)
+    llama.resize_token_embeddings(llama.config.vocab_size + 8, mean_resizing=False)
+    disha.mark_only_adapters_trainable(llama)
+    with pytest.warns(UserWarning, match=r"injected into: lm_head\."):
+        disha.save_adapter(llama, tmp_path)
 
 
 def test_it_is_named_of_a_loaded_adapter_too(model, tmp_path):
