@@ -151,7 +151,7 @@ def bat_linear(
                 x.to(dtype), weight.to(dtype), bias, block.to(dtype), scale, base_scale
             )
     block = scaled(block, scale)
-    if block.dtype in (torch.float32, torch.complex64):
+    if block.dtype is not weight.dtype and block.dtype in (torch.float32, torch.complex64):
         block = block.to(weight.dtype)  # W_eff has that dtype anyway
     if is_compiling() and base_scale and x.dtype is weight.dtype is block.dtype:
         return F.linear(x, _form_traced(weight, block), bias)
