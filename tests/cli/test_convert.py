@@ -158,28 +158,46 @@ def test_further_parameters_are_left_out_if_asked(run, complaint, files):
     assert (header.also_train, header.config.also_train) == ((), ())
 
 
-@pytest.mark.parametrize("form", [peft, lora])
-def test_a_tied_parameter_that_peft_saves_alone_is_refused(run, files, form):
-    """PEFT trains a copy of the embedding; an adapter file would change the head too."""
+@pytest.fixture(params=[peft, lora], ids=["peft", "lora"])
+def with_embedding(request, files):
+    """A folder of PEFT with a trained embedding, and its base as a file beside `config.json`."""
     torch.manual_seed(0)
     base = nn.ModuleDict({"embed": nn.Embedding(12, 8), "q": nn.Linear(8, 8)})
-    folder, out = files.path / "folder", files.path / "out"
-    form.export(disha.inject_adapters(base, "q", 4, also_train="embed"), folder)
-    state = {"embed.weight": base["embed"].weight.detach(), "q.weight": base["q"].base_weight}
-    save_file({k: v.detach().clone() for k, v in state.items()}, files.path / "model.safetensors")
-    given = ("convert", folder, out, "--to", "disha", "--base", files.path / "model.safetensors")
-    for config, code in (
-        ({"tie_word_embeddings": True}, 2),
-        ({}, 2),
-        *(({"vocab_size": size}, 2) for size in (11, 12)),
-        ({"vocab_size": 13}, 0),  # then it is a head of another kind
-        ({"tie_word_embeddings": False}, 0),
-    ):
-        (files.path / "config.json").write_text(json.dumps(config))
-        done = run(*given, "--overwrite")
-        assert done.code == code, done.err
-        assert ("unties an embedding" in done.err) == (code == 2)
-        assert run(*given, "--overwrite", "--no-also-train").code == 0
+    state = {name: value.detach().clone() for name, value in base.state_dict().items()}
+    save_file(state, files.path / "model.safetensors")
+    folder = files.path / "folder"
+    request.param.export(disha.inject_adapters(base, "q", 4, also_train="embed"), folder)
+    return ("convert", folder, files.path / "out", "--to", "disha")
+
+
+TYING = [{"tie_word_embeddings": True}, {}, {"vocab_size": 11}, {"vocab_size": 12}]
+NOT_TYING = [
+    {"vocab_size": 13},  # then the embedding is a head of another kind
+    {"tie_word_embeddings": False},
+]
+
+
+@pytest.mark.parametrize("config", TYING)
+def test_a_tied_parameter_that_peft_saves_alone_is_refused(
+    complaint, files, with_embedding, config
+):
+    """PEFT trains a copy of the embedding; an adapter file would change the head too."""
+    (files.path / "config.json").write_text(json.dumps(config))
+    given = (*with_embedding, "--base", files.path / "model.safetensors")
+    assert "unties an embedding" in complaint(*given)
+
+
+@pytest.mark.parametrize("config", NOT_TYING)
+def test_a_parameter_that_is_not_tied_is_converted(run, files, with_embedding, config):
+    (files.path / "config.json").write_text(json.dumps(config))
+    assert run(*with_embedding, "--base", files.path / "model.safetensors").code == 0
+    assert read_contents(files.path / "out").also_train == ("embed.weight",)
+
+
+def test_a_tied_parameter_is_left_out_if_asked(run, files, with_embedding):
+    given = (*with_embedding, "--base", files.path / "model.safetensors", "--no-also-train")
+    assert run(*given).code == 0
+    assert read_contents(files.path / "out").also_train == ()
 
 
 def test_a_saved_matrix_of_a_lora_needs_the_base(run, complaint, files):

@@ -204,7 +204,7 @@ class TestOtherNames:
             disha.load_adapter(other, path, replace=replacing)
 
 
-class TestContents:
+class TestContentsWithoutAFile:
     @pytest.mark.parametrize("replacing", [False, True])
     def test_that_contradict_themselves_are_refused_from_anywhere(self, replacing):
         contents = adapter_contents(ModelView(trained()))
@@ -219,12 +219,19 @@ class TestContents:
         contents = adapter_contents(ModelView(trained()))
         load_contents(ModelView(model), "elsewhere", contents, "new", freeze=True)
         assert model.head.disha.active == ("new",)
-        with refused(model, ArgumentError, "has an adapter 'new' already"):
-            load_contents(ModelView(model), "elsewhere", contents, "new", freeze=True)
+
+    def test_they_do_not_replace_an_adapter_unless_asked(self):
+        model = trained()
+        contents = adapter_contents(ModelView(model))
+        with refused(model, ArgumentError, "has an adapter 'default' already"):
+            load_contents(ModelView(model), "elsewhere", contents, "default", freeze=True)
+
+    def test_an_operation_that_fails_later_takes_them_back(self):
+        model = trained()
+        contents = keep_blocks(adapter_contents(ModelView(model)))
         before, around = snapshot(model), ExitStack()
-        contents = keep_blocks(contents)
         load_contents(ModelView(model), "it", contents, "other", freeze=True, around=around)
-        around.close()  # as an operation does that fails after this
+        around.close()  # as the operation does
         assert_unchanged(model, before)
 
     def test_layers_that_the_contents_lack_are_left_alone_only_if_asked(self):

@@ -12,6 +12,34 @@ from disha.interop.checkpoints.reading import open_checkpoint
 from tests.base_checkpoints import Setting, Zoo, save_sharded, tensors_in
 from tests.conftest import Layered, assert_same
 
+LAYER, HEAD = "text.layers.1.attn.q_proj.weight", "text.head.weight"
+
+
+def only_one_tower(state):
+    return {name[5:]: value for name, value in state.items() if name.startswith("text.")}
+
+
+def with_the_layer_in_a_third_tower(state):
+    third = {f"text.more.{name}": value + 0 for name, value in only_one_tower(state).items()}
+    return state | {LAYER: None} | third
+
+
+def with_the_layer_one_level_deeper(state):
+    return state | {LAYER: None, f"{LAYER}.query": state[LAYER]}
+
+
+def with_the_head_in_a_layer(state):
+    return state | {HEAD: None, f"layers.0.{HEAD}": state[HEAD]}
+
+
+LACKING = {
+    "a tower": (only_one_tower, "image"),
+    "a layer that a third tower has": (with_the_layer_in_a_third_tower, LAYER),
+    "a layer that is deeper": (with_the_layer_one_level_deeper, rf"{LAYER}; it has image\.embed"),
+    "a head": (with_the_head_in_a_layer, f"{HEAD}; .*If a weight is tied"),
+}
+"""What is changed in a checkpoint of two towers, and what it lacks then."""
+
 
 class TestNames:
     def merged_under(self, tmp_path, old, new, beside=(), **arguments):
@@ -55,22 +83,21 @@ class TestNames:
             setting.merge()
         assert not setting.out.exists()
 
-    def test_what_is_missing_is_named_and_not_taken_from_another_part(self, tmp_path):
+    @pytest.mark.parametrize("case", LACKING)
+    def test_what_is_missing_is_named_and_not_taken_from_another_part(self, tmp_path, case):
+        change, says = LACKING[case]
         towers = nn.ModuleDict({"text": Layered(), "image": Layered()})
         setting = Setting(tmp_path, towers, "q_proj", also_train="text.head")
-        state = tensors_in(setting.base)
-        one_tower = {name[5:]: value for name, value in state.items() if name.startswith("text.")}
-        layer, head = "text.layers.1.attn.q_proj.weight", "text.head.weight"
-        lacks = {
-            "image": one_tower,
-            layer: state | {layer: None} | {f"text.more.{n}": v + 0 for n, v in one_tower.items()},
-            rf"{layer}; it has image\.embed": state | {layer: None, f"{layer}.query": state[layer]},
-            f"{head}; .*If a weight is tied": state | {head: None, f"layers.0.{head}": state[head]},
-        }
-        for absent, stored in lacks.items():
-            save_sharded({n: v for n, v in stored.items() if v is not None}, setting.base, 1)
-            with pytest.raises(AdapterFileError, match=f"lacks {absent}"):
-                setting.merge(force=True)
+        stored = change(tensors_in(setting.base))
+        kept = {name: value for name, value in stored.items() if value is not None}
+        save_sharded(kept, setting.base, 1)
+        with pytest.raises(AdapterFileError, match=f"lacks {says}"):
+            setting.merge(force=True)
+
+
+OTHER_VALUES = (
+    "layers.1.attn.v_proj.weight: has other values than the weight that the adapter was saved from"
+)
 
 
 class TestBelonging:
@@ -83,33 +110,57 @@ class TestBelonging:
         save_sharded(state, setting.base, 2)
         assert misfits(setting.base, setting.adapter) == []
 
-    def test_everything_that_is_wrong_is_listed(self, setting):
+    def test_another_value_is_seen(self, setting):
         state = tensors_in(setting.base)
         state["layers.1.attn.v_proj.weight"] += 1
         save_sharded(state, setting.base, 2)
-        key = "layers.1.attn.v_proj.weight"
-        values = f"{key}: has other values than the weight that the adapter was saved from"
-        assert misfits(setting.base, setting.adapter) == [values]
+        assert misfits(setting.base, setting.adapter) == [OTHER_VALUES]
+
+    def test_everything_that_is_wrong_is_listed(self, setting):
+        state = tensors_in(setting.base)
+        state["layers.1.attn.v_proj.weight"] += 1
         state["layers.0.attn.v_proj.weight"] = torch.zeros(8, 7)
         state["layers.1.attn.q_proj.weight"] = torch.zeros(8, 8, dtype=torch.int8)
         save_sharded(state, setting.base, 2)
         shape, quantized, other = misfits(setting.base, setting.adapter)
         assert shape.startswith("layers.0.attn.v_proj.weight: the weight has the shape (8, 7)")
         assert quantized.startswith("layers.1.attn.q_proj.weight: is quantised or packed there")
-        assert other == values
+        assert other == OTHER_VALUES
 
-    def test_weights_and_shapes_by_the_names_of_the_adapter(self, tmp_path):
+
+class TestWithoutMerging:
+    """What a conversion asks of a base whose names have one more prefix than the adapter's."""
+
+    @pytest.fixture
+    def setting(self, tmp_path):
         setting = Setting(tmp_path, Zoo(), "proj|packed", method="bat")
-        state = {f"model.{name}": one for name, one in tensors_in(setting.base).items()}
-        save_sharded(state, setting.base, 2)
-        checkpoint, header = open_checkpoint(setting.base), disha.inspect_adapter(setting.adapter)
-        weight = base_weights(checkpoint, header)
-        assert torch.equal(weight("proj"), state["model.proj.weight"])
-        with pytest.raises(disha.ConversionError, match="in_proj_weight is not the weight of a"):
-            weight("packed.q_proj")
-        shapes = base_shapes(checkpoint, ["proj.weight", "proj.bias"])
+        self.save(setting, tensors_in(setting.base))
+        return setting
+
+    @staticmethod
+    def save(setting, state):
+        save_sharded({f"model.{name}": one for name, one in state.items()}, setting.base, 2)
+
+    @staticmethod
+    def weights(setting):
+        header = disha.inspect_adapter(setting.adapter)
+        return base_weights(open_checkpoint(setting.base), header)
+
+    def test_weights_by_the_names_of_the_adapter(self, setting):
+        stored = tensors_in(setting.base)["model.proj.weight"]
+        assert torch.equal(self.weights(setting)("proj"), stored)
+
+    def test_shapes_by_the_names_of_the_adapter(self, setting):
+        shapes = base_shapes(open_checkpoint(setting.base), ["proj.weight", "proj.bias"])
         assert shapes == {"proj.weight": (10, 8), "proj.bias": (10,)}
+
+    def test_a_packed_weight_has_no_lora(self, setting):
+        with pytest.raises(disha.ConversionError, match="in_proj_weight is not the weight of a"):
+            self.weights(setting)("packed.q_proj")
+
+    def test_another_base_is_refused(self, setting):
+        state = tensors_in(setting.base)
         state["model.proj.weight"] += 1
         save_sharded(state, setting.base, 2)
         with pytest.raises(AdapterFileError, match=r"proj\.weight: has other values"):
-            base_weights(open_checkpoint(setting.base), header)("proj")
+            self.weights(setting)("proj")
