@@ -83,7 +83,7 @@ class EffectiveWeight(Tensor):
         gradient.
         """
         named = kwargs or {}
-        if func.overloadpacket.__name__ in RESHAPES:
+        if func.__name__.partition(".")[0] in RESHAPES:
             refuse_to_reshape(args[0])
         if torch.is_grad_enabled():
             _refuse_to_train_unseen(func, tree_leaves((args, named)))

@@ -369,3 +369,12 @@ def test_a_parameter_by_its_name_is_the_parameter():
     model = disha.inject_adapters(nn.Sequential(nn.Linear(4, 3)), "0", 2)
     assert model.get_parameter("0.weight") is dict(model.named_parameters())["0.weight"]
     assert type(model[0].weight) is not nn.Parameter
+
+
+def test_a_feature_extractor_of_torchvision():
+    """It traces the model and copies what is read."""
+    extraction = pytest.importorskip("torchvision.models.feature_extraction")
+    model = perturb(disha.inject_adapters(nn.Sequential(Reader()), ".", 2))
+    x = torch.randn(3, 6)
+    extractor = extraction.create_feature_extractor(model.eval(), {"0.proj": "output"})
+    torch.testing.assert_close(extractor(x)["output"], model(x))
