@@ -1,6 +1,7 @@
 """The built site in headless Chromium.
 
-`python -m docs.screens FOLDER` builds the site and takes pictures of four pages, at two widths.
+`python -m docs.screens FOLDER` builds the site and takes pictures of four pages, at two widths, light
+and dark.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import argparse
 import functools
 import http.server
+import itertools
 import os
 import shutil
 import subprocess
@@ -27,6 +29,7 @@ DESK, PHONE = WIDTHS = 1400, 400
 """Widths of screens, in pixels."""
 HEIGHT, TALLEST = 844, 2600
 PAGES = ("", "choosing/", "evidence/", "performance/")
+SCHEMES = ("light", "dark")
 PROGRAMS = ("chromium", "chromedriver")
 
 
@@ -74,6 +77,19 @@ def resize(browser: webdriver.Chrome, width: int, height: int = HEIGHT) -> None:
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
 
 
+def prefer(browser: webdriver.Chrome, scheme: str) -> None:
+    """Ask pages for their light or their dark colours."""
+    preferred = {"name": "prefers-color-scheme", "value": scheme}
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [preferred]})
+
+
+def forget(browser: webdriver.Chrome, address: str) -> None:
+    """Let the browser forget the colours that a page has chosen before."""
+    browser.execute_cdp_cmd(
+        "Storage.clearDataForOrigin", {"origin": address, "storageTypes": "local_storage"}
+    )
+
+
 def main() -> None:
     """Take the pictures, and print their paths."""
     parser = argparse.ArgumentParser(prog="python -m docs.screens", description=main.__doc__)
@@ -84,12 +100,14 @@ def main() -> None:
         build(Path(temporary))
         with served(Path(temporary)) as address, chrome() as browser:
             for page in PAGES:
-                for width in WIDTHS:
+                for width, scheme in itertools.product(WIDTHS, SCHEMES):
                     resize(browser, width)
+                    prefer(browser, scheme)
+                    forget(browser, address)
                     browser.get(urljoin(address, page))
                     tall = browser.execute_script("return document.documentElement.scrollHeight")
                     resize(browser, width, min(tall, TALLEST))
-                    path = folder / f"{page.strip('/') or 'home'}-{width}.png"
+                    path = folder / f"{page.strip('/') or 'home'}-{width}-{scheme}.png"
                     browser.save_screenshot(str(path))
                     print(path)
 
