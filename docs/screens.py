@@ -1,7 +1,7 @@
 """The built site in headless Chromium.
 
-`python -m docs.screens FOLDER` builds the site and takes pictures of four pages, at two widths, light
-and dark.
+`python -m docs.screens FOLDER` builds the site and takes pictures of four pages, at two widths,
+light and dark.
 """
 
 from __future__ import annotations
