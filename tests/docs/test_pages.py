@@ -87,6 +87,22 @@ def test_the_page_says_what_the_zoo_found():
     assert f"{counts['held']} of them pass, and {counts['refused']} refuse one step" in page
 
 
+def test_the_page_names_the_models_that_refuse_to_merge():
+    kept = json.loads((ROOT / "benchmarks/results/zoo.json").read_text(encoding="utf-8"))
+    refused = [result for result in kept["results"] if result["status"] == "refused"]
+    assert all("merge_adapters" in result["reasons"][0] for result in refused)
+    page = (DOCS / "compatibility.md").read_text(encoding="utf-8").lower()
+    names = [result["name"].lower().removeprefix("autoencoder") for result in refused]
+    assert [name for name in names if name.partition("-")[0] not in page] == []
+
+
+def test_the_page_of_quantised_models_says_what_only_stand_ins_have_tested():
+    page = (DOCS / "guides" / "quantised.md").read_text(encoding="utf-8")
+    (row,) = (line for line in page.splitlines() if line.startswith("| modules that pack"))
+    assert all(name in row for name in ("GPTQ", "AWQ", "HQQ"))
+    assert row.endswith("| stand-ins |")
+
+
 def test_the_serving_page_says_of_every_function_what_it_is_safe_beside():
     page = (DOCS / "guides" / "serving.md").read_text(encoding="utf-8")
     rows = page.split("## What is safe beside a forward")[1].splitlines()
