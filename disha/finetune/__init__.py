@@ -3,6 +3,7 @@
 | module | what it holds |
 |---|---|
 | `arguments` | the flags |
+| `choices` | the settings that a run chooses by device and size |
 | `base` | the base model and its tokenizer |
 | `notes` | what an adapter file notes, and how it is loaded |
 | `data` | the rows, as they are read |

@@ -21,8 +21,9 @@ from transformers.utils.import_utils import is_torch_tf32_available
 from trl import SFTConfig
 
 from disha.errors import ArgumentError, MissingPackageError
-from disha.finetune.base import read_text
-from disha.finetune.notes import BITS, read_settings
+from disha.finetune.base import best_device, count_parameters, read_text
+from disha.finetune.choices import choose, describe, read_device
+from disha.finetune.notes import BITS, noted_base, read_settings
 from disha.text import nearest
 
 RENAMED = {
@@ -102,12 +103,13 @@ class AdapterArguments:
         "the model: a folder, a GGUF file, or a name such as Qwen/Qwen3-0.6B",
         "--base_model_name_or_path",
     )
-    bits: str | None = _flag(
-        None,
-        "how the base is stored: fp32 if nothing else is noted; 8 and 4 quantise it",
-        choices=BITS,
+    bits: str = _flag(
+        "auto",
+        "how the base is stored: auto is as noted, or by the device; 8 and 4 quantise it",
+        choices=("auto", *BITS),
     )
-    r: int = _flag(64, "the shard size", "--bone_r")
+    # torchrun takes --r for an abbreviation of its own flags.
+    r: int = _flag(64, "the shard size", "--bone_r", "--rank")
     method: str = _flag("bone", "bone (also called miss) or bat")
     init_weights: str | None = _flag(
         None, "the method in the author's words: True or bat", choices=("True", "bat")
@@ -188,14 +190,21 @@ class TrainingArguments(SFTConfig):  # type: ignore[misc]
     _argument_group_name = "training"
 
     output_dir: str = _flag("output", "the folder for all that the run writes")
-    learning_rate: float = _flag(2e-4, "the highest learning rate")
+    learning_rate: float | None = _flag(
+        None, "the highest learning rate; by default by the size of the base"
+    )
     num_train_epochs: float = _flag(1.0, "passes over the rows")
     per_device_train_batch_size: int = _flag(4, "rows of a batch, on each process")
     lr_scheduler_type: str = _flag("cosine", "the course of the learning rate")
     warmup_steps: float = _flag(0.03, "steps to full learning rate; below 1, a share of all")
     max_length: int | None = _flag(512, "the most tokens of a row; longer rows are cut")
     bf16: bool | None = _flag(False, "compute in bfloat16 where that is safe")
-    gradient_checkpointing: bool = _flag(False, "compute again what would need memory")
+    fp16: bool | None = _flag(
+        None, "compute in float16, with scaled losses; by default with --bits fp16"
+    )
+    gradient_checkpointing: bool | None = _flag(
+        None, "compute again what would need memory; by default on accelerators"
+    )
     train_sampling_strategy: str = _flag(
         "group_by_length",
         "how batches are drawn; group_by_length saves padding",
@@ -206,6 +215,9 @@ class TrainingArguments(SFTConfig):  # type: ignore[misc]
     )
     logging_nan_inf_filter: bool = _flag(False, "show the last number where the loss is none")
     save_total_limit: int | None = _flag(2, "how many checkpoints to keep")
+    ddp_find_unused_parameters: bool | None = _flag(
+        False, "look for parameters that a batch does not use, such as those of idle experts"
+    )
     report_to: str = _flag("none", "none, or such as tensorboard or wandb")
 
     resume: bool = _flag(False, "go on from the last complete checkpoint")
@@ -228,6 +240,8 @@ class TrainingArguments(SFTConfig):  # type: ignore[misc]
             print("note: --tf32 does nothing on this machine")
             self.tf32 = None
         super().__post_init__()
+        if self.use_cpu and self.world_size > 1:
+            self._start_engine_on_processors()
         if self.dry_run_devices > 1:
             dist.init_process_group("fake", rank=0, world_size=self.dry_run_devices)
             self.distributed_state.num_processes = self.dry_run_devices
@@ -236,6 +250,17 @@ class TrainingArguments(SFTConfig):  # type: ignore[misc]
         if self.early_stopping_patience and not self.metric_for_best_model:
             raise ArgumentError("--early_stopping_patience needs --load_best_model_at_end")
         _require_reporters(self.report_to)
+
+    def _start_engine_on_processors(self) -> None:
+        """Let processors shard the base, which accelerate begins on accelerators only."""
+        if self.fsdp:
+            self.distributed_state.distributed_type = DistributedType.MULTI_GPU
+        if self.deepspeed:
+            import deepspeed
+
+            # A kernel that DeepSpeed would compile for a minute, and not without a compiler.
+            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+            deepspeed.init_distributed("gloo", auto_mpi_discovery=False)
 
     def _choose_checkpoint(self) -> None:
         """Let `--resume_from_checkpoint True` mean the last one, as in `Trainer`; check others."""
@@ -273,6 +298,13 @@ def parse_flags(words: Sequence[str]) -> Parsed:
         flags, _ = parser.parse_known_args(words)
     from_file = {} if flags.adapter is None else read_settings(flags.adapter)
     parser.set_defaults(**from_file)
+    if flags.adapter is not None and flags.base is None:
+        flags.base, noted_bits = noted_base(flags.adapter)
+        if flags.bits == "auto":
+            flags.bits = noted_bits
+    device = read_device("cpu" if flags.use_cpu else best_device().type)
+    choices = choose(device, _size_for_rate(flags), vars(flags))
+    parser.set_defaults(**{name: choice.value for name, choice in choices.items()})
     try:
         adapter, data, training, _, unknown = parser.parse_args_into_dataclasses(
             words, return_remaining_strings=True, look_for_args_file=False
@@ -286,7 +318,16 @@ def parse_flags(words: Sequence[str]) -> Parsed:
             raise ArgumentError(
                 f"{flags.adapter} has {name}={value}, which can't change; leave out --{name}"
             )
+    adapter.base, adapter.bits = flags.base, choices["bits"].value
+    training.choices = describe(device, choices)
     return adapter, data, training
+
+
+def _size_for_rate(flags: argparse.Namespace) -> int | None:
+    """Return how many parameters the base has, if the learning rate depends on it."""
+    if flags.base is None or flags.learning_rate is not None:
+        return None
+    return count_parameters(flags.base)
 
 
 def _hint(word: str, parser: argparse.ArgumentParser) -> str:

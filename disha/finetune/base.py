@@ -126,6 +126,18 @@ def _add_tokens(model: Any, tokenizer: Any, tokens: list[str]) -> None:
             rows[known : len(tokenizer)] = rows[:known].mean(0)
 
 
+def count_parameters(name: str) -> int | None:
+    """Return how many parameters a base has by its configuration; None if that can't be read."""
+    try:
+        source, file = _source(name)
+        config = AutoConfig.from_pretrained(source, **file)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+    except (DishaError, OSError, ValueError, ImportError):
+        return None  # loading the base says what is wrong
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
 def best_device() -> torch.device:
     """Return this process's accelerator, or the processor if there is none."""
     kind = torch.accelerator.current_accelerator(check_available=True)
@@ -157,7 +169,7 @@ def _dtype(bits: str, device: torch.device | None) -> torch.dtype | str:
     if bits in FEW_BITS:
         # Accelerators multiply bfloat16 faster than float32; few processors do.
         return torch.float32 if (device or best_device()).type == "cpu" else torch.bfloat16
-    return torch.bfloat16 if bits == "bf16" else torch.float32
+    return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[bits]
 
 
 def _quantization(name: str, bits: str, dtype: torch.dtype | str) -> BitsAndBytesConfig:

@@ -35,7 +35,7 @@ PEFT_CONFIG = "adapter_config.json"
 """The file that tells a folder of PEFT from others."""
 
 FEW_BITS = ("8", "4")
-BITS = ("bf16", "fp32", *FEW_BITS)
+BITS = ("bf16", "fp16", "fp32", *FEW_BITS)
 """How a base can be held in memory."""
 
 

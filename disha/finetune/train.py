@@ -35,7 +35,6 @@ from disha.finetune.notes import (
     TEMPLATE_KEY,
     TOKENS_KEY,
     load_noted_adapter,
-    noted_base,
     notes_at,
     read_notes,
 )
@@ -57,6 +56,8 @@ def run(
 ) -> int:
     """Run the command with what its words say, and return its exit code."""
     base = _choose_base(adapter)
+    if training.process_index == 0:
+        print(training.choices)
     if adapter.merge:
         require_mergeable(base.name)
     if training.dry_run:
@@ -90,15 +91,9 @@ def run(
 
 def _choose_base(adapter: AdapterArguments) -> Base:
     """Return the base that the flags name, or that the adapter notes."""
-    name = adapter.base
-    bits = "fp32"
-    if name is None:
-        if adapter.adapter is None:
-            raise ArgumentError("which model? name it with --base")
-        name, bits = noted_base(adapter.adapter)
-    if adapter.bits is not None:
-        bits = adapter.bits
-    return Base(name, bits, adapter.attn_implementation)
+    if adapter.base is None:
+        raise ArgumentError("which model? name it with --base")
+    return Base(adapter.base, adapter.bits, adapter.attn_implementation)
 
 
 # --- the output folder ---------------------------------------------------------------------------

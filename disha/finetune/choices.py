@@ -1,0 +1,112 @@
+"""The settings that a run chooses by its device and by the size of its base.
+
+| flag | on a processor | on an accelerator |
+|---|---|---|
+| `--bits` | `fp32` | `bf16`, or `fp16` with scaled losses where the device has no bfloat16 |
+| `--gradient_checkpointing` | false | true |
+| `--learning_rate` | by the size of the base | the same |
+
+A flag that is given has precedence. All else is as `transformers` has it on the device: the fused
+AdamW, pinned memory and tf32.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers.utils.import_utils import is_torch_bf16_gpu_available
+
+RATES = ((1.5e8, 3e-4), (1.5e9, 2e-4), (math.inf, 2e-5))
+"""Up to so many parameters, take this rate: the table of `docs/choosing.md`, and between two of its
+rows the lower rate. Models that are called 1B have up to 1.5 billion."""
+
+RATE_OF_UNKNOWN_SIZE = 2e-4
+
+
+@dataclass(frozen=True)
+class Device:
+    """What a run must know of its device."""
+
+    kind: str
+    has_bfloat16: bool
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The value of a flag, and the reason for it."""
+
+    value: Any
+    reason: str
+
+
+def read_device(kind: str) -> Device:
+    """Return what is known of a kind of device. One that is not here is taken for a recent one."""
+    here = torch.accelerator.current_accelerator(check_available=True)
+    if here is None or here.type != kind:
+        return Device(kind, has_bfloat16=True)
+    if kind == "cuda":  # transformers also counts a GPU that only emulates bfloat16, slowly
+        return Device(kind, torch.cuda.is_bf16_supported(including_emulation=False))
+    return Device(kind, is_torch_bf16_gpu_available())
+
+
+def choose(device: Device, parameters: int | None, given: Mapping[str, Any]) -> dict[str, Choice]:
+    """Return the settings of a run by the names of their flags.
+
+    `parameters` counts those of the base, and is None if that is unknown. In `given`, a flag that
+    is None or `auto` is not given.
+    """
+    choices = {
+        "bits": _choose_bits(device),
+        "gradient_checkpointing": _choose_recomputation(device),
+        "learning_rate": _choose_rate(parameters),
+    }
+    for name, value in given.items():
+        if name in choices and value not in (None, "auto"):
+            choices[name] = Choice(value, "as given")
+    if given.get("fp16") is None:
+        is_half = choices["bits"].value == "fp16" and device.kind != "cpu"
+        scales_losses = is_half and not given.get("bf16")
+        choices["fp16"] = Choice(scales_losses, "small gradients of float16 would round to 0")
+    return choices
+
+
+def _choose_bits(device: Device) -> Choice:
+    if device.kind == "cpu":
+        return Choice("fp32", "processors multiply float32 fastest")
+    if device.has_bfloat16:
+        return Choice("bf16", "the device has bfloat16")
+    return Choice("fp16", "the device has no bfloat16; losses are scaled")
+
+
+def _choose_recomputation(device: Device) -> Choice:
+    if device.kind == "cpu":
+        return Choice(False, "a processor has more memory than time")
+    return Choice(True, "an accelerator has more time than memory")
+
+
+def _choose_rate(parameters: int | None) -> Choice:
+    if parameters is None:
+        return Choice(RATE_OF_UNKNOWN_SIZE, "the size of the base is unknown")
+    rates = [rate for most, rate in RATES if parameters <= most]
+    return Choice(rates[0], f"for {_shorten(parameters)} parameters")
+
+
+def _shorten(count: int) -> str:
+    """Return a number of parameters as models are named by it, such as 135M."""
+    for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "K")):
+        if count >= size:
+            return f"{count / size:.3g}{letter}"
+    return str(count)
+
+
+def describe(device: Device, choices: Mapping[str, Choice]) -> str:
+    """Return a line that says what was chosen and why, in the flags that would ask for it."""
+    told = []
+    for name in ("bits", "gradient_checkpointing", "learning_rate"):
+        choice = choices[name]
+        told.append(f"--{name} {str(choice.value).lower()} ({choice.reason})")
+    return f"on {device.kind}: {', '.join(told)}"

@@ -1,0 +1,136 @@
+"""What a run chooses by device and size, in a table over devices that need not be here."""
+
+import pytest
+from safetensors.torch import load_file
+
+from disha.finetune import arguments
+from disha.finetune.arguments import parse_flags
+from disha.finetune.base import count_parameters
+from disha.finetune.choices import Device, choose, describe, read_device
+
+PROCESSOR = Device("cpu", has_bfloat16=True)
+RECENT = Device("cuda", has_bfloat16=True)
+OLD = Device("cuda", has_bfloat16=False)
+APPLE = Device("mps", has_bfloat16=True)
+OLD_APPLE = Device("mps", has_bfloat16=False)
+
+
+@pytest.mark.parametrize(
+    ("device", "bits", "scales_losses", "recomputes"),
+    [
+        (PROCESSOR, "fp32", False, False),
+        (RECENT, "bf16", False, True),
+        (OLD, "fp16", True, True),
+        (APPLE, "bf16", False, True),
+        (OLD_APPLE, "fp16", True, True),
+    ],
+)
+def test_a_device_sets_dtype_and_recomputation(device, bits, scales_losses, recomputes):
+    choices = choose(device, None, {})
+    assert choices["bits"].value == bits
+    assert choices["fp16"].value == scales_losses
+    assert choices["gradient_checkpointing"].value == recomputes
+
+
+@pytest.mark.parametrize(
+    ("parameters", "rate"),
+    [
+        (100_000, 3e-4),
+        (134_515_008, 3e-4),
+        (596_049_920, 2e-4),
+        (1_235_814_400, 2e-4),
+        (3_212_749_824, 2e-5),
+        (8_030_261_248, 2e-5),
+        (None, 2e-4),
+    ],
+)
+def test_the_size_of_the_base_sets_the_rate(parameters, rate):
+    assert choose(PROCESSOR, parameters, {})["learning_rate"].value == rate
+
+
+@pytest.mark.parametrize("device", [PROCESSOR, RECENT, OLD, APPLE])
+@pytest.mark.parametrize("bits", ["fp32", "bf16", "fp16", "8", "4"])
+def test_flags_have_precedence(device, bits):
+    given = {"bits": bits, "gradient_checkpointing": False, "learning_rate": 0.1, "fp16": False}
+    choices = choose(device, 8_030_261_248, given)
+    assert {name: choice.value for name, choice in choices.items()} == {
+        name: given[name] for name in choices
+    }
+
+
+def test_autocast_to_bfloat16_leaves_losses_unscaled():
+    assert not choose(OLD, None, {"bf16": True})["fp16"].value
+
+
+@pytest.mark.parametrize(
+    ("device", "parameters", "line"),
+    [
+        (
+            PROCESSOR,
+            134_515_008,
+            "on cpu: --bits fp32 (processors multiply float32 fastest), "
+            "--gradient_checkpointing false (a processor has more memory than time), "
+            "--learning_rate 0.0003 (for 135M parameters)",
+        ),
+        (
+            RECENT,
+            8_030_261_248,
+            "on cuda: --bits bf16 (the device has bfloat16), "
+            "--gradient_checkpointing true (an accelerator has more time than memory), "
+            "--learning_rate 2e-05 (for 8.03B parameters)",
+        ),
+    ],
+)
+def test_the_line_says_each_choice_as_its_flag_with_the_reason(device, parameters, line):
+    assert describe(device, choose(device, parameters, {"bits": "auto"})) == line
+
+
+def test_the_line_says_what_was_given():
+    line = describe(PROCESSOR, choose(PROCESSOR, None, {"learning_rate": 1e-3}))
+    assert line.endswith("--learning_rate 0.001 (as given)")
+
+
+def test_a_device_that_is_not_here_is_taken_for_a_recent_one():
+    assert read_device("xpu") == Device("xpu", has_bfloat16=True)
+
+
+def test_parameters_are_counted_without_loading(tiny):
+    held = load_file(tiny / "model.safetensors").values()
+    assert count_parameters(str(tiny)) == sum(weight.numel() for weight in held)
+    assert count_parameters("no/such/base") is None
+
+
+class TestParsed:
+    """The flags that the trainer gets."""
+
+    def parse(self, monkeypatch, device, *words):
+        monkeypatch.setattr(arguments, "read_device", lambda kind: device)
+        return parse_flags([*words, "--use_cpu"])
+
+    def test_on_a_processor(self, monkeypatch, tiny):
+        adapter, _, training = self.parse(monkeypatch, PROCESSOR, "--base", str(tiny))
+        assert adapter.bits == "fp32"
+        chosen = (training.fp16, training.bf16, training.gradient_checkpointing)
+        assert chosen == (False, False, False)
+        assert training.learning_rate == 3e-4
+        assert training.optim == "adamw_torch_fused"
+
+    def test_on_a_gpu(self, monkeypatch, tiny):
+        adapter, _, training = self.parse(monkeypatch, RECENT, "--base", str(tiny))
+        assert (adapter.bits, training.fp16, training.bf16) == ("bf16", False, False)
+        assert training.gradient_checkpointing
+        assert training.tf32 is None
+
+    def test_on_a_gpu_without_bfloat16(self, monkeypatch):
+        adapter, _, training = self.parse(monkeypatch, OLD)
+        assert (adapter.bits, training.fp16) == ("fp16", True)
+
+    def test_a_flag_of_the_command_line(self, monkeypatch):
+        words = ["--bits", "fp32", "--gradient_checkpointing", "False", "--lr", "0.5"]
+        adapter, _, training = self.parse(monkeypatch, OLD, *words)
+        assert (adapter.bits, training.fp16) == ("fp32", False)
+        assert (training.gradient_checkpointing, training.learning_rate) == (False, 0.5)
+
+    def test_rank_is_another_name_of_r(self, monkeypatch):
+        adapter, *_ = self.parse(monkeypatch, PROCESSOR, "--rank", "16")
+        assert adapter.r == 16
