@@ -154,7 +154,7 @@ def snapshot(model: nn.Module) -> dict[str, object]:
         "objects": {name: id(module) for name, module in model.named_modules()},
         "parameters": {name: id(p) for name, p in model.named_parameters()},
         "hooks": {
-            name: (*module._forward_hooks, *module._forward_pre_hooks)
+            name: (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
             for name, module in model.named_modules()
         },
         "values": values_of(model),

@@ -63,12 +63,14 @@ class Net(nn.Module):
         self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
         self.lstm = nn.LSTM(8, 8, batch_first=True)
         self.norm = nn.BatchNorm1d(8)
+        layer = nn.TransformerEncoderLayer(8, 2, 4, batch_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 1)
         self.head = nn.Linear(8, 4)
 
     def forward(self, tokens):
         x = self.embed(tokens)
         x, _ = self.attention(x, x, x, need_weights=False)
-        return self.head(self.norm(self.lstm(x)[0].mean(1)))
+        return self.head(self.norm(self.encoder(self.lstm(x)[0]).mean(1)))
 
 
 TOKENS = torch.arange(6).view(2, 3)
