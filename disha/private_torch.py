@@ -49,6 +49,7 @@ column says what happens where a torch lacks the name.
       ._wrap_for_grad
     torch.utils.checkpoint               contexts act again in backward        the first injection
       ._CheckpointFrame                                                        raises
+    the function in Module.to_empty      blocks start again                    only those from meta
     nn.init._no_grad_trunc_normal_       W is written, not W + dW              the same
     torch._functorch.pyfunctorch         weights are computed outside of them  a transform raises
 """
@@ -237,6 +238,11 @@ def ragged_axis(nested: Any) -> int:
     """Return the axis along which the sequences of a jagged nested tensor differ in length."""
     axis: int = nested._ragged_idx
     return axis
+
+
+def gives_empty_memory(function: Any) -> bool:
+    """Whether a function that `nn.Module` applies to its tensors is that of `to_empty()`."""
+    return getattr(function, "__qualname__", "").startswith("Module.to_empty.")
 
 
 def start_no_graph(function: Any) -> None:

@@ -26,6 +26,7 @@ from disha.functional.routed import Route, Routed
 from disha.functional.shard_sums import merge_dtype
 from disha.functional.updates import Updates
 from disha.layers import compiled
+from disha.private_torch import gives_empty_memory
 from disha.sharding.tensor_parallel import Split
 from disha.sharding.zero import gathered_parameter, restart_trace, whole_shape
 
@@ -203,8 +204,9 @@ class AdapterBlock(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AdapterBlock:
         was_on_meta = self.block.is_meta
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if was_on_meta and not self.block.is_meta:
-            # `to_empty()` gives memory without values, and no checkpoint of the base has them.
+        lost_values = was_on_meta or gives_empty_memory(fn)
+        if lost_values and not self.block.is_meta:
+            # No checkpoint of the base has values for the new memory.
             self.reset_parameters()
             self.awaits_base = self.method.replaces
         self._write_scale()  # follows the device, keeps its own dtype, survives to_empty()

@@ -26,12 +26,12 @@ def settings(request):
     return SETTINGS[request.param]
 
 
-class TestFromMeta:
+class TestToEmpty:
     """The blocks start as `init` says when memory comes, not as it was left by others."""
 
-    @pytest.fixture
-    def model(self, settings, monkeypatch):
-        model = disha.inject_adapters(build("meta"), **settings)
+    @pytest.fixture(params=["meta", "cpu"])
+    def model(self, request, settings, monkeypatch):
+        model = disha.inject_adapters(build(request.param), **settings)
         # What memory holds is up to chance.
         empty_like = torch.empty_like
         monkeypatch.setattr(torch, "empty_like", lambda *a, **k: empty_like(*a, **k).fill_(1e23))
