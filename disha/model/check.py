@@ -328,13 +328,15 @@ def _check(
         _randomise(blocks, undo)
         _keep_data(active, undo)
         undo.callback(view.reshard)  # a forward gathers what is sharded
-        seen = [_observe(runner, blocks, training=False)]
+        with _keep_weights(active, undo):
+            seen = [_observe(runner, blocks, training=False)]
         merges = _compare_merged(view, runner, seen[0], active)
         idle = [block for block in blocks if block not in seen[0].acting & seen[0].reached]
         error_in_training = ""
         if idle:
             try:
-                seen.append(_observe(runner, idle, training=True))
+                with _keep_weights(active, undo):
+                    seen.append(_observe(runner, idle, training=True))
             except Exception as error:  # such as of a loss without its targets, or of a batch norm
                 error_in_training = type(error).__name__
         if len(seen) == 2:
@@ -612,3 +614,17 @@ def _keep_data(active: list[ModelBlock], undo: ExitStack) -> None:
 
     for weight in _dense_weights(active).values():
         undo.callback(put_back, weight, weight.data)
+
+
+@contextmanager
+def _keep_weights(active: list[ModelBlock], undo: ExitStack) -> Iterator[None]:
+    """Let `undo` put the values back that the body changes in place; only these stay copied."""
+    kept = []
+    for weight in _dense_weights(active).values():
+        kept.append((weight.data, weight.detach().clone()))
+    try:
+        yield
+    finally:
+        for data, values in kept:
+            if not torch.equal(data, values):
+                undo.callback(data.copy_, values)

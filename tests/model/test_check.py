@@ -277,8 +277,9 @@ def test_a_forward_that_adds_the_update_to_w_again_and_again_is_named(use):
     assert "each forward changes this weight" in row.reason
 
 
-def test_a_weight_that_a_forward_replaced_comes_back():
-    model = disha.inject_adapters(Model(replace_data), "layer", 2)
+@pytest.mark.parametrize("use", [replace_data, write_data])
+def test_a_weight_that_a_forward_changed_comes_back(use):
+    model = disha.inject_adapters(Model(use), "layer", 2)
     before = snapshot(model)
     disha.check_adapters(model, torch.randn(3, 4))
     assert_unchanged(model, before)
