@@ -316,6 +316,9 @@ def _compute_merged(
             f"merging {', '.join(map(repr, adapters))} into {name} gives values that are not "
             "finite; check the adapter's blocks and its scale"
         )
+    if parameter.is_inference():  # it can only get data that is made in inference mode as well
+        with torch.inference_mode():
+            merged = merged.clone()
     dense = quantization_of(layer, parameter) is not None
     written = fingerprint(merged)
     if not (shared or dense):

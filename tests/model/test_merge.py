@@ -298,6 +298,19 @@ class TestRefusals:
             disha.merge_adapters(model)
 
 
+def test_a_model_that_was_made_in_inference_mode():
+    with torch.inference_mode():
+        x, model = torch.randn(3, 6), nn.Sequential(nn.Linear(6, 4))
+        base = model(x)
+        perturb(disha.inject_adapters(model, "0", 2))
+        expected = model(x)
+        disha.merge_adapters(model)
+        torch.testing.assert_close(model(x), expected)
+        disha.unmerge_adapters(model)
+        disha.remove_adapters(model)
+        assert torch.equal(model(x), base)
+
+
 def test_a_second_name_in_the_same_module_is_not_merged_in_silence():
     weight, x = nn.Parameter(torch.randn(4, 4)), torch.randn(3, 4)
     model = Made(lambda self, x: x @ self.a.mT + x @ self.b.mT, a=weight, b=weight)
