@@ -24,6 +24,8 @@ def test_facts_are_those_of_the_base():
     assert not weight.is_sparse
     assert torch.is_floating_point(weight)
     assert weight.element_size() == 4
+    assert weight.type() == torch.typename(weight) == "torch.FloatTensor"
+    torch.testing.assert_close(weight.type(torch.float64), merged_weight(layer).double())
 
 
 @pytest.mark.parametrize(

@@ -38,7 +38,7 @@ from transformers.integrations.higgs import HiggsLinear
 from transformers.integrations.metal_quantization import MetalLinear
 
 import disha
-from disha import ArgumentError, MergeError, TargetError
+from disha import ArgumentError, ArgumentTypeError, MergeError, TargetError
 from disha.functional import bone_delta
 from disha.layers import quantized
 from disha.layers.quantized import quantized_slot
@@ -830,6 +830,14 @@ def test_adapters_train_what_quantisation_will_round(method):
     quantize_(model, int4_aware("convert"))
     assert type(model[0]) is nn.Linear
     torch.testing.assert_close(model(x), expected, rtol=0.05, atol=0.05)
+
+
+def test_a_model_is_prepared_before_its_adapters_are_injected():
+    model = nn.Sequential(nn.Linear(32, 32))
+    disha.inject_adapters(model, "0", 2)
+    with pytest.raises(ArgumentTypeError, match=r"prepare the model.*before you inject"):
+        quantize_(model, int4_aware("prepare"))
+    assert model[0].disha.active == ("default",)
 
 
 def prepare_qat(model):

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import disha
-from disha import ModeError
+from disha import ArgumentTypeError, ModeError
 from disha.layers.adapted import AdaptedLayer
 from tests import reference
 from tests.conftest import (
@@ -232,6 +232,16 @@ class TestRefusals:
             pytest.raises(ModeError, match="one computed"),
         ):
             layer.weight @ x.new_ones(4, 2)
+
+    @pytest.mark.parametrize("is_adapted", [False, True])
+    def test_tying_after_the_injection(self, is_adapted):
+        model = nn.ModuleDict({"embed": nn.Embedding(5, 4), "head": nn.Linear(4, 5)})
+        disha.inject_adapters(model, "." if is_adapted else "embed", 2)
+        head = model["head"]
+        before = head._parameters["weight"]
+        with pytest.raises(ArgumentTypeError, match=r"tie weights.*before you inject"):
+            head.weight = model["embed"].weight
+        assert head._parameters["weight"] is before
 
     def test_dropout_that_can_not_act(self):
         model, target, x = build("standardised")
