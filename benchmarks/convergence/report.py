@@ -225,22 +225,24 @@ def _longer(found: Longer) -> str:
     least = found.mean("bone", mild).loss - min(one.mean("loss") for one in found.own.values())
     return f"""## Learning against forgetting
 
-A longer training: {task.steps} steps of {task.batch} rows, no row twice, r = {task.r}. *Forgetting*
-is the rise of the loss on text that the base itself wrote, from {base:.2f}. The [table of
+An adapter should learn the new task and keep what the base could do. The longest training shows
+both: {task.steps} steps of {task.batch} rows, no row twice, r = {task.r}. *Forgetting* is the rise
+of the loss on text that the base itself wrote, from {base:.2f}. The [table of
 rates](#test-loss-and-forgetting-at-each-rate) has all figures.
 
 ![Test loss over forgetting, and over the learning rate]({PICTURES.format("longer")})
 
-- **At equal forgetting, {alike} learn as much in this task.** Over all rates and scales, their
-  lowest losses (means at a star) within a forgetting of
-  {_joined([f"{limit:g}" for limit in LIMITS])} are {lowest}.
+- **At equal forgetting, {alike} learn as much in this task.** If forgetting may be at most
+  {_joined([f"{limit:g}" for limit in LIMITS])}, their lowest losses over all rates and scales are
+  {lowest}.
 - **At one rate, MiSS forgets more.** It forgets {_at_one_rate(found)} times as much as LoRA.
 - **At a third of LoRA's rate, MiSS does about the same.** In the {len(thirds(found))} pairs
   of such rates, its loss is {_span(loss for loss, _ in thirds(found))}, and its forgetting
   {_span(f for _, f in thirds(found))}. With r = 16, in short trainings, a tenth was best.
-- **A high rate costs more than it gives.** From {mild:g} to {own:g}, MiSS
-  forgets {high / low:.1f} times as much, for no lower test loss.
-- **To forget less, you can scale after training.** It costs no more than a lower rate{FIRST}.
+- **A high rate costs more than it gives.** At {own:g}, MiSS forgets {high / low:.1f} times as much
+  as at {mild:g}, and its test loss is no lower.
+- **To forget less, you can scale the adapter after training.** That costs no more than a lower rate
+  would have{FIRST}.
   {_scaled(found, "bone", 1e-4)}
   {_scaled(found, OTHER, mild)}
 - **At the rates that the validation loss chooses, others learn more.** There, MiSS has a higher
@@ -440,11 +442,12 @@ of July 2026, when it corrected its measure of forgetting: Llama-3.2-3B, 5,000 s
 scored on GSM8K. The rate is {rate:g}; SHiRA has 3e-4 and full fine-tuning 1e-5. [Its
 figures](#figures-of-pefts-comparison) are below.
 
-- **For MiSS**: the least memory and time of all methods there above 45%.
-- **Against it**: it and BAT forget {REPORTED_FORGETTING:.1f} times as much as LoRA. rsLoRA and
-  SHiRA have more correct; SHiRA forgets as little as LoRA.{untrained}
-- **One rate for all** means [larger steps](choosing.md#learning-rate) for MiSS and BAT.
-- Repeated runs differ by up to {varies:.1f} points.
+- **For MiSS**: of all methods there with more than 45% correct, it takes the least memory and time.
+- **Against it**: MiSS and BAT forget {REPORTED_FORGETTING:.1f} times as much as LoRA. rsLoRA and
+  SHiRA answer more questions correctly, and SHiRA forgets as little as LoRA.{untrained}
+- **All methods had one rate**, at which MiSS and BAT take [larger
+  steps](choosing.md#learning-rate) than a LoRA.
+- Repeated runs differ by up to {varies:.1f} points, so small differences mean nothing.
 
 In [PEFT's image comparison](https://github.com/huggingface/peft/tree/main/method_comparison/image-gen)
 (FLUX.2 klein 4B, 1e-4, June 2026), MiSS with r = 32 has the lowest training loss of 31 runs: 0.617;
@@ -491,7 +494,10 @@ def _older(costs: Mapping[str, Any]) -> str:
     measured = costs["versions"]["disha"]
     if measured == __version__:
         return ""
-    return f" They were measured with disha {measured}, before {__version__}."
+    return (
+        f" They were measured with disha {measured}, and all runs here are older than\n"
+        f"  {__version__}. The formulas are the same since then; times may be other."
+    )
 
 
 def _how(results: Results, costs: Mapping[str, Any], found: Mapping[str, TaskFindings]) -> str:
@@ -505,14 +511,14 @@ def _how(results: Results, costs: Mapping[str, Any], found: Mapping[str, TaskFin
     settings = "; ".join(f"{_joined(titles)}: {about}" for about, titles in alike.items())
     return f"""## How it was measured
 
-- **Equal parameters**: as many as MiSS, within {LARGEST_DIFFERENCE:.0%}. Full fine-tuning of
-  the same layers is shown for reference.
+- **Equal parameters**: every adapter has as many as MiSS, within {LARGEST_DIFFERENCE:.0%}. Full
+  fine-tuning of the same layers is shown for reference.
 - **Equal training**: the same rows in the same order, AdamW without decay, clipping or dropout, a
   short warm-up and a cosine to zero. New heads train at {HEAD_RATE:g} with every method.
-- **Own rates**: at least four, a factor of about three apart, with one beyond if the best is at an
-  edge. The loss on validation rows with one seed chooses; then {len(STUDY.seeds)} seeds run. The
-  tables have the loss on test rows. No best rate was chosen by test rows; only the advice to take
-  {MILD["bone"]:g} for MiSS was written after we saw them.
+- **Own rates**: each method is tried at four rates or more, a factor of about three apart, and at
+  one beyond if the best is at an edge. The loss on validation rows with one seed chooses the rate;
+  then {len(STUDY.seeds)} seeds run. The tables have the loss on test rows. No best rate was chosen
+  by test rows; only the advice to take {MILD["bone"]:g} for MiSS was written after we saw them.
 - **Noise**: two methods differ if a paired t-test over seeds says so at 95%. With three seeds, only
   a large difference passes; among many pairs, some pass by chance.
 - **What the base could do**: upright digits, or unrelated prose; in the longer training, text that
