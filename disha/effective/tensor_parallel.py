@@ -10,7 +10,7 @@ from disha.effective.weight import EffectiveWeight, effective
 from disha.errors import ModeError
 from disha.functional import Layout, Update
 from disha.functional.parts import update_of_part
-from disha.functional.updates import Updates
+from disha.functional.weight_updates import Updates
 from disha.sharding.tensor_parallel import Split
 
 

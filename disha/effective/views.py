@@ -13,7 +13,7 @@ from disha.effective.weight import EffectiveWeight, base_inside, effective
 from disha.functional import Layout, Update
 from disha.functional.parts import updates_of_outputs
 from disha.functional.shard_sums import is_inexact
-from disha.functional.updates import Change, Updates
+from disha.functional.weight_updates import Change, Updates
 
 
 def _make_view(weight: EffectiveWeight, base: Tensor, layout: Layout, change: Change) -> Any:

@@ -29,7 +29,7 @@ from torch.compiler import is_compiling
 from disha.effective.rules import RULES, Operation
 from disha.errors import ArgumentError, ModeError
 from disha.functional import Layout
-from disha.functional.updates import Updates
+from disha.functional.weight_updates import Updates
 from disha.private_torch import (
     OP_NAME,
     FakeTensor,

@@ -7,11 +7,12 @@ cropped afterwards. A runtime scale s multiplies the update dW. All functions ar
 and none takes a module.
 
 From a layer to its update: the layer makes an `Update` of each acting block. `products` takes it,
-and asks its `Method` for dW or for a factor of it. `Layout` tells the method what the matrices are.
+and asks its `Method` for dW, or for the matrix R with dW x = S(x) R. `Layout` tells the method
+which axes of a weight are its matrices.
 
-Read in this order: `shard_sums` cuts dimensions, `bone` and `bat` have the formulas, `layouts` says
-which axes of a weight are its matrices, `methods` is the table of methods and layouts, and
-`products` multiplies an input by a weight and its updates.
+Read in this order: `shard_sums`, `bone`, `bat`, `layouts`, `methods`, `update` (one block),
+`products` (any layout), then its special cases `linear` and `stacks`, then `parts`; last
+`weight_updates` and `routed` (all blocks of a weight).
 
 Source: Kang, "DiSHA: Dimension-Sharding Adaptation of Large Language Models with Fast Convergence
 and Fast Computation", arXiv 2409.15371 (Bone was later renamed MiSS; the tile is its "mini").

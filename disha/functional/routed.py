@@ -29,7 +29,7 @@ from disha.functional.layouts import MATRIX
 from disha.functional.lookups import is_lookup
 from disha.functional.shard_sums import scaled, shard_sums
 from disha.functional.update import shard_sum_terms
-from disha.functional.updates import Change, DeltaOf, Updates
+from disha.functional.weight_updates import Change, DeltaOf, Updates
 from disha.private_torch import must_not_write
 from disha.text import counted
 

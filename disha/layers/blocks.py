@@ -24,7 +24,7 @@ from disha.functional import Layout, Method, Update, method_of
 from disha.functional.layouts import OutputRanges
 from disha.functional.routed import Route, Routed
 from disha.functional.shard_sums import merge_dtype
-from disha.functional.updates import Updates
+from disha.functional.weight_updates import Updates
 from disha.layers import compiled
 from disha.private_torch import gives_empty_memory
 from disha.sharding.tensor_parallel import Split

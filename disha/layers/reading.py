@@ -15,7 +15,7 @@ from disha.effective.weight import EffectiveWeight, absent, computed, effective
 from disha.errors import ArgumentError, ModeError
 from disha.functional import adapted_linear
 from disha.functional.shard_sums import PLAIN
-from disha.functional.updates import Updates
+from disha.functional.weight_updates import Updates
 from disha.layers.blocks import CHILD_NAME, AdapterBlock, Adapters
 from disha.layers.weights import base_reader
 from disha.sharding.tensor_parallel import split_of

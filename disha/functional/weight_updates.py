@@ -29,7 +29,7 @@ class Updates:
 
     Attributes:
         every: all of them.
-        of_all_samples: the same, or None if the updates differ by sample.
+        of_all_samples: `every` too if all samples have all of them; None if samples differ.
     """
 
     of_all_samples: tuple[Update, ...] | None
