@@ -98,7 +98,9 @@ def _passed(test: str, passed: Mapping[str, bool]) -> bool:
     return bool(found) and all(found)
 
 
-TRAINER = "integrations.test_libraries"
+TRAINER = "integrations.test_transformers"
+ACCELERATE = "integrations.test_accelerate"
+LIGHTNING = "integrations.test_lightning"
 TRL = "integrations.test_trl"
 FSDP = "whole.test_distributed::test_on_two_ranks[fsdp-check_{}]"
 DDP = "whole.test_distributed::test_on_two_ranks[ddp-check_{}]"
@@ -117,8 +119,8 @@ SERVERS = "runtimes.test_runtimes"
 LLAMA_CPP = "llamacpp.test_llamacpp"
 LEAVING = "whole.test_leaving_pytorch"
 
-STATES = f"{TRAINER}::test_states_of_accelerate_hold_the_adapter_and_resume_bit_for_bit"
-LIGHTNING = f"{TRAINER}::test_checkpoints_of_lightning_hold_the_adapter_and_resume_bit_for_bit"
+STATES = f"{ACCELERATE}::test_states_of_accelerate_hold_the_adapter_and_resume_bit_for_bit"
+OF_LIGHTNING = f"{LIGHTNING}::test_checkpoints_of_lightning_hold_the_adapter_and_resume_bit_for_bit"
 CHECKPOINTS = f"{TRAINER}::test_checkpoints_hold_the_adapter_and_resume_bit_for_bit"
 QUANTIZED = f"{TRL}::test_over_a_quantized_base_blocks_train_and_keep_their_dtype"
 RESUMES = f"{TRL}::test_after_sft_it_keeps_the_adapter_only_and_resumes_bit_for_bit"
@@ -184,11 +186,11 @@ that two processes train and save the same as one.
                 "best is loaded": (BEST.format("rewarded"),),
             },
             "Lightning": {
-                "trains": (LIGHTNING,),
-                "quantised base": (LIGHTNING,),
-                "adapter only": (LIGHTNING,),
-                "resumes bit for bit": (LIGHTNING,),
-                "best is loaded": (LIGHTNING,),
+                "trains": (OF_LIGHTNING,),
+                "quantised base": (OF_LIGHTNING,),
+                "adapter only": (OF_LIGHTNING,),
+                "resumes bit for bit": (OF_LIGHTNING,),
+                "best is loaded": (OF_LIGHTNING,),
             },
             "Accelerate": {
                 "trains": (STATES,),

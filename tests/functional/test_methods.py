@@ -1,10 +1,8 @@
-"""The table of methods and layouts, cell by cell against the loops of reference.py."""
+"""The table of methods, cell by cell against the loops of reference.py, and methods of users."""
 
 import copy
 import itertools
-import re
 from collections.abc import Callable
-from typing import NamedTuple
 
 import pytest
 import torch
@@ -12,80 +10,23 @@ from torch import nn
 
 import disha
 from disha import functional
-from disha.errors import ArgumentError, ArgumentTypeError, DishaError
+from disha.errors import ArgumentError, DishaError
 from disha.functional import METHODS, PATTERNS, Geometry, Layout, Method, Update, method_of
-from disha.functional.layouts import OutputRanges, place_outputs
-from disha.functional.parts import update_of_part, updates_of_outputs
-from disha.functional.update import shard_sum_terms
+from disha.functional.parts import update_of_part
 from tests import reference
 from tests.conftest import assert_same, close, pickled
+from tests.functional.cases import (
+    BLOCKS,
+    CUTS_AT,
+    LAYOUTS,
+    ROWS,
+    case_of,
+    on_every_layout,
+    stack_of,
+    with_every_block,
+)
 
-LAYOUTS = {pattern: (Layout(pattern), reference.shape_of(pattern)) for pattern in PATTERNS} | {
-    "padded embedding": (Layout("index out", padding_idx=2), (7, 6)),
-    "conv1d": (Layout("out in *kernel"), (6, 7, 3)),
-    "conv3d": (Layout("out in *kernel"), (6, 5, 2, 1, 2)),
-    "transposed 1d": (Layout("in out *kernel"), (7, 6, 3)),
-    "grouped transposed 1d": (Layout("in out *kernel", groups=2), (14, 6, 2)),
-    "grouped transposed 2d": (Layout("in out *kernel", groups=2), (10, 6, 2, 2)),
-    "transposed 3d": (Layout("in out *kernel"), (7, 6, 2, 1, 2)),
-}
-"""Every layout, and layouts in more dimensions: weights with 6 outputs, and 7 or 5 inputs."""
-
-BLOCKS = {
-    "bone r=1": ("bone", 1, None),
-    "bone r=3": ("bone", 3, None),
-    "bone r=5": ("bone", 5, None),
-    "tile r=3": ("bone", 3, 2),
-    "bat r=2": ("bat", 2, None),
-    "bat r=4": ("bat", 4, None),
-    "rows": ("rows", 1, None),
-}
-"""Method, r and r_out: r divides neither size, or only the outputs."""
-
-ROWS = [((1, 3),), ((0, 2), (3, 5)), ((0, 1), (1, 4))]
-
-on_every_layout = pytest.mark.parametrize("kind", LAYOUTS)
-with_every_block = pytest.mark.parametrize("name", BLOCKS)
-
-
-class Case(NamedTuple):
-    """A weight and a block of it."""
-
-    method: str
-    layout: Layout
-    r: int
-    weight: torch.Tensor
-    block: torch.Tensor
-    rows: OutputRanges
-
-    @property
-    def geometry(self):
-        return self.layout.geometry(self.weight.shape, self.rows)
-
-    @property
-    def delta(self):
-        """DW as the table has it."""
-        return method_of(self.method).delta_weight(self.layout, self.block, self.weight, self.rows)
-
-    @property
-    def expected(self):
-        """DW as the loops have it."""
-        layout = self.layout
-        return reference.layout_delta_weight(
-            self.method, layout.pattern, self.block, self.weight, self.rows,
-            layout.groups, layout.padding_idx,
-        )  # fmt: skip
-
-
-def case_of(kind, name, rows=(), dtype=torch.float64):
-    (layout, shape), (method, r, r_out) = LAYOUTS[kind], BLOCKS[name]
-    weight = torch.randn(shape, dtype=dtype)
-    block = torch.randn(method_of(method).block_shape(layout, shape, r, r_out, rows), dtype=dtype)
-    return Case(method, layout, r, weight, block, rows)
-
-
-CUTS_AT = {"bone": lambda r: 1, "bat": lambda r: r, "rows": lambda r: 1}
-"""Method -> the number of which the edges of a part must be multiples, to cut a block there."""
+MATRIX, STACK = Layout("out in"), Layout("expert out in")
 
 
 def test_every_method_is_tried():
@@ -152,15 +93,6 @@ SHAPES = {
     "expert out in": lambda r, out: (3, r, out),
     "expert in out": lambda r, out: (3, r, out),
 }
-
-
-def stack_of(kind):
-    """The sizes in front of a block, by the names of the weight's axes."""
-    layout, shape = LAYOUTS[kind]
-    axes = layout.pattern.split()
-    experts = (shape[axes.index("expert")],) if "expert" in axes else ()
-    groups = (layout.groups,) if layout.pattern == "in out *kernel" else ()
-    return (*experts, *groups, *(shape[axes.index("*kernel") :] if "*kernel" in axes else ()))
 
 
 def test_every_layout_has_a_shape():
@@ -250,117 +182,6 @@ def test_lora_factors_multiply_to_the_update_without_loss(kind, name):
     assert torch.equal(case._replace(block=again).delta, case.delta)
 
 
-@on_every_layout
-def test_a_layout_takes_apart_what_it_puts_together(kind):
-    layout, shape = LAYOUTS[kind]
-    weight = torch.randn(shape)
-    matrices, geometry = layout.matrices(weight), layout.geometry(shape)
-    assert tuple(matrices.shape) == (*geometry.stack, geometry.out_features, geometry.in_features)
-    assert torch.equal(layout.weight(matrices), weight)
-    assert layout.shape(geometry) == shape
-    assert layout.reason_against_shape(shape) is None
-    turned = layout.transposed()
-    if turned is not None:
-        assert torch.equal(turned.matrices(weight.mT), matrices)
-        assert turned.transposed().pattern == layout.pattern.replace("index", "in")
-    rows = ((0, 2), (3, 5))
-    assert torch.equal(layout.matrices(layout.part(weight, rows)), matrices[..., [0, 1, 3, 4], :])
-    assert layout.part(weight, ()) is weight
-    assert layout.part(weight, ((1, 3),)).data_ptr() == matrices[..., 1:, :].data_ptr()
-
-
-@pytest.mark.parametrize(
-    ("layout", "shape", "says"),
-    [
-        (Layout("out in"), (6,), "shape .6,. does not have the axes 'out in'"),
-        (Layout("out in"), (3, 6, 7), "does not have the axes"),
-        (Layout("expert in out"), (6, 7), "does not have the axes"),
-        (Layout("out in *kernel"), (6, 7), "does not have the axes"),
-        (Layout("in out *kernel", groups=3), (7, 6, 2), "3 groups do not divide its 7"),
-    ],
-)
-def test_why_a_weight_has_not_a_layout(layout, shape, says):
-    assert re.search(says, layout.reason_against_shape(shape))
-
-
-def test_a_layout_is_known_by_its_pattern():
-    assert functional.layout_of("  expert  out in ") == Layout("expert out in")
-    own = Layout("in out *kernel", groups=2)
-    assert functional.layout_of(own) is own
-    with pytest.raises(ArgumentError, match="unknown layout 'out of'; allowed are 'out in', "):
-        functional.layout_of("out of")
-    with pytest.raises(ArgumentTypeError, match="a layout must be a str such as 'out in', got 3"):
-        functional.layout_of(3)
-
-
-CONV = Layout("out in *kernel")
-
-
-@pytest.mark.parametrize(
-    ("layout", "geometry", "r", "r_out", "says"),
-    [
-        (Layout("out in"), Geometry(8, 6), 8, 3, None),
-        (Layout("out in"), Geometry(8, 6), 9, None, "r=9 is larger than in_features=8"),
-        (Layout("in out"), Geometry(8, 6), 2, 4, "r_out=4 does not divide out_features=6"),
-        (Layout("index out"), Geometry(8, 6), 9, None, "r=9 is larger than num_embeddings=8"),
-        (Layout("index out"), Geometry(8, 6), 2, 4, "r_out=4 does not divide embedding_dim=6"),
-        (CONV, Geometry(8, 6, (3,)), 9, None, "r=9 is larger than its 8 input channels per group"),
-        (CONV, Geometry(8, 6, (3,)), 2, 4, "r_out=4 does not divide its 6 output channels"),
-        (Layout("out in"), Geometry(0, 6), 1, None, "its weight is empty"),
-        (Layout("out in"), Geometry(8, 0), 1, None, "its weight is empty"),
-        (Layout("expert out in"), Geometry(8, 6, (0,)), 1, None, "its weight is empty"),
-    ],
-)
-def test_why_a_block_does_not_fit(layout, geometry, r, r_out, says):
-    assert layout.reason_against(geometry, r, r_out) == says
-
-
-@pytest.mark.parametrize("dim", [0, 1, -1, -2])
-@pytest.mark.parametrize("rows", [*ROWS, ((4, 6),), ((0, 6),)], ids=str)
-def test_rows_are_taken_and_placed(rows, dim):
-    whole = torch.randn(6, 6)
-    pattern = "in out" if dim in (1, -1) else "out in"
-    taken = Layout(pattern).part(whole, rows)
-    chosen = [row for first, stop in rows or ((0, 6),) for row in range(first, stop)]
-    assert torch.equal(taken, whole.index_select(dim, torch.tensor(chosen)))
-    placed = place_outputs(taken, rows, 6, dim)
-    expected = torch.zeros(6, 6).index_copy(dim, torch.tensor(chosen), taken)
-    assert torch.equal(placed, expected)
-
-
-@with_every_block
-@on_every_layout
-def test_what_a_block_of_some_rows_adds_by_shard_sums(kind, name):
-    case = case_of(kind, name, ((0, 2), (3, 5)))
-    update = Update(method_of(case.method), case.block, 0.5, output_ranges=case.rows)
-    found = shard_sum_terms([update], case.layout, case.layout.geometry(case.weight.shape))
-    if not METHODS[case.method].uses_shard_sum:
-        assert found == []
-        return
-    (one,) = found
-    geometry = case.layout.geometry(case.weight.shape)
-    delta = functional.bone_delta_weight(one.matrix, geometry.in_features, 6)
-    if case.layout.padding_idx is not None:
-        delta[..., case.layout.padding_idx] = 0.0
-    assert torch.equal(case.layout.weight(delta), 0.5 * case.delta)
-
-
-def test_updates_of_one_shard_size_add_up():
-    layout, sizes, blocks = Layout("out in"), Geometry(7, 6), torch.randn(3, 2, 2)
-    updates = [
-        Update(method_of("bone"), block, scale, output_ranges=((2 * i, 2 * i + 2),))
-        for i, (block, scale) in enumerate(zip(blocks, (1.0, 0.5, torch.tensor(-2.0)), strict=True))
-    ]
-    (one,) = shard_sum_terms(updates, layout, sizes)
-    assert torch.equal(one.matrix, torch.cat([blocks[0], 0.5 * blocks[1], -2 * blocks[2]], 1))
-    dropping = [updates[0], updates[1]._replace(dropout=0.5), updates[2]]
-    assert len(shard_sum_terms(dropping, layout, sizes)) == 2
-    wider = Update(method_of("bone"), torch.randn(3, 6))
-    assert len(shard_sum_terms([*updates, wider], layout, sizes)) == 2
-    (alone,) = shard_sum_terms([wider], layout, sizes)
-    assert alone.matrix is wider.block
-
-
 @pytest.mark.parametrize(
     ("start", "stop"), [(0, 2), (2, 6), (4, 6), (1, 3), (2, 5), (0, 7), (6, 7)]
 )
@@ -382,71 +203,6 @@ def test_the_block_of_a_slice_of_outputs(name, start, stop):
 
 
 @pytest.mark.parametrize(
-    ("start", "stop"), [(0, 8), (0, 4), (2, 4), (3, 4), (4, 6), (5, 8), (3, 7)]
-)
-@pytest.mark.parametrize("rows", [(), ((0, 4),), ((2, 4), (6, 8)), ((1, 3), (4, 8))], ids=str)
-@with_every_block
-def test_the_updates_of_a_slice_of_outputs(name, rows, start, stop):
-    (method, r, r_out), layout = BLOCKS[name], Layout("out in")
-    weight = torch.randn(8, 7, dtype=torch.float64)
-    shape = method_of(method).block_shape(layout, weight.shape, r, r_out, rows)
-    update = Update(method_of(method), torch.randn(shape, dtype=torch.float64), output_ranges=rows)
-    found = updates_of_outputs([update], start, stop, Geometry(7, 8))
-    if found is None:
-        assert CUTS_AT[method](r) > 1
-        return
-    assert bool(found) == any(first < stop and start < last for first, last in rows or [(0, 8)])
-    whole = functional.computed_weight(weight, layout, [update])
-    part = functional.computed_weight(weight[start:stop], layout, found)
-    torch.testing.assert_close(part, whole[start:stop], rtol=1e-12, atol=1e-12)
-    if update.output_ranges == ((start, stop),):
-        assert found[0].output_ranges == ()
-
-
-@pytest.mark.parametrize("part", [((0, 3), (0, 4), (0, 7)), ((1, 3), (4, 8), (2, 4)), None])
-@pytest.mark.parametrize("pattern", ["out in", "in out", "index out", "expert in out"])
-@with_every_block
-def test_the_updates_of_a_part_of_a_weight(name, pattern, part):
-    """None stands for a part whose edges are multiples of r, where every method can be cut."""
-    method, r, r_out = BLOCKS[name]
-    layout = Layout(pattern, padding_idx=3 if pattern == "index out" else None)
-    shape = (3, 8, 8)[3 - len(layout.axes) :]
-    part = ((1, 2), (0, r), (r, 8)) if part is None else part
-    part = tuple(
-        (start, min(stop, size))
-        for (start, stop), size in zip(part[-len(shape) :], shape, strict=True)
-    )
-    weight = torch.randn(shape, dtype=torch.float64)
-    block = torch.randn(method_of(method).block_shape(layout, shape, r, r_out), dtype=weight.dtype)
-    update = Update(method_of(method), block)
-    found = update_of_part(update, layout, shape, part)
-    if found is None:
-        assert CUTS_AT[method](r) > 1
-        assert part[-1] != (r, 8)
-        return
-    own = tuple(slice(*ends) for ends in part)
-    whole = functional.computed_weight(weight, layout, [update])
-    cut = functional.computed_weight(weight[own], layout.of_part(part), found)
-    torch.testing.assert_close(cut, whole[own], rtol=1e-12, atol=1e-12)
-
-
-def test_a_part_of_a_table_keeps_its_own_padding_index():
-    layout = Layout("index out", padding_idx=2)
-    found = {rows: layout.of_part((rows, (0, 8))).padding_idx for rows in ((0, 2), (2, 4), (1, 3))}
-    assert found == {(0, 2): None, (2, 4): 0, (1, 3): 1}
-
-
-def test_a_kernel_is_not_cut():
-    update, layout = Update(method_of("bone"), torch.zeros(4, 2, 3)), Layout("out in *kernel")
-    whole = ((0, 4), (0, 6), (0, 3))
-    assert update_of_part(update, layout, (4, 6, 3), whole) == [update]
-    for part in (((0, 2), *whole[1:]), (*whole[:2], (0, 1))):
-        assert update_of_part(update, layout, (4, 6, 3), part) is None
-    with pytest.raises(ValueError, match=r"zip\(\)"):
-        update_of_part(update, Layout("out in"), (4, 6, 3), whole)
-
-
-@pytest.mark.parametrize(
     ("method", "layout", "block", "weight"),
     [
         ("bone", Layout("out in *kernel"), (6, 2, 5), (6, 7, 3)),
@@ -463,7 +219,41 @@ def test_a_block_of_another_weight_is_refused(method, layout, block, weight):
         method_of(method).delta_weight(layout, torch.zeros(block), torch.zeros(weight))
 
 
+META = torch.device("meta")
+
+ON_META = {
+    "bone_delta_weight": lambda block: functional.bone_delta_weight(block, 7, 6),
+    "bone_lora_factors": lambda block: torch.cat(
+        [factor.flatten() for factor in functional.bone_lora_factors(block, 7, 6)]
+    ),
+    "bat_delta_weight": lambda block: functional.bat_delta_weight(
+        torch.empty(6, 7, device=META), block.view(3, 2, 2)
+    ),
+    "convolution": lambda block: method_of("bone").delta_weight(
+        Layout("out in *kernel"), block.view(6, 2, 1), torch.empty(6, 7, 1, device=META)
+    ),
+    "embedding": lambda block: method_of("bone").delta_weight(
+        Layout("index out", padding_idx=3), block, torch.empty(7, 6, device=META)
+    ),
+    "rows": lambda block: method_of("bone").delta_weight(
+        MATRIX, block, torch.empty(9, 7, device=META), output_ranges=((1, 4), (5, 8))
+    ),
+    "weighted_sum": lambda block: functional.weighted_sum([(block, 0.5)]),
+    "product of rows": lambda block: functional.adapted_linear(
+        torch.empty(3, 7, device=META), torch.empty(9, 7, device=META), None,
+        [functional.Update(method_of("bat"), block.view(3, 2, 2), 0.5, 0.5, ((1, 7),))],
+    ),
+    "widened": lambda block: method_of("bone").wider_block(MATRIX, block, 2, 4),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ON_META)
+def test_what_is_made_of_a_block_is_on_its_device(name):
+    assert ON_META[name](torch.empty(2, 6, device=META)).is_meta
+
+
 # --- a name that the table does not have ---------------------------------------------------------
+
 
 ASKED: dict[str, Callable[[str], object]] = {
     "method_of": method_of,
@@ -485,14 +275,6 @@ def test_a_method_that_is_no_text_is_refused():
     with pytest.raises(DishaError, match=says):
         method_of(["bone"])
 
-
-@pytest.mark.parametrize("copied", [copy.deepcopy, pickled])
-def test_a_copy_of_an_update_has_the_method_of_the_table(copied):
-    update = Update(method_of("bat"), torch.zeros(2, 2, 2))
-    assert copied(update).method is METHODS["bat"]
-
-
-MATRIX, STACK = Layout("out in"), Layout("expert out in")
 
 # --- a method that nobody has told the library of ------------------------------------------------
 

@@ -18,7 +18,7 @@ import disha
 from disha.integrations.transformers import AdapterCheckpoints
 from disha.integrations.trl import DPOTrainer, GRPOTrainer
 from disha.layers.blocks import AdapterBlock
-from tests.integrations.test_libraries import FILES, assert_same
+from tests.integrations.models import FILES, assert_same
 
 WORDS = [f"w{number}" for number in range(61)]
 TARGETS = ("q_proj", "v_proj", "o_proj", "up_proj", "down_proj")

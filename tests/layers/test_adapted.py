@@ -9,7 +9,7 @@ import disha
 from disha import DishaError
 from tests import reference
 from tests.conftest import refused
-from tests.functional.test_functional import close
+from tests.functional.matrices import close_to_exact
 from tests.layers.test_linear import KINDS, Doubling, born, fill, inject, oracle, subclass_layer
 
 
@@ -62,11 +62,11 @@ def test_subclass_computes_its_own_forward_over_the_merged_weight(cls, kind):
     inputs = [torch.randn(shape, dtype=torch.float64) for shape in ((3, 10), (2, 3, 10))]
     expected = [over_merged_weight(layer, cls, x) for x in inputs]
     for x, wanted in zip(inputs, expected, strict=True):
-        close(layer(x), wanted)
+        close_to_exact(layer(x), wanted)
         assert torch.equal(layer(x=x), layer(x))
     disha.merge_adapters(layer)
     for x, wanted in zip(inputs, expected, strict=True):
-        close(layer(x), wanted)
+        close_to_exact(layer(x), wanted)
 
 
 def test_a_layer_whose_class_was_changed_keeps_its_adapters():
@@ -75,7 +75,7 @@ def test_a_layer_whose_class_was_changed_keeps_its_adapters():
     layer.__class__ = type("Changed", (original,), {})
     with pytest.raises(DishaError, match="has become a Changed since it was adapted"):
         disha.remove_adapters(layer)
-    close(layer(x), oracle(layer, x), 1e-5)
+    close_to_exact(layer(x), oracle(layer, x), 1e-5)
     layer.__class__ = original
     disha.remove_adapters(layer)
     assert type(layer) is nn.Linear
@@ -115,14 +115,14 @@ def test_subclass_that_returns_a_tuple():
     layer = fill(inject(Pair(10, 9), "bone"))
     x = torch.randn(3, 10)
     output, same = layer(x)
-    close(output, oracle(layer, x), 1e-5)
+    close_to_exact(output, oracle(layer, x), 1e-5)
     assert same is x
 
 
 def test_subclass_takes_a_keyword_only_input():
     layer = fill(inject(KeywordOnly(10, 9), "bone"))
     x = torch.randn(3, 10)
-    close(layer(x=x), oracle(layer, x), 1e-5)
+    close_to_exact(layer(x=x), oracle(layer, x), 1e-5)
 
 
 class FromBase(nn.Linear):

@@ -1,22 +1,31 @@
-"""adapted_linear with one block against the loops: values, gradients, and what is kept."""
-
-import copy
+"""adapted_linear against the loops: values, gradients, and what is kept for backward."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
-import disha
+from disha import functional
 from disha.functional import Update, adapted_linear, bat, method_of
 from tests import reference
-from tests.conftest import kept_by, perturb
-from tests.functional.test_functional import SIZES, make_block, random_sizes, strided_copy
+from tests.conftest import close, freshly_compiled, kept_by
+from tests.functional.matrices import SIZES, make_block, random_sizes, strided_copy
+from tests.functional.updates import (
+    BLOCK_SIZES,
+    COMBINATIONS,
+    MATRIX,
+    TWO,
+    K,
+    close_with_gradients,
+    dense,
+    make_update,
+    updates_of,
+    with_blocks,
+)
+from tests.reference import KINDS
 
-METHODS = reference.KINDS
+# --- one block -----------------------------------------------------------------------------------
 
 
 def case_of(method, sizes, dtype=torch.float64, lead=(3,), seed=0, bias=True):
@@ -56,13 +65,13 @@ def check(method, case, scale, tolerance=1e-10):
     ("tokens", "scale", "bias"), [(1, -0.7, True), (3, 1.0, False), (9, 2.0, True)]
 )
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", KINDS)
 def test_values_and_gradients_are_those_of_the_loops(method, sizes, tokens, scale, bias):
     check(method, case_of(method, sizes, lead=(tokens,), bias=bias), scale)
 
 
 @pytest.mark.parametrize("tokens", [1, 9])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", KINDS)
 def test_complex_numbers(method, tokens):
     check(method, case_of(method, (10, 9, 4, 3), torch.complex128, lead=(tokens,)), 0.5)
 
@@ -80,7 +89,7 @@ def test_dropout_of_complex_numbers_zeroes_inputs_and_scales_the_others(method):
 
 
 @pytest.mark.parametrize("tokens", [1, 9])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", KINDS)
 def test_weights_that_lie_in_memory_by_their_columns(method, tokens):
     x, weight, bias, block = case_of(method, (10, 9, 4, 3), lead=(tokens,))
     check(method, (x, weight.T.contiguous().T, bias, block), 0.5)
@@ -92,7 +101,7 @@ def test_weights_that_lie_in_memory_by_their_columns(method, tokens):
 
 @settings(deadline=None, max_examples=50, derandomize=True)
 @given(
-    method=st.sampled_from(METHODS),
+    method=st.sampled_from(KINDS),
     sizes=random_sizes(),
     lead=st.lists(st.integers(0, 3), max_size=3).map(tuple),
     strided=st.booleans(),
@@ -108,40 +117,7 @@ def test_any_shape_layout_scale_and_order(method, sizes, lead, strided, scale, s
         check(method, (x, weight, bias, block), scale)
 
 
-@pytest.mark.parametrize("blocks_each", [1, 2])
-@pytest.mark.parametrize("sizes", [(10, 9, 4, 1), (8, 10, 2, 1), (5, 6, 1, 1)], ids=str)
-def test_a_bat_layer_of_several_slabs(monkeypatch, sizes, blocks_each):
-    in_features, out_features, r, _ = sizes
-    monkeypatch.setattr(bat, "SLAB_BYTES", blocks_each * r * in_features * 8)
-    case = case_of("bat", sizes, lead=(9,))
-    slabs = list(bat._cut_into_slabs(case[1], case[3]))
-    assert len(slabs) == -(-case[3].shape[0] // blocks_each) > 1
-    assert [row for _, rows in slabs for row in range(out_features)[rows]] == [*range(out_features)]
-    for bias in (case[2], None):
-        check("bat", (*case[:2], bias, case[3]), 0.5)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_a_bat_layer_of_several_slabs_in_sixteen_bits(monkeypatch, dtype):
-    x, weight, bias, block = case_of("bat", (10, 9, 4, 1), dtype, lead=(9,))
-    whole = bat.bat_linear(x, weight, bias, block)
-    monkeypatch.setattr(bat, "SLAB_BYTES", 1)
-    several = bat.bat_linear(x, weight, bias, block)
-    limit = 4 * torch.finfo(dtype).eps
-    assert (several.double() - whole.double()).norm() <= limit * whole.double().norm()
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_a_small_block_acts_beside_a_large_weight_of_sixteen_bits(dtype):
-    weight, block = torch.zeros(4, 4, dtype=dtype), torch.zeros(1, 4, 4, dtype=dtype)
-    weight[1, 0] = weight[1, 2] = 16.0
-    block[0, 1, 0] = 2.0**-8  # 16 and this is 16 in either
-    x = torch.tensor([[1.0, 0.0, -1.0, 0.0]] * 5, dtype=dtype)
-    output = bat.bat_linear(x, weight, None, block)
-    assert torch.equal(output, torch.tensor([[0.0, 2.0**-8, 0.0, 0.0]] * 5, dtype=dtype))
-
-
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", KINDS)
 def test_first_and_second_derivatives_by_finite_differences(method):
     x, weight, bias, block = case_of(method, (10, 9, 4, 3), lead=(2,))
 
@@ -153,7 +129,7 @@ def test_first_and_second_derivatives_by_finite_differences(method):
 
 
 @pytest.mark.parametrize("wanted", range(3))
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", KINDS)
 def test_only_the_gradients_that_are_needed(method, wanted):
     x, weight, bias, block = case_of(method, (8, 12, 4, 3))
     tensors = [x, bias, block]
@@ -164,7 +140,7 @@ def test_only_the_gradients_that_are_needed(method, wanted):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", KINDS)
 def test_sixteen_bits_round_little(method, dtype):
     sizes = (64, 48, 8, 12)
     case = case_of(method, sizes, dtype, lead=(20,))
@@ -182,7 +158,7 @@ def test_sixteen_bits_round_little(method, dtype):
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", KINDS)
 def test_what_is_kept_for_backward(method, dropout):
     sizes = (62, 45, 8, 9)
     case = case_of(method, sizes, lead=(2, 10))
@@ -313,7 +289,7 @@ class TestFloat16:
         return x.requires_grad_(), weight * 2.0**-8, bias, block
 
     @pytest.mark.parametrize("way", ["fused", "plain", "autocast", "plain autocast"])
-    @pytest.mark.parametrize("method", METHODS)
+    @pytest.mark.parametrize("method", KINDS)
     def test_values_and_gradients(self, method, way):
         x, weight, bias, block = self.case(method)
         wide = [t.detach().double().requires_grad_() for t in (x, weight, bias, block)]
@@ -345,92 +321,136 @@ class TestFloat16:
         assert (output.double() - expected).norm() < 0.01 * expected.norm()
 
 
-class NoSynchronisation(TorchDispatchMode):
-    """Refuse what a CUDA graph can't record: waiting for a value, and shapes that depend on one."""
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        waits = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape} & set(func.tags)
-        assert not waits, func
-        return func(*args, **(kwargs or {}))
+# --- several updates -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("dtype", "cast"), [(torch.float32, True), (torch.float16, False)], ids=str
-)
-@pytest.mark.parametrize("method", METHODS)
-def test_a_training_step_waits_for_no_value(method, cast, dtype):
-    make = disha.BatLinear if method == "bat" else disha.BoneLinear
-    options = {"r_out": 6} if method == "tile" else {}
-    layer = make(8, 12, r=4, dtype=dtype, init="kaiming", scale=0.5, dropout=0.1, **options)
-    for mode in (layer.train, layer.eval):
-        mode()
-        x = torch.randn(2, 3, 8, dtype=dtype).requires_grad_()
-        with NoSynchronisation(), torch.autocast("cpu", torch.bfloat16, enabled=cast):
-            layer(x).float().sum().backward()
-        assert x.grad.any()
-        assert layer.disha["default"].block.grad.any()
+@pytest.mark.parametrize("name", COMBINATIONS)
+def test_a_linear_product(name):
+    x, weight = (torch.randn(s, dtype=torch.float64) for s in ((2, 3, 7), (6, 7)))
+    b = torch.randn(6, dtype=torch.float64).requires_grad_()
+    x.requires_grad_()
+    updates = updates_of(name, MATRIX, weight)
+
+    def found(x):
+        torch.manual_seed(1)
+        return functional.adapted_linear(x, weight, b, updates)
+
+    def expected(x):
+        torch.manual_seed(1)
+        output = F.linear(x, weight, b)
+        for update in updates:  # each draws its own dropout, Bone before BAT
+            output = output + F.dropout(x, update.dropout) @ dense(update, MATRIX, weight).T
+        return output
+
+    close_with_gradients(found(x), expected(x), [x, *[update.block for update in updates], b])
+    with torch.no_grad():  # so few tokens that BAT streams
+        close(found(x[0, :1]), expected(x[0, :1]))
 
 
-@pytest.mark.parametrize("tiles", [1, 3])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_the_forward_of_a_layer_is_the_product_with_its_weight(dtype, tiles):
-    r_out = None if tiles == 1 else 12 // tiles
-    layer = disha.BoneLinear(8, 12, r=4, r_out=r_out, dtype=dtype, init="kaiming", scale=0.5)
-    x = torch.randn(2, 3, 8, dtype=dtype)
-    assert torch.equal(layer(x), F.linear(x, layer.weight, layer.bias))
-    dense = F.linear(x.double(), layer.weight.double() * 1, layer.bias.double())
-    tolerance = 1e-5 if dtype == torch.float32 else 0.05
-    torch.testing.assert_close(layer(x).double(), dense, rtol=tolerance, atol=tolerance)
+@pytest.mark.parametrize("kind", BLOCK_SIZES)
+def test_scales_can_be_tensors(kind):
+    x, weight = (torch.randn(s, dtype=torch.float64) for s in ((3, 7), (6, 7)))
+    for rows in ((), K):
+        scale = torch.tensor(0.5, dtype=torch.float64, requires_grad=True)
+        updates = [make_update(kind, MATRIX, weight, scale, rows=rows) for _ in range(2)]
+        found = functional.adapted_linear(x, weight, None, updates)
+        expected = x @ (weight + sum(dense(update, MATRIX, weight) for update in updates)).T
+        close_with_gradients(found, expected, [scale, *[update.block for update in updates]])
 
 
-@pytest.mark.parametrize("method", ["bone", "bat"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-def test_a_new_adapter_changes_no_bit_for_inputs_of_any_strides(dtype, method):
-    layer = nn.Linear(1024, 32, dtype=dtype)
-    inputs = [
-        torch.randn(2, 1024, 3, dtype=dtype).transpose(1, 2),
-        torch.randn(3, 2, 1024, dtype=dtype).transpose(0, 1),
-        torch.randn(2, 3, 2048, dtype=dtype)[..., ::2],
-        torch.randn(1, 1, 1024, dtype=dtype).expand(2, 3, -1),
-        torch.randn(2, 2, 3, 1024, dtype=dtype).transpose(0, 2),
-        torch.randn(2, 2, 3, 1024, dtype=dtype),
-    ]
-    before = [layer(x) for x in inputs]
-    disha.inject_adapters(layer, "", 16, method=method)
-    for x, expected in zip(inputs, before, strict=True):
-        assert torch.equal(layer(x), expected)
-    perturb(layer)
-    for x in inputs:
-        close = {"rtol": 0.05, "atol": 0.2} if dtype == torch.bfloat16 else {}
-        torch.testing.assert_close(layer(x), layer(x.contiguous()), **close)
+def test_what_adds_up_is_not_written_into_what_others_hold():
+    weight, x = torch.randn(6, 7), torch.randn(3, 7)
+    updates = [make_update("bone", MATRIX, weight, dropout=0.5) for _ in range(2)]
+    before = [t.clone() for t in (x, weight, updates[0].block, updates[1].block)]
+    functional.adapted_linear(x, weight, None, updates).sum().backward()
+    after = (x, weight, updates[0].block, updates[1].block)
+    assert all(map(torch.equal, before, after))
 
 
-@pytest.mark.parametrize("name", ["weight", "bias"])
-def test_a_subclass_that_computes_a_parameter_computes_it_in_its_forward(name):
-    layer, x = disha.BoneLinear(8, 4, r=4), torch.randn(3, 8)
-    parameters = {**dict(layer.named_parameters()), name: 3.0 * layer._parameters[name]}
-    expected = F.linear(x, parameters["weight"], parameters["bias"])
-    computed = {name: property(lambda self: 3.0 * self._parameters[name])}
-    own_forward = {"forward": lambda self, x: type(layer).__base__.forward(self, x)}
-    for members in (computed, computed | own_forward):
-        layer.__class__ = type("Computes", (disha.BoneLinear,), members)
-        torch.testing.assert_close(layer(x), expected)
+@pytest.mark.parametrize(("dropout", "rows"), [(0.0, ()), (1e-9, ()), (1e-9, K)])  # drops nothing
+@pytest.mark.parametrize("kind", BLOCK_SIZES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_several_updates_in_sixteen_bits(kind, dtype, dropout, rows):
+    x, weight = torch.randn(3, 7), torch.randn(6, 7) / 8
+    updates = [make_update(kind, MATRIX, weight, 0.5, dropout, rows) for _ in range(2)]
+    expected = x @ (weight + sum(dense(update, MATRIX, weight) for update in updates)).T
+    for kept in (dtype, torch.float32):
+        blocks = [update.block.detach().to(kept) for update in updates]
+        given = x.to(dtype), weight.to(dtype), None, with_blocks(updates, blocks)
+        found = functional.adapted_linear(*given)
+        assert found.dtype == dtype
+        assert (found.float() - expected).norm() <= 8 * torch.finfo(dtype).eps * expected.norm()
 
 
-def test_symbolic_tracing_of_a_layer_sees_its_update():
-    model = disha.inject_adapters(nn.Sequential(nn.Linear(8, 4)), "0", r=4, init="kaiming")
-    x = torch.randn(3, 8)
-    torch.testing.assert_close(torch.fx.symbolic_trace(model)(x), model(x))
+def test_blocks_of_rows_keep_no_dense_weight_for_backward():
+    x, weight = torch.randn(2, 64, requires_grad=True), torch.randn(48, 64)
+    updates = [make_update("bat", MATRIX, weight, rows=((first, first + 8),)) for first in (0, 16)]
+    kept = kept_by(lambda: functional.adapted_linear(x, weight, None, updates))
+    large = [address for address, size in kept.items() if size > weight.nbytes / 4]
+    assert large == [weight.untyped_storage().data_ptr()]
 
 
-def test_a_traced_model_calls_its_adapted_layers():
-    """So it switches, casts, copies and trains as the model, as a traced plain layer would."""
-    model = disha.inject_adapters(nn.Sequential(nn.Linear(8, 4)), "0", r=4, init="kaiming")
-    disha.inject_adapters(model, "0", r=2, init="kaiming", adapter="other")
-    traced, x = torch.fx.symbolic_trace(model), torch.randn(3, 8)
-    assert [*traced.state_dict()] == [*model.state_dict()]
-    for active in ("default", ()):
-        disha.set_active_adapters(model, active)
-        assert torch.equal(traced(x), model(x))
-        assert torch.equal(copy.deepcopy(traced)(x), model(x))
-    assert traced.double()(x.double()).dtype == torch.float64
+def test_autocast_to_float16_in_which_shard_sums_overflow():
+    x, weight = torch.full((1, 96), 4000.0), torch.randn(6, 96) / 256
+    update = make_update("bone", MATRIX, weight)
+    update = update.replace(block=update.block.detach().sign() / 1024)
+    with torch.autocast("cpu", torch.float16):
+        found = functional.adapted_linear(x, weight, None, [update])
+    expected = x @ (weight + dense(update, MATRIX, weight)).mT
+    assert (found.float() - expected).norm() < 0.01 * expected.norm()
+
+
+# --- transforms ----------------------------------------------------------------------------------
+
+
+MIXED = [("bone", 0, ()), ("bat", 0, ()), ("tile", 0, TWO), ("bat", 0, K)]
+
+
+def mixed_case():
+    x, weight, bias = (torch.randn(s, dtype=torch.float64) for s in ((3, 6), (6, 6), (6,)))
+    updates = [make_update(kind, MATRIX, weight, rows=rows) for kind, _, rows in MIXED]
+    return x, weight, bias, updates
+
+
+def test_derivatives_of_mixed_updates_by_finite_differences():
+    x, weight, bias, updates = mixed_case()
+
+    def run(x, weight, bias, *blocks):
+        return functional.adapted_linear(x, weight, bias, with_blocks(updates, blocks))
+
+    leaves = (x, weight, bias, *[update.block for update in updates])
+    leaves = tuple(leaf.detach().requires_grad_() for leaf in leaves)
+    assert torch.autograd.gradcheck(run, leaves, check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(run, leaves)
+
+
+@pytest.mark.parametrize("count", [1, 4])
+def test_vmap_of_grad_over_mixed_updates(count):
+    x, weight, bias, updates = mixed_case()
+    updates = updates[:count]
+    blocks = [update.block.detach() for update in updates]
+
+    def loss(blocks, x):
+        output = functional.adapted_linear(x, weight, bias, with_blocks(updates, blocks))
+        return output.square().sum()
+
+    mapped = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(blocks, x)
+    for index, sample in enumerate(x):
+        leaves = [block.clone().requires_grad_() for block in blocks]
+        for one, other in zip(
+            mapped, torch.autograd.grad(loss(leaves, sample), leaves), strict=True
+        ):
+            close(one[index], other)
+
+
+@pytest.mark.parametrize("name", ["some with dropout", "bat of q, k and v"])
+def test_compiled_products_are_the_eager_ones_in_one_graph(name):
+    x, weight = (torch.randn(s, dtype=torch.float64) for s in ((3, 7), (6, 7)))
+    updates = [update.replace(dropout=0.0) for update in updates_of(name, MATRIX, weight)]
+    blocks = [update.block for update in updates]
+
+    def run(x, *blocks):
+        return functional.adapted_linear(x, weight, None, with_blocks(updates, blocks))
+
+    compiled = freshly_compiled(run, "aot_eager")
+    close_with_gradients(compiled(x.requires_grad_(), *blocks), run(x, *blocks), [x, *blocks])

@@ -1,4 +1,4 @@
-"""Bridges to other libraries, each tried with the real library."""
+"""`Trainer` of transformers on adapted models: what it saves, loads and resumes."""
 
 import copy
 import json
@@ -8,14 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate import Accelerator
-from accelerate.utils.dataclasses import get_module_class_from_name
-from bitsandbytes.nn import LinearNF4
-from pytorch_lightning import LightningModule
-from pytorch_lightning import Trainer as LightningTrainer
-from pytorch_lightning.callbacks import ModelCheckpoint
-from torch import nn
-from torch.utils.data import DataLoader
 from transformers import (
     AutoModelForCausalLM,
     BitsAndBytesConfig,
@@ -30,15 +22,14 @@ from transformers import (
 )
 
 import disha
-from disha.integrations import lightning
-from disha.integrations.accelerate import keep_adapter_only
 from disha.integrations.transformers import AdapterCheckpoints
 from tests import language_models
 from tests.conftest import pickled, refused
+from tests.integrations.models import FILES, assert_same
 
 WIDTHS = dict.fromkeys(("vocab_size", "hidden_size", "intermediate_size"), 64)
+
 SIZES = {**language_models.SIZES, **WIDTHS, "num_attention_heads": 2}
-FILES = {"adapter.safetensors", "model.safetensors.index.json"}
 
 
 def llama():
@@ -108,10 +99,6 @@ def trained(model, folder, steps, resume=None, callbacks=(), keep=AdapterCheckpo
     )
     trainer.train(resume_from_checkpoint=resume)
     return trainer
-
-
-def assert_same(model, other):
-    torch.testing.assert_close(model.state_dict(), other.state_dict(), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("make", [llama, tied, mixtral])
@@ -229,19 +216,6 @@ def test_a_plain_model_is_refused():
         AdapterCheckpoints(llama())
 
 
-@pytest.mark.parametrize(
-    "keep", [AdapterCheckpoints, lambda model: keep_adapter_only(Accelerator(cpu=True), model)]
-)
-def test_another_adapter_that_trains_is_not_lost(keep):
-    model = disha.inject_adapters(nn.Sequential(nn.Linear(8, 4)), "all-linear", r=4)
-    keep(model)
-    disha.inject_adapters(model, "all-linear", r=4, adapter="b")
-    with refused(model, disha.ArgumentError, "adapter 'b' trains, and .* hold 'default' alone"):
-        keep(model)
-    disha.set_active_adapters(model, "default")
-    keep(model)
-
-
 class Killed(BaseException):
     pass
 
@@ -269,156 +243,3 @@ def test_a_run_killed_while_it_saves_resumes_from_the_last_complete_checkpoint(
     assert_same(rest, whole)
     assert (tmp_path / "part" / "incomplete-checkpoint-4" / "adapter.safetensors").exists()
     assert (tmp_path / "part" / "checkpoint-4" / "trainer_state.json").exists()
-
-
-# --- Accelerate ----------------------------------------------------------------------------------
-
-
-def net(linear=nn.Linear):
-    torch.manual_seed(0)
-    model = nn.Sequential(linear(16, 16), nn.LayerNorm(16), linear(16, 4)).to("cpu")
-    return disha.inject_adapters(model, "0|2", r=4, also_train="1")
-
-
-def with_accelerator(model, *, prepare_first):
-    accelerator = Accelerator(cpu=True)
-    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-2)
-    if not prepare_first:
-        keep_adapter_only(accelerator, model)
-    prepared, optimizer = accelerator.prepare(model, optimizer)
-    if prepare_first:
-        keep_adapter_only(accelerator, model)
-    return accelerator, prepared, optimizer
-
-
-def step(model, optimizer, accelerator):
-    loss = model(torch.randn(8, 16)).square().mean()
-    accelerator.backward(loss)
-    optimizer.step()
-    optimizer.zero_grad()
-
-
-def in_4_bits(inputs, outputs):
-    return LinearNF4(inputs, outputs, compute_dtype=torch.float32)  # quantised by `.to()`
-
-
-BASES = pytest.mark.parametrize("linear", [nn.Linear, in_4_bits])
-
-
-@BASES
-@pytest.mark.parametrize("prepare_first", [False, True])
-def test_states_of_accelerate_hold_the_adapter_and_resume_bit_for_bit(
-    tmp_path, prepare_first, linear
-):
-    model = net(linear)
-    accelerator, prepared, optimizer = with_accelerator(model, prepare_first=prepare_first)
-    for number in range(4):
-        if number == 2:
-            accelerator.save_state(tmp_path)
-        step(prepared, optimizer, accelerator)
-    assert {file.name for file in tmp_path.glob("*.safetensors")} == {"adapter.safetensors"}
-
-    again = net(linear)
-    accelerator, prepared, optimizer = with_accelerator(again, prepare_first=prepare_first)
-    accelerator.load_state(tmp_path)
-    for _ in range(2):
-        step(prepared, optimizer, accelerator)
-    assert_same(again, model)
-
-
-def test_accelerate_wraps_the_layers_of_the_user_that_are_called_block():
-    class Block(nn.Sequential):
-        pass
-
-    model = disha.inject_adapters(nn.Sequential(nn.Embedding(8, 4), Block(nn.Linear(4, 4))), ".", 2)
-    assert get_module_class_from_name(model, "Block") is Block
-
-
-def test_accelerate_saves_other_models_as_before(tmp_path):
-    model, head = net(), nn.Linear(4, 2)
-    accelerator = Accelerator(cpu=True)
-    keep_adapter_only(accelerator, model)
-    accelerator.prepare(head, model)
-    before = {key: value.clone() for key, value in head.state_dict().items()}
-    accelerator.save_state(tmp_path)
-    with torch.no_grad():
-        head.weight.zero_()
-    accelerator.load_state(tmp_path)
-    assert all(torch.equal(head.state_dict()[key], value) for key, value in before.items())
-    with pytest.raises(disha.ArgumentError, match="other"):
-        keep_adapter_only(accelerator, model, "other")
-
-
-# --- Lightning -----------------------------------------------------------------------------------
-
-
-class Module(LightningModule):
-    def __init__(self, linear=nn.Linear):
-        super().__init__()
-        self.net, self.head = net(linear), nn.Linear(4, 4)
-        torch.manual_seed(2)
-        self.data = [(torch.randn(16), torch.randn(4)) for _ in range(16)]
-
-    def training_step(self, batch):
-        return (self.head(self.net(batch[0])) - batch[1]).square().mean()
-
-    def validation_step(self, batch):
-        self.log("loss", self.training_step(batch))
-
-    test_step = validation_step
-
-    def configure_optimizers(self):
-        return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=1e-2)
-
-    def train_dataloader(self):
-        return DataLoader(self.data, batch_size=4)
-
-    val_dataloader = test_dataloader = train_dataloader
-
-
-def fitted(module, folder, epochs, resume=None):
-    keeps = ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1, monitor="loss", mode="min")
-    trainer = LightningTrainer(
-        max_epochs=epochs,
-        accelerator="cpu",
-        logger=False,
-        callbacks=[keeps, lightning.AdapterCheckpoints()],
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
-    trainer.fit(module, ckpt_path=resume)
-    return trainer
-
-
-@BASES
-def test_checkpoints_of_lightning_hold_the_adapter_and_resume_bit_for_bit(tmp_path, linear):
-    whole, part, rest = (Module(linear) for _ in range(3))
-    trainer = fitted(whole, tmp_path / "whole", 3)
-    fitted(part, tmp_path / "part", 2)
-    fitted(rest, tmp_path / "rest", 3, resume=tmp_path / "part" / "epoch=1.ckpt")
-    assert_same(rest, whole)
-    kept = torch.load(tmp_path / "whole" / "epoch=2.ckpt", weights_only=False)["state_dict"]
-    assert kept.keys() == {*disha.adapter_state_dict(whole), "head.weight", "head.bias"}
-
-    with torch.no_grad():
-        for block in disha.adapter_parameters(whole):
-            block.zero_()
-    [measured] = trainer.test(whole, ckpt_path="best", verbose=False)
-    best = float(trainer.checkpoint_callback.best_model_score)
-    assert measured["loss"] == pytest.approx(best)
-
-
-def test_a_checkpoint_of_another_adapter_is_refused_by_lightning(tmp_path):
-    smaller = Module()
-    disha.remove_adapters(smaller)
-    disha.inject_adapters(smaller, "net.0", r=4, also_train="1")
-    fitted(smaller, tmp_path, 1)
-    with pytest.raises(disha.AdapterStateError, match=r"lacks 3 tensors .*net\.2\.disha"):
-        fitted(Module(), tmp_path, 2, resume=tmp_path / "epoch=0.ckpt")
-
-
-def test_a_module_without_the_adapter_is_refused_by_lightning(tmp_path):
-    module = Module()
-    disha.remove_adapters(module)
-    with pytest.raises(disha.ArgumentError, match="default"):
-        fitted(module, tmp_path, 1)
