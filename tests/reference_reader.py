@@ -64,6 +64,8 @@ def numbers(raw, dtype, shape):
         return bits.view("<f4").astype("f8").reshape(shape)
     if dtype == "BOOL":
         return numpy.frombuffer(raw, "?").reshape(shape)
+    if dtype == "C64":  # two singles for each number: the real part, then the imaginary
+        return numpy.frombuffer(raw, "<c8").astype("c16").reshape(shape)
     code = f"<{dtype[0].lower()}{int(dtype[1:]) // 8}"  # such as <f4 for F32, and <u1 for U8
     values = numpy.frombuffer(raw, code).reshape(shape)
     return values.astype("f8") if dtype[0] == "F" else values
@@ -147,7 +149,7 @@ def bone_sizes(layer):
 
 
 def bone_update(layer, weight, block):
-    result = numpy.zeros(weight.shape)
+    result = numpy.zeros(weight.shape, block.dtype)
     for o in range(layer.outputs):
         for i in range(layer.inputs):
             result[o, i] = block[i % layer.r, o % block.shape[1]]
@@ -159,7 +161,7 @@ def bat_sizes(layer):
 
 
 def bat_update(layer, weight, block):
-    r, result = layer.r, numpy.zeros(weight.shape)
+    r, result = layer.r, numpy.zeros(weight.shape, block.dtype)
     for o in range(layer.outputs):
         for i in range(layer.inputs):
             result[o, i] = block[o // r, o % r, i % r]
@@ -203,7 +205,9 @@ def adapted_part(layer, weight):
 
 def merged(adapter, parameters):
     """Return parameters (name -> array) with the adapter in them, in double precision."""
-    result = {name: numpy.array(value, "f8") for name, value in parameters.items()}
+    result = {}
+    for name, value in parameters.items():
+        result[name] = numpy.array(value, "c16" if numpy.iscomplexobj(value) else "f8")
     for name in adapter.also_train:
         result[name] = adapter.tensors[name].copy()
     base = {name: value.copy() for name, value in result.items()}
@@ -227,8 +231,11 @@ def fingerprint(weight):
     """Return the fingerprint of an array."""
     values, count = weight.reshape(-1), min(64, weight.size)
     places = [k * (weight.size - 1) // max(count - 1, 1) for k in range(count)]
+    chosen = numpy.array([values[place] for place in places])
+    if numpy.iscomplexobj(chosen):
+        chosen = numpy.array([part for value in chosen for part in (value.real, value.imag)])
     with numpy.errstate(over="ignore"):
-        single = numpy.array([values[place] for place in places]).astype("<f4")
+        single = chosen.astype("<f4")
         half = single.astype("<f2").astype("<f4")
     digests = [
         hashlib.sha256(str(tuple(weight.shape)).encode() + to_bfloat16(form).tobytes()).hexdigest()[

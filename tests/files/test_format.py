@@ -26,7 +26,9 @@ from disha.layers.kinds import LAYER_KINDS, declared_slots
 from disha.model.fingerprints import fingerprint, same_base
 from tests import reference_reader
 from tests.adapter_files import base, first_layer, rewritten, trained
-from tests.conftest import InOut, assert_same, perturb, refused
+from tests.conftest import InOut, assert_same, needs_complex_files, perturb, refused
+from tests.every_pair import make_complex
+from tests.reference import KINDS, settings_of
 
 PAGE = (Path(__file__).parent.parent.parent / "docs" / "reference" / "format.md").read_text()
 OLD = Path(__file__).parent.parent / "old_files"
@@ -167,6 +169,31 @@ class TestMeaning:
         changed = {name for name in parameters if not numpy.array_equal(
             parameters[name], expected[name])}  # fmt: skip
         assert {"in_out.weight", "packed.in_proj_weight", "apart.k_proj_weight"} <= changed
+
+    @needs_complex_files
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_both_readers_merge_complex_weights_the_same(self, path, kind):
+        def build():
+            torch.manual_seed(3)
+            model = nn.Sequential(nn.Linear(5, 6), nn.Linear(6, 4))
+            make_complex(model, torch.complex64)
+            return model
+
+        model = disha.inject_adapters(build(), ".", 4, **settings_of(kind, 2), scale=0.5)
+        perturb(model)
+        disha.save_adapter(model, path)
+        plain = build()
+        parameters = {name: p.detach().numpy() for name, p in plain.named_parameters()}
+        read = reference_reader.read(path.read_bytes())
+        for layer in read.layers:
+            assert layer.base == reference_reader.fingerprint(parameters[f"{layer.name}.weight"])
+        expected = reference_reader.merged(read, parameters)
+        disha.load_adapter(plain, path)
+        disha.merge_adapters(plain)
+        found = plain.state_dict()
+        for name, value in expected.items():
+            assert value.imag.any()
+            numpy.testing.assert_allclose(found[name].numpy(), value, rtol=1e-6, atol=1e-6)
 
     def test_both_take_the_same_fingerprints(self, everything, path):
         model = disha.inject_adapters(everything(), ".", 2, rows=ROWS)

@@ -6,8 +6,8 @@ from torch import nn
 from torch.sparse import SparseSemiStructuredTensorCUTLASS
 
 import disha
-from disha import ArgumentError, TargetError
-from tests.conftest import refused
+from disha import AdapterFileError, ArgumentError, TargetError
+from tests.conftest import needs_complex_files, refused
 
 
 def test_sparse_weights_are_refused():
@@ -40,3 +40,22 @@ def test_a_parameter_that_can_not_train(model, dtype):
     model.odd = nn.Parameter(torch.ones(3, dtype=dtype), requires_grad=False)
     with pytest.raises(ArgumentError, match=f"odd: it has dtype {dtype}"):
         disha.inject_adapters(model, "head", 2, also_train="odd")
+
+
+@needs_complex_files
+@pytest.mark.parametrize(
+    ("saved", "loaded", "block", "weight"),
+    [
+        (torch.complex64, torch.float32, "complex", "real"),
+        (torch.float32, torch.complex64, "real", "complex"),
+    ],
+)
+def test_complex_and_real_blocks_do_not_act_on_each_others_weights(
+    saved, loaded, block, weight, tmp_path
+):
+    model = disha.inject_adapters(nn.Sequential(nn.Linear(4, 3, dtype=saved)), "0", 2)
+    disha.save_adapter(model, tmp_path / "adapter")
+    other = nn.Sequential(nn.Linear(4, 3, dtype=loaded))
+    says = f"0: its block is {block}, and the weight in the model is {weight}"
+    with refused(other, AdapterFileError, says):
+        disha.load_adapter(other, tmp_path / "adapter")
