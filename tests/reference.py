@@ -37,6 +37,10 @@ def settings_of(kind, r_out):
     return {"method": "bone", "r_out": r_out} if kind == "tile" else {"method": kind}
 
 
+METHODS = tuple(kind for kind in KINDS if method_of_kind(kind) == kind)
+"""The methods that users choose from, for tests of weights whose outputs no tile divides."""
+
+
 def shard_sum(x, r):
     total = torch.zeros(*x.shape[:-1], r, dtype=x.dtype)
     for i in range(x.shape[-1]):

@@ -55,6 +55,7 @@ from tests.distributed.harness import (
 )
 from tests.peft_models import assert_same_folders
 from tests.processes import RANKS
+from tests.reference import METHODS
 
 
 def sharded(model, **options):
@@ -78,7 +79,7 @@ def check_training(folder):
 
 
 def check_attention(folder):
-    for method in ("bone", "bat"):
+    for method in METHODS:
         plain, model = adapted_attention(method), adapted_attention(method)
         for layer in model.encoder.layers:
             fully_shard(layer)
@@ -362,7 +363,7 @@ def check_two_dimensional_meshes(folder):
 def check_tensor_parallel_models(folder):
     """Parallelize, inject, shard: training and files are those of one process."""
     mesh = init_device_mesh("cpu", (1, RANKS), mesh_dim_names=("outer", "inner"))
-    for method in ("bone", "bat"):
+    for method in METHODS:
         models = []
         for plan in ({}, {"up": ColwiseParallel(), "down": RowwiseParallel()}):
             torch.manual_seed(0)

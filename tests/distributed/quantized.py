@@ -22,6 +22,7 @@ from disha.interop import lora
 from tests.distributed.harness import own_part
 from tests.finetune.tiny_models import write_model
 from tests.processes import RANKS
+from tests.reference import METHODS
 from tests.whole.test_experts import build, tokens
 
 PROJECTIONS = r"self_attn\.._proj$"
@@ -122,7 +123,7 @@ def check_losses_of_peft(folder):
 def check_other_libraries(folder):
     """Where a base can't be sharded, its library fails without an adapter too."""
     rows = own_part(tokens())
-    for method in ("bone", "bat"):
+    for method in METHODS:
         expected = losses(adapted(other("nf4"), method), tokens())
         assert alike(losses(sharded(adapted(other("nf4"), method)), rows), expected)
     with pytest.raises(NotImplementedError, match="Int8Tensor"):

@@ -24,9 +24,9 @@ from disha import AdaptedLayer, ArgumentError, MergeError, ModeError, TargetErro
 from tests.conftest import perturb
 from tests.distributed.harness import assert_same, blocks, close, gradients_of, rank, saved
 from tests.processes import RANKS
+from tests.reference import METHODS
 
 PLAN = {"up": ColwiseParallel, "down": RowwiseParallel}
-METHODS = ("bone", "bat")
 
 
 class Feedforward(nn.Module):

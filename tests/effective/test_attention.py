@@ -17,6 +17,7 @@ from tests import reference
 from tests.conftest import assert_unchanged, freshly_compiled, perturb, pickled, snapshot
 from tests.conftest import near as close
 from tests.every_pair import Case, DtypeTests, PairTests, numbers
+from tests.reference import KINDS
 
 WIDTH, HEADS = 6, 2
 
@@ -30,14 +31,18 @@ FORMS = {
     "zero_attn": {"add_zero_attn": True, "batch_first": True},
     "bias_kv, zero_attn": {"add_bias_kv": True, "add_zero_attn": True},
 }
-METHODS = reference.KINDS
-PAIRS = [
-    (name, method)
-    for index, name in enumerate(FORMS)
-    for turn, method in enumerate(METHODS)
-    if name in ("packed", "kdim, vdim") or turn == index % 3
-]
-"""Packed and separate weights with every method, and the other forms once."""
+KINDS_OF = {
+    "packed": KINDS,
+    "packed, batch first": ("tile",),
+    "no bias": ("bat",),
+    "kdim, vdim": KINDS,
+    "kdim, vdim, batch first": ("tile",),
+    "bias_kv": ("bat",),
+    "zero_attn": ("bone",),
+    "bias_kv, zero_attn": ("tile",),
+}
+"""Packed and separate weights with every kind of block, and the other forms with one."""
+PAIRS = [(name, kind) for name in FORMS for kind in KINDS_OF[name]]
 CASES = [(*pair, torch.float64) for pair in PAIRS] + [
     ("packed", "bone", torch.float32),
     ("packed", "bat", torch.bfloat16),
@@ -180,11 +185,18 @@ class TestEveryForm(DtypeTests):
                 assert torch.equal(found, weights)
 
 
-@pytest.mark.parametrize("name", FORMS)
-@pytest.mark.parametrize("masks", MASKS)
-def test_masks_and_modes(name, masks):
-    method = METHODS[(list(FORMS).index(name) + list(MASKS).index(masks)) % 3]
-    module = perturb(inject(attention(name), "^$", method, scale=0.5))
+MASKED = [
+    (masks, name, kind)
+    for (masks, name), kind in zip(
+        itertools.product(MASKS, FORMS), itertools.cycle(KINDS), strict=False
+    )
+]
+"""Each form with each mask; the kinds of blocks take turns."""
+
+
+@pytest.mark.parametrize(("masks", "name", "kind"), MASKED)
+def test_masks_and_modes(name, masks, kind):
+    module = perturb(inject(attention(name), "^$", kind, scale=0.5))
     assert {name for _, name, _ in blocks_of(module)} == {"q_proj", "k_proj", "v_proj", "out_proj"}
     plain = dense(module, attention(name), scale=0.5)
     for need_weights in (True, False):

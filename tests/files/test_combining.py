@@ -23,12 +23,15 @@ from tests.adapter_files import every_kind, save
 from tests.conftest import assert_same, flags, refused
 from tests.functional.test_methods import Gained
 from tests.model.test_inject import WrappedByParallel
+from tests.reference import KINDS, settings_of
 
-METHODS = {
-    "bone": {},
-    "tile": {"r_out": 2},
-    "bat": {"target_regex": "linear|attention", "method": "bat"},
-}
+
+def options_of(kind):
+    """Return the settings of an adapter of a kind, on weights that can have it."""
+    options = settings_of(kind, 2)
+    if kind == "bat":
+        options["target_regex"] = "linear|attention"
+    return options
 
 
 def combine(*weighted, r=None, **reading):
@@ -53,10 +56,10 @@ def load_all(paths, **options):
 
 
 class TestSum:
-    @pytest.mark.parametrize("method", METHODS)
-    def test_files_and_models_give_the_same_bit_for_bit(self, tmp_path, method):
-        a = save(tmp_path / "a", seed=1, scale=0.5, **METHODS[method])
-        b = save(tmp_path / "b", seed=2, **{**METHODS[method], "target_regex": "linear|attention"})
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_files_and_models_give_the_same_bit_for_bit(self, tmp_path, kind):
+        a = save(tmp_path / "a", seed=1, scale=0.5, **options_of(kind))
+        b = save(tmp_path / "b", seed=2, **{**options_of(kind), "target_regex": "linear|attention"})
         model = load_all({"a": a, "b": b})
         disha.combine_adapters(model, {"a": 0.3, "b": -2.0}, into="c")
         disha.save_adapter(model, tmp_path / "expected", "c")
@@ -69,23 +72,23 @@ class TestSum:
         assert_same(found.tensors, expected.tensors)
 
     @pytest.mark.parametrize(
-        ("method", "sizes"), [("bone", (4, 6)), ("tile", (4, 6)), ("bat", (4, 4))]
+        ("kind", "sizes"), [("bone", (4, 6)), ("tile", (4, 6)), ("bat", (4, 4))]
     )
-    def test_is_the_weighted_sum_of_the_updates(self, tmp_path, method, sizes):
+    def test_is_the_weighted_sum_of_the_updates(self, tmp_path, kind, sizes):
         """Different r get the least common multiple; a layer that one lacks counts as zero."""
-        a = save(tmp_path / "a", seed=1, scale=3.0, **{**METHODS[method], "r": sizes[0]})
-        options = {**METHODS[method], "r": sizes[1], "target_regex": "linear|attention"}
+        a = save(tmp_path / "a", seed=1, scale=3.0, **{**options_of(kind), "r": sizes[0]})
+        options = {**options_of(kind), "r": sizes[1], "target_regex": "linear|attention"}
         b = save(tmp_path / "b", seed=2, **options)
         model = load_all({"a": a, "b": b})
         disha.combine_adapters(model, {"a": 0.3, "b": -2.0}, into="c")
         parts, total = [updates(model, name) for name in ("a", "b")], updates(model, "c")
         assert total.keys() == parts[0].keys()
-        assert set(parts[1]) < set(parts[0]) or method == "bat"
+        assert set(parts[1]) < set(parts[0]) or kind == "bat"
         for name, delta in total.items():
             expected = 0.3 * parts[0][name] - 2 * parts[1].get(name, 0 * delta)
             torch.testing.assert_close(delta, expected, rtol=0, atol=1e-12)
         found = {one.block.r for one in ModelView(model).require("c")}
-        assert found == ({4} if method == "bat" else {12, 4})
+        assert found == ({4} if kind == "bat" else {12, 4})
 
     def test_a_larger_r_may_be_asked_for(self, tmp_path):
         a = save(tmp_path / "a", target_regex="linear|^up", r=7)
@@ -233,7 +236,7 @@ REFUSED = {
         {"target_regex": "^up"}, {**LINEAR, "method": "bat"}, BOTH, "different methods"),
     "another tile": ({"r_out": 2}, {**LINEAR, "r_out": 3}, BOTH, "different methods or r_out"),
     "another r of BAT": (
-        METHODS["bat"], {**METHODS["bat"], "r": 2}, BOTH,
+        options_of("bat"), {**options_of("bat"), "r": 2}, BOTH,
         "bat blocks can't be added with r=4: r=4, .* in .*; r=2, .* in .*; give an r that",
     ),
     "too large a multiple": (

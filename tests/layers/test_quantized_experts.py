@@ -14,7 +14,8 @@ from benchmarks.four_bits import quantize_stacks, share
 from disha import MergeError, TargetError
 from disha.interop import lora
 from tests.conftest import Made, perturb
-from tests.whole.test_experts import IMPLEMENTATIONS, METHODS, build, tokens
+from tests.reference import KINDS
+from tests.whole.test_experts import IMPLEMENTATIONS, build, options_of, tokens
 
 STACKS = ("gate_up_proj", "down_proj")
 
@@ -49,13 +50,13 @@ def losses(model, steps=3):
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", KINDS)
 def test_it_trains_as_over_the_dequantized_values(method, implementation, tmp_path):
     model = quantize_stacks(dense(implementation=implementation))
     twin = dequantize(model)
     twin.set_experts_implementation(implementation)
     for one in (model, twin):
-        disha.inject_adapters(one, "all-linear", **METHODS[method])
+        disha.inject_adapters(one, "all-linear", **options_of(method))
     assert disha.summary(model) == disha.summary(twin)  # as many parameters, and trained ones
     assert losses(model) == losses(twin)
     disha.save_adapter(model, tmp_path / "a")
@@ -64,7 +65,7 @@ def test_it_trains_as_over_the_dequantized_values(method, implementation, tmp_pa
     assert torch.equal(logits(fresh), logits(model))
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", KINDS)
 def test_a_stack_is_read_as_often_as_without_adapters(method, monkeypatch):
     reads, read = [], Bnb4bitParametrization.forward
     monkeypatch.setattr(
@@ -73,7 +74,7 @@ def test_a_stack_is_read_as_often_as_without_adapters(method, monkeypatch):
     model = quantize_stacks(dense())
     logits(model)
     expected = list(reads)
-    disha.inject_adapters(model, "all-linear", **METHODS[method])
+    disha.inject_adapters(model, "all-linear", **options_of(method))
     reads.clear()
     logits(model).sum().backward()
     assert reads == expected

@@ -13,6 +13,7 @@ from disha import AdapterFileError, AdapterStateError, MergeError
 from disha.files import load_adapter, save_adapter
 from tests import language_models
 from tests.conftest import COPIES, perturb, refused
+from tests.reference import KINDS, settings_of
 
 WORDS = 36
 TOKENS = torch.tensor([[1, 5, 3, 35, 2, 2], [0, 7, 33, 12, 1, 4]])
@@ -47,16 +48,15 @@ def loss_of(model):
     return model(TOKENS).logits.sin().sum()  # transformers computes its own in float32
 
 
-METHODS = {"bone": {}, "tile": {"r_out": 4}, "bat": {"method": "bat"}}
 TARGETS = {"embedding": "embed_tokens|wte", "head": "lm_head", "both": "embed_tokens|wte|lm_head"}
 
 
 @pytest.mark.parametrize("r", [4, 5])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("make", [llama, gpt2])
-def test_both_read_one_update(make, target, method, r):
-    model = disha.inject_adapters(make(), TARGETS[target], r, scale=0.5, **METHODS[method])
+def test_both_read_one_update(make, target, kind, r):
+    model = disha.inject_adapters(make(), TARGETS[target], r, scale=0.5, **settings_of(kind, 4))
     assert torch.equal(model(TOKENS).logits, make()(TOKENS).logits)
     perturb(model)
     (block,) = disha.adapter_parameters(model)
@@ -89,9 +89,9 @@ def test_both_read_one_update(make, target, method, r):
     assert [type(model.lm_head), type(model.get_input_embeddings())] == [nn.Linear, nn.Embedding]
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_compiled_it_is_the_same(method):
-    model = perturb(disha.inject_adapters(llama(), "embed_tokens", 4, **METHODS[method]))
+@pytest.mark.parametrize("kind", KINDS)
+def test_compiled_it_is_the_same(kind):
+    model = perturb(disha.inject_adapters(llama(), "embed_tokens", 4, **settings_of(kind, 4)))
     (block,) = disha.adapter_parameters(model)
     found = []
     for run in (model, torch.compile(model, fullgraph=True)):
@@ -110,9 +110,9 @@ class Largest(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize("method", ["bone", "tile"])
-def test_a_step_makes_no_dense_table(method):
-    model = disha.inject_adapters(llama(words=5003), "embed_tokens", 4, **METHODS[method])
+@pytest.mark.parametrize("kind", ["bone", "tile"])
+def test_a_step_makes_no_dense_table(kind):
+    model = disha.inject_adapters(llama(words=5003), "embed_tokens", 4, **settings_of(kind, 4))
     with Largest() as seen:
         model(TOKENS[:, :3], labels=TOKENS[:, :3]).loss.backward()
     assert max(seen.sizes) < 5003 * 16

@@ -3,6 +3,7 @@
 Every device is the CPU here. What is offloaded is on the meta device between forwards, as anywhere.
 """
 
+import itertools
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,12 +16,11 @@ import disha
 from disha import AdapterFileError, AdapterStateError, MergeError, ModeError
 from tests.conftest import Made, assert_same, perturb
 from tests.language_models import llama
+from tests.reference import METHODS
 
 accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed")
 from accelerate.hooks import remove_hook_from_submodules  # noqa: E402
 from accelerate.utils import set_module_tensor_to_device  # noqa: E402
-
-METHODS = ("bone", "bat")
 
 
 class Mixer(nn.Module):
@@ -89,10 +89,12 @@ def to_disk(model: nn.Module, parts: tuple[str, ...], folder: Path) -> None:
 
 WAYS = (everywhere, half_on_disk, to_cpu, to_cpu_with_buffers, to_disk)
 CASES = [
-    pytest.param(name, METHODS[(i + j) % 2], way, id=f"{name}-{way.__name__}")
-    for i, name in enumerate(MODELS)
-    for j, way in enumerate(WAYS)
+    pytest.param(name, method, way, id=f"{name}-{method}-{way.__name__}")
+    for (name, way), method in zip(
+        itertools.product(MODELS, WAYS), itertools.cycle(METHODS), strict=False
+    )
 ]
+"""Each model in each way; the methods take turns."""
 
 
 def fresh(name: str) -> nn.Module:

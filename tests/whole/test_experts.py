@@ -26,20 +26,24 @@ import disha
 from benchmarks.memory import kept_bytes
 from disha import functional
 from disha.functional import linear, products
-from disha.functional.methods import METHODS as TABLE
+from disha.functional.methods import METHODS
 from disha.layers.adapted import AdaptedLayer
 from tests import reference
 from tests.conftest import assert_unchanged, freshly_compiled, near, perturb, refused, snapshot
+from tests.reference import KINDS
 
 WIDTH, INNER, EXPERTS, VOCABULARY = 16, 8, 4, 32
 TOKENS = (2, 16)
 ONLY_EXPERTS = r"experts\.(gate_up|down)_proj$"
 
-METHODS: dict[str, dict[str, Any]] = {
-    "bone": {"r": 3},  # rows of 12 bytes, while grouped products want multiples of 16
-    "tile": {"r": 4, "r_out": 4},
-    "bat": {"r": 3, "method": "bat"},
-}
+
+def options_of(kind: str) -> dict[str, Any]:
+    """Return the settings of an adapter of a kind.
+
+    Rows of r = 3 have 12 bytes, while grouped products want multiples of 16.
+    """
+    return {"r": 4 if kind == "tile" else 3, **reference.settings_of(kind, 4)}
+
 
 COMMON = {
     "vocab_size": VOCABULARY,
@@ -132,9 +136,9 @@ RUNS = [
 CASES = [
     (name, implementation, method)
     for name, implementation in RUNS
-    for method in METHODS
+    for method in KINDS
     if name in ("Mixtral", *INPUTS_FIRST)
-    or [*METHODS].index(method) == IMPLEMENTATIONS.index(implementation)
+    or KINDS.index(method) == IMPLEMENTATIONS.index(implementation)
 ]
 """All pairs for a model of each layout, and each implementation and method once for the others."""
 
@@ -173,7 +177,7 @@ def plain(name: str, implementation: str) -> nn.Module:
 
 def adapted(name: str, implementation: str, method: str, **options: Any) -> nn.Module:
     model = plain(name, implementation)
-    perturb(disha.inject_adapters(model, "all-linear", **METHODS[method], **options), size=0.2)
+    perturb(disha.inject_adapters(model, "all-linear", **options_of(method), **options), size=0.2)
     return model
 
 
@@ -234,7 +238,7 @@ def dense_weight(
 def oracle(name: str, method: str) -> dict[str, Any]:
     """Return what the plain model gives with dense merged weights, and gradients of the blocks."""
     source = plain(name, "eager")
-    perturb(disha.inject_adapters(source, "all-linear", **METHODS[method]), size=0.2)
+    perturb(disha.inject_adapters(source, "all-linear", **options_of(method)), size=0.2)
     model = plain(name, "eager").requires_grad_(False)
     blocks, merged = {}, {}
     for key, block in block_parameters(source).items():
@@ -283,7 +287,7 @@ def dense(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
 
     for module in (functional, linear, products):
         monkeypatch.setattr(module, "computed_weight", computed_weight)
-    for method in TABLE.values():
+    for method in METHODS.values():
         delta = type(method).delta
 
         def counted(
@@ -323,7 +327,7 @@ class TestExperts:
         with_gradients = logits(model)
         with torch.no_grad():
             without = logits(model)
-        disha.inject_adapters(model, "all-linear", **METHODS[method])
+        disha.inject_adapters(model, "all-linear", **options_of(method))
         assert len(stacks(block_parameters(model))) == 2
         assert torch.equal(logits(model), with_gradients)
         with torch.no_grad():
@@ -440,12 +444,14 @@ def test_every_rank_and_dtype(name, implementation, dtype, options):
         assert size[-1] == 0  # the expert that no token goes to
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", KINDS)
 def test_a_matrix_for_each_token(method):
     """Indices in any order, negative ones too; second derivatives; autocast; cut off by detach."""
     experts = nn.Module()
     experts.weight = nn.Parameter(torch.randn(3, 8, 10, dtype=torch.float64))
-    perturb(disha.inject_adapters(experts, "", layouts={"^$": "expert out in"}, **METHODS[method]))
+    perturb(
+        disha.inject_adapters(experts, "", layouts={"^$": "expert out in"}, **options_of(method))
+    )
     (block,) = disha.adapter_parameters(experts)
     own = block.detach().clone().requires_grad_()
     merged = dense_weight(method, experts.base_weight.detach(), own, inputs_first=False)
@@ -534,7 +540,7 @@ def test_compiled_experts(name, implementation, method):
     """Equal to eager ones; neither scale nor switching nor disabling compiles again."""
     experts = block_of(plain(name, implementation)).experts
     for adapter in ("a", "b"):
-        disha.inject_adapters(experts, "all-linear", adapter=adapter, **METHODS[method])
+        disha.inject_adapters(experts, "all-linear", adapter=adapter, **options_of(method))
     perturb(experts, size=0.2)
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
@@ -641,7 +647,7 @@ UNDECORATED: dict[str, tuple[Callable[..., nn.Module], str, str, dict[str, Any]]
 }
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", KINDS)
 @pytest.mark.parametrize("kind", UNDECORATED)
 def test_undecorated_experts(kind, method, tmp_path):
     make, parameter, pattern, options = UNDECORATED[kind]
@@ -650,7 +656,7 @@ def test_undecorated_experts(kind, method, tmp_path):
     x, sizes = torch.randn(7, 10), [4, 2, 1]
     base = model["experts"](x, sizes)
     fresh = copy.deepcopy(model)
-    disha.inject_adapters(model, "experts", **METHODS[method], **options)
+    disha.inject_adapters(model, "experts", **options_of(method), **options)
     experts = model["experts"]
     assert torch.equal(experts(x, sizes), base)
     perturb(model)

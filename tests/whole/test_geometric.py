@@ -11,11 +11,11 @@ from disha import TargetError
 from disha.effective.weight import EffectiveWeight
 from tests.conftest import perturb
 from tests.every_pair import Case, DtypeTests, PairTests, numbers
+from tests.reference import METHODS
 
 geometric = pytest.importorskip("torch_geometric.nn", reason="PyTorch Geometric is not installed")
 
 EDGES = torch.tensor([[0, 1, 2, 3, 4, 5, 0], [1, 2, 3, 4, 5, 0, 3]])
-METHODS = ("bone", "bat")
 
 
 class Network(nn.Module):

@@ -4,6 +4,7 @@ Everything that can be adapted is. What matters here is what no single layer sho
 read a layer's weight without calling it, fused paths, tied weights, layers of other libraries.
 """
 
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -24,6 +25,7 @@ from torchvision.models.swin_transformer import (
 
 import disha
 from tests.conftest import assert_same, assert_unchanged, perturb, snapshot
+from tests.reference import METHODS
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:enable_nested_tensor is True:UserWarning"),
@@ -344,8 +346,10 @@ CASES = {
     ),
 }
 
-PAIRS = [(name, ("bone", "bat")[place % 2]) for place, name in enumerate(CASES)]
-"""Each model once; `tests/layers/test_layouts.py` has every method for every layout."""
+PAIRS = list(zip(CASES, itertools.cycle(METHODS), strict=False))
+"""Each model once, with the methods in turn.
+
+`tests/layers/test_layouts.py` has every method for every layout."""
 
 
 def blocks(model: nn.Module) -> dict[str, torch.Tensor]:
