@@ -21,6 +21,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 import disha
@@ -136,6 +137,17 @@ def count_parameters(name: str) -> int | None:
     except (DishaError, OSError, ValueError, ImportError):
         return None  # loading the base says what is wrong
     return sum(parameter.numel() for parameter in model.parameters())
+
+
+def loading_device(bits: str, training: Any) -> torch.device | None:
+    """Return the device that a rank loads the base onto; None where an engine shards the base.
+
+    FSDP and ZeRO-3 take a base that is not on a device yet, and give each rank its shards.
+    """
+    is_partitioned = is_deepspeed_zero3_enabled()  # type: ignore[no-untyped-call]
+    if (is_partitioned or training.fsdp) and bits not in FEW_BITS:
+        return None
+    return training.device  # type: ignore[no-any-return]
 
 
 def best_device() -> torch.device:

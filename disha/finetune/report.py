@@ -26,8 +26,8 @@ from trl import SFTConfig
 
 import disha
 from disha.errors import DishaError
-from disha.finetune.base import Base
-from disha.finetune.notes import FEW_BITS, read_notes
+from disha.finetune.base import Base, loading_device
+from disha.finetune.notes import read_notes
 from disha.finetune.trainer import Trainer
 from disha.integrations.transformers import AdapterCheckpoints
 from disha.text import counted
@@ -86,8 +86,7 @@ def prove(base: Base, path: Path, training: SFTConfig, outcome: Outcome) -> Proo
     training.dataset_kwargs = {"skip_prepare_dataset": True}  # packed rows can't be packed again
     is_partitioned = is_deepspeed_zero3_enabled()  # type: ignore[no-untyped-call]
     is_sharded = is_partitioned or training.fsdp
-    device = None if is_sharded and base.bits not in FEW_BITS else training.device
-    model, tokenizer = base.load(device, read_notes(path))
+    model, tokenizer = base.load(loading_device(base.bits, training), read_notes(path))
     # Sharded models would need all ranks for an answer.
     is_shown = training.process_index == 0 and not is_sharded
     count = training.samples if is_shown else 0

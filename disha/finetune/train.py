@@ -24,13 +24,12 @@ import disha
 from disha.errors import AdapterFileWarning, ArgumentError
 from disha.files import ADAPTER_NAME
 from disha.finetune.arguments import AdapterArguments, DataArguments, TrainingArguments
-from disha.finetune.base import Base, template_at
+from disha.finetune.base import Base, loading_device, template_at
 from disha.finetune.card import write_card
 from disha.finetune.data import load_rows, mix_rows
 from disha.finetune.forms import form_rows, learns_marked_answers, marks_answers
 from disha.finetune.merging import merge_base, require_mergeable
 from disha.finetune.notes import (
-    FEW_BITS,
     PROMPT_KEY,
     TEMPLATE_KEY,
     TOKENS_KEY,
@@ -138,8 +137,7 @@ def _make_trainer(
     """Return a trainer for a base with the adapter, and for the rows."""
     sets, held_out = _read_sets(data)
     notes = _notes_of_run(adapter, training)
-    device = training.device if base.bits in FEW_BITS else None
-    model, tokenizer = base.load(device, notes)
+    model, tokenizer = base.load(loading_device(base.bits, training), notes)
     rows, held_out = _form_sets(sets, held_out, data, training, tokenizer)
     notes[PROMPT_KEY] = "chat" if is_conversational(rows[0]) else "text"
     # Each checkpoint holds the notes that the final file holds, so that commands can use it.

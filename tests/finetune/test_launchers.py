@@ -1,0 +1,102 @@
+"""The plain command under each launcher, as its users start it, on two processors."""
+
+import importlib.util
+import json
+import socket
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import once
+from tests.processes import ended, started
+
+SECONDS = 400
+FLAGS = ["--rank", 8, "--max_steps", 3, "--save_steps", 3, "--logging_steps", 1, "--samples", 0]
+FLAGS += ["--learning_rate", 0.01, "--disable_tqdm", True]
+ENGINES = {
+    "torchrun": (["--fsdp", "full_shard"], "pytorch_model_fsdp.bin"),
+    "accelerate": ([], "optimizer.pt"),
+    "deepspeed": (["--deepspeed", "zero3.json"], "global_step3"),
+}
+"""A launcher -> the flags of the engine that it starts, and what this leaves in a checkpoint."""
+
+ZERO3 = {
+    "train_batch_size": "auto",
+    "train_micro_batch_size_per_gpu": "auto",
+    "gradient_accumulation_steps": "auto",
+    "gradient_clipping": "auto",
+    "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
+}
+WARNING = "find_unused_parameters"
+"""Of this, torch would warn in the first step, once on each rank."""
+
+
+def launcher_words(launcher):
+    """Return the words that start two processes, each with `python -m disha`."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    two = {
+        "torchrun": ["--standalone", "--nproc-per-node", "2", "-m"],
+        "accelerate": ["launch", "--multi_gpu", "--num_processes", "2", "--main_process_port"],
+        "deepspeed": ["--num_gpus", "2", "--no_local_rank", "--master_port", port, "--module"],
+    }
+    words = [str(Path(sys.executable).with_name(launcher)), *two[launcher]]
+    if launcher == "accelerate":
+        words += [port, "-m"]
+    return [*words, "disha"]
+
+
+def launch(launcher, folder, tiny, data):
+    """Run the command on two processors; return its exit code and what it wrote."""
+    folder.mkdir()
+    (folder / "zero3.json").write_text(json.dumps(ZERO3))
+    flags, _ = ENGINES[launcher]
+    given = ["--base", tiny, "--data", data, "--output_dir", folder / "out", *FLAGS, *flags]
+    given += ["--per_device_train_batch_size", 2]
+    words = [*launcher_words(launcher), "finetune", *map(str, given)]
+    done = ended(started(words, folder), SECONDS)
+    return {"code": done.returncode, "output": done.stdout + done.stderr}
+
+
+@pytest.fixture
+def launched(shared_folder, tiny, data):
+    """Return what runs the command under a launcher, once."""
+
+    def launched(launcher):
+        if importlib.util.find_spec(launcher) is None and launcher != "torchrun":
+            pytest.skip(f"{launcher} is not installed")
+        name = f"launched_by_{launcher}"
+        return once(shared_folder, name, lambda folder: launch(launcher, folder, tiny, data))
+
+    return launched
+
+
+@pytest.fixture(scope="module")
+def losses_of_one_process(finetune, tmp_path_factory):
+    result = finetune(tmp_path_factory.mktemp("one") / "out", *FLAGS)
+    return list(result.report["training_losses"].values())
+
+
+@pytest.mark.parametrize("launcher", ENGINES)
+def test_two_processors_have_the_losses_of_one(launcher, launched, losses_of_one_process):
+    folder, found = launched(launcher)
+    assert found["code"] == 0, found["output"]
+    report = json.loads((folder / "out" / "report.json").read_text())
+    losses = list(report["training_losses"].values())
+    assert losses == pytest.approx(losses_of_one_process, rel=1e-3)
+    assert report["proof"]["loaded"] == pytest.approx(report["proof"]["trained"], abs=1e-5)
+
+
+@pytest.mark.parametrize("launcher", ENGINES)
+def test_the_engine_that_was_asked_for_runs(launcher, launched):
+    folder, found = launched(launcher)
+    assert (folder / "out" / "checkpoint-3" / ENGINES[launcher][1]).exists(), found["output"]
+
+
+@pytest.mark.parametrize("launcher", ENGINES)
+def test_a_rank_does_not_warn_of_unused_parameters(launcher, launched):
+    _, found = launched(launcher)
+    assert WARNING not in found["output"]
+    assert found["output"].count("on cpu: --bits fp32") == 1
