@@ -14,7 +14,6 @@ import torch
 import torch.distributed as dist
 import yaml
 from accelerate import DistributedType
-from accelerate.utils import enable_fsdp_ram_efficient_loading
 from transformers import HfArgumentParser
 from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 from transformers.trainer import TRAINER_STATE_NAME
@@ -241,8 +240,6 @@ class TrainingArguments(SFTConfig):  # type: ignore[misc]
             print("note: --tf32 does nothing on this machine")
             self.tf32 = None
         super().__post_init__()
-        if self.fsdp and self.world_size > 1:
-            self._load_on_first_rank()
         if self.use_cpu and self.world_size > 1:
             self._start_engine_on_processors()
         if self.dry_run_devices > 1:
@@ -253,13 +250,6 @@ class TrainingArguments(SFTConfig):  # type: ignore[misc]
         if self.early_stopping_patience and not self.metric_for_best_model:
             raise ArgumentError("--early_stopping_patience needs --load_best_model_at_end")
         _require_reporters(self.report_to)
-
-    def _load_on_first_rank(self) -> None:
-        """Let one rank of a machine read the base, which accelerate then shards among all."""
-        name = "cpu_ram_efficient_loading"
-        if name not in self.fsdp_config:
-            self.fsdp_plugin_args[name] = True
-            enable_fsdp_ram_efficient_loading()
 
     def _start_engine_on_processors(self) -> None:
         """Let processors shard the base, which accelerate begins on accelerators only."""
