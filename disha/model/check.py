@@ -140,7 +140,8 @@ def check_adapters(
 
     Raises:
         ArgumentError: no adapter is active, the model returns no floating-point or complex tensor,
-            or an adapted layer was parametrised (`torch.nn.utils.parametrize`).
+            or none with a finite number, or an adapted layer was parametrised
+            (`torch.nn.utils.parametrize`).
         ModeError: adapters are merged (`MergeError`), or in a context.
 
     Examples:
@@ -231,6 +232,12 @@ class _Runner:
             raise ArgumentError(
                 "the model returns no floating-point tensor, real or complex; check the part that "
                 "does"
+            )
+        finite = [bool(output.isfinite().any()) for output in outputs if output.numel()]
+        if finite and not any(finite):
+            raise ArgumentError(
+                "the model returns no finite number with these inputs, so nothing can be compared; "
+                "pass others, or check the weights"
             )
         return outputs
 

@@ -11,7 +11,7 @@ import disha
 from disha import ArgumentError, CheckReport, MergeError, ModeError, functional
 from disha.functional import Method
 from disha.model.check import CheckedWeight
-from tests.conftest import Tied, assert_unchanged, snapshot
+from tests.conftest import Tied, assert_unchanged, refused, snapshot
 
 
 class Model(nn.Module):
@@ -249,6 +249,12 @@ class Counts(nn.Module):
         self.steps += 1
         self.sums = self.sums + x.sum(0)
         return self.norm(self.layer(x)) * self.steps
+
+
+def test_outputs_of_which_none_is_finite_prove_nothing():
+    model = disha.inject_adapters(Model(lambda layer, x: layer(x) / 0), "layer", 2)
+    with refused(model, ArgumentError, "no finite number"):
+        disha.check_adapters(model, torch.randn(3, 4))
 
 
 @pytest.mark.parametrize("training", [False, True])
