@@ -39,6 +39,12 @@ def _registered_methods() -> Iterator[None]:
     METHODS.update(before)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Start with the tests that launch ranks, so that the last process does not wait for them."""
+    launches = {"test_distributed.py", "test_transformers_parallel.py"}
+    items.sort(key=lambda item: item.path.name not in launches)
+
+
 def pytest_collection_finish() -> None:
     """Keep the garbage collector from searching all modules again, as trainers ask it to do."""
     gc.collect()
