@@ -26,6 +26,7 @@ from tests.distributed.harness import assert_same, blocks, close, gradients_of, 
 from tests.processes import RANKS
 from tests.reference import METHODS
 
+NOT_ROUTED = "samples can't be routed here: this operation needs one computed weight"
 PLAN = {"up": ColwiseParallel, "down": RowwiseParallel}
 
 
@@ -304,7 +305,8 @@ def check_what_can_not_act_is_refused(folder):
     with pytest.raises(TargetError, match="placed as Shard or Replicate"):
         disha.inject_adapters(nn.Sequential(weight), "0", 2)
     _, model = pair(2)
-    with disha.route_adapters(model, ["default", None] * 2), pytest.raises(ModeError):
+    routed = disha.route_adapters(model, ["default", None] * 2)
+    with routed, pytest.raises(ModeError, match=NOT_ROUTED):
         model(inputs())
     with pytest.raises(MergeError, match="sharded parameters"):
         disha.merge_adapters(model)
@@ -354,5 +356,6 @@ def check_replicated_weights_act(folder):
 def check_routed_samples_of_replicated_weights_are_refused(folder):
     model = distribute_module(adapted("up"), mesh())
     x = DTensor.from_local(inputs(), mesh(), [Replicate()])
-    with disha.route_adapters(model, ["default", None] * 2), pytest.raises(ModeError):
+    routed = disha.route_adapters(model, ["default", None] * 2)
+    with routed, pytest.raises(ModeError, match=NOT_ROUTED):
         model(x)
