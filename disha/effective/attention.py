@@ -51,8 +51,10 @@ def _attention(
     is_causal: bool = False,
 ) -> Any:
     tensors = (query, key, value, bias_k, bias_v, key_padding_mask, attn_mask, static_k, static_v)
-    if any(isinstance(tensor, EffectiveWeight) for tensor in tensors):
-        return NotImplemented
+    for tensor in tensors:
+        if isinstance(tensor, EffectiveWeight):
+            return NotImplemented
+    # With the query as it came, so that `for_attention` can refuse one without a batch.
     project = partial(_project, query)
 
     is_batched = query.dim() == 3
@@ -94,11 +96,13 @@ def _attention(
         v = F.pad(v, (0, 0, 0, 1))
 
     # Masks.
+    # The caller vouches that `attn_mask` is the causal one, so the kernel needs no mask.
     is_hint = is_causal and key_padding_mask is None and not need_weights
     added_keys = int(bias_k is not None) + int(add_zero_attn)
     mask = None
     if attn_mask is not None and not is_hint:
         mask = _as_addend(attn_mask, "attn_mask", query.dtype)
+        # `key`, and not `k`, because a mask does not cover the added keys.
         mask = _for_each_head(mask, (samples * num_heads, length, key.shape[0]))
         mask = _pad_keys(mask, added_keys)
     if key_padding_mask is not None:
@@ -118,8 +122,10 @@ def _attention(
         weights = weights.mean(1) if average_attn_weights else weights
     else:
         q, k, v = (torch.unflatten(x, 0, (samples, num_heads)) for x in (q, k, v))
-        if mask is not None:
-            mask = mask[None] if len(mask) == 1 else torch.unflatten(mask, 0, (samples, num_heads))
+        if mask is not None and len(mask) == 1:  # one for all heads
+            mask = mask[None]
+        elif mask is not None:
+            mask = torch.unflatten(mask, 0, (samples, num_heads))
         output = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_hint)
         output = output.permute(2, 0, 1, 3)  # (length, samples, heads, width of a head)
     output = project(output.reshape(length * samples, width), out_proj_weight, out_proj_bias)
@@ -144,6 +150,7 @@ def _project_packed(
     project: Any, query: Tensor, key: Tensor, value: Tensor, weight: Any, bias: Tensor | None
 ) -> list[Tensor]:
     """Return q, k and v of one weight that has all three; equal inputs share a product."""
+    # The inputs, and how many of q, k and v each of them makes.
     if key is not value:
         inputs, counts = [query, key, value], [1, 1, 1]
     elif query is not key:
@@ -152,10 +159,11 @@ def _project_packed(
         inputs, counts = [query], [3]
     width = query.shape[-1]
     sizes = [count * width for count in counts]
-    biases = [None] * len(sizes) if bias is None else torch.split(bias, sizes)
+    # Method of C++: `torch.split` takes four Python calls.
+    biases = [None] * len(sizes) if bias is None else bias.split_with_sizes(sizes)
     projections = []
     for x, part, part_bias, count in zip(inputs, _split_packed(weight, sizes), biases, counts):
-        projected = project(x, part, part_bias).unflatten(-1, (count, width))
+        projected = torch.unflatten(project(x, part, part_bias), -1, (count, width))
         projections += projected.movedim(-2, 0).contiguous().unbind(0)
     return projections
 

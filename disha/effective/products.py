@@ -30,7 +30,7 @@ def linear_product(input: Any, weight: Any, bias: Any = None) -> Any:
         return weight.updates.linear(input, base, bias)
     if base.dim() != 2:
         return NotImplemented
-    # Such as a table, to which an output head is tied.
+    # It may be a table, to which an output head is tied.
     return weight.updates.product(F.linear, input, base, bias, layout)
 
 
@@ -60,6 +60,8 @@ def _matmul(input: Any, other: Any) -> Any:
             return NotImplemented
         return _multiply_weight_first(input, other)
     matrices = transposed(other)
+    if matrices is NotImplemented:
+        return NotImplemented
     if other.base.dim() == 2:
         return linear_product(input, matrices)
     if input.layout is not torch.strided:
@@ -87,8 +89,8 @@ def _multiply_weight_first(weight: EffectiveWeight, x: Tensor) -> Any:
         return NotImplemented
     if all(update.method.uses_shard_sum for update in updates):
 
-        def multiply(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
-            return torch.matmul(w, x.mT)
+        def multiply(inputs: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
+            return torch.matmul(matrix, inputs.mT)
 
         return functional.adapted_product(multiply, x.mT, base, None, layout, updates)
     return _matmul(x.mT, transposed(weight)).mT
@@ -100,7 +102,10 @@ def _addmm(input: Any, mat1: Any, mat2: Any, *, beta: float = 1, alpha: float = 
         return NotImplemented
     if input.dim() != 1 or (beta, alpha) != (1, 1):
         return NotImplemented
-    return linear_product(mat1, transposed(mat2), input)
+    matrix = transposed(mat2)
+    if matrix is NotImplemented:
+        return NotImplemented
+    return linear_product(mat1, matrix, input)
 
 
 @rule_with_operation(GROUPED)
@@ -127,6 +132,9 @@ RULES["transformers::grouped_mm_fallback"] = partial(_grouped, _grouped_of_trans
 
 _TRANSPOSED = F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d
 
+_GROUPS = 3
+"""Position of `groups` after the bias: behind stride, padding, and dilation or output_padding."""
+
 
 @rule_with_operation(F.conv1d, F.conv2d, F.conv3d, *_TRANSPOSED)
 def _conv(
@@ -136,8 +144,7 @@ def _conv(
         return NotImplemented
     layout = weight.weight_layout
     transposes = func in _TRANSPOSED
-    # After the bias: stride, padding, then dilation or output_padding, then groups.
-    groups = args[3] if len(args) > 3 else kwargs.get("groups", 1)
+    groups = args[_GROUPS] if len(args) > _GROUPS else kwargs.get("groups", 1)
     if layout.in_first != transposes or (transposes and groups != layout.groups):
         return NotImplemented
 

@@ -20,7 +20,7 @@ would compute with W. Eager code that does not call `__torch_function__` is caug
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,8 +38,6 @@ from disha.private_torch import (
     tree_leaves,
     written_arguments,
 )
-
-W = TypeVar("W", bound="EffectiveWeight")
 
 
 class EffectiveWeight(Tensor):
@@ -62,7 +60,8 @@ class EffectiveWeight(Tensor):
         named = kwargs or {}
         if rule is not None:
             if not args and "input" in named:
-                # All functions that have a rule call their first argument `input`.
+                # Rules take their first argument by position. Where torch names it `input`, a
+                # caller may have passed it by that name. Other rules take theirs by torch's name.
                 named = dict(named)
                 args = (named.pop("input"),)
             if "out" in named:
@@ -154,27 +153,24 @@ start_no_graph(vars(EffectiveWeight)["__torch_function__"].__func__)
 
 
 def effective(base: Tensor, layout: Layout, updates: Updates) -> EffectiveWeight:
-    """Return the effective weight of W, with its layout and updates."""
-    if is_compiling():
-        traced = _alias(base, TracedWeight)
-        traced.base = base
-        traced.weight_layout = layout
-        traced.updates = updates
-        return traced
-    weight = _alias(base, EffectiveWeight)
+    """Return the effective weight of W: an alias, which shares W's memory and graph."""
+    compiling = is_compiling()
+    cls = TracedWeight if compiling else EffectiveWeight
+    if type(base) is FakeTensor:
+        with as_it_is():  # else the alias would be a FakeTensor
+            weight = base.as_subclass(cls)
+    else:
+        weight = base.as_subclass(cls)
+    if compiling:
+        weight.base = base
+        weight.weight_layout = layout
+        weight.updates = updates
+        return weight
     attributes = weight.__dict__  # `weight.base = base` would set an attribute of W
     attributes["base"] = base
     attributes["weight_layout"] = layout
     attributes["updates"] = updates
     return weight
-
-
-def _alias(base: Tensor, cls: type[W]) -> W:
-    """Return a tensor of this class that shares the memory and the graph of W."""
-    if type(base) is FakeTensor:
-        with as_it_is():  # else the alias would be a FakeTensor
-            return base.as_subclass(cls)
-    return base.as_subclass(cls)
 
 
 def absent(base: Tensor, layout: Layout) -> AbsentWeight:

@@ -40,9 +40,10 @@ SLAB_BYTES = 2**23
 """Largest part of W_eff, or of the weight's gradient, in memory at once; at least one block."""
 
 STREAMED_FRACTION = 0.75
-"""Fewer tokens than this fraction of r are streamed. At this number, measured times are equal.
+"""`bat_streamed` runs for fewer than 0.75 r tokens, where the measured times cross.
 
-Streaming costs 2 tokens x in x out multiply-adds, forming W_eff (tokens + r) x in x out.
+By count they would cross at r: streaming takes 2 * tokens * in * out multiply-adds, forming W_eff
+(tokens + r) * in * out.
 """
 
 
@@ -132,11 +133,11 @@ def bat_linear(
     bias: Tensor | None,
     block: Tensor,
     scale: Scale = 1.0,
-    base_scale: float = 1.0,
+    with_base: bool = True,
 ) -> Tensor | None:
-    """Return y = (c W + s dW) x + b for x (n, in), but save only x, W and D for backward.
+    """Return y = (W + s dW) x + b for x (n, in), but save only x, W and D for backward.
 
-    `base_scale` is c: 1, or 0 for the update alone.
+    Without `with_base`, it is the update alone: y = s dW x + b.
 
     Products are computed in the dtype of the operands. In 16 bits, W + W D is rounded once, and
     the other part of dW, D itself, is added to the output. W must be frozen. The result is None
@@ -148,21 +149,23 @@ def bat_linear(
         bias = None if bias is None else bias.to(dtype)
         with without_autocast(x.device):
             return bat_linear(
-                x.to(dtype), weight.to(dtype), bias, block.to(dtype), scale, base_scale
+                x.to(dtype), weight.to(dtype), bias, block.to(dtype), scale, with_base
             )
     block = scaled(block, scale)
     if block.dtype is not weight.dtype and block.dtype in (torch.float32, torch.complex64):
-        block = block.to(weight.dtype)  # W_eff has that dtype anyway
-    if is_compiling() and base_scale and x.dtype is weight.dtype is block.dtype:
+        # The usual block of a 16-bit weight: W_eff is rounded to that dtype anyway. A wider block
+        # stays as it is, so that `bat_forward` computes with all of its digits.
+        block = block.to(weight.dtype)
+    if is_compiling() and with_base and x.dtype is weight.dtype is block.dtype:
         return F.linear(x, _form_traced(weight, block), bias)
     if not _can_apply(x, weight, bias, block):
         return None
     if torch.is_grad_enabled():
-        return _BatLinear.apply(x, weight, bias, block, base_scale)  # type: ignore[no-untyped-call]
-    if base_scale and x.shape[0] < block.shape[-1] * STREAMED_FRACTION:
+        return _BatLinear.apply(x, weight, bias, block, with_base)  # type: ignore[no-untyped-call]
+    if with_base and x.shape[0] < block.shape[-1] * STREAMED_FRACTION:
         output = bat_streamed(x, weight, block)
         return output if bias is None else output + bias
-    return _multiply(x, weight, bias, block, base_scale)
+    return _multiply(x, weight, bias, block, with_base)
 
 
 def _can_apply(x: Tensor, weight: Tensor, bias: Tensor | None, block: Tensor) -> bool:
@@ -181,16 +184,16 @@ def _can_apply(x: Tensor, weight: Tensor, bias: Tensor | None, block: Tensor) ->
 
 
 class _BatLinear(torch.autograd.Function):
-    """(x (n, in), W, b, D, base_scale of W) -> y (n, out)."""
+    """(x (n, in), W, b, D, with_base) -> y (n, out)."""
 
     # A setup_context of its own would be slower, and only transforms of torch.func need one.
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, block: Tensor, base_scale: float
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, block: Tensor, with_base: bool
     ) -> Tensor:
         ctx.save_for_backward(x, weight, block)
-        ctx.base_scale = base_scale
-        return _multiply(x, weight, bias, block, base_scale)
+        ctx.with_base = with_base
+        return _multiply(x, weight, bias, block, with_base)
 
     @staticmethod
     def backward(ctx: Any, grad: Any) -> Any:
@@ -199,13 +202,17 @@ class _BatLinear(torch.autograd.Function):
         grad_x = None
         grad_blocks = []
         slabs = _cut_into_slabs(weight, block)
-        # A second derivative needs every intermediate result, and none of `out=`.
+        # A second derivative needs every intermediate result, so it gets no memory to share.
         scratch = None if torch.is_grad_enabled() else _new_scratch(weight, block, slabs)
         with without_autocast(weight.device):
             for blocks, rows in slabs:
                 grad_rows = grad[:, rows]
+                # `part` and `gradient` use the same memory in turn: `grad_x` must have taken
+                # `part` before `gradient` is formed.
                 if needs_x:
-                    part = _form_rows(weight[rows], block[blocks], scratch, True, ctx.base_scale)
+                    part = _form_rows(
+                        weight[rows], block[blocks], scratch, ctx.with_base, add_block=True
+                    )
                     part = part.conj()  # of real numbers, it is the same tensor
                     grad_x = grad_rows @ part if grad_x is None else grad_x.addmm_(grad_rows, part)
                 if needs_block:
@@ -218,23 +225,25 @@ class _BatLinear(torch.autograd.Function):
 
 
 def _multiply(
-    x: Tensor, weight: Tensor, bias: Tensor | None, block: Tensor, base_scale: float
+    x: Tensor, weight: Tensor, bias: Tensor | None, block: Tensor, with_base: bool
 ) -> Tensor:
+    """Return the product, with one slab of W_eff in memory at a time."""
     slabs = _cut_into_slabs(weight, block)
     # In 16 bits, W + D would lose a small D. So D itself is added through S(x), as for Bone.
-    wide = weight.dtype not in (torch.float16, torch.bfloat16)
+    add_block = weight.dtype not in (torch.float16, torch.bfloat16)
     scratch = _new_scratch(weight, block, slabs)
     if len(slabs) == 1:
-        output = F.linear(x, _form_rows(weight, block, scratch, wide, base_scale), bias)
+        effective = _form_rows(weight, block, scratch, with_base, add_block)
+        output = F.linear(x, effective, bias)
     else:
         output = x.new_empty(x.shape[0], weight.shape[0])
         for blocks, rows in slabs:
-            part = _form_rows(weight[rows], block[blocks], scratch, wide, base_scale).T
+            part = _form_rows(weight[rows], block[blocks], scratch, with_base, add_block).T
             if bias is None:
                 torch.mm(x, part, out=output[:, rows])
             else:
                 torch.addmm(bias[rows], x, part, out=output[:, rows])
-    if wide:
+    if add_block:
         return output
     r = block.shape[-1]
     sums, overflow_scale = shard_sums(x, r)
@@ -274,19 +283,20 @@ def _use_start(scratch: Tensor | None, shape: Sequence[int]) -> Tensor | None:
 
 
 def _form_rows(
-    weight: Tensor, block: Tensor, scratch: Tensor | None, add_block: bool, base_scale: float
+    weight: Tensor, block: Tensor, scratch: Tensor | None, with_base: bool, add_block: bool
 ) -> Tensor:
-    """Return rows of c W_ab + W_ab D_a + D_a for c = base_scale.
+    """Return rows of W_eff: W_ab + W_ab D_a + D_a.
 
-    Without `add_block`, the last D_a is left out.
+    Without `with_base`, the first term is left out; without `add_block`, the last.
     """
+    base_scale = float(with_base)
     count, r, _ = block.shape
     tiles = square_tiles(weight.contiguous(), r)
     if add_block:
         split_tiles = tiles.view(count, r, -1, r)
         out = _use_start(scratch, split_tiles.shape)
         start = torch.add(block.unsqueeze(2), split_tiles, alpha=base_scale, out=out)
-        product = start.view(tiles.shape).baddbmm_(tiles, block)
+        product = start.view(tiles.shape).baddbmm_(tiles, block)  # into the memory of `start`
     else:
         out = _use_start(scratch, tiles.shape)
         product = torch.baddbmm(tiles, tiles, block, beta=base_scale, out=out)
@@ -296,7 +306,7 @@ def _form_rows(
 
 
 def _form_traced(weight: Tensor, block: Tensor) -> Tensor:
-    """Return W_eff as a product in W's dtype and a sum in at least float32: compiled, one loop."""
+    """Return W_eff for compiled code, where the sum, in at least float32, is one loop."""
     _, r, _ = block.shape
     tiles = square_tiles(weight, r)
     dtype = merge_dtype(weight.dtype)
@@ -316,7 +326,7 @@ def bat_streamed(x: Tensor, weight: Tensor, block: Tensor) -> Tensor:
     tokens = x.shape[-2]
     count = block.shape[-3]
     r = block.shape[-1]
-    matrices = stack.numel()
+    matrices = stack.numel()  # all their blocks are one batch, of matrices * out / r products
     x = pad_to_multiple(x, r, dim=-1)
     in_features = x.shape[-1]
     # u_ab = x_b + D_a x_b for all a at once: (matrices * out / r, tokens, in)

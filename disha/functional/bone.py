@@ -43,7 +43,8 @@ def bone_delta(x: Tensor, block: Tensor, out_features: int, scale: Scale = 1.0) 
         tensor([[6., 6., 6.]])
     """
     sums, overflow_scale = shard_sums(x, block.shape[-2])
-    return scaled(sums @ scaled(tiled(block, out_features), scale).to(x.dtype), overflow_scale)
+    matrix = scaled(tiled(block, out_features), scale).to(x.dtype)
+    return scaled(sums @ matrix, overflow_scale)
 
 
 def bone_delta_weight(block: Tensor, in_features: int, out_features: int) -> Tensor:
@@ -167,7 +168,10 @@ def embedding_delta(
 
 
 def routed_delta(x: Tensor, blocks: Sequence[Tensor], choices: Tensor) -> Tensor:
-    """Return what Bone blocks add if each sample has its own block, computed in one product."""
+    """Return what Bone blocks add if each sample has its own block, computed in one product.
+
+    `choices` has the index of each sample's block, or the number of blocks for no block.
+    """
     samples = choices.shape[0]
     r, out_features = blocks[0].shape
     table = torch.stack([*blocks, torch.zeros_like(blocks[0])])

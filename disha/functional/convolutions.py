@@ -19,8 +19,8 @@ def channel_shard_sums(
     """
     kernel_axes = len(geometry.stack)
     if layout.in_first:
-        kernel_axes -= 1  # of a transposed convolution, the stack has the groups too
-    dim = -1 - kernel_axes  # x has a position for each axis of the kernel
+        kernel_axes -= 1  # a transposed convolution, whose stack has an axis of groups too
+    dim = -1 - kernel_axes  # behind the channels, x has an axis of positions for each of these
     groups = x.shape[dim] // geometry.in_features
     if groups > 1:
         x = torch.unflatten(x, dim, (groups, -1))

@@ -9,8 +9,6 @@ from torch import Tensor
 
 def drop_inputs(x: Tensor, dropout: float) -> Tensor:
     """Zero each input with this probability, and scale the others up, as `F.dropout` does."""
-    if not dropout:
-        return x
     if x.is_complex():  # torch's dropout knows real numbers only
         return x * F.dropout(torch.ones_like(x.real), dropout)
     return F.dropout(x, dropout)

@@ -14,8 +14,8 @@ pattern does, and converts between the weight and its matrices:
 
 Three names have a meaning of their own: `expert` counts the matrices that a module chooses from,
 `index` is an input that is looked up, and `*kernel` stands for all the remaining axes. In all
-layouts so far, `*kernel` is last and `expert` is first. What is listed below relies on both, and so
-do the rules for indexing.
+layouts so far, `*kernel` is last and `expert` is first. The functions listed below rely on both,
+and so do the rules for indexing.
 
 To add a layout, add its pattern to `PATTERNS`, and to `_TRANSPOSED` if `PATTERNS` has the layout of
 `weight.mT`. Two inverse pairs of `Layout` know where each axis is: `geometry` and `shape`,
@@ -63,7 +63,14 @@ _TRANSPOSED = {
 
 
 _AXES = {pattern: tuple(pattern.split()) for pattern in PATTERNS}
-_IN_FIRST = {pattern: pattern.find("in") < pattern.find("out") for pattern in PATTERNS}
+
+
+def _has_in_first(axes: tuple[str, ...]) -> bool:
+    inputs = "index" if "index" in axes else "in"
+    return axes.index(inputs) < axes.index("out")
+
+
+_IN_FIRST = {pattern: _has_in_first(axes) for pattern, axes in _AXES.items()}
 
 
 class Geometry(NamedTuple):
@@ -131,7 +138,7 @@ class Layout:
 
     @property
     def in_first(self) -> bool:
-        """Whether the inputs come before the outputs."""
+        """Whether the inputs, which may be an index, come before the outputs."""
         return _IN_FIRST[self.pattern]
 
     def transposed(self) -> Layout | None:
@@ -156,8 +163,8 @@ class Layout:
 
     def reason_against_shape(self, shape: Sequence[int]) -> str | None:
         """Return why a weight of a shape can't have this layout, or None if it can."""
-        more = len(shape) - len(self.axes)  # `*kernel` stands for at least one
-        fits = more >= 0 if self.has_kernel else more == 0
+        remaining = len(shape) - len(self.axes)  # beyond the first of `*kernel`
+        fits = remaining >= 0 if self.has_kernel else remaining == 0
         if not fits:
             return f"its shape {tuple(shape)} does not have the axes {self.pattern!r}"
         if self.pattern == "in out *kernel" and shape[0] % self.groups:
@@ -243,7 +250,7 @@ def layout_of(pattern: object) -> Layout:
     """Return the layout with a pattern.
 
     Args:
-        pattern: one of `PATTERNS`; white space does not matter.
+        pattern: one of `PATTERNS`; white space does not matter. A `Layout` is returned as it is.
 
     Raises:
         ArgumentError: there is no such layout.
@@ -270,7 +277,7 @@ def layout_of(pattern: object) -> Layout:
 
 
 def place_outputs(part: Tensor, output_ranges: OutputRanges, size: int, dim: int = -2) -> Tensor:
-    """Return a tensor of all outputs from `Layout.part`'s; the other outputs get zeros."""
+    """Put what belongs to the outputs in ranges among all `size` outputs; the others get zeros."""
     if not output_ranges:
         return part
     shape = list(part.shape)

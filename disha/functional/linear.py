@@ -48,7 +48,8 @@ def adapted_linear(
         bias = None
     inputs = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     # Almost every layer has one update of all outputs, so this case has a fast path.
-    if len(updates) != 1 or updates[0].output_ranges or updates[0].dropout:
+    is_usual = len(updates) == 1 and not updates[0].output_ranges and not updates[0].dropout
+    if not is_usual:
         output = _linear_in_general(inputs, weight, bias, updates)
     elif updates[0].method.uses_shard_sum:
         output = _linear_with_shard_sum(inputs, weight, bias, updates[0])
@@ -68,6 +69,9 @@ def _linear_with_shard_sum(
     scale = update.scale
     matrix = update.method.shard_sum_factor(update.block, Geometry(inputs, outputs), update.r)
     r, columns = matrix.shape
+    # Four cases: s R is scaled first where sums may overflow (float16) or be cast; x is scaled
+    # where s is a tensor; x is padded where r does not divide in; else one view serves W x and
+    # S(x).
     if x.dtype == torch.float16 or any_autocast():
         sums, overflow_scale = shard_sums(x, r)
         base_output = F.linear(x, weight, bias)
@@ -84,9 +88,11 @@ def _linear_with_shard_sum(
         # W x as it is, and not repeated in memory first.
         x = shards.view(tokens, inputs)
     output = F.linear(x, weight, bias)
-    if matrix.dtype != x.dtype or columns != outputs or transforms_active() or modes_active():
-        return _add_product(output, sums, matrix, scale)
-    return output.addmm_(sums, matrix, alpha=scale)  # here, to save a call for few tokens
+    # `must_not_write` knows better which modes matter, but it costs another two calls.
+    may_write = not (transforms_active() or modes_active())
+    if may_write and matrix.dtype == x.dtype and columns == outputs:
+        return output.addmm_(sums, matrix, alpha=scale)  # here, to save a call for few tokens
+    return _add_product(output, sums, matrix, scale)
 
 
 def _linear_in_general(
@@ -98,10 +104,11 @@ def _linear_in_general(
     # updates add to it.
     sums_and_matrices = []
     for matrix, dropout, _ in shard_sum_terms(updates, MATRIX, MATRIX.geometry(weight.shape)):
-        sums, overflow_scale = shard_sums(drop_inputs(x, dropout), matrix.shape[0])
+        inputs = drop_inputs(x, dropout) if dropout else x
+        sums, overflow_scale = shard_sums(inputs, matrix.shape[0])
         sums_and_matrices.append((sums, matrix, overflow_scale))
     deltas = [update_product(F.linear, x, weight, MATRIX, update) for update in separate]
-    output = _linear_with_folded(x, weight, bias, folded)
+    output = _linear_with_folded(x, weight, bias, folded) if folded else F.linear(x, weight, bias)
     for sums, matrix, overflow_scale in sums_and_matrices:
         output = _add_product(output, sums, matrix, overflow_scale)
     for delta in deltas:
@@ -122,9 +129,7 @@ def _add_product(output: Tensor, sums: Tensor, matrix: Tensor, factor: float) ->
 def _linear_with_folded(
     x: Tensor, weight: Tensor, bias: Tensor | None, updates: Sequence[Update]
 ) -> Tensor:
-    """Return the product with the updates, perhaps none, folded into W."""
-    if not updates:
-        return F.linear(x, weight, bias)
+    """Return the product with the updates, at least one, folded into W."""
     updates = _add_up(updates)
     if len(updates) == 1 and not updates[0].output_ranges:
         return _linear_with_one_folded(x, weight, bias, updates[0])
@@ -139,7 +144,10 @@ def _linear_with_folded(
 
 
 def _add_up(updates: Sequence[Update]) -> Sequence[Update]:
-    """Return the updates as one with the sum of their blocks, if they differ only in values."""
+    """Return the updates as one with the sum of their blocks, if they differ only in values.
+
+    Their shard sizes are not compared, because `Method.delta` does not get r.
+    """
     first = updates[0]
     if len(updates) == 1 or not first.method.additive:
         return updates
@@ -161,8 +169,7 @@ def _linear_with_one_folded(
     x: Tensor, weight: Tensor, bias: Tensor | None, update: Update
 ) -> Tensor:
     """Return the product with one update of all outputs folded into W."""
-    method, block, scale, *_ = update
-    output = method.product(x, weight, bias, block, scale)
+    output = update.method.product(x, weight, bias, update.block, update.scale)
     if output is not None:
         return output
     return F.linear(x, computed_weight(weight, MATRIX, [update]), bias)

@@ -10,12 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from disha.functional.layouts import OutputRanges
-from disha.functional.shard_sums import is_inexact
 
 
 def is_lookup(x: Tensor) -> bool:
     """Whether an input has indices, so that its product is a lookup."""
-    return not is_inexact(x)
+    return not (x.is_floating_point() or x.is_complex())  # `is_inexact`, without its call
 
 
 def look_up_outputs(indices: Tensor, delta: Tensor, ranges: OutputRanges) -> Tensor:
@@ -23,11 +22,14 @@ def look_up_outputs(indices: Tensor, delta: Tensor, ranges: OutputRanges) -> Ten
 
     `delta` (rows, in) has a row for each of these outputs, one range after another.
     """
-    numbers = output_numbers(ranges, indices.device)
+    # Row 0 of the table is zeros; row k + 1 belongs to output numbers[k]. An index equal to none of
+    # them finds row 0, because argmax of all zeros is 0.
+    table = F.pad(delta, (0, 0, 1, 0))
     no_index = indices.new_full((1,), -1)
+    numbers = output_numbers(ranges, indices.device)
     is_row = indices.unsqueeze(-1) == torch.cat([no_index, numbers])  # (..., 1 + rows)
-    # An index outside of the ranges equals none of them, so it looks up row 0, which has zeros.
-    return F.embedding(is_row.int().argmax(-1), F.pad(delta, (0, 0, 1, 0)))
+    row_of_index = is_row.int().argmax(-1)
+    return F.embedding(row_of_index, table)
 
 
 def output_numbers(ranges: OutputRanges, device: torch.device) -> Tensor:

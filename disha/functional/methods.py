@@ -51,8 +51,8 @@ class Method:
     do more, or do it at a lower cost. Set `block_axes`, `reads_weight` and `additive` as dW's
     formula says.
 
-    An instance is what is registered and what blocks carry, so a method may have settings: then the
-    `name` of an instance must tell them, because files have only the name.
+    A method may have settings, as attributes of its instance. Register one instance for each
+    setting. Files store only `name`, so two settings need two names: `shift2`, `shift3`.
 
     What others rely on:
 
@@ -70,7 +70,8 @@ class Method:
         uses_shard_sum: whether dW x = S(x) R. R acts as a smaller weight: the product of x with dW
             equals the product of S(x) with R.
         tiles: whether a block can have an output shard r_out.
-        replaces: whether D^T has new values of W, and so starts as W is, whatever `init` says.
+        replaces: whether D^T has new values of W. Then a block starts as W is, whatever `init`
+            says.
         additive: whether dW is linear in D. If so, combining adapters adds up their blocks, which
             gives wrong numbers for a method that is not linear.
 
@@ -109,7 +110,7 @@ class Method:
     additive: ClassVar[bool] = False
 
     def __reduce__(self) -> Any:
-        # So a copied or pickled block has the registered method.
+        # A copied or pickled block has the registered method.
         return (method_of, (self.name,))
 
     # --- one matrix, or a stack with its axes first: what a method defines -----------------------
@@ -142,13 +143,13 @@ class Method:
         bias: Tensor | None,
         block: Tensor,
         scale: Scale,
-        base_scale: float = 1.0,
+        with_base: bool = True,
     ) -> Tensor | None:
-        """Return (c W + s dW) x + b in less memory or time than by computing dW, or None.
+        """Return (W + s dW) x + b in less memory or time than by computing dW, or None.
 
-        `base_scale` is c: 1, or 0 where the update alone is asked for.
-        x is (..., in) and W (out, in), or x is (experts, n, in) and W (experts, out, in). It is not
-        called if the method uses shard sums.
+        Without `with_base`, return the update alone: s dW x + b. x is (n, in) and W (out, in), or x
+        is (experts, n, in) and W (experts, out, in). It is not called if the method uses shard
+        sums.
         """
         return None
 
@@ -189,11 +190,11 @@ class Method:
         *stack, inputs, outputs = of_matrices
         return layout.shape(Geometry(inputs, outputs, tuple(stack)))
 
-    def stack_of(self, layout: Layout, block: Sequence[int]) -> tuple[int, ...]:
+    def stack_of(self, layout: Layout, block_shape: Sequence[int]) -> tuple[int, ...]:
         """Return the sizes of a weight's stack, from the shape of its block."""
         if self._keeps_as_weight(layout):
-            return layout.geometry(block).stack
-        return tuple(block[: len(block) - self.block_axes])
+            return layout.geometry(block_shape).stack
+        return tuple(block_shape[: len(block_shape) - self.block_axes])
 
     def delta_weight(
         self,
@@ -317,10 +318,10 @@ class _Bat(Method):
         bias: Tensor | None,
         block: Tensor,
         scale: Scale,
-        base_scale: float = 1.0,
+        with_base: bool = True,
     ) -> Tensor | None:
         if weight.dim() == 2:
-            return bat_linear(x, weight, bias, block, scale, base_scale)
+            return bat_linear(x, weight, bias, block, scale, with_base)
         if x.shape[-2] != 1:
             return None
         return bat_streamed(x, weight.to(x.dtype), scaled(block, scale).to(x.dtype))
@@ -328,7 +329,7 @@ class _Bat(Method):
     def of_outputs(
         self, block: Tensor, start: int, stop: int, geometry: Geometry, r: int
     ) -> Tensor | None:
-        r = block.shape[-1]
+        r = block.shape[-1]  # the argument r may be 0: methods of the library know r from D
         if start % r or (stop % r and stop != geometry.out_features):
             return None
         return block[..., start // r : shard_count(stop, r), :, :]
@@ -370,15 +371,16 @@ METHODS: dict[str, Method] = {method.name: method for method in (_Bone(), _Bat()
 def register_method(method: Method) -> None:
     """Make a method known by its name, everywhere: in arguments, files, merging and copies.
 
-    Register it before you load a file that has blocks of it. A second call with the same class
-    replaces the method.
+    Register it before you load a file that has blocks of it. A second call with the same
+    settings replaces the method, also if its class was defined again, as in a notebook.
 
     Args:
         method: an instance of a subclass of `Method`.
 
     Raises:
         ArgumentTypeError: `method` is not such an instance, or lacks what a method must define.
-        ArgumentError: another method has its name, or the name can't be part of a key in a file.
+        ArgumentError: another method, or another setting of this one, has its name, or the name
+            can't be part of a key in a file.
 
     Examples:
         >>> import torch
@@ -427,6 +429,11 @@ def register_method(method: Method) -> None:
             raise ArgumentError(
                 f"there is a method {name!r} already, of the class {type(known).__name__}; give "
                 f"{cls.__name__} another name"
+            )
+        if type(known) is cls and vars(known) != vars(method):
+            raise ArgumentError(
+                f"there is a method {name!r} already, with other settings; files store only the "
+                "name, so give each setting its own"
             )
     METHODS[method.name] = method
 

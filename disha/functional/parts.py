@@ -11,6 +11,9 @@ from collections.abc import Sequence
 from disha.functional.layouts import Geometry, Layout, OutputRanges
 from disha.functional.update import Update
 
+_NO_OUTPUTS: OutputRanges = ((0, 0),)
+"""The ranges of an update that adapts none of the outputs: `()` would mean all of them."""
+
 
 def updates_of_outputs(
     updates: Sequence[Update], start: int, stop: int, geometry: Geometry, keep_empty: bool = False
@@ -29,7 +32,7 @@ def updates_of_outputs(
         if first == last:
             if not keep_empty:
                 continue
-            first = last = 0  # there, an empty block can be cut whatever r is
+            first = last = 0  # at 0, an empty block can be cut whatever r is
         count = _count_before(ranges, geometry.out_features)
         block_geometry = Geometry(geometry.in_features, count, geometry.stack)
         block = update.method.of_outputs(update.block, first, last, block_geometry, update.r)
@@ -47,13 +50,13 @@ def _count_before(ranges: OutputRanges, edge: int) -> int:
 
 
 def _ranges_inside(ranges: OutputRanges, start: int, stop: int) -> OutputRanges:
-    """Return the ranges within start to stop, counted from start; an empty range if none is."""
+    """Return the ranges within start to stop, counted from start."""
     inside = [
         (max(first, start) - start, min(last, stop) - start)
         for first, last in ranges
         if first < stop and start < last
     ]
-    return tuple(inside) if inside else ((0, 0),)
+    return tuple(inside) if inside else _NO_OUTPUTS
 
 
 def update_of_part(

@@ -3,10 +3,10 @@
 Each function returns the product with the effective weight W + sum of s dW, and avoids forming
 that weight where possible. There are three cases:
 
-- the method uses shard sums, so dW x = S(x) R: it adds the same product of S(x) with R, a smaller
-  weight;
-- the method does not: it folds dW into W, so there is one product;
-- the method does not, and dropout gives the update its own input: it adds the product with dW.
+- the method uses shard sums, so dW x = S(x) R: the same product of S(x) with R, a smaller weight,
+  is added;
+- any other method: dW is folded into W, so there is one product;
+- any other method, where dropout gives the update its own input: the product with dW is added.
 
 Every dW comes from the original W, so the order of updates does not matter.
 
@@ -54,7 +54,8 @@ def adapted_product(
     geometry = layout.geometry(weight.shape)
     folded, separate = fold_or_separate(updates)
     terms = shard_sum_terms(updates, layout, geometry)
-    output = multiply(x, computed_weight(weight, layout, folded), bias)
+    effective = computed_weight(weight, layout, folded) if folded else weight
+    output = multiply(x, effective, bias)
     for term in terms:
         output = add_to(output, _shard_sum_product(multiply, x, layout, term, geometry))
     for update in separate:
@@ -95,17 +96,18 @@ def update_product(
         else:
             output = multiply(x, delta.to(weight.dtype), None)
         return drop_tokens(output, update.dropout)
-    x = drop_inputs(x, update.dropout)
+    if update.dropout:
+        x = drop_inputs(x, update.dropout)
     if multiply is F.linear and layout == MATRIX and not ranges:
         product = _product_without_delta(x, weight, update)
         if product is not None:
             return product
     delta = _scaled_delta(update, layout, weight, only_ranges=bool(ranges))
     output = multiply(x, delta.to(x.dtype), None)
-    if ranges:
-        whole = output.new_zeros((*output.shape[:-1], geometry.out_features))
-        output = whole.index_add_(-1, output_numbers(ranges, x.device), output)
-    return output
+    if not ranges:
+        return output
+    whole = output.new_zeros((*output.shape[:-1], geometry.out_features))
+    return whole.index_add_(-1, output_numbers(ranges, x.device), output)
 
 
 def _scaled_delta(update: Update, layout: Layout, weight: Tensor, only_ranges: bool) -> Tensor:
@@ -118,9 +120,10 @@ def _scaled_delta(update: Update, layout: Layout, weight: Tensor, only_ranges: b
 
 def _product_without_delta(x: Tensor, weight: Tensor, update: Update) -> Tensor | None:
     """Return s dW x of a linear layer if the method computes it without dW, or None."""
-    method, block, scale, *_ = update
     inputs = x.reshape(-1, x.shape[-1])
-    output = method.product(inputs, weight.to(x.dtype), None, block, scale, base_scale=0.0)
+    output = update.method.product(
+        inputs, weight.to(x.dtype), None, update.block, update.scale, with_base=False
+    )
     return None if output is None else output.view(*x.shape[:-1], weight.shape[0])
 
 
@@ -132,9 +135,11 @@ def _shard_sum_product(
     outputs = geometry.out_features
     looks_up = is_lookup(x)
     if not looks_up:
-        x = drop_inputs(x, dropout)
         matrix = matrix.to(x.dtype)
-    # A linear product with a table, or a lookup in the weight of a linear layer.
+        if dropout:
+            x = drop_inputs(x, dropout)
+    # A layer multiplies by (out, in) and looks up in (index, out). Any other pairing uses the
+    # transposed matrix.
     is_transposed = layout.in_first != looks_up and len(layout.axes) == 2
     if is_transposed:
         delta = _transposed_shard_sum_product(multiply, x, layout, matrix, geometry)
@@ -150,20 +155,26 @@ def _shard_sum_product(
     if multiply is not F.linear:
         # A linear tile is repeated after the product, so backward keeps nothing of that size.
         matrix = tiled(matrix, outputs)
-
-    def multiply_sums(sums: Tensor, matrix: Tensor) -> Tensor:
-        chosen_matrix = matrix if chosen is None else matrix[chosen]
-        return multiply(sums, layout.weight(chosen_matrix.mT), None)
-
-    if chosen is None or is_compiling() or must_not_write():
-        output = multiply_sums(sums, matrix)
+    if chosen is None:
+        output = multiply(sums, layout.weight(matrix.mT), None)
     else:
-        # Backward gathers the matrices again, so it does not keep one for each token.
-        output = checkpoint(
-            multiply_sums, sums, matrix, use_reentrant=False, preserve_rng_state=False
-        )
+        output = _multiply_by_chosen(multiply, sums, layout, matrix, chosen)
     output = scaled(output, overflow_scale)
     return tiled(output, outputs) if multiply is F.linear else output
+
+
+def _multiply_by_chosen(
+    multiply: Product, sums: Tensor, layout: Layout, matrix: Tensor, chosen: Tensor
+) -> Tensor:
+    """Return the product of shard sums with the chosen matrices of a stack."""
+
+    def multiply_sums(sums: Tensor, matrix: Tensor) -> Tensor:
+        return multiply(sums, layout.weight(matrix[chosen].mT), None)
+
+    if is_compiling() or must_not_write():
+        return multiply_sums(sums, matrix)
+    # Backward gathers the matrices again, so it does not keep one for each token.
+    return checkpoint(multiply_sums, sums, matrix, use_reentrant=False, preserve_rng_state=False)
 
 
 def _transposed_shard_sum_product(

@@ -42,6 +42,7 @@ class Route:
     """An adapter for each sample of a batch, or None for no adapter."""
 
     names: tuple[str | None, ...]  # each covers an equal part of an input's first dimension
+    # The tensors of indices that `_on_device` has made.
     _indices: dict[tuple[tuple[int, ...], torch.device], Tensor] = field(
         default_factory=dict, compare=False
     )
@@ -115,7 +116,8 @@ class Routed(Updates):
         batch: int = 0,  # the number of samples if they are the second dimension
     ) -> None:
         super().__init__(tuple([update for updates in by_adapter.values() for update in updates]))
-        self.of_all_samples = None  # also for a route with one adapter: what works must with two
+        # None for a route with one adapter too, so that it works nowhere but where two do.
+        self.of_all_samples = None
         self.route = route
         self.by_adapter = by_adapter
         self.batch = batch

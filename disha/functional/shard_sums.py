@@ -79,7 +79,8 @@ def is_inexact(x: Tensor) -> bool:
 
 def scaled(x: Tensor, scale: Scale) -> Tensor:
     """Return s x; x itself if s is the number 1."""
-    return x if not isinstance(scale, Tensor) and scale == 1.0 else x * scale
+    is_one = not isinstance(scale, Tensor) and scale == 1.0
+    return x if is_one else x * scale
 
 
 def shard_sums(x: Tensor, r: int, dim: int = -1) -> tuple[Tensor, float]:
@@ -113,7 +114,8 @@ def tiled(block: Tensor, out_features: int) -> Tensor:
     halves = block.dtype == torch.float16 and autocasts(block.device)
     if tiles <= FEW_TILES and not halves:
         return torch.cat([block] * tiles, -1)
-    return block.repeat(*(1,) * (block.dim() - 1), tiles)
+    leading = (1,) * (block.dim() - 1)
+    return block.repeat(*leading, tiles)
 
 
 def merge_dtype(*dtypes: torch.dtype) -> torch.dtype:

@@ -17,14 +17,16 @@ from disha.functional.update import Update
 
 def adapted_stack(x: Tensor, weight: Tensor, updates: Sequence[Update]) -> Tensor:
     """Return x (W + sum of s dW)^T for a stack of matrices, each with its own part of x."""
+    # Whether an update has to be folded into W, which needs memory for each matrix.
     folds = any(not update.method.uses_shard_sum and not update.dropout for update in updates)
     if folds and x.shape[0] == 1:
         x = x.expand(weight.shape[0], -1, -1)
     has_input_for_each = 0 < x.shape[0] == weight.shape[0]
     if folds and has_input_for_each:
         if len(updates) == 1 and not updates[0].output_ranges:
-            method, _, scale, *_ = updates[0]
-            output = method.product(x, weight, None, updates[0].chosen_block(), scale)
+            (update,) = updates
+            block = update.chosen_block()
+            output = update.method.product(x, weight, None, block, update.scale)
             if output is not None:
                 return output
         if not is_compiling():

@@ -72,9 +72,9 @@ class Updates:
         layout: Layout,
     ) -> Tensor:
         """Return a product as `functional.adapted_product` does."""
-        same = self.of_input(x, weight.shape)
-        if same is not None:
-            return functional.adapted_product(multiply, x, weight, bias, layout, same)
+        of_all = self.of_input(x, weight.shape)
+        if of_all is not None:
+            return functional.adapted_product(multiply, x, weight, bias, layout, of_all)
 
         def delta_of(inputs: Tensor, update: Update) -> Tensor:
             return update_product(multiply, inputs, weight, layout, update)

@@ -51,6 +51,20 @@ def test_sparse_inputs(method):
     torch.testing.assert_close(layer(x.to_sparse()), layer(x))
 
 
+@pytest.mark.parametrize(
+    "multiply",
+    [
+        lambda x, weight: x @ weight,
+        lambda x, weight: torch.addmm(torch.ones(weight.shape[1]), x, weight),
+    ],
+)
+def test_a_weight_without_a_transposed_layout_is_computed(multiply):
+    table = nn.Embedding(7, 4, padding_idx=2)
+    disha.inject_adapters(table, "", 2, init="kaiming")
+    x = torch.randn(3, 7)
+    torch.testing.assert_close(multiply(x, table.weight), multiply(x, table.weight.clone()))
+
+
 def test_a_product_into_out_acts_unless_a_gradient_would_be_lost():
     layer, weight = adapted_weight()
     x, out = torch.randn(5, 4), torch.empty(5, 2)

@@ -394,6 +394,22 @@ class TestRegisterMethod:
         with pytest.raises(ArgumentError, match="a method 'shift2' already, of the class Shift"):
             disha.register_method(Other(2))
 
+    def test_two_settings_may_not_have_one_name(self):
+        disha.register_method(Shift(2))
+        known = method_of("shift2")
+        other = Shift(3)
+        other.name = "shift2"
+        with pytest.raises(ArgumentError, match="'shift2' already, with other settings"):
+            disha.register_method(other)
+        assert method_of("shift2") is known
+
+    def test_a_class_that_was_defined_again_may_have_other_settings(self):
+        disha.register_method(Shift(2))
+        again = type("Shift", (Shift,), {"__module__": Shift.__module__})(3)
+        again.name = "shift2"
+        disha.register_method(again)
+        assert method_of("shift2") is again
+
     @pytest.mark.parametrize("name", ["bone", "miss"])
     def test_names_and_aliases_of_the_library_are_taken(self, name):
         method = Shift(2)
