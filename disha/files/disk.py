@@ -18,7 +18,13 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from disha.errors import AdapterFileError, AdapterIOError, ArgumentError, ArgumentTypeError
+from disha.errors import (
+    AdapterFileError,
+    AdapterIOError,
+    ArgumentError,
+    ArgumentTypeError,
+    DishaError,
+)
 from disha.model.records import Tensors
 
 PathLike = str | os.PathLike[str]
@@ -60,19 +66,20 @@ def save(path: PathLike, write: Callable[[Path], object]) -> None:
     whose draft another one has removed writes it again.
     """
     target = Path(os.path.realpath(checked_path(path)))
-    is_saved = False
     try:
         if target.exists() and not (target.is_file() or target.is_dir()):
             raise OSError("it is a device or a pipe")
-        while not is_saved:
-            is_saved = _try_to_save(target, write)
+        while not _save_once(target, write):
+            pass  # another save has removed the draft, so it is written again
+    except DishaError:  # of `write`, which says what is wrong with what it reads
+        raise
     except (OSError, ValueError, SafetensorError) as error:
         raise AdapterIOError(
             f"can't save to {target}: {_reason_of(error)}; nothing was changed"
         ) from error
 
 
-def _try_to_save(target: Path, write: Callable[[Path], object]) -> bool:
+def _save_once(target: Path, write: Callable[[Path], object]) -> bool:
     """Save, and return True; or return False if another save has removed the draft."""
     other_drafts = _drafts_of(target)  # of saves that were killed, or that end before this one
     draft = target.with_name(f".{target.name}.{token_hex(4)}.tmp")
@@ -94,6 +101,7 @@ def _try_to_save(target: Path, write: Callable[[Path], object]) -> bool:
 
 
 def _drafts_of(target: Path) -> list[Path]:
+    """Return the drafts of a target that are on the disk now, of whatever save."""
     token = "[0-9a-f]" * 8
     return list(target.parent.glob(f".{escape(target.name)}.{token}.tmp"))
 
@@ -106,8 +114,8 @@ def _files_in(path: Path) -> list[Path]:
 def _give_permissions(new: Path, target: Path, draft: Path) -> None:
     """Let the files be read and written as the old file is, or as any new file would be."""
     # safetensors makes files that only their owner can read.
-    model = target if target.is_file() else draft
-    mode = model.stat().st_mode & 0o666
+    like = target if target.is_file() else draft
+    mode = like.stat().st_mode & 0o666
     for file in _files_in(new):
         file.chmod(mode)
 
@@ -137,7 +145,8 @@ def _remove(drafts: Iterable[Path], draft: Path) -> None:
     """Move the drafts of other saves into this one, which is removed."""
     for other in drafts:
         with suppress(OSError):  # it is gone already
-            other.rename(draft / other.name)  # in one step: a save that is alive misses all of it
+            # In one step, so that a save that still runs misses its whole draft, and not a part.
+            other.rename(draft / other.name)
 
 
 def _reason_of(error: Exception) -> object:

@@ -376,6 +376,18 @@ class TestFailure:
         assert_same(tensors_in(setting.out), before)
         assert setting.listing() == ["adapter.safetensors", "base", "merged"]
 
+    def test_a_damaged_shard_of_which_nothing_is_adapted(self, setting):
+        shard = setting.base / "model-00004-of-00004.safetensors"
+        save_file({"other": torch.ones(4)}, shard)
+        index = setting.base / "model.safetensors.index.json"
+        content = json.loads(index.read_text())
+        content["weight_map"]["other"] = shard.name
+        index.write_text(json.dumps(content))
+        shard.write_bytes(shard.read_bytes()[:-1])
+        with pytest.raises(AdapterFileError, match=f"{shard} is not a complete safetensors file"):
+            setting.merge()
+        assert setting.listing() == ["adapter.safetensors", "base"]
+
     def test_no_folder_to_write_into(self, setting):
         setting.out = setting.folder / "a" / "b"
         with pytest.raises(AdapterIOError, match="can't save to"):
