@@ -80,15 +80,16 @@ def combine_adapters(
     if not isinstance(weights, Mapping) or not weights:
         raise ArgumentTypeError(f"weights must be a dict of adapter -> number, got {weights!r}")
     if r is not None:
-        AdapterConfig(r)  # checks r
+        AdapterConfig(r)  # raises if r is no size of a shard
     view = ModelView(model)
     view.check_can_add(into, "combine adapters", "combine first, then wrap")
     summands = []
     for adapter, weight in weights.items():
         contents = adapter_contents(view, adapter)
-        claims = any(parameter.is_claimed(adapter) for parameter in view.parameters)
-        claims = claims or any(claimant_of(buffer) == adapter for buffer in view.buffers)
-        if not also_train or not claims:  # what trains unclaimed stays in the model
+        has_claims = any(parameter.is_claimed(adapter) for parameter in view.parameters)
+        if not has_claims:
+            has_claims = any(claimant_of(buffer) == adapter for buffer in view.buffers)
+        if not also_train or not has_claims:  # what trains unclaimed stays in the model
             contents = keep_blocks(contents)
         summands.append(Summand(f"adapter {adapter!r}", contents, weight))
     total = combine_contents(summands, r)
@@ -97,10 +98,10 @@ def combine_adapters(
         trained = {
             model_block.name
             for model_block in view.blocks()
-            if model_block.adapter in weights and model_block.block.block.requires_grad
+            if model_block.adapter in weights and model_block.values.requires_grad
         }
         for model_block in view.require(into):
-            model_block.block.block.requires_grad_(model_block.name in trained)
+            model_block.values.requires_grad_(model_block.name in trained)
 
 
 Part = tuple[LayerRecord, Summand]
@@ -125,7 +126,7 @@ def combine_contents(summands: Sequence[Summand], r: int | None) -> AdapterConte
     for summand in summands:
         config = summand.contents.config
         if (config.target, config.exclude) != (first.target, first.exclude):
-            changes |= {"target": None, "exclude": ()}  # no one pattern selects these layers
+            changes |= {"target": None, "exclude": ()}  # no single pattern selects these layers
     config = first.changed(r=records[0].r, **changes)
     return AdapterContents(config, tuple(records), (), tensors, {})
 
@@ -177,7 +178,7 @@ def _sum_blocks(parts: Sequence[Part], r: int | None) -> tuple[LayerRecord, Tens
                 "an r that is a multiple of each, or adapters of equal r"
             )
         terms.append((wide, float(summand.weight) * record.scale))
-    # The base is left out, because one is the same in another dtype.
+    # Bases are not compared here: one base has other digits in another dtype.
     records = {replace(record, r=r, scale=1.0, base=None) for record, _ in parts}
     shapes = {wide.shape for wide, _ in terms}
     if len(records) > 1 or len(shapes) > 1:

@@ -159,7 +159,7 @@ def _warn_of_skipped(plan: Plan) -> None:
         warnings.warn(
             f"the target also selects {counted(len(weights), 'weight')} that can't be adapted: "
             f"{first_few(weights, 5, '; ')}. To leave them out without a warning, pass exclude=",
-            stacklevel=4,
+            stacklevel=4,  # the caller of inject_adapters, past the wrapper that adds hints
         )
 
 
@@ -168,32 +168,38 @@ def apply_plan(view: ModelView, plan: Plan, undo: ExitStack, *, activate: bool =
 
     The new adapter becomes the only active one, or does not act yet without `activate`.
     """
-    # All that can fail comes first: the blocks are made before the model changes.
+    # Blocks are made before the model changes: this is what usually fails. What fails later is
+    # undone.
     blocks = defaultdict[nn.Module, list[AdapterBlock]](list)
-    borrowed = defaultdict[nn.Module, list[tuple[str, AdapterBlock]]](list)
+    tied_blocks = defaultdict[nn.Module, list[tuple[str, AdapterBlock]]](list)
     for layer in plan.layers:
         assert layer.slot is not None
         block = make_block(layer.module, layer.slot, layer.config, layer.r, layer.values)
         blocks[layer.module].append(block)
         for module, name in layer.tied.values():
-            borrowed[module].append((name, block))
+            tied_blocks[module].append((name, block))
     group = _find_group(view)
     names = [layer.name for layer in plan.layers]
     lost_layers.remember_layers(view.model, plan.adapter, names, undo)
     buffers.remember_buffers(view, plan.adapter, plan.also_train, undo)
-    modules = {**blocks, **borrowed}
-    _note_state(view, modules, undo)
+    modules = list(blocks)
+    modules += [module for module in tied_blocks if module not in blocks]
+    _undo_later(view, modules, undo)
     for module in modules:
         own_blocks = blocks[module]
-        tied = borrowed[module]
+        tied = tied_blocks[module]
         parameters = [block.slot.parameter for block in own_blocks]
         parameters += [name for name, _ in tied]
         is_quantized = any(block.slot.quantized for block in own_blocks)
         adapters = adapt(module, parameters, is_quantized, group)
         adapters.add(plan.adapter, own_blocks, tied)
+    # All layers, the new ones too. `activate` also rebuilds the tables that forwards read, so it is
+    # called even if what acts stays the same.
     for adapted in view.layers:
-        active = (plan.adapter,) if activate else adapted.disha.active
-        adapted.disha.activate(active)
+        if activate:
+            adapted.disha.activate((plan.adapter,))
+        else:
+            adapted.disha.activate(adapted.disha.active)
     _guard_encoders(view)
     _set_flags(view, plan)
 
@@ -206,8 +212,12 @@ def _find_group(view: ModelView) -> Group:
     return Group()
 
 
-def _note_state(view: ModelView, modules: Iterable[nn.Module], undo: ExitStack) -> None:
-    """Put on the stack how to restore classes and adapters of modules, what acts, and all flags."""
+def _undo_later(view: ModelView, modules: Iterable[nn.Module], undo: ExitStack) -> None:
+    """Let `undo` restore the modules as they are now.
+
+    First come their classes and blocks, then what acts, the guards of encoders, and last all
+    requires_grad flags: a stack runs backwards.
+    """
     gradient_flags.keep_flags(view.parameters, undo)
     undo.callback(_guard_encoders, view)
     for layer in view.layers:
@@ -290,7 +300,7 @@ def _warn_of_unsaved_buffers(view: ModelView) -> None:
 
 def take_out(view: ModelView, adapters: Sequence[str], undo: ExitStack) -> None:
     """Remove adapters, and give layers without any their own class back."""
-    _note_state(view, view.layers, undo)
+    _undo_later(view, view.layers, undo)
     for layer in view.layers:
         for adapter in adapters:
             layer.disha.discard(adapter)
@@ -346,7 +356,7 @@ def adapter_parameters(model: nn.Module, adapter: str | None = None) -> list[nn.
     view.reshard()
     model_blocks = view.blocks() if adapter is None else view.require(adapter)
     return [
-        *(model_block.block.block for model_block in model_blocks),
+        *(model_block.values for model_block in model_blocks),
         *(parameter.value for parameter in view.list_trained(adapter)),
     ]
 
@@ -369,7 +379,7 @@ def mark_only_adapters_trainable(model: nn.Module) -> None:
         False
     """
     view = ModelView(model)
-    blocks = [model_block.block.block for model_block in view.blocks()]
+    blocks = [model_block.values for model_block in view.blocks()]
     if not blocks:
         raise ArgumentError("the model has no adapter, so nothing would train")
     with all_or_nothing(view) as undo:
@@ -384,7 +394,7 @@ def mark_only_adapters_trainable(model: nn.Module) -> None:
 
 
 def _guard_encoders(view: ModelView) -> None:
-    """Make encoders with adapted layers compute the same, and leave others as they were."""
+    """Let encoders return the same with adapted layers as with plain ones; undo that in others."""
     for module in view.names:
         if isinstance(module, Encoder):
             is_adapted = any(isinstance(inner, AdaptedLayer) for inner in module.modules())
@@ -396,6 +406,7 @@ def _set_flags(view: ModelView, plan: Plan) -> None:
     also_train = set(plan.also_train)
     for parameter in view.parameters:
         if parameter.name in also_train:
+            # The parameter's flag if this adapter is removed, and others stay.
             flag_without = parameter.value.requires_grad and not plan.freeze
             gradient_flags.claim_parameter(
                 parameter.module, plan.adapter, parameter.attribute, flag_without

@@ -224,7 +224,7 @@ def _refuse_also_train(name: str, reason: str | None) -> None:
 
 def _count_parameters(view: ModelView, plan: Plan) -> Plan:
     """Return a plan with the numbers of parameters, which only its reader needs."""
-    blocks = [model_block.block.block for model_block in view.blocks()]
+    blocks = [model_block.values for model_block in view.blocks()]
     total = plan.added + sum(map(count_values, blocks))
     trainable = plan.added + sum(count_values(block) for block in blocks if block.requires_grad)
     for parameter in view.parameters:

@@ -41,7 +41,7 @@ class _Wrapper(NamedTuple):
 
     module: str  # where the class is defined
     name: str
-    child: str  # the attribute that holds the wrapped module; empty if it becomes an instance
+    child: str  # the attribute that holds the wrapped module; empty if the module changes its class
     distributes: bool = False  # keeps track of parameters, so that none may be added or removed
     shards: bool = False  # replaces parameters by shards
 
@@ -56,14 +56,14 @@ _WRAPPERS = (
     _Wrapper("torch.optim.swa_utils", "AveragedModel", "module"),
     _Wrapper("torch.nn.parallel.data_parallel", "DataParallel", "module", distributes=True),
     _Wrapper("deepspeed.runtime.engine", "DeepSpeedEngine", "module", distributes=True),
-    _Wrapper(_FSDP, "FullyShardedDataParallel", FSDP_CHILD, True, True),
-    _Wrapper(_FSDP, "FSDPModule", "", True, True),
+    _Wrapper(_FSDP, "FullyShardedDataParallel", FSDP_CHILD, distributes=True, shards=True),
+    _Wrapper(_FSDP, "FSDPModule", "", distributes=True, shards=True),
 )
 
 
 def clean_key(key: str) -> str:
     """Return a state-dict key without the parts that wrappers add."""
-    # A model may have its own child `module`, so that name is a wrapper's only at the start.
+    # A model may have a child `module` itself, so only at the start is that name a wrapper's.
     added = {wrapper.child for wrapper in _WRAPPERS if wrapper.child != "module"}
     parts = [part for part in key.split(".") if part not in added]
     return ".".join(parts).removeprefix("module.")
@@ -76,6 +76,11 @@ class ModelBlock(NamedTuple):
     layer: AdaptedLayer
     adapter: str
     block: AdapterBlock
+
+    @property
+    def values(self) -> nn.Parameter:
+        """The trainable values D of the block."""
+        return self.block.block
 
 
 class ModelParameter(NamedTuple):
@@ -181,12 +186,13 @@ class ModelView:
         """Return a module and all modules inside it -> their names relative to it."""
         name = self.names[module][0]
         prefix = f"{name}." if name else ""
-        return {
-            other: alias[len(prefix) :]
-            for other, names in self.names.items()
-            for alias in reversed(names)  # the first one stays
-            if alias == name or alias.startswith(prefix)
-        }
+        inside = {}
+        for other, aliases in self.names.items():
+            for alias in aliases:
+                if alias == name or alias.startswith(prefix):
+                    inside[other] = alias[len(prefix) :]
+                    break
+        return inside
 
     @cached_property
     def parameters(self) -> tuple[ModelParameter, ...]:
@@ -199,7 +205,7 @@ class ModelView:
                     continue
                 key = id(parameter)
                 aliases[key] += [join(name, attribute) for name in names]
-                # A tied parameter is claimed in the module whose name `also_train` matched.
+                # The place of a tied parameter is the module that claims it, or else the first.
                 if key not in places or is_claimed(module, attribute):
                     places[key] = module, attribute
         return tuple(
@@ -264,10 +270,10 @@ class ModelView:
     @property
     def adapters(self) -> list[str]:
         """The names of all adapters, in the order of the layers."""
-        names: dict[str, None] = {}  # a set would not keep the order
+        names: list[str] = []
         for layer in self.layers:
-            names |= dict.fromkeys(layer.disha)
-        return list(names)
+            names += [name for name in layer.disha if name not in names]
+        return names
 
     def require(self, adapter: str) -> list[ModelBlock]:
         """Return the blocks of an adapter, or raise if there are none."""
@@ -345,13 +351,13 @@ class ModelView:
 
     @cached_property
     def ranks(self) -> Ranks:
-        """The ranks that hold the shards of the parameters."""
-        self.reshard()  # what a forward has gathered does not show its ranks
+        """The ranks that hold the shards of the parameters; FSDP reshards what it has gathered."""
+        self.reshard()  # a gathered parameter does not show its ranks
         return Ranks(self.list_parameters())
 
     def list_parameters(self) -> list[nn.Parameter]:
         """Return all parameters, those of blocks included, each once."""
-        blocks = [model_block.block.block for model_block in self.blocks()]
+        blocks = [model_block.values for model_block in self.blocks()]
         return [*(parameter.value for parameter in self.parameters), *blocks]
 
 
@@ -365,6 +371,6 @@ def all_or_nothing(view: ModelView, around: ExitStack | None = None) -> Iterator
     view.reshard()
     with ExitStack() as undo:
         yield undo
-        callbacks = undo.pop_all()
+        undo_later = undo.pop_all()  # the body has not raised, so nothing is undone here
         if around is not None:
-            around.push(callbacks)
+            around.push(undo_later)
