@@ -46,7 +46,7 @@ class Family:
     """How models of one type store both stacks, and name the matrices of single experts."""
 
     layout: Layout
-    block: str = "mlp"  # as in the names of stacks
+    parent: str = "mlp"  # the module around the experts; in the names of stacks, always this
     gate: str = "gate_proj"
     up: str = "up_proj"
     down: str = "down_proj"
@@ -62,7 +62,7 @@ class Family:
 
 
 FAMILIES = {
-    "mixtral": Family(SEPARATE_BEFORE, block="block_sparse_moe", gate="w1", up="w3", down="w2"),
+    "mixtral": Family(SEPARATE_BEFORE, parent="block_sparse_moe", gate="w1", up="w3", down="w2"),
     "qwen2_moe": Family(SEPARATE_BEFORE),
     "qwen3_moe": Family(SEPARATE_BEFORE),
     "olmoe": Family(SEPARATE_BEFORE),
@@ -166,7 +166,7 @@ def in_form(
 
 def _separate(update: LowRankUpdate, family: Family) -> Iterator[LowRankUpdate]:
     """Yield the updates of each expert in place of that of a stack."""
-    name = replace_part(update.record.name, "mlp", family.block)
+    name = replace_part(update.record.name, "mlp", family.parent)
     if not is_stack(update.record):
         yield replace(update, record=replace(update.record, name=name))
         return

@@ -36,25 +36,26 @@ def plan_weights(
     dtype: torch.dtype | None,
     freeze: bool,
 ) -> Plan:
-    """Plan an adapter for the weights that a file names; one error lists all reasons."""
+    """Plan an adapter for the weights that a file names; raise one error with all reasons."""
     view.check_can_add(adapter)
     weights = _weights_by_name(view, config)
     reasons = []
     planned = []
     for record in layers:
         tensor = tensors[record.key]
-        layer = weights.get(record.name)
-        reason: str | None = "the model has no such layer"
-        if layer is not None:
-            values = tensor
-            if dtype is not None and not tensor.is_complex():
-                values = tensor.to(dtype)
-            layer = _plan_as_recorded(view, layer, record, config, values)
-            reason = reason_against_record(layer, record, tensor.shape)
-        if layer is None or reason is not None:
-            reasons.append(f"{printable(record.name, WIDEST) or '(the model)'}: {reason}")
-        else:
+        name = printable(record.name, WIDEST) or "(the model)"
+        if record.name not in weights:
+            reasons.append(f"{name}: the model has no such layer")
+            continue
+        values = tensor
+        if dtype is not None and not tensor.is_complex():
+            values = tensor.to(dtype)
+        layer = _plan_as_recorded(view, weights[record.name], record, config, values)
+        reason = reason_against_record(layer, record, tensor.shape)
+        if reason is None:
             planned.append(layer)
+        else:
+            reasons.append(f"{name}: {reason}")
     buffers = {name: buffer for buffer in view.buffers for name in buffer.names}
     for key in also_train:
         if key in buffers:
@@ -69,9 +70,11 @@ def plan_weights(
         absent = [record.name for record in layers if record.name not in weights]
         if absent:
             nearest = list_nearest(absent[0], weights)
-            message += f"\nthe names nearest to {brief(absent[0])} are {nearest}" if nearest else ""
+            if nearest:
+                message += f"\nthe names nearest to {brief(absent[0])} are {nearest}"
         raise ArgumentError(message)
-    statistics = [name for name, buffer in buffers.items() if buffer.is_statistic]
+    # Statistics are saved with every adapter, so none claims them.
+    statistics = {name for name, buffer in buffers.items() if buffer.is_statistic}
     claimed = tuple(key for key in also_train if key not in statistics)
     return Plan(adapter, config, freeze, tuple(planned), claimed)
 
@@ -80,8 +83,9 @@ def _weights_by_name(view: ModelView, config: AdapterConfig) -> dict[str, Planne
     """Return every weight of the model under all names that a file may have for it."""
     weights = {}
     for layer in list_weights(view, config):
-        # The file has the layout of a parameter whose layout is unknown in the model.
-        names = layer.parameter_names if layer.slot is None else layer.names
+        names = layer.names
+        if layer.slot is None:  # the file was saved with a declared layout, and has it
+            names = layer.names_to_match
         for name in names:
             weights[name] = layer
     return weights
@@ -105,6 +109,6 @@ def _plan_as_recorded(
     if slot is not None and record.rows:
         slot = replace(slot, rows=record.rows)
     places = find_tied(view, layer)
-    # Where the file has no update, the tied parameter stays plain.
+    # A tied parameter that the file does not list has no update in the file, and gets none here.
     tied = {name: places[name] for name in record.tied if name in places}
     return replace(layer, slot=slot, config=config, r=record.r, values=values, tied=tied)

@@ -36,15 +36,16 @@ class PlannedLayer:
     attribute: str = ""  # the weight's name in the module; empty if it has none
     slot: Slot | None = None  # None if the layout is unknown
     r: int = 0
-    # Of its block; None for those of `init`.
+    # The values of its block; None if `init` makes them.
     values: Tensor | None = field(default=None, repr=False, compare=False)
-    reason: str = ""  # why it is not adapted; empty if it is
-    # Where else its parameter is, and reads the update.
+    reason: str | None = None  # why it is not adapted; None if it is
+    # Where else its parameter is, and reads the update: name -> place.
     tied: Mapping[str, Place] = field(default_factory=dict, compare=False)
 
     @cached_property
     def names(self) -> tuple[str, ...]:
         """Its names in targets and files; a `weight` has the names of its module."""
+        # The name of a slot is empty for `weight`; without a slot, the attribute is all there is.
         below = self.attribute if self.slot is None else self.slot.name
         return tuple(join(name, below) for name in self.module_names)
 
@@ -59,11 +60,18 @@ class PlannedLayer:
         return self.module, self.attribute
 
     @property
-    def parameter_names(self) -> tuple[str, ...]:
+    def full_name(self) -> str:
+        """The main name of its parameter, with the attribute, also if that is `weight`."""
+        return join(self.module_names[0], self.attribute)
+
+    @property
+    def names_to_match(self) -> tuple[str, ...]:
         """Its names in `layouts` and `rows`, where a module's name means its `weight`."""
-        modules = self.module_names if self.attribute == "weight" else ()
-        parameters = (join(name, self.attribute) for name in self.module_names)
-        return (*self.names, *modules, *parameters)
+        names = list(self.names)
+        if self.attribute == "weight":
+            names += self.module_names
+        names += [join(name, self.attribute) for name in self.module_names]
+        return tuple(names)
 
     @cached_property
     def shape(self) -> tuple[int, ...]:
@@ -106,7 +114,8 @@ class PlannedLayer:
     def remedy(self) -> str:
         """An argument that declares an unknown layout. Which layout it is, only the user knows."""
         axes = {2: "out in", 3: "expert out in"}.get(len(self.shape), "out in *kernel")
-        return f"layouts={{{re.escape(self.name) + '$'!r}: {axes!r}}}"
+        layouts = {re.escape(self.name) + "$": axes}
+        return f"layouts={layouts}"
 
 
 EXCLUDED = "excluded"
@@ -161,9 +170,7 @@ class Plan:
 
         Those that `exclude` leaves out do not read it.
         """
-        return tuple(
-            (layer.parameter_names[-1], *layer.tied) for layer in self.layers if layer.tied
-        )
+        return tuple((layer.full_name, *layer.tied) for layer in self.layers if layer.tied)
 
     @property
     def added(self) -> int:

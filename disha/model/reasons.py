@@ -40,9 +40,9 @@ def reason_against_adapting(layer: PlannedLayer) -> str | None:
     if slot is None:
         return _reason_without_layout(layer)
     module = layer.module
-    taken = _find_taken_names(module) - {layer.attribute}
-    if taken and not isinstance(module, AdaptedLayer):
-        return f"it has its own attribute {min(taken)!r}, which adapters would replace"
+    clashes = _find_clashing_names(module) - {layer.attribute}
+    if clashes and not isinstance(module, AdaptedLayer):
+        return f"it has its own attribute {min(clashes)!r}, which adapters would replace"
     for holder, parameter in (layer.place, *layer.tied.values()):
         if not isinstance(holder, AdaptedLayer):
             continue
@@ -71,8 +71,8 @@ def _reason_without_layout(layer: PlannedLayer) -> str:
     )
 
 
-def _find_taken_names(module: nn.Module) -> set[str]:
-    """Return which of the names that adapting adds the module uses itself."""
+def _find_clashing_names(module: nn.Module) -> set[str]:
+    """Return the names of the module's own attributes that adapting would replace."""
     # A property counts by its presence on the class: asking for its value may read W.
     held = {*vars(module), *module._parameters, *module._buffers, *module._modules}
     return {name for name in ADDED_NAMES if name in held or hasattr(type(module), name)}
@@ -146,15 +146,16 @@ def reason_against_block(layer: PlannedLayer) -> str | None:
 
 
 def reason_against_record(
-    layer: PlannedLayer, record: LayerRecord, block: tuple[int, ...]
+    layer: PlannedLayer, record: LayerRecord, block_shape: tuple[int, ...]
 ) -> str | None:
     """Return why the weight can't be adapted as a file describes it, with a block of that shape."""
-    reason = record.reason_against_block(block)
+    reason = record.reason_against_block(block_shape)
     if reason is not None:
         return reason
     reason = reason_against_adapting(layer)
-    if reason is not None or layer.slot is None:
+    if reason is not None:
         return f"can't be adapted: {reason}"
+    assert layer.slot is not None  # else there is a reason
     if layer.values is not None and not layer.slot.quantized:
         reason = _reason_against_values(layer.values, read_weight(layer.module, layer.attribute))
         if reason is not None:
@@ -163,7 +164,7 @@ def reason_against_record(
         return f"in the adapter, its weight is also {', '.join(record.tied)}; tie them"
     if record.layout != layer.slot.layout:
         return f"expected the layout {record.layout}, found {layer.slot.layout} in the model"
-    geometry = record.geometry(block)
+    geometry = record.geometry(block_shape)
     if geometry != layer.geometry:
         return (
             f"expected {_describe(geometry)}, found {_describe(layer.geometry)} in the model, "

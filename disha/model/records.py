@@ -42,13 +42,13 @@ class LayerRecord:
     def to_json(self) -> dict[str, Any]:
         """Return all fields of the layer as JSON values, including those of its layout."""
         fields = as_json(vars(self) | vars(self.layout))
-        fields["layout"] = fields.pop("pattern")
+        fields["layout"] = fields.pop("pattern")  # the layout as text, in place of the object
         return fields
 
     def to_entry(self, method: str) -> dict[str, Any]:
         """Return the layer's entry in a header whose configuration has this method.
 
-        What a reader assumes if it is absent is left out.
+        Fields are left out that have the value which a reader takes for them if they are absent.
         """
         entry: dict[str, Any] = {"name": self.name}
         if self.method != method:
@@ -71,42 +71,50 @@ class LayerRecord:
             entry["base"] = self.base
         return entry
 
-    def geometry(self, block: tuple[int, ...]) -> Geometry:
-        """Return the sizes of the adapted weight; the block has those of its stack."""
-        stack = method_of(self.method).stack_of(self.layout, block)
+    def geometry(self, block_shape: tuple[int, ...]) -> Geometry:
+        """Return the sizes of the adapted weight; those of its stack are in the block's shape."""
+        stack = method_of(self.method).stack_of(self.layout, block_shape)
         return Geometry(self.in_features, self.out_features, stack)
 
-    def weight_shape(self, block: tuple[int, ...]) -> tuple[int, ...]:
-        """Return the shape of the adapted rows of the weight, given the shape of the block."""
-        return self.layout.shape(self.geometry(block))
+    def weight_shape(self, block_shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the shape of the adapted rows of the weight."""
+        return self.layout.shape(self.geometry(block_shape))
 
-    def reason_against_block(self, block: tuple[int, ...]) -> str | None:
+    def reason_against_block(self, block_shape: tuple[int, ...]) -> str | None:
         """Return why a block of that shape can't be this layer's, or None if it can."""
         method = method_of(self.method)
         layout = self.layout
-        weight = self.weight_shape(block) if len(block) >= method.block_axes else ()
-        if layout.reason_against_shape(weight) is not None:
-            return f"a block of shape {tuple(block)} does not fit the layout {layout.pattern!r}"
-        reason = layout.reason_against(layout.geometry(weight), self.r, self.r_out)
+        weight_shape: tuple[int, ...] = ()
+        if len(block_shape) >= method.block_axes:
+            weight_shape = self.weight_shape(block_shape)
+        if layout.reason_against_shape(weight_shape) is not None:
+            return (
+                f"a block of shape {tuple(block_shape)} does not fit the layout {layout.pattern!r}"
+            )
+        reason = layout.reason_against(layout.geometry(weight_shape), self.r, self.r_out)
         if reason is not None:
             return reason
         count = sum(stop - first for first, stop in self.rows)
         if self.rows and count != self.out_features:
             return f"it lists {counted(count, 'row')}, but its output has {self.out_features}"
-        expected = method.block_shape(layout, weight, self.r, self.r_out)
-        if block == expected:
+        expected = method.block_shape(layout, weight_shape, self.r, self.r_out)
+        if block_shape == expected:
             return None
-        return f"expected a block of shape {expected}, found {tuple(block)}"
+        return f"expected a block of shape {expected}, found {tuple(block_shape)}"
 
-    def reason_against_weight(self, block: tuple[int, ...], weight: tuple[int, ...]) -> str | None:
+    def reason_against_weight(
+        self, block_shape: tuple[int, ...], shape: tuple[int, ...]
+    ) -> str | None:
         """Return why a weight of that shape can't be this layer's, or None if it can."""
         layout = self.layout
         rows = self.rows
-        if layout.reason_against_shape(weight) is None:
-            fits = layout.geometry(weight, rows) == self.geometry(block)
-            if fits and all(stop <= layout.geometry(weight).out_features for _, stop in rows):
+        if layout.reason_against_shape(shape) is None:
+            outputs = layout.geometry(shape).out_features
+            has_rows = all(stop <= outputs for _, stop in rows)
+            if has_rows and layout.geometry(shape, rows) == self.geometry(block_shape):
                 return None
-        ranges = ", ".join(f"{first}:{stop}" for first, stop in rows)
-        of_rows = f" in rows {ranges}" if rows else ""
-        expected = self.weight_shape(block)
-        return f"the weight has the shape {tuple(weight)}; the adapter is for {expected}{of_rows}"
+        expected = str(self.weight_shape(block_shape))
+        if rows:
+            ranges = ", ".join(f"{first}:{stop}" for first, stop in rows)
+            expected += f" in rows {ranges}"
+        return f"the weight has the shape {tuple(shape)}; the adapter is for {expected}"

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from disha.checks import check_regexes
-from disha.config import ALL_LINEAR, AdapterConfig, Target, find_matching
+from disha.config import ALL_LINEAR, AdapterConfig, Target, find_first_match, find_matching
 from disha.errors import ArgumentError, ArgumentTypeError
 from disha.functional import layout_of
 from disha.layers.kinds import declared_slots, slot_of
@@ -53,7 +53,7 @@ class Selection:
         self.candidates = list_weights(view, config)
         if config.layouts or config.rows:
             declared = [_declare(layer, config) for layer in self.candidates]
-            # Several slots may have become one weight.
+            # Slots that were parts of one weight have become that weight, which counts once.
             self.candidates = list(dict.fromkeys(declared))
 
     def select(self) -> list[PlannedLayer]:
@@ -69,8 +69,8 @@ class Selection:
         }
         selected = []
         for layer in self.candidates:
-            reader = readers.get(layer.module, layer.module)
             # A target may name the weight, its module, or the module that reads it.
+            reader = readers.get(layer.module, layer.module)
             modules = dict.fromkeys((*layer.names, *layer.module_names), layer.module)
             modules |= dict.fromkeys(self.view.names[reader], reader)
             if layer.place not in linear and not self._matches(modules):
@@ -83,7 +83,7 @@ class Selection:
         return selected
 
     def _matches(self, modules: Mapping[str, nn.Module]) -> bool:
-        """Return whether the target matches any of the names of a weight."""
+        """Whether the target matches any of these names, each given with its module."""
         if callable(self.target):
             return any(self.target(name, module) for name, module in modules.items())
         return bool(find_matching(self.regexes, [*modules]))
@@ -111,7 +111,7 @@ class Selection:
         names = [
             name
             for layer in self.candidates
-            for name in (*layer.module_names, *layer.parameter_names)
+            for name in (*layer.module_names, *layer.names_to_match)
         ]
         regexes = [regex for regex in self.regexes if regex != ALL_LINEAR]
         refuse_unused(self.argument, regexes, names)
@@ -159,22 +159,24 @@ def list_weights(view: ModelView, config: AdapterConfig) -> list[PlannedLayer]:
 
 def _declare(layer: PlannedLayer, config: AdapterConfig) -> PlannedLayer:
     """Return a weight with the layout and the rows that the user declares for it."""
-    layouts = find_matching(config.layouts, layer.parameter_names)
-    quantized = layer.slot is not None and layer.slot.quantized
-    if layouts and not quantized and layer.attribute in matrix_weights(layer.module):
-        pattern = layouts[0]
-        layout = layout_of(config.layouts[pattern])
+    slot = layer.slot
+    is_quantized = slot is not None and slot.quantized
+    regex = find_first_match(config.layouts, layer.names_to_match)
+    if regex is not None and not is_quantized and layer.attribute in matrix_weights(layer.module):
+        layout = layout_of(config.layouts[regex])
         reason = layout.reason_against_shape(layer.shape)
         if reason is not None:
-            raise ArgumentError(f"layouts {pattern!r} does not fit {layer.name}: {reason}")
-        layer = replace(layer, slot=slot_of(layer.attribute, layout))
-    rows = find_matching(config.rows, layer.parameter_names)
-    if rows and layer.slot is not None:
-        if layer.slot.rows:
+            raise ArgumentError(f"layouts {regex!r} does not fit {layer.name}: {reason}")
+        slot = slot_of(layer.attribute, layout)
+        layer = replace(layer, slot=slot)
+    regex = find_first_match(config.rows, layer.names_to_match)
+    if regex is not None and slot is not None:
+        if slot.rows:
             raise ArgumentError(
                 f"{layer.name} has rows of its own; choose it by its name, not by rows"
             )
-        layer = replace(layer, slot=replace(layer.slot, rows=config.rows[rows[0]]))
+        slot = replace(slot, rows=config.rows[regex])
+        layer = replace(layer, slot=slot)
     return layer
 
 
@@ -191,7 +193,7 @@ def find_tied(
         owner, _, attribute = name.rpartition(".")
         place = view.modules[owner], attribute
         if place == layer.place or place in places.values():
-            continue  # another name of the same module
+            continue  # a shared module has several names
         if not find_matching(exclude, (name, name.removesuffix(".weight"))):
             places[name] = place
     return places
@@ -202,31 +204,31 @@ def find_tied(
 
 def _find_linear_weights(view: ModelView, candidates: Iterable[PlannedLayer]) -> set[Place]:
     """Return where linear weights are, except output heads that are tied to an embedding."""
-    added = _find_modules_of_peft(view)
-    tables = set()
+    modules_of_peft = _find_modules_of_peft(view)
+    tables = set()  # the parameters of embeddings, by their ids
     linear = {}
     for layer in candidates:
         parameter = dict(layer.module._parameters).get(layer.attribute)
         if isinstance(layer.module, (nn.Embedding, nn.EmbeddingBag)):
-            tables.add(id(parameter))
-        elif layer.slot is not None and layer.module not in added:
+            if parameter is not None:  # else the weight is computed from others
+                tables.add(id(parameter))
+        elif layer.slot is not None and layer.module not in modules_of_peft:
             layout = layer.slot.layout
             if not layout.has_kernel and layout.pattern != "index out":
                 linear[layer.place] = id(parameter)
-    tables.discard(id(None))  # of a weight that is computed from others
     return {place for place, parameter in linear.items() if parameter not in tables}
 
 
 def _find_modules_of_peft(view: ModelView) -> set[nn.Module]:
     """Return the modules that PEFT has added beside the layers that it adapts."""
     tuner = imported_class("peft.tuners.tuners_utils", "BaseTunerLayer")
-    return {
-        added
-        for module in view.names
-        if isinstance(module, tuner)
-        for added, name in view.inside(module).items()
-        if name.split(".")[0] not in ("", "base_layer")
-    }
+    added = set()
+    for module in view.names:
+        if isinstance(module, tuner):
+            for inner, name in view.inside(module).items():
+                if name.split(".")[0] not in ("", "base_layer"):
+                    added.add(inner)
+    return added
 
 
 def _has_parameters(module: nn.Module) -> bool:
@@ -256,5 +258,5 @@ def list_nearest(pattern: str, names: Iterable[str]) -> str:
 
 def list_reasons(layers: Iterable[PlannedLayer]) -> str:
     """Return the names of weights and why they are not adapted, as text."""
-    reasons = grouped((layer.name or "(the model)", layer.reason) for layer in layers)
+    reasons = grouped((layer.name or "(the model)", str(layer.reason)) for layer in layers)
     return first_few(reasons, 5, "; ")

@@ -14,7 +14,7 @@ from disha.config import AdapterConfig, Init, MethodName, Patterns, Target, find
 from disha.errors import ArgumentError, TargetError
 from disha.hints import with_hints
 from disha.layers.weights import count_values
-from disha.model.plan import Plan, PlannedLayer
+from disha.model.plan import Place, Plan, PlannedLayer
 from disha.model.reasons import (
     reason_against_adapting,
     reason_against_block,
@@ -153,35 +153,41 @@ def configure_rows(config: AdapterConfig, rows: Mapping[str, Any]) -> AdapterCon
 
 
 def _plan_layers(
-    selection: Selection, plain: Iterable[str], planned: Sequence[PlannedLayer], strict: bool
+    selection: Selection, untied: Iterable[str], planned: Sequence[PlannedLayer], strict: bool
 ) -> tuple[list[PlannedLayer], list[PlannedLayer]]:
     """Return which selected weights get a block, and which are skipped, with their reasons.
 
-    Weights that are `planned` already are left out. What `plain` matches does not read the update
-    of a parameter that it shares.
+    Weights that are `planned` already are left out. A module whose name matches `untied` keeps the
+    plain weight, even if it shares the parameter.
     """
-    # A place that is taken reads the block of another layer.
-    taken = {place for layer in planned for place in (layer.place, *layer.tied.values())}
+    # The places that read a block already: their own, or that of a weight tied to theirs.
+    adapted: set[Place] = set()
+    for layer in planned:
+        adapted.add(layer.place)
+        adapted.update(layer.tied.values())
     layers = []
     skipped = []
     unfit = []  # weights that could have a block of another size
     for layer in selection.select():
-        if layer.slot is not None and not layer.reason:
-            if layer.place in taken:
+        if layer.reason is not None:  # `exclude` leaves it out
+            skipped.append(layer)
+            continue
+        if layer.slot is not None:
+            if layer.place in adapted:
                 continue
-            tied = find_tied(selection.view, layer, plain)
-            taken.update(tied.values())
+            tied = find_tied(selection.view, layer, untied)
+            adapted.update(tied.values())
             r = layer.config.rank_of(*layer.names, *layer.module_names, *tied)
             layer = replace(layer, tied=tied, r=r)
-        reason = layer.reason or reason_against_adapting(layer)
-        if reason:
+        reason = reason_against_adapting(layer)
+        if reason is not None:
             skipped.append(replace(layer, reason=reason))
             continue
         reason = reason_against_block(layer)
-        if reason:
+        if reason is None:
+            layers.append(layer)
+        else:
             unfit.append(replace(layer, reason=reason))
-            continue
-        layers.append(layer)
     if not layers and not unfit:
         raise TargetError(selection.explain_nothing(skipped))
     selection.refuse_unused()
@@ -211,7 +217,7 @@ def _choose_also_trained(view: ModelView, config: AdapterConfig) -> tuple[str, .
         if find_matching(config.also_train, buffer.names):
             _refuse_also_train(buffer.name, reason_against_claiming(buffer))
             matched_names += buffer.names
-            if not buffer.is_statistic:  # these are saved with every adapter
+            if not buffer.is_statistic:  # statistics are saved with every adapter
                 chosen.append(buffer.name)
     refuse_unused("also_train", config.also_train, matched_names)
     return tuple(chosen)
@@ -231,7 +237,11 @@ def _count_parameters(view: ModelView, plan: Plan) -> Plan:
         if is_lazy(parameter.value):
             continue
         total += parameter.size
-        keeps_flag = not plan.freeze or parameter.is_claimed()
-        if parameter.name in plan.also_train or (keeps_flag and parameter.value.requires_grad):
+        trains = parameter.value.requires_grad
+        if plan.freeze and not parameter.is_claimed():
+            trains = False
+        if parameter.name in plan.also_train:
+            trains = True
+        if trains:
             trainable += parameter.size
     return replace(plan, trainable=trainable, total=total)

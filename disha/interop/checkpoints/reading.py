@@ -31,7 +31,7 @@ class ExpertMatrices(NamedTuple):
     """The matrices of an expert that `transformers` joins, as rows, into its part of a stack."""
 
     stack: str
-    block: str  # the module around the experts, as in names of single experts
+    parent: str  # the module around the experts, as in names of single experts
     matrices: tuple[str, ...]
 
 
@@ -40,9 +40,9 @@ def _list_expert_matrices() -> dict[str, ExpertMatrices]:
     by_first = {}
     for family in FAMILIES.values():
         if family.layout == SEPARATE_BEFORE:
-            pair = ExpertMatrices(GATE_UP, family.block, (family.gate, family.up))
+            pair = ExpertMatrices(GATE_UP, family.parent, (family.gate, family.up))
             by_first[family.gate] = pair
-            by_first[family.down] = ExpertMatrices(DOWN, family.block, (family.down,))
+            by_first[family.down] = ExpertMatrices(DOWN, family.parent, (family.down,))
     return by_first
 
 
@@ -129,7 +129,7 @@ def _find_stacks(names: Collection[str]) -> dict[str, Stack]:
         if matrix not in EXPERT_MATRICES:
             continue
         expert = EXPERT_MATRICES[matrix]
-        stack = f"{replace_part(experts, expert.block, 'mlp')}.{expert.stack}"
+        stack = f"{replace_part(experts, expert.parent, 'mlp')}.{expert.stack}"
         tensors = tuple(f"{experts}.{number}.{part}.weight" for part in expert.matrices)
         stacks.setdefault(stack, {})[int(number)] = tensors
     complete = {}
