@@ -151,7 +151,9 @@ def in_form(
         )
     for name in sorted(names):
         owner, _, last = name.rpartition(".")
-        other_stack = DOWN if last == GATE_UP else GATE_UP
+        other_stack = GATE_UP
+        if last == GATE_UP:
+            other_stack = DOWN
         other = f"{owner}.{other_stack}"
         if other not in names:
             raise ConversionError(
@@ -168,7 +170,8 @@ def _separate(update: LowRankUpdate, family: Family) -> Iterator[LowRankUpdate]:
     """Yield the updates of each expert in place of that of a stack."""
     name = replace_part(update.record.name, "mlp", family.parent)
     if not is_stack(update.record):
-        yield replace(update, record=replace(update.record, name=name))
+        record = replace(update.record, name=name)
+        yield replace(update, record=record)
         return
     if update.record.layout != family.layout:
         raise ConversionError(
@@ -203,7 +206,7 @@ def find_stack(name: str, targets: Collection[str]) -> str | None:
     if not targets or (depth == 0 and owner.rpartition(".")[2] != "experts"):
         return None
     ends = tuple(f".{target}" for target in targets)
-    from_outermost = (f"{owner}.{DOWN}", f"{owner}.{GATE_UP}")  # as PEFT wraps them
+    from_outermost = (f"{owner}.{DOWN}", f"{owner}.{GATE_UP}")  # the order in which PEFT wraps them
     stacks = [stack for stack in from_outermost if f".{stack}".endswith(ends)]
     if depth >= len(stacks):
         raise ConversionError(

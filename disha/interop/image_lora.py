@@ -284,14 +284,15 @@ def has_factors(path: Path) -> bool:
 def read_file(
     path: Path, modules: Mapping[str, Collection[str]] | None = None
 ) -> dict[str, AdapterContents]:
-    """Return component -> its adapter. `modules` has the names in each model, if it is known."""
+    """Return component -> its adapter. `modules` has the names in its model, if that is known."""
     with open_tensors(path) as file:
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     if not tensors:
         raise AdapterFileError(f"{path} has no pair of factors: it has no tensors")
     a_end, b_end = MATRIX
     factors: dict[str, list[Factors]] = {}
-    for weight in dict.fromkeys(key.removesuffix(a_end).removesuffix(b_end) for key in tensors):
+    weights = [key.removesuffix(a_end).removesuffix(b_end) for key in tensors]
+    for weight in dict.fromkeys(weights):  # once, in the order of the file
         component, _, name = weight.partition(".")
         a = tensors.get(weight + a_end)
         b = tensors.get(weight + b_end)
@@ -301,7 +302,9 @@ def read_file(
                 f"{', '.join(COMPONENTS)}; use the file in the program that it is made for"
             )
         layout = Layout(CONV) if a.dim() > 2 else Layout("out in")
-        names = None if modules is None else modules.get(component)
+        names = None
+        if modules is not None:
+            names = modules.get(component)
         model_name = _name_in_model(component, name, names)
         factors.setdefault(component, []).append((model_name, a, b, layout, 1.0))
     return {

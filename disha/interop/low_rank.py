@@ -276,8 +276,10 @@ def _factors(layer: LayerRecord, block: Tensor) -> tuple[Tensor, Tensor] | None:
     kernel = geometry.stack
     a = a.flatten(0, len(kernel) - 1)
     b = b.flatten(0, len(kernel) - 1)
-    one_position = torch.diag_embed(a.permute(1, 2, 0)).transpose(1, 2)  # (r, k, in, k)
-    a = one_position.reshape(-1, layer.in_features, *kernel)
+    # A row of the LoRA's A holds a row of `a` at a single position of the kernel, and zeros at all
+    # others. So there are r * k rows for k positions, and B has as many columns.
+    single_position = torch.diag_embed(a.permute(1, 2, 0)).transpose(1, 2)  # (r, k, in, k)
+    a = single_position.reshape(-1, layer.in_features, *kernel)
     return a, b.permute(1, 2, 0).flatten(1)
 
 
@@ -335,7 +337,7 @@ def contents_of_factors(
     rows: Sequence[LayerBlock] = (),
     parameters: Tensors = MappingProxyType({}),
 ) -> AdapterContents:
-    """Return the adapter that a LoRA of these layers is, with new rows and other parameters."""
+    """Return the adapter that has these factors, with new rows and other parameters."""
     blocks: list[LayerBlock] = []
     others = []
     for layer_factors in factors:
@@ -351,7 +353,7 @@ def contents_of_factors(
             f"({list_names(others)}); use it in PEFT, or in the program that it is made for"
         )
     first, _ = blocks[0]
-    usual_r = max(multimode(layer.r for layer, _ in blocks))
+    usual_r = max(multimode(layer.r for layer, _ in blocks))  # the most frequent
     config = AdapterConfig(
         usual_r,
         target=None,
@@ -373,12 +375,16 @@ def contents_of_factors(
 
 
 def _block_of(name: str, a: Tensor, b: Tensor, layout: Layout, scale: float) -> LayerBlock | None:
-    """Return the layer and block that have these factors, or None. Padding of the rank is cut."""
+    """Return the layer and block that have these factors, or None if no method has them.
+
+    If the rank is padded with zeros, the padding is cut.
+    """
     dim = 1 if layout.experts_first else 0  # of the rank in A, and of the outputs in B
     if a.dim() < 2 or a.dim() != b.dim() or not a.numel() or a.shape[dim] != b.shape[dim + 1]:
         return None
-    rows = a.movedim(dim, 0).flatten(1).any(dim=1).nonzero().flatten().tolist()
-    unpadded = rows[-1] + 1 if rows else 0
+    is_nonzero = a.movedim(dim, 0).flatten(1).any(dim=1)
+    nonzero = is_nonzero.nonzero().flatten().tolist()
+    unpadded = nonzero[-1] + 1 if nonzero else 0
     for rank in (a.shape[dim], unpadded):
         cut_a = a.narrow(dim, 0, rank)
         cut_b = b.narrow(dim + 1, 0, rank)
@@ -403,7 +409,17 @@ def _block_of_rank(
         if block is None:
             continue
         block = method.kept_block(layout, block)
-        layer = LayerRecord(name, method.name, r, None, inputs, b.shape[dim], scale, None, layout)
+        layer = LayerRecord(
+            name,
+            method=method.name,
+            r=r,
+            r_out=None,
+            in_features=inputs,
+            out_features=b.shape[dim],
+            scale=scale,
+            base=None,
+            layout=layout,
+        )
         if layer.reason_against_block(block.shape) is None:
             factors = _factors(layer, block.to(a.dtype))
             if factors is not None and torch.equal(factors[0], a):

@@ -131,14 +131,10 @@ def export(
     view = ModelView(model)
     ranks = view.ranks
     action = f"export adapter {adapter!r} to PEFT"
-    given = {}
-    for note, value in (
-        ("base_model_name_or_path", base_model_name_or_path),
-        ("task_type", task_type),
-    ):
-        if value is not None:
-            check_type(note, value, str, "a str")
-            given[note] = value
+    given = {"base_model_name_or_path": base_model_name_or_path, "task_type": task_type}
+    given = {note: value for note, value in given.items() if value is not None}
+    for note, value in given.items():
+        check_type(note, value, str, "a str")
     contents = adapter_contents(view, adapter, base=False)
     with ranks.fail_together(action):
         target = checked_path(folder)
@@ -226,7 +222,7 @@ def load(
 
 
 def _shapes_in(view: ModelView, names: Iterable[str]) -> Shapes:
-    """Return the shapes of those of these parameters and buffers that a model has."""
+    """Return the shapes of these parameters and buffers, as far as a model has them."""
     tensors: dict[str, Tensor] = {buffer.name: buffer.value for buffer in view.buffers}
     for name, parameter in view.parameters_by_name.items():
         tensors[name] = parameter.value
@@ -256,7 +252,7 @@ def read_folder(
 
 
 def _read(folder: PathLike, also_train: bool) -> tuple[PeftFolder, AdapterConfig, Tensors]:
-    """Return a PEFT folder of MiSS or Bone without its blocks, its settings, and the blocks."""
+    """Return a PEFT folder of MiSS or Bone, its settings, and the blocks taken out of it."""
     peft_folder = read_peft_files(folder, (MISS_BLOCK, BONE_BLOCK), also_train)
     path = peft_folder.path
     fields = peft_folder.fields
@@ -281,7 +277,9 @@ def _read(folder: PathLike, also_train: bool) -> tuple[PeftFolder, AdapterConfig
     blocks = {key.removesuffix(end): tensors.pop(key) for key in keys}
     method = READ_INIT_WEIGHTS[init]
     dropout = 0.0
-    if not is_legacy and method != BAT:  # which have no dropout in PEFT, even if the field is set
+    if (
+        not is_legacy and method != BAT
+    ):  # Bone and BAT have no dropout in PEFT, whatever the field says
         dropout = fields.get("miss_dropout", 0.0)
     r_out = None
     if is_tile:
@@ -317,7 +315,17 @@ def _contents_of(
             continue
         out, inputs = shape
         layers.append(
-            LayerRecord(name, config.method, config.r, config.r_out, inputs, out, 1.0, None, LINEAR)
+            LayerRecord(
+                name,
+                method=config.method,
+                r=config.r,
+                r_out=config.r_out,
+                in_features=inputs,
+                out_features=out,
+                scale=1.0,
+                base=None,
+                layout=LINEAR,
+            )
         )
     problems += [
         f"{name}: {tuple(value.shape)}, the base has {shapes.get(name)}"

@@ -35,7 +35,8 @@ CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 
 PREFIX = "base_model.model."  # of every name: PEFT's wrapper, and the model in it
-FROZEN = ".base_layer.weight"  # the end of a name: PEFT may save the weight of an adapted embedding
+FROZEN = ".base_layer.weight"
+"""The end of the name of the frozen weight of an adapted embedding, which PEFT may save too."""
 
 _CHARACTER = r"(?:\\[\Wdw]|\[[\w-]+\]|[^][\\(){}*+?|^$])"  # as it is, escaped, or one of a set
 _CHOICE = rf"(?:{_CHARACTER}[*+?]|\((?:\?:)?(?:{_CHARACTER}|\|)*\))"  # repeated, or (this|that)
@@ -67,7 +68,7 @@ class PeftFolder:
     tensors: dict[str, Tensor]
 
     def saves(self, name: str) -> bool:
-        """Whether a tensor of that name is in a module that PEFT saves, at any depth."""
+        """Whether PEFT saves a module around the tensor of that name, near or far."""
         modules = self.fields.get("modules_to_save") or ()
         # "head." is in the name if the name of a module around the tensor ends with "head".
         return any(f"{module}." in name for module in modules)
@@ -181,7 +182,8 @@ def notes_of(model: nn.Module) -> dict[str, str | None]:
 def task_of(architecture: str, is_encoder_decoder: bool) -> str | None:
     """Return PEFT's name of the task of a class of `transformers`, if it generates text.
 
-    PEFT loads a folder of a task that classifies only if it has the whole head, so none is named.
+    Other tasks are not named: PEFT loads a folder of a task that classifies only if it has the
+    whole head.
     """
     if architecture.endswith(("ForCausalLM", "LMHeadModel")):
         return "CAUSAL_LM"
@@ -293,7 +295,10 @@ class Saved:
 def saved_modules(view: ModelView, also_train: Sequence[str], layers: Sequence[str]) -> Saved:
     """Return how PEFT saves the parameters that were trained with an adapter of these layers."""
     known = view.parameters_by_name
-    trained = {alias for name in also_train if name in known for alias in known[name].names}
+    trained: set[str] = set()
+    for name in also_train:
+        if name in known:
+            trained.update(known[name].names)
     adapted = {view.modules.get(name) for name in layers}
     problems = []
     tensors: dict[str, Tensor] = {}
@@ -337,14 +342,15 @@ def _tensors_inside(name: str, inside: Mapping[nn.Module, str]) -> dict[str, Ten
     """Return what a state dict holds of a module, given the modules in it and their names there."""
     tensors = {}
     for inner, below in inside.items():
-        for key, tensor in {**inner._parameters, **persistent_buffers_of(inner)}.items():
+        held: dict[str, Tensor | None] = {**inner._parameters, **persistent_buffers_of(inner)}
+        for key, tensor in held.items():
             if tensor is not None:
                 tensors[join(join(name, below), key)] = tensor
     return tensors
 
 
 def layers_inside(layers: Iterable[str], modules_to_save: Collection[str]) -> list[str]:
-    """Return a line for each layer that PEFT does not adapt, because it saves the module around."""
+    """Return a line for each layer inside a module that PEFT saves, and so does not adapt."""
     return [
         f"{name}: PEFT would not adapt it, as a part of a module in modules_to_save"
         for name in layers
@@ -358,46 +364,50 @@ def keep_for_model(view: ModelView, folder: PeftFolder) -> None:
     Tensors that do not train must be as in the model, and copies that PEFT trained of a tied tensor
     must be equal.
     """
-    parameters = view.parameters_by_name
-    tensors = folder.tensors
-    buffers = {
-        join(above, name): buffer
-        for above, module in view.modules.items()
-        for name, buffer in persistent_buffers_of(module).items()
-    }
     loadable = {buffer.name for buffer in view.buffers}
     kept = {}
     problems = []
-    for name, tensor in tensors.items():
-        untrained = buffers.get(name)
-        # PEFT may save whole embeddings, and the frozen weights of adapted ones.
-        frozen = parameters.get(name.replace(FROZEN, ".weight"))
-        if frozen and not folder.saves(name):
-            untrained = frozen.value
+    for name, tensor in folder.tensors.items():
+        untrained = _untrained_in_model(view, folder, name)
         if untrained is not None and _equal_in_narrower(tensor, untrained):
             continue
-        # PEFT trains a copy for each module. If one differs or is missing, they are not tied now.
-        names: Sequence[str] = (name,)
-        if name in parameters:
-            names = parameters[name].names
-        others = [other for other in names if not _holds(tensors, other, tensor)]
-        if others:
-            problems.append(f"{name}: the model ties it to {others[0]}, which differs; untie them")
-        elif untrained is not None and name not in loadable:
-            problems.append(
-                f"{name}: it does not train, and differs from the model's; copy it into the model"
-            )
+        names: tuple[str, ...] = (name,)
+        if name in view.parameters_by_name:
+            names = view.parameters_by_name[name].names
+        reason = _reason_against_tying(folder.tensors, name, names)
+        if reason is None and untrained is not None and name not in loadable:
+            reason = "it does not train, and differs from the model's; copy it into the model"
+        if reason is not None:
+            problems.append(f"{name}: {reason}")
         elif name == names[0]:
             kept[name] = tensor
     refuse_to_load(folder.path, problems)
     folder.tensors = kept
 
 
+def _untrained_in_model(view: ModelView, folder: PeftFolder, name: str) -> Tensor | None:
+    """Return the model's tensor for one that PEFT saves untrained, or None if PEFT trains it.
+
+    These are buffers, whole embeddings, and the frozen weights of adapted embeddings.
+    """
+    parameter = view.parameters_by_name.get(name.replace(FROZEN, ".weight"))
+    if parameter is not None and not folder.saves(name):
+        return parameter.value
+    owner, _, attribute = name.rpartition(".")
+    if owner not in view.modules:
+        return None
+    return persistent_buffers_of(view.modules[owner]).get(attribute)
+
+
+def _reason_against_tying(tensors: Tensors, name: str, names: Iterable[str]) -> str | None:
+    """Return why a tensor can't be that of a tied parameter, whose copies PEFT trains apart."""
+    for other in names:
+        if other not in tensors or not torch.equal(tensors[other], tensors[name]):
+            return f"the model ties it to {other}, which differs; untie them"
+    return None
+
+
 def _equal_in_narrower(tensor: Tensor, in_model: Tensor) -> bool:
     """Whether two tensors are equal in the narrower of their dtypes."""
     dtype = min(tensor.dtype, in_model.dtype, key=attrgetter("itemsize"))
     return torch.equal(tensor.to(dtype), gather(in_model).cpu().to(dtype))
-
-
-def _holds(tensors: Tensors, name: str, value: Tensor) -> bool:
-    return name in tensors and torch.equal(tensors[name], value)

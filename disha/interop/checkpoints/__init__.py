@@ -1,8 +1,8 @@
 """Base checkpoints on disk: merge an adapter file into one, or ask whether the two belong together.
 
 A checkpoint is one safetensors file or a folder. Its names are those of the adapter's model, or
-begin otherwise: `transformers` renames the text layers of models that see images as it loads them.
-Single matrices of experts, which it stacks then, get the name of their stack too.
+begin otherwise: as `transformers` loads a model that sees images, it renames the text layers. It
+also stacks experts that are stored one by one, so these get the name of their stack too.
 """
 
 from disha.interop.checkpoints.matching import misfits, summarize_misfits

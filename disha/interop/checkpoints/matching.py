@@ -71,8 +71,8 @@ def base_shapes(checkpoint: Checkpoint, names: Iterable[str]) -> dict[str, tuple
 def base_weights(checkpoint: Checkpoint, contents: AdapterContents) -> Callable[[str], Tensor]:
     """Return a function that takes the name of a layer and returns its base weight.
 
-    The first call raises if the checkpoint is not the base of the adapter. An adapter that needs no
-    weight is not compared, so its base may be quantised here.
+    The first call of it raises if the checkpoint is not the base of the adapter. If nothing needs a
+    weight, nothing is compared, and the checkpoint may be quantised.
     """
 
     @cache
@@ -113,9 +113,10 @@ def _possible_keys_of_layer(layer: LayerRecord) -> tuple[str, ...]:
     for tied in layer.tied:
         keys += _possible_keys(tied)
     owner, _, last = layer.name.rpartition(".")
-    if last in PROJECTIONS:  # nn.MultiheadAttention packs three weights into one, or has each
-        packed = "in_proj_weight" if layer.rows else f"{last}_weight"
-        keys.append(join(owner, packed))
+    if last in PROJECTIONS:
+        # nn.MultiheadAttention packs three weights into one, so that a layer has rows, or has each.
+        parameter = "in_proj_weight" if layer.rows else f"{last}_weight"
+        keys.append(join(owner, parameter))
     return tuple(keys)
 
 
@@ -150,12 +151,15 @@ def _match(checkpoint: Checkpoint, possible: Mapping[str, tuple[str, ...]]) -> d
 def _find_first_keys(
     possible: Mapping[str, tuple[str, ...]], stored: Collection[str], change: Renaming | None = None
 ) -> dict[str, str]:
-    """Return, for each name, the first of its possible keys that is stored, after a renaming."""
+    """Return, for each name, the first of its possible keys that is stored.
+
+    With a change, the keys are renamed before, and those that it does not concern are left out.
+    """
     first = {}
     for name, keys in possible.items():
         if change is not None:
-            below = [key for key in keys if key.startswith(change.in_model)]
-            keys = tuple(change.in_file + key.removeprefix(change.in_model) for key in below)
+            concerned = [key for key in keys if key.startswith(change.in_model)]
+            keys = tuple(change.in_file + key.removeprefix(change.in_model) for key in concerned)
         present = [key for key in keys if key in stored]
         if present:
             first[name] = present[0]
@@ -172,7 +176,7 @@ def _match_part(
     parts = []
     for change in _find_renamings(possible[absent[0]], free, is_first=not keys):
         part = _find_first_keys(possible, free, change)
-        if part.keys().isdisjoint(keys):
+        if part.keys().isdisjoint(keys):  # else it would move what has its key already
             parts.append(part)
     largest = max(map(len, parts), default=0)
     best = [part for part in parts if len(part) == largest]
@@ -241,7 +245,7 @@ def find_misfits(
     keys: Mapping[str, str],
     compares_values: bool = True,
 ) -> list[str]:
-    """Return a line for each weight that is quantised, or of other shape or values than it was."""
+    """Return a line for each weight that is quantised, or has another shape or other values."""
     misfits = []
     replaced = {keys[name] for name in contents.also_train}
     for layer in contents.layers:
@@ -274,8 +278,11 @@ def _reason_against_values(checkpoint: Checkpoint, layer: LayerRecord, key: str)
 
 def summarize_misfits(misfits: Sequence[str]) -> list[str]:
     """Return one line for each reason: the first weight that has it, and how many more have it."""
-    pairs = [misfit.split(": ", 1) for misfit in misfits]
-    return grouped((name, reason) for name, reason in pairs)
+    pairs = []
+    for misfit in misfits:
+        name, _, reason = misfit.partition(": ")
+        pairs.append((name, reason))
+    return grouped(pairs)
 
 
 def refuse(checkpoint: Checkpoint, misfits: Sequence[str]) -> None:

@@ -77,8 +77,8 @@ def merge_into_checkpoint(
     Args:
         base: one safetensors file; or a folder with a `model.safetensors`, or with shards and a
             `model.safetensors.index.json`.
-        adapter_path: the adapter file. The base has its weights under their names, or these begin
-            otherwise there, with some modules more or less, or in another order.
+        adapter_path: the adapter file. The base has the weights under their names in this file, or
+            under names that begin otherwise: with more modules, fewer, or in another order.
         out: the folder to write. If it ends with `.safetensors`, the file to write, which then
             holds all tensors. In a folder, a base that is one file becomes `model.safetensors`.
         also_train: also merge the parameters saved with the blocks.
@@ -160,7 +160,7 @@ def _refuse_tied(
     embeddings = []
     may_be_tied = list(contents.also_train)
     for layer in contents.layers:
-        if layer.tied:  # the head gets the update too, unless it is stored apart
+        if layer.tied:  # the head gets the update too, but not if it is stored a second time
             may_be_tied.append(layer.name)
         elif layer.layout.pattern == "index out":
             embeddings.append(layer.name)
@@ -174,7 +174,7 @@ def _refuse_tied(
 
 
 def _ties_embeddings(config: Mapping[str, Any]) -> bool:
-    """Whether a model ties its embeddings: as its configuration says, or a part of this."""
+    """Whether a model ties its embeddings, as its configuration says or one nested in it."""
     key = "tie_word_embeddings"
     parts = [config, *config.values()]
     answers = [part[key] for part in parts if isinstance(part, dict) and key in part]
@@ -219,7 +219,7 @@ class _Merge:
         self._layers = defaultdict[str, list[LayerRecord]](list)
         for record in contents.layers:
             self._layers[keys[record.name]].append(record)
-        # Tensor of a single expert -> the stack that it belongs to, and the number of the expert.
+        # Tensor of a single expert -> its stack, and the number of the expert there.
         self._experts: dict[str, tuple[str, int]] = {}
         for stack in checkpoint.stacks.keys() & set(keys.values()):
             for number, names in enumerate(checkpoint.stacks[stack]):
@@ -270,7 +270,10 @@ class _Merge:
         return parts[names.index(name)].contiguous()
 
     def _change(self, key: str, name: str, value: Tensor, experts: Any = ...) -> Tensor:
-        """Return the new values of a tensor, or of one expert (1, out, in) of a stack."""
+        """Return the new values of a tensor, or of one expert (1, out, in) of a stack.
+
+        `experts` is the index of that expert in the adapter's tensors, which are for the stack.
+        """
         dtype = value.dtype
         changed = value
         if key in self._values:
@@ -282,7 +285,7 @@ class _Merge:
         return changed
 
     def _deltas(self, key: str, weight: Tensor, experts: Any) -> Iterator[tuple[Tensor, float]]:
-        """Yield dW and s of each layer that changes a weight."""
+        """Yield dW and s of each layer of the adapter that changes a weight."""
         for record in self._layers[key]:
             block = self._blocks[record.key][experts]
             method = method_of(record.method)

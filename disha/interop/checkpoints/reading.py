@@ -28,7 +28,7 @@ CONFIG = "config.json"
 
 
 class ExpertMatrices(NamedTuple):
-    """The matrices of an expert that `transformers` joins, as rows, into its part of a stack."""
+    """Matrices of an expert whose rows `transformers` joins into the expert's part of a stack."""
 
     stack: str
     parent: str  # the module around the experts, as in names of single experts
@@ -36,7 +36,7 @@ class ExpertMatrices(NamedTuple):
 
 
 def _list_expert_matrices() -> dict[str, ExpertMatrices]:
-    """Return the matrices that are joined, by the name of the first of them."""
+    """Return the matrices that are joined, by the name of the first of them in its expert."""
     by_first = {}
     for family in FAMILIES.values():
         if family.layout == SEPARATE_BEFORE:

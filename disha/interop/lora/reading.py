@@ -63,7 +63,7 @@ Layouts = dict[str, Layout]
 """The layouts of the weights of a model, by their names in adapter files."""
 
 CHANGE_THE_BASE = ("pissa", "corda", "olora", "loftq")
-"""Values of `init_lora_weights` start so if PEFT changes W, also as it loads the LoRA."""
+"""If `init_lora_weights` begins with one of these, PEFT changes W, even when it only loads."""
 
 
 def load(
@@ -131,7 +131,8 @@ def _take_token_rows(view: ModelView, folder: PeftFolder) -> list[LayerBlock]:
     """Take the rows of tokens out of a folder, and return the layers with their blocks."""
     settings = folder.fields.pop("trainable_token_indices", None)
     layers = []
-    for key in [key for key in folder.tensors if key.endswith(TOKENS)]:
+    keys = [key for key in folder.tensors if key.endswith(TOKENS)]
+    for key in keys:
         name = key.removesuffix(TOKENS)
         values = folder.tensors.pop(key)
         numbers = _token_numbers_of(name, settings)
@@ -144,14 +145,27 @@ def _take_token_rows(view: ModelView, folder: PeftFolder) -> list[LayerBlock]:
         block = values[order].mT  # (in, rows)
         inputs, out = block.shape
         record = LayerRecord(
-            name, "rows", 1, None, inputs, out, 1.0, None, Layout("out in"), rows, tied
+            name,
+            method="rows",
+            r=1,
+            r_out=None,
+            in_features=inputs,
+            out_features=out,
+            scale=1.0,
+            base=None,
+            layout=Layout("out in"),
+            rows=rows,
+            tied=tied,
         )
         layers.append((record, block))
     return layers
 
 
 def _token_numbers_of(name: str, settings: Any) -> Any:
-    """Return the numbers of a table's rows: PEFT has one list, or one for each end of a name."""
+    """Return the numbers of a table's rows, of which PEFT has a list for all tables or for each.
+
+    In the second case, the keys are ends of their names.
+    """
     if not isinstance(settings, dict):
         return settings
     for end, numbers in settings.items():
@@ -237,7 +251,7 @@ def _factors_of(
     """Yield the factors of every layer of a folder, experts as stacks."""
     parameters = folder.fields.get("target_parameters") or ()
     for key, pair in pairs.items():
-        a, b = (pair[end] for end in sorted(pair))
+        a, b = (pair[end] for end in sorted(pair))  # the end of A sorts first
         if stacks.SINGLE_EXPERT.fullmatch(key) and key not in layouts:
             raise ConversionError(
                 f"{folder.path} has a LoRA for each expert ({key}); load the one with stacked "
@@ -247,13 +261,16 @@ def _factors_of(
         if stack is None:
             name = key
             rank = len(a) if a.dim() else 1
-            layout = _layout_of(folder, name, a, EMBEDDING[0] in pair, layouts)
+            is_embedding = EMBEDDING[0] in pair
+            layout = _layout_of(folder, name, a, is_embedding, layouts)
         else:
             name = stack
             rank = folder.of_layer(name, "r", "rank_pattern")
             a, b = stacks.matrices_of(name, a, b, rank)
             layout = _layout_of_stack(name, layouts, model_type)
-        yield name, a, b, layout, _scale_of(folder, name, max(rank, 1))
+        # A may be empty. Then any rank will do here, because such a layer is refused later.
+        scale = _scale_of(folder, name, max(rank, 1))
+        yield name, a, b, layout, scale
 
 
 def _layout_of_stack(name: str, layouts: Layouts, model_type: str | None) -> Layout:
@@ -284,7 +301,7 @@ def _layout_of(
 
 
 def _scale_of(folder: PeftFolder, name: str, rank: int) -> float:
-    """Return the scale s of a layer: lora_alpha by the rank, or by its root."""
+    """Return the scale s of a layer: lora_alpha divided by the rank, or by its square root."""
     alpha = folder.of_layer(name, "lora_alpha", "alpha_pattern")
     try:
         check_scale(alpha)

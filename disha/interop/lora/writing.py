@@ -49,7 +49,7 @@ CANT_EXPRESS = "PEFT's LoRA would not compute what this adapter does"
 
 MATRIX = (".lora_A.weight", ".lora_B.weight")
 EMBEDDING = (".lora_embedding_A", ".lora_embedding_B")
-TOKENS = ".token_adapter.trainable_tokens_delta"  # new values of rows, in spite of its name
+TOKENS = ".token_adapter.trainable_tokens_delta"  # holds the new values of rows, not differences
 FACTORS = (*MATRIX, *EMBEDDING)
 """The ends of the keys of factors."""
 
@@ -169,7 +169,7 @@ def export_tensors(
 def _convert(
     view: ModelView, adapter: str, experts: stacks.Form, rank: int | None, pad: bool
 ) -> tuple[list[LowRankUpdate], dict[str, Tensor], dict[str, Any], dict[str, Tensor]]:
-    """Return an adapter's updates and its other tensors; and both in PEFT's form."""
+    """Return an adapter's updates and its other tensors, then PEFT's configuration and tensors."""
     contents = adapter_contents(view, adapter, base=False)
     model_type = model_type_of(view)
     with view.ranks.fail_together(f"export adapter {adapter!r} as LoRA"):
@@ -222,7 +222,7 @@ def _token_numbers(layers: Sequence[LayerRecord]) -> dict[str, list[int]] | None
 
 
 def _reads_rows_alike(view: ModelView, layer: LayerRecord) -> bool:
-    """Whether PEFT reads the new rows alike: in all that are tied, and without adding a bias."""
+    """Whether PEFT reads the new rows as they are read here: in all tied modules, with no bias."""
     names = names_of_weight(view, layer.name)
     biases = {name.removesuffix("weight") + "bias" for name in names}
     return len(names) == 1 + len(layer.tied) and biases.isdisjoint(view.parameters_by_name)
@@ -322,19 +322,21 @@ def _config_of(
     modules: Collection[str] | None,
 ) -> dict[str, Any]:
     """Return PEFT's configuration of a LoRA, for a model with these modules if they are known."""
-    # The values of most layers are the default; the patterns list the other layers.
+    # The most frequent values are the default, and patterns list the layers with other values.
     sizes = {update.record.name: (update.rank, _alpha_of(update)) for update in updates}
     r, alpha = max(multimode(sizes.values()))
     ranks = {name: rank for name, (rank, _) in sizes.items() if rank != r}
     alphas = {name: other for name, (_, other) in sizes.items() if other != alpha}
     parameters = sorted(update.record.name for update in updates if is_stack(update.record))
+    rank_pattern = {exact_pattern(name): rank for name, rank in ranks.items()}
+    alpha_pattern = {exact_pattern(name): other for name, other in alphas.items()}
     config = {
         "peft_type": "LORA",
         "inference_mode": True,
         "r": r,
         "lora_alpha": alpha,
-        "rank_pattern": {exact_pattern(name): rank for name, rank in ranks.items()},
-        "alpha_pattern": {exact_pattern(name): other for name, other in alphas.items()},
+        "rank_pattern": rank_pattern,
+        "alpha_pattern": alpha_pattern,
         "target_modules": _targets_of(contents, sizes.keys() - parameters, modules),
         "modules_to_save": sorted(saved) or None,
         "lora_dropout": contents.config.dropout,
@@ -355,7 +357,7 @@ def _targets_of(
 ) -> list[str] | str:
     """Return `target_modules` for LoRAs of these names, of which some may be of single experts."""
     single = {name for name in names if stacks.SINGLE_EXPERT.fullmatch(name)}
-    single.difference_update(contents.names)  # the model itself has experts as modules
+    single.difference_update(contents.names)  # these are modules of the model, not parts of a stack
     others = set(names) - single
     if single:
         # SGLang refuses a regex, and knows single experts by the usual names of their projections.
@@ -387,7 +389,7 @@ def tensors_of(updates: Sequence[LowRankUpdate]) -> dict[str, Tensor]:
             b = torch.zeros_like(b)
         is_embedding = update.record.layout.pattern == "index out"
         a_end, b_end = EMBEDDING if is_embedding else MATRIX
-        for _ in a.shape[2:]:  # of a convolution, whose B is 1x1
+        for _ in a.shape[2:]:  # the kernel of a convolution, in which B is 1x1
             b = b.unsqueeze(-1)
         tensors[name + a_end] = a.contiguous()
         # A copy: for r = 1, B is the block itself.
