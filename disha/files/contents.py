@@ -10,9 +10,7 @@ from typing import TypeVar
 import torch
 
 from disha.checks import compile_regex
-from disha.errors import (
-    ArgumentError,
-)
+from disha.errors import ArgumentError
 from disha.files.disk import PathLike, file_at, open_tensors, save_tensors
 from disha.files.header import (
     HEADER_KEY,

@@ -132,8 +132,9 @@ def _swap(new: Path, target: Path) -> None:
     if not (new.is_dir() and target.exists()):
         new.replace(target)
         return
+    # Nothing takes the place of a folder in one step, so the old one moves away first.
     old = new.with_name(f"{target.name}.old")
-    target.rename(old)  # nothing takes the place of a folder in one step
+    target.rename(old)
     try:
         new.replace(target)
     finally:

@@ -142,12 +142,15 @@ def header_to_json(contents: AdapterContents) -> str:
     """
     config = contents.config
     settings = config.to_json().items()
+    changed_settings = {name: value for name, value in settings if value != DEFAULTS[name]}
+    entries = [layer.to_entry(config.method) for layer in contents.layers]
+    notes = dict(sorted(contents.metadata.items()))
     fields = {
         "format": FORMAT,
-        "config": {name: value for name, value in settings if value != DEFAULTS[name]},
-        "layers": [layer.to_entry(config.method) for layer in contents.layers],
+        "config": changed_settings,
+        "layers": entries,
         "also_train": contents.also_train,
-        "metadata": dict(sorted(contents.metadata.items())),
+        "metadata": notes,
     }
     written = {name: value for name, value in fields.items() if value}
     return json.dumps(written, separators=(",", ":"))
@@ -189,7 +192,8 @@ def _header_error(path: Path, problem: str) -> AdapterFileError:
 
 
 def _parse_file(path: Path, fields: Any, tensors: Mapping[str, Tensor]) -> AdapterFile:
-    fields = {"needs": [], "also_train": [], "metadata": {}, **fields}
+    optional: dict[str, Any] = {"needs": [], "also_train": [], "metadata": {}}
+    fields = {**optional, **fields}
     _check_version(path, fields)
     check_type("metadata", fields["metadata"], dict, "a JSON object")
     for words in (*fields["also_train"], *fields["metadata"].values()):
@@ -271,7 +275,10 @@ def _parse_layer(config: AdapterConfig, entry: Any) -> LayerRecord:
 
 
 def _reasons_against_keys(file: AdapterFile) -> list[str]:
-    """Return what is wrong, unless each tensor is listed once and each block has a float dtype."""
+    """Return a line for each tensor that is missing, unlisted or listed twice.
+
+    There is also one for each block that is not of a trainable dtype.
+    """
     blocks = [layer.key for layer in file.layers]
     counts = Counter([*blocks, *file.also_train])
     tensors = file.tensors

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
@@ -14,16 +15,10 @@ from torch import Tensor, nn
 
 from disha.checks import check_dtype
 from disha.config import AdapterConfig
-from disha.errors import (
-    AdapterFileError,
-    AdapterFileWarning,
-    ArgumentError,
-)
+from disha.errors import AdapterFileError, AdapterFileWarning, ArgumentError
 from disha.files.contents import read_contents
 from disha.files.disk import PathLike, file_at
-from disha.files.header import (
-    AdapterContents,
-)
+from disha.files.header import AdapterContents
 from disha.files.saving import base_fingerprint, describe_block
 from disha.layers.blocks import check_adapter_name
 from disha.layers.weights import start_of
@@ -131,11 +126,11 @@ class _Incoming:
     adapter: str
     source: Source
     config: AdapterConfig
-    layers: dict[str, LayerRecord]
-    tensors: dict[str, Tensor]
+    layers: Mapping[str, LayerRecord]  # by the keys of their blocks
+    tensors: Mapping[str, Tensor]
 
     def blocks(self) -> Iterator[tuple[ModelBlock, LayerRecord]]:
-        """Yield the model's blocks, each with the layer of the adapter that goes into it."""
+        """Yield each block of the model that gets new values, with the record of its layer."""
         for model_block in self.view.blocks(self.adapter):
             record = self.layers.get(join(model_block.name, model_block.block.parameter_name))
             if record is not None:
@@ -160,23 +155,23 @@ def load_contents(
     With `replace`, the layers that the adapter lacks get zeros, unless it is `partial`.
     """
     with all_or_nothing(view, around) as undo:
-        replaces = replace and adapter in view.adapters
+        swaps_values = replace and adapter in view.adapters
         with view.ranks.fail_together(f"load a file as adapter {adapter!r}"):
             check_adapter_name(adapter)
             view.refuse_inside("load an adapter")
             incoming = _rename_as_in_model(view, adapter, source, contents)
-            if replaces:
+            if swaps_values:
                 if dtype is not None:
                     raise ArgumentError(
                         "replace=True keeps the blocks with their dtype; leave dtype out"
                     )
-                _widen(incoming)
+                incoming = _widen(incoming)
                 targets = _find_targets(incoming, _list_differences(incoming))
             else:
                 targets = _add_adapter(incoming, dtype, freeze, activate, undo)
         for key, target in targets.items():
             write(target, incoming.tensors[key], undo)
-        if replaces and not partial:
+        if swaps_values and not partial:
             _reset_missing(incoming, undo)
         _take_settings(incoming, undo)
         _warn_of_other_base(incoming)
@@ -212,13 +207,14 @@ def _add_adapter(
         raise AdapterFileError(f"{incoming.source}: {error}") from error
     apply_plan(view, plan, undo, activate=activate)
     targets = _find_targets(incoming, _list_conflicts(incoming))
+    # New blocks have their values already; only other tensors are left to write.
     return {key: target for key, target in targets.items() if key not in layers}
 
 
 def _rename_as_in_model(
     view: ModelView, adapter: str, source: Source, contents: AdapterContents
 ) -> _Incoming:
-    """Return an adapter under the model's names: the first, for what has several there."""
+    """Return an adapter under the model's names; what has several there gets the first of them."""
     first_names = {name: aliases[0] for aliases in view.names.values() for name in aliases}
 
     def first_name(name: str) -> str:
@@ -238,10 +234,10 @@ def _rename_as_in_model(
     layers = {}
     for record in contents.layers:
         name = first_name(record.name)
-        renamed = replace(record, name=name)
+        renamed = dataclasses.replace(record, name=name)
         keys[record.key] = renamed.key
         layers[renamed.key] = renamed
-    file_keys: dict[str, str] = {}
+    file_keys: dict[str, str] = {}  # key in the model -> key in the file
     for key, model_key in keys.items():
         if model_key in file_keys:
             raise AdapterFileError(
@@ -253,17 +249,20 @@ def _rename_as_in_model(
     return _Incoming(view, adapter, source, contents.config, layers, values)
 
 
-def _widen(incoming: _Incoming) -> None:
-    """Widen the blocks of an adapter to the model's r, where that does not change the update."""
-    for (*_, block), record in incoming.blocks():
+def _widen(incoming: _Incoming) -> _Incoming:
+    """Return an adapter with the model's r, where a wider block has the same update."""
+    layers = dict(incoming.layers)
+    tensors = dict(incoming.tensors)
+    for model_block, record in incoming.blocks():
+        block = model_block.block
         if record.r == block.r:
             continue
         key = record.key
-        narrow = incoming.tensors[key]
-        wider = block.method.wider_block(record.layout, narrow, record.r, block.r)
+        wider = block.method.wider_block(record.layout, tensors[key], record.r, block.r)
         if wider is not None:
-            incoming.layers[key] = replace(record, r=block.r)
-            incoming.tensors[key] = wider
+            layers[key] = dataclasses.replace(record, r=block.r)
+            tensors[key] = wider
+    return dataclasses.replace(incoming, layers=layers, tensors=tensors)
 
 
 def _list_differences(incoming: _Incoming) -> list[str]:
@@ -274,8 +273,11 @@ def _list_differences(incoming: _Incoming) -> list[str]:
         in_model = describe_block(model_block, borrowers[model_block.block], base=False)
         for field, value in vars(in_model).items():
             file_value = getattr(in_file, field)
-            is_compared = field not in ("scale", "base")
-            if is_compared and file_value != value:
+            may_differ = field in (
+                "scale",
+                "base",
+            )  # the scale is taken over, and a base only warns
+            if not may_differ and file_value != value:
                 differences.append(
                     f"{in_model.name}: {field} is {file_value} in the file and {value} in the model"
                 )
@@ -297,7 +299,8 @@ def _find_targets(incoming: _Incoming, differences: Sequence[str]) -> dict[str, 
     view = incoming.view
     adapter = incoming.adapter
     known = buffers.list_saved(view, adapter) | collect_tensors(view, adapter)
-    report = replace(check_fit(known, incoming.tensors), missing=())  # these keep their values
+    report = check_fit(known, incoming.tensors)
+    report = dataclasses.replace(report, missing=())  # what the adapter lacks keeps its values
     reasons = list(differences)
     if not report.complete:
         reasons.insert(0, str(report))
@@ -317,9 +320,11 @@ def _take_settings(incoming: _Incoming, undo: ExitStack) -> None:
     def with_sizes_of(former: AdapterConfig) -> AdapterConfig:
         return config.changed(r=former.r, rank_pattern=former.rank_pattern)
 
-    for (*_, block), record in incoming.blocks():
+    for model_block, record in incoming.blocks():
+        block = model_block.block
         former = block.config
-        if former is not config and record.method == config.method:  # new blocks have it
+        # New blocks have this configuration already, and new rows keep their own.
+        if former is not config and record.method == config.method:
             undo.callback(block.reconfigure, former)
             block.reconfigure(with_sizes_of(former))
         if block.scale != record.scale:
@@ -330,12 +335,14 @@ def _take_settings(incoming: _Incoming, undo: ExitStack) -> None:
 def _reset_missing(incoming: _Incoming, undo: ExitStack) -> None:
     """Let the layers and buffers that the adapter lacks act as in the base."""
     buffers.put_back_buffers(incoming.view, undo, incoming.adapter, but=incoming.tensors)
-    for name, layer, _, block in incoming.view.blocks(incoming.adapter):
-        if join(name, block.parameter_name) not in incoming.layers:
-            start = start_of(layer, block)
-            if start is None:
-                start = block.block.new_zeros(whole_shape(block.block))
-            write(block.block, start, undo)
+    for model_block in incoming.view.blocks(incoming.adapter):
+        block = model_block.block
+        if join(model_block.name, block.parameter_name) in incoming.layers:
+            continue
+        start = start_of(model_block.layer, block)
+        if start is None:
+            start = block.block.new_zeros(whole_shape(block.block))
+        write(block.block, start, undo)
 
 
 def _warn_of_other_base(incoming: _Incoming) -> None:
@@ -358,5 +365,5 @@ def _warn_of_other_base(incoming: _Incoming) -> None:
             f"in {len(other)} of {counted(compared, 'layer')} ({layers}): load the base that it "
             "was trained on, without the adapter merged into it",
             AdapterFileWarning,
-            stacklevel=4,
+            stacklevel=4,  # the caller of load_adapter
         )

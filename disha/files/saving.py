@@ -9,15 +9,10 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from disha.config import AdapterConfig
-from disha.errors import (
-    AdapterStateError,
-    ArgumentTypeError,
-)
+from disha.errors import AdapterStateError, ArgumentTypeError
 from disha.files.contents import write_contents
 from disha.files.disk import PathLike, file_at
-from disha.files.header import (
-    AdapterContents,
-)
+from disha.files.header import AdapterContents
 from disha.functional import method_of
 from disha.layers.weights import base_of, is_packed, weight_shape
 from disha.model import buffers
@@ -140,7 +135,10 @@ def adapter_contents(
     *,
     base: bool = True,
 ) -> AdapterContents:
-    """Return an adapter of a model, on the CPU; collective. `base` asks for fingerprints."""
+    """Return an adapter of a model, on the CPU; collective.
+
+    Without `base`, it has no fingerprints of the base weights.
+    """
     ranks = view.ranks
     action = f"take adapter {adapter!r} out of the model"
     with ranks.fail_together(action):
@@ -190,7 +188,7 @@ def _config_of(blocks: Sequence[ModelBlock]) -> AdapterConfig:
 
 
 def describe_block(model_block: ModelBlock, tied: Iterable[str], *, base: bool) -> LayerRecord:
-    """Return what a file says about a block. `base` asks for the fingerprint of its weight."""
+    """Return what a file says about a block; with `base`, the fingerprint of its weight too."""
     block = model_block.block
     slot = block.slot
     fingerprint_of_base = None
