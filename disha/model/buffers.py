@@ -17,10 +17,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from disha.layers.blocks import CHILD_NAME
 from disha.layers.gradient_flags import attributes_of
 from disha.model.fingerprints import sample
-from disha.model.view import ModelBuffer, ModelView, clean_key
+from disha.model.lost_layers import find_blocks, list_absent_blocks
+from disha.model.view import ModelBuffer, ModelView
 from disha.sharding.tensors import local_part, write
 from disha.text import join
 
@@ -32,29 +32,30 @@ class _Remembered(NamedTuple):
 
     former: Tensor  # its values before the first adapter, or a sample of them
     is_whole: bool  # whether these are all of its values, because adapters save it
-    adapter: str | None = None  # the only one that saves it
+    adapter: str | None = None  # the only adapter that saves it
 
     def is_saved_with(self, adapter: str | None) -> bool:
         """Whether a change is saved with an adapter, or with any."""
         return self.is_whole and (adapter is None or self.adapter in (None, adapter))
 
     def differs_from(self, now: Tensor) -> bool:
-        """Whether a buffer may have changed. On the meta device, that is unknown."""
+        """Whether a buffer may have changed."""
         if self.former.is_meta or now.is_meta:
-            return self.is_whole
+            return self.is_whole  # nobody knows; so it is saved, if it is one that adapters save
         current = _read(now, self.is_whole)
         former = self.former.to(current)
         if torch.equal(current, former):
             return False
-        # NaN differs from itself, but may be what was there before.
-        numbers = ~current.isnan()
-        same_numbers = torch.equal(current[numbers], former[numbers])
-        return not (same_numbers and torch.equal(numbers, ~former.isnan()))
+        # NaN differs from itself. The same buffer has NaN in the same places, and equal numbers.
+        is_nan = current.isnan()
+        if not torch.equal(is_nan, former.isnan()):
+            return True
+        return not torch.equal(current[~is_nan], former[~is_nan])
 
 
 def _read(buffer: Tensor, is_whole: bool) -> Tensor:
     """Return the values of a buffer, or a sample of them."""
-    values = local_part(buffer.detach())  # all of them: buffers are replicated, never sharded
+    values = local_part(buffer.detach())  # all of them: a DTensor among buffers is replicated
     return values if is_whole else sample(values)
 
 
@@ -132,6 +133,7 @@ def list_changed(view: ModelView, adapter: str | None = None) -> dict[str, Tenso
 
 def list_unsaved(view: ModelView) -> list[str]:
     """Return the names of the buffers that have changed and that no adapter saves."""
+    # By the tensors, because several modules may share a buffer of which one is saved.
     saved = {id(buffer.value) for buffer in view.buffers if _is_saved(buffer)}
     return [
         buffer.name
@@ -155,14 +157,20 @@ def _has_changed(buffer: ModelBuffer) -> bool:
 def put_back_buffers(
     view: ModelView, undo: ExitStack, adapter: str | None = None, but: Container[str] = ()
 ) -> None:
-    """Give the buffers that an adapter, or any, saves their former values, but for these names."""
+    """Put the former values back into the buffers that an adapter saves, or that any does.
+
+    The buffers named in `but` keep what they have.
+    """
     for buffer in view.buffers:
         if buffer.name not in but and _is_saved(buffer, adapter) and _has_changed(buffer):
             _put_back(buffer, undo)
 
 
 def release_buffers(view: ModelView, adapter: str, undo: ExitStack) -> None:
-    """Give the buffers that only this adapter saves their former values, and let it save none."""
+    """Put the former values back into the buffers that only this adapter saves.
+
+    From now on, they are like any other buffer that no adapter saves.
+    """
     for buffer in view.buffers:
         if claimant_of(buffer) == adapter:
             if _has_changed(buffer):
@@ -188,10 +196,13 @@ def _before_loading(
     missing: list[str],
     *others: Any,
 ) -> None:
-    """Report the blocks that a state dict lacks. One without blocks brings the base's buffers."""
-    given = _find_blocks(model, [key.removeprefix(prefix) for key in state])
+    """Report the blocks that a state dict lacks.
+
+    A state dict without blocks is one of the base, so its buffers become the remembered ones.
+    """
+    given = find_blocks(model, [key.removeprefix(prefix) for key in state])
     if given:
-        missing += [prefix + name for name in _list_absent_blocks(model, given)]
+        missing += [prefix + name for name in list_absent_blocks(model, given)]
         return
     for name, module in model.named_modules():
         remembered = attributes_of(module).get(_BUFFERS, {})
@@ -200,36 +211,6 @@ def _before_loading(
             if values is not None:
                 former = _read(values, buffer.is_whole).clone()
                 remembered[attribute] = buffer._replace(former=former)
-
-
-def _find_blocks(model: nn.Module, keys: Iterable[str]) -> set[str]:
-    """Return the clean keys of blocks: those of a state dict, or of an adapter file.
-
-    Trainer loads the file of a checkpoint as a state dict, and the keys of its blocks have no
-    adapter. So a key is a block's by its end, unless the user has a parameter of that name.
-    """
-    of_user = {clean_key(name) for name, _ in model.named_parameters() if not _is_block(name)}
-    return {clean_key(key) for key in keys if key.endswith("_block")} - of_user
-
-
-def _list_absent_blocks(model: nn.Module, given: set[str]) -> list[str]:
-    """Return the names of the other blocks of the adapters that have some of the given ones."""
-    adapters = set(map(_adapter_of, given))
-    return [
-        name
-        for name, _ in model.named_parameters()
-        if _is_block(name) and _adapter_of(name) in adapters and clean_key(name) not in given
-    ]
-
-
-def _is_block(key: str) -> bool:
-    """Whether a key of a state dict is that of a block, and not of a user's own parameter."""
-    return key.endswith("_block") and f".{CHILD_NAME}." in f".{key}"
-
-
-def _adapter_of(key: str) -> str:
-    """Return the name of an adapter from the key of one of its blocks."""
-    return f".{key}".rpartition(f".{CHILD_NAME}.")[2].partition(".")[0]
 
 
 def _find_hooks(module: Any) -> list[int]:

@@ -220,6 +220,7 @@ class _Runner:
         self._view.model.train(training)
         for block in self.blocks:
             block.train(False)  # without its dropout, which a merged weight can't have
+        # To keep the random state of a GPU would start CUDA where nothing has used it.
         started = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
         devices = range(torch.cuda.device_count()) if started else ()
         with torch.random.fork_rng(devices), _keep_buffers(self._view.names):
@@ -336,38 +337,51 @@ def _check(
         _keep_data(active, undo)
         undo.callback(view.reshard)  # a forward gathers what is sharded
         with _keep_weights(active, undo):
-            seen = [_observe(runner, blocks, training=False)]
-        merges = _compare_merged(view, runner, seen[0], active)
-        idle = [block for block in blocks if block not in seen[0].acting & seen[0].reached]
-        error_in_training = ""
-        if idle:
-            try:
-                with _keep_weights(active, undo):
-                    seen.append(_observe(runner, idle, training=True))
-            except Exception as error:  # such as of a loss without its targets, or of a batch norm
-                error_in_training = type(error).__name__
-        if len(seen) == 2:
-            only_training = seen[1].acting - seen[0].acting
+            evaluating = _observe(runner, blocks, training=False)
+        seen = [evaluating]
+        merges = _compare_merged(view, runner, evaluating, active)
+        in_order = evaluating.acting & evaluating.reached
+        idle = [block for block in blocks if block not in in_order]
+        training, error_in_training = _observe_idle(runner, idle, active, undo)
+        if training is not None:
+            seen.append(training)
+            # Blocks that act only in training change nothing in evaluation, merged or not.
+            only_training = training.acting - evaluating.acting
             acting = [model_block for model_block in active if model_block.block in only_training]
-            merges |= _compare_merged(view, runner, seen[1], acting)
-        stuck = _find_stuck_methods(runner, zeros, seen, undo)
+            merges |= _compare_merged(view, runner, training, acting)
+        stuck = _find_stuck_blocks(runner, zeros, seen, undo)
     weights = []
-    for name, layer, adapter, block in active:
-        read = any(block in mode.read for mode in seen)
-        acts = any(block in mode.acting for mode in seen)
+    for model_block in active:
+        block = model_block.block
         reason = _reason_against(block, seen)
         if reason and error_in_training:
             reason += f"; in training mode it raises {error_in_training} with these inputs"
         elif not reason and block in frozen:
             reason = "it acts, but it is frozen; to train it, call mark_only_adapters_trainable"
-        elif not reason and block in zeros and block.method in stuck:
+        elif not reason and block in stuck:
             reason = "a block of zeros gets no gradient by its method; use init='kaiming'"
-        trains = not reason
-        merged_alike, difference = merges[layer]
-        if not reason:
-            reason = difference
-        weights.append(CheckedWeight(name, adapter, read, acts, trains, merged_alike, reason))
+        weights.append(_conclude(model_block, seen, reason, merges[model_block.layer]))
     return tuple(weights)
+
+
+def _conclude(
+    model_block: ModelBlock, seen: list[_Seen], reason: str, merged: tuple[bool | None, str]
+) -> CheckedWeight:
+    """Return the entry of a block, given why it does not train, and how it merges."""
+    name, _, adapter, block = model_block
+    merges, difference = merged
+    trains = not reason
+    if trains:
+        reason = difference
+    return CheckedWeight(
+        name,
+        adapter,
+        read=any(block in mode.read for mode in seen),
+        acts=any(block in mode.acting for mode in seen),
+        gradient=trains,
+        merges=merges,
+        reason=reason,
+    )
 
 
 def _reason_against(block: AdapterBlock, seen: list[_Seen]) -> str:
@@ -395,13 +409,30 @@ def _observe(runner: _Runner, blocks: list[AdapterBlock], training: bool) -> _Se
             raise
         except RuntimeError as failure:  # for example, the forward has freed a part of the graph
             reached = set()
-            error = str(failure).partition(".")[0]
+            error = str(failure).partition(".")[0]  # its first sentence
     outputs = [output.detach() for output in outputs]
     acting = set(reached)
     for block in blocks:
         if block not in reached and _changes_outputs(runner, block, outputs, training):
             acting.add(block)
     return _Seen(training, outputs, set(read), acting, reached, error)
+
+
+def _observe_idle(
+    runner: _Runner, idle: list[AdapterBlock], active: list[ModelBlock], undo: ExitStack
+) -> tuple[_Seen | None, str]:
+    """Return what is seen in training mode of blocks that are idle in evaluation.
+
+    Without such blocks, that is None. If the model raises, it is None too, and the second value is
+    the name of the error.
+    """
+    if not idle:
+        return None, ""
+    try:
+        with _keep_weights(active, undo):
+            return _observe(runner, idle, training=True), ""
+    except Exception as error:  # such as of a loss without its targets, or of a batch norm
+        return None, type(error).__name__
 
 
 def _randomise(blocks: list[AdapterBlock], undo: ExitStack) -> None:
@@ -427,6 +458,7 @@ def _run_and_note_reads(
 
     with ExitStack() as undo:
         for block in blocks:
+            # In __dict__, an attribute hides the method of the class.
             block.__dict__["update"] = partial(note_read, block)
             undo.callback(block.__dict__.pop, "update")
         outputs = runner.outputs()
@@ -443,7 +475,7 @@ def _with_gradient(outputs: list[Tensor], read: dict[AdapterBlock, Tensor]) -> s
             sums.append((output * factors.to(output)).sum())
     if not sums or not read:
         return set()
-    values = [*read.values()]
+    values = list(read.values())
     gradients = torch.autograd.grad(sums, values, allow_unused=True)
     repartition(values)
     return {
@@ -465,12 +497,12 @@ def _changes_outputs(
     return not all(torch.equal(output, former) for output, former in zip(changed, outputs))
 
 
-def _find_stuck_methods(
+def _find_stuck_blocks(
     runner: _Runner, zeros: set[AdapterBlock], seen: list[_Seen], undo: ExitStack
-) -> set[Method]:
-    """Return the methods whose blocks get no gradient while they are zero, and so stay zero."""
-    tried: set[Method] = set()  # one block of each method shows it
-    stuck = set()
+) -> set[AdapterBlock]:
+    """Return those blocks of zeros that get no gradient by their method, and so stay zero."""
+    tried: set[Method] = set()  # a single block of each method shows it
+    stuck: set[Method] = set()
     for block in runner.blocks:
         modes = [mode for mode in seen if block in mode.reached]
         if block not in zeros or block.method in tried or not modes:
@@ -481,13 +513,13 @@ def _find_stuck_methods(
             read, outputs = _run_and_note_reads(runner, [block])
             if block not in _with_gradient(outputs, read):
                 stuck.add(block.method)
-    return stuck
+    return {block for block in zeros if block.method in stuck}
 
 
 # --- merging -------------------------------------------------------------------------------------
 
 ROUNDINGS = 4
-"""Merging may change an output this many times as much as a tiny change of the blocks does."""
+"""Merging may change an output by this many times what a tiny change of the blocks changes."""
 
 DRIFTS = (
     "each forward changes this weight, as `weight.data = weight.data.clone()` would, so its update "
@@ -499,7 +531,10 @@ DRIFTS = (
 def _compare_merged(
     view: ModelView, runner: _Runner, seen: _Seen, active: list[ModelBlock]
 ) -> dict[AdaptedLayer, tuple[bool | None, str]]:
-    """Return layer -> whether merging it keeps the outputs (None: it is refused), and why not."""
+    """Return for each layer whether merging it keeps the outputs, and why not.
+
+    The answer is None if merging is refused.
+    """
     if not active:
         return {}
     try:
@@ -507,24 +542,27 @@ def _compare_merged(
         merged = _run_merged(view, runner, seen.training)
     except DishaError as error:
         return {model_block.layer: (None, str(error)) for model_block in active}
-    together: dict[AdaptedLayer, list[nn.Module]] = {}  # layer -> it, and those tied to it
+    # A layer merges together with those that are tied to it.
+    together: dict[AdaptedLayer, list[nn.Module]] = {
+        model_block.layer: [model_block.layer] for model_block in active
+    }
     for model_block in active:
-        layers = together.setdefault(model_block.layer, [model_block.layer])
-        layers += borrowers[model_block.block].values()
+        together[model_block.layer] += borrowers[model_block.block].values()
     tolerance = _relative_tolerance(seen.outputs, active)
-    before = _weight_sums(active)
-    allowed = _changes_by_rounding(runner, seen, tolerance)
-    after = _weight_sums(active)
+    sums_before = _weight_sums(active)
+    allowed = _changes_by_rounding(runner, seen, tolerance)  # runs the model once
+    sums_after = _weight_sums(active)  # other sums: that forward changed a weight
     all_alike = not _difference(merged, seen.outputs, tolerance, allowed)
     answers: dict[AdaptedLayer, tuple[bool | None, str]] = {}
     for layer, layers in together.items():
         difference = ""
         if not all_alike:
-            merged = _run_merged(ModelView(nn.ModuleList(layers)), runner, seen.training)
-            difference = _difference(merged, seen.outputs, tolerance, allowed)
+            part = ModelView(nn.ModuleList(layers))
+            outputs = _run_merged(part, runner, seen.training)
+            difference = _difference(outputs, seen.outputs, tolerance, allowed)
         answers[layer] = not difference, difference
     for model_block in active:
-        if before.get(model_block.block) != after.get(model_block.block):
+        if sums_before.get(model_block.block) != sums_after.get(model_block.block):
             answers[model_block.layer] = False, DRIFTS
     return answers
 
@@ -537,7 +575,7 @@ def _run_merged(view: ModelView, runner: _Runner, training: bool) -> list[Tensor
 
 
 def _relative_tolerance(outputs: list[Tensor], active: list[ModelBlock]) -> float:
-    """Return the square root of the coarsest rounding step of outputs and adapted weights."""
+    """Return the square root of the largest rounding step of the outputs' and weights' dtypes."""
     dtypes = {output.dtype for output in outputs}
     dtypes |= {weight.dtype for weight in _dense_weights(active).values()}
     return float(max(torch.finfo(dtype).eps for dtype in dtypes) ** 0.5)
@@ -568,7 +606,8 @@ def _difference(
     if _shapes_of(outputs) != _shapes_of(expected):
         return "merged, the model returns tensors of other shapes"
     for output, former, limit in zip(outputs, expected, allowed):
-        if not torch.allclose(output.to(former), former, tolerance, limit, equal_nan=True):
+        output = output.to(former)
+        if not torch.allclose(output, former, rtol=tolerance, atol=limit, equal_nan=True):
             return (
                 f"merged, an output differs by up to {_largest(output - former):.2g}, where its "
                 f"values reach {_largest(former):.2g}: the model does something else when its "

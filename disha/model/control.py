@@ -218,9 +218,9 @@ def route_adapters(model: nn.Module, names_per_sample: Sequence[str | None]) -> 
 def _refuse_sequences_first(view: ModelView) -> None:
     """Raise if layers are adapted outside of attention modules that take sequences first."""
     attention = [module for module in view.names if isinstance(module, nn.MultiheadAttention)]
+    sequence_first = [view.names[module][0] for module in attention if not module.batch_first]
     inside = {child for module in attention for child in module.modules()}
     outside = [name for layer, name in view.layers.items() if layer not in inside]
-    sequence_first = [view.names[module][0] for module in attention if not module.batch_first]
     if sequence_first and outside:
         raise ArgumentError(
             f"route_adapters needs samples along the leading dimension, but {sequence_first[0]} "

@@ -11,18 +11,19 @@ from disha.functional.shard_sums import is_inexact
 from disha.sharding.tensors import gather
 
 SAMPLES = 64
-HALF = 8
+HALF = 8  # digits of each of the two digests
 
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""Integers with as many bytes as a value."""
 
 
 def sample(values: Tensor) -> Tensor:
     """Return 64 values of a tensor, from the first to the last, or all if there are fewer."""
     if values.numel() <= SAMPLES:
         return values.flatten().clone()
-    # Position i is i * step // 63.
-    step = values.numel() - 1
-    positions = torch.arange(0, SAMPLES * step, step, device=values.device) // (SAMPLES - 1)
+    # Evenly spaced: value i of 64 is at position i * last // 63.
+    last = values.numel() - 1
+    positions = torch.arange(0, SAMPLES * last, last, device=values.device) // (SAMPLES - 1)
     if values.is_complex():
         return values.take(positions)
     # As integers, because torch 2.8 can't take values of 8 bits, nor unsigned ones.
@@ -50,5 +51,6 @@ def fingerprint(weight: Tensor) -> str | None:
 
 def same_base(first: str, second: str) -> bool:
     """Return whether two fingerprints belong to the same base, perhaps in different dtypes."""
+    # The dtype in which both were rounded alike gives an equal digest.
     halves = {first[:HALF], first[HALF:]}
     return not halves.isdisjoint({second[:HALF], second[HALF:]})

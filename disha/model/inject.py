@@ -92,7 +92,7 @@ def inject_adapters(
         also_train_rows: regex of names of matrices -> numbers of their rows to train and save with
             the adapter: `{"embed_tokens": [32000, 32001]}` for two new tokens. They are blocks with
             new values of these rows, for any number of adapters. A tied head has the same rows.
-            They take the place of an adapter of the whole matrix, if the target matches it too.
+            If the target matches the matrix too, it gets these rows in place of an adapter.
 
     Returns:
         `model` itself.

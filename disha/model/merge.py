@@ -6,7 +6,7 @@ while it is merged, so unmerging is exact.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 
 import torch
@@ -126,37 +126,50 @@ def merge(
     # Inference mode is off, because tensors that are made in it can never be trained.
     with torch.inference_mode(False), torch.no_grad():
         chosen = _choose(view, adapter)
-        slots = {layer: slots_of(layer, names) for layer, names in chosen.items()}
-        merging = {}  # every name of a weight -> the blocks that are merged there
-        for layer, names in chosen.items():
-            for parameter in slots[layer]:
-                blocks = frozenset(layer.disha.blocks_of(names, parameter))
-                for name in view.names[layer]:
-                    merging[join(name, parameter)] = blocks
+        merging = _list_merging_blocks(view, chosen)
         # A tied parameter is merged once for all modules that see the same updates of it.
         sums: dict[tuple[int, frozenset[AdapterBlock]], tuple[Original, Tensor]] = {}
-        for layer, names in chosen.items():
+        for layer, adapters in chosen.items():
             originals = {}
-            for parameter, slot in slots[layer].items():
+            for parameter, slot in slots_of(layer, adapters).items():
                 name = join(view.names[layer][0], parameter)
                 reason = _reason_against(layer, slot, dense)
                 if reason is not None:
                     raise MergeError(f"{name} {reason}")
-                blocks = merging[name]
-                aliases = view.parameters_by_name[name].names
-                others = [alias for alias in aliases if merging.get(alias) != blocks]
+                others = _list_other_readers(view, name, merging)
                 if others and not untie:
                     raise MergeError(
                         f"{name} is shared with {', '.join(sorted(others))}, where not all of the "
                         "same adapters act, but which merging would change too; pass untie=True to "
                         "merge into a weight of its own"
                     )
-                key = id(layer._parameters[parameter]), blocks
+                key = id(layer._parameters[parameter]), merging[name]
                 if key not in sums:
-                    sums[key] = _compute_merged(name, layer, slot, names, bool(others))
+                    sums[key] = _compute_merged(name, layer, slot, adapters, bool(others))
                 originals[parameter], new = sums[key]
                 _replace(layer, parameter, new, undo)
-            _set_merged(layer, Merged(names, originals), undo)
+            _set_merged(layer, Merged(adapters, originals), undo)
+
+
+def _list_merging_blocks(
+    view: ModelView, chosen: Mapping[AdaptedLayer, tuple[str, ...]]
+) -> dict[str, frozenset[AdapterBlock]]:
+    """Return the blocks that are merged into each weight, by every name of the weight."""
+    merging = {}
+    for layer, adapters in chosen.items():
+        for parameter in slots_of(layer, adapters):
+            blocks = frozenset(layer.disha.blocks_of(adapters, parameter))
+            for name in view.names[layer]:
+                merging[join(name, parameter)] = blocks
+    return merging
+
+
+def _list_other_readers(
+    view: ModelView, name: str, merging: Mapping[str, frozenset[AdapterBlock]]
+) -> list[str]:
+    """Return the other names of a parameter under which it does not see the same updates."""
+    names = view.parameters_by_name[name].names
+    return [other for other in names if merging.get(other) != merging[name]]
 
 
 def _replace(module: nn.Module, name: str, new: Tensor, undo: ExitStack) -> None:
@@ -261,10 +274,10 @@ def _choose(
     view: ModelView, adapter: str | Sequence[str] | None
 ) -> dict[AdaptedLayer, tuple[str, ...]]:
     """Return each layer -> the adapters to merge into it."""
-    names = None if adapter is None else check_names(view, adapter)
+    adapters = None if adapter is None else check_names(view, adapter)
     chosen = {}
     for layer in view.layers:
-        wanted = layer.disha.active if names is None else names
+        wanted = layer.disha.active if adapters is None else adapters
         chosen[layer] = tuple(name for name in wanted if name in layer.disha)
     if not any(chosen.values()):
         raise ArgumentError(
@@ -275,7 +288,7 @@ def _choose(
 
 def _reason_against(layer: AdaptedLayer, slot: Slot, dense: bool) -> str | None:
     """Return why nothing can be merged into a weight, and what to do; None if it can."""
-    parameter = layer._parameters.get(slot.parameter)
+    parameter = layer._parameters.get(slot.parameter)  # None if the weight is computed or packed
     quantization = quantization_of(layer, stored_weight(layer, slot.parameter))
     if parameter is None and quantization is None:
         return (
@@ -284,7 +297,10 @@ def _reason_against(layer: AdaptedLayer, slot: Slot, dense: bool) -> str | None:
         )
     blocks = [block.block for block in layer.disha.blocks().values()]
     if any(tensor is not None and tensor.is_meta for tensor in (parameter, *blocks)):
-        return "or its block is on the meta device; give the model its values first"
+        return (
+            "has no values yet, or its block has none (meta device); give the model its values "
+            "first"
+        )
     if quantization is None:
         return None
     unmerged = "leave its adapters unmerged"
@@ -321,7 +337,7 @@ def _compute_merged(
             merged = merged.clone()
     dense = quantization_of(layer, parameter) is not None
     written = fingerprint(merged)
-    if not (shared or dense):
+    if not shared and not dense:  # the parameter stays the same object, and gets other data
         return Original(parameter.data, dense, written), merged
     new = nn.Parameter(merged, requires_grad=parameter.requires_grad)
     return Original(parameter, dense, written), new
@@ -337,7 +353,7 @@ def _get_original(layer: AdaptedLayer, name: str, original: Original) -> Tensor:
             f"the merged {name} of a {layer._original_class.__name__} is offloaded; remove the "
             "hooks first (accelerate.hooks.remove_hook_from_submodules)"
         )
-    if not isinstance(former, nn.Parameter):  # the weight may have moved since
+    if not isinstance(former, nn.Parameter):  # only data, and the parameter may have moved since
         return former.to(device=now.device, dtype=now.dtype)
     if not original.dense or former.device == now.device:
         return former

@@ -100,15 +100,15 @@ def _find_in_state_dict(view: ModelView, tensors: Tensors) -> dict[str, Tensor]:
     """Return tensors of the model under their keys in its state dict."""
     ids = {id(tensor) for tensor in tensors.values()}
     state = view.model.state_dict(keep_vars=True)
-    present_in_state = {key: value for key, value in state.items() if id(value) in ids}
-    ids_in_state = {id(value) for value in present_in_state.values()}
-    absent = [key for key, tensor in tensors.items() if id(tensor) not in ids_in_state]
+    present = {key: value for key, value in state.items() if id(value) in ids}
+    present_ids = {id(value) for value in present.values()}
+    absent = [key for key, tensor in tensors.items() if id(tensor) not in present_ids]
     if absent:
         raise AdapterStateError(
             f"the model's state_dict lacks {first_few(absent, 3, ', ')}, because a class has a "
             "state_dict of its own; use save_adapter and load_adapter"
         )
-    return present_in_state
+    return present
 
 
 def collect_tensors(view: ModelView, adapter: str) -> dict[str, Tensor]:
@@ -116,6 +116,7 @@ def collect_tensors(view: ModelView, adapter: str) -> dict[str, Tensor]:
     view.reshard()
     tensors = {}
     for name, layer, _, block in view.require(adapter):
+        # Not as `block.block`: FullyShardedDataParallel takes the parameter out of the block.
         values = block._parameters.get(block.parameter_name)
         is_whole = values is not None and len(whole_shape(values)) >= block.method.block_axes
         if not is_whole or len(weight_shape(layer, block.slot)) < 2:
@@ -178,12 +179,13 @@ def load_adapter_state_dict(
     with all_or_nothing(view) as undo:
         with view.ranks.fail_together(f"load a state dict as adapter {adapter!r}"):
             refuse_merged(view.layers, "load an adapter")
+            # Buffers are optional in a state: it has those that training had changed.
             saved_buffers = buffers.list_saved(view, adapter)
-            names = {clean_key(key) for key in map(str, state)}
-            given = {name: value for name, value in saved_buffers.items() if name in names}
-            held = collect_tensors(view, adapter)
-            parameters = {key: held[key] for key in held.keys() - saved_buffers.keys()}
-            expected = _find_in_state_dict(view, parameters | given)
+            keys = {clean_key(str(key)) for key in state}
+            given_buffers = {key: value for key, value in saved_buffers.items() if key in keys}
+            tensors = collect_tensors(view, adapter)
+            parameters = {key: tensors[key] for key in tensors.keys() - saved_buffers.keys()}
+            expected = _find_in_state_dict(view, parameters | given_buffers)
             given_tensors = _rename_keys(state, expected)
             report = check_fit(expected, given_tensors)
             if report.wrong or (strict and not report.complete):
@@ -194,7 +196,7 @@ def load_adapter_state_dict(
         for key in report.matched:
             write(expected[key], given_tensors[key], undo)
         if strict:  # the state is complete, so its adapter has not changed the other buffers
-            buffers.put_back_buffers(view, undo, adapter, but=given)
+            buffers.put_back_buffers(view, undo, adapter, but=given_buffers)
     return report
 
 

@@ -92,8 +92,9 @@ def summary(model: nn.Module) -> Summary:
         trainable 64 of 208 parameters (30.769%)
     """
     view = ModelView(model)
-    layers = tuple(
-        LayerSummary(
+    layers = []
+    for name, layer, adapter, block in view.blocks():
+        row = LayerSummary(
             name=name,
             adapter=adapter,
             method=block.method.name,
@@ -103,12 +104,11 @@ def summary(model: nn.Module) -> Summary:
             scale=block.scale,
             active=adapter in layer.disha.active,
         )
-        for name, layer, adapter, block in view.blocks()
-    )
+        layers.append(row)
     of_blocks = sum(layer.parameters for layer in layers)
     of_model = sum(parameter.size for parameter in view.parameters)
     trainable = 0
     for parameter in view.list_parameters():
         if parameter.requires_grad:
             trainable += count_values(parameter)
-    return Summary(trainable, total=of_blocks + of_model, layers=layers)
+    return Summary(trainable, total=of_blocks + of_model, layers=tuple(layers))

@@ -148,7 +148,7 @@ def configure_rows(config: AdapterConfig, rows: Mapping[str, Any]) -> AdapterCon
     """Return the configuration of new rows, which are trained beside an adapter."""
     layouts = dict.fromkeys(rows, "out in")
     return AdapterConfig(
-        1, target=None, method="rows", layouts=layouts, rows=rows, dtype=config.dtype
+        r=1, target=None, method="rows", layouts=layouts, rows=rows, dtype=config.dtype
     )
 
 

@@ -168,6 +168,7 @@ class ModelView:
         if not children:
             return
         on_path.add(module)
+        # A child in a wrapper has the name of the wrapper itself.
         hidden = [wrapper.child for cls, wrapper in self._wrappers if isinstance(module, cls)]
         for child_name, child in children.items():
             if child is not None:
