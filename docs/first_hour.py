@@ -74,7 +74,7 @@ print("nothing has changed yet:", right(model, x, labels_of(x)))
 print(disha.summary(model))
 
 # %% [markdown]
-# ## Prove that every block acts
+# ## Check on your inputs that every block acts
 #
 # `check_adapters` runs the model, and tells for each weight whether the model reads it, whether its
 # block changes the output, gets a gradient, and merges. It restores everything afterwards.
