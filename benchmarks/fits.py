@@ -66,15 +66,17 @@ ROWS = [(SMALLEST, 16, place) for place in PLACES[:2]]
 ROWS += itertools.product(list(CONFIGS)[1:-1], (16, 4), PLACES)
 MARK, END = "<!-- written by python -m benchmarks.fits -->", "<!-- end -->"
 SIZES = Path("docs/guides/sizes.md")
+KEPT = "--gradient_checkpointing false"
+"""The flag that keeps activations: on a GPU, the command computes them again without it."""
 RECIPES = (
-    (SMALLEST, 16, PLACES[0], "bone", "--bits bf16"),
+    (SMALLEST, 16, PLACES[0], "bone", f"--bits bf16 {KEPT}"),
     (SMALLEST, 16, PLACES[0], "bone recomputed", "--bits bf16 --gradient_checkpointing"),
-    (SMALLEST, 16, PLACES[1], "bone", "--bits bf16"),
+    (SMALLEST, 16, PLACES[1], "bone", f"--bits bf16 {KEPT}"),
     ("Llama-8B", 4, PLACES[0], "bone recomputed", "--bits 4 --gradient_checkpointing"),
     ("Llama-8B", 16, PLACES[0], "bone recomputed", "--bits bf16 --gradient_checkpointing"),
-    ("Llama-8B", 16, PLACES[0], "bone", "--bits bf16"),
+    ("Llama-8B", 16, PLACES[0], "bone", f"--bits bf16 {KEPT}"),
     ("Llama-8B", 16, PLACES[1], "bone recomputed", "--bits bf16 --gradient_checkpointing"),
-    ("Llama-8B", 16, PLACES[2], "bone", "--bits bf16 --fsdp full_shard"),
+    ("Llama-8B", 16, PLACES[2], "bone", f"--bits bf16 {KEPT} --fsdp full_shard"),
     ("Llama-70B", 4, PLACES[0], "bone recomputed", "--bits 4 --gradient_checkpointing"),
     ("Llama-70B", 4, PLACES[2], "bone recomputed",
      "--bits 4 --gradient_checkpointing --fsdp full_shard"),
@@ -83,7 +85,7 @@ RECIPES = (
 )  # fmt: skip
 """Base, bits, place and way of a recipe, and its flags."""
 GPUS, SHARE = (24, 48, 80), 0.9
-"""Memory of GPUs in GiB, and the share of it that a step may take."""
+"""Memory of GPUs in GiB, which are sold by as many GB, and the share of it that a step may take."""
 CUT = dict.fromkeys(("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"), ColwiseParallel)
 CUT |= dict.fromkeys(("o_proj", "down_proj"), RowwiseParallel)
 
@@ -219,7 +221,7 @@ def write_recipes(kept: dict[str, Any]) -> None:
         "flags",
         "GiB for one row",
         "each further row, at most",
-        "fits GPUs of",
+        "fits GPUs of (GB)",
     ]
     start, _, rest = SIZES.read_text().partition(MARK)
     shown = table(header, rows)
