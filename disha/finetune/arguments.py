@@ -200,10 +200,16 @@ class TrainingArguments(SFTConfig):  # type: ignore[misc]
     max_length: int | None = _flag(512, "the most tokens of a row; longer rows are cut")
     bf16: bool | None = _flag(False, "compute in bfloat16 where that is safe")
     fp16: bool | None = _flag(
-        None, "compute in float16, with scaled losses; by default with --bits fp16"
+        None,
+        "compute in float16, with scaled losses; by default with --bits fp16",
+        nargs="?",
+        const=True,
     )
     gradient_checkpointing: bool | None = _flag(
-        None, "compute again what would need memory; by default on accelerators"
+        None,
+        "compute again what would need memory; by default on accelerators",
+        nargs="?",
+        const=True,
     )
     train_sampling_strategy: str = _flag(
         "group_by_length",
