@@ -29,7 +29,10 @@ that no test here shows the feature.
 | --- | --- |
 | ✓ | every test of the feature ran with the real library on a processor, and passed |
 | ✓ simulated | the same in two processes, where `accelerate` was told that processors are GPUs |
-| ✓ read | the tool's own code reads the file; none of its kernels, and no server, ran |
+| ✓ read | the tool's own code reads the file; none of its kernels and no server ran for this |
+
+For vLLM there is more than the mark shows: `python -m tests.serving` lets its build for processors
+serve exported adapters, and compares the answers with those of the adapted model.
 """
 
 TICK = "✓"

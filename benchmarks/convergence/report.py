@@ -96,13 +96,13 @@ def verdict(found: Mapping[str, TaskFindings], long: Longer) -> str:
     seeds = "" if all(long.has_all(name, MILD[name]) for name in ("bone", OTHER)) else FIRST
     near, far = lowest_losses(long)
     lines = [
-        "**For small models, choose MiSS, at [0.1 to 0.3 of LoRA's (alpha = rank) "
+        "**If you choose MiSS for its memory, take [0.1 to 0.3 of LoRA's (alpha = rank) "
         f"rate](choosing.md#learning-rate): {MILD['bone']:g} for the language model.** In the "
         f"longer training{seeds}, it then learns and forgets about as much as a LoRA at "
         f"{MILD[OTHER]:g}, in less time and memory. At equal forgetting, up to {LIMITS[-1]:g}, "
         f"{_all(near, far)} learn as much there: test losses differ by at most "
         f"{apart(near):.3f}, seeds by up to {spread(long):.3f}.",
-        _line("Quality", found, "test loss", "loss", ("better", "worse")),
+        _line("Quality", found, "test loss", "loss", ("better", "worse")) + _in_favour(found),
         _line("Speed", found, "time of a step", None, ("faster", "slower"))
         + " With rows of usual length, [it is closer to 1](performance.md).",
         _line("Memory", found, "memory of a step", None, ("less", "more"))
@@ -112,7 +112,8 @@ def verdict(found: Mapping[str, TaskFindings], long: Longer) -> str:
         ),
         f"**Forgetting, the rise of that loss: at one rate, MiSS forgets more.** It forgets "
         f"{_at_one_rate(long)} times as much as LoRA in the longer training, and "
-        f"{REPORTED_FORGETTING:.1f} times [in PEFT's comparison](#what-others-report).",
+        f"{REPORTED_FORGETTING:.1f} times [in PEFT's comparison](#what-others-report): one task "
+        "each.",
     ]
     listed = "\n".join(f"- {line}" for line in lines)
     most = max(TASKS[task].steps for task in found)
@@ -143,6 +144,29 @@ def _line(
     return text if key is None else f"{text} {_single_tasks(found, key, sides)}"
 
 
+def _in_favour(found: Mapping[str, TaskFindings]) -> str:
+    """Say how wide the interval of MiSS is, and in how many tasks each method is best or tied."""
+    ratio = Overall.of(list(ratios(found, "bone", "test loss").values()))
+    close = {name: len(best_or_tied(name, found)) for name in ("bone", OTHER, "rslora")}
+    others = _joined([f"{METHODS[name].title} in {close[name]}" for name in (OTHER, "rslora")])
+    favoured = ratio.clear and ratio.value < 1
+    told = "" if favoured else "For quality alone, nothing here favours MiSS. "
+    return (
+        f" {told}MiSS is best, or tied with the best, in {close['bone']} of "
+        f"{count_text(len(found), 'task')}, {others}. Its interval is about "
+        f"±{(ratio.high - ratio.low) / 2:.0%}, so a smaller difference would not show."
+    )
+
+
+def best_or_tied(name: str, found: Mapping[str, TaskFindings]) -> list[str]:
+    """Return the tasks in which a method is within noise of the best adapter."""
+    return [
+        task
+        for task, one in found.items()
+        if name in one.ranked and not one.apart(name, one.ranked[0])
+    ]
+
+
 def _single_tasks(found: Mapping[str, TaskFindings], key: str, sides: tuple[str, str]) -> str:
     """Say in how many single tasks the difference is clear."""
     told = []
@@ -171,9 +195,7 @@ def _every_task(found: Mapping[str, TaskFindings]) -> str:
     for name in names:
         of_method = [one.findings.get(name) for one in found.values()]
         rates = [one.rate for one in of_method if one is not None]
-        close = sum(
-            name in one.ranked and not one.apart(name, one.ranked[0]) for one in found.values()
-        )
+        close = len(best_or_tied(name, found))
         steps = list(ratios(found, name, "time of a step").values())
         rows.append(
             [

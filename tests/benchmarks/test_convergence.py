@@ -307,6 +307,7 @@ class TestReport:
             for one in seconds
         ]
         assert f"Time of a step: MiSS {Overall.of(steps)}" in text
+        assert "nothing here favours MiSS" in text
 
     def test_another_result_gives_another_page(self):
         changed = {
@@ -318,6 +319,7 @@ class TestReport:
         before, after = (longer(STUDY, results) for results in (KEPT, changed))
         text = report.verdict(report.tasks_of(STUDY, changed, COSTS), after)
         assert "Quality. MiSS: clearly better" in text
+        assert "nothing here favours MiSS" not in text
         assert after.own["bone"].mean("loss") == before.own["bone"].mean("loss") / 2
 
     def test_the_advice_on_rates_follows_from_the_kept_runs(self):
