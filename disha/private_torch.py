@@ -99,7 +99,7 @@ def _assume_view(tensor: Tensor) -> bool:
 
 
 def _assume_backward() -> int:
-    return 0
+    return 0  # a graph task: without one, torch says -1
 
 
 transforms_active: Callable[[], bool] = getattr(
@@ -195,7 +195,8 @@ def required(place: str) -> Any:
 def memory_modes() -> Any:
     """Return a mode in which tensors have no values, and one that adds up what live at once.
 
-    The second would also add them up for each module, which takes long, and fails at frozen ones.
+    Without a change, the second would add them up for each module too, which takes long, and
+    raises for modules with frozen parameters.
     """
     fake = required("torch._subclasses:FakeTensorMode")(allow_non_fake_inputs=True)
     tracker = required("torch.distributed._tools.mem_tracker:MemTracker")()

@@ -33,7 +33,8 @@ class Group:
 
     def __init__(self, lineage: tuple[Group, ...] = ()) -> None:
         self.name = f"group_{next(_NUMBERS)}"  # compiled code asks for it (`layers.compiled`)
-        self.lineage = (self, *lineage)  # itself, and the groups that its layers came from
+        # Itself, and the groups that its layers came from: a context of those covers them too.
+        self.lineage = (self, *lineage)
         self.members: WeakSet[Any] = WeakSet()  # the adapters of its layers
         self.factors: dict[tuple[str, bool], torch.Tensor] = {}  # of scales, in compiled code
         GROUPS_BY_NAME[self.name] = self
@@ -63,20 +64,19 @@ class Context:
     """An open context: what acts on the layers of some groups."""
 
     groups: frozenset[Group]
-    override: Override | None  # None if it disables all adapters
+    override: Override
+    disables: bool = False  # then no context inside it has an effect
 
     @property
     def function(self) -> str:
         """The public function that opens such a context."""
-        if self.override is None:
+        if self.disables:
             return "adapters_disabled"
         return "route_adapters" if isinstance(self.override, Route) else "adapters_active"
 
     @property
     def names(self) -> frozenset[str]:
         """The adapters that it names."""
-        if self.override is None:
-            return frozenset()
         if isinstance(self.override, Route):
             return frozenset(self.override.adapters)
         return frozenset(self.override)
@@ -87,16 +87,18 @@ class Context:
 
 
 _CONTEXTS: ContextVar[tuple[Context, ...]] = ContextVar("disha_contexts", default=())
-"""The contexts of a thread or task, from the outermost inwards. Some may have ended elsewhere."""
+"""The contexts of a thread or task, from the outermost inwards. Another one may have ended some."""
 
 OPEN_CONTEXTS: set[Context] = set()
 """The contexts that are open in any thread. While there are none, layers do not look for theirs."""
 
 
 @contextmanager
-def open_context(groups: frozenset[Group], override: Override | None) -> Iterator[None]:
+def open_context(
+    groups: frozenset[Group], override: Override, disables: bool = False
+) -> Iterator[None]:
     """Run the body with other adapters acting, in this thread or task and in tasks it starts."""
-    context = Context(groups, override)
+    context = Context(groups, override, disables)
     OPEN_CONTEXTS.add(context)
     try:
         _CONTEXTS.set((*_CONTEXTS.get(), context))
@@ -125,7 +127,8 @@ def bind_contexts(function: Callable[..., Any]) -> Callable[..., Any]:
             with ExitStack() as stack:
                 for context in contexts:
                     # A new one for each call, because several threads may run it at once.
-                    stack.enter_context(open_context(context.groups, context.override))
+                    again = open_context(context.groups, context.override, context.disables)
+                    stack.enter_context(again)
                 return function(*args, **kwargs)
         finally:
             _CONTEXTS.reset(before)
@@ -151,24 +154,31 @@ def current_context(group: Group) -> Context | None:
 
     One that disables all adapters decides, whatever is inside it; otherwise the innermost does.
     """
-    if _CONTEXTS.get(None) is None and in_backward():
+    if _CONTEXTS.get(None) is None and _is_autograd_thread():
         _refuse_in_autograd_thread(group)
     innermost = None
     for context in _open_here():
         if context.covers(group):
-            if context.override is None:
+            if context.disables:
                 return context
             innermost = context
     return innermost
 
 
-def _refuse_in_autograd_thread(group: Group) -> None:
-    """Raise in a thread of autograd if any context is open for these layers.
+def _is_autograd_thread() -> bool:
+    """Whether a thread in which the variable was never set is one of autograd.
 
-    Such a thread has no contexts, so it can't know which adapters acted in forward.
+    `get(None)` overrides the variable's default. Python did not start a thread of autograd, so it
+    is a `_DummyThread`. Any other thread in backward has called `backward` itself.
     """
-    if not isinstance(threading.current_thread(), threading._DummyThread):
-        return  # the thread that called `backward` itself
+    return in_backward() and isinstance(threading.current_thread(), threading._DummyThread)
+
+
+def _refuse_in_autograd_thread(group: Group) -> None:
+    """Raise if any context is open for these layers.
+
+    A thread of autograd has no contexts, so it can't know which adapters acted in forward.
+    """
     for context in list(OPEN_CONTEXTS):
         if context.covers(group):
             raise ModeError(

@@ -30,7 +30,7 @@ R = TypeVar("R", bound=Rule)
 
 
 def _resolve(operations: Sequence[Any]) -> Iterator[Any]:
-    """Yield operations. A text has names of those of `Tensor` and `torch`, if they have them."""
+    """Yield operations. Each name in a str stands for that of `Tensor`, of `torch`, or for both."""
     for operation in operations:
         if not isinstance(operation, str):
             yield operation

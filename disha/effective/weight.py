@@ -128,7 +128,7 @@ class EffectiveWeight(Tensor):
 
 
 class TracedWeight(EffectiveWeight):
-    """An effective weight in compiled code, as dynamo traces no class that has these methods."""
+    """An effective weight in compiled code. Dynamo traces no class that overrides these methods."""
 
     __torch_dispatch__ = Tensor.__torch_dispatch__  # type: ignore[assignment]
     __setattr__ = Tensor.__setattr__  # type: ignore[assignment]

@@ -23,7 +23,7 @@ from disha.private_torch import NATIVE_FUNCTIONS
 
 def _is_write(name: str) -> bool:
     """Whether an operation of this name writes into its first argument: `copy_`, `__iadd__`."""
-    if name.startswith("__i"):
+    if name.startswith("__i"):  # `__iadd__` is one, because there is an `__add__`
         return hasattr(Tensor, f"__{name[3:]}")
     return name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
 
@@ -58,7 +58,7 @@ def write(func: Operation, *args: Any, **kwargs: Any) -> Any:
 
 
 def _value_to_write(written: Any, source: Any) -> Any:
-    """Return a source, but W of one with the updates of what is written, which would act twice."""
+    """Return a source, or its W if it has the written weight's updates: they would act twice."""
     if not isinstance(written, EffectiveWeight) or not isinstance(source, EffectiveWeight):
         return source
     return source.base if _have_same_blocks(source, written) else source

@@ -220,7 +220,7 @@ def reset_parameters(layer: AdaptedLayer) -> None:
         return
     refuse_merged([layer], "reset parameters")
     # With adapters disabled, because `weight[padding_idx].fill_(0)` must write into W.
-    with open_context(frozenset([adapters.group]), None):
+    with open_context(frozenset([adapters.group]), (), disables=True):
         original.reset_parameters(layer)
     for block in adapters.blocks().values():
         block.reset_parameters(start_of(layer, block))
@@ -238,6 +238,7 @@ class AdaptedLinear(AdaptedLayer, nn.Linear):
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
+        # The bias of a plain layer is an attribute of the instance alone.
         cls._has_own_reading = cls.weight is not AdaptedLinear.weight or hasattr(cls, "bias")
 
 
@@ -256,7 +257,7 @@ class _Recurrent(nn.Module):
 
     @_flat_weights.setter
     def _flat_weights(self, value: list[Any]) -> None:
-        _list_plain_weights(self)
+        _list_plain_weights(self)  # and not `value`, which may have effective weights
 
     def __setattr__(self, name: str, value: Any) -> None:
         if not is_weight_of(self, name, value):
@@ -292,7 +293,7 @@ def adapt(
     names = tuple(dict.fromkeys((*known, *parameters)))
     if names != known:
         if known:
-            refuse_changed_class(module, "it")
+            refuse_changed_class(module, "the module")
         try:
             set_class(module, adapted_class(original, names, is_quantized))
         except TypeError as error:

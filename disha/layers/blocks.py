@@ -71,7 +71,7 @@ class AdapterBlock(nn.Module):
     awaits_base: bool
     """Whether the block starts with values of W, and has got its memory before W has its values."""
     scale_tensor: Tensor
-    """The scale as a 0-dim tensor, which compiled code reads: a new scale compiles nothing anew."""
+    """The scale as a 0-dim tensor, which compiled code reads, so a new scale recompiles nothing."""
 
     def __init__(
         self, values: Tensor, slot: Slot, config: AdapterConfig, r: int, split: Split | None
@@ -135,13 +135,13 @@ class AdapterBlock(nn.Module):
         else:
             name = compiled.factor_name(group.name, self.scale_tensor.device)
             scale = self.scale_tensor * getattr(compiled, name)
-        return Update(self.method, values, scale, dropout, self.slot.rows, None, self.r)
+        return Update(self.method, values, scale, dropout, self.slot.rows, r=self.r)
 
     def _from_hook(self) -> Tensor:
         """Return the block as accelerate's hook loads it."""
         values = self()
-        taken_away = self._parameters.get(self.parameter_name) is not values
-        if taken_away and self.training and values.requires_grad and torch.is_grad_enabled():
+        is_copy = self._parameters.get(self.parameter_name) is not values
+        if is_copy and self.training and values.requires_grad and torch.is_grad_enabled():
             raise ModeError(
                 "an adapter can't train while its block is offloaded, because the gradient of the "
                 "copy that is loaded is lost. To train, offload first and inject afterwards: then "
@@ -212,13 +212,22 @@ class AdapterBlock(nn.Module):
         self._write_scale()  # follows the device, keeps its own dtype, survives to_empty()
         return self
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        super()._load_from_state_dict(state_dict, prefix, *args)
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        *args: Any,
+    ) -> None:
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, *args
+        )
         if self.scale_tensor.device != self.block.device:
             self._write_scale()  # load_state_dict(assign=True) has taken the block off meta
         # The checkpoint of a base has no blocks, and yet it must load strictly. If a checkpoint has
         # some blocks, a hook of the model (model/buffers.py) reports the missing ones.
-        missing_keys = args[2]
         key = prefix + self.parameter_name
         if key in missing_keys:
             missing_keys.remove(key)
@@ -370,17 +379,15 @@ class Adapters(nn.Module):
         return blocks
 
     def override(self, compiling: bool = False) -> Override | None:
-        """Return what acts in place of the active adapters: None for no change, () for nothing.
+        """Return what acts in place of the active adapters, or None if no context covers them.
 
-        While adapters are disabled, compiled code (`compiling`) gets None too: there, scales are
-        multiplied by 0 (`layers.compiled`).
+        While adapters are disabled, nothing acts: (). Compiled code (`compiling`) gets None then:
+        there, scales are multiplied by 0 (`layers.compiled`).
         """
         if compiling:
             return getattr(compiled, self.group.name)
         context = current_context(self.group) if OPEN_CONTEXTS else None
-        if context is None:
-            return None
-        return () if context.override is None else context.override
+        return None if context is None else context.override
 
     def blocks_on(self, parameter: str, override: Override | None) -> tuple[AdapterBlock, ...]:
         """Return the blocks that act on a parameter; for a route, the blocks of all adapters."""

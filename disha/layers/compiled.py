@@ -33,14 +33,15 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     context = current_context(group) if OPEN_CONTEXTS else None
     if device:
-        return _get_factor(group, device, disables=context is not None and context.override is None)
-    return None if context is None else context.override
+        return _get_factor(group, device, disables=context is not None and context.disables)
+    return None if context is None or context.disables else context.override
 
 
 start_no_graph(__getattr__)
 
 
 def _get_factor(group: Group, device: str, disables: bool) -> Tensor | float:
+    """Return the factor of a group on a device, such as `cuda_0`."""
     # An exported program can't have a tensor of this module as an input: it keeps the number.
     if torch.compiler.is_exporting():
         return float(not disables)

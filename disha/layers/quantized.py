@@ -89,6 +89,7 @@ def _packs_weight(module: nn.Module) -> bool:
         return False
     if _can_dequantize(module):
         return True
+    # Numbers take at least one bit each. Scales and zero points take less memory than that.
     inputs, outputs = sizes
     return any(
         tensor.dtype not in _NEVER_PACKED and tensor.nbytes * 8 >= inputs * outputs
@@ -153,11 +154,12 @@ def quantized_slot(module: nn.Module) -> Slot | None:
     sizes = _sizes_of(module)
     if sizes is None or quantization_of(module, held_weight(module)) is None:
         return None
+    inputs, outputs = sizes
     layout = Layout("out in")
-    shape = sizes[::-1]
+    shape = (outputs, inputs)
     if isinstance(module, nn.Embedding):
         layout = Layout("index out", padding_idx=module.padding_idx)
-        shape = sizes
+        shape = (inputs, outputs)
     return Slot("", "weight", layout, quantized=True, shape=shape)
 
 
@@ -278,15 +280,14 @@ def _delta(module: nn.Module, slot: Slot, x: Tensor, update: Update) -> Tensor:
     weight = read()
     # The third argument is no bias here: for an embedding, it would be its padding_idx.
     multiply: Any = F.embedding if slot.layout.pattern == "index out" else F.linear
-    # Hooks on saved tensors do not nest. If activation checkpointing has some, it keeps no dense
-    # weight either.
+    # If hooks are set already, ours can't be added; checkpointing's keep no dense W anyway.
     has_other_hooks = is_compiling() or transforms_active() or saving_hooks(True)
     if has_other_hooks or not update.method.reads_weight:
         return update_product(multiply, x, weight, slot.layout, update)
-    dense = id(weight)  # the id alone, because W would live as long as these functions
+    dense_id = id(weight)  # the id alone, because W would live as long as these functions
 
     def save(saved: Tensor) -> Tensor | None:
-        return None if id(saved) == dense else saved
+        return None if id(saved) == dense_id else saved
 
     def load(saved: Tensor | None) -> Tensor:
         return read() if saved is None else saved

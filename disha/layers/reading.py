@@ -122,7 +122,8 @@ def _unusual_weight(
     layout = blocks[0].slot.layout
     split = split_of(base)
     if split is None and base.is_meta:
-        # Unless accelerate has offloaded a block: its hook reads W before it loads D.
+        # Blocks on the meta device too: the update is made of meta tensors. But accelerate's hook
+        # of an offloaded block reads W before it loads D, so such a block is not one of these.
         if all("forward" not in block.__dict__ and block.block.is_meta for block in blocks):
             return effective(base, layout, adapters.updates(name, override, compiling, True))
         return absent(base, layout)

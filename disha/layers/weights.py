@@ -23,7 +23,8 @@ from disha.sharding.zero import whole_shape
 
 def read_weight(module: nn.Module, name: str) -> Any:
     """Return a weight of a module without updates, or None if it has none of that name."""
-    # In training mode, torch's spectral_norm updates its estimate whenever the weight is read.
+    # In training mode, torch's spectral_norm updates its estimate whenever the weight is read, so
+    # parametrizations are in evaluation mode meanwhile.
     computed = module._modules.get("parametrizations")
     trained = []
     if computed is not None:

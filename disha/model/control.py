@@ -124,7 +124,7 @@ def adapters_disabled(model: nn.Module) -> Iterator[None]:
     """
     view = ModelView(model)
     refuse_merged(view.layers, "disable adapters")
-    with open_context(_groups(view), None):
+    with open_context(_groups(view), (), disables=True):
         yield
 
 
