@@ -25,7 +25,8 @@ import disha
 from disha.files import ADAPTER_NAME
 from disha.files.disk import OF_TORCH
 from disha.integrations.engines import kept_keys, leave_out_base
-from disha.model.state import collect_tensors
+from disha.layers.weights import stored_weight
+from disha.model.state import check_fit, collect_tensors
 from disha.model.view import ModelView
 
 __all__ = ["AdapterCheckpoints"]
@@ -156,9 +157,19 @@ class _AdapterSaving:
         save_directory: str,
         is_main_process: bool = True,
         state_dict: dict[str, Tensor] | None = None,
-        **unused: Any,
+        **named: Any,
     ) -> None:
         """Write the adapter into a folder. A sharded model comes with its state, gathered."""
+        if self.adapter not in ModelView(self.model).adapters:  # merged into the base, or removed
+            vars(self.model).pop("_keys_to_ignore_on_save", None)
+            type(self.model).save_pretrained(  # type: ignore[operator]
+                self.model,
+                save_directory,
+                is_main_process=is_main_process,
+                state_dict=state_dict,
+                **named,
+            )
+            return
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
         is_sharded = ModelView(self.model).is_sharded
@@ -192,18 +203,41 @@ class _FileKeys:
     def __call__(
         self, model: nn.Module, state: dict[str, Tensor], prefix: str, *unused: Any
     ) -> None:
-        """Give the tensors of a file the keys that they have in the model's state dict."""
+        """Give the tensors of a file the keys that they have in the model's state dict.
+
+        Raises:
+            AdapterStateError: the file has another adapter, of which `Trainer` would only log.
+        """
         parameters = model.state_dict(keep_vars=True)
         in_file = {name: value for name, value in state.items() if name not in parameters}
-        if prefix or not in_file:
+        view = ModelView(model)
+        if prefix or not in_file or self.adapter not in view.adapters:
             return
-        held = collect_tensors(ModelView(model), self.adapter)
+        held = collect_tensors(view, self.adapter)
+        weights = [stored_weight(layer, block.slot) for _, layer, _, block in view.blocks()]
+        base_ids = {id(weight) for weight in weights}
+        named = view.parameters_by_name
+        holds_base = any(id(named[name].value) in base_ids for name in state if name in named)
+        if not holds_base:
+            # The file has a buffer only if training has changed it.
+            buffers = {key for key in parameters if not isinstance(parameters[key], nn.Parameter)}
+            self._require_fit(held, {name: state[name] for name in state if name not in buffers})
         names = {id(tensor): name for name, tensor in held.items()}
         for key, parameter in parameters.items():
             name = names.get(id(parameter))
             if name in in_file:
                 state[key] = in_file[name]
                 state.pop(name, None)
+
+    def _require_fit(self, held: Mapping[str, Tensor], in_file: Mapping[str, Tensor]) -> None:
+        """Raise if the parameters in an adapter file are not those of the model's adapter."""
+        trained = {name: held[name] for name in held if isinstance(held[name], nn.Parameter)}
+        report = check_fit(trained, in_file)
+        if not report.complete:
+            raise disha.AdapterStateError(
+                f"the checkpoint does not fit the model's adapter {self.adapter!r}; inject it as "
+                f"when the checkpoint was saved:\n{report}"
+            )
 
 
 def _set_aside_incomplete(output: Path) -> None:

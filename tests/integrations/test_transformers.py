@@ -4,6 +4,7 @@ import copy
 import json
 import logging
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -123,6 +124,39 @@ def test_checkpoints_hold_the_adapter_and_resume_bit_for_bit(make, tmp_path, cap
     fresh = make()
     disha.load_adapter(fresh, checkpoint / "adapter.safetensors")
     assert_same(fresh, whole)
+
+
+@pytest.mark.parametrize(
+    ("changed", "says"),
+    [
+        ({"method": "bat"}, r"missing: .*bat_block"),
+        ({"r": 8}, r"has the shape \(4, 64\), must be \(8, 64\)"),
+        ({"target_regex": "q_proj"}, r"unexpected: .*k_proj"),
+        ({"also_train": ()}, r"unexpected: .*norm"),
+    ],
+)
+def test_a_checkpoint_of_another_adapter_is_refused(changed, says, tmp_path):
+    """Trainer would go on from a new adapter, and only log that keys are missing."""
+    trained(adapted(llama), tmp_path, 2)
+    settings = {"target_regex": "proj|embed", "r": 4, "also_train": "norm", **changed}
+    other = disha.inject_adapters(llama(), **settings)
+    with pytest.raises(disha.AdapterStateError, match=says):
+        trained(other, tmp_path, 4, resume=tmp_path / "checkpoint-2")
+
+
+def test_a_model_without_its_adapter_is_saved_and_trains_anew(tmp_path):
+    model = adapted(llama)
+    trained(model, tmp_path / "run", 2)
+    logits = model(rows()[0]["input_ids"][None]).logits
+    disha.merge_adapters(model, unload=True)
+    model.save_pretrained(tmp_path / "merged")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(merged(rows()[0]["input_ids"][None]).logits, logits)
+
+    disha.inject_adapters(model, "q_proj", r=4, adapter="next")
+    keep = partial(AdapterCheckpoints, adapter="next")
+    trained(model, tmp_path / "next", 2, keep=keep)
+    trained(model, tmp_path / "next", 4, keep=keep, resume=tmp_path / "next" / "checkpoint-2")
 
 
 def test_a_checkpoint_is_no_model(tmp_path):
