@@ -27,6 +27,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 import disha
 from disha.errors import ArgumentError, DishaError, MissingPackageError
 from disha.finetune.notes import FEW_BITS, TEMPLATE_KEY, TOKENS_KEY
+from disha.text import first_few
 
 NAME = re.compile(r"\w[\w.-]{0,95}(/\w[\w.-]{0,95})?", re.ASCII)
 
@@ -72,11 +73,16 @@ def load_base(
         if not file:
             _require_causal(AutoConfig.from_pretrained(source), name)
         tokenizer = AutoTokenizer.from_pretrained(source, **file)
-        model = AutoModelForCausalLM.from_pretrained(source, **file, **options)
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            source, **file, **options, output_loading_info=True
+        )
     except DishaError:
         raise
     except (OSError, ValueError, ImportError) as error:
         raise ArgumentError(f"can't load the base {name}: {error}") from error
+    if loading["missing_keys"]:  # transformers fills them with random values
+        missing = first_few(sorted(loading["missing_keys"]), 3, ", ")
+        raise ArgumentError(f"the base {name} has no values for {missing}; get it again")
     if bits == "4":
         _quantize_stacks(model)
         for module in model.modules():
@@ -84,7 +90,7 @@ def load_base(
             module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    tokenizer.chat_template = notes.get(TEMPLATE_KEY, tokenizer.chat_template)
+    tokenizer.chat_template = notes.get(TEMPLATE_KEY, default_template(tokenizer))
     if TOKENS_KEY in notes:
         _add_tokens(model, tokenizer, json.loads(notes[TOKENS_KEY]))
     if tokenizer.chat_template:
@@ -99,7 +105,7 @@ def load_tokenizer(name: str, notes: Mapping[str, str]) -> PreTrainedTokenizerBa
         tokenizer = AutoTokenizer.from_pretrained(source, **file)
     except (OSError, ValueError, ImportError) as error:
         raise ArgumentError(f"can't load the tokenizer of {name}: {error}") from error
-    tokenizer.chat_template = notes.get(TEMPLATE_KEY, tokenizer.chat_template)
+    tokenizer.chat_template = notes.get(TEMPLATE_KEY, default_template(tokenizer))
     tokenizer.add_tokens(json.loads(notes.get(TOKENS_KEY, "[]")))
     return tokenizer
 
@@ -237,9 +243,21 @@ def not_utf8(name: str, error: UnicodeDecodeError) -> ArgumentError:
     return ArgumentError(f"line {line} of {name} is not in UTF-8: it has the byte 0x{byte:02x}")
 
 
+def default_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """Return the chat template of a tokenizer, which may have others for other uses."""
+    template = tokenizer.chat_template
+    return template.get("default") if isinstance(template, dict) else template
+
+
 def template_at(name: str) -> str:
     """Return the chat template in a file, or that of a model."""
     path = Path(name)
     if path.is_file() or path.suffix == ".jinja":
         return read_text(path)
-    return str(AutoTokenizer.from_pretrained(name).chat_template)
+    try:
+        template = default_template(AutoTokenizer.from_pretrained(name))
+    except (OSError, ValueError) as error:
+        raise ArgumentError(f"can't load the chat template of {name}: {error}") from error
+    if template is None:
+        raise ArgumentError(f"--chat_template_path {name} has no chat template")
+    return template

@@ -1,17 +1,19 @@
 import json
 import os
+import shutil
 import sys
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertForMaskedLM, T5Config
 
 import disha
 from disha import ArgumentError, MissingPackageError
-from disha.finetune.base import best_device, load_base
+from disha.finetune.base import best_device, load_base, template_at
 from disha.finetune.notes import BASE_KEY, base_note, noted_base
 from tests.finetune import tiny_gguf
-from tests.finetune.tiny_models import write_model
+from tests.finetune.tiny_models import CHATML, tokenizer, write_model
 
 
 @pytest.mark.parametrize(
@@ -75,6 +77,30 @@ def test_models_that_are_no_causal_language_models(tmp_path):
     for folder, it_is in (("bert", "BertForMaskedLM"), ("t5", "T5ForConditionalGeneration")):
         with pytest.raises(ArgumentError, match=f"is not a causal language model: it is {it_is}"):
             load_base(str(tmp_path / folder))
+
+
+def test_a_base_without_some_values_is_refused(tmp_path):
+    """transformers would give them random values."""
+    path = write_model(tmp_path) / "model.safetensors"
+    tensors = load_file(path)
+    del tensors["model.norm.weight"]
+    save_file(tensors, path, {"format": "pt"})
+    with pytest.raises(ArgumentError, match=r"has no values for model\.norm\.weight"):
+        load_base(str(tmp_path))
+
+
+def test_of_several_chat_templates_the_default_is_used(chatty, tmp_path):
+    shutil.copytree(chatty, tmp_path, dirs_exist_ok=True)
+    words = tokenizer(chat=True)
+    words.chat_template = {"default": CHATML, "tool_use": "{{ tools }}"}
+    words.save_pretrained(tmp_path)
+    assert load_base(str(tmp_path))[1].chat_template == CHATML
+    assert template_at(str(tmp_path)) == CHATML
+
+
+def test_a_model_without_a_chat_template_gives_none(tiny):
+    with pytest.raises(ArgumentError, match="has no chat template"):
+        template_at(str(tiny))
 
 
 def test_code_in_the_folder_does_not_run(tmp_path):
