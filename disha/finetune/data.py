@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import json
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,12 @@ from datasets import (
     concatenate_datasets,
     interleave_datasets,
     load_dataset,
+    load_dataset_builder,
 )
 from datasets.exceptions import DatasetGenerationError
 
 from disha.errors import ArgumentError
+from disha.text import first_few
 
 BUILDERS = {
     ".csv": "csv",
@@ -39,11 +42,13 @@ def load_rows(data: str, split: str = "train") -> Dataset:
     """Return the rows of a file, a glob, a folder or a data set; `split` is as in `datasets`."""
     suffix = Path(data.removesuffix(".gz")).suffix.lower()
     files = sorted(glob.glob(data))
+    if Path(data).is_file():  # a name may hold [ or *
+        files = [data]
     builder = data
     options = dict[str, Any]()
     if suffix in BUILDERS:
         builder = BUILDERS[suffix]
-        options["data_files"] = files
+        options["data_files"] = [glob.escape(file) for file in files]
         if not any(Path(file).stat().st_size for file in files):
             raise ArgumentError(f"there is no file {data}, or it is empty")
     elif files and not Path(data).is_dir():
@@ -77,8 +82,24 @@ def load_rows(data: str, split: str = "train") -> Dataset:
         rows = rows.filter(lambda row: row["text"].strip())
     if len(rows) == 0:
         raise ArgumentError(f"{data} has no rows")
+    if Path(data).is_dir():
+        _name_unread_files(data)
     rows.info.description = data if split == "train" else f"{data}, {split}"
     return rows
+
+
+def _name_unread_files(folder: str) -> None:
+    """Warn of the files in a folder that are in no split: `datasets` chooses by name and format."""
+    read = set()
+    for files in load_dataset_builder(folder).config.data_files.values():
+        read |= {Path(file).resolve() for file in files}
+    unread = [
+        path.name
+        for path in sorted(Path(folder).rglob("*"))
+        if path.suffix.lower() in BUILDERS and path.resolve() not in read
+    ]
+    if unread:
+        warnings.warn(f"{folder}: not read: {first_few(unread, 5, ', ')}", stacklevel=3)
 
 
 def _wrong_line(path: str) -> str | None:

@@ -18,6 +18,7 @@ completion is the last answer alone. Texts (`text`, or `prompt` and `completion`
 from __future__ import annotations
 
 import json
+import re
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
@@ -293,7 +294,8 @@ class _Conversations:
         if self._marks_answers:  # trl renders its own form of some templates
             self._template = get_training_chat_template(tokenizer) or self._template
         self._shown: set[Any] = set()
-        self._unread_keys: set[str] = set()
+        self._keys: set[str] = set()
+        self._read_keys: set[str] = set()
         self._leaves_answers = False
         self.columns = {*columns, *FOR_TEMPLATES}
 
@@ -307,8 +309,9 @@ class _Conversations:
     def remarks(self) -> Sequence[str]:
         """What the rows so far hold and `trl` will not learn."""
         remarks = []
-        if self._unread_keys:
-            keys = ", ".join(sorted(self._unread_keys))
+        unread = self._keys - self._read_keys
+        if unread:
+            keys = ", ".join(sorted(unread))
             remarks.append(f"the chat template does not read this of messages: {keys}")
         if self._leaves_answers:
             remarks.append(
@@ -332,8 +335,7 @@ class _Conversations:
             )
         for message in messages:
             message.pop("weight", None)
-            unread = message.keys() - KEYS_OF_MESSAGES
-            self._unread_keys |= {key for key in unread if key not in self._template}
+            self._note_keys(message)
         self._require_shown(messages, **formed)
         if self._learn_all:
             return {"messages": messages, **formed}
@@ -352,6 +354,14 @@ class _Conversations:
                 "it begins with an answer; put a question before it, or give it the weight 0"
             )
         return {"prompt": messages[:first], "completion": messages[first : last + 1], **formed}
+
+    def _note_keys(self, message: Message) -> None:
+        """Remember what else a message has. Texts are looked for when they are rendered."""
+        for key in message.keys() - KEYS_OF_MESSAGES:
+            self._keys.add(key)
+            is_text = isinstance(message[key], str)
+            if not is_text and re.search(rf"\b{re.escape(key)}\b", self._template):
+                self._read_keys.add(key)
 
     def _require_shown(
         self, messages: Sequence[Message], tools: Any = None, chat_template_kwargs: Any = None
@@ -376,6 +386,9 @@ class _Conversations:
             )
         except (TemplateError, TypeError, ValueError) as error:
             raise ValueError(f"the chat template refuses it: {error}") from error
+        for key in self._keys - self._read_keys:
+            if any(message.get(key) in shown for message in marked if key in message):
+                self._read_keys.add(key)
         for message in marked:
             lost = [mark for mark in _marks(message) if mark not in shown]
             if lost:
@@ -418,6 +431,9 @@ def _is_answer(message: Message) -> bool:
 def _with_marks(message: Message, place: int) -> Message:
     """Return a message with words that can be found again in what a template renders."""
     marked: Message = {"role": message["role"], "content": ""}
+    for key in message.keys() - KEYS_OF_MESSAGES:
+        if isinstance(message[key], str):
+            marked[key] = f"{key}-{place}-"
     if message["content"]:
         marked["content"] = f"content-{place}-"
     calls = [
@@ -537,9 +553,11 @@ def _call(given: Any) -> Message:
 
 
 def _parsed(value: Any, field: str) -> Any:
-    """Return a value, or what it says as JSON if it is a text."""
+    """Return a value, or what it says as JSON if it is a text; None if the text is empty."""
     if not isinstance(value, str):
         return value
+    if not value.strip():
+        return None
     try:
         return json.loads(value)
     except ValueError as error:

@@ -43,6 +43,17 @@ class TestFiles:
         with pytest.raises(ValueError, match="dev"):
             load_rows(str(tmp_path), "dev")
 
+    def test_the_files_of_a_folder_that_are_not_read_are_named(self, tmp_path):
+        for name in ("train-a", "extra"):
+            self.write(tmp_path, ".jsonl").rename(tmp_path / f"{name}.jsonl")
+        self.write(tmp_path, ".csv").rename(tmp_path / "train-b.csv")
+        with pytest.warns(UserWarning, match=r"not read: extra\.jsonl, train-b\.csv"):
+            assert len(load_rows(str(tmp_path))) == 3
+
+    def test_a_name_with_brackets_is_a_name(self, tmp_path):
+        self.write(tmp_path, ".jsonl").rename(tmp_path / "rows[1].jsonl")
+        assert len(load_rows(str(tmp_path / "rows[1].jsonl"))) == 3
+
     @pytest.mark.parametrize(
         ("name", "message"),
         [("none.jsonl", "no file"), ("a.xml", "must end with one of"), ("a.csv", "or it is empty")],

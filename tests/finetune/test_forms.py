@@ -161,6 +161,18 @@ def test_what_is_not_used_is_named_once():
     ]
 
 
+def test_a_key_is_read_if_it_is_shown_for_this_role(qwen):
+    """That the template names a key for calls of tools, or in a comment, is not enough."""
+    asked = {"role": "user", "content": "a", "name": "Ann"}
+    said = {"role": "assistant", "content": "b", "reasoning_content": "c", "train": False}
+    with pytest.warns(UserWarning, match="does not read this of messages: name, train$"):
+        form({"messages": [asked, said]}, words=qwen)
+
+
+def test_an_empty_text_is_no_json(qwen):
+    assert form({"messages": TALK, "tools": "", "history": ""}, words=qwen)["tools"] is None
+
+
 def answered(*contents):
     return [{"role": "user", "content": "a"}, *({"role": "assistant", **c} for c in contents)]
 
