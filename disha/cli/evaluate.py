@@ -61,7 +61,12 @@ def main(words: Sequence[str]) -> None:
     parser = Parser("evaluate", __doc__)
     add_model_flags(parser)
     parser.add_argument(
-        "--data", "--data_path", nargs="+", required=True, help="as for disha finetune"
+        "--data",
+        "--data_path",
+        nargs="+",
+        action="extend",
+        required=True,
+        help="as for disha finetune",
     )
     parser.add_argument("--dataset_split", default="train", help="such as train[:1000]")
     parser.add_argument("--dataset_field", nargs="+", default=[], help="question and answer")

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import sys
-from argparse import ArgumentTypeError
+from argparse import ArgumentTypeError, Namespace
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,11 +35,11 @@ def main(words: Sequence[str]) -> None:
     """Answer prompts."""
     parser = Parser("generate", __doc__)
     add_model_flags(parser)
-    parser.add_argument("--prompt", nargs="+", help="the texts to answer")
+    parser.add_argument("--prompt", nargs="+", action="extend", help="the texts to answer")
     parser.add_argument("--system", help="a text that comes before each prompt")
     parser.add_argument("--tools", type=Path, help="a JSON file with the tools that it may call")
     parser.add_argument("--temperature", type=_not_negative, help="sample; higher is more random")
-    parser.add_argument("--top_k", type=int, help="sample from so many most likely tokens")
+    parser.add_argument("--top_k", type=_count, help="sample from so many likely tokens; 0: all")
     parser.add_argument("--top_p", type=_probability, help="sample from tokens of this probability")
     parser.add_argument("--seed", type=int, default=0, help="makes sampling reproducible")
     parser.add_argument("--json", action="store_true", help="print a JSON object for each prompt")
@@ -52,11 +52,7 @@ def main(words: Sequence[str]) -> None:
     if flags.adapter is not None:
         runner.load_adapter(flags)
     set_seed(flags.seed)
-    options = {"max_new_tokens": flags.max_new_tokens, "do_sample": False}
-    for name in SAMPLING:
-        value = getattr(flags, name)
-        if value:  # a temperature of 0 takes the most likely token, as without it
-            options |= {"do_sample": True, name: value}
+    options = {"max_new_tokens": flags.max_new_tokens, **_sampling(flags)}
     if prompts is None:
         _converse(Conversation(runner, options))
         return
@@ -69,6 +65,15 @@ def main(words: Sequence[str]) -> None:
         if len(prompts) > 1:
             print(f"> {fit(prompt)}")
         runner.answer([text], streamer=Printer(runner), **options)
+
+
+def _sampling(flags: Namespace) -> dict[str, Any]:
+    """Return how tokens are chosen; a temperature of 0 takes the most likely one, whatever else."""
+    given = {name: getattr(flags, name) for name in SAMPLING}
+    given = {name: value for name, value in given.items() if value is not None}
+    if not given or flags.temperature == 0:
+        return {"do_sample": False}
+    return {"do_sample": True, **given}
 
 
 def _render(runner: PromptRunner, prompt: str) -> str:
@@ -107,6 +112,13 @@ def _probability(word: str) -> float:
     number = float(word)
     if not 0 < number <= 1:
         raise ArgumentTypeError(f"must be above 0 and at most 1, got {word}")
+    return number
+
+
+def _count(word: str) -> int:
+    number = int(word)
+    if number < 0:
+        raise ArgumentTypeError(f"must not be negative, got {word}")
     return number
 
 

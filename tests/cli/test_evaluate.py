@@ -90,6 +90,12 @@ def test_several_files_are_measured_each_and_together(run, language_model, rows,
     assert both["rows"] == 4
 
 
+def test_a_flag_that_comes_twice_adds_its_files(run, language_model, rows, tmp_path):
+    other = write(tmp_path / "other.jsonl", ROWS[:1])
+    given = ("evaluate", "--base", language_model / "model", "--json")
+    assert run(*given, "--data", rows, "--data", other).json["rows"] == 4
+
+
 def test_of_several_turns_the_last_answer_is_compared(language_model):
     model, tokenizer = load_base(str(language_model / "model"))
     runner = PromptRunner(model, tokenizer, is_chat=True)

@@ -91,6 +91,22 @@ def test_sampling_is_reproducible(asks, language_model):
     assert len({sampled(seed) for seed in range(5)}) > 1
 
 
+def test_a_temperature_of_0_takes_the_most_likely_token(asks, language_model):
+    given = ("--base", language_model / "model", "--prompt", "hello")
+    greedy = asks(*given).out
+    assert asks(*given, "--temperature", 0, "--top_k", 20, "--top_p", 0.9).out == greedy
+
+
+def test_no_limit_of_tokens_is_sampling_too(asks, language_model):
+    given = ("--base", language_model / "model", "--prompt", "hello", "--top_k", 0)
+    assert len({asks(*given, "--seed", seed).out for seed in range(5)}) > 1
+
+
+def test_a_flag_that_comes_twice_adds_its_prompts(asks, language_model):
+    given = ("--base", language_model / "model", "--json", "--prompt", "one", "--prompt", "two")
+    assert asks(*given).out.count('"prompt"') == 2
+
+
 def test_an_adapter_that_was_trained_on_texts_is_asked_in_texts(asks, runner, language_model):
     path = language_model / "text.safetensors"
     disha.save_adapter(runner.model, path, metadata={"prompt": "text"})
