@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -61,6 +62,13 @@ REFUSED = {
     "trust_remote_code": "code in the folder of a model never runs",
 }
 """Flags of `SFTConfig` that would do nothing -> why."""
+
+COUNTS = (
+    "per_device_train_batch_size",
+    "per_device_eval_batch_size",
+    "gradient_accumulation_steps",
+)
+"""The flags of `SFTConfig` that must be at least 1, and that it does not check."""
 
 SHOWN = (
     "output_dir",
@@ -134,6 +142,9 @@ class AdapterArguments:
             raise ArgumentError(
                 "--init_weights True means Bone, and the adapter has method=bat; leave one out"
             )
+        self.new_tokens = list(dict.fromkeys(self.new_tokens))  # each once, in order
+        if "" in self.new_tokens:
+            raise ArgumentError("--new_tokens must not hold an empty text")
         for pattern in [*self.target, *self.exclude]:
             if re.fullmatch(r"\w[\w.]*(,[\w.]+)+", pattern):  # no name has a comma
                 raise ArgumentError(
@@ -240,6 +251,12 @@ class TrainingArguments(SFTConfig):  # type: ignore[misc]
             if getattr(self, name, None):
                 raise ArgumentError(f"--{name} can't be used: {reason}")
         self._choose_checkpoint()
+        for name in COUNTS:
+            if getattr(self, name) < 1:
+                raise ArgumentError(f"--{name} must be at least 1, got {getattr(self, name)}")
+        rate = self.learning_rate
+        if rate is not None and not rate >= 0:
+            raise ArgumentError(f"--learning_rate must not be negative, got {rate}")
         if self.dry_run or not torch.accelerator.is_available():
             self.use_cpu = True
         if self.tf32 and not is_torch_tf32_available():  # type: ignore[has-type]
@@ -298,6 +315,7 @@ Parsed = tuple[AdapterArguments, DataArguments, TrainingArguments]
 def parse_flags(words: Sequence[str]) -> Parsed:
     """Return the settings that the words of a command line give. Help is printed, and exits."""
     parser = _parser(shows_all="--help_all" in words)
+    _tell_repeated_lists(words, parser)
     flags, _ = parser.parse_known_args(words)
     if flags.config is not None:
         words = [*_read_flags(Path(flags.config)), *words]
@@ -334,6 +352,18 @@ def _size_for_rate(flags: argparse.Namespace) -> int | None:
     if flags.base is None or flags.learning_rate is not None:
         return None
     return count_parameters(flags.base)
+
+
+def _tell_repeated_lists(words: Sequence[str], parser: argparse.ArgumentParser) -> None:
+    """Warn of a flag with several values that comes twice: as in trl, the last one alone counts."""
+    for action in parser._actions:
+        named = [word for word in words if word.partition("=")[0] in action.option_strings]
+        if action.nargs == "+" and len(named) > 1:
+            warnings.warn(
+                f"{named[-1]} comes {len(named)} times, and the last one alone counts; to use all "
+                "values, give them after one",
+                stacklevel=3,
+            )
 
 
 def _hint(word: str, parser: argparse.ArgumentParser) -> str:

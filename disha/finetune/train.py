@@ -212,12 +212,16 @@ def _form_sets(
         if not data.data_weights:
             sets = [mix_rows(sets, (), training.seed)]
         # Before rows are drawn by weight: a row that is drawn twice must not be in both parts.
-        parts = [rows.train_test_split(data.eval_fraction, seed=training.seed) for rows in sets]
+        try:
+            parts = [rows.train_test_split(data.eval_fraction, seed=training.seed) for rows in sets]
+        except ValueError as error:
+            raise ArgumentError(f"--eval_fraction {data.eval_fraction}: {error}") from error
         sets = [part["train"] for part in parts]
         held_out = mix_rows([part["test"] for part in parts], (), training.seed)
     rows = mix_rows(sets, data.data_weights, training.seed)
     if training.assistant_only_loss is None:
-        training.assistant_only_loss = learns_marked_answers(rows, tokenizer)
+        learns_all = training.completion_only_loss is False
+        training.assistant_only_loss = not learns_all and learns_marked_answers(rows, tokenizer)
     return rows, held_out
 
 
@@ -249,6 +253,8 @@ def _train(trainer: Trainer, folder: Path) -> Outcome:
         print(f"{rows}, measured on {len(trainer.eval_dataset):,}")
     resumed_from = _choose_checkpoint(training, folder)
     training.eval_on_start = resumed_from is None
+    if resumed_from is not None:
+        _require_same_base(trainer.model, resumed_from)
     if resumed_from is None and training.process_index == 0:
         _clear(folder)
     trainer.train(resume_from_checkpoint=resumed_from)
@@ -265,6 +271,14 @@ def _train(trainer: Trainer, folder: Path) -> Outcome:
     if loss is None:
         loss = trainer.evaluate()["eval_loss"]
     return Outcome(trainer.eval_dataset, loss, facts_of(trainer, resumed_from))
+
+
+def _require_same_base(model: Any, checkpoint: str) -> None:
+    """Load a checkpoint, which raises if its base is another one. `Trainer` would not see it."""
+    if any(parameter.is_meta for parameter in model.parameters()):
+        return  # with FSDP, the base of later ranks has no values yet
+    with warnings.catch_warnings(action="error", category=AdapterFileWarning):
+        disha.load_adapter(model, checkpoint, replace=True)
 
 
 def _choose_checkpoint(training: TrainingArguments, folder: Path) -> str | None:

@@ -62,7 +62,8 @@ def finetune(tiny, data):
     """Run the command with a few steps of the tiny model; other flags replace these."""
 
     def run(folder: Path, *words: object, base: Path | None = tiny) -> Result:
-        flags = ["--data", data, "--r", 8, "--max_steps", 6, "--learning_rate", 0.01]
+        flags = ["--r", 8, "--max_steps", 6, "--learning_rate", 0.01]
+        flags += [] if "--data" in words else ["--data", data]
         flags += ["--samples", 0, "--disable_tqdm", True, "--output_dir", folder]
         flags += [] if base is None else ["--base", base]
         assert main([str(word) for word in [*flags, *words]]) == 0

@@ -107,11 +107,24 @@ def test_help(capsys, word, shows_all):
         ("--report_to nobody", "nobody is not supported"),
         ("--load_best_model_at_end", "save and eval strategy to match"),
         ("--resume_from_checkpoint no/such", "no/such is no complete checkpoint of a run"),
+        ("--per_device_eval_batch_size 0", "--per_device_eval_batch_size must be at least 1"),
+        ("--gradient_accumulation_steps 0", "--gradient_accumulation_steps must be at least 1"),
+        ("--learning_rate -1", "--learning_rate must not be negative, got -1"),
+        ("--new_tokens=", "--new_tokens must not hold an empty text"),
     ],
 )
 def test_what_is_wrong_is_said_before_a_model_is_loaded(words, says):
     with pytest.raises(DishaError, match=says):
         parse_flags(words.split())
+
+
+def test_values_that_do_not_count_are_told():
+    with pytest.warns(UserWarning, match="--data comes 2 times, and the last one alone counts"):
+        assert parse_flags(["--data", "a", "b", "--data", "c"])[1].data == ["c"]
+
+
+def test_new_tokens_count_once():
+    assert parse_flags(["--new_tokens", "<a>", "<b>", "<a>"])[0].new_tokens == ["<a>", "<b>"]
 
 
 def test_the_last_checkpoint_is_named_as_in_trainer():

@@ -15,6 +15,7 @@ import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoTokenizer
+from trl.chat_template_utils import qwen3_chat_template
 from trl.trainer import utils as trl_utils
 
 import disha
@@ -342,6 +343,15 @@ class TestCourse:
         assert "6 steps; one needs on each device, simulated:\nweights " in shown
         assert not list(tmp_path.iterdir())
 
+    @pytest.mark.parametrize("only", ["True", "False"])
+    def test_questions_are_learned_too_if_asked(self, only, tiny, data, tmp_path, capsys):
+        """Also where trl can mark the answers in the template."""
+        template = tmp_path / "qwen3.jinja"
+        template.write_text(qwen3_chat_template)
+        words = f"--base {tiny} --data {data} --r 8 --dry_run --chat_template_path {template}"
+        assert main([*words.split(), "--completion_only_loss", only]) == 0
+        assert ("[[<|im_start|>user" in capsys.readouterr().out) == (only == "False")
+
     def test_dry_run_on_several_devices(self, tiny, data):
         words = f"finetune --base {tiny} --data {data} --r 8 --per_device_train_batch_size 1"
         words += " --dry_run --dry_run_devices 8"
@@ -402,6 +412,12 @@ def test_bad_input(finetune, tmp_path, words, message):
     with pytest.raises((ValueError, RuntimeError), match=message):
         finetune(tmp_path / "out", *words)
     assert not (tmp_path / "out" / "adapter.safetensors").exists()
+
+
+def test_too_few_rows_to_hold_some_out(finetune, tmp_path):
+    one_row = write_rows(tmp_path / "one.jsonl", rows(1))
+    with pytest.raises(ArgumentError, match=r"--eval_fraction 0\.5: .*will be empty"):
+        finetune(tmp_path / "run", "--eval_fraction", 0.5, "--data", one_row)
 
 
 def test_an_output_that_is_a_file_is_named_before_a_model_is_loaded(finetune, tmp_path):
@@ -487,6 +503,12 @@ class TestResuming:
         assert (command, name) == ("disha", "finetune")
         assert main(again) == 0
         assert Result(tmp_path).report["resumed_from"].endswith("checkpoint-2")
+
+    def test_on_another_base_it_is_refused(self, finetune, tmp_path):
+        finetune(tmp_path / "run", "--max_steps", 2)
+        other = write_model(tmp_path / "other", seed=1)
+        with pytest.raises(AdapterFileWarning, match="saved from other base weights"):
+            finetune(tmp_path / "run", "--resume", base=other)
 
     def test_without_a_checkpoint_it_starts_at_the_beginning(self, finetune, tmp_path, capsys):
         assert finetune(tmp_path, "--resume").report["resumed_from"] is None
