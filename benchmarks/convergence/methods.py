@@ -13,6 +13,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 import disha
+from benchmarks.convergence.groups import GROUPS
 from benchmarks.convergence.runs import Cell
 
 LARGEST_DIFFERENCE = 0.03
@@ -90,6 +91,12 @@ def _ours(model: nn.Module, layers: Layers, cell: Cell) -> None:
     disha.inject_adapters(model, lambda name, _: name in layers, cell.r, method=cell.method)
 
 
+def _grouped(model: nn.Module, layers: Layers, cell: Cell) -> None:
+    _, method = GROUPS[cell.method]
+    disha.register_method(method)
+    _ours(model, layers, cell)
+
+
 def _tile(model: nn.Module, layers: Layers, cell: Cell) -> None:
     assert cell.r_out is not None
     r = tile_r(layers, cell.r, cell.r_out)
@@ -149,6 +156,18 @@ def tiled(rank: int, width: int) -> Tensor:
 
 def _signs(rank: int, width: int) -> Tensor:
     return tiled(rank, width) * _random_signs(width)
+
+
+def _golay(rank: int, width: int) -> Tensor:
+    return tiled(rank, width) * torch.tensor([golay_sign(place) for place in range(width)])
+
+
+def golay_sign(place: int) -> float:
+    """Return a sign of the Golay-Rudin-Shapiro sequence, which is fixed and needs no seed.
+
+    It is -1 where the binary digits of the place have an odd number of (overlapping) pairs 11.
+    """
+    return -1.0 if (place & (place >> 1)).bit_count() % 2 else 1.0
 
 
 def _sketch(rank: int, width: int) -> Tensor:
@@ -214,7 +233,7 @@ def _in_config(chosen: Mapping[str, int]) -> dict[str, Any]:
     return {"r": lowest, **patterns, "target_modules": list(chosen)}
 
 
-FULL, IDENTITY, SHIRA = "full", "lora_identity", "shira"
+FULL, IDENTITY, SHIRA, GOLAY = "full", "lora_identity", "shira", "golay"
 PEFT = "peft, alpha = rank"
 
 METHODS: Mapping[str, Method] = {
@@ -238,6 +257,11 @@ METHODS: Mapping[str, Method] = {
         *(
             Method(name, f"MiSS, {title}", "peft's LoRA, A is drawn once and fixed", _fixed(matrix))
             for name, (title, matrix) in MATRICES.items()
+        ),
+        Method(GOLAY, "MiSS, fixed signs", "peft's LoRA, A is fixed", _fixed(_golay)),
+        *(
+            Method(name, title, "disha, a candidate of the study, starts at zero", _grouped)
+            for name, (title, _) in GROUPS.items()
         ),
         Method("loha", "LoHa", PEFT, _loha),
         Method(FULL, "full fine-tuning", "the weights of the same layers", _full),

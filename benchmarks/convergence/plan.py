@@ -7,7 +7,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from benchmarks.convergence.methods import FULL, IDENTITY, MATRICES, METHODS, SHIRA
+from benchmarks.convergence.groups import GROUPS
+from benchmarks.convergence.methods import FULL, GOLAY, IDENTITY, MATRICES, METHODS, SHIRA
 from benchmarks.convergence.runs import Cell, Run
 from benchmarks.convergence.tasks import TASKS
 
@@ -132,7 +133,7 @@ RANKS = (8, 32, 128)
 
 def compared(task: str) -> tuple[str, ...]:
     """Return the methods of a task's main comparison, in the order in which they are run."""
-    elsewhere = (IDENTITY, SHIRA, *MATRICES)
+    elsewhere = (IDENTITY, SHIRA, GOLAY, *MATRICES, *GROUPS)
     return LONGER if task == LONG else tuple(name for name in METHODS if name not in elsewhere)
 
 
@@ -180,6 +181,40 @@ def _fixed() -> dict[Cell, float]:
     return {main_cell(task, name): best[task] for task in best for name in MATRICES}
 
 
+SIGNS = ("signs", GOLAY)
+CANDIDATES: Mapping[str, tuple[str, ...]] = {
+    "digits": (
+        *("groups2", "groups4", "groups_all", "groups4_contiguous", "bat_groups4"),
+        *SIGNS,
+        SHIRA,
+    ),
+    "packages": ("groups2", "groups4", "groups_all", "groups4_contiguous", *SIGNS),
+    "arithmetic": ("groups2", "groups4", "groups_all"),
+    "docstrings": ("groups2", "groups4", "groups_all"),
+    LONG: ("groups3", "groups_all", "groups3_contiguous"),
+}
+"""Task -> what is tried there in place of MiSS. The cheaper a run is, the more is tried."""
+FIRST_RATES: Mapping[str, tuple[float, ...]] = {
+    "digits": _grid(1e-3),
+    "packages": _grid(1e-3, 3),
+    "arithmetic": _grid(3e-4, 3),
+    "docstrings": _grid(3e-4, 3),
+    LONG: _grid(3e-4, 3),
+}
+"""The first rates of a candidate's search; in the longer study, each of them has all seeds."""
+
+
+def _candidates() -> dict[Cell, tuple[float, ...]]:
+    """Return the cell of each candidate and task, with its first rates."""
+    cells = {
+        main_cell(task, name): FIRST_RATES[task]
+        for task, names in CANDIDATES.items()
+        for name in names
+    }
+    cells[main_cell(LONG, "groups3_contiguous")] = (1e-3,)
+    return cells
+
+
 STUDY = Study(
     cells=(
         *(main_cell(task, method) for task in TASKS for method in compared(task)),
@@ -190,11 +225,13 @@ STUDY = Study(
         *(Cell("digits", name, TASKS["digits"].r, dtype="bfloat16") for name in ("bone", "bat")),
         *_sizes("packages", (0.5,)),
         *_ranks(),
-        *_fixed(),
+        *(cell for cell in _fixed() if cell not in _candidates()),
+        *_candidates(),
     ),
     rates={
         **_rates(TASKS),
         **{(cell.task, cell.method): (rate,) for cell, rate in _fixed().items()},
+        **{(cell.task, cell.method): rates for cell, rates in _candidates().items()},
     },
     leaders=_ranks(),
     repeated={
@@ -204,5 +241,11 @@ STUDY = Study(
             for name in ("bone", *MATRICES)
         },
         **{(main_cell(LONG, name), rate): len(SEEDS) for name, rate in MILD.items()},
+        **{
+            (cell, rate): len(SEEDS)
+            for cell, rates in _candidates().items()
+            for rate in rates
+            if cell.task == LONG
+        },
     },
 )

@@ -31,6 +31,7 @@ from benchmarks.convergence.findings import (
     ratios,
     task_findings,
 )
+from benchmarks.convergence.groups_report import section
 from benchmarks.convergence.methods import FULL, LARGEST_DIFFERENCE, MATRICES, METHODS, SHIRA
 from benchmarks.convergence.plan import LONG, MATRIX_SEEDS, MILD, STUDY, Results, Study, main_cell
 from benchmarks.convergence.runs import RESULTS, read_runs
@@ -77,6 +78,7 @@ def page(
             verdict(found, long),
             f"![MiSS, BAT and others compared with LoRA]({PICTURES.format('verdict')})\n",
             _longer(long),
+            section(STUDY, results),
             _reported(long),
             _how(results, costs, found),
             "## Appendix: all tables\n",

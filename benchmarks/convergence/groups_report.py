@@ -1,0 +1,193 @@
+"""The section of the report on groups: what the candidates do beside MiSS and LoRA."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from benchmarks.convergence.findings import Finding, at_forgetting, differ, finding, points
+from benchmarks.convergence.methods import METHODS, SHIRA
+from benchmarks.convergence.plan import CANDIDATES, FIRST_RATES, LONG, Results, Study, main_cell
+from benchmarks.convergence.runs import Run
+from benchmarks.convergence.tasks import TASKS
+from benchmarks.markdown import NOTHING, count_text, table
+
+REFERENCES = ("bone", "bat", "lora", "rslora", SHIRA)
+"""The methods that the candidates are compared with."""
+RULES: Mapping[str, tuple[str, ...]] = {
+    "a few groups (2 to 4)": ("groups2", "groups3", "groups4"),
+    "n groups": ("groups_all",),
+}
+"""Rule for the number of groups -> its candidates. A task counts for a rule by its best candidate
+on the validation rows, so that the test rows choose nothing."""
+LIMITS = (0.1, 0.2, 0.3)
+
+TaskFindings = Mapping[str, Finding]
+
+
+class Outcome(NamedTuple):
+    """How the best candidate of a rule does in one task, compared with MiSS over the seeds."""
+
+    method: str
+    gap: float
+    """Its mean test loss, minus that of MiSS."""
+    clear: bool
+    """Whether a paired t-test over the seeds tells the two apart."""
+    rate: float
+    rate_of_lora: float
+
+
+def findings_of(study: Study, results: Results) -> dict[str, TaskFindings]:
+    """Return task -> method -> finding, of the references and of finished candidates."""
+    all_found: dict[str, TaskFindings] = {}
+    for task, candidates in CANDIDATES.items():
+        of_task = {}
+        for name in dict.fromkeys((*REFERENCES, *candidates)):
+            cell = main_cell(task, name)
+            done = finding(cell, study, results) if cell in study.cells else None
+            if done is not None:
+                of_task[name] = done
+        all_found[task] = of_task
+    return all_found
+
+
+def outcomes(tasks: Mapping[str, TaskFindings], rule: str) -> dict[str, Outcome]:
+    """Return task -> outcome of a rule, for the tasks where one of its candidates is finished."""
+    of_rule: dict[str, Outcome] = {}
+    for task, found in tasks.items():
+        finished = [name for name in RULES[rule] if name in found]
+        if not finished or not {"bone", "lora"} <= found.keys():
+            continue
+        best = min(finished, key=lambda name: found[name].records[0]["validation"][-1])
+        mine, ours = found[best].values("loss"), found["bone"].values("loss")
+        gap = statistics.fmean(mine) - statistics.fmean(ours)
+        rate_of_lora = found["lora"].rate
+        of_rule[task] = Outcome(best, gap, differ(mine, ours), found[best].rate, rate_of_lora)
+    return of_rule
+
+
+def verdict_of(rule: str, of_rule: Mapping[str, Outcome]) -> str:
+    """Return what the runs say of a rule, by the terms that were fixed before them."""
+    lower = [task for task, one in of_rule.items() if one.clear and one.gap < 0]
+    higher = [task for task, one in of_rule.items() if one.clear and one.gap > 0]
+    moved = [task for task, one in of_rule.items() if one.rate != one.rate_of_lora]
+    parts = [
+        f"- **{rule[0].upper()}{rule[1:]}**: a lower test loss than MiSS, beyond noise, in "
+        f"{len(lower)} of {count_text(len(of_rule), 'task')}"
+        + (f" ({', '.join(lower)})" if lower else "")
+        + f", a higher one in {len(higher)}"
+        + (f" ({', '.join(higher)})." if higher else "."),
+    ]
+    gaps = ", ".join(f"{task} {one.gap:+.3f}" for task, one in of_rule.items())
+    parts.append(f"Differences of the means: {gaps}.")
+    if moved:
+        parts.append(f"The best rate is not LoRA's in {', '.join(moved)}.")
+    else:
+        parts.append("The best rate is LoRA's in each of these.")
+    return "\n  ".join(parts)
+
+
+def section(study: Study, results: Results) -> str:
+    """Return the section of the page, in Markdown."""
+    tasks = findings_of(study, results)
+    finished = {task: found for task, found in tasks.items() if _has_candidate(task, found)}
+    names = [name for name in METHODS if any(name in found for found in finished.values())]
+    rows = [[METHODS[name].title, *(_cell(found, name) for found in finished.values())]
+            for name in names]  # fmt: skip
+    verdicts = "\n".join(verdict_of(rule, outcomes(tasks, rule)) for rule in RULES)
+    missing = []
+    for task, candidates in CANDIDATES.items():
+        titles = [METHODS[name].title for name in candidates if name not in tasks[task]]
+        if titles:
+            missing.append(f"- *{task}*: {'; '.join(titles)}")
+    unfinished = ""
+    if missing:
+        lines = "\n".join(missing)
+        unfinished = f"""
+**The question is open.** `make evidence` continues with what has not run to its end:
+
+{lines}
+"""
+    return f"""## Groups: outputs that see different shards
+
+MiSS sends the sum of all shards to every output. With g groups, output o sees only the shards b
+with b mod g = o mod g (*contiguous*: the outputs of a group are neighbours). The block, and so the
+number of parameters, is the same for any g; the rank of the update rises from r up to g r. With n
+groups, each shard is a group of its own. *Signs* multiply each input by +1 or -1 before the shards
+are summed; fixed ones are the Golay-Rudin-Shapiro sequence.
+
+Fixed before the first run: groups are refused if no rule for g has a lower test loss than MiSS,
+beyond noise, in three of five tasks, or if that rule has a higher one in any. That LoRA's rate can
+be kept is refused if the best rate differs from LoRA's in any task.
+
+{verdicts}
+
+{table(["method", *finished], rows)}
+Mean test loss at the best rate of each, forgetting (its rise), and the rate. A star: lower than
+MiSS beyond noise; a dagger: higher.
+{unfinished}
+{_longer(study, results)}"""
+
+
+def _has_candidate(task: str, found: TaskFindings) -> bool:
+    return any(name in found for name in CANDIDATES[task])
+
+
+def _cell(found: TaskFindings, name: str) -> str:
+    if name not in found:
+        return NOTHING
+    mine = found[name]
+    ours = found["bone"].values("loss")
+    mark = ""
+    if name != "bone" and differ(mine.values("loss"), ours):
+        mark = " \\*" if mine.mean("loss") < statistics.fmean(ours) else " †"
+    base = statistics.fmean([record["forgetting"][0] for record in mine.records])
+    return f"{mine.mean('loss'):.3f}{mark}, {mine.mean('forgetting') - base:+.2f}, {mine.rate:g}"
+
+
+def _longer(study: Study, results: Results) -> str:
+    """Return the longer training: each candidate and rate, and the lowest loss within limits."""
+    task = TASKS[LONG]
+    rows = []
+    for name in (*REFERENCES, *CANDIDATES[LONG]):
+        of_method = {
+            rate: [results[run] for run in runs if run in results]
+            for rate in FIRST_RATES[LONG]
+            if (runs := [Run(main_cell(LONG, name), rate, seed) for seed in study.seeds])
+        }
+        learned = {
+            rate: [one for one in records if one.get("scales") is not None]
+            for rate, records in of_method.items()
+        }
+        learned = {rate: records for rate, records in learned.items() if records}
+        if not learned:
+            continue
+        row = [METHODS[name].title]
+        for rate in FIRST_RATES[LONG]:
+            records = learned.get(rate, [])
+            row.append(_ends(records) if records else NOTHING)
+        for limit in LIMITS:
+            lowest = min(
+                statistics.fmean([at_forgetting(points(one), limit) for one in records])
+                for records in learned.values()
+            )
+            row.append(f"{lowest:.3f}")
+        rows.append(row)
+    header = [
+        "method",
+        *(f"{rate:g}" for rate in FIRST_RATES[LONG]),
+        *(f"within {limit:g}" for limit in LIMITS),
+    ]
+    return f"""In the longer training ({task.steps} steps, r = {task.r}), at one rate for all: test
+loss, forgetting, and how many seeds have run. *Within* a limit of forgetting stands the lowest loss
+over these rates and all scales of the trained update.
+
+{table(header, rows)}"""
+
+
+def _ends(records: list[Mapping[str, object]]) -> str:
+    ends = [points(record)[-1] for record in records]
+    loss = statistics.fmean(end.loss for end in ends)
+    forgetting = statistics.fmean(end.forgetting for end in ends)
+    return f"{loss:.3f} {forgetting:+.2f} ({len(ends)})"

@@ -1,0 +1,72 @@
+"""Groups as a candidate of the study: their update against slow loops, and what the page says."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from benchmarks.convergence.groups import GROUPS
+from benchmarks.convergence.groups_report import findings_of, outcomes, section
+from benchmarks.convergence.methods import golay_sign
+from benchmarks.convergence.plan import CANDIDATES, LONG, STUDY, main_cell
+from benchmarks.convergence.runs import RESULTS, Run, read_runs
+from disha.functional import Geometry
+
+KEPT = read_runs(RESULTS)
+OF_MISS = [name for name in GROUPS if not name.startswith("bat")]
+
+
+def slow_update(method, block, in_features):
+    """Return dW by its definition, entry by entry."""
+    r, outputs = block.shape
+    groups = min(method.groups, math.ceil(in_features / r))
+    update = torch.zeros(outputs, in_features)
+    for o in range(outputs):
+        group = o // math.ceil(outputs / groups) if method.contiguous else o % groups
+        for i in range(in_features):
+            if i // r % groups == group:
+                update[o, i] = block[i % r, o]
+    return update
+
+
+@pytest.mark.parametrize("name", OF_MISS)
+@pytest.mark.parametrize(("inputs", "outputs"), [(24, 12), (22, 13), (64, 9)])
+def test_the_update_is_that_of_the_definition(name, inputs, outputs):
+    _, method = GROUPS[name]
+    block = torch.randn(4, outputs)
+    expected = slow_update(method, block, inputs)
+    assert torch.equal(method.delta(block, Geometry(inputs, outputs), None), expected)
+    weight, bias, x = torch.randn(outputs, inputs), torch.randn(outputs), torch.randn(2, 5, inputs)
+    output = method.product(x, weight, bias, block, 0.5)
+    torch.testing.assert_close(output, F.linear(x, weight + 0.5 * expected, bias))
+
+
+def test_fixed_signs_are_those_of_golay_rudin_and_shapiro():
+    assert [golay_sign(place) for place in range(8)] == [1, 1, 1, -1, 1, 1, -1, 1]
+
+
+def test_an_outcome_compares_equal_seeds_with_miss():
+    tasks = findings_of(STUDY, KEPT)
+    for task, outcome in outcomes(tasks, "n groups").items():
+        mine, ours = (
+            [KEPT[Run(main_cell(task, name), rate, seed)]["loss"] for seed in STUDY.seeds]
+            for name, rate in ((outcome.method, outcome.rate), ("bone", tasks[task]["bone"].rate))
+        )
+        assert outcome.gap == pytest.approx(sum(mine) / 3 - sum(ours) / 3)
+
+
+def test_a_page_without_runs_of_groups_names_what_is_not_finished():
+    without = {run: one for run, one in KEPT.items() if run.cell.method not in GROUPS}
+    page = section(STUDY, without)
+    assert "The question is open" in page
+    assert "- *documentation*: MiSS, 3 groups; MiSS, n groups; MiSS, 3 groups, contiguous" in page
+    assert "in 0 of 0 tasks" in page
+
+
+def test_candidates_of_the_longer_study_run_with_every_seed():
+    for name in CANDIDATES[LONG]:
+        cell = main_cell(LONG, name)
+        counts = [count for (other, _), count in STUDY.repeated.items() if other == cell]
+        assert counts
+        assert set(counts) == {len(STUDY.seeds)}
