@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-import torch.distributed as dist
 import yaml
 from accelerate import DistributedType
 from transformers import HfArgumentParser
@@ -245,6 +244,9 @@ class TrainingArguments(SFTConfig):  # type: ignore[misc]
     samples: int = _flag(3, "how many answers to show with and without the adapter")
     dry_run: bool = _flag(False, "show the plan, the steps and a step's memory; write nothing")
     dry_run_devices: int = _flag(1, "how many devices a dry run pretends to have")
+    dry_run_device: str | None = _flag(
+        None, "the kind of device a dry run pretends to have, such as cuda; by default this one's"
+    )
 
     def __post_init__(self) -> None:
         for name, reason in REFUSED.items():
@@ -259,17 +261,20 @@ class TrainingArguments(SFTConfig):  # type: ignore[misc]
             raise ArgumentError(f"--learning_rate must not be negative, got {rate}")
         if self.dry_run or not torch.accelerator.is_available():
             self.use_cpu = True
+        self.simulated_device = torch.device(self.dry_run_device or best_device().type)
+        self.simulated_fsdp = self.fsdp  # type: ignore[has-type]
+        self.simulated_deepspeed = self.deepspeed  # type: ignore[has-type]
+        if self.dry_run:  # they would ask for the other processes
+            self.fsdp = None
+            self.deepspeed = None
         if self.tf32 and not is_torch_tf32_available():  # type: ignore[has-type]
             print("note: --tf32 does nothing on this machine")
             self.tf32 = None
         super().__post_init__()
-        if self.use_cpu and self.world_size > 1:
+        if self.use_cpu and self.world_size > 1 and not self.dry_run:
             self._start_engine_on_processors()
-        if self.dry_run_devices > 1:
-            dist.init_process_group("fake", rank=0, world_size=self.dry_run_devices)
+        if self.dry_run:
             self.distributed_state.num_processes = self.dry_run_devices
-            if self.fsdp:  # accelerate shards on accelerators only
-                self.distributed_state.distributed_type = DistributedType.MULTI_GPU
         if self.early_stopping_patience and not self.metric_for_best_model:
             raise ArgumentError("--early_stopping_patience needs --load_best_model_at_end")
         _require_reporters(self.report_to)
@@ -284,6 +289,13 @@ class TrainingArguments(SFTConfig):  # type: ignore[misc]
             # A kernel that DeepSpeed would compile for a minute, and not without a compiler.
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
             deepspeed.init_distributed("gloo", auto_mpi_discovery=False)
+
+    @property
+    def place_model_on_device(self) -> bool | None:
+        """Whether the trainer moves the model: that of a dry run has no values to move."""
+        if self.dry_run:
+            return False
+        return super().place_model_on_device
 
     def _choose_checkpoint(self) -> None:
         """Let `--resume_from_checkpoint True` mean the last one, as in `Trainer`; check others."""
@@ -326,7 +338,10 @@ def parse_flags(words: Sequence[str]) -> Parsed:
         flags.base, noted_bits = noted_base(flags.adapter)
         if flags.bits == "auto":
             flags.bits = noted_bits
-    device = read_device("cpu" if flags.use_cpu else best_device().type)
+    kind = "cpu" if flags.use_cpu else best_device().type
+    if flags.dry_run and flags.dry_run_device:
+        kind = flags.dry_run_device
+    device = read_device(kind)
     choices = choose(device, _size_for_rate(flags), vars(flags))
     parser.set_defaults(**{name: choice.value for name, choice in choices.items()})
     try:

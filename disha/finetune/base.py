@@ -6,12 +6,14 @@ import json
 import os
 import re
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -39,12 +41,18 @@ class Base:
     name: str
     bits: str
     attn_implementation: str | None = None
+    fake: Any = None
+    """The mode of torch in which the base is made, without values; None to load them."""
 
     def load(
         self, device: torch.device | None, notes: Mapping[str, str]
     ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         """Return the model, and the tokenizer, with what the notes of an adapter ask for."""
-        return load_base(self.name, self.bits, device, notes, self.attn_implementation)
+        return load_base(self.name, self.bits, device, notes, self.attn_implementation, self.fake)
+
+    def mode(self) -> AbstractContextManager[Any]:
+        """Return a context in which what is made for the base has no values, if it has none."""
+        return nullcontext() if self.fake is None else self.fake
 
 
 def load_base(
@@ -53,10 +61,12 @@ def load_base(
     device: torch.device | None = None,
     notes: Mapping[str, str] = MappingProxyType({}),
     attn_implementation: str | None = None,
+    fake: Any = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Return a base in evaluation mode and its tokenizer; `bits` is one of `BITS`, or `auto`.
 
-    `notes` are those of an adapter file: its chat template, and the tokens that it has added.
+    `notes` are those of an adapter file: its chat template, and the tokens that it has added. In a
+    `fake` mode of torch, the base is made from its configuration, and no weight is read.
     """
     source, file = _source(name)
     dtype = _dtype(bits, device)
@@ -73,29 +83,101 @@ def load_base(
         if not file:
             _require_causal(AutoConfig.from_pretrained(source), name)
         tokenizer = AutoTokenizer.from_pretrained(source, **file)
-        model, loading = AutoModelForCausalLM.from_pretrained(
-            source, **file, **options, output_loading_info=True
-        )
+        missing: list[str] = []
+        model: Any
+        if fake is None:
+            model, loading = AutoModelForCausalLM.from_pretrained(
+                source, **file, **options, output_loading_info=True
+            )
+            missing = sorted(loading["missing_keys"])
+        else:
+            config = AutoConfig.from_pretrained(source, **file)
+            with fake:
+                model = make_without_values(config, bits, dtype, attn_implementation)
     except DishaError:
         raise
     except (OSError, ValueError, ImportError) as error:
         raise ArgumentError(f"can't load the base {name}: {error}") from error
-    if loading["missing_keys"]:  # transformers fills them with random values
-        missing = first_few(sorted(loading["missing_keys"]), 3, ", ")
-        raise ArgumentError(f"the base {name} has no values for {missing}; get it again")
-    if bits == "4":
+    if missing:  # transformers fills them with random values
+        raise ArgumentError(
+            f"the base {name} has no values for {first_few(missing, 3, ', ')}; get it again"
+        )
+    if bits == "4" and fake is None:
         _quantize_stacks(model)
         for module in model.modules():
             # bitsandbytes would pack weights for this processor, and they would take no adapter.
-            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+            module.support_avx512bf16_for_cpu = False
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.chat_template = notes.get(TEMPLATE_KEY, default_template(tokenizer))
     if TOKENS_KEY in notes:
-        _add_tokens(model, tokenizer, json.loads(notes[TOKENS_KEY]))
+        with nullcontext() if fake is None else fake:
+            _add_tokens(model, tokenizer, json.loads(notes[TOKENS_KEY]))
     if tokenizer.chat_template:
         _end_with_turns(model.generation_config, tokenizer)
     return model, tokenizer
+
+
+def make_without_values(
+    config: Any, bits: str, dtype: torch.dtype | str, attn_implementation: str | None = None
+) -> PreTrainedModel:
+    """Return a model in a dtype, or quantised. To be called in a mode without values."""
+    made: Any = AutoModelForCausalLM
+    model = made.from_config(config, dtype=dtype, attn_implementation=attn_implementation).eval()
+    if bits in FEW_BITS:
+        quantize = _quantize_8 if bits == "8" else _quantize_4
+        head = model.get_output_embeddings()
+        for name, module in list(model.named_modules()):
+            if type(module) is nn.Linear and module is not head:
+                model.set_submodule(name, quantize(module, model.dtype))
+        setattr(model, f"is_loaded_in_{bits}bit", True)
+    if bits == "4":
+        _quantize_stacks(model)
+    return model
+
+
+def _quantize_8(linear: nn.Linear, dtype: torch.dtype) -> nn.Module:
+    """Return a linear layer without values in 8 bits."""
+    from bitsandbytes import nn as quantized
+    from bitsandbytes.functional import int8_vectorwise_quant
+    from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+    sizes = linear.in_features, linear.out_features, linear.bias is not None
+    with unset_fake_temporarily():  # the class of its weight holds no fake tensor
+        make: Any = quantized.Linear8bitLt  # type: ignore[attr-defined]
+        layer = make(*sizes, has_fp16_weights=False, device="meta")
+    data, scales, _ = int8_vectorwise_quant(linear.weight.data.half())
+    layer.weight = nn.Parameter(data, requires_grad=False)
+    layer.bias = linear.bias
+    vars(layer.weight).update(CB=data, SCB=scales, has_fp16_weights=False)
+    return layer
+
+
+def _quantize_4(linear: nn.Linear, dtype: torch.dtype) -> nn.Module:
+    """Return a linear layer without values in 4 bits."""
+    from bitsandbytes import nn as quantized
+    from bitsandbytes.functional import quantize_4bit
+    from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+    sizes = linear.in_features, linear.out_features, linear.bias is not None
+    with unset_fake_temporarily():  # the class of its weight holds no fake tensor
+        quantize_4bit(torch.zeros(64), compress_statistics=True)  # makes a map that is kept
+        make: Any = quantized.LinearNF4  # type: ignore[attr-defined]
+        layer = make(*sizes, dtype, quant_storage=dtype, device="meta")
+    data, layer.quant_state = quantize_4bit(
+        linear.weight.data, quant_type="nf4", compress_statistics=True, quant_storage=dtype
+    )
+    layer.weight = nn.Parameter(data, requires_grad=False)
+    layer.bias = linear.bias
+    layer.register_forward_pre_hook(_note_state)  # FSDP makes a parameter of its own
+    _note_state(layer)
+    return layer
+
+
+def _note_state(layer: Any, *_: object) -> None:
+    """Note on a weight how it is quantised, as the class of bitsandbytes does."""
+    noted = {"compress_statistics": True, "quant_type": "nf4"}
+    vars(layer.weight).update(noted, quant_state=layer.quant_state)
 
 
 def load_tokenizer(name: str, notes: Mapping[str, str]) -> PreTrainedTokenizerBase:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import copy
 import gc
-import itertools
 import json
 import re
 import shlex
@@ -11,6 +11,7 @@ import shutil
 import tempfile
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from disha.finetune.arguments import AdapterArguments, DataArguments, TrainingAr
 from disha.finetune.base import Base, loading_device, template_at
 from disha.finetune.card import write_card
 from disha.finetune.data import load_rows, mix_rows
+from disha.finetune.dry_run import preview
 from disha.finetune.forms import form_rows, learns_marked_answers, marks_answers
 from disha.finetune.merging import merge_base, require_mergeable
 from disha.finetune.notes import (
@@ -38,9 +40,9 @@ from disha.finetune.notes import (
     read_notes,
 )
 from disha.finetune.report import MERGED, RESULTS, Outcome, facts_of, logged, prove, write_report
-from disha.finetune.trainer import Trainer, score_positions
-from disha.integrations.memory import step_memory
+from disha.finetune.trainer import Trainer
 from disha.integrations.transformers import AdapterCheckpoints
+from disha.private_torch import memory_modes
 from disha.text import counted
 
 CHECKED_ROWS = 64
@@ -62,7 +64,7 @@ def run(
     if training.dry_run:
         with tempfile.TemporaryDirectory() as nowhere:
             training.output_dir = nowhere
-            _preview(_make_trainer(base, adapter, data, training))
+            _preview(base, adapter, data, training)
         return 0
     folder = Path(training.output_dir)
     _require_free(folder, training)
@@ -142,11 +144,8 @@ def _make_trainer(
     notes[PROMPT_KEY] = "chat" if is_conversational(rows[0]) else "text"
     # Each checkpoint holds the notes that the final file holds, so that commands can use it.
     notes_of = partial(notes_at, notes=notes, base=base.name, bits=base.bits)
-    if adapter.adapter is None:
-        _inject(model, adapter, tokenizer)
-    else:
-        with warnings.catch_warnings(action="error", category=AdapterFileWarning):
-            load_noted_adapter(model, adapter.adapter)
+    with base.mode():
+        _adapt(model, adapter, tokenizer)
     measured = rows.select(range(min(len(rows), CHECKED_ROWS))) if held_out is None else held_out
     trainer = Trainer(
         model,
@@ -160,6 +159,7 @@ def _make_trainer(
         trainer.add_callback(EarlyStoppingCallback(training.early_stopping_patience))
     trainer.measured_on = "training" if held_out is None else "held-out"
     trainer.notes_of = notes_of
+    trainer.base_notes = notes
     return trainer
 
 
@@ -223,6 +223,15 @@ def _form_sets(
         learns_all = training.completion_only_loss is False
         training.assistant_only_loss = not learns_all and learns_marked_answers(rows, tokenizer)
     return rows, held_out
+
+
+def _adapt(model: Any, adapter: AdapterArguments, tokenizer: Any) -> None:
+    """Add the adapter: a new one, or that of a file."""
+    if adapter.adapter is None:
+        _inject(model, adapter, tokenizer)
+        return
+    with warnings.catch_warnings(action="error", category=AdapterFileWarning):
+        load_noted_adapter(model, adapter.adapter)
 
 
 def _inject(model: Any, adapter: AdapterArguments, tokenizer: Any) -> None:
@@ -302,40 +311,20 @@ def _choose_checkpoint(training: TrainingArguments, folder: Path) -> str | None:
 # --- the dry run ---------------------------------------------------------------------------------
 
 
-def _preview(trainer: Trainer) -> None:
-    """Print the plan, one example with [[ ]] around what is learned, the steps, and the memory."""
-    print(disha.summary(trainer.model))
-    row = trainer.train_dataset[0]
-    print(f"\none of {counted(len(trainer.train_dataset), 'row')}; [[ ]] marks what is learned:")
-    print(_mark_learned(row["input_ids"], row["labels"], trainer.processing_class))
-    *_, steps = trainer.set_initial_training_values(trainer.args, trainer.get_train_dataloader())
-    print(f"\n{counted(steps, 'step')}; one needs on each device, simulated:")
-    try:
-        for part, size in _simulate_memory(trainer).items():
-            print(f"{part:12}{size / 2**20:10,.1f} MiB")
-    except Exception as error:  # not every operation and optimizer knows tensors without memory
-        print(f"unknown: {type(error).__name__}: {error}")
+def _preview(
+    base: Base, adapter: AdapterArguments, data: DataArguments, training: TrainingArguments
+) -> None:
+    """Print what a run would do. No weight of the base is read."""
+    fake, _ = memory_modes()
+    # The trainer has the plan and the rows. It would ask quantised weights for values.
+    plain = replace(base, bits="bf16", fake=fake)
+    trainer = _make_trainer(plain, copy.deepcopy(adapter), data, training)
 
+    def make_model(bits: str, fake: Any) -> Any:
+        other = replace(base, bits=bits, fake=fake)
+        model, tokenizer = other.load(training.simulated_device, trainer.base_notes)
+        with fake:
+            _adapt(model, copy.deepcopy(adapter), tokenizer)
+        return model
 
-def _simulate_memory(trainer: Trainer) -> dict[str, int]:
-    """Return what a step of the first batch needs on a device, as if every token were learned."""
-    batch = next(iter(trainer.get_train_dataloader()))
-    if trainer.args.gradient_checkpointing:
-        trainer.model.gradient_checkpointing_enable(trainer.args.gradient_checkpointing_kwargs)
-    model, optimizer = trainer.accelerator.prepare(
-        trainer.model.train(), trainer.create_optimizer()
-    )
-    # Which positions are learned depends on values, and simulated tensors have none.
-    with score_positions(only_learned=False):
-        return step_memory(
-            model, optimizer, lambda: model(**batch, fused_lm_head=True).log_probs.sum()
-        )
-
-
-def _mark_learned(ids: list[int], labels: list[int], tokenizer: Any) -> str:
-    text = ""
-    pairs = zip(ids, labels, strict=True)
-    for learned, run in itertools.groupby(pairs, key=lambda pair: pair[1] != -100):
-        part = tokenizer.decode([token for token, _ in run])
-        text += f"[[{part}]]" if learned else part
-    return text
+    preview(trainer, base.bits, make_model)

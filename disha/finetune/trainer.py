@@ -84,7 +84,7 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
 
 
 @contextmanager
-def score_positions(only_learned: bool) -> Iterator[None]:
+def score_positions(only_learned: bool, tile: int = TILE) -> Iterator[None]:
     """Let trl score on a processor as it does with its kernel: what is learned, and nothing else.
 
     These names are private in trl 1.16. A trl without them has the same losses, in more time.
@@ -92,7 +92,7 @@ def score_positions(only_learned: bool) -> Iterator[None]:
     names = vars(trl_utils)
     changed = {
         "_use_triton": lambda device: only_learned,
-        "_CHUNKED_LOGPROB_CHUNK_SIZE": TILE,
+        "_CHUNKED_LOGPROB_CHUNK_SIZE": tile,
     }
     before = {name: names.get(name) for name in changed}
     names.update(changed)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from disha.functional.shard_sums import is_inexact
+from disha.private_torch import FakeTensor
 from disha.sharding.tensors import gather
 
 SAMPLES = 64
@@ -36,7 +37,8 @@ def fingerprint(weight: Tensor) -> str | None:
     The same base may be stored in float32, bfloat16 or float16. So there are two digests: of the
     values rounded to bfloat16, and of those rounded to float16 and then to bfloat16.
     """
-    if weight.is_meta or not is_inexact(weight) or not weight.numel():
+    has_values = not (weight.is_meta or isinstance(weight, FakeTensor))
+    if not has_values or not is_inexact(weight) or not weight.numel():
         return None
     chosen = sample(gather(weight.detach())).cpu()
     if chosen.is_complex():

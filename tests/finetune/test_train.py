@@ -245,23 +245,6 @@ class TestHeldOutRows:
         assert report["rows"]["measured"] == 14
 
 
-EACH_IN_A_FORK = """
-import multiprocessing, sys
-from disha.cli import main
-from disha.finetune import train
-
-for words in sys.argv[1:]:
-    print("--- next run", flush=True)
-    run = lambda: sys.exit(main(words.split()))
-    process = multiprocessing.get_context("fork").Process(target=run)
-    process.start()
-    process.join()
-    assert process.exitcode == 0
-"""
-"""Runs commands one after the other, each in a process of its own, because a dry run pretends to be
-in a group of processes. They are forks, because importing a trainer takes longer than a run."""
-
-
 class TestCourse:
     def test_best_checkpoint(self, finetune, tmp_path):
         words = ["--eval_fraction", 0.25, "--eval_strategy", "steps", "--eval_steps", 2]
@@ -351,28 +334,6 @@ class TestCourse:
         words = f"--base {tiny} --data {data} --r 8 --dry_run --chat_template_path {template}"
         assert main([*words.split(), "--completion_only_loss", only]) == 0
         assert ("[[<|im_start|>user" in capsys.readouterr().out) == (only == "False")
-
-    def test_dry_run_on_several_devices(self, tiny, data):
-        words = f"finetune --base {tiny} --data {data} --r 8 --per_device_train_batch_size 1"
-        words += " --dry_run --dry_run_devices 8"
-        runs = [words, f"{words} --fsdp full_shard", f"{words} --fsdp full_shard --bits 4"]
-        done = subprocess.run(
-            [sys.executable, "-c", EACH_IN_A_FORK, *runs],
-            capture_output=True,
-            text=True,
-            check=True,
-            env=environment(),
-        )
-        sizes = []
-        for shown in done.stdout.split("--- next run\n")[1:]:
-            steps, *lines = shown.partition("\n6 steps; ")[2].splitlines()
-            assert "simulated" in steps
-            sizes.append({line.split()[0]: float(line.split()[1]) for line in lines})
-        whole, sharded, packed = sizes
-        names = ["weights", "adapter", "gradients", "optimizer", "activations", "peak"]
-        assert list(whole) == list(packed) == names
-        assert 0 < sharded["weights"] <= whole["weights"] / 4
-        assert sharded["peak"] >= sharded["activations"] > sharded["weights"]  # in tenths of a MiB
 
 
 class TestOutputFolder:

@@ -130,7 +130,8 @@ def test_the_server_answers_with_the_adapter(tmp_path):
     served = Served(tmp_path, "Llama")
     model = served.adapted("mine", 8)
     port = free_port()
-    words = [PYTHON, "-m", "vllm.entrypoints.cli.main", "serve", str(served.model)]
+    # `vllm serve` of this package ends: it asks for the version of a package named vllm.
+    words = [PYTHON, "-m", "vllm.entrypoints.openai.api_server", "--model", str(served.model)]
     words += ["--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--enforce-eager"]
     words += ["--max-model-len", "64", "--enable-lora", "--max-lora-rank", "16"]
     words += ["--lora-modules", f"mine={served.adapters['mine']}"]
