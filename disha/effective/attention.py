@@ -161,7 +161,7 @@ def _project_packed(
     sizes = [count * width for count in counts]
     # Method of C++: `torch.split` takes four Python calls.
     biases = [None] * len(sizes) if bias is None else bias.split_with_sizes(sizes)
-    projections = []
+    projections: list[Tensor] = []
     for x, part, part_bias, count in zip(inputs, _split_packed(weight, sizes), biases, counts):
         projected = torch.unflatten(project(x, part, part_bias), -1, (count, width))
         projections += projected.movedim(-2, 0).contiguous().unbind(0)

@@ -86,9 +86,10 @@ def load_base(
         missing: list[str] = []
         model: Any
         if fake is None:
-            model, loading = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 source, **file, **options, output_loading_info=True
             )
+            model, loading = loaded
             missing = sorted(loading["missing_keys"])
         else:
             config = AutoConfig.from_pretrained(source, **file)
@@ -235,7 +236,7 @@ def loading_device(bits: str, training: Any) -> torch.device | None:
     is_partitioned = is_deepspeed_zero3_enabled()  # type: ignore[no-untyped-call]
     if (is_partitioned or training.fsdp) and bits not in FEW_BITS:
         return None
-    return training.device  # type: ignore[no-any-return]
+    return training.device
 
 
 def best_device() -> torch.device:

@@ -71,7 +71,7 @@ def leave_out_base(model: nn.Module, kept: Collection[str], engine: str) -> None
 @functools.cache
 def _leave_base_out_of_deepspeed() -> None:
     """Let engines of these models do what `Trainer` asks of them for a model of PEFT only."""
-    from deepspeed import DeepSpeedEngine  # type: ignore[import-untyped]
+    from deepspeed import DeepSpeedEngine
 
     def without_base(method: Any) -> Any:
         def call(engine: Any, *given: Any, **named: Any) -> Any:

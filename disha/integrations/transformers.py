@@ -162,7 +162,7 @@ class _AdapterSaving:
         """Write the adapter into a folder. A sharded model comes with its state, gathered."""
         if self.adapter not in ModelView(self.model).adapters:  # merged into the base, or removed
             vars(self.model).pop("_keys_to_ignore_on_save", None)
-            type(self.model).save_pretrained(  # type: ignore[operator]
+            type(self.model).save_pretrained(  # type: ignore[attr-defined]
                 self.model,
                 save_directory,
                 is_main_process=is_main_process,
@@ -214,7 +214,9 @@ class _FileKeys:
         if prefix or not in_file or self.adapter not in view.adapters:
             return
         held = collect_tensors(view, self.adapter)
-        weights = [stored_weight(layer, block.slot) for _, layer, _, block in view.blocks()]
+        weights = [
+            stored_weight(layer, block.slot.parameter) for _, layer, _, block in view.blocks()
+        ]
         base_ids = {id(weight) for weight in weights}
         named = view.parameters_by_name
         holds_base = any(id(named[name].value) in base_ids for name in state if name in named)
