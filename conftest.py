@@ -11,6 +11,15 @@ import pytest
 from tests.core import is_core
 
 
+@pytest.fixture(autouse=True)
+def _keep_deepspeed_quiet_in_examples(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tell DeepSpeed its device: it prints to stdout when it has to look for one."""
+    if isinstance(request.node, pytest.DoctestItem):
+        monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Add `--core`: only what runs with the three dependencies of the library."""
     parser.addoption(

@@ -12,6 +12,8 @@ column says what happens where a torch lacks the name.
       torch.distributed._tools
       .mem_tracker.MemTracker, and its
       _mod_tracker
+    torch._subclasses.fake_tensor        what a library keeps has its values     one error at use
+      .unset_fake_temporarily            while a step is counted
     torch._C:
       _are_functorch_transforms_active   nothing is written in place then      as if always: slow
       _autograd                          hooks of tensors that are saved for    a dense copy of a
@@ -202,6 +204,11 @@ def memory_modes() -> Any:
     tracker = required("torch.distributed._tools.mem_tracker:MemTracker")()
     tracker._mod_tracker.register_user_hooks = lambda *hooks: None
     return fake, tracker
+
+
+def with_values() -> Any:
+    """Return a context in which new tensors have values, inside a mode in which they have none."""
+    return required("torch._subclasses.fake_tensor:unset_fake_temporarily")()
 
 
 def in_backward() -> bool:

@@ -16,7 +16,6 @@ import yaml
 from accelerate import DistributedType
 from transformers import HfArgumentParser
 from transformers.integrations.integration_utils import get_reporting_integration_callbacks
-from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils.import_utils import is_torch_tf32_available
 from trl import SFTConfig
 
@@ -25,6 +24,9 @@ from disha.finetune.base import best_device, count_parameters, read_text
 from disha.finetune.choices import choose, describe, read_device
 from disha.finetune.notes import BITS, noted_base, read_settings
 from disha.text import nearest
+
+TRAINER_STATE = "trainer_state.json"
+"""What a complete checkpoint has; its name in `transformers.trainer`, which is slow to import."""
 
 RENAMED = {
     "batch_size": "per_device_train_batch_size",
@@ -305,7 +307,7 @@ class TrainingArguments(SFTConfig):  # type: ignore[misc]
         if chosen.lower() in ("true", "false"):
             self.resume = chosen.lower() == "true"
             self.resume_from_checkpoint = None
-        elif not Path(chosen, TRAINER_STATE_NAME).is_file():
+        elif not Path(chosen, TRAINER_STATE).is_file():
             raise ArgumentError(
                 f"--resume_from_checkpoint {chosen} is no complete checkpoint of a run; --resume "
                 "goes on from the last one"

@@ -29,6 +29,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 import disha
 from disha.errors import ArgumentError, DishaError, MissingPackageError
 from disha.finetune.notes import FEW_BITS, TEMPLATE_KEY, TOKENS_KEY
+from disha.integrations.memory import with_values
 from disha.text import first_few
 
 NAME = re.compile(r"\w[\w.-]{0,95}(/\w[\w.-]{0,95})?", re.ASCII)
@@ -141,10 +142,9 @@ def _quantize_8(linear: nn.Linear, dtype: torch.dtype) -> nn.Module:
     """Return a linear layer without values in 8 bits."""
     from bitsandbytes import nn as quantized
     from bitsandbytes.functional import int8_vectorwise_quant
-    from torch._subclasses.fake_tensor import unset_fake_temporarily
 
     sizes = linear.in_features, linear.out_features, linear.bias is not None
-    with unset_fake_temporarily():  # the class of its weight holds no fake tensor
+    with with_values():  # the class of its weight holds no fake tensor
         make: Any = quantized.Linear8bitLt  # type: ignore[attr-defined]
         layer = make(*sizes, has_fp16_weights=False, device="meta")
     data, scales, _ = int8_vectorwise_quant(linear.weight.data.half())
@@ -158,10 +158,9 @@ def _quantize_4(linear: nn.Linear, dtype: torch.dtype) -> nn.Module:
     """Return a linear layer without values in 4 bits."""
     from bitsandbytes import nn as quantized
     from bitsandbytes.functional import quantize_4bit
-    from torch._subclasses.fake_tensor import unset_fake_temporarily
 
     sizes = linear.in_features, linear.out_features, linear.bias is not None
-    with unset_fake_temporarily():  # the class of its weight holds no fake tensor
+    with with_values():  # the class of its weight holds no fake tensor
         quantize_4bit(torch.zeros(64), compress_statistics=True)  # makes a map that is kept
         make: Any = quantized.LinearNF4  # type: ignore[attr-defined]
         layer = make(*sizes, dtype, quant_storage=dtype, device="meta")

@@ -36,8 +36,7 @@ from trl.trainer import utils as trl_utils
 
 import disha
 from disha.finetune.trainer import TILE, Trainer, score_positions
-from disha.integrations.memory import step_memory
-from disha.private_torch import memory_modes
+from disha.integrations.memory import memory_modes, step_memory
 from disha.text import counted
 
 SIZES = (8, 12, 16, 24, 32, 40, 48, 80, 141)

@@ -41,8 +41,8 @@ from disha.finetune.notes import (
 )
 from disha.finetune.report import MERGED, RESULTS, Outcome, facts_of, logged, prove, write_report
 from disha.finetune.trainer import Trainer
+from disha.integrations.memory import memory_modes
 from disha.integrations.transformers import AdapterCheckpoints
-from disha.private_torch import memory_modes
 from disha.text import counted
 
 CHECKED_ROWS = 64

@@ -12,8 +12,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from disha.private_torch import memory_modes
+from disha.private_torch import memory_modes, with_values
 from disha.sharding.tensors import local_part
+
+__all__ = ["memory_modes", "step_memory", "with_values"]
 
 
 def step_memory(

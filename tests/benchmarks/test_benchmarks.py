@@ -288,7 +288,9 @@ def test_sections_on_one_trainer_begin_with_what_was_found():
            "trainer_bone": took([1.0, 1.0], 6), "learned_bone": took([1.0, 1.0], 4),
            "grouped_bone": took([0.2, 0.8], 2)}  # fmt: skip
     told = report._job([{"contestants": job}])
-    assert "takes 0.25 of the time of `Trainer` with PEFT's LoRA, and 0.25 of its peak" in told
-    assert "; 0.25 and 0.50 of PEFT's MiSS." in told
-    assert "The adapter alone takes 0.50 of the time and 0.75 of the memory" in told
+    assert "0.25 of the time and 0.25 of the memory of `Trainer` with PEFT's LoRA" in told
+    assert "(0.25 and 0.50 of PEFT's MiSS)" in told
+    assert (
+        "The adapter takes 0.50 of the time of PEFT's LoRA in the same `Trainer`, and 0.75" in told
+    )
     assert "| rows by length | 0.500 | 0.500 | 0.500 | 0.500 |" in told

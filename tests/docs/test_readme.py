@@ -36,7 +36,7 @@ def test_its_first_screens_have_the_example_the_table_the_install_line_and_the_l
 @pytest.mark.parametrize("text", [TEXT, INDEX])
 def test_both_first_pages_warn_of_the_other_package_and_say_what_was_not_run(text):
     words = " ".join(text.split())
-    assert "Do not run `pip install disha`" in words
+    assert "The package `disha` is another project" in words
     assert ("No GPU has run this yet" in words) == ("No GPU has run this yet" in WORDS)
     assert "independent implementation" in words
     assert not ADDRESS or f"git clone {ADDRESS}" in words
