@@ -29,6 +29,7 @@ READERS_OF_PARAMETERS = (
     "torch.distributed.fsdp",  # replaces it by a shard, and back
     "torch.distributed.checkpoint",  # walks to it by its name, also while it is a shard
     "torch.distributed.pipelining",  # moves it to its stage
+    "accelerate.utils.fsdp_utils",  # finds tied ones, to shard them once
     "accelerate.utils.modeling",  # set_module_tensor_to_device and retie_parameters move it
     "accelerate.utils.other",  # recursive_getattr, to find tied ones
 )
