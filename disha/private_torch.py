@@ -183,7 +183,7 @@ OUTSIDE_TRANSFORMS = "torch._functorch.pyfunctorch:temporarily_pop_interpreter_s
 """A context in which nothing is transformed."""
 
 
-def required(place: str) -> Any:
+def require(place: str) -> Any:
     """Return what torch has at a place "module:attribute", or raise."""
     try:
         return pkgutil.resolve_name(place)
@@ -200,15 +200,15 @@ def memory_modes() -> Any:
     Without a change, the second would add them up for each module too, which takes long, and
     raises for modules with frozen parameters.
     """
-    fake = required("torch._subclasses:FakeTensorMode")(allow_non_fake_inputs=True)
-    tracker = required("torch.distributed._tools.mem_tracker:MemTracker")()
+    fake = require("torch._subclasses:FakeTensorMode")(allow_non_fake_inputs=True)
+    tracker = require("torch.distributed._tools.mem_tracker:MemTracker")()
     tracker._mod_tracker.register_user_hooks = lambda *hooks: None
     return fake, tracker
 
 
 def with_values() -> Any:
     """Return a context in which new tensors have values, inside a mode in which they have none."""
-    return required("torch._subclasses.fake_tensor:unset_fake_temporarily")()
+    return require("torch._subclasses.fake_tensor:unset_fake_temporarily")()
 
 
 def in_backward() -> bool:

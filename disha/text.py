@@ -62,7 +62,7 @@ def first_few(items: Sequence[str], limit: int, separator: str = "\n") -> str:
     return separator.join(shown)
 
 
-def grouped(reasons: Iterable[tuple[str, str]]) -> list[str]:
+def group_by_reason(reasons: Iterable[tuple[str, str]]) -> list[str]:
     """Return one line for each reason: its first name, and how many more names have it."""
     names_by_reason: dict[str, list[str]] = {}
     for name, reason in reasons:

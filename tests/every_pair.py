@@ -163,7 +163,7 @@ def updates(adapted, adapter="default", blocks: Mapping[str, torch.Tensor] | Non
             slot.layout.pattern,
             values,
             base,
-            slot.rows,
+            slot.output_ranges,
             slot.layout.groups,
             slot.layout.padding_idx,
         )

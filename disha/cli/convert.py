@@ -47,14 +47,14 @@ from disha.finetune.notes import (
     TEMPLATE_NAME,
     TOKENS_KEY,
     base_note,
-    noted_base,
+    read_noted_base,
 )
 from disha.interop import image_lora, peft
 from disha.interop.checkpoints.matching import base_shapes, base_weights
 from disha.interop.checkpoints.reading import Checkpoint, open_checkpoint
 from disha.interop.lora.reading import read_lora
 from disha.interop.lora.writing import write_lora
-from disha.interop.low_rank import LoraReport, is_stack, served_rank
+from disha.interop.low_rank import LoraReport, find_served_rank, is_stack
 from disha.interop.peft_format import CONFIG_NAME, task_of
 from disha.text import counted, first_few
 
@@ -203,7 +203,7 @@ def _find_base_name(given: Path | None, source: Path, contents: AdapterContents)
     name = contents.metadata.get("base_model_name_or_path")  # as PEFT notes it
     if name is None and BASE_KEY in contents.metadata:
         try:
-            name, _ = noted_base(source)
+            name, _ = read_noted_base(source)
         except ArgumentError:  # the base is not where it was
             return None
     return name
@@ -217,7 +217,7 @@ def _complete_notes(
     if base_name is None:
         return notes
     if flags.to == "disha":
-        notes[BASE_KEY] = base_note(base_name, _noted_bits(notes), flags.out)
+        notes[BASE_KEY] = base_note(base_name, _read_noted_bits(notes), flags.out)
         return notes
     notes["base_model_name_or_path"] = base_name
     task = _task_of(notes, _config_of(base))
@@ -226,7 +226,7 @@ def _complete_notes(
     return notes
 
 
-def _noted_bits(notes: Mapping[str, str]) -> str:
+def _read_noted_bits(notes: Mapping[str, str]) -> str:
     try:
         return json.loads(notes[BASE_KEY])["bits"]
     except (KeyError, ValueError, TypeError):
@@ -326,7 +326,7 @@ def _describe_serving(
     if has_stacks and flags.experts == "stacked" and not reads_stacks:
         return ["vLLM reads stacked experts of GPT-OSS only; for others, give --experts separate"]
     rank = max(layer.rank for layer in report.layers)
-    largest = served_rank(rank)
+    largest = find_served_rank(rank)
     if largest is None:
         return [f"vLLM takes ranks up to 512, and this LoRA has {rank}; give --rank 512"]
     name = flags.out.resolve().name

@@ -52,7 +52,7 @@ def main(words: Sequence[str]) -> None:
     if flags.adapter is not None:
         runner.load_adapter(flags)
     set_seed(flags.seed)
-    options = {"max_new_tokens": flags.max_new_tokens, **_sampling(flags)}
+    options = {"max_new_tokens": flags.max_new_tokens, **_choose_sampling(flags)}
     if prompts is None:
         _converse(Conversation(runner, options))
         return
@@ -67,7 +67,7 @@ def main(words: Sequence[str]) -> None:
         runner.answer([text], streamer=Printer(runner), **options)
 
 
-def _sampling(flags: Namespace) -> dict[str, Any]:
+def _choose_sampling(flags: Namespace) -> dict[str, Any]:
     """Return how tokens are chosen; a temperature of 0 takes the most likely one, whatever else."""
     given = {name: getattr(flags, name) for name in SAMPLING}
     given = {name: value for name, value in given.items() if value is not None}

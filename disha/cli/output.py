@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from disha.finetune.notes import noted_base
+from disha.finetune.notes import read_noted_base
 from disha.text import printable
 
 
@@ -29,6 +29,6 @@ def fit(text: str) -> str:
 
 def tell_noted_base(adapter: Path) -> tuple[str, str]:
     """Return the base that an adapter notes, and its bits, and print which it is."""
-    base, bits = noted_base(adapter)
+    base, bits = read_noted_base(adapter)
     print(f"the base is {base}, with --bits {bits}, as {adapter} notes", file=sys.stderr)
     return base, bits

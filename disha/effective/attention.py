@@ -19,7 +19,7 @@ from torch import Tensor
 from disha.effective.products import linear_product
 from disha.effective.rules import rule
 from disha.effective.views import split_rows
-from disha.effective.weight import EffectiveWeight, computed, effective
+from disha.effective.weight import EffectiveWeight, compute, make_effective
 
 
 @rule(F.multi_head_attention_forward)
@@ -141,9 +141,9 @@ def _project(query: Tensor, x: Tensor, weight: Any, bias: Tensor | None) -> Any:
         return F.linear(x, weight, bias)
     updates = weight.updates.for_attention(query)
     if updates is not weight.updates:
-        weight = effective(weight.base, weight.weight_layout, updates)
+        weight = make_effective(weight.base, weight.weight_layout, updates)
     output: Any = linear_product(x, weight, bias)
-    return F.linear(x, computed(weight), bias) if output is NotImplemented else output
+    return F.linear(x, compute(weight), bias) if output is NotImplemented else output
 
 
 def _project_packed(
@@ -176,7 +176,7 @@ def _split_packed(weight: Any, sizes: list[int]) -> Any:
         return [weight]
     parts: Any = split_rows(weight, torch.split(weight.base, sizes))
     if parts is NotImplemented:  # a block across the borders of q, k and v can't be cut
-        return torch.split(computed(weight), sizes)
+        return torch.split(compute(weight), sizes)
     return parts
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from disha.effective.rules import Operation, rule, rule_with_operation
-from disha.effective.weight import base_inside, compute_first, computed
+from disha.effective.weight import base_inside, compute, compute_first
 from disha.errors import ArgumentTypeError
 from disha.private_torch import IS_VIEW
 
@@ -76,7 +76,7 @@ def _refuse_to_become_parameter(weight: Any) -> None:
 @rule(Tensor.data_ptr)
 def _data_ptr(weight: Any) -> int:
     # The caller uses the address after the call, so the values live as long as the weight.
-    values = computed(weight)
+    values = compute(weight)
     weight.__dict__["values_at_data_ptr"] = values
     return values.data_ptr()
 

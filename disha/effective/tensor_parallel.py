@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from disha.effective.weight import EffectiveWeight, effective
+from disha.effective.weight import EffectiveWeight, make_effective
 from disha.errors import ModeError
 from disha.functional import Layout, Update
 from disha.functional.parts import update_of_part
@@ -14,14 +14,14 @@ from disha.functional.weight_updates import Updates
 from disha.sharding.tensor_parallel import Split
 
 
-def effective_part(
+def make_effective_part(
     local: Tensor, split: Split, layout: Layout, updates: Updates
 ) -> EffectiveWeight:
     """Return the effective weight of this rank's part of a weight with these updates."""
 
-    def of_part(every: Sequence[Update]) -> Sequence[Update] | None:
+    def cut_blocks(whole: Sequence[Update]) -> Sequence[Update] | None:
         updates_of_part: list[Update] = []
-        for update in every:
+        for update in whole:
             if update.dropout:
                 raise ModeError(
                     "the adapter's dropout can't act here: each rank would drop different inputs "
@@ -34,10 +34,10 @@ def effective_part(
             updates_of_part.extend(cut)
         return updates_of_part
 
-    of_rank = updates.map(of_part)
+    of_rank = updates.map(cut_blocks)
     if of_rank is None:
         raise ModeError(
             f"an adapter can't act: its weight is placed as {split.placements}, and its block "
             "can't be cut in the same way; inject after the weight is placed"
         )
-    return effective(local, layout.of_part(split.part), of_rank)
+    return make_effective(local, layout.of_part(split.part), of_rank)

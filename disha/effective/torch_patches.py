@@ -34,7 +34,7 @@ import torch
 from disha import private_torch
 from disha.effective.contexts import bind_contexts
 from disha.effective.rules import RULES
-from disha.effective.weight import EffectiveWeight, computed_inside
+from disha.effective.weight import EffectiveWeight, compute_inside
 from disha.effective.writes import write
 
 _LOCK = threading.Lock()
@@ -46,12 +46,12 @@ def install() -> None:
         _install()
 
 
-@functools.cache
+@functools.cache  # so that a second call does nothing
 def _install() -> None:
-    inner = private_torch.class_with_apply()
-    nested_tensor = private_torch.required(private_torch.NESTED_TENSOR)
+    function_class = private_torch.class_with_apply()
+    nested_tensor = private_torch.require(private_torch.NESTED_TENSOR)
     # All places are looked up before anything is changed, because one may be missing.
-    originals = {place: private_torch.required(place) for place in _CHANGES}
+    originals = {place: private_torch.require(place) for place in _CHANGES}
 
     def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
         rule = RULES.get(cls.__name__)
@@ -62,11 +62,13 @@ def _install() -> None:
             position = _CHECKPOINTS[cls.__module__]
             function = bind_contexts(args[position])
             args = (*args[:position], function, *args[position + 1 :])
-        return super(inner, cls).apply(*computed_inside(args), **computed_inside(kwargs))
+        # The `apply` of torch, which this one hides.
+        torch_apply = super(function_class, cls).apply
+        return torch_apply(*compute_inside(args), **compute_inside(kwargs))
 
     _leave_functions_to_weights(nested_tensor)
     private_torch.start_no_graph(apply)
-    inner.apply = classmethod(apply)
+    function_class.apply = classmethod(apply)
     for place, change in _CHANGES.items():
         module, _, name = place.partition(":")
         setattr(sys.modules[module], name, change(originals[place]))
@@ -96,39 +98,51 @@ def _leave_functions_to_weights(tensor_class: Any) -> None:
     tensor_class.__torch_function__ = classmethod(answer_or_leave)
 
 
-def _passing(change: Callable[[Any], Any]) -> Callable[[Any], Callable[..., Any]]:
-    """Return what makes a function get changed arguments."""
-
-    def changed(function: Callable[..., Any]) -> Callable[..., Any]:
-        return lambda *args, **kwargs: function(*change(args), **change(kwargs))
-
-    return changed
+# Each of these gets a function of torch, and returns what replaces it.
 
 
-def _keeping_contexts(frame: Callable[..., Any]) -> Callable[..., Any]:
-    """Return the class that keeps a function for backward, which then runs it in these contexts."""
+def _compute_arguments(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Pass computed weights to the function."""
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        return function(*compute_inside(args), **compute_inside(kwargs))
+
+    return run
+
+
+def _compute_outside_transform(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Pass weights to the function that were computed outside of the transform."""
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        return function(*_compute_outside(args), **_compute_outside(kwargs))
+
+    return run
+
+
+def _compute_outside(args: Any) -> Any:
+    """Return the arguments of a transform, computed as if it had not begun."""
+    if torch.compiler.is_compiling():
+        return compute_inside(args)
+    with private_torch.require(private_torch.OUTSIDE_TRANSFORMS)():
+        return compute_inside(args)
+
+
+def _keep_contexts(frame: Callable[..., Any]) -> Callable[..., Any]:
+    """Let backward run the kept function in the contexts of the forward pass."""
     return lambda function, *args, **kwargs: frame(bind_contexts(function), *args, **kwargs)
 
 
-def _writing_base(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Return what lets a function of `nn.init` read and write W."""
+def _write_base(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Let a function of `nn.init` read and write W."""
     return functools.partial(write, function)
 
 
-def _computed_outside(args: Any) -> Any:
-    """Return the arguments of a transform, computed before the transform began."""
-    if torch.compiler.is_compiling():
-        return computed_inside(args)
-    with private_torch.required(private_torch.OUTSIDE_TRANSFORMS)():
-        return computed_inside(args)
-
-
 _CHANGES: dict[str, Callable[[Any], Callable[..., Any]]] = {
-    "torch.autograd.function:custom_function_call": _passing(computed_inside),
-    private_torch.ADD_BATCH_DIM: _passing(_computed_outside),
-    private_torch.WRAP_FOR_GRAD: _passing(_computed_outside),
-    private_torch.CHECKPOINT: _keeping_contexts,
-    private_torch.TRUNC_NORMAL: _writing_base,
-    "torch.nn.init:orthogonal_": _writing_base,
+    "torch.autograd.function:custom_function_call": _compute_arguments,
+    private_torch.ADD_BATCH_DIM: _compute_outside_transform,
+    private_torch.WRAP_FOR_GRAD: _compute_outside_transform,
+    private_torch.CHECKPOINT: _keep_contexts,
+    private_torch.TRUNC_NORMAL: _write_base,
+    "torch.nn.init:orthogonal_": _write_base,
 }
-"""Function of torch -> what replaces it."""
+"""Place "module:name" of a function of torch -> what makes its replacement."""

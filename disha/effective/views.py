@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from disha.effective.rules import Operation, rule, rule_with_operation
-from disha.effective.weight import EffectiveWeight, base_inside, effective
+from disha.effective.weight import EffectiveWeight, base_inside, make_effective
 from disha.functional import Layout, Update
 from disha.functional.parts import updates_of_outputs
 from disha.functional.shard_sums import is_inexact
@@ -21,7 +21,7 @@ def _make_view(weight: EffectiveWeight, base: Tensor, layout: Layout, change: Ch
     updates = weight.updates.map(change)
     if updates is None:
         return NotImplemented
-    return effective(base, layout, updates) if updates.every else base
+    return make_effective(base, layout, updates) if updates.every else base
 
 
 @rule("mT")
@@ -30,7 +30,7 @@ def transposed(weight: Any) -> Any:
     layout = weight.weight_layout.transposed()
     if layout is None:
         return NotImplemented
-    return effective(torch.transpose(weight.base, -2, -1), layout, weight.updates)
+    return make_effective(torch.transpose(weight.base, -2, -1), layout, weight.updates)
 
 
 @rule("t T")
@@ -72,20 +72,20 @@ def select_item(weight: Any, index: Any) -> Any:
     if base.dim() < weight.base.dim():
         layout = layout.of_one_expert()
 
-    def select(updates: Sequence[Update]) -> Sequence[Update]:
+    def select_blocks(updates: Sequence[Update]) -> Sequence[Update]:
         return [update.select_matrices(index) for update in updates]
 
-    return _make_view(weight, base, layout, select)
+    return _make_view(weight, base, layout, select_blocks)
 
 
 def select_rows(weight: Any, start: int, stop: int) -> Any:
     """Return the effective weight of some rows of a matrix (out, in)."""
     geometry = weight.weight_layout.geometry(weight.base.shape)
 
-    def of_rows(updates: Sequence[Update]) -> Sequence[Update] | None:
+    def cut_blocks(updates: Sequence[Update]) -> Sequence[Update] | None:
         return updates_of_outputs(updates, start, stop, geometry)
 
-    return _make_view(weight, weight.base[start:stop], weight.weight_layout, of_rows)
+    return _make_view(weight, weight.base[start:stop], weight.weight_layout, cut_blocks)
 
 
 @rule_with_operation("split chunk")
@@ -121,7 +121,7 @@ def _unbind(weight: Any, dim: int = 0) -> Any:
     bases = weight.base.unbind(0)
     updates_of_items = zip(*[update.unstack() for update in updates])
     return tuple(
-        effective(base, item_layout, Updates(item_updates))
+        make_effective(base, item_layout, Updates(item_updates))
         for base, item_updates in zip(bases, updates_of_items)
     )
 
@@ -141,12 +141,12 @@ def _cast(func: Operation, weight: Any, *args: Any, **kwargs: Any) -> Any:
         return base  # another tensor, cast like this weight; or `type()` without arguments
     if not is_inexact(base) or base.device != weight.base.device:
         return NotImplemented  # the blocks stay on their device
-    return effective(base, weight.weight_layout, weight.updates)
+    return make_effective(base, weight.weight_layout, weight.updates)
 
 
 @rule_with_operation("detach data")
 def _detach(func: Operation, weight: Any) -> Any:
-    def detached(updates: Sequence[Update]) -> Sequence[Update]:
+    def detach_blocks(updates: Sequence[Update]) -> Sequence[Update]:
         return [update.replace(block=func(update.block)) for update in updates]
 
-    return _make_view(weight, func(weight.base), weight.weight_layout, detached)
+    return _make_view(weight, func(weight.base), weight.weight_layout, detach_blocks)

@@ -90,10 +90,10 @@ class EffectiveWeight(Tensor):
 
     def as_subclass(self, cls: Any) -> Any:
         """Return the computed weight as a tensor of another class."""
-        return computed(self).as_subclass(cls)
+        return compute(self).as_subclass(cls)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
-        copied = computed(self).detach().clone()
+        copied = compute(self).detach().clone()
         memo[id(self)] = copied
         return copied
 
@@ -111,7 +111,7 @@ class EffectiveWeight(Tensor):
             setattr(self.base, name, value)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return computed(self).__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
+        return compute(self).__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
 
     @property
     def _is_param(self) -> bool:
@@ -152,7 +152,7 @@ class AbsentWeight(EffectiveWeight):
 start_no_graph(vars(EffectiveWeight)["__torch_function__"].__func__)
 
 
-def effective(base: Tensor, layout: Layout, updates: Updates) -> EffectiveWeight:
+def make_effective(base: Tensor, layout: Layout, updates: Updates) -> EffectiveWeight:
     """Return the effective weight of W: an alias, which shares W's memory and graph."""
     compiling = is_compiling()
     cls = TracedWeight if compiling else EffectiveWeight
@@ -173,14 +173,14 @@ def effective(base: Tensor, layout: Layout, updates: Updates) -> EffectiveWeight
     return weight
 
 
-def absent(base: Tensor, layout: Layout) -> AbsentWeight:
+def make_absent(base: Tensor, layout: Layout) -> AbsentWeight:
     """Return the effective weight of a W that has no values."""
     weight = base.as_subclass(AbsentWeight)
     weight.__dict__.update(base=base, weight_layout=layout)
     return weight
 
 
-def computed(weight: EffectiveWeight) -> Tensor:
+def compute(weight: EffectiveWeight) -> Tensor:
     """Return W + sum of s dW as a plain tensor, with its graph."""
     return weight.updates.compute_weight(weight.base, weight.weight_layout)
 
@@ -192,7 +192,7 @@ def compute_first(func: Operation, args: Sequence[Any], kwargs: Mapping[str, Any
         written = {0, "input"}
 
     def prepare(place: int | str, value: Any) -> Any:
-        return base_inside(value) if place in written else computed_inside(value)
+        return base_inside(value) if place in written else compute_inside(value)
 
     positional = [prepare(position, value) for position, value in enumerate(args)]
     named = {name: prepare(name, value) for name, value in kwargs.items()}
@@ -203,9 +203,9 @@ def compute_first(func: Operation, args: Sequence[Any], kwargs: Mapping[str, Any
     return result
 
 
-def computed_inside(value: Any) -> Any:
+def compute_inside(value: Any) -> Any:
     """Return a value with the effective weights in it computed."""
-    return _replace_weights(value, computed)
+    return _replace_weights(value, compute)
 
 
 def base_inside(value: Any) -> Any:

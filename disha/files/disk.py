@@ -35,7 +35,7 @@ OF_TORCH = {"format": "pt"}  # metadata that other loaders require
 PICKLES = (b"PK\x03\x04", b"\x80")  # how the files of torch.save begin
 
 
-def checked_path(path: Any) -> Path:
+def check_path(path: Any) -> Path:
     """Return a path as a `Path`."""
     try:
         return Path(path)
@@ -45,7 +45,7 @@ def checked_path(path: Any) -> Path:
 
 def file_at(path: PathLike) -> Path:
     """Return the path of an adapter file: the path itself, or `ADAPTER_NAME` in a folder."""
-    file = checked_path(path)
+    file = check_path(path)
     ends_with_slash = not os.path.basename(path)
     if ends_with_slash or os.path.isdir(file):
         return file / ADAPTER_NAME
@@ -65,7 +65,7 @@ def save(path: PathLike, write: Callable[[Path], object]) -> None:
     A symbolic link stays a link. If several save to one path at once, the last one wins: a save
     whose draft another one has removed writes it again.
     """
-    target = Path(os.path.realpath(checked_path(path)))
+    target = Path(os.path.realpath(check_path(path)))
     try:
         if target.exists() and not (target.is_file() or target.is_dir()):
             raise OSError("it is a device or a pipe")

@@ -194,7 +194,7 @@ def describe_block(model_block: ModelBlock, tied: Iterable[str], *, base: bool) 
     fingerprint_of_base = None
     if base:
         fingerprint_of_base = base_fingerprint(model_block)
-    geometry = slot.layout.geometry(weight_shape(model_block.layer, slot), slot.rows)
+    geometry = slot.layout.geometry(weight_shape(model_block.layer, slot), slot.output_ranges)
     return LayerRecord(
         name=model_block.name,
         method=block.method.name,
@@ -205,7 +205,7 @@ def describe_block(model_block: ModelBlock, tied: Iterable[str], *, base: bool) 
         scale=block.scale,
         base=fingerprint_of_base,
         layout=slot.layout,
-        rows=slot.rows,
+        rows=slot.output_ranges,
         tied=tuple(tied),
     )
 
@@ -221,7 +221,7 @@ def base_fingerprint(model_block: ModelBlock) -> str | None:
     if slot.quantized or is_packed(layer, slot.parameter):
         return None
     weight = gather_partition(base_of(layer, slot))
-    return fingerprint(slot.layout.part(weight, slot.rows))
+    return fingerprint(slot.layout.part(weight, slot.output_ranges))
 
 
 def _check_contents(

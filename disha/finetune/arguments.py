@@ -22,7 +22,7 @@ from trl import SFTConfig
 from disha.errors import ArgumentError, MissingPackageError
 from disha.finetune.base import best_device, count_parameters, read_text
 from disha.finetune.choices import choose, describe, read_device
-from disha.finetune.notes import BITS, noted_base, read_settings
+from disha.finetune.notes import BITS, read_noted_base, read_settings
 from disha.text import nearest
 
 TRAINER_STATE = "trainer_state.json"
@@ -337,7 +337,7 @@ def parse_flags(words: Sequence[str]) -> Parsed:
     from_file = {} if flags.adapter is None else read_settings(flags.adapter)
     parser.set_defaults(**from_file)
     if flags.adapter is not None and flags.base is None:
-        flags.base, noted_bits = noted_base(flags.adapter)
+        flags.base, noted_bits = read_noted_base(flags.adapter)
         if flags.bits == "auto":
             flags.bits = noted_bits
     kind = "cpu" if flags.use_cpu else best_device().type

@@ -257,15 +257,15 @@ def _partition(parts: Parts, model: nn.Module, step: Step, zero: Mapping[str, An
 # --- the verdict ---------------------------------------------------------------------------------
 
 
-def needed(peak: int) -> float:
+def count_needed_gib(peak: int) -> float:
     """Return the memory in GiB that a device must have for a peak."""
     return (peak * (1 + LOST) + TAKEN) / 2**30
 
 
 def judge(asked: Step, peak: int, simulate: Simulation) -> str:
     """Return which device the step fits, and what to change for one of the size aimed at."""
-    fitting = [size for size in SIZES if size >= needed(peak)]
-    if needed(peak) <= AIM:
+    fitting = [size for size in SIZES if size >= count_needed_gib(peak)]
+    if count_needed_gib(peak) <= AIM:
         return f"fits {fitting[0]} GB"
     told = f"does not fit {AIM} GB"
     if fitting:
@@ -274,7 +274,7 @@ def judge(asked: Step, peak: int, simulate: Simulation) -> str:
         if changed == asked:
             continue
         found = simulate(changed)["peak"]
-        if needed(found) <= AIM:
+        if count_needed_gib(found) <= AIM:
             flags = " ".join(_flags(asked, changed))
             return f"{told}; fits {AIM} GB with {flags} ({found / 2**30:.1f} GiB)"
     return f"{told}; neither recomputing, 4 bits nor {SHARDED_DEVICES[-1]} devices are enough"

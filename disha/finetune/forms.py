@@ -248,7 +248,7 @@ def _text(row: Row, field: str) -> str:
     if value is None or isinstance(value, Mapping):
         raise ValueError(f"there is no text as {field} in {brief(row)}")
     if isinstance(value, list):
-        return _joined_parts(value, field)
+        return _join_parts(value, field)
     return str(value)
 
 
@@ -260,7 +260,7 @@ def _answer(row: Row, field: str) -> str:
     return text
 
 
-def _joined_parts(parts: Sequence[Any], field: str) -> str:
+def _join_parts(parts: Sequence[Any], field: str) -> str:
     """Return the text of content parts, such as `[{"type": "text", "text": "..."}]`."""
     texts = []
     for part in parts:
@@ -325,10 +325,10 @@ class _Conversations:
         messages = self._read(row)
         formed: Message = {}
         if "tools" in row:
-            formed["tools"] = _parsed(row["tools"], "tools")
+            formed["tools"] = _parse_json(row["tools"], "tools")
         if "chat_template_kwargs" in row:
-            formed["chat_template_kwargs"] = _parsed(row["chat_template_kwargs"], "it") or {}
-        learned = _learned_answers(messages)
+            formed["chat_template_kwargs"] = _parse_json(row["chat_template_kwargs"], "it") or {}
+        learned = _find_learned_answers(messages)
         if self._learn_all and any(message.get("weight") == 0 for message in messages):
             raise ValueError(
                 "it has weights of 0, and --assistant_only_loss False learns all of it"
@@ -405,7 +405,7 @@ class _Conversations:
         self._shown.add(shape)
 
 
-def _learned_answers(messages: Sequence[Message]) -> list[int]:
+def _find_learned_answers(messages: Sequence[Message]) -> list[int]:
     """Return the places of the answers to learn: those whose weight is not 0."""
     learned = []
     for place, message in enumerate(messages):
@@ -487,7 +487,7 @@ def _system(row: Row) -> list[Message]:
 
 def _history(row: Row) -> list[Message]:
     """Return the earlier turns of a row: pairs of question and answer, or messages."""
-    earlier = _parsed(row.get("history"), "history") or []
+    earlier = _parse_json(row.get("history"), "history") or []
     if earlier and isinstance(earlier[0], Mapping):
         return _messages(earlier, "history")
     messages = []
@@ -502,7 +502,7 @@ def _history(row: Row) -> list[Message]:
 
 def _messages(value: Any, field: str) -> list[Message]:
     """Return the messages in a field, which may be JSON."""
-    given = _parsed(value, field)
+    given = _parse_json(value, field)
     if not isinstance(given, list) or not given:
         raise ValueError(f"{field} must be a list of messages, got {brief(given)}")
     return [_message(said) for said in given]
@@ -522,10 +522,10 @@ def _message(given: Any) -> Message:
     content = message.pop("content", None)
     if "value" in message:
         content = message.pop("value")
-    calls = _parsed(message.pop("tool_calls", None), "tool_calls") or []
+    calls = _parse_json(message.pop("tool_calls", None), "tool_calls") or []
     if role == CALL:
         role = "assistant"
-        calls = _parsed(content, CALL)
+        calls = _parse_json(content, CALL)
         if not isinstance(calls, list):
             calls = [calls]
         content = None
@@ -547,12 +547,12 @@ def _call(given: Any) -> Message:
     call = given.get("function", given)
     if not isinstance(call, Mapping) or "name" not in call:
         raise ValueError(f"the call of a tool needs a name and arguments, got {brief(given)}")
-    arguments = _parsed(call.get("arguments"), f"arguments of {call['name']}") or {}
+    arguments = _parse_json(call.get("arguments"), f"arguments of {call['name']}") or {}
     outer = {key: value for key, value in given.items() if key not in ("name", "arguments")}
     return {"type": "function", **outer, "function": {**call, "arguments": arguments}}
 
 
-def _parsed(value: Any, field: str) -> Any:
+def _parse_json(value: Any, field: str) -> Any:
     """Return a value, or what it says as JSON if it is a text; None if the text is empty."""
     if not isinstance(value, str):
         return value

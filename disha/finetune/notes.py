@@ -95,7 +95,7 @@ def notes_at(path: Path, notes: Mapping[str, str], base: str, bits: str) -> dict
     return {**notes, BASE_KEY: base_note(base, bits, path)}
 
 
-def noted_base(adapter: str | Path) -> tuple[str, str]:
+def read_noted_base(adapter: str | Path) -> tuple[str, str]:
     """Return the base that an adapter notes, and its bits."""
     if _is_peft_folder(adapter):
         name = _peft_settings(adapter).get("base_model_name_or_path")

@@ -164,9 +164,9 @@ def facts_of(trainer: Trainer, resumed_from: str | None) -> dict[str, Any]:
         "resumed_from": resumed_from,
         "best_step": state.best_global_step,
         "measured_on": trainer.measured_on,
-        "losses": logged(state, "eval_loss"),
-        "training_losses": logged(state, "loss"),
-        "seconds": sum(logged(state, "train_runtime").values()),
+        "losses": read_log(state, "eval_loss"),
+        "training_losses": read_log(state, "loss"),
+        "seconds": sum(read_log(state, "train_runtime").values()),
     }
 
 
@@ -202,7 +202,7 @@ def loss_before_and_after(facts: Mapping[str, Any], proof: Proof) -> str:
     return f"{before:.3f} -> {proof.trained:.3f}"
 
 
-def logged(state: TrainerState, name: str) -> dict[Any, float]:
+def read_log(state: TrainerState, name: str) -> dict[Any, float]:
     """Return what a run has logged under a name, by step."""
     return {entry["step"]: entry[name] for entry in state.log_history if name in entry}
 

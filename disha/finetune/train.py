@@ -39,7 +39,7 @@ from disha.finetune.notes import (
     notes_at,
     read_notes,
 )
-from disha.finetune.report import MERGED, RESULTS, Outcome, facts_of, logged, prove, write_report
+from disha.finetune.report import MERGED, RESULTS, Outcome, facts_of, prove, read_log, write_report
 from disha.finetune.trainer import Trainer
 from disha.integrations.memory import memory_modes
 from disha.integrations.transformers import AdapterCheckpoints
@@ -276,7 +276,7 @@ def _train(trainer: Trainer, folder: Path) -> Outcome:
     disha.save_adapter(trainer.model, path, metadata=notes)
     if TOKENS_KEY in notes and training.process_index == 0:
         trainer.processing_class.save_pretrained(folder)
-    loss = logged(state, "eval_loss").get(saved_step)
+    loss = read_log(state, "eval_loss").get(saved_step)
     if loss is None:
         loss = trainer.evaluate()["eval_loss"]
     return Outcome(trainer.eval_dataset, loss, facts_of(trainer, resumed_from))

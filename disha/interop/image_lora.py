@@ -18,7 +18,7 @@ from torch import nn
 from disha.checks import check_type
 from disha.errors import AdapterFileError, ArgumentError, ConversionError
 from disha.files import AdapterContents
-from disha.files.disk import PathLike, checked_path, open_tensors, save_tensors
+from disha.files.disk import PathLike, check_path, open_tensors, save_tensors
 from disha.files.loading import load_contents
 from disha.files.saving import adapter_contents
 from disha.functional import Layout
@@ -104,7 +104,7 @@ def export(
     action = f"export adapter {adapter!r}"
     contents = {name: adapter_contents(view, adapter, base=False) for name, view in views.items()}
     with ranks.fail_together(action):
-        target = checked_path(path)
+        target = check_path(path)
         for name, view in views.items():
             problems = reasons_against(view, contents[name].names, unknown_to_lora, exporting=True)
             cls = original_class(view.modules[""])
@@ -173,7 +173,7 @@ def load(
         ('unet.conv_in.bone_block',)
     """
     views = _views_of(models)
-    path = checked_path(path)
+    path = check_path(path)
     contents = read_file(path, {name: view.modules for name, view in views.items()})
     missing = [component for component in contents if component not in views]
     if missing:

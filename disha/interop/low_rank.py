@@ -198,7 +198,7 @@ def low_rank_updates(
     if not pad:
         return updates
     largest = max(update.rank for update in updates)
-    padded_rank = served_rank(largest)
+    padded_rank = find_served_rank(largest)
     if padded_rank is None:
         raise ConversionError(
             f"a layer has rank {largest}, and ranks are padded to at most {SERVED_RANKS[-1]}; give "
@@ -207,7 +207,7 @@ def low_rank_updates(
     return [update.padded(padded_rank) for update in updates]
 
 
-def served_rank(rank: int) -> int | None:
+def find_served_rank(rank: int) -> int | None:
     """Return the smallest rank that vLLM can be started with for a LoRA, or None above all."""
     for served in SERVED_RANKS:
         if served >= rank:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from disha.checks import check_type
 from disha.config import AdapterConfig
 from disha.errors import AdapterFileError, DishaError
-from disha.files.disk import PathLike, checked_path
+from disha.files.disk import PathLike, check_path
 from disha.files.header import AdapterContents, reasons_against_blocks
 from disha.files.loading import load_contents
 from disha.files.saving import adapter_contents
@@ -30,6 +30,7 @@ from disha.interop.peft_format import (
     THE_MODEL_ITSELF,
     PeftFolder,
     exact_targets,
+    find_saved_modules,
     keep_for_model,
     module_names,
     notes_of,
@@ -37,7 +38,6 @@ from disha.interop.peft_format import (
     reasons_against,
     refuse_to_load,
     refuse_to_write,
-    saved_modules,
     write_peft_files,
 )
 from disha.layers.blocks import original_class
@@ -137,9 +137,9 @@ def export(
         check_type(note, value, str, "a str")
     contents = adapter_contents(view, adapter, base=False)
     with ranks.fail_together(action):
-        target = checked_path(folder)
+        target = check_path(folder)
         names = contents.names
-        saved = saved_modules(view, contents.also_train, names)
+        saved = find_saved_modules(view, contents.also_train, names)
         problems = _reasons_against_miss(contents, dropout)
         problems += reasons_against(view, names, _reason_if_unknown, exporting=True)
         refuse_to_write(CANT_EXPRESS, [*problems, *saved.problems])

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from disha.checks import check_type
 from disha.errors import AdapterFileError, AdapterIOError, ArgumentError, ConversionError
-from disha.files.disk import PathLike, checked_path, save, save_tensors
+from disha.files.disk import PathLike, check_path, save, save_tensors
 from disha.layers.bitsandbytes import is_library_forward
 from disha.layers.blocks import original_class
 from disha.layers.kinds import FOREIGN_KINDS, LAYER_KINDS, full_name
@@ -95,7 +95,7 @@ class PeftFolder:
 
 def read_peft_files(folder: PathLike, ends: tuple[str, ...], also_train: bool) -> PeftFolder:
     """Read both files. Without `also_train`, only tensors whose names end with one of `ends`."""
-    path = checked_path(folder)
+    path = check_path(folder)
     if (path / "adapter_model.bin").exists() and not (path / WEIGHTS_NAME).exists():
         raise AdapterFileError(
             f"{path} holds adapter_model.bin, a pickle, which can run any code; save it in PEFT as "
@@ -292,7 +292,7 @@ class Saved:
         }
 
 
-def saved_modules(view: ModelView, also_train: Sequence[str], layers: Sequence[str]) -> Saved:
+def find_saved_modules(view: ModelView, also_train: Sequence[str], layers: Sequence[str]) -> Saved:
     """Return how PEFT saves the parameters that were trained with an adapter of these layers."""
     known = view.parameters_by_name
     trained: set[str] = set()
@@ -368,7 +368,7 @@ def keep_for_model(view: ModelView, folder: PeftFolder) -> None:
     kept = {}
     problems = []
     for name, tensor in folder.tensors.items():
-        untrained = _untrained_in_model(view, folder, name)
+        untrained = _find_untrained(view, folder, name)
         if untrained is not None and _equal_in_narrower(tensor, untrained):
             continue
         names: tuple[str, ...] = (name,)
@@ -385,7 +385,7 @@ def keep_for_model(view: ModelView, folder: PeftFolder) -> None:
     folder.tensors = kept
 
 
-def _untrained_in_model(view: ModelView, folder: PeftFolder, name: str) -> Tensor | None:
+def _find_untrained(view: ModelView, folder: PeftFolder, name: str) -> Tensor | None:
     """Return the model's tensor for one that PEFT saves untrained, or None if PEFT trains it.
 
     These are buffers, whole embeddings, and the frozen weights of adapted embeddings.

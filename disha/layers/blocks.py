@@ -44,7 +44,7 @@ class Slot:
     name: str  # below its module, in targets and files; empty for `weight`
     parameter: str  # the attribute of the module that holds it
     layout: Layout
-    rows: OutputRanges = ()  # the adapted outputs; empty for all
+    output_ranges: OutputRanges = ()  # the adapted ones; empty for all
     quantized: bool = False  # then a hook adds the update to the output of the module
     shape: tuple[int, ...] | None = None  # the weight's shape, if the parameter has another one
 
@@ -135,7 +135,7 @@ class AdapterBlock(nn.Module):
         else:
             name = compiled.factor_name(group.name, self.scale_tensor.device)
             scale = self.scale_tensor * getattr(compiled, name)
-        return Update(self.method, values, scale, dropout, self.slot.rows, r=self.r)
+        return Update(self.method, values, scale, dropout, self.slot.output_ranges, r=self.r)
 
     def _from_hook(self) -> Tensor:
         """Return the block as accelerate's hook loads it."""

@@ -62,7 +62,7 @@ def _slots_of_attention(module: Any) -> list[Slot]:
     if module.in_proj_weight is None:
         return [Slot(name, f"{name}_weight", layout) for name in PROJECTIONS]
     return [
-        Slot(name, "in_proj_weight", layout, rows=((i * width, (i + 1) * width),))
+        Slot(name, "in_proj_weight", layout, output_ranges=((i * width, (i + 1) * width),))
         for i, name in enumerate(PROJECTIONS)
     ]
 

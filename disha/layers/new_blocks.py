@@ -40,7 +40,9 @@ def make_block(
     else:
         method = method_of(config.method)
         shape_of_weight = weight_shape(module, slot)
-        shape = method.block_shape(slot.layout, shape_of_weight, r, config.r_out, slot.rows)
+        shape = method.block_shape(
+            slot.layout, shape_of_weight, r, config.r_out, slot.output_ranges
+        )
         dtype = _choose_dtype(weight, config.dtype)
     with torch.inference_mode(False):  # a tensor that is made in that mode can never be trained
         empty = torch.empty(shape, device=device, dtype=dtype)

@@ -150,7 +150,7 @@ def quantized_slot(module: nn.Module) -> Slot | None:
     if getattr(type(module), "_is_quantized", False) and isinstance(adapters, Adapters):
         # A block knows the slot, also while a dense weight is merged in.
         block, *_ = adapters.blocks().values()
-        return replace(block.slot, rows=())
+        return replace(block.slot, output_ranges=())
     sizes = _sizes_of(module)
     if sizes is None or quantization_of(module, held_weight(module)) is None:
         return None

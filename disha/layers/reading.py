@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from disha.effective.contexts import OPEN_CONTEXTS, Override
-from disha.effective.tensor_parallel import effective_part
-from disha.effective.weight import EffectiveWeight, absent, computed, effective
+from disha.effective.tensor_parallel import make_effective_part
+from disha.effective.weight import EffectiveWeight, compute, make_absent, make_effective
 from disha.errors import ArgumentError, ModeError
 from disha.functional import adapted_linear
 from disha.functional.shard_sums import PLAIN
@@ -78,8 +78,8 @@ def weight_property(original: type[nn.Module], name: str) -> property:
             layout = blocks[0].slot.layout
             if override is None and not compiling and len(blocks) == 1:
                 # What `adapters.updates` does in the usual case, without a call.
-                return effective(base, layout, Updates((blocks[0].update(),)))
-            return effective(base, layout, adapters.updates(name, override, compiling))
+                return make_effective(base, layout, Updates((blocks[0].update(),)))
+            return make_effective(base, layout, adapters.updates(name, override, compiling))
         except AttributeError as error:
             # Python would take it for a missing attribute, and call `nn.Module.__getattr__`, which
             # returns the plain parameter.
@@ -126,10 +126,10 @@ def _unusual_weight(
         # Blocks on the meta device too: the update is made of meta tensors. But accelerate's hook
         # of an offloaded block reads W before it loads D, so such a block is not one of these.
         if all("forward" not in block.__dict__ and block.block.is_meta for block in blocks):
-            return effective(base, layout, adapters.updates(name, override, compiling, True))
-        return absent(base, layout)
+            return make_effective(base, layout, adapters.updates(name, override, compiling, True))
+        return make_absent(base, layout)
     if not base.numel():  # ZeRO-3 gathers it where its layer runs
-        return absent(base, layout)
+        return make_absent(base, layout)
     updates = adapters.updates(name, override, compiling)
     if split is not None:
         if any(not is_sharded(block.block) and block.split != split for block in blocks):
@@ -139,10 +139,12 @@ def _unusual_weight(
                 "parallelize_module); inject after parallelize_module, wrap it with fully_shard "
                 "instead, or merge the adapter first"
             )
-        return split.whole(computed(effective_part(base.to_local(), split, layout, updates)))
+        return split.make_whole(
+            compute(make_effective_part(base.to_local(), split, layout, updates))
+        )
     if type(base) in PLAIN:
         # In some forwards, transformers replaces DTensors by their local tensors.
-        return effective_part(base, blocks[0].split, layout, updates)  # type: ignore[arg-type]
+        return make_effective_part(base, blocks[0].split, layout, updates)  # type: ignore[arg-type]
     return updates.compute_weight(base, layout)  # a tensor of another class
 
 

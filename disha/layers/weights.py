@@ -128,7 +128,7 @@ def start_of(layer: nn.Module, block: AdapterBlock) -> Tensor | None:
     if base.is_meta:
         for hook in offloading_hooks(layer):
             base = hook.weights_map[slot.parameter]
-    return block.method.block_of(slot.layout, slot.layout.part(base, slot.rows))
+    return block.method.block_of(slot.layout, slot.layout.part(base, slot.output_ranges))
 
 
 def delta_of(layer: nn.Module, block: AdapterBlock, slot: Slot) -> Tensor:
@@ -138,7 +138,9 @@ def delta_of(layer: nn.Module, block: AdapterBlock, slot: Slot) -> Tensor:
         base = quantized.weight_for(block.method, layer, slot, stored, block.block)
     else:
         base = base_of(layer, slot)
-    return block.method.delta_weight(slot.layout, block.block, base, block.slot.rows, block.r)
+    return block.method.delta_weight(
+        slot.layout, block.block, base, block.slot.output_ranges, block.r
+    )
 
 
 def sum_with_updates(layer: Any, slot: Slot, adapters: Iterable[str]) -> Tensor:

@@ -27,7 +27,7 @@ from disha.model.view import ModelBlock, ModelView, clean_key
 from disha.sharding.imported import imported_class
 from disha.sharding.tensors import gather, is_sharded, write
 from disha.sharding.zero import is_partitioned, repartition, whole_shape
-from disha.text import counted, first_few, grouped, printable, table
+from disha.text import counted, first_few, group_by_reason, printable, table
 
 SIZE = 0.02
 """Standard deviation of the random values that blocks get during the check."""
@@ -97,7 +97,9 @@ class CheckReport:
             words = [WORDS[answer] for answer in answers]
             rows.append((weight.name or "(the model)", weight.adapter, *words))
         lines = [table(("weight", "adapter", "read", "acts", "gradient", "merges"), rows)]
-        reasons = grouped((weight.name, weight.reason) for weight in self.weights if weight.reason)
+        reasons = group_by_reason(
+            (weight.name, weight.reason) for weight in self.weights if weight.reason
+        )
         lines += [printable(reason) for reason in reasons]
         if self.untrained:
             lines.append(

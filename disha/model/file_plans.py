@@ -107,7 +107,7 @@ def _plan_as_recorded(
     elif slot is not None and method_of(record.method).replaces:
         slot = replace(slot, layout=record.layout)
     if slot is not None and record.rows:
-        slot = replace(slot, rows=record.rows)
+        slot = replace(slot, output_ranges=record.rows)
     places = find_tied(view, layer)
     # A tied parameter that the file does not list has no update in the file, and gets none here.
     tied = {name: places[name] for name in record.tied if name in places}

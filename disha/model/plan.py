@@ -84,7 +84,7 @@ class PlannedLayer:
     def geometry(self) -> Geometry:
         """The sizes of the adapted rows."""
         assert self.slot is not None
-        return self.slot.layout.geometry(self.shape, self.slot.rows)
+        return self.slot.layout.geometry(self.shape, self.slot.output_ranges)
 
     @property
     def in_features(self) -> int:
@@ -103,7 +103,7 @@ class PlannedLayer:
         config = self.config
         assert slot is not None
         method = method_of(config.method)
-        return method.block_shape(slot.layout, self.shape, self.r, config.r_out, slot.rows)
+        return method.block_shape(slot.layout, self.shape, self.r, config.r_out, slot.output_ranges)
 
     @property
     def parameters(self) -> int:

@@ -54,9 +54,9 @@ def reason_against_adapting(layer: PlannedLayer) -> str | None:
         reason = _reason_against_quantized(module, slot, layer.config.method)
     else:
         reason = _reason_against_dense(read_weight(module, layer.attribute), slot)
-    if reason is None and slot.rows:
+    if reason is None and slot.output_ranges:
         outputs = slot.layout.geometry(layer.shape).out_features
-        last = slot.rows[-1]
+        last = slot.output_ranges[-1]
         if last[1] > outputs:
             return f"rows {last} are out of range: it has {outputs} rows"
     return reason
@@ -131,7 +131,7 @@ def reason_against_block(layer: PlannedLayer) -> str | None:
     if config.dropout:
         return f"{placed}, and each rank would drop different inputs of it; use dropout=0"
     block = torch.empty(layer.block_shape, device="meta")
-    update = Update(method_of(config.method), block, output_ranges=slot.rows, r=layer.r)
+    update = Update(method_of(config.method), block, output_ranges=slot.output_ranges, r=layer.r)
     for part in split.parts:
         if update_of_part(update, slot.layout, layer.shape, part) is None:
             ends = " and ".join(f"{first}:{stop}" for first, stop in part)

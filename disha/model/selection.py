@@ -25,7 +25,7 @@ from disha.model.plan import EXCLUDED, Place, PlannedLayer
 from disha.model.reasons import reason_against_adapting
 from disha.model.view import ModelView
 from disha.sharding.imported import imported_class
-from disha.text import first_few, grouped, join
+from disha.text import first_few, group_by_reason, join
 
 
 class Selection:
@@ -171,11 +171,11 @@ def _declare(layer: PlannedLayer, config: AdapterConfig) -> PlannedLayer:
         layer = replace(layer, slot=slot)
     regex = find_first_match(config.rows, layer.names_to_match)
     if regex is not None and slot is not None:
-        if slot.rows:
+        if slot.output_ranges:
             raise ArgumentError(
                 f"{layer.name} has rows of its own; choose it by its name, not by rows"
             )
-        slot = replace(slot, rows=config.rows[regex])
+        slot = replace(slot, output_ranges=config.rows[regex])
         layer = replace(layer, slot=slot)
     return layer
 
@@ -258,5 +258,5 @@ def list_nearest(pattern: str, names: Iterable[str]) -> str:
 
 def list_reasons(layers: Iterable[PlannedLayer]) -> str:
     """Return the names of weights and why they are not adapted, as text."""
-    reasons = grouped((layer.name or "(the model)", str(layer.reason)) for layer in layers)
+    reasons = group_by_reason((layer.name or "(the model)", str(layer.reason)) for layer in layers)
     return first_few(reasons, 5, "; ")

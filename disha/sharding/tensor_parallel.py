@@ -53,7 +53,7 @@ class Split:
         ranges_of_mesh = [range(size) for size in self.device_mesh.shape]
         return [local_ranges(self, coordinates) for coordinates in product(*ranges_of_mesh)]
 
-    def whole(self, local: Tensor) -> Tensor:
+    def make_whole(self, local: Tensor) -> Tensor:
         """Return the DTensor of which every rank has this part."""
         from torch.distributed.tensor import DTensor
 

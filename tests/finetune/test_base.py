@@ -11,7 +11,7 @@ from transformers import BertConfig, BertForMaskedLM, T5Config
 import disha
 from disha import ArgumentError, MissingPackageError
 from disha.finetune.base import best_device, load_base, template_at
-from disha.finetune.notes import BASE_KEY, base_note, noted_base
+from disha.finetune.notes import BASE_KEY, base_note, read_noted_base
 from tests.finetune import tiny_gguf
 from tests.finetune.tiny_models import CHATML, tokenizer, write_model
 
@@ -133,22 +133,22 @@ class TestNote:
         assert str(tmp_path) not in adapter.read_bytes()[:2000].decode(errors="replace")
         os.rename(tmp_path / "here", tmp_path / "there")
         moved = tmp_path / "there" / "out" / "adapter.safetensors"
-        assert noted_base(moved) == (str(tmp_path / "there" / "model"), "4")
+        assert read_noted_base(moved) == (str(tmp_path / "there" / "model"), "4")
         (tmp_path / "there" / "model").rmdir()
         with pytest.raises(ArgumentError, match="which is not there; give --base"):
-            noted_base(moved)
+            read_noted_base(moved)
 
     def test_a_name(self, tmp_path):
         path = tmp_path / "adapter.safetensors"
         self.save(path, base_note("Qwen/Qwen3-0.6B", "bf16", path))
-        assert noted_base(path) == ("Qwen/Qwen3-0.6B", "bf16")
+        assert read_noted_base(path) == ("Qwen/Qwen3-0.6B", "bf16")
 
     def test_no_note(self, tmp_path):
         with pytest.raises(ArgumentError, match="notes no base that can be used; name it too"):
-            noted_base(self.save(tmp_path / "adapter.safetensors", None))
+            read_noted_base(self.save(tmp_path / "adapter.safetensors", None))
 
     @pytest.mark.parametrize("note", ["{", "[]", "{}", '{"base_model_name_or_path": 1}'])
     def test_a_note_that_says_nothing(self, tmp_path, note):
         path = self.save(tmp_path / "adapter.safetensors", note)
         with pytest.raises(ArgumentError, match="notes no base that can be used"):
-            noted_base(path)
+            read_noted_base(path)

@@ -23,7 +23,7 @@ from disha import AdapterFileWarning, ArgumentError
 from disha.cli import main as disha_command
 from disha.finetune import main, train, trainer
 from disha.finetune.base import Base, load_base
-from disha.finetune.notes import noted_base
+from disha.finetune.notes import read_noted_base
 from tests.conftest import assert_same
 from tests.finetune import tiny_gguf
 from tests.finetune.conftest import Result
@@ -93,7 +93,7 @@ class TestResults:
         assert set(report["samples"][0]) == {"prompt", "without", "with_adapter", "reference"}
 
     def test_the_adapter_notes_its_base(self, authors, tiny):
-        assert noted_base(authors.adapter) == (str(tiny), "bf16")
+        assert read_noted_base(authors.adapter) == (str(tiny), "bf16")
         assert disha.inspect_adapter(authors.adapter).metadata["prompt"] == "text"
 
     def test_the_head_is_left_out(self, authors):
@@ -146,7 +146,7 @@ class TestBases:
         base = tiny_gguf.write_gguf(tmp_path / "tiny.gguf", state)
         result = finetune(tmp_path / "out", base=base)
         assert result.losses[6] < result.losses[0]
-        assert noted_base(result.adapter) == (str(base), "fp32")
+        assert read_noted_base(result.adapter) == (str(base), "fp32")
 
     @pytest.mark.parametrize("bits", ["4", "8"])
     def test_bits(self, finetune, data, tmp_path, bits, capsys):
@@ -264,7 +264,7 @@ class TestCourse:
         words = ["--adapter", authors.adapter, "--max_steps", 3]
         result = finetune(tmp_path, *words, base=None)
         assert result.losses[0] == pytest.approx(authors.report["proof"]["trained"], abs=1e-2)
-        assert noted_base(result.adapter) == noted_base(authors.adapter)
+        assert read_noted_base(result.adapter) == read_noted_base(authors.adapter)
         assert result.blocks().keys() == authors.blocks().keys()
 
     @pytest.mark.parametrize(
@@ -505,7 +505,7 @@ def test_a_checkpoint_holds_what_the_final_file_holds(finetune, tmp_path, tiny, 
     final = finetune(tmp_path / "out", *words, "--save_steps", 6).adapter
     checkpoint = tmp_path / "out" / "checkpoint-6"
     notes, expected = (dict(disha.inspect_adapter(path).metadata) for path in (checkpoint, final))
-    assert noted_base(checkpoint) == noted_base(final) == (str(tiny), "fp32")
+    assert read_noted_base(checkpoint) == read_noted_base(final) == (str(tiny), "fp32")
     assert {**notes, "base": ""} == {**expected, "base": ""}
     assert {"prompt", "chat_template", "new_tokens"} < notes.keys()
     said = []

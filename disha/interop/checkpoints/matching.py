@@ -16,7 +16,7 @@ from disha.interop.experts import DOWN, GATE_UP
 from disha.layers.kinds import PROJECTIONS
 from disha.model.fingerprints import fingerprint, same_base
 from disha.model.records import LayerRecord
-from disha.text import first_few, grouped, join
+from disha.text import first_few, group_by_reason, join
 
 DENSE = ("F64", "F32", "BF16", "F16")  # the dtypes of weights that are not quantised
 
@@ -282,7 +282,7 @@ def summarize_misfits(misfits: Sequence[str]) -> list[str]:
     for misfit in misfits:
         name, _, reason = misfit.partition(": ")
         pairs.append((name, reason))
-    return grouped(pairs)
+    return group_by_reason(pairs)
 
 
 def refuse(checkpoint: Checkpoint, misfits: Sequence[str]) -> None:

@@ -18,7 +18,7 @@ from disha.checks import check_scale
 from disha.errors import ArgumentError, MergeError
 from disha.files import AdapterContents
 from disha.files.contents import read_contents
-from disha.files.disk import OF_TORCH, PathLike, checked_path, open_tensors, require_free, save
+from disha.files.disk import OF_TORCH, PathLike, check_path, open_tensors, require_free, save
 from disha.functional import method_of
 from disha.interop.checkpoints.matching import find_keys, find_misfits, refuse
 from disha.interop.checkpoints.reading import CONFIG, INDEX, SINGLE, Checkpoint, open_checkpoint
@@ -119,10 +119,10 @@ def merge_into_checkpoint(
     """
     if scale is not None:
         scale = check_scale(scale)
-    out = checked_path(out)
+    out = check_path(out)
     checkpoint = open_checkpoint(base)
     _check_target(out, checkpoint, overwrite)
-    contents = read_contents(checked_path(adapter_path), also_train=also_train)
+    contents = read_contents(check_path(adapter_path), also_train=also_train)
     keys = find_keys(checkpoint, contents)
     refuse(checkpoint, find_misfits(checkpoint, contents, keys, compares_values=not force))
     if not force:
@@ -164,7 +164,7 @@ def _refuse_tied(
             may_be_tied.append(layer.name)
         elif layer.layout.pattern == "index out":
             embeddings.append(layer.name)
-    embeddings += _stored_twice(checkpoint, may_be_tied, keys)
+    embeddings += _find_stored_twice(checkpoint, may_be_tied, keys)
     if embeddings and _ties_embeddings(checkpoint.config()):
         raise MergeError(
             f"{embeddings[0]} may be tied to an output head, which merging would change too "
@@ -183,7 +183,7 @@ def _ties_embeddings(config: Mapping[str, Any]) -> bool:
     return any(answers)
 
 
-def _stored_twice(
+def _find_stored_twice(
     checkpoint: Checkpoint, names: Iterable[str], keys: Mapping[str, str]
 ) -> list[str]:
     """Return the parameters whose matrix is stored under another name too, as a tied one may be."""

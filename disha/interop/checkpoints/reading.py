@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from disha.errors import AdapterIOError
-from disha.files.disk import PathLike, checked_path, open_tensors
+from disha.files.disk import PathLike, check_path, open_tensors
 from disha.interop.experts import (
     DOWN,
     FAMILIES,
@@ -96,7 +96,7 @@ class Checkpoint:
 
 def open_checkpoint(path: PathLike) -> Checkpoint:
     """Open a base checkpoint: a file, or a folder with a `model.safetensors` or an index."""
-    path = checked_path(path)
+    path = check_path(path)
     single = path / SINGLE
     index = path / INDEX
     if not path.is_dir():

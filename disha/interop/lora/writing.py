@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from disha.files import AdapterContents
-from disha.files.disk import PathLike, checked_path
+from disha.files.disk import PathLike, check_path
 from disha.files.saving import adapter_contents
 from disha.functional import method_of
 from disha.interop import experts as stacks
@@ -31,12 +31,12 @@ from disha.interop.peft_format import (
     THE_MODEL_ITSELF,
     exact_pattern,
     exact_targets,
+    find_saved_modules,
     layers_inside,
     module_names,
     notes_of,
     reasons_against,
     refuse_to_write,
-    saved_modules,
     write_peft_files,
 )
 from disha.layers.blocks import original_class
@@ -120,7 +120,7 @@ def export(
     ranks = view.ranks
     action = f"export adapter {adapter!r} as LoRA"
     with ranks.fail_together(action):
-        target = checked_path(folder)
+        target = check_path(folder)
     updates, others, config, tensors = _convert(view, adapter, experts, rank, pad)
     with ranks.fail_together(action):
         if ranks.writes:
@@ -175,7 +175,7 @@ def _convert(
     with view.ranks.fail_together(f"export adapter {adapter!r} as LoRA"):
         check_rank(rank)  # before a rank waits for another
         modules = [layer.name for layer in contents.layers if not is_stack(layer)]
-        saved = saved_modules(view, contents.also_train, contents.names)
+        saved = find_saved_modules(view, contents.also_train, contents.names)
         problems = reasons_against(view, modules, unknown_to_lora, exporting=True)
         problems += saved.problems
         problems += stacks.misread_by_peft(contents.layers, experts, model_type)
