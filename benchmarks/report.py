@@ -102,7 +102,8 @@ IN_SHORT = """\
   language model. The frozen model takes most of the time, and no adapter can save more than what a
   LoRA adds to it.
 - **Memory is where MiSS gains**: it keeps only shard sums for the backward pass, where a LoRA keeps
-  every input. [With recomputation](guides/memory.md), neither keeps them, and both need the same.
+  every input. [With recomputation](guides/memory.md#models-of-1b-to-70b), neither keeps them: a
+  Llama then needs the same with both, and only a mixture of experts still needs less with MiSS.
 - **Against PEFT's MiSS, time and memory are about equal**: it is the same adapter. `disha` starts
   faster, and also adapts what PEFT's MiSS does not.
 - **BAT costs more**: a third product of the weight's size in every step.

@@ -108,7 +108,8 @@ def verdict(found: Mapping[str, TaskFindings], long: Longer) -> str:
         _line("Speed", found, "time of a step", None, ("faster", "slower"))
         + " With rows of usual length, [it is closer to 1](performance.md).",
         _line("Memory", found, "memory of a step", None, ("less", "more"))
-        + " [With recomputation](guides/memory.md), it is equal.",
+        + " [With recomputation](guides/memory.md#models-of-1b-to-70b), it is equal for models "
+        "without experts, such as these.",
         _line(
             "What the base could do, after training", found, KEPT, "forgetting", ("lower", "higher")
         ),

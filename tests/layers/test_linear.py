@@ -630,6 +630,25 @@ def test_symbolic_tracing_of_a_layer_sees_its_update():
     torch.testing.assert_close(torch.fx.symbolic_trace(model)(x), model(x))
 
 
+def test_a_model_that_was_traced_first_reads_adapted_weights():
+    """A trace of an adapted model has what it reads as constants."""
+
+    class Reads(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.mix, self.layer = nn.Parameter(torch.randn(8, 8)), nn.Linear(8, 8)
+
+        def forward(self, x):
+            return x @ self.mix @ self.layer.weight.T
+
+    traced = torch.fx.symbolic_trace(Reads())
+    layouts = {"mix": "in out", "layer.weight": "out in"}
+    disha.inject_adapters(traced, "all-linear", r=4, layouts=layouts)
+    report = disha.check_adapters(traced, torch.randn(3, 8))
+    assert report.ok
+    assert [one.name for one in report.weights] == ["mix", "layer"]
+
+
 def test_a_traced_model_calls_its_adapted_layers():
     """So it switches, casts, copies and trains as the model, as a traced plain layer would."""
     model = disha.inject_adapters(nn.Sequential(nn.Linear(8, 4)), "0", r=4, init="kaiming")

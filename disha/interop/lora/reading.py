@@ -80,8 +80,8 @@ def load(
 
     If every A is [I_r I_r ... I_r], the LoRA is Bone with D = B^T, without loss. Other LoRAs have
     no block and raise an error. Experts must be stacked.
-    Parameters in `modules_to_save` become parameters trained with the adapter. Buffers there must
-    have the model's values. Keys of `rank_pattern` and `alpha_pattern` may be regexes with at most
+    Modules in `modules_to_save` bring their parameters, which train with the adapter from then on,
+    and their buffers. Keys of `rank_pattern` and `alpha_pattern` may be regexes with at most
     three repeated characters or choices, such as `.*` and `(q|v)`.
 
     Args:
