@@ -101,6 +101,7 @@ def main() -> None:
         with served(Path(temporary)) as address, chrome() as browser:
             for page in PAGES:
                 for width, scheme in itertools.product(WIDTHS, SCHEMES):
+                    browser.get("about:blank")  # an open page would note the change of colours
                     resize(browser, width)
                     prefer(browser, scheme)
                     forget(browser, address)

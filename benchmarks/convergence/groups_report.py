@@ -117,9 +117,10 @@ number of parameters, is the same for any g; the rank of the update rises from r
 groups, each shard is a group of its own. *Signs* multiply each input by +1 or -1 before the shards
 are summed; fixed ones are the Golay-Rudin-Shapiro sequence.
 
-Fixed before the first run: groups are refused if no rule for g has a lower test loss than MiSS,
-beyond noise, in three of five tasks, or if that rule has a higher one in any. That LoRA's rate can
-be kept is refused if the best rate differs from LoRA's in any task.
+The rule of the decision was fixed before the first run. Groups are not added to the library if no
+choice of g has a lower test loss than MiSS, beyond noise, in three of five tasks, or if that choice
+has a higher one in any. Nor do they let you keep LoRA's rate if their best rate differs from LoRA's
+in any task.
 
 {verdicts}
 

@@ -101,9 +101,9 @@ def verdict(found: Mapping[str, TaskFindings], long: Longer) -> str:
         "**If you choose MiSS for its memory, take [0.1 to 0.3 of LoRA's (alpha = rank) "
         f"rate](choosing.md#learning-rate): {MILD['bone']:g} for the language model.** In the "
         f"longer training{seeds}, it then learns and forgets about as much as a LoRA at "
-        f"{MILD[OTHER]:g}, in less time and memory. At equal forgetting, up to {LIMITS[-1]:g}, "
-        f"{_all(near, far)} learn as much there: test losses differ by at most "
-        f"{apart(near):.3f}, seeds by up to {spread(long):.3f}.",
+        f"{MILD[OTHER]:g}, in less time and memory. Where methods forget equally much, up to "
+        f"{LIMITS[-1]:g}, {_all(near, far)} learn about as much: their test losses differ by at "
+        f"most {apart(near):.3f}, and those of the seeds of a method by up to {spread(long):.3f}.",
         _line("Quality", found, "test loss", "loss", ("better", "worse")) + _in_favour(found),
         _line("Speed", found, "time of a step", None, ("faster", "slower"))
         + " With rows of usual length, [it is closer to 1](performance.md).",
@@ -217,8 +217,9 @@ def _every_task(found: Mapping[str, TaskFindings]) -> str:
 
 *Best rates* differ by task; *tied* means within noise of the best adapter. *Step* is the time of a
 step, divided by LoRA's. The best rate of MiSS was {min(gaps):.1g} to
-{max(gaps):.1g} times LoRA's, so do not reuse a rate from LoRA. It was {min(times):.1f} to
-{max(times):.1f} times LoRA's times [the factor](choosing.md#learning-rate) of a square layer.
+{max(gaps):.1g} times LoRA's, so do not reuse a rate from LoRA. If LoRA's rate is first multiplied
+by [the factor](choosing.md#learning-rate) of a square layer, the best rate of MiSS was
+{min(times):.1f} to {max(times):.1f} times the product.
 
 {table(header, rows)}
 {folded("The tasks", listed)}"""
@@ -257,12 +258,14 @@ rates](#test-loss-and-forgetting-at-each-rate) has all figures.
 
 ![Test loss over forgetting, and over the learning rate]({PICTURES.format("longer")})
 
-- **At equal forgetting, {alike} learn as much in this task.** If forgetting may be at most
-  {_joined([f"{limit:g}" for limit in LIMITS])}, their lowest losses over all rates and scales are
+- **At equal forgetting, {alike} learn about as much in this task.** Each
+  method may take any rate, and scale its adapter after training, until it forgets at most
+  {_joined([f"{limit:g}" for limit in LIMITS])}. The lowest losses of the methods are then
   {lowest}.
 - **At one rate, MiSS forgets more.** It forgets {_at_one_rate(found)} times as much as LoRA.
 - **At a third of LoRA's rate, MiSS does about the same.** In the {len(thirds(found))} pairs
-  of such rates, its loss is {_span(loss for loss, _ in thirds(found))}, and its forgetting
+  of rates that are a factor of three apart, its loss is
+  {_span(loss for loss, _ in thirds(found))}, and its forgetting
   {_span(f for _, f in thirds(found))}. With r = 16, in short trainings, a tenth was best.
 - **A high rate costs more than it gives.** At {own:g}, MiSS forgets {high / low:.1f} times as much
   as at {mild:g}, and its test loss is no lower.
@@ -271,7 +274,8 @@ rates](#test-loss-and-forgetting-at-each-rate) has all figures.
   {_scaled(found, "bone", 1e-4)}
   {_scaled(found, OTHER, mild)}
 - **At the rates that the validation loss chooses, others learn more.** There, MiSS has a higher
-  loss than {_lower(found)}, beyond noise. At {mild:g}, it is at most {least:.3f} higher than any.
+  loss than {_lower(found)}, beyond noise. At {mild:g}, which the validation loss does not choose,
+  the loss of MiSS is at most {least:.3f} higher than that of any other at its own rate.
 """
 
 

@@ -27,7 +27,7 @@ def cells(row):
 
 def test_its_first_screens_have_the_example_the_table_the_install_line_and_the_limits():
     first = "\n".join(TEXT.splitlines()[:115])
-    for what in ("```python", "```text", "## Beside PEFT", "## Install", "What to know"):
+    for what in ("```python", "```text", "## Compared with PEFT", "## Install", "What to know"):
         assert what in first
     pictures = [link for link in links_of(TEXT) if link.endswith((".svg", ".png"))]
     assert pictures == ["docs/assets/compared.png"]
