@@ -37,22 +37,23 @@ column says what happens where a torch lacks the name.
     torch._dynamo.variables.torch        has a copy of what has rules          weights are computed
     torch._dynamo.eval_frame             finds a wrapper, and what is in it    names have it
       .OptimizedModule._orig_mod
-    torch.distributed.algorithms         the same                              the same
+    torch.distributed.algorithms         finds a wrapper, and what is in it    names have it
       ._checkpoint, its
       _checkpoint_wrapped_module
-    FullyShardedDataParallel             the same                              the same
+    FullyShardedDataParallel             finds a wrapper, and what is in it    names have it
       ._fsdp_wrapped_module
     torch.nested._internal               nested inputs leave functions to      the first injection
       .nested_tensor; NestedTensor       weights                               raises
       ._ragged_idx
     torch._functorch.vmap                transforms of `torch.func` get        the first injection
       ._add_batch_dim                    computed weights                      raises
-    torch._functorch.eager_transforms    the same                              the same
-      ._wrap_for_grad
+    torch._functorch.eager_transforms    transforms of `torch.func` get        the first injection
+      ._wrap_for_grad                    computed weights                      raises
     torch.utils.checkpoint               contexts act again in backward        the first injection
       ._CheckpointFrame                                                        raises
     the function in Module.to_empty      blocks start again                    only those from meta
-    nn.init._no_grad_trunc_normal_       W is written, not W + dW              the same
+    nn.init._no_grad_trunc_normal_       W is written, not W + dW              the first injection
+                                                                               raises
     torch._functorch.pyfunctorch         weights are computed outside of them  a transform raises
 """
 
@@ -101,7 +102,7 @@ def _assume_view(tensor: Tensor) -> bool:
 
 
 def _assume_backward() -> int:
-    return 0  # a graph task: without one, torch says -1
+    return 0  # the number of a backward pass; torch returns -1 if none runs
 
 
 transforms_active: Callable[[], bool] = getattr(
@@ -158,17 +159,23 @@ OP_NAME = "_qualified_op_name"
 """The attribute with the name of an operation that another library has registered."""
 
 COMPILED = ("torch._dynamo.eval_frame", "OptimizedModule", "_orig_mod")
+"""The wrapper of `torch.compile`: its Python module, its class, and its child, the wrapped one."""
+
 CHECKPOINTED = (
     "torch.distributed.algorithms._checkpoint.checkpoint_wrapper",
     "ActivationWrapper",
     "_checkpoint_wrapped_module",
 )
+"""The wrapper of activation checkpointing, in the same three parts."""
+
 FSDP_CHILD = "_fsdp_wrapped_module"
-"""Where a wrapper is defined, its class, and its attribute with the wrapped module."""
+"""The child of `FullyShardedDataParallel` that is the wrapped module."""
 
 ADD_BATCH_DIM = "torch._functorch.vmap:_add_batch_dim"
+"""The function that wraps an argument of `torch.vmap`."""
+
 WRAP_FOR_GRAD = "torch._functorch.eager_transforms:_wrap_for_grad"
-"""Functions that wrap an argument of `torch.vmap`; of `torch.func.grad` and `jvp`."""
+"""The function that wraps an argument of `torch.func.grad` and `jvp`."""
 
 CHECKPOINT = "torch.utils.checkpoint:_CheckpointFrame"
 """What keeps a function, to run it again in backward."""
@@ -195,13 +202,11 @@ def require(place: str) -> Any:
 
 
 def memory_modes() -> Any:
-    """Return a mode in which tensors have no values, and one that adds up what live at once.
-
-    Without a change, the second would add them up for each module too, which takes long, and
-    raises for modules with frozen parameters.
-    """
+    """Return a mode in which tensors have no values, and one that adds up the memory in use."""
     fake = require("torch._subclasses:FakeTensorMode")(allow_non_fake_inputs=True)
     tracker = require("torch.distributed._tools.mem_tracker:MemTracker")()
+    # By its hooks, it would add up the memory of each module too. That takes long, and raises for
+    # modules with frozen parameters.
     tracker._mod_tracker.register_user_hooks = lambda *hooks: None
     return fake, tracker
 

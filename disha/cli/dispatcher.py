@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line: the words after the name of the program, or those of this process."""
     words = list(sys.argv[1:]) if argv is None else list(argv)
     debug = "--debug" in words
-    with _own_screen(debug):
+    with _quiet_screen(debug):
         try:
             code = _run([word for word in words if word != "--debug"])
             sys.stdout.flush()
@@ -68,8 +68,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 @contextmanager
-def _own_screen(debug: bool) -> Iterator[None]:
-    """Let warnings be lines of this command, and other libraries draw and log less, for now."""
+def _quiet_screen(debug: bool) -> Iterator[None]:
+    """Print warnings as lines of this command, and let other libraries draw and log less."""
     shown = warnings.showwarning
     disabled = logging.root.manager.disable
     # tqdm asks for these when it is imported.
@@ -189,7 +189,7 @@ def _is_first() -> bool:
 
 
 def _silence(stream: TextIO) -> None:
-    """Let everything that is still to be written to a stream go nowhere."""
+    """Discard everything that is still to be written to a stream."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, stream.fileno())
     os.close(nowhere)

@@ -1,6 +1,6 @@
 """Measure a model on rows: loss, perplexity, and answers that are exactly right.
 
-Several files are measured each, and together.
+Several files are measured one by one, and together.
 
 Examples:
   disha evaluate --adapter output/adapter.safetensors --data held_out.jsonl --compare

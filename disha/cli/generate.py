@@ -68,7 +68,7 @@ def main(words: Sequence[str]) -> None:
 
 
 def _choose_sampling(flags: Namespace) -> dict[str, Any]:
-    """Return how tokens are chosen; a temperature of 0 takes the most likely one, whatever else."""
+    """Return how tokens are chosen: at a temperature of 0, always the most likely one."""
     given = {name: getattr(flags, name) for name in SAMPLING}
     given = {name: value for name, value in given.items() if value is not None}
     if not given or flags.temperature == 0:

@@ -32,7 +32,7 @@ def add_model_flags(parser: Parser) -> None:
 
 
 def at_least_1(word: str) -> int:
-    """Return the whole number that a word of the command line says, if it is 1 or more."""
+    """Return the value of a flag as a whole number, or raise if it is below 1."""
     number = int(word)
     if number < 1:
         raise ArgumentTypeError(f"must be at least 1, got {word}")
@@ -50,7 +50,7 @@ class PromptRunner:
     tools: Sequence[Any] | None = None
 
     def load_adapter(self, flags: Namespace) -> None:
-        """Load the adapter, which must belong to the base if its note has named this."""
+        """Load the adapter. If its note has named the base, it must belong to that base."""
         action: Any = "error" if flags.base is None else "default"
         with warnings.catch_warnings(action=action, category=AdapterFileWarning):
             load_noted_adapter(self.model, flags.adapter)

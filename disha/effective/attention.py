@@ -96,11 +96,11 @@ def _attention(
         v = F.pad(v, (0, 0, 0, 1))
 
     # Masks.
-    # The caller vouches that `attn_mask` is the causal one, so the kernel needs no mask.
-    is_hint = is_causal and key_padding_mask is None and not need_weights
+    # The caller vouches that `attn_mask` is the causal one, so the kernel can make that mask.
+    kernel_masks = is_causal and key_padding_mask is None and not need_weights
     added_keys = int(bias_k is not None) + int(add_zero_attn)
     mask = None
-    if attn_mask is not None and not is_hint:
+    if attn_mask is not None and not kernel_masks:
         mask = _as_addend(attn_mask, "attn_mask", query.dtype)
         # `key`, and not `k`, because a mask does not cover the added keys.
         mask = _for_each_head(mask, (samples * num_heads, length, key.shape[0]))
@@ -126,7 +126,7 @@ def _attention(
             mask = mask[None]
         elif mask is not None:
             mask = torch.unflatten(mask, 0, (samples, num_heads))
-        output = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_hint)
+        output = F.scaled_dot_product_attention(q, k, v, mask, dropout, kernel_masks)
         output = output.permute(2, 0, 1, 3)  # (length, samples, heads, width of a head)
     output = project(output.reshape(length * samples, width), out_proj_weight, out_proj_bias)
     output = output.view(length, samples, output.shape[-1])

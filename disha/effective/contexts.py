@@ -87,7 +87,11 @@ class Context:
 
 
 _CONTEXTS: ContextVar[tuple[Context, ...]] = ContextVar("disha_contexts", default=())
-"""The contexts of a thread or task, from the outermost inwards. Another one may have ended some."""
+"""The contexts of a thread or task, from the outermost inwards, also some that have ended.
+
+A task inherits the contexts that are open where it starts, and the thread that opened them may end
+them before it.
+"""
 
 OPEN_CONTEXTS: set[Context] = set()
 """The contexts that are open in any thread. While there are none, layers do not look for theirs."""
@@ -104,7 +108,8 @@ def open_context(
         _CONTEXTS.set((*_CONTEXTS.get(), context))
         yield
     finally:
-        OPEN_CONTEXTS.discard(context)  # another task than the one that opened it may end it
+        OPEN_CONTEXTS.discard(context)
+        # Not `reset`, which raises if another task than the one that opened the context ends it.
         _CONTEXTS.set(_open_here())
 
 

@@ -30,7 +30,7 @@ R = TypeVar("R", bound=Rule)
 
 
 def _resolve(operations: Sequence[Any]) -> Iterator[Any]:
-    """Yield operations. Each name in a str stands for that of `Tensor`, of `torch`, or for both."""
+    """Yield operations. A str has names of members of `Tensor`, of `torch`, or of both."""
     for operation in operations:
         if not isinstance(operation, str):
             yield operation

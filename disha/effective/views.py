@@ -21,7 +21,7 @@ def _make_view(weight: EffectiveWeight, base: Tensor, layout: Layout, change: Ch
     updates = weight.updates.map(change)
     if updates is None:
         return NotImplemented
-    return make_effective(base, layout, updates) if updates.every else base
+    return make_effective(base, layout, updates) if updates.all_updates else base
 
 
 @rule("mT")

@@ -78,8 +78,8 @@ class EffectiveWeight(Tensor):
     ) -> Any:
         """Compute the weight for an operation that did not call `__torch_function__`.
 
-        Autograd has recorded the operation already, with W. So it raises if a block would get no
-        gradient.
+        Autograd has already recorded that operation, with W, so the blocks would get no gradient.
+        If one of them trains, this raises.
         """
         named = kwargs or {}
         if func.__name__.partition(".")[0] in RESHAPES:
@@ -253,7 +253,7 @@ def refuse_to_reshape(weight: Any) -> None:
 
 
 def _blocks_train(weight: EffectiveWeight) -> bool:
-    return any(update.block.requires_grad for update in weight.updates.every)
+    return any(update.block.requires_grad for update in weight.updates.all_updates)
 
 
 def _refuse_to_train_unseen(func: Operation, values: Sequence[Any]) -> None:

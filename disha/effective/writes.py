@@ -66,8 +66,8 @@ def _value_to_write(written: Any, source: Any) -> Any:
 
 def _have_same_blocks(weight: EffectiveWeight, other: EffectiveWeight) -> bool:
     """Whether two effective weights have the updates of the same blocks."""
-    mine = weight.updates.every
-    theirs = other.updates.every
+    mine = weight.updates.all_updates
+    theirs = other.updates.all_updates
     if len(mine) != len(theirs):
         return False
     return all(a.block.is_set_to(b.block) for a, b in zip(mine, theirs))

@@ -214,7 +214,7 @@ def _add_adapter(
 def _rename_as_in_model(
     view: ModelView, adapter: str, source: Source, contents: AdapterContents
 ) -> _Incoming:
-    """Return an adapter under the model's names; what has several there gets the first of them."""
+    """Return an adapter under the model's names; a shared module or parameter has its first one."""
     first_names = {name: aliases[0] for aliases in view.names.values() for name in aliases}
 
     def first_name(name: str) -> str:
@@ -273,10 +273,8 @@ def _list_differences(incoming: _Incoming) -> list[str]:
         in_model = describe_block(model_block, borrowers[model_block.block], base=False)
         for field, value in vars(in_model).items():
             file_value = getattr(in_file, field)
-            may_differ = field in (
-                "scale",
-                "base",
-            )  # the scale is taken over, and a base only warns
+            # The file's scale is taken over, and another base only warns.
+            may_differ = field in ("scale", "base")
             if not may_differ and file_value != value:
                 differences.append(
                     f"{in_model.name}: {field} is {file_value} in the file and {value} in the model"
@@ -298,8 +296,8 @@ def _find_targets(incoming: _Incoming, differences: Sequence[str]) -> dict[str, 
     """Return key -> the model's tensor. Raise if one is missing or can't hold the values."""
     view = incoming.view
     adapter = incoming.adapter
-    known = buffers.list_saved(view, adapter) | collect_tensors(view, adapter)
-    report = check_fit(known, incoming.tensors)
+    tensors = buffers.list_saved(view, adapter) | collect_tensors(view, adapter)
+    report = check_fit(tensors, incoming.tensors)
     report = dataclasses.replace(report, missing=())  # what the adapter lacks keeps its values
     reasons = list(differences)
     if not report.complete:
@@ -309,7 +307,7 @@ def _find_targets(incoming: _Incoming, differences: Sequence[str]) -> dict[str, 
             f"{incoming.source} does not fit the model's adapter {adapter!r}; nothing was loaded:\n"
             f"{first_few(reasons, 20)}"
         )
-    return {key: known[key] for key in incoming.tensors}
+    return {key: tensors[key] for key in incoming.tensors}
 
 
 def _take_settings(incoming: _Incoming, undo: ExitStack) -> None:
@@ -334,7 +332,7 @@ def _take_settings(incoming: _Incoming, undo: ExitStack) -> None:
 
 def _reset_missing(incoming: _Incoming, undo: ExitStack) -> None:
     """Let the layers and buffers that the adapter lacks act as in the base."""
-    buffers.put_back_buffers(incoming.view, undo, incoming.adapter, but=incoming.tensors)
+    buffers.put_back_buffers(incoming.view, undo, incoming.adapter, excepted=incoming.tensors)
     for model_block in incoming.view.blocks(incoming.adapter):
         block = model_block.block
         if join(model_block.name, block.parameter_name) in incoming.layers:
@@ -348,7 +346,7 @@ def _reset_missing(incoming: _Incoming, undo: ExitStack) -> None:
 def _warn_of_other_base(incoming: _Incoming) -> None:
     """Warn if the model's weights are not those that the adapter was saved from."""
     compared = 0
-    other = []
+    differing = []
     for model_block, record in incoming.blocks():
         if record.base is None:
             continue
@@ -357,13 +355,13 @@ def _warn_of_other_base(incoming: _Incoming) -> None:
             continue
         compared += 1
         if not same_base(record.base, base):
-            other.append(model_block.name)
-    if other:
-        layers = printable(first_few(other, 3, ", "))
+            differing.append(model_block.name)
+    if differing:
+        layers = printable(first_few(differing, 3, ", "))
         warnings.warn(
             f"{printable(str(incoming.source))} was saved from other base weights than the model's "
-            f"in {len(other)} of {counted(compared, 'layer')} ({layers}): load the base that it "
-            "was trained on, without the adapter merged into it",
+            f"in {len(differing)} of {counted(compared, 'layer')} ({layers}): load the base that "
+            "it was trained on, without the adapter merged into it",
             AdapterFileWarning,
             stacklevel=4,  # the caller of load_adapter
         )

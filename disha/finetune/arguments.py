@@ -266,7 +266,7 @@ class TrainingArguments(SFTConfig):  # type: ignore[misc]
         self.simulated_device = torch.device(self.dry_run_device or best_device().type)
         self.simulated_fsdp = self.fsdp  # type: ignore[has-type]
         self.simulated_deepspeed = self.deepspeed  # type: ignore[has-type]
-        if self.dry_run:  # they would ask for the other processes
+        if self.dry_run:  # these engines would wait for the other processes
             self.fsdp = None
             self.deepspeed = None
         if self.tf32 and not is_torch_tf32_available():  # type: ignore[has-type]
@@ -288,7 +288,7 @@ class TrainingArguments(SFTConfig):  # type: ignore[misc]
         if self.deepspeed:
             import deepspeed
 
-            # A kernel that DeepSpeed would compile for a minute, and not without a compiler.
+            # DeepSpeed would compile this kernel, which takes a minute and needs a compiler.
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
             deepspeed.init_distributed("gloo", auto_mpi_discovery=False)
 
@@ -384,7 +384,7 @@ def _tell_repeated_lists(words: Sequence[str], parser: argparse.ArgumentParser) 
 
 
 def _hint(word: str, parser: argparse.ArgumentParser) -> str:
-    """Return the end of the message on an unknown flag: what leads on."""
+    """Return what to do about an unknown flag, as the end of a message."""
     name = word.removeprefix("--").partition("=")[0].replace("-", "_")
     if name in OF_OTHERS:
         return f"; use {OF_OTHERS[name]}"

@@ -44,7 +44,7 @@ class Choice:
 
 
 def read_device(kind: str) -> Device:
-    """Return what is known of a kind of device. One that is not here is taken for a recent one."""
+    """Return what is known of a kind of device; without one here, what holds for recent ones."""
     here = torch.accelerator.current_accelerator(check_available=True)
     if here is None or here.type != kind:
         return Device(kind, has_bfloat16=True)
@@ -96,7 +96,7 @@ def _choose_rate(parameters: int | None) -> Choice:
 
 
 def _shorten(count: int) -> str:
-    """Return a number of parameters as models are named by it, such as 135M."""
+    """Return a number of parameters as in the names of models, such as 135M."""
     for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "K")):
         if count >= size:
             return f"{count / size:.3g}{letter}"

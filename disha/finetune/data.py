@@ -64,7 +64,7 @@ def load_rows(data: str, split: str = "train") -> Dataset:
             for name, kind in rows.features.items()
             if read_by == "csv" or "timestamp[" in str(kind)
         }
-        if read_by == "csv":  # text such as NA is no missing value
+        if read_by == "csv":  # text such as NA is not a missing value
             options |= {"keep_default_na": False, "na_values": [""]}
         if kinds:
             options["features"] = Features(rows.features | kinds)
@@ -103,7 +103,7 @@ def _name_unread_files(folder: str) -> None:
 
 
 def _wrong_line(path: str) -> str | None:
-    """Return the first line that is not UTF-8, or no JSON where each line is."""
+    """Return the first line that is not UTF-8 or, in a file of JSON lines, is not JSON."""
     for number, line in enumerate(Path(path).read_bytes().splitlines(), start=1):
         try:
             text = line.decode()

@@ -43,7 +43,7 @@ SIZES = (8, 12, 16, 24, 32, 40, 48, 80, 141)
 """The memory of devices that people have, in GiB."""
 
 AIM = 24
-"""The memory that is aimed at, in GiB. Where a step needs more, it is said what would fit."""
+"""The memory of a device that a step should fit, in GiB; else `judge` says what does."""
 
 TAKEN, LOST = 2**30, 0.05
 """What a device's runtime takes for itself, and the share that is lost between tensors."""
@@ -138,8 +138,8 @@ def _read_zero(training: Any) -> dict[str, Any]:
         return {}
     if not isinstance(given, dict):
         given = json.loads(Path(given).read_text(encoding="utf-8"))
-    found: dict[str, Any] = given.get("zero_optimization", {})
-    return found
+    settings: dict[str, Any] = given.get("zero_optimization", {})
+    return settings
 
 
 def _mark_learned(ids: list[int], labels: list[int], tokenizer: Any) -> str:
@@ -176,7 +176,7 @@ class Simulation:
             model = prepare(self.make_model(step.bits, fake), step, self.recomputing)
             called = distribute(model, step, fake)
             gc.collect()  # what was quantised is in cycles
-            trained = [one for one in called.parameters() if one.requires_grad]
+            trained = [value for value in called.parameters() if value.requires_grad]
 
             def loss_of() -> Tensor:
                 with torch.autocast("cpu", self.autocast, enabled=self.autocast is not None):
@@ -220,7 +220,7 @@ def distribute(model: Any, step: Step, mode: AbstractContextManager[Any]) -> Any
     if step.engine == "FSDP2":
         mesh = init_device_mesh("cpu", (step.devices,))
         names = set(model._no_split_modules or ())
-        layers = [one for one in model.modules() if type(one).__name__ in names]
+        layers = [layer for layer in model.modules() if type(layer).__name__ in names]
         with mode:
             for module in (*layers, model):
                 fully_shard(module, mesh=mesh)
@@ -232,26 +232,26 @@ def _partition(parts: Parts, model: nn.Module, step: Step, zero: Mapping[str, An
 
     Each stage divides the optimizer's state, and keeps float32 copies of what trains beside it.
     Stage 2 also divides the gradients, and stage 3 the weights. Stage 3 gathers weights as they are
-    read, and lets them go when more than a number of values would be there.
+    read, and releases them when more than a number of values would be in memory.
     """
     stage, devices = int(step.engine[-1]), step.devices
-    trained = [one for one in model.parameters() if one.requires_grad]
-    values = sum(one.numel() for one in trained)
-    found = dict(parts)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    values = sum(parameter.numel() for parameter in trained)
+    divided = dict(parts)
     if stage >= 1:
-        found["optimizer"] = (parts["optimizer"] + 4 * values) // devices
+        divided["optimizer"] = (parts["optimizer"] + 4 * values) // devices
     if stage >= 2:
-        found["gradients"] = parts["gradients"] // devices
+        divided["gradients"] = parts["gradients"] // devices
     if stage == 3:
-        found["weights"] = parts["weights"] // devices
-        found["adapter"] = parts["adapter"] // devices
+        divided["weights"] = parts["weights"] // devices
+        divided["adapter"] = parts["adapter"] // devices
         most = zero.get("stage3_max_live_parameters", MOST_LIVE)
         most = MOST_LIVE if most == "auto" else most
-        weights = sum(one.numel() for one in model.parameters())
+        weights = sum(parameter.numel() for parameter in model.parameters())
         gathered = (parts["weights"] + parts["adapter"]) * min(1.0, most / weights)
-        found["activations"] += int(gathered)
-    found["peak"] = sum(found[name] for name in found if name != "peak")
-    return found
+        divided["activations"] += int(gathered)
+    divided["peak"] = sum(divided[name] for name in divided if name != "peak")
+    return divided
 
 
 # --- the verdict ---------------------------------------------------------------------------------
@@ -263,7 +263,7 @@ def count_needed_gib(peak: int) -> float:
 
 
 def judge(asked: Step, peak: int, simulate: Simulation) -> str:
-    """Return which device the step fits, and what to change for one of the size aimed at."""
+    """Return which device the step fits, and what to change so that it fits one of AIM GiB."""
     fitting = [size for size in SIZES if size >= count_needed_gib(peak)]
     if count_needed_gib(peak) <= AIM:
         return f"fits {fitting[0]} GB"
@@ -273,15 +273,15 @@ def judge(asked: Step, peak: int, simulate: Simulation) -> str:
     for changed in _changes(asked):
         if changed == asked:
             continue
-        found = simulate(changed)["peak"]
-        if count_needed_gib(found) <= AIM:
+        changed_peak = simulate(changed)["peak"]
+        if count_needed_gib(changed_peak) <= AIM:
             flags = " ".join(_flags(asked, changed))
-            return f"{told}; fits {AIM} GB with {flags} ({found / 2**30:.1f} GiB)"
+            return f"{told}; fits {AIM} GB with {flags} ({changed_peak / 2**30:.1f} GiB)"
     return f"{told}; neither recomputing, 4 bits nor {SHARDED_DEVICES[-1]} devices are enough"
 
 
 def _changes(asked: Step) -> Iterator[Step]:
-    """Yield steps that need less, those first that change least."""
+    """Yield steps that need less memory, the smallest changes first."""
     recomputing = dataclasses.replace(asked, recomputes=True)
     packed = dataclasses.replace(asked, bits="4")
     both = dataclasses.replace(recomputing, bits="4")
@@ -293,7 +293,7 @@ def _changes(asked: Step) -> Iterator[Step]:
 
 
 def _flags(asked: Step, changed: Step) -> Iterator[str]:
-    """Yield the flags that make one step another."""
+    """Yield the flags that turn one step into the other."""
     if changed.recomputes != asked.recomputes:
         yield "--gradient_checkpointing true"
     if changed.bits != asked.bits:

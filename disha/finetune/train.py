@@ -283,7 +283,7 @@ def _train(trainer: Trainer, folder: Path) -> Outcome:
 
 
 def _require_same_base(model: Any, checkpoint: str) -> None:
-    """Load a checkpoint, which raises if its base is another one. `Trainer` would not see it."""
+    """Load a checkpoint, which raises if its base is another one. `Trainer` would not notice."""
     if any(parameter.is_meta for parameter in model.parameters()):
         return  # with FSDP, the base of later ranks has no values yet
     with warnings.catch_warnings(action="error", category=AdapterFileWarning):

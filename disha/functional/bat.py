@@ -82,8 +82,9 @@ def bat_delta_weight(weight: Tensor, block: Tensor) -> Tensor:
     tiles = square_tiles(weight.to(dtype), r)
     block = block.to(dtype)
     with without_autocast(weight.device):
-        product = torch.unflatten(tiles @ block, -2, (r, -1))  # (..., a, i, b, j)
-    delta = (product + block.unsqueeze(-2)).flatten(-4, -3).flatten(-2)  # (..., a i, b j)
+        product = torch.unflatten(tiles @ block, -2, (r, -1))
+    # (..., a, i, b, j): row i and column j of tile (a, b), which becomes row a r + i of dW.
+    delta = (product + block.unsqueeze(-2)).flatten(-4, -3).flatten(-2)
     return delta[..., :out_features, :in_features]
 
 
@@ -142,7 +143,7 @@ def bat_linear(
     Products are computed in the dtype of the operands. In 16 bits, W + W D is rounded once, and
     the other part of dW, D itself, is added to the output. W must be frozen. The result is None
     where `bat_forward` is needed: for transforms of `torch.func`, forward-mode derivatives, and
-    operands of several dtypes. Compiled code forms all of W_eff, in one loop.
+    operands of several dtypes. Compiled code forms all of W_eff at once.
     """
     if is_cast(x):
         dtype = torch.get_autocast_dtype(x.device.type)
@@ -306,7 +307,7 @@ def _form_rows(
 
 
 def _form_traced(weight: Tensor, block: Tensor) -> Tensor:
-    """Return W_eff for compiled code, where the sum, in at least float32, is one loop."""
+    """Return W_eff for compiled code, which adds in at least float32, in a single loop."""
     _, r, _ = block.shape
     tiles = square_tiles(weight, r)
     dtype = merge_dtype(weight.dtype)
@@ -334,9 +335,12 @@ def bat_streamed(x: Tensor, weight: Tensor, block: Tensor) -> Tensor:
     shards = shards.reshape(matrices * count, -1, r)
     moved = torch.baddbmm(shards, shards, block.reshape(matrices * count, r, r).mT)
     moved = moved.view(matrices * count, tokens, in_features)
+    # The products with the r rows of each block: (matrices * out / r, tokens, r)
     rows = square_tiles(weight.contiguous(), r).reshape(matrices * count, r, in_features)
-    output = torch.bmm(moved, rows.mT).view(*stack, count, tokens, r)
-    output = output.transpose(-3, -2).reshape(*stack, tokens, count * r)
+    output = torch.bmm(moved, rows.mT)
+    # Side by side, they are the outputs: (*stack, tokens, out)
+    output = output.view(*stack, count, tokens, r).transpose(-3, -2)
+    output = output.reshape(*stack, tokens, count * r)
     sums, overflow_scale = shard_sums(x, r)
     output = output + scaled(sums @ block.reshape(*stack, count * r, r).mT, overflow_scale)
     return output[..., : weight.shape[-2]]

@@ -174,7 +174,7 @@ def routed_delta(x: Tensor, blocks: Sequence[Tensor], choices: Tensor) -> Tensor
     """
     samples = choices.shape[0]
     r, out_features = blocks[0].shape
-    table = torch.stack([*blocks, torch.zeros_like(blocks[0])])
+    table = torch.stack([*blocks, torch.zeros_like(blocks[0])])  # zeros for samples without one
     tokens = x.shape[:-1].numel() // samples  # of one sample
     sums, overflow_scale = shard_sums(x, r)
     product = sums.reshape(samples, tokens, r) @ table.to(x.dtype)[choices]

@@ -163,8 +163,10 @@ class Layout:
 
     def reason_against_shape(self, shape: Sequence[int]) -> str | None:
         """Return why a weight of a shape can't have this layout, or None if it can."""
-        remaining = len(shape) - len(self.axes)  # beyond the first of `*kernel`
-        fits = remaining >= 0 if self.has_kernel else remaining == 0
+        more_axes = len(shape) - len(self.axes)
+        fits = more_axes == 0
+        if self.has_kernel:  # `*kernel` stands for one axis or more
+            fits = more_axes >= 0
         if not fits:
             return f"its shape {tuple(shape)} does not have the axes {self.pattern!r}"
         if self.pattern == "in out *kernel" and shape[0] % self.groups:
@@ -283,8 +285,9 @@ def place_outputs(part: Tensor, output_ranges: OutputRanges, size: int, dim: int
     shape = list(part.shape)
     shape[dim] = size
     whole = part.new_full(shape, -0.0)  # x + -0.0 keeps every bit of x, also of -0.0
-    taken = 0
+    position = 0  # in the part
     for first, stop in output_ranges:
-        whole.narrow(dim, first, stop - first).copy_(part.narrow(dim, taken, stop - first))
-        taken += stop - first
+        count = stop - first
+        whole.narrow(dim, first, count).copy_(part.narrow(dim, position, count))
+        position += count
     return whole

@@ -70,8 +70,8 @@ class Method:
         uses_shard_sum: whether dW x = S(x) R. R acts as a smaller weight: the product of x with dW
             equals the product of S(x) with R.
         tiles: whether a block can have an output shard r_out.
-        replaces: whether D^T has new values of W. Then a block starts as W is, whatever `init`
-            says.
+        replaces: whether the block replaces W: D^T has its new values, and dW = D^T - W. Such a
+            block starts with the values of W, whatever `init` says.
         additive: whether dW is linear in D. If so, combining adapters adds up their blocks, which
             gives wrong numbers for a method that is not linear.
 
@@ -123,8 +123,8 @@ class Method:
         """Return dW as a stack of matrices (..., out, in), in the dtype of its arguments.
 
         `matrices` is W (..., out, in) if the method `reads_weight`, or else None. D and W come in
-        float32, or in float64 if one of them is wider. So dW has all its digits, and is rounded
-        once, when it is added to W.
+        float32, or in float64 if one of them is wider, so that dW is rounded only once: when it is
+        added to W.
         """
         raise NotImplementedError
 
@@ -223,20 +223,25 @@ class Method:
             factor = self.shard_sum_factor(matrix, geometry, r)
             delta = bone_delta_weight(factor, geometry.in_features, geometry.out_features)
         else:
-            dtype = merge_dtype(weight.dtype, block.dtype)
-            matrices = None
-            if self.reads_weight:
-                matrices = layout.matrices(layout.part(weight, output_ranges)).to(dtype)
-            with without_autocast(weight.device):
-                delta = self.delta(matrix.to(dtype), geometry, matrices)
+            part = layout.part(weight, output_ranges)
+            delta = self._compute_delta(matrix, geometry, layout, part)
         if layout.padding_idx is not None:
             index = torch.tensor([layout.padding_idx], device=delta.device)
             delta = delta.index_fill(-1, index, 0.0)
         out_features = layout.geometry(weight.shape).out_features
         return layout.weight(place_outputs(delta, output_ranges, out_features))
 
+    def _compute_delta(
+        self, block: Tensor, geometry: Geometry, layout: Layout, weight: Tensor
+    ) -> Tensor:
+        """Return dW as a stack of matrices, in a dtype in which it keeps its digits."""
+        dtype = merge_dtype(weight.dtype, block.dtype)
+        matrices = layout.matrices(weight).to(dtype) if self.reads_weight else None
+        with without_autocast(weight.device):
+            return self.delta(block.to(dtype), geometry, matrices)
+
     def block_of(self, layout: Layout, part: Tensor) -> Tensor:
-        """Return the block that `replaces` a weight, or some rows of one, by the same values."""
+        """Return the kept block with the values of a weight, or of a part of one."""
         return self.kept_block(layout, layout.matrices(part).mT)
 
     def wider_block(self, layout: Layout, block: Tensor, r: int, wider: int) -> Tensor | None:
@@ -329,16 +334,18 @@ class _Bat(Method):
     def of_outputs(
         self, block: Tensor, start: int, stop: int, geometry: Geometry, r: int
     ) -> Tensor | None:
-        r = block.shape[-1]  # the argument r may be 0: methods of the library know r from D
-        if start % r or (stop % r and stop != geometry.out_features):
+        size = block.shape[-1]  # the argument r may be 0: methods of the library know r from D
+        if start % size or (stop % size and stop != geometry.out_features):
             return None
-        return block[..., start // r : shard_count(stop, r), :, :]
+        return block[..., start // size : shard_count(stop, size), :, :]
 
     def of_inputs(
         self, block: Tensor, start: int, stop: int, geometry: Geometry, r: int
     ) -> Tensor | None:
-        r = block.shape[-1]
-        return None if start % r or (stop % r and stop != geometry.in_features) else block
+        size = block.shape[-1]
+        if start % size or (stop % size and stop != geometry.in_features):
+            return None
+        return block
 
 
 class _Rows(Method):
@@ -430,6 +437,7 @@ def register_method(method: Method) -> None:
                 f"there is a method {name!r} already, of the class {type(known).__name__}; give "
                 f"{cls.__name__} another name"
             )
+        # A file has the name alone, so it could not tell two settings of one name apart.
         if type(known) is cls and vars(known) != vars(method):
             raise ArgumentError(
                 f"there is a method {name!r} already, with other settings; files store only the "

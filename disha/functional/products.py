@@ -88,6 +88,7 @@ def update_product(
     terms = shard_sum_terms([update], layout, geometry)
     if terms:
         return _shard_sum_product(multiply, x, layout, terms[0], geometry)
+    # Only a matrix (out, in) can be cut to the adapted outputs; other weights get all of dW.
     ranges = update.output_ranges if layout.pattern == "out in" else ()
     if is_lookup(x):
         delta = _scaled_delta(update, layout, weight, only_ranges=bool(ranges))

@@ -13,7 +13,6 @@ ways:
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import groupby
 
@@ -37,15 +36,15 @@ Run = tuple[str | None, int]
 """An adapter, or None, and how many entries of a leading dimension go through it."""
 
 
-@dataclass(frozen=True)
 class Route:
-    """An adapter for each sample of a batch, or None for no adapter."""
+    """An adapter for each sample of a batch, or None for no adapter.
 
-    names: tuple[str | None, ...]  # each covers an equal part of an input's first dimension
-    # The tensors of indices that `_on_device` has made.
-    _indices: dict[tuple[tuple[int, ...], torch.device], Tensor] = field(
-        default_factory=dict, compare=False
-    )
+    Each of the `names` covers an equal part of an input's first dimension.
+    """
+
+    def __init__(self, names: tuple[str | None, ...]) -> None:
+        self.names = names
+        self._indices: dict[tuple[tuple[int, ...], torch.device], Tensor] = {}  # by `_on_device`
 
     @cached_property
     def adapters(self) -> tuple[str, ...]:
@@ -74,31 +73,30 @@ class Route:
     ) -> tuple[list[tuple[str, Tensor]], Tensor]:
         """Return each adapter with its indices along a leading dimension, and all these indices.
 
-        What has no adapter comes last, under an empty name.
+        Samples without an adapter come last, under an empty name.
         """
-        places = self._places(self.adapters)
-        order = sorted(range(len(places)), key=places.__getitem__)
         entries = self.entries_of_name(size)
-        indices: list[int] = []
-        for sample in order:
-            indices += range(sample * entries, (sample + 1) * entries)
-        runs = self.runs([self.names[sample] for sample in order], size)
-        all_indices = self._on_device(tuple(indices), device)
-        indices_of_runs = torch.split(all_indices, [count for _, count in runs])
-        by_adapter = [(name or "", part) for (name, _), part in zip(runs, indices_of_runs)]
-        return by_adapter, all_indices
+        indices: dict[str, list[int]] = {adapter: [] for adapter in self.adapters}
+        if None in self.names:
+            indices[""] = []
+        for sample, name in enumerate(self.names):
+            indices[name or ""] += range(sample * entries, (sample + 1) * entries)
+        sorted_indices: list[int] = []
+        for indices_of_adapter in indices.values():
+            sorted_indices += indices_of_adapter
+        order = self._on_device(tuple(sorted_indices), device)
+        parts = torch.split(order, [len(part) for part in indices.values()])
+        return list(zip(indices, parts)), order
 
     def choices(self, adapters: Sequence[str], device: torch.device) -> Tensor:
         """Return the index of each sample's adapter, or the number of adapters for no adapter."""
-        return self._on_device(tuple(self._places(adapters)), device)
-
-    def _places(self, adapters: Sequence[str]) -> list[int]:
-        """Return the place of each sample's adapter among these, or their number if it has none."""
-        place = {adapter: index for index, adapter in enumerate(adapters)}
-        return [place.get(name or "", len(place)) for name in self.names]
+        index_of = {adapter: index for index, adapter in enumerate(adapters)}
+        choices = [index_of.get(name or "", len(index_of)) for name in self.names]
+        return self._on_device(tuple(choices), device)
 
     def _on_device(self, indices: tuple[int, ...], device: torch.device) -> Tensor:
-        # Kept because every layer needs the same indices, and a captured graph can't copy them.
+        """Return indices as a tensor, the same one each time."""
+        # Every layer needs the same indices, and a captured graph can't copy them to a device.
         key = (indices, device)
         if key not in self._indices:
             with torch.inference_mode(False):
@@ -116,7 +114,8 @@ class Routed(Updates):
         batch: int = 0,  # the number of samples if they are the second dimension
     ) -> None:
         super().__init__(tuple([update for updates in by_adapter.values() for update in updates]))
-        # None for a route with one adapter too, so that it works nowhere but where two do.
+        # None even if the route has a single adapter. An operation that needs the same updates for
+        # all samples then raises for one adapter as it does for two.
         self.of_all_samples = None
         self.route = route
         self.by_adapter = by_adapter
@@ -135,9 +134,11 @@ class Routed(Updates):
                 f"weight of shape {tuple(shape)} got an input of shape {tuple(x.shape)}; "
                 "pass a batch, or use one adapter at a time"
             )
-        self.route.entries_of_name(x.shape[0])
+        self.route.entries_of_name(x.shape[0])  # raises if the names don't divide the samples
         names = self.route.names
-        return self.by_adapter.get(names[0] or "", ()) if len(set(names)) == 1 else None
+        if len(set(names)) > 1:
+            return None
+        return self.by_adapter.get(names[0] or "", ())
 
     def map(self, change: Change) -> Updates | None:
         """Return the updates of a view, or None if a block can't be cut there."""
@@ -173,10 +174,12 @@ class Routed(Updates):
             samples_first = x.reshape(-1, self.batch, x.shape[-1]).transpose(0, 1)
             output = Routed(self.route, self.by_adapter).linear(samples_first, weight, bias)
             return output.transpose(0, 1).contiguous().view(*x.shape[:-1], output.shape[-1])
-        same = self.of_input(x, weight.shape)
-        if same is not None or not x.shape[0]:
-            return adapted_linear(x, weight, bias, same or ())
-        if not all(update.method.uses_shard_sum for update in self.every):
+        of_all = self.of_input(x, weight.shape)
+        if of_all is None and not x.shape[0]:
+            of_all = ()  # there are no samples
+        if of_all is not None:
+            return adapted_linear(x, weight, bias, of_all)
+        if not all(update.method.uses_shard_sum for update in self.all_updates):
             return _linear_by_adapter(x, weight, bias, self)
         matrices = _find_matrices_of_one_shape(self.by_adapter, MATRIX.geometry(weight.shape))
         if matrices is None:

@@ -73,7 +73,7 @@ def shard_sum(x: Tensor, r: int, dtype: torch.dtype | None = None, dim: int = -1
 
 
 def is_inexact(x: Tensor) -> bool:
-    """Whether a tensor has floating-point or complex numbers, and no integers (as in numpy)."""
+    """Whether a tensor has floating-point or complex numbers: `inexact`, as numpy calls them."""
     return x.is_floating_point() or x.is_complex()
 
 
@@ -93,8 +93,9 @@ def shard_sums(x: Tensor, r: int, dim: int = -1) -> tuple[Tensor, float]:
     product_dtype = torch.get_autocast_dtype(x.device.type) if is_cast(x) else x.dtype
     if product_dtype != torch.float16:
         return shard_sum(x, r, dim=dim), 1.0
-    f = float(2 ** (shard_count(x.shape[dim], r) - 1).bit_length())
-    return (shard_sum(x, r, torch.float32, dim) / f).to(x.dtype), f
+    overflow_scale = float(2 ** (shard_count(x.shape[dim], r) - 1).bit_length())
+    sums = shard_sum(x, r, torch.float32, dim)
+    return (sums / overflow_scale).to(x.dtype), overflow_scale
 
 
 def tiled(block: Tensor, out_features: int) -> Tensor:
@@ -111,8 +112,8 @@ def tiled(block: Tensor, out_features: int) -> Tensor:
     # guard its cache of shapes.
     tiles = out_features // r_out
     # On a CPU, torch can't concatenate float16 under autocast.
-    halves = block.dtype == torch.float16 and autocasts(block.device)
-    if tiles <= FEW_TILES and not halves:
+    can_concatenate = block.dtype != torch.float16 or not autocasts(block.device)
+    if tiles <= FEW_TILES and can_concatenate:
         return torch.cat([block] * tiles, -1)
     leading = (1,) * (block.dim() - 1)
     return block.repeat(*leading, tiles)

@@ -17,7 +17,7 @@ from disha.functional.update import Update
 
 def adapted_stack(x: Tensor, weight: Tensor, updates: Sequence[Update]) -> Tensor:
     """Return x (W + sum of s dW)^T for a stack of matrices, each with its own part of x."""
-    # Whether an update has to be folded into W, which needs memory for each matrix.
+    # Folding an update into W needs memory for each matrix.
     folds = any(not update.method.uses_shard_sum and not update.dropout for update in updates)
     if folds and x.shape[0] == 1:
         x = x.expand(weight.shape[0], -1, -1)
@@ -78,7 +78,7 @@ def _multiply_runs(x: Tensor, weight: Tensor, offsets: Tensor, updates: Sequence
     outputs = []
     start = 0
     by_matrix = list(zip(*[update.unstack() for update in updates]))
-    with without_autocast(x.device):  # autocast leaves grouped products alone
+    with without_autocast(x.device):  # autocast does not cast grouped products
         for index, stop in enumerate(offsets.tolist()):
             if stop > start or not x.shape[0]:
                 tokens = x[start:stop]

@@ -28,23 +28,23 @@ class Updates:
     """The updates of a weight, the same for all samples.
 
     Attributes:
-        every: all of them.
-        of_all_samples: `every` too if all samples have all of them; None if samples differ.
+        all_updates: all of them.
+        of_all_samples: the same if all samples have all of them; None if samples differ.
     """
 
     of_all_samples: tuple[Update, ...] | None
 
-    def __init__(self, every: tuple[Update, ...]) -> None:
-        self.every = self.of_all_samples = every
+    def __init__(self, updates: tuple[Update, ...]) -> None:
+        self.all_updates = self.of_all_samples = updates
 
     def of_input(self, x: Tensor, shape: Sequence[int]) -> tuple[Update, ...] | None:
         """Return the updates of all samples of an input, or None if they differ by sample."""
-        return self.every
+        return self.all_updates
 
     def map(self, change: Change) -> Updates | None:
         """Return the updates of a view, or None if a block can't be cut there."""
-        every = change(self.every)
-        return None if every is None else Updates(tuple(every))
+        of_view = change(self.all_updates)
+        return None if of_view is None else Updates(tuple(of_view))
 
     def for_attention(self, query: Tensor) -> Updates:
         """Return the updates for torch's attention, where samples are the second dimension."""
@@ -52,16 +52,16 @@ class Updates:
 
     def compute_weight(self, weight: Tensor, layout: Layout) -> Tensor:
         """Return W + sum of s dW."""
-        if any(update.dropout for update in self.every):
+        if any(update.dropout for update in self.all_updates):
             raise ModeError(
                 "the adapter's dropout can't act here: it drops inputs, and this operation needs a "
                 "computed weight; use dropout=0, or exclude the weight"
             )
-        return functional.computed_weight(weight, layout, self.every)
+        return functional.computed_weight(weight, layout, self.all_updates)
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Return the product of a linear layer, whose weight is (out, in)."""
-        return adapted_linear(x, weight, bias, self.every)
+        return adapted_linear(x, weight, bias, self.all_updates)
 
     def product(
         self,
@@ -83,6 +83,6 @@ class Updates:
 
     def add_updates(self, output: Tensor, x: Tensor, delta_of: DeltaOf) -> Tensor:
         """Return an output plus what each update adds to it."""
-        for update in self.every:
+        for update in self.all_updates:
             output = output + delta_of(x, update).to(output.dtype)
         return output

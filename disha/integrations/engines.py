@@ -36,7 +36,7 @@ def kept_keys(model: nn.Module, adapter: str) -> set[str]:
 
 
 def leave_out_base(model: nn.Module, kept: Collection[str], engine: str) -> None:
-    """Keep the base out of the state that an engine writes, and do not miss it in loading."""
+    """Keep the base out of the state that an engine writes, and let loading do without it."""
     is_deepspeed = engine == "DEEPSPEED"
     if is_deepspeed:
         _leave_base_out_of_deepspeed()
@@ -61,8 +61,9 @@ def leave_out_base(model: nn.Module, kept: Collection[str], engine: str) -> None
             for key in filter(is_base, list(state)):
                 del state[key]
 
-    def forgive(module: nn.Module, found: Any) -> None:
-        found.missing_keys[:] = [key for key in found.missing_keys if not is_base(key)]
+    def forgive(module: nn.Module, incompatible: Any) -> None:
+        missing = incompatible.missing_keys
+        missing[:] = [key for key in missing if not is_base(key)]
 
     model.register_state_dict_post_hook(drop)  # type: ignore[no-untyped-call]
     model.register_load_state_dict_post_hook(forgive)  # type: ignore[no-untyped-call]

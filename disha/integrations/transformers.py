@@ -35,9 +35,12 @@ NO_MODEL = {
     "model_type": f"adapter of disha: load {ADAPTER_NAME} with disha.load_adapter",
     "quantization_config": {},
 }
-"""The configuration in a checkpoint. `AutoModel` refuses the type, and says it. A class of models
-ignores the type, but refuses a quantisation without a method. Without this, it would return a model
-of random weights."""
+"""The configuration in a checkpoint, so that `from_pretrained` raises.
+
+Otherwise, it would return a model of random weights.
+`AutoModel` refuses the type, and its error says how to load the adapter. A class such as
+`LlamaForCausalLM` ignores the type, but refuses a quantisation without a method.
+"""
 
 QUANTIZED = ("is_quantized", "is_loaded_in_4bit", "is_loaded_in_8bit")
 """What tells trainers that a model is quantised. They know adapters of PEFT only: `Trainer` refuses

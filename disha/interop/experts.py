@@ -103,7 +103,9 @@ def stack_factors(update: LowRankUpdate) -> tuple[Tensor, Tensor]:
     return a, rearrange(update.b, "expert o r -> o (r expert)")
 
 
-def misread_by_peft(layers: Sequence[LayerRecord], form: str, model_type: str | None) -> list[str]:
+def list_misread_by_peft(
+    layers: Sequence[LayerRecord], form: str, model_type: str | None
+) -> list[str]:
     """Return a line for each layer that PEFT would take for something else."""
     if form not in get_args(Form):
         raise ArgumentError(f"experts must be 'stacked' or 'separate', got {form!r}")
@@ -134,7 +136,7 @@ def misread_by_peft(layers: Sequence[LayerRecord], form: str, model_type: str | 
 # --- writing: separate ---------------------------------------------------------------------------
 
 
-def in_form(
+def convert_experts(
     updates: list[LowRankUpdate],
     form: str,
     also_train: Sequence[str],
@@ -151,9 +153,7 @@ def in_form(
         )
     for name in sorted(names):
         owner, _, last = name.rpartition(".")
-        other_stack = GATE_UP
-        if last == GATE_UP:
-            other_stack = DOWN
+        other_stack = DOWN if last == GATE_UP else GATE_UP
         other = f"{owner}.{other_stack}"
         if other not in names:
             raise ConversionError(

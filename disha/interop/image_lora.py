@@ -114,7 +114,7 @@ def export(
                 )
             refuse_to_write(f"a LoRA would not compute what the {name} does", problems)
     bases = {name: base_weights(view, adapter) for name, view in views.items()}
-    updates = _updates(contents, bases, rank)
+    updates = _collect_updates(contents, bases, rank)
     with ranks.fail_together(action):
         if ranks.writes:
             save_tensors(target, tensors_of(updates))
@@ -216,12 +216,12 @@ def write_file(
     bases: Mapping[str, BaseWeight | None],
 ) -> LoraReport:
     """Write the adapters of components as `export` does, without their models."""
-    updates = _updates(contents, bases, rank)
+    updates = _collect_updates(contents, bases, rank)
     save_tensors(path, tensors_of(updates))
     return LoraReport.of(path, updates)
 
 
-def _updates(
+def _collect_updates(
     contents: Mapping[str, AdapterContents],
     bases: Mapping[str, BaseWeight | None],
     rank: int | None,
@@ -234,15 +234,15 @@ def _updates(
                 f"an image LoRA has no component {component!r}; allowed are "
                 f"{', '.join(COMPONENTS)} (--component of disha convert)"
             )
-        other = [
+        refused = [
             record.name
             for record in adapted.layers
             if record.layout.pattern not in ("out in", CONV) or not record.name
         ]
-        other += adapted.also_train
-        if other:
+        refused += adapted.also_train
+        if refused:
             raise ConversionError(
-                f"an image LoRA can't hold {list_names(other)} of the {component}, only linear "
+                f"an image LoRA can't hold {list_names(refused)} of the {component}, only linear "
                 "layers and convolutions; leave them out (`exclude`, --no_also_train), or merge"
             )
         base = bases.get(component)
@@ -253,7 +253,7 @@ def _updates(
 
 
 def _name_in_file(component: str, name: str) -> str:
-    """Return the name of a layer in a file, where those of CLIP text encoders have `text_model`."""
+    """Return the name of a layer in a file: in a CLIP text encoder, it begins with `text_model`."""
     if component.startswith("text_encoder") and name.startswith("encoder.layers."):
         return f"text_model.{name}"
     return name

@@ -277,9 +277,8 @@ def _read(folder: PathLike, also_train: bool) -> tuple[PeftFolder, AdapterConfig
     blocks = {key.removesuffix(end): tensors.pop(key) for key in keys}
     method = READ_INIT_WEIGHTS[init]
     dropout = 0.0
-    if (
-        not is_legacy and method != BAT
-    ):  # Bone and BAT have no dropout in PEFT, whatever the field says
+    # In PEFT, Bone and BAT have no dropout, whatever the field says.
+    if not is_legacy and method != BAT:
         dropout = fields.get("miss_dropout", 0.0)
     r_out = None
     if is_tile:

@@ -369,7 +369,7 @@ def keep_for_model(view: ModelView, folder: PeftFolder) -> None:
     problems = []
     for name, tensor in folder.tensors.items():
         untrained = _find_untrained(view, folder, name)
-        if untrained is not None and _equal_in_narrower(tensor, untrained):
+        if untrained is not None and _are_equal_in_narrower(tensor, untrained):
             continue
         names: tuple[str, ...] = (name,)
         if name in view.parameters_by_name:
@@ -407,7 +407,7 @@ def _reason_against_tying(tensors: Tensors, name: str, names: Iterable[str]) -> 
     return None
 
 
-def _equal_in_narrower(tensor: Tensor, in_model: Tensor) -> bool:
+def _are_equal_in_narrower(tensor: Tensor, in_model: Tensor) -> bool:
     """Whether two tensors are equal in the narrower of their dtypes."""
     dtype = min(tensor.dtype, in_model.dtype, key=attrgetter("itemsize"))
     return torch.equal(tensor.to(dtype), gather(in_model).cpu().to(dtype))

@@ -108,8 +108,8 @@ class BitsandbytesLayer(nn.Module):
             if state is not None and bits_of(self, weight) is None:
                 weight.quant_state = state  # FSDP has made a new parameter without it
             return super().forward(*args, **kwargs)
-        inputs = (*args, *kwargs.values())
-        input: Any = inputs[0]
+        # The layer takes one tensor, by position or by name.
+        input: Any = (*args, *kwargs.values())[0]
         bias: Any = self._parameters["bias"]
         if bias is not None:
             bias = bias.to(weight.dtype)

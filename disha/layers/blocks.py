@@ -39,7 +39,7 @@ MERGED = f"{CHILD_NAME}.merged"
 
 @dataclass(frozen=True)
 class Slot:
-    """A weight of a module that can be adapted: a parameter, or some rows of one."""
+    """A weight of a module that can be adapted: a parameter, or some outputs of one."""
 
     name: str  # below its module, in targets and files; empty for `weight`
     parameter: str  # the attribute of the module that holds it
@@ -105,6 +105,7 @@ class AdapterBlock(nn.Module):
 
     def update(self, on_meta: bool = False, group: Group | None = None) -> Update:
         """Return the update for products with the weight, with the current scale and dropout."""
+        # D is the parameter itself, unless accelerate, ZeRO-3 or FSDP keeps it elsewhere.
         # Read as attributes: torch 2.15 compiles no guards for items of `__dict__`.
         parameters = self._parameters
         values: Any = parameters.get(self.parameter_name)
@@ -263,7 +264,7 @@ class Adapters(nn.Module):
     active: tuple[str, ...]
     merged: Merged | None
     all_blocks: dict[str, dict[str, tuple[AdapterBlock, ...]]]
-    """Parameter -> adapter -> its blocks for the parameter, each for other rows."""
+    """Parameter -> adapter -> its blocks for the parameter, each for other outputs."""
     active_blocks: dict[str, tuple[AdapterBlock, ...]]
     """Parameter -> the blocks that act on it outside of contexts; none while merged."""
     only_linear_block: AdapterBlock | None
@@ -354,8 +355,9 @@ class Adapters(nn.Module):
         all_blocks: dict[str, dict[str, tuple[AdapterBlock, ...]]] = {}
         children: dict[str, Any] = dict(self._modules)  # a copy: another thread may add one
         for adapter, child in children.items():
-            held = [(block.slot.parameter, block) for block in self.blocks(adapter).values()]
-            for parameter, block in (*held, *child.borrowed):
+            own_blocks = self.blocks(adapter).values()
+            placed = [(block.slot.parameter, block) for block in own_blocks]
+            for parameter, block in (*placed, *child.borrowed):
                 of_adapters = all_blocks.setdefault(parameter, {})
                 of_adapters[adapter] = (*of_adapters.get(adapter, ()), block)
         # Written to __dict__, because assigning through nn.Module is slow.
@@ -403,7 +405,7 @@ class Adapters(nn.Module):
         """Return the updates of the blocks that act on a parameter."""
         if isinstance(override, Route):
             by_adapter = {
-                adapter: self.updates(parameter, (adapter,), compiling, on_meta).every
+                adapter: self.updates(parameter, (adapter,), compiling, on_meta).all_updates
                 for adapter in override.adapters
             }
             return Routed(override, by_adapter)

@@ -40,6 +40,7 @@ def set_requires_grad(module: nn.Module, name: str, flag: bool) -> None:
 def restore_flags(module: nn.Module) -> None:
     """Give the module's parameters their first flags back, and forget everything."""
     for name, flag in attributes_of(module).pop(_FLAGS, {}).items():
+        # As a plain dict: in the one that ZeRO-3 puts there, a lookup may gather the parameter.
         parameter = dict(module._parameters).get(name)
         if parameter is not None:
             parameter.requires_grad = flag.first

@@ -21,11 +21,11 @@ from disha.layers.weights import matrix_weights, read_weight
 from disha.sharding.zero import whole_shape
 
 Kind = Callable[[Any], Iterable[Slot]]
-"""Module -> its weights."""
+"""A function of a module: its weights that can be adapted, with their layouts."""
 
 
 def slot_of(parameter: str, layout: Layout) -> Slot:
-    """Return the slot of a parameter, all of its rows."""
+    """Return the slot of a whole parameter."""
     name = "" if parameter == "weight" else parameter
     return Slot(name, parameter, layout)
 

@@ -18,6 +18,6 @@ def device_in_forward(module: nn.Module, device: torch.device) -> torch.device:
 
 def offloading_hooks(module: nn.Module) -> list[Any]:
     """Return the hooks of accelerate that load this module's weights for each forward."""
-    hook = module.__dict__.get("_hf_hook")
-    hooks = getattr(hook, "hooks", (hook,))  # accelerate can chain several into one
-    return [each for each in hooks if getattr(each, "offload", False) is True]
+    outer_hook = module.__dict__.get("_hf_hook")
+    hooks = getattr(outer_hook, "hooks", (outer_hook,))  # accelerate can chain several into one
+    return [hook for hook in hooks if getattr(hook, "offload", False) is True]

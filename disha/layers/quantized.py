@@ -137,7 +137,7 @@ def weight_for(method: Method, module: nn.Module, slot: Slot, weight: Any, like:
     assert slot.shape is not None
     if method.reads_weight:
         return dequantize(module, weight)
-    return like.new_empty(()).expand(slot.shape)
+    return like.new_empty(()).expand(slot.shape)  # of one number in memory
 
 
 # --- modules with a quantised weight -------------------------------------------------------------

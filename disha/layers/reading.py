@@ -45,12 +45,12 @@ LINEAR_FORWARD = nn.Linear.forward
 def weight_property(original: type[nn.Module], name: str) -> property:
     """Return the property that reads a parameter of a class as an effective weight."""
     read_base = base_reader(original, name)
-    has_usual_lookup = original.__getattr__ is nn.Module.__getattr__
-    is_stored = has_usual_lookup and not hasattr(original, name)  # and not computed by the class
+    # Whether the value is in `_parameters`, and nothing in the class computes it.
+    is_stored = original.__getattr__ is nn.Module.__getattr__ and not hasattr(original, name)
 
     def read(layer: nn.Module) -> Any:
         parameters: dict[str, Any] = layer._parameters
-        # Without a call in the usual case.
+        # `read_base` would do in every case, but costs a call.
         base = parameters[name] if is_stored and name in parameters else read_base(layer)
         adapters: Any = layer._modules.get(CHILD_NAME)
         if adapters is None:

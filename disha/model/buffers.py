@@ -41,7 +41,7 @@ class _Remembered(NamedTuple):
     def differs_from(self, now: Tensor) -> bool:
         """Whether a buffer may have changed."""
         if self.former.is_meta or now.is_meta:
-            return self.is_whole  # nobody knows; so it is saved, if it is one that adapters save
+            return self.is_whole  # unknown; a buffer that adapters save is saved to be safe
         current = _read(now, self.is_whole)
         former = self.former.to(current)
         if torch.equal(current, former):
@@ -75,7 +75,7 @@ def claimant_of(buffer: ModelBuffer) -> str | None:
 def remember_buffers(
     view: ModelView, adapter: str, also_train: Collection[str], undo: ExitStack
 ) -> None:
-    """Remember the buffers that are not remembered yet, and those that the adapter shall save."""
+    """Remember the buffers that are not remembered yet, and those that the adapter will save."""
     model: Any = view.model
     if not _find_hooks(model):
         handle = model.register_load_state_dict_pre_hook(_before_loading)
@@ -155,14 +155,14 @@ def _has_changed(buffer: ModelBuffer) -> bool:
 
 
 def put_back_buffers(
-    view: ModelView, undo: ExitStack, adapter: str | None = None, but: Container[str] = ()
+    view: ModelView, undo: ExitStack, adapter: str | None = None, excepted: Container[str] = ()
 ) -> None:
     """Put the former values back into the buffers that an adapter saves, or that any does.
 
-    The buffers named in `but` keep what they have.
+    The buffers named in `excepted` keep what they have.
     """
     for buffer in view.buffers:
-        if buffer.name not in but and _is_saved(buffer, adapter) and _has_changed(buffer):
+        if buffer.name not in excepted and _is_saved(buffer, adapter) and _has_changed(buffer):
             _put_back(buffer, undo)
 
 

@@ -405,7 +405,7 @@ def _observe(runner: _Runner, blocks: list[AdapterBlock], training: bool) -> _Se
     with runner.mode(training):
         read, outputs = _run_and_note_reads(runner, blocks)
         try:
-            reached = _with_gradient(outputs, read)
+            reached = _find_with_gradient(outputs, read)
             error = ""
         except DishaError:
             raise
@@ -467,7 +467,9 @@ def _run_and_note_reads(
     return read, outputs
 
 
-def _with_gradient(outputs: list[Tensor], read: dict[AdapterBlock, Tensor]) -> set[AdapterBlock]:
+def _find_with_gradient(
+    outputs: list[Tensor], read: dict[AdapterBlock, Tensor]
+) -> set[AdapterBlock]:
     """Return the blocks that get a gradient from a random sum of the outputs."""
     generator = torch.Generator("cpu").manual_seed(1)
     sums = []
@@ -513,7 +515,7 @@ def _find_stuck_blocks(
         write(block.block, torch.zeros(whole_shape(block.block), device="cpu"), undo)
         with runner.mode(modes[0].training):
             read, outputs = _run_and_note_reads(runner, [block])
-            if block not in _with_gradient(outputs, read):
+            if block not in _find_with_gradient(outputs, read):
                 stuck.add(block.method)
     return {block for block in zeros if block.method in stuck}
 
@@ -551,17 +553,17 @@ def _compare_merged(
     for model_block in active:
         together[model_block.layer] += borrowers[model_block.block].values()
     tolerance = _relative_tolerance(seen.outputs, active)
-    sums_before = _weight_sums(active)
-    allowed = _changes_by_rounding(runner, seen, tolerance)  # runs the model once
-    sums_after = _weight_sums(active)  # other sums: that forward changed a weight
-    all_alike = not _difference(merged, seen.outputs, tolerance, allowed)
+    sums_before = _sum_weights(active)
+    allowed = _measure_rounding(runner, seen, tolerance)  # runs the model once
+    sums_after = _sum_weights(active)  # other sums: that forward changed a weight
+    all_alike = not _describe_difference(merged, seen.outputs, tolerance, allowed)
     answers: dict[AdaptedLayer, tuple[bool | None, str]] = {}
     for layer, layers in together.items():
         difference = ""
         if not all_alike:
             part = ModelView(nn.ModuleList(layers))
             outputs = _run_merged(part, runner, seen.training)
-            difference = _difference(outputs, seen.outputs, tolerance, allowed)
+            difference = _describe_difference(outputs, seen.outputs, tolerance, allowed)
         answers[layer] = not difference, difference
     for model_block in active:
         if sums_before.get(model_block.block) != sums_after.get(model_block.block):
@@ -583,7 +585,7 @@ def _relative_tolerance(outputs: list[Tensor], active: list[ModelBlock]) -> floa
     return float(max(torch.finfo(dtype).eps for dtype in dtypes) ** 0.5)
 
 
-def _changes_by_rounding(runner: _Runner, seen: _Seen, tolerance: float) -> list[float]:
+def _measure_rounding(runner: _Runner, seen: _Seen, tolerance: float) -> list[float]:
     """Return for each output by how much it may differ when weights are rounded in another way.
 
     This is measured by a relative change of all blocks by `tolerance`. So it is small where outputs
@@ -595,10 +597,12 @@ def _changes_by_rounding(runner: _Runner, seen: _Seen, tolerance: float) -> list
         outputs = runner.run(seen.training)
     if _shapes_of(outputs) != _shapes_of(seen.outputs):
         return [0.0] * len(seen.outputs)
-    return [ROUNDINGS * _largest(output - former) for output, former in zip(outputs, seen.outputs)]
+    return [
+        ROUNDINGS * _find_largest(output - former) for output, former in zip(outputs, seen.outputs)
+    ]
 
 
-def _difference(
+def _describe_difference(
     outputs: list[Tensor], expected: list[Tensor], tolerance: float, allowed: list[float]
 ) -> str:
     """Return how merged outputs differ from the expected ones; empty if only by rounding."""
@@ -610,10 +614,11 @@ def _difference(
     for output, former, limit in zip(outputs, expected, allowed):
         output = output.to(former)
         if not torch.allclose(output, former, rtol=tolerance, atol=limit, equal_nan=True):
+            difference = _find_largest(output - former)
             return (
-                f"merged, an output differs by up to {_largest(output - former):.2g}, where its "
-                f"values reach {_largest(former):.2g}: the model does something else when its "
-                "weights are plain"
+                f"merged, an output differs by up to {difference:.2g}, where its values reach "
+                f"{_find_largest(former):.2g}: the model does something else when its weights are "
+                "plain"
             )
     return ""
 
@@ -622,7 +627,7 @@ def _shapes_of(tensors: list[Tensor]) -> list[torch.Size]:
     return [tensor.shape for tensor in tensors]
 
 
-def _largest(tensor: Tensor) -> float:
+def _find_largest(tensor: Tensor) -> float:
     """Return the largest finite magnitude in a tensor, or 0 if it has none."""
     finite = tensor[tensor.isfinite()].abs()
     return float(finite.max()) if finite.numel() else 0.0
@@ -643,7 +648,7 @@ def _dense_weights(active: list[ModelBlock]) -> dict[AdapterBlock, nn.Parameter]
     return weights
 
 
-def _weight_sums(active: list[ModelBlock]) -> dict[AdapterBlock, float]:
+def _sum_weights(active: list[ModelBlock]) -> dict[AdapterBlock, float]:
     """Return the sums of the adapted weights, by which a change of one shows."""
     sums = {}
     for block, weight in _dense_weights(active).items():

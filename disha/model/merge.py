@@ -155,7 +155,7 @@ def _list_merging_blocks(
     view: ModelView, chosen: Mapping[AdaptedLayer, tuple[str, ...]]
 ) -> dict[str, frozenset[AdapterBlock]]:
     """Return the blocks that are merged into each weight, by every name of the weight."""
-    merging = {}
+    merging: dict[str, frozenset[AdapterBlock]] = {}
     for layer, adapters in chosen.items():
         for parameter in slots_of(layer, adapters):
             blocks = frozenset(layer.disha.blocks_of(adapters, parameter))

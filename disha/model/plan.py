@@ -112,9 +112,9 @@ class PlannedLayer:
 
     @property
     def remedy(self) -> str:
-        """An argument that declares an unknown layout. Which layout it is, only the user knows."""
-        axes = {2: "out in", 3: "expert out in"}.get(len(self.shape), "out in *kernel")
-        layouts = {re.escape(self.name) + "$": axes}
+        """The form of an argument that declares an unknown layout, which only the user knows."""
+        example = {2: "out in", 3: "expert out in"}.get(len(self.shape), "out in *kernel")
+        layouts = {re.escape(self.name) + "$": example}
         return f"layouts={layouts}"
 
 

@@ -84,7 +84,7 @@ class LayerRecord:
         """Return why a block of that shape can't be this layer's, or None if it can."""
         method = method_of(self.method)
         layout = self.layout
-        weight_shape: tuple[int, ...] = ()
+        weight_shape: tuple[int, ...] = ()  # which no layout has
         if len(block_shape) >= method.block_axes:
             weight_shape = self.weight_shape(block_shape)
         if layout.reason_against_shape(weight_shape) is not None:

@@ -71,22 +71,22 @@ class Selection:
         for layer in self.candidates:
             # A target may name the weight, its module, or the module that reads it.
             reader = readers.get(layer.module, layer.module)
-            modules = dict.fromkeys((*layer.names, *layer.module_names), layer.module)
-            modules |= dict.fromkeys(self.view.names[reader], reader)
-            if layer.place not in linear and not self._matches(modules):
+            by_name = dict.fromkeys((*layer.names, *layer.module_names), layer.module)
+            by_name |= dict.fromkeys(self.view.names[reader], reader)
+            if layer.place not in linear and not self._matches(by_name):
                 continue
             if not layer.attribute and not _has_parameters(layer.module):
                 continue  # a container, for example, which a target may match without harm
-            if find_matching(self.config.exclude, [*modules]):
+            if find_matching(self.config.exclude, [*by_name]):
                 layer = replace(layer, reason=EXCLUDED)
             selected.append(layer)
         return selected
 
-    def _matches(self, modules: Mapping[str, nn.Module]) -> bool:
+    def _matches(self, by_name: Mapping[str, nn.Module]) -> bool:
         """Whether the target matches any of these names, each given with its module."""
         if callable(self.target):
-            return any(self.target(name, module) for name, module in modules.items())
-        return bool(find_matching(self.regexes, [*modules]))
+            return any(self.target(name, module) for name, module in by_name.items())
+        return bool(find_matching(self.regexes, [*by_name]))
 
     @property
     def unknown(self) -> tuple[PlannedLayer, ...]:
@@ -208,6 +208,7 @@ def _find_linear_weights(view: ModelView, candidates: Iterable[PlannedLayer]) ->
     tables = set()  # the parameters of embeddings, by their ids
     linear = {}
     for layer in candidates:
+        # As a plain dict: in the one that ZeRO-3 puts there, a lookup may gather the parameter.
         parameter = dict(layer.module._parameters).get(layer.attribute)
         if isinstance(layer.module, (nn.Embedding, nn.EmbeddingBag)):
             if parameter is not None:  # else the weight is computed from others

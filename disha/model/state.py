@@ -179,12 +179,12 @@ def load_adapter_state_dict(
     with all_or_nothing(view) as undo:
         with view.ranks.fail_together(f"load a state dict as adapter {adapter!r}"):
             refuse_merged(view.layers, "load an adapter")
-            # Buffers are optional in a state: it has those that training had changed.
-            saved_buffers = buffers.list_saved(view, adapter)
-            keys = {clean_key(str(key)) for key in state}
-            given_buffers = {key: value for key, value in saved_buffers.items() if key in keys}
+            # Parameters must be in the state. Of buffers, it has those that training had changed.
+            all_buffers = buffers.list_saved(view, adapter)
             tensors = collect_tensors(view, adapter)
-            parameters = {key: tensors[key] for key in tensors.keys() - saved_buffers.keys()}
+            parameters = {key: tensors[key] for key in tensors.keys() - all_buffers.keys()}
+            state_keys = {clean_key(str(key)) for key in state}
+            given_buffers = {key: value for key, value in all_buffers.items() if key in state_keys}
             expected = _find_in_state_dict(view, parameters | given_buffers)
             given_tensors = _rename_keys(state, expected)
             report = check_fit(expected, given_tensors)
@@ -196,7 +196,7 @@ def load_adapter_state_dict(
         for key in report.matched:
             write(expected[key], given_tensors[key], undo)
         if strict:  # the state is complete, so its adapter has not changed the other buffers
-            buffers.put_back_buffers(view, undo, adapter, but=given_buffers)
+            buffers.put_back_buffers(view, undo, adapter, excepted=given_buffers)
     return report
 
 

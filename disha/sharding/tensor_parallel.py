@@ -81,7 +81,10 @@ class Split:
             )
         placements_of_gradient: list[Any] = []
         for placement in self.placements:
-            placements_of_gradient.append(Partial() if placement.is_shard() else Replicate())
+            if placement.is_shard():
+                placements_of_gradient.append(Partial())
+            else:
+                placements_of_gradient.append(Replicate())
         # In backward, this redistribution sums the gradients.
         whole = whole.redistribute(placements=everywhere)
         return whole.to_local(grad_placements=placements_of_gradient)

@@ -114,7 +114,7 @@ def _possible_keys_of_layer(layer: LayerRecord) -> tuple[str, ...]:
         keys += _possible_keys(tied)
     owner, _, last = layer.name.rpartition(".")
     if last in PROJECTIONS:
-        # nn.MultiheadAttention packs three weights into one, so that a layer has rows, or has each.
+        # nn.MultiheadAttention has q, k and v as rows of one packed weight, or as three weights.
         parameter = "in_proj_weight" if layer.rows else f"{last}_weight"
         keys.append(join(owner, parameter))
     return tuple(keys)
@@ -153,13 +153,15 @@ def _find_first_keys(
 ) -> dict[str, str]:
     """Return, for each name, the first of its possible keys that is stored.
 
-    With a change, the keys are renamed before, and those that it does not concern are left out.
+    With a change, keys are renamed first, and keys that do not begin as it says are left out.
     """
     first = {}
     for name, keys in possible.items():
         if change is not None:
-            concerned = [key for key in keys if key.startswith(change.in_model)]
-            keys = tuple(change.in_file + key.removeprefix(change.in_model) for key in concerned)
+            ends = [
+                key.removeprefix(change.in_model) for key in keys if key.startswith(change.in_model)
+            ]
+            keys = tuple(change.in_file + end for end in ends)
         present = [key for key in keys if key in stored]
         if present:
             first[name] = present[0]
@@ -225,10 +227,9 @@ def _is_plausible(start: Sequence[str], other: Sequence[str], is_first: bool) ->
     """
     modules = {"model", *start}
     others = {"model", *other}
-    common = modules & others
-    if common not in (modules, others):
+    if not (modules <= others or others <= modules):
         return False
-    compared = common if is_first else modules | others
+    compared = modules & others if is_first else modules | others
     return not any(part.isdigit() for part in compared)
 
 

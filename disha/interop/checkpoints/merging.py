@@ -252,9 +252,9 @@ class _Merge:
         metadata = dict(OF_TORCH)
         for file in {self._checkpoint.files[name] for name in names}:
             with open_tensors(file) as source:
-                own = source.metadata()
-            if own is not None:
-                metadata |= own
+                metadata_of_file = source.metadata()
+            if metadata_of_file is not None:
+                metadata |= metadata_of_file
         save_file({name: self._merge(name) for name in names}, path, metadata)
 
     def _merge(self, name: str) -> Tensor:

@@ -178,12 +178,12 @@ def _convert(
         saved = find_saved_modules(view, contents.also_train, contents.names)
         problems = reasons_against(view, modules, unknown_to_lora, exporting=True)
         problems += saved.problems
-        problems += stacks.misread_by_peft(contents.layers, experts, model_type)
+        problems += stacks.list_misread_by_peft(contents.layers, experts, model_type)
         refuse_to_write(CANT_EXPRESS, problems)
     token_rows, layers = _split_token_rows(contents.layers, view)
     base = base_weights(view, adapter)
     updates = low_rank_updates(layers, contents.tensors, rank=rank, pad=pad, base=base)
-    written = stacks.in_form(updates, experts, contents.also_train, model_type)
+    written = stacks.convert_experts(updates, experts, contents.also_train, model_type)
     others = saved.copies() | _token_tensors(token_rows, contents.tensors)
     config = _config_of(contents, written, saved.modules, module_names(view))
     config |= notes_of(view.model)
@@ -298,11 +298,11 @@ def write_lora(
     ]
     saved = {name.rpartition(".")[0] for name in contents.also_train}
     problems += layers_inside(contents.names, saved)
-    problems += stacks.misread_by_peft(contents.layers, experts, model_type)
+    problems += stacks.list_misread_by_peft(contents.layers, experts, model_type)
     refuse_to_write(CANT_EXPRESS, problems)
     token_rows, layers = _split_token_rows(contents.layers, None)
     updates = low_rank_updates(layers, contents.tensors, rank=rank, pad=pad, base=base)
-    written = stacks.in_form(updates, experts, contents.also_train, model_type)
+    written = stacks.convert_experts(updates, experts, contents.also_train, model_type)
     others = {name: contents.tensors[name] for name in contents.also_train}
     others |= _token_tensors(token_rows, contents.tensors)
     config = _config_of(contents, written, saved, None)
