@@ -1,7 +1,8 @@
 """Convert an adapter to the format of another library, or back to an adapter file.
 
 SOURCE is an adapter file, a folder with one (a checkpoint of Trainer), a folder that PEFT has
-saved, or a LoRA file of an image model. What is a LoRA must be a Bone adapter.
+saved, or a LoRA file of an image model. A LoRA can be read only if it is a Bone adapter in the form
+of a LoRA, as this command writes it.
 
 --to sets the format of OUT:
   disha             an adapter file
@@ -10,12 +11,13 @@ saved, or a LoRA file of an image model. What is a LoRA must be a Bone adapter.
                     convert_lora_to_gguf.py of llama.cpp turns into GGUF (with --pad_rank)
   diffusers         a LoRA file for an image model
 
-Bone and tile are exact as LoRA; on some rows of a weight, they need --base. BAT is cut to --rank,
-and the error is reported, with --verbose for each layer.
+Bone and tile are exact as LoRA; for an adapter on some rows of a weight, name the base by --base.
+BAT is not low-rank, so it is cut to --rank, and the error is reported: with --verbose, that of each
+layer.
 
-The folders of PEFT name the base and its task, by --base or by the notes of the adapter, and hold
-its chat template, and its tokenizer if the adapter has new tokens. For vLLM, the line that serves a
-LoRA is printed.
+A folder of PEFT names the base and its task, if --base or the notes of the adapter tell them. It
+holds the chat template of the adapter, and the tokenizer if the adapter has new tokens. For a LoRA,
+the command with which vLLM serves it is printed.
 
 Examples:
   disha convert adapter.safetensors for-peft --to peft
