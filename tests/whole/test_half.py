@@ -109,3 +109,42 @@ def test_products_under_autocast_are_finite(scale):
         return torch.autocast("cpu", torch.float16)
 
     compare(made, torch.full((4, 256), 2_000.0).half(), context=autocast)
+
+
+def scaled_step(method, scale):
+    """Return what trains a step as trainers do without bfloat16, its blocks, and the scaler."""
+    torch.manual_seed(0)
+    made = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 8)).half()
+    disha.inject_adapters(made, ".", r=4, method=method)
+    blocks = disha.adapter_parameters(made)
+    optimizer = torch.optim.AdamW(blocks, lr=0.02)
+    scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+    x, target = torch.randn(16, 32), torch.randn(16, 8)
+
+    def step():
+        with torch.autocast("cpu", torch.float16):
+            loss = nn.functional.mse_loss(made(x), target)
+        optimizer.zero_grad()
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        return loss.item()
+
+    return step, blocks, scaler
+
+
+@pytest.mark.parametrize("method", ["bone", "bat"])
+def test_scaled_losses_train(method):
+    step, blocks, _ = scaled_step(method, 1024.0)
+    losses = [step() for _ in range(10)]
+    assert losses[-1] < 0.8 * losses[0]
+    assert all(block.isfinite().all() for block in blocks)
+
+
+@pytest.mark.parametrize("method", ["bone", "bat"])
+def test_a_step_whose_gradients_overflow_changes_no_block(method):
+    step, blocks, scaler = scaled_step(method, 2.0**100)
+    before = [block.detach().clone() for block in blocks]
+    step()
+    assert all(map(torch.equal, blocks, before))
+    assert scaler.get_scale() == 2.0**99
