@@ -1,12 +1,13 @@
 """The memory that a dry run simulates, beside what the allocator gives out on two processors.
 
     python -m benchmarks.dry_run           # a Llama of 134 million parameters, some minutes
-    python -m benchmarks.dry_run --tiny    # a tiny one, to try the command
+    python -m benchmarks.dry_run --tiny    # a tiny one, to try the command; it keeps nothing
 
 Each engine trains the same model with MiSS on short rows, in float32, with the functions of
 `disha finetune --dry_run` on one side, and two processes on the other. The real figure is the most
 that lives at one time on the first rank in the third step: weights, adapter, gradients, the
-optimizer's state, activations, and what the engine keeps for itself.
+optimizer's state, activations, and what the engine keeps for itself. Results are kept as JSON, and
+`docs/guides/memory.md` gets its table from them.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,7 +30,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 import disha
 from benchmarks.four_bits import quantize
-from benchmarks.markdown import bytes_text, ratio_text, table
+from benchmarks.markdown import NOTHING, bytes_text, ratio_text, table
+from benchmarks.results import read_results, versions, write_results, write_whole
 from benchmarks.steps import full_step
 from disha.finetune.base import make_without_values
 from disha.finetune.dry_run import Simulation, Step, distribute, prepare
@@ -50,6 +53,11 @@ STEPS = {
     "ZeRO-2": Step("fp32", ROWS, False, 2, "ZeRO-2"),
     "ZeRO-3": Step("fp32", ROWS, False, 2, "ZeRO-3"),
 }
+RESULTS = Path(__file__).parent / "results" / "dry-run.json"
+PAGE = Path(__file__).parent.parent / "docs" / "guides" / "memory.md"
+MARK = "<!-- written by python -m benchmarks.dry_run -->"
+END = "<!-- end -->"
+PACKAGES = ("torch", "transformers", "accelerate", "deepspeed", "bitsandbytes")
 MEASURED = "the measured step"
 ZERO = {"reduce_bucket_size": 1_000_000, "stage3_prefetch_bucket_size": 1_000_000}
 """Settings of ZeRO. By default, its buffers are larger than this model."""
@@ -62,13 +70,33 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--only", nargs="+", choices=list(STEPS), default=list(STEPS))
     asked = parser.parse_args(arguments)
     sizes = TINY if asked.tiny else LARGE
-    rows = []
+    kept = {} if asked.tiny else read_results(RESULTS)["engines"]
     for name in asked.only:
         simulated, real = simulate(STEPS[name], sizes)["peak"], measure(STEPS[name], sizes)
-        row = [name, bytes_text(simulated), bytes_text(real), ratio_text(simulated / real)]
-        rows.append(row)
-        print(*row, sep=", ", flush=True)
-    print(table(["", "simulated", "measured", "simulated / measured"], rows))
+        kept[name] = {"simulated": simulated, "measured": real}
+        print(name, kept[name], flush=True)
+        if not asked.tiny:
+            write(kept)
+    print(compare(kept))
+
+
+def write(kept: dict[str, dict[str, int]]) -> None:
+    """Write the results, and the table on the page."""
+    write_results(RESULTS, {"versions": versions(PACKAGES), "engines": kept})
+    start, _, rest = PAGE.read_text(encoding="utf-8").partition(MARK)
+    write_whole(PAGE, f"{start}{MARK}\n\n{compare(kept)}\n{END}{rest.partition(END)[2]}")
+
+
+def compare(kept: dict[str, dict[str, int]]) -> str:
+    """Return a table of what was simulated and measured of each engine."""
+    rows = []
+    for name in STEPS:
+        if name not in kept:
+            rows.append([name, NOTHING, NOTHING, NOTHING])
+            continue
+        simulated, real = kept[name]["simulated"], kept[name]["measured"]
+        rows.append([name, bytes_text(simulated), bytes_text(real), ratio_text(simulated / real)])
+    return table(["", "simulated", "measured", "simulated / measured"], rows)
 
 
 def simulate(step: Step, sizes: dict[str, int]) -> dict[str, int]:
@@ -97,9 +125,10 @@ def batch() -> dict[str, torch.Tensor]:
 
 def measure(step: Step, sizes: dict[str, int]) -> int:
     """Return the most bytes that live on the first rank in its third step."""
-    queue = mp.get_context("spawn").SimpleQueue()
+    queue = mp.get_context("fork").SimpleQueue()  # the ranks import nothing again
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(work, (step, sizes, f"{folder}/ranks", queue), nprocs=step.devices)
+        given = (step, sizes, f"{folder}/ranks", queue)
+        mp.start_processes(work, given, nprocs=step.devices, start_method="fork")
     return int(queue.get())
 
 

@@ -8,7 +8,7 @@ a GPU.
 | on several devices | how it is simulated |
 |---|---|
 | DDP | by torch's own class, in a group that communicates nothing |
-| FSDP2 | by `fully_shard`, on each decoder layer and on the model, as accelerate does |
+| FSDP2 | by `fully_shard`, on the modules on which accelerate calls it |
 | DeepSpeed ZeRO | one process is simulated, and its parts are divided as ZeRO divides them |
 """
 
@@ -219,12 +219,31 @@ def distribute(model: Any, step: Step, mode: AbstractContextManager[Any]) -> Any
             model.register_comm_hook(None, noop_hook)
     if step.engine == "FSDP2":
         mesh = init_device_mesh("cpu", (step.devices,))
-        names = set(model._no_split_modules or ())
-        layers = [layer for layer in model.modules() if type(layer).__name__ in names]
         with mode:
-            for module in (*layers, model):
-                fully_shard(module, mesh=mesh)
+            _shard_as_accelerate(model, mesh)
     return model
+
+
+def _shard_as_accelerate(model: Any, mesh: Any) -> None:
+    """Shard each decoder layer, the table, the last norm with the head, and what is left.
+
+    accelerate 1.15 does so (`fsdp2_prepare_model`). Its own function would ask quantised weights
+    for a state.
+    """
+    names = set(model._no_split_modules or ())
+    for module in list(model.modules()):
+        if type(module).__name__ in names:
+            fully_shard(module, mesh=mesh)
+    table = model.get_input_embeddings()
+    head = model.get_output_embeddings()
+    norms = [child for child in model.base_model.children() if "Norm" in type(child).__name__]
+    last = [*norms[-1:], head]
+    if set(table.parameters()) & set(head.parameters()):  # tied
+        last.insert(-1, table)
+    else:
+        fully_shard(table, mesh=mesh)
+    fully_shard(last, mesh=mesh, reshard_after_forward=False)
+    fully_shard(model, mesh=mesh)
 
 
 def _partition(parts: Parts, model: nn.Module, step: Step, zero: Mapping[str, Any]) -> Parts:
