@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+import torch.distributed as dist
 import yaml
 from accelerate import DistributedType
 from transformers import HfArgumentParser
@@ -273,6 +274,11 @@ class TrainingArguments(SFTConfig):  # type: ignore[misc]
             print("note: --tf32 does nothing on this machine")
             self.tf32 = None
         super().__post_init__()
+        if self.fsdp and not dist.is_initialized():
+            raise ArgumentError(
+                "--fsdp shards the base among several processes; start them, as in torchrun "
+                "--nproc_per_node 2 -m disha finetune"
+            )
         if self.use_cpu and self.world_size > 1 and not self.dry_run:
             self._start_engine_on_processors()
         if self.dry_run:

@@ -13,6 +13,7 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
+from accelerate.utils import enable_fsdp_ram_efficient_loading
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -24,11 +25,12 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+from transformers.integrations.fsdp import is_fsdp_enabled
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 import disha
 from disha.errors import ArgumentError, DishaError, MissingPackageError
-from disha.finetune.notes import FEW_BITS, TEMPLATE_KEY, TOKENS_KEY
+from disha.finetune.notes import EOS_KEY, FEW_BITS, TEMPLATE_KEY, TOKENS_KEY
 from disha.integrations.memory import with_values
 from disha.text import first_few
 
@@ -104,6 +106,8 @@ def load_base(
         raise ArgumentError(
             f"the base {name} has no values for {first_few(missing, 3, ', ')}; get it again"
         )
+    if device is not None and device.type == "meta":
+        _give_memory(model)
     if bits == "4" and fake is None:
         _quantize_stacks(model)
         for module in model.modules():
@@ -111,10 +115,12 @@ def load_base(
             module.support_avx512bf16_for_cpu = False
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    tokenizer.chat_template = notes.get(TEMPLATE_KEY, default_template(tokenizer))
+    _take_template_and_end(tokenizer, notes)
     if TOKENS_KEY in notes:
         with nullcontext() if fake is None else fake:
             _add_tokens(model, tokenizer, json.loads(notes[TOKENS_KEY]))
+    if EOS_KEY in notes:
+        _end_with(model.generation_config, tokenizer.eos_token_id)
     if tokenizer.chat_template:
         _end_with_turns(model.generation_config, tokenizer)
     return model, tokenizer
@@ -181,15 +187,22 @@ def _note_state(layer: Any, *_: object) -> None:
 
 
 def load_tokenizer(name: str, notes: Mapping[str, str]) -> PreTrainedTokenizerBase:
-    """Return the tokenizer of a base, with the chat template and the tokens that are noted."""
+    """Return the tokenizer of a base, with what the notes of an adapter ask for."""
     source, file = _source(name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **file)
     except (OSError, ValueError, ImportError) as error:
         raise ArgumentError(f"can't load the tokenizer of {name}: {error}") from error
-    tokenizer.chat_template = notes.get(TEMPLATE_KEY, default_template(tokenizer))
+    _take_template_and_end(tokenizer, notes)
     tokenizer.add_tokens(json.loads(notes.get(TOKENS_KEY, "[]")))
     return tokenizer
+
+
+def _take_template_and_end(tokenizer: Any, notes: Mapping[str, str]) -> None:
+    """Give a tokenizer the chat template, and the token that ends answers."""
+    tokenizer.chat_template = notes.get(TEMPLATE_KEY, default_template(tokenizer))
+    if EOS_KEY in notes:
+        tokenizer.eos_token = notes[EOS_KEY]
 
 
 def _end_with_turns(generation: Any, tokenizer: Any) -> None:
@@ -197,10 +210,15 @@ def _end_with_turns(generation: Any, tokenizer: Any) -> None:
     turns = [{"role": role, "content": role} for role in ("user", "assistant")]
     rest = tokenizer.apply_chat_template(turns, tokenize=False).rpartition("assistant")[2]
     tokens = tokenizer.encode(rest, add_special_tokens=False)
+    if tokens and tokens[0] in tokenizer.added_tokens_decoder:
+        _end_with(generation, tokens[0])
+
+
+def _end_with(generation: Any, token: int) -> None:
+    """Let answers also end with this token."""
     known = generation.eos_token_id
     ends = [known] if isinstance(known, int) else known or []
-    if tokens and tokens[0] in tokenizer.added_tokens_decoder:
-        generation.eos_token_id = sorted({*ends, tokens[0]})
+    generation.eos_token_id = sorted({*ends, token})
 
 
 def _add_tokens(model: Any, tokenizer: Any, tokens: list[str]) -> None:
@@ -218,24 +236,69 @@ def _add_tokens(model: Any, tokenizer: Any, tokens: list[str]) -> None:
 def count_parameters(name: str) -> int | None:
     """Return how many parameters a base has by its configuration; None if that can't be read."""
     try:
-        source, file = _source(name)
-        config = AutoConfig.from_pretrained(source, **file)
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+        model = _make_on_meta(name)
     except (DishaError, OSError, ValueError, ImportError):
         return None  # loading the base says what is wrong
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def loading_device(bits: str, training: Any) -> torch.device | None:
+def _make_on_meta(name: str) -> PreTrainedModel:
+    """Return a base by its configuration, on the meta device."""
+    source, file = _source(name)
+    config = AutoConfig.from_pretrained(source, **file)
+    made: Any = AutoModelForCausalLM
+    with torch.device("meta"):
+        return made.from_config(config)
+
+
+def loading_device(base: Base, training: Any) -> torch.device | None:
     """Return the device that a rank loads the base onto; None where an engine shards the base.
 
-    FSDP and ZeRO-3 take a base that is not on a device yet, and give each rank its shards.
+    | engine | who reads the base |
+    |---|---|
+    | FSDP | the first rank of each machine; the others are on meta until the base is sharded |
+    | ZeRO-3 | the first rank, as `transformers` has it |
+    | others, and bases of few bits | each rank, onto its device |
     """
     is_partitioned = is_deepspeed_zero3_enabled()  # type: ignore[no-untyped-call]
-    if (is_partitioned or training.fsdp) and bits not in FEW_BITS:
-        return None
-    return training.device
+    if not (is_partitioned or training.fsdp) or base.bits in FEW_BITS:
+        return training.device
+    if is_fsdp_enabled() and training.local_process_index > 0 and not is_gguf(base.name):
+        return torch.device("meta")
+    return None
+
+
+def let_first_rank_load(base: Base, training: Any) -> None:
+    """Let FSDP shard a base that one rank of each machine reads, where accelerate can.
+
+    accelerate 1.15 gives the other ranks floating-point parameters, and no buffers.
+    """
+    is_decided = not training.fsdp or "cpu_ram_efficient_loading" in training.fsdp_config
+    if is_decided or base.bits in FEW_BITS or is_gguf(base.name):
+        return
+    try:
+        made = _make_on_meta(base.name)
+    except (DishaError, OSError, ValueError, ImportError):
+        return  # loading the base says what is wrong
+    parameters = dict(made.named_parameters(remove_duplicate=False))
+    if made.state_dict().keys() <= parameters.keys():
+        training.fsdp_plugin_args["cpu_ram_efficient_loading"] = True
+        enable_fsdp_ram_efficient_loading()
+
+
+def _give_memory(model: nn.Module) -> None:
+    """Give parameters on the meta device memory without values; pages are taken when written to.
+
+    accelerate tells the parameters of an optimizer apart by their addresses, and then takes the
+    values of the first rank.
+    """
+    given: dict[nn.Parameter, nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if parameter not in given:  # tied parameters stay tied
+                empty = torch.empty_like(parameter, device="cpu")
+                given[parameter] = nn.Parameter(empty, parameter.requires_grad)
+            module.register_parameter(name, given[parameter])
 
 
 def best_device() -> torch.device:

@@ -5,6 +5,7 @@
 | `base` | the base, and how it was held in memory, as JSON |
 | `chat_template` | a template that is not the base's |
 | `new_tokens` | the tokens that were added to the base, as JSON |
+| `eos_token` | the token that ends answers, if it is not the base's |
 | `prompt` | `chat` if the adapter was asked by the template, `text` if not |
 
 A path of a base begins with a dot and is relative to the folder of the adapter file, so that both
@@ -28,6 +29,7 @@ from disha.files import ADAPTER_NAME
 BASE_KEY = "base"
 TEMPLATE_KEY = "chat_template"
 TOKENS_KEY = "new_tokens"
+EOS_KEY = "eos_token"
 PROMPT_KEY = "prompt"
 TEMPLATE_NAME = "chat_template.jinja"  # the file that transformers reads a template from
 

@@ -11,6 +11,7 @@ import platform
 import re
 import sys
 import textwrap
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,7 +26,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from trl import SFTConfig
 
 import disha
-from disha.errors import DishaError
+from disha.errors import AdapterFileWarning, DishaError
 from disha.finetune.base import Base, loading_device
 from disha.finetune.notes import read_notes
 from disha.finetune.trainer import Trainer
@@ -86,14 +87,18 @@ def prove(base: Base, path: Path, training: SFTConfig, outcome: Outcome) -> Proo
     training.dataset_kwargs = {"skip_prepare_dataset": True}  # packed rows can't be packed again
     is_partitioned = is_deepspeed_zero3_enabled()  # type: ignore[no-untyped-call]
     is_sharded = is_partitioned or training.fsdp
-    model, tokenizer = base.load(loading_device(base.bits, training), read_notes(path))
+    device = loading_device(base, training)
+    model, tokenizer = base.load(device, read_notes(path))
     # Sharded models would need all ranks for an answer.
     is_shown = training.process_index == 0 and not is_sharded
     count = training.samples if is_shown else 0
     pairs = list(_questions(outcome.checked, count))
     questions = [question for question, _ in pairs]
     without = _answers(model, tokenizer, questions)
-    disha.load_adapter(model, path)
+    with warnings.catch_warnings():
+        if device is not None and device.type == "meta":  # the base has no values to compare
+            warnings.simplefilter("ignore", AdapterFileWarning)
+        disha.load_adapter(model, path)
     with_adapter = _answers(model, tokenizer, questions)
     trainer = Trainer(
         model,

@@ -14,8 +14,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import torch
 from datasets import Dataset
 from transformers import EarlyStoppingCallback
 from transformers.trainer_utils import get_last_checkpoint
@@ -25,13 +26,20 @@ import disha
 from disha.errors import AdapterFileWarning, ArgumentError
 from disha.files import ADAPTER_NAME
 from disha.finetune.arguments import AdapterArguments, DataArguments, TrainingArguments
-from disha.finetune.base import Base, loading_device, template_at
+from disha.finetune.base import (
+    Base,
+    let_first_rank_load,
+    load_tokenizer,
+    loading_device,
+    template_at,
+)
 from disha.finetune.card import write_card
 from disha.finetune.data import load_rows, mix_rows
 from disha.finetune.dry_run import preview
 from disha.finetune.forms import form_rows, learns_marked_answers, marks_answers
 from disha.finetune.merging import merge_base, require_mergeable
 from disha.finetune.notes import (
+    EOS_KEY,
     PROMPT_KEY,
     TEMPLATE_KEY,
     TOKENS_KEY,
@@ -139,13 +147,20 @@ def _make_trainer(
     """Return a trainer for a base with the adapter, and for the rows."""
     sets, held_out = _read_sets(data)
     notes = _notes_of_run(adapter, training)
-    model, tokenizer = base.load(loading_device(base.bits, training), notes)
+    # A row that can't be used is told before the base is loaded, which takes longer.
+    tokenizer = load_tokenizer(base.name, notes)
     rows, held_out = _form_sets(sets, held_out, data, training, tokenizer)
+    let_first_rank_load(base, training)
+    device = loading_device(base, training)
+    has_values = device is None or device.type != "meta"
+    model, tokenizer = base.load(device, notes)
     notes[PROMPT_KEY] = "chat" if is_conversational(rows[0]) else "text"
     # Each checkpoint holds the notes that the final file holds, so that commands can use it.
     notes_of = partial(notes_at, notes=notes, base=base.name, bits=base.bits)
     with base.mode():
-        _adapt(model, adapter, tokenizer)
+        _adapt(model, adapter, tokenizer, has_values)
+    if training.fp16:
+        _widen_trained(model)
     measured = rows.select(range(min(len(rows), CHECKED_ROWS))) if held_out is None else held_out
     trainer = Trainer(
         model,
@@ -160,6 +175,7 @@ def _make_trainer(
     trainer.measured_on = "training" if held_out is None else "held-out"
     trainer.notes_of = notes_of
     trainer.base_notes = notes
+    trainer.has_values = has_values
     return trainer
 
 
@@ -188,6 +204,8 @@ def _notes_of_run(adapter: AdapterArguments, training: TrainingArguments) -> dic
         training.chat_template_path = None  # trl would also add the tokens of another model
     if adapter.new_tokens:
         notes[TOKENS_KEY] = json.dumps(adapter.new_tokens)
+    if training.eos_token:
+        notes[EOS_KEY] = training.eos_token
     return notes
 
 
@@ -225,13 +243,21 @@ def _form_sets(
     return rows, held_out
 
 
-def _adapt(model: Any, adapter: AdapterArguments, tokenizer: Any) -> None:
-    """Add the adapter: a new one, or that of a file."""
+def _adapt(model: Any, adapter: AdapterArguments, tokenizer: Any, has_values: bool = True) -> None:
+    """Add the adapter: a new one, or that of a file, which must be of this base."""
     if adapter.adapter is None:
         _inject(model, adapter, tokenizer)
         return
-    with warnings.catch_warnings(action="error", category=AdapterFileWarning):
+    action: Literal["error", "ignore"] = "error" if has_values else "ignore"
+    with warnings.catch_warnings(action=action, category=AdapterFileWarning):
         load_noted_adapter(model, adapter.adapter)
+
+
+def _widen_trained(model: Any) -> None:
+    """Hold in float32 what trains: torch scales the losses of no parameter in float16."""
+    for parameter in model.parameters():
+        if parameter.requires_grad and parameter.dtype == torch.float16:
+            parameter.data = parameter.data.float()
 
 
 def _inject(model: Any, adapter: AdapterArguments, tokenizer: Any) -> None:
@@ -263,7 +289,9 @@ def _train(trainer: Trainer, folder: Path) -> Outcome:
     resumed_from = _choose_checkpoint(training, folder)
     training.eval_on_start = resumed_from is None
     if resumed_from is not None:
-        _require_same_base(trainer.model, resumed_from)
+        _require_same_base(trainer, resumed_from)
+        if not (training.fsdp or training.deepspeed):  # they have files of their own
+            _tell_lost_state(Path(resumed_from))
     if resumed_from is None and training.process_index == 0:
         _clear(folder)
     trainer.train(resume_from_checkpoint=resumed_from)
@@ -282,12 +310,22 @@ def _train(trainer: Trainer, folder: Path) -> Outcome:
     return Outcome(trainer.eval_dataset, loss, facts_of(trainer, resumed_from))
 
 
-def _require_same_base(model: Any, checkpoint: str) -> None:
+def _require_same_base(trainer: Trainer, checkpoint: str) -> None:
     """Load a checkpoint, which raises if its base is another one. `Trainer` would not notice."""
-    if any(parameter.is_meta for parameter in model.parameters()):
-        return  # with FSDP, the base of later ranks has no values yet
+    if not trainer.has_values:
+        return
     with warnings.catch_warnings(action="error", category=AdapterFileWarning):
-        disha.load_adapter(model, checkpoint, replace=True)
+        disha.load_adapter(trainer.model, checkpoint, replace=True)
+
+
+def _tell_lost_state(checkpoint: Path) -> None:
+    """Warn of a checkpoint without the states that `Trainer` then makes anew, in silence."""
+    lost = [name for name in ("optimizer.pt", "scheduler.pt") if not (checkpoint / name).exists()]
+    if lost:
+        warnings.warn(
+            f"{checkpoint} has no {' and no '.join(lost)}: optimizer and schedule begin anew",
+            stacklevel=2,
+        )
 
 
 def _choose_checkpoint(training: TrainingArguments, folder: Path) -> str | None:

@@ -105,6 +105,7 @@ def test_help(capsys, word, shows_all):
         ("--lr_scheduler_type nope", "nope is not a valid SchedulerType"),
         ("--report_to wandb", "--report_to: .*wandb"),
         ("--report_to nobody", "nobody is not supported"),
+        ("--fsdp full_shard", "--fsdp shards the base among several processes; start them"),
         ("--load_best_model_at_end", "save and eval strategy to match"),
         ("--resume_from_checkpoint no/such", "no/such is no complete checkpoint of a run"),
         ("--per_device_eval_batch_size 0", "--per_device_eval_batch_size must be at least 1"),

@@ -12,6 +12,7 @@ import peft
 import pytest
 import torch
 import yaml
+from accelerate import Accelerator
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoTokenizer
@@ -23,6 +24,7 @@ from disha import AdapterFileWarning, ArgumentError
 from disha.cli import main as disha_command
 from disha.finetune import main, train, trainer
 from disha.finetune.base import Base, load_base
+from disha.finetune.choices import Device
 from disha.finetune.notes import read_noted_base
 from tests.conftest import assert_same
 from tests.finetune import tiny_gguf
@@ -172,6 +174,26 @@ class TestBases:
         assert both["adapter"]["loss"] == pytest.approx(result.losses[6], abs=0.02)
         asked = ["--adapter", str(result.adapter), "--prompt", "say two 3"]
         assert disha_command(["generate", *asked, "--max_new_tokens", "3"]) == 0
+
+    @pytest.mark.parametrize("words", [["--also_train", "norm"], ["--method", "bat"]])
+    def test_float16_with_scaled_losses(self, finetune, tmp_path, capsys, monkeypatch, words):
+        """What a device without bfloat16 chooses. accelerate scales no losses on a processor."""
+
+        class Scaling(Accelerator):
+            def __init__(self, *given, **named):
+                super().__init__(*given, **named)
+                self.native_amp = True
+                self.scaler = torch.amp.GradScaler("cpu")
+
+        monkeypatch.setattr("transformers.trainer.Accelerator", Scaling)
+        old = Device("cuda", has_bfloat16=False)
+        monkeypatch.setattr("disha.finetune.arguments.read_device", lambda kind: old)
+        result = finetune(tmp_path / "out", "--use_cpu", *words)
+        line = "--bits fp16 (the device has no bfloat16; losses are scaled)"
+        assert line in capsys.readouterr().out
+        assert result.losses[6] < result.losses[0]
+        assert {block.dtype for block in result.blocks().values()} == {torch.float32}
+        assert (result.folder / "checkpoint-6" / "scaler.pt").exists()
 
     def test_merging_onto_gguf_is_refused_before_training(self, finetune, tmp_path):
         with pytest.raises(ArgumentError, match="can't be merged into a GGUF file"):
@@ -500,14 +522,33 @@ def test_only_learned_positions_are_scored_on_a_cpu(words, finetune, tmp_path, m
     assert work < 0.95 * all_work
 
 
+def test_a_row_that_can_not_be_used_is_told_before_the_base_is_loaded(
+    finetune, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(Base, "load", lambda *given: pytest.fail("the base was loaded"))
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"query": "say", "response": "two"}\n{"query": "say", "response": ""}\n')
+    with pytest.raises(ArgumentError, match="row 2"):
+        finetune(tmp_path / "out", "--data", rows)
+
+
+def test_a_checkpoint_without_the_state_of_the_optimizer_is_told(tmp_path):
+    with pytest.warns(UserWarning, match=r"no optimizer\.pt and no scheduler\.pt: .* begin anew"):
+        train._tell_lost_state(tmp_path)
+    for name in ("optimizer.pt", "scheduler.pt"):
+        (tmp_path / name).touch()
+    train._tell_lost_state(tmp_path)  # a warning would be an error here
+
+
 def test_a_checkpoint_holds_what_the_final_file_holds(finetune, tmp_path, tiny, chatty, capsys):
-    words = ["--chat_template_path", chatty, "--new_tokens", "<think>"]
+    words = ["--chat_template_path", chatty, "--new_tokens", "<think>", "--eos_token", "<|im_end|>"]
     final = finetune(tmp_path / "out", *words, "--save_steps", 6).adapter
     checkpoint = tmp_path / "out" / "checkpoint-6"
     notes, expected = (dict(disha.inspect_adapter(path).metadata) for path in (checkpoint, final))
     assert read_noted_base(checkpoint) == read_noted_base(final) == (str(tiny), "fp32")
     assert {**notes, "base": ""} == {**expected, "base": ""}
-    assert {"prompt", "chat_template", "new_tokens"} < notes.keys()
+    assert {"prompt", "chat_template", "new_tokens", "eos_token"} < notes.keys()
+    assert load_base(str(tiny), notes=notes)[1].eos_token == "<|im_end|>"
     said = []
     for path in (checkpoint, final):
         capsys.readouterr()

@@ -7,10 +7,17 @@ import pytest
 
 from disha.finetune import main
 from tests.conftest import once
-from tests.distributed import deepspeed_zero, finetune, quantized, trainers, transformers_parallel
+from tests.distributed import (
+    deepspeed_zero,
+    finetune,
+    loading,
+    quantized,
+    trainers,
+    transformers_parallel,
+)
 from tests.whole.test_distributed import checks_in, launch, name_of
 
-SCRIPTS = [transformers_parallel, quantized]
+SCRIPTS = [transformers_parallel, quantized, loading]
 TRAINERS = [trainers, finetune]
 if importlib.util.find_spec("deepspeed") is not None:  # not each platform has it
     SCRIPTS.append(deepspeed_zero)
