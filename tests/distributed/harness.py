@@ -29,7 +29,7 @@ def checks_of(namespace: Mapping[str, object]) -> dict[str, Check]:
 def run_checks(namespace: Mapping[str, object], folder: Path) -> None:
     """Run the checks of a script, as one of its ranks."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", timeout=timedelta(seconds=30))
+    dist.init_process_group("gloo", timeout=timedelta(seconds=120))
     for name, check in checks_of(namespace).items():
         own = folder / name
         own.mkdir(exist_ok=True)
