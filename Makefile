@@ -47,8 +47,9 @@ bench: $(VENV)/.dev ## measure speed and memory on this machine: 15 minutes on t
 	$(BIN)/python -m benchmarks.report bench-output/results.json --docs bench-output
 
 gpu: $(VENV)/.dev ## test and measure on a GPU, and write docs/gpu.md and README's table: about an hour
-	$(BIN)/python -m benchmarks.gpu --out benchmarks/results/gpu.json
-	$(BIN)/python -m benchmarks.gpu_page benchmarks/results/gpu.json
+	rm -f benchmarks/results/gpu.json
+	$(BIN)/python -m benchmarks.gpu --out benchmarks/results/gpu.json; failed=$$?; \
+	$(BIN)/python -m benchmarks.gpu_page benchmarks/results/gpu.json && exit $$failed
 
 zoo: $(VENV)/.zoo ## try adapters in hundreds of models of four libraries: 20 minutes on two idle cores
 	$(BIN)/python -m benchmarks.zoo --out bench-output/zoo.json

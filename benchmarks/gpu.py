@@ -11,6 +11,8 @@
 | model | a training step of SmolLM2-135M, eager and compiled |
 | finetune | `disha finetune` with SmolLM2-135M, from the flags to the proven file |
 
+With several cards, `CUDA_VISIBLE_DEVICES` chooses one.
+
 On CUDA, events take the time. The clock rate is brought up before each case, the cache is cleared
 before each measurement, and all candidates run once in each round, in a new random order. What
 fails, such as a candidate that does not fit the memory, is noted with its reason; the rest goes on.
@@ -26,7 +28,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -46,9 +48,9 @@ from benchmarks.candidates import (
 from benchmarks.compiled import COMPILED, MORE_COMPILATIONS
 from benchmarks.memory import allocated_peak, kept_bytes
 from benchmarks.protocol import Budget, R, compare, slow_dtypes
-from benchmarks.results import describe, write_results
+from benchmarks.results import describe, dtype_text, write_results
 from benchmarks.roofline import Linear, measured_rates
-from benchmarks.steps import TrainingStep, check_gradients, require_gradient
+from benchmarks.steps import TrainingStep, check_gradients, forward, require_gradient
 from benchmarks.timers import Run, timer_of, warm
 from benchmarks.whole_model import projections, token_loss, write_model
 
@@ -60,6 +62,8 @@ SETTINGS = ("bits", "bf16", "fp16", "learning_rate", "max_length", "per_device_t
 """What is kept of the report of a fine-tuning."""
 CHECKED_TOKENS = 16
 COUNTED = ("passed", "failed", "error", "skipped")
+NOT_PASSED = ("FAILED ", "ERROR ")
+"""How the lines begin in which pytest names such tests."""
 
 Case = dict[str, Any]
 
@@ -127,23 +131,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", nargs="+", choices=list(TABLES), default=list(TABLES))
     parser.add_argument("--out", type=Path, default=Path("bench-output/gpu.json"))
     asked = parser.parse_args(arguments)
+    if asked.device.index is not None:  # the tests and the fine-tuning would take another card
+        parser.error("name no card in --device; set CUDA_VISIBLE_DEVICES")
     sizes = TINY if asked.tiny or asked.device.type == "cpu" else FULL
     results = describe(asked.device) | {"sizes": sizes.name, "accelerator": about(asked.device)}
     results["failed"] = {}
     for name in asked.only:
         started = time.perf_counter()
         try:
-            results["tables"][name] = TABLES[name](asked.device, sizes)
+            for case in TABLES[name](asked.device, sizes):
+                results["tables"].setdefault(name, []).append(case)
+                write_results(asked.out, results)  # a run that ends here keeps what it has
         except Exception as error:
             results["failed"][name] = reason(error)
         release(asked.device)
         results["table_seconds"][name] = time.perf_counter() - started
-        write_results(asked.out, results)  # a run that is stopped keeps the tables it has
+        write_results(asked.out, results)
         print(f"{name}: {results['table_seconds'][name]:.0f} s", flush=True)
     print(f"results: {asked.out}")
-    for name, why in results["failed"].items():
-        print(f"{name} failed: {why}", file=sys.stderr)
-    return 1 if results["failed"] else 0
+    failed = [f"{name} failed: {why}" for name, why in results["failed"].items()]
+    for case in results["tables"].get("tests", ()):
+        failed += case["not_passed"]
+    for line in failed:
+        print(line, file=sys.stderr)
+    return 1 if failed else 0
 
 
 def default_device() -> torch.device:
@@ -178,6 +189,8 @@ def release(device: torch.device) -> None:
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
+    if device.type == "mps":
+        torch.mps.empty_cache()
 
 
 def dtype_of(device: torch.device) -> torch.dtype:
@@ -189,32 +202,37 @@ def dtype_of(device: torch.device) -> torch.dtype:
 # --- the tests -----------------------------------------------------------------------------------
 
 
-def tests(device: torch.device, sizes: Sizes) -> list[Case]:
+def tests(device: torch.device, sizes: Sizes) -> Iterator[Case]:
     """Run the tests for accelerators, and count them by how they end."""
     words = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *sizes.tests]
     run = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
     print(run.stdout[-4000:], run.stderr[-4000:], flush=True)
-    return [counted_tests(run.stdout)]
+    yield count_tests(run.stdout)
 
 
-def counted_tests(output: str) -> Case:
-    """Return the numbers in the last line of pytest."""
-    *_, last = output.strip().splitlines()
-    found = {word: int(number) for number, word in re.findall(r"(\d+) ([a-z]+)", last)}
-    return {word: found.get(word, 0) for word in COUNTED} | {"said": last.strip("= ")}
+def count_tests(output: str) -> Case:
+    """Return the numbers in the last line of pytest, and the lines of tests that did not pass."""
+    lines = output.strip().splitlines()
+    last = lines[-1].strip("= ")
+    found = {word: int(number) for number, word in re.findall(r"(\d+) ([a-z]+?)s?\b", last)}
+    counts: Case = {word: found.get(word, 0) for word in COUNTED}
+    return {
+        **counts,
+        "said": last,
+        "not_passed": [one for one in lines if one.startswith(NOT_PASSED)],
+    }
 
 
 # --- a layer -------------------------------------------------------------------------------------
 
 
-def step(device: torch.device, sizes: Sizes) -> list[Case]:
+def step(device: torch.device, sizes: Sizes) -> Iterator[Case]:
     """Measure forward and backward of one layer, the gradient of its input included."""
     dtype = dtype_of(device)
-    return [
-        layer_case(layer, tokens, dtype, device, sizes)
-        for layer in sizes.layers
-        for tokens in sizes.tokens
-    ]
+    for layer in sizes.layers:
+        for tokens in sizes.tokens:
+            yield layer_case(layer, tokens, dtype, device, sizes)
+            release(device)
 
 
 def layer_case(
@@ -242,18 +260,16 @@ def layer_case(
     }
     budget = sizes.budget._replace(most_rounds=40)
     case["rates"] = measured_rates([layer], tokens, sizes.r, dtype, device, budget)
-    release(device)
     return case
 
 
-def decoding(device: torch.device, sizes: Sizes) -> list[Case]:
+def decoding(device: torch.device, sizes: Sizes) -> Iterator[Case]:
     """Measure forwards of few tokens through several layers that read the same input."""
     dtype = dtype_of(device)
-    return [
-        few_tokens_case(layer, tokens, dtype, device, sizes)
-        for layer in sizes.layers
-        for tokens in sizes.few_tokens
-    ]
+    for layer in sizes.layers:
+        for tokens in sizes.few_tokens:
+            yield few_tokens_case(layer, tokens, dtype, device, sizes)
+            release(device)
 
 
 class Layers(nn.ModuleList):
@@ -273,31 +289,18 @@ def few_tokens_case(
     models = adapted_models(base, names, sizes.r, LAYER_SCALE)
 
     def make(model: nn.Module, called: Any) -> Run:
-        model.eval()
-        return forward_of(called, x)
+        return forward(called, x)
 
     # On CUDA, this mode records a graph: the launches of its kernels cost nothing then.
     mode = "reduce-overhead" if device.type == "cuda" else None
     runs, failed = eager_and_compiled(models, make, device, mode)
     warm(device, sizes.warm_seconds)
-    seconds = compare(runs, sizes.budget, timer_of(device, sizes.times))
-    release(device)
     return {
         **size_of(layer, tokens, dtype, sizes.r),
         "layers": sizes.copies,
-        "seconds": seconds,
+        "seconds": compare(runs, sizes.budget, timer_of(device, sizes.times)),
         "missing": failed,
     }
-
-
-def forward_of(called: Callable[[Tensor], object], x: Tensor) -> Run:
-    """Return a call without gradients."""
-
-    def run() -> object:
-        with torch.no_grad():
-            return called(x)
-
-    return run
 
 
 def frozen_layer(layer: Linear, dtype: torch.dtype, device: torch.device) -> nn.Linear:
@@ -330,7 +333,7 @@ def size_of(layer: Linear, tokens: int, dtype: torch.dtype, r: int) -> Case:
         "width": layer.in_features,
         "outputs": layer.out_features,
         "tokens": tokens,
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": dtype_text(dtype),
         "r": r,
     }
 
@@ -374,7 +377,7 @@ def peak_of(run: Run, device: torch.device) -> int | None:
 # --- a model -------------------------------------------------------------------------------------
 
 
-def model(device: torch.device, sizes: Sizes) -> list[Case]:
+def model(device: torch.device, sizes: Sizes) -> Iterator[Case]:
     """Measure loss, forward and backward of a language model, down to the embedding's output."""
     from transformers import AutoModelForCausalLM
 
@@ -396,20 +399,19 @@ def model(device: torch.device, sizes: Sizes) -> list[Case]:
 
     steps, failed = eager_and_compiled(models, make, device)
     warm(device, sizes.warm_seconds)
-    case = {
+    yield {
         "model": model_title(sizes),
         "layers": len(base.model.layers),
         "tokens": rows * length,
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": dtype_text(dtype),
         "r": sizes.r,
         "seconds": compare(steps, sizes.budget, timer_of(device)),
         "peak_bytes": {name: peak_of(one, device) for name, one in steps.items()},
         "missing": failed,
     }
-    return [case]
 
 
-def finetune(device: torch.device, sizes: Sizes) -> list[Case]:
+def finetune(device: torch.device, sizes: Sizes) -> Iterator[Case]:
     """Fine-tune the model by the command, and return what its report says."""
     from disha.finetune import main as command
 
@@ -418,30 +420,25 @@ def finetune(device: torch.device, sizes: Sizes) -> list[Case]:
         words = ["--base", str(write_model(folder / "model", sizes is TINY))]
         words += ["--data", str(write_rows(folder / "rows.jsonl", sizes is TINY))]
         words += ["--eval_split", "train[:64]", "--output_dir", str(folder / "output")]
-        words += [
-            "--r",
-            str(sizes.r),
-            "--max_steps",
-            str(sizes.steps),
-            "--samples",
-            "0",
-            "--disable_tqdm",
-            "true",
-        ]
-        words += ["--use_cpu", "true"] if device.type == "cpu" else []
+        words += ["--r", str(sizes.r), "--max_steps", str(sizes.steps)]
+        words += ["--samples", "0", "--disable_tqdm", "true"]
+        if device.type == "cpu":
+            words += ["--use_cpu", "true"]
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
-        command(words)
-        peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+        code = command(words)
+        if code:
+            raise RuntimeError(f"disha finetune ended with the code {code}; its output says why")
+        peak = None
+        if device.type == "cuda":
+            peak = torch.cuda.max_memory_allocated(device)
         report = json.loads((folder / "output" / "report.json").read_text(encoding="utf-8"))
-    return [
-        {
-            "model": model_title(sizes),
-            **{name: report[name] for name in REPORTED},
-            "settings": {name: report["settings"][name] for name in SETTINGS},
-            "peak_bytes": peak,
-        }
-    ]
+    yield {
+        "model": model_title(sizes),
+        **{name: report[name] for name in REPORTED},
+        "settings": {name: report["settings"][name] for name in SETTINGS},
+        "peak_bytes": peak,
+    }
 
 
 def model_title(sizes: Sizes) -> str:
@@ -462,7 +459,7 @@ def write_rows(file: Path, tiny: bool) -> Path:
     return file
 
 
-TABLES: Mapping[str, Callable[[torch.device, Sizes], list[Case]]] = {
+TABLES: Mapping[str, Callable[[torch.device, Sizes], Iterator[Case]]] = {
     "tests": tests,
     "step": step,
     "decoding": decoding,

@@ -7,7 +7,6 @@ The file is one of `python -m benchmarks.gpu`. What it gives stands between two 
 from __future__ import annotations
 
 import argparse
-import statistics
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -18,21 +17,23 @@ from benchmarks.compiled import COMPILED
 from benchmarks.gpu import TIMED
 from benchmarks.markdown import (
     NOTHING,
+    Case,
     box,
     bytes_text,
     count_text,
+    divided_text,
     folded,
+    median_text,
     ratio_text,
+    replace_between,
     run_text,
     seconds_text,
-    spread_text,
+    size_text,
     table,
 )
-from benchmarks.protocol import Spread, paired_ratios
 from benchmarks.results import read_results, write_whole
 from benchmarks.roofline import floor
 
-Case = Mapping[str, Any]
 Results = Mapping[str, Any]
 
 PAGE, README = Path("docs/gpu.md"), Path("README.md")
@@ -57,14 +58,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     results = read_results(asked.results)
     for name, text in ((PAGE, page(results)), (README, readme(results))):
         path = asked.root / name
-        write_whole(path, with_text(path.read_text(encoding="utf-8"), text, *MARKS[name]))
+        write_whole(path, replace_between(path.read_text(encoding="utf-8"), text, *MARKS[name]))
         print(path)
-
-
-def with_text(page: str, text: str, mark: str, end: str) -> str:
-    """Return a page with this text between two marks."""
-    start, _, rest = page.partition(mark)
-    return f"{start}{mark}{text}{end}{rest.partition(end)[2]}"
 
 
 def on_processor(results: Results) -> bool:
@@ -117,7 +112,7 @@ def summary(results: Results) -> tuple[list[str], list[list[str]]]:
             cases = results["tables"].get(name, [])
             if cases:
                 case = cases[-1] if name == "step" else cases[0]
-                cells = [ratio(case, one + suffix, OTHER + suffix) for one in SUMMARISED]
+                cells = [divided_text(case, one + suffix, OTHER + suffix) for one in SUMMARISED]
                 rows.append([f"{title}, {size_text(case)}, {way}", *cells])
     return header, rows
 
@@ -132,32 +127,13 @@ def failed_cases(tables: Mapping[str, Sequence[Case]]) -> dict[str, str]:
     return found
 
 
-def ratio(case: Case, name: str, to: str) -> str:
-    """Return the time of one run divided by another's; nothing if one of them failed."""
-    seconds = case["seconds"]
-    if name not in seconds or to not in seconds or name == to:
-        return NOTHING
-    return spread_text(Spread.of(paired_ratios(seconds, name, to)))
-
-
-def size_text(case: Case) -> str:
-    """Return the size of a case in a few words."""
-    where = case["model"] if "model" in case else f"{case['width']} x {case['outputs']}"
-    return f"{where}, {count_text(case['tokens'], 'token')}, {case['dtype']}"
-
-
-def median_text(case: Case, name: str) -> str:
-    """Return the median of the times of one run."""
-    seconds = case["seconds"].get(name)
-    return NOTHING if seconds is None else seconds_text(statistics.median(seconds))
-
-
 def timed_rows(cases: Sequence[Case], suffix: str) -> list[list[str]]:
     """Return the times of the frozen base, and those of the others divided by them."""
     base = BASE + suffix
     rows = [["frozen", *(median_text(case, base) for case in cases)]]
     for name in TIMED[1:]:
-        rows.append([CANDIDATES[name].title, *(ratio(case, name + suffix, base) for case in cases)])
+        ratios = [divided_text(case, name + suffix, base) for case in cases]
+        rows.append([CANDIDATES[name].title, *ratios])
     return rows
 
 
@@ -169,18 +145,15 @@ def section(title: str, about: str, *tables: tuple[str, str]) -> str:
 
 def step(cases: Sequence[Case]) -> str:
     header = ["", *map(size_text, cases)]
-    roofline = [
-        [
-            f"*roofline {method}*",
-            *(f"*{ratio_text(floor('step', case, method))}*" for case in cases),
-        ]
-        for method in ("bone", "bat")
-    ]
+    roofline = []
+    for method in ("bone", "bat"):
+        floors = [f"*{ratio_text(floor('step', case, method))}*" for case in cases]
+        roofline.append([f"*roofline {method}*", *floors])
     frozen, *others = timed_rows(cases, "")
-    kept = [
-        [CANDIDATES[name].title, *(bytes_text(case["kept_bytes"][name]) for case in cases)]
-        for name in TIMED
-    ]
+    kept = []
+    for name in TIMED:
+        shown = [bytes_text(case["kept_bytes"][name]) for case in cases]
+        kept.append([CANDIDATES[name].title, *shown])
     return section(
         "Training step of one linear layer",
         "Forward and backward, with the gradient of the input, divided by the frozen layer. "
@@ -231,7 +204,9 @@ def finetune(cases: Sequence[Case]) -> str:
     (case,) = cases
     first, *_, last = case["losses"].values()
     peak = case["peak_bytes"]
-    memory = "" if peak is None else f" The allocator gave out {bytes_text(peak)} at most."
+    memory = ""
+    if peak is not None:
+        memory = f" The allocator gave out {bytes_text(peak)} at most."
     settings = ", ".join(f"{name} {value}" for name, value in case["settings"].items())
     return (
         f"## Fine-tuning by the command\n\n`disha finetune` with {case['model']}: "
@@ -243,7 +218,9 @@ def finetune(cases: Sequence[Case]) -> str:
 
 def tests(cases: Sequence[Case]) -> str:
     (case,) = cases
-    return f"## Tests\n\n`pytest -m cuda`: {case['said']}.\n"
+    listed = "".join(f"\n- {line}" for line in case["not_passed"])
+    shown = f"\n{listed}\n" if listed else "\n"
+    return f"## Tests\n\n`pytest -m cuda`: {case['said']}.{shown}"
 
 
 SECTIONS: Mapping[str, Callable[[Sequence[Case]], str]] = {

@@ -19,6 +19,7 @@ from benchmarks.candidates import (
     check_same_results,
 )
 from benchmarks.protocol import Budget, R, compare, slow_dtypes
+from benchmarks.results import dtype_text
 from benchmarks.roofline import Linear, measured_rates
 from benchmarks.steps import forward, trainable
 
@@ -33,7 +34,7 @@ class Size(NamedTuple):
     dtype: torch.dtype
 
     def described(self) -> Case:
-        dtype = str(self.dtype).removeprefix("torch.")
+        dtype = dtype_text(self.dtype)
         return {"width": self.width, "tokens": self.tokens, "dtype": dtype, "r": R}
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from benchmarks.protocol import Spread
+from benchmarks.protocol import Spread, paired_ratios
 
 NOTHING = "-"
+
+Case = Mapping[str, Any]
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -22,6 +25,12 @@ def box(title: str, text: str) -> str:
     return f'<div class="admonition abstract" markdown="1">\n{title}\n\n{text}\n</div>\n'
 
 
+def replace_between(page: str, text: str, mark: str, end: str) -> str:
+    """Return a page with this text between two marks."""
+    start, _, rest = page.partition(mark)
+    return f"{start}{mark}{text}{end}{rest.partition(end)[2]}"
+
+
 def folded(title: str, text: str) -> str:
     """Return a part of a page that opens on a click."""
     return f'<details markdown="1"><summary>{title}</summary>\n\n{text}\n</details>\n'
@@ -29,12 +38,17 @@ def folded(title: str, text: str) -> str:
 
 def count_text(count: int, noun: str) -> str:
     """Return a number of things: 1 token, 1,024 tokens."""
-    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+    plural = "" if count == 1 else "s"
+    return f"{count:,} {noun}{plural}"
 
 
 def ratio_text(value: float) -> str:
     """Return a ratio with the digits that matter: 1.047, 12.3, 105."""
-    return f"{value:.3f}" if value < 10 else f"{value:.1f}" if value < 100 else f"{value:.0f}"
+    if value < 10:
+        return f"{value:.3f}"
+    if value < 100:
+        return f"{value:.1f}"
+    return f"{value:.0f}"
 
 
 def spread_text(spread: Spread) -> str:
@@ -66,6 +80,31 @@ def bytes_text(count: float) -> str:
             value = count / size
             return f"{value:,.0f} {unit}" if value >= 1000 else f"{value:.4g} {unit}"
     return f"{count:.0f} B"
+
+
+def size_text(case: Case) -> str:
+    """Return the size of a case: 1024 wide, 2,048 tokens, float32."""
+    if "model" in case:
+        where = case["model"]
+    elif "outputs" in case:
+        where = f"{case['width']} x {case['outputs']}"
+    else:
+        where = f"{case['width']} wide"
+    return f"{where}, {count_text(case['tokens'], 'token')}, {case['dtype']}"
+
+
+def median_text(case: Case, name: str) -> str:
+    """Return the median of the times of a run; nothing if it failed."""
+    seconds = case["seconds"].get(name)
+    return NOTHING if seconds is None else seconds_text(statistics.median(seconds))
+
+
+def divided_text(case: Case, name: str, to: str) -> str:
+    """Return the time of a run divided by another's; nothing if one of them failed."""
+    seconds = case["seconds"]
+    if name not in seconds or to not in seconds or name == to:
+        return NOTHING
+    return spread_text(Spread.of(paired_ratios(seconds, name, to)))
 
 
 def versions_text(results: Mapping[str, Any]) -> str:

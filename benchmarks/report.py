@@ -16,15 +16,18 @@ from typing import Any, NamedTuple
 from benchmarks.candidates import BASE, CANDIDATES
 from benchmarks.compiled import COMPILED
 from benchmarks.markdown import (
-    NOTHING,
+    Case,
     box,
     bytes_text,
     count_text,
+    divided_text,
     folded,
+    median_text,
     ratio_text,
     run_text,
     seconds_text,
     short_text,
+    size_text,
     spread_text,
     table,
 )
@@ -33,7 +36,6 @@ from benchmarks.results import read_results
 from benchmarks.roofline import floor
 from benchmarks.side_by_side import CONTESTANTS, PARTS
 
-Case = Mapping[str, Any]
 Results = Mapping[str, Any]
 Tables = Mapping[str, Sequence[Case]]
 
@@ -70,15 +72,17 @@ def _tables(files: Iterable[Results]) -> dict[str, Sequence[Case]]:
 def page(files: Sequence[Results]) -> str:
     """Return the page in Markdown."""
     tables = _tables(files)
-    there = {
-        name: next(results for results in files if name in results["tables"])
-        for name in SECTIONS
-        if name in tables
-    }
-    used = [results for results in files if any(results is one for one in there.values())]
+    sources = {}
+    for name in SECTIONS:
+        holding = [results for results in files if name in results["tables"]]
+        if holding:
+            sources[name] = holding[0]
+    used = [results for results in files if any(results is one for one in sources.values())]
     sections = []
-    for name, results in there.items():
-        told = f"*Run {used.index(results) + 1}.* " if len(used) > 1 else ""
+    for name, results in sources.items():
+        told = ""
+        if len(used) > 1:
+            told = f"*Run {used.index(results) + 1}.* "
         sections.append(SECTIONS[name](tables[name]).replace("\n\n", f"\n\n{told}", 1))
     listed = "".join(f"{number}. {run_text(results)}\n" for number, results in enumerate(used, 1))
     return "\n".join(
@@ -156,7 +160,9 @@ def compared(tables: Tables) -> list[Row]:
 
 
 def _over_lora(values: Mapping[str, Any], suffix: str) -> dict[str, Spread]:
-    listed = {name: one if isinstance(one, list) else [one] for name, one in values.items()}
+    listed = {}
+    for name, value in values.items():
+        listed[name] = value if isinstance(value, list) else [value]
     return {
         name: Spread.of(paired_ratios(listed, name + suffix, OTHER + suffix))
         for name in SHOWN
@@ -184,16 +190,12 @@ COMPARED: Sequence[tuple[str, str, str, Mapping[str, Any], str, str]] = (
 
 
 def _summary(rows: Sequence[Row]) -> str:
-    lines = []
-    for line in dict.fromkeys(row.line for row in rows):
-        told = " ".join(
-            f"{row.label[0].upper()}{row.label[1:]}: "
-            + ", ".join(f"{_title(name)} {short_text(one)}" for name, one in row.ratios.items())
-            + "."
-            for row in rows
-            if row.line == line
-        )
-        lines.append(f"- **{line}.** {told}")
+    told: dict[str, list[str]] = {}
+    for row in rows:
+        label = row.label[0].upper() + row.label[1:]
+        ratios = [f"{_title(name)} {short_text(ratio)}" for name, ratio in row.ratios.items()]
+        told.setdefault(row.line, []).append(f"{label}: {', '.join(ratios)}.")
+    lines = [f"- **{line}.** {' '.join(texts)}" for line, texts in told.items()]
     return "\n".join([*lines, ABOUT_LINES])
 
 
@@ -240,31 +242,20 @@ def _section(title: str, about: str, *tables: str) -> str:
     return f"### {title}\n\n{about}\n\n{folded('Tables', chr(10).join(tables))}"
 
 
-def _size(case: Case) -> str:
-    where = case["model"] if "model" in case else f"{case['width']} wide"
-    return f"{where}, {count_text(case['tokens'], 'token')}, {case['dtype']}"
-
-
-def _over_base(case: Case, name: str) -> str:
-    return spread_text(Spread.of(paired_ratios(case["seconds"], name, BASE)))
-
-
-def _median(case: Case, name: str) -> str:
-    return seconds_text(statistics.median(case["seconds"][name]))
-
-
 def _timed(name: str, title: str, about: str) -> Callable[[Sequence[Case]], str]:
     """Return a section with candidates by cases, the roofline, and the time of the base."""
 
     def section(cases: Sequence[Case]) -> str:
-        rows = [["frozen", *(_median(case, BASE) for case in cases)]]
+        rows = [["frozen", *(median_text(case, BASE) for case in cases)]]
         for method in ("bone", "bat"):
             told = [f"*{ratio_text(floor(name, case, method))}*" for case in cases]
             rows.append([f"*roofline {_title(method)}*", *told])
         for one in cases[0]["seconds"]:
             if one != BASE:
-                rows.append([CANDIDATES[one].title, *(_over_base(case, one) for case in cases)])
-        return _section(title, about, table(["", *map(_size, cases)], rows))
+                rows.append(
+                    [CANDIDATES[one].title, *(divided_text(case, one, BASE) for case in cases)]
+                )
+        return _section(title, about, table(["", *map(size_text, cases)], rows))
 
     return section
 
@@ -287,12 +278,12 @@ def _memory(cases: Sequence[Case]) -> str:
 def _start_up(cases: Sequence[Case]) -> str:
     injections = [case for case in cases if case["what"] != "files"]
     names = list(injections[0]["seconds"])
-    adapting = [[case["what"], *(_median(case, name) for name in names)] for case in injections]
+    adapting = [[case["what"], *(median_text(case, name) for name in names)] for case in injections]
     keys = ("save", "load", "swap", "tensors_save", "tensors_load")
     files = [
         [
             f"{bytes_text(case['adapter_bytes'])} for {bytes_text(case['base_bytes'])}",
-            *(_median(case, key) for key in keys),
+            *(median_text(case, key) for key in keys),
         ]
         for case in cases
         if case["what"] == "files"
@@ -311,7 +302,7 @@ def _routed(cases: Sequence[Case]) -> str:
     rows = [
         [
             f"{CANDIDATES[name].title}, {text}",
-            *(_over_base(case, f"{name}_{way}") for case in cases),
+            *(divided_text(case, f"{name}_{way}", BASE) for case in cases),
         ]
         for name in ("bone", "bat", OTHER)
         for way, text in ways.items()
@@ -350,8 +341,8 @@ def _experts(cases: Sequence[Case]) -> str:
         [
             f"{case['model']}, {case['experts']} experts of {case['hidden']} x {case['inner']}, "
             f"{count_text(case['tokens'], 'token')}, {case['implementation']}",
-            _median(case, BASE),
-            *(_over_base(case, name) for name in names),
+            median_text(case, BASE),
+            *(divided_text(case, name, BASE) for name in names),
             *(bytes_text(case["kept_bytes"][name]) for name in (BASE, *names)),
         ]
         for case in cases
@@ -369,16 +360,12 @@ def _experts(cases: Sequence[Case]) -> str:
 def _compiled(cases: Sequence[Case]) -> str:
     rows = []
     for case in cases:
-        seconds = case["seconds"]
-        for name in (name for name in seconds if not name.endswith(COMPILED)):
+        for name in case["seconds"]:
+            if name.endswith(COMPILED):
+                continue
             others = (name, BASE + COMPILED, OTHER + COMPILED)
-            ratios = [
-                spread_text(Spread.of(paired_ratios(seconds, name + COMPILED, other)))
-                if other != name + COMPILED
-                else NOTHING
-                for other in others
-            ]
-            rows.append([f"{_size(case)}, {CANDIDATES[name].title}", *ratios])
+            ratios = [divided_text(case, name + COMPILED, other) for other in others]
+            rows.append([f"{size_text(case)}, {CANDIDATES[name].title}", *ratios])
     about = "The step compiled by `torch.compile`, divided by three others."
     header = ["", "/ eager", "/ frozen, compiled", "/ LoRA, compiled"]
     return _section("Compiled", about, table(header, rows))

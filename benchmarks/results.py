@@ -45,6 +45,11 @@ def describe(device: torch.device) -> dict[str, Any]:
     }
 
 
+def dtype_text(dtype: torch.dtype) -> str:
+    """Return the name of a dtype, as a case has it."""
+    return str(dtype).removeprefix("torch.")
+
+
 def versions(packages: Iterable[str]) -> dict[str, str]:
     """Return the versions of those packages that are installed."""
     found = {}
@@ -97,7 +102,8 @@ def _memory_bytes() -> int | None:
 
 def _processor() -> str:
     cpuinfo = Path("/proc/cpuinfo")
-    found = (
-        re.search(r"^model name\s*: (.+)$", cpuinfo.read_text(), re.M) if cpuinfo.exists() else 0
-    )
-    return found[1] if found else platform.processor() or platform.machine()
+    if cpuinfo.exists():
+        found = re.search(r"^model name\s*: (.+)$", cpuinfo.read_text(), re.MULTILINE)
+        if found:
+            return found[1]
+    return platform.processor() or platform.machine()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,11 +32,11 @@ def frozen_stack(layers: int, width: int, device: torch.device) -> nn.Sequential
     return nn.Sequential(*stack).requires_grad_(False).eval()
 
 
-def forward(model: nn.Module, x: Tensor) -> Callable[[], Tensor]:
+def forward(model: nn.Module, x: Tensor) -> Callable[[], Any]:
     """Return a call of the model without gradients."""
     model.eval()
 
-    def run() -> Tensor:
+    def run() -> Any:
         with torch.no_grad():
             return model(x)
 

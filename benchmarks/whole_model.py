@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from benchmarks.candidates import BASE, CANDIDATES, adapted_model, check_same_results
 from benchmarks.protocol import Budget, R, compare, slow_dtypes
+from benchmarks.results import dtype_text
 from benchmarks.roofline import Linear, measured_rates
 from benchmarks.steps import CandidateError, TrainingStep, check_gradients, require_gradient
 
@@ -37,7 +38,7 @@ class ModelRun(NamedTuple):
             "model": "SmolLM2-135M",
             "layers": self.layers,
             "tokens": self.batch * self.length,
-            "dtype": str(self.dtype).removeprefix("torch."),
+            "dtype": dtype_text(self.dtype),
             "r": R,
         }
 

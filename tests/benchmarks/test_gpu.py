@@ -1,7 +1,10 @@
 """`python -m benchmarks.gpu`: each part runs on a processor, with tiny sizes; the page of a run."""
 
 import copy
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import create_autospec
 
 import pytest
 import torch
@@ -9,6 +12,7 @@ import torch
 from benchmarks import gpu, gpu_page
 from benchmarks.candidates import BASE
 from benchmarks.compiled import COMPILED
+from benchmarks.markdown import replace_between
 from benchmarks.results import read_results
 from benchmarks.timers import ClockTimer, EventTimer, timer_of
 
@@ -100,9 +104,37 @@ def test_a_candidate_that_fails_leaves_the_others():
 
 
 def test_tests_are_counted_by_how_they_end():
-    found = gpu.counted_tests("...s.F\nsome text\n== 1 failed, 5 passed, 1 skipped in 3.42s ==\n")
-    assert found == {"passed": 5, "failed": 1, "error": 0, "skipped": 1,
-                     "said": "1 failed, 5 passed, 1 skipped in 3.42s"}  # fmt: skip
+    said = "1 failed, 5 passed, 1 skipped, 3 warnings, 2 errors in 3.42s"
+    found = gpu.count_tests(f"...s.F\nFAILED tests/x.py::test_a - no\n== {said} ==\n")
+    assert found == {"passed": 5, "failed": 1, "error": 2, "skipped": 1, "said": said,
+                     "not_passed": ["FAILED tests/x.py::test_a - no"]}  # fmt: skip
+    assert "2 errors in 3.42s.\n\n- FAILED tests/x.py::test_a - no\n" in gpu_page.tests([found])
+
+
+def test_a_test_that_fails_makes_the_command_fail(monkeypatch, tmp_path):
+    case = gpu.count_tests("FAILED tests/x.py::test_a\n1 failed in 1.00s\n")
+    monkeypatch.setitem(gpu.TABLES, "tests", lambda device, sizes: [case])
+    words = ["--only", "tests", "--device", "cpu", "--out", str(tmp_path / "gpu.json")]
+    assert gpu.main(words) == 1
+
+
+def test_the_cases_before_one_that_fails_are_kept(monkeypatch, tmp_path):
+    def stops(device, sizes):
+        yield KEPT["tables"]["step"][0]
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setitem(gpu.TABLES, "step", stops)
+    path = tmp_path / "gpu.json"
+    assert gpu.main(["--only", "step", "--device", "cpu", "--out", str(path)]) == 1
+    found = read_results(path)
+    assert found["tables"]["step"] == KEPT["tables"]["step"][:1]
+    assert found["failed"] == {"step": "RuntimeError: out of memory"}
+
+
+def test_a_card_is_chosen_by_the_variable_of_cuda(capsys):
+    with pytest.raises(SystemExit):
+        gpu.main(["--device", "cuda:1"])
+    assert "set CUDA_VISIBLE_DEVICES" in capsys.readouterr().err
 
 
 class Event:
@@ -132,6 +164,40 @@ def test_events_of_cuda_take_the_time_between_them(monkeypatch):
     assert Event.log == ["idle", "event", "run", "run", "event", "wait"]
 
 
+def test_a_card_is_named(monkeypatch):
+    """Simulated, with the names that torch gives the properties of a card."""
+    card = SimpleNamespace(
+        name="Some GPU", total_memory=80 * 2**30, multi_processor_count=132, major=9, minor=0
+    )
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+    found = gpu.about(torch.device("cuda"))
+    assert (found["name"], found["capability"]) == ("Some GPU", "9.0")
+    assert (found["memory_bytes"], found["multiprocessors"]) == (80 * 2**30, 132)
+
+
+def test_the_peak_of_a_card_is_the_allocators(monkeypatch):
+    """Simulated, with the signatures of torch's functions."""
+    log = []
+    for name, result in (
+        ("synchronize", None),
+        ("reset_peak_memory_stats", None),
+        ("memory_allocated", 100),
+        ("max_memory_allocated", 164),
+    ):
+        stand_in = create_autospec(getattr(torch.cuda, name))
+        stand_in.side_effect = partial(note, log, name, result)
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    assert gpu.peak_of(lambda: log.append("run"), torch.device("cuda")) == 64
+    assert log == ["synchronize", "reset_peak_memory_stats", "memory_allocated", "run",
+                   "synchronize", "max_memory_allocated"]  # fmt: skip
+    assert gpu.peak_of(log.clear, torch.device("mps")) is None
+
+
+def note(log, name, result, *_):
+    log.append(name)
+    return result
+
+
 def test_a_device_without_events_has_a_clock():
     assert isinstance(timer_of(CPU), ClockTimer)
     ticks = iter([1.0, 7.0])
@@ -142,7 +208,7 @@ def test_a_device_without_events_has_a_clock():
 def test_page_and_readme_are_what_the_kept_run_gives():
     for path, text in ((gpu_page.PAGE, gpu_page.page), (gpu_page.README, gpu_page.readme)):
         shown = (ROOT / path).read_text(encoding="utf-8")
-        assert gpu_page.with_text(shown, text(KEPT), *gpu_page.MARKS[path]) == shown
+        assert replace_between(shown, text(KEPT), *gpu_page.MARKS[path]) == shown
 
 
 def test_a_run_on_a_processor_is_called_so():
