@@ -12,17 +12,14 @@ import itertools
 import json
 import re
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from bitsandbytes.functional import quantize_4bit
-from bitsandbytes.nn import LinearNF4
 from peft import LoraConfig, get_peft_model
-from torch import nn
-from torch._subclasses import FakeTensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.distributed.algorithms.ddp_comm_hooks.debugging_hooks import noop_hook
 from torch.distributed.device_mesh import init_device_mesh
@@ -34,14 +31,17 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import disha
 from benchmarks import four_bits
-from benchmarks.markdown import NOTHING, table
+from benchmarks.markdown import NOTHING, replace_between, table
 from benchmarks.memory import allocated_peak
 from benchmarks.steps import full_step
+from disha.finetune.base import make_without_values
+from disha.finetune.dry_run import pretend_group
 from disha.integrations.memory import step_memory
 from disha.private_torch import memory_modes
 
 # Transformers makes a mask for a fake batch that it would not make for a real one without padding.
-AttentionInterface.register("unmasked", sdpa_attention_forward)
+ATTENTION = "unmasked"
+AttentionInterface.register(ATTENTION, sdpa_attention_forward)
 RESULTS, PAGE = Path("benchmarks/results/fits.json"), Path("docs/guides/memory.md")
 LLAMA = {"num_key_value_heads": 8, "vocab_size": 128256, "dtype": "bfloat16"}
 CONFIGS = {
@@ -103,51 +103,57 @@ def adapt(model: Any, adapter: str, r: int) -> Any:
     return model
 
 
-def quantize(model: Any) -> None:
-    """Quantise fake tensors as `four_bits.quantise` does real ones."""
-    with unset_fake_temporarily():  # makes a map of values that is kept
-        quantize_4bit(torch.zeros(64), compress_statistics=True)
-    for name, module in list(model.named_modules()):
-        if isinstance(module, nn.Linear) and name.endswith("_proj"):
-            sizes = module.in_features, module.out_features, False
-            with unset_fake_temporarily():  # its class of weights holds no fake tensor
-                layer = LinearNF4(*sizes, model.dtype, quant_storage=model.dtype, device="meta")
-            how = {"quant_type": "nf4", "compress_statistics": True, "quant_storage": model.dtype}
-            data, layer.quant_state = quantize_4bit(module.weight.data, **how)
-            layer.weight = nn.Parameter(data, requires_grad=False)
-            layer.register_forward_pre_hook(note_state)  # FSDP makes a parameter of its own
-            note_state(layer)
-            model.set_submodule(name, layer)
-    four_bits.quantize_stacks(model)
+def last_part(path: str) -> str:
+    """Return the name of a module in its parent."""
+    return path.rpartition(".")[2]
 
 
-def note_state(layer: Any, *_: object) -> None:
-    """Note on a weight how it is quantised, as bitsandbytes' class does."""
-    noted = {"compress_statistics": True, "quant_type": "nf4"}
-    vars(layer.weight).update(noted, quant_state=layer.quant_state)
+def make_mesh(ranks: int) -> Any:
+    """Return the mesh of all ranks."""
+    with unset_fake_temporarily():  # it reads the numbers of its ranks
+        return init_device_mesh("cpu", (ranks,))
 
 
-def made(mesh: Any, name: str, adapter: str, way: str, bits: int, recompute: bool, r: int) -> Any:
+def make_simulated(config: Any, bits: int) -> Any:
+    """Return a base without values, as the dry run of `disha finetune` makes it."""
+    return make_without_values(config, str(bits), config.dtype, ATTENTION)
+
+
+def make_real(config: Any, bits: int) -> Any:
+    """Return a base with values."""
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=ATTENTION)
+    if bits == 4:
+        four_bits.quantize(model, model.dtype)
+        model.is_loaded_in_4bit = True  # PEFT asks
+    return model
+
+
+def make_step(
+    make_base: Callable[[Any, int], Any],
+    ranks: int,
+    name: str,
+    adapter: str,
+    way: str,
+    bits: int,
+    recompute: bool,
+    r: int,
+) -> tuple[Any, torch.optim.Optimizer]:
     """Return a model with an adapter, on its ranks, and an optimizer."""
-    model = AutoModelForCausalLM.from_config(CONFIGS[name], attn_implementation="unmasked").train()
+    model = make_base(CONFIGS[name], bits).train()
     if recompute:
         model.activation_checkpointing_enable()
-    if bits == 4:
-        model.is_loaded_in_4bit = True  # PEFT asks
-        if isinstance(model.lm_head.weight, FakeTensor):
-            quantize(model)
-        else:
-            four_bits.quantize(model, model.dtype)
     layers = [one for one in model.modules() if type(one).__name__.endswith("DecoderLayer")]
     if way == "tensor parallel":
+        mesh = make_mesh(ranks)
         for layer in layers:
-            names = [(name, name.split(".")[-1]) for name, _ in layer.named_modules()]
-            parallelize_module(layer, mesh, {name: CUT[s]() for name, s in names if s in CUT})
+            names = [path for path, _ in layer.named_modules() if last_part(path) in CUT]
+            parallelize_module(layer, mesh, {path: CUT[last_part(path)]() for path in names})
     model = adapt(model, adapter, r)
     if way == "DDP":  # its first communication compares values
         model = DistributedDataParallel(model, init_sync=False)
         model.register_comm_hook(None, noop_hook)
     if way == "FSDP2":
+        mesh = make_mesh(ranks)
         for module in (*layers, model):
             fully_shard(module, mesh=mesh)
     return model, torch.optim.AdamW(one for one in model.parameters() if one.requires_grad)
@@ -157,21 +163,17 @@ def simulated(ranks: int, rows: int, tokens: int, *of_model: Any) -> dict[str, i
     """Return the bytes of a step on the first of so many ranks, by what they are for."""
     modes = fake, tracker = memory_modes()
     ids = torch.zeros(rows, tokens, dtype=torch.long)
-    dist.init_process_group("fake", rank=0, world_size=ranks)
-    try:
-        mesh = init_device_mesh("cpu", (ranks,))
+    with pretend_group(ranks):
         with fake, tracker:
-            model, optimizer = made(mesh, *of_model)
+            model, optimizer = make_step(make_simulated, ranks, *of_model)
             gc.collect()  # what was quantised is in cycles
         return step_memory(model, optimizer, lambda: model(input_ids=ids, labels=ids).loss, modes)
-    finally:
-        dist.destroy_process_group()
 
 
 def real(rank: int, ranks: int, file: str, found: Any, *of_model: Any) -> None:
     """Measure a step of a small model on a rank."""
     dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=ranks)
-    model, optimizer = made(init_device_mesh("cpu", (ranks,)), *of_model)
+    model, optimizer = make_step(make_real, ranks, *of_model)
     ids = torch.zeros(8, 256, dtype=torch.long)
     step = full_step(lambda: model(input_ids=ids, labels=ids).loss, optimizer)
     step()
@@ -200,8 +202,7 @@ def write(kept: dict[str, Any]) -> None:
         if any(cells):
             rows.append([f"{name}:{bits}", f"{way.replace(' ', '-')}:{ranks}", *peaks])
     shown = re.sub(r" ?\| ?", "|", table(["model:bits", "devices", *COLUMNS], rows))
-    start, _, rest = PAGE.read_text().partition(MARK)
-    PAGE.write_text(f"{start}{MARK}\n\n{shown}\n{END}{rest.partition(END)[2]}")
+    PAGE.write_text(replace_between(PAGE.read_text(), f"\n\n{shown}\n", MARK, END))
     RESULTS.write_text(json.dumps(kept, indent=1) + "\n")
 
 
@@ -223,9 +224,8 @@ def write_recipes(kept: dict[str, Any]) -> None:
         "each further row, at most",
         "fits GPUs of (GB)",
     ]
-    start, _, rest = SIZES.read_text().partition(MARK)
     shown = table(header, rows)
-    SIZES.write_text(f"{start}{MARK}\n\n{shown}\n{END}{rest.partition(END)[2]}")
+    SIZES.write_text(replace_between(SIZES.read_text(), f"\n\n{shown}\n", MARK, END))
 
 
 def main() -> None:
