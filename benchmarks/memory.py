@@ -90,6 +90,9 @@ def memory(device: torch.device) -> list[dict[str, Any]]:
 def status_bytes(field: str) -> int | None:
     """Return a figure of this process's memory in bytes; None if the system does not report it."""
     status = Path("/proc/self/status")
-    lines = status.read_text().splitlines() if status.exists() else []
-    found = next((line for line in lines if line.startswith(f"{field}:")), None)
-    return None if found is None else int(found.split()[1]) * 1024
+    if not status.exists():
+        return None
+    for line in status.read_text().splitlines():
+        if line.startswith(f"{field}:"):
+            return int(line.split()[1]) * 1024
+    return None

@@ -91,7 +91,7 @@ def side_by_side(tiny: bool, folder: Path) -> dict[str, Any]:
     device = torch.device("cpu")
     results = describe(device)
     slow = slow_dtypes({torch.bfloat16}, device)
-    dtypes = ["float32", *([] if slow else ["bfloat16"])]
+    dtypes = ["float32"] if slow else ["float32", "bfloat16"]
     results["tables"] = {
         "adapter": [_race(ADAPTER, dtype, sizes, folder) for dtype in dtypes],
         "job": [_race(JOB, "float32", job_sizes, folder)],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from benchmarks.convergence.findings import Finding, at_forgetting, differ, finding, points
 from benchmarks.convergence.methods import METHODS, SHIRA
@@ -24,6 +24,7 @@ on the validation rows, so that the test rows choose nothing."""
 LIMITS = (0.1, 0.2, 0.3)
 
 TaskFindings = Mapping[str, Finding]
+Record = Mapping[str, Any]
 
 
 class Outcome(NamedTuple):
@@ -72,12 +73,11 @@ def verdict_of(rule: str, of_rule: Mapping[str, Outcome]) -> str:
     lower = [task for task, one in of_rule.items() if one.clear and one.gap < 0]
     higher = [task for task, one in of_rule.items() if one.clear and one.gap > 0]
     moved = [task for task, one in of_rule.items() if one.rate != one.rate_of_lora]
+    name = rule[0].upper() + rule[1:]
     parts = [
-        f"- **{rule[0].upper()}{rule[1:]}**: a lower test loss than MiSS, beyond noise, in "
-        f"{len(lower)} of {count_text(len(of_rule), 'task')}"
-        + (f" ({', '.join(lower)})" if lower else "")
-        + f", a higher one in {len(higher)}"
-        + (f" ({', '.join(higher)})." if higher else "."),
+        f"- **{name}**: a lower test loss than MiSS, beyond noise, in {len(lower)} of "
+        f"{count_text(len(of_rule), 'task')}{_in_brackets(lower)}, a higher one in "
+        f"{len(higher)}{_in_brackets(higher)}."
     ]
     gaps = ", ".join(f"{task} {one.gap:+.3f}" for task, one in of_rule.items())
     parts.append(f"Differences of the means: {gaps}.")
@@ -86,6 +86,12 @@ def verdict_of(rule: str, of_rule: Mapping[str, Outcome]) -> str:
     else:
         parts.append("The best rate is LoRA's in each of these.")
     return "\n  ".join(parts)
+
+
+def _in_brackets(tasks: list[str]) -> str:
+    if not tasks:
+        return ""
+    return f" ({', '.join(tasks)})"
 
 
 def section(study: Study, results: Results) -> str:
@@ -152,16 +158,7 @@ def _longer(study: Study, results: Results) -> str:
     task = TASKS[LONG]
     rows = []
     for name in (*REFERENCES, *CANDIDATES[LONG]):
-        of_method = {
-            rate: [results[run] for run in runs if run in results]
-            for rate in FIRST_RATES[LONG]
-            if (runs := [Run(main_cell(LONG, name), rate, seed) for seed in study.seeds])
-        }
-        learned = {
-            rate: [one for one in records if one.get("scales") is not None]
-            for rate, records in of_method.items()
-        }
-        learned = {rate: records for rate, records in learned.items() if records}
+        learned = _finished_runs(study, results, name)
         if not learned:
             continue
         row = [METHODS[name].title]
@@ -187,7 +184,18 @@ over these rates and all scales of the trained update.
 {table(header, rows)}"""
 
 
-def _ends(records: list[Mapping[str, object]]) -> str:
+def _finished_runs(study: Study, results: Results, name: str) -> dict[float, list[Record]]:
+    """Return rate -> the runs of a method that have ended, without rates that have none."""
+    finished: dict[float, list[Record]] = {}
+    for rate in FIRST_RATES[LONG]:
+        for seed in study.seeds:
+            record = results.get(Run(main_cell(LONG, name), rate, seed))
+            if record is not None and record.get("scales") is not None:
+                finished.setdefault(rate, []).append(record)
+    return finished
+
+
+def _ends(records: list[Record]) -> str:
     ends = [points(record)[-1] for record in records]
     loss = statistics.fmean(end.loss for end in ends)
     forgetting = statistics.fmean(end.forgetting for end in ends)

@@ -181,12 +181,17 @@ def _single_tasks(found: Mapping[str, TaskFindings], key: str, sides: tuple[str,
                 if differ(mine, others):
                     counts[sum(mine) > sum(others)] += 1
         parts = [f"{side} in {count}" for side, count in zip(sides, counts, strict=True) if count]
-        told.append(f"{METHODS[name].title} {' and '.join(parts) or 'in none'}")
+        if not parts:
+            parts = ["in none"]
+        told.append(f"{METHODS[name].title} {' and '.join(parts)}")
     return f"Clear in single tasks: {', '.join(told)}."
 
 
 def _joined(words: Sequence[str]) -> str:
-    return " and ".join(filter(None, [", ".join(words[:-1]), words[-1]]))
+    *others, last = words
+    if not others:
+        return last
+    return f"{', '.join(others)} and {last}"
 
 
 # --- every task ----------------------------------------------------------------------------------
@@ -200,15 +205,12 @@ def _every_task(found: Mapping[str, TaskFindings]) -> str:
         rates = [one.rate for one in of_method if one is not None]
         close = len(best_or_tied(name, found))
         steps = list(ratios(found, name, "time of a step").values())
-        rows.append(
-            [
-                METHODS[name].title,
-                " to ".join(f"{rate:g}" for rate in sorted({min(rates), max(rates)})),
-                *(NOTHING if one is None else f"{one.mean('loss'):.3f}" for one in of_method),
-                NOTHING if name == FULL else f"{close} of {len(rates)}",
-                f"{statistics.geometric_mean(steps):.2f}" if steps else NOTHING,
-            ]
-        )
+        lowest, highest = min(rates), max(rates)
+        spanned = f"{lowest:g}" if lowest == highest else f"{lowest:g} to {highest:g}"
+        losses = [NOTHING if one is None else f"{one.mean('loss'):.3f}" for one in of_method]
+        tied = NOTHING if name == FULL else f"{close} of {len(rates)}"
+        step = f"{statistics.geometric_mean(steps):.2f}" if steps else NOTHING
+        rows.append([METHODS[name].title, spanned, *losses, tied, step])
     header = ["method", "best rates", *(TASKS[task].name for task in found), "best or tied", "step"]
     gaps = [one.findings["bone"].rate / one.findings[OTHER].rate for one in found.values()]
     times = [gap / _factor(task) for task, gap in zip(found, gaps, strict=True)]
