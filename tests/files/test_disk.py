@@ -94,6 +94,24 @@ class TestFailed:
         assert (path / "inner" / "x").read_text() == "new"
         assert list(tmp_path.iterdir()) == [path]
 
+    def test_an_open_file_that_windows_does_not_replace(self, old, monkeypatch):
+        """Simulated: Windows refuses to replace or move what a program has open."""
+
+        def refuse(self, target):
+            raise PermissionError(13, "Access is denied", str(self), 5, str(target))
+
+        monkeypatch.setattr(Path, "replace", refuse)
+        monkeypatch.setattr(Path, "rename", refuse)
+        with pytest.raises(AdapterIOError, match="Access is denied; nothing was changed"):
+            save_tensors(old, NEW, {})
+        assert_old(old)
+        folder = old.parent / "folder"
+        folder_with("old")(folder)
+        with pytest.raises(AdapterIOError, match="Access is denied; nothing was changed"):
+            save(folder, folder_with("new"))
+        assert (folder / "inner" / "x").read_text() == "old"
+        assert {one.name for one in old.parent.iterdir()} == {old.name, folder.name}
+
     def test_what_is_there_stays_unless_that_is_asked_for(self, old):
         (old.parent / "empty").mkdir()
         for name, overwrite in (("none", False), ("empty", False), (old.name, True)):

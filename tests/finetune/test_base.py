@@ -118,6 +118,18 @@ def test_bits_without_bitsandbytes(tiny, monkeypatch):
         load_base(str(tiny), "4")
 
 
+def test_a_chat_template_with_the_line_ends_of_windows(tmp_path):
+    """Simulated: the file that an editor of Windows writes gives the same prompts."""
+    turns = [{"role": "user", "content": "say two"}, {"role": "assistant", "content": "two two"}]
+    template = "{% for m in messages %}\n{{ m['role'] }}\n{{ m['content'] }}\n{% endfor %}\n"
+    path, words, prompts = tmp_path / "template.jinja", tokenizer(), []
+    for ends in (b"\n", b"\r\n"):
+        path.write_bytes(template.encode().replace(b"\n", ends))
+        words.chat_template = template_at(str(path))
+        prompts.append(words.apply_chat_template(turns, tokenize=False))
+    assert prompts == ["user\nsay two\nassistant\ntwo two\n"] * 2
+
+
 class TestNote:
     def save(self, path, note):
         model = disha.inject_adapters(torch.nn.Linear(4, 4), "all-linear", r=2)
@@ -137,6 +149,16 @@ class TestNote:
         (tmp_path / "there" / "model").rmdir()
         with pytest.raises(ArgumentError, match="which is not there; give --base"):
             read_noted_base(moved)
+
+    def test_a_base_on_another_drive_is_noted_whole(self, tmp_path, monkeypatch):
+        """Simulated: on Windows, no relative path leads from one drive to another."""
+
+        def refuse(path, start):
+            raise ValueError("path is on mount 'D:', start on mount 'C:'")
+
+        monkeypatch.setattr(os.path, "relpath", refuse)
+        note = json.loads(base_note(str(tmp_path), "4", tmp_path / "adapter.safetensors"))
+        assert note["base_model_name_or_path"] == str(tmp_path)
 
     def test_a_name(self, tmp_path):
         path = tmp_path / "adapter.safetensors"
