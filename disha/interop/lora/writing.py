@@ -139,8 +139,8 @@ def export_tensors(
     """Return an adapter as LoRA, in memory: what `export` writes into its two files.
 
     This hands the weights over to a runtime during training, such as to the server that generates
-    the rollouts of reinforcement learning. PEFT takes them by `set_peft_model_state_dict`, requests
-    of vLLM as `lora_tensors` and `peft_config`, and SGLang by `load_lora_adapter_from_tensors`.
+    the rollouts of reinforcement learning. PEFT takes them by `set_peft_model_state_dict`, and
+    SGLang by `load_lora_adapter_from_tensors`. vLLM reads the folder that `export` writes.
     The arguments and the errors are those of `export`. If the model is sharded, call this on all
     ranks; each gets all tensors.
 
