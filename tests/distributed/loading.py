@@ -7,6 +7,7 @@ count on each rank that reads it, although the ranks of a machine share them. Ea
 its own, because memory that an earlier one has left would be freed in the middle.
 """
 
+import gc
 import json
 import re
 import sys
@@ -68,6 +69,7 @@ def measure(way, folder):
             write_model(folder / name, **sizes)
             write_rows(folder / "rows.jsonl")
             (folder / "zero3.json").write_text(json.dumps(config(3)))
+        gc.collect()  # what was written, and the tiny base, would be freed in the middle
         dist.barrier()
         size = (folder / name / "model.safetensors").stat().st_size
         dist.all_gather_object(shares, taken(folder, name, *WAYS[way]) / size)
