@@ -37,6 +37,9 @@ def settings_of(kind, r_out):
     return {"method": "bone", "r_out": r_out} if kind == "tile" else {"method": kind}
 
 
+BONE_KINDS = tuple(kind for kind in KINDS if method_of_kind(kind) == "bone")
+"""The kinds whose dW is Bone's, for tests of shard sums."""
+
 METHODS = tuple(kind for kind in KINDS if method_of_kind(kind) == kind)
 """The methods that users choose from, for tests of weights whose outputs no tile divides."""
 

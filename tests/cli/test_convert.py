@@ -14,6 +14,7 @@ from disha.finetune.notes import base_note, read_noted_base
 from disha.interop import lora, peft
 from tests.cli.conftest import DOWN, Q, model
 from tests.conftest import assert_same, perturb
+from tests.reference import KINDS, settings_of
 
 
 def deltas(path, load=disha.load_adapter):
@@ -30,9 +31,10 @@ def contents(folder):
     return {file.name: file.read_bytes() for file in folder.iterdir()}
 
 
-@pytest.mark.parametrize("injected", [{}, {"r_out": 2}, {"method": "bat"}])
-def test_to_peft_and_back(run, files, injected):
-    a, folder, back = files.adapter(**injected), files.path / "peft", files.path / "back"
+@pytest.mark.parametrize("kind", KINDS)
+def test_to_peft_and_back(run, files, kind):
+    a = files.adapter(**settings_of(kind, 2))
+    folder, back = files.path / "peft", files.path / "back"
     done = run("convert", a, folder, "--to", "peft")
     assert (done.code, done.err) == (0, "")
     assert done.out == f"{a} -> {folder} (peft): 2 layers\n"

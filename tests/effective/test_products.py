@@ -13,6 +13,7 @@ from tests.conftest import (
     perturb,
 )
 from tests.effective.weights import adapted_weight
+from tests.reference import METHODS
 
 
 @pytest.mark.parametrize(
@@ -44,7 +45,7 @@ def test_rows_of_a_table_count_from_the_end_too(index):
     torch.testing.assert_close(layer.weight[mask], dense[mask])
 
 
-@pytest.mark.parametrize("method", ["bone", "bat"])
+@pytest.mark.parametrize("method", METHODS)
 def test_sparse_inputs(method):
     layer = perturb(disha.inject_adapters(nn.Linear(4, 3, bias=False), "", 2, method=method))
     x = torch.randn(5, 4).relu()
@@ -98,7 +99,7 @@ class TestJagged:
         model = disha.inject_adapters(Sequences().double(), ".", 2, init="kaiming", **options)
         return perturb(model), torch.nested.nested_tensor(list(self.sequences), layout=torch.jagged)
 
-    @pytest.mark.parametrize("method", ["bone", "bat"])
+    @pytest.mark.parametrize("method", METHODS)
     @pytest.mark.parametrize("compiles", [False, True])
     def test_outputs_and_gradients_are_those_of_each_sequence(self, method, compiles):
         model, nested = self.model(method=method)
@@ -138,7 +139,7 @@ class TestJagged:
             model(nested)
 
 
-@pytest.mark.parametrize("method", ["bone", "bat"])
+@pytest.mark.parametrize("method", METHODS)
 def test_a_product_of_stacks_with_a_bias(method):
     model = nn.Sequential(nn.Linear(2, 2))
     model.mix = nn.Parameter(torch.randn(3, 640, 4))

@@ -16,6 +16,7 @@ import disha
 from disha import ModeError, private_torch
 from disha.effective import torch_patches
 from tests.conftest import Made, freshly_compiled, merged_weight, perturb
+from tests.reference import METHODS
 
 WALK = """
 import json, os, sys, threading, types
@@ -145,7 +146,7 @@ class TestWhatAsksNoTensor:
         perturb(layer)
         return layer, layer.disha["default"].block, torch.randn(3, 6).double().requires_grad_()
 
-    @pytest.mark.parametrize("method", ["bone", "bat"])
+    @pytest.mark.parametrize("method", METHODS)
     @pytest.mark.parametrize("use", USES)
     def test_a_custom_function_trains_the_block(self, use, method):
         layer, block, x = self.case(method)

@@ -7,10 +7,8 @@ import torch
 from torch import nn
 
 import disha
-from disha.config import AdapterConfig
-from disha.files import AdapterContents, LayerRecord
+from disha.files import LayerRecord
 from disha.files.contents import keep_blocks, read_contents
-from disha.files.header import reasons_against_blocks
 from disha.files.saving import adapter_contents
 from disha.functional import Layout
 from disha.model.view import ModelView
@@ -112,37 +110,6 @@ def test_some_layers_are_read(saved, path):
     contents = read_contents(path, layers="head", also_train=False)
     assert [layer.name for layer in contents.layers] == ["head"]
     assert list(contents.tensors) == ["head.bone_block"]
-
-
-@pytest.mark.parametrize(
-    ("layout", "shape", "expected"),
-    [
-        (Layout("out in"), (2, 7), "(2, 6)"),
-        (Layout("out in *kernel"), (6, 3, 3), "(6, 2, 3)"),
-        (Layout("in out *kernel", groups=2), (5, 6, 3), "(4, 6, 3)"),
-        (Layout("in out *kernel", groups=2), (2, 6, 3), "(4, 6, 3)"),
-        (Layout("expert in out"), (4, 2, 7), "(4, 2, 6)"),
-        (Layout("out in"), (), None),
-        (Layout("out in"), (1, 2, 6), None),
-        (Layout("out in *kernel"), (), None),
-        (Layout("out in *kernel"), (6, 2), None),
-        (Layout("in out *kernel"), (), None),
-        (Layout("expert in out"), (2, 6), None),
-    ],
-)
-def test_which_shape_a_block_must_have(layout, shape, expected):
-    record = LayerRecord("", "bone", 2, None, 8, 6, 1.0, None, layout)
-    contents = AdapterContents(
-        config=AdapterConfig(r=2, target=None),
-        layers=(record,),
-        also_train=(),
-        tensors={record.key: torch.empty(shape, device="meta")},
-        metadata={},
-    )
-    says = f"expected a block of shape {expected}, found {shape}"
-    if expected is None:
-        says = f"a block of shape {shape} does not fit the layout {layout.pattern!r}"
-    assert reasons_against_blocks(contents) == [f"(the model): {says}"]
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from tests.functional.updates import close_with_gradients
 @pytest.mark.parametrize(
     ("sizes", "scale"), list(zip(SIZES, itertools.cycle([1.0, 0.5, torch.tensor(-1.5)]))), ids=str
 )
-@pytest.mark.parametrize("method", ["bone", "tile"])
+@pytest.mark.parametrize("method", reference.BONE_KINDS)
 def test_bone_delta_is_the_product_with_delta_weight(method, sizes, scale):
     x, weight, _, block = make_case(method, sizes, lead=(2, 3))
     expected = float(scale) * x @ reference.delta_weight(method, weight, block).T
@@ -32,7 +32,7 @@ def test_bone_delta_is_computed_in_the_dtype_of_the_input():
     close_to_exact(delta.double(), expected, 2**-5)
 
 
-@pytest.mark.parametrize("method", ["bone", "tile"])
+@pytest.mark.parametrize("method", reference.BONE_KINDS)
 def test_bone_delta_under_autocast_is_a_bfloat16_product(method):
     x, weight, _, block = (t.detach() for t in make_case(method, (10, 9, 4, 3), torch.float32))
     with torch.autocast("cpu", torch.bfloat16):

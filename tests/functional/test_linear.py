@@ -23,7 +23,7 @@ from tests.functional.updates import (
     updates_of,
     with_blocks,
 )
-from tests.reference import KINDS
+from tests.reference import KINDS, METHODS
 
 # --- one block -----------------------------------------------------------------------------------
 
@@ -76,7 +76,7 @@ def test_complex_numbers(method, tokens):
     check(method, case_of(method, (10, 9, 4, 3), torch.complex128, lead=(tokens,)), 0.5)
 
 
-@pytest.mark.parametrize("method", ["bone", "bat"])
+@pytest.mark.parametrize("method", METHODS)
 def test_dropout_of_complex_numbers_zeroes_inputs_and_scales_the_others(method):
     x, weight, bias, block = case_of(method, (10, 9, 4, 3), torch.complex128, lead=(1000,))
     update = Update(method_of(method), block, dropout=0.5)
@@ -249,7 +249,7 @@ class TestBatProduct:
 class TestAutocast:
     """Products under autocast."""
 
-    @pytest.mark.parametrize("method", ["bone", "bat"])
+    @pytest.mark.parametrize("method", METHODS)
     def test_autocast_of_a_float32_layer(self, method):
         x, weight, bias, block = case_of(method, (64, 48, 8, 12), torch.float32, lead=(5, 9))
         with torch.autocast("cpu", torch.bfloat16):

@@ -5,7 +5,6 @@ import torch
 import torch.nn.functional as F
 
 from disha import functional
-from disha.functional import Update, method_of
 from tests import reference
 from tests.conftest import close, freshly_compiled, kept_by, needs_grouped_products
 from tests.functional.updates import (
@@ -17,12 +16,15 @@ from tests.functional.updates import (
     dense,
     make_update,
 )
+from tests.reference import KINDS
+
+ALONE = [[kind] for kind in KINDS]
 
 
 @pytest.mark.parametrize("rows", [(), K, TWO], ids=str)
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 @pytest.mark.parametrize("count", [0, 1, 4])
-@pytest.mark.parametrize("kinds", [["bone"], ["tile"], ["bat"], ["bone", "bat"], ["bat", "bat"]])
+@pytest.mark.parametrize("kinds", [*ALONE, ["bone", "bat"], ["bat", "bat"]])
 def test_a_product_of_stacks(kinds, count, dropout, rows):
     x, weight = (torch.randn(s, dtype=torch.float64) for s in ((3, count, 7), (3, 6, 7)))
     x.requires_grad_()
@@ -39,7 +41,7 @@ def test_a_product_of_stacks(kinds, count, dropout, rows):
 
 @pytest.mark.parametrize("sizes", [(1, 3), (4, 1)], ids=str)
 @pytest.mark.parametrize("count", [1, 4])
-@pytest.mark.parametrize("kinds", [["bone"], ["bat"], ["bone", "bat"]])
+@pytest.mark.parametrize("kinds", [*ALONE, ["bone", "bat"]])
 def test_a_product_of_stacks_broadcasts(kinds, count, sizes):
     inputs, matrices = sizes
     x = torch.randn(inputs, count, 7, dtype=torch.float64, requires_grad=True)
@@ -95,7 +97,7 @@ ENDS = {
     "no rows": [0, 0, 0],
 }
 
-GROUPED_KINDS = (["bone"], ["tile"], ["bat"], ["bat", "bone"])
+GROUPED_KINDS = (*ALONE, ["bat", "bone"])
 
 GROUPED = [
     *((kinds, torch.float32, ends, 0.0) for kinds in GROUPED_KINDS for ends in ENDS),
@@ -163,7 +165,7 @@ def test_one_sum_and_one_product_serve_all_groups_of_a_bone_block():
 
 
 @needs_grouped_products
-@pytest.mark.parametrize("kind", ["bone", "bat"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_compiled_grouped_products_take_their_groups_as_data(kind):
     x, weight = (torch.randn(s, dtype=torch.bfloat16) for s in ((9, 16), (3, 24, 16)))
     update = make_update(kind, STACK, weight)  # torch traces the product in bfloat16 only
@@ -181,11 +183,10 @@ def test_compiled_grouped_products_take_their_groups_as_data(kind):
 
 
 @needs_grouped_products
-@pytest.mark.parametrize("method", ["bone", "bat"])
-def test_autocast_leaves_grouped_products_in_their_dtype(method):
+@pytest.mark.parametrize("kind", KINDS)
+def test_autocast_leaves_grouped_products_in_their_dtype(kind):
     x, weight = torch.randn(5, 8), torch.randn(2, 4, 8)
-    block = torch.randn(2, 4, 4) if method == "bone" else torch.randn(2, 1, 4, 4)
-    ends, updates = torch.tensor([2, 5], dtype=torch.int32), [Update(method_of(method), block)]
+    ends, updates = torch.tensor([2, 5], dtype=torch.int32), [make_update(kind, STACK, weight, r=4)]
     multiply = torch._grouped_mm
     expected = functional.adapted_grouped(multiply, x, weight, ends, updates)
     with torch.autocast("cpu", torch.bfloat16):
@@ -193,24 +194,28 @@ def test_autocast_leaves_grouped_products_in_their_dtype(method):
         assert torch.equal(functional.adapted_grouped(multiply, x, weight, ends, updates), expected)
 
 
-def test_stacks_and_groups_in_float16_whose_shard_sums_overflow():
-    x = torch.full((2, 1, 96), 4000.0, dtype=torch.float16)
-    weight = (torch.randn(2, 8, 96) / 256).half()
-    for kind in ("bone", "bat"):
+class TestShardSumsThatOverflowInFloat16:
+    def case(self, kind):
+        """Return x, a stack of weights, an update of it, and the exact product."""
+        x = torch.full((2, 1, 96), 4000.0, dtype=torch.float16)
+        weight = (torch.randn(2, 8, 96) / 256).half()
         update = make_update(kind, STACK, weight.float())
         update = update.replace(block=update.block.detach().sign() / 1024)
         expected = x.float() @ (weight.float() + dense(update, STACK, weight.float())).mT
-        half = update.replace(block=update.block.half())
-        found = functional.adapted_stack(x, weight, [half])
+        return x, weight, update.replace(block=update.block.half()), expected
+
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_of_stacks(self, kind):
+        x, weight, update, expected = self.case(kind)
+        found = functional.adapted_stack(x, weight, [update])
         assert (found.float() - expected).norm() < 0.01 * expected.norm()
 
-    def multiply(a, b, offs):  # there is none of float16 on a CPU
-        return torch.cat([a[e : e + 1] @ b[e] for e in range(len(b))])
+    def test_of_groups(self):
+        x, weight, update, expected = self.case("bone")
 
-    ends = torch.tensor([1, 2], dtype=torch.int32)
-    update = make_update("bone", STACK, weight.float())
-    update = update.replace(block=update.block.detach().sign() / 1024)
-    expected = x.float() @ (weight.float() + dense(update, STACK, weight.float())).mT
-    half = update.replace(block=update.block.half())
-    found = functional.adapted_grouped(multiply, x[:, 0], weight, ends, [half])
-    assert (found.float() - expected[:, 0]).norm() < 0.01 * expected.norm()
+        def multiply(a, b, offs):  # there is none of float16 on a CPU
+            return torch.cat([a[e : e + 1] @ b[e] for e in range(len(b))])
+
+        ends = torch.tensor([1, 2], dtype=torch.int32)
+        found = functional.adapted_grouped(multiply, x[:, 0], weight, ends, [update])
+        assert (found.float() - expected[:, 0]).norm() < 0.01 * expected.norm()

@@ -19,6 +19,7 @@ from disha.integrations.transformers import AdapterCheckpoints
 from disha.integrations.trl import DPOTrainer, GRPOTrainer
 from disha.layers.blocks import AdapterBlock
 from tests.integrations.models import FILES, assert_same
+from tests.reference import METHODS
 
 WORDS = [f"w{number}" for number in range(61)]
 TARGETS = ("q_proj", "v_proj", "o_proj", "up_proj", "down_proj")
@@ -136,7 +137,7 @@ def test_over_a_quantized_base_blocks_train_and_keep_their_dtype(tmp_path):
     assert_same(again, model)
 
 
-@pytest.mark.parametrize("method", ["bone", "bat"])
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize(("target", "tied"), [("lm_head", False), ("embed_tokens", True)])
 def test_an_adapter_on_the_head_trains(tmp_path, method, target, tied):
     """The losses of trl read the head's weight. The same steps with a dense one are the oracle."""
@@ -364,12 +365,12 @@ def test_the_base_is_in_memory_once(tmp_path, make):
 def test_a_trainer_that_fails_leaves_the_model_as_it_was(tmp_path, make):
     model = trained_before(adapted(dropout=0.5))
     names = set(model.state_dict())
-    for wrong, error in (
-        ({"reference": 5}, disha.ArgumentTypeError),
-        ({"callbacks": [object]}, Exception),
-        ({"no_such_argument": 1}, TypeError),
+    for wrong, error, says in (
+        ({"reference": 5}, disha.ArgumentTypeError, "must be an adapter's name or a list"),
+        ({"callbacks": [object]}, AttributeError, "on_init_end"),
+        ({"no_such_argument": 1}, TypeError, "no_such_argument"),
     ):
-        with pytest.raises(error):
+        with pytest.raises(error, match=says):
             make(model, tmp_path, named=wrong, beta=0.5)
         assert set(model.state_dict()) == names
         assert {block.dropout for block in blocks_in(model)} == {0.5}

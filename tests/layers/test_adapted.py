@@ -11,6 +11,7 @@ from tests import reference
 from tests.conftest import refused
 from tests.functional.matrices import close_to_exact
 from tests.layers.test_linear import KINDS, Doubling, born, fill, inject, oracle, subclass_layer
+from tests.reference import METHODS
 
 
 class ByItself(nn.Linear):
@@ -91,7 +92,7 @@ class Gained(nn.Linear):
         self.gain = 3.0
 
 
-@pytest.mark.parametrize("method", ["bone", "bat"])
+@pytest.mark.parametrize("method", METHODS)
 def test_a_weight_that_the_class_computes_is_the_one_that_is_multiplied(method):
     layer, x = Gained(8, 8), torch.randn(2, 8)
     expected = layer(x)

@@ -22,6 +22,7 @@ from tests.every_pair import (
     numbers,
     one_kind_each,
 )
+from tests.reference import METHODS
 
 BONE = ("bone", "tile")
 NO_SAMPLES = "needs samples along the leading dimension"
@@ -159,7 +160,7 @@ def test_resetting_a_table_keeps_its_padding_zero(make):
     assert layer.base_weight[[0, 1, 3, 4, 5, 6]].ne(before[[0, 1, 3, 4, 5, 6]]).any(dim=1).all()
 
 
-@pytest.mark.parametrize("method", ["bone", "bat"])
+@pytest.mark.parametrize("method", METHODS)
 def test_gradients_that_are_scaled_by_frequency(method):
     layer = nn.Embedding(7, 4, scale_grad_by_freq=True).double()
     perturb(disha.inject_adapters(layer, "^$", 2, method=method))
@@ -172,7 +173,7 @@ def test_gradients_that_are_scaled_by_frequency(method):
 
 
 @pytest.mark.parametrize("make", [nn.Embedding, partial(nn.EmbeddingBag, mode="sum")])
-@pytest.mark.parametrize("method", ["bone", "bat"])
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("freeze", [True, False])
 def test_layers_that_ask_for_sparse_gradients_train(make, method, freeze):
     layer, exact = (make(7, 4, sparse=sparse) for sparse in (True, False))
@@ -265,7 +266,7 @@ class TestRegistry:
     def _restored(self, monkeypatch):
         monkeypatch.setattr("disha.layers.kinds.LAYER_KINDS", dict(LAYER_KINDS))
 
-    @pytest.mark.parametrize("method", ["bone", "bat"])
+    @pytest.mark.parametrize("method", METHODS)
     def test_a_made_up_layer_lives_a_whole_life(self, method, tmp_path):
         disha.register_layer_kind(InOut, {"weight": "in out"})
         model, x = nn.Sequential(InOut(5, 6), nn.ReLU()).double(), torch.randn(3, 5).double()

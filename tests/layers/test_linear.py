@@ -261,7 +261,7 @@ def test_gradients_of_an_unfrozen_base_are_those_of_the_formula(kind):
         close_to_exact(actual, wanted)
 
 
-@pytest.mark.parametrize("kind", ["bone", "tile"])
+@pytest.mark.parametrize("kind", reference.BONE_KINDS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_bone_keeps_only_its_shard_sums_for_backward(kind, dtype):
     tokens, r, sizes = 10, 4, (62, 45)
@@ -590,7 +590,7 @@ def test_the_forward_of_a_layer_is_the_product_with_its_weight(dtype, tiles):
     torch.testing.assert_close(layer(x).double(), dense, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("method", ["bone", "bat"])
+@pytest.mark.parametrize("method", reference.METHODS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 def test_a_new_adapter_changes_no_bit_for_inputs_of_any_strides(dtype, method):
     layer = nn.Linear(1024, 32, dtype=dtype)

@@ -816,7 +816,7 @@ def int4_aware(step):
     )
 
 
-@pytest.mark.parametrize("method", ["bone", "bat"])
+@pytest.mark.parametrize("method", reference.METHODS)
 def test_adapters_train_what_quantisation_will_round(method):
     """Fake quantisation rounds W and the update together, as `convert` does after merging."""
     model = nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 32))

@@ -17,6 +17,7 @@ from tests.conftest import (
     perturb,
     snapshot,
 )
+from tests.reference import METHODS
 
 
 class Reader(nn.Module):
@@ -365,7 +366,7 @@ class Doubled(nn.Module):
         return F.linear(x, self.weight)
 
 
-@pytest.mark.parametrize("method", ["bone", "bat"])
+@pytest.mark.parametrize("method", METHODS)
 def test_a_computed_weight_may_have_another_shape_than_the_stored_one(method):
     model = nn.Sequential(Doubled())
     disha.inject_adapters(model, "0", 2, method=method, layouts={"0": "out in"}, init="kaiming")

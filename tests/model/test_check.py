@@ -12,6 +12,7 @@ from disha import ArgumentError, CheckReport, MergeError, ModeError, functional
 from disha.functional import Method
 from disha.model.check import CheckedWeight
 from tests.conftest import Tied, assert_unchanged, refused, snapshot
+from tests.reference import METHODS
 
 
 class Model(nn.Module):
@@ -80,7 +81,7 @@ USES = {
 }
 
 
-@pytest.mark.parametrize("method", ["bone", "bat"])
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("use", USES)
 def test_what_is_seen_of_a_block(use, method):
     function, seen, reason = USES[use]
@@ -156,7 +157,7 @@ class Energies(nn.Module):
 
 
 @pytest.mark.parametrize("training", [False, True])
-@pytest.mark.parametrize("method", ["bone", "bat"])
+@pytest.mark.parametrize("method", METHODS)
 def test_a_model_that_differentiates_in_its_forward(method, training):
     model = disha.inject_adapters(Energies(), "all-linear", 2, method=method)
     model.train(training)
@@ -391,7 +392,7 @@ def test_a_method_that_can_not_leave_zeros(monkeypatch, init):
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-@pytest.mark.parametrize("method", ["bone", "bat"])
+@pytest.mark.parametrize("method", METHODS)
 def test_modes_without_gradients_do_not_matter(method, mode):
     model = disha.inject_adapters(nn.Sequential(nn.Linear(4, 4)), "0", 2, method=method)
     x = torch.randn(3, 4)

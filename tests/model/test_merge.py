@@ -19,23 +19,20 @@ from tests.conftest import (
     refused,
     snapshot,
 )
+from tests.reference import KINDS, METHODS, settings_of
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("method", "r_out"), [("bone", None), ("bone", 2), ("bat", None)])
-def test_merged_weight_is_the_oracle_rounded_once(dtype, method, r_out):
+@pytest.mark.parametrize("kind", KINDS)
+def test_merged_weight_is_the_oracle_rounded_once(dtype, kind):
     model = nn.Linear(7, 6).to(dtype)
     weight = model.weight.detach().clone()
-    perturb(disha.inject_adapters(model, "all-linear", 3, method=method, r_out=r_out, scale=0.7))
+    perturb(disha.inject_adapters(model, "all-linear", 3, scale=0.7, **settings_of(kind, 2)))
     block = disha.adapter_parameters(model)[0].detach()
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    delta = (
-        reference.bat_delta_weight(weight.to(wide), block.to(wide))
-        if method == "bat"
-        else reference.bone_delta_weight(block.to(wide), 7, 6)
-    )
+    delta = reference.delta_weight(kind, weight.to(wide), block.to(wide))
     expected = (weight.to(wide) + delta * 0.7).to(dtype)
     disha.merge_adapters(model)
     # one unit in the last place, of what was added up too: the order of a float32 sum may differ
@@ -44,7 +41,7 @@ def test_merged_weight_is_the_oracle_rounded_once(dtype, method, r_out):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("method", ["bone", "bat"])
+@pytest.mark.parametrize("method", METHODS)
 def test_a_hundred_cycles_end_bit_for_bit_where_they_began(dtype, method):
     model = nn.Sequential(nn.Linear(7, 6), nn.Linear(6, 5)).to(dtype)
     originals = [p.detach().clone() for p in model.parameters()]
@@ -58,7 +55,7 @@ def test_a_hundred_cycles_end_bit_for_bit_where_they_began(dtype, method):
     assert all(map(torch.equal, base, originals))
 
 
-@pytest.mark.parametrize("method", ["bone", "bat"])
+@pytest.mark.parametrize("method", METHODS)
 def test_merged_computes_what_unmerged_does(model, tokens, method):
     model.double()
     perturb(disha.inject_adapters(model, "all-linear", 3, method=method, dropout=0.5))
@@ -70,7 +67,7 @@ def test_merged_computes_what_unmerged_does(model, tokens, method):
     assert torch.allclose(model(tokens), expected, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("method", ["bone", "bat"])
+@pytest.mark.parametrize("method", METHODS)
 def test_a_plain_model_after_merging_in_one_call(model, tokens, method):
     model.embed.weight.requires_grad_(False)
     plain = snapshot(model)
@@ -246,7 +243,7 @@ class OwnProduct(nn.Linear):
 
 class TestOwnForward:
     @pytest.mark.parametrize("cls", [Doubled, Squaring, OwnProduct])
-    @pytest.mark.parametrize("method", ["bone", "bat"])
+    @pytest.mark.parametrize("method", METHODS)
     def test_merges_to_the_same_output(self, cls, method):
         model = nn.Sequential(cls(6, 4))
         disha.inject_adapters(model, "0", 2, method=method, init="kaiming")
@@ -277,10 +274,17 @@ class TestRefusals:
         with pytest.raises(ArgumentError, match="nothing to merge"):
             disha.merge_adapters(model)
 
-    @pytest.mark.parametrize("adapter", ["x", ["default", "x"], ["default", "default"]])
-    def test_unknown_or_repeated(self, model, adapter):
+    @pytest.mark.parametrize(
+        ("adapter", "says"),
+        [
+            ("x", "no adapter 'x'"),
+            (["default", "x"], "no adapter 'x'"),
+            (["default", "default"], "names an adapter twice"),
+        ],
+    )
+    def test_unknown_or_repeated(self, model, adapter, says):
         disha.inject_adapters(model, "head", 2)
-        with refused(model, ArgumentError):
+        with refused(model, ArgumentError, says):
             disha.merge_adapters(model, adapter)
 
     @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e38])

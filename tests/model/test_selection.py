@@ -7,6 +7,7 @@ import disha
 from disha.layers.adapted import AdaptedLinear
 from tests.conftest import Shared, Tied
 from tests.layers.test_kinds import Gain, Mixed
+from tests.reference import METHODS
 
 
 def adapted_names(model):
@@ -116,7 +117,7 @@ def test_all_linear_takes_recurrent_and_bilinear_weights_too():
     assert names == ["rnn.weight_ih_l0", "rnn.weight_hh_l0", "mix", "proj"]
 
 
-@pytest.mark.parametrize("method", ["bone", "bat"])
+@pytest.mark.parametrize("method", METHODS)
 def test_a_pattern_takes_every_kind_and_says_what_it_can_not_take(method):
     model = nn.Sequential(Mixed(), nn.LayerNorm(4), Gain(4))
     plan = disha.plan_adapters(model, ".", 2, method=method)

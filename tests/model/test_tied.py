@@ -13,7 +13,7 @@ from disha import AdapterFileError, AdapterStateError, MergeError
 from disha.files import load_adapter, save_adapter
 from tests import language_models
 from tests.conftest import COPIES, perturb, refused
-from tests.reference import KINDS, settings_of
+from tests.reference import BONE_KINDS, KINDS, settings_of
 
 WORDS = 36
 TOKENS = torch.tensor([[1, 5, 3, 35, 2, 2], [0, 7, 33, 12, 1, 4]])
@@ -110,7 +110,7 @@ class Largest(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize("kind", ["bone", "tile"])
+@pytest.mark.parametrize("kind", BONE_KINDS)
 def test_a_step_makes_no_dense_table(kind):
     model = disha.inject_adapters(llama(words=5003), "embed_tokens", 4, **settings_of(kind, 4))
     with Largest() as seen:

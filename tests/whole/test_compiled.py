@@ -21,6 +21,7 @@ from torch._inductor.utils import run_and_get_code
 import disha
 from tests.conftest import close, freshly_compiled, needs_grouped_products, perturb
 from tests.layers.test_reading import Reader
+from tests.reference import BONE_KINDS, METHODS
 
 
 class Mixed(nn.Module):
@@ -80,7 +81,7 @@ def steps(model, folder):
     yield "scaled to nothing"
 
 
-@pytest.mark.parametrize("case", ["bone", "tile"])
+@pytest.mark.parametrize("case", BONE_KINDS)
 def test_swapping_in_an_adapter_of_smaller_r_or_fewer_layers_compiles_nothing(
     case, tokens, tmp_path
 ):
@@ -196,7 +197,7 @@ class Private(nn.Module):
 
 
 @needs_grouped_products
-@pytest.mark.parametrize("method", ["bone", "bat"])
+@pytest.mark.parametrize("method", METHODS)
 def test_private_functions_of_torch_see_the_update(method):
     """The compiler passes only public functions on by itself; the rest would see W alone."""
     layouts = {"up": "expert in out", "normed": "out in"}

@@ -531,7 +531,7 @@ COMPILED = [
     ("Mixtral", "grouped_mm", "bat"),
     ("GPT-OSS", "grouped_mm", "tile"),
     ("GPT-OSS", "batched_mm", "bat"),
-    *(("Llama-4", "eager", method) for method in ("bone", "bat")),
+    *(("Llama-4", "eager", method) for method in reference.METHODS),
 ]
 
 
@@ -749,7 +749,7 @@ def test_bat_keeps_no_dense_weight(name):
     assert kept(model, tokens) - frozen < smallest
 
 
-@pytest.mark.parametrize("method", ["bone", "bat"])
+@pytest.mark.parametrize("method", reference.METHODS)
 def test_no_expert_chosen(method):
     model = nn.ParameterDict({"w": torch.randn(3, 4, 6)})
     disha.inject_adapters(model, "w", 2, layouts={"w": "expert out in"}, method=method)

@@ -11,6 +11,7 @@ from torch.export import Dim, export
 
 import disha
 from tests.conftest import Made
+from tests.reference import METHODS
 
 BATCH = {0: Dim("batch", max=64)}
 
@@ -70,7 +71,7 @@ def as_onnx(program, path):
     return run
 
 
-@pytest.mark.parametrize("method", ["bone", "bat"])
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("make", INPUTS)
 def test_an_unmerged_model_is_exported(make, method, tmp_path):
     model = adapted(make, method)
@@ -161,7 +162,7 @@ class TestBlocksAsInputs:
             found.append(((x, *own.values()), other(x).detach()))
         return found
 
-    @pytest.mark.parametrize("method", ["bone", "bat"])
+    @pytest.mark.parametrize("method", METHODS)
     @pytest.mark.parametrize("strict", [False, True])
     def test_one_program_serves_any_adapter(self, method, strict):
         run = self.program(method, strict).module()

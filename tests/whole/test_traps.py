@@ -13,6 +13,7 @@ import disha
 from disha import ArgumentError, TargetError
 from tests.conftest import Layered, assert_unchanged, freshly_compiled, perturb, refused, snapshot
 from tests.every_pair import Case, DtypeTests, PairTests, every_kind, indices, numbers
+from tests.reference import METHODS
 
 
 class Sealed(nn.Linear):
@@ -84,7 +85,7 @@ class Shifted(nn.Embedding):
 
 
 HARD = {
-    cls.__name__: Case(lambda cls=cls: cls(6, 4), numbers(5, 6), kinds=("bone", "bat"))
+    cls.__name__: Case(lambda cls=cls: cls(6, 4), numbers(5, 6), kinds=METHODS)
     for cls in (Sealed, ReadOnlySizes, Slotted, GuardedDict)
 } | {
     cls.__name__: Case(lambda cls=cls: cls(9, 4), indices(7, 2, 3), kinds=("bone",))
@@ -188,7 +189,7 @@ class TestLazy:
 class TestMeta:
     """Injected before the weights are there, as large models are built."""
 
-    @pytest.mark.parametrize("method", ["bone", "bat"])
+    @pytest.mark.parametrize("method", METHODS)
     def test_weights_and_adapter_come_later(self, method, tokens, tmp_path):
         trained = Layered()
         perturb(disha.inject_adapters(trained, "all-linear", 2, method=method, scale=0.5))
@@ -453,7 +454,7 @@ def test_looking_for_tied_heads_takes_no_step_of_training():
 
 
 @pytest.mark.parametrize("how", [nn.utils.weight_norm, nn.utils.spectral_norm])
-@pytest.mark.parametrize("method", ["bone", "bat"])
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*deprecated:FutureWarning")
 def test_weight_computed_by_a_hook(how, method):
     """The old weight_norm and spectral_norm set a plain tensor as the weight before each call."""

@@ -21,6 +21,7 @@ from disha import AdapterFileError, AdapterIOError, ArgumentError, ArgumentTypeE
 from disha.interop.checkpoints import merge_into_checkpoint, merging
 from tests.base_checkpoints import Setting, Zoo, save_sharded, tensors_in
 from tests.conftest import Layered, assert_same
+from tests.reference import METHODS
 
 OTHERS = "padded|sliced|recurrent|experts|stacked"
 
@@ -63,7 +64,7 @@ class TestMergingIsWhatMergingInMemoryIs:
         assert len(report.layers) >= len(changed) >= 5
         assert "norm.weight" not in changed
 
-    @pytest.mark.parametrize("method", ["bone", "bat"])
+    @pytest.mark.parametrize("method", METHODS)
     def test_one_file_to_a_folder_and_to_a_file(self, tmp_path, method):
         setting = Setting(tmp_path, Zoo(), method=method)
         single = tmp_path / "whole.safetensors"

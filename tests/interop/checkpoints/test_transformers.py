@@ -17,6 +17,7 @@ from disha.interop.checkpoints.reading import open_checkpoint
 from tests.base_checkpoints import base_state, tensors_in
 from tests.conftest import assert_same, perturb
 from tests.language_models import SIZES, gpt2, llama
+from tests.reference import METHODS
 from tests.whole.test_experts import build
 
 
@@ -88,7 +89,7 @@ class TestTransformers:
         merged = self.merged(tmp_path, model, model, model, "all-linear", also_train="norm")
         self.assert_same_model(*merged)
 
-    @pytest.mark.parametrize("method", ["bone", "bat"])
+    @pytest.mark.parametrize("method", METHODS)
     def test_stacks_of_experts_that_have_other_names_in_the_model(self, tmp_path, method):
         sizes = SIZES | {"num_local_experts": 4, "num_experts_per_tok": 2}
         model = GraniteMoeForCausalLM(GraniteMoeConfig(**sizes))

@@ -30,6 +30,7 @@ from tests.peft_models import (
     refused_export,
     tensors_of,
 )
+from tests.reference import METHODS
 
 
 @pytest.mark.parametrize(
@@ -88,7 +89,7 @@ def test_gpt2s_transposed_layers(tmp_path):
     check_served(base, tmp_path, ours, TOKENS, 1e-4)
 
 
-@pytest.mark.parametrize("method", ["bone", "bat"])
+@pytest.mark.parametrize("method", METHODS)
 def test_some_rows_of_a_weight(tmp_path, method):
     base = gpt2().eval()
     ours = adapted(base, "attn", 4, method=method, rows={"c_attn": [(0, 16), (32, 48)]})
@@ -336,7 +337,7 @@ def test_a_failed_write_leaves_the_old_folder(tmp_path, monkeypatch):
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
-@pytest.mark.parametrize("method", ["bone", "bat"])
+@pytest.mark.parametrize("method", METHODS)
 def test_a_file_becomes_the_same_folder(tmp_path, method):
     base = llama().eval()
     ours = adapted(base, method=method, also_train="norm")
