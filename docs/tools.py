@@ -37,10 +37,10 @@ serve exported adapters, and compares the answers with those of the adapted mode
 
 TICK = "✓"
 SIMULATED = (
-    "whole.test_transformers_parallel::test_trainers_on_two_ranks[trainers-check_trainer_",
-    "whole.test_transformers_parallel::test_trainers_on_two_ranks[trainers-check_sft_",
-    "whole.test_transformers_parallel::test_trainers_on_two_ranks[trainers-check_accelerate_",
-    "whole.test_transformers_parallel::test_trainers_on_two_ranks[finetune-",
+    "whole.test_transformers_parallel::test_on_two_ranks[trainers-check_trainer_",
+    "whole.test_transformers_parallel::test_on_two_ranks[trainers-check_sft_",
+    "whole.test_transformers_parallel::test_on_two_ranks[trainers-check_accelerate_",
+    "whole.test_transformers_parallel::test_on_two_ranks[finetune-",
 )
 """The beginnings of tests that tell accelerate that processors are GPUs, except with DDP."""
 
@@ -111,8 +111,8 @@ TENSOR = "whole.test_distributed::test_on_two_ranks[tensor_parallel-check_{}]"
 OF_TRANSFORMERS = (
     "whole.test_transformers_parallel::test_on_two_ranks[transformers_parallel-check_{}]"
 )
-PROCESSES = "whole.test_transformers_parallel::test_trainers_on_two_ranks[{}-check_{}]"
-QUANTISED_RANKS = "whole.test_transformers_parallel::test_on_two_ranks[quantised-check_{}]"
+PROCESSES = "whole.test_transformers_parallel::test_on_two_ranks[{}-check_{}]"
+QUANTIZED_RANKS = "whole.test_transformers_parallel::test_on_two_ranks[quantized-check_{}]"
 ZERO = "whole.test_transformers_parallel::test_on_two_ranks[deepspeed_zero-check_{}]"
 PEFT = "interop.test_peft"
 LORA = "interop.lora.test_writing"
@@ -203,13 +203,13 @@ that two processes train and save the same as one.
             },
             "DDP": {
                 "trains": (DDP.format("training"),),
-                "quantised base": (QUANTISED_RANKS.format("other_libraries"),),
+                "quantised base": (QUANTIZED_RANKS.format("other_libraries"),),
                 "adapter only": (DDP.format("saving"),),
                 "as one process": (DDP.format("training"),),
             },
             "FSDP2": {
                 "trains": (FSDP.format("training"),),
-                "quantised base": (QUANTISED_RANKS.format("four_bits_and_experts"),),
+                "quantised base": (QUANTIZED_RANKS.format("four_bits_and_experts"),),
                 "adapter only": (FSDP.format("saved_file_is_that_of_the_plain_model"),),
                 "as one process": (
                     FSDP.format("training"),

@@ -5,7 +5,12 @@ import ast
 import pytest
 
 from docs.tools import PAGE, ROOT, TABLES, TICK, render, results_of
+from tests.distributed import deepspeed_zero
 from tests.pages import tables_of
+from tests.whole import test_distributed, test_transformers_parallel
+from tests.whole.test_distributed import checks_in
+
+SCRIPTS = {*test_distributed.SCRIPTS, *test_transformers_parallel.SCRIPTS, deepspeed_zero}
 
 
 def test_the_page_is_that_of_tests_which_all_passed():
@@ -23,6 +28,13 @@ def test_every_test_exists(test):
     assert not owner or f"Test{owner}" in {
         node.name for node in ast.walk(tree) if isinstance(node, ast.ClassDef)
     }
+
+
+def test_every_check_of_ranks_exists():
+    tests = [test for table in TABLES for test in table.tests() if "test_on_two_ranks[" in test]
+    checks = [test.partition("[")[2].removesuffix("]") for test in tests]
+    assert len(checks) > 20
+    assert set(checks) <= set(checks_in(SCRIPTS))
 
 
 def test_a_tick_needs_tests_that_ran_and_passed_in_each_form():

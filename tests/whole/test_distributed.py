@@ -18,8 +18,8 @@ from tests.distributed import ddp, fsdp, tensor_parallel
 from tests.distributed.harness import checks_of
 from tests.processes import ROOT, ended, started
 
-SECONDS = 240
-"""Ten times what a launch takes on two slow cores."""
+SECONDS = 120
+"""Ten times what a script takes on two slow cores."""
 
 SCRIPTS = (ddp, fsdp, tensor_parallel)
 
@@ -37,7 +37,7 @@ def launch(scripts: Sequence[ModuleType], folder: Path) -> dict[str, object]:
     """Run scripts on two ranks, in a folder that is made."""
     folder.mkdir()
     names = map(name_of, scripts)
-    done = ended(started(("-m", "tests.distributed", str(folder), *names), ROOT), SECONDS)
+    done = ended(started(("-m", "tests.distributed", str(folder), *names), ROOT), SECONDS * len(scripts))
     passed = [path.parent.relative_to(folder) for path in folder.glob("*/*/passed")]
     output = done.stdout + done.stderr
     return {"passed": ["-".join(path.parts) for path in passed], "output": output}

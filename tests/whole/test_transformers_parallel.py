@@ -1,4 +1,7 @@
-"""Parallel models and trainers of `transformers`, `disha finetune` and DeepSpeed, on two ranks."""
+"""Parallel models and trainers of `transformers`, `disha finetune` and DeepSpeed, on two ranks.
+
+All scripts share one launch, because importing a trainer takes longer than most checks.
+"""
 
 import importlib.util
 import json
@@ -15,10 +18,9 @@ from tests.distributed import (
     trainers,
     transformers_parallel,
 )
-from tests.whole.test_distributed import checks_in, launch, name_of
+from tests.whole.test_distributed import checks_in, launch
 
-SCRIPTS = [transformers_parallel, quantized, loading]
-TRAINERS = [trainers, finetune]
+SCRIPTS = [transformers_parallel, quantized, loading, trainers, finetune]
 if importlib.util.find_spec("deepspeed") is not None:  # not each platform has it
     SCRIPTS.append(deepspeed_zero)
 
@@ -31,35 +33,18 @@ def launched(shared_folder):
     return folder, set(found["passed"]), found["output"]
 
 
-@pytest.fixture
-def launched_alone(shared_folder):
-    """Return what launches one script, which takes as long as all of `SCRIPTS`."""
-
-    def launched(script):
-        name = name_of(script)
-        return once(shared_folder, name, lambda folder: launch([script], folder))
-
-    return launched
-
-
 @pytest.mark.parametrize("check", checks_in(SCRIPTS))
 def test_on_two_ranks(check, launched):
     _, passed, output = launched
     assert check in passed, output
 
 
-@pytest.mark.parametrize("check", checks_in(TRAINERS))
-def test_trainers_on_two_ranks(check, launched_alone):
-    script = {name_of(one): one for one in TRAINERS}[check.partition("-")[0]]
-    _, found = launched_alone(script)
-    assert check in found["passed"], found["output"]
-
-
-def test_two_processes_give_the_losses_of_one(launched_alone):
-    runs = launched_alone(finetune)[0] / "finetune"
-    folder = runs / "check_ddp"
-    assert main(finetune.words(folder, "one")) == 0
-    reports = [folder / "one", *runs.glob("*/two")]
+def test_two_processes_give_the_losses_of_one(launched):
+    folder, _, _ = launched
+    runs = folder / "finetune"
+    given = runs / "check_ddp"
+    assert main(finetune.words(given, "one")) == 0
+    reports = [given / "one", *runs.glob("*/two")]
     assert len(reports) == 1 + len(checks_in([finetune]))
     expected, *others = (json.loads((one / "report.json").read_text()) for one in reports)
     for found in others:
