@@ -12,7 +12,6 @@ import contextlib
 import io
 import os
 import re
-import shlex
 import subprocess
 import sys
 import tempfile
@@ -94,7 +93,7 @@ class Page:
 
     def _printed(self, block: Block) -> str:
         if block.language == "sh":
-            return "".join(map(_said_by, _commands(block.code)))
+            return _said_by(_commands(block.code))
         if block.script is not None:
             Path(block.script).write_text(block.code, encoding="utf-8")
             return ""
@@ -122,15 +121,17 @@ class Page:
         return BLOCK.sub(renewed, self.text)
 
 
-def _commands(code: str) -> list[list[str]]:
-    """Return the commands that run here, each as its words."""
+def _commands(code: str) -> list[str]:
+    """Return what follows `torchrun` in the commands that run here."""
     lines = code.replace("\\\n", " ").splitlines()
-    return [words for line in lines if (words := shlex.split(line))[:1] == ["torchrun"]]
+    return [line.removeprefix("torchrun ") for line in lines if line.startswith("torchrun ")]
 
 
-def _said_by(words: list[str]) -> str:
+def _said_by(commands: list[str]) -> str:
+    if not commands:
+        return ""
     done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", *words[1:]],
+        [sys.executable, "-m", "tests.distributed.torchrun", *commands],
         capture_output=True,
         text=True,
         timeout=SECONDS,

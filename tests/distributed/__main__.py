@@ -8,35 +8,46 @@ import multiprocessing
 import os
 import socket
 import sys
+from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
+from typing import Any
 
 from tests.distributed.harness import run_checks
 from tests.processes import RANKS
 
 
-def on_ranks(script: ModuleType, folder: Path) -> None:
-    """Run the checks of a script, and wait for the ranks."""
-    folder.mkdir(parents=True)
+def run_on_ranks(run: Callable[..., None], *arguments: Any) -> bool:
+    """Call a function on each rank, wait for all, and return whether all have ended well."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(RANKS)}
     fork = multiprocessing.get_context("fork")
-    ranks = [fork.Process(target=as_rank, args=(rank, script, folder)) for rank in range(RANKS)]
+    ranks = [fork.Process(target=as_rank, args=(rank, run, arguments)) for rank in range(RANKS)]
     for one in ranks:
         one.start()
     for one in ranks:
         one.join()
+    return all(one.exitcode == 0 for one in ranks)
 
 
-def as_rank(rank: int, script: ModuleType, folder: Path) -> None:
+def on_ranks(script: ModuleType | SimpleNamespace, folder: Path) -> None:
+    """Run the checks of a script on each rank, and wait for all."""
+    folder.mkdir(parents=True)
+    run_on_ranks(run_checks, vars(script), folder)
+
+
+def as_rank(rank: int, run: Callable[..., None], arguments: tuple[Any, ...]) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(RANKS)}
-    run_checks(vars(script), folder)
+    run(*arguments)
 
 
 if __name__ == "__main__":
     scripts = [import_module(f"tests.distributed.{name}") for name in sys.argv[2:]]
+    for script in scripts:
+        if hasattr(script, "import_for_all_ranks"):
+            script.import_for_all_ranks()
     for script, name in zip(scripts, sys.argv[2:], strict=True):
         on_ranks(script, Path(sys.argv[1]) / name)

@@ -23,6 +23,11 @@ llama = partial(language_models.llama, **language_models.SMALLER)
 mixtral = partial(language_models.mixtral, **language_models.SMALLER)
 
 
+def import_for_all_ranks():
+    """Import DeepSpeed before the ranks are made, also for those of other scripts."""
+    import deepspeed  # noqa: F401
+
+
 def adapted(model, **options):
     torch.manual_seed(2)
     options = {"target_regex": "all-linear", "r": 4, "init": "kaiming", **options}

@@ -18,7 +18,7 @@ from tests.distributed import ddp, fsdp, tensor_parallel
 from tests.distributed.harness import checks_of
 from tests.processes import ROOT, ended, started
 
-SECONDS = 120
+SECONDS = 240
 """Ten times what a script takes on two slow cores."""
 
 SCRIPTS = (ddp, fsdp, tensor_parallel)
@@ -36,8 +36,8 @@ def name_of(script: ModuleType) -> str:
 def launch(scripts: Sequence[ModuleType], folder: Path) -> dict[str, object]:
     """Run scripts on two ranks, in a folder that is made."""
     folder.mkdir()
-    names = map(name_of, scripts)
-    done = ended(started(("-m", "tests.distributed", str(folder), *names), ROOT), SECONDS * len(scripts))
+    words = ["-m", "tests.distributed", str(folder), *map(name_of, scripts)]
+    done = ended(started(words, ROOT), SECONDS * len(scripts))
     passed = [path.parent.relative_to(folder) for path in folder.glob("*/*/passed")]
     output = done.stdout + done.stderr
     return {"passed": ["-".join(path.parts) for path in passed], "output": output}
