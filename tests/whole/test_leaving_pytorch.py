@@ -10,7 +10,7 @@ from torch.distributed.pipelining import SplitPoint, pipeline
 from torch.export import Dim, export
 
 import disha
-from tests.conftest import Made
+from tests.conftest import Made, seed_torch
 from tests.reference import METHODS
 
 BATCH = {0: Dim("batch", max=64)}
@@ -46,7 +46,7 @@ INPUTS = {
 
 
 def adapted(make, method="bone", **options):
-    torch.manual_seed(0)
+    seed_torch(0)
     model = make()
     layouts = {"experts": "expert out in"} if make is experts else None
     r = 3 if method == "bone" else 2
@@ -176,7 +176,11 @@ class TestBlocksAsInputs:
 
     def test_one_compiled_package_serves_any_adapter(self, tmp_path):
         """AOTInductor, with settings that compile fast."""
-        fast = {"aot_inductor.compile_wrapper_opt_level": "O0", "cpp.simdlen": 0}
+        fast = {
+            "aot_inductor.compile_wrapper_opt_level": "O0",
+            "aot_inductor.precompile_headers": False,  # which pays for more than one package
+            "cpp.simdlen": 0,
+        }
         path = torch._inductor.aoti_compile_and_package(
             self.program("bone"), package_path=str(tmp_path / "model.pt2"), inductor_configs=fast
         )
