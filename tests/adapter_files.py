@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import disha
-from tests.conftest import Layered, perturb
+from tests.conftest import Layered, perturb, seed_torch
 
 
 class EveryKind(nn.Module):
@@ -28,7 +28,7 @@ class EveryKind(nn.Module):
 
 def every_kind(seed: int = 0, dtype: torch.dtype = torch.float64) -> EveryKind:
     """Return the model, with the same values for the same seed."""
-    torch.manual_seed(seed)
+    seed_torch(seed)
     return EveryKind().to(dtype)
 
 
@@ -42,7 +42,7 @@ def save(path: Path, *, seed: int = 1, scale: float = 1.0, base: int = 0, **inje
 
 
 def base(dtype=torch.float32):
-    torch.manual_seed(0)
+    seed_torch(0)
     return Layered().to(dtype)
 
 

@@ -4,6 +4,7 @@ import contextlib
 import copy
 import io
 import json
+import logging
 import os
 import pickle
 from collections.abc import Callable, Iterator
@@ -21,6 +22,7 @@ from disha.layers.adapted import AdaptedLayer
 from disha.layers.blocks import AdapterBlock
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # nothing is downloaded, and no test waits for an answer
+os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # more would start a process that imports torch
 hypothesis.settings.register_profile("busy", deadline=None)  # a busy machine is no failure
 hypothesis.settings.load_profile("busy")
 collect_ignore = ["typed_api.py"]  # for type checkers, and never run
@@ -246,6 +248,24 @@ def saved_by_torch(model: nn.Module) -> nn.Module:
     return torch.load(file, weights_only=False)
 
 
+class _Messages(logging.Handler):
+    def __init__(self) -> None:
+        super().__init__()
+        self.texts: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.texts.append(record.getMessage())
+
+
+@contextlib.contextmanager
+def logged_by(library: str) -> Iterator[list[str]]:
+    """Collect what a library logs, in a list that grows."""
+    logger, messages = logging.getLogger(library), _Messages()
+    logger.addHandler(messages)
+    yield messages.texts
+    logger.removeHandler(messages)
+
+
 COPIES = {"deepcopy": copy.deepcopy, "pickle": pickled, "torch.save": saved_by_torch}
 
 needs_fully_shard = pytest.mark.skipif(
@@ -290,9 +310,24 @@ def shared_folder(tmp_path_factory) -> Path:
     return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
 
 
+HAS_ACCELERATOR = torch.accelerator.is_available()
+
+
+def seed_torch(value: int = 0) -> None:
+    """Seed torch's generators.
+
+    Without an accelerator, `torch.manual_seed` would note the stack for when there is one. That
+    takes milliseconds, and the notes are kept.
+    """
+    if HAS_ACCELERATOR:
+        torch.manual_seed(value)
+    else:
+        torch.default_generator.manual_seed(value)
+
+
 @pytest.fixture(autouse=True)
 def _seed() -> None:
-    torch.manual_seed(0)
+    seed_torch(0)
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ from disha import ArgumentError, ModeError
 from disha.layers.weights import base_of
 from disha.model.view import ModelView
 from tests import reference
-from tests.conftest import assert_unchanged, perturb, pickled, snapshot
+from tests.conftest import assert_unchanged, perturb, pickled, seed_torch, snapshot
 from tests.reference import EVERY_KIND, method_of_kind, settings_of
 
 NO_TILE = tuple(kind for kind in EVERY_KIND if kind != "tile")
@@ -82,7 +82,7 @@ class Case:
 
     def plain(self, dtype=torch.float64):
         """Return a new model of the module, with the same values at every call."""
-        torch.manual_seed(0)
+        seed_torch(0)
         model = nn.Sequential(self.make()).to(torch.float32 if dtype.is_complex else dtype)
         if dtype.is_complex:
             make_complex(model, dtype)

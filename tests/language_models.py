@@ -1,6 +1,5 @@
 """Tiny language models of `transformers`: random, and always the same."""
 
-import torch
 from torch import nn
 from transformers import (
     GPT2Config,
@@ -10,6 +9,8 @@ from transformers import (
     MixtralConfig,
     MixtralForCausalLM,
 )
+
+from tests.conftest import seed_torch
 
 SIZES = {
     "vocab_size": 32,
@@ -23,16 +24,16 @@ SMALLER = {"num_hidden_layers": 1, "num_attention_heads": 2}
 
 
 def llama(**options: object) -> nn.Module:
-    torch.manual_seed(0)
+    seed_torch(0)
     return LlamaForCausalLM(LlamaConfig(**{**SIZES, **options}))
 
 
 def mixtral(**options: object) -> nn.Module:
-    torch.manual_seed(0)
+    seed_torch(0)
     return MixtralForCausalLM(MixtralConfig(**{**SIZES, "num_local_experts": 4, **options}))
 
 
 def gpt2(**options: object) -> nn.Module:
-    torch.manual_seed(0)
+    seed_torch(0)
     sizes = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 32, "vocab_size": 32}
     return GPT2LMHeadModel(GPT2Config(**{**sizes, **options}))

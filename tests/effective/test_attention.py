@@ -14,7 +14,14 @@ from disha.effective import EffectiveWeight
 from disha.layers.weights import base_of
 from disha.model.view import ModelView
 from tests import reference
-from tests.conftest import assert_unchanged, freshly_compiled, perturb, pickled, snapshot
+from tests.conftest import (
+    assert_unchanged,
+    freshly_compiled,
+    perturb,
+    pickled,
+    seed_torch,
+    snapshot,
+)
 from tests.conftest import near as close
 from tests.every_pair import Case, DtypeTests, PairTests, numbers
 from tests.reference import KINDS
@@ -56,7 +63,7 @@ def tolerance(dtype):
 
 
 def attention(form="packed", dtype=torch.float64):
-    torch.manual_seed(0)
+    seed_torch(0)
     module = nn.MultiheadAttention(WIDTH, HEADS, **FORMS[form])
     with torch.no_grad():
         for name, parameter in module.named_parameters():
@@ -328,9 +335,9 @@ def function_case(projected, added, options, effective=True):
 def assert_as_torch(projected, added, options):
     tensors, arguments = function_case(projected, added, options)
     _, plain = function_case(projected, added, options, effective=False)
-    torch.manual_seed(5)
+    seed_torch(5)
     output, weights = F.multi_head_attention_forward(*tensors, **arguments)
-    torch.manual_seed(5)
+    seed_torch(5)
     expected, expected_weights = F.multi_head_attention_forward(*tensors, **plain)
     close(output, expected)
     assert (weights is None) == (expected_weights is None)
@@ -583,7 +590,7 @@ class TestAttention:
             def forward(self, x):
                 return super().forward(x, x, x)[0]
 
-        torch.manual_seed(0)
+        seed_torch(0)
         model = nn.Sequential(Own(WIDTH, HEADS), nn.Linear(WIDTH, WIDTH)).double()
         plain = copy.deepcopy(model)
         perturb(disha.inject_adapters(model, "all-linear", 2))
@@ -638,7 +645,7 @@ class TestNames:
 
 
 def encoder_layer(**options):
-    torch.manual_seed(0)
+    seed_torch(0)
     defaults = {"dropout": 0.0, "batch_first": True}
     return nn.TransformerEncoderLayer(8, 2, 12, **{**defaults, **options}).double()
 
@@ -669,7 +676,7 @@ def encoder(layer=None, **options):
 
 
 def transformer():
-    torch.manual_seed(0)
+    seed_torch(0)
     return nn.Transformer(8, 2, 2, 2, 12, dropout=0.0, batch_first=True).double()
 
 
@@ -787,7 +794,7 @@ class TestOwners:
                 return 2 * super().forward(src, *args, **kwargs)
 
         def build():
-            torch.manual_seed(0)
+            seed_torch(0)
             return Own(8, 2, 12, dropout=0.0, batch_first=True).double().eval()
 
         model = perturb(disha.inject_adapters(build(), "all-linear", 2))

@@ -19,7 +19,7 @@ import disha
 from disha import private_torch
 from disha.effective import contexts
 from disha.errors import ModeError
-from tests.conftest import Made, freshly_compiled, perturb, pickled
+from tests.conftest import Made, freshly_compiled, perturb, pickled, seed_torch
 
 X = torch.linspace(-1, 1, 24, dtype=torch.float64).view(4, 6)
 NAMES = (None, "a", "b", "c")
@@ -29,7 +29,7 @@ KEEP = {"use_reentrant": False, "context_fn": lambda: create_selective_checkpoin
 
 def net(method="bone"):
     """Return a model with the adapters a, b and c."""
-    torch.manual_seed(0)
+    seed_torch(0)
     model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 8), nn.Linear(8, 4)).double()
     for adapter, target in (("a", "."), ("b", "2|3"), ("c", "0|3")):
         disha.inject_adapters(model, target, 2, adapter=adapter, method=method)
@@ -353,7 +353,7 @@ class TestCompiled:
         assert counter.frame_count == 1
 
     def test_equal_blocks_of_a_model_share_a_graph(self):
-        torch.manual_seed(0)
+        seed_torch(0)
         model = nn.Sequential(*(Made(residual, linear=nn.Linear(6, 6)) for _ in range(12))).double()
         disha.inject_adapters(model, "all-linear", 2, init="kaiming")
         torch._dynamo.reset()

@@ -14,6 +14,7 @@ from tests.conftest import (
     freshly_compiled,
     merged_weight,
     perturb,
+    seed_torch,
 )
 from tests.effective.weights import adapted_weight
 
@@ -72,7 +73,7 @@ def test_what_is_drawn_or_changed_in_place_is_that_of_a_plain_weight(draw):
     plain = layer.base_weight.detach().clone()
     found = []
     for tensor in (weight, plain):
-        torch.manual_seed(3)
+        seed_torch(3)
         with torch.no_grad():
             found.append(draw(tensor))
     assert torch.equal(layer.base_weight, plain)

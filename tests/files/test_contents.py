@@ -13,6 +13,7 @@ from disha.files.saving import adapter_contents
 from disha.functional import Layout
 from disha.model.view import ModelView
 from tests.adapter_files import trained
+from tests.conftest import seed_torch
 
 
 class TestInspect:
@@ -40,7 +41,7 @@ class TestInspect:
 
     @pytest.mark.parametrize(("scale", "ends"), [(1.0, ("", "")), (0.5, ("    scale", "    0.5"))])
     def test_the_whole_text(self, path, scale, ends):
-        torch.manual_seed(0)
+        seed_torch(0)
         model = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 12)).half()
         options = {"also_train": "bias", "rank_pattern": {"1": 3}, "dtype": torch.float16}
         disha.inject_adapters(model, ".", 2, scale=scale, **options)

@@ -26,7 +26,7 @@ from disha.layers.kinds import LAYER_KINDS, declared_slots
 from disha.model.fingerprints import fingerprint, same_base
 from tests import reference_reader
 from tests.adapter_files import base, first_layer, rewritten, trained
-from tests.conftest import InOut, assert_same, needs_complex_files, perturb, refused
+from tests.conftest import InOut, assert_same, needs_complex_files, perturb, refused, seed_torch
 from tests.every_pair import make_complex
 from tests.reference import KINDS, settings_of
 
@@ -84,7 +84,7 @@ class Everything(nn.Module):
 
     def __init__(self):
         super().__init__()
-        torch.manual_seed(3)
+        seed_torch(3)
         self.linear = nn.Linear(5, 6)
         self.in_out = InOut(5, 6)
         self.conv = nn.Conv2d(10, 8, (2, 3), groups=2)
@@ -175,7 +175,7 @@ class TestMeaning:
     @pytest.mark.parametrize("kind", KINDS)
     def test_both_readers_merge_complex_weights_the_same(self, path, kind):
         def build():
-            torch.manual_seed(3)
+            seed_torch(3)
             model = nn.Sequential(nn.Linear(5, 6), nn.Linear(6, 4))
             make_complex(model, torch.complex64)
             return model

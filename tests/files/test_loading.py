@@ -31,7 +31,16 @@ from disha.functional import Layout
 from disha.model.state import collect_tensors
 from disha.model.view import ModelView
 from tests.adapter_files import base, rewritten, trained
-from tests.conftest import Layered, Shared, Tied, assert_unchanged, perturb, refused, snapshot
+from tests.conftest import (
+    Layered,
+    Shared,
+    Tied,
+    assert_unchanged,
+    perturb,
+    refused,
+    seed_torch,
+    snapshot,
+)
 
 
 def blocks_of(model):
@@ -140,7 +149,7 @@ class TwoNames(nn.Module):
 
     def __init__(self, names="ab") -> None:
         super().__init__()
-        torch.manual_seed(0)
+        seed_torch(0)
         layer = nn.Linear(6, 4)
         for name in names:
             setattr(self, name, layer)
@@ -168,7 +177,7 @@ class TestOtherNames:
 
     def test_a_module_inside_a_shared_one_is_found_too(self, path):
         def model(*names):
-            torch.manual_seed(0)
+            seed_torch(0)
             inner = nn.Sequential(nn.LSTM(6, 6), nn.BatchNorm1d(6))
             return nn.ModuleDict({name: nn.Sequential(inner) for name in names})
 
@@ -467,7 +476,7 @@ class TestFingerprint:
         contents = adapter_contents(ModelView(trained()))
         first, *others = contents.layers
         contents = replace(contents, layers=(replace(first, base=None), *others))
-        torch.manual_seed(1)
+        seed_torch(1)
         with pytest.warns(AdapterFileWarning, match="4 of 4 layers"):
             load_contents(ModelView(Layered()), "a", contents, "default", freeze=True)
 
@@ -475,7 +484,7 @@ class TestFingerprint:
     def test_a_warning_that_is_made_an_error_leaves_the_model_as_it_was(
         self, saved, path, replacing
     ):
-        torch.manual_seed(1)
+        seed_torch(1)
         other = Layered()
         if replacing:
             disha.inject_adapters(other, "proj|head", 3, also_train=r"norm\.weight")

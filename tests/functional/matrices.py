@@ -5,6 +5,7 @@ from hypothesis import strategies as st
 
 from disha.functional import Layout, method_of
 from tests import reference
+from tests.conftest import seed_torch
 
 MATRIX = Layout("out in")
 
@@ -39,7 +40,7 @@ def make_block(method, sizes, dtype=torch.float64):
 
 def make_case(method, sizes, dtype=torch.float64, lead=(3,), seed=0):
     """Return x, W, b and a block, all different and all requiring gradients."""
-    torch.manual_seed(seed)
+    seed_torch(seed)
     in_features, out_features, *_ = sizes
     tensors = (
         torch.randn(*lead, in_features, dtype=dtype),

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from disha import functional
 from disha.functional import Update, adapted_linear, bat, method_of
 from tests import reference
-from tests.conftest import close, freshly_compiled, kept_by
+from tests.conftest import close, freshly_compiled, kept_by, seed_torch
 from tests.functional.matrices import SIZES, make_block, random_sizes, strided_copy
 from tests.functional.updates import (
     BLOCK_SIZES,
@@ -30,7 +30,7 @@ from tests.reference import KINDS, METHODS
 
 def case_of(method, sizes, dtype=torch.float64, lead=(3,), seed=0, bias=True):
     """Return x, a frozen W, b and a block."""
-    torch.manual_seed(seed)
+    seed_torch(seed)
     in_features, out_features, *_ = sizes
     x = torch.randn(*lead, in_features, dtype=dtype).requires_grad_()
     weight = torch.randn(out_features, in_features, dtype=dtype)
@@ -332,11 +332,11 @@ def test_a_linear_product(name):
     updates = updates_of(name, MATRIX, weight)
 
     def found(x):
-        torch.manual_seed(1)
+        seed_torch(1)
         return functional.adapted_linear(x, weight, b, updates)
 
     def expected(x):
-        torch.manual_seed(1)
+        seed_torch(1)
         output = F.linear(x, weight, b)
         for update in updates:  # each draws its own dropout, Bone before BAT
             output = output + F.dropout(x, update.dropout) @ dense(update, MATRIX, weight).T

@@ -14,7 +14,7 @@ from disha.errors import ArgumentError, DishaError
 from disha.functional import METHODS, PATTERNS, Geometry, Layout, Method, Update, method_of
 from disha.functional.parts import update_of_part
 from tests import reference
-from tests.conftest import assert_same, close, pickled
+from tests.conftest import assert_same, close, pickled, seed_torch
 from tests.functional.cases import (
     BLOCKS,
     CUTS_AT,
@@ -514,9 +514,9 @@ class TestAThirdMethod:
         chosen = [o for first, stop in rows or ((0, 6),) for o in range(first, stop)]
         delta[chosen] = 0.5 * dense_delta(third, MATRIX, block, part)
         for others in ([], [bone]):
-            torch.manual_seed(1)
+            seed_torch(1)
             found = functional.adapted_linear(x, weight, bias, [*others, update])
-            torch.manual_seed(1)
+            seed_torch(1)
             dropped = nn.functional.dropout(x, dropout)
             expected = x @ weight.T + bias + dropped @ delta.T
             for one in others:
@@ -528,9 +528,9 @@ class TestAThirdMethod:
         x, weight = (torch.randn(s, dtype=torch.float64) for s in ((3, 4, 8), (3, 6, 8)))
         block = self.block(third, STACK, weight)
         delta = 0.5 * dense_delta(third, STACK, block, weight)
-        torch.manual_seed(1)
+        seed_torch(1)
         found = functional.adapted_stack(x, weight, [Update(method_of(third), block, 0.5, dropout)])
-        torch.manual_seed(1)
+        seed_torch(1)
         close(found, x @ weight.mT + nn.functional.dropout(x, dropout) @ delta.mT)
 
     def test_grouped_products(self, third):
@@ -544,7 +544,7 @@ class TestAThirdMethod:
 
     def test_modules_through_their_whole_life(self, third, tmp_path):
         def model():
-            torch.manual_seed(3)
+            seed_torch(3)
             return nn.ModuleDict({
                 "linear": nn.Linear(7, 6),
                 "embedding": nn.Embedding(7, 6, padding_idx=2),

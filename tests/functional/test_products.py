@@ -6,6 +6,7 @@ import torch.nn.functional as F
 
 from disha import functional
 from disha.functional import Layout
+from tests.conftest import seed_torch
 from tests.functional.updates import (
     BLOCK_SIZES,
     COMBINATIONS,
@@ -65,9 +66,9 @@ def test_a_convolution(name, combination):
 
 def check_product(multiply, x, weight, bias, layout, combination):
     updates = updates_of(combination, layout, weight)
-    torch.manual_seed(1)
+    seed_torch(1)
     found = functional.adapted_product(multiply, x.requires_grad_(), weight, bias, layout, updates)
-    torch.manual_seed(1)
+    seed_torch(1)
     expected = multiply(x, weight, bias)
     for update in updates:
         delta = dense(update, layout, weight)
@@ -109,9 +110,9 @@ def test_a_lookup(combination, layout):
     indices = torch.tensor([[0, 3], [5, 1]])
     weight = torch.randn((6, 7) if layout is MATRIX else (7, 6), dtype=torch.float64)
     updates = updates_of(combination, layout, weight)
-    torch.manual_seed(1)
+    seed_torch(1)
     found = functional.adapted_product(look_up, indices, weight, None, layout, updates)
-    torch.manual_seed(1)
+    seed_torch(1)
     expected = weight[indices]
     for update in updates:  # dropping a one-hot input drops the whole update of a token
         kept = F.dropout(torch.ones(2, 2, 1, dtype=torch.float64), update.dropout)

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from disha import functional
 from tests import reference
-from tests.conftest import close, freshly_compiled, kept_by, needs_grouped_products
+from tests.conftest import close, freshly_compiled, kept_by, needs_grouped_products, seed_torch
 from tests.functional.updates import (
     BLOCK_SIZES,
     STACK,
@@ -29,9 +29,9 @@ def test_a_product_of_stacks(kinds, count, dropout, rows):
     x, weight = (torch.randn(s, dtype=torch.float64) for s in ((3, count, 7), (3, 6, 7)))
     x.requires_grad_()
     updates = [make_update(kind, STACK, weight, dropout=dropout, rows=rows) for kind in kinds]
-    torch.manual_seed(1)
+    seed_torch(1)
     found = functional.adapted_stack(x, weight, updates)
-    torch.manual_seed(1)
+    seed_torch(1)
     expected = x @ weight.mT
     for update in updates:
         expected = expected + F.dropout(x, dropout) @ dense(update, STACK, weight).mT
@@ -116,13 +116,13 @@ def test_a_grouped_product(kinds, dtype, ends, dropout):
     x = torch.randn(rows, 8, dtype=dtype).requires_grad_()
     weight = torch.randn(3, 24, 8, dtype=dtype) / 4
     updates = [make_update(kind, STACK, weight, dropout=dropout) for kind in kinds]
-    torch.manual_seed(1)
+    seed_torch(1)
     found = functional.adapted_grouped(torch._grouped_mm, x, weight, offsets, updates)
     assert found.dtype == dtype
     assert found.shape == (rows, 24)
     exact = [x.detach().double().requires_grad_()]
     exact += [update.block.detach().double().requires_grad_() for update in updates]
-    torch.manual_seed(1)
+    seed_torch(1)
     dropped = [
         exact[0] if not dropout else exact[0] * F.dropout(torch.ones_like(x), dropout).double()
         for _ in updates

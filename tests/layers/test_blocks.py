@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import disha
-from tests.conftest import perturb
+from tests.conftest import perturb, seed_torch
 
 SETTINGS = {
     "bone": {"target_regex": "0", "r": 2},
@@ -16,7 +16,7 @@ SETTINGS = {
 
 
 def build(device):
-    torch.manual_seed(0)
+    seed_torch(0)
     with torch.device(device):
         return nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 8))
 

@@ -12,7 +12,7 @@ import disha
 from disha import ArgumentError, ArgumentTypeError, TargetError
 from disha.functional import method_names
 from disha.layers.kinds import LAYER_KINDS
-from tests.conftest import InOut, Made, perturb, pickled, refused
+from tests.conftest import InOut, Made, perturb, pickled, refused, seed_torch
 from tests.every_pair import (
     Case,
     DtypeTests,
@@ -122,7 +122,7 @@ class TestMaxNorm:
     """torch scales rows of the weight in place, also in evaluation; an adapter must not."""
 
     def adapted(self, **options):
-        torch.manual_seed(0)
+        seed_torch(0)
         layer = nn.Embedding(7, 4, max_norm=1.0, **options).double()
         return perturb(disha.inject_adapters(layer, "^$", 2), size=1.0)
 

@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 import disha
 from disha import functional
 from tests import reference
-from tests.conftest import freshly_compiled, needs_fully_shard, perturb
+from tests.conftest import freshly_compiled, needs_fully_shard, perturb, seed_torch
 from tests.every_pair import (
     NO_TILE,
     Case,
@@ -367,7 +367,7 @@ def test_a_piece_by_its_dimension_is_that_of_the_dense_weight(piece):
 
 def adapted_and_dense(pattern, method):
     """Return a function that reads an adapted weight, and the dense weight that it stands for."""
-    torch.manual_seed(0)
+    seed_torch(0)
     model = Holder(reference.shape_of(pattern))
     perturb(disha.inject_adapters(model, "mix", 2, method=method, layouts={"mix": pattern}))
     (block,) = disha.adapter_parameters(model)

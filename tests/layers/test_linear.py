@@ -15,7 +15,7 @@ import disha
 from disha import BatLinear, BoneLinear, DishaError, MergeError
 from disha.layers.adapted import AdaptedLinear
 from tests import reference
-from tests.conftest import COPIES, kept_by, merged_weight, perturb
+from tests.conftest import COPIES, kept_by, merged_weight, perturb, seed_torch
 from tests.functional.matrices import close_to_exact
 
 KINDS = reference.KINDS
@@ -78,9 +78,9 @@ def test_positional_arguments_are_those_of_linear(kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_layer_from_birth_draws_what_linear_draws(kind):
-    torch.manual_seed(3)
+    seed_torch(3)
     plain = nn.Linear(10, 9)
-    torch.manual_seed(3)
+    seed_torch(3)
     layer = born(kind)
     assert torch.equal(layer.base_weight, plain.weight)
     assert torch.equal(layer.bias, plain.bias)
@@ -141,7 +141,8 @@ def test_printout_shows_sizes_adapter_and_scale(kind):
     for part in ("in_features=10, out_features=9", "active=['mine']", "r=4", "scale=0.5"):
         assert part in text
     assert ("r_out=3" in text) == (kind == "tile")
-    with disha.adapters_disabled(layer := born(kind)):
+    layer = born(kind)
+    with disha.adapters_disabled(layer):
         assert "disabled" in repr(layer)
     assert "disabled" not in repr(layer)
 
@@ -162,9 +163,8 @@ def test_kaiming_init_acts_at_once_and_again_after_reset(kind):
     layer.disha["default"].block.data.zero_()
     layer.reset_parameters()
     assert layer.disha["default"].block.any()
-    assert not torch.equal(
-        layer(x := torch.randn(2, 10)), F.linear(x, layer.base_weight, layer.bias)
-    )
+    x = torch.randn(2, 10)
+    assert not torch.equal(layer(x), F.linear(x, layer.base_weight, layer.bias))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -425,7 +425,7 @@ def test_compiled_dropout_equals_eager(kind, compiler):
     x = torch.randn(4, 10)
     results = []
     for call in (model, compiler(model)):
-        torch.manual_seed(5)
+        seed_torch(5)
         y = call(x)
         results.append((y, *torch.autograd.grad(y.square().sum(), blocks)))
     torch.testing.assert_close(*results)

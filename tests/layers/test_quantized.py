@@ -51,6 +51,7 @@ from tests.conftest import (
     pickled,
     refused,
     saved_by_torch,
+    seed_torch,
     snapshot,
 )
 from tests.quantized_bases import (
@@ -83,7 +84,7 @@ def quantize(dense: nn.Linear, way: str, **options) -> nn.Linear:
 
 
 def linear(way, in_features=10, out_features=12, bias=True, dtype=torch.float32, **options):
-    torch.manual_seed(0)
+    seed_torch(0)
     dense = nn.Linear(in_features, out_features, bias, dtype=dtype)
     return quantize(dense, way, **options)
 
@@ -125,7 +126,7 @@ class Small(nn.Module):
         self.first = linear(way, width, 2 * width)
         self.norm = nn.LayerNorm(2 * width)
         self.second = linear(way, 2 * width, width, bias=False)
-        torch.manual_seed(2)
+        seed_torch(2)
         self.head = nn.Linear(width, 4)
 
     def forward(self, x):
@@ -703,7 +704,7 @@ def test_a_layer_that_works_in_groups_raises():
 
 @pytest.mark.parametrize("padding_idx", [None, 3])
 def test_fp8_embedding(padding_idx):
-    torch.manual_seed(0)
+    seed_torch(0)
     embedding = FP8Embedding(20, 16, padding_idx)
     embedding.weight.data.copy_(torch.randn(20, 16))
     embedding.weight_scale.data.fill_(0.25)

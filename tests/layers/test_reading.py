@@ -15,6 +15,7 @@ from tests.conftest import (
     freshly_compiled,
     needs_fully_shard,
     perturb,
+    seed_torch,
     snapshot,
 )
 from tests.reference import METHODS
@@ -130,7 +131,7 @@ CASES = {
 
 
 def build(name, dtype=torch.float64):
-    torch.manual_seed(0)
+    seed_torch(0)
     cls, target, x = CASES[name]
     model = cls().to(dtype)
     return model, target, x if isinstance(x, torch.Tensor) else torch.randn(x, dtype=dtype)

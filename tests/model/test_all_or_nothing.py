@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 import disha
-from tests.conftest import assert_unchanged, perturb, snapshot
+from tests.conftest import assert_unchanged, perturb, seed_torch, snapshot
 
 PACKAGE = Path(disha.__file__).parent
 OPERATIONS_IN = tuple(str(PACKAGE / name) for name in ("model", "files"))
@@ -78,7 +78,7 @@ TOKENS = torch.arange(6).view(2, 3)
 
 def adapted(folder):
     """Two adapters, of which the first is in a file of other values."""
-    torch.manual_seed(0)
+    seed_torch(0)
     model = Net()
     disha.inject_adapters(model, ["head", "attention"], 2, adapter="a", also_train="norm.weight")
     perturb(model)

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import disha
-from tests.conftest import assert_same, pickled
+from tests.conftest import assert_same, pickled, seed_torch
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -36,7 +36,7 @@ def resnet():
 
 
 def small(norm=nn.BatchNorm2d):
-    torch.manual_seed(0)
+    seed_torch(0)
     return nn.Sequential(
         nn.Conv2d(3, 4, 3), norm(4, affine=True, track_running_stats=True), nn.Flatten(),
         nn.Linear(144, 2),
@@ -58,7 +58,7 @@ def inputs_of(name):
 
 
 def made(name):
-    torch.manual_seed(0)
+    seed_torch(0)
     return {"Bert": Bert, "Resnet": resnet, "instance": instance, "small": small}[name]()
 
 
@@ -255,7 +255,7 @@ class Normaliser(nn.Module):
 
 
 def normalised():
-    torch.manual_seed(0)
+    seed_torch(0)
     return nn.Sequential(nn.Linear(4, 4), Normaliser(), nn.Linear(4, 2))
 
 

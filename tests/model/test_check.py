@@ -11,7 +11,7 @@ import disha
 from disha import ArgumentError, CheckReport, MergeError, ModeError, functional
 from disha.functional import Method
 from disha.model.check import CheckedWeight
-from tests.conftest import Tied, assert_unchanged, refused, snapshot
+from tests.conftest import Tied, assert_unchanged, refused, seed_torch, snapshot
 from tests.reference import METHODS
 
 
@@ -228,7 +228,7 @@ def test_a_masked_output_hides_no_other():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_an_output_that_only_rounding_makes_merges(dtype):
     """Sums of differences from the mean, which are zero but for their rounding."""
-    torch.manual_seed(0)
+    seed_torch(0)
     model = nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 64)).to(dtype)
     model.append(Model(lambda layer, x: ((x - x.mean(-1, keepdim=True)).sum(-1).float(), x)))
     disha.inject_adapters(model, r"^[02]$", 4)

@@ -9,7 +9,7 @@ from torch import nn
 import disha
 from disha import ArgumentError, ArgumentTypeError, MergeError, ModeError
 from disha.functional.routed import Route
-from tests.conftest import Doubled, flags, freshly_compiled, perturb, refused
+from tests.conftest import Doubled, close, flags, freshly_compiled, perturb, refused
 from tests.reference import KINDS, METHODS, settings_of
 
 
@@ -261,46 +261,6 @@ class TestRoute:
         ):
             layer(x)
 
-    @pytest.mark.parametrize("positions", [(), (3,), (2, 4)])
-    @pytest.mark.parametrize("method", KINDS)
-    def test_many_adapters_of_one_size_are_those_run_one_by_one(
-        self, method, positions, monkeypatch
-    ):
-        layer = nn.Linear(7, 6).double()
-        for adapter in "abc":
-            disha.inject_adapters(layer, "^$", 2, adapter=adapter, **settings_of(method, 3))
-        perturb(layer)
-        disha.set_adapter_scale(layer, 0.5, "b")
-        names = ["c", None, "a", "b", "c"]
-        x = torch.randn(2 * len(names), *positions, 7, dtype=torch.float64, requires_grad=True)
-        twin = copy.deepcopy(layer).to("meta")
-        [(key, block)] = [item for item in layer.named_parameters() if ".a." in item[0]]
-        call = torch.func.functional_call
-        with disha.route_adapters(layer, names), disha.route_adapters(twin, names):
-            routed = layer(x)
-            assert twin(x.to("meta")).is_meta
-            with torch.no_grad():
-                mapped = torch.func.vmap(lambda block: call(layer, {key: block}, (x,)))(block[None])
-        assert torch.allclose(mapped[0], routed, rtol=0, atol=1e-12)
-        # BAT in a product per adapter, in one that reads W once, and in one for each r outputs
-        for share, slab in ((0.0, 2**22), (1e6, 2**22), (1e6, 1)):
-            monkeypatch.setattr("disha.functional.bat.STREAMED_FRACTION", share)
-            monkeypatch.setattr("disha.functional.bat.SLAB_BYTES", slab)
-            with torch.no_grad(), disha.route_adapters(layer, names):
-                assert torch.allclose(layer(x), routed, rtol=0, atol=1e-12)
-        cotangent = torch.randn_like(routed)
-        blocks = list(disha.adapter_parameters(layer))
-        found = torch.autograd.grad((routed * cotangent).sum(), [x, *blocks])
-        alone = []
-        for name, sample in zip(names, x.split(2), strict=True):
-            disha.set_active_adapters(layer, [] if name is None else name)
-            alone.append(layer(sample))
-        expected = torch.cat(alone)
-        assert torch.allclose(routed, expected, rtol=0, atol=1e-12)
-        exact = torch.autograd.grad((expected * cotangent).sum(), [x, *blocks])
-        for one, other in zip(found, exact, strict=True):
-            assert torch.allclose(one, other, rtol=0, atol=1e-12)
-
     @pytest.mark.parametrize("method", METHODS)
     def test_one_adapter_for_all_samples_is_the_same_as_without_routing(self, method):
         model = Several()
@@ -380,3 +340,66 @@ class TestRoute:
             disha.route_adapters(model, self.names),
         ):
             pass
+
+
+@pytest.mark.parametrize("positions", [(), (3,), (2, 4)])
+@pytest.mark.parametrize("kind", KINDS)
+class TestRouteOfAdaptersOfOneSize:
+    """All samples are computed at once, two of each name."""
+
+    names = ("c", None, "a", "b", "c")
+
+    def case(self, kind, positions):
+        layer = nn.Linear(7, 6).double()
+        for adapter in "abc":
+            disha.inject_adapters(layer, "^$", 2, adapter=adapter, **settings_of(kind, 3))
+        perturb(layer)
+        disha.set_adapter_scale(layer, 0.5, "b")
+        x = torch.randn(2 * len(self.names), *positions, 7, dtype=torch.float64)
+        return layer, x
+
+    def routed(self, layer, x):
+        with disha.route_adapters(layer, self.names):
+            return layer(x)
+
+    def test_equals_running_them_one_by_one_and_so_do_gradients(self, kind, positions):
+        layer, x = self.case(kind, positions)
+        routed = self.routed(layer, x.requires_grad_())
+        alone = []
+        for name, sample in zip(self.names, x.split(2), strict=True):
+            disha.set_active_adapters(layer, [] if name is None else name)
+            alone.append(layer(sample))
+        expected = torch.cat(alone)
+        close(routed, expected, 1e-12)
+        cotangent = torch.randn_like(routed)
+        leaves = [x, *disha.adapter_parameters(layer)]
+        found = torch.autograd.grad((routed * cotangent).sum(), leaves)
+        close(found, torch.autograd.grad((expected * cotangent).sum(), leaves), 1e-12)
+
+    def test_without_values(self, kind, positions):
+        layer, x = self.case(kind, positions)
+        assert self.routed(layer.to("meta"), x.to("meta")).is_meta
+
+    def test_mapped_over_a_block(self, kind, positions):
+        layer, x = self.case(kind, positions)
+        [(key, block)] = [item for item in layer.named_parameters() if ".a." in item[0]]
+
+        def run(block):
+            return torch.func.functional_call(layer, {key: block}, (x,))
+
+        with torch.no_grad(), disha.route_adapters(layer, self.names):
+            mapped = torch.func.vmap(run)(block[None])
+            close(mapped[0], layer(x), 1e-12)
+
+    @pytest.mark.parametrize(
+        ("fraction", "slab"),
+        [(0.0, 2**22), (1e6, 2**22), (1e6, 1)],
+        ids=["a product per adapter", "W read once", "a product for each r outputs"],
+    )
+    def test_in_each_way_of_bat(self, kind, positions, fraction, slab, monkeypatch):
+        layer, x = self.case(kind, positions)
+        expected = self.routed(layer, x)
+        monkeypatch.setattr("disha.functional.bat.STREAMED_FRACTION", fraction)
+        monkeypatch.setattr("disha.functional.bat.SLAB_BYTES", slab)
+        with torch.no_grad():
+            close(self.routed(layer, x), expected, 1e-12)

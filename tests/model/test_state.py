@@ -5,7 +5,7 @@ from torch import nn
 
 import disha
 from disha import AdapterStateError, ArgumentError, MergeError
-from tests.conftest import Layered, Shared, perturb, refused
+from tests.conftest import Layered, Shared, perturb, refused, seed_torch
 
 
 @pytest.fixture
@@ -14,7 +14,7 @@ def adapted(model):
 
 
 def fresh():
-    torch.manual_seed(0)
+    seed_torch(0)
     return disha.inject_adapters(Layered(), "proj", 2, also_train=r"norm\.weight")
 
 

@@ -19,7 +19,7 @@ from torch._inductor.async_compile import AsyncCompile
 from torch._inductor.utils import run_and_get_code
 
 import disha
-from tests.conftest import close, freshly_compiled, needs_grouped_products, perturb
+from tests.conftest import close, freshly_compiled, needs_grouped_products, perturb, seed_torch
 from tests.layers.test_reading import Reader
 from tests.reference import BONE_KINDS, METHODS
 
@@ -56,7 +56,7 @@ def tokens():
 
 
 def compiled(case, *, train=False):
-    torch.manual_seed(0)
+    seed_torch(0)
     model = Mixed().double().train(train)
     for adapter in ("a", "b"):
         disha.inject_adapters(model, adapter=adapter, **CASES[case])

@@ -5,7 +5,7 @@ Every device is the CPU here. What is offloaded is on the meta device between fo
 
 import itertools
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,7 +14,7 @@ from torch import nn
 
 import disha
 from disha import AdapterFileError, AdapterStateError, MergeError, ModeError
-from tests.conftest import Made, assert_same, perturb
+from tests.conftest import Made, assert_same, perturb, seed_torch
 from tests.language_models import llama
 from tests.reference import METHODS
 
@@ -98,7 +98,7 @@ CASES = [
 
 
 def fresh(name: str) -> nn.Module:
-    torch.manual_seed(0)
+    seed_torch(0)
     return MODELS[name][0]().double().eval()
 
 
@@ -126,13 +126,6 @@ def tokens() -> torch.Tensor:
 def close(actual: torch.Tensor, expected: torch.Tensor) -> None:
     assert actual.device.type == "cpu"
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-10)
-
-
-@pytest.fixture(autouse=True)
-def _quiet(caplog) -> Iterator[None]:
-    """Accelerate logs that parameters are on meta."""
-    with caplog.at_level("ERROR"):
-        yield
 
 
 @pytest.mark.parametrize(("name", "method", "way"), CASES)

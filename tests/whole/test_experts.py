@@ -29,7 +29,15 @@ from disha.functional import linear, products
 from disha.functional.methods import METHODS
 from disha.layers.adapted import AdaptedLayer
 from tests import reference
-from tests.conftest import assert_unchanged, freshly_compiled, near, perturb, refused, snapshot
+from tests.conftest import (
+    assert_unchanged,
+    freshly_compiled,
+    near,
+    perturb,
+    refused,
+    seed_torch,
+    snapshot,
+)
 from tests.reference import KINDS
 
 WIDTH, INNER, EXPERTS, VOCABULARY = 16, 8, 4, 32
@@ -148,7 +156,7 @@ def build(
 ) -> nn.Module:
     """Return a model whose every parameter is random, in evaluation mode."""
     model, config, sizes = MODELS[name](width, inner)
-    torch.manual_seed(0)
+    seed_torch(0)
     built = getattr(transformers, model)._from_config(
         getattr(transformers, config)(**{**COMMON, "hidden_size": width, **sizes, **more}),
         attn_implementation="eager",
@@ -651,7 +659,7 @@ UNDECORATED: dict[str, tuple[Callable[..., nn.Module], str, str, dict[str, Any]]
 @pytest.mark.parametrize("kind", UNDECORATED)
 def test_undecorated_experts(kind, method, tmp_path):
     make, parameter, pattern, options = UNDECORATED[kind]
-    torch.manual_seed(0)
+    seed_torch(0)
     model = nn.ModuleDict({"experts": make(3, 10, 8)})
     x, sizes = torch.randn(7, 10), [4, 2, 1]
     base = model["experts"](x, sizes)

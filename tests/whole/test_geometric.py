@@ -9,7 +9,7 @@ from torch import nn
 import disha
 from disha import TargetError
 from disha.effective.weight import EffectiveWeight
-from tests.conftest import perturb
+from tests.conftest import perturb, seed_torch
 from tests.every_pair import Case, DtypeTests, PairTests, numbers
 from tests.reference import METHODS
 
@@ -75,7 +75,7 @@ TABLE = {
 
 
 def fresh(name: str) -> nn.Module:
-    torch.manual_seed(0)
+    seed_torch(0)
     return NETWORKS[name][0]().double().eval()
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import disha
-from tests.conftest import Made, needs_grouped_products
+from tests.conftest import Made, needs_grouped_products, seed_torch
 
 
 def stack(run):
@@ -44,7 +44,7 @@ CASES = {
 
 
 def model(make, scale, adapters=1, **options):
-    torch.manual_seed(0)
+    seed_torch(0)
     made = nn.Sequential(make()).half()
     for parameter in made.parameters():
         parameter.data.zero_()

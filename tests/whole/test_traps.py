@@ -11,7 +11,15 @@ from torch.nn.utils import parametrizations, prune
 
 import disha
 from disha import ArgumentError, TargetError
-from tests.conftest import Layered, assert_unchanged, freshly_compiled, perturb, refused, snapshot
+from tests.conftest import (
+    Layered,
+    assert_unchanged,
+    freshly_compiled,
+    perturb,
+    refused,
+    seed_torch,
+    snapshot,
+)
 from tests.every_pair import Case, DtypeTests, PairTests, every_kind, indices, numbers
 from tests.reference import METHODS
 
@@ -152,7 +160,7 @@ def test_a_class_that_can_not_change_or_be_derived_from_is_refused(kind, says):
 
 class TestLazy:
     def model(self):
-        torch.manual_seed(0)
+        seed_torch(0)
         return nn.Sequential(nn.LazyLinear(5), nn.Tanh(), nn.Linear(5, 3))
 
     def test_all_linear_says_what_to_do_and_changes_nothing(self):
@@ -261,7 +269,7 @@ class TestCompiled:
         torch._dynamo.reset()
 
     def plain(self):
-        torch.manual_seed(0)
+        seed_torch(0)
         return Layered()
 
     def adapted(self):
@@ -346,7 +354,7 @@ class TestParametrised:
     own in training: reading it more often than the plain layer does would change the model."""
 
     def make(self, layer, how, training):
-        torch.manual_seed(0)
+        seed_torch(0)
         build, _ = LAYERS[layer]
         model = nn.Sequential(PARAMETRIZATIONS[how](build())).double()
         return model.train(training)
@@ -527,7 +535,7 @@ def test_a_scripted_part_stays_as_it_is(trace, tmp_path):
     x = torch.randn(6, 4)
 
     def build():
-        torch.manual_seed(0)
+        seed_torch(0)
         part = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
         part = torch.jit.trace(part, x) if trace else torch.jit.script(part)
         return nn.Sequential(nn.Linear(4, 4), part, nn.Linear(4, 4))

@@ -20,7 +20,15 @@ from transformers.pytorch_utils import Conv1D
 
 import disha
 from disha import MergeError
-from tests.conftest import Doubled, Made, assert_same, assert_unchanged, perturb, snapshot
+from tests.conftest import (
+    Doubled,
+    Made,
+    assert_same,
+    assert_unchanged,
+    perturb,
+    seed_torch,
+    snapshot,
+)
 from tests.reference import KINDS, settings_of
 
 WIDTH, ROWS = 6, 5
@@ -146,7 +154,7 @@ adapters = st.builds(
 
 
 def fresh(tree: Any) -> Model:
-    torch.manual_seed(0)
+    seed_torch(0)
     return Model(tree).double().eval()
 
 

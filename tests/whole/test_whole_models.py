@@ -24,7 +24,7 @@ from torchvision.models.swin_transformer import (
 )
 
 import disha
-from tests.conftest import assert_same, assert_unchanged, perturb, snapshot
+from tests.conftest import assert_same, assert_unchanged, perturb, seed_torch, snapshot
 from tests.reference import METHODS
 
 pytestmark = [
@@ -62,7 +62,7 @@ class Case:
 
     def model(self) -> nn.Module:
         """Return the model in float64, without the zeros that keep gradients from layers."""
-        torch.manual_seed(0)
+        seed_torch(0)
         model = self.make().double()
         with torch.no_grad():
             for parameter in model.parameters():
@@ -70,7 +70,7 @@ class Case:
         return model.eval()
 
     def arguments(self) -> dict[str, Any]:
-        torch.manual_seed(1)
+        seed_torch(1)
         inputs = self.inputs()
         return {
             name: value.double() if value.is_floating_point() else value
