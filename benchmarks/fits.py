@@ -172,6 +172,7 @@ def simulated(ranks: int, rows: int, tokens: int, *of_model: Any) -> dict[str, i
 
 def real(rank: int, ranks: int, file: str, found: Any, *of_model: Any) -> None:
     """Measure a step of a small model on a rank."""
+    torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=ranks)
     model, optimizer = make_step(make_real, ranks, *of_model)
     ids = torch.zeros(8, 256, dtype=torch.long)
@@ -187,9 +188,10 @@ def checked(adapter: str, way: str, bits: int = 16) -> tuple[int, int]:
     """Return what a step takes beyond what is there before it: simulated, and real."""
     ranks, of_model = 1 if way == "one process" else 2, ("small", adapter, way, bits, False, 16)
     found = simulated(ranks, 8, 256, *of_model)
-    queue = mp.get_context("spawn").SimpleQueue()
+    queue = mp.get_context("fork").SimpleQueue()  # the ranks import nothing again
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(real, (ranks, f"{folder}/ranks", queue, *of_model), nprocs=ranks)
+        given = (ranks, f"{folder}/ranks", queue, *of_model)
+        mp.start_processes(real, given, nprocs=ranks, start_method="fork")
     return found["gradients"] + found["activations"], queue.get()
 
 
