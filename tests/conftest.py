@@ -121,7 +121,7 @@ def perturb(model: nn.Module, seed: int = 0, size: float = 0.3) -> nn.Module:
     with torch.no_grad():
         for module in model.modules():
             if isinstance(module, AdaptedLayer):
-                for one in module.disha.blocks().values():
+                for one in module.disha.blocks_by_name().values():
                     block = one.block
                     dtype = block.dtype if block.is_complex() else torch.float32
                     values = torch.randn(block.shape, generator=generator, dtype=dtype)

@@ -36,7 +36,7 @@ def linear_product(input: Any, weight: Any, bias: Any = None) -> Any:
 
 def _multiply_values(product: Operation, nested: Any, weight: EffectiveWeight, *args: Any) -> Any:
     """Return a product with the values of a jagged nested tensor, nested in the same way."""
-    if nested.layout is not torch.jagged or weight.updates.of_all_samples is None:
+    if nested.layout is not torch.jagged or weight.updates.shared is None:
         return NotImplemented
     if nested.is_floating_point() and ragged_axis(nested) == nested.dim() - 1:
         return NotImplemented  # the features are ragged, which torch refuses
@@ -66,7 +66,7 @@ def _matmul(input: Any, other: Any) -> Any:
         return linear_product(input, matrices)
     if input.layout is not torch.strided:
         return NotImplemented
-    updates = other.updates.of_all_samples
+    updates = other.updates.shared
     if other.weight_layout.pattern == "expert in out" and input.dim() == 3 and updates is not None:
         return functional.adapted_stack(input, matrices.base, updates)
     return NotImplemented
@@ -80,7 +80,7 @@ def _mm(input: Any, *other: Any, **named: Any) -> Any:
 def _multiply_weight_first(weight: EffectiveWeight, x: Tensor) -> Any:
     layout = weight.weight_layout
     base = weight.base
-    updates = weight.updates.of_all_samples
+    updates = weight.updates.shared
     is_matrix = layout.pattern == "out in"
     is_stack = layout.pattern == "expert out in" and x.dim() == 3
     if is_matrix and x.dim() == 1:
@@ -114,7 +114,7 @@ def _grouped(
 ) -> Any:
     if not isinstance(weight, EffectiveWeight) or isinstance(input, EffectiveWeight):
         return NotImplemented
-    updates = weight.updates.of_all_samples
+    updates = weight.updates.shared
     if weight.weight_layout.pattern != "expert in out" or updates is None:
         return NotImplemented
     if more or any(value is not None for value in named.values()) or offs is None:

@@ -114,7 +114,7 @@ def _unbind(weight: Any, dim: int = 0) -> Any:
     layout = weight.weight_layout
     if dim or not layout.experts_first:
         return NotImplemented
-    updates = weight.updates.of_all_samples
+    updates = weight.updates.shared
     if not updates:
         return tuple(select_item(weight, index) for index in range(weight.base.shape[0]))
     item_layout = layout.of_one_expert()

@@ -28,10 +28,10 @@ from disha.functional.shard_sums import (
     is_cast,
     merge_dtype,
     merged_weight,
+    overflow_safe_shard_sum,
     pad_to_multiple,
     scaled,
     shard_count,
-    shard_sums,
     without_autocast,
 )
 from disha.private_torch import in_forward_mode, must_not_write
@@ -247,7 +247,7 @@ def _multiply(
     if add_block:
         return output
     r = block.shape[-1]
-    sums, overflow_scale = shard_sums(x, r)
+    sums, overflow_scale = overflow_safe_shard_sum(x, r)
     # D (out / r, r, r) as (out, r): row a r + i is row i of D_a
     return output.addmm_(sums, block.reshape(-1, r)[: weight.shape[0]].T, alpha=overflow_scale)
 
@@ -341,6 +341,6 @@ def bat_streamed(x: Tensor, weight: Tensor, block: Tensor) -> Tensor:
     # Side by side, they are the outputs: (*stack, tokens, out)
     output = output.view(*stack, count, tokens, r).transpose(-3, -2)
     output = output.reshape(*stack, tokens, count * r)
-    sums, overflow_scale = shard_sums(x, r)
+    sums, overflow_scale = overflow_safe_shard_sum(x, r)
     output = output + scaled(sums @ block.reshape(*stack, count * r, r).mT, overflow_scale)
     return output[..., : weight.shape[-2]]

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from einops import repeat
 from torch import Tensor
 
-from disha.functional.shard_sums import Scale, scaled, shard_count, shard_sums, tiled
+from disha.functional.shard_sums import Scale, overflow_safe_shard_sum, scaled, shard_count, tiled
 
 
 def bone_delta(x: Tensor, block: Tensor, out_features: int, scale: Scale = 1.0) -> Tensor:
@@ -42,7 +42,7 @@ def bone_delta(x: Tensor, block: Tensor, out_features: int, scale: Scale = 1.0) 
         >>> bone_delta(torch.ones(1, 6), torch.ones(2, 3), out_features=3)
         tensor([[6., 6., 6.]])
     """
-    sums, overflow_scale = shard_sums(x, block.shape[-2])
+    sums, overflow_scale = overflow_safe_shard_sum(x, block.shape[-2])
     matrix = scaled(tiled(block, out_features), scale).to(x.dtype)
     return scaled(sums @ matrix, overflow_scale)
 
@@ -176,6 +176,6 @@ def routed_delta(x: Tensor, blocks: Sequence[Tensor], choices: Tensor) -> Tensor
     r, out_features = blocks[0].shape
     table = torch.stack([*blocks, torch.zeros_like(blocks[0])])  # zeros for samples without one
     tokens = x.shape[:-1].numel() // samples  # of one sample
-    sums, overflow_scale = shard_sums(x, r)
+    sums, overflow_scale = overflow_safe_shard_sum(x, r)
     product = sums.reshape(samples, tokens, r) @ table.to(x.dtype)[choices]
     return scaled(product, overflow_scale).reshape(*x.shape[:-1], out_features)

@@ -6,13 +6,13 @@ import torch
 from torch import Tensor
 
 from disha.functional.layouts import Geometry, Layout
-from disha.functional.shard_sums import shard_sums
+from disha.functional.shard_sums import overflow_safe_shard_sum
 
 
-def channel_shard_sums(
+def overflow_safe_channel_sum(
     x: Tensor, r: int, layout: Layout, geometry: Geometry
 ) -> tuple[Tensor, float]:
-    """Return the shard sums of the channels of x (..., channels, *positions), as `shard_sums` does.
+    """Return `overflow_safe_shard_sum` of the channels of x (..., channels, *positions).
 
     Each group of the convolution has its own channels, so the sums are (..., groups * r,
     *positions).
@@ -24,7 +24,7 @@ def channel_shard_sums(
     groups = x.shape[dim] // geometry.in_features
     if groups > 1:
         x = torch.unflatten(x, dim, (groups, -1))
-    sums, overflow_scale = shard_sums(x, r, dim)
+    sums, overflow_scale = overflow_safe_shard_sum(x, r, dim)
     if groups > 1:
         sums = torch.flatten(sums, dim - 1, dim)
     return sums, overflow_scale

@@ -14,7 +14,7 @@ from disha.functional.dropout import drop_inputs
 from disha.functional.layouts import MATRIX, Geometry
 from disha.functional.parts import updates_of_outputs
 from disha.functional.products import fold_or_separate, update_product
-from disha.functional.shard_sums import add_to, scaled, shard_sum, shard_sums, tiled
+from disha.functional.shard_sums import add_to, overflow_safe_shard_sum, scaled, shard_sum, tiled
 from disha.functional.update import Update, computed_weight, shard_sum_terms
 from disha.private_torch import any_autocast, modes_active, must_not_write, transforms_active
 
@@ -73,7 +73,7 @@ def _linear_with_shard_sum(
     # where s is a tensor; x is padded where r does not divide in; else one view serves W x and
     # S(x).
     if x.dtype == torch.float16 or any_autocast():
-        sums, overflow_scale = shard_sums(x, r)
+        sums, overflow_scale = overflow_safe_shard_sum(x, r)
         base_output = F.linear(x, weight, bias)
         return _add_product(base_output, sums, scaled(matrix, scale), overflow_scale)
     if isinstance(scale, Tensor):  # in compiled code, where s and the sum become one loop
@@ -105,7 +105,7 @@ def _linear_in_general(
     sums_and_matrices = []
     for matrix, dropout, _ in shard_sum_terms(updates, MATRIX, MATRIX.geometry(weight.shape)):
         inputs = drop_inputs(x, dropout) if dropout else x
-        sums, overflow_scale = shard_sums(inputs, matrix.shape[0])
+        sums, overflow_scale = overflow_safe_shard_sum(inputs, matrix.shape[0])
         sums_and_matrices.append((sums, matrix, overflow_scale))
     deltas = [update_product(F.linear, x, weight, MATRIX, update) for update in separate]
     output = _linear_with_folded(x, weight, bias, folded) if folded else F.linear(x, weight, bias)

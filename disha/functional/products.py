@@ -24,11 +24,11 @@ from torch.compiler import is_compiling
 from torch.utils.checkpoint import checkpoint
 
 from disha.functional.bone import embedding_delta
-from disha.functional.convolutions import channel_shard_sums
+from disha.functional.convolutions import overflow_safe_channel_sum
 from disha.functional.dropout import drop_inputs, drop_tokens
 from disha.functional.layouts import MATRIX, Geometry, Layout
 from disha.functional.lookups import is_lookup, look_up_outputs, output_numbers
-from disha.functional.shard_sums import add_to, scaled, shard_count, shard_sums, tiled
+from disha.functional.shard_sums import add_to, overflow_safe_shard_sum, scaled, shard_count, tiled
 from disha.functional.update import ShardSumTerm, Update, computed_weight, shard_sum_terms
 from disha.private_torch import must_not_write
 
@@ -150,9 +150,9 @@ def _shard_sum_product(
         return drop_tokens(delta, dropout)
     r = matrix.shape[-2]
     if layout.has_kernel:
-        sums, overflow_scale = channel_shard_sums(x, r, layout, geometry)
+        sums, overflow_scale = overflow_safe_channel_sum(x, r, layout, geometry)
     else:
-        sums, overflow_scale = shard_sums(x, r)
+        sums, overflow_scale = overflow_safe_shard_sum(x, r)
     if multiply is not F.linear:
         # A linear tile is repeated after the product, so backward keeps nothing of that size.
         matrix = tiled(matrix, outputs)

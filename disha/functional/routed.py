@@ -26,7 +26,7 @@ from disha.functional import Geometry, Layout, Update, adapted_linear
 from disha.functional.bone import routed_delta
 from disha.functional.layouts import MATRIX
 from disha.functional.lookups import is_lookup
-from disha.functional.shard_sums import scaled, shard_sums
+from disha.functional.shard_sums import overflow_safe_shard_sum, scaled
 from disha.functional.update import shard_sum_terms
 from disha.functional.weight_updates import Change, DeltaOf, Updates
 from disha.private_torch import must_not_write
@@ -116,12 +116,12 @@ class Routed(Updates):
         super().__init__(tuple([update for updates in by_adapter.values() for update in updates]))
         # None even if the route has a single adapter. An operation that needs the same updates for
         # all samples then raises for one adapter as it does for two.
-        self.of_all_samples = None
+        self.shared = None
         self.route = route
         self.by_adapter = by_adapter
         self.batch = batch
 
-    def of_input(self, x: Tensor, shape: Sequence[int]) -> tuple[Update, ...] | None:
+    def shared_for_input(self, x: Tensor, shape: Sequence[int]) -> tuple[Update, ...] | None:
         """Return the updates of all samples of an input, or None if they differ by sample.
 
         Raise if the input has no samples, or not a multiple of the number of names.
@@ -174,11 +174,11 @@ class Routed(Updates):
             samples_first = x.reshape(-1, self.batch, x.shape[-1]).transpose(0, 1)
             output = Routed(self.route, self.by_adapter).linear(samples_first, weight, bias)
             return output.transpose(0, 1).contiguous().view(*x.shape[:-1], output.shape[-1])
-        of_all = self.of_input(x, weight.shape)
-        if of_all is None and not x.shape[0]:
-            of_all = ()  # there are no samples
-        if of_all is not None:
-            return adapted_linear(x, weight, bias, of_all)
+        shared = self.shared_for_input(x, weight.shape)
+        if shared is None and not x.shape[0]:
+            shared = ()  # there are no samples
+        if shared is not None:
+            return adapted_linear(x, weight, bias, shared)
         if not all(update.method.uses_shard_sum for update in self.all_updates):
             return _linear_by_adapter(x, weight, bias, self)
         matrices = _find_matrices_of_one_shape(self.by_adapter, MATRIX.geometry(weight.shape))
@@ -227,7 +227,7 @@ def _add_routed_products(
     r, out_features = next(iter(matrices.values())).shape
     inputs = x.reshape(size, -1, x.shape[-1])  # (size, tokens, in)
     outputs = output.reshape(size, -1, out_features)  # (size, tokens, out)
-    sums, overflow_scale = shard_sums(inputs, r)  # (size, tokens, r)
+    sums, overflow_scale = overflow_safe_shard_sum(inputs, r)  # (size, tokens, r)
     matrices = {adapter: matrix.to(x.dtype) for adapter, matrix in matrices.items()}
     runs = route.runs(route.names, size)
     has_few_tokens = inputs.shape[1] * route.entries_of_name(size) < FEW_TOKENS

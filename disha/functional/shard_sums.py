@@ -83,7 +83,7 @@ def scaled(x: Tensor, scale: Scale) -> Tensor:
     return x if is_one else x * scale
 
 
-def shard_sums(x: Tensor, r: int, dim: int = -1) -> tuple[Tensor, float]:
+def overflow_safe_shard_sum(x: Tensor, r: int, dim: int = -1) -> tuple[Tensor, float]:
     """Return S(x) / f in the dtype of x, and the overflow scale f, to multiply a product by.
 
     A float16 sum of n shards can overflow where the layer's output does not. So if the product is

@@ -29,15 +29,15 @@ class Updates:
 
     Attributes:
         all_updates: all of them.
-        of_all_samples: the same if all samples have all of them; None if samples differ.
+        shared: the same if all samples have all of them; None if samples differ.
     """
 
-    of_all_samples: tuple[Update, ...] | None
+    shared: tuple[Update, ...] | None
 
     def __init__(self, updates: tuple[Update, ...]) -> None:
-        self.all_updates = self.of_all_samples = updates
+        self.all_updates = self.shared = updates
 
-    def of_input(self, x: Tensor, shape: Sequence[int]) -> tuple[Update, ...] | None:
+    def shared_for_input(self, x: Tensor, shape: Sequence[int]) -> tuple[Update, ...] | None:
         """Return the updates of all samples of an input, or None if they differ by sample."""
         return self.all_updates
 
@@ -72,9 +72,9 @@ class Updates:
         layout: Layout,
     ) -> Tensor:
         """Return a product as `functional.adapted_product` does."""
-        of_all = self.of_input(x, weight.shape)
-        if of_all is not None:
-            return functional.adapted_product(multiply, x, weight, bias, layout, of_all)
+        shared = self.shared_for_input(x, weight.shape)
+        if shared is not None:
+            return functional.adapted_product(multiply, x, weight, bias, layout, shared)
 
         def delta_of(inputs: Tensor, update: Update) -> Tensor:
             return update_product(multiply, inputs, weight, layout, update)

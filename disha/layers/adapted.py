@@ -112,7 +112,7 @@ class AdaptedLayer(nn.Module):
             return
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         # The blocks load after their layer, so those in the state dict replace these values.
-        for block in self.disha.blocks().values():
+        for block in self.disha.blocks_by_name().values():
             if block.awaits_base and prefix + block.slot.parameter in state_dict:
                 block.reset_parameters(start_of(self, block))
                 block.awaits_base = False
@@ -222,7 +222,7 @@ def reset_parameters(layer: AdaptedLayer) -> None:
     # With adapters disabled, because `weight[padding_idx].fill_(0)` must write into W.
     with open_context(frozenset([adapters.group]), (), disables=True):
         original.reset_parameters(layer)
-    for block in adapters.blocks().values():
+    for block in adapters.blocks_by_name().values():
         block.reset_parameters(start_of(layer, block))
 
 

@@ -255,8 +255,8 @@ class Adapters(nn.Module):
     """The adapters of one layer, by name, and which of them act.
 
     If an adapter has one block here, and that is for the module's `weight`, `adapters[name]` is the
-    block. Otherwise it is a dict of blocks by the names of their weights. `blocks(name)` returns
-    the blocks in both cases.
+    block. Otherwise it is a dict of blocks by the names of their weights. `blocks_by_name(name)`
+    returns the blocks in both cases.
 
     If layers share a parameter, one of them has its block, and the others borrow it.
     """
@@ -302,7 +302,7 @@ class Adapters(nn.Module):
     def __getitem__(self, adapter: str) -> AdapterBlock:
         return self._modules[adapter]  # type: ignore[return-value]
 
-    def blocks(self, adapter: str | None = None) -> dict[tuple[str, str], AdapterBlock]:
+    def blocks_by_name(self, adapter: str | None = None) -> dict[tuple[str, str], AdapterBlock]:
         """Return (adapter, name of the weight) -> block, of one adapter or of all."""
         names = list(self) if adapter is None else [adapter]
         blocks = {}
@@ -355,7 +355,7 @@ class Adapters(nn.Module):
         all_blocks: dict[str, dict[str, tuple[AdapterBlock, ...]]] = {}
         children: dict[str, Any] = dict(self._modules)  # a copy: another thread may add one
         for adapter, child in children.items():
-            own_blocks = self.blocks(adapter).values()
+            own_blocks = self.blocks_by_name(adapter).values()
             placed = [(block.slot.parameter, block) for block in own_blocks]
             for parameter, block in (*placed, *child.borrowed):
                 of_adapters = all_blocks.setdefault(parameter, {})
@@ -363,7 +363,7 @@ class Adapters(nn.Module):
         # Written to __dict__, because assigning through nn.Module is slow.
         vars(self).update(active=adapters, all_blocks=all_blocks)
         names = adapters if self.merged is None else ()
-        acting = {parameter: self.blocks_of(names, parameter) for parameter in all_blocks}
+        acting = {parameter: self.blocks_for(parameter, names) for parameter in all_blocks}
         only = None
         on_weight = acting.get("weight", ())
         if len(on_weight) == 1:
@@ -372,8 +372,8 @@ class Adapters(nn.Module):
                 only = block
         vars(self).update(active_blocks=acting, only_linear_block=only)
 
-    def blocks_of(self, adapters: Iterable[str], parameter: str) -> tuple[AdapterBlock, ...]:
-        """Return the blocks of these adapters for a parameter."""
+    def blocks_for(self, parameter: str, adapters: Iterable[str]) -> tuple[AdapterBlock, ...]:
+        """Return the blocks for a parameter that these adapters have, whether they act or not."""
         by_adapter = self.all_blocks.get(parameter, {})
         blocks: tuple[AdapterBlock, ...] = ()
         for adapter in adapters:
@@ -391,13 +391,13 @@ class Adapters(nn.Module):
         context = current_context(self.group) if OPEN_CONTEXTS else None
         return None if context is None else context.override
 
-    def blocks_on(self, parameter: str, override: Override | None) -> tuple[AdapterBlock, ...]:
+    def acting_blocks(self, parameter: str, override: Override | None) -> tuple[AdapterBlock, ...]:
         """Return the blocks that act on a parameter; for a route, the blocks of all adapters."""
         if override is None or self.merged is not None:
             return self.active_blocks.get(parameter, ())
         if isinstance(override, Route):
-            return self.blocks_of(self, parameter)
-        return self.blocks_of(override, parameter)
+            return self.blocks_for(parameter, self)
+        return self.blocks_for(parameter, override)
 
     def updates(
         self, parameter: str, override: Override | None, compiling: bool, on_meta: bool = False
@@ -410,7 +410,7 @@ class Adapters(nn.Module):
             }
             return Routed(override, by_adapter)
         group = self.group if compiling else None
-        blocks = self.blocks_on(parameter, override)
+        blocks = self.acting_blocks(parameter, override)
         return Updates(tuple([block.update(on_meta, group) for block in blocks]))
 
     def __setstate__(self, state: dict[str, Any]) -> None:

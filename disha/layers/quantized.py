@@ -149,7 +149,7 @@ def quantized_slot(module: nn.Module) -> Slot | None:
     # A class of the user may have an attribute of that name too.
     if getattr(type(module), "_is_quantized", False) and isinstance(adapters, Adapters):
         # A block knows the slot, also while a dense weight is merged in.
-        block, *_ = adapters.blocks().values()
+        block, *_ = adapters.blocks_by_name().values()
         return replace(block.slot, output_ranges=())
     sizes = _sizes_of(module)
     if sizes is None or quantization_of(module, held_weight(module)) is None:
@@ -258,7 +258,7 @@ def add_updates(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], outp
     adapters: Adapters = module.disha
     compiling = is_compiling()
     override = adapters.override(compiling)
-    blocks = adapters.blocks_on("weight", override)
+    blocks = adapters.acting_blocks("weight", override)
     if not blocks:
         return output
     slot = blocks[0].slot
@@ -267,7 +267,7 @@ def add_updates(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], outp
     tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
     input = tensors[0].to(output.device)
     updates = adapters.updates("weight", override, compiling, input.is_meta)
-    updates.of_input(input, slot.shape)  # raises if samples can't be routed
+    updates.shared_for_input(input, slot.shape)  # raises if samples can't be routed
     return updates.add_updates(output, input, partial(_delta, module, slot))
 
 

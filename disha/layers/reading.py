@@ -59,7 +59,7 @@ def weight_property(original: type[nn.Module], name: str) -> property:
         compiling = is_compiling()
         if compiling or OPEN_CONTEXTS:
             override = adapters.override(compiling)
-            blocks = adapters.blocks_on(name, override)
+            blocks = adapters.acting_blocks(name, override)
         else:
             blocks = adapters.active_blocks.get(name)
         if not blocks:

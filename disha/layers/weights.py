@@ -145,7 +145,7 @@ def delta_of(layer: nn.Module, block: AdapterBlock, slot: Slot) -> Tensor:
 
 def sum_with_updates(layer: Any, slot: Slot, adapters: Iterable[str]) -> Tensor:
     """Return W + sum of s * dW of these adapters, for all rows of the parameter."""
-    blocks = layer.disha.blocks_of(adapters, slot.parameter)
+    blocks = layer.disha.blocks_for(slot.parameter, adapters)
     deltas = [(delta_of(layer, block, slot), block.scale) for block in blocks]
     return functional.merged_weight(base_of(layer, slot), deltas)
 

@@ -158,7 +158,7 @@ def _list_merging_blocks(
     merging: dict[str, frozenset[AdapterBlock]] = {}
     for layer, adapters in chosen.items():
         for parameter in slots_of(layer, adapters):
-            blocks = frozenset(layer.disha.blocks_of(adapters, parameter))
+            blocks = frozenset(layer.disha.blocks_for(parameter, adapters))
             for name in view.names[layer]:
                 merging[join(name, parameter)] = blocks
     return merging
@@ -295,7 +295,7 @@ def _reason_against(layer: AdaptedLayer, slot: Slot, dense: bool) -> str | None:
             "is computed from other parameters (a parametrization); save the adapter, remove it "
             "and the parametrization (or load a base without it), and load the adapter again"
         )
-    blocks = [block.block for block in layer.disha.blocks().values()]
+    blocks = [block.block for block in layer.disha.blocks_by_name().values()]
     if any(tensor is not None and tensor.is_meta for tensor in (parameter, *blocks)):
         return (
             "has no values yet, or its block has none (meta device); give the model its values "

@@ -46,7 +46,7 @@ def reason_against_adapting(layer: PlannedLayer) -> str | None:
     for holder, parameter in (layer.place, *layer.tied.values()):
         if not isinstance(holder, AdaptedLayer):
             continue
-        for block in holder.disha.blocks_of(holder.disha, parameter):
+        for block in holder.disha.blocks_for(parameter, holder.disha):
             other_layout = block.slot.layout
             if other_layout != slot.layout:
                 return f"another adapter has it with the layout {other_layout}, not {slot.layout}"

@@ -249,7 +249,7 @@ class ModelView:
         return [
             ModelBlock(join(name, weight), layer, other, block)
             for layer, name in self.layers.items()
-            for (other, weight), block in layer.disha.blocks(adapter).items()
+            for (other, weight), block in layer.disha.blocks_by_name(adapter).items()
         ]
 
     def find_borrowers(self) -> dict[AdapterBlock, dict[str, AdaptedLayer]]:

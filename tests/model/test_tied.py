@@ -33,7 +33,7 @@ def dense_like(model, make):
     """A plain model with E + dE, computed, in both places."""
     layers = [module for module in model.modules() if isinstance(module, disha.AdaptedLayer)]
     ((layer, block),) = (
-        (layer, block) for layer in layers for block in layer.disha.blocks().values()
+        (layer, block) for layer in layers for block in layer.disha.blocks_by_name().values()
     )
     dense = make()
     dense.get_input_embeddings().weight = nn.Parameter(

@@ -215,7 +215,7 @@ def block_parameters(model: nn.Module, adapter: str | None = None) -> dict[str, 
     blocks = {}
     for name, layer in model.named_modules():
         if isinstance(layer, AdaptedLayer):
-            for (own, weight), block in layer.disha.blocks().items():
+            for (own, weight), block in layer.disha.blocks_by_name().items():
                 if own == (adapter or "default"):
                     blocks[f"{name}.{weight or 'weight'}".removeprefix(".")] = block.block
     return blocks
