@@ -68,7 +68,7 @@ def test_the_command_that_serves_a_lora_comes_from_the_file(run, files, r, rank)
     (files.path / "model").mkdir()
     disha.save_adapter(adapted, file, metadata=noted)
     done = run("convert", file, folder, "--to", "lora")
-    served = f"vllm serve {files.path / 'model'} --enable-lora --max-lora-rank {rank}"
+    served = f"vllm serve {files.path / 'model'} --enable-lora --max-lora-rank {rank} --max-loras 2"
     assert done.out.splitlines()[-1] == f"to serve it: {served} --lora-modules mine={folder}"
 
 
@@ -279,8 +279,8 @@ def test_the_line_that_serves_a_lora_is_printed(run, files):
     note = json.dumps({"base_model_name_or_path": "some/name"})
     a, out = files.adapter(metadata={"base": note, **NOTED}), files.path / "out"
     assert last_line(run("convert", a, out, "--to", "lora")) == (
-        "to serve it: vllm serve some/name --enable-lora --max-lora-rank 8 --lora-modules "
-        f"out={out} --chat-template {out}/chat_template.jinja"
+        "to serve it: vllm serve some/name --enable-lora --max-lora-rank 8 --max-loras 2 "
+        f"--lora-modules out={out} --chat-template {out}/chat_template.jinja"
     )
 
 

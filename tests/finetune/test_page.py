@@ -8,7 +8,9 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
+import disha
 from disha.cli import main
 from tests.finetune.tiny_models import rows, write_model, write_rows
 
@@ -84,3 +86,14 @@ def test_every_command_of_the_tutorial_runs(shop, capsys):
     rank = json.loads(Path("for-vllm/adapter_config.json").read_text())["r"]
     served = int(re.search(r"--max-lora-rank (\d+)", TUTORIAL.read_text())[1])
     assert served == rank
+
+
+def test_the_tutorial_serves_with_the_flags_that_convert_prints(shop, capsys):
+    model = disha.inject_adapters(torch.nn.Sequential(torch.nn.Linear(64, 64)), "0", r=64)
+    disha.save_adapter(model, "a")
+    capsys.readouterr()
+    assert main(["convert", "a", "for-vllm", "--to", "lora"]) == 0
+    printed = shlex.split(capsys.readouterr().out.partition("to serve it: ")[2])
+    ours = shlex.split(re.search(r"vllm serve .*?for-vllm$", TUTORIAL.read_text(), re.S | re.M)[0])
+    assert [word for word in printed[3:] if "=" not in word and word not in ours] == []
+    assert "--max-model-len" in ours
