@@ -108,8 +108,10 @@ IN_SHORT = """\
 - **Memory is where MiSS gains**: it keeps only shard sums for the backward pass, where a LoRA keeps
   every input. [With recomputation](guides/memory.md#models-of-1b-to-70b), neither keeps them: a
   Llama then needs the same with both, and only a mixture of experts still needs less with MiSS.
-- **Against PEFT's MiSS, time and memory are about equal**: it is the same adapter. `disha` starts
-  faster, and also adapts what PEFT's MiSS does not.
+- **Against PEFT's MiSS, time and memory are about equal where the blocks have the base's dtype**: it is
+  the same adapter. Over a base in bfloat16, both libraries make blocks in float32 by default, and
+  there [`disha` is faster in `SFTTrainer`](#one-trainer-three-adapters). It also starts faster, and
+  adapts what PEFT's MiSS does not.
 - **BAT costs more**: a third product of the weight's size in every step.
 - **Experts gain most**, because the shard sum is the same for all experts.
 - **A batch with many adapters** gains much with few tokens each, and little with many.

@@ -12,8 +12,9 @@ import pytest
 import yaml
 
 import disha
+from benchmarks import dry_run
 from docs.screens import DESK, PROGRAMS, WIDTHS, build, chrome, resize, served
-from tests.pages import DOCS, ROOT
+from tests.pages import DOCS, ROOT, tables_of
 
 LOOK = """
 for (const one of document.querySelectorAll("details")) one.open = true;
@@ -94,6 +95,22 @@ def test_the_page_names_the_models_that_refuse_to_merge():
     page = (DOCS / "compatibility.md").read_text(encoding="utf-8").lower()
     names = [result["name"].lower().removeprefix("autoencoder") for result in refused]
     assert [name for name in names if name.partition("-")[0] not in page] == []
+
+
+@pytest.mark.parametrize("name", ["compatibility.md", "guides/memory.md", "guides/sizes.md"])
+def test_every_table_that_a_program_writes_is_there(name):
+    page = (DOCS / name).read_text(encoding="utf-8")
+    written = re.findall(r"<!-- written by .*? -->(.*?)<!-- end.*? -->", page, re.DOTALL)
+    assert len(written) == page.count("<!-- written by")
+    for region in written:
+        _, *rows = tables_of(region)[0]
+        assert rows
+
+
+def test_the_table_of_the_dry_run_is_what_the_kept_results_give():
+    kept = json.loads((ROOT / "benchmarks/results/dry-run.json").read_text(encoding="utf-8"))
+    page = (DOCS / "guides" / "memory.md").read_text(encoding="utf-8")
+    assert f"{dry_run.MARK}\n\n{dry_run.compare(kept['engines'])}\n{dry_run.END}" in page
 
 
 def test_the_page_of_quantised_models_says_what_only_stand_ins_have_tested():
