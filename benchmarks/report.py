@@ -108,7 +108,7 @@ IN_SHORT = """\
 - **Memory is where MiSS gains**: it keeps only shard sums for the backward pass, where a LoRA keeps
   every input. [With recomputation](guides/memory.md#models-of-1b-to-70b), neither keeps them: a
   Llama then needs the same with both, and only a mixture of experts still needs less with MiSS.
-- **Against PEFT's MiSS, time and memory are about equal where the blocks have the base's dtype**: it is
+- **Against PEFT's MiSS, time and memory are about equal where blocks have the base's dtype**: it is
   the same adapter. Over a base in bfloat16, both libraries make blocks in float32 by default, and
   there [`disha` is faster in `SFTTrainer`](#one-trainer-three-adapters). It also starts faster, and
   adapts what PEFT's MiSS does not.

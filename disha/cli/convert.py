@@ -333,8 +333,8 @@ def _describe_serving(
         return [f"vLLM takes ranks up to 512, and this LoRA has {rank}; give --rank 512"]
     name = flags.out.resolve().name
     command = ["vllm", "serve", model, "--enable-lora", "--max-lora-rank", str(largest)]
-    # One place more than adapters: vLLM 0.32 for processors lets an adapter in the last place act on
-    # requests for the base too.
+    # One place more than adapters: vLLM 0.32 for processors lets an adapter in the last place act
+    # on requests for the base too.
     command += ["--max-loras", "2", "--lora-modules", f"{name}={flags.out}"]
     if TEMPLATE_KEY in contents.metadata:
         command += ["--chat-template", str(flags.out / TEMPLATE_NAME)]
