@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from disha.effective.rules import Operation, rule, rule_with_operation
+from disha.effective.views import cast
 from disha.effective.weight import base_inside, compute, compute_first
 from disha.errors import ArgumentTypeError
 from disha.private_torch import IS_VIEW
@@ -48,8 +49,8 @@ def _create(func: Operation, like: Any, *args: Any, **kwargs: Any) -> Any:
 
 @rule(Tensor.type)
 def _type(weight: Any, dtype: Any = None, *args: Any, **kwargs: Any) -> Any:
-    if dtype is not None or args or kwargs:
-        return NotImplemented
+    if dtype is not None:
+        return cast(Tensor.type, weight, dtype, *args, **kwargs)
     if not is_compiling():
         _refuse_to_become_parameter(weight)
     return weight.base.type()
@@ -61,7 +62,8 @@ def _refuse_to_become_parameter(weight: Any) -> None:
     Its own error would name the type, and not what to do. It leaves no other way to tell than to
     look who asks: `torch.typename`, called by `nn.Module`.
     """
-    asks = sys._getframe(3)  # the rule, and then `__torch_function__`, are in between
+    # Frame 0 is this function, 1 the rule, 2 `__torch_function__`, and 3 who asks for the type.
+    asks = sys._getframe(3)
     caller = asks.f_back
     if asks.f_code is not torch.typename.__code__ or caller is None:
         return

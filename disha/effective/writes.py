@@ -51,9 +51,9 @@ def write(func: Operation, *args: Any, **kwargs: Any) -> Any:
         sources = [_value_to_write(written, other) for other in others]
         result = compute_first(func, (base_inside(written), *sources), kwargs)
     else:
-        name = next(iter(kwargs))
-        written = kwargs[name]
-        result = compute_first(func, (), {**kwargs, name: base_inside(written)})
+        # Functions of nn.init, which pass it by name. Other keywords may come before it.
+        written = kwargs["tensor"]
+        result = compute_first(func, (), {**kwargs, "tensor": base_inside(written)})
     return None if result is None else written
 
 

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 import disha
+from disha.effective.weight import EffectiveWeight
 from tests.conftest import (
     merged_weight,
 )
@@ -25,6 +26,7 @@ def test_facts_are_those_of_the_base():
     assert torch.is_floating_point(weight)
     assert weight.element_size() == 4
     assert weight.type() == torch.typename(weight) == "torch.FloatTensor"
+    assert isinstance(weight.type(torch.float64), EffectiveWeight)
     torch.testing.assert_close(weight.type(torch.float64), merged_weight(layer).double())
 
 

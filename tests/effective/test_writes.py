@@ -63,6 +63,7 @@ def test_an_operator_that_assigns_its_result_writes_into_the_base(made, name):
         lambda w: nn.init.trunc_normal_(w),
         lambda w: nn.init.orthogonal_(w),
         lambda w: nn.init.orthogonal_(tensor=w, gain=2.0),
+        lambda w: nn.init.orthogonal_(gain=2.0, tensor=w),
         lambda w: torch.ops.aten.mul_(w, 2.0),
         lambda w: torch.ops.aten.add_.Tensor(w, w.new_ones(4)),
         lambda w: F.elu(w, inplace=True),
