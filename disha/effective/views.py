@@ -115,7 +115,7 @@ def _unbind(weight: Any, dim: int = 0) -> Any:
     if dim or not layout.experts_first:
         return NotImplemented
     updates = weight.updates.shared
-    if not updates:
+    if not updates:  # samples are routed, or nothing acts
         return tuple(select_item(weight, index) for index in range(weight.base.shape[0]))
     item_layout = layout.of_one_expert()
     bases = weight.base.unbind(0)

@@ -11,10 +11,12 @@ Reading an adapted parameter gives one. What each operation does with it:
 
 Each has a module, in which each rule stands under the operations that it is for.
 
-An effective weight is an alias of W with a few more attributes. A rule must not pass it on to
-torch, but use `base` and `updates` itself: inside a rule, compiled code calls no other rule, and
-would compute with W. Eager code that does not call `__torch_function__` is caught by
-`__torch_dispatch__`, through which every operation passes.
+An effective weight is an alias of W with a few more attributes. Eager code that does not call
+`__torch_function__` is caught by `__torch_dispatch__`, through which every operation passes.
+
+Inside a rule: never pass an effective weight on to torch; take `weight.base` and `weight.updates`.
+In compiled code, dynamo does not call `__torch_function__` again inside a rule, so torch would
+compute with W, without an error.
 """
 
 from __future__ import annotations
@@ -148,7 +150,7 @@ class AbsentWeight(EffectiveWeight):
         )
 
 
-# An effective weight can't be the input of a graph.
+# An effective weight can't be the input of a graph, so dynamo must not start one in this function.
 start_no_graph(vars(EffectiveWeight)["__torch_function__"].__func__)
 
 

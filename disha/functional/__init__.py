@@ -3,16 +3,18 @@
 A weight is a stack of matrices W (out, in). The inputs are cut into shards, runs of r, and all
 shards share one small trainable block D. The shard sum of an input x (..., in) is a tensor
 (..., r): S(x)[j] = sum over b of x[b r + j]. Sizes that r does not divide are zero-padded and
-cropped afterwards. A runtime scale s multiplies the update dW. All functions are differentiable,
-and none takes a module.
+cropped afterwards. A runtime scale s multiplies the update dW. As in `F.linear`, an input is a row
+or a batch of rows, and W x stands for x W^T. All functions are differentiable, and none takes a
+module.
 
-From a layer to its update: the layer makes an `Update` of each acting block. `products` takes it,
-and asks its `Method` for dW, or for the matrix R with dW x = S(x) R. `Layout` tells the method
-which axes of a weight are its matrices.
+From a layer to its update: the layer makes an `Update` of each acting block, and the `Updates` of
+a weight have them all. A product enters through `Updates.linear` or `Updates.product`, which call
+`linear` or `products`. These ask the block's `Method` for dW, or for the matrix R with
+dW x = S(x) R. `Layout` tells the method which axes of a weight are its matrices.
 
 Read in this order: `shard_sums`, `bone`, `bat`, `layouts`, `methods`, `update` (one block),
-`products` (any layout), then its special cases `linear` and `stacks`, then `parts`; last
-`weight_updates` and `routed` (all blocks of a weight).
+`products` (any layout; with `dropout`, `convolutions` and `lookups`), then its special cases
+`linear` and `stacks`, then `parts`; last `weight_updates` and `routed` (all blocks of a weight).
 
 Source: Kang, "DiSHA: Dimension-Sharding Adaptation of Large Language Models with Fast Convergence
 and Fast Computation", arXiv 2409.15371 (Bone was later renamed MiSS; the tile is its "mini").

@@ -40,7 +40,7 @@ SLAB_BYTES = 2**23
 """Largest part of W_eff, or of the weight's gradient, in memory at once; at least one block."""
 
 STREAMED_FRACTION = 0.75
-"""`bat_streamed` runs for fewer than 0.75 r tokens, where the measured times cross.
+"""Without gradients, `bat_linear` streams fewer than 0.75 r tokens, where the measured times cross.
 
 By count they would cross at r: streaming takes 2 * tokens * in * out multiply-adds, forming W_eff
 (tokens + r) * in * out.
@@ -115,10 +115,10 @@ def bat_forward(
 
 
 def square_tiles(weight: Tensor, r: int) -> Tensor:
-    """Return the r x r tiles of W (..., out, in): a tensor (..., out / r, r * in / r, r).
+    """Return the r x r tiles of W (..., out, in): rearrange(W, "(a i) (b j) -> a (i b) j").
 
-    Tile (a, b) has the rows i n + b of entry a, with n = in / r. A size that r does not divide is
-    zero-padded. This is a view: in row-major order, "(a i) (b k)" and "a (i b) k" are the same.
+    Row i of tile (a, b) is the entry [a, i n + b], with n = in / r. A size that r does not divide
+    is zero-padded. In row-major order, this moves no value, so the result is a view.
     """
     padded = pad_to_multiple(pad_to_multiple(weight, r, dim=-1), r, dim=-2)
     *stack, rows, columns = padded.shape
@@ -141,9 +141,9 @@ def bat_linear(
     Without `with_base`, it is the update alone: y = s dW x + b.
 
     Products are computed in the dtype of the operands. In 16 bits, W + W D is rounded once, and
-    the other part of dW, D itself, is added to the output. W must be frozen. The result is None
-    where `bat_forward` is needed: for transforms of `torch.func`, forward-mode derivatives, and
-    operands of several dtypes. Compiled code forms all of W_eff at once.
+    the product with the other part of dW, D S(x), is added. W must be frozen. The result is None
+    where the caller must compute the dense weight: for transforms of `torch.func`, forward-mode
+    derivatives, and operands of several dtypes. Compiled code forms all of W_eff at once.
     """
     if is_cast(x):
         dtype = torch.get_autocast_dtype(x.device.type)
@@ -301,7 +301,8 @@ def _form_rows(
     else:
         out = _use_start(scratch, tiles.shape)
         product = torch.baddbmm(tiles, tiles, block, beta=base_scale, out=out)
-    # The result has the strides of W, so a block of zeros changes no bit of the layer's output.
+    # The result has the strides of W, so BLAS picks the same kernel. Then a block of zeros changes
+    # no bit of the layer's output.
     effective = product.view(count * r, -1)[: weight.shape[0], : weight.shape[1]]
     return effective.contiguous() if weight.is_contiguous() else effective.mT.contiguous().mT
 
@@ -333,11 +334,11 @@ def bat_streamed(x: Tensor, weight: Tensor, block: Tensor) -> Tensor:
     # u_ab = x_b + D_a x_b for all a at once: (matrices * out / r, tokens, in)
     shards = x.reshape(matrices, 1, tokens * in_features // r, r).expand(-1, count, -1, -1)
     shards = shards.reshape(matrices * count, -1, r)
-    moved = torch.baddbmm(shards, shards, block.reshape(matrices * count, r, r).mT)
-    moved = moved.view(matrices * count, tokens, in_features)
+    inputs = torch.baddbmm(shards, shards, block.reshape(matrices * count, r, r).mT)
+    inputs = inputs.view(matrices * count, tokens, in_features)
     # The products with the r rows of each block: (matrices * out / r, tokens, r)
     rows = square_tiles(weight.contiguous(), r).reshape(matrices * count, r, in_features)
-    output = torch.bmm(moved, rows.mT)
+    output = torch.bmm(inputs, rows.mT)
     # Side by side, they are the outputs: (*stack, tokens, out)
     output = output.view(*stack, count, tokens, r).transpose(-3, -2)
     output = output.reshape(*stack, tokens, count * r)

@@ -17,15 +17,18 @@ Three names have a meaning of their own: `expert` counts the matrices that a mod
 layouts so far, `*kernel` is last and `expert` is first. The functions listed below rely on both,
 and so do the rules for indexing.
 
-To add a layout, add its pattern to `PATTERNS`, and to `_TRANSPOSED` if `PATTERNS` has the layout of
-`weight.mT`. Two inverse pairs of `Layout` know where each axis is: `geometry` and `shape`,
-`matrices` and `weight`. The rest goes by the names of the axes: `has_kernel`, `in_first`,
-`experts_first`, `of_one_expert`, `reason_against_shape`, and `update_of_part` in
-`functional.parts`. A block has the axes of the stack first; only those with a kernel are kept
-like W (`kept_block`), so a view that moves the axes of a kernel moves the block too.
-Until a rule of `disha.effective` knows the pattern, products compute the effective weight. To see
-whether your rule acts, look whether its result is an `EffectiveWeight`. Indexing is in
-`views.select_item`.
+To add a layout:
+
+1. Add its pattern to `PATTERNS`, and to `_TRANSPOSED` if `PATTERNS` has the layout of `weight.mT`.
+2. Teach two inverse pairs of `Layout` where each axis is: `geometry` and `shape`, `matrices` and
+   `weight`.
+3. Check what goes by the names of the axes: `has_kernel`, `in_first`, `experts_first`,
+   `of_one_expert`, `reason_against_shape`, and `update_of_part` in `functional.parts`.
+4. Decide how layers and files keep its blocks (`Method.kept_block`). A block has the axes of the
+   stack first. Only in layouts with a kernel, a block of two axes is kept with the axes of W, so a
+   view that moves the axes of a kernel moves the block too.
+5. Add rules to `disha.effective`; indexing is in `views.select_item`. Without a rule, a product
+   computes the effective weight. A rule for a view acts if its result is an `EffectiveWeight`.
 """
 
 from __future__ import annotations

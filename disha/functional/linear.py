@@ -69,17 +69,14 @@ def _linear_with_shard_sum(
     scale = update.scale
     matrix = update.method.shard_sum_factor(update.block, Geometry(inputs, outputs), update.r)
     r, columns = matrix.shape
-    # Four cases: s R is scaled first where sums may overflow (float16) or be cast; x is scaled
-    # where s is a tensor; x is padded where r does not divide in; else one view serves W x and
-    # S(x).
-    if x.dtype == torch.float16 or any_autocast():
+    if x.dtype == torch.float16 or any_autocast():  # sums may overflow, or be cast
         sums, overflow_scale = overflow_safe_shard_sum(x, r)
         base_output = F.linear(x, weight, bias)
         return _add_product(base_output, sums, scaled(matrix, scale), overflow_scale)
     if isinstance(scale, Tensor):  # in compiled code, where s and the sum become one loop
         sums = shard_sum(x * scale, r)
         return _add_product(F.linear(x, weight, bias), sums, matrix, 1.0)
-    if inputs % r:
+    if inputs % r:  # x must be padded
         return _add_product(F.linear(x, weight, bias), shard_sum(x, r), matrix, scale)
     shards = x.view(tokens, inputs // r, r)
     sums = shards.sum(1)
@@ -134,7 +131,8 @@ def _linear_with_folded(
     if len(updates) == 1 and not updates[0].output_ranges:
         return _linear_with_one_folded(x, weight, bias, updates[0])
     has_ranges = any(update.output_ranges for update in updates)
-    # An empty block, of outputs that other ranks hold, gets its gradient from the computed weight.
+    # A rank that has none of the outputs must still join the all-reduce of the gradient of D. Only
+    # the computed weight keeps its empty block in the graph.
     has_empty_block = any(not update.block.numel() for update in updates)
     if has_ranges and not has_empty_block:
         pieces = _pieces_between_edges(x, weight, bias, updates)

@@ -9,8 +9,8 @@ A method is defined on one matrix W (out, in) with n = ceil(in / r) shards of it
     rows     (in, out)               dW = D^T - W: D has new values of W, usually of a few rows
 
 A layout (`disha.functional.layouts`) says how a weight becomes a stack of such matrices. A block
-then has the axes of the stack before its own. In a convolution, a block of two axes is kept like
-the weight, with r in the place of `in`.
+then has the axes of the stack before its own. If the method has `block_axes == 2`, a
+convolution's block is kept in the axes of the weight, with r in the place of `in`.
 
 `Method` answers for any layout: `block_shape`, `delta_weight`, `wider_block`, `lora_factors`.
 Layers, files, merging and conversions ask it; a method's name stands only in files and arguments.
@@ -264,11 +264,11 @@ class Method:
         return bone_lora_factors(factor, geometry.in_features, geometry.out_features)
 
     def matrix_block(self, layout: Layout, block: Tensor) -> Tensor:
-        """Return a block that layers and files *keep* as the method defines it, its stack first."""
+        """Convert a kept block to the method's own form, with the axes of the stack first."""
         return layout.matrices(block).mT if self._keeps_as_weight(layout) else block
 
     def kept_block(self, layout: Layout, block: Tensor) -> Tensor:
-        """Return a block as files and layers keep it: the inverse of `matrix_block`."""
+        """Convert a block to the form that layers and files keep: the inverse of `matrix_block`."""
         return layout.weight(block.mT) if self._keeps_as_weight(layout) else block
 
     def _keeps_as_weight(self, layout: Layout) -> bool:

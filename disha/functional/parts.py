@@ -27,18 +27,21 @@ def updates_of_outputs(
         ranges = update.output_ranges
         if not ranges:
             ranges = ((0, geometry.out_features),)
-        first = _count_before(ranges, start)
-        last = _count_before(ranges, stop)
-        if first == last:
+        # From where to where in the block, which has only the outputs of the ranges.
+        block_start = _count_before(ranges, start)
+        block_stop = _count_before(ranges, stop)
+        if block_start == block_stop:
             if not keep_empty:
                 continue
-            first = last = 0  # at 0, an empty block can be cut whatever r is
+            block_start = block_stop = 0  # at 0, an empty block can be cut whatever r is
         count = _count_before(ranges, geometry.out_features)
         block_geometry = Geometry(geometry.in_features, count, geometry.stack)
-        block = update.method.of_outputs(update.block, first, last, block_geometry, update.r)
+        block = update.method.of_outputs(
+            update.block, block_start, block_stop, block_geometry, update.r
+        )
         if block is None:
             return None
-        adapts_all = last - first == stop - start
+        adapts_all = block_stop - block_start == stop - start
         ranges_inside = () if adapts_all else _ranges_inside(ranges, start, stop)
         inside.append(update.replace(block=block, output_ranges=ranges_inside))
     return inside
@@ -52,9 +55,9 @@ def _count_before(ranges: OutputRanges, edge: int) -> int:
 def _ranges_inside(ranges: OutputRanges, start: int, stop: int) -> OutputRanges:
     """Return the ranges within start to stop, counted from start."""
     inside = [
-        (max(first, start) - start, min(last, stop) - start)
-        for first, last in ranges
-        if first < stop and start < last
+        (max(first, start) - start, min(end, stop) - start)
+        for first, end in ranges
+        if first < stop and start < end
     ]
     return tuple(inside) if inside else _NO_OUTPUTS
 

@@ -6,7 +6,8 @@ that weight where possible. There are three cases:
 - the method uses shard sums, so dW x = S(x) R: the same product of S(x) with R, a smaller weight,
   is added;
 - any other method: dW is folded into W, so there is one product;
-- any other method, where dropout gives the update its own input: the product with dW is added.
+- any other method, where dropout gives the update its own input, or where the block replaces some
+  rows of W: the product with dW is added.
 
 Every dW comes from the original W, so the order of updates does not matter.
 
@@ -33,7 +34,11 @@ from disha.functional.update import ShardSumTerm, Update, computed_weight, shard
 from disha.private_torch import must_not_write
 
 Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]
-"""(input, weight, bias or None) -> the product. Everything else, such as a stride, is fixed."""
+"""(input, weight, bias or None) -> the product. Everything else, such as a stride, is fixed.
+
+Callers pass `F.linear` itself for a linear layer, so `multiply is F.linear` recognises it. A
+product that is not recognised gives the same numbers, and only takes more memory.
+"""
 
 
 def adapted_product(
@@ -46,10 +51,17 @@ def adapted_product(
 ) -> Tensor:
     """Return a product of x with W + sum of s dW, plus b.
 
-    `multiply` is that of a linear layer, with x (..., in), of a convolution, with x
-    (..., in, *positions), or of a lookup, with indices x (...). A linear product with a table, as
-    in an output head that is tied to an embedding, has x (..., out), and its result (..., in). A
-    lookup in the weight of a linear layer has the indices of outputs.
+    The shapes depend on the layout and on what `multiply` does:
+
+        layout             product        x                        result
+        out in             linear         (..., in)                (..., out)
+        out in             lookup         (...), of outputs        (..., in)
+        index out, in out  lookup         (...), of inputs         (..., out)
+        index out, in out  linear         (..., out)               (..., in)
+        with *kernel       convolution    (..., in, *positions)    (..., out, *positions)
+
+    A lookup in "out in" and a linear product with "index out" occur where an output head is tied to
+    an embedding.
     """
     geometry = layout.geometry(weight.shape)
     folded, separate = fold_or_separate(updates)
@@ -139,8 +151,11 @@ def _shard_sum_product(
         matrix = matrix.to(x.dtype)
         if dropout:
             x = drop_inputs(x, dropout)
-    # A layer multiplies by (out, in) and looks up in (index, out). Any other pairing uses the
-    # transposed matrix.
+    #                            linear    lookup
+    #   out in                   S(x) R    R^T
+    #   in out, index out        R^T       R
+    # R^T is where a weight is used the other way round, as one that an output head and an embedding
+    # share. Stacks and convolutions are always used in their natural way.
     is_transposed = layout.in_first != looks_up and len(layout.axes) == 2
     if is_transposed:
         delta = _transposed_shard_sum_product(multiply, x, layout, matrix, geometry)
@@ -154,13 +169,13 @@ def _shard_sum_product(
     else:
         sums, overflow_scale = overflow_safe_shard_sum(x, r)
     if multiply is not F.linear:
-        # A linear tile is repeated after the product, so backward keeps nothing of that size.
         matrix = tiled(matrix, outputs)
     if chosen is None:
         output = multiply(sums, layout.weight(matrix.mT), None)
     else:
         output = _multiply_by_chosen(multiply, sums, layout, matrix, chosen)
     output = scaled(output, overflow_scale)
+    # A linear tile is repeated after the product, so backward keeps no matrix of that size.
     return tiled(output, outputs) if multiply is F.linear else output
 
 

@@ -122,7 +122,7 @@ class Routed(Updates):
         self.batch = batch
 
     def shared_for_input(self, x: Tensor, shape: Sequence[int]) -> tuple[Update, ...] | None:
-        """Return the updates of all samples of an input, or None if they differ by sample.
+        """Return the updates that all samples of an input have, or None if samples differ.
 
         Raise if the input has no samples, or not a multiple of the number of names.
         """
@@ -233,6 +233,7 @@ def _add_routed_products(
     has_few_tokens = inputs.shape[1] * route.entries_of_name(size) < FEW_TOKENS
     must_sort = has_few_tokens and len(runs) > len(matrices)
     in_place = not torch.is_grad_enabled() and outputs.is_contiguous() and output.dtype == x.dtype
+    # One way: each run of samples adds its product to its part of the output, in place.
     if in_place and not must_sort:
         sizes = [entries for _, entries in runs]
         outputs_of_runs = torch.split(outputs, sizes)
@@ -243,6 +244,7 @@ def _add_routed_products(
                 flat_sums = sums_of_run.flatten(0, 1)  # (entries * tokens, r)
                 flat_outputs.addmm_(flat_sums, matrices[adapter], alpha=overflow_scale)
         return outputs.reshape(output.shape)
+    # The other way: the sums are sorted by adapter, and all products are added at once.
     indices_by_adapter, order = route.by_adapter(size, x.device)
     sorted_sums = sums.index_select(0, order)
     parts = torch.split(sorted_sums, [len(indices) for _, indices in indices_by_adapter])

@@ -20,7 +20,7 @@ PLAIN = Tensor, torch.nn.Parameter, FakeTensor
 """The classes of dense tensors. It is a tuple because torch 2.8 compiles no set."""
 
 FEW_TILES = 4
-"""Up to this number, tiles are concatenated, because their gradient then adds up much faster."""
+"""Up to this number, tiles are concatenated: the backward of `cat` is faster than of `repeat`."""
 
 
 def shard_count(features: int, r: int) -> int:
@@ -174,7 +174,10 @@ def weighted_sum(parts: Sequence[tuple[Tensor, float]]) -> Tensor:
 
 
 def add_to(output: Tensor, delta: Tensor) -> Tensor:
-    """Return output + delta in the output's dtype; in place if a copy is not needed."""
+    """Return output + delta in the output's dtype; in place if a copy is not needed.
+
+    The output must be new, as that of a product: nobody else has it, and backward does not read it.
+    """
     delta = delta.to(output.dtype)
     must_copy = is_compiling() or must_not_write() or is_view(output)
     return output + delta if must_copy else output.add_(delta)

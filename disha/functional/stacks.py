@@ -80,6 +80,7 @@ def _multiply_runs(x: Tensor, weight: Tensor, offsets: Tensor, updates: Sequence
     by_matrix = list(zip(*[update.unstack() for update in updates]))
     with without_autocast(x.device):  # autocast does not cast grouped products
         for index, stop in enumerate(offsets.tolist()):
+            # Without any token, these empty products are all that can be concatenated.
             if stop > start or not x.shape[0]:
                 tokens = x[start:stop]
                 outputs.append(adapted_linear(tokens, weight[index], None, by_matrix[index]))

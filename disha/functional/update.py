@@ -23,7 +23,8 @@ class Update(NamedTuple):
         dropout: current probability of zeroing each of the block's inputs; 0 in evaluation.
         output_ranges: the outputs that the block adapts, as ranges (first, stop); empty for all.
         chosen: indices of the matrices of a stack, for experts chosen by token; None for all.
-        r: the shard size; methods of the library know it from their block.
+        r: the shard size, which methods of users may need. 0 if it is not given: methods of the
+            library know it from their block.
 
     Examples:
         >>> import torch
@@ -43,7 +44,11 @@ class Update(NamedTuple):
     # Methods, because torch 2.8 compiles neither `_replace` nor a property of a tuple.
 
     def needs_own_product(self) -> bool:
-        """Whether dW has its own product, and can't be folded into W."""
+        """Whether dW has its own product, and is not folded into W.
+
+        With dropout, it can't be folded. A block that replaces some rows costs less by itself:
+        folding would copy all of W to change a few rows.
+        """
         return bool(self.dropout or (self.output_ranges and self.method.replaces))
 
     def replace(self, **fields: Any) -> Update:
@@ -69,7 +74,7 @@ class Update(NamedTuple):
         return self.replace(block=self.chosen_block()[index], chosen=None)
 
     def unstack(self) -> list[Update]:
-        """Return the updates of all matrices of a stack, with one gradient for the block."""
+        """Return the updates of all matrices of a stack; one `unbind` gives D one gradient."""
         return [self.replace(block=block, chosen=None) for block in self.chosen_block().unbind(0)]
 
 

@@ -27,9 +27,11 @@ DeltaOf = Callable[[Tensor, Update], Tensor]
 class Updates:
     """The updates of a weight, the same for all samples.
 
-    Attributes:
-        all_updates: all of them.
-        shared: the same if all samples have all of them; None if samples differ.
+                         here              in `Routed`
+    all_updates          every update      every update, of all adapters
+    shared               all_updates       None: samples may differ
+    shared_for_input(x)  all_updates       those of the adapter that all samples of x have, or
+                                           None if their adapters differ
     """
 
     shared: tuple[Update, ...] | None
@@ -38,7 +40,7 @@ class Updates:
         self.all_updates = self.shared = updates
 
     def shared_for_input(self, x: Tensor, shape: Sequence[int]) -> tuple[Update, ...] | None:
-        """Return the updates of all samples of an input, or None if they differ by sample."""
+        """Return the updates that all samples of an input have, or None if samples differ."""
         return self.all_updates
 
     def map(self, change: Change) -> Updates | None:

@@ -104,7 +104,11 @@ class AdapterBlock(nn.Module):
         return self.config.r_out
 
     def update(self, on_meta: bool = False, group: Group | None = None) -> Update:
-        """Return the update for products with the weight, with the current scale and dropout."""
+        """Return the update for products with the weight, with the current scale and dropout.
+
+        With `on_meta`, the block may be on the meta device, because the weight is too. `group` is
+        given while compiling: the scale is then a tensor, times the group's factor.
+        """
         # D is the parameter itself, unless accelerate, ZeRO-3 or FSDP keeps it elsewhere.
         # Read as attributes: torch 2.15 compiles no guards for items of `__dict__`.
         parameters = self._parameters

@@ -119,7 +119,14 @@ def _unusual_weight(
     override: Override | None,
     compiling: bool,
 ) -> Any:
-    """Read a weight that has no values here, is cut over ranks, or is of another tensor class."""
+    """Read a weight that has no values here, is cut over ranks, or is of another tensor class.
+
+    - on the meta device, with its blocks: an effective weight of meta tensors
+    - on the meta device without its blocks, or partitioned by ZeRO-3: an absent weight
+    - a DTensor: the computed weight, a DTensor too
+    - the local tensor of one: the effective weight of this rank's part
+    - a tensor of another class: the computed weight
+    """
     layout = blocks[0].slot.layout
     split = split_of(base)
     if split is None and base.is_meta:

@@ -1,4 +1,14 @@
-"""The weights of modules, adapted or not: how they are stored, and their values."""
+"""The weights of modules, adapted or not: how they are stored, and their values.
+
+What each function returns for a weight of a kind:
+
+                    plain    merged           quantised    computed (parametrised)
+    read_weight     W        W + updates      as stored    the computed W
+    stored_weight   W        W                as stored    None
+    base_of         W        W                dense        the computed W
+
+A sharded weight (DTensor) stays sharded in all of them; `start_of` gathers it.
+"""
 
 from __future__ import annotations
 
