@@ -76,6 +76,7 @@ RECIPES = (
     ("Llama-8B", 16, PLACES[0], "bone recomputed", "--bits bf16 --gradient_checkpointing"),
     ("Llama-8B", 16, PLACES[0], "bone", f"--bits bf16 {KEPT}"),
     ("Llama-8B", 16, PLACES[1], "bone recomputed", "--bits bf16 --gradient_checkpointing"),
+    ("Llama-8B", 16, PLACES[1], "bone", f"--bits bf16 {KEPT}"),
     ("Llama-8B", 16, PLACES[2], "bone", f"--bits bf16 {KEPT} --fsdp full_shard"),
     ("Llama-70B", 4, PLACES[0], "bone recomputed", "--bits 4 --gradient_checkpointing"),
     ("Llama-70B", 4, PLACES[2], "bone recomputed",

@@ -78,7 +78,6 @@ def page(
             verdict(found, long),
             f"![MiSS, BAT and others compared with LoRA]({PICTURES.format('verdict')})\n",
             _longer(long),
-            section(STUDY, results),
             _reported(long),
             _how(results, costs, found),
             "## Appendix: all tables\n",
@@ -86,6 +85,7 @@ def page(
             _rates(long),
             _matrices(results),
             _reported_table(long),
+            section(STUDY, results),
         ]
     )
 
