@@ -53,13 +53,14 @@ def combine_adapters(
         into: the new adapter's name.
         r: shard size of the new blocks, a multiple of every adapter's r; the least common multiple
             by default. The r of BAT blocks can't change.
-        also_train: False to combine only the blocks of adapters that have other parameters or
-            running statistics too. Such parameters are values, not updates, so they have no sum.
+        also_train: False to combine only the blocks of adapters whose `also_train` names other
+            parameters or buffers. These are values, not updates, so they have no sum. Running
+            statistics, and what trains without being named, belong to the model, and stay in it.
 
     Raises:
         ArgumentError: an adapter is unknown, the name is taken, a weight is not finite, blocks
-            can't be added, their sum is not finite, or an adapter has parameters besides its blocks
-            and `also_train` is set.
+            can't be added, their sum is not finite, or an adapter has parameters or buffers of its
+            `also_train` and this is not False here.
         ArgumentTypeError: the weights are not a dict of numbers.
         AdapterStateError: an adapter holds values that are not finite, or blocks of several
             methods.
@@ -89,7 +90,8 @@ def combine_adapters(
         has_claims = any(parameter.is_claimed(adapter) for parameter in view.parameters)
         if not has_claims:
             has_claims = any(claimant_of(buffer) == adapter for buffer in view.buffers)
-        if not also_train or not has_claims:  # what trains unclaimed stays in the model
+        # What no adapter claims stays in the model: running statistics, and what trains unnamed.
+        if not also_train or not has_claims:
             contents = keep_blocks(contents)
         summands.append(Summand(f"adapter {adapter!r}", contents, weight))
     total = combine_contents(summands, r)

@@ -6,10 +6,11 @@ target. A save that is killed leaves its draft, and the next save to that target
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
-from collections.abc import Callable, Iterable
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from glob import escape
 from pathlib import Path
 from secrets import token_hex
@@ -59,19 +60,46 @@ def require_free(path: Path, overwrite: bool) -> None:
         raise ArgumentError(f"{path} exists; choose another name, or set `overwrite` (--overwrite)")
 
 
-def save(path: PathLike, write: Callable[[Path], object]) -> None:
-    """Save the file or folder that `write` writes to the path that it gets.
+def make_folder(path: Path) -> None:
+    """Make a folder and those around it, unless they exist."""
+    with _explain_failures(path):
+        path.mkdir(parents=True, exist_ok=True)
+
+
+Writer = Callable[[Path], object]
+"""Writes a file or a folder to the path that it gets."""
+
+
+def save(path: PathLike, write: Writer) -> None:
+    """Save a file or a folder.
 
     A symbolic link stays a link. If several save to one path at once, the last one wins: a save
     whose draft another one has removed writes it again.
     """
-    target = Path(os.path.realpath(check_path(path)))
+    save_together({check_path(path): write})
+
+
+def save_together(writers: Mapping[Path, Writer]) -> None:
+    """Save files or folders that belong together: all are complete before the first is replaced.
+
+    They are replaced in the order of the mapping.
+    """
+    by_target = {Path(os.path.realpath(path)): write for path, write in writers.items()}
+    first = next(iter(by_target))
+    with _explain_failures(first):
+        for target in by_target:
+            if target.exists() and not (target.is_file() or target.is_dir()):
+                raise OSError("it is a device or a pipe")
+        while not _save_once(by_target):
+            pass  # another save has removed a draft, so it is written again
+
+
+@contextmanager
+def _explain_failures(target: Path) -> Iterator[None]:
+    """Raise `AdapterIOError` if the body can't save to a path."""
     try:
-        if target.exists() and not (target.is_file() or target.is_dir()):
-            raise OSError("it is a device or a pipe")
-        while not _save_once(target, write):
-            pass  # another save has removed the draft, so it is written again
-    except DishaError:  # of `write`, which says what is wrong with what it reads
+        yield
+    except DishaError:  # of a writer, which says what is wrong with what it reads
         raise
     except (OSError, ValueError, SafetensorError) as error:
         raise AdapterIOError(
@@ -79,25 +107,38 @@ def save(path: PathLike, write: Callable[[Path], object]) -> None:
         ) from error
 
 
-def _save_once(target: Path, write: Callable[[Path], object]) -> bool:
-    """Save, and return True; or return False if another save has removed the draft."""
-    other_drafts = _drafts_of(target)  # of saves that were killed, or that end before this one
-    draft = target.with_name(f".{target.name}.{token_hex(4)}.tmp")
-    draft.mkdir()
-    new = draft / target.name
+def _save_once(writers: Mapping[Path, Writer]) -> bool:
+    """Save, and return True; or return False if another save has removed a draft."""
+    # Of saves that were killed, or that end before this one.
+    other_drafts = {target: _drafts_of(target) for target in writers}
+    drafts = {target: target.with_name(f".{target.name}.{token_hex(4)}.tmp") for target in writers}
     try:
-        write(new)
-        _give_permissions(new, target, draft)
-        _flush(new)
-        _swap(new, target)
-        _remove(other_drafts, draft)
+        for target, write in writers.items():
+            _write_draft(drafts[target], target, write)
+        for target, draft in drafts.items():
+            _swap(draft / target.name, target)
+        for target, draft in drafts.items():
+            _remove(other_drafts[target], draft)
     except (OSError, ValueError, SafetensorError):
-        if draft.exists():
+        if all(draft.exists() for draft in drafts.values()):
             raise
         return False
     finally:
-        shutil.rmtree(draft, ignore_errors=True)
+        for draft in drafts.values():
+            shutil.rmtree(draft, ignore_errors=True)
     return True
+
+
+def _write_draft(draft: Path, target: Path, write: Writer) -> None:
+    """Write what will take the place of the target, complete and with its permissions."""
+    draft.mkdir()
+    new = draft / target.name
+    write(new)
+    if new.is_file() and target.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+    _flush(new)
+    # Only now, because a file that is read-only can't be opened to be flushed.
+    _give_permissions(new, target, draft)
 
 
 def _drafts_of(target: Path) -> list[Path]:
@@ -157,8 +198,13 @@ def _reason_of(error: Exception) -> object:
 
 def save_tensors(path: PathLike, tensors: Tensors, metadata: dict[str, str] = OF_TORCH) -> None:
     """Save tensors as a safetensors file."""
+    save(path, lambda new: write_tensors(new, tensors, metadata))
+
+
+def write_tensors(new: Path, tensors: Tensors, metadata: dict[str, str] = OF_TORCH) -> None:
+    """Write tensors to the draft of a safetensors file."""
     whole = {key: tensor.contiguous() for key, tensor in tensors.items()}
-    save(path, lambda new: save_file(whole, new, metadata))
+    save_file(whole, new, metadata)
 
 
 def open_tensors(path: Path) -> Any:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from disha.config import AdapterConfig
 from disha.errors import AdapterStateError, ArgumentTypeError
 from disha.files.contents import write_contents
-from disha.files.disk import PathLike, file_at
+from disha.files.disk import PathLike, file_at, make_folder
 from disha.files.header import AdapterContents
 from disha.functional import method_of
 from disha.layers.weights import base_of, is_packed, weight_shape
@@ -46,7 +46,7 @@ def save_adapter(
     Args:
         model: a model with adapters.
         path: the file to write. For a folder (it exists, or the path ends with a slash), the file
-            is `adapter.safetensors` in it.
+            is `adapter.safetensors` in it, and the folder is made if it does not exist.
         adapter: the adapter's name. The file does not contain it.
         metadata: your notes, str -> str.
 
@@ -82,7 +82,7 @@ def save_adapter(
     with ranks.fail_together(action):
         if ranks.writes:
             if Path(path) != target:  # the user named a folder
-                target.parent.mkdir(exist_ok=True)
+                make_folder(target.parent)
             write_contents(target, contents)
             _warn_of_others(view, adapter)
             _warn_of_buffers(view, adapter)

@@ -30,6 +30,7 @@ from disha.interop.peft_format import (
     THE_MODEL_ITSELF,
     PeftFolder,
     exact_targets,
+    find_equal,
     find_saved_modules,
     keep_for_model,
     module_names,
@@ -210,14 +211,17 @@ def load(
         True
     """
     view = ModelView(model)
-    with view.ranks.fail_together(f"load a PEFT folder as adapter {adapter!r}"):
-        peft_folder, config, blocks = _read(folder, also_train)
+    action = f"load a PEFT folder as adapter {adapter!r}"
+    with view.ranks.fail_together(action):
+        blocks, others, config = _read(folder, also_train)
         problems = reasons_against(view, blocks, _reason_if_unknown, exporting=False)
-        refuse_to_load(peft_folder.path, problems)
-        keep_for_model(view, peft_folder)
-        contents = _contents_of(peft_folder, config, blocks, partial(_shapes_in, view))
+        refuse_to_load(others.path, problems)
+    equal = find_equal(view, others)
+    with view.ranks.fail_together(action):
+        others = keep_for_model(view, others, equal)
+        contents = _contents_of(others, config, blocks, partial(_shapes_in, view))
     return load_contents(
-        view, peft_folder.path, contents, adapter, replace=replace, dtype=dtype, freeze=freeze
+        view, others.path, contents, adapter, replace=replace, dtype=dtype, freeze=freeze
     )
 
 
@@ -247,16 +251,15 @@ def read_folder(
     folder: PathLike, base_shapes: ShapesOf, *, also_train: bool = True
 ) -> AdapterContents:
     """Return the adapter that a folder holds, as `load` reads it for a base of these shapes."""
-    peft_folder, config, blocks = _read(folder, also_train)
-    return _contents_of(peft_folder, config, blocks, base_shapes)
+    blocks, others, config = _read(folder, also_train)
+    return _contents_of(others, config, blocks, base_shapes)
 
 
-def _read(folder: PathLike, also_train: bool) -> tuple[PeftFolder, AdapterConfig, Tensors]:
-    """Return a PEFT folder of MiSS or Bone, its settings, and the blocks taken out of it."""
+def _read(folder: PathLike, also_train: bool) -> tuple[Tensors, PeftFolder, AdapterConfig]:
+    """Return the blocks in a PEFT folder of MiSS or Bone, the rest of it, and its settings."""
     peft_folder = read_peft_files(folder, (MISS_BLOCK, BONE_BLOCK), also_train)
     path = peft_folder.path
     fields = peft_folder.fields
-    tensors = peft_folder.tensors
     peft_type = fields.get("peft_type")
     init = fields.get("init_weights", True)
     is_legacy = peft_type == "BONE"
@@ -271,10 +274,9 @@ def _read(folder: PathLike, also_train: bool) -> tuple[PeftFolder, AdapterConfig
         problems.append(f"bias={brief(fields['bias'])} has no place here; merge it in PEFT")
     refuse_to_load(path, problems)
     end = BONE_BLOCK if is_legacy else MISS_BLOCK
-    keys = [key for key in tensors if key.endswith(end)]
-    if not keys:
+    blocks, others = peft_folder.split(end)
+    if not blocks:
         refuse_to_load(path, [f"there is no tensor that ends in {end}"])
-    blocks = {key.removesuffix(end): tensors.pop(key) for key in keys}
     method = READ_INIT_WEIGHTS[init]
     dropout = 0.0
     # In PEFT, Bone and BAT have no dropout, whatever the field says.
@@ -291,7 +293,7 @@ def _read(folder: PathLike, also_train: bool) -> tuple[PeftFolder, AdapterConfig
         raise AdapterFileError(
             f"{path} has a configuration that can't be loaded: {error}"
         ) from error
-    return peft_folder, config, blocks
+    return blocks, others, config
 
 
 def _contents_of(

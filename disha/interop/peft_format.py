@@ -10,7 +10,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from disha.checks import check_type
 from disha.errors import AdapterFileError, AdapterIOError, ArgumentError, ConversionError
-from disha.files.disk import PathLike, check_path, save, save_tensors
+from disha.files.disk import PathLike, check_path, make_folder, save_together, write_tensors
 from disha.layers.bitsandbytes import is_library_forward
 from disha.layers.blocks import original_class
 from disha.layers.kinds import FOREIGN_KINDS, LAYER_KINDS, full_name
@@ -49,23 +49,38 @@ THE_MODEL_ITSELF = "PEFT adapts layers within a model, not the model itself"
 
 
 def write_peft_files(folder: Path, config: Mapping[str, Any], tensors: Tensors) -> None:
-    """Write both files. The configuration comes last, because PEFT looks for it first."""
+    """Write both files. The configuration is replaced last, because PEFT looks for it first."""
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
     if folder.is_file():
         raise ArgumentError(f"{folder} is a file; name a folder")
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     prefixed = {PREFIX + key: tensor for key, tensor in tensors.items()}
-    save_tensors(folder / WEIGHTS_NAME, prefixed)
-    save(folder / CONFIG_NAME, lambda new: new.write_text(text, encoding="utf-8"))
+    save_together(
+        {
+            folder / WEIGHTS_NAME: lambda new: write_tensors(new, prefixed),
+            folder / CONFIG_NAME: lambda new: new.write_text(text, encoding="utf-8"),
+        }
+    )
 
 
-@dataclass
+@dataclass(frozen=True)
 class PeftFolder:
     """A folder of PEFT: its configuration, and its tensors by their names without `PREFIX`."""
 
     path: Path
-    fields: dict[str, Any]
-    tensors: dict[str, Tensor]
+    fields: Mapping[str, Any]
+    tensors: Tensors
+
+    def split(self, end: str) -> tuple[Tensors, PeftFolder]:
+        """Return the tensors whose names end so, by the names of their layers, and the rest."""
+        of_layers = {}
+        others = {}
+        for key, tensor in self.tensors.items():
+            if key.endswith(end):
+                of_layers[key.removesuffix(end)] = tensor
+            else:
+                others[key] = tensor
+        return of_layers, replace(self, tensors=others)
 
     def saves(self, name: str) -> bool:
         """Whether PEFT saves a module around the tensor of that name, near or far."""
@@ -358,31 +373,37 @@ def layers_inside(layers: Iterable[str], modules_to_save: Collection[str]) -> li
     ]
 
 
-def keep_for_model(view: ModelView, folder: PeftFolder) -> None:
-    """Keep those tensors of a folder that a load sets: what trains, and tied tensors once.
-
-    Tensors that do not train must be as in the model, and copies that PEFT trained of a tied tensor
-    must be equal.
-    """
-    loadable = {buffer.name for buffer in view.buffers}
-    kept = {}
-    problems = []
+def find_equal(view: ModelView, folder: PeftFolder) -> set[str]:
+    """Return the names of what PEFT saves untrained and the model holds; collective if sharded."""
+    equal = set()
     for name, tensor in folder.tensors.items():
         untrained = _find_untrained(view, folder, name)
         if untrained is not None and _are_equal_in_narrower(tensor, untrained):
+            equal.add(name)
+    return equal
+
+
+def keep_for_model(view: ModelView, folder: PeftFolder, equal: Collection[str]) -> PeftFolder:
+    """Return a folder with what a load sets: what trains, changed buffers, and tied tensors once.
+
+    `equal` is what the model holds already. Copies that PEFT trained of a tied tensor must be
+    equal.
+    """
+    kept = {}
+    problems = []
+    for name, tensor in folder.tensors.items():
+        if name in equal:
             continue
         names: tuple[str, ...] = (name,)
         if name in view.parameters_by_name:
             names = view.parameters_by_name[name].names
-        reason = _reason_against_tying(folder.tensors, name, names)
-        if reason is None and untrained is not None and name not in loadable:
-            reason = "it does not train, and differs from the model's; copy it into the model"
+        reason = _reason_against_keeping(view, folder, name, names)
         if reason is not None:
             problems.append(f"{name}: {reason}")
         elif name == names[0]:
             kept[name] = tensor
     refuse_to_load(folder.path, problems)
-    folder.tensors = kept
+    return replace(folder, tensors=kept)
 
 
 def _find_untrained(view: ModelView, folder: PeftFolder, name: str) -> Tensor | None:
@@ -399,11 +420,17 @@ def _find_untrained(view: ModelView, folder: PeftFolder, name: str) -> Tensor | 
     return persistent_buffers_of(view.modules[owner]).get(attribute)
 
 
-def _reason_against_tying(tensors: Tensors, name: str, names: Iterable[str]) -> str | None:
-    """Return why a tensor can't be that of a tied parameter, whose copies PEFT trains apart."""
-    for other in names:
+def _reason_against_keeping(
+    view: ModelView, folder: PeftFolder, name: str, names: Iterable[str]
+) -> str | None:
+    """Return why a load can't set a tensor of these names in the model, or None if it can."""
+    tensors = folder.tensors
+    for other in names:  # PEFT trains the copies of a tied parameter apart
         if other not in tensors or not torch.equal(tensors[other], tensors[name]):
             return f"the model ties it to {other}, which differs; untie them"
+    is_buffer = any(buffer.name == name for buffer in view.buffers)
+    if _find_untrained(view, folder, name) is not None and not is_buffer:
+        return "it does not train, and differs from the model's; copy it into the model"
     return None
 
 

@@ -182,6 +182,15 @@ class TestModel:
         assert torch.equal(model.conv.bias, bias)
         assert list(disha.adapter_state_dict(model, "c")) == ["linear.disha.c.bone_block"]
 
+    def test_statistics_stay_in_the_model_and_are_saved_with_the_sum(self, tmp_path):
+        model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+        model = disha.inject_adapters(model, "0", r=2, adapter="a")
+        model.train()(torch.randn(8, 4))
+        mean = model[1].running_mean.clone()
+        disha.combine_adapters(model, {"a": 2.0}, into="c")
+        disha.save_adapter(model, tmp_path / "c", "c")
+        assert torch.equal(read_contents(tmp_path / "c").tensors["1.running_mean"], mean)
+
     @pytest.mark.parametrize(
         ("weights", "options", "kind", "says"),
         [

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 import disha
 from disha import AdapterIOError, ArgumentError, ArgumentTypeError
-from disha.files.disk import require_free, save, save_tensors
+from disha.files.disk import require_free, save, save_tensors, save_together
 from tests.adapter_files import trained
 
 NEW = {"x": torch.ones(40_000)}
@@ -120,6 +120,20 @@ class TestFailed:
             with pytest.raises(ArgumentError, match="exists; choose another name"):
                 require_free(path, False)
 
+    def test_what_belongs_together_is_replaced_together(self, old):
+        folder = old.with_name("folder")
+        folder.mkdir()
+        with pytest.raises(AdapterIOError, match="Is a directory; nothing was changed"):
+            save_together({old: Path.touch, folder: Path.touch})
+        folder.rmdir()
+        assert_old(old)
+
+    @pytest.mark.parametrize("ends", ["", "/below"])
+    def test_a_file_where_the_folder_should_be(self, old, ends):
+        with pytest.raises(AdapterIOError, match="can't save to"):
+            disha.save_adapter(trained(), f"{old}{ends}/")
+        assert_old(old)
+
     def test_no_folder(self, tmp_path):
         with pytest.raises(AdapterIOError, match="No such file"):
             disha.save_adapter(trained(), tmp_path / "none" / "a.safetensors")
@@ -187,6 +201,18 @@ class TestSaved:
             assert stat.S_IMODE(path.stat().st_mode) == 0o604
         finally:
             os.umask(mask)
+
+    def test_a_read_only_file_can_be_saved_again(self, old, monkeypatch):
+        # Only root may open a read-only file to flush it, so the draft is not read-only yet.
+        def flush(descriptor):
+            flushed.append(os.fstat(descriptor).st_mode & stat.S_IWUSR)
+
+        flushed = []
+        monkeypatch.setattr(os, "fsync", flush)
+        old.chmod(0o444)
+        save_tensors(old, NEW, {})
+        assert flushed == [stat.S_IWUSR]
+        assert stat.S_IMODE(old.stat().st_mode) == 0o444
 
     def test_a_link_stays(self, old):
         link = old.with_name("link")

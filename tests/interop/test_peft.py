@@ -321,6 +321,14 @@ def test_a_folder_is_not_destroyed(tmp_path, monkeypatch):
     assert after["README.md"] == b"mine"
     assert after["adapter_model.safetensors"] != before["adapter_model.safetensors"]
 
+    (tmp_path / "folder" / "adapter_config.json").unlink()
+    (tmp_path / "folder" / "adapter_config.json").mkdir()
+    perturb(model, 1)
+    with pytest.raises(AdapterIOError, match=r"Is a directory; nothing was changed"):
+        export(model, tmp_path / "folder")
+    weights = (tmp_path / "folder" / "adapter_model.safetensors").read_bytes()
+    assert weights == after["adapter_model.safetensors"]
+
     (tmp_path / "file").write_text("")
     with pytest.raises(ArgumentError, match="is a file"):
         export(model, tmp_path / "file")

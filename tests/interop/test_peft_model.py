@@ -1,6 +1,7 @@
 """A model as PEFT sees it: what is refused, and what is saved with the blocks."""
 
 import copy
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import peft
@@ -12,10 +13,11 @@ from torch import nn
 import disha
 from disha import ConversionError
 from disha.files.saving import adapter_contents
-from disha.interop import lora
+from disha.interop import lora, peft_format
 from disha.interop import peft as miss
 from disha.interop.lora.writing import write_lora
 from disha.model.view import ModelView
+from disha.sharding.ranks import Ranks
 from tests.conftest import Doubled, Layered, Made, Shared, Tied, perturb, refused
 from tests.peft_models import (
     close,
@@ -326,6 +328,31 @@ def test_buffers_of_a_saved_module_go_both_ways(tmp_path, form):
     form.load(again, tmp_path)
     assert torch.equal(again.head[2].shift, model.head[2].shift)
     assert torch.equal(disha.remove_adapters(again).head[2].shift, with_buffer().head[2].shift)
+
+
+@in_both_formats
+def test_nothing_is_gathered_while_ranks_may_fail(tmp_path, form, monkeypatch):
+    model = disha.inject_adapters(with_buffer(), "inner", 2)
+    form.export(model, tmp_path)
+    more = {"base_model.model.inner.base_layer.weight": with_buffer().inner.weight.detach()}
+    rewrite(tmp_path, {**tensors_of(tmp_path), **more})
+    inside = []
+    gathered = []
+
+    @contextmanager
+    def fail_together(ranks, action):
+        inside.append(action)
+        yield
+        inside.pop()
+
+    def note_gather(tensor):
+        gathered.append(tuple(inside))
+        return tensor
+
+    monkeypatch.setattr(Ranks, "fail_together", fail_together)
+    monkeypatch.setattr(peft_format, "gather", note_gather)
+    form.load(with_buffer(), tmp_path)
+    assert gathered == [()]
 
 
 @in_both_formats

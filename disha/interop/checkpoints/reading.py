@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from disha.errors import AdapterIOError
+from disha.errors import AdapterFileError, AdapterIOError
 from disha.files.disk import PathLike, check_path, open_tensors
 from disha.interop.experts import (
     DOWN,
@@ -91,7 +91,7 @@ class Checkpoint:
         config = folder / CONFIG
         if not config.is_file():
             return {}
-        return json.loads(config.read_bytes())
+        return _read_json(config)
 
 
 def open_checkpoint(path: PathLike) -> Checkpoint:
@@ -104,13 +104,35 @@ def open_checkpoint(path: PathLike) -> Checkpoint:
     elif single.is_file():
         files = _names_in(single)
     elif index.is_file():
-        shards = json.loads(index.read_bytes())["weight_map"]
-        files = {name: path / shard for name, shard in shards.items()}
+        files = _files_by_name(index)
     else:
         raise AdapterIOError(
             f"{path} holds neither {SINGLE} nor {INDEX}; name a checkpoint of safetensors"
         )
     return Checkpoint(path, files, _find_stacks(files))
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """Return the JSON object in a file of a checkpoint."""
+    try:
+        fields = json.loads(path.read_bytes())
+    except OSError as error:
+        raise AdapterIOError(f"can't read {path}: {error.strerror}; check the path") from error
+    except (ValueError, RecursionError) as error:
+        raise AdapterFileError(f"{path} is not valid JSON ({error}); get it again") from error
+    if not isinstance(fields, dict):
+        raise AdapterFileError(f"{path} holds no JSON object; get it again")
+    return fields
+
+
+def _files_by_name(index: Path) -> dict[str, Path]:
+    """Return the file of each tensor of a checkpoint in shards."""
+    shards = _read_json(index).get("weight_map")
+    if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
+        raise AdapterFileError(
+            f"{index} does not name the file of each tensor (weight_map); get it again"
+        )
+    return {name: index.parent / shard for name, shard in shards.items()}
 
 
 def _names_in(file: Path) -> dict[str, Path]:

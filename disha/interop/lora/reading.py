@@ -36,6 +36,7 @@ from disha.interop.low_rank import (
 from disha.interop.peft_format import (
     FROZEN,
     PeftFolder,
+    find_equal,
     keep_for_model,
     read_peft_files,
 )
@@ -45,11 +46,14 @@ from disha.model.state import LoadReport
 from disha.model.view import ModelView
 from disha.text import join
 
+TOKEN_INDICES = "trainable_token_indices"
+"""PEFT's setting that says which rows of a table were trained; a load with the model reads it."""
+
 CHANGE_THE_SUM = (
     "use_dora",
     "lora_bias",
     "layer_replication",
-    "trainable_token_indices",
+    TOKEN_INDICES,
     "arrow_config",
     "alora_invocation_tokens",
     "monteclora_config",
@@ -117,28 +121,32 @@ def load(
         ('0.bone_block',)
     """
     view = ModelView(model)
-    with view.ranks.fail_together(f"load a LoRA as adapter {adapter!r}"):
+    action = f"load a LoRA as adapter {adapter!r}"
+    with view.ranks.fail_together(action):
         peft_folder = read_peft_files(folder, (*FACTORS, TOKENS), also_train)
-        rows = _take_token_rows(view, peft_folder)
-        keep_for_model(view, peft_folder)
-        contents = _contents_of(peft_folder, _layouts_of(view), model_type_of(view), rows)
+        rows, others = _split_token_rows(view, peft_folder)
+    equal = find_equal(view, others)
+    with view.ranks.fail_together(action):
+        others = keep_for_model(view, others, equal)
+        contents = _contents_of(others, _layouts_of(view), model_type_of(view), rows)
     return load_contents(
-        view, peft_folder.path, contents, adapter, replace=replace, dtype=dtype, freeze=freeze
+        view, others.path, contents, adapter, replace=replace, dtype=dtype, freeze=freeze
     )
 
 
-def _take_token_rows(view: ModelView, folder: PeftFolder) -> list[LayerBlock]:
-    """Take the rows of tokens out of a folder, and return the layers with their blocks."""
-    settings = folder.fields.pop("trainable_token_indices", None)
+def _split_token_rows(view: ModelView, folder: PeftFolder) -> tuple[list[LayerBlock], PeftFolder]:
+    """Return the layers and blocks for the rows of tokens in a folder, and the rest of it."""
+    rows_by_name, others = folder.split(TOKENS)
+    other_fields = dict(folder.fields)
+    settings = other_fields.pop(TOKEN_INDICES, None)
     layers = []
-    keys = [key for key in folder.tensors if key.endswith(TOKENS)]
-    for key in keys:
-        name = key.removesuffix(TOKENS)
-        values = folder.tensors.pop(key)
+    for name, values in rows_by_name.items():
         numbers = _token_numbers_of(name, settings)
         rows = check_rows(name, numbers)
         if values.shape[:-1] != (len(numbers),):
-            raise AdapterFileError(f"{folder.path}: {key} does not have a row for each token")
+            raise AdapterFileError(
+                f"{folder.path}: {name}{TOKENS} does not have a row for each token"
+            )
         names = names_of_weight(view, name)
         tied = tuple(other for other in names if other != join(name, "weight"))
         order = torch.tensor(numbers).argsort()
@@ -158,7 +166,7 @@ def _take_token_rows(view: ModelView, folder: PeftFolder) -> list[LayerBlock]:
             tied=tied,
         )
         layers.append((record, block))
-    return layers
+    return layers, replace(others, fields=other_fields)
 
 
 def _token_numbers_of(name: str, settings: Any) -> Any:

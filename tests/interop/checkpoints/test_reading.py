@@ -17,7 +17,26 @@ class TestReading:
         for path in (setting.folder, setting.folder / "nowhere"):
             with pytest.raises(AdapterIOError, match=r"holds neither|can't read"):
                 open_checkpoint(path)
+        config = setting.base / "config.json"
+        config.write_text("[")
+        with pytest.raises(AdapterFileError, match=r"config.json is not valid JSON"):
+            open_checkpoint(setting.base).config()
+        config.unlink()
         shard = next(setting.base.glob("*.safetensors"))
         shard.write_bytes(shard.read_bytes()[:-5])
         with pytest.raises(AdapterFileError, match="not a complete safetensors file"):
             setting.merge()
+
+    @pytest.mark.parametrize(
+        ("text", "says"),
+        [
+            ("{", "not valid JSON"),
+            ("[]", "holds no JSON object"),
+            ("{}", "does not name the file of each tensor"),
+            ('{"weight_map": {"a": 1}}', "does not name the file of each tensor"),
+        ],
+    )
+    def test_a_damaged_index(self, tmp_path, text, says):
+        (tmp_path / "model.safetensors.index.json").write_text(text)
+        with pytest.raises(AdapterFileError, match=says):
+            open_checkpoint(tmp_path)
