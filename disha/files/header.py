@@ -66,7 +66,9 @@ class AdapterContents:
 
 @dataclass(frozen=True)
 class AdapterFile(AdapterContents):
-    """The header of an adapter file, with its path and size; printable.
+    """An adapter file: its header, path and size; printable.
+
+    `inspect_adapter` returns it without values.
 
     Attributes:
         config: the adapter's configuration.
@@ -254,7 +256,7 @@ def _parse_layer(config: AdapterConfig, entry: Any) -> LayerRecord:
     scale = check_scale(entry.get("scale", 1))
     pattern = layout_of(entry["layout"]).pattern
     r_out = None
-    if method == config.method:
+    if method == config.method:  # new rows, which may be beside the adapter, have none
         r_out = config.r_out
     rows: OutputRanges = ()
     if entry.get("rows") is not None:

@@ -206,6 +206,8 @@ def _add_adapter(
     except ArgumentError as error:
         raise AdapterFileError(f"{incoming.source}: {error}") from error
     apply_plan(view, plan, undo, activate=activate)
+    # Only now, because the keys of `also_train` belong to the adapter since `apply_plan`, and its
+    # own buffers count as unchanged.
     targets = _find_targets(incoming, _list_conflicts(incoming))
     # New blocks have their values already; only other tensors are left to write.
     return {key: target for key, target in targets.items() if key not in layers}
@@ -292,16 +294,18 @@ def _list_conflicts(incoming: _Incoming) -> list[str]:
     ]
 
 
-def _find_targets(incoming: _Incoming, differences: Sequence[str]) -> dict[str, Tensor]:
-    """Return key -> the model's tensor. Raise if one is missing or can't hold the values."""
+def _find_targets(incoming: _Incoming, reasons: Sequence[str]) -> dict[str, Tensor]:
+    """Return key -> the model's tensor. Raise if one is missing or can't hold the values.
+
+    Raise also if there are `reasons` against the adapter already.
+    """
     view = incoming.view
     adapter = incoming.adapter
     tensors = buffers.list_saved(view, adapter) | collect_tensors(view, adapter)
     report = check_fit(tensors, incoming.tensors)
     report = dataclasses.replace(report, missing=())  # what the adapter lacks keeps its values
-    reasons = list(differences)
     if not report.complete:
-        reasons.insert(0, str(report))
+        reasons = [str(report), *reasons]
     if reasons:
         raise AdapterFileError(
             f"{incoming.source} does not fit the model's adapter {adapter!r}; nothing was loaded:\n"
@@ -322,7 +326,7 @@ def _take_settings(incoming: _Incoming, undo: ExitStack) -> None:
         block = model_block.block
         former = block.config
         # New blocks have this configuration already, and new rows keep their own.
-        if former is not config and record.method == config.method:
+        if former is not config and not record.is_beside(config):
             undo.callback(block.reconfigure, former)
             block.reconfigure(with_sizes_of(former))
         if block.scale != record.scale:

@@ -10,7 +10,7 @@ Each module remembers in its `__dict__` what its buffers were before the first a
 
 from __future__ import annotations
 
-from collections.abc import Collection, Container, Iterable
+from collections.abc import Collection, Container, Iterable, Mapping
 from contextlib import ExitStack
 from typing import Any, NamedTuple
 
@@ -32,11 +32,15 @@ class _Remembered(NamedTuple):
 
     former: Tensor  # its values before the first adapter, or a sample of them
     is_whole: bool  # whether these are all of its values, because adapters save it
-    adapter: str | None = None  # the only adapter that saves it
+    claimant: str | None = None  # the adapter whose `also_train` names it, if one does
 
     def is_saved_with(self, adapter: str | None) -> bool:
-        """Whether a change is saved with an adapter, or with any."""
-        return self.is_whole and (adapter is None or self.adapter in (None, adapter))
+        """Whether a change is saved with an adapter; with None, whether any adapter saves it."""
+        if not self.is_whole:
+            return False
+        if adapter is None or self.claimant is None:
+            return True
+        return self.claimant == adapter
 
     def differs_from(self, now: Tensor) -> bool:
         """Whether a buffer may have changed."""
@@ -66,7 +70,7 @@ def _recall(buffer: ModelBuffer) -> _Remembered | None:
 def claimant_of(buffer: ModelBuffer) -> str | None:
     """Return the adapter whose `also_train` has named the buffer, if there is one."""
     remembered = _recall(buffer)
-    return None if remembered is None else remembered.adapter
+    return None if remembered is None else remembered.claimant
 
 
 # --- remembering ---------------------------------------------------------------------------------
@@ -82,16 +86,16 @@ def remember_buffers(
         undo.callback(handle.remove)
     for buffer in view.buffers:
         if buffer.name in also_train:
-            _remember(buffer, undo, is_whole=True, adapter=adapter)
+            _remember(buffer, undo, is_whole=True, claimant=adapter)
         elif _recall(buffer) is None:
             _remember(buffer, undo, is_whole=buffer.is_statistic)
 
 
 def _remember(
-    buffer: ModelBuffer, undo: ExitStack, *, is_whole: bool, adapter: str | None = None
+    buffer: ModelBuffer, undo: ExitStack, *, is_whole: bool, claimant: str | None = None
 ) -> None:
     """Remember what a buffer is now."""
-    remembered = _Remembered(_read(buffer.value, is_whole).clone(), is_whole, adapter)
+    remembered = _Remembered(_read(buffer.value, is_whole).clone(), is_whole, claimant)
     attributes = attributes_of(buffer.module)
     former = attributes.get(_BUFFERS)
     if former is None:
@@ -196,14 +200,19 @@ def _before_loading(
     missing: list[str],
     *others: Any,
 ) -> None:
-    """Report the blocks that a state dict lacks.
+    """Report the blocks that a state dict lacks, or take the buffers of one of the base.
 
-    A state dict without blocks is one of the base, so its buffers become the remembered ones.
+    Blocks do not report themselves as missing, so that a state dict of the base loads.
     """
     given = find_blocks(model, [key.removeprefix(prefix) for key in state])
     if given:
         missing += [prefix + name for name in list_absent_blocks(model, given)]
-        return
+    else:  # a state dict of the base
+        _remember_those_of_base(model, state, prefix)
+
+
+def _remember_those_of_base(model: nn.Module, state: Mapping[str, Any], prefix: str) -> None:
+    """Remember the buffers in a state dict of the base as those before the first adapter."""
     for name, module in model.named_modules():
         remembered = attributes_of(module).get(_BUFFERS, {})
         for attribute, buffer in list(remembered.items()):

@@ -225,7 +225,7 @@ class _Runner:
         # To keep the random state of a GPU would start CUDA where nothing has used it.
         started = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
         devices = range(torch.cuda.device_count()) if started else ()
-        with torch.random.fork_rng(devices), _keep_buffers(self._view.names):
+        with torch.random.fork_rng(devices), _restore_buffers(self._view.names):
             yield
 
     def outputs(self) -> list[Tensor]:
@@ -252,7 +252,7 @@ class _Runner:
 
 
 @contextmanager
-def _keep_buffers(modules: Iterable[nn.Module]) -> Iterator[None]:
+def _restore_buffers(modules: Iterable[nn.Module]) -> Iterator[None]:
     """Put the buffers of modules back after the body, in which forwards may change them."""
     kept = []
     for module in modules:
@@ -336,9 +336,9 @@ def _check(
         zeros = {block for block in blocks if not gather(block.block).count_nonzero()}
         frozen = {block for block in blocks if not block.block.requires_grad}
         _randomise(blocks, undo)
-        _keep_data(active, undo)
+        _restore_data(active, undo)
         undo.callback(view.reshard)  # a forward gathers what is sharded
-        with _keep_weights(active, undo):
+        with _undo_changes_in_place(active, undo):
             evaluating = _observe(runner, blocks, training=False)
         seen = [evaluating]
         merges = _compare_merged(view, runner, evaluating, active)
@@ -431,7 +431,7 @@ def _observe_idle(
     if not idle:
         return None, ""
     try:
-        with _keep_weights(active, undo):
+        with _undo_changes_in_place(active, undo):
             return _observe(runner, idle, training=True), ""
     except Exception as error:  # such as of a loss without its targets, or of a batch norm
         return None, type(error).__name__
@@ -566,7 +566,8 @@ def _compare_merged(
             difference = _describe_difference(outputs, seen.outputs, tolerance, allowed)
         answers[layer] = not difference, difference
     for model_block in active:
-        if sums_before.get(model_block.block) != sums_after.get(model_block.block):
+        drifts = sums_before.get(model_block.block) != sums_after.get(model_block.block)
+        if drifts:
             answers[model_block.layer] = False, DRIFTS
     return answers
 
@@ -658,7 +659,7 @@ def _sum_weights(active: list[ModelBlock]) -> dict[AdapterBlock, float]:
     return sums
 
 
-def _keep_data(active: list[ModelBlock], undo: ExitStack) -> None:
+def _restore_data(active: list[ModelBlock], undo: ExitStack) -> None:
     """Put the weights back that a forward replaces by others; nothing is copied."""
 
     def put_back(weight: nn.Parameter, data: Tensor) -> None:
@@ -670,7 +671,7 @@ def _keep_data(active: list[ModelBlock], undo: ExitStack) -> None:
 
 
 @contextmanager
-def _keep_weights(active: list[ModelBlock], undo: ExitStack) -> Iterator[None]:
+def _undo_changes_in_place(active: list[ModelBlock], undo: ExitStack) -> Iterator[None]:
     """Let `undo` put the values back that the body changes in place; only these stay copied."""
     kept = []
     for weight in _dense_weights(active).values():

@@ -128,7 +128,7 @@ def merge(
         chosen = _choose(view, adapter)
         merging = _list_merging_blocks(view, chosen)
         # A tied parameter is merged once for all modules that see the same updates of it.
-        sums: dict[tuple[int, frozenset[AdapterBlock]], tuple[Original, Tensor]] = {}
+        merged_once: dict[tuple[int, frozenset[AdapterBlock]], tuple[Original, Tensor]] = {}
         for layer, adapters in chosen.items():
             originals = {}
             for parameter, slot in slots_of(layer, adapters).items():
@@ -144,9 +144,9 @@ def merge(
                         "merge into a weight of its own"
                     )
                 key = id(layer._parameters[parameter]), merging[name]
-                if key not in sums:
-                    sums[key] = _compute_merged(name, layer, slot, adapters, bool(others))
-                originals[parameter], new = sums[key]
+                if key not in merged_once:
+                    merged_once[key] = _compute_merged(name, layer, slot, adapters, bool(others))
+                originals[parameter], new = merged_once[key]
                 _replace(layer, parameter, new, undo)
             _set_merged(layer, Merged(adapters, originals), undo)
 
@@ -173,7 +173,11 @@ def _list_other_readers(
 
 
 def _replace(module: nn.Module, name: str, new: Tensor, undo: ExitStack) -> None:
-    """Replace a parameter; if the new tensor is not a parameter, replace only its data."""
+    """Put a parameter in the place of another, or a tensor in the place of its data.
+
+    Only a new parameter can have another dtype, or leave modules that share the old one as they
+    are.
+    """
     now = module._parameters[name]
     assert now is not None
     if isinstance(new, nn.Parameter):

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from disha.config import as_json
+from disha.config import AdapterConfig, as_json
 from disha.functional import Geometry, Layout, method_of
 from disha.functional.layouts import OutputRanges
 from disha.layers.blocks import block_name
@@ -38,6 +38,13 @@ class LayerRecord:
     def key(self) -> str:
         """The block's key in the file."""
         return join(self.name, block_name(self.method))
+
+    def is_beside(self, config: AdapterConfig) -> bool:
+        """Whether these are new rows, which are trained beside an adapter of this configuration.
+
+        Only new rows have another method than their adapter's configuration.
+        """
+        return self.method != config.method
 
     def to_json(self) -> dict[str, Any]:
         """Return all fields of the layer as JSON values, including those of its layout."""

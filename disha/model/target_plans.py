@@ -153,14 +153,15 @@ def configure_rows(config: AdapterConfig, rows: Mapping[str, Any]) -> AdapterCon
 
 
 def _plan_layers(
-    selection: Selection, untied: Iterable[str], planned: Sequence[PlannedLayer], strict: bool
+    selection: Selection, exclude: Iterable[str], planned: Sequence[PlannedLayer], strict: bool
 ) -> tuple[list[PlannedLayer], list[PlannedLayer]]:
     """Return which selected weights get a block, and which are skipped, with their reasons.
 
-    Weights that are `planned` already are left out. A module whose name matches `untied` keeps the
-    plain weight, even if it shares the parameter.
+    Weights that are `planned` already are left out. A module whose name matches `exclude` keeps
+    the plain weight, even if it shares the parameter.
     """
-    # The places that read a block already: their own, or that of a weight tied to theirs.
+    # Where a weight has a block already, or is tied to one that has. A weight that is found there
+    # again, in a tied module or by `target_regex` after `also_train_rows`, gets no second block.
     adapted: set[Place] = set()
     for layer in planned:
         adapted.add(layer.place)
@@ -175,7 +176,7 @@ def _plan_layers(
         if layer.slot is not None:
             if layer.place in adapted:
                 continue
-            tied = find_tied(selection.view, layer, untied)
+            tied = find_tied(selection.view, layer, exclude)
             adapted.update(tied.values())
             r = layer.config.rank_of(*layer.names, *layer.module_names, *tied)
             layer = replace(layer, tied=tied, r=r)

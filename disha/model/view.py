@@ -372,6 +372,7 @@ def all_or_nothing(view: ModelView, around: ExitStack | None = None) -> Iterator
     view.reshard()
     with ExitStack() as undo:
         yield undo
-        undo_later = undo.pop_all()  # the body has not raised, so nothing is undone here
+        # The body has not raised: forget the undo steps, or hand them to `around`.
+        undo_later = undo.pop_all()
         if around is not None:
             around.push(undo_later)
