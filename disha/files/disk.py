@@ -113,6 +113,21 @@ def _save_once(writers: Mapping[Path, Writer]) -> bool:
     other_drafts = {target: _drafts_of(target) for target in writers}
     drafts = {target: target.with_name(f".{target.name}.{token_hex(4)}.tmp") for target in writers}
     try:
+        for draft in drafts.values():
+            draft.mkdir()
+        return _replace_by_drafts(writers, drafts, other_drafts)
+    finally:
+        for draft in drafts.values():
+            shutil.rmtree(draft, ignore_errors=True)
+
+
+def _replace_by_drafts(
+    writers: Mapping[Path, Writer],
+    drafts: Mapping[Path, Path],
+    other_drafts: Mapping[Path, Iterable[Path]],
+) -> bool:
+    """Write every draft, then put each in place; return False if a draft is gone meanwhile."""
+    try:
         for target, write in writers.items():
             _write_draft(drafts[target], target, write)
         for target, draft in drafts.items():
@@ -123,15 +138,11 @@ def _save_once(writers: Mapping[Path, Writer]) -> bool:
         if all(draft.exists() for draft in drafts.values()):
             raise
         return False
-    finally:
-        for draft in drafts.values():
-            shutil.rmtree(draft, ignore_errors=True)
     return True
 
 
 def _write_draft(draft: Path, target: Path, write: Writer) -> None:
     """Write what will take the place of the target, complete and with its permissions."""
-    draft.mkdir()
     new = draft / target.name
     write(new)
     if new.is_file() and target.is_dir():
