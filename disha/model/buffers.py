@@ -14,7 +14,6 @@ from collections.abc import Collection, Container, Iterable, Mapping
 from contextlib import ExitStack
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from disha.layers.gradient_flags import attributes_of
@@ -48,13 +47,11 @@ class _Remembered(NamedTuple):
             return self.is_whole  # unknown; a buffer that adapters save is saved to be safe
         current = _read(now, self.is_whole)
         former = self.former.to(current)
-        if torch.equal(current, former):
-            return False
-        # NaN differs from itself. The same buffer has NaN in the same places, and equal numbers.
-        is_nan = current.isnan()
-        if not torch.equal(is_nan, former.isnan()):
+        if current.shape != former.shape:
             return True
-        return not torch.equal(current[~is_nan], former[~is_nan])
+        # NaN differs from itself, so places that have NaN in both are left out.
+        differs = (current != former) & ~(current.isnan() & former.isnan())
+        return bool(differs.any())
 
 
 def _read(buffer: Tensor, is_whole: bool) -> Tensor:

@@ -7,6 +7,7 @@ import warnings
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 from safetensors.torch import load_file
 from torch import nn
@@ -368,6 +369,8 @@ class TestAlsoTrain:
         [torch.bool, torch.uint8, torch.int16, torch.float16, torch.float8_e4m3fn, torch.complex64],
     )
     def test_a_buffer_may_have_any_dtype_of_a_file(self, dtype, tmp_path):
+        if dtype not in safetensors.torch._SIZE:
+            pytest.skip("the first supported safetensors have no complex numbers")
         layer = nn.Linear(4, 4)
         layer.register_buffer("codes", torch.zeros(3).to(dtype))
         base = copy.deepcopy(layer)
