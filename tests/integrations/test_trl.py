@@ -67,14 +67,14 @@ def rows(*columns):
 
 
 def made(kind, model, settings, data, named=None, keep=False):
+    arguments = {"callbacks": [AdapterCheckpoints(model)] if keep else []}
     return kind(
         model,
         args=settings,
         train_dataset=data,
         eval_dataset=data.select(range(4)),
         processing_class=tokenizer(),
-        callbacks=[AdapterCheckpoints(model)] if keep else [],
-        **(named or {}),
+        **(arguments | (named or {})),
     )
 
 
