@@ -101,9 +101,10 @@ def verdict(found: Mapping[str, TaskFindings], long: Longer) -> str:
         "**If you choose MiSS for its memory, take [0.1 to 0.3 of LoRA's (alpha = rank) "
         f"rate](choosing.md#learning-rate): {MILD['bone']:g} for the language model.** In the "
         f"longer training{seeds}, it then learns and forgets about as much as a LoRA at "
-        f"{MILD[OTHER]:g}, in less time and memory. Where methods forget equally much, up to "
-        f"{LIMITS[-1]:g}, {_all(near, far)} learn about as much: their test losses differ by at "
-        f"most {apart(near):.3f}, and those of the seeds of a method by up to {spread(long):.3f}.",
+        f"{MILD[OTHER]:g}, in less time and memory.",
+        f"**At equal forgetting, {_all(near, far)} learn about as much** (forgetting up to "
+        f"{LIMITS[-1]:g}): their test losses differ by at most {apart(near):.3f}. Those of the "
+        f"seeds of one method differ by up to {spread(long):.3f}.",
         _line("Quality", found, "test loss", "loss", ("better", "worse")) + _in_favour(found),
         _line("Speed", found, "time of a step", None, ("faster", "slower"))
         + " With rows of usual length, [it is closer to 1](performance.md).",
