@@ -52,7 +52,7 @@ from disha.finetune.notes import (
     read_noted_base,
 )
 from disha.interop import image_lora, peft
-from disha.interop.checkpoints.matching import base_shapes, base_weights
+from disha.interop.checkpoints.matching import base_shapes, base_weights_of_checkpoint
 from disha.interop.checkpoints.reading import Checkpoint, open_checkpoint
 from disha.interop.lora.reading import read_lora
 from disha.interop.lora.writing import write_lora
@@ -267,7 +267,7 @@ def _write(
         peft.write_folder(flags.out, contents, dropout=flags.dropout)
         return None
     _refuse_tied(flags.source, contents, base)
-    weights = None if base is None else base_weights(base, contents)
+    weights = None if base is None else base_weights_of_checkpoint(base, contents)
     if flags.to == "lora":
         return write_lora(
             flags.out,

@@ -72,7 +72,7 @@ FAMILIES = {
 """Model type in `transformers` -> how its models name and store experts."""
 
 
-Form = Literal["stacked", "separate"]
+ExpertForm = Literal["stacked", "separate"]
 """One parameter for a stack of experts, or one for each expert."""
 
 
@@ -107,7 +107,7 @@ def list_misread_by_peft(
     layers: Sequence[LayerRecord], form: str, model_type: str | None
 ) -> list[str]:
     """Return a line for each layer that PEFT would take for something else."""
-    if form not in get_args(Form):
+    if form not in get_args(ExpertForm):
         raise ArgumentError(f"experts must be 'stacked' or 'separate', got {form!r}")
     if form == "separate":
         return []  # it is not for PEFT

@@ -7,7 +7,7 @@ files to and from the form of kohya's programs.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -29,7 +29,7 @@ from disha.interop.low_rank import (
     Factors,
     LoraReport,
     LowRankUpdate,
-    base_weights,
+    base_weights_of_model,
     contents_of_factors,
     list_names,
     low_rank_updates,
@@ -96,24 +96,24 @@ def export(
         ...     image_lora.export({"unet": unet}, pathlib.Path(folder, "lora.safetensors")).layers
         (LoraLayer(name='unet.conv_in', method='bone', r=2, rank=18, error=0.0),)
     """
-    views = {name: view for name, view in _views_of(models).items() if adapter in view.adapters}
+    views: dict[str, ModelView] = {}
+    contents: dict[str, AdapterContents] = {}
+    bases: dict[str, BaseWeight] = {}
+    for component, view in _views_of(models).items():
+        if adapter in view.adapters:
+            views[component] = view
+            contents[component] = adapter_contents(view, adapter, base=False)
+            bases[component] = base_weights_of_model(view, adapter)
     if not views:
         raise ArgumentError(f"no component of {', '.join(models)} has an adapter {adapter!r}")
-    first, *_ = views.values()
-    ranks = first.ranks
+    first_view, *_ = views.values()
+    ranks = first_view.ranks  # the same for all components
     action = f"export adapter {adapter!r}"
-    contents = {name: adapter_contents(view, adapter, base=False) for name, view in views.items()}
     with ranks.fail_together(action):
         target = check_path(path)
-        for name, view in views.items():
-            problems = reasons_against(view, contents[name].names, unknown_to_lora, exporting=True)
-            cls = original_class(view.modules[""])
-            if cls.__module__.startswith("diffusers.") and not hasattr(cls, "load_lora_adapter"):
-                problems.append(
-                    f"{cls.__name__}: diffusers can't load a LoRA into it; use PEFT (lora.export)"
-                )
-            refuse_to_write(f"a LoRA would not compute what the {name} does", problems)
-    bases = {name: base_weights(view, adapter) for name, view in views.items()}
+        for component, view in views.items():
+            problems = _list_problems(view, contents[component].names)
+            refuse_to_write(f"a LoRA would not compute what the {component} does", problems)
     updates = _collect_updates(contents, bases, rank)
     with ranks.fail_together(action):
         if ranks.writes:
@@ -208,6 +208,17 @@ def _views_of(models: Models) -> dict[str, ModelView]:
 # --- writing -------------------------------------------------------------------------------------
 
 
+def _list_problems(view: ModelView, layers: Sequence[str]) -> list[str]:
+    """Return why a LoRA of these layers would not compute in diffusers what a model computes."""
+    problems = reasons_against(view, layers, unknown_to_lora, exporting=True)
+    cls = original_class(view.modules[""])
+    if cls.__module__.startswith("diffusers.") and not hasattr(cls, "load_lora_adapter"):
+        problems.append(
+            f"{cls.__name__}: diffusers can't load a LoRA into it; use PEFT (lora.export)"
+        )
+    return problems
+
+
 def write_file(
     path: Path,
     contents: Mapping[str, AdapterContents],
@@ -284,7 +295,10 @@ def has_factors(path: Path) -> bool:
 def read_file(
     path: Path, modules: Mapping[str, Collection[str]] | None = None
 ) -> dict[str, AdapterContents]:
-    """Return component -> its adapter. `modules` has the names in its model, if that is known."""
+    """Return component -> its adapter.
+
+    `modules` has the names of the modules of each component; without it, no model is known.
+    """
     with open_tensors(path) as file:
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     if not tensors:
@@ -302,11 +316,10 @@ def read_file(
                 f"{', '.join(COMPONENTS)}; use the file in the program that it is made for"
             )
         layout = Layout(CONV) if a.dim() > 2 else Layout("out in")
-        names = None
-        if modules is not None:
-            names = modules.get(component)
+        names = None if modules is None else modules.get(component)
         model_name = _name_in_model(component, name, names)
-        factors.setdefault(component, []).append((model_name, a, b, layout, 1.0))
+        scale = 1.0  # it is multiplied into B
+        factors.setdefault(component, []).append((model_name, a, b, layout, scale))
     return {
         component: contents_of_factors(f"{path}, {component}", of_component)
         for component, of_component in factors.items()

@@ -57,8 +57,12 @@ LARGEST_EXACT = 2048
 class LowRankUpdate:
     """The update of one layer as in LoRA, s dW = s B A; the error is ||dW - B A|| / ||dW||.
 
-    A is (rank, in), or (rank, in, *kernel), or (rank, rows) of an embedding; B is (out, rank). A
-    stack of experts has both for each expert.
+    The shapes of A and B, by the layout of the weight:
+
+        out in, in out    (rank, in)              (out, rank)
+        out in *kernel    (rank, in, *kernel)     (out, rank)
+        index out         (rank, index)           (out, rank)
+        a stack           (expert, rank, in)      (expert, out, rank)
     """
 
     record: LayerRecord
@@ -73,9 +77,11 @@ class LowRankUpdate:
 
     def padded(self, rank: int) -> LowRankUpdate:
         """Return the same update with a larger rank, by zeros in A and B."""
-        rows = ((0, self.rank),)
-        a = place_outputs(self.a, rows, rank, dim=self.b.dim() - 2)
-        return dataclasses.replace(self, a=a, b=place_outputs(self.b, rows, rank, dim=-1))
+        filled = ((0, self.rank),)
+        rank_axis = self.b.dim() - 2  # of A: 1 for a stack, otherwise 0
+        a = place_outputs(self.a, filled, rank, dim=rank_axis)
+        b = place_outputs(self.b, filled, rank, dim=-1)
+        return dataclasses.replace(self, a=a, b=b)
 
 
 @dataclass(frozen=True)
@@ -154,8 +160,11 @@ def list_names(names: Sequence[str]) -> str:
     return first_few(shown, 5, ", ")
 
 
-def base_weights(view: ModelView, adapter: str) -> BaseWeight:
-    """Return a function from a layer's name to its base weight; collective if sharded."""
+def base_weights_of_model(view: ModelView, adapter: str) -> BaseWeight:
+    """Return a function from a layer's name to its base weight in a model; collective if sharded.
+
+    The layers are those of the adapter.
+    """
     places = {
         model_block.name: (model_block.layer, model_block.block.slot)
         for model_block in view.require(adapter)
@@ -247,11 +256,14 @@ def _update_of(
         )
     if rank is None:
         raise ArgumentError(f"a {layer.method} update is cut to a rank: give `rank` (--rank)")
-    delta = _delta(layer, block, base)
-    wide = delta.flatten(1).to(torch.promote_types(delta.dtype, torch.float32))
-    a, b = (factor.to(block.dtype) for factor in _truncate(wide, rank))
-    lost = wide - b.to(wide.dtype) @ a.to(wide.dtype)
-    norm = _norm(wide)
+    delta = _delta(layer, block, base)  # (out, in, *kernel)
+    matrix = delta.flatten(1)  # (out, in * kernel)
+    matrix = matrix.to(torch.promote_types(delta.dtype, torch.float32))
+    wide_a, wide_b = _truncate(matrix, rank)
+    a = wide_a.to(block.dtype)
+    b = wide_b.to(block.dtype)
+    lost = matrix - b.to(matrix.dtype) @ a.to(matrix.dtype)
+    norm = _norm(matrix)
     error = 0.0
     if norm and layer.scale:
         error = _norm(lost) / norm
@@ -263,7 +275,7 @@ def _norm(matrix: Tensor) -> float:
 
 
 def _factors(layer: LayerRecord, block: Tensor) -> tuple[Tensor, Tensor] | None:
-    """Return A (rank, in, *kernel) and B (out, rank), or None if the method has no factors."""
+    """Return A and B as `LowRankUpdate` has them, or None if the method has no factors."""
     geometry = layer.geometry(block.shape)
     factors = method_of(layer.method).lora_factors(layer.layout, block, geometry, layer.r)
     if factors is None:
@@ -273,18 +285,20 @@ def _factors(layer: LayerRecord, block: Tensor) -> tuple[Tensor, Tensor] | None:
         a[..., layer.layout.padding_idx] = 0
     if not layer.layout.has_kernel:
         return a, b
+    # The stack of a convolution is its kernel: a (*kernel, r, in), b (*kernel, out, r).
     kernel = geometry.stack
-    a = a.flatten(0, len(kernel) - 1)
-    b = b.flatten(0, len(kernel) - 1)
+    a = a.flatten(0, len(kernel) - 1)  # (k, r, in), where k counts the positions of the kernel
+    b = b.flatten(0, len(kernel) - 1)  # (k, out, r)
     # A row of the LoRA's A holds a row of `a` at a single position of the kernel, and zeros at all
-    # others. So there are r * k rows for k positions, and B has as many columns.
+    # others. So the rank is r * k.
     single_position = torch.diag_embed(a.permute(1, 2, 0)).transpose(1, 2)  # (r, k, in, k)
-    a = single_position.reshape(-1, layer.in_features, *kernel)
-    return a, b.permute(1, 2, 0).flatten(1)
+    lora_a = single_position.reshape(-1, layer.in_features, *kernel)  # (r * k, in, *kernel)
+    lora_b = b.permute(1, 2, 0).flatten(1)  # (out, r * k)
+    return lora_a, lora_b
 
 
 def _delta(layer: LayerRecord, block: Tensor, base: BaseWeight | None) -> Tensor:
-    """Return dW (out, in, *kernel)."""
+    """Return dW (out, in, *kernel), or (out, index) of an embedding, whatever the layout."""
     method = method_of(layer.method)
     if not method.reads_weight:
         weight = block.new_empty(()).expand(layer.weight_shape(block.shape))  # only its shape
@@ -305,7 +319,10 @@ def _delta(layer: LayerRecord, block: Tensor, base: BaseWeight | None) -> Tensor
 
 
 def _truncate(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Return A (rank, in) and B (out, rank); each has the roots of the leading singular values."""
+    """Return A (rank, in) and B (out, rank) of a matrix (out, in), cut to its largest values.
+
+    Of each singular value, A and B have the root.
+    """
     smaller = min(matrix.shape)
     rank = min(rank, smaller)
     if smaller <= LARGEST_EXACT or 4 * rank >= smaller:
@@ -327,7 +344,11 @@ LayerBlock = tuple[LayerRecord, Tensor]
 """A layer and its block."""
 
 Factors = tuple[str, Tensor, Tensor, Layout, float]
-"""Name, A, B, layout, scale of a layer; A and B as in `LowRankUpdate`, B of a convolution 1x1."""
+"""Name, A, B, layout and scale of a layer.
+
+A and B have the shapes of `LowRankUpdate`, but B of a convolution has a kernel of 1: (out, rank, 1,
+1) in two dimensions.
+"""
 
 
 def contents_of_factors(
@@ -382,7 +403,7 @@ def _block_of(name: str, a: Tensor, b: Tensor, layout: Layout, scale: float) -> 
     dim = 1 if layout.experts_first else 0  # of the rank in A, and of the outputs in B
     if a.dim() < 2 or a.dim() != b.dim() or not a.numel() or a.shape[dim] != b.shape[dim + 1]:
         return None
-    is_nonzero = a.movedim(dim, 0).flatten(1).any(dim=1)
+    is_nonzero = a.movedim(dim, 0).flatten(1).any(dim=1)  # (rank,)
     nonzero = is_nonzero.nonzero().flatten().tolist()
     unpadded = nonzero[-1] + 1 if nonzero else 0
     for rank in (a.shape[dim], unpadded):
@@ -399,7 +420,7 @@ def _block_of_rank(
 ) -> LayerBlock | None:
     """Return the layer and block that have just these factors; `dim` is that of the rank in A."""
     rank, inputs, *kernel = a.shape[dim:]
-    r, rest = divmod(rank, math.prod(kernel))
+    r, rest = divmod(rank, math.prod(kernel))  # as in `_factors`, the rank is r * k
     if rest or not r:
         return None
     # (*experts, out, rank) -> (*experts, out, r, *kernel) -> (*experts, *kernel, out, r)
@@ -421,6 +442,7 @@ def _block_of_rank(
             layout=layout,
         )
         if layer.reason_against_block(block.shape) is None:
+            # B is right by construction. A tells whether the LoRA is such a block.
             factors = _factors(layer, block.to(a.dtype))
             if factors is not None and torch.equal(factors[0], a):
                 return layer, block

@@ -29,8 +29,8 @@ from disha.interop.peft_format import (
     NOTES,
     THE_MODEL_ITSELF,
     PeftFolder,
+    compare_untrained,
     exact_targets,
-    find_equal,
     find_saved_modules,
     keep_for_model,
     module_names,
@@ -216,9 +216,9 @@ def load(
         blocks, others, config = _read(folder, also_train)
         problems = reasons_against(view, blocks, _reason_if_unknown, exporting=False)
         refuse_to_load(others.path, problems)
-    equal = find_equal(view, others)
+    untrained = compare_untrained(view, others)
     with view.ranks.fail_together(action):
-        others = keep_for_model(view, others, equal)
+        others = keep_for_model(view, others, untrained)
         contents = _contents_of(others, config, blocks, partial(_shapes_in, view))
     return load_contents(
         view, others.path, contents, adapter, replace=replace, dtype=dtype, freeze=freeze

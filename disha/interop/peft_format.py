@@ -373,33 +373,44 @@ def layers_inside(layers: Iterable[str], modules_to_save: Collection[str]) -> li
     ]
 
 
-def find_equal(view: ModelView, folder: PeftFolder) -> set[str]:
-    """Return the names of what PEFT saves untrained and the model holds; collective if sharded."""
-    equal = set()
+def compare_untrained(view: ModelView, folder: PeftFolder) -> dict[str, bool]:
+    """Return for each tensor that PEFT saves untrained whether the model holds the same values.
+
+    Collective if sharded.
+    """
+    is_same = {}
     for name, tensor in folder.tensors.items():
-        untrained = _find_untrained(view, folder, name)
-        if untrained is not None and _are_equal_in_narrower(tensor, untrained):
-            equal.add(name)
-    return equal
+        in_model = _find_untrained(view, folder, name)
+        if in_model is not None:
+            is_same[name] = _are_equal_in_narrower(tensor, in_model)
+    return is_same
 
 
-def keep_for_model(view: ModelView, folder: PeftFolder, equal: Collection[str]) -> PeftFolder:
+def keep_for_model(
+    view: ModelView, folder: PeftFolder, untrained: Mapping[str, bool]
+) -> PeftFolder:
     """Return a folder with what a load sets: what trains, changed buffers, and tied tensors once.
 
-    `equal` is what the model holds already. Copies that PEFT trained of a tied tensor must be
-    equal.
+    `untrained` comes from `compare_untrained`. PEFT trains the copies of a tied tensor apart, so
+    they must be equal.
     """
+    buffers = {buffer.name for buffer in view.buffers}
     kept = {}
     problems = []
     for name, tensor in folder.tensors.items():
-        if name in equal:
-            continue
+        is_untrained = name in untrained
+        if is_untrained and untrained[name]:
+            continue  # the model has it
         names: tuple[str, ...] = (name,)
         if name in view.parameters_by_name:
             names = view.parameters_by_name[name].names
-        reason = _reason_against_keeping(view, folder, name, names)
-        if reason is not None:
-            problems.append(f"{name}: {reason}")
+        differing = _find_differing_copy(folder.tensors, name, names)
+        if differing is not None:
+            problems.append(f"{name}: the model ties it to {differing}, which differs; untie them")
+        elif is_untrained and name not in buffers:
+            problems.append(
+                f"{name}: it does not train, and differs from the model's; copy it into the model"
+            )
         elif name == names[0]:
             kept[name] = tensor
     refuse_to_load(folder.path, problems)
@@ -420,17 +431,11 @@ def _find_untrained(view: ModelView, folder: PeftFolder, name: str) -> Tensor | 
     return persistent_buffers_of(view.modules[owner]).get(attribute)
 
 
-def _reason_against_keeping(
-    view: ModelView, folder: PeftFolder, name: str, names: Iterable[str]
-) -> str | None:
-    """Return why a load can't set a tensor of these names in the model, or None if it can."""
-    tensors = folder.tensors
-    for other in names:  # PEFT trains the copies of a tied parameter apart
+def _find_differing_copy(tensors: Tensors, name: str, names: Iterable[str]) -> str | None:
+    """Return the first of a parameter's names that lacks the tensor of `name`, or None."""
+    for other in names:
         if other not in tensors or not torch.equal(tensors[other], tensors[name]):
-            return f"the model ties it to {other}, which differs; untie them"
-    is_buffer = any(buffer.name == name for buffer in view.buffers)
-    if _find_untrained(view, folder, name) is not None and not is_buffer:
-        return "it does not train, and differs from the model's; copy it into the model"
+            return other
     return None
 
 

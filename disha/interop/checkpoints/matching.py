@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import cache
 from typing import NamedTuple
 
@@ -13,6 +13,7 @@ from disha.files import AdapterContents, inspect_adapter
 from disha.files.disk import PathLike
 from disha.interop.checkpoints.reading import Checkpoint, open_checkpoint
 from disha.interop.experts import DOWN, GATE_UP
+from disha.interop.low_rank import BaseWeight
 from disha.layers.kinds import PROJECTIONS
 from disha.model.fingerprints import fingerprint, same_base
 from disha.model.records import LayerRecord
@@ -68,10 +69,10 @@ def base_shapes(checkpoint: Checkpoint, names: Iterable[str]) -> dict[str, tuple
     return {name: checkpoint.shape_and_dtype(key)[0] for name, key in keys.items()}
 
 
-def base_weights(checkpoint: Checkpoint, contents: AdapterContents) -> Callable[[str], Tensor]:
-    """Return a function that takes the name of a layer and returns its base weight.
+def base_weights_of_checkpoint(checkpoint: Checkpoint, contents: AdapterContents) -> BaseWeight:
+    """Return a function from a layer's name to its base weight in a checkpoint.
 
-    The first call of it raises if the checkpoint is not the base of the adapter. If nothing needs a
+    Its first call raises if the checkpoint is not the base of the adapter. If nothing needs a
     weight, nothing is compared, and the checkpoint may be quantised.
     """
 
@@ -131,15 +132,29 @@ def _possible_keys(name: str) -> tuple[str, ...]:
 class Renaming(NamedTuple):
     """How the names of a part of the model begin there, and how they begin in a checkpoint."""
 
-    in_model: str
-    in_file: str
+    in_model: str  # such as "model.vision_tower."; empty for names that only get longer
+    in_file: str  # such as "vision_tower."
+
+    def apply(self, keys: Iterable[str]) -> tuple[str, ...]:
+        """Return the keys that begin as in the model, renamed as in the checkpoint."""
+        ends = [key.removeprefix(self.in_model) for key in keys if key.startswith(self.in_model)]
+        return tuple(self.in_file + end for end in ends)
 
 
 def _match(checkpoint: Checkpoint, possible: Mapping[str, tuple[str, ...]]) -> dict[str, str]:
     """Return, for each name, the first of its possible keys that the checkpoint has.
 
-    A part of the model, such as its text layers, may begin otherwise in the checkpoint. No two
-    parts share a tensor, and no part is stored in two places.
+    A part of the model, such as its text layers, may begin otherwise in the checkpoint. In LLaVA,
+    for example, names begin in the model and in the file as:
+
+        model.language_model.layers.0.    language_model.model.layers.0.
+        model.vision_tower.               vision_tower.
+        lm_head.                          language_model.lm_head.
+
+    The parts are found one by one. The first name without a key shows how its part may be renamed
+    (`_find_renamings`), and the renaming that finds the most names wins: for a name of layer 0 of
+    the text, `model.language_model.` -> `language_model.model.`, which finds all text layers. No
+    two parts share a tensor, and no part is stored in two places.
     """
     stored = checkpoint.files.keys() | checkpoint.stacks.keys()
     keys = _find_first_keys(possible, stored)
@@ -149,19 +164,18 @@ def _match(checkpoint: Checkpoint, possible: Mapping[str, tuple[str, ...]]) -> d
 
 
 def _find_first_keys(
-    possible: Mapping[str, tuple[str, ...]], stored: Collection[str], change: Renaming | None = None
+    possible: Mapping[str, tuple[str, ...]],
+    stored: Collection[str],
+    renaming: Renaming | None = None,
 ) -> dict[str, str]:
     """Return, for each name, the first of its possible keys that is stored.
 
-    With a change, keys are renamed first, and keys that do not begin as it says are left out.
+    With a renaming, keys are renamed first, and keys that do not begin as it says are left out.
     """
     first = {}
     for name, keys in possible.items():
-        if change is not None:
-            ends = [
-                key.removeprefix(change.in_model) for key in keys if key.startswith(change.in_model)
-            ]
-            keys = tuple(change.in_file + end for end in ends)
+        if renaming is not None:
+            keys = renaming.apply(keys)
         present = [key for key in keys if key in stored]
         if present:
             first[name] = present[0]
@@ -176,8 +190,8 @@ def _match_part(
     free = stored.difference(keys.values())
     absent = [name for name in possible if name not in keys]
     parts = []
-    for change in _find_renamings(possible[absent[0]], free, is_first=not keys):
-        part = _find_first_keys(possible, free, change)
+    for renaming in _find_renamings(possible[absent[0]], free, is_first=not keys):
+        part = _find_first_keys(possible, free, renaming)
         if part.keys().isdisjoint(keys):  # else it would move what has its key already
             parts.append(part)
     largest = max(map(len, parts), default=0)
@@ -198,18 +212,21 @@ def _find_renamings(
     keys: Iterable[str], stored: Collection[str], *, is_first: bool
 ) -> set[Renaming]:
     """Return the renamings that lead from one of these keys to a stored one with the same end."""
-    changes = set()
+    renamings = set()
     for key in keys:
-        for name in stored:
-            start, other_start = _split_common_end(key, name)
+        for stored_key in stored:
+            start, stored_start = _cut_common_end(key, stored_key)
             has_common_end = len(start) < len(key.split("."))
-            if has_common_end and _is_plausible(start, other_start, is_first):
-                changes.add(Renaming(_as_prefix(start), _as_prefix(other_start)))
-    return changes
+            if has_common_end and _is_plausible(start, stored_start, is_first):
+                renamings.add(Renaming(_as_prefix(start), _as_prefix(stored_start)))
+    return renamings
 
 
-def _split_common_end(name: str, other: str) -> tuple[list[str], list[str]]:
-    """Return the parts of two dotted names that come before their longest common end."""
+def _cut_common_end(name: str, other: str) -> tuple[list[str], list[str]]:
+    """Return the parts of two dotted names that come before their longest common end.
+
+    Those of "model.vision_tower.conv.weight" and "vision_tower.conv.weight" are ["model"] and [].
+    """
     parts = name.split(".")
     others = other.split(".")
     while parts and others and parts[-1] == others[-1]:
@@ -218,18 +235,25 @@ def _split_common_end(name: str, other: str) -> tuple[list[str], list[str]]:
     return parts, others
 
 
-def _is_plausible(start: Sequence[str], other: Sequence[str], is_first: bool) -> bool:
-    """Whether one start has all modules of the other and some more, which have no numbers.
+def _is_plausible(start: Sequence[str], stored_start: Sequence[str], is_first: bool) -> bool:
+    """Whether names that begin so in the model can begin so in the checkpoint.
 
-    A number is that of a layer or a tower, so layers are never taken for each other. Only the whole
-    model, which is the first part to be found, may be a numbered one in a wrapper. The module
-    `model` may come and go.
+    One start must have all modules of the other, in any order; `model` may come and go. No module
+    may have a number, which is that of a layer or a tower, so layers are never taken for each
+    other. Only the first part to be found, which may be the whole model, can be a numbered module
+    of a wrapper:
+
+        in the model            in the checkpoint        plausible
+        model.language_model    language_model.model     yes
+        model.language_model    vision_tower.encoder     no: other modules
+        layers.0                layers.1                 no: other modules
+        0.auto_model            (nothing)                as the first part: a SentenceTransformer
     """
     modules = {"model", *start}
-    others = {"model", *other}
-    if not (modules <= others or others <= modules):
+    stored_modules = {"model", *stored_start}
+    if not (modules <= stored_modules or stored_modules <= modules):
         return False
-    compared = modules & others if is_first else modules | others
+    compared = modules & stored_modules if is_first else modules | stored_modules
     return not any(part.isdigit() for part in compared)
 
 

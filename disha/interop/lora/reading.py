@@ -17,7 +17,7 @@ from disha.files import AdapterContents
 from disha.files.disk import PathLike
 from disha.files.loading import load_contents
 from disha.functional import Layout
-from disha.interop import experts as stacks
+from disha.interop.experts import SINGLE_EXPERT, family_of, find_stack, matrices_of
 from disha.interop.lora.writing import (
     EMBEDDING,
     FACTORS,
@@ -36,7 +36,7 @@ from disha.interop.low_rank import (
 from disha.interop.peft_format import (
     FROZEN,
     PeftFolder,
-    find_equal,
+    compare_untrained,
     keep_for_model,
     read_peft_files,
 )
@@ -125,9 +125,9 @@ def load(
     with view.ranks.fail_together(action):
         peft_folder = read_peft_files(folder, (*FACTORS, TOKENS), also_train)
         rows, others = _split_token_rows(view, peft_folder)
-    equal = find_equal(view, others)
+    untrained = compare_untrained(view, others)
     with view.ranks.fail_together(action):
-        others = keep_for_model(view, others, equal)
+        others = keep_for_model(view, others, untrained)
         contents = _contents_of(others, _layouts_of(view), model_type_of(view), rows)
     return load_contents(
         view, others.path, contents, adapter, replace=replace, dtype=dtype, freeze=freeze
@@ -260,12 +260,12 @@ def _factors_of(
     parameters = folder.fields.get("target_parameters") or ()
     for key, pair in pairs.items():
         a, b = (pair[end] for end in sorted(pair))  # the end of A sorts first
-        if stacks.SINGLE_EXPERT.fullmatch(key) and key not in layouts:
+        if SINGLE_EXPERT.fullmatch(key) and key not in layouts:
             raise ConversionError(
                 f"{folder.path} has a LoRA for each expert ({key}); load the one with stacked "
                 "experts"
             )
-        stack = stacks.find_stack(key, parameters)
+        stack = find_stack(key, parameters)
         if stack is None:
             name = key
             rank = len(a) if a.dim() else 1
@@ -274,7 +274,7 @@ def _factors_of(
         else:
             name = stack
             rank = folder.of_layer(name, "r", "rank_pattern")
-            a, b = stacks.matrices_of(name, a, b, rank)
+            a, b = matrices_of(name, a, b, rank)
             layout = _layout_of_stack(name, layouts, model_type)
         # A may be empty. Then any rank will do here, because such a layer is refused later.
         scale = _scale_of(folder, name, max(rank, 1))
@@ -284,7 +284,7 @@ def _factors_of(
 def _layout_of_stack(name: str, layouts: Layouts, model_type: str | None) -> Layout:
     if name in layouts:
         return layouts[name]
-    return stacks.family_of(model_type, "the layout of stacked experts").layout
+    return family_of(model_type, "the layout of stacked experts").layout
 
 
 def _layout_of(

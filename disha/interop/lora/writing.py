@@ -14,13 +14,21 @@ from disha.files import AdapterContents
 from disha.files.disk import PathLike, check_path
 from disha.files.saving import adapter_contents
 from disha.functional import method_of
-from disha.interop import experts as stacks
+from disha.interop.experts import (
+    SERVED_TARGETS,
+    SINGLE_EXPERT,
+    ExpertForm,
+    convert_experts,
+    factors_name,
+    list_misread_by_peft,
+    stack_factors,
+)
 from disha.interop.low_rank import (
     CONV,
     BaseWeight,
     LoraReport,
     LowRankUpdate,
-    base_weights,
+    base_weights_of_model,
     check_rank,
     is_stack,
     low_rank_updates,
@@ -61,7 +69,7 @@ def export(
     *,
     rank: int | None = None,
     pad: bool = False,
-    experts: stacks.Form = "stacked",
+    experts: ExpertForm = "stacked",
 ) -> LoraReport:
     """Write an adapter as LoRA: `adapter_config.json` and `adapter_model.safetensors`.
 
@@ -134,7 +142,7 @@ def export_tensors(
     *,
     rank: int | None = None,
     pad: bool = False,
-    experts: stacks.Form = "stacked",
+    experts: ExpertForm = "stacked",
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return an adapter as LoRA, in memory: what `export` writes into its two files.
 
@@ -167,7 +175,7 @@ def export_tensors(
 
 
 def _convert(
-    view: ModelView, adapter: str, experts: stacks.Form, rank: int | None, pad: bool
+    view: ModelView, adapter: str, experts: ExpertForm, rank: int | None, pad: bool
 ) -> tuple[list[LowRankUpdate], dict[str, Tensor], dict[str, Any], dict[str, Tensor]]:
     """Return an adapter's updates and its other tensors, then PEFT's configuration and tensors."""
     contents = adapter_contents(view, adapter, base=False)
@@ -178,12 +186,12 @@ def _convert(
         saved = find_saved_modules(view, contents.also_train, contents.names)
         problems = reasons_against(view, modules, unknown_to_lora, exporting=True)
         problems += saved.problems
-        problems += stacks.list_misread_by_peft(contents.layers, experts, model_type)
+        problems += list_misread_by_peft(contents.layers, experts, model_type)
         refuse_to_write(CANT_EXPRESS, problems)
     token_rows, layers = _split_token_rows(contents.layers, view)
-    base = base_weights(view, adapter)
+    base = base_weights_of_model(view, adapter)
     updates = low_rank_updates(layers, contents.tensors, rank=rank, pad=pad, base=base)
-    written = stacks.convert_experts(updates, experts, contents.also_train, model_type)
+    written = convert_experts(updates, experts, contents.also_train, model_type)
     others = saved.copies() | _token_tensors(token_rows, contents.tensors)
     config = _config_of(contents, written, saved.modules, module_names(view))
     config |= notes_of(view.model)
@@ -275,7 +283,7 @@ def write_lora(
     *,
     rank: int | None = None,
     pad: bool = False,
-    experts: stacks.Form = "stacked",
+    experts: ExpertForm = "stacked",
     model_type: str | None = None,
     base: BaseWeight | None = None,
 ) -> LoraReport:
@@ -298,11 +306,11 @@ def write_lora(
     ]
     saved = {name.rpartition(".")[0] for name in contents.also_train}
     problems += layers_inside(contents.names, saved)
-    problems += stacks.list_misread_by_peft(contents.layers, experts, model_type)
+    problems += list_misread_by_peft(contents.layers, experts, model_type)
     refuse_to_write(CANT_EXPRESS, problems)
     token_rows, layers = _split_token_rows(contents.layers, None)
     updates = low_rank_updates(layers, contents.tensors, rank=rank, pad=pad, base=base)
-    written = stacks.convert_experts(updates, experts, contents.also_train, model_type)
+    written = convert_experts(updates, experts, contents.also_train, model_type)
     others = {name: contents.tensors[name] for name in contents.also_train}
     others |= _token_tensors(token_rows, contents.tensors)
     config = _config_of(contents, written, saved, None)
@@ -356,12 +364,12 @@ def _targets_of(
     contents: AdapterContents, names: Collection[str], modules: Collection[str] | None
 ) -> list[str] | str:
     """Return `target_modules` for LoRAs of these names, of which some may be of single experts."""
-    single = {name for name in names if stacks.SINGLE_EXPERT.fullmatch(name)}
+    single = {name for name in names if SINGLE_EXPERT.fullmatch(name)}
     single.difference_update(contents.names)  # these are modules of the model, not parts of a stack
     others = set(names) - single
     if single:
         # SGLang refuses a regex, and knows single experts by the usual names of their projections.
-        return sorted(others.union(stacks.SERVED_TARGETS))
+        return sorted(others.union(SERVED_TARGETS))
     return exact_targets(others, modules)
 
 
@@ -383,8 +391,8 @@ def tensors_of(updates: Sequence[LowRankUpdate]) -> dict[str, Tensor]:
         a = update.a
         b = update.b
         if name in stack_names:
-            name = stacks.factors_name(name, stack_names)
-            a, b = stacks.stack_factors(update)
+            name = factors_name(name, stack_names)
+            a, b = stack_factors(update)
         if not update.record.scale:
             b = torch.zeros_like(b)
         is_embedding = update.record.layout.pattern == "index out"

@@ -7,7 +7,7 @@ from torch import nn
 import disha
 from disha import AdapterFileError
 from disha.interop.checkpoints import misfits
-from disha.interop.checkpoints.matching import base_shapes, base_weights
+from disha.interop.checkpoints.matching import base_shapes, base_weights_of_checkpoint
 from disha.interop.checkpoints.reading import open_checkpoint
 from tests.base_checkpoints import Setting, Zoo, save_sharded, tensors_in
 from tests.conftest import Layered, assert_same
@@ -144,7 +144,7 @@ class TestWithoutMerging:
     @staticmethod
     def weights(setting):
         header = disha.inspect_adapter(setting.adapter)
-        return base_weights(open_checkpoint(setting.base), header)
+        return base_weights_of_checkpoint(open_checkpoint(setting.base), header)
 
     def test_weights_by_the_names_of_the_adapter(self, setting):
         stored = tensors_in(setting.base)["model.proj.weight"]
