@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from benchmarks.convergence.methods import adapt, adapter_parameters, set_scale
+from benchmarks.convergence.rounding import fast_16_bit_products
 from benchmarks.convergence.runs import Run
 from benchmarks.convergence.tasks import TASKS
 from benchmarks.convergence.tasks.task import Task, batch_order
@@ -20,6 +21,7 @@ HEAD_RATE = 1e-3
 WARM_UP = 0.06
 
 
+@fast_16_bit_products()
 def train(run: Run) -> dict[str, Any]:
     """Do a run and return its results."""
     task = TASKS[run.cell.task]

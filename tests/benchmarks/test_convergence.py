@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from benchmarks.convergence import costs, report
@@ -44,6 +45,7 @@ from benchmarks.convergence.plan import (
     main_cell,
     wanted,
 )
+from benchmarks.convergence.rounding import RoundedProducts
 from benchmarks.convergence.runs import RESULTS, Cell, Run, read_runs, write_run
 from benchmarks.convergence.tasks import TASKS, packages
 from benchmarks.convergence.tasks.digits import Digits, ViT
@@ -183,6 +185,31 @@ class TestTraining:
             seen[method] = (torch.cat([labels for _, labels in rows]), found["validation"][0])
         assert torch.equal(seen["bone"][0], seen["lora"][0])
         assert seen["bone"][1] == seen["lora"][1]
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_rounded_products_are_those_of_torch(inference):
+    """Torch's own slow products of 16 bits are the oracle: forward, backward, in inference mode."""
+    torch.manual_seed(0)
+    x, weight, stack, bias = (
+        torch.randn(*shape, dtype=torch.bfloat16)
+        for shape in [(3, 5, 16), (8, 16), (3, 16, 4), (8,)]
+    )
+
+    def products():
+        leaves = [leaf.clone().requires_grad_(not inference) for leaf in (x, weight, stack, bias)]
+        x_, weight_, stack_, bias_ = leaves
+        outputs = [F.linear(x_, weight_, bias_), x_ @ stack_, torch.bmm(x_, stack_), x_ @ weight_.T]
+        if inference:
+            return outputs
+        return [*outputs, *torch.autograd.grad(sum(out.float().sum() for out in outputs), leaves)]
+
+    with torch.inference_mode(inference):
+        expected = products()
+        with RoundedProducts():
+            found = products()
+    assert all(one.dtype == torch.bfloat16 for one in found)
+    torch.testing.assert_close(found, expected)
 
 
 CELL = Cell("digits", "bone", 8)
