@@ -30,7 +30,8 @@ if TYPE_CHECKING:
     )
     from disha.functional import Geometry, register_method
     from disha.layers import AdaptedLayer, BatLinear, BoneLinear, register_layer_kind
-    from disha.model.check import CheckedWeight, CheckReport, check_adapters
+    from disha.model.check import check_adapters
+    from disha.model.check_report import CheckedWeight, CheckReport
     from disha.model.control import (
         adapters_active,
         adapters_disabled,
@@ -105,6 +106,7 @@ MODULES_WITH_PUBLIC_NAMES = (
     "functional",
     "layers",
     "model.check",
+    "model.check_report",
     "model.control",
     "model.inject",
     "model.merge",

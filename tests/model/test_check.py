@@ -10,7 +10,7 @@ from torch import nn
 import disha
 from disha import ArgumentError, CheckReport, MergeError, ModeError, functional
 from disha.functional import Method
-from disha.model.check import CheckedWeight
+from disha.model.check_report import CheckedWeight
 from tests.conftest import Tied, assert_unchanged, refused, seed_torch, snapshot
 from tests.reference import METHODS
 

@@ -1,0 +1,142 @@
+"""Check that a model returns the same while its adapters are merged."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from disha.errors import DishaError
+from disha.layers.adapted import AdaptedLayer
+from disha.model.check_runs import Runner, dense_weights, sum_weights
+from disha.model.merge import merge
+from disha.model.view import ModelBlock, ModelView
+from disha.sharding.tensors import gather, write
+from disha.text import counted
+
+ROUNDINGS = 4
+"""Merging may change an output by this many times as much as a tiny change of the blocks does."""
+
+DRIFTS = (
+    "each forward changes this weight, as `weight.data = weight.data.clone()` would, so its update "
+    "is added again and again; read and write layer.base_weight there"
+)
+"""The reason against a weight that every forward changes."""
+
+
+class Merging(NamedTuple):
+    """Whether the outputs stay the same when a layer is merged."""
+
+    keeps_outputs: bool | None  # None if merging is refused
+    reason: str = ""  # why they do not, or why it is refused; else empty
+
+
+def compare_merged(
+    view: ModelView,
+    runner: Runner,
+    active: list[ModelBlock],
+    expected: list[Tensor],
+    *,
+    training: bool,
+) -> dict[AdaptedLayer, Merging]:
+    """Return for each layer of these blocks whether it can be merged in this mode.
+
+    `expected` are the outputs of the model in this mode, unmerged.
+    """
+    if not active:
+        return {}
+    try:
+        borrowers = view.find_borrowers()
+        merged = _run_merged(view, runner, training)
+    except DishaError as error:
+        refused = Merging(None, str(error))
+        return {model_block.layer: refused for model_block in active}
+    # A layer merges together with those that are tied to it.
+    together: dict[AdaptedLayer, list[nn.Module]] = {
+        model_block.layer: [model_block.layer] for model_block in active
+    }
+    for model_block in active:
+        together[model_block.layer] += borrowers[model_block.block].values()
+    tolerance = _relative_tolerance(expected, active)
+    sums_before = sum_weights(active)
+    allowed = _measure_rounding(runner, expected, tolerance, training)  # runs the model once
+    sums_after = sum_weights(active)  # if they differ, that forward has changed a weight
+    all_alike = not _describe_difference(merged, expected, tolerance, allowed)
+    mergings: dict[AdaptedLayer, Merging] = {}
+    for layer, layers in together.items():
+        difference = ""
+        if not all_alike:  # then each layer is merged alone, to find those that differ
+            part = ModelView(nn.ModuleList(layers))
+            outputs = _run_merged(part, runner, training)
+            difference = _describe_difference(outputs, expected, tolerance, allowed)
+        mergings[layer] = Merging(not difference, difference)
+    for model_block in active:
+        drifts = sums_before.get(model_block.block) != sums_after.get(model_block.block)
+        if drifts:
+            mergings[model_block.layer] = Merging(False, DRIFTS)
+    return mergings
+
+
+def _run_merged(view: ModelView, runner: Runner, training: bool) -> list[Tensor]:
+    """Return the outputs of the model while the layers of a view are merged."""
+    with ExitStack() as undo:
+        merge(view, undo)
+        return runner.run(training=training)
+
+
+def _relative_tolerance(outputs: list[Tensor], active: list[ModelBlock]) -> float:
+    """Return the square root of the largest rounding step of the outputs' and weights' dtypes."""
+    dtypes = {output.dtype for output in outputs}
+    dtypes |= {weight.dtype for weight in dense_weights(active).values()}
+    return float(max(torch.finfo(dtype).eps for dtype in dtypes) ** 0.5)
+
+
+def _measure_rounding(
+    runner: Runner, expected: list[Tensor], tolerance: float, training: bool
+) -> list[float]:
+    """Return for each output by how much it may differ when weights are rounded in another way.
+
+    This is measured: all blocks change by the relative `tolerance`, and the outputs show how much
+    that matters. So the result is small for small outputs, but not if large numbers cancel out in
+    them.
+    """
+    with ExitStack() as undo:
+        for block in runner.blocks:
+            write(block.block, gather(block.block) * (1 + tolerance), undo)
+        outputs = runner.run(training=training)
+    if _shapes_of(outputs) != _shapes_of(expected):
+        return [0.0] * len(expected)
+    return [ROUNDINGS * _find_largest(output - former) for output, former in zip(outputs, expected)]
+
+
+def _describe_difference(
+    outputs: list[Tensor], expected: list[Tensor], tolerance: float, allowed: list[float]
+) -> str:
+    """Return how merged outputs differ from the expected ones; empty if only by rounding."""
+    if len(outputs) != len(expected):
+        returned = counted(len(outputs), "tensor")
+        return f"merged, the model returns {returned} in place of {len(expected):,}"
+    if _shapes_of(outputs) != _shapes_of(expected):
+        return "merged, the model returns tensors of other shapes"
+    for output, former, limit in zip(outputs, expected, allowed):
+        output = output.to(former)
+        if not torch.allclose(output, former, rtol=tolerance, atol=limit, equal_nan=True):
+            difference = _find_largest(output - former)
+            return (
+                f"merged, an output differs by up to {difference:.2g}, where its values reach "
+                f"{_find_largest(former):.2g}: the model does something else when its weights are "
+                "plain"
+            )
+    return ""
+
+
+def _shapes_of(tensors: list[Tensor]) -> list[torch.Size]:
+    return [tensor.shape for tensor in tensors]
+
+
+def _find_largest(tensor: Tensor) -> float:
+    """Return the largest finite magnitude in a tensor, or 0 if it has none."""
+    finite = tensor[tensor.isfinite()].abs()
+    return float(finite.max()) if finite.numel() else 0.0

@@ -1,0 +1,192 @@
+"""Run a model for a check: each run starts from the same state and leaves nothing behind.
+
+A forward may change buffers, put other data into a parameter, or change a weight in place. All of
+it comes back.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from enum import Enum
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from disha.errors import ArgumentError
+from disha.functional.shard_sums import merge_dtype
+from disha.layers.blocks import AdapterBlock
+from disha.layers.quantized import quantized_slot
+from disha.model.view import ModelBlock, ModelView
+from disha.sharding.tensors import is_sharded
+from disha.sharding.zero import is_partitioned
+
+
+class Runner:
+    """Runs a model so that each run starts from the same state and leaves nothing behind.
+
+    Each run is in evaluation or in training mode, as its argument `training` says.
+    """
+
+    def __init__(self, view: ModelView, blocks: list[AdapterBlock], call: Callable[[], Any]):
+        self.blocks = blocks
+        self._view = view
+        self._call = call
+
+    @contextmanager
+    def mode(self, *, training: bool) -> Iterator[None]:
+        """Run the body in this mode, from the same random state, and put the buffers back."""
+        self._view.model.train(training)
+        for block in self.blocks:
+            block.train(False)  # without its dropout, which a merged weight can't have
+        # Keeping the random state of a GPU would start CUDA, even if the model does not use it.
+        started = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+        devices = range(torch.cuda.device_count()) if started else ()
+        with torch.random.fork_rng(devices), _keep_buffers(self._view.names):
+            yield
+
+    def outputs(self) -> list[Tensor]:
+        """Return the outputs of the model with their graph; call it in `mode`."""
+        outputs = tensors_in(self._call())
+        if not outputs:
+            raise ArgumentError(
+                "the model returns no floating-point tensor, real or complex; check the part that "
+                "does"
+            )
+        finite = [bool(output.isfinite().any()) for output in outputs if output.numel()]
+        if finite and not any(finite):
+            raise ArgumentError(
+                "the model returns no finite number with these inputs, so nothing can be compared; "
+                "pass others, or check the weights"
+            )
+        return outputs
+
+    def run(self, *, training: bool) -> list[Tensor]:
+        """Return the outputs of the model in this mode, without their graph."""
+        # Gradients are on meanwhile, because some models differentiate in their forward.
+        with self.mode(training=training):
+            return [output.detach() for output in self.outputs()]
+
+
+@contextmanager
+def _keep_buffers(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Put the buffers of modules back after the body, in which forwards may change them."""
+    kept = []
+    for module in modules:
+        if quantized_slot(module) is not None:
+            continue  # its buffers may be packed weights, which are large and do not change
+        for name, buffer in module._buffers.items():
+            if buffer is not None and not is_lazy(buffer) and not buffer.is_meta:
+                kept.append((module, name, buffer, buffer.detach().clone()))
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for module, name, buffer, values in kept:
+                if module._buffers[name] is not buffer:
+                    module._buffers[name] = buffer
+                if not torch.equal(buffer, values):
+                    buffer.copy_(values)
+
+
+# --- outputs -------------------------------------------------------------------------------------
+
+
+def tensors_in(output: Any) -> list[Tensor]:
+    """Return the floating-point tensors in an output of any type.
+
+    A complex tensor counts as a real one, with its real and imaginary parts.
+    """
+    tensors = []
+    visited: dict[int, Any] = {}  # id -> value, which keeps it alive: so no id comes twice
+    waiting = deque([output])
+    while waiting:
+        value = waiting.popleft()
+        if id(value) in visited:
+            continue  # an output may refer to itself
+        visited[id(value)] = value
+        if not isinstance(value, Tensor):
+            waiting += _parts_of(value)
+            continue
+        tensor = value.values() if value.is_nested else value
+        tensor = _as_real(tensor)
+        if tensor.is_floating_point():
+            tensors.append(tensor)
+    return tensors
+
+
+def _as_real(tensor: Tensor) -> Tensor:
+    """Return a complex tensor as its real and imaginary parts, and any other as it is."""
+    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+
+
+def _parts_of(value: Any) -> list[Any]:
+    """Return what a container or an object of an output holds."""
+    if isinstance(value, Mapping):
+        return list(value.values())
+    if isinstance(value, (list, tuple)):
+        return list(value)
+    if isinstance(value, (type, ModuleType, Enum, nn.Module)):
+        return []
+    return list(getattr(value, "__dict__", {}).values())
+
+
+# --- weights that a forward changes --------------------------------------------------------------
+
+
+def dense_weights(active: list[ModelBlock]) -> dict[AdapterBlock, nn.Parameter]:
+    """Return each block -> its adapted parameter, where this rank holds all of its values."""
+    weights = {}
+    for _, layer, _, block in active:
+        parameter = layer._parameters.get(block.slot.parameter)
+        if parameter is None or block.slot.quantized or parameter.is_meta:
+            continue
+        if not is_sharded(parameter) and not is_partitioned(parameter):
+            weights[block] = parameter
+    return weights
+
+
+def sum_weights(active: list[ModelBlock]) -> dict[AdapterBlock, float]:
+    """Return each block -> the sum of its weight's values. If the weight changes, so does the sum.
+
+    A weight that has NaN is left out.
+    """
+    sums = {}
+    for block, weight in dense_weights(active).items():
+        total = float(_as_real(weight.detach()).sum(dtype=merge_dtype(weight.dtype)))
+        if not math.isnan(total):
+            sums[block] = total
+    return sums
+
+
+def restore_data(active: list[ModelBlock], undo: ExitStack) -> None:
+    """Let `undo` put back the data that a forward replaces by other data; nothing is copied."""
+
+    def put_back(weight: nn.Parameter, data: Tensor) -> None:
+        if weight.data_ptr() != data.data_ptr():
+            weight.data = data
+
+    for weight in dense_weights(active).values():
+        undo.callback(put_back, weight, weight.data)
+
+
+@contextmanager
+def undo_changes_in_place(active: list[ModelBlock], undo: ExitStack) -> Iterator[None]:
+    """Let `undo` put back the values that the body changes in place.
+
+    All weights are copied for the time of the body. After it, only copies of changed ones stay.
+    """
+    kept = []
+    for weight in dense_weights(active).values():
+        kept.append((weight.data, weight.detach().clone()))
+    try:
+        yield
+    finally:
+        for data, values in kept:
+            if not torch.equal(data, values):
+                undo.callback(data.copy_, values)
