@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from benchmarks.convergence.findings import Finding, at_forgetting, differ, finding, points
 from benchmarks.convergence.methods import METHODS, SHIRA
-from benchmarks.convergence.plan import CANDIDATES, FIRST_RATES, LONG, Results, Study, main_cell
+from benchmarks.convergence.plan import CANDIDATES, LONG, LONG_RATES, Results, Study, main_cell
 from benchmarks.convergence.runs import Run
 from benchmarks.convergence.tasks import TASKS
 from benchmarks.markdown import NOTHING, count_text, table
@@ -177,7 +177,7 @@ def _longer(study: Study, results: Results) -> str:
         if not learned:
             continue
         row = [METHODS[name].title]
-        for rate in FIRST_RATES[LONG]:
+        for rate in LONG_RATES:
             records = learned.get(rate, [])
             row.append(_ends(records) if records else NOTHING)
         for limit in LIMITS:
@@ -189,7 +189,7 @@ def _longer(study: Study, results: Results) -> str:
         rows.append(row)
     header = [
         "method",
-        *(f"{rate:g}" for rate in FIRST_RATES[LONG]),
+        *(f"{rate:g}" for rate in LONG_RATES),
         *(f"within {limit:g}" for limit in LIMITS),
     ]
     return f"""In the longer training ({task.steps} steps, r = {task.r}), at one rate for all: test
@@ -202,7 +202,7 @@ over these rates and all scales of the trained update.
 def _finished_runs(study: Study, results: Results, name: str) -> dict[float, list[Record]]:
     """Return rate -> the runs of a method that have ended, without rates that have none."""
     finished: dict[float, list[Record]] = {}
-    for rate in FIRST_RATES[LONG]:
+    for rate in LONG_RATES:
         for seed in study.seeds:
             record = results.get(Run(main_cell(LONG, name), rate, seed))
             if record is not None and record.get("scales") is not None:
