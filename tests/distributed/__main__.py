@@ -4,6 +4,7 @@ The ranks get the variables of torchrun. They are forks of this process, which h
 scripts, because importing torch takes longer than most checks.
 """
 
+import gc
 import multiprocessing
 import os
 import socket
@@ -49,5 +50,6 @@ if __name__ == "__main__":
     for script in scripts:
         if hasattr(script, "import_for_all_ranks"):
             script.import_for_all_ranks()
+    gc.freeze()  # trainers ask for collections, which would search all modules again and again
     for script, name in zip(scripts, sys.argv[2:], strict=True):
         on_ranks(script, Path(sys.argv[1]) / name)
