@@ -100,7 +100,7 @@ class TestJagged:
         return perturb(model), torch.nested.nested_tensor(list(self.sequences), layout=torch.jagged)
 
     @pytest.mark.parametrize("method", METHODS)
-    @pytest.mark.parametrize("compiles", [False, True])
+    @pytest.mark.parametrize("compiles", [False, True], ids=["eager", "compiled"])
     def test_outputs_and_gradients_are_those_of_each_sequence(self, method, compiles):
         model, nested = self.model(method=method)
         forward = freshly_compiled(model) if compiles else model

@@ -171,7 +171,7 @@ class TestWhatAsksNoTensor:
         with pytest.raises(ModeError, match="the adapter's dropout can't act here"):
             Multiply.apply(torch.randn(3, 6), layer.weight)
 
-    @pytest.mark.parametrize("compiles", [False, True])
+    @pytest.mark.parametrize("compiles", [False, True], ids=["eager", "compiled"])
     def test_vmap_over_a_stack(self, compiles):
         weight = nn.Parameter(torch.randn(3, 6, 4))
         experts = Made(lambda self, x: torch.vmap(torch.matmul)(x, self.weight), weight=weight)
