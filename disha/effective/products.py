@@ -78,6 +78,10 @@ def _mm(input: Any, *other: Any, **named: Any) -> Any:
 
 
 def _multiply_weight_first(weight: EffectiveWeight, x: Tensor) -> Any:
+    """Return W @ x for a matrix (out, in) or a stack of them, and x (..., in, n); or for a vector.
+
+    The functional's products take (..., n, in), so both x and the result are transposed.
+    """
     layout = weight.weight_layout
     base = weight.base
     updates = weight.updates.shared

@@ -127,9 +127,13 @@ def _compute_outside(args: Any) -> Any:
         return compute_inside(args)
 
 
-def _keep_contexts(frame: Callable[..., Any]) -> Callable[..., Any]:
-    """Let backward run the kept function in the contexts of the forward pass."""
-    return lambda function, *args, **kwargs: frame(bind_contexts(function), *args, **kwargs)
+def _keep_contexts(keep: Callable[..., Any]) -> Callable[..., Any]:
+    """Let backward run the function that is kept in the contexts of the forward pass."""
+
+    def run(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return keep(bind_contexts(function), *args, **kwargs)
+
+    return run
 
 
 def _write_base(function: Callable[..., Any]) -> Callable[..., Any]:

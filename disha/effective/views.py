@@ -17,7 +17,10 @@ from disha.functional.weight_updates import Change, Updates
 
 
 def _make_view(weight: EffectiveWeight, base: Tensor, layout: Layout, change: Change) -> Any:
-    """Return a view of a weight, whose W is `base`; NotImplemented if no block can be cut so."""
+    """Return a view of a weight, whose W is `base`; NotImplemented if a block can't be cut so.
+
+    Where no block acts, the view is that of W.
+    """
     updates = weight.updates.map(change)
     if updates is None:
         return NotImplemented
@@ -26,7 +29,7 @@ def _make_view(weight: EffectiveWeight, base: Tensor, layout: Layout, change: Ch
 
 @rule("mT")
 def transposed(weight: Any) -> Any:
-    """Return the weight with its matrices transposed; NotImplemented if no layout says that."""
+    """Return the weight with its matrices transposed; NotImplemented if no layout has them so."""
     layout = weight.weight_layout.transposed()
     if layout is None:
         return NotImplemented
@@ -94,7 +97,7 @@ def _cut(func: Operation, weight: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def split_rows(weight: Any, bases: Sequence[Tensor]) -> Any:
-    """Return a matrix (out, in) cut along its rows as W is cut into `bases`."""
+    """Return the parts of a matrix (out, in) that is cut along its rows, as W is into `bases`."""
     sizes = [base.shape[0] for base in bases]
     if weight.weight_layout.pattern != "out in" or sum(sizes) != weight.base.shape[0]:
         return NotImplemented  # cut along another axis

@@ -188,7 +188,7 @@ def compute(weight: EffectiveWeight) -> Tensor:
 
 
 def compute_first(func: Operation, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    """Run an operation with the computed weight. What it writes into is W."""
+    """Run an operation with computed weights. A weight that it writes into is given as W."""
     written = written_arguments(func)
     if kwargs.get("inplace"):  # as in F.relu
         written = {0, "input"}
@@ -246,7 +246,7 @@ RESHAPES = {
 
 
 def refuse_to_reshape(weight: Any) -> None:
-    """Raise if a weight is an effective one: its blocks would no longer fit."""
+    """Raise if a weight is an effective one: in another shape, its blocks would not fit it."""
     if isinstance(weight, EffectiveWeight):
         raise ArgumentError(
             f"an adapted weight (of shape {tuple(weight.shape)}) can't change its shape in place; "
@@ -259,7 +259,7 @@ def _blocks_train(weight: EffectiveWeight) -> bool:
 
 
 def _refuse_to_train_unseen(func: Operation, values: Sequence[Any]) -> None:
-    """Raise if autograd has recorded an operation with W on a weight that trains."""
+    """Raise if a weight trains: autograd has recorded the operation with W, and not with blocks."""
     weights = [value for value in values if isinstance(value, EffectiveWeight)]
     for weight in weights:
         if weight.base.requires_grad or _blocks_train(weight):

@@ -151,11 +151,14 @@ def _shard_sum_product(
         matrix = matrix.to(x.dtype)
         if dropout:
             x = drop_inputs(x, dropout)
+    # What is multiplied, by the layout and the product:
+    #
     #                            linear    lookup
-    #   out in                   S(x) R    R^T
-    #   in out, index out        R^T       R
-    # R^T is where a weight is used the other way round, as one that an output head and an embedding
-    # share. Stacks and convolutions are always used in their natural way.
+    #   out in                   S(x) R    x R^T
+    #   in out, index out        x R^T     S(x) R
+    #
+    # Two of these use the transposed weight, as where an output head and an embedding share it.
+    # Stacks and convolutions are never used like that.
     is_transposed = layout.in_first != looks_up and len(layout.axes) == 2
     if is_transposed:
         delta = _transposed_shard_sum_product(multiply, x, layout, matrix, geometry)

@@ -71,9 +71,10 @@ class Route:
     def by_adapter(
         self, size: int, device: torch.device
     ) -> tuple[list[tuple[str, Tensor]], Tensor]:
-        """Return each adapter with its indices along a leading dimension, and all these indices.
+        """Return each adapter with the indices of its samples, and all indices in that order.
 
-        Samples without an adapter come last, under an empty name.
+        They count along a leading dimension of this size. Samples without an adapter come last,
+        under an empty name.
         """
         entries = self.entries_of_name(size)
         indices: dict[str, list[int]] = {adapter: [] for adapter in self.adapters}
@@ -111,7 +112,7 @@ class Routed(Updates):
         self,
         route: Route,
         by_adapter: Mapping[str, tuple[Update, ...]],
-        batch: int = 0,  # the number of samples if they are the second dimension
+        second_size: int = 0,  # the number of samples if they are the second dimension, else 0
     ) -> None:
         super().__init__(tuple([update for updates in by_adapter.values() for update in updates]))
         # None even if the route has a single adapter. An operation that needs the same updates for
@@ -119,7 +120,7 @@ class Routed(Updates):
         self.shared = None
         self.route = route
         self.by_adapter = by_adapter
-        self.batch = batch
+        self.second_size = second_size
 
     def shared_for_input(self, x: Tensor, shape: Sequence[int]) -> tuple[Update, ...] | None:
         """Return the updates that all samples of an input have, or None if samples differ.
@@ -148,7 +149,7 @@ class Routed(Updates):
             if of_view is None:
                 return None
             by_adapter[adapter] = tuple(of_view)
-        return Routed(self.route, by_adapter, self.batch)
+        return Routed(self.route, by_adapter, self.second_size)
 
     def for_attention(self, query: Tensor) -> Updates:
         """Return the updates for torch's attention, where samples are the second dimension."""
@@ -169,9 +170,9 @@ class Routed(Updates):
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Return the product of a linear layer, whose weight is (out, in)."""
-        if self.batch:
+        if self.second_size:
             # Samples are the second dimension, or the first two dimensions are flattened.
-            samples_first = x.reshape(-1, self.batch, x.shape[-1]).transpose(0, 1)
+            samples_first = x.reshape(-1, self.second_size, x.shape[-1]).transpose(0, 1)
             output = Routed(self.route, self.by_adapter).linear(samples_first, weight, bias)
             return output.transpose(0, 1).contiguous().view(*x.shape[:-1], output.shape[-1])
         shared = self.shared_for_input(x, weight.shape)
@@ -224,7 +225,8 @@ def _add_routed_products(
 ) -> Tensor:
     """Return an output plus S(x) s R of each sample, where the matrices s R have one shape."""
     size = x.shape[0]
-    r, out_features = next(iter(matrices.values())).shape
+    first, *_ = matrices.values()
+    r, out_features = first.shape
     inputs = x.reshape(size, -1, x.shape[-1])  # (size, tokens, in)
     outputs = output.reshape(size, -1, out_features)  # (size, tokens, out)
     sums, overflow_scale = overflow_safe_shard_sum(inputs, r)  # (size, tokens, r)
@@ -233,19 +235,40 @@ def _add_routed_products(
     has_few_tokens = inputs.shape[1] * route.entries_of_name(size) < FEW_TOKENS
     must_sort = has_few_tokens and len(runs) > len(matrices)
     in_place = not torch.is_grad_enabled() and outputs.is_contiguous() and output.dtype == x.dtype
-    # One way: each run of samples adds its product to its part of the output, in place.
     if in_place and not must_sort:
-        sizes = [entries for _, entries in runs]
-        outputs_of_runs = torch.split(outputs, sizes)
-        sums_of_runs = torch.split(sums, sizes)
-        for (adapter, _), outputs_of_run, sums_of_run in zip(runs, outputs_of_runs, sums_of_runs):
-            if adapter in matrices:
-                flat_outputs = outputs_of_run.view(-1, out_features)
-                flat_sums = sums_of_run.flatten(0, 1)  # (entries * tokens, r)
-                flat_outputs.addmm_(flat_sums, matrices[adapter], alpha=overflow_scale)
-        return outputs.reshape(output.shape)
-    # The other way: the sums are sorted by adapter, and all products are added at once.
-    indices_by_adapter, order = route.by_adapter(size, x.device)
+        _add_run_by_run(outputs, sums, runs, matrices, overflow_scale)
+    else:
+        outputs = _add_sorted_by_adapter(outputs, sums, route, matrices, overflow_scale)
+    return outputs.reshape(output.shape)
+
+
+def _add_run_by_run(
+    outputs: Tensor,
+    sums: Tensor,
+    runs: Sequence[Run],
+    matrices: Mapping[str, Tensor],
+    factor: float,
+) -> None:
+    """Add to each run of samples the product of its shard sums, in place, times a factor."""
+    sizes = [entries for _, entries in runs]
+    outputs_of_runs = torch.split(outputs, sizes)
+    sums_of_runs = torch.split(sums, sizes)
+    for (adapter, _), outputs_of_run, sums_of_run in zip(runs, outputs_of_runs, sums_of_runs):
+        if adapter is not None and adapter in matrices:
+            flat_outputs = outputs_of_run.view(-1, outputs.shape[-1])  # (entries * tokens, out)
+            flat_sums = sums_of_run.flatten(0, 1)  # (entries * tokens, r)
+            flat_outputs.addmm_(flat_sums, matrices[adapter], alpha=factor)
+
+
+def _add_sorted_by_adapter(
+    outputs: Tensor,
+    sums: Tensor,
+    route: Route,
+    matrices: Mapping[str, Tensor],
+    factor: float,
+) -> Tensor:
+    """Return outputs plus the products of shard sums, times a factor: one for each adapter."""
+    indices_by_adapter, order = route.by_adapter(sums.shape[0], sums.device)
     sorted_sums = sums.index_select(0, order)
     parts = torch.split(sorted_sums, [len(indices) for _, indices in indices_by_adapter])
     deltas = []  # (entries, tokens, out) of each adapter
@@ -253,14 +276,12 @@ def _add_routed_products(
         if adapter in matrices:
             deltas.append(sums_of_adapter @ matrices[adapter])
         else:
-            shape = (*sums_of_adapter.shape[:-1], out_features)
+            shape = (*sums_of_adapter.shape[:-1], outputs.shape[-1])
             deltas.append(sums_of_adapter.new_zeros(shape))
-    delta = scaled(torch.cat(deltas), overflow_scale).to(output.dtype)
+    delta = scaled(torch.cat(deltas), factor).to(outputs.dtype)
     if torch.is_grad_enabled():
-        outputs = outputs.index_add(0, order, delta)
-    else:
-        outputs = outputs.index_add_(0, order, delta)
-    return outputs.reshape(output.shape)
+        return outputs.index_add(0, order, delta)
+    return outputs.index_add_(0, order, delta)
 
 
 def _find_matrices_of_one_shape(
@@ -276,9 +297,9 @@ def _find_matrices_of_one_shape(
             matrices[adapter] = terms[0].matrix
     if not matrices:
         return None
-    first = next(iter(matrices.values()))
+    first, *_ = matrices.values()
     if first.shape[-1] != geometry.out_features:
-        return None
+        return None  # a tile
     for matrix in matrices.values():
         if (matrix.shape, matrix.dtype) != (first.shape, first.dtype):
             return None

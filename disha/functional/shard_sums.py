@@ -120,7 +120,10 @@ def tiled(block: Tensor, out_features: int) -> Tensor:
 
 
 def merge_dtype(*dtypes: torch.dtype) -> torch.dtype:
-    """Return the dtype in which updates are added to a weight."""
+    """Return the dtype in which updates are added to a weight of one of these dtypes.
+
+    This is float32, or float64 if one of them is that wide; for complex ones, their counterparts.
+    """
     is_wide = torch.float64 in dtypes or torch.complex128 in dtypes
     if any(dtype.is_complex for dtype in dtypes):
         return torch.complex128 if is_wide else torch.complex64

@@ -115,13 +115,14 @@ def shard_sum_terms(
 ) -> list[ShardSumTerm]:
     """Return the terms of all updates that use shard sums. Those of one shard size are added up."""
     terms: list[ShardSumTerm] = []
-    places: dict[tuple[int, torch.dtype], int] = {}  # of the terms that others can be added to
+    # Shard size and dtype -> where in `terms` the term is to which others like it are added.
+    places: dict[tuple[int, torch.dtype], int] = {}
     for update in updates:
         if not update.method.uses_shard_sum:
             continue
         term = _shard_sum_term(update, layout, geometry)
         if term.dropout or term.chosen is not None:
-            terms.append(term)  # its shard sum, or its choice of matrices, is like no other's
+            terms.append(term)  # it has a shard sum, or a choice of matrices, of its own
             continue
         size_and_dtype = term.matrix.shape[-2], term.matrix.dtype
         if size_and_dtype in places:

@@ -329,7 +329,7 @@ def readapt(
     adapters: Adapters,
     blocks: Mapping[str, nn.Module | None],
 ) -> None:
-    """Give a module its adapted class, its adapters and their blocks back."""
+    """Undo `restore`: give a module its adapted class, its adapters and their blocks back."""
     if CHILD_NAME not in module._modules and cls._is_quantized:
         quantized.attach_hook(module)
     set_class(module, cls)

@@ -113,16 +113,10 @@ class AdapterBlock(nn.Module):
         # Read as attributes: torch 2.15 compiles no guards for items of `__dict__`.
         parameters = self._parameters
         values: Any = parameters.get(self.parameter_name)
-        if "forward" in self.__dict__:
-            # A device hook (accelerate's) replaces forward, and loads the block to its device.
-            values = self._from_hook()
-        elif type(parameters) is not dict and values is not None:
-            # ZeRO-3 has put a dict of its own here. In a forward, looking the block up gathers it;
-            # elsewhere, and in compiled code, only the hooks of a call of this module do.
-            restart_trace(values)
-            values = parameters[self.parameter_name]
-            if values.shape != whole_shape(values):
-                values = self()
+        if "forward" in self.__dict__:  # that of a hook of accelerate
+            values = self._load_by_hook()
+        elif type(parameters) is not dict and values is not None:  # that of ZeRO-3
+            values = self._gather_from_zero()
         if values is None:
             raise ModeError(
                 "an adapter can't act while its block is part of a flat parameter; use "
@@ -142,8 +136,17 @@ class AdapterBlock(nn.Module):
             scale = self.scale_tensor * getattr(compiled, name)
         return Update(self.method, values, scale, dropout, self.slot.output_ranges, r=self.r)
 
-    def _from_hook(self) -> Tensor:
-        """Return the block as accelerate's hook loads it."""
+    def _gather_from_zero(self) -> Tensor:
+        """Return the block with the values that ZeRO-3 gathers from all ranks."""
+        restart_trace(self._parameters[self.parameter_name])
+        # ZeRO-3 has put a dict of its own here. In a forward, looking the block up gathers it;
+        # elsewhere, and in compiled code, only the hooks of a call of this module do.
+        values = self._parameters[self.parameter_name]
+        assert values is not None
+        return values if values.shape == whole_shape(values) else self()
+
+    def _load_by_hook(self) -> Tensor:
+        """Return the block on the device to which accelerate's hook of `forward` loads it."""
         values = self()
         is_copy = self._parameters.get(self.parameter_name) is not values
         if is_copy and self.training and values.requires_grad and torch.is_grad_enabled():
@@ -242,9 +245,9 @@ class AdapterBlock(nn.Module):
 class Original:
     """What unmerging needs of a merged parameter."""
 
-    weight: Tensor  # the former parameter, if another one replaces it, or else its former data
-    dense: bool  # whether a dense weight replaces a quantised one
-    merged: str | None  # the fingerprint of what merging wrote
+    weight: Tensor  # the former parameter, if another one stands in for it, or else its data
+    was_quantized: bool  # whether a dense weight stands in for a quantised one
+    merged_fingerprint: str | None  # of the values that merging wrote, if they have one
 
 
 @dataclass(frozen=True)
@@ -295,7 +298,7 @@ class Adapters(nn.Module):
         """Whether a dense merged weight stands in for a quantised one."""
         if self.merged is None:
             return False
-        return any(original.dense for original in self.merged.originals.values())
+        return any(original.was_quantized for original in self.merged.originals.values())
 
     def __iter__(self) -> Iterator[str]:
         yield from list(self._modules)  # a copy: another thread may add one

@@ -17,9 +17,9 @@ _FLAGS = "_disha_training"
 class _Flag(NamedTuple):
     """What a module remembers of one of its parameters."""
 
-    first: bool  # its requires_grad before disha first changed it
-    adapter: str | None = None  # the adapter that it trains with
-    without: bool = False  # its requires_grad without that adapter
+    original: bool  # its requires_grad before disha first changed it
+    adapter: str | None = None  # the adapter that it trains with, if `also_train` named it
+    without_adapter: bool = False  # its requires_grad when that adapter is removed
 
 
 def attributes_of(module: nn.Module) -> dict[str, Any]:
@@ -38,12 +38,12 @@ def set_requires_grad(module: nn.Module, name: str, flag: bool) -> None:
 
 
 def restore_flags(module: nn.Module) -> None:
-    """Give the module's parameters their first flags back, and forget everything."""
+    """Give the module's parameters their original flags back, and forget everything."""
     for name, flag in attributes_of(module).pop(_FLAGS, {}).items():
         # As a plain dict: in the one that ZeRO-3 puts there, a lookup may gather the parameter.
         parameter = dict(module._parameters).get(name)
         if parameter is not None:
-            parameter.requires_grad = flag.first
+            parameter.requires_grad = flag.original
 
 
 def keep_flags(parameters: Iterable[tuple[Any, Any, str]], undo: ExitStack) -> None:
@@ -67,21 +67,27 @@ def keep_flags(parameters: Iterable[tuple[Any, Any, str]], undo: ExitStack) -> N
 
 
 def claim_parameter(module: nn.Module, adapter: str, name: str, flag_without: bool) -> None:
-    """Train a parameter of the module together with an adapter."""
+    """Train a parameter of the module together with an adapter.
+
+    When the adapter is removed, the parameter gets `flag_without` as its requires_grad.
+    """
     parameter: Any = module._parameters[name]
     flags = attributes_of(module).setdefault(_FLAGS, {})
-    first = flags[name].first if name in flags else parameter.requires_grad
-    flags[name] = _Flag(first, adapter, flag_without)
+    original = flags[name].original if name in flags else parameter.requires_grad
+    flags[name] = _Flag(original, adapter, flag_without)
     parameter.requires_grad = True
 
 
 def release_parameters(module: nn.Module, adapter: str) -> None:
-    """Give the parameters of the module that an adapter trains their flags without it."""
+    """Let the parameters of the module that train with an adapter no longer do so.
+
+    They get the flags that they have without it.
+    """
     flags = attributes_of(module).get(_FLAGS, {})
     for name, flag in list(flags.items()):
         if flag.adapter == adapter:
-            flags[name] = _Flag(flag.first)
-            set_requires_grad(module, name, flag.without)
+            flags[name] = _Flag(flag.original)
+            set_requires_grad(module, name, flag.without_adapter)
 
 
 def is_claimed(module: nn.Module, name: str, adapter: str | None = None) -> bool:

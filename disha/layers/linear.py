@@ -176,7 +176,7 @@ class BoneLinear(_LinearWithAdapter):
         ['disha.default.bone_block']
     """
 
-    _original_class = nn.Linear  # of each class, as `refuse_changed_class` asks
+    _original_class = nn.Linear  # not inherited: `refuse_changed_class` asks the class itself
     method = "bone"
 
 
@@ -202,5 +202,5 @@ class BatLinear(_LinearWithAdapter):
         torch.Size([8, 4, 4])
     """
 
-    _original_class = nn.Linear  # of each class, as `refuse_changed_class` asks
+    _original_class = nn.Linear  # not inherited: `refuse_changed_class` asks the class itself
     method = "bat"

@@ -86,10 +86,11 @@ def _packs_weight(module: nn.Module) -> bool:
         nn.Embedding.forward,
     )
     if has_forward_of_torch and "forward" not in module.__dict__:
-        return False
+        return False  # it multiplies by a dense weight
     if _can_dequantize(module):
         return True
-    # Numbers take at least one bit each. Scales and zero points take less memory than that.
+    # A packed weight has at least one bit for each number. So a smaller tensor is no weight: it
+    # has scales, or zero points.
     inputs, outputs = sizes
     return any(
         tensor.dtype not in _NEVER_PACKED and tensor.nbytes * 8 >= inputs * outputs
@@ -133,7 +134,7 @@ def dequantize(module: nn.Module, weight: Any) -> Tensor:
 
 
 def weight_for(method: Method, module: nn.Module, slot: Slot, weight: Any, like: Tensor) -> Tensor:
-    """Return the dense weight if the method reads W, or else an empty tensor of its shape."""
+    """Return the dense weight if the method reads W, or else a tensor that has only its shape."""
     assert slot.shape is not None
     if method.reads_weight:
         return dequantize(module, weight)

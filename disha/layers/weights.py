@@ -13,7 +13,8 @@ A sharded weight (DTensor) stays sharded in all of them; `start_of` gathers it.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -33,27 +34,36 @@ from disha.sharding.zero import whole_shape
 
 def read_weight(module: nn.Module, name: str) -> Any:
     """Return a weight of a module without updates, or None if it has none of that name."""
-    # In training mode, torch's spectral_norm updates its estimate whenever the weight is read, so
-    # parametrizations are in evaluation mode meanwhile.
-    computed = module._modules.get("parametrizations")
-    trained = []
-    if computed is not None:
-        trained = [part for part in computed.modules() if part.training]
     original = original_class(module)
-    try:
-        for part in trained:
-            part.training = False
+    with _parametrizations_in_evaluation(module):
         if original is type(module):
             return getattr(module, name, None)
-        return base_reader(original, name)(module)
-    except AttributeError as error:
-        raise ArgumentError(
-            f"the adapted {name} of a {type(module).__name__} is gone, for example because a "
-            "parametrization has replaced it; undo that change first "
-            "(torch.nn.utils.parametrize.remove_parametrizations)"
-        ) from error
+        try:
+            return base_reader(original, name)(module)
+        except AttributeError as error:
+            raise ArgumentError(
+                f"the adapted {name} of a {type(module).__name__} is gone, for example because a "
+                "parametrization has replaced it; undo that change first "
+                "(torch.nn.utils.parametrize.remove_parametrizations)"
+            ) from error
+
+
+@contextmanager
+def _parametrizations_in_evaluation(module: nn.Module) -> Iterator[None]:
+    """Run the body while the parametrizations of a module are in evaluation mode.
+
+    In training mode, torch's spectral_norm updates its estimate whenever the weight is read.
+    """
+    computed = module._modules.get("parametrizations")
+    in_training = []
+    if computed is not None:
+        in_training = [part for part in computed.modules() if part.training]
+    try:
+        for part in in_training:
+            part.training = False
+        yield
     finally:
-        for part in trained:
+        for part in in_training:
             part.training = True
 
 
@@ -119,7 +129,7 @@ def base_of(layer: nn.Module, slot: Slot) -> Tensor:
 
 
 def slots_of(layer: Any, adapters: Iterable[str]) -> dict[str, Slot]:
-    """Return parameter -> a slot of it, for each parameter that one of the adapters changes."""
+    """Return each parameter that one of the adapters changes -> the slot of its first block."""
     slots = {}
     for parameter, by_adapter in layer.disha.all_blocks.items():
         for adapter, blocks in by_adapter.items():

@@ -145,7 +145,9 @@ def merge(
                     )
                 key = id(layer._parameters[parameter]), merging[name]
                 if key not in merged_once:
-                    merged_once[key] = _compute_merged(name, layer, slot, adapters, bool(others))
+                    merged_once[key] = _compute_merged(
+                        name, layer, slot, adapters, unties=bool(others)
+                    )
                 originals[parameter], new = merged_once[key]
                 _replace(layer, parameter, new, undo)
             _set_merged(layer, Merged(adapters, originals), undo)
@@ -167,13 +169,13 @@ def _list_merging_blocks(
 def _list_other_readers(
     view: ModelView, name: str, merging: Mapping[str, frozenset[AdapterBlock]]
 ) -> list[str]:
-    """Return the other names of a parameter under which it does not see the same updates."""
+    """Return the other names of a parameter, of modules that do not see the same updates of it."""
     names = view.parameters_by_name[name].names
     return [other for other in names if merging.get(other) != merging[name]]
 
 
 def _replace(module: nn.Module, name: str, new: Tensor, undo: ExitStack) -> None:
-    """Put a parameter in the place of another, or a tensor in the place of its data.
+    """Replace a parameter by a new parameter, or only its data by a plain tensor.
 
     Only a new parameter can have another dtype, or leave modules that share the old one as they
     are.
@@ -260,8 +262,9 @@ def _change_since_merging(layer: AdaptedLayer, parameter: str, original: Origina
         return None  # the values are on another device
     if getattr(layer, "max_norm", None) is not None:
         return None  # the forward of an embedding scales rows of whatever its weight is
-    digits = fingerprint(now)
-    if digits is None or original.merged is None or same_base(digits, original.merged):
+    written = original.merged_fingerprint
+    found = fingerprint(now)
+    if found is None or written is None or same_base(found, written):
         return None
     return "changed"
 
@@ -277,7 +280,7 @@ def _refuse_sharded(view: ModelView, action: str) -> None:
 def _choose(
     view: ModelView, adapter: str | Sequence[str] | None
 ) -> dict[AdaptedLayer, tuple[str, ...]]:
-    """Return each layer -> the adapters to merge into it."""
+    """Return each layer -> the adapters to merge into it, by default its active ones."""
     adapters = None if adapter is None else check_names(view, adapter)
     chosen = {}
     for layer in view.layers:
@@ -324,9 +327,12 @@ def _reason_against(layer: AdaptedLayer, slot: Slot, dense: bool) -> str | None:
 
 
 def _compute_merged(
-    name: str, layer: AdaptedLayer, slot: Slot, adapters: tuple[str, ...], shared: bool
+    name: str, layer: AdaptedLayer, slot: Slot, adapters: tuple[str, ...], *, unties: bool
 ) -> tuple[Original, Tensor]:
-    """Return the original of a weight, and what replaces it."""
+    """Return the original of a weight, and what `_replace` puts in its place.
+
+    If it `unties` the weight, this is a new parameter, because other modules keep the old one.
+    """
     parameter = layer._parameters[slot.parameter]
     assert parameter is not None
     with without_autocast(parameter.device):
@@ -339,12 +345,13 @@ def _compute_merged(
     if parameter.is_inference():  # it can only get data that is made in inference mode as well
         with torch.inference_mode():
             merged = merged.clone()
-    dense = quantization_of(layer, parameter) is not None
+    was_quantized = quantization_of(layer, parameter) is not None
     written = fingerprint(merged)
-    if not shared and not dense:  # the parameter stays the same object, and gets other data
-        return Original(parameter.data, dense, written), merged
-    new = nn.Parameter(merged, requires_grad=parameter.requires_grad)
-    return Original(parameter, dense, written), new
+    if unties or was_quantized:
+        new = nn.Parameter(merged, requires_grad=parameter.requires_grad)
+        return Original(parameter, was_quantized, written), new
+    # The parameter stays the same object, and gets other data.
+    return Original(parameter.data, was_quantized, written), merged
 
 
 def _get_original(layer: AdaptedLayer, name: str, original: Original) -> Tensor:
@@ -359,7 +366,7 @@ def _get_original(layer: AdaptedLayer, name: str, original: Original) -> Tensor:
         )
     if not isinstance(former, nn.Parameter):  # only data, and the parameter may have moved since
         return former.to(device=now.device, dtype=now.dtype)
-    if not original.dense or former.device == now.device:
+    if not original.was_quantized or former.device == now.device:
         return former
     moved = former.to(now.device)  # a parameter, if its class defines `to`
     return moved if isinstance(moved, nn.Parameter) else nn.Parameter(moved, requires_grad=False)
