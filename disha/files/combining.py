@@ -81,7 +81,7 @@ def combine_adapters(
     if not isinstance(weights, Mapping) or not weights:
         raise ArgumentTypeError(f"weights must be a dict of adapter -> number, got {weights!r}")
     if r is not None:
-        AdapterConfig(r)  # raises if r is no size of a shard
+        AdapterConfig(r)  # raises if r can't be a shard size
     view = ModelView(model)
     view.check_can_add(into, "combine adapters", "combine first, then wrap")
     summands = []

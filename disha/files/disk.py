@@ -109,7 +109,7 @@ def _explain_failures(target: Path) -> Iterator[None]:
 
 def _save_once(writers: Mapping[Path, Writer]) -> bool:
     """Save, and return True; or return False if another save has removed a draft."""
-    # Of saves that were killed, or that end before this one.
+    # These belong to saves that were killed, or that end before this one.
     other_drafts = {target: _drafts_of(target) for target in writers}
     drafts = {target: target.with_name(f".{target.name}.{token_hex(4)}.tmp") for target in writers}
     try:
@@ -153,7 +153,7 @@ def _write_draft(draft: Path, target: Path, write: Writer) -> None:
 
 
 def _drafts_of(target: Path) -> list[Path]:
-    """Return the drafts of a target that are on the disk now, of whatever save."""
+    """Return the drafts of a target that are on the disk now, those of all saves."""
     token = "[0-9a-f]" * 8
     return list(target.parent.glob(f".{escape(target.name)}.{token}.tmp"))
 

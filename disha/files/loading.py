@@ -326,7 +326,7 @@ def _take_settings(incoming: _Incoming, undo: ExitStack) -> None:
         block = model_block.block
         former = block.config
         # New blocks have this configuration already, and new rows keep their own.
-        if former is not config and not record.is_beside(config):
+        if former is not config and not record.has_new_rows(config):
             undo.callback(block.reconfigure, former)
             block.reconfigure(with_sizes_of(former))
         if block.scale != record.scale:

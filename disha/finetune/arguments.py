@@ -315,8 +315,8 @@ class TrainingArguments(SFTConfig):  # type: ignore[misc]
             self.resume_from_checkpoint = None
         elif not Path(chosen, TRAINER_STATE).is_file():
             raise ArgumentError(
-                f"--resume_from_checkpoint {chosen} is no complete checkpoint of a run; --resume "
-                "goes on from the last one"
+                f"--resume_from_checkpoint {chosen} is not a complete checkpoint of a run; "
+                "--resume goes on from the last one"
             )
 
 
@@ -335,7 +335,7 @@ Parsed = tuple[AdapterArguments, DataArguments, TrainingArguments]
 def parse_flags(words: Sequence[str]) -> Parsed:
     """Return the settings that the words of a command line give. Help is printed, and exits."""
     parser = _parser(shows_all="--help_all" in words)
-    _tell_repeated_lists(words, parser)
+    _warn_of_repeated_lists(words, parser)
     flags, _ = parser.parse_known_args(words)
     if flags.config is not None:
         words = [*_read_flags(Path(flags.config)), *words]
@@ -377,7 +377,7 @@ def _size_for_rate(flags: argparse.Namespace) -> int | None:
     return count_parameters(flags.base)
 
 
-def _tell_repeated_lists(words: Sequence[str], parser: argparse.ArgumentParser) -> None:
+def _warn_of_repeated_lists(words: Sequence[str], parser: argparse.ArgumentParser) -> None:
     """Warn of a flag with several values that comes twice: as in trl, the last one alone counts."""
     for action in parser._actions:
         named = [word for word in words if word.partition("=")[0] in action.option_strings]

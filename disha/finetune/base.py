@@ -82,18 +82,13 @@ def load_base(
         options["quantization_config"] = GgufConfig(dequantize=True)
     if bits in FEW_BITS:
         options["quantization_config"] = _quantization(name, bits, dtype)
+    model: Any
     try:
         if not file:
             _require_causal(AutoConfig.from_pretrained(source), name)
         tokenizer = AutoTokenizer.from_pretrained(source, **file)
-        missing: list[str] = []
-        model: Any
         if fake is None:
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                source, **file, **options, output_loading_info=True
-            )
-            model, loading = loaded
-            missing = sorted(loading["missing_keys"])
+            model = _load_complete(name, source, {**file, **options})
         else:
             config = AutoConfig.from_pretrained(source, **file)
             with fake:
@@ -102,10 +97,6 @@ def load_base(
         raise
     except (OSError, ValueError, ImportError) as error:
         raise ArgumentError(f"can't load the base {name}: {error}") from error
-    if missing:  # transformers fills them with random values
-        raise ArgumentError(
-            f"the base {name} has no values for {first_few(missing, 3, ', ')}; get it again"
-        )
     if device is not None and device.type == "meta":
         _give_memory(model)
     if bits == "4" and fake is None:
@@ -124,6 +115,18 @@ def load_base(
     if tokenizer.chat_template:
         _end_with_turns(model.generation_config, tokenizer)
     return model, tokenizer
+
+
+def _load_complete(name: str, source: str, options: Mapping[str, Any]) -> PreTrainedModel:
+    """Return the model of a base, or raise if the base lacks values of it."""
+    loaded: Any = AutoModelForCausalLM.from_pretrained(source, **options, output_loading_info=True)
+    model, loading = loaded
+    missing = sorted(loading["missing_keys"])
+    if missing:  # transformers has filled them with random values
+        raise ArgumentError(
+            f"the base {name} has no values for {first_few(missing, 3, ', ')}; get it again"
+        )
+    return model
 
 
 def make_without_values(

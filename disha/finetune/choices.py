@@ -105,8 +105,8 @@ def _shorten(count: int) -> str:
 
 def describe(device: Device, choices: Mapping[str, Choice]) -> str:
     """Return a line that says what was chosen and why, in the flags that would ask for it."""
-    told = []
+    flags = []
     for name in ("bits", "gradient_checkpointing", "learning_rate"):
         choice = choices[name]
-        told.append(f"--{name} {str(choice.value).lower()} ({choice.reason})")
-    return f"on {device.kind}: {', '.join(told)}"
+        flags.append(f"--{name} {str(choice.value).lower()} ({choice.reason})")
+    return f"on {device.kind}: {', '.join(flags)}"

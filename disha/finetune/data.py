@@ -40,35 +40,12 @@ AS_WRITTEN = {"csv": TEXT, "json": Json()}
 
 def load_rows(data: str, split: str = "train") -> Dataset:
     """Return the rows of a file, a glob, a folder or a data set; `split` is as in `datasets`."""
-    suffix = Path(data.removesuffix(".gz")).suffix.lower()
     files = sorted(glob.glob(data))
     if Path(data).is_file():  # a name may hold [ or *
         files = [data]
-    builder = data
-    options = dict[str, Any]()
-    if suffix in BUILDERS:
-        builder = BUILDERS[suffix]
-        options["data_files"] = [glob.escape(file) for file in files]
-        if not any(Path(file).stat().st_size for file in files):
-            raise ArgumentError(f"there is no file {data}, or it is empty")
-    elif files and not Path(data).is_dir():
-        raise ArgumentError(f"{data} must end with one of {', '.join(BUILDERS)}")
-    if suffix == ".tsv":
-        options["delimiter"] = "\t"
+    builder, options = _choose_builder(data, files)
     try:
-        rows = load_dataset(builder, split=split, **options)
-        # What was taken for a number or a date, such as 007, is read again as it is written.
-        read_by = rows.info.builder_name
-        kinds = {
-            name: AS_WRITTEN.get(read_by, kind)
-            for name, kind in rows.features.items()
-            if read_by == "csv" or "timestamp[" in str(kind)
-        }
-        if read_by == "csv":  # text such as NA is not a missing value
-            options |= {"keep_default_na": False, "na_values": [""]}
-        if kinds:
-            options["features"] = Features(rows.features | kinds)
-            rows = load_dataset(builder, split=split, **options)
+        rows = _read_as_written(builder, split, options)
     except (DatasetGenerationError, OSError, ValueError) as error:
         if len(files) > 1:
             for file in files:  # the one that is wrong raises
@@ -86,6 +63,40 @@ def load_rows(data: str, split: str = "train") -> Dataset:
         _name_unread_files(data)
     rows.info.description = data if split == "train" else f"{data}, {split}"
     return rows
+
+
+def _choose_builder(data: str, files: Sequence[str]) -> tuple[str, dict[str, Any]]:
+    """Return the name by which `datasets` reads these files, or a data set, and its options."""
+    suffix = Path(data.removesuffix(".gz")).suffix.lower()
+    options = dict[str, Any]()
+    if suffix not in BUILDERS:
+        if files and not Path(data).is_dir():
+            raise ArgumentError(f"{data} must end with one of {', '.join(BUILDERS)}")
+        return data, options
+    if not any(Path(file).stat().st_size for file in files):
+        raise ArgumentError(f"there is no file {data}, or it is empty")
+    options["data_files"] = [glob.escape(file) for file in files]
+    if suffix == ".tsv":
+        options["delimiter"] = "\t"
+    return BUILDERS[suffix], options
+
+
+def _read_as_written(builder: str, split: str, options: dict[str, Any]) -> Dataset:
+    """Return rows whose values are as they are written: 007 is no number, and NA is a text."""
+    rows = load_dataset(builder, split=split, **options)
+    read_by = rows.info.builder_name
+    # What `datasets` has taken for a number or a date is read a second time.
+    kinds = {
+        name: AS_WRITTEN.get(read_by, kind)
+        for name, kind in rows.features.items()
+        if read_by == "csv" or "timestamp[" in str(kind)
+    }
+    if not kinds:
+        return rows
+    options = {**options, "features": Features(rows.features | kinds)}
+    if read_by == "csv":  # which has text such as NA for missing values
+        options |= {"keep_default_na": False, "na_values": [""]}
+    return load_dataset(builder, split=split, **options)
 
 
 def _name_unread_files(folder: str) -> None:

@@ -265,7 +265,9 @@ def _join_parts(parts: Sequence[Any], field: str) -> str:
     texts = []
     for part in parts:
         if not isinstance(part, Mapping):
-            raise ValueError(f"{field} is a list and no text, {brief(parts)}; join it to one text")
+            raise ValueError(
+                f"{field} is a list that is not of texts, {brief(parts)}; join it to one text"
+            )
         if not isinstance(part.get("text"), str):
             kind = part.get("type", "unknown")
             raise ValueError(f"a part of {field} is of type {kind}, and only text can be learned")
@@ -327,7 +329,8 @@ class _Conversations:
         if "tools" in row:
             formed["tools"] = _parse_json(row["tools"], "tools")
         if "chat_template_kwargs" in row:
-            formed["chat_template_kwargs"] = _parse_json(row["chat_template_kwargs"], "it") or {}
+            options = _parse_json(row["chat_template_kwargs"], "chat_template_kwargs")
+            formed["chat_template_kwargs"] = options or {}
         learned = _find_learned_answers(messages)
         if self._learn_all and any(message.get("weight") == 0 for message in messages):
             raise ValueError(
@@ -339,6 +342,17 @@ class _Conversations:
         self._require_shown(messages, **formed)
         if self._learn_all:
             return {"messages": messages, **formed}
+        first, last = self._choose_completion(messages, learned)
+        return {"prompt": messages[:first], "completion": messages[first : last + 1], **formed}
+
+    def _choose_completion(
+        self, messages: Sequence[Message], learned: Sequence[int]
+    ) -> tuple[int, int]:
+        """Return the places of the first and the last message of what `trl` learns.
+
+        Where it can mark answers, it learns all answers in the completion, and so it starts at the
+        first answer to learn. Elsewhere, it learns the completion whole: the last answer alone.
+        """
         first = learned[0]
         last = learned[-1]
         if not self._marks_answers:
@@ -353,7 +367,7 @@ class _Conversations:
             raise ValueError(
                 "it begins with an answer; put a question before it, or give it the weight 0"
             )
-        return {"prompt": messages[:first], "completion": messages[first : last + 1], **formed}
+        return first, last
 
     def _note_keys(self, message: Message) -> None:
         """Remember what else a message has. Texts are looked for when they are rendered."""
@@ -505,7 +519,7 @@ def _messages(value: Any, field: str) -> list[Message]:
     given = _parse_json(value, field)
     if not isinstance(given, list) or not given:
         raise ValueError(f"{field} must be a list of messages, got {brief(given)}")
-    return [_message(said) for said in given]
+    return [_message(item) for item in given]
 
 
 def _message(given: Any) -> Message:
@@ -561,4 +575,4 @@ def _parse_json(value: Any, field: str) -> Any:
     try:
         return json.loads(value)
     except ValueError as error:
-        raise ValueError(f"{field} is a text, and no JSON ({error}): {brief(value)}") from error
+        raise ValueError(f"{field} is a text that is not JSON ({error}): {brief(value)}") from error

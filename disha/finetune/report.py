@@ -80,7 +80,7 @@ class Proof:
 
 
 def prove(base: Base, path: Path, training: SFTConfig, outcome: Outcome) -> Proof:
-    """Load a saved adapter into the base anew, let both answer, and measure the loss."""
+    """Load the base again and the saved adapter into it, let both answer, and measure the loss."""
     training = copy.copy(training)
     training.report_to = []
     training.deepspeed_plugin = None  # accelerate keeps the first one

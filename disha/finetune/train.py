@@ -85,7 +85,7 @@ def run(
             print(f"\nto go on: {shlex.join(['disha', 'finetune', *words, '--resume'])}")
         raise
     del trainer
-    gc.collect()  # the base is loaded anew, and may fill the memory
+    gc.collect()  # the base is loaded again, and may fill the memory
     proof = prove(base, folder / ADAPTER_NAME, training, outcome)
     if training.process_index == 0:
         if adapter.merge:
@@ -147,7 +147,7 @@ def _make_trainer(
     """Return a trainer for a base with the adapter, and for the rows."""
     sets, held_out = _read_sets(data)
     notes = _notes_of_run(adapter, training)
-    # A row that can't be used is told before the base is loaded, which takes longer.
+    # A row that can't be used raises here, before the base is loaded, which takes longer.
     tokenizer = load_tokenizer(base.name, notes)
     rows, held_out = _form_sets(sets, held_out, data, training, tokenizer)
     let_first_rank_load(base, training)
@@ -291,8 +291,8 @@ def _train(trainer: Trainer, folder: Path) -> Outcome:
     if resumed_from is not None:
         _require_same_base(trainer, resumed_from)
         if not (training.fsdp or training.deepspeed):  # they have files of their own
-            _tell_lost_state(Path(resumed_from))
-    if resumed_from is None and training.process_index == 0:
+            _warn_of_lost_state(Path(resumed_from))
+    elif training.process_index == 0:
         _clear(folder)
     trainer.train(resume_from_checkpoint=resumed_from)
     state = trainer.state
@@ -318,12 +318,12 @@ def _require_same_base(trainer: Trainer, checkpoint: str) -> None:
         disha.load_adapter(trainer.model, checkpoint, replace=True)
 
 
-def _tell_lost_state(checkpoint: Path) -> None:
-    """Warn of a checkpoint without the states that `Trainer` then makes anew, in silence."""
+def _warn_of_lost_state(checkpoint: Path) -> None:
+    """Warn of a checkpoint that lacks states: `Trainer` would start with new ones, in silence."""
     lost = [name for name in ("optimizer.pt", "scheduler.pt") if not (checkpoint / name).exists()]
     if lost:
         warnings.warn(
-            f"{checkpoint} has no {' and no '.join(lost)}: optimizer and schedule begin anew",
+            f"{checkpoint} has no {' and no '.join(lost)}, so these start from the beginning",
             stacklevel=2,
         )
 

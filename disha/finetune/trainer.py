@@ -6,8 +6,9 @@ import copy
 import math
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,7 +30,15 @@ cache. trl's own tiles of 32,768 columns suit its kernel for a GPU."""
 
 
 class Trainer(SFTTrainer):  # type: ignore[misc]
-    """An `SFTTrainer` that can group rows by length, and says how many rows it has to cut."""
+    """An `SFTTrainer` that can group rows by length, and says how many rows it has to cut.
+
+    `train` sets these attributes, which the end of a run and its report need.
+    """
+
+    measured_on: str  # the rows whose loss is measured: "training" or "held-out"
+    notes_of: Callable[[Path], dict[str, str]]  # the notes for an adapter file at a path
+    base_notes: dict[str, str]  # the notes without that of the base
+    has_values: bool  # whether the base has its values on this rank, and not only on another
 
     def __init__(self, *given: Any, **named: Any) -> None:
         super().__init__(*given, **named)

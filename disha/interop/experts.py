@@ -8,7 +8,7 @@ and B is (expert, out, r). Two forms of LoRA hold such factors:
   adapted, the keys of the first have `base_layer` in them. vLLM reads it for GPT-OSS.
 - *separate*, a LoRA for each matrix of each expert. It is only written. SGLang reads it, and vLLM
   does for Mixtral and Qwen3-MoE. The rows of `gate_up_proj` are those of gate and up: first all of
-  gate, or by turns (GPT-OSS). Both get A, and their rows of B.
+  gate, or one of each in turn (GPT-OSS). Both get A, and their rows of B.
 
 Source: PEFT 0.21, `ParamWrapper`; vLLM 0.33, `LoRAModelManager`; SGLang 0.5.23, `LoRAAdapter`.
 """
@@ -50,13 +50,13 @@ class Family:
     gate: str = "gate_proj"
     up: str = "up_proj"
     down: str = "down_proj"
-    by_turns: bool = False  # whether the rows of gate and up take turns
+    alternates: bool = False  # whether the rows of gate and up alternate
 
     def projections(self, stack: str, b: Tensor) -> dict[str, Tensor]:
         """Return the projections in a stack, each with its rows of B (expert, out, r)."""
         if stack == DOWN:
             return {self.down: b}
-        rows = "(row two)" if self.by_turns else "(two row)"
+        rows = "(row two)" if self.alternates else "(two row)"
         gate, up = rearrange(b, f"expert {rows} r -> two expert row r", two=2)
         return {self.gate: gate, self.up: up}
 
@@ -67,7 +67,7 @@ FAMILIES = {
     "qwen3_moe": Family(SEPARATE_BEFORE),
     "olmoe": Family(SEPARATE_BEFORE),
     "deepseek_v3": Family(SEPARATE_BEFORE),
-    "gpt_oss": Family(Layout("expert in out"), by_turns=True),
+    "gpt_oss": Family(Layout("expert in out"), alternates=True),
 }
 """Model type in `transformers` -> how its models name and store experts."""
 

@@ -304,7 +304,7 @@ def _contents_of(
     weights = [join(name, "weight") for name in blocks]
     shapes = shapes_of([*weights, *others])
     problems = [
-        f"{name}: it is no block, and not in a module that modules_to_save names"
+        f"{name}: it is not a block, and not in a module that modules_to_save names"
         for name in folder.tensors
         if name not in others and not name.endswith(FROZEN)
     ]

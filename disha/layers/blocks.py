@@ -116,7 +116,7 @@ class AdapterBlock(nn.Module):
         if "forward" in self.__dict__:  # that of a hook of accelerate
             values = self._load_by_hook()
         elif type(parameters) is not dict and values is not None:  # that of ZeRO-3
-            values = self._gather_from_zero()
+            values = self._gather_from_zero(values)
         if values is None:
             raise ModeError(
                 "an adapter can't act while its block is part of a flat parameter; use "
@@ -136,13 +136,12 @@ class AdapterBlock(nn.Module):
             scale = self.scale_tensor * getattr(compiled, name)
         return Update(self.method, values, scale, dropout, self.slot.output_ranges, r=self.r)
 
-    def _gather_from_zero(self) -> Tensor:
+    def _gather_from_zero(self, parameter: Any) -> Tensor:
         """Return the block with the values that ZeRO-3 gathers from all ranks."""
-        restart_trace(self._parameters[self.parameter_name])
+        restart_trace(parameter)
         # ZeRO-3 has put a dict of its own here. In a forward, looking the block up gathers it;
         # elsewhere, and in compiled code, only the hooks of a call of this module do.
-        values = self._parameters[self.parameter_name]
-        assert values is not None
+        values: Any = self._parameters[self.parameter_name]
         return values if values.shape == whole_shape(values) else self()
 
     def _load_by_hook(self) -> Tensor:

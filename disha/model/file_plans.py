@@ -99,7 +99,7 @@ def _plan_as_recorded(
     values: Tensor,
 ) -> PlannedLayer:
     """Return a weight with the block and the rows of the file, and its layout if none is known."""
-    if record.is_beside(config):
+    if record.has_new_rows(config):
         config = configure_rows(config, {})
     slot = layer.slot
     if slot is None and layer.attribute:

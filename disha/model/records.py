@@ -39,10 +39,10 @@ class LayerRecord:
         """The block's key in the file."""
         return join(self.name, block_name(self.method))
 
-    def is_beside(self, config: AdapterConfig) -> bool:
-        """Whether these are new rows, which are trained beside an adapter of this configuration.
+    def has_new_rows(self, config: AdapterConfig) -> bool:
+        """Whether it has new rows (`also_train_rows`) beside the layers of this configuration.
 
-        Only new rows have another method than their adapter's configuration.
+        Only these have another method than their adapter's configuration.
         """
         return self.method != config.method
 

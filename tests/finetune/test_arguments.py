@@ -107,7 +107,7 @@ def test_help(capsys, word, shows_all):
         ("--report_to nobody", "nobody is not supported"),
         ("--fsdp full_shard", "--fsdp shards the base among several processes; start them"),
         ("--load_best_model_at_end", "save and eval strategy to match"),
-        ("--resume_from_checkpoint no/such", "no/such is no complete checkpoint of a run"),
+        ("--resume_from_checkpoint no/such", "no/such is not a complete checkpoint of a run"),
         ("--per_device_eval_batch_size 0", "--per_device_eval_batch_size must be at least 1"),
         ("--gradient_accumulation_steps 0", "--gradient_accumulation_steps must be at least 1"),
         ("--learning_rate -1", "--learning_rate must not be negative, got -1"),

@@ -182,12 +182,15 @@ def answered(*contents):
     [
         ({"query": "q", "response": None}, "no text as response"),
         ({"query": {"a": 1}, "response": "r"}, "no text as query"),
-        ({"query": ["a", "b"], "response": "r"}, "query is a list and no text, .'a', 'b'."),
+        (
+            {"query": ["a", "b"], "response": "r"},
+            "query is a list that is not of texts, ",
+        ),
         ({"query": "q", "response": " "}, "response is empty"),
         ({"prompt": "p", "completion": None}, "no text as completion"),
         ({"prompt": "p", "completion": ""}, "completion is empty"),
         ({"text": None}, "no text as text"),
-        ({"messages": "a text"}, "messages is a text, and no JSON"),
+        ({"messages": "a text"}, "messages is a text that is not JSON"),
         ({"messages": []}, "must be a list of messages"),
         ({"messages": TALK[:1]}, "no answer to learn"),
         ({"messages": TALK[1:]}, "begins with an answer"),
@@ -197,7 +200,7 @@ def answered(*contents):
         ({"messages": answered({"content": "b", "weight": 0.5})}, "weight .* 0 or 1, got 0.5"),
         ({"messages": answered({"content": [{"type": "image", "url": "u"}]})}, "of type image"),
         ({"messages": [SYSTEM, *TALK], "system": "s"}, "a text in the column system"),
-        ({"conversations": [{"from": "function_call", "value": "f(1)"}]}, "no JSON"),
+        ({"conversations": [{"from": "function_call", "value": "f(1)"}]}, "not JSON"),
         ({**PAIR, "history": [["a"]]}, "history needs pairs of question and answer"),
     ],
 )

@@ -533,11 +533,11 @@ def test_a_row_that_can_not_be_used_is_told_before_the_base_is_loaded(
 
 
 def test_a_checkpoint_without_the_state_of_the_optimizer_is_told(tmp_path):
-    with pytest.warns(UserWarning, match=r"no optimizer\.pt and no scheduler\.pt: .* begin anew"):
-        train._tell_lost_state(tmp_path)
+    with pytest.warns(UserWarning, match=r"no optimizer\.pt and no scheduler\.pt, so these start"):
+        train._warn_of_lost_state(tmp_path)
     for name in ("optimizer.pt", "scheduler.pt"):
         (tmp_path / name).touch()
-    train._tell_lost_state(tmp_path)  # a warning would be an error here
+    train._warn_of_lost_state(tmp_path)  # a warning would be an error here
 
 
 def test_a_checkpoint_holds_what_the_final_file_holds(finetune, tmp_path, tiny, chatty, capsys):

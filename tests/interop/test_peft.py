@@ -594,7 +594,7 @@ BAD = {
         with_tensor("scale", lambda t: torch.zeros(6, dtype=torch.float64)),
         "scale: it does not train, and differs",
     ),
-    "a tensor more": (with_tensor("more", lambda t: torch.zeros(6)), "more: it is no block"),
+    "a tensor more": (with_tensor("more", lambda t: torch.zeros(6)), "more: it is not a block"),
 }  # fmt: skip
 
 

@@ -33,6 +33,10 @@ WEIGHTS = (".safetensors", ".index.json", ".bin", ".pt", ".pth", ".gguf", ".onnx
 """Endings of the names of weight files and their indexes, which are not copied."""
 
 
+ALL = ...
+"""The index of all that a tensor has."""
+
+
 @dataclass(frozen=True)
 class MergedCheckpoint:
     """What `merge_into_checkpoint` has written; printable.
@@ -149,7 +153,7 @@ def _check_target(out: Path, checkpoint: Checkpoint, overwrite: bool) -> None:
     is_full = out.is_dir() and any(out.iterdir())
     if is_full and (out.suffix == SUFFIX or not is_checkpoint):
         raise ArgumentError(
-            f"{out} is no checkpoint, and all in it would be deleted; name another folder"
+            f"{out} is not a checkpoint, and all in it would be deleted; name another folder"
         )
 
 
@@ -269,10 +273,11 @@ class _Merge:
         parts = torch.split(changed, [len(matrix) for matrix in matrices])
         return parts[names.index(name)].contiguous()
 
-    def _change(self, key: str, name: str, value: Tensor, experts: Any = ...) -> Tensor:
+    def _change(self, key: str, name: str, value: Tensor, experts: Any = ALL) -> Tensor:
         """Return the new values of a tensor, or of one expert (1, out, in) of a stack.
 
-        `experts` is the index of that expert in the adapter's tensors, which are for the stack.
+        `key` is that of the tensor or of its stack. The adapter's tensors are for the stack, and
+        `experts` is the index in them of what changes.
         """
         dtype = value.dtype
         changed = value

@@ -302,7 +302,7 @@ IN_THE_WAY = {
     "around the base": (nothing, "", True, "the base is there"),
     "a link to the base": (make_link, "merged", True, "the base is there"),
     "a folder in use": (make_folder("merged", {"a": ""}), "merged", False, "set `overwrite`"),
-    "no checkpoint": (make_folder("merged", {"a": ""}), "merged", True, "is no checkpoint"),
+    "no checkpoint": (make_folder("merged", {"a": ""}), "merged", True, "is not a checkpoint"),
     "a file": (make_file("x.safetensors"), "x.safetensors", False, "exists"),
 }
 
