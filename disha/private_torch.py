@@ -127,7 +127,10 @@ def must_not_write() -> bool:
 saving_hooks: Callable[[bool], Any] = getattr(
     getattr(torch._C, "_autograd", None), "_top_saved_tensors_default_hooks", _assume_hooks
 )
-"""The hooks of what is saved for backward, such as those of activation checkpointing, or None."""
+"""The hooks of what is saved for backward, such as those of activation checkpointing, or None.
+
+With True, also those that are set while the compiler traces.
+"""
 
 any_autocast: Callable[[], bool] = getattr(torch._C, "_is_any_autocast_enabled", _assume_autocast)
 """Whether autocast is on for any device. It knows CPUs and CUDA, and no other device."""

@@ -85,8 +85,8 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     """
     printed = [_print_cells(row) for row in rows]
     columns = []
-    for place, column in enumerate(zip(header, *printed)):
-        has_numbers = place > 0 and all(_is_number(cell) for cell in column[1:])
+    for position, column in enumerate(zip(header, *printed)):
+        has_numbers = position > 0 and all(_is_number(cell) for cell in column[1:])
         width = max(len(cell) for cell in column)
         if has_numbers:
             columns.append([cell.rjust(width) for cell in column])

@@ -71,7 +71,7 @@ def _attention(
             "method `generate_square_subsequent_mask` to create this mask."
         )
 
-    # Projections.
+    # Projections, first as (positions, samples, width), then as (samples * heads, positions, E).
     if use_separate_proj_weight:
         b_q, b_k, b_v = [None] * 3 if in_proj_bias is None else in_proj_bias.chunk(3)
         q = project(query, q_proj_weight, b_q)
@@ -114,20 +114,14 @@ def _attention(
 
     # Attention.
     dropout = dropout_p if training else 0.0
+    heads = samples, num_heads
     weights = None
     if need_weights:
         output, weights = _attend_with_weights(q, k, v, mask, dropout)
-        output = output.transpose(0, 1)  # (length, samples * heads, width of a head)
-        weights = torch.unflatten(weights, 0, (samples, num_heads))
+        weights = torch.unflatten(weights, 0, heads)
         weights = weights.mean(1) if average_attn_weights else weights
     else:
-        q, k, v = (torch.unflatten(x, 0, (samples, num_heads)) for x in (q, k, v))
-        if mask is not None and len(mask) == 1:  # one for all heads
-            mask = mask[None]
-        elif mask is not None:
-            mask = torch.unflatten(mask, 0, (samples, num_heads))
-        output = F.scaled_dot_product_attention(q, k, v, mask, dropout, kernel_masks)
-        output = output.permute(2, 0, 1, 3)  # (length, samples, heads, width of a head)
+        output = _attend_by_kernel(q, k, v, mask, dropout, heads, kernel_masks)
     output = project(output.reshape(length * samples, width), out_proj_weight, out_proj_bias)
     output = output.view(length, samples, output.shape[-1])
     if is_batched:
@@ -214,10 +208,34 @@ def _check_padding(padding: Tensor, samples: int, length: int) -> None:
 def _attend_with_weights(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float
 ) -> tuple[Tensor, Tensor]:
-    """Return the values that are attended to, and the weights (heads, length, source length)."""
+    """Return the values that are attended to (length, samples * heads, E), and the weights.
+
+    The weights are (samples * heads, length, source length).
+    """
     q = q * math.sqrt(1.0 / q.shape[-1])
     scores = torch.bmm(q, k.mT) if mask is None else torch.baddbmm(mask, q, k.mT)
     weights = scores.softmax(-1)
     if dropout > 0.0:
         weights = F.dropout(weights, dropout)
-    return torch.bmm(weights, v), weights
+    return torch.bmm(weights, v).transpose(0, 1), weights
+
+
+def _attend_by_kernel(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    dropout: float,
+    heads: tuple[int, int],
+    is_causal: bool,
+) -> Tensor:
+    """Return the values that are attended to (length, samples, heads, E), by torch's own kernel.
+
+    `heads` is (samples, heads of a sample).
+    """
+    q, k, v = (torch.unflatten(x, 0, heads) for x in (q, k, v))
+    if mask is not None and len(mask) == 1:  # one for all heads
+        mask = mask[None]
+    elif mask is not None:
+        mask = torch.unflatten(mask, 0, heads)
+    return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal).permute(2, 0, 1, 3)

@@ -272,7 +272,7 @@ def _list_differences(incoming: _Incoming) -> list[str]:
     borrowers = incoming.view.find_borrowers()
     differences = []
     for model_block, in_file in incoming.blocks():
-        in_model = describe_block(model_block, borrowers[model_block.block], base=False)
+        in_model = describe_block(model_block, borrowers[model_block.block], with_fingerprint=False)
         for field, value in vars(in_model).items():
             file_value = getattr(in_file, field)
             # The file's scale is taken over, and another base only warns.

@@ -133,11 +133,11 @@ def adapter_contents(
     adapter: str = "default",
     metadata: Mapping[str, str] | None = None,
     *,
-    base: bool = True,
+    with_fingerprints: bool = True,
 ) -> AdapterContents:
     """Return an adapter of a model, on the CPU; collective.
 
-    Without `base`, it has no fingerprints of the base weights.
+    With fingerprints, its layers tell which base weights they belong to.
     """
     ranks = view.ranks
     action = f"take adapter {adapter!r} out of the model"
@@ -154,7 +154,9 @@ def adapter_contents(
     blocks = view.blocks(adapter)
     borrowers = view.find_borrowers()
     layers = tuple(
-        describe_block(model_block, borrowers[model_block.block], base=base)
+        describe_block(
+            model_block, borrowers[model_block.block], with_fingerprint=with_fingerprints
+        )
         for model_block in blocks
     )
     with ranks.fail_together(action):
@@ -187,13 +189,13 @@ def _config_of(blocks: Sequence[ModelBlock]) -> AdapterConfig:
     return configs[0]
 
 
-def describe_block(model_block: ModelBlock, tied: Iterable[str], *, base: bool) -> LayerRecord:
-    """Return what a file says about a block; with `base`, the fingerprint of its weight too."""
+def describe_block(
+    model_block: ModelBlock, tied: Iterable[str], *, with_fingerprint: bool
+) -> LayerRecord:
+    """Return what a file says about a block, perhaps without the fingerprint of its weight."""
     block = model_block.block
     slot = block.slot
-    fingerprint_of_base = None
-    if base:
-        fingerprint_of_base = base_fingerprint(model_block)
+    base = base_fingerprint(model_block) if with_fingerprint else None
     geometry = slot.layout.geometry(weight_shape(model_block.layer, slot), slot.output_ranges)
     return LayerRecord(
         name=model_block.name,
@@ -203,7 +205,7 @@ def describe_block(model_block: ModelBlock, tied: Iterable[str], *, base: bool) 
         in_features=geometry.in_features,
         out_features=geometry.out_features,
         scale=block.scale,
-        base=fingerprint_of_base,
+        base=base,
         layout=slot.layout,
         rows=slot.output_ranges,
         tied=tuple(tied),

@@ -286,17 +286,17 @@ def judge(asked: Step, peak: int, simulate: Simulation) -> str:
     fitting = [size for size in SIZES if size >= count_needed_gib(peak)]
     if count_needed_gib(peak) <= AIM:
         return f"fits {fitting[0]} GB"
-    told = f"does not fit {AIM} GB"
+    verdict = f"does not fit {AIM} GB"
     if fitting:
-        told += f", but {fitting[0]} GB"
+        verdict += f", but {fitting[0]} GB"
     for changed in _changes(asked):
         if changed == asked:
             continue
         changed_peak = simulate(changed)["peak"]
         if count_needed_gib(changed_peak) <= AIM:
             flags = " ".join(_flags(asked, changed))
-            return f"{told}; fits {AIM} GB with {flags} ({changed_peak / 2**30:.1f} GiB)"
-    return f"{told}; neither recomputing, 4 bits nor {SHARDED_DEVICES[-1]} devices are enough"
+            return f"{verdict}; fits {AIM} GB with {flags} ({changed_peak / 2**30:.1f} GiB)"
+    return f"{verdict}; neither recomputing, 4 bits nor {SHARDED_DEVICES[-1]} devices are enough"
 
 
 def _changes(asked: Step) -> Iterator[Step]:

@@ -348,7 +348,7 @@ class _Conversations:
     def _choose_completion(
         self, messages: Sequence[Message], learned: Sequence[int]
     ) -> tuple[int, int]:
-        """Return the places of the first and the last message of what `trl` learns.
+        """Return the positions of the first and the last message of what `trl` learns.
 
         Where it can mark answers, it learns all answers in the completion, and so it starts at the
         first answer to learn. Elsewhere, it learns the completion whole: the last answer alone.
@@ -385,7 +385,7 @@ class _Conversations:
         Whether it does depends on the roles, and not on the words: conversations with the same
         roles are tried once, with words that can be found again.
         """
-        marked = [_with_marks(message, place) for place, message in enumerate(messages)]
+        marked = [_with_marks(message, position) for position, message in enumerate(messages)]
         shape = json.dumps([marked, bool(tools), chat_template_kwargs])
         if shape in self._shown:
             return
@@ -420,9 +420,9 @@ class _Conversations:
 
 
 def _find_learned_answers(messages: Sequence[Message]) -> list[int]:
-    """Return the places of the answers to learn: those whose weight is not 0."""
+    """Return the positions of the answers to learn: those whose weight is not 0."""
     learned = []
-    for place, message in enumerate(messages):
+    for position, message in enumerate(messages):
         weight = message.get("weight", 1)
         if weight not in (0, 1):
             raise ValueError(f"the weight of a message must be 0 or 1, got {brief(weight)}")
@@ -430,9 +430,9 @@ def _find_learned_answers(messages: Sequence[Message]) -> list[int]:
             continue
         if not (message["content"].strip() or message.keys() - {"role", "content", "weight"}):
             raise ValueError(
-                f"message {place + 1} is an empty answer; leave it out, or give it the weight 0"
+                f"message {position + 1} is an empty answer; leave it out, or give it the weight 0"
             )
-        learned.append(place)
+        learned.append(position)
     if not learned:
         raise ValueError("there is no answer to learn in it")
     return learned
@@ -442,16 +442,19 @@ def _is_answer(message: Message) -> bool:
     return bool(message["role"] == "assistant")
 
 
-def _with_marks(message: Message, place: int) -> Message:
+def _with_marks(message: Message, position: int) -> Message:
     """Return a message with words that can be found again in what a template renders."""
     marked: Message = {"role": message["role"], "content": ""}
     for key in message.keys() - KEYS_OF_MESSAGES:
         if isinstance(message[key], str):
-            marked[key] = f"{key}-{place}-"
+            marked[key] = f"{key}-{position}-"
     if message["content"]:
-        marked["content"] = f"content-{place}-"
+        marked["content"] = f"content-{position}-"
     calls = [
-        {"name": f"call-{place}-{number}-", "arguments": {"key": f"argument-{place}-{number}-"}}
+        {
+            "name": f"call-{position}-{number}-",
+            "arguments": {"key": f"argument-{position}-{number}-"},
+        }
         for number, _ in enumerate(message.get("tool_calls", ()))
     ]
     if calls:

@@ -16,19 +16,19 @@ from disha.functional.update import Update
 
 
 def adapted_stack(x: Tensor, weight: Tensor, updates: Sequence[Update]) -> Tensor:
-    """Return x (W + sum of s dW)^T for a stack of matrices, each with its own part of x."""
-    # Folding an update into W needs memory for each matrix.
+    """Return x (W + sum of s dW)^T for a stack of matrices W (experts, out, in).
+
+    x is (experts, n, in), or (1, n, in) if all matrices have the same input.
+    """
+    # Updates without shard sums are folded into W, which needs memory for every matrix.
     folds = any(not update.method.uses_shard_sum and not update.dropout for update in updates)
     if folds and x.shape[0] == 1:
         x = x.expand(weight.shape[0], -1, -1)
     has_input_for_each = 0 < x.shape[0] == weight.shape[0]
     if folds and has_input_for_each:
-        if len(updates) == 1 and not updates[0].output_ranges:
-            (update,) = updates
-            block = update.chosen_block()
-            output = update.method.product(x, weight, None, block, update.scale)
-            if output is not None:
-                return output
+        output = _multiply_by_method(x, weight, updates)
+        if output is not None:
+            return output
         if not is_compiling():
             # One matrix at a time saves no dense weight for backward.
             return torch.stack(_multiply_one_by_one(x, weight, updates))
@@ -37,6 +37,14 @@ def adapted_stack(x: Tensor, weight: Tensor, updates: Sequence[Update]) -> Tenso
         return torch.matmul(x, weight.mT)
 
     return adapted_product(multiply, x, weight, None, STACK, updates)
+
+
+def _multiply_by_method(x: Tensor, weight: Tensor, updates: Sequence[Update]) -> Tensor | None:
+    """Return the product if there is one update, whose method computes it without dW; else None."""
+    if len(updates) != 1 or updates[0].output_ranges:
+        return None
+    (update,) = updates
+    return update.method.product(x, weight, None, update.chosen_block(), update.scale)
 
 
 def _multiply_one_by_one(x: Tensor, weight: Tensor, updates: Sequence[Update]) -> list[Tensor]:

@@ -116,7 +116,7 @@ def shard_sum_terms(
     """Return the terms of all updates that use shard sums. Those of one shard size are added up."""
     terms: list[ShardSumTerm] = []
     # Shard size and dtype -> where in `terms` the term is to which others like it are added.
-    places: dict[tuple[int, torch.dtype], int] = {}
+    positions: dict[tuple[int, torch.dtype], int] = {}
     for update in updates:
         if not update.method.uses_shard_sum:
             continue
@@ -125,13 +125,13 @@ def shard_sum_terms(
             terms.append(term)  # it has a shard sum, or a choice of matrices, of its own
             continue
         size_and_dtype = term.matrix.shape[-2], term.matrix.dtype
-        if size_and_dtype in places:
-            place = places[size_and_dtype]
-            former = tiled(terms[place].matrix, geometry.out_features)
+        if size_and_dtype in positions:
+            position = positions[size_and_dtype]
+            former = tiled(terms[position].matrix, geometry.out_features)
             matrix = former + tiled(term.matrix, geometry.out_features)
-            terms[place] = ShardSumTerm(matrix, dropout=0.0)
+            terms[position] = ShardSumTerm(matrix, dropout=0.0)
         else:
-            places[size_and_dtype] = len(terms)
+            positions[size_and_dtype] = len(terms)
             terms.append(term)
     return terms
 

@@ -51,9 +51,9 @@ def keep_adapter_only(accelerator: Accelerator, model: nn.Module, adapter: str =
 
     def take_out(items: list[Any], models: list[nn.Module]) -> None:
         """Take what belongs to the model out of a list, which is in the order of the models."""
-        for place, other in enumerate(models):
+        for position, other in enumerate(models):
             if accelerator.unwrap_model(other) is model:
-                del items[place : place + 1]  # FSDP and DeepSpeed list no weights
+                del items[position : position + 1]  # FSDP and DeepSpeed list no weights
                 break
 
     def save(models: list[nn.Module], weights: list[Mapping[str, Any]], folder: str) -> None:

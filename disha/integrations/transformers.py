@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import shutil
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -217,13 +217,7 @@ class _FileKeys:
         if prefix or not in_file or self.adapter not in view.adapters:
             return
         held = collect_tensors(view, self.adapter)
-        weights = [
-            stored_weight(layer, block.slot.parameter) for _, layer, _, block in view.blocks()
-        ]
-        base_ids = {id(weight) for weight in weights}
-        named = view.parameters_by_name
-        holds_base = any(id(named[name].value) in base_ids for name in state if name in named)
-        if not holds_base:
+        if not _has_adapted_weight(view, state):
             # The file has a buffer only if training has changed it.
             buffers = {key for key in parameters if not isinstance(parameters[key], nn.Parameter)}
             self._require_fit(held, {name: state[name] for name in state if name not in buffers})
@@ -243,6 +237,14 @@ class _FileKeys:
                 f"the checkpoint does not fit the model's adapter {self.adapter!r}; inject it as "
                 f"when the checkpoint was saved:\n{report}"
             )
+
+
+def _has_adapted_weight(view: ModelView, names: Collection[str]) -> bool:
+    """Whether one of the names is that of an adapted weight, as in a state of the whole model."""
+    weights = [stored_weight(layer, block.slot.parameter) for _, layer, _, block in view.blocks()]
+    ids = {id(weight) for weight in weights}
+    named = view.parameters_by_name
+    return any(id(named[name].value) in ids for name in names if name in named)
 
 
 def _set_aside_incomplete(output: Path) -> None:

@@ -102,7 +102,7 @@ def export(
     for component, view in _views_of(models).items():
         if adapter in view.adapters:
             views[component] = view
-            contents[component] = adapter_contents(view, adapter, base=False)
+            contents[component] = adapter_contents(view, adapter, with_fingerprints=False)
             bases[component] = base_weights_of_model(view, adapter)
     if not views:
         raise ArgumentError(f"no component of {', '.join(models)} has an adapter {adapter!r}")

@@ -136,7 +136,7 @@ def export(
     given = {note: value for note, value in given.items() if value is not None}
     for note, value in given.items():
         check_type(note, value, str, "a str")
-    contents = adapter_contents(view, adapter, base=False)
+    contents = adapter_contents(view, adapter, with_fingerprints=False)
     with ranks.fail_together(action):
         target = check_path(folder)
         names = contents.names

@@ -308,7 +308,10 @@ class Saved:
 
 
 def find_saved_modules(view: ModelView, also_train: Sequence[str], layers: Sequence[str]) -> Saved:
-    """Return how PEFT saves the parameters that were trained with an adapter of these layers."""
+    """Return how PEFT saves the parameters that were trained with an adapter of these layers.
+
+    PEFT saves the whole module of such a parameter, under each of the module's names.
+    """
     known = view.parameters_by_name
     trained: set[str] = set()
     for name in also_train:
@@ -325,13 +328,8 @@ def find_saved_modules(view: ModelView, also_train: Sequence[str], layers: Seque
         if not trained_here or module in inside_saved:
             continue
         inside = view.inside(module)
-        reason = None
-        if not first:
-            reason = "it belongs to the model itself, not to a module in it"
-        elif not adapted.isdisjoint(inside):
-            reason = f"PEFT can't save {first}, because a layer in it is adapted"
-        elif isinstance(module, (nn.ParameterList, nn.ParameterDict)):
-            reason = f"PEFT can't save a {type(module).__name__}"
+        has_adapted_layer = not adapted.isdisjoint(inside)
+        reason = _reason_against_saving(module, first, has_adapted_layer)
         if reason is not None:
             problems.append(f"{join(first, trained_here[0])}: {reason}")
             continue
@@ -351,6 +349,17 @@ def find_saved_modules(view: ModelView, also_train: Sequence[str], layers: Seque
         if name not in known and name not in tensors
     ]
     return Saved(modules, tensors, problems)
+
+
+def _reason_against_saving(module: nn.Module, name: str, has_adapted_layer: bool) -> str | None:
+    """Return why PEFT can't save a module whole, or None if it can."""
+    if not name:
+        return "it belongs to the model itself, not to a module in it"
+    if has_adapted_layer:
+        return f"PEFT can't save {name}, because a layer in it is adapted"
+    if isinstance(module, (nn.ParameterList, nn.ParameterDict)):
+        return f"PEFT can't save a {type(module).__name__}"
+    return None
 
 
 def _tensors_inside(name: str, inside: Mapping[nn.Module, str]) -> dict[str, Tensor]:

@@ -267,7 +267,7 @@ def add_updates(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], outp
     # The module takes one tensor, by position or under a name of its class.
     tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
     input = tensors[0].to(output.device)
-    updates = adapters.updates("weight", override, compiling, input.is_meta)
+    updates = adapters.updates("weight", override, compiling, on_meta=input.is_meta)
     updates.shared_for_input(input, slot.shape)  # raises if samples can't be routed
     return updates.add_updates(output, input, partial(_delta, module, slot))
 

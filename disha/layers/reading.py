@@ -133,7 +133,8 @@ def _unusual_weight(
         # Blocks on the meta device too: the update is made of meta tensors. But accelerate's hook
         # of an offloaded block reads W before it loads D, so such a block is not one of these.
         if all("forward" not in block.__dict__ and block.block.is_meta for block in blocks):
-            return make_effective(base, layout, adapters.updates(name, override, compiling, True))
+            updates = adapters.updates(name, override, compiling, on_meta=True)
+            return make_effective(base, layout, updates)
         return make_absent(base, layout)
     if not base.numel():  # ZeRO-3 gathers it where its layer runs
         return make_absent(base, layout)

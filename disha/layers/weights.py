@@ -129,7 +129,7 @@ def base_of(layer: nn.Module, slot: Slot) -> Tensor:
 
 
 def slots_of(layer: Any, adapters: Iterable[str]) -> dict[str, Slot]:
-    """Return each parameter that one of the adapters changes -> the slot of its first block."""
+    """Return each parameter that one of the adapters changes -> its slot, of any of its blocks."""
     slots = {}
     for parameter, by_adapter in layer.disha.all_blocks.items():
         for adapter, blocks in by_adapter.items():

@@ -94,7 +94,7 @@ def test_entries_have_every_field_of_every_tensor(path):
 
 
 def test_keep_blocks():
-    contents = adapter_contents(ModelView(trained()), base=False)
+    contents = adapter_contents(ModelView(trained()), with_fingerprints=False)
     assert {layer.base for layer in contents.layers} == {None}
     without = keep_blocks(contents)
     assert contents.also_train

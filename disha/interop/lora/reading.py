@@ -239,9 +239,8 @@ def _end_of(key: str) -> str | None:
 
 def _check_pairs(folder: PeftFolder, pairs: Mapping[str, Mapping[str, Tensor]]) -> None:
     """Raise unless there are factors, and each layer has both."""
-    incomplete = [
-        name for name, factors in pairs.items() if tuple(sorted(factors)) not in (MATRIX, EMBEDDING)
-    ]
+    complete = set(MATRIX), set(EMBEDDING)
+    incomplete = [name for name, factors in pairs.items() if factors.keys() not in complete]
     if incomplete or not pairs:
         layers = list_names(incomplete) if incomplete else "any layer"
         raise AdapterFileError(
@@ -259,7 +258,10 @@ def _factors_of(
     """Yield the factors of every layer of a folder, experts as stacks."""
     parameters = folder.fields.get("target_parameters") or ()
     for key, pair in pairs.items():
-        a, b = (pair[end] for end in sorted(pair))  # the end of A sorts first
+        is_embedding = EMBEDDING[0] in pair
+        a_end, b_end = EMBEDDING if is_embedding else MATRIX
+        a = pair[a_end]
+        b = pair[b_end]
         if SINGLE_EXPERT.fullmatch(key) and key not in layouts:
             raise ConversionError(
                 f"{folder.path} has a LoRA for each expert ({key}); load the one with stacked "
@@ -269,7 +271,6 @@ def _factors_of(
         if stack is None:
             name = key
             rank = len(a) if a.dim() else 1
-            is_embedding = EMBEDDING[0] in pair
             layout = _layout_of(folder, name, a, is_embedding, layouts)
         else:
             name = stack

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from statistics import multimode
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -129,11 +129,11 @@ def export(
     action = f"export adapter {adapter!r} as LoRA"
     with ranks.fail_together(action):
         target = check_path(folder)
-    updates, others, config, tensors = _convert(view, adapter, experts, rank, pad)
+    converted = _convert(view, adapter, experts, rank, pad)
     with ranks.fail_together(action):
         if ranks.writes:
-            write_peft_files(target, config, tensors)
-    return LoraReport.of(target, updates, others)
+            write_peft_files(target, converted.config, converted.tensors)
+    return LoraReport.of(target, converted.updates, converted.also_train)
 
 
 def export_tensors(
@@ -170,15 +170,25 @@ def export_tensors(
         >>> config["r"], config["lora_alpha"]
         (4, 4)
     """
-    _, _, config, tensors = _convert(ModelView(model), adapter, experts, rank, pad)
-    return {PREFIX + key: tensor for key, tensor in tensors.items()}, config
+    converted = _convert(ModelView(model), adapter, experts, rank, pad)
+    tensors = {PREFIX + key: tensor for key, tensor in converted.tensors.items()}
+    return tensors, converted.config
+
+
+class _Converted(NamedTuple):
+    """An adapter as LoRA: what PEFT's two files hold, and what a report says of it."""
+
+    config: dict[str, Any]
+    tensors: dict[str, Tensor]  # by their keys in the file, without PEFT's prefix
+    updates: list[LowRankUpdate]  # with stacks of experts whole
+    also_train: tuple[str, ...]  # the keys of tensors that are no factors
 
 
 def _convert(
     view: ModelView, adapter: str, experts: ExpertForm, rank: int | None, pad: bool
-) -> tuple[list[LowRankUpdate], dict[str, Tensor], dict[str, Any], dict[str, Tensor]]:
-    """Return an adapter's updates and its other tensors, then PEFT's configuration and tensors."""
-    contents = adapter_contents(view, adapter, base=False)
+) -> _Converted:
+    """Return an adapter of a model as LoRA. Collective if the model is sharded."""
+    contents = adapter_contents(view, adapter, with_fingerprints=False)
     model_type = model_type_of(view)
     with view.ranks.fail_together(f"export adapter {adapter!r} as LoRA"):
         check_rank(rank)  # before a rank waits for another
@@ -196,7 +206,7 @@ def _convert(
     config = _config_of(contents, written, saved.modules, module_names(view))
     config |= notes_of(view.model)
     config["trainable_token_indices"] = _token_numbers(token_rows)
-    return updates, others, config, tensors_of(written) | others
+    return _Converted(config, tensors_of(written) | others, updates, tuple(others))
 
 
 # --- rows of tokens ------------------------------------------------------------------------------
