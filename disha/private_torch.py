@@ -208,7 +208,7 @@ def memory_modes() -> Any:
     """Return a mode in which tensors have no values, and one that adds up the memory in use."""
     fake = require("torch._subclasses:FakeTensorMode")(allow_non_fake_inputs=True)
     tracker = require("torch.distributed._tools.mem_tracker:MemTracker")()
-    # By its hooks, it would add up the memory of each module too. That takes long, and raises for
+    # Its hooks would also add up the memory of each module, which takes long, and raises for
     # modules with frozen parameters.
     tracker._mod_tracker.register_user_hooks = lambda *hooks: None
     return fake, tracker

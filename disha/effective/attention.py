@@ -54,7 +54,7 @@ def _attention(
     for tensor in tensors:
         if isinstance(tensor, EffectiveWeight):
             return NotImplemented
-    # With the query as it came, so that `for_attention` can refuse one without a batch.
+    # It gets the query as it came, so that `for_attention` can refuse one without a batch.
     project = partial(_project, query)
 
     is_batched = query.dim() == 3

@@ -36,7 +36,7 @@ class Group:
         # Itself, and the groups that its layers came from: a context of those covers them too.
         self.lineage = (self, *lineage)
         self.members: WeakSet[Any] = WeakSet()  # the adapters of its layers
-        self.factors: dict[tuple[str, bool], torch.Tensor] = {}  # of scales, in compiled code
+        self.factors: dict[tuple[str, bool], torch.Tensor] = {}  # kept by `layers.compiled`
         GROUPS_BY_NAME[self.name] = self
 
     def take(self, adapters: Any) -> None:
@@ -109,7 +109,7 @@ def open_context(
         yield
     finally:
         OPEN_CONTEXTS.discard(context)
-        # Not `reset`, which raises if another task than the one that opened the context ends it.
+        # `reset` would raise if another task ends the context than the one that opened it.
         _CONTEXTS.set(_open_here())
 
 

@@ -85,5 +85,5 @@ def _data_ptr(weight: Any) -> int:
 
 @rule(torch.autograd.grad)
 def _gradients(outputs: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-    """The gradient of a weight is that of W."""
+    """Return the gradient of W as that of an effective weight."""
     return compute_first(torch.autograd.grad, (outputs, base_inside(inputs), *args), kwargs)

@@ -191,7 +191,7 @@ def _embedding(
 def _item(weight: Any, index: Any) -> Any:
     """Look rows of a table up, or view a part of the weight."""
     if weight.base.dim() == 2 and isinstance(index, Tensor) and is_index(index):
-        # Unlike a lookup, an index may count from the end.
+        # An index may count from the end, and a lookup may not.
         return _embedding(torch.where(index < 0, index + weight.base.shape[0], index), weight)
     return select_item(weight, index)
 

@@ -18,7 +18,10 @@ Operation = Callable[..., Any]
 """A function of torch, or of another library."""
 
 Rule = Callable[..., Any]
-"""What to do in place of an operation, with the same arguments. NotImplemented: compute first."""
+"""Runs in place of an operation, with the same arguments.
+
+If it returns NotImplemented, the weight is computed, and the operation itself runs.
+"""
 
 RULES: dict[Any, Rule] = {}
 """Operation -> its rule. A later rule replaces an earlier one.

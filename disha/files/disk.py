@@ -148,7 +148,7 @@ def _write_draft(draft: Path, target: Path, write: Writer) -> None:
     if new.is_file() and target.is_dir():
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
     _flush(new)
-    # Only now, because a file that is read-only can't be opened to be flushed.
+    # This comes last, because a file that is read-only can't be opened to be flushed.
     _give_permissions(new, target, draft)
 
 

@@ -55,7 +55,7 @@ def leave_out_base(model: nn.Module, kept: Collection[str], engine: str) -> None
         return ".disha." not in key and name not in kept and name not in saved_once_changed
 
     def drop(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
-        # On the meta device, accelerate has not yet distributed the base.
+        # While it is on the meta device, accelerate asks for the state to distribute the base.
         is_placed = not any(value.is_meta for value in state.values())
         if is_deepspeed or (is_placed and ModelView(module).is_sharded):
             for key in filter(is_base, list(state)):

@@ -34,12 +34,12 @@ def step_memory(
     fake, tracker = modes or memory_modes()
     device = next(model.parameters()).device
     with fake, tracker:
-        # Every operation sees these fake copies of the weights. Kept alive, each counts once.
+        # Every operation sees fake copies of the weights. They are kept alive, so each counts once.
         _weights = [local_part(weight).detach() for weight in model.parameters()]
         before = tracker.get_tracker_snapshot()[device]
         loss_of().backward()  # type: ignore[no-untyped-call]
         peak = tracker.get_tracker_snapshot("peak")[device]
-        optimizer.step()  # which makes its state; from then on, each step has it too
+        optimizer.step()  # makes its state, which every later step has too
         after = tracker.get_tracker_snapshot()[device]
     trained = sum(
         local_part(weight).nbytes for weight in model.parameters() if weight.requires_grad

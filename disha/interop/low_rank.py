@@ -329,7 +329,8 @@ def _truncate(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
         u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
     else:
         with torch.random.fork_rng(devices=[]):
-            # So that every export gives the same file. torch.manual_seed would seed GPUs too.
+            # With a fixed seed, every export gives the same file. torch.manual_seed would seed
+            # GPUs too.
             torch.default_generator.manual_seed(0)
             u, s, v = torch.svd_lowrank(matrix, q=2 * rank, niter=4)
             vh = v.mT

@@ -188,7 +188,7 @@ NOTES = ("base_model_name_or_path", "revision", "task_type")
 def notes_of(model: nn.Module) -> dict[str, str | None]:
     """Return the `NOTES` that a model of `transformers` gives."""
     config: Any = getattr(model, "config", None)
-    # Not config.architectures, which may name another class that the checkpoint was saved from.
+    # config.architectures may name another class, from which the checkpoint was saved.
     task = task_of(type(model).__name__, getattr(config, "is_encoder_decoder", False))
     base = getattr(config, "_name_or_path", None) or None
     return {"base_model_name_or_path": base, "revision": None, "task_type": task}

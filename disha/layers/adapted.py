@@ -219,7 +219,7 @@ def reset_parameters(layer: AdaptedLayer) -> None:
         original.reset_parameters(layer)
         return
     refuse_merged([layer], "reset parameters")
-    # With adapters disabled, because `weight[padding_idx].fill_(0)` must write into W.
+    # Adapters are disabled, because `weight[padding_idx].fill_(0)` must write into W.
     with open_context(frozenset([adapters.group]), (), disables=True):
         original.reset_parameters(layer)
     for block in adapters.blocks_by_name().values():
@@ -340,7 +340,7 @@ def readapt(
 
 def set_class(module: nn.Module, cls: type[nn.Module]) -> None:
     """Give a module another class."""
-    # Not by assignment: the user's class may guard its attributes.
+    # An assignment could fail, because the user's class may guard its attributes.
     object.__setattr__(module, "__class__", cls)
 
 

@@ -113,12 +113,12 @@ class BitsandbytesLayer(nn.Module):
         bias: Any = self._parameters["bias"]
         if bias is not None:
             bias = bias.to(weight.dtype)
-        # As the library does: compute in W's dtype, and return the input's.
+        # The library too computes in W's dtype, and returns the input's.
         return F.linear(input.to(weight.dtype), weight, bias).to(input.dtype)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         if self.disha.is_dense:
-            # As a plain linear layer, without the scales of the quantised weight.
+            # It is saved as a plain linear layer, without the scales of the quantised weight.
             nn.Module._save_to_state_dict(self, destination, prefix, keep_vars)
         else:
             super()._save_to_state_dict(destination, prefix, keep_vars)

@@ -40,7 +40,7 @@ def set_requires_grad(module: nn.Module, name: str, flag: bool) -> None:
 def restore_flags(module: nn.Module) -> None:
     """Give the module's parameters their original flags back, and forget everything."""
     for name, flag in attributes_of(module).pop(_FLAGS, {}).items():
-        # As a plain dict: in the one that ZeRO-3 puts there, a lookup may gather the parameter.
+        # Copied to a plain dict, because a lookup in ZeRO-3's own may gather the parameter.
         parameter = dict(module._parameters).get(name)
         if parameter is not None:
             parameter.requires_grad = flag.original

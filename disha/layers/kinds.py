@@ -21,7 +21,7 @@ from disha.layers.weights import matrix_weights, read_weight
 from disha.sharding.zero import whole_shape
 
 Kind = Callable[[Any], Iterable[Slot]]
-"""A function of a module: its weights that can be adapted, with their layouts."""
+"""Takes a module, and returns the weights of it that can be adapted, with their layouts."""
 
 
 def slot_of(parameter: str, layout: Layout) -> Slot:

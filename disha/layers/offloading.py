@@ -1,4 +1,4 @@
-"""The hooks by which accelerate keeps weights on another device between forwards."""
+"""accelerate's hooks, which keep weights on another device between forwards."""
 
 from __future__ import annotations
 

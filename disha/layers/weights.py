@@ -109,7 +109,7 @@ def is_packed(module: nn.Module, name: str) -> bool:
 
 
 def stored_weight(module: nn.Module, name: str) -> Tensor | None:
-    """Return a weight as it is stored, while merged the original; None if it is computed."""
+    """Return a weight as it is stored, or its original while merged; None if it is computed."""
     adapters = module._modules.get(CHILD_NAME)
     if isinstance(adapters, Adapters) and adapters.merged is not None:
         original = adapters.merged.originals.get(name)
@@ -119,7 +119,7 @@ def stored_weight(module: nn.Module, name: str) -> Tensor | None:
 
 
 def base_of(layer: nn.Module, slot: Slot) -> Tensor:
-    """Return W, the original of an adapted weight, also while merged; a quantised one dense."""
+    """Return W, the original of an adapted weight, also while merged; dense if it is quantised."""
     stored = stored_weight(layer, slot.parameter)
     if slot.quantized:
         return quantized.dequantize(layer, stored)

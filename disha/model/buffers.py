@@ -134,7 +134,7 @@ def list_changed(view: ModelView, adapter: str | None = None) -> dict[str, Tenso
 
 def list_unsaved(view: ModelView) -> list[str]:
     """Return the names of the buffers that have changed and that no adapter saves."""
-    # By the tensors, because several modules may share a buffer of which one is saved.
+    # Tensors are compared, because modules may share a buffer that one of them has saved.
     saved = {id(buffer.value) for buffer in view.buffers if _is_saved(buffer)}
     return [
         buffer.name

@@ -129,6 +129,7 @@ def adapters_disabled(model: nn.Module) -> Iterator[None]:
 
 
 def _groups(view: ModelView) -> frozenset[Group]:
+    """Return the groups of the model's layers, and of no others, for a context to cover."""
     return groups_of(layer.disha for layer in view.layers)
 
 

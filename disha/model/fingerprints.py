@@ -27,7 +27,7 @@ def sample(values: Tensor) -> Tensor:
     positions = torch.arange(0, SAMPLES * last, last, device=values.device) // (SAMPLES - 1)
     if values.is_complex():
         return values.take(positions)
-    # As integers, because torch 2.8 can't take values of 8 bits, nor unsigned ones.
+    # They are taken as signed integers: torch 2.8 can't `take` values of 8 bits or unsigned ones.
     return values.view(_BITS[values.itemsize]).take(positions).view(values.dtype)
 
 

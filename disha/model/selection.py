@@ -208,7 +208,7 @@ def _find_linear_weights(view: ModelView, candidates: Iterable[PlannedLayer]) ->
     tables = set()  # the parameters of embeddings, by their ids
     linear = {}
     for layer in candidates:
-        # As a plain dict: in the one that ZeRO-3 puts there, a lookup may gather the parameter.
+        # Copied to a plain dict, because a lookup in ZeRO-3's own may gather the parameter.
         parameter = dict(layer.module._parameters).get(layer.attribute)
         if isinstance(layer.module, (nn.Embedding, nn.EmbeddingBag)):
             if parameter is not None:  # else the weight is computed from others

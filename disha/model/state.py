@@ -116,7 +116,7 @@ def collect_tensors(view: ModelView, adapter: str) -> dict[str, Tensor]:
     view.reshard()
     tensors = {}
     for name, layer, _, block in view.require(adapter):
-        # Not as `block.block`: FullyShardedDataParallel takes the parameter out of the block.
+        # `block.block` would raise where FullyShardedDataParallel has taken the parameter out.
         values = block._parameters.get(block.parameter_name)
         is_whole = values is not None and len(whole_shape(values)) >= block.method.block_axes
         if not is_whole or len(weight_shape(layer, block.slot)) < 2:

@@ -253,7 +253,7 @@ class ModelView:
         ]
 
     def find_borrowers(self) -> dict[AdapterBlock, dict[str, AdaptedLayer]]:
-        """Return each block -> the tied parameters that borrow it, and their layers."""
+        """Return each block -> the names of the tied parameters that borrow it -> their layers."""
         borrowers: dict[AdapterBlock, dict[str, AdaptedLayer]] = {
             model_block.block: {} for model_block in self.blocks()
         }

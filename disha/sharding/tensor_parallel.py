@@ -64,7 +64,7 @@ class Split:
         )
 
     def with_all_reduced_gradient(self, block: Tensor) -> Tensor:
-        """Return a block as this rank has it; its gradient is summed over the ranks that cut W."""
+        """Return a block with the same values, whose gradient is summed over the ranks of W."""
         from torch.distributed.tensor import DTensor, Partial, Replicate
 
         everywhere = [Replicate()] * len(self.placements)

@@ -60,7 +60,7 @@ def reason_against_writing(parameter: Tensor, values: Tensor) -> str | None:
 
 
 def write(parameter: Tensor, values: Tensor, undo: ExitStack | None = None) -> None:
-    """Copy values into a parameter in place, and register the former values with `undo`.
+    """Copy values into a parameter in place, and let `undo` put the former values back.
 
     A sharded parameter takes all values, the same on all ranks, or values that are sharded like it.
     """

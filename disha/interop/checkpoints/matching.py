@@ -109,7 +109,7 @@ def find_keys(checkpoint: Checkpoint, contents: AdapterContents) -> dict[str, st
 
 
 def _possible_keys_of_layer(layer: LayerRecord) -> tuple[str, ...]:
-    """Return the names under which the weight of a layer may be stored, the best one first."""
+    """Return the names under which the weight of a layer may be stored, the likeliest first."""
     keys = [join(layer.name, "weight"), *_possible_keys(layer.name)]
     for tied in layer.tied:
         keys += _possible_keys(tied)

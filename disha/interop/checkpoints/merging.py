@@ -190,7 +190,7 @@ def _ties_embeddings(config: Mapping[str, Any]) -> bool:
 def _find_stored_twice(
     checkpoint: Checkpoint, names: Iterable[str], keys: Mapping[str, str]
 ) -> list[str]:
-    """Return the parameters whose matrix is stored under another name too, as a tied one may be."""
+    """Return the parameters whose matrix is stored twice, as that of a tied one may be."""
     matrices = [name for name in names if len(checkpoint.shape_and_dtype(keys[name])[0]) > 1]
     if not matrices:
         return []
