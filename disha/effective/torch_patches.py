@@ -111,7 +111,7 @@ def _compute_arguments(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _compute_outside_transform(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Pass weights to the function that were computed outside of the transform."""
+    """Pass computed weights to the function, computed outside of the transform."""
 
     def run(*args: Any, **kwargs: Any) -> Any:
         return function(*_compute_outside(args), **_compute_outside(kwargs))

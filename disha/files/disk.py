@@ -108,7 +108,7 @@ def _explain_failures(target: Path) -> Iterator[None]:
 
 
 def _save_once(writers: Mapping[Path, Writer]) -> bool:
-    """Save, and return True; or return False if another save has removed a draft."""
+    """Save, and return whether that is done: it is not if another save has removed a draft."""
     # These belong to saves that were killed, or that end before this one.
     other_drafts = {target: _drafts_of(target) for target in writers}
     drafts = {target: target.with_name(f".{target.name}.{token_hex(4)}.tmp") for target in writers}
@@ -195,7 +195,7 @@ def _swap(new: Path, target: Path) -> None:
 
 
 def _remove(drafts: Iterable[Path], draft: Path) -> None:
-    """Move the drafts of other saves into this one, which is removed."""
+    """Remove the drafts of other saves: move them into this draft, which is removed later."""
     for other in drafts:
         with suppress(OSError):  # it is gone already
             # In one step, so that a save that still runs misses its whole draft, and not a part.

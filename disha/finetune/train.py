@@ -254,7 +254,7 @@ def _adapt(model: Any, adapter: AdapterArguments, tokenizer: Any, has_values: bo
 
 
 def _widen_trained(model: Any) -> None:
-    """Hold in float32 what trains: torch scales the losses of no parameter in float16."""
+    """Hold what trains in float32, because torch's loss scaling takes no float16 parameters."""
     for parameter in model.parameters():
         if parameter.requires_grad and parameter.dtype == torch.float16:
             parameter.data = parameter.data.float()

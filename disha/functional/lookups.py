@@ -18,8 +18,9 @@ def is_lookup(x: Tensor) -> bool:
 
 
 def look_up_outputs(indices: Tensor, delta: Tensor, ranges: OutputRanges) -> Tensor:
-    """Look up outputs of a linear weight, of which only those in ranges have an update.
+    """Return the update of the outputs of a linear weight that indices choose.
 
+    Only outputs in the ranges have one; others get zeros.
     `delta` (rows, in) has a row for each of these outputs, one range after another.
     """
     # Row 0 of the table is zeros; row k + 1 belongs to output numbers[k]. An index equal to none of

@@ -118,7 +118,7 @@ class AdaptedLayer(nn.Module):
                 block.awaits_base = False
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """Pickle the arguments of `adapted_class` in place of the class, which no module holds."""
+        """Pickle the arguments of `adapted_class`, because the class itself is in no module."""
         reduced = super().__reduce_ex__(protocol)
         cls = type(self)
         if "_made_by_disha" not in vars(cls):

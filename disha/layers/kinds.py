@@ -45,7 +45,7 @@ def _slots_of_transposed_conv(module: Any) -> list[Slot]:
 
 
 def _slots_of_recurrent(module: Any) -> list[Slot]:
-    """`nn.RNN`, `nn.LSTM`, `nn.GRU` and their cells: each gate stack is one matrix."""
+    """Return the slots of an `nn.RNN`, `nn.LSTM`, `nn.GRU` or cell: each gate stack is a matrix."""
     return [
         slot_of(name, Layout("out in")) for name in module._parameters if name.startswith("weight_")
     ]
@@ -56,7 +56,7 @@ PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 
 
 def _slots_of_attention(module: Any) -> list[Slot]:
-    """`nn.MultiheadAttention`: q, k and v, as rows of one weight or as three weights."""
+    """Return the slots of an `nn.MultiheadAttention`: q, k and v, in one weight or in three."""
     width = module.embed_dim
     layout = Layout("out in")
     if module.in_proj_weight is None:
@@ -68,7 +68,10 @@ def _slots_of_attention(module: Any) -> list[Slot]:
 
 
 def _slots_of_experts(module: Any) -> list[Slot]:
-    """Fused experts of transformers, which declare their layout; none for any other module."""
+    """Return the slots of fused experts of transformers, which declare their layout.
+
+    Any other module has none.
+    """
     if not all(hasattr(module, name) for name in ("is_transposed", "has_gate", "has_bias")):
         return []
     pattern = "expert in out" if module.is_transposed else "expert out in"

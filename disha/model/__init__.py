@@ -4,6 +4,8 @@
 - `plan`: what an injection would do. Made by `target_plans` or `file_plans`, from a `selection`
   of the model's weights and the `reasons` against adapting some of them
 - `inject`, `control`, `merge`, `state`, `check`, `summary`: the public functions
+- `check_runs`, `check_merges`, `check_report`: how a check runs the model, compares it with the
+  merged one, and prints what it has found
 - `records`, `fingerprints`: what a file says of an adapted weight, and of its base
 - `buffers`, `lost_layers`: what a model remembers of itself from before its adapters
 """

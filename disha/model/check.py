@@ -189,15 +189,20 @@ def _make_row(
 ) -> CheckedWeight:
     """Return the row of a block. Why it does not train comes before why it does not merge."""
     block = model_block.block
-    trains = not reason_against_training
+    is_read = any(block in observation.read for observation in observations)
+    acts = any(block in observation.acting for observation in observations)
+    reason = reason_against_training
+    trains = not reason
+    if trains:
+        reason = merging.reason
     return CheckedWeight(
         model_block.name,
         model_block.adapter,
-        read=any(block in observation.read for observation in observations),
-        acts=any(block in observation.acting for observation in observations),
+        read=is_read,
+        acts=acts,
         gradient=trains,
         merges=merging.keeps_outputs,
-        reason=merging.reason if trains else reason_against_training,
+        reason=reason,
     )
 
 
