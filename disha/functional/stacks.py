@@ -94,6 +94,5 @@ def _multiply_runs(x: Tensor, weight: Tensor, offsets: Tensor, updates: Sequence
                 outputs.append(adapted_linear(tokens, weight[index], None, by_matrix[index]))
             start = stop
     if start < x.shape[0]:  # the remaining tokens belong to no matrix
-        like = outputs[0] if outputs else x  # under autocast, its dtype is not that of x
-        outputs.append(like.new_zeros(x.shape[0] - start, weight.shape[-2]))
+        outputs.append(x.new_zeros(x.shape[0] - start, weight.shape[-2]))
     return torch.cat(outputs)

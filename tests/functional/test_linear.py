@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from disha import functional
 from disha.functional import Update, adapted_linear, bat, method_of
+from disha.functional.dropout import drop_inputs
 from tests import reference
 from tests.conftest import close, freshly_compiled, kept_by, seed_torch
 from tests.functional.matrices import SIZES, make_block, random_sizes, strided_copy
@@ -86,6 +87,12 @@ def test_dropout_of_complex_numbers_zeroes_inputs_and_scales_the_others(method):
     spread = outputs.std(0) / 1000**0.5
     assert spread.min() > 0
     assert ((outputs.mean(0) - expected[0].detach()).abs() < 6 * spread).all()
+
+
+def test_dropout_of_complex_numbers_zeroes_the_share_that_it_is_given():
+    kept = drop_inputs(torch.ones(4000, dtype=torch.complex64), 0.2)
+    assert set(kept.tolist()) == {0, 1.25}
+    assert (kept == 0).float().mean().item() == pytest.approx(0.2, abs=0.03)
 
 
 @pytest.mark.parametrize("tokens", [1, 9])

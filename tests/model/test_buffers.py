@@ -4,6 +4,7 @@ import copy
 import subprocess
 import sys
 import warnings
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 import disha
+from disha.model.buffers import forget_buffers, release_buffers
+from disha.model.view import ModelView
 from tests.conftest import assert_same, pickled, seed_torch
 
 ROOT = Path(__file__).parent.parent.parent
@@ -237,6 +240,24 @@ def test_norms_that_came_after_the_injection_are_saved():
     assert {f"{n}.running_mean" for n in "12"} <= disha.adapter_state_dict(model).keys()
 
 
+def test_a_statistic_that_has_become_nan_is_saved():
+    model = adapted(small())
+    model[1].running_mean[0] = float("nan")
+    assert "1.running_mean" in disha.adapter_state_dict(model)
+
+
+def test_what_was_forgotten_is_remembered_again_if_a_later_step_fails():
+    model = trained()
+    remembered = vars(model[1])["_disha_buffers"]
+    hooks = dict(model._load_state_dict_pre_hooks)
+    with ExitStack() as undo:
+        forget_buffers(model.modules(), undo)
+        assert "_disha_buffers" not in vars(model[1])
+        assert not model._load_state_dict_pre_hooks
+    assert vars(model[1])["_disha_buffers"] is remembered
+    assert model._load_state_dict_pre_hooks == hooks
+
+
 class Normaliser(nn.Module):
     """Subtracts the mean of all inputs that it has seen in training."""
 
@@ -318,6 +339,23 @@ class TestAlsoTrain:
         disha.remove_adapters(model, "default")
         assert torch.equal(model[1].mu, torch.zeros(4))
         assert disha.adapter_state_dict(model, "other").keys() == {"0.disha.other.bone_block"}
+
+    def test_what_was_released_is_as_before_if_a_later_step_fails(self):
+        model = normalised_and_trained(also_train="mu|count")
+        trained_mean = model[1].mu.clone()
+        with ExitStack() as undo:
+            release_buffers(ModelView(model), "default", undo)
+            assert torch.equal(model[1].mu, torch.zeros(4))
+        assert torch.equal(model[1].mu, trained_mean)
+
+    def test_replacing_one_of_two_leaves_the_buffers_of_the_other(self, tmp_path):
+        untrained = disha.inject_adapters(normalised(), "0", 2, also_train="mu")
+        disha.save_adapter(untrained, tmp_path / "a.safetensors")
+        model = disha.inject_adapters(normalised(), "0", 2, adapter="other", also_train="count")
+        train(disha.inject_adapters(model, "0", 2, also_train="mu"), ROWS)
+        disha.load_adapter(model, tmp_path / "a.safetensors", replace=True)
+        assert torch.equal(model[1].mu, torch.zeros(4))
+        assert model[1].count == 3
 
     def test_only_the_adapter_that_names_a_buffer_saves_it(self):
         model = disha.inject_adapters(normalised(), "0", 2, adapter="other")
