@@ -1,4 +1,8 @@
-"""The plain command under each launcher, as its users start it, on two processors."""
+"""The plain command under each launcher, as its users start it, on two processors.
+
+Under torchrun, each rank is a `python -m disha`. The other launchers start their ranks in the same
+way, and theirs are `python -m tests.forks`: the same command, without importing torch again.
+"""
 
 import importlib.util
 import json
@@ -9,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import once
+from tests.forks import preloaded
 from tests.processes import ended, started
 
 SECONDS = 900
@@ -33,8 +38,8 @@ WARNING = "find_unused_parameters"
 """Of this, torch would warn in the first step, once on each rank."""
 
 
-def launcher_words(launcher):
-    """Return the words that start two processes, each with `python -m disha`."""
+def launcher_words(launcher, module):
+    """Return the words that start two processes, each with `python -m` and the module."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -46,30 +51,41 @@ def launcher_words(launcher):
     words = [str(Path(sys.executable).with_name(launcher)), *two[launcher]]
     if launcher == "accelerate":
         words += [port, "-m"]
-    return [*words, "disha"]
+    return [*words, *module]
 
 
-def launch(launcher, folder, tiny, data):
+def launch(launcher, module, folder, tiny, data):
     """Run the command on two processors; return its exit code and what it wrote."""
     folder.mkdir()
     (folder / "zero3.json").write_text(json.dumps(ZERO3))
     flags, _ = ENGINES[launcher]
     given = ["--base", tiny, "--data", data, "--output_dir", folder / "out", *FLAGS, *flags]
     given += ["--per_device_train_batch_size", 2]
-    words = [*launcher_words(launcher), "finetune", *map(str, given)]
+    words = [*launcher_words(launcher, module), "finetune", *map(str, given)]
     done = ended(started(words, folder), SECONDS)
     return {"code": done.returncode, "output": done.stdout + done.stderr}
 
 
+@pytest.fixture(scope="module")
+def forks():
+    """The words after `python -m` that run the command without importing torch again."""
+    with preloaded() as address:
+        yield ["tests.forks", address]
+
+
 @pytest.fixture
-def launched(shared_folder, tiny, data):
+def launched(shared_folder, tiny, data, request):
     """Return what runs the command under a launcher, once."""
 
     def launched(launcher):
         if importlib.util.find_spec(launcher) is None and launcher != "torchrun":
             pytest.skip(f"{launcher} is not installed")
-        name = f"launched_by_{launcher}"
-        return once(shared_folder, name, lambda folder: launch(launcher, folder, tiny, data))
+
+        def run(folder):
+            module = ["disha"] if launcher == "torchrun" else request.getfixturevalue("forks")
+            return launch(launcher, module, folder, tiny, data)
+
+        return once(shared_folder, f"launched_by_{launcher}", run)
 
     return launched
 
