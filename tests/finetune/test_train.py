@@ -1,9 +1,9 @@
 import json
+import multiprocessing
+import os
 import shlex
 import shutil
 import signal
-import subprocess
-import sys
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +16,7 @@ from accelerate import Accelerator
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoTokenizer
+from trl import SFTTrainer
 from trl.chat_template_utils import qwen3_chat_template
 from trl.trainer import utils as trl_utils
 
@@ -30,7 +31,6 @@ from tests.conftest import assert_same
 from tests.finetune import tiny_gguf
 from tests.finetune.conftest import Result
 from tests.finetune.tiny_models import CHATML, FAMILIES, rows, write_model, write_rows
-from tests.processes import environment
 
 AUTHORS = shlex.split(
     """--init_weights True --bits bf16 --dataset_split train[:100000]
@@ -435,18 +435,17 @@ def test_what_must_be_named(words):
         main(words)
 
 
-KILLED = """
-import os, signal, sys
-from trl import SFTTrainer
-from disha.finetune import main
-step = SFTTrainer.training_step
-def killing(trainer, *given, **named):
-    if trainer.state.global_step == 5:
-        os.kill(os.getpid(), getattr(signal, sys.argv[1]))
-    return step(trainer, *given, **named)
-SFTTrainer.training_step = killing
-main(sys.argv[2:])
-"""
+def killed_in_step_6(words):
+    """Run the command, and kill this process, which is a fork of the tests'."""
+    step = SFTTrainer.training_step
+
+    def killing(trainer, *given, **named):
+        if trainer.state.global_step == 5:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return step(trainer, *given, **named)
+
+    SFTTrainer.training_step = killing
+    main(words)
 
 
 class TestResuming:
@@ -457,9 +456,11 @@ class TestResuming:
 
     def test_a_killed_run_resumes_bit_for_bit(self, tiny, data, tmp_path, uninterrupted):
         words = self.flags(tiny, data, tmp_path)
-        command = [sys.executable, "-c", KILLED, "SIGKILL", *words]
-        killed = subprocess.run(command, env=environment(), capture_output=True)
-        assert killed.returncode == -signal.SIGKILL
+        fork = multiprocessing.get_context("fork")
+        killed = fork.Process(target=killed_in_step_6, args=(words,))
+        killed.start()
+        killed.join()
+        assert killed.exitcode == -signal.SIGKILL
         assert main([*words, "--resume"]) == 0
         result = Result(tmp_path)
         assert result.report["resumed_from"].endswith("checkpoint-4")
@@ -500,12 +501,12 @@ class TestResuming:
 
 @pytest.mark.parametrize("words", [[], ["--packing", True], ["--also_train", "lm_head"]])
 def test_only_learned_positions_are_scored_on_a_cpu(words, finetune, tmp_path, monkeypatch):
-    words = [*EXACT, *words, "--eval_strategy", "steps", "--eval_steps", 4]
+    words = [*EXACT, *words, "--max_steps", 4, "--eval_strategy", "steps", "--eval_steps", 2]
 
     def run(name):
         with FlopCounterMode(display=False) as counter:
             result = finetune(tmp_path / name, *words)
-        state = json.loads((tmp_path / name / "checkpoint-8/trainer_state.json").read_text())
+        state = json.loads((tmp_path / name / "checkpoint-4/trainer_state.json").read_text())
         metrics = {"loss", "eval_loss", "entropy", "eval_entropy", "mean_token_accuracy"}
         logged = [log[key] for log in state["log_history"] for key in metrics & log.keys()]
         counts = counter.get_flop_counts()["Global"].items()  # torch 2.15 counts attention too
