@@ -63,10 +63,13 @@ MISS_BLOCK, BONE_BLOCK = ".miss_block", ".bone_block"
 BAT = "bat"
 """The method for which PEFT has no padding and no dropout."""
 
-INIT_WEIGHTS = {"bone": True, BAT: BAT}
-"""Method -> PEFT's word for it in `init_weights`; a tile is `"mini"`."""
+TILE = "mini"
+"""PEFT's word for a tile in `init_weights`."""
 
-READ_INIT_WEIGHTS = {True: "bone", False: "bone", BAT: BAT, "mini": "bone"}
+INIT_WEIGHTS = {"bone": True, BAT: BAT}
+"""Method -> PEFT's word for it in `init_weights`, except for a tile."""
+
+READ_INIT_WEIGHTS = {True: "bone", False: "bone", BAT: BAT, TILE: "bone"}
 """PEFT's word -> the method. False means random values at the start of training."""
 
 CANT_EXPRESS = "the adapter can't be written for PEFT's MiSS (disha.interop.lora writes more)"
@@ -258,42 +261,55 @@ def read_folder(
 def _read(folder: PathLike, also_train: bool) -> tuple[Tensors, PeftFolder, AdapterConfig]:
     """Return the blocks in a PEFT folder of MiSS or Bone, the rest of it, and its settings."""
     peft_folder = read_peft_files(folder, (MISS_BLOCK, BONE_BLOCK), also_train)
-    path = peft_folder.path
-    fields = peft_folder.fields
+    _check_settings(peft_folder)
+    end = BONE_BLOCK if _is_legacy(peft_folder) else MISS_BLOCK
+    blocks, others = peft_folder.split(end)
+    if not blocks:
+        refuse_to_load(peft_folder.path, [f"there is no tensor that ends in {end}"])
+    return blocks, others, _read_config(peft_folder)
+
+
+def _is_legacy(folder: PeftFolder) -> bool:
+    """Whether a folder is one of Bone, as PEFT called MiSS before."""
+    return folder.fields.get("peft_type") == "BONE"
+
+
+def _check_settings(folder: PeftFolder) -> None:
+    """Raise unless the settings of a folder are known, and those of MiSS or of Bone."""
+    fields = folder.fields
     peft_type = fields.get("peft_type")
     init = fields.get("init_weights", True)
-    is_legacy = peft_type == "BONE"
-    is_tile = init == "mini"
     is_known = init in list(READ_INIT_WEIGHTS)  # not in the dict: a file may have an unhashable one
     problems = []
     if peft_type not in ("MISS", "BONE"):
         problems.append(f"its peft_type is {peft_type!r} (disha.interop.lora reads 'LORA')")
-    elif not is_known or (is_legacy and is_tile):
+    elif not is_known or (_is_legacy(folder) and init == TILE):
         problems.append(f"init_weights={brief(init)} is unknown")
     if fields.get("bias", "none") != "none":
         problems.append(f"bias={brief(fields['bias'])} has no place here; merge it in PEFT")
-    refuse_to_load(path, problems)
-    end = BONE_BLOCK if is_legacy else MISS_BLOCK
-    blocks, others = peft_folder.split(end)
-    if not blocks:
-        refuse_to_load(path, [f"there is no tensor that ends in {end}"])
+    refuse_to_load(folder.path, problems)
+
+
+def _read_config(folder: PeftFolder) -> AdapterConfig:
+    """Return the settings of a folder as an adapter's configuration."""
+    fields = folder.fields
+    init = fields.get("init_weights", True)
     method = READ_INIT_WEIGHTS[init]
     dropout = 0.0
     # In PEFT, Bone and BAT have no dropout, whatever the field says.
-    if not is_legacy and method != BAT:
+    if not _is_legacy(folder) and method != BAT:
         dropout = fields.get("miss_dropout", 0.0)
     r_out = None
-    if is_tile:
+    if init == TILE:
         r_out = fields.get("mini_r", 1)
     try:
-        config = AdapterConfig(
+        return AdapterConfig(
             fields.get("r", 64), target=None, method=method, r_out=r_out, dropout=dropout
         )
     except DishaError as error:
         raise AdapterFileError(
-            f"{path} has a configuration that can't be loaded: {error}"
+            f"{folder.path} has a configuration that can't be loaded: {error}"
         ) from error
-    return blocks, others, config
 
 
 def _contents_of(
@@ -363,7 +379,7 @@ def _fields_of(
     config = contents.config
     if dropout is not None:
         config = config.changed(dropout=dropout)
-    init_weights: object = "mini"
+    init_weights: object = TILE
     if config.r_out is None:
         init_weights = INIT_WEIGHTS[config.method]
     return {
