@@ -233,27 +233,30 @@ def reasons_against(
     """Return a line for each layer where PEFT would compute something else."""
     parents = Counter(child for module in view.names for child in module._modules.values())
     readers = _find_readers(view, exporting)
-    reasons = []
-    for name in layers:
+
+    def reason_against(name: str) -> str | None:
         module = view.modules.get(name)
         if module is None:
-            reason: str | None = "there is no such module, and PEFT can only replace modules"
-        elif not name:
-            reason = THE_MODEL_ITSELF
-        elif module in readers:
-            reason = f"{readers[module]} reads its weight, without PEFT's update"
-        elif parents[module] > 1:
+            return "there is no such module, and PEFT can only replace modules"
+        if not name:
+            return THE_MODEL_ITSELF
+        if module in readers:
+            return f"{readers[module]} reads its weight, without PEFT's update"
+        if parents[module] > 1:
             names = ", ".join(view.names[module])
-            reason = f"it is one module with the names {names}, and PEFT adapts only the first"
-        elif "parametrizations" in module._modules:
-            reason = "its weight is computed (a parametrization), which PEFT can't merge into"
-        elif _has_own_forward(module):
-            reason = f"{original_class(module).__name__} has a forward of its own, which PEFT wraps"
-        else:
-            reason = reason_if_unknown(module)
+            return f"it is one module with the names {names}, and PEFT adapts only the first"
+        if "parametrizations" in module._modules:
+            return "its weight is computed (a parametrization), which PEFT can't merge into"
+        if _has_own_forward(module):
+            return f"{original_class(module).__name__} has a forward of its own, which PEFT wraps"
+        return reason_if_unknown(module)
+
+    lines = []
+    for name in layers:
+        reason = reason_against(name)
         if reason is not None:
-            reasons.append(f"{name or '(the model)'}: {reason}")
-    return reasons
+            lines.append(f"{name or '(the model)'}: {reason}")
+    return lines
 
 
 def _find_readers(view: ModelView, exporting: bool) -> dict[nn.Module | None, str]:

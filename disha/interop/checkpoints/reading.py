@@ -54,7 +54,7 @@ Stack = tuple[tuple[str, ...], ...]
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A base checkpoint, of which no tensor has been read.
+    """A base checkpoint; its tensors are read when they are asked for.
 
     Experts that are stored one by one have the name of their stack in the model too.
     """
@@ -86,7 +86,7 @@ class Checkpoint:
         return (len(stack), outputs, inputs), dtype
 
     def config(self) -> dict[str, Any]:
-        """Return what config.json holds, in the folder or beside the file; {} without one."""
+        """Return the content of config.json, in the folder or beside the file; {} without one."""
         folder = self.path if self.path.is_dir() else self.path.parent
         config = folder / CONFIG
         if not config.is_file():

@@ -170,9 +170,9 @@ def _split_token_rows(view: ModelView, folder: PeftFolder) -> tuple[list[LayerBl
 
 
 def _token_numbers_of(name: str, settings: Any) -> Any:
-    """Return the numbers of a table's rows, of which PEFT has a list for all tables or for each.
+    """Return the numbers of a table's rows from PEFT's setting.
 
-    In the second case, the keys are ends of their names.
+    The setting is one list for all tables, or a dict from ends of their names to lists.
     """
     if not isinstance(settings, dict):
         return settings
@@ -291,7 +291,7 @@ def _layout_of_stack(name: str, layouts: Layouts, model_type: str | None) -> Lay
 def _layout_of(
     folder: PeftFolder, name: str, a: Tensor, is_embedding: bool, layouts: Layouts
 ) -> Layout:
-    """Return the layout of a weight, of which A shows only a part."""
+    """Return the layout of a weight. A does not show it in every case, so the model may have to."""
     if is_embedding:
         # The padding row of an embedding gets no update, so it is the only zero column of A.
         empty = (a == 0).all(dim=0).nonzero().flatten().tolist()

@@ -232,7 +232,7 @@ def _token_tensors(layers: Sequence[LayerRecord], tensors: Tensors) -> dict[str,
 
 
 def _token_numbers(layers: Sequence[LayerRecord]) -> dict[str, list[int]] | None:
-    """Return PEFT's `trainable_token_indices`: the numbers of the rows of each table."""
+    """Return PEFT's `trainable_token_indices`: table -> the numbers of its rows; None without."""
     numbers = {}
     for layer in layers:
         numbers[layer.name] = [number for ends in layer.rows for number in range(*ends)]
@@ -240,7 +240,10 @@ def _token_numbers(layers: Sequence[LayerRecord]) -> dict[str, list[int]] | None
 
 
 def _reads_rows_alike(view: ModelView, layer: LayerRecord) -> bool:
-    """Whether PEFT reads the new rows as they are read here: in all tied modules, with no bias."""
+    """Whether PEFT would read the new rows as they are read here.
+
+    That is so if the update is in all modules that are tied to the table, and none has a bias.
+    """
     names = names_of_weight(view, layer.name)
     biases = {name.removesuffix("weight") + "bias" for name in names}
     return len(names) == 1 + len(layer.tied) and biases.isdisjoint(view.parameters_by_name)
