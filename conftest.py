@@ -58,3 +58,11 @@ def pytest_collection_finish() -> None:
     """Keep the garbage collector from searching all modules again, as trainers ask it to do."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _freeze_what_a_file_leaves() -> Iterator[None]:
+    """Do the same with what the tests of a file have imported, and what torch has compiled."""
+    yield
+    gc.collect()
+    gc.freeze()
