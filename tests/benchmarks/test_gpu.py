@@ -15,6 +15,7 @@ from benchmarks.compiled import COMPILED
 from benchmarks.markdown import replace_between
 from benchmarks.results import read_results
 from benchmarks.timers import ClockTimer, EventTimer, timer_of
+from benchmarks.whole_model import write_model
 
 ROOT = Path(__file__).parent.parent.parent
 CPU = torch.device("cpu")
@@ -58,6 +59,19 @@ def test_a_run_becomes_a_page(measured):
         assert words in page
 
 
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    """The tiny model, written once: its tokenizer takes seconds to read."""
+    return write_model(tmp_path_factory.mktemp("written") / "model", tiny=True)
+
+
+@pytest.fixture
+def _writes_no_model(written, monkeypatch):
+    """Take the model that is there wherever the command would write it anew."""
+    monkeypatch.setattr(gpu, "write_model", lambda folder, tiny: written)
+
+
+@pytest.mark.usefixtures("_writes_no_model")
 def test_a_model_is_measured(monkeypatch):
     monkeypatch.setattr(gpu, "TIMED", (BASE, "bone", "peft_lora"))
     (case,) = gpu.model(CPU, gpu.TINY)
@@ -66,6 +80,7 @@ def test_a_model_is_measured(monkeypatch):
     assert {"bone" + COMPILED, "peft_lora"} < set(case["seconds"])
 
 
+@pytest.mark.usefixtures("_writes_no_model")
 def test_the_command_fine_tunes_and_proves_the_file():
     (case,) = gpu.finetune(CPU, gpu.TINY)
     assert case["steps"] == 2
