@@ -202,6 +202,23 @@ def test_the_block_of_a_slice_of_outputs(name, start, stop):
     torch.testing.assert_close(part, whole[start:stop], rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("with_base", [True, False])
+@pytest.mark.parametrize("has_bias", [True, False])
+@pytest.mark.parametrize("layout", [MATRIX, STACK], ids=["matrix", "stack"])
+@pytest.mark.parametrize("name", ["bat r=2", "bat r=4", "rows"])
+def test_a_method_has_the_product_that_is_asked_for_or_none(name, layout, has_bias, with_base):
+    case = case_of(layout.pattern, name)
+    x = torch.randn(*case.weight.shape[:-2], 1, 7, dtype=torch.float64)
+    bias = torch.randn(6, dtype=torch.float64) if has_bias else None
+    found = METHODS[case.method].product(x, case.weight, bias, case.block, 0.5, with_base)
+    if found is None:
+        return
+    expected = x @ (with_base * case.weight + 0.5 * case.expected).mT
+    if has_bias:
+        expected = expected + bias
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize(
     ("method", "layout", "block", "weight"),
     [
