@@ -8,9 +8,12 @@ A method is defined on one matrix W (out, in) with n = ceil(in / r) shards of it
     bat      (ceil(out / r), r, r)   dW_ab = W_ab D_a + D_a for every r x r tile of W
     rows     (in, out)               dW = D^T - W: D has new values of W, usually of a few rows
 
-A layout (`disha.functional.layouts`) says how a weight becomes a stack of such matrices. A block
-then has the axes of the stack before its own. If the method has `block_axes == 2`, a
-convolution's block is kept in the axes of the weight, with r in the place of `in`.
+A layout (`disha.functional.layouts`) says how a weight becomes a stack of such matrices. The block
+of a stack has two forms:
+
+- the one that methods compute with (`matrix_block`): the axes of the stack, then those of D above;
+- the one that layers and files keep (`kept_block`): the same, but over a convolution, a D of two
+  axes is laid out as the weight is, with r in the place of `in`.
 
 `Method` answers for any layout: `block_shape`, `delta_weight`, `wider_block`, `lora_factors`.
 Layers, files, merging and conversions ask it; a method's name stands only in files and arguments.
