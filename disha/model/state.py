@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -96,13 +96,22 @@ def adapter_state_dict(model: nn.Module, adapter: str = "default") -> dict[str, 
     return {key: gather_partition(tensor).detach() for key, tensor in tensors.items()}
 
 
-def _find_in_state_dict(view: ModelView, tensors: Tensors) -> dict[str, Tensor]:
-    """Return tensors of the model under their keys in its state dict."""
+def _find_in_state_dict(
+    view: ModelView, tensors: Tensors, optional: Container[str] = ()
+) -> dict[str, Tensor]:
+    """Return tensors of the model under their keys in its state dict.
+
+    Raise if the state dict lacks one, unless it is `optional`.
+    """
     ids = {id(tensor) for tensor in tensors.values()}
     state = view.model.state_dict(keep_vars=True)
     present = {key: value for key, value in state.items() if id(value) in ids}
     present_ids = {id(value) for value in present.values()}
-    absent = [key for key, tensor in tensors.items() if id(tensor) not in present_ids]
+    absent = [
+        key
+        for key, tensor in tensors.items()
+        if id(tensor) not in present_ids and key not in optional
+    ]
     if absent:
         raise AdapterStateError(
             f"the model's state_dict lacks {first_few(absent, 3, ', ')}, because a class has a "
@@ -179,30 +188,36 @@ def load_adapter_state_dict(
     with all_or_nothing(view) as undo:
         with view.ranks.fail_together(f"load a state dict as adapter {adapter!r}"):
             refuse_merged(view.layers, "load an adapter")
-            # Parameters must be in the state. Of buffers, it has those that training had changed.
-            all_buffers = buffers.list_saved(view, adapter)
-            tensors = collect_tensors(view, adapter)
-            parameters = {key: tensors[key] for key in tensors.keys() - all_buffers.keys()}
-            state_keys = {clean_key(str(key)) for key in state}
-            given_buffers = {key: value for key, value in all_buffers.items() if key in state_keys}
-            expected = _find_in_state_dict(view, parameters | given_buffers)
-            given_tensors = _rename_keys(state, expected)
-            report = check_fit(expected, given_tensors)
+            saved_buffers = buffers.list_saved(view, adapter)
+            tensors = saved_buffers | collect_tensors(view, adapter)
+            in_model = _find_in_state_dict(view, tensors, optional=saved_buffers)
+            given = _rename_keys(state, in_model)
+            # Of the buffers, the state has only those that training had changed.
+            buffer_ids = {id(buffer) for buffer in saved_buffers.values()}
+            expected = {
+                key: tensor
+                for key, tensor in in_model.items()
+                if key in given or id(tensor) not in buffer_ids
+            }
+            report = check_fit(expected, given)
             if report.wrong or (strict and not report.complete):
                 raise AdapterStateError(
                     f"the state does not fit the model's adapter {adapter!r}; nothing was loaded:\n"
                     f"{report}"
                 )
         for key in report.matched:
-            write(expected[key], given_tensors[key], undo)
+            write(expected[key], given[key], undo)
         if strict:  # the state is complete, so its adapter has not changed the other buffers
-            buffers.put_back_buffers(view, undo, adapter, excepted=given_buffers)
+            written = {id(tensor) for tensor in expected.values()}
+            kept = [name for name, buffer in saved_buffers.items() if id(buffer) in written]
+            buffers.put_back_buffers(view, undo, adapter, excepted=kept)
     return report
 
 
 def _rename_keys(state: Tensors, expected: Tensors) -> dict[str, Tensor]:
     """Return the state with each key replaced by the model's key for the same tensor."""
     model_keys = {clean_key(key): key for key in expected}
+    model_keys |= {key: key for key in expected}  # a child `module` of the model is no wrapper
     renamed: dict[str, Tensor] = {}
     former_keys: dict[str, str] = {}
     for key, tensor in state.items():

@@ -5,7 +5,7 @@ from torch import nn
 
 import disha
 from disha import AdapterStateError, ArgumentError, MergeError
-from tests.conftest import Layered, Shared, perturb, refused, seed_torch
+from tests.conftest import Layered, Shared, assert_same, perturb, refused, seed_torch
 
 
 @pytest.fixture
@@ -98,6 +98,19 @@ class TestLoad:
         one = {"fc.disha.default.bone_block": torch.zeros(2, 4)}
         disha.load_adapter_state_dict(model, one, strict=False)
         assert [bool(block.any()) for block in disha.adapter_parameters(model)] == [False, True]
+
+    @pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod."])
+    def test_buffers_in_a_child_that_has_the_name_of_a_wrappers(self, prefix):
+        def made():
+            norms = {"norm": nn.BatchNorm1d(4), "module": nn.Sequential(nn.BatchNorm1d(4))}
+            model = nn.ModuleDict({"fc": nn.Linear(4, 4), **norms})
+            return disha.inject_adapters(model, "fc", 2)
+
+        model, other = made(), made()
+        model["module"](torch.randn(5, 4))
+        state = {prefix + key: value for key, value in disha.adapter_state_dict(model).items()}
+        assert disha.load_adapter_state_dict(other, state).complete
+        assert_same(other["module"].state_dict(), model["module"].state_dict())
 
     @pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod."])
     def test_keys_of_a_wrapped_model(self, adapted, tokens, prefix):
