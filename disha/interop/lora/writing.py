@@ -228,7 +228,8 @@ def _split_token_rows(
 
 
 def _token_tensors(layers: Sequence[LayerRecord], tensors: Tensors) -> dict[str, Tensor]:
-    return {layer.name + TOKENS: tensors[layer.key].mT.contiguous() for layer in layers}
+    """Return copies of the blocks of rows, by their keys in a folder."""
+    return {layer.name + TOKENS: _copy(tensors[layer.key].mT) for layer in layers}
 
 
 def _token_numbers(layers: Sequence[LayerRecord]) -> dict[str, list[int]] | None:
@@ -413,6 +414,10 @@ def tensors_of(updates: Sequence[LowRankUpdate]) -> dict[str, Tensor]:
         for _ in a.shape[2:]:  # the kernel of a convolution, in which B is 1x1
             b = b.unsqueeze(-1)
         tensors[name + a_end] = a.contiguous()
-        # A copy: for r = 1, B is the block itself.
-        tensors[name + b_end] = b.clone(memory_format=torch.contiguous_format)
+        tensors[name + b_end] = _copy(b)
     return tensors
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    """Return a contiguous copy, even of a block with r = 1 or one row, which is contiguous."""
+    return tensor.clone(memory_format=torch.contiguous_format)

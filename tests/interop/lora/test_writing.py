@@ -271,7 +271,15 @@ def test_the_model_itself_is_refused(tmp_path):
         write_lora(tmp_path / "lora", adapter_contents(ModelView(ours)))
 
 
-@pytest.mark.parametrize("options", [{"also_train": "norm", "r": 1}, {"method": "bat"}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"also_train": "norm", "r": 1},
+        {"also_train_rows": {"embed_tokens": [3]}},
+        {"method": "bat"},
+    ],
+    ids=str,
+)
 def test_in_memory_it_is_what_the_files_hold_and_peft_takes_it(tmp_path, options):
     rank = 5 if "method" in options else None
     base = llama().eval()
