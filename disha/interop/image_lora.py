@@ -7,7 +7,7 @@ files to and from the form of kohya's programs.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -30,6 +30,7 @@ from disha.interop.low_rank import (
     LoraReport,
     LowRankUpdate,
     base_weights_of_model,
+    check_rank,
     contents_of_factors,
     list_names,
     low_rank_updates,
@@ -38,6 +39,7 @@ from disha.interop.peft_format import reasons_against, refuse_to_write
 from disha.layers.blocks import original_class
 from disha.model.state import LoadReport
 from disha.model.view import ModelView
+from disha.sharding.ranks import Ranks
 
 __all__ = ["export", "load"]
 
@@ -96,24 +98,24 @@ def export(
         ...     image_lora.export({"unet": unet}, pathlib.Path(folder, "lora.safetensors")).layers
         (LoraLayer(name='unet.conv_in', method='bone', r=2, rank=18, error=0.0),)
     """
-    views: dict[str, ModelView] = {}
-    contents: dict[str, AdapterContents] = {}
-    bases: dict[str, BaseWeight] = {}
-    for component, view in _views_of(models).items():
-        if adapter in view.adapters:
-            views[component] = view
-            contents[component] = adapter_contents(view, adapter, with_fingerprints=False)
-            bases[component] = base_weights_of_model(view, adapter)
-    if not views:
-        raise ArgumentError(f"no component of {', '.join(models)} has an adapter {adapter!r}")
-    first_view, *_ = views.values()
-    ranks = first_view.ranks  # the same for all components
-    action = f"export adapter {adapter!r}"
+    views = _views_of(models)
+    ranks = _ranks_of(views.values())
+    action = f"export adapter {adapter!r} as an image LoRA"
     with ranks.fail_together(action):
         target = check_path(path)
+        check_rank(rank)  # before a rank waits for another
+        views = {component: view for component, view in views.items() if adapter in view.adapters}
+        if not views:
+            raise ArgumentError(f"no component of {', '.join(models)} has an adapter {adapter!r}")
         for component, view in views.items():
-            problems = _list_problems(view, contents[component].names)
+            layers = [model_block.name for model_block in view.blocks(adapter)]
+            problems = _list_problems(view, layers)
             refuse_to_write(f"a LoRA would not compute what the {component} does", problems)
+    contents: dict[str, AdapterContents] = {}
+    bases: dict[str, BaseWeight] = {}
+    for component, view in views.items():
+        contents[component] = adapter_contents(view, adapter, with_fingerprints=False)
+        bases[component] = base_weights_of_model(view, adapter)
     updates = _collect_updates(contents, bases, rank)
     with ranks.fail_together(action):
         if ranks.writes:
@@ -173,13 +175,15 @@ def load(
         ('unet.conv_in.bone_block',)
     """
     views = _views_of(models)
-    path = check_path(path)
-    contents = read_file(path, {name: view.modules for name, view in views.items()})
-    missing = [component for component in contents if component not in views]
-    if missing:
-        raise ArgumentError(
-            f"{path} holds {', '.join(contents)}, and models has no {', '.join(missing)}; add it"
-        )
+    with _ranks_of(views.values()).fail_together(f"load an image LoRA as adapter {adapter!r}"):
+        path = check_path(path)
+        contents = read_file(path, {name: view.modules for name, view in views.items()})
+        missing = [component for component in contents if component not in views]
+        if missing:
+            raise ArgumentError(
+                f"{path} holds {', '.join(contents)}, and models has no {', '.join(missing)}; add "
+                "it"
+            )
     matched = []
     with ExitStack() as undo:  # if a model does not fit, the ones before it are put back
         for component, adapted in contents.items():
@@ -203,6 +207,15 @@ def _views_of(models: Models) -> dict[str, ModelView]:
     return {
         name: ModelView(model) for name, model in models.items() if isinstance(model, nn.Module)
     }
+
+
+def _ranks_of(views: Iterable[ModelView]) -> Ranks:
+    """Return the ranks that hold shards of any of the models; some may be whole on each rank."""
+    parameters = []
+    for view in views:
+        view.reshard()  # a gathered parameter does not show its ranks
+        parameters += view.list_parameters()
+    return Ranks(parameters)
 
 
 # --- writing -------------------------------------------------------------------------------------

@@ -32,6 +32,7 @@ from disha import (
     MergeError,
     TargetError,
 )
+from disha.interop import image_lora
 from disha.model.fingerprints import fingerprint
 from tests.conftest import perturb
 from tests.distributed.harness import (
@@ -250,6 +251,29 @@ def check_peft_folders(folder):
     with pytest.raises(ConversionError, match=from_rank(1, "the adapter can't be written")):
         disha.interop.peft.export(model, folder / "none")
     assert not (folder / "none").exists()
+
+
+def check_image_loras(folder):
+    def models(seed, shard=lambda model: model):
+        """Return two models of a pipeline, the first of them whole on each rank."""
+        torch.manual_seed(0)
+        both = [disha.inject_adapters(Model().double(), "up|down", 3) for _ in range(2)]
+        text_encoder, unet = (perturb(model, seed) for model in both)
+        return {"text_encoder": text_encoder, "unet": shard(unet)}
+
+    plain, together = models(0), models(0, sharded)
+    alone, path = folder / f"{rank()}", folder / "a"
+    image_lora.export(plain, alone)
+    image_lora.export(together, path)
+    assert path.read_bytes() == alone.read_bytes()
+    other = models(5, sharded)
+    image_lora.load(other, path, replace=True)
+    assert_same(blocks(other["unet"]), blocks(plain["unet"]))
+    # one rank alone can't read or write it
+    with pytest.raises(AdapterIOError, match=from_rank(1, "can't read")):
+        image_lora.load(other, (path, folder / "absent")[rank()], replace=True)
+    with pytest.raises(disha.ArgumentTypeError, match=from_rank(1, "path must be")):
+        image_lora.export(together, 3 if rank() == 1 else path)
 
 
 def check_state_dicts(folder):
