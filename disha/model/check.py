@@ -165,7 +165,10 @@ def _check(
             # Blocks that act only in training change nothing in evaluation, merged or not.
             only_training = in_training.acting - in_evaluation.acting
             acting = [model_block for model_block in active if model_block.block in only_training]
-            mergings |= compare_merged(view, runner, acting, in_training.outputs, training=True)
+            more = compare_merged(view, runner, acting, in_training.outputs, training=True)
+            for layer, merging in more.items():
+                if mergings[layer].keeps_outputs:  # else there is a reason already
+                    mergings[layer] = merging
         stuck = _find_stuck_blocks(runner, zeros, observations, undo)
     rows = []
     for model_block in active:

@@ -193,6 +193,16 @@ def test_a_head_that_acts_in_training_only_is_in_order():
     assert not model.training
 
 
+def test_a_merge_that_changes_the_evaluation_alone_is_a_problem():
+    def use(layer, x):
+        weight = layer.weight if layer.training else layer._parameters["weight"]
+        return nn.functional.linear(x, weight)
+
+    _, row = check(use)
+    assert (row.acts, row.gradient, row.merges) == (True, True, False)
+    assert "merged, an output differs" in row.reason
+
+
 def test_the_report_says_that_training_mode_can_not_be_seen():
     model = disha.inject_adapters(Heads(fails=True), "all-linear", 2)
     (row,) = disha.check_adapters(model, torch.randn(3, 4)).problems
