@@ -46,14 +46,15 @@ def write(func: Operation, *args: Any, **kwargs: Any) -> Any:
     """Write into W, which is the first argument. Return its effective weight, if anything."""
     if args:
         written, *others = args
-        if func.__name__ in RESHAPES:
-            refuse_to_reshape(written)
-        sources = [_value_to_write(written, other) for other in others]
-        result = compute_first(func, (base_inside(written), *sources), kwargs)
     else:
         # Functions of nn.init, which pass it by name. Other keywords may come before it.
-        written = kwargs["tensor"]
-        result = compute_first(func, (), {**kwargs, "tensor": base_inside(written)})
+        written = kwargs.pop("tensor")
+        others = []
+    if func.__name__ in RESHAPES:
+        refuse_to_reshape(written)
+    sources = [_value_to_write(written, other) for other in others]
+    named = {name: _value_to_write(written, other) for name, other in kwargs.items()}
+    result = compute_first(func, (base_inside(written), *sources), named)
     return None if result is None else written
 
 

@@ -85,6 +85,7 @@ def test_what_is_drawn_or_changed_in_place_is_that_of_a_plain_weight(draw):
     "write",
     [
         lambda layer: layer.weight.copy_(layer.weight),
+        lambda layer: layer.weight.copy_(other=layer.weight),
         lambda layer: layer.weight.data.copy_(layer.weight.data),
         lambda layer: layer.weight.__setitem__(slice(None), layer.weight),
     ],
