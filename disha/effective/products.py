@@ -114,7 +114,7 @@ def _addmm(input: Any, mat1: Any, mat2: Any, *, beta: float = 1, alpha: float = 
 
 @rule_with_operation(GROUPED)
 def _grouped(
-    multiply: Operation, input: Any, weight: Any, offs: Any = None, *more: Any, **named: Any
+    multiply: Operation, input: Any, weight: Any = None, offs: Any = None, *more: Any, **named: Any
 ) -> Any:
     if not isinstance(weight, EffectiveWeight) or isinstance(input, EffectiveWeight):
         return NotImplemented
@@ -144,6 +144,8 @@ _GROUPS = 3
 def _conv(
     func: Operation, input: Any, weight: Any, bias: Any = None, *args: Any, **kwargs: Any
 ) -> Any:
+    if isinstance(input, EffectiveWeight) or isinstance(bias, EffectiveWeight):
+        return NotImplemented
     if not isinstance(weight, EffectiveWeight) or not weight.weight_layout.has_kernel:
         return NotImplemented
     layout = weight.weight_layout
