@@ -130,8 +130,7 @@ def _replace_by_drafts(
     try:
         for target, write in writers.items():
             _write_draft(drafts[target], target, write)
-        for target, draft in drafts.items():
-            _swap(draft / target.name, target)
+        _swap_all(drafts)
         for target, draft in drafts.items():
             _remove(other_drafts[target], draft)
     except (OSError, ValueError, SafetensorError):
@@ -177,6 +176,22 @@ def _flush(new: Path) -> None:
     for file in _files_in(new):
         with file.open("r+b") as written:
             os.fsync(written.fileno())
+
+
+def _swap_all(drafts: Mapping[Path, Path]) -> None:
+    """Put what is in each draft in the place of its target; if that stops halfway, say where."""
+    replaced: list[str] = []
+    for target, draft in drafts.items():
+        try:
+            _swap(draft / target.name, target)
+        except OSError as error:
+            if not replaced:
+                raise
+            raise AdapterIOError(
+                f"can't save to {target}: {_reason_of(error)}. It is the old one still, but "
+                f"{', '.join(replaced)} is replaced already, and they belong together; save again"
+            ) from error
+        replaced.append(str(target))
 
 
 def _swap(new: Path, target: Path) -> None:

@@ -128,6 +128,24 @@ class TestFailed:
         folder.rmdir()
         assert_old(old)
 
+    def test_the_error_says_if_one_of_two_is_replaced_already(self, old, monkeypatch):
+        replace = Path.replace
+
+        def refuse_second(self, target):
+            if target.name == "second":
+                raise PermissionError(13, "Access is denied")
+            return replace(self, target)
+
+        second = old.with_name("second")
+        second.write_text("old")
+        monkeypatch.setattr(Path, "replace", refuse_second)
+        says = rf"can't save to {second}: Access is denied.* {old} is replaced already"
+        with pytest.raises(AdapterIOError, match=says) as caught:
+            save_together({old: Path.touch, second: Path.touch})
+        assert "nothing was changed" not in str(caught.value)
+        assert (old.read_bytes(), second.read_text()) == (b"", "old")
+        assert {one.name for one in old.parent.iterdir()} == {old.name, second.name}
+
     @pytest.mark.parametrize("ends", ["", "/below"])
     def test_a_file_where_the_folder_should_be(self, old, ends):
         with pytest.raises(AdapterIOError, match="can't save to"):
