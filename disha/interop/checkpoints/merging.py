@@ -125,8 +125,9 @@ def merge_into_checkpoint(
         scale = check_scale(scale)
     out = check_path(out)
     checkpoint = open_checkpoint(base)
-    _check_target(out, checkpoint, overwrite)
-    contents = read_contents(check_path(adapter_path), also_train=also_train)
+    adapter_path = check_path(adapter_path)
+    _check_target(out, checkpoint, adapter_path, overwrite)
+    contents = read_contents(adapter_path, also_train=also_train)
     keys = find_keys(checkpoint, contents)
     refuse(checkpoint, find_misfits(checkpoint, contents, keys, compares_values=not force))
     if not force:
@@ -143,11 +144,13 @@ def merge_into_checkpoint(
 # --- checks before anything is written -----------------------------------------------------------
 
 
-def _check_target(out: Path, checkpoint: Checkpoint, overwrite: bool) -> None:
+def _check_target(out: Path, checkpoint: Checkpoint, adapter: Path, overwrite: bool) -> None:
+    """Raise if a save to `out` would replace what is read, or what is no checkpoint."""
     target = out.resolve()
-    source = checkpoint.path.resolve()
-    if source.is_relative_to(target) or target.is_relative_to(source):
-        raise ArgumentError(f"can't write to {out}: the base is there; name another place")
+    for what, path in (("base", checkpoint.path), ("adapter", adapter)):
+        source = path.resolve()
+        if source.is_relative_to(target) or target.is_relative_to(source):
+            raise ArgumentError(f"can't write to {out}: the {what} is there; name another place")
     require_free(out, overwrite)
     is_checkpoint = any((out / name).is_file() for name in (SINGLE, INDEX))
     is_full = out.is_dir() and any(out.iterdir())

@@ -292,6 +292,13 @@ def make_link(setting):
     (setting.folder / "merged").symlink_to(setting.base)
 
 
+def move_adapter(setting):
+    """Put the adapter into a folder that is a checkpoint."""
+    (setting.folder / "merged").mkdir()
+    (setting.folder / "merged" / "model.safetensors").touch()
+    setting.adapter = setting.adapter.rename(setting.folder / "merged" / "adapter.safetensors")
+
+
 def nothing(setting):
     pass
 
@@ -301,6 +308,8 @@ IN_THE_WAY = {
     "in the base": (nothing, "base/below", True, "the base is there"),
     "around the base": (nothing, "", True, "the base is there"),
     "a link to the base": (make_link, "merged", True, "the base is there"),
+    "the adapter": (nothing, "adapter.safetensors", True, "the adapter is there"),
+    "around the adapter": (move_adapter, "merged", True, "the adapter is there"),
     "a folder in use": (make_folder("merged", {"a": ""}), "merged", False, "set `overwrite`"),
     "no checkpoint": (make_folder("merged", {"a": ""}), "merged", True, "is not a checkpoint"),
     "a file": (make_file("x.safetensors"), "x.safetensors", False, "exists"),
