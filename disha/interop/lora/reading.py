@@ -47,13 +47,12 @@ from disha.model.view import ModelView
 from disha.text import join
 
 TOKEN_INDICES = "trainable_token_indices"
-"""PEFT's setting that says which rows of a table were trained; a load with the model reads it."""
+"""PEFT's setting that says which rows of a table were trained."""
 
 CHANGE_THE_SUM = (
     "use_dora",
     "lora_bias",
     "layer_replication",
-    TOKEN_INDICES,
     "arrow_config",
     "alora_invocation_tokens",
     "monteclora_config",
@@ -142,7 +141,10 @@ def _split_token_rows(view: ModelView, folder: PeftFolder) -> tuple[list[LayerBl
     layers = []
     for name, values in rows_by_name.items():
         numbers = _token_numbers_of(name, settings)
-        rows = check_rows(name, numbers)
+        try:
+            rows = check_rows(f"{TOKEN_INDICES} of {name}", numbers)
+        except DishaError as error:
+            raise AdapterFileError(f"{folder.path}: {error}") from error
         if values.shape[:-1] != (len(numbers),):
             raise AdapterFileError(
                 f"{folder.path}: {name}{TOKENS} does not have a row for each token"
@@ -198,6 +200,11 @@ def read_lora(
 ) -> AdapterContents:
     """Return the adapter that a LoRA folder holds, as `load` reads it without a model."""
     peft_folder = read_peft_files(folder, (*FACTORS, TOKENS), also_train)
+    if peft_folder.fields.get(TOKEN_INDICES):
+        raise ConversionError(
+            f"{peft_folder.path} has trained rows of a table ({TOKEN_INDICES}), and only the model "
+            "tells what the table is tied to; use lora.load with the model"
+        )
     return _contents_of(peft_folder, {}, model_type)
 
 

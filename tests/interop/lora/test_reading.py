@@ -209,6 +209,21 @@ def test_a_trained_lora_is_no_bone_adapter(tmp_path):
         lora.load(model, tmp_path)
 
 
+def test_only_the_model_tells_what_a_table_with_new_rows_is_tied_to(tmp_path):
+    lora.export(adapted(Layered(), "q_proj", 4, also_train_rows={"embed": [3]}), tmp_path)
+    with pytest.raises(ConversionError, match=r"use lora\.load with the model"):
+        read_lora(tmp_path)
+    assert "embed.rows_block" in lora.load(Layered(), tmp_path).matched
+
+
+def test_a_setting_that_lacks_a_table_with_new_rows(tmp_path):
+    lora.export(adapted(Layered(), "q_proj", 4, also_train_rows={"embed": [3]}), tmp_path)
+    rewrite(tmp_path, trainable_token_indices={"other": [3]})
+    model = Layered()
+    with refused(model, AdapterFileError, "trainable_token_indices of embed must be a list"):
+        lora.load(model, tmp_path)
+
+
 A, B = (f"layers.0.attn.q_proj.lora_{one}.weight" for one in "AB")
 
 
