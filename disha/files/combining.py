@@ -43,19 +43,20 @@ def combine_adapters(
 ) -> None:
     """Add a new adapter that is the weighted sum of others, exactly.
 
-    dW = sum of w * s * dW over the adapters, with their current scales s. The methods are linear in
-    D, so the blocks add up. If an adapter lacks a layer, its dW there is zero. The new adapter has
-    scale 1 and is not active yet.
+    The new dW of a layer is the sum of w * s * dW over the adapters that have this layer, where s
+    is an adapter's present scale. As dW is linear in the block, the blocks themselves are added.
+    The new adapter has scale 1 and is not active yet.
 
     Args:
         model: a model with adapters.
-        weights: adapter -> w. All adapters have one method, and one r_out if they are tiles.
+        weights: adapter -> w. The adapters must have the same method and the same r_out.
         into: the new adapter's name.
-        r: shard size of the new blocks, a multiple of every adapter's r; the least common multiple
-            by default. The r of BAT blocks can't change.
-        also_train: False to combine only the blocks of adapters whose `also_train` names other
-            parameters or buffers. These are values, not updates, so they have no sum. Running
-            statistics, and what trains without being named, belong to the model, and stay in it.
+        r: shard size of the new blocks, a multiple of every adapter's r; by default, the least
+            common multiple. BAT blocks must all have the same r, and keep it.
+        also_train: parameters and buffers that an adapter's `also_train` names are values, not
+            updates, so they have no sum, and this raises. Pass False to combine only the blocks of
+            such adapters. Running statistics, and what trains without being named, belong to the
+            model, and stay as they are.
 
     Raises:
         ArgumentError: an adapter is unknown, the name is taken, a weight is not finite, blocks
@@ -87,11 +88,8 @@ def combine_adapters(
     summands = []
     for adapter, weight in weights.items():
         contents = adapter_contents(view, adapter)
-        has_claims = any(parameter.is_claimed(adapter) for parameter in view.parameters)
-        if not has_claims:
-            has_claims = any(claimant_of(buffer) == adapter for buffer in view.buffers)
-        # What no adapter claims stays in the model: running statistics, and what trains unnamed.
-        if not also_train or not has_claims:
+        # Besides blocks, an adapter without claims has only what stays in the model.
+        if not also_train or not _has_claims(view, adapter):
             contents = keep_blocks(contents)
         summands.append(Summand(f"adapter {adapter!r}", contents, weight))
     total = combine_contents(summands, r)
@@ -104,6 +102,13 @@ def combine_adapters(
         }
         for model_block in view.require(into):
             model_block.values.requires_grad_(model_block.name in trained)
+
+
+def _has_claims(view: ModelView, adapter: str) -> bool:
+    """Whether parameters or buffers belong to an adapter, because its `also_train` names them."""
+    if any(parameter.is_claimed(adapter) for parameter in view.parameters):
+        return True
+    return any(claimant_of(buffer) == adapter for buffer in view.buffers)
 
 
 Part = tuple[LayerRecord, Summand]
@@ -134,6 +139,7 @@ def combine_contents(summands: Sequence[Summand], r: int | None) -> AdapterConte
 
 
 def _check_can_be_combined(summands: Sequence[Summand]) -> None:
+    """Raise unless the adapters hold blocks alone, of one method, and their weights are finite."""
     first = summands[0].contents.config
     for summand in summands:
         check_scale(summand.weight, "the weight of an adapter")
@@ -153,7 +159,7 @@ def _check_can_be_combined(summands: Sequence[Summand]) -> None:
 
 
 def _sum_blocks(parts: Sequence[Part], r: int | None) -> tuple[LayerRecord, Tensor]:
-    """Return the weighted sum of a layer's blocks."""
+    """Return the record and the block of a layer: the weighted sum of its blocks."""
     first, _ = parts[0]
     name = first.name or "(the model)"
     method = method_of(first.method)
@@ -180,19 +186,18 @@ def _sum_blocks(parts: Sequence[Part], r: int | None) -> tuple[LayerRecord, Tens
                 "an r that is a multiple of each, or adapters of equal r"
             )
         terms.append((wide, float(summand.weight) * record.scale))
-    # Bases are not compared here: one base has other digits in another dtype.
-    records = {replace(record, r=r, scale=1.0, base=None) for record, _ in parts}
-    shapes = {wide.shape for wide, _ in terms}
-    if len(records) > 1 or len(shapes) > 1:
+    # Fingerprints are left out, because one base has several: they depend on its dtype.
+    without_base = {replace(record, r=r, scale=1.0, base=None) for record, _ in parts}
+    block_shapes = {wide.shape for wide, _ in terms}
+    if len(without_base) > 1 or len(block_shapes) > 1:
         raise ArgumentError(f"layer {name!r} is not the same in all adapters: {listing}")
     total = functional.weighted_sum(terms)
     if not is_finite_as(total, total.dtype):
         raise ArgumentError(
             f"layer {name!r}: the sum is not finite as {total.dtype}; give smaller weights"
         )
-    base = first.base
-    if any(record.base != base for record, _ in parts):
-        base = None
+    bases = {record.base for record, _ in parts}
+    base = first.base if len(bases) == 1 else None
     return replace(first, r=r, scale=1.0, base=base), total
 
 

@@ -60,7 +60,10 @@ def write_contents(path: Path, contents: AdapterContents) -> None:
 
 
 def read_contents(path: Path, *, also_train: bool = True, layers: str | None = None) -> AdapterFile:
-    """Return the adapter in a file, or its layers whose names match; the tensors are mapped."""
+    """Return the adapter in a file, or only those of its layers whose names match `layers`.
+
+    The tensors are mapped: their values are read when they are used.
+    """
     with torch.device("cpu"), open_tensors(path) as file:  # torch 2.8 maps to the default device
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         metadata = file.metadata() or {}
@@ -69,11 +72,11 @@ def read_contents(path: Path, *, also_train: bool = True, layers: str | None = N
     if layers is not None:
         pattern = compile_regex("layers", layers)
         kept = tuple(record for record in kept if pattern.search(record.name))
-    if not kept:
-        names = first_few(contents.names, 10, ", ")
-        raise ArgumentError(
-            f"layers={layers!r} matches none of the layers in {path}, which are {names}"
-        )
+        if not kept:
+            names = first_few(contents.names, 10, ", ")
+            raise ArgumentError(
+                f"layers={layers!r} matches none of the layers in {path}, which are {names}"
+            )
     parameters: Sequence[str] = ()
     if also_train:
         parameters = contents.also_train

@@ -90,8 +90,12 @@ def save_together(writers: Mapping[Path, Writer]) -> None:
         for target in by_target:
             if target.exists() and not (target.is_file() or target.is_dir()):
                 raise OSError("it is a device or a pipe")
-        while not _save_once(by_target):
-            pass  # another save has removed a draft, so it is written again
+        while True:
+            try:
+                _save_once(by_target)
+                return
+            except _DraftRemovedError:
+                continue  # write everything again
 
 
 @contextmanager
@@ -107,15 +111,19 @@ def _explain_failures(target: Path) -> Iterator[None]:
         ) from error
 
 
-def _save_once(writers: Mapping[Path, Writer]) -> bool:
-    """Save, and return whether that is done: it is not if another save has removed a draft."""
-    # These belong to saves that were killed, or that end before this one.
+class _DraftRemovedError(Exception):
+    """Another save, which began later and ended before this one, has removed a draft of it."""
+
+
+def _save_once(writers: Mapping[Path, Writer]) -> None:
+    """Write a draft for each target, then put each in place."""
+    # These belong to saves that were killed, or that have begun before this one.
     other_drafts = {target: _drafts_of(target) for target in writers}
     drafts = {target: target.with_name(f".{target.name}.{token_hex(4)}.tmp") for target in writers}
     try:
         for draft in drafts.values():
             draft.mkdir()
-        return _replace_by_drafts(writers, drafts, other_drafts)
+        _replace_by_drafts(writers, drafts, other_drafts)
     finally:
         for draft in drafts.values():
             shutil.rmtree(draft, ignore_errors=True)
@@ -125,19 +133,18 @@ def _replace_by_drafts(
     writers: Mapping[Path, Writer],
     drafts: Mapping[Path, Path],
     other_drafts: Mapping[Path, Iterable[Path]],
-) -> bool:
-    """Write every draft, then put each in place; return False if a draft is gone meanwhile."""
+) -> None:
+    """Fill every draft, then put each in place, and remove the other drafts."""
     try:
         for target, write in writers.items():
             _write_draft(drafts[target], target, write)
         _swap_all(drafts)
         for target, draft in drafts.items():
             _remove(other_drafts[target], draft)
-    except (OSError, ValueError, SafetensorError):
-        if all(draft.exists() for draft in drafts.values()):
-            raise
-        return False
-    return True
+    except (OSError, ValueError, SafetensorError) as error:
+        if not all(draft.exists() for draft in drafts.values()):
+            raise _DraftRemovedError from error
+        raise
 
 
 def _write_draft(draft: Path, target: Path, write: Writer) -> None:
@@ -209,9 +216,9 @@ def _swap(new: Path, target: Path) -> None:
             old.rename(target)
 
 
-def _remove(drafts: Iterable[Path], draft: Path) -> None:
+def _remove(other_drafts: Iterable[Path], draft: Path) -> None:
     """Remove the drafts of other saves: move them into this draft, which is removed later."""
-    for other in drafts:
+    for other in other_drafts:
         with suppress(OSError):  # it is gone already
             # In one step, so that a save that still runs misses its whole draft, and not a part.
             other.rename(draft / other.name)

@@ -51,30 +51,29 @@ class AdapterContents:
 
     def entries(self) -> dict[str, dict[str, Any]]:
         """Return key -> all JSON fields of each tensor, blocks first."""
-        named = {layer.key: layer.to_json() for layer in self.layers}
-        named |= {key: {"name": key} for key in self.also_train}
-        return {
-            key: {
-                **fields,
-                "key": key,
-                "shape": tuple(self.tensors[key].shape),
-                "dtype": as_json(self.tensors[key].dtype),
-            }
-            for key, fields in named.items()
-        }
+        entries = {layer.key: layer.to_json() for layer in self.layers}
+        for key in self.also_train:
+            entries[key] = {"name": key}
+        for key, fields in entries.items():
+            tensor = self.tensors[key]
+            fields["key"] = key
+            fields["shape"] = tuple(tensor.shape)
+            fields["dtype"] = as_json(tensor.dtype)
+        return entries
 
 
 @dataclass(frozen=True)
 class AdapterFile(AdapterContents):
-    """An adapter file: its header, path and size; printable.
+    """An adapter file: what its header says, its tensors, its path and size; printable.
 
-    `inspect_adapter` returns it without values.
+    From `inspect_adapter`, the tensors are on the meta device: they have a shape and a dtype, and
+    no values.
 
     Attributes:
         config: the adapter's configuration.
         layers: the adapted layers, in the order of the model.
         also_train: names of the parameters and buffers saved with the blocks.
-        tensors: key -> tensor without values (on the meta device): its shape and dtype.
+        tensors: key in the file -> tensor.
         metadata: the notes that the user gave to `save_adapter`.
         path: the file.
         format: its format version.
@@ -175,7 +174,7 @@ def parse_header(path: Path, text: str | None, tensors: Mapping[str, Tensor]) ->
         file = _parse_file(path, json.loads(text), tensors)
     except KeyError as error:
         raise _header_error(path, f"lacks the field {error}") from error
-    except AdapterFileError:
+    except AdapterFileError:  # which is a ValueError too, and says already what to do
         raise
     except (ValueError, TypeError, RecursionError) as error:
         raise _header_error(path, f"is not of format {FORMAT}: {error}") from error

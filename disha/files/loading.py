@@ -66,8 +66,8 @@ def load_adapter(
             belong to only one adapter: if another one has changed them, this raises.
         replace: if the model has an adapter of that name, copy the file's values into it, in place
             (hot swap). The shapes must agree, or the file's r divides the model's (Bone, tile).
-            Without `layers`, layers that the file lacks get zeros, and buffers that the adapter
-            saves the values of the base. `also_train` parameters that it lacks keep their values.
+            Without `layers`, the adapter's layers and buffers that the file lacks then act as in
+            the base. Parameters of `also_train` that it lacks keep their values.
         dtype: dtype of the blocks; the file's by default.
         freeze: freeze all parameters that belong to no adapter, as `inject_adapters` does.
         activate: make a new adapter the only active one.
@@ -152,7 +152,8 @@ def load_contents(
 ) -> LoadReport:
     """Put an adapter into a model, as `load_adapter` does.
 
-    With `replace`, the layers that the adapter lacks get zeros, unless it is `partial`.
+    If it replaces another one, what it lacks of that one then acts as in the base, unless it is
+    `partial`. If a larger operation fails later, its stack `around` takes this back too.
     """
     with all_or_nothing(view, around) as undo:
         swaps_values = replace and adapter in view.adapters
@@ -206,8 +207,8 @@ def _add_adapter(
     except ArgumentError as error:
         raise AdapterFileError(f"{incoming.source}: {error}") from error
     apply_plan(view, plan, undo, activate=activate)
-    # Only now, because the keys of `also_train` belong to the adapter since `apply_plan`, and its
-    # own buffers count as unchanged.
+    # Only now that the plan is carried out: it has made the keys of `also_train` those of this
+    # adapter, so its own buffers are no conflicts.
     targets = _find_targets(incoming, _list_conflicts(incoming))
     # New blocks have their values already; only other tensors are left to write.
     return {key: target for key, target in targets.items() if key not in layers}
@@ -239,16 +240,21 @@ def _rename_as_in_model(
         renamed = dataclasses.replace(record, name=name)
         keys[record.key] = renamed.key
         layers[renamed.key] = renamed
-    file_keys: dict[str, str] = {}  # key in the model -> key in the file
-    for key, model_key in keys.items():
-        if model_key in file_keys:
-            raise AdapterFileError(
-                f"{source}: {file_keys[model_key]} and {key} are one parameter in the model; "
-                "nothing was loaded. Leave out one of them"
-            )
-        file_keys[model_key] = key
+    _refuse_two_of_one(source, keys)
     values = {keys[key]: tensor for key, tensor in contents.tensors.items()}
     return _Incoming(view, adapter, source, contents.config, layers, values)
+
+
+def _refuse_two_of_one(source: Source, keys: Mapping[str, str]) -> None:
+    """Raise if two keys of a file belong to one key of the model."""
+    file_keys: dict[str, str] = {}
+    for file_key, model_key in keys.items():
+        if model_key in file_keys:
+            raise AdapterFileError(
+                f"{source}: {file_keys[model_key]} and {file_key} are one parameter in the model; "
+                "nothing was loaded. Leave out one of them"
+            )
+        file_keys[model_key] = file_key
 
 
 def _widen(incoming: _Incoming) -> _Incoming:
@@ -295,9 +301,10 @@ def _list_conflicts(incoming: _Incoming) -> list[str]:
 
 
 def _find_targets(incoming: _Incoming, reasons: Sequence[str]) -> dict[str, Tensor]:
-    """Return key -> the model's tensor. Raise if one is missing or can't hold the values.
+    """Return key -> the model's tensor that gets the values of the incoming one.
 
-    Raise also if there are `reasons` against the adapter already.
+    Raise if the model lacks one, if one can't hold the values, or if there are `reasons` against
+    the adapter already.
     """
     view = incoming.view
     adapter = incoming.adapter

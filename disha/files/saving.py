@@ -135,9 +135,10 @@ def adapter_contents(
     *,
     with_fingerprints: bool = True,
 ) -> AdapterContents:
-    """Return an adapter of a model, on the CPU; collective.
+    """Return an adapter of a model, as a file would hold it; collective if the model is sharded.
 
-    With fingerprints, its layers tell which base weights they belong to.
+    The tensors are gathered on the CPU, where they share memory with a model that is there too.
+    Without fingerprints, the layers do not tell which base weights they belong to.
     """
     ranks = view.ranks
     action = f"take adapter {adapter!r} out of the model"
