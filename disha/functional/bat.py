@@ -140,10 +140,15 @@ def bat_linear(
 
     Without `with_base`, it is the update alone: y = s dW x + b.
 
-    Products are computed in the dtype of the operands. In 16 bits, W + W D is rounded once, and
-    the product with the other part of dW, D S(x), is added. W must be frozen. The result is None
-    where the caller must compute the dense weight: for transforms of `torch.func`, forward-mode
-    derivatives, and operands of several dtypes. Compiled code forms all of W_eff at once.
+    W must be frozen. Products are computed in the dtype of the operands. What is rounded in 16 bits
+    depends on the caller, so the outputs differ by half of that dtype's precision:
+
+    - eager code rounds W + W D, one slab at a time, and adds the product with the other part of
+      dW, which is D S(x): W + D would lose a small D;
+    - compiled code forms all of W_eff = W + dW at once, adds in float32, and rounds W_eff.
+
+    The result is None where the caller must compute the dense weight: for transforms of
+    `torch.func`, forward-mode derivatives, and operands of several dtypes.
     """
     if is_cast(x):
         dtype = torch.get_autocast_dtype(x.device.type)
