@@ -70,18 +70,18 @@ class Route:
 
     def by_adapter(
         self, size: int, device: torch.device
-    ) -> tuple[list[tuple[str, Tensor]], Tensor]:
+    ) -> tuple[list[tuple[str | None, Tensor]], Tensor]:
         """Return each adapter with the indices of its samples, and all indices in that order.
 
         They count along a leading dimension of this size. Samples without an adapter come last,
-        under an empty name.
+        under None.
         """
         entries = self.entries_of_name(size)
-        indices: dict[str, list[int]] = {adapter: [] for adapter in self.adapters}
+        indices: dict[str | None, list[int]] = {adapter: [] for adapter in self.adapters}
         if None in self.names:
-            indices[""] = []
+            indices[None] = []
         for sample, name in enumerate(self.names):
-            indices[name or ""] += range(sample * entries, (sample + 1) * entries)
+            indices[name] += range(sample * entries, (sample + 1) * entries)
         sorted_indices: list[int] = []
         for indices_of_adapter in indices.values():
             sorted_indices += indices_of_adapter
@@ -91,8 +91,8 @@ class Route:
 
     def choices(self, adapters: Sequence[str], device: torch.device) -> Tensor:
         """Return the index of each sample's adapter, or the number of adapters for no adapter."""
-        index_of = {adapter: index for index, adapter in enumerate(adapters)}
-        choices = [index_of.get(name or "", len(index_of)) for name in self.names]
+        index_of: dict[str | None, int] = {name: index for index, name in enumerate(adapters)}
+        choices = [index_of.get(name, len(adapters)) for name in self.names]
         return self._on_device(tuple(choices), device)
 
     def _on_device(self, indices: tuple[int, ...], device: torch.device) -> Tensor:
@@ -122,6 +122,10 @@ class Routed(Updates):
         self.by_adapter = by_adapter
         self.second_size = second_size
 
+    def updates_of(self, adapter: str | None) -> tuple[Update, ...]:
+        """Return the updates that an adapter has here, which may be none."""
+        return () if adapter is None else self.by_adapter.get(adapter, ())
+
     def shared_for_input(self, x: Tensor, shape: Sequence[int]) -> tuple[Update, ...] | None:
         """Return the updates that all samples of an input have, or None if samples differ.
 
@@ -139,7 +143,7 @@ class Routed(Updates):
         names = self.route.names
         if len(set(names)) > 1:
             return None
-        return self.by_adapter.get(names[0] or "", ())
+        return self.updates_of(names[0])
 
     def map(self, change: Change) -> Updates | None:
         """Return the updates of a view, or None if a block can't be cut there."""
@@ -196,7 +200,7 @@ class Routed(Updates):
         """Return an output plus, for each sample, what the updates of its own adapter add."""
         indices_by_adapter, _ = self.route.by_adapter(x.shape[0], x.device)
         for adapter, indices in indices_by_adapter:
-            for update in self.by_adapter.get(adapter, ()):
+            for update in self.updates_of(adapter):
                 delta = delta_of(x.index_select(0, indices), update)
                 output = output.index_add(0, indices, delta.to(output.dtype))
         return output
@@ -207,7 +211,7 @@ def _linear_by_adapter(x: Tensor, weight: Tensor, bias: Tensor | None, routed: R
     indices_by_adapter, order = routed.route.by_adapter(x.shape[0], x.device)
     outputs = []
     for adapter, indices in indices_by_adapter:
-        updates = routed.by_adapter.get(adapter, ())
+        updates = routed.updates_of(adapter)
         outputs.append(adapted_linear(x.index_select(0, indices), weight, bias, updates))
     sorted_output = torch.cat(outputs)
     return torch.empty_like(sorted_output).index_copy(0, order, sorted_output)
@@ -273,7 +277,7 @@ def _add_sorted_by_adapter(
     parts = torch.split(sorted_sums, [len(indices) for _, indices in indices_by_adapter])
     deltas = []  # (entries, tokens, out) of each adapter
     for (adapter, _), sums_of_adapter in zip(indices_by_adapter, parts):
-        if adapter in matrices:
+        if adapter is not None and adapter in matrices:
             deltas.append(sums_of_adapter @ matrices[adapter])
         else:
             shape = (*sums_of_adapter.shape[:-1], outputs.shape[-1])

@@ -316,7 +316,7 @@ class TestRoute:
     def test_each_adapter_gets_all_its_samples_at_once(self):
         each, order = Route(("b", None, "a", "b")).by_adapter(8, torch.device("cpu"))
         found = {name: rows.tolist() for name, rows in each}
-        assert (found, len(each)) == ({"b": [0, 1, 6, 7], "a": [4, 5], "": [2, 3]}, 3)
+        assert (found, len(each)) == ({"b": [0, 1, 6, 7], "a": [4, 5], None: [2, 3]}, 3)
         assert order.tolist() == [0, 1, 6, 7, 4, 5, 2, 3]
 
     def test_compiled(self):
