@@ -6,7 +6,7 @@ W is cut into r x r tiles W_ab (outputs a, inputs b), and dW_ab = W_ab D_a + D_a
 `bat_forward` forms W_eff = W + s dW and uses plain autograd, which saves W_eff for the backward
 pass. `bat_linear` computes the same but saves only x, W and D. It forms W_eff one slab (a range of
 blocks D_a) at a time, once in forward and again in backward. In backward, it also forms the
-gradient of the weight one slab at a time, and computes dD from it. `bat_streamed` never forms
+gradient of W_eff one slab at a time, and computes that of D from it. `bat_streamed` never forms
 W_eff, which is faster for few tokens.
 """
 
@@ -115,10 +115,11 @@ def bat_forward(
 
 
 def square_tiles(weight: Tensor, r: int) -> Tensor:
-    """Return the r x r tiles of W (..., out, in): rearrange(W, "(a i) (b j) -> a (i b) j").
+    """Return W (..., out, in) cut into r x r tiles: rearrange(W, "(a i) (b j) -> a (i b) j").
 
-    Row i of tile (a, b) is the entry [a, i n + b], with n = in / r. A size that r does not divide
-    is zero-padded. In row-major order, this moves no value, so the result is a view.
+    The result T has the shape (..., out / r, in, r). Row i of tile W_ab is T[a, i * (in / r) + b].
+    A size that r does not divide is zero-padded first. The numbers keep their order in memory, so
+    if W is contiguous and needs no padding, the result is a view of it.
     """
     padded = pad_to_multiple(pad_to_multiple(weight, r, dim=-1), r, dim=-2)
     *stack, rows, columns = padded.shape
@@ -213,18 +214,18 @@ class _BatLinear(torch.autograd.Function):
         with without_autocast(weight.device):
             for blocks, rows in slabs:
                 grad_rows = grad[:, rows]
-                # `part` and `gradient` use the same memory in turn: `grad_x` must have taken
-                # `part` before `gradient` is formed.
+                # The slab of W_eff and that of its gradient are both formed in `scratch`. So the
+                # first one is used up before the second one is formed.
                 if needs_x:
-                    part = _form_rows(
+                    slab = _form_rows(
                         weight[rows], block[blocks], scratch, ctx.with_base, add_block=True
                     )
-                    part = part.conj()  # of real numbers, it is the same tensor
-                    grad_x = grad_rows @ part if grad_x is None else grad_x.addmm_(grad_rows, part)
+                    slab = slab.conj()  # of real numbers, it is the same tensor
+                    grad_x = grad_rows @ slab if grad_x is None else grad_x.addmm_(grad_rows, slab)
                 if needs_block:
                     out = _use_start(scratch, (grad_rows.shape[1], x.shape[1]))
-                    gradient = torch.mm(grad_rows.T, x.conj(), out=out)
-                    grad_blocks.append(_sum_block_gradient(gradient, weight[rows], block.shape[-1]))
+                    grad_slab = torch.mm(grad_rows.T, x.conj(), out=out)
+                    grad_blocks.append(_grad_of_blocks(grad_slab, weight[rows], block.shape[-1]))
         grad_bias = grad.sum(0) if needs_bias else None
         grad_block = torch.cat(grad_blocks) if needs_block else None
         return grad_x, None, grad_bias, grad_block, None
@@ -244,11 +245,11 @@ def _multiply(
     else:
         output = x.new_empty(x.shape[0], weight.shape[0])
         for blocks, rows in slabs:
-            part = _form_rows(weight[rows], block[blocks], scratch, with_base, add_block).T
+            slab = _form_rows(weight[rows], block[blocks], scratch, with_base, add_block).T
             if bias is None:
-                torch.mm(x, part, out=output[:, rows])
+                torch.mm(x, slab, out=output[:, rows])
             else:
-                torch.addmm(bias[rows], x, part, out=output[:, rows])
+                torch.addmm(bias[rows], x, slab, out=output[:, rows])
     if add_block:
         return output
     r = block.shape[-1]
@@ -257,12 +258,15 @@ def _multiply(
     return output.addmm_(sums, block.reshape(-1, r)[: weight.shape[0]].T, alpha=overflow_scale)
 
 
-def _sum_block_gradient(gradient: Tensor, weight: Tensor, r: int) -> Tensor:
-    """Return dD_a = sum over b of (W_ab + I)^H G_ab from some rows of G = dY^T X and of W."""
-    gradient = square_tiles(gradient, r)
+def _grad_of_blocks(grad_slab: Tensor, weight: Tensor, r: int) -> Tensor:
+    """Return the gradients of the blocks D_a of a slab: sum over b of (W_ab + I)^H G_ab.
+
+    G is the gradient of the slab, and W has the same rows.
+    """
+    grad_tiles = square_tiles(grad_slab, r)
     tiles = square_tiles(weight.contiguous(), r)
-    direct = gradient.view(tiles.shape[0], r, -1, r).sum(2)
-    return torch.baddbmm(direct, tiles.mH, gradient)
+    sum_of_tiles = grad_tiles.view(tiles.shape[0], r, -1, r).sum(2)
+    return torch.baddbmm(sum_of_tiles, tiles.mH, grad_tiles)
 
 
 def _cut_into_slabs(weight: Tensor, block: Tensor) -> list[tuple[slice, slice]]:
@@ -278,7 +282,10 @@ def _cut_into_slabs(weight: Tensor, block: Tensor) -> list[tuple[slice, slice]]:
 
 
 def _new_scratch(weight: Tensor, block: Tensor, slabs: Sequence[tuple[slice, slice]]) -> Tensor:
-    """Return memory for one slab, which all slabs share: new memory took a tenth of a step."""
+    """Return memory for one slab, which all slabs share.
+
+    New memory for each of them took a tenth of a step's time.
+    """
     blocks = block[slabs[0][0]]
     return weight.new_empty(blocks.numel() * shard_count(weight.shape[1], blocks.shape[1]))
 

@@ -170,11 +170,12 @@ def embedding_delta(
 def routed_delta(x: Tensor, blocks: Sequence[Tensor], choices: Tensor) -> Tensor:
     """Return what Bone blocks add if each sample has its own block, computed in one product.
 
-    `choices` has the index of each sample's block, or the number of blocks for no block.
+    Sample i has the block `blocks[choices[i]]`, or none if that index is the number of blocks.
     """
     samples = choices.shape[0]
     r, out_features = blocks[0].shape
-    table = torch.stack([*blocks, torch.zeros_like(blocks[0])])  # zeros for samples without one
+    no_block = torch.zeros_like(blocks[0])
+    table = torch.stack([*blocks, no_block])
     tokens = x.shape[:-1].numel() // samples  # of one sample
     sums, overflow_scale = overflow_safe_shard_sum(x, r)
     product = sums.reshape(samples, tokens, r) @ table.to(x.dtype)[choices]

@@ -12,21 +12,24 @@ pattern does, and converts between the weight and its matrices:
     "expert out in"      (expert, out, in)              experts, nn.Bilinear
     "expert in out"      (expert, out, in)              experts that are used as x @ W
 
-Three names have a meaning of their own: `expert` counts the matrices that a module chooses from,
-`index` is an input that is looked up, and `*kernel` stands for all the remaining axes. In all
-layouts so far, `*kernel` is last and `expert` is first. The functions listed below rely on both,
-and so do the rules for indexing.
+Besides `out` and `in`, an axis is
+
+- `expert`, along which a module chooses matrices: always the first axis;
+- `index`, an `in` whose inputs are looked up;
+- `*kernel`, which stands for all remaining axes: always the last ones.
+
+The functions listed below rely on these places, and so do the rules for indexing.
 
 To add a layout:
 
 1. Add its pattern to `PATTERNS`, and to `_TRANSPOSED` if `PATTERNS` has the layout of `weight.mT`.
 2. Teach two inverse pairs of `Layout` where each axis is: `geometry` and `shape`, `matrices` and
    `weight`.
-3. Check what goes by the names of the axes: `has_kernel`, `in_first`, `experts_first`,
+3. Check what asks for axes by their names: `has_kernel`, `in_first`, `experts_first`,
    `of_one_expert`, `reason_against_shape`, and `update_of_part` in `functional.parts`.
-4. Decide how layers and files keep its blocks (`Method.kept_block`). A block has the axes of the
-   stack first. Only in layouts with a kernel, a block of two axes is kept with the axes of W, so a
-   view that moves the axes of a kernel moves the block too.
+4. Decide how layers and files keep its blocks (`Method.kept_block`): with the axes of the stack
+   first, or laid out as the weight, like the blocks of two axes of a convolution. If as the weight,
+   a view that moves axes of the weight has to move those of the block too.
 5. Add rules to `disha.effective`; indexing is in `views.select_item`. Without a rule, a product
    computes the effective weight. A rule for a view acts if its result is an `EffectiveWeight`.
 """
@@ -141,12 +144,13 @@ class Layout:
 
     @property
     def in_first(self) -> bool:
-        """Whether the inputs, which may be an index, come before the outputs."""
+        """Whether the axis of the inputs (`in` or `index`) comes before that of the outputs."""
         return _IN_FIRST[self.pattern]
 
     def transposed(self) -> Layout | None:
         """Return the layout of `weight.mT`, or None if `PATTERNS` has none."""
         pattern = _TRANSPOSED.get(self.pattern)
+        # `padding_idx` counts rows, and would be a column there.
         if pattern is None or self.padding_idx is not None:
             return None
         return replace(self, pattern=pattern)
@@ -156,7 +160,10 @@ class Layout:
         return replace(self, pattern=self.pattern.removeprefix("expert "))
 
     def of_part(self, part: Sequence[tuple[int, int]]) -> Layout:
-        """Return the layout of a part of a weight, where `padding_idx` counts from another row."""
+        """Return the layout of a part of a weight, a range (start, stop) for each of its axes.
+
+        There, `padding_idx` counts from the first row of the part.
+        """
         if self.padding_idx is None:
             return self
         start, stop = part[0]

@@ -18,13 +18,13 @@ def is_lookup(x: Tensor) -> bool:
 
 
 def look_up_outputs(indices: Tensor, delta: Tensor, ranges: OutputRanges) -> Tensor:
-    """Return the update of the outputs of a linear weight that indices choose.
+    """Return the rows of dW of a linear weight (out, in) that indices choose.
 
-    Only outputs in the ranges have one; others get zeros.
-    `delta` (rows, in) has a row for each of these outputs, one range after another.
+    `delta` (rows, in) has those of the outputs in the ranges, one range after another. The other
+    outputs have no update, so their rows are zeros.
     """
-    # Row 0 of the table is zeros; row k + 1 belongs to output numbers[k]. An index equal to none of
-    # them finds row 0, because argmax of all zeros is 0.
+    # Row 0 of the table is zeros, and row k + 1 is that of output numbers[k]. Any other output
+    # finds row 0, because the argmax of nothing but zeros is 0.
     table = F.pad(delta, (0, 0, 1, 0))
     no_index = indices.new_full((1,), -1)
     numbers = output_numbers(ranges, indices.device)

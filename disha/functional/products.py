@@ -60,8 +60,8 @@ def adapted_product(
         index out, in out  linear         (..., out)               (..., in)
         with *kernel       convolution    (..., in, *positions)    (..., out, *positions)
 
-    A lookup in "out in" and a linear product with "index out" occur where an output head is tied to
-    an embedding.
+    A lookup in "out in" occurs where an embedding reads the weight of an output head, and a linear
+    product with "index out" where the head reads that of the embedding.
     """
     geometry = layout.geometry(weight.shape)
     folded, separate = fold_or_separate(updates)
@@ -100,35 +100,38 @@ def update_product(
     terms = shard_sum_terms([update], layout, geometry)
     if terms:
         return _shard_sum_product(multiply, x, layout, terms[0], geometry)
-    # Only a matrix (out, in) can be cut to the adapted outputs; other weights get all of dW.
-    ranges = update.output_ranges if layout.pattern == "out in" else ()
+    if layout.pattern == "out in" and update.output_ranges:
+        return _product_of_ranges(multiply, x, weight, layout, update)
     if is_lookup(x):
-        delta = _scaled_delta(update, layout, weight, only_ranges=bool(ranges))
-        if ranges:
-            output = look_up_outputs(x, delta, ranges)
-        else:
-            output = multiply(x, delta.to(weight.dtype), None)
-        return drop_tokens(output, update.dropout)
+        delta = scaled(update.delta_weight(layout, weight), update.scale)
+        return drop_tokens(multiply(x, delta.to(weight.dtype), None), update.dropout)
     if update.dropout:
         x = drop_inputs(x, update.dropout)
-    if multiply is F.linear and layout == MATRIX and not ranges:
+    if multiply is F.linear and layout == MATRIX:
         product = _product_without_delta(x, weight, update)
         if product is not None:
             return product
-    delta = _scaled_delta(update, layout, weight, only_ranges=bool(ranges))
+    delta = scaled(update.delta_weight(layout, weight), update.scale)
+    return multiply(x, delta.to(x.dtype), None)
+
+
+def _product_of_ranges(
+    multiply: Product, x: Tensor, weight: Tensor, layout: Layout, update: Update
+) -> Tensor:
+    """Return the product of x with s dW of some outputs of a matrix (out, in).
+
+    Only these rows of dW are computed. In other layouts, all of dW is, with zeros.
+    """
+    ranges = update.output_ranges
+    rows = layout.part(weight, ranges)
+    delta = scaled(update.replace(output_ranges=()).delta_weight(layout, rows), update.scale)
+    if is_lookup(x):
+        return drop_tokens(look_up_outputs(x, delta, ranges), update.dropout)
+    if update.dropout:
+        x = drop_inputs(x, update.dropout)
     output = multiply(x, delta.to(x.dtype), None)
-    if not ranges:
-        return output
-    whole = output.new_zeros((*output.shape[:-1], geometry.out_features))
+    whole = output.new_zeros((*output.shape[:-1], weight.shape[0]))
     return whole.index_add_(-1, output_numbers(ranges, x.device), output)
-
-
-def _scaled_delta(update: Update, layout: Layout, weight: Tensor, only_ranges: bool) -> Tensor:
-    """Return s dW, or only its rows of the outputs that the update adapts."""
-    if only_ranges:
-        weight = layout.part(weight, update.output_ranges)
-        update = update.replace(output_ranges=())
-    return scaled(update.delta_weight(layout, weight), update.scale)
 
 
 def _product_without_delta(x: Tensor, weight: Tensor, update: Update) -> Tensor | None:

@@ -20,17 +20,17 @@ def adapted_stack(x: Tensor, weight: Tensor, updates: Sequence[Update]) -> Tenso
 
     x is (experts, n, in), or (1, n, in) if all matrices have the same input.
     """
-    # Updates without shard sums are folded into W, which needs memory for every matrix.
-    folds = any(not update.method.uses_shard_sum and not update.dropout for update in updates)
-    if folds and x.shape[0] == 1:
-        x = x.expand(weight.shape[0], -1, -1)
-    has_input_for_each = 0 < x.shape[0] == weight.shape[0]
-    if folds and has_input_for_each:
-        output = _multiply_by_method(x, weight, updates)
-        if output is not None:
-            return output
-        if not is_compiling():
-            # One matrix at a time saves no dense weight for backward.
+    if any(not update.method.uses_shard_sum and not update.dropout for update in updates):
+        # Such an update is folded into W. That takes a dense copy of all matrices, which these two
+        # ways avoid.
+        if x.shape[0] == 1:
+            x = x.expand(weight.shape[0], -1, -1)
+        has_input_for_each = 0 < x.shape[0] == weight.shape[0]
+        if has_input_for_each:
+            output = _multiply_by_method(x, weight, updates)
+            if output is not None:
+                return output
+        if has_input_for_each and not is_compiling():
             return torch.stack(_multiply_one_by_one(x, weight, updates))
 
     def multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -63,16 +63,17 @@ def adapted_grouped(
     offsets: Tensor,
     updates: Sequence[Update],
 ) -> Tensor:
-    """Return x (W_e + sum of s dW_e)^T, where each run of tokens in x belongs to one matrix e.
+    """Return the grouped product x (W_e + sum of s dW_e)^T, where e is the matrix of a token.
 
-    One shard sum serves all matrices, and one grouped product adds an update to all tokens.
+    The tokens of a matrix are one run of rows of x (tokens, in). It ends before row `offsets[e]`.
+    An update with shard sums takes one more grouped product: that of S(x) with its blocks.
     """
     if not is_compiling() and not all(update.method.uses_shard_sum for update in updates):
         return _multiply_runs(x, weight, offsets, updates)
 
     def multiply_grouped(inputs: Tensor, matrices: Tensor, bias: Tensor | None) -> Tensor:
         if matrices is not weight:
-            # torch requires one dtype and rows of a multiple of 16 bytes, so r is padded.
+            # Shard sums and blocks. Torch wants rows of a multiple of 16 bytes, so r is padded.
             multiple = 16 // x.element_size()
             inputs = pad_to_multiple(inputs, multiple, dim=-1)
             matrices = pad_to_multiple(matrices, multiple, dim=-1).contiguous()
@@ -88,7 +89,8 @@ def _multiply_runs(x: Tensor, weight: Tensor, offsets: Tensor, updates: Sequence
     by_matrix = list(zip(*[update.unstack() for update in updates]))
     with without_autocast(x.device):  # autocast does not cast grouped products
         for index, stop in enumerate(offsets.tolist()):
-            # Without any token, these empty products are all that can be concatenated.
+            # A matrix without tokens is left out. But if none has any, torch.cat still needs an
+            # output, so all give an empty one.
             if stop > start or not x.shape[0]:
                 tokens = x[start:stop]
                 outputs.append(adapted_linear(tokens, weight[index], None, by_matrix[index]))
