@@ -5,6 +5,7 @@ import json
 import re
 import subprocess
 import sys
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
@@ -22,13 +23,13 @@ PACKAGE = Path(disha.__file__).parent
 OPERATIONS = Path(__file__).parent / "operations.txt"
 """Operation -> the module with its rule. `python -m tests.test_private_torch` adds new ones."""
 
-NOT_OF_TORCH = {
-    *("_replace", "_asdict", "_getframe", "_DummyThread", "_actions", "_option_string_actions"),
-    *("_name_or_path", "_get_train_sampler", "_keys_to_ignore_on_save", "_hf_hook"),
-    *("_z3_optimizer", "_hp_mapping", "_like", "_block", "_on_", "_weight", "_layers"),
-    *("_use_triton", "_CHUNKED_LOGPROB_CHUNK_SIZE", "_no_split_modules", "_reference"),
-    *("_made_by_disha", "_zero3_consolidated_16bit_state_dict", "_invalidate_trace"),
-}
+NOT_OF_TORCH = """
+    _replace _asdict _getframe _DummyThread _actions _option_string_actions
+    _name_or_path _get_train_sampler _keys_to_ignore_on_save _hf_hook
+    _z3_optimizer _hp_mapping _like _block _on_ _weight _layers
+    _use_triton _CHUNKED_LOGPROB_CHUNK_SIZE _no_split_modules _reference
+    _made_by_disha _zero3_consolidated_16bit_state_dict _invalidate_trace
+"""
 """Names of Python and of other libraries, ends of names, and an attribute of ours."""
 OF_MODULES = {name for name in dir(nn.Module()) if name[0] == "_"}
 OWNERS = {
@@ -42,7 +43,7 @@ OWNERS = {
 
 
 def private_names(tree):
-    """Yield the underscored names that a module uses, also in strings, and those it defines."""
+    """Yield each name in a module, also in strings, and whether it is defined there."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute):
             yield node.attr, isinstance(node.ctx, ast.Store)
@@ -60,34 +61,45 @@ def private_names(tree):
             yield node.id, True
 
 
-def test_one_module_has_all_private_names_of_torch():
-    used, defined = {}, set()
+def private_names_of_the_package():
+    """Return underscored name -> the files that have it, and those that the package defines."""
+    files, defined = defaultdict(set), set()
     for path in PACKAGE.rglob("*.py"):
-        for name, defines in private_names(ast.parse(path.read_text())):
+        for name, is_defined in private_names(ast.parse(path.read_text())):
             if re.fullmatch(r"_(?!disha)[A-Za-z]\w*", name):
-                defined |= {name} if defines else set()
-                used.setdefault(name, set()).add(path.name)
-    known = {*NOT_OF_TORCH, *OF_MODULES, *defined}
-    of_torch = {name: paths for name, paths in used.items() if name not in known}
-    assert {name: paths for name, paths in of_torch.items() if paths != {"private_torch.py"}} == {}
+                files[name].add(path.name)
+                if is_defined:
+                    defined.add(name)
+    return files, defined
+
+
+def test_one_module_has_all_private_names_of_torch():
+    files, defined = private_names_of_the_package()
+    of_torch = files.keys() - set(NOT_OF_TORCH.split()) - OF_MODULES - defined
+    assert of_torch >= {"_grouped_mm", "_is_view", "_orig_mod"}
+    elsewhere = {name: files[name] for name in of_torch if files[name] != {"private_torch.py"}}
+    assert elsewhere == {}
     assert [name for name in of_torch if name not in private_torch.__doc__] == []
-    assert not known.intersection(["_grouped_mm", "_is_view", "_orig_mod"])
+
+
+def names_in_the_tables_of_rules():
+    """Yield the names of operations in the decorators that add a rule for them."""
+    for path in (PACKAGE / "effective").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            called = getattr(node.func, "id", "") if isinstance(node, ast.Call) else ""
+            if called in ("rule", "rule_with_operation"):
+                for argument in node.args:
+                    if isinstance(argument, ast.Constant):
+                        yield from argument.value.split()
 
 
 def test_every_name_in_the_tables_of_rules_exists():
-    missing, seen = [], 0
-    for path in (PACKAGE / "effective").glob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Call) and getattr(node.func, "id", "") in (
-                "rule",
-                "rule_with_operation",
-            ):
-                texts = [one.value for one in node.args if isinstance(one, ast.Constant)]
-                names = " ".join(texts).split()
-                missing += [n for n in names if not hasattr(Tensor, n) and not hasattr(torch, n)]
-                seen += len(names)
-    assert missing == []
-    assert seen > 50
+    names = list(names_in_the_tables_of_rules())
+    assert len(names) > 50
+    assert [name for name in names if not hasattr(Tensor, name) and not hasattr(torch, name)] == []
+
+
+def test_the_private_operations_that_have_rules_exist():
     assert hasattr(torch, private_torch.GROUPED)
     assert hasattr(Tensor, private_torch.IS_VIEW)
 
@@ -126,11 +138,11 @@ def test_every_operation_is_classified_as_before():
     now, before = json.loads(run.stdout.splitlines()[-1]), kept()
     changed = {name: kind for name, kind in now.items() if before.get(name) != kind}
     assert changed == {}, "if that is meant, run `python -m tests.test_private_torch`"
-    lost = [n for n in before if n not in now and exists(n)]
-    assert lost == []
+    assert [name for name in before if name not in now and exists(name)] == []
 
 
 def exists(operation):
+    """Whether this torch has an operation, such as `Tensor.grad.__get__`."""
     owner, _, rest = operation.removesuffix(".__get__").removesuffix(".__set__").rpartition(".")
     return hasattr(OWNERS[owner], rest)
 

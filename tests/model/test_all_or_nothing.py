@@ -76,6 +76,10 @@ class Net(nn.Module):
 TOKENS = torch.arange(6).view(2, 3)
 
 
+def plain(folder):
+    return Net()
+
+
 def adapted(folder):
     """Two adapters, of which the first is in a file of other values."""
     seed_torch(0)
@@ -94,54 +98,106 @@ def merged(folder):
     return model
 
 
-OPERATIONS = {
-    "inject": (
-        lambda model, path: disha.inject_adapters(model, ".", 2, adapter="c", also_train="bias"),
-        adapted,
-    ),
-    "inject first": (lambda model, path: disha.inject_adapters(model, ".", 2), lambda _: Net()),
-    "remove one": (lambda model, path: disha.remove_adapters(model, "a"), adapted),
-    "remove all": (lambda model, path: disha.remove_adapters(model), adapted),
-    "mark": (lambda model, path: disha.mark_only_adapters_trainable(model), adapted),
-    "activate": (lambda model, path: disha.set_active_adapters(model, ["a", "b"]), adapted),
-    "scale": (lambda model, path: disha.set_adapter_scale(model, 0.5, "a"), adapted),
-    "merge": (lambda model, path: disha.merge_adapters(model, ["a", "b"]), adapted),
-    "unload": (lambda model, path: disha.merge_adapters(model, unload=True), adapted),
-    "unmerge": (lambda model, path: disha.unmerge_adapters(model), merged),
-    "load": (lambda model, path: disha.load_adapter(model, path, adapter="c"), lambda _: Net()),
-    "replace": (lambda model, path: disha.load_adapter(model, path, "a", replace=True), adapted),
-    "replace some": (
-        lambda model, path: disha.load_adapter(model, path, "b", replace=True, also_train=False),
-        adapted,
-    ),
-    "combine": (
-        lambda model, path: disha.combine_adapters(model, {"a": 0.5}, "c", also_train=False),
-        adapted,
-    ),
-    "load a state": (
-        lambda model, path: disha.load_adapter_state_dict(
-            model,
-            {k: v + 1 for k, v in disha.adapter_state_dict(model, "a").items() if "run" not in k},
-            "a",
-        ),
-        adapted,
-    ),
-    "check": (lambda model, path: disha.check_adapters(model, TOKENS), adapted),
-}
+# --- the operations: each gets a model, and the path of a file of its first adapter ---------------
 
 
-@pytest.mark.parametrize("name", OPERATIONS)
+def inject(model, path):
+    disha.inject_adapters(model, ".", 2, adapter="c", also_train="bias")
+
+
+def inject_the_first(model, path):
+    disha.inject_adapters(model, ".", 2)
+
+
+def remove_one(model, path):
+    disha.remove_adapters(model, "a")
+
+
+def remove_all(model, path):
+    disha.remove_adapters(model)
+
+
+def mark_trainable(model, path):
+    disha.mark_only_adapters_trainable(model)
+
+
+def activate(model, path):
+    disha.set_active_adapters(model, ["a", "b"])
+
+
+def scale(model, path):
+    disha.set_adapter_scale(model, 0.5, "a")
+
+
+def merge(model, path):
+    disha.merge_adapters(model, ["a", "b"])
+
+
+def unload(model, path):
+    disha.merge_adapters(model, unload=True)
+
+
+def unmerge(model, path):
+    disha.unmerge_adapters(model)
+
+
+def load(model, path):
+    disha.load_adapter(model, path, adapter="c")
+
+
+def replace(model, path):
+    disha.load_adapter(model, path, "a", replace=True)
+
+
+def replace_blocks_only(model, path):
+    disha.load_adapter(model, path, "b", replace=True, also_train=False)
+
+
+def combine(model, path):
+    disha.combine_adapters(model, {"a": 0.5}, "c", also_train=False)
+
+
+def load_a_state(model, path):
+    state = disha.adapter_state_dict(model, "a")
+    other = {key: value + 1 for key, value in state.items() if "running" not in key}
+    disha.load_adapter_state_dict(model, other, "a")
+
+
+def check(model, path):
+    disha.check_adapters(model, TOKENS)
+
+
+OPERATIONS = (
+    (plain, inject_the_first),
+    (plain, load),
+    (adapted, inject),
+    (adapted, remove_one),
+    (adapted, remove_all),
+    (adapted, mark_trainable),
+    (adapted, activate),
+    (adapted, scale),
+    (adapted, merge),
+    (adapted, unload),
+    (adapted, replace),
+    (adapted, replace_blocks_only),
+    (adapted, combine),
+    (adapted, load_a_state),
+    (adapted, check),
+    (merged, unmerge),
+)
+
+
+@pytest.mark.parametrize(("make", "operation"), OPERATIONS)
 @pytest.mark.filterwarnings("ignore")
-def test_each_step_may_fail(name, tmp_path):
-    operation, make = OPERATIONS[name]
+def test_each_step_may_fail(make, operation, tmp_path):
     adapted(tmp_path)
     path = tmp_path / "a.safetensors"
     recorded = make(tmp_path)
     with Steps() as steps:
         operation(recorded, path)
+    assert steps.taken
     model = make(tmp_path)
     before = snapshot(model)
-    assert steps.taken
     for step, count in steps.taken.items():
         with pytest.raises(Failed), Steps(failing=(step, count)):
             operation(model, path)
