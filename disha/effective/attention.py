@@ -19,7 +19,8 @@ from torch import Tensor
 from disha.effective.products import linear_product
 from disha.effective.rules import rule
 from disha.effective.views import split_rows
-from disha.effective.weight import EffectiveWeight, compute, make_effective
+from disha.effective.weight import EffectiveWeight, compute
+from disha.errors import ArgumentError
 
 
 @rule(F.multi_head_attention_forward)
@@ -54,10 +55,8 @@ def _attention(
     for tensor in tensors:
         if isinstance(tensor, EffectiveWeight):
             return NotImplemented
-    # It gets the query as it came, so that `for_attention` can refuse one without a batch.
-    project = partial(_project, query)
-
     is_batched = query.dim() == 3
+    project = partial(_project, is_batched)
     if not is_batched:
         query, key, value = (x.unsqueeze(1) for x in (query, key, value))
         key_padding_mask = None if key_padding_mask is None else key_padding_mask.unsqueeze(0)
@@ -122,22 +121,29 @@ def _attention(
         weights = weights.mean(1) if average_attn_weights else weights
     else:
         output = _attend_by_kernel(q, k, v, mask, dropout, heads, kernel_masks)
-    output = project(output.reshape(length * samples, width), out_proj_weight, out_proj_bias)
-    output = output.view(length, samples, output.shape[-1])
+    output = output.contiguous().view(length, samples, width)
+    output = project(output, out_proj_weight, out_proj_bias)
     if is_batched:
         return output, weights
     return output.squeeze(1), None if weights is None else weights.squeeze(0)
 
 
-def _project(query: Tensor, x: Tensor, weight: Any, bias: Tensor | None) -> Any:
-    """Return the projection of x in an attention with this query."""
+def _project(is_batched: bool, x: Tensor, weight: Any, bias: Tensor | None) -> Any:
+    """Return the projection of x (positions, samples, width)."""
     if not isinstance(weight, EffectiveWeight):
         return F.linear(x, weight, bias)
-    updates = weight.updates.for_attention(query)
-    if updates is not weight.updates:
-        weight = make_effective(weight.base, weight.weight_layout, updates)
+    is_routed = weight.updates.shared is None
+    if is_routed:
+        if not is_batched:
+            raise ArgumentError(
+                "route_adapters needs samples, but an attention got a query without a batch "
+                "dimension; pass a batch, or use one adapter at a time"
+            )
+        x = x.transpose(0, 1)  # a routed product takes samples first
     output: Any = linear_product(x, weight, bias)
-    return F.linear(x, compute(weight), bias) if output is NotImplemented else output
+    if output is NotImplemented:
+        output = F.linear(x, compute(weight), bias)
+    return output.transpose(0, 1).contiguous() if is_routed else output
 
 
 def _project_packed(

@@ -108,19 +108,13 @@ class Route:
 class Routed(Updates):
     """The updates of a weight, by adapter, when each sample has its own adapter."""
 
-    def __init__(
-        self,
-        route: Route,
-        by_adapter: Mapping[str, tuple[Update, ...]],
-        second_size: int = 0,  # the number of samples if they are the second dimension, else 0
-    ) -> None:
+    def __init__(self, route: Route, by_adapter: Mapping[str, tuple[Update, ...]]) -> None:
         super().__init__(tuple([update for updates in by_adapter.values() for update in updates]))
         # None even if the route has a single adapter. An operation that needs the same updates for
         # all samples then raises for one adapter as it does for two.
         self.shared = None
         self.route = route
         self.by_adapter = by_adapter
-        self.second_size = second_size
 
     def updates_of(self, adapter: str | None) -> tuple[Update, ...]:
         """Return the updates that an adapter has here, which may be none."""
@@ -153,17 +147,7 @@ class Routed(Updates):
             if of_view is None:
                 return None
             by_adapter[adapter] = tuple(of_view)
-        return Routed(self.route, by_adapter, self.second_size)
-
-    def for_attention(self, query: Tensor) -> Updates:
-        """Return the updates for torch's attention, where samples are the second dimension."""
-        if query.dim() != 3:
-            raise ArgumentError(
-                "route_adapters needs samples, but an attention got a query without a batch "
-                f"dimension, of shape {tuple(query.shape)}; pass a batch, or use one adapter at a "
-                "time"
-            )
-        return Routed(self.route, self.by_adapter, query.shape[1])
+        return Routed(self.route, by_adapter)
 
     def compute_weight(self, weight: Tensor, layout: Layout) -> Tensor:
         """Raise, because samples have different weights."""
@@ -174,11 +158,6 @@ class Routed(Updates):
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Return the product of a linear layer, whose weight is (out, in)."""
-        if self.second_size:
-            # Samples are the second dimension, or the first two dimensions are flattened.
-            samples_first = x.reshape(-1, self.second_size, x.shape[-1]).transpose(0, 1)
-            output = Routed(self.route, self.by_adapter).linear(samples_first, weight, bias)
-            return output.transpose(0, 1).contiguous().view(*x.shape[:-1], output.shape[-1])
         shared = self.shared_for_input(x, weight.shape)
         if shared is None and not x.shape[0]:
             shared = ()  # there are no samples

@@ -48,10 +48,6 @@ class Updates:
         of_view = change(self.all_updates)
         return None if of_view is None else Updates(tuple(of_view))
 
-    def for_attention(self, query: Tensor) -> Updates:
-        """Return the updates for torch's attention, where samples are the second dimension."""
-        return self
-
     def compute_weight(self, weight: Tensor, layout: Layout) -> Tensor:
         """Return W + sum of s dW."""
         if any(update.dropout for update in self.all_updates):

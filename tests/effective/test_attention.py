@@ -819,6 +819,25 @@ class TestOwners:
             alone = model(x[rows], src_key_padding_mask=mask[rows])
             close(routed[rows][~mask[rows]], alone[~mask[rows]].detach(), 1e-8)
 
+    def test_routing_where_a_table_is_the_output_projection(self):
+        table = nn.Embedding(8, 8, dtype=torch.float64)
+        perturb(disha.inject_adapters(table, "", 2, adapter="a"))
+        perturb(disha.inject_adapters(table, "", 2, adapter="b"), seed=1)
+        x = torch.randn(3, 3, 8, dtype=torch.float64)  # positions, samples, width
+        names = ["b", None, "a"]
+
+        def attend(x):
+            packed = torch.eye(8, dtype=torch.float64).repeat(3, 1)
+            return F.multi_head_attention_forward(
+                x, x, x, 8, 2, packed, None, None, None, False, 0.0, table.weight, None
+            )[0]
+
+        with disha.route_adapters(table, names):
+            routed = attend(x)
+        for sample, name in enumerate(names):
+            disha.set_active_adapters(table, [] if name is None else name)
+            close(routed[:, sample], attend(x[:, sample : sample + 1])[:, 0], 1e-10)
+
     def test_routing_is_refused_where_layers_see_sequences_first(self):
         model = disha.inject_adapters(encoder_layer(batch_first=False), "linear1", 2)
         with (
