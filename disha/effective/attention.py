@@ -3,12 +3,14 @@
     F.multi_head_attention_forward = out(softmax(q k^T / sqrt(E) + masks) v)
 
 q, k and v are projections of the inputs, and `out` is one of the result. Inputs are (positions,
-samples, width), and the heads of all samples are one axis: (samples * heads, positions, E).
+samples, width), and the heads of all samples are one axis: (samples * heads, positions, E). The
+argument `heads` of the functions below is (samples, heads of a sample).
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -52,30 +54,19 @@ def _attention(
     is_causal: bool = False,
 ) -> Any:
     tensors = (query, key, value, bias_k, bias_v, key_padding_mask, attn_mask, static_k, static_v)
-    for tensor in tensors:
-        if isinstance(tensor, EffectiveWeight):
-            return NotImplemented
+    if any(isinstance(tensor, EffectiveWeight) for tensor in tensors):
+        return NotImplemented
     is_batched = query.dim() == 3
-    project = partial(_project, is_batched)
     if not is_batched:
         query, key, value = (x.unsqueeze(1) for x in (query, key, value))
         key_padding_mask = None if key_padding_mask is None else key_padding_mask.unsqueeze(0)
     length, samples, width = query.shape
-    assert width == embed_dim_to_check, (
-        f"was expecting embedding dimension of {embed_dim_to_check}, but got {width}"
-    )
-    if is_causal and attn_mask is None:
-        raise RuntimeError(
-            "Need attn_mask if specifying the is_causal hint. You may use the Transformer module "
-            "method `generate_square_subsequent_mask` to create this mask."
-        )
+    _check_call(width, embed_dim_to_check, is_causal, attn_mask)
 
-    # Projections, first as (positions, samples, width), then as (samples * heads, positions, E).
+    project = partial(_project, is_batched)
     if use_separate_proj_weight:
-        b_q, b_k, b_v = [None] * 3 if in_proj_bias is None else in_proj_bias.chunk(3)
-        q = project(query, q_proj_weight, b_q)
-        k = project(key, k_proj_weight, b_k)
-        v = project(value, v_proj_weight, b_v)
+        weights = q_proj_weight, k_proj_weight, v_proj_weight
+        q, k, v = _project_separately(project, (query, key, value), weights, in_proj_bias)
     else:
         q, k, v = _project_packed(project, query, key, value, in_proj_weight, in_proj_bias)
     if bias_k is not None:
@@ -84,40 +75,30 @@ def _attention(
         k = torch.cat([k, bias_k.repeat(1, samples, 1)])
         v = torch.cat([v, bias_v.repeat(1, samples, 1)])
 
-    def in_heads(x: Tensor) -> Tensor:
-        return x.view(x.shape[0], samples * num_heads, width // num_heads).transpose(0, 1)
-
-    q = in_heads(q)
-    k = in_heads(k) if static_k is None else static_k
-    v = in_heads(v) if static_v is None else static_v
+    heads = samples, num_heads
+    q = _cut_into_heads(q, heads)
+    k = _cut_into_heads(k, heads) if static_k is None else static_k
+    v = _cut_into_heads(v, heads) if static_v is None else static_v
     if add_zero_attn:
         k = F.pad(k, (0, 0, 0, 1))
         v = F.pad(v, (0, 0, 0, 1))
 
-    # Masks.
     # The caller vouches that `attn_mask` is the causal one, so the kernel can make that mask.
     kernel_masks = is_causal and key_padding_mask is None and not need_weights
     added_keys = int(bias_k is not None) + int(add_zero_attn)
     mask = None
     if attn_mask is not None and not kernel_masks:
-        mask = _as_addend(attn_mask, "attn_mask", query.dtype)
         # `key`, and not `k`, because a mask does not cover the added keys.
-        mask = _for_each_head(mask, (samples * num_heads, length, key.shape[0]))
-        mask = _pad_keys(mask, added_keys)
+        shape = samples * num_heads, length, key.shape[0]
+        mask = _prepare_mask(attn_mask, query.dtype, shape, added_keys)
     if key_padding_mask is not None:
-        padding = _as_addend(key_padding_mask, "key_padding_mask", query.dtype)
-        padding = _pad_keys(padding, added_keys)
-        _check_padding(padding, samples, k.shape[1])
-        padding = padding[:, None, None].expand(-1, num_heads, -1, -1).flatten(0, 1)
+        padding = _prepare_padding(key_padding_mask, query.dtype, heads, k.shape[1], added_keys)
         mask = padding if mask is None else mask + padding
 
-    # Attention.
     dropout = dropout_p if training else 0.0
-    heads = samples, num_heads
     weights = None
     if need_weights:
-        output, weights = _attend_with_weights(q, k, v, mask, dropout)
-        weights = torch.unflatten(weights, 0, heads)
+        output, weights = _attend_with_weights(q, k, v, mask, dropout, heads)
         weights = weights.mean(1) if average_attn_weights else weights
     else:
         output = _attend_by_kernel(q, k, v, mask, dropout, heads, kernel_masks)
@@ -126,6 +107,18 @@ def _attention(
     if is_batched:
         return output, weights
     return output.squeeze(1), None if weights is None else weights.squeeze(0)
+
+
+def _check_call(width: int, expected_width: int, is_causal: bool, attn_mask: Tensor | None) -> None:
+    """Raise as torch does if the arguments do not go together."""
+    assert width == expected_width, (
+        f"was expecting embedding dimension of {expected_width}, but got {width}"
+    )
+    if is_causal and attn_mask is None:
+        raise RuntimeError(
+            "Need attn_mask if specifying the is_causal hint. You may use the Transformer module "
+            "method `generate_square_subsequent_mask` to create this mask."
+        )
 
 
 def _project(is_batched: bool, x: Tensor, weight: Any, bias: Tensor | None) -> Any:
@@ -144,6 +137,14 @@ def _project(is_batched: bool, x: Tensor, weight: Any, bias: Tensor | None) -> A
     if output is NotImplemented:
         output = F.linear(x, compute(weight), bias)
     return output.transpose(0, 1).contiguous() if is_routed else output
+
+
+def _project_separately(
+    project: Any, inputs: Sequence[Tensor], weights: Sequence[Any], bias: Tensor | None
+) -> list[Any]:
+    """Return q, k and v, each of a weight of its own; they share one bias."""
+    biases = [None] * 3 if bias is None else bias.chunk(3)
+    return [project(*operands) for operands in zip(inputs, weights, biases)]
 
 
 def _project_packed(
@@ -180,6 +181,31 @@ def _split_packed(weight: Any, sizes: list[int]) -> Any:
     return parts
 
 
+def _cut_into_heads(x: Tensor, heads: tuple[int, int]) -> Tensor:
+    """Return (positions, samples, width) as (samples * heads, positions, E)."""
+    samples, num_heads = heads
+    positions, _, width = x.shape
+    return x.view(positions, samples * num_heads, width // num_heads).transpose(0, 1)
+
+
+def _prepare_mask(
+    mask: Tensor, dtype: torch.dtype, shape: tuple[int, int, int], added_keys: int
+) -> Tensor:
+    """Return what `attn_mask` adds to the scores; `shape` is the one for the mask of each head."""
+    mask = _as_addend(mask, "attn_mask", dtype)
+    return _pad_keys(_for_each_head(mask, shape), added_keys)
+
+
+def _prepare_padding(
+    padding: Tensor, dtype: torch.dtype, heads: tuple[int, int], keys: int, added_keys: int
+) -> Tensor:
+    """Return what `key_padding_mask` adds to the scores (samples * heads, 1, keys)."""
+    samples, num_heads = heads
+    padding = _pad_keys(_as_addend(padding, "key_padding_mask", dtype), added_keys)
+    _check_padding(padding, samples, keys)
+    return padding[:, None, None].expand(-1, num_heads, -1, -1).flatten(0, 1)
+
+
 def _as_addend(mask: Tensor, name: str, dtype: torch.dtype) -> Tensor:
     """Return a mask as what is added to the scores: -inf where a boolean mask is true."""
     if mask.is_floating_point():
@@ -212,18 +238,23 @@ def _check_padding(padding: Tensor, samples: int, length: int) -> None:
 
 
 def _attend_with_weights(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    dropout: float,
+    heads: tuple[int, int],
 ) -> tuple[Tensor, Tensor]:
     """Return the values that are attended to (length, samples * heads, E), and the weights.
 
-    The weights are (samples * heads, length, source length).
+    The weights are (samples, heads, length, keys).
     """
     q = q * math.sqrt(1.0 / q.shape[-1])
     scores = torch.bmm(q, k.mT) if mask is None else torch.baddbmm(mask, q, k.mT)
     weights = scores.softmax(-1)
     if dropout > 0.0:
         weights = F.dropout(weights, dropout)
-    return torch.bmm(weights, v).transpose(0, 1), weights
+    return torch.bmm(weights, v).transpose(0, 1), torch.unflatten(weights, 0, heads)
 
 
 def _attend_by_kernel(
@@ -235,10 +266,7 @@ def _attend_by_kernel(
     heads: tuple[int, int],
     is_causal: bool,
 ) -> Tensor:
-    """Return the values that are attended to (length, samples, heads, E), by torch's own kernel.
-
-    `heads` is (samples, heads of a sample).
-    """
+    """Return the values that are attended to (length, samples, heads, E), by torch's own kernel."""
     q, k, v = (torch.unflatten(x, 0, heads) for x in (q, k, v))
     if mask is not None and len(mask) == 1:  # one for all heads
         mask = mask[None]
