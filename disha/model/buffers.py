@@ -168,9 +168,9 @@ def put_back_buffers(
 
 
 def release_buffers(view: ModelView, adapter: str, undo: ExitStack) -> None:
-    """Put the former values back into the buffers that only this adapter saves.
+    """Put the former values back into the buffers that the adapter's `also_train` names.
 
-    From now on, they are like any other buffer that no adapter saves.
+    Then no adapter saves them any more.
     """
     for buffer in view.buffers:
         if claimant_of(buffer) == adapter:
@@ -197,19 +197,20 @@ def _before_loading(
     missing: list[str],
     *others: Any,
 ) -> None:
-    """Report the blocks that a state dict lacks, or take the buffers of one of the base.
+    """See whether a state dict that is being loaded is one of the base, or has blocks.
 
-    Blocks do not report themselves as missing, so that a state dict of the base loads.
+    A state dict of the base has no block, and loads all the same. It says what the buffers were
+    before the first adapter. In one that has blocks, the others of the same adapters are missing.
     """
     given = find_blocks(model, [key.removeprefix(prefix) for key in state])
     if given:
         missing += [prefix + name for name in list_absent_blocks(model, given)]
-    else:  # a state dict of the base
-        _remember_those_of_base(model, state, prefix)
+    else:
+        _remember_from_base(model, state, prefix)
 
 
-def _remember_those_of_base(model: nn.Module, state: Mapping[str, Any], prefix: str) -> None:
-    """Remember the buffers in a state dict of the base as those before the first adapter."""
+def _remember_from_base(model: nn.Module, state: Mapping[str, Any], prefix: str) -> None:
+    """Remember the buffers in a state dict of the base, in place of those at the injection."""
     for name, module in model.named_modules():
         remembered = attributes_of(module).get(_BUFFERS, {})
         for attribute, buffer in list(remembered.items()):
@@ -220,7 +221,7 @@ def _remember_those_of_base(model: nn.Module, state: Mapping[str, Any], prefix: 
 
 
 def _find_hooks(module: Any) -> list[int]:
-    """Return the numbers of our hooks before a module loads a state dict."""
+    """Return the keys under which a module has `_before_loading` among its hooks."""
     return [
         number
         for number, hook in module._load_state_dict_pre_hooks.items()

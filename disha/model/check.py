@@ -162,11 +162,11 @@ def _check(
         in_training, error_in_training = _observe_idle(runner, idle, active, undo)
         if in_training is not None:
             observations.append(in_training)
-            # Blocks that act only in training change nothing in evaluation, merged or not.
-            only_training = in_training.acting - in_evaluation.acting
-            acting = [model_block for model_block in active if model_block.block in only_training]
-            more = compare_merged(view, runner, acting, in_training.outputs, training=True)
-            for layer, merging in more.items():
+            # A merge of blocks that act only in training is seen only there.
+            acting_now = in_training.acting - in_evaluation.acting
+            compared = [model_block for model_block in active if model_block.block in acting_now]
+            others = compare_merged(view, runner, compared, in_training.outputs, training=True)
+            for layer, merging in others.items():
                 if mergings[layer].keeps_outputs:  # else there is a reason already
                     mergings[layer] = merging
         stuck = _find_stuck_blocks(runner, zeros, observations, undo)

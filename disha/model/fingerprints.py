@@ -14,21 +14,23 @@ from disha.sharding.tensors import gather
 SAMPLES = 64
 HALF = 8  # digits of each of the two digests
 
-_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-"""Integers with as many bytes as a value."""
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""Bytes of a value -> the integers of that size from which torch can `take`."""
 
 
 def sample(values: Tensor) -> Tensor:
     """Return 64 values of a tensor, from the first to the last, or all if there are fewer."""
     if values.numel() <= SAMPLES:
         return values.flatten().clone()
-    # Evenly spaced: value i of 64 is at position i * last // 63.
     last = values.numel() - 1
-    positions = torch.arange(0, SAMPLES * last, last, device=values.device) // (SAMPLES - 1)
+    numbers = torch.arange(SAMPLES, device=values.device)
+    positions = numbers * last // (SAMPLES - 1)  # from 0 to `last`, in even steps
     if values.is_complex():
         return values.take(positions)
-    # They are taken as signed integers: torch 2.8 can't `take` values of 8 bits or unsigned ones.
-    return values.view(_BITS[values.itemsize]).take(positions).view(values.dtype)
+    # torch can't `take` from float8, nor from unsigned integers of more than 8 bits. So the values
+    # are taken as integers that have the same bits.
+    as_integers = values.view(_INTEGERS[values.itemsize])
+    return as_integers.take(positions).view(values.dtype)
 
 
 def fingerprint(weight: Tensor) -> str | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from typing import NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -126,7 +127,7 @@ def merge(
     # Inference mode is off, because tensors that are made in it can never be trained.
     with torch.inference_mode(False), torch.no_grad():
         chosen = _choose(view, adapter)
-        merging = _list_merging_blocks(view, chosen)
+        blocks_by_name = _list_merging_blocks(view, chosen)
         # A tied parameter is merged once for all modules that see the same updates of it.
         merged_once: dict[tuple[int, frozenset[AdapterBlock]], tuple[Original, Tensor]] = {}
         for layer, adapters in chosen.items():
@@ -136,14 +137,10 @@ def merge(
                 reason = _reason_against(layer, slot, dense)
                 if reason is not None:
                     raise MergeError(f"{name} {reason}")
-                others = _list_other_readers(view, name, merging)
+                others = _list_other_readers(view, name, blocks_by_name)
                 if others and not untie:
-                    raise MergeError(
-                        f"{name} is shared with {', '.join(sorted(others))}, where not all of the "
-                        "same adapters act, but which merging would change too; pass untie=True to "
-                        "merge into a weight of its own"
-                    )
-                key = id(layer._parameters[parameter]), merging[name]
+                    _refuse_shared(name, others)
+                key = id(layer._parameters[parameter]), blocks_by_name[name]
                 if key not in merged_once:
                     merged_once[key] = _compute_merged(
                         name, layer, slot, adapters, unties=bool(others)
@@ -153,32 +150,39 @@ def merge(
             _set_merged(layer, Merged(adapters, originals), undo)
 
 
+def _refuse_shared(name: str, others: Sequence[str]) -> NoReturn:
+    raise MergeError(
+        f"{name} is shared with {', '.join(sorted(others))}, where not all of the same adapters "
+        "act, but which merging would change too; pass untie=True to merge into a weight of its own"
+    )
+
+
 def _list_merging_blocks(
     view: ModelView, chosen: Mapping[AdaptedLayer, tuple[str, ...]]
 ) -> dict[str, frozenset[AdapterBlock]]:
     """Return the blocks that are merged into each weight, by every name of the weight."""
-    merging: dict[str, frozenset[AdapterBlock]] = {}
+    blocks_by_name: dict[str, frozenset[AdapterBlock]] = {}
     for layer, adapters in chosen.items():
         for parameter in slots_of(layer, adapters):
             blocks = frozenset(layer.disha.blocks_for(parameter, adapters))
             for name in view.names[layer]:
-                merging[join(name, parameter)] = blocks
-    return merging
+                blocks_by_name[join(name, parameter)] = blocks
+    return blocks_by_name
 
 
 def _list_other_readers(
-    view: ModelView, name: str, merging: Mapping[str, frozenset[AdapterBlock]]
+    view: ModelView, name: str, blocks_by_name: Mapping[str, frozenset[AdapterBlock]]
 ) -> list[str]:
     """Return the other names of a parameter, of modules that do not see the same updates of it."""
     names = view.parameters_by_name[name].names
-    return [other for other in names if merging.get(other) != merging[name]]
+    return [other for other in names if blocks_by_name.get(other) != blocks_by_name[name]]
 
 
 def _replace(module: nn.Module, name: str, new: Tensor, undo: ExitStack) -> None:
-    """Replace a parameter by a new parameter, or only its data by a plain tensor.
+    """Put a new parameter in the place of one, or a plain tensor in the place of its data.
 
-    Only a new parameter can have another dtype, or leave modules that share the old one as they
-    are.
+    A new parameter can have another dtype, and modules that share the old one keep it. New data
+    reaches these too.
     """
     now = module._parameters[name]
     assert now is not None

@@ -91,13 +91,12 @@ class LayerRecord:
         """Return why a block of that shape can't be this layer's, or None if it can."""
         method = method_of(self.method)
         layout = self.layout
-        weight_shape: tuple[int, ...] = ()  # which no layout has
-        if len(block_shape) >= method.block_axes:
-            weight_shape = self.weight_shape(block_shape)
+        misfit = f"a block of shape {tuple(block_shape)} does not fit the layout {layout.pattern!r}"
+        if len(block_shape) < method.block_axes:
+            return misfit
+        weight_shape = self.weight_shape(block_shape)
         if layout.reason_against_shape(weight_shape) is not None:
-            return (
-                f"a block of shape {tuple(block_shape)} does not fit the layout {layout.pattern!r}"
-            )
+            return misfit
         reason = layout.reason_against(layout.geometry(weight_shape), self.r, self.r_out)
         if reason is not None:
             return reason

@@ -153,14 +153,14 @@ def load_adapter_state_dict(
 ) -> LoadReport:
     """Check all tensors of an adapter, then copy them into the model.
 
-    If `fully_shard` has sharded the model, call this on all ranks: with complete tensors, the same
-    on each rank, or with DTensors that are sharded like the model's. If one rank fails, all ranks
-    raise, and no model changes.
+    If `fully_shard` has sharded the model, call this on all ranks. The tensors are complete, and
+    then the same on each rank, or they are DTensors that are sharded like the model's. If one rank
+    fails, all ranks raise, and no model changes.
 
     Args:
         model: a model that has the adapter already (`inject_adapters`).
-        state: the result of `adapter_state_dict`. Keys may have prefixes of wrappers (`module.`,
-            `_orig_mod.`) or not.
+        state: the result of `adapter_state_dict`. It may come from a wrapped model and be loaded
+            into a plain one, or the other way round: `module.` and `_orig_mod.` make no difference.
         adapter: the adapter's name.
         strict: also raise on missing and unexpected keys.
 

@@ -129,8 +129,8 @@ def plan_injection(
     skipped: list[PlannedLayer] = []
     if also_train_rows:
         config_of_rows = configure_rows(config, also_train_rows)
-        rows = Selection(view, "also_train_rows", [*also_train_rows], config_of_rows)
-        layers, skipped = _plan_layers(rows, config.exclude, [], strict)
+        tables = Selection(view, "also_train_rows", [*also_train_rows], config_of_rows)
+        layers, skipped = _plan_layers(tables, config.exclude, [], strict)
     more_layers, more_skipped = _plan_layers(selection, config.exclude, layers, strict)
     return Plan(
         adapter,
