@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from disha.effective.products import linear_product
+from disha.effective.products import multiply_linear
 from disha.effective.rules import rule
 from disha.effective.views import split_rows
 from disha.effective.weight import EffectiveWeight, compute
@@ -26,7 +26,7 @@ from disha.errors import ArgumentError
 
 
 @rule(F.multi_head_attention_forward)
-def _attention(
+def _attend(
     query: Any,
     key: Any,
     value: Any,
@@ -133,7 +133,7 @@ def _project(is_batched: bool, x: Tensor, weight: Any, bias: Tensor | None) -> A
                 "dimension; pass a batch, or use one adapter at a time"
             )
         x = x.transpose(0, 1)  # a routed product takes samples first
-    output: Any = linear_product(x, weight, bias)
+    output: Any = multiply_linear(x, weight, bias)
     if output is NotImplemented:
         output = F.linear(x, compute(weight), bias)
     return output.transpose(0, 1).contiguous() if is_routed else output

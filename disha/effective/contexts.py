@@ -89,8 +89,7 @@ class Context:
 _CONTEXTS: ContextVar[tuple[Context, ...]] = ContextVar("disha_contexts", default=())
 """The contexts of a thread or task, from the outermost inwards, also some that have ended.
 
-A task inherits the contexts that are open where it starts, and the thread that opened them may end
-them before it.
+A task inherits the contexts that are open where it starts, and they may end before the task does.
 """
 
 OPEN_CONTEXTS: set[Context] = set()
@@ -141,15 +140,18 @@ def bind_contexts(function: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-def groups_of(layers: Iterable[Any]) -> frozenset[Group]:
-    """Return groups that hold these layers and no others. A group with others is split."""
+def split_off_groups(members: Iterable[Any]) -> frozenset[Group]:
+    """Return groups that have these members and no others.
+
+    If a group has others too, these members leave it for a new one.
+    """
     with _LOCK:
-        chosen = set(layers)
+        chosen = set(members)
         for group in {adapters.group for adapters in chosen}:
-            members = chosen.intersection(group.members)
-            if len(members) < len(group.members):
+            chosen_here = chosen.intersection(group.members)
+            if len(chosen_here) < len(group.members):
                 part = Group(group.lineage)
-                for adapters in members:
+                for adapters in chosen_here:
                     part.take(adapters)
         return frozenset(adapters.group for adapters in chosen)
 

@@ -16,20 +16,20 @@ from disha.effective.weight import base_inside, compute, compute_first
 from disha.errors import ArgumentTypeError
 from disha.private_torch import IS_VIEW
 
-_VIEWS = {"H", "T", "data", "imag", "mH", "mT", "real"}
+_VIEW_PROPERTIES = {"H", "T", "data", "imag", "mH", "mT", "real"}
 """Properties of a tensor that are views of its values, and so no facts."""
 
-_PROPERTIES = [
+_FACT_PROPERTIES = [
     name
     for name in dir(Tensor)
     if isinstance(getattr(Tensor, name), GetSetDescriptorType)
     and not name.startswith("__")
-    and name not in _VIEWS
+    and name not in _VIEW_PROPERTIES
 ]
 
 
 @rule_with_operation(
-    *_PROPERTIES,
+    *_FACT_PROPERTIES,
     IS_VIEW,
     "dim size stride numel nelement ndimension element_size is_floating_point is_complex is_signed "
     "is_contiguous is_inference is_conj is_neg is_pinned is_shared get_device storage_offset "
@@ -42,7 +42,7 @@ def _ask_base(func: Operation, weight: Any, *args: Any, **kwargs: Any) -> Any:
 
 @rule_with_operation(*(name for name in dir(torch) if name.endswith("_like")))
 @rule_with_operation(*(name for name in dir(Tensor) if name.startswith("new_")))
-def _create(func: Operation, like: Any, *args: Any, **kwargs: Any) -> Any:
+def _create_like(func: Operation, like: Any, *args: Any, **kwargs: Any) -> Any:
     """Make a tensor like W. The other arguments may be values, so their weights are computed."""
     return compute_first(func, (base_inside(like), *args), kwargs)
 
@@ -84,6 +84,6 @@ def _data_ptr(weight: Any) -> int:
 
 
 @rule(torch.autograd.grad)
-def _gradients(outputs: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+def _differentiate(outputs: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
     """Return the gradient of W as that of an effective weight."""
     return compute_first(torch.autograd.grad, (outputs, base_inside(inputs), *args), kwargs)

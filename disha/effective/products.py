@@ -11,19 +11,19 @@ from torch import Tensor
 
 from disha import functional
 from disha.effective.rules import RULES, Operation, rule, rule_with_operation
-from disha.effective.views import is_index, select_item, transposed
+from disha.effective.views import is_index, select_item, transpose_matrices
 from disha.effective.weight import EffectiveWeight, compute_first
 from disha.private_torch import GROUPED, ragged_axis
 
 
 @rule(F.linear)
-def linear_product(input: Any, weight: Any, bias: Any = None) -> Any:
+def multiply_linear(input: Any, weight: Any, bias: Any = None) -> Any:
     if isinstance(input, EffectiveWeight) or isinstance(bias, EffectiveWeight):
         return NotImplemented
     if not isinstance(weight, EffectiveWeight):
         return NotImplemented
     if input.layout is not torch.strided:
-        return _multiply_values(linear_product, input, weight, bias)
+        return _multiply_nested(multiply_linear, input, weight, bias)
     base = weight.base
     layout = weight.weight_layout
     if layout.pattern == "out in":
@@ -34,7 +34,7 @@ def linear_product(input: Any, weight: Any, bias: Any = None) -> Any:
     return weight.updates.product(F.linear, input, base, bias, layout)
 
 
-def _multiply_values(product: Operation, nested: Any, weight: EffectiveWeight, *args: Any) -> Any:
+def _multiply_nested(product: Operation, nested: Any, weight: EffectiveWeight, *args: Any) -> Any:
     """Return a product with the values of a jagged nested tensor, nested in the same way."""
     if nested.layout is not torch.jagged or weight.updates.shared is None:
         return NotImplemented
@@ -49,7 +49,7 @@ def _multiply_values(product: Operation, nested: Any, weight: EffectiveWeight, *
 
 
 # With ZeRO-3, DeepSpeed replaces F.linear by a function of its own.
-RULES["LinearFunctionForZeroStage3"] = linear_product
+RULES["LinearFunctionForZeroStage3"] = multiply_linear
 
 
 @rule("matmul __matmul__")
@@ -59,11 +59,11 @@ def _matmul(input: Any, other: Any) -> Any:
         if isinstance(other, EffectiveWeight):
             return NotImplemented
         return _multiply_weight_first(input, other)
-    matrices = transposed(other)
+    matrices = transpose_matrices(other)
     if matrices is NotImplemented:
         return NotImplemented
     if other.base.dim() == 2:
-        return linear_product(input, matrices)
+        return multiply_linear(input, matrices)
     if input.layout is not torch.strided:
         return NotImplemented
     updates = other.updates.shared
@@ -88,7 +88,7 @@ def _multiply_weight_first(weight: EffectiveWeight, x: Tensor) -> Any:
     is_matrix = layout.pattern == "out in"
     is_stack = layout.pattern == "expert out in" and x.dim() == 3
     if is_matrix and x.dim() == 1:
-        return linear_product(x, weight)
+        return multiply_linear(x, weight)
     if not (is_matrix or is_stack) or updates is None or x.layout is not torch.strided:
         return NotImplemented
     if all(update.method.uses_shard_sum for update in updates):
@@ -97,7 +97,7 @@ def _multiply_weight_first(weight: EffectiveWeight, x: Tensor) -> Any:
             return torch.matmul(matrix, inputs.mT)
 
         return functional.adapted_product(multiply, x.mT, base, None, layout, updates)
-    return _matmul(x.mT, transposed(weight)).mT
+    return _matmul(x.mT, transpose_matrices(weight)).mT
 
 
 @rule("addmm")
@@ -106,10 +106,10 @@ def _addmm(input: Any, mat1: Any, mat2: Any, *, beta: float = 1, alpha: float = 
         return NotImplemented
     if input.dim() != 1 or (beta, alpha) != (1, 1):
         return NotImplemented
-    matrix = transposed(mat2)
+    matrix = transpose_matrices(mat2)
     if matrix is NotImplemented:
         return NotImplemented
-    return linear_product(mat1, matrix, input)
+    return multiply_linear(mat1, matrix, input)
 
 
 @rule_with_operation(GROUPED)
@@ -123,7 +123,9 @@ def _grouped(
         return NotImplemented
     if more or any(value is not None for value in named.values()) or offs is None:
         return NotImplemented
-    return functional.adapted_grouped(multiply, input, transposed(weight).base, offs, updates)
+    return functional.adapted_grouped(
+        multiply, input, transpose_matrices(weight).base, offs, updates
+    )
 
 
 def _grouped_of_transformers(*args: Any, **kwargs: Any) -> Tensor:
@@ -175,7 +177,7 @@ def _embedding(
     changes_table = scale_grad_by_freq or max_norm is not None
     if input.layout is torch.jagged and not changes_table:
         look_values_up = partial(_embedding, padding_idx=padding_idx, sparse=sparse)
-        return _multiply_values(look_values_up, input, weight)
+        return _multiply_nested(look_values_up, input, weight)
     if input.layout is not torch.strided or changes_table:
         # `max_norm` changes rows of the table, and `scale_grad_by_freq` its gradient. Torch does
         # this to the computed weight, whose gradient is dense, so `sparse` is left out.

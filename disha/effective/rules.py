@@ -33,7 +33,7 @@ R = TypeVar("R", bound=Rule)
 
 
 def _resolve(operations: Sequence[Any]) -> Iterator[Any]:
-    """Yield operations. A str has names of members of `Tensor`, of `torch`, or of both."""
+    """Yield operations. A str has names: of methods of `Tensor`, functions of `torch`, or both."""
     for operation in operations:
         if not isinstance(operation, str):
             yield operation

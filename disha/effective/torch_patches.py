@@ -3,22 +3,20 @@
 The first injection calls `install`; importing changes nothing. Without these changes, an adapter
 would not act, or another one would, and no error would say so:
 
-    what is changed                                 what it does otherwise
-    the `apply` of a custom function of autograd    runs it with W, and the block gets no gradient
-    autograd.function.custom_function_call          the same inside transforms of `torch.func`
-    what wraps an argument of `torch.vmap`,         wraps W
-    `torch.func.grad` and `jvp`
-    what keeps a function for activation            computes layers again in backward, where other
-    checkpointing                                   contexts are open, or none
-    `NestedTensor.__torch_function__`               multiplies with W
-    nn.init.trunc_normal_ and .orthogonal_          write values that contain the update into W
-    overrides.get_overridable_functions()           lacks private functions, such as the grouped
-                                                    product, so compiled code runs them with W
+- The `apply` of a custom function of autograd, and `custom_function_call`, which runs it inside
+  transforms of `torch.func`, would run it with W, and the block would get no gradient. The function
+  runs by its rule, if it has one, or else gets the computed weight.
+- What wraps an argument of `torch.vmap`, `torch.func.grad` and `jvp` would wrap W. It gets the
+  computed weight.
+- Activation checkpointing, also by the older `CheckpointFunction`, would compute layers again in
+  backward, where other contexts are open, or none. What it keeps runs in those of the forward pass.
+- `NestedTensor.__torch_function__` would multiply with W. It leaves the function to the weight.
+- `nn.init.trunc_normal_` and `.orthogonal_` would write values that contain the update into W. They
+  get W.
+- `overrides.get_overridable_functions()` lacks private functions, such as the grouped product, so
+  compiled code would run them with W. They are added.
 
-A custom function and a transform get the computed weight; a custom function that has a rule runs
-by it. A checkpointed function, also that of the older `CheckpointFunction`, runs in the contexts of
-the forward pass. A nested tensor leaves the function to the weight. Functions of `nn.init` get W.
-The private functions are added to the list. `private_torch` has the private names.
+`private_torch` has the private names.
 """
 
 from __future__ import annotations
@@ -53,6 +51,17 @@ def _install() -> None:
     # All places are looked up before anything is changed, because one may be missing.
     originals = {place: private_torch.require(place) for place in _CHANGES}
 
+    function_class.apply = classmethod(_make_apply(function_class))
+    _leave_functions_to_weights(nested_tensor)
+    for place, change in _CHANGES.items():
+        module, _, name = place.partition(":")
+        setattr(sys.modules[module], name, change(originals[place]))
+    private_torch.ask_private_operations()
+
+
+def _make_apply(function_class: Any) -> Callable[..., Any]:
+    """Return the `apply` of custom functions that does what the module's docstring says."""
+
     def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
         rule = RULES.get(cls.__name__)
         result = NotImplemented if rule is None else rule(*args, **kwargs)
@@ -66,13 +75,8 @@ def _install() -> None:
         torch_apply = super(function_class, cls).apply
         return torch_apply(*compute_inside(args), **compute_inside(kwargs))
 
-    _leave_functions_to_weights(nested_tensor)
     private_torch.start_no_graph(apply)
-    function_class.apply = classmethod(apply)
-    for place, change in _CHANGES.items():
-        module, _, name = place.partition(":")
-        setattr(sys.modules[module], name, change(originals[place]))
-    private_torch.ask_private_operations()
+    return apply
 
 
 _CHECKPOINTS = {

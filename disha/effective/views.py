@@ -28,7 +28,7 @@ def _make_view(weight: EffectiveWeight, base: Tensor, layout: Layout, change: Ch
 
 
 @rule("mT")
-def transposed(weight: Any) -> Any:
+def transpose_matrices(weight: Any) -> Any:
     """Return the weight with its matrices transposed; NotImplemented if no layout has them so."""
     layout = weight.weight_layout.transposed()
     if layout is None:
@@ -38,14 +38,14 @@ def transposed(weight: Any) -> Any:
 
 @rule("t T")
 def _t(weight: Any) -> Any:
-    return transposed(weight) if weight.base.dim() == 2 else NotImplemented
+    return transpose_matrices(weight) if weight.base.dim() == 2 else NotImplemented
 
 
 @rule("transpose swapdims swapaxes")
 def _transpose(weight: Any, *dims: int, **named: int) -> Any:
     ndim = weight.base.dim()
     swapped = {dim % ndim for dim in (*dims, *named.values())}
-    return transposed(weight) if swapped == {ndim - 2, ndim - 1} else NotImplemented
+    return transpose_matrices(weight) if swapped == {ndim - 2, ndim - 1} else NotImplemented
 
 
 _INDEX_DTYPES = (torch.int64, torch.int32)
@@ -92,7 +92,7 @@ def select_rows(weight: Any, start: int, stop: int) -> Any:
 
 
 @rule_with_operation("split chunk")
-def _cut(func: Operation, weight: Any, *args: Any, **kwargs: Any) -> Any:
+def _split_or_chunk(func: Operation, weight: Any, *args: Any, **kwargs: Any) -> Any:
     return split_rows(weight, func(weight.base, *args, **kwargs))
 
 

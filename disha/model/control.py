@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from torch import nn
 
 from disha.checks import check_scale, check_type
-from disha.effective.contexts import Group, groups_of, open_context
+from disha.effective.contexts import Group, open_context, split_off_groups
 from disha.errors import ArgumentError
 from disha.functional.routed import Route
 from disha.layers.adapted import refuse_merged
@@ -130,7 +130,7 @@ def adapters_disabled(model: nn.Module) -> Iterator[None]:
 
 def _groups(view: ModelView) -> frozenset[Group]:
     """Return the groups of the model's layers, and of no others, for a context to cover."""
-    return groups_of(layer.disha for layer in view.layers)
+    return split_off_groups(layer.disha for layer in view.layers)
 
 
 def set_adapter_scale(model: nn.Module, scale: float, adapter: str = "default") -> None:
