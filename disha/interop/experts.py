@@ -30,12 +30,16 @@ from disha.model.records import LayerRecord
 
 GATE_UP, DOWN = "gate_up_proj", "down_proj"
 
-SERVED_TARGETS = ("gate_proj", "up_proj", "down_proj")  # the `target_modules` of single experts
+SERVED_TARGETS = ("gate_proj", "up_proj", "down_proj")
+"""The names in `target_modules` by which SGLang knows the projections of single experts."""
 
-_OLD_TARGETS = ("gate", *SERVED_TARGETS, "w1", "w2", "w3")
-"""The targets that PEFT takes for projections of experts."""
+_NAMES_BEFORE_STACKING = ("gate", *SERVED_TARGETS, "w1", "w2", "w3")
+"""Names of layers in a mixture of experts before `transformers` 5 stacked the experts.
 
-SEPARATE_BEFORE = Layout("expert out in")
+In a model whose experts it stacks, PEFT takes a target of such a name for one of that time.
+"""
+
+JOINED = Layout("expert out in")
 """The layout of stacks that `transformers` joins from single experts as it loads a model."""
 
 WRAPPED = ".base_layer"  # what PEFT adds to a name for each wrapper inside the outermost one
@@ -46,7 +50,7 @@ class Family:
     """How models of one type store both stacks, and name the matrices of single experts."""
 
     layout: Layout
-    parent: str = "mlp"  # the module around the experts; in the names of stacks, always this
+    parent: str = "mlp"  # the module around single experts; the one around stacks is always `mlp`
     gate: str = "gate_proj"
     up: str = "up_proj"
     down: str = "down_proj"
@@ -62,11 +66,11 @@ class Family:
 
 
 FAMILIES = {
-    "mixtral": Family(SEPARATE_BEFORE, parent="block_sparse_moe", gate="w1", up="w3", down="w2"),
-    "qwen2_moe": Family(SEPARATE_BEFORE),
-    "qwen3_moe": Family(SEPARATE_BEFORE),
-    "olmoe": Family(SEPARATE_BEFORE),
-    "deepseek_v3": Family(SEPARATE_BEFORE),
+    "mixtral": Family(JOINED, parent="block_sparse_moe", gate="w1", up="w3", down="w2"),
+    "qwen2_moe": Family(JOINED),
+    "qwen3_moe": Family(JOINED),
+    "olmoe": Family(JOINED),
+    "deepseek_v3": Family(JOINED),
     "gpt_oss": Family(Layout("expert in out"), alternates=True),
 }
 """Model type in `transformers` -> how its models name and store experts."""
@@ -121,11 +125,11 @@ def list_misread_by_peft(
                 f"{stack.name}: PEFT would take its inputs for its outputs, except in models of "
                 f"type gpt_oss; this one is {model_type or 'unknown'} (--base for the command)"
             )
-    if all(stack.layout != SEPARATE_BEFORE for stack in stacks):
+    if all(stack.layout != JOINED for stack in stacks):
         return reasons
     for layer in layers:
         last = layer.name.rpartition(".")[2]
-        if last in _OLD_TARGETS and layer not in stacks:
+        if last in _NAMES_BEFORE_STACKING and layer not in stacks:
             reasons.append(
                 f"{layer.name}: PEFT takes a target of this name for a projection of the experts; "
                 'write the experts apart (experts="separate")'
@@ -167,11 +171,12 @@ def convert_experts(
 
 
 def _separate(update: LowRankUpdate, family: Family) -> Iterator[LowRankUpdate]:
-    """Yield the updates of each expert in place of that of a stack."""
+    """Yield the updates of each expert in place of that of a stack; any other update once."""
+    # Layers beside the experts, such as their router, are renamed with them.
     name = replace_part(update.record.name, "mlp", family.parent)
     if not is_stack(update.record):
-        record = replace(update.record, name=name)
-        yield replace(update, record=record)
+        renamed = replace(update.record, name=name)
+        yield replace(update, record=renamed)
         return
     if update.record.layout != family.layout:
         raise ConversionError(

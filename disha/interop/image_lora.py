@@ -26,7 +26,7 @@ from disha.interop.lora.writing import MATRIX, tensors_of, unknown_to_lora
 from disha.interop.low_rank import (
     CONV,
     BaseWeight,
-    Factors,
+    LayerFactors,
     LoraReport,
     LowRankUpdate,
     base_weights_of_model,
@@ -317,7 +317,7 @@ def read_file(
     if not tensors:
         raise AdapterFileError(f"{path} has no pair of factors: it has no tensors")
     a_end, b_end = MATRIX
-    factors: dict[str, list[Factors]] = {}
+    factors: dict[str, list[LayerFactors]] = {}
     weights = [key.removesuffix(a_end).removesuffix(b_end) for key in tensors]
     for weight in dict.fromkeys(weights):  # once, in the order of the file
         component, _, name = weight.partition(".")
@@ -332,7 +332,8 @@ def read_file(
         names = None if modules is None else modules.get(component)
         model_name = _name_in_model(component, name, names)
         scale = 1.0  # it is multiplied into B
-        factors.setdefault(component, []).append((model_name, a, b, layout, scale))
+        of_layer = LayerFactors(model_name, a, b, layout, scale)
+        factors.setdefault(component, []).append(of_layer)
     return {
         component: contents_of_factors(f"{path}, {component}", of_component)
         for component, of_component in factors.items()

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import multimode
 from types import MappingProxyType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -319,15 +320,17 @@ def _delta(layer: LayerRecord, block: Tensor, base: BaseWeight | None) -> Tensor
 
 
 def _truncate(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Return A (rank, in) and B (out, rank) of a matrix (out, in), cut to its largest values.
+    """Return A (rank, in) and B (out, rank), whose product is closest to a matrix (out, in).
 
-    Of each singular value, A and B have the root.
+    The matrix is U S V^T, of which the largest singular values S are kept. A and B both get the
+    root of S, so that their values are of the same size.
     """
     smaller = min(matrix.shape)
     rank = min(rank, smaller)
     if smaller <= LARGEST_EXACT or 4 * rank >= smaller:
         u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
     else:
+        # Of a larger matrix, the few largest values are found much sooner than all.
         with torch.random.fork_rng(devices=[]):
             # With a fixed seed, every export gives the same file. torch.manual_seed would seed
             # GPUs too.
@@ -344,28 +347,35 @@ def _truncate(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 LayerBlock = tuple[LayerRecord, Tensor]
 """A layer and its block."""
 
-Factors = tuple[str, Tensor, Tensor, Layout, float]
-"""Name, A, B, layout and scale of a layer.
 
-A and B have the shapes of `LowRankUpdate`, but B of a convolution has a kernel of 1: (out, rank, 1,
-1) in two dimensions.
-"""
+class LayerFactors(NamedTuple):
+    """The factors of a layer, as a file has them.
+
+    A and B have the shapes of `LowRankUpdate`, but B of a convolution has a kernel of 1: (out,
+    rank, 1, 1) in two dimensions.
+    """
+
+    name: str
+    a: Tensor
+    b: Tensor
+    layout: Layout
+    scale: float
 
 
 def contents_of_factors(
     source: Source,
-    factors: Iterable[Factors],
+    factors: Iterable[LayerFactors],
     dropout: float = 0.0,
-    rows: Sequence[LayerBlock] = (),
+    new_rows: Sequence[LayerBlock] = (),
     parameters: Tensors = MappingProxyType({}),
 ) -> AdapterContents:
     """Return the adapter that has these factors, with new rows and other parameters."""
     blocks: list[LayerBlock] = []
     others = []
     for layer_factors in factors:
-        layer_block = _block_of(*layer_factors)
+        layer_block = _block_of(layer_factors)
         if layer_block is None:
-            others.append(layer_factors[0])
+            others.append(layer_factors.name)
         else:
             blocks.append(layer_block)
     if others:
@@ -384,7 +394,7 @@ def contents_of_factors(
         dropout=dropout,
         also_train=tuple(f"^{re.escape(name)}$" for name in parameters),
     )
-    blocks += rows
+    blocks += new_rows
     layers = tuple(layer for layer, _ in blocks)
     counts = Counter([*(layer.key for layer in layers), *parameters])
     twice = [key for key, count in counts.items() if count > 1]
@@ -396,30 +406,30 @@ def contents_of_factors(
     return AdapterContents(config, layers, tuple(parameters), tensors, {})
 
 
-def _block_of(name: str, a: Tensor, b: Tensor, layout: Layout, scale: float) -> LayerBlock | None:
+def _block_of(factors: LayerFactors) -> LayerBlock | None:
     """Return the layer and block that have these factors, or None if no method has them.
 
     If the rank is padded with zeros, the padding is cut.
     """
-    dim = 1 if layout.experts_first else 0  # of the rank in A, and of the outputs in B
+    a = factors.a
+    b = factors.b
+    dim = 1 if factors.layout.experts_first else 0  # of the rank in A, and of the outputs in B
     if a.dim() < 2 or a.dim() != b.dim() or not a.numel() or a.shape[dim] != b.shape[dim + 1]:
         return None
     is_nonzero = a.movedim(dim, 0).flatten(1).any(dim=1)  # (rank,)
     nonzero = is_nonzero.nonzero().flatten().tolist()
     unpadded = nonzero[-1] + 1 if nonzero else 0
     for rank in (a.shape[dim], unpadded):
-        cut_a = a.narrow(dim, 0, rank)
-        cut_b = b.narrow(dim + 1, 0, rank)
-        layer_block = _block_of_rank(name, cut_a, cut_b, layout, scale, dim)
+        cut = factors._replace(a=a.narrow(dim, 0, rank), b=b.narrow(dim + 1, 0, rank))
+        layer_block = _block_of_rank(cut, dim)
         if layer_block is not None:
             return layer_block
     return None
 
 
-def _block_of_rank(
-    name: str, a: Tensor, b: Tensor, layout: Layout, scale: float, dim: int
-) -> LayerBlock | None:
+def _block_of_rank(factors: LayerFactors, dim: int) -> LayerBlock | None:
     """Return the layer and block that have just these factors; `dim` is that of the rank in A."""
+    name, a, b, layout, scale = factors
     rank, inputs, *kernel = a.shape[dim:]
     r, rest = divmod(rank, math.prod(kernel))  # as in `_factors`, the rank is r * k
     if rest or not r:
@@ -443,8 +453,8 @@ def _block_of_rank(
             layout=layout,
         )
         if layer.reason_against_block(block.shape) is None:
-            # B is right by construction. A tells whether the LoRA is such a block.
-            factors = _factors(layer, block.to(a.dtype))
-            if factors is not None and torch.equal(factors[0], a):
+            # The block was made from B. Whether it is the whole LoRA is seen in A.
+            of_block = _factors(layer, block.to(a.dtype))
+            if of_block is not None and torch.equal(of_block[0], a):
                 return layer, block
     return None

@@ -1,8 +1,9 @@
 """Base checkpoints on disk: merge an adapter file into one, or ask whether the two belong together.
 
-A checkpoint is one safetensors file or a folder. Its names are those of the adapter's model, or
-begin otherwise: as `transformers` loads a model that sees images, it renames the text layers. It
-also stacks experts that are stored one by one, so these get the name of their stack too.
+A checkpoint is one safetensors file or a folder. An adapter file names weights as the loaded model
+does, and a checkpoint may name them differently: `transformers` renames the text layers of a model
+that sees images as it loads them, and stacks experts that are stored one by one. So a weight is
+also looked for under names that begin otherwise, and single experts are read as a stack.
 """
 
 from disha.interop.checkpoints.matching import misfits, summarize_misfits

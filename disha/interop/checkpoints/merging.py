@@ -32,9 +32,8 @@ SUFFIX = ".safetensors"
 WEIGHTS = (".safetensors", ".index.json", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5")
 """Endings of the names of weight files and their indexes, which are not copied."""
 
-
-ALL = ...
-"""The index of all that a tensor has."""
+WHOLE = ...
+"""The index of all of a tensor, whatever its number of axes."""
 
 
 @dataclass(frozen=True)
@@ -270,32 +269,32 @@ class _Merge:
             return self._change(name, name, self._checkpoint.tensor(name))
         stack, number = self._experts[name]
         names = self._checkpoint.stacks[stack][number]
-        matrices = [self._checkpoint.tensor(part) for part in names]
+        matrices = [self._checkpoint.tensor(matrix_name) for matrix_name in names]
         joined = torch.cat(matrices)[None]  # (1, out, in)
         changed = self._change(stack, name, joined, slice(number, number + 1))[0]
         parts = torch.split(changed, [len(matrix) for matrix in matrices])
         return parts[names.index(name)].contiguous()
 
-    def _change(self, key: str, name: str, value: Tensor, experts: Any = ALL) -> Tensor:
+    def _change(self, key: str, name: str, value: Tensor, part: Any = WHOLE) -> Tensor:
         """Return the new values of a tensor, or of one expert (1, out, in) of a stack.
 
-        `key` is that of the tensor or of its stack. The adapter's tensors are for the stack, and
-        `experts` is the index in them of what changes.
+        The adapter has tensors for `key`, which is the tensor or its stack. `part` is the index in
+        these of what changes. Errors call it `name`.
         """
         dtype = value.dtype
         changed = value
         if key in self._values:
-            changed = self._values[key][experts].to(dtype)
+            changed = self._values[key][part].to(dtype)
         if key in self._layers:
-            changed = functional.merged_weight(changed, self._deltas(key, changed, experts))
+            changed = functional.merged_weight(changed, self._deltas(key, changed, part))
         if changed is not value and not is_finite_as(changed, dtype) and is_finite_as(value, dtype):
             raise MergeError(f"{name} would not be finite in {dtype}; give a smaller `scale`")
         return changed
 
-    def _deltas(self, key: str, weight: Tensor, experts: Any) -> Iterator[tuple[Tensor, float]]:
-        """Yield dW and s of each layer of the adapter that changes a weight."""
+    def _deltas(self, key: str, weight: Tensor, part: Any) -> Iterator[tuple[Tensor, float]]:
+        """Yield dW and s of each layer of the adapter that changes a weight, or a part of it."""
         for record in self._layers[key]:
-            block = self._blocks[record.key][experts]
+            block = self._blocks[record.key][part]
             method = method_of(record.method)
             delta = method.delta_weight(record.layout, block, weight, record.rows, record.r)
             scale = record.scale if self._scale is None else self._scale

@@ -17,7 +17,7 @@ from disha.interop.experts import (
     DOWN,
     FAMILIES,
     GATE_UP,
-    SEPARATE_BEFORE,
+    JOINED,
     SINGLE_EXPERT,
     replace_part,
 )
@@ -39,7 +39,7 @@ def _list_expert_matrices() -> dict[str, ExpertMatrices]:
     """Return the matrices that are joined, by the name of the first of them in its expert."""
     by_first = {}
     for family in FAMILIES.values():
-        if family.layout == SEPARATE_BEFORE:
+        if family.layout == JOINED:
             pair = ExpertMatrices(GATE_UP, family.parent, (family.gate, family.up))
             by_first[family.gate] = pair
             by_first[family.down] = ExpertMatrices(DOWN, family.parent, (family.down,))

@@ -28,8 +28,8 @@ from disha.interop.lora.writing import (
 )
 from disha.interop.low_rank import (
     CONV,
-    Factors,
     LayerBlock,
+    LayerFactors,
     contents_of_factors,
     list_names,
 )
@@ -123,26 +123,26 @@ def load(
     action = f"load a LoRA as adapter {adapter!r}"
     with view.ranks.fail_together(action):
         peft_folder = read_peft_files(folder, (*FACTORS, TOKENS), also_train)
-        rows, others = _split_token_rows(view, peft_folder)
+        new_rows, others = _take_out_rows(view, peft_folder)
     untrained = compare_untrained(view, others)
     with view.ranks.fail_together(action):
         others = keep_for_model(view, others, untrained)
-        contents = _contents_of(others, _layouts_of(view), model_type_of(view), rows)
+        contents = _contents_of(others, _layouts_of(view), model_type_of(view), new_rows)
     return load_contents(
         view, others.path, contents, adapter, replace=replace, dtype=dtype, freeze=freeze
     )
 
 
-def _split_token_rows(view: ModelView, folder: PeftFolder) -> tuple[list[LayerBlock], PeftFolder]:
-    """Return the layers and blocks for the rows of tokens in a folder, and the rest of it."""
-    rows_by_name, others = folder.split(TOKENS)
+def _take_out_rows(view: ModelView, folder: PeftFolder) -> tuple[list[LayerBlock], PeftFolder]:
+    """Return the new rows of tables that a folder holds, as layers with blocks, and the rest."""
+    values_by_name, others = folder.split(TOKENS)
     other_fields = dict(folder.fields)
     settings = other_fields.pop(TOKEN_INDICES, None)
-    layers = []
-    for name, values in rows_by_name.items():
+    new_rows = []
+    for name, values in values_by_name.items():
         numbers = _token_numbers_of(name, settings)
         try:
-            rows = check_rows(f"{TOKEN_INDICES} of {name}", numbers)
+            ranges = check_rows(f"{TOKEN_INDICES} of {name}", numbers)
         except DishaError as error:
             raise AdapterFileError(f"{folder.path}: {error}") from error
         if values.shape[:-1] != (len(numbers),):
@@ -151,7 +151,7 @@ def _split_token_rows(view: ModelView, folder: PeftFolder) -> tuple[list[LayerBl
             )
         names = names_of_weight(view, name)
         tied = tuple(other for other in names if other != join(name, "weight"))
-        order = torch.tensor(numbers).argsort()
+        order = torch.tensor(numbers).argsort()  # a block has its rows in order
         block = values[order].mT  # (in, rows)
         inputs, out = block.shape
         record = LayerRecord(
@@ -164,11 +164,11 @@ def _split_token_rows(view: ModelView, folder: PeftFolder) -> tuple[list[LayerBl
             scale=1.0,
             base=None,
             layout=Layout("out in"),
-            rows=rows,
+            rows=ranges,
             tied=tied,
         )
-        layers.append((record, block))
-    return layers, replace(others, fields=other_fields)
+        new_rows.append((record, block))
+    return new_rows, replace(others, fields=other_fields)
 
 
 def _token_numbers_of(name: str, settings: Any) -> Any:
@@ -212,9 +212,9 @@ def _contents_of(
     folder: PeftFolder,
     layouts: Layouts,
     model_type: str | None,
-    rows: Sequence[LayerBlock] = (),
+    new_rows: Sequence[LayerBlock] = (),
 ) -> AdapterContents:
-    """Return the adapter in a folder, with rows of tokens that were taken out of it before."""
+    """Return the adapter in a folder, with new rows that were taken out of it before."""
     _check_settings(folder)
     pairs: dict[str, dict[str, Tensor]] = {}
     others = {}
@@ -232,7 +232,7 @@ def _contents_of(
     _check_pairs(folder, pairs)
     factors = _factors_of(folder, pairs, layouts, model_type)
     dropout = folder.fields.get("lora_dropout", 0.0)
-    contents = contents_of_factors(folder.path, factors, dropout, rows, others)
+    contents = contents_of_factors(folder.path, factors, dropout, new_rows, others)
     return replace(contents, metadata=folder.notes())
 
 
@@ -261,7 +261,7 @@ def _factors_of(
     pairs: Mapping[str, Mapping[str, Tensor]],
     layouts: Layouts,
     model_type: str | None,
-) -> Iterator[Factors]:
+) -> Iterator[LayerFactors]:
     """Yield the factors of every layer of a folder, experts as stacks."""
     parameters = folder.fields.get("target_parameters") or ()
     for key, pair in pairs.items():
@@ -286,7 +286,7 @@ def _factors_of(
             layout = _layout_of_stack(name, layouts, model_type)
         # A may be empty. Then any rank will do here, because such a layer is refused later.
         scale = _scale_of(folder, name, max(rank, 1))
-        yield name, a, b, layout, scale
+        yield LayerFactors(name, a, b, layout, scale)
 
 
 def _layout_of_stack(name: str, layouts: Layouts, model_type: str | None) -> Layout:
