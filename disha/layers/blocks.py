@@ -39,14 +39,23 @@ MERGED = f"{CHILD_NAME}.merged"
 
 @dataclass(frozen=True)
 class Slot:
-    """A weight of a module that can be adapted: a parameter, or some outputs of one."""
+    """A weight of a module that can be adapted: a parameter, or some outputs of one.
 
-    name: str  # below its module, in targets and files; empty for `weight`
-    parameter: str  # the attribute of the module that holds it
+    Attributes:
+        name: its name in targets and files, behind that of the module; empty for `weight`.
+        parameter: the module's attribute that has it.
+        layout: its layout.
+        output_ranges: the outputs that the slot is for; empty for all.
+        quantized: whether it is quantised: then a hook adds the update to the module's output.
+        shape: the shape of the weight, if the parameter is stored in another form.
+    """
+
+    name: str
+    parameter: str
     layout: Layout
-    output_ranges: OutputRanges = ()  # the adapted ones; empty for all
-    quantized: bool = False  # then a hook adds the update to the output of the module
-    shape: tuple[int, ...] | None = None  # the weight's shape, if the parameter has another one
+    output_ranges: OutputRanges = ()
+    quantized: bool = False
+    shape: tuple[int, ...] | None = None
 
 
 def block_name(method: str) -> str:
@@ -57,7 +66,18 @@ def block_name(method: str) -> str:
 class AdapterBlock(nn.Module):
     """The trainable block of one adapter for one weight.
 
-    `split` says how tensor parallelism divides the weight, and with it the block.
+    Attributes:
+        slot: the weight.
+        method: the method, which says what dW is.
+        parameter_name: the name of D among the parameters of this module.
+        config: the configuration of the adapter.
+        r: the block's own shard size; that of the configuration may be another one.
+        scale: runtime scale s.
+        dropout: probability of zeroing each of the block's inputs in training.
+        split: how tensor parallelism divides the weight, and with it the block, or None.
+        awaits_base: whether the block starts with values of W, which are not loaded yet.
+        scale_tensor: the scale as a 0-dim tensor. Compiled code reads it, so that it need not be
+            compiled again for a new scale.
     """
 
     slot: Slot
@@ -69,9 +89,7 @@ class AdapterBlock(nn.Module):
     dropout: float
     split: Split | None
     awaits_base: bool
-    """Whether the block starts with values of W, and has got its memory before W has its values."""
     scale_tensor: Tensor
-    """The scale as a 0-dim tensor, which compiled code reads, so a new scale recompiles nothing."""
 
     def __init__(
         self, values: Tensor, slot: Slot, config: AdapterConfig, r: int, split: Split | None
@@ -306,6 +324,7 @@ class Adapters(nn.Module):
         return len(self._modules)
 
     def __getitem__(self, adapter: str) -> AdapterBlock:
+        """Return the block of an adapter, or the dict of its blocks."""
         return self._modules[adapter]  # type: ignore[return-value]
 
     def blocks_by_name(self, adapter: str | None = None) -> dict[tuple[str, str], AdapterBlock]:
@@ -351,13 +370,15 @@ class Adapters(nn.Module):
     def set_merged(self, merged: Merged | None) -> None:
         """Set what is merged into the layer; while it is merged, no block acts."""
         self.merged = merged
-        self.activate(self.active)
+        self._sort_blocks()
 
     def activate(self, adapters: tuple[str, ...]) -> None:
-        """Make exactly these adapters act, and store what every forward asks for.
+        """Make exactly these adapters act. Those that this layer lacks are ignored."""
+        self.active = adapters
+        self._sort_blocks()
 
-        Names of adapters that this layer lacks are ignored.
-        """
+    def _sort_blocks(self) -> None:
+        """Store the blocks of each parameter, and those that act: every forward asks for them."""
         all_blocks: dict[str, dict[str, tuple[AdapterBlock, ...]]] = {}
         children: dict[str, Any] = dict(self._modules)  # a copy: another thread may add one
         for adapter, child in children.items():
@@ -366,9 +387,8 @@ class Adapters(nn.Module):
             for parameter, block in (*placed, *child.borrowed):
                 of_adapters = all_blocks.setdefault(parameter, {})
                 of_adapters[adapter] = (*of_adapters.get(adapter, ()), block)
-        # Written to __dict__, because assigning through nn.Module is slow.
-        vars(self).update(active=adapters, all_blocks=all_blocks)
-        names = adapters if self.merged is None else ()
+        self.all_blocks = all_blocks
+        names = self.active if self.merged is None else ()
         acting = {parameter: self.blocks_for(parameter, names) for parameter in all_blocks}
         only = None
         on_weight = acting.get("weight", ())
@@ -376,6 +396,7 @@ class Adapters(nn.Module):
             (block,) = on_weight
             if block.split is None and block.slot.layout.pattern == "out in":
                 only = block
+        # Assigned as an attribute, `only` would become a child.
         vars(self).update(active_blocks=acting, only_linear_block=only)
 
     def blocks_for(self, parameter: str, adapters: Iterable[str]) -> tuple[AdapterBlock, ...]:
@@ -387,10 +408,10 @@ class Adapters(nn.Module):
         return blocks
 
     def override(self, compiling: bool = False) -> Override | None:
-        """Return what acts in place of the active adapters, or None if no context covers them.
+        """Return what acts in place of the active adapters, or None if no context covers the layer.
 
-        While adapters are disabled, nothing acts: (). Compiled code (`compiling`) gets None then:
-        there, scales are multiplied by 0 (`layers.compiled`).
+        Where a context disables adapters, this is (): nothing acts. Compiled code (`compiling`)
+        gets None there, and multiplies scales by 0 (`layers.compiled`).
         """
         if compiling:
             return getattr(compiled, self.group.name)
@@ -399,7 +420,7 @@ class Adapters(nn.Module):
 
     def acting_blocks(self, parameter: str, override: Override | None) -> tuple[AdapterBlock, ...]:
         """Return the blocks that act on a parameter; for a route, the blocks of all adapters."""
-        if override is None or self.merged is not None:
+        if override is None or self.merged is not None:  # while merged, the active ones are none
             return self.active_blocks.get(parameter, ())
         if isinstance(override, Route):
             return self.blocks_for(parameter, self)
@@ -408,7 +429,10 @@ class Adapters(nn.Module):
     def updates(
         self, parameter: str, override: Override | None, compiling: bool, on_meta: bool = False
     ) -> Updates:
-        """Return the updates of the blocks that act on a parameter."""
+        """Return the updates of the blocks that act on a parameter.
+
+        `compiling` and `on_meta` are as in `AdapterBlock.update`.
+        """
         if isinstance(override, Route):
             by_adapter = {
                 adapter: self.updates(parameter, (adapter,), compiling, on_meta).all_updates

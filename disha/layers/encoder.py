@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from disha.layers.quantized import remove_hook
 
 _FORMER_FLAG = "_disha_nests"
-"""The attribute of a guarded encoder with its former `enable_nested_tensor`."""
+"""The attribute of a guarded encoder with its former `use_nested_tensor`."""
 
 Encoder = nn.TransformerEncoder | nn.TransformerEncoderLayer
 

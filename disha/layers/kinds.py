@@ -1,6 +1,6 @@
 """The kinds of layers: which weights of a module can be adapted, and in which layouts.
 
-Layouts are declared by a class and never guessed. To add a kind of layer:
+The layouts of a class are declared, and never guessed. To add a kind of layer:
 `register_layer_kind(MyLayer, {"weight": "out in"})`.
 """
 

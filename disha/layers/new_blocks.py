@@ -25,25 +25,20 @@ def make_block(
     r: int,
     values: Tensor | None = None,
 ) -> AdapterBlock:
-    """Return a new block on the device of its weight, with these values or those of `init`."""
-    weight: Any = None
-    if slot.quantized:
-        device = quantized.device_of(module)
-    else:
-        weight = read_weight(module, slot.parameter)
-        device = weight.device
-        if weight.is_meta:
-            device = device_in_forward(module, weight.device)
-    if values is not None:
-        shape = tuple(values.shape)
-        dtype = values.dtype
-    else:
-        method = method_of(config.method)
-        shape_of_weight = weight_shape(module, slot)
-        shape = method.block_shape(
-            slot.layout, shape_of_weight, r, config.r_out, slot.output_ranges
+    """Return a new block on the device of its weight.
+
+    It has these values, or else those with which its method and `init` start.
+    """
+    weight: Any = None if slot.quantized else read_weight(module, slot.parameter)
+    if values is None:
+        shape = method_of(config.method).block_shape(
+            slot.layout, weight_shape(module, slot), r, config.r_out, slot.output_ranges
         )
         dtype = _choose_dtype(weight, config.dtype)
+    else:
+        shape = tuple(values.shape)
+        dtype = values.dtype
+    device = _find_device(module, weight)
     with torch.inference_mode(False):  # a tensor that is made in that mode can never be trained
         empty = torch.empty(shape, device=device, dtype=dtype)
         block = AdapterBlock(empty, slot, config, r, split_of(weight))
@@ -52,6 +47,15 @@ def make_block(
     else:
         write(block.block, values)
     return block
+
+
+def _find_device(module: nn.Module, weight: Tensor | None) -> torch.device | None:
+    """Return the device of a weight, or that of the module if the weight is quantised (None)."""
+    if weight is None:
+        return quantized.device_of(module)
+    if weight.is_meta:  # accelerate may load it to a device for each forward
+        return device_in_forward(module, weight.device)
+    return weight.device
 
 
 def _choose_dtype(weight: Tensor | None, chosen: torch.dtype | None) -> torch.dtype:

@@ -33,7 +33,10 @@ from disha.sharding.zero import whole_shape
 
 
 def read_weight(module: nn.Module, name: str) -> Any:
-    """Return a weight of a module without updates, or None if it has none of that name."""
+    """Return a weight as the module's own class reads it, without the updates of acting blocks.
+
+    None if the module has none of that name.
+    """
     original = original_class(module)
     with _parametrizations_in_evaluation(module):
         if original is type(module):
@@ -129,12 +132,15 @@ def base_of(layer: nn.Module, slot: Slot) -> Tensor:
 
 
 def slots_of(layer: Any, adapters: Iterable[str]) -> dict[str, Slot]:
-    """Return each parameter that one of the adapters changes -> its slot, of any of its blocks."""
+    """Return parameter -> slot, for each parameter of the layer that one of the adapters changes.
+
+    A parameter can have several blocks, for other outputs each; the slot is that of one of them.
+    """
     slots = {}
     for parameter, by_adapter in layer.disha.all_blocks.items():
         for adapter, blocks in by_adapter.items():
             if adapter in adapters:
-                # A borrowed block may be for a parameter of another name in its layer.
+                # The slot of a borrowed block has the name of the parameter in its own layer.
                 slots[parameter] = replace(blocks[0].slot, parameter=parameter)
     return slots
 
