@@ -162,10 +162,34 @@ def _sum_blocks(parts: Sequence[Part], r: int | None) -> tuple[LayerRecord, Tens
     """Return the record and the block of a layer: the weighted sum of its blocks."""
     first, _ = parts[0]
     name = first.name or "(the model)"
-    method = method_of(first.method)
     if r is None:
         r = math.lcm(*(record.r for record, _ in parts))
     listing = "; ".join(_describe(part) for part in parts)
+    terms = _widen_blocks(parts, name, r, listing)
+    # Fingerprints are left out, because one base has several: they depend on its dtype.
+    without_base = {replace(record, r=r, scale=1.0, base=None) for record, _ in parts}
+    block_shapes = {wide.shape for wide, _ in terms}
+    if len(without_base) > 1 or len(block_shapes) > 1:
+        raise ArgumentError(f"layer {name!r} is not the same in all adapters: {listing}")
+    total = functional.weighted_sum(terms)
+    if not is_finite_as(total, total.dtype):
+        raise ArgumentError(
+            f"layer {name!r}: the sum is not finite as {total.dtype}; give smaller weights"
+        )
+    bases = {record.base for record, _ in parts}
+    base = first.base if len(bases) == 1 else None
+    return replace(first, r=r, scale=1.0, base=base), total
+
+
+def _widen_blocks(
+    parts: Sequence[Part], name: str, r: int, listing: str
+) -> list[tuple[Tensor, float]]:
+    """Return the blocks of a layer as blocks of this r, each with its factor in the sum.
+
+    Errors have the name of the layer, and the listing of its blocks.
+    """
+    first, _ = parts[0]
+    method = method_of(first.method)
     if not method.additive:
         raise ArgumentError(
             f"layer {name!r}: {method.name} blocks can't be added, because dW is not linear in the "
@@ -186,19 +210,7 @@ def _sum_blocks(parts: Sequence[Part], r: int | None) -> tuple[LayerRecord, Tens
                 "an r that is a multiple of each, or adapters of equal r"
             )
         terms.append((wide, float(summand.weight) * record.scale))
-    # Fingerprints are left out, because one base has several: they depend on its dtype.
-    without_base = {replace(record, r=r, scale=1.0, base=None) for record, _ in parts}
-    block_shapes = {wide.shape for wide, _ in terms}
-    if len(without_base) > 1 or len(block_shapes) > 1:
-        raise ArgumentError(f"layer {name!r} is not the same in all adapters: {listing}")
-    total = functional.weighted_sum(terms)
-    if not is_finite_as(total, total.dtype):
-        raise ArgumentError(
-            f"layer {name!r}: the sum is not finite as {total.dtype}; give smaller weights"
-        )
-    bases = {record.base for record, _ in parts}
-    base = first.base if len(bases) == 1 else None
-    return replace(first, r=r, scale=1.0, base=base), total
+    return terms
 
 
 def _describe(part: Part) -> str:

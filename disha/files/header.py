@@ -112,18 +112,19 @@ class AdapterFile(AdapterContents):
 
     def _table(self) -> str:
         """Return the layers as a table, with their scales if one is not 1."""
-        header = ("layer", "method", "r", "in -> out", "block", "dtype")
-        rows = []
+        columns = ("layer", "method", "r", "in -> out", "block", "dtype")
+        lines = []
         for layer in self.layers:
             block = self.tensors[layer.key]
             name = layer.name or "(the model)"
             sizes = f"{layer.in_features} -> {layer.out_features}"
             shape = "x".join(map(str, block.shape))
-            rows.append((name, layer.method, layer.r, sizes, shape, as_json(block.dtype)))
+            lines.append((name, layer.method, layer.r, sizes, shape, as_json(block.dtype)))
         if all(layer.scale == 1 for layer in self.layers):
-            return table(header, rows)
+            return table(columns, lines)
         scales = [f"{layer.scale:g}" for layer in self.layers]
-        return table((*header, "scale"), [(*row, scale) for row, scale in zip(rows, scales)])
+        with_scales = [(*line, scale) for line, scale in zip(lines, scales)]
+        return table((*columns, "scale"), with_scales)
 
 
 def reasons_against_blocks(contents: AdapterContents) -> list[str]:

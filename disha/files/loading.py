@@ -274,7 +274,7 @@ def _widen(incoming: _Incoming) -> _Incoming:
 
 
 def _list_differences(incoming: _Incoming) -> list[str]:
-    """Return what differs between the blocks of the file and of the model, besides their values."""
+    """Return a line for each field in which the blocks of the file and of the model differ."""
     borrowers = incoming.view.find_borrowers()
     differences = []
     for model_block, in_file in incoming.blocks():
@@ -291,7 +291,7 @@ def _list_differences(incoming: _Incoming) -> list[str]:
 
 
 def _list_conflicts(incoming: _Incoming) -> list[str]:
-    """Return the buffers for which another adapter of the model has other values."""
+    """Return a line for each buffer to which another adapter has given other values."""
     return [
         f"{name}: another adapter has changed it, and it can belong to only one; to load the "
         "layers alone, pass also_train=False"

@@ -80,6 +80,12 @@ ExpertForm = Literal["stacked", "separate"]
 """One parameter for a stack of experts, or one for each expert."""
 
 
+def check_form(form: str) -> None:
+    """Raise unless experts can be written in this form."""
+    if form not in get_args(ExpertForm):
+        raise ArgumentError(f"experts must be 'stacked' or 'separate', got {form!r}")
+
+
 def family_of(model_type: str | None, what: str) -> Family:
     """Return the family of a type of model; `what` says in the error what depends on it."""
     family = FAMILIES.get(model_type or "")
@@ -111,8 +117,6 @@ def list_misread_by_peft(
     layers: Sequence[LayerRecord], form: str, model_type: str | None
 ) -> list[str]:
     """Return a line for each layer that PEFT would take for something else."""
-    if form not in get_args(ExpertForm):
-        raise ArgumentError(f"experts must be 'stacked' or 'separate', got {form!r}")
     if form == "separate":
         return []  # it is not for PEFT
     stacks = [layer for layer in layers if is_stack(layer)]

@@ -103,7 +103,7 @@ def export(
     action = f"export adapter {adapter!r} as an image LoRA"
     with ranks.fail_together(action):
         target = check_path(path)
-        check_rank(rank)  # before a rank waits for another
+        check_rank(rank)  # before a process waits for another
         views = {component: view for component, view in views.items() if adapter in view.adapters}
         if not views:
             raise ArgumentError(f"no component of {', '.join(models)} has an adapter {adapter!r}")

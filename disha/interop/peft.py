@@ -327,23 +327,10 @@ def _contents_of(
     layers = []
     for name in blocks:
         shape = shapes.get(join(name, "weight"), ())
-        if len(shape) != 2:
+        if len(shape) == 2:
+            layers.append(_record_of(name, config, shape))
+        else:
             problems.append(f"{name}: the base has no matrix {join(name, 'weight')!r}")
-            continue
-        out, inputs = shape
-        layers.append(
-            LayerRecord(
-                name,
-                method=config.method,
-                r=config.r,
-                r_out=config.r_out,
-                in_features=inputs,
-                out_features=out,
-                scale=1.0,
-                base=None,
-                layout=LINEAR,
-            )
-        )
     problems += [
         f"{name}: {tuple(value.shape)}, the base has {shapes.get(name)}"
         for name, value in others.items()
@@ -354,6 +341,22 @@ def _contents_of(
     contents = AdapterContents(config, tuple(layers), names, tensors, folder.notes())
     refuse_to_load(folder.path, problems + reasons_against_blocks(contents))
     return contents
+
+
+def _record_of(name: str, config: AdapterConfig, shape: tuple[int, ...]) -> LayerRecord:
+    """Return the record of a linear layer whose weight has this shape (out, in)."""
+    out, inputs = shape
+    return LayerRecord(
+        name,
+        method=config.method,
+        r=config.r,
+        r_out=config.r_out,
+        in_features=inputs,
+        out_features=out,
+        scale=1.0,
+        base=None,
+        layout=LINEAR,
+    )
 
 
 def write_folder(folder: Path, contents: AdapterContents, *, dropout: float | None = None) -> None:

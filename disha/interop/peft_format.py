@@ -340,11 +340,7 @@ def find_saved_modules(view: ModelView, also_train: Sequence[str], layers: Seque
         inside_saved.update(inside)
         for name in names:
             tensors |= _tensors_inside(name, inside)
-    problems += [
-        f"{name}: PEFT would save it too, because its name ends like one in modules_to_save"
-        for name in module_names(view)
-        if name.endswith(tuple(modules)) and not is_inside(name, modules)
-    ]
+    problems += _list_taken_for_saved(view, modules)
     problems += layers_inside(layers, modules)
     problems += [
         f"{name}: PEFT saves buffers only with a module whose parameters train"
@@ -352,6 +348,16 @@ def find_saved_modules(view: ModelView, also_train: Sequence[str], layers: Seque
         if name not in known and name not in tensors
     ]
     return Saved(modules, tensors, problems)
+
+
+def _list_taken_for_saved(view: ModelView, modules_to_save: Sequence[str]) -> list[str]:
+    """Return a line for each other module that PEFT would save, because it compares ends only."""
+    ends = tuple(modules_to_save)
+    return [
+        f"{name}: PEFT would save it too, because its name ends like one in modules_to_save"
+        for name in module_names(view)
+        if name.endswith(ends) and not is_inside(name, modules_to_save)
+    ]
 
 
 def _reason_against_saving(module: nn.Module, name: str, has_adapted_layer: bool) -> str | None:

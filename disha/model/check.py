@@ -162,9 +162,9 @@ def _check(
         in_training, error_in_training = _observe_idle(runner, idle, active, undo)
         if in_training is not None:
             observations.append(in_training)
-            # A merge of blocks that act only in training is seen only there.
-            acting_now = in_training.acting - in_evaluation.acting
-            compared = [model_block for model_block in active if model_block.block in acting_now]
+            # What a merge does to blocks that act only in training is seen only there.
+            only_there = in_training.acting - in_evaluation.acting
+            compared = [model_block for model_block in active if model_block.block in only_there]
             others = compare_merged(view, runner, compared, in_training.outputs, training=True)
             for layer, merging in others.items():
                 if mergings[layer].keeps_outputs:  # else there is a reason already
@@ -173,7 +173,7 @@ def _check(
     rows = []
     for model_block in active:
         block = model_block.block
-        reason = _reason_against(block, observations)
+        reason = _reason_against_training(block, observations)
         if reason and error_in_training:
             reason += f"; in training mode it raises {error_in_training} with these inputs"
         elif not reason and block in frozen:
@@ -209,7 +209,7 @@ def _make_row(
     )
 
 
-def _reason_against(block: AdapterBlock, observations: list[_Observation]) -> str:
+def _reason_against_training(block: AdapterBlock, observations: list[_Observation]) -> str:
     """Return why a block does not act or gets no gradient; empty if it does both."""
     if not any(block in observation.read for observation in observations):
         return "the model does not use this weight, or not with these inputs"

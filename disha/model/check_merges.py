@@ -36,33 +36,33 @@ class Merging(NamedTuple):
 def compare_merged(
     view: ModelView,
     runner: Runner,
-    active: list[ModelBlock],
+    compared: list[ModelBlock],
     expected: list[Tensor],
     *,
     training: bool,
 ) -> dict[AdaptedLayer, Merging]:
-    """Return for each layer of these blocks whether it can be merged in this mode.
+    """Return for each layer of the compared blocks whether it can be merged in this mode.
 
     `expected` are the outputs of the model in this mode, unmerged.
     """
-    if not active:
+    if not compared:
         return {}
     try:
         borrowers = view.find_borrowers()
         merged = _run_merged(view, runner, training)
     except DishaError as error:
         refused = Merging(None, str(error))
-        return {model_block.layer: refused for model_block in active}
+        return {model_block.layer: refused for model_block in compared}
     # A layer merges together with those that are tied to it.
     together: dict[AdaptedLayer, list[nn.Module]] = {
-        model_block.layer: [model_block.layer] for model_block in active
+        model_block.layer: [model_block.layer] for model_block in compared
     }
-    for model_block in active:
+    for model_block in compared:
         together[model_block.layer] += borrowers[model_block.block].values()
-    tolerance = _relative_tolerance(expected, active)
-    sums_before = sum_weights(active)
+    tolerance = _relative_tolerance(expected, compared)
+    sums_before = sum_weights(compared)
     allowed = _measure_rounding(runner, expected, tolerance, training)  # runs the model once
-    sums_after = sum_weights(active)  # if they differ, that forward has changed a weight
+    sums_after = sum_weights(compared)  # if they differ, that forward has changed a weight
     all_alike = not _describe_difference(merged, expected, tolerance, allowed)
     mergings: dict[AdaptedLayer, Merging] = {}
     for layer, layers in together.items():
@@ -72,7 +72,7 @@ def compare_merged(
             outputs = _run_merged(part, runner, training)
             difference = _describe_difference(outputs, expected, tolerance, allowed)
         mergings[layer] = Merging(not difference, difference)
-    for model_block in active:
+    for model_block in compared:
         drifts = sums_before.get(model_block.block) != sums_after.get(model_block.block)
         if drifts:
             mergings[model_block.layer] = Merging(False, DRIFTS)
@@ -86,10 +86,10 @@ def _run_merged(view: ModelView, runner: Runner, training: bool) -> list[Tensor]
         return runner.run(training=training)
 
 
-def _relative_tolerance(outputs: list[Tensor], active: list[ModelBlock]) -> float:
+def _relative_tolerance(outputs: list[Tensor], compared: list[ModelBlock]) -> float:
     """Return the square root of the largest rounding step of the outputs' and weights' dtypes."""
     dtypes = {output.dtype for output in outputs}
-    dtypes |= {weight.dtype for weight in dense_weights(active).values()}
+    dtypes |= {weight.dtype for weight in dense_weights(compared).values()}
     return float(max(torch.finfo(dtype).eps for dtype in dtypes) ** 0.5)
 
 

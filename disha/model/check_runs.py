@@ -139,10 +139,10 @@ def _parts_of(value: Any) -> list[Any]:
 # --- weights that a forward changes --------------------------------------------------------------
 
 
-def dense_weights(active: list[ModelBlock]) -> dict[AdapterBlock, nn.Parameter]:
+def dense_weights(model_blocks: list[ModelBlock]) -> dict[AdapterBlock, nn.Parameter]:
     """Return each block -> its adapted parameter, where this rank holds all of its values."""
     weights = {}
-    for _, layer, _, block in active:
+    for _, layer, _, block in model_blocks:
         parameter = layer._parameters.get(block.slot.parameter)
         if parameter is None or block.slot.quantized or parameter.is_meta:
             continue
@@ -151,13 +151,13 @@ def dense_weights(active: list[ModelBlock]) -> dict[AdapterBlock, nn.Parameter]:
     return weights
 
 
-def sum_weights(active: list[ModelBlock]) -> dict[AdapterBlock, float]:
+def sum_weights(model_blocks: list[ModelBlock]) -> dict[AdapterBlock, float]:
     """Return each block -> the sum of its weight's values. If the weight changes, so does the sum.
 
     A weight that has NaN is left out.
     """
     sums = {}
-    for block, weight in dense_weights(active).items():
+    for block, weight in dense_weights(model_blocks).items():
         total = float(_as_real(weight.detach()).sum(dtype=merge_dtype(weight.dtype)))
         if not math.isnan(total):
             sums[block] = total

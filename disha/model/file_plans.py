@@ -21,7 +21,7 @@ from disha.model.reasons import (
 from disha.model.records import LayerRecord
 from disha.model.selection import find_tied, list_nearest, list_weights
 from disha.model.target_plans import configure_rows
-from disha.model.view import ModelView
+from disha.model.view import ModelBuffer, ModelView
 from disha.text import WIDEST, brief, first_few, printable
 
 
@@ -58,11 +58,7 @@ def plan_weights(
             reasons.append(f"{name}: {reason}")
     buffers = {name: buffer for buffer in view.buffers for name in buffer.names}
     for key in also_train:
-        if key in buffers:
-            reason = reason_against_claiming(buffers[key])
-        else:
-            parameter = view.parameters_by_name.get(key)
-            reason = reason_against_loading(parameter, tensors[key].shape)
+        reason = _reason_against_key(view, buffers, key, tensors[key])
         if reason is not None:
             reasons.append(f"parameter {printable(key, WIDEST)}: {reason}")
     if reasons:
@@ -72,6 +68,15 @@ def plan_weights(
     statistics = {name for name, buffer in buffers.items() if buffer.is_statistic}
     claimed = tuple(key for key in also_train if key not in statistics)
     return Plan(adapter, config, freeze, tuple(planned), claimed)
+
+
+def _reason_against_key(
+    view: ModelView, buffers: Mapping[str, ModelBuffer], key: str, values: Tensor
+) -> str | None:
+    """Return why a parameter or a buffer of the model can't belong to the adapter of a file."""
+    if key in buffers:
+        return reason_against_claiming(buffers[key])
+    return reason_against_loading(view.parameters_by_name.get(key), values.shape)
 
 
 def _describe_misfit(

@@ -112,7 +112,7 @@ class PlannedLayer:
 
     @property
     def remedy(self) -> str:
-        """The form of an argument that declares an unknown layout, which only the user knows."""
+        """An argument that would declare its layout. Only the user knows which layout is right."""
         example = {2: "out in", 3: "expert out in"}.get(len(self.shape), "out in *kernel")
         layouts = {re.escape(self.name) + "$": example}
         return f"layouts={layouts}"

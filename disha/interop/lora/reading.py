@@ -17,6 +17,7 @@ from disha.files import AdapterContents
 from disha.files.disk import PathLike
 from disha.files.loading import load_contents
 from disha.functional import Layout
+from disha.functional.layouts import OutputRanges
 from disha.interop.experts import SINGLE_EXPERT, family_of, find_stack, matrices_of
 from disha.interop.lora.writing import (
     EMBEDDING,
@@ -149,26 +150,29 @@ def _take_out_rows(view: ModelView, folder: PeftFolder) -> tuple[list[LayerBlock
             raise AdapterFileError(
                 f"{folder.path}: {name}{TOKENS} does not have a row for each token"
             )
-        names = names_of_weight(view, name)
-        tied = tuple(other for other in names if other != join(name, "weight"))
         order = torch.tensor(numbers).argsort()  # a block has its rows in order
         block = values[order].mT  # (in, rows)
-        inputs, out = block.shape
-        record = LayerRecord(
-            name,
-            method="rows",
-            r=1,
-            r_out=None,
-            in_features=inputs,
-            out_features=out,
-            scale=1.0,
-            base=None,
-            layout=Layout("out in"),
-            rows=ranges,
-            tied=tied,
-        )
-        new_rows.append((record, block))
+        new_rows.append((_record_of_rows(view, name, ranges, block), block))
     return new_rows, replace(others, fields=other_fields)
+
+
+def _record_of_rows(view: ModelView, name: str, ranges: OutputRanges, block: Tensor) -> LayerRecord:
+    """Return the record of new rows, which all modules read that are tied to the table."""
+    names = names_of_weight(view, name)
+    inputs, out = block.shape
+    return LayerRecord(
+        name,
+        method="rows",
+        r=1,
+        r_out=None,
+        in_features=inputs,
+        out_features=out,
+        scale=1.0,
+        base=None,
+        layout=Layout("out in"),
+        rows=ranges,
+        tied=tuple(other for other in names if other != join(name, "weight")),
+    )
 
 
 def _token_numbers_of(name: str, settings: Any) -> Any:

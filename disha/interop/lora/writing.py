@@ -18,6 +18,7 @@ from disha.interop.experts import (
     SERVED_TARGETS,
     SINGLE_EXPERT,
     ExpertForm,
+    check_form,
     convert_experts,
     factors_name,
     list_misread_by_peft,
@@ -191,7 +192,8 @@ def _convert(
     contents = adapter_contents(view, adapter, with_fingerprints=False)
     model_type = model_type_of(view)
     with view.ranks.fail_together(f"export adapter {adapter!r} as LoRA"):
-        check_rank(rank)  # before a rank waits for another
+        check_rank(rank)  # before a process waits for another
+        check_form(experts)
         modules = [layer.name for layer in contents.layers if not is_stack(layer)]
         saved = find_saved_modules(view, contents.also_train, contents.names)
         problems = reasons_against(view, modules, unknown_to_lora, exporting=True)
@@ -306,6 +308,7 @@ def write_lora(
     The notes of the adapter that PEFT knows go into the configuration. Convolutions are refused,
     because the file does not tell whether PEFT's LoRA can adapt them.
     """
+    check_form(experts)
     problems = [
         f"{layer.name} is a convolution of unknown groups and padding: export from the model"
         for layer in contents.layers
