@@ -170,7 +170,7 @@ def _files_in(path: Path) -> list[Path]:
 
 
 def _give_permissions(new: Path, target: Path, draft: Path) -> None:
-    """Let the files be read and written as the old file is, or as any new file would be."""
+    """Give the files the permissions of the old file, or else those of any new file."""
     # safetensors makes files that only their owner can read.
     like = target if target.is_file() else draft
     mode = like.stat().st_mode & 0o666

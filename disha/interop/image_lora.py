@@ -186,11 +186,11 @@ def load(
             )
     matched = []
     with ExitStack() as undo:  # if a model does not fit, the ones before it are put back
-        for component, adapted in contents.items():
+        for component, of_component in contents.items():
             report = load_contents(
                 views[component],
                 path,
-                adapted,
+                of_component,
                 adapter,
                 replace=replace,
                 dtype=dtype,
@@ -252,7 +252,7 @@ def _collect_updates(
 ) -> list[LowRankUpdate]:
     """Return the updates of all components, under their names in a file."""
     updates = []
-    for component, adapted in contents.items():
+    for component, of_component in contents.items():
         if component not in COMPONENTS:
             raise ArgumentError(
                 f"an image LoRA has no component {component!r}; allowed are "
@@ -260,17 +260,19 @@ def _collect_updates(
             )
         refused = [
             record.name
-            for record in adapted.layers
+            for record in of_component.layers
             if record.layout.pattern not in ("out in", CONV) or not record.name
         ]
-        refused += adapted.also_train
+        refused += of_component.also_train
         if refused:
             raise ConversionError(
                 f"an image LoRA can't hold {list_names(refused)} of the {component}, only linear "
                 "layers and convolutions; leave them out (`exclude`, --no_also_train), or merge"
             )
         base = bases.get(component)
-        for update in low_rank_updates(adapted.layers, adapted.tensors, rank=rank, base=base):
+        for update in low_rank_updates(
+            of_component.layers, of_component.tensors, rank=rank, base=base
+        ):
             name = _name_in_file(component, update.record.name)
             updates.append(_scale_b(update, f"{component}.{name}"))
     return updates
@@ -335,8 +337,8 @@ def read_file(
         of_layer = LayerFactors(model_name, a, b, layout, scale)
         factors.setdefault(component, []).append(of_layer)
     return {
-        component: contents_of_factors(f"{path}, {component}", of_component)
-        for component, of_component in factors.items()
+        component: contents_of_factors(f"{path}, {component}", layers)
+        for component, layers in factors.items()
     }
 
 

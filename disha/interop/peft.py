@@ -216,20 +216,20 @@ def load(
     view = ModelView(model)
     action = f"load a PEFT folder as adapter {adapter!r}"
     with view.ranks.fail_together(action):
-        blocks, others, config = _read(folder, also_train)
+        blocks, rest, config = _read(folder, also_train)
         problems = reasons_against(view, blocks, _reason_if_unknown, exporting=False)
-        refuse_to_load(others.path, problems)
-    untrained = compare_untrained(view, others)
+        refuse_to_load(rest.path, problems)
+    untrained = compare_untrained(view, rest)
     with view.ranks.fail_together(action):
-        others = keep_for_model(view, others, untrained)
-        contents = _contents_of(others, config, blocks, partial(_shapes_in, view))
+        rest = keep_for_model(view, rest, untrained)
+        contents = _contents_of(rest, config, blocks, partial(_shapes_in, view))
     return load_contents(
-        view, others.path, contents, adapter, replace=replace, dtype=dtype, freeze=freeze
+        view, rest.path, contents, adapter, replace=replace, dtype=dtype, freeze=freeze
     )
 
 
 def _shapes_in(view: ModelView, names: Iterable[str]) -> Shapes:
-    """Return the shapes of these parameters and buffers, as far as a model has them."""
+    """Return the shapes of those of these parameters and buffers that a model has."""
     tensors: dict[str, Tensor] = {buffer.name: buffer.value for buffer in view.buffers}
     for name, parameter in view.parameters_by_name.items():
         tensors[name] = parameter.value
@@ -254,8 +254,8 @@ def read_folder(
     folder: PathLike, base_shapes: ShapesOf, *, also_train: bool = True
 ) -> AdapterContents:
     """Return the adapter that a folder holds, as `load` reads it for a base of these shapes."""
-    blocks, others, config = _read(folder, also_train)
-    return _contents_of(others, config, blocks, base_shapes)
+    blocks, rest, config = _read(folder, also_train)
+    return _contents_of(rest, config, blocks, base_shapes)
 
 
 def _read(folder: PathLike, also_train: bool) -> tuple[Tensors, PeftFolder, AdapterConfig]:
@@ -263,10 +263,10 @@ def _read(folder: PathLike, also_train: bool) -> tuple[Tensors, PeftFolder, Adap
     peft_folder = read_peft_files(folder, (MISS_BLOCK, BONE_BLOCK), also_train)
     _check_settings(peft_folder)
     end = BONE_BLOCK if _is_legacy(peft_folder) else MISS_BLOCK
-    blocks, others = peft_folder.split(end)
+    blocks, rest = peft_folder.split(end)
     if not blocks:
         refuse_to_load(peft_folder.path, [f"there is no tensor that ends in {end}"])
-    return blocks, others, _read_config(peft_folder)
+    return blocks, rest, _read_config(peft_folder)
 
 
 def _is_legacy(folder: PeftFolder) -> bool:

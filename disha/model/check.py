@@ -113,7 +113,10 @@ def _refuse_parametrised(name: str, layer: AdaptedLayer) -> None:
 def _compare_with_optimizer(
     model: nn.Module, optimizer: torch.optim.Optimizer
 ) -> tuple[tuple[str, ...], int]:
-    """Return which parameters that should train an optimizer lacks, and how many the model does."""
+    """Return the parameters that should train and the optimizer lacks, by their names.
+
+    Return also how many parameters the optimizer has that the model lacks.
+    """
     trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     untrained = []
     for name, parameter in model.named_parameters():

@@ -39,7 +39,7 @@ class PlannedLayer:
     # The values of its block; None if `init` makes them.
     values: Tensor | None = field(default=None, repr=False, compare=False)
     reason: str | None = None  # why it is not adapted; None if it is
-    # Where else its parameter is, and reads the update: name -> place.
+    # The other places of its parameter, whose modules read the update too: name -> place.
     tied: Mapping[str, Place] = field(default_factory=dict, compare=False)
 
     @cached_property
@@ -166,9 +166,9 @@ class Plan:
 
     @property
     def tied(self) -> tuple[tuple[str, ...], ...]:
-        """The names of each adapted parameter that several modules share and read with its block.
+        """The names of each adapted parameter that several modules share.
 
-        Those that `exclude` leaves out do not read it.
+        Under each of these names, the update is read; `exclude` has left out the others.
         """
         return tuple((layer.full_name, *layer.tied) for layer in self.layers if layer.tied)
 

@@ -32,7 +32,7 @@ class LayerRecord:
     base: str | None  # fingerprint of the base weight, if it has one
     layout: Layout
     rows: OutputRanges = ()  # the adapted outputs; empty for all
-    tied: tuple[str, ...] = ()  # where else the weight is, and reads the update
+    tied: tuple[str, ...] = ()  # its other names, of modules that read the update too
 
     @property
     def key(self) -> str:
@@ -55,7 +55,7 @@ class LayerRecord:
     def to_entry(self, method: str) -> dict[str, Any]:
         """Return the layer's entry in a header whose configuration has this method.
 
-        Fields are left out that have the value which a reader takes for them if they are absent.
+        A field is left out if it has the value that a reader assumes when it is absent.
         """
         entry: dict[str, Any] = {"name": self.name}
         if self.method != method:

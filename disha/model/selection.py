@@ -57,7 +57,7 @@ class Selection:
             self.candidates = list(dict.fromkeys(declared))
 
     def select(self) -> list[PlannedLayer]:
-        """Return the selected weights, and selected modules that have no matrix but parameters."""
+        """Return what is selected: weights, and modules that have parameters but no matrix."""
         linear: Collection[Place] = ()
         if ALL_LINEAR in self.regexes:
             linear = _find_linear_weights(self.view, self.candidates)
@@ -183,7 +183,7 @@ def _declare(layer: PlannedLayer, config: AdapterConfig) -> PlannedLayer:
 def find_tied(
     view: ModelView, layer: PlannedLayer, exclude: Iterable[str] = ()
 ) -> dict[str, Place]:
-    """Return where else the parameter of a layer is, and reads its update."""
+    """Return the other places of a layer's parameter, whose modules read its update too."""
     parameter = view.parameters_by_name.get(join(layer.module_names[0], layer.attribute))
     quantized = layer.slot is not None and layer.slot.quantized
     if quantized or parameter is None or len(parameter.names) == 1:

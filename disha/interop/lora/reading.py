@@ -124,21 +124,21 @@ def load(
     action = f"load a LoRA as adapter {adapter!r}"
     with view.ranks.fail_together(action):
         peft_folder = read_peft_files(folder, (*FACTORS, TOKENS), also_train)
-        new_rows, others = _take_out_rows(view, peft_folder)
-    untrained = compare_untrained(view, others)
+        new_rows, rest = _take_out_rows(view, peft_folder)
+    untrained = compare_untrained(view, rest)
     with view.ranks.fail_together(action):
-        others = keep_for_model(view, others, untrained)
-        contents = _contents_of(others, _layouts_of(view), model_type_of(view), new_rows)
+        rest = keep_for_model(view, rest, untrained)
+        contents = _contents_of(rest, _layouts_of(view), model_type_of(view), new_rows)
     return load_contents(
-        view, others.path, contents, adapter, replace=replace, dtype=dtype, freeze=freeze
+        view, rest.path, contents, adapter, replace=replace, dtype=dtype, freeze=freeze
     )
 
 
 def _take_out_rows(view: ModelView, folder: PeftFolder) -> tuple[list[LayerBlock], PeftFolder]:
     """Return the new rows of tables that a folder holds, as layers with blocks, and the rest."""
-    values_by_name, others = folder.split(TOKENS)
-    other_fields = dict(folder.fields)
-    settings = other_fields.pop(TOKEN_INDICES, None)
+    values_by_name, rest = folder.split(TOKENS)
+    fields = dict(folder.fields)
+    settings = fields.pop(TOKEN_INDICES, None)
     new_rows = []
     for name, values in values_by_name.items():
         numbers = _token_numbers_of(name, settings)
@@ -153,7 +153,7 @@ def _take_out_rows(view: ModelView, folder: PeftFolder) -> tuple[list[LayerBlock
         order = torch.tensor(numbers).argsort()  # a block has its rows in order
         block = values[order].mT  # (in, rows)
         new_rows.append((_record_of_rows(view, name, ranges, block), block))
-    return new_rows, replace(others, fields=other_fields)
+    return new_rows, replace(rest, fields=fields)
 
 
 def _record_of_rows(view: ModelView, name: str, ranges: OutputRanges, block: Tensor) -> LayerRecord:
