@@ -65,8 +65,8 @@ def _attend(
 
     project = partial(_project, is_batched)
     if use_separate_proj_weight:
-        weights = q_proj_weight, k_proj_weight, v_proj_weight
-        q, k, v = _project_separately(project, (query, key, value), weights, in_proj_bias)
+        matrices = q_proj_weight, k_proj_weight, v_proj_weight
+        q, k, v = _project_separately(project, (query, key, value), matrices, in_proj_bias)
     else:
         q, k, v = _project_packed(project, query, key, value, in_proj_weight, in_proj_bias)
     if bias_k is not None:
