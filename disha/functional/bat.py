@@ -177,17 +177,15 @@ def bat_linear(
 
 def _can_apply(x: Tensor, weight: Tensor, bias: Tensor | None, block: Tensor) -> bool:
     """Whether `_BatLinear` can compute the product."""
-    return (
-        {type(x), type(weight), type(block)}.issubset(PLAIN)
-        and x.dtype is weight.dtype is block.dtype
-        and (bias is None or bias.dtype is x.dtype)
-        and not weight.requires_grad
-        and not x.is_meta
-        and (weight.is_contiguous() or weight.mT.is_contiguous())
-        and not is_compiling()
-        and not must_not_write()
-        and not in_forward_mode()
-    )
+    is_plain = {type(x), type(weight), type(block)}.issubset(PLAIN) and not x.is_meta
+    has_one_dtype = x.dtype is weight.dtype is block.dtype
+    if bias is not None and bias.dtype is not x.dtype:
+        has_one_dtype = False
+    if not is_plain or not has_one_dtype or weight.requires_grad:
+        return False
+    if not weight.is_contiguous() and not weight.mT.is_contiguous():
+        return False
+    return not (is_compiling() or must_not_write() or in_forward_mode())
 
 
 class _BatLinear(torch.autograd.Function):

@@ -29,9 +29,9 @@ from disha.layers.blocks import CHILD_NAME, Adapters, Slot, original_class
 from disha.private_torch import saving_hooks, transforms_active
 from disha.sharding.imported import imported_class
 
-DENSE_DTYPES = TRAINABLE_DTYPES
 _COMPLEX = (torch.complex32, torch.complex64, torch.complex128)
-_NEVER_PACKED = {*DENSE_DTYPES, *_COMPLEX, torch.bool, torch.int64}  # bool: masks, int64: indices
+_MASKS_AND_INDICES = (torch.bool, torch.int64)
+_NEVER_PACKED = {*TRAINABLE_DTYPES, *_COMPLEX, *_MASKS_AND_INDICES}
 _UNINITIALISED = (UninitializedParameter, UninitializedBuffer)  # torch can't compile `is_lazy`
 
 
@@ -51,21 +51,35 @@ ROUNDED = Quantization("rounded by the layer's forward", lambda module, weight: 
 
 
 def quantization_of(module: nn.Module | None, weight: Any) -> Quantization | None:
-    """Return how a module's weight is quantised; None if it is not, or in an unknown way."""
+    """Return how a module's weight is quantised; None if it is not, or in an unknown way.
+
+    Without a module, only the tensor itself is asked.
+    """
     if isinstance(weight, _UNINITIALISED):
         return None
+    quantization = None
     if isinstance(weight, Tensor):
-        bits = bitsandbytes.bits_of(module, weight)
-        if bits is not None:
-            return Quantization(f"bitsandbytes {bits}-bit", bitsandbytes.READERS[bits])
-        if type(weight).dequantize is not Tensor.dequantize:
-            return Quantization("a quantised tensor", _read_subclass)
-        base = imported_class("torchao.utils", "TorchAOBaseTensor")
-        if isinstance(weight, base):
-            return Quantization("a quantised tensor", None)
-    if module is None:
-        return None
-    if isinstance(weight, Tensor) and weight.dtype in DENSE_DTYPES:
+        quantization = _quantization_of_tensor(module, weight)
+    if quantization is None and module is not None:
+        quantization = _quantization_of_module(module, weight)
+    return quantization
+
+
+def _quantization_of_tensor(module: nn.Module | None, weight: Tensor) -> Quantization | None:
+    """Return how a tensor is quantised, as its class or its attributes say."""
+    bits = bitsandbytes.bits_of(module, weight)
+    if bits is not None:
+        return Quantization(f"bitsandbytes {bits}-bit", bitsandbytes.READERS[bits])
+    if type(weight).dequantize is not Tensor.dequantize:
+        return Quantization("a quantised tensor", _read_subclass)
+    if isinstance(weight, imported_class("torchao.utils", "TorchAOBaseTensor")):
+        return Quantization("a quantised tensor", None)
+    return None
+
+
+def _quantization_of_module(module: nn.Module, weight: Any) -> Quantization | None:
+    """Return how a module quantises its weight, which may be in tensors of other names."""
+    if isinstance(weight, Tensor) and weight.dtype in TRAINABLE_DTYPES:
         is_compressed = {"forward", "quantization_scheme"} <= module.__dict__.keys()
         if is_compressed or isinstance(module, bitsandbytes.library_classes()):
             return ROUNDED
@@ -134,7 +148,7 @@ def dequantize(module: nn.Module, weight: Any) -> Tensor:
 
 
 def weight_for(method: Method, module: nn.Module, slot: Slot, weight: Any, like: Tensor) -> Tensor:
-    """Return the dense weight if the method reads W, or else a tensor that has only its shape."""
+    """Return the dense weight if the method reads W, or else a tensor of its shape, like `like`."""
     assert slot.shape is not None
     if method.reads_weight:
         return dequantize(module, weight)

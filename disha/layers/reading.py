@@ -33,9 +33,9 @@ READERS_OF_PARAMETERS = (
     "accelerate.utils.modeling",  # set_module_tensor_to_device and retie_parameters move it
     "accelerate.utils.other",  # recursive_getattr, to find tied ones
 )
-"""Modules of libraries that read a parameter by its name to replace it: they get W itself.
+"""Python modules that read a parameter by its name to return, move or replace it: they get W.
 
-They leave no other way to tell than to look who reads.
+Only the module of the calling code tells such a read from that of a forward.
 """
 
 LINEAR_FORWARD = nn.Linear.forward
@@ -67,7 +67,7 @@ def weight_property(original: type[nn.Module], name: str) -> property:
         if not compiling:
             caller = sys._getframe(1)
             reader = caller.f_globals.get("__name__", "")
-            # A wrapper's `__getattr__` passes on what somebody else reads.
+            # A wrapper's `__getattr__` in these modules passes on what somebody else reads.
             if reader.startswith(READERS_OF_PARAMETERS) and caller.f_code.co_name != "__getattr__":
                 _refuse_parametrization(reader, layer, name)
                 return base
