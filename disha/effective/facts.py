@@ -36,8 +36,9 @@ _FACT_PROPERTIES = [
     "dim_order __len__ __hash__ is_coalesced is_same_size result_type "
     "register_hook register_post_accumulate_grad_hook retain_grad",
 )
-def _ask_base(func: Operation, weight: Any, *args: Any, **kwargs: Any) -> Any:
-    return func(base_inside(weight), *map(base_inside, args), **kwargs)
+def _ask_base(func: Operation, *args: Any, **kwargs: Any) -> Any:
+    named = {name: base_inside(value) for name, value in kwargs.items()}
+    return func(*map(base_inside, args), **named)
 
 
 @rule_with_operation(*(name for name in dir(torch) if name.endswith("_like")))

@@ -22,6 +22,7 @@ def test_facts_are_those_of_the_base():
     assert weight.requires_grad == base.requires_grad is False
     assert weight.is_floating_point()
     assert weight.is_contiguous()
+    assert base.is_same_size(other=weight)
     assert not weight.is_sparse
     assert torch.is_floating_point(weight)
     assert weight.element_size() == 4
@@ -41,6 +42,7 @@ def test_facts_are_those_of_the_base():
         lambda w: torch.ones(2).to(w),
         lambda w: torch.ones(2).to(tensor=w),
         lambda w: torch.result_type(torch.ones(2), w),
+        lambda w: torch.result_type(tensor=torch.ones(2), other=w),
     ],
 )
 def test_what_only_asks_for_the_dtype_computes_nothing(ask):
