@@ -136,13 +136,13 @@ def _grouped_of_transformers(*args: Any, **kwargs: Any) -> Tensor:
 RULES["transformers::grouped_mm_fallback"] = partial(_grouped, _grouped_of_transformers)
 
 
-_TRANSPOSED = F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d
+_TRANSPOSED_CONVS = F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d
 
 _GROUPS = 3
 """Position of `groups` after the bias: behind stride, padding, and dilation or output_padding."""
 
 
-@rule_with_operation(F.conv1d, F.conv2d, F.conv3d, *_TRANSPOSED)
+@rule_with_operation(F.conv1d, F.conv2d, F.conv3d, *_TRANSPOSED_CONVS)
 def _conv(
     func: Operation, input: Any, weight: Any, bias: Any = None, *args: Any, **kwargs: Any
 ) -> Any:
@@ -151,7 +151,7 @@ def _conv(
     if not isinstance(weight, EffectiveWeight) or not weight.weight_layout.has_kernel:
         return NotImplemented
     layout = weight.weight_layout
-    transposes = func in _TRANSPOSED
+    transposes = func in _TRANSPOSED_CONVS
     groups = args[_GROUPS] if len(args) > _GROUPS else kwargs.get("groups", 1)
     if layout.in_first != transposes or (transposes and groups != layout.groups):
         return NotImplemented

@@ -330,6 +330,7 @@ class _Bat(Method):
     ) -> Tensor | None:
         if weight.dim() == 2:
             return bat_linear(x, weight, bias, block, scale, with_base)
+        # Of a stack, only the whole product of one token with each matrix is faster.
         if x.shape[-2] != 1 or bias is not None or not with_base:
             return None
         return bat_streamed(x, weight.to(x.dtype), scaled(block, scale).to(x.dtype))

@@ -63,10 +63,13 @@ class Route:
             )
         return size // samples
 
-    def runs(self, names: Sequence[str | None], size: int) -> list[Run]:
-        """Return the runs of samples that have these adapters. An adapter may have several."""
+    def runs(self, size: int) -> list[Run]:
+        """Return the runs of samples with one adapter, for a leading dimension of this size.
+
+        An adapter may have several runs.
+        """
         entries = self.entries_of_name(size)
-        return [(name, entries * len(list(same))) for name, same in groupby(names)]
+        return [(name, entries * len(list(same))) for name, same in groupby(self.names)]
 
     def by_adapter(
         self, size: int, device: torch.device
@@ -214,7 +217,7 @@ def _add_routed_products(
     outputs = output.reshape(size, -1, out_features)  # (size, tokens, out)
     sums, overflow_scale = overflow_safe_shard_sum(inputs, r)  # (size, tokens, r)
     matrices = {adapter: matrix.to(x.dtype) for adapter, matrix in matrices.items()}
-    runs = route.runs(route.names, size)
+    runs = route.runs(size)
     has_few_tokens = inputs.shape[1] * route.entries_of_name(size) < FEW_TOKENS
     must_sort = has_few_tokens and len(runs) > len(matrices)
     in_place = not torch.is_grad_enabled() and outputs.is_contiguous() and output.dtype == x.dtype

@@ -25,7 +25,7 @@ from disha.errors import AdapterFileError, AdapterIOError, ArgumentError, Conver
 from disha.files.disk import PathLike, check_path, make_folder, save_together, write_tensors
 from disha.layers.bitsandbytes import is_library_forward
 from disha.layers.blocks import original_class
-from disha.layers.kinds import FOREIGN_KINDS, LAYER_KINDS, full_name
+from disha.layers.kinds import FOREIGN_LAYOUTS, LAYER_KINDS, full_name
 from disha.model.records import Tensors
 from disha.model.view import ModelView, persistent_buffers_of
 from disha.sharding.tensors import gather
@@ -281,7 +281,7 @@ def _has_own_forward(module: nn.Module) -> bool:
     """
     cls: Any = original_class(module)
     for known in cls.__mro__:
-        if known in LAYER_KINDS or full_name(known) in FOREIGN_KINDS:
+        if known in LAYER_KINDS or full_name(known) in FOREIGN_LAYOUTS:
             only_scales = hasattr(module, "embed_scale") and len(module._parameters) == 1
             is_known = cls.forward is known.forward or is_library_forward(cls)
             return not (is_known or only_scales)

@@ -104,7 +104,7 @@ LAYER_KINDS: dict[type[nn.Module], Kind] = {
 _IN_OUT_STACKS = {"gate_up_proj": "expert in out", "down_proj": "expert in out"}
 _OUT_IN_STACKS = {"gate_up_proj": "expert out in", "down_proj": "expert out in"}
 _OUT_IN_STACK = {"weight": "expert out in"}
-FOREIGN_KINDS = {
+FOREIGN_LAYOUTS = {
     "transformers.pytorch_utils.Conv1D": {"weight": "in out"},
     "transformers.models.llama4.modeling_llama4.Llama4TextExperts": _IN_OUT_STACKS,
     "transformers.models.longcat_flash.modeling_longcat_flash.LongcatFlashExperts": _OUT_IN_STACKS,
@@ -163,7 +163,7 @@ def _kind_of(module: nn.Module) -> Kind:
     for cls in original_class(module).__mro__:
         if cls in LAYER_KINDS:
             return LAYER_KINDS[cls]
-        foreign = FOREIGN_KINDS.get(full_name(cls))
+        foreign = FOREIGN_LAYOUTS.get(full_name(cls))
         if foreign is not None:
             return _kind_with(foreign)
     return _slots_of_experts
