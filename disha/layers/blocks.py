@@ -252,7 +252,7 @@ class AdapterBlock(nn.Module):
         if self.scale_tensor.device != self.block.device:
             self._write_scale()  # load_state_dict(assign=True) has taken the block off meta
         # The checkpoint of a base has no blocks, and yet it must load strictly. If a checkpoint has
-        # some blocks, a hook of the model (model/buffers.py) reports the missing ones.
+        # some blocks, a hook of the model (model/state_dict_hook.py) reports the missing ones.
         key = prefix + self.parameter_name
         if key in missing_keys:
             missing_keys.remove(key)

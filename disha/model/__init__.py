@@ -8,4 +8,5 @@
   merged one, and prints what it has found
 - `records`, `fingerprints`: what a file says of an adapted weight, and of its base
 - `buffers`, `lost_layers`: what a model remembers of itself from before its adapters
+- `state_dict_hook`: what happens before a model with adapters loads a state dict
 """

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from disha.layers.gradient_flags import attributes_of
 from disha.model.fingerprints import sample
-from disha.model.lost_layers import find_blocks, list_absent_blocks
 from disha.model.view import ModelBuffer, ModelView
 from disha.sharding.tensors import local_part, write
 from disha.text import join
@@ -77,10 +76,6 @@ def remember_buffers(
     view: ModelView, adapter: str, also_train: Collection[str], undo: ExitStack
 ) -> None:
     """Remember the buffers that are not remembered yet, and those that the adapter will save."""
-    model: Any = view.model
-    if not _find_hooks(model):
-        handle = model.register_load_state_dict_pre_hook(_before_loading)
-        undo.callback(handle.remove)
     for buffer in view.buffers:
         if buffer.name in also_train:
             _remember(buffer, undo, is_whole=True, claimant=adapter)
@@ -102,6 +97,17 @@ def _remember(
     attributes[_BUFFERS] = {**(former or {}), buffer.attribute: remembered}
 
 
+def remember_from_base(model: nn.Module, state: Mapping[str, Any], prefix: str) -> None:
+    """Remember the buffers in a state dict of the base, in place of those at the injection."""
+    for name, module in model.named_modules():
+        remembered = attributes_of(module).get(_BUFFERS, {})
+        for attribute, buffer in list(remembered.items()):
+            values = state.get(prefix + join(name, attribute))
+            if values is not None:
+                former = _read(values, buffer.is_whole).clone()
+                remembered[attribute] = buffer._replace(former=former)
+
+
 def forget_buffers(modules: Iterable[nn.Module], undo: ExitStack) -> None:
     """Forget what the buffers of modules were."""
     for module in modules:
@@ -109,10 +115,6 @@ def forget_buffers(modules: Iterable[nn.Module], undo: ExitStack) -> None:
         if _BUFFERS in attributes:
             undo.callback(attributes.__setitem__, _BUFFERS, attributes[_BUFFERS])
             del attributes[_BUFFERS]
-        hooks: Any = module._load_state_dict_pre_hooks
-        for number in _find_hooks(module):
-            undo.callback(hooks.__setitem__, number, hooks[number])
-            del hooks[number]
 
 
 # --- changes -------------------------------------------------------------------------------------
@@ -183,47 +185,3 @@ def _put_back(buffer: ModelBuffer, undo: ExitStack) -> None:
     remembered = _recall(buffer)
     if remembered is not None and not remembered.former.is_meta:
         write(buffer.value, remembered.former, undo)
-
-
-# --- loading a state dict ------------------------------------------------------------------------
-
-
-def _before_loading(
-    model: nn.Module,
-    state: dict[str, Any],
-    prefix: str,
-    local_metadata: Any,
-    strict: bool,
-    missing: list[str],
-    *others: Any,
-) -> None:
-    """See whether a state dict that is being loaded is one of the base, or has blocks.
-
-    A state dict of the base has no block, and loads all the same. It says what the buffers were
-    before the first adapter. In one that has blocks, the others of the same adapters are missing.
-    """
-    given = find_blocks(model, [key.removeprefix(prefix) for key in state])
-    if given:
-        missing += [prefix + name for name in list_absent_blocks(model, given)]
-    else:
-        _remember_from_base(model, state, prefix)
-
-
-def _remember_from_base(model: nn.Module, state: Mapping[str, Any], prefix: str) -> None:
-    """Remember the buffers in a state dict of the base, in place of those at the injection."""
-    for name, module in model.named_modules():
-        remembered = attributes_of(module).get(_BUFFERS, {})
-        for attribute, buffer in list(remembered.items()):
-            values = state.get(prefix + join(name, attribute))
-            if values is not None:
-                former = _read(values, buffer.is_whole).clone()
-                remembered[attribute] = buffer._replace(former=former)
-
-
-def _find_hooks(module: Any) -> list[int]:
-    """Return the keys under which a module has `_before_loading` among its hooks."""
-    return [
-        number
-        for number, hook in module._load_state_dict_pre_hooks.items()
-        if hook.hook is _before_loading
-    ]

@@ -20,7 +20,7 @@ from disha.layers.adapted import AdaptedLayer, adapt, readapt, refuse_changed_cl
 from disha.layers.blocks import AdapterBlock
 from disha.layers.encoder import Encoder, guard_encoder
 from disha.layers.new_blocks import make_block
-from disha.model import buffers, lost_layers
+from disha.model import buffers, lost_layers, state_dict_hook
 from disha.model.plan import EXCLUDED, Plan
 from disha.model.target_plans import plan_injection
 from disha.model.view import ModelView, all_or_nothing
@@ -182,6 +182,7 @@ def apply_plan(view: ModelView, plan: Plan, undo: ExitStack, *, activate: bool =
     names = [layer.name for layer in plan.layers]
     lost_layers.remember_layers(view.model, plan.adapter, names, undo)
     buffers.remember_buffers(view, plan.adapter, plan.also_train, undo)
+    state_dict_hook.add_hook(view.model, undo)
     modules = list(blocks)
     modules += [module for module in tied_blocks if module not in blocks]
     _undo_later(view, modules, undo)
@@ -315,6 +316,7 @@ def take_out(view: ModelView, adapters: Sequence[str], undo: ExitStack) -> None:
     if not view.layers:
         for module in view.names:
             gradient_flags.restore_flags(module)
+        state_dict_hook.remove_hooks(view.names, undo)
 
 
 def check_removable(view: ModelView, removed: Sequence[str]) -> None:

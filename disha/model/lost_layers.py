@@ -1,4 +1,4 @@
-"""Notice the layers that an adapter had and has no more, and the blocks that a state dict lacks.
+"""Notice the layers that an adapter had and has no more.
 
 Code of the user may put another module in the place of an adapted one, as the method
 `resize_token_embeddings` of transformers does. The block goes with the old module. So a model
@@ -12,9 +12,8 @@ from contextlib import ExitStack
 
 from torch import nn
 
-from disha.layers.blocks import CHILD_NAME
 from disha.layers.gradient_flags import attributes_of
-from disha.model.view import ModelView, clean_key
+from disha.model.view import ModelView
 from disha.text import join
 
 _LAYERS = "_disha_layers"
@@ -63,41 +62,3 @@ def _set_layers(module: nn.Module, layers: dict[str, tuple[str, ...]], undo: Exi
         attributes[_LAYERS] = layers
     else:
         attributes.pop(_LAYERS, None)
-
-
-# --- in a state dict -----------------------------------------------------------------------------
-
-
-def find_blocks(model: nn.Module, keys: Iterable[str]) -> set[str]:
-    """Return the clean keys of blocks: those of a state dict, or of an adapter file.
-
-    Trainer loads the file of a checkpoint as a state dict, and the keys of its blocks have no
-    adapter. So a key is a block's by its end, unless the user has a parameter of that name.
-    """
-    of_user = {clean_key(name) for name, _ in model.named_parameters() if not _is_block(name)}
-    return {clean_key(key) for key in keys if key.endswith("_block")} - of_user
-
-
-def list_absent_blocks(model: nn.Module, given: set[str]) -> list[str]:
-    """Return the names of the other blocks of the adapters that have some of the given ones."""
-    adapters = set(map(_adapter_of, given))
-    return [
-        name
-        for name, _ in model.named_parameters()
-        if _is_block(name) and _adapter_of(name) in adapters and clean_key(name) not in given
-    ]
-
-
-def _is_block(key: str) -> bool:
-    """Whether a key of a state dict is that of a block, and not of a user's own parameter."""
-    return key.endswith("_block") and f".{CHILD_NAME}." in f".{key}"
-
-
-def _adapter_of(key: str) -> str:
-    """Return the name of an adapter from the key of one of its blocks.
-
-    Such a key is `<layer>.disha.<adapter>.<block>`. One of an adapter file has no adapter, and the
-    result is empty.
-    """
-    _, _, below = f".{key}".rpartition(f".{CHILD_NAME}.")
-    return below.partition(".")[0]

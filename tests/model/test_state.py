@@ -221,21 +221,3 @@ class TestByTorch:
         plain = Layered()
         plain.load_state_dict(state, strict=False)
         assert torch.allclose(plain(tokens), expected, atol=1e-5)
-
-    @pytest.mark.parametrize("prefix", ["", "outer."])
-    def test_a_state_that_lacks_the_blocks_of_a_layer(self, adapted, prefix):
-        model = nn.ModuleDict({"outer": adapted}) if prefix else adapted
-        state = model.state_dict()
-        disha.inject_adapters(adapted, "proj", 2, adapter="b")  # the state lacks all of it
-        absent = f"{prefix}layers.0.attn.v_proj.disha.default.bone_block"
-        del state[absent]
-        with pytest.raises(RuntimeError, match=f'Missing key.*: "{absent}"[.]'):
-            model.load_state_dict(state)
-        assert model.load_state_dict(state, strict=False).missing_keys == [absent]
-        of_base = {key: value for key, value in state.items() if "disha" not in key}
-        assert not any(model.load_state_dict(of_base))
-
-    def test_a_state_that_lacks_another_adapter_of_a_layer_that_is_named_like_ours(self):
-        model = disha.inject_adapters(nn.ModuleDict({"disha": nn.Linear(4, 4)}), ".", 2)
-        state = model.state_dict()
-        assert not any(disha.inject_adapters(model, ".", 2, adapter="b").load_state_dict(state))

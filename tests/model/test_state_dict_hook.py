@@ -1,0 +1,55 @@
+"""`load_state_dict` of a model with adapters, by a state dict of the base or one with blocks."""
+
+from contextlib import ExitStack
+
+import pytest
+from torch import nn
+
+import disha
+from disha.model.state_dict_hook import add_hook, remove_hooks
+from tests.conftest import perturb
+
+
+@pytest.fixture
+def adapted(model):
+    return perturb(disha.inject_adapters(model, "proj", 2, also_train=r"norm\.weight"))
+
+
+@pytest.mark.parametrize("prefix", ["", "outer."])
+def test_a_state_that_lacks_the_blocks_of_a_layer(adapted, prefix):
+    model = nn.ModuleDict({"outer": adapted}) if prefix else adapted
+    state = model.state_dict()
+    disha.inject_adapters(adapted, "proj", 2, adapter="b")  # the state lacks all of it
+    absent = f"{prefix}layers.0.attn.v_proj.disha.default.bone_block"
+    del state[absent]
+    with pytest.raises(RuntimeError, match=f'Missing key.*: "{absent}"[.]'):
+        model.load_state_dict(state)
+    assert model.load_state_dict(state, strict=False).missing_keys == [absent]
+    of_base = {key: value for key, value in state.items() if "disha" not in key}
+    assert not any(model.load_state_dict(of_base))
+
+
+def test_a_state_that_lacks_another_adapter_of_a_layer_that_is_named_like_ours():
+    model = disha.inject_adapters(nn.ModuleDict({"disha": nn.Linear(4, 4)}), ".", 2)
+    state = model.state_dict()
+    assert not any(disha.inject_adapters(model, ".", 2, adapter="b").load_state_dict(state))
+
+
+def test_a_model_has_one_hook_which_is_removed_with_its_last_adapter(adapted):
+    disha.inject_adapters(adapted, "proj", 2, adapter="b")
+    assert len(adapted._load_state_dict_pre_hooks) == 1
+    disha.remove_adapters(adapted)
+    assert not adapted._load_state_dict_pre_hooks
+
+
+def test_a_hook_is_as_before_if_a_later_step_fails(adapted):
+    hooks = dict(adapted._load_state_dict_pre_hooks)
+    with ExitStack() as undo:
+        remove_hooks(adapted.modules(), undo)
+        assert not adapted._load_state_dict_pre_hooks
+    assert adapted._load_state_dict_pre_hooks == hooks
+    plain = nn.Linear(4, 4)
+    with ExitStack() as undo:
+        add_hook(plain, undo)
+        assert plain._load_state_dict_pre_hooks
+    assert not plain._load_state_dict_pre_hooks
