@@ -15,7 +15,7 @@ def drop_inputs(x: Tensor, dropout: float) -> Tensor:
 
 
 def drop_tokens(output: Tensor, dropout: float) -> Tensor:
-    """Zero the update of each token with this probability: the effect on a one-hot input."""
+    """Zero the update of each token with this probability, as dropping its one-hot input would."""
     if not dropout:
         return output
     return output * F.dropout(torch.ones_like(output[..., :1]), dropout)

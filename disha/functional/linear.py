@@ -1,4 +1,4 @@
-"""The product of a linear layer with its updates: the most frequent one, so it has a short way."""
+"""The product of a linear layer with its updates: the most frequent product, so it is made fast."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ PLAIN = Tensor, torch.nn.Parameter, FakeTensor
 """The classes of dense tensors. It is a tuple because torch 2.8 compiles no set."""
 
 FEW_TILES = 4
-"""Up to this number, tiles are concatenated: the backward of `cat` is faster than of `repeat`."""
+"""Up to this number, tiles are concatenated, because `cat` has a faster backward than `repeat`."""
 
 
 def shard_count(features: int, r: int) -> int:

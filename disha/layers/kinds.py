@@ -45,7 +45,10 @@ def _slots_of_transposed_conv(module: Any) -> list[Slot]:
 
 
 def _slots_of_recurrent(module: Any) -> list[Slot]:
-    """Return the slots of an `nn.RNN`, `nn.LSTM`, `nn.GRU` or cell: each gate stack is a matrix."""
+    """Return the slots of an `nn.RNN`, `nn.LSTM`, `nn.GRU` or cell.
+
+    Each weight has the rows of all gates, and is one matrix.
+    """
     return [
         slot_of(name, Layout("out in")) for name in module._parameters if name.startswith("weight_")
     ]
