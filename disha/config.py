@@ -22,8 +22,9 @@ from disha.checks import (
     compile_regex,
 )
 from disha.errors import ArgumentError, ArgumentTypeError
-from disha.functional import layout_of, method_names, method_of
+from disha.functional import Method, layout_of, method_names, method_of
 from disha.functional.layouts import OutputRanges
+from disha.functional.methods import ALL_GROUPS, Groups
 from disha.text import brief
 
 Patterns = str | Sequence[str] | None
@@ -53,6 +54,8 @@ class AdapterConfig:
         method: `"bone"` (also called `"miss"`), `"bat"`, or a method that `register_method` has
             added.
         r_out: size of the output shard, which makes Bone a tile, or None.
+        groups: number of groups of shards, or `"all"` for as many as a weight has shards: each
+            output sees the shards of its own group. It becomes a part of the method's name.
         exclude: a regex, or several, of names to leave out, or None.
         rank_pattern: regex of names -> r, or None. The first match wins.
         layouts: regex of parameter names -> layout; the name of a module means its `weight`.
@@ -98,6 +101,7 @@ class AdapterConfig:
         target: Target | None = ALL_LINEAR,
         method: MethodName = "bone",
         r_out: int | None = None,
+        groups: Groups = 1,
         exclude: Patterns = None,
         rank_pattern: Mapping[str, int] | None = None,
         layouts: Mapping[str, str] | None = None,
@@ -113,6 +117,7 @@ class AdapterConfig:
             target=target,
             method=method,
             r_out=r_out,
+            groups=groups,
             exclude=exclude,
             rank_pattern=rank_pattern,
             layouts=layouts,
@@ -135,7 +140,7 @@ class AdapterConfig:
     def _set_checked(self, **settings: Any) -> None:
         """Check every setting, and store it in its final type."""
         check_positive_int("r", settings["r"])
-        method = method_of(settings["method"])
+        method = _method_with_groups(method_of(settings["method"]), settings.pop("groups", 1))
         settings["method"] = method.name
         if settings["r_out"] is not None:
             check_positive_int("r_out", settings["r_out"])
@@ -203,6 +208,21 @@ class AdapterConfig:
     def changed(self, **values: Any) -> AdapterConfig:
         """Return the configuration with some fields changed; values are as for `from_json`."""
         return AdapterConfig.from_json({**self.to_json(), **values})
+
+
+def _method_with_groups(method: Method, groups: Any) -> Method:
+    """Return a method with groups of shards, or raise if it can't have them."""
+    if groups != ALL_GROUPS:
+        check_positive_int("groups", groups)
+        if groups == 1:
+            return method
+    grouped = method.with_groups(groups)
+    if grouped is None:
+        with_groups = method_names(lambda known: known.with_groups(groups) is not None)
+        raise ArgumentError(
+            f"leave groups out: only {with_groups} takes them, and the method is {method.name!r}"
+        )
+    return grouped
 
 
 def as_json(value: Any) -> Any:

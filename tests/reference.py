@@ -6,6 +6,7 @@ blocks and b of input shards (both counted over the zero-padded size):
 - `shard_sum`          S(x)[j] = sum over b of x[b r + j], x zero beyond its end;
 - `bone_delta_weight`  dW[o, i] = D[i mod r, o mod r_out], one element after the other. Bone is the
   case r_out = out, in which o mod r_out is o;
+- `groups_loop`        dW[o, i] = D[i mod r, o] where the shard of i is in the group of o, else 0;
 - `bat_delta_weight`   dW_ab = W_ab D_a + D_a, one tile after the other, W padded with zero rows and
   zero columns to multiples of r and dW cropped to W's size;
 - `merged_weight`      W' = W + sum of s dW;
@@ -20,11 +21,15 @@ from itertools import product
 
 import torch
 
-KINDS = ("bone", "tile", "bat")
+KINDS = ("bone", "tile", "bone_groups2", "bone_groups_all", "bat")
 """The kinds of blocks that users choose from. Tests that run with each take them from here."""
 
 EVERY_KIND = (*KINDS, "rows")
 """All kinds: also that of new rows, which a user gets by `also_train_rows`."""
+
+
+GROUPS = {"bone_groups2": 2, "bone_groups_all": "all"}
+"""Kind -> the number of groups of shards; the library makes other kinds of other numbers."""
 
 
 def method_of_kind(kind):
@@ -34,6 +39,8 @@ def method_of_kind(kind):
 
 def settings_of(kind, r_out):
     """Return the settings that make a kind of block; only a tile has an r_out."""
+    if kind in GROUPS:
+        return {"groups": GROUPS[kind]}
     return {"method": "bone", "r_out": r_out} if kind == "tile" else {"method": kind}
 
 
@@ -76,8 +83,30 @@ def bat_delta_weight(weight, block):
     return delta[:out_features, :in_features]
 
 
+def groups_loop(most):
+    """The loop of at most this many groups."""
+
+    def groups_delta_weight(weight, block):
+        out_features, in_features = weight.shape
+        r = block.shape[0]
+        shards = 0
+        while shards * r < in_features:
+            shards += 1
+        groups = min(most, shards, out_features)
+        delta = torch.zeros(out_features, in_features, dtype=block.dtype)
+        for o in range(out_features):
+            for i in range(in_features):
+                if (i // r) % groups == o % groups:
+                    delta[o, i] = block[i % r, o]
+        return delta
+
+    return groups_delta_weight
+
+
 LOOPS = {
     "bone": (lambda weight, block: bone_delta_weight(block, *weight.shape[::-1]), 2),
+    "bone_groups2": (groups_loop(2), 2),
+    "bone_groups_all": (groups_loop(1000), 2),  # more than any weight here has shards
     "bat": (bat_delta_weight, 3),
     "rows": (lambda weight, block: block.T - weight, 2),
 }

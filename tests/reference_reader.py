@@ -7,9 +7,11 @@ weights of a model with the adapter in them.
 
 import hashlib
 import json
+import math
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import numpy
@@ -156,6 +158,17 @@ def bone_update(layer, weight, block):
     return result
 
 
+def groups_update(layer, weight, block, groups):
+    outputs, inputs = weight.shape
+    groups = min(groups, -(-inputs // layer.r), outputs)
+    result = numpy.zeros(weight.shape, block.dtype)
+    for o in range(outputs):
+        for i in range(inputs):
+            if (i // layer.r) % groups == o % groups:
+                result[o, i] = block[i % layer.r, o]
+    return result
+
+
 def bat_sizes(layer):
     return -(-layer.outputs // layer.r), layer.r, layer.r
 
@@ -181,6 +194,8 @@ class Method(NamedTuple):
 
 METHODS = {
     "bone": Method(bone_sizes, bone_update),
+    "bone_groups2": Method(bone_sizes, partial(groups_update, groups=2)),
+    "bone_groups_all": Method(bone_sizes, partial(groups_update, groups=math.inf)),
     "bat": Method(bat_sizes, bat_update),
     "rows": Method(lambda layer: (layer.inputs, layer.outputs), lambda _, old, new: new.T - old),
 }

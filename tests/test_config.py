@@ -25,6 +25,16 @@ FULL = AdapterConfig(
 )
 
 
+@pytest.mark.parametrize(
+    ("groups", "method"), [(1, "bone"), (3, "bone_groups3"), ("all", "bone_groups_all")]
+)
+def test_groups_of_shards_are_a_part_of_the_methods_name(groups, method):
+    config = AdapterConfig(1, method="miss", groups=groups)
+    assert config == AdapterConfig(1, method=method)
+    assert config.method == method
+    assert AdapterConfig.from_json(config.to_json()) == config
+
+
 def test_miss_is_the_later_name_of_bone():
     assert AdapterConfig(1, method="miss") == AdapterConfig(1, method="bone")
 
@@ -70,6 +80,15 @@ def test_rank_pattern_first_found_wins():
         ({"r_out": 0}, ArgumentError, "r_out must be at least 1"),
         ({"r_out": 3.0}, ArgumentTypeError, "r_out must be an int"),
         ({"r_out": 2, "method": "bat"}, ArgumentError, "only 'bone' has an output shard"),
+        ({"groups": 0}, ArgumentError, "groups must be at least 1"),
+        ({"groups": "most"}, ArgumentTypeError, "groups must be an int"),
+        ({"groups": 2, "r_out": 2}, ArgumentError, "only 'bone' has an output shard"),
+        (
+            {"groups": 2, "method": "bat"},
+            ArgumentError,
+            "leave groups out: only 'bone' takes them, and the method is 'bat'",
+        ),
+        ({"groups": 2, "method": "bone_groups3"}, ArgumentError, "the method is 'bone_groups3'"),
         ({"init": "ones"}, ArgumentError, "'zeros', 'kaiming'"),
         ({"dropout": 1.0}, ArgumentError, "below 1"),
         ({"dropout": -0.1}, ArgumentError, "at least 0"),

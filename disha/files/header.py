@@ -18,8 +18,9 @@ from disha.checks import TRAINABLE_DTYPES, check_positive_int, check_scale, chec
 from disha.config import DEFAULTS, AdapterConfig, as_json, check_rows
 from disha.errors import AdapterFileError
 from disha.files.disk import explain_peft_folder
-from disha.functional import METHODS, Layout, layout_of
+from disha.functional import Layout, layout_of
 from disha.functional.layouts import OutputRanges
+from disha.functional.methods import find_method
 from disha.model.records import LayerRecord
 from disha.text import brief, counted, first_few, printable, table
 
@@ -232,7 +233,8 @@ def _check_version(path: Path, fields: Mapping[str, Any]) -> None:
 def _parse_config(path: Path, fields: Any) -> AdapterConfig:
     check_type("config", fields, dict, "a JSON object")
     method = fields.get("method")
-    if isinstance(method, str) and method not in METHODS:
+    known = find_method(method)
+    if isinstance(method, str) and (known is None or known.name != method):
         raise AdapterFileError(
             f"{path} has blocks of the method {brief(method)}, which is unknown here; register the "
             "method first (disha.register_method), or upgrade disha-torch"

@@ -51,7 +51,7 @@ def adapted_linear(
     is_usual = len(updates) == 1 and not updates[0].output_ranges and not updates[0].dropout
     if not is_usual:
         output = _linear_in_general(inputs, weight, bias, updates)
-    elif updates[0].method.uses_shard_sum:
+    elif updates[0].method.uses_shard_sum and not updates[0].method.prefers_product:
         output = _linear_with_shard_sum(inputs, weight, bias, updates[0])
     else:
         output = _linear_with_one_folded(inputs, weight, bias, updates[0])
@@ -97,10 +97,13 @@ def _linear_in_general(
 ) -> Tensor:
     """Return (W + sum of s dW) x + b for any updates and x (n, in)."""
     folded, separate = fold_or_separate(updates)
+    separate += [update for update in updates if update.method.prefers_product]
+    with_shard_sum = [update for update in updates if not update.method.prefers_product]
     # The updates are computed before W x. So in backward, W x creates the gradient of x, and the
     # updates add to it.
     sums_and_matrices = []
-    for matrix, dropout, _ in shard_sum_terms(updates, MATRIX, MATRIX.geometry(weight.shape)):
+    geometry = MATRIX.geometry(weight.shape)
+    for matrix, dropout, _ in shard_sum_terms(with_shard_sum, MATRIX, geometry):
         inputs = drop_inputs(x, dropout) if dropout else x
         sums, overflow_scale = overflow_safe_shard_sum(inputs, matrix.shape[0])
         sums_and_matrices.append((sums, matrix, overflow_scale))

@@ -4,6 +4,8 @@ A method is defined on one matrix W (out, in) with n = ceil(in / r) shards of it
 
     method   block D                 update dW
     bone     (r, out)                dW[o, i] = D[i mod r, o]
+    groups   (r, out)                dW[o, i] = D[i mod r, o] if (i // r) mod g = o mod g, else 0:
+                                     Bone with `groups`
     tile     (r, r_out)              dW[o, i] = D[i mod r, o mod r_out]: Bone with r_out
     bat      (ceil(out / r), r, r)   dW_ab = W_ab D_a + D_a for every r x r tile of W
     rows     (in, out)               dW = D^T - W: D has new values of W, usually of a few rows
@@ -24,8 +26,10 @@ Source: arXiv 2409.15371, section 3.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from functools import cache
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -34,6 +38,7 @@ from disha.errors import ArgumentError, ArgumentTypeError
 from disha.functional.bat import bat_delta_weight, bat_linear, bat_streamed
 from disha.functional.bone import bone_delta_weight, bone_lora_factors
 from disha.functional.layouts import Geometry, Layout, OutputRanges, place_outputs
+from disha.functional.shard_groups import group_count, group_factor, group_product
 from disha.functional.shard_sums import (
     Scale,
     merge_dtype,
@@ -43,6 +48,11 @@ from disha.functional.shard_sums import (
     without_autocast,
 )
 from disha.text import brief
+
+Groups = int | Literal["all"]
+"""The number of groups of shards; `ALL_GROUPS` for as many as a weight has shards."""
+
+ALL_GROUPS = "all"
 
 
 class Method:
@@ -61,9 +71,9 @@ class Method:
 
     - A method that uses shard sums has LoRA factors. Any other is exported as a LoRA by cutting dW
       to a rank.
-    - `of_outputs` and `of_inputs` say where a block can be cut: by default nowhere. Then a
-      tensor-parallel weight can't have it, and a product with some rows of a weight computes the
-      weight.
+    - `of_outputs` and `of_inputs` say where a block can be cut: by default nowhere. If the method
+      uses shard sums, R is then cut in its place. If not, a tensor-parallel weight can't have the
+      block, and a product with some rows of a weight computes the weight.
 
     Attributes:
         name: its name in configurations and files.
@@ -72,6 +82,8 @@ class Method:
         reads_weight: whether dW depends on the values of W.
         uses_shard_sum: whether dW x = S(x) R. R acts as a smaller weight: the product of x with dW
             equals the product of S(x) with R.
+        prefers_product: whether `product` costs less than the product with R. Only for a method
+            that uses shard sums.
         tiles: whether a block can have an output shard r_out.
         replaces: whether the block replaces W: D^T has its new values, and dW = D^T - W. Such a
             block starts with the values of W, whatever `init` says.
@@ -108,6 +120,7 @@ class Method:
     block_axes: ClassVar[int] = 2
     reads_weight: ClassVar[bool] = False
     uses_shard_sum: ClassVar[bool] = False
+    prefers_product: ClassVar[bool] = False
     tiles: ClassVar[bool] = False
     replaces: ClassVar[bool] = False
     additive: ClassVar[bool] = False
@@ -151,8 +164,9 @@ class Method:
         """Return (W + s dW) x + b in less memory or time than by computing dW, or None.
 
         Without `with_base`, return the update alone: s dW x + b. x is (n, in) and W (out, in), or x
-        is (experts, n, in) and W (experts, out, in). It is not called if the method uses shard
-        sums.
+        is (experts, n, in) and W (experts, out, in). If the method uses shard sums, it is called
+        only if the method also `prefers_product`. Then it must not return None, and without
+        `with_base`, it must not read W: the block may be one of some outputs of W.
         """
         return None
 
@@ -174,6 +188,10 @@ class Method:
 
     def from_lora_b(self, b: Tensor) -> Tensor | None:
         """Return the block whose second LoRA factor is B (..., out, r), or None."""
+        return None
+
+    def with_groups(self, groups: Groups) -> Method | None:
+        """Return this method with groups of shards, or None if it can't have them."""
         return None
 
     # --- a weight of any layout: what everybody else asks ----------------------------------------
@@ -305,6 +323,56 @@ class _Bone(Method):
     def from_lora_b(self, b: Tensor) -> Tensor | None:
         return b.mT.contiguous()
 
+    def with_groups(self, groups: Groups) -> Method | None:
+        return method_of("bone_groups_all" if groups == ALL_GROUPS else f"bone_groups{groups}")
+
+
+class _BoneGroups(Method):
+    uses_shard_sum = True
+    prefers_product = True
+    additive = True
+
+    def __init__(self, name: str, groups: int | None) -> None:
+        self.name = name
+        self.groups = groups  # None for as many as possible
+
+    def shape(self, geometry: Geometry, r: int, r_out: int | None) -> tuple[int, ...]:
+        return (*geometry.stack, r, geometry.out_features)
+
+    def shard_sum_factor(self, block: Tensor, geometry: Geometry, r: int) -> Tensor:
+        return group_factor(block, self._count(block, geometry.in_features))
+
+    def product(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        block: Tensor,
+        scale: Scale,
+        with_base: bool = True,
+    ) -> Tensor:
+        groups = self._count(block, x.shape[-1])
+        return group_product(x, weight, bias, block, scale, groups, with_base)
+
+    def of_outputs(
+        self, block: Tensor, start: int, stop: int, geometry: Geometry, r: int
+    ) -> Tensor | None:
+        part = block[..., start:stop]
+        groups = self._count(block, geometry.in_features)
+        keeps_groups = start % groups == 0 and self._count(part, geometry.in_features) == groups
+        return part if keeps_groups else None
+
+    def of_inputs(
+        self, block: Tensor, start: int, stop: int, geometry: Geometry, r: int
+    ) -> Tensor | None:
+        groups = self._count(block, geometry.in_features)
+        size = groups * block.shape[-2]
+        keeps_groups = start % size == 0 and self._count(block, stop - start) == groups
+        return block if keeps_groups else None
+
+    def _count(self, block: Tensor, in_features: int) -> int:
+        return group_count(self.groups, in_features, block)
+
 
 class _Bat(Method):
     name = "bat"
@@ -375,8 +443,13 @@ class _Rows(Method):
         return block[..., start:stop, :]
 
 
-METHODS: dict[str, Method] = {method.name: method for method in (_Bone(), _Bat(), _Rows())}
+BONE = _Bone()
+
+METHODS: dict[str, Method] = {method.name: method for method in (BONE, _Bat(), _Rows())}
 """Name -> method, of the library and of users. `register_method` adds one."""
+
+_GROUPS = re.compile(r"bone_groups(_all|[2-9]|[1-9][0-9]{1,8})")
+"""The names of Bone with groups of shards. `find_method` makes a method for each of them."""
 
 
 def register_method(method: Method) -> None:
@@ -435,7 +508,7 @@ def register_method(method: Method) -> None:
             "in the names of Python"
         )
     for name in (method.name, *method.aliases):
-        known = _find_method(name)
+        known = find_method(name)
         if known is not None and not _have_same_class(known, method):
             raise ArgumentError(
                 f"there is a method {name!r} already, of the class {type(known).__name__}; give "
@@ -458,12 +531,18 @@ def _have_same_class(first: Method, second: Method) -> bool:
     return same_module and first_class.__qualname__ == second_class.__qualname__
 
 
-def _find_method(name: object) -> Method | None:
+def find_method(name: object) -> Method | None:
     """Return the method with a name or an alias, or None."""
     for method in METHODS.values():
         if name == method.name or name in method.aliases:
             return method
-    return None
+    match = _GROUPS.fullmatch(name) if isinstance(name, str) else None
+    return None if match is None else _bone_with_groups(match[1])
+
+
+@cache  # so that a name always means the same object
+def _bone_with_groups(suffix: str) -> Method:
+    return _BoneGroups(f"bone_groups{suffix}", None if suffix == "_all" else int(suffix))
 
 
 def method_of(name: object) -> Method:
@@ -480,7 +559,7 @@ def method_of(name: object) -> Method:
         >>> method_of("miss").name
         'bone'
     """
-    method = _find_method(name)
+    method = find_method(name)
     if method is None:
         raise ArgumentError(f"unknown method {brief(name)}; allowed are {method_names()}")
     return method

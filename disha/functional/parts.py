@@ -1,7 +1,9 @@
 """The updates of a part of a weight: of some outputs, or of the part that one rank holds.
 
 A part has updates of its own if every block can be cut at its edges, which the method says
-(`Method.of_outputs`, `Method.of_inputs`). Otherwise the whole weight must be computed.
+(`Method.of_outputs`, `Method.of_inputs`). Where a block can't be cut, but the method uses shard
+sums, its R is cut in its place: R is the block of a Bone with the same dW, and that can be cut
+anywhere. Otherwise the whole weight must be computed.
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from disha.functional.layouts import Geometry, Layout, OutputRanges
+from disha.functional.methods import BONE
 from disha.functional.update import Update
 
 _NO_OUTPUTS: OutputRanges = ((0, 0),)
@@ -36,15 +39,23 @@ def updates_of_outputs(
             block_start = block_stop = 0  # at 0, an empty block can be cut whatever r is
         count = _count_before(ranges, geometry.out_features)
         block_geometry = Geometry(geometry.in_features, count, geometry.stack)
-        block = update.method.of_outputs(
-            update.block, block_start, block_stop, block_geometry, update.r
-        )
+        part = block_start, block_stop, block_geometry, update.r
+        block = update.method.of_outputs(update.block, *part)
+        if block is None and update.method.uses_shard_sum:
+            update = _as_bone(update, block_geometry)
+            block = update.method.of_outputs(update.block, *part)
         if block is None:
             return None
         adapts_all = block_stop - block_start == stop - start
         ranges_inside = () if adapts_all else _ranges_inside(ranges, start, stop)
         inside.append(update.replace(block=block, output_ranges=ranges_inside))
     return inside
+
+
+def _as_bone(update: Update, geometry: Geometry) -> Update:
+    """Return an update that uses shard sums as one of Bone, with the same dW."""
+    matrix = update.method.shard_sum_factor(update.block, geometry, update.r)
+    return update.replace(method=BONE, block=matrix, r=matrix.shape[-2])
 
 
 def _count_before(ranges: OutputRanges, edge: int) -> int:
@@ -81,7 +92,11 @@ def update_of_part(
         update = update.select_matrices(slice(*cut_axes["expert"]))
     for axis in ("in", "index"):
         if axis in cut_axes:
-            block = update.method.of_inputs(update.block, *cut_axes[axis], geometry, update.r)
+            range_of_part = cut_axes[axis]
+            block = update.method.of_inputs(update.block, *range_of_part, geometry, update.r)
+            if block is None and update.method.uses_shard_sum:
+                update = _as_bone(update, geometry)
+                block = update.method.of_inputs(update.block, *range_of_part, geometry, update.r)
             if block is None:
                 return None
             update = update.replace(block=block)

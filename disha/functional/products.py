@@ -27,7 +27,7 @@ from torch.utils.checkpoint import checkpoint
 from disha.functional.bone import embedding_delta
 from disha.functional.convolutions import overflow_safe_channel_sum
 from disha.functional.dropout import drop_inputs, drop_tokens
-from disha.functional.layouts import MATRIX, Geometry, Layout
+from disha.functional.layouts import MATRIX, Geometry, Layout, place_outputs
 from disha.functional.lookups import is_lookup, look_up_outputs, output_numbers
 from disha.functional.shard_sums import add_to, overflow_safe_shard_sum, scaled, shard_count, tiled
 from disha.functional.update import ShardSumTerm, Update, computed_weight, shard_sum_terms
@@ -97,6 +97,11 @@ def update_product(
 ) -> Tensor:
     """Return the product of x with s dW of one update, with its dropout."""
     geometry = layout.geometry(weight.shape)
+    if update.method.prefers_product and multiply is F.linear and layout == MATRIX:
+        inputs = drop_inputs(x, update.dropout) if update.dropout else x
+        product = _product_without_delta(inputs, weight, update)
+        assert product is not None
+        return product
     terms = shard_sum_terms([update], layout, geometry)
     if terms:
         return _shard_sum_product(multiply, x, layout, terms[0], geometry)
@@ -140,7 +145,10 @@ def _product_without_delta(x: Tensor, weight: Tensor, update: Update) -> Tensor 
     output = update.method.product(
         inputs, weight.to(x.dtype), None, update.block, update.scale, with_base=False
     )
-    return None if output is None else output.view(*x.shape[:-1], weight.shape[0])
+    if output is None:
+        return None
+    output = place_outputs(output, update.output_ranges, weight.shape[0], dim=-1)
+    return output.view(*x.shape[:-1], weight.shape[0])
 
 
 def _shard_sum_product(

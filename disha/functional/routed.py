@@ -5,7 +5,8 @@ its products give each sample those of its adapter. A linear product takes the c
 ways:
 
 - all samples have the same adapter: the usual product;
-- a method does not use shard sums: one product for the samples of each adapter;
+- a method has a product of its own, or does not use shard sums: one product for the samples of
+  each adapter;
 - the adapters have blocks of one size: the shard sums of all samples at once, times each block;
 - otherwise: the product with W, plus that of each adapter with its samples.
 """
@@ -166,7 +167,8 @@ class Routed(Updates):
             shared = ()  # there are no samples
         if shared is not None:
             return adapted_linear(x, weight, bias, shared)
-        if not all(update.method.uses_shard_sum for update in self.all_updates):
+        methods = [update.method for update in self.all_updates]
+        if any(not method.uses_shard_sum or method.prefers_product for method in methods):
             return _linear_by_adapter(x, weight, bias, self)
         matrices = _find_matrices_of_one_shape(self.by_adapter, MATRIX.geometry(weight.shape))
         if matrices is None:

@@ -20,6 +20,13 @@ def adapted_stack(x: Tensor, weight: Tensor, updates: Sequence[Update]) -> Tenso
 
     x is (experts, n, in), or (1, n, in) if all matrices have the same input.
     """
+    if len(updates) == 1 and updates[0].method.prefers_product:
+        (update,) = updates
+        # Of chosen matrices, the method would need a block for each token.
+        if not update.dropout and update.chosen is None:
+            output = _multiply_by_method(x, weight, updates)
+            if output is not None:
+                return output
     if any(not update.method.uses_shard_sum and not update.dropout for update in updates):
         # Such an update is folded into W. That takes a dense copy of all matrices, which these two
         # ways avoid.

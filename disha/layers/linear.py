@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from disha.config import AdapterConfig, Init
 from disha.errors import ArgumentError, ArgumentTypeError
 from disha.functional import layout_of
+from disha.functional.methods import Groups
 from disha.layers.adapted import AdaptedLinear, adapt
 from disha.layers.blocks import Slot, check_adapter_name
 from disha.layers.gradient_flags import set_requires_grad
@@ -37,6 +38,7 @@ class _LinearWithAdapter(AdaptedLinear):
         *,
         r: int,
         r_out: int | None = None,
+        groups: Groups = 1,
         adapter: str = "default",
         dropout: float = 0.0,
         scale: float = 1.0,
@@ -50,6 +52,7 @@ class _LinearWithAdapter(AdaptedLinear):
             target=None,
             method=self.method,
             r_out=r_out,
+            groups=groups,
             dropout=dropout,
             scale=scale,
             dtype=block_dtype,
@@ -64,6 +67,7 @@ class _LinearWithAdapter(AdaptedLinear):
         *,
         r: int,
         r_out: int | None = None,
+        groups: Groups = 1,
         adapter: str = "default",
         dropout: float = 0.0,
         scale: float = 1.0,
@@ -78,6 +82,7 @@ class _LinearWithAdapter(AdaptedLinear):
                 too, unless `freeze=False`.
             r: shard size.
             r_out: size of the output shard of a tile.
+            groups: number of groups of shards, or `"all"`.
             adapter: the adapter's name.
             dropout: probability of zeroing each of the adapter's inputs in training.
             scale: runtime scale s.
@@ -113,6 +118,7 @@ class _LinearWithAdapter(AdaptedLinear):
             target=None,
             method=cls.method,
             r_out=r_out,
+            groups=groups,
             dropout=dropout,
             scale=scale,
             dtype=block_dtype,
@@ -150,6 +156,8 @@ class BoneLinear(_LinearWithAdapter):
         dtype: their dtype.
         r: shard size, from 1 to in_features.
         r_out: size of the output shard, which divides out_features; makes the block a tile.
+        groups: number of groups of shards, or `"all"` for as many as there are shards; each output
+            sees the shards of its own group.
         adapter: the adapter's name.
         dropout: probability of zeroing each of the adapter's inputs in training.
         scale: runtime scale s.
@@ -186,7 +194,8 @@ class BatLinear(_LinearWithAdapter):
     A drop-in `nn.Linear`. The base weight and bias are frozen, unless `freeze=False`. The block
     starts at zero, so the new layer computes the same as a plain one.
 
-    Arguments, shapes and errors are those of `BoneLinear`, but there is no output shard (`r_out`).
+    Arguments, shapes and errors are those of `BoneLinear`, but there is no output shard (`r_out`),
+    and there are no groups of shards (`groups`).
     Dropout costs a second product of full size, because the adapter's input then differs from the
     layer's.
 

@@ -14,6 +14,7 @@ from torch import nn
 from disha.config import Init, MethodName, Patterns, Target
 from disha.effective.contexts import OPEN_CONTEXTS, SINGLE_LAYERS, Group
 from disha.errors import ArgumentError, ModeError
+from disha.functional.methods import Groups
 from disha.hints import with_hints
 from disha.layers import gradient_flags
 from disha.layers.adapted import AdaptedLayer, adapt, readapt, refuse_changed_class, restore
@@ -38,6 +39,7 @@ def inject_adapters(
     adapter: str = "default",
     method: MethodName = "bone",
     r_out: int | None = None,
+    groups: Groups = 1,
     exclude: Patterns = None,
     rank_pattern: Mapping[str, int] | None = None,
     layouts: Mapping[str, str] | None = None,
@@ -74,6 +76,9 @@ def inject_adapters(
             `{"c_attn": [(0, 768), (1536, 2304)]}` adapts q and v of a fused qkv.
         r_out: size of the output shard, which must divide the out_features of every target. Bone
             becomes a tile with r x r_out parameters.
+        groups: number of groups of shards. With more than one group, each output sees the shards
+            of its own group only: as many parameters, but dW has a higher rank, up to groups * r.
+            `"all"` makes as many groups as a weight has shards. Only for Bone without `r_out`.
         adapter: the new adapter's name: not empty, and without a dot.
         exclude: regex, or several, of names to leave out.
         rank_pattern: regex of names -> r of the matching weights; the first match wins.
@@ -132,6 +137,7 @@ def inject_adapters(
         r=r,
         method=method,
         r_out=r_out,
+        groups=groups,
         exclude=exclude,
         rank_pattern=rank_pattern,
         layouts=layouts,

@@ -12,6 +12,7 @@ from torch.nn.parameter import is_lazy
 
 from disha.config import AdapterConfig, Init, MethodName, Patterns, Target, find_matching
 from disha.errors import ArgumentError, TargetError
+from disha.functional.methods import Groups
 from disha.hints import with_hints
 from disha.layers.weights import count_values
 from disha.model.plan import Place, Plan, PlannedLayer
@@ -34,6 +35,7 @@ def plan_adapters(
     adapter: str = "default",
     method: MethodName = "bone",
     r_out: int | None = None,
+    groups: Groups = 1,
     exclude: Patterns = None,
     rank_pattern: Mapping[str, int] | None = None,
     layouts: Mapping[str, str] | None = None,
@@ -58,6 +60,7 @@ def plan_adapters(
         adapter: the new adapter's name.
         method: its method.
         r_out: size of the output shard of a tile.
+        groups: number of groups of shards, or `"all"`.
         exclude: names to leave out.
         rank_pattern: regex of names -> r.
         layouts: regex of names -> layout.
@@ -94,6 +97,7 @@ def plan_adapters(
         r=r,
         method=method,
         r_out=r_out,
+        groups=groups,
         exclude=exclude,
         rank_pattern=rank_pattern,
         layouts=layouts,

@@ -25,6 +25,9 @@ BLOCKS = {
     "bone r=3": ("bone", 3, None),
     "bone r=5": ("bone", 5, None),
     "tile r=3": ("bone", 3, 2),
+    "groups r=1": ("bone_groups_all", 1, None),
+    "groups r=2": ("bone_groups_all", 2, None),
+    "groups r=3": ("bone_groups2", 3, None),
     "bat r=2": ("bat", 2, None),
     "bat r=4": ("bat", 4, None),
     "rows": ("rows", 1, None),
@@ -32,7 +35,10 @@ BLOCKS = {
 """Method, r and r_out: r divides neither size, or only the outputs."""
 
 CUTS_AT = {"bone": lambda r: 1, "bat": lambda r: r, "rows": lambda r: 1}
-"""Method -> the number of which the edges of a part must be multiples, to cut a block there."""
+"""Method -> the number of which the edges of a part must be multiples, to cut a block there.
+
+Blocks with groups of shards have a test of their own.
+"""
 
 ROWS = [((1, 3),), ((0, 2), (3, 5)), ((0, 1), (1, 4))]
 

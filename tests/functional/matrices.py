@@ -32,6 +32,8 @@ def make_block(method, sizes, dtype=torch.float64):
     _, out_features, r, r_out = sizes
     shape = {
         "bone": (r, out_features),
+        "bone_groups2": (r, out_features),
+        "bone_groups_all": (r, out_features),
         "tile": (r, r_out),
         "bat": ((out_features + r - 1) // r, r, r),
     }[method]

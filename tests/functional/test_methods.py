@@ -32,9 +32,10 @@ MATRIX, STACK = Layout("out in"), Layout("expert out in")
 def test_every_method_is_tried():
     tried = {method for method, _, _ in BLOCKS.values()}
     kinds = {reference.method_of_kind(kind) for kind in reference.EVERY_KIND}
-    assert tried == set(METHODS), "add a row for each method to BLOCKS"
-    assert kinds == set(METHODS), "add a kind for each method to reference.EVERY_KIND"
-    assert set(reference.LOOPS) == set(METHODS), "add a loop for each method to reference.LOOPS"
+    methods = {*METHODS, *reference.GROUPS}
+    assert tried == methods, "add a row for each method to BLOCKS"
+    assert kinds == methods, "add a kind for each method to reference.EVERY_KIND"
+    assert set(reference.LOOPS) == methods, "add a loop for each method to reference.LOOPS"
     assert set(CUTS_AT) == set(METHODS), "say for each method in CUTS_AT where it can be cut"
 
 
@@ -55,7 +56,7 @@ def check_update(kind, name, rows=()):
         rows = rows[:1]  # a tile has to divide them
     case = case_of(kind, name, rows)
     torch.testing.assert_close(case.delta, case.expected, rtol=1e-12, atol=1e-12)
-    if case.method == "bone":
+    if method_of(case.method).uses_shard_sum:
         assert torch.equal(case.delta, case.expected)  # only copies
 
 
@@ -64,7 +65,7 @@ def check_update(kind, name, rows=()):
 def test_gradients_are_those_of_the_loops(kind, name):
     case = case_of(kind, name, ((0, 2), (3, 5)))
     leaves = [case.block.requires_grad_()]
-    if METHODS[case.method].reads_weight:
+    if method_of(case.method).reads_weight:
         leaves.append(case.weight.requires_grad_())
     cotangent = torch.randn_like(case.weight)
     found = torch.autograd.grad(case.delta, leaves, cotangent)
@@ -122,7 +123,7 @@ def test_shapes_of_bat_blocks_have_the_stack_in_front(kind):
 def test_a_kept_block_and_the_methods_own_are_inverse(kind, name):
     case = case_of(kind, name)
     own = method_of(case.method).matrix_block(case.layout, case.block)
-    assert tuple(own.shape) == METHODS[case.method].shape(case.geometry, *BLOCKS[name][1:])
+    assert tuple(own.shape) == method_of(case.method).shape(case.geometry, *BLOCKS[name][1:])
     found = method_of(case.method).stack_of(case.layout, case.block.shape)
     assert found == case.geometry.stack == stack_of(kind)
     assert torch.equal(method_of(case.method).kept_block(case.layout, own), case.block)
@@ -131,7 +132,7 @@ def test_a_kept_block_and_the_methods_own_are_inverse(kind, name):
 
 
 def has_wider_blocks(method):
-    return type(METHODS[method]).widen is not Method.widen
+    return type(method_of(method)).widen is not Method.widen
 
 
 @with_every_block
@@ -163,14 +164,16 @@ def test_a_block_of_its_own_size_stays_and_no_other_multiple_exists(name):
 def test_lora_factors_multiply_to_the_update_without_loss(kind, name):
     case = case_of(kind, name)
     factors = method_of(case.method).lora_factors(case.layout, case.block, case.geometry)
-    if not METHODS[case.method].uses_shard_sum:
+    if not method_of(case.method).uses_shard_sum:
         assert factors is None
-        assert METHODS[case.method].from_lora_b(torch.zeros(4, 2)) is None
+        assert method_of(case.method).from_lora_b(torch.zeros(4, 2)) is None
         return
     a, b = factors
     outputs, inputs = case.geometry.out_features, case.geometry.in_features
-    assert tuple(a.shape) == (*stack_of(kind), case.r, inputs)
-    assert tuple(b.shape) == (*stack_of(kind), outputs, case.r)
+    groups = {"bone_groups2": 2, "bone_groups_all": min(-(-inputs // case.r), outputs)}
+    rank = groups.get(case.method, 1) * case.r
+    assert tuple(a.shape) == (*stack_of(kind), rank, inputs)
+    assert tuple(b.shape) == (*stack_of(kind), outputs, rank)
     assert a.is_contiguous()
     assert b.is_contiguous()
     delta = case.layout.matrices(case.delta)
@@ -178,20 +181,23 @@ def test_lora_factors_multiply_to_the_update_without_loss(kind, name):
         assert not delta[..., case.layout.padding_idx].any()
         a[..., case.layout.padding_idx] = 0.0
     assert torch.equal(b @ a, delta)  # each column of A has a single 1
-    again = method_of(case.method).kept_block(case.layout, METHODS[case.method].from_lora_b(b))
+    if case.method in reference.GROUPS:
+        assert method_of(case.method).from_lora_b(b) is None  # a LoRA is a Bone without groups
+        return
+    again = method_of(case.method).kept_block(case.layout, method_of(case.method).from_lora_b(b))
     assert torch.equal(case._replace(block=again).delta, case.delta)
 
 
 @pytest.mark.parametrize(
     ("start", "stop"), [(0, 2), (2, 6), (4, 6), (1, 3), (2, 5), (0, 7), (6, 7)]
 )
-@pytest.mark.parametrize("name", [name for name in BLOCKS if BLOCKS[name][2] is None])
+@pytest.mark.parametrize("name", [name for name in BLOCKS if BLOCKS[name][0] in CUTS_AT])
 def test_the_block_of_a_slice_of_outputs(name, start, stop):
     method, r, _ = BLOCKS[name]
     layout, weight = Layout("out in"), torch.randn(7, 7, dtype=torch.float64)
     shape = method_of(method).block_shape(layout, weight.shape, r)
     block = torch.randn(shape, dtype=torch.float64)
-    part_of_block = METHODS[method].of_outputs(block, start, stop, Geometry(7, 7), r)
+    part_of_block = method_of(method).of_outputs(block, start, stop, Geometry(7, 7), r)
     multiple = CUTS_AT[method](r)
     can_be_cut = start % multiple == 0 and (stop % multiple == 0 or stop == 7)
     assert (part_of_block is not None) == can_be_cut

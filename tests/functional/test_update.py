@@ -18,7 +18,7 @@ def test_what_a_block_of_some_rows_adds_by_shard_sums(kind, name):
     case = case_of(kind, name, ((0, 2), (3, 5)))
     update = Update(method_of(case.method), case.block, 0.5, output_ranges=case.rows)
     found = shard_sum_terms([update], case.layout, case.layout.geometry(case.weight.shape))
-    if not METHODS[case.method].uses_shard_sum:
+    if not method_of(case.method).uses_shard_sum:
         assert found == []
         return
     (one,) = found

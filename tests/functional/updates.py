@@ -9,23 +9,34 @@ from tests.conftest import close
 
 MATRIX, STACK = Layout("out in"), Layout("expert out in")
 
-BLOCK_SIZES = {"bone": ("bone", 3, None), "tile": ("bone", 3, 2), "bat": ("bat", 4, None)}
+BLOCK_SIZES = {
+    "bone": ("bone", 3, None),
+    "tile": ("bone", 3, 2),
+    "bone_groups2": ("bone_groups2", 3, None),
+    "bone_groups_all": ("bone_groups_all", 2, None),
+    "bat": ("bat", 4, None),
+}
 
 Q, K, V, TWO = ((0, 2),), ((2, 4),), ((4, 6),), ((0, 2), (4, 6))
 
 COMBINATIONS = {
     "one bone": [("bone", 0, ())],
     "one tile": [("tile", 0, ())],
+    "one with groups": [("bone_groups2", 0, ())],
+    "one with all groups": [("bone_groups_all", 0, ())],
     "one bat": [("bat", 0, ())],
     "several bone": [("bone", 0, ()), ("tile", 0, ()), ("bone", 0, ())],
+    "several with groups": [("bone_groups2", 0, ()), ("bone", 0, ()), ("bone_groups2", 0, ())],
     "several bat": [("bat", 0, ()), ("bat", 0, ())],
     "bone and bat": [("bone", 0, ()), ("bat", 0, ()), ("tile", 0, ())],
     "bone with dropout": [("bone", 0.5, ())],
     "tile with dropout": [("tile", 0.5, ())],
     "bat with dropout": [("bat", 0.5, ())],
+    "groups with dropout": [("bone_groups2", 0.5, ()), ("bone_groups_all", 0, ())],
     "some with dropout": [("bone", 0.5, ()), ("bat", 0, ()), ("bat", 0.3, ()), ("bone", 0, ())],
     "bone of rows": [("bone", 0, K)],
     "tile of rows": [("tile", 0, TWO)],
+    "groups of rows": [("bone_groups2", 0, K), ("bone_groups_all", 0.5, TWO), ("bone", 0, Q)],
     "bat of rows": [("bat", 0, K)],
     "bat of two ranges": [("bat", 0, TWO)],
     "bone of the last rows": [("bone", 0, V)],

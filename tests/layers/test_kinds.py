@@ -22,9 +22,9 @@ from tests.every_pair import (
     numbers,
     one_kind_each,
 )
-from tests.reference import METHODS
+from tests.reference import GROUPS, METHODS
 
-BONE = ("bone", "tile")
+BONE = ("bone", "tile", *GROUPS)
 NO_SAMPLES = "needs samples along the leading dimension"
 
 

@@ -164,6 +164,8 @@ CASES = {
 OTHER_DTYPES = {
     "bone": (torch.bfloat16, torch.float16),
     "tile": (torch.float32,),
+    "bone_groups2": (torch.bfloat16, torch.float16),
+    "bone_groups_all": (torch.float32,),
     "bat": (torch.bfloat16, torch.float16),
     "rows": (torch.float32,),
 }

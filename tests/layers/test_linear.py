@@ -25,8 +25,9 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16)
 def born(kind, in_features=10, out_features=9, *args, r=4, **kwargs):
     if kind == "bat":
         return BatLinear(in_features, out_features, *args, r=r, **kwargs)
-    r_out = 3 if kind == "tile" else None
-    return BoneLinear(in_features, out_features, *args, r=r, r_out=r_out, **kwargs)
+    settings = reference.settings_of(kind, 3)
+    settings.pop("method", None)
+    return BoneLinear(in_features, out_features, *args, r=r, **settings, **kwargs)
 
 
 def inject(model, kind, r=4, **kwargs):
@@ -129,9 +130,9 @@ def test_base_is_frozen_unless_asked_not_to(cls):
 @pytest.mark.parametrize("kind", KINDS)
 def test_block_shapes_and_names(kind):
     block = born(kind, adapter="mine").disha["mine"]
-    expected = {"bone": (4, 9), "tile": (4, 3), "bat": (3, 4, 4)}[kind]
+    expected = {"tile": (4, 3), "bat": (3, 4, 4)}.get(kind, (4, 9))
     assert block.block.shape == expected
-    name = "bat_block" if kind == "bat" else "bone_block"
+    name = f"{reference.method_of_kind(kind)}_block"
     assert set(born(kind, adapter="mine").state_dict()) == {"weight", "bias", f"disha.mine.{name}"}
 
 
