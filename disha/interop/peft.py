@@ -111,7 +111,8 @@ def export(
         A `LoraReport`. Every layer is exact, and has its r as the rank.
 
     Raises:
-        AdapterIOError: the folder can't be written; what was there is unchanged.
+        AdapterIOError: the folder can't be written. What was there is unchanged, unless the message
+            says that one of the two files is replaced already.
         ConversionError: PEFT's MiSS can't express the adapter; the message lists every reason.
         ArgumentError: there is no such adapter, or `dropout` is out of range.
         AdapterStateError: as for `save_adapter`.

@@ -251,10 +251,11 @@ def _is_plausible(start: Sequence[str], stored_start: Sequence[str], is_first: b
     """
     modules = {"model", *start}
     stored_modules = {"model", *stored_start}
-    if not (modules <= stored_modules or stored_modules <= modules):
+    fewer, more = sorted((modules, stored_modules), key=len)
+    if not fewer <= more:
         return False
-    compared = modules & stored_modules if is_first else modules | stored_modules
-    return not any(part.isdigit() for part in compared)
+    without_number = fewer if is_first else more  # what only `more` has may be a wrapper's
+    return not any(part.isdigit() for part in without_number)
 
 
 def _as_prefix(parts: Sequence[str]) -> str:
@@ -275,11 +276,9 @@ def find_misfits(
     replaced = {keys[name] for name in contents.also_train}
     for layer in contents.layers:
         key = keys[layer.name]
-        shape, dtype = checkpoint.shape_and_dtype(key)
-        reason = layer.reason_against_weight(contents.tensors[layer.key].shape, shape)
-        if dtype not in DENSE:
-            reason = f"is quantised or packed there ({dtype}); give the original checkpoint"
-        elif reason is None and compares_values and key not in replaced:
+        block = contents.tensors[layer.key]
+        reason = _reason_against_weight(checkpoint, layer, key, block)
+        if reason is None and compares_values and key not in replaced:
             reason = _reason_against_values(checkpoint, layer, key)
         if reason is not None:
             misfits.append(f"{key}: {reason}")
@@ -289,6 +288,16 @@ def find_misfits(
         if shape != shape_in_adapter:
             misfits.append(f"{name}: {shape_in_adapter}, the checkpoint has {shape}")
     return misfits
+
+
+def _reason_against_weight(
+    checkpoint: Checkpoint, layer: LayerRecord, key: str, block: Tensor
+) -> str | None:
+    """Return why a block can't be merged into a weight of the checkpoint, whatever its values."""
+    shape, dtype = checkpoint.shape_and_dtype(key)
+    if dtype not in DENSE:
+        return f"is quantised or packed there ({dtype}); give the original checkpoint"
+    return layer.reason_against_weight(block.shape, shape)
 
 
 def _reason_against_values(checkpoint: Checkpoint, layer: LayerRecord, key: str) -> str | None:
