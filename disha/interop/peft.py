@@ -138,11 +138,12 @@ def export(
     action = f"export adapter {adapter!r} to PEFT"
     given = {"base_model_name_or_path": base_model_name_or_path, "task_type": task_type}
     given = {note: value for note, value in given.items() if value is not None}
-    for note, value in given.items():
-        check_type(note, value, str, "a str")
-    contents = adapter_contents(view, adapter, with_fingerprints=False)
     with ranks.fail_together(action):
         target = check_path(folder)
+        for note, value in given.items():
+            check_type(note, value, str, "a str")
+    contents = adapter_contents(view, adapter, with_fingerprints=False)
+    with ranks.fail_together(action):
         names = contents.names
         saved = find_saved_modules(view, contents.also_train, names)
         problems = _reasons_against_miss(contents, dropout)
