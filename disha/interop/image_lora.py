@@ -7,7 +7,7 @@ files to and from the form of kohya's programs.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -98,8 +98,7 @@ def export(
         ...     image_lora.export({"unet": unet}, pathlib.Path(folder, "lora.safetensors")).layers
         (LoraLayer(name='unet.conv_in', method='bone', r=2, rank=18, error=0.0),)
     """
-    views = _views_of(models)
-    ranks = _ranks_of(views.values())
+    views, ranks = _views_of(models)
     action = f"export adapter {adapter!r} as an image LoRA"
     with ranks.fail_together(action):
         target = check_path(path)
@@ -174,8 +173,8 @@ def load(
         ...     image_lora.load({"unet": unet}, path).matched
         ('unet.conv_in.bone_block',)
     """
-    views = _views_of(models)
-    with _ranks_of(views.values()).fail_together(f"load an image LoRA as adapter {adapter!r}"):
+    views, ranks = _views_of(models)
+    with ranks.fail_together(f"load an image LoRA as adapter {adapter!r}"):
         path = check_path(path)
         contents = read_file(path, {name: view.modules for name, view in views.items()})
         missing = [component for component in contents if component not in views]
@@ -202,20 +201,23 @@ def load(
     return LoadReport(tuple(matched))
 
 
-def _views_of(models: Models) -> dict[str, ModelView]:
+def _views_of(models: Models) -> tuple[dict[str, ModelView], Ranks]:
+    """Return a view of each model, and the ranks that hold shards of any of them.
+
+    Some models may be whole on each rank. The ranks fail together in these too.
+    """
     check_type("models", models, Mapping, "a mapping such as {'unet': unet}")
-    return {
+    views = {
         name: ModelView(model) for name, model in models.items() if isinstance(model, nn.Module)
     }
-
-
-def _ranks_of(views: Iterable[ModelView]) -> Ranks:
-    """Return the ranks that hold shards of any of the models; some may be whole on each rank."""
     parameters = []
-    for view in views:
+    for view in views.values():
         view.reshard()  # a gathered parameter does not show its ranks
         parameters += view.list_parameters()
-    return Ranks(parameters)
+    ranks = Ranks(parameters)
+    for view in views.values():
+        view.ranks = ranks
+    return views, ranks
 
 
 # --- writing -------------------------------------------------------------------------------------

@@ -276,6 +276,17 @@ def check_image_loras(folder):
         image_lora.load(other, (path, folder / "absent")[rank()], replace=True)
     with pytest.raises(disha.ArgumentTypeError, match=from_rank(1, "path must be")):
         image_lora.export(together, 3 if rank() == 1 else path)
+    # one rank alone has another model, or broken values, where each rank has the whole model
+    other = models(5, sharded)
+    if rank() == 1:
+        disha.adapter_parameters(together["text_encoder"])[0].data[:] = float("nan")
+        disha.remove_adapters(other["text_encoder"])
+        disha.inject_adapters(other["text_encoder"], "up", 2)
+    with pytest.raises(AdapterFileError, match=from_rank(1, ".* does not fit the model")):
+        image_lora.load(other, path, replace=True)
+    assert_same(blocks(other["unet"]), blocks(models(5)["unet"]))
+    with pytest.raises(AdapterStateError, match=from_rank(1, ".*not finite")):
+        image_lora.export(together, path)
 
 
 def check_state_dicts(folder):
