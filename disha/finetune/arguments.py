@@ -20,10 +20,12 @@ from transformers.integrations.integration_utils import get_reporting_integratio
 from transformers.utils.import_utils import is_torch_tf32_available
 from trl import SFTConfig
 
+from disha.config import AdapterConfig
 from disha.errors import ArgumentError, MissingPackageError
 from disha.finetune.base import best_device, count_parameters, read_text
 from disha.finetune.choices import choose, describe, read_device
 from disha.finetune.notes import BITS, read_noted_base, read_settings
+from disha.functional.methods import ALL_GROUPS, Groups
 from disha.text import nearest
 
 TRAINER_STATE = "trainer_state.json"
@@ -125,6 +127,7 @@ class AdapterArguments:
         None, "the method in the author's words: True or bat", choices=("True", "bat")
     )
     r_out: int | None = _flag(None, "makes a tile: the columns of its block", "--bone_r_out")
+    groups: str = _flag("1", "groups of shards: a number, or all; an output sees one of them")
     target: list[str] = _flag(["all-linear"], "regexes for the names of the weights to adapt")
     exclude: list[str] = _flag([], "regexes for the names of weights to leave out")
     rank_pattern: list[str] = _flag([], "another r for some weights, such as v_proj=16")
@@ -144,6 +147,7 @@ class AdapterArguments:
             raise ArgumentError(
                 "--init_weights True means Bone, and the adapter has method=bat; leave one out"
             )
+        self.method = _with_groups(self.method, self.groups)
         self.new_tokens = list(dict.fromkeys(self.new_tokens))  # each once, in order
         if "" in self.new_tokens:
             raise ArgumentError("--new_tokens must not hold an empty text")
@@ -169,6 +173,14 @@ class AdapterArguments:
             "also_train": self.also_train,
             "dropout": self.dropout,
         }
+
+
+def _with_groups(method: str, groups: str) -> str:
+    """Return the name of a method with groups of shards."""
+    if groups != ALL_GROUPS and not groups.isdecimal():
+        raise ArgumentError(f"--groups must be a number or {ALL_GROUPS}, got {groups}")
+    count: Groups = "all" if groups == ALL_GROUPS else int(groups)
+    return AdapterConfig(r=1, method=method, groups=count).method
 
 
 @dataclass

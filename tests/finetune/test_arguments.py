@@ -40,6 +40,14 @@ def test_other_names_of_flags(words, name, value):
     assert getattr(parse_flags(words.split())[2], name) == value
 
 
+@pytest.mark.parametrize(
+    ("groups", "method"), [("1", "bone"), ("3", "bone_groups3"), ("all", "bone_groups_all")]
+)
+def test_groups_of_shards(groups, method):
+    adapter, _, _ = parse_flags(["--groups", groups, "--method", "miss"])
+    assert adapter.settings()["method"] == method
+
+
 def test_a_file_of_flags_and_the_command_line_wins(tmp_path):
     path = tmp_path / "run.yaml"
     flags = {"bone_r": 16, "data": ["a.json", "b.json"], "lr": 0.5, "bf16": False, "base": None}
@@ -57,6 +65,8 @@ def test_a_file_of_flags_and_the_command_line_wins(tmp_path):
         ("--zzzz", "no flag --zzzz; --help_all shows"),
         ("--bits 3", "invalid choice: '3'"),
         ("--r many", "invalid int value: 'many'"),
+        ("--groups few", "--groups must be a number or all, got few"),
+        ("--groups 2 --method bat", "leave groups out: only 'bone' takes them"),
         ("--init_weights True --method bat", "True means Bone, and the adapter has method=bat"),
         ("--config", "--config needs a YAML file"),
         ("--eval_fraction 1.5", "--eval_fraction must be below 1, got 1.5"),

@@ -175,7 +175,9 @@ class TestBases:
         asked = ["--adapter", str(result.adapter), "--prompt", "say two 3"]
         assert disha_command(["generate", *asked, "--max_new_tokens", "3"]) == 0
 
-    @pytest.mark.parametrize("words", [["--also_train", "norm"], ["--method", "bat"]])
+    @pytest.mark.parametrize(
+        "words", [["--also_train", "norm"], ["--method", "bat"], ["--groups", "2"]]
+    )
     def test_float16_with_scaled_losses(self, finetune, tmp_path, capsys, monkeypatch, words):
         """What a device without bfloat16 chooses. accelerate scales no losses on a processor."""
 
@@ -294,6 +296,7 @@ class TestCourse:
         [
             (["--r", 4], "has r=8, which can't change; leave out --r"),
             (["--method", "bone"], "has method=bat"),
+            (["--groups", "2"], "leave groups out: only 'bone' takes them"),
             (["--init_weights", "True"], "has method=bat"),
             (["--target", "q_proj"], "has target="),
             (["--also_train", "norm"], "has also_train="),
