@@ -36,6 +36,23 @@ def bone() -> str:
     return canvas.svg()
 
 
+def groups() -> str:
+    """Draw MiSS with two groups of shards."""
+    found = landing(_linear(16), R, "bone_groups2")
+    canvas = _begun(360, "Groups of shards", "if (i // r) mod g = o mod g")
+    block = Grid(LEFT, TOP, OUT, R)
+    delta = Grid(150, TOP, OUT, 16, run=(None, R))
+    _pair(canvas, found, block, delta, by_place(OUT), marked=(1, 5))
+    _between(canvas, block, delta)
+    _sizes(canvas, block, "r = 4", "out = 8")
+    _shards(canvas, delta)
+    _caption(canvas, block, "D")
+    _caption(canvas, delta, "dW, in = 16, g = 2; empty cells are 0")
+    _note(canvas, 304, "The frame: one number of D, once in every second shard.")
+    _note(canvas, 326, "Even outputs see shards 0 and 2, odd ones 1 and 3.")
+    return canvas.svg()
+
+
 def tile() -> str:
     """Draw a tile."""
     found = landing(_linear(CROPPED_IN), R, r_out=4)
@@ -310,6 +327,7 @@ FIGURES = {
     "effective.svg": effective_weight,
     "shards.svg": overview,
     "shards-bone.svg": bone,
+    "shards-groups.svg": groups,
     "shards-tile.svg": tile,
     "shards-bat.svg": bat,
     "shards-conv.svg": conv,

@@ -20,7 +20,7 @@ class Landing:
     Attributes:
         block: shape of the block.
         weight: shape of the weight, and of dW.
-        origin: cell of dW -> the number of the block that is added there.
+        origin: cell of dW -> the number of the block that is added there, if any.
     """
 
     block: Index
@@ -50,7 +50,7 @@ def landing(layer: nn.Module, r: int, method: str = "bone", r_out: int | None = 
     _weight(adapted).data.zero_()
     delta = adapted.delta_weight(adapted.disha["default"]).detach()
     places = {int(numbers[index]): index for index in _indices(numbers)}
-    origin = {cell: places[round(float(delta[cell]))] for cell in _indices(delta)}
+    origin = {cell: places[round(float(delta[cell]))] for cell in _indices(delta) if delta[cell]}
     return Landing(tuple(numbers.shape), tuple(delta.shape), origin)
 
 
