@@ -1,9 +1,9 @@
-"""Groups: outputs that see different shards, tried in the study before the library has them.
+"""Groups: outputs that see different shards. Here is what the study tried beside the library's.
 
 MiSS sends the sum of all n = ceil(in / r) shards to every output. With g groups, the shards b with
 b mod g = k are summed for the outputs of group k only:
 
-    interleaved   output o is in group o mod g
+    interleaved   output o is in group o mod g: `groups` of the library
     contiguous    output o is in group o // ceil(out / g)
 
 The block stays (r, out), so that the number of parameters is that of MiSS for any g. The rank of
@@ -26,19 +26,15 @@ from torch import Tensor
 from disha.functional import Geometry, Method, method_of
 from disha.functional.shard_sums import pad_to_multiple, shard_count
 
-ALL = 1_000_000
-"""More groups than a layer has shards: each shard is a group of its own."""
 
-
-class Groups(Method):
+class ContiguousGroups(Method):
     """dW[o, i] = D[i mod r, o] where the shard of input i is in the group of output o, else 0."""
 
     additive = True
 
-    def __init__(self, name: str, groups: int, contiguous: bool = False) -> None:
+    def __init__(self, name: str, groups: int) -> None:
         self.name = name
         self.groups = groups
-        self.contiguous = contiguous
 
     def shape(self, geometry: Geometry, r: int, r_out: int | None) -> tuple[int, ...]:
         """Return (r, out), as MiSS has it."""
@@ -49,7 +45,7 @@ class Groups(Method):
         r, outputs = block.shape[-2:]
         inputs = torch.arange(geometry.in_features)
         groups = self._count(geometry.in_features, r)
-        of_outputs = self._group_of_each(outputs, groups)
+        of_outputs = torch.arange(outputs) // shard_count(outputs, groups)
         same_group = of_outputs[:, None] == (inputs // r % groups)[None, :]
         return block[..., inputs % r, :].mT * same_group
 
@@ -67,24 +63,14 @@ class Groups(Method):
         groups = self._count(x.shape[-1], r)
         tokens = x.reshape(-1, x.shape[-1])
         sums = pad_to_multiple(tokens, groups * r, -1).view(len(tokens), -1, groups, r).sum(1)
-        columns = pad_to_multiple(block, groups, -1)
-        if self.contiguous:
-            of_groups = columns.view(r, groups, -1).transpose(0, 1)
-            update = _products(sums.transpose(0, 1), of_groups).transpose(0, 1)
-        else:
-            of_groups = columns.view(r, -1, groups).permute(2, 0, 1)
-            update = _products(sums.transpose(0, 1), of_groups).permute(1, 2, 0)
+        of_groups = pad_to_multiple(block, groups, -1).view(r, groups, -1).transpose(0, 1)
+        update = _products(sums.transpose(0, 1), of_groups).transpose(0, 1)
         update = update.reshape(len(tokens), -1)
         update = update[:, :outputs].reshape(*x.shape[:-1], outputs) * scale
         return F.linear(x, weight, bias) + update if with_base else update
 
     def _count(self, in_features: int, r: int) -> int:
         return min(self.groups, shard_count(in_features, r))
-
-    def _group_of_each(self, outputs: int, groups: int) -> Tensor:
-        if self.contiguous:
-            return torch.arange(outputs) // shard_count(outputs, groups)
-        return torch.arange(outputs) % groups
 
 
 def _products(x: Tensor, matrices: Tensor) -> Tensor:
@@ -124,12 +110,18 @@ class BatGroups(Method):
 
 
 GROUPS: dict[str, tuple[str, Method]] = {
-    "groups2": ("MiSS, 2 groups", Groups("groups2", 2)),
-    "groups3": ("MiSS, 3 groups", Groups("groups3", 3)),
-    "groups4": ("MiSS, 4 groups", Groups("groups4", 4)),
-    "groups_all": ("MiSS, n groups", Groups("groups_all", ALL)),
-    "groups4_contiguous": ("MiSS, 4 groups, contiguous", Groups("groups4_contiguous", 4, True)),
-    "groups3_contiguous": ("MiSS, 3 groups, contiguous", Groups("groups3_contiguous", 3, True)),
+    "groups2": ("MiSS, 2 groups", method_of("bone_groups2")),
+    "groups3": ("MiSS, 3 groups", method_of("bone_groups3")),
+    "groups4": ("MiSS, 4 groups", method_of("bone_groups4")),
+    "groups_all": ("MiSS, n groups", method_of("bone_groups_all")),
+    "groups4_contiguous": (
+        "MiSS, 4 groups, contiguous",
+        ContiguousGroups("groups4_contiguous", 4),
+    ),
+    "groups3_contiguous": (
+        "MiSS, 3 groups, contiguous",
+        ContiguousGroups("groups3_contiguous", 3),
+    ),
     "bat_groups4": ("BAT, 4 groups", BatGroups("bat_groups4", 4)),
 }
-"""Name -> title and method. `n groups` have as many groups as a layer has shards."""
+"""Name in the study -> title and method. `n groups` have as many groups as a layer has shards."""

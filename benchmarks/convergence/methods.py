@@ -94,7 +94,7 @@ def _ours(model: nn.Module, layers: Layers, cell: Cell) -> None:
 def _grouped(model: nn.Module, layers: Layers, cell: Cell) -> None:
     _, method = GROUPS[cell.method]
     disha.register_method(method)
-    _ours(model, layers, cell)
+    disha.inject_adapters(model, lambda name, _: name in layers, cell.r, method=method.name)
 
 
 def _tile(model: nn.Module, layers: Layers, cell: Cell) -> None:
