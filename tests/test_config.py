@@ -50,9 +50,9 @@ def test_survives_json_pickle_and_copy(config):
 
 
 def test_is_frozen_all_the_way():
-    with pytest.raises(AttributeError):
+    with pytest.raises(AttributeError, match="cannot assign to field 'r'"):
         FULL.r = 5
-    with pytest.raises(TypeError):
+    with pytest.raises(TypeError, match="does not support item assignment"):
         FULL.rank_pattern["q"] = 5
     patterns = {"q": 1}
     config = AdapterConfig(2, rank_pattern=patterns)

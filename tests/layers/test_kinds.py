@@ -198,13 +198,14 @@ class ClampedEmbedding(nn.Embedding):
 
 
 @pytest.mark.parametrize(
-    ("layer", "x"),
+    ("make", "x"),
     [
-        (DoublingConv(3, 4, 3), torch.randn(2, 3, 5, 5)),
-        (ClampedEmbedding(6, 4), torch.tensor([[1, 9]])),
+        (lambda: DoublingConv(3, 4, 3), numbers(2, 3, 5, 5).float()),
+        (lambda: ClampedEmbedding(6, 4), torch.tensor([[1, 9]])),
     ],
 )
-def test_a_subclass_keeps_its_own_forward(layer, x):
+def test_a_subclass_keeps_its_own_forward(make, x):
+    layer = make()
     plain = copy.deepcopy(layer)
     perturb(disha.inject_adapters(layer, "^$", 2))
     with torch.no_grad():
