@@ -106,6 +106,20 @@ GROUPED = [
 ]  # with dropout, several draw in another order than one after another
 
 
+def one_group_after_the_other(kinds, blocks, weight, offsets, x, inputs):
+    """Return the product by loops, in float64; each update has inputs of its own."""
+    pieces, start = [], 0
+    for e, end in enumerate(offsets.tolist()):
+        wide = weight[e].double()
+        piece = x[start:end] @ wide.T
+        for kind, block, own in zip(kinds, blocks, inputs, strict=True):
+            delta = reference.delta_weight(kind, wide, block[e])
+            piece = piece + 0.5 * own[start:end] @ delta.T
+        pieces.append(piece)
+        start = end
+    return torch.cat(pieces)
+
+
 @needs_grouped_products
 @pytest.mark.parametrize(("kinds", "dtype", "ends", "dropout"), GROUPED)
 def test_a_grouped_product(kinds, dtype, ends, dropout):
@@ -120,32 +134,25 @@ def test_a_grouped_product(kinds, dtype, ends, dropout):
     found = functional.adapted_grouped(torch._grouped_mm, x, weight, offsets, updates)
     assert found.dtype == dtype
     assert found.shape == (rows, 24)
-    exact = [x.detach().double().requires_grad_()]
-    exact += [update.block.detach().double().requires_grad_() for update in updates]
+    exact_x = x.detach().double().requires_grad_()
+    exact_blocks = [update.block.detach().double().requires_grad_() for update in updates]
     seed_torch(1)
     dropped = [
-        exact[0] if not dropout else exact[0] * F.dropout(torch.ones_like(x), dropout).double()
+        exact_x if not dropout else exact_x * F.dropout(torch.ones_like(x), dropout).double()
         for _ in updates
     ]
-    pieces, start = [], 0
-    for e, end in enumerate(offsets.tolist()):
-        wide = weight[e].double()
-        piece = exact[0][start:end] @ wide.T
-        for kind, block, own in zip(kinds, exact[1:], dropped, strict=True):
-            delta = reference.delta_weight(kind, wide, block[e])
-            piece = piece + 0.5 * own[start:end] @ delta.T
-        pieces.append(piece)
-        start = end
-    expected = torch.cat(pieces)
+    expected = one_group_after_the_other(kinds, exact_blocks, weight, offsets, exact_x, dropped)
     limit = 1e-5 if dtype == torch.float32 else 0.03
     assert (found[:used].double() - expected).norm() <= limit * (expected.norm() + 1e-9)
     cotangent = torch.randn_like(found[:used])
     leaves = [x, *[update.block for update in updates]]
-    gradients = torch.autograd.grad(found[:used], leaves, cotangent)
-    oracle = torch.autograd.grad(expected, exact, cotangent.double())
-    for one, other in zip(gradients, oracle, strict=True):
-        if one is gradients[0]:  # torch leaves rows of no group as it finds them
-            one, other = one[:used], other[:used]
+    of_x, *of_blocks = torch.autograd.grad(found[:used], leaves, cotangent)
+    exact_of_x, *exact_of_blocks = torch.autograd.grad(
+        expected, [exact_x, *exact_blocks], cotangent.double()
+    )
+    gradients = [of_x[:used], *of_blocks]  # torch leaves rows of no group as it finds them
+    exact_gradients = [exact_of_x[:used], *exact_of_blocks]
+    for one, other in zip(gradients, exact_gradients, strict=True):
         assert (one.double() - other).norm() <= limit * (other.norm() + 1e-9)
 
 

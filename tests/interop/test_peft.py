@@ -302,43 +302,59 @@ def test_export_while_merged(tmp_path):
     close(output(from_peft(tmp_path, net), net), expected)
 
 
-def test_a_folder_is_not_destroyed(tmp_path, monkeypatch):
-    model = disha.inject_adapters(net(), "inner", 4)
-    export(model, tmp_path / "folder")
-    (tmp_path / "folder" / "README.md").write_text("mine")
-    before = {path.name: path.read_bytes() for path in (tmp_path / "folder").iterdir()}
-    perturb(model)
+class TestAFolderThatIsThere:
+    """An adapter is exported to a folder that has it with other values."""
 
-    with monkeypatch.context() as patched:
-        patched.setattr(disk, "save_file", _full)
+    @pytest.fixture
+    def model(self):
+        return disha.inject_adapters(net(), "inner", 4)
+
+    @pytest.fixture
+    def folder(self, model, tmp_path):
+        folder = tmp_path / "folder"
+        export(model, folder)
+        (folder / "README.md").write_text("mine")
+        perturb(model)
+        return folder
+
+    def files(self, folder):
+        return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+    def test_its_files_are_replaced_and_those_of_others_stay(self, model, folder):
+        before = self.files(folder)
+        export(model, folder)
+        after = self.files(folder)
+        assert after.keys() == before.keys()
+        assert after["README.md"] == b"mine"
+        assert after["adapter_model.safetensors"] != before["adapter_model.safetensors"]
+
+    def test_on_a_full_disk_it_stays(self, model, folder, monkeypatch):
+        def full(*_, **__):
+            raise OSError(28, "No space left on device")
+
+        before = self.files(folder)
+        monkeypatch.setattr(disk, "save_file", full)
         with pytest.raises(AdapterIOError, match=r"No space left .*nothing was changed"):
-            export(model, tmp_path / "folder")
-    assert {path.name: path.read_bytes() for path in (tmp_path / "folder").iterdir()} == before
+            export(model, folder)
+        assert self.files(folder) == before
 
-    export(model, tmp_path / "folder")
-    after = {path.name: path.read_bytes() for path in (tmp_path / "folder").iterdir()}
-    assert after.keys() == before.keys()
-    assert after["README.md"] == b"mine"
-    assert after["adapter_model.safetensors"] != before["adapter_model.safetensors"]
+    def test_a_folder_in_the_place_of_a_file_leaves_the_others(self, model, folder):
+        (folder / "adapter_config.json").unlink()
+        (folder / "adapter_config.json").mkdir()
+        before = self.files(folder)
+        with pytest.raises(AdapterIOError, match=r"Is a directory; nothing was changed"):
+            export(model, folder)
+        assert self.files(folder) == before
 
-    (tmp_path / "folder" / "adapter_config.json").unlink()
-    (tmp_path / "folder" / "adapter_config.json").mkdir()
-    perturb(model, 1)
-    with pytest.raises(AdapterIOError, match=r"Is a directory; nothing was changed"):
-        export(model, tmp_path / "folder")
-    weights = (tmp_path / "folder" / "adapter_model.safetensors").read_bytes()
-    assert weights == after["adapter_model.safetensors"]
 
-    (tmp_path / "file").write_text("")
+def test_a_file_in_the_place_of_the_folder_and_an_unknown_adapter_are_refused(tmp_path):
+    model = disha.inject_adapters(net(), "inner", 4)
+    (tmp_path / "file").touch()
     with pytest.raises(ArgumentError, match="is a file"):
         export(model, tmp_path / "file")
     with pytest.raises(ArgumentError, match="no adapter 'other'"):
         export(model, tmp_path / "other", "other")
     assert not (tmp_path / "other").exists()
-
-
-def _full(*_, **__):
-    raise OSError(28, "No space left on device")
 
 
 # --- from PEFT -----------------------------------------------------------------------------------

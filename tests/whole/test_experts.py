@@ -10,6 +10,7 @@ another, into the plain model. Each model runs in every implementation of its ex
 
 import copy
 import functools
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -452,9 +453,8 @@ def test_every_rank_and_dtype(name, implementation, dtype, options):
         assert size[-1] == 0  # the expert that no token goes to
 
 
-@pytest.mark.parametrize("method", KINDS)
-def test_a_matrix_for_each_token(method):
-    """Indices in any order, negative ones too; second derivatives; autocast; cut off by detach."""
+def three_matrices(method):
+    """Return a stack with a block, and the dense weight of a block of its own, by the oracle."""
     experts = nn.Module()
     experts.weight = nn.Parameter(torch.randn(3, 8, 10, dtype=torch.float64))
     perturb(
@@ -463,8 +463,19 @@ def test_a_matrix_for_each_token(method):
     (block,) = disha.adapter_parameters(experts)
     own = block.detach().clone().requires_grad_()
     merged = dense_weight(method, experts.base_weight.detach(), own, inputs_first=False)
+    return experts, block, merged, own
+
+
+A_MATRIX_FOR_EACH_TOKEN = (torch.tensor([2, 0, -1, 2, 1]), torch.tensor([1, 1, -3, 0, 2]))
+"""Indices in any order, negative ones too."""
+
+
+@pytest.mark.parametrize("method", KINDS)
+def test_a_matrix_for_each_token(method):
+    """Also with second derivatives, and cut off by detach."""
+    experts, block, merged, own = three_matrices(method)
     x = torch.randn(5, 10, 1, dtype=torch.float64, requires_grad=True)
-    for index in (torch.tensor([2, 0, -1, 2, 1]), torch.tensor([1, 1, -3, 0, 2])):
+    for index in A_MATRIX_FOR_EACH_TOKEN:
         actual, expected = experts.weight[index] @ x, merged[index] @ x
         close(actual, expected, 1e-12)
         first, wanted = (
@@ -483,13 +494,21 @@ def test_a_matrix_for_each_token(method):
         frozen = experts.weight[index].detach() @ x
         assert torch.autograd.grad(frozen.sum(), block, allow_unused=True) == (None,)
 
+
+@pytest.mark.parametrize("method", KINDS)
+def test_a_matrix_for_each_token_under_autocast(method):
+    experts, block, merged, own = three_matrices(method)
+    x = torch.randn(5, 10, 1, dtype=torch.float64)
     experts.float()
-    with torch.autocast("cpu", torch.bfloat16):
-        output = experts.weight[index] @ x.detach().float()
-    assert output.dtype == torch.bfloat16
-    close(output.float(), expected.float(), 4e-2)
-    (gradient,) = torch.autograd.grad(output.sum(), block)
-    close(gradient, torch.autograd.grad((merged[index] @ x).sum(), own)[0].float(), 4e-2)
+    for index in A_MATRIX_FOR_EACH_TOKEN:
+        expected = merged[index] @ x
+        with torch.autocast("cpu", torch.bfloat16):
+            output = experts.weight[index] @ x.float()
+        assert output.dtype == torch.bfloat16
+        close(output.float(), expected.float(), 4e-2)
+        (gradient,) = torch.autograd.grad(output.sum(), block)
+        (wanted,) = torch.autograd.grad(expected.sum(), own, retain_graph=True)
+        close(gradient, wanted.float(), 4e-2)
 
 
 OF_EACH_LAYOUT = [run for run in RUNS if run[0] in ("Mixtral", "Llama-4")]
@@ -574,19 +593,18 @@ def test_compiled_experts(name, implementation, method):
     expected = torch.autograd.grad((run(experts) * weight).sum(), blocks)
     for actual, wanted in zip(found, expected, strict=True):
         close(actual, wanted)
-    outputs = [check()]
+    outputs = {"both": check()}
     for adapter in ("a", "b"):
         disha.set_adapter_scale(experts, 0.3, adapter)
         disha.set_active_adapters(experts, adapter)
-        outputs.append(check())
+        outputs[adapter] = check()
     disha.set_active_adapters(experts, "a")
-    outputs.append(check())
+    assert torch.equal(check(), outputs["a"])
     with disha.adapters_disabled(experts):
-        outputs.append(check())
+        outputs["none"] = check()
     assert counter.frame_count == frames
-    assert torch.equal(outputs[1], outputs[3])
-    for one, other in ((0, 1), (1, 2), (3, 4)):
-        assert (outputs[one] - outputs[other]).abs().max() > 1e-3
+    for one, other in itertools.combinations(outputs.values(), 2):
+        assert (one - other).abs().max() > 1e-3
 
 
 def test_compiled_model():
