@@ -100,7 +100,9 @@ def test_diffusers_loads_it_and_computes_the_same(tmp_path, kind, scale):
     assert scale != 1 or torch.equal(kind.run(back), expected)
 
 
-def test_one_file_for_a_pipeline(tmp_path):
+@pytest.fixture
+def pipeline(tmp_path):
+    """The models of a pipeline, plain and adapted, and the one file of its adapters."""
     base = {
         "unet": UNET.model(),
         "text_encoder": text_encoder(),
@@ -114,6 +116,11 @@ def test_one_file_for_a_pipeline(tmp_path):
         ours[name] = adapted(base[name], "k_proj|fc", scale=0.5, rank_pattern={"fc1": 4})
     path = tmp_path / "lora.safetensors"
     image_lora.export(ours, path)
+    return base, ours, path
+
+
+def test_diffusers_loads_the_file_of_a_pipeline(pipeline):
+    base, ours, path = pipeline
     state, alphas = StableDiffusionLoraLoaderMixin.lora_state_dict(str(path))
     theirs = copy.deepcopy(base)
     for name in ("text_encoder", "text_encoder_2"):
@@ -125,10 +132,17 @@ def test_one_file_for_a_pipeline(tmp_path):
         close(found, expected)
     StableDiffusionLoraLoaderMixin.load_lora_into_unet(state, alphas, theirs["unet"])
     close(UNET.run(theirs["unet"]), UNET.run(ours["unet"]))
+
+
+def test_the_file_of_a_pipeline_comes_back(pipeline):
+    base, ours, path = pipeline
     back = copy.deepcopy(base)
     image_lora.load(back, path)
     close(UNET.run(back["unet"]), UNET.run(ours["unet"]))
 
+
+def test_the_file_of_a_pipeline_has_the_prefixes_of_kohya(pipeline):
+    _, _, path = pipeline
     to_kohya(path)
     prefixes = {re.match("lora_[a-z0-9]+", key)[0] for key in load_file(path)}
     assert prefixes == {"lora_unet", "lora_te1", "lora_te2"}
@@ -239,7 +253,7 @@ def test_wrong_arguments(tmp_path):
 
 # --- bad files -----------------------------------------------------------------------------------
 
-A, B = torch.eye(2).repeat(1, 4), torch.randn(8, 2)
+A, B = torch.eye(2).repeat(1, 4), torch.arange(16.0).view(8, 2)
 NAMES = ("text_encoder.a", "text_encoder.text_model.a")  # of one layer
 TWICE = {f"{name}.lora_{n}.weight": one for name in NAMES for n, one in (("A", A), ("B", B))}
 

@@ -69,38 +69,50 @@ TARGETS = {"embedding": "embed_tokens|wte", "head": "lm_head", "both": "embed_to
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("make", [llama, gpt2])
-def test_both_read_one_update(make, target, kind, r):
-    model = disha.inject_adapters(make(), TARGETS[target], r, scale=0.5, **settings_of(kind, 4))
-    assert torch.equal(model(TOKENS).logits, make()(TOKENS).logits)
-    perturb(model)
-    (block,) = disha.adapter_parameters(model)
-    assert [key for key in model.state_dict() if "disha" in key] == [
-        key for key, parameter in model.named_parameters() if parameter is block
-    ]
-    dense = dense_like(model, make)
-    expected = model(TOKENS).logits
-    torch.testing.assert_close(expected, dense(TOKENS).logits)
-    loss_of(model).backward()
-    step = 1e-3 * torch.randn_like(block)  # Llama has norms in float32
-    ends = []
-    for sign in (1, -1):  # finite differences of the dense model
-        moved = copy.deepcopy(model)
-        with torch.no_grad():
-            next(iter(disha.adapter_parameters(moved))).add_(step, alpha=sign)
-            ends.append(loss_of(dense_like(moved, make)))
-    torch.testing.assert_close(
-        (ends[0] - ends[1]) / 2, (step * block.grad).sum(), rtol=3e-3, atol=0
-    )
-    assert disha.check_adapters(model, TOKENS).ok
-    disha.merge_adapters(model)
-    torch.testing.assert_close(model(TOKENS).logits, expected)
-    weight = model.lm_head._parameters["weight"]
-    assert weight is model.get_input_embeddings()._parameters["weight"]
-    disha.unmerge_adapters(model)
-    assert torch.equal(model(TOKENS).logits, expected)
-    disha.remove_adapters(model)
-    assert torch.equal(model(TOKENS).logits, make()(TOKENS).logits)
-    assert [type(model.lm_head), type(model.get_input_embeddings())] == [nn.Linear, nn.Embedding]
+class TestOneUpdate:
+    """Of a table that is also the head, wherever the adapter was asked for."""
+
+    def adapted(self, make, target, kind, r):
+        return disha.inject_adapters(make(), TARGETS[target], r, scale=0.5, **settings_of(kind, 4))
+
+    def test_both_read_it(self, make, target, kind, r):
+        model = self.adapted(make, target, kind, r)
+        assert torch.equal(model(TOKENS).logits, make()(TOKENS).logits)
+        perturb(model)
+        (block,) = disha.adapter_parameters(model)
+        assert [key for key in model.state_dict() if "disha" in key] == [
+            key for key, parameter in model.named_parameters() if parameter is block
+        ]
+        torch.testing.assert_close(model(TOKENS).logits, dense_like(model, make)(TOKENS).logits)
+
+    def test_its_gradient_is_that_of_both(self, make, target, kind, r):
+        """By finite differences of the dense model."""
+        model = perturb(self.adapted(make, target, kind, r))
+        (block,) = disha.adapter_parameters(model)
+        loss_of(model).backward()
+        step = 1e-3 * torch.randn_like(block)  # Llama has norms in float32
+        losses = {}
+        for sign in (1, -1):
+            moved = copy.deepcopy(model)
+            with torch.no_grad():
+                next(iter(disha.adapter_parameters(moved))).add_(step, alpha=sign)
+                losses[sign] = loss_of(dense_like(moved, make))
+        difference = (losses[1] - losses[-1]) / 2
+        torch.testing.assert_close(difference, (step * block.grad).sum(), rtol=3e-3, atol=0)
+
+    def test_it_is_merged_once_and_goes(self, make, target, kind, r):
+        model = perturb(self.adapted(make, target, kind, r))
+        expected = model(TOKENS).logits
+        assert disha.check_adapters(model, TOKENS).ok
+        disha.merge_adapters(model)
+        torch.testing.assert_close(model(TOKENS).logits, expected)
+        head, embedding = model.lm_head, model.get_input_embeddings()
+        assert head._parameters["weight"] is embedding._parameters["weight"]
+        disha.unmerge_adapters(model)
+        assert torch.equal(model(TOKENS).logits, expected)
+        disha.remove_adapters(model)
+        assert torch.equal(model(TOKENS).logits, make()(TOKENS).logits)
+        assert [type(head), type(embedding)] == [nn.Linear, nn.Embedding]
 
 
 @pytest.mark.parametrize("kind", KINDS)
