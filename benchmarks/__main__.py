@@ -13,6 +13,7 @@ import torch
 
 from benchmarks.compiled import compiled
 from benchmarks.experts import experts
+from benchmarks.groups import groups
 from benchmarks.layers import few_tokens, layer_step
 from benchmarks.many import loaded
 from benchmarks.memory import memory
@@ -31,6 +32,7 @@ TABLES: Mapping[str, Callable[[torch.device], list[dict[str, Any]]]] = {
     "loaded": loaded,
     "experts": experts,
     "compiled": compiled,
+    "groups": groups,
 }
 
 

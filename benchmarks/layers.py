@@ -61,7 +61,7 @@ def layer_step(device: torch.device) -> list[Case]:
     """Measure forward and backward of one layer, the gradient of its input included."""
     found = []
     for size in sizes(STEPS, device):
-        case = _measure(size, Budget(50.0, 7, 100), device, _training_step)
+        case = _measure(size, Budget(50.0, 7, 100), device, training_step)
         layer = Linear(size.width, size.width)
         rates = measured_rates([layer], size.tokens, R, size.dtype, device)
         found.append({**case, "rates": rates})
@@ -74,7 +74,8 @@ def few_tokens(device: torch.device) -> list[Case]:
     return [_measure(size, budget, device, forward) for size in sizes(FEW, device)]
 
 
-def _training_step(layer: nn.Module, x: Tensor) -> Callable[[], object]:
+def training_step(layer: nn.Module, x: Tensor) -> Callable[[], object]:
+    """Return a forward and backward of the layer, which give its input a gradient too."""
     x, cotangent = x.clone().requires_grad_(), torch.randn_like(x)
     leaves = [x, *trainable(layer)]
 

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from benchmarks.candidates import BASE, CANDIDATES
 from benchmarks.compiled import COMPILED
+from benchmarks.groups import WITH_GROUPS
 from benchmarks.markdown import (
     Case,
     box,
@@ -373,6 +374,35 @@ def _compiled(cases: Sequence[Case]) -> str:
     return _section("Compiled", about, table(header, rows))
 
 
+def _groups(cases: Sequence[Case]) -> str:
+    rows = []
+    for name, candidate in WITH_GROUPS.items():
+        times = []
+        for case in cases:
+            times += [
+                divided_text(case, name, "bone"),
+                divided_text(case, name + COMPILED, "bone" + COMPILED),
+            ]
+        rows.append([candidate.title, *times])
+    header = [""]
+    for case in cases:
+        what = f"{case['work']}, {case['width']} wide"
+        header += [what, f"{what}, compiled"]
+    kept = [
+        [WITH_GROUPS[name].title, *(bytes_text(case["kept_bytes"][name]) for case in cases[::2])]
+        for name in WITH_GROUPS
+    ]
+    one = cases[0]
+    about = (
+        f"A forward without gradients, and a training step, of one linear layer with r = "
+        f"{one['r']} and {count_text(one['tokens'], 'token')}, {one['dtype']}, divided by MiSS. "
+        "*n groups* are one for each shard. MiSS of size 2 r has twice the parameters, and the "
+        "rank of two groups. *Kept* is what autograd saves for the backward pass."
+    )
+    widths = [f"kept, {case['width']} wide" for case in cases[::2]]
+    return _section("Groups of shards", about, table(header, rows), table(["", *widths], kept))
+
+
 # --- side by side in one trainer -----------------------------------------------------------------
 
 BESIDE = {
@@ -475,6 +505,7 @@ SECTIONS: Mapping[str, Callable[[Sequence[Case]], str]] = {
     "loaded": _loaded,
     "start_up": _start_up,
     "compiled": _compiled,
+    "groups": _groups,
 }
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from benchmarks import __main__ as command
-from benchmarks import candidates, layers, quantized, report, results, roofline, steps
+from benchmarks import candidates, groups, layers, quantized, report, results, roofline, steps
 from benchmarks.candidates import BASE, CANDIDATES, lora_rank
 from benchmarks.layers import Size, build_layers
 from benchmarks.memory import allocated_peak, kept_bytes, stack
@@ -219,6 +219,25 @@ def test_a_run_is_written_and_becomes_a_page(tmp_path, monkeypatch, capsys):
         assert words in page
     assert (docs / "assets/compared.png").read_bytes()[:4] == b"\x89PNG"
     capsys.readouterr()
+
+
+def test_groups_of_shards_become_a_section(tmp_path, monkeypatch):
+    monkeypatch.setattr(groups, "SIZES", (Size(128, 8, torch.float32),))
+    monkeypatch.setattr(groups, "BUDGET", Budget(0.0, 2, 2, 0))
+    monkeypatch.setattr(torch, "compile", lambda layer: layer)  # it would take a minute
+    path = tmp_path / "results.json"
+    command.main(["--out", str(path), "--only", "groups"])
+    forward, step = results.read_results(path)["tables"]["groups"]
+    assert (forward["work"], step["work"]) == ("forward", "step")
+    sums = 8 * 64 * 4  # S(x) of MiSS, in bytes
+    lora = 8 * (128 + 32) * 4
+    assert step["kept_bytes"] == {
+        "frozen": 0, "bone": sums, "groups2": 2 * sums, "groups4": 2 * sums,
+        "groups_all": 2 * sums, "bone_2r": 2 * sums, "peft_lora": lora,
+    }  # fmt: skip
+    section = report.SECTIONS["groups"]([forward, step])
+    assert "| MiSS, n groups |" in section
+    assert "| step, 128 wide, compiled |" in section
 
 
 def test_a_table_of_ratios_is_printed(capsys):
