@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from disha.effective.rules import Operation, rule, rule_with_operation
 from disha.effective.weight import EffectiveWeight, base_inside, make_effective
@@ -149,6 +150,9 @@ def cast(func: Operation, weight: Any, *args: Any, **kwargs: Any) -> Any:
 
 @rule_with_operation("detach data")
 def _detach(func: Operation, weight: Any) -> Any:
+    if is_compiling():
+        func = Tensor.detach  # dynamo can't take `.data` of a tensor that a rule has read
+
     def detach_blocks(updates: Sequence[Update]) -> Sequence[Update]:
         return [update.replace(block=func(update.block)) for update in updates]
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from tests.conftest import (
+    freshly_compiled,
     merged_weight,
 )
 from tests.effective.weights import adapted_weight
@@ -37,6 +38,13 @@ def test_views_stay_effective_weights(view):
     seen = view(weight)
     assert type(seen) is type(weight)
     torch.testing.assert_close(seen + 0, view(dense))
+
+
+def test_compiled_code_reads_the_data():
+    layer, _ = adapted_weight()
+    x = torch.randn(2, 4)
+    compiled = freshly_compiled(lambda x: x @ layer.weight.data.T)
+    torch.testing.assert_close(compiled(x), x @ merged_weight(layer).T)
 
 
 @pytest.mark.parametrize(
