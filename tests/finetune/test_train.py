@@ -120,13 +120,20 @@ class TestResults:
             finetune(tmp_path)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_families(family, finetune, data, tmp_path, capsys):
-    def evaluated(*model):
-        assert disha_command(["evaluate", *map(str, model), "--data", str(data), "--json"]) == 0
-        found = json.loads(capsys.readouterr().out)
-        return found["adapter" if "adapter" in found else "base"]["loss"]
+@pytest.fixture
+def evaluated(capsys):
+    """Return what `disha evaluate` measures of a model: part -> its loss, and more."""
 
+    def measured(*words):
+        capsys.readouterr()
+        assert disha_command(["evaluate", *map(str, words), "--json"]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    return measured
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families(family, finetune, data, tmp_path, evaluated):
     base, merged = write_model(tmp_path / "base", family), tmp_path / "merged"
     result = finetune(tmp_path / "out", "--r", 4, base=base)
     assert result.losses[6] < result.losses[0] - 0.01
@@ -136,10 +143,10 @@ def test_families(family, finetune, data, tmp_path, capsys):
     words = ["--adapter", str(result.adapter), "--prompt", "say two 3", "--max_new_tokens", "4"]
     assert disha_command(["generate", *words]) == 0
     assert disha_command(["merge", str(result.adapter), str(merged)]) == 0
-    capsys.readouterr()
-    loss = evaluated("--adapter", result.adapter)
+    loss = evaluated("--adapter", result.adapter, "--data", data)["adapter"]["loss"]
     assert loss == pytest.approx(proof["trained"], abs=0.02)
-    assert evaluated("--base", merged) == pytest.approx(loss, abs=1e-4)
+    of_merged = evaluated("--base", merged, "--data", data)["base"]["loss"]
+    assert of_merged == pytest.approx(loss, abs=1e-4)
 
 
 class TestBases:
@@ -151,7 +158,7 @@ class TestBases:
         assert read_noted_base(result.adapter) == (str(base), "fp32")
 
     @pytest.mark.parametrize("bits", ["4", "8"])
-    def test_bits(self, finetune, data, tmp_path, bits, capsys):
+    def test_bits(self, finetune, data, tmp_path, bits, evaluated):
         """From training to an answer, also with a norm that must be the base's where it counts."""
         base = write_model(tmp_path / "base", "Mixtral")
         words = ["--bits", bits, "--also_train", "norm", "--samples", 1]
@@ -161,15 +168,8 @@ class TestBases:
         assert result.report["settings"]["bits"] == bits
         [sample] = result.report["samples"]
         assert sample["without"] != sample["with_adapter"]
-        capsys.readouterr()
-
-        def evaluated(*words):
-            command = ["evaluate", "--data", str(data), "--json", *map(str, words)]
-            assert disha_command(command) == 0
-            return json.loads(capsys.readouterr().out)
-
-        alone = evaluated("--base", base, "--bits", bits)["base"]["loss"]
-        both = evaluated("--adapter", result.adapter, "--compare")
+        alone = evaluated("--base", base, "--bits", bits, "--data", data)["base"]["loss"]
+        both = evaluated("--adapter", result.adapter, "--compare", "--data", data)
         assert both["base"]["loss"] == pytest.approx(alone, abs=2e-3)
         assert both["adapter"]["loss"] == pytest.approx(result.losses[6], abs=0.02)
         asked = ["--adapter", str(result.adapter), "--prompt", "say two 3"]
@@ -223,7 +223,7 @@ def test_a_chat_model_learns_by_its_template(finetune, tmp_path, chatty):
 
 @pytest.mark.parametrize("kind", ["file", "folder"])
 def test_a_template_that_was_given_goes_where_the_adapter_goes(
-    kind, finetune, tmp_path, tiny, chatty, data, capsys
+    kind, finetune, tmp_path, chatty, data, evaluated
 ):
     """Into the merged folder, and to each command; the adapter is trained further with it too."""
     template = tmp_path / "template.txt" if kind == "file" else chatty
@@ -236,10 +236,7 @@ def test_a_template_that_was_given_goes_where_the_adapter_goes(
     for folder in (result.folder / "merged", merged):
         assert load_base(str(folder))[1].chat_template == CHATML
         assert load_base(str(folder))[0].generation_config.eos_token_id == [2, 4]  # <|im_end|> too
-    capsys.readouterr()
-    words = ["evaluate", "--adapter", str(result.adapter), "--data", str(data), "--json"]
-    assert disha_command(words) == 0
-    loss = json.loads(capsys.readouterr().out)["adapter"]["loss"]
+    loss = evaluated("--adapter", result.adapter, "--data", data)["adapter"]["loss"]
     assert loss == pytest.approx(result.losses[6], abs=0.02)
     talk = write_rows(tmp_path / "talk.jsonl", [{"messages": TALK}] * 8)
     words = ["--adapter", result.adapter, "--data", talk]
@@ -608,7 +605,7 @@ class TestNewTokens:
         words = AutoTokenizer.from_pretrained(new_tokens.result.folder)
         assert words.convert_tokens_to_ids("</think>") > size
 
-    def test_all_commands_know_them(self, new_tokens, tmp_path, capsys):
+    def test_all_commands_know_them(self, new_tokens, tmp_path, capsys, evaluated):
         for model in new_tokens.models(tmp_path):
             capsys.readouterr()
             asked = ["--prompt", "say two 3", "--max_new_tokens", "8"]
@@ -616,9 +613,7 @@ class TestNewTokens:
             answer = capsys.readouterr().out
             assert "<think>" in answer
             assert "</think>" in answer
-            data = ["--data", str(new_tokens.answers), "--json"]
-            assert disha_command(["evaluate", *model, *data]) == 0
-            measured = json.loads(capsys.readouterr().out)
+            measured = evaluated(*model, "--data", new_tokens.answers)
             name = "adapter" if "adapter" in measured else "base"
             losses = new_tokens.result.losses
             assert measured[name]["loss"] == pytest.approx(losses[60], abs=0.02)
