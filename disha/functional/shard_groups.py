@@ -20,9 +20,16 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from disha.functional.shard_sums import Scale, add_to, overflow_safe_shard_sum, scaled, shard_count
-from disha.private_torch import any_autocast
+from disha.private_torch import any_autocast, must_not_write
+
+LARGE_OUTPUT = 2**18
+"""From this many numbers on, processors add group by group, without gradients.
+
+New memory of the size of the output costs them more time than a product for each group.
+"""
 
 
 def group_count(groups: int | None, in_features: int, block: Tensor) -> int:
@@ -67,16 +74,46 @@ def group_product(
         # W x and S(x) read the same view. So in backward, the gradient of S(x) is added to that of
         # W x as it is, and not repeated in memory first.
         shards = torch.unflatten(x, -1, (-1, size))
-        sums = shards.sum(-2)
+        # The sum of one shard is x itself, and summing would copy it.
+        sums = shards.sum(-2) if x.shape[-1] > size else shards.squeeze(-2)
         x = shards.flatten(-2)
         overflow_scale = 1.0
-    delta = _multiply_by_groups(scaled(sums, scale), block.to(x.dtype), groups)
+    block = block.to(x.dtype)
+    output = _multiply_by_weight(x, weight, bias) if with_base else None
+    if output is not None and _is_added_group_by_group(output, sums, scale):
+        _add_group_by_group(output, sums, block, groups, scale * overflow_scale)
+        return output
+    delta = _multiply_by_groups(scaled(sums, scale), block, groups)
     delta = scaled(delta, overflow_scale)
-    if not with_base:
-        return delta
-    if weight.dim() == 2:
-        return add_to(F.linear(x, weight, bias), delta)
-    return add_to(torch.matmul(x, weight.mT), delta)
+    return delta if output is None else add_to(output, delta)
+
+
+def _multiply_by_weight(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return F.linear(x, weight, bias) if weight.dim() == 2 else torch.matmul(x, weight.mT)
+
+
+def _is_added_group_by_group(output: Tensor, sums: Tensor, scale: Scale) -> bool:
+    """Whether to add the update to a new output in place, one group after another."""
+    return (
+        output.device.type == "cpu"
+        and output.numel() >= LARGE_OUTPUT
+        and not torch.is_grad_enabled()
+        and output.dtype == sums.dtype
+        and not isinstance(scale, Tensor)
+        and not is_compiling()
+        and not must_not_write()
+    )
+
+
+def _add_group_by_group(
+    output: Tensor, sums: Tensor, block: Tensor, groups: int, factor: Scale
+) -> None:
+    """Add the factor times S(x) R to an output in place."""
+    r = block.shape[-2]
+    for group in range(groups):
+        part = sums[..., group * r : (group + 1) * r]
+        product = torch.matmul(part, block[..., group::groups])
+        output[..., group::groups].add_(product, alpha=factor)  # type: ignore[arg-type]
 
 
 def _multiply_by_groups(sums: Tensor, block: Tensor, groups: int) -> Tensor:

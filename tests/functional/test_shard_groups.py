@@ -4,7 +4,14 @@ import pytest
 import torch
 
 from disha.errors import ArgumentError
-from disha.functional import Geometry, Update, adapted_linear, adapted_stack, method_of
+from disha.functional import (
+    Geometry,
+    Update,
+    adapted_linear,
+    adapted_stack,
+    method_of,
+    shard_groups,
+)
 from disha.functional.parts import updates_of_outputs
 from tests import reference
 from tests.functional.updates import MATRIX, STACK, close_with_gradients, dense
@@ -44,6 +51,19 @@ def test_any_number_of_groups(name, sizes):
     expected = x @ (weight + dense(update, MATRIX, weight)).T
     found = adapted_linear(x, weight, None, [update])
     close_with_gradients(found, expected, [x, update.block])
+
+
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+@pytest.mark.parametrize("name", NAMES)
+def test_large_outputs_without_gradients_are_added_group_by_group(monkeypatch, name, sizes):
+    inputs, outputs, r = sizes
+    x, weight = torch.randn(5, inputs), torch.randn(outputs, inputs)
+    update = update_of(name, MATRIX, weight, r)
+    with torch.no_grad():
+        expected = adapted_linear(x, weight, None, [update])
+        monkeypatch.setattr(shard_groups, "LARGE_OUTPUT", 0)
+        found = adapted_linear(x, weight, None, [update])
+    torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize("experts", [1, 3])
