@@ -12,24 +12,27 @@ size g r and R has zeros:
 
 `group_product` multiplies no zeros: for each group k, it multiplies the part k of S(x) by the
 columns of D of the outputs in group k. For the backward pass, autograd saves S(x) and D, and
-never x.
+no other tensor. If each group has one shard, S(x) is x.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from disha.functional.shard_sums import Scale, add_to, overflow_safe_shard_sum, scaled, shard_count
-from disha.private_torch import any_autocast, must_not_write
-
-LARGE_OUTPUT = 2**18
-"""From this many numbers on, processors add group by group, without gradients.
-
-New memory of the size of the output costs them more time than a product for each group.
-"""
+from disha.functional.shard_sums import (
+    PLAIN,
+    Scale,
+    add_to,
+    overflow_safe_shard_sum,
+    scaled,
+    shard_count,
+)
+from disha.private_torch import any_autocast, in_forward_mode, is_view, must_not_write
 
 
 def group_count(groups: int | None, in_features: int, block: Tensor) -> int:
@@ -68,63 +71,128 @@ def group_product(
     same input, and W is (experts, out, in).
     """
     size = groups * block.shape[-2]
+    overflow_scale = 1.0
     if x.shape[-1] % size or x.dtype == torch.float16 or any_autocast():
         sums, overflow_scale = overflow_safe_shard_sum(x, size)
+    elif x.shape[-1] == size:  # one shard in each group
+        sums = x
     else:
         # W x and S(x) read the same view. So in backward, the gradient of S(x) is added to that of
         # W x as it is, and not repeated in memory first.
         shards = torch.unflatten(x, -1, (-1, size))
-        # The sum of one shard is x itself, and summing would copy it.
-        sums = shards.sum(-2) if x.shape[-1] > size else shards.squeeze(-2)
+        sums = shards.sum(-2)
         x = shards.flatten(-2)
-        overflow_scale = 1.0
+    sums = scaled(sums, scale)
     block = block.to(x.dtype)
-    output = _multiply_by_weight(x, weight, bias) if with_base else None
-    if output is not None and _is_added_group_by_group(output, sums, scale):
-        _add_group_by_group(output, sums, block, groups, scale * overflow_scale)
-        return output
-    delta = _multiply_by_groups(scaled(sums, scale), block, groups)
-    delta = scaled(delta, overflow_scale)
-    return delta if output is None else add_to(output, delta)
-
-
-def _multiply_by_weight(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return F.linear(x, weight, bias) if weight.dim() == 2 else torch.matmul(x, weight.mT)
-
-
-def _is_added_group_by_group(output: Tensor, sums: Tensor, scale: Scale) -> bool:
-    """Whether to add the update to a new output in place, one group after another."""
-    return (
-        output.device.type == "cpu"
-        and output.numel() >= LARGE_OUTPUT
-        and not torch.is_grad_enabled()
-        and output.dtype == sums.dtype
-        and not isinstance(scale, Tensor)
-        and not is_compiling()
-        and not must_not_write()
-    )
-
-
-def _add_group_by_group(
-    output: Tensor, sums: Tensor, block: Tensor, groups: int, factor: Scale
-) -> None:
-    """Add the factor times S(x) R to an output in place."""
-    r = block.shape[-2]
-    for group in range(groups):
-        part = sums[..., group * r : (group + 1) * r]
-        product = torch.matmul(part, block[..., group::groups])
-        output[..., group::groups].add_(product, alpha=factor)  # type: ignore[arg-type]
+    if not with_base:
+        return scaled(_multiply_by_groups(sums, block, groups), overflow_scale)
+    output = F.linear(x, weight, bias) if weight.dim() == 2 else torch.matmul(x, weight.mT)
+    if overflow_scale == 1.0 and _may_write(output, sums, block):
+        return _AddByGroups.apply(output, sums, block, groups)  # type: ignore[no-untyped-call]
+    return add_to(output, scaled(_multiply_by_groups(sums, block, groups), overflow_scale))
 
 
 def _multiply_by_groups(sums: Tensor, block: Tensor, groups: int) -> Tensor:
-    """Return S(x) R, as one batch of products: one for each group."""
-    r, outputs = block.shape[-2:]
+    """Return S(x) R, as a batch of products: one for each group."""
+    outputs_of_ranges = []
+    for outputs, count in _cut_into_whole_groups(block, groups):
+        parts, columns = _split_operands(sums, block[..., outputs], count)
+        outputs_of_ranges.append((parts @ columns).movedim(-3, -1).flatten(-2))
+    return torch.cat(outputs_of_ranges, -1)
+
+
+def _cut_into_whole_groups(block: Tensor, groups: int) -> list[tuple[slice, int]]:
+    """Return ranges of outputs, and for each, a number of groups with equally many outputs.
+
+    If g does not divide the outputs, the last ones are fewer than g: one in each of the first
+    groups.
+    """
+    outputs = block.shape[-1]
     last = outputs % groups
+    ranges = [(slice(0, outputs - last), groups)]
     if last:
-        # The last outputs are fewer than the groups: one in each of the first groups.
-        first_outputs = _multiply_by_groups(sums, block[..., :-last], groups)
-        last_outputs = _multiply_by_groups(sums[..., : last * r], block[..., -last:], last)
-        return torch.cat([first_outputs, last_outputs], -1)
-    parts = torch.unflatten(sums, -1, (groups, r)).transpose(-3, -2)  # (..., g, n, r)
-    columns = torch.unflatten(block, -1, (-1, groups)).movedim(-1, -3)  # (..., g, r, out / g)
-    return torch.matmul(parts, columns).movedim(-3, -1).flatten(-2)
+        ranges.append((slice(outputs - last, outputs), last))
+    return ranges
+
+
+def _split_operands(sums: Tensor, block: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+    """Return the parts of S(x) and of D of the first groups: (..., g, n, r), (..., g, r, out / g).
+
+    D has the outputs of these groups alone.
+    """
+    r = block.shape[-2]
+    parts = torch.unflatten(sums[..., : groups * r], -1, (groups, r)).transpose(-3, -2)
+    return parts, _split_outputs(block, groups)
+
+
+def _split_outputs(tensor: Tensor, groups: int) -> Tensor:
+    """Return the outputs of each group of a tensor (..., m, out), as (..., g, m, out / g)."""
+    return torch.unflatten(tensor, -1, (-1, groups)).movedim(-1, -3)
+
+
+# --- the same product, added to W x with fewer copies --------------------------------------------
+
+
+def _may_write(output: Tensor, sums: Tensor, block: Tensor) -> bool:
+    """Whether `_AddByGroups` can add the product to this output."""
+    is_plain = {type(output), type(sums), type(block)}.issubset(PLAIN)
+    if not is_plain or output.dim() != 2 or output.dtype is not sums.dtype:
+        return False
+    if is_compiling() or must_not_write() or in_forward_mode():
+        return False
+    return not is_view(output)
+
+
+class _AddByGroups(torch.autograd.Function):
+    """(y (n, out), S(x) (n, g r), D (r, out), g) -> y + S(x) R, in place.
+
+    A copy of the outputs costs as much time as their products. So forward makes none, and backward
+    makes one: it brings the gradient of y into an order that both of its products can read.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, sums: Tensor, block: Tensor, groups: int) -> Tensor:
+        ctx.save_for_backward(sums, block)
+        ctx.mark_dirty(output)
+        ctx.groups = groups
+        for outputs, count in _cut_into_whole_groups(block, groups):
+            parts, columns = _split_operands(sums, block[:, outputs], count)
+            _split_outputs(output[:, outputs], count).add_(_multiply_by_tokens(parts, columns))
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad: Any) -> Any:
+        sums, block = ctx.saved_tensors
+        _, needs_sums, needs_block, _ = ctx.needs_input_grad
+        grad_sums = None
+        grad_blocks = []
+        for outputs, count in _cut_into_whole_groups(block, ctx.groups):
+            parts, columns = _split_operands(sums, block[:, outputs], count)
+            # In this order of memory, a batched product takes the gradient as it is.
+            by_tokens = torch.unflatten(grad[:, outputs], -1, (-1, count)).mT.contiguous()
+            grad_outputs = by_tokens.transpose(0, 1)  # (g, n, out / g)
+            if needs_sums:
+                grad_parts = _multiply_by_tokens(grad_outputs, columns.mT.conj())
+                grad_parts = grad_parts.transpose(0, 1).flatten(-2)
+                if grad_sums is None:
+                    grad_sums = grad_parts
+                else:
+                    missing = sums.shape[1] - grad_parts.shape[1]
+                    grad_sums = grad_sums + F.pad(grad_parts, (0, missing))
+            if needs_block:
+                grad_columns = parts.mT.conj() @ grad_outputs  # (g, r, out / g)
+                grad_blocks.append(grad_columns.movedim(0, -1).flatten(-2))
+        grad_block = torch.cat(grad_blocks, -1) if needs_block else None
+        return grad, grad_sums, grad_block, None
+
+
+def _multiply_by_tokens(first: Tensor, second: Tensor) -> Tensor:
+    """Return the products (g, n, columns) of matrices (g, n, m) and (g, m, columns).
+
+    In memory, all groups of a token lie beside each other, as they do in the outputs and in S(x).
+    """
+    if torch.is_grad_enabled():  # in a second derivative, which can't have `out`
+        return first @ second
+    groups, tokens, _ = first.shape
+    by_tokens = first.new_empty(tokens, groups, second.shape[-1])
+    return torch.bmm(first, second, out=by_tokens.transpose(0, 1))

@@ -4,14 +4,7 @@ import pytest
 import torch
 
 from disha.errors import ArgumentError
-from disha.functional import (
-    Geometry,
-    Update,
-    adapted_linear,
-    adapted_stack,
-    method_of,
-    shard_groups,
-)
+from disha.functional import Geometry, Update, adapted_linear, adapted_stack, method_of
 from disha.functional.parts import updates_of_outputs
 from tests import reference
 from tests.functional.updates import MATRIX, STACK, close_with_gradients, dense
@@ -53,19 +46,6 @@ def test_any_number_of_groups(name, sizes):
     close_with_gradients(found, expected, [x, update.block])
 
 
-@pytest.mark.parametrize("sizes", SIZES, ids=str)
-@pytest.mark.parametrize("name", NAMES)
-def test_large_outputs_without_gradients_are_added_group_by_group(monkeypatch, name, sizes):
-    inputs, outputs, r = sizes
-    x, weight = torch.randn(5, inputs), torch.randn(outputs, inputs)
-    update = update_of(name, MATRIX, weight, r)
-    with torch.no_grad():
-        expected = adapted_linear(x, weight, None, [update])
-        monkeypatch.setattr(shard_groups, "LARGE_OUTPUT", 0)
-        found = adapted_linear(x, weight, None, [update])
-    torch.testing.assert_close(found, expected)
-
-
 @pytest.mark.parametrize("experts", [1, 3])
 @pytest.mark.parametrize("name", NAMES)
 def test_a_stack_with_one_input_or_with_one_for_each_matrix(name, experts):
@@ -75,6 +55,32 @@ def test_a_stack_with_one_input_or_with_one_for_each_matrix(name, experts):
     expected = x @ (weight + dense(update, STACK, weight)).mT
     found = adapted_stack(x, weight, [update])
     close_with_gradients(found, expected, [x, update.block])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
+@pytest.mark.parametrize("outputs", [6, 7])
+def test_derivatives_of_both_orders(outputs, dtype):
+    x = torch.randn(3, 12, dtype=dtype).requires_grad_()
+    weight = torch.randn(outputs, 12, dtype=dtype)
+    block = torch.randn(2, outputs, dtype=dtype).requires_grad_()
+
+    def product(x, block):
+        return adapted_linear(x, weight, None, [Update(method_of("bone_groups3"), block, 0.5)])
+
+    assert torch.autograd.gradcheck(product, (x, block))
+    assert torch.autograd.gradgradcheck(product, (x, block))
+
+
+@pytest.mark.parametrize(("name", "size"), [("bone_groups2", 4), ("bone_groups_all", 12)])
+def test_backward_needs_the_sums_and_the_block_alone(name, size):
+    """W is saved for the gradient of x. With as many groups as shards, S(x) is x."""
+    x = torch.randn(5, 12).requires_grad_()
+    weight = torch.randn(6, 12)
+    update = update_of(name, MATRIX, weight, 2)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(saved.append, lambda kept: kept):
+        adapted_linear(x, weight, None, [update])
+    assert sorted(one.numel() for one in saved) == sorted([5 * size, 2 * 6, 6 * 12])
 
 
 @pytest.mark.parametrize("name", NAMES)
