@@ -40,11 +40,23 @@ from tests.reference import METHODS
         (torch.float64, {"r": 3}),
         (torch.float32, {"r": 16}),
         (torch.float64, {"r_out": 4}),
+        (torch.float64, {"groups": 2}),
+        (torch.float64, {"groups": "all", "scale": 0.5}),
         (torch.float32, {"rank_pattern": {"q_proj": 2, r"1\.mlp": 8}}),
         (torch.float64, {"scale": -0.75}),
         (torch.float32, {"scale": 3e4 / 7, "rank_pattern": {"down": 5}}),
     ],
-    ids=["r4", "ragged", "wide", "tile", "ranks", "scale", "scale-and-ranks"],
+    ids=[
+        "r4",
+        "ragged",
+        "wide",
+        "tile",
+        "groups",
+        "all-groups",
+        "ranks",
+        "scale",
+        "scale-and-ranks",
+    ],
 )
 def test_llama_under_peft_computes_the_same(tmp_path, dtype, options):
     base = llama().eval().to(dtype)
