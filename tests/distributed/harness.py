@@ -99,6 +99,7 @@ def adapted_attention(method: str = "bone") -> AttentionModel:
 ADAPTERS = {
     "bone": [{"target_regex": "all-linear", "r": 3, "also_train": r"norm\.weight"}],
     "tile": [{"target_regex": "up|down", "r": 2, "r_out": 1}],
+    "groups": [{"target_regex": "all-linear", "r": 2, "groups": 2}],
     "bat": [{"target_regex": "all-linear", "r": 3, "method": "bat"}],
     "conv and embedding, r=1": [{"target_regex": "conv|embed|head", "r": 1}],
     "tied": [{"target_regex": "embed|up", "r": 3}],
