@@ -138,7 +138,7 @@ def _may_write(output: Tensor, sums: Tensor, block: Tensor) -> bool:
     is_plain = {type(output), type(sums), type(block)}.issubset(PLAIN)
     if not is_plain or output.dim() != 2 or output.dtype is not sums.dtype:
         return False
-    if is_compiling() or must_not_write() or in_forward_mode():
+    if is_compiling() or torch.jit.is_tracing() or must_not_write() or in_forward_mode():
         return False
     return not is_view(output)
 
