@@ -20,13 +20,10 @@ def adapted_stack(x: Tensor, weight: Tensor, updates: Sequence[Update]) -> Tenso
 
     x is (experts, n, in), or (1, n, in) if all matrices have the same input.
     """
-    if len(updates) == 1 and updates[0].method.prefers_product:
-        (update,) = updates
-        # Of chosen matrices, the method would need a block for each token.
-        if not update.dropout and update.chosen is None:
-            output = _multiply_by_method(x, weight, updates)
-            if output is not None:
-                return output
+    if len(updates) == 1 and _prefers_product(updates[0]):
+        output = _multiply_by_method(x, weight, updates)
+        assert output is not None
+        return output
     if any(not update.method.uses_shard_sum and not update.dropout for update in updates):
         # Such an update is folded into W. That takes a dense copy of all matrices, which these two
         # ways avoid.
@@ -44,6 +41,14 @@ def adapted_stack(x: Tensor, weight: Tensor, updates: Sequence[Update]) -> Tenso
         return torch.matmul(x, weight.mT)
 
     return adapted_product(multiply, x, weight, None, STACK, updates)
+
+
+def _prefers_product(update: Update) -> bool:
+    """Whether the product of the method itself costs less than the product with R."""
+    if update.dropout or update.output_ranges:
+        return False
+    # Of chosen matrices, the method would need a block for each token.
+    return update.method.prefers_product and update.chosen is None
 
 
 def _multiply_by_method(x: Tensor, weight: Tensor, updates: Sequence[Update]) -> Tensor | None:
