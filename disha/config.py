@@ -140,13 +140,18 @@ class AdapterConfig:
     def _set_checked(self, **settings: Any) -> None:
         """Check every setting, and store it in its final type."""
         check_positive_int("r", settings["r"])
-        method = _method_with_groups(method_of(settings["method"]), settings.pop("groups", 1))
+        groups = settings.pop("groups", 1)
+        method = _method_with_groups(method_of(settings["method"]), groups)
         settings["method"] = method.name
         if settings["r_out"] is not None:
             check_positive_int("r_out", settings["r_out"])
             if not method.tiles:
                 tiles = method_names(lambda known: known.tiles)
-                raise ArgumentError(f"leave r_out out: only {tiles} has an output shard")
+                leave_out = "r_out" if groups == 1 else "r_out or groups"
+                raise ArgumentError(
+                    f"leave {leave_out} out: only {tiles} has an output shard, and the method is "
+                    f"{method.name!r}"
+                )
         if settings["init"] not in INITS:
             raise ArgumentError(f"unknown init {brief(settings['init'])}; allowed are {INITS}")
         settings["scale"] = check_scale(settings["scale"])

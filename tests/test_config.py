@@ -79,10 +79,18 @@ def test_rank_pattern_first_found_wins():
         ({"method": ["bone"]}, ArgumentError, "allowed are"),
         ({"r_out": 0}, ArgumentError, "r_out must be at least 1"),
         ({"r_out": 3.0}, ArgumentTypeError, "r_out must be an int"),
-        ({"r_out": 2, "method": "bat"}, ArgumentError, "only 'bone' has an output shard"),
+        (
+            {"r_out": 2, "method": "bat"},
+            ArgumentError,
+            "leave r_out out: only 'bone' has an output shard, and the method is 'bat'",
+        ),
         ({"groups": 0}, ArgumentError, "groups must be at least 1"),
         ({"groups": "most"}, ArgumentTypeError, "groups must be an int"),
-        ({"groups": 2, "r_out": 2}, ArgumentError, "only 'bone' has an output shard"),
+        (
+            {"groups": 2, "r_out": 2},
+            ArgumentError,
+            "leave r_out or groups out: only 'bone' has an output shard, .* is 'bone_groups2'",
+        ),
         (
             {"groups": 2, "method": "bat"},
             ArgumentError,
