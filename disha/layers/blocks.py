@@ -207,7 +207,7 @@ class AdapterBlock(nn.Module):
 
     def extra_repr(self) -> str:
         """Return the block's description in a model's printout."""
-        parts = [f"r={self.r}"]
+        parts = [f"method={self.method.name}", f"r={self.r}"]
         if self.r_out is not None:
             parts.append(f"r_out={self.r_out}")
         parts += [f"shape={tuple(whole_shape(self.block))}", f"scale={self.scale:g}"]

@@ -137,10 +137,11 @@ def test_block_shapes_and_names(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_printout_shows_sizes_adapter_and_scale(kind):
+def test_printout_shows_method_sizes_adapter_and_scale(kind):
     text = repr(born(kind, scale=0.5, adapter="mine"))
     for part in ("in_features=10, out_features=9", "active=['mine']", "r=4", "scale=0.5"):
         assert part in text
+    assert f"method={reference.method_of_kind(kind)}, " in text
     assert ("r_out=3" in text) == (kind == "tile")
     layer = born(kind)
     with disha.adapters_disabled(layer):
