@@ -28,6 +28,9 @@ STYLES: Mapping[str, tuple[str, str]] = {
     "dora": ("tab:red", "--"),
     IDENTITY: ("tab:brown", "-."),
     SHIRA: ("tab:green", "--"),
+    "groups3": ("tab:cyan", "-"),
+    "groups_all": ("tab:orange", "-"),
+    "groups3_contiguous": ("tab:cyan", ":"),
 }
 SHOWN = [0.02 * step for step in range(1, 33)]  # limits of forgetting
 MARKS = "os^vP"  # of the tasks, in their order
@@ -64,18 +67,11 @@ def longer_training(found: Longer) -> bytes:
     """Plot the longer training: loss over forgetting, and over rates."""
     figure = _figure(7.0, 8.5)
     frontiers, tried = (figure.add_subplot(2, 1, panel + 1) for panel in range(2))
+    _draw_frontiers(frontiers, found)
     for name in found.records:
         colour, line = STYLES[name]
-        best = [(limit, found.at(name, limit)[0]) for limit in SHOWN]
-        frontiers.plot(*zip(*best, strict=True), color=colour, linestyle=line,
-                       label=METHODS[name].title)  # fmt: skip
-        ends = [end for rate in found.records[name] for end in found.ends(name, rate)]
-        dots = [(end.forgetting, end.loss) for end in ends]
-        frontiers.plot(*zip(*dots, strict=True), color=colour, linestyle="", marker="o", alpha=0.6)
         means = [(rate, found.mean(name, rate).loss) for rate in found.records[name]]
         tried.plot(*zip(*means, strict=True), color=colour, linestyle=line, marker="o")
-    frontiers.set_xlim(0, SHOWN[-1])
-    frontiers.set_xlabel("forgetting", fontsize=11)
     tried.set_xscale("log")
     tried.set_xlabel("learning rate, one for all", fontsize=11)
     for axes in (frontiers, tried):
@@ -83,9 +79,34 @@ def longer_training(found: Longer) -> bytes:
         axes.set_ylabel("test loss", fontsize=11)
         axes.tick_params(labelsize=11)
         axes.grid(alpha=0.3)
-    frontiers.set_title("lines: best of all rates and scales; dots: runs of all seeds", fontsize=11)
-    frontiers.legend(fontsize=10)
     return _svg(figure)
+
+
+def with_groups(found: Longer) -> bytes:
+    """Plot loss over forgetting in the longer training, for groups of shards beside others."""
+    figure = _figure(7.0, 4.5)
+    axes = figure.add_subplot(1, 1, 1)
+    _draw_frontiers(axes, found)
+    axes.set_ylim(2.48, 2.72)  # else one bad run flattens it
+    axes.set_ylabel("test loss", fontsize=11)
+    axes.tick_params(labelsize=11)
+    axes.grid(alpha=0.3)
+    return _svg(figure)
+
+
+def _draw_frontiers(axes: Any, found: Longer) -> None:
+    """Draw the lowest loss of each method at each forgetting, and every run as it was trained."""
+    for name in found.records:
+        colour, line = STYLES[name]
+        best = [(limit, found.at(name, limit)[0]) for limit in SHOWN]
+        axes.plot(*zip(*best, strict=True), color=colour, linestyle=line, label=METHODS[name].title)
+        ends = [end for rate in found.records[name] for end in found.ends(name, rate)]
+        dots = [(end.forgetting, end.loss) for end in ends]
+        axes.plot(*zip(*dots, strict=True), color=colour, linestyle="", marker="o", alpha=0.6)
+    axes.set_xlim(0, SHOWN[-1])
+    axes.set_xlabel("forgetting", fontsize=11)
+    axes.set_title("lines: best of all rates and scales; dots: runs of all seeds", fontsize=11)
+    axes.legend(fontsize=10)
 
 
 def rates(found: Longer) -> bytes:

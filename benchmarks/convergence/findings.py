@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import pairwise, takewhile
 from typing import Any, NamedTuple
 
@@ -226,9 +226,8 @@ def longer(study: Study, results: Results) -> Longer:
     seed = study.seeds[0]
     of_long = {run: one for run, one in results.items() if run.cell.task == LONG}
     own = task_findings(LONG, study, results, None).findings
-    records = {name: _trained(main_cell(LONG, name), study, of_long) for name in compared(LONG)}
     return Longer(
-        records={name: of_method for name, of_method in records.items() if of_method},
+        records=trained(compared(LONG), study, results),
         own=own,
         sizes={
             name: {
@@ -241,7 +240,15 @@ def longer(study: Study, results: Results) -> Longer:
     )
 
 
-def _trained(cell: Cell, study: Study, results: Results) -> dict[float, tuple[Record, ...]]:
+def trained(
+    methods: Iterable[str], study: Study, results: Results
+) -> dict[str, dict[float, tuple[Record, ...]]]:
+    """Return method -> rate -> results in the longer training, of methods that have any."""
+    records = {name: _of_each_rate(main_cell(LONG, name), study, results) for name in methods}
+    return {name: of_method for name, of_method in records.items() if of_method}
+
+
+def _of_each_rate(cell: Cell, study: Study, results: Results) -> dict[float, tuple[Record, ...]]:
     """Return rate -> the results of the first seeds, as far as there are any that learned."""
     found: dict[float, tuple[Record, ...]] = {}
     for rate in sorted({run.rate for run in results if run.cell == cell}):

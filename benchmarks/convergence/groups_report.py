@@ -7,9 +7,17 @@ import statistics
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from benchmarks.convergence.findings import Finding, at_forgetting, differ, finding, points
+from benchmarks.convergence.findings import Finding, Longer, Point, differ, finding, trained
 from benchmarks.convergence.methods import METHODS, SHIRA
-from benchmarks.convergence.plan import CANDIDATES, LONG, LONG_RATES, Results, Study, main_cell
+from benchmarks.convergence.plan import (
+    CANDIDATES,
+    FIRST_RATES,
+    LONG,
+    LONG_RATES,
+    Results,
+    Study,
+    main_cell,
+)
 from benchmarks.convergence.runs import Run
 from benchmarks.convergence.tasks import TASKS
 from benchmarks.markdown import NOTHING, count_text, table
@@ -23,6 +31,8 @@ RULES: Mapping[str, tuple[str, ...]] = {
 """Rule for the number of groups -> its candidates. A task counts for a rule by its best candidate
 on the validation rows, so that the test rows choose nothing."""
 LIMITS = (0.1, 0.2, 0.3)
+LEAST_TASKS = 3
+"""In so many of the five tasks must groups be better than MiSS."""
 
 TaskFindings = Mapping[str, Finding]
 Record = Mapping[str, Any]
@@ -86,7 +96,9 @@ def verdict_of(rule: str, of_rule: Mapping[str, Outcome]) -> str:
     """Return what the runs say of a rule, by the terms that were fixed before them."""
     lower = [task for task, one in of_rule.items() if one.clear and one.gap < 0]
     higher = [task for task, one in of_rule.items() if one.clear and one.gap > 0]
-    moved = [task for task, one in of_rule.items() if one.rate != one.rate_of_lora]
+    # In the longer training, candidates have one rate, which says nothing of the best one.
+    searched = {task: one for task, one in of_rule.items() if task != LONG}
+    moved = [task for task, one in searched.items() if one.rate != one.rate_of_lora]
     name = rule[0].upper() + rule[1:]
     parts = [
         f"- **{name}**: a lower test loss than MiSS, beyond noise, in {len(lower)} of "
@@ -98,8 +110,25 @@ def verdict_of(rule: str, of_rule: Mapping[str, Outcome]) -> str:
     if moved:
         parts.append(f"The best rate is not LoRA's in {', '.join(moved)}.")
     else:
-        parts.append("The best rate is LoRA's in each of these.")
+        parts.append("The best rate is LoRA's in each task where several were tried.")
     return "\n  ".join(parts)
+
+
+def decision_of(all_outcomes: Mapping[str, Mapping[str, Outcome]]) -> str:
+    """Return which rules the library has, by the terms that were fixed before the runs."""
+    accepted = [rule for rule, of_rule in all_outcomes.items() if _is_accepted(of_rule)]
+    if not accepted:
+        return "By these terms, no groups are added to the library."
+    return (
+        f"By these terms, {' and '.join(accepted)} are in the library, as "
+        "[`groups`](mathematics.md#groups-of-shards). The default stays one group."
+    )
+
+
+def _is_accepted(of_rule: Mapping[str, Outcome]) -> bool:
+    lower = [one for one in of_rule.values() if one.clear and one.gap < 0]
+    higher = [one for one in of_rule.values() if one.clear and one.gap > 0]
+    return len(lower) >= LEAST_TASKS and not higher
 
 
 def _in_brackets(tasks: list[str]) -> str:
@@ -115,7 +144,8 @@ def section(study: Study, results: Results) -> str:
     names = [name for name in METHODS if any(name in found for found in finished.values())]
     rows = [[METHODS[name].title, *(_cell(found, name, results) for found in finished.values())]
             for name in names]  # fmt: skip
-    verdicts = "\n".join(verdict_of(rule, outcomes(tasks, rule, results)) for rule in RULES)
+    all_outcomes = {rule: outcomes(tasks, rule, results) for rule in RULES}
+    verdicts = "\n".join(verdict_of(rule, of_rule) for rule, of_rule in all_outcomes.items())
     missing = []
     for task, candidates in CANDIDATES.items():
         titles = [METHODS[name].title for name in candidates if name not in tasks[task]]
@@ -125,7 +155,7 @@ def section(study: Study, results: Results) -> str:
     if missing:
         lines = "\n".join(missing)
         unfinished = f"""
-**The question is open.** `make evidence` continues with what has not run to its end:
+Not run to the end, so that `make evidence` would continue with it:
 
 {lines}
 """
@@ -144,10 +174,13 @@ in any task.
 
 {verdicts}
 
+{decision_of(all_outcomes)}
+
 {table(["method", *finished], rows)}
 Mean test loss of three seeds at the best rate of each, forgetting (its rise), and the rate. A star:
 lower than MiSS beyond noise; a dagger: higher. Where three seeds left it open whether groups differ
-from MiSS, both have eight, and the marks and verdicts are of all of them.
+from MiSS, both have eight, and the marks and verdicts are of all of them. In *{LONG}*, candidates
+ran at one rate, {FIRST_RATES[LONG][0]:g}, which was chosen before.
 {unfinished}
 {_longer(study, results)}"""
 
@@ -168,24 +201,26 @@ def _cell(found: TaskFindings, name: str, results: Results) -> str:
     return f"{mine.mean('loss'):.3f}{mark}, {mine.mean('forgetting') - base:+.2f}, {mine.rate:g}"
 
 
+def beside_groups(study: Study, results: Results) -> Longer:
+    """Return the longer training of the candidates and of what they are compared with."""
+    names = (*REFERENCES, *CANDIDATES[LONG])
+    return Longer(records=trained(names, study, results), own={}, sizes={})
+
+
 def _longer(study: Study, results: Results) -> str:
     """Return the longer training: each candidate and rate, and the lowest loss within limits."""
     task = TASKS[LONG]
+    found = beside_groups(study, results)
+    lowest = {name: [found.at(name, limit)[0] for limit in LIMITS] for name in found.records}
+    lowest_of_all = [min(losses) for losses in zip(*lowest.values(), strict=True)]
     rows = []
-    for name in (*REFERENCES, *CANDIDATES[LONG]):
-        learned = _finished_runs(study, results, name)
-        if not learned:
-            continue
+    for name in found.records:
         row = [METHODS[name].title]
         for rate in LONG_RATES:
-            records = learned.get(rate, [])
-            row.append(_ends(records) if records else NOTHING)
-        for limit in LIMITS:
-            lowest = min(
-                statistics.fmean([at_forgetting(points(one), limit) for one in records])
-                for records in learned.values()
-            )
-            row.append(f"{lowest:.3f}")
+            ends = found.ends(name, rate)
+            row.append(_mean_of(ends) if ends else NOTHING)
+        for loss, best in zip(lowest[name], lowest_of_all, strict=True):
+            row.append(f"**{loss:.3f}**" if loss == best else f"{loss:.3f}")
         rows.append(row)
     header = [
         "method",
@@ -194,24 +229,14 @@ def _longer(study: Study, results: Results) -> str:
     ]
     return f"""In the longer training ({task.steps} steps, r = {task.r}), at one rate for all: test
 loss, forgetting, and how many seeds have run. *Within* a limit of forgetting stands the lowest loss
-over these rates and all scales of the trained update.
+over all rates and all scales of the trained update; bold is the lowest of all methods.
 
-{table(header, rows)}"""
-
-
-def _finished_runs(study: Study, results: Results, name: str) -> dict[float, list[Record]]:
-    """Return rate -> the runs of a method that have ended, without rates that have none."""
-    finished: dict[float, list[Record]] = {}
-    for rate in LONG_RATES:
-        for seed in study.seeds:
-            record = results.get(Run(main_cell(LONG, name), rate, seed))
-            if record is not None and record.get("scales") is not None:
-                finished.setdefault(rate, []).append(record)
-    return finished
+{table(header, rows)}
+![Test loss over forgetting, of groups of shards and of other methods](assets/evidence-groups.svg)
+"""
 
 
-def _ends(records: list[Record]) -> str:
-    ends = [points(record)[-1] for record in records]
+def _mean_of(ends: list[Point]) -> str:
     loss = statistics.fmean(end.loss for end in ends)
     forgetting = statistics.fmean(end.forgetting for end in ends)
     return f"{loss:.3f} {forgetting:+.2f} ({len(ends)})"

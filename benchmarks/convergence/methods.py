@@ -233,15 +233,21 @@ def _in_config(chosen: Mapping[str, int]) -> dict[str, Any]:
     return {"r": lowest, **patterns, "target_modules": list(chosen)}
 
 
+def _setting_of_groups(name: str) -> str:
+    """Return how groups were set: interleaved ones are the library's `groups`."""
+    in_library = "contiguous" not in name and not name.startswith("bat")
+    return OURS if in_library else f"{OURS}; a candidate of the study, not in the library"
+
+
 FULL, IDENTITY, SHIRA, GOLAY = "full", "lora_identity", "shira", "golay"
-PEFT = "peft, alpha = rank"
+OURS, PEFT = "disha, starts at zero", "peft, alpha = rank"
 
 METHODS: Mapping[str, Method] = {
     method.name: method
     for method in (
-        Method("bone", "MiSS", "disha, starts at zero", _ours),
-        Method("tile", "tile", "disha, starts at zero", _tile),
-        Method("bat", "BAT", "disha, starts at zero", _ours),
+        Method("bone", "MiSS", OURS, _ours),
+        Method("tile", "tile", OURS, _tile),
+        Method("bat", "BAT", OURS, _ours),
         Method("lora", "LoRA", PEFT, _lora()),
         Method("rslora", "rsLoRA", f"{PEFT}, divided by its square root", _lora(use_rslora=True)),
         Method("pissa", "PiSSA", PEFT, _lora(init_lora_weights="pissa")),
@@ -260,7 +266,7 @@ METHODS: Mapping[str, Method] = {
         ),
         Method(GOLAY, "MiSS, fixed signs", "peft's LoRA, A is fixed", _fixed(_golay)),
         *(
-            Method(name, title, "disha, a candidate of the study, starts at zero", _grouped)
+            Method(name, title, _setting_of_groups(name), _grouped)
             for name, (title, _) in GROUPS.items()
         ),
         Method("loha", "LoHa", PEFT, _loha),

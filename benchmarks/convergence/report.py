@@ -31,7 +31,7 @@ from benchmarks.convergence.findings import (
     ratios,
     task_findings,
 )
-from benchmarks.convergence.groups_report import section
+from benchmarks.convergence.groups_report import beside_groups, section
 from benchmarks.convergence.methods import FULL, LARGEST_DIFFERENCE, MATRICES, METHODS, SHIRA
 from benchmarks.convergence.plan import LONG, MATRIX_SEEDS, MILD, STUDY, Results, Study, main_cell
 from benchmarks.convergence.runs import RESULTS, read_runs
@@ -57,6 +57,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     (asked.docs / PICTURES.format("verdict")).write_bytes(curves.compared(found))
     (asked.docs / PICTURES.format("longer")).write_bytes(curves.longer_training(long))
     (asked.docs / PICTURES.format("rates")).write_bytes(curves.rates(long))
+    groups = beside_groups(STUDY, results)
+    (asked.docs / PICTURES.format("groups")).write_bytes(curves.with_groups(groups))
     (asked.docs / PAGE).write_text(page(results, costs, found, long), encoding="utf-8")
     print(asked.docs / PAGE)
 

@@ -7,7 +7,13 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.convergence.groups import GROUPS
-from benchmarks.convergence.groups_report import findings_of, outcomes, section
+from benchmarks.convergence.groups_report import (
+    Outcome,
+    decision_of,
+    findings_of,
+    outcomes,
+    section,
+)
 from benchmarks.convergence.methods import golay_sign
 from benchmarks.convergence.plan import CANDIDATES, LONG, STUDY, main_cell
 from benchmarks.convergence.runs import RESULTS, Run, read_runs
@@ -63,9 +69,23 @@ def test_an_outcome_compares_equal_seeds_with_miss():
 def test_a_page_without_runs_of_groups_names_what_is_not_finished():
     without = {run: one for run, one in KEPT.items() if run.cell.method not in GROUPS}
     page = section(STUDY, without)
-    assert "The question is open" in page
+    assert "Not run to the end" in page
+    assert "no groups are added to the library" in page
     assert "- *documentation*: MiSS, 3 groups; MiSS, n groups; MiSS, 3 groups, contiguous" in page
     assert "in 0 of 0 tasks" in page
+
+
+@pytest.mark.parametrize(
+    ("clear_gaps", "accepted"),
+    [((-0.1, -0.1, -0.1), True), ((-0.1, -0.1), False), ((-0.1, -0.1, -0.1, 0.1), False)],
+)
+def test_a_rule_needs_three_better_tasks_and_no_worse_one(clear_gaps, accepted):
+    of_rule = {
+        f"task {number}": Outcome("groups_all", gap, True, 1e-3, 1e-3)
+        for number, gap in enumerate(clear_gaps)
+    }
+    of_rule["unclear"] = Outcome("groups_all", 0.1, False, 1e-3, 1e-3)
+    assert ("n groups are in the library" in decision_of({"n groups": of_rule})) is accepted
 
 
 def test_candidates_of_the_longer_study_run_with_every_seed():
