@@ -23,9 +23,9 @@ from torch.compiler import is_compiling
 
 from disha.errors import ArgumentError
 from disha.functional.shard_sums import (
-    PLAIN,
     Scale,
     is_cast,
+    may_define_backward,
     merge_dtype,
     merged_weight,
     overflow_safe_shard_sum,
@@ -34,7 +34,6 @@ from disha.functional.shard_sums import (
     shard_count,
     without_autocast,
 )
-from disha.private_torch import in_forward_mode, must_not_write
 
 SLAB_BYTES = 2**23
 """Largest part of W_eff, or of the weight's gradient, in memory at once; at least one block."""
@@ -177,15 +176,14 @@ def bat_linear(
 
 def _can_apply(x: Tensor, weight: Tensor, bias: Tensor | None, block: Tensor) -> bool:
     """Whether `_BatLinear` can compute the product."""
-    is_plain = {type(x), type(weight), type(block)}.issubset(PLAIN) and not x.is_meta
     has_one_dtype = x.dtype is weight.dtype is block.dtype
     if bias is not None and bias.dtype is not x.dtype:
         has_one_dtype = False
-    if not is_plain or not has_one_dtype or weight.requires_grad:
+    if not has_one_dtype or weight.requires_grad or x.is_meta:
         return False
     if not weight.is_contiguous() and not weight.mT.is_contiguous():
         return False
-    return not (is_compiling() or must_not_write() or in_forward_mode())
+    return may_define_backward(x, weight, block)
 
 
 class _BatLinear(torch.autograd.Function):

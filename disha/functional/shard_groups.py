@@ -22,17 +22,16 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.compiler import is_compiling
 
 from disha.functional.shard_sums import (
-    PLAIN,
     Scale,
     add_to,
+    may_define_backward,
     overflow_safe_shard_sum,
     scaled,
     shard_count,
 )
-from disha.private_torch import any_autocast, in_forward_mode, is_view, must_not_write
+from disha.private_torch import any_autocast, is_view
 
 
 def group_count(groups: int | None, in_features: int, block: Tensor) -> int:
@@ -135,12 +134,9 @@ def _split_outputs(tensor: Tensor, groups: int) -> Tensor:
 
 def _may_write(output: Tensor, sums: Tensor, block: Tensor) -> bool:
     """Whether `_AddByGroups` can add the product to this output."""
-    is_plain = {type(output), type(sums), type(block)}.issubset(PLAIN)
-    if not is_plain or output.dim() != 2 or output.dtype is not sums.dtype:
+    if output.dim() != 2 or output.dtype is not sums.dtype or is_view(output):
         return False
-    if is_compiling() or torch.jit.is_tracing() or must_not_write() or in_forward_mode():
-        return False
-    return not is_view(output)
+    return may_define_backward(output, sums, block)
 
 
 class _AddByGroups(torch.autograd.Function):

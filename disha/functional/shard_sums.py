@@ -12,7 +12,13 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from disha.errors import ArgumentError
-from disha.private_torch import FakeTensor, any_autocast, is_view, must_not_write
+from disha.private_torch import (
+    FakeTensor,
+    any_autocast,
+    in_forward_mode,
+    is_view,
+    must_not_write,
+)
 
 Scale = float | Tensor
 
@@ -184,6 +190,18 @@ def add_to(output: Tensor, delta: Tensor) -> Tensor:
     delta = delta.to(output.dtype)
     must_copy = is_compiling() or must_not_write() or is_view(output)
     return output + delta if must_copy else output.add_(delta)
+
+
+def may_define_backward(*operands: Tensor) -> bool:
+    """Whether a product of these tensors may be an `autograd.Function`.
+
+    It may not where others must see its operations: the compiler, transforms, forward-mode
+    derivatives, selective checkpointing, and tensors of other classes. In a trace of TorchScript,
+    it would be a call of Python, which can't be saved.
+    """
+    if is_compiling() or torch.jit.is_tracing() or must_not_write() or in_forward_mode():
+        return False
+    return {type(operand) for operand in operands}.issubset(PLAIN)
 
 
 _KNOWN_TO_ANY_AUTOCAST = ("cpu", "cuda")

@@ -3,6 +3,7 @@
 `CASES` has one for each layout, and for each way in which a module can have weights of it.
 """
 
+import io
 import itertools
 
 import pytest
@@ -296,12 +297,16 @@ def test_exported_is_eager(name, kind):
 
 
 @pytest.mark.parametrize(("name", "kind"), TRACED)
-def test_traced_is_eager(name, kind):
+def test_traced_and_saved_is_eager(name, kind):
     case = CASES[name]
     model = perturb(case.adapted(kind).eval())
     x = case.input()
-    output = torch.jit.trace(model[0], (x,), check_trace=False)(x)
-    close(first_of(output), case.output(model, x))
+    traced = torch.jit.trace(model[0], (x,), check_trace=False)
+    close(first_of(traced(x)), case.output(model, x))
+    file = io.BytesIO()
+    torch.jit.save(traced, file)
+    file.seek(0)
+    close(first_of(torch.jit.load(file)(x)), case.output(model, x))
 
 
 def first_of(output):
