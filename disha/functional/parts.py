@@ -87,20 +87,25 @@ def update_of_part(
     for axis, range_of_part, range_of_whole in zip(layout.axes, part, whole, strict=True):
         if range_of_part != range_of_whole:
             cut_axes[axis] = range_of_part
-    geometry = layout.geometry(shape)
+    sizes = list(shape)  # of what is left of the weight
     if "expert" in cut_axes:
-        update = update.select_matrices(slice(*cut_axes["expert"]))
+        start, stop = cut_axes["expert"]
+        update = update.select_matrices(slice(start, stop))
+        sizes[layout.axes.index("expert")] = stop - start
     for axis in ("in", "index"):
         if axis in cut_axes:
-            range_of_part = cut_axes[axis]
-            block = update.method.of_inputs(update.block, *range_of_part, geometry, update.r)
+            start, stop = cut_axes[axis]
+            block_geometry = layout.geometry(sizes, update.output_ranges)
+            block = update.method.of_inputs(update.block, start, stop, block_geometry, update.r)
             if block is None and update.method.uses_shard_sum:
-                update = _as_bone(update, geometry)
-                block = update.method.of_inputs(update.block, *range_of_part, geometry, update.r)
+                update = _as_bone(update, block_geometry)
+                block = update.method.of_inputs(update.block, start, stop, block_geometry, update.r)
             if block is None:
                 return None
             update = update.replace(block=block)
+            sizes[layout.axes.index(axis)] = stop - start
     if "out" not in cut_axes:
         return [update]
     # A rank that has none of the outputs takes part in the sum of their gradients too.
-    return updates_of_outputs([update], *cut_axes["out"], geometry, keep_empty=True)
+    start, stop = cut_axes["out"]
+    return updates_of_outputs([update], start, stop, layout.geometry(sizes), keep_empty=True)

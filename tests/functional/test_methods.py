@@ -346,6 +346,14 @@ class Sloped(Method):
         assert r == 3 <= geometry.in_features
 
 
+def test_a_part_of_rows_of_a_method_whose_factor_depends_on_the_geometry():
+    update = Update(Sloped(), torch.randn(3, 2), output_ranges=((1, 3),), r=3)
+    weight = torch.randn(3, 6, 7)
+    (cut,) = update_of_part(update, STACK, weight.shape, ((1, 3), (0, 6), (2, 7)))
+    whole = functional.computed_weight(weight, STACK, [update])[1:, :, 2:]
+    close(functional.computed_weight(weight[1:, :, 2:], STACK, [cut]), whole, 1e-6)
+
+
 @pytest.mark.parametrize("reads", ["linear", "attention", "experts"])
 def test_a_method_whose_factor_depends_on_r(reads):
     disha.register_method(Sloped())
