@@ -36,9 +36,14 @@ from torch import Tensor
 
 from disha.errors import ArgumentError, ArgumentTypeError
 from disha.functional.bat import bat_delta_weight, bat_linear, bat_streamed
-from disha.functional.bone import bone_delta_weight, bone_lora_factors
+from disha.functional.bone import bone_delta_weight, bone_lora_factors, embedding_delta
 from disha.functional.layouts import Geometry, Layout, OutputRanges, place_outputs
-from disha.functional.shard_groups import group_count, group_factor, group_product
+from disha.functional.shard_groups import (
+    group_count,
+    group_factor,
+    group_lookup,
+    group_product,
+)
 from disha.functional.shard_sums import (
     Scale,
     merge_dtype,
@@ -169,6 +174,14 @@ class Method:
         `with_base`, it must not read W: the block may be one of some outputs of W.
         """
         return None
+
+    def look_up(self, indices: Tensor, block: Tensor, geometry: Geometry, r: int) -> Tensor:
+        """Return the columns of dW that indices choose, as (..., out).
+
+        It is called only if the method uses shard sums.
+        """
+        factor = self.shard_sum_factor(block, geometry, r)
+        return embedding_delta(indices, factor, geometry.out_features)
 
     def of_outputs(
         self, block: Tensor, start: int, stop: int, geometry: Geometry, r: int
@@ -353,6 +366,9 @@ class _BoneGroups(Method):
     ) -> Tensor:
         groups = self._count(block, x.shape[-1])
         return group_product(x, weight, bias, block, scale, groups, with_base)
+
+    def look_up(self, indices: Tensor, block: Tensor, geometry: Geometry, r: int) -> Tensor:
+        return group_lookup(indices, block, self._count(block, geometry.in_features))
 
     def of_outputs(
         self, block: Tensor, start: int, stop: int, geometry: Geometry, r: int

@@ -24,7 +24,6 @@ from torch import Tensor
 from torch.compiler import is_compiling
 from torch.utils.checkpoint import checkpoint
 
-from disha.functional.bone import embedding_delta
 from disha.functional.convolutions import overflow_safe_channel_sum
 from disha.functional.dropout import drop_inputs, drop_tokens
 from disha.functional.layouts import MATRIX, Geometry, Layout, place_outputs
@@ -65,7 +64,11 @@ def adapted_product(
     """
     geometry = layout.geometry(weight.shape)
     folded, separate = fold_or_separate(updates)
-    terms = shard_sum_terms(updates, layout, geometry)
+    terms: list[ShardSumTerm] = []
+    if _looks_up_inputs(x, layout):
+        separate = [update for update in updates if update.method.uses_shard_sum] + separate
+    else:
+        terms = shard_sum_terms(updates, layout, geometry)
     effective = computed_weight(weight, layout, folded) if folded else weight
     output = multiply(x, effective, bias)
     for term in terms:
@@ -102,6 +105,8 @@ def update_product(
         product = _product_without_delta(inputs, weight, update)
         assert product is not None
         return product
+    if update.method.uses_shard_sum and _looks_up_inputs(x, layout):
+        return _look_up_update(x, weight, layout, update)
     terms = shard_sum_terms([update], layout, geometry)
     if terms:
         return _shard_sum_product(multiply, x, layout, terms[0], geometry)
@@ -118,6 +123,21 @@ def update_product(
             return product
     delta = scaled(update.delta_weight(layout, weight), update.scale)
     return multiply(x, delta.to(x.dtype), None)
+
+
+def _looks_up_inputs(x: Tensor, layout: Layout) -> bool:
+    """Whether a product is a lookup in a table that has a row for each input of dW."""
+    return is_lookup(x) and layout.in_first
+
+
+def _look_up_update(indices: Tensor, weight: Tensor, layout: Layout, update: Update) -> Tensor:
+    """Return what an update with shard sums adds to the rows of a table that indices choose."""
+    geometry = layout.geometry(weight.shape, update.output_ranges)
+    delta = update.method.look_up(indices, update.block, geometry, update.r)
+    delta = place_outputs(delta, update.output_ranges, weight.shape[1], dim=-1)
+    if layout.padding_idx is not None:
+        delta = delta.masked_fill((indices == layout.padding_idx).unsqueeze(-1), 0.0)
+    return drop_tokens(scaled(delta, update.scale), update.dropout)
 
 
 def _product_of_ranges(
@@ -166,7 +186,7 @@ def _shard_sum_product(
     #
     #                            linear    lookup
     #   out in                   S(x) R    x R^T
-    #   in out, index out        x R^T     S(x) R
+    #   in out, index out        x R^T     S(x) R, in `_look_up_update`
     #
     # Two of these use the transposed weight, as where an output head and an embedding share it.
     # Stacks and convolutions are never used like that.
@@ -174,9 +194,6 @@ def _shard_sum_product(
     if is_transposed:
         delta = _transposed_shard_sum_product(multiply, x, layout, matrix, geometry)
         return drop_tokens(delta, dropout) if looks_up else delta
-    if looks_up:
-        delta = embedding_delta(x, matrix, outputs, padding_idx=layout.padding_idx)
-        return drop_tokens(delta, dropout)
     r = matrix.shape[-2]
     if layout.has_kernel:
         sums, overflow_scale = overflow_safe_channel_sum(x, r, layout, geometry)

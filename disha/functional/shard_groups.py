@@ -55,6 +55,15 @@ def group_factor(block: Tensor, groups: int) -> Tensor:
     return torch.where(sees, block.unsqueeze(-3), 0.0).flatten(-3, -2)
 
 
+def group_lookup(indices: Tensor, block: Tensor, groups: int) -> Tensor:
+    """Return the columns of dW that indices choose, as (..., out), without R."""
+    r, outputs = block.shape
+    group_of_index = indices // r % groups
+    group_of_output = torch.arange(outputs, device=block.device) % groups
+    sees = group_of_output == group_of_index.unsqueeze(-1)  # (..., out)
+    return torch.where(sees, F.embedding(indices % r, block), 0.0)
+
+
 def group_product(
     x: Tensor,
     weight: Tensor,

@@ -4,10 +4,18 @@ import pytest
 import torch
 
 from disha.errors import ArgumentError
-from disha.functional import Geometry, Update, adapted_linear, adapted_stack, method_of
+from disha.functional import (
+    Geometry,
+    Layout,
+    Update,
+    adapted_linear,
+    adapted_product,
+    adapted_stack,
+    method_of,
+)
 from disha.functional.parts import updates_of_outputs
 from tests import reference
-from tests.functional.updates import MATRIX, STACK, close_with_gradients, dense
+from tests.functional.updates import MATRIX, STACK, close_with_gradients, dense, look_up
 
 NAMES = ("bone_groups2", "bone_groups3", "bone_groups4", "bone_groups_all")
 
@@ -55,6 +63,21 @@ def test_a_stack_with_one_input_or_with_one_for_each_matrix(name, experts):
     expected = x @ (weight + dense(update, STACK, weight)).mT
     found = adapted_stack(x, weight, [update])
     close_with_gradients(found, expected, [x, update.block])
+
+
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+@pytest.mark.parametrize("name", NAMES)
+def test_a_lookup_forms_no_factor(name, sizes, monkeypatch):
+    """R may be as large as the table."""
+    monkeypatch.setattr("disha.functional.methods.group_factor", None)
+    inputs, outputs, r = sizes
+    layout = Layout("index out")
+    indices = torch.arange(inputs)
+    weight = torch.randn(inputs, outputs, dtype=torch.float64)
+    update = update_of(name, layout, weight, r)
+    found = adapted_product(look_up, indices, weight, None, layout, [update])
+    expected = weight + dense(update, layout, weight)
+    close_with_gradients(found, expected, [update.block])
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
