@@ -250,6 +250,7 @@ NOT_EXPRESSIBLE = {
         "needs an r that divides both sizes",
     ),
     "bat's dropout": (square, {"r": 4, "method": "bat", "dropout": 0.1}, "no dropout"),
+    "groups": (square, {"r": 4, "groups": 2}, "knows bone and bat, not bone_groups2"),
     "scale": (square, {"r": 4, "scale": 2.0}, "no scale"),
     "several r": (
         lambda: nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)),
