@@ -199,7 +199,9 @@ def may_define_backward(*operands: Tensor) -> bool:
     derivatives, selective checkpointing, and tensors of other classes. In a trace of TorchScript,
     it would be a call of Python, which can't be saved.
     """
-    if is_compiling() or torch.jit.is_tracing() or must_not_write() or in_forward_mode():
+    if is_compiling() or must_not_write() or in_forward_mode():
+        return False
+    if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
         return False
     return {type(operand) for operand in operands}.issubset(PLAIN)
 
