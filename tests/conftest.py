@@ -17,6 +17,7 @@ import safetensors.torch
 import torch
 import torch._dynamo.guards
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from disha.layers import weights
 from disha.layers.adapted import AdaptedLayer
@@ -206,6 +207,20 @@ def near(actual: torch.Tensor, expected: torch.Tensor, limit: float = 1e-10) -> 
 def assert_same(actual: Any, expected: Any) -> None:
     """Compare tensors, or lists or dicts of them, bit for bit."""
     torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+
+
+class SizesMade(TorchDispatchMode):
+    """Notes the sizes of the tensors that operations make, except for transposed ones."""
+
+    def __init__(self):
+        super().__init__()
+        self.sizes = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and "aten.t." not in str(func):
+            self.sizes.append(result.numel())
+        return result
 
 
 def kept_by(run):

@@ -162,9 +162,10 @@ def _product_of_ranges(
 def _product_without_delta(x: Tensor, weight: Tensor, update: Update) -> Tensor | None:
     """Return s dW x of a linear layer if the method computes it without dW, or None."""
     inputs = x.reshape(-1, x.shape[-1])
-    output = update.method.product(
-        inputs, weight.to(x.dtype), None, update.block, update.scale, with_base=False
-    )
+    method = update.method
+    if method.reads_weight:  # of any other method, W may be one number in memory
+        weight = weight.to(x.dtype)
+    output = method.product(inputs, weight, None, update.block, update.scale, with_base=False)
     if output is None:
         return None
     output = place_outputs(output, update.output_ranges, weight.shape[0], dim=-1)

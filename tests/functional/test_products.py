@@ -5,8 +5,9 @@ import torch
 import torch.nn.functional as F
 
 from disha import functional
-from disha.functional import Layout
-from tests.conftest import seed_torch
+from disha.functional import Layout, Update, method_of
+from disha.functional.products import update_product
+from tests.conftest import SizesMade, seed_torch
 from tests.functional.updates import (
     BLOCK_SIZES,
     COMBINATIONS,
@@ -119,3 +120,17 @@ def test_a_lookup(combination, layout):
         expected = expected + kept * dense(update, layout, weight)[indices]
     close_with_gradients(found, expected, [update.block for update in updates])
     assert layout is MATRIX or torch.equal(found[0, 1], weight[3])
+
+
+# --- memory --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["bone", "bone_groups2"])
+def test_a_method_that_does_not_read_w_makes_no_dense_weight(name):
+    """A quantised W is given as one number in memory, with the shape of W."""
+    weight = torch.zeros(()).expand(48, 64)
+    x = torch.randn(2, 64, dtype=torch.bfloat16)
+    update = Update(method_of(name), torch.randn(4, 48))
+    with SizesMade() as made:
+        update_product(F.linear, x, weight, MATRIX, update)
+    assert max(made.sizes) < weight.numel()

@@ -6,13 +6,12 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import disha
 from disha import AdapterFileError, AdapterStateError, MergeError
 from disha.files import load_adapter, save_adapter
 from tests import language_models
-from tests.conftest import COPIES, freshly_compiled, perturb, refused
+from tests.conftest import COPIES, SizesMade, freshly_compiled, perturb, refused
 from tests.reference import BONE_KINDS, KINDS, settings_of
 
 WORDS = 36
@@ -126,22 +125,12 @@ def test_compiled_it_is_the_same(kind):
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
 
 
-class Largest(TorchDispatchMode):
-    """Notes the sizes of the new tensors that operations make."""
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        made = isinstance(result, torch.Tensor) and "aten.t." not in str(func)
-        self.sizes = [*getattr(self, "sizes", []), result.numel() if made else 0]
-        return result
-
-
 @pytest.mark.parametrize("kind", BONE_KINDS)
 def test_a_step_makes_no_dense_table(kind):
     model = disha.inject_adapters(llama(words=5003), "embed_tokens", 4, **settings_of(kind, 4))
-    with Largest() as seen:
+    with SizesMade() as made:
         model(TOKENS[:, :3], labels=TOKENS[:, :3]).loss.backward()
-    assert max(seen.sizes) < 5003 * 16
+    assert max(made.sizes) < 5003 * 16
 
 
 @pytest.mark.parametrize("way", COPIES)
