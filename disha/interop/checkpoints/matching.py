@@ -108,6 +108,29 @@ def find_keys(checkpoint: Checkpoint, contents: AdapterContents) -> dict[str, st
     return _match(checkpoint, possible)
 
 
+def find_copies(
+    checkpoint: Checkpoint, contents: AdapterContents, keys: Mapping[str, str]
+) -> dict[str, list[str]]:
+    """Return the further tensors in which a checkpoint has each tied weight, by the layer's name.
+
+    They have other names of the weight, perhaps renamed as in `_match`, and the same values.
+    """
+    stored = checkpoint.files.keys() - set(keys.values())
+    copies = {}
+    for layer in contents.layers:
+        if not layer.tied:
+            continue
+        names = _possible_keys_of_layer(layer)
+        possible: set[str] = set()
+        for renaming in _find_renamings(names, stored, is_first=True):
+            possible.update(renaming.apply(names))
+        values = fingerprint(checkpoint.tensor(keys[layer.name]))
+        copies[layer.name] = [
+            key for key in possible & stored if fingerprint(checkpoint.tensor(key)) == values
+        ]
+    return copies
+
+
 def _possible_keys_of_layer(layer: LayerRecord) -> tuple[str, ...]:
     """Return the names under which the weight of a layer may be stored, the likeliest first."""
     keys = [join(layer.name, "weight"), *_possible_keys(layer.name)]

@@ -20,7 +20,7 @@ from disha.files import AdapterContents
 from disha.files.contents import read_contents
 from disha.files.disk import OF_TORCH, PathLike, check_path, open_tensors, require_free, save
 from disha.functional import method_of
-from disha.interop.checkpoints.matching import find_keys, find_misfits, refuse
+from disha.interop.checkpoints.matching import find_copies, find_keys, find_misfits, refuse
 from disha.interop.checkpoints.reading import CONFIG, INDEX, SINGLE, Checkpoint, open_checkpoint
 from disha.model.fingerprints import fingerprint
 from disha.model.records import LayerRecord
@@ -129,9 +129,10 @@ def merge_into_checkpoint(
     contents = read_contents(adapter_path, also_train=also_train)
     keys = find_keys(checkpoint, contents)
     refuse(checkpoint, find_misfits(checkpoint, contents, keys, compares_values=not force))
+    copies = find_copies(checkpoint, contents, keys)
     if not force:
-        _refuse_tied(checkpoint, contents, keys)
-    merge = _Merge(checkpoint, keys, contents, scale)
+        _refuse_tied(checkpoint, contents, keys, copies)
+    merge = _Merge(checkpoint, keys, copies, contents, scale)
     if out.suffix == SUFFIX:
         save(out, merge.write_file)
     else:
@@ -160,17 +161,22 @@ def _check_target(out: Path, checkpoint: Checkpoint, adapter: Path, overwrite: b
 
 
 def _refuse_tied(
-    checkpoint: Checkpoint, contents: AdapterContents, keys: Mapping[str, str]
+    checkpoint: Checkpoint,
+    contents: AdapterContents,
+    keys: Mapping[str, str],
+    copies: Mapping[str, Iterable[str]],
 ) -> None:
     """Raise if an embedding that changes may be tied to a head that must not change."""
     embeddings = []
     may_be_tied = list(contents.also_train)
     for layer in contents.layers:
-        if layer.tied:  # the head gets the update too, but not if it is stored a second time
+        if layer.tied:  # the head gets the update too, unless it is stored under an unknown name
             may_be_tied.append(layer.name)
         elif layer.layout.pattern == "index out":
             embeddings.append(layer.name)
-    embeddings += _find_stored_twice(checkpoint, may_be_tied, keys)
+    changed_too = {key for others in copies.values() for key in others}
+    stored = checkpoint.files.keys() - changed_too
+    embeddings += _find_stored_twice(checkpoint, may_be_tied, keys, stored)
     if embeddings and _ties_embeddings(checkpoint.config()):
         raise MergeError(
             f"{embeddings[0]} may be tied to an output head, which merging would change too "
@@ -190,13 +196,13 @@ def _ties_embeddings(config: Mapping[str, Any]) -> bool:
 
 
 def _find_stored_twice(
-    checkpoint: Checkpoint, names: Iterable[str], keys: Mapping[str, str]
+    checkpoint: Checkpoint, names: Iterable[str], keys: Mapping[str, str], stored: Iterable[str]
 ) -> list[str]:
-    """Return the parameters whose matrix is stored twice, as that of a tied one may be."""
+    """Return the parameters whose matrix is in two stored tensors, as that of a tied one may be."""
     matrices = [name for name in names if len(checkpoint.shape_and_dtype(keys[name])[0]) > 1]
     if not matrices:
         return []
-    counts = Counter(fingerprint(checkpoint.tensor(key)) for key in checkpoint.files)
+    counts = Counter(fingerprint(checkpoint.tensor(key)) for key in stored)
     twice = []
     for name in matrices:
         matrix = checkpoint.tensor(keys[name])
@@ -215,6 +221,7 @@ class _Merge:
         self,
         checkpoint: Checkpoint,
         keys: Mapping[str, str],
+        copies: Mapping[str, Iterable[str]],
         contents: AdapterContents,
         scale: float | None,
     ) -> None:
@@ -224,7 +231,8 @@ class _Merge:
         self._values = {keys[name]: contents.tensors[name] for name in contents.also_train}
         self._layers = defaultdict[str, list[LayerRecord]](list)
         for record in contents.layers:
-            self._layers[keys[record.name]].append(record)
+            for key in (keys[record.name], *copies.get(record.name, ())):
+                self._layers[key].append(record)
         # Tensor of a single expert -> its stack, and the number of the expert there.
         self._experts: dict[str, tuple[str, int]] = {}
         for stack in checkpoint.stacks.keys() & set(keys.values()):

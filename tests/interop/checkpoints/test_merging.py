@@ -19,7 +19,7 @@ from torch import nn
 import disha
 from disha import AdapterFileError, AdapterIOError, ArgumentError, ArgumentTypeError, MergeError
 from disha.interop.checkpoints import merge_into_checkpoint, merging
-from tests.base_checkpoints import Setting, Zoo, save_sharded, tensors_in
+from tests.base_checkpoints import Setting, Zoo, base_state, save_sharded, tensors_in
 from tests.conftest import Layered, assert_same
 from tests.reference import METHODS
 
@@ -114,6 +114,19 @@ class TestMergingIsWhatMergingInMemoryIs:
         assert not torch.equal(expected["head.weight"], before["head.weight"])
         beside = {name for name in merged if "norm" in name or name == "head.weight"}
         assert_same(merged, expected | {name: before[name] for name in beside})
+
+    @pytest.mark.parametrize("prefix", ["", "model."])
+    def test_all_stored_names_of_a_tied_weight(self, tmp_path, prefix):
+        model = nn.ModuleDict({"embed": nn.Embedding(7, 4), "head": nn.Linear(4, 7, bias=False)})
+        model["head"].weight = model["embed"].weight
+        setting = Setting(tmp_path, model, ["embed", "head"])
+        state = {f"{prefix}{name}": weight.clone() for name, weight in base_state(model).items()}
+        save_sharded(state, setting.base, 2)
+        (setting.base / "config.json").write_text(json.dumps({"tie_word_embeddings": True}))
+        setting.merge()
+        expected = setting.merged_in_memory()
+        merged = tensors_in(setting.out)
+        assert_same(merged, {f"{prefix}{name}": weight for name, weight in expected.items()})
 
 
 class TestWhatIsWritten:
