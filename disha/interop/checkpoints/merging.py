@@ -258,8 +258,9 @@ class _Merge:
         for name, file in self._checkpoint.files.items():
             shards[file].append(name)
         for file, names in shards.items():
-            shard = SINGLE if file == base else file.name
-            self._write(folder / shard, names)
+            shard = folder / (SINGLE if file == base else file.relative_to(base))
+            shard.parent.mkdir(parents=True, exist_ok=True)
+            self._write(shard, names)
 
     def _write(self, path: Path, names: Collection[str]) -> None:
         """Write tensors to a file, with the metadata of the files that they come from."""

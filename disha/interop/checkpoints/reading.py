@@ -21,6 +21,7 @@ from disha.interop.experts import (
     SINGLE_EXPERT,
     replace_part,
 )
+from disha.text import brief
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -132,7 +133,17 @@ def _files_by_name(index: Path) -> dict[str, Path]:
         raise AdapterFileError(
             f"{index} does not name the file of each tensor (weight_map); get it again"
         )
+    outside = [shard for shard in shards.values() if not _is_inside(shard)]
+    if outside:
+        raise AdapterFileError(
+            f"{index} names a file outside its folder ({brief(outside[0])}); get it again"
+        )
     return {name: index.parent / shard for name, shard in shards.items()}
+
+
+def _is_inside(shard: str) -> bool:
+    path = Path(shard)
+    return not path.is_absolute() and ".." not in path.parts
 
 
 def _names_in(file: Path) -> dict[str, Path]:

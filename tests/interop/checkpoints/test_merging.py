@@ -140,6 +140,20 @@ class TestWhatIsWritten:
         first, second = (json.loads((f / name).read_text()) for f in (setting.base, setting.out))
         assert first == second
 
+    def test_shards_in_folders(self, setting):
+        index = setting.base / "model.safetensors.index.json"
+        fields = json.loads(index.read_text())
+        for number, shard in enumerate(sorted(setting.base.glob("*.safetensors"))):
+            moved = f"{number}/weights.safetensors"
+            (setting.base / str(number)).mkdir()
+            shard.rename(setting.base / moved)
+            for name, file in fields["weight_map"].items():
+                if file == shard.name:
+                    fields["weight_map"][name] = moved
+        index.write_text(json.dumps(fields))
+        setting.merge()
+        assert_same(tensors_in(setting.out), setting.merged_in_memory())
+
     def test_a_file_without_metadata_gets_the_format_that_loaders_ask_for(self, setting):
         single = setting.folder / "whole.safetensors"
         save_file(tensors_in(setting.base), single)

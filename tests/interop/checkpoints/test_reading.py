@@ -34,6 +34,7 @@ class TestReading:
             ("[]", "holds no JSON object"),
             ("{}", "does not name the file of each tensor"),
             ('{"weight_map": {"a": 1}}', "does not name the file of each tensor"),
+            ('{"weight_map": {"a": "../a.safetensors"}}', "names a file outside its folder"),
         ],
     )
     def test_a_damaged_index(self, tmp_path, text, says):
