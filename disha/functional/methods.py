@@ -55,7 +55,10 @@ from disha.functional.shard_sums import (
 from disha.text import brief
 
 Groups = int | Literal["all"]
-"""The number of groups of shards; `ALL_GROUPS` for as many as a weight has shards."""
+"""The number of groups of shards; `ALL_GROUPS` for as many as a weight can have.
+
+That is the number of its shards, or of its outputs if they are fewer.
+"""
 
 ALL_GROUPS = "all"
 
@@ -88,7 +91,8 @@ class Method:
         uses_shard_sum: whether dW x = S(x) R. R acts as a smaller weight: the product of x with dW
             equals the product of S(x) with R.
         prefers_product: whether `product` costs less than the product with R. Only for a method
-            that uses shard sums.
+            that uses shard sums. It then acts in linear layers, and in stacks with one update.
+            Elsewhere, R acts: in convolutions, lookups, tied heads and grouped products of experts.
         tiles: whether a block can have an output shard r_out.
         replaces: whether the block replaces W: D^T has its new values, and dW = D^T - W. Such a
             block starts with the values of W, whatever `init` says.
@@ -168,10 +172,15 @@ class Method:
     ) -> Tensor | None:
         """Return (W + s dW) x + b in less memory or time than by computing dW, or None.
 
-        Without `with_base`, return the update alone: s dW x + b. x is (n, in) and W (out, in), or x
-        is (experts, n, in) and W (experts, out, in). If the method uses shard sums, it is called
-        only if the method also `prefers_product`. Then it must not return None, and without
-        `with_base`, it must not read W: the block may be one of some outputs of W.
+        Without `with_base`, return the update alone: s dW x + b. One of these is given:
+
+        - x (n, in) and W (out, in), with or without b;
+        - x (experts, n, in) and W (experts, out, in), without b. If all experts have the same
+          input, x may be (1, n, in), but only for a method that `prefers_product`.
+
+        If the method uses shard sums, it is called only if the method also `prefers_product`. Then
+        it must not return None, and without `with_base`, it must not read W: the block may be one
+        of some outputs of W. If the method does not read W, W may have another dtype than x.
         """
         return None
 
@@ -415,7 +424,7 @@ class _Bat(Method):
         if weight.dim() == 2:
             return bat_linear(x, weight, bias, block, scale, with_base)
         # Of a stack, only the whole product of one token with each matrix is faster.
-        if x.shape[-2] != 1 or bias is not None or not with_base:
+        if x.shape[-2] != 1 or not with_base:
             return None
         return bat_streamed(x, weight.to(x.dtype), scaled(block, scale).to(x.dtype))
 
@@ -518,6 +527,11 @@ def register_method(method: Method) -> None:
         missing.append("delta, or uses_shard_sum = True with shard_sum_factor")
     if missing:
         raise ArgumentTypeError(f"the method {cls.__name__} must define {', '.join(missing)}")
+    if method.prefers_product and not method.uses_shard_sum:
+        raise ArgumentTypeError(
+            f"the method {cls.__name__} must also define uses_shard_sum = True with "
+            "shard_sum_factor, because it sets prefers_product"
+        )
     if not method.name.isidentifier():
         raise ArgumentError(
             f"{brief(method.name)} can't name a method: use letters, digits and underscores, as "

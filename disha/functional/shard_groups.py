@@ -73,10 +73,9 @@ def group_product(
     groups: int,
     with_base: bool = True,
 ) -> Tensor:
-    """Return (W + s dW) x + b; or without `with_base`, the update alone: s dW x.
+    """Return (W + s dW) x + b; or without `with_base`, s dW x + b: `Method.product` of the method.
 
-    x is (n, in) and W (out, in); or x is (experts, n, in), or (1, n, in) if all experts have the
-    same input, and W is (experts, out, in).
+    Its inputs are as they are there.
     """
     size = groups * block.shape[-2]
     overflow_scale = 1.0
@@ -93,7 +92,8 @@ def group_product(
     sums = scaled(sums, scale)
     block = block.to(x.dtype)
     if not with_base:
-        return scaled(_multiply_by_groups(sums, block, groups), overflow_scale)
+        output = scaled(_multiply_by_groups(sums, block, groups), overflow_scale)
+        return output if bias is None else output + bias
     output = F.linear(x, weight, bias) if weight.dim() == 2 else torch.matmul(x, weight.mT)
     if overflow_scale == 1.0 and _may_write(output, sums, block):
         return _AddByGroups.apply(output, sums, block, groups)  # type: ignore[no-untyped-call]
