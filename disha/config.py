@@ -219,8 +219,6 @@ def _method_with_groups(method: Method, groups: Any) -> Method:
     """Return a method with groups of shards, or raise if it can't have them."""
     if groups != ALL_GROUPS:
         check_positive_int("groups", groups)
-        if groups == 1:
-            return method
     grouped = method.with_groups(groups)
     if grouped is None:
         with_groups = method_names(lambda known: known.with_groups(groups) is not None)

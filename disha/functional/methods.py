@@ -213,8 +213,8 @@ class Method:
         return None
 
     def with_groups(self, groups: Groups) -> Method | None:
-        """Return this method with groups of shards, or None if it can't have them."""
-        return None
+        """Return this method with groups of shards, or None if it can't; with one, it is itself."""
+        return self if groups == 1 else None
 
     # --- a weight of any layout: what everybody else asks ----------------------------------------
 
@@ -346,6 +346,8 @@ class _Bone(Method):
         return b.mT.contiguous()
 
     def with_groups(self, groups: Groups) -> Method | None:
+        if groups == 1:
+            return self
         return method_of("bone_groups_all" if groups == ALL_GROUPS else f"bone_groups{groups}")
 
 

@@ -137,6 +137,11 @@ def test_a_layer_has_at_most_as_many_groups_as_shards_and_as_outputs():
         assert torch.equal(delta, torch.ones(3, 8))  # one shard, which all outputs see
 
 
+def test_one_group_is_the_method_itself():
+    for name in ("bone", "bone_groups3", "bat"):
+        assert method_of(name).with_groups(1) is method_of(name)
+
+
 def test_names():
     assert method_of("bone_groups7") is method_of("bone_groups7")
     for name in ("bone_groups", "bone_groups0", "bone_groups1", "bone_groups02", "bone_groups_2"):
