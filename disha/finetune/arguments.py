@@ -20,12 +20,10 @@ from transformers.integrations.integration_utils import get_reporting_integratio
 from transformers.utils.import_utils import is_torch_tf32_available
 from trl import SFTConfig
 
-from disha.config import AdapterConfig
 from disha.errors import ArgumentError, MissingPackageError
 from disha.finetune.base import best_device, count_parameters, read_text
 from disha.finetune.choices import choose, describe, read_device
 from disha.finetune.notes import BITS, read_noted_base, read_settings
-from disha.functional.methods import ALL_GROUPS, Groups
 from disha.text import nearest
 
 TRAINER_STATE = "trainer_state.json"
@@ -177,10 +175,15 @@ class AdapterArguments:
 
 def _with_groups(method: str, groups: str) -> str:
     """Return the name of a method with groups of shards."""
-    if groups != ALL_GROUPS and not groups.isdecimal():
-        raise ArgumentError(f"--groups must be a number or {ALL_GROUPS}, got {groups}")
-    count: Groups = "all" if groups == ALL_GROUPS else int(groups)
-    return AdapterConfig(r=1, method=method, groups=count).method
+    if groups == "1":
+        return method
+    if groups != "all" and not re.fullmatch("[1-9][0-9]*", groups):
+        raise ArgumentError(f"--groups must be a number from 1, or all; got {groups}")
+    if method not in ("bone", "miss"):
+        raise ArgumentError(
+            f"leave --groups out: only bone takes groups of shards, and the method is {method}"
+        )
+    return "bone_groups_all" if groups == "all" else f"bone_groups{groups}"
 
 
 @dataclass

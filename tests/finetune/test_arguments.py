@@ -41,7 +41,7 @@ def test_other_names_of_flags(words, name, value):
 
 
 @pytest.mark.parametrize(
-    ("groups", "method"), [("1", "bone"), ("3", "bone_groups3"), ("all", "bone_groups_all")]
+    ("groups", "method"), [("1", "miss"), ("3", "bone_groups3"), ("all", "bone_groups_all")]
 )
 def test_groups_of_shards(groups, method):
     adapter, _, _ = parse_flags(["--groups", groups, "--method", "miss"])
@@ -65,8 +65,8 @@ def test_a_file_of_flags_and_the_command_line_wins(tmp_path):
         ("--zzzz", "no flag --zzzz; --help_all shows"),
         ("--bits 3", "invalid choice: '3'"),
         ("--r many", "invalid int value: 'many'"),
-        ("--groups few", "--groups must be a number or all, got few"),
-        ("--groups 2 --method bat", "leave groups out: only 'bone' takes them"),
+        ("--groups few", "--groups must be a number from 1, or all; got few"),
+        ("--groups 2 --method bat", "leave --groups out: only bone takes groups of shards"),
         ("--init_weights True --method bat", "True means Bone, and the adapter has method=bat"),
         ("--config", "--config needs a YAML file"),
         ("--eval_fraction 1.5", "--eval_fraction must be below 1, got 1.5"),

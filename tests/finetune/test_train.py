@@ -293,7 +293,7 @@ class TestCourse:
         [
             (["--r", 4], "has r=8, which can't change; leave out --r"),
             (["--method", "bone"], "has method=bat"),
-            (["--groups", "2"], "leave groups out: only 'bone' takes them"),
+            (["--groups", "2"], "leave --groups out: only bone takes groups"),
             (["--init_weights", "True"], "has method=bat"),
             (["--target", "q_proj"], "has target="),
             (["--also_train", "norm"], "has also_train="),
