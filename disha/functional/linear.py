@@ -13,7 +13,7 @@ from torch.compiler import is_compiling
 from disha.functional.dropout import drop_inputs
 from disha.functional.layouts import MATRIX, Geometry
 from disha.functional.parts import updates_of_outputs
-from disha.functional.products import fold_or_separate, update_product
+from disha.functional.products import sort_updates, update_product
 from disha.functional.shard_sums import add_to, overflow_safe_shard_sum, scaled, shard_sum, tiled
 from disha.functional.update import Update, computed_weight, shard_sum_terms
 from disha.private_torch import any_autocast, modes_active, must_not_write, transforms_active
@@ -54,7 +54,7 @@ def adapted_linear(
     elif updates[0].method.uses_shard_sum and not updates[0].method.prefers_product:
         output = _linear_with_shard_sum(inputs, weight, bias, updates[0])
     else:
-        output = _linear_with_one_folded(inputs, weight, bias, updates[0])
+        output = _linear_by_method(inputs, weight, bias, updates[0])
     if late_bias is not None:
         output = add_to(output, late_bias)
     return output if inputs is x else output.reshape(*x.shape[:-1], weight.shape[0])
@@ -96,14 +96,12 @@ def _linear_in_general(
     x: Tensor, weight: Tensor, bias: Tensor | None, updates: Sequence[Update]
 ) -> Tensor:
     """Return (W + sum of s dW) x + b for any updates and x (n, in)."""
-    folded, separate = fold_or_separate(updates)
-    separate += [update for update in updates if update.method.prefers_product]
-    with_shard_sum = [update for update in updates if not update.method.prefers_product]
+    with_factor, folded, separate = sort_updates(F.linear, x, MATRIX, updates)
     # The updates are computed before W x. So in backward, W x creates the gradient of x, and the
     # updates add to it.
     sums_and_matrices = []
     geometry = MATRIX.geometry(weight.shape)
-    for matrix, dropout, _ in shard_sum_terms(with_shard_sum, MATRIX, geometry):
+    for matrix, dropout, _ in shard_sum_terms(with_factor, MATRIX, geometry):
         inputs = drop_inputs(x, dropout) if dropout else x
         sums, overflow_scale = overflow_safe_shard_sum(inputs, matrix.shape[0])
         sums_and_matrices.append((sums, matrix, overflow_scale))
@@ -132,7 +130,7 @@ def _linear_with_folded(
     """Return the product with the updates, at least one, folded into W."""
     updates = _add_up(updates)
     if len(updates) == 1 and not updates[0].output_ranges:
-        return _linear_with_one_folded(x, weight, bias, updates[0])
+        return _linear_by_method(x, weight, bias, updates[0])
     has_ranges = any(update.output_ranges for update in updates)
     # A rank that has none of the outputs must still join the all-reduce of the gradient of D. Only
     # the computed weight keeps its empty block in the graph.
@@ -166,10 +164,8 @@ def _add_up(updates: Sequence[Update]) -> Sequence[Update]:
     return [first.replace(block=total, scale=1.0)]
 
 
-def _linear_with_one_folded(
-    x: Tensor, weight: Tensor, bias: Tensor | None, update: Update
-) -> Tensor:
-    """Return the product with one update of all outputs folded into W."""
+def _linear_by_method(x: Tensor, weight: Tensor, bias: Tensor | None, update: Update) -> Tensor:
+    """Return `Method.product` with one update of all outputs, or else the update folded into W."""
     output = update.method.product(x, weight, bias, update.block, update.scale)
     if output is not None:
         return output

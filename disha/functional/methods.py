@@ -92,7 +92,7 @@ class Method:
             equals the product of S(x) with R.
         prefers_product: whether `product` costs less than the product with R. Only for a method
             that uses shard sums. It then acts in linear layers, and in stacks with one update.
-            Elsewhere, R acts: in convolutions, lookups, tied heads and grouped products of experts.
+            Elsewhere, R acts: in convolutions, tied heads and grouped products of experts.
         tiles: whether a block can have an output shard r_out.
         replaces: whether the block replaces W: D^T has its new values, and dW = D^T - W. Such a
             block starts with the values of W, whatever `init` says.

@@ -1,10 +1,13 @@
 """Products of inputs with a weight and its updates: W x + b + sum of s dW x.
 
 Each function returns the product with the effective weight W + sum of s dW, and avoids forming
-that weight where possible. There are three cases:
+that weight where possible. There are four cases:
 
 - the method uses shard sums, so dW x = S(x) R: the same product of S(x) with R, a smaller weight,
   is added;
+- the method uses shard sums, but has something that costs less than R: what it computes is added.
+  In a lookup, this is `Method.look_up`; in a linear layer, `Method.product` if the method
+  `prefers_product`;
 - any other method: dW is folded into W, so there is one product;
 - any other method, where dropout gives the update its own input, or where the block replaces some
   rows of W: the product with dW is added.
@@ -63,12 +66,8 @@ def adapted_product(
     product with "index out" where the head reads that of the embedding.
     """
     geometry = layout.geometry(weight.shape)
-    folded, separate = fold_or_separate(updates)
-    terms: list[ShardSumTerm] = []
-    if _looks_up_inputs(x, layout):
-        separate = [update for update in updates if update.method.uses_shard_sum] + separate
-    else:
-        terms = shard_sum_terms(updates, layout, geometry)
+    with_factor, folded, separate = sort_updates(multiply, x, layout, updates)
+    terms = shard_sum_terms(with_factor, layout, geometry)
     effective = computed_weight(weight, layout, folded) if folded else weight
     output = multiply(x, effective, bias)
     for term in terms:
@@ -78,21 +77,27 @@ def adapted_product(
     return output
 
 
-def fold_or_separate(updates: Sequence[Update]) -> tuple[list[Update], list[Update]]:
-    """Return the updates that are folded into W, and those that need a product of their own.
+def sort_updates(
+    multiply: Product, x: Tensor, layout: Layout, updates: Sequence[Update]
+) -> tuple[list[Update], list[Update], list[Update]]:
+    """Return the updates that act by R, those folded into W, and those added by themselves.
 
-    Updates that use shard sums are neither.
+    Updates that act by R can be added up first, if they have one shard size.
     """
+    with_factor = []
     folded = []
     separate = []
     for update in updates:
         if update.method.uses_shard_sum:
-            continue
-        if update.needs_own_product():
+            if _looks_up_inputs(x, layout) or _prefers_product(multiply, layout, update):
+                separate.append(update)
+            else:
+                with_factor.append(update)
+        elif update.needs_own_product():
             separate.append(update)
         else:
             folded.append(update)
-    return folded, separate
+    return with_factor, folded, separate
 
 
 def update_product(
@@ -100,7 +105,7 @@ def update_product(
 ) -> Tensor:
     """Return the product of x with s dW of one update, with its dropout."""
     geometry = layout.geometry(weight.shape)
-    if update.method.prefers_product and multiply is F.linear and layout == MATRIX:
+    if _prefers_product(multiply, layout, update):
         inputs = drop_inputs(x, update.dropout) if update.dropout else x
         product = _product_without_delta(inputs, weight, update)
         assert product is not None
@@ -123,6 +128,11 @@ def update_product(
             return product
     delta = scaled(update.delta_weight(layout, weight), update.scale)
     return multiply(x, delta.to(x.dtype), None)
+
+
+def _prefers_product(multiply: Product, layout: Layout, update: Update) -> bool:
+    """Whether a product is one of a linear layer, which the method computes at a lower cost."""
+    return update.method.prefers_product and multiply is F.linear and layout == MATRIX
 
 
 def _looks_up_inputs(x: Tensor, layout: Layout) -> bool:
