@@ -65,9 +65,10 @@ def _find_blocks(model: nn.Module, keys: Iterable[str]) -> set[str]:
     """Return the clean keys of blocks: those of a state dict, or of an adapter file.
 
     Trainer loads the file of a checkpoint as a state dict, and the keys of its blocks have no
-    adapter. So a key is a block's by its end, unless the user has a parameter of that name.
+    adapter. So a key is a block's by its end, unless the user has a tensor of that name.
     """
-    of_user = {clean_key(name) for name, _ in model.named_parameters() if not _is_block(name)}
+    tensors = (*model.named_parameters(), *model.named_buffers())
+    of_user = {clean_key(name) for name, _ in tensors if not _is_block(name)}
     return {clean_key(key) for key in keys if key.endswith("_block")} - of_user
 
 

@@ -3,6 +3,7 @@
 from contextlib import ExitStack
 
 import pytest
+import torch
 from torch import nn
 
 import disha
@@ -33,6 +34,21 @@ def test_a_state_that_lacks_another_adapter_of_a_layer_that_is_named_like_ours()
     model = disha.inject_adapters(nn.ModuleDict({"disha": nn.Linear(4, 4)}), ".", 2)
     state = model.state_dict()
     assert not any(disha.inject_adapters(model, ".", 2, adapter="b").load_state_dict(state))
+
+
+def test_a_buffer_that_is_named_like_a_block():
+    def with_buffers():
+        norm = nn.BatchNorm1d(4)
+        norm.register_buffer("mask_block", torch.zeros(3))
+        return nn.Sequential(nn.Linear(4, 4), norm)
+
+    base = with_buffers()
+    base[1].running_mean.fill_(2.0)
+    adapted = disha.inject_adapters(with_buffers(), "0", 2)
+    adapted.load_state_dict(base.state_dict())
+    assert list(disha.adapter_state_dict(adapted)) == ["0.disha.default.bone_block"]
+    disha.remove_adapters(adapted)
+    assert torch.equal(adapted[1].running_mean, base[1].running_mean)
 
 
 def test_a_model_has_one_hook_which_is_removed_with_its_last_adapter(adapted):
