@@ -236,7 +236,15 @@ def save_tensors(path: PathLike, tensors: Tensors, metadata: dict[str, str] = OF
 
 def write_tensors(new: Path, tensors: Tensors, metadata: dict[str, str] = OF_TORCH) -> None:
     """Write tensors to the draft of a safetensors file."""
-    whole = {key: tensor.contiguous() for key, tensor in tensors.items()}
+    whole = {}
+    storages = set()
+    for key, tensor in tensors.items():
+        values = tensor.contiguous()
+        storage = values.untyped_storage().data_ptr()
+        if storage in storages:  # safetensors refuses tensors that share memory
+            values = values.clone()
+        storages.add(storage)
+        whole[key] = values
     save_file(whole, new, metadata)
 
 

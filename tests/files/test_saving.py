@@ -16,7 +16,7 @@ from disha import (
     MergeError,
 )
 from tests.adapter_files import base, trained
-from tests.conftest import Layered, perturb
+from tests.conftest import Layered, assert_same, perturb
 
 
 class TestWhatTrainsIsSaved:
@@ -49,6 +49,18 @@ class TestSaving:
         with pytest.raises(AdapterStateError, match=r"not finite.*head.bone_block"):
             disha.save_adapter(saved, path)
         assert path.read_bytes() == old
+
+    def test_tensors_that_share_memory(self, path):
+        model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.BatchNorm1d(4))
+        model[2].weight = nn.Parameter(model[1].weight.data)
+        model[2].running_mean = model[1].running_mean
+        loaded = copy.deepcopy(model)
+        disha.inject_adapters(model, "0", 2, also_train=r"[12]\.weight")
+        model[1].weight.data.fill_(2.0)
+        model[1].running_mean.fill_(3.0)
+        disha.save_adapter(model, path)
+        disha.load_adapter(loaded, path)
+        assert_same(loaded.state_dict(), model.state_dict())
 
     def test_a_weight_that_holds_a_merge_is_not_taken_for_the_adapters(self, path):
         model = disha.inject_adapters(base(), "head", 2, also_train=r"head\.weight")
