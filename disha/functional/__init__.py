@@ -12,9 +12,10 @@ a weight have them all. A product enters through `Updates.linear` or `Updates.pr
 `linear` or `products`. These ask the block's `Method` for dW, or for the matrix R with
 dW x = S(x) R. `Layout` tells the method which axes of a weight are its matrices.
 
-Read in this order: `shard_sums`, `bone`, `bat`, `layouts`, `methods`, `update` (one block),
-`products` (any layout; with `dropout`, `convolutions` and `lookups`), then its special cases
-`linear` and `stacks`, then `parts`; last `weight_updates` and `routed` (all blocks of a weight).
+Read in this order: `shard_sums`, `bone`, `shard_groups`, `bat`, `layouts`, `methods`, `update` (one
+block), `products` (any layout; with `dropout`, `convolutions` and `lookups`), then its special
+cases `linear` and `stacks`, then `parts`; last `weight_updates` and `routed` (all blocks of a
+weight).
 
 Source: Kang, "DiSHA: Dimension-Sharding Adaptation of Large Language Models with Fast Convergence
 and Fast Computation", arXiv 2409.15371 (Bone was later renamed MiSS; the tile is its "mini").

@@ -11,8 +11,9 @@ size g r and R has zeros:
     R[k r + j, o] = D[j, o]    if o mod g = k,                else 0
 
 `group_product` multiplies no zeros: for each group k, it multiplies the part k of S(x) by the
-columns of D of the outputs in group k. For the backward pass, autograd saves S(x) and D, and
-no other tensor. If each group has one shard, S(x) is x.
+columns of D of the outputs in group k. If each group has one shard, S(x) is x. Where the product
+can be added to W x in place (`_AddByGroups`), autograd saves S(x) and D, and no other tensor.
+Elsewhere, as in compiled code and for stacks, it is a plain product of copies by group.
 """
 
 from __future__ import annotations
@@ -34,15 +35,15 @@ from disha.functional.shard_sums import (
 from disha.private_torch import any_autocast, is_view
 
 
-def group_count(groups: int | None, in_features: int, block: Tensor) -> int:
-    """Return the number of groups of a weight: `groups`, or the largest possible one for None.
+def group_count(asked: int | None, in_features: int, block: Tensor) -> int:
+    """Return the number of groups that a weight has if so many are asked for: None for all.
 
     With more groups than shards, some outputs would see no shard. With more groups than outputs,
     some shards would be seen by no output.
     """
-    r, outputs = block.shape[-2:]
-    largest = min(shard_count(in_features, r), outputs)
-    return largest if groups is None else min(groups, largest)
+    r, out_features = block.shape[-2:]
+    largest = min(shard_count(in_features, r), out_features)
+    return largest if asked is None else min(asked, largest)
 
 
 def group_factor(block: Tensor, groups: int) -> Tensor:
@@ -57,9 +58,9 @@ def group_factor(block: Tensor, groups: int) -> Tensor:
 
 def group_lookup(indices: Tensor, block: Tensor, groups: int) -> Tensor:
     """Return the columns of dW that indices choose, as (..., out), without R."""
-    r, outputs = block.shape
+    r, out_features = block.shape
     group_of_index = indices // r % groups
-    group_of_output = torch.arange(outputs, device=block.device) % groups
+    group_of_output = torch.arange(out_features, device=block.device) % groups
     sees = group_of_output == group_of_index.unsqueeze(-1)  # (..., out)
     return torch.where(sees, F.embedding(indices % r, block), 0.0)
 
@@ -79,7 +80,8 @@ def group_product(
     """
     size = groups * block.shape[-2]
     overflow_scale = 1.0
-    if x.shape[-1] % size or x.dtype == torch.float16 or any_autocast():
+    must_pad = x.shape[-1] % size != 0
+    if must_pad or x.dtype == torch.float16 or any_autocast():  # sums may overflow, or be cast
         sums, overflow_scale = overflow_safe_shard_sum(x, size)
     elif x.shape[-1] == size:  # one shard in each group
         sums = x
@@ -102,11 +104,11 @@ def group_product(
 
 def _multiply_by_groups(sums: Tensor, block: Tensor, groups: int) -> Tensor:
     """Return S(x) R, as a batch of products: one for each group."""
-    outputs_of_ranges = []
+    products = []
     for outputs, count in _cut_into_whole_groups(block, groups):
         parts, columns = _split_operands(sums, block[..., outputs], count)
-        outputs_of_ranges.append((parts @ columns).movedim(-3, -1).flatten(-2))
-    return torch.cat(outputs_of_ranges, -1)
+        products.append((parts @ columns).movedim(-3, -1).flatten(-2))
+    return _join_outputs(products)
 
 
 def _cut_into_whole_groups(block: Tensor, groups: int) -> list[tuple[slice, int]]:
@@ -115,12 +117,17 @@ def _cut_into_whole_groups(block: Tensor, groups: int) -> list[tuple[slice, int]
     If g does not divide the outputs, the last ones are fewer than g: one in each of the first
     groups.
     """
-    outputs = block.shape[-1]
-    last = outputs % groups
-    ranges = [(slice(0, outputs - last), groups)]
+    out_features = block.shape[-1]
+    last = out_features % groups
+    ranges = [(slice(0, out_features - last), groups)]
     if last:
-        ranges.append((slice(outputs - last, outputs), last))
+        ranges.append((slice(out_features - last, out_features), last))
     return ranges
+
+
+def _join_outputs(pieces: list[Tensor]) -> Tensor:
+    """Return ranges of outputs beside each other. Usually there is one, which is not copied."""
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, -1)
 
 
 def _split_operands(sums: Tensor, block: Tensor, groups: int) -> tuple[Tensor, Tensor]:
@@ -143,7 +150,9 @@ def _split_outputs(tensor: Tensor, groups: int) -> Tensor:
 
 def _may_write(output: Tensor, sums: Tensor, block: Tensor) -> bool:
     """Whether `_AddByGroups` can add the product to this output."""
-    if output.dim() != 2 or output.dtype is not sums.dtype or is_view(output):
+    if output.dim() != 2:  # of a stack, g would be a second batch dimension, and `bmm` has one
+        return False
+    if output.dtype is not sums.dtype or is_view(output):
         return False
     return may_define_backward(output, sums, block)
 
@@ -162,7 +171,7 @@ class _AddByGroups(torch.autograd.Function):
         ctx.groups = groups
         for outputs, count in _cut_into_whole_groups(block, groups):
             parts, columns = _split_operands(sums, block[:, outputs], count)
-            _split_outputs(output[:, outputs], count).add_(_multiply_by_tokens(parts, columns))
+            _split_outputs(output[:, outputs], count).add_(_multiply_each_group(parts, columns))
         return output
 
     @staticmethod
@@ -177,7 +186,7 @@ class _AddByGroups(torch.autograd.Function):
             by_tokens = torch.unflatten(grad[:, outputs], -1, (-1, count)).mT.contiguous()
             grad_outputs = by_tokens.transpose(0, 1)  # (g, n, out / g)
             if needs_sums:
-                grad_parts = _multiply_by_tokens(grad_outputs, columns.mT.conj())
+                grad_parts = _multiply_each_group(grad_outputs, columns.mT.conj())
                 grad_parts = grad_parts.transpose(0, 1).flatten(-2)
                 if grad_sums is None:
                     grad_sums = grad_parts
@@ -187,11 +196,11 @@ class _AddByGroups(torch.autograd.Function):
             if needs_block:
                 grad_columns = parts.mT.conj() @ grad_outputs  # (g, r, out / g)
                 grad_blocks.append(grad_columns.movedim(0, -1).flatten(-2))
-        grad_block = torch.cat(grad_blocks, -1) if needs_block else None
+        grad_block = _join_outputs(grad_blocks) if needs_block else None
         return grad, grad_sums, grad_block, None
 
 
-def _multiply_by_tokens(first: Tensor, second: Tensor) -> Tensor:
+def _multiply_each_group(first: Tensor, second: Tensor) -> Tensor:
     """Return the products (g, n, columns) of matrices (g, n, m) and (g, m, columns).
 
     In memory, all groups of a token lie beside each other, as they do in the outputs and in S(x).
