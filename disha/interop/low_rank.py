@@ -134,7 +134,7 @@ class LoraReport:
     @property
     def error(self) -> float:
         """The largest relative error of a layer."""
-        return max(layer.error for layer in self.layers)
+        return max((layer.error for layer in self.layers), default=0.0)
 
     def __str__(self) -> str:
         rows = [
@@ -384,8 +384,9 @@ def contents_of_factors(
             f"{source} is not a Bone adapter: A is not [I I ... I] in {len(others)} of {count} "
             f"({list_names(others)}); use it in PEFT, or in the program that it is made for"
         )
-    first, _ = blocks[0]
-    usual_r = max(multimode(layer.r for layer, _ in blocks))  # the most frequent
+    described = blocks or new_rows
+    first, _ = described[0]
+    usual_r = max(multimode(layer.r for layer, _ in described))  # the most frequent
     config = AdapterConfig(
         usual_r,
         target=None,

@@ -233,7 +233,8 @@ def _contents_of(
                 f"{folder.path}: tensor {key!r} is neither lora_A nor lora_B, nor in "
                 "modules_to_save"
             )
-    _check_pairs(folder, pairs)
+    if pairs or not new_rows:
+        _check_pairs(folder, pairs)
     factors = _factors_of(folder, pairs, layouts, model_type)
     dropout = folder.fields.get("lora_dropout", 0.0)
     contents = contents_of_factors(folder.path, factors, dropout, new_rows, others)

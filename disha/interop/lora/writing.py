@@ -349,7 +349,7 @@ def _config_of(
     """Return PEFT's configuration of a LoRA, for a model with these modules if they are known."""
     # The most frequent values are the default, and patterns list the layers with other values.
     sizes = {update.record.name: (update.rank, _alpha_of(update)) for update in updates}
-    r, alpha = max(multimode(sizes.values()))
+    r, alpha = max(multimode(sizes.values()), default=(1, 1))  # only new rows, which have no rank
     ranks = {name: rank for name, (rank, _) in sizes.items() if rank != r}
     alphas = {name: other for name, (_, other) in sizes.items() if other != alpha}
     parameters = sorted(update.record.name for update in updates if is_stack(update.record))
@@ -371,6 +371,8 @@ def _config_of(
         "use_rslora": False,
         "use_dora": False,
     }
+    if not updates:  # PEFT refuses to adapt no module, except by this name
+        config["target_modules"] = "dummy-target-modules"
     if parameters:
         config["target_parameters"] = parameters
         config["lora_dropout"] = 0.0  # PEFT has no dropout for parameters

@@ -322,6 +322,20 @@ def test_experts_that_are_modules_of_a_list(tmp_path):
     assert disha.summary(loaded).layers == disha.summary(ours).layers
 
 
+def test_new_rows_alone(tmp_path):
+    base = llama().eval()
+    trained = adapted(base, "q_proj", also_train_rows={"embed_tokens": [3, 5]})
+    disha.save_adapter(trained, tmp_path / "adapter")
+    ours, loaded = copy.deepcopy(base), copy.deepcopy(base)
+    disha.load_adapter(ours, tmp_path / "adapter", layers="embed_tokens")
+    report = lora.export(ours, tmp_path / "lora")
+    assert report.error == 0
+    assert "also trained: model.embed_tokens.token_adapter" in str(report)
+    check_served(base, tmp_path / "lora", ours, TOKENS, 1e-5)
+    lora.load(loaded, tmp_path / "lora")
+    assert torch.equal(output(loaded, TOKENS), output(ours, TOKENS))
+
+
 def test_the_report_is_frozen(tmp_path):
     report = lora.export(adapted(Layered(), "q_proj", 4), tmp_path)
     with pytest.raises(FrozenInstanceError):
