@@ -237,7 +237,8 @@ def _rename_as_in_model(
     layers = {}
     for record in contents.layers:
         name = first_name(record.name)
-        renamed = dataclasses.replace(record, name=name)
+        tied = sorted(set(map(first_name, record.tied)))
+        renamed = dataclasses.replace(record, name=name, tied=tuple(tied))
         keys[record.key] = renamed.key
         layers[renamed.key] = renamed
     _refuse_two_of_one(source, keys)
@@ -278,7 +279,8 @@ def _list_differences(incoming: _Incoming) -> list[str]:
     borrowers = incoming.view.find_borrowers()
     differences = []
     for model_block, in_file in incoming.blocks():
-        in_model = describe_block(model_block, borrowers[model_block.block], with_fingerprint=False)
+        tied = sorted(borrowers[model_block.block])
+        in_model = describe_block(model_block, tied, with_fingerprint=False)
         for field, value in vars(in_model).items():
             file_value = getattr(in_file, field)
             # The file's scale is taken over, and another base only warns.

@@ -183,6 +183,31 @@ def test_a_file_says_who_reads_it(tmp_path, target):
         load_adapter(untied, tmp_path / "file")
 
 
+def layers_with_one_weight(*names):
+    """Return linear layers of one weight, in this order."""
+    layers = nn.ModuleDict({name: nn.Linear(4, 4, bias=False) for name in names})
+    weight = nn.Parameter(torch.ones(4, 4))
+    for layer in layers.values():
+        layer.weight = weight
+    return layers
+
+
+def test_a_file_replaces_an_adapter_of_layers_in_another_order(tmp_path):
+    save_adapter(disha.inject_adapters(layers_with_one_weight(*"xyz"), ".", 2), tmp_path / "file")
+    model = layers_with_one_weight(*"xzy")
+    load_adapter(model, tmp_path / "file")
+    report = load_adapter(model, tmp_path / "file", replace=True)
+    assert report.matched == ("x.bone_block",)
+
+
+def test_a_file_may_know_a_tied_layer_by_its_second_name(tmp_path):
+    save_adapter(disha.inject_adapters(layers_with_one_weight(*"xy"), ".", 2), tmp_path / "file")
+    model = layers_with_one_weight("x", "first")
+    model["y"] = model["first"]
+    load_adapter(model, tmp_path / "file")
+    assert list(model["y"].disha) == ["default"]
+
+
 def test_a_part_with_a_borrowed_block_alone_is_not_saved(tmp_path):
     model = disha.inject_adapters(llama(), "embed_tokens|q_proj", 4)
     part = nn.ModuleList([model.model.layers, model.lm_head])
