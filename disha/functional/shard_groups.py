@@ -152,9 +152,9 @@ def _may_write(output: Tensor, sums: Tensor, block: Tensor) -> bool:
     """Whether `_AddByGroups` can add the product to this output."""
     if output.dim() != 2:  # of a stack, g would be a second batch dimension, and `bmm` has one
         return False
-    if output.dtype is not sums.dtype or is_view(output):
+    if output.dtype is not sums.dtype or not may_define_backward(output, sums, block):
         return False
-    return may_define_backward(output, sums, block)
+    return not is_view(output)  # the last question, because the compiler can't trace it
 
 
 class _AddByGroups(torch.autograd.Function):
