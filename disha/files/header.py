@@ -204,7 +204,7 @@ def _parse_file(path: Path, fields: Any, tensors: Mapping[str, Tensor]) -> Adapt
     config = _parse_config(path, fields["config"])
     return AdapterFile(
         config=config,
-        layers=tuple(_parse_layer(config, entry) for entry in fields["layers"]),
+        layers=tuple(_parse_layer(path, config, entry) for entry in fields["layers"]),
         also_train=tuple(fields["also_train"]),
         tensors=tensors,
         metadata=fields["metadata"],
@@ -233,16 +233,21 @@ def _check_version(path: Path, fields: Mapping[str, Any]) -> None:
 def _parse_config(path: Path, fields: Any) -> AdapterConfig:
     check_type("config", fields, dict, "a JSON object")
     method = fields.get("method")
+    if isinstance(method, str):
+        _check_method(path, method)
+    return AdapterConfig.from_json(fields)
+
+
+def _check_method(path: Path, method: str) -> None:
     known = find_method(method)
-    if isinstance(method, str) and (known is None or known.name != method):
+    if known is None or known.name != method:
         raise AdapterFileError(
             f"{path} has blocks of the method {brief(method)}, which is unknown here; register the "
             "method first (disha.register_method), or upgrade disha-torch"
         )
-    return AdapterConfig.from_json(fields)
 
 
-def _parse_layer(config: AdapterConfig, entry: Any) -> LayerRecord:
+def _parse_layer(path: Path, config: AdapterConfig, entry: Any) -> LayerRecord:
     name = entry["name"]
     base = entry.get("base")
     padding = entry.get("padding_idx")
@@ -250,6 +255,8 @@ def _parse_layer(config: AdapterConfig, entry: Any) -> LayerRecord:
     method = entry.get("method", config.method)
     for text in (name, *tied):
         check_type("the name of a layer", text, str, "text")
+    check_type("method", method, str, "text")
+    _check_method(path, method)
     check_type("base", base, str | None, "text")
     check_type("padding_idx", padding, int | None, "an int")
     for size in ("r", "in", "out"):

@@ -566,6 +566,10 @@ class TestBadFiles:
         safetensors.torch.save_file({"head.bone_block": torch.zeros(3, 12)}, path)
         self.refused(path, "it was not written by disha.save_adapter; name an adapter file")
 
+    def test_an_unknown_method_of_a_layer(self, saved, path):
+        rewritten(path, change_header=lambda header: header["layers"][0].update(method="magic"))
+        self.refused(path, "has blocks of the method 'magic', which is unknown here")
+
     def test_for_another_model(self, saved, path):
         self.refused(
             path, "(?s)q_proj: the model has no such layer.*nearest", nn.Sequential(nn.Linear(8, 8))
