@@ -149,7 +149,7 @@ def export(
         problems = _reasons_against_miss(contents, dropout)
         problems += reasons_against(view, names, _reason_if_unknown, exporting=True)
         refuse_to_write(CANT_EXPRESS, [*problems, *saved.problems])
-        notes = notes_of(view.model) | given
+        notes = notes_of(view.modules[""]) | given
         fields = _fields_of(contents, dropout, module_names(view), saved.modules, notes)
     others = saved.copies()
     with ranks.fail_together(action):

@@ -206,7 +206,7 @@ def _convert(
     written = convert_experts(updates, experts, contents.also_train, model_type)
     others = saved.copies() | _token_tensors(token_rows, contents.tensors)
     config = _config_of(contents, written, saved.modules, module_names(view))
-    config |= notes_of(view.model)
+    config |= notes_of(view.modules[""])
     config["trainable_token_indices"] = _token_numbers(token_rows)
     return _Converted(config, tensors_of(written) | others, updates, tuple(others))
 
@@ -265,7 +265,7 @@ def names_of_weight(view: ModelView, layer: str) -> tuple[str, ...]:
 
 def model_type_of(view: ModelView) -> str | None:
     """Return the type of a model of `transformers`."""
-    config = getattr(view.model, "config", None)
+    config = getattr(view.modules[""], "config", None)
     return getattr(config, "model_type", None)
 
 

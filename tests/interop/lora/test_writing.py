@@ -8,6 +8,7 @@ import peft
 import pytest
 import torch
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 from transformers import LlamaForCausalLM, LlamaForSequenceClassification
 from transformers.models.t5gemma2.modeling_t5gemma2 import T5Gemma2TextScaledWordEmbedding
 
@@ -320,6 +321,18 @@ def test_experts_that_are_modules_of_a_list(tmp_path):
     check_served(base, tmp_path, ours, torch.randn(3, 8), 1e-5)
     lora.load(loaded, tmp_path)
     assert disha.summary(loaded).layers == disha.summary(ours).layers
+
+
+def test_a_wrapped_model_has_the_notes_of_the_model_in_it(tmp_path):
+    base = llama()
+    base.config._name_or_path = "someone/tiny-llama"
+    ours = adapted(base, "q_proj")
+    lora.export(ours, tmp_path / "ours")
+    for number, wrapped in enumerate([torch.compile(ours), AveragedModel(ours)]):
+        lora.export(wrapped, tmp_path / f"lora{number}")
+        assert_same_folders(tmp_path / f"lora{number}", tmp_path / "ours")
+        miss.export(wrapped, tmp_path / f"miss{number}")
+        assert config_of(tmp_path / f"miss{number}")["task_type"] == "CAUSAL_LM"
 
 
 def test_new_rows_alone(tmp_path):
