@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from disha.layers.weights import count_values
 from disha.model.view import ModelView
@@ -106,9 +107,10 @@ def summary(model: nn.Module) -> Summary:
         )
         layers.append(row)
     of_blocks = sum(layer.parameters for layer in layers)
-    of_model = sum(parameter.size for parameter in view.parameters)
+    # A lazy parameter has no size yet.
+    of_model = sum(parameter.size for parameter in view.parameters if not is_lazy(parameter.value))
     trainable = 0
     for parameter in view.list_parameters():
-        if parameter.requires_grad:
+        if parameter.requires_grad and not is_lazy(parameter):
             trainable += count_values(parameter)
     return Summary(trainable, total=of_blocks + of_model, layers=tuple(layers))

@@ -1,3 +1,6 @@
+import torch
+from torch import nn
+
 import disha
 from disha.text import table
 from tests.conftest import Tied
@@ -32,9 +35,14 @@ def test_tied_parameters_count_once():
     assert disha.summary(model).total == sum(p.numel() for p in model.parameters())
 
 
-def test_a_parameterless_model_is_no_division_by_zero():
-    from torch import nn
+def test_a_lazy_module_counts_once_it_has_sizes():
+    model = disha.inject_adapters(nn.Sequential(nn.Linear(4, 4), nn.LazyLinear(4)), "0", 2)
+    assert disha.summary(model).total == 20 + 8
+    model(torch.ones(1, 4))
+    assert disha.summary(model).total == 20 + 8 + 20
 
+
+def test_a_parameterless_model_is_no_division_by_zero():
     assert disha.summary(nn.ReLU()).percent == 0.0
 
 
