@@ -54,7 +54,7 @@ class AdapterConfig:
         method: `"bone"` (also called `"miss"`), `"bat"`, or a method that `register_method` has
             added.
         r_out: size of the output shard, which makes Bone a tile, or None.
-        groups: number of groups of shards, or `"all"` for as many as a weight has shards: each
+        groups: number of groups of shards, or `"all"` for one group for each shard: each
             output sees the shards of its own group. It becomes a part of the method's name.
         exclude: a regex, or several, of names to leave out, or None.
         rank_pattern: regex of names -> r, or None. The first match wins.

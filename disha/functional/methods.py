@@ -348,7 +348,9 @@ class _Bone(Method):
     def with_groups(self, groups: Groups) -> Method | None:
         if groups == 1:
             return self
-        return method_of("bone_groups_all" if groups == ALL_GROUPS else f"bone_groups{groups}")
+        if groups == ALL_GROUPS:
+            return method_of("bone_groups_all")
+        return method_of(f"bone_groups{groups}")
 
 
 class _BoneGroups(Method):
@@ -568,13 +570,17 @@ def find_method(name: object) -> Method | None:
     for method in METHODS.values():
         if name == method.name or name in method.aliases:
             return method
-    match = _GROUPS.fullmatch(name) if isinstance(name, str) else None
-    return None if match is None else _bone_with_groups(match[1])
+    if isinstance(name, str) and _GROUPS.fullmatch(name):
+        return _bone_with_groups(name)
+    return None
 
 
 @cache  # so that a name always means the same object
-def _bone_with_groups(suffix: str) -> Method:
-    return _BoneGroups(f"bone_groups{suffix}", None if suffix == "_all" else int(suffix))
+def _bone_with_groups(name: str) -> Method:
+    number = name.removeprefix("bone_groups")
+    if number == "_all":
+        return _BoneGroups(name, groups=None)
+    return _BoneGroups(name, int(number))
 
 
 def method_of(name: object) -> Method:

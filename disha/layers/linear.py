@@ -156,7 +156,7 @@ class BoneLinear(_LinearWithAdapter):
         dtype: their dtype.
         r: shard size, from 1 to in_features.
         r_out: size of the output shard, which divides out_features; makes the block a tile.
-        groups: number of groups of shards, or `"all"` for as many as there are shards; each output
+        groups: number of groups of shards, or `"all"` for one group for each shard; each output
             sees the shards of its own group.
         adapter: the adapter's name.
         dropout: probability of zeroing each of the adapter's inputs in training.

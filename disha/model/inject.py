@@ -78,7 +78,8 @@ def inject_adapters(
             becomes a tile with r x r_out parameters.
         groups: number of groups of shards. With more than one group, each output sees the shards
             of its own group only: as many parameters, but dW has a higher rank, up to groups * r.
-            `"all"` makes as many groups as a weight has shards. Only for Bone without `r_out`.
+            `"all"` makes as many groups as possible: one for each shard, if a weight has as many
+            outputs. Only for Bone without `r_out`.
         adapter: the new adapter's name: not empty, and without a dot.
         exclude: regex, or several, of names to leave out.
         rank_pattern: regex of names -> r of the matching weights; the first match wins.
