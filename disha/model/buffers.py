@@ -28,13 +28,13 @@ _BUFFERS = "_disha_buffers"
 class _Remembered(NamedTuple):
     """What a module remembers of a buffer."""
 
-    former: Tensor  # its values before the first adapter, or a sample of them
-    is_whole: bool  # whether these are all of its values, because adapters save it
+    former: Tensor  # its values before the first adapter; a sample of them if it is not saved
+    is_saved: bool  # whether adapters save a change of it
     claimant: str | None = None  # the adapter whose `also_train` names it, if one does
 
     def is_saved_with(self, adapter: str | None) -> bool:
         """Whether a change is saved with an adapter; with None, whether any adapter saves it."""
-        if not self.is_whole:
+        if not self.is_saved:
             return False
         if adapter is None or self.claimant is None:
             return True
@@ -43,8 +43,8 @@ class _Remembered(NamedTuple):
     def differs_from(self, now: Tensor) -> bool:
         """Whether a buffer may have changed."""
         if self.former.is_meta or now.is_meta:
-            return self.is_whole  # unknown; a buffer that adapters save is saved to be safe
-        current = _read(now, self.is_whole)
+            return self.is_saved  # unknown; a buffer that adapters save is saved to be safe
+        current = _read(now, is_whole=self.is_saved)
         former = self.former.to(current)
         if current.shape != former.shape:
             return True
@@ -53,7 +53,7 @@ class _Remembered(NamedTuple):
         return bool(differs.any())
 
 
-def _read(buffer: Tensor, is_whole: bool) -> Tensor:
+def _read(buffer: Tensor, *, is_whole: bool) -> Tensor:
     """Return the values of a buffer, or a sample of them."""
     values = local_part(buffer.detach())  # all of them: a DTensor among buffers is replicated
     return values if is_whole else sample(values)
@@ -78,16 +78,17 @@ def remember_buffers(
     """Remember the buffers that are not remembered yet, and those that the adapter will save."""
     for buffer in view.buffers:
         if buffer.name in also_train:
-            _remember(buffer, undo, is_whole=True, claimant=adapter)
+            _remember(buffer, undo, is_saved=True, claimant=adapter)
         elif _recall(buffer) is None:
-            _remember(buffer, undo, is_whole=buffer.is_statistic)
+            _remember(buffer, undo, is_saved=buffer.is_statistic)
 
 
 def _remember(
-    buffer: ModelBuffer, undo: ExitStack, *, is_whole: bool, claimant: str | None = None
+    buffer: ModelBuffer, undo: ExitStack, *, is_saved: bool, claimant: str | None = None
 ) -> None:
     """Remember what a buffer is now."""
-    remembered = _Remembered(_read(buffer.value, is_whole).clone(), is_whole, claimant)
+    values = _read(buffer.value, is_whole=is_saved).clone()
+    remembered = _Remembered(values, is_saved, claimant)
     attributes = attributes_of(buffer.module)
     former = attributes.get(_BUFFERS)
     if former is None:
@@ -104,7 +105,7 @@ def remember_from_base(model: nn.Module, state: Mapping[str, Any], prefix: str) 
         for attribute, buffer in list(remembered.items()):
             values = state.get(prefix + join(name, attribute))
             if values is not None:
-                former = _read(values, buffer.is_whole).clone()
+                former = _read(values, is_whole=buffer.is_saved).clone()
                 remembered[attribute] = buffer._replace(former=former)
 
 
@@ -178,7 +179,7 @@ def release_buffers(view: ModelView, adapter: str, undo: ExitStack) -> None:
         if claimant_of(buffer) == adapter:
             if _has_changed(buffer):
                 _put_back(buffer, undo)
-            _remember(buffer, undo, is_whole=False)
+            _remember(buffer, undo, is_saved=False)
 
 
 def _put_back(buffer: ModelBuffer, undo: ExitStack) -> None:
