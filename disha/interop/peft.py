@@ -53,7 +53,10 @@ Shapes = Mapping[str, tuple[int, ...]]
 """Shapes of the base's parameters by name, such as "layers.0.q_proj.weight": (out, in)."""
 
 ShapesOf = Callable[[Sequence[str]], Shapes]
-"""Takes the names of parameters, returns the shapes of those that the base has."""
+"""Takes the names of parameters, and returns their shapes.
+
+If the base lacks a parameter, its shape is left out, or an error says that the base lacks it.
+"""
 
 LINEAR = Layout("out in")
 
