@@ -137,8 +137,7 @@ def load(
 def _take_out_rows(view: ModelView, folder: PeftFolder) -> tuple[list[LayerBlock], PeftFolder]:
     """Return the new rows of tables that a folder holds, as layers with blocks, and the rest."""
     values_by_name, rest = folder.split(TOKENS)
-    fields = dict(folder.fields)
-    settings = fields.pop(TOKEN_INDICES, None)
+    settings = folder.fields.get(TOKEN_INDICES)
     new_rows = []
     for name, values in values_by_name.items():
         numbers = _token_numbers_of(name, settings)
@@ -153,7 +152,7 @@ def _take_out_rows(view: ModelView, folder: PeftFolder) -> tuple[list[LayerBlock
         order = torch.tensor(numbers).argsort()  # a block has its rows in order
         block = values[order].mT  # (in, rows)
         new_rows.append((_record_of_rows(view, name, ranges, block), block))
-    return new_rows, replace(rest, fields=fields)
+    return new_rows, rest
 
 
 def _record_of_rows(view: ModelView, name: str, ranges: OutputRanges, block: Tensor) -> LayerRecord:
