@@ -258,7 +258,8 @@ class _Merge:
         for name, file in self._checkpoint.files.items():
             shards[file].append(name)
         for file, names in shards.items():
-            shard = folder / (SINGLE if file == base else file.relative_to(base))
+            name_of_shard = Path(SINGLE) if file == base else file.relative_to(base)
+            shard = folder / name_of_shard
             shard.parent.mkdir(parents=True, exist_ok=True)
             self._write(shard, names)
 
