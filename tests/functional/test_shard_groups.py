@@ -94,6 +94,14 @@ def test_derivatives_of_both_orders(outputs, dtype):
     assert torch.autograd.gradgradcheck(product, (x, block))
 
 
+def test_sums_of_float16_do_not_overflow():
+    x = torch.full((1, 24), 3e4, dtype=torch.float16)  # six shards for each output
+    weight = torch.zeros(4, 24, dtype=torch.float16)
+    block = torch.full((2, 4), 0.1, dtype=torch.float16)
+    output = adapted_linear(x, weight, None, [Update(method_of("bone_groups2"), block, 1.0)])
+    torch.testing.assert_close(output, torch.full((1, 4), 3.6e4, dtype=torch.float16))
+
+
 @pytest.mark.parametrize(("name", "size"), [("bone_groups2", 4), ("bone_groups_all", 12)])
 def test_backward_needs_the_sums_and_the_block_alone(name, size):
     """W is saved for the gradient of x. With as many groups as shards, S(x) is x."""
