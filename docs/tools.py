@@ -306,7 +306,7 @@ back.
             "diffusers": {
                 "read": (f"{IMAGES}::test_diffusers_loads_it_and_computes_the_same",),
                 "same result": (f"{IMAGES}::test_diffusers_loads_it_and_computes_the_same",),
-                "back": (f"{IMAGES}::test_one_file_for_a_pipeline",),
+                "back": (f"{IMAGES}::test_the_file_of_a_pipeline_comes_back",),
             },
             "kohya, UNets by the converters of diffusers": {
                 "read": (f"{IMAGES}::test_kohya_through_the_converters_of_diffusers_and_back",),
