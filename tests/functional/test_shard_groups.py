@@ -54,11 +54,12 @@ def test_any_number_of_groups(name, sizes):
     close_with_gradients(found, expected, [x, update.block])
 
 
+@pytest.mark.parametrize("inputs", [10, 12])
 @pytest.mark.parametrize("experts", [1, 3])
 @pytest.mark.parametrize("name", NAMES)
-def test_a_stack_with_one_input_or_with_one_for_each_matrix(name, experts):
-    x = torch.randn(experts, 5, 10, dtype=torch.float64).requires_grad_()
-    weight = torch.randn(3, 7, 10, dtype=torch.float64)
+def test_a_stack_with_one_input_or_with_one_for_each_matrix(name, experts, inputs):
+    x = torch.randn(experts, 5, inputs, dtype=torch.float64).requires_grad_()
+    weight = torch.randn(3, 7, inputs, dtype=torch.float64)
     update = update_of(name, STACK, weight, 2)
     expected = x @ (weight + dense(update, STACK, weight)).mT
     found = adapted_stack(x, weight, [update])
