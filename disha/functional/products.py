@@ -104,7 +104,6 @@ def update_product(
     multiply: Product, x: Tensor, weight: Tensor, layout: Layout, update: Update
 ) -> Tensor:
     """Return the product of x with s dW of one update, with its dropout."""
-    geometry = layout.geometry(weight.shape)
     if _prefers_product(multiply, layout, update):
         inputs = drop_inputs(x, update.dropout) if update.dropout else x
         product = _product_without_delta(inputs, weight, update)
@@ -112,6 +111,7 @@ def update_product(
         return product
     if update.method.uses_shard_sum and _looks_up_inputs(x, layout):
         return _look_up_update(x, weight, layout, update)
+    geometry = layout.geometry(weight.shape)
     terms = shard_sum_terms([update], layout, geometry)
     if terms:
         return _shard_sum_product(multiply, x, layout, terms[0], geometry)
