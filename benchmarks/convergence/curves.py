@@ -75,10 +75,7 @@ def longer_training(found: Longer) -> bytes:
     tried.set_xscale("log")
     tried.set_xlabel("learning rate, one for all", fontsize=11)
     for axes in (frontiers, tried):
-        axes.set_ylim(2.48, 2.92)  # else one bad run flattens it
-        axes.set_ylabel("test loss", fontsize=11)
-        axes.tick_params(labelsize=11)
-        axes.grid(alpha=0.3)
+        _set_losses(axes, highest=2.92)
     return _svg(figure)
 
 
@@ -87,11 +84,16 @@ def with_groups(found: Longer) -> bytes:
     figure = _figure(7.0, 4.5)
     axes = figure.add_subplot(1, 1, 1)
     _draw_frontiers(axes, found)
-    axes.set_ylim(2.48, 2.72)  # else one bad run flattens it
+    _set_losses(axes, highest=2.72)
+    return _svg(figure)
+
+
+def _set_losses(axes: Any, highest: float) -> None:
+    """Let the vertical axis be that of the test loss in the longer training."""
+    axes.set_ylim(2.48, highest)  # else one bad run flattens it
     axes.set_ylabel("test loss", fontsize=11)
     axes.tick_params(labelsize=11)
     axes.grid(alpha=0.3)
-    return _svg(figure)
 
 
 def _draw_frontiers(axes: Any, found: Longer) -> None:

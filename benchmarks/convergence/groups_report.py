@@ -32,7 +32,7 @@ RULES: Mapping[str, tuple[str, ...]] = {
 on the validation rows, so that the test rows choose nothing."""
 LIMITS = (0.1, 0.2, 0.3)
 LEAST_TASKS = 3
-"""In so many of the five tasks must groups be better than MiSS."""
+"""Groups must be better than MiSS in at least so many of the five tasks."""
 
 TaskFindings = Mapping[str, Finding]
 Record = Mapping[str, Any]
@@ -94,8 +94,7 @@ def outcomes(tasks: Mapping[str, TaskFindings], rule: str, results: Results) -> 
 
 def verdict_of(rule: str, of_rule: Mapping[str, Outcome]) -> str:
     """Return what the runs say of a rule, by the terms that were fixed before them."""
-    lower = [task for task, one in of_rule.items() if one.clear and one.gap < 0]
-    higher = [task for task, one in of_rule.items() if one.clear and one.gap > 0]
+    lower, higher = _clear_tasks(of_rule)
     # In the longer training, candidates have one rate, which says nothing of the best one.
     searched = {task: one for task, one in of_rule.items() if task != LONG}
     moved = [task for task, one in searched.items() if one.rate != one.rate_of_lora]
@@ -125,9 +124,15 @@ def decision_of(all_outcomes: Mapping[str, Mapping[str, Outcome]]) -> str:
     )
 
 
+def _clear_tasks(of_rule: Mapping[str, Outcome]) -> tuple[list[str], list[str]]:
+    """Return the tasks where a rule is better than MiSS beyond noise, and where it is worse."""
+    lower = [task for task, one in of_rule.items() if one.clear and one.gap < 0]
+    higher = [task for task, one in of_rule.items() if one.clear and one.gap > 0]
+    return lower, higher
+
+
 def _is_accepted(of_rule: Mapping[str, Outcome]) -> bool:
-    lower = [one for one in of_rule.values() if one.clear and one.gap < 0]
-    higher = [one for one in of_rule.values() if one.clear and one.gap > 0]
+    lower, higher = _clear_tasks(of_rule)
     return len(lower) >= LEAST_TASKS and not higher
 
 
@@ -202,7 +207,7 @@ def _cell(found: TaskFindings, name: str, results: Results) -> str:
 
 
 def beside_groups(study: Study, results: Results) -> Longer:
-    """Return the longer training of the candidates and of what they are compared with."""
+    """Return what candidates, and the methods beside them, did in the longer training."""
     names = (*REFERENCES, *CANDIDATES[LONG])
     return Longer(records=trained(names, study, results), own={}, sizes={})
 

@@ -51,18 +51,21 @@ def group_factor(block: Tensor, groups: int) -> Tensor:
     if groups == 1:
         return block
     group = torch.arange(groups, device=block.device)
-    group_of_output = torch.arange(block.shape[-1], device=block.device) % groups
-    sees = group_of_output == group[:, None, None]  # (g, 1, out)
+    sees = _groups_of_outputs(block, groups) == group[:, None, None]  # (g, 1, out)
     return torch.where(sees, block.unsqueeze(-3), 0.0).flatten(-3, -2)
 
 
 def group_lookup(indices: Tensor, block: Tensor, groups: int) -> Tensor:
     """Return the columns of dW that indices choose, as (..., out), without R."""
-    r, out_features = block.shape
+    r = block.shape[0]
     group_of_index = indices // r % groups
-    group_of_output = torch.arange(out_features, device=block.device) % groups
-    sees = group_of_output == group_of_index.unsqueeze(-1)  # (..., out)
+    sees = _groups_of_outputs(block, groups) == group_of_index.unsqueeze(-1)  # (..., out)
     return torch.where(sees, F.embedding(indices % r, block), 0.0)
+
+
+def _groups_of_outputs(block: Tensor, groups: int) -> Tensor:
+    """Return the number of the group of each output of a block (..., r, out)."""
+    return torch.arange(block.shape[-1], device=block.device) % groups
 
 
 def group_product(

@@ -20,7 +20,7 @@ def adapted_stack(x: Tensor, weight: Tensor, updates: Sequence[Update]) -> Tenso
 
     x is (experts, n, in), or (1, n, in) if all matrices have the same input.
     """
-    if len(updates) == 1 and _prefers_product(updates[0]):
+    if len(updates) == 1 and _prefers_product_of_stack(updates[0]):
         output = _multiply_by_method(x, weight, updates)
         assert output is not None
         return output
@@ -43,7 +43,7 @@ def adapted_stack(x: Tensor, weight: Tensor, updates: Sequence[Update]) -> Tenso
     return adapted_product(multiply, x, weight, None, STACK, updates)
 
 
-def _prefers_product(update: Update) -> bool:
+def _prefers_product_of_stack(update: Update) -> bool:
     """Whether the product of the method itself costs less than the product with R."""
     if update.dropout or update.output_ranges:
         return False

@@ -24,14 +24,7 @@ def bone() -> str:
     """Draw MiSS, with a last shard that is cropped."""
     found = landing(_linear(CROPPED_IN), R)
     canvas = _begun(330, "MiSS", "dW[o, i] = D[i mod r, o]")
-    block = Grid(LEFT, TOP, OUT, R)
-    delta = Grid(150, TOP, OUT, 16, run=(None, R))
-    _pair(canvas, found, block, delta, by_place(OUT), marked=(1, 5))
-    _between(canvas, block, delta)
-    _sizes(canvas, block, "r = 4", "out = 8")
-    _shards(canvas, delta)
-    _caption(canvas, block, "D")
-    _caption(canvas, delta, "dW, in = 14")
+    _draw_shards(canvas, found, "dW, in = 14")
     _note(canvas, 304, "The frame: one number of D, once in every shard.")
     return canvas.svg()
 
@@ -40,6 +33,14 @@ def groups() -> str:
     """Draw MiSS with two groups of shards."""
     found = landing(_linear(16), R, "bone_groups2")
     canvas = _begun(360, "Groups of shards", "if (i // r) mod g = o mod g")
+    _draw_shards(canvas, found, "dW, in = 16, g = 2; empty cells are 0")
+    _note(canvas, 304, "The frame: one number of D, once in every second shard.")
+    _note(canvas, 326, "Even outputs see shards 0 and 2, odd ones 1 and 3.")
+    return canvas.svg()
+
+
+def _draw_shards(canvas: Canvas, found: Landing, caption: str) -> None:
+    """Draw a block that all shards share, and the update that it makes."""
     block = Grid(LEFT, TOP, OUT, R)
     delta = Grid(150, TOP, OUT, 16, run=(None, R))
     _pair(canvas, found, block, delta, by_place(OUT), marked=(1, 5))
@@ -47,10 +48,7 @@ def groups() -> str:
     _sizes(canvas, block, "r = 4", "out = 8")
     _shards(canvas, delta)
     _caption(canvas, block, "D")
-    _caption(canvas, delta, "dW, in = 16, g = 2; empty cells are 0")
-    _note(canvas, 304, "The frame: one number of D, once in every second shard.")
-    _note(canvas, 326, "Even outputs see shards 0 and 2, odd ones 1 and 3.")
-    return canvas.svg()
+    _caption(canvas, delta, caption)
 
 
 def tile() -> str:
