@@ -45,7 +45,10 @@ def _t(weight: Any) -> Any:
 @rule("transpose swapdims swapaxes")
 def _transpose(weight: Any, *dims: int, **named: int) -> Any:
     ndim = weight.base.dim()
-    swapped = {dim % ndim for dim in (*dims, *named.values())}
+    axes = (*dims, *named.values())
+    if any(not -ndim <= axis < ndim for axis in axes):
+        return NotImplemented  # torch raises
+    swapped = {axis % ndim for axis in axes}
     return transpose_matrices(weight) if swapped == {ndim - 2, ndim - 1} else NotImplemented
 
 

@@ -40,6 +40,13 @@ def test_views_stay_effective_weights(view):
     torch.testing.assert_close(seen + 0, view(dense))
 
 
+@pytest.mark.parametrize("view", [lambda w: w.transpose(0, 3), lambda w: w.swapaxes(-3, 1)])
+def test_an_axis_that_a_weight_lacks_raises_as_in_torch(view):
+    _, weight = adapted_weight()
+    with pytest.raises(IndexError, match="Dimension out of range"):
+        view(weight)
+
+
 def test_compiled_code_reads_the_data():
     layer, _ = adapted_weight()
     x = torch.randn(2, 4)
