@@ -132,6 +132,8 @@ if not TYPE_CHECKING:  # a type checker would take any misspelt name for one of 
         try:
             return import_module(f"disha.{name}")
         except ModuleNotFoundError as error:
+            if error.name != f"disha.{name}":
+                raise  # a package that the subpackage imports is missing
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}") from error
 
     def __dir__() -> list[str]:

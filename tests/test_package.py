@@ -118,6 +118,20 @@ print(json.dumps(sorted({name.split(".")[0] for name in set(sys.modules) - befor
     assert new <= {"disha", "safetensors", "einops", "packaging"}
 
 
+@pytest.mark.parametrize("name", ["inject_adapters", "interop"])
+def test_a_missing_dependency_is_named(name):
+    code = f"""
+import sys, json
+sys.modules["einops"] = None  # as if it were not installed
+import disha
+try:
+    disha.{name}
+except ImportError as error:
+    print(json.dumps(str(error)))
+"""
+    assert "einops" in run_python(code)
+
+
 def test_import_warns_of_nothing():
     code = "import torch, disha; disha.inject_adapters"
     subprocess.run([sys.executable, "-W", "error", "-c", code], check=True)
