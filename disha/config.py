@@ -218,6 +218,7 @@ class AdapterConfig:
 def _method_with_groups(method: Method, groups: Any) -> Method:
     """Return a method with groups of shards, or raise if it can't have them."""
     if groups != ALL_GROUPS:
+        check_type("groups", groups, int, f"an int of at least 1, or {ALL_GROUPS!r}")
         check_positive_int("groups", groups)
     grouped = method.with_groups(groups)
     if grouped is None:

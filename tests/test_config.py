@@ -26,7 +26,8 @@ FULL = AdapterConfig(
 
 
 @pytest.mark.parametrize(
-    ("groups", "method"), [(1, "bone"), (3, "bone_groups3"), ("all", "bone_groups_all")]
+    ("groups", "method"),
+    [(1, "bone"), (3, "bone_groups3"), ("all", "bone_groups_all"), (10**9, "bone_groups999999999")],
 )
 def test_groups_of_shards_are_a_part_of_the_methods_name(groups, method):
     config = AdapterConfig(1, method="miss", groups=groups)
@@ -85,7 +86,7 @@ def test_rank_pattern_first_found_wins():
             "leave r_out out: only 'bone' has an output shard, and the method is 'bat'",
         ),
         ({"groups": 0}, ArgumentError, "groups must be at least 1"),
-        ({"groups": "most"}, ArgumentTypeError, "groups must be an int"),
+        ({"groups": "most"}, ArgumentTypeError, "an int of at least 1, or 'all'"),
         (
             {"groups": 2, "r_out": 2},
             ArgumentError,

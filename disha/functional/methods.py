@@ -350,7 +350,8 @@ class _Bone(Method):
             return self
         if groups == ALL_GROUPS:
             return method_of("bone_groups_all")
-        return method_of(f"bone_groups{groups}")
+        # A weight has as many groups as it can, so a larger number than names can have means this.
+        return method_of(f"bone_groups{min(groups, 999_999_999)}")
 
 
 class _BoneGroups(Method):
