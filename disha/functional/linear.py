@@ -14,9 +14,16 @@ from disha.functional.dropout import drop_inputs
 from disha.functional.layouts import MATRIX, Geometry
 from disha.functional.parts import updates_of_outputs
 from disha.functional.products import sort_updates, update_product
-from disha.functional.shard_sums import add_to, overflow_safe_shard_sum, scaled, shard_sum, tiled
+from disha.functional.shard_sums import (
+    add_to,
+    autocasts,
+    overflow_safe_shard_sum,
+    scaled,
+    shard_sum,
+    tiled,
+)
 from disha.functional.update import Update, computed_weight, shard_sum_terms
-from disha.private_torch import any_autocast, modes_active, must_not_write, transforms_active
+from disha.private_torch import modes_active, must_not_write, transforms_active
 
 
 def adapted_linear(
@@ -69,7 +76,7 @@ def _linear_with_shard_sum(
     scale = update.scale
     matrix = update.method.shard_sum_factor(update.block, Geometry(inputs, outputs), update.r)
     r, columns = matrix.shape
-    if x.dtype == torch.float16 or any_autocast():  # sums may overflow, or be cast
+    if x.dtype == torch.float16 or autocasts(x.device):  # sums may overflow, or be cast
         sums, overflow_scale = overflow_safe_shard_sum(x, r)
         base_output = F.linear(x, weight, bias)
         return _add_product(base_output, sums, scaled(matrix, scale), overflow_scale)
@@ -80,9 +87,10 @@ def _linear_with_shard_sum(
         return _add_product(F.linear(x, weight, bias), shard_sum(x, r), matrix, scale)
     shards = x.view(tokens, inputs // r, r)
     sums = shards.sum(1)
-    if x.requires_grad:
+    if x.requires_grad and not torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
         # W x and S(x) read the same view. So in backward, the gradient of S(x) is added to that of
-        # W x as it is, and not repeated in memory first.
+        # W x as it is, and not repeated in memory first. A trace needs the same operations where
+        # gradients are off.
         x = shards.view(tokens, inputs)
     output = F.linear(x, weight, bias)
     # `must_not_write` knows better which modes matter, but it costs another two calls.

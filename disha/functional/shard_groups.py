@@ -27,12 +27,13 @@ from torch import Tensor
 from disha.functional.shard_sums import (
     Scale,
     add_to,
+    autocasts,
     may_define_backward,
     overflow_safe_shard_sum,
     scaled,
     shard_count,
 )
-from disha.private_torch import any_autocast, is_view
+from disha.private_torch import is_view
 
 
 def group_count(asked: int | None, in_features: int, block: Tensor) -> int:
@@ -84,7 +85,7 @@ def group_product(
     size = groups * block.shape[-2]
     overflow_scale = 1.0
     must_pad = x.shape[-1] % size != 0
-    if must_pad or x.dtype == torch.float16 or any_autocast():  # sums may overflow, or be cast
+    if must_pad or x.dtype == torch.float16 or autocasts(x.device):  # sums may overflow, or be cast
         sums, overflow_scale = overflow_safe_shard_sum(x, size)
     elif x.shape[-1] == size:  # one shard in each group
         sums = x

@@ -72,6 +72,13 @@ def as_onnx(program, path):
 
 
 @pytest.mark.parametrize("method", METHODS)
+def test_a_trace_is_the_same_where_gradients_are_off(method):
+    model, x = adapted(linear, method), torch.randn(4, 8)
+    traced = torch.jit.trace(model, x)  # torch traces again without gradients, and compares
+    close(traced(x), model(x))
+
+
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("make", INPUTS)
 def test_an_unmerged_model_is_exported(make, method, tmp_path):
     model = adapted(make, method)
