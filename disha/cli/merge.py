@@ -12,19 +12,13 @@ Examples:
 
 from __future__ import annotations
 
-import warnings
-from argparse import Namespace
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import disha
 from disha.cli.dispatcher import Parser
-from disha.cli.output import tell_noted_base
-from disha.errors import AdapterFileWarning
-from disha.files.disk import file_at, require_free
-from disha.finetune.notes import TEMPLATE_KEY, TEMPLATE_NAME, TOKENS_KEY
-from disha.interop.checkpoints import merge_into_checkpoint
+from disha.cli.output import fit, tell_noted_base
+from disha.files.disk import file_at
+from disha.finetune.merging import merge_base
 
 
 def main(words: Sequence[str]) -> None:
@@ -38,20 +32,10 @@ def main(words: Sequence[str]) -> None:
     parser.add_argument("--force", action="store_true", help="also into another or a tied base")
     parser.add_argument("--overwrite", action="store_true", help="replace what is there")
     flags = parser.parse(words)
-    require_free(flags.out, flags.overwrite)
     base = flags.base
     if base is None:
         base, _ = tell_noted_base(flags.adapter)
-    notes = disha.inspect_adapter(flags.adapter).metadata
-    if Path(base).exists() and TOKENS_KEY not in notes:
-        _merge_files(base, flags, notes)
-    else:  # a name, or a base that gets more rows
-        _merge_model(base, flags)
-
-
-def _merge_files(base: str, flags: Namespace, notes: Mapping[str, str]) -> None:
-    """Merge tensor by tensor, without the model."""
-    merged = merge_into_checkpoint(
+    merged = merge_base(
         base,
         flags.adapter,
         flags.out,
@@ -60,22 +44,4 @@ def _merge_files(base: str, flags: Namespace, notes: Mapping[str, str]) -> None:
         force=flags.force,
         overwrite=flags.overwrite,
     )
-    if TEMPLATE_KEY in notes and flags.out.is_dir():
-        (flags.out / TEMPLATE_NAME).write_text(notes[TEMPLATE_KEY], encoding="utf-8")
-    print(merged)
-
-
-def _merge_model(base: str, flags: Namespace) -> None:
-    """Load the base with transformers, merge, and save the model."""
-    from disha.finetune.merging import merge_base  # transformers takes seconds to import
-
-    action: Any = "default" if flags.force else "error"
-    with warnings.catch_warnings(action=action, category=AdapterFileWarning):
-        merge_base(
-            base,
-            flags.adapter,
-            flags.out,
-            scale=flags.scale,
-            also_train=not flags.no_also_train,
-        )
-    print(f"{flags.out}: {flags.adapter} merged into {base}")
+    print(fit(str(merged)))

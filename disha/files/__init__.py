@@ -10,6 +10,7 @@
 from disha.files.combining import combine_adapters
 from disha.files.contents import inspect_adapter
 from disha.files.disk import ADAPTER_NAME
+from disha.files.disk import save as save
 from disha.files.header import FORMAT, AdapterContents, AdapterFile
 from disha.files.loading import load_adapter
 from disha.files.saving import save_adapter

@@ -30,7 +30,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 import disha
 from disha.errors import ArgumentError, DishaError, MissingPackageError
-from disha.finetune.notes import EOS_KEY, FEW_BITS, TEMPLATE_KEY, TOKENS_KEY
+from disha.finetune.notes import EOS_KEY, FEW_BITS, TEMPLATE_KEY, TOKENS_KEY, is_gguf
 from disha.integrations.memory import with_values
 from disha.text import first_few
 
@@ -110,10 +110,7 @@ def load_base(
     if TOKENS_KEY in notes:
         with nullcontext() if fake is None else fake:
             _add_tokens(model, tokenizer, json.loads(notes[TOKENS_KEY]))
-    if EOS_KEY in notes:
-        _end_with(model.generation_config, tokenizer.eos_token_id)
-    if tokenizer.chat_template:
-        _end_with_turns(model.generation_config, tokenizer)
+    end_answers(model.generation_config, tokenizer, notes)
     return model, tokenizer
 
 
@@ -206,6 +203,14 @@ def _take_template_and_end(tokenizer: Any, notes: Mapping[str, str]) -> None:
     tokenizer.chat_template = notes.get(TEMPLATE_KEY, default_template(tokenizer))
     if EOS_KEY in notes:
         tokenizer.eos_token = notes[EOS_KEY]
+
+
+def end_answers(generation: Any, tokenizer: Any, notes: Mapping[str, str]) -> None:
+    """Let answers end as the notes say, and as turns end in the chat template if there is one."""
+    if EOS_KEY in notes:
+        _end_with(generation, tokenizer.eos_token_id)
+    if tokenizer.chat_template:
+        _end_with_turns(generation, tokenizer)
 
 
 def _end_with_turns(generation: Any, tokenizer: Any) -> None:
@@ -310,11 +315,6 @@ def best_device() -> torch.device:
     if kind is None:
         return torch.device("cpu")
     return torch.device(kind.type, int(os.environ.get("LOCAL_RANK", "0")))
-
-
-def is_gguf(name: str) -> bool:
-    """Return whether a base is a GGUF file."""
-    return name.lower().endswith(".gguf")
 
 
 def _source(name: str) -> tuple[str, dict[str, str]]:

@@ -80,6 +80,11 @@ def _peft_settings(folder: str | Path) -> dict[str, Any]:
     return settings
 
 
+def is_gguf(name: str) -> bool:
+    """Return whether a base is a GGUF file."""
+    return name.lower().endswith(".gguf")
+
+
 def base_note(name: str, bits: str, adapter: Path) -> str:
     """Return the note of a base for an adapter file."""
     path = Path(name)

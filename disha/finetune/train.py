@@ -89,7 +89,8 @@ def run(
     proof = prove(base, folder / ADAPTER_NAME, training, outcome)
     if training.process_index == 0:
         if adapter.merge:
-            merge_base(base.name, folder / ADAPTER_NAME, folder / MERGED)
+            path = folder / ADAPTER_NAME
+            merge_base(base.name, path, folder / MERGED, overwrite=True, in_model=True)
         settings = vars(adapter) | {"base": base.name, "bits": base.bits} | vars(data)
         settings |= training.to_sanitized_dict()
         write_card(folder, settings, outcome, proof)

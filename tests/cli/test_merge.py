@@ -1,3 +1,6 @@
+import shutil
+from pathlib import Path
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -66,7 +69,7 @@ def test_a_base_that_is_a_name_takes_the_same_flags(run, language_model, tmp_pat
     with torch.no_grad():
         trained.model.norm.weight.mul_(3)
     disha.save_adapter(trained, adapter)
-    monkeypatch.setattr("disha.finetune.merging.load_base", lambda name, bits, **_: load_base(base))
+    monkeypatch.setattr("disha.finetune.base.load_base", lambda name, bits, **_: load_base(base))
     assert run("merge", "some/name", adapter, out, "--scale", 0.5, "--no_also_train").code == 0
     expected, _ = load_base(base)
     disha.load_adapter(expected, adapter, also_train=False)
@@ -83,10 +86,46 @@ def test_another_base_that_is_a_name_is_refused_too(
     with torch.no_grad():
         for weight in other.parameters():
             weight.mul_(2)
-    monkeypatch.setattr("disha.finetune.merging.load_base", lambda name, bits, **_: (other, words))
+    monkeypatch.setattr("disha.finetune.base.load_base", lambda name, bits, **_: (other, words))
     assert "base" in complaint("merge", "some/name", adapter, out)
     disha.remove_adapters(other)
     assert run("merge", "some/name", adapter, out, "--force").code == 0
+
+
+def noted(language_model, path, **notes):
+    """Write an adapter of the language model with these notes, and rows for its new tokens."""
+    base = language_model / "model"
+    adapted, _ = load_base(str(base), notes=notes)
+    rows = {"embed_tokens": [len(adapted.lm_head.weight) - 1]} if "new_tokens" in notes else None
+    disha.inject_adapters(adapted, "q_proj", r=4, init="kaiming", also_train_rows=rows)
+    disha.save_adapter(adapted, path, metadata=notes)
+    return base, path
+
+
+@pytest.mark.parametrize("notes", [{}, {"new_tokens": '["<new>"]'}], ids=["on disk", "loaded"])
+@pytest.mark.parametrize("out", ["base", "base/inside", "."])
+def test_a_base_is_never_overwritten(run, complaint, language_model, files, notes, out):
+    model, adapter = noted(language_model, files.path / "a.safetensors", **notes)
+    base = Path(shutil.copytree(model, files.path / "base"))
+    before = {path: path.read_bytes() for path in base.iterdir()}
+    assert "is there" in complaint("merge", base, adapter, files.path / out, "--overwrite")
+    assert {path: path.read_bytes() for path in base.iterdir()} == before
+
+
+def test_a_base_that_is_loaded_becomes_a_folder(complaint, language_model, files):
+    new_tokens = '["<new>"]'
+    base, adapter = noted(language_model, files.path / "a.safetensors", new_tokens=new_tokens)
+    says = complaint("merge", base, adapter, files.path / "out.safetensors")
+    assert "name a folder" in says
+
+
+def test_the_end_of_answers_comes_along(run, language_model, tmp_path):
+    base, adapter = noted(language_model, tmp_path / "a.safetensors", eos_token="<user>")
+    assert run("merge", base, adapter, tmp_path / "out").code == 0
+    found, words = load_base(str(tmp_path / "out"))
+    assert words.eos_token == "<user>"
+    assert words.eos_token_id in found.generation_config.eos_token_id
+    assert found.generation_config.suppress_tokens  # of the base, which keeps its other settings
 
 
 def test_a_file_without_a_note_needs_a_base(complaint, files):

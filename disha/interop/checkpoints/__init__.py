@@ -7,6 +7,9 @@ also looked for under names that begin otherwise, and single experts are read as
 """
 
 from disha.interop.checkpoints.matching import misfits, summarize_misfits
+from disha.interop.checkpoints.merging import Merge as Merge
 from disha.interop.checkpoints.merging import MergedCheckpoint, merge_into_checkpoint
+from disha.interop.checkpoints.merging import check_target as check_target
+from disha.interop.checkpoints.merging import prepare_merge as prepare_merge
 
 __all__ = ["MergedCheckpoint", "merge_into_checkpoint", "misfits", "summarize_misfits"]

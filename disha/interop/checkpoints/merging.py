@@ -29,8 +29,14 @@ from disha.text import counted, printable
 
 SUFFIX = ".safetensors"
 
-WEIGHTS = (".safetensors", ".index.json", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5")
-"""Endings of the names of weight files and their indexes, which are not copied."""
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
+"""Endings of the names of weight files. A module in a folder of its own keeps its weights."""
+
+OTHER_FORMATS = (
+    *(".index.json", ".gguf", ".h5", ".msgpack", ".ot", ".tflite"),
+    *(".onnx", ".onnx_data", ".onnx.data"),
+)
+"""Endings of the names of indexes, and of weights in formats that no module of torch reads."""
 
 WHOLE = ...
 """The index of all of a tensor, whatever its number of axes."""
@@ -73,9 +79,9 @@ def merge_into_checkpoint(
     W becomes W + s * dW, computed in float32 (float64 for float64 weights) and rounded once: bit
     for bit what `merge_adapters` computes. Parameters saved with the blocks replace the base's.
 
-    The copy has the same tensor names, shards and other files as the base, except for weights in
-    other formats, so any loader of the base reads it. It appears at `out` when it is complete. If
-    the merge fails, nothing changes. The base never changes.
+    The copy has the same tensor names, shards and other files as the base, except for the same
+    weights in other formats, so any loader of the base reads it. It appears at `out` when it is
+    complete. If the merge fails, nothing changes. The base never changes.
 
     Args:
         base: one safetensors file; or a folder with a `model.safetensors`, or with shards and a
@@ -120,34 +126,38 @@ def merge_into_checkpoint(
         >>> bool((merged["0.weight"] == model[0].weight).all())
         True
     """
+    out = check_path(out)
+    check_target(out, check_path(base), check_path(adapter_path), overwrite)
+    merge = prepare_merge(base, adapter_path, also_train=also_train, scale=scale, force=force)
+    save(out, merge.write_file if out.suffix == SUFFIX else merge.write_folder)
+    return merge.report(out)
+
+
+def prepare_merge(
+    base: PathLike, adapter_path: PathLike, *, also_train: bool, scale: float | None, force: bool
+) -> Merge:
+    """Return a merge that can be written, as `merge_into_checkpoint` does, or raise."""
     if scale is not None:
         scale = check_scale(scale)
-    out = check_path(out)
     checkpoint = open_checkpoint(base)
-    adapter_path = check_path(adapter_path)
-    _check_target(out, checkpoint, adapter_path, overwrite)
-    contents = read_contents(adapter_path, also_train=also_train)
+    contents = read_contents(check_path(adapter_path), also_train=also_train)
     keys = find_keys(checkpoint, contents)
     refuse(checkpoint, find_misfits(checkpoint, contents, keys, compares_values=not force))
     copies = find_copies(checkpoint, contents, keys)
     if not force:
         _refuse_tied(checkpoint, contents, keys, copies)
-    merge = _Merge(checkpoint, keys, copies, contents, scale)
-    if out.suffix == SUFFIX:
-        save(out, merge.write_file)
-    else:
-        save(out, merge.write_folder)
-    replaced = tuple(keys[name] for name in contents.also_train)
-    return MergedCheckpoint(out, tuple(contents.names), replaced)
+    return Merge(checkpoint, keys, copies, contents, scale)
 
 
 # --- checks before anything is written -----------------------------------------------------------
 
 
-def _check_target(out: Path, checkpoint: Checkpoint, adapter: Path, overwrite: bool) -> None:
+def check_target(out: Path, base: Path, adapter: Path, overwrite: bool) -> None:
     """Raise if a save to `out` would replace what is read, or what is no checkpoint."""
     target = out.resolve()
-    for what, path in (("base", checkpoint.path), ("adapter", adapter)):
+    for what, path in (("base", base), ("adapter", adapter)):
+        if not path.exists():  # a name of the hub, or an error that is raised later
+            continue
         source = path.resolve()
         if source.is_relative_to(target) or target.is_relative_to(source):
             raise ArgumentError(f"can't write to {out}: the {what} is there; name another place")
@@ -214,7 +224,7 @@ def _find_stored_twice(
 # --- tensors -------------------------------------------------------------------------------------
 
 
-class _Merge:
+class Merge:
     """Computes and writes the tensors of the merged checkpoint."""
 
     def __init__(
@@ -226,6 +236,7 @@ class _Merge:
         scale: float | None,
     ) -> None:
         self._checkpoint = checkpoint
+        self._names = tuple(contents.names)
         self._blocks = contents.tensors
         self._scale = scale
         self._values = {keys[name]: contents.tensors[name] for name in contents.also_train}
@@ -240,17 +251,21 @@ class _Merge:
                 for name in names:
                     self._experts[name] = (stack, number)
 
+    def report(self, out: Path) -> MergedCheckpoint:
+        """Return what is written to `out`."""
+        return MergedCheckpoint(out, self._names, tuple(self._values))
+
     def write_file(self, path: Path) -> None:
         """Write all tensors to one file."""
         self._write(path, self._checkpoint.files)
 
     def write_folder(self, folder: Path) -> None:
-        """Write the shards, and copies of the index and of all other files that hold no weights."""
+        """Write the shards, and copies of the index and of all files without merged weights."""
         base = self._checkpoint.path
         folder.mkdir()
         for source in base.rglob("*"):
             relative = source.relative_to(base)
-            if source.is_file() and _is_copied(relative):
+            if source.is_file() and _is_copied(base, relative):
                 target = folder / relative
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(source, target)
@@ -311,8 +326,14 @@ class _Merge:
             yield delta, scale
 
 
-def _is_copied(path: Path) -> bool:
-    """Whether a file of a base comes along: not if it holds weights, or is hidden."""
+def _is_copied(base: Path, path: Path) -> bool:
+    """Whether a file of a base comes along: not if it may hold the old weights, or is hidden."""
     if any(part.startswith(".") for part in path.parts):
         return False
-    return path == Path(INDEX) or not path.name.endswith(WEIGHTS)
+    if path == Path(INDEX):
+        return True
+    if path.name.endswith(OTHER_FORMATS):
+        return False
+    # A module in a folder of its own, as a SentenceTransformer has it, is not merged into.
+    is_module = path.parent != Path() and (base / path.parent / CONFIG).is_file()
+    return is_module or not path.name.endswith(WEIGHTS)

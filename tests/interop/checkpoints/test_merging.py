@@ -181,11 +181,17 @@ class TestWhatIsWritten:
 
     def test_other_files_come_along_and_other_weights_do_not(self, setting):
         base = setting.base
-        kept = ["config.json", "tokenizer.json", "tokenizer.model", "1_Pooling/config.json"]
+        kept = [
+            *("config.json", "tokenizer.json", "tokenizer.model", "1_Pooling/config.json"),
+            *("2_Dense/config.json", "2_Dense/model.safetensors", "3_Dense/config.json"),
+            "3_Dense/pytorch_model.bin",
+        ]
         left = [
             *("pytorch_model.bin", "consolidated.safetensors", "onnx/model.onnx", "q.gguf"),
-            *("pytorch_model.bin.index.json", ".gitattributes"),
+            *("pytorch_model.bin.index.json", ".gitattributes", "flax_model.msgpack"),
+            *("rust_model.ot", "original/consolidated.00.pth", "onnx/config.json"),
         ]
+        kept.append(left.pop())
         for name in kept + left:
             (base / name).parent.mkdir(exist_ok=True)
             (base / name).write_text(f"{{}} {name}")
