@@ -7,7 +7,7 @@ Each engine trains the same model with MiSS on short rows, in float32, with the 
 `disha finetune --dry_run` on one side, and two processes on the other. The real figure is the most
 that lives at one time on the first rank in the third step: weights, adapter, gradients, the
 optimizer's state, activations, and what the engine keeps for itself. Results are kept as JSON, and
-`docs/guides/memory.md` gets its table from them.
+`benchmarks/results/memory.md` gets its table from them.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ STEPS = {
     "ZeRO-3": Step("fp32", ROWS, False, 2, "ZeRO-3"),
 }
 RESULTS = Path(__file__).parent / "results" / "dry-run.json"
-PAGE = Path(__file__).parent.parent / "docs" / "guides" / "memory.md"
+PAGE = Path(__file__).parent / "results" / "memory.md"
 MARK = "<!-- written by python -m benchmarks.dry_run -->"
 END = "<!-- end -->"
 PACKAGES = ("torch", "transformers", "accelerate", "deepspeed", "bitsandbytes")

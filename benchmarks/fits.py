@@ -42,7 +42,7 @@ from disha.private_torch import memory_modes
 # Transformers makes a mask for a fake batch that it would not make for a real one without padding.
 ATTENTION = "unmasked"
 AttentionInterface.register(ATTENTION, sdpa_attention_forward)
-RESULTS, PAGE = Path("benchmarks/results/fits.json"), Path("docs/guides/memory.md")
+RESULTS, PAGE = Path("benchmarks/results/fits.json"), Path("benchmarks/results/memory.md")
 LLAMA = {"num_key_value_heads": 8, "vocab_size": 128256, "dtype": "bfloat16"}
 CONFIGS = {
     "Llama-1B": LlamaConfig(
@@ -59,13 +59,16 @@ CONFIGS = {
 }  # fmt: skip
 ADAPTERS, R = ("bone", "bat", "lora"), 64
 COLUMNS = [f"{one}{way}" for way in (" recomputed", "") for one in ADAPTERS]
+TITLES = {"bone": "MiSS", "bat": "BAT", "lora": "LoRA", "recomputed": "checkpointed"}
+"""Word of a column -> what the table calls it."""
 PLACES = [("one process", 1), ("DDP", 8), ("FSDP2", 8), ("FSDP2", 64), ("tensor parallel", 8)]
 SMALLEST = "Llama-1B"
 """Its users need neither 4 bits nor shards."""
 ROWS = [(SMALLEST, 16, place) for place in PLACES[:2]]
 ROWS += itertools.product(list(CONFIGS)[1:-1], (16, 4), PLACES)
 MARK, END = "<!-- written by python -m benchmarks.fits -->", "<!-- end -->"
-SIZES = Path("docs/guides/sizes.md")
+GUIDE = Path("docs/guides/memory.md")
+TWO = ("DDP", 2)
 KEPT = "--gradient_checkpointing false"
 """The flag that keeps activations: on a GPU, the command computes them again without it."""
 RECIPES = (
@@ -75,6 +78,8 @@ RECIPES = (
     ("Llama-8B", 4, PLACES[0], "bone recomputed", "--bits 4 --gradient_checkpointing"),
     ("Llama-8B", 16, PLACES[0], "bone recomputed", "--bits bf16 --gradient_checkpointing"),
     ("Llama-8B", 16, PLACES[0], "bone", f"--bits bf16 {KEPT}"),
+    ("Llama-8B", 4, TWO, "bone recomputed", "--bits 4 --gradient_checkpointing"),
+    ("Llama-8B", 16, TWO, "bone recomputed", "--bits bf16 --gradient_checkpointing"),
     ("Llama-8B", 16, PLACES[1], "bone recomputed", "--bits bf16 --gradient_checkpointing"),
     ("Llama-8B", 16, PLACES[1], "bone", f"--bits bf16 {KEPT}"),
     ("Llama-8B", 16, PLACES[2], "bone", f"--bits bf16 {KEPT} --fsdp full_shard"),
@@ -197,20 +202,20 @@ def checked(adapter: str, way: str, bits: int = 16) -> tuple[int, int]:
 
 
 def write(kept: dict[str, Any]) -> None:
-    """Write the results, and the peak of each into the page's table."""
+    """Write the peak of each into the table of results."""
     rows = []
     for name, bits, (way, ranks) in ROWS:
         cells = [kept.get(f"{name}, {bits} bits, {way}, {ranks}, {one}") for one in COLUMNS]
         peaks = [f"{one['peak'] / 2**30:.1f}" if one else NOTHING for one in cells]
         if any(cells):
             rows.append([f"{name}:{bits}", f"{way.replace(' ', '-')}:{ranks}", *peaks])
-    shown = re.sub(r" ?\| ?", "|", table(["model:bits", "devices", *COLUMNS], rows))
+    titles = [" ".join(TITLES[word] for word in column.split()) for column in COLUMNS]
+    shown = re.sub(r" ?\| ?", "|", table(["model:bits", "devices", *titles], rows))
     PAGE.write_text(replace_between(PAGE.read_text(), f"\n\n{shown}\n", MARK, END))
-    RESULTS.write_text(json.dumps(kept, indent=1) + "\n")
 
 
 def write_recipes(kept: dict[str, Any]) -> None:
-    """Write the table of recipes: flags, memory, and the GPUs that it fits."""
+    """Write the table of the guide: flags, memory, and the GPUs that it fits."""
     rows = []
     for name, bits, (way, ranks), column, flags in RECIPES:
         found = kept[f"{name}, {bits} bits, {way}, {ranks}, {column}"]
@@ -223,27 +228,29 @@ def write_recipes(kept: dict[str, Any]) -> None:
         "base",
         "GPUs",
         "flags",
-        "GiB for one row",
-        "each further row, at most",
+        "GiB for one example",
+        "each further example, at most",
         "fits GPUs of (GB)",
     ]
     shown = table(header, rows)
-    SIZES.write_text(replace_between(SIZES.read_text(), f"\n\n{shown}\n", MARK, END))
+    GUIDE.write_text(replace_between(GUIDE.read_text(), f"\n\n{shown}\n", MARK, END))
 
 
 def main() -> None:
     kept: dict[str, Any] = json.loads(RESULTS.read_text())
-    write(kept)
-    write_recipes(kept)
-    for (name, bits, (way, ranks)), column in itertools.product(ROWS, COLUMNS):
+    cases = [(*row, column) for row, column in itertools.product(ROWS, COLUMNS)]
+    cases += [recipe[:4] for recipe in RECIPES]
+    for name, bits, (way, ranks), column in cases:
         adapter, _, recompute = column.partition(" ")
         key = f"{name}, {bits} bits, {way}, {ranks}, {column}"
         uncut = way == "tensor parallel" and (adapter == "lora" or bits == 4 or name[0] == "M")
         unknown = name[0] == "M" and (adapter == "bat" or (adapter, bits) == ("lora", 4))
         if not (key in kept or uncut or unknown):  # the page says why
             kept[key] = simulated(ranks, 1, 2048, name, adapter, way, bits, bool(recompute), R)
-            write(kept)
+            RESULTS.write_text(json.dumps(kept, indent=1) + "\n")
             print(key, kept[key], flush=True)
+    write(kept)
+    write_recipes(kept)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """`python -m benchmarks.gpu_page FILE`: write the page and README's table from a run of a GPU.
 
-The file is one of `python -m benchmarks.gpu`. What it gives stands between two marks in
-`docs/gpu.md` and in README. A run on a processor is called so, and gives README no table.
+The file is one of `python -m benchmarks.gpu`. What it gives stands between two marks on a page
+beside the results, and in README. A run on a processor is called so, and gives README no table.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from benchmarks.markdown import (
     bytes_text,
     count_text,
     divided_text,
-    folded,
     median_text,
     ratio_text,
     replace_between,
@@ -36,7 +35,7 @@ from benchmarks.roofline import floor
 
 Results = Mapping[str, Any]
 
-PAGE, README = Path("docs/gpu.md"), Path("README.md")
+PAGE, README = Path("benchmarks/results/gpu.md"), Path("README.md")
 MARKS = {
     PAGE: (
         "<!-- written by python -m benchmarks.gpu_page -->\n\n",
@@ -53,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Write the page and README."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_page", description=__doc__)
     parser.add_argument("results", type=Path, help="a file of `python -m benchmarks.gpu`")
-    parser.add_argument("--root", type=Path, default=Path(), help="folder of README and docs")
+    parser.add_argument("--root", type=Path, default=Path(), help="folder of README and benchmarks")
     asked = parser.parse_args(arguments)
     results = read_results(asked.results)
     for name, text in ((PAGE, page(results)), (README, readme(results))):
@@ -73,7 +72,7 @@ def readme(results: Results) -> str:
         return "**No GPU has run this yet**: everything was tested and measured on CPUs."
     header, rows = summary(results)
     about = f"Of GPUs, one has run. {results['device']}, divided by PEFT's LoRA"
-    return f"{about} ([more](docs/gpu.md)):\n\n{table(header, rows)}"
+    return f"{about} ([more](benchmarks/results/gpu.md)):\n\n{table(header, rows)}"
 
 
 def page(results: Results) -> str:
@@ -140,7 +139,7 @@ def timed_rows(cases: Sequence[Case], suffix: str) -> list[list[str]]:
 def section(title: str, about: str, *tables: tuple[str, str]) -> str:
     """Return a section with tables, each under a line."""
     text = "\n".join(f"{line}:\n\n{shown}" for line, shown in tables)
-    return f"## {title}\n\n{about}\n\n{folded('Tables', text)}"
+    return f"## {title}\n\n{about}\n\n{text}"
 
 
 def step(cases: Sequence[Case]) -> str:
@@ -148,7 +147,7 @@ def step(cases: Sequence[Case]) -> str:
     roofline = []
     for method in ("bone", "bat"):
         floors = [f"*{ratio_text(floor('step', case, method))}*" for case in cases]
-        roofline.append([f"*roofline {method}*", *floors])
+        roofline.append([f"*roofline {CANDIDATES[method].title.removeprefix('disha ')}*", *floors])
     frozen, *others = timed_rows(cases, "")
     kept = []
     for name in TIMED:
@@ -220,7 +219,7 @@ def tests(cases: Sequence[Case]) -> str:
     (case,) = cases
     listed = "".join(f"\n- {line}" for line in case["not_passed"])
     shown = f"\n{listed}\n" if listed else "\n"
-    return f"## Tests\n\n`pytest -m cuda`: {case['said']}.{shown}"
+    return f"## Tests\n\n`pytest -m cuda`, on this device: {case['said']}.{shown}"
 
 
 SECTIONS: Mapping[str, Callable[[Sequence[Case]], str]] = {

@@ -1,7 +1,7 @@
-"""`python -m benchmarks.report FILES`: write a page with tables and a picture from results.
+"""`python -m benchmarks.report FILES`: write tables, a picture, and the box on top of a page.
 
-Every number on the page comes from a file. A table is taken from the first file that has it, so
-name the newest file first.
+The box stands between two marks in docs/performance.md. Every number comes from a file. A table is
+taken from the first file that has it, so name the newest file first.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from benchmarks.markdown import (
     bytes_text,
     count_text,
     divided_text,
-    folded,
     median_text,
     ratio_text,
+    replace_between,
     run_text,
     seconds_text,
     short_text,
@@ -40,26 +40,33 @@ from benchmarks.side_by_side import CONTESTANTS, PARTS
 Results = Mapping[str, Any]
 Tables = Mapping[str, Sequence[Case]]
 
-PAGE, PICTURE = "performance.md", "assets/compared.png"
+PAGE, PICTURE = "docs/performance.md", "docs/assets/compared.png"
+TABLES = "benchmarks/results/speed.md"
+MARKS = ("<!-- written by python -m benchmarks.report -->\n\n", "\n<!-- end of what it writes -->")
+"""What stands before and after the box on its page."""
 OTHER = "peft_lora"
 SHOWN = {"bone": ("D", "tab:blue"), "bat": ("s", "tab:purple"), "peft_miss": ("o", "tab:gray")}
 """The candidates that the box and the picture compare with LoRA, and their marks."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Write the page and its picture."""
+    """Write the box, the tables and the picture."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__)
     parser.add_argument(
         "results", type=Path, nargs="+", help="files of `python -m benchmarks`, the newest first"
     )
-    parser.add_argument("--docs", type=Path, default=Path("docs"), help="folder to write into")
+    parser.add_argument("--root", type=Path, default=Path(), help="folder of docs and benchmarks")
     asked = parser.parse_args(arguments)
     files = [read_results(path) for path in asked.results]
-    path = asked.docs / PICTURE
-    path.parent.mkdir(parents=True, exist_ok=True)
-    picture(compared(_tables(files)), path)
-    (asked.docs / PAGE).write_text(page(files), encoding="utf-8")
-    print(asked.docs / PAGE)
+    for name in (PAGE, PICTURE, TABLES):
+        (asked.root / name).parent.mkdir(parents=True, exist_ok=True)
+    rows = compared(_tables(files))
+    picture(rows, asked.root / PICTURE)
+    path = asked.root / PAGE
+    shown = path.read_text(encoding="utf-8") if path.exists() else "".join(MARKS)
+    path.write_text(replace_between(shown, summary(rows), *MARKS), encoding="utf-8")
+    (asked.root / TABLES).write_text(page(files), encoding="utf-8")
+    print(path, asked.root / TABLES)
 
 
 def _tables(files: Iterable[Results]) -> dict[str, Sequence[Case]]:
@@ -88,40 +95,15 @@ def page(files: Sequence[Results]) -> str:
     listed = "".join(f"{number}. {run_text(results)}\n" for number, results in enumerate(used, 1))
     return "\n".join(
         [
-            "# Speed and memory\n",
-            box("Time and memory, divided by those of PEFT's LoRA", _summary(compared(tables))),
-            f"![Time and memory, compared with PEFT's LoRA]({PICTURE})\n",
-            IN_SHORT,
+            "# Speed and memory: all tables\n",
+            "[Speed and memory](../../docs/performance.md) has what to expect.\n",
             HOW_TO_READ,
-            APPENDIX,
             *sections,
-            f"### The runs\n\n{ABOUT_RUNS}\n\n{listed}",
+            f"## The runs\n\n{ABOUT_RUNS}\n\n{listed}",
         ]
     )
 
 
-IN_SHORT = """\
-## What to expect
-
-- **A step takes a few percent less time than with a LoRA** of as many parameters, in a whole
-  language model. The frozen model takes most of the time, and no adapter can save more than what a
-  LoRA adds to it.
-- **Memory is where MiSS gains**: it keeps only shard sums for the backward pass, where a LoRA keeps
-  every input. [With recomputation](guides/memory.md#models-of-1b-to-70b), neither keeps them: a
-  Llama then needs the same with both, and only a mixture of experts still needs less with MiSS.
-- **Against PEFT's MiSS, time and memory are about equal where blocks have the base's dtype**: it is
-  the same adapter. Over a base in bfloat16, both libraries make blocks in float32 by default, and
-  there [`disha` is faster in `SFTTrainer`](#one-trainer-three-adapters). It also starts faster, and
-  adapts what PEFT's MiSS does not.
-- **BAT costs more**: a third product of the weight's size in every step.
-- **Experts gain most**, because the shard sum is the same for all experts.
-- **A batch with many adapters** gains much with few tokens each, and little with many.
-
-Merged, every adapter runs at the speed of the plain model.
-"""
-APPENDIX = """\
-## Appendix: all tables
-"""
 HOW_TO_READ = """\
 ## How it is measured
 
@@ -132,11 +114,11 @@ pass through it. All candidates have as many trained parameters as MiSS with r =
 adapters of the base's dtype. Each must change the output and get gradients before it is timed. The
 *roofline* is the lowest ratio that the machine allows: it adds up the time of each product and of
 each pass over memory, at speeds that are measured beside the steps
-([how](../benchmarks/roofline.py)).
+([how](../roofline.py)).
 """
 ABOUT_RUNS = """\
 `python -m benchmarks.report` writes this page from the results of `make bench` and
-`python -m benchmarks.side_by_side`, which are in `benchmarks/results/`. Nothing ran on a GPU, and
+`python -m benchmarks.side_by_side`, which lie beside it. Nothing ran on a GPU, and
 no model that was trained has more than 135M parameters."""
 
 
@@ -192,14 +174,16 @@ COMPARED: Sequence[tuple[str, str, str, Mapping[str, Any], str, str]] = (
 """Line, label, table, values of the case, its figure, and what the candidates' names end in."""
 
 
-def _summary(rows: Sequence[Row]) -> str:
+def summary(rows: Sequence[Row]) -> str:
+    """Return the box on top of docs/performance.md."""
     told: dict[str, list[str]] = {}
     for row in rows:
         label = row.label[0].upper() + row.label[1:]
         ratios = [f"{_title(name)} {short_text(ratio)}" for name, ratio in row.ratios.items()]
         told.setdefault(row.line, []).append(f"{label}: {', '.join(ratios)}.")
     lines = [f"- **{line}.** {' '.join(texts)}" for line, texts in told.items()]
-    return "\n".join([*lines, ABOUT_LINES])
+    text = "\n".join([*lines, ABOUT_LINES])
+    return box("Time and memory, divided by those of PEFT's LoRA", text)
 
 
 def _title(name: str) -> str:
@@ -242,7 +226,7 @@ def picture(rows: Sequence[Row], path: Path) -> None:
 
 
 def _section(title: str, about: str, *tables: str) -> str:
-    return f"### {title}\n\n{about}\n\n{folded('Tables', chr(10).join(tables))}"
+    return f"## {title}\n\n{about}\n\n{chr(10).join(tables)}"
 
 
 def _timed(name: str, title: str, about: str) -> Callable[[Sequence[Case]], str]:
@@ -331,7 +315,7 @@ def _loaded(cases: Sequence[Case]) -> str:
     resident = case["resident_bytes"]
     grown = "" if resident is None else f" The process grows by {bytes_text(resident)}."
     return (
-        f"### Many loaded adapters\n\n{count_text(case['adapters'], 'adapter')} with r = "
+        f"## Many loaded adapters\n\n{count_text(case['adapters'], 'adapter')} with r = "
         f"{case['r']} in {case['layers']} layers of {case['width']} x {case['width']}: the blocks "
         f"have {bytes_text(case['block_bytes'])}.{grown} Loading one takes {first} at first and "
         f"{last} at last. A forward takes {spread_text(forward)} times that of a model with one.\n"

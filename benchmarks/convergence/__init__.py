@@ -2,7 +2,7 @@
 
     python -m benchmarks.convergence           trains every method on every task
     python -m benchmarks.convergence.costs     measures seconds and memory of a training step
-    python -m benchmarks.convergence.report    writes docs/evidence.md from the results alone
+    python -m benchmarks.convergence.report    writes docs/evidence.md and all tables
 
 Each run is added to the file of results when it ends, so the study continues where it was stopped.
 

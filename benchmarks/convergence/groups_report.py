@@ -119,8 +119,8 @@ def decision_of(all_outcomes: Mapping[str, Mapping[str, Outcome]]) -> str:
     if not accepted:
         return "By these terms, no groups are added to the library."
     return (
-        f"By these terms, {' and '.join(accepted)} are in the library, as "
-        "[`groups`](mathematics.md#groups-of-shards). The default stays one group."
+        f"By these terms, {' and '.join(accepted)} are in the library, as `groups`. The default "
+        "stays one group."
     )
 
 
@@ -142,15 +142,46 @@ def _in_brackets(tasks: list[str]) -> str:
     return f" ({', '.join(tasks)})"
 
 
+def beside_lora(tasks: Mapping[str, TaskFindings], name: str) -> str:
+    """Return in which tasks a candidate has a lower mean loss than LoRA, and where a higher."""
+    both = {task: found for task, found in tasks.items() if {name, "lora"} <= found.keys()}
+    lower = [task for task, found in both.items()
+             if found[name].mean("loss") < found["lora"].mean("loss")]  # fmt: skip
+    higher = [task for task in both if task not in lower]
+    return (
+        f"Beside LoRA, the mean loss of {METHODS[name].title} is lower in {len(lower)} of "
+        f"{count_text(len(both), 'task')}{_in_brackets(lower)} and higher in "
+        f"{len(higher)}{_in_brackets(higher)}."
+    )
+
+
+def decided(study: Study, results: Results) -> str:
+    """Return what the runs say of groups, in Markdown, for docs/evidence.md."""
+    tasks = findings_of(study, results)
+    all_outcomes = {rule: outcomes(tasks, rule, results) for rule in RULES}
+    verdicts = "\n".join(verdict_of(rule, of_rule) for rule, of_rule in all_outcomes.items())
+    return f"""## Groups of shards
+
+With g [groups of shards](mathematics.md#groups-of-shards), an output of MiSS sees only the shards
+of its own group. The rule of the decision was fixed before the first run. Groups are not added to
+the library if no choice of g has a lower test loss than MiSS, beyond noise, in three of five tasks,
+or if that choice has a higher one in any.
+
+{verdicts}
+
+{decision_of(all_outcomes)} {beside_lora(tasks, "groups_all")}
+
+![Test loss over forgetting, of groups of shards and of other methods](assets/evidence-groups.svg)
+"""
+
+
 def section(study: Study, results: Results) -> str:
-    """Return the section of the page, in Markdown."""
+    """Return the tables of groups, in Markdown."""
     tasks = findings_of(study, results)
     finished = {task: found for task, found in tasks.items() if _has_candidate(task, found)}
     names = [name for name in METHODS if any(name in found for found in finished.values())]
     rows = [[METHODS[name].title, *(_cell(found, name, results) for found in finished.values())]
             for name in names]  # fmt: skip
-    all_outcomes = {rule: outcomes(tasks, rule, results) for rule in RULES}
-    verdicts = "\n".join(verdict_of(rule, of_rule) for rule, of_rule in all_outcomes.items())
     missing = []
     for task, candidates in CANDIDATES.items():
         titles = [METHODS[name].title for name in candidates if name not in tasks[task]]
@@ -164,22 +195,13 @@ Not run to the end, so that `make evidence` would continue with it:
 
 {lines}
 """
-    return f"""## Groups: outputs that see different shards
+    return f"""## Groups of shards
 
-MiSS sends the sum of all shards to every output. With g groups, output o sees only the shards b
-with b mod g = o mod g (*contiguous*: the outputs of a group are neighbours). The block, and so the
-number of parameters, is the same for any g; the rank of the update rises from r up to g r. With n
-groups, each shard is a group of its own. *Signs* multiply each input by +1 or -1 before the shards
-are summed; fixed ones are the Golay-Rudin-Shapiro sequence.
-
-The rule of the decision was fixed before the first run. Groups are not added to the library if no
-choice of g has a lower test loss than MiSS, beyond noise, in three of five tasks, or if that choice
-has a higher one in any. Nor do they let you keep LoRA's rate if their best rate differs from LoRA's
-in any task.
-
-{verdicts}
-
-{decision_of(all_outcomes)}
+With g groups, output o sees only the shards b with b mod g = o mod g (*contiguous*: the outputs of
+a group are neighbours). The block, and so the number of parameters, is the same for any g; the rank
+of the update rises from r up to g r. With n groups, each shard is a group of its own. *Signs*
+multiply each input by +1 or -1 before the shards are summed; fixed ones are the Golay-Rudin-Shapiro
+sequence.
 
 {table(["method", *finished], rows)}
 Mean test loss of three seeds at the best rate of each, forgetting (its rise), and the rate. A star:
@@ -236,9 +258,7 @@ def _longer(study: Study, results: Results) -> str:
 loss, forgetting, and how many seeds have run. *Within* a limit of forgetting stands the lowest loss
 over all rates and all scales of the trained update; bold is the lowest of all methods.
 
-{table(header, rows)}
-![Test loss over forgetting, of groups of shards and of other methods](assets/evidence-groups.svg)
-"""
+{table(header, rows)}"""
 
 
 def _mean_of(ends: list[Point]) -> str:

@@ -1,4 +1,6 @@
-"""`python -m benchmarks.convergence.report`: write docs/evidence.md from the results.
+"""`python -m benchmarks.convergence.report`: write what the results say.
+
+The verdict stands between two marks in docs/evidence.md, and all tables beside the results.
 
 Every number comes from the results or the settings of the study, but for those in `REPORTED`, which
 are quoted from others.
@@ -31,36 +33,55 @@ from benchmarks.convergence.findings import (
     ratios,
     task_findings,
 )
-from benchmarks.convergence.groups_report import beside_groups, section
+from benchmarks.convergence.groups_report import beside_groups, decided, section
 from benchmarks.convergence.methods import FULL, LARGEST_DIFFERENCE, MATRICES, METHODS, SHIRA
 from benchmarks.convergence.plan import LONG, MATRIX_SEEDS, MILD, STUDY, Results, Study, main_cell
 from benchmarks.convergence.runs import RESULTS, read_runs
 from benchmarks.convergence.tasks import TASKS
 from benchmarks.convergence.training import HEAD_RATE
-from benchmarks.markdown import NOTHING, box, count_text, folded, table, versions_text
+from benchmarks.markdown import (
+    NOTHING,
+    box,
+    count_text,
+    folded,
+    replace_between,
+    table,
+    versions_text,
+)
 from benchmarks.results import read_results
 from disha.version import __version__
 
 WIDTHS = {"digits": 64, "packages": 384}
 """Inputs of a square layer; the language model has 576."""
-PAGE, PICTURES = "evidence.md", "assets/evidence-{}.svg"
+PAGE, TABLES = "docs/evidence.md", "benchmarks/results/learning.md"
+PICTURES = "assets/evidence-{}.svg"
+MARKS = (
+    "<!-- written by python -m benchmarks.convergence.report -->\n\n",
+    "\n<!-- end of what it writes -->",
+)
+"""What stands before and after the verdict on its page."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Write the page and its pictures."""
+    """Write the verdict, the tables and the pictures."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.convergence.report")
-    parser.add_argument("--docs", type=Path, default=Path("docs"), help="folder to write into")
-    asked = parser.parse_args(arguments)
+    parser.add_argument("--root", type=Path, default=Path(), help="folder of docs and benchmarks")
+    root = parser.parse_args(arguments).root
     results, costs = read_runs(RESULTS), read_results(COSTS)
     found, long = tasks_of(STUDY, results, costs), longer(STUDY, results)
-    (asked.docs / "assets").mkdir(parents=True, exist_ok=True)
-    (asked.docs / PICTURES.format("verdict")).write_bytes(curves.compared(found))
-    (asked.docs / PICTURES.format("longer")).write_bytes(curves.longer_training(long))
-    (asked.docs / PICTURES.format("rates")).write_bytes(curves.rates(long))
-    groups = beside_groups(STUDY, results)
-    (asked.docs / PICTURES.format("groups")).write_bytes(curves.with_groups(groups))
-    (asked.docs / PAGE).write_text(page(results, costs, found, long), encoding="utf-8")
-    print(asked.docs / PAGE)
+    drawn = {
+        "verdict": curves.compared(found),
+        "longer": curves.longer_training(long),
+        "rates": curves.rates(long),
+        "groups": curves.with_groups(beside_groups(STUDY, results)),
+    }
+    for name, picture in drawn.items():
+        (root / "docs" / PICTURES.format(name)).write_bytes(picture)
+    shown = (root / PAGE).read_text(encoding="utf-8")
+    told = replace_between(shown, summary(results, found, long), *MARKS)
+    (root / PAGE).write_text(told, encoding="utf-8")
+    (root / TABLES).write_text(page(results, costs, found, long), encoding="utf-8")
+    print(root / PAGE, root / TABLES)
 
 
 def tasks_of(study: Study, results: Results, costs: Mapping[str, Any]) -> dict[str, TaskFindings]:
@@ -70,19 +91,27 @@ def tasks_of(study: Study, results: Results, costs: Mapping[str, Any]) -> dict[s
     return {task: task_findings(task, study, results, measured.get(task)) for task in tasks}
 
 
-def page(
-    results: Results, costs: Mapping[str, Any], found: Mapping[str, TaskFindings], long: Longer
-) -> str:
-    """Return the page in Markdown."""
+def summary(results: Results, found: Mapping[str, TaskFindings], long: Longer) -> str:
+    """Return what docs/evidence.md shows of the results, in Markdown."""
     return "\n".join(
         [
-            "# How well it learns\n",
             verdict(found, long),
             f"![MiSS, BAT and others compared with LoRA]({PICTURES.format('verdict')})\n",
             _longer(long),
-            _reported(long),
+            decided(STUDY, results),
+        ]
+    )
+
+
+def page(
+    results: Results, costs: Mapping[str, Any], found: Mapping[str, TaskFindings], long: Longer
+) -> str:
+    """Return the page of tables in Markdown."""
+    return "\n".join(
+        [
+            "# How well it learns: all tables\n",
+            "[How well it learns](../../docs/evidence.md) has what follows from them.\n",
             _how(results, costs, found),
-            "## Appendix: all tables\n",
             _every_task(found),
             _rates(long),
             _matrices(results),
@@ -100,19 +129,7 @@ def verdict(found: Mapping[str, TaskFindings], long: Longer) -> str:
     seeds = "" if all(long.has_all(name, MILD[name]) for name in ("bone", OTHER)) else FIRST
     near, far = lowest_losses(long)
     lines = [
-        "**If you choose MiSS for its memory, take [0.1 to 0.3 of LoRA's (alpha = rank) "
-        f"rate](choosing.md#learning-rate): {MILD['bone']:g} for the language model.** In the "
-        f"longer training{seeds}, it then learns and forgets about as much as a LoRA at "
-        f"{MILD[OTHER]:g}, in less time and memory.",
-        f"**At equal forgetting, {_all(near, far)} learn about as much** (forgetting up to "
-        f"{LIMITS[-1]:g}): their test losses differ by at most {apart(near):.3f}. Those of the "
-        f"seeds of one method differ by up to {spread(long):.3f}.",
         _line("Quality", found, "test loss", "loss", ("better", "worse")) + _in_favour(found),
-        _line("Speed", found, "time of a step", None, ("faster", "slower"))
-        + " With rows of usual length, [it is closer to 1](performance.md).",
-        _line("Memory", found, "memory of a step", None, ("less", "more"))
-        + " [With recomputation](guides/memory.md#models-of-1b-to-70b), it is equal for models "
-        "without experts, such as these.",
         _line(
             "What the base could do, after training", found, KEPT, "forgetting", ("lower", "higher")
         ),
@@ -120,6 +137,13 @@ def verdict(found: Mapping[str, TaskFindings], long: Longer) -> str:
         f"{_at_one_rate(long)} times as much as LoRA in the longer training, and "
         f"{REPORTED_FORGETTING:.1f} times [in PEFT's comparison](#what-others-report): one task "
         "each.",
+        f"**At equal forgetting, {_all(near, far)} learn about as much** (forgetting up to "
+        f"{LIMITS[-1]:g}): their test losses differ by at most {apart(near):.3f}. Those of the "
+        f"seeds of one method differ by up to {spread(long):.3f}.",
+        "**If you choose MiSS for its memory, take [0.1 to 0.3 of LoRA's (alpha = rank) "
+        f"rate](choosing.md#learning-rate): {MILD['bone']:g} for the language model.** In the "
+        f"longer training{seeds}, it then learns and forgets about as much as a LoRA at "
+        f"{MILD[OTHER]:g}.",
     ]
     listed = "\n".join(f"- {line}" for line in lines)
     most = max(TASKS[task].steps for task in found)
@@ -130,8 +154,8 @@ def verdict(found: Mapping[str, TaskFindings], long: Longer) -> str:
 Each figure is divided by LoRA's; lower is better. It is the geometric mean over
 {count_text(len(found), "task")}, with its 95% interval in brackets. A difference is clear if 1 is
 outside the interval; in a single task, if a paired test over the seeds says so.
-The models are small: none has more than 135M parameters, and SmolLM2-135M is the Instruct model of
-a Q4_1 file. The training is short, at most {most} steps. Each method has its own best rate.
+The models have at most 135M parameters, and the training at most {most} steps. Each method has
+its own best rate.
 """,
     )
 
@@ -218,7 +242,7 @@ def _every_task(found: Mapping[str, TaskFindings]) -> str:
     gaps = [one.findings["bone"].rate / one.findings[OTHER].rate for one in found.values()]
     times = [gap / _factor(task) for task, gap in zip(found, gaps, strict=True)]
     listed = "\n".join(f"- *{TASKS[task].name}*: {TASKS[task].about}" for task in found)
-    return f"""### Test loss of every method and task
+    return f"""## Test loss of every method and task
 
 *Best rates* differ by task; *tied* means within noise of the best adapter. *Step* is the time of a
 step, divided by LoRA's. The best rate of MiSS was {min(gaps):.1g} to
@@ -257,9 +281,9 @@ def _longer(found: Longer) -> str:
     return f"""## Learning against forgetting
 
 An adapter should learn the new task and keep what the base could do. The longest training shows
-both: {task.steps} steps of {task.batch} rows, no row twice, r = {task.r}. *Forgetting* is the rise
-of the loss on text that the base itself wrote, from {base:.2f}. The [table of
-rates](#test-loss-and-forgetting-at-each-rate) has all figures.
+both: {task.steps} steps of {task.batch} examples, none twice, r = {task.r}. *Forgetting* is the
+rise of the loss on text that the base itself wrote, from {base:.2f}. The [table of
+rates](../{TABLES}#test-loss-and-forgetting-at-each-rate) has all figures.
 
 ![Test loss over forgetting, and over the learning rate]({PICTURES.format("longer")})
 
@@ -289,7 +313,7 @@ def _rates(found: Longer) -> str:
         [METHODS[name].title, *(_at(found, name, rate) for rate in found.rates)]
         for name in found.records
     ]
-    return f"""### Test loss and forgetting at each rate
+    return f"""## Test loss and forgetting at each rate
 
 Of the longer training: test loss, then forgetting, at one rate for all. Bold is the rate that the
 validation loss chooses, and that the verdict compares. A star: mean of {len(STUDY.seeds)} seeds;
@@ -410,7 +434,7 @@ def _matrices(results: Results) -> str:
         rows.append(row)
     header = ["A", *(f"{task} {rate:g}, {count_text(len(losses['bone']), 'seed')}"
                      for (task, rate), losses in columns.items())]  # fmt: skip
-    return f"""### Other fixed matrices
+    return f"""## Other fixed matrices
 
 MiSS is a LoRA whose A stays [I I ... I]. Other fixed A, with columns of about the same
 length, at the best rate of MiSS, and for digits at a third of it; mean test loss:
@@ -458,6 +482,11 @@ REPORTED = (
     Reported("rsLoRA, r = 64", "rslora", 18.4, 1e-4, (51.33, 52.99, 53.22), 0.111, 21.0, 966),
     Reported("DoRA, r = 32", "dora", 9.3, 1e-4, (46.93,), 0.051, 22.8, 1191),
     Reported("SHiRA, r = 32", SHIRA, 9.2, 3e-4, (51.02,), 0.052, 20.2, 1003),
+    Reported("GraLoRA, r = 32", None, 9.2, 2e-4, (49.51,), 0.057, 20.8, 1097),
+    Reported("OFT, block 32", None, 8.2, 1e-4, (49.13,), 0.041, 20.8, 1192),
+    Reported("HiRA, r = 32", None, 9.2, 4.5e-3, (51.33,), 0.130, 22.0, 1286),
+    Reported("Lily on the MLP", None, 9.5, 1e-4, (52.62,), 0.216, 23.9, 1324),
+    Reported("LoRA on the MLP, r = 10", None, 9.5, 1e-4, (49.43,), 0.032, 23.0, 1050),
     Reported("tile, 64 x 64", None, 0.2, 1e-4, (37.98,), 0.149, 18.8, 960),
     Reported("full fine-tuning", None, 3212.7, 1e-5, (47.16,), 0.030, 36.2, 2147),
 )
@@ -465,33 +494,8 @@ REPORTED = (
 REPORTED_FORGETTING = REPORTED[0].forgetting / REPORTED[2].forgetting
 
 
-def _reported(found: Longer) -> str:
-    varies = max(max(one.correct) - min(one.correct) for one in REPORTED)
-    rate = REPORTED[0].rate
-    untrained = "" if SHIRA in found.records else " SHiRA was not trained here."
-    return f"""## What others report
-
-[PEFT's own comparison](https://github.com/huggingface/peft/tree/main/method_comparison/MetaMathQA)
-of July 2026, when it corrected its measure of forgetting: Llama-3.2-3B, 5,000 steps of 4 rows,
-scored on GSM8K. The rate is {rate:g}; SHiRA has 3e-4 and full fine-tuning 1e-5. [Its
-figures](#figures-of-pefts-comparison) are below.
-
-- **For MiSS**: of all methods there with more than 45% correct, it takes the least memory and time.
-- **Against it**: MiSS and BAT forget {REPORTED_FORGETTING:.1f} times as much as LoRA. rsLoRA and
-  SHiRA answer more questions correctly, and SHiRA forgets as little as LoRA.{untrained}
-- **All methods had one rate**, at which MiSS and BAT take [larger
-  steps](choosing.md#learning-rate) than a LoRA.
-- Repeated runs differ by up to {varies:.1f} points, so small differences mean nothing.
-
-In [PEFT's image comparison](https://github.com/huggingface/peft/tree/main/method_comparison/image-gen)
-(FLUX.2 klein 4B, 1e-4, June 2026), MiSS with r = 32 has the lowest training loss of 31 runs: 0.617;
-LoRA has 0.735. But its images are less like the subject (0.657; LoRA 0.697), and other images drift
-more (0.309; LoRA 0.262). [The paper](citing.md) reports 48.16% for MiSS and 40.75% for LoRA:
-a Llama with 7B parameters on GSM8K. Both were trained at 2e-5, at which a LoRA takes smaller steps.
-"""
-
-
 def _reported_table(found: Longer) -> str:
+    varies = max(max(one.correct) - min(one.correct) for one in REPORTED)
     rows = [
         [
             one.title,
@@ -505,10 +509,13 @@ def _reported_table(found: Longer) -> str:
         for one in REPORTED
     ]
     header = ["method", "million parameters", "correct", "forgetting", "GiB", "seconds", "here"]
-    return f"""### Figures of PEFT's comparison
+    return f"""## Figures of PEFT's comparison
 
-From [what others report](#what-others-report). *Here* are our test loss and forgetting at the same
-rate.
+From [what others report](../../docs/evidence.md#what-others-report): Llama-3.2-3B, 5,000 steps of
+4 examples, scored on GSM8K. Those that name no layers adapt the projections of q and v alone. The
+rates are 0.0001, but for SHiRA (3e-4), GraLoRA (2e-4), HiRA (4.5e-3) and full fine-tuning (1e-5).
+Repeated runs differ by up to {varies:.1f} points. *Here* are our test loss and
+forgetting at the same rate.
 
 {table(header, rows)}"""
 
@@ -559,11 +566,16 @@ def _how(results: Results, costs: Mapping[str, Any], found: Mapping[str, TaskFin
   the base wrote. For *packages*, the loss is 1 - the cosine to the base's embeddings of other text.
   The verdict compares this loss after training. *Forgetting* is its rise alone.
 - **Time and memory of a step** are those of short rows, with an optimizer. A step of MiSS
-  takes {min(steps):.2f} to {max(steps):.2f} of LoRA's. In [speed and memory](performance.md) it is
-  closer to 1: there a step has more tokens and no optimizer.{_older(costs)}
+  takes {min(steps):.2f} to {max(steps):.2f} of LoRA's. In [speed and
+  memory](../../docs/performance.md) it is closer to 1: there a step has more tokens and no
+  optimizer.{_older(costs)}
+  {_line("Speed", found, "time of a step", None, ("faster", "slower"))}
+  {_line("Memory", found, "memory of a step", None, ("less", "more"))} With [gradient
+  checkpointing](../../docs/guides/memory.md), it is equal.
+- **The base** of the language tasks, SmolLM2-135M, is the Instruct model of a Q4_1 file.
 - **Settings**: {settings}.
 
-`make evidence` measures, and `make evidence-report` writes this page from `benchmarks/results/`:
+`make evidence` measures, and `make evidence-report` writes this page from the results beside it:
 {len(results)} runs, {hours:.1f} hours on one core that other work shared. Costs:
 {machine["processor"]}, {count_text(machine["threads"], "thread")}; {versions_text(costs)}.
 """

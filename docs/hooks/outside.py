@@ -1,8 +1,7 @@
 """Let pages link to files outside docs/, by paths that also work in the repository.
 
-`../CHANGELOG.md` and `../CONTRIBUTING.md` are pages of the site. Any other file that a page links
-to is put on the site as text, under `source/`. A link to a missing file stays as it is, so a strict
-build fails.
+The files in `PAGES` are pages of the site. Any other file that a page links to is put on the site
+as text, under `source/`. A link to a missing file stays as it is, so a strict build fails.
 """
 
 from __future__ import annotations
@@ -17,21 +16,28 @@ from mkdocs.structure.files import File, Files, InclusionLevel
 from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).resolve().parents[2]
+RESULTS = "benchmarks/results"
 PAGES = {
-    "CHANGELOG.md": "changelog.md",
-    "CONTRIBUTING.md": "contributing.md",
+    **{
+        f"{name}.md": f"{name.lower()}.md"
+        for name in ("CHANGELOG", "CODE_OF_CONDUCT", "CONTRIBUTING", "SECURITY")
+    },
+    **{
+        f"{RESULTS}/{name}.md": f"results/{name}.md"
+        for name in ("gpu", "learning", "memory", "speed")
+    },
     "README.md": "index.md",
 }
-"""File in the root of the repository -> its page on the site."""
-WRITTEN = ("changelog.md", "contributing.md")
-"""The pages that are made from the file itself."""
+"""File of the repository -> its page on the site. `docs/index.md` stands for README."""
+WRITTEN = {page: path for path, page in PAGES.items() if path != "README.md"}
+"""Page that is made from a file outside docs/ -> that file."""
 LINK = re.compile(r"(\]\()([^)\s#]+)([^)]*\))")
 
 
 def on_files(files: Files, *, config: MkDocsConfig) -> Files:
     """Add the pages and sources for files outside docs/."""
-    for path, page in PAGES.items():
-        if page in WRITTEN and (ROOT / path).is_file():
+    for page, path in WRITTEN.items():
+        if (ROOT / path).is_file():
             files.append(_standing_in(config, page, path))
     linked = {path for file in files.documentation_pages() for path in _outside(file)}
     for path in sorted(linked - PAGES.keys()):
@@ -79,7 +85,7 @@ def _path(folder: str, target: str) -> str | None:
 
 def _folder(file: File) -> str:
     """Return the folder in the repository to which a page's links are relative."""
-    return posixpath.dirname(f"docs/{file.src_uri}") if file.src_uri not in WRITTEN else ""
+    return posixpath.dirname(WRITTEN.get(file.src_uri, f"docs/{file.src_uri}"))
 
 
 def _is_part(path: str) -> bool:

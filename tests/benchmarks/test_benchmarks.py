@@ -207,17 +207,17 @@ def test_a_run_is_written_and_becomes_a_page(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(roofline, "BUDGET", Budget(0.0, 2, 2, 0))
     monkeypatch.setattr(layers, "STEPS", (Size(128, 8, torch.float32),))
     monkeypatch.setattr(layers, "FEW", (Size(128, 1, torch.float32),))
-    path, docs = tmp_path / "out" / "results.json", tmp_path / "docs"
+    path = tmp_path / "out" / "results.json"
     command.main(["--out", str(path), "--only", "layer_step", "few_tokens"])
     found = results.read_results(path)
     assert list(found["tables"]) == ["layer_step", "few_tokens"]
     assert found["machine"]["threads"] == torch.get_num_threads()
     assert found["versions"]["torch"] == torch.__version__
-    report.main([str(path), "--docs", str(docs)])
-    page = (docs / "performance.md").read_text()
+    report.main([str(path), "--root", str(tmp_path)])
+    page = (tmp_path / report.TABLES).read_text()
     for words in ("128 wide, 8 tokens, float32", "roofline MiSS"):
         assert words in page
-    assert (docs / "assets/compared.png").read_bytes()[:4] == b"\x89PNG"
+    assert (tmp_path / report.PICTURE).read_bytes()[:4] == b"\x89PNG"
     capsys.readouterr()
 
 
@@ -251,8 +251,10 @@ def test_a_table_of_ratios_is_printed(capsys):
 
 def test_the_page_is_what_the_kept_results_give():
     kept = sorted((ROOT / "benchmarks/results").glob("2*.json"), reverse=True)
-    page = report.page([results.read_results(path) for path in kept])
-    assert page == (ROOT / "docs/performance.md").read_text()
+    files = [results.read_results(path) for path in kept]
+    assert report.page(files) == (ROOT / report.TABLES).read_text()
+    shown = report.summary(report.compared(report._tables(files)))
+    assert shown.join(report.MARKS) in (ROOT / report.PAGE).read_text()
 
 
 def test_the_lines_on_top_say_what_the_files_say():

@@ -51,7 +51,7 @@ def test_a_run_becomes_a_page(measured):
     page = gpu_page.page({**measured, "tables": {**KEPT["tables"], **measured["tables"]}})
     for words in (
         "64 x 96, 16 tokens",
-        "*roofline bat*",
+        "*roofline BAT*",
         "Compiled:",
         "Fine-tuning",
         "a tiny Llama",
