@@ -7,7 +7,6 @@ import dataclasses
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import import_module
-from importlib.metadata import version
 from pathlib import Path
 from unittest.mock import patch
 
@@ -20,13 +19,12 @@ PAGE = Path(__file__).parent / "reference" / "commands.md"
 HEAD = """\
 # Command line
 
-Every command of `disha` with all its flags. `python -m docs.commands` writes this page from the
-parsers; do not edit it. [Fine-tuning from the command line](../finetuning.md) shows the commands at
-work.
+The flags of every command. `python -m docs.commands` writes this page from the parsers; do not edit
+it. [Fine-tuning from the command line](../finetuning.md) shows the commands at work.
 
-A flag may be spelled with dashes or underscores: `--max-new-tokens` is `--max_new_tokens`. Every
-command has `--help`, and `--debug`, which shows where an error came from and what the other
-libraries say. An error is one line on standard error, and the exit code says of which sort it is:
+A flag may have dashes or underscores: `--max-new-tokens` is `--max_new_tokens`. Every command has
+`--help`, and `--debug`, which shows where an error came from. An error is one line on standard
+error, and the exit code says of which sort it is:
 
 | exit code | meaning |
 | --- | --- |
@@ -38,8 +36,9 @@ libraries say. An error is one line on standard error, and the exit code says of
 FINETUNE = """\
 ## disha finetune
 
-Train an adapter for a language model with `SFTTrainer` of `trl`. The flags are those that `disha`
-adds, and all of [`SFTConfig`](https://huggingface.co/docs/trl/sft_trainer#trl.SFTConfig).
+Train an adapter for a language model with `SFTTrainer` of `trl`. All flags of
+[`SFTConfig`](https://huggingface.co/docs/trl/sft_trainer#trl.SFTConfig) work, and `disha finetune
+--help_all` lists them. The table has those that `disha` adds, or to which it gives another default.
 """
 
 
@@ -72,10 +71,8 @@ def page() -> str:
 def finetune() -> str:
     """Return the section of `disha finetune`."""
     parser = arguments._parser(shows_all=True)
-    of_trl = {field.name for field in dataclasses.fields(SFTConfig)} - set(arguments.SHOWN)
-    own = [action for action in _shown(parser) if action.dest not in of_trl]
-    rest = [action for action in _shown(parser) if action.dest in of_trl]
-    made = f"trl {version('trl')} and transformers {version('transformers')}"
+    of_trl = {field.name: field.metadata.get("help") for field in dataclasses.fields(SFTConfig)}
+    own = [action for action in _shown(parser) if of_trl.get(action.dest) != action.help]
     former = "\n".join(f"| `--{old}` | `--{new}` |" for old, new in arguments.RENAMED.items())
     return f"""{FINETUNE}
 {_table(own)}
@@ -84,11 +81,6 @@ Short names, and names that the libraries have changed, still work:
 | also accepted | flag |
 | --- | --- |
 {former}
-
-<details markdown="1"><summary>The other flags of SFTConfig, with {made}</summary>
-
-{_table(rest)}
-</details>
 """
 
 

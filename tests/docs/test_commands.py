@@ -1,8 +1,5 @@
 """The reference of the command line has every flag of every command."""
 
-import re
-from importlib.metadata import version
-
 from disha.cli import COMMANDS
 from disha.finetune import arguments
 from docs.commands import PAGE, page, parser_of
@@ -16,10 +13,7 @@ def flags_of(parser):
 
 
 def test_it_is_that_of_the_parsers():
-    made = re.search(r"with (trl \S+ and transformers \S+)</summary>", TEXT)[1]
-    installed = f"trl {version('trl')} and transformers {version('transformers')}"
-    if made == installed:  # the help of their flags is theirs
-        assert page() == TEXT, "run `python -m docs.commands`"
+    assert page() == TEXT, "run `python -m docs.commands`"
 
 
 def test_it_has_every_flag_of_every_command():
