@@ -60,10 +60,19 @@ def require_free(path: Path, overwrite: bool) -> None:
         raise ArgumentError(f"{path} exists; choose another name, or set `overwrite` (--overwrite)")
 
 
-def make_folder(path: Path) -> None:
-    """Make a folder and those around it, unless they exist."""
-    with _explain_failures(path):
-        path.mkdir(parents=True, exist_ok=True)
+@contextmanager
+def folder_for(path: Path) -> Iterator[None]:
+    """Make a folder and those around it for the body, and remove the new ones if it raises."""
+    new = [folder for folder in (path, *path.parents) if not folder.exists()]
+    try:
+        with _explain_failures(path):
+            path.mkdir(parents=True, exist_ok=True)
+        yield
+    except BaseException:
+        for folder in new:  # from the inside outwards
+            with suppress(OSError):
+                folder.rmdir()
+        raise
 
 
 Writer = Callable[[Path], object]
@@ -84,10 +93,10 @@ def save_together(writers: Mapping[Path, Writer]) -> None:
 
     They are replaced in the order of the mapping.
     """
-    by_target = {Path(os.path.realpath(path)): write for path, write in writers.items()}
-    first = next(iter(by_target))
-    with _explain_failures(first):
+    with _explain_failures(next(iter(writers))):
+        by_target = {Path(os.path.realpath(path)): write for path, write in writers.items()}
         for target in by_target:
+            str(target).encode()  # raises if the name is no UTF-8, which safetensors can't read
             if target.exists() and not (target.is_file() or target.is_dir()):
                 raise OSError("it is a device or a pipe")
         while True:
@@ -253,6 +262,7 @@ def open_tensors(path: Path) -> Any:
     try:
         with open(path, "rb") as file:
             start = file.read(4)
+        str(path).encode()  # raises if the name is no UTF-8, which `safe_open` calls damaged
         return safe_open(path, "pt")
     except (OSError, ValueError) as error:
         advice = explain_peft_folder(path)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from disha.checks import check_type
 from disha.errors import AdapterFileError, AdapterIOError, ArgumentError, ConversionError
-from disha.files.disk import PathLike, check_path, make_folder, save_together, write_tensors
+from disha.files.disk import PathLike, Writer, check_path, folder_for, save_together, write_tensors
 from disha.layers.bitsandbytes import is_library_forward
 from disha.layers.blocks import original_class
 from disha.layers.kinds import FOREIGN_LAYOUTS, LAYER_KINDS, full_name
@@ -53,14 +53,13 @@ def write_peft_files(folder: Path, config: Mapping[str, Any], tensors: Tensors) 
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
     if folder.is_file():
         raise ArgumentError(f"{folder} is a file; name a folder")
-    make_folder(folder)
     prefixed = {PREFIX + key: tensor for key, tensor in tensors.items()}
-    save_together(
-        {
-            folder / WEIGHTS_NAME: lambda new: write_tensors(new, prefixed),
-            folder / CONFIG_NAME: lambda new: new.write_text(text, encoding="utf-8"),
-        }
-    )
+    writers: dict[Path, Writer] = {
+        folder / WEIGHTS_NAME: lambda new: write_tensors(new, prefixed),
+        folder / CONFIG_NAME: lambda new: new.write_text(text, encoding="utf-8"),
+    }
+    with folder_for(folder):
+        save_together(writers)
 
 
 @dataclass(frozen=True)

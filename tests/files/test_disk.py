@@ -69,6 +69,17 @@ class TestFailed:
             save(old, write)
         assert_old(old)
 
+    @pytest.mark.parametrize(("name", "says"), [("a\0b", "null byte"), ("a\udcff", "can't encode")])
+    def test_a_name_that_no_reader_can_open(self, tmp_path, name, says):
+        with pytest.raises(AdapterIOError, match=f"can't save to .*{says}"):
+            disha.save_adapter(trained(), tmp_path / name)
+        assert not list(tmp_path.iterdir())
+        if "\0" not in name:
+            disha.save_adapter(trained(), tmp_path / "a")
+            (tmp_path / "a").rename(tmp_path / name)
+        with pytest.raises(AdapterIOError, match=f"can't read .*{says}"):
+            disha.inspect_adapter(tmp_path / name)
+
     def test_a_folder_is_no_file(self, tmp_path):
         with pytest.raises(AdapterIOError, match="Is a directory"):
             save_tensors(tmp_path, NEW, {})

@@ -338,6 +338,9 @@ class TestAFolderThatIsThere:
         with pytest.raises(AdapterIOError, match=r"No space left .*nothing was changed"):
             export(model, folder)
         assert self.files(folder) == before
+        with pytest.raises(AdapterIOError, match=r"No space left .*nothing was changed"):
+            export(model, folder / "new" / "newer")
+        assert not (folder / "new").exists()
 
     def test_a_folder_in_the_place_of_a_file_leaves_the_others(self, model, folder):
         (folder / "adapter_config.json").unlink()
