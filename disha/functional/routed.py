@@ -140,6 +140,12 @@ class Routed(Updates):
         self.route.entries_of_name(x.shape[0])  # raises if the names don't divide the samples
         names = self.route.names
         if len(set(names)) > 1:
+            if is_lookup(x) and x.dim() == 1 and _may_be_positions(x):
+                raise ArgumentError(
+                    f"route_adapters can't tell whether indices of shape {tuple(x.shape)} are "
+                    "samples or positions that all samples share; pass (samples, n), or leave this "
+                    "table out (exclude=)"
+                )
             return None
         return self.updates_of(names[0])
 
@@ -154,7 +160,9 @@ class Routed(Updates):
         return Routed(self.route, by_adapter)
 
     def compute_weight(self, weight: Tensor, layout: Layout) -> Tensor:
-        """Raise, because samples have different weights."""
+        """Return W if no adapter acts, or raise, because samples have different weights."""
+        if not self.all_updates:
+            return weight
         raise ModeError(
             "samples can't be routed here: this operation needs one computed weight for all "
             "samples; use one adapter at a time, or exclude the weight"
@@ -188,6 +196,13 @@ class Routed(Updates):
                 delta = delta_of(x.index_select(0, indices), update)
                 output = output.index_add(0, indices, delta.to(output.dtype))
         return output
+
+
+def _may_be_positions(indices: Tensor) -> bool:
+    """Whether indices (n,) count up, as those of positions do; compiled code can't tell."""
+    if is_compiling() or indices.is_meta or len(indices) < 2:
+        return is_compiling()
+    return bool((indices.diff() == 1).all())
 
 
 def _linear_by_adapter(x: Tensor, weight: Tensor, bias: Tensor | None, routed: Routed) -> Tensor:

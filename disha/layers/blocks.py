@@ -419,11 +419,12 @@ class Adapters(nn.Module):
         return None if context is None else context.override
 
     def acting_blocks(self, parameter: str, override: Override | None) -> tuple[AdapterBlock, ...]:
-        """Return the blocks that act on a parameter; for a route, the blocks of all adapters."""
+        """Return the blocks that act on a parameter; for a route, those of its adapters."""
         if override is None or self.merged is not None:  # while merged, the active ones are none
             return self.active_blocks.get(parameter, ())
         if isinstance(override, Route):
-            return self.blocks_for(parameter, self)
+            # One without adapters still checks the number of samples, so it gets any blocks.
+            override = override.adapters or tuple(self)
         return self.blocks_for(parameter, override)
 
     def updates(

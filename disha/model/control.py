@@ -6,13 +6,13 @@ asyncio task that enters them. The other functions change the model for all thre
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 
 from torch import nn
 
 from disha.checks import check_scale, check_type
-from disha.effective.contexts import Group, open_context, split_off_groups
+from disha.effective.contexts import LOCK, NamedContext, Override, open_context, split_off_groups
 from disha.errors import ArgumentError
 from disha.functional.routed import Route
 from disha.layers.adapted import refuse_merged
@@ -61,8 +61,7 @@ def check_names(view: ModelView, names: str | Sequence[str]) -> tuple[str, ...]:
     return wanted
 
 
-@contextmanager
-def adapters_active(model: nn.Module, names: str | Sequence[str]) -> Iterator[None]:
+def adapters_active(model: nn.Module, names: str | Sequence[str]) -> AbstractContextManager[None]:
     """Run the body with exactly these adapters acting, in this thread or asyncio task only.
 
     Several threads can use one model with different adapters at the same time. The context covers
@@ -88,15 +87,14 @@ def adapters_active(model: nn.Module, names: str | Sequence[str]) -> Iterator[No
         >>> torch.equal(with_a, model(x))  # "b" is the active one
         False
     """
-    view = ModelView(model)
-    wanted = check_names(view, names)
-    refuse_merged(view.layers, "choose the acting adapters")
-    with open_context(_groups(view), wanted):
-        yield
+
+    def choose(view: ModelView) -> Override:
+        return check_names(view, names)
+
+    return _context("adapters_active", "choose the acting adapters", model, choose)
 
 
-@contextmanager
-def adapters_disabled(model: nn.Module) -> Iterator[None]:
+def adapters_disabled(model: nn.Module) -> AbstractContextManager[None]:
     """Run the body with all adapters off, so adapted layers compute the same as their base.
 
     This holds for the thread or asyncio task that enters it, and for tasks that are started inside.
@@ -122,15 +120,34 @@ def adapters_disabled(model: nn.Module) -> Iterator[None]:
         ...     print(torch.equal(model(x), before))
         True
     """
-    view = ModelView(model)
-    refuse_merged(view.layers, "disable adapters")
-    with open_context(_groups(view), (), disables=True):
-        yield
+
+    def choose(view: ModelView) -> Override:
+        return ()
+
+    return _context("adapters_disabled", "disable adapters", model, choose, disables=True)
 
 
-def _groups(view: ModelView) -> frozenset[Group]:
-    """Return the groups of the model's layers, and of no others, for a context to cover."""
-    return split_off_groups(layer.disha for layer in view.layers)
+def _context(
+    name: str,
+    action: str,
+    model: nn.Module,
+    choose: Callable[[ModelView], Override],
+    disables: bool = False,
+) -> NamedContext:
+    """Return the context of a function of this name. `choose` says what acts, when it opens."""
+
+    @contextmanager
+    def run() -> Iterator[None]:
+        with ExitStack() as stack:
+            with LOCK:  # so that no other thread adds or removes adapters meanwhile
+                view = ModelView(model)
+                override = choose(view)
+                refuse_merged(view.layers, action)
+                groups = split_off_groups(layer.disha for layer in view.layers)
+                stack.enter_context(open_context(groups, override, disables))
+            yield
+
+    return NamedContext(name, run())
 
 
 def set_adapter_scale(model: nn.Module, scale: float, adapter: str = "default") -> None:
@@ -164,8 +181,9 @@ def set_adapter_scale(model: nn.Module, scale: float, adapter: str = "default") 
             block.set_scale(scale)
 
 
-@contextmanager
-def route_adapters(model: nn.Module, names_per_sample: Sequence[str | None]) -> Iterator[None]:
+def route_adapters(
+    model: nn.Module, names_per_sample: Sequence[str | None]
+) -> AbstractContextManager[None]:
     """Run the body with a chosen adapter for each sample of a batch.
 
     The result equals running the samples one by one. The active adapters do not matter. This holds
@@ -199,29 +217,39 @@ def route_adapters(model: nn.Module, names_per_sample: Sequence[str | None]) -> 
         >>> torch.allclose(routed[1], model(x)[1])  # "b" is the active one
         True
     """
-    view = ModelView(model)
-    route = Route(tuple(names_per_sample))
-    if not route.names:
-        raise ArgumentError("names_per_sample is empty; give a name or None for each sample")
-    check_names(view, route.adapters)
-    refuse_merged(view.layers, "route adapters")
-    for model_block in view.blocks():
-        if "expert" in model_block.block.slot.layout.axes:
+
+    def choose(view: ModelView) -> Override:
+        route = Route(tuple(names_per_sample))
+        if not route.names:
+            raise ArgumentError("names_per_sample is empty; give a name or None for each sample")
+        check_names(view, route.adapters)
+        _refuse_experts(view, route)
+        _refuse_sequences_first(view, route)
+        return route
+
+    return _context("route_adapters", "route adapters", model, choose)
+
+
+def _refuse_experts(view: ModelView, route: Route) -> None:
+    """Raise if experts are routed."""
+    for name, _, adapter, block in view.blocks():
+        if adapter in route.adapters and "expert" in block.slot.layout.axes:
             raise ArgumentError(
-                f"route_adapters can't route samples through {model_block.name}, because experts "
-                "get the tokens of all samples in any order; leave experts out (exclude=)"
+                f"route_adapters can't route samples through {name}, because experts get the "
+                "tokens of all samples in any order; leave experts out (exclude=)"
             )
-    _refuse_sequences_first(view)
-    with open_context(_groups(view), route):
-        yield
 
 
-def _refuse_sequences_first(view: ModelView) -> None:
-    """Raise if layers are adapted outside of attention modules that take sequences first."""
+def _refuse_sequences_first(view: ModelView, route: Route) -> None:
+    """Raise if layers are routed outside of attention modules that take sequences first."""
     attention = [module for module in view.names if isinstance(module, nn.MultiheadAttention)]
     sequence_first = [view.names[module][0] for module in attention if not module.batch_first]
     inside = {child for module in attention for child in module.modules()}
-    outside = [name for layer, name in view.layers.items() if layer not in inside]
+    outside = [
+        name
+        for layer, name in view.layers.items()
+        if layer not in inside and not set(route.adapters).isdisjoint(layer.disha)
+    ]
     if sequence_first and outside:
         raise ArgumentError(
             f"route_adapters needs samples along the leading dimension, but {sequence_first[0]} "

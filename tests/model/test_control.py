@@ -9,7 +9,7 @@ from torch import nn
 import disha
 from disha import ArgumentError, ArgumentTypeError, MergeError, ModeError
 from disha.functional.routed import Route
-from tests.conftest import Doubled, close, flags, freshly_compiled, perturb, refused
+from tests.conftest import Doubled, Made, close, flags, freshly_compiled, perturb, refused
 from tests.reference import KINDS, METHODS, settings_of
 
 
@@ -238,6 +238,43 @@ class TestRoute:
         model = several()
         with refused(model, kind, says), disha.route_adapters(model, names):
             pass
+
+    def test_positions_that_samples_share_are_no_samples(self):
+        tables = nn.ModuleDict({"tokens": nn.Embedding(9, 4), "positions": nn.Embedding(6, 4)})
+        disha.inject_adapters(tables, ".", 2, init="kaiming")
+        ids = torch.tensor([5, 0, 5])  # one for each sample
+        with disha.route_adapters(tables, ["default", None, "default"]):
+            assert tables["tokens"](ids).shape == (3, 4)
+            with pytest.raises(ArgumentError, match=r"indices of shape \(6,\) are samples or posi"):
+                tables["positions"](torch.arange(6))
+
+    def test_other_adapters_do_not_matter(self):
+        """Experts, layers that get sequences first, and weights that are computed."""
+
+        def run(self, x):
+            x = self.linear(x) * self.matrix.norm()
+            return x + torch.einsum("nd,edo->no", x, self.experts)
+
+        matrices = {
+            "matrix": nn.Parameter(torch.ones(4, 4)),
+            "experts": nn.Parameter(torch.ones(2, 4, 4)),
+        }
+        model = Made(run, linear=nn.Linear(4, 4), attention=nn.MultiheadAttention(4, 1), **matrices)
+        disha.inject_adapters(model, "attention", 2, adapter="a")
+        disha.inject_adapters(
+            model,
+            ".",
+            2,
+            adapter="b",
+            init="kaiming",
+            layouts={"matrix": "out in", "experts": "expert in out"},
+        )
+        x = torch.randn(2, 4)
+        for names in (["a", None], [None, None]):
+            with disha.route_adapters(model, names):
+                routed = model(x)
+            with disha.adapters_disabled(model):
+                assert torch.equal(routed, model(x))
 
     @pytest.mark.parametrize("names", [["a", "b", "c"], [None] * 3])
     def test_a_wrong_number_of_names(self, names):
