@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import itertools
 import threading
+import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 from weakref import WeakSet, WeakValueDictionary
 
 import torch
@@ -24,8 +25,11 @@ from disha.private_torch import in_backward
 Override: TypeAlias = Route | tuple[str, ...]
 """What acts in a context: an adapter for each sample, or these adapters for all samples."""
 
+F = TypeVar("F", bound=Callable[..., Any])
+
 _NUMBERS = itertools.count()
-_LOCK = threading.RLock()
+LOCK = threading.RLock()
+"""Held while the adapters of any model change, and while a context of a model opens."""
 
 
 class Group:
@@ -41,7 +45,7 @@ class Group:
 
     def take(self, adapters: Any) -> None:
         """Add the adapters of a layer as a member, and remove them from their former group."""
-        with _LOCK:
+        with LOCK:
             former = vars(adapters).get("group", self)
             former.members.discard(adapters)
             self.members.add(adapters)
@@ -112,6 +116,32 @@ def open_context(
         _CONTEXTS.set(_open_here())
 
 
+class NamedContext(AbstractContextManager[None]):
+    """A context that warns if it ends unused: it then had no effect."""
+
+    def __init__(self, name: str, context: Any) -> None:
+        self._name = name
+        self._context = context
+        self._is_used = False
+
+    def __enter__(self) -> None:
+        self._is_used = True
+        self._context.__enter__()
+
+    def __exit__(self, *error: Any) -> Any:
+        return self._context.__exit__(*error)
+
+    def __call__(self, function: F) -> F:
+        """Return a function that runs in the context, which opens anew for each call."""
+        self._is_used = True
+        return self._context(function)
+
+    def __del__(self) -> None:
+        if not self._is_used:
+            call = f"disha.{self._name}(...)"
+            warnings.warn(f"{call} has no effect alone; write `with {call}:`", stacklevel=2)
+
+
 def _open_here() -> tuple[Context, ...]:
     """Return the open contexts of this thread or task, from the outermost inwards."""
     return tuple([context for context in _CONTEXTS.get() if context in OPEN_CONTEXTS])
@@ -145,7 +175,7 @@ def split_off_groups(members: Iterable[Any]) -> frozenset[Group]:
 
     If a group has others too, these members leave it for a new one.
     """
-    with _LOCK:
+    with LOCK:
         chosen = set(members)
         for group in {adapters.group for adapters in chosen}:
             chosen_here = chosen.intersection(group.members)

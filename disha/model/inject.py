@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from disha.config import Init, MethodName, Patterns, Target
-from disha.effective.contexts import OPEN_CONTEXTS, SINGLE_LAYERS, Group
+from disha.effective.contexts import SINGLE_LAYERS, Group
 from disha.errors import ArgumentError, ModeError
 from disha.functional.methods import Groups
 from disha.hints import with_hints
@@ -331,10 +331,9 @@ def check_removable(view: ModelView, removed: Sequence[str]) -> None:
     for layer, name in view.layers.items():
         if set(layer.disha) <= set(removed):
             refuse_changed_class(layer, name)
-    groups = {layer.disha.group for layer in view.layers}
-    for context in list(OPEN_CONTEXTS):
+    for context in view.open_contexts():
         used = sorted(context.names.intersection(removed))
-        if used and any(context.covers(group) for group in groups):
+        if used:
             raise ModeError(
                 f"can't remove adapter {used[0]!r} while another thread or task uses it, inside "
                 f"{context.function}; remove it when those have ended"

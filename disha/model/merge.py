@@ -13,7 +13,7 @@ from typing import NoReturn
 import torch
 from torch import Tensor, nn
 
-from disha.errors import ArgumentError, MergeError
+from disha.errors import ArgumentError, MergeError, ModeError
 from disha.functional.shard_sums import merge_dtype, without_autocast
 from disha.layers.adapted import AdaptedLayer, set_class
 from disha.layers.bitsandbytes import is_library_forward
@@ -64,6 +64,7 @@ def merge_adapters(
 
     Raises:
         ArgumentError: there is no such adapter, or no adapter is active.
+        ModeError: this thread or another one is in a context of the model.
         MergeError: adapters are already merged; a merged weight would not be finite; a weight is
             shared, computed or quantised; or the model is sharded (`fully_shard`).
 
@@ -123,6 +124,11 @@ def merge(
 ) -> None:
     """Merge adapters as `merge_adapters` says, and let `undo` take it back."""
     view.refuse_inside("merge adapters")
+    for context in view.open_contexts():
+        raise ModeError(
+            f"can't merge adapters while another thread or task is inside {context.function}, "
+            "where it would change what the model computes; merge when that has ended"
+        )
     _refuse_sharded(view, "merge adapters")
     # Inference mode is off, because tensors that are made in it can never be trained.
     with torch.inference_mode(False), torch.no_grad():

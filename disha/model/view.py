@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from disha.effective.contexts import current_context
+from disha.effective.contexts import LOCK, OPEN_CONTEXTS, Context, current_context
 from disha.errors import (
     AdapterStateError,
     ArgumentError,
@@ -320,6 +320,11 @@ class ModelView:
             if context is not None:
                 raise ModeError(f"can't {action} inside {context.function}; leave it first")
 
+    def open_contexts(self) -> list[Context]:
+        """Return the contexts of the model that are open in any thread or task."""
+        groups = {layer.disha.group for layer in self.layers}
+        return [context for context in list(OPEN_CONTEXTS) if any(map(context.covers, groups))]
+
     # --- wrappers and shards ---------------------------------------------------------------------
 
     def refuse_wrapped(self, action: str, remedy: str) -> None:
@@ -370,7 +375,7 @@ def all_or_nothing(view: ModelView, around: ExitStack | None = None) -> Iterator
     may still raise later and then undoes these changes too.
     """
     view.reshard()
-    with ExitStack() as undo:
+    with LOCK, ExitStack() as undo:
         yield undo
         # The body has not raised: forget the undo steps, or hand them to `around`.
         undo_later = undo.pop_all()

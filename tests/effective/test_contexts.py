@@ -4,6 +4,7 @@ import asyncio
 import copy
 import itertools
 import random
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -254,6 +255,14 @@ class TestParts:
         assert close(layers(X), adapted)
 
 
+def test_a_context_that_is_not_entered_says_so(model, expected):
+    for name, *names in (("adapters_disabled",), ("adapters_active", "a"), ("route_adapters", "a")):
+        with pytest.warns(UserWarning, match=f"write `with disha.{name}"):
+            getattr(disha, name)(model, *names)
+    assert close(disha.adapters_disabled(model)(model)(X), expected[None])  # as a decorator
+    assert close(model(X), expected["c"])
+
+
 def residual(self, x):
     return x + self.linear(x)
 
@@ -290,6 +299,41 @@ class TestServing:
             done = [thread.result() for thread in threads]
         assert not wrong
         assert all(done)
+
+    def test_layers_come_and_go_while_contexts_open(self, monkeypatch):
+        model = nn.Sequential(*(nn.Linear(6, 6) for _ in range(12)))
+        disha.inject_adapters(model, "0|1", 2, adapter="a")
+        stop = threading.Event()
+
+        def serve(_):
+            while not stop.is_set():
+                with torch.no_grad(), disha.adapters_active(model, "a"):
+                    model(X.float())
+
+        interval = sys.getswitchinterval()
+        sys.setswitchinterval(1e-6)
+        try:
+            with ThreadPoolExecutor(2) as pool:
+                threads = [pool.submit(serve, seed) for seed in range(2)]
+                for _ in range(60):
+                    disha.inject_adapters(model, ".", 2, adapter="new")
+                    disha.remove_adapters(model, "new")
+                stop.set()
+                assert [thread.result() for thread in threads] == [None, None]
+        finally:
+            stop.set()
+            sys.setswitchinterval(interval)
+
+    def test_a_merge_beside_a_context_of_another_thread_is_refused(self, model, expected):
+        def merge():
+            with pytest.raises(ModeError, match="another thread or task is inside adapters_disabl"):
+                disha.merge_adapters(model)
+
+        with disha.adapters_disabled(model), ThreadPoolExecutor(1) as pool:
+            pool.submit(merge).result()
+            assert close(model(X), expected[None])
+        disha.merge_adapters(model)
+        assert close(model(X), expected["c"])
 
     def test_an_adapter_can_come_while_a_layer_lists_its_own(self, model):
         layer = disha.summary(model).layers[0].name
