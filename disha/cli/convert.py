@@ -50,6 +50,7 @@ from disha.finetune.notes import (
     TOKENS_KEY,
     base_note,
     read_noted_base,
+    read_noted_tokens,
 )
 from disha.interop import image_lora, peft
 from disha.interop.checkpoints.matching import base_shapes, base_weights_of_checkpoint
@@ -317,7 +318,7 @@ def _describe_serving(
             f"vLLM and SGLang refuse it, because it holds {first_few(report.also_train, 3, ', ')}"
         ]
         if TOKENS_KEY in contents.metadata:
-            tokens = ", ".join(json.loads(contents.metadata[TOKENS_KEY]))
+            tokens = ", ".join(read_noted_tokens(contents.metadata))
             lines.append(
                 f"PEFT reads it with the tokenizer that has {tokens}, {_where(flags, base_name)}"
             )

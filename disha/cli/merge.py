@@ -19,6 +19,8 @@ from disha.cli.dispatcher import Parser
 from disha.cli.output import fit, tell_noted_base
 from disha.files.disk import file_at
 from disha.finetune.merging import merge_base
+from disha.finetune.notes import read_notes
+from disha.finetune.templates import try_template
 
 
 def main(words: Sequence[str]) -> None:
@@ -35,6 +37,7 @@ def main(words: Sequence[str]) -> None:
     base = flags.base
     if base is None:
         base, _ = tell_noted_base(flags.adapter)
+    try_template(flags.adapter, read_notes(flags.adapter))
     merged = merge_base(
         base,
         flags.adapter,

@@ -14,6 +14,7 @@ from disha.cli.output import tell_noted_base
 from disha.errors import AdapterFileWarning, ArgumentError
 from disha.finetune.base import best_device, load_base
 from disha.finetune.notes import BITS, PROMPT_KEY, load_noted_adapter, read_notes
+from disha.finetune.templates import try_template
 
 Message = dict[str, Any]
 Prompt = str | Sequence[Message]  # a text, or the messages of a conversation
@@ -98,6 +99,7 @@ def load_runner(
         raise ArgumentError("name the model with --base or --adapter")
     name, bits = (flags.base, "fp32") if flags.base else tell_noted_base(flags.adapter)
     notes = {} if flags.adapter is None else read_notes(flags.adapter)
+    try_template(flags.adapter, notes)
     model, tokenizer = load_base(
         name, flags.bits or bits, best_device(), notes, flags.attn_implementation
     )

@@ -30,5 +30,5 @@ def fit(text: str) -> str:
 def tell_noted_base(adapter: Path) -> tuple[str, str]:
     """Return the base that an adapter notes, and its bits, and print which it is."""
     base, bits = read_noted_base(adapter)
-    print(f"the base is {base}, with --bits {bits}, as {adapter} notes", file=sys.stderr)
+    print(fit(f"the base is {base}, with --bits {bits}, as {adapter} notes"), file=sys.stderr)
     return base, bits

@@ -257,13 +257,18 @@ def write_tensors(new: Path, tensors: Tensors, metadata: dict[str, str] = OF_TOR
     save_file(whole, new, metadata)
 
 
-def open_tensors(path: Path) -> Any:
-    """Return a safetensors file, opened by `safe_open`; the tensors are read when asked for."""
+@contextmanager
+def open_tensors(path: Path) -> Iterator[Any]:
+    """Open a safetensors file by `safe_open`; the tensors are read when asked for."""
+    start = b""
     try:
         with open(path, "rb") as file:
             start = file.read(4)
         str(path).encode()  # raises if the name is no UTF-8, which `safe_open` calls damaged
-        return safe_open(path, "pt")
+        with safe_open(path, "pt") as tensors:
+            yield tensors
+    except DishaError:
+        raise
     except (OSError, ValueError) as error:
         advice = explain_peft_folder(path)
         if advice is not None:

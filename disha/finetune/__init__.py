@@ -8,6 +8,7 @@
 | `notes` | what an adapter file notes, and how it is loaded |
 | `data` | the rows, as they are read |
 | `forms` | the form in which rows are trained |
+| `templates` | a trial of the chat template that an adapter brings |
 | `trainer` | trl's trainer, and what it shows |
 | `train` | one run, from the flags to the saved adapter |
 | `card` | the model card beside the adapter |

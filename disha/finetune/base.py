@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Mapping
@@ -29,10 +28,16 @@ from transformers.integrations.fsdp import is_fsdp_enabled
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 import disha
-from disha.errors import ArgumentError, DishaError, MissingPackageError
-from disha.finetune.notes import EOS_KEY, FEW_BITS, TEMPLATE_KEY, TOKENS_KEY, is_gguf
+from disha.errors import AdapterFileError, ArgumentError, DishaError, MissingPackageError
+from disha.finetune.notes import (
+    EOS_KEY,
+    FEW_BITS,
+    TEMPLATE_KEY,
+    is_gguf,
+    read_noted_tokens,
+)
 from disha.integrations.memory import with_values
-from disha.text import first_few
+from disha.text import brief, first_few
 
 NAME = re.compile(r"\w[\w.-]{0,95}(/\w[\w.-]{0,95})?", re.ASCII)
 
@@ -72,6 +77,7 @@ def load_base(
     `fake` mode of torch, the base is made from its configuration, and no weight is read.
     """
     source, file = _source(name)
+    new_tokens = read_noted_tokens(notes)
     dtype = _dtype(bits, device)
     options: dict[str, Any] = {"dtype": dtype}
     if device is not None:
@@ -107,9 +113,9 @@ def load_base(
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     _take_template_and_end(tokenizer, notes)
-    if TOKENS_KEY in notes:
+    if new_tokens:
         with nullcontext() if fake is None else fake:
-            _add_tokens(model, tokenizer, json.loads(notes[TOKENS_KEY]))
+            _add_tokens(model, tokenizer, new_tokens)
     end_answers(model.generation_config, tokenizer, notes)
     return model, tokenizer
 
@@ -194,7 +200,7 @@ def load_tokenizer(name: str, notes: Mapping[str, str]) -> PreTrainedTokenizerBa
     except (OSError, ValueError, ImportError) as error:
         raise ArgumentError(f"can't load the tokenizer of {name}: {error}") from error
     _take_template_and_end(tokenizer, notes)
-    tokenizer.add_tokens(json.loads(notes.get(TOKENS_KEY, "[]")))
+    tokenizer.add_tokens(read_noted_tokens(notes))
     return tokenizer
 
 
@@ -208,6 +214,11 @@ def _take_template_and_end(tokenizer: Any, notes: Mapping[str, str]) -> None:
 def end_answers(generation: Any, tokenizer: Any, notes: Mapping[str, str]) -> None:
     """Let answers end as the notes say, and as turns end in the chat template if there is one."""
     if EOS_KEY in notes:
+        if tokenizer.eos_token_id in (None, tokenizer.unk_token_id):
+            raise AdapterFileError(
+                f"the adapter's answers end with {brief(notes[EOS_KEY])}, which is not a token of "
+                "the base; name the base that it was trained on"
+            )
         _end_with(generation, tokenizer.eos_token_id)
     if tokenizer.chat_template:
         _end_with_turns(generation, tokenizer)

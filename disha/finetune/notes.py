@@ -25,6 +25,7 @@ from torch import nn
 import disha
 from disha.errors import AdapterFileError, ArgumentError
 from disha.files import ADAPTER_NAME
+from disha.text import brief
 
 BASE_KEY = "base"
 TEMPLATE_KEY = "chat_template"
@@ -55,8 +56,7 @@ def read_settings(adapter: str | Path) -> dict[str, Any]:
         method = "bat" if settings.get("init_weights") == "bat" else "bone"
         return {"r": settings.get("r"), "method": method, "new_tokens": []}
     file = disha.inspect_adapter(adapter)
-    tokens = json.loads(file.metadata.get(TOKENS_KEY, "[]"))
-    return {**file.config.to_json(), "new_tokens": tokens}
+    return {**file.config.to_json(), "new_tokens": read_noted_tokens(file.metadata)}
 
 
 def load_noted_adapter(model: nn.Module, adapter: str | Path) -> None:
@@ -78,6 +78,20 @@ def _peft_settings(folder: str | Path) -> dict[str, Any]:
     if not isinstance(settings, dict):
         raise AdapterFileError(f"{path} must hold a JSON object")
     return settings
+
+
+def read_noted_tokens(notes: Mapping[str, str]) -> list[str]:
+    """Return the tokens that an adapter has added to its base."""
+    try:
+        tokens = json.loads(notes.get(TOKENS_KEY, "[]"))
+    except (ValueError, RecursionError):
+        tokens = None
+    if not isinstance(tokens, list) or not all(isinstance(token, str) for token in tokens):
+        raise AdapterFileError(
+            f"the adapter's note {TOKENS_KEY} is not a JSON list of texts: "
+            f"{brief(notes[TOKENS_KEY])}; get its file again"
+        )
+    return tokens
 
 
 def is_gguf(name: str) -> bool:

@@ -48,6 +48,7 @@ from disha.finetune.notes import (
     read_notes,
 )
 from disha.finetune.report import MERGED, RESULTS, Outcome, facts_of, prove, read_log, write_report
+from disha.finetune.templates import try_template
 from disha.finetune.trainer import Trainer
 from disha.integrations.memory import memory_modes
 from disha.integrations.transformers import AdapterCheckpoints
@@ -199,7 +200,10 @@ def _read_sets(data: DataArguments) -> tuple[list[Dataset], Dataset | None]:
 
 def _notes_of_run(adapter: AdapterArguments, training: TrainingArguments) -> dict[str, str]:
     """Return the notes of the adapter that is trained further, with what the flags add."""
-    notes = {} if adapter.adapter is None else read_notes(adapter.adapter)
+    notes = {}
+    if adapter.adapter is not None:
+        notes = read_notes(adapter.adapter)
+        try_template(adapter.adapter, notes)
     if training.chat_template_path:
         notes[TEMPLATE_KEY] = template_at(training.chat_template_path)
         training.chat_template_path = None  # trl would also add the tokens of another model

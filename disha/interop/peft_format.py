@@ -39,9 +39,10 @@ FROZEN = ".base_layer.weight"
 """The end of the name of the frozen weight of an adapted embedding, which PEFT may save too."""
 
 _CHARACTER = r"(?:\\[\Wdw]|\[[\w-]+\]|[^][\\(){}*+?|^$])"  # as it is, escaped, or one of a set
-_CHOICE = rf"(?:{_CHARACTER}[*+?]|\((?:\?:)?(?:{_CHARACTER}|\|)*\))"  # repeated, or (this|that)
-ORDINARY = re.compile(rf"\^?{_CHARACTER}*(?:{_CHOICE}{_CHARACTER}*){{0,3}}\$?")
-"""The patterns that are run as regexes. Any other one in a file could take forever."""
+_CHOICE = rf"(?:{_CHARACTER}\?|\((?:\?:)?(?:{_CHARACTER}|\|)*\))"  # optional, or (this|that)
+_SOME = rf"{_CHARACTER}*(?:{_CHOICE}{_CHARACTER}*){{0,3}}"
+ORDINARY = re.compile(rf"\^?{_SOME}(?:{_CHARACTER}[*+]{_SOME})?\$?")
+"""The patterns that are run as regexes, with one repeated character. Others could take forever."""
 
 THE_MODEL_ITSELF = "PEFT adapts layers within a model, not the model itself"
 
@@ -102,7 +103,13 @@ class PeftFolder:
                     f"{self.path}: the key {brief(key)} of {pattern} is too long or repeats too "
                     "much; name layers, or the ends of their names"
                 )
-            if re.match(rf"(.*\.)?({key})$", name):
+            try:
+                found = re.match(rf"(.*\.)?({key})$", name)
+            except re.error as error:
+                raise AdapterFileError(
+                    f"{self.path}: the key {brief(key)} of {pattern} is not a regex: {error}"
+                ) from error
+            if found:
                 return value
         return self.fields.get(field, 8)  # the default of both in PEFT
 

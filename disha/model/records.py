@@ -100,6 +100,9 @@ class LayerRecord:
         reason = layout.reason_against(layout.geometry(weight_shape), self.r, self.r_out)
         if reason is not None:
             return reason
+        padding = layout.padding_idx
+        if padding is not None and padding not in range(self.in_features):
+            return f"padding_idx={padding}, but the table has {counted(self.in_features, 'row')}"
         count = sum(stop - first for first, stop in self.rows)
         if self.rows and count != self.out_features:
             return f"it lists {counted(count, 'row')}, but its output has {self.out_features}"

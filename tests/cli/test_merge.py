@@ -1,3 +1,4 @@
+import json
 import shutil
 from pathlib import Path
 
@@ -126,6 +127,32 @@ def test_the_end_of_answers_comes_along(run, language_model, tmp_path):
     assert words.eos_token == "<user>"
     assert words.eos_token_id in found.generation_config.eos_token_id
     assert found.generation_config.suppress_tokens  # of the base, which keeps its other settings
+
+
+@pytest.mark.parametrize(
+    ("notes", "says"),
+    [
+        ({"new_tokens": "["}, "new_tokens is not a JSON list of texts"),
+        ({"new_tokens": "[1]"}, "new_tokens is not a JSON list of texts"),
+        ({"eos_token": "<other>"}, "'<other>', which is not a token of the base"),
+        ({"base": '{"base_model_name_or_path": "./\\u001b[2J"}'}, r"\x1b[2J, which is not there"),
+    ],
+)
+def test_notes_that_are_refused(run, language_model, tmp_path, notes, says):
+    base = [] if "base" in notes else [language_model / "model"]
+    adapted, _ = load_base(str(language_model / "model"))
+    adapter = tmp_path / "a.safetensors"
+    disha.save_adapter(disha.inject_adapters(adapted, "q_proj", 4), adapter, metadata=notes)
+    done = run("merge", *base, adapter, tmp_path / "out")
+    assert done.code == 2
+    assert says in done.err
+
+
+def test_a_name_of_a_base_moves_no_cursor(run, files):
+    base = {"base_model_name_or_path": "x\x1b[2J"}
+    done = run("merge", files.adapter(metadata={"base": json.dumps(base)}), files.path / "out")
+    assert done.err.startswith(r"the base is x\x1b[2J, with")
+    assert "\x1b" not in done.err
 
 
 def test_a_file_without_a_note_needs_a_base(complaint, files):

@@ -327,6 +327,8 @@ BAD_HEADERS = {
     "fingerprint": (lambda h: first_layer(h).update(base=5), "base must be text, got 5"),
     "beside without tensor": (lambda h: h["also_train"].append("x"), "'x' is missing"),
     "padding": (lambda h: first_layer(h).update(padding_idx="0"), "padding_idx must be an int"),
+    "padding beyond": (
+        lambda h: first_layer(h).update(padding_idx=99), "padding_idx=99, but the table has 8"),
     "metadata": (lambda h: h.update(metadata={"a": 1}), "a name or a note must be text, got 1"),
     "metadata as a list": (lambda h: h.update(metadata=["a"]), "metadata must be a JSON object"),
     "out": (lambda h: first_layer(h).update(out=5), "expected a block of shape"),
@@ -366,6 +368,13 @@ class TestRefusals:
     def test_tensors(self, path, name):
         change, says = BAD_TENSORS[name]
         self.refused(path, says, change_tensors=change)
+
+    def test_a_dtype_that_torch_lacks(self, path):
+        header = {"x": {"dtype": "F6_E2M3", "shape": [4], "data_offsets": [0, 3]}}
+        text = json.dumps(header).encode()
+        path.write_bytes(len(text).to_bytes(8, "little") + text + b"abc")
+        with pytest.raises(AdapterFileError, match=r"F6_E2M3.*get it again"):
+            disha.inspect_adapter(path)
 
     def test_names_that_move_the_cursor_are_shown_escaped(self, path):
         disha.save_adapter(trained(), path, metadata={"note": "\x1b[2J"})

@@ -85,8 +85,8 @@ def load(
     If every A is [I_r I_r ... I_r], the LoRA is Bone with D = B^T, without loss. Other LoRAs have
     no block and raise an error. Experts must be stacked.
     Modules in `modules_to_save` bring their parameters, which train with the adapter from then on,
-    and their buffers. Keys of `rank_pattern` and `alpha_pattern` may be regexes with at most
-    three repeated characters or choices, such as `.*` and `(q|v)`.
+    and their buffers. Keys of `rank_pattern` and `alpha_pattern` may be regexes with one repeated
+    character, such as `.*`, and a few choices, such as `(q|v)`.
 
     Args:
         model: the base model, or one that has other adapters.

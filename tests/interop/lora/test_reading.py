@@ -240,6 +240,8 @@ A, B = (f"layers.0.attn.q_proj.lora_{one}.weight" for one in "AB")
         ),
         (with_fields(lora_alpha="8"), AdapterFileError, "lora_alpha: .* must be a number"),
         (with_fields(alpha_pattern={"(.+)+": 1}), AdapterFileError, "of alpha_pattern is too long"),
+        (with_fields(alpha_pattern={".*a.*b": 1}), AdapterFileError, "repeats too much"),
+        (with_fields(alpha_pattern={"[z-a]": 1}), AdapterFileError, "z-a.* is not a regex"),
         (with_fields(alpha_pattern=5), ArgumentTypeError, "alpha_pattern must be a JSON object"),
         (with_tensor(B, lambda t: None), AdapterFileError, "has no pair of factors, .*q_proj"),
         (with_tensor("other", lambda t: torch.ones(1)), AdapterFileError, "is neither lora_A nor"),
