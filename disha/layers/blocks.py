@@ -264,7 +264,7 @@ class Original:
 
     weight: Tensor  # the former parameter, if another one stands in for it, or else its data
     was_quantized: bool  # whether a dense weight stands in for a quantised one
-    merged_fingerprint: str | None  # of the values that merging wrote, if they have one
+    written: Mapping[torch.dtype, int]  # the checksums of what merging wrote (model/fingerprints)
 
 
 @dataclass(frozen=True)

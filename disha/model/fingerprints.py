@@ -1,8 +1,9 @@
-"""Fingerprints: a few digits that tell one base weight from another."""
+"""Fingerprints, which tell one base weight from another; checksums, which tell if one changed."""
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -33,14 +34,18 @@ def sample(values: Tensor) -> Tensor:
     return as_integers.take(positions).view(values.dtype)
 
 
+def _has_values(weight: Tensor) -> bool:
+    has_values = not (weight.is_meta or isinstance(weight, FakeTensor))
+    return has_values and is_inexact(weight) and weight.numel() > 0
+
+
 def fingerprint(weight: Tensor) -> str | None:
     """Return 16 hexadecimal digits of 64 of a weight's values, or None; collective if sharded.
 
     The same base may be stored in float32, bfloat16 or float16. So there are two digests: of the
     values rounded to bfloat16, and of those rounded to float16 and then to bfloat16.
     """
-    has_values = not (weight.is_meta or isinstance(weight, FakeTensor))
-    if not has_values or not is_inexact(weight) or not weight.numel():
+    if not _has_values(weight):
         return None
     chosen = sample(gather(weight.detach())).cpu()
     if chosen.is_complex():
@@ -58,3 +63,48 @@ def same_base(first: str, second: str) -> bool:
     # The dtype in which both were rounded alike gives an equal digest.
     halves = {first[:HALF], first[HALF:]}
     return not halves.isdisjoint({second[:HALF], second[HALF:]})
+
+
+CHUNK = 2**18  # the values that are added up at a time
+
+Checksums = Mapping[torch.dtype, int]
+"""The dtype of a weight, first, and dtypes to which it may be cast -> the checksum when cast so."""
+
+
+def checksums(weight: Tensor) -> Checksums:
+    """Return the checksums of all values of a weight; none if it has no values."""
+    if not _has_values(weight):
+        return {}
+    values = _as_real(weight)
+    dtypes = dict.fromkeys((values.dtype, torch.float32, torch.bfloat16, torch.float16))
+    return {dtype: _checksum(values, dtype, values.dtype) for dtype in dtypes}
+
+
+def has_changed(weight: Tensor, written: Checksums) -> bool:
+    """Whether any value has changed since the checksums were made. A cast of all is no change."""
+    if not written or not _has_values(weight):
+        return False
+    own, *_ = written
+    return _checksum(_as_real(weight), own, own) not in written.values()
+
+
+def _as_real(weight: Tensor) -> Tensor:
+    values = weight.detach()
+    return torch.view_as_real(values.resolve_conj()) if values.is_complex() else values
+
+
+def _checksum(values: Tensor, cast: torch.dtype, own: torch.dtype) -> int:
+    """Return the sum of the bits of all values, eight bytes at a time, each times an odd number.
+
+    The values are those after a cast, in the dtype `own`. An odd number loses no bit.
+    """
+    odd_numbers = torch.arange(1, 2 * CHUNK, 2, device=values.device)
+    total = torch.zeros((), dtype=torch.int64, device=values.device)
+    for chunk in torch.split(values.flatten(), CHUNK):
+        cast_chunk = chunk.to(cast).to(own)
+        missing = -cast_chunk.nbytes % 8 // cast_chunk.itemsize
+        # A copy begins at a multiple of eight bytes.
+        aligned = torch.cat([cast_chunk, cast_chunk.new_zeros(missing)])
+        bits = aligned.view(torch.int64)
+        total = total * 31 + (bits * odd_numbers[: len(bits)]).sum()
+    return int(total)

@@ -23,7 +23,7 @@ from disha.layers.quantized import ROUNDED, quantization_of, takes_dense
 from disha.layers.weights import slots_of, stored_weight, sum_with_updates
 from disha.model import buffers
 from disha.model.control import check_names
-from disha.model.fingerprints import fingerprint, same_base
+from disha.model.fingerprints import checksums, has_changed
 from disha.model.inject import check_removable, take_out
 from disha.model.state import is_finite_as
 from disha.model.view import ModelView, all_or_nothing
@@ -272,11 +272,7 @@ def _change_since_merging(layer: AdaptedLayer, parameter: str, original: Origina
         return None  # the values are on another device
     if getattr(layer, "max_norm", None) is not None:
         return None  # the forward of an embedding scales rows of whatever its weight is
-    written = original.merged_fingerprint
-    found = fingerprint(now)
-    if found is None or written is None or same_base(found, written):
-        return None
-    return "changed"
+    return "changed" if has_changed(now, original.written) else None
 
 
 def _refuse_sharded(view: ModelView, action: str) -> None:
@@ -356,7 +352,7 @@ def _compute_merged(
         with torch.inference_mode():
             merged = merged.clone()
     was_quantized = quantization_of(layer, parameter) is not None
-    written = fingerprint(merged)
+    written = checksums(merged)
     if unties or was_quantized:
         new = nn.Parameter(merged, requires_grad=parameter.requires_grad)
         return Original(parameter, was_quantized, written), new

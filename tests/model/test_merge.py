@@ -212,11 +212,23 @@ def train(layer):
         layer.weight.sub_(0.1)
 
 
+def change_one_value(layer):
+    """One of 512, by its last digit, which no sample of values would find."""
+    with torch.no_grad():
+        value = layer.weight[7, 5]
+        value.copy_(torch.nextafter(value.clone(), torch.tensor(9.0)))
+
+
 def prune_half(layer):
     prune.l1_unstructured(layer, "weight", 0.5)
 
 
-CHANGES = {quantise: "quantised", train: "changed", prune_half: "parametrised"}
+CHANGES = {
+    quantise: "quantised",
+    train: "changed",
+    change_one_value: "changed",
+    prune_half: "parametrised",
+}
 
 
 @pytest.mark.parametrize("change", CHANGES)
