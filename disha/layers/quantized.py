@@ -103,12 +103,16 @@ def _packs_weight(module: nn.Module) -> bool:
         return False  # it multiplies by a dense weight
     if _can_dequantize(module):
         return True
+    inputs, outputs = sizes
+    tensors = _held_tensors(module)
+    for tensor in tensors:
+        if tensor.dtype in TRAINABLE_DTYPES and sorted(tensor.shape) == sorted(sizes):
+            return False  # it has a dense weight, under another name
     # A packed weight has at least one bit for each number. So a smaller tensor is no weight: it
     # has scales, or zero points.
-    inputs, outputs = sizes
     return any(
         tensor.dtype not in _NEVER_PACKED and tensor.nbytes * 8 >= inputs * outputs
-        for tensor in _held_tensors(module)
+        for tensor in tensors
     )
 
 

@@ -732,6 +732,16 @@ class Masked(nn.Linear):
         return F.linear(x, self.weight * self.mask, self.bias)
 
 
+class MaskedKernel(nn.Module):
+    """The same with a weight of another name."""
+
+    def __init__(self):
+        super().__init__()
+        self.in_features, self.out_features = 8, 16
+        self.kernel = nn.Parameter(torch.randn(16, 8))
+        self.register_buffer("mask", torch.ones(16, 8, dtype=torch.int32))
+
+
 class Window(nn.Module):
     """A block with sizes and an index, as windows of attention have."""
 
@@ -750,6 +760,7 @@ class Window(nn.Module):
     "make",
     [
         Masked,
+        MaskedKernel,
         lambda: Masked(torch.int64),
         lambda: nn.utils.parametrizations.weight_norm(Masked()),
         Window,
