@@ -126,6 +126,12 @@ class AdaptedLayer(nn.Module):
         arguments = cls._original_class, cls._adapted_parameters, cls._is_quantized
         return (_new_instance, arguments, *reduced[2:])
 
+    def __prepare_scriptable__(self) -> Any:
+        raise ModeError(
+            "torch.jit.script can't compile adapted layers; use torch.jit.trace or torch.export, "
+            "or merge first (merge_adapters with unload=True)"
+        )
+
     def _replicate_for_data_parallel(self) -> Any:
         raise ModeError(
             "nn.DataParallel can't run adapted layers on several devices, because its replicas "

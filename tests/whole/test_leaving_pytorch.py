@@ -71,6 +71,11 @@ def as_onnx(program, path):
     return run
 
 
+def test_a_script_says_what_to_do():
+    with pytest.raises(disha.ModeError, match=r"torch\.jit\.trace or torch\.export, or merge"):
+        torch.jit.script(adapted(linear))
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_a_trace_is_the_same_where_gradients_are_off(method):
     model, x = adapted(linear, method), torch.randn(4, 8)
