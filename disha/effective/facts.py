@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import sys
 from types import GetSetDescriptorType
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.compiler import is_compiling
 
 from disha.effective.rules import Operation, rule, rule_with_operation
 from disha.effective.views import cast
 from disha.effective.weight import base_inside, compute, compute_first
-from disha.errors import ArgumentTypeError
 from disha.private_torch import IS_VIEW
 
 _VIEW_PROPERTIES = {"H", "T", "data", "imag", "mH", "mT", "real"}
@@ -52,28 +49,7 @@ def _create_like(func: Operation, like: Any, *args: Any, **kwargs: Any) -> Any:
 def _type(weight: Any, dtype: Any = None, *args: Any, **kwargs: Any) -> Any:
     if dtype is not None:
         return cast(Tensor.type, weight, dtype, *args, **kwargs)
-    if not is_compiling():
-        _refuse_to_become_parameter(weight)
     return weight.base.type()
-
-
-def _refuse_to_become_parameter(weight: Any) -> None:
-    """Raise if `nn.Module` asks for the type, as it does to refuse `head.weight = weight`.
-
-    Its own error would name the type, and not what to do. It leaves no other way to tell than to
-    look who asks: `torch.typename`, called by `nn.Module`.
-    """
-    # Frame 0 is this function, 1 the rule, 2 `__torch_function__`, and 3 who asks for the type.
-    asks = sys._getframe(3)
-    caller = asks.f_back
-    if asks.f_code is not torch.typename.__code__ or caller is None:
-        return
-    if caller.f_globals.get("__name__") == "torch.nn.modules.module":
-        raise ArgumentTypeError(
-            f"an adapted weight (of shape {tuple(weight.shape)}) can't become the parameter of "
-            "another module, because its adapters would not act there; tie weights, or prepare the "
-            "model for quantisation, before you inject, or assign layer.base_weight, which is W"
-        )
 
 
 @rule(Tensor.data_ptr)
