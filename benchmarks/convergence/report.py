@@ -247,7 +247,7 @@ def _every_task(found: Mapping[str, TaskFindings]) -> str:
 *Best rates* differ by task; *tied* means within noise of the best adapter. *Step* is the time of a
 step, divided by LoRA's. The best rate of MiSS was {min(gaps):.1g} to
 {max(gaps):.1g} times LoRA's, so do not reuse a rate from LoRA. If LoRA's rate is first multiplied
-by [the factor](choosing.md#learning-rate) of a square layer, the best rate of MiSS was
+by [the factor](../../docs/choosing.md#learning-rate) of a square layer, the best rate of MiSS was
 {min(times):.1f} to {max(times):.1f} times the product.
 
 {table(header, rows)}

@@ -67,7 +67,7 @@ def _reason_without_layout(layer: PlannedLayer) -> str:
         return f"no layer kind adapts {type(layer.module).__qualname__}"
     return (
         f"the layout of this weight {layer.shape} is unknown; declare it, such as "
-        f"{layer.remedy}, as your code uses it: see Layouts in docs/mechanism.md"
+        f"{layer.remedy}, as your code uses it: see docs/guides/custom-model.md"
     )
 
 
