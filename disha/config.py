@@ -169,7 +169,7 @@ class AdapterConfig:
         for name in ("exclude", "also_train"):
             settings[name] = check_regexes(name, settings[name])
         for name, check in _ITEM_CHECKS.items():
-            settings[name] = _check_items(name, settings[name], check)
+            settings[name] = check_items(name, settings[name], check)
         vars(self).update(settings)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -257,7 +257,7 @@ def _is_found(pattern: str, names: Sequence[str]) -> bool:
     return any(re.search(pattern, name) for name in names)
 
 
-def _check_items(name: str, value: Any, check: Callable[[str, Any], Any]) -> Mapping[str, Any]:
+def check_items(name: str, value: Any, check: Callable[[str, Any], Any]) -> Mapping[str, Any]:
     """Return a read-only copy of a dict from regexes to items, each checked."""
     if value is None:
         value = {}
@@ -271,25 +271,54 @@ def _check_layout(name: str, layout: Any) -> str:
     return layout_of(layout).pattern
 
 
-def check_rows(name: str, numbers_or_ranges: Any) -> OutputRanges:
-    """Return numbers of rows, or ranges (first, stop) of them, as ranges in order."""
-    pairs = []
+def check_ranges(name: str, ranges: Any) -> OutputRanges:
+    """Return ranges (first, stop) of rows in order; a single pair is one range."""
+    return _check_rows(name, ranges, _read_ranges, "pairs (first, stop) such as (0, 768)")
+
+
+def check_row_numbers(name: str, numbers: Any) -> OutputRanges:
+    """Return numbers of rows, and ranges (first, stop) of them, as ranges in order."""
+    return _check_rows(
+        name, numbers, _read_numbers, "a list of row numbers, or of pairs (first, stop)"
+    )
+
+
+def _check_rows(
+    name: str, rows: Any, read: Callable[[Any], Iterable[tuple[int, int]]], expected: str
+) -> OutputRanges:
     try:
-        for item in numbers_or_ranges:
-            first, stop = (item, item + 1) if isinstance(item, int) else item
-            pairs.append((index(first), index(stop)))
+        ranges = tuple(sorted(read(rows)))
     except (TypeError, ValueError) as error:
-        raise ArgumentTypeError(
-            f"{name} must be a list of row numbers, or of pairs (first, stop) such as (0, 768), "
-            f"got {brief(numbers_or_ranges)}"
-        ) from error
-    ranges = tuple(sorted(pairs))
+        raise ArgumentTypeError(f"{name} must be {expected}, got {brief(rows)}") from error
     if not ranges or not _are_apart(ranges):
         raise ArgumentError(
-            f"{name} must have rows from 0, each once (0 <= first < stop), got "
-            f"{brief(numbers_or_ranges)}"
+            f"{name} must have rows from 0, each once (0 <= first < stop), got {brief(rows)}"
         )
     return ranges
+
+
+def _read_ranges(ranges: Any) -> list[tuple[int, int]]:
+    items = list(ranges)
+    if len(items) == 2 and None not in map(_read_number, items):
+        items = [items]
+    return [(index(first), index(stop)) for first, stop in items]
+
+
+def _read_numbers(numbers: Any) -> list[tuple[int, int]]:
+    pairs = []
+    for item in numbers:
+        number = _read_number(item)
+        first, stop = item if number is None else (number, number + 1)
+        pairs.append((index(first), index(stop)))
+    return pairs
+
+
+def _read_number(item: Any) -> int | None:
+    """Return an integer of Python, numpy or torch as an int; None for anything else."""
+    try:
+        return index(item)
+    except (TypeError, ValueError):
+        return None
 
 
 def _are_apart(ranges: OutputRanges) -> bool:
@@ -305,7 +334,7 @@ def _are_apart(ranges: OutputRanges) -> bool:
 _ITEM_CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "rank_pattern": check_positive_int,
     "layouts": _check_layout,
-    "rows": check_rows,
+    "rows": check_ranges,
 }
 """Setting that is a dict of regexes -> the check of each of its items."""
 

@@ -21,9 +21,9 @@ from disha.layers.weights import base_of
 from disha.model.view import ModelView
 from tests import reference
 from tests.conftest import assert_unchanged, perturb, pickled, seed_torch, snapshot
-from tests.reference import EVERY_KIND, method_of_kind, settings_of
+from tests.reference import KINDS, method_of_kind, settings_of
 
-NO_TILE = tuple(kind for kind in EVERY_KIND if kind != "tile")
+NO_TILE = tuple(kind for kind in KINDS if kind != "tile")
 """The kinds for weights whose numbers of outputs have no common divisor."""
 
 LIMITS = {
@@ -69,7 +69,7 @@ class Case:
 
     make: Callable[[], nn.Module]
     x: torch.Tensor
-    kinds: tuple[str, ...] = EVERY_KIND
+    kinds: tuple[str, ...] = KINDS
     settings: Mapping[str, Any] = field(default_factory=dict)
     call: Callable[[nn.Module, torch.Tensor], Any] = call_module
     routing_error: str | None = None
@@ -123,7 +123,7 @@ def every_kind(cases: Mapping[str, Case]) -> list[tuple[str, str]]:
 
 def one_kind_each(cases: Mapping[str, Case]) -> list[tuple[str, str]]:
     """Return (name, kind) of each case once; the kinds take turns."""
-    turns = itertools.cycle(EVERY_KIND)
+    turns = itertools.cycle(KINDS)
     pairs = []
     for name, case in cases.items():
         kind = next(turns)

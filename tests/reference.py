@@ -24,10 +24,6 @@ import torch
 KINDS = ("bone", "tile", "bone_groups2", "bone_groups_all", "bat")
 """The kinds of blocks that users choose from. Tests that run with each take them from here."""
 
-EVERY_KIND = (*KINDS, "rows")
-"""All kinds: also that of new rows, which a user gets by `also_train_rows`."""
-
-
 GROUPS = {"bone_groups2": 2, "bone_groups_all": "all"}
 """Kind -> the number of groups of shards; the library makes other kinds of other numbers."""
 
@@ -108,7 +104,6 @@ LOOPS = {
     "bone_groups2": (groups_loop(2), 2),
     "bone_groups_all": (groups_loop(1000), 2),  # more than any weight here has shards
     "bat": (bat_delta_weight, 3),
-    "rows": (lambda weight, block: block.T - weight, 2),
 }
 """Method -> (W, D) -> dW for one matrix W, and how many axes the block D of one matrix has."""
 

@@ -197,7 +197,6 @@ METHODS = {
     "bone_groups2": Method(bone_sizes, partial(groups_update, groups=2)),
     "bone_groups_all": Method(bone_sizes, partial(groups_update, groups=math.inf)),
     "bat": Method(bat_sizes, bat_update),
-    "rows": Method(lambda layer: (layer.inputs, layer.outputs), lambda _, old, new: new.T - old),
 }
 
 

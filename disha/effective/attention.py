@@ -125,7 +125,7 @@ def _project(is_batched: bool, x: Tensor, weight: Any, bias: Tensor | None) -> A
     """Return the projection of x (positions, samples, width)."""
     if not isinstance(weight, EffectiveWeight):
         return F.linear(x, weight, bias)
-    is_routed = weight.updates.shared is None
+    is_routed = weight.updates.is_routed
     if is_routed:
         if not is_batched:
             raise ArgumentError(

@@ -36,7 +36,7 @@ def multiply_linear(input: Any, weight: Any, bias: Any = None) -> Any:
 
 def _multiply_nested(product: Operation, nested: Any, weight: EffectiveWeight, *args: Any) -> Any:
     """Return a product with the values of a jagged nested tensor, nested in the same way."""
-    if nested.layout is not torch.jagged or weight.updates.shared is None:
+    if nested.layout is not torch.jagged or weight.updates.is_routed:
         return NotImplemented
     if nested.is_floating_point() and ragged_axis(nested) == nested.dim() - 1:
         return NotImplemented  # the features are ragged, which torch refuses
@@ -89,9 +89,9 @@ def _multiply_weight_first(weight: EffectiveWeight, x: Tensor) -> Any:
     is_stack = layout.pattern == "expert out in" and x.dim() == 3
     if is_matrix and x.dim() == 1:
         return multiply_linear(x, weight)
-    if not (is_matrix or is_stack) or updates is None or x.layout is not torch.strided:
+    if not (is_matrix or is_stack) or weight.updates.is_routed or x.layout is not torch.strided:
         return NotImplemented
-    if all(update.method.uses_shard_sum for update in updates):
+    if updates is not None and all(update.method.uses_shard_sum for update in updates):
 
         def multiply(inputs: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
             return torch.matmul(matrix, inputs.mT)

@@ -9,6 +9,7 @@ from torch import Tensor
 from disha.effective.weight import EffectiveWeight, make_effective
 from disha.errors import ModeError
 from disha.functional import Layout, Update
+from disha.functional.new_rows import NewRows
 from disha.functional.parts import update_of_part
 from disha.functional.weight_updates import Updates
 from disha.sharding.tensor_parallel import Split
@@ -34,7 +35,11 @@ def make_effective_part(
             updates_of_part.extend(cut)
         return updates_of_part
 
-    of_rank = updates.map(cut_blocks)
+    def cut_rows(rows: NewRows) -> NewRows:
+        # A rank that has none of the rows takes part in the sum of their gradients too.
+        return rows.replace(block=split.with_all_reduced_gradient(rows.block)).of_part(split.part)
+
+    of_rank = updates.map(cut_blocks, cut_rows)
     if of_rank is None:
         raise ModeError(
             f"an adapter can't act: its weight is placed as {split.placements}, and its block "

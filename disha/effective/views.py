@@ -12,20 +12,31 @@ from torch.compiler import is_compiling
 from disha.effective.rules import Operation, rule, rule_with_operation
 from disha.effective.weight import EffectiveWeight, base_inside, make_effective
 from disha.functional import Layout, Update
+from disha.functional.new_rows import ChangeRows, NewRows
 from disha.functional.parts import updates_of_outputs
 from disha.functional.shard_sums import is_inexact
 from disha.functional.weight_updates import Change, Updates
 
 
-def _make_view(weight: EffectiveWeight, base: Tensor, layout: Layout, change: Change) -> Any:
+def _keep_rows(rows: NewRows) -> NewRows:
+    return rows
+
+
+def _make_view(
+    weight: EffectiveWeight,
+    base: Tensor,
+    layout: Layout,
+    change: Change,
+    change_rows: ChangeRows = _keep_rows,
+) -> Any:
     """Return a view of a weight, whose W is `base`; NotImplemented if a block can't be cut so.
 
     Where no block acts, the view is that of W.
     """
-    updates = weight.updates.map(change)
+    updates = weight.updates.map(change, change_rows)
     if updates is None:
         return NotImplemented
-    return make_effective(base, layout, updates) if updates.all_updates else base
+    return make_effective(base, layout, updates) if updates.blocks else base
 
 
 @rule("mT")
@@ -34,7 +45,8 @@ def transpose_matrices(weight: Any) -> Any:
     layout = weight.weight_layout.transposed()
     if layout is None:
         return NotImplemented
-    return make_effective(torch.transpose(weight.base, -2, -1), layout, weight.updates)
+    base = torch.transpose(weight.base, -2, -1)
+    return make_effective(base, layout, weight.updates.transposed())
 
 
 @rule("t T")
@@ -92,7 +104,11 @@ def select_rows(weight: Any, start: int, stop: int) -> Any:
     def cut_blocks(updates: Sequence[Update]) -> Sequence[Update] | None:
         return updates_of_outputs(updates, start, stop, geometry)
 
-    return _make_view(weight, weight.base[start:stop], weight.weight_layout, cut_blocks)
+    def cut_rows(rows: NewRows) -> NewRows | None:
+        part = rows.of_part([(start, stop), (0, geometry.in_features)])
+        return part if part.block.numel() else None
+
+    return _make_view(weight, weight.base[start:stop], weight.weight_layout, cut_blocks, cut_rows)
 
 
 @rule_with_operation("split chunk")
@@ -159,4 +175,7 @@ def _detach(func: Operation, weight: Any) -> Any:
     def detach_blocks(updates: Sequence[Update]) -> Sequence[Update]:
         return [update.replace(block=func(update.block)) for update in updates]
 
-    return _make_view(weight, func(weight.base), weight.weight_layout, detach_blocks)
+    def detach_rows(rows: NewRows) -> NewRows:
+        return rows.replace(block=func(rows.block))
+
+    return _make_view(weight, func(weight.base), weight.weight_layout, detach_blocks, detach_rows)

@@ -255,7 +255,7 @@ def refuse_to_reshape(weight: Any) -> None:
 
 
 def _blocks_train(weight: EffectiveWeight) -> bool:
-    return any(update.block.requires_grad for update in weight.updates.all_updates)
+    return any(block.requires_grad for block in weight.updates.blocks)
 
 
 def _refuse_to_train_unseen(func: Operation, values: Sequence[Any]) -> None:

@@ -67,11 +67,11 @@ def _value_to_write(written: Any, source: Any) -> Any:
 
 def _have_same_blocks(weight: EffectiveWeight, other: EffectiveWeight) -> bool:
     """Whether two effective weights have the updates of the same blocks."""
-    mine = weight.updates.all_updates
-    theirs = other.updates.all_updates
+    mine = weight.updates.blocks
+    theirs = other.updates.blocks
     if len(mine) != len(theirs):
         return False
-    return all(a.block.is_set_to(b.block) for a, b in zip(mine, theirs))
+    return all(a.is_set_to(b) for a, b in zip(mine, theirs))
 
 
 @rule(Tensor.data.__set__)  # type: ignore[attr-defined]

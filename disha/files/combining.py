@@ -189,6 +189,11 @@ def _widen_blocks(
     Errors have the name of the layer, and the listing of its blocks.
     """
     first, _ = parts[0]
+    if first.is_new_rows:
+        raise ArgumentError(
+            f"layer {name!r}: new rows are values, not updates, so they have no weighted sum; "
+            "leave out `also_train_rows`"
+        )
     method = method_of(first.method)
     if not method.additive:
         raise ArgumentError(

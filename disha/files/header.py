@@ -15,12 +15,13 @@ from typing import Any
 from torch import Tensor
 
 from disha.checks import TRAINABLE_DTYPES, check_positive_int, check_scale, check_type
-from disha.config import DEFAULTS, AdapterConfig, as_json, check_rows
+from disha.config import DEFAULTS, AdapterConfig, as_json, check_ranges
 from disha.errors import AdapterFileError
 from disha.files.disk import explain_peft_folder
 from disha.functional import Layout, layout_of
 from disha.functional.layouts import OutputRanges
 from disha.functional.methods import find_method
+from disha.functional.new_rows import NEW_ROWS
 from disha.model.records import LayerRecord
 from disha.text import brief, counted, first_few, printable, table
 
@@ -201,10 +202,16 @@ def _parse_file(path: Path, fields: Any, tensors: Mapping[str, Tensor]) -> Adapt
     check_type("metadata", fields["metadata"], dict, "a JSON object")
     for words in (*fields["also_train"], *fields["metadata"].values()):
         check_type("a name or a note", words, str, "text")
-    config = _parse_config(path, fields["config"])
+    settings = fields["config"]
+    check_type("config", settings, dict, "a JSON object")
+    usual_method = settings.get("method")  # of the layers that do not tell theirs
+    if usual_method == NEW_ROWS:  # in an older file that has nothing else
+        settings = {name: value for name, value in settings.items() if name != "method"}
+    config = _parse_config(path, settings)
+    layers = [{"method": usual_method or config.method} | entry for entry in fields["layers"]]
     return AdapterFile(
         config=config,
-        layers=tuple(_parse_layer(path, config, entry) for entry in fields["layers"]),
+        layers=tuple(_parse_layer(path, config, entry) for entry in layers),
         also_train=tuple(fields["also_train"]),
         tensors=tensors,
         metadata=fields["metadata"],
@@ -230,8 +237,7 @@ def _check_version(path: Path, fields: Mapping[str, Any]) -> None:
         )
 
 
-def _parse_config(path: Path, fields: Any) -> AdapterConfig:
-    check_type("config", fields, dict, "a JSON object")
+def _parse_config(path: Path, fields: Mapping[str, Any]) -> AdapterConfig:
     method = fields.get("method")
     if isinstance(method, str):
         _check_method(path, method)
@@ -252,24 +258,27 @@ def _parse_layer(path: Path, config: AdapterConfig, entry: Any) -> LayerRecord:
     base = entry.get("base")
     padding = entry.get("padding_idx")
     tied = entry.get("tied", ())
-    method = entry.get("method", config.method)
+    method = entry["method"]
     for text in (name, *tied):
         check_type("the name of a layer", text, str, "text")
     check_type("method", method, str, "text")
-    _check_method(path, method)
+    if method != NEW_ROWS:
+        _check_method(path, method)
     check_type("base", base, str | None, "text")
     check_type("padding_idx", padding, int | None, "an int")
     for size in ("r", "in", "out"):
         check_positive_int(size, entry[size])
     groups = check_positive_int("groups", entry.get("groups", 1))
     scale = check_scale(entry.get("scale", 1))
+    if method == NEW_ROWS:
+        scale = 1.0  # they have none, but earlier versions wrote that of their adapter
     pattern = layout_of(entry["layout"]).pattern
     r_out = None
     if method == config.method:  # new rows, which may be beside the adapter, have none
         r_out = config.r_out
     rows: OutputRanges = ()
     if entry.get("rows") is not None:
-        rows = check_rows(name, entry["rows"])
+        rows = check_ranges(name, entry["rows"])
     return LayerRecord(
         name=name,
         method=method,

@@ -20,8 +20,8 @@ from disha.files.contents import read_contents
 from disha.files.disk import PathLike, file_at
 from disha.files.header import AdapterContents
 from disha.files.saving import base_fingerprint, describe_block
-from disha.layers.blocks import check_adapter_name
-from disha.layers.weights import start_of
+from disha.layers.blocks import NewRowsBlock, check_adapter_name
+from disha.layers.weights import rows_of_base
 from disha.model import buffers
 from disha.model.file_plans import plan_weights
 from disha.model.fingerprints import same_base
@@ -264,7 +264,7 @@ def _widen(incoming: _Incoming) -> _Incoming:
     tensors = dict(incoming.tensors)
     for model_block, record in incoming.blocks():
         block = model_block.block
-        if record.r == block.r:
+        if record.r == block.r or record.is_new_rows:
             continue
         key = record.key
         wider = block.method.wider_block(record.layout, tensors[key], record.r, block.r)
@@ -334,8 +334,7 @@ def _take_settings(incoming: _Incoming, undo: ExitStack) -> None:
     for model_block, record in incoming.blocks():
         block = model_block.block
         former = block.config
-        # New blocks have this configuration already, and new rows keep their own.
-        if former is not config and not record.has_new_rows(config):
+        if former is not config:  # that of new blocks
             undo.callback(block.reconfigure, former)
             block.reconfigure(with_sizes_of(former))
         if block.scale != record.scale:
@@ -350,8 +349,9 @@ def _reset_missing(incoming: _Incoming, undo: ExitStack) -> None:
         block = model_block.block
         if join(model_block.name, block.parameter_name) in incoming.layers:
             continue
-        start = start_of(model_block.layer, block)
-        if start is None:
+        if isinstance(block, NewRowsBlock):
+            start = rows_of_base(model_block.layer, block)
+        else:
             start = block.block.new_zeros(whole_shape(block.block))
         write(block.block, start, undo)
 

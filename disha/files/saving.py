@@ -9,12 +9,11 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from disha.config import AdapterConfig
 from disha.errors import AdapterStateError, ArgumentTypeError
 from disha.files.contents import write_contents
 from disha.files.disk import PathLike, file_at, folder_for
 from disha.files.header import AdapterContents
-from disha.functional import method_of
+from disha.layers.blocks import NewRowsBlock
 from disha.layers.weights import base_of, is_packed, weight_shape
 from disha.model import buffers
 from disha.model.fingerprints import fingerprint
@@ -165,7 +164,7 @@ def adapter_contents(
         _check_contents(adapter, layers, tensors)
     keys = {record.key for record in layers}
     return AdapterContents(
-        config=_config_of(blocks),
+        config=blocks[0].block.config,
         layers=layers,
         also_train=tuple(sorted(tensors.keys() - keys)),
         tensors=tensors,
@@ -182,15 +181,6 @@ def _check_notes(metadata: Mapping[str, str] | None) -> dict[str, str]:
     return notes
 
 
-def _config_of(blocks: Sequence[ModelBlock]) -> AdapterConfig:
-    """Return the configuration of the blocks; that of new rows only if there is no other."""
-    configs = [model_block.block.config for model_block in blocks]
-    for config in configs:
-        if not method_of(config.method).replaces:
-            return config
-    return configs[0]
-
-
 def describe_block(
     model_block: ModelBlock, tied: Iterable[str], *, with_fingerprint: bool
 ) -> LayerRecord:
@@ -201,9 +191,9 @@ def describe_block(
     geometry = slot.layout.geometry(weight_shape(model_block.layer, slot), slot.output_ranges)
     return LayerRecord(
         name=model_block.name,
-        method=block.method.name,
+        method=block.kind,
         r=block.r,
-        r_out=block.config.r_out,
+        r_out=block.r_out,
         in_features=geometry.in_features,
         out_features=geometry.out_features,
         scale=block.scale,
@@ -219,7 +209,7 @@ def base_fingerprint(model_block: ModelBlock) -> str | None:
     layer = model_block.layer
     block = model_block.block
     slot = block.slot
-    if block.method.replaces:  # new rows do not depend on the old ones
+    if isinstance(block, NewRowsBlock):  # new rows do not depend on the old ones
         return None
     # The values depend on how the weight is quantised, but the adapter fits it either way.
     if slot.quantized or is_packed(layer, slot.parameter):
@@ -232,9 +222,7 @@ def _check_contents(
     adapter: str, layers: Sequence[LayerRecord], tensors: Mapping[str, Tensor]
 ) -> None:
     """Raise unless a file can hold the adapter, and a model can load it again."""
-    methods = {
-        (record.method, record.r_out) for record in layers if not method_of(record.method).replaces
-    }
+    methods = {(record.method, record.r_out) for record in layers if not record.is_new_rows}
     if len(methods) > 1:
         raise AdapterStateError(
             f"adapter {adapter!r} has blocks of different methods or r_out, and a file holds one; "

@@ -8,7 +8,6 @@ A method is defined on one matrix W (out, in) with n = ceil(in / r) shards of it
                                      Bone with `groups`
     tile     (r, r_out)              dW[o, i] = D[i mod r, o mod r_out]: Bone with r_out
     bat      (ceil(out / r), r, r)   dW_ab = W_ab D_a + D_a for every r x r tile of W
-    rows     (in, out)               dW = D^T - W: D has new values of W, usually of a few rows
 
 A layout (`disha.functional.layouts`) says how a weight becomes a stack of such matrices. The block
 of a stack has two forms:
@@ -94,8 +93,6 @@ class Method:
             that uses shard sums. It then acts in linear layers, and in stacks with one update.
             Elsewhere, R acts: in convolutions, tied heads and grouped products of experts.
         tiles: whether a block can have an output shard r_out.
-        replaces: whether the block replaces W: D^T has its new values, and dW = D^T - W. Such a
-            block starts with the values of W, whatever `init` says.
         additive: whether dW is linear in D. If so, combining adapters adds up their blocks, which
             gives wrong numbers for a method that is not linear.
 
@@ -131,7 +128,6 @@ class Method:
     uses_shard_sum: ClassVar[bool] = False
     prefers_product: ClassVar[bool] = False
     tiles: ClassVar[bool] = False
-    replaces: ClassVar[bool] = False
     additive: ClassVar[bool] = False
 
     def __reduce__(self) -> Any:
@@ -282,10 +278,6 @@ class Method:
         matrices = layout.matrices(weight).to(dtype) if self.reads_weight else None
         with without_autocast(weight.device):
             return self.delta(block.to(dtype), geometry, matrices)
-
-    def block_of(self, layout: Layout, part: Tensor) -> Tensor:
-        """Return the kept block with the values of a weight, or of a part of one."""
-        return self.kept_block(layout, layout.matrices(part).mT)
 
     def wider_block(self, layout: Layout, block: Tensor, r: int, wider: int) -> Tensor | None:
         """Return the kept block for a larger shard size with the same dW, or None."""
@@ -450,32 +442,9 @@ class _Bat(Method):
         return block
 
 
-class _Rows(Method):
-    name = "rows"
-    reads_weight = True
-    replaces = True
-
-    def shape(self, geometry: Geometry, r: int, r_out: int | None) -> tuple[int, ...]:
-        return (*geometry.stack, geometry.in_features, geometry.out_features)
-
-    def delta(self, block: Tensor, geometry: Geometry, matrices: Tensor | None) -> Tensor:
-        assert matrices is not None
-        return block.mT - matrices
-
-    def of_outputs(
-        self, block: Tensor, start: int, stop: int, geometry: Geometry, r: int
-    ) -> Tensor | None:
-        return block[..., start:stop]
-
-    def of_inputs(
-        self, block: Tensor, start: int, stop: int, geometry: Geometry, r: int
-    ) -> Tensor | None:
-        return block[..., start:stop, :]
-
-
 BONE = _Bone()
 
-METHODS: dict[str, Method] = {method.name: method for method in (BONE, _Bat(), _Rows())}
+METHODS: dict[str, Method] = {method.name: method for method in (BONE, _Bat())}
 """Name -> method, of the library and of users. `register_method` adds one."""
 
 _GROUPS = re.compile(r"bone_groups(_all|[2-9]|[1-9][0-9]{1,8})")

@@ -31,13 +31,13 @@ def updates_of_outputs(
         if not ranges:
             ranges = ((0, geometry.out_features),)
         # From where to where in the block, which has only the outputs of the ranges.
-        block_start = _count_before(ranges, start)
-        block_stop = _count_before(ranges, stop)
+        block_start = count_before(ranges, start)
+        block_stop = count_before(ranges, stop)
         if block_start == block_stop:
             if not keep_empty:
                 continue
             block_start = block_stop = 0  # at 0, an empty block can be cut whatever r is
-        count = _count_before(ranges, geometry.out_features)
+        count = count_before(ranges, geometry.out_features)
         block_geometry = Geometry(geometry.in_features, count, geometry.stack)
         part = block_start, block_stop, block_geometry, update.r
         block = update.method.of_outputs(update.block, *part)
@@ -47,8 +47,8 @@ def updates_of_outputs(
         if block is None:
             return None
         adapts_all = block_stop - block_start == stop - start
-        ranges_inside = () if adapts_all else _ranges_inside(ranges, start, stop)
-        inside.append(update.replace(block=block, output_ranges=ranges_inside))
+        ranges_of_part = () if adapts_all else ranges_inside(ranges, start, stop)
+        inside.append(update.replace(block=block, output_ranges=ranges_of_part))
     return inside
 
 
@@ -58,12 +58,12 @@ def _as_bone(update: Update, geometry: Geometry) -> Update:
     return update.replace(method=BONE, block=matrix, r=matrix.shape[-2])
 
 
-def _count_before(ranges: OutputRanges, edge: int) -> int:
+def count_before(ranges: OutputRanges, edge: int) -> int:
     """Return how many outputs of these ranges come before an edge."""
     return sum([min(stop, edge) - first for first, stop in ranges if first < edge])
 
 
-def _ranges_inside(ranges: OutputRanges, start: int, stop: int) -> OutputRanges:
+def ranges_inside(ranges: OutputRanges, start: int, stop: int) -> OutputRanges:
     """Return the ranges within start to stop, counted from start."""
     inside = [
         (max(first, start) - start, min(end, stop) - start)

@@ -9,8 +9,7 @@ that weight where possible. There are four cases:
   In a lookup, this is `Method.look_up`; in a linear layer, `Method.product` if the method
   `prefers_product`;
 - any other method: dW is folded into W, so there is one product;
-- any other method, where dropout gives the update its own input, or where the block replaces some
-  rows of W: the product with dW is added.
+- any other method, where dropout gives the update its own input: the product with dW is added.
 
 Every dW comes from the original W, so the order of updates does not matter.
 
@@ -30,7 +29,7 @@ from torch.utils.checkpoint import checkpoint
 from disha.functional.convolutions import overflow_safe_channel_sum
 from disha.functional.dropout import drop_inputs, drop_tokens
 from disha.functional.layouts import MATRIX, Geometry, Layout, place_outputs
-from disha.functional.lookups import is_lookup, look_up_outputs, output_numbers
+from disha.functional.lookups import is_lookup
 from disha.functional.shard_sums import add_to, overflow_safe_shard_sum, scaled, shard_count, tiled
 from disha.functional.update import ShardSumTerm, Update, computed_weight, shard_sum_terms
 from disha.private_torch import must_not_write
@@ -93,7 +92,7 @@ def sort_updates(
                 separate.append(update)
             else:
                 with_factor.append(update)
-        elif update.needs_own_product():
+        elif update.dropout:  # then it can't be folded
             separate.append(update)
         else:
             folded.append(update)
@@ -115,14 +114,12 @@ def update_product(
     terms = shard_sum_terms([update], layout, geometry)
     if terms:
         return _shard_sum_product(multiply, x, layout, terms[0], geometry)
-    if layout.pattern == "out in" and update.output_ranges:
-        return _product_of_ranges(multiply, x, weight, layout, update)
     if is_lookup(x):
         delta = scaled(update.delta_weight(layout, weight), update.scale)
         return drop_tokens(multiply(x, delta.to(weight.dtype), None), update.dropout)
     if update.dropout:
         x = drop_inputs(x, update.dropout)
-    if multiply is F.linear and layout == MATRIX:
+    if multiply is F.linear and layout == MATRIX and not update.output_ranges:
         product = _product_without_delta(x, weight, update)
         if product is not None:
             return product
@@ -148,25 +145,6 @@ def _look_up_update(indices: Tensor, weight: Tensor, layout: Layout, update: Upd
     if layout.padding_idx is not None:
         delta = delta.masked_fill((indices == layout.padding_idx).unsqueeze(-1), 0.0)
     return drop_tokens(scaled(delta, update.scale), update.dropout)
-
-
-def _product_of_ranges(
-    multiply: Product, x: Tensor, weight: Tensor, layout: Layout, update: Update
-) -> Tensor:
-    """Return the product of x with s dW of some outputs of a matrix (out, in).
-
-    Only these rows of dW are computed. In other layouts, all of dW is, with zeros.
-    """
-    ranges = update.output_ranges
-    rows = layout.part(weight, ranges)
-    delta = scaled(update.replace(output_ranges=()).delta_weight(layout, rows), update.scale)
-    if is_lookup(x):
-        return drop_tokens(look_up_outputs(x, delta, ranges), update.dropout)
-    if update.dropout:
-        x = drop_inputs(x, update.dropout)
-    output = multiply(x, delta.to(x.dtype), None)
-    whole = output.new_zeros((*output.shape[:-1], weight.shape[0]))
-    return whole.index_add_(-1, output_numbers(ranges, x.device), output)
 
 
 def _product_without_delta(x: Tensor, weight: Tensor, update: Update) -> Tensor | None:

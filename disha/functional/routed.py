@@ -27,6 +27,7 @@ from disha.functional import Geometry, Layout, Update, adapted_linear
 from disha.functional.bone import routed_delta
 from disha.functional.layouts import MATRIX
 from disha.functional.lookups import is_lookup
+from disha.functional.new_rows import ChangeRows
 from disha.functional.shard_sums import overflow_safe_shard_sum, scaled
 from disha.functional.update import shard_sum_terms
 from disha.functional.weight_updates import Change, DeltaOf, Updates
@@ -117,6 +118,7 @@ class Routed(Updates):
         # None even if the route has a single adapter. An operation that needs the same updates for
         # all samples then raises for one adapter as it does for two.
         self.shared = None
+        self.is_routed = True
         self.route = route
         self.by_adapter = by_adapter
 
@@ -149,7 +151,12 @@ class Routed(Updates):
             return None
         return self.updates_of(names[0])
 
-    def map(self, change: Change) -> Updates | None:
+    def samples_by_adapter(self, x: Tensor) -> Sequence[tuple[str | None, Tensor]]:
+        """Return each adapter with the indices of its samples."""
+        indices_by_adapter, _ = self.route.by_adapter(x.shape[0], x.device)
+        return indices_by_adapter
+
+    def map(self, change: Change, change_rows: ChangeRows) -> Updates | None:
         """Return the updates of a view, or None if a block can't be cut there."""
         by_adapter = {}
         for adapter, updates in self.by_adapter.items():
@@ -190,8 +197,7 @@ class Routed(Updates):
 
     def add_updates(self, output: Tensor, x: Tensor, delta_of: DeltaOf) -> Tensor:
         """Return an output plus, for each sample, what the updates of its own adapter add."""
-        indices_by_adapter, _ = self.route.by_adapter(x.shape[0], x.device)
-        for adapter, indices in indices_by_adapter:
+        for adapter, indices in self.samples_by_adapter(x):
             for update in self.updates_of(adapter):
                 delta = delta_of(x.index_select(0, indices), update)
                 output = output.index_add(0, indices, delta.to(output.dtype))

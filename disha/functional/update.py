@@ -43,14 +43,6 @@ class Update(NamedTuple):
 
     # Methods, because torch 2.8 compiles neither `_replace` nor a property of a tuple.
 
-    def needs_own_product(self) -> bool:
-        """Whether dW has its own product, and is not folded into W.
-
-        With dropout, it can't be folded. A block that replaces some rows costs less by itself:
-        folding would copy all of W to change a few rows.
-        """
-        return bool(self.dropout or (self.output_ranges and self.method.replaces))
-
     def replace(self, **fields: Any) -> Update:
         """Return the update with other values of some fields."""
         return Update(**(dict(zip(Update._fields, self)) | fields))

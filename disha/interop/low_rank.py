@@ -30,6 +30,7 @@ from disha.files import AdapterContents
 from disha.files.loading import Source
 from disha.functional import METHODS, Layout, method_of
 from disha.functional.layouts import place_outputs
+from disha.functional.methods import BONE
 from disha.layers.weights import base_of
 from disha.model.records import LayerRecord, Tensors
 from disha.model.view import ModelView
@@ -227,7 +228,7 @@ def find_served_rank(rank: int) -> int | None:
 
 def _is_expressible(layer: LayerRecord) -> bool:
     """Whether a LoRA can hold the update of a layer."""
-    if layer.tied or (layer.rows and method_of(layer.method).replaces):
+    if layer.tied or layer.is_new_rows:
         return False
     return is_stack(layer) or layer.layout.pattern in LORA_LAYOUTS
 
@@ -384,14 +385,13 @@ def contents_of_factors(
             f"{source} is not a Bone adapter: A is not [I I ... I] in {len(others)} of {count} "
             f"({list_names(others)}); use it in PEFT, or in the program that it is made for"
         )
-    described = blocks or new_rows
-    first, _ = described[0]
-    usual_r = max(multimode(layer.r for layer, _ in described))  # the most frequent
+    first = None if not blocks else blocks[0][0]
+    usual_r = max(multimode(layer.r for layer, _ in blocks), default=1)  # the most frequent
     config = AdapterConfig(
         usual_r,
         target=None,
-        method=first.method,
-        scale=first.scale,
+        method=first.method if first else BONE.name,
+        scale=first.scale if first else 1.0,
         dropout=dropout,
         also_train=tuple(f"^{re.escape(name)}$" for name in parameters),
     )

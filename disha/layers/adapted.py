@@ -19,9 +19,9 @@ from disha.effective.contexts import SINGLE_LAYERS, Group, open_context
 from disha.effective.weight import EffectiveWeight
 from disha.errors import ArgumentError, MergeError, ModeError
 from disha.layers import quantized
-from disha.layers.blocks import CHILD_NAME, MERGED, AdapterBlock, Adapters
+from disha.layers.blocks import CHILD_NAME, MERGED, AdapterBlock, Adapters, NewRowsBlock
 from disha.layers.reading import is_weight_of, linear_forward, weight_property
-from disha.layers.weights import base_of, delta_of, slots_of, start_of
+from disha.layers.weights import base_of, delta_of, slots_of, start_block, untrained_rows_kept
 
 
 class AdaptedLayer(nn.Module):
@@ -110,12 +110,14 @@ class AdaptedLayer(nn.Module):
             if STATE_IS_MERGED not in error_messages:  # once, and not for each layer
                 error_messages.append(STATE_IS_MERGED)
             return
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        new_rows = [
+            block
+            for block in self.disha.blocks_by_name().values()
+            if isinstance(block, NewRowsBlock) and prefix + block.slot.parameter in state_dict
+        ]
         # The blocks load after their layer, so those in the state dict replace these values.
-        for block in self.disha.blocks_by_name().values():
-            if block.awaits_base and prefix + block.slot.parameter in state_dict:
-                block.reset_parameters(start_of(self, block))
-                block.awaits_base = False
+        with untrained_rows_kept(self, new_rows):
+            super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickle the arguments of `adapted_class`, because the class itself is in no module."""
@@ -229,7 +231,7 @@ def reset_parameters(layer: AdaptedLayer) -> None:
     with open_context(frozenset([adapters.group]), (), disables=True):
         original.reset_parameters(layer)
     for block in adapters.blocks_by_name().values():
-        block.reset_parameters(start_of(layer, block))
+        start_block(layer, block)
 
 
 class AdaptedLinear(AdaptedLayer, nn.Linear):

@@ -22,9 +22,10 @@ from disha.effective.torch_patches import install
 from disha.errors import ArgumentError, ModeError
 from disha.functional import Layout, Method, Update, method_of
 from disha.functional.layouts import OutputRanges
+from disha.functional.new_rows import NEW_ROWS, NewRows
 from disha.functional.routed import Route, Routed
 from disha.functional.shard_sums import merge_dtype
-from disha.functional.weight_updates import Updates
+from disha.functional.weight_updates import Updates, WithNewRows
 from disha.layers import compiled
 from disha.private_torch import gives_empty_memory
 from disha.sharding.tensor_parallel import Split
@@ -58,9 +59,9 @@ class Slot:
     shape: tuple[int, ...] | None = None
 
 
-def block_name(method: str) -> str:
-    """Return the name of a block of that method in state dicts and files."""
-    return f"{method}_block"
+def block_name(kind: str) -> str:
+    """Return the name of a block in state dicts and files: of a method, or of new rows."""
+    return f"{kind}_block"
 
 
 class AdapterBlock(nn.Module):
@@ -68,19 +69,20 @@ class AdapterBlock(nn.Module):
 
     Attributes:
         slot: the weight.
-        method: the method, which says what dW is.
+        kind: the name of the method, or `NEW_ROWS`.
+        method: the method, which says what dW is; new rows have none.
         parameter_name: the name of D among the parameters of this module.
         config: the configuration of the adapter.
         r: the block's own shard size; that of the configuration may be another one.
         scale: runtime scale s.
         dropout: probability of zeroing each of the block's inputs in training.
         split: how tensor parallelism divides the weight, and with it the block, or None.
-        awaits_base: whether the block starts with values of W, which are not loaded yet.
         scale_tensor: the scale as a 0-dim tensor. Compiled code reads it, so that it need not be
             compiled again for a new scale.
     """
 
     slot: Slot
+    kind: str
     method: Method
     parameter_name: str
     config: AdapterConfig
@@ -88,7 +90,6 @@ class AdapterBlock(nn.Module):
     scale: float
     dropout: float
     split: Split | None
-    awaits_base: bool
     scale_tensor: Tensor
 
     def __init__(
@@ -98,18 +99,25 @@ class AdapterBlock(nn.Module):
         # Written to __dict__, because assigning through nn.Module is slow.
         vars(self).update(
             slot=slot,
-            method=method_of(config.method),
-            parameter_name=block_name(config.method),
             config=config,
             r=r,
-            scale=float(config.scale),
-            dropout=config.dropout,
             split=split,
-            awaits_base=False,
+            **self._settings_from(config),
         )
+        vars(self)["parameter_name"] = block_name(self.kind)
         self._parameters[self.parameter_name] = nn.Parameter(values)
         self.register_buffer("scale_tensor", None, persistent=False)
         self._write_scale()
+
+    def _settings_from(self, config: AdapterConfig) -> dict[str, Any]:
+        """Return the attributes that a configuration decides."""
+        method = method_of(config.method)
+        return {
+            "kind": method.name,
+            "method": method,
+            "scale": float(config.scale),
+            "dropout": config.dropout,
+        }
 
     @property
     def block(self) -> nn.Parameter:
@@ -124,8 +132,22 @@ class AdapterBlock(nn.Module):
     def update(self, on_meta: bool = False, group: Group | None = None) -> Update:
         """Return the update for products with the weight, with the current scale and dropout.
 
-        With `on_meta`, the block may be on the meta device, because the weight is too. `group` is
-        given while compiling: the scale is then a tensor, times the group's factor.
+        `on_meta` is as in `read_values`. `group` is given while compiling: the scale is then a
+        tensor, times the group's factor.
+        """
+        values = self.read_values(on_meta)
+        dropout = self.dropout if self.training else 0.0
+        scale = self.scale if group is None else self.scale_tensor * self._read_factor(group)
+        return Update(self.method, values, scale, dropout, self.slot.output_ranges, r=self.r)
+
+    def _read_factor(self, group: Group) -> Tensor:
+        """Return what compiled code multiplies by: 0 where a context disables adapters, else 1."""
+        return getattr(compiled, compiled.factor_name(group.name, self.scale_tensor.device))
+
+    def read_values(self, on_meta: bool = False) -> Tensor:
+        """Return D, which a product reads.
+
+        With `on_meta`, it may be on the meta device, because the weight is too.
         """
         # D is the parameter itself, unless accelerate, ZeRO-3 or FSDP keeps it elsewhere.
         # Read as attributes: torch 2.15 compiles no guards for items of `__dict__`.
@@ -146,13 +168,7 @@ class AdapterBlock(nn.Module):
                 "weight has; give the model its weights first and inject afterwards, or load the "
                 "block with the model. If accelerate offloads the model, inject first, then offload"
             )
-        dropout = self.dropout if self.training else 0.0
-        if group is None:
-            scale = self.scale
-        else:
-            name = compiled.factor_name(group.name, self.scale_tensor.device)
-            scale = self.scale_tensor * getattr(compiled, name)
-        return Update(self.method, values, scale, dropout, self.slot.output_ranges, r=self.r)
+        return values
 
     def _gather_from_zero(self, parameter: Any) -> Tensor:
         """Return the block with the values that ZeRO-3 gathers from all ranks."""
@@ -178,15 +194,13 @@ class AdapterBlock(nn.Module):
         """Return the block."""
         return self.block
 
-    def reset_parameters(self, start: Tensor | None = None) -> None:
-        """Set the block to these values, or else as `init` in the configuration says."""
+    def reset_parameters(self) -> None:
+        """Set the block as `init` in the configuration says."""
         if self.block.is_meta:
             return  # it has no values
         with gathered_parameter(self.block, writes=True):
             values = self.block.detach()
-            if start is not None:
-                values.copy_(start)
-            elif self.config.init == "zeros":
+            if self.config.init == "zeros":
                 values.zero_()
             else:
                 # A vector has no fan-in, so it counts as one row.
@@ -232,10 +246,12 @@ class AdapterBlock(nn.Module):
         lost_values = was_on_meta or gives_empty_memory(fn)
         if lost_values and not self.block.is_meta:
             # No checkpoint of the base has values for the new memory.
-            self.reset_parameters()
-            self.awaits_base = self.method.replaces
+            self._fill_new_memory()
         self._write_scale()  # follows the device, keeps its own dtype, survives to_empty()
         return self
+
+    def _fill_new_memory(self) -> None:
+        self.reset_parameters()
 
     def _load_from_state_dict(
         self,
@@ -256,6 +272,45 @@ class AdapterBlock(nn.Module):
         key = prefix + self.parameter_name
         if key in missing_keys:
             missing_keys.remove(key)
+
+
+class NewRowsBlock(AdapterBlock):
+    """The new rows of one adapter for one table: the values of the rows in `slot.output_ranges`.
+
+    They have no method, no scale and no dropout, and no setting changes their values. They start
+    with those of W. Where they have lost their values to new memory, they are NaN, until the base
+    is loaded or the rows themselves.
+    """
+
+    def _settings_from(self, config: AdapterConfig) -> dict[str, Any]:
+        return {"kind": NEW_ROWS, "scale": 1.0, "dropout": 0.0}
+
+    def new_rows(self, on_meta: bool, group: Group | None) -> NewRows:
+        """Return the rows for products with the table; arguments are as in `update`."""
+        acts = None if group is None else self.scale_tensor * self._read_factor(group) != 0
+        return NewRows(self.read_values(on_meta), self.slot.output_ranges, acts)
+
+    def reset_parameters(self) -> None:
+        """Do nothing: only the layer knows the rows of W (`AdaptedLayer.reset_parameters`)."""
+
+    def set_scale(self, scale: float) -> None:
+        """Do nothing: a row is replaced, so there is no update to scale."""
+
+    def reconfigure(self, config: AdapterConfig) -> None:
+        """Take another configuration."""
+        self.config = config
+
+    @property
+    def r_out(self) -> None:
+        """No output shard."""
+
+    def extra_repr(self) -> str:
+        """Return the block's description in a model's printout."""
+        return f"new rows, shape={tuple(whole_shape(self.block))}"
+
+    def _fill_new_memory(self) -> None:
+        with gathered_parameter(self.block, writes=True):
+            self.block.detach().fill_(math.nan)
 
 
 @dataclass(frozen=True)
@@ -394,18 +449,24 @@ class Adapters(nn.Module):
         on_weight = acting.get("weight", ())
         if len(on_weight) == 1:
             (block,) = on_weight
-            if block.split is None and block.slot.layout.pattern == "out in":
+            is_whole_matrix = block.split is None and block.slot.layout.pattern == "out in"
+            if is_whole_matrix and not isinstance(block, NewRowsBlock):
                 only = block
         # Assigned as an attribute, `only` would become a child.
         vars(self).update(active_blocks=acting, only_linear_block=only)
 
     def blocks_for(self, parameter: str, adapters: Iterable[str]) -> tuple[AdapterBlock, ...]:
-        """Return the blocks for a parameter that these adapters have, whether they act or not."""
+        """Return the blocks for a parameter that these adapters have, whether they act or not.
+
+        New rows come last, because they replace what the others give.
+        """
         by_adapter = self.all_blocks.get(parameter, {})
-        blocks: tuple[AdapterBlock, ...] = ()
+        blocks: list[AdapterBlock] = []
         for adapter in adapters:
             blocks += by_adapter.get(adapter, ())
-        return blocks
+        if len(blocks) > 1:
+            blocks.sort(key=lambda block: isinstance(block, NewRowsBlock))
+        return tuple(blocks)
 
     def override(self, compiling: bool = False) -> Override | None:
         """Return what acts in place of the active adapters, or None if no context covers the layer.
@@ -434,15 +495,29 @@ class Adapters(nn.Module):
 
         `compiling` and `on_meta` are as in `AdapterBlock.update`.
         """
+        group = self.group if compiling else None
+        rows_by_adapter: dict[str | None, list[NewRows]] = {}
+
+        def updates_of(adapter: str | None, blocks: Iterable[AdapterBlock]) -> tuple[Update, ...]:
+            rows_by_adapter[adapter] = []
+            updates = []
+            for block in blocks:
+                if isinstance(block, NewRowsBlock):
+                    rows_by_adapter[adapter].append(block.new_rows(on_meta, group))
+                else:
+                    updates.append(block.update(on_meta, group))
+            return tuple(updates)
+
+        updates: Updates
         if isinstance(override, Route):
             by_adapter = {
-                adapter: self.updates(parameter, (adapter,), compiling, on_meta).all_updates
+                adapter: updates_of(adapter, self.acting_blocks(parameter, (adapter,)))
                 for adapter in override.adapters
             }
-            return Routed(override, by_adapter)
-        group = self.group if compiling else None
-        blocks = self.acting_blocks(parameter, override)
-        return Updates(tuple([block.update(on_meta, group) for block in blocks]))
+            updates = Routed(override, by_adapter)
+        else:
+            updates = Updates(updates_of(None, self.acting_blocks(parameter, override)))
+        return WithNewRows(updates, rows_by_adapter) if any(rows_by_adapter.values()) else updates
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]

@@ -11,9 +11,9 @@ from disha.config import AdapterConfig
 from disha.functional import method_of
 from disha.functional.shard_sums import merge_dtype
 from disha.layers import quantized
-from disha.layers.blocks import AdapterBlock, Slot
+from disha.layers.blocks import AdapterBlock, NewRowsBlock, Slot
 from disha.layers.offloading import device_in_forward
-from disha.layers.weights import read_weight, start_of, weight_shape
+from disha.layers.weights import read_weight, start_block, weight_shape
 from disha.sharding.tensor_parallel import split_of
 from disha.sharding.tensors import write
 
@@ -24,13 +24,16 @@ def make_block(
     config: AdapterConfig,
     r: int,
     values: Tensor | None = None,
+    *,
+    is_new_rows: bool = False,
 ) -> AdapterBlock:
-    """Return a new block on the device of its weight.
-
-    It has these values, or else those with which its method and `init` start.
-    """
+    """Return a new block on the device of its weight, with these values or those it starts with."""
     weight: Any = None if slot.quantized else read_weight(module, slot.parameter)
-    if values is None:
+    shape: tuple[int, ...]
+    if values is None and is_new_rows:
+        shape = slot.layout.geometry(weight_shape(module, slot), slot.output_ranges)[:2]
+        dtype = _choose_dtype(weight, None)  # which holds every value of W
+    elif values is None:
         shape = method_of(config.method).block_shape(
             slot.layout, weight_shape(module, slot), r, config.r_out, slot.output_ranges
         )
@@ -41,9 +44,10 @@ def make_block(
     device = _find_device(module, weight)
     with torch.inference_mode(False):  # a tensor that is made in that mode can never be trained
         empty = torch.empty(shape, device=device, dtype=dtype)
-        block = AdapterBlock(empty, slot, config, r, split_of(weight))
+        cls = NewRowsBlock if is_new_rows else AdapterBlock
+        block = cls(empty, slot, config, r, split_of(weight))
     if values is None:
-        block.reset_parameters(start_of(module, block))
+        start_block(module, block)
     else:
         write(block.block, values)
     return block

@@ -7,7 +7,7 @@ What each function returns for a weight of a kind:
     stored_weight   W        W                as stored    None
     base_of         W        W                dense        the computed W
 
-A sharded weight (DTensor) stays sharded in all of them; `start_of` gathers it.
+A sharded weight (DTensor) stays sharded in all of them; `rows_of_base` gathers it.
 """
 
 from __future__ import annotations
@@ -18,18 +18,27 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
 from disha import functional
 from disha.errors import ArgumentError
-from disha.functional.shard_sums import is_inexact
+from disha.functional.new_rows import NewRows
+from disha.functional.shard_sums import is_inexact, merge_dtype
 from disha.layers import bitsandbytes, quantized
-from disha.layers.blocks import CHILD_NAME, AdapterBlock, Adapters, Slot, original_class
+from disha.layers.blocks import (
+    CHILD_NAME,
+    AdapterBlock,
+    Adapters,
+    NewRowsBlock,
+    Slot,
+    original_class,
+)
 from disha.layers.offloading import offloading_hooks
-from disha.sharding.tensors import gather
-from disha.sharding.zero import whole_shape
+from disha.sharding.tensors import gather, write
+from disha.sharding.zero import is_partitioned, whole_shape
 
 
 def read_weight(module: nn.Module, name: str) -> Any:
@@ -145,16 +154,49 @@ def slots_of(layer: Any, adapters: Iterable[str]) -> dict[str, Slot]:
     return slots
 
 
-def start_of(layer: nn.Module, block: AdapterBlock) -> Tensor | None:
-    """Return the values of W that a block starts with, or None if it starts as `init` says."""
-    if not block.method.replaces:
-        return None
+def start_block(layer: nn.Module, block: AdapterBlock) -> None:
+    """Give a block the values that it starts with: new rows those of W, others as `init` says."""
+    if isinstance(block, NewRowsBlock):
+        write(block.block, rows_of_base(layer, block))
+    else:
+        block.reset_parameters()
+
+
+def rows_of_base(layer: nn.Module, block: NewRowsBlock) -> Tensor:
+    """Return the values of W for new rows (in, rows)."""
     slot = block.slot
     base = gather(base_of(layer, slot)).detach()
     if base.is_meta:
         for hook in offloading_hooks(layer):
             base = hook.weights_map[slot.parameter]
-    return block.method.block_of(slot.layout, slot.layout.part(base, slot.output_ranges))
+    return slot.layout.part(base, slot.output_ranges).mT
+
+
+@contextmanager
+def untrained_rows_kept(layer: nn.Module, blocks: Iterable[NewRowsBlock]) -> Iterator[None]:
+    """Run a body that loads W, and let new rows that have not been trained be those of W again.
+
+    They are the rows that are as in W before, or that have lost their values to new memory.
+    """
+    untrained = {}
+    for block in blocks:
+        values = block._parameters.get(block.parameter_name)
+        # ZeRO-3 and FSDP's flat parameters would have to be gathered by all ranks.
+        if values is None or is_partitioned(values) or values.is_meta:
+            continue
+        former = rows_of_base(layer, block)
+        if former.shape != whole_shape(values):
+            continue
+        now = gather(values).detach()
+        is_lost = now.isnan()
+        if not former.is_meta:
+            is_lost |= now == former.to(now)
+        untrained[block] = is_lost.all(0)
+    yield
+    for block, is_untrained in untrained.items():
+        now = gather(block.block).detach()
+        loaded = rows_of_base(layer, block).to(now)
+        write(block.block, torch.where(is_untrained, loaded, now))
 
 
 def delta_of(layer: nn.Module, block: AdapterBlock, slot: Slot) -> Tensor:
@@ -164,16 +206,27 @@ def delta_of(layer: nn.Module, block: AdapterBlock, slot: Slot) -> Tensor:
         base = quantized.weight_for(block.method, layer, slot, stored, block.block)
     else:
         base = base_of(layer, slot)
+    if isinstance(block, NewRowsBlock):
+        base = base.to(merge_dtype(base.dtype, block.block.dtype))
+        return NewRows(block.block, block.slot.output_ranges).write_weight(base) - base
     return block.method.delta_weight(
         slot.layout, block.block, base, block.slot.output_ranges, block.r
     )
 
 
 def sum_with_updates(layer: Any, slot: Slot, adapters: Iterable[str]) -> Tensor:
-    """Return W + sum of s * dW of these adapters, for all rows of the parameter."""
+    """Return W + sum of s * dW of these adapters, with their new rows."""
     blocks = layer.disha.blocks_for(slot.parameter, adapters)
-    deltas = [(delta_of(layer, block, slot), block.scale) for block in blocks]
-    return functional.merged_weight(base_of(layer, slot), deltas)
+    deltas = [
+        (delta_of(layer, block, slot), block.scale)
+        for block in blocks
+        if not isinstance(block, NewRowsBlock)
+    ]
+    merged = functional.merged_weight(base_of(layer, slot), deltas)
+    for block in blocks:
+        if isinstance(block, NewRowsBlock):
+            merged = NewRows(block.block, block.slot.output_ranges).write_weight(merged)
+    return merged
 
 
 def count_values(parameter: Tensor, module: nn.Module | None = None) -> int:

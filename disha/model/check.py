@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from disha.errors import ArgumentError, DishaError
 from disha.functional import Method
 from disha.layers.adapted import AdaptedLayer
-from disha.layers.blocks import AdapterBlock
+from disha.layers.blocks import AdapterBlock, NewRowsBlock
 from disha.model.check_merges import Merging, compare_merged
 from disha.model.check_report import CheckedWeight, CheckReport
 from disha.model.check_runs import Runner, restore_data, undo_changes_in_place
@@ -283,15 +283,14 @@ def _run_and_note_reads(
     read: dict[AdapterBlock, Tensor] = {}
 
     def note_read(block: AdapterBlock, *args: Any, **kwargs: Any) -> Any:
-        update = type(block).update(block, *args, **kwargs)
-        read[block] = update.block  # FSDP2 has gathered it for this forward
-        return update
+        read[block] = type(block).read_values(block, *args, **kwargs)
+        return read[block]  # FSDP2 has gathered it for this forward
 
     with ExitStack() as undo:
         for block in blocks:
             # In __dict__, an attribute hides the method of the class.
-            block.__dict__["update"] = partial(note_read, block)
-            undo.callback(block.__dict__.pop, "update")
+            block.__dict__["read_values"] = partial(note_read, block)
+            undo.callback(block.__dict__.pop, "read_values")
         outputs = runner.outputs()
     return read, outputs
 
@@ -343,7 +342,9 @@ def _find_stuck_blocks(
         reaching = [
             observation for observation in observations if block in observation.with_gradient
         ]
-        if block not in zeros or block.method in tried or not reaching:
+        if block not in zeros or isinstance(block, NewRowsBlock) or not reaching:
+            continue
+        if block.method in tried:
             continue
         tried.add(block.method)
         write(block.block, torch.zeros(whole_shape(block.block), device="cpu"), undo)
@@ -351,4 +352,6 @@ def _find_stuck_blocks(
             read, outputs = _run_and_note_reads(runner, [block])
             if block not in _find_with_gradient(outputs, read):
                 stuck.add(block.method)
-    return {block for block in zeros if block.method in stuck}
+    return {
+        block for block in zeros if not isinstance(block, NewRowsBlock) and block.method in stuck
+    }

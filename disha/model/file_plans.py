@@ -10,7 +10,6 @@ from torch import Tensor
 
 from disha.config import AdapterConfig
 from disha.errors import ArgumentError
-from disha.functional import method_of
 from disha.layers.kinds import slot_of
 from disha.model.plan import Plan, PlannedLayer
 from disha.model.reasons import (
@@ -19,8 +18,7 @@ from disha.model.reasons import (
     reason_against_record,
 )
 from disha.model.records import LayerRecord
-from disha.model.selection import find_tied, list_nearest, list_weights
-from disha.model.target_plans import configure_rows
+from disha.model.selection import as_table, find_tied, list_nearest, list_weights
 from disha.model.view import ModelBuffer, ModelView
 from disha.text import WIDEST, brief, first_few, printable
 
@@ -48,7 +46,7 @@ def plan_weights(
             reasons.append(f"{name}: the model has no such layer")
             continue
         values = tensor
-        if dtype is not None and not tensor.is_complex():
+        if dtype is not None and not tensor.is_complex() and not record.is_new_rows:
             values = tensor.to(dtype)
         layer = _plan_as_recorded(view, weights[record.name], record, config, values)
         reason = reason_against_record(layer, record, tensor.shape)
@@ -112,13 +110,11 @@ def _plan_as_recorded(
     values: Tensor,
 ) -> PlannedLayer:
     """Return a weight with the block and the rows of the file, and its layout if none is known."""
-    if record.has_new_rows(config):
-        config = configure_rows(config, {})
+    if record.is_new_rows:
+        layer = as_table(layer)
     slot = layer.slot
     if slot is None and layer.attribute:
         slot = slot_of(layer.attribute, record.layout)
-    elif slot is not None and method_of(record.method).replaces:
-        slot = replace(slot, layout=record.layout)
     if slot is not None and record.rows:
         slot = replace(slot, output_ranges=record.rows)
     places = find_tied(view, layer)

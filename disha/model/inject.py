@@ -181,7 +181,14 @@ def apply_plan(view: ModelView, plan: Plan, undo: ExitStack, *, activate: bool =
     tied_blocks = defaultdict[nn.Module, list[tuple[str, AdapterBlock]]](list)
     for layer in plan.layers:
         assert layer.slot is not None
-        block = make_block(layer.module, layer.slot, layer.config, layer.r, layer.values)
+        block = make_block(
+            layer.module,
+            layer.slot,
+            layer.config,
+            layer.r,
+            layer.values,
+            is_new_rows=layer.is_new_rows,
+        )
         blocks[layer.module].append(block)
         for module, name in layer.tied.values():
             tied_blocks[module].append((name, block))

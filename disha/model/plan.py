@@ -35,6 +35,7 @@ class PlannedLayer:
     config: AdapterConfig
     attribute: str = ""  # the weight's name in the module; empty if it has none
     slot: Slot | None = None  # None if the layout is unknown
+    is_new_rows: bool = False  # whether its block has new rows, and none of a method
     r: int = 0
     # The values of its block; None if `init` makes them.
     values: Tensor | None = field(default=None, repr=False, compare=False)
@@ -102,6 +103,8 @@ class PlannedLayer:
         slot = self.slot
         config = self.config
         assert slot is not None
+        if self.is_new_rows:
+            return self.geometry[:2]
         method = method_of(config.method)
         return method.block_shape(slot.layout, self.shape, self.r, config.r_out, slot.output_ranges)
 
@@ -186,7 +189,7 @@ class Plan:
         rows = [
             (
                 layer.name or "(the model)",
-                layer.config.method,
+                "new rows" if layer.is_new_rows else layer.config.method,
                 layer.r,
                 f"{layer.in_features} -> {layer.out_features}",
                 f"{layer.parameters:,}",

@@ -17,7 +17,7 @@ from disha.functional import Geometry, Update, method_names, method_of
 from disha.functional.parts import update_of_part
 from disha.functional.shard_sums import is_inexact
 from disha.layers.adapted import AdaptedLayer
-from disha.layers.blocks import Slot
+from disha.layers.blocks import NewRowsBlock, Slot
 from disha.layers.quantized import quantization_of
 from disha.layers.weights import read_weight, stored_weight
 from disha.model.buffers import claimant_of
@@ -48,10 +48,11 @@ def reason_against_adapting(layer: PlannedLayer) -> str | None:
             continue
         for block in holder.disha.blocks_for(parameter, holder.disha):
             other_layout = block.slot.layout
-            if other_layout != slot.layout:
+            of_one_matrix = layer.is_new_rows or isinstance(block, NewRowsBlock)
+            if other_layout != slot.layout and not of_one_matrix:
                 return f"another adapter has it with the layout {other_layout}, not {slot.layout}"
     if slot.quantized:
-        reason = _reason_against_quantized(module, slot, layer.config.method)
+        reason = _reason_against_quantized(layer, slot)
     else:
         reason = _reason_against_dense(read_weight(module, layer.attribute), slot)
     if reason is None and slot.output_ranges:
@@ -78,20 +79,23 @@ def _find_clashing_names(module: nn.Module) -> set[str]:
     return {name for name in ADDED_NAMES if name in held or hasattr(type(module), name)}
 
 
-def _reason_against_quantized(module: nn.Module, slot: Slot, method_name: str) -> str | None:
-    """Return why the method can't adapt a quantised weight."""
+def _reason_against_quantized(layer: PlannedLayer, slot: Slot) -> str | None:
+    """Return why a quantised weight can't have the block."""
+    module = layer.module
     quantization = quantization_of(module, stored_weight(module, slot.parameter))
-    method = method_of(method_name)
-    if quantization is None or not method.reads_weight:
+    if quantization is None:
+        return None
+    if layer.is_new_rows:
+        return f"its weight is quantised ({quantization.name}); only dense ones get new rows"
+    method = method_of(layer.config.method)
+    if not method.reads_weight:
         return None
     if quantization.read is None:
         others = method_names(lambda other: not other.reads_weight)
         return (
             f"its weight is quantised ({quantization.name}) and can't be read as numbers, as "
-            f"method {method_name!r} requires; use {others}"
+            f"method {method.name!r} requires; use {others}"
         )
-    if method.replaces:
-        return f"its weight is quantised ({quantization.name}); only dense ones get new rows"
     return None
 
 
@@ -121,6 +125,8 @@ def reason_against_block(layer: PlannedLayer) -> str | None:
     slot = layer.slot
     config = layer.config
     assert slot is not None
+    if layer.is_new_rows:
+        return None
     reason = slot.layout.reason_against(layer.geometry, layer.r, config.r_out)
     if reason is not None or slot.quantized:
         return reason

@@ -8,9 +8,10 @@ from typing import Any
 
 from torch import Tensor
 
-from disha.config import AdapterConfig, as_json
+from disha.config import as_json
 from disha.functional import Geometry, Layout, method_of
 from disha.functional.layouts import OutputRanges
+from disha.functional.new_rows import NEW_ROWS
 from disha.layers.blocks import block_name
 from disha.text import counted, join
 
@@ -23,7 +24,7 @@ class LayerRecord:
     """One adapted weight: its name, its sizes, its block, and the fingerprint of its base."""
 
     name: str  # the layer's; that of a parameter other than `weight` follows it
-    method: str
+    method: str  # or `NEW_ROWS`
     r: int
     r_out: int | None  # of a tile
     in_features: int
@@ -39,12 +40,10 @@ class LayerRecord:
         """The block's key in the file."""
         return join(self.name, block_name(self.method))
 
-    def has_new_rows(self, config: AdapterConfig) -> bool:
-        """Whether it has new rows (`also_train_rows`) beside the layers of this configuration.
-
-        Only these have another method than their adapter's configuration.
-        """
-        return self.method != config.method
+    @property
+    def is_new_rows(self) -> bool:
+        """Whether its block has new rows (`also_train_rows`), and none of a method."""
+        return self.method == NEW_ROWS
 
     def to_json(self) -> dict[str, Any]:
         """Return all fields of the layer as JSON values, including those of its layout."""
@@ -80,7 +79,9 @@ class LayerRecord:
 
     def geometry(self, block_shape: tuple[int, ...]) -> Geometry:
         """Return the sizes of the adapted weight; those of its stack are in the block's shape."""
-        stack = method_of(self.method).stack_of(self.layout, block_shape)
+        stack: tuple[int, ...] = ()
+        if not self.is_new_rows:
+            stack = method_of(self.method).stack_of(self.layout, block_shape)
         return Geometry(self.in_features, self.out_features, stack)
 
     def weight_shape(self, block_shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -89,10 +90,10 @@ class LayerRecord:
 
     def reason_against_block(self, block_shape: tuple[int, ...]) -> str | None:
         """Return why a block of that shape can't be this layer's, or None if it can."""
-        method = method_of(self.method)
         layout = self.layout
         misfit = f"a block of shape {tuple(block_shape)} does not fit the layout {layout.pattern!r}"
-        if len(block_shape) < method.block_axes:
+        axes = 2 if self.is_new_rows else method_of(self.method).block_axes
+        if len(block_shape) < axes:
             return misfit
         weight_shape = self.weight_shape(block_shape)
         if layout.reason_against_shape(weight_shape) is not None:
@@ -106,7 +107,11 @@ class LayerRecord:
         count = sum(stop - first for first, stop in self.rows)
         if self.rows and count != self.out_features:
             return f"it lists {counted(count, 'row')}, but its output has {self.out_features}"
-        expected = method.block_shape(layout, weight_shape, self.r, self.r_out)
+        if self.is_new_rows:
+            expected: tuple[int, ...] = (self.in_features, self.out_features)
+        else:
+            method = method_of(self.method)
+            expected = method.block_shape(layout, weight_shape, self.r, self.r_out)
         if block_shape == expected:
             return None
         return f"expected a block of shape {expected}, found {tuple(block_shape)}"

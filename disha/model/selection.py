@@ -11,6 +11,7 @@ import difflib
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
+from types import MappingProxyType
 
 import torch
 from torch import nn
@@ -19,6 +20,7 @@ from disha.checks import check_regexes
 from disha.config import ALL_LINEAR, AdapterConfig, Target, find_first_match, find_matching
 from disha.errors import ArgumentError, ArgumentTypeError
 from disha.functional import layout_of
+from disha.functional.layouts import MATRIX, OutputRanges
 from disha.layers.kinds import declared_slots, slot_of
 from disha.layers.weights import matrix_weights
 from disha.model.plan import EXCLUDED, Place, PlannedLayer
@@ -35,15 +37,23 @@ class Selection:
         argument: the name of the argument, for errors.
         regexes: those of the target; none if it is a predicate.
         candidates: all weights of the model, with the declared layouts and rows.
+        new_rows: regex of the target -> the rows of what it selects that get new values; empty if
+            weights are selected for a method.
     """
 
     def __init__(
-        self, view: ModelView, argument: str, target: Target, config: AdapterConfig
+        self,
+        view: ModelView,
+        argument: str,
+        target: Target,
+        config: AdapterConfig,
+        new_rows: Mapping[str, OutputRanges] = MappingProxyType({}),
     ) -> None:
         self.view = view
         self.argument = argument
         self.target = target
         self.config = config
+        self.new_rows = new_rows
         self.regexes = () if callable(target) else check_regexes(argument, target)
         if not self.regexes and not callable(target):
             raise ArgumentTypeError(
@@ -51,7 +61,9 @@ class Selection:
                 f"(name, module) -> bool, got {target!r}"
             )
         self.candidates = list_weights(view, config)
-        if config.layouts or config.rows:
+        if new_rows:
+            self.candidates = list(dict.fromkeys(map(as_table, self.candidates)))
+        elif config.layouts or config.rows:
             declared = [_declare(layer, config) for layer in self.candidates]
             # Slots that were parts of one weight have become that weight, which counts once.
             self.candidates = list(dict.fromkeys(declared))
@@ -77,7 +89,11 @@ class Selection:
                 continue
             if not layer.attribute and not _has_parameters(layer.module):
                 continue  # a container, for example, which a target may match without harm
-            if find_matching(self.config.exclude, [*by_name]):
+            regex = find_first_match(self.new_rows, [*by_name])
+            if regex is not None and layer.slot is not None:
+                slot = replace(layer.slot, output_ranges=self.new_rows[regex])
+                layer = replace(layer, slot=slot)
+            elif find_matching(self.config.exclude, [*by_name]):
                 layer = replace(layer, reason=EXCLUDED)
             selected.append(layer)
         return selected
@@ -115,6 +131,8 @@ class Selection:
         ]
         regexes = [regex for regex in self.regexes if regex != ALL_LINEAR]
         refuse_unused(self.argument, regexes, names)
+        if self.new_rows:
+            return
         for setting in ("exclude", "rank_pattern", "layouts", "rows"):
             refuse_unused(setting, vars(self.config)[setting], names)
 
@@ -178,6 +196,14 @@ def _declare(layer: PlannedLayer, config: AdapterConfig) -> PlannedLayer:
         slot = replace(slot, output_ranges=config.rows[regex])
         layer = replace(layer, slot=slot)
     return layer
+
+
+def as_table(layer: PlannedLayer) -> PlannedLayer:
+    """Return a weight as a matrix that gets new rows, which are its outputs."""
+    slot = layer.slot
+    if layer.attribute and (slot is None or not slot.quantized):
+        slot = slot_of(layer.attribute, MATRIX)
+    return replace(layer, slot=slot, is_new_rows=True)
 
 
 def find_tied(

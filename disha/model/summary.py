@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from disha.layers.blocks import NewRowsBlock
 from disha.layers.weights import count_values
 from disha.model.view import ModelView
 from disha.text import table
@@ -98,7 +99,7 @@ def summary(model: nn.Module) -> Summary:
         row = LayerSummary(
             name=name,
             adapter=adapter,
-            method=block.method.name,
+            method="new rows" if isinstance(block, NewRowsBlock) else block.kind,
             r=block.r,
             r_out=block.r_out,
             parameters=count_values(block.block),

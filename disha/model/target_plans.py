@@ -10,7 +10,16 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from disha.config import AdapterConfig, Init, MethodName, Patterns, Target, find_matching
+from disha.config import (
+    AdapterConfig,
+    Init,
+    MethodName,
+    Patterns,
+    Target,
+    check_items,
+    check_row_numbers,
+    find_matching,
+)
 from disha.errors import ArgumentError, TargetError
 from disha.functional.methods import Groups
 from disha.hints import with_hints
@@ -132,8 +141,8 @@ def plan_injection(
     layers: list[PlannedLayer] = []
     skipped: list[PlannedLayer] = []
     if also_train_rows:
-        config_of_rows = configure_rows(config, also_train_rows)
-        tables = Selection(view, "also_train_rows", [*also_train_rows], config_of_rows)
+        new_rows = check_items("also_train_rows", also_train_rows, check_row_numbers)
+        tables = Selection(view, "also_train_rows", [*new_rows], config, new_rows)
         layers, skipped = _plan_layers(tables, config.exclude, [], strict)
     more_layers, more_skipped = _plan_layers(selection, config.exclude, layers, strict)
     return Plan(
@@ -145,14 +154,6 @@ def plan_injection(
         skipped=(*skipped, *more_skipped),
         unknown=selection.unknown,
         convolutions=selection.convolutions,
-    )
-
-
-def configure_rows(config: AdapterConfig, rows: Mapping[str, Any]) -> AdapterConfig:
-    """Return the configuration of new rows, which are trained beside an adapter."""
-    layouts = dict.fromkeys(rows, "out in")
-    return AdapterConfig(
-        r=1, target=None, method="rows", layouts=layouts, rows=rows, dtype=config.dtype
     )
 
 
@@ -182,7 +183,9 @@ def _plan_layers(
                 continue
             tied = find_tied(selection.view, layer, exclude)
             adapted.update(tied.values())
-            r = layer.config.rank_of(*layer.names, *layer.module_names, *tied)
+            r = 1
+            if not layer.is_new_rows:
+                r = layer.config.rank_of(*layer.names, *layer.module_names, *tied)
             layer = replace(layer, tied=tied, r=r)
         reason = reason_against_adapting(layer)
         if reason is not None:

@@ -30,11 +30,10 @@ BLOCKS = {
     "groups r=3": ("bone_groups2", 3, None),
     "bat r=2": ("bat", 2, None),
     "bat r=4": ("bat", 4, None),
-    "rows": ("rows", 1, None),
 }
 """Method, r and r_out: r divides neither size, or only the outputs."""
 
-CUTS_AT = {"bone": lambda r: 1, "bat": lambda r: r, "rows": lambda r: 1}
+CUTS_AT = {"bone": lambda r: 1, "bat": lambda r: r}
 """Method -> the number of which the edges of a part must be multiples, to cut a block there.
 
 Blocks with groups of shards have a test of their own.

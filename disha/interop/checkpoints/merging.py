@@ -20,6 +20,7 @@ from disha.files import AdapterContents
 from disha.files.contents import read_contents
 from disha.files.disk import OF_TORCH, PathLike, check_path, open_tensors, require_free, save
 from disha.functional import method_of
+from disha.functional.new_rows import NewRows
 from disha.interop.checkpoints.matching import find_copies, find_keys, find_misfits, refuse
 from disha.interop.checkpoints.reading import CONFIG, INDEX, SINGLE, Checkpoint, open_checkpoint
 from disha.model.fingerprints import fingerprint
@@ -312,6 +313,10 @@ class Merge:
             changed = self._values[key][part].to(dtype)
         if key in self._layers:
             changed = functional.merged_weight(changed, self._deltas(key, changed, part))
+            for record in self._layers[key]:
+                if record.is_new_rows:
+                    block = self._blocks[record.key]
+                    changed = NewRows(block, record.rows).write_weight(changed)
         if changed is not value and not is_finite_as(changed, dtype) and is_finite_as(value, dtype):
             raise MergeError(f"{name} would not be finite in {dtype}; give a smaller `scale`")
         return changed
@@ -319,6 +324,8 @@ class Merge:
     def _deltas(self, key: str, weight: Tensor, part: Any) -> Iterator[tuple[Tensor, float]]:
         """Yield dW and s of each layer of the adapter that changes a weight, or a part of it."""
         for record in self._layers[key]:
+            if record.is_new_rows:
+                continue
             block = self._blocks[record.key][part]
             method = method_of(record.method)
             delta = method.delta_weight(record.layout, block, weight, record.rows, record.r)

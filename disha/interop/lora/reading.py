@@ -11,13 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from disha.checks import check_scale
-from disha.config import check_rows
+from disha.config import check_row_numbers
 from disha.errors import AdapterFileError, ConversionError, DishaError
 from disha.files import AdapterContents
 from disha.files.disk import PathLike
 from disha.files.loading import load_contents
 from disha.functional import Layout
 from disha.functional.layouts import OutputRanges
+from disha.functional.new_rows import NEW_ROWS
 from disha.interop.experts import SINGLE_EXPERT, family_of, find_stack, matrices_of
 from disha.interop.lora.writing import (
     EMBEDDING,
@@ -142,7 +143,7 @@ def _take_out_rows(view: ModelView, folder: PeftFolder) -> tuple[list[LayerBlock
     for name, values in values_by_name.items():
         numbers = _token_numbers_of(name, settings)
         try:
-            ranges = check_rows(f"{TOKEN_INDICES} of {name}", numbers)
+            ranges = check_row_numbers(f"{TOKEN_INDICES} of {name}", numbers)
         except DishaError as error:
             raise AdapterFileError(f"{folder.path}: {error}") from error
         if values.shape[:-1] != (len(numbers),):
@@ -161,7 +162,7 @@ def _record_of_rows(view: ModelView, name: str, ranges: OutputRanges, block: Ten
     inputs, out = block.shape
     return LayerRecord(
         name,
-        method="rows",
+        method=NEW_ROWS,
         r=1,
         r_out=None,
         in_features=inputs,

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from disha.files import AdapterContents
 from disha.files.disk import PathLike, check_path
 from disha.files.saving import adapter_contents
-from disha.functional import method_of
 from disha.interop.experts import (
     SERVED_TARGETS,
     SINGLE_EXPERT,
@@ -221,8 +220,7 @@ def _split_token_rows(
     token_rows = []
     others = []
     for layer in layers:
-        is_new_rows = method_of(layer.method).replaces and layer.rows and layer.scale == 1
-        if is_new_rows and (view is None or _reads_rows_alike(view, layer)):
+        if layer.is_new_rows and (view is None or _reads_rows_alike(view, layer)):
             token_rows.append(layer)
         else:
             others.append(layer)
