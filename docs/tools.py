@@ -27,12 +27,11 @@ that no test here shows the feature.
 
 | mark | what was seen |
 | --- | --- |
-| ✓ | every test of the feature ran with the real library on a processor, and passed |
-| ✓ simulated | the same in two processes, where `accelerate` was told that processors are GPUs |
+| ✓ | every test of the feature ran with the real library on a CPU, and passed |
+| ✓ simulated | the same in two processes, where `accelerate` was told that CPUs are GPUs |
 | ✓ read | the tool's own code reads the file; none of its kernels and no server ran for this |
 
-For vLLM there is more than the mark shows: `python -m tests.serving` lets its build for processors
-serve exported adapters, and compares the answers with those of the adapted model.
+vLLM's build for CPUs [was run](guides/vllm.md#what-was-tried), too.
 """
 
 TICK = "✓"

@@ -26,10 +26,10 @@ PAGES = {
         f"{RESULTS}/{name}.md": f"results/{name}.md"
         for name in ("gpu", "learning", "memory", "speed")
     },
-    "README.md": "index.md",
+    "README.md": "about.md",
 }
-"""File of the repository -> its page on the site. `docs/index.md` stands for README."""
-WRITTEN = {page: path for path, page in PAGES.items() if path != "README.md"}
+"""File of the repository -> its page on the site."""
+WRITTEN = {page: path for path, page in PAGES.items()}
 """Page that is made from a file outside docs/ -> that file."""
 LINK = re.compile(r"(\]\()([^)\s#]+)([^)]*\))")
 

@@ -127,7 +127,7 @@ def test_the_page_of_quantised_models_says_what_only_stand_ins_have_tested():
 
 
 def test_the_serving_page_says_of_every_function_what_it_is_safe_beside():
-    page = (DOCS / "guides" / "serving.md").read_text(encoding="utf-8")
+    page = (DOCS / "guides" / "many-adapters.md").read_text(encoding="utf-8")
     rows = page.split("## Thread safety")[1].splitlines()
     cells = [row.split("|")[1] for row in rows if row.startswith("| `")]
     named = {name for cell in cells for name in re.findall(r"`(\w+)", cell)}

@@ -1,11 +1,16 @@
 """What the README claims: its figures are those of the kept results, its links lead somewhere."""
 
+import functools
 import json
 import re
 
+import datasets
 import peft
 import pytest
+import tokenizers
 import torch
+import transformers
+import trl
 
 from docs.hooks.address import ADDRESS
 from tests.pages import README, ROOT, blocks_of, links_of, tables_of
@@ -25,12 +30,49 @@ def cells(row):
     return found[1:]
 
 
-def test_its_first_screens_have_the_example_the_table_the_install_line_and_the_limits():
-    first = "\n".join(TEXT.splitlines()[:115])
-    for what in ("```python", "```text", "## Compared with PEFT", "## Install", "What to know"):
-        assert what in first
+def test_its_first_screens_have_the_commands_the_example_the_table_and_the_limits():
+    lines = TEXT.splitlines()
+    for what in ("make demo", "make test", "tutorial.md", "custom-model.md", "```python"):
+        assert what in "\n".join(lines[:30])
+    for what in ("```text", "```diff", "## If you use PEFT", "## What to know", "## Install"):
+        assert what in "\n".join(lines[:160])
     pictures = [link for link in links_of(TEXT) if link.endswith((".svg", ".png"))]
-    assert pictures == ["docs/assets/compared.png"]
+    assert pictures == ["docs/assets/effective.svg", "docs/assets/compared.png"]
+
+
+@pytest.fixture
+def tiny_model_and_rows():
+    config = transformers.LlamaConfig(
+        vocab_size=32, hidden_size=64, intermediate_size=64, num_hidden_layers=1,
+        num_attention_heads=2,
+    )  # fmt: skip
+    rows = [{"input_ids": list(range(8)), "attention_mask": [1] * 8}] * 8
+    return transformers.LlamaForCausalLM(config), datasets.Dataset.from_list(rows)
+
+
+@pytest.mark.parametrize("side", ["-", "+"])
+def test_both_sides_of_the_ten_lines_of_a_peft_user_run(
+    side, tiny_model_and_rows, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    diff = re.search(r"^```diff\n(.*?)^```", TEXT, re.DOTALL | re.MULTILINE)[1].splitlines()
+    code = "\n".join(line[1:] for line in diff if line[:1] in (side, " "))
+    assert len(code.splitlines()) <= 10
+    model, rows = tiny_model_and_rows
+    short = functools.partial(trl.SFTConfig, max_steps=1, report_to=[], use_cpu=True, bf16=False)
+    tokenizer = trainer_tokenizer()
+    code = code.replace("trl import SFTConfig, SFTTrainer", "trl import SFTTrainer")
+    code = code.replace("train_dataset=rows", "train_dataset=rows, processing_class=tokenizer")
+    exec(code, {"model": model, "rows": rows, "SFTConfig": short, "tokenizer": tokenizer})
+    assert list((tmp_path / "output").glob("adapter*.safetensors"))
+
+
+def trainer_tokenizer():
+    words = {f"w{number}": number for number in range(32)}
+    tokens = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="w0"))
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokens, pad_token="w0", eos_token="w1", unk_token="w0"
+    )
 
 
 @pytest.mark.parametrize("text", [TEXT, INDEX])
@@ -48,23 +90,35 @@ def test_every_link_leads_somewhere():
     assert [link for link in sorted(links) if not (ROOT / link).exists()] == []
 
 
-def test_peft_refuses_what_the_example_adapts():
-    code = blocks_of(TEXT)[0].code.partition("\nmodel, x")[0]
+def tagger():
+    code = next(block.code for block in blocks_of(TEXT) if block.language == "python")
     scope = {}
-    exec(code, scope)
+    exec(code.partition("\nmodel, x")[0], scope)
+    return scope
+
+
+def test_peft_trains_the_gru_of_the_example_by_name_and_refuses_the_parameter_of_the_model():
+    scope = tagger()
+    weights = ["gru.weight_ih_l0", "gru.weight_hh_l0"]
+    assert json.dumps(weights) in WORDS
+    config = peft.LoraConfig(r=4, target_modules=["head"], target_parameters=weights)
+    theirs = peft.get_peft_model(scope["Tagger"](), config)
+    theirs(torch.randn(2, 3, 4)).square().sum().backward()
+    factors = {name: one for name, one in theirs.named_parameters() if "lora_B" in name}
+    assert len(factors) == 3
+    assert all(one.grad.any() for one in factors.values())
     for config in (
         peft.LoraConfig(target_modules=["gru", "head"]),
         peft.MissConfig(target_modules=["gru", "head"]),
         peft.LoraConfig(target_parameters=["mix"]),
+        peft.LoraConfig(target_parameters=[*weights, "mix"]),
     ):
         with pytest.raises((ValueError, TypeError), match="is not supported"):
             peft.get_peft_model(scope["Tagger"](), config)
 
 
 def test_peft_un_merges_by_subtracting_and_disha_restores_every_bit():
-    code = blocks_of(TEXT)[0].code.partition("\nmodel, x")[0]
-    scope = {}
-    exec(code, scope)
+    scope = tagger()
     model = scope["Tagger"]()
     theirs = peft.get_peft_model(
         model, peft.LoraConfig(target_modules=["head"], init_lora_weights=False)
