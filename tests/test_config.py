@@ -36,6 +36,11 @@ def test_groups_of_shards_are_a_part_of_the_methods_name(groups, method):
     assert AdapterConfig.from_json(config.to_json()) == config
 
 
+@pytest.mark.parametrize("rows", [(0, 8), [(0, 8)], np.array([0, 8]), torch.tensor([[0, 8]])])
+def test_a_pair_of_numbers_is_one_range_of_rows(rows):
+    assert AdapterConfig(1, rows={"qkv": rows}).rows == {"qkv": ((0, 8),)}
+
+
 def test_miss_is_the_later_name_of_bone():
     assert AdapterConfig(1, method="miss") == AdapterConfig(1, method="bone")
 

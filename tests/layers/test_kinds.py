@@ -395,6 +395,7 @@ class TestLayoutsOfTheUser:
             ({"rows": {"proj": [(-1, 2)]}}, ArgumentError, "0 <= first < stop"),
             ({"rows": {"proj": []}}, ArgumentError, "0 <= first < stop"),
             ({"rows": {"proj": [(0, 1.5)]}}, ArgumentTypeError, "must be pairs"),
+            ({"rows": {"proj": [0, 1, 2]}}, ArgumentTypeError, "must be pairs"),
             ({"rows": {"other": [(0, 2)]}}, ArgumentError, "rows 'other' matches nothing"),
             (
                 {"method": "lora"},

@@ -2,6 +2,7 @@
 
 import copy
 
+import numpy
 import peft
 import pytest
 import torch
@@ -14,6 +15,7 @@ import disha
 from disha import AdapterFileError, ArgumentError, ArgumentTypeError, ConversionError, TargetError
 from disha.files import inspect_adapter, load_adapter, save_adapter
 from disha.interop import lora
+from tests.adapter_files import rewritten
 from tests.conftest import freshly_compiled, perturb, refused, seed_torch
 from tests.language_models import SIZES
 from tests.model.test_tied import TOKENS, WORDS, Small, gpt2, llama
@@ -34,6 +36,11 @@ def untied():
 def trained(make=llama, **options):
     options = {"also_train_rows": ROWS, **options}
     return perturb(disha.inject_adapters(make(), "q_proj|c_attn", 4, **options))
+
+
+def load_adapter_into(model, path, **options):
+    load_adapter(model, path, **options)
+    return model
 
 
 def rows_of(model, adapter="default"):
@@ -107,6 +114,95 @@ def test_adapters_have_rows_of_their_own():
     assert torch.equal(model(TOKENS).logits, llama()(TOKENS).logits)
 
 
+@pytest.mark.parametrize("order", [["default", "b"], ["b", "default"]])
+def test_a_row_is_read_in_place_of_all_else_and_the_last_adapter_gives_it(order):
+    model = trained(exclude=None, also_train="embed")
+    perturb(disha.inject_adapters(model, "v_proj", 4, adapter="b", also_train_rows={"embed": [3]}))
+    perturb(disha.inject_adapters(model, "embed", 4, adapter="update"))
+    expected = model.get_input_embeddings().weight.detach().clone()
+    expected[NEW] = rows_of(model).detach()
+    if order[-1] == "b":
+        expected[3] = rows_of(model, "b")[0].detach()
+    disha.set_active_adapters(model, ["update", *order])
+    assert torch.equal(model.lm_head.weight.clone(), expected)
+    assert torch.equal(model.get_input_embeddings()(TOKENS), expected[TOKENS])
+    x = torch.randn(2, 16).double()
+    torch.testing.assert_close(model.lm_head(x), F.linear(x, expected))
+    disha.merge_adapters(model)
+    assert torch.equal(model.lm_head.weight, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_row_has_its_value_whatever_w_has(dtype):
+    """W + (D - W) is 0 where W is 1000, and NaN where W is."""
+    table = nn.Embedding(4, 8).to(dtype)
+    table.weight.data[1], table.weight.data[2] = 1000.0, torch.nan
+    layer = disha.inject_adapters(
+        nn.Sequential(table, nn.Linear(8, 2)), "1", 2, also_train_rows={"0": [1, 2]}
+    )
+    rows = layer[0].disha["default"].block
+    rows.data = torch.randn(8, 2) / 1000
+    expected = rows.mT.to(dtype)
+    x = torch.randn(3, 8).to(dtype)
+    assert torch.equal(layer[0](torch.tensor([1, 2])), expected)
+    assert torch.equal(layer[0].weight[1:3].clone(), expected)
+    assert torch.equal(F.linear(x, layer[0].weight)[:, 1:3], F.linear(x, expected))
+    layer[0].base_weight.data[2] = 0  # else the merged weight would not be finite
+    disha.merge_adapters(layer)
+    assert torch.equal(layer[0].weight[1:3], expected)
+
+
+def test_what_changes_other_blocks_leaves_the_rows():
+    """A dtype would round them, and `reset_parameters` of a block set them to zero."""
+    model = disha.inject_adapters(
+        llama(), "q_proj", 4, also_train_rows=ROWS, dtype=torch.bfloat16, init="kaiming", scale=0.5
+    )
+    base = llama().get_input_embeddings().weight
+    assert torch.equal(rows_of(model), base[NEW])
+    perturb(model)
+    rows = rows_of(model).detach().clone()
+    for module in model.model.embed_tokens.disha.modules():
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+    assert torch.equal(rows_of(model), rows)
+
+
+def table(seed):
+    seed_torch(seed)
+    return nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 9))
+
+
+def test_a_base_that_is_loaded_later_keeps_the_trained_rows_and_no_others():
+    model = disha.inject_adapters(table(0), "1", 2, also_train_rows={"0": [1, 2, 8]})
+    model.load_state_dict(table(1).state_dict())
+    assert torch.equal(model[0].weight.clone(), table(1)[0].weight)
+    rows = model[0].disha["default"].block
+    rows.data[:, 1] += 1.0  # training
+    expected = table(2)[0].weight.detach().clone()
+    expected[2] = rows[:, 1].detach()
+    model.load_state_dict(table(2).state_dict())
+    assert torch.equal(model[0].weight.clone(), expected)
+
+
+@pytest.mark.parametrize("base_first", [False, True])
+def test_rows_that_are_loaded_into_empty_memory_stay(base_first):
+    trained_rows = torch.randn(4, 3)
+    with torch.device("meta"):
+        model = table(0)
+    disha.inject_adapters(model, "1", 2, also_train_rows={"0": [1, 2, 8]})
+    model.to_empty(device="cpu")
+    if base_first:
+        model.load_state_dict(table(1).state_dict())
+        assert torch.equal(model[0].weight.clone(), table(1)[0].weight)
+    state = disha.adapter_state_dict(model)
+    key, other_key = state
+    assert base_first or state[key].isnan().all()
+    disha.load_adapter_state_dict(model, {key: trained_rows, other_key: torch.zeros(2, 9)})
+    model.load_state_dict(table(2).state_dict())
+    assert torch.equal(model[0].weight[[1, 2, 8]], trained_rows.mT)
+    assert torch.equal(model[0].weight[3:8], table(2)[0].weight[3:8])
+
+
 def test_a_file_has_the_rows_only_and_fits_a_base_with_others(tmp_path):
     plain = disha.inject_adapters(llama(), "q_proj", 4, r_out=2)
     save_adapter(plain, tmp_path / "plain")
@@ -129,6 +225,24 @@ def test_a_file_has_the_rows_only_and_fits_a_base_with_others(tmp_path):
         load_adapter(smaller, tmp_path / "file")
 
 
+def test_a_file_of_an_earlier_version_that_calls_rows_a_method(tmp_path):
+    """It has a scale that they do not have, and, without other layers, a method of this name."""
+    model = trained()
+    save_adapter(model, tmp_path / "all")
+    other = load_adapter_into(llama(), tmp_path / "all", layers="embed")
+    save_adapter(other, tmp_path / "rows")
+    rewritten(tmp_path / "all", change_header=lambda header: header["layers"][0].update(scale=0.5))
+
+    def name_the_method(header):
+        header["config"]["method"] = header["layers"][0].pop("method")
+
+    rewritten(tmp_path / "rows", change_header=name_the_method)
+    for name in ("all", "rows"):
+        found = load_adapter_into(llama(), tmp_path / name)
+        assert torch.equal(rows_of(found), rows_of(model))
+        assert torch.equal(found.lm_head.weight[NEW], rows_of(model))
+
+
 @pytest.mark.parametrize(
     ("rows", "error", "says"),
     [
@@ -136,6 +250,7 @@ def test_a_file_has_the_rows_only_and_fits_a_base_with_others(tmp_path):
         ({"embed": [-1]}, ArgumentError, "rows from 0"),
         ({"embed": [3, 3]}, ArgumentError, "each once"),
         ({"embed": ["a"]}, ArgumentTypeError, "a list of row numbers"),
+        ({"embed": 3}, ArgumentTypeError, "a list of row numbers"),
         ({"tokens_of": [3]}, TargetError, r"also_train_rows=\['tokens_of'\] selects no layer"),
         ({"norm": [3]}, TargetError, "'norm'.* can't be adapted"),
     ],
@@ -144,6 +259,14 @@ def test_rows_that_there_are_not(rows, error, says):
     model = llama()
     with refused(model, error, says):
         disha.inject_adapters(model, "q_proj", 4, also_train_rows=rows)
+
+
+@pytest.mark.parametrize(
+    "kind", [numpy.array, torch.tensor, tuple, lambda rows: map(numpy.int64, rows)]
+)
+def test_row_numbers_of_numpy_and_torch(kind):
+    model = disha.inject_adapters(llama(), "q_proj", 4, also_train_rows={"embed": kind(NEW)})
+    assert rows_of(model).shape == (3, 16)
 
 
 def test_they_take_the_place_of_an_adapter_on_the_same_matrix():
@@ -186,6 +309,8 @@ def test_compiled_code_has_the_rows():
     model = trained(Small)
     compiled = freshly_compiled(copy.deepcopy(model), "inductor")
     torch.testing.assert_close(compiled(TOKENS), model(TOKENS), rtol=1e-5, atol=1e-6)
+    with disha.adapters_disabled(compiled), disha.adapters_disabled(model):
+        torch.testing.assert_close(compiled(TOKENS), model(TOKENS), rtol=1e-5, atol=1e-6)
 
 
 def test_resetting_a_table_gives_the_rows_its_new_values():
