@@ -1,7 +1,7 @@
 """The built site in headless Chromium.
 
-`python -m docs.screens FOLDER` builds the site and takes pictures of four pages, at two widths,
-light and dark.
+`python -m docs.screens FOLDER` builds the site and takes pictures of pages, at two widths, light
+and dark.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ ROOT = Path(__file__).parent.parent
 DESK, PHONE = WIDTHS = 1400, 400
 """Widths of screens, in pixels."""
 HEIGHT, TALLEST = 844, 2600
-PAGES = ("", "choosing/", "evidence/", "performance/")
+PAGES = ("about/", "", "choosing/", "evidence/", "guides/custom-model/")
 SCHEMES = ("light", "dark")
 PROGRAMS = ("chromium", "chromedriver")
 
@@ -108,7 +108,8 @@ def main() -> None:
                     browser.get(urljoin(address, page))
                     tall = browser.execute_script("return document.documentElement.scrollHeight")
                     resize(browser, width, min(tall, TALLEST))
-                    path = folder / f"{page.strip('/') or 'home'}-{width}-{scheme}.png"
+                    name = page.strip("/").replace("/", "-") or "home"
+                    path = folder / f"{name}-{width}-{scheme}.png"
                     browser.save_screenshot(str(path))
                     print(path)
 

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from benchmarks.convergence.findings import (
+    KEPT,
     OTHER,
-    RATIOS,
     Longer,
     Overall,
     TaskFindings,
@@ -39,10 +39,10 @@ HASHED = re.compile(r'(?<=["#])[mp][0-9a-f]{10}(?=["\)])')
 
 
 def compared(found: Mapping[str, TaskFindings]) -> bytes:
-    """Plot every ratio of the verdict: a panel for each, a dot for each task, the mean on top."""
-    figure = _figure(7.0, 6.5)
-    for place, what in enumerate(RATIOS):
-        axes = figure.add_subplot(2, 2, place + 1)
+    """Plot the ratios of the verdict: a panel for each, a dot for each task, the mean on top."""
+    figure = _figure(7.0, 3.7)
+    for place, what in enumerate(("test loss", KEPT)):
+        axes = figure.add_subplot(1, 2, place + 1)
         for row, method in enumerate(COMPARED):
             one = ratios(found, method, what)
             overall, colour = Overall.of(list(one.values())), STYLES[method][0]
