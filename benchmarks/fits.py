@@ -12,7 +12,8 @@ import itertools
 import json
 import re
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +35,7 @@ from benchmarks import four_bits
 from benchmarks.markdown import NOTHING, replace_between, table
 from benchmarks.memory import allocated_peak
 from benchmarks.steps import full_step
-from disha.finetune.base import make_without_values
-from disha.finetune.dry_run import pretend_group
+from disha.finetune.dry_run import make_without_values
 from disha.integrations.memory import step_memory
 from disha.private_torch import memory_modes
 
@@ -112,6 +112,19 @@ def adapt(model: Any, adapter: str, r: int) -> Any:
 def last_part(path: str) -> str:
     """Return the name of a module in its parent."""
     return path.rpartition(".")[2]
+
+
+@contextmanager
+def pretend_group(ranks: int) -> Iterator[None]:
+    """Let this process be the first of several, which communicate nothing."""
+    if ranks == 1:
+        yield
+        return
+    dist.init_process_group("fake", rank=0, world_size=ranks)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
 
 
 def make_mesh(ranks: int) -> Any:

@@ -23,7 +23,10 @@ __all__ = [
     "AdapterFile",
     "LayerRecord",
     "combine_adapters",
+    "file_at",
     "inspect_adapter",
     "load_adapter",
+    "require_free",
+    "save",
     "save_adapter",
 ]

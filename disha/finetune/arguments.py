@@ -6,7 +6,7 @@ import argparse
 import json
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, NoReturn
@@ -23,7 +23,13 @@ from trl import SFTConfig
 from disha.errors import ArgumentError, MissingPackageError
 from disha.finetune.base import best_device, count_parameters, read_text
 from disha.finetune.choices import choose, describe, read_device
-from disha.finetune.notes import BITS, read_noted_base, read_settings
+from disha.finetune.notes import (
+    BITS,
+    read_noted_base,
+    read_noted_bits,
+    read_notes,
+    read_settings,
+)
 from disha.text import nearest
 
 TRAINER_STATE = "trainer_state.json"
@@ -139,13 +145,6 @@ class AdapterArguments:
     merge: bool = _flag(False, "also write the base with the adapter merged, into merged/")
 
     def __post_init__(self) -> None:
-        if self.init_weights == "bat":
-            self.method = "bat"
-        elif self.init_weights and self.method == "bat":
-            raise ArgumentError(
-                "--init_weights True means Bone, and the adapter has method=bat; leave one out"
-            )
-        self.method = _with_groups(self.method, self.groups)
         self.new_tokens = list(dict.fromkeys(self.new_tokens))  # each once, in order
         if "" in self.new_tokens:
             raise ArgumentError("--new_tokens must not hold an empty text")
@@ -158,32 +157,16 @@ class AdapterArguments:
 
     def settings(self) -> dict[str, Any]:
         """Return the arguments of `disha.inject_adapters`."""
-        targets: str | list[str] = self.target
-        if len(self.target) == 1:
-            targets = self.target[0]
         return {
-            "target_regex": targets,
+            "target_regex": self.target[0] if len(self.target) == 1 else [*self.target],
             "r": self.r,
             "r_out": self.r_out,
             "method": self.method,
-            "exclude": self.exclude,
+            "exclude": [*self.exclude],
             "rank_pattern": dict(_split_rank_pattern(pair) for pair in self.rank_pattern),
             "also_train": self.also_train,
             "dropout": self.dropout,
         }
-
-
-def _with_groups(method: str, groups: str) -> str:
-    """Return the name of a method with groups of shards."""
-    if groups == "1":
-        return method
-    if groups != "all" and not re.fullmatch("[1-9][0-9]*", groups):
-        raise ArgumentError(f"--groups must be a number from 1, or all; got {groups}")
-    if method not in ("bone", "miss"):
-        raise ArgumentError(
-            f"leave --groups out: only bone takes groups of shards, and the method is {method}"
-        )
-    return "bone_groups_all" if groups == "all" else f"bone_groups{groups}"
 
 
 @dataclass
@@ -209,6 +192,11 @@ class DataArguments:
     def __post_init__(self) -> None:
         if not 0 <= self.eval_fraction < 1:
             raise ArgumentError(f"--eval_fraction must be below 1, got {self.eval_fraction}")
+        if self.eval_fraction and (self.eval_data or self.eval_split):
+            raise ArgumentError(
+                "--eval_fraction holds out some rows, and --eval_data or --eval_split names them; "
+                "leave one out"
+            )
 
 
 @dataclass
@@ -261,7 +249,6 @@ class TrainingArguments(SFTConfig):  # type: ignore[misc]
     )
     samples: int = _flag(3, "how many answers to show with and without the adapter")
     dry_run: bool = _flag(False, "show the plan, the steps and a step's memory; write nothing")
-    dry_run_devices: int = _flag(1, "how many devices a dry run pretends to have")
     dry_run_device: str | None = _flag(
         None, "the kind of device a dry run pretends to have, such as cuda; by default this one's"
     )
@@ -279,10 +266,8 @@ class TrainingArguments(SFTConfig):  # type: ignore[misc]
             raise ArgumentError(f"--learning_rate must not be negative, got {rate}")
         if self.dry_run or not torch.accelerator.is_available():
             self.use_cpu = True
-        self.simulated_device = torch.device(self.dry_run_device or best_device().type)
-        self.simulated_fsdp = self.fsdp  # type: ignore[has-type]
-        self.simulated_deepspeed = self.deepspeed  # type: ignore[has-type]
-        if self.dry_run:  # these engines would wait for the other processes
+        if self.dry_run and (self.fsdp or self.deepspeed):  # type: ignore[has-type]
+            print("note: a dry run simulates one device, which holds the base whole")
             self.fsdp = None
             self.deepspeed = None
         if self.tf32 and not is_torch_tf32_available():  # type: ignore[has-type]
@@ -294,10 +279,8 @@ class TrainingArguments(SFTConfig):  # type: ignore[misc]
                 "--fsdp shards the base among several processes; start them, as in torchrun "
                 "--nproc_per_node 2 -m disha finetune"
             )
-        if self.use_cpu and self.world_size > 1 and not self.dry_run:
+        if self.use_cpu and self.world_size > 1:
             self._start_engine_on_processors()
-        if self.dry_run:
-            self.distributed_state.num_processes = self.dry_run_devices
         if self.early_stopping_patience and not self.metric_for_best_model:
             raise ArgumentError("--early_stopping_patience needs --load_best_model_at_end")
         _require_reporters(self.report_to)
@@ -312,6 +295,11 @@ class TrainingArguments(SFTConfig):  # type: ignore[misc]
             # DeepSpeed would compile this kernel, which takes a minute and needs a compiler.
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
             deepspeed.init_distributed("gloo", auto_mpi_discovery=False)
+
+    @property
+    def simulated_device(self) -> torch.device:
+        """The kind of device that a dry run pretends to have."""
+        return torch.device(self.dry_run_device or best_device().type)
 
     @property
     def place_model_on_device(self) -> bool | None:
@@ -348,48 +336,92 @@ Parsed = tuple[AdapterArguments, DataArguments, TrainingArguments]
 
 
 def parse_flags(words: Sequence[str]) -> Parsed:
-    """Return the settings that the words of a command line give. Help is printed, and exits."""
+    """Return the settings that the words of a command line give, and print what was chosen.
+
+    Help is printed, and exits.
+    """
     parser = _parser(shows_all="--help_all" in words)
-    _warn_of_repeated_lists(words, parser)
-    flags, _ = parser.parse_known_args(words)
-    if flags.config is not None:
-        words = [*_read_flags(Path(flags.config)), *words]
-        flags, _ = parser.parse_known_args(words)
-    from_file = {} if flags.adapter is None else read_settings(flags.adapter)
-    parser.set_defaults(**from_file)
-    if flags.adapter is not None and flags.base is None:
-        flags.base, noted_bits = read_noted_base(flags.adapter)
-        if flags.bits == "auto":
-            flags.bits = noted_bits
-    kind = "cpu" if flags.use_cpu else best_device().type
-    if flags.dry_run and flags.dry_run_device:
-        kind = flags.dry_run_device
+    given = _read_given(parser, words)
+    settings = {**given, **_settings_of_adapter(given)}
+    kind = "cpu" if given.get("use_cpu") else best_device().type
+    if given.get("dry_run") and given.get("dry_run_device"):
+        kind = given["dry_run_device"]
     device = read_device(kind)
-    choices = choose(device, _size_for_rate(flags), vars(flags))
-    parser.set_defaults(**{name: choice.value for name, choice in choices.items()})
+    choices = choose(device, _size_for_rate(settings), settings)
+    settings |= {name: choice.value for name, choice in choices.items()}
     try:
-        adapter, data, training, _, unknown = parser.parse_args_into_dataclasses(
-            words, return_remaining_strings=True, look_for_args_file=False
-        )
+        adapter, data, training = parser.parse_dict(settings, allow_extra_keys=True)
     except ValueError as error:  # SFTConfig checks its values, and says clearly what is wrong
         raise ArgumentError(str(error)) from error
-    if unknown:
-        raise ArgumentError(f"there is no flag {unknown[0]}{_hint(unknown[0], parser)}")
-    for name, value in from_file.items():
-        if vars(adapter).get(name, value) != value:
-            raise ArgumentError(
-                f"{flags.adapter} has {name}={value}, which can't change; leave out --{name}"
-            )
-    adapter.base, adapter.bits = flags.base, choices["bits"].value
-    training.choices = describe(device, choices)
+    if training.process_index == 0:
+        print(describe(device, choices))
     return adapter, data, training
 
 
-def _size_for_rate(flags: argparse.Namespace) -> int | None:
+def _read_given(parser: _Parser, words: Sequence[str]) -> dict[str, Any]:
+    """Return the flags that the words give, and not the defaults of others."""
+    _warn_of_repeated_lists(words, parser)
+    only_file = _Parser([], add_help=False, allow_abbrev=False)
+    only_file.add_argument("--config", nargs="?", const=".")
+    found, _ = only_file.parse_known_args(words)
+    if found.config is not None:
+        words = [*_read_flags(Path(found.config)), *words]
+    absent = object()
+    blank = argparse.Namespace(**{action.dest: absent for action in parser._actions})
+    flags, unknown = parser.parse_known_args(words, blank)
+    if unknown:
+        raise ArgumentError(f"there is no flag {unknown[0]}{_hint(unknown[0], parser)}")
+    return {name: value for name, value in vars(flags).items() if value is not absent}
+
+
+def _settings_of_adapter(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what the adapter that is trained further sets; flags must not say otherwise."""
+    adapter = given.get("adapter")
+    if adapter is None:
+        return {"method": _choose_method(given)}
+    settings = read_settings(adapter)
+    wanted = {**given, "method": _choose_method(given, settings["method"])}
+    for name, value in settings.items():
+        if wanted.get(name, value) != value:
+            raise ArgumentError(
+                f"{adapter} has {name}={value}, which can't change; leave out --{name}"
+            )
+    if given.get("base") is None:
+        settings["base"], _ = read_noted_base(adapter)
+    if given.get("bits", "auto") == "auto":
+        settings["bits"] = read_noted_bits(read_notes(adapter)) or "fp32"
+    return settings
+
+
+def _choose_method(given: Mapping[str, Any], noted: str | None = None) -> str:
+    """Return the method that flags give, in its own or the author's words, or the noted one."""
+    if noted is not None and not {"method", "init_weights", "groups"} & given.keys():
+        return noted
+    plain = "bone" if noted is None else noted.partition("_groups")[0]
+    method: str = given.get("method", plain)
+    if given.get("init_weights") == "bat":
+        method = "bat"
+    elif given.get("init_weights") and method == "bat":
+        raise ArgumentError(
+            "--init_weights True means Bone, and the adapter has method=bat; leave one out"
+        )
+    groups = given.get("groups", "1")
+    if groups == "1":
+        return method
+    if groups != "all" and not re.fullmatch("[1-9][0-9]*", groups):
+        raise ArgumentError(f"--groups must be a number from 1, or all; got {groups}")
+    if method not in ("bone", "miss"):
+        raise ArgumentError(
+            f"leave --groups out: only bone takes groups of shards, and the method is {method}"
+        )
+    return "bone_groups_all" if groups == "all" else f"bone_groups{groups}"
+
+
+def _size_for_rate(settings: Mapping[str, Any]) -> int | None:
     """Return how many parameters the base has, if the learning rate depends on it."""
-    if flags.base is None or flags.learning_rate is not None:
+    if settings.get("base") is None or settings.get("learning_rate") is not None:
         return None
-    return count_parameters(flags.base)
+    return count_parameters(settings["base"])
 
 
 def _warn_of_repeated_lists(words: Sequence[str], parser: argparse.ArgumentParser) -> None:

@@ -36,7 +36,6 @@ from disha.finetune.notes import (
     is_gguf,
     read_noted_tokens,
 )
-from disha.integrations.memory import with_values
 from disha.text import brief, first_few
 
 NAME = re.compile(r"\w[\w.-]{0,95}(/\w[\w.-]{0,95})?", re.ASCII)
@@ -49,18 +48,16 @@ class Base:
     name: str
     bits: str
     attn_implementation: str | None = None
-    fake: Any = None
-    """The mode of torch in which the base is made, without values; None to load them."""
 
     def load(
         self, device: torch.device | None, notes: Mapping[str, str]
     ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         """Return the model, and the tokenizer, with what the notes of an adapter ask for."""
-        return load_base(self.name, self.bits, device, notes, self.attn_implementation, self.fake)
+        return load_base(self.name, self.bits, device, notes, self.attn_implementation)
 
     def mode(self) -> AbstractContextManager[Any]:
-        """Return a context in which what is made for the base has no values, if it has none."""
-        return nullcontext() if self.fake is None else self.fake
+        """Return a context for what is made for the base: a dry run has one without values."""
+        return nullcontext()
 
 
 def load_base(
@@ -69,16 +66,13 @@ def load_base(
     device: torch.device | None = None,
     notes: Mapping[str, str] = MappingProxyType({}),
     attn_implementation: str | None = None,
-    fake: Any = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Return a base in evaluation mode and its tokenizer; `bits` is one of `BITS`, or `auto`.
 
-    `notes` are those of an adapter file: its chat template, and the tokens that it has added. In a
-    `fake` mode of torch, the base is made from its configuration, and no weight is read.
+    `notes` are those of an adapter file: its chat template, and the tokens that it has added.
     """
-    source, file = _source(name)
-    new_tokens = read_noted_tokens(notes)
-    dtype = _dtype(bits, device)
+    source, file = source_of(name)
+    dtype = choose_dtype(bits, device)
     options: dict[str, Any] = {"dtype": dtype}
     if device is not None:
         options["device_map"] = {"": device}
@@ -92,30 +86,22 @@ def load_base(
     try:
         if not file:
             _require_causal(AutoConfig.from_pretrained(source), name)
-        tokenizer = AutoTokenizer.from_pretrained(source, **file)
-        if fake is None:
-            model = _load_complete(name, source, {**file, **options})
-        else:
-            config = AutoConfig.from_pretrained(source, **file)
-            with fake:
-                model = make_without_values(config, bits, dtype, attn_implementation)
+        tokenizer, added = read_tokenizer(name, notes)
+        model = _load_complete(name, source, {**file, **options})
     except DishaError:
         raise
     except (OSError, ValueError, ImportError) as error:
         raise ArgumentError(f"can't load the base {name}: {error}") from error
     if device is not None and device.type == "meta":
         _give_memory(model)
-    if bits == "4" and fake is None:
-        _quantize_stacks(model)
+    if bits == "4":
+        quantize_stacks(model)
         for module in model.modules():
             # bitsandbytes would pack weights for this processor, and they would take no adapter.
             module.support_avx512bf16_for_cpu = False
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    _take_template_and_end(tokenizer, notes)
-    if new_tokens:
-        with nullcontext() if fake is None else fake:
-            _add_tokens(model, tokenizer, new_tokens)
+    fit_to_tokenizer(model, tokenizer, added)
     end_answers(model.generation_config, tokenizer, notes)
     return model, tokenizer
 
@@ -132,83 +118,26 @@ def _load_complete(name: str, source: str, options: Mapping[str, Any]) -> PreTra
     return model
 
 
-def make_without_values(
-    config: Any, bits: str, dtype: torch.dtype | str, attn_implementation: str | None = None
-) -> PreTrainedModel:
-    """Return a model in a dtype, or quantised. To be called in a mode without values."""
-    made: Any = AutoModelForCausalLM
-    model = made.from_config(config, dtype=dtype, attn_implementation=attn_implementation).eval()
-    if bits in FEW_BITS:
-        quantize = _quantize_8 if bits == "8" else _quantize_4
-        head = model.get_output_embeddings()
-        for name, module in list(model.named_modules()):
-            if type(module) is nn.Linear and module is not head:
-                model.set_submodule(name, quantize(module, model.dtype))
-        setattr(model, f"is_loaded_in_{bits}bit", True)
-    if bits == "4":
-        _quantize_stacks(model)
-    return model
-
-
-def _quantize_8(linear: nn.Linear, dtype: torch.dtype) -> nn.Module:
-    """Return a linear layer without values in 8 bits."""
-    from bitsandbytes import nn as quantized
-    from bitsandbytes.functional import int8_vectorwise_quant
-
-    sizes = linear.in_features, linear.out_features, linear.bias is not None
-    with with_values():  # the class of its weight holds no fake tensor
-        make: Any = quantized.Linear8bitLt  # type: ignore[attr-defined]
-        layer = make(*sizes, has_fp16_weights=False, device="meta")
-    data, scales, _ = int8_vectorwise_quant(linear.weight.data.half())
-    layer.weight = nn.Parameter(data, requires_grad=False)
-    layer.bias = linear.bias
-    vars(layer.weight).update(CB=data, SCB=scales, has_fp16_weights=False)
-    return layer
-
-
-def _quantize_4(linear: nn.Linear, dtype: torch.dtype) -> nn.Module:
-    """Return a linear layer without values in 4 bits."""
-    from bitsandbytes import nn as quantized
-    from bitsandbytes.functional import quantize_4bit
-
-    sizes = linear.in_features, linear.out_features, linear.bias is not None
-    with with_values():  # the class of its weight holds no fake tensor
-        quantize_4bit(torch.zeros(64), compress_statistics=True)  # makes a map that is kept
-        make: Any = quantized.LinearNF4  # type: ignore[attr-defined]
-        layer = make(*sizes, dtype, quant_storage=dtype, device="meta")
-    data, layer.quant_state = quantize_4bit(
-        linear.weight.data, quant_type="nf4", compress_statistics=True, quant_storage=dtype
-    )
-    layer.weight = nn.Parameter(data, requires_grad=False)
-    layer.bias = linear.bias
-    layer.register_forward_pre_hook(_note_state)  # FSDP makes a parameter of its own
-    _note_state(layer)
-    return layer
-
-
-def _note_state(layer: Any, *_: object) -> None:
-    """Note on a weight how it is quantised, as the class of bitsandbytes does."""
-    noted = {"compress_statistics": True, "quant_type": "nf4"}
-    vars(layer.weight).update(noted, quant_state=layer.quant_state)
-
-
-def load_tokenizer(name: str, notes: Mapping[str, str]) -> PreTrainedTokenizerBase:
-    """Return the tokenizer of a base, with what the notes of an adapter ask for."""
-    source, file = _source(name)
+def read_tokenizer(name: str, notes: Mapping[str, str]) -> tuple[PreTrainedTokenizerBase, int]:
+    """Return a base's tokenizer with what notes ask for, and how many new tokens it has."""
+    source, file = source_of(name)
+    tokenizer: Any
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **file)
     except (OSError, ValueError, ImportError) as error:
         raise ArgumentError(f"can't load the tokenizer of {name}: {error}") from error
-    _take_template_and_end(tokenizer, notes)
-    tokenizer.add_tokens(read_noted_tokens(notes))
-    return tokenizer
-
-
-def _take_template_and_end(tokenizer: Any, notes: Mapping[str, str]) -> None:
-    """Give a tokenizer the chat template, and the token that ends answers."""
     tokenizer.chat_template = notes.get(TEMPLATE_KEY, default_template(tokenizer))
     if EOS_KEY in notes:
         tokenizer.eos_token = notes[EOS_KEY]
+    known = {str(token) for token in tokenizer.added_tokens_decoder.values()}
+    tokens = [token for token in read_noted_tokens(notes) if token not in known]
+    return tokenizer, tokenizer.add_tokens(tokens)
+
+
+def load_tokenizer(name: str, notes: Mapping[str, str]) -> PreTrainedTokenizerBase:
+    """Return the tokenizer of a base, with what the notes of an adapter ask for."""
+    tokenizer, _ = read_tokenizer(name, notes)
+    return tokenizer
 
 
 def end_answers(generation: Any, tokenizer: Any, notes: Mapping[str, str]) -> None:
@@ -240,10 +169,11 @@ def _end_with(generation: Any, token: int) -> None:
     generation.eos_token_id = sorted({*ends, token})
 
 
-def _add_tokens(model: Any, tokenizer: Any, tokens: list[str]) -> None:
-    """Add those tokens that are new, with rows at the mean of the others."""
-    known = len(tokenizer)
-    tokenizer.add_tokens(tokens)
+def fit_to_tokenizer(model: Any, tokenizer: Any, added: int) -> None:
+    """Give a model rows for the tokens that were added last, at the mean of the others."""
+    if not added:
+        return
+    known = len(tokenizer) - added
     if len(tokenizer) > len(model.get_input_embeddings().weight):  # some tables have spare rows
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
@@ -263,7 +193,7 @@ def count_parameters(name: str) -> int | None:
 
 def _make_on_meta(name: str) -> PreTrainedModel:
     """Return a base by its configuration, on the meta device."""
-    source, file = _source(name)
+    source, file = source_of(name)
     config = AutoConfig.from_pretrained(source, **file)
     made: Any = AutoModelForCausalLM
     with torch.device("meta"):
@@ -328,7 +258,7 @@ def best_device() -> torch.device:
     return torch.device(kind.type, int(os.environ.get("LOCAL_RANK", "0")))
 
 
-def _source(name: str) -> tuple[str, dict[str, str]]:
+def source_of(name: str) -> tuple[str, dict[str, str]]:
     """Return the folder or name that `from_pretrained` takes for a base, and the file in it."""
     path = Path(name)
     if is_gguf(name) and path.is_file():
@@ -340,7 +270,7 @@ def _source(name: str) -> tuple[str, dict[str, str]]:
     return name, {}
 
 
-def _dtype(bits: str, device: torch.device | None) -> torch.dtype | str:
+def choose_dtype(bits: str, device: torch.device | None) -> torch.dtype | str:
     if bits == "auto":
         return bits
     if bits in FEW_BITS:
@@ -370,7 +300,7 @@ def _quantization(name: str, bits: str, dtype: torch.dtype | str) -> BitsAndByte
     )
 
 
-def _quantize_stacks(model: PreTrainedModel) -> None:
+def quantize_stacks(model: PreTrainedModel) -> None:
     """Quantise the stacks of experts, which transformers leaves as they are."""
     from bitsandbytes.nn.parametrize import replace_parameter_4bit
 

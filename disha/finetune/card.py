@@ -6,17 +6,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import ModelCardData
+
 import disha
-from disha.finetune.report import Outcome, Proof, loss_before_and_after
+from disha.finetune.report import Outcome, Proof, loss_before_and_after, save_text
 
 CARD = "README.md"
 MARK = "library_name: disha"
 TEXT = """---
-library_name: disha
-{named}tags:
-- adapter
-- disha
-- miss
+{head}
 # license: yours to choose; those of the base and of the rows may bind you
 ---
 
@@ -67,7 +65,9 @@ def write_card(folder: Path, settings: Mapping[str, Any], outcome: Outcome, proo
         "made with": f"disha {disha.__version__}",
     }
     table = "\n".join(f"| {name} | {value} |" for name, value in lines.items())
-    # A path on this machine is no name that the hub knows.
-    named = "" if Path(base).exists() else f"base_model: {base}\n"
-    text = TEXT.format(named=named, table=table, base=base, title=Path(base).name)
-    path.write_text(text, encoding="utf-8")
+    head = ModelCardData(
+        library_name="disha",
+        base_model=None if Path(base).exists() else base,  # the hub knows no path on this machine
+        tags=["adapter", "disha", "miss"],
+    )
+    save_text(path, TEXT.format(head=head, table=table, base=base, title=Path(base).name))

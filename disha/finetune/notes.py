@@ -9,7 +9,8 @@
 | `prompt` | `chat` if the adapter was asked by the template, `text` if not |
 
 A path of a base begins with a dot and is relative to the folder of the adapter file, so that both
-can be moved together. Any other text is a name. A folder of PEFT's MiSS names its base only.
+can be moved together. Any other text is a name. A folder of PEFT notes its base in
+`adapter_config.json`, and its chat template and tokens in files of their own.
 """
 
 from __future__ import annotations
@@ -35,7 +36,6 @@ PROMPT_KEY = "prompt"
 TEMPLATE_NAME = "chat_template.jinja"  # the file that transformers reads a template from
 
 PEFT_CONFIG = "adapter_config.json"
-"""The file that tells a folder of PEFT from others."""
 
 FEW_BITS = ("8", "4")
 BITS = ("bf16", "fp16", "fp32", *FEW_BITS)
@@ -43,41 +43,56 @@ BITS = ("bf16", "fp16", "fp32", *FEW_BITS)
 
 
 def read_notes(adapter: str | Path) -> dict[str, str]:
-    """Return the notes in an adapter file; a folder of PEFT has none."""
-    if _is_peft_folder(adapter):
-        return {}
-    return dict(disha.inspect_adapter(adapter).metadata)
+    """Return the notes of an adapter; those of a folder of PEFT are the files beside it."""
+    if not is_peft_folder(adapter):
+        return dict(disha.inspect_adapter(adapter).metadata)
+    notes = {}
+    template = Path(adapter, TEMPLATE_NAME)
+    if template.is_file():
+        notes[TEMPLATE_KEY] = template.read_text(encoding="utf-8")
+    tokenizer = Path(adapter, "tokenizer.json")
+    if tokenizer.is_file():  # the base has most of its tokens already, in the same order
+        added = json.loads(tokenizer.read_bytes())["added_tokens"]
+        notes[TOKENS_KEY] = json.dumps([token["content"] for token in added])
+    return notes
 
 
 def read_settings(adapter: str | Path) -> dict[str, Any]:
-    """Return what an adapter sets: its configuration, and the tokens that it has added."""
-    if _is_peft_folder(adapter):
-        settings = _peft_settings(adapter)
-        method = "bat" if settings.get("init_weights") == "bat" else "bone"
-        return {"r": settings.get("r"), "method": method, "new_tokens": []}
+    """Return what an adapter sets, as the flags of `disha finetune` would say it."""
+    if is_peft_folder(adapter):
+        fields = disha.interop.peft.read_config(adapter)
+        method = "bat" if fields.get("init_weights") == "bat" else "bone"
+        return {"r": fields.get("r"), "method": method, "target": [], "new_tokens": []}
     file = disha.inspect_adapter(adapter)
-    return {**file.config.to_json(), "new_tokens": read_noted_tokens(file.metadata)}
+    config = file.config
+    target = (config.target,) if isinstance(config.target, str) else config.target
+    return {
+        "r": config.r,
+        "target": list(target or ()),
+        "method": config.method,
+        "r_out": config.r_out,
+        "exclude": list(config.exclude),
+        "rank_pattern": [f"{pattern}={r}" for pattern, r in config.rank_pattern.items()],
+        "dropout": config.dropout,
+        "also_train": list(config.also_train),
+        "new_tokens": read_noted_tokens(file.metadata),
+    }
 
 
 def load_noted_adapter(model: nn.Module, adapter: str | Path) -> None:
-    """Load an adapter file, or a folder of PEFT's MiSS, into a model."""
-    if _is_peft_folder(adapter):
-        disha.interop.peft.load(model, adapter)
-    else:
+    """Load an adapter file, or a folder of PEFT's MiSS or of a LoRA that is Bone, into a model."""
+    if not is_peft_folder(adapter):
         disha.load_adapter(model, adapter)
+    elif disha.interop.peft.read_config(adapter).get("peft_type") == "LORA":
+        disha.interop.lora.load(model, adapter)
+    else:
+        disha.interop.peft.load(model, adapter)
 
 
-def _is_peft_folder(adapter: str | Path) -> bool:
+def is_peft_folder(adapter: str | Path) -> bool:
+    """Return whether an adapter is a folder that PEFT reads, and no checkpoint of a trainer."""
     folder = Path(adapter)
     return (folder / PEFT_CONFIG).is_file() and not (folder / ADAPTER_NAME).exists()
-
-
-def _peft_settings(folder: str | Path) -> dict[str, Any]:
-    path = Path(folder, PEFT_CONFIG)
-    settings = json.loads(path.read_bytes())
-    if not isinstance(settings, dict):
-        raise AdapterFileError(f"{path} must hold a JSON object")
-    return settings
 
 
 def read_noted_tokens(notes: Mapping[str, str]) -> list[str]:
@@ -118,24 +133,35 @@ def notes_at(path: Path, notes: Mapping[str, str], base: str, bits: str) -> dict
 
 def read_noted_base(adapter: str | Path) -> tuple[str, str]:
     """Return the base that an adapter notes, and its bits."""
-    if _is_peft_folder(adapter):
-        name = _peft_settings(adapter).get("base_model_name_or_path")
-        if not name:
+    if is_peft_folder(adapter):
+        name = disha.interop.peft.read_config(adapter).get("base_model_name_or_path")
+        if not name or not isinstance(name, str):
             raise ArgumentError(f"{adapter} notes no base that can be used; name it too")
         return name, "fp32"
     file = disha.inspect_adapter(adapter)
     adapter = file.path
-    try:
-        note = json.loads(file.metadata[BASE_KEY])
-        name = note["base_model_name_or_path"]
-        bits = note.get("bits", "fp32")
-        is_path = name.startswith("./")
-        BITS.index(bits)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ArgumentError(f"{adapter} notes no base that can be used; name it too") from error
-    if not is_path:
+    name = _noted(file.metadata).get("base_model_name_or_path")
+    bits = read_noted_bits(file.metadata)
+    if not isinstance(name, str) or bits is None:
+        raise ArgumentError(f"{adapter} notes no base that can be used; name it too")
+    if not name.startswith("./"):
         return name, bits
     path = Path(os.path.normpath(adapter.parent.resolve() / name))
     if not path.exists():
         raise ArgumentError(f"{adapter} notes the base {path}, which is not there; give --base")
     return str(path), bits
+
+
+def read_noted_bits(notes: Mapping[str, str]) -> str | None:
+    """Return how notes say that the base was held in memory; None if they name no known way."""
+    bits = _noted(notes).get("bits", "fp32")
+    return bits if bits in BITS else None
+
+
+def _noted(notes: Mapping[str, str]) -> dict[str, Any]:
+    """Return what is noted of the base; nothing if that is no JSON object."""
+    try:
+        note = json.loads(notes.get(BASE_KEY, "{}"))
+    except ValueError:
+        return {}
+    return note if isinstance(note, dict) else {}

@@ -27,6 +27,7 @@ from trl import SFTConfig
 
 import disha
 from disha.errors import AdapterFileWarning, DishaError
+from disha.files import save
 from disha.finetune.base import Base, loading_device
 from disha.finetune.notes import read_notes
 from disha.finetune.trainer import Trainer
@@ -70,12 +71,12 @@ class Proof:
     loaded: float
     samples: list[Sample]
 
-    def require_same(self) -> None:
+    def require_same(self, path: Path) -> None:
         """Raise if the losses differ."""
         if not abs(self.loaded - self.trained) <= TOLERANCE:
             raise DishaError(
                 f"the saved adapter gives the loss {self.loaded:.6f}, and the trained model gave "
-                f"{self.trained:.6f}; do not use the file"
+                f"{self.trained:.6f}; do not use the file, which stays as {path.name}"
             )
 
 
@@ -158,29 +159,32 @@ def _page(samples: Sequence[Sample]) -> str:
     return "\n".join(parts)
 
 
-def facts_of(trainer: Trainer, resumed_from: str | None) -> dict[str, Any]:
+def facts_of(
+    trainer: Trainer, measured_on: str, seconds: float, checkpoint: Path | None
+) -> dict[str, Any]:
     """Return what the report says of a training."""
     state = trainer.state
     summary = disha.summary(trainer.model)
     return {
         "parameters": {"trainable": summary.trainable, "total": summary.total},
-        "rows": {"training": len(trainer.train_dataset), "measured": len(trainer.eval_dataset)},
+        "rows": {"training": trainer.rows["train"], "measured": trainer.rows["eval"]},
         "steps": state.global_step,
-        "resumed_from": resumed_from,
+        "resumed_from": None if checkpoint is None else str(checkpoint),
         "best_step": state.best_global_step,
-        "measured_on": trainer.measured_on,
+        "measured_on": measured_on,
         "losses": read_log(state, "eval_loss"),
         "training_losses": read_log(state, "loss"),
-        "seconds": sum(read_log(state, "train_runtime").values()),
+        "seconds": seconds,
+        "peak_memory_bytes": _peak_memory(trainer.args.device),
     }
 
 
 def write_report(folder: Path, settings: Mapping[str, Any], outcome: Outcome, proof: Proof) -> None:
     """Write the plot, the samples and the report, and print the result."""
     facts = outcome.facts
-    _plot(facts).savefig(folder / PLOT)
+    save(folder / PLOT, _plot(facts).savefig)
     if proof.samples:
-        (folder / SAMPLES).write_text(_page(proof.samples), encoding="utf-8")
+        save_text(folder / SAMPLES, _page(proof.samples))
     versions = {"python": platform.python_version(), "disha": disha.__version__}
     versions |= {package: importlib.metadata.version(package) for package in PACKAGES}
     report = {
@@ -189,16 +193,19 @@ def write_report(folder: Path, settings: Mapping[str, Any], outcome: Outcome, pr
         "machine": platform.platform(),
         **facts,
         "proof": {"trained": proof.trained, "loaded": proof.loaded},
-        "peak_memory_bytes": _peak_memory(),
         "samples": [asdict(sample) for sample in proof.samples],
     }
-    text = json.dumps(report, indent=2, default=str)
-    (folder / REPORT).write_text(f"{text}\n", encoding="utf-8")
+    save_text(folder / REPORT, json.dumps(report, indent=2, default=str) + "\n")
     took = f"in {counted(facts['steps'], 'step')}, {facts['seconds']:.0f} s"
     print(f"{facts['measured_on']} loss {loss_before_and_after(facts, proof)} {took}")
     print(f"the saved file, in the base loaded anew: {proof.loaded:.6f}")
-    names = sorted(path.name for path in folder.iterdir())
+    names = sorted(path.name for path in folder.glob("[!.]*"))
     print(f"in {folder}: {', '.join(names)}")
+
+
+def save_text(path: Path, text: str) -> None:
+    """Write a text that is whole as soon as it is there."""
+    save(path, lambda new: new.write_text(text, encoding="utf-8"))
 
 
 def loss_before_and_after(facts: Mapping[str, Any], proof: Proof) -> str:
@@ -226,8 +233,11 @@ def _plot(facts: Mapping[str, Any]) -> Figure:
     return figure
 
 
-def _peak_memory() -> int | None:
-    """Return this process's peak resident memory in bytes; None if unknown."""
+def _peak_memory(device: torch.device) -> int | None:
+    """Return the most bytes on an accelerator, or of this process; None if unknown."""
+    if device.type != "cpu":
+        count = getattr(torch.get_device_module(device), "max_memory_allocated", None)
+        return None if count is None else int(count(device))
     status = Path("/proc/self/status")
     if status.exists():  # on Linux, `getrusage` counts the memory of the starting process too
         [kilobytes] = re.findall(r"VmHWM:\s*(\d+) kB", status.read_text())

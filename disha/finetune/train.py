@@ -5,27 +5,35 @@ from __future__ import annotations
 import copy
 import gc
 import json
+import os
 import re
 import shlex
 import shutil
 import tempfile
 import warnings
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from datasets import Dataset
+from filelock import FileLock, Timeout
 from transformers import EarlyStoppingCallback
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer_utils import sort_checkpoints
 from trl import is_conversational
 
 import disha
 from disha.errors import AdapterFileWarning, ArgumentError
 from disha.files import ADAPTER_NAME
-from disha.finetune.arguments import AdapterArguments, DataArguments, TrainingArguments
+from disha.finetune.arguments import (
+    TRAINER_STATE,
+    AdapterArguments,
+    DataArguments,
+    TrainingArguments,
+)
 from disha.finetune.base import (
     Base,
     let_first_rank_load,
@@ -34,8 +42,9 @@ from disha.finetune.base import (
     template_at,
 )
 from disha.finetune.card import write_card
+from disha.finetune.course import Course, read_course, require_same_settings
 from disha.finetune.data import load_rows, mix_rows
-from disha.finetune.dry_run import preview
+from disha.finetune.dry_run import BaseWithoutValues, preview
 from disha.finetune.forms import form_rows, learns_marked_answers, marks_answers
 from disha.finetune.merging import merge_base, require_mergeable
 from disha.finetune.notes import (
@@ -47,7 +56,15 @@ from disha.finetune.notes import (
     notes_at,
     read_notes,
 )
-from disha.finetune.report import MERGED, RESULTS, Outcome, facts_of, prove, read_log, write_report
+from disha.finetune.report import (
+    MERGED,
+    RESULTS,
+    Outcome,
+    facts_of,
+    prove,
+    read_log,
+    write_report,
+)
 from disha.finetune.templates import try_template
 from disha.finetune.trainer import Trainer
 from disha.integrations.memory import memory_modes
@@ -57,6 +74,47 @@ from disha.text import counted
 CHECKED_ROWS = 64
 """How many training rows stand for held-out rows where none are given."""
 
+UNPROVEN = "unproven-adapter.safetensors"
+"""The adapter of a run, until it is proven that the file is what was trained."""
+
+CHECKPOINT = re.compile(r"(incomplete-)?checkpoint-\d+")
+LOCK = ".lock"
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the flags ask for."""
+
+    adapter: AdapterArguments
+    data: DataArguments
+    training: TrainingArguments
+
+    @property
+    def folder(self) -> Path:
+        """The folder of the run."""
+        return Path(self.training.output_dir)
+
+    def settings(self) -> dict[str, Any]:
+        """Return the values of all flags, as plain ones."""
+        training = self.training.to_sanitized_dict()
+        for token in ("eos_token", "pad_token"):  # transformers hides them, as if they were secret
+            training[token] = getattr(self.training, token, None)
+        return {**vars(self.adapter), **vars(self.data), **training}
+
+
+@dataclass(frozen=True)
+class Run:
+    """A trainer, and what the end of its run needs."""
+
+    trainer: Trainer
+    course: Course
+    notes: Mapping[str, str]
+    notes_of: Callable[[Path], dict[str, str]]
+    """Takes the path of an adapter file, and returns the notes for it."""
+    measured_on: str
+    has_values: bool
+    """Whether the base has its values on this rank, and not only on another."""
+
 
 def run(
     argv: Sequence[str],
@@ -65,39 +123,52 @@ def run(
     training: TrainingArguments,
 ) -> int:
     """Run the command with what its words say, and return its exit code."""
+    request = Request(adapter, data, training)
     base = _choose_base(adapter)
-    if training.process_index == 0:
-        print(training.choices)
     if adapter.merge:
         require_mergeable(base.name)
     if training.dry_run:
         with tempfile.TemporaryDirectory() as nowhere:
-            training.output_dir = nowhere
-            _preview(base, adapter, data, training)
+            dry = copy.copy(training)
+            dry.output_dir = nowhere
+            _preview(base, replace(request, training=dry))
         return 0
-    folder = Path(training.output_dir)
-    _require_free(folder, training)
-    trainer = _make_trainer(base, adapter, data, training)
+    with _alone_in(request.folder, training):
+        _run(argv, base, request)
+    return 0
+
+
+def _run(argv: Sequence[str], base: Base, request: Request) -> None:
+    """Train, prove and report."""
+    folder, training = request.folder, request.training
+    course = Course(request.settings())
+    checkpoint = _choose_checkpoint(training, folder)
+    if checkpoint is not None:
+        noted = read_course(checkpoint)
+        require_same_settings(course, noted)
+        course.seconds = noted.seconds
+    training.eval_on_start = checkpoint is None
+    run = _make_run(base, request, course)
     try:
-        outcome = _train(trainer, folder)
+        outcome = _train(run, folder, checkpoint)
     except KeyboardInterrupt:
-        if get_last_checkpoint(folder):  # type: ignore[no-untyped-call]
+        if _find_checkpoint(folder):
             words = [word for word in argv if word != "--resume"]
             print(f"\nto go on: {shlex.join(['disha', 'finetune', *words, '--resume'])}")
         raise
-    del trainer
+    training = run.trainer.args
+    del run
     gc.collect()  # the base is loaded again, and may fill the memory
-    proof = prove(base, folder / ADAPTER_NAME, training, outcome)
-    if training.process_index == 0:
-        if adapter.merge:
-            path = folder / ADAPTER_NAME
-            merge_base(base.name, path, folder / MERGED, overwrite=True, in_model=True)
-        settings = vars(adapter) | {"base": base.name, "bits": base.bits} | vars(data)
-        settings |= training.to_sanitized_dict()
-        write_card(folder, settings, outcome, proof)
-        write_report(folder, settings, outcome, proof)
-    proof.require_same()
-    return 0
+    proof = prove(base, folder / UNPROVEN, training, outcome)
+    proof.require_same(folder / UNPROVEN)
+    if training.process_index > 0:
+        return
+    os.replace(folder / UNPROVEN, folder / ADAPTER_NAME)
+    if request.adapter.merge:
+        path = folder / ADAPTER_NAME
+        merge_base(base.name, path, folder / MERGED, overwrite=True, in_model=True)
+    write_card(folder, course.settings, outcome, proof)
+    write_report(folder, course.settings, outcome, proof)
 
 
 def _choose_base(adapter: AdapterArguments) -> Base:
@@ -110,23 +181,71 @@ def _choose_base(adapter: AdapterArguments) -> Base:
 # --- the output folder ---------------------------------------------------------------------------
 
 
-def _require_free(folder: Path, training: TrainingArguments) -> None:
-    """Raise if the folder holds an earlier run, unless the flags say what becomes of it."""
+@contextmanager
+def _alone_in(folder: Path, training: TrainingArguments) -> Iterator[None]:
+    """Keep other runs out of the folder. The system frees the lock of a run that is killed."""
     if folder.exists() and not folder.is_dir():
         raise ArgumentError(f"--output_dir {folder} is a file; name a folder")
-    if training.resume or training.resume_from_checkpoint or training.overwrite_output_dir:
+    if training.process_index > 0:  # the first rank has the lock
+        yield
         return
-    results = _earlier_results(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / LOCK, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise ArgumentError(
+            f"another run writes into {folder}; wait for its end, or name another --output_dir"
+        ) from error
+    try:
+        yield
+    finally:
+        with suppress(OSError):  # Windows lets no open file go
+            (folder / LOCK).unlink()
+        lock.release()
+        with suppress(OSError):  # it has files, unless the run was refused
+            folder.rmdir()
+
+
+def _choose_checkpoint(training: TrainingArguments, folder: Path) -> Path | None:
+    """Return the checkpoint to go on from, if any; raise if an earlier run would be mixed up."""
+    if training.resume_from_checkpoint:
+        return Path(training.resume_from_checkpoint)
+    last = _find_checkpoint(folder) if training.resume else None
+    if last is not None or training.overwrite_output_dir:
+        return last
+    results = [path.name for path in _earlier_results(folder)]
+    if not training.resume:
+        if results:
+            raise ArgumentError(
+                f"--output_dir {folder} holds {results[0]} of an earlier run; go on with --resume, "
+                "or start over with --overwrite_output_dir"
+            )
+        return None
+    results = [name for name in results if not CHECKPOINT.fullmatch(name)]
     if results:
         raise ArgumentError(
-            f"--output_dir {folder} holds {results[0].name} of an earlier run; go on with "
-            "--resume, or start over with --overwrite_output_dir"
+            f"--output_dir {folder} holds {results[0]}, but no complete checkpoint to go on from; "
+            "start over with --overwrite_output_dir"
         )
+    print(f"there is no complete checkpoint in {folder}; starting at the beginning")
+    return None
+
+
+def _find_checkpoint(folder: Path) -> Path | None:
+    """Return the last complete checkpoint: `Trainer` writes its state last."""
+    for path in map(Path, reversed(sort_checkpoints(str(folder)))):
+        with suppress(OSError, ValueError):
+            json.loads((path / TRAINER_STATE).read_bytes())
+            return path
+    return None
 
 
 def _earlier_results(folder: Path) -> list[Path]:
-    names = [ADAPTER_NAME, MERGED, *RESULTS, "*checkpoint-*"]
-    return [path for name in names for path in sorted(folder.glob(name))]
+    """Return what runs have left in a folder, and nothing else that is there."""
+    paths = [folder / name for name in (ADAPTER_NAME, UNPROVEN, MERGED, *RESULTS)]
+    paths += sorted(path for path in folder.glob("*") if CHECKPOINT.fullmatch(path.name))
+    return [path for path in paths if path.exists()]
 
 
 def _clear(folder: Path) -> None:
@@ -140,18 +259,14 @@ def _clear(folder: Path) -> None:
 # --- model, adapter and rows ---------------------------------------------------------------------
 
 
-def _make_trainer(
-    base: Base,
-    adapter: AdapterArguments,
-    data: DataArguments,
-    training: TrainingArguments,
-) -> Trainer:
+def _make_run(base: Base, request: Request, course: Course) -> Run:
     """Return a trainer for a base with the adapter, and for the rows."""
-    sets, held_out = _read_sets(data)
+    adapter, training = request.adapter, request.training
+    sets, held_out = _read_sets(request.data)
     notes = _notes_of_run(adapter, training)
     # A row that can't be used raises here, before the base is loaded, which takes longer.
     tokenizer = load_tokenizer(base.name, notes)
-    rows, held_out = _form_sets(sets, held_out, data, training, tokenizer)
+    rows, held_out = _form_sets(sets, held_out, request, tokenizer)
     let_first_rank_load(base, training)
     device = loading_device(base, training)
     has_values = device is None or device.type != "meta"
@@ -164,21 +279,29 @@ def _make_trainer(
     if training.fp16:
         _widen_trained(model)
     measured = rows.select(range(min(len(rows), CHECKED_ROWS))) if held_out is None else held_out
+    callbacks = [AdapterCheckpoints(model, notes=notes_of), course]
+    if training.early_stopping_patience:
+        callbacks.append(EarlyStoppingCallback(training.early_stopping_patience))
     trainer = Trainer(
         model,
-        training,
+        _for_trl(training, rows, tokenizer),
         train_dataset=rows,
         eval_dataset=measured,
         processing_class=tokenizer,
-        callbacks=[AdapterCheckpoints(model, notes=notes_of)],
+        callbacks=callbacks,
     )
-    if training.early_stopping_patience:
-        trainer.add_callback(EarlyStoppingCallback(training.early_stopping_patience))
-    trainer.measured_on = "training" if held_out is None else "held-out"
-    trainer.notes_of = notes_of
-    trainer.base_notes = notes
-    trainer.has_values = has_values
-    return trainer
+    measured_on = "training" if held_out is None else "held-out"
+    return Run(trainer, course, notes, notes_of, measured_on, has_values)
+
+
+def _for_trl(training: TrainingArguments, rows: Dataset, tokenizer: Any) -> TrainingArguments:
+    """Return the flags as trl takes them, once the rows have their form."""
+    taken = copy.copy(training)
+    taken.chat_template_path = None  # it is the tokenizer's; trl would also add another's tokens
+    if training.assistant_only_loss is None:
+        learns_all = training.completion_only_loss is False
+        taken.assistant_only_loss = not learns_all and learns_marked_answers(rows, tokenizer)
+    return taken
 
 
 def _read_sets(data: DataArguments) -> tuple[list[Dataset], Dataset | None]:
@@ -206,7 +329,6 @@ def _notes_of_run(adapter: AdapterArguments, training: TrainingArguments) -> dic
         try_template(adapter.adapter, notes)
     if training.chat_template_path:
         notes[TEMPLATE_KEY] = template_at(training.chat_template_path)
-        training.chat_template_path = None  # trl would also add the tokens of another model
     if adapter.new_tokens:
         notes[TOKENS_KEY] = json.dumps(adapter.new_tokens)
     if training.eos_token:
@@ -215,13 +337,10 @@ def _notes_of_run(adapter: AdapterArguments, training: TrainingArguments) -> dic
 
 
 def _form_sets(
-    sets: list[Dataset],
-    held_out: Dataset | None,
-    data: DataArguments,
-    training: TrainingArguments,
-    tokenizer: Any,
+    sets: list[Dataset], held_out: Dataset | None, request: Request, tokenizer: Any
 ) -> tuple[Dataset, Dataset | None]:
     """Return the rows to train on, mixed, and those held out, in the forms that trl trains."""
+    data, training = request.data, request.training
     if training.assistant_only_loss and not marks_answers(tokenizer):
         raise ArgumentError(
             "--assistant_only_loss True needs a chat template in which trl can mark the answers; "
@@ -242,9 +361,6 @@ def _form_sets(
         sets = [part["train"] for part in parts]
         held_out = mix_rows([part["test"] for part in parts], (), training.seed)
     rows = mix_rows(sets, data.data_weights, training.seed)
-    if training.assistant_only_loss is None:
-        learns_all = training.completion_only_loss is False
-        training.assistant_only_loss = not learns_all and learns_marked_answers(rows, tokenizer)
     return rows, held_out
 
 
@@ -284,41 +400,39 @@ def _inject(model: Any, adapter: AdapterArguments, tokenizer: Any) -> None:
 # --- training ------------------------------------------------------------------------------------
 
 
-def _train(trainer: Trainer, folder: Path) -> Outcome:
+def _train(run: Run, folder: Path, checkpoint: Path | None) -> Outcome:
     """Train, save the adapter, and return what is left to prove and to report."""
+    trainer = run.trainer
     training = trainer.args
     if training.process_index == 0:
         print(str(disha.summary(trainer.model)).splitlines()[-1])
-        rows = counted(len(trainer.train_dataset), "row")
-        print(f"{rows}, measured on {len(trainer.eval_dataset):,}")
-    resumed_from = _choose_checkpoint(training, folder)
-    training.eval_on_start = resumed_from is None
-    if resumed_from is not None:
-        _require_same_base(trainer, resumed_from)
+        rows = counted(trainer.rows["train"], "row")
+        print(f"{rows}, measured on {trainer.rows['eval']:,}")
+        if checkpoint is None and training.overwrite_output_dir:
+            _clear(folder)
+    if checkpoint is not None:
+        if run.has_values:
+            _require_same_base(trainer, checkpoint)
         if not (training.fsdp or training.deepspeed):  # they have files of their own
-            _warn_of_lost_state(Path(resumed_from))
-    elif training.process_index == 0:
-        _clear(folder)
-    trainer.train(resume_from_checkpoint=resumed_from)
+            _warn_of_lost_state(checkpoint)
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    seconds = run.course.total_seconds()
     state = trainer.state
     saved_step = state.global_step
     if training.load_best_model_at_end and state.best_global_step:
         saved_step = state.best_global_step
-    path = folder / ADAPTER_NAME
-    notes = trainer.notes_of(path)
-    disha.save_adapter(trainer.model, path, metadata=notes)
-    if TOKENS_KEY in notes and training.process_index == 0:
+    disha.save_adapter(trainer.model, folder / UNPROVEN, metadata=run.notes_of(folder / UNPROVEN))
+    if TOKENS_KEY in run.notes and training.process_index == 0:
         trainer.processing_class.save_pretrained(folder)
     loss = read_log(state, "eval_loss").get(saved_step)
     if loss is None:
         loss = trainer.evaluate()["eval_loss"]
-    return Outcome(trainer.eval_dataset, loss, facts_of(trainer, resumed_from))
+    facts = facts_of(trainer, run.measured_on, seconds, checkpoint)
+    return Outcome(trainer.eval_dataset, loss, facts)
 
 
-def _require_same_base(trainer: Trainer, checkpoint: str) -> None:
+def _require_same_base(trainer: Trainer, checkpoint: Path) -> None:
     """Load a checkpoint, which raises if its base is another one. `Trainer` would not notice."""
-    if not trainer.has_values:
-        return
     with warnings.catch_warnings(action="error", category=AdapterFileWarning):
         disha.load_adapter(trainer.model, checkpoint, replace=True)
 
@@ -333,41 +447,21 @@ def _warn_of_lost_state(checkpoint: Path) -> None:
         )
 
 
-def _choose_checkpoint(training: TrainingArguments, folder: Path) -> str | None:
-    """Return the checkpoint to go on from, if one is asked for and there is one."""
-    if training.resume_from_checkpoint:
-        return training.resume_from_checkpoint
-    if not training.resume:
-        return None
-    # Another rank may not have made the folder yet.
-    last = get_last_checkpoint(folder) if folder.is_dir() else None  # type: ignore[no-untyped-call]
-    if last is None:
-        if (folder / ADAPTER_NAME).exists() and not training.overwrite_output_dir:
-            raise ArgumentError(
-                f"--output_dir {folder} holds an adapter, but no complete checkpoint to go on "
-                "from; start over with --overwrite_output_dir"
-            )
-        print(f"there is no complete checkpoint in {folder}; starting at the beginning")
-    return last
-
-
 # --- the dry run ---------------------------------------------------------------------------------
 
 
-def _preview(
-    base: Base, adapter: AdapterArguments, data: DataArguments, training: TrainingArguments
-) -> None:
+def _preview(base: Base, request: Request) -> None:
     """Print what a run would do. No weight of the base is read."""
     fake, _ = memory_modes()
     # The trainer has the plan and the rows. It would ask quantised weights for values.
-    plain = replace(base, bits="bf16", fake=fake)
-    trainer = _make_trainer(plain, copy.deepcopy(adapter), data, training)
+    plain = BaseWithoutValues(base.name, "bf16", base.attn_implementation, fake)
+    run = _make_run(plain, request, Course({}))
 
-    def make_model(bits: str, fake: Any) -> Any:
-        other = replace(base, bits=bits, fake=fake)
-        model, tokenizer = other.load(training.simulated_device, trainer.base_notes)
+    def make_model(fake: Any) -> Any:
+        other = BaseWithoutValues(base.name, base.bits, base.attn_implementation, fake)
+        model, tokenizer = other.load(request.training.simulated_device, run.notes)
         with fake:
-            _adapt(model, copy.deepcopy(adapter), tokenizer)
+            _adapt(model, request.adapter, tokenizer)
         return model
 
-    preview(trainer, base.bits, make_model)
+    preview(run.trainer, make_model)

@@ -6,9 +6,8 @@ import copy
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,17 +29,11 @@ cache. trl's own tiles of 32,768 columns suit its kernel for a GPU."""
 
 
 class Trainer(SFTTrainer):  # type: ignore[misc]
-    """An `SFTTrainer` that can group rows by length, and says how many rows it has to cut.
-
-    `train` sets these attributes, which the end of a run and its report need.
-    """
-
-    measured_on: str  # the rows whose loss is measured: "training" or "held-out"
-    notes_of: Callable[[Path], dict[str, str]]  # the notes for an adapter file at a path
-    base_notes: dict[str, str]  # the notes without that of the base
-    has_values: bool  # whether the base has its values on this rank, and not only on another
+    """An `SFTTrainer` that can group rows by length, and says how many rows it has to cut."""
 
     def __init__(self, *given: Any, **named: Any) -> None:
+        self.rows: dict[str, int] = {}
+        """How many rows are left to train on and to measure, before they are packed."""
         super().__init__(*given, **named)
         self.add_callback(StopWithoutLoss)
         self.remove_callback(PrinterCallback)
@@ -58,18 +51,21 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
         with score_positions(only_learned=True):
             return super().compute_loss(*given, **named)
 
-    def _prepare_dataset(self, rows: Any, words: Any, args: Any, *others: Any) -> Any:
-        """Prepare the rows before trl cuts them, to count those that it cuts or leaves out."""
+    def _prepare_dataset(
+        self, rows: Any, words: Any, args: Any, packing: bool, formatting: Any, name: str
+    ) -> Any:
+        """Prepare the rows before trl cuts or packs them, to count those that are left."""
         limit = args.max_length
-        packing = others[0]
-        if packing or limit is None:
-            return super()._prepare_dataset(rows, words, args, *others)
         whole = copy.copy(args)
         whole.max_length = None
-        complete = super()._prepare_dataset(rows, words, whole, *others)
-        fitting = super()._prepare_dataset(complete, words, args, *others)
+        whole.shuffle_dataset = False
+        complete = super()._prepare_dataset(rows, words, whole, False, formatting, name)
+        fitting = super()._prepare_dataset(complete, words, args, packing, formatting, name)
         if not fitting:
             raise ArgumentError(f"no row has something to learn in {limit} tokens")
+        self.rows[name] = len(complete if packing else fitting)
+        if packing or limit is None:
+            return fitting
         cut = sum(len(ids) > limit for ids in complete["input_ids"])
         if cut and args.process_index == 0:
             left_out = len(complete) - len(fitting)
@@ -87,7 +83,7 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
         lengths = [len(ids) for ids in self.train_dataset["input_ids"]]
         size = batch * self.args.world_size
         sampler = _ByLength(size, lengths=lengths, generator=torch.Generator())
-        sampler.seed = self.args.seed
+        sampler.seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         sampler.set_epoch(0)
         return sampler
 

@@ -35,6 +35,7 @@ from disha.interop.peft_format import (
     keep_for_model,
     module_names,
     notes_of,
+    read_config,
     read_peft_files,
     reasons_against,
     refuse_to_load,
@@ -47,7 +48,7 @@ from disha.model.state import LoadReport
 from disha.model.view import ModelView
 from disha.text import brief, join
 
-__all__ = ["export", "load"]
+__all__ = ["export", "load", "read_config"]
 
 Shapes = Mapping[str, tuple[int, ...]]
 """Shapes of the base's parameters by name, such as "layers.0.q_proj.weight": (out, in)."""

@@ -114,6 +114,28 @@ class PeftFolder:
         return self.fields.get(field, 8)  # the default of both in PEFT
 
 
+def read_config(folder: PathLike) -> dict[str, Any]:
+    """Return PEFT's configuration of an adapter, which is `adapter_config.json` in its folder.
+
+    Args:
+        folder: the folder.
+
+    Raises:
+        AdapterIOError: the file can't be read.
+        AdapterFileError: it does not hold a JSON object.
+    """
+    path = check_path(folder) / CONFIG_NAME
+    try:
+        fields = json.loads(path.read_bytes())
+    except OSError as error:
+        raise AdapterIOError(f"can't read a folder of PEFT: {error}") from error
+    except (ValueError, RecursionError) as error:
+        raise AdapterFileError(f"{path} is not JSON: {error}") from error
+    if not isinstance(fields, dict):
+        raise AdapterFileError(f"{path} must hold a JSON object")
+    return fields
+
+
 def read_peft_files(folder: PathLike, ends: tuple[str, ...], also_train: bool) -> PeftFolder:
     """Read both files. Without `also_train`, only tensors whose names end with one of `ends`."""
     path = check_path(folder)
@@ -122,12 +144,12 @@ def read_peft_files(folder: PathLike, ends: tuple[str, ...], also_train: bool) -
             f"{path} holds adapter_model.bin, a pickle, which can run any code; save it in PEFT as "
             "safetensors"
         )
+    fields = read_config(path)
     try:
-        fields = dict(json.loads((path / CONFIG_NAME).read_bytes()))
         tensors = load_file(path / WEIGHTS_NAME)
     except OSError as error:
         raise AdapterIOError(f"can't read a folder of PEFT: {error}") from error
-    except (SafetensorError, ValueError, TypeError, RecursionError) as error:
+    except (SafetensorError, ValueError, TypeError) as error:
         raise AdapterFileError(f"{path} is not a complete folder of PEFT: {error}") from error
     named = {
         key.removeprefix(PREFIX): tensor

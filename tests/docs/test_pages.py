@@ -12,7 +12,6 @@ import pytest
 import yaml
 
 import disha
-from benchmarks import dry_run
 from docs.screens import DESK, PROGRAMS, WIDTHS, build, chrome, resize, served
 from tests.pages import DOCS, ROOT, tables_of
 
@@ -111,12 +110,6 @@ def test_every_table_that_a_program_writes_is_there(name):
     for region in written:
         _, *rows = tables_of(region)[0]
         assert rows
-
-
-def test_the_table_of_the_dry_run_is_what_the_kept_results_give():
-    kept = json.loads((ROOT / "benchmarks/results/dry-run.json").read_text(encoding="utf-8"))
-    page = dry_run.PAGE.read_text(encoding="utf-8")
-    assert f"{dry_run.MARK}\n\n{dry_run.compare(kept['engines'])}\n{dry_run.END}" in page
 
 
 def test_the_page_of_quantised_models_says_what_only_stand_ins_have_tested():

@@ -1,16 +1,20 @@
-"""A dry run simulates the device and the engine that a run would have, and reads no weight."""
-
-import dataclasses
-import json
+"""A dry run simulates the device that a run would have, and reads no weight."""
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
+from trl.trainer import utils as trl_utils
 
-from benchmarks import dry_run as compared
+import disha
+from benchmarks.four_bits import quantize
+from benchmarks.memory import allocated_peak
+from benchmarks.steps import full_step
 from disha.finetune import dry_run, main
-from disha.finetune.dry_run import Step, judge
+from disha.finetune.dry_run import make_without_values, simulate_step
+from disha.finetune.trainer import score_positions
+from disha.integrations.memory import memory_modes
+from tests.finetune.tiny_models import SIZES
 
-GIB = 2**30
 PARTS = ["weights", "adapter", "gradients", "optimizer", "activations", "peak"]
 
 
@@ -40,19 +44,6 @@ def test_no_weight_is_read(simulated, tiny, tmp_path):
     assert verdict == "fits 8 GB"
 
 
-def test_each_device_has_its_part(simulated, tmp_path):
-    zero = tmp_path / "zero.json"
-    zero.write_text(json.dumps({"zero_optimization": {"stage": 3}}))
-    eight = ("--dry_run_devices", 8, "--per_device_train_batch_size", 1)
-    whole, _ = simulated(*eight)
-    sharded, _ = simulated(*eight, "--fsdp", "full_shard")
-    packed, _ = simulated(*eight, "--fsdp", "full_shard", "--bits", 4)
-    partitioned, _ = simulated(*eight, "--deepspeed", zero)
-    assert 0 < sharded["weights"] <= whole["weights"] / 4
-    assert partitioned["weights"] <= whole["weights"] / 4
-    assert packed["weights"] <= sharded["weights"]
-
-
 def test_the_base_has_the_dtype_of_the_device(simulated, monkeypatch):
     """Over 4 bits, a processor computes in float32, and an accelerator in bfloat16."""
     monkeypatch.setattr(dry_run, "TILE_OF_TRL", dry_run.TILE)
@@ -68,50 +59,29 @@ def test_recomputation_is_simulated(simulated):
     assert recomputed["activations"] < kept["activations"]
 
 
-ASKED = Step("bf16", 4, False, 1, "")
+@pytest.mark.parametrize(("bits", "recomputes"), [("fp32", False), ("fp32", True), ("4", False)])
+def test_a_simulated_step_needs_what_the_allocator_gives_out(bits, recomputes):
+    config = LlamaConfig(**SIZES, vocab_size=512)
+    ids = torch.ones(2, 64, dtype=torch.long)
+    batch = {"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)}
 
+    def adapt(model):
+        disha.inject_adapters(model, "all-linear", 16, exclude=["lm_head"])
+        if recomputes:
+            model.gradient_checkpointing_enable()
+        trained = [value for value in model.parameters() if value.requires_grad]
+        return model, torch.optim.AdamW(trained)
 
-@pytest.mark.parametrize(
-    ("gib", "told"), [(2, "fits 8 GB"), (10, "fits 12 GB"), (20, "fits 24 GB")]
-)
-def test_a_verdict_names_the_smallest_device(gib, told):
-    assert judge(ASKED, gib * GIB, None) == told
+    modes = memory_modes()
+    with modes[0]:
+        made = adapt(make_without_values(config, bits, torch.float32))
+    parts = simulate_step(made[0], batch, made[1], modes)
 
-
-@pytest.mark.parametrize(
-    ("enough", "flags"),
-    [
-        ({"recomputes": True}, "--gradient_checkpointing true"),
-        ({"bits": "4"}, "--bits 4"),
-        ({"recomputes": True, "bits": "4"}, "--gradient_checkpointing true --bits 4"),
-        ({"devices": 4}, "--gradient_checkpointing true --fsdp full_shard on 4 devices"),
-    ],
-)
-def test_a_verdict_says_what_to_change(enough, flags):
-    def simulate(step):
-        fits = all(getattr(step, name) == value for name, value in enough.items())
-        return {"peak": (10 if fits else 60) * GIB}
-
-    told = judge(ASKED, 30 * GIB, simulate)
-    assert told == f"does not fit 24 GB, but 40 GB; fits 24 GB with {flags} (10.0 GiB)"
-
-
-def test_a_verdict_says_that_nothing_helps():
-    told = judge(ASKED, 300 * GIB, lambda step: {"peak": 300 * GIB})
-    assert told == "does not fit 24 GB; neither recomputing, 4 bits nor 8 devices are enough"
-    asked = dataclasses.replace(ASKED, engine="FSDP2", devices=8)
-    assert "8 devices" in judge(asked, 300 * GIB, lambda step: {"peak": 300 * GIB})
-
-
-@pytest.mark.parametrize("name", ["one process, recomputed", "DDP", "FSDP2"])
-def test_a_simulated_step_needs_what_the_allocator_gives_out(name):
-    step = compared.STEPS[name]
-    simulated = compared.simulate(step, compared.TINY)["peak"]
-    real = compared.measure(step, compared.TINY)
-    assert simulated == pytest.approx(real, rel=0.05)
-
-
-def test_a_group_is_left_when_a_simulation_ends():
-    with dry_run.pretend_group(4):
-        assert torch.distributed.get_world_size() == 4
-    assert not torch.distributed.is_initialized()
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model, optimizer = adapt(quantize(model, torch.float32) if bits == "4" else model)
+    trl_utils.add_fused_lm_head(model.train(), outputs=dry_run.SCORED)
+    with score_positions(only_learned=False):
+        step = full_step(lambda: model(**batch, fused_lm_head=True).loss, optimizer)
+        step()
+        measured = allocated_peak(step, torch.device("cpu"))
+    assert parts["gradients"] + parts["activations"] == pytest.approx(measured, rel=0.05)

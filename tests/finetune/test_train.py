@@ -13,6 +13,7 @@ import pytest
 import torch
 import yaml
 from accelerate import Accelerator
+from filelock import FileLock
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoTokenizer
@@ -23,7 +24,7 @@ from trl.trainer import utils as trl_utils
 import disha
 from disha import AdapterFileWarning, ArgumentError
 from disha.cli import main as disha_command
-from disha.finetune import main, train, trainer
+from disha.finetune import course, main, train, trainer
 from disha.finetune.base import Base, load_base
 from disha.finetune.choices import Device
 from disha.finetune.notes import read_noted_base
@@ -118,6 +119,8 @@ class TestResults:
         monkeypatch.setattr(disha, "save_adapter", save_other)
         with pytest.raises(disha.DishaError, match="do not use the file"):
             finetune(tmp_path)
+        assert not (tmp_path / "adapter.safetensors").exists()
+        assert (tmp_path / "unproven-adapter.safetensors").exists()
 
 
 @pytest.fixture
@@ -325,6 +328,7 @@ class TestCourse:
 
     def test_packed_rows_are_proved_as_they_are(self, finetune, chatty, tmp_path):
         found = finetune(tmp_path, "--packing", "--max_length", 64, base=chatty)
+        assert found.report["rows"] == {"training": 48, "measured": 48}
         assert disha.inspect_adapter(found.adapter).metadata["prompt"] == "chat"
 
     def test_early_stopping_needs_a_best_checkpoint(self, finetune, tmp_path):
@@ -345,7 +349,7 @@ class TestCourse:
         shown = capsys.readouterr().out
         assert "model.layers.0.mlp.down_proj" in shown
         assert "[[" in shown
-        assert "6 steps; one needs on each device, simulated:\nweights " in shown
+        assert "6 steps; one needs on a device, simulated:\nweights " in shown
         assert not list(tmp_path.iterdir())
 
     @pytest.mark.parametrize("only", ["True", "False"])
@@ -365,17 +369,29 @@ class TestOutputFolder:
             finetune(authors.folder)
         assert authors.adapter.read_bytes() == before
 
-    def test_resuming_without_a_checkpoint_keeps_it(self, finetune, authors, tmp_path):
-        kept = tmp_path / "adapter.safetensors"
-        shutil.copy(authors.adapter, kept)
+    @pytest.mark.parametrize("name", ["adapter.safetensors", "merged"])
+    def test_resuming_without_a_checkpoint_keeps_it(self, name, finetune, authors, tmp_path):
+        shutil.copy(authors.adapter, tmp_path / name)
         with pytest.raises(ArgumentError, match="no complete checkpoint to go on from"):
             finetune(tmp_path, "--resume")
-        assert kept.read_bytes() == authors.adapter.read_bytes()
+        assert (tmp_path / name).read_bytes() == authors.adapter.read_bytes()
 
     def test_starting_over_removes_it(self, finetune, tmp_path):
         finetune(tmp_path, "--save_steps", 2)
+        (tmp_path / "best-checkpoint-keep").mkdir()  # of the user
         assert finetune(tmp_path, "--max_steps", 1, "--overwrite_output_dir").report["steps"] == 1
         assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-1"]
+        assert (tmp_path / "best-checkpoint-keep").exists()
+
+    def test_a_folder_has_one_run_at_a_time(self, finetune, tmp_path):
+        """The second one is refused before it loads its base; a killed one leaves no lock."""
+        with (
+            FileLock(tmp_path / ".lock"),
+            pytest.raises(ArgumentError, match=r"another run writes into .*; wait for its end"),
+        ):
+            finetune(tmp_path, base=tmp_path / "absent")
+        (tmp_path / ".lock").touch()
+        assert finetune(tmp_path, "--max_steps", 1).report["steps"] == 1
 
 
 @pytest.mark.parametrize(
@@ -494,6 +510,30 @@ class TestResuming:
         with pytest.raises(AdapterFileWarning, match="saved from other base weights"):
             finetune(tmp_path / "run", "--resume", base=other)
 
+    @pytest.mark.parametrize(
+        ("words", "says"),
+        [
+            (["--learning_rate", 0.02], "--learning_rate was 0.01, and is 0.02"),
+            (["--weight_decay", 0.1], "--weight_decay was 0.0, and is 0.1"),
+            (["--seed", 7, "--per_device_train_batch_size", 2], "--seed was 42, and is 7"),
+            (["--data", "more.jsonl"], r"--data was \['.*rows.jsonl'\], and is \['more.jsonl'\]"),
+            (["--r", 4], "--r was 8, and is 4"),
+        ],
+    )
+    def test_other_settings_are_refused(self, words, says, uninterrupted, finetune):
+        with pytest.raises(ArgumentError, match=says):
+            finetune(uninterrupted.folder, *EXACT, *words, "--resume")
+
+    def test_it_trains_longer_and_counts_all_seconds(self, finetune, tmp_path, monkeypatch):
+        slow = course.Course.total_seconds
+        monkeypatch.setattr(course.Course, "total_seconds", lambda course: slow(course) + 1000)
+        constant = ["--lr_scheduler_type", "constant"]
+        first = finetune(tmp_path, *constant, "--max_steps", 2).report
+        longer = finetune(tmp_path, *constant, "--max_steps", 4, "--save_steps", 1, "--resume")
+        assert longer.report["steps"] == 4
+        assert longer.losses[0] == first["losses"]["0"]
+        assert longer.report["seconds"] > first["seconds"] + 1000
+
     def test_without_a_checkpoint_it_starts_at_the_beginning(self, finetune, tmp_path, capsys):
         assert finetune(tmp_path, "--resume").report["resumed_from"] is None
         assert "starting at the beginning" in capsys.readouterr().out
@@ -549,6 +589,9 @@ def test_a_checkpoint_holds_what_the_final_file_holds(finetune, tmp_path, tiny, 
     assert read_noted_base(checkpoint) == read_noted_base(final) == (str(tiny), "fp32")
     assert {**notes, "base": ""} == {**expected, "base": ""}
     assert {"prompt", "chat_template", "new_tokens", "eos_token"} < notes.keys()
+    assert json.loads(final.with_name("report.json").read_text())["settings"]["eos_token"] == (
+        "<|im_end|>"
+    )
     assert load_base(str(tiny), notes=notes)[1].eos_token == "<|im_end|>"
     said = []
     for path in (checkpoint, final):
