@@ -18,7 +18,7 @@ from disha.model.reasons import (
     reason_against_record,
 )
 from disha.model.records import LayerRecord
-from disha.model.selection import as_table, find_tied, list_nearest, list_weights
+from disha.model.selection import as_table, find_layout_key, find_tied, list_nearest, list_weights
 from disha.model.view import ModelBuffer, ModelView
 from disha.text import WIDEST, brief, first_few, printable
 
@@ -95,11 +95,16 @@ def _weights_by_name(view: ModelView, config: AdapterConfig) -> dict[str, Planne
     weights = {}
     for layer in list_weights(view, config):
         names = layer.names
-        if layer.slot is None:  # the file was saved with a declared layout, and has it
+        if _has_declared_layout(layer, config):
             names = layer.names_to_match
         for name in names:
             weights[name] = layer
     return weights
+
+
+def _has_declared_layout(layer: PlannedLayer, config: AdapterConfig) -> bool:
+    """Whether a weight has the layout that the file says, because no other is known or wanted."""
+    return layer.slot is None or find_layout_key(layer, config) is not None
 
 
 def _plan_as_recorded(
@@ -113,7 +118,7 @@ def _plan_as_recorded(
     if record.is_new_rows:
         layer = as_table(layer)
     slot = layer.slot
-    if slot is None and layer.attribute:
+    if _has_declared_layout(layer, config) and layer.attribute:
         slot = slot_of(layer.attribute, record.layout)
     if slot is not None and record.rows:
         slot = replace(slot, output_ranges=record.rows)

@@ -117,7 +117,7 @@ class PlannedLayer:
     def remedy(self) -> str:
         """An argument that would declare its layout. Only the user knows which layout is right."""
         example = {2: "out in", 3: "expert out in"}.get(len(self.shape), "out in *kernel")
-        layouts = {re.escape(self.name) + "$": example}
+        layouts = {f"^{re.escape(self.name)}$": example}
         return f"layouts={layouts}"
 
 

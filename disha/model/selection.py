@@ -133,8 +133,27 @@ class Selection:
         refuse_unused(self.argument, regexes, names)
         if self.new_rows:
             return
+        self._refuse_unused_layouts()
         for setting in ("exclude", "rank_pattern", "layouts", "rows"):
             refuse_unused(setting, vars(self.config)[setting], names)
+
+    def _refuse_unused_layouts(self) -> None:
+        """Raise if a key of `layouts` is found only in names of weights of other, known layouts."""
+        weights = list_weights(self.view, self.config)
+        used = {find_layout_key(layer, self.config) for layer in weights}
+        for key, pattern in self.config.layouts.items():
+            known = [
+                layer
+                for layer in weights
+                if layer.slot is not None and find_matching([key], layer.names_to_match)
+            ]
+            patterns = [layer.slot.layout.pattern for layer in known if layer.slot is not None]
+            if known and key not in used and pattern not in patterns:
+                raise ArgumentError(
+                    f"layouts {key!r} matches only weights whose layout is known, such as "
+                    f"{known[0].full_name} ({patterns[0]!r}); to give it another, name it whole: "
+                    f"layouts={ {known[0].full_name: pattern} }"
+                )
 
     def explain_nothing(self, skipped: Sequence[PlannedLayer]) -> str:
         """Return the message of the error if nothing that is selected can be adapted."""
@@ -179,12 +198,12 @@ def _declare(layer: PlannedLayer, config: AdapterConfig) -> PlannedLayer:
     """Return a weight with the layout and the rows that the user declares for it."""
     slot = layer.slot
     is_quantized = slot is not None and slot.quantized
-    regex = find_first_match(config.layouts, layer.names_to_match)
-    if regex is not None and not is_quantized and layer.attribute in matrix_weights(layer.module):
-        layout = layout_of(config.layouts[regex])
+    key = find_layout_key(layer, config)
+    if key is not None and not is_quantized and layer.attribute in matrix_weights(layer.module):
+        layout = layout_of(config.layouts[key])
         reason = layout.reason_against_shape(layer.shape)
         if reason is not None:
-            raise ArgumentError(f"layouts {regex!r} does not fit {layer.name}: {reason}")
+            raise ArgumentError(f"layouts {key!r} does not fit {layer.name}: {reason}")
         slot = slot_of(layer.attribute, layout)
         layer = replace(layer, slot=slot)
     regex = find_first_match(config.rows, layer.names_to_match)
@@ -196,6 +215,21 @@ def _declare(layer: PlannedLayer, config: AdapterConfig) -> PlannedLayer:
         slot = replace(slot, output_ranges=config.rows[regex])
         layer = replace(layer, slot=slot)
     return layer
+
+
+def find_layout_key(layer: PlannedLayer, config: AdapterConfig) -> str | None:
+    """Return the key of `layouts` that gives a weight its layout, or None.
+
+    A weight of unknown layout takes the first key that is found in one of its names. One of a
+    known layout takes only a key that is one of its names.
+    """
+    names = layer.names_to_match
+    if layer.slot is None:
+        return find_first_match(config.layouts, names)
+    for key in config.layouts:
+        if key.removeprefix("^").removesuffix("$").replace("\\", "") in names:
+            return key
+    return None
 
 
 def as_table(layer: PlannedLayer) -> PlannedLayer:

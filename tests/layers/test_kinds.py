@@ -1,5 +1,6 @@
 """Every layer kind x method x dtype, held against the plain layer with the oracle's weight."""
 
+import ast
 import copy
 from functools import partial
 
@@ -346,10 +347,22 @@ def test_parameters_that_are_named_like_methods_of_a_dict(tmp_path):
     close(fresh(x), model(x))
 
 
+class Known(nn.Module):
+    """Three matrices of unknown layout, beside layers whose names or parameters are like them."""
+
+    def __init__(self):
+        super().__init__()
+        self.t, self.w, self.mix = (nn.Parameter(torch.randn(4, 4)) for _ in range(3))
+        self.layers = nn.ModuleList([nn.Linear(4, 4), nn.Conv1d(4, 4, 3), nn.GRU(4, 8)])
+        self.table = nn.Embedding(5, 4, padding_idx=0)
+        self.attention = nn.MultiheadAttention(4, 1)
+        self.mixer, self.qkv = nn.Linear(4, 4), nn.Linear(4, 4)
+
+
 class TestLayoutsOfTheUser:
     def test_a_target_that_matches_only_them_says_what_to_write(self):
         model = Raw()
-        with refused(model, TargetError, r"mix: .*unknown.*layouts=\{'mix\$': 'expert out in'"):
+        with refused(model, TargetError, r"mix: .*unknown.*layouts=\{'\^mix\$': 'expert out in'"):
             disha.inject_adapters(model, "mix", 2)
 
     def test_a_target_that_matches_some_of_them_warns_once(self):
@@ -373,6 +386,42 @@ class TestLayoutsOfTheUser:
         assert [one.name for one in disha.summary(model).layers] == ["mix", "proj"]
         report = disha.check_adapters(model, x)
         assert report.ok, str(report)
+
+    @pytest.mark.parametrize("key", ["t$", "^t$", "w", "mix", "mix|t|w", r"^[a-z_0-9.]*$"], ids=str)
+    def test_a_key_gives_a_layout_only_to_weights_that_have_none(self, key):
+        def slots_of(model, **options):
+            plan = disha.plan_adapters(model, ".", 2, exclude="^(t|w|mix)$", **options)
+            return {layer.name: layer.slot for layer in plan.layers}
+
+        assert slots_of(Known(), layouts={key: "in out"}) == slots_of(Known())
+        plan = disha.plan_adapters(Known(), "^(t|w|mix)$", 2, layouts={key: "in out"})
+        assert {layer.slot.layout.pattern for layer in plan.layers} == {"in out"}
+
+    def test_the_proposal_of_a_plan_does_what_it_says(self):
+        proposals = [layer.remedy for layer in disha.plan_adapters(Known(), ".", 2).unknown]
+        assert proposals == [f"layouts={{'^{name}$': 'out in'}}" for name in ("t", "w", "mix")]
+        layouts = {}
+        for proposal in proposals:
+            layouts |= ast.literal_eval(proposal.removeprefix("layouts="))
+        plan = disha.plan_adapters(Known(), "^(t|w|mix)$", 2, layouts=layouts)
+        assert [layer.name for layer in plan.layers] == ["t", "w", "mix"]
+
+    @pytest.mark.filterwarnings("ignore:.*other base")
+    def test_a_known_layout_changes_by_the_whole_name(self, tmp_path):
+        """Also in a model that loads the file."""
+        layouts = {"mixer": "in out", "attention.in_proj_weight": "out in"}
+        given = layouts | {r"^qkv\.weight$": "in out"}
+        model = disha.inject_adapters(Known(), "mixer|in_proj|qkv", 2, layouts=given)
+        disha.save_adapter(perturb(model), tmp_path / "file")
+        found = disha.inspect_adapter(tmp_path / "file").layers
+        assert {one.name: one.layout.pattern for one in found} == layouts | {"qkv": "in out"}
+        assert len(disha.load_adapter(Known(), tmp_path / "file").matched) == 3
+
+    def test_a_key_of_known_layouts_alone_says_how_to_change_one(self):
+        says = r"layouts 'ixe' matches only .*mixer.weight \('out in'\).*layouts=\{'mixer.weight': "
+        with refused(Known(), ArgumentError, says):
+            disha.inject_adapters(Known(), "mixer", 2, layouts={"ixe": "in out"})
+        disha.inject_adapters(Known(), "mixer", 2, layouts={"ixe": "out in"})  # it is so
 
     @pytest.mark.parametrize(
         ("options", "kind", "says"),

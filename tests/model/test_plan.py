@@ -46,7 +46,7 @@ class TestPlan:
 def test_unknown_layouts_are_listed_with_the_way_to_adapt_them():
     plan = disha.plan_adapters(Raw(), "all-linear", 2)
     assert [(one.name, one.shape) for one in plan.unknown] == [("mix", (3, 6, 4))]
-    assert "declare its layout, such as layouts={'mix$': 'expert out in'}" in str(plan)
+    assert "declare its layout, such as layouts={'^mix$': 'expert out in'}" in str(plan)
     raw = Raw()
     del raw.proj
     with pytest.raises(TargetError, match=r"selects no layer; mix: .* declare it, such as"):

@@ -166,7 +166,7 @@ def test_weights_of_relations_need_a_layout():
     (weight, _root) = disha.plan_adapters(
         nn.Sequential(model["conv"], nn.Linear(4, 4)), "all-linear", 3
     ).unknown
-    assert weight.remedy == r"layouts={'0\\.weight$': 'expert out in'}"
+    assert weight.remedy == r"layouts={'^0\\.weight$': 'expert out in'}"
     layouts = {r"conv\.weight$": "expert in out"}
     with pytest.warns(UserWarning, match=r"can't be adapted: conv\.root: the layout"):
         disha.inject_adapters(model, "conv$", 3, layouts=layouts)
