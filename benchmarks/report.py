@@ -158,11 +158,11 @@ def _over_lora(values: Mapping[str, Any], suffix: str) -> dict[str, Spread]:
 TRAINING, SERVING = "One training step", "Serving unmerged"
 GROUPED = {"implementation": "grouped_mm"}
 COMPARED: Sequence[tuple[str, str, str, Mapping[str, Any], str, str]] = (
-    ("Memory", "kept for backward by {layers} layers", "memory", {}, "kept_bytes", ""),
+    ("Memory", "activations kept by {layers} layers", "memory", {}, "kept_bytes", ""),
     (TRAINING, "SmolLM2-135M, float32", "model_step", {"dtype": "float32"}, "seconds", ""),
     (TRAINING, "SmolLM2-135M, bfloat16", "model_step", {"dtype": "bfloat16"}, "seconds", ""),
     ("Experts", "{model}, step", "experts", GROUPED, "seconds", ""),
-    ("Experts", "{model}, kept for backward", "experts", GROUPED, "kept_bytes", ""),
+    ("Experts", "{model}, activations kept", "experts", GROUPED, "kept_bytes", ""),
     (SERVING, "one token", "few_tokens", {"tokens": 1}, "seconds", ""),
     (SERVING, "{tokens} tokens, {adapters} adapters", "routed", {"adapters": 64, "tokens": 64},
      "seconds", "_routed"),

@@ -262,7 +262,7 @@ def test_the_lines_on_top_say_what_the_files_say():
     tables = report._tables(results.read_results(path) for path in kept)
     rows = {(row.line, row.label): row.ratios for row in report.compared(tables)}
     memory = tables["memory"][0]["kept_bytes"]
-    assert rows["Memory", "kept for backward by 4 layers"]["bone"].median == pytest.approx(
+    assert rows["Memory", "activations kept by 4 layers"]["bone"].median == pytest.approx(
         memory["bone"] / memory["peft_lora"]
     )
     step = next(case for case in tables["model_step"] if case["dtype"] == "float32")["seconds"]
