@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import warnings
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,9 +81,6 @@ class AdapterCheckpoints(TrainerCallback):
     Raises:
         ArgumentError: the model has no such adapter, or another one is active and trains.
 
-    Warns:
-        UserWarning: the trainer has frozen the adapter, as `peft_config` of `trl` does.
-
     Examples:
         >>> import pathlib, tempfile
         >>> from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
@@ -105,7 +101,6 @@ class AdapterCheckpoints(TrainerCallback):
         self, model: nn.Module, adapter: str = "default", notes: NotesAt = no_notes
     ) -> None:
         self._saving = _AdapterSaving(model, adapter, notes)
-        self._trains = self._has_gradients()
         self._kept = kept_keys(model, adapter)
         self._quantized = [flag for flag in QUANTIZED if getattr(model, flag, False)]
         for flag in self._quantized:  # hidden while the trainer is made
@@ -118,12 +113,6 @@ class AdapterCheckpoints(TrainerCallback):
         model = given["model"]
         for flag in self._quantized:
             setattr(model, flag, True)
-        if self._trains and not self._has_gradients():
-            warnings.warn(
-                f"the trainer has frozen adapter {self._saving.adapter!r}, so it will not train; "
-                "leave out peft_config, which adds an adapter of PEFT instead",
-                stacklevel=2,
-            )
         # Trainer warns of other missing keys than these when it loads a checkpoint.
         others = set(model.state_dict()) - self._kept
         self._saving.model._keys_to_ignore_on_save = others  # type: ignore[assignment]
@@ -131,10 +120,6 @@ class AdapterCheckpoints(TrainerCallback):
         if args.should_save:
             _set_aside_incomplete(Path(args.output_dir))
         PartialState().wait_for_everyone()
-
-    def _has_gradients(self) -> bool:
-        blocks = ModelView(self._saving.model).blocks(self._saving.adapter)
-        return any(block.block.requires_grad for *_, block in blocks)
 
     def on_save(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         """Write the adapter of a sharded model, for which all ranks must act together."""
