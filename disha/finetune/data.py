@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import glob
+import gzip
 import json
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from datasets import (
     load_dataset,
     load_dataset_builder,
 )
+from datasets.data_files import get_data_patterns
 from datasets.exceptions import DatasetGenerationError
 
 from disha.errors import ArgumentError
@@ -47,11 +50,13 @@ def load_rows(data: str, split: str = "train") -> Dataset:
     try:
         rows = _read_as_written(builder, split, options)
     except (DatasetGenerationError, OSError, ValueError) as error:
-        if len(files) > 1:
+        if Path(data).is_dir():
+            files = [str(path) for path in _data_files_in(data)]
+        if files != [data]:
             for file in files:  # the one that is wrong raises
-                load_rows(glob.escape(file), split)
+                load_rows(file)
         reason: object = error if error.__cause__ is None else error.__cause__
-        if builder in ("csv", "json", "text") and not data.endswith(".gz"):
+        if builder in ("csv", "json", "text"):
             wrong_line = _wrong_line(files[0])
             reason = reason if wrong_line is None else wrong_line
         raise ArgumentError(f"can't read {data}: {reason}") from error
@@ -60,7 +65,7 @@ def load_rows(data: str, split: str = "train") -> Dataset:
     if len(rows) == 0:
         raise ArgumentError(f"{data} has no rows")
     if Path(data).is_dir():
-        _name_unread_files(data)
+        _name_unread_files(data, options)
     rows.info.description = data if split == "train" else f"{data}, {split}"
     return rows
 
@@ -72,6 +77,12 @@ def _choose_builder(data: str, files: Sequence[str]) -> tuple[str, dict[str, Any
     if suffix not in BUILDERS:
         if files and not Path(data).is_dir():
             raise ArgumentError(f"{data} must end with one of {', '.join(BUILDERS)}")
+        if Path(data).is_dir() and glob.escape(data) != data:  # its name is no pattern
+            folder = glob.escape(str(Path(data).absolute()))
+            options["data_files"] = {
+                split: [f"{folder}/{pattern}" for pattern in patterns]
+                for split, patterns in get_data_patterns(folder).items()
+            }
         return data, options
     if not any(Path(file).stat().st_size for file in files):
         raise ArgumentError(f"there is no file {data}, or it is empty")
@@ -99,30 +110,34 @@ def _read_as_written(builder: str, split: str, options: dict[str, Any]) -> Datas
     return load_dataset(builder, split=split, **options)
 
 
-def _name_unread_files(folder: str) -> None:
+def _data_files_in(folder: str) -> list[Path]:
+    paths = (path for path in Path(folder).rglob("*") if path.suffix.lower() in BUILDERS)
+    return sorted(path for path in paths if path.stat().st_size)
+
+
+def _name_unread_files(folder: str, options: dict[str, Any]) -> None:
     """Warn of the files in a folder that are in no split: `datasets` chooses by name and format."""
     read = set()
-    for files in load_dataset_builder(folder).config.data_files.values():
+    for files in load_dataset_builder(folder, **options).config.data_files.values():
         read |= {Path(file).resolve() for file in files}
-    unread = [
-        path.name
-        for path in sorted(Path(folder).rglob("*"))
-        if path.suffix.lower() in BUILDERS and path.resolve() not in read
-    ]
+    unread = [path.name for path in _data_files_in(folder) if path.resolve() not in read]
     if unread:
         warnings.warn(f"{folder}: not read: {first_few(unread, 5, ', ')}", stacklevel=3)
 
 
 def _wrong_line(path: str) -> str | None:
     """Return the first line that is not UTF-8 or, in a file of JSON lines, is not JSON."""
-    for number, line in enumerate(Path(path).read_bytes().splitlines(), start=1):
-        try:
-            text = line.decode()
-            if text.strip() and path.endswith((".jsonl", ".ndjson")):
-                json.loads(text)
-        except ValueError as error:
-            return f"line {number}: {str(error).partition(': line 1')[0]}"
-    return None
+    is_packed = path.endswith(".gz")
+    has_json_lines = path.removesuffix(".gz").endswith((".jsonl", ".ndjson"))
+    with gzip.open(path) if is_packed else open(path, "rb") as file, suppress(OSError):
+        for number, line in enumerate(file, start=1):
+            try:
+                text = line.decode()
+                if has_json_lines and text.strip():
+                    json.loads(text)
+            except ValueError as error:
+                return f"line {number}: {str(error).partition(': line 1')[0]}"
+    return None  # also of a file that is not packed, whatever its name says
 
 
 def mix_rows(sets: list[Dataset], weights: Sequence[float], seed: int) -> Dataset:

@@ -1,3 +1,5 @@
+import gzip
+
 import datasets
 import pytest
 
@@ -50,9 +52,12 @@ class TestFiles:
         with pytest.warns(UserWarning, match=r"not read: extra\.jsonl, train-b\.csv"):
             assert len(load_rows(str(tmp_path))) == 3
 
-    def test_a_name_with_brackets_is_a_name(self, tmp_path):
-        self.write(tmp_path, ".jsonl").rename(tmp_path / "rows[1].jsonl")
-        assert len(load_rows(str(tmp_path / "rows[1].jsonl"))) == 3
+    @pytest.mark.parametrize("name", ["rows[1].jsonl", "folder[1]/train.jsonl"])
+    def test_a_name_with_brackets_is_a_name(self, tmp_path, name):
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        self.write(tmp_path, ".jsonl").rename(path)
+        assert len(load_rows(str(path.parent if "folder" in name else path))) == 3
 
     @pytest.mark.parametrize(
         ("name", "message"),
@@ -83,6 +88,16 @@ def test_a_file_that_can_not_be_read_is_named_with_the_line(tmp_path, name, cont
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ArgumentError, match=f"{name}.* {says}"):
         load_rows(str(tmp_path / f"*{name}"))
+
+
+@pytest.mark.parametrize("name", ["train.csv", "train.csv.gz"])
+def test_in_a_folder_or_packed_the_line_is_named_too(tmp_path, name):
+    content = b"query,response\na,\xe9\n"
+    packed = name.endswith(".gz")
+    (tmp_path / name).write_bytes(gzip.compress(content) if packed else content)
+    path = tmp_path / name if packed else tmp_path
+    with pytest.raises(ArgumentError, match=rf"{name}: line 2: 'utf-8' codec"):
+        load_rows(str(path))
 
 
 def test_of_several_files_the_one_that_can_not_be_read_is_named(tmp_path):
