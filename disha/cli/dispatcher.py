@@ -53,9 +53,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             sys.stdout.flush()
             return code
         except SystemExit as request:
-            return request.code if isinstance(request.code, int) else DONE
+            if request.code is None or isinstance(request.code, int):
+                return request.code or DONE
+            _complain(str(request.code))  # Python shows a message, and ends with 1
+            return FAILED
         except KeyboardInterrupt:
-            _complain("interrupted; every file that was written is complete")
+            _complain("interrupted; adapters, merged models, reports and cards are whole")
             return INTERRUPTED
         except BrokenPipeError:  # the reader has closed the pipe, as `| head` does
             _silence(sys.stdout)
@@ -169,18 +172,18 @@ def _is_bad_input(error: BaseException) -> bool:
 
 def _show_warning(message: Warning | str, category: type[Warning], *place: Any) -> None:
     for_programmers = (DeprecationWarning, FutureWarning, SyntaxWarning)
-    if not issubclass(category, for_programmers):
+    if not issubclass(category, for_programmers) and _is_first():
         _complain(f"warning: {message}")
 
 
 def _complain(message: str) -> None:
-    """Print one line, also to a closed terminal. Of several processes, the first one speaks."""
-    if _is_first():
-        line = "; ".join(message.splitlines()).replace(":; ", ": ")
-        try:
-            print(f"disha: {printable(line)}", file=sys.stderr, flush=True)
-        except OSError:
-            _silence(sys.stderr)
+    """Print one line, also to a closed terminal. Of several processes, others name their rank."""
+    line = "; ".join(message.splitlines()).replace(":; ", ": ")
+    name = "disha" if _is_first() else f"disha, rank {os.environ['RANK']}"
+    try:
+        print(f"{name}: {printable(line)}", file=sys.stderr, flush=True)
+    except OSError:
+        _silence(sys.stderr)
 
 
 def _is_first() -> bool:

@@ -59,9 +59,16 @@ def test_commands_that_are_gone(run, gone):
     assert run(gone, "a", "b").code == 2
 
 
-def test_of_several_processes_the_first_complains(run, monkeypatch):
+def test_of_several_processes_each_names_its_error_and_the_first_warns(run, command, monkeypatch):
+    def warn_and_fail(words):
+        warnings.warn("the base is another", AdapterFileWarning, stacklevel=1)
+        raise disha.AdapterIOError("no space left")
+
+    command(warn_and_fail)
+    warning = "disha: warning: the base is another\n"
+    assert run("it") == Done(2, "", f"{warning}disha: no space left\n")
     monkeypatch.setenv("RANK", "1")
-    assert run("inspect") == Done(2, "", "")
+    assert run("it") == Done(2, "", "disha, rank 1: no space left\n")
 
 
 # --- flags ---------------------------------------------------------------------------------------
@@ -138,6 +145,7 @@ GONE = FileNotFoundError(errno.ENOENT, "No such file")
         (FULL, None, 1),
         (ValueError("of another library"), None, 1),
         (KeyboardInterrupt(), None, 130),
+        (SystemExit("a message"), None, 1),
     ],
 )
 def test_exit_code_by_what_went_wrong(run, command, error, cause, code):
