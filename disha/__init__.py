@@ -20,6 +20,8 @@ from disha.errors import (
 from disha.version import __version__
 
 if TYPE_CHECKING:
+    from disha import functional as functional
+    from disha import integrations as integrations
     from disha import interop as interop
     from disha.files import (
         AdapterFile,

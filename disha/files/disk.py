@@ -248,7 +248,7 @@ def write_tensors(new: Path, tensors: Tensors, metadata: dict[str, str] = OF_TOR
     whole = {}
     storages = set()
     for key, tensor in tensors.items():
-        values = tensor.contiguous()
+        values = tensor.resolve_conj().resolve_neg().contiguous()  # a file has no such flags
         storage = values.untyped_storage().data_ptr()
         if storage in storages:  # safetensors refuses tensors that share memory
             values = values.clone()

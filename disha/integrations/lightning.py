@@ -9,6 +9,8 @@ from pytorch_lightning.strategies import ModelParallelStrategy
 
 import disha
 from disha.integrations.engines import leave_out_base
+from disha.model import buffers
+from disha.model.view import ModelView
 from disha.text import counted, first_few
 
 __all__ = ["AdapterCheckpoints"]
@@ -48,9 +50,13 @@ class AdapterCheckpoints(Callback):
             leave_out_base(pl_module, kept, "FSDP")
 
     def _kept_keys(self, module: LightningModule) -> set[str]:
-        """Return the keys of all that trains: the adapter, and perhaps a head beside it."""
+        """Return the keys of all that trains: the adapter, and perhaps a head beside it.
+
+        Buffers that have changed are among them.
+        """
         trained = {key for key, parameter in module.named_parameters() if parameter.requires_grad}
-        return trained | disha.adapter_state_dict(module, self._adapter).keys()
+        changed = buffers.list_unsaved(ModelView(module))
+        return trained.union(changed, disha.adapter_state_dict(module, self._adapter))
 
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]

@@ -23,7 +23,7 @@ def step_memory(
 ) -> dict[str, int]:
     """Return the bytes of a training step on this device, by what they are for.
 
-    The values of the model stay as they are.
+    The model and the optimizer stay as they are.
 
     Args:
         model: the model, with its adapters.
@@ -33,6 +33,9 @@ def step_memory(
     """
     fake, tracker = modes or memory_modes()
     device = next(model.parameters()).device
+    gradients = [(weight, weight.grad) for weight in model.parameters()]
+    state = dict(optimizer.state)
+    optimizer.state.clear()
     with fake, tracker:
         # Every operation sees fake copies of the weights. They are kept alive, so each counts once.
         _weights = [local_part(weight).detach() for weight in model.parameters()]
@@ -41,6 +44,10 @@ def step_memory(
         peak = tracker.get_tracker_snapshot("peak")[device]
         optimizer.step()  # makes its state, which every later step has too
         after = tracker.get_tracker_snapshot()[device]
+    for weight, gradient in gradients:
+        weight.grad = gradient
+    optimizer.state.clear()
+    optimizer.state.update(state)
     trained = sum(
         local_part(weight).nbytes for weight in model.parameters() if weight.requires_grad
     )

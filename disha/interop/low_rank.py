@@ -206,7 +206,7 @@ def low_rank_updates(
             b = place_outputs(update.b, record.rows, geometry.out_features)  # zero in other rows
             update = dataclasses.replace(update, b=b)
         updates.append(update)
-    if not pad:
+    if not (pad and updates):
         return updates
     largest = max(update.rank for update in updates)
     padded_rank = find_served_rank(largest)

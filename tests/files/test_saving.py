@@ -62,6 +62,17 @@ class TestSaving:
         disha.load_adapter(loaded, path)
         assert_same(loaded.state_dict(), model.state_dict())
 
+    def test_a_conjugated_parameter_is_saved_as_it_reads(self, path):
+        model = nn.Linear(4, 4)
+        model.phase = nn.Parameter(torch.randn(3, dtype=torch.complex64).conj())
+        disha.save_adapter(disha.inject_adapters(model, "", 2, also_train="phase"), path)
+        other = nn.Linear(4, 4)
+        other.phase = nn.Parameter(torch.zeros(3, dtype=torch.complex64))
+        other.load_state_dict(model.state_dict(), strict=False)
+        other.phase.data.zero_()
+        disha.load_adapter(other, path)
+        assert torch.equal(other.phase, model.phase)
+
     def test_a_weight_that_holds_a_merge_is_not_taken_for_the_adapters(self, path):
         model = disha.inject_adapters(base(), "head", 2, also_train=r"head\.weight")
         disha.merge_adapters(model)

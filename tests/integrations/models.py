@@ -10,9 +10,11 @@ import disha
 FILES = {"adapter.safetensors", "model.safetensors.index.json"}
 
 
-def net(linear=nn.Linear):
+def net(linear=nn.Linear, **buffers):
     torch.manual_seed(0)
     model = nn.Sequential(linear(16, 16), nn.LayerNorm(16), linear(16, 4)).to("cpu")
+    for name, value in buffers.items():
+        model.register_buffer(name, value)
     return disha.inject_adapters(model, "0|2", r=4, also_train="1")
 
 

@@ -16,11 +16,12 @@ from tests.integrations.models import BASES, assert_same, net
 class Module(LightningModule):
     def __init__(self, linear=nn.Linear):
         super().__init__()
-        self.net, self.head = net(linear), nn.Linear(4, 4)
+        self.net, self.head = net(linear, steps=torch.tensor(0)), nn.Linear(4, 4)
         torch.manual_seed(2)
         self.data = [(torch.randn(16), torch.randn(4)) for _ in range(16)]
 
     def training_step(self, batch):
+        self.net.steps += self.training
         return (self.head(self.net(batch[0])) - batch[1]).square().mean()
 
     def validation_step(self, batch):
@@ -59,7 +60,8 @@ def test_checkpoints_of_lightning_hold_the_adapter_and_resume_bit_for_bit(tmp_pa
     fitted(rest, tmp_path / "rest", 3, resume=tmp_path / "part" / "epoch=1.ckpt")
     assert_same(rest, whole)
     kept = torch.load(tmp_path / "whole" / "epoch=2.ckpt", weights_only=False)["state_dict"]
-    assert kept.keys() == {*disha.adapter_state_dict(whole), "head.weight", "head.bias"}
+    others = {"head.weight", "head.bias", "net.steps"}
+    assert kept.keys() == {*disha.adapter_state_dict(whole), *others}
 
     with torch.no_grad():
         for block in disha.adapter_parameters(whole):

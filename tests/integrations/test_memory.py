@@ -8,6 +8,7 @@ from torch._subclasses import FakeTensorMode
 import disha
 from benchmarks.fits import checked, simulated
 from disha.effective import EffectiveWeight
+from disha.integrations.memory import step_memory
 
 
 @pytest.mark.parametrize(
@@ -30,6 +31,27 @@ def test_an_adapted_weight_of_a_fake_tensor_is_not_computed():
         assert layer.weight.base.grad is None
         (block,) = disha.adapter_parameters(layer)
         assert block.grad.shape == block.shape
+
+
+def test_a_simulated_step_leaves_the_next_one_as_it_is():
+    """The optimizer, its state and the gradients are those that they were."""
+    models = [torch.nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 2)) for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    steps = []
+    for model in models:
+        disha.inject_adapters(model, "all-linear", r=2)
+        optimizer = torch.optim.AdamW(disha.adapter_parameters(model))
+        steps.append((model, optimizer))
+    x = torch.randn(3, 6)
+    for _ in range(2):  # without state, and with it
+        step_memory(models[0], steps[0][1], lambda: models[0](x).square().mean())
+        for model, optimizer in steps:
+            model(x).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    for simulated_too, plain in zip(*map(disha.adapter_parameters, models), strict=True):
+        assert torch.equal(simulated_too, plain)
+        assert plain.any()
 
 
 def test_weights_in_four_bits_take_the_place_of_others():
