@@ -120,6 +120,25 @@ def test_peft_trains_the_gru_of_the_example_by_name_and_refuses_the_parameter_of
             peft.get_peft_model(scope["Tagger"](), config)
 
 
+def test_peft_has_no_effect_where_a_weight_is_read_and_its_layer_not_called():
+    class Reader(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.project = torch.nn.Linear(8, 8)
+
+        def forward(self, x):
+            return x @ self.project.weight.T
+
+    for config in (
+        peft.LoraConfig(target_modules=["project"], init_lora_weights=False),
+        peft.LoraConfig(target_parameters=["project.weight"], init_lora_weights=False),
+        peft.MissConfig(r=4, target_modules=["project"], init_weights=False),
+    ):
+        base, x = Reader(), torch.randn(2, 8)
+        before = base(x)
+        assert torch.equal(peft.get_peft_model(base, config)(x), before)
+
+
 def test_peft_un_merges_by_subtracting_and_disha_restores_every_bit():
     scope = tagger()
     model = scope["Tagger"]()
