@@ -33,7 +33,12 @@ def step_memory(
     """
     fake, tracker = modes or memory_modes()
     device = next(model.parameters()).device
-    gradients = [(weight, weight.grad) for weight in model.parameters()]
+    # The optimizer's decay of real weights would act.
+    former = [
+        (weight, weight.grad, weight.detach().clone())
+        for weight in model.parameters()
+        if weight.requires_grad
+    ]
     state = dict(optimizer.state)
     optimizer.state.clear()
     with fake, tracker:
@@ -44,8 +49,9 @@ def step_memory(
         peak = tracker.get_tracker_snapshot("peak")[device]
         optimizer.step()  # makes its state, which every later step has too
         after = tracker.get_tracker_snapshot()[device]
-    for weight, gradient in gradients:
+    for weight, gradient, values in former:
         weight.grad = gradient
+        weight.data.copy_(values)
     optimizer.state.clear()
     optimizer.state.update(state)
     trained = sum(
