@@ -21,7 +21,7 @@ from disha.layers.adapted import AdaptedLayer
 from disha.layers.blocks import AdapterBlock, NewRowsBlock
 from disha.model.check_merges import Merging, compare_merged
 from disha.model.check_report import CheckedWeight, CheckReport
-from disha.model.check_runs import Runner, restore_data, undo_changes_in_place
+from disha.model.check_runs import Runner, UndoesWrites, restore_data
 from disha.model.view import ModelBlock, ModelView, clean_key
 from disha.sharding.imported import imported_class
 from disha.sharding.tensors import gather, write
@@ -39,11 +39,14 @@ def check_adapters(
 ) -> CheckReport:
     """Run a model and report for each active block whether it acts, trains and merges.
 
-    The model runs in evaluation mode: twice with random values in all blocks, once merged, and once
-    for each block that gets no gradient. If a block does not act or gets no gradient there, the
-    model also runs in training mode, without the adapters' own dropout. So a head that only
-    training uses is in order, and so is a model that differentiates in its forward (forces of an
-    energy) and keeps the graph of that in training only.
+    The model runs in evaluation mode: twice with random values in all blocks, once for each part of
+    the weights while that is merged, and once for each block that gets no gradient. The originals
+    of a part are kept meanwhile: 64 MiB, or a 16th of the adapted weights, or one weight.
+
+    If a block does not act or gets no gradient there, the model also runs in training mode, without
+    the adapters' own dropout. So a head that only training uses is in order, and so is a model that
+    differentiates in its forward (forces of an energy) and keeps the graph of that in training
+    only.
 
     Afterwards, parameters, buffers, modes, gradients and the random states of torch are as before.
     What else a forward changes, such as a counter that is a Python number, is not seen.
@@ -156,7 +159,7 @@ def _check(
         _randomise(blocks, undo)
         restore_data(active, undo)
         undo.callback(view.reshard)  # a forward gathers what is sharded
-        with undo_changes_in_place(active, undo):
+        with UndoesWrites(active, undo):
             in_evaluation = _observe(runner, blocks, training=False)
         observations = [in_evaluation]
         mergings = compare_merged(view, runner, active, in_evaluation.outputs, training=False)
@@ -260,7 +263,7 @@ def _observe_idle(
     if not idle:
         return None, ""
     try:
-        with undo_changes_in_place(active, undo):
+        with UndoesWrites(active, undo):
             return _observe(runner, idle, training=True), ""
     except Exception as error:  # such as of a loss without its targets, or of a batch norm
         return None, type(error).__name__

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from contextlib import ExitStack
 from typing import NamedTuple
 
@@ -15,6 +16,8 @@ from disha.model.merge import merge
 from disha.model.view import ModelBlock, ModelView
 from disha.sharding.tensors import gather, write
 from disha.text import counted
+
+LARGEST_PART = 64 * 2**20
 
 ROUNDINGS = 4
 """Merging may change an output by this many times as much as a tiny change of the blocks does."""
@@ -49,29 +52,36 @@ def compare_merged(
         return {}
     try:
         borrowers = view.find_borrowers()
-        merged = _run_merged(view, runner, training)
     except DishaError as error:
-        refused = Merging(None, str(error))
-        return {model_block.layer: refused for model_block in compared}
+        return _refuse_all(compared, error)
     # A layer merges together with those that are tied to it.
-    together: dict[AdaptedLayer, list[nn.Module]] = {
-        model_block.layer: [model_block.layer] for model_block in compared
+    together: dict[AdaptedLayer, set[nn.Module]] = {
+        model_block.layer: {model_block.layer} for model_block in compared
     }
     for model_block in compared:
-        together[model_block.layer] += borrowers[model_block.block].values()
+        together[model_block.layer].update(borrowers[model_block.block].values())
     tolerance = _relative_tolerance(expected, compared)
     sums_before = sum_weights(compared)
     allowed = _measure_rounding(runner, expected, tolerance, training)  # runs the model once
     sums_after = sum_weights(compared)  # if they differ, that forward has changed a weight
-    all_alike = not _describe_difference(merged, expected, tolerance, allowed)
+
+    def find_difference(layers: Iterable[AdaptedLayer]) -> str:
+        only = set[nn.Module]().union(*[together[layer] for layer in layers])
+        with ExitStack() as undo:
+            merge(view, undo, only=only)
+            outputs = runner.run(training=training)
+        return _describe_difference(outputs, expected, tolerance, allowed)
+
     mergings: dict[AdaptedLayer, Merging] = {}
-    for layer, layers in together.items():
-        difference = ""
-        if not all_alike:  # then each layer is merged alone, to find those that differ
-            part = ModelView(nn.ModuleList(layers))
-            outputs = _run_merged(part, runner, training)
-            difference = _describe_difference(outputs, expected, tolerance, allowed)
-        mergings[layer] = Merging(not difference, difference)
+    try:
+        for part in _split_by_size(compared):
+            alike = not find_difference(part)
+            for layer in part:
+                # If they differ together, each is merged alone, to find those that do.
+                difference = "" if alike else find_difference([layer])
+                mergings[layer] = Merging(not difference, difference)
+    except DishaError as error:
+        return _refuse_all(compared, error)
     for model_block in compared:
         drifts = sums_before.get(model_block.block) != sums_after.get(model_block.block)
         if drifts:
@@ -79,11 +89,31 @@ def compare_merged(
     return mergings
 
 
-def _run_merged(view: ModelView, runner: Runner, training: bool) -> list[Tensor]:
-    """Return the outputs of the model while the layers of a view are merged."""
-    with ExitStack() as undo:
-        merge(view, undo)
-        return runner.run(training=training)
+def _refuse_all(compared: list[ModelBlock], error: DishaError) -> dict[AdaptedLayer, Merging]:
+    refused = Merging(None, str(error))
+    return {model_block.layer: refused for model_block in compared}
+
+
+def _split_by_size(compared: list[ModelBlock]) -> list[list[AdaptedLayer]]:
+    """Return the layers in parts that merge together, because their originals are kept meanwhile.
+
+    A part has at most `LARGEST_PART` bytes, or a 16th of all weights, or a single layer.
+    """
+    sizes = dict.fromkeys([model_block.layer for model_block in compared], 0)
+    weights = dense_weights(compared)
+    for model_block in compared:
+        if model_block.block in weights:
+            sizes[model_block.layer] += weights[model_block.block].nbytes
+    limit = max(LARGEST_PART, sum(sizes.values()) // 16)
+    parts: list[list[AdaptedLayer]] = [[]]
+    free = limit
+    for layer, size in sizes.items():
+        if size > free and parts[-1]:
+            parts.append([])
+            free = limit
+        parts[-1].append(layer)
+        free -= size
+    return parts
 
 
 def _relative_tolerance(outputs: list[Tensor], compared: list[ModelBlock]) -> float:

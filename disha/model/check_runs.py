@@ -17,12 +17,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from disha.effective.weight import base_inside
 from disha.errors import ArgumentError
-from disha.functional.shard_sums import merge_dtype
+from disha.functional.shard_sums import PLAIN, merge_dtype
 from disha.layers.blocks import AdapterBlock
 from disha.layers.quantized import quantized_slot
 from disha.model.view import ModelBlock, ModelView
+from disha.private_torch import tree_leaves, written_arguments
 from disha.sharding.tensors import is_sharded
 from disha.sharding.zero import is_partitioned
 
@@ -175,18 +178,31 @@ def restore_data(active: list[ModelBlock], undo: ExitStack) -> None:
         undo.callback(put_back, weight, weight.data)
 
 
-@contextmanager
-def undo_changes_in_place(active: list[ModelBlock], undo: ExitStack) -> Iterator[None]:
-    """Let `undo` put back the values that the body changes in place.
+class UndoesWrites(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Copies a weight before an operation writes into it, and lets `undo` put its values back."""
 
-    All weights are copied for the time of the body. After it, only copies of changed ones stay.
-    """
-    kept = []
-    for weight in dense_weights(active).values():
-        kept.append((weight.data, weight.detach().clone()))
-    try:
-        yield
-    finally:
-        for data, values in kept:
-            if not torch.equal(data, values):
-                undo.callback(data.copy_, values)
+    def __init__(self, active: list[ModelBlock], undo: ExitStack) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._undo = undo
+        self._unwritten: dict[int, list[Tensor]] = {}  # by their memory, which several may share
+        for weight in dense_weights(active).values():
+            address = weight.untyped_storage().data_ptr()
+            self._unwritten.setdefault(address, []).append(weight.data)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        named = kwargs or {}
+        if func._schema.is_mutable:
+            places = written_arguments(func)
+            values = [value for place, value in enumerate(args) if place in places]
+            values += [value for name, value in named.items() if name in places]
+            for tensor in tree_leaves(base_inside(values)):
+                self._keep(tensor)
+        return func(*args, **named)
+
+    def _keep(self, written: Any) -> None:
+        if type(written) not in PLAIN:
+            return
+        for data in self._unwritten.pop(written.untyped_storage().data_ptr(), []):
+            self._undo.callback(data.copy_, data.clone())

@@ -6,7 +6,7 @@ while it is merged, so unmerging is exact.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from contextlib import ExitStack
 from typing import NoReturn
 
@@ -121,8 +121,12 @@ def merge(
     *,
     untie: bool = False,
     dense: bool = False,
+    only: Container[nn.Module] | None = None,
 ) -> None:
-    """Merge adapters as `merge_adapters` says, and let `undo` take it back."""
+    """Merge adapters as `merge_adapters` says, and let `undo` take it back.
+
+    If only some layers merge, those that are tied to them have to be among them.
+    """
     view.refuse_inside("merge adapters")
     for context in view.open_contexts():
         raise ModeError(
@@ -137,6 +141,8 @@ def merge(
         # A tied parameter is merged once for all modules that see the same updates of it.
         merged_once: dict[tuple[int, frozenset[AdapterBlock]], tuple[Original, Tensor]] = {}
         for layer, adapters in chosen.items():
+            if only is not None and layer not in only:
+                continue
             originals = {}
             for parameter, slot in slots_of(layer, adapters).items():
                 name = join(view.names[layer][0], parameter)

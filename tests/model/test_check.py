@@ -1,6 +1,7 @@
 """check_adapters: what it finds in models that use their weights in good and in bad ways."""
 
 import copy
+import gc
 from enum import Enum
 
 import pytest
@@ -10,6 +11,7 @@ from torch import nn
 import disha
 from disha import ArgumentError, CheckReport, MergeError, ModeError, functional
 from disha.functional import Method
+from disha.model import check_merges
 from disha.model.check_report import CheckedWeight
 from tests.conftest import Tied, assert_unchanged, refused, seed_torch, snapshot
 from tests.reference import METHODS
@@ -311,6 +313,23 @@ def test_a_forward_that_prepares_w_once_is_in_order():
 
     _, row = check(prepare_once)
     assert row.ok
+
+
+def test_few_weights_are_in_memory_twice(monkeypatch):
+    monkeypatch.setattr(check_merges, "LARGEST_PART", 1)
+    model = nn.Sequential(*(nn.Linear(7, 7) for _ in range(32)))
+    weights = []
+
+    def count(*_):
+        tensors = [one for one in gc.get_objects() if type(one) in (torch.Tensor, nn.Parameter)]
+        weights.append(len({one.data_ptr() for one in tensors if one.shape == (7, 7)}))
+
+    model.register_forward_hook(count)
+    disha.inject_adapters(model, "all-linear", 2)
+    report = disha.check_adapters(model, torch.randn(3, 7))
+    assert report.ok, report
+    assert len(weights) == 3 + 16  # a 16th of the weights is merged at a time
+    assert max(weights) <= 32 + 2
 
 
 def test_a_merge_that_is_refused_is_no_problem():
