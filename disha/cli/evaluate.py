@@ -90,26 +90,27 @@ def main(words: Sequence[str]) -> None:
             raise ArgumentError(
                 f"--exact_match needs rows with a question and an answer, and {name} has none"
             )
-    batches = {name: _batches(runner, rows, flags) for name, rows in sets.items()}
+    trainers = {name: _make_trainer(runner, rows, flags) for name, rows in sets.items()}
     results: dict[str, dict[str, Measured]] = {}
     if flags.adapter is None or flags.compare:
-        results["base"] = _measure_sets(runner, batches, sets, flags)
+        results["base"] = _measure_sets(runner, trainers, flags)
     if flags.adapter is not None:
         runner.load_adapter(flags)
-        results["adapter"] = _measure_sets(runner, batches, sets, flags)
-    _show(results, sets, flags.json)
+        results["adapter"] = _measure_sets(runner, trainers, flags)
+    counts = {name: len(trainer.train_dataset) for name, trainer in trainers.items()}
+    _show(results, counts, flags.json)
 
 
 def _show(
-    results: Mapping[str, Mapping[str, Measured]], sets: Mapping[str, Dataset], as_json: bool
+    results: Mapping[str, Mapping[str, Measured]], counts: Mapping[str, int], as_json: bool
 ) -> None:
     """Print what was measured: of all rows, and of each data set if there are several."""
     wholes = {model: sum_of(measured.values()) for model, measured in results.items()}
     lines = {model: whole.fields() for model, whole in wholes.items()}
-    count = sum(map(len, sets.values()))
+    count = sum(counts.values())
     fields: dict[str, Any] = {**lines, "rows": count}
-    if len(sets) > 1:
-        fields["data"] = {name: {"rows": len(rows)} for name, rows in sets.items()}
+    if len(counts) > 1:
+        fields["data"] = {name: {"rows": of_set} for name, of_set in counts.items()}
         for model, measured in results.items():
             for name, of_set in measured.items():
                 lines[f"{model}, {name}"] = of_set.fields()
@@ -130,19 +131,18 @@ def sum_of(measured: Any) -> Measured:
 
 
 def _measure_sets(
-    runner: PromptRunner,
-    batches: Mapping[str, Any],
-    sets: Mapping[str, Dataset],
-    flags: Namespace,
+    runner: PromptRunner, trainers: Mapping[str, Any], flags: Namespace
 ) -> dict[str, Measured]:
-    return {name: _measure(runner, batches[name], rows, flags) for name, rows in sets.items()}
+    return {name: _measure(runner, trainer, flags) for name, trainer in trainers.items()}
 
 
-def _measure(runner: PromptRunner, batches: Any, rows: Dataset, flags: Namespace) -> Measured:
+def _measure(runner: PromptRunner, trainer: Any, flags: Namespace) -> Measured:
+    """Measure the rows that have something to predict in the tokens that are left of them."""
     total = 0.0
     tokens = 0
+    rows = trainer.train_dataset
     with torch.no_grad():
-        for batch in tqdm(batches, desc="Measuring"):
+        for batch in tqdm(trainer.get_eval_dataloader(rows), desc="Measuring"):
             count = int((batch["labels"][:, 1:] != -100).sum())
             if count:  # a row of one token has nothing to predict
                 total += float(runner.model(**batch).loss) * count
@@ -151,8 +151,8 @@ def _measure(runner: PromptRunner, batches: Any, rows: Dataset, flags: Namespace
     return Measured(total, tokens, exact)
 
 
-def _batches(runner: PromptRunner, rows: Dataset, flags: Namespace) -> Any:
-    """Return the rows as batches, with the labels that `trl` trains on."""
+def _make_trainer(runner: PromptRunner, rows: Dataset, flags: Namespace) -> Any:
+    """Return a trainer that makes batches of the rows, with the labels that `trl` trains on."""
     # Help must not wait for trainers.
     from trl import SFTConfig
 
@@ -175,7 +175,7 @@ def _batches(runner: PromptRunner, rows: Dataset, flags: Namespace) -> Any:
         )
         trainer = Trainer(runner.model, settings, None, rows, processing_class=runner.tokenizer)
     runner.model.train(False)
-    return trainer.get_eval_dataloader(trainer.train_dataset)
+    return trainer
 
 
 def _count_exact(runner: PromptRunner, rows: Dataset, flags: Namespace) -> int:

@@ -13,7 +13,13 @@ from disha.cli.dispatcher import Parser
 from disha.cli.output import tell_noted_base
 from disha.errors import AdapterFileWarning, ArgumentError
 from disha.finetune.base import best_device, load_base
-from disha.finetune.notes import BITS, PROMPT_KEY, load_noted_adapter, read_notes
+from disha.finetune.notes import (
+    BITS,
+    PROMPT_KEY,
+    load_noted_adapter,
+    read_noted_bits,
+    read_notes,
+)
 from disha.finetune.templates import try_template
 
 Message = dict[str, Any]
@@ -23,9 +29,10 @@ Prompt = str | Sequence[Message]  # a text, or the messages of a conversation
 def add_model_flags(parser: Parser) -> None:
     """Add the flags that name a model, and limit its answers."""
     names = ("--base", "--base_model_name_or_path")
-    parser.add_argument("--adapter", type=Path, help="an adapter file, or a folder of PEFT's MiSS")
+    parser.add_argument("--adapter", type=Path, help="an adapter file, or a folder of PEFT")
     parser.add_argument(*names, metavar="MODEL", help="a folder, a GGUF file or a name; as noted")
     parser.add_argument("--bits", choices=BITS, help="how weights are stored; as noted")
+    parser.add_argument("--force", action="store_true", help="also on a base that is not its own")
     parser.add_argument("--attn_implementation", help="such as sdpa, eager or flash_attention_2")
     parser.add_argument(
         "--max_new_tokens", type=at_least_1, default=256, help="tokens of the longest answer"
@@ -51,10 +58,13 @@ class PromptRunner:
     tools: Sequence[Any] | None = None
 
     def load_adapter(self, flags: Namespace) -> None:
-        """Load the adapter. If its note has named the base, it must belong to that base."""
-        action: Any = "error" if flags.base is None else "default"
-        with warnings.catch_warnings(action=action, category=AdapterFileWarning):
-            load_noted_adapter(self.model, flags.adapter)
+        """Load the adapter, which must belong to the base."""
+        action: Any = "default" if flags.force else "error"
+        try:
+            with warnings.catch_warnings(action=action, category=AdapterFileWarning):
+                load_noted_adapter(self.model, flags.adapter)
+        except AdapterFileWarning as error:
+            raise ArgumentError(f"{error}; --force uses it all the same") from error
 
     def turns(self, prompt: Prompt) -> list[Message]:
         """Return a prompt as messages, after the system message if there is one."""
@@ -97,11 +107,13 @@ def load_runner(
     """Return the base that the flags name, without the adapter."""
     if flags.adapter is None and flags.base is None:
         raise ArgumentError("name the model with --base or --adapter")
-    name, bits = (flags.base, "fp32") if flags.base else tell_noted_base(flags.adapter)
     notes = {} if flags.adapter is None else read_notes(flags.adapter)
+    name, bits = flags.base, read_noted_bits(notes)
+    if name is None:
+        name, bits = tell_noted_base(flags.adapter)
     try_template(flags.adapter, notes)
     model, tokenizer = load_base(
-        name, flags.bits or bits, best_device(), notes, flags.attn_implementation
+        name, flags.bits or bits or "fp32", best_device(), notes, flags.attn_implementation
     )
     prompt_form = notes.get(PROMPT_KEY)
     if prompt_form == "chat" and not tokenizer.chat_template:

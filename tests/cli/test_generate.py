@@ -127,9 +127,12 @@ def test_an_adapter_of_another_base_is_refused(asks, language_model, tmp_path):
             layer.self_attn.q_proj.weight.add_(1)
     model.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
-    done = asks("--adapter", path, "--prompt", "a")
-    assert done.code == 2
-    assert "other" in done.err.splitlines()[-1]
+    for named in ((), ("--base", tmp_path / "model")):
+        done = asks("--adapter", path, "--prompt", "a", *named)
+        assert (done.code, done.out) == (2, "")
+        assert "other base weights" in done.err.splitlines()[-1]
+        assert done.err.endswith("--force uses it all the same\n")
+    assert asks("--adapter", path, "--prompt", "a", "--force").code == 0
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,7 @@ import disha
 from disha import AdapterFileWarning, ArgumentError
 from disha.cli import main as disha_command
 from disha.finetune import course, main, train, trainer
+from disha.finetune.arguments import parse_flags
 from disha.finetune.base import Base, load_base
 from disha.finetune.choices import Device
 from disha.finetune.notes import read_noted_base
@@ -242,9 +243,15 @@ def test_a_template_that_was_given_goes_where_the_adapter_goes(
     loss = evaluated("--adapter", result.adapter, "--data", data)["adapter"]["loss"]
     assert loss == pytest.approx(result.losses[6], abs=0.02)
     talk = write_rows(tmp_path / "talk.jsonl", [{"messages": TALK}] * 8)
-    words = ["--adapter", result.adapter, "--data", talk]
-    further = finetune(tmp_path / "further", *words, base=None)
-    assert disha.inspect_adapter(further.adapter).metadata["chat_template"] == CHATML
+    for form in ("peft", "lora"):
+        folder = tmp_path / form
+        assert disha_command(["convert", str(result.adapter), str(folder), "--to", form]) == 0
+        of_folder = evaluated("--adapter", folder, "--data", data)["adapter"]["loss"]
+        assert of_folder == pytest.approx(loss, abs=1e-4)
+    for adapter in (result.adapter, tmp_path / "lora"):
+        words = ["--adapter", adapter, "--data", talk, "--overwrite_output_dir"]
+        further = finetune(tmp_path / "further", *words, base=None)
+        assert disha.inspect_adapter(further.adapter).metadata["chat_template"] == CHATML
 
 
 class TestHeldOutRows:
@@ -312,6 +319,17 @@ class TestCourse:
         with pytest.raises(ArgumentError, match=says):
             finetune(tmp_path / "out", "--adapter", path, *words)
 
+    def test_groups_and_no_target_are_taken_from_the_file(self, finetune, tiny, tmp_path):
+        """A combined adapter has no target; flags may say what the file says."""
+        model, _ = load_base(str(tiny))
+        for name, target in (("a", "v_proj"), ("b", "q_proj")):
+            disha.inject_adapters(model, target, r=8, method="bone_groups_all", adapter=name)
+        disha.combine_adapters(model, {"a": 1, "b": 1}, "sum")
+        disha.save_adapter(model, tmp_path / "adapter.safetensors", "sum")
+        words = ["--adapter", tmp_path / "adapter.safetensors", "--groups", "all"]
+        settings = finetune(tmp_path / "out", *words).report["settings"]
+        assert (settings["method"], settings["target"]) == ("bone_groups_all", [])
+
     def test_the_report_has_the_settings_of_an_adapter_that_is_trained_further(
         self, tiny, data, authors, tmp_path
     ):
@@ -320,6 +338,8 @@ class TestCourse:
         settings = Result(tmp_path).report["settings"]
         assert (settings["r"], settings["method"], settings["bits"]) == (8, "bone", "fp32")
         assert settings["base"] == str(tiny)
+        held = parse_flags(["--adapter", str(authors.adapter), "--base", str(tiny)])[0].bits
+        assert held == "bf16"  # as the file notes it, also on a base that is given
 
     def test_an_adapter_of_another_base(self, finetune, authors, tmp_path):
         other = write_model(tmp_path / "other", seed=1)
