@@ -27,7 +27,6 @@ Examples:
 
 from __future__ import annotations
 
-import json
 import shlex
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
@@ -50,6 +49,7 @@ from disha.finetune.notes import (
     TOKENS_KEY,
     base_note,
     read_noted_base,
+    read_noted_bits,
     read_noted_tokens,
 )
 from disha.interop import image_lora, peft
@@ -58,16 +58,27 @@ from disha.interop.checkpoints.reading import Checkpoint, open_checkpoint
 from disha.interop.lora.reading import read_lora
 from disha.interop.lora.writing import write_lora
 from disha.interop.low_rank import LoraReport, find_served_rank, is_stack
-from disha.interop.peft_format import CONFIG_NAME, task_of
+from disha.interop.peft_format import CONFIG_NAME, WEIGHTS_NAME, task_of
 from disha.text import counted, first_few
 
 FORMATS = ("disha", "peft", "lora", "diffusers")
 PEFT_METHODS = ("MISS", "BONE", "LORA")
+TAKEN_BY = {
+    "rank": ("lora", "diffusers"),
+    "pad_rank": ("lora",),
+    "experts": ("lora",),
+    "dropout": ("peft",),
+}
+"""Flag -> the formats that it is for."""
+
+LARGE = 4
+"""How many times the r of its adapter the rank of a LoRA may be, until a line says so."""
 
 
 def main(words: Sequence[str]) -> None:
     """Convert an adapter."""
     flags = _parser().parse(words)
+    _refuse_unused(flags)
     require_free(flags.out, flags.overwrite)
     source = _find_source(flags.source)
     base = _open_base(flags.base, source)
@@ -100,13 +111,23 @@ def _parser() -> Parser:
     parser.add_argument("--base", type=Path, help="the checkpoint of the base")
     parser.add_argument("--rank", type=int, help="largest rank of a layer as LoRA")
     parser.add_argument("--pad_rank", action="store_true", help="lora: one rank for all layers")
-    parser.add_argument("--experts", default="stacked", help="lora: stacked or separate")
+    parser.add_argument("--experts", help="lora: stacked (the default) or separate")
     parser.add_argument("--dropout", type=float, help="peft: instead of the adapter's")
     parser.add_argument("--component", help="image models: such as unet or text_encoder")
     parser.add_argument("--no_also_train", action="store_true", help="convert the blocks alone")
     parser.add_argument("--verbose", action="store_true", help="show each layer")
     parser.add_argument("--overwrite", action="store_true", help="replace what is there")
     return parser
+
+
+def _refuse_unused(flags: Namespace) -> None:
+    """Raise if a flag is given that the format does not take."""
+    for name, formats in TAKEN_BY.items():
+        if getattr(flags, name) not in (None, False) and flags.to not in formats:
+            raise ArgumentError(
+                f"--{name} is for --to {' and '.join(formats)}, not for --to {flags.to}; leave it "
+                "out"
+            )
 
 
 # --- reading -------------------------------------------------------------------------------------
@@ -120,9 +141,12 @@ def _find_source(path: Path) -> Path:
 
 
 def _read(path: Path, flags: Namespace, base: Checkpoint | None) -> AdapterContents:
+    is_image_lora = not path.is_dir() and image_lora.has_factors(path)
+    if flags.component is not None and not is_image_lora and flags.to != "diffusers":
+        raise ArgumentError(f"--component is for image models, and {path} is of none; leave it out")
     if path.is_dir():
         return _read_folder(path, flags, base)
-    if not image_lora.has_factors(path):
+    if not is_image_lora:
         return read_contents(path)
     adapters = image_lora.read_file(path)
     component = flags.component
@@ -154,16 +178,12 @@ def _read_folder(path: Path, flags: Namespace, base: Checkpoint | None) -> Adapt
 
 
 def _peft_settings(folder: Path) -> dict[str, Any]:
-    path = folder / CONFIG_NAME
-    if not path.is_file():
+    if not (folder / CONFIG_NAME).is_file():
         raise AdapterFileError(
             f"{folder} has neither {ADAPTER_NAME} nor {CONFIG_NAME}; name an adapter file, a "
             "folder that PEFT has saved, or a checkpoint saved with AdapterCheckpoints"
         )
-    settings = json.loads(path.read_bytes())
-    if not isinstance(settings, dict):
-        raise AdapterFileError(f"{path} must hold a JSON object")
-    return settings
+    return peft.read_config(folder)
 
 
 def _open_base(given: Path | None, source: Path) -> Checkpoint | None:
@@ -220,20 +240,13 @@ def _complete_notes(
     if base_name is None:
         return notes
     if flags.to == "disha":
-        notes[BASE_KEY] = base_note(base_name, _read_noted_bits(notes), flags.out)
+        notes[BASE_KEY] = base_note(base_name, read_noted_bits(notes) or "fp32", flags.out)
         return notes
     notes["base_model_name_or_path"] = base_name
     task = _task_of(notes, _config_of(base))
     if task is not None:
         notes["task_type"] = task
     return notes
-
-
-def _read_noted_bits(notes: Mapping[str, str]) -> str:
-    try:
-        return json.loads(notes[BASE_KEY])["bits"]
-    except (KeyError, ValueError, TypeError):
-        return "fp32"
 
 
 def _task_of(notes: Mapping[str, str], config: Mapping[str, Any]) -> str | None:
@@ -275,7 +288,7 @@ def _write(
             contents,
             rank=flags.rank,
             pad=flags.pad_rank,
-            experts=flags.experts,
+            experts=flags.experts or "stacked",
             model_type=_config_of(base).get("model_type"),
             base=weights,
         )
@@ -313,6 +326,7 @@ def _describe_serving(
 ) -> list[str]:
     """Return how to serve a LoRA with vLLM, or why vLLM refuses it and what to do instead."""
     model = "BASE" if base_name is None else base_name
+    merge = shlex.join(["disha", "merge", model, str(flags.source), f"{flags.out}-merged"])
     if report.also_train:
         lines = [
             f"vLLM and SGLang refuse it, because it holds {first_few(report.also_train, 3, ', ')}"
@@ -322,11 +336,17 @@ def _describe_serving(
             lines.append(
                 f"PEFT reads it with the tokenizer that has {tokens}, {_where(flags, base_name)}"
             )
-        merge = ("disha", "merge", model, str(flags.source), f"{flags.out}-merged")
-        return [*lines, f"to serve it, merge it: {shlex.join(merge)}"]
+        return [*lines, f"to serve it, merge it: {merge}"]
+    if flags.rank is None and any(layer.rank > LARGE * layer.r for layer in report.layers):
+        size = (flags.out / WEIGHTS_NAME).stat().st_size
+        of_adapter = sum(tensor.nbytes for tensor in contents.tensors.values())
+        return [
+            f"the LoRA has {size / 1e6:,.1f} MB, and the adapter has {of_adapter / 1e6:,.1f} MB; "
+            f"to serve it, merge it: {merge}"
+        ]
     has_stacks = any(is_stack(layer) for layer in contents.layers)
     reads_stacks = _config_of(base).get("model_type") == "gpt_oss"
-    if has_stacks and flags.experts == "stacked" and not reads_stacks:
+    if has_stacks and flags.experts != "separate" and not reads_stacks:
         return ["vLLM reads stacked experts of GPT-OSS only; for others, give --experts separate"]
     rank = max(layer.rank for layer in report.layers)
     largest = find_served_rank(rank)

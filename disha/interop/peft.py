@@ -76,7 +76,8 @@ INIT_WEIGHTS = {"bone": True, BAT: BAT}
 READ_INIT_WEIGHTS = {True: "bone", False: "bone", BAT: BAT, TILE: "bone"}
 """PEFT's word -> the method. False means random values at the start of training."""
 
-CANT_EXPRESS = "the adapter can't be written for PEFT's MiSS (disha.interop.lora writes more)"
+CANT_EXPRESS = "the adapter can't be written for PEFT's MiSS"
+ELSE = "Write a LoRA (disha.interop.lora), which holds more, or merge (merge_adapters)"
 
 # --- a model -------------------------------------------------------------------------------------
 
@@ -152,7 +153,7 @@ def export(
         saved = find_saved_modules(view, contents.also_train, names)
         problems = _reasons_against_miss(contents, dropout)
         problems += reasons_against(view, names, _reason_if_unknown, exporting=True)
-        refuse_to_write(CANT_EXPRESS, [*problems, *saved.problems])
+        refuse_to_write(CANT_EXPRESS, [*problems, *saved.problems], ELSE)
         notes = notes_of(view.modules[""]) | given
         fields = _fields_of(contents, dropout, module_names(view), saved.modules, notes)
     others = saved.copies()
@@ -372,7 +373,7 @@ def write_folder(folder: Path, contents: AdapterContents, *, dropout: float | No
         f"{name}: PEFT saves whole modules; load the file into the model and export from there"
         for name in contents.also_train
     ]
-    refuse_to_write(CANT_EXPRESS, problems)
+    refuse_to_write(CANT_EXPRESS, problems, ELSE)
     fields = _fields_of(contents, dropout, None, (), contents.metadata)
     write_peft_files(folder, fields, _blocks_of(contents))
 

@@ -124,15 +124,19 @@ def read_config(folder: PathLike) -> dict[str, Any]:
         AdapterIOError: the file can't be read.
         AdapterFileError: it does not hold a JSON object.
     """
-    path = check_path(folder) / CONFIG_NAME
+    path = check_path(folder)
     try:
-        fields = json.loads(path.read_bytes())
+        fields = json.loads((path / CONFIG_NAME).read_bytes())
     except OSError as error:
         raise AdapterIOError(f"can't read a folder of PEFT: {error}") from error
     except (ValueError, RecursionError) as error:
-        raise AdapterFileError(f"{path} is not JSON: {error}") from error
+        raise AdapterFileError(
+            f"{path} is not a complete folder of PEFT: {CONFIG_NAME} is not JSON: {error}"
+        ) from error
     if not isinstance(fields, dict):
-        raise AdapterFileError(f"{path} must hold a JSON object")
+        raise AdapterFileError(
+            f"{path} is not a complete folder of PEFT: {CONFIG_NAME} must hold a JSON object"
+        )
     return fields
 
 
@@ -159,12 +163,15 @@ def read_peft_files(folder: PathLike, ends: tuple[str, ...], also_train: bool) -
     return PeftFolder(path, fields, named)
 
 
-def refuse_to_write(what: str, problems: Sequence[str]) -> None:
+def refuse_to_write(
+    what: str,
+    problems: Sequence[str],
+    advice: str = "Leave these layers out (`exclude`), or merge (merge_adapters)",
+) -> None:
     """Raise `ConversionError` with all problems of an adapter, if there are any."""
     if problems:
         raise ConversionError(
-            f"{what}, so nothing was written:\n{first_few(problems, 20)}\n"
-            "Leave these layers out (`exclude`), or merge (merge_adapters)"
+            f"{what}, so nothing was written:\n{first_few(problems, 20)}\n{advice}"
         )
 
 

@@ -296,6 +296,14 @@ def test_ranks_that_vllm_does_not_take_are_named(run, files):
     assert line == "vLLM takes ranks up to 512, and this LoRA has 513; give --rank 512"
 
 
+def test_a_lora_that_is_much_larger_than_its_adapter_is_told(run, files):
+    """The rank of an adapter with a group for each shard is the number of inputs."""
+    adapted = disha.inject_adapters(nn.Sequential(nn.Linear(64, 64)), "0", r=2, groups="all")
+    disha.save_adapter(adapted, files.path / "a")
+    line = last_line(run("convert", files.path / "a", files.path / "out", "--to", "lora"))
+    assert line.startswith("the LoRA has 0.0 MB, and the adapter has 0.0 MB; to serve it, merge it")
+
+
 def test_parameters_that_vllm_refuses_are_named(run, files):
     model = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8))
     trained = disha.inject_adapters(model, target_regex="0", r=4, also_train="1")
@@ -377,6 +385,8 @@ def test_what_is_there_stays_unless_told(run, complaint, files):
         (None, "has neither adapter.safetensors nor adapter_config.json"),
         (json.dumps({"peft_type": "LOHA"}), "is of peft_type 'LOHA', not MISS, BONE, LORA"),
         (json.dumps({"peft_type": "LORA"}), "adapter_model.safetensors"),
+        ("{", "adapter_config.json is not JSON"),
+        ("[]", "adapter_config.json must hold a JSON object"),
     ],
 )
 def test_a_folder_that_is_no_adapter(complaint, files, content, says):
@@ -399,6 +409,13 @@ def test_a_folder_that_is_no_adapter(complaint, files, content, says):
         ("bat", ("--to", "lora", "--rank", "2"), "--base"),
         ("rows", ("--to", "lora"), "--base"),
         ("a", ("--to", "lora", "--rank", "0"), "rank must be at least 1"),
+        (
+            "a",
+            ("--to", "lora", "--dropout", "0.1"),
+            "--dropout is for --to peft, not for --to lora",
+        ),
+        ("a", ("--to", "peft", "--rank", "4"), "--rank is for --to lora and diffusers, not"),
+        ("a", ("--to", "peft", "--component", "unet"), "--component is for image models"),
     ],
 )
 def test_bad_input(run, complaint, files, monkeypatch, source, flags, says):
