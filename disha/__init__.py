@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     )
     from disha.model.merge import merge_adapters, unmerge_adapters
     from disha.model.plan import Plan, PlannedLayer
+    from disha.model.rates import suggest_rate
     from disha.model.state import LoadReport, adapter_state_dict, load_adapter_state_dict
     from disha.model.summary import LayerSummary, Summary, summary
     from disha.model.target_plans import plan_adapters
@@ -99,6 +100,7 @@ __all__ = [
     "save_adapter",
     "set_active_adapters",
     "set_adapter_scale",
+    "suggest_rate",
     "summary",
     "unmerge_adapters",
 ]
@@ -113,6 +115,7 @@ MODULES_WITH_PUBLIC_NAMES = (
     "model.inject",
     "model.merge",
     "model.plan",
+    "model.rates",
     "model.state",
     "model.summary",
     "model.target_plans",

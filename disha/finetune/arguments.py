@@ -20,8 +20,9 @@ from transformers.integrations.integration_utils import get_reporting_integratio
 from transformers.utils.import_utils import is_torch_tf32_available
 from trl import SFTConfig
 
-from disha.errors import ArgumentError, MissingPackageError
-from disha.finetune.base import best_device, count_parameters, read_text
+import disha
+from disha.errors import ArgumentError, DishaError, MissingPackageError
+from disha.finetune.base import best_device, make_on_meta, read_text
 from disha.finetune.choices import choose, describe, read_device
 from disha.finetune.notes import (
     BITS,
@@ -167,6 +168,16 @@ class AdapterArguments:
             "also_train": self.also_train,
             "dropout": self.dropout,
         }
+
+    def settings_for(self, model: Any) -> dict[str, Any]:
+        """Return the same for a model: without its head, unless that is the embedding."""
+        settings = self.settings()
+        head = model.get_output_embeddings()
+        # trl computes the loss from the head's weight, and an adapter on it takes a dense one.
+        if head is not None and head.weight is not model.get_input_embeddings().weight:
+            names = [name for name, module in model.named_modules() if module is head]
+            settings["exclude"] += [f"^{re.escape(name)}$" for name in names]
+        return settings
 
 
 @dataclass
@@ -347,7 +358,7 @@ def parse_flags(words: Sequence[str]) -> Parsed:
     if given.get("dry_run") and given.get("dry_run_device"):
         kind = given["dry_run_device"]
     device = read_device(kind)
-    choices = choose(device, _size_for_rate(settings), settings)
+    choices = choose(device, _plan_for_rate(settings), settings)
     settings |= {name: choice.value for name, choice in choices.items()}
     try:
         adapter, data, training = parser.parse_dict(settings, allow_extra_keys=True)
@@ -417,11 +428,17 @@ def _choose_method(given: Mapping[str, Any], noted: str | None = None) -> str:
     return "bone_groups_all" if groups == "all" else f"bone_groups{groups}"
 
 
-def _size_for_rate(settings: Mapping[str, Any]) -> int | None:
-    """Return how many parameters the base has, if the learning rate depends on it."""
+def _plan_for_rate(settings: Mapping[str, Any]) -> disha.Plan | None:
+    """Return what a run adapts, if the learning rate depends on it; None if that can't be read."""
     if settings.get("base") is None or settings.get("learning_rate") is not None:
         return None
-    return count_parameters(settings["base"])
+    names = {field.name for field in fields(AdapterArguments)}
+    try:
+        adapter = AdapterArguments(**{n: v for n, v in settings.items() if n in names})
+        model = make_on_meta(settings["base"])
+        return disha.plan_adapters(model, **adapter.settings_for(model))
+    except (DishaError, OSError, ValueError, ImportError):
+        return None  # loading the base says what is wrong
 
 
 def _warn_of_repeated_lists(words: Sequence[str], parser: argparse.ArgumentParser) -> None:

@@ -182,16 +182,7 @@ def fit_to_tokenizer(model: Any, tokenizer: Any, added: int) -> None:
             rows[known : len(tokenizer)] = rows[:known].mean(0)
 
 
-def count_parameters(name: str) -> int | None:
-    """Return how many parameters a base has by its configuration; None if that can't be read."""
-    try:
-        model = _make_on_meta(name)
-    except (DishaError, OSError, ValueError, ImportError):
-        return None  # loading the base says what is wrong
-    return sum(parameter.numel() for parameter in model.parameters())
-
-
-def _make_on_meta(name: str) -> PreTrainedModel:
+def make_on_meta(name: str) -> PreTrainedModel:
     """Return a base by its configuration, on the meta device."""
     source, file = source_of(name)
     config = AutoConfig.from_pretrained(source, **file)
@@ -226,7 +217,7 @@ def let_first_rank_load(base: Base, training: Any) -> None:
     if is_decided or base.bits in FEW_BITS or is_gguf(base.name):
         return
     try:
-        made = _make_on_meta(base.name)
+        made = make_on_meta(base.name)
     except (DishaError, OSError, ValueError, ImportError):
         return  # loading the base says what is wrong
     parameters = dict(made.named_parameters(remove_duplicate=False))

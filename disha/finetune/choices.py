@@ -1,10 +1,10 @@
-"""The settings that a run chooses by its device and by the size of its base.
+"""The settings that a run chooses by its device and by the layers that it adapts.
 
 | flag | on a processor | on an accelerator |
 |---|---|---|
 | `--bits` | `fp32` | `bf16`, or `fp16` with scaled losses where the device has no bfloat16 |
 | `--gradient_checkpointing` | false | true |
-| `--learning_rate` | by the size of the base | the same |
+| `--learning_rate` | by the layers that are adapted | the same |
 
 A flag that is given has precedence. All else is as `transformers` has it on the device: the fused
 AdamW, pinned memory and tf32.
@@ -12,7 +12,6 @@ AdamW, pinned memory and tf32.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -20,11 +19,10 @@ from typing import Any
 import torch
 from transformers.utils.import_utils import is_torch_bf16_gpu_available
 
-RATES = ((1.5e8, 3e-4), (1.5e9, 2e-4), (math.inf, 2e-5))
-"""Up to so many parameters, take this rate: the table of `docs/choosing.md`, and between two of its
-rows the lower rate. Models that are called 1B have up to 1.5 billion."""
+from disha import Plan
+from disha.text import counted
 
-RATE_OF_UNKNOWN_SIZE = 2e-4
+RATE_OF_UNKNOWN_LAYERS = 1e-4
 
 
 @dataclass(frozen=True)
@@ -53,16 +51,16 @@ def read_device(kind: str) -> Device:
     return Device(kind, is_torch_bf16_gpu_available())
 
 
-def choose(device: Device, parameters: int | None, given: Mapping[str, Any]) -> dict[str, Choice]:
+def choose(device: Device, plan: Plan | None, given: Mapping[str, Any]) -> dict[str, Choice]:
     """Return the settings of a run by the names of their flags.
 
-    `parameters` counts those of the base, and is None if that is unknown. In `given`, a flag that
-    is None or `auto` is not given.
+    `plan` has the layers that the run adapts, and is None if they are unknown. In `given`, a flag
+    that is None or `auto` is not given.
     """
     choices = {
         "bits": _choose_bits(device),
         "gradient_checkpointing": _choose_recomputation(device),
-        "learning_rate": _choose_rate(parameters),
+        "learning_rate": _choose_rate(plan),
     }
     for name, value in given.items():
         if name in choices and value not in (None, "auto"):
@@ -88,19 +86,15 @@ def _choose_recomputation(device: Device) -> Choice:
     return Choice(True, "an accelerator has more time than memory")
 
 
-def _choose_rate(parameters: int | None) -> Choice:
-    if parameters is None:
-        return Choice(RATE_OF_UNKNOWN_SIZE, "the size of the base is unknown")
-    rates = [rate for most, rate in RATES if parameters <= most]
-    return Choice(rates[0], f"for {_shorten(parameters)} parameters")
-
-
-def _shorten(count: int) -> str:
-    """Return a number of parameters as in the names of models, such as 135M."""
-    for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "K")):
-        if count >= size:
-            return f"{count / size:.3g}{letter}"
-    return str(count)
+def _choose_rate(plan: Plan | None) -> Choice:
+    if plan is None:
+        return Choice(RATE_OF_UNKNOWN_LAYERS, "the layers of the base are unknown")
+    layers = plan.layers
+    widest = max(layer.in_features for layer in layers)
+    reason = (
+        f"for {plan.config.method} in {counted(len(layers), 'layer')} of up to {widest:,} inputs"
+    )
+    return Choice(float(f"{plan.rate:.1e}"), reason)
 
 
 def describe(device: Device, choices: Mapping[str, Choice]) -> str:

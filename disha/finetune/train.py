@@ -383,13 +383,10 @@ def _widen_trained(model: Any) -> None:
 
 def _inject(model: Any, adapter: AdapterArguments, tokenizer: Any) -> None:
     """Add a new adapter, as the flags say."""
-    settings = adapter.settings()
+    settings = adapter.settings_for(model)
     table = model.get_input_embeddings()
     head = model.get_output_embeddings()
     patterns = {module: f"^{re.escape(name)}$" for name, module in model.named_modules()}
-    # trl computes the loss from the head's weight, and an adapter on it takes a dense one.
-    if head is not None and head.weight is not table.weight:
-        settings["exclude"].append(patterns[head])
     if adapter.new_tokens:
         numbers = tokenizer.convert_tokens_to_ids(adapter.new_tokens)
         tables = [layer for layer in (table, head) if layer is not None]

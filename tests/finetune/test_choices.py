@@ -1,11 +1,12 @@
 """What a run chooses by device and size, in a table over devices that need not be here."""
 
 import pytest
-from safetensors.torch import load_file
+import torch
+from torch import nn
 
+import disha
 from disha.finetune import arguments
 from disha.finetune.arguments import parse_flags
-from disha.finetune.base import count_parameters
 from disha.finetune.choices import Device, choose, describe, read_device
 
 PROCESSOR = Device("cpu", has_bfloat16=True)
@@ -32,27 +33,38 @@ def test_a_device_sets_dtype_and_recomputation(device, bits, scales_losses, reco
     assert choices["gradient_checkpointing"].value == recomputes
 
 
+def plan_of(width, wide, depth, method):
+    """Return the plan of a Llama of these sizes, with r = 64."""
+    with torch.device("meta"):
+        layers = [nn.Linear(size, 8) for size in (*6 * [width], wide) for _ in range(depth)]
+    return disha.plan_adapters(nn.ModuleList(layers), "all-linear", 64, method=method)
+
+
 @pytest.mark.parametrize(
-    ("parameters", "rate"),
+    ("width", "wide", "depth", "rates"),
     [
-        (100_000, 3e-4),
-        (134_515_008, 3e-4),
-        (596_049_920, 2e-4),
-        (1_235_814_400, 2e-4),
-        (3_212_749_824, 2e-5),
-        (8_030_261_248, 2e-5),
-        (None, 2e-4),
+        (
+            576,
+            1536,
+            30,
+            {"bone": 2.4e-4, "bat": 2.4e-4, "bone_groups3": 4.8e-4, "bone_groups_all": 9.7e-4},
+        ),
+        (2048, 8192, 16, {"bone": 1.1e-4, "bone_groups_all": 1.3e-3}),
+        (4096, 14336, 32, {"bone": 4.4e-5, "bone_groups_all": 9.4e-4}),
+        (8192, 28672, 80, {"bone": 1.5e-5, "bone_groups_all": 5.9e-4}),
     ],
 )
-def test_the_size_of_the_base_sets_the_rate(parameters, rate):
-    assert choose(PROCESSOR, parameters, {})["learning_rate"].value == rate
+def test_the_layers_set_the_rate(width, wide, depth, rates):
+    for method, rate in rates.items():
+        plan = plan_of(width, wide, depth, method)
+        assert choose(PROCESSOR, plan, {})["learning_rate"].value == rate
 
 
 @pytest.mark.parametrize("device", [PROCESSOR, RECENT, OLD, APPLE])
 @pytest.mark.parametrize("bits", ["fp32", "bf16", "fp16", "8", "4"])
 def test_flags_have_precedence(device, bits):
     given = {"bits": bits, "gradient_checkpointing": False, "learning_rate": 0.1, "fp16": False}
-    choices = choose(device, 8_030_261_248, given)
+    choices = choose(device, plan_of(4096, 14336, 32, "bone"), given)
     assert {name: choice.value for name, choice in choices.items()} == {
         name: given[name] for name in choices
     }
@@ -63,26 +75,26 @@ def test_autocast_to_bfloat16_leaves_losses_unscaled():
 
 
 @pytest.mark.parametrize(
-    ("device", "parameters", "line"),
+    ("device", "sizes", "line"),
     [
         (
             PROCESSOR,
-            134_515_008,
+            (576, 1536, 30, "bone"),
             "on cpu: --bits fp32 (processors multiply float32 fastest), "
             "--gradient_checkpointing false (a processor has more memory than time), "
-            "--learning_rate 0.0003 (for 135M parameters)",
+            "--learning_rate 0.00024 (for bone in 210 layers of up to 1,536 inputs)",
         ),
         (
             RECENT,
-            8_030_261_248,
+            (4096, 14336, 32, "bone_groups_all"),
             "on cuda: --bits bf16 (the device has bfloat16), "
             "--gradient_checkpointing true (an accelerator has more time than memory), "
-            "--learning_rate 2e-05 (for 8.03B parameters)",
+            "--learning_rate 0.00094 (for bone_groups_all in 224 layers of up to 14,336 inputs)",
         ),
     ],
 )
-def test_the_line_says_each_choice_as_its_flag_with_the_reason(device, parameters, line):
-    assert describe(device, choose(device, parameters, {"bits": "auto"})) == line
+def test_the_line_says_each_choice_as_its_flag_with_the_reason(device, sizes, line):
+    assert describe(device, choose(device, plan_of(*sizes), {"bits": "auto"})) == line
 
 
 def test_the_line_says_what_was_given():
@@ -92,12 +104,6 @@ def test_the_line_says_what_was_given():
 
 def test_a_device_that_is_not_here_is_taken_for_a_recent_one():
     assert read_device("xpu") == Device("xpu", has_bfloat16=True)
-
-
-def test_parameters_are_counted_without_loading(tiny):
-    held = load_file(tiny / "model.safetensors").values()
-    assert count_parameters(str(tiny)) == sum(weight.numel() for weight in held)
-    assert count_parameters("no/such/base") is None
 
 
 class TestParsed:
@@ -112,7 +118,7 @@ class TestParsed:
         assert adapter.bits == "fp32"
         chosen = (training.fp16, training.bf16, training.gradient_checkpointing)
         assert chosen == (False, False, False)
-        assert training.learning_rate == 3e-4
+        assert training.learning_rate == 3.5e-3
         assert training.optim == "adamw_torch_fused"
 
     def test_on_a_gpu(self, monkeypatch, tiny):

@@ -1,0 +1,121 @@
+"""suggest_rate: measure with which learning rate a model begins to train with its adapters."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from disha.errors import ArgumentError
+from disha.model.view import ModelView
+
+MOVE = 1.5
+"""How far the first step of AdamW may move log-probabilities, in nats."""
+MOVE_OF_FACTORS = 0.35
+"""The same where both factors of a product train, because the second begins to move later."""
+PROBE = 0.3
+"""How far the measuring steps move them: enough for weights of 16 bits, and less than training."""
+PROBES = 4
+FIRST_STEP = 1e-4
+
+
+def suggest_rate(
+    model: nn.Module, *inputs: Any, loss: Callable[[Any], Tensor] | None = None, **kwargs: Any
+) -> float:
+    """Return a learning rate for AdamW, from one gradient and a few forward passes.
+
+    The first step of AdamW moves every entry of a block by the rate, against the sign of its
+    gradient G. Such a step changes the log-probabilities log p of the model's outputs. The rate is
+    the one at which that change has the size 1.5:
+
+        rate = 1.5 / sqrt(mean over outputs of Var_p [d log p(D - t sign G) / dt at 0])
+
+    For a LoRA, whose second factor begins to move later, 0.35 stands in the place of 1.5.
+
+    Over the tasks, sizes, methods and r of the study, the best rates differ by a factor of 1000.
+    Divided by this one, those of one task agree within 1.5, but tasks differ from 0.6 to 3. Higher
+    rates forget more. So before a long run, try a third of it too.
+
+    Args:
+        model: a model with adapters, before it is trained. Its output, or `logits` of that, has
+            logits of classes or tokens in its last axis.
+        inputs: positional arguments for the model: 16 rows or more of the training data.
+        loss: computes the loss from the model's output. By default it is the output's `loss`,
+            which models of transformers have if they get `labels`.
+        kwargs: keyword arguments for the model.
+
+    Raises:
+        ArgumentError: no adapter trains, or the output has no loss, or does not change.
+
+    Examples:
+        >>> import torch
+        >>> from torch import nn
+        >>> import disha
+        >>> model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
+        >>> model = disha.inject_adapters(model, "all-linear", r=8)
+        >>> x, labels = torch.randn(32, 64), torch.randint(10, (32,))
+        >>> rate = disha.suggest_rate(
+        ...     model, x, loss=lambda logits: nn.functional.cross_entropy(logits, labels)
+        ... )
+        >>> 1e-3 < rate < 1
+        True
+    """
+    found = ModelView(model).blocks()
+    blocks = [one for one in found if one.adapter in one.layer.disha.active]
+    blocks = [one for one in blocks if one.values.requires_grad]
+    if not blocks:
+        raise ArgumentError("no adapter trains; add or activate one before you ask for a rate")
+    values = [one.values for one in blocks]
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.enable_grad():
+            output = model(*inputs, **kwargs)
+            gradients = torch.autograd.grad(
+                _loss_of(output, loss), values, allow_unused=True, materialize_grads=True
+            )
+        before = _log_probabilities(output)
+        kept = [value.detach().clone() for value in values]
+        step = FIRST_STEP
+        try:
+            for _ in range(PROBES):
+                with torch.no_grad():
+                    for value, start, gradient in zip(values, kept, gradients, strict=True):
+                        value.copy_(start - step * gradient.sign())
+                    moved = _spread(_log_probabilities(model(*inputs, **kwargs)), before)
+                if not 0 < moved < math.inf:
+                    raise ArgumentError("the model's output does not change with its adapters")
+                per_rate = moved / step
+                step = PROBE / per_rate
+        finally:
+            with torch.no_grad():
+                for value, start in zip(values, kept, strict=True):
+                    value.copy_(start)
+    finally:
+        for module, training in modes:
+            module.training = training
+    has_factors = any(not one.block.method.additive for one in blocks)
+    return (MOVE_OF_FACTORS if has_factors else MOVE) / per_rate
+
+
+def _loss_of(output: Any, loss: Callable[[Any], Tensor] | None) -> Tensor:
+    if loss is not None:
+        return loss(output)
+    found = getattr(output, "loss", None)
+    if found is None:
+        raise ArgumentError("the output has no loss; pass labels, or loss= that computes one")
+    return found
+
+
+def _log_probabilities(output: Any) -> Tensor:
+    return getattr(output, "logits", output).detach().float().log_softmax(-1)
+
+
+def _spread(after: Tensor, before: Tensor) -> float:
+    """Return the standard deviation of the change, over what the model itself would answer."""
+    p, change = before.exp(), after - before
+    variance = (p * change.square()).sum(-1) - (p * change).sum(-1).square()
+    return float(variance.clamp_min(0).mean().sqrt())
