@@ -185,8 +185,6 @@ def untrained_rows_kept(layer: nn.Module, blocks: Iterable[NewRowsBlock]) -> Ite
         if values is None or is_partitioned(values) or values.is_meta:
             continue
         former = rows_of_base(layer, block)
-        if former.shape != whole_shape(values):
-            continue
         now = gather(values).detach()
         is_lost = now.isnan()
         if not former.is_meta:
@@ -210,7 +208,7 @@ def delta_of(layer: nn.Module, block: AdapterBlock, slot: Slot) -> Tensor:
         base = base.to(merge_dtype(base.dtype, block.block.dtype))
         return NewRows(block.block, block.slot.output_ranges).write_weight(base) - base
     return block.method.delta_weight(
-        slot.layout, block.block, base, block.slot.output_ranges, block.r
+        block.slot.layout, block.block, base, block.slot.output_ranges, block.r
     )
 
 

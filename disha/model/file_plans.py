@@ -92,19 +92,12 @@ def _describe_misfit(
 
 def _weights_by_name(view: ModelView, config: AdapterConfig) -> dict[str, PlannedLayer]:
     """Return every weight of the model under all names that a file may have for it."""
-    weights = {}
-    for layer in list_weights(view, config):
-        names = layer.names
-        if _has_declared_layout(layer, config):
-            names = layer.names_to_match
-        for name in names:
-            weights[name] = layer
+    layers = list_weights(view, config)
+    weights = {name: layer for layer in layers for name in layer.names}
+    for layer in layers:  # new rows, and those of a declared layout, are of a whole parameter
+        for name in layer.names_to_match:
+            weights.setdefault(name, layer)
     return weights
-
-
-def _has_declared_layout(layer: PlannedLayer, config: AdapterConfig) -> bool:
-    """Whether a weight has the layout that the file says, because no other is known or wanted."""
-    return layer.slot is None or find_layout_key(layer, config) is not None
 
 
 def _plan_as_recorded(
@@ -118,7 +111,8 @@ def _plan_as_recorded(
     if record.is_new_rows:
         layer = as_table(layer)
     slot = layer.slot
-    if _has_declared_layout(layer, config) and layer.attribute:
+    is_declared = slot is None or find_layout_key(layer, config) is not None
+    if is_declared and layer.attribute:
         slot = slot_of(layer.attribute, record.layout)
     if slot is not None and record.rows:
         slot = replace(slot, output_ranges=record.rows)

@@ -115,10 +115,17 @@ def test_adapters_have_rows_of_their_own():
 
 
 @pytest.mark.parametrize("order", [["default", "b"], ["b", "default"]])
-def test_a_row_is_read_in_place_of_all_else_and_the_last_adapter_gives_it(order):
-    model = trained(exclude=None, also_train="embed")
-    perturb(disha.inject_adapters(model, "v_proj", 4, adapter="b", also_train_rows={"embed": [3]}))
-    perturb(disha.inject_adapters(model, "embed", 4, adapter="update"))
+@pytest.mark.parametrize("update_first", [False, True])
+def test_a_row_is_read_in_place_of_all_else_and_the_last_adapter_gives_it(update_first, order):
+    injections = [
+        {"target_regex": "q_proj", "also_train": "embed", "also_train_rows": ROWS},
+        {"target_regex": "v_proj", "adapter": "b", "also_train_rows": {"embed": [3]}},
+    ]
+    injections.insert(0 if update_first else 2, {"target_regex": "embed", "adapter": "update"})
+    model = llama()
+    for injection in injections:
+        perturb(disha.inject_adapters(model, r=4, **injection))
+    disha.set_active_adapters(model, "update")
     expected = model.get_input_embeddings().weight.detach().clone()
     expected[NEW] = rows_of(model).detach()
     if order[-1] == "b":
