@@ -124,6 +124,7 @@ setup(
     extras_require={
         "deepspeed": ["deepspeed>=0.17"],
         "finetune": FINETUNE,
+        "hub": ["huggingface_hub>=1"],
         "quant": QUANT,
         "transformers": TRANSFORMERS,
         "trl": TRL,

@@ -38,7 +38,7 @@ from typing import Any
 from disha.cli.dispatcher import Parser
 from disha.cli.output import fit
 from disha.errors import AdapterFileError, ArgumentError
-from disha.files import ADAPTER_NAME, AdapterContents
+from disha.files import ADAPTER_NAME, AdapterContents, find_adapter
 from disha.files.contents import keep_blocks, read_contents, write_contents
 from disha.files.disk import require_free, save
 from disha.finetune.notes import (
@@ -80,7 +80,7 @@ def main(words: Sequence[str]) -> None:
     flags = _parser().parse(words)
     _refuse_unused(flags)
     require_free(flags.out, flags.overwrite)
-    source = _find_source(flags.source)
+    source = _find_source(find_adapter(flags.source))
     base = _open_base(flags.base, source)
     contents = _read(source, flags, base)
     if flags.no_also_train:

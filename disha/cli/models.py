@@ -12,6 +12,7 @@ from typing import Any
 from disha.cli.dispatcher import Parser
 from disha.cli.output import tell_noted_base
 from disha.errors import AdapterFileWarning, ArgumentError
+from disha.files import find_adapter
 from disha.finetune.base import best_device, load_base
 from disha.finetune.notes import (
     BITS,
@@ -107,11 +108,14 @@ def load_runner(
     """Return the base that the flags name, without the adapter."""
     if flags.adapter is None and flags.base is None:
         raise ArgumentError("name the model with --base or --adapter")
-    notes = {} if flags.adapter is None else read_notes(flags.adapter)
+    notes: dict[str, str] = {}
+    if flags.adapter is not None:
+        flags.adapter = find_adapter(flags.adapter)
+        notes = read_notes(flags.adapter)
+        try_template(flags.adapter, notes)
     name, bits = flags.base, read_noted_bits(notes)
     if name is None:
         name, bits = tell_noted_base(flags.adapter)
-    try_template(flags.adapter, notes)
     model, tokenizer = load_base(
         name, flags.bits or bits or "fp32", best_device(), notes, flags.attn_implementation
     )

@@ -4,14 +4,15 @@
 - `header`: the format of the header
 - `contents`: reads an adapter from a file, or writes it, without its model
 - `saving` and `loading`: take an adapter out of a model, and put it into one
+- `hub`: finds an adapter by its name on the Hugging Face Hub
 - `combining`: `combine_adapters`
 """
 
 from disha.files.combining import combine_adapters
 from disha.files.contents import inspect_adapter
-from disha.files.disk import ADAPTER_NAME
-from disha.files.disk import save as save
+from disha.files.disk import ADAPTER_NAME, file_at, require_free, save
 from disha.files.header import FORMAT, AdapterContents, AdapterFile
+from disha.files.hub import find_adapter
 from disha.files.loading import load_adapter
 from disha.files.saving import save_adapter
 from disha.model.records import LayerRecord
@@ -24,6 +25,7 @@ __all__ = [
     "LayerRecord",
     "combine_adapters",
     "file_at",
+    "find_adapter",
     "inspect_adapter",
     "load_adapter",
     "require_free",

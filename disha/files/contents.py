@@ -19,6 +19,7 @@ from disha.files.header import (
     header_to_json,
     parse_header,
 )
+from disha.files.hub import find_adapter
 from disha.model.records import LayerRecord
 from disha.text import first_few
 
@@ -29,7 +30,7 @@ def inspect_adapter(path: PathLike) -> AdapterFile:
     """Return the header of an adapter file, without reading any tensor.
 
     Args:
-        path: the file, or a folder with a file `adapter.safetensors`.
+        path: the file, or what else `load_adapter` takes.
 
     Raises:
         AdapterIOError: the file can't be read.
@@ -49,7 +50,7 @@ def inspect_adapter(path: PathLike) -> AdapterFile:
         >>> file.parameters, dict(file.metadata)
         (64, {'task': 'dialogue'})
     """
-    file = read_contents(file_at(path))
+    file = read_contents(file_at(find_adapter(path)))
     without_values = {key: tensor.to("meta") for key, tensor in file.tensors.items()}
     return replace(file, tensors=without_values)
 

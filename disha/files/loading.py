@@ -19,6 +19,7 @@ from disha.errors import AdapterFileError, AdapterFileWarning, ArgumentError
 from disha.files.contents import read_contents
 from disha.files.disk import PathLike, file_at
 from disha.files.header import AdapterContents
+from disha.files.hub import find_adapter
 from disha.files.saving import base_fingerprint, describe_block
 from disha.layers.blocks import NewRowsBlock, check_adapter_name
 from disha.layers.weights import rows_of_base
@@ -59,7 +60,8 @@ def load_adapter(
 
     Args:
         model: the base model, or one that has other adapters.
-        path: the file, or a folder with a file `adapter.safetensors`.
+        path: the file, a folder with a file `adapter.safetensors`, or the name of a repository on
+            the Hugging Face Hub that has one: `"user/repo"` or `"user/repo@revision"`.
         adapter: the name that the adapter gets in this model.
         layers: a regex, searched in the names of the layers; only matching layers are loaded.
         also_train: also set the parameters and buffers that the file holds. They can
@@ -104,7 +106,7 @@ def load_adapter(
     """
     view = ModelView(model)
     with view.ranks.fail_together(f"load a file as adapter {adapter!r}"):
-        contents = read_contents(file_at(path), also_train=also_train, layers=layers)
+        contents = read_contents(file_at(find_adapter(path)), also_train=also_train, layers=layers)
     return load_contents(
         view,
         contents.path,

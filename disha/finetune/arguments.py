@@ -22,6 +22,7 @@ from trl import SFTConfig
 
 import disha
 from disha.errors import ArgumentError, DishaError, MissingPackageError
+from disha.files import find_adapter
 from disha.finetune.base import best_device, make_on_meta, read_text
 from disha.finetune.choices import choose, describe, read_device
 from disha.finetune.notes import (
@@ -353,6 +354,8 @@ def parse_flags(words: Sequence[str]) -> Parsed:
     """
     parser = _parser(shows_all="--help_all" in words)
     given = _read_given(parser, words)
+    if given.get("adapter") is not None:
+        given["adapter"] = str(find_adapter(given["adapter"]))
     settings = {**given, **_settings_of_adapter(given)}
     kind = "cpu" if given.get("use_cpu") else best_device().type
     if given.get("dry_run") and given.get("dry_run_device"):
