@@ -69,7 +69,7 @@ from disha.finetune.templates import try_template
 from disha.finetune.trainer import Trainer
 from disha.integrations.memory import memory_modes
 from disha.integrations.transformers import AdapterCheckpoints
-from disha.text import counted
+from disha.text import counted, group_by_reason
 
 CHECKED_ROWS = 64
 """How many training rows stand for held-out rows where none are given."""
@@ -412,6 +412,7 @@ def _train(run: Run, folder: Path, checkpoint: Path | None) -> Outcome:
             _require_same_base(trainer, checkpoint)
         if not (training.fsdp or training.deepspeed):  # they have files of their own
             _warn_of_lost_state(checkpoint)
+    _warn_of_idle_weights(trainer)
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     seconds = run.course.total_seconds()
     state = trainer.state
@@ -432,6 +433,19 @@ def _require_same_base(trainer: Trainer, checkpoint: Path) -> None:
     """Load a checkpoint, which raises if its base is another one. `Trainer` would not notice."""
     with warnings.catch_warnings(action="error", category=AdapterFileWarning):
         disha.load_adapter(trainer.model, checkpoint, replace=True)
+
+
+def _warn_of_idle_weights(trainer: Trainer) -> None:
+    """Name the weights whose adapter does not act on the first tokens, or gets no gradient."""
+    training = trainer.args
+    if training.world_size > 1 or training.fsdp or training.deepspeed:
+        return  # they change the model once it trains
+    tokens = torch.tensor([trainer.train_dataset[0]["input_ids"][:16]])
+    model = trainer.model
+    report = disha.check_adapters(model, merging=False, input_ids=tokens.to(model.device))
+    if not report.ok:
+        reasons = group_by_reason((weight.name, weight.reason) for weight in report.problems)
+        warnings.warn("; ".join(reasons), stacklevel=2)
 
 
 def _warn_of_lost_state(checkpoint: Path) -> None:

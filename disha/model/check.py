@@ -35,6 +35,7 @@ def check_adapters(
     model: nn.Module,
     *inputs: Any,
     optimizer: torch.optim.Optimizer | None = None,
+    merging: bool = True,
     **kwargs: Any,
 ) -> CheckReport:
     """Run a model and report for each active block whether it acts, trains and merges.
@@ -56,6 +57,7 @@ def check_adapters(
         inputs: positional arguments for the model.
         optimizer: the optimizer; the report names the parameters that should train but that it
             lacks, and counts those of other modules.
+        merging: False to leave merging out, which saves most of the time and memory.
         kwargs: keyword arguments for the model.
 
     Returns:
@@ -93,7 +95,7 @@ def check_adapters(
     if isinstance(model, engine):
         runs = model.module  # the engine takes every backward for one of training
     with ExitStack() as undo:  # whatever the check changes comes back
-        weights = _check(view, undo, active, lambda: runs(*inputs, **kwargs))
+        weights = _check(view, undo, active, lambda: runs(*inputs, **kwargs), merging)
     if optimizer is None:
         return CheckReport(weights)
     untrained, unknown = _compare_with_optimizer(model, optimizer)
@@ -145,7 +147,11 @@ class _Observation:
 
 
 def _check(
-    view: ModelView, undo: ExitStack, active: list[ModelBlock], call: Callable[[], Any]
+    view: ModelView,
+    undo: ExitStack,
+    active: list[ModelBlock],
+    call: Callable[[], Any],
+    merging: bool,
 ) -> tuple[CheckedWeight, ...]:
     """Return the rows of the report; `undo` takes back what this changes."""
     for module in view.model.modules():
@@ -162,7 +168,8 @@ def _check(
         with UndoesWrites(active, undo):
             in_evaluation = _observe(runner, blocks, training=False)
         observations = [in_evaluation]
-        mergings = compare_merged(view, runner, active, in_evaluation.outputs, training=False)
+        merged = active if merging else []  # the blocks whose merge is compared
+        mergings = compare_merged(view, runner, merged, in_evaluation.outputs, training=False)
         in_order = in_evaluation.acting & in_evaluation.with_gradient
         idle = [block for block in blocks if block not in in_order]
         in_training, error_in_training = _observe_idle(runner, idle, active, undo)
@@ -170,11 +177,11 @@ def _check(
             observations.append(in_training)
             # What a merge does to blocks that act only in training is seen only there.
             only_there = in_training.acting - in_evaluation.acting
-            compared = [model_block for model_block in active if model_block.block in only_there]
+            compared = [model_block for model_block in merged if model_block.block in only_there]
             others = compare_merged(view, runner, compared, in_training.outputs, training=True)
-            for layer, merging in others.items():
+            for layer, other in others.items():
                 if mergings[layer].keeps_outputs:  # else there is a reason already
-                    mergings[layer] = merging
+                    mergings[layer] = other
         stuck = _find_stuck_blocks(runner, zeros, observations, undo)
     rows = []
     for model_block in active:
@@ -186,7 +193,8 @@ def _check(
             reason = "it acts, but it is frozen; to train it, call mark_only_adapters_trainable"
         elif not reason and block in stuck:
             reason = "a block of zeros gets no gradient by its method; use init='kaiming'"
-        rows.append(_make_row(model_block, observations, reason, mergings[model_block.layer]))
+        of_layer = mergings.get(model_block.layer, Merging(None))
+        rows.append(_make_row(model_block, observations, reason, of_layer))
     return tuple(rows)
 
 

@@ -17,6 +17,7 @@ from filelock import FileLock
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoTokenizer
+from transformers.models.llama.modeling_llama import LlamaMLP
 from trl import SFTTrainer
 from trl.chat_template_utils import qwen3_chat_template
 from trl.trainer import utils as trl_utils
@@ -104,6 +105,12 @@ class TestResults:
         names = [layer.name for layer in disha.inspect_adapter(authors.adapter).layers]
         assert len(names) == 14
         assert "lm_head" not in names
+
+    def test_weights_that_get_no_gradient_are_named(self, finetune, tmp_path, monkeypatch):
+        forward = LlamaMLP.forward
+        monkeypatch.setattr(LlamaMLP, "forward", lambda mlp, x: forward(mlp, x).detach())
+        with pytest.warns(UserWarning, match="5 more: .* a custom function stops its gradient"):
+            finetune(tmp_path / "run")
 
     def test_a_file_that_is_not_what_was_trained_is_an_error(self, finetune, tmp_path, monkeypatch):
         save = disha.save_adapter

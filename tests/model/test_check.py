@@ -332,6 +332,15 @@ def test_few_weights_are_in_memory_twice(monkeypatch):
     assert max(weights) <= 32 + 2
 
 
+def test_without_merging_the_model_runs_less():
+    model = Model(lambda layer, x: layer(x))
+    runs = []
+    model.register_forward_hook(lambda *_: runs.append(1))
+    disha.inject_adapters(model, "layer", 2)
+    report = disha.check_adapters(model, torch.randn(3, 4), merging=False)
+    assert (report.ok, report.weights[0].merges, len(runs)) == (True, None, 2)
+
+
 def test_a_merge_that_is_refused_is_no_problem():
     model = nn.Sequential(nn.Linear(4, 4))
     torch.nn.utils.parametrizations.weight_norm(model[0])
