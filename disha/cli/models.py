@@ -106,8 +106,6 @@ def load_runner(
     flags: Namespace, system: str | None = None, tools: Sequence[Any] | None = None
 ) -> PromptRunner:
     """Return the base that the flags name, without the adapter."""
-    if flags.adapter is None and flags.base is None:
-        raise ArgumentError("name the model with --base or --adapter")
     notes: dict[str, str] = {}
     if flags.adapter is not None:
         flags.adapter = find_adapter(flags.adapter)
@@ -115,6 +113,8 @@ def load_runner(
         try_template(flags.adapter, notes)
     name, bits = flags.base, read_noted_bits(notes)
     if name is None:
+        if flags.adapter is None:
+            raise ArgumentError("name the model with --base or --adapter")
         name, bits = tell_noted_base(flags.adapter)
     model, tokenizer = load_base(
         name, flags.bits or bits or "fp32", best_device(), notes, flags.attn_implementation
