@@ -22,10 +22,10 @@ from disha.files.header import AdapterContents
 from disha.files.hub import find_adapter
 from disha.files.saving import base_fingerprint, describe_block
 from disha.layers.blocks import NewRowsBlock, check_adapter_name
+from disha.layers.fingerprints import same_base
 from disha.layers.weights import rows_of_base
 from disha.model import buffers
 from disha.model.file_plans import plan_weights
-from disha.model.fingerprints import same_base
 from disha.model.inject import apply_plan
 from disha.model.records import LayerRecord
 from disha.model.state import LoadReport, check_fit, collect_tensors

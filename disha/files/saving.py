@@ -14,10 +14,9 @@ from disha.files.contents import write_contents
 from disha.files.disk import PathLike, file_at, folder_for
 from disha.files.header import AdapterContents
 from disha.layers.blocks import NewRowsBlock
+from disha.layers.fingerprints import fingerprint
 from disha.layers.weights import base_of, is_packed, weight_shape
 from disha.model import buffers
-from disha.model.fingerprints import fingerprint
-from disha.model.lost_layers import find_lost_layers
 from disha.model.records import LayerRecord
 from disha.model.state import collect_tensors, is_finite_as
 from disha.model.view import ModelBlock, ModelView
@@ -117,7 +116,7 @@ def _warn_of_buffers(view: ModelView, adapter: str) -> None:
 
 def _warn_of_lost_layers(view: ModelView, adapter: str) -> None:
     """Name the layers that the adapter had when it was injected, and has no more."""
-    lost = find_lost_layers(view, adapter)
+    lost = view.list_lost_layers(adapter)
     if lost:
         warnings.warn(
             f"the file of adapter {adapter!r} lacks {counted(len(lost), 'layer')} that it was "

@@ -15,8 +15,9 @@ from torch import nn
 
 import disha
 from disha.errors import ArgumentError
+from disha.layers.wrappers import clean_key
 from disha.model import buffers
-from disha.model.view import ModelView, clean_key
+from disha.model.view import ModelView
 from disha.sharding.zero import is_partitioned
 
 _WITHOUT_BASE: WeakSet[nn.Module] = WeakSet()

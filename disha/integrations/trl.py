@@ -69,8 +69,8 @@ def _prepare_model(view: ModelView, args: Any, given: Mapping[str, Any], undo: E
     """Prepare a model for training as the settings ask, or raise."""
     if not view.adapters:
         raise ArgumentError("the model has no adapter; call inject_adapters first")
-    refuse_merged(view.layers, "train")
-    if not any(layer.disha.active for layer in view.layers):
+    refuse_merged(view.find_layers(), "train")
+    if not any(layer.disha.active for layer in view.find_layers()):
         raise ArgumentError(
             f"no adapter of the model is active ({', '.join(view.adapters)}), so none would train; "
             "call set_active_adapters first"
@@ -92,7 +92,7 @@ def _prepare_model(view: ModelView, args: Any, given: Mapping[str, Any], undo: E
 
 def _make_reference(view: ModelView, adapters: Names, undo: ExitStack) -> _Reference:
     """Return the reference with these adapters, or with copies of those that act now."""
-    active = {name for layer in view.layers for name in layer.disha.active}
+    active = {name for layer in view.find_layers() for name in layer.disha.active}
     if adapters is None:
         names = _copy_trained_adapters(view, sorted(active), undo)
     else:

@@ -15,12 +15,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from disha.effective.contexts import SINGLE_LAYERS, Group, open_context
+from disha.effective.contexts import open_context
 from disha.effective.weight import EffectiveWeight
 from disha.errors import ArgumentError, MergeError, ModeError
 from disha.layers import quantized
 from disha.layers.blocks import CHILD_NAME, MERGED, AdapterBlock, Adapters, NewRowsBlock
+from disha.layers.model_record import ModelRecord
 from disha.layers.reading import is_weight_of, linear_forward, weight_property
+from disha.layers.state_dicts import watch_loading
 from disha.layers.weights import base_of, delta_of, slots_of, start_block, untrained_rows_kept
 
 
@@ -127,6 +129,10 @@ class AdaptedLayer(nn.Module):
             return reduced
         arguments = cls._original_class, cls._adapted_parameters, cls._is_quantized
         return (_new_instance, arguments, *reduced[2:])
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        watch_loading()
 
     def __prepare_scriptable__(self) -> Any:
         raise ModeError(
@@ -286,12 +292,17 @@ def _list_plain_weights(layer: Any) -> None:
 
 
 def adapt(
-    module: nn.Module, parameters: Iterable[str], is_quantized: bool, group: Group = SINGLE_LAYERS
+    module: nn.Module,
+    parameters: Iterable[str],
+    is_quantized: bool,
+    record: ModelRecord,
+    module_names: tuple[str, ...],
 ) -> Adapters:
     """Give a module a class that adapts these parameters too, and return its `Adapters`.
 
-    If the module has none yet, the new ones join the group.
+    If the module has none yet, the new ones belong to the record, under the module's names there.
     """
+    watch_loading()
     original: Any = type(module)
     known: tuple[str, ...] = ()
     if isinstance(module, AdaptedLayer):
@@ -311,7 +322,7 @@ def adapt(
             ) from error
     adapters = module._modules.get(CHILD_NAME)
     if not isinstance(adapters, Adapters):
-        adapters = Adapters(group)
+        adapters = Adapters(record, module_names)
         vars(adapters)["training"] = module.training
         # Written to _modules, because the user's class may guard its attributes.
         module._modules[CHILD_NAME] = adapters

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from disha.checks import check_type
 from disha.config import AdapterConfig
-from disha.effective.contexts import OPEN_CONTEXTS, SINGLE_LAYERS, Group, Override, current_context
+from disha.effective.contexts import OPEN_CONTEXTS, Group, Override, current_context
 from disha.effective.torch_patches import install
 from disha.errors import ArgumentError, ModeError
 from disha.functional import Layout, Method, Update, method_of
@@ -29,6 +29,7 @@ from disha.functional.routed import Route, Routed
 from disha.functional.shard_sums import merge_dtype
 from disha.functional.weight_updates import Updates, WithNewRows
 from disha.layers import compiled
+from disha.layers.model_record import ModelRecord
 from disha.private_torch import gives_empty_memory
 from disha.sharding.tensor_parallel import Split
 from disha.sharding.zero import gathered_parameter, restart_trace, whole_shape
@@ -270,7 +271,7 @@ class AdapterBlock(nn.Module):
         if self.scale_tensor.device != self.block.device:
             self._write_scale()  # load_state_dict(assign=True) has taken the block off meta
         # The checkpoint of a base has no blocks, and yet it must load strictly. If a checkpoint has
-        # some blocks, a hook of the model (model/state_dict_hook.py) reports the missing ones.
+        # some blocks, `layers.state_dicts` reports the missing ones.
         key = prefix + self.parameter_name
         if key in missing_keys:
             missing_keys.remove(key)
@@ -321,7 +322,7 @@ class Original:
 
     weight: Tensor  # the former parameter, if another one stands in for it, or else its data
     was_quantized: bool  # whether a dense weight stands in for a quantised one
-    written: Mapping[torch.dtype, int]  # the checksums of what merging wrote (model/fingerprints)
+    written: Mapping[torch.dtype, int]  # the checksums of what merging wrote (layers/fingerprints)
 
 
 @dataclass(frozen=True)
@@ -352,13 +353,25 @@ class Adapters(nn.Module):
     """The block that acts on `weight`, if it is the only one, and `weight` a whole matrix."""
     group: Group
     """The layers that the same contexts cover."""
+    record: ModelRecord
+    """What the adapters of the model remember of it."""
+    names: tuple[str, ...]
+    """The names of the layer in the record."""
 
-    def __init__(self, group: Group = SINGLE_LAYERS) -> None:
+    def __init__(self, record: ModelRecord, names: tuple[str, ...]) -> None:
         super().__init__()
         install()
         vars(self)["merged"] = None
         self.activate(())
-        group.take(self)
+        self.belong_to(record, names)
+        record.group.take(self)
+
+    def belong_to(self, record: ModelRecord, names: tuple[str, ...]) -> None:
+        """Set the record of the model, and the names of the layer there."""
+        former = vars(self).get("record", record)
+        former.members.discard(self)
+        record.members.add(self)
+        vars(self).update(record=record, names=names)
 
     def __setattr__(self, name: str, value: Any) -> None:
         # `nn.Module` would refuse `self.training = True` if an adapter is called "training".
@@ -546,6 +559,7 @@ class Adapters(nn.Module):
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         install()
         self.group.take(self)
+        self.record.members.add(self)
 
 
 def original_class(module: nn.Module) -> type[nn.Module]:

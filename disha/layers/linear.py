@@ -8,12 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from disha.config import AdapterConfig, Init
+from disha.effective.contexts import SINGLE_LAYERS
 from disha.errors import ArgumentError, ArgumentTypeError
 from disha.functional import layout_of
 from disha.functional.methods import Groups
 from disha.layers.adapted import AdaptedLinear, adapt
 from disha.layers.blocks import Slot, check_adapter_name
-from disha.layers.gradient_flags import set_requires_grad
+from disha.layers.model_record import ModelRecord
 from disha.layers.new_blocks import make_block
 
 WEIGHT = Slot("", "weight", layout_of("out in"))
@@ -134,12 +135,15 @@ class _LinearWithAdapter(AdaptedLinear):
         if reason is not None:
             raise ArgumentError(f"{type(self).__name__}: {reason}")
         block = make_block(self, WEIGHT, config, config.r)
-        adapters = adapt(self, [WEIGHT.parameter], is_quantized=False)
+        record = ModelRecord(SINGLE_LAYERS)
+        record.layers[adapter] = ("",)
+        adapters = adapt(self, [WEIGHT.parameter], False, record, ("",))
         adapters.add(adapter, [block])
         adapters.activate((adapter,))
         if freeze:
-            for name in ("weight", "bias"):
-                set_requires_grad(self, name, False)
+            for name, parameter in self._parameters.items():
+                if parameter is not None:
+                    record.set_requires_grad(parameter, [name], False)
 
 
 class BoneLinear(_LinearWithAdapter):

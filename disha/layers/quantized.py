@@ -265,11 +265,15 @@ def attach_hook(module: nn.Module) -> None:
 
 
 def remove_hook(module: nn.Module, hook: Callable[..., Any]) -> None:
-    """Remove a forward hook. A copy of a module has its hooks, but there is no handle for them."""
-    for number, attached in list(module._forward_hooks.items()):
-        if attached is hook:
-            del module._forward_hooks[number]
-            module._forward_hooks_with_kwargs.pop(number, None)
+    """Remove a hook of forward. A copy of a module has its hooks, but no handle for them."""
+    for hooks, with_kwargs in (
+        (module._forward_hooks, module._forward_hooks_with_kwargs),
+        (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs),
+    ):
+        for number, attached in list(hooks.items()):
+            if attached is hook:
+                del hooks[number]
+                with_kwargs.pop(number, None)
 
 
 def add_updates(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:

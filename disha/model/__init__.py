@@ -6,7 +6,6 @@
 - `inject`, `control`, `merge`, `state`, `check`, `summary`: the public functions
 - `check_runs`, `check_merges`, `check_report`: how a check runs the model, compares it with the
   merged one, and prints what it has found
-- `records`, `fingerprints`: what a file says of an adapted weight, and of its base
-- `buffers`, `lost_layers`: what a model remembers of itself from before its adapters
-- `state_dict_hook`: what happens before a model with adapters loads a state dict
+- `records`: what a file says of an adapted weight
+- `buffers`: which buffers training has changed
 """

@@ -19,10 +19,11 @@ from disha.errors import ArgumentError, DishaError
 from disha.functional import Method
 from disha.layers.adapted import AdaptedLayer
 from disha.layers.blocks import AdapterBlock, NewRowsBlock
+from disha.layers.wrappers import clean_key
 from disha.model.check_merges import Merging, compare_merged
 from disha.model.check_report import CheckedWeight, CheckReport
 from disha.model.check_runs import Runner, UndoesWrites, restore_data
-from disha.model.view import ModelBlock, ModelView, clean_key
+from disha.model.view import ModelBlock, ModelView
 from disha.sharding.imported import imported_class
 from disha.sharding.tensors import gather, write
 from disha.sharding.zero import repartition, whole_shape

@@ -43,9 +43,9 @@ def set_active_adapters(model: nn.Module, names: str | Sequence[str]) -> None:
     """
     view = ModelView(model)
     wanted = check_names(view, names)
-    refuse_merged(view.layers, "change the active adapters")
+    refuse_merged(view.find_layers(), "change the active adapters")
     with all_or_nothing(view) as undo:
-        for layer in view.layers:
+        for layer in view.find_layers():
             undo.callback(layer.disha.activate, layer.disha.active)
             layer.disha.activate(wanted)
 
@@ -142,8 +142,8 @@ def _context(
             with LOCK:  # so that no other thread adds or removes adapters meanwhile
                 view = ModelView(model)
                 override = choose(view)
-                refuse_merged(view.layers, action)
-                groups = split_off_groups(layer.disha for layer in view.layers)
+                refuse_merged(view.find_layers(), action)
+                groups = split_off_groups(layer.disha for layer in view.find_layers())
                 stack.enter_context(open_context(groups, override, disables))
             yield
 
@@ -174,7 +174,7 @@ def set_adapter_scale(model: nn.Module, scale: float, adapter: str = "default") 
     check_scale(scale)
     view = ModelView(model)
     blocks = [model_block.block for model_block in view.require(adapter)]
-    refuse_merged(view.layers, "change an adapter's scale")
+    refuse_merged(view.find_layers(), "change an adapter's scale")
     with all_or_nothing(view) as undo:
         for block in blocks:
             undo.callback(block.set_scale, block.scale)
@@ -247,7 +247,7 @@ def _refuse_sequences_first(view: ModelView, route: Route) -> None:
     inside = {child for module in attention for child in module.modules()}
     outside = [
         name
-        for layer, name in view.layers.items()
+        for layer, name in view.find_layers().items()
         if layer not in inside and not set(route.adapters).isdisjoint(layer.disha)
     ]
     if sequence_first and outside:

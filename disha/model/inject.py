@@ -12,20 +12,19 @@ import torch
 from torch import nn
 
 from disha.config import Init, MethodName, Patterns, Target
-from disha.effective.contexts import SINGLE_LAYERS, Group
 from disha.errors import ArgumentError, ModeError
 from disha.functional.methods import Groups
 from disha.hints import with_hints
-from disha.layers import gradient_flags
 from disha.layers.adapted import AdaptedLayer, adapt, readapt, refuse_changed_class, restore
 from disha.layers.blocks import AdapterBlock
-from disha.layers.encoder import Encoder, guard_encoder
+from disha.layers.encoder import EncoderLayer, guard_encoder
+from disha.layers.model_record import ModelRecord
 from disha.layers.new_blocks import make_block
-from disha.model import buffers, lost_layers, state_dict_hook
+from disha.model import buffers
 from disha.model.plan import EXCLUDED, Plan
 from disha.model.target_plans import plan_injection
 from disha.model.view import ModelView, all_or_nothing
-from disha.text import counted, first_few
+from disha.text import counted, first_few, join
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -192,25 +191,22 @@ def apply_plan(view: ModelView, plan: Plan, undo: ExitStack, *, activate: bool =
         blocks[layer.module].append(block)
         for module, name in layer.tied.values():
             tied_blocks[module].append((name, block))
-    group = _find_group(view)
-    names = [layer.name for layer in plan.layers]
-    lost_layers.remember_layers(view.model, plan.adapter, names, undo)
-    buffers.remember_buffers(view, plan.adapter, plan.also_train, undo)
-    state_dict_hook.add_hook(view.model, undo)
     modules = list(blocks)
     modules += [module for module in tied_blocks if module not in blocks]
     _undo_later(view, modules, undo)
+    record = _note_plan(view, plan)
     for module in modules:
         own_blocks = blocks[module]
         tied = tied_blocks[module]
         parameters = [block.slot.parameter for block in own_blocks]
         parameters += [name for name, _ in tied]
         is_quantized = any(block.slot.quantized for block in own_blocks)
-        adapters = adapt(module, parameters, is_quantized, group)
+        names = view.names_in_record(module)
+        adapters = adapt(module, parameters, is_quantized, record, names)
         adapters.add(plan.adapter, own_blocks, tied)
     # All layers, the new ones too. `activate` also rebuilds the tables that forwards read, so it is
     # called even if what acts stays the same.
-    for adapted in view.layers:
+    for adapted in view.find_layers():
         if activate:
             adapted.disha.activate((plan.adapter,))
         else:
@@ -219,12 +215,16 @@ def apply_plan(view: ModelView, plan: Plan, undo: ExitStack, *, activate: bool =
     _set_flags(view, plan)
 
 
-def _find_group(view: ModelView) -> Group:
-    """Return the group of the model's layers, which contexts cover together; at first a new one."""
-    for layer in view.layers:
-        if layer.disha.group is not SINGLE_LAYERS:
-            return layer.disha.group
-    return Group()
+def _note_plan(view: ModelView, plan: Plan) -> ModelRecord:
+    """Note the new layers, their ties and the buffers in the record of the model; return it."""
+    record, model_name = view.unite_records()
+    names = [join(model_name, layer.name) for layer in plan.layers]
+    record.layers[plan.adapter] = (*record.layers.get(plan.adapter, ()), *names)
+    for name, layer in zip(names, plan.layers):
+        if layer.tied:
+            record.ties[name] = tuple(join(model_name, tied) for tied in layer.tied)
+    buffers.remember_buffers(view, plan.adapter, plan.also_train)
+    return record
 
 
 def _undo_later(view: ModelView, modules: Iterable[nn.Module], undo: ExitStack) -> None:
@@ -233,9 +233,9 @@ def _undo_later(view: ModelView, modules: Iterable[nn.Module], undo: ExitStack) 
     First come their classes and blocks, then what acts, the guards of encoders, and last all
     requires_grad flags: a stack runs backwards.
     """
-    gradient_flags.keep_flags(view.parameters, undo)
+    view.keep_records(undo)
     undo.callback(_guard_encoders, view)
-    for layer in view.layers:
+    for layer in view.find_layers():
         undo.callback(layer.disha.activate, layer.disha.active)
     for module in modules:
         if isinstance(module, AdaptedLayer):
@@ -294,10 +294,10 @@ def remove_adapters(model: M, adapter: str | None = None) -> M:
         take_out(view, removed, undo)
         for name in removed:
             buffers.release_buffers(view, name, undo)
-        if not view.layers:
+        if not view.has_adapters_anywhere:
             buffers.put_back_buffers(view, undo)
             _warn_of_unsaved_buffers(view)
-            buffers.forget_buffers(view.names, undo)
+            view.forget_buffers()
     return model
 
 
@@ -315,27 +315,25 @@ def _warn_of_unsaved_buffers(view: ModelView) -> None:
 
 def take_out(view: ModelView, adapters: Sequence[str], undo: ExitStack) -> None:
     """Remove adapters, and give layers without any their own class back."""
-    _undo_later(view, view.layers, undo)
-    for layer in view.layers:
+    _undo_later(view, view.find_layers(), undo)
+    for layer in view.find_layers():
         for adapter in adapters:
             layer.disha.discard(adapter)
         if not len(layer.disha):
             restore(layer)
     _guard_encoders(view)
-    for module in view.names:
-        for adapter in adapters:
-            gradient_flags.release_parameters(module, adapter)
     for adapter in adapters:
-        lost_layers.forget_layers(view.names, adapter, undo)
-    if not view.layers:
-        for module in view.names:
-            gradient_flags.restore_flags(module)
-        state_dict_hook.remove_hooks(view.names, undo)
+        for parameter in view.parameters:
+            parameter.release(adapter)
+        view.forget_layers(adapter)
+    if not view.has_adapters_anywhere:
+        view.restore_flags()
 
 
 def check_removable(view: ModelView, removed: Sequence[str]) -> None:
     """Raise if a class was changed, or another thread or task is in a context of an adapter."""
-    for layer, name in view.layers.items():
+    view.refuse_half_of_ties("remove adapters")
+    for layer, name in view.find_layers().items():
         if set(layer.disha) <= set(removed):
             refuse_changed_class(layer, name)
     for context in view.open_contexts():
@@ -398,11 +396,10 @@ def mark_only_adapters_trainable(model: nn.Module) -> None:
     if not blocks:
         raise ArgumentError("the model has no adapter, so nothing would train")
     with all_or_nothing(view) as undo:
-        gradient_flags.keep_flags(view.parameters, undo)
+        view.keep_records(undo)
+        view.unite_records()
         for parameter in view.parameters:
-            gradient_flags.set_requires_grad(
-                parameter.module, parameter.attribute, parameter.is_claimed()
-            )
+            parameter.set_requires_grad(parameter.is_claimed())
         for block in blocks:
             undo.callback(block.requires_grad_, block.requires_grad)
             block.requires_grad_(True)
@@ -411,7 +408,7 @@ def mark_only_adapters_trainable(model: nn.Module) -> None:
 def _guard_encoders(view: ModelView) -> None:
     """Let encoders return the same with adapted layers as with plain ones; undo that in others."""
     for module in view.names:
-        if isinstance(module, Encoder):
+        if isinstance(module, EncoderLayer):
             is_adapted = any(isinstance(inner, AdaptedLayer) for inner in module.modules())
             guard_encoder(module, is_adapted)
 
@@ -423,8 +420,6 @@ def _set_flags(view: ModelView, plan: Plan) -> None:
         if parameter.name in also_train:
             # The parameter's flag if this adapter is removed, and others stay.
             flag_without = parameter.value.requires_grad and not plan.freeze
-            gradient_flags.claim_parameter(
-                parameter.module, plan.adapter, parameter.attribute, flag_without
-            )
+            parameter.claim(plan.adapter, flag_without)
         elif plan.freeze and not parameter.is_claimed():
-            gradient_flags.set_requires_grad(parameter.module, parameter.attribute, False)
+            parameter.set_requires_grad(False)

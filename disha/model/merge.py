@@ -18,12 +18,11 @@ from disha.functional.shard_sums import merge_dtype, without_autocast
 from disha.layers.adapted import AdaptedLayer, set_class
 from disha.layers.bitsandbytes import is_library_forward
 from disha.layers.blocks import AdapterBlock, Merged, Original, Slot
+from disha.layers.fingerprints import checksums, has_changed
 from disha.layers.offloading import offloading_hooks
 from disha.layers.quantized import ROUNDED, quantization_of, takes_dense
 from disha.layers.weights import slots_of, stored_weight, sum_with_updates
-from disha.model import buffers
 from disha.model.control import check_names
-from disha.model.fingerprints import checksums, has_changed
 from disha.model.inject import check_removable, take_out
 from disha.model.state import is_finite_as
 from disha.model.view import ModelView, all_or_nothing
@@ -94,11 +93,11 @@ def merge_adapters(
     with all_or_nothing(view) as undo:
         merge(view, undo, adapter, untie=untie, dense=dense)
         if unload:
-            layers = [layer for layer in view.layers if layer.disha.is_dense]
+            layers = [layer for layer in view.find_layers() if layer.disha.is_dense]
             take_out(view, view.adapters, undo)
             for layer in layers:
                 _compute_densely(layer, undo)
-            buffers.forget_buffers(view.names, undo)
+            view.forget_buffers()
 
 
 def _compute_densely(layer: nn.Module, undo: ExitStack) -> None:
@@ -133,6 +132,7 @@ def merge(
             f"can't merge adapters while another thread or task is inside {context.function}, "
             "where it would change what the model computes; merge when that has ended"
         )
+    view.refuse_half_of_ties("merge adapters")
     _refuse_sharded(view, "merge adapters")
     # Inference mode is off, because tensors that are made in it can never be trained.
     with torch.inference_mode(False), torch.no_grad():
@@ -240,15 +240,16 @@ def unmerge_adapters(model: nn.Module) -> None:
     view = ModelView(model)
     originals = {
         layer: layer.disha.merged.originals
-        for layer in view.layers
+        for layer in view.find_layers()
         if layer.disha.merged is not None
     }
     if not originals:
         return
+    view.refuse_half_of_ties("unmerge adapters")
     _refuse_sharded(view, "unmerge adapters")
     for layer, of_layer in originals.items():
         for parameter, original in of_layer.items():
-            _refuse_changed(join(view.layers[layer], parameter), layer, parameter, original)
+            _refuse_changed(join(view.names[layer][0], parameter), layer, parameter, original)
     with all_or_nothing(view) as undo:
         for layer, of_layer in originals.items():
             for parameter, original in of_layer.items():
@@ -295,7 +296,7 @@ def _choose(
     """Return each layer -> the adapters to merge into it, by default its active ones."""
     adapters = None if adapter is None else check_names(view, adapter)
     chosen = {}
-    for layer in view.layers:
+    for layer in view.find_layers():
         wanted = layer.disha.active if adapters is None else adapters
         chosen[layer] = tuple(name for name in wanted if name in layer.disha)
     if not any(chosen.values()):

@@ -13,9 +13,10 @@ from disha.functional.shard_sums import is_inexact
 from disha.layers.adapted import AdaptedLayer, refuse_merged
 from disha.layers.blocks import NewRowsBlock
 from disha.layers.weights import stored_weight, weight_shape
+from disha.layers.wrappers import clean_key
 from disha.model import buffers
 from disha.model.records import Tensors
-from disha.model.view import ModelView, all_or_nothing, clean_key
+from disha.model.view import ModelView, all_or_nothing
 from disha.sharding.tensors import local_part, reason_against_writing, write
 from disha.sharding.zero import gather_partition, whole_shape
 from disha.text import first_few, join
@@ -141,7 +142,7 @@ def collect_tensors(view: ModelView, adapter: str) -> dict[str, Tensor]:
             isinstance(parameter.module, AdaptedLayer)  # perhaps merged
             and stored_weight(parameter.module, parameter.attribute) is not parameter.value
         ):
-            refuse_merged(view.layers, f"use {parameter.name} as part of the adapter")
+            refuse_merged(view.find_layers(), f"use {parameter.name} as part of the adapter")
         tensors[parameter.name] = parameter.value
     return tensors | buffers.list_changed(view, adapter)
 
@@ -189,7 +190,7 @@ def load_adapter_state_dict(
     view = ModelView(model)
     with all_or_nothing(view) as undo:
         with view.ranks.fail_together(f"load a state dict as adapter {adapter!r}"):
-            refuse_merged(view.layers, "load an adapter")
+            refuse_merged(view.find_layers(), "load an adapter")
             saved_buffers = buffers.list_saved(view, adapter)
             tensors = saved_buffers | collect_tensors(view, adapter)
             in_model = _find_in_state_dict(view, tensors, optional=saved_buffers)

@@ -16,7 +16,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from disha.effective.contexts import LOCK, OPEN_CONTEXTS, Context, current_context
+from disha.effective.contexts import (
+    LOCK,
+    OPEN_CONTEXTS,
+    SINGLE_LAYERS,
+    Context,
+    current_context,
+)
 from disha.errors import (
     AdapterStateError,
     ArgumentError,
@@ -26,47 +32,14 @@ from disha.errors import (
 )
 from disha.layers.adapted import AdaptedLayer, refuse_merged
 from disha.layers.blocks import CHILD_NAME, AdapterBlock, Adapters, check_adapter_name
-from disha.layers.gradient_flags import is_claimed
+from disha.layers.model_record import FormerBuffer, KnownNames, ModelRecord, Place, Places
 from disha.layers.weights import count_values
-from disha.private_torch import CHECKPOINTED, COMPILED, FSDP_CHILD
+from disha.layers.wrappers import FSDP, WRAPPERS
 from disha.sharding.imported import imported_class
 from disha.sharding.ranks import Ranks
 from disha.sharding.tensors import is_sharded
 from disha.sharding.zero import is_partitioned
 from disha.text import join
-
-
-class _Wrapper(NamedTuple):
-    """A class of torch or DeepSpeed that wraps a module."""
-
-    module: str  # where the class is defined
-    name: str
-    child: str  # the attribute that holds the wrapped module; empty if the module changes its class
-    distributes: bool = False  # keeps track of parameters, so that none may be added or removed
-    shards: bool = False  # replaces parameters by shards
-
-
-_FSDP = "torch.distributed.fsdp"
-_WRAPPERS = (
-    _Wrapper(*COMPILED),
-    _Wrapper(*CHECKPOINTED),
-    _Wrapper(
-        "torch.nn.parallel.distributed", "DistributedDataParallel", "module", distributes=True
-    ),
-    _Wrapper("torch.optim.swa_utils", "AveragedModel", "module"),
-    _Wrapper("torch.nn.parallel.data_parallel", "DataParallel", "module", distributes=True),
-    _Wrapper("deepspeed.runtime.engine", "DeepSpeedEngine", "module", distributes=True),
-    _Wrapper(_FSDP, "FullyShardedDataParallel", FSDP_CHILD, distributes=True, shards=True),
-    _Wrapper(_FSDP, "FSDPModule", "", distributes=True, shards=True),
-)
-
-
-def clean_key(key: str) -> str:
-    """Return a state-dict key without the parts that wrappers add."""
-    # A model may have a child `module` itself, so only at the start is that name a wrapper's.
-    added = {wrapper.child for wrapper in _WRAPPERS if wrapper.child != "module"}
-    parts = [part for part in key.split(".") if part not in added]
-    return ".".join(parts).removeprefix("module.")
 
 
 class ModelBlock(NamedTuple):
@@ -87,8 +60,9 @@ class ModelParameter(NamedTuple):
     """A parameter of a model, with all of its clean names; a tied one has several."""
 
     names: tuple[str, ...]
-    module: nn.Module  # the first that holds it, or the one where an adapter trains it
+    module: nn.Module  # the first that holds it
     attribute: str  # its name in that module
+    places: Places
 
     @property
     def name(self) -> str:
@@ -102,9 +76,40 @@ class ModelParameter(NamedTuple):
         assert parameter is not None
         return parameter
 
+    @property
+    def place(self) -> KnownNames | None:
+        """The record that knows it, with its names there."""
+        return self.places.find_all(self.names)
+
     def is_claimed(self, adapter: str | None = None) -> bool:
         """Whether it trains with an adapter, or with any, because `also_train` named it."""
-        return is_claimed(self.module, self.attribute, adapter)
+        place = self.place
+        flag = None if place is None else place.record.find_flag(place.names)
+        if flag is None or flag.adapter is None:
+            return False
+        return adapter in (None, flag.adapter)
+
+    def set_requires_grad(self, flag: bool) -> None:
+        """Set its flag, and remember what it was at first."""
+        record, names = self._known
+        record.set_requires_grad(self.value, names, flag)
+
+    def claim(self, adapter: str, flag_without: bool) -> None:
+        """Train it together with an adapter; `flag_without` is its flag without it."""
+        record, names = self._known
+        record.claim_parameter(self.value, names, adapter, flag_without)
+
+    def release(self, adapter: str) -> None:
+        """Give it the flag that it has without the adapter, if it trains with that."""
+        if self.is_claimed(adapter):
+            record, names = self._known
+            record.release_parameter(self.value, names, adapter)
+
+    @property
+    def _known(self) -> KnownNames:
+        place = self.place
+        assert place is not None  # `unite_records` lets a record know all of a model
+        return place
 
     @property
     def size(self) -> int:
@@ -119,6 +124,18 @@ class ModelBuffer(NamedTuple):
     module: nn.Module
     attribute: str  # its name in the module
     is_statistic: bool  # whether it is one of the running statistics of a norm
+    places: Places
+
+    @property
+    def place(self) -> KnownNames | None:
+        """The record that knows it, with its names there."""
+        return self.places.find_all(self.names)
+
+    @property
+    def former(self) -> FormerBuffer | None:
+        """What the record knows of it; None if it came after the adapters."""
+        place = self.place
+        return None if place is None else place.record.find_buffer(place.names)
 
     @property
     def name(self) -> str:
@@ -144,6 +161,11 @@ def persistent_buffers_of(module: nn.Module) -> dict[str, Tensor]:
     }
 
 
+MOST_NAMES = 16
+"""The most names of a module that a view takes. Where modules are shared at many levels, they have
+exponentially many."""
+
+
 class ModelView:
     """The modules, parameters and adapters of a model; the adapters are always up to date."""
 
@@ -156,14 +178,17 @@ class ModelView:
         self.model = model
         self.names = {}
         self._wrappers = [
-            (imported_class(wrapper.module, wrapper.name), wrapper) for wrapper in _WRAPPERS
+            (imported_class(wrapper.module, wrapper.name), wrapper) for wrapper in WRAPPERS
         ]
         self._walk(model, "", on_path=set())
+        layers = [(self.names[layer], layer.disha) for layer in self.find_layers()]
+        self.places = Places(layers)
 
     def _walk(self, module: nn.Module, name: str, on_path: set[nn.Module]) -> None:
-        if isinstance(module, Adapters) or module in on_path:
+        names = self.names.get(module, ())
+        if isinstance(module, Adapters) or module in on_path or len(names) == MOST_NAMES:
             return
-        self.names[module] = (*self.names.get(module, ()), name)
+        self.names[module] = (*names, name)
         children = module._modules
         if not children:
             return
@@ -199,19 +224,17 @@ class ModelView:
     def parameters(self) -> tuple[ModelParameter, ...]:
         """The parameters of the model, each once. Those of blocks are left out."""
         aliases = defaultdict[int, list[str]](list)
-        places: dict[int, tuple[nn.Module, str]] = {}
+        holders: dict[int, tuple[nn.Module, str]] = {}
         for module, names in self.names.items():
             for attribute, parameter in module._parameters.items():
                 if parameter is None:
                     continue
                 key = id(parameter)
                 aliases[key] += [join(name, attribute) for name in names]
-                # The place of a tied parameter is the module that claims it, or else the first.
-                if key not in places or is_claimed(module, attribute):
-                    places[key] = module, attribute
+                holders.setdefault(key, (module, attribute))
         return tuple(
-            ModelParameter(tuple(aliases[key]), module, attribute)
-            for key, (module, attribute) in places.items()
+            ModelParameter(tuple(aliases[key]), module, attribute, self.places)
+            for key, (module, attribute) in holders.items()
         )
 
     @cached_property
@@ -230,14 +253,13 @@ class ModelView:
                 is_plain = type(buffer) is Tensor or is_sharded(buffer)
                 if is_plain and buffer.layout is torch.strided:
                     aliases = tuple(join(name, attribute) for name in names)
-                    buffers.append(ModelBuffer(aliases, module, attribute, is_norm))
+                    buffers.append(ModelBuffer(aliases, module, attribute, is_norm, self.places))
         return tuple(buffers)
 
     # --- adapters --------------------------------------------------------------------------------
 
-    @property
-    def layers(self) -> dict[AdaptedLayer, str]:
-        """The adapted layers -> their clean names."""
+    def find_layers(self) -> dict[AdaptedLayer, str]:
+        """Return the adapted layers, as they are now -> their clean names."""
         return {
             module: names[0]
             for module, names in self.names.items()
@@ -248,7 +270,7 @@ class ModelView:
         """Return the blocks of all adapters, or of one, layer by layer."""
         return [
             ModelBlock(join(name, weight), layer, other, block)
-            for layer, name in self.layers.items()
+            for layer, name in self.find_layers().items()
             for (other, weight), block in layer.disha.blocks_by_name(adapter).items()
         ]
 
@@ -257,7 +279,7 @@ class ModelView:
         borrowers: dict[AdapterBlock, dict[str, AdaptedLayer]] = {
             model_block.block: {} for model_block in self.blocks()
         }
-        for layer, name in self.layers.items():
+        for layer, name in self.find_layers().items():
             for child in layer.disha.children():
                 for parameter, block in child.borrowed:  # type: ignore[union-attr]
                     if block not in borrowers:
@@ -272,7 +294,7 @@ class ModelView:
     def adapters(self) -> list[str]:
         """The names of all adapters, in the order of the layers."""
         names: list[str] = []
-        for layer in self.layers:
+        for layer in self.find_layers():
             names += [name for name in layer.disha if name not in names]
         return names
 
@@ -314,16 +336,139 @@ class ModelView:
 
     def refuse_inside(self, action: str) -> None:
         """Raise if adapters are merged, or this thread or task is in a context of the model."""
-        refuse_merged(self.layers, action)
-        for layer in self.layers:
+        refuse_merged(self.find_layers(), action)
+        for layer in self.find_layers():
             context = current_context(layer.disha.group)
             if context is not None:
                 raise ModeError(f"can't {action} inside {context.function}; leave it first")
 
     def open_contexts(self) -> list[Context]:
         """Return the contexts of the model that are open in any thread or task."""
-        groups = {layer.disha.group for layer in self.layers}
+        groups = {layer.disha.group for layer in self.find_layers()}
         return [context for context in list(OPEN_CONTEXTS) if any(map(context.covers, groups))]
+
+    # --- what the adapters remember --------------------------------------------------------------
+
+    @property
+    def records(self) -> list[ModelRecord]:
+        """The records of the layers: one, unless parts of the model got adapters by themselves."""
+        return self.places.records
+
+    def keep_records(self, undo: ExitStack) -> None:
+        """Let `undo` put back the records, the flags of parameters, and what layers know."""
+        tables = [(record, record.copy_tables()) for record in self.records]
+        flags = [(item.value, item.value.requires_grad) for item in self.parameters]
+        layers = [
+            (layer.disha, layer.disha.record, layer.disha.names) for layer in self.find_layers()
+        ]
+
+        def put_back() -> None:
+            for record, former in tables:
+                record.restore_tables(former)
+            for parameter, flag in flags:
+                parameter.requires_grad = flag
+            for adapters, record, names in layers:
+                adapters.belong_to(record, names)
+
+        undo.callback(put_back)  # one for all parameters, because each takes time and memory
+
+    def unite_records(self) -> Place:
+        """Return the record of this model and the model's name there; at first, a new record.
+
+        It takes over what those of parts know, which got adapters by themselves.
+        """
+        place = self.places.find("")
+        if place is None:
+            groups = [record.group for record in self.records]
+            shared = [group for group in groups if group is not SINGLE_LAYERS]
+            place = Place(ModelRecord(shared[0] if shared else None), "")
+        for name, part in self.places.items():
+            if part.record is not place.record:
+                place.record.take_over(part.record, part.name, join(place.name, name))
+        for layer in self.find_layers():
+            if layer.disha.record is not place.record:
+                names = tuple(join(place.name, name) for name in self.names[layer])
+                layer.disha.belong_to(place.record, names)
+        self.places.cover(place.record, place.name)
+        return place
+
+    def names_in_record(self, module: nn.Module) -> tuple[str, ...]:
+        """Return the names of a module in the record."""
+        known = self.places.find_all(self.names[module])
+        assert known is not None
+        return known.names
+
+    @property
+    def has_adapters_anywhere(self) -> bool:
+        """Whether the model still has adapters, also outside of this part of it."""
+        if self.find_layers():
+            return True
+        return any(
+            len(adapters) and self.places.find_today(record, adapters.names[0]) is None
+            for record in self.records
+            for adapters in list(record.members)
+        )
+
+    def forget_layers(self, adapter: str) -> None:
+        """Forget the layers of an adapter that is removed from this part."""
+        for record in self.records:
+            names = record.layers.pop(adapter, ())
+            elsewhere = [name for name in names if self.places.find_today(record, name) is None]
+            if elsewhere:
+                record.layers[adapter] = tuple(elsewhere)
+
+    def restore_flags(self) -> None:
+        """Give all parameters the flags that they had before the first adapter."""
+        for parameter in self.parameters:
+            place = parameter.place
+            flag = None if place is None else place.record.find_flag(place.names)
+            if flag is not None:
+                parameter.value.requires_grad = flag.original
+        for record in self.records:
+            record.flags.clear()
+
+    def forget_buffers(self) -> None:
+        """Forget what the buffers were before the first adapter."""
+        for record in self.records:
+            record.buffers.clear()
+
+    def refuse_half_of_ties(self, action: str) -> None:
+        """Raise if a weight of this part is tied to one outside: both have one update."""
+        for record in self.records:
+            for weight, borrowers in record.ties.items():
+                outside = []
+                inside = []
+                for name in (weight, *borrowers):
+                    name_today = self.places.find_today(record, name)
+                    if name_today is None:
+                        outside.append(name)
+                    else:
+                        inside.append(name_today)
+                if inside and outside:
+                    raise AdapterStateError(
+                        f"can't {action} here: {inside[0] or 'the weight'} is tied to "
+                        f"{outside[0]}, which is outside this part of the model; pass the "
+                        "complete model"
+                    )
+
+    def list_lost_layers(self, adapter: str) -> list[str]:
+        """Return the names of the weights that the adapter was injected into and adapts no more.
+
+        Code of the user may put another module in the place of an adapted one, as the method
+        `resize_token_embeddings` of transformers does. The block goes with the old module.
+        """
+        adapted = {
+            join(name, model_block.block.slot.name)
+            for model_block in self.blocks(adapter)
+            for name in model_block.layer.disha.names
+        }
+        lost = []
+        for record in self.records:
+            for name in record.layers.get(adapter, ()):
+                name_today = self.places.find_today(record, name)
+                if name not in adapted and name_today is not None:
+                    lost.append(name_today)
+        return lost
 
     # --- wrappers and shards ---------------------------------------------------------------------
 
@@ -350,7 +495,7 @@ class ModelView:
 
     def reshard(self) -> None:
         """Make FSDP hold shards. Parameters that a forward has gathered are only temporary."""
-        cls = imported_class(_FSDP, "FSDPModule")
+        cls = imported_class(FSDP, "FSDPModule")
         for module in self.names:
             if isinstance(module, cls):
                 module.reshard()

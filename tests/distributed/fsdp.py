@@ -33,7 +33,7 @@ from disha import (
     TargetError,
 )
 from disha.interop import image_lora
-from disha.model.fingerprints import fingerprint
+from disha.layers.fingerprints import fingerprint
 from tests.conftest import perturb
 from tests.distributed.harness import (
     ADAPTERS,

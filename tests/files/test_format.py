@@ -22,8 +22,8 @@ from disha import AdapterFileError
 from disha.config import AdapterConfig
 from disha.files.header import FORMAT
 from disha.functional import METHODS, PATTERNS
+from disha.layers.fingerprints import fingerprint, same_base
 from disha.layers.kinds import LAYER_KINDS, declared_slots
-from disha.model.fingerprints import fingerprint, same_base
 from tests import reference_reader
 from tests.adapter_files import base, first_layer, rewritten, trained
 from tests.conftest import InOut, assert_same, needs_complex_files, perturb, refused, seed_torch

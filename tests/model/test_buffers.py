@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import disha
-from disha.model.buffers import forget_buffers, release_buffers
+from disha.model.buffers import release_buffers
 from disha.model.view import ModelView
 from tests.conftest import assert_same, pickled, seed_torch
 
@@ -248,11 +248,14 @@ def test_a_statistic_that_has_become_nan_is_saved():
 
 def test_what_was_forgotten_is_remembered_again_if_a_later_step_fails():
     model = trained()
-    remembered = vars(model[1])["_disha_buffers"]
+    view = ModelView(model)
+    (record,) = view.records
+    remembered = list(record.buffers)
     with ExitStack() as undo:
-        forget_buffers(model.modules(), undo)
-        assert "_disha_buffers" not in vars(model[1])
-    assert vars(model[1])["_disha_buffers"] is remembered
+        view.keep_records(undo)
+        view.forget_buffers()
+        assert not record.buffers
+    assert list(record.buffers) == remembered
 
 
 class Normaliser(nn.Module):

@@ -11,7 +11,8 @@ from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 import disha
-from disha.model.view import ModelView, clean_key
+from disha.layers.wrappers import clean_key
+from disha.model.view import ModelView
 from tests.conftest import Shared
 
 
@@ -87,7 +88,7 @@ def test_wrappers_do_not_show():
     assert set(names_of(compiled)) == set(names_of(plain))
     assert ModelView(compiled).modules[""] is wrapped
     disha.inject_adapters(compiled, "^(0|2)$", 2)
-    assert [*ModelView(compiled).layers.values()] == ["0", "2"]
+    assert [*ModelView(compiled).find_layers().values()] == ["0", "2"]
 
 
 @pytest.mark.parametrize(
@@ -194,5 +195,6 @@ def test_nothing_else_walks():
         ("model/view.py", "layer.disha.children()"),
         ("model/inject.py", "module.modules()"),
         ("integrations/memory.py", "model.parameters()"),
-        ("model/buffers.py", "model.named_modules()"),
+        ("layers/state_dicts.py", "model.named_modules()"),
+        ("layers/state_dicts.py", "self.modules()"),
     }

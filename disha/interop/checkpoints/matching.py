@@ -14,8 +14,8 @@ from disha.files.disk import PathLike
 from disha.interop.checkpoints.reading import Checkpoint, open_checkpoint
 from disha.interop.experts import DOWN, GATE_UP
 from disha.interop.low_rank import BaseWeight
+from disha.layers.fingerprints import fingerprint, same_base
 from disha.layers.kinds import PROJECTIONS
-from disha.model.fingerprints import fingerprint, same_base
 from disha.model.records import LayerRecord
 from disha.text import first_few, group_by_reason, join
 

@@ -23,7 +23,7 @@ from disha.functional import method_of
 from disha.functional.new_rows import NewRows
 from disha.interop.checkpoints.matching import find_copies, find_keys, find_misfits, refuse
 from disha.interop.checkpoints.reading import CONFIG, INDEX, SINGLE, Checkpoint, open_checkpoint
-from disha.model.fingerprints import fingerprint
+from disha.layers.fingerprints import fingerprint
 from disha.model.records import LayerRecord
 from disha.model.state import is_finite_as
 from disha.text import counted, printable

@@ -3,7 +3,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from disha.model.fingerprints import SAMPLES, fingerprint, same_base
+from disha.layers.fingerprints import SAMPLES, fingerprint, same_base
 
 
 @settings(deadline=None, max_examples=50)

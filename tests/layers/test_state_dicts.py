@@ -1,13 +1,10 @@
 """`load_state_dict` of a model with adapters, by a state dict of the base or one with blocks."""
 
-from contextlib import ExitStack
-
 import pytest
 import torch
 from torch import nn
 
 import disha
-from disha.model.state_dict_hook import add_hook, remove_hooks
 from tests.conftest import perturb
 
 
@@ -51,21 +48,23 @@ def test_a_buffer_that_is_named_like_a_block():
     assert torch.equal(adapted[1].running_mean, base[1].running_mean)
 
 
-def test_a_model_has_one_hook_which_is_removed_with_its_last_adapter(adapted):
-    disha.inject_adapters(adapted, "proj", 2, adapter="b")
-    assert len(adapted._load_state_dict_pre_hooks) == 1
-    disha.remove_adapters(adapted)
-    assert not adapted._load_state_dict_pre_hooks
+def test_no_hook_stays_on_the_model(adapted):
+    adapted.load_state_dict(adapted.state_dict())
+    assert not any(module._load_state_dict_pre_hooks for module in adapted.modules())
 
 
-def test_a_hook_is_as_before_if_a_later_step_fails(adapted):
-    hooks = dict(adapted._load_state_dict_pre_hooks)
-    with ExitStack() as undo:
-        remove_hooks(adapted.modules(), undo)
-        assert not adapted._load_state_dict_pre_hooks
-    assert adapted._load_state_dict_pre_hooks == hooks
-    plain = nn.Linear(4, 4)
-    with ExitStack() as undo:
-        add_hook(plain, undo)
-        assert plain._load_state_dict_pre_hooks
-    assert not plain._load_state_dict_pre_hooks
+def test_a_state_of_a_part_that_lacks_a_block(adapted):
+    part = adapted.layers[0].attn
+    state = part.state_dict()
+    del state["v_proj.disha.default.bone_block"]
+    missing = part.load_state_dict(state, strict=False).missing_keys
+    assert missing == ["v_proj.disha.default.bone_block"]
+
+
+def test_a_part_of_a_base_that_is_loaded_later_says_what_the_buffers_were():
+    model = disha.inject_adapters(
+        nn.ModuleDict({"body": nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))}), "0", 2
+    )
+    base = {"1.running_mean": torch.full((4,), 2.0)}
+    model["body"].load_state_dict(base, strict=False)
+    assert "body.1.running_mean" not in disha.adapter_state_dict(model)

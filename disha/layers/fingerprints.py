@@ -34,9 +34,8 @@ def sample(values: Tensor) -> Tensor:
     return as_integers.take(positions).view(values.dtype)
 
 
-def _has_values(weight: Tensor) -> bool:
-    has_values = not (weight.is_meta or isinstance(weight, FakeTensor))
-    return has_values and is_inexact(weight) and weight.numel() > 0
+def _can_be_read(values: Tensor) -> bool:
+    return not values.is_meta and not isinstance(values, FakeTensor) and values.numel() > 0
 
 
 def fingerprint(weight: Tensor) -> str | None:
@@ -45,7 +44,7 @@ def fingerprint(weight: Tensor) -> str | None:
     The same base may be stored in float32, bfloat16 or float16. So there are two digests: of the
     values rounded to bfloat16, and of those rounded to float16 and then to bfloat16.
     """
-    if not _has_values(weight):
+    if not _can_be_read(weight) or not is_inexact(weight):
         return None
     chosen = sample(gather(weight.detach())).cpu()
     if chosen.is_complex():
@@ -71,21 +70,22 @@ Checksums = Mapping[torch.dtype, int]
 """The dtype of a weight, first, and dtypes to which it may be cast -> the checksum when cast so."""
 
 
-def checksums(weight: Tensor) -> Checksums:
-    """Return the checksums of all values of a weight; none if it has no values."""
-    if not _has_values(weight):
+def checksums(values: Tensor) -> Checksums:
+    """Return the checksums of all values of a weight or buffer; none if it has no values."""
+    if not _can_be_read(values):
         return {}
-    values = _as_real(weight)
-    dtypes = dict.fromkeys((values.dtype, torch.float32, torch.bfloat16, torch.float16))
+    values = _as_real(values)
+    casts = (torch.float32, torch.bfloat16, torch.float16) if is_inexact(values) else ()
+    dtypes = dict.fromkeys((values.dtype, *casts))
     return {dtype: _checksum(values, dtype, values.dtype) for dtype in dtypes}
 
 
-def has_changed(weight: Tensor, written: Checksums) -> bool:
+def has_changed(values: Tensor, written: Checksums) -> bool:
     """Whether any value has changed since the checksums were made. A cast of all is no change."""
-    if not written or not _has_values(weight):
+    if not written or not _can_be_read(values):
         return False
     own, *_ = written
-    return _checksum(_as_real(weight), own, own) not in written.values()
+    return _checksum(_as_real(values), own, own) not in written.values()
 
 
 def _as_real(weight: Tensor) -> Tensor:
