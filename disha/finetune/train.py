@@ -442,7 +442,8 @@ def _warn_of_idle_weights(trainer: Trainer) -> None:
         return  # they change the model once it trains
     tokens = torch.tensor([trainer.train_dataset[0]["input_ids"][:16]])
     model = trainer.model
-    report = disha.check_adapters(model, merging=False, input_ids=tokens.to(model.device))
+    with trainer.accelerator.autocast():
+        report = disha.check_adapters(model, merging=False, input_ids=tokens.to(model.device))
     if not report.ok:
         reasons = group_by_reason((weight.name, weight.reason) for weight in report.problems)
         warnings.warn("; ".join(reasons), stacklevel=2)
