@@ -13,7 +13,7 @@ from torch import nn
 from benchmarks.convergence.methods import adapt, adapter_parameters, set_scale
 from benchmarks.convergence.rounding import fast_16_bit_products
 from benchmarks.convergence.runs import Run
-from benchmarks.convergence.tasks import TASKS
+from benchmarks.convergence.tasks import RESIZED, TASKS
 from benchmarks.convergence.tasks.task import Task, batch_order
 
 HEAD_RATE = 1e-3
@@ -24,7 +24,7 @@ WARM_UP = 0.06
 @fast_16_bit_products()
 def train(run: Run) -> dict[str, Any]:
     """Do a run and return its results."""
-    task = TASKS[run.cell.task]
+    task = (TASKS | RESIZED)[run.cell.task]
     started = time.perf_counter()
     model = copy.deepcopy(task.base())
     torch.manual_seed(run.seed)

@@ -50,6 +50,7 @@ from benchmarks.convergence.runs import RESULTS, Cell, Run, read_runs, write_run
 from benchmarks.convergence.tasks import TASKS, packages
 from benchmarks.convergence.tasks.digits import Digits, ViT
 from benchmarks.convergence.training import train
+from benchmarks.convergence.transfer import rate_of_lowest
 from tests.language_models import llama
 
 ROOT = Path(__file__).parent.parent.parent
@@ -283,6 +284,18 @@ class TestFindings:
         last = Point(1.0, 1.0, 1.9 if limit == 1.25 else 1.2)
         curve = [Point(0.0, 3.0, 1.0), Point(0.5, 2.0, 1.5), last]
         assert at_forgetting(curve, limit) == pytest.approx(loss)
+
+
+@pytest.mark.parametrize(
+    ("losses", "rate"),
+    [
+        ({1e-3: 2.0, 1e-2: 1.0, 1e-1: 2.0}, 1e-2),
+        ({1e-3: 1.2, 1e-2: 1.0, 1e-1: 1.4}, 10 ** (-2 - 1 / 6)),
+        ({1e-3: 1.0, 1e-2: 1.5}, None),
+    ],
+)
+def test_the_best_rate_is_the_lowest_point_of_a_parabola(losses, rate):
+    assert rate_of_lowest(losses) == (None if rate is None else pytest.approx(rate))
 
 
 def assert_same_picture(found, expected):

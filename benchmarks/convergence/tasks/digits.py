@@ -83,6 +83,7 @@ class Digits(Task):
     )
     r, r_out = 8, 32
     steps, batch, evaluate_every = 150, 32, 5
+    width, depth = 64, 4
     layers: ClassVar[Mapping[str, str]] = {
         "all": r"^blocks\.\d+\.(attention\..*|up|down)$",
         "attention": r"^blocks\.\d+\.attention\.",
@@ -94,7 +95,7 @@ class Digits(Task):
         upright = self._upright[:PRETRAINING_ROWS]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            model = ViT()
+            model = ViT(self.width, self.depth)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.05)
         rates = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, PRETRAINING_STEPS)
         for rows in batch_order(PRETRAINING_ROWS, self.batch, PRETRAINING_STEPS, seed=0):
@@ -135,3 +136,9 @@ class Digits(Task):
         """Return the losses of both models on upright digits that are in no training set."""
         upright = self._upright[-len(self.rows.test) :]
         return self.score(base, upright), self.score(model, upright)
+
+
+def resized_digits(name: str, **settings: int) -> Digits:
+    """Return the task with another width, depth or number of steps; only its end is measured."""
+    resized = type("ResizedDigits", (Digits,), {"name": name, "evaluate_every": 10**6, **settings})
+    return resized()
