@@ -279,6 +279,8 @@ def _parse_layer(path: Path, config: AdapterConfig, entry: Any) -> LayerRecord:
     rows: OutputRanges = ()
     if entry.get("rows") is not None:
         rows = check_ranges(name, entry["rows"])
+    elif method == NEW_ROWS:  # earlier versions could write all rows so
+        rows = ((0, entry["out"]),)
     return LayerRecord(
         name=name,
         method=method,

@@ -299,9 +299,9 @@ class NewRowsBlock(AdapterBlock):
     def set_scale(self, scale: float) -> None:
         """Do nothing: a row is replaced, so there is no update to scale."""
 
-    def reconfigure(self, config: AdapterConfig) -> None:
-        """Take another configuration."""
-        self.config = config
+    def write_weight(self, weight: Tensor) -> Tensor:
+        """Return a table with these rows."""
+        return NewRows(self.block, self.slot.output_ranges).write_weight(weight)
 
     @property
     def r_out(self) -> None:

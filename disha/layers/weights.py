@@ -25,7 +25,6 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from disha import functional
 from disha.errors import ArgumentError
-from disha.functional.new_rows import NewRows
 from disha.functional.shard_sums import is_inexact, merge_dtype
 from disha.layers import bitsandbytes, quantized
 from disha.layers.blocks import (
@@ -206,7 +205,7 @@ def delta_of(layer: nn.Module, block: AdapterBlock, slot: Slot) -> Tensor:
         base = base_of(layer, slot)
     if isinstance(block, NewRowsBlock):
         base = base.to(merge_dtype(base.dtype, block.block.dtype))
-        return NewRows(block.block, block.slot.output_ranges).write_weight(base) - base
+        return block.write_weight(base) - base
     return block.method.delta_weight(
         block.slot.layout, block.block, base, block.slot.output_ranges, block.r
     )
@@ -214,16 +213,16 @@ def delta_of(layer: nn.Module, block: AdapterBlock, slot: Slot) -> Tensor:
 
 def sum_with_updates(layer: Any, slot: Slot, adapters: Iterable[str]) -> Tensor:
     """Return W + sum of s * dW of these adapters, with their new rows."""
-    blocks = layer.disha.blocks_for(slot.parameter, adapters)
-    deltas = [
-        (delta_of(layer, block, slot), block.scale)
-        for block in blocks
-        if not isinstance(block, NewRowsBlock)
-    ]
-    merged = functional.merged_weight(base_of(layer, slot), deltas)
-    for block in blocks:
+    deltas = []
+    new_rows = []
+    for block in layer.disha.blocks_for(slot.parameter, adapters):
         if isinstance(block, NewRowsBlock):
-            merged = NewRows(block.block, block.slot.output_ranges).write_weight(merged)
+            new_rows.append(block)
+        else:
+            deltas.append((delta_of(layer, block, slot), block.scale))
+    merged = functional.merged_weight(base_of(layer, slot), deltas)
+    for block in new_rows:
+        merged = block.write_weight(merged)
     return merged
 
 

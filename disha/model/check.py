@@ -16,9 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from disha.errors import ArgumentError, DishaError
-from disha.functional import Method
 from disha.layers.adapted import AdaptedLayer
-from disha.layers.blocks import AdapterBlock, NewRowsBlock
+from disha.layers.blocks import AdapterBlock
 from disha.layers.wrappers import clean_key
 from disha.model.check_merges import Merging, compare_merged
 from disha.model.check_report import CheckedWeight, CheckReport
@@ -348,22 +347,18 @@ def _find_stuck_blocks(
 
     That is a property of the method, so one block of each method is tried.
     """
-    tried: set[Method] = set()
-    stuck: set[Method] = set()
+    tried: set[str] = set()
+    stuck: set[str] = set()
     for block in runner.blocks:
         reaching = [
             observation for observation in observations if block in observation.with_gradient
         ]
-        if block not in zeros or isinstance(block, NewRowsBlock) or not reaching:
+        if block not in zeros or block.kind in tried or not reaching:
             continue
-        if block.method in tried:
-            continue
-        tried.add(block.method)
+        tried.add(block.kind)
         write(block.block, torch.zeros(whole_shape(block.block), device="cpu"), undo)
         with runner.mode(training=reaching[0].training):
             read, outputs = _run_and_note_reads(runner, [block])
             if block not in _find_with_gradient(outputs, read):
-                stuck.add(block.method)
-    return {
-        block for block in zeros if not isinstance(block, NewRowsBlock) and block.method in stuck
-    }
+                stuck.add(block.kind)
+    return {block for block in zeros if block.kind in stuck}

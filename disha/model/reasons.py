@@ -47,9 +47,10 @@ def reason_against_adapting(layer: PlannedLayer) -> str | None:
         if not isinstance(holder, AdaptedLayer):
             continue
         for block in holder.disha.blocks_for(parameter, holder.disha):
+            if layer.is_new_rows or isinstance(block, NewRowsBlock):
+                continue  # rows are rows in any layout
             other_layout = block.slot.layout
-            of_one_matrix = layer.is_new_rows or isinstance(block, NewRowsBlock)
-            if other_layout != slot.layout and not of_one_matrix:
+            if other_layout != slot.layout:
                 return f"another adapter has it with the layout {other_layout}, not {slot.layout}"
     if slot.quantized:
         reason = _reason_against_quantized(layer, slot)

@@ -38,11 +38,6 @@ def trained(make=llama, **options):
     return perturb(disha.inject_adapters(make(), "q_proj|c_attn", 4, **options))
 
 
-def load_adapter_into(model, path, **options):
-    load_adapter(model, path, **options)
-    return model
-
-
 def rows_of(model, adapter="default"):
     """The values of the trained rows (rows, width)."""
     return model.get_input_embeddings().disha[adapter].block.mT
@@ -236,8 +231,8 @@ def test_a_file_of_an_earlier_version_that_calls_rows_a_method(tmp_path):
     """It has a scale that they do not have, and, without other layers, a method of this name."""
     model = trained()
     save_adapter(model, tmp_path / "all")
-    other = load_adapter_into(llama(), tmp_path / "all", layers="embed")
-    save_adapter(other, tmp_path / "rows")
+    load_adapter(part := llama(), tmp_path / "all", layers="embed")
+    save_adapter(part, tmp_path / "rows")
     rewritten(tmp_path / "all", change_header=lambda header: header["layers"][0].update(scale=0.5))
 
     def name_the_method(header):
@@ -245,9 +240,15 @@ def test_a_file_of_an_earlier_version_that_calls_rows_a_method(tmp_path):
 
     rewritten(tmp_path / "rows", change_header=name_the_method)
     for name in ("all", "rows"):
-        found = load_adapter_into(llama(), tmp_path / name)
-        assert torch.equal(rows_of(found), rows_of(model))
+        load_adapter(found := llama(), tmp_path / name)
         assert torch.equal(found.lm_head.weight[NEW], rows_of(model))
+
+    def make_all_new(header):
+        del header["layers"][0]["rows"]
+
+    rewritten(tmp_path / "rows", change_header=make_all_new)
+    load_adapter(found := llama(words=3), tmp_path / "rows")
+    assert torch.equal(found.lm_head.weight.clone(), rows_of(model))
 
 
 @pytest.mark.parametrize(
