@@ -9,7 +9,9 @@ from pathlib import Path
 from urllib.parse import urljoin, urlsplit
 
 import pytest
+import torch
 import yaml
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import disha
 from docs.screens import DESK, PROGRAMS, WIDTHS, build, chrome, resize, served
@@ -126,6 +128,29 @@ def test_the_serving_page_says_of_every_function_what_it_is_safe_beside():
     named = {name for cell in cells for name in re.findall(r"`(\w+)", cell)}
     functions = {name for name in disha.__all__ if name.islower() and "__" not in name}
     assert named - {"replace", "activate"} == functions
+
+
+@pytest.mark.parametrize(
+    ("size", "shape"),
+    [
+        ("135 million", (576, 1536, 30, 9, 3)),
+        ("1 billion", (2048, 8192, 16, 32, 8)),
+        ("8 billion", (4096, 14336, 32, 32, 8)),
+        ("70 billion", (8192, 28672, 80, 64, 8)),
+    ],
+)
+def test_the_table_of_rates_is_what_plans_give(size, shape):
+    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+             "num_key_value_heads")  # fmt: skip
+    with torch.device("meta"):
+        model = LlamaForCausalLM(LlamaConfig(vocab_size=64, **dict(zip(names, shape, strict=True))))
+    page = (DOCS / "choosing.md").read_text(encoding="utf-8")
+    (row,) = (line for table in tables_of(page) for line in table if line[0] == size)
+    settings = [{}, {"groups": 2}, {"groups": "all"}]
+    plans = [
+        disha.plan_adapters(model, "all-linear", r=64, exclude="lm_head", **one) for one in settings
+    ]
+    assert [float(told) for told in row[1:]] == [float(f"{plan.rate:.1e}") for plan in plans]
 
 
 def test_the_citation_has_the_version():
