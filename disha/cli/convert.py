@@ -240,7 +240,7 @@ def _complete_notes(
     if base_name is None:
         return notes
     if flags.to == "disha":
-        notes[BASE_KEY] = base_note(base_name, read_noted_bits(notes) or "fp32", flags.out)
+        notes[BASE_KEY] = base_note(base_name, read_noted_bits(notes), flags.out)
         return notes
     notes["base_model_name_or_path"] = base_name
     task = _task_of(notes, _config_of(base))

@@ -111,14 +111,15 @@ def load_runner(
         flags.adapter = find_adapter(flags.adapter)
         notes = read_notes(flags.adapter)
         try_template(flags.adapter, notes)
-    name, bits = flags.base, read_noted_bits(notes)
-    if name is None:
-        if flags.adapter is None:
-            raise ArgumentError("name the model with --base or --adapter")
+    elif flags.base is None:
+        raise ArgumentError("name the model with --base or --adapter")
+    if flags.base is None:
         name, bits = tell_noted_base(flags.adapter)
-    model, tokenizer = load_base(
-        name, flags.bits or bits or "fp32", best_device(), notes, flags.attn_implementation
-    )
+    else:
+        name, bits = flags.base, read_noted_bits(notes)
+    if flags.bits is not None:
+        bits = flags.bits
+    model, tokenizer = load_base(name, bits, best_device(), notes, flags.attn_implementation)
     prompt_form = notes.get(PROMPT_KEY)
     if prompt_form == "chat" and not tokenizer.chat_template:
         raise ArgumentError(

@@ -159,8 +159,11 @@ class AdapterArguments:
 
     def settings(self) -> dict[str, Any]:
         """Return the arguments of `disha.inject_adapters`."""
+        targets: str | list[str] = [*self.target]
+        if len(targets) == 1:
+            targets = targets[0]
         return {
-            "target_regex": self.target[0] if len(self.target) == 1 else [*self.target],
+            "target_regex": targets,
             "r": self.r,
             "r_out": self.r_out,
             "method": self.method,
@@ -403,7 +406,7 @@ def _settings_of_adapter(given: Mapping[str, Any]) -> dict[str, Any]:
     if given.get("base") is None:
         settings["base"], _ = read_noted_base(adapter)
     if given.get("bits", "auto") == "auto":
-        settings["bits"] = read_noted_bits(read_notes(adapter)) or "fp32"
+        settings["bits"] = read_noted_bits(read_notes(adapter))
     return settings
 
 

@@ -65,9 +65,7 @@ def write_card(folder: Path, settings: Mapping[str, Any], outcome: Outcome, proo
         "made with": f"disha {disha.__version__}",
     }
     table = "\n".join(f"| {name} | {value} |" for name, value in lines.items())
-    head = ModelCardData(
-        library_name="disha",
-        base_model=None if Path(base).exists() else base,  # the hub knows no path on this machine
-        tags=["adapter", "disha", "miss"],
-    )
+    head = ModelCardData(library_name="disha", tags=["adapter", "disha", "miss"])
+    if not Path(base).exists():  # a path on this machine is no name that the hub knows
+        head.base_model = base
     save_text(path, TEXT.format(head=head, table=table, base=base, title=Path(base).name))

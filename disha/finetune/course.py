@@ -49,9 +49,9 @@ class Course(TrainerCallback, ExportableState):
         return {"args": noted, "attributes": {}}
 
 
-def read_course(checkpoint: Path) -> Course:
+def read_course(checkpoint: str) -> Course:
     """Return what a checkpoint notes of its run."""
-    state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE))
+    state = TrainerState.load_from_json(str(Path(checkpoint, TRAINER_STATE)))
     noted: dict[str, Any] = (state.stateful_callbacks or {}).get(Course.__name__, {})
     return Course(**noted.get("args", {"settings": {}}))
 

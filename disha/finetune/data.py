@@ -79,10 +79,9 @@ def _choose_builder(data: str, files: Sequence[str]) -> tuple[str, dict[str, Any
             raise ArgumentError(f"{data} must end with one of {', '.join(BUILDERS)}")
         if Path(data).is_dir() and glob.escape(data) != data:  # its name is no pattern
             folder = glob.escape(str(Path(data).absolute()))
-            options["data_files"] = {
-                split: [f"{folder}/{pattern}" for pattern in patterns]
-                for split, patterns in get_data_patterns(folder).items()
-            }
+            options["data_files"] = {}
+            for name, patterns in get_data_patterns(folder).items():
+                options["data_files"][name] = [f"{folder}/{pattern}" for pattern in patterns]
         return data, options
     if not any(Path(file).stat().st_size for file in files):
         raise ArgumentError(f"there is no file {data}, or it is empty")

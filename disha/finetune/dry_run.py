@@ -91,7 +91,8 @@ def preview(trainer: Trainer, make_model: Callable[[Any], Any]) -> None:
         print(f"{part:12}{size / 2**20:10,.1f} MiB")
     needed = (parts["peak"] * (1 + LOST) + TAKEN) / 2**30
     fitting = [size for size in SIZES if size >= needed]
-    print(f"fits {fitting[0]} GB" if fitting else f"needs {needed:,.0f} GB")
+    verdict = f"fits {fitting[0]} GB" if fitting else f"needs {needed:,.0f} GB"
+    print(verdict)
 
 
 def _mark_learned(ids: list[int], labels: list[int], tokenizer: Any) -> str:
@@ -112,13 +113,16 @@ def _simulate_step(trainer: Trainer, make_model: Callable[[Any], Any]) -> dict[s
     if training.gradient_checkpointing:
         model.gradient_checkpointing_enable(training.gradient_checkpointing_kwargs)
     trained = [value for value in model.parameters() if value.requires_grad]
+    tile = TILE_OF_TRL
+    if training.simulated_device.type == "cpu":
+        tile = TILE
     return simulate_step(
         model,
         next(iter(trainer.get_train_dataloader())),
         optimizer(trained, **options),
         modes,
         autocast=_autocast_dtype(training),
-        tile=TILE if training.simulated_device.type == "cpu" else TILE_OF_TRL,
+        tile=tile,
     )
 
 

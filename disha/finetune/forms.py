@@ -21,6 +21,7 @@ import json
 import re
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -141,7 +142,7 @@ def _columns(names: Sequence[str]) -> str:
 
 def _choose_form(
     rows: Dataset, named: Sequence[str], tokenizer: PreTrainedTokenizerBase, learn_all: bool
-) -> _Texts | _TextsOfMessages | _Conversations:
+) -> _Texts | _Conversations:
     """Return the form of rows, by the fields that were named, or by those of a known form."""
     columns = rows.column_names
     fields = tuple(named or _known_fields(columns))
@@ -155,21 +156,21 @@ def _choose_form(
     if len(fields) == 1:
         [field] = fields
         if field not in CONVERSATIONS and not _is_list_of_messages(first_row[field]):
-            return _Texts(field)
+            return _Texts(("text",), {field}, partial(_form_text, field=field))
         read: Reader = partial(_read_conversation, field=field)
         used = {field, "system"}
     elif fields == SPLIT and _is_list_of_messages(first_row["prompt"]):
         read = _read_split_conversation
         used = set(SPLIT)
     elif fields == SPLIT and not named:
-        return _Texts(*SPLIT)
+        return _Texts(SPLIT, SPLIT, _form_completion)
     else:
         read = partial(_read_pair, question=fields[0], answer=fields[1])
         used = {*fields, "system", "history"}
         if fields[0] == "instruction":
             used.add("input")
         if not tokenizer.chat_template:
-            return _TextsOfMessages(read, used)
+            return _Texts(SPLIT, used, partial(_form_lines, read=read))
     if not tokenizer.chat_template:
         raise ArgumentError(
             "the rows are conversations, and the model has no chat template; give one with "
@@ -201,45 +202,34 @@ def _is_list_of_messages(value: Any) -> bool:
 # --- texts ---------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
 class _Texts:
-    """Rows that become texts: each of one field."""
+    """Rows that become texts."""
 
+    names: Sequence[str]
+    """The columns that rows get."""
+    columns: Collection[str]
+    form_row: Callable[[Row], Row]
     remarks: Sequence[str] = ()
-
-    def __init__(self, *fields: str) -> None:
-        self._fields = fields
-        self.columns = set(fields)
 
     def features(self, columns: Collection[str]) -> dict[str, Any]:
         """Return the kinds of the columns that rows get."""
-        names = SPLIT if self._fields == SPLIT else ("text",)
-        return dict.fromkeys(names, TEXT)
-
-    def form_row(self, row: Row) -> Row:
-        """Return a row of texts."""
-        if self._fields == SPLIT:
-            return {"prompt": _text(row, "prompt"), "completion": _answer(row, "completion")}
-        return {"text": _text(row, self._fields[0])}
+        return dict.fromkeys(self.names, TEXT)
 
 
-class _TextsOfMessages:
-    """Rows that become texts, because there is no chat template: a message is a line."""
+def _form_text(row: Row, field: str) -> Row:
+    return {"text": _text(row, field)}
 
-    remarks: Sequence[str] = ()
 
-    def __init__(self, read: Reader, columns: Collection[str]) -> None:
-        self._read = read
-        self.columns = columns
+def _form_completion(row: Row) -> Row:
+    return {"prompt": _text(row, "prompt"), "completion": _answer(row, "completion")}
 
-    def features(self, columns: Collection[str]) -> dict[str, Any]:
-        """Return the kinds of the columns that rows get."""
-        return dict.fromkeys(SPLIT, TEXT)
 
-    def form_row(self, row: Row) -> Row:
-        """Return a row of texts."""
-        *asked, answer = self._read(row)
-        question = "\n".join(message["content"] for message in asked)
-        return {"prompt": question, "completion": f"\n{answer['content']}"}
+def _form_lines(row: Row, read: Reader) -> Row:
+    """Return messages as texts, each on a line, because there is no chat template."""
+    *asked, answer = read(row)
+    question = "\n".join(message["content"] for message in asked)
+    return {"prompt": question, "completion": f"\n{answer['content']}"}
 
 
 def _text(row: Row, field: str) -> str:

@@ -65,18 +65,18 @@ def read_settings(adapter: str | Path) -> dict[str, Any]:
         return {"r": fields.get("r"), "method": method, "target": [], "new_tokens": []}
     file = disha.inspect_adapter(adapter)
     config = file.config
-    target = (config.target,) if isinstance(config.target, str) else config.target
-    return {
-        "r": config.r,
-        "target": list(target or ()),
-        "method": config.method,
-        "r_out": config.r_out,
-        "exclude": list(config.exclude),
-        "rank_pattern": [f"{pattern}={r}" for pattern, r in config.rank_pattern.items()],
-        "dropout": config.dropout,
-        "also_train": list(config.also_train),
-        "new_tokens": read_noted_tokens(file.metadata),
+    target = config.target or ()  # a combined adapter has none
+    if isinstance(target, str):
+        target = (target,)
+    settings: dict[str, Any] = {
+        name: getattr(config, name) for name in ("r", "method", "r_out", "dropout")
     }
+    settings["target"] = list(target)
+    settings["exclude"] = list(config.exclude)
+    settings["also_train"] = list(config.also_train)
+    settings["rank_pattern"] = [f"{pattern}={r}" for pattern, r in config.rank_pattern.items()]
+    settings["new_tokens"] = read_noted_tokens(file.metadata)
+    return settings
 
 
 def load_noted_adapter(model: nn.Module, adapter: str | Path) -> None:
@@ -140,9 +140,10 @@ def read_noted_base(adapter: str | Path) -> tuple[str, str]:
         return name, "fp32"
     file = disha.inspect_adapter(adapter)
     adapter = file.path
-    name = _noted(file.metadata).get("base_model_name_or_path")
-    bits = read_noted_bits(file.metadata)
-    if not isinstance(name, str) or bits is None:
+    note = _noted(file.metadata)
+    name = note.get("base_model_name_or_path")
+    bits = note.get("bits", "fp32")
+    if not isinstance(name, str) or bits not in BITS:
         raise ArgumentError(f"{adapter} notes no base that can be used; name it too")
     if not name.startswith("./"):
         return name, bits
@@ -152,10 +153,10 @@ def read_noted_base(adapter: str | Path) -> tuple[str, str]:
     return str(path), bits
 
 
-def read_noted_bits(notes: Mapping[str, str]) -> str | None:
-    """Return how notes say that the base was held in memory; None if they name no known way."""
-    bits = _noted(notes).get("bits", "fp32")
-    return bits if bits in BITS else None
+def read_noted_bits(notes: Mapping[str, str]) -> str:
+    """Return how notes say that the base was held in memory; if they do not, in float32."""
+    bits = _noted(notes).get("bits")
+    return bits if bits in BITS else "fp32"
 
 
 def _noted(notes: Mapping[str, str]) -> dict[str, Any]:

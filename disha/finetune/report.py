@@ -160,7 +160,7 @@ def _page(samples: Sequence[Sample]) -> str:
 
 
 def facts_of(
-    trainer: Trainer, measured_on: str, seconds: float, checkpoint: Path | None
+    trainer: Trainer, measured_on: str, seconds: float, checkpoint: str | None
 ) -> dict[str, Any]:
     """Return what the report says of a training."""
     state = trainer.state
@@ -169,7 +169,7 @@ def facts_of(
         "parameters": {"trainable": summary.trainable, "total": summary.total},
         "rows": {"training": trainer.rows["train"], "measured": trainer.rows["eval"]},
         "steps": state.global_step,
-        "resumed_from": None if checkpoint is None else str(checkpoint),
+        "resumed_from": checkpoint,
         "best_step": state.best_global_step,
         "measured_on": measured_on,
         "losses": read_log(state, "eval_loss"),

@@ -207,10 +207,10 @@ def _alone_in(folder: Path, training: TrainingArguments) -> Iterator[None]:
             folder.rmdir()
 
 
-def _choose_checkpoint(training: TrainingArguments, folder: Path) -> Path | None:
+def _choose_checkpoint(training: TrainingArguments, folder: Path) -> str | None:
     """Return the checkpoint to go on from, if any; raise if an earlier run would be mixed up."""
     if training.resume_from_checkpoint:
-        return Path(training.resume_from_checkpoint)
+        return str(training.resume_from_checkpoint)
     last = _find_checkpoint(folder) if training.resume else None
     if last is not None or training.overwrite_output_dir:
         return last
@@ -232,12 +232,12 @@ def _choose_checkpoint(training: TrainingArguments, folder: Path) -> Path | None
     return None
 
 
-def _find_checkpoint(folder: Path) -> Path | None:
+def _find_checkpoint(folder: Path) -> str | None:
     """Return the last complete checkpoint: `Trainer` writes its state last."""
-    for path in map(Path, reversed(sort_checkpoints(str(folder)))):
+    for path in reversed(sort_checkpoints(str(folder))):
         with suppress(OSError, ValueError):
-            json.loads((path / TRAINER_STATE).read_bytes())
-            return path
+            json.loads(Path(path, TRAINER_STATE).read_bytes())
+            return str(path)
     return None
 
 
@@ -397,7 +397,7 @@ def _inject(model: Any, adapter: AdapterArguments, tokenizer: Any) -> None:
 # --- training ------------------------------------------------------------------------------------
 
 
-def _train(run: Run, folder: Path, checkpoint: Path | None) -> Outcome:
+def _train(run: Run, folder: Path, checkpoint: str | None) -> Outcome:
     """Train, save the adapter, and return what is left to prove and to report."""
     trainer = run.trainer
     training = trainer.args
@@ -411,9 +411,9 @@ def _train(run: Run, folder: Path, checkpoint: Path | None) -> Outcome:
         if run.has_values:
             _require_same_base(trainer, checkpoint)
         if not (training.fsdp or training.deepspeed):  # they have files of their own
-            _warn_of_lost_state(checkpoint)
+            _warn_of_lost_state(Path(checkpoint))
     _warn_of_idle_weights(trainer)
-    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    trainer.train(resume_from_checkpoint=checkpoint)
     seconds = run.course.total_seconds()
     state = trainer.state
     saved_step = state.global_step
@@ -429,7 +429,7 @@ def _train(run: Run, folder: Path, checkpoint: Path | None) -> Outcome:
     return Outcome(trainer.eval_dataset, loss, facts)
 
 
-def _require_same_base(trainer: Trainer, checkpoint: Path) -> None:
+def _require_same_base(trainer: Trainer, checkpoint: str) -> None:
     """Load a checkpoint, which raises if its base is another one. `Trainer` would not notice."""
     with warnings.catch_warnings(action="error", category=AdapterFileWarning):
         disha.load_adapter(trainer.model, checkpoint, replace=True)

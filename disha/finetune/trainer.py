@@ -63,8 +63,11 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
         fitting = super()._prepare_dataset(complete, words, args, packing, formatting, name)
         if not fitting:
             raise ArgumentError(f"no row has something to learn in {limit} tokens")
-        self.rows[name] = len(complete if packing else fitting)
-        if packing or limit is None:
+        if packing:
+            self.rows[name] = len(complete)
+            return fitting
+        self.rows[name] = len(fitting)
+        if limit is None:
             return fitting
         cut = sum(len(ids) > limit for ids in complete["input_ids"])
         if cut and args.process_index == 0:
