@@ -111,12 +111,12 @@ def load_runner(
         flags.adapter = find_adapter(flags.adapter)
         notes = read_notes(flags.adapter)
         try_template(flags.adapter, notes)
-    elif flags.base is None:
-        raise ArgumentError("name the model with --base or --adapter")
-    if flags.base is None:
+    if flags.base is not None:
+        name, bits = flags.base, read_noted_bits(notes)
+    elif flags.adapter is not None:
         name, bits = tell_noted_base(flags.adapter)
     else:
-        name, bits = flags.base, read_noted_bits(notes)
+        raise ArgumentError("name the model with --base or --adapter")
     if flags.bits is not None:
         bits = flags.bits
     model, tokenizer = load_base(name, bits, best_device(), notes, flags.attn_implementation)
