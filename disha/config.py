@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from inspect import signature
 from operator import index
 from types import MappingProxyType
 from typing import Any, Literal, get_args
@@ -112,22 +113,8 @@ class AdapterConfig:
         init: Init = "zeros",
         also_train: Patterns = None,
     ) -> None:
-        self._set_checked(
-            r=r,
-            target=target,
-            method=method,
-            r_out=r_out,
-            groups=groups,
-            exclude=exclude,
-            rank_pattern=rank_pattern,
-            layouts=layouts,
-            rows=rows,
-            dropout=dropout,
-            scale=scale,
-            dtype=dtype,
-            init=init,
-            also_train=also_train,
-        )
+        settings = {name: value for name, value in locals().items() if name != "self"}
+        self._set_checked(**settings)
         for name in ("target", "exclude", "also_train", "rank_pattern", "layouts", "rows"):
             regexes = vars(self)[name]
             if regexes is None:
@@ -136,6 +123,12 @@ class AdapterConfig:
                 regexes = (regexes,)
             for regex in regexes:
                 compile_regex(name, regex)
+
+    @classmethod
+    def from_arguments(cls, arguments: Mapping[str, Any], **others: Any) -> AdapterConfig:
+        """Return the configuration that a function got as arguments, and others: its `locals()`."""
+        given = {name: arguments[name] for name in SETTINGS if name in arguments}
+        return cls(**(given | others))
 
     def _set_checked(self, **settings: Any) -> None:
         """Check every setting, and store it in its final type."""
@@ -337,6 +330,9 @@ _ITEM_CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "rows": check_ranges,
 }
 """Setting that is a dict of regexes -> the check of each of its items."""
+
+SETTINGS = tuple(signature(AdapterConfig).parameters)
+"""The names of all settings, as arguments."""
 
 DEFAULTS = {**AdapterConfig(r=1).to_json(), "r": None}
 """The settings that are in no file, because they are the defaults; r has none."""

@@ -48,16 +48,8 @@ class _LinearWithAdapter(AdaptedLinear):
         freeze: bool = True,
     ) -> None:
         super().__init__(in_features, out_features, bias, device, dtype)
-        config = AdapterConfig(
-            r,
-            target=None,
-            method=self.method,
-            r_out=r_out,
-            groups=groups,
-            dropout=dropout,
-            scale=scale,
-            dtype=block_dtype,
-            init=init,
+        config = AdapterConfig.from_arguments(
+            locals(), target=None, method=self.method, dtype=block_dtype
         )
         self._add_first_adapter(adapter, config, freeze)
 
@@ -114,16 +106,8 @@ class _LinearWithAdapter(AdaptedLinear):
         layer.out_features = linear.out_features
         layer._parameters.update(linear._parameters)  # the bias may be None
         layer.train(linear.training)
-        config = AdapterConfig(
-            r,
-            target=None,
-            method=cls.method,
-            r_out=r_out,
-            groups=groups,
-            dropout=dropout,
-            scale=scale,
-            dtype=block_dtype,
-            init=init,
+        config = AdapterConfig.from_arguments(
+            locals(), target=None, method=cls.method, dtype=block_dtype
         )
         layer._add_first_adapter(adapter, config, freeze)
         return layer

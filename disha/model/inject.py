@@ -11,7 +11,7 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from disha.config import Init, MethodName, Patterns, Target
+from disha.config import AdapterConfig, Init, MethodName, Patterns, Target
 from disha.errors import ArgumentError, ModeError
 from disha.functional.methods import Groups
 from disha.hints import with_hints
@@ -126,27 +126,10 @@ def inject_adapters(
         >>> [name for name, p in model.named_parameters() if p.requires_grad]
         ['0.disha.default.bone_block', '2.disha.default.bone_block']
     """
+    config = AdapterConfig.from_arguments(locals(), target=target_regex)
     view = ModelView(model)
     plan = plan_injection(
-        view,
-        target_regex,
-        adapter,
-        also_train_rows,
-        freeze=freeze,
-        strict=True,
-        r=r,
-        method=method,
-        r_out=r_out,
-        groups=groups,
-        exclude=exclude,
-        rank_pattern=rank_pattern,
-        layouts=layouts,
-        rows=rows,
-        dropout=dropout,
-        scale=scale,
-        dtype=dtype,
-        init=init,
-        also_train=also_train,
+        view, target_regex, adapter, config, also_train_rows, freeze=freeze, strict=True
     )
     _warn_of_skipped(plan)
     with all_or_nothing(view) as undo:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import nn
@@ -95,27 +94,10 @@ def plan_adapters(
         skipped 1: no layer kind adapts LayerNorm
         adapter 'default': 1 layer, 8 parameters; trainable 8 of 52 (15.385%)
     """
+    config = AdapterConfig.from_arguments(locals(), target=target_regex)
     view = ModelView(model)
     plan = plan_injection(
-        view,
-        target_regex,
-        adapter,
-        also_train_rows,
-        freeze=freeze,
-        strict=False,
-        r=r,
-        method=method,
-        r_out=r_out,
-        groups=groups,
-        exclude=exclude,
-        rank_pattern=rank_pattern,
-        layouts=layouts,
-        rows=rows,
-        dropout=dropout,
-        scale=scale,
-        dtype=dtype,
-        init=init,
-        also_train=also_train,
+        view, target_regex, adapter, config, also_train_rows, freeze=freeze, strict=False
     )
     return _count_parameters(view, plan)
 
@@ -124,18 +106,16 @@ def plan_injection(
     view: ModelView,
     target: Target,
     adapter: str,
+    config: AdapterConfig,
     also_train_rows: Mapping[str, Sequence[int]] | None,
     *,
     freeze: bool,
     strict: bool,
-    **settings: Any,
 ) -> Plan:
-    """Plan an injection; `settings` are the fields of its `AdapterConfig`, as the user gave them.
+    """Plan an injection of a target, which may be a predicate, and so not in the configuration.
 
     If r or r_out does not fit a weight, raise if `strict`, and else list the weight as skipped.
     """
-    recorded = None if callable(target) else target  # a file can't hold a predicate
-    config = AdapterConfig(target=recorded, **settings)
     view.check_can_add(adapter)
     selection = Selection(view, "target_regex", target, config)
     layers: list[PlannedLayer] = []
