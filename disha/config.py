@@ -59,7 +59,8 @@ class AdapterConfig:
             output sees the shards of its own group. It becomes a part of the method's name.
         exclude: a regex, or several, of names to leave out, or None.
         rank_pattern: regex of names -> r, or None. The first match wins.
-        layouts: regex of parameter names -> layout; the name of a module means its `weight`.
+        layouts: regex of parameter names -> layout, if none is known; the name of a module means
+            its `weight`.
         rows: regex of names -> ranges (first, stop) of the outputs to adapt.
         dropout: probability of zeroing each input of the adapter in training.
         scale: factor on the update when the adapter is injected.

@@ -70,7 +70,8 @@ def inject_adapters(
             more time, or the name of a method that `register_method` has added.
         layouts: regex of names -> layout, for parameters whose layout is unknown, such as
             `{"mixer.weight_in": "expert out in"}`. The regex is searched in the names of
-            parameters and of modules; the name of a module means its `weight`.
+            parameters and of modules; the name of a module means its `weight`. Only a key that is
+            such a name changes a layout that is known.
         rows: regex of names -> ranges (first, stop) of outputs. Only these rows are adapted:
             `{"c_attn": [(0, 768), (1536, 2304)]}` adapts q and v of a fused qkv.
         r_out: size of the output shard, which must divide the out_features of every target. Bone
@@ -95,9 +96,10 @@ def inject_adapters(
             changed. These stay parameters and buffers of the model: unlike blocks, they act
             whichever adapter is active. So each of them can belong to only one adapter.
         also_train_rows: regex of names of matrices -> numbers of their rows to train and save with
-            the adapter: `{"embed_tokens": [32000, 32001]}` for two new tokens. They are blocks with
-            new values of these rows, for any number of adapters. A tied head has the same rows.
-            If the target matches the matrix too, it gets these rows in place of an adapter.
+            the adapter: `{"embed_tokens": [32000, 32001]}` for two new tokens. A row is read in
+            place of what the base and all adapters have there, and has no scale; of two active
+            adapters that have it, the last one gives it. A tied head has the same rows. If the
+            target matches the matrix too, it gets these rows in place of an adapter.
 
     Returns:
         `model` itself.
