@@ -340,8 +340,8 @@ def _take_settings(incoming: _Incoming, undo: ExitStack) -> None:
             undo.callback(block.reconfigure, former)
             block.reconfigure(with_sizes_of(former))
         if block.scale != record.scale:
-            undo.callback(block.set_scale, block.scale)
-            block.set_scale(record.scale)
+            undo.callback(setattr, block, "scale", block.scale)
+            block.scale = record.scale
 
 
 def _reset_missing(incoming: _Incoming, undo: ExitStack) -> None:

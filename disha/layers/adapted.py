@@ -19,7 +19,8 @@ from disha.effective.contexts import open_context
 from disha.effective.weight import EffectiveWeight
 from disha.errors import ArgumentError, MergeError, ModeError
 from disha.layers import quantized
-from disha.layers.blocks import CHILD_NAME, MERGED, AdapterBlock, Adapters, NewRowsBlock
+from disha.layers.blocks import MERGED, AdapterBlock, Adapters, NewRowsBlock
+from disha.layers.containers import CHILD_NAME, methods_without_child
 from disha.layers.model_record import ModelRecord
 from disha.layers.reading import is_weight_of, linear_forward, weight_property
 from disha.layers.state_dicts import watch_loading
@@ -214,6 +215,7 @@ def adapted_class(
         leading = quantized.leading_bases(original)
     else:
         namespace |= {name: weight_property(original, name) for name in parameters}
+        namespace |= methods_without_child(original)
         if issubclass(original, nn.RNNBase):
             leading = (_Recurrent,)
     bases = (*leading, AdaptedLayer, original)

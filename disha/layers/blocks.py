@@ -29,13 +29,14 @@ from disha.functional.routed import Route, Routed
 from disha.functional.shard_sums import merge_dtype
 from disha.functional.weight_updates import Updates, WithNewRows
 from disha.layers import compiled
+from disha.layers.containers import CHILD_NAME
 from disha.layers.model_record import ModelRecord
 from disha.private_torch import gives_empty_memory
 from disha.sharding.tensor_parallel import Split
 from disha.sharding.zero import gathered_parameter, restart_trace, whole_shape
 
-CHILD_NAME = "disha"
-"""Name of the child module that adapting adds to a module."""
+SCALE = "scale"
+"""Key in the state dict of a block whose scale is not that of its configuration."""
 
 MERGED = f"{CHILD_NAME}.merged"
 """Key in the state dict of a layer whose weights were merged when it was taken."""
@@ -90,7 +91,6 @@ class AdapterBlock(nn.Module):
     parameter_name: str
     config: AdapterConfig
     r: int
-    scale: float
     dropout: float
     split: Split | None
     scale_tensor: Tensor
@@ -118,7 +118,7 @@ class AdapterBlock(nn.Module):
         return {
             "kind": method.name,
             "method": method,
-            "scale": float(config.scale),
+            "_scale": float(config.scale),
             "dropout": config.dropout,
         }
 
@@ -126,6 +126,16 @@ class AdapterBlock(nn.Module):
     def block(self) -> nn.Parameter:
         """The trainable block D."""
         return self._parameters[self.parameter_name]  # type: ignore[return-value]
+
+    @property
+    def scale(self) -> float:
+        """The runtime scale s; a new one acts at once, also in compiled code."""
+        return self._scale
+
+    @scale.setter
+    def scale(self, scale: float) -> None:
+        self._scale = float(scale)
+        self._write_scale()
 
     @property
     def r_out(self) -> int | None:
@@ -160,6 +170,12 @@ class AdapterBlock(nn.Module):
             values = self._load_by_hook()
         elif type(parameters) is not dict and values is not None:  # that of ZeRO-3
             values = self._gather_from_zero(values)
+        if values is None and (parameters or self._modules):
+            raise ModeError(
+                "an adapter can't act while its block is pruned or parametrised; make that "
+                "permanent or undo it (torch.nn.utils.prune.remove, or "
+                "torch.nn.utils.parametrize.remove_parametrizations)"
+            )
         if values is None:
             raise ModeError(
                 "an adapter can't act while its block is part of a flat parameter; use "
@@ -212,11 +228,6 @@ class AdapterBlock(nn.Module):
                 if self.split is not None:
                     self.split.broadcast_from_first_rank(values)
 
-    def set_scale(self, scale: float) -> None:
-        """Set the runtime scale."""
-        self.scale = float(scale)
-        self._write_scale()
-
     def reconfigure(self, config: AdapterConfig) -> None:
         """Take another configuration with the same shapes, but keep the scale."""
         self.config = config
@@ -241,7 +252,7 @@ class AdapterBlock(nn.Module):
         if block.is_meta and former is not None:
             device = former.device  # to which an offloaded block will be loaded
         with torch.inference_mode(False):
-            self._buffers["scale_tensor"] = torch.full((), self.scale, dtype=dtype, device=device)
+            self._buffers["scale_tensor"] = torch.full((), self._scale, dtype=dtype, device=device)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AdapterBlock:
         was_on_meta = self.block.is_meta
@@ -256,6 +267,11 @@ class AdapterBlock(nn.Module):
     def _fill_new_memory(self) -> None:
         self.reset_parameters()
 
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self._scale != self._settings_from(self.config)["_scale"]:  # else an equal model has it
+            destination[prefix + SCALE] = torch.tensor(self._scale, dtype=torch.float64)
+
     def _load_from_state_dict(
         self,
         state_dict: dict[str, Any],
@@ -263,11 +279,16 @@ class AdapterBlock(nn.Module):
         local_metadata: Any,
         strict: bool,
         missing_keys: list[str],
+        unexpected_keys: list[str],
         *args: Any,
     ) -> None:
         super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, *args
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, *args
         )
+        if prefix + SCALE in state_dict:
+            self.scale = float(state_dict[prefix + SCALE])
+        if prefix + SCALE in unexpected_keys:
+            unexpected_keys.remove(prefix + SCALE)
         if self.scale_tensor.device != self.block.device:
             self._write_scale()  # load_state_dict(assign=True) has taken the block off meta
         # The checkpoint of a base has no blocks, and yet it must load strictly. If a checkpoint has
@@ -286,7 +307,7 @@ class NewRowsBlock(AdapterBlock):
     """
 
     def _settings_from(self, config: AdapterConfig) -> dict[str, Any]:
-        return {"kind": NEW_ROWS, "scale": 1.0, "dropout": 0.0}
+        return {"kind": NEW_ROWS, "_scale": 1.0, "dropout": 0.0}
 
     def new_rows(self, on_meta: bool, group: Group | None) -> NewRows:
         """Return the rows for products with the table; arguments are as in `update`."""
@@ -296,12 +317,18 @@ class NewRowsBlock(AdapterBlock):
     def reset_parameters(self) -> None:
         """Do nothing: only the layer knows the rows of W (`AdaptedLayer.reset_parameters`)."""
 
-    def set_scale(self, scale: float) -> None:
-        """Do nothing: a row is replaced, so there is no update to scale."""
-
     def write_weight(self, weight: Tensor) -> Tensor:
         """Return a table with these rows."""
         return NewRows(self.block, self.slot.output_ranges).write_weight(weight)
+
+    @property
+    def scale(self) -> float:
+        """1: a row is replaced, so there is no update to scale."""
+        return 1.0
+
+    @scale.setter
+    def scale(self, scale: float) -> None:
+        pass  # `set_adapter_scale` sets the scale of all blocks of an adapter
 
     @property
     def r_out(self) -> None:
@@ -343,7 +370,6 @@ class Adapters(nn.Module):
     If layers share a parameter, one of them has its block, and the others borrow it.
     """
 
-    active: tuple[str, ...]
     merged: Merged | None
     all_blocks: dict[str, dict[str, tuple[AdapterBlock, ...]]]
     """Parameter -> adapter -> its blocks for the parameter, each for other outputs."""
@@ -377,6 +403,8 @@ class Adapters(nn.Module):
         # `nn.Module` would refuse `self.training = True` if an adapter is called "training".
         if isinstance(value, nn.Module):
             self._modules[name] = value
+        elif name == "active":
+            self.activate(value)
         else:
             vars(self)[name] = value
 
@@ -463,9 +491,14 @@ class Adapters(nn.Module):
         self.merged = merged
         self._sort_blocks()
 
+    @property
+    def active(self) -> tuple[str, ...]:
+        """The adapters that act. New ones act at once; those that this layer lacks are ignored."""
+        return self._active
+
     def activate(self, adapters: tuple[str, ...]) -> None:
         """Make exactly these adapters act. Those that this layer lacks are ignored."""
-        self.active = adapters
+        vars(self)["_active"] = adapters
         self._sort_blocks()
 
     def _sort_blocks(self) -> None:

@@ -25,7 +25,8 @@ from disha.errors import ArgumentError
 from disha.functional import Layout, Method, Update, method_names
 from disha.functional.products import update_product
 from disha.layers import bitsandbytes
-from disha.layers.blocks import CHILD_NAME, Adapters, Slot, original_class
+from disha.layers.blocks import Adapters, Slot, original_class
+from disha.layers.containers import CHILD_NAME
 from disha.private_torch import saving_hooks, transforms_active
 from disha.sharding.imported import imported_class
 

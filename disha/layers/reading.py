@@ -16,7 +16,8 @@ from disha.errors import ArgumentError, ModeError
 from disha.functional import adapted_linear
 from disha.functional.shard_sums import PLAIN
 from disha.functional.weight_updates import Updates
-from disha.layers.blocks import CHILD_NAME, AdapterBlock, Adapters, NewRowsBlock
+from disha.layers.blocks import AdapterBlock, Adapters, NewRowsBlock
+from disha.layers.containers import CHILD_NAME
 from disha.layers.weights import base_reader
 from disha.sharding.tensor_parallel import split_of
 from disha.sharding.tensors import is_sharded

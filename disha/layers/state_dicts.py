@@ -18,7 +18,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from disha.layers.blocks import CHILD_NAME, Adapters
+from disha.layers.blocks import Adapters
+from disha.layers.containers import CHILD_NAME
 from disha.layers.model_record import Places
 from disha.layers.wrappers import clean_key
 

@@ -177,8 +177,8 @@ def set_adapter_scale(model: nn.Module, scale: float, adapter: str = "default") 
     refuse_merged(view.find_layers(), "change an adapter's scale")
     with all_or_nothing(view) as undo:
         for block in blocks:
-            undo.callback(block.set_scale, block.scale)
-            block.set_scale(scale)
+            undo.callback(setattr, block, "scale", block.scale)
+            block.scale = scale
 
 
 def route_adapters(

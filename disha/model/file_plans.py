@@ -61,7 +61,8 @@ def plan_weights(
             reasons.append(f"parameter {printable(key, WIDEST)}: {reason}")
     if reasons:
         absent = [record.name for record in layers if record.name not in weights]
-        raise ArgumentError(_describe_misfit(reasons, absent, weights))
+        saved_names = [name for name, weight in weights.items() if name in weight.names]
+        raise ArgumentError(_describe_misfit(reasons, absent, saved_names))
     # Statistics are saved with every adapter, so none claims them.
     statistics = {name for name, buffer in buffers.items() if buffer.is_statistic}
     claimed = tuple(key for key in also_train if key not in statistics)

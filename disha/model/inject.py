@@ -334,7 +334,8 @@ def adapter_parameters(model: nn.Module, adapter: str | None = None) -> list[nn.
     """Return all that trains with the adapters, or with one: blocks and `also_train`.
 
     All other parameters that require gradients, such as those of a new head, train with every
-    adapter. This is what an optimizer needs and what `save_adapter` writes, each parameter once.
+    adapter. This is what an optimizer needs and what `save_adapter` writes, each parameter once,
+    in the order of `model.parameters()`.
 
     Args:
         model: a model with adapters.
@@ -353,10 +354,10 @@ def adapter_parameters(model: nn.Module, adapter: str | None = None) -> list[nn.
     view = ModelView(model)
     view.reshard()
     model_blocks = view.blocks() if adapter is None else view.require(adapter)
-    return [
-        *(model_block.values for model_block in model_blocks),
-        *(parameter.value for parameter in view.list_trained(adapter)),
-    ]
+    trained = {id(model_block.values) for model_block in model_blocks}
+    trained |= {id(parameter.value) for parameter in view.list_trained(adapter)}
+    # The order of the model, so that the state of an optimizer fits one with another list of it.
+    return [parameter for parameter in view.list_parameters() if id(parameter) in trained]
 
 
 def mark_only_adapters_trainable(model: nn.Module) -> None:

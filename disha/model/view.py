@@ -31,7 +31,8 @@ from disha.errors import (
     TargetError,
 )
 from disha.layers.adapted import AdaptedLayer, refuse_merged
-from disha.layers.blocks import CHILD_NAME, AdapterBlock, Adapters, check_adapter_name
+from disha.layers.blocks import AdapterBlock, Adapters, check_adapter_name
+from disha.layers.containers import CHILD_NAME
 from disha.layers.model_record import FormerBuffer, KnownNames, ModelRecord, Place, Places
 from disha.layers.weights import count_values
 from disha.layers.wrappers import FSDP, WRAPPERS
@@ -177,6 +178,7 @@ class ModelView:
             raise ArgumentTypeError(f"model must be an nn.Module, got {type(model).__name__}")
         self.model = model
         self.names = {}
+        self._holders: list[nn.Module] = []  # of parameters, in the order of `named_parameters`
         self._wrappers = [
             (imported_class(wrapper.module, wrapper.name), wrapper) for wrapper in WRAPPERS
         ]
@@ -185,10 +187,14 @@ class ModelView:
         self.places = Places(layers)
 
     def _walk(self, module: nn.Module, name: str, on_path: set[nn.Module]) -> None:
+        if isinstance(module, Adapters):
+            self._holders += module.modules()
+            return
         names = self.names.get(module, ())
-        if isinstance(module, Adapters) or module in on_path or len(names) == MOST_NAMES:
+        if module in on_path or len(names) == MOST_NAMES:
             return
         self.names[module] = (*names, name)
+        self._holders.append(module)
         children = module._modules
         if not children:
             return
@@ -507,9 +513,13 @@ class ModelView:
         return Ranks(self.list_parameters())
 
     def list_parameters(self) -> list[nn.Parameter]:
-        """Return all parameters, those of blocks included, each once."""
-        blocks = [model_block.values for model_block in self.blocks()]
-        return [*(parameter.value for parameter in self.parameters), *blocks]
+        """Return all parameters, those of blocks included, each once, in the model's order."""
+        found: dict[int, nn.Parameter] = {}
+        for module in self._holders:
+            for parameter in module._parameters.values():
+                if parameter is not None:
+                    found.setdefault(id(parameter), parameter)
+        return list(found.values())
 
 
 @contextmanager

@@ -259,7 +259,7 @@ class TestContentsWithoutAFile:
 class TestLayersThatDiffer:
     def test_each_layer_keeps_its_scale(self, path, tokens):
         model = trained()
-        model.head.disha["default"].set_scale(0.1)
+        model.head.disha["default"].scale = 0.1
         disha.save_adapter(model, path)
         for replacing in (False, True):
             other = trained() if replacing else base()

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 import disha
 from tests.conftest import perturb, seed_torch
@@ -80,3 +81,43 @@ def test_a_parameter_of_the_user_may_be_called_a_block():
     base.norm(torch.randn(8, 4))
     model.load_state_dict(base.state_dict())
     assert list(disha.adapter_state_dict(model)) == ["layer.disha.default.bone_block"]
+
+
+class TestWrittenByHand:
+    """What a user writes into a block or its layer acts, or raises."""
+
+    @pytest.mark.parametrize("compiled", [False, True])
+    def test_a_scale(self, compiled):
+        layer = disha.inject_adapters(nn.Linear(4, 4), "all-linear", 2, init="kaiming")
+        run = torch.compile(layer, backend="eager") if compiled else layer
+        x = torch.randn(3, 4)
+        run(x)
+        layer.disha["default"].scale = 0
+        torch.testing.assert_close(run(x), nn.functional.linear(x, layer.base_weight, layer.bias))
+
+    def test_what_is_active(self):
+        layer = disha.inject_adapters(nn.Linear(4, 4), "all-linear", 2, init="kaiming")
+        layer.disha.active = ()
+        x = torch.randn(3, 4)
+        assert torch.equal(layer(x), nn.functional.linear(x, layer.base_weight, layer.bias))
+
+    def test_a_state_dict_has_a_scale_that_was_set(self):
+        layer = disha.inject_adapters(nn.Linear(4, 4), "all-linear", 2, init="kaiming")
+        assert not any("scale" in key for key in layer.state_dict())
+        disha.set_adapter_scale(layer, 0.25)
+        equal = disha.inject_adapters(nn.Linear(4, 4), "all-linear", 2)
+        assert not any(equal.load_state_dict(layer.state_dict()))
+        x = torch.randn(3, 4)
+        assert torch.equal(equal(x), layer(x))
+
+    def test_a_pruned_block_says_so(self):
+        layer = disha.inject_adapters(nn.Linear(4, 4), "all-linear", 2, init="kaiming")
+        prune.l1_unstructured(layer.disha["default"], "bone_block", 0.5)
+        with pytest.raises(disha.ModeError, match=r"pruned or parametrised.*prune\.remove"):
+            layer(torch.randn(3, 4))
+
+    def test_parameters_have_the_order_of_the_model(self):
+        model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 4))
+        disha.inject_adapters(model, "all-linear", 2, also_train="1")
+        trained = [p for p in model.parameters() if p.requires_grad]
+        assert all(a is b for a, b in zip(disha.adapter_parameters(model), trained, strict=True))

@@ -191,9 +191,11 @@ def test_nothing_else_walks():
     assert found == {
         ("layers/weights.py", "computed.modules()"),
         ("model/check.py", "view.model.modules()"),
+        ("model/rates.py", "model.modules()"),
         ("model/control.py", "module.modules()"),
         ("model/view.py", "layer.disha.children()"),
         ("model/inject.py", "module.modules()"),
+        ("model/view.py", "module.modules()"),
         ("integrations/memory.py", "model.parameters()"),
         ("layers/state_dicts.py", "model.named_modules()"),
         ("layers/state_dicts.py", "self.modules()"),

@@ -173,7 +173,7 @@ def test_only_the_adapted_layers_are_targeted(tmp_path):
 def test_names_that_end_alike_keep_their_own_ranks_and_scales(tmp_path):
     base = nn.ModuleDict({"b": nn.Linear(8, 8), "a": nn.ModuleDict({"b": nn.Linear(8, 8)})})
     ours = adapted(base, "b", 4, rank_pattern={"^b": 2})
-    ours["b"].disha["default"].set_scale(0.5)
+    ours["b"].disha["default"].scale = 0.5
     lora.export(ours, tmp_path)
     theirs = served(base, tmp_path).base_model.model
     assert (theirs["b"].r["default"], theirs["b"].scaling["default"]) == (2, 0.5)
