@@ -2,29 +2,36 @@
 
 For a model without PEFT, `trl` loads the base a second time as the frozen reference. In all else
 the trainers and their results are those of `trl`. `SFTTrainer` needs no reference.
+
+With `use_vllm=True`, vLLM gets the weights that the model computes with, W + sum of s dW, one at a
+time. Nothing is merged, so the base does not drift.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import trl
 from torch import Tensor, nn
+from trl.generation import vllm_generation
 
 import disha
 from disha.errors import ArgumentError
 from disha.files.loading import load_contents
 from disha.files.saving import adapter_contents
 from disha.layers.adapted import refuse_merged
+from disha.model.computed_weights import computed_weights
 from disha.model.control import check_names
 from disha.model.view import ModelView
 
-__all__ = ["DPOTrainer", "GRPOTrainer"]
+__all__ = ["DPOTrainer", "GRPOTrainer", "RLOOTrainer"]
 
 Names = Sequence[str] | None
 REFUSED = {
@@ -34,8 +41,6 @@ REFUSED = {
     "name the adapters that act in it with `reference`, or use the trainer of trl",
     "sync_ref_model": "sync_ref_model=True writes into a second model, and here the reference is "
     "the trained model itself; leave it out",
-    "use_vllm": "use_vllm=True sends vLLM the weights without the adapter's update; pass a "
-    "rollout_func that sends it the adapter (disha.interop.lora.export_tensors)",
 }
 """Arguments and settings of `trl` that are refused -> why, and what to do."""
 
@@ -140,6 +145,38 @@ def _copy_trained_adapters(view: ModelView, names: Sequence[str], undo: ExitStac
     return copies
 
 
+class _VLLMGeneration(vllm_generation.VLLMGeneration):  # type: ignore[misc]
+    """Sends vLLM the weights that the adapted model computes with."""
+
+    model: Any
+
+    def _init_vllm(self) -> None:
+        """Start vLLM with a dense base: it quantises one like `model`, and gets dense weights."""
+        model = self.model
+        self.model = SimpleNamespace(name_or_path=model.name_or_path, named_modules={}.items)
+        try:
+            super()._init_vllm()
+        finally:
+            self.model = model
+
+    def _iter_named_params(self) -> Iterator[tuple[str, Tensor]]:
+        device = self.accelerator.device
+        for name, weight in computed_weights(ModelView(self.model)):
+            yield name, weight.to(device)
+
+
+@contextmanager
+def _sending_computed_weights(trainer: type) -> Iterator[None]:
+    """Run a body that makes a trainer of `trl`, and let it send vLLM the computed weights."""
+    module: Any = sys.modules[trainer.__module__]
+    former = module.VLLMGeneration
+    module.VLLMGeneration = _VLLMGeneration
+    try:
+        yield
+    finally:
+        module.VLLMGeneration = former
+
+
 class DPOTrainer(trl.DPOTrainer):  # type: ignore[misc]
     """`trl.DPOTrainer` for a model with adapters, without a second model for the reference.
 
@@ -170,11 +207,11 @@ class DPOTrainer(trl.DPOTrainer):  # type: ignore[misc]
             undo.pop_all()
 
 
-class GRPOTrainer(trl.GRPOTrainer):  # type: ignore[misc]
-    """`trl.GRPOTrainer` for a model with adapters. Completions are generated with the adapter.
+class _TrainerWithRewards:
+    """What the trainers with rewards have in common."""
 
-    There is a reference only if `args.beta` is not 0. The arguments are as in `DPOTrainer`.
-    """
+    _config: Any
+    _trainer: Any
 
     def __init__(
         self,
@@ -185,14 +222,32 @@ class GRPOTrainer(trl.GRPOTrainer):  # type: ignore[misc]
         reference: Names = None,
         **named: Any,
     ) -> None:
-        args = trl.GRPOConfig() if args is None else copy.copy(args)
+        args = self._config() if args is None else copy.copy(args)
         view = ModelView(model)
         beta = args.beta
         with ExitStack() as undo:
             _prepare_model(view, args, named, undo)
             reference_model = _make_reference(view, reference, undo) if beta else None
             args.beta = 0.0  # with another value, trl would load a reference
-            super().__init__(model, reward_funcs, args, **named)
+            with _sending_computed_weights(self._trainer):
+                super().__init__(model, reward_funcs, args, **named)  # type: ignore[call-arg]
             undo.pop_all()
         args.beta = self.beta = beta
         self.ref_model = reference_model
+
+
+class GRPOTrainer(_TrainerWithRewards, trl.GRPOTrainer):  # type: ignore[misc]
+    """`trl.GRPOTrainer` for a model with adapters. Completions are generated with the adapter.
+
+    There is a reference only if `args.beta` is not 0. The arguments are as in `DPOTrainer`.
+    """
+
+    _config = trl.GRPOConfig
+    _trainer = trl.GRPOTrainer
+
+
+class RLOOTrainer(_TrainerWithRewards, trl.RLOOTrainer):  # type: ignore[misc]
+    """`trl.RLOOTrainer` for a model with adapters, as `GRPOTrainer` is."""
+
+    _config = trl.RLOOConfig
+    _trainer = trl.RLOOTrainer

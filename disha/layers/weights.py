@@ -25,6 +25,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from disha import functional
 from disha.errors import ArgumentError
+from disha.functional.new_rows import NewRows
 from disha.functional.shard_sums import is_inexact, merge_dtype
 from disha.layers import bitsandbytes, quantized
 from disha.layers.blocks import (
@@ -212,17 +213,20 @@ def delta_of(layer: nn.Module, block: AdapterBlock, slot: Slot) -> Tensor:
 
 
 def sum_with_updates(layer: Any, slot: Slot, adapters: Iterable[str]) -> Tensor:
-    """Return W + sum of s * dW of these adapters, with their new rows."""
+    """Return W + sum of s * dW of these adapters, with their new rows. Collective if sharded."""
+    base = gather(base_of(layer, slot))
     deltas = []
     new_rows = []
     for block in layer.disha.blocks_for(slot.parameter, adapters):
+        values, ranges = gather(block.block), block.slot.output_ranges
         if isinstance(block, NewRowsBlock):
-            new_rows.append(block)
+            new_rows.append(NewRows(values, ranges))
         else:
-            deltas.append((delta_of(layer, block, slot), block.scale))
-    merged = functional.merged_weight(base_of(layer, slot), deltas)
-    for block in new_rows:
-        merged = block.write_weight(merged)
+            delta = block.method.delta_weight(block.slot.layout, values, base, ranges, block.r)
+            deltas.append((delta, block.scale))
+    merged = functional.merged_weight(base, deltas)
+    for rows in new_rows:
+        merged = rows.write_weight(merged)
     return merged
 
 

@@ -14,6 +14,8 @@ from torch import nn
 
 import disha
 from benchmarks.four_bits import quantize
+from disha.model.computed_weights import computed_weights
+from disha.model.view import ModelView
 from tests import language_models
 from tests.distributed.harness import own_part
 from tests.processes import RANKS
@@ -117,6 +119,17 @@ def check_training(folder):
             trained(adapted(make(), **options), engine)
             base = engine.module.model.layers[0].self_attn.q_proj.base_weight
             assert base.numel() == (0 if stage == 3 else 16 * 16)
+
+
+def check_computed_weights(folder):
+    for make, options in (*CASES.values(), (lambda: quantize(mixtral()), {"method": "bat"})):
+        plain = dict(computed_weights(ModelView(adapted(make(), **options))))
+        model = adapted(make(), **options)
+        engine_of(model, config(3))
+        computed = dict(computed_weights(ModelView(model)))
+        assert computed.keys() == plain.keys()
+        for name, weight in computed.items():
+            close(weight, plain[name])
 
 
 def check_four_bits(folder):

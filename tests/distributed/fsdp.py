@@ -34,6 +34,8 @@ from disha import (
 )
 from disha.interop import image_lora
 from disha.layers.fingerprints import fingerprint
+from disha.model.computed_weights import computed_weights
+from disha.model.view import ModelView
 from tests.conftest import perturb
 from tests.distributed.harness import (
     ADAPTERS,
@@ -77,6 +79,15 @@ def check_training(folder):
         model = sharded(adapted(case))
         assert disha.check_adapters(model, batch()).ok
         assert_trains_alike(adapted(case), model)
+
+
+def check_computed_weights(folder):
+    for case in ADAPTERS:
+        plain = dict(computed_weights(ModelView(adapted(case))))
+        computed = dict(computed_weights(ModelView(sharded(adapted(case)))))
+        assert computed.keys() == plain.keys()
+        for name, weight in computed.items():
+            close(weight, plain[name])
 
 
 def check_attention(folder):

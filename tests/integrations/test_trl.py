@@ -3,7 +3,7 @@
 import copy
 import gc
 import random
-from types import FunctionType, ModuleType
+from types import FunctionType, ModuleType, SimpleNamespace
 
 import datasets
 import peft
@@ -12,10 +12,11 @@ import torch
 import trl
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from trl.generation import vllm_generation
 
 import disha
 from disha.integrations.transformers import AdapterCheckpoints
-from disha.integrations.trl import DPOTrainer, GRPOTrainer
+from disha.integrations.trl import DPOTrainer, GRPOTrainer, RLOOTrainer
 from disha.layers.blocks import AdapterBlock
 from tests.conftest import logged_by
 from tests.integrations.models import FILES, assert_same
@@ -282,9 +283,11 @@ def reward(completions, **unused):
     return [len(set(one.split())) + one.count("1") / 10 for one in completions]
 
 
-def rewarded(model, folder, kind=GRPOTrainer, named=None, keep=False, **options):
+def rewarded(
+    model, folder, kind=GRPOTrainer, named=None, keep=False, config=trl.GRPOConfig, **options
+):
     own = {"num_generations": 2, "max_completion_length": 5, "max_steps": 2}
-    settings = trl.GRPOConfig(folder, **{**SETTINGS, **own, **options})
+    settings = config(folder, **{**SETTINGS, **own, **options})
     named = {"reward_funcs": reward, **(named or {})}
     return made(kind, model, settings, rows("prompt"), named, keep)
 
@@ -305,6 +308,121 @@ def test_grpo_needs_no_reference_without_beta(tmp_path):
     trainer = rewarded(trained_before(adapted()), tmp_path)
     assert trainer.ref_model is None
     assert {layer.adapter for layer in disha.summary(trainer.model).layers} == {"default"}
+
+
+def test_rloo_equals_peft(tmp_path):
+    options = {"config": trl.RLOOConfig, "beta": 0.5, **EVALUATED}
+    ours = rewarded(adapted(), tmp_path, RLOOTrainer, **options)
+    ours.train()
+    theirs = rewarded(llama(), tmp_path, trl.RLOOTrainer, with_peft(), **options)
+    theirs.train()
+    assert_agree(ours, theirs)
+
+
+class Served:
+    """Stands for vLLM's `LLM`: a plain model, which loads weights by their names, and samples."""
+
+    made = None
+
+    def __init__(self, quantization, **unused):
+        assert quantization is None
+        Served.made = self
+        self.syncs = []
+        self.model = llama(tie_word_embeddings=unused["model"] == "tied").requires_grad_(False)
+        runner = SimpleNamespace(model=self)
+        executor = SimpleNamespace(driver_worker=SimpleNamespace(model_runner=runner))
+        config = SimpleNamespace(max_model_len=64)
+        self.llm_engine = SimpleNamespace(model_executor=executor, model_config=config)
+        self.names = []
+
+    def load_weights(self, pairs):
+        for name, weight in pairs:
+            self.names.append(name)
+            self.model.get_parameter(name).copy_(weight)
+
+    def reset_prefix_cache(self):
+        self.syncs.append((self.names, copy.deepcopy(self.model)))
+        self.names = []
+
+    def generate(self, prompts, sampling_params, use_tqdm):
+        return [self.answer(prompt["prompt_token_ids"], sampling_params) for prompt in prompts]
+
+    def answer(self, prompt, asked):
+        tokens, found = list(prompt), []
+        for _ in range(asked["max_tokens"]):
+            log_probs = self.model(torch.tensor([tokens])).logits[0, -1].log_softmax(-1)
+            tokens.append(int(log_probs.exp().multinomial(1)))
+            log_prob = float(log_probs[tokens[-1]])
+            found.append({tokens[-1]: SimpleNamespace(rank=1, logprob=log_prob)})
+        answer = SimpleNamespace(token_ids=tokens[len(prompt) :], logprobs=found)
+        return SimpleNamespace(prompt_token_ids=prompt, outputs=[answer])
+
+
+@pytest.fixture
+def served(monkeypatch):
+    monkeypatch.setattr(vllm_generation, "is_vllm_available", lambda: True)
+    monkeypatch.setattr(vllm_generation, "LLM", Served, raising=False)
+    monkeypatch.setattr(vllm_generation, "SamplingParams", dict, raising=False)
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "")  # trl sets them, and they are to go again
+        monkeypatch.delenv(name)
+
+
+VLLM = {"use_vllm": True, "vllm_mode": "colocate", "save_strategy": "no", "max_steps": 3}
+ROWS = {"embed_tokens": [4, 62]}
+
+
+@pytest.mark.parametrize(
+    ("kind", "base", "options"),
+    [
+        (GRPOTrainer, "plain", {}),
+        (GRPOTrainer, "plain", {"method": "bat"}),
+        (RLOOTrainer, "plain", {}),
+        (GRPOTrainer, "tied", {"target_regex": "proj|embed|head", "also_train_rows": ROWS}),
+        (GRPOTrainer, "four bits", {"target_regex": "[qv]_proj", "dtype": torch.float32}),
+    ],
+    ids=str,
+)
+def test_vllm_gets_the_weights_that_the_model_computes_with(served, tmp_path, kind, base, options):
+    """Without vLLM: a plain model stands for its `LLM`, and keeps what each step sends it."""
+    model = llama(tie_word_embeddings=base == "tied")
+    names = [name for name, _ in model.named_parameters()]
+    if base == "four bits":
+        model.save_pretrained(tmp_path)
+        settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+        model = LlamaForCausalLM.from_pretrained(
+            tmp_path, quantization_config=settings, device_map="cpu"
+        )
+    disha.inject_adapters(model, **{"target_regex": "|".join(TARGETS), "r": 4, **options})
+    model.name_or_path = base
+    before = {name: value.clone() for name, value in model.named_parameters()}
+    tokens = torch.arange(3, 51).view(4, 12)
+    expected = []
+
+    def reward_and_keep(completions, **unused):
+        with torch.no_grad():
+            expected.append(model(tokens).logits)
+        return reward(completions)
+
+    config = trl.RLOOConfig if kind is RLOOTrainer else trl.GRPOConfig
+    named = {"reward_funcs": reward_and_keep}
+    trainer = rewarded(model, tmp_path, kind, named, keep=True, config=config, **VLLM)
+    trainer.train()
+    assert len(Served.made.syncs) == len(expected) == 3
+    for (sent, received), logits in zip(Served.made.syncs, expected, strict=True):
+        assert sent == names
+        torch.testing.assert_close(received(tokens).logits, logits, atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(expected[0], expected[-1], atol=1e-2)
+    for name, value in model.named_parameters():
+        assert ".disha." in name or torch.equal(value, before[name])
+
+
+def test_a_tie_that_is_half_adapted_is_told_before_training(served, tmp_path):
+    model = disha.inject_adapters(
+        llama(tie_word_embeddings=True), "embed_tokens", r=4, exclude="lm_head"
+    )
+    with pytest.raises(disha.ModeError, match=r"lm_head.weight is tied to model.embed_tokens"):
+        rewarded(model, tmp_path, **VLLM).train()
 
 
 # --- both ----------------------------------------------------------------------------------------
@@ -409,6 +527,3 @@ def test_what_does_not_fit_is_refused(tmp_path, make):
         make(adapted(), tmp_path, sync_ref_model=True, beta=0.5)
     with pytest.raises(disha.ArgumentError, match="no adapter 'sft'"):
         make(adapted(), tmp_path, named={"reference": "sft"}, beta=0.5)
-    if make is rewarded:
-        with pytest.raises(disha.ArgumentError, match=r"use_vllm=True sends.*rollout_func"):
-            make(adapted(), tmp_path, use_vllm=True)
