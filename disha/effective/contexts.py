@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias, TypeVar
 from weakref import WeakSet, WeakValueDictionary
 
@@ -70,6 +70,7 @@ class Context:
     groups: frozenset[Group]
     override: Override
     disables: bool = False  # then no context inside it has an effect
+    finite: dict[Group, bool] = field(default_factory=dict)  # kept by `layers.compiled`
 
     @property
     def function(self) -> str:

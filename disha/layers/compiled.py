@@ -5,7 +5,8 @@ the graph, read anew on every call through this module's `__getattr__`. Each gro
 such attributes:
 
     <group>                what acts on the layers (`contexts.Override`); None for the active
-                           adapters, and while adapters are disabled
+                           adapters, and while adapters are disabled; but () while blocks are
+                           disabled that are not finite, because 0 times NaN is NaN
     <group>_on_<device>    a tensor by which scales are multiplied: 0 while adapters are disabled,
                            otherwise 1, so that disabling them compiles nothing again
 """
@@ -17,8 +18,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from disha.effective.contexts import GROUPS_BY_NAME, OPEN_CONTEXTS, Group, current_context
+from disha.effective.contexts import (
+    GROUPS_BY_NAME,
+    OPEN_CONTEXTS,
+    Context,
+    Group,
+    current_context,
+)
 from disha.private_torch import start_no_graph
+from disha.sharding.tensors import local_part
 
 
 def factor_name(group: str, device: torch.device) -> str:
@@ -34,10 +42,28 @@ def __getattr__(name: str) -> Any:
     context = current_context(group) if OPEN_CONTEXTS else None
     if device:
         return _get_factor(group, device, disables=context is not None and context.disables)
-    return None if context is None or context.disables else context.override
+    if context is None:
+        return None
+    if context.disables and _blocks_are_finite(context, group):
+        return None
+    return context.override
 
 
 start_no_graph(__getattr__)
+
+
+def _blocks_are_finite(context: Context, group: Group) -> bool:
+    """Whether 0 times each block of a group is 0, which is asked once in a context."""
+    if group not in context.finite:
+        sums = [
+            local_part(block.block.detach()).sum()
+            for adapters in list(group.members)
+            for block in adapters.blocks_by_name().values()
+            if not block.block.is_meta
+        ]
+        # A finite sum has finite terms.
+        context.finite[group] = all(bool(total.isfinite()) for total in sums)
+    return context.finite[group]
 
 
 def _get_factor(group: Group, device: str, disables: bool) -> Tensor | float:

@@ -117,6 +117,18 @@ def test_no_change_compiles_again(case, grad, tokens, tmp_path):
 
 
 @pytest.mark.parametrize("case", CASES)
+def test_a_block_that_is_not_finite_can_be_disabled(case, tokens):
+    model, graph, _ = compiled(case)
+    graph(tokens)
+    with torch.no_grad():
+        for block in disha.adapter_parameters(model, "b"):
+            block.view(-1)[0] = float("nan")
+    with disha.adapters_disabled(model):
+        close(graph(tokens), model(tokens))
+    assert graph(tokens).isnan().any()
+
+
+@pytest.mark.parametrize("case", CASES)
 def test_gradients_are_the_eager_ones(case, tokens):
     model, graph, counter = compiled(case, train=True)
     blocks = list(disha.adapter_parameters(model, "b"))
