@@ -352,7 +352,7 @@ def _reset_missing(incoming: _Incoming, undo: ExitStack) -> None:
         if join(model_block.name, block.parameter_name) in incoming.layers:
             continue
         if isinstance(block, NewRowsBlock):
-            start = rows_of_base(model_block.layer, block)
+            start = rows_of_base(model_block.layer, block.slot)
         else:
             start = block.block.new_zeros(whole_shape(block.block))
         write(block.block, start, undo)

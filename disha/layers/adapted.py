@@ -19,7 +19,7 @@ from disha.effective.contexts import open_context
 from disha.effective.weight import EffectiveWeight
 from disha.errors import ArgumentError, MergeError, ModeError
 from disha.layers import quantized
-from disha.layers.blocks import MERGED, AdapterBlock, Adapters, NewRowsBlock
+from disha.layers.blocks import MERGED, AdapterBlock, Adapters
 from disha.layers.containers import CHILD_NAME, methods_without_child
 from disha.layers.model_record import ModelRecord
 from disha.layers.reading import is_weight_of, linear_forward, weight_property
@@ -113,13 +113,9 @@ class AdaptedLayer(nn.Module):
             if STATE_IS_MERGED not in error_messages:  # once, and not for each layer
                 error_messages.append(STATE_IS_MERGED)
             return
-        new_rows = [
-            block
-            for block in self.disha.blocks_by_name().values()
-            if isinstance(block, NewRowsBlock) and prefix + block.slot.parameter in state_dict
-        ]
+        loaded = [name for name in self._adapted_parameters if prefix + name in state_dict]
         # The blocks load after their layer, so those in the state dict replace these values.
-        with untrained_rows_kept(self, new_rows):
+        with untrained_rows_kept(self, loaded):
             super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def __reduce_ex__(self, protocol: Any) -> Any:

@@ -157,14 +157,13 @@ def slots_of(layer: Any, adapters: Iterable[str]) -> dict[str, Slot]:
 def start_block(layer: nn.Module, block: AdapterBlock) -> None:
     """Give a block the values that it starts with: new rows those of W, others as `init` says."""
     if isinstance(block, NewRowsBlock):
-        write(block.block, rows_of_base(layer, block))
+        write(block.block, rows_of_base(layer, block.slot))
     else:
         block.reset_parameters()
 
 
-def rows_of_base(layer: nn.Module, block: NewRowsBlock) -> Tensor:
+def rows_of_base(layer: nn.Module, slot: Slot) -> Tensor:
     """Return the values of W for new rows (in, rows)."""
-    slot = block.slot
     base = gather(base_of(layer, slot)).detach()
     if base.is_meta:
         for hook in offloading_hooks(layer):
@@ -173,18 +172,24 @@ def rows_of_base(layer: nn.Module, block: NewRowsBlock) -> Tensor:
 
 
 @contextmanager
-def untrained_rows_kept(layer: nn.Module, blocks: Iterable[NewRowsBlock]) -> Iterator[None]:
+def untrained_rows_kept(layer: Any, parameters: Iterable[str]) -> Iterator[None]:
     """Run a body that loads W, and let new rows that have not been trained be those of W again.
 
     They are the rows that are as in W before, or that have lost their values to new memory.
     """
+    places = {
+        block: replace(block.slot, parameter=parameter)
+        for parameter in parameters
+        for block in layer.disha.blocks_for(parameter, layer.disha)
+        if isinstance(block, NewRowsBlock)
+    }
     untrained = {}
-    for block in blocks:
+    for block, slot in places.items():
         values = block._parameters.get(block.parameter_name)
         # ZeRO-3 and FSDP's flat parameters would have to be gathered by all ranks.
         if values is None or is_partitioned(values) or values.is_meta:
             continue
-        former = rows_of_base(layer, block)
+        former = rows_of_base(layer, slot)
         now = gather(values).detach()
         is_lost = now.isnan()
         if not former.is_meta:
@@ -193,7 +198,7 @@ def untrained_rows_kept(layer: nn.Module, blocks: Iterable[NewRowsBlock]) -> Ite
     yield
     for block, is_untrained in untrained.items():
         now = gather(block.block).detach()
-        loaded = rows_of_base(layer, block).to(now)
+        loaded = rows_of_base(layer, places[block]).to(now)
         write(block.block, torch.where(is_untrained, loaded, now))
 
 

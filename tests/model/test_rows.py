@@ -186,6 +186,12 @@ def test_a_base_that_is_loaded_later_keeps_the_trained_rows_and_no_others():
     assert torch.equal(model[0].weight.clone(), expected)
 
 
+def test_a_base_that_is_loaded_by_the_name_of_the_tied_head():
+    model = disha.inject_adapters(Small(), "q_proj", 4, also_train_rows=ROWS)
+    model.load_state_dict({"lm_head.weight": torch.ones(WORDS, 16)}, strict=False)
+    assert torch.equal(model.embed_tokens.weight.clone(), torch.ones(WORDS, 16))
+
+
 @pytest.mark.parametrize("base_first", [False, True])
 def test_rows_that_are_loaded_into_empty_memory_stay(base_first):
     trained_rows = torch.randn(4, 3)
