@@ -134,11 +134,17 @@ def run(
             _preview(base, replace(request, training=dry))
         return 0
     with _alone_in(request.folder, training):
-        _run(argv, base, request)
+        try:
+            _run(base, request)
+        except KeyboardInterrupt:
+            if _find_checkpoint(request.folder):
+                words = [word for word in argv if word != "--resume"]
+                print(f"\nto go on: {shlex.join(['disha', 'finetune', *words, '--resume'])}")
+            raise
     return 0
 
 
-def _run(argv: Sequence[str], base: Base, request: Request) -> None:
+def _run(base: Base, request: Request) -> None:
     """Train, prove and report."""
     folder, training = request.folder, request.training
     course = Course(request.settings())
@@ -149,13 +155,7 @@ def _run(argv: Sequence[str], base: Base, request: Request) -> None:
         course.seconds = noted.seconds
     training.eval_on_start = checkpoint is None
     run = _make_run(base, request, course)
-    try:
-        outcome = _train(run, folder, checkpoint)
-    except KeyboardInterrupt:
-        if _find_checkpoint(folder):
-            words = [word for word in argv if word != "--resume"]
-            print(f"\nto go on: {shlex.join(['disha', 'finetune', *words, '--resume'])}")
-        raise
+    outcome = _train(run, folder, checkpoint)
     training = run.trainer.args
     del run
     gc.collect()  # the base is loaded again, and may fill the memory

@@ -512,24 +512,34 @@ class TestResuming:
         for name, block in result.blocks().items():
             assert torch.equal(block, expected[name]), name
 
-    def test_an_interrupted_run_says_how_to_go_on(self, tiny, data, tmp_path, monkeypatch, capsys):
+    @pytest.mark.parametrize(("in_training", "checkpoint"), [(True, 2), (False, 8)])
+    def test_an_interrupted_run_says_how_to_go_on(
+        self, in_training, checkpoint, tiny, data, tmp_path, monkeypatch, capsys
+    ):
         def interrupted(trainer, *given, **named):
             if trainer.state.global_step == 3:
                 raise KeyboardInterrupt
             return step(trainer, *given, **named)
 
+        def interrupted_proof(*given):
+            raise KeyboardInterrupt
+
         step = train.Trainer.training_step
         words = self.flags(tiny, data, tmp_path)
-        monkeypatch.setattr(train.Trainer, "training_step", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            main(words)
-        monkeypatch.setattr(train.Trainer, "training_step", step)
+        with monkeypatch.context() as patch:
+            if in_training:
+                patch.setattr(train.Trainer, "training_step", interrupted)
+            else:
+                patch.setattr(train, "prove", interrupted_proof)
+            with pytest.raises(KeyboardInterrupt):
+                main(words)
+        assert not (tmp_path / "adapter.safetensors").exists()
         shown = capsys.readouterr().out
         said = next(line for line in shown.splitlines() if line.startswith("to go on: "))
         command, name, *again = said.removeprefix("to go on: ").split()
         assert (command, name) == ("disha", "finetune")
         assert main(again) == 0
-        assert Result(tmp_path).report["resumed_from"].endswith("checkpoint-2")
+        assert Result(tmp_path).report["resumed_from"].endswith(f"checkpoint-{checkpoint}")
 
     def test_on_another_base_it_is_refused(self, finetune, tmp_path):
         finetune(tmp_path / "run", "--max_steps", 2)
