@@ -371,6 +371,7 @@ class Adapters(nn.Module):
     """
 
     merged: Merged | None
+    _active: tuple[str, ...]
     all_blocks: dict[str, dict[str, tuple[AdapterBlock, ...]]]
     """Parameter -> adapter -> its blocks for the parameter, each for other outputs."""
     active_blocks: dict[str, tuple[AdapterBlock, ...]]

@@ -28,14 +28,8 @@ from disha.errors import ArgumentError
 from disha.functional.new_rows import NewRows
 from disha.functional.shard_sums import is_inexact, merge_dtype
 from disha.layers import bitsandbytes, quantized
-from disha.layers.blocks import (
-    CHILD_NAME,
-    AdapterBlock,
-    Adapters,
-    NewRowsBlock,
-    Slot,
-    original_class,
-)
+from disha.layers.blocks import AdapterBlock, Adapters, NewRowsBlock, Slot, original_class
+from disha.layers.containers import CHILD_NAME
 from disha.layers.offloading import offloading_hooks
 from disha.sharding.tensors import gather, write
 from disha.sharding.zero import is_partitioned, whole_shape
