@@ -1,10 +1,12 @@
 """Why a weight can't be adapted, or a parameter can't be trained with an adapter.
 
-Each function returns the reason, or None if there is none.
+Each public function returns the reason, or None if there is none. The others yield reasons in the
+order in which they are asked for.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -17,7 +19,7 @@ from disha.functional import Geometry, Update, method_names, method_of
 from disha.functional.parts import update_of_part
 from disha.functional.shard_sums import is_inexact
 from disha.layers.adapted import AdaptedLayer
-from disha.layers.blocks import NewRowsBlock, Slot
+from disha.layers.blocks import AdapterBlock, NewRowsBlock, Slot
 from disha.layers.quantized import quantization_of
 from disha.layers.weights import read_weight, stored_weight
 from disha.model.buffers import claimant_of
@@ -36,41 +38,38 @@ ADDED_NAMES = ("disha", "base_weight", "delta_weight")
 
 def reason_against_adapting(layer: PlannedLayer) -> str | None:
     """Return why the method can't adapt the weight, whatever the size of the block."""
+    return next(_reasons_against_adapting(layer), None)
+
+
+def _reasons_against_adapting(layer: PlannedLayer) -> Iterator[str]:
+    """Yield the reason; what follows it may not hold, so only the first one counts."""
     slot = layer.slot
-    if slot is None:
-        return _reason_without_layout(layer)
     module = layer.module
+    if slot is None and not layer.attribute:
+        yield f"no layer kind adapts {type(module).__qualname__}"
+    if slot is None:
+        yield (
+            f"the layout of this weight {layer.shape} is unknown; declare it, such as "
+            f"{layer.remedy}, as your code uses it: see docs/guides/custom-model.md"
+        )
+        return
     clashes = _find_clashing_names(module) - {layer.attribute}
     if clashes and not isinstance(module, AdaptedLayer):
-        return f"it has its own attribute {min(clashes)!r}, which adapters would replace"
-    for holder, parameter in (layer.place, *layer.tied.values()):
-        if not isinstance(holder, AdaptedLayer):
-            continue
-        for block in holder.disha.blocks_for(parameter, holder.disha):
-            if layer.is_new_rows or isinstance(block, NewRowsBlock):
-                continue  # rows are rows in any layout
-            other_layout = block.slot.layout
-            if other_layout != slot.layout:
-                return f"another adapter has it with the layout {other_layout}, not {slot.layout}"
+        yield f"it has its own attribute {min(clashes)!r}, which adapters would replace"
+    for block in _list_other_blocks(layer):
+        other_layout = block.slot.layout
+        of_one_matrix = layer.is_new_rows or isinstance(block, NewRowsBlock)
+        if other_layout != slot.layout and not of_one_matrix:
+            yield f"another adapter has it with the layout {other_layout}, not {slot.layout}"
     if slot.quantized:
-        reason = _reason_against_quantized(layer, slot)
+        yield from _reasons_against_quantized(layer, slot)
     else:
-        reason = _reason_against_dense(read_weight(module, layer.attribute), slot)
-    if reason is None and slot.output_ranges:
+        yield from _reasons_against_dense(read_weight(module, layer.attribute), slot)
+    if slot.output_ranges:
         outputs = slot.layout.geometry(layer.shape).out_features
         last = slot.output_ranges[-1]
         if last[1] > outputs:
-            return f"rows {last} are out of range: it has {outputs} rows"
-    return reason
-
-
-def _reason_without_layout(layer: PlannedLayer) -> str:
-    if not layer.attribute:
-        return f"no layer kind adapts {type(layer.module).__qualname__}"
-    return (
-        f"the layout of this weight {layer.shape} is unknown; declare it, such as "
-        f"{layer.remedy}, as your code uses it: see docs/guides/custom-model.md"
-    )
+            yield f"rows {last} are out of range: it has {outputs} rows"
 
 
 def _find_clashing_names(module: nn.Module) -> set[str]:
@@ -80,42 +79,45 @@ def _find_clashing_names(module: nn.Module) -> set[str]:
     return {name for name in ADDED_NAMES if name in held or hasattr(type(module), name)}
 
 
-def _reason_against_quantized(layer: PlannedLayer, slot: Slot) -> str | None:
-    """Return why a quantised weight can't have the block."""
-    module = layer.module
-    quantization = quantization_of(module, stored_weight(module, slot.parameter))
-    if quantization is None:
-        return None
-    if layer.is_new_rows:
-        return f"its weight is quantised ({quantization.name}); only dense ones get new rows"
+def _list_other_blocks(layer: PlannedLayer) -> Iterator[AdapterBlock]:
+    """Yield the blocks that other adapters have for the weight, also where it is tied."""
+    for holder, parameter in (layer.place, *layer.tied.values()):
+        if isinstance(holder, AdaptedLayer):
+            yield from holder.disha.blocks_for(parameter, holder.disha)
+
+
+def _reasons_against_quantized(layer: PlannedLayer, slot: Slot) -> Iterator[str]:
+    quantization = quantization_of(layer.module, stored_weight(layer.module, slot.parameter))
     method = method_of(layer.config.method)
-    if not method.reads_weight:
-        return None
-    if quantization.read is None:
+    if quantization is None:
+        return
+    if layer.is_new_rows:
+        yield f"its weight is quantised ({quantization.name}); only dense ones get new rows"
+    if method.reads_weight and quantization.read is None:
         others = method_names(lambda other: not other.reads_weight)
-        return (
+        yield (
             f"its weight is quantised ({quantization.name}) and can't be read as numbers, as "
             f"method {method.name!r} requires; use {others}"
         )
-    return None
 
 
-def _reason_against_dense(weight: Any, slot: Slot) -> str | None:
-    """Return why no method can adapt a weight that is not quantised."""
+def _reasons_against_dense(weight: Any, slot: Slot) -> Iterator[str]:
     if is_lazy(weight):
-        return "its weight is not initialised yet; run the model once before injecting"
+        yield "its weight is not initialised yet; run the model once before injecting"
     # Any such dtype will do: a user's hook may cast the weight before each forward.
     if not isinstance(weight, Tensor) or not is_inexact(weight):
-        return "its weight is not a tensor of floating-point or complex numbers"
+        yield "its weight is not a tensor of floating-point or complex numbers"
     if weight.layout is not torch.strided or isinstance(weight, SparseSemiStructuredTensor):
-        return "its weight is sparse; store it as a dense tensor (Tensor.to_dense)"
+        yield "its weight is sparse; store it as a dense tensor (Tensor.to_dense)"
     shape = whole_shape(weight)
     if not shape.numel():
-        return "its weight is empty"
+        yield "its weight is empty"
     split = split_of(weight)
     if split is not None and split.reason is not None:
-        return split.reason
-    return slot.layout.reason_against_shape(shape)
+        yield split.reason
+    reason = slot.layout.reason_against_shape(shape)
+    if reason is not None:
+        yield reason
 
 
 # --- against a block of some size ----------------------------------------------------------------
