@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from disha.effective.contexts import open_context
 from disha.errors import ArgumentError, DishaError
 from disha.layers.adapted import AdaptedLayer
 from disha.layers.blocks import AdapterBlock
@@ -22,6 +23,7 @@ from disha.layers.wrappers import clean_key
 from disha.model.check_merges import Merging, compare_merged
 from disha.model.check_report import CheckedWeight, CheckReport
 from disha.model.check_runs import Runner, UndoesWrites, restore_data
+from disha.model.inject import take_out
 from disha.model.view import ModelBlock, ModelView
 from disha.sharding.imported import imported_class
 from disha.sharding.tensors import gather, write
@@ -41,8 +43,9 @@ def check_adapters(
     """Run a model and report for each active block whether it acts, trains and merges.
 
     The model runs in evaluation mode: twice with random values in all blocks, once for each part of
-    the weights while that is merged, and once for each block that gets no gradient. The originals
-    of a part are kept meanwhile: 64 MiB, or a 16th of the adapted weights, or one weight.
+    the weights while that is merged, once for each block that gets no gradient, and twice without
+    updates, with the adapters and as its base. The originals of a part are kept meanwhile: 64 MiB,
+    or a 16th of the adapted weights, or one weight.
 
     If a block does not act or gets no gradient there, the model also runs in training mode, without
     the adapters' own dropout. So a head that only training uses is in order, and so is a model that
@@ -96,10 +99,11 @@ def check_adapters(
         runs = model.module  # the engine takes every backward for one of training
     with ExitStack() as undo:  # whatever the check changes comes back
         weights = _check(view, undo, active, lambda: runs(*inputs, **kwargs), merging)
+        base_changed = _find_whether_base_changed(view, undo, lambda: runs(*inputs, **kwargs))
     if optimizer is None:
-        return CheckReport(weights)
+        return CheckReport(weights, base_changed=base_changed)
     untrained, unknown = _compare_with_optimizer(model, optimizer)
-    return CheckReport(weights, untrained, unknown)
+    return CheckReport(weights, untrained, unknown, base_changed)
 
 
 def _refuse_parametrised(name: str, layer: AdaptedLayer) -> None:
@@ -129,6 +133,37 @@ def _compare_with_optimizer(
             untrained.append(clean_key(name))
         trained.discard(id(parameter))
     return tuple(untrained), len(trained)
+
+
+def _find_whether_base_changed(
+    view: ModelView, undo: ExitStack, call: Callable[[], Any]
+) -> bool | None:
+    """Whether the adapted model, with all updates off, computes something else than its base.
+
+    None if it does not run as its base, or is sharded: then no layer can be plain for a moment.
+    """
+    if view.is_sharded or view.is_wrapped:
+        return None
+    runner = Runner(view, [], call)
+    groups = frozenset(layer.disha.group for layer in view.find_layers())
+    with torch.inference_mode(False), torch.enable_grad():
+        with open_context(groups, (), disables=True):
+            without_updates = runner.run(training=False)
+        with ExitStack() as plain:
+            take_out(view, view.adapters, plain)
+            try:
+                of_base = runner.run(training=False)
+            except Exception:  # a forward that asks its layers for their adapters
+                return None
+    if len(without_updates) != len(of_base):
+        return True
+    for output, expected in zip(without_updates, of_base):
+        tolerance = torch.finfo(expected.dtype).eps ** 0.5
+        if output.shape != expected.shape:
+            return True
+        if not torch.allclose(output, expected, tolerance, tolerance, equal_nan=True):
+            return True
+    return False
 
 
 # --- what the model does with the blocks ---------------------------------------------------------

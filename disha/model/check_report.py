@@ -37,6 +37,9 @@ class CheckReport:
         untrained: parameters that require gradients, but are not in the optimizer.
         unknown: how many parameters the optimizer has that the model lacks, such as the blocks of a
             module that was replaced.
+        base_changed: whether the model computes something else than its base even while no update
+            acts, for example because its forward asks for the class of a layer; None if that
+            could not be compared.
 
     Examples:
         >>> import torch
@@ -53,6 +56,7 @@ class CheckReport:
     weights: tuple[CheckedWeight, ...]
     untrained: tuple[str, ...] = ()
     unknown: int = 0
+    base_changed: bool | None = None
 
     @property
     def problems(self) -> tuple[CheckedWeight, ...]:
@@ -61,8 +65,8 @@ class CheckReport:
 
     @property
     def ok(self) -> bool:
-        """Whether every block acts, trains and merges, and the optimizer has all that trains."""
-        return not self.problems and not self.untrained
+        """Whether all blocks act, train and merge, no parameter is missing, and no base changed."""
+        return not self.problems and not self.untrained and not self.base_changed
 
     def __str__(self) -> str:
         rows = []
@@ -82,6 +86,11 @@ class CheckReport:
             )
         if self.unknown:
             lines.append(f"the optimizer has {counted(self.unknown, 'parameter')} of other modules")
+        if self.base_changed:
+            lines.append(
+                "adapting changed the model: while no update acts, it computes something else than "
+                "its base. Its forward may ask for the class or the children of a layer"
+            )
         good = len(self.weights) - len(self.problems)
         lines.append(f"{good:,} of {counted(len(self.weights), 'block')} in order")
         return "\n".join(lines)

@@ -488,6 +488,12 @@ class ModelView:
                 )
 
     @property
+    def is_wrapped(self) -> bool:
+        """Whether a wrapper keeps track of the parameters."""
+        classes = tuple(cls for cls, wrapper in self._wrappers if wrapper.distributes)
+        return any(isinstance(module, classes) for module in self.names)
+
+    @property
     def is_sharded(self) -> bool:
         """Whether FSDP manages a module, or one has a sharded or partitioned parameter."""
         classes = tuple(cls for cls, wrapper in self._wrappers if wrapper.shards)

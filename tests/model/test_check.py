@@ -328,7 +328,7 @@ def test_few_weights_are_in_memory_twice(monkeypatch):
     disha.inject_adapters(model, "all-linear", 2)
     report = disha.check_adapters(model, torch.randn(3, 7))
     assert report.ok, report
-    assert len(weights) == 3 + 16  # a 16th of the weights is merged at a time
+    assert len(weights) == 3 + 16 + 2  # a 16th of the weights is merged at a time
     assert max(weights) <= 32 + 2
 
 
@@ -338,7 +338,7 @@ def test_without_merging_the_model_runs_less():
     model.register_forward_hook(lambda *_: runs.append(1))
     disha.inject_adapters(model, "layer", 2)
     report = disha.check_adapters(model, torch.randn(3, 4), merging=False)
-    assert (report.ok, report.weights[0].merges, len(runs)) == (True, None, 2)
+    assert (report.ok, report.weights[0].merges, len(runs)) == (True, None, 4)
 
 
 def test_a_merge_that_is_refused_is_no_problem():
@@ -475,3 +475,23 @@ def test_a_remark_on_several_weights_is_printed_once():
         "b: its own reason",
         "2 of 3 blocks in order",
     ]
+
+
+class AsksForTheClass(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.layer(x) + (1.0 if type(self.layer) is nn.Linear else 0.0)
+
+
+def test_a_model_that_injection_changed_is_told():
+    model = disha.inject_adapters(AsksForTheClass(), "layer", 2)
+    report = disha.check_adapters(model, torch.randn(3, 4))
+    assert report.base_changed is True
+    assert not report.ok
+    assert "adapting changed the model" in str(report)
+    assert type(model.layer) is not nn.Linear
+    other = disha.inject_adapters(nn.Sequential(nn.Linear(4, 4)), "0", 2)
+    assert disha.check_adapters(other, torch.randn(3, 4)).base_changed is False
