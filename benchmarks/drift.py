@@ -1,0 +1,154 @@
+"""`python -m benchmarks.drift`: how far merging and unmerging moves the base.
+
+Each cycle merges an adapter into the weights and takes it out, as a trainer does that sends merged
+weights to a server in each step. Between cycles the adapter's values are drawn anew. PEFT computes
+W + dW and then W - dW, each rounded to the base's dtype; disha keeps W.
+
+Writes benchmarks/results/drift.json and drift.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import disha
+from benchmarks.markdown import run_text, table
+from benchmarks.results import describe, dtype_text, read_results, write_results
+
+FOLDER = Path(__file__).parent / "results"
+CYCLES = 1000
+SIZE, R = 256, 16
+UPDATE = 0.002
+"""Standard deviation of dW; that of W is 0.02, as in a language model."""
+
+Cycle = Callable[[], None]
+
+
+def _base(dtype: torch.dtype) -> nn.Sequential:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(SIZE, SIZE, bias=False))
+    nn.init.normal_(model[0].weight, std=0.02)
+    return model.to(dtype)
+
+
+def _with_disha(dtype: torch.dtype) -> tuple[nn.Module, Cycle, Cycle]:
+    model = disha.inject_adapters(_base(dtype), "0", r=R)
+
+    def merge() -> None:
+        for block in disha.adapter_parameters(model):
+            nn.init.normal_(block, std=UPDATE)
+        disha.merge_adapters(model)
+
+    return model[0], merge, partial(disha.unmerge_adapters, model)
+
+
+def _with_peft(kind: str, dtype: torch.dtype) -> tuple[nn.Module, Cycle, Cycle]:
+    import peft
+
+    config = {
+        "lora": lambda: peft.LoraConfig(r=R, lora_alpha=R, target_modules=["0"]),
+        "miss": lambda: peft.MissConfig(r=R, target_modules=["0"]),
+    }[kind]()
+    model = peft.get_peft_model(_base(dtype), config)
+    # Of two factors, such that the entries of their product have the standard deviation UPDATE too.
+    std = (UPDATE / R**0.5) ** 0.5 if kind == "lora" else UPDATE
+
+    def merge() -> None:
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                nn.init.normal_(parameter, std=std)
+        model.merge_adapter()
+
+    layer: Any = model.base_model.model[0]
+    return layer.base_layer, merge, model.unmerge_adapter
+
+
+KINDS: Mapping[str, Callable[[torch.dtype], tuple[nn.Module, Cycle, Cycle]]] = {
+    "disha (MiSS)": _with_disha,
+    "PEFT MiSS": partial(_with_peft, "miss"),
+    "PEFT LoRA": partial(_with_peft, "lora"),
+}
+
+
+def measure(kind: str, dtype: torch.dtype, cycles: int) -> dict[str, Any]:
+    """Return how far the base has moved after these cycles, relative to its mean size."""
+    layer, merge, unmerge = KINDS[kind](dtype)
+    weight: Any = layer.weight if kind.startswith("PEFT") else layer.base_weight
+    before = weight.detach().double().clone()
+    seconds: dict[str, list[float]] = {"merge": [], "unmerge": []}
+    for _ in range(cycles):
+        for name, step in (("merge", merge), ("unmerge", unmerge)):
+            started = time.perf_counter()
+            step()
+            seconds[name].append(time.perf_counter() - started)
+    weight = layer.weight if kind.startswith("PEFT") else layer.base_weight
+    moved = (weight.detach().double() - before).abs()
+    size = before.abs().mean()
+    return {
+        "kind": kind,
+        "dtype": dtype_text(dtype),
+        "cycles": cycles,
+        "mean": float(moved.mean() / size),
+        "largest": float(moved.max() / size),
+        "changed": float((moved != 0).double().mean()),
+        **{f"{name}_seconds": statistics.median(found) for name, found in seconds.items()},
+    }
+
+
+def drift(cycles: int = CYCLES) -> list[dict[str, Any]]:
+    """Measure all kinds in both dtypes."""
+    dtypes = (torch.bfloat16, torch.float16)
+    return [measure(kind, dtype, cycles) for dtype in dtypes for kind in KINDS]
+
+
+def page(results: Mapping[str, Any]) -> str:
+    """Return the table in Markdown."""
+    rows = [
+        (
+            case["dtype"],
+            case["kind"],
+            f"{case['changed']:.0%}",
+            f"{case['mean']:.2%}",
+            f"{case['largest']:.1%}",
+            f"{case['merge_seconds'] * 1e6:,.0f} µs",
+            f"{case['unmerge_seconds'] * 1e6:,.0f} µs",
+        )
+        for case in results["tables"]["drift"]
+    ]
+    header = ("base", "adapter", "weights changed", "mean change", "largest", "merge", "unmerge")
+    cycles = results["tables"]["drift"][0]["cycles"]
+    return (
+        "# Drift: merging and unmerging\n\n"
+        f"A layer of {SIZE} x {SIZE}, r = {R}. {cycles:,} times, a new update a tenth as large as "
+        "the weights is merged and unmerged. Changes are relative to the mean size of a weight.\n\n"
+        f"{table(header, rows)}\n{run_text(results)}\n\n"
+        "`python -m benchmarks.drift` measures it and writes this page.\n"
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure, and write the results and the page."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.drift", description=__doc__)
+    parser.add_argument("--cycles", type=int, default=CYCLES)
+    parser.add_argument("--folder", type=Path, default=FOLDER)
+    asked = parser.parse_args(arguments)
+    results = describe(torch.device("cpu"))
+    results["tables"]["drift"] = drift(asked.cycles)
+    write_results(asked.folder / "drift.json", results)
+    text = page(read_results(asked.folder / "drift.json"))
+    (asked.folder / "drift.md").write_text(text, encoding="utf-8")
+    print(text)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
