@@ -26,6 +26,7 @@ COMMANDS = {
     "evaluate": "measure a model on rows: loss, perplexity, exact answers",
     "inspect": "show what an adapter file holds, and whether it belongs to a base",
     "convert": "convert an adapter for PEFT, LoRA runtimes or diffusers, or back",
+    "check-server": "say whether a server answers with an adapter as the model here does",
     "merge": "write a base model with an adapter merged into its weights",
 }
 OTHER_NAMES = {
@@ -108,12 +109,12 @@ def _run(words: Sequence[str]) -> int:
         raise ArgumentError(f"{name!r} is not a command{hint}")
     if name in ("finetune", "evaluate"):
         version("trl")  # where the extra is not installed, this raises before torch is imported
-    module = "disha.finetune" if name == "finetune" else f"disha.cli.{name}"
+    module = "disha.finetune" if name == "finetune" else f"disha.cli.{name.replace('-', '_')}"
     return import_module(module).main(words[1:]) or DONE
 
 
 def _help() -> str:
-    listed = "\n".join(f"  {name:12}{summary}" for name, summary in COMMANDS.items())
+    listed = "\n".join(f"  {name:14}{summary}" for name, summary in COMMANDS.items())
     return (
         "usage: disha COMMAND [flags]\n\nDimension-sharded adapters (Bone, tile, BAT) for PyTorch "
         f"models.\n\ncommands:\n{listed}\n\n'disha COMMAND --help' shows the flags of one."

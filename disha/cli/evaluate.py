@@ -21,7 +21,13 @@ from datasets import Dataset
 from tqdm import tqdm
 
 from disha.cli.dispatcher import Parser
-from disha.cli.models import PromptRunner, add_model_flags, at_least_1, load_runner
+from disha.cli.models import (
+    PromptRunner,
+    add_answer_flags,
+    add_model_flags,
+    at_least_1,
+    load_runner,
+)
 from disha.cli.output import show
 from disha.errors import ArgumentError
 from disha.finetune.data import load_rows
@@ -60,6 +66,7 @@ def main(words: Sequence[str]) -> None:
     """Measure a model."""
     parser = Parser("evaluate", __doc__)
     add_model_flags(parser)
+    add_answer_flags(parser)
     parser.add_argument(
         "--data",
         "--data_path",

@@ -23,7 +23,7 @@ from jinja2 import TemplateError
 from transformers import TextStreamer, set_seed
 
 from disha.cli.dispatcher import Parser
-from disha.cli.models import PromptRunner, add_model_flags, load_runner
+from disha.cli.models import PromptRunner, add_answer_flags, add_model_flags, load_runner
 from disha.cli.output import fit
 from disha.errors import ArgumentError
 from disha.finetune.base import not_utf8, read_text
@@ -35,6 +35,7 @@ def main(words: Sequence[str]) -> None:
     """Answer prompts."""
     parser = Parser("generate", __doc__)
     add_model_flags(parser)
+    add_answer_flags(parser)
     parser.add_argument("--prompt", nargs="+", action="extend", help="the texts to answer")
     parser.add_argument("--system", help="a text that comes before each prompt")
     parser.add_argument("--tools", type=Path, help="a JSON file with the tools that it may call")

@@ -28,13 +28,17 @@ Prompt = str | Sequence[Message]  # a text, or the messages of a conversation
 
 
 def add_model_flags(parser: Parser) -> None:
-    """Add the flags that name a model, and limit its answers."""
+    """Add the flags that name a model."""
     names = ("--base", "--base_model_name_or_path")
     parser.add_argument("--adapter", type=Path, help="an adapter file, or a folder of PEFT")
     parser.add_argument(*names, metavar="MODEL", help="a folder, a GGUF file or a name; as noted")
     parser.add_argument("--bits", choices=BITS, help="how weights are stored; as noted")
     parser.add_argument("--force", action="store_true", help="also on a base that is not its own")
     parser.add_argument("--attn_implementation", help="such as sdpa, eager or flash_attention_2")
+
+
+def add_answer_flags(parser: Parser) -> None:
+    """Add the flags that limit the answers of a model."""
     parser.add_argument(
         "--max_new_tokens", type=at_least_1, default=256, help="tokens of the longest answer"
     )
