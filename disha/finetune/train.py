@@ -54,6 +54,7 @@ from disha.finetune.notes import (
     TOKENS_KEY,
     load_noted_adapter,
     notes_at,
+    read_noted_tokens,
     read_notes,
 )
 from disha.finetune.report import (
@@ -412,7 +413,7 @@ def _train(run: Run, folder: Path, checkpoint: str | None) -> Outcome:
             _require_same_base(trainer, checkpoint)
         if not (training.fsdp or training.deepspeed):  # they have files of their own
             _warn_of_lost_state(Path(checkpoint))
-    _warn_of_idle_weights(trainer)
+    _warn_of_idle_weights(run)
     trainer.train(resume_from_checkpoint=checkpoint)
     seconds = run.course.total_seconds()
     state = trainer.state
@@ -435,12 +436,14 @@ def _require_same_base(trainer: Trainer, checkpoint: str) -> None:
         disha.load_adapter(trainer.model, checkpoint, replace=True)
 
 
-def _warn_of_idle_weights(trainer: Trainer) -> None:
+def _warn_of_idle_weights(run: Run) -> None:
     """Name the weights whose adapter does not act on the first tokens, or gets no gradient."""
+    trainer = run.trainer
     training = trainer.args
     if training.world_size > 1 or training.fsdp or training.deepspeed:
         return  # they change the model once it trains
-    tokens = torch.tensor([trainer.train_dataset[0]["input_ids"][:16]])
+    new_tokens = trainer.processing_class.convert_tokens_to_ids(read_noted_tokens(run.notes))
+    tokens = torch.tensor([[*new_tokens, *trainer.train_dataset[0]["input_ids"][:16]]])
     model = trainer.model
     with trainer.accelerator.autocast():
         report = disha.check_adapters(model, merging=False, input_ids=tokens.to(model.device))
