@@ -8,7 +8,8 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
-from peft import LoHaConfig, LoraConfig, ShiraConfig, inject_adapter_in_model
+from peft import GraloraConfig, LoHaConfig, LoraConfig, ShiraConfig, inject_adapter_in_model
+from peft.tuners.gralora import GraloraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
@@ -69,7 +70,10 @@ def set_scale(model: nn.Module, scale: float) -> None:
     if not of_peft:
         disha.set_adapter_scale(model, scale)
     for layer in of_peft:
-        layer.set_scale("default", scale)
+        if isinstance(layer, GraloraLayer):  # it has no set_scale, and its scale is 1
+            layer.scaling["default"] = scale
+        else:
+            layer.set_scale("default", scale)
 
 
 def _check_count(model: nn.Module, head: str | None, layers: Layers, cell: Cell) -> None:
@@ -220,6 +224,12 @@ def _shira(model: nn.Module, layers: Layers, cell: Cell) -> None:
     inject_adapter_in_model(config, model)
 
 
+def _gralora(model: nn.Module, layers: Layers, cell: Cell) -> None:
+    r = round(budget(layers, cell.r) / sum(map(sum, map(_sizes, layers.values()))))
+    config = GraloraConfig(r=r, alpha=r, gralora_k=2, target_modules=list(layers))
+    inject_adapter_in_model(config, model)
+
+
 def _loha(model: nn.Module, layers: Layers, cell: Cell) -> None:
     common = _in_config(ranks(layers, budget(layers, cell.r), factors=2))
     inject_adapter_in_model(LoHaConfig(alpha=common["r"], **common), model)
@@ -239,7 +249,7 @@ def _setting_of_groups(name: str) -> str:
     return OURS if in_library else f"{OURS}; a candidate of the study, not in the library"
 
 
-FULL, IDENTITY, SHIRA, GOLAY = "full", "lora_identity", "shira", "golay"
+FULL, IDENTITY, SHIRA, GOLAY, GRALORA = "full", "lora_identity", "shira", "golay", "gralora"
 OURS, PEFT = "disha, starts at zero", "peft, alpha = rank"
 
 METHODS: Mapping[str, Method] = {
@@ -269,6 +279,7 @@ METHODS: Mapping[str, Method] = {
             Method(name, title, _setting_of_groups(name), _grouped)
             for name, (title, _) in GROUPS.items()
         ),
+        Method(GRALORA, "GraLoRA", f"{PEFT}, 2 x 2 blocks", _gralora),
         Method("loha", "LoHa", PEFT, _loha),
         Method(FULL, "full fine-tuning", "the weights of the same layers", _full),
     )

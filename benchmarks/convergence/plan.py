@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from benchmarks.convergence.groups import GROUPS
-from benchmarks.convergence.methods import FULL, GOLAY, IDENTITY, MATRICES, METHODS, SHIRA
+from benchmarks.convergence.methods import FULL, GOLAY, GRALORA, IDENTITY, MATRICES, METHODS, SHIRA
 from benchmarks.convergence.runs import Cell, Run
 from benchmarks.convergence.tasks import TASKS
 
@@ -133,7 +133,7 @@ RANKS = (8, 32, 128)
 
 def compared(task: str) -> tuple[str, ...]:
     """Return the methods of a task's main comparison, in the order in which they are run."""
-    elsewhere = (IDENTITY, SHIRA, GOLAY, *MATRICES, *GROUPS)
+    elsewhere = (IDENTITY, SHIRA, GOLAY, GRALORA, *MATRICES, *GROUPS)
     return LONGER if task == LONG else tuple(name for name in METHODS if name not in elsewhere)
 
 
@@ -185,8 +185,10 @@ SIGNS = ("signs", GOLAY)
 CANDIDATES: Mapping[str, tuple[str, ...]] = {
     "digits": (
         *("groups2", "groups4", "groups_all", "groups4_contiguous", "bat_groups4"),
+        "groups_all_contiguous",
         *SIGNS,
         SHIRA,
+        GRALORA,
     ),
     "packages": ("groups2", "groups4", "groups_all", "groups4_contiguous", *SIGNS),
     "arithmetic": ("groups2", "groups4", "groups_all"),

@@ -27,11 +27,11 @@ OF_MISS = [name for name in GROUPS if not name.startswith("bat")]
 def slow_update(name, block, in_features):
     """Return dW by its definition, entry by entry."""
     r, outputs = block.shape
-    number, _, contiguous = name.removeprefix("groups").partition("_")
+    number, _, rest = name.removeprefix("groups").partition("_")
     groups = min(int(number or outputs), math.ceil(in_features / r), outputs)
     update = torch.zeros(outputs, in_features)
     for o in range(outputs):
-        group = o // math.ceil(outputs / groups) if contiguous == "contiguous" else o % groups
+        group = o // math.ceil(outputs / groups) if rest.endswith("contiguous") else o % groups
         for i in range(in_features):
             if i // r % groups == group:
                 update[o, i] = block[i % r, o]
