@@ -14,8 +14,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from disha.effective.contexts import open_context
+from disha.effective.weight import EffectiveWeight
 from disha.errors import ArgumentError, DishaError
 from disha.layers.adapted import AdaptedLayer
 from disha.layers.blocks import AdapterBlock
@@ -25,9 +27,22 @@ from disha.model.check_report import CheckedWeight, CheckReport
 from disha.model.check_runs import Runner, UndoesWrites, restore_data
 from disha.model.inject import take_out
 from disha.model.view import ModelBlock, ModelView
+from disha.private_torch import tree_leaves
 from disha.sharding.imported import imported_class
 from disha.sharding.tensors import gather, write
 from disha.sharding.zero import repartition, whole_shape
+
+ELEMENTWISE = {
+    f"{side}{name}{end}"
+    for name in ("add", "sub", "mul", "div", "truediv")
+    for side, end in (("", ""), ("__", "__"), ("__r", "__"))
+}
+"""Names of operations in which a weight is no matrix."""
+
+NEVER_MULTIPLIED = (
+    "it is never multiplied as a matrix, but used element by element, where a layout means "
+    "nothing; to train all of it, name it in also_train"
+)
 
 SIZE = 0.02
 """Standard deviation of the random values that blocks get during the check."""
@@ -179,6 +194,7 @@ class _Observation:
     acting: set[AdapterBlock]
     with_gradient: set[AdapterBlock]
     error: str  # why gradients could not be computed; empty if they could
+    only_elementwise: set[AdapterBlock]  # those of weights that no product was seen to read
 
 
 def _check(
@@ -247,6 +263,8 @@ def _make_row(
     trains = not reason
     if trains:
         reason = merging.reason
+        if not reason and any(block in seen.only_elementwise for seen in observations):
+            reason = NEVER_MULTIPLIED
     return CheckedWeight(
         model_block.name,
         model_block.adapter,
@@ -278,7 +296,8 @@ def _observe(runner: Runner, blocks: list[AdapterBlock], *, training: bool) -> _
     A block without a gradient may act all the same, so the model runs once more for each of these.
     """
     with runner.mode(training=training):
-        read, outputs = _run_and_note_reads(runner, blocks)
+        with _NotesUses() as notes:
+            read, outputs = _run_and_note_reads(runner, blocks)
         try:
             with_gradient = _find_with_gradient(outputs, read)
             error = ""
@@ -292,7 +311,35 @@ def _observe(runner: Runner, blocks: list[AdapterBlock], *, training: bool) -> _
     for block in blocks:
         if block not in acting and _changes_outputs(runner, block, outputs, training):
             acting.add(block)
-    return _Observation(training, outputs, set(read), acting, with_gradient, error)
+    only_elementwise = {block for block, values in read.items() if notes.only_elementwise(values)}
+    return _Observation(
+        training, outputs, set(read), acting, with_gradient, error, only_elementwise
+    )
+
+
+class _NotesUses(TorchFunctionMode):
+    """Notes which operations make plain tensors of effective weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._uses: dict[int, set[str]] = {}  # id of a block's values -> names of operations
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        named = kwargs or {}
+        result = func(*args, **named)
+        if isinstance(result, Tensor) and not isinstance(result, EffectiveWeight):
+            for value in tree_leaves((args, named)):
+                if type(value) is EffectiveWeight:
+                    for update in value.updates.all_updates:
+                        self._uses.setdefault(id(update.block), set()).add(func.__name__)
+        return result
+
+    def only_elementwise(self, values: Tensor) -> bool:
+        """Whether all noted uses of a weight with this block are element by element."""
+        uses = self._uses.get(id(values), set())
+        return bool(uses) and uses <= ELEMENTWISE
 
 
 def _observe_idle(
