@@ -52,7 +52,7 @@ def parser_of(command: str) -> argparse.ArgumentParser:
     def seen(parser: argparse.ArgumentParser, *_: object) -> None:
         raise _Seen(parser)
 
-    module = import_module(f"disha.cli.{command}")
+    module = import_module(f"disha.cli.{command.replace('-', '_')}")
     with patch.object(argparse.ArgumentParser, "parse_known_args", seen):
         try:
             module.main([])

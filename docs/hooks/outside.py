@@ -24,7 +24,7 @@ PAGES = {
     },
     **{
         f"{RESULTS}/{name}.md": f"results/{name}.md"
-        for name in ("gpu", "learning", "memory", "speed")
+        for name in ("drift", "gpu", "learning", "memory", "speed")
     },
     "README.md": "about.md",
 }
