@@ -18,6 +18,7 @@ import torch
 import transformers
 
 import disha
+from disha.cli import main as command
 from tests.serving.served import (
     ENVIRONMENT,
     PROMPTS,
@@ -29,8 +30,8 @@ from tests.serving.served import (
 )
 
 SMALL = ["--dtype", "float32", "--enforce-eager", "--max-model-len", "64"]
-PLACES = 4
-"""For the two adapters, for that of a trainer, and one that stays empty."""
+PLACES = 5
+"""For the two adapters, for one that is zero, for that of a trainer, and one that stays empty."""
 
 
 class Server:
@@ -121,6 +122,36 @@ def test_two_adapters_and_the_base_answer_at_once(server):
         found = list(pool.map(lambda question: server.complete(*question), questions))
     check_answers(found, server.models, questions)
     check_that_all_differ(server.models)
+
+
+def test_check_server_says_what_answers(server, tmp_path, capsys):
+    zero = disha.inject_adapters(server.served.load(), "layers", 8)
+    disha.interop.lora.export(zero, tmp_path / "zero")
+    server.post("/v1/load_lora_adapter", {"lora_name": "zero", "lora_path": str(tmp_path / "zero")})
+    other = server.served.load()
+    with torch.no_grad():
+        other.lm_head.weight.neg_()
+    other.save_pretrained(tmp_path / "other")
+    transformers.AutoTokenizer.from_pretrained(server.served.model).save_pretrained(
+        tmp_path / "other"
+    )
+    disha.save_adapter(
+        disha.inject_adapters(other, "layers", 8, init="kaiming"), tmp_path / "b.safetensors"
+    )
+    mine = server.served.folder / "a.safetensors"
+    for base, adapter, name, code, verdict in (
+        (server.served.model, mine, "a", 0, "acts, equal within"),
+        (server.served.model, mine, "zero", 1, "does not act: the answers are the base's"),
+        (server.served.model, mine, "b", 1, "another adapter's"),
+        (tmp_path / "other", tmp_path / "b.safetensors", "a", 1, "another base"),
+    ):
+        words = ["check-server", f"http://127.0.0.1:{server.port}", "--base", base]
+        capsys.readouterr()
+        found = command([*map(str, words), "--adapter", str(adapter), "--name", name])
+        out, err = capsys.readouterr()
+        with capsys.disabled():
+            print(out, err)
+        assert (found, out.partition(": ")[2].startswith(verdict)) == (code, True), out + err
 
 
 @torch.no_grad()
