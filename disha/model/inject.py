@@ -349,7 +349,7 @@ def adapter_parameters(model: nn.Module, adapter: str | None = None) -> list[nn.
         >>> import disha
         >>> model = disha.inject_adapters(nn.Linear(8, 16), ".*", r=4, also_train="bias")
         >>> [tuple(parameter.shape) for parameter in disha.adapter_parameters(model)]
-        [(4, 16), (16,)]
+        [(16,), (4, 16)]
     """
     view = ModelView(model)
     view.reshard()

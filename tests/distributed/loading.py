@@ -21,6 +21,7 @@ import torch.distributed as dist
 from benchmarks.markdown import bytes_text
 from disha.finetune import train
 from disha.finetune.arguments import parse_flags
+from disha.finetune.course import Course
 from tests.distributed import trainers
 from tests.distributed.__main__ import on_ranks
 from tests.distributed.deepspeed_zero import config
@@ -51,10 +52,12 @@ def taken(folder, base, engine, flags):
     words = ["--base", base, "--data", "rows.jsonl", "--output_dir", "out", *flags]
     words = [str(folder / word) if (folder / word).exists() else word for word in words]
     with trainers.accelerate_with(engine):
-        settings = parse_flags([*words, "--r", "8", "--per_device_train_batch_size", "2"])
+        flags = parse_flags([*words, "--r", "8", "--per_device_train_batch_size", "2"])
+        request = train.Request(*flags)
         before = held("VmRSS")
         Path("/proc/self/clear_refs").write_text("5")  # lets the peak begin anew
-        trainer = train._make_trainer(train._choose_base(settings[0]), *settings)
+        base = train._choose_base(request.adapter)
+        trainer = train._make_run(base, request, Course(request.settings())).trainer
         if engine == "fsdp2":
             trainer.accelerator.prepare(trainer.model, trainer.create_optimizer())
         return held("VmHWM") - before

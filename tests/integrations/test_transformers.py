@@ -2,7 +2,6 @@
 
 import copy
 import json
-from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -59,8 +58,7 @@ def test_what_was_resized_trains_and_is_saved(made, tmp_path):
     model.resize_token_embeddings(70, mean_resizing=False)
     trained = {id(one) for one in model.parameters() if one.requires_grad}
     assert {id(one) for one in disha.adapter_parameters(model)} == trained
-    with pytest.warns(UserWarning, match="lm_head.weight") if made is llama else nullcontext():
-        disha.save_adapter(model, tmp_path)
+    disha.save_adapter(model, tmp_path)
     base.resize_token_embeddings(70, mean_resizing=False)
     disha.load_adapter(base, tmp_path)
     assert torch.equal(base(tokens).logits, model(tokens).logits)
