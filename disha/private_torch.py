@@ -229,6 +229,10 @@ def in_forward_mode() -> bool:
     return getattr(forward_ad, "_current_level", 0) >= 0
 
 
+TorchDispatchMode = _python_dispatch.TorchDispatchMode
+"""Sees each operation of a thread. torch's page names it, but no public module has it."""
+
+
 def written_arguments(operation: Any) -> set[int | str]:
     """Return the positions and names of the arguments that an operation writes into.
 

@@ -24,9 +24,9 @@ OPERATIONS = Path(__file__).parent / "operations.txt"
 """Operation -> the module with its rule. `python -m tests.test_private_torch` adds new ones."""
 
 NOT_OF_TORCH = """
-    _replace _asdict _getframe _DummyThread _actions _option_string_actions
+    _replace _asdict _fields _getframe _DummyThread _actions _option_string_actions
     _name_or_path _get_train_sampler _keys_to_ignore_on_save _hf_hook
-    _z3_optimizer _hp_mapping _like _block _on_ _weight _layers _all
+    _z3_optimizer _hp_mapping _like _block _on_ _weight _layers _all _groups
     _use_triton _CHUNKED_LOGPROB_CHUNK_SIZE _no_split_modules _reference
     _made_by_disha _zero3_consolidated_16bit_state_dict _invalidate_trace
 """

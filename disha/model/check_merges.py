@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from disha.errors import DishaError
 from disha.layers.adapted import AdaptedLayer
 from disha.model.check_runs import Runner, dense_weights, sum_weights
-from disha.model.merge import merge
+from disha.model.merge import merge, refuse_sharded
 from disha.model.view import ModelBlock, ModelView
 from disha.sharding.tensors import gather, write
 from disha.text import counted
@@ -52,6 +52,7 @@ def compare_merged(
         return {}
     try:
         borrowers = view.find_borrowers()
+        refuse_sharded(view, "merge adapters")  # before a forward that no backward would follow
     except DishaError as error:
         return _refuse_all(compared, error)
     # A layer merges together with those that are tied to it.

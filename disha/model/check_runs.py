@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from disha.effective.weight import base_inside
 from disha.errors import ArgumentError
@@ -25,7 +24,7 @@ from disha.functional.shard_sums import PLAIN, merge_dtype
 from disha.layers.blocks import AdapterBlock
 from disha.layers.quantized import quantized_slot
 from disha.model.view import ModelBlock, ModelView
-from disha.private_torch import tree_leaves, written_arguments
+from disha.private_torch import TorchDispatchMode, tree_leaves, written_arguments
 from disha.sharding.tensors import is_sharded
 from disha.sharding.zero import is_partitioned
 
@@ -193,12 +192,11 @@ class UndoesWrites(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         named = kwargs or {}
-        if func._schema.is_mutable:
-            places = written_arguments(func)
-            values = [value for place, value in enumerate(args) if place in places]
-            values += [value for name, value in named.items() if name in places]
-            for tensor in tree_leaves(base_inside(values)):
-                self._keep(tensor)
+        places = written_arguments(func)
+        values = [value for place, value in enumerate(args) if place in places]
+        values += [value for name, value in named.items() if name in places]
+        for tensor in tree_leaves(base_inside(values)):
+            self._keep(tensor)
         return func(*args, **named)
 
     def _keep(self, written: Any) -> None:

@@ -133,7 +133,7 @@ def merge(
             "where it would change what the model computes; merge when that has ended"
         )
     view.refuse_half_of_ties("merge adapters")
-    _refuse_sharded(view, "merge adapters")
+    refuse_sharded(view, "merge adapters")
     # Inference mode is off, because tensors that are made in it can never be trained.
     with torch.inference_mode(False), torch.no_grad():
         chosen = _choose(view, adapter)
@@ -246,7 +246,7 @@ def unmerge_adapters(model: nn.Module) -> None:
     if not originals:
         return
     view.refuse_half_of_ties("unmerge adapters")
-    _refuse_sharded(view, "unmerge adapters")
+    refuse_sharded(view, "unmerge adapters")
     for layer, of_layer in originals.items():
         for parameter, original in of_layer.items():
             _refuse_changed(join(view.names[layer][0], parameter), layer, parameter, original)
@@ -282,7 +282,7 @@ def _change_since_merging(layer: AdaptedLayer, parameter: str, original: Origina
     return "changed" if has_changed(now, original.written) else None
 
 
-def _refuse_sharded(view: ModelView, action: str) -> None:
+def refuse_sharded(view: ModelView, action: str) -> None:
     if view.is_sharded:
         raise MergeError(
             f"can't {action} in a model with sharded parameters; save the adapter on all ranks "
