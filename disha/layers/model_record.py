@@ -184,6 +184,11 @@ class ModelRecord:
         """Remember a buffer under all of its names."""
         self.buffers |= dict.fromkeys(names, buffer)
 
+    def forget_buffer(self, names: Names) -> None:
+        """Forget what a buffer was before the first adapter."""
+        for name in names:
+            self.buffers.pop(name, None)
+
 
 class Place(NamedTuple):
     """Where a record knows a module."""

@@ -434,9 +434,11 @@ class ModelView:
             record.flags.clear()
 
     def forget_buffers(self) -> None:
-        """Forget what the buffers were before the first adapter."""
-        for record in self.records:
-            record.buffers.clear()
+        """Forget what the buffers of this part were before the first adapter."""
+        for buffer in self.buffers:
+            place = buffer.place
+            if place is not None:
+                place.record.forget_buffer(place.names)
 
     def refuse_half_of_ties(self, action: str) -> None:
         """Raise if a weight of this part is tied to one outside: both have one update."""

@@ -131,6 +131,12 @@ class TestParts:
         assert not any(flags(parts).values())
         torch.testing.assert_close(parts.head(parts.body(x)), expected)
 
+    def test_unloading_a_part_keeps_what_the_buffers_of_the_rest_were(self, parts):
+        parts.body[1].running_mean.fill_(2.0)
+        disha.merge_adapters(parts.head, unload=True)
+        disha.remove_adapters(parts)
+        assert not parts.body[1].running_mean.any()
+
     def test_a_part_is_saved_with_its_buffers_and_lost_layers(self, parts, tmp_path):
         parts.body[1].running_mean.fill_(2.0)
         assert "1.running_mean" in disha.adapter_state_dict(parts.body)
