@@ -214,18 +214,23 @@ class Places:
         layers.0.proj      layers.0.proj      the names have not changed
         proj               layers.0.proj      "" is layers.0: a part of the model
         net.layers.0.proj  layers.0.proj      net is "": the model is in another
-        layers.0.proj      layers.2.proj      layers.0 is layers.2: a list has lost two modules
+        layers.0.proj      layers.2.proj      layers.0 is layers.2: a list has lost two modules,
+                                              and is itself where it was
     """
 
     def __init__(self, layers: Iterable[tuple[Names, Any]]) -> None:
         """Take today's names of each layer, and its `Adapters`."""
         votes = defaultdict[str, Counter[Place]](Counter)
+        lists = dict[str, Place]()
         for names, adapters in layers:
             for name in names:
                 for above, place in _match(name, adapters.names):
                     votes[above][Place(adapters.record, place)] += 1
+                    for above_list, place_list in _match_lists(above, place):
+                        lists.setdefault(above_list, Place(adapters.record, place_list))
         # A module with several names can match in several ways; what most layers say is right.
-        self._places = {above: places.most_common(1)[0][0] for above, places in votes.items()}
+        certain = {above: places.most_common(1)[0][0] for above, places in votes.items()}
+        self._places = lists | certain
 
     @property
     def records(self) -> list[ModelRecord]:
@@ -269,6 +274,13 @@ class Places:
             return None
         above, prefix = max(candidates, key=lambda candidate: len(candidate[1]))
         return join(above, name[len(prefix) :].removeprefix("."))
+
+
+def _match_lists(name: str, known_name: str) -> list[tuple[str, str]]:
+    """Return what precedes the lists that have two modules, if their names end alike."""
+    parent = name.rpartition(".")[0]
+    matches = _match(parent, [known_name.rpartition(".")[0]])
+    return [match for match in matches if match[0] != parent]
 
 
 def _match(name: str, known_names: Names) -> list[tuple[str, str]]:

@@ -178,6 +178,16 @@ class TestParts:
         disha.remove_adapters(model)
         assert [name for name, flag in flags(model).items() if not flag] == ["layers.1.1.bias"]
 
+    def test_what_is_beside_a_list_whose_adapted_modules_have_moved(self):
+        layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
+        model = nn.ModuleDict({"body": nn.ModuleDict({"layers": layers}), "norm": nn.LayerNorm(4)})
+        disha.inject_adapters(model, r"\.2$", 2, also_train="norm")
+        disha.inject_adapters(model, r"\.2$", 2, adapter="more")
+        model.body.layers = layers[1:]
+        assert len(disha.adapter_parameters(model, "more")) == 1
+        disha.remove_adapters(model)
+        assert all(flags(model).values())
+
     @pytest.mark.parametrize("call", [disha.remove_adapters, disha.merge_adapters])
     @pytest.mark.parametrize("part", ["embed", "head"])
     def test_half_of_a_tied_weight_is_refused(self, call, part):
