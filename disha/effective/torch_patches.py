@@ -16,6 +16,7 @@ would not act, or another one would, and no error would say so:
 - `overrides.get_overridable_functions()` lacks private functions, such as the grouped product, so
   compiled code would run them with W. They are added.
 
+`layers.state_dicts` changes `nn.Module.load_state_dict`, for the blocks that a state dict lacks.
 `private_torch` has the private names.
 """
 

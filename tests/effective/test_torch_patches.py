@@ -57,6 +57,7 @@ NAMES = [
     "torch.nested._internal.nested_tensor.NestedTensor.__torch_function__",
     "torch.nn.init._no_grad_trunc_normal_",
     "torch.nn.init.orthogonal_",
+    "torch.nn.modules.module.Module.load_state_dict",
     "torch.utils.checkpoint._CheckpointFrame",
 ]
 
