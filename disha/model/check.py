@@ -332,8 +332,8 @@ class _NotesUses(TorchFunctionMode):
         if isinstance(result, Tensor) and not isinstance(result, EffectiveWeight):
             for value in tree_leaves((args, named)):
                 if type(value) is EffectiveWeight:
-                    for update in value.updates.all_updates:
-                        self._uses.setdefault(id(update.block), set()).add(func.__name__)
+                    for block in value.updates.blocks:
+                        self._uses.setdefault(id(block), set()).add(func.__name__)
         return result
 
     def only_elementwise(self, values: Tensor) -> bool:

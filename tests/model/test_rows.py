@@ -174,6 +174,11 @@ def table(seed):
     return nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 9))
 
 
+def test_a_model_with_rows_is_checked():
+    model = disha.inject_adapters(table(0), "1", 2, also_train_rows={"0": [1, 2]})
+    assert disha.check_adapters(perturb(model), torch.tensor([1, 2, 3])).ok
+
+
 def test_a_base_that_is_loaded_later_keeps_the_trained_rows_and_no_others():
     model = disha.inject_adapters(table(0), "1", 2, also_train_rows={"0": [1, 2, 8]})
     model.load_state_dict(table(1).state_dict())
