@@ -17,7 +17,7 @@ from any part of the model, and copies and pickles of a part have it without the
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any, NamedTuple
 from weakref import WeakSet
 
@@ -30,11 +30,6 @@ from disha.text import join
 
 Names = Collection[str]
 """The names of one thing in a record. Several, if modules share it."""
-
-
-def is_inside(name: str, module: str) -> bool:
-    """Whether a name is that of a module, or of something in it."""
-    return not module or name == module or name.startswith(f"{module}.")
 
 
 class Flag(NamedTuple):
@@ -115,24 +110,21 @@ class ModelRecord:
             table.clear()
             table.update(content)
 
-    def take_over(self, other: ModelRecord, there: str, here: str) -> None:
-        """Add what another record knows of the module `there`, which is `here` in this one."""
-
-        def rename(name: str) -> str:
-            return join(here, name[len(there) :].removeprefix("."))
-
+    def take_over(self, other: ModelRecord, rename: Callable[[str], str | None]) -> None:
+        """Add what another record knows; `rename` gives names here, None for what is elsewhere."""
         for adapter, names in other.layers.items():
-            moved = tuple(rename(name) for name in names if is_inside(name, there))
+            moved = tuple(new for name in names if (new := rename(name)) is not None)
             self.layers[adapter] = (*self.layers.get(adapter, ()), *moved)
-        for name, borrowers in other.ties.items():
-            if is_inside(name, there):
-                self.ties[rename(name)] = tuple(map(rename, borrowers))
+        for tied in ((weight, *borrowers) for weight, borrowers in other.ties.items()):
+            if any(rename(name) is not None for name in tied):
+                weight, *borrowers = [rename(name) or name for name in tied]
+                self.ties[weight] = tuple(borrowers)
         for name, flag in other.flags.items():
-            if is_inside(name, there):
-                self.flags.setdefault(rename(name), flag)
+            if (new := rename(name)) is not None:
+                self.flags.setdefault(new, flag)
         for name, buffer in other.buffers.items():
-            if is_inside(name, there):
-                self.buffers.setdefault(rename(name), buffer)
+            if (new := rename(name)) is not None:
+                self.buffers.setdefault(new, buffer)
 
     def __getstate__(self) -> dict[str, Any]:
         # The layers of a copy add themselves.
@@ -229,21 +221,24 @@ class Places:
                     for above_list, place_list in _match_lists(above, place):
                         lists.setdefault(above_list, Place(adapters.record, place_list))
         # A module with several names can match in several ways; what most layers say is right.
-        certain = {above: places.most_common(1)[0][0] for above, places in votes.items()}
-        self._places = lists | certain
+        self._set({above: places.most_common(1)[0][0] for above, places in votes.items()}, lists)
+
+    def _set(self, certain: dict[str, Place], likely: dict[str, Place]) -> None:
+        self._places = dict(certain)
+        for above, place in likely.items():
+            self._places.setdefault(above, place)
+        self._today: dict[Place, str] = {}
+        for above, place in self._places.items():
+            self._today.setdefault(place, above)
 
     @property
     def records(self) -> list[ModelRecord]:
         """The records that know a part of the model."""
         return list(dict.fromkeys(place.record for place in self._places.values()))
 
-    def items(self) -> Iterable[tuple[str, Place]]:
-        """Return today's names of the modules that decide, and their places."""
-        return self._places.items()
-
     def cover(self, record: ModelRecord, prefix: str) -> None:
         """Let one record know all modules of the model, which is `prefix` there."""
-        self._places = {"": Place(record, prefix)}
+        self._set({"": Place(record, prefix)}, {})
 
     def find(self, name: str) -> Place | None:
         """Return where a module, or something in it, is known."""
@@ -265,15 +260,12 @@ class Places:
 
     def find_today(self, record: ModelRecord, name: str) -> str | None:
         """Return today's name of what a record knows by a name, or None if it is elsewhere."""
-        candidates = [
-            (above, place.name)
-            for above, place in self._places.items()
-            if place.record is record and is_inside(name, place.name)
-        ]
-        if not candidates:
-            return None
-        above, prefix = max(candidates, key=lambda candidate: len(candidate[1]))
-        return join(above, name[len(prefix) :].removeprefix("."))
+        place = name
+        while Place(record, place) not in self._today:
+            if not place:
+                return None
+            place = place.rpartition(".")[0]
+        return join(self._today[Place(record, place)], name[len(place) :].removeprefix("."))
 
 
 def _match_lists(name: str, known_name: str) -> list[tuple[str, str]]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from functools import cached_property
+from functools import cached_property, partial
 from typing import NamedTuple
 
 import torch
@@ -388,9 +388,14 @@ class ModelView:
             groups = [record.group for record in self.records]
             shared = [group for group in groups if group is not SINGLE_LAYERS]
             place = Place(ModelRecord(shared[0] if shared else None), "")
-        for name, part in self.places.items():
-            if part.record is not place.record:
-                place.record.take_over(part.record, part.name, join(place.name, name))
+
+        def rename(record: ModelRecord, name: str) -> str | None:
+            today = self.places.find_today(record, name)
+            return None if today is None else join(place.name, today)
+
+        for record in self.records:
+            if record is not place.record:
+                place.record.take_over(record, partial(rename, record))
         for layer in self.find_layers():
             if layer.disha.record is not place.record:
                 names = tuple(join(place.name, name) for name in self.names[layer])

@@ -196,6 +196,14 @@ class TestParts:
             call(getattr(model, part))
         call(model)
 
+    def test_half_of_a_tied_weight_is_refused_in_another_model_too(self):
+        tied = disha.inject_adapters(Tied(), "embed|head", 2)
+        model = nn.ModuleDict({"reader": tied.embed, "writer": tied.head, "body": nn.Linear(4, 4)})
+        disha.inject_adapters(model, "body", 2, adapter="more")
+        with pytest.raises(disha.AdapterStateError, match="is tied to writer"):
+            disha.remove_adapters(model.reader)
+        disha.remove_adapters(model)
+
     def test_a_module_with_many_names_ends(self):
         model = nn.Linear(4, 4)
         for _ in range(40):
