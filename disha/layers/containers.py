@@ -5,7 +5,8 @@ find its blocks. Two kinds of modules would take it for one that they run:
 
 - Subclasses of `nn.Sequential` and the like that have a matrix of their own. Their methods run on a
   plain container that has the same modules, but not that child.
-- Modules whose forward goes through `self.children()`. While it runs, they do not have that child.
+- Modules with a method that goes through `self.children()`. While their forward runs, they do not
+  have that child.
 """
 
 from __future__ import annotations
@@ -31,11 +32,16 @@ def methods_without_child(original: type[nn.Module]) -> dict[str, Any]:
             for name, method in vars(container).items():
                 if callable(method) and name not in ("__init__", "forward"):
                     methods[name] = _run_on_plain_container(getattr(original, name))
-    code = getattr(original.forward, "__code__", None)
-    if code is not None and {"children", "named_children"}.intersection(code.co_names):
+    if any(map(_goes_through_children, original.__mro__[: original.__mro__.index(nn.Module)])):
         methods["forward"] = _hide_child_in(original.forward)
         methods["named_children"] = _named_children
     return methods
+
+
+def _goes_through_children(cls: type) -> bool:
+    """Whether a method of a class mentions its children."""
+    codes = [method.__code__ for method in vars(cls).values() if hasattr(method, "__code__")]
+    return any({"children", "named_children"}.intersection(code.co_names) for code in codes)
 
 
 def _run_on_plain_container(method: Callable[..., Any]) -> Callable[..., Any]:

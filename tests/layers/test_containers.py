@@ -52,16 +52,27 @@ class Children(WithMatrix, nn.Module):
         return x
 
 
+class ByMethod(Children):
+    def forward(self, x):
+        return self.run(x @ self.mix)
+
+    def run(self, x):
+        for _, child in self.named_children():
+            x = child(x)
+        return x
+
+
 def containers():
     parts = [nn.Linear(4, 4), nn.Linear(4, 4)]
-    return [Chain(*parts), Parts(parts), Named(dict(zip("ab", parts, strict=True))), Children()]
+    named = Named(dict(zip("ab", parts, strict=True)))
+    return [Chain(*parts), Parts(parts), named, Children(), ByMethod()]
 
 
 def adapt(model):
     return disha.inject_adapters(model, "^mix$", 2, layouts={"^mix$": "in out"})
 
 
-@pytest.mark.parametrize("number", range(4))
+@pytest.mark.parametrize("number", range(5))
 def test_injection_changes_nothing(number):
     model = containers()[number]
     x = torch.randn(3, 4)
