@@ -213,28 +213,33 @@ class Places:
     def __init__(self, layers: Iterable[tuple[Names, Any]]) -> None:
         """Take today's names of each layer, and its `Adapters`."""
         votes = defaultdict[str, Counter[Place]](Counter)
-        lists = dict[str, Place]()
+        lists = dict[str, tuple[str, Place]]()
         for names, adapters in layers:
             for name in names:
                 for above, place in _match(name, adapters.names):
                     votes[above][Place(adapters.record, place)] += 1
                     for above_list, place_list in _match_lists(above, place):
-                        lists.setdefault(above_list, Place(adapters.record, place_list))
+                        name_list = above.rpartition(".")[0]
+                        lists[above_list] = name_list, Place(adapters.record, place_list)
         # A module with several names can match in several ways; what most layers say is right.
         self._set({above: places.most_common(1)[0][0] for above, places in votes.items()}, lists)
 
-    def _set(self, certain: dict[str, Place], likely: dict[str, Place]) -> None:
-        self._places = dict(certain)
-        for above, place in likely.items():
-            self._places.setdefault(above, place)
+    def _set(self, certain: dict[str, Place], lists: dict[str, tuple[str, Place]]) -> None:
+        self._places: dict[str, Place | None] = dict(certain)
+        for above, (name_list, place) in lists.items():
+            if above not in certain:
+                self._places[above] = place
+                # Its other modules have also moved, and who can tell where to.
+                self._places.setdefault(name_list, None)
         self._today: dict[Place, str] = {}
-        for above, place in self._places.items():
-            self._today.setdefault(place, above)
+        for above, known in self._places.items():
+            if known is not None:
+                self._today.setdefault(known, above)
 
     @property
     def records(self) -> list[ModelRecord]:
         """The records that know a part of the model."""
-        return list(dict.fromkeys(place.record for place in self._places.values()))
+        return list(dict.fromkeys(place.record for place in self._today))
 
     def cover(self, record: ModelRecord, prefix: str) -> None:
         """Let one record know all modules of the model, which is `prefix` there."""
@@ -247,7 +252,10 @@ class Places:
             if not above:
                 return None
             above = above.rpartition(".")[0]
-        record, prefix = self._places[above]
+        place = self._places[above]
+        if place is None:
+            return None
+        record, prefix = place
         return Place(record, join(prefix, name[len(above) :].removeprefix(".")))
 
     def find_all(self, names: Names) -> KnownNames | None:

@@ -179,14 +179,17 @@ class TestParts:
         assert [name for name, flag in flags(model).items() if not flag] == ["layers.1.1.bias"]
 
     def test_what_is_beside_a_list_whose_adapted_modules_have_moved(self):
-        layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
+        layers = nn.ModuleList([nn.BatchNorm1d(4), nn.Linear(4, 4), nn.Linear(4, 4)])
+        layers[0].running_mean.fill_(5.0)
         model = nn.ModuleDict({"body": nn.ModuleDict({"layers": layers}), "norm": nn.LayerNorm(4)})
         disha.inject_adapters(model, r"\.2$", 2, also_train="norm")
         disha.inject_adapters(model, r"\.2$", 2, adapter="more")
-        model.body.layers = layers[1:]
-        assert len(disha.adapter_parameters(model, "more")) == 1
+        model.body.layers = nn.ModuleList([nn.BatchNorm1d(4), *layers])
+        model.body.layers[0].running_mean.fill_(2.0)
+        assert len(disha.adapter_parameters(model, "more")) == 3
         disha.remove_adapters(model)
-        assert all(flags(model).values())
+        assert flags(model)["norm.weight"]
+        assert model.body.layers[0].running_mean[0] == 2.0
 
     @pytest.mark.parametrize("call", [disha.remove_adapters, disha.merge_adapters])
     @pytest.mark.parametrize("part", ["embed", "head"])
