@@ -285,8 +285,9 @@ class AdapterBlock(nn.Module):
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, *args
         )
-        if prefix + SCALE in state_dict:
-            self.scale = float(state_dict[prefix + SCALE])
+        if prefix + self.parameter_name in state_dict:
+            given = state_dict.get(prefix + SCALE, self._settings_from(self.config)["_scale"])
+            self.scale = float(given)
         if prefix + SCALE in unexpected_keys:
             unexpected_keys.remove(prefix + SCALE)
         if self.scale_tensor.device != self.block.device:

@@ -109,6 +109,9 @@ class TestWrittenByHand:
         assert not any(equal.load_state_dict(layer.state_dict()))
         x = torch.randn(3, 4)
         assert torch.equal(equal(x), layer(x))
+        as_configured = disha.inject_adapters(nn.Linear(4, 4), "all-linear", 2).state_dict()
+        equal.load_state_dict(as_configured)
+        assert equal.disha["default"].scale == 1
 
     def test_a_pruned_block_says_so(self):
         layer = disha.inject_adapters(nn.Linear(4, 4), "all-linear", 2, init="kaiming")

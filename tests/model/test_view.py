@@ -191,6 +191,8 @@ def test_nothing_else_walks():
     assert found == {
         ("layers/weights.py", "computed.modules()"),
         ("model/check.py", "view.model.modules()"),
+        ("model/computed_weights.py", "module.parametrizations.modules()"),
+        ("model/computed_weights.py", "module.parametrizations[attribute].parameters()"),
         ("model/rates.py", "model.modules()"),
         ("model/control.py", "module.modules()"),
         ("model/view.py", "layer.disha.children()"),
