@@ -25,7 +25,7 @@ from disha.layers.wrappers import clean_key
 from disha.model.check_merges import Merging, compare_merged
 from disha.model.check_report import CheckedWeight, CheckReport
 from disha.model.check_runs import Runner, UndoesWrites, restore_data
-from disha.model.inject import take_out
+from disha.model.inject import guard_encoders, take_out
 from disha.model.view import ModelBlock, ModelView
 from disha.private_torch import tree_leaves
 from disha.sharding.imported import imported_class
@@ -159,6 +159,9 @@ def _find_whether_base_changed(
     """
     if view.is_sharded or view.is_wrapped:
         return None
+    # Kept twice, so that the model comes back even if adapting it again fails.
+    view.keep_records(undo)
+    undo.callback(guard_encoders, view)
     runner = Runner(view, [], call)
     groups = frozenset(layer.disha.group for layer in view.find_layers())
     with torch.inference_mode(False), torch.enable_grad():

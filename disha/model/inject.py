@@ -196,7 +196,7 @@ def apply_plan(view: ModelView, plan: Plan, undo: ExitStack, *, activate: bool =
             adapted.disha.activate((plan.adapter,))
         else:
             adapted.disha.activate(adapted.disha.active)
-    _guard_encoders(view)
+    guard_encoders(view)
     _set_flags(view, plan)
 
 
@@ -219,7 +219,7 @@ def _undo_later(view: ModelView, modules: Iterable[nn.Module], undo: ExitStack) 
     requires_grad flags: a stack runs backwards.
     """
     view.keep_records(undo)
-    undo.callback(_guard_encoders, view)
+    undo.callback(guard_encoders, view)
     for layer in view.find_layers():
         undo.callback(layer.disha.activate, layer.disha.active)
     for module in modules:
@@ -306,7 +306,7 @@ def take_out(view: ModelView, adapters: Sequence[str], undo: ExitStack) -> None:
             layer.disha.discard(adapter)
         if not len(layer.disha):
             restore(layer)
-    _guard_encoders(view)
+    guard_encoders(view)
     for adapter in adapters:
         for parameter in view.parameters:
             parameter.release(adapter)
@@ -391,7 +391,7 @@ def mark_only_adapters_trainable(model: nn.Module) -> None:
             block.requires_grad_(True)
 
 
-def _guard_encoders(view: ModelView) -> None:
+def guard_encoders(view: ModelView) -> None:
     """Let encoders return the same with adapted layers as with plain ones; undo that in others."""
     for module in view.names:
         if isinstance(module, EncoderLayer):
