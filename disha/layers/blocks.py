@@ -150,7 +150,7 @@ class AdapterBlock(nn.Module):
         """
         values = self.read_values(on_meta)
         dropout = self.dropout if self.training else 0.0
-        scale = self.scale if group is None else self.scale_tensor * self._read_factor(group)
+        scale = self._scale if group is None else self.scale_tensor * self._read_factor(group)
         return Update(self.method, values, scale, dropout, self.slot.output_ranges, r=self.r)
 
     def _read_factor(self, group: Group) -> Tensor:

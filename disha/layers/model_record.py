@@ -260,6 +260,10 @@ class Places:
 
     def find_all(self, names: Names) -> KnownNames | None:
         """Return where a parameter or buffer with these names is known."""
+        whole = self._places.get("") if len(self._places) == 1 else None
+        if whole is not None:  # as in almost every model
+            record, prefix = whole
+            return KnownNames(record, tuple([join(prefix, name) for name in names]))
         places = [place for name in names if (place := self.find(name)) is not None]
         if not places:
             return None
