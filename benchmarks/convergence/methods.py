@@ -226,6 +226,7 @@ def _shira(model: nn.Module, layers: Layers, cell: Cell) -> None:
 
 def _gralora(model: nn.Module, layers: Layers, cell: Cell) -> None:
     r = round(budget(layers, cell.r) / sum(map(sum, map(_sizes, layers.values()))))
+    r -= r % 2  # it has two blocks, which share r
     config = GraloraConfig(r=r, alpha=r, gralora_k=2, target_modules=list(layers))
     inject_adapter_in_model(config, model)
 
