@@ -25,7 +25,7 @@ from disha.checks import (
 from disha.errors import ArgumentError, ArgumentTypeError
 from disha.functional import Method, layout_of, method_names, method_of
 from disha.functional.layouts import OutputRanges
-from disha.functional.methods import ALL_GROUPS, Groups
+from disha.functional.method import ALL_GROUPS, Groups
 from disha.text import brief
 
 Patterns = str | Sequence[str] | None

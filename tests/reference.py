@@ -18,10 +18,11 @@ They are differentiable, so that autograd of these loops is the oracle for gradi
 """
 
 from itertools import product
+from math import prod
 
 import torch
 
-KINDS = ("bone", "tile", "bone_groups2", "bone_groups_all", "bat")
+KINDS = ("bone", "tile", "bone_groups2", "bone_groups_all", "lora", "bat")
 """The kinds of blocks that users choose from. Tests that run with each take them from here."""
 
 GROUPS = {"bone_groups2": 2, "bone_groups_all": "all"}
@@ -79,6 +80,16 @@ def bat_delta_weight(weight, block):
     return delta[:out_features, :in_features]
 
 
+def lora_delta_weight(weight, block):
+    out_features, in_features = weight.shape
+    delta = torch.zeros(out_features, in_features, dtype=block.dtype)
+    for o in range(out_features):
+        for i in range(in_features):
+            for rank in block:  # a row of A, and behind it a column of B
+                delta[o, i] = delta[o, i] + rank[in_features + o] * rank[i]
+    return delta
+
+
 def groups_loop(most):
     """The loop of at most this many groups."""
 
@@ -103,6 +114,7 @@ LOOPS = {
     "bone": (lambda weight, block: bone_delta_weight(block, *weight.shape[::-1]), 2),
     "bone_groups2": (groups_loop(2), 2),
     "bone_groups_all": (groups_loop(1000), 2),  # more than any weight here has shards
+    "lora": (lora_delta_weight, 2),
     "bat": (bat_delta_weight, 3),
 }
 """Method -> (W, D) -> dW for one matrix W, and how many axes the block D of one matrix has."""
@@ -137,7 +149,7 @@ def shape_of(pattern):
 def matrices(pattern, shape, groups=1):
     """Yield, for each matrix of a weight: its sizes, where it is in the weight and in the block.
 
-    (out, in), (o, i) -> index of the weight, (kept block, its axes per matrix) -> its block.
+    (out, in), (o, i) -> index of the weight, (method, kept block) -> its block.
     """
     axes = pattern.split()
     kernel = shape[len(axes) - 1 :] if "*kernel" in axes else ()
@@ -149,8 +161,13 @@ def matrices(pattern, shape, groups=1):
             place = {"out": (o,), "in": (g * inputs + i,), "index": (i,), "expert": (e,)}
             return sum((place.get(axis, tuple(k)) for axis in axes), ())
 
-        def own(block, block_axes, e=e, g=g, k=k):
+        def own(method, block, e=e, g=g, k=k):
+            block_axes = LOOPS[method][1]
             block = block[e] if "expert" in axes else block
+            if method == "lora":  # one block for the whole kernel, whose numbers follow each input
+                block = block[g] if pattern == "in out *kernel" else block
+                own = torch.arange(inputs * prod(kernel)).reshape(inputs, *kernel)[(..., *k)]
+                return torch.cat([block[:, own], block[:, inputs * prod(kernel) :]], 1)
             if kernel and block_axes == 2:  # kept as a small weight
                 return block[(..., *k)].T if axes[0] == "out" else block[(..., *k)].chunk(groups)[g]
             return block[(g, *k)] if pattern == "in out *kernel" else block[tuple(k)]
@@ -159,14 +176,14 @@ def matrices(pattern, shape, groups=1):
 
 
 def layout_delta_weight(method, pattern, block, weight, rows=(), groups=1, padding_idx=None):
-    loop, block_axes = LOOPS[method]
+    loop, _ = LOOPS[method]
     delta = torch.zeros(weight.shape, dtype=weight.dtype)
     for (outputs, inputs), at, own in matrices(pattern, weight.shape, groups):
         chosen = [o for o in range(outputs) if not rows or any(a <= o < b for a, b in rows)]
         matrix = torch.stack(
             [torch.stack([weight[at(o, i)] for i in range(inputs)]) for o in chosen]
         )
-        update = loop(matrix, own(block, block_axes))
+        update = loop(matrix, own(method, block))
         for row, o in enumerate(chosen):
             for i in range(inputs):
                 if i != padding_idx:

@@ -31,10 +31,12 @@ class Layer:
     padding_idx: int | None
     rows: list
     base: str | None
+    kernel: list
 
     @property
     def key(self):
-        return f"{self.name}.{self.method}_block" if self.name else f"{self.method}_block"
+        kind = "bone" if self.method.startswith("bone_groups") else self.method
+        return f"{self.name}.{kind}_block" if self.name else f"{kind}_block"
 
 
 @dataclass
@@ -84,7 +86,7 @@ def read(data):
         Layer(
             method, r_out, one["name"], one["layout"], one["r"], one["in"], one["out"],
             one.get("scale", 1), one.get("groups", 1), one.get("padding_idx"), one.get("rows", []),
-            one.get("base"),
+            one.get("base"), one.get("kernel", []),
         )
         for one in header["layers"]
     ]  # fmt: skip
@@ -126,9 +128,22 @@ def matrices(layer, weight):
 
 def blocks(layer, block, places):
     """Return the block of one matrix for each place in the stack."""
+    if layer.method == "lora" and "*kernel" in layer.layout:
+        return dict(lora_of_kernel(layer, block, places))
     if len(METHODS[layer.method].sizes(layer)) == 2 and "*kernel" in layer.layout:
         return {place: matrix.T for place, matrix in matrices(layer, block).items()}
     return {place: block[place] for place in places}
+
+
+def lora_of_kernel(layer, block, places):
+    """Yield A of each position of a kernel, which varies fastest in its rows, beside B."""
+    axes = len(layer.kernel)
+    numbers = numpy.arange(layer.inputs * math.prod(layer.kernel))
+    numbers = numbers.reshape(layer.inputs, *layer.kernel)
+    for place in places:
+        own = block[place[:-axes]]
+        a = own[:, numbers[(slice(None), *place[-axes:])]]
+        yield place, numpy.concatenate([a, own[:, numbers.size :]], 1)
 
 
 def rows_of(layer):
@@ -169,6 +184,20 @@ def groups_update(layer, weight, block, groups):
     return result
 
 
+def lora_sizes(layer):
+    return layer.r, layer.inputs + layer.outputs
+
+
+def lora_update(layer, weight, block):
+    """A and B^T lie beside each other, so dW[o, i] is the sum over k of B[o, k] A[k, i]."""
+    result = numpy.zeros(weight.shape, block.dtype)
+    for o in range(layer.outputs):
+        for i in range(layer.inputs):
+            for k in range(layer.r):
+                result[o, i] += block[k, layer.inputs + o] * block[k, i]
+    return result
+
+
 def bat_sizes(layer):
     return -(-layer.outputs // layer.r), layer.r, layer.r
 
@@ -197,6 +226,7 @@ METHODS = {
     "bone_groups2": Method(bone_sizes, partial(groups_update, groups=2)),
     "bone_groups_all": Method(bone_sizes, partial(groups_update, groups=math.inf)),
     "bat": Method(bat_sizes, bat_update),
+    "lora": Method(lora_sizes, lora_update),
 }
 
 

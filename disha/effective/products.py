@@ -91,12 +91,12 @@ def _multiply_weight_first(weight: EffectiveWeight, x: Tensor) -> Any:
         return multiply_linear(x, weight)
     if not (is_matrix or is_stack) or weight.updates.is_routed or x.layout is not torch.strided:
         return NotImplemented
-    if updates is not None and all(update.method.uses_shard_sum for update in updates):
+    if updates is not None and all(update.method.low_rank for update in updates):
 
         def multiply(inputs: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
-            return torch.matmul(matrix, inputs.mT)
+            return torch.matmul(matrix, inputs.mT).mT
 
-        return functional.adapted_product(multiply, x.mT, base, None, layout, updates)
+        return functional.adapted_product(multiply, x.mT, base, None, layout, updates).mT
     return _matmul(x.mT, transpose_matrices(weight)).mT
 
 

@@ -162,16 +162,20 @@ def _sum_blocks(parts: Sequence[Part], r: int | None) -> tuple[LayerRecord, Tens
     """Return the record and the block of a layer: the weighted sum of its blocks."""
     first, _ = parts[0]
     name = first.name or "(the model)"
-    if r is None:
-        r = math.lcm(*(record.r for record, _ in parts))
     listing = "; ".join(_describe(part) for part in parts)
-    terms = _widen_blocks(parts, name, r, listing)
     # Fingerprints are left out, because one base has several: they depend on its dtype.
-    without_base = {replace(record, r=r, scale=1.0, base=None) for record, _ in parts}
-    block_shapes = {wide.shape for wide, _ in terms}
-    if len(without_base) > 1 or len(block_shapes) > 1:
-        raise ArgumentError(f"layer {name!r} is not the same in all adapters: {listing}")
-    total = functional.weighted_sum(terms)
+    without_base = {replace(record, r=1, scale=1.0, base=None) for record, _ in parts}
+    joined = _join_blocks(parts, r) if len(without_base) == 1 else None
+    if joined is not None:
+        r, total = joined
+    else:
+        if r is None:
+            r = math.lcm(*(record.r for record, _ in parts))
+        terms = _widen_blocks(parts, name, r, listing)
+        block_shapes = {wide.shape for wide, _ in terms}
+        if len(without_base) > 1 or len(block_shapes) > 1:
+            raise ArgumentError(f"layer {name!r} is not the same in all adapters: {listing}")
+        total = functional.weighted_sum(terms)
     if not is_finite_as(total, total.dtype):
         raise ArgumentError(
             f"layer {name!r}: the sum is not finite as {total.dtype}; give smaller weights"
@@ -179,6 +183,28 @@ def _sum_blocks(parts: Sequence[Part], r: int | None) -> tuple[LayerRecord, Tens
     bases = {record.base for record, _ in parts}
     base = first.base if len(bases) == 1 else None
     return replace(first, r=r, scale=1.0, base=base), total
+
+
+def _join_blocks(parts: Sequence[Part], r: int | None) -> tuple[int, Tensor] | None:
+    """Return the sum of blocks as one that has the rows of all, and its r; None if there is none.
+
+    A larger r is filled up.
+    """
+    first, _ = parts[0]
+    if first.is_new_rows:
+        return None
+    method = method_of(first.method)
+    blocks = [summand.contents.tensors[record.key] for record, summand in parts]
+    geometry = first.geometry(blocks[0].shape)
+    factors = [float(summand.weight) * record.scale for record, summand in parts]
+    total = method.join(list(zip(blocks, factors)), geometry)
+    if total is None:
+        return None
+    rows = sum(record.r for record, _ in parts)
+    if r is not None and r > rows:
+        total = method.wider_block(first.layout, total, geometry, rows, r)
+        rows = r
+    return None if total is None else (rows, total)
 
 
 def _widen_blocks(
@@ -208,7 +234,7 @@ def _widen_blocks(
     terms = []
     for record, summand in parts:
         block = summand.contents.tensors[record.key]
-        wide = method.wider_block(record.layout, block, record.r, r)
+        wide = method.wider_block(record.layout, block, record.geometry(block.shape), record.r, r)
         if wide is None:
             raise ArgumentError(
                 f"layer {name!r}: {method.name} blocks can't be added with r={r}: {listing}; give "

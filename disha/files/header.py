@@ -20,10 +20,10 @@ from disha.errors import AdapterFileError
 from disha.files.disk import explain_peft_folder
 from disha.functional import Layout, layout_of
 from disha.functional.layouts import OutputRanges
-from disha.functional.methods import find_method
+from disha.functional.method import find_method
 from disha.functional.new_rows import NEW_ROWS
 from disha.model.records import LayerRecord
-from disha.text import brief, counted, first_few, printable, table
+from disha.text import brief, counted, first_few, join, printable, table
 
 FORMAT = 1
 """The newest file format that this library writes and reads."""
@@ -209,11 +209,14 @@ def _parse_file(path: Path, fields: Any, tensors: Mapping[str, Tensor]) -> Adapt
         settings = {name: value for name, value in settings.items() if name != "method"}
     config = _parse_config(path, settings)
     layers = [{"method": usual_method or config.method} | entry for entry in fields["layers"]]
+    records = tuple(_parse_layer(path, config, entry) for entry in layers)
+    # In files of former versions, keys have the whole name of a method with groups.
+    keys = {join(record.name, f"{record.method}_block"): record.key for record in records}
     return AdapterFile(
         config=config,
-        layers=tuple(_parse_layer(path, config, entry) for entry in layers),
+        layers=records,
         also_train=tuple(fields["also_train"]),
-        tensors=tensors,
+        tensors={keys.get(key, key): tensor for key, tensor in tensors.items()},
         metadata=fields["metadata"],
         path=path,
         format=FORMAT,
@@ -281,6 +284,7 @@ def _parse_layer(path: Path, config: AdapterConfig, entry: Any) -> LayerRecord:
         rows = check_ranges(name, entry["rows"])
     elif method == NEW_ROWS:  # earlier versions could write all rows so
         rows = ((0, entry["out"]),)
+    kernel = tuple(check_positive_int("kernel", size) for size in entry.get("kernel", ()))
     return LayerRecord(
         name=name,
         method=method,
@@ -291,6 +295,7 @@ def _parse_layer(path: Path, config: AdapterConfig, entry: Any) -> LayerRecord:
         scale=scale,
         base=base,
         layout=Layout(pattern, groups, padding),
+        kernel=kernel,
         rows=rows,
         tied=tuple(tied),
     )

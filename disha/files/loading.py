@@ -269,7 +269,9 @@ def _widen(incoming: _Incoming) -> _Incoming:
         if record.r == block.r or record.is_new_rows:
             continue
         key = record.key
-        wider = block.method.wider_block(record.layout, tensors[key], record.r, block.r)
+        wider = block.method.wider_block(
+            record.layout, tensors[key], record.geometry(tensors[key].shape), record.r, block.r
+        )
         if wider is not None:
             layers[key] = dataclasses.replace(record, r=block.r)
             tensors[key] = wider

@@ -188,6 +188,7 @@ def describe_block(
     slot = block.slot
     base = base_fingerprint(model_block) if with_fingerprint else None
     geometry = slot.layout.geometry(weight_shape(model_block.layer, slot), slot.output_ranges)
+    shows_kernel = isinstance(block, NewRowsBlock) or not block.method.spans_kernel
     return LayerRecord(
         name=model_block.name,
         method=block.kind,
@@ -198,6 +199,7 @@ def describe_block(
         scale=block.scale,
         base=base,
         layout=slot.layout,
+        kernel=() if shows_kernel else geometry.kernel(),
         rows=slot.output_ranges,
         tied=tuple(tied),
     )

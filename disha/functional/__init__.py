@@ -9,26 +9,18 @@ module.
 
 From a layer to its update: the layer makes an `Update` of each acting block, and the `Updates` of
 a weight have them all. A product enters through `Updates.linear` or `Updates.product`, which call
-`linear` or `products`. These ask the block's `Method` for dW, or for the matrix R with
-dW x = S(x) R. `Layout` tells the method which axes of a weight are its matrices.
+`linear` or `products`. These ask the block's `Method` for dW, or for its factors A and R with
+dW x = R^T (A x). `Layout` tells the method which axes of a weight are its matrices.
 
-Read in this order: `shard_sums`, `bone`, `shard_groups`, `bat`, `layouts`, `methods`, `update` (one
-block), `products` (any layout; with `dropout`, `convolutions` and `lookups`), then its special
-cases `linear` and `stacks`, then `parts`; last `weight_updates` and `routed` (all blocks of a
-weight).
+Read in this order: `shard_sums`, `layouts`, `method`, its subclasses in `bone`, `shard_groups`,
+`lora` and `bat`, `methods` (the table), `update` (one block), `low_rank` and `products` (any
+layout; with `dropout`, `convolutions` and `lookups`), then its special cases `linear` and `stacks`,
+then `parts`; last `weight_updates` and `routed` (all blocks of a weight).
 
 Source: Kang, "DiSHA: Dimension-Sharding Adaptation of Large Language Models with Fast Convergence
 and Fast Computation", arXiv 2409.15371 (Bone was later renamed MiSS; the tile is its "mini").
 """
 
-from disha.functional.bat import bat_delta_weight, bat_forward
-from disha.functional.bone import (
-    bone_delta,
-    bone_delta_weight,
-    bone_forward,
-    bone_lora_factors,
-    embedding_delta,
-)
 from disha.functional.layouts import (
     PATTERNS,
     Geometry,
@@ -36,13 +28,8 @@ from disha.functional.layouts import (
     layout_of,
 )
 from disha.functional.linear import adapted_linear
-from disha.functional.methods import (
-    METHODS,
-    Method,
-    method_names,
-    method_of,
-    register_method,
-)
+from disha.functional.method import METHODS, Method, method_names, method_of
+from disha.functional.methods import register_method
 from disha.functional.products import adapted_product
 from disha.functional.shard_sums import merged_weight, shard_count, shard_sum, weighted_sum
 from disha.functional.stacks import adapted_grouped, adapted_stack
@@ -59,14 +46,7 @@ __all__ = [
     "adapted_linear",
     "adapted_product",
     "adapted_stack",
-    "bat_delta_weight",
-    "bat_forward",
-    "bone_delta",
-    "bone_delta_weight",
-    "bone_forward",
-    "bone_lora_factors",
     "computed_weight",
-    "embedding_delta",
     "layout_of",
     "merged_weight",
     "method_names",

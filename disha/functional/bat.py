@@ -3,11 +3,11 @@
 W is cut into r x r tiles W_ab (outputs a, inputs b), and dW_ab = W_ab D_a + D_a. The shape of D is
 (ceil(out / r), r, r).
 
-`bat_forward` forms W_eff = W + s dW and uses plain autograd, which saves W_eff for the backward
-pass. `bat_linear` computes the same but saves only x, W and D. It forms W_eff one slab (a range of
-blocks D_a) at a time, once in forward and again in backward. In backward, it also forms the
-gradient of W_eff one slab at a time, and computes that of D from it. `bat_streamed` never forms
-W_eff, which is faster for few tokens.
+A product with W_eff = W + s dW and plain autograd would save W_eff for the backward pass.
+`bat_linear` computes the same but saves only x, W and D. It forms W_eff one slab (a range of blocks
+D_a) at a time, once in forward and again in backward. In backward, it also forms the gradient of
+W_eff one slab at a time, and computes that of D from it. `bat_streamed` never forms W_eff, which is
+faster for few tokens.
 """
 
 from __future__ import annotations
@@ -22,12 +22,13 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from disha.errors import ArgumentError
+from disha.functional.layouts import Geometry
+from disha.functional.method import Method
 from disha.functional.shard_sums import (
     Scale,
     is_cast,
     may_define_backward,
     merge_dtype,
-    merged_weight,
     overflow_safe_shard_sum,
     pad_to_multiple,
     scaled,
@@ -46,29 +47,53 @@ By count they would cross at r: streaming takes 2 * tokens * in * out multiply-a
 """
 
 
-def bat_delta_weight(weight: Tensor, block: Tensor) -> Tensor:
-    """Return dW of a BAT block: dW_ab = W_ab D_a + D_a for every r x r tile of W.
+class _Bat(Method):
+    name = "bat"
+    block_axes = 3
+    reads_weight = True
+    additive = True
 
-    Args:
-        weight: W (..., out, in), the original.
-        block: D (..., ceil(out / r), r, r).
+    def shape(self, geometry: Geometry, r: int, r_out: int | None) -> tuple[int, ...]:
+        return (*geometry.stack, shard_count(geometry.out_features, r), r, r)
 
-    Returns:
-        Tensor (..., out, in), in float32, or in float64 if W or D is float64. If dW were in 16
-        bits, W + dW would be rounded twice. Autocast is off here for the same reason.
+    def delta(self, block: Tensor, geometry: Geometry, matrices: Tensor | None) -> Tensor:
+        assert matrices is not None
+        return _delta_weight(matrices, block)
 
-    Raises:
-        ArgumentError: the block does not have the shape for this weight.
+    def product(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        block: Tensor,
+        scale: Scale,
+        with_base: bool = True,
+    ) -> Tensor | None:
+        if weight.dim() == 2:
+            return bat_linear(x, weight, bias, block, scale, with_base)
+        # Of a stack, only the whole product of one token with each matrix is faster.
+        if x.shape[-2] != 1 or not with_base:
+            return None
+        return bat_streamed(x, weight.to(x.dtype), scaled(block, scale).to(x.dtype))
 
-    Source: arXiv 2409.15371, section 3.3.
+    def of_outputs(self, block: Tensor, start: int, stop: int, geometry: Geometry) -> Tensor | None:
+        size = block.shape[-1]
+        if start % size or (stop % size and stop != geometry.out_features):
+            return None
+        return block[..., start // size : shard_count(stop, size), :, :]
 
-    Examples:
-        >>> import torch
-        >>> from disha.functional import bat_delta_weight
-        >>> bat_delta_weight(torch.eye(2), 3.0 * torch.eye(2)[None])
-        tensor([[6., 0.],
-                [0., 6.]])
-    """
+    def of_inputs(self, block: Tensor, start: int, stop: int, geometry: Geometry) -> Tensor | None:
+        size = block.shape[-1]
+        if start % size or (stop % size and stop != geometry.in_features):
+            return None
+        return block
+
+
+BAT = _Bat()
+
+
+def _delta_weight(weight: Tensor, block: Tensor) -> Tensor:
+    """Return dW of W (..., out, in) and D (..., ceil(out / r), r, r), in their dtype."""
     *stack, out_features, in_features = weight.shape
     r = block.shape[-1]
     expected = (*stack, shard_count(out_features, r), r, r)
@@ -77,40 +102,10 @@ def bat_delta_weight(weight: Tensor, block: Tensor) -> Tensor:
             f"a BAT block for a weight of shape {tuple(weight.shape)} and r={r} has shape "
             f"{expected}, got {tuple(block.shape)}"
         )
-    dtype = merge_dtype(weight.dtype, block.dtype)
-    tiles = square_tiles(weight.to(dtype), r)
-    block = block.to(dtype)
-    with without_autocast(weight.device):
-        product = torch.unflatten(tiles @ block, -2, (r, -1))
+    product = torch.unflatten(square_tiles(weight, r) @ block, -2, (r, -1))
     # (..., a, i, b, j): row i and column j of tile (a, b), which becomes row a r + i of dW.
     delta = (product + block.unsqueeze(-2)).flatten(-4, -3).flatten(-2)
     return delta[..., :out_features, :in_features]
-
-
-def bat_forward(
-    x: Tensor, weight: Tensor, bias: Tensor | None, block: Tensor, scale: Scale = 1.0
-) -> Tensor:
-    """Return y = (W + s * dW) x + b: a linear layer with one BAT block.
-
-    Args:
-        x: input (..., in).
-        weight: W (out, in).
-        bias: b (out,), or None.
-        block: D (ceil(out / r), r, r).
-        scale: runtime scale s.
-
-    Returns:
-        Tensor (..., out), in the dtype that the plain linear layer returns.
-
-    Source: arXiv 2409.15371, section 3.3.
-
-    Examples:
-        >>> import torch
-        >>> from disha.functional import bat_forward
-        >>> bat_forward(torch.ones(2), torch.eye(2), None, torch.eye(2)[None])
-        tensor([3., 3.])
-    """
-    return F.linear(x, merged_weight(weight, [(bat_delta_weight(weight, block), scale)]), bias)
 
 
 def square_tiles(weight: Tensor, r: int) -> Tensor:
@@ -160,7 +155,7 @@ def bat_linear(
     block = scaled(block, scale)
     if block.dtype is not weight.dtype and block.dtype in (torch.float32, torch.complex64):
         # The usual block of a 16-bit weight: W_eff is rounded to that dtype anyway. A wider block
-        # stays as it is, so that `bat_forward` computes with all of its digits.
+        # stays as it is, so that the computed weight has all of its digits.
         block = block.to(weight.dtype)
     if is_compiling() and with_base and x.dtype is weight.dtype is block.dtype:
         return F.linear(x, _form_traced(weight, block), bias)

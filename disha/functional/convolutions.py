@@ -1,4 +1,4 @@
-"""Convolutions: the shard sums of their channels, for a smaller convolution with r channels."""
+"""Convolutions: how the channels of an input go down, for a smaller convolution, and up again."""
 
 from __future__ import annotations
 
@@ -17,10 +17,7 @@ def overflow_safe_channel_sum(
     Each group of the convolution has its own channels, so the sums are (..., groups * r,
     *positions).
     """
-    kernel_axes = len(geometry.stack)
-    if layout.in_first:
-        kernel_axes -= 1  # a transposed convolution, whose stack has an axis of groups too
-    dim = -1 - kernel_axes  # behind the channels, x has an axis of positions for each of these
+    dim = -1 - geometry.kernel_axes  # behind the channels, x has an axis of positions for each
     groups = x.shape[dim] // geometry.in_features
     if groups > 1:
         x = torch.unflatten(x, dim, (groups, -1))
@@ -28,3 +25,31 @@ def overflow_safe_channel_sum(
     if groups > 1:
         sums = torch.flatten(sums, dim - 1, dim)
     return sums, overflow_scale
+
+
+def repeat_for_groups(down: Tensor, x: Tensor, layout: Layout, geometry: Geometry) -> Tensor:
+    """Return A (*kernel, k, in) once for each group of a convolution: (*kernel, groups * k, in).
+
+    A transposed convolution has an A for each group already, in its stack.
+    """
+    if layout.in_first:
+        return down
+    groups = x.shape[-1 - geometry.kernel_axes] // geometry.in_features
+    return torch.cat([down] * groups, -2)
+
+
+def mix_channels(sums: Tensor, up: Tensor, layout: Layout, geometry: Geometry) -> Tensor:
+    """Return R^T of the channels (..., groups * k, *positions) of A x, at each position.
+
+    R is (*ones, k, out), or for a transposed convolution (groups, *ones, k, out).
+    """
+    axes = geometry.kernel_axes
+    k, outputs = up.shape[-2:]
+    positions = sums.shape[-axes:]
+    sums = torch.unflatten(sums.flatten(-axes), -2, (-1, k))  # (..., groups, k, n)
+    if layout.in_first:
+        matrices = up.reshape(-1, k, outputs)
+    else:
+        matrices = torch.unflatten(up.reshape(k, outputs), -1, (sums.shape[-3], -1)).transpose(0, 1)
+    output = (matrices.mT @ sums).flatten(-3, -2)  # (..., groups * out, n)
+    return torch.unflatten(output, -1, positions)

@@ -88,16 +88,28 @@ class Geometry(NamedTuple):
         out_features: size of the dimension that r_out cuts: outputs, output channels, or the
             size of an embedding.
         stack: sizes of the stack's axes: experts, groups of a transposed convolution, a kernel.
+        kernel_axes: how many of these, the last ones, are of a kernel.
 
     Examples:
         >>> from disha.functional import Layout
         >>> Layout("out in").geometry((16, 8))
-        Geometry(in_features=8, out_features=16, stack=())
+        Geometry(in_features=8, out_features=16, stack=(), kernel_axes=0)
     """
 
     in_features: int
     out_features: int
     stack: tuple[int, ...] = ()
+    kernel_axes: int = 0
+
+    # Methods of a tuple that torch 2.8 compiles, as it does not compile its properties.
+
+    def kernel(self) -> tuple[int, ...]:
+        """Return the sizes of the kernel."""
+        return self.stack[len(self.stack) - self.kernel_axes :]
+
+    def stack_without_kernel(self) -> tuple[int, ...]:
+        """Return the sizes of the other axes of the stack."""
+        return self.stack[: len(self.stack) - self.kernel_axes]
 
 
 @dataclass(frozen=True)
@@ -113,7 +125,7 @@ class Layout:
         >>> import torch
         >>> from disha.functional import Layout
         >>> Layout("in out").geometry((5, 3))
-        Geometry(in_features=5, out_features=3, stack=())
+        Geometry(in_features=5, out_features=3, stack=(), kernel_axes=0)
         >>> Layout("out in *kernel").matrices(torch.zeros(4, 2, 3, 3)).shape
         torch.Size([3, 3, 4, 2])
     """
@@ -213,7 +225,16 @@ class Layout:
             stack = [self.groups, *stack]
         if output_ranges:
             out = sum(stop - start for start, stop in output_ranges)
-        return Geometry(inputs, out, tuple(stack))
+        return self.geometry_of_stack(inputs, out, tuple(stack))
+
+    def geometry_of_stack(
+        self, in_features: int, out_features: int, stack: tuple[int, ...]
+    ) -> Geometry:
+        """Return the sizes of a weight of this layout with this stack."""
+        kernel_axes = len(stack) if self.has_kernel else 0
+        if self.pattern == "in out *kernel":
+            kernel_axes -= 1  # its first axis is that of the groups
+        return Geometry(in_features, out_features, stack, kernel_axes)
 
     def shape(self, geometry: Geometry) -> tuple[int, ...]:
         """Return the shape of a weight with these sizes: the inverse of `geometry`."""

@@ -22,8 +22,8 @@ from torch import Tensor
 
 from disha.functional.layouts import OutputRanges
 from disha.functional.lookups import is_lookup, output_numbers
+from disha.functional.low_rank import Product
 from disha.functional.parts import count_before, ranges_inside
-from disha.functional.products import Product
 
 NEW_ROWS = "rows"
 """What files and state dicts call new rows, where the name of a method stands otherwise."""

@@ -1,17 +1,20 @@
 """The updates of a part of a weight: of some outputs, or of the part that one rank holds.
 
 A part has updates of its own if every block can be cut at its edges, which the method says
-(`Method.of_outputs`, `Method.of_inputs`). Where a block can't be cut, but the method uses shard
-sums, its R is cut in its place: R is the block of a Bone with the same dW, and that can be cut
-anywhere. Otherwise the whole weight must be computed.
+(`Method.of_outputs`, `Method.of_inputs`). Where a block can't be cut, but the method is of low
+rank, its factors are cut in its place: as the block of a Bone or a LoRA with the same dW, which can
+be cut anywhere. Otherwise the whole weight must be computed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
+
+from disha.functional.bone import BONE
 from disha.functional.layouts import Geometry, Layout, OutputRanges
-from disha.functional.methods import BONE
+from disha.functional.lora import LORA
 from disha.functional.update import Update
 
 _NO_OUTPUTS: OutputRanges = ((0, 0),)
@@ -38,11 +41,11 @@ def updates_of_outputs(
                 continue
             block_start = block_stop = 0  # at 0, an empty block can be cut whatever r is
         count = count_before(ranges, geometry.out_features)
-        block_geometry = Geometry(geometry.in_features, count, geometry.stack)
-        part = block_start, block_stop, block_geometry, update.r
+        block_geometry = geometry._replace(out_features=count)
+        part = block_start, block_stop, block_geometry
         block = update.method.of_outputs(update.block, *part)
-        if block is None and update.method.uses_shard_sum:
-            update = _as_bone(update, block_geometry)
+        if block is None and update.method.low_rank:
+            update = _with_factors(update, block_geometry)
             block = update.method.of_outputs(update.block, *part)
         if block is None:
             return None
@@ -52,10 +55,12 @@ def updates_of_outputs(
     return inside
 
 
-def _as_bone(update: Update, geometry: Geometry) -> Update:
-    """Return an update that uses shard sums as one of Bone, with the same dW."""
-    matrix = update.method.shard_sum_factor(update.block, geometry, update.r)
-    return update.replace(method=BONE, block=matrix, r=matrix.shape[-2])
+def _with_factors(update: Update, geometry: Geometry) -> Update:
+    """Return an update of low rank as one of Bone or LoRA, with the same dW."""
+    down, up = update.method.dense_factors(update.block, geometry)
+    if isinstance(down, int):
+        return update.replace(method=BONE, block=up)
+    return update.replace(method=LORA, block=torch.cat([down, up], -1))
 
 
 def count_before(ranges: OutputRanges, edge: int) -> int:
@@ -96,10 +101,10 @@ def update_of_part(
         if axis in cut_axes:
             start, stop = cut_axes[axis]
             block_geometry = layout.geometry(sizes, update.output_ranges)
-            block = update.method.of_inputs(update.block, start, stop, block_geometry, update.r)
-            if block is None and update.method.uses_shard_sum:
-                update = _as_bone(update, block_geometry)
-                block = update.method.of_inputs(update.block, start, stop, block_geometry, update.r)
+            block = update.method.of_inputs(update.block, start, stop, block_geometry)
+            if block is None and update.method.low_rank:
+                update = _with_factors(update, block_geometry)
+                block = update.method.of_inputs(update.block, start, stop, block_geometry)
             if block is None:
                 return None
             update = update.replace(block=block)

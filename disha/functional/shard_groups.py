@@ -10,7 +10,7 @@ size g r and R has zeros:
 
     R[k r + j, o] = D[j, o]    if o mod g = k,                else 0
 
-`group_product` multiplies no zeros: for each group k, it multiplies the part k of S(x) by the
+`multiply_by_groups` multiplies no zeros: for each group k, it multiplies the part k of S(x) by the
 columns of D of the outputs in group k. If each group has one shard, S(x) is x. Where the product
 can be added to W x in place (`_AddByGroups`), autograd saves S(x) and D, and no other tensor.
 Elsewhere, as in compiled code and for stacks, it is a plain product of copies by group.
@@ -18,22 +18,105 @@ Elsewhere, as in compiled code and for stacks, it is a plain product of copies b
 
 from __future__ import annotations
 
+import re
+from functools import cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from disha.functional.layouts import Geometry
+from disha.functional.method import ALL_GROUPS, Down, Groups, Method
 from disha.functional.shard_sums import (
-    Scale,
     add_to,
-    autocasts,
     may_define_backward,
-    overflow_safe_shard_sum,
     scaled,
     shard_count,
+    size_of_sum,
 )
 from disha.private_torch import is_view
+
+
+class _BoneGroups(Method):
+    low_rank = True
+    compact = True  # R has zeros
+    additive = True
+
+    def __init__(self, name: str, groups: int | None) -> None:
+        self.name = name
+        self.groups = groups  # None for as many as possible
+
+    @property
+    def block_name(self) -> str:
+        return "bone_block"
+
+    def shape(self, geometry: Geometry, r: int, r_out: int | None) -> tuple[int, ...]:
+        return (*geometry.stack, r, geometry.out_features)
+
+    def factors(self, block: Tensor, geometry: Geometry) -> tuple[Down, Tensor]:
+        return self._count(block, geometry.in_features) * block.shape[-2], block
+
+    def dense_up(self, up: Tensor, k: int, geometry: Geometry) -> Tensor:
+        return group_factor(up, k // up.shape[-2])
+
+    def multiply_up(
+        self,
+        sums: Tensor,
+        up: Tensor,
+        geometry: Geometry,
+        factor: float = 1.0,
+        output: Tensor | None = None,
+    ) -> Tensor:
+        return multiply_by_groups(sums, up, factor, output)
+
+    def step(self, inputs: int, r: int) -> float:
+        shards = shard_count(inputs, r)
+        return r * size_of_sum(shards / min(self.groups or shards, shards))
+
+    def look_up(self, indices: Tensor, block: Tensor, geometry: Geometry) -> Tensor:
+        return group_lookup(indices, block, self._count(block, geometry.in_features))
+
+    def of_outputs(self, block: Tensor, start: int, stop: int, geometry: Geometry) -> Tensor | None:
+        part = block[..., start:stop]
+        groups = self._count(block, geometry.in_features)
+        keeps_groups = start % groups == 0 and self._count(part, geometry.in_features) == groups
+        return part if keeps_groups else None
+
+    def of_inputs(self, block: Tensor, start: int, stop: int, geometry: Geometry) -> Tensor | None:
+        groups = self._count(block, geometry.in_features)
+        size = groups * block.shape[-2]
+        keeps_groups = start % size == 0 and self._count(block, stop - start) == groups
+        return block if keeps_groups else None
+
+    def _count(self, block: Tensor, in_features: int) -> int:
+        return group_count(self.groups, in_features, block)
+
+
+_PREFIX = "bone_groups"
+_NAME = re.compile(rf"{_PREFIX}(_all|[2-9]|[1-9][0-9]{{1,8}})")
+"""The names of Bone with groups of shards."""
+
+
+def method_with_groups(groups: Groups) -> Method | None:
+    """Return Bone with this number of groups of shards."""
+    if groups == ALL_GROUPS:
+        return find_groups(f"{_PREFIX}_all")
+    # A weight has as many groups as it can, so a larger number than names can have means this.
+    return find_groups(f"{_PREFIX}{min(groups, 999_999_999)}")
+
+
+def find_groups(name: object) -> Method | None:
+    """Return Bone with the groups of shards that a name tells, or None."""
+    if not isinstance(name, str) or _NAME.fullmatch(name) is None:
+        return None
+    return _make(name)
+
+
+@cache  # so that a name always means the same object
+def _make(name: str) -> Method:
+    number = name.removeprefix(_PREFIX)
+    return _BoneGroups(name, groups=None if number == "_all" else int(number))
 
 
 def group_count(asked: int | None, in_features: int, block: Tensor) -> int:
@@ -69,44 +152,21 @@ def _groups_of_outputs(block: Tensor, groups: int) -> Tensor:
     return torch.arange(block.shape[-1], device=block.device) % groups
 
 
-def group_product(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    block: Tensor,
-    scale: Scale,
-    groups: int,
-    with_base: bool = True,
+def multiply_by_groups(
+    sums: Tensor, block: Tensor, factor: float = 1.0, output: Tensor | None = None
 ) -> Tensor:
-    """Return (W + s dW) x + b; or without `with_base`, s dW x + b: `Method.product` of the method.
-
-    Its inputs are as they are there.
-    """
-    size = groups * block.shape[-2]
-    overflow_scale = 1.0
-    must_pad = x.shape[-1] % size != 0
-    if must_pad or x.dtype == torch.float16 or autocasts(x.device):  # sums may overflow, or be cast
-        sums, overflow_scale = overflow_safe_shard_sum(x, size)
-    elif x.shape[-1] == size:  # one shard in each group
-        sums = x
-    else:
-        # W x and S(x) read the same view. So in backward, the gradient of S(x) is added to that of
-        # W x as it is, and not repeated in memory first.
-        shards = torch.unflatten(x, -1, (-1, size))
-        sums = shards.sum(-2)
-        x = shards.flatten(-2)
-    sums = scaled(sums, scale)
-    block = block.to(x.dtype)
-    if not with_base:
-        output = scaled(_multiply_by_groups(sums, block, groups), overflow_scale)
-        return output if bias is None else output + bias
-    output = F.linear(x, weight, bias) if weight.dim() == 2 else torch.matmul(x, weight.mT)
-    if overflow_scale == 1.0 and _may_write(output, sums, block):
+    """Return f S(x) R, added to an output if there is one, with one product for each group."""
+    groups = sums.shape[-1] // block.shape[-2]
+    block = block.to(sums.dtype)
+    may_overflow = sums.dtype == torch.float16 and factor != 1.0
+    if output is not None and not may_overflow and _may_write(output, sums, block):
+        sums = scaled(sums, factor)
         return _AddByGroups.apply(output, sums, block, groups)  # type: ignore[no-untyped-call]
-    return add_to(output, scaled(_multiply_by_groups(sums, block, groups), overflow_scale))
+    delta = scaled(_multiply_each(sums, block, groups), factor)
+    return delta if output is None else add_to(output, delta)
 
 
-def _multiply_by_groups(sums: Tensor, block: Tensor, groups: int) -> Tensor:
+def _multiply_each(sums: Tensor, block: Tensor, groups: int) -> Tensor:
     """Return S(x) R, as a batch of products: one for each group."""
     products = []
     for outputs, count in _cut_into_whole_groups(block, groups):

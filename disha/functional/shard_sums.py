@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import reduce
@@ -123,6 +124,49 @@ def tiled(block: Tensor, out_features: int) -> Tensor:
         return torch.cat([block] * tiles, -1)
     leading = (1,) * (block.dim() - 1)
     return block.repeat(*leading, tiles)
+
+
+def repeat_over_shards(matrix: Tensor, in_features: int) -> Tensor:
+    """Return (..., r) repeated over the shards of the inputs, and cropped to (..., in)."""
+    shards = shard_count(in_features, matrix.shape[-1])
+    return matrix.repeat(*(1,) * (matrix.dim() - 1), shards)[..., :in_features]
+
+
+def shard_sum_matrix(up: Tensor, in_features: int) -> Tensor:
+    """Return A (..., r, in) = [I_r I_r ... I_r] for an R (..., r, out), with S(x) = A x."""
+    r = up.shape[-2]
+    identity = torch.eye(r, dtype=up.dtype, device=up.device)
+    return repeat_over_shards(identity, in_features).expand(*up.shape[:-2], r, in_features)
+
+
+def multiply_by_matrix(
+    sums: Tensor,
+    matrix: Tensor,
+    out_features: int,
+    factor: float = 1.0,
+    output: Tensor | None = None,
+) -> Tensor:
+    """Return f sums @ matrix, tiled, added to an output if there is one: in one step if possible.
+
+    The output must be new, as for `add_to`.
+    """
+    matrix = matrix.to(sums.dtype)
+    has_tiles = matrix.shape[-1] != out_features
+    if output is None or output.dim() != 2 or output.dtype != sums.dtype or has_tiles:
+        delta = tiled(scaled(sums @ matrix, factor), out_features)
+        return delta if output is None else add_to(output, delta)
+    if is_compiling() or must_not_write():
+        return torch.addmm(output, sums, matrix, alpha=factor)
+    return output.addmm_(sums, matrix, alpha=factor)
+
+
+SHARD_CORRELATION = 0.05
+"""Of two shards of the inputs of a layer. It was chosen so that the rates of the study agree."""
+
+
+def size_of_sum(shards: float) -> float:
+    """Return the size of a sum of so many shards of size 1."""
+    return math.sqrt(shards * (1 + (shards - 1) * SHARD_CORRELATION))
 
 
 def merge_dtype(*dtypes: torch.dtype) -> torch.dtype:

@@ -10,6 +10,7 @@ from torch.compiler import is_compiling
 
 from disha.functional.layouts import STACK
 from disha.functional.linear import adapted_linear
+from disha.functional.low_rank import multiply_stack
 from disha.functional.products import adapted_product
 from disha.functional.shard_sums import pad_to_multiple, without_autocast
 from disha.functional.update import Update
@@ -20,11 +21,7 @@ def adapted_stack(x: Tensor, weight: Tensor, updates: Sequence[Update]) -> Tenso
 
     x is (experts, n, in), or (1, n, in) if all matrices have the same input.
     """
-    if len(updates) == 1 and _prefers_product_of_stack(updates[0]):
-        output = _multiply_by_method(x, weight, updates)
-        assert output is not None
-        return output
-    if any(not update.method.uses_shard_sum and not update.dropout for update in updates):
+    if any(not update.method.low_rank and not update.dropout for update in updates):
         # Such an update is folded into W. That takes a dense copy of all matrices, which these two
         # ways avoid.
         if x.shape[0] == 1:
@@ -37,18 +34,7 @@ def adapted_stack(x: Tensor, weight: Tensor, updates: Sequence[Update]) -> Tenso
         if has_input_for_each and not is_compiling():
             return torch.stack(_multiply_one_by_one(x, weight, updates))
 
-    def multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return torch.matmul(x, weight.mT)
-
-    return adapted_product(multiply, x, weight, None, STACK, updates)
-
-
-def _prefers_product_of_stack(update: Update) -> bool:
-    """Whether the product of the method itself costs less than the product with R."""
-    if update.dropout or update.output_ranges:
-        return False
-    # Of chosen matrices, the method would need a block for each token.
-    return update.method.prefers_product and update.chosen is None
+    return adapted_product(multiply_stack, x, weight, None, STACK, updates)
 
 
 def _multiply_by_method(x: Tensor, weight: Tensor, updates: Sequence[Update]) -> Tensor | None:
@@ -80,16 +66,19 @@ def adapted_grouped(
     The tokens of a matrix are one run of rows of x (tokens, in). It ends before row `offsets[e]`.
     An update with shard sums takes one more grouped product: that of S(x) with its blocks.
     """
-    if not is_compiling() and not all(update.method.uses_shard_sum for update in updates):
+    if not is_compiling() and not all(update.method.low_rank for update in updates):
         return _multiply_runs(x, weight, offsets, updates)
 
     def multiply_grouped(inputs: Tensor, matrices: Tensor, bias: Tensor | None) -> Tensor:
+        outputs = matrices.shape[-2]
         if matrices is not weight:
-            # Shard sums and blocks. Torch wants rows of a multiple of 16 bytes, so r is padded.
+            # A or R. Torch wants rows of a multiple of 16 bytes, so r is padded.
             multiple = 16 // x.element_size()
             inputs = pad_to_multiple(inputs, multiple, dim=-1)
-            matrices = pad_to_multiple(matrices, multiple, dim=-1).contiguous()
-        return multiply(inputs, torch.transpose(matrices, -2, -1), offs=offsets)
+            matrices = pad_to_multiple(matrices, multiple, dim=-1)
+            matrices = pad_to_multiple(matrices, multiple, dim=-2).contiguous()
+        output = multiply(inputs, torch.transpose(matrices, -2, -1), offs=offsets)
+        return output[..., :outputs] if output.shape[-1] > outputs else output
 
     return adapted_product(multiply_grouped, x, weight, None, STACK, updates)
 

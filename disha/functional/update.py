@@ -1,16 +1,16 @@
-"""One block on one weight, and what several of them add: to the weight, or through shard sums."""
+"""One block on one weight: what it adds to the weight, and its factors; and sums of several."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
+from disha.functional.bone import BONE
 from disha.functional.layouts import Geometry, Layout, OutputRanges, place_outputs
-from disha.functional.methods import Method
-from disha.functional.shard_sums import Scale, merged_weight, scaled, tiled
+from disha.functional.method import Down, Method
+from disha.functional.shard_sums import Scale, merged_weight, scaled
 
 
 class Update(NamedTuple):
@@ -23,8 +23,6 @@ class Update(NamedTuple):
         dropout: current probability of zeroing each of the block's inputs; 0 in evaluation.
         output_ranges: the outputs that the block adapts, as ranges (first, stop); empty for all.
         chosen: indices of the matrices of a stack, for experts chosen by token; None for all.
-        r: the shard size, which methods of users may need. 0 if it is not given: methods of the
-            library know it from their block.
 
     Examples:
         >>> import torch
@@ -39,7 +37,6 @@ class Update(NamedTuple):
     dropout: float = 0.0
     output_ranges: OutputRanges = ()
     chosen: Tensor | None = None
-    r: int = 0
 
     # Methods, because torch 2.8 compiles neither `_replace` nor a property of a tuple.
 
@@ -53,9 +50,18 @@ class Update(NamedTuple):
 
     def delta_weight(self, layout: Layout, weight: Tensor) -> Tensor:
         """Return dW, without the scale."""
-        return self.method.delta_weight(
-            layout, self.chosen_block(), weight, self.output_ranges, self.r
-        )
+        return self.method.delta_weight(layout, self.chosen_block(), weight, self.output_ranges)
+
+    def geometry(self, layout: Layout, whole: Geometry) -> Geometry:
+        """Return the geometry of the block, from that of the weight."""
+        outputs = whole.out_features
+        stack = whole.stack
+        if self.output_ranges:
+            outputs = sum([stop - first for first, stop in self.output_ranges])
+        if self.chosen is not None:
+            # The weight has only the chosen matrices, and the block has all of them.
+            stack = self.method.stack_of(layout, self.block.shape)
+        return Geometry(whole.in_features, outputs, stack, whole.kernel_axes)
 
     def select_matrices(self, index: int | slice | Tensor) -> Update:
         """Return the update of one matrix of a stack, or of several."""
@@ -94,56 +100,65 @@ def computed_weight(weight: Tensor, layout: Layout, updates: Sequence[Update]) -
     return merged_weight(weight, deltas)
 
 
-class ShardSumTerm(NamedTuple):
-    """s R, the factor by which updates multiply S(x); R is (..., r, out), or (..., r, r_out)."""
+class Factors(NamedTuple):
+    """A and s R of an update of low rank, dW = R^T A."""
 
-    matrix: Tensor
-    dropout: float
-    chosen: Tensor | None = None
+    update: Update
+    down: Down
+    up: Tensor  # in the form of the method
+    geometry: Geometry  # of the outputs that the update adapts
+    outputs: int  # of the whole weight
 
-
-def shard_sum_terms(
-    updates: Sequence[Update], layout: Layout, geometry: Geometry
-) -> list[ShardSumTerm]:
-    """Return the terms of all updates that use shard sums. Those of one shard size are added up."""
-    terms: list[ShardSumTerm] = []
-    # Shard size and dtype -> where in `terms` the term is to which others like it are added.
-    positions: dict[tuple[int, torch.dtype], int] = {}
-    for update in updates:
-        if not update.method.uses_shard_sum:
-            continue
-        term = _shard_sum_term(update, layout, geometry)
-        if term.dropout or term.chosen is not None:
-            terms.append(term)  # it has a shard sum, or a choice of matrices, of its own
-            continue
-        size_and_dtype = term.matrix.shape[-2], term.matrix.dtype
-        if size_and_dtype in positions:
-            position = positions[size_and_dtype]
-            former = tiled(terms[position].matrix, geometry.out_features)
-            matrix = former + tiled(term.matrix, geometry.out_features)
-            terms[position] = ShardSumTerm(matrix, dropout=0.0)
-        else:
-            positions[size_and_dtype] = len(terms)
-            terms.append(term)
-    return terms
+    def dense_up(self) -> Tensor:
+        """Return s R (..., k, out), with zeros for the outputs that the update does not adapt."""
+        k = self.down if isinstance(self.down, int) else self.down.shape[-2]
+        matrix = self.update.method.dense_up(self.up, k, self.geometry)
+        return place_outputs(matrix, self.update.output_ranges, self.outputs, dim=-1)
 
 
-def _shard_sum_term(update: Update, layout: Layout, geometry: Geometry) -> ShardSumTerm:
-    """Return s R of one update, with zeros for the outputs that it does not adapt."""
+def factors_of(update: Update, layout: Layout, geometry: Geometry) -> Factors:
+    """Return the factors of an update on a weight of this geometry."""
     method = update.method
-    outputs = geometry.out_features
-    stack = geometry.stack
-    if update.output_ranges:
-        outputs = sum([stop - first for first, stop in update.output_ranges])
-    if update.chosen is not None:
-        # The weight has only the chosen matrices, and the block has all of them.
-        stack = method.stack_of(layout, update.block.shape)
-    matrix = method.shard_sum_factor(
-        method.matrix_block(layout, update.block),
-        Geometry(geometry.in_features, outputs, stack),
-        update.r,
+    part = update.geometry(layout, geometry)
+    down, up = method.factors(method.matrix_block(layout, update.block), part)
+    return Factors(update, down, scaled(up, update.scale), part, geometry.out_features)
+
+
+def add_up(updates: Sequence[Update], layout: Layout, geometry: Geometry) -> list[Update]:
+    """Return fewer updates with the same sum of s dW, where some can be added up."""
+    sums: list[Update] = []
+    for update in updates:
+        for position, former in enumerate(sums):
+            total = _add(former, update, layout, geometry)
+            if total is not None:
+                sums[position] = total
+                break
+        else:
+            sums.append(update)
+    return sums
+
+
+def _add(first: Update, second: Update, layout: Layout, geometry: Geometry) -> Update | None:
+    """Return the sum of two updates as one, or None if they have no such sum."""
+    if first.dropout or second.dropout or first.chosen is not None or second.chosen is not None:
+        return None  # each has an input, or a choice of matrices, of its own
+    method = first.method
+    differ_in_values = (
+        method is second.method
+        and first.output_ranges == second.output_ranges
+        and first.block.shape == second.block.shape
+        and first.block.dtype == second.block.dtype
     )
-    if update.output_ranges:
-        matrix = tiled(matrix, outputs)
-        matrix = place_outputs(matrix, update.output_ranges, geometry.out_features, dim=-1)
-    return ShardSumTerm(scaled(matrix, update.scale), update.dropout, update.chosen)
+    if differ_in_values and method.additive:
+        block = scaled(first.block, first.scale) + scaled(second.block, second.scale)
+        return first.replace(block=block, scale=1.0)
+    # Shard sums of one size are those of a Bone, whose block is the sum of R.
+    kinds = method, second.method
+    if any(kind.compact or not kind.low_rank for kind in kinds):
+        return None
+    a = factors_of(first, layout, geometry)
+    b = factors_of(second, layout, geometry)
+    if isinstance(a.down, int) and a.down == b.down and a.up.dtype == b.up.dtype:
+        block = BONE.kept_block(layout, a.dense_up() + b.dense_up())
+        return Update(BONE, block)
+    return None

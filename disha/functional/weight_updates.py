@@ -16,8 +16,9 @@ from disha.errors import ModeError
 from disha.functional.layouts import MATRIX, Layout
 from disha.functional.linear import adapted_linear
 from disha.functional.lookups import is_lookup
+from disha.functional.low_rank import Product
 from disha.functional.new_rows import ChangeRows, NewRows
-from disha.functional.products import Product, update_product
+from disha.functional.products import update_product
 from disha.functional.update import Update
 
 Change = Callable[[Sequence[Update]], Sequence[Update] | None]

@@ -29,8 +29,8 @@ from disha.errors import AdapterFileError, ArgumentError, ConversionError
 from disha.files import AdapterContents
 from disha.files.loading import Source
 from disha.functional import METHODS, Layout, method_of
+from disha.functional.bone import BONE
 from disha.functional.layouts import place_outputs
-from disha.functional.methods import BONE
 from disha.layers.weights import base_of
 from disha.model.records import LayerRecord, Tensors
 from disha.model.view import ModelView
@@ -279,7 +279,7 @@ def _norm(matrix: Tensor) -> float:
 def _factors(layer: LayerRecord, block: Tensor) -> tuple[Tensor, Tensor] | None:
     """Return A and B as `LowRankUpdate` has them, or None if the method has no factors."""
     geometry = layer.geometry(block.shape)
-    factors = method_of(layer.method).lora_factors(layer.layout, block, geometry, layer.r)
+    factors = method_of(layer.method).lora_factors(layer.layout, block, geometry)
     if factors is None:
         return None
     a, b = factors
@@ -289,6 +289,8 @@ def _factors(layer: LayerRecord, block: Tensor) -> tuple[Tensor, Tensor] | None:
         return a, b
     # The stack of a convolution is its kernel: a (*kernel, r, in), b (*kernel, out, r).
     kernel = geometry.stack
+    if method_of(layer.method).spans_kernel:  # b has the same at each position
+        return a.movedim((-2, -1), (0, 1)), b.reshape(b.shape[-2:])
     a = a.flatten(0, len(kernel) - 1)  # (k, r, in), where k counts the positions of the kernel
     b = b.flatten(0, len(kernel) - 1)  # (k, out, r)
     # A row of the LoRA's A holds a row of `a` at a single position of the kernel, and zeros at all
@@ -314,7 +316,7 @@ def _delta(layer: LayerRecord, block: Tensor, base: BaseWeight | None) -> Tensor
         if reason is not None:
             raise AdapterFileError(f"{layer.name}: {reason}; pass the base that it was trained on")
         weight = layer.layout.part(weight, layer.rows)
-    delta = method.delta_weight(layer.layout, block, weight, r=layer.r)
+    delta = method.delta_weight(layer.layout, block, weight)
     if layer.layout.in_first:
         return delta.transpose(0, 1)
     return delta

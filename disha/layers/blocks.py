@@ -22,7 +22,7 @@ from disha.config import AdapterConfig
 from disha.effective.contexts import OPEN_CONTEXTS, Group, Override, current_context
 from disha.effective.torch_patches import install
 from disha.errors import ArgumentError, ModeError
-from disha.functional import Layout, Method, Update, method_of
+from disha.functional import Geometry, Layout, Method, Update, method_of
 from disha.functional.layouts import OutputRanges
 from disha.functional.new_rows import NEW_ROWS, NewRows
 from disha.functional.routed import Route, Routed
@@ -65,7 +65,7 @@ class Slot:
 
 def block_name(kind: str) -> str:
     """Return the name of a block in state dicts and files: of a method, or of new rows."""
-    return f"{kind}_block"
+    return f"{kind}_block" if kind == NEW_ROWS else method_of(kind).block_name
 
 
 class AdapterBlock(nn.Module):
@@ -73,6 +73,7 @@ class AdapterBlock(nn.Module):
 
     Attributes:
         slot: the weight.
+        geometry: the sizes of the weight, or of the outputs that the block adapts.
         kind: the name of the method, or `NEW_ROWS`.
         method: the method, which says what dW is; new rows have none.
         parameter_name: the name of D among the parameters of this module.
@@ -86,6 +87,7 @@ class AdapterBlock(nn.Module):
     """
 
     slot: Slot
+    geometry: Geometry
     kind: str
     method: Method
     parameter_name: str
@@ -96,12 +98,19 @@ class AdapterBlock(nn.Module):
     scale_tensor: Tensor
 
     def __init__(
-        self, values: Tensor, slot: Slot, config: AdapterConfig, r: int, split: Split | None
+        self,
+        values: Tensor,
+        slot: Slot,
+        geometry: Geometry,
+        config: AdapterConfig,
+        r: int,
+        split: Split | None,
     ) -> None:
         super().__init__()
         # Written to __dict__, because assigning through nn.Module is slow.
         vars(self).update(
             slot=slot,
+            geometry=geometry,
             config=config,
             r=r,
             split=split,
@@ -151,7 +160,7 @@ class AdapterBlock(nn.Module):
         values = self.read_values(on_meta)
         dropout = self.dropout if self.training else 0.0
         scale = self._scale if group is None else self.scale_tensor * self._read_factor(group)
-        return Update(self.method, values, scale, dropout, self.slot.output_ranges, r=self.r)
+        return Update(self.method, values, scale, dropout, self.slot.output_ranges)
 
     def _read_factor(self, group: Group) -> Tensor:
         """Return what compiled code multiplies by: 0 where a context disables adapters, else 1."""
@@ -219,14 +228,16 @@ class AdapterBlock(nn.Module):
             return  # it has no values
         with gathered_parameter(self.block, writes=True):
             values = self.block.detach()
+            layout = self.slot.layout
             if self.config.init == "zeros":
-                values.zero_()
+                self.method.start(self.method.matrix_block(layout, values), self.geometry, layout)
             else:
                 # A vector has no fan-in, so it counts as one row.
                 matrix = values if values.dim() >= 2 else values.view(1, -1)
                 nn.init.kaiming_uniform_(matrix, a=math.sqrt(5))
-                if self.split is not None:
-                    self.split.broadcast_from_first_rank(values)
+            # Ranks that share a block start with the same values, also if their seeds differ.
+            if self.split is not None:
+                self.split.broadcast_from_first_rank(values)
 
     def reconfigure(self, config: AdapterConfig) -> None:
         """Take another configuration with the same shapes, but keep the scale."""

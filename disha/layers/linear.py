@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from disha.config import AdapterConfig, Init
 from disha.effective.contexts import SINGLE_LAYERS
 from disha.errors import ArgumentError, ArgumentTypeError
-from disha.functional import layout_of
-from disha.functional.methods import Groups
+from disha.functional import layout_of, method_of
+from disha.functional.method import Groups
 from disha.layers.adapted import AdaptedLinear, adapt
 from disha.layers.blocks import Slot, check_adapter_name
 from disha.layers.model_record import ModelRecord
@@ -115,7 +115,8 @@ class _LinearWithAdapter(AdaptedLinear):
     def _add_first_adapter(self, adapter: str, config: AdapterConfig, freeze: bool) -> None:
         check_adapter_name(adapter)
         geometry = WEIGHT.layout.geometry((self.out_features, self.in_features))
-        reason = WEIGHT.layout.reason_against(geometry, config.r, config.r_out)
+        method = method_of(config.method)
+        reason = method.reason_against(WEIGHT.layout, geometry, config.r, config.r_out)
         if reason is not None:
             raise ArgumentError(f"{type(self).__name__}: {reason}")
         block = make_block(self, WEIGHT, config, config.r)

@@ -30,12 +30,14 @@ def make_block(
     """Return a new block on the device of its weight, with these values or those it starts with."""
     weight: Any = None if slot.quantized else read_weight(module, slot.parameter)
     shape: tuple[int, ...]
+    whole_shape = weight_shape(module, slot)
+    geometry = slot.layout.geometry(whole_shape, slot.output_ranges)
     if values is None and is_new_rows:
-        shape = slot.layout.geometry(weight_shape(module, slot), slot.output_ranges)[:2]
+        shape = geometry[:2]
         dtype = _choose_dtype(weight, None)  # which holds every value of W
     elif values is None:
         shape = method_of(config.method).block_shape(
-            slot.layout, weight_shape(module, slot), r, config.r_out, slot.output_ranges
+            slot.layout, whole_shape, r, config.r_out, slot.output_ranges
         )
         dtype = _choose_dtype(weight, config.dtype)
     else:
@@ -45,7 +47,7 @@ def make_block(
     with torch.inference_mode(False):  # a tensor that is made in that mode can never be trained
         empty = torch.empty(shape, device=device, dtype=dtype)
         cls = NewRowsBlock if is_new_rows else AdapterBlock
-        block = cls(empty, slot, config, r, split_of(weight))
+        block = cls(empty, slot, geometry, config, r, split_of(weight))
     if values is None:
         start_block(module, block)
     else:

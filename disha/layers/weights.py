@@ -206,9 +206,7 @@ def delta_of(layer: nn.Module, block: AdapterBlock, slot: Slot) -> Tensor:
     if isinstance(block, NewRowsBlock):
         base = base.to(merge_dtype(base.dtype, block.block.dtype))
         return block.write_weight(base) - base
-    return block.method.delta_weight(
-        block.slot.layout, block.block, base, block.slot.output_ranges, block.r
-    )
+    return block.method.delta_weight(block.slot.layout, block.block, base, block.slot.output_ranges)
 
 
 def sum_with_updates(layer: Any, slot: Slot, adapters: Iterable[str]) -> Tensor:
@@ -221,7 +219,7 @@ def sum_with_updates(layer: Any, slot: Slot, adapters: Iterable[str]) -> Tensor:
         if isinstance(block, NewRowsBlock):
             new_rows.append(NewRows(values, ranges))
         else:
-            delta = block.method.delta_weight(block.slot.layout, values, base, ranges, block.r)
+            delta = block.method.delta_weight(block.slot.layout, values, base, ranges)
             deltas.append((delta, block.scale))
     merged = functional.merged_weight(base, deltas)
     for rows in new_rows:

@@ -13,7 +13,7 @@ from torch import nn
 
 from disha.config import AdapterConfig, Init, MethodName, Patterns, Target
 from disha.errors import ArgumentError, ModeError
-from disha.functional.methods import Groups
+from disha.functional.method import Groups
 from disha.hints import with_hints
 from disha.layers.adapted import AdaptedLayer, adapt, readapt, refuse_changed_class, restore
 from disha.layers.blocks import AdapterBlock

@@ -130,7 +130,8 @@ def reason_against_block(layer: PlannedLayer) -> str | None:
     assert slot is not None
     if layer.is_new_rows:
         return None
-    reason = slot.layout.reason_against(layer.geometry, layer.r, config.r_out)
+    method = method_of(config.method)
+    reason = method.reason_against(slot.layout, layer.geometry, layer.r, config.r_out)
     if reason is not None or slot.quantized:
         return reason
     split = split_of(read_weight(layer.module, layer.attribute))
@@ -140,7 +141,7 @@ def reason_against_block(layer: PlannedLayer) -> str | None:
     if config.dropout:
         return f"{placed}, and each rank would drop different inputs of it; use dropout=0"
     block = torch.empty(layer.block_shape, device="meta")
-    update = Update(method_of(config.method), block, output_ranges=slot.output_ranges, r=layer.r)
+    update = Update(method, block, output_ranges=slot.output_ranges)
     for part in split.parts:
         if update_of_part(update, slot.layout, layer.shape, part) is None:
             ends = " and ".join(f"{first}:{stop}" for first, stop in part)

@@ -33,6 +33,7 @@ class LayerRecord:
     base: str | None  # fingerprint of the base weight, if it has one
     layout: Layout
     rows: OutputRanges = ()  # the adapted outputs; empty for all
+    kernel: tuple[int, ...] = ()  # of a convolution, if its block does not show it
     tied: tuple[str, ...] = ()  # its other names, of modules that read the update too
 
     @property
@@ -69,6 +70,8 @@ class LayerRecord:
             entry["groups"] = self.layout.groups
         if self.layout.padding_idx is not None:
             entry["padding_idx"] = self.layout.padding_idx
+        if self.kernel:
+            entry["kernel"] = self.kernel
         if self.rows:
             entry["rows"] = self.rows
         if self.tied:
@@ -79,10 +82,11 @@ class LayerRecord:
 
     def geometry(self, block_shape: tuple[int, ...]) -> Geometry:
         """Return the sizes of the adapted weight; those of its stack are in the block's shape."""
-        stack: tuple[int, ...] = ()
-        if not self.is_new_rows:
-            stack = method_of(self.method).stack_of(self.layout, block_shape)
-        return Geometry(self.in_features, self.out_features, stack)
+        if self.is_new_rows:
+            return Geometry(self.in_features, self.out_features)
+        stack = method_of(self.method).stack_of(self.layout, block_shape)
+        stack = (*stack, *self.kernel)
+        return self.layout.geometry_of_stack(self.in_features, self.out_features, stack)
 
     def weight_shape(self, block_shape: tuple[int, ...]) -> tuple[int, ...]:
         """Return the shape of the adapted rows of the weight."""
@@ -98,7 +102,14 @@ class LayerRecord:
         weight_shape = self.weight_shape(block_shape)
         if layout.reason_against_shape(weight_shape) is not None:
             return misfit
-        reason = layout.reason_against(layout.geometry(weight_shape), self.r, self.r_out)
+        geometry = layout.geometry(weight_shape)
+        reason = None
+        if self.is_new_rows:
+            expected: tuple[int, ...] = (self.in_features, self.out_features)
+        else:
+            method = method_of(self.method)
+            expected = method.block_shape(layout, weight_shape, self.r, self.r_out)
+            reason = method.reason_against(layout, geometry, self.r, self.r_out)
         if reason is not None:
             return reason
         padding = layout.padding_idx
@@ -107,11 +118,6 @@ class LayerRecord:
         count = sum(stop - first for first, stop in self.rows)
         if self.rows and count != self.out_features:
             return f"it lists {counted(count, 'row')}, but its output has {self.out_features}"
-        if self.is_new_rows:
-            expected: tuple[int, ...] = (self.in_features, self.out_features)
-        else:
-            method = method_of(self.method)
-            expected = method.block_shape(layout, weight_shape, self.r, self.r_out)
         if block_shape == expected:
             return None
         return f"expected a block of shape {expected}, found {tuple(block_shape)}"

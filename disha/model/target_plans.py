@@ -20,7 +20,7 @@ from disha.config import (
     find_matching,
 )
 from disha.errors import ArgumentError, TargetError
-from disha.functional.methods import Groups
+from disha.functional.method import Groups
 from disha.hints import with_hints
 from disha.layers.weights import count_values
 from disha.model.plan import Place, Plan, PlannedLayer

@@ -86,7 +86,7 @@ def test_entries_have_every_field_of_every_tensor(path):
     assert block == {
         "name": "embed", "method": "bone", "r": 4, "r_out": None,
         "in_features": 8, "out_features": 6, "scale": 1.0,
-        "layout": "index out", "groups": 1, "padding_idx": 3, "rows": [], "tied": [],
+        "layout": "index out", "groups": 1, "padding_idx": 3, "kernel": [], "rows": [], "tied": [],
         "key": "embed.bone_block", "shape": (4, 6), "dtype": "float32",
     }  # fmt: skip
     plain = {"name": "norm.bias", "key": "norm.bias", "shape": (6,), "dtype": "float32"}

@@ -20,6 +20,7 @@ from torch import nn
 import disha
 from disha import AdapterFileError
 from disha.config import AdapterConfig
+from disha.files.contents import read_contents
 from disha.files.header import FORMAT
 from disha.functional import METHODS, PATTERNS
 from disha.layers.fingerprints import fingerprint, same_base
@@ -57,6 +58,8 @@ class TestPage:
         header = json.loads(reference_reader.container(path.read_bytes())[0])
         written = {name for layer in header["layers"] for name in layer}
         written |= {name for name in header if name != "layers"}
+        disha.save_adapter(disha.inject_adapters(nn.Conv1d(4, 6, 2), "", 2, method="lora"), path)
+        written |= set(read_contents(path).layers[0].to_entry("lora"))
         named = re.findall(r"^\| `([^`]+)` \|", PAGE, re.MULTILINE)
         assert sorted(named) == sorted(written | {"layers", "needs"})
 

@@ -28,12 +28,14 @@ BLOCKS = {
     "groups r=1": ("bone_groups_all", 1, None),
     "groups r=2": ("bone_groups_all", 2, None),
     "groups r=3": ("bone_groups2", 3, None),
+    "lora r=1": ("lora", 1, None),
+    "lora r=3": ("lora", 3, None),
     "bat r=2": ("bat", 2, None),
     "bat r=4": ("bat", 4, None),
 }
 """Method, r and r_out: r divides neither size, or only the outputs."""
 
-CUTS_AT = {"bone": lambda r: 1, "bat": lambda r: r}
+CUTS_AT = {"bone": lambda r: 1, "lora": lambda r: 1, "bat": lambda r: r}
 """Method -> the number of which the edges of a part must be multiples, to cut a block there.
 
 Blocks with groups of shards have a test of their own.

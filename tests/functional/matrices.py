@@ -35,6 +35,7 @@ def make_block(method, sizes, dtype=torch.float64):
         "bone_groups2": (r, out_features),
         "bone_groups_all": (r, out_features),
         "tile": (r, r_out),
+        "lora": (r, sizes[0] + out_features),
         "bat": ((out_features + r - 1) // r, r, r),
     }[method]
     return torch.randn(shape, dtype=dtype)

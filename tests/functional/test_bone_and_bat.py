@@ -1,4 +1,4 @@
-"""The formulas of Bone, tile and BAT of one matrix against the loops of reference.py."""
+"""The formulas of each method, of one matrix, against the loops of reference.py."""
 
 import itertools
 
@@ -8,16 +8,22 @@ import torch.nn.functional as F
 
 from disha import functional
 from disha.errors import DishaError
+from disha.functional import Update, adapted_linear, method_of
 from tests import reference
 from tests.functional.matrices import SIZES, close_to_exact, delta_weight, make_case
-
-KINDS = ("bone", "tile", "bat")
+from tests.reference import KINDS
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
 
 
-def forward(method):
-    return functional.bat_forward if method == "bat" else functional.bone_forward
+def forward(kind):
+    """The product of a linear layer with one block."""
+    method = method_of(reference.method_of_kind(kind))
+
+    def run(x, weight, bias, block, scale=1.0):
+        return adapted_linear(x, weight, bias, [Update(method, block, scale)])
+
+    return run
 
 
 def check_against_oracle(method, case, scale, tolerance):
@@ -178,10 +184,10 @@ def test_second_derivatives_pass_gradgradcheck(method):
 def test_blocks_that_do_not_fit_are_refused():
     x, weight = torch.randn(2, 8), torch.randn(7, 8)
     with pytest.raises(DishaError, match=r"\(2, 3\) does not fit an output of 7"):
-        functional.bone_delta(x, torch.zeros(2, 3), out_features=7)
+        forward("tile")(x, weight, None, torch.zeros(2, 3))
     with pytest.raises(DishaError, match="3 must divide it"):
-        functional.bone_delta_weight(torch.zeros(2, 3), in_features=8, out_features=7)
+        delta_weight("tile", weight, torch.zeros(2, 3))
     with pytest.raises(
         DishaError, match=r"\(7, 8\) and r=2 has shape \(4, 2, 2\), got \(1, 2, 2\)"
     ):
-        functional.bat_delta_weight(weight, torch.zeros(1, 2, 2))
+        delta_weight("bat", weight, torch.zeros(1, 2, 2))

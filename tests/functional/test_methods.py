@@ -56,7 +56,7 @@ def check_update(kind, name, rows=()):
         rows = rows[:1]  # a tile has to divide them
     case = case_of(kind, name, rows)
     torch.testing.assert_close(case.delta, case.expected, rtol=1e-12, atol=1e-12)
-    if method_of(case.method).uses_shard_sum:
+    if "bone" in case.method:
         assert torch.equal(case.delta, case.expected)  # only copies
 
 
@@ -125,7 +125,10 @@ def test_a_kept_block_and_the_methods_own_are_inverse(kind, name):
     own = method_of(case.method).matrix_block(case.layout, case.block)
     assert tuple(own.shape) == method_of(case.method).shape(case.geometry, *BLOCKS[name][1:])
     found = method_of(case.method).stack_of(case.layout, case.block.shape)
-    assert found == case.geometry.stack == stack_of(kind)
+    spans_kernel = method_of(case.method).spans_kernel
+    shown = case.geometry.stack_without_kernel() if spans_kernel else case.geometry.stack
+    assert found == shown
+    assert case.geometry.stack == stack_of(kind)
     assert torch.equal(method_of(case.method).kept_block(case.layout, own), case.block)
     again = method_of(case.method).kept_block(case.layout, own.clone())
     assert torch.equal(method_of(case.method).matrix_block(case.layout, again), own)
@@ -139,7 +142,9 @@ def has_wider_blocks(method):
 @on_every_layout
 def test_a_wider_block_has_the_same_update(kind, name):
     case, times = case_of(kind, name), 2 + len(kind) % 2
-    wider = method_of(case.method).wider_block(case.layout, case.block, case.r, times * case.r)
+    wider = method_of(case.method).wider_block(
+        case.layout, case.block, case.geometry, case.r, times * case.r
+    )
     if not has_wider_blocks(case.method):
         assert wider is None
         return
@@ -147,15 +152,15 @@ def test_a_wider_block_has_the_same_update(kind, name):
         case.layout, case.weight.shape, times * case.r, BLOCKS[name][2]
     )
     assert tuple(wider.shape) == shape
-    assert torch.equal(case._replace(block=wider).delta, case.delta)
+    close(case._replace(block=wider).delta, case.delta, 1e-12)
 
 
 @with_every_block
 def test_a_block_of_its_own_size_stays_and_no_other_multiple_exists(name):
     case = case_of("grouped transposed 2d", name)
-    method, args = method_of(case.method), (case.layout, case.block, case.r)
+    method, args = method_of(case.method), (case.layout, case.block, case.geometry, case.r)
     assert method.wider_block(*args, case.r) is case.block
-    if case.r > 1:
+    if case.r > 1 and case.method != "lora":
         assert method.wider_block(*args, case.r + 1) is None
 
 
@@ -164,11 +169,17 @@ def test_a_block_of_its_own_size_stays_and_no_other_multiple_exists(name):
 def test_lora_factors_multiply_to_the_update_without_loss(kind, name):
     case = case_of(kind, name)
     factors = method_of(case.method).lora_factors(case.layout, case.block, case.geometry)
-    if not method_of(case.method).uses_shard_sum:
+    if not method_of(case.method).low_rank:
         assert factors is None
         assert method_of(case.method).from_lora_b(torch.zeros(4, 2)) is None
         return
     a, b = factors
+    if case.method == "lora":
+        delta = case.layout.matrices(case.delta)
+        if case.layout.padding_idx is not None:
+            a[..., case.layout.padding_idx] = 0.0
+        close(b @ a, delta, 1e-12)
+        return
     outputs, inputs = case.geometry.out_features, case.geometry.in_features
     groups = {"bone_groups2": 2, "bone_groups_all": min(-(-inputs // case.r), outputs)}
     rank = groups.get(case.method, 1) * case.r
@@ -197,7 +208,7 @@ def test_the_block_of_a_slice_of_outputs(name, start, stop):
     layout, weight = Layout("out in"), torch.randn(7, 7, dtype=torch.float64)
     shape = method_of(method).block_shape(layout, weight.shape, r)
     block = torch.randn(shape, dtype=torch.float64)
-    part_of_block = method_of(method).of_outputs(block, start, stop, Geometry(7, 7), r)
+    part_of_block = method_of(method).of_outputs(block, start, stop, Geometry(7, 7))
     multiple = CUTS_AT[method](r)
     can_be_cut = start % multiple == 0 and (stop % multiple == 0 or stop == 7)
     assert (part_of_block is not None) == can_be_cut
@@ -214,7 +225,7 @@ def test_the_block_of_a_slice_of_outputs(name, start, stop):
     [(MATRIX, True), (MATRIX, False), (STACK, False)],
     ids=["matrix and bias", "matrix", "stack"],
 )
-@pytest.mark.parametrize("name", ["bat r=2", "bat r=4", "groups r=2"])
+@pytest.mark.parametrize("name", ["bat r=2", "bat r=4"])
 def test_a_method_has_the_product_that_is_asked_for_or_none(name, layout, has_bias, with_base):
     case = case_of(layout.pattern, name)
     x = torch.randn(*case.weight.shape[:-2], 1, 7, dtype=torch.float64)
@@ -238,6 +249,8 @@ def test_a_method_has_the_product_that_is_asked_for_or_none(name, layout, has_bi
         ("bat", Layout("out in *kernel"), (4, 3, 2, 2), (6, 7, 3)),
         ("bat", Layout("expert out in"), (2, 3, 2, 2), (3, 6, 7)),
         ("bat", Layout("out in"), (2, 2, 2), (6, 7)),
+        ("lora", Layout("out in"), (2, 12), (6, 7)),
+        ("lora", Layout("out in *kernel"), (2, 3, 13), (6, 7, 3)),
     ],
 )
 def test_a_block_of_another_weight_is_refused(method, layout, block, weight):
@@ -248,12 +261,17 @@ def test_a_block_of_another_weight_is_refused(method, layout, block, weight):
 META = torch.device("meta")
 
 ON_META = {
-    "bone_delta_weight": lambda block: functional.bone_delta_weight(block, 7, 6),
-    "bone_lora_factors": lambda block: torch.cat(
-        [factor.flatten() for factor in functional.bone_lora_factors(block, 7, 6)]
+    "bone": lambda block: method_of("bone").delta_weight(
+        MATRIX, block, torch.empty(6, 7, device=META)
     ),
-    "bat_delta_weight": lambda block: functional.bat_delta_weight(
-        torch.empty(6, 7, device=META), block.view(3, 2, 2)
+    "factors": lambda block: torch.cat(
+        [
+            factor.flatten()
+            for factor in method_of("bone").lora_factors(MATRIX, block, Geometry(7, 6))
+        ]
+    ),
+    "bat": lambda block: method_of("bat").delta_weight(
+        MATRIX, block.view(3, 2, 2), torch.empty(6, 7, device=META)
     ),
     "convolution": lambda block: method_of("bone").delta_weight(
         Layout("out in *kernel"), block.view(6, 2, 1), torch.empty(6, 7, 1, device=META)
@@ -269,7 +287,9 @@ ON_META = {
         torch.empty(3, 7, device=META), torch.empty(9, 7, device=META), None,
         [functional.Update(method_of("bat"), block.view(3, 2, 2), 0.5, 0.5, ((1, 7),))],
     ),
-    "widened": lambda block: method_of("bone").wider_block(MATRIX, block, 2, 4),
+    "widened": lambda block: method_of("bone").wider_block(
+        MATRIX, block, Geometry(7, 6), 2, 4
+    ),
 }  # fmt: skip
 
 
@@ -292,8 +312,8 @@ ASKED: dict[str, Callable[[str], object]] = {
 @pytest.mark.parametrize("function", ASKED)
 def test_an_unknown_method_is_refused_by_the_same_error_everywhere(function):
     with pytest.raises(ArgumentError) as caught:
-        ASKED[function]("lora")
-    assert str(caught.value) == f"unknown method 'lora'; allowed are {functional.method_names()}"
+        ASKED[function]("loha")
+    assert str(caught.value) == f"unknown method 'loha'; allowed are {functional.method_names()}"
 
 
 def test_a_method_that_is_no_text_is_refused():
@@ -321,65 +341,64 @@ class Gained(Method):
 
 
 class Sloped(Method):
-    """dW[o, i] = D[o] (i mod r + 1): its block shows neither r nor the inputs."""
+    """dW[o, i] = D[i mod r, o] (i mod r + 1): its factor is no block that can be cut."""
 
     name = "sloped"
-    block_axes = 1
-    uses_shard_sum = True
+    low_rank = True
     additive = True
 
     def shape(self, geometry, r, r_out):
-        return (*geometry.stack, geometry.out_features)
+        return (*geometry.stack, r, geometry.out_features)
 
-    def shard_sum_factor(self, block, geometry, r):
-        self.check(block, geometry, r)
-        return torch.arange(1.0, r + 1, dtype=block.dtype).unsqueeze(1) * block.unsqueeze(-2)
-
-    def of_outputs(self, block, start, stop, geometry, r):
-        self.check(block, geometry, r)
-        return block[..., start:stop]
-
-    def of_inputs(self, block, start, stop, geometry, r):
-        self.check(block, geometry, r)
-        return None if start % r else block
-
-    def check(self, block, geometry, r):
-        """Assert that it gets the geometry of this block, and its r."""
-        assert (block.dim(), block.shape[-1]) == (len(geometry.stack) + 1, geometry.out_features)
-        assert r == 3 <= geometry.in_features
+    def factors(self, block, geometry):
+        # It gets the geometry of this block.
+        assert block.shape == (*geometry.stack, *block.shape[-2:-1], geometry.out_features)
+        slope = torch.arange(1.0, block.shape[-2] + 1, dtype=block.dtype)
+        return block.shape[-2], slope.unsqueeze(1) * block
 
 
-def test_a_part_of_rows_of_a_method_whose_factor_depends_on_the_geometry():
-    update = Update(Sloped(), torch.randn(3, 2), output_ranges=((1, 3),), r=3)
+class Halves(Method):
+    """dW = R^T A, where A has the first half of the rows of D, and R the other half."""
+
+    name = "halves"
+    low_rank = True
+    additive = False
+
+    def shape(self, geometry, r, r_out):
+        return (*geometry.stack, 2 * r, max(geometry[:2]))
+
+    def factors(self, block, geometry):
+        a, b = block.chunk(2, -2)
+        return a[..., : geometry.in_features], b[..., : geometry.out_features]
+
+
+@pytest.mark.parametrize("method", [Sloped(), Halves()], ids=lambda method: method.name)
+def test_a_method_of_low_rank_has_everything_by_its_factors(method):
+    disha.register_method(method)
+    options = {"method": method.name, "init": "kaiming", "scale": 0.1}
+    for model, *shapes in [
+        (nn.Sequential(nn.Linear(7, 6)), (3, 7)),
+        (nn.TransformerEncoderLayer(6, 2, 8, dropout=0.0), (3, 2, 6)),
+        (nn.Bilinear(7, 6, 5), (3, 7), (3, 6)),
+        (nn.Sequential(nn.Conv2d(4, 6, 3)), (2, 4, 5, 5)),
+    ]:
+        disha.inject_adapters(model, "", 3, **options)
+        assert disha.check_adapters(model, *map(torch.randn, shapes)).ok
     weight = torch.randn(3, 6, 7)
-    (cut,) = update_of_part(update, STACK, weight.shape, ((1, 3), (0, 6), (2, 7)))
-    whole = functional.computed_weight(weight, STACK, [update])[1:, :, 2:]
-    close(functional.computed_weight(weight[1:, :, 2:], STACK, [cut]), whole, 1e-6)
-
-
-@pytest.mark.parametrize("reads", ["linear", "attention", "experts"])
-def test_a_method_whose_factor_depends_on_r(reads):
-    disha.register_method(Sloped())
-    model, *shapes = {
-        "linear": (nn.Sequential(nn.Linear(7, 6)), (3, 7)),
-        "attention": (nn.TransformerEncoderLayer(6, 2, 8, dropout=0.0), (3, 2, 6)),
-        "experts": (nn.Bilinear(7, 6, 5), (3, 7), (3, 6)),
-    }[reads]
-    options = {"method": "sloped", "init": "kaiming", "scale": 0.1}
-    disha.inject_adapters(model, "all-linear", 3, **options)
-    assert disha.check_adapters(model, *map(torch.randn, shapes)).ok
-    update, weight = Update(Sloped(), torch.randn(3, 6), r=3), torch.randn(3, 6, 7)
-    matrices, x = [Update(Sloped(), torch.randn(6), r=3)] * 2, torch.randn(2, 1, 7)
+    update = Update(method, torch.randn(method.block_shape(STACK, weight.shape, 3)))
+    matrices, x = [update.select_matrices(0)] * 2, torch.randn(2, 1, 7)
     found = functional.adapted_linear(x, weight[0], None, matrices)
     close(found, x @ functional.computed_weight(weight[0], MATRIX, matrices).mT, 1e-5)
     chosen = torch.tensor([2, 0])
     found = functional.adapted_stack(x, weight[chosen], [update.select_matrices(chosen)])
     close(found, x @ functional.computed_weight(weight, STACK, [update])[chosen].mT, 1e-5)
-    a, b = Sloped().lora_factors(STACK, update.block, STACK.geometry(weight.shape), 3)
+    a, b = method.lora_factors(STACK, update.block, STACK.geometry(weight.shape))
     close(b @ a, update.delta_weight(STACK, weight), 1e-5)
-    (cut,) = update_of_part(update, STACK, weight.shape, ((1, 3), (2, 6), (3, 7)))
-    whole = functional.computed_weight(weight, STACK, [update])[1:, 2:, 3:]
-    close(functional.computed_weight(weight[1:, 2:, 3:], STACK, [cut]), whole, 1e-6)
+    for cut_at in (((1, 3), (2, 6), (3, 7)), ((1, 3), (0, 6), (2, 7))):
+        (cut,) = update_of_part(update, STACK, weight.shape, cut_at)
+        place = tuple(slice(*ends) for ends in cut_at)
+        whole = functional.computed_weight(weight, STACK, [update])[place]
+        close(functional.computed_weight(weight[place], STACK, [cut]), whole, 1e-6)
 
 
 class Shift(Method):
@@ -396,15 +415,6 @@ class Shift(Method):
 
     def delta(self, block, geometry, matrices):
         return (block.unsqueeze(-1) + self.offset).expand(*block.shape, geometry.in_features)
-
-
-class Eager(Shift):
-    """Prefers its product, but has no R."""
-
-    prefers_product = True
-
-    def __init__(self):
-        super().__init__(0)
 
 
 class TestRegisterMethod:
@@ -465,8 +475,7 @@ class TestRegisterMethod:
         ("method", "says"),
         [
             (Shift, "needs an instance of a subclass of Method"),
-            (Method(), r"must define name \(a str\), shape, delta, or uses_shard_sum"),
-            (Eager(), "the method Eager must also define uses_shard_sum = True"),
+            (Method(), r"must define name \(a str\), shape, delta, or low_rank"),
             (Shift("-.5"), "'shift-.5' can't name a method: use letters, digits"),
         ],
     )
@@ -540,8 +549,8 @@ class TestAThirdMethod:
         own = method_of(third).matrix_block(layout, block)
         assert tuple(own.shape) == METHODS[third].shape(geometry, 2, None)
         assert torch.equal(method_of(third).kept_block(layout, own), block)
-        assert method_of(third).wider_block(layout, block, 2, 2) is block
-        assert method_of(third).wider_block(layout, block, 2, 4) is None
+        assert method_of(third).wider_block(layout, block, geometry, 2, 2) is block
+        assert method_of(third).wider_block(layout, block, geometry, 2, 4) is None
         assert method_of(third).lora_factors(layout, block, geometry) is None
         found = method_of(third).delta_weight(layout, block, weight)
         close(found, dense_delta(third, layout, block, weight))

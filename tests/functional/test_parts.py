@@ -77,7 +77,7 @@ def test_a_kernel_is_not_cut():
 def test_a_part_without_the_adapted_rows_takes_part_in_backward(method, shape, rows):
     """Else the ranks that have these rows would wait for its gradient."""
     block = torch.randn(shape).requires_grad_()
-    update = Update(method_of(method), block, output_ranges=(rows,), r=2)
+    update = Update(method_of(method), block, output_ranges=(rows,))
     part, x, indices = torch.randn(4, 4), torch.randn(3, 4), torch.tensor([0, 3])
     updates = update_of_part(update, MATRIX, (8, 4), ((4, 8), (0, 4)))
     for found, expected in (

@@ -70,7 +70,7 @@ def test_a_stack_with_one_input_or_with_one_for_each_matrix(name, experts, input
 @pytest.mark.parametrize("name", NAMES)
 def test_a_lookup_forms_no_factor(name, sizes, monkeypatch):
     """R may be as large as the table."""
-    monkeypatch.setattr("disha.functional.methods.group_factor", None)
+    monkeypatch.setattr("disha.functional.shard_groups.group_factor", None)
     inputs, outputs, r = sizes
     layout = Layout("index out")
     indices = torch.arange(inputs)

@@ -5,28 +5,29 @@ import copy
 import pytest
 import torch
 
-from disha import functional
 from disha.functional import METHODS, Geometry, Layout, Update, method_of
-from disha.functional.update import shard_sum_terms
-from tests.conftest import pickled
+from disha.functional.shard_sums import shard_sum_matrix
+from disha.functional.update import add_up, factors_of
+from tests.conftest import close, pickled
 from tests.functional.cases import case_of, on_every_layout, with_every_block
 
 
 @with_every_block
 @on_every_layout
-def test_what_a_block_of_some_rows_adds_by_shard_sums(kind, name):
+def test_the_factors_of_a_block_of_some_rows(kind, name):
     case = case_of(kind, name, ((0, 2), (3, 5)))
     update = Update(method_of(case.method), case.block, 0.5, output_ranges=case.rows)
-    found = shard_sum_terms([update], case.layout, case.layout.geometry(case.weight.shape))
-    if not method_of(case.method).uses_shard_sum:
-        assert found == []
+    if not update.method.low_rank:
         return
-    (one,) = found
     geometry = case.layout.geometry(case.weight.shape)
-    delta = functional.bone_delta_weight(one.matrix, geometry.in_features, 6)
+    factors = factors_of(update, case.layout, geometry)
+    down, up = factors.down, factors.dense_up()
+    if isinstance(down, int):
+        down = shard_sum_matrix(up, geometry.in_features)
+    delta = up.mT @ down
     if case.layout.padding_idx is not None:
         delta[..., case.layout.padding_idx] = 0.0
-    assert torch.equal(case.layout.weight(delta), 0.5 * case.delta)
+    close(case.layout.weight(delta), 0.5 * case.delta, 1e-12)
 
 
 def test_updates_of_one_shard_size_add_up():
@@ -35,14 +36,14 @@ def test_updates_of_one_shard_size_add_up():
         Update(method_of("bone"), block, scale, output_ranges=((2 * i, 2 * i + 2),))
         for i, (block, scale) in enumerate(zip(blocks, (1.0, 0.5, torch.tensor(-2.0)), strict=True))
     ]
-    (one,) = shard_sum_terms(updates, layout, sizes)
-    assert torch.equal(one.matrix, torch.cat([blocks[0], 0.5 * blocks[1], -2 * blocks[2]], 1))
+    (one,) = add_up(updates, layout, sizes)
+    assert torch.equal(one.block, torch.cat([blocks[0], 0.5 * blocks[1], -2 * blocks[2]], 1))
     dropping = [updates[0], updates[1]._replace(dropout=0.5), updates[2]]
-    assert len(shard_sum_terms(dropping, layout, sizes)) == 2
+    assert len(add_up(dropping, layout, sizes)) == 2
     wider = Update(method_of("bone"), torch.randn(3, 6))
-    assert len(shard_sum_terms([*updates, wider], layout, sizes)) == 2
-    (alone,) = shard_sum_terms([wider], layout, sizes)
-    assert alone.matrix is wider.block
+    assert len(add_up([*updates, wider], layout, sizes)) == 2
+    (alone,) = add_up([wider], layout, sizes)
+    assert alone is wider
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, pickled])

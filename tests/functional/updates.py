@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 
 from disha.functional import Layout, Update, method_of
+from disha.functional.products import update_product
 from tests import reference
 from tests.conftest import close
 
@@ -14,6 +15,7 @@ BLOCK_SIZES = {
     "tile": ("bone", 3, 2),
     "bone_groups2": ("bone_groups2", 3, None),
     "bone_groups_all": ("bone_groups_all", 2, None),
+    "lora": ("lora", 2, None),
     "bat": ("bat", 4, None),
 }
 
@@ -24,9 +26,12 @@ COMBINATIONS = {
     "one tile": [("tile", 0, ())],
     "one with groups": [("bone_groups2", 0, ())],
     "one with all groups": [("bone_groups_all", 0, ())],
+    "one lora": [("lora", 0, ())],
     "one bat": [("bat", 0, ())],
     "several bone": [("bone", 0, ()), ("tile", 0, ()), ("bone", 0, ())],
     "several with groups": [("bone_groups2", 0, ()), ("bone", 0, ()), ("bone_groups2", 0, ())],
+    "several lora": [("lora", 0, ()), ("bone", 0, ()), ("lora", 0.5, ())],
+    "lora of rows": [("lora", 0, K), ("lora", 0.5, TWO), ("bone", 0, Q)],
     "several bat": [("bat", 0, ()), ("bat", 0, ())],
     "bone and bat": [("bone", 0, ()), ("bat", 0, ()), ("tile", 0, ())],
     "bone with dropout": [("bone", 0.5, ())],
@@ -55,6 +60,19 @@ COMBINATIONS = {
 
 def look_up(indices, table, bias):
     return F.embedding(indices, table)
+
+
+def bone_delta(x, block, outputs, scale=1.0):
+    """What a Bone block adds to the output of a linear layer."""
+    weight = torch.zeros(()).expand(outputs, x.shape[-1])  # only its shape matters
+    return update_product(F.linear, x, weight, MATRIX, Update(method_of("bone"), block, scale))
+
+
+def bone_delta_weight(block, inputs, outputs):
+    """DW of a Bone block, or of a stack of them."""
+    layout = STACK if block.dim() == 3 else MATRIX
+    weight = block.new_zeros(()).expand(*block.shape[:-2], outputs, inputs)
+    return method_of("bone").delta_weight(layout, block, weight)
 
 
 def make_update(kind, layout, weight, scale=0.5, dropout=0.0, rows=(), r=None):

@@ -8,9 +8,10 @@ from torch import nn
 
 import disha
 from disha import ArgumentTypeError
-from disha.functional import bat_delta_weight, bone_delta_weight
+from disha.functional import method_of
 from disha.interop import lora, low_rank
 from tests.conftest import Layered
+from tests.functional.updates import MATRIX, bone_delta_weight
 from tests.language_models import llama
 from tests.lora_folders import TOKENS, adapted, check_served, served
 from tests.peft_models import (
@@ -22,7 +23,8 @@ def dense(layer):
     """dW (out, in) of a linear layer, in float64."""
     block = layer.disha["default"]
     if block.method.name == "bat":
-        return bat_delta_weight(layer.base_weight.detach().double(), block.block.detach().double())
+        wide = layer.base_weight.detach().double(), block.block.detach().double()
+        return method_of("bat").delta_weight(MATRIX, wide[1], wide[0])
     return bone_delta_weight(block.block.detach(), layer.in_features, layer.out_features).double()
 
 

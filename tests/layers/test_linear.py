@@ -130,9 +130,9 @@ def test_base_is_frozen_unless_asked_not_to(cls):
 @pytest.mark.parametrize("kind", KINDS)
 def test_block_shapes_and_names(kind):
     block = born(kind, adapter="mine").disha["mine"]
-    expected = {"tile": (4, 3), "bat": (3, 4, 4)}.get(kind, (4, 9))
+    expected = {"tile": (4, 3), "bat": (3, 4, 4), "lora": (4, 19)}.get(kind, (4, 9))
     assert block.block.shape == expected
-    name = f"{reference.method_of_kind(kind)}_block"
+    name = "lora_block" if kind == "lora" else ("bat_block" if kind == "bat" else "bone_block")
     assert set(born(kind, adapter="mine").state_dict()) == {"weight", "bias", f"disha.mine.{name}"}
 
 

@@ -39,7 +39,6 @@ from transformers.integrations.metal_quantization import MetalLinear
 
 import disha
 from disha import ArgumentError, MergeError, TargetError
-from disha.functional import bone_delta
 from disha.layers import quantized
 from disha.layers.quantized import quantized_slot
 from tests import reference
@@ -54,6 +53,7 @@ from tests.conftest import (
     seed_torch,
     snapshot,
 )
+from tests.functional.updates import bone_delta
 from tests.quantized_bases import (
     BASES,
     IN,

@@ -14,6 +14,7 @@ from benchmarks.four_bits import quantize_stacks, share
 from disha import MergeError, TargetError
 from disha.interop import lora
 from tests.conftest import Made, perturb
+from tests.functional.updates import bone_delta
 from tests.reference import KINDS
 from tests.whole.test_experts import IMPLEMENTATIONS, build, options_of, tokens
 
@@ -130,7 +131,7 @@ def test_a_matrix_of_a_declared_layout():
         disha.inject_adapters(model, "mix", 4)
     disha.inject_adapters(model, "mix", 4, layouts={"mix": "in out"}, init="kaiming")
     block = model.disha["default"]["mix"].block
-    expected = x @ weight + disha.functional.bone_delta(x, block, 32)
+    expected = x @ weight + bone_delta(x, block, 32)
     torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)
 
 

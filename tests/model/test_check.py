@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 import disha
-from disha import ArgumentError, CheckReport, MergeError, ModeError, functional
+from disha import ArgumentError, CheckReport, MergeError, ModeError
 from disha.functional import Method
+from disha.functional.shard_sums import repeat_over_shards
 from disha.model import check_merges
 from disha.model.check_report import CheckedWeight
 from tests.conftest import Made, Tied, assert_unchanged, refused, seed_torch, snapshot
@@ -425,7 +426,7 @@ class Squares(Method):
         return (*geometry.stack, r, geometry.out_features)
 
     def delta(self, block, geometry, matrices):
-        return functional.bone_delta_weight(block**2, geometry.in_features, geometry.out_features)
+        return repeat_over_shards((block**2).mT, geometry.in_features)
 
 
 @pytest.mark.parametrize("init", ["zeros", "kaiming"])

@@ -328,7 +328,7 @@ class Merge:
                 continue
             block = self._blocks[record.key][part]
             method = method_of(record.method)
-            delta = method.delta_weight(record.layout, block, weight, record.rows, record.r)
+            delta = method.delta_weight(record.layout, block, weight, record.rows)
             scale = record.scale if self._scale is None else self._scale
             yield delta, scale
 

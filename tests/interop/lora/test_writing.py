@@ -16,13 +16,13 @@ import disha
 from disha.files import disk
 from disha.files.contents import read_contents
 from disha.files.saving import adapter_contents
-from disha.functional import bone_delta_weight
 from disha.interop import lora
 from disha.interop import peft as miss
 from disha.interop.lora.writing import write_lora
 from disha.layers.kinds import LAYER_KINDS
 from disha.model.view import ModelView
 from tests.conftest import InOut, Layered, assert_same, assert_unchanged, perturb, snapshot
+from tests.functional.updates import bone_delta_weight
 from tests.language_models import gpt2, llama
 from tests.lora_folders import TOKENS, Vision, adapted, check_served, output, served
 from tests.peft_models import (
