@@ -1,8 +1,8 @@
 """Convert an adapter to the format of another library, or back to an adapter file.
 
 SOURCE is an adapter file, a folder with one (a checkpoint of Trainer), a folder that PEFT has
-saved, or a LoRA file of an image model. A LoRA can be read only if it is a Bone adapter in the form
-of a LoRA, as this command writes it.
+saved, or a LoRA file of an image model. A LoRA becomes an adapter of the method lora, or Bone again
+if this command has written it.
 
 --to sets the format of OUT:
   disha             an adapter file

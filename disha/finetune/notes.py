@@ -62,6 +62,8 @@ def read_settings(adapter: str | Path) -> dict[str, Any]:
     if is_peft_folder(adapter):
         fields = disha.interop.peft.read_config(adapter)
         method = "bat" if fields.get("init_weights") == "bat" else "bone"
+        if fields.get("peft_type") == "LORA":
+            method = "lora"
         return {"r": fields.get("r"), "method": method, "target": [], "new_tokens": []}
     file = disha.inspect_adapter(adapter)
     config = file.config

@@ -43,8 +43,8 @@ class _Bone(Method):
     def widen(self, block: Tensor, geometry: Geometry, r: int, wider: int) -> Tensor | None:
         return None if wider % r else torch.cat([block] * (wider // r), -2)  # D'[j] = D[j mod r]
 
-    def from_lora_b(self, b: Tensor) -> Tensor | None:
-        return b.mT.contiguous()
+    def from_factors(self, a: Tensor, b: Tensor, r: int) -> Tensor | None:
+        return b.mT.contiguous() if b.shape[-1] == r else None
 
     def with_groups(self, groups: Groups) -> Method | None:
         return self if groups == 1 else method_with_groups(groups)

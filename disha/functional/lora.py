@@ -57,6 +57,9 @@ class _Lora(Method):
         ones = (1,) * len(kernel)
         return a, b.reshape(*b.shape[:-2], *ones, *b.shape[-2:])
 
+    def from_factors(self, a: Tensor, b: Tensor, r: int) -> Tensor | None:
+        return torch.cat([a, b.mT], -1) if b.shape[-1] == r else None
+
     def step(self, inputs: int, r: int) -> float:
         return r / math.sqrt(3)  # B moves, and a random A brings inputs down to this size
 

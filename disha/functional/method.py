@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Final, Literal
 
 import torch
 from torch import Tensor
@@ -33,7 +33,7 @@ Groups = int | Literal["all"]
 That is the number of its shards, or of its outputs if they are fewer.
 """
 
-ALL_GROUPS = "all"
+ALL_GROUPS: Final = "all"
 
 Down = int | Tensor
 """A (..., k, in), or for the matrix of shard sums [I_k I_k ... I_k] the number k."""
@@ -220,8 +220,12 @@ class Method:
         """Return the block of the sum of f dW whose r is the sum of theirs, or None."""
         return None
 
-    def from_lora_b(self, b: Tensor) -> Tensor | None:
-        """Return the block whose second LoRA factor is B (..., out, r), or None."""
+    def from_factors(self, a: Tensor, b: Tensor, r: int) -> Tensor | None:
+        """Return a block of this r that may have the factors A (..., k, in) and B (..., out, k).
+
+        Whether it has just these, `lora_factors` tells. None if there is none. The inputs are those
+        of the whole kernel if the method `spans_kernel`.
+        """
         return None
 
     def with_groups(self, groups: Groups) -> Method | None:

@@ -89,6 +89,14 @@ class _BoneGroups(Method):
         keeps_groups = start % size == 0 and self._count(block, stop - start) == groups
         return block if keeps_groups else None
 
+    def from_factors(self, a: Tensor, b: Tensor, r: int) -> Tensor | None:
+        groups, rest = divmod(b.shape[-1], r)
+        if rest or not b.any():  # any number of groups has zeros
+            return None
+        outputs = torch.arange(b.shape[-2], device=b.device)
+        parts = torch.unflatten(b, -1, (groups, r))  # (..., out, g, r)
+        return parts[..., outputs, outputs % groups, :].mT.contiguous()
+
     def _count(self, block: Tensor, in_features: int) -> int:
         return group_count(self.groups, in_features, block)
 

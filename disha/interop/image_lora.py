@@ -7,6 +7,7 @@ files to and from the form of kohya's programs.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -22,6 +23,7 @@ from disha.files.disk import PathLike, check_path, open_tensors, save_tensors
 from disha.files.loading import load_contents
 from disha.files.saving import adapter_contents
 from disha.functional import Layout
+from disha.interop.lora.reading import scale_of
 from disha.interop.lora.writing import MATRIX, tensors_of, unknown_to_lora
 from disha.interop.low_rank import (
     CONV,
@@ -35,7 +37,7 @@ from disha.interop.low_rank import (
     list_names,
     low_rank_updates,
 )
-from disha.interop.peft_format import reasons_against, refuse_to_write
+from disha.interop.peft_format import PeftFolder, reasons_against, refuse_to_write
 from disha.layers.blocks import original_class
 from disha.model.state import LoadReport
 from disha.model.view import ModelView
@@ -45,6 +47,8 @@ __all__ = ["export", "load"]
 
 COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2")
 """The components of a pipeline that can have a LoRA, by their names in `diffusers`."""
+
+SETTINGS_KEY = "lora_adapter_metadata"
 
 Models = Mapping[str, object]
 """Component -> model, such as the `components` of a pipeline."""
@@ -131,10 +135,7 @@ def load(
     dtype: torch.dtype | None = None,
     freeze: bool = True,
 ) -> LoadReport:
-    """Load a LoRA file whose LoRAs are Bone adapters, such as `export` writes, into models.
-
-    If every A is [I_r I_r ... I_r], the LoRA is Bone with D = B^T, without loss. Other LoRAs have
-    no block and raise an error.
+    """Load a LoRA file into models, as `disha.interop.lora.load` loads a folder of PEFT.
 
     Args:
         models: component -> model, such as `{"unet": unet}` or `pipe.components`. It must have all
@@ -151,7 +152,7 @@ def load(
     Raises:
         AdapterIOError: the file can't be read.
         AdapterFileError: it is damaged, has unknown keys, or does not fit a model.
-        ConversionError: it holds another method than LoRA, or a LoRA that is not a Bone adapter.
+        ConversionError: it holds another method than LoRA.
         ArgumentError: a component of the file is not among the models, or the name is taken
             and `replace` is not set.
         ArgumentTypeError: an argument is of the wrong type.
@@ -318,6 +319,7 @@ def read_file(
     """
     with open_tensors(path) as file:
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        metadata = file.metadata() or {}
     if not tensors:
         raise AdapterFileError(f"{path} has no pair of factors: it has no tensors")
     a_end, b_end = MATRIX
@@ -335,13 +337,29 @@ def read_file(
         layout = Layout(CONV) if a.dim() > 2 else Layout("out in")
         names = None if modules is None else modules.get(component)
         model_name = _name_in_model(component, name, names)
-        scale = 1.0  # it is multiplied into B
+        scale = 1.0  # it is multiplied into B, unless the file has settings
+        settings = _settings_of(path, component, metadata)
+        if "lora_alpha" in settings.fields:
+            scale = scale_of(settings, name, len(a))
         of_layer = LayerFactors(model_name, a, b, layout, scale)
         factors.setdefault(component, []).append(of_layer)
     return {
         component: contents_of_factors(f"{path}, {component}", layers)
         for component, layers in factors.items()
     }
+
+
+def _settings_of(path: Path, component: str, metadata: Mapping[str, str]) -> PeftFolder:
+    """Return PEFT's settings of a component, which `diffusers` notes since its version 0.34."""
+    try:
+        noted = json.loads(metadata.get(SETTINGS_KEY, "{}")).items()
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise AdapterFileError(
+            f"{path}: {SETTINGS_KEY} is not a JSON object; get it again"
+        ) from error
+    start = f"{component}."
+    fields = {key.removeprefix(start): value for key, value in noted if key.startswith(start)}
+    return PeftFolder(path, fields, {})
 
 
 def _name_in_model(component: str, name: str, modules: Collection[str] | None) -> str:

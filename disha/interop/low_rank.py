@@ -13,7 +13,7 @@ import dataclasses
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import multimode
@@ -28,9 +28,10 @@ from disha.config import AdapterConfig
 from disha.errors import AdapterFileError, ArgumentError, ConversionError
 from disha.files import AdapterContents
 from disha.files.loading import Source
-from disha.functional import METHODS, Layout, method_of
+from disha.functional import METHODS, Layout, Method, method_of
 from disha.functional.bone import BONE
 from disha.functional.layouts import place_outputs
+from disha.functional.method import ALL_GROUPS, Groups
 from disha.layers.weights import base_of
 from disha.model.records import LayerRecord, Tensors
 from disha.model.view import ModelView
@@ -288,6 +289,8 @@ def _factors(layer: LayerRecord, block: Tensor) -> tuple[Tensor, Tensor] | None:
     if not layer.layout.has_kernel:
         return a, b
     # The stack of a convolution is its kernel: a (*kernel, r, in), b (*kernel, out, r).
+    if method_of(layer.method).spans_kernel:
+        return a.movedim((-2, -1), (0, 1)), b.reshape(b.shape[-2:])
     kernel = geometry.stack
     if method_of(layer.method).spans_kernel:  # b has the same at each position
         return a.movedim((-2, -1), (0, 1)), b.reshape(b.shape[-2:])
@@ -373,20 +376,7 @@ def contents_of_factors(
     parameters: Tensors = MappingProxyType({}),
 ) -> AdapterContents:
     """Return the adapter that has these factors, with new rows and other parameters."""
-    blocks: list[LayerBlock] = []
-    others = []
-    for layer_factors in factors:
-        layer_block = _block_of(layer_factors)
-        if layer_block is None:
-            others.append(layer_factors.name)
-        else:
-            blocks.append(layer_block)
-    if others:
-        count = counted(len(others) + len(blocks), "layer")
-        raise ConversionError(
-            f"{source} is not a Bone adapter: A is not [I I ... I] in {len(others)} of {count} "
-            f"({list_names(others)}); use it in PEFT, or in the program that it is made for"
-        )
+    blocks = _blocks_of(source, list(factors))
     first = None if not blocks else blocks[0][0]
     usual_r = max(multimode(layer.r for layer, _ in blocks), default=1)  # the most frequent
     config = AdapterConfig(
@@ -409,55 +399,113 @@ def contents_of_factors(
     return AdapterContents(config, layers, tuple(parameters), tensors, {})
 
 
-def _block_of(factors: LayerFactors) -> LayerBlock | None:
-    """Return the layer and block that have these factors, or None if no method has them.
+def _blocks_of(source: Source, factors: Sequence[LayerFactors]) -> list[LayerBlock]:
+    """Return the layers and blocks that have these factors, all of one method.
+
+    It is the first that has them all: Bone with groups, whose blocks are the smallest; Bone; LoRA.
+    """
+    broken = [layer.name for layer in factors if not _fit_together(layer)]
+    if broken:
+        raise AdapterFileError(
+            f"{source} has factors that don't belong together in {list_names(broken)}; get it again"
+        )
+    for method in _candidates(factors):
+        blocks: list[LayerBlock] = []
+        for layer in factors:
+            layer_block = _block_of(layer, method)
+            if layer_block is None:
+                break
+            blocks.append(layer_block)
+        else:
+            return blocks
+    raise ConversionError(
+        f"{source} has factors that no method has ({list_names([one.name for one in factors])}); "
+        "use it in PEFT, or in the program that it is made for"
+    )
+
+
+def _fit_together(factors: LayerFactors) -> bool:
+    a = factors.a
+    b = factors.b
+    dim = _rank_axis(factors)
+    return a.dim() == b.dim() > dim + 1 and a.numel() > 0 and a.shape[dim] == b.shape[dim + 1]
+
+
+def _rank_axis(factors: LayerFactors) -> int:
+    """Return the axis of the rank in A, which is that of the outputs in B."""
+    return 1 if factors.layout.experts_first else 0
+
+
+def _candidates(factors: Sequence[LayerFactors]) -> Iterator[Method]:
+    """Yield the methods that factors may have, those of the smallest blocks first."""
+    ranks = {layer.a.shape[_rank_axis(layer)] for layer in factors}
+    counts = range(max(ranks, default=0), 1, -1)
+    groups: list[Groups] = [n for n in counts if any(rank % n == 0 for rank in ranks)]
+    groups.append(ALL_GROUPS)
+    for method in METHODS.values():
+        with_groups = [method.with_groups(count) for count in groups]
+        yield from filter(None, with_groups)
+        yield method
+
+
+def _block_of(factors: LayerFactors, method: Method) -> LayerBlock | None:
+    """Return the layer and block of a method that have these factors, or None.
 
     If the rank is padded with zeros, the padding is cut.
     """
+    dim = _rank_axis(factors)
     a = factors.a
-    b = factors.b
-    dim = 1 if factors.layout.experts_first else 0  # of the rank in A, and of the outputs in B
-    if a.dim() < 2 or a.dim() != b.dim() or not a.numel() or a.shape[dim] != b.shape[dim + 1]:
-        return None
     is_nonzero = a.movedim(dim, 0).flatten(1).any(dim=1)  # (rank,)
     nonzero = is_nonzero.nonzero().flatten().tolist()
     unpadded = nonzero[-1] + 1 if nonzero else 0
-    for rank in (a.shape[dim], unpadded):
-        cut = factors._replace(a=a.narrow(dim, 0, rank), b=b.narrow(dim + 1, 0, rank))
-        layer_block = _block_of_rank(cut, dim)
-        if layer_block is not None:
-            return layer_block
+    for rank in dict.fromkeys((a.shape[dim], unpadded)):
+        cut = factors._replace(a=a.narrow(dim, 0, rank), b=factors.b.narrow(dim + 1, 0, rank))
+        for r in range(1, rank + 1):
+            layer_block = None if rank % r else _block_of_rank(cut, dim, method, r)
+            if layer_block is not None:
+                return layer_block
     return None
 
 
-def _block_of_rank(factors: LayerFactors, dim: int) -> LayerBlock | None:
+def _block_of_rank(factors: LayerFactors, dim: int, method: Method, r: int) -> LayerBlock | None:
     """Return the layer and block that have just these factors; `dim` is that of the rank in A."""
     name, a, b, layout, scale = factors
     rank, inputs, *kernel = a.shape[dim:]
-    r, rest = divmod(rank, math.prod(kernel))  # as in `_factors`, the rank is r * k
-    if rest or not r:
+    if method.spans_kernel:
+        if b.shape[dim + 1 :].numel() != rank:  # B has a kernel too
+            return None
+        a_matrices = a.flatten(dim + 1)
+        b_matrices = b.flatten(dim + 1)
+    else:
+        k, rest = divmod(rank, math.prod(kernel))  # as in `_factors`, the rank is k * positions
+        if rest:
+            return None
+        # (*experts, out, rank) -> (*experts, out, k, *kernel) -> (*experts, *kernel, out, k)
+        b_matrices = b.reshape(*b.shape[: dim + 1], k, *kernel)
+        b_matrices = b_matrices.movedim((dim, dim + 1), (-2, -1))
+        a_matrices = a
+    block = method.from_factors(a_matrices, b_matrices, r)
+    if block is None or block.count_nonzero() < b.count_nonzero():
         return None
-    # (*experts, out, rank) -> (*experts, out, r, *kernel) -> (*experts, *kernel, out, r)
-    matrices = b.reshape(*b.shape[: dim + 1], r, *kernel).movedim((dim, dim + 1), (-2, -1))
-    for method in METHODS.values():
-        block = method.from_lora_b(matrices)  # from (*stack, out, r)
-        if block is None:
-            continue
-        block = method.kept_block(layout, block)
-        layer = LayerRecord(
-            name,
-            method=method.name,
-            r=r,
-            r_out=None,
-            in_features=inputs,
-            out_features=b.shape[dim],
-            scale=scale,
-            base=None,
-            layout=layout,
-        )
-        if layer.reason_against_block(block.shape) is None:
-            # The block was made from B. Whether it is the whole LoRA is seen in A.
-            of_block = _factors(layer, block.to(a.dtype))
-            if of_block is not None and torch.equal(of_block[0], a):
-                return layer, block
-    return None
+    block = method.kept_block(layout, block)
+    layer = LayerRecord(
+        name,
+        method=method.name,
+        r=r,
+        r_out=None,
+        in_features=inputs,
+        out_features=b.shape[dim],
+        scale=scale,
+        base=None,
+        layout=layout,
+        kernel=tuple(kernel) if method.spans_kernel else (),
+    )
+    if layer.reason_against_block(block.shape) is not None:
+        return None
+    # The block was made from B, say. Whether it is the whole LoRA is seen in its factors.
+    of_block = _factors(layer, block.to(torch.promote_types(a.dtype, b.dtype)))
+    if of_block is None or of_block[0].shape != a.shape:
+        return None
+    pairs = zip(of_block, (a, b.reshape(of_block[1].shape)))
+    is_whole = all(torch.equal(made, given.to(made.dtype)) for made, given in pairs)
+    return (layer, block) if is_whole else None

@@ -168,12 +168,16 @@ def test_a_block_of_its_own_size_stays_and_no_other_multiple_exists(name):
 @on_every_layout
 def test_lora_factors_multiply_to_the_update_without_loss(kind, name):
     case = case_of(kind, name)
-    factors = method_of(case.method).lora_factors(case.layout, case.block, case.geometry)
-    if not method_of(case.method).low_rank:
+    method = method_of(case.method)
+    factors = method.lora_factors(case.layout, case.block, case.geometry)
+    if not method.low_rank:
         assert factors is None
-        assert method_of(case.method).from_lora_b(torch.zeros(4, 2)) is None
+        assert method.from_factors(torch.zeros(2, 4), torch.zeros(4, 2), 2) is None
         return
     a, b = factors
+    if not method.spans_kernel:
+        again = method.kept_block(case.layout, method.from_factors(a, b, case.r))
+        assert torch.equal(case._replace(block=again).delta, case.delta)
     if case.method == "lora":
         delta = case.layout.matrices(case.delta)
         if case.layout.padding_idx is not None:
@@ -192,11 +196,6 @@ def test_lora_factors_multiply_to_the_update_without_loss(kind, name):
         assert not delta[..., case.layout.padding_idx].any()
         a[..., case.layout.padding_idx] = 0.0
     assert torch.equal(b @ a, delta)  # each column of A has a single 1
-    if case.method in reference.GROUPS:
-        assert method_of(case.method).from_lora_b(b) is None  # a LoRA is a Bone without groups
-        return
-    again = method_of(case.method).kept_block(case.layout, method_of(case.method).from_lora_b(b))
-    assert torch.equal(case._replace(block=again).delta, case.delta)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Read a LoRA that is a Bone adapter, with a model or without."""
+"""Read a LoRA, with a model or without."""
 
 from __future__ import annotations
 
@@ -81,10 +81,11 @@ def load(
     dtype: torch.dtype | None = None,
     freeze: bool = True,
 ) -> LoadReport:
-    """Load a LoRA that is a Bone adapter, such as `export` writes, into a model.
+    """Load a LoRA into a model, with the same results as in PEFT.
 
-    If every A is [I_r I_r ... I_r], the LoRA is Bone with D = B^T, without loss. Other LoRAs have
-    no block and raise an error. Experts must be stacked.
+    It becomes an adapter of `method="lora"`, which trains on, and which `export` writes as it was.
+    If every A is [I_r I_r ... I_r], as `export` writes it for Bone, it becomes Bone again, with its
+    groups, without loss. Experts must be stacked. DoRA and trained biases are refused.
     Modules in `modules_to_save` bring their parameters, which train with the adapter from then on,
     and their buffers. Keys of `rank_pattern` and `alpha_pattern` may be regexes with one repeated
     character, such as `.*`, and a few choices, such as `(q|v)`.
@@ -104,7 +105,7 @@ def load(
     Raises:
         AdapterIOError: the folder can't be read.
         AdapterFileError: it does not hold a LoRA in PEFT's layout, or does not fit the model.
-        ConversionError: the LoRA is not a Bone adapter.
+        ConversionError: it is more than a LoRA, such as DoRA.
         ArgumentError: the name is taken and `replace` is not set.
         ModeError: adapters are merged (`MergeError`), or in a context.
 
@@ -290,7 +291,7 @@ def _factors_of(
             a, b = matrices_of(name, a, b, rank)
             layout = _layout_of_stack(name, layouts, model_type)
         # A may be empty. Then any rank will do here, because such a layer is refused later.
-        scale = _scale_of(folder, name, max(rank, 1))
+        scale = scale_of(folder, name, max(rank, 1))
         yield LayerFactors(name, a, b, layout, scale)
 
 
@@ -321,7 +322,7 @@ def _layout_of(
     return layouts[name]
 
 
-def _scale_of(folder: PeftFolder, name: str, rank: int) -> float:
+def scale_of(folder: PeftFolder, name: str, rank: int) -> float:
     """Return the scale s of a layer: lora_alpha divided by the rank, or by its square root."""
     alpha = folder.of_layer(name, "lora_alpha", "alpha_pattern")
     try:
@@ -348,6 +349,6 @@ def _check_settings(folder: PeftFolder) -> None:
         unsupported.append("bias")
     if unsupported:
         raise ConversionError(
-            f"{folder.path} uses {', '.join(unsupported)}, which Bone can't express; use it with "
+            f"{folder.path} uses {', '.join(unsupported)}, which is more than a LoRA; use it with "
             "PEFT"
         )

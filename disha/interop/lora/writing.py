@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from statistics import multimode
@@ -396,7 +397,8 @@ def _alpha_of(update: LowRankUpdate) -> float:
     if scale == 0:  # some runtimes read a lora_alpha of 0 as 1
         scale = 1.0
     alpha = scale * update.rank
-    return int(alpha) if alpha == int(alpha) else alpha
+    whole = round(alpha)
+    return whole if math.isclose(alpha, whole, rel_tol=1e-12) else alpha  # 1 / 49 * 49 is not 1
 
 
 def tensors_of(updates: Sequence[LowRankUpdate]) -> dict[str, Tensor]:
