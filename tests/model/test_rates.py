@@ -8,7 +8,7 @@ from torch import nn
 
 import disha
 from disha.errors import ArgumentError
-from disha.model.rates import MOVE
+from disha.model.rates import MOVE, MOVE_OF_FACTORS
 
 
 def make(method="bone", seed=0):
@@ -22,19 +22,19 @@ def suggest(model, x, labels):
     return disha.suggest_rate(model, x, loss=lambda y: nn.functional.cross_entropy(y, labels))
 
 
-@pytest.mark.parametrize("method", ["bone", "bone_groups2", "bone_groups_all", "bat"])
+@pytest.mark.parametrize("method", ["bone", "bone_groups2", "bone_groups_all", "lora", "bat"])
 def test_a_step_at_the_rate_moves_log_probabilities_by_the_constant(method):
     model, x, labels = make(method)
     rate = suggest(model, x, labels)
     model.eval()
     before = model(x)
     nn.functional.cross_entropy(before, labels).backward()
-    small = 1e-3
+    small, move = 1e-3, MOVE_OF_FACTORS if method == "lora" else MOVE
     optimizer = torch.optim.AdamW(disha.adapter_parameters(model), lr=small * rate, weight_decay=0)
     optimizer.step()
     p, change = before.softmax(-1), model(x).log_softmax(-1) - before.log_softmax(-1)
     variance = (p * change**2).sum(-1) - (p * change).sum(-1) ** 2
-    assert float(variance.detach().mean().sqrt()) == pytest.approx(small * MOVE, rel=0.2)
+    assert float(variance.detach().mean().sqrt()) == pytest.approx(small * move, rel=0.2)
 
 
 def test_model_modes_and_gradients_are_as_before():
