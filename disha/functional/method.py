@@ -281,21 +281,26 @@ class Method:
         geometry = layout.geometry(weight.shape, output_ranges)
         stack = geometry.stack_without_kernel() if self.spans_kernel else geometry.stack
         if self.stack_of(layout, block.shape) != stack:
-            raise ArgumentError(
-                f"a {self.name} block of shape {tuple(block.shape)} does not fit a weight of shape "
-                f"{tuple(weight.shape)} laid out as {layout.pattern!r}"
-            )
+            raise self._misfit(layout, block, weight)
         matrix = self.matrix_block(layout, block)
         if self.low_rank:
             delta = self._multiply_factors(matrix, geometry)
         else:
             part = layout.part(weight, output_ranges)
             delta = self._compute_delta(matrix, geometry, layout, part)
+        if delta.shape[-2] != geometry.out_features:
+            raise self._misfit(layout, block, weight)
         if layout.padding_idx is not None:
             index = torch.tensor([layout.padding_idx], device=delta.device)
             delta = delta.index_fill(-1, index, 0.0)
         out_features = layout.geometry(weight.shape).out_features
         return layout.weight(place_outputs(delta, output_ranges, out_features))
+
+    def _misfit(self, layout: Layout, block: Tensor, weight: Tensor) -> ArgumentError:
+        return ArgumentError(
+            f"a {self.name} block of shape {tuple(block.shape)} does not fit a weight of shape "
+            f"{tuple(weight.shape)} laid out as {layout.pattern!r}"
+        )
 
     def _multiply_factors(self, block: Tensor, geometry: Geometry) -> Tensor:
         """Return R^T A as a stack of matrices."""

@@ -158,7 +158,8 @@ def _add(first: Update, second: Update, layout: Layout, geometry: Geometry) -> U
         return None
     a = factors_of(first, layout, geometry)
     b = factors_of(second, layout, geometry)
-    if isinstance(a.down, int) and a.down == b.down and a.up.dtype == b.up.dtype:
+    are_sums = isinstance(a.down, int) and isinstance(b.down, int)
+    if are_sums and a.down == b.down and a.up.dtype == b.up.dtype:
         block = BONE.kept_block(layout, a.dense_up() + b.dense_up())
         return Update(BONE, block)
     return None

@@ -447,9 +447,9 @@ class TestLayoutsOfTheUser:
             ({"rows": {"proj": [0, 1, 2]}}, ArgumentTypeError, "must be pairs"),
             ({"rows": {"other": [(0, 2)]}}, ArgumentError, "rows 'other' matches nothing"),
             (
-                {"method": "lora"},
+                {"method": "loha"},
                 ArgumentError,
-                f"unknown method 'lora'; allowed are {method_names()}",
+                f"unknown method 'loha'; allowed are {method_names()}",
             ),
         ],
     )

@@ -167,6 +167,7 @@ OTHER_DTYPES = {
     "tile": (torch.float32,),
     "bone_groups2": (torch.bfloat16, torch.float16),
     "bone_groups_all": (torch.float32,),
+    "lora": (torch.bfloat16, torch.float16),
     "bat": (torch.bfloat16, torch.float16),
     "rows": (torch.float32,),
 }

@@ -25,9 +25,21 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16)
 def born(kind, in_features=10, out_features=9, *args, r=4, **kwargs):
     if kind == "bat":
         return BatLinear(in_features, out_features, *args, r=r, **kwargs)
+    if kind == "lora":
+        return born_by_injection(in_features, out_features, *args, r=r, **kwargs)
     settings = reference.settings_of(kind, 3)
     settings.pop("method", None)
     return BoneLinear(in_features, out_features, *args, r=r, **settings, **kwargs)
+
+
+def born_by_injection(*args, dtype=None, block_dtype=None, freeze=True, **settings):
+    """A LoRA has no layer of its own."""
+    layer = nn.Linear(*args, **({} if dtype is None else {"dtype": dtype}))
+    disha.inject_adapters(layer, "all-linear", method="lora", dtype=block_dtype, **settings)
+    for parameter in (layer.base_weight, layer.bias):
+        if parameter is not None:
+            parameter.requires_grad_(not freeze)
+    return layer
 
 
 def inject(model, kind, r=4, **kwargs):
@@ -152,10 +164,14 @@ def test_printout_shows_method_sizes_adapter_and_scale(kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_reset_parameters_draws_the_base_and_zeroes_the_block(kind):
     layer = fill(born(kind))
-    before = layer.base_weight.clone()
+    before, block = layer.base_weight.clone(), layer.disha["default"].block
+    filled = block.detach().clone()
     layer.reset_parameters()
     assert not torch.equal(layer.base_weight, before)
-    assert not layer.disha["default"].block.any()
+    if kind == "lora":  # A is drawn anew, and B is zero
+        assert (block[:, :10] != filled[:, :10]).all()
+        block = block[:, 10:]
+    assert not block.any()
 
 
 @pytest.mark.parametrize("kind", KINDS)
