@@ -29,7 +29,8 @@ def main(words: Sequence[str]) -> None:
     parser.add_argument("base", nargs="?", help="the base")
     parser.add_argument("adapter", type=Path, help="the adapter file")
     parser.add_argument("out", type=Path, help="what to write")
-    parser.add_argument("--scale", type=float, help="s of all layers, instead of the adapter's own")
+    scale_help = "s of all layers, instead of the adapter's own; alpha / r of other libraries"
+    parser.add_argument("--scale", type=float, help=scale_help)
     parser.add_argument("--no_also_train", action="store_true", help="merge the blocks alone")
     parser.add_argument("--force", action="store_true", help="also into another or a tied base")
     parser.add_argument("--overwrite", action="store_true", help="replace what is there")

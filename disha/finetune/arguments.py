@@ -96,7 +96,7 @@ SHOWN = (
 
 USAGE = """disha finetune [flags]
 
-Train an adapter (Bone, tile, BAT) for a language model with trl's SFTTrainer.
+Train an adapter (Bone, tile, BAT, LoRA) for a language model with trl's SFTTrainer.
 
   disha finetune --base path/to/model --data rows.jsonl --output_dir output
   disha finetune --config run.yaml --learning_rate 1e-4"""
@@ -127,8 +127,8 @@ class AdapterArguments:
         choices=("auto", *BITS),
     )
     # torchrun takes --r for an abbreviation of its own flags.
-    r: int = _flag(64, "the shard size", "--bone_r", "--rank")
-    method: str = _flag("bone", "bone (also called miss) or bat")
+    r: int = _flag(64, "the shard size, or the rank of lora", "--bone_r", "--rank")
+    method: str = _flag("bone", "bone (also called miss), bat or lora")
     init_weights: str | None = _flag(
         None, "the method in the author's words: True or bat", choices=("True", "bat")
     )
@@ -418,9 +418,9 @@ def _choose_method(given: Mapping[str, Any], noted: str | None = None) -> str:
     method: str = given.get("method", plain)
     if given.get("init_weights") == "bat":
         method = "bat"
-    elif given.get("init_weights") and method == "bat":
+    elif given.get("init_weights") and method not in ("bone", "miss"):
         raise ArgumentError(
-            "--init_weights True means Bone, and the adapter has method=bat; leave one out"
+            f"--init_weights True means Bone, and the adapter has method={method}; leave one out"
         )
     groups = given.get("groups", "1")
     if groups == "1":

@@ -67,7 +67,7 @@ def test_a_file_of_flags_and_the_command_line_wins(tmp_path):
         ("--r many", "invalid int value: 'many'"),
         ("--groups few", "--groups must be a number from 1, or all; got few"),
         ("--groups 2 --method bat", "leave --groups out: only bone takes groups of shards"),
-        ("--init_weights True --method bat", "True means Bone, and the adapter has method=bat"),
+        ("--init_weights True --method lora", "True means Bone, and the adapter has method=lora"),
         ("--config", "--config needs a YAML file"),
         ("--eval_fraction 1.5", "--eval_fraction must be below 1, got 1.5"),
         ("--config nowhere.yaml", "can't be read as YAML"),
