@@ -292,8 +292,6 @@ def _factors(layer: LayerRecord, block: Tensor) -> tuple[Tensor, Tensor] | None:
     if method_of(layer.method).spans_kernel:
         return a.movedim((-2, -1), (0, 1)), b.reshape(b.shape[-2:])
     kernel = geometry.stack
-    if method_of(layer.method).spans_kernel:  # b has the same at each position
-        return a.movedim((-2, -1), (0, 1)), b.reshape(b.shape[-2:])
     a = a.flatten(0, len(kernel) - 1)  # (k, r, in), where k counts the positions of the kernel
     b = b.flatten(0, len(kernel) - 1)  # (k, out, r)
     # A row of the LoRA's A holds a row of `a` at a single position of the kernel, and zeros at all
