@@ -148,7 +148,7 @@ def bat_linear(
     if is_cast(x):
         dtype = torch.get_autocast_dtype(x.device.type)
         bias = None if bias is None else bias.to(dtype)
-        with without_autocast(x.device):
+        with without_autocast(x):
             return bat_linear(
                 x.to(dtype), weight.to(dtype), bias, block.to(dtype), scale, with_base
             )
@@ -202,7 +202,7 @@ class _BatLinear(torch.autograd.Function):
         slabs = _cut_into_slabs(weight, block)
         # A second derivative needs every intermediate result, so it gets no memory to share.
         scratch = None if torch.is_grad_enabled() else _new_scratch(weight, block, slabs)
-        with without_autocast(weight.device):
+        with without_autocast(weight):
             for blocks, rows in slabs:
                 grad_rows = grad[:, rows]
                 # The slab of W_eff and that of its gradient are both formed in `scratch`. So the

@@ -308,7 +308,7 @@ class Method:
         if isinstance(down, int):  # dW only repeats the values of R, so it needs no wider dtype
             return repeat_over_shards(up.mT, geometry.in_features)
         dtype = merge_dtype(block.dtype)
-        with without_autocast(block.device):
+        with without_autocast(block):
             return up.mT.to(dtype) @ down.to(dtype)
 
     def _compute_delta(
@@ -317,7 +317,7 @@ class Method:
         """Return dW as a stack of matrices, in a dtype in which it keeps its digits."""
         dtype = merge_dtype(weight.dtype, block.dtype)
         matrices = layout.matrices(weight).to(dtype) if self.reads_weight else None
-        with without_autocast(weight.device):
+        with without_autocast(weight):
             return self.delta(block.to(dtype), geometry, matrices)
 
     def dense_factors(self, block: Tensor, geometry: Geometry) -> tuple[Down, Tensor]:

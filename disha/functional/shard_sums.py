@@ -119,7 +119,7 @@ def tiled(block: Tensor, out_features: int) -> Tensor:
     # guard its cache of shapes.
     tiles = out_features // r_out
     # On a CPU, torch can't concatenate float16 under autocast.
-    can_concatenate = block.dtype != torch.float16 or not autocasts(block.device)
+    can_concatenate = block.dtype != torch.float16 or not autocasts(block)
     if tiles <= FEW_TILES and can_concatenate:
         return torch.cat([block] * tiles, -1)
     leading = (1,) * (block.dim() - 1)
@@ -250,25 +250,26 @@ def may_define_backward(*operands: Tensor) -> bool:
     return {type(operand) for operand in operands}.issubset(PLAIN)
 
 
-_KNOWN_TO_ANY_AUTOCAST = ("cpu", "cuda")
-"""The devices that torch's check for any autocast knows."""
-
-
-def autocasts(device: torch.device) -> bool:
-    """Return whether autocast casts the operands of products on a device now."""
-    name = device.type
+def autocasts(x: Tensor) -> bool:
+    """Return whether autocast casts the operands of products on the device of x now."""
     # The check for any autocast takes a fifth of the time of the other one.
-    if name in _KNOWN_TO_ANY_AUTOCAST and not any_autocast():
+    if not any_autocast() and _knows_device_of(x):
         return False
+    name = x.device.type
     return name != "meta" and torch.is_autocast_enabled(name)  # meta has no autocast
+
+
+def _knows_device_of(x: Tensor) -> bool:
+    """Whether torch's check for any autocast knows the device of x."""
+    return x.is_cpu or x.is_cuda
 
 
 def is_cast(x: Tensor) -> bool:
     """Return whether autocast casts x in a product now: float64 and complex numbers stay."""
-    return x.is_floating_point() and x.dtype != torch.float64 and autocasts(x.device)
+    return x.is_floating_point() and x.dtype != torch.float64 and autocasts(x)
 
 
-def without_autocast(device: torch.device) -> AbstractContextManager[object]:
+def without_autocast(x: Tensor) -> AbstractContextManager[object]:
     """Return a context in which products are computed in their operands' own dtype."""
     # Entering autocast to switch it off takes as long as a small product.
-    return torch.autocast(device.type, enabled=False) if autocasts(device) else nullcontext()
+    return torch.autocast(x.device.type, enabled=False) if autocasts(x) else nullcontext()

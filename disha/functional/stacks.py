@@ -88,7 +88,7 @@ def _multiply_runs(x: Tensor, weight: Tensor, offsets: Tensor, updates: Sequence
     outputs = []
     start = 0
     by_matrix = list(zip(*[update.unstack() for update in updates]))
-    with without_autocast(x.device):  # autocast does not cast grouped products
+    with without_autocast(x):  # autocast does not cast grouped products
         for index, stop in enumerate(offsets.tolist()):
             # A matrix without tokens is left out. But if none has any, torch.cat still needs an
             # output, so all give an empty one.

@@ -72,7 +72,7 @@ def _compute(module: nn.Module, attribute: str) -> Tensor:
     with ExitStack() as stack:
         for tensor in stored:
             stack.enter_context(gathered_parameter(tensor))
-            stack.enter_context(without_autocast(tensor.device))
+            stack.enter_context(without_autocast(tensor))
         if isinstance(module, AdaptedLayer):
             active = module.disha.active
             slots = slots_of(module, active)

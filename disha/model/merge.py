@@ -348,7 +348,7 @@ def _compute_merged(
     """
     parameter = layer._parameters[slot.parameter]
     assert parameter is not None
-    with without_autocast(parameter.device):
+    with without_autocast(parameter):
         merged = sum_with_updates(layer, slot, adapters)
     if not is_finite_as(merged, merge_dtype(merged.dtype)):  # in 8 bits, torch can't tell
         raise MergeError(
