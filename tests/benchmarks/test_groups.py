@@ -18,7 +18,7 @@ from benchmarks.convergence.groups_report import (
 from benchmarks.convergence.methods import golay_sign
 from benchmarks.convergence.plan import CANDIDATES, LONG, STUDY, main_cell
 from benchmarks.convergence.runs import RESULTS, Run, read_runs
-from disha.functional import Layout
+from disha.functional import Layout, Update, adapted_linear
 
 KEPT = read_runs(RESULTS)
 OF_MISS = [name for name in GROUPS if not name.startswith("bat")]
@@ -46,7 +46,7 @@ def test_the_update_is_that_of_the_definition(name, inputs, outputs):
     expected = slow_update(name, block, inputs)
     weight, bias, x = torch.randn(outputs, inputs), torch.randn(outputs), torch.randn(5, inputs)
     assert torch.equal(method.delta_weight(Layout("out in"), block, weight), expected)
-    output = method.product(x, weight, bias, block, 0.5)
+    output = adapted_linear(x, weight, bias, [Update(method, block, 0.5)])
     torch.testing.assert_close(output, F.linear(x, weight + 0.5 * expected, bias))
 
 
