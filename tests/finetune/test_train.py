@@ -187,7 +187,8 @@ class TestBases:
         assert disha_command(["generate", *asked, "--max_new_tokens", "3"]) == 0
 
     @pytest.mark.parametrize(
-        "words", [["--also_train", "norm"], ["--method", "bat"], ["--groups", "2"]]
+        "words",
+        [["--also_train", "norm"], ["--method", "bat"], ["--method", "lora"], ["--groups", "2"]],
     )
     def test_float16_with_scaled_losses(self, finetune, tmp_path, capsys, monkeypatch, words):
         """What a device without bfloat16 chooses. accelerate scales no losses on a processor."""
