@@ -150,7 +150,7 @@ class Method:
         The block comes in its own dtype, such as float32 over a bfloat16 weight, and so do A and R.
         Products cast them to the dtype of their input; merging does not.
         """
-        return block.shape[-2], block
+        return int(block.shape[-2]), block  # a number also while torch.jit traces
 
     def dense_up(self, up: Tensor, k: int, geometry: Geometry) -> Tensor:
         """Return R (..., k, out) of what `factors` returns for it."""

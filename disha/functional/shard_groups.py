@@ -55,7 +55,7 @@ class _BoneGroups(Method):
         return (*geometry.stack, r, geometry.out_features)
 
     def factors(self, block: Tensor, geometry: Geometry) -> tuple[Down, Tensor]:
-        return self._count(block, geometry.in_features) * block.shape[-2], block
+        return int(self._count(block, geometry.in_features) * block.shape[-2]), block
 
     def dense_up(self, up: Tensor, k: int, geometry: Geometry) -> Tensor:
         return group_factor(up, k // up.shape[-2])
