@@ -13,7 +13,7 @@ from tests.serving.served import ENVIRONMENT, PYTHON
 ROOT = Path(__file__).parent.parent.parent
 
 
-@pytest.mark.parametrize("method", ["bone", "bat"])
+@pytest.mark.parametrize("method", ["bone", "bat", "lora"])
 def test_each_step_has_the_weights_of_the_trained_model(tmp_path, method):
     model = write_model(tmp_path / "model", "Llama")
     results = tmp_path / "results.json"
