@@ -6,7 +6,6 @@ merged model. Here it is found which blocks act and get gradients.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -14,35 +13,24 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from disha.effective.contexts import open_context
-from disha.effective.weight import EffectiveWeight
 from disha.errors import ArgumentError, DishaError
-from disha.layers.adapted import AdaptedLayer
 from disha.layers.blocks import AdapterBlock
 from disha.layers.wrappers import clean_key
-from disha.model.check_merges import Merging, compare_merged
+from disha.model.check_merges import (
+    Merging,
+    compare_merged,
+    describe_difference,
+    find_tolerance,
+)
 from disha.model.check_report import CheckedWeight, CheckReport
 from disha.model.check_runs import Runner, UndoesWrites, restore_data
-from disha.model.inject import guard_encoders, take_out
+from disha.model.inject import take_out
 from disha.model.view import ModelBlock, ModelView
-from disha.private_torch import tree_leaves
 from disha.sharding.imported import imported_class
 from disha.sharding.tensors import gather, write
 from disha.sharding.zero import repartition, whole_shape
-
-ELEMENTWISE = {
-    f"{side}{name}{end}"
-    for name in ("add", "sub", "mul", "div", "truediv")
-    for side, end in (("", ""), ("__", "__"), ("__r", "__"))
-}
-"""Names of operations in which a weight is no matrix."""
-
-NEVER_MULTIPLIED = (
-    "it is never multiplied as a matrix, but used element by element, where a layout means "
-    "nothing; to train all of it, name it in also_train"
-)
 
 SIZE = 0.02
 """Standard deviation of the random values that blocks get during the check."""
@@ -106,32 +94,20 @@ def check_adapters(
     ]
     if not active:
         raise ArgumentError("no adapter is active; activate one with set_active_adapters")
-    for model_block in active:
-        _refuse_parametrised(model_block.name, model_block.layer)
     runs: Any = model
     engine = imported_class("deepspeed.runtime.engine", "DeepSpeedEngine")
     if isinstance(model, engine):
         runs = model.module  # the engine takes every backward for one of training
-    with ExitStack() as undo:  # whatever the check changes comes back
-        weights = _check(view, undo, active, lambda: runs(*inputs, **kwargs), merging)
-        base_changed = _find_whether_base_changed(view, undo, lambda: runs(*inputs, **kwargs))
+    blocks = [model_block.block for model_block in active]
+    runner = Runner(view, blocks, lambda: runs(*inputs, **kwargs))
+    # Whatever the check changes comes back.
+    with torch.inference_mode(False), torch.enable_grad(), ExitStack() as undo:
+        weights = _check(view, undo, active, runner, merging)
+        base_changed = _find_whether_base_changed(view, undo, runner)
     if optimizer is None:
         return CheckReport(weights, base_changed=base_changed)
     untrained, unknown = _compare_with_optimizer(model, optimizer)
     return CheckReport(weights, untrained, unknown, base_changed)
-
-
-def _refuse_parametrised(name: str, layer: AdaptedLayer) -> None:
-    """Raise if an adapted parameter was replaced by a parametrization, which hides the adapters."""
-    computed: Any = layer._modules.get("parametrizations")
-    if computed is None:
-        return
-    for parameter in layer._adapted_parameters:
-        if parameter in computed and not hasattr(layer._original_class, parameter):
-            raise ArgumentError(
-                f"{name} was parametrised after it was adapted, so its adapters no longer act; "
-                "remove the adapters, parametrise the layer, and adapt it again"
-            )
 
 
 def _compare_with_optimizer(
@@ -150,38 +126,24 @@ def _compare_with_optimizer(
     return tuple(untrained), len(trained)
 
 
-def _find_whether_base_changed(
-    view: ModelView, undo: ExitStack, call: Callable[[], Any]
-) -> bool | None:
+def _find_whether_base_changed(view: ModelView, undo: ExitStack, runner: Runner) -> bool | None:
     """Whether the adapted model, with all updates off, computes something else than its base.
 
     None if it does not run as its base, or is sharded: then no layer can be plain for a moment.
     """
-    if view.is_sharded or view.is_wrapped:
+    if view.is_sharded or view.wrapper is not None:
         return None
-    # Kept twice, so that the model comes back even if adapting it again fails.
-    view.keep_records(undo)
-    undo.callback(guard_encoders, view)
-    runner = Runner(view, [], call)
     groups = frozenset(layer.disha.group for layer in view.find_layers())
-    with torch.inference_mode(False), torch.enable_grad():
-        with open_context(groups, (), disables=True):
-            without_updates = runner.run(training=False)
-        with ExitStack() as plain:
-            take_out(view, view.adapters, plain)
-            try:
-                of_base = runner.run(training=False)
-            except Exception:  # a forward that asks its layers for their adapters
-                return None
-    if len(without_updates) != len(of_base):
-        return True
-    for output, expected in zip(without_updates, of_base):
-        tolerance = torch.finfo(expected.dtype).eps ** 0.5
-        if output.shape != expected.shape:
-            return True
-        if not torch.allclose(output, expected, tolerance, tolerance, equal_nan=True):
-            return True
-    return False
+    with open_context(groups, (), disables=True):
+        without_updates = runner.run(training=False)
+    take_out(view, view.adapters, undo)
+    try:
+        of_base = runner.run(training=False)
+    except Exception:  # a forward that asks its layers for their adapters
+        return None
+    tolerance = find_tolerance(of_base)
+    allowed = [tolerance] * len(of_base)
+    return bool(describe_difference(without_updates, of_base, tolerance, allowed))
 
 
 # --- what the model does with the blocks ---------------------------------------------------------
@@ -191,43 +153,42 @@ def _find_whether_base_changed(
 class _Observation:
     """What the model did with the blocks when it ran in one mode."""
 
-    training: bool  # the mode: training, or evaluation
     outputs: list[Tensor]
     read: set[AdapterBlock]
     acting: set[AdapterBlock]
     with_gradient: set[AdapterBlock]
     error: str  # why gradients could not be computed; empty if they could
-    only_elementwise: set[AdapterBlock]  # those of weights that no product was seen to read
 
 
 def _check(
-    view: ModelView,
-    undo: ExitStack,
-    active: list[ModelBlock],
-    call: Callable[[], Any],
-    merging: bool,
+    view: ModelView, undo: ExitStack, active: list[ModelBlock], runner: Runner, merging: bool
 ) -> tuple[CheckedWeight, ...]:
     """Return the rows of the report; `undo` takes back what this changes."""
     for module in view.model.modules():
         undo.callback(setattr, module, "training", module.training)
     view.reshard()
-    blocks = [model_block.block for model_block in active]
-    runner = Runner(view, blocks, call)
-    with torch.inference_mode(False), torch.enable_grad():
-        zeros = {block for block in blocks if not gather(block.block).count_nonzero()}
-        frozen = {block for block in blocks if not block.block.requires_grad}
-        _randomise(blocks, undo)
-        restore_data(active, undo)
-        undo.callback(view.reshard)  # a forward gathers what is sharded
-        with UndoesWrites(active, undo):
-            in_evaluation = _observe(runner, blocks, training=False)
-        observations = [in_evaluation]
-        merged = active if merging else []  # the blocks whose merge is compared
-        mergings = compare_merged(view, runner, merged, in_evaluation.outputs, training=False)
-        in_order = in_evaluation.acting & in_evaluation.with_gradient
-        idle = [block for block in blocks if block not in in_order]
-        in_training, error_in_training = _observe_idle(runner, idle, active, undo)
-        if in_training is not None:
+    blocks = runner.blocks
+    zeros = [block for block in blocks if not gather(block.block).count_nonzero()]
+    frozen = [block for block in blocks if not block.block.requires_grad]
+    _randomise(blocks, undo)
+    restore_data(active, undo)
+    undo.callback(view.reshard)  # a forward gathers what is sharded
+    with UndoesWrites(active, undo):
+        in_evaluation = _observe(runner, blocks, training=False)
+    merged = active if merging else []  # the blocks whose merge is compared
+    mergings = compare_merged(view, runner, merged, in_evaluation.outputs, training=False)
+    observations = [in_evaluation]
+    error_in_training = ""
+    in_order = in_evaluation.acting & in_evaluation.with_gradient
+    idle = [block for block in blocks if block not in in_order]
+    if idle:
+        try:
+            with UndoesWrites(active, undo):
+                in_training = _observe(runner, idle, training=True)
+        except Exception as error:  # such as of a loss without its targets, or of a batch norm
+            name = type(error).__name__
+            error_in_training = f"; in training mode it raises {name} with these inputs"
+        else:
             observations.append(in_training)
             # What a merge does to blocks that act only in training is seen only there.
             only_there = in_training.acting - in_evaluation.acting
@@ -236,47 +197,30 @@ def _check(
             for layer, other in others.items():
                 if mergings[layer].keeps_outputs:  # else there is a reason already
                     mergings[layer] = other
-        stuck = _find_stuck_blocks(runner, zeros, observations, undo)
+    trained_in_evaluation = [block for block in zeros if block in in_evaluation.with_gradient]
+    stuck_kinds = _find_stuck_kinds(runner, trained_in_evaluation, undo)
     rows = []
-    for model_block in active:
-        block = model_block.block
+    for name, layer, adapter, block in active:
         reason = _reason_against_training(block, observations)
-        if reason and error_in_training:
-            reason += f"; in training mode it raises {error_in_training} with these inputs"
-        elif not reason and block in frozen:
+        if reason:
+            reason += error_in_training
+        elif block in frozen:
             reason = "it acts, but it is frozen; to train it, call mark_only_adapters_trainable"
-        elif not reason and block in stuck:
+        elif block in zeros and block.kind in stuck_kinds:
             reason = "a block of zeros gets no gradient by its method; use init='kaiming'"
-        of_layer = mergings.get(model_block.layer, Merging(None))
-        rows.append(_make_row(model_block, observations, reason, of_layer))
+        merging_of_layer = mergings.get(layer, Merging(None))
+        row = CheckedWeight(
+            name,
+            adapter,
+            read=any(block in observation.read for observation in observations),
+            acts=any(block in observation.acting for observation in observations),
+            gradient=not reason,
+            merges=merging_of_layer.keeps_outputs,
+            # Why it does not train comes before why it does not merge.
+            reason=reason or merging_of_layer.reason,
+        )
+        rows.append(row)
     return tuple(rows)
-
-
-def _make_row(
-    model_block: ModelBlock,
-    observations: list[_Observation],
-    reason_against_training: str,
-    merging: Merging,
-) -> CheckedWeight:
-    """Return the row of a block. Why it does not train comes before why it does not merge."""
-    block = model_block.block
-    is_read = any(block in observation.read for observation in observations)
-    acts = any(block in observation.acting for observation in observations)
-    reason = reason_against_training
-    trains = not reason
-    if trains:
-        reason = merging.reason
-        if not reason and any(block in seen.only_elementwise for seen in observations):
-            reason = NEVER_MULTIPLIED
-    return CheckedWeight(
-        model_block.name,
-        model_block.adapter,
-        read=is_read,
-        acts=acts,
-        gradient=trains,
-        merges=merging.keeps_outputs,
-        reason=reason,
-    )
 
 
 def _reason_against_training(block: AdapterBlock, observations: list[_Observation]) -> str:
@@ -299,11 +243,10 @@ def _observe(runner: Runner, blocks: list[AdapterBlock], *, training: bool) -> _
     A block without a gradient may act all the same, so the model runs once more for each of these.
     """
     with runner.mode(training=training):
-        with _NotesUses() as notes:
-            read, outputs = _run_and_note_reads(runner, blocks)
+        read, outputs = _run_and_note_reads(runner, blocks)
+        error = ""
         try:
             with_gradient = _find_with_gradient(outputs, read)
-            error = ""
         except DishaError:
             raise
         except RuntimeError as failure:  # for example, the forward has freed a part of the graph
@@ -314,52 +257,7 @@ def _observe(runner: Runner, blocks: list[AdapterBlock], *, training: bool) -> _
     for block in blocks:
         if block not in acting and _changes_outputs(runner, block, outputs, training):
             acting.add(block)
-    only_elementwise = {block for block, values in read.items() if notes.only_elementwise(values)}
-    return _Observation(
-        training, outputs, set(read), acting, with_gradient, error, only_elementwise
-    )
-
-
-class _NotesUses(TorchFunctionMode):
-    """Notes which operations make plain tensors of effective weights."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._uses: dict[int, set[str]] = {}  # id of a block's values -> names of operations
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        named = kwargs or {}
-        result = func(*args, **named)
-        if isinstance(result, Tensor) and not isinstance(result, EffectiveWeight):
-            for value in tree_leaves((args, named)):
-                if type(value) is EffectiveWeight:
-                    for block in value.updates.blocks:
-                        self._uses.setdefault(id(block), set()).add(func.__name__)
-        return result
-
-    def only_elementwise(self, values: Tensor) -> bool:
-        """Whether all noted uses of a weight with this block are element by element."""
-        uses = self._uses.get(id(values), set())
-        return bool(uses) and uses <= ELEMENTWISE
-
-
-def _observe_idle(
-    runner: Runner, idle: list[AdapterBlock], active: list[ModelBlock], undo: ExitStack
-) -> tuple[_Observation | None, str]:
-    """Observe in training mode the blocks that are idle in evaluation.
-
-    The result is (observation, ""); or (None, "") if no block is idle; or, if the model raises in
-    training mode, (None, the name of the error).
-    """
-    if not idle:
-        return None, ""
-    try:
-        with UndoesWrites(active, undo):
-            return _observe(runner, idle, training=True), ""
-    except Exception as error:  # such as of a loss without its targets, or of a batch norm
-        return None, type(error).__name__
+    return _Observation(outputs, set(read), acting, with_gradient, error)
 
 
 def _randomise(blocks: list[AdapterBlock], undo: ExitStack) -> None:
@@ -425,25 +323,16 @@ def _changes_outputs(
     return not all(torch.equal(output, former) for output, former in zip(changed, outputs))
 
 
-def _find_stuck_blocks(
-    runner: Runner, zeros: set[AdapterBlock], observations: list[_Observation], undo: ExitStack
-) -> set[AdapterBlock]:
-    """Return those blocks of zeros that get no gradient by their method, and so stay zero.
+def _find_stuck_kinds(runner: Runner, zeros: list[AdapterBlock], undo: ExitStack) -> list[str]:
+    """Return the kinds of these blocks of which a block of zeros gets no gradient, and stays so.
 
-    That is a property of the method, so one block of each method is tried.
+    That is a property of the method, so one block of each kind is tried.
     """
-    tried: set[str] = set()
-    stuck: set[str] = set()
-    for block in runner.blocks:
-        reaching = [
-            observation for observation in observations if block in observation.with_gradient
-        ]
-        if block not in zeros or block.kind in tried or not reaching:
-            continue
-        tried.add(block.kind)
+    stuck = []
+    for kind, block in {block.kind: block for block in zeros}.items():
         write(block.block, torch.zeros(whole_shape(block.block), device="cpu"), undo)
-        with runner.mode(training=reaching[0].training):
+        with runner.mode(training=False):
             read, outputs = _run_and_note_reads(runner, [block])
-            if block not in _find_with_gradient(outputs, read):
-                stuck.add(block.kind)
-    return {block for block in zeros if block.kind in stuck}
+            if not _find_with_gradient(outputs, read):
+                stuck.append(kind)
+    return stuck

@@ -61,7 +61,7 @@ def compare_merged(
     }
     for model_block in compared:
         together[model_block.layer].update(borrowers[model_block.block].values())
-    tolerance = _relative_tolerance(expected, compared)
+    tolerance = find_tolerance([*expected, *dense_weights(compared).values()])
     sums_before = sum_weights(compared)
     allowed = _measure_rounding(runner, expected, tolerance, training)  # runs the model once
     sums_after = sum_weights(compared)  # if they differ, that forward has changed a weight
@@ -71,7 +71,7 @@ def compare_merged(
         with ExitStack() as undo:
             merge(view, undo, only=only)
             outputs = runner.run(training=training)
-        return _describe_difference(outputs, expected, tolerance, allowed)
+        return describe_difference(outputs, expected, tolerance, allowed)
 
     mergings: dict[AdaptedLayer, Merging] = {}
     try:
@@ -117,11 +117,9 @@ def _split_by_size(compared: list[ModelBlock]) -> list[list[AdaptedLayer]]:
     return parts
 
 
-def _relative_tolerance(outputs: list[Tensor], compared: list[ModelBlock]) -> float:
-    """Return the square root of the largest rounding step of the outputs' and weights' dtypes."""
-    dtypes = {output.dtype for output in outputs}
-    dtypes |= {weight.dtype for weight in dense_weights(compared).values()}
-    return float(max(torch.finfo(dtype).eps for dtype in dtypes) ** 0.5)
+def find_tolerance(tensors: Iterable[Tensor]) -> float:
+    """Return the square root of the largest rounding step of the dtypes of tensors."""
+    return max(torch.finfo(tensor.dtype).eps for tensor in tensors) ** 0.5
 
 
 def _measure_rounding(
@@ -142,7 +140,7 @@ def _measure_rounding(
     return [ROUNDINGS * _find_largest(output - former) for output, former in zip(outputs, expected)]
 
 
-def _describe_difference(
+def describe_difference(
     outputs: list[Tensor], expected: list[Tensor], tolerance: float, allowed: list[float]
 ) -> str:
     """Return how merged outputs differ from the expected ones; empty if only by rounding."""

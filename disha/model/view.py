@@ -485,20 +485,18 @@ class ModelView:
 
     # --- wrappers and shards ---------------------------------------------------------------------
 
-    def refuse_wrapped(self, action: str, remedy: str) -> None:
-        """Raise if a wrapper that keeps track of parameters has the model or a part of it."""
-        classes = tuple(cls for cls, wrapper in self._wrappers if wrapper.distributes)
-        for module in self.names:
-            if isinstance(module, classes):
-                raise TargetError(
-                    f"can't {action}: the model is wrapped by {type(module).__name__}; {remedy}"
-                )
-
     @property
-    def is_wrapped(self) -> bool:
-        """Whether a wrapper keeps track of the parameters."""
+    def wrapper(self) -> nn.Module | None:
+        """A wrapper in the model that keeps track of its parameters; None if there is none."""
         classes = tuple(cls for cls, wrapper in self._wrappers if wrapper.distributes)
-        return any(isinstance(module, classes) for module in self.names)
+        wrappers = [module for module in self.names if isinstance(module, classes)]
+        return wrappers[0] if wrappers else None
+
+    def refuse_wrapped(self, action: str, remedy: str) -> None:
+        """Raise if a wrapper has the model or a part of it."""
+        if self.wrapper is not None:
+            name = type(self.wrapper).__name__
+            raise TargetError(f"can't {action}: the model is wrapped by {name}; {remedy}")
 
     @property
     def is_sharded(self) -> bool:

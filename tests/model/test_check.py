@@ -14,7 +14,7 @@ from disha.functional import Method
 from disha.functional.shard_sums import repeat_over_shards
 from disha.model import check_merges
 from disha.model.check_report import CheckedWeight
-from tests.conftest import Made, Tied, assert_unchanged, refused, seed_torch, snapshot
+from tests.conftest import Tied, assert_unchanged, refused, seed_torch, snapshot
 from tests.reference import METHODS
 
 
@@ -331,19 +331,6 @@ def test_few_weights_are_in_memory_twice(monkeypatch):
     assert report.ok, report
     assert len(weights) == 3 + 16 + 2  # a 16th of the weights is merged at a time
     assert max(weights) <= 32 + 2
-
-
-def test_a_weight_that_is_only_used_element_by_element_is_told():
-    def run(self, x):
-        return (self.linear(x) * self.attention).sum(-1) + torch.einsum("nd,ed->n", x, self.mix)
-
-    matrices = {name: nn.Parameter(torch.randn(3, 4)) for name in ("attention", "mix")}
-    model = Made(run, linear=nn.Linear(4, 4), **matrices)
-    layouts = {"attention": "out in", "mix": "out in"}
-    disha.inject_adapters(model, ".", 2, layouts=layouts)
-    report = disha.check_adapters(model, torch.randn(3, 4))
-    assert report.ok
-    assert {row.name for row in report.weights if "never multiplied" in row.reason} == {"attention"}
 
 
 def test_without_merging_the_model_runs_less():
