@@ -24,7 +24,6 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
 from disha import functional
-from disha.errors import ArgumentError
 from disha.functional.new_rows import NewRows
 from disha.functional.shard_sums import is_inexact, merge_dtype
 from disha.layers import bitsandbytes, quantized
@@ -44,14 +43,7 @@ def read_weight(module: nn.Module, name: str) -> Any:
     with _parametrizations_in_evaluation(module):
         if original is type(module):
             return getattr(module, name, None)
-        try:
-            return base_reader(original, name)(module)
-        except AttributeError as error:
-            raise ArgumentError(
-                f"the adapted {name} of a {type(module).__name__} is gone, for example because a "
-                "parametrization has replaced it; undo that change first "
-                "(torch.nn.utils.parametrize.remove_parametrizations)"
-            ) from error
+        return base_reader(original, name)(module)
 
 
 @contextmanager

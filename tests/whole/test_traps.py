@@ -433,25 +433,6 @@ def test_a_parametrization_is_refused_under_an_adapter_that_acts(how):
     assert disha.check_adapters(disha.inject_adapters(model, "0", 2), x).ok
 
 
-@pytest.mark.parametrize("how", PARAMETRIZATIONS)
-def test_a_parametrization_under_an_adapter_that_does_not_act_says_what_to_undo(how, tmp_path):
-    model, x = disha.inject_adapters(nn.Sequential(nn.Linear(6, 4)), "0", 2), torch.randn(3, 6)
-    disha.save_adapter(model, tmp_path / "adapter")
-    with disha.adapters_disabled(model):
-        PARAMETRIZATIONS[how](model[0])
-    with pytest.raises(ArgumentError, match=r"0 was parametrised after it was adapted"):
-        disha.check_adapters(model, x)
-    for use in (
-        lambda: disha.save_adapter(model, tmp_path / "again"),
-        lambda: disha.load_adapter(model, tmp_path / "adapter", replace=True),
-        lambda: disha.inject_adapters(model, "0", 2, adapter="b"),
-    ):
-        with pytest.raises(ArgumentError, match=r"undo that change first.*remove_parametrizations"):
-            use()
-    nn.utils.parametrize.remove_parametrizations(model[0], "weight")
-    assert disha.check_adapters(model, x).ok
-
-
 def test_looking_for_tied_heads_takes_no_step_of_training():
     table = parametrizations.spectral_norm(nn.Embedding(6, 4))
     model = nn.Sequential(table, nn.Linear(4, 6, bias=False))
