@@ -422,25 +422,16 @@ class Adapters(nn.Module):
             vars(self)[name] = value
 
     def train(self, mode: bool = True) -> Adapters:
-        """Set the mode of the blocks, and warn if PEFT has frozen those that are to train."""
+        """Set the mode of the blocks, and warn if none trains, as after PEFT has frozen all."""
         if mode and "peft" in sys.modules:
-            self._warn_if_frozen_by_peft()
-        return super().train(mode)
-
-    def _warn_if_frozen_by_peft(self) -> None:
-        blocks = [block.block for active in self.active_blocks.values() for block in active]
-        if not blocks or any(block is None or block.requires_grad for block in blocks):
-            return
-        caller: Any = sys._getframe(1)
-        while caller is not None and caller.f_code.co_name in ("train", "_warn_if_frozen_by_peft"):
-            if type(caller.f_locals.get("self")).__module__.startswith("peft."):
+            blocks = [block.block for blocks in self.active_blocks.values() for block in blocks]
+            if blocks and not any(block is None or block.requires_grad for block in blocks):
                 warnings.warn(
-                    f"PEFT has frozen adapter {self.active[0]!r}, so it will not train; leave out "
-                    "peft_config, which adds an adapter of PEFT instead",
+                    f"adapter {self.active[0]!r} is frozen, so it will not train; if a peft_config "
+                    "has frozen it, leave that out, because it adds an adapter of PEFT instead",
                     stacklevel=2,
                 )
-                return
-            caller = caller.f_back
+        return super().train(mode)
 
     @property
     def is_dense(self) -> bool:

@@ -112,7 +112,7 @@ def test_a_peft_config_that_freezes_the_adapter_is_told(tmp_path):
     settings = trl.SFTConfig(tmp_path, max_steps=1, **SETTINGS)
     config = peft.LoraConfig(target_modules=["q_proj"])
     trainer = made(trl.SFTTrainer, adapted(), settings, rows("text"), {"peft_config": config})
-    with pytest.warns(UserWarning, match="has frozen adapter 'default', .* leave out peft_config"):
+    with pytest.warns(UserWarning, match="adapter 'default' is frozen, .* leave that out"):
         trainer.train()
 
 
