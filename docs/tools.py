@@ -279,9 +279,7 @@ back.
                 "read": (f"{LORA}::test_llama_under_peft_computes_the_same",),
                 "same result": (f"{LORA}::test_llama_under_peft_computes_the_same",),
                 "experts": (f"{EXPERTS}::test_peft_computes_with_stacks_what_the_adapter_does",),
-                "back": (
-                    f"{EXPERTS}::test_what_peft_trains_further_comes_back_if_it_is_still_bone",
-                ),
+                "back": (f"{EXPERTS}::test_what_peft_trains_further_comes_back",),
             },
             "vLLM, the code that reads a LoRA": {
                 "read": (f"{SERVERS}::test_a_llama_in_vllm",),

@@ -81,7 +81,7 @@ def test_rank_pattern_first_found_wins():
         ({"r": 4.0}, ArgumentTypeError, "r must be an int"),
         ({"r": True}, ArgumentTypeError, "r must be an int"),
         ({"r": "8"}, ArgumentTypeError, "'8' of type str"),
-        ({"method": "lora"}, ArgumentError, f"allowed are {method_names()}"),
+        ({"method": "dora"}, ArgumentError, f"allowed are {method_names()}"),
         ({"method": ["bone"]}, ArgumentError, "allowed are"),
         ({"r_out": 0}, ArgumentError, "r_out must be at least 1"),
         ({"r_out": 3.0}, ArgumentTypeError, "r_out must be an int"),

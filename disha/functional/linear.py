@@ -74,6 +74,10 @@ def _linear_of_low_rank(x: Tensor, weight: Tensor, bias: Tensor | None, update: 
     overflow_scale = 1.0
     if not isinstance(down, int):
         sums = F.linear(x, down.to(x.dtype))
+    elif isinstance(scale, Tensor) and x.dtype != torch.float16:
+        # In compiled code, s and the sum become one loop.
+        sums, overflow_scale = overflow_safe_shard_sum(x * scale, down)
+        scale = 1.0
     elif x.shape[1] % down or x.dtype == torch.float16 or autocasts(x):
         sums, overflow_scale = overflow_safe_shard_sum(x, down)  # sums may overflow, or be cast
     elif x.shape[1] == down:

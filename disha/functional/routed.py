@@ -95,7 +95,10 @@ class Route:
         key = (indices, device)
         if key not in self._indices:
             with torch.inference_mode(False):
-                self._indices[key] = torch.tensor(indices, dtype=torch.int64, device=device)
+                on_device = torch.tensor(indices, dtype=torch.int64, device=device)
+            if type(on_device) is not Tensor:
+                return on_device  # torch.export is tracing, and it has no values
+            self._indices[key] = on_device
         return self._indices[key]
 
 

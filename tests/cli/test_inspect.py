@@ -50,6 +50,7 @@ def test_json_has_everything_and_its_keys_stay(run, files):
         "groups": 1,
         "padding_idx": None,
         "rows": [],
+        "kernel": [],
         "tied": [],
         "key": f"{Q}.bone_block",
         "shape": [4, 2],
