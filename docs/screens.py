@@ -95,6 +95,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m docs.screens", description=main.__doc__)
     parser.add_argument("folder", type=Path, help="where the pictures go")
     folder = parser.parse_args().folder
+    if None in map(shutil.which, PROGRAMS):
+        sys.exit(f"no browser: install {' and '.join(PROGRAMS)}, and put both on the PATH")
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as temporary:
         build(Path(temporary))

@@ -14,7 +14,7 @@ import yaml
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import disha
-from docs.screens import DESK, PROGRAMS, WIDTHS, build, chrome, resize, served
+from docs.screens import DESK, PROGRAMS, WIDTHS, build, chrome, main, resize, served
 from tests.pages import DOCS, ROOT, tables_of
 
 LOOK = """
@@ -71,6 +71,13 @@ def test_on_every_page_nothing_is_cut_and_every_picture_loads(site):
     assert {one.netloc for one in asked if one.scheme.startswith("http")} == {
         urlsplit(address).netloc
     }
+
+
+def test_pictures_without_a_browser(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setattr("sys.argv", ["screens", str(tmp_path)])
+    with pytest.raises(SystemExit, match="no browser: install chromium and chromedriver"):
+        main()
 
 
 def test_formulas_are_typeset(site):
