@@ -1,9 +1,11 @@
 """Measure a model on rows: loss, perplexity, and answers that are exactly right.
 
-Several files are measured one by one, and together.
+Several files are measured one by one, and together. --forgetting measures the loss on text that
+the base itself has written too, and by how much the adapter raises it.
 
 Examples:
   disha evaluate --adapter output/adapter.safetensors --data held_out.jsonl --compare
+  disha evaluate --adapter output/adapter.safetensors --data held_out.jsonl --scale 0.25 0.5 0.75
   disha evaluate --base model.gguf --data test.jsonl other.jsonl --exact_match
 """
 
@@ -14,6 +16,7 @@ import tempfile
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,7 +33,9 @@ from disha.cli.models import (
 )
 from disha.cli.output import show
 from disha.errors import ArgumentError
+from disha.files import file_at, save
 from disha.finetune.data import load_rows
+from disha.finetune.forgetting import CURVE, OWN_TEXT, Point, Scales, advise, own_text, plot
 from disha.finetune.forms import form_rows, learns_marked_answers
 from disha.text import counted, table
 
@@ -85,8 +90,21 @@ def main(words: Sequence[str]) -> None:
     )
     parser.add_argument("--exact_match", action="store_true", help="generate answers, and compare")
     parser.add_argument("--compare", action="store_true", help="measure the base without it too")
+    parser.add_argument(
+        "--forgetting", action="store_true", help="measure the loss on text of the base too"
+    )
+    parser.add_argument(
+        "--scale",
+        nargs="+",
+        type=float,
+        default=[],
+        help="measure loss and forgetting at these scales too (1: as trained), and plot them",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     flags = parser.parse(words)
+    flags.forgetting = flags.forgetting or bool(flags.scale)
+    if flags.forgetting and flags.adapter is None:
+        raise ArgumentError("only an adapter forgets; name it with --adapter")
     read = {name: load_rows(name, flags.dataset_split) for name in flags.data}
     runner = load_runner(flags)
     sets = {
@@ -99,21 +117,55 @@ def main(words: Sequence[str]) -> None:
             )
     trainers = {name: _make_trainer(runner, rows, flags) for name, rows in sets.items()}
     results: dict[str, dict[str, Measured]] = {}
+    points: list[Point] = []
     if flags.adapter is None or flags.compare:
         results["base"] = _measure_sets(runner, trainers, flags)
     if flags.adapter is not None:
-        runner.load_adapter(flags)
-        results["adapter"] = _measure_sets(runner, trainers, flags)
+        adapted, points = _measure_adapter(runner, trainers, flags)
+        results |= adapted
     counts = {name: len(trainer.train_dataset) for name, trainer in trainers.items()}
-    _show(results, counts, flags.json)
+    _show(results, points, counts, flags)
+
+
+def _measure_adapter(
+    runner: PromptRunner, trainers: Mapping[str, Any], flags: Namespace
+) -> tuple[dict[str, dict[str, Measured]], list[Point]]:
+    """Measure the adapter as trained and at each scale; forgetting only if the flags ask for it."""
+    own = None
+    if flags.forgetting:
+        own = own_text(runner.model, runner.tokenizer, _folder_of(flags) / OWN_TEXT)
+    runner.load_adapter(flags)
+    scales = Scales(runner.model)
+    results: dict[str, dict[str, Measured]] = {}
+    points: list[Point] = []
+    for scale in dict.fromkeys([1.0, *flags.scale]):
+        scales.set(scale)
+        measured = results[_label_of(scale)] = _measure_sets(runner, trainers, flags)
+        if own is not None:
+            loss = sum_of(measured.values()).fields()["loss"]
+            points.append(Point(scale, own.forgotten(runner.model), loss))
+    return results, points
+
+
+def _label_of(scale: float) -> str:
+    return "adapter" if scale == 1 else f"scale {scale:g}"
+
+
+def _folder_of(flags: Namespace) -> Path:
+    return file_at(flags.adapter).parent
 
 
 def _show(
-    results: Mapping[str, Mapping[str, Measured]], counts: Mapping[str, int], as_json: bool
+    results: Mapping[str, Mapping[str, Measured]],
+    points: Sequence[Point],
+    counts: Mapping[str, int],
+    flags: Namespace,
 ) -> None:
     """Print what was measured: of all rows, and of each data set if there are several."""
     wholes = {model: sum_of(measured.values()) for model, measured in results.items()}
     lines = {model: whole.fields() for model, whole in wholes.items()}
+    for point in points:
+        lines[_label_of(point.scale)]["forgetting"] = point.forgetting
     count = sum(counts.values())
     fields: dict[str, Any] = {**lines, "rows": count}
     if len(counts) > 1:
@@ -122,11 +174,17 @@ def _show(
             for name, of_set in measured.items():
                 lines[f"{model}, {name}"] = of_set.fields()
                 fields["data"][name][model] = of_set.fields()
-    header = next(iter(lines.values()))
+    header = max(lines.values(), key=len)
     cells = []
     for label, values in lines.items():
-        cells.append((label, *(f"{value:.5g}" for value in values.values())))
-    show(as_json, f"{table(('', *header), cells)}\n{counted(count, 'row')}", fields)
+        texts = {name: f"{value:.5g}" for name, value in values.items()}
+        cells.append((label, *(texts.get(name, "") for name in header)))
+    said = [table(("", *header), cells), counted(count, "row")]
+    if len(points) > 1:
+        path = _folder_of(flags) / CURVE
+        save(path, plot(points).savefig)
+        said += [advise(points), f"the curve is in {path}"]
+    show(flags.json, "\n".join(said), fields)
 
 
 def sum_of(measured: Any) -> Measured:

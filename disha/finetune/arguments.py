@@ -262,7 +262,9 @@ class TrainingArguments(SFTConfig):  # type: ignore[misc]
     early_stopping_patience: int | None = _flag(
         None, "stop after so many measurements without a lower loss"
     )
-    samples: int = _flag(3, "how many answers to show with and without the adapter")
+    samples: int = _flag(
+        3, "how many answers to show with and without the adapter; 0: none, and no forgetting"
+    )
     dry_run: bool = _flag(False, "show the plan, the steps and a step's memory; write nothing")
     dry_run_device: str | None = _flag(
         None, "the kind of device a dry run pretends to have, such as cuda; by default this one's"

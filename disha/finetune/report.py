@@ -29,13 +29,15 @@ import disha
 from disha.errors import AdapterFileWarning, DishaError
 from disha.files import save
 from disha.finetune.base import Base, loading_device
+from disha.finetune.forgetting import CURVE, OWN_TEXT, own_text
 from disha.finetune.notes import read_notes
 from disha.finetune.trainer import Trainer
 from disha.integrations.transformers import AdapterCheckpoints
 from disha.text import counted
 
 MERGED = "merged"
-PLOT, SAMPLES, REPORT = RESULTS = ("loss.png", "samples.md", "report.json")
+PLOT, SAMPLES, REPORT = "loss.png", "samples.md", "report.json"
+RESULTS = (PLOT, SAMPLES, REPORT, CURVE)
 PACKAGES = ("torch", "transformers", "trl", "datasets", "accelerate", "safetensors", "einops")
 SAMPLE_TOKENS = 64
 TOLERANCE = 1e-3
@@ -70,6 +72,8 @@ class Proof:
     trained: float
     loaded: float
     samples: list[Sample]
+    forgetting: float | None
+    """How much higher the loss is on text of the base; None where no answers were asked for."""
 
     def require_same(self, path: Path) -> None:
         """Raise if the losses differ."""
@@ -96,11 +100,13 @@ def prove(base: Base, path: Path, training: SFTConfig, outcome: Outcome) -> Proo
     pairs = list(_questions(outcome.checked, count))
     questions = [question for question, _ in pairs]
     without = _answers(model, tokenizer, questions)
+    own = own_text(model, tokenizer, path.parent / OWN_TEXT) if count else None
     with warnings.catch_warnings():
         if device is not None and device.type == "meta":  # the base has no values to compare
             warnings.simplefilter("ignore", AdapterFileWarning)
         disha.load_adapter(model, path)
     with_adapter = _answers(model, tokenizer, questions)
+    forgetting = None if own is None else own.forgotten(model)
     trainer = Trainer(
         model,
         training,
@@ -117,7 +123,7 @@ def prove(base: Base, path: Path, training: SFTConfig, outcome: Outcome) -> Proo
         Sample(str(tokenizer.decode(question)), before, after, _text(tokenizer, reference))
         for (question, reference), before, after in zip(pairs, without, with_adapter, strict=True)
     ]
-    return Proof(outcome.loss, trainer.evaluate()["eval_loss"], samples)
+    return Proof(outcome.loss, trainer.evaluate()["eval_loss"], samples, forgetting)
 
 
 def _questions(rows: Dataset, count: int) -> Iterator[tuple[list[int], list[int]]]:
@@ -193,12 +199,15 @@ def write_report(folder: Path, settings: Mapping[str, Any], outcome: Outcome, pr
         "machine": platform.platform(),
         **facts,
         "proof": {"trained": proof.trained, "loaded": proof.loaded},
+        "forgetting": proof.forgetting,
         "samples": [asdict(sample) for sample in proof.samples],
     }
     save_text(folder / REPORT, json.dumps(report, indent=2, default=str) + "\n")
     took = f"in {counted(facts['steps'], 'step')}, {facts['seconds']:.0f} s"
     print(f"{facts['measured_on']} loss {loss_before_and_after(facts, proof)} {took}")
     print(f"the saved file, in the base loaded anew: {proof.loaded:.6f}")
+    if proof.forgetting is not None:
+        print(f"forgetting: the loss on text of the base itself rose by {proof.forgetting:.3f}")
     names = sorted(path.name for path in folder.glob("[!.]*"))
     print(f"in {folder}: {', '.join(names)}")
 

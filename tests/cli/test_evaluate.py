@@ -1,5 +1,6 @@
 import json
 import math
+import shutil
 from argparse import Namespace
 
 import pytest
@@ -11,6 +12,7 @@ import disha
 from disha.cli.evaluate import _count_exact
 from disha.cli.models import PromptRunner
 from disha.finetune.base import load_base
+from disha.finetune.forgetting import OwnText
 
 ROWS = [{"query": f"say {word}", "response": word * 2} for word in ("one", "three", "eleven")]
 
@@ -108,10 +110,28 @@ def test_of_several_turns_the_last_answer_is_compared(language_model):
     assert _count_exact(runner, rows, flags) == 1
 
 
+def test_forgetting_at_each_scale(run, language_model, rows, tmp_path):
+    adapter = shutil.copy(language_model / "adapter.safetensors", tmp_path)
+    given = ("evaluate", "--base", language_model / "model", "--adapter", adapter, "--data", rows)
+    found = run(*given, "--compare", "--scale", 0, 0.5, "--json").json
+    assert found["scale 0"]["loss"] == pytest.approx(found["base"]["loss"])
+    assert found["scale 0"]["forgetting"] == pytest.approx(0, abs=1e-6)
+    assert 0.01 < found["scale 0.5"]["forgetting"] < found["adapter"]["forgetting"]
+    assert (tmp_path / "forgetting.png").read_bytes()
+    own = OwnText(**json.loads((tmp_path / "own-text.json").read_text()))
+    model, _ = load_base(str(language_model / "model"))
+    disha.load_adapter(model, adapter)
+    assert found["adapter"]["forgetting"] == pytest.approx(own.forgotten(model), abs=1e-5)
+    text = run(*given, "--forgetting").out
+    assert f"{found['adapter']['forgetting']:.5g}" in text
+    assert "scale" not in text
+
+
 @pytest.mark.parametrize(
     ("given", "says"),
     [
         ((), "--data"),
+        (("--data", "ROWS", "--base", "MODEL", "--forgetting"), "--adapter"),
         (("--data", "absent.jsonl"), "absent.jsonl"),
         (("--data", "ROWS"), "name the model with --base or --adapter"),
         (("--data", "ROWS", "--base", "absent/model"), "absent/model"),

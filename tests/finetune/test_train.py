@@ -29,6 +29,7 @@ from disha.finetune import course, main, train, trainer
 from disha.finetune.arguments import parse_flags
 from disha.finetune.base import Base, load_base
 from disha.finetune.choices import Device
+from disha.finetune.forgetting import OwnText
 from disha.finetune.notes import read_noted_base
 from tests.conftest import assert_same
 from tests.finetune import tiny_gguf
@@ -96,6 +97,12 @@ class TestResults:
         assert report["seconds"] > 0
         assert report["peak_memory_bytes"] > 1e8
         assert set(report["samples"][0]) == {"prompt", "without", "with_adapter", "reference"}
+
+    def test_forgetting(self, authors, tiny):
+        own = OwnText(**json.loads((authors.folder / "own-text.json").read_text()))
+        model, _ = load_base(str(tiny), "bf16")
+        disha.load_adapter(model, authors.adapter)
+        assert authors.report["forgetting"] == pytest.approx(own.forgotten(model), abs=1e-5)
 
     def test_the_adapter_notes_its_base(self, authors, tiny):
         assert read_noted_base(authors.adapter) == (str(tiny), "bf16")
