@@ -10,13 +10,14 @@ from collections.abc import Iterator
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import nn
 
 from benchmarks.convergence.tasks.language import LanguageTask, Row, demo_tokenizer, encoded
 from benchmarks.convergence.tasks.task import Rows, held_out
+from disha.finetune.forgetting import write_texts
 
 PACKAGES = ("matplotlib", "numpy", "pandas", "scipy", "sklearn")
 LONGEST, LONGEST_PROMPT, SHORTEST_ANSWER = 64, 32, 16
@@ -68,15 +69,10 @@ class Documentation(LanguageTask):
     @cached_property
     def _own_text(self) -> list[Row]:
         """Return texts drawn from the base's own probabilities, with a fixed seed."""
-        model: Any = self.base()
-        generator = torch.Generator().manual_seed(0)
-        texts = torch.full((OWN_TEXTS, 1), demo_tokenizer().eos_token_id)
-        with torch.inference_mode(), self.products():
-            for _ in range(LONGEST):
-                logits = model(texts, use_cache=False, logits_to_keep=1).logits[:, -1]
-                drawn = torch.multinomial(logits.float().softmax(-1), 1, generator=generator)
-                texts = torch.cat((texts, drawn), dim=1)
-        return [(ids, 1) for ids in texts.tolist()]
+        start = demo_tokenizer().eos_token_id
+        with self.products():  # a cache would round otherwise, and so draw other texts
+            texts = write_texts(self.base(), start, OWN_TEXTS, LONGEST, seed=0, use_cache=False)
+        return [(text, 1) for text in texts]
 
 
 def _row(prompt: str, answer: str) -> Row | None:
