@@ -8,7 +8,14 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
-from peft import GraloraConfig, LoHaConfig, LoraConfig, ShiraConfig, inject_adapter_in_model
+from peft import (
+    GraloraConfig,
+    LoHaConfig,
+    LoraConfig,
+    OFTConfig,
+    ShiraConfig,
+    inject_adapter_in_model,
+)
 from peft.tuners.gralora import GraloraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
@@ -231,6 +238,35 @@ def _gralora(model: nn.Module, layers: Layers, cell: Cell) -> None:
     inject_adapter_in_model(config, model)
 
 
+def _oft(model: nn.Module, layers: Layers, cell: Cell) -> None:
+    sizes = block_sizes({name: _sizes(layer)[0] for name, layer in layers.items()},
+                        budget(layers, cell.r))  # fmt: skip
+    for size in sorted(set(sizes.values())):  # a config has one size for all its layers
+        names = [name for name in layers if sizes[name] == size]
+        inject_adapter_in_model(OFTConfig(oft_block_size=size, target_modules=names), model)
+
+
+def block_sizes(inputs: Mapping[str, int], wanted: int) -> dict[str, int]:
+    """Return layer -> size of OFT's blocks, which divides its inputs, as equal as that allows.
+
+    A block of size b has b (b - 1) / 2 parameters, and a layer has inputs / b blocks.
+    """
+    most = 1 + 2 * wanted / sum(inputs.values())
+    divisors = {
+        name: [size for size in range(2, count + 1) if count % size == 0]
+        for name, count in inputs.items()
+    }
+    chosen = {name: max(size for size in divisors[name] if size <= most) for name in inputs}
+    left = wanted - sum(inputs[name] * (size - 1) / 2 for name, size in chosen.items())
+    for name, size in chosen.items():
+        larger = min((one for one in divisors[name] if one > size), default=size)
+        cost = inputs[name] * (larger - size) / 2
+        if cost <= left:
+            chosen[name] = larger
+            left -= cost
+    return chosen
+
+
 def _loha(model: nn.Module, layers: Layers, cell: Cell) -> None:
     common = _in_config(ranks(layers, budget(layers, cell.r), factors=2))
     inject_adapter_in_model(LoHaConfig(alpha=common["r"], **common), model)
@@ -250,7 +286,8 @@ def _setting_of_groups(name: str) -> str:
     return OURS if in_library else f"{OURS}; a candidate of the study, not in the library"
 
 
-FULL, IDENTITY, SHIRA, GOLAY, GRALORA = "full", "lora_identity", "shira", "golay", "gralora"
+FULL, IDENTITY, SHIRA, GOLAY = "full", "lora_identity", "shira", "golay"
+GRALORA, OFT = "gralora", "oft"
 OURS, PEFT = "disha, starts at zero", "peft, alpha = rank"
 
 METHODS: Mapping[str, Method] = {
@@ -281,6 +318,7 @@ METHODS: Mapping[str, Method] = {
             for name, (title, _) in GROUPS.items()
         ),
         Method(GRALORA, "GraLoRA", f"{PEFT}, 2 x 2 blocks", _gralora),
+        Method(OFT, "OFT", "peft, turns the inputs block by block, starts at no turn", _oft),
         Method("loha", "LoHa", PEFT, _loha),
         Method(FULL, "full fine-tuning", "the weights of the same layers", _full),
     )

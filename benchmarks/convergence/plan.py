@@ -8,7 +8,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from benchmarks.convergence.groups import GROUPS
-from benchmarks.convergence.methods import FULL, GOLAY, GRALORA, IDENTITY, MATRICES, METHODS, SHIRA
+from benchmarks.convergence.methods import (
+    FULL,
+    GOLAY,
+    GRALORA,
+    IDENTITY,
+    MATRICES,
+    METHODS,
+    OFT,
+    SHIRA,
+)
 from benchmarks.convergence.runs import Cell, Run
 from benchmarks.convergence.tasks import TASKS
 
@@ -133,7 +142,7 @@ RANKS = (8, 32, 128)
 
 def compared(task: str) -> tuple[str, ...]:
     """Return the methods of a task's main comparison, in the order in which they are run."""
-    elsewhere = (IDENTITY, SHIRA, GOLAY, GRALORA, *MATRICES, *GROUPS)
+    elsewhere = (IDENTITY, SHIRA, GOLAY, GRALORA, OFT, *MATRICES, *GROUPS)
     return LONGER if task == LONG else tuple(name for name in METHODS if name not in elsewhere)
 
 
@@ -189,8 +198,9 @@ CANDIDATES: Mapping[str, tuple[str, ...]] = {
         *SIGNS,
         SHIRA,
         GRALORA,
+        OFT,
     ),
-    "packages": ("groups2", "groups4", "groups_all", "groups4_contiguous", *SIGNS),
+    "packages": ("groups2", "groups4", "groups_all", "groups4_contiguous", *SIGNS, GRALORA, OFT),
     "arithmetic": ("groups2", "groups4", "groups_all"),
     "docstrings": ("groups2", "groups4", "groups_all"),
     LONG: ("groups3", "groups_all", "groups3_contiguous"),
