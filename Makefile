@@ -44,12 +44,12 @@ build: $(VENV)/.dev ## build the sdist and the wheel into dist/
 
 bench: $(VENV)/.dev ## measure speed and memory on this machine: 15 minutes on two idle cores
 	$(BIN)/python -m benchmarks --out bench-output/results.json
-	$(BIN)/python -m benchmarks.report bench-output/results.json --root bench-output
+	$(BIN)/python -m benchmarks.report bench-output/results.json
 
-gpu: $(VENV)/.dev ## test and measure on a GPU, and write its page and README's table: about an hour
+gpu: $(VENV)/.dev ## test and measure on a GPU, and write the tables of its page: about an hour
 	rm -f benchmarks/results/gpu.json
 	$(BIN)/python -m benchmarks.gpu --out benchmarks/results/gpu.json; failed=$$?; \
-	$(BIN)/python -m benchmarks.gpu_page benchmarks/results/gpu.json && exit $$failed
+	$(BIN)/python -m benchmarks.report && exit $$failed
 
 zoo: $(VENV)/.zoo ## try adapters in hundreds of models of four libraries: 20 minutes on two idle cores
 	$(BIN)/python -m benchmarks.zoo --out bench-output/zoo.json
@@ -58,9 +58,8 @@ evidence: $(VENV)/.dev ## do what the study of convergence still lacks: hours; i
 	$(BIN)/python -m benchmarks.convergence
 	$(BIN)/python -m benchmarks.convergence.costs
 
-evidence-report: $(VENV)/.dev ## write the tables and verdicts of convergence and speed from the kept results
-	$(BIN)/python -m benchmarks.convergence.report
-	$(BIN)/python -m benchmarks.report $$(ls -r benchmarks/results/2*.json)
+evidence-report: $(VENV)/.dev ## write the tables and pictures of the pages from the kept results
+	$(BIN)/python -m benchmarks.report
 
 clean: ## delete everything that these targets made
 	rm -rf $(VENV) .venv-* build dist site *.egg-info demo-data demo-output bench-output mutants \

@@ -11,16 +11,14 @@ from typing import Any
 
 import torch
 
-from benchmarks.compiled import compiled
 from benchmarks.experts import experts
-from benchmarks.groups import groups
-from benchmarks.layers import few_tokens, layer_step
+from benchmarks.layers import few_tokens, groups, layer_step, loras
 from benchmarks.many import loaded
 from benchmarks.memory import memory
 from benchmarks.results import describe, write_results
 from benchmarks.routed import routed
-from benchmarks.start_up import start_up
-from benchmarks.whole_model import model_step
+from benchmarks.start_up import loras_start_up, start_up
+from benchmarks.whole_model import compiled, model_step
 
 TABLES: Mapping[str, Callable[[torch.device], list[dict[str, Any]]]] = {
     "layer_step": layer_step,
@@ -33,6 +31,8 @@ TABLES: Mapping[str, Callable[[torch.device], list[dict[str, Any]]]] = {
     "experts": experts,
     "compiled": compiled,
     "groups": groups,
+    "loras": loras,
+    "loras_start_up": loras_start_up,
 }
 
 

@@ -1,9 +1,10 @@
 """The candidates: ways to adapt linear layers, with equally many trained parameters.
 
 The block of Bone or BAT has r * out values in a layer. A tile gets shards of 2 r and half of the
-outputs, LoRA the rank p with p * (in + out) values, LoKr a factor of 2 and rank r. All adapters
-have the dtype of the base weight. By default PEFT keeps adapters of 16-bit weights in float32,
-which would cost it time; `autocast_adapter_dtype=False` turns that off.
+outputs, LoRA the rank p with p * (in + out) values, LoKr a factor of 2 and rank r. Only MiSS of
+size 2 r, which has as high a rank as two groups, has twice the parameters. All adapters have the
+dtype of the base weight. By default PEFT keeps adapters of 16-bit weights in float32, which would
+cost it time; `autocast_adapter_dtype=False` turns that off.
 """
 
 from __future__ import annotations
@@ -61,6 +62,14 @@ def _disha(model: nn.Module, names: Sequence[str], r: int, **more: Any) -> None:
 def _tile(model: nn.Module, names: Sequence[str], r: int) -> None:
     (half,) = {out // 2 for _, out in _sizes(model, names)}
     _disha(model, names, 2 * r, r_out=half)
+
+
+def _lora(model: nn.Module, names: Sequence[str], r: int) -> None:
+    _disha(model, names, lora_rank(_sizes(model, names), r), method="lora")
+
+
+def _with_double_shards(model: nn.Module, names: Sequence[str], r: int) -> None:
+    _disha(model, names, 2 * r)
 
 
 def _peft_miss(model: nn.Module, names: Sequence[str], r: int, **more: object) -> None:
@@ -121,14 +130,24 @@ CANDIDATES: Mapping[str, Candidate] = {
         Candidate("bone", "disha MiSS", "bone", _disha),
         Candidate("tile", "disha tile", "other", _tile),
         Candidate("bat", "disha BAT", "bat", partial(_disha, method="bat")),
+        Candidate("lora", "disha LoRA", "other", _lora),
+        Candidate("groups2", "MiSS, 2 groups", "other", partial(_disha, groups=2)),
+        Candidate("groups4", "MiSS, 4 groups", "other", partial(_disha, groups=4)),
+        Candidate("groups_all", "MiSS, n groups", "other", partial(_disha, groups="all")),
+        Candidate("bone_2r", "MiSS of size 2 r", "other", _with_double_shards),
         Candidate("peft_miss", "PEFT MiSS", "bone", _peft_miss),
         Candidate("peft_bat", "PEFT BAT", "bat", partial(_peft_miss, init_weights="bat")),
-        Candidate("peft_lora", "PEFT LoRA", "lora", _peft_lora),
-        Candidate("loralib", "loralib LoRA", "lora", _loralib),
-        Candidate("lycoris_lora", "LyCORIS LoRA", "lora", _lycoris_lora),
+        Candidate("peft_lora", "PEFT LoRA", "other", _peft_lora),
+        Candidate("loralib", "loralib LoRA", "other", _loralib),
+        Candidate("lycoris_lora", "LyCORIS LoRA", "other", _lycoris_lora),
         Candidate("lycoris_lokr", "LyCORIS LoKr", "other", _lycoris_lokr),
     )
 }
+EVERY_METHOD = (
+    *(BASE, "bone", "tile", "bat", "lora", "peft_miss", "peft_bat", "peft_lora"),
+    *("loralib", "lycoris_lora", "lycoris_lokr"),
+)
+"""The candidates of equal parameters, without those of groups."""
 
 
 def adapted_model(
@@ -145,15 +164,6 @@ def adapted_model(
     if any(id(parameter) in shared for parameter in trainable(twin)):
         raise CandidateError(f"{candidate.title} trains a parameter of the base")
     return twin
-
-
-def adapted_layer(candidate: Candidate, layer: nn.Linear, r: int) -> nn.Module:
-    """Return one layer, adapted as `adapted_model` does, with its own copy of the weight.
-
-    If candidates shared the weight, each would find it in the cache after the one before. No layer
-    of a larger model does.
-    """
-    return adapted_model(candidate, nn.Sequential(copy.deepcopy(layer)), ["0"], r, LAYER_SCALE)[0]
 
 
 def check_layer(candidate: Candidate, layer: nn.Module, plain: nn.Module, x: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ Each cycle merges an adapter into the weights and takes it out, as a trainer doe
 weights to a server in each step. Between cycles the adapter's values are drawn anew. PEFT computes
 W + dW and then W - dW, each rounded to the base's dtype; disha keeps W.
 
-Writes benchmarks/results/drift.json and drift.md.
+Writes benchmarks/results/drift.json; `python -m benchmarks.report` writes the page.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import disha
 from benchmarks.markdown import run_text, table
 from benchmarks.results import describe, dtype_text, read_results, write_results
 
-FOLDER = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parent / "results/drift.json"
 CYCLES = 1000
 SIZE, R = 256, 16
 UPDATE = 0.002
@@ -111,10 +111,10 @@ def drift(cycles: int = CYCLES) -> list[dict[str, Any]]:
     return [measure(kind, dtype, cycles) for dtype in dtypes for kind in KINDS]
 
 
-def page(results: Mapping[str, Any]) -> str:
+def drift_table(results: Mapping[str, Any]) -> str:
     """Return the table in Markdown."""
     rows = [
-        (
+        [
             case["dtype"],
             case["kind"],
             f"{case['changed']:.0%}",
@@ -122,32 +122,23 @@ def page(results: Mapping[str, Any]) -> str:
             f"{case['largest']:.1%}",
             f"{case['merge_seconds'] * 1e6:,.0f} µs",
             f"{case['unmerge_seconds'] * 1e6:,.0f} µs",
-        )
+        ]
         for case in results["tables"]["drift"]
     ]
-    header = ("base", "adapter", "weights changed", "mean change", "largest", "merge", "unmerge")
-    cycles = results["tables"]["drift"][0]["cycles"]
-    return (
-        "# Drift: merging and unmerging\n\n"
-        f"A layer of {SIZE} x {SIZE}, r = {R}. {cycles:,} times, a new update a tenth as large as "
-        "the weights is merged and unmerged. Changes are relative to the mean size of a weight.\n\n"
-        f"{table(header, rows)}\n{run_text(results)}\n\n"
-        "`python -m benchmarks.drift` measures it and writes this page.\n"
-    )
+    header = ["base", "adapter", "weights changed", "mean change", "largest", "merge", "unmerge"]
+    return f"{table(header, rows)}\n{run_text(results)}\n"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure, and write the results and the page."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.drift", description=__doc__)
+    """Measure, write the results, and print the table."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.drift")
     parser.add_argument("--cycles", type=int, default=CYCLES)
-    parser.add_argument("--folder", type=Path, default=FOLDER)
+    parser.add_argument("--out", type=Path, default=RESULTS)
     asked = parser.parse_args(arguments)
     results = describe(torch.device("cpu"))
     results["tables"]["drift"] = drift(asked.cycles)
-    write_results(asked.folder / "drift.json", results)
-    text = page(read_results(asked.folder / "drift.json"))
-    (asked.folder / "drift.md").write_text(text, encoding="utf-8")
-    print(text)
+    write_results(asked.out, results)
+    print(drift_table(read_results(asked.out)))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """The table of experts: a training step of mixtures of experts.
 
-Only the stacked weights of the experts are adapted: by disha's Bone and BAT, and by PEFT's LoRA
-(`target_parameters`), with equally many trained parameters as far as ranks allow. The models are
-random models of transformers, in each of its implementations of experts.
+Only the stacked weights of the experts are adapted: by disha's Bone, BAT and LoRA, and by PEFT's
+LoRA (`target_parameters`), with equally many trained parameters as far as ranks allow. The models
+are random models of transformers, in each of its implementations of experts.
 """
 
 from __future__ import annotations
@@ -72,6 +72,7 @@ def _measure(size: ExpertModel, implementation: str, device: torch.device) -> di
         BASE: lambda model: model,
         "bone": lambda model: disha.inject_adapters(model, TARGET, size.r),
         "bat": lambda model: disha.inject_adapters(model, TARGET, size.r, method="bat"),
+        "lora": lambda model: disha.inject_adapters(model, TARGET, rank, method="lora"),
         "peft_lora": lambda model: _lora(model, rank),
     }
     steps, kept = {}, {}

@@ -1,6 +1,6 @@
 """What fits where: the memory of training steps, simulated, and a check of it on small models.
 
-    python -m benchmarks.fits    write both pages, and simulate what the results lack
+    python -m benchmarks.fits    simulate what the results lack
 
 The real step runs with fake tensors and ranks. A batch is 1 x 2,048 tokens; in the check, 8 x 256.
 """
@@ -12,7 +12,7 @@ import itertools
 import json
 import re
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import disha
 from benchmarks import four_bits
-from benchmarks.markdown import NOTHING, replace_between, table
+from benchmarks.markdown import NOTHING, table
 from benchmarks.memory import allocated_peak
 from benchmarks.steps import full_step
 from disha.finetune.dry_run import make_without_values
@@ -42,7 +42,7 @@ from disha.private_torch import memory_modes
 # Transformers makes a mask for a fake batch that it would not make for a real one without padding.
 ATTENTION = "unmasked"
 AttentionInterface.register(ATTENTION, sdpa_attention_forward)
-RESULTS, PAGE = Path("benchmarks/results/fits.json"), Path("benchmarks/results/memory.md")
+RESULTS = Path("benchmarks/results/fits.json")
 LLAMA = {"num_key_value_heads": 8, "vocab_size": 128256, "dtype": "bfloat16"}
 CONFIGS = {
     "Llama-1B": LlamaConfig(
@@ -66,8 +66,6 @@ SMALLEST = "Llama-1B"
 """Its users need neither 4 bits nor shards."""
 ROWS = [(SMALLEST, 16, place) for place in PLACES[:2]]
 ROWS += itertools.product(list(CONFIGS)[1:-1], (16, 4), PLACES)
-MARK, END = "<!-- written by python -m benchmarks.fits -->", "<!-- end -->"
-GUIDE = Path("docs/guides/memory.md")
 TWO = ("DDP", 2)
 KEPT = "--gradient_checkpointing false"
 """The flag that keeps activations: on a GPU, the command computes them again without it."""
@@ -214,21 +212,20 @@ def checked(adapter: str, way: str, bits: int = 16) -> tuple[int, int]:
     return found["gradients"] + found["activations"], queue.get()
 
 
-def write(kept: dict[str, Any]) -> None:
-    """Write the peak of each into the table of results."""
+def peaks(kept: Mapping[str, Any]) -> str:
+    """Return the table of the peak of each model, way and adapter."""
     rows = []
     for name, bits, (way, ranks) in ROWS:
         cells = [kept.get(f"{name}, {bits} bits, {way}, {ranks}, {one}") for one in COLUMNS]
-        peaks = [f"{one['peak'] / 2**30:.1f}" if one else NOTHING for one in cells]
+        shown = [f"{one['peak'] / 2**30:.1f}" if one else NOTHING for one in cells]
         if any(cells):
-            rows.append([f"{name}:{bits}", f"{way.replace(' ', '-')}:{ranks}", *peaks])
+            rows.append([f"{name}:{bits}", f"{way.replace(' ', '-')}:{ranks}", *shown])
     titles = [" ".join(TITLES[word] for word in column.split()) for column in COLUMNS]
-    shown = re.sub(r" ?\| ?", "|", table(["model:bits", "devices", *titles], rows))
-    PAGE.write_text(replace_between(PAGE.read_text(), f"\n\n{shown}\n", MARK, END))
+    return re.sub(r" ?\| ?", "|", table(["model:bits", "devices", *titles], rows))
 
 
-def write_recipes(kept: dict[str, Any]) -> None:
-    """Write the table of the guide: flags, memory, and the GPUs that it fits."""
+def recipes(kept: Mapping[str, Any]) -> str:
+    """Return the table of the guide: flags, memory, and the GPUs that it fits."""
     rows = []
     for name, bits, (way, ranks), column, flags in RECIPES:
         found = kept[f"{name}, {bits} bits, {way}, {ranks}, {column}"]
@@ -245,8 +242,7 @@ def write_recipes(kept: dict[str, Any]) -> None:
         "each further example, at most",
         "fits GPUs of (GB)",
     ]
-    shown = table(header, rows)
-    GUIDE.write_text(replace_between(GUIDE.read_text(), f"\n\n{shown}\n", MARK, END))
+    return table(header, rows)
 
 
 def main() -> None:
@@ -262,8 +258,6 @@ def main() -> None:
             kept[key] = simulated(ranks, 1, 2048, name, adapter, way, bits, bool(recompute), R)
             RESULTS.write_text(json.dumps(kept, indent=1) + "\n")
             print(key, kept[key], flush=True)
-    write(kept)
-    write_recipes(kept)
 
 
 if __name__ == "__main__":

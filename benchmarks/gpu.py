@@ -1,6 +1,6 @@
 """Everything that is to be measured on a GPU, in one command.
 
-    python -m benchmarks.gpu                 # or make gpu, which also writes the page
+    python -m benchmarks.gpu                 # or make gpu, which also writes the tables of the page
     python -m benchmarks.gpu --device cpu    # tiny sizes, to try the command
 
 | table | what it holds |
@@ -29,38 +29,25 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
 
-from benchmarks.candidates import (
-    BASE,
-    CANDIDATES,
-    LAYER_SCALE,
-    MODEL_SCALE,
-    adapted_model,
-    check_layer,
-    check_same_results,
-)
-from benchmarks.compiled import COMPILED, MORE_COMPILATIONS
-from benchmarks.memory import allocated_peak, kept_bytes
-from benchmarks.protocol import Budget, R, compare, slow_dtypes
-from benchmarks.results import describe, dtype_text, write_results
+from benchmarks.candidates import BASE
+from benchmarks.layers import Size, layer_case
+from benchmarks.protocol import Budget, R, slow_dtypes
+from benchmarks.race import Race, reason
+from benchmarks.results import describe, write_results
 from benchmarks.roofline import Linear, measured_rates
-from benchmarks.steps import TrainingStep, check_gradients, forward, require_gradient
-from benchmarks.timers import Run, timer_of, warm
-from benchmarks.whole_model import projections, token_loss, write_model
+from benchmarks.whole_model import ModelRun, model_case, write_model
 
-TIMED = (BASE, "bone", "bat", "peft_miss", "peft_lora", "loralib")
+TIMED = (BASE, "bone", "bat", "lora", "peft_miss", "peft_lora", "loralib")
 ROOT = Path(__file__).parent.parent
 REPORTED = ("losses", "training_losses", "seconds", "steps", "proof", "parameters")
 SETTINGS = ("bits", "bf16", "fp16", "learning_rate", "max_length", "per_device_train_batch_size",
             "gradient_checkpointing", "r")  # fmt: skip
 """What is kept of the report of a fine-tuning."""
-CHECKED_TOKENS = 16
 COUNTED = ("passed", "failed", "error", "skipped")
 NOT_PASSED = ("FAILED ", "ERROR ")
 """How the lines begin in which pytest names such tests."""
@@ -177,12 +164,6 @@ def about(device: torch.device) -> dict[str, Any]:
     }
 
 
-def reason(error: Exception) -> str:
-    """Return the first line of an error."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0] if lines else ''}"
-
-
 def release(device: torch.device) -> None:
     """Give memory back that nothing holds any more, the compiler's too."""
     torch._dynamo.reset()
@@ -223,192 +204,55 @@ def count_tests(output: str) -> Case:
     }
 
 
-# --- a layer -------------------------------------------------------------------------------------
+# --- layers and a model --------------------------------------------------------------------------
+
+
+def race_of(device: torch.device, sizes: Sizes, **settings: Any) -> Race:
+    """Return how the candidates run."""
+    # On a processor, only whether the code can be traced is tried: kernels take minutes to build.
+    backend = "eager" if device.type == "cpu" else "inductor"
+    settings = {"backend": backend, "warm_seconds": sizes.warm_seconds, **settings}
+    return Race(TIMED, sizes.budget, compiled=True, **settings)
 
 
 def step(device: torch.device, sizes: Sizes) -> Iterator[Case]:
-    """Measure forward and backward of one layer, the gradient of its input included."""
+    """Measure forward and backward of one layer, the gradient of the input included."""
     dtype = dtype_of(device)
+    race = race_of(device, sizes)
+    budget = sizes.budget._replace(most_rounds=40)
     for layer in sizes.layers:
         for tokens in sizes.tokens:
-            yield layer_case(layer, tokens, dtype, device, sizes)
+            size = Size(layer.in_features, tokens, dtype, layer.out_features, sizes.r)
+            case = layer_case(size, "step", race, device, memory=True)
+            case["rates"] = measured_rates([layer], tokens, sizes.r, dtype, device, budget)
+            yield case
             release(device)
-
-
-def layer_case(
-    layer: Linear, tokens: int, dtype: torch.dtype, device: torch.device, sizes: Sizes
-) -> Case:
-    """Measure the steps of one layer and number of tokens."""
-    plain = frozen_layer(layer, dtype, device)
-    x = torch.randn(tokens, layer.in_features, device=device, dtype=dtype, requires_grad=True)
-    cotangent = torch.randn(tokens, layer.out_features, device=device, dtype=dtype)
-    models = checked_models(plain, x.detach()[:CHECKED_TOKENS], sizes.r)
-
-    def make(model: nn.Module, called: Callable[[Tensor], Tensor]) -> TrainingStep:
-        return TrainingStep(model, lambda: (called(x) * cotangent).sum(), [x])
-
-    steps, failed = eager_and_compiled(models, make, device)
-    warm(device, sizes.warm_seconds)
-    case = {
-        **size_of(layer, tokens, dtype, sizes.r),
-        "seconds": compare(steps, sizes.budget, timer_of(device)),
-        "kept_bytes": {
-            name: kept_bytes(model, partial(model, x)) for name, model in models.items()
-        },
-        "peak_bytes": {name: peak_of(one, device) for name, one in steps.items()},
-        "missing": failed,
-    }
-    budget = sizes.budget._replace(most_rounds=40)
-    case["rates"] = measured_rates([layer], tokens, sizes.r, dtype, device, budget)
-    return case
 
 
 def decoding(device: torch.device, sizes: Sizes) -> Iterator[Case]:
     """Measure forwards of few tokens through several layers that read the same input."""
     dtype = dtype_of(device)
-    for layer in sizes.layers:
-        for tokens in sizes.few_tokens:
-            yield few_tokens_case(layer, tokens, dtype, device, sizes)
-            release(device)
-
-
-class Layers(nn.ModuleList):
-    """Layers with weights of their own, which all read one input."""
-
-    def forward(self, x: Tensor) -> list[Tensor]:
-        return [layer(x) for layer in self]
-
-
-def few_tokens_case(
-    layer: Linear, tokens: int, dtype: torch.dtype, device: torch.device, sizes: Sizes
-) -> Case:
-    """Measure the forwards of one layer's size and number of tokens."""
-    base = Layers(frozen_layer(layer, dtype, device) for _ in range(sizes.copies))
-    x = torch.randn(tokens, layer.in_features, device=device, dtype=dtype)
-    names = [name for name, _ in base.named_children()]
-    models = adapted_models(base, names, sizes.r, LAYER_SCALE)
-
-    def make(model: nn.Module, called: Any) -> Run:
-        return forward(called, x)
-
     # On CUDA, this mode records a graph: the launches of its kernels cost nothing then.
     mode = "reduce-overhead" if device.type == "cuda" else None
-    runs, failed = eager_and_compiled(models, make, device, mode)
-    warm(device, sizes.warm_seconds)
-    return {
-        **size_of(layer, tokens, dtype, sizes.r),
-        "layers": sizes.copies,
-        "seconds": compare(runs, sizes.budget, timer_of(device, sizes.times)),
-        "missing": failed,
-    }
-
-
-def frozen_layer(layer: Linear, dtype: torch.dtype, device: torch.device) -> nn.Linear:
-    """Return a frozen layer without a bias."""
-    plain = nn.Linear(*layer, bias=False, device=device, dtype=dtype)
-    return plain.requires_grad_(False)
-
-
-def checked_models(plain: nn.Linear, x: Tensor, r: int) -> dict[str, nn.Module]:
-    """Return every candidate over one weight, after checking that it acts and learns."""
-    models, outputs = {}, {}
-    for name in TIMED:
-        candidate = CANDIDATES[name]
-        models[name] = adapted_model(candidate, nn.Sequential(plain), ["0"], r, LAYER_SCALE)
-        outputs[name] = check_layer(candidate, models[name], plain, x)
-    check_same_results(outputs, x.dtype)
-    return models
-
-
-def adapted_models(
-    base: nn.Module, names: Sequence[str], r: int, scale: float
-) -> dict[str, nn.Module]:
-    """Return every candidate over the weights of one model."""
-    return {name: adapted_model(CANDIDATES[name], base, names, r, scale) for name in TIMED}
-
-
-def size_of(layer: Linear, tokens: int, dtype: torch.dtype, r: int) -> Case:
-    """Return the size of a case, as JSON."""
-    return {
-        "width": layer.in_features,
-        "outputs": layer.out_features,
-        "tokens": tokens,
-        "dtype": dtype_text(dtype),
-        "r": r,
-    }
-
-
-def eager_and_compiled(
-    models: Mapping[str, nn.Module],
-    make: Callable[[nn.Module, Any], Run],
-    device: torch.device,
-    mode: str | None = None,
-) -> tuple[dict[str, Run], dict[str, str]]:
-    """Return the runs of each model, eager and compiled, and why others do not run."""
-    runs: dict[str, Run] = {}
-    failed: dict[str, str] = {}
-    # On a processor, only whether the code can be traced is tried: kernels take minutes to build.
-    backend = "eager" if device.type == "cpu" else "inductor"
-    with torch._dynamo.config.patch(recompile_limit=MORE_COMPILATIONS):
-        for name, model in models.items():
-            compiled = torch.compile(model, backend=backend, mode=mode)
-            for suffix, called in (("", model), (COMPILED, compiled)):
-                run = make(model, called)
-                try:
-                    run()  # compiles
-                    if isinstance(run, TrainingStep):
-                        check_gradients(name, model)
-                except Exception as error:
-                    failed[name + suffix] = reason(error)
-                else:
-                    runs[name + suffix] = run
-    return runs, failed
-
-
-def peak_of(run: Run, device: torch.device) -> int | None:
-    """Return the most bytes that a step allocates; None where no allocator counts them."""
-    if device.type not in ("cuda", "cpu"):
-        return None
-    if isinstance(run, TrainingStep):
-        run.clear()
-    return allocated_peak(run, device)
-
-
-# --- a model -------------------------------------------------------------------------------------
+    race = race_of(device, sizes, mode=mode, times=sizes.times)
+    for layer in sizes.layers:
+        for tokens in sizes.few_tokens:
+            size = Size(layer.in_features, tokens, dtype, layer.out_features, sizes.r)
+            yield layer_case(size, "forward", race, device, copies=sizes.copies)
+            release(device)
 
 
 def model(device: torch.device, sizes: Sizes) -> Iterator[Case]:
     """Measure loss, forward and backward of a language model, down to the embedding's output."""
     from transformers import AutoModelForCausalLM
 
-    rows, length, layers = sizes.model
-    dtype = dtype_of(device)
+    run = ModelRun(dtype_of(device), *sizes.model, sizes.r)
     with tempfile.TemporaryDirectory() as name:
         folder = write_model(Path(name) / "model", sizes is TINY)
-        base = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device)
-    base.model.layers = base.model.layers[:layers]
-    ids = torch.randint(base.config.vocab_size, (rows, length + 1), device=device)
-    tokens, labels = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
-    names = projections(base)
-    models = adapted_models(base, names, sizes.r, MODEL_SCALE)
-    for one in models.values():
-        one.get_input_embeddings().register_forward_hook(require_gradient)
-
-    def make(model: nn.Module, called: Any) -> TrainingStep:
-        return TrainingStep(model, partial(token_loss, called, tokens, labels))
-
-    steps, failed = eager_and_compiled(models, make, device)
-    warm(device, sizes.warm_seconds)
-    yield {
-        "model": model_title(sizes),
-        "layers": len(base.model.layers),
-        "tokens": rows * length,
-        "dtype": dtype_text(dtype),
-        "r": sizes.r,
-        "seconds": compare(steps, sizes.budget, timer_of(device)),
-        "peak_bytes": {name: peak_of(one, device) for name, one in steps.items()},
-        "missing": failed,
-    }
+        base = AutoModelForCausalLM.from_pretrained(folder, dtype=run.dtype).to(device)
+    base.model.layers = base.model.layers[: run.layers]
+    case = model_case(base, run, race_of(device, sizes), device, memory=True)
+    yield {**run.described(), "model": model_title(sizes), **case}
 
 
 def finetune(device: torch.device, sizes: Sizes) -> Iterator[Case]:

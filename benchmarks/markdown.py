@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 from benchmarks.protocol import Spread, paired_ratios
 
 NOTHING = "-"
+MARKED = re.compile(r"(<!-- table: (\w+) -->\n\n).*?(\n?<!-- end -->)", re.DOTALL)
+"""A table on a page: from the line with its name to the end."""
 
 Case = Mapping[str, Any]
 
@@ -19,21 +22,9 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
-def box(title: str, text: str) -> str:
-    """Return a part of a page that stands out, also where the page is read without its site."""
-    title = f'<p class="admonition-title">{title}</p>'
-    return f'<div class="admonition abstract" markdown="1">\n{title}\n\n{text}\n</div>\n'
-
-
-def replace_between(page: str, text: str, mark: str, end: str) -> str:
-    """Return a page with this text between two marks."""
-    start, _, rest = page.partition(mark)
-    return f"{start}{mark}{text}{end}{rest.partition(end)[2]}"
-
-
-def folded(title: str, text: str) -> str:
-    """Return a part of a page that opens on a click."""
-    return f'<details markdown="1"><summary>{title}</summary>\n\n{text}\n</details>\n'
+def fill(page: str, tables: Mapping[str, str]) -> str:
+    """Return a page with each table that it names."""
+    return MARKED.sub(lambda found: f"{found[1]}{tables[found[2]]}{found[3]}", page)
 
 
 def count_text(count: int, noun: str) -> str:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.candidates import CANDIDATES, adapted_model
+from benchmarks.candidates import CANDIDATES, EVERY_METHOD, adapted_model
 from benchmarks.protocol import R
 from benchmarks.steps import TrainingStep
 
@@ -75,8 +75,8 @@ def memory(device: torch.device) -> list[dict[str, Any]]:
     model, names = stack(LAYERS, WIDTH, device)
     x = torch.randn(TOKENS, WIDTH, device=device, requires_grad=True)
     kept, peak = {}, {}
-    for name, candidate in CANDIDATES.items():
-        adapted = adapted_model(candidate, model, names, R)
+    for name in EVERY_METHOD:
+        adapted = adapted_model(CANDIDATES[name], model, names, R)
         kept[name] = kept_bytes(adapted, partial(adapted, x))
         step = TrainingStep(adapted, lambda model=adapted: model(x).square().mean(), [x])
         step()

@@ -18,6 +18,8 @@ from benchmarks.timers import ClockTimer, Run, Timer
 
 R = 64
 """The shard size of every table; LoRA gets the rank with as many trainable parameters."""
+COMPILED = "_compiled"
+"""What the name of a candidate ends in where its step is compiled."""
 
 TRIED_WIDTH = 512
 FAR_SLOWER = 10.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,8 @@ import torch
 from torch import nn
 
 import disha
-from benchmarks.protocol import Budget, Run, compare
+from benchmarks.protocol import Budget, compare
+from benchmarks.timers import ClockTimer, Run, Timer
 from benchmarks.whole_model import projections
 
 FILE_R = 512
@@ -33,6 +35,12 @@ def start_up(device: torch.device) -> list[dict[str, Any]]:
     ]
 
 
+def loras_start_up(device: torch.device) -> list[dict[str, Any]]:
+    """Measure by processor time, which other work disturbs less, how long LoRAs take to begin."""
+    timer = ClockTimer(time.process_time)
+    return [_injection("plan and inject a 7B Llama, meta", llama_7b, plan=True, timer=timer)]
+
+
 def llama_7b() -> nn.Module:
     """Return a model with the sizes of a 7B Llama, on the meta device."""
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -45,12 +53,15 @@ def _layers(count: int, device: str) -> nn.Sequential:
     return nn.Sequential(*(nn.Linear(64, 64, device=device) for _ in range(count)))
 
 
-def _injection(what: str, make: Callable[[], nn.Module], plan: bool = False) -> dict[str, Any]:
+def _injection(
+    what: str, make: Callable[[], nn.Module], plan: bool = False, timer: Timer | None = None
+) -> dict[str, Any]:
     from peft import LoraConfig, MissConfig
 
     adapt: dict[str, Callable[[nn.Module], object]] = {
         "bone": lambda model: _inject(model, "bone", plan),
         "bat": lambda model: _inject(model, "bat", plan),
+        "lora": lambda model: _inject(model, "lora", plan),
         "peft_miss": lambda model: _peft(MissConfig, model),
         "peft_lora": lambda model: _peft(LoraConfig, model),
     }
@@ -59,7 +70,7 @@ def _injection(what: str, make: Callable[[], nn.Module], plan: bool = False) -> 
         name: _on_each(one, [make() for _ in range(ROUNDS + WARM_UP)])
         for name, one in adapt.items()
     }
-    return {"what": what, "seconds": compare(runs, Budget(0.0, ROUNDS, ROUNDS, WARM_UP))}
+    return {"what": what, "seconds": compare(runs, Budget(0.0, ROUNDS, ROUNDS, WARM_UP), timer)}
 
 
 def _on_each(adapt: Callable[[nn.Module], object], models: list[nn.Module]) -> Run:

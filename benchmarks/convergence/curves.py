@@ -10,16 +10,19 @@ from typing import Any
 from benchmarks.convergence.findings import (
     KEPT,
     OTHER,
+    REFERENCES,
     Longer,
     Overall,
     TaskFindings,
+    findings_of_tasks,
+    longer,
     ratios,
 )
 from benchmarks.convergence.methods import IDENTITY, METHODS, SHIRA
+from benchmarks.convergence.plan import CANDIDATES, LONG, Results
+from benchmarks.convergence.tables import COMPARED
 from benchmarks.convergence.tasks import TASKS
 
-COMPARED = ("bone", "bat", "rslora")
-"""The methods that the verdict compares with LoRA."""
 STYLES: Mapping[str, tuple[str, str]] = {
     "bone": ("tab:blue", "-"),
     "bat": ("tab:purple", "-"),
@@ -36,6 +39,21 @@ SHOWN = [0.02 * step for step in range(1, 33)]  # limits of forgetting
 MARKS = "os^vP"  # of the tasks, in their order
 HASHED = re.compile(r'(?<=["#])[mp][0-9a-f]{10}(?=["\)])')
 """The names that matplotlib gives to markers and clip paths."""
+
+
+def drawn(results: Results, costs: Mapping[str, Any]) -> dict[str, bytes]:
+    """Return name -> picture."""
+    long = longer(results)
+    shown = (*REFERENCES, *CANDIDATES[LONG])
+    beside_groups = longer(results, candidates=True)
+    of_groups = {name: beside_groups.records[name] for name in shown if name in
+                 beside_groups.records}  # fmt: skip
+    return {
+        "verdict": compared(findings_of_tasks(results, costs)),
+        "longer": longer_training(long),
+        "rates": rates(long),
+        "groups": with_groups(beside_groups._replace(records=of_groups)),
+    }
 
 
 def compared(found: Mapping[str, TaskFindings]) -> bytes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 from collections import Counter
@@ -9,24 +10,30 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import pairwise, takewhile
 from typing import Any, NamedTuple
 
-from benchmarks.convergence.methods import FULL
-from benchmarks.convergence.plan import LONG, SEEDS, Results, Study, best_rate, compared, main_cell
+from benchmarks.convergence.methods import FULL, SHIRA
+from benchmarks.convergence.plan import (
+    CANDIDATES,
+    LONG,
+    SEEDS,
+    STUDY,
+    Results,
+    best_rate,
+    compared,
+    main_cell,
+)
 from benchmarks.convergence.runs import Cell, Run
 from benchmarks.protocol import paired_ratios
 
 STUDENT_95 = {1: 12.706205, 2: 4.302653, 3: 3.182446, 4: 2.776445, 7: 2.364624}
 """Two-sided 95% quantiles of Student's t by degrees of freedom."""
 OTHER, KEPT = "lora", "loss on what the base could do"
+REFERENCES = ("bone", "bat", "lora", "rslora", SHIRA)
+"""The methods that the candidates are compared with."""
+LIMITS = (0.1, 0.2, 0.3)
+"""Of forgetting, at which the methods are compared."""
 STEPS = 400
 """Steps in which the scale goes from 0 to 1, between the scales that were measured."""
 Record = Mapping[str, Any]
-
-
-class Costs(NamedTuple):
-    """Of a step: the median of seconds / LoRA's, taken round by round, and bytes allocated."""
-
-    ratio: float
-    peak_bytes: int
 
 
 class Finding(NamedTuple):
@@ -47,10 +54,14 @@ class Finding(NamedTuple):
 
 
 class TaskFindings(NamedTuple):
-    """The main comparison of one task: method -> finding of a finished cell, and its costs."""
+    """The main comparison of one task: method -> finding of a finished cell.
+
+    Beside it is what a step costs: seconds in each round, and bytes allocated.
+    """
 
     findings: Mapping[str, Finding]
-    costs: Mapping[str, Costs]
+    seconds: Mapping[str, Sequence[float]]
+    peak_bytes: Mapping[str, int]
 
     @property
     def ranked(self) -> list[str]:
@@ -72,15 +83,21 @@ def differ(one: Sequence[float], other: Sequence[float]) -> bool:
     return abs(statistics.fmean(differences)) > STUDENT_95[len(differences) - 1] * error
 
 
-def finding(cell: Cell, study: Study, results: Results) -> Finding | None:
+def finding(cell: Cell, results: Results) -> Finding | None:
     """Return the finding of a cell; None if it is not finished, or diverged at its best rate."""
-    rate = best_rate(cell, study, results)
+    rate = best_rate(cell, STUDY, results)
     if rate is None:
         return None
-    runs = [Run(cell, rate, seed) for seed in study.seeds_of(cell)]
+    runs = [Run(cell, rate, seed) for seed in STUDY.seeds_of(cell)]
     records = tuple(results[run] for run in runs if run in results)
     finished = len(records) == len(runs) and all(one.get("loss") is not None for one in records)
     return Finding(cell, rate, records) if finished else None
+
+
+def _finished(task: str, methods: Iterable[str], results: Results) -> dict[str, Finding]:
+    cells = [main_cell(task, method) for method in methods]
+    found = {cell.method: finding(cell, results) for cell in cells if cell in STUDY.cells}
+    return {name: one for name, one in found.items() if one is not None}
 
 
 def losses_at(cell: Cell, rate: float, seeds: int, results: Results) -> list[float]:
@@ -90,23 +107,36 @@ def losses_at(cell: Cell, rate: float, seeds: int, results: Results) -> list[flo
     return [results[run]["loss"] for run in runs] if complete else []
 
 
-def task_findings(
-    task: str, study: Study, results: Results, measured: Mapping[str, Any] | None
-) -> TaskFindings:
-    """Return the main comparison of a task."""
-    cells = [main_cell(task, method) for method in compared(task)]
-    found = {cell.method: finding(cell, study, results) for cell in cells}
-    return TaskFindings(
-        {name: one for name, one in found.items() if one is not None},
-        {} if measured is None else _costs(measured),
-    )
+def losses_of_equal_seeds(
+    mine: Finding, others: Finding, results: Results
+) -> tuple[list[float], list[float]]:
+    """Return the test losses of two methods at their best rates, for all seeds that both have."""
+    pairs = []
+    for seed in itertools.count():
+        runs = [Run(one.cell, one.rate, seed) for one in (mine, others)]
+        if any(run not in results for run in runs):
+            break
+        pairs.append([results[run]["loss"] for run in runs])
+    return [first for first, _ in pairs], [second for _, second in pairs]
 
 
-def _costs(measured: Mapping[str, Any]) -> dict[str, Costs]:
-    seconds, peaks = measured["seconds"], measured["peak_bytes"]
+def findings_of_tasks(results: Results, costs: Mapping[str, Any]) -> dict[str, TaskFindings]:
+    """Return task -> its main comparison."""
+    measured = {one["task"]: one for one in costs["tables"]["costs"]}
+    nothing: Record = {"seconds": {}, "peak_bytes": {}}
+    found = {}
+    for task in dict.fromkeys(cell.task for cell in STUDY.cells):
+        cost = measured.get(task, nothing)
+        findings = _finished(task, compared(task), results)
+        found[task] = TaskFindings(findings, cost["seconds"], cost["peak_bytes"])
+    return found
+
+
+def all_finished(results: Results) -> dict[str, dict[str, Finding]]:
+    """Return task -> method -> finding, of the references and of finished candidates."""
     return {
-        name: Costs(statistics.median(paired_ratios(seconds, name, OTHER)), peaks[name])
-        for name in seconds
+        task: _finished(task, dict.fromkeys((*REFERENCES, *names)), results)
+        for task, names in CANDIDATES.items()
     }
 
 
@@ -147,10 +177,10 @@ def _of_means(key: str) -> Callable[[TaskFindings, str], float]:
 
 RATIOS: Mapping[str, Callable[[TaskFindings, str], float]] = {
     "test loss": _of_means("loss"),
-    "time of a step": lambda found, name: found.costs[name].ratio,
-    "memory of a step": lambda found, name: (
-        found.costs[name].peak_bytes / found.costs[OTHER].peak_bytes
+    "time of a step": lambda found, name: statistics.median(
+        paired_ratios(found.seconds, name, OTHER)
     ),
+    "memory of a step": lambda found, name: found.peak_bytes[name] / found.peak_bytes[OTHER],
     KEPT: _of_means("forgetting"),
 }
 """What is compared -> the ratio of a method to LoRA in one task; lower is better."""
@@ -158,7 +188,7 @@ RATIOS: Mapping[str, Callable[[TaskFindings, str], float]] = {
 
 def ratios(tasks: Mapping[str, TaskFindings], method: str, what: str) -> dict[str, float]:
     """Return task -> the ratio of a method to LoRA, for each task that has one."""
-    has = "costs" if " of a step" in what else "findings"
+    has = "seconds" if " of a step" in what else "findings"
     both = {task: one for task, one in tasks.items() if {method, OTHER} <= set(getattr(one, has))}
     return {task: RATIOS[what](one, method) for task, one in both.items()}
 
@@ -221,38 +251,24 @@ class Longer(NamedTuple):
         return [at_forgetting(points(record), forgetting) for record in records]
 
 
-def longer(study: Study, results: Results) -> Longer:
-    """Return what the results say of the longer training."""
-    seed = study.seeds[0]
-    of_long = {run: one for run, one in results.items() if run.cell.task == LONG}
-    own = task_findings(LONG, study, results, None).findings
-    return Longer(
-        records=trained(compared(LONG), study, results),
-        own=own,
-        sizes={
-            name: {
-                run.cell.r: record["loss"]
-                for run, record in sorted(of_long.items(), key=lambda one: one[0].cell.r)
-                if run.cell.method == name and run.rate == own[name].rate and run.seed == seed
-            }
-            for name in own
-        },
-    )
+def longer(results: Results, candidates: bool = False) -> Longer:
+    """Return what the results say of the longer training, of candidates too if they are asked."""
+    names = [*compared(LONG), *(CANDIDATES[LONG] if candidates else ())]
+    of_each = {name: _of_each_rate(main_cell(LONG, name), results) for name in names}
+    own = _finished(LONG, compared(LONG), results)
+    sizes: dict[str, dict[int, float]] = {name: {} for name in own}
+    for run, record in results.items():
+        name = run.cell.method
+        if run.cell.task == LONG and name in own and (run.rate, run.seed) == (own[name].rate, 0):
+            sizes[name][run.cell.r] = record["loss"]
+    return Longer({name: found for name, found in of_each.items() if found}, own, sizes)
 
 
-def trained(
-    methods: Iterable[str], study: Study, results: Results
-) -> dict[str, dict[float, tuple[Record, ...]]]:
-    """Return method -> rate -> results in the longer training, of methods that have any."""
-    records = {name: _of_each_rate(main_cell(LONG, name), study, results) for name in methods}
-    return {name: of_method for name, of_method in records.items() if of_method}
-
-
-def _of_each_rate(cell: Cell, study: Study, results: Results) -> dict[float, tuple[Record, ...]]:
+def _of_each_rate(cell: Cell, results: Results) -> dict[float, tuple[Record, ...]]:
     """Return rate -> the results of the first seeds, as far as there are any that learned."""
     found: dict[float, tuple[Record, ...]] = {}
     for rate in sorted({run.rate for run in results if run.cell == cell}):
-        records = [results.get(Run(cell, rate, seed), {}) for seed in study.seeds]
+        records = [results.get(Run(cell, rate, seed), {}) for seed in SEEDS]
         learned = tuple(takewhile(_has_learned, records))
         if learned:
             found[rate] = learned

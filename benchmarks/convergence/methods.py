@@ -32,11 +32,10 @@ Adapt = Callable[[nn.Module, Layers, Cell], None]
 
 
 class Method(NamedTuple):
-    """A way to adapt linear layers in place, and its settings for the report."""
+    """A way to adapt linear layers in place. The page of results has the settings."""
 
     name: str
     title: str
-    about: str
     adapt: Adapt
 
 
@@ -280,46 +279,31 @@ def _in_config(chosen: Mapping[str, int]) -> dict[str, Any]:
     return {"r": lowest, **patterns, "target_modules": list(chosen)}
 
 
-def _setting_of_groups(name: str) -> str:
-    """Return how groups were set: interleaved ones are the library's `groups`."""
-    in_library = "contiguous" not in name and not name.startswith("bat")
-    return OURS if in_library else f"{OURS}; a candidate of the study, not in the library"
-
-
 FULL, IDENTITY, SHIRA, GOLAY = "full", "lora_identity", "shira", "golay"
 GRALORA, OFT = "gralora", "oft"
-OURS, PEFT = "disha, starts at zero", "peft, alpha = rank"
 
 METHODS: Mapping[str, Method] = {
     method.name: method
     for method in (
-        Method("bone", "MiSS", OURS, _ours),
-        Method("tile", "tile", OURS, _tile),
-        Method("bat", "BAT", OURS, _ours),
-        Method("lora", "LoRA", PEFT, _lora()),
-        Method("rslora", "rsLoRA", f"{PEFT}, divided by its square root", _lora(use_rslora=True)),
-        Method("pissa", "PiSSA", PEFT, _lora(init_lora_weights="pissa")),
-        Method("olora", "OLoRA", PEFT, _lora(init_lora_weights="olora")),
-        Method("dora", "DoRA", PEFT, _lora(use_dora=True)),
-        Method(
-            IDENTITY,
-            "LoRA from identity",
-            f"{PEFT}, A starts as [I I ... I] and B at zero",
-            _lora_identity,
-        ),
-        Method(SHIRA, "SHiRA", "peft, trains entries of W, chosen at random", _shira),
+        Method("bone", "MiSS", _ours),
+        Method("tile", "tile", _tile),
+        Method("bat", "BAT", _ours),
+        Method("lora", "LoRA", _lora()),
+        Method("rslora", "rsLoRA", _lora(use_rslora=True)),
+        Method("pissa", "PiSSA", _lora(init_lora_weights="pissa")),
+        Method("olora", "OLoRA", _lora(init_lora_weights="olora")),
+        Method("dora", "DoRA", _lora(use_dora=True)),
+        Method(IDENTITY, "LoRA from identity", _lora_identity),
+        Method(SHIRA, "SHiRA", _shira),
         *(
-            Method(name, f"MiSS, {title}", "peft's LoRA, A is drawn once and fixed", _fixed(matrix))
+            Method(name, f"MiSS, {title}", _fixed(matrix))
             for name, (title, matrix) in MATRICES.items()
         ),
-        Method(GOLAY, "MiSS, fixed signs", "peft's LoRA, A is fixed", _fixed(_golay)),
-        *(
-            Method(name, title, _setting_of_groups(name), _grouped)
-            for name, (title, _) in GROUPS.items()
-        ),
-        Method(GRALORA, "GraLoRA", f"{PEFT}, 2 x 2 blocks", _gralora),
-        Method(OFT, "OFT", "peft, turns the inputs block by block, starts at no turn", _oft),
-        Method("loha", "LoHa", PEFT, _loha),
-        Method(FULL, "full fine-tuning", "the weights of the same layers", _full),
+        Method(GOLAY, "MiSS, fixed signs", _fixed(_golay)),
+        *(Method(name, title, _grouped) for name, (title, _) in GROUPS.items()),
+        Method(GRALORA, "GraLoRA", _gralora),
+        Method(OFT, "OFT", _oft),
+        Method("loha", "LoHa", _loha),
+        Method(FULL, "full fine-tuning", _full),
     )
 }

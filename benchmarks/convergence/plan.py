@@ -226,7 +226,7 @@ MORE_SEEDS: Mapping[tuple[str, str, float], int] = {
     ("docstrings", "bone", 3e-4): 8,
     ("docstrings", "groups_all", 3e-3): 8,
 }
-"""Where three seeds do not tell groups from MiSS: task, method and its best rate -> seeds."""
+"""Task, method and its best rate -> seeds, where three do not tell groups from MiSS."""
 
 
 def _candidates() -> dict[Cell, tuple[float, ...]]:

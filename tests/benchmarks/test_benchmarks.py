@@ -8,9 +8,10 @@ import torch
 from torch import nn
 
 from benchmarks import __main__ as command
-from benchmarks import candidates, groups, layers, quantized, report, results, roofline, steps
-from benchmarks.candidates import BASE, CANDIDATES, lora_rank
+from benchmarks import candidates, layers, report, results, roofline, speed, steps
+from benchmarks.candidates import BASE, CANDIDATES, EVERY_METHOD, lora_rank
 from benchmarks.layers import Size, build_layers
+from benchmarks.markdown import MARKED, fill
 from benchmarks.memory import allocated_peak, kept_bytes, stack
 from benchmarks.protocol import Budget, Spread, compare, paired_ratios
 from benchmarks.roofline import SMOLLM2_LINEARS, Linear
@@ -160,8 +161,7 @@ def test_lora_has_as_many_parameters_as_bone():
 def test_every_candidate_builds_acts_and_has_equally_many_parameters(dtype):
     plain = nn.Linear(32, 32, bias=False, dtype=dtype).requires_grad_(False)
     x = torch.randn(8, 32, dtype=dtype)
-    built = build_layers(plain, x, 4, CANDIDATES.values())
-    assert list(built) == list(CANDIDATES)
+    built = build_layers(plain, x, 4, [CANDIDATES[name] for name in EVERY_METHOD])
     for name, layer in built.items():
         parameters = steps.trainable(layer)
         count = sum(parameter.numel() for parameter in parameters)
@@ -201,9 +201,10 @@ def test_peak_counts_what_is_freed_again():
     assert 0 <= allocated_peak(run, torch.device("cpu")) - 8 * MIB < 1024
 
 
-def test_a_run_is_written_and_becomes_a_page(tmp_path, monkeypatch, capsys):
-    for module in (layers, roofline):
-        monkeypatch.setattr(module, "Budget", lambda *_, **__: Budget(0.0, 2, 2, 0))
+def test_a_run_is_written_and_becomes_tables(tmp_path, monkeypatch, capsys):
+    for race in ("STEP", "FORWARD"):
+        short = getattr(layers, race)._replace(budget=Budget(0.0, 2, 2, 0))
+        monkeypatch.setattr(layers, race, short)
     monkeypatch.setattr(roofline, "BUDGET", Budget(0.0, 2, 2, 0))
     monkeypatch.setattr(layers, "STEPS", (Size(128, 8, torch.float32),))
     monkeypatch.setattr(layers, "FEW", (Size(128, 1, torch.float32),))
@@ -213,54 +214,57 @@ def test_a_run_is_written_and_becomes_a_page(tmp_path, monkeypatch, capsys):
     assert list(found["tables"]) == ["layer_step", "few_tokens"]
     assert found["machine"]["threads"] == torch.get_num_threads()
     assert found["versions"]["torch"] == torch.__version__
-    report.main([str(path), "--root", str(tmp_path)])
-    page = (tmp_path / report.TABLES).read_text()
-    for words in ("128 wide, 8 tokens, float32", "roofline MiSS"):
-        assert words in page
-    assert (tmp_path / report.PICTURE).read_bytes()[:4] == b"\x89PNG"
     capsys.readouterr()
+    report.main([str(path)])
+    shown = capsys.readouterr().out
+    for words in ("128 wide, 8 tokens, float32", "roofline MiSS", "| disha LoRA |"):
+        assert words in shown
+    speed.draw(speed.compared(found["tables"]), tmp_path / "compared.png")
+    assert (tmp_path / "compared.png").read_bytes()[:4] == b"\x89PNG"
 
 
-def test_groups_of_shards_become_a_section(tmp_path, monkeypatch):
-    monkeypatch.setattr(groups, "SIZES", (Size(128, 8, torch.float32),))
-    monkeypatch.setattr(groups, "BUDGET", Budget(0.0, 2, 2, 0))
-    monkeypatch.setattr(torch, "compile", lambda layer: layer)  # it would take a minute
+@pytest.mark.parametrize("name", ["groups", "loras"])
+def test_a_race_of_few_candidates_becomes_a_table(tmp_path, monkeypatch, name):
+    for sizes in ("WITH_GROUPS", "LORA_STEPS", "LORA_FEW"):
+        monkeypatch.setattr(layers, sizes, (Size(128, 8, torch.float32),))
+    race = name.upper()
+    short = getattr(layers, race)._replace(budget=Budget(0.0, 2, 2, 0))
+    monkeypatch.setattr(layers, race, short)
+    monkeypatch.setattr(torch, "compile", lambda layer, **_: layer)  # it would take a minute
     path = tmp_path / "results.json"
-    command.main(["--out", str(path), "--only", "groups"])
-    forward, step = results.read_results(path)["tables"]["groups"]
+    command.main(["--out", str(path), "--only", name])
+    found = results.read_results(path)
+    step, forward = sorted(found["tables"][name], key=lambda case: case["work"], reverse=True)
     assert (forward["work"], step["work"]) == ("forward", "step")
     sums = 8 * 64 * 4  # S(x) of MiSS, in bytes
     lora = 8 * (128 + 32) * 4
     assert step["kept_bytes"] == {
-        "frozen": 0, "bone": sums, "groups2": 2 * sums, "groups4": 2 * sums,
-        "groups_all": 2 * sums, "bone_2r": 2 * sums, "peft_lora": lora,
-    }  # fmt: skip
-    section = report.SECTIONS["groups"]([forward, step])
-    assert "| MiSS, n groups |" in section
-    assert "| step, 128 wide, compiled |" in section
+        "groups": {
+            "frozen": 0, "bone": sums, "groups2": 2 * sums, "groups4": 2 * sums,
+            "groups_all": 2 * sums, "bone_2r": 2 * sums, "peft_lora": lora,
+        },
+        "loras": {"frozen": 0, "bone": sums, "lora": lora, "peft_lora": lora, "loralib": lora},
+    }[name]  # fmt: skip
+    shown = speed.tables([found])
+    assert "step, 128 wide" in shown[name]
+    assert "| PEFT LoRA |" in shown[f"{name}_kept"]
 
 
-def test_a_table_of_ratios_is_printed(capsys):
-    quantized.main(["--tiny"])
-    about, table = capsys.readouterr().out.split("\n\n", 1)
-    assert results.describe(torch.device("cpu"))["machine"]["processor"] in about
-    rows = [line.strip("| ").split(" | ") for line in table.strip().splitlines()[2:]]
-    assert rows[0][0] == "8, 32, disha MiSS"
-    assert all(float(ratio.split("±")[0]) > 0 for row in rows for ratio in row[1:])
+def test_the_pages_are_what_the_kept_results_give(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    tables = report.kept_tables()
+    named = set()
+    for page in report.PAGES:
+        text = page.read_text(encoding="utf-8")
+        assert fill(text, tables) == text, "python -m benchmarks.report"
+        named.update(found[2] for found in MARKED.finditer(text))
+    assert named == tables.keys()
 
 
-def test_the_page_is_what_the_kept_results_give():
-    kept = sorted((ROOT / "benchmarks/results").glob("2*.json"), reverse=True)
-    files = [results.read_results(path) for path in kept]
-    assert report.page(files) == (ROOT / report.TABLES).read_text()
-    shown = report.summary(report.compared(report._tables(files)))
-    assert shown.join(report.MARKS) in (ROOT / report.PAGE).read_text()
-
-
-def test_the_lines_on_top_say_what_the_files_say():
-    kept = sorted((ROOT / "benchmarks/results").glob("2*.json"), reverse=True)
-    tables = report._tables(results.read_results(path) for path in kept)
-    rows = {(row.line, row.label): row.ratios for row in report.compared(tables)}
+def test_the_summary_says_what_the_files_say(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    tables = speed.newest(report.kept_runs())
+    rows = {(row.line, row.label): row.ratios for row in speed.compared(tables)}
     memory = tables["memory"][0]["kept_bytes"]
     assert rows["Memory", "activations kept by 4 layers"]["bone"].median == pytest.approx(
         memory["bone"] / memory["peft_lora"]
@@ -271,13 +275,13 @@ def test_the_lines_on_top_say_what_the_files_say():
     assert (found.low, found.median, found.high) == pytest.approx(
         tuple(np.quantile(ratios, [0.25, 0.5, 0.75]))
     )
-    assert len(rows) == len(report.COMPARED)
+    assert len(rows) == len(speed.COMPARED)
 
 
 def test_a_table_is_of_the_first_file_that_has_it():
     older, newer = ({"tables": {"memory": [name], **more}} for name, more in
                     (("old", {"routed": ["old"]}), ("new", {})))  # fmt: skip
-    assert report._tables([newer, older]) == {"memory": ["new"], "routed": ["old"]}
+    assert speed.newest([newer, older]) == {"memory": ["new"], "routed": ["old"]}
 
 
 def test_results_are_rounded_and_read_back(tmp_path):
@@ -292,23 +296,19 @@ def test_results_are_rounded_and_read_back(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["results.json"]
 
 
-def test_sections_on_one_trainer_begin_with_what_was_found():
+def test_tables_on_one_trainer_divide_step_by_step():
     def took(seconds, peak):
         return {"title": "-", "seconds": seconds, "processor_seconds": seconds,
                 "peak_bytes": peak, "pass_bytes": peak}  # fmt: skip
 
     adapter = {"sft_bone": took([1.0, 3.0], 6), "sft_miss": took([1.0, 2.0], 8),
                "sft_lora": took([2.0, 6.0], 8)}  # fmt: skip
-    told = report._adapter([{"dtype": "float32", "contestants": adapter}])
-    assert "In float32, a step with disha takes 0.50 of the time of PEFT's LoRA" in told
-    assert "1.25 (1.12 to 1.38) of that of PEFT's MiSS; its peak of memory is 0.75 and 0.75" in told
+    told = speed.adapter([{"dtype": "float32", "contestants": adapter}])
+    assert "| float32, SFTTrainer, disha MiSS | 0.500 | 0.500 | 0.750 | 0.750 |" in told
     job = {"trainer_lora": took([2.0, 2.0], 8), "trainer_miss": took([1.0, 3.0], 4),
            "trainer_bone": took([1.0, 1.0], 6), "learned_bone": took([1.0, 1.0], 4),
            "grouped_bone": took([0.2, 0.8], 2)}  # fmt: skip
-    told = report._job([{"contestants": job}])
-    assert "0.25 of the time and 0.25 of the memory of `Trainer` with PEFT's LoRA" in told
-    assert "(0.25 and 0.50 of PEFT's MiSS)" in told
-    assert (
-        "The adapter takes 0.50 of the time of PEFT's LoRA in the same `Trainer`, and 0.75" in told
-    )
+    told = speed.job([{"contestants": job}])
+    assert "| adapter | 0.500 | 0.500 | 0.750 | 0.750 |" in told
     assert "| rows by length | 0.500 | 0.500 | 0.500 | 0.500 |" in told
+    assert "| all | 0.250 | 0.250 | 0.250 | 0.250 |" in told

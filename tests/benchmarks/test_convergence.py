@@ -15,12 +15,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from benchmarks.convergence import costs, report
+from benchmarks import report
+from benchmarks.convergence import costs, curves, tables
 from benchmarks.convergence.findings import (
+    LIMITS,
     Overall,
     Point,
     at_forgetting,
     differ,
+    findings_of_tasks,
     longer,
     points,
     ratios,
@@ -307,30 +310,21 @@ def assert_same_picture(found, expected):
     torch.testing.assert_close(found, expected, rtol=0, atol=1.5e-6)
 
 
-COMMAND = "python -m benchmarks.convergence.report"
 KEPT = read_runs(RESULTS)
 COSTS = json.loads(costs.COSTS.read_text())
 
 
 class TestReport:
-    """The page that is committed follows from the results that are committed."""
+    """The pages follow from the results that are committed."""
 
-    def test_it_is_what_the_results_give(self, tmp_path):
+    def test_the_pictures_are_what_the_results_give(self):
         import matplotlib as mpl
 
-        for name in ("docs/assets", "benchmarks/results"):
-            (tmp_path / name).mkdir(parents=True)
-        (tmp_path / report.PAGE).write_text("".join(report.MARKS))
-        report.main(["--root", str(tmp_path)])
-        shown = (ROOT / report.PAGE).read_text()
-        told = (tmp_path / report.PAGE).read_text()
-        assert told in shown, COMMAND
-        assert (tmp_path / report.TABLES).read_text() == (ROOT / report.TABLES).read_text(), COMMAND
-        for path in tmp_path.rglob("*.svg"):
-            committed = (ROOT / path.relative_to(tmp_path)).read_text()
+        for name, picture in curves.drawn(KEPT, COSTS).items():
+            committed = (ROOT / report.PICTURES / f"evidence-{name}.svg").read_text()
             if f"Matplotlib v{mpl.__version__}" not in committed:
                 continue  # by another release of matplotlib, which draws text its own way
-            assert_same_picture(path.read_text(), committed)
+            assert_same_picture(picture.decode(), committed)
 
     def test_every_kept_run_is_of_the_study(self):
         strangers = [run.title for run in read_runs(RESULTS)
@@ -338,44 +332,46 @@ class TestReport:
         assert strangers == []
 
     def test_the_verdict_says_what_the_files_say(self):
-        found = report.tasks_of(STUDY, KEPT, COSTS)
-        text = report.verdict(found, longer(STUDY, KEPT))
+        found = findings_of_tasks(KEPT, COSTS)
+        rows = {row.split(" | ")[0]: row for row in tables.verdict(found).splitlines()}
         for what, key in (("test loss", "loss"), ("loss on what the base could do", "forgetting")):
             by_hand = [
                 one.findings["bone"].mean(key) / one.findings["lora"].mean(key)
                 for one in found.values()
             ]
             assert list(ratios(found, "bone", what).values()) == by_hand
-            assert f"MiSS {Overall.of(by_hand)}" in text
-        seconds = [one["seconds"] for one in COSTS["tables"]["costs"]]
+            assert f"| {what} | {Overall.of(by_hand)} |" in rows[f"| {what}"]
+            assert not Overall.of(by_hand).clear  # the page says so
         steps = [
             statistics.median(a / b for a, b in zip(one["bone"], one["lora"], strict=True))
-            for one in seconds
+            for one in (one["seconds"] for one in COSTS["tables"]["costs"])
         ]
-        assert f"Time of a step: MiSS {Overall.of(steps)}" in report._how(KEPT, COSTS, found)
-        assert "nothing here favours MiSS" in text
+        assert f"**{Overall.of(steps)}**" in rows["| time of a step"]
 
-    def test_another_result_gives_another_page(self):
+    def test_another_result_gives_another_table(self):
         changed = {
             run: {**record, "loss": 0.5 * record["loss"]}
             if run.cell.method == "bone" and record.get("loss")
             else record
             for run, record in KEPT.items()
         }
-        before, after = (longer(STUDY, results) for results in (KEPT, changed))
-        text = report.verdict(report.tasks_of(STUDY, changed, COSTS), after)
-        assert "Quality. MiSS: clearly better" in text
-        assert "nothing here favours MiSS" not in text
+        before, after = (longer(results) for results in (KEPT, changed))
+        shown = tables.verdict(findings_of_tasks(changed, COSTS))
+        assert "| test loss | **0.50" in shown
+        assert "| lower, higher in single tasks | 5, 0 |" in shown
         assert after.own["bone"].mean("loss") == before.own["bone"].mean("loss") / 2
 
     def test_the_advice_on_rates_follows_from_the_kept_runs(self):
-        long = longer(STUDY, KEPT)
-        assert report.apart(report.lowest_losses(long)[0]) < report.spread(long) < 0.05  # alike
-        thirds = report.thirds(long)
-        assert len(thirds) == 3
-        for loss, forgetting in thirds:  # as good as LoRA at a third of its rate ...
-            assert loss < 0
-            assert abs(forgetting) < 0.05
+        long = longer(KEPT)
+        for limit in LIMITS:  # all but SHiRA are alike at equal forgetting
+            lowest = [long.at(name, limit)[0] for name in long.records if name != SHIRA]
+            assert max(lowest) - min(lowest) < 0.03
+            assert long.at(SHIRA, limit)[0] < min(lowest)
+        for third, rate in ((1e-4, 3e-4), (3e-4, 1e-3), (1e-3, 3e-3)):  # as good as LoRA there ...
+            pairs = list(zip(long.ends("bone", third), long.ends("lora", rate), strict=False))
+            assert statistics.fmean(one.loss - other.loss for one, other in pairs) < 0
+            rises = [one.forgetting - other.forgetting for one, other in pairs]
+            assert abs(statistics.fmean(rises)) < 0.05
         for rate in (1e-4, 3e-4, 1e-3):  # ... and at the same rate, more forgetting
             pairs = zip(long.ends("bone", rate), long.ends("lora", rate), strict=False)
             assert all(one.forgetting > other.forgetting for one, other in pairs)
@@ -386,44 +382,41 @@ class TestReport:
         for name, low in (("bone", 1e-4), ("lora", 3e-4)):  # scaling beats a lower rate
             end, curve = long.ends(name, low)[0], points(long.records[name][MILD[name]][0])
             assert at_forgetting(curve, end.forgetting) < end.loss - 0.01
-        found = report.tasks_of(STUDY, KEPT, COSTS)
+        found = findings_of_tasks(KEPT, COSTS)
         for task in ("arithmetic", "docstrings"):  # with r = 16, a tenth is best
             own = found[task].findings
             assert (own["bone"].rate, own["lora"].rate) == (mild, 3e-3)
-        verdict = report.verdict(found, long)
-        assert f"rate](choosing.md#learning-rate): {mild:g} for the language model" in verdict
+        text = (ROOT / "docs/evidence.md").read_text()
+        assert f"rate](choosing.md#learning-rate): {mild:g} for the language model" in text
 
-    def test_a_page_says_where_it_has_the_first_seed_only(self):
-        shira, *cells = (main_cell("documentation", name) for name in (SHIRA, "bone", "lora"))
-        mild = [Run(cell, MILD[cell.method], seed) for cell in cells for seed in (1, 2)]
-        less = {r: one for r, one in KEPT.items() if r.cell != shira and r not in mild}
-        more = less | {Run(shira, rate, 0): KEPT[Run(cells[1], rate, 0)] for rate in GRID}
-        more |= {run: KEPT[replace(run, seed=0)] for run in mild}
-        (before, first), (after, then) = (
-            (
-                report.page(kept, COSTS, report.tasks_of(STUDY, kept, COSTS), longer(STUDY, kept)),
-                report.verdict(report.tasks_of(STUDY, kept, COSTS), longer(STUDY, kept)),
-            )
-            for kept in (less, more)
-        )
-        assert "In the longer training (first seed), it" in first
-        assert "(first seed)" not in then
-        lines = after.split("## Groups")[0].splitlines()
-        rows = {row.split(" |")[0]: row for row in lines if "2.540 +0.23" in row}
-        assert "2.540 +0.23 \\*" in rows["| LoRA"]  # all seeds
+    def test_a_table_says_where_it_has_every_seed(self):
+        shira, lora = (main_cell("documentation", name) for name in (SHIRA, "lora"))
+        less = {run: one for run, one in KEPT.items() if run.cell != shira}
+        more = less | {Run(shira, rate, 0): KEPT[Run(lora, rate, 0)] for rate in GRID}
+        assert "SHiRA" not in tables.losses_at_rates(longer(less))
+        shown = tables.losses_at_rates(longer(more)).splitlines()
+        rows = {row.split(" |")[0]: row for row in shown}
+        assert "2.539 +0.23 \\*" in rows["| LoRA"]  # all seeds
         assert "2.540 +0.23 |" in rows["| SHiRA"]
-        assert "| SHiRA |" not in before.split("## Groups")[0]
 
     def test_the_advice_on_a_lora_rate_follows_from_the_kept_runs(self):
+        found = findings_of_tasks(KEPT, COSTS)
+        widths = {"digits": 64, "packages": 384}
+        times = []
+        for task, one in found.items():
+            rank = alpha = TASKS[task].r / 2  # of a LoRA with as many parameters in a square layer
+            factor = alpha / math.sqrt(3 * rank * widths.get(task, 576))
+            times.append(one.findings["bone"].rate / one.findings["lora"].rate / factor)
+        told = f"{min(times):.1f} to {max(times):.1f} times"
         evidence, choosing = (
             " ".join((ROOT / name).read_text().split())
-            for name in (report.TABLES, "docs/choosing.md")
+            for name in ("benchmarks/results/learning.md", "docs/choosing.md")
         )
-        times = re.search(r"rate of MiSS was ([\d.]+ to [\d.]+ times) the product", evidence)[1]
-        assert f"The best rates here were [{times} this product]" in choosing
+        assert f"rate of MiSS was {told} the product" in evidence
+        assert f"The best rates here were [{told} this product]" in choosing
 
     def test_random_signs_are_better_in_the_two_smaller_models_only(self):
-        columns = report.matrices(KEPT)
+        columns = tables.matrices(KEPT)
         for task, rate in (("digits", 3e-3), ("digits", 1e-3), ("packages", 1e-3)):
             signs, bone = (columns[task, rate][name] for name in ("signs", "bone"))
             assert statistics.fmean(signs) < statistics.fmean(bone) - 0.05

@@ -1,6 +1,5 @@
-"""`python -m benchmarks.gpu`: each part runs on a processor, with tiny sizes; the page of a run."""
+"""`python -m benchmarks.gpu`: each part runs on a processor, with tiny sizes; its tables."""
 
-import copy
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,10 +8,10 @@ from unittest.mock import create_autospec
 import pytest
 import torch
 
-from benchmarks import gpu, gpu_page
+from benchmarks import gpu, speed
 from benchmarks.candidates import BASE
-from benchmarks.compiled import COMPILED
-from benchmarks.markdown import replace_between
+from benchmarks.protocol import COMPILED, Budget
+from benchmarks.race import Race, checked_runs, peak_of
 from benchmarks.results import read_results
 from benchmarks.timers import ClockTimer, EventTimer, timer_of
 from benchmarks.whole_model import write_model
@@ -47,16 +46,12 @@ def test_all_candidates_run_eager_and_compiled(measured):
     assert set(step["peak_bytes"]) == names
 
 
-def test_a_run_becomes_a_page(measured):
-    page = gpu_page.page({**measured, "tables": {**KEPT["tables"], **measured["tables"]}})
-    for words in (
-        "64 x 96, 16 tokens",
-        "*roofline BAT*",
-        "Compiled:",
-        "Fine-tuning",
-        "a tiny Llama",
-    ):
-        assert words in page
+def test_a_run_becomes_tables(measured):
+    shown = speed.tables([{**measured, "tables": {**KEPT["tables"], **measured["tables"]}}])
+    assert "| 64 x 96, 16 tokens, " in shown["step"]
+    assert "*roofline BAT*" in shown["step"]
+    assert "disha LoRA" in shown["decoding_compiled"]
+    assert "| model | a tiny Llama |" in shown["finetune"]
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +80,7 @@ def test_the_command_fine_tunes_and_proves_the_file():
     (case,) = gpu.finetune(CPU, gpu.TINY)
     assert case["steps"] == 2
     assert case["proof"]["loaded"] == pytest.approx(case["proof"]["trained"], abs=1e-3)
-    assert "2 steps in" in gpu_page.finetune([case])
+    assert "| steps | 2 |" in speed.finetune([case])
 
 
 def test_what_fails_is_noted_and_the_rest_goes_on(monkeypatch, tmp_path):
@@ -101,7 +96,7 @@ def test_what_fails_is_noted_and_the_rest_goes_on(monkeypatch, tmp_path):
     found = read_results(path)
     assert found["failed"] == {"step": "ValueError: no memory"}
     assert found["tables"] == {"decoding": kept}
-    assert "- step: ValueError: no memory" in gpu_page.page(found)
+    assert "- step failed: ValueError: no memory" in speed.runs([found])
 
 
 def test_a_candidate_that_fails_leaves_the_others():
@@ -113,7 +108,8 @@ def test_a_candidate_that_fails_leaves_the_others():
         return run
 
     fine, broken = torch.nn.Identity(), torch.nn.Linear(1, 1)
-    runs, failed = gpu.eager_and_compiled({"a": fine, "b": broken}, make, CPU)
+    race = Race(("a", "b"), Budget(0.0), compiled=True, backend="eager")
+    runs, failed = checked_runs({"a": fine, "b": broken}, make, race)
     assert set(runs) == {"a", "a" + COMPILED}
     assert failed == dict.fromkeys(("b", "b" + COMPILED), "RuntimeError: out of memory")
 
@@ -123,7 +119,7 @@ def test_tests_are_counted_by_how_they_end():
     found = gpu.count_tests(f"...s.F\nFAILED tests/x.py::test_a - no\n== {said} ==\n")
     assert found == {"passed": 5, "failed": 1, "error": 2, "skipped": 1, "said": said,
                      "not_passed": ["FAILED tests/x.py::test_a - no"]}  # fmt: skip
-    assert "2 errors in 3.42s.\n\n- FAILED tests/x.py::test_a - no\n" in gpu_page.tests([found])
+    assert "FAILED tests/x.py::test_a - no" in speed.tests([found])
 
 
 def test_a_test_that_fails_makes_the_command_fail(monkeypatch, tmp_path):
@@ -202,10 +198,10 @@ def test_the_peak_of_a_card_is_the_allocators(monkeypatch):
         stand_in = create_autospec(getattr(torch.cuda, name))
         stand_in.side_effect = partial(note, log, name, result)
         monkeypatch.setattr(torch.cuda, name, stand_in)
-    assert gpu.peak_of(lambda: log.append("run"), torch.device("cuda")) == 64
+    assert peak_of(lambda: log.append("run"), torch.device("cuda")) == 64
     assert log == ["synchronize", "reset_peak_memory_stats", "memory_allocated", "run",
                    "synchronize", "max_memory_allocated"]  # fmt: skip
-    assert gpu.peak_of(log.clear, torch.device("mps")) is None
+    assert peak_of(log.clear, torch.device("mps")) is None
 
 
 def note(log, name, result, *_):
@@ -218,28 +214,3 @@ def test_a_device_without_events_has_a_clock():
     ticks = iter([1.0, 7.0])
     timer = ClockTimer(lambda: next(ticks), wait=lambda: None, times=3)
     assert timer.seconds(lambda: None) == 2.0
-
-
-def test_page_and_readme_are_what_the_kept_run_gives():
-    for path, text in ((gpu_page.PAGE, gpu_page.page), (gpu_page.README, gpu_page.readme)):
-        shown = (ROOT / path).read_text(encoding="utf-8")
-        assert replace_between(shown, text(KEPT), *gpu_page.MARKS[path]) == shown
-
-
-def test_a_run_on_a_processor_is_called_so():
-    assert "Measured on a *processor*" in gpu_page.page(KEPT)
-    assert gpu_page.readme(KEPT).startswith("**No GPU has run this yet**")
-
-
-def test_a_run_on_a_gpu_gives_readme_a_table():
-    run = copy.deepcopy(KEPT)
-    run |= {"device": "Some GPU", "accelerator": {"name": "Some GPU"}}
-    seconds = run["tables"]["step"][0]["seconds"]
-    seconds["bone"] = [taken / 2 for taken in seconds["peft_lora"]]
-    del seconds["loralib"]
-    shown = gpu_page.readme(run)
-    assert "one has run. Some GPU, divided by PEFT's LoRA" in shown
-    (row,) = (line for line in shown.splitlines() if "of a layer" in line and "eager" in line)
-    assert row.split(" | ")[1] == "0.500"
-    assert row.rstrip(" |").endswith(" -")
-    assert "processor" not in gpu_page.page(run).partition("## The run")[0]

@@ -1,4 +1,4 @@
-"""Groups as a candidate of the study: their update against slow loops, and what the page says."""
+"""Groups as a candidate of the study: their update against slow loops, and the paired table."""
 
 import math
 
@@ -6,18 +6,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from benchmarks.convergence.findings import all_finished
 from benchmarks.convergence.groups import GROUPS
-from benchmarks.convergence.groups_report import (
-    Outcome,
-    decided,
-    decision_of,
-    findings_of,
-    outcomes,
-    section,
-)
 from benchmarks.convergence.methods import golay_sign
 from benchmarks.convergence.plan import CANDIDATES, LONG, STUDY, main_cell
 from benchmarks.convergence.runs import RESULTS, Run, read_runs
+from benchmarks.convergence.tables import paired
 from disha.functional import Layout, Update, adapted_linear
 
 KEPT = read_runs(RESULTS)
@@ -54,39 +48,20 @@ def test_fixed_signs_are_those_of_golay_rudin_and_shapiro():
     assert [golay_sign(place) for place in range(8)] == [1, 1, 1, -1, 1, 1, -1, 1]
 
 
-def test_an_outcome_compares_equal_seeds_with_miss():
-    tasks = findings_of(STUDY, KEPT)
-    for task, outcome in outcomes(tasks, "n groups", KEPT).items():
+def test_pairs_are_of_equal_seeds():
+    finished = all_finished(KEPT)
+    rows = paired(finished, KEPT).splitlines()
+    (row,) = (row for row in rows if row.startswith("| MiSS, n groups - MiSS |"))
+    cells = row.strip("| ").split(" | ")[1:]
+    for cell, (task, found) in zip(cells, finished.items(), strict=True):
         gaps = []
         for seed in range(8):
-            mine = KEPT.get(Run(main_cell(task, outcome.method), outcome.rate, seed))
-            ours = KEPT.get(Run(main_cell(task, "bone"), tasks[task]["bone"].rate, seed))
+            mine = KEPT.get(Run(main_cell(task, "groups_all"), found["groups_all"].rate, seed))
+            ours = KEPT.get(Run(main_cell(task, "bone"), found["bone"].rate, seed))
             if mine and ours:
                 gaps.append(mine["loss"] - ours["loss"])
         assert len(gaps) >= 3
-        assert outcome.gap == pytest.approx(sum(gaps) / len(gaps))
-
-
-def test_a_page_without_runs_of_groups_names_what_is_not_finished():
-    without = {run: one for run, one in KEPT.items() if run.cell.method not in GROUPS}
-    page, told = section(STUDY, without), decided(STUDY, without)
-    assert "Not run to the end" in page
-    assert "no groups are added to the library" in told
-    assert "- *documentation*: MiSS, 3 groups; MiSS, n groups; MiSS, 3 groups, contiguous" in page
-    assert "in 0 of 0 tasks" in told
-
-
-@pytest.mark.parametrize(
-    ("clear_gaps", "accepted"),
-    [((-0.1, -0.1, -0.1), True), ((-0.1, -0.1), False), ((-0.1, -0.1, -0.1, 0.1), False)],
-)
-def test_a_rule_needs_three_better_tasks_and_no_worse_one(clear_gaps, accepted):
-    of_rule = {
-        f"task {number}": Outcome("groups_all", gap, True, 1e-3, 1e-3)
-        for number, gap in enumerate(clear_gaps)
-    }
-    of_rule["unclear"] = Outcome("groups_all", 0.1, False, 1e-3, 1e-3)
-    assert ("n groups are in the library" in decision_of({"n groups": of_rule})) is accepted
+        assert float(cell.split()[0]) == pytest.approx(sum(gaps) / len(gaps), abs=6e-4)
 
 
 def test_candidates_of_the_longer_study_run_with_every_seed():

@@ -18,10 +18,6 @@ class Arithmetic(LanguageTask):
 
     name = "arithmetic"
     title = "Language model: word problems"
-    about = (
-        "SmolLM2-135M learns to answer generated one-step word problems: sums and differences of "
-        "numbers below 100, and products of numbers below 10."
-    )
     steps, batch, evaluate_every = 48, 12, 12
 
     @cached_property

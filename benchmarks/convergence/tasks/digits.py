@@ -76,11 +76,6 @@ class Digits(Task):
 
     name = "digits"
     title = "Vision: rotated digits"
-    about = (
-        "The study trains a vision transformer (width 64, 4 blocks) on upright digits of "
-        "scikit-learn. Then it adapts the model to other digits, which are rotated by 90 degrees "
-        "and inverted."
-    )
     r, r_out = 8, 32
     steps, batch, evaluate_every = 150, 32, 5
     width, depth = 64, 4

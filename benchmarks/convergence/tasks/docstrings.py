@@ -17,11 +17,6 @@ class Docstrings(LanguageTask):
 
     name = "docstrings"
     title = "Language model: docstrings"
-    about = (
-        "SmolLM2-135M learns to write the first paragraph of a docstring from the source of the "
-        "function. Functions are from Python's standard library, as in the demo, and short enough "
-        "for both to fit 128 tokens."
-    )
     steps, batch, evaluate_every = 32, 4, 8
 
     @cached_property

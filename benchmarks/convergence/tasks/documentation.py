@@ -35,13 +35,6 @@ class Documentation(LanguageTask):
 
     name = "documentation"
     title = "Language model: a longer training"
-    about = (
-        "SmolLM2-135M learns to write the beginning of a docstring from the full name of a "
-        "function or class and its arguments. The docstrings are those of Matplotlib, NumPy, "
-        "pandas, SciPy and scikit-learn. Prompt and answer have at most 64 tokens. Frozen "
-        "weights are bfloat16, adapters are float32, and products are computed in bfloat16 "
-        "(autocast)."
-    )
     r = 64
     steps, batch, evaluate_every = 600, 4, 50
     precision: ClassVar[torch.dtype] = torch.bfloat16

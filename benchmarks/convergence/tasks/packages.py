@@ -57,11 +57,6 @@ class Packages(Task):
 
     name = "packages"
     title = "Text encoder: which package"
-    about = (
-        "all-MiniLM-L6-v2 learns to tell from which of eight packages of Python's standard library "
-        "the first paragraph of a docstring comes. All methods train the same new classification "
-        "head, at its own learning rate."
-    )
     r, r_out = 16, 192
     steps, batch, evaluate_every = 80, 16, 10
     layers: ClassVar[Mapping[str, str]] = {

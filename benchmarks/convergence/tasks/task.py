@@ -31,8 +31,6 @@ class Task(ABC):
 
     name: ClassVar[str]
     title: ClassVar[str]
-    about: ClassVar[str]
-    """What is learned from what, in one to three sentences of the report."""
     r: ClassVar[int]
     """The r of Bone. All methods get as many parameters."""
     r_out: ClassVar[int]
