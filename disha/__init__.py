@@ -26,11 +26,10 @@ if TYPE_CHECKING:
     from disha.files import (
         AdapterFile,
         combine_adapters,
-        inspect_adapter,
-        load_adapter,
         save_adapter,
     )
     from disha.functional import Geometry, register_method
+    from disha.interop import inspect_adapter, load_adapter
     from disha.layers import AdaptedLayer, BatLinear, BoneLinear, register_layer_kind
     from disha.model.check import check_adapters
     from disha.model.check_report import CheckedWeight, CheckReport
@@ -108,6 +107,7 @@ __all__ = [
 MODULES_WITH_PUBLIC_NAMES = (
     "files",
     "functional",
+    "interop",
     "layers",
     "model.check",
     "model.check_report",

@@ -31,7 +31,6 @@ import shlex
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -53,16 +52,18 @@ from disha.finetune.notes import (
     read_noted_tokens,
 )
 from disha.interop import image_lora, peft
-from disha.interop.checkpoints.matching import base_shapes, base_weights_of_checkpoint
+from disha.interop.checkpoints.matching import (
+    base_weights_of_checkpoint,
+    find_noted_base,
+    read_adapter,
+)
 from disha.interop.checkpoints.reading import Checkpoint, open_checkpoint
-from disha.interop.lora.reading import read_lora
-from disha.interop.lora.writing import write_lora
+from disha.interop.lora import write_lora
 from disha.interop.low_rank import LoraReport, find_served_rank, is_stack
-from disha.interop.peft_format import CONFIG_NAME, WEIGHTS_NAME, task_of
+from disha.interop.peft_format import CONFIG_NAME, WEIGHTS_NAME, peft_folder_at, task_of
 from disha.text import counted, first_few
 
 FORMATS = ("disha", "peft", "lora", "diffusers")
-PEFT_METHODS = ("MISS", "BONE", "LORA")
 TAKEN_BY = {
     "rank": ("lora", "diffusers"),
     "pad_rank": ("lora",),
@@ -159,31 +160,21 @@ def _read(path: Path, flags: Namespace, base: Checkpoint | None) -> AdapterConte
 
 def _read_folder(path: Path, flags: Namespace, base: Checkpoint | None) -> AdapterContents:
     """Read a folder that PEFT has saved."""
-    method = _peft_settings(path).get("peft_type")
-    if method not in PEFT_METHODS:
-        raise AdapterFileError(f"{path} is of peft_type {method!r}, not {', '.join(PEFT_METHODS)}")
-    also_train = not flags.no_also_train
-    if method == "LORA":
-        model_type = _config_of(base).get("model_type")
-        contents = read_lora(path, model_type=model_type, also_train=also_train)
-    else:
-        if base is None:
-            raise ArgumentError(
-                f"{path} does not tell the sizes of its layers, and names no base on this disk; "
-                "give --base"
-            )
-        contents = peft.read_folder(path, partial(base_shapes, base), also_train=also_train)
+    contents: AdapterContents = read_adapter(path, base)
+    if flags.no_also_train:
+        contents = keep_blocks(contents)
     _refuse_tied(path, contents, base)
+    if any(layer.is_new_rows for layer in contents.layers) and _may_tie(base):
+        raise ArgumentError(
+            f"{path} has new rows of a table, and only the model tells what the table is tied to; "
+            "load it there (load_adapter), and save it (save_adapter)"
+        )
     return contents
 
 
-def _peft_settings(folder: Path) -> dict[str, Any]:
-    if not (folder / CONFIG_NAME).is_file():
-        raise AdapterFileError(
-            f"{folder} has neither {ADAPTER_NAME} nor {CONFIG_NAME}; name an adapter file, a "
-            "folder that PEFT has saved, or a checkpoint saved with AdapterCheckpoints"
-        )
-    return peft.read_config(folder)
+def _may_tie(base: Checkpoint | None) -> bool:
+    """Whether the base may tie its embedding to its head."""
+    return bool(_config_of(base).get("tie_word_embeddings", True))
 
 
 def _open_base(given: Path | None, source: Path) -> Checkpoint | None:
@@ -192,10 +183,12 @@ def _open_base(given: Path | None, source: Path) -> Checkpoint | None:
         return open_checkpoint(given)
     if not source.is_dir():
         return None
-    name = _peft_settings(source).get("base_model_name_or_path")
-    if not isinstance(name, str) or not Path(name).is_dir():
-        return None
-    return open_checkpoint(name)
+    if peft_folder_at(source) is None:
+        raise AdapterFileError(
+            f"{source} has neither {ADAPTER_NAME} nor {CONFIG_NAME}; name an adapter file, a "
+            "folder that PEFT has saved, or a checkpoint saved with AdapterCheckpoints"
+        )
+    return find_noted_base(source)
 
 
 def _config_of(base: Checkpoint | None) -> dict[str, Any]:
@@ -209,7 +202,7 @@ def _refuse_tied(path: Path, contents: AdapterContents, base: Checkpoint | None)
     matrices = [name for name in contents.also_train if tensors[name].dim() > 1]
     # A table has a row for each token of the base, or more. Other heads have fewer rows.
     tables = [name for name in matrices if len(tensors[name]) >= config.get("vocab_size", 0)]
-    if tables and config.get("tie_word_embeddings", True):
+    if tables and _may_tie(base):
         raise ArgumentError(
             f"{path} holds {tables[0]}, and PEFT unties an embedding; give a --base that does not "
             "tie its embeddings, or --no_also_train"

@@ -1,4 +1,4 @@
-"""Show what an adapter file holds: its layers, their sizes, and its notes.
+"""Show what an adapter file or a folder of PEFT holds: its layers, their sizes, and its notes.
 
 With --base, also say whether it belongs to this checkpoint; the exit code is 1 if it does not.
 
@@ -27,7 +27,7 @@ def main(words: Sequence[str]) -> int:
     parser.add_argument("--base", type=Path, help="a safetensors file, or a folder of them")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     flags = parser.parse(words)
-    adapter_file = disha.inspect_adapter(flags.file)
+    adapter_file = disha.inspect_adapter(flags.file, flags.base)
     lines = [str(adapter_file)]
     reasons: list[str] = []
     if flags.base is not None:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from disha.cli.dispatcher import Parser
 from disha.cli.output import fit, tell_noted_base
-from disha.files import file_at, find_adapter
+from disha.files import find_adapter
 from disha.finetune.merging import merge_base
 from disha.finetune.notes import read_notes
 from disha.finetune.templates import try_template
@@ -27,7 +27,7 @@ def main(words: Sequence[str]) -> None:
     """Merge an adapter into a base."""
     parser = Parser("merge", __doc__)
     parser.add_argument("base", nargs="?", help="the base")
-    parser.add_argument("adapter", type=Path, help="the adapter file")
+    parser.add_argument("adapter", type=Path, help="an adapter file, or a folder of PEFT")
     parser.add_argument("out", type=Path, help="what to write")
     scale_help = "s of all layers, instead of the adapter's own; alpha / r of other libraries"
     parser.add_argument("--scale", type=float, help=scale_help)
@@ -35,7 +35,7 @@ def main(words: Sequence[str]) -> None:
     parser.add_argument("--force", action="store_true", help="also into another or a tied base")
     parser.add_argument("--overwrite", action="store_true", help="replace what is there")
     flags = parser.parse(words)
-    flags.adapter = file_at(find_adapter(flags.adapter))
+    flags.adapter = find_adapter(flags.adapter)
     base = flags.base
     if base is None:
         base, _ = tell_noted_base(flags.adapter)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import disha
 from disha.cli.dispatcher import Parser
 from disha.cli.output import tell_noted_base
 from disha.errors import AdapterFileWarning, ArgumentError
@@ -17,7 +18,6 @@ from disha.finetune.base import best_device, load_base
 from disha.finetune.notes import (
     BITS,
     PROMPT_KEY,
-    load_noted_adapter,
     read_noted_bits,
     read_notes,
 )
@@ -67,7 +67,7 @@ class PromptRunner:
         action: Any = "default" if flags.force else "error"
         try:
             with warnings.catch_warnings(action=action, category=AdapterFileWarning):
-                load_noted_adapter(self.model, flags.adapter)
+                disha.load_adapter(self.model, flags.adapter)
         except AdapterFileWarning as error:
             raise ArgumentError(f"{error}; --force uses it all the same") from error
 

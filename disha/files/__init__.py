@@ -9,11 +9,9 @@
 """
 
 from disha.files.combining import combine_adapters
-from disha.files.contents import inspect_adapter
 from disha.files.disk import ADAPTER_NAME, file_at, require_free, save
 from disha.files.header import FORMAT, AdapterContents, AdapterFile
 from disha.files.hub import find_adapter
-from disha.files.loading import load_adapter
 from disha.files.saving import save_adapter
 from disha.model.records import LayerRecord
 
@@ -26,8 +24,6 @@ __all__ = [
     "combine_adapters",
     "file_at",
     "find_adapter",
-    "inspect_adapter",
-    "load_adapter",
     "require_free",
     "save",
     "save_adapter",

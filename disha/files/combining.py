@@ -13,9 +13,9 @@ from disha import functional
 from disha.checks import check_scale
 from disha.config import AdapterConfig
 from disha.errors import ArgumentError, ArgumentTypeError
-from disha.files.contents import keep_blocks
+from disha.files.contents import Source, keep_blocks
 from disha.files.header import AdapterContents
-from disha.files.loading import Source, load_contents
+from disha.files.loading import load_contents
 from disha.files.saving import adapter_contents
 from disha.functional import method_of
 from disha.model.buffers import claimant_of
@@ -162,20 +162,20 @@ def _sum_blocks(parts: Sequence[Part], r: int | None) -> tuple[LayerRecord, Tens
     """Return the record and the block of a layer: the weighted sum of its blocks."""
     first, _ = parts[0]
     name = first.name or "(the model)"
+    if first.is_new_rows:
+        raise ArgumentError(
+            f"layer {name!r}: new rows are values, not updates, so they have no weighted sum; "
+            "leave out `also_train_rows`"
+        )
     listing = "; ".join(_describe(part) for part in parts)
     # Fingerprints are left out, because one base has several: they depend on its dtype.
-    without_base = {replace(record, r=1, scale=1.0, base=None) for record, _ in parts}
-    joined = _join_blocks(parts, r) if len(without_base) == 1 else None
-    if joined is not None:
-        r, total = joined
-    else:
-        if r is None:
-            r = math.lcm(*(record.r for record, _ in parts))
-        terms = _widen_blocks(parts, name, r, listing)
-        block_shapes = {wide.shape for wide, _ in terms}
-        if len(without_base) > 1 or len(block_shapes) > 1:
-            raise ArgumentError(f"layer {name!r} is not the same in all adapters: {listing}")
-        total = functional.weighted_sum(terms)
+    layers = {
+        (replace(record, r=1, scale=1.0, base=None), record.geometry(block.shape))
+        for record, block, _ in map(_term_of, parts)
+    }
+    if len(layers) > 1:
+        raise ArgumentError(f"layer {name!r} is not the same in all adapters: {listing}")
+    r, total = _add_blocks(parts, r, f"layer {name!r}", listing)
     if not is_finite_as(total, total.dtype):
         raise ArgumentError(
             f"layer {name!r}: the sum is not finite as {total.dtype}; give smaller weights"
@@ -185,63 +185,46 @@ def _sum_blocks(parts: Sequence[Part], r: int | None) -> tuple[LayerRecord, Tens
     return replace(first, r=r, scale=1.0, base=base), total
 
 
-def _join_blocks(parts: Sequence[Part], r: int | None) -> tuple[int, Tensor] | None:
-    """Return the sum of blocks as one that has the rows of all, and its r; None if there is none.
+def _term_of(part: Part) -> tuple[LayerRecord, Tensor, float]:
+    """Return a record, its block, and the factor of the block in the sum."""
+    record, summand = part
+    return record, summand.contents.tensors[record.key], float(summand.weight) * record.scale
 
-    A larger r is filled up.
-    """
-    first, _ = parts[0]
-    if first.is_new_rows:
-        return None
+
+def _add_blocks(
+    parts: Sequence[Part], r: int | None, layer: str, listing: str
+) -> tuple[int, Tensor]:
+    """Return the sum of the blocks of one weight, and its r, which is at least the one given."""
+    terms = [_term_of(part) for part in parts]
+    first, block, _ = terms[0]
     method = method_of(first.method)
-    blocks = [summand.contents.tensors[record.key] for record, summand in parts]
-    geometry = first.geometry(blocks[0].shape)
-    factors = [float(summand.weight) * record.scale for record, summand in parts]
-    total = method.join(list(zip(blocks, factors)), geometry)
-    if total is None:
-        return None
-    rows = sum(record.r for record, _ in parts)
-    if r is not None and r > rows:
-        total = method.wider_block(first.layout, total, geometry, rows, r)
-        rows = r
-    return None if total is None else (rows, total)
-
-
-def _widen_blocks(
-    parts: Sequence[Part], name: str, r: int, listing: str
-) -> list[tuple[Tensor, float]]:
-    """Return the blocks of a layer as blocks of this r, each with its factor in the sum.
-
-    Errors have the name of the layer, and the listing of its blocks.
-    """
-    first, _ = parts[0]
-    if first.is_new_rows:
+    geometry = first.geometry(block.shape)
+    joined = method.join([(block, factor) for _, block, factor in terms], geometry)
+    if joined is not None:
+        rows = sum(record.r for record, _, _ in terms)
+        terms = [(replace(first, r=rows), joined, 1.0)]
+        r = max(r or 0, rows)
+    elif not method.additive:
         raise ArgumentError(
-            f"layer {name!r}: new rows are values, not updates, so they have no weighted sum; "
-            "leave out `also_train_rows`"
+            f"{layer}: {method.name} blocks can't be added, because dW is not linear in the block; "
+            "load them as several adapters instead, whose updates add up"
         )
-    method = method_of(first.method)
-    if not method.additive:
+    r = r or math.lcm(*(record.r for record, _, _ in terms))
+    if joined is None and r > first.in_features:
         raise ArgumentError(
-            f"layer {name!r}: {method.name} blocks can't be added, because dW is not linear in the "
-            "block; load them as several adapters instead, whose updates add up"
+            f"{layer}: the sum needs r={r}, but the layer has only {first.in_features} inputs: "
+            f"{listing}; export the adapters as LoRA, and combine those"
         )
-    if r > first.in_features:
-        raise ArgumentError(
-            f"layer {name!r}: the sum needs r={r}, but the layer has only {first.in_features} "
-            f"inputs: {listing}; export the adapters as LoRA, and combine those"
-        )
-    terms = []
-    for record, summand in parts:
-        block = summand.contents.tensors[record.key]
-        wide = method.wider_block(record.layout, block, record.geometry(block.shape), record.r, r)
+    wide_terms = []
+    for record, block, factor in terms:
+        wide = method.wider_block(record.layout, block, geometry, record.r, r)
         if wide is None:
             raise ArgumentError(
-                f"layer {name!r}: {method.name} blocks can't be added with r={r}: {listing}; give "
-                "an r that is a multiple of each, or adapters of equal r"
+                f"{layer}: {method.name} blocks can't be added with r={r}: {listing}; give an r "
+                "that is a multiple of each, or adapters of equal r"
             )
-        terms.append((wide, float(summand.weight) * record.scale))
-    return terms
+        wide_terms.append((wide, factor))
+    return r, functional.weighted_sum(wide_terms)
 
 
 def _describe(part: Part) -> str:

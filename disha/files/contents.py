@@ -11,7 +11,7 @@ import torch
 
 from disha.checks import compile_regex
 from disha.errors import ArgumentError
-from disha.files.disk import PathLike, file_at, open_tensors, save_tensors
+from disha.files.disk import open_tensors, save_tensors
 from disha.files.header import (
     HEADER_KEY,
     AdapterContents,
@@ -19,40 +19,12 @@ from disha.files.header import (
     header_to_json,
     parse_header,
 )
-from disha.files.hub import find_adapter
 from disha.model.records import LayerRecord
 from disha.text import first_few
 
+Source = Path | str  # where an adapter came from, for errors
+
 AnyContents = TypeVar("AnyContents", bound=AdapterContents)
-
-
-def inspect_adapter(path: PathLike) -> AdapterFile:
-    """Return the header of an adapter file, without reading any tensor.
-
-    Args:
-        path: the file, or what else `load_adapter` takes.
-
-    Raises:
-        AdapterIOError: the file can't be read.
-        AdapterFileError: it is not a valid adapter file.
-
-    Examples:
-        >>> import tempfile, pathlib
-        >>> from torch import nn
-        >>> import disha
-        >>> model = disha.inject_adapters(nn.Sequential(nn.Linear(8, 16)), "0", r=4)
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     path = pathlib.Path(folder, "adapter.safetensors")
-        ...     disha.save_adapter(model, path, metadata={"task": "dialogue"})
-        ...     file = disha.inspect_adapter(path)
-        >>> [(layer.name, layer.r, layer.in_features) for layer in file.layers]
-        [('0', 4, 8)]
-        >>> file.parameters, dict(file.metadata)
-        (64, {'task': 'dialogue'})
-    """
-    file = read_contents(file_at(find_adapter(path)))
-    without_values = {key: tensor.to("meta") for key, tensor in file.tensors.items()}
-    return replace(file, tensors=without_values)
 
 
 def write_contents(path: Path, contents: AdapterContents) -> None:
@@ -60,8 +32,8 @@ def write_contents(path: Path, contents: AdapterContents) -> None:
     save_tensors(path, contents.tensors, {HEADER_KEY: header_to_json(contents)})
 
 
-def read_contents(path: Path, *, also_train: bool = True, layers: str | None = None) -> AdapterFile:
-    """Return the adapter in a file, or only those of its layers whose names match `layers`.
+def read_contents(path: Path) -> AdapterFile:
+    """Return the adapter in a file.
 
     The tensors are mapped: their values are read when they are used.
     """
@@ -69,19 +41,21 @@ def read_contents(path: Path, *, also_train: bool = True, layers: str | None = N
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         metadata = file.metadata() or {}
     contents = parse_header(path, metadata.get(HEADER_KEY), tensors)
-    kept = contents.layers
-    if layers is not None:
-        pattern = compile_regex("layers", layers)
-        kept = tuple(record for record in kept if pattern.search(record.name))
-        if not kept:
-            names = first_few(contents.names, 10, ", ")
-            raise ArgumentError(
-                f"layers={layers!r} matches none of the layers in {path}, which are {names}"
-            )
-    parameters: Sequence[str] = ()
-    if also_train:
-        parameters = contents.also_train
-    return keep_only(contents, kept, parameters)
+    return keep_only(contents, contents.layers, contents.also_train)
+
+
+def keep_matching(contents: AnyContents, layers: str | None, source: Source) -> AnyContents:
+    """Return an adapter with those of its layers whose names match a regex; all without one."""
+    if layers is None:
+        return contents
+    pattern = compile_regex("layers", layers)
+    kept = [record for record in contents.layers if pattern.search(record.name)]
+    if not kept:
+        names = first_few(contents.names, 10, ", ")
+        raise ArgumentError(
+            f"layers={layers!r} matches none of the layers in {source}, which are {names}"
+        )
+    return keep_only(contents, kept, contents.also_train)
 
 
 def keep_only(
@@ -103,6 +77,6 @@ def keep_only(
     )
 
 
-def keep_blocks(contents: AdapterContents) -> AdapterContents:
+def keep_blocks(contents: AnyContents) -> AnyContents:
     """Return an adapter with its blocks only, without the parameters of `also_train`."""
     return keep_only(contents, contents.layers)

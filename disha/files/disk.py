@@ -1,7 +1,7 @@
 """Files on disk: save them whole, open safetensors files, and explain why a file is not one.
 
-A save writes a draft, which is a folder beside the target, and then moves what is in it to the
-target. A save that is killed leaves its draft, and the next save to that target removes it.
+A save writes a draft, which is a hidden folder beside the target, and then moves what is in it to
+the target. A save that is killed leaves its draft, which can be deleted.
 """
 
 from __future__ import annotations
@@ -9,9 +9,8 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
-from glob import escape
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from secrets import token_hex
 from typing import Any
@@ -82,8 +81,7 @@ Writer = Callable[[Path], object]
 def save(path: PathLike, write: Writer) -> None:
     """Save a file or a folder.
 
-    A symbolic link stays a link. If several save to one path at once, the last one wins: a save
-    whose draft another one has removed writes it again.
+    A symbolic link stays a link. If several save to one path at once, the last one wins.
     """
     save_together({check_path(path): write})
 
@@ -93,18 +91,16 @@ def save_together(writers: Mapping[Path, Writer]) -> None:
 
     They are replaced in the order of the mapping.
     """
-    with _explain_failures(next(iter(writers))):
-        by_target = {Path(os.path.realpath(path)): write for path, write in writers.items()}
-        for target in by_target:
+    with ExitStack() as drafts, _explain_failures(next(iter(writers))):
+        ready = {}
+        for path, write in writers.items():
+            target = Path(os.path.realpath(path))
             str(target).encode()  # raises if the name is no UTF-8, which safetensors can't read
             if target.exists() and not (target.is_file() or target.is_dir()):
                 raise OSError("it is a device or a pipe")
-        while True:
-            try:
-                _save_once(by_target)
-                return
-            except _DraftRemovedError:
-                continue  # write everything again
+            draft = drafts.enter_context(_draft_of(target))
+            ready[target] = _write_draft(draft, target, write)
+        _swap_all(ready)
 
 
 @contextmanager
@@ -120,86 +116,41 @@ def _explain_failures(target: Path) -> Iterator[None]:
         ) from error
 
 
-class _DraftRemovedError(Exception):
-    """Another save, which began later and ended before this one, has removed a draft of it."""
-
-
-def _save_once(writers: Mapping[Path, Writer]) -> None:
-    """Write a draft for each target, then put each in place."""
-    # These belong to saves that were killed, or that have begun before this one.
-    other_drafts = {target: _drafts_of(target) for target in writers}
-    drafts = {target: target.with_name(f".{target.name}.{token_hex(4)}.tmp") for target in writers}
+@contextmanager
+def _draft_of(target: Path) -> Iterator[Path]:
+    """Make a folder beside a target for the body, and remove it then."""
+    draft = target.with_name(f".{target.name}.{token_hex(4)}.tmp")
+    draft.mkdir()
     try:
-        for draft in drafts.values():
-            draft.mkdir()
-        _replace_by_drafts(writers, drafts, other_drafts)
+        yield draft
     finally:
-        for draft in drafts.values():
-            shutil.rmtree(draft, ignore_errors=True)
+        shutil.rmtree(draft, ignore_errors=True)
 
 
-def _replace_by_drafts(
-    writers: Mapping[Path, Writer],
-    drafts: Mapping[Path, Path],
-    other_drafts: Mapping[Path, Iterable[Path]],
-) -> None:
-    """Fill every draft, then put each in place, and remove the other drafts."""
-    try:
-        for target, write in writers.items():
-            _write_draft(drafts[target], target, write)
-        _swap_all(drafts)
-        for target, draft in drafts.items():
-            _remove(other_drafts[target], draft)
-    except (OSError, ValueError, SafetensorError) as error:
-        if not all(draft.exists() for draft in drafts.values()):
-            raise _DraftRemovedError from error
-        raise
-
-
-def _write_draft(draft: Path, target: Path, write: Writer) -> None:
+def _write_draft(draft: Path, target: Path, write: Writer) -> Path:
     """Write what will take the place of the target, complete and with its permissions."""
     new = draft / target.name
     write(new)
     if new.is_file() and target.is_dir():
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-    _flush(new)
-    # This comes last, because a file that is read-only can't be opened to be flushed.
-    _give_permissions(new, target, draft)
-
-
-def _drafts_of(target: Path) -> list[Path]:
-    """Return the drafts of a target that are on the disk now, those of all saves."""
-    token = "[0-9a-f]" * 8
-    return list(target.parent.glob(f".{escape(target.name)}.{token}.tmp"))
-
-
-def _files_in(path: Path) -> list[Path]:
-    """Return the file itself, or all files in a folder."""
-    return [file for file in (path, *path.rglob("*")) if file.is_file()]
-
-
-def _give_permissions(new: Path, target: Path, draft: Path) -> None:
-    """Give the files the permissions of the old file, or else those of any new file."""
-    # safetensors makes files that only their owner can read.
-    like = target if target.is_file() else draft
-    mode = like.stat().st_mode & 0o666
-    for file in _files_in(new):
-        file.chmod(mode)
-
-
-def _flush(new: Path) -> None:
-    """Wait until the files are on the disk, so that a power cut leaves no empty ones."""
-    for file in _files_in(new):
+    files = [file for file in (new, *new.rglob("*")) if file.is_file()]
+    for file in files:
         with file.open("r+b") as written:
-            os.fsync(written.fileno())
+            os.fsync(written.fileno())  # so that a power cut leaves no empty files
+    # safetensors makes files that only their owner can read. This comes last, because a file that
+    # is read-only can't be opened.
+    like = target if target.is_file() else draft
+    for file in files:
+        file.chmod(like.stat().st_mode & 0o666)
+    return new
 
 
-def _swap_all(drafts: Mapping[Path, Path]) -> None:
-    """Put what is in each draft in the place of its target; if that stops halfway, say where."""
+def _swap_all(ready: Mapping[Path, Path]) -> None:
+    """Put what is ready in the place of each target; if that stops halfway, say where."""
     replaced: list[str] = []
-    for target, draft in drafts.items():
+    for target, new in ready.items():
         try:
-            _swap(draft / target.name, target)
+            _swap(new, target)
         except OSError as error:
             if not replaced:
                 raise
@@ -223,14 +174,6 @@ def _swap(new: Path, target: Path) -> None:
     finally:
         if not target.exists():
             old.rename(target)
-
-
-def _remove(other_drafts: Iterable[Path], draft: Path) -> None:
-    """Remove the drafts of other saves: move them into this draft, which is removed later."""
-    for other in other_drafts:
-        with suppress(OSError):  # it is gone already
-            # In one step, so that a save that still runs misses its whole draft, and not a part.
-            other.rename(draft / other.name)
 
 
 def _reason_of(error: Exception) -> object:
@@ -270,9 +213,6 @@ def open_tensors(path: Path) -> Iterator[Any]:
     except DishaError:
         raise
     except (OSError, ValueError) as error:
-        advice = explain_peft_folder(path)
-        if advice is not None:
-            raise AdapterFileError(advice) from error
         raise AdapterIOError(f"can't read {path}: {_reason_of(error)}; check the path") from error
     except SafetensorError as error:
         if start.startswith(PICKLES):
@@ -284,15 +224,3 @@ def open_tensors(path: Path) -> Iterator[Any]:
             f"{path} is not a complete safetensors file ({error}): it is damaged, cut off, or a "
             "file of another kind; get it again"
         ) from error
-
-
-def explain_peft_folder(path: Path) -> str | None:
-    """Return how to read a folder that PEFT wrote, if the path is in one, and else None."""
-    config = path.parent / "adapter_config.json"
-    if not os.path.isfile(config):
-        return None
-    reader = "lora" if '"LORA"' in config.read_text(encoding="utf-8", errors="replace") else "peft"
-    return (
-        f"{path.parent} is a folder of PEFT; read it with disha.interop.{reader}.load, or make an "
-        "adapter file of it with disha convert"
-    )

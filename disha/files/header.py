@@ -17,7 +17,6 @@ from torch import Tensor
 from disha.checks import TRAINABLE_DTYPES, check_positive_int, check_scale, check_type
 from disha.config import DEFAULTS, AdapterConfig, as_json, check_ranges
 from disha.errors import AdapterFileError
-from disha.files.disk import explain_peft_folder
 from disha.functional import Layout, layout_of
 from disha.functional.layouts import OutputRanges
 from disha.functional.method import find_method
@@ -78,7 +77,7 @@ class AdapterFile(AdapterContents):
         tensors: key in the file -> tensor.
         metadata: the notes that the user gave to `save_adapter`.
         path: the file.
-        format: its format version.
+        format: its format version; None for a folder of PEFT.
         nbytes: size of the file.
 
     Examples:
@@ -96,7 +95,7 @@ class AdapterFile(AdapterContents):
     """
 
     path: Path
-    format: int
+    format: int | None
     nbytes: int
 
     def __str__(self) -> str:
@@ -109,7 +108,8 @@ class AdapterFile(AdapterContents):
             counted(self.parameters, "parameter"),
             counted(self.nbytes, "byte"),
         )
-        lines.append(f"{printable(str(self.path))}: format {self.format}, {', '.join(sizes)}")
+        kind = "a folder of PEFT" if self.format is None else f"format {self.format}"
+        lines.append(f"{printable(str(self.path))}: {kind}, {', '.join(sizes)}")
         return "\n".join(lines)
 
     def _table(self) -> str:
@@ -166,13 +166,10 @@ def header_to_json(contents: AdapterContents) -> str:
 def parse_header(path: Path, text: str | None, tensors: Mapping[str, Tensor]) -> AdapterFile:
     """Return the header of a file, checked against the file's tensors."""
     if text is None:
-        advice = explain_peft_folder(path)
-        if advice is None:
-            advice = (
-                f"{path} is a safetensors file without a {HEADER_KEY!r} entry in its metadata: it "
-                "was not written by disha.save_adapter; name an adapter file"
-            )
-        raise AdapterFileError(advice)
+        raise AdapterFileError(
+            f"{path} is a safetensors file without a {HEADER_KEY!r} entry in its metadata: it was "
+            "not written by disha.save_adapter; name an adapter file"
+        )
     try:
         file = _parse_file(path, json.loads(text), tensors)
     except KeyError as error:

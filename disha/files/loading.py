@@ -8,18 +8,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from disha.checks import check_dtype
 from disha.config import AdapterConfig
 from disha.errors import AdapterFileError, AdapterFileWarning, ArgumentError
-from disha.files.contents import read_contents
-from disha.files.disk import PathLike, file_at
+from disha.files.contents import Source
 from disha.files.header import AdapterContents
-from disha.files.hub import find_adapter
 from disha.files.saving import base_fingerprint, describe_block
 from disha.layers.blocks import NewRowsBlock, check_adapter_name
 from disha.layers.fingerprints import same_base
@@ -33,91 +30,6 @@ from disha.model.view import ModelBlock, ModelView, all_or_nothing
 from disha.sharding.tensors import write
 from disha.sharding.zero import whole_shape
 from disha.text import counted, first_few, join, printable
-
-Source = Path | str  # where an adapter came from, for errors
-
-
-def load_adapter(
-    model: nn.Module,
-    path: PathLike,
-    adapter: str = "default",
-    *,
-    layers: str | None = None,
-    also_train: bool = True,
-    replace: bool = False,
-    dtype: torch.dtype | None = None,
-    freeze: bool = True,
-    activate: bool = True,
-) -> LoadReport:
-    """Load an adapter file into a model, injecting the layers that it describes.
-
-    The file says which layers are adapted and how, so the model can be a plain one. If it has
-    adapters already, the loaded one is added and becomes the active one.
-
-    A model inside DDP or FSDP can't get new layers: load first and wrap afterwards, or load with
-    `replace=True`. Call this on all ranks. If anything is wrong on one rank, all ranks raise, and
-    no model changes.
-
-    Args:
-        model: the base model, or one that has other adapters.
-        path: the file, a folder with a file `adapter.safetensors`, or the name of a repository on
-            the Hugging Face Hub that has one: `"user/repo"` or `"user/repo@revision"`.
-        adapter: the name that the adapter gets in this model.
-        layers: a regex, searched in the names of the layers; only matching layers are loaded.
-        also_train: also set the parameters and buffers that the file holds. They can
-            belong to only one adapter: if another one has changed them, this raises.
-        replace: if the model has an adapter of that name, copy the file's values into it, in place
-            (hot swap). The shapes must agree, or the file's r divides the model's (Bone, tile).
-            Without `layers`, the adapter's layers and buffers that the file lacks then act as in
-            the base. Parameters of `also_train` that it lacks keep their values.
-        dtype: dtype of the blocks; the file's by default.
-        freeze: freeze all parameters that belong to no adapter, as `inject_adapters` does.
-        activate: make a new adapter the only active one.
-
-    Returns:
-        A `LoadReport` of the keys that were loaded.
-
-    Raises:
-        AdapterIOError: the file can't be read.
-        AdapterFileError: it is not a valid adapter file, or does not fit the model; the message
-            lists every reason.
-        ArgumentError: the name is taken and `replace` is not set, or no layer's name matches
-            `layers`.
-        ModeError: adapters are merged (`MergeError`), or in a context.
-
-    The model is unchanged whenever this raises.
-
-    Warns:
-        AdapterFileWarning: the adapter was saved from other base weights.
-
-    Examples:
-        >>> import tempfile, pathlib
-        >>> from torch import nn
-        >>> import disha
-        >>> model = disha.inject_adapters(nn.Sequential(nn.Linear(8, 16)), "0", r=4)
-        >>> base = nn.Sequential(nn.Linear(8, 16))
-        >>> base.load_state_dict(model.state_dict(), strict=False).missing_keys
-        []
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     path = pathlib.Path(folder, "adapter.safetensors")
-        ...     disha.save_adapter(model, path)
-        ...     disha.load_adapter(base, path).matched
-        ('0.bone_block',)
-    """
-    view = ModelView(model)
-    with view.ranks.fail_together(f"load a file as adapter {adapter!r}"):
-        contents = read_contents(file_at(find_adapter(path)), also_train=also_train, layers=layers)
-    return load_contents(
-        view,
-        contents.path,
-        contents,
-        adapter,
-        replace=replace,
-        partial=layers is not None,
-        dtype=dtype,
-        freeze=freeze,
-        activate=activate,
-    )
 
 
 @dataclass(frozen=True)

@@ -186,9 +186,16 @@ def describe_block(
     """Return what a file says about a block, perhaps without the fingerprint of its weight."""
     block = model_block.block
     slot = block.slot
-    base = base_fingerprint(model_block) if with_fingerprint else None
-    geometry = slot.layout.geometry(weight_shape(model_block.layer, slot), slot.output_ranges)
-    shows_kernel = isinstance(block, NewRowsBlock) or not block.method.spans_kernel
+    layout = slot.layout
+    rows = slot.output_ranges
+    geometry = layout.geometry(weight_shape(model_block.layer, slot), rows)
+    base = None
+    if with_fingerprint:
+        base = base_fingerprint(model_block)
+    kernel: tuple[int, ...] = ()
+    if not isinstance(block, NewRowsBlock) and block.method.spans_kernel:
+        kernel = geometry.kernel()  # the block does not show it
+
     return LayerRecord(
         name=model_block.name,
         method=block.kind,
@@ -198,9 +205,9 @@ def describe_block(
         out_features=geometry.out_features,
         scale=block.scale,
         base=base,
-        layout=slot.layout,
-        kernel=() if shows_kernel else geometry.kernel(),
-        rows=slot.output_ranges,
+        layout=layout,
+        kernel=kernel,
+        rows=rows,
         tied=tuple(tied),
     )
 

@@ -11,7 +11,7 @@ from typing import Any
 import disha
 from disha.errors import AdapterFileWarning, ArgumentError
 from disha.files import save
-from disha.finetune.notes import EOS_KEY, TEMPLATE_KEY, TOKENS_KEY, is_gguf
+from disha.finetune.notes import EOS_KEY, TEMPLATE_KEY, TOKENS_KEY, is_gguf, read_notes
 
 
 def require_mergeable(base: str) -> None:
@@ -42,32 +42,33 @@ def merge_base(
     """
     require_mergeable(base)
     disha.interop.checkpoints.check_target(out, Path(base), adapter, overwrite)
-    file = disha.inspect_adapter(adapter)
+    notes = read_notes(adapter)
     is_file = out.suffix == ".safetensors"
-    if Path(base).exists() and TOKENS_KEY not in file.metadata and not in_model:
+    if Path(base).exists() and TOKENS_KEY not in notes and not in_model:
         merge = disha.interop.checkpoints.prepare_merge(
             base, adapter, also_train=also_train, scale=scale, force=force
         )
-        save(out, merge.write_file if is_file else partial(_write_folder, merge, file.metadata))
+        save(out, merge.write_file if is_file else partial(_write_folder, merge, notes))
         return merge.report(out)
     if is_file:
         raise ArgumentError(f"{out} would be a folder, because the base is loaded; name a folder")
     action: Any = "default" if force else "error"
     with warnings.catch_warnings(action=action, category=AdapterFileWarning):
-        write = _merge_in_model(base, file, scale, also_train)
+        write = _merge_in_model(base, adapter, notes, scale, also_train)
     save(out, write)
+    file = disha.inspect_adapter(adapter, out)
     replaced = file.also_train if also_train else ()
     return disha.interop.checkpoints.MergedCheckpoint(out, tuple(file.names), replaced)
 
 
 def _merge_in_model(
-    base: str, file: disha.AdapterFile, scale: float | None, also_train: bool
+    base: str, adapter: Path, notes: Mapping[str, str], scale: float | None, also_train: bool
 ) -> Callable[[Path], object]:
     """Return what writes a base, loaded with `transformers` and merged, into a folder."""
     from disha.finetune.base import load_base  # transformers takes seconds to import
 
-    model, tokenizer = load_base(base, "auto", notes=file.metadata)
-    disha.load_adapter(model, file.path, also_train=also_train)
+    model, tokenizer = load_base(base, "auto", notes=notes)
+    disha.load_adapter(model, adapter, also_train=also_train)
     if scale is not None:
         disha.set_adapter_scale(model, scale)
     disha.merge_adapters(model, untie=True, unload=True)

@@ -21,8 +21,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 import disha
 from disha.errors import AdapterFileError, ArgumentError
 from disha.files import ADAPTER_NAME
@@ -79,16 +77,6 @@ def read_settings(adapter: str | Path) -> dict[str, Any]:
     settings["rank_pattern"] = [f"{pattern}={r}" for pattern, r in config.rank_pattern.items()]
     settings["new_tokens"] = read_noted_tokens(file.metadata)
     return settings
-
-
-def load_noted_adapter(model: nn.Module, adapter: str | Path) -> None:
-    """Load an adapter file, or a folder of PEFT's MiSS or of a LoRA that is Bone, into a model."""
-    if not is_peft_folder(adapter):
-        disha.load_adapter(model, adapter)
-    elif disha.interop.peft.read_config(adapter).get("peft_type") == "LORA":
-        disha.interop.lora.load(model, adapter)
-    else:
-        disha.interop.peft.load(model, adapter)
 
 
 def is_peft_folder(adapter: str | Path) -> bool:

@@ -52,7 +52,6 @@ from disha.finetune.notes import (
     PROMPT_KEY,
     TEMPLATE_KEY,
     TOKENS_KEY,
-    load_noted_adapter,
     notes_at,
     read_noted_tokens,
     read_notes,
@@ -372,7 +371,7 @@ def _adapt(model: Any, adapter: AdapterArguments, tokenizer: Any, has_values: bo
         return
     action: Literal["error", "ignore"] = "error" if has_values else "ignore"
     with warnings.catch_warnings(action=action, category=AdapterFileWarning):
-        load_noted_adapter(model, adapter.adapter)
+        disha.load_adapter(model, adapter.adapter)
 
 
 def _widen_trained(model: Any) -> None:

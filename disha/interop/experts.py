@@ -198,8 +198,8 @@ def _separate(update: LowRankUpdate, family: Family) -> Iterator[LowRankUpdate]:
 
 def replace_part(name: str, old: str, new: str) -> str:
     """Return a dotted name with `new` in place of each part `old`."""
-    parts = [new if part == old else part for part in name.split(".")]
-    return ".".join(parts)
+    inside = f".{name}.".replace(f".{old}.", f".{new}.")
+    return inside[1:-1]
 
 
 # --- reading -------------------------------------------------------------------------------------

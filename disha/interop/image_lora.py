@@ -23,8 +23,7 @@ from disha.files.disk import PathLike, check_path, open_tensors, save_tensors
 from disha.files.loading import load_contents
 from disha.files.saving import adapter_contents
 from disha.functional import Layout
-from disha.interop.lora.reading import scale_of
-from disha.interop.lora.writing import MATRIX, tensors_of, unknown_to_lora
+from disha.interop.lora import tensors_of, unknown_to_lora
 from disha.interop.low_rank import (
     CONV,
     BaseWeight,
@@ -37,7 +36,8 @@ from disha.interop.low_rank import (
     list_names,
     low_rank_updates,
 )
-from disha.interop.peft_format import PeftFolder, reasons_against, refuse_to_write
+from disha.interop.peft_format import MATRIX, PeftFolder, reasons_against, refuse_to_write
+from disha.interop.peft_reading import explain_settings, scale_of
 from disha.layers.blocks import original_class
 from disha.model.state import LoadReport
 from disha.model.view import ModelView
@@ -226,7 +226,7 @@ def _views_of(models: Models) -> tuple[dict[str, ModelView], Ranks]:
 
 def _list_problems(view: ModelView, layers: Sequence[str]) -> list[str]:
     """Return why a LoRA of these layers would not compute in diffusers what a model computes."""
-    problems = reasons_against(view, layers, unknown_to_lora, exporting=True)
+    problems = reasons_against(view, layers, unknown_to_lora)
     cls = original_class(view.modules[""])
     if cls.__module__.startswith("diffusers.") and not hasattr(cls, "load_lora_adapter"):
         problems.append(
@@ -340,7 +340,8 @@ def read_file(
         scale = 1.0  # it is multiplied into B, unless the file has settings
         settings = _settings_of(path, component, metadata)
         if "lora_alpha" in settings.fields:
-            scale = scale_of(settings, name, len(a))
+            with explain_settings(path):
+                scale = scale_of(settings, name, len(a))
         of_layer = LayerFactors(model_name, a, b, layout, scale)
         factors.setdefault(component, []).append(of_layer)
     return {

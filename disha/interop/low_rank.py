@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import multimode
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,9 +27,8 @@ from disha.checks import check_positive_int
 from disha.config import AdapterConfig
 from disha.errors import AdapterFileError, ArgumentError, ConversionError
 from disha.files import AdapterContents
-from disha.files.loading import Source
+from disha.files.contents import Source
 from disha.functional import METHODS, Layout, Method, method_of
-from disha.functional.bone import BONE
 from disha.functional.layouts import place_outputs
 from disha.functional.method import ALL_GROUPS, Groups
 from disha.layers.weights import base_of
@@ -312,11 +311,7 @@ def _delta(layer: LayerRecord, block: Tensor, base: BaseWeight | None) -> Tensor
             f"a {layer.method} update depends on the base weights: give `base` (--base)"
         )
     else:
-        weight = base(layer.name).cpu()
-        reason = layer.reason_against_weight(block.shape, weight.shape)
-        if reason is not None:
-            raise AdapterFileError(f"{layer.name}: {reason}; pass the base that it was trained on")
-        weight = layer.layout.part(weight, layer.rows)
+        weight = layer.layout.part(base(layer.name).cpu(), layer.rows)
     delta = method.delta_weight(layer.layout, block, weight)
     if layer.layout.in_first:
         return delta.transpose(0, 1)
@@ -375,16 +370,13 @@ def contents_of_factors(
 ) -> AdapterContents:
     """Return the adapter that has these factors, with new rows and other parameters."""
     blocks = _blocks_of(source, list(factors))
-    first = None if not blocks else blocks[0][0]
-    usual_r = max(multimode(layer.r for layer, _ in blocks), default=1)  # the most frequent
-    config = AdapterConfig(
-        usual_r,
-        target=None,
-        method=first.method if first else BONE.name,
-        scale=first.scale if first else 1.0,
-        dropout=dropout,
-        also_train=tuple(f"^{re.escape(name)}$" for name in parameters),
-    )
+    settings: dict[str, Any] = {"r": 1}  # for new rows alone
+    if blocks:
+        first, _ = blocks[0]
+        usual_r = max(multimode(layer.r for layer, _ in blocks))  # the most frequent
+        settings = {"r": usual_r, "method": first.method, "scale": first.scale}
+    also_train = tuple(f"^{re.escape(name)}$" for name in parameters)
+    config = AdapterConfig(**settings, target=None, dropout=dropout, also_train=also_train)
     blocks += new_rows
     layers = tuple(layer for layer, _ in blocks)
     counts = Counter([*(layer.key for layer in layers), *parameters])
@@ -437,13 +429,10 @@ def _rank_axis(factors: LayerFactors) -> int:
 def _candidates(factors: Sequence[LayerFactors]) -> Iterator[Method]:
     """Yield the methods that factors may have, those of the smallest blocks first."""
     ranks = {layer.a.shape[_rank_axis(layer)] for layer in factors}
-    counts = range(max(ranks, default=0), 1, -1)
-    groups: list[Groups] = [n for n in counts if any(rank % n == 0 for rank in ranks)]
-    groups.append(ALL_GROUPS)
+    counts = {count for rank in ranks for count in range(2, rank + 1) if rank % count == 0}
+    groups: list[Groups] = [*sorted(counts, reverse=True), ALL_GROUPS, 1]
     for method in METHODS.values():
-        with_groups = [method.with_groups(count) for count in groups]
-        yield from filter(None, with_groups)
-        yield method
+        yield from filter(None, map(method.with_groups, groups))
 
 
 def _block_of(factors: LayerFactors, method: Method) -> LayerBlock | None:
@@ -469,9 +458,11 @@ def _block_of_rank(factors: LayerFactors, dim: int, method: Method, r: int) -> L
     """Return the layer and block that have just these factors; `dim` is that of the rank in A."""
     name, a, b, layout, scale = factors
     rank, inputs, *kernel = a.shape[dim:]
+    spanned: tuple[int, ...] = ()  # what of the kernel the block does not show
     if method.spans_kernel:
         if b.shape[dim + 1 :].numel() != rank:  # B has a kernel too
             return None
+        spanned = tuple(kernel)
         a_matrices = a.flatten(dim + 1)
         b_matrices = b.flatten(dim + 1)
     else:
@@ -496,7 +487,7 @@ def _block_of_rank(factors: LayerFactors, dim: int, method: Method, r: int) -> L
         scale=scale,
         base=None,
         layout=layout,
-        kernel=tuple(kernel) if method.spans_kernel else (),
+        kernel=spanned,
     )
     if layer.reason_against_block(block.shape) is not None:
         return None
@@ -504,6 +495,7 @@ def _block_of_rank(factors: LayerFactors, dim: int, method: Method, r: int) -> L
     of_block = _factors(layer, block.to(torch.promote_types(a.dtype, b.dtype)))
     if of_block is None or of_block[0].shape != a.shape:
         return None
-    pairs = zip(of_block, (a, b.reshape(of_block[1].shape)))
-    is_whole = all(torch.equal(made, given.to(made.dtype)) for made, given in pairs)
-    return (layer, block) if is_whole else None
+    for made, given in zip(of_block, (a, b)):
+        if not torch.equal(made, given.to(made.dtype).reshape(made.shape)):
+            return None
+    return layer, block

@@ -13,6 +13,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from operator import attrgetter
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -20,29 +21,48 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from disha.checks import check_type
-from disha.errors import AdapterFileError, AdapterIOError, ArgumentError, ConversionError
-from disha.files.disk import PathLike, Writer, check_path, folder_for, save_together, write_tensors
+from disha.errors import AdapterFileError, AdapterIOError, ConversionError
+from disha.files.disk import (
+    ADAPTER_NAME,
+    PathLike,
+    Writer,
+    check_path,
+    folder_for,
+    save_together,
+    write_tensors,
+)
+from disha.functional import Layout
 from disha.layers.bitsandbytes import is_library_forward
 from disha.layers.blocks import original_class
 from disha.layers.kinds import FOREIGN_LAYOUTS, LAYER_KINDS, full_name
 from disha.model.records import Tensors
 from disha.model.view import ModelView, persistent_buffers_of
 from disha.sharding.tensors import gather
-from disha.text import brief, first_few, join
+from disha.text import first_few, join
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
+OLD_WEIGHTS_NAME = "adapter_model.bin"  # of torch.save, of which only tensors are read
 
 PREFIX = "base_model.model."  # of every name: PEFT's wrapper, and the model in it
 FROZEN = ".base_layer.weight"
 """The end of the name of the frozen weight of an adapted embedding, which PEFT may save too."""
 
-_CHARACTER = r"(?:\\[\Wdw]|\[[\w-]+\]|[^][\\(){}*+?|^$])"  # as it is, escaped, or one of a set
-_CHOICE = rf"(?:{_CHARACTER}\?|\((?:\?:)?(?:{_CHARACTER}|\|)*\))"  # optional, or (this|that)
-_SOME = rf"{_CHARACTER}*(?:{_CHOICE}{_CHARACTER}*){{0,3}}"
-ORDINARY = re.compile(rf"\^?{_SOME}(?:{_CHARACTER}[*+]{_SOME})?\$?")
-"""The patterns that are run as regexes, with one repeated character. Others could take forever."""
+MATRIX = (".lora_A.weight", ".lora_B.weight")
+EMBEDDING = (".lora_embedding_A", ".lora_embedding_B")
+FACTORS = (*MATRIX, *EMBEDDING)
+TOKENS = ".token_adapter.trainable_tokens_delta"  # holds the new values of rows, not differences
+MISS_BLOCK, BONE_BLOCK = ".miss_block", ".bone_block"
+OF_LAYERS = (*FACTORS, TOKENS, MISS_BLOCK, BONE_BLOCK)
+"""The ends of the keys of what a folder has for a layer."""
+
+LINEAR = Layout("out in")
+
+BAT = "bat"
+"""The method for which PEFT has no padding and no dropout."""
+
+TILE = "mini"
+"""PEFT's word for a tile in `init_weights`."""
 
 THE_MODEL_ITSELF = "PEFT adapts layers within a model, not the model itself"
 
@@ -52,8 +72,6 @@ THE_MODEL_ITSELF = "PEFT adapts layers within a model, not the model itself"
 def write_peft_files(folder: Path, config: Mapping[str, Any], tensors: Tensors) -> None:
     """Write both files. The configuration is replaced last, because PEFT looks for it first."""
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
-    if folder.is_file():
-        raise ArgumentError(f"{folder} is a file; name a folder")
     prefixed = {PREFIX + key: tensor for key, tensor in tensors.items()}
     writers: dict[Path, Writer] = {
         folder / WEIGHTS_NAME: lambda new: write_tensors(new, prefixed),
@@ -96,22 +114,17 @@ class PeftFolder:
     def of_layer(self, name: str, field: str, pattern: str) -> Any:
         """Return r or lora_alpha of a layer as PEFT finds it: by the first key of the pattern."""
         values = self.fields.get(pattern) or {}
-        check_type(pattern, values, dict, "a JSON object")
         for key, value in values.items():
-            if not ORDINARY.fullmatch(key) or len(key + name) > 500:
-                raise AdapterFileError(
-                    f"{self.path}: the key {brief(key)} of {pattern} is too long or repeats too "
-                    "much; name layers, or the ends of their names"
-                )
-            try:
-                found = re.match(rf"(.*\.)?({key})$", name)
-            except re.error as error:
-                raise AdapterFileError(
-                    f"{self.path}: the key {brief(key)} of {pattern} is not a regex: {error}"
-                ) from error
-            if found:
+            if re.match(rf"(.*\.)?({key})$", name):
                 return value
         return self.fields.get(field, 8)  # the default of both in PEFT
+
+
+def peft_folder_at(path: Path) -> Path | None:
+    """Return the folder of PEFT that a path or a file in it names, or None if it is none."""
+    folder = path.parent if path.name == WEIGHTS_NAME else path
+    has_both = (folder / ADAPTER_NAME).exists()  # a checkpoint of ours, which is read as such
+    return folder if (folder / CONFIG_NAME).is_file() and not has_both else None
 
 
 def read_config(folder: PathLike) -> dict[str, Any]:
@@ -126,39 +139,33 @@ def read_config(folder: PathLike) -> dict[str, Any]:
     """
     path = check_path(folder)
     try:
-        fields = json.loads((path / CONFIG_NAME).read_bytes())
+        return dict(json.loads((path / CONFIG_NAME).read_bytes()))
     except OSError as error:
         raise AdapterIOError(f"can't read a folder of PEFT: {error}") from error
-    except (ValueError, RecursionError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise AdapterFileError(
-            f"{path} is not a complete folder of PEFT: {CONFIG_NAME} is not JSON: {error}"
+            f"{path} is not a complete folder of PEFT: {CONFIG_NAME} is no JSON object: {error}"
         ) from error
-    if not isinstance(fields, dict):
-        raise AdapterFileError(
-            f"{path} is not a complete folder of PEFT: {CONFIG_NAME} must hold a JSON object"
-        )
-    return fields
 
 
-def read_peft_files(folder: PathLike, ends: tuple[str, ...], also_train: bool) -> PeftFolder:
-    """Read both files. Without `also_train`, only tensors whose names end with one of `ends`."""
+def read_peft_files(folder: PathLike, also_train: bool) -> PeftFolder:
+    """Read both files. Without `also_train`, only the tensors of layers."""
+    fields = read_config(folder)
     path = check_path(folder)
-    if (path / "adapter_model.bin").exists() and not (path / WEIGHTS_NAME).exists():
-        raise AdapterFileError(
-            f"{path} holds adapter_model.bin, a pickle, which can run any code; save it in PEFT as "
-            "safetensors"
-        )
-    fields = read_config(path)
+    file = path / WEIGHTS_NAME
     try:
-        tensors = load_file(path / WEIGHTS_NAME)
+        if not file.exists() and (path / OLD_WEIGHTS_NAME).exists():
+            tensors = torch.load(path / OLD_WEIGHTS_NAME, "cpu", weights_only=True)
+        else:
+            tensors = load_file(file)
     except OSError as error:
         raise AdapterIOError(f"can't read a folder of PEFT: {error}") from error
-    except (SafetensorError, ValueError, TypeError) as error:
+    except (SafetensorError, UnpicklingError, ValueError, TypeError) as error:
         raise AdapterFileError(f"{path} is not a complete folder of PEFT: {error}") from error
     named = {
         key.removeprefix(PREFIX): tensor
         for key, tensor in tensors.items()
-        if also_train or key.endswith(ends)
+        if also_train or key.endswith(OF_LAYERS)
     }
     return PeftFolder(path, fields, named)
 
@@ -229,6 +236,12 @@ def notes_of(model: nn.Module) -> dict[str, str | None]:
     return {"base_model_name_or_path": base, "revision": None, "task_type": task}
 
 
+def model_type_of(view: ModelView) -> str | None:
+    """Return the type of a model of `transformers`."""
+    config = getattr(view.modules[""], "config", None)
+    return getattr(config, "model_type", None)
+
+
 def task_of(architecture: str, is_encoder_decoder: bool) -> str | None:
     """Return PEFT's name of the task of a class of `transformers`, if it generates text.
 
@@ -244,13 +257,20 @@ def task_of(architecture: str, is_encoder_decoder: bool) -> str | None:
 
 # --- layers --------------------------------------------------------------------------------------
 
-READ_BY: dict[type[nn.Module], tuple[str, ...]] = {nn.MultiheadAttention: ("out_proj",)}
-"""Classes that read the weights of their children, without PEFT's update."""
 
-READ_IN_EVALUATION: dict[type[nn.Module], tuple[str, ...]] = {
-    nn.TransformerEncoderLayer: ("linear1", "linear2")
+def names_of_weight(view: ModelView, layer: str) -> tuple[str, ...]:
+    """Return all names of the weight of a layer, which may be tied."""
+    parameter = view.parameters_by_name.get(join(layer, "weight"))
+    if parameter is None:
+        return ()
+    return parameter.names
+
+
+READ_BY: dict[type[nn.Module], tuple[str, ...]] = {
+    nn.MultiheadAttention: ("out_proj",),
+    nn.TransformerEncoderLayer: ("linear1", "linear2"),  # on a fast path for inference
 }
-"""Classes that read these weights on a fast path for inference."""
+"""Classes that read the weights of their children, without PEFT's update."""
 
 
 def module_names(view: ModelView) -> list[str]:
@@ -262,12 +282,10 @@ def reasons_against(
     view: ModelView,
     layers: Iterable[str],
     reason_if_unknown: Callable[[nn.Module], str | None],
-    *,
-    exporting: bool,
 ) -> list[str]:
     """Return a line for each layer where PEFT would compute something else."""
     parents = Counter(child for module in view.names for child in module._modules.values())
-    readers = _find_readers(view, exporting)
+    readers = _find_readers(view)
 
     def reason_against(name: str) -> str | None:
         module = view.modules.get(name)
@@ -294,14 +312,11 @@ def reasons_against(
     return lines
 
 
-def _find_readers(view: ModelView, exporting: bool) -> dict[nn.Module | None, str]:
+def _find_readers(view: ModelView) -> dict[nn.Module | None, str]:
     """Return the modules whose weight is read by another one, with the class of that one."""
-    children_of = dict(READ_BY)
-    if exporting:
-        children_of |= READ_IN_EVALUATION
     readers = {}
     for module in view.names:
-        for cls, children in children_of.items():
+        for cls, children in READ_BY.items():
             if isinstance(module, cls):
                 for child in children:
                     readers[module._modules.get(child)] = original_class(module).__name__
@@ -375,7 +390,6 @@ def find_saved_modules(view: ModelView, also_train: Sequence[str], layers: Seque
         inside_saved.update(inside)
         for name in names:
             tensors |= _tensors_inside(name, inside)
-    problems += _list_taken_for_saved(view, modules)
     problems += layers_inside(layers, modules)
     problems += [
         f"{name}: PEFT saves buffers only with a module whose parameters train"
@@ -383,16 +397,6 @@ def find_saved_modules(view: ModelView, also_train: Sequence[str], layers: Seque
         if name not in known and name not in tensors
     ]
     return Saved(modules, tensors, problems)
-
-
-def _list_taken_for_saved(view: ModelView, modules_to_save: Sequence[str]) -> list[str]:
-    """Return a line for each other module that PEFT would save, because it compares ends only."""
-    ends = tuple(modules_to_save)
-    return [
-        f"{name}: PEFT would save it too, because its name ends like one in modules_to_save"
-        for name in module_names(view)
-        if name.endswith(ends) and not is_inside(name, modules_to_save)
-    ]
 
 
 def _reason_against_saving(module: nn.Module, name: str, has_adapted_layer: bool) -> str | None:

@@ -41,6 +41,7 @@ def test_json_has_everything_and_its_keys_stay(run, files):
     assert layers[0] == {
         "name": Q,
         "method": "bone",
+        "kernel": [],
         "r": 4,
         "r_out": 2,
         "in_features": 16,
@@ -112,7 +113,9 @@ def test_names_and_notes_of_strangers_do_nothing_to_a_terminal(run, files):
     assert (refused.code, refused.complaint.isascii()) == (2, True)
 
 
-def test_a_folder_of_peft_names_the_command_that_reads_it(run, complaint, files):
+def test_a_folder_of_peft(run, files):
     folder = files.path / "lora"
     assert run("convert", files.adapter(), folder, "--to", "lora").code == 0
-    assert "make an adapter file of it with disha convert" in complaint("inspect", folder)
+    shown = run("inspect", folder, "--base", files.base()).out
+    assert f"{folder}: a folder of PEFT, 2 layers" in shown
+    assert f"{folder} belongs to" in shown

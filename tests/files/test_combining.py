@@ -17,7 +17,7 @@ from disha import (
     TargetError,
 )
 from disha.files.combining import Summand, combine_contents
-from disha.files.contents import read_contents, write_contents
+from disha.files.contents import keep_blocks, read_contents, write_contents
 from disha.model.view import ModelView
 from tests.adapter_files import every_kind, save
 from tests.conftest import assert_same, flags, refused
@@ -34,10 +34,8 @@ def options_of(kind):
     return options
 
 
-def combine(*weighted, r=None, **reading):
-    return combine_contents(
-        [Summand(path, read_contents(path, **reading), weight) for path, weight in weighted], r
-    )
+def combine(*weighted, r=None, read=read_contents):
+    return combine_contents([Summand(path, read(path), weight) for path, weight in weighted], r)
 
 
 def updates(model, adapter):
@@ -311,5 +309,5 @@ class TestRefusals:
 
     def test_parameters_beside_the_blocks_can_be_left_out(self, tmp_path):
         a = save(tmp_path / "a", target_regex="linear", also_train="^conv.bias")
-        combined = combine((a, 1.0), also_train=False)
+        combined = combine((a, 1.0), read=lambda path: keep_blocks(read_contents(path)))
         assert (combined.also_train, list(combined.tensors)) == ((), ["linear.bone_block"])

@@ -8,7 +8,7 @@ from torch import nn
 
 import disha
 from disha.files import LayerRecord
-from disha.files.contents import keep_blocks, read_contents
+from disha.files.contents import keep_blocks, keep_matching, read_contents
 from disha.files.saving import adapter_contents
 from disha.functional import Layout
 from disha.model.view import ModelView
@@ -108,7 +108,7 @@ def test_keep_blocks():
 
 
 def test_some_layers_are_read(saved, path):
-    contents = read_contents(path, layers="head", also_train=False)
+    contents = keep_blocks(keep_matching(read_contents(path), "head", path))
     assert [layer.name for layer in contents.layers] == ["head"]
     assert list(contents.tensors) == ["head.bone_block"]
 

@@ -181,14 +181,6 @@ class TestFailed:
 
 
 class TestSaved:
-    def test_a_left_draft_is_removed(self, old):
-        drafts = []
-        save(old, lambda new: (drafts.append(new.parent), new.touch()))
-        drafts[0].mkdir()
-        (drafts[0] / "part").write_text("of a killed save")
-        save_tensors(old, {"x": torch.zeros(3)}, {})
-        assert_old(old)
-
     def test_several_at_once(self, old):
         def save_often(number):
             for _ in range(40):
@@ -207,19 +199,6 @@ class TestSaved:
         assert value in range(1, 7)
         save_tensors(old, {"x": torch.zeros(3)}, {})
         assert_old(old)
-
-    def test_the_save_that_ends_last_wins_though_another_has_removed_its_draft(self, old):
-        others = []
-
-        def write(new):
-            if not others:  # another save begins after this one, and ends before it
-                others.append("another")
-                save(old, lambda new: new.write_text("another"))
-            new.write_text("the last")
-
-        save(old, write)
-        assert old.read_text() == "the last"
-        assert list(old.parent.iterdir()) == [old]
 
     def test_permissions(self, tmp_path):
         path, mask = tmp_path / "a.safetensors", os.umask(0o022)

@@ -1,7 +1,6 @@
 """What a load puts into a model, and what it refuses."""
 
 import copy
-import json
 import warnings
 from contextlib import ExitStack
 from dataclasses import replace
@@ -533,19 +532,6 @@ class TestBadFiles:
 
     def test_a_folder(self, tmp_path):
         self.refused(tmp_path, r"can't read .*adapter.safetensors: No such", kind=AdapterIOError)
-
-    @pytest.mark.parametrize(("kind", "reader"), [("LORA", "lora"), ("MISS", "peft")])
-    @pytest.mark.parametrize("name", ["", "adapter_model.safetensors"])
-    def test_a_folder_of_peft_says_who_reads_it(self, tmp_path, kind, reader, name):
-        config = json.dumps({"peft_type": kind}).encode() + b"\xff"  # these bytes are not UTF-8
-        (tmp_path / "adapter_config.json").write_bytes(config)
-        tensors = {"base_model.model.head.lora_A.weight": torch.ones(2)}
-        safetensors.torch.save_file(tensors, tmp_path / "adapter_model.safetensors")
-        says = (
-            rf"with disha.interop.{reader}.load, or make an adapter file of it with disha convert$"
-        )
-        with pytest.raises(AdapterFileError, match=f"is a folder of PEFT; read it {says}"):
-            disha.load_adapter(base(), tmp_path / name)
 
     def test_a_pickle_says_who_reads_it(self, path):
         torch.save({"a": torch.ones(1)}, path)

@@ -18,7 +18,7 @@ from disha.cli import main
 from disha.files.saving import adapter_contents
 from disha.functional import Layout
 from disha.interop import lora
-from disha.interop.lora.writing import write_lora
+from disha.interop.lora import write_lora
 from disha.model.view import ModelView
 from tests.conftest import assert_same, perturb, refused
 from tests.language_models import llama

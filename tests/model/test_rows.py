@@ -12,8 +12,16 @@ from torch.nn import functional as F
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
 import disha
-from disha import AdapterFileError, ArgumentError, ArgumentTypeError, ConversionError, TargetError
-from disha.files import inspect_adapter, load_adapter, save_adapter
+from disha import (
+    AdapterFileError,
+    ArgumentError,
+    ArgumentTypeError,
+    ConversionError,
+    TargetError,
+    inspect_adapter,
+    load_adapter,
+    save_adapter,
+)
 from disha.interop import lora
 from tests.adapter_files import rewritten
 from tests.conftest import freshly_compiled, perturb, refused, seed_torch

@@ -8,8 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import disha
-from disha import AdapterFileError, AdapterStateError, MergeError
-from disha.files import load_adapter, save_adapter
+from disha import AdapterFileError, AdapterStateError, MergeError, load_adapter, save_adapter
 from tests import language_models
 from tests.conftest import COPIES, SizesMade, freshly_compiled, perturb, refused
 from tests.reference import BONE_KINDS, KINDS, settings_of

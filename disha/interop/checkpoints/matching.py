@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from functools import cache
+from functools import cache, partial
+from pathlib import Path
 from typing import NamedTuple
 
 from torch import Tensor
 
 from disha.errors import AdapterFileError, ConversionError
-from disha.files import AdapterContents, inspect_adapter
+from disha.files import AdapterContents, AdapterFile, file_at, find_adapter
+from disha.files.contents import read_contents
 from disha.files.disk import PathLike
 from disha.interop.checkpoints.reading import Checkpoint, open_checkpoint
 from disha.interop.experts import DOWN, GATE_UP
 from disha.interop.low_rank import BaseWeight
+from disha.interop.peft_format import peft_folder_at, read_config
+from disha.interop.peft_reading import UNKNOWN, Base, read_folder
 from disha.layers.fingerprints import fingerprint, same_base
 from disha.layers.kinds import PROJECTIONS
 from disha.model.records import LayerRecord
@@ -57,15 +61,49 @@ def misfits(base: PathLike, adapter_path: PathLike) -> list[str]:
         ...     misfits(base, path)
         []
     """
-    adapter_file = inspect_adapter(adapter_path)
     checkpoint = open_checkpoint(base)
+    adapter_file = read_adapter(adapter_path, checkpoint)
     keys = find_keys(checkpoint, adapter_file)
     return find_misfits(checkpoint, adapter_file, keys)
 
 
-def base_shapes(checkpoint: Checkpoint, names: Iterable[str]) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of parameters, by their names in the adapter's model."""
-    keys = _match(checkpoint, {name: _possible_keys(name) for name in names})
+def read_adapter(path: PathLike, base: Checkpoint | None = None) -> AdapterFile:
+    """Return the adapter that a file or a folder of PEFT holds.
+
+    A folder may need the base, by default the checkpoint that it names, if that is on this disk.
+    """
+    path = find_adapter(path)
+    folder = peft_folder_at(path)
+    if folder is None:
+        return read_contents(file_at(path))
+    contents = read_folder(folder, what_is_known_of(base or find_noted_base(folder)))
+    return AdapterFile(
+        **vars(contents),
+        path=folder,
+        format=None,
+        nbytes=sum(tensor.nbytes for tensor in contents.tensors.values()),
+    )
+
+
+def find_noted_base(folder: Path) -> Checkpoint | None:
+    """Return the checkpoint that a folder of PEFT names, if it is on this disk."""
+    name = read_config(folder).get("base_model_name_or_path")
+    if not isinstance(name, str) or not Path(name).is_dir():
+        return None
+    return open_checkpoint(name)
+
+
+def what_is_known_of(checkpoint: Checkpoint | None) -> Base:
+    """Return what a checkpoint tells as the base of an adapter."""
+    if checkpoint is None:
+        return UNKNOWN
+    return Base(
+        checkpoint.config().get("model_type"), {}, partial(_shapes_of, checkpoint), lambda layer: ()
+    )
+
+
+def _shapes_of(checkpoint: Checkpoint, layers: Sequence[str]) -> dict[str, tuple[int, ...]]:
+    keys = _match(checkpoint, {name: _possible_keys(join(name, "weight")) for name in layers})
     return {name: checkpoint.shape_and_dtype(key)[0] for name, key in keys.items()}
 
 

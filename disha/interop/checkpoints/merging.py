@@ -17,11 +17,17 @@ from disha import functional
 from disha.checks import check_scale
 from disha.errors import ArgumentError, MergeError
 from disha.files import AdapterContents
-from disha.files.contents import read_contents
+from disha.files.contents import keep_blocks
 from disha.files.disk import OF_TORCH, PathLike, check_path, open_tensors, require_free, save
 from disha.functional import method_of
 from disha.functional.new_rows import NewRows
-from disha.interop.checkpoints.matching import find_copies, find_keys, find_misfits, refuse
+from disha.interop.checkpoints.matching import (
+    find_copies,
+    find_keys,
+    find_misfits,
+    read_adapter,
+    refuse,
+)
 from disha.interop.checkpoints.reading import CONFIG, INDEX, SINGLE, Checkpoint, open_checkpoint
 from disha.layers.fingerprints import fingerprint
 from disha.model.records import LayerRecord
@@ -87,8 +93,9 @@ def merge_into_checkpoint(
     Args:
         base: one safetensors file; or a folder with a `model.safetensors`, or with shards and a
             `model.safetensors.index.json`.
-        adapter_path: the adapter file. The base has the weights under their names in this file, or
-            under names that begin otherwise: with more modules, fewer, or in another order.
+        adapter_path: the adapter file, or a folder of PEFT. The base has the weights under their
+            names in it, or under names that begin otherwise: with more modules, fewer, or in
+            another order.
         out: the folder to write. If it ends with `.safetensors`, the file to write, which then
             holds all tensors. In a folder, a base that is one file becomes `model.safetensors`.
         also_train: also merge the parameters saved with the blocks.
@@ -130,7 +137,10 @@ def merge_into_checkpoint(
     out = check_path(out)
     check_target(out, check_path(base), check_path(adapter_path), overwrite)
     merge = prepare_merge(base, adapter_path, also_train=also_train, scale=scale, force=force)
-    save(out, merge.write_file if out.suffix == SUFFIX else merge.write_folder)
+    write = merge.write_folder
+    if out.suffix == SUFFIX:
+        write = merge.write_file
+    save(out, write)
     return merge.report(out)
 
 
@@ -141,7 +151,9 @@ def prepare_merge(
     if scale is not None:
         scale = check_scale(scale)
     checkpoint = open_checkpoint(base)
-    contents = read_contents(check_path(adapter_path), also_train=also_train)
+    contents: AdapterContents = read_adapter(adapter_path, checkpoint)
+    if not also_train:
+        contents = keep_blocks(contents)
     keys = find_keys(checkpoint, contents)
     refuse(checkpoint, find_misfits(checkpoint, contents, keys, compares_values=not force))
     copies = find_copies(checkpoint, contents, keys)

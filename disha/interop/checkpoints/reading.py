@@ -21,7 +21,6 @@ from disha.interop.experts import (
     SINGLE_EXPERT,
     replace_part,
 )
-from disha.text import brief
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -116,34 +115,21 @@ def open_checkpoint(path: PathLike) -> Checkpoint:
 def _read_json(path: Path) -> dict[str, Any]:
     """Return the JSON object in a file of a checkpoint."""
     try:
-        fields = json.loads(path.read_bytes())
+        return dict(json.loads(path.read_bytes()))
     except OSError as error:
         raise AdapterIOError(f"can't read {path}: {error.strerror}; check the path") from error
-    except (ValueError, RecursionError) as error:
-        raise AdapterFileError(f"{path} is not valid JSON ({error}); get it again") from error
-    if not isinstance(fields, dict):
-        raise AdapterFileError(f"{path} holds no JSON object; get it again")
-    return fields
+    except (ValueError, TypeError, RecursionError) as error:
+        raise AdapterFileError(f"{path} is no JSON object ({error}); get it again") from error
 
 
 def _files_by_name(index: Path) -> dict[str, Path]:
     """Return the file of each tensor of a checkpoint in shards."""
     shards = _read_json(index).get("weight_map")
-    if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
+    if not isinstance(shards, dict):
         raise AdapterFileError(
             f"{index} does not name the file of each tensor (weight_map); get it again"
         )
-    outside = [shard for shard in shards.values() if not _is_inside(shard)]
-    if outside:
-        raise AdapterFileError(
-            f"{index} names a file outside its folder ({brief(outside[0])}); get it again"
-        )
     return {name: index.parent / shard for name, shard in shards.items()}
-
-
-def _is_inside(shard: str) -> bool:
-    path = Path(shard)
-    return not path.is_absolute() and ".." not in path.parts
 
 
 def _names_in(file: Path) -> dict[str, Path]:

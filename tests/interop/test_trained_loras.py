@@ -28,7 +28,7 @@ KINDS = {
     "root": (llama, config(use_rslora=True)),
     "patterns": (
         llama,
-        config(rank_pattern={"v_proj": 5}, alpha_pattern={"layers.0.self_attn.q_proj": 2}),
+        config(rank_pattern={"v.*roj": 5, ".*0.*(q|k)_proj": 4}, alpha_pattern={"0.*q_proj": 2}),
     ),
     "embedding": (llama, config(target_modules=["embed_tokens", "q_proj"])),
     "whole modules": (llama, config(modules_to_save=["norm"])),
@@ -77,7 +77,7 @@ def test_it_acts_goes_back_and_merges(trained, tmp_path):
     base, _, folder = trained
     inputs = inputs_of(base)
     ours = copy.deepcopy(base)
-    lora.load(ours, folder)
+    disha.load_adapter(ours, folder)
     assert {layer.method for layer in disha.summary(ours).layers} <= {"lora", "new rows"}
     check_served(base, folder, ours, inputs, 1e-5)
     lora.export(ours, tmp_path / "ours")
@@ -96,15 +96,19 @@ def test_it_trains_on(trained):
     assert found == pytest.approx(expected, rel=1e-4)
 
 
-@pytest.mark.parametrize("trained", ["plain", "whole modules", "convolutions"], indirect=True)
-def test_it_becomes_an_adapter_file(trained, tmp_path):
+@pytest.mark.parametrize("trained", sorted({*KINDS} - {"convolutions"}), indirect=True)
+def test_commands_take_it(trained, tmp_path):
     base, theirs, folder = trained
-    assert main(["convert", str(folder), str(tmp_path / "file"), "--to", "disha"]) == 0
-    ours = copy.deepcopy(base)
-    disha.load_adapter(ours, tmp_path / "file")
-    inputs = inputs_of(base)
-    expected = output(theirs, inputs)
-    torch.testing.assert_close(output(ours, inputs), expected, rtol=1e-5, atol=1e-5)
+    expected = output(theirs, TOKENS)
+    base.save_pretrained(tmp_path / "base")
+    of_base = ["--base", str(tmp_path / "base")]
+    assert main(["inspect", str(folder), *of_base]) == 0
+    assert main(["merge", of_base[1], str(folder), str(tmp_path / "merged")]) == 0
+    merged = type(base).from_pretrained(tmp_path / "merged").eval()
+    torch.testing.assert_close(output(merged, TOKENS), expected, rtol=1e-5, atol=1e-5)
+    assert main(["convert", str(folder), str(tmp_path / "file"), "--to", "disha", *of_base]) == 0
+    disha.load_adapter(base, tmp_path / "file")
+    torch.testing.assert_close(output(base, TOKENS), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("groups", [1, 3, "all"])

@@ -1,9 +1,15 @@
-"""Write an adapter as LoRA, from a model or from a file."""
+"""LoRA: export a model's adapter as a folder in PEFT's layout, and load such a folder.
+
+Most LoRA runtimes read this layout. Bone and tile become LoRA without loss: B holds the block's
+own values, and lora_alpha the runtime scale. BAT is truncated to a rank. `export_tensors` gives the
+same without a file.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import multimode
 from typing import Any, NamedTuple
@@ -35,32 +41,33 @@ from disha.interop.low_rank import (
     low_rank_updates,
 )
 from disha.interop.peft_format import (
+    EMBEDDING,
+    MATRIX,
     NOTES,
     PREFIX,
     THE_MODEL_ITSELF,
+    TOKENS,
     exact_pattern,
     exact_targets,
     find_saved_modules,
     layers_inside,
+    model_type_of,
     module_names,
+    names_of_weight,
     notes_of,
     reasons_against,
     refuse_to_write,
     write_peft_files,
 )
+from disha.interop.peft_reading import load
 from disha.layers.blocks import original_class
 from disha.layers.kinds import full_name
-from disha.model.records import LayerRecord, Tensors
+from disha.model.records import LayerRecord
 from disha.model.view import ModelView
-from disha.text import join
+
+__all__ = ["LoraReport", "export", "export_tensors", "load"]
 
 CANT_EXPRESS = "PEFT's LoRA would not compute what this adapter does"
-
-MATRIX = (".lora_A.weight", ".lora_B.weight")
-EMBEDDING = (".lora_embedding_A", ".lora_embedding_B")
-TOKENS = ".token_adapter.trainable_tokens_delta"  # holds the new values of rows, not differences
-FACTORS = (*MATRIX, *EMBEDDING)
-"""The ends of the keys of factors."""
 
 
 def export(
@@ -130,7 +137,7 @@ def export(
     action = f"export adapter {adapter!r} as LoRA"
     with ranks.fail_together(action):
         target = check_path(folder)
-    converted = _convert(view, adapter, experts, rank, pad)
+    converted = _convert_adapter(view, adapter, rank, pad, experts)
     with ranks.fail_together(action):
         if ranks.writes:
             write_peft_files(target, converted.config, converted.tensors)
@@ -171,9 +178,47 @@ def export_tensors(
         >>> config["r"], config["lora_alpha"]
         (4, 4)
     """
-    converted = _convert(ModelView(model), adapter, experts, rank, pad)
+    converted = _convert_adapter(ModelView(model), adapter, rank, pad, experts)
     tensors = {PREFIX + key: tensor for key, tensor in converted.tensors.items()}
     return tensors, converted.config
+
+
+def _convert_adapter(
+    view: ModelView, adapter: str, rank: int | None, pad: bool, experts: ExpertForm
+) -> _Converted:
+    """Return an adapter of a model as LoRA. Collective if the model is sharded."""
+    contents = adapter_contents(view, adapter, with_fingerprints=False)
+    model_type = model_type_of(view)
+    with view.ranks.fail_together(f"export adapter {adapter!r} as LoRA"):
+        check_rank(rank)  # before a process waits for another
+        check_form(experts)
+        modules = [layer.name for layer in contents.layers if not is_stack(layer)]
+        saved = find_saved_modules(view, contents.also_train, contents.names)
+        problems = reasons_against(view, modules, unknown_to_lora)
+        problems += saved.problems
+        problems += list_misread_by_peft(contents.layers, experts, model_type)
+        refuse_to_write(CANT_EXPRESS, problems)
+    place = _Place(
+        saved.modules,
+        saved.copies(),
+        module_names(view),
+        model_type,
+        notes_of(view.modules[""]),
+        partial(_reads_rows_alike, view),
+    )
+    base = base_weights_of_model(view, adapter)
+    return _convert(contents, place, base, rank, pad, experts)
+
+
+class _Place(NamedTuple):
+    """What PEFT has around the factors of an adapter."""
+
+    saved: Collection[str]  # modules that it saves whole
+    tensors: Mapping[str, Tensor]  # those of these modules
+    modules: Collection[str] | None  # all modules of the model, if they are known
+    model_type: str | None
+    notes: Mapping[str, Any]
+    reads_rows_alike: Callable[[LayerRecord], bool]
 
 
 class _Converted(NamedTuple):
@@ -186,59 +231,28 @@ class _Converted(NamedTuple):
 
 
 def _convert(
-    view: ModelView, adapter: str, experts: ExpertForm, rank: int | None, pad: bool
+    contents: AdapterContents,
+    place: _Place,
+    base: BaseWeight | None,
+    rank: int | None,
+    pad: bool,
+    experts: ExpertForm,
 ) -> _Converted:
-    """Return an adapter of a model as LoRA. Collective if the model is sharded."""
-    contents = adapter_contents(view, adapter, with_fingerprints=False)
-    model_type = model_type_of(view)
-    with view.ranks.fail_together(f"export adapter {adapter!r} as LoRA"):
-        check_rank(rank)  # before a process waits for another
-        check_form(experts)
-        modules = [layer.name for layer in contents.layers if not is_stack(layer)]
-        saved = find_saved_modules(view, contents.also_train, contents.names)
-        problems = reasons_against(view, modules, unknown_to_lora, exporting=True)
-        problems += saved.problems
-        problems += list_misread_by_peft(contents.layers, experts, model_type)
-        refuse_to_write(CANT_EXPRESS, problems)
-    token_rows, layers = _split_token_rows(contents.layers, view)
-    base = base_weights_of_model(view, adapter)
-    updates = low_rank_updates(layers, contents.tensors, rank=rank, pad=pad, base=base)
-    written = convert_experts(updates, experts, contents.also_train, model_type)
-    others = saved.copies() | _token_tensors(token_rows, contents.tensors)
-    config = _config_of(contents, written, saved.modules, module_names(view))
-    config |= notes_of(view.modules[""])
-    config["trainable_token_indices"] = _token_numbers(token_rows)
-    return _Converted(config, tensors_of(written) | others, updates, tuple(others))
-
-
-# --- rows of tokens ------------------------------------------------------------------------------
-
-
-def _split_token_rows(
-    layers: Sequence[LayerRecord], view: ModelView | None
-) -> tuple[list[LayerRecord], list[LayerRecord]]:
-    """Return the layers that PEFT's LoRA holds as rows of tokens, and the other layers."""
-    token_rows = []
-    others = []
-    for layer in layers:
-        if layer.is_new_rows and (view is None or _reads_rows_alike(view, layer)):
-            token_rows.append(layer)
+    """Return an adapter as LoRA."""
+    others = dict(place.tensors)
+    token_numbers = {}
+    layers = []
+    for layer in contents.layers:
+        if layer.is_new_rows and place.reads_rows_alike(layer):
+            others[layer.name + TOKENS] = _copy(contents.tensors[layer.key].mT)
+            token_numbers[layer.name] = [number for ends in layer.rows for number in range(*ends)]
         else:
-            others.append(layer)
-    return token_rows, others
-
-
-def _token_tensors(layers: Sequence[LayerRecord], tensors: Tensors) -> dict[str, Tensor]:
-    """Return copies of the blocks of rows, by their keys in a folder."""
-    return {layer.name + TOKENS: _copy(tensors[layer.key].mT) for layer in layers}
-
-
-def _token_numbers(layers: Sequence[LayerRecord]) -> dict[str, list[int]] | None:
-    """Return PEFT's `trainable_token_indices`: table -> the numbers of its rows; None without."""
-    numbers = {}
-    for layer in layers:
-        numbers[layer.name] = [number for ends in layer.rows for number in range(*ends)]
-    return numbers or None
+            layers.append(layer)
+    updates = low_rank_updates(layers, contents.tensors, rank=rank, pad=pad, base=base)
+    written = convert_experts(updates, experts, contents.also_train, place.model_type)
+    config = _config_of(contents, written, place)
+    config["trainable_token_indices"] = token_numbers or None
+    return _Converted(config, tensors_of(written) | others, updates, tuple(others))
 
 
 def _reads_rows_alike(view: ModelView, layer: LayerRecord) -> bool:
@@ -252,20 +266,6 @@ def _reads_rows_alike(view: ModelView, layer: LayerRecord) -> bool:
 
 
 # --- what PEFT can adapt -------------------------------------------------------------------------
-
-
-def names_of_weight(view: ModelView, layer: str) -> tuple[str, ...]:
-    """Return all names of the weight of a layer, which may be tied."""
-    parameter = view.parameters_by_name.get(join(layer, "weight"))
-    if parameter is None:
-        return ()
-    return parameter.names
-
-
-def model_type_of(view: ModelView) -> str | None:
-    """Return the type of a model of `transformers`."""
-    config = getattr(view.modules[""], "config", None)
-    return getattr(config, "model_type", None)
 
 
 def unknown_to_lora(layer: nn.Module) -> str | None:
@@ -324,36 +324,41 @@ def write_lora(
     problems += layers_inside(contents.names, saved)
     problems += list_misread_by_peft(contents.layers, experts, model_type)
     refuse_to_write(CANT_EXPRESS, problems)
-    token_rows, layers = _split_token_rows(contents.layers, None)
-    updates = low_rank_updates(layers, contents.tensors, rank=rank, pad=pad, base=base)
-    written = convert_experts(updates, experts, contents.also_train, model_type)
-    others = {name: contents.tensors[name] for name in contents.also_train}
-    others |= _token_tensors(token_rows, contents.tensors)
-    config = _config_of(contents, written, saved, None)
-    config |= {note: contents.metadata.get(note) for note in NOTES}
-    config["trainable_token_indices"] = _token_numbers(token_rows)
-    write_peft_files(folder, config, tensors_of(written) | others)
-    return LoraReport.of(folder, updates, others)
+    place = _Place(
+        saved,
+        {name: contents.tensors[name] for name in contents.also_train},
+        None,
+        model_type,
+        {note: contents.metadata.get(note) for note in NOTES},
+        lambda layer: True,
+    )
+    converted = _convert(contents, place, base, rank, pad, experts)
+    write_peft_files(folder, converted.config, converted.tensors)
+    return LoraReport.of(folder, converted.updates, converted.also_train)
 
 
 # --- in PEFT's form ------------------------------------------------------------------------------
 
 
 def _config_of(
-    contents: AdapterContents,
-    updates: Sequence[LowRankUpdate],
-    saved: Iterable[str],
-    modules: Collection[str] | None,
+    contents: AdapterContents, updates: Sequence[LowRankUpdate], place: _Place
 ) -> dict[str, Any]:
-    """Return PEFT's configuration of a LoRA, for a model with these modules if they are known."""
-    # The most frequent values are the default, and patterns list the layers with other values.
+    """Return PEFT's configuration of a LoRA."""
+    # The most frequent values are the default.
     sizes = {update.record.name: (update.rank, _alpha_of(update)) for update in updates}
     r, alpha = max(multimode(sizes.values()), default=(1, 1))  # only new rows, which have no rank
-    ranks = {name: rank for name, (rank, _) in sizes.items() if rank != r}
-    alphas = {name: other for name, (_, other) in sizes.items() if other != alpha}
+
+    rank_pattern = {}  # of the layers that have other values
+    alpha_pattern = {}
+    for name, (rank_here, alpha_here) in sizes.items():
+        if rank_here != r:
+            rank_pattern[exact_pattern(name)] = rank_here
+        if alpha_here != alpha:
+            alpha_pattern[exact_pattern(name)] = alpha_here
+
     parameters = sorted(update.record.name for update in updates if is_stack(update.record))
-    rank_pattern = {exact_pattern(name): rank for name, rank in ranks.items()}
-    alpha_pattern = {exact_pattern(name): other for name, other in alphas.items()}
+    targets = _targets_of(contents, sizes.keys() - parameters, place.modules)
+    transposes = any(update.record.layout.pattern == "in out" for update in updates)
     config = {
         "peft_type": "LORA",
         "inference_mode": True,
@@ -361,14 +366,15 @@ def _config_of(
         "lora_alpha": alpha,
         "rank_pattern": rank_pattern,
         "alpha_pattern": alpha_pattern,
-        "target_modules": _targets_of(contents, sizes.keys() - parameters, modules),
-        "modules_to_save": sorted(saved) or None,
+        "target_modules": targets,
+        "modules_to_save": sorted(place.saved) or None,
         "lora_dropout": contents.config.dropout,
-        "fan_in_fan_out": any(update.record.layout.pattern == "in out" for update in updates),
+        "fan_in_fan_out": transposes,
         "bias": "none",
         "init_lora_weights": True,
         "use_rslora": False,
         "use_dora": False,
+        **place.notes,
     }
     if not updates:  # PEFT refuses to adapt no module, except by this name
         config["target_modules"] = "dummy-target-modules"
@@ -398,7 +404,9 @@ def _alpha_of(update: LowRankUpdate) -> float:
         scale = 1.0
     alpha = scale * update.rank
     whole = round(alpha)
-    return whole if math.isclose(alpha, whole, rel_tol=1e-12) else alpha  # 1 / 49 * 49 is not 1
+    if math.isclose(alpha, whole, rel_tol=1e-12):  # 1 / 49 * 49 is not 1
+        return whole
+    return alpha
 
 
 def tensors_of(updates: Sequence[LowRankUpdate]) -> dict[str, Tensor]:

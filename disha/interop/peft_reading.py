@@ -1,0 +1,454 @@
+"""Read an adapter from a folder of PEFT: a LoRA, MiSS (PEFT's present name for Bone), or Bone.
+
+A folder does not tell all: not how a weight is laid out, how large it is, or what it is tied to.
+The model tells it, or a checkpoint of the base; without both, some folders can't be read.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace as replace_fields
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from disha.checks import check_scale
+from disha.config import AdapterConfig, check_row_numbers
+from disha.errors import AdapterFileError, ConversionError, DishaError
+from disha.files import AdapterContents
+from disha.files.disk import PathLike, check_path
+from disha.files.header import reasons_against_blocks
+from disha.files.loading import load_contents
+from disha.functional import Layout
+from disha.functional.layouts import OutputRanges
+from disha.functional.new_rows import NEW_ROWS
+from disha.interop.experts import SINGLE_EXPERT, family_of, find_stack, matrices_of
+from disha.interop.low_rank import CONV, LayerBlock, LayerFactors, contents_of_factors, list_names
+from disha.interop.peft_format import (
+    BAT,
+    BONE_BLOCK,
+    EMBEDDING,
+    FACTORS,
+    FROZEN,
+    LINEAR,
+    MATRIX,
+    MISS_BLOCK,
+    TILE,
+    TOKENS,
+    PeftFolder,
+    compare_untrained,
+    keep_for_model,
+    model_type_of,
+    names_of_weight,
+    read_peft_files,
+)
+from disha.layers.kinds import declared_slots
+from disha.layers.weights import weight_shape
+from disha.model.records import LayerRecord, Tensors
+from disha.model.state import LoadReport
+from disha.model.view import ModelView
+from disha.text import brief, first_few, join
+
+TOKEN_INDICES = "trainable_token_indices"
+"""PEFT's setting that says which rows of a table were trained."""
+
+CHANGE_THE_SUM = (
+    "use_dora",
+    "lora_bias",
+    "layer_replication",
+    "arrow_config",
+    "alora_invocation_tokens",
+    "monteclora_config",
+    "kasa_config",
+    "use_bdlora",
+    "use_qalora",
+)
+"""PEFT's settings that make a layer compute something other than W x + s B A x."""
+
+CHANGE_THE_BASE = ("pissa", "corda", "olora", "loftq")
+"""If `init_lora_weights` begins with one of these, PEFT changes W, even when it only loads."""
+
+READ_INIT_WEIGHTS = {True: "bone", False: "bone", BAT: BAT, TILE: "bone"}
+"""What MiSS has in `init_weights` -> the method. False: it started with random values."""
+
+Shapes = Mapping[str, tuple[int, ...]]
+"""Shapes of weights, by the names of their layers."""
+
+
+class Base(NamedTuple):
+    """What is known of the base of an adapter."""
+
+    model_type: str | None
+    layouts: Mapping[str, Layout]  # of weights, by the names of their layers
+    shapes_of: Callable[[Sequence[str]], Shapes]  # of the weights of layers that the base has
+    names_of: Callable[[str], Sequence[str]]  # all names of the weight of a layer
+
+
+def base_of_model(view: ModelView) -> Base:
+    """Return what a model tells as the base of an adapter."""
+    layouts = {}
+    shapes = {}
+    for name, module in view.modules.items():
+        for slot in declared_slots(module):
+            layer = join(name, slot.name)
+            layouts[layer] = slot.layout
+            shapes[layer] = weight_shape(module, slot)
+    return Base(model_type_of(view), layouts, lambda layers: shapes, partial(names_of_weight, view))
+
+
+def _refuse_to_guess(layers: Sequence[str]) -> Shapes:
+    raise ConversionError(
+        f"only the base tells the sizes of {list_names(layers)}; give it (`base`, --base)"
+    )
+
+
+UNKNOWN = Base(None, {}, _refuse_to_guess, lambda layer: ())
+"""What is known without a base."""
+
+
+def load(
+    model: nn.Module,
+    folder: PathLike,
+    adapter: str = "default",
+    *,
+    also_train: bool = True,
+    replace: bool = False,
+    dtype: torch.dtype | None = None,
+    freeze: bool = True,
+) -> LoadReport:
+    """Load a folder of PEFT into a model, with the same results as in PEFT.
+
+    `disha.load_adapter` does the same. The folder's tensors say which layers are adapted.
+
+    - A LoRA becomes an adapter of `method="lora"`, which trains on, and which `lora.export` writes
+      as it was. If every A is [I_r I_r ... I_r], as `export` writes it for Bone, it becomes Bone
+      again, with its groups, without loss. Experts must be stacked. DoRA is refused.
+    - MiSS and Bone become Bone, tile or BAT. BAT gets no dropout, because PEFT's BAT has none.
+
+    Trained biases (`bias`) are refused. Modules in `modules_to_save` bring their parameters, which
+    train with the adapter from then on, and their buffers.
+
+    Args:
+        model: the base model, or one that has other adapters.
+        folder: the folder, written by PEFT's `save_pretrained` or by `export`.
+        adapter: the name that the adapter gets in this model.
+        also_train: also set the parameters that the folder holds besides the blocks.
+        replace: if the model has an adapter of that name, copy the folder's values into it.
+        dtype: dtype of the blocks; that of the folder's B or blocks by default.
+        freeze: freeze all parameters that belong to no adapter, as `inject_adapters` does.
+
+    Returns:
+        A `LoadReport` of the keys that were loaded.
+
+    Raises:
+        AdapterIOError: the folder can't be read.
+        AdapterFileError: it is not a complete folder of PEFT, or does not fit the model.
+        ConversionError: it is more than a LoRA, such as DoRA, or of another method.
+        ArgumentError: the name is taken and `replace` is not set.
+        ModeError: adapters are merged (`MergeError`), or in a context.
+
+    The model is unchanged if this raises.
+
+    Examples:
+        >>> import tempfile
+        >>> from torch import nn
+        >>> import disha
+        >>> from disha.interop import lora
+        >>> model = disha.inject_adapters(nn.Sequential(nn.Linear(8, 16)), "0", r=4, init="kaiming")
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     report = lora.export(model, folder)
+        ...     lora.load(nn.Sequential(nn.Linear(8, 16)), folder).matched
+        ('0.bone_block',)
+    """
+    view = ModelView(model)
+    contents = read_for_model(view, folder, also_train=also_train)
+    source = check_path(folder)
+    return load_contents(
+        view, source, contents, adapter, replace=replace, dtype=dtype, freeze=freeze
+    )
+
+
+def read_for_model(view: ModelView, folder: PathLike, *, also_train: bool) -> AdapterContents:
+    """Return the adapter that a folder holds, with what a load into this model sets."""
+    action = "read a folder of PEFT"
+    with explain_settings(folder):
+        with view.ranks.fail_together(action):
+            peft_folder = read_peft_files(folder, also_train)
+        untrained = compare_untrained(view, peft_folder)
+        with view.ranks.fail_together(action):
+            kept = keep_for_model(view, peft_folder, untrained)
+            return _contents_of(kept, base_of_model(view))
+
+
+def read_folder(
+    folder: PathLike, base: Base = UNKNOWN, *, also_train: bool = True
+) -> AdapterContents:
+    """Return the adapter that a folder holds, without a model."""
+    with explain_settings(folder):
+        return _contents_of(read_peft_files(folder, also_train), base)
+
+
+@contextmanager
+def explain_settings(folder: PathLike) -> Iterator[None]:
+    """Raise `AdapterFileError` if the body meets settings that PEFT does not write."""
+    try:
+        yield
+    except (AdapterFileError, ConversionError):
+        raise
+    except (DishaError, TypeError, ValueError, AttributeError, re.error) as error:
+        raise AdapterFileError(
+            f"{folder} has settings that can't be read: {error}; get it again"
+        ) from error
+
+
+def _contents_of(folder: PeftFolder, base: Base) -> AdapterContents:
+    fields = folder.fields
+    method = fields.get("peft_type")
+    if method not in READERS:
+        raise ConversionError(
+            f"{folder.path} is of peft_type {brief(method)}, not {', '.join(READERS)}; merge it in "
+            "PEFT"
+        )
+    unsupported = [name for name in CHANGE_THE_SUM if fields.get(name)]
+    init = str(fields.get("init_lora_weights"))
+    if init.lower().startswith(CHANGE_THE_BASE):
+        unsupported.append(f"init_lora_weights={init}")
+    if fields.get("bias", "none") != "none":
+        unsupported.append("bias")
+    if unsupported:
+        raise ConversionError(
+            f"{folder.path} uses {', '.join(unsupported)}, which has no place here; use it in "
+            "PEFT, or merge it there"
+        )
+    return replace_fields(READERS[method](folder, base), metadata=folder.notes())
+
+
+def _saved_tensors(rest: PeftFolder) -> Tensors:
+    """Return the tensors of saved modules, which must be all that is left of a folder."""
+    saved = {}
+    for key, tensor in rest.tensors.items():
+        if rest.saves(key):
+            saved[key] = tensor
+        elif not key.endswith(FROZEN):
+            raise AdapterFileError(
+                f"{rest.path}: tensor {key!r} belongs to no layer, and to no module in "
+                "modules_to_save"
+            )
+    return saved
+
+
+# --- MiSS and Bone -------------------------------------------------------------------------------
+
+
+def _read_miss(folder: PeftFolder, base: Base) -> AdapterContents:
+    """Return the adapter in a folder of MiSS or Bone."""
+    is_legacy = folder.fields["peft_type"] == "BONE"
+    end = BONE_BLOCK if is_legacy else MISS_BLOCK
+    blocks, rest = folder.split(end)
+    if not blocks:
+        raise AdapterFileError(f"{folder.path} has no tensor that ends in {end}; save it again")
+    config = _miss_config(folder, is_legacy)
+    shapes = base.shapes_of(list(blocks))
+    absent = [
+        name
+        for name in blocks
+        if len(shapes.get(name, ())) != 2 or base.layouts.get(name, LINEAR) != LINEAR
+    ]
+    if absent:
+        raise AdapterFileError(
+            f"{folder.path} adapts {list_names(absent)}, and the base has no such linear layer; "
+            "give the base that it was trained on"
+        )
+    layers = []
+    for name in blocks:
+        out, inputs = shapes[name]
+        layers.append(
+            LayerRecord(
+                name,
+                method=config.method,
+                r=config.r,
+                r_out=config.r_out,
+                in_features=inputs,
+                out_features=out,
+                scale=1.0,
+                base=None,
+                layout=LINEAR,
+            )
+        )
+    others = _saved_tensors(rest)
+    tensors = {layer.key: blocks[layer.name] for layer in layers} | dict(others)
+    contents = AdapterContents(config, tuple(layers), tuple(sorted(others)), tensors, {})
+    reasons = reasons_against_blocks(contents)
+    if reasons:
+        raise AdapterFileError(
+            f"{folder.path} does not fit the base, or its own settings:\n{first_few(reasons, 20)}"
+        )
+    return contents
+
+
+def _miss_config(folder: PeftFolder, is_legacy: bool) -> AdapterConfig:
+    """Return the settings of a folder as an adapter's configuration."""
+    fields = folder.fields
+    init = fields.get("init_weights", True)
+    method = READ_INIT_WEIGHTS.get(init)
+    if method is None:
+        raise AdapterFileError(f"{folder.path}: init_weights={brief(init)} is unknown")
+    dropout = 0.0
+    # In PEFT, Bone and BAT have no dropout, whatever the field says.
+    if not is_legacy and method != BAT:
+        dropout = fields.get("miss_dropout", 0.0)
+    r_out = None
+    if init == TILE:
+        r_out = fields.get("mini_r", 1)
+    return AdapterConfig(
+        fields.get("r", 64), target=None, method=method, r_out=r_out, dropout=dropout
+    )
+
+
+# --- LoRA ----------------------------------------------------------------------------------------
+
+
+def _read_lora(folder: PeftFolder, base: Base) -> AdapterContents:
+    """Return the adapter in a folder of a LoRA."""
+    values, rest = folder.split(TOKENS)
+    new_rows = [_new_rows_of(folder, name, values[name], base) for name in values]
+    pairs: dict[str, dict[str, Tensor]] = {}
+    for end in FACTORS:
+        factors, rest = rest.split(end)
+        for name, factor in factors.items():
+            pairs.setdefault(name, {})[end] = factor
+    if pairs or not new_rows:
+        _check_pairs(folder, pairs)
+    factors_of_layers = _factors_of(folder, pairs, base)
+    dropout = folder.fields.get("lora_dropout", 0.0)
+    return contents_of_factors(
+        folder.path, factors_of_layers, dropout, new_rows, _saved_tensors(rest)
+    )
+
+
+def _new_rows_of(folder: PeftFolder, name: str, values: Tensor, base: Base) -> LayerBlock:
+    """Return the new rows of a table, which all modules read that are tied to it."""
+    numbers = _token_numbers_of(name, folder.fields.get(TOKEN_INDICES))
+    ranges = check_row_numbers(f"{TOKEN_INDICES} of {name}", numbers)
+    if values.shape[:-1] != (len(numbers),):
+        raise AdapterFileError(f"{folder.path}: {name}{TOKENS} does not have a row for each token")
+    order = torch.tensor(numbers).argsort()  # a block has its rows in order
+    block = values[order].mT  # (in, rows)
+    return _record_of_rows(name, ranges, block, base), block
+
+
+def _record_of_rows(name: str, ranges: OutputRanges, block: Tensor, base: Base) -> LayerRecord:
+    inputs, out = block.shape
+    return LayerRecord(
+        name,
+        method=NEW_ROWS,
+        r=1,
+        r_out=None,
+        in_features=inputs,
+        out_features=out,
+        scale=1.0,
+        base=None,
+        layout=LINEAR,
+        rows=ranges,
+        tied=tuple(other for other in base.names_of(name) if other != join(name, "weight")),
+    )
+
+
+def _token_numbers_of(name: str, settings: Any) -> Any:
+    """Return the numbers of a table's rows from PEFT's setting.
+
+    The setting is one list for all tables, or a dict from ends of their names to lists.
+    """
+    if not isinstance(settings, dict):
+        return settings
+    for end, numbers in settings.items():
+        if f".{name}".endswith(f".{end}"):
+            return numbers
+    return None
+
+
+def _check_pairs(folder: PeftFolder, pairs: Mapping[str, Mapping[str, Tensor]]) -> None:
+    """Raise unless there are factors, and each layer has both."""
+    complete = set(MATRIX), set(EMBEDDING)
+    incomplete = [name for name, factors in pairs.items() if factors.keys() not in complete]
+    if incomplete or not pairs:
+        layers = list_names(incomplete) if incomplete else "any layer"
+        raise AdapterFileError(
+            f"{folder.path} has no pair of factors, lora_A and lora_B, for {layers}; save the LoRA "
+            "again"
+        )
+
+
+def _factors_of(
+    folder: PeftFolder, pairs: Mapping[str, Mapping[str, Tensor]], base: Base
+) -> Iterator[LayerFactors]:
+    """Yield the factors of every layer of a folder, experts as stacks."""
+    parameters = folder.fields.get("target_parameters") or ()
+    stacks = {key: find_stack(key, parameters) for key in pairs}
+    shapes: Shapes = {}
+    if folder.fields.get("fan_in_fan_out"):
+        shapes = base.shapes_of([key for key, stack in stacks.items() if stack is None])
+    for key, pair in pairs.items():
+        is_embedding = EMBEDDING[0] in pair
+        a_end, b_end = EMBEDDING if is_embedding else MATRIX
+        a = pair[a_end]
+        b = pair[b_end]
+        if SINGLE_EXPERT.fullmatch(key) and key not in base.layouts:
+            raise ConversionError(
+                f"{folder.path} has a LoRA for each expert ({key}); load the one with stacked "
+                "experts"
+            )
+        stack = stacks[key]
+        if stack is None:
+            name = key
+            rank = len(a) if a.dim() else 1
+            layout = _layout_of(a, is_embedding, shapes.get(name))
+        else:
+            name = stack
+            rank = folder.of_layer(name, "r", "rank_pattern")
+            a, b = matrices_of(name, a, b, rank)
+            layout = _layout_of_stack(name, base)
+        # A may be empty. Then any rank will do here, because such a layer is refused later.
+        scale = scale_of(folder, name, max(rank, 1))
+        yield LayerFactors(name, a, b, layout, scale)
+
+
+def _layout_of_stack(name: str, base: Base) -> Layout:
+    if name in base.layouts:
+        return base.layouts[name]
+    return family_of(base.model_type, "the layout of stacked experts").layout
+
+
+def _layout_of(a: Tensor, is_embedding: bool, shape: Sequence[int] | None) -> Layout:
+    """Return the layout of a weight, whose shape is given if it may be a transposed matrix."""
+    if is_embedding:
+        # The padding row of an embedding gets no update, so it is the only zero column of A.
+        empty = (a == 0).all(dim=0).nonzero().flatten().tolist()
+        padding_idx = empty[0] if len(empty) == 1 else None
+        return Layout("index out", padding_idx=padding_idx)
+    if a.dim() > 2:
+        return Layout(CONV)
+    # All square matrices of such a folder are transposed: PEFT knows one class that has them.
+    if shape is not None and shape[0] == a.shape[-1]:
+        return Layout("in out")
+    return LINEAR
+
+
+def scale_of(folder: PeftFolder, name: str, rank: int) -> float:
+    """Return the scale s of a layer: lora_alpha divided by the rank, or by its square root."""
+    alpha = folder.of_layer(name, "lora_alpha", "alpha_pattern")
+    check_scale(alpha, "lora_alpha")
+    if folder.fields.get("use_rslora"):
+        return alpha / math.sqrt(rank)
+    return alpha / rank
+
+
+Reader = Callable[[PeftFolder, Base], AdapterContents]
+
+READERS: dict[str, Reader] = {"LORA": _read_lora, "MISS": _read_miss, "BONE": _read_miss}
+"""PEFT's name of a method -> what reads its folders."""
