@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace as replace_fields
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -11,6 +12,7 @@ from disha.files import AdapterContents, AdapterFile, file_at, find_adapter
 from disha.files.contents import keep_blocks, keep_matching, read_contents
 from disha.files.disk import PathLike
 from disha.files.loading import load_contents
+from disha.interop import image_lora
 from disha.interop.checkpoints.matching import read_adapter
 from disha.interop.checkpoints.reading import open_checkpoint
 from disha.interop.peft_format import peft_folder_at
@@ -43,8 +45,8 @@ def load_adapter(
     Args:
         model: the base model, or one that has other adapters.
         path: the file, a folder with a file `adapter.safetensors`, a folder that PEFT has saved (a
-            LoRA, MiSS or Bone), or the name of a repository on the Hugging Face Hub that has one of
-            these: `"user/repo"` or `"user/repo@revision"`.
+            LoRA, MiSS or Bone), a LoRA file of an image model, or the name of a repository on the
+            Hugging Face Hub that has one of these: `"user/repo"` or `"user/repo@revision"`.
         adapter: the name that the adapter gets in this model.
         layers: a regex, searched in the names of the layers; only matching layers are loaded.
         also_train: also set the parameters and buffers that the file holds. They can
@@ -93,7 +95,8 @@ def load_adapter(
         source = find_adapter(path)
         folder = peft_folder_at(source)
         if folder is None:
-            contents: AdapterContents = read_contents(file_at(source))
+            source = file_at(source)
+            contents = _read_file(view, source)
     if folder is not None:
         contents = read_for_model(view, folder, also_train=also_train)
     if not also_train:
@@ -111,6 +114,12 @@ def load_adapter(
         freeze=freeze,
         activate=activate,
     )
+
+
+def _read_file(view: ModelView, file: Path) -> AdapterContents:
+    if image_lora.has_factors(file):
+        return image_lora.read_for_model(view, file)
+    return read_contents(file)
 
 
 def inspect_adapter(path: PathLike, base: PathLike | None = None) -> AdapterFile:

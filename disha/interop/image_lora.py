@@ -1,8 +1,8 @@
 """LoRA files of image models, with the keys of `diffusers`: `<component>.<name>.lora_A.weight`.
 
 One file holds all components of a pipeline. The scale is multiplied into B. Bone and tile are
-exact, convolutions included: A has the kernel, and B is 1x1 (a LoCon). `diffusers` converts such
-files to and from the form of kohya's programs.
+exact, convolutions included: A has the kernel, and B is 1x1 (a LoCon). Files of kohya's programs
+are read too, if they name layers as the model does; `diffusers` writes such files.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from disha.checks import check_type
 from disha.errors import AdapterFileError, ArgumentError, ConversionError
@@ -49,6 +49,16 @@ COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2")
 """The components of a pipeline that can have a LoRA, by their names in `diffusers`."""
 
 SETTINGS_KEY = "lora_adapter_metadata"
+
+OF_KOHYA = {
+    "lora_unet": "unet",
+    "lora_te": "text_encoder",
+    "lora_te1": "text_encoder",
+    "lora_te2": "text_encoder_2",
+}
+"""How names begin in files of kohya's programs -> the component."""
+
+KOHYA_ENDS = {"lora_down.weight": MATRIX[0], "lora_up.weight": MATRIX[1]}
 
 Models = Mapping[str, object]
 """Component -> model, such as the `components` of a pipeline."""
@@ -305,9 +315,23 @@ def _scale_b(update: LowRankUpdate, name: str) -> LowRankUpdate:
 
 
 def has_factors(path: Path) -> bool:
-    """Whether a safetensors file is a LoRA with the keys of `diffusers`."""
+    """Whether a safetensors file is a LoRA with the keys of `diffusers` or of kohya's programs."""
     with open_tensors(path) as file:
-        return any(key.endswith(MATRIX) for key in file.keys())  # noqa: SIM118
+        return any(key.endswith((*MATRIX, *KOHYA_ENDS)) for key in file.keys())  # noqa: SIM118
+
+
+def read_for_model(view: ModelView, path: Path) -> AdapterContents:
+    """Return the adapter of the one component in a file that a model can be."""
+    adapters = read_file(path, dict.fromkeys(COMPONENTS, view.modules))
+    fitting = [
+        contents for contents in adapters.values() if view.modules.keys() >= {*contents.names}
+    ]
+    if len(fitting) != 1:
+        raise AdapterFileError(
+            f"{path} holds {', '.join(adapters)}, and {len(fitting)} of these fit the model; name "
+            "the component (disha.interop.image_lora.load)"
+        )
+    return fitting[0]
 
 
 def read_file(
@@ -322,6 +346,7 @@ def read_file(
         metadata = file.metadata() or {}
     if not tensors:
         raise AdapterFileError(f"{path} has no pair of factors: it has no tensors")
+    tensors, alphas = _rename_from_kohya(tensors, modules or {})
     a_end, b_end = MATRIX
     factors: dict[str, list[LayerFactors]] = {}
     weights = [key.removesuffix(a_end).removesuffix(b_end) for key in tensors]
@@ -337,17 +362,47 @@ def read_file(
         layout = Layout(CONV) if a.dim() > 2 else Layout("out in")
         names = None if modules is None else modules.get(component)
         model_name = _name_in_model(component, name, names)
-        scale = 1.0  # it is multiplied into B, unless the file has settings
+        scale = 1.0  # it is multiplied into B, unless the file tells alpha
         settings = _settings_of(path, component, metadata)
         if "lora_alpha" in settings.fields:
             with explain_settings(path):
                 scale = scale_of(settings, name, len(a))
+        elif weight in alphas:
+            scale = alphas[weight] / len(a)
         of_layer = LayerFactors(model_name, a, b, layout, scale)
         factors.setdefault(component, []).append(of_layer)
     return {
         component: contents_of_factors(f"{path}, {component}", layers)
         for component, layers in factors.items()
     }
+
+
+def _rename_from_kohya(
+    tensors: Mapping[str, Tensor], modules: Mapping[str, Collection[str]]
+) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """Return tensors of kohya's programs under the keys of `diffusers`, and each layer's alpha.
+
+    Their names have underscores for dots, so the modules of components tell the names. What is not
+    theirs stays as it is.
+    """
+    names = {}
+    for start, component in OF_KOHYA.items():
+        for name in modules.get(component, ()):
+            underscored = name.replace(".", "_")
+            names[f"{start}_{underscored}"] = f"{component}.{name}"
+            names[f"{start}_text_model_{underscored}"] = f"{component}.{name}"
+    renamed = {}
+    alphas = {}
+    for key, tensor in tensors.items():
+        layer, _, end = key.partition(".")
+        name = names.get(layer, layer)
+        if end == "alpha":
+            alphas[name] = tensor.item()
+        elif end in KOHYA_ENDS:
+            renamed[name + KOHYA_ENDS[end]] = tensor
+        else:
+            renamed[key] = tensor
+    return renamed, alphas
 
 
 def _settings_of(path: Path, component: str, metadata: Mapping[str, str]) -> PeftFolder:

@@ -373,7 +373,7 @@ def test_what_is_there_stays_unless_told(run, complaint, files):
     out.write_text("mine")
     assert "--overwrite" in complaint("convert", a, out, "--to", "disha")
     assert out.read_text() == "mine"
-    assert run("convert", a, out, "--to", "peft", "--overwrite").code == 2  # a file, no folder
+    assert run("convert", a, out, "--to", "peft", "--overwrite").code == 1  # a file, no folder
     assert out.read_text() == "mine"
     assert run("convert", a, out, "--to", "disha", "--overwrite").code == 0
     assert_same(deltas(out), deltas(a))
@@ -383,10 +383,9 @@ def test_what_is_there_stays_unless_told(run, complaint, files):
     ("content", "says"),
     [
         (None, "has neither adapter.safetensors nor adapter_config.json"),
-        (json.dumps({"peft_type": "LOHA"}), "is of peft_type 'LOHA', not MISS, BONE, LORA"),
         (json.dumps({"peft_type": "LORA"}), "adapter_model.safetensors"),
-        ("{", "adapter_config.json is not JSON"),
-        ("[]", "adapter_config.json must hold a JSON object"),
+        ("{", "adapter_config.json is no JSON object"),
+        ("[5]", "adapter_config.json is no JSON object"),
     ],
 )
 def test_a_folder_that_is_no_adapter(complaint, files, content, says):
@@ -402,7 +401,7 @@ def test_a_folder_that_is_no_adapter(complaint, files, content, says):
     [
         ("absent", ("--to", "peft"), "absent"),
         ("base/model.safetensors", ("--to", "peft"), "not written by disha"),
-        ("peft", ("--to", "disha"), "give --base"),
+        ("peft", ("--to", "disha"), "give it (`base`, --base)"),
         ("peft", ("--to", "disha", "--base", "absent"), "absent"),
         ("peft", ("--to", "disha", "--base", "a"), "lacks layers.0"),
         ("bat", ("--to", "lora"), "--rank"),

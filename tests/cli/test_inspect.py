@@ -41,7 +41,6 @@ def test_json_has_everything_and_its_keys_stay(run, files):
     assert layers[0] == {
         "name": Q,
         "method": "bone",
-        "kernel": [],
         "r": 4,
         "r_out": 2,
         "in_features": 16,

@@ -196,6 +196,28 @@ def test_kohya_through_the_converters_of_diffusers_and_back(tmp_path):
     close(UNET.run(back), UNET.run(ours))
 
 
+@pytest.mark.parametrize("component", ["unet", "text_encoder"])
+def test_a_trained_file_of_kohya(tmp_path, component):
+    base, path = UNET.model() if component == "unet" else text_encoder(), tmp_path / "kohya"
+    names = [name for name, module in base.named_modules() if isinstance(module, nn.Linear)][:4]
+    start = "lora_unet_" if component == "unet" else "lora_te_text_model_"
+    tensors = {}
+    for name in names:
+        key, layer = start + name.replace(".", "_"), base.get_submodule(name)
+        tensors[f"{key}.lora_down.weight"] = torch.randn(3, layer.in_features)
+        tensors[f"{key}.lora_up.weight"] = torch.randn(layer.out_features, 3)
+        tensors[f"{key}.alpha"] = torch.tensor(1.5)
+    save_file(tensors, path)
+    one, other = copy.deepcopy(base), copy.deepcopy(base)
+    image_lora.load({component: one}, path)
+    disha.load_adapter(other, path)
+    for name in names:
+        key = start + name.replace(".", "_")
+        delta = 0.5 * tensors[f"{key}.lora_up.weight"] @ tensors[f"{key}.lora_down.weight"]
+        for model in (one, other):
+            close(model.get_submodule(name).weight + 0, base.get_submodule(name).weight + delta)
+
+
 # --- BAT, and what can't be written --------------------------------------------------------------
 
 
@@ -230,7 +252,7 @@ def test_a_trained_lora_with_its_settings(tmp_path):
         unet_lora_adapter_metadata=settings.to_dict(),
     )
     ours = copy.deepcopy(base)
-    image_lora.load({"unet": ours}, path)
+    disha.load_adapter(ours, path)
     close(UNET.run(ours), UNET.run(theirs.eval()))
     image_lora.export({"unet": ours}, tmp_path / "again.safetensors")
     again = copy.deepcopy(base)

@@ -358,7 +358,7 @@ class TestAFolderThatIsThere:
 def test_a_file_in_the_place_of_the_folder_and_an_unknown_adapter_are_refused(tmp_path):
     model = disha.inject_adapters(net(), "inner", 4)
     (tmp_path / "file").touch()
-    with pytest.raises(AdapterIOError, match="can't save to .*File exists"):
+    with pytest.raises(AdapterIOError, match=r"can't save to .*File exists"):
         export(model, tmp_path / "file")
     with pytest.raises(ArgumentError, match="no adapter 'other'"):
         export(model, tmp_path / "other", "other")

@@ -1,6 +1,7 @@
 """Any LoRA that PEFT has trained acts, trains on, merges and goes back."""
 
 import copy
+from functools import partial
 
 import peft
 import pytest
@@ -33,6 +34,10 @@ KINDS = {
     "embedding": (llama, config(target_modules=["embed_tokens", "q_proj"])),
     "whole modules": (llama, config(modules_to_save=["norm"])),
     "tokens": (llama, config(trainable_token_indices=[3, 5])),
+    "tied tokens": (
+        partial(llama, tie_word_embeddings=True),
+        config(trainable_token_indices=[3, 5]),
+    ),
     "Conv1D": (gpt2, config(target_modules=["c_attn", "c_proj"], fan_in_fan_out=True)),
     "convolutions": (Vision, config(target_modules=["plane", "line", "space", "point"])),
     "experts": (
@@ -69,7 +74,7 @@ def losses_of(model, inputs, parameters):
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(float(loss))
+        losses.append(loss.item())
     return losses
 
 
@@ -97,18 +102,29 @@ def test_it_trains_on(trained):
 
 
 @pytest.mark.parametrize("trained", sorted({*KINDS} - {"convolutions"}), indirect=True)
-def test_commands_take_it(trained, tmp_path):
+def test_it_is_inspected_and_merged(trained, tmp_path):
     base, theirs, folder = trained
-    expected = output(theirs, TOKENS)
     base.save_pretrained(tmp_path / "base")
-    of_base = ["--base", str(tmp_path / "base")]
-    assert main(["inspect", str(folder), *of_base]) == 0
-    assert main(["merge", of_base[1], str(folder), str(tmp_path / "merged")]) == 0
+    weights = folder / "adapter_model.safetensors"  # names the folder too
+    assert main(["inspect", str(weights), "--base", str(tmp_path / "base")]) == 0
+    assert main(["merge", str(tmp_path / "base"), str(folder), str(tmp_path / "merged")]) == 0
     merged = type(base).from_pretrained(tmp_path / "merged").eval()
+    expected = output(theirs, TOKENS)
     torch.testing.assert_close(output(merged, TOKENS), expected, rtol=1e-5, atol=1e-5)
-    assert main(["convert", str(folder), str(tmp_path / "file"), "--to", "disha", *of_base]) == 0
+
+
+@pytest.mark.parametrize("trained", sorted({*KINDS} - {"tied tokens"}), indirect=True)
+def test_it_becomes_an_adapter_file(trained, tmp_path):
+    base, theirs, folder = trained
+    words = ["convert", str(folder), str(tmp_path / "file"), "--to", "disha"]
+    if not isinstance(base, Vision):
+        base.save_pretrained(tmp_path / "base")
+        words += ["--base", str(tmp_path / "base")]
+    assert main(words) == 0
     disha.load_adapter(base, tmp_path / "file")
-    torch.testing.assert_close(output(base, TOKENS), expected, rtol=1e-5, atol=1e-5)
+    inputs = inputs_of(base)
+    expected = output(theirs, inputs)
+    torch.testing.assert_close(output(base, inputs), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("groups", [1, 3, "all"])

@@ -392,16 +392,6 @@ class TestFailure:
         assert_same(tensors_in(setting.out), before)
         assert setting.listing() == ["adapter.safetensors", "base", name]
 
-    def test_the_next_clears_what_a_killed_one_left(self, setting):
-        draft = setting.folder / ".merged.0123cdef.tmp"
-        for folder in (draft, setting.folder / "merged.new"):
-            folder.mkdir()
-            (folder / "half").write_text("")
-        setting.merge()
-        assert setting.listing() == ["adapter.safetensors", "base", "merged", "merged.new"]
-        assert not draft.exists()
-        assert not (setting.out / "half").exists()
-
     def test_the_old_one_comes_back_if_the_new_one_can_not_take_its_place(
         self, setting, monkeypatch
     ):
