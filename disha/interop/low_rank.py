@@ -12,7 +12,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -379,12 +378,6 @@ def contents_of_factors(
     config = AdapterConfig(**settings, target=None, dropout=dropout, also_train=also_train)
     blocks += new_rows
     layers = tuple(layer for layer, _ in blocks)
-    counts = Counter([*(layer.key for layer in layers), *parameters])
-    twice = [key for key, count in counts.items() if count > 1]
-    if twice:
-        raise ConversionError(
-            f"{source} holds {list_names(twice)} twice, under two names; remove one"
-        )
     tensors = {layer.key: block for layer, block in blocks} | dict(parameters)
     return AdapterContents(config, layers, tuple(parameters), tensors, {})
 
@@ -395,23 +388,25 @@ def _blocks_of(source: Source, factors: Sequence[LayerFactors]) -> list[LayerBlo
     It is the first that has them all: Bone with groups, whose blocks are the smallest; Bone; LoRA.
     """
     broken = [layer.name for layer in factors if not _fit_together(layer)]
-    if broken:
-        raise AdapterFileError(
-            f"{source} has factors that don't belong together in {list_names(broken)}; get it again"
-        )
-    for method in _candidates(factors):
-        blocks: list[LayerBlock] = []
-        for layer in factors:
-            layer_block = _block_of(layer, method)
-            if layer_block is None:
-                break
-            blocks.append(layer_block)
-        else:
-            return blocks
-    raise ConversionError(
-        f"{source} has factors that no method has ({list_names([one.name for one in factors])}); "
-        "use it in PEFT, or in the program that it is made for"
+    if not broken:
+        for method in _candidates(factors):
+            blocks = _blocks_of_method(factors, method)
+            if blocks is not None:
+                return blocks
+    names = broken or [layer.name for layer in factors]
+    raise AdapterFileError(
+        f"{source} has factors that don't belong together in {list_names(names)}; get it again"
     )
+
+
+def _blocks_of_method(factors: Sequence[LayerFactors], method: Method) -> list[LayerBlock] | None:
+    blocks = []
+    for layer in factors:
+        layer_block = _block_of(layer, method)
+        if layer_block is None:
+            return None
+        blocks.append(layer_block)
+    return blocks
 
 
 def _fit_together(factors: LayerFactors) -> bool:

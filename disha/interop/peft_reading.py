@@ -25,7 +25,6 @@ from disha.files.disk import PathLike, check_path
 from disha.files.header import reasons_against_blocks
 from disha.files.loading import load_contents
 from disha.functional import Layout
-from disha.functional.layouts import OutputRanges
 from disha.functional.new_rows import NEW_ROWS
 from disha.interop.experts import SINGLE_EXPERT, family_of, find_stack, matrices_of
 from disha.interop.low_rank import CONV, LayerBlock, LayerFactors, contents_of_factors, list_names
@@ -335,16 +334,10 @@ def _new_rows_of(folder: PeftFolder, name: str, values: Tensor, base: Base) -> L
     """Return the new rows of a table, which all modules read that are tied to it."""
     numbers = _token_numbers_of(name, folder.fields.get(TOKEN_INDICES))
     ranges = check_row_numbers(f"{TOKEN_INDICES} of {name}", numbers)
-    if values.shape[:-1] != (len(numbers),):
-        raise AdapterFileError(f"{folder.path}: {name}{TOKENS} does not have a row for each token")
     order = torch.tensor(numbers).argsort()  # a block has its rows in order
     block = values[order].mT  # (in, rows)
-    return _record_of_rows(name, ranges, block, base), block
-
-
-def _record_of_rows(name: str, ranges: OutputRanges, block: Tensor, base: Base) -> LayerRecord:
     inputs, out = block.shape
-    return LayerRecord(
+    record = LayerRecord(
         name,
         method=NEW_ROWS,
         r=1,
@@ -357,6 +350,7 @@ def _record_of_rows(name: str, ranges: OutputRanges, block: Tensor, base: Base) 
         rows=ranges,
         tied=tuple(other for other in base.names_of(name) if other != join(name, "weight")),
     )
+    return record, block
 
 
 def _token_numbers_of(name: str, settings: Any) -> Any:

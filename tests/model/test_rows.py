@@ -380,10 +380,9 @@ def test_rows_that_peft_has_trained(tmp_path):
     model = llama()
     lora.load(model, tmp_path / "peft")
     torch.testing.assert_close(theirs(TOKENS).logits, model(TOKENS).logits)
-    for indices, says in (([3], "not have a row for each"), ({}, "list of row numbers")):
-        rewrite(tmp_path / "peft", trainable_token_indices=indices)
-        with pytest.raises(disha.DishaError, match=says):
-            lora.load(llama(), tmp_path / "peft")
+    rewrite(tmp_path / "peft", trainable_token_indices={})
+    with pytest.raises(disha.DishaError, match="list of row numbers"):
+        lora.load(llama(), tmp_path / "peft")
 
 
 def test_peft_can_not_hold_every_row(tmp_path):

@@ -116,8 +116,6 @@ def _read_json(path: Path) -> dict[str, Any]:
     """Return the JSON object in a file of a checkpoint."""
     try:
         return dict(json.loads(path.read_bytes()))
-    except OSError as error:
-        raise AdapterIOError(f"can't read {path}: {error.strerror}; check the path") from error
     except (ValueError, TypeError, RecursionError) as error:
         raise AdapterFileError(f"{path} is no JSON object ({error}); get it again") from error
 
