@@ -75,7 +75,9 @@ class _Lora(Method):
         if wider < r:
             return None
         rows = block.new_empty(*block.shape[:-2], wider - r, block.shape[-1])
-        self.start(rows, geometry, MATRIX)  # B is zero, and A is not, so that they learn
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(r)  # every rank reads the file, and gets the same A
+            self.start(rows, geometry, MATRIX)  # B is zero, and A is not, so that they learn
         return torch.cat([block, rows], -2)
 
     def join(self, terms: Sequence[tuple[Tensor, float]], geometry: Geometry) -> Tensor | None:

@@ -24,6 +24,7 @@ from disha.model import buffers
 from disha.model.plan import EXCLUDED, Plan
 from disha.model.target_plans import plan_injection
 from disha.model.view import ModelView, all_or_nothing
+from disha.sharding.ranks import broadcast
 from disha.text import counted, first_few, join
 
 M = TypeVar("M", bound=nn.Module)
@@ -173,6 +174,9 @@ def apply_plan(view: ModelView, plan: Plan, undo: ExitStack, *, activate: bool =
             layer.values,
             is_new_rows=layer.is_new_rows,
         )
+        if block.split is None and not block.block.is_meta:
+            # Weights that a tensor-parallel plan leaves whole have ranks too.
+            broadcast(block.block, view.ranks.groups)
         blocks[layer.module].append(block)
         for module, name in layer.tied.values():
             tied_blocks[module].append((name, block))

@@ -6,7 +6,7 @@ that can fail runs inside `Ranks.fail_together`, which raises the error on all r
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
 from typing import Any
@@ -18,6 +18,13 @@ from disha import errors
 from disha.errors import ArgumentError, DishaError
 from disha.sharding.tensors import is_sharded
 from disha.sharding.zero import is_partitioned
+
+
+def broadcast(tensor: Tensor, groups: Iterable[Any]) -> None:
+    """Write the values of the first rank into the tensor of every rank of groups. Collective."""
+    for group in groups:
+        source = torch.distributed.get_global_rank(group, 0)
+        torch.distributed.broadcast(tensor.detach(), source, group=group)
 
 
 class Ranks:

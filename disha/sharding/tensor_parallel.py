@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from disha.errors import ModeError
+from disha.sharding.ranks import broadcast
 from disha.sharding.tensors import is_in_chunks, is_sharded, local_ranges
 
 
@@ -91,10 +92,7 @@ class Split:
 
     def broadcast_from_first_rank(self, block: Tensor) -> None:
         """Write the values of the first rank into the block of every rank. Collective."""
-        for dim in range(self.device_mesh.ndim):
-            group = self.device_mesh.get_group(dim)
-            source = torch.distributed.get_global_rank(group, 0)
-            torch.distributed.broadcast(block.detach(), source, group=group)
+        broadcast(block, self.device_mesh.get_all_groups())
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Split:
         return self  # its ranks can't be copied

@@ -14,6 +14,7 @@ from tests.distributed.harness import (
     ADAPTERS,
     adapted,
     assert_same,
+    assert_same_on_all_ranks,
     assert_trains_alike,
     assert_trains_alike_while_routed,
     batch,
@@ -34,6 +35,13 @@ def wrapped(model, **options):
 def check_training(folder):
     for case in ADAPTERS:
         assert_trains_alike(adapted(case), wrapped(adapted(case)))
+
+
+def check_a_lora_starts_alike_with_unlike_seeds(folder):
+    model = disha.remove_adapters(adapted())
+    torch.manual_seed(rank())
+    disha.inject_adapters(model, "all-linear", 3, method="lora")
+    assert_same_on_all_ranks(wrapped(model))
 
 
 def check_an_adapter_that_is_not_active(folder):

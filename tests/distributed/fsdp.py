@@ -81,6 +81,17 @@ def check_training(folder):
         assert_trains_alike(adapted(case), model)
 
 
+def check_a_lora_starts_where_new_memory_is_given(folder):
+    with torch.device("meta"):
+        model = disha.inject_adapters(Model(), "all-linear", 3, method="lora")
+    sharded(model).to_empty(device="cpu")
+    for layer in model.modules():
+        if isinstance(layer, nn.Linear):
+            block = whole(layer.disha["default"].block)
+            assert block[:, : layer.in_features].abs().min() > 0
+            assert not block[:, layer.in_features :].any()
+
+
 def check_computed_weights(folder):
     for case in ADAPTERS:
         plain = dict(computed_weights(ModelView(adapted(case))))

@@ -101,6 +101,7 @@ ADAPTERS = {
     "tile": [{"target_regex": "up|down", "r": 2, "r_out": 1}],
     "groups": [{"target_regex": "all-linear", "r": 2, "groups": 2}],
     "bat": [{"target_regex": "all-linear", "r": 3, "method": "bat"}],
+    "lora": [{"target_regex": "all-linear|embed", "r": 3, "method": "lora"}],
     "conv and embedding, r=1": [{"target_regex": "conv|embed|head", "r": 1}],
     "tied": [{"target_regex": "embed|up", "r": 3}],
     "tied, with rows": [{"target_regex": "up", "r": 3, "also_train_rows": {"embed": [2, 9, 10]}}],
@@ -213,6 +214,12 @@ def close(actual: object, expected: object) -> None:
 
 def blocks(model: nn.Module, adapter: str = "default") -> list[torch.Tensor]:
     return [whole(block).detach().clone() for block in disha.adapter_parameters(model, adapter)]
+
+
+def assert_same_on_all_ranks(model: nn.Module) -> None:
+    everywhere: list = [None] * RANKS
+    dist.all_gather_object(everywhere, blocks(model))
+    assert_same(*everywhere)
 
 
 def assert_same(first: list[torch.Tensor], second: list[torch.Tensor]) -> None:

@@ -22,7 +22,15 @@ from torch.utils.checkpoint import checkpoint
 import disha
 from disha import AdaptedLayer, ArgumentError, MergeError, ModeError, TargetError
 from tests.conftest import perturb
-from tests.distributed.harness import assert_same, blocks, close, gradients_of, rank, saved
+from tests.distributed.harness import (
+    assert_same,
+    assert_same_on_all_ranks,
+    blocks,
+    close,
+    gradients_of,
+    rank,
+    saved,
+)
 from tests.processes import RANKS
 from tests.reference import METHODS
 
@@ -116,12 +124,18 @@ def check_files_are_those_of_one_process(folder):
             disha.adapter_parameters(loaded)[0].zero_()
         disha.load_adapter(loaded, alone, replace=True)
         close(loaded(inputs()), plain(inputs()))
-    model = parallel(fresh())
-    torch.manual_seed(dist.get_rank())
-    disha.inject_adapters(model, "up|down", 2, init="kaiming")
-    everywhere: list = [None] * RANKS
-    dist.all_gather_object(everywhere, blocks(model))
-    assert_same(*everywhere)
+
+
+def check_random_numbers_are_those_of_all_ranks(folder):
+    """Of cut weights, of others, and of the rows that make a LoRA wider; all seeds differ."""
+    disha.save_adapter(adapted("all-linear", "lora"), folder / f"{rank()}")
+    for options in ({"init": "kaiming"}, {"method": "lora"}):
+        model = parallel(fresh())
+        torch.manual_seed(rank())
+        disha.inject_adapters(model, "all-linear", 3, **options)
+        assert_same_on_all_ranks(model)
+    disha.load_adapter(model, folder / f"{rank()}", replace=True)
+    assert_same_on_all_ranks(model)
 
 
 def check_checkpoints_of_torch(folder):
