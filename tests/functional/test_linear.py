@@ -311,22 +311,23 @@ class TestFloat16:
         block = (block.detach().sign() * 2.0**-10).requires_grad_()
         return x.requires_grad_(), weight * 2.0**-8, bias, block
 
+    @pytest.mark.parametrize("scale", [0.5, 16.0])
     @pytest.mark.parametrize("way", ["fused", "plain", "autocast", "plain autocast"])
     @pytest.mark.parametrize("method", KINDS)
-    def test_values_and_gradients(self, method, way):
+    def test_values_and_gradients(self, method, way, scale):
         x, weight, bias, block = self.case(method)
         wide = [t.detach().double().requires_grad_() for t in (x, weight, bias, block)]
         if "autocast" in way:
             x, weight, bias, block = (
                 t.detach().float().requires_grad_(t is not weight) for t in (x, weight, bias, block)
             )
-        scale = torch.tensor(0.5) if "plain" in way else 0.5  # a tensor's is not fused
+        given = torch.tensor(scale) if "plain" in way else scale  # a tensor's is not fused
         with torch.autocast("cpu", torch.float16, enabled="autocast" in way):
             output = adapted_linear(
-                x, weight, bias, [Update(method_of(reference.method_of_kind(method)), block, scale)]
+                x, weight, bias, [Update(method_of(reference.method_of_kind(method)), block, given)]
             )
         assert output.dtype == torch.float16
-        expected = reference.linear(*wide[:3], [(method, wide[3], 0.5)])
+        expected = reference.linear(*wide[:3], [(method, wide[3], scale)])
         assert (output.double() - expected).norm() < 0.01 * expected.norm()
         cotangent = torch.randn_like(output) * 2.0**-8
         found = torch.autograd.grad(output, (x, bias, block), cotangent)

@@ -8,8 +8,8 @@ import torch
 from disha.functional import METHODS, Geometry, Layout, Update, method_of
 from disha.functional.shard_sums import shard_sum_matrix
 from disha.functional.update import add_up, factors_of
-from tests.conftest import close, pickled
-from tests.functional.cases import case_of, on_every_layout, with_every_block
+from tests.conftest import pickled
+from tests.functional.cases import case_of, check_same, on_every_layout, with_every_block
 
 
 @with_every_block
@@ -27,7 +27,7 @@ def test_the_factors_of_a_block_of_some_rows(kind, name):
     delta = up.mT @ down
     if case.layout.padding_idx is not None:
         delta[..., case.layout.padding_idx] = 0.0
-    close(case.layout.weight(delta), 0.5 * case.delta, 1e-12)
+    check_same(case.method, case.layout.weight(delta), 0.5 * case.delta)
 
 
 def test_updates_of_one_shard_size_add_up():

@@ -51,19 +51,23 @@ def inputs_of(base):
     return torch.randn(2, 5, 7, 6) if isinstance(base, Vision) else TOKENS
 
 
-@pytest.fixture(params=KINDS)
-def trained(request, tmp_path):
-    """Return a base, a model of PEFT with a LoRA of random values, and its folder."""
-    make, settings = KINDS[request.param]
+def made(kind, folder, change):
+    """Return a base, a model of PEFT with a LoRA that has changed so much, and its folder."""
+    make, settings = KINDS[kind]
     torch.manual_seed(0)
     base = make().eval()
     theirs = peft.get_peft_model(copy.deepcopy(base), copy.deepcopy(settings)).eval()
     with torch.no_grad():
         for parameter in theirs.parameters():
             if parameter.requires_grad:
-                parameter.add_(torch.randn_like(parameter), alpha=0.1)
-    theirs.save_pretrained(str(tmp_path / "theirs"), save_embedding_layers=False)
-    return base, theirs, tmp_path / "theirs"
+                parameter.add_(torch.randn_like(parameter), alpha=change)
+    theirs.save_pretrained(str(folder), save_embedding_layers=False)
+    return base, theirs, folder
+
+
+@pytest.fixture(params=KINDS)
+def trained(request, tmp_path):
+    return made(request.param, tmp_path / "theirs", change=0.1)
 
 
 def losses_of(model, inputs, parameters):
@@ -90,8 +94,10 @@ def test_it_acts_goes_back_and_merges(trained, tmp_path):
     check_served(base, tmp_path / "ours", ours, inputs, 1e-5)
 
 
-def test_it_trains_on(trained):
-    base, theirs, folder = trained
+@pytest.mark.parametrize("change", [0.0, 0.1], ids=["from its start", "from the middle"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_it_trains_on(kind, change, tmp_path):
+    base, theirs, folder = made(kind, tmp_path, change)
     inputs = inputs_of(base)
     ours = copy.deepcopy(base)
     lora.load(ours, folder)
