@@ -223,10 +223,12 @@ MORE_SEEDS: Mapping[tuple[str, str, float], int] = {
     ("digits", "groups2", 1e-2): 8,
     ("digits", "groups4", 3e-2): 8,
     ("digits", "groups_all", 3e-2): 8,
+    ("digits", "lora", 1e-2): 8,
     ("docstrings", "bone", 3e-4): 8,
     ("docstrings", "groups_all", 3e-3): 8,
+    ("docstrings", "lora", 3e-3): 8,
 }
-"""Task, method and its best rate -> seeds, where three do not tell groups from MiSS."""
+"""Task, method and its best rate -> seeds, where three do not tell groups from MiSS or LoRA."""
 
 
 def _candidates() -> dict[Cell, tuple[float, ...]]:
