@@ -154,9 +154,10 @@ def test_the_table_of_rates_is_what_plans_give(size, shape):
         model = LlamaForCausalLM(LlamaConfig(vocab_size=64, **dict(zip(names, shape, strict=True))))
     page = (DOCS / "choosing.md").read_text(encoding="utf-8")
     (row,) = (line for table in tables_of(page) for line in table if line[0] == size)
-    settings = [{}, {"groups": 2}, {"groups": "all"}]
+    settings = [{}, {"groups": 2}, {"groups": "all"}, {"method": "lora", "r": 32}]
     plans = [
-        disha.plan_adapters(model, "all-linear", r=64, exclude="lm_head", **one) for one in settings
+        disha.plan_adapters(model, "all-linear", **{"r": 64, "exclude": "lm_head", **one})
+        for one in settings
     ]
     assert [float(told) for told in row[1:]] == [float(f"{plan.rate:.1e}") for plan in plans]
 

@@ -51,11 +51,13 @@ def tiny_model_and_rows():
 
 
 @pytest.mark.parametrize("side", ["-", "+"])
+@pytest.mark.parametrize("name", ["README.md", "docs/migrating.md"])
 def test_both_sides_of_the_ten_lines_of_a_peft_user_run(
-    side, tiny_model_and_rows, tmp_path, monkeypatch
+    name, side, tiny_model_and_rows, tmp_path, monkeypatch
 ):
     monkeypatch.chdir(tmp_path)
-    diff = re.search(r"^```diff\n(.*?)^```", TEXT, re.DOTALL | re.MULTILINE)[1].splitlines()
+    text = (ROOT / name).read_text(encoding="utf-8")
+    diff = re.search(r"^```diff\n(.*?)^```", text, re.DOTALL | re.MULTILINE)[1].splitlines()
     code = "\n".join(line[1:] for line in diff if line[:1] in (side, " "))
     assert len(code.splitlines()) <= 10
     model, rows = tiny_model_and_rows
