@@ -18,7 +18,7 @@ from disha.errors import AdapterFileError, AdapterFileWarning, ArgumentError
 from disha.files.contents import Source
 from disha.files.header import AdapterContents
 from disha.files.saving import base_fingerprint, describe_block
-from disha.layers.blocks import NewRowsBlock, check_adapter_name
+from disha.layers.blocks import check_adapter_name
 from disha.layers.fingerprints import same_base
 from disha.layers.weights import rows_of_base
 from disha.model import buffers
@@ -265,7 +265,7 @@ def _reset_missing(incoming: _Incoming, undo: ExitStack) -> None:
         block = model_block.block
         if join(model_block.name, block.parameter_name) in incoming.layers:
             continue
-        if isinstance(block, NewRowsBlock):
+        if block.is_new_rows:
             start = rows_of_base(model_block.layer, block.slot)
         else:
             start = block.block.new_zeros(whole_shape(block.block))

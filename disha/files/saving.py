@@ -13,7 +13,6 @@ from disha.errors import AdapterStateError, ArgumentTypeError
 from disha.files.contents import write_contents
 from disha.files.disk import PathLike, file_at, folder_for
 from disha.files.header import AdapterContents
-from disha.layers.blocks import NewRowsBlock
 from disha.layers.fingerprints import fingerprint
 from disha.layers.weights import base_of, is_packed, weight_shape
 from disha.model import buffers
@@ -193,12 +192,12 @@ def describe_block(
     if with_fingerprint:
         base = base_fingerprint(model_block)
     kernel: tuple[int, ...] = ()
-    if not isinstance(block, NewRowsBlock) and block.method.spans_kernel:
+    if block.method.spans_kernel:
         kernel = geometry.kernel()  # the block does not show it
 
     return LayerRecord(
         name=model_block.name,
-        method=block.kind,
+        method=block.method.name,
         r=block.r,
         r_out=block.r_out,
         in_features=geometry.in_features,
@@ -217,7 +216,7 @@ def base_fingerprint(model_block: ModelBlock) -> str | None:
     layer = model_block.layer
     block = model_block.block
     slot = block.slot
-    if isinstance(block, NewRowsBlock):  # new rows do not depend on the old ones
+    if block.is_new_rows:  # new rows do not depend on the old ones
         return None
     # The values depend on how the weight is quantised, but the adapter fits it either way.
     if slot.quantized or is_packed(layer, slot.parameter):

@@ -1,6 +1,6 @@
 """New rows: values that some rows of a matrix have in place of those of W.
 
-They are no method, because they have no dW: nothing is added, scaled or rounded, and what W or
+They have no dW: nothing is added, scaled or rounded, and what W or
 another update has in such a row does not matter. In a product, only what these rows give is
 computed again, and put in its place:
 
@@ -20,13 +20,38 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from disha.functional.layouts import OutputRanges
+from disha.functional.layouts import Geometry, Layout, OutputRanges
 from disha.functional.lookups import is_lookup, output_numbers
 from disha.functional.low_rank import Product
+from disha.functional.method import Method, method_of
 from disha.functional.parts import count_before, ranges_inside
 
 NEW_ROWS = "rows"
 """What files and state dicts call new rows, where the name of a method stands otherwise."""
+
+
+class _NewRowsOfMatrix(Method):
+    """What is asked of any block, here of one with new rows: its name, and its shape."""
+
+    name = NEW_ROWS
+    additive = True
+
+    def __reduce__(self) -> str:
+        return "ROWS"  # the one below
+
+    def shape(self, geometry: Geometry, r: int, r_out: int | None) -> tuple[int, ...]:
+        return geometry.in_features, geometry.out_features
+
+    def reason_against(self, layout: Layout, geometry: Geometry, r: int, r_out: int | None) -> None:
+        return None  # r and r_out are those of the adapter's other blocks
+
+
+ROWS = _NewRowsOfMatrix()
+
+
+def method_of_block(name: str) -> Method:
+    """Return what a file or a state dict calls so: a method, or `ROWS`."""
+    return ROWS if name == NEW_ROWS else method_of(name)
 
 
 class NewRows(NamedTuple):

@@ -22,9 +22,9 @@ from disha.config import AdapterConfig
 from disha.effective.contexts import OPEN_CONTEXTS, Group, Override, current_context
 from disha.effective.torch_patches import install
 from disha.errors import ArgumentError, ModeError
-from disha.functional import Geometry, Layout, Method, Update, method_of
+from disha.functional import Geometry, Layout, Method, Update
 from disha.functional.layouts import OutputRanges
-from disha.functional.new_rows import NEW_ROWS, NewRows
+from disha.functional.new_rows import NewRows
 from disha.functional.routed import Route, Routed
 from disha.functional.shard_sums import merge_dtype
 from disha.functional.weight_updates import Updates, WithNewRows
@@ -63,19 +63,13 @@ class Slot:
     shape: tuple[int, ...] | None = None
 
 
-def block_name(kind: str) -> str:
-    """Return the name of a block in state dicts and files: of a method, or of new rows."""
-    return f"{kind}_block" if kind == NEW_ROWS else method_of(kind).block_name
-
-
 class AdapterBlock(nn.Module):
     """The trainable block of one adapter for one weight.
 
     Attributes:
         slot: the weight.
         geometry: the sizes of the weight, or of the outputs that the block adapts.
-        kind: the name of the method, or `NEW_ROWS`.
-        method: the method, which says what dW is; new rows have none.
+        method: the method, which says what dW is; `ROWS` for new rows, which have none.
         parameter_name: the name of D among the parameters of this module.
         config: the configuration of the adapter.
         r: the block's own shard size; that of the configuration may be another one.
@@ -88,7 +82,7 @@ class AdapterBlock(nn.Module):
 
     slot: Slot
     geometry: Geometry
-    kind: str
+    is_new_rows = False
     method: Method
     parameter_name: str
     config: AdapterConfig
@@ -102,6 +96,7 @@ class AdapterBlock(nn.Module):
         values: Tensor,
         slot: Slot,
         geometry: Geometry,
+        method: Method,
         config: AdapterConfig,
         r: int,
         split: Split | None,
@@ -111,25 +106,22 @@ class AdapterBlock(nn.Module):
         vars(self).update(
             slot=slot,
             geometry=geometry,
+            method=method,
+            parameter_name=method.block_name,
             config=config,
             r=r,
+            dropout=0.0 if self.is_new_rows else config.dropout,
             split=split,
-            **self._settings_from(config),
         )
-        vars(self)["parameter_name"] = block_name(self.kind)
-        self._parameters[self.parameter_name] = nn.Parameter(values)
+        vars(self)["_scale"] = self._first_scale
+        self._parameters[method.block_name] = nn.Parameter(values)
         self.register_buffer("scale_tensor", None, persistent=False)
         self._write_scale()
 
-    def _settings_from(self, config: AdapterConfig) -> dict[str, Any]:
-        """Return the attributes that a configuration decides."""
-        method = method_of(config.method)
-        return {
-            "kind": method.name,
-            "method": method,
-            "_scale": float(config.scale),
-            "dropout": config.dropout,
-        }
+    @property
+    def _first_scale(self) -> float:
+        """The scale with which the adapter begins."""
+        return float(self.config.scale)
 
     @property
     def block(self) -> nn.Parameter:
@@ -280,7 +272,7 @@ class AdapterBlock(nn.Module):
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self._scale != self._settings_from(self.config)["_scale"]:  # else an equal model has it
+        if self._scale != self._first_scale:  # else an equal model has it
             destination[prefix + SCALE] = torch.tensor(self._scale, dtype=torch.float64)
 
     def _load_from_state_dict(
@@ -297,8 +289,7 @@ class AdapterBlock(nn.Module):
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, *args
         )
         if prefix + self.parameter_name in state_dict:
-            given = state_dict.get(prefix + SCALE, self._settings_from(self.config)["_scale"])
-            self.scale = float(given)
+            self.scale = float(state_dict.get(prefix + SCALE, self._first_scale))
         if prefix + SCALE in unexpected_keys:
             unexpected_keys.remove(prefix + SCALE)
         if self.scale_tensor.device != self.block.device:
@@ -318,8 +309,8 @@ class NewRowsBlock(AdapterBlock):
     is loaded or the rows themselves.
     """
 
-    def _settings_from(self, config: AdapterConfig) -> dict[str, Any]:
-        return {"kind": NEW_ROWS, "_scale": 1.0, "dropout": 0.0}
+    is_new_rows = True
+    _first_scale = 1.0
 
     def new_rows(self, on_meta: bool, group: Group | None) -> NewRows:
         """Return the rows for products with the table; arguments are as in `update`."""
@@ -328,10 +319,6 @@ class NewRowsBlock(AdapterBlock):
 
     def reset_parameters(self) -> None:
         """Do nothing: only the layer knows the rows of W (`AdaptedLayer.reset_parameters`)."""
-
-    def write_weight(self, weight: Tensor) -> Tensor:
-        """Return a table with these rows."""
-        return NewRows(self.block, self.slot.output_ranges).write_weight(weight)
 
     @property
     def scale(self) -> float:
@@ -345,10 +332,6 @@ class NewRowsBlock(AdapterBlock):
     @property
     def r_out(self) -> None:
         """No output shard."""
-
-    def extra_repr(self) -> str:
-        """Return the block's description in a model's printout."""
-        return f"new rows, shape={tuple(whole_shape(self.block))}"
 
     def _fill_new_memory(self) -> None:
         with gathered_parameter(self.block, writes=True):
@@ -523,7 +506,7 @@ class Adapters(nn.Module):
         if len(on_weight) == 1:
             (block,) = on_weight
             is_whole_matrix = block.split is None and block.slot.layout.pattern == "out in"
-            if is_whole_matrix and not isinstance(block, NewRowsBlock):
+            if is_whole_matrix and not block.is_new_rows:
                 only = block
         # Assigned as an attribute, `only` would become a child.
         vars(self).update(active_blocks=acting, only_linear_block=only)
@@ -538,7 +521,7 @@ class Adapters(nn.Module):
         for adapter in adapters:
             blocks += by_adapter.get(adapter, ())
         if len(blocks) > 1:
-            blocks.sort(key=lambda block: isinstance(block, NewRowsBlock))
+            blocks.sort(key=lambda block: block.is_new_rows)
         return tuple(blocks)
 
     def override(self, compiling: bool = False) -> Override | None:
@@ -569,28 +552,23 @@ class Adapters(nn.Module):
         `compiling` and `on_meta` are as in `AdapterBlock.update`.
         """
         group = self.group if compiling else None
-        rows_by_adapter: dict[str | None, list[NewRows]] = {}
-
-        def updates_of(adapter: str | None, blocks: Iterable[AdapterBlock]) -> tuple[Update, ...]:
-            rows_by_adapter[adapter] = []
-            updates = []
-            for block in blocks:
-                if isinstance(block, NewRowsBlock):
-                    rows_by_adapter[adapter].append(block.new_rows(on_meta, group))
-                else:
-                    updates.append(block.update(on_meta, group))
-            return tuple(updates)
-
-        updates: Updates
+        blocks: dict[str | None, tuple[AdapterBlock, ...]] = {}
         if isinstance(override, Route):
-            by_adapter = {
-                adapter: updates_of(adapter, self.acting_blocks(parameter, (adapter,)))
-                for adapter in override.adapters
-            }
-            updates = Routed(override, by_adapter)
+            for name in override.adapters:
+                blocks[name] = self.acting_blocks(parameter, (name,))
         else:
-            updates = Updates(updates_of(None, self.acting_blocks(parameter, override)))
-        return WithNewRows(updates, rows_by_adapter) if any(rows_by_adapter.values()) else updates
+            blocks[None] = self.acting_blocks(parameter, override)
+        updates_of: dict[Any, tuple[Update, ...]] = {}
+        rows_of: dict[str | None, list[NewRows]] = {}
+        for adapter, acting in blocks.items():
+            rows = [block for block in acting if isinstance(block, NewRowsBlock)]
+            others = [block for block in acting if not block.is_new_rows]
+            rows_of[adapter] = [block.new_rows(on_meta, group) for block in rows]
+            updates_of[adapter] = tuple([block.update(on_meta, group) for block in others])
+        updates = Updates(updates_of.get(None, ()))
+        if isinstance(override, Route):
+            updates = Routed(override, updates_of)
+        return WithNewRows(updates, rows_of) if any(rows_of.values()) else updates
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]

@@ -119,7 +119,7 @@ class _LinearWithAdapter(AdaptedLinear):
         reason = method.reason_against(WEIGHT.layout, geometry, config.r, config.r_out)
         if reason is not None:
             raise ArgumentError(f"{type(self).__name__}: {reason}")
-        block = make_block(self, WEIGHT, config, config.r)
+        block = make_block(self, WEIGHT, method, config, config.r)
         record = ModelRecord(SINGLE_LAYERS)
         record.layers[adapter] = ("",)
         adapters = adapt(self, [WEIGHT.parameter], False, record, ("",))

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from disha.config import AdapterConfig
-from disha.functional import method_of
+from disha.functional import Method
+from disha.functional.new_rows import ROWS
 from disha.functional.shard_sums import merge_dtype
 from disha.layers import quantized
 from disha.layers.blocks import AdapterBlock, NewRowsBlock, Slot
@@ -21,33 +22,27 @@ from disha.sharding.tensors import write
 def make_block(
     module: nn.Module,
     slot: Slot,
+    method: Method,
     config: AdapterConfig,
     r: int,
     values: Tensor | None = None,
-    *,
-    is_new_rows: bool = False,
 ) -> AdapterBlock:
     """Return a new block on the device of its weight, with these values or those it starts with."""
     weight: Any = None if slot.quantized else read_weight(module, slot.parameter)
-    shape: tuple[int, ...]
     whole_shape = weight_shape(module, slot)
     geometry = slot.layout.geometry(whole_shape, slot.output_ranges)
-    if values is None and is_new_rows:
-        shape = geometry[:2]
-        dtype = _choose_dtype(weight, None)  # which holds every value of W
-    elif values is None:
-        shape = method_of(config.method).block_shape(
-            slot.layout, whole_shape, r, config.r_out, slot.output_ranges
-        )
-        dtype = _choose_dtype(weight, config.dtype)
-    else:
-        shape = tuple(values.shape)
+    shape = method.block_shape(slot.layout, whole_shape, r, config.r_out, slot.output_ranges)
+    if values is not None:
         dtype = values.dtype
+    elif method is ROWS:
+        dtype = _choose_dtype(weight, None)  # which holds every value of W
+    else:
+        dtype = _choose_dtype(weight, config.dtype)
     device = _find_device(module, weight)
     with torch.inference_mode(False):  # a tensor that is made in that mode can never be trained
         empty = torch.empty(shape, device=device, dtype=dtype)
-        cls = NewRowsBlock if is_new_rows else AdapterBlock
-        block = cls(empty, slot, geometry, config, r, split_of(weight))
+        cls = NewRowsBlock if method is ROWS else AdapterBlock
+        block = cls(empty, slot, geometry, method, config, r, split_of(weight))
     if values is None:
         start_block(module, block)
     else:

@@ -16,7 +16,7 @@ from disha.errors import ArgumentError, ModeError
 from disha.functional import adapted_linear
 from disha.functional.shard_sums import PLAIN
 from disha.functional.weight_updates import Updates
-from disha.layers.blocks import AdapterBlock, Adapters, NewRowsBlock
+from disha.layers.blocks import AdapterBlock, Adapters
 from disha.layers.containers import CHILD_NAME
 from disha.layers.weights import base_reader
 from disha.sharding.tensor_parallel import split_of
@@ -78,7 +78,7 @@ def weight_property(original: type[nn.Module], name: str) -> property:
                 return _unusual_weight(adapters, name, base, blocks, override, compiling)
             layout = blocks[0].slot.layout
             is_usual = override is None and not compiling and len(blocks) == 1
-            if is_usual and not isinstance(blocks[0], NewRowsBlock):
+            if is_usual and not blocks[0].is_new_rows:
                 # What `adapters.updates` does in the usual case, without a call.
                 return make_effective(base, layout, Updates((blocks[0].update(),)))
             return make_effective(base, layout, adapters.updates(name, override, compiling))

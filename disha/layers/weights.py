@@ -23,11 +23,11 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
-from disha import functional
+from disha.functional import merged_weight
 from disha.functional.new_rows import NewRows
 from disha.functional.shard_sums import is_inexact, merge_dtype
 from disha.layers import bitsandbytes, quantized
-from disha.layers.blocks import AdapterBlock, Adapters, NewRowsBlock, Slot, original_class
+from disha.layers.blocks import AdapterBlock, Adapters, Slot, original_class
 from disha.layers.containers import CHILD_NAME
 from disha.layers.offloading import offloading_hooks
 from disha.sharding.tensors import gather, write
@@ -142,7 +142,7 @@ def slots_of(layer: Any, adapters: Iterable[str]) -> dict[str, Slot]:
 
 def start_block(layer: nn.Module, block: AdapterBlock) -> None:
     """Give a block the values that it starts with: new rows those of W, others as `init` says."""
-    if isinstance(block, NewRowsBlock):
+    if block.is_new_rows:
         write(block.block, rows_of_base(layer, block.slot))
     else:
         block.reset_parameters()
@@ -167,7 +167,7 @@ def untrained_rows_kept(layer: Any, parameters: Iterable[str]) -> Iterator[None]
         block: replace(block.slot, parameter=parameter)
         for parameter in parameters
         for block in layer.disha.blocks_for(parameter, layer.disha)
-        if isinstance(block, NewRowsBlock)
+        if block.is_new_rows
     }
     untrained = {}
     for block, slot in places.items():
@@ -195,9 +195,9 @@ def delta_of(layer: nn.Module, block: AdapterBlock, slot: Slot) -> Tensor:
         base = quantized.weight_for(block.method, layer, slot, stored, block.block)
     else:
         base = base_of(layer, slot)
-    if isinstance(block, NewRowsBlock):
+    if block.is_new_rows:
         base = base.to(merge_dtype(base.dtype, block.block.dtype))
-        return block.write_weight(base) - base
+        return NewRows(block.block, block.slot.output_ranges).write_weight(base) - base
     return block.method.delta_weight(block.slot.layout, block.block, base, block.slot.output_ranges)
 
 
@@ -208,12 +208,13 @@ def sum_with_updates(layer: Any, slot: Slot, adapters: Iterable[str]) -> Tensor:
     new_rows = []
     for block in layer.disha.blocks_for(slot.parameter, adapters):
         values, ranges = gather(block.block), block.slot.output_ranges
-        if isinstance(block, NewRowsBlock):
+        if block.is_new_rows:
             new_rows.append(NewRows(values, ranges))
         else:
+            # Its layout is not that of the slot, if new rows gave this one.
             delta = block.method.delta_weight(block.slot.layout, values, base, ranges)
             deltas.append((delta, block.scale))
-    merged = functional.merged_weight(base, deltas)
+    merged = merged_weight(base, deltas)
     for rows in new_rows:
         merged = rows.write_weight(merged)
     return merged

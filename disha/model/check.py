@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from disha.effective.contexts import open_context
 from disha.errors import ArgumentError, DishaError
+from disha.functional import Method
 from disha.layers.blocks import AdapterBlock
 from disha.layers.wrappers import clean_key
 from disha.model.check_merges import (
@@ -198,7 +199,7 @@ def _check(
                 if mergings[layer].keeps_outputs:  # else there is a reason already
                     mergings[layer] = other
     trained_in_evaluation = [block for block in zeros if block in in_evaluation.with_gradient]
-    stuck_kinds = _find_stuck_kinds(runner, trained_in_evaluation, undo)
+    stuck = _find_stuck_methods(runner, trained_in_evaluation, undo)
     rows = []
     for name, layer, adapter, block in active:
         reason = _reason_against_training(block, observations)
@@ -206,7 +207,7 @@ def _check(
             reason += error_in_training
         elif block in frozen:
             reason = "it acts, but it is frozen; to train it, call mark_only_adapters_trainable"
-        elif block in zeros and block.kind in stuck_kinds:
+        elif block in zeros and block.method in stuck:
             reason = "a block of zeros gets no gradient by its method; use init='kaiming'"
         merging_of_layer = mergings.get(layer, Merging(None))
         row = CheckedWeight(
@@ -323,16 +324,16 @@ def _changes_outputs(
     return not all(torch.equal(output, former) for output, former in zip(changed, outputs))
 
 
-def _find_stuck_kinds(runner: Runner, zeros: list[AdapterBlock], undo: ExitStack) -> list[str]:
-    """Return the kinds of these blocks of which a block of zeros gets no gradient, and stays so.
+def _find_stuck_methods(runner: Runner, zeros: list[AdapterBlock], undo: ExitStack) -> list[Method]:
+    """Return the methods of these blocks of which a block of zeros gets no gradient, and stays so.
 
-    That is a property of the method, so one block of each kind is tried.
+    One block of each method is tried.
     """
     stuck = []
-    for kind, block in {block.kind: block for block in zeros}.items():
+    for method, block in {block.method: block for block in zeros}.items():
         write(block.block, torch.zeros(whole_shape(block.block), device="cpu"), undo)
         with runner.mode(training=False):
             read, outputs = _run_and_note_reads(runner, [block])
             if not _find_with_gradient(outputs, read):
-                stuck.append(kind)
+                stuck.append(method)
     return stuck

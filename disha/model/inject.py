@@ -167,12 +167,7 @@ def apply_plan(view: ModelView, plan: Plan, undo: ExitStack, *, activate: bool =
     for layer in plan.layers:
         assert layer.slot is not None
         block = make_block(
-            layer.module,
-            layer.slot,
-            layer.config,
-            layer.r,
-            layer.values,
-            is_new_rows=layer.is_new_rows,
+            layer.module, layer.slot, layer.method, layer.config, layer.r, layer.values
         )
         if block.split is None and not block.block.is_meta:
             # Weights that a tensor-parallel plan leaves whole have ranks too.

@@ -16,7 +16,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from disha.config import ALL_LINEAR, AdapterConfig
-from disha.functional import Geometry, method_of
+from disha.functional import Geometry, Method, method_of
+from disha.functional.new_rows import ROWS
 from disha.layers.blocks import Slot
 from disha.layers.weights import read_weight, weight_shape
 from disha.sharding.zero import whole_shape
@@ -98,15 +99,18 @@ class PlannedLayer:
         return self.geometry.out_features
 
     @property
+    def method(self) -> Method:
+        """The method of its block."""
+        return ROWS if self.is_new_rows else method_of(self.config.method)
+
+    @property
     def block_shape(self) -> tuple[int, ...]:
         """The shape of its block."""
         slot = self.slot
-        config = self.config
         assert slot is not None
-        if self.is_new_rows:
-            return self.geometry[:2]
-        method = method_of(config.method)
-        return method.block_shape(slot.layout, self.shape, self.r, config.r_out, slot.output_ranges)
+        return self.method.block_shape(
+            slot.layout, self.shape, self.r, self.config.r_out, slot.output_ranges
+        )
 
     @property
     def parameters(self) -> int:

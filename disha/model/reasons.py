@@ -15,11 +15,11 @@ from torch.nn.parameter import is_lazy
 from torch.sparse import SparseSemiStructuredTensor
 
 from disha.checks import TRAINABLE_DTYPES
-from disha.functional import Geometry, Update, method_names, method_of
+from disha.functional import Geometry, Update, method_names
 from disha.functional.parts import update_of_part
 from disha.functional.shard_sums import is_inexact
 from disha.layers.adapted import AdaptedLayer
-from disha.layers.blocks import AdapterBlock, NewRowsBlock, Slot
+from disha.layers.blocks import AdapterBlock, Slot
 from disha.layers.quantized import quantization_of
 from disha.layers.weights import read_weight, stored_weight
 from disha.model.buffers import claimant_of
@@ -58,7 +58,7 @@ def _reasons_against_adapting(layer: PlannedLayer) -> Iterator[str]:
         yield f"it has its own attribute {min(clashes)!r}, which adapters would replace"
     for block in _list_other_blocks(layer):
         other_layout = block.slot.layout
-        of_one_matrix = layer.is_new_rows or isinstance(block, NewRowsBlock)
+        of_one_matrix = layer.is_new_rows or block.is_new_rows
         if other_layout != slot.layout and not of_one_matrix:
             yield f"another adapter has it with the layout {other_layout}, not {slot.layout}"
     if slot.quantized:
@@ -88,16 +88,15 @@ def _list_other_blocks(layer: PlannedLayer) -> Iterator[AdapterBlock]:
 
 def _reasons_against_quantized(layer: PlannedLayer, slot: Slot) -> Iterator[str]:
     quantization = quantization_of(layer.module, stored_weight(layer.module, slot.parameter))
-    method = method_of(layer.config.method)
     if quantization is None:
         return
     if layer.is_new_rows:
         yield f"its weight is quantised ({quantization.name}); only dense ones get new rows"
-    if method.reads_weight and quantization.read is None:
+    if layer.method.reads_weight and quantization.read is None:
         others = method_names(lambda other: not other.reads_weight)
         yield (
             f"its weight is quantised ({quantization.name}) and can't be read as numbers, as "
-            f"method {method.name!r} requires; use {others}"
+            f"method {layer.method.name!r} requires; use {others}"
         )
 
 
@@ -128,11 +127,8 @@ def reason_against_block(layer: PlannedLayer) -> str | None:
     slot = layer.slot
     config = layer.config
     assert slot is not None
-    if layer.is_new_rows:
-        return None
-    method = method_of(config.method)
-    reason = method.reason_against(slot.layout, layer.geometry, layer.r, config.r_out)
-    if reason is not None or slot.quantized:
+    reason = layer.method.reason_against(slot.layout, layer.geometry, layer.r, config.r_out)
+    if reason is not None or slot.quantized or layer.is_new_rows:
         return reason
     split = split_of(read_weight(layer.module, layer.attribute))
     if split is None:
@@ -141,7 +137,7 @@ def reason_against_block(layer: PlannedLayer) -> str | None:
     if config.dropout:
         return f"{placed}, and each rank would drop different inputs of it; use dropout=0"
     block = torch.empty(layer.block_shape, device="meta")
-    update = Update(method, block, output_ranges=slot.output_ranges)
+    update = Update(layer.method, block, output_ranges=slot.output_ranges)
     for part in split.parts:
         if update_of_part(update, slot.layout, layer.shape, part) is None:
             ends = " and ".join(f"{first}:{stop}" for first, stop in part)

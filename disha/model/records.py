@@ -9,10 +9,9 @@ from typing import Any
 from torch import Tensor
 
 from disha.config import as_json
-from disha.functional import Geometry, Layout, method_of
+from disha.functional import Geometry, Layout
 from disha.functional.layouts import OutputRanges
-from disha.functional.new_rows import NEW_ROWS
-from disha.layers.blocks import block_name
+from disha.functional.new_rows import NEW_ROWS, method_of_block
 from disha.text import counted, join
 
 Tensors = Mapping[str, Tensor]
@@ -39,7 +38,7 @@ class LayerRecord:
     @property
     def key(self) -> str:
         """The block's key in the file."""
-        return join(self.name, block_name(self.method))
+        return join(self.name, method_of_block(self.method).block_name)
 
     @property
     def is_new_rows(self) -> bool:
@@ -82,9 +81,7 @@ class LayerRecord:
 
     def geometry(self, block_shape: tuple[int, ...]) -> Geometry:
         """Return the sizes of the adapted weight; those of its stack are in the block's shape."""
-        if self.is_new_rows:
-            return Geometry(self.in_features, self.out_features)
-        stack = method_of(self.method).stack_of(self.layout, block_shape)
+        stack = method_of_block(self.method).stack_of(self.layout, block_shape)
         stack = (*stack, *self.kernel)
         return self.layout.geometry_of_stack(self.in_features, self.out_features, stack)
 
@@ -96,20 +93,14 @@ class LayerRecord:
         """Return why a block of that shape can't be this layer's, or None if it can."""
         layout = self.layout
         misfit = f"a block of shape {tuple(block_shape)} does not fit the layout {layout.pattern!r}"
-        axes = 2 if self.is_new_rows else method_of(self.method).block_axes
-        if len(block_shape) < axes:
+        method = method_of_block(self.method)
+        if len(block_shape) < method.block_axes:
             return misfit
         weight_shape = self.weight_shape(block_shape)
         if layout.reason_against_shape(weight_shape) is not None:
             return misfit
         geometry = layout.geometry(weight_shape)
-        reason = None
-        if self.is_new_rows:
-            expected: tuple[int, ...] = (self.in_features, self.out_features)
-        else:
-            method = method_of(self.method)
-            expected = method.block_shape(layout, weight_shape, self.r, self.r_out)
-            reason = method.reason_against(layout, geometry, self.r, self.r_out)
+        reason = method.reason_against(layout, geometry, self.r, self.r_out)
         if reason is not None:
             return reason
         padding = layout.padding_idx
@@ -118,6 +109,7 @@ class LayerRecord:
         count = sum(stop - first for first, stop in self.rows)
         if self.rows and count != self.out_features:
             return f"it lists {counted(count, 'row')}, but its output has {self.out_features}"
+        expected = method.block_shape(layout, weight_shape, self.r, self.r_out)
         if block_shape == expected:
             return None
         return f"expected a block of shape {expected}, found {tuple(block_shape)}"

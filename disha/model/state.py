@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from disha.errors import AdapterStateError
 from disha.functional.shard_sums import is_inexact
 from disha.layers.adapted import AdaptedLayer, refuse_merged
-from disha.layers.blocks import NewRowsBlock
 from disha.layers.weights import stored_weight, weight_shape
 from disha.layers.wrappers import clean_key
 from disha.model import buffers
@@ -129,8 +128,7 @@ def collect_tensors(view: ModelView, adapter: str) -> dict[str, Tensor]:
     for name, layer, _, block in view.require(adapter):
         # `block.block` would raise where FullyShardedDataParallel has taken the parameter out.
         values = block._parameters.get(block.parameter_name)
-        axes = 2 if isinstance(block, NewRowsBlock) else block.method.block_axes
-        is_whole = values is not None and len(whole_shape(values)) >= axes
+        is_whole = values is not None and len(whole_shape(values)) >= block.method.block_axes
         if not is_whole or len(weight_shape(layer, block.slot)) < 2:
             raise AdapterStateError(
                 f"the block of {name or 'the model'} or its weight is missing or flattened, as by "

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from disha.layers.blocks import NewRowsBlock
 from disha.layers.weights import count_values
 from disha.model.view import ModelView
 from disha.text import table
@@ -99,7 +98,7 @@ def summary(model: nn.Module) -> Summary:
         row = LayerSummary(
             name=name,
             adapter=adapter,
-            method="new rows" if isinstance(block, NewRowsBlock) else block.kind,
+            method="new rows" if block.is_new_rows else block.method.name,
             r=block.r,
             r_out=block.r_out,
             parameters=count_values(block.block),
