@@ -18,7 +18,6 @@ from disha.files.header import AdapterContents
 from disha.files.loading import load_contents
 from disha.files.saving import adapter_contents
 from disha.functional import method_of
-from disha.model.buffers import claimant_of
 from disha.model.records import LayerRecord
 from disha.model.state import is_finite_as
 from disha.model.view import ModelView, all_or_nothing
@@ -108,7 +107,7 @@ def _has_claims(view: ModelView, adapter: str) -> bool:
     """Whether parameters or buffers belong to an adapter, because its `also_train` names them."""
     if any(parameter.is_claimed(adapter) for parameter in view.parameters):
         return True
-    return any(claimant_of(buffer) == adapter for buffer in view.buffers)
+    return any(buffer.claimant == adapter for buffer in view.buffers)
 
 
 Part = tuple[LayerRecord, Summand]

@@ -14,7 +14,7 @@ from disha.functional import layout_of, method_of
 from disha.functional.method import Groups
 from disha.layers.adapted import AdaptedLinear, adapt
 from disha.layers.blocks import Slot, check_adapter_name
-from disha.layers.model_record import ModelRecord
+from disha.layers.model_record import Flag, ModelRecord
 from disha.layers.new_blocks import make_block
 
 WEIGHT = Slot("", "weight", layout_of("out in"))
@@ -128,7 +128,8 @@ class _LinearWithAdapter(AdaptedLinear):
         if freeze:
             for name, parameter in self._parameters.items():
                 if parameter is not None:
-                    record.set_requires_grad(parameter, [name], False)
+                    record.flags[name] = Flag(parameter.requires_grad)
+                    parameter.requires_grad = False
 
 
 class BoneLinear(_LinearWithAdapter):

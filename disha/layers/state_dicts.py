@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from disha.layers.blocks import Adapters
 from disha.layers.containers import CHILD_NAME
-from disha.layers.model_record import Places
+from disha.layers.model_record import FormerBuffer, Places
 from disha.layers.wrappers import clean_key
 
 
@@ -91,10 +91,13 @@ def _remember_buffers(model: nn.Module, base: dict[str, Tensor]) -> None:
     places = Places(layers)
     for name, _ in model.named_buffers():
         known = places.find_all([clean_key(name)])
-        former = None if known is None else known.record.find_buffer(known.names)
         values = base.get(clean_key(name))
-        if known is not None and former is not None and values is not None:
-            known.record.set_buffer(known.names, former.of(values))
+        if known is None or values is None:
+            continue
+        former = known.find("buffers")
+        if former is not None:
+            new = FormerBuffer.of(values, is_saved=former.is_saved, claimant=former.claimant)
+            known.set("buffers", new)
 
 
 def _is_block(key: str) -> bool:

@@ -22,7 +22,6 @@ from disha.layers.adapted import AdaptedLayer
 from disha.layers.blocks import AdapterBlock, Slot
 from disha.layers.quantized import quantization_of
 from disha.layers.weights import read_weight, stored_weight
-from disha.model.buffers import claimant_of
 from disha.model.plan import PlannedLayer
 from disha.model.records import LayerRecord
 from disha.model.view import ModelBuffer, ModelParameter
@@ -212,7 +211,7 @@ def reason_against_training(parameter: ModelParameter) -> str | None:
 
 def reason_against_claiming(buffer: ModelBuffer) -> str | None:
     """Return why the buffer can't be saved with a new adapter."""
-    return None if claimant_of(buffer) is None else CLAIMED
+    return None if buffer.claimant is None else CLAIMED
 
 
 def reason_against_loading(parameter: ModelParameter | None, shape: tuple[int, ...]) -> str | None:

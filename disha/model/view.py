@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +34,14 @@ from disha.errors import (
 from disha.layers.adapted import AdaptedLayer, refuse_merged
 from disha.layers.blocks import AdapterBlock, Adapters, check_adapter_name
 from disha.layers.containers import CHILD_NAME
-from disha.layers.model_record import FormerBuffer, KnownNames, ModelRecord, Place, Places
+from disha.layers.model_record import (
+    Flag,
+    FormerBuffer,
+    KnownNames,
+    ModelRecord,
+    Place,
+    Places,
+)
 from disha.layers.weights import count_values
 from disha.layers.wrappers import FSDP, WRAPPERS
 from disha.sharding.imported import imported_class
@@ -57,8 +65,9 @@ class ModelBlock(NamedTuple):
         return self.block.block
 
 
-class ModelParameter(NamedTuple):
-    """A parameter of a model, with all of its clean names; a tied one has several."""
+@dataclass(eq=False)
+class ModelTensor:
+    """A parameter or a buffer of a model, with all of its clean names; a tied one has several."""
 
     names: tuple[str, ...]
     module: nn.Module  # the first that holds it
@@ -71,46 +80,63 @@ class ModelParameter(NamedTuple):
         return self.names[0]
 
     @property
-    def value(self) -> nn.Parameter:
-        """The parameter as the module holds it now."""
-        parameter = self.module._parameters[self.attribute]
-        assert parameter is not None
-        return parameter
-
-    @property
-    def place(self) -> KnownNames | None:
+    def known(self) -> KnownNames | None:
         """The record that knows it, with its names there."""
         return self.places.find_all(self.names)
 
+    def find(self, table: str) -> Any:
+        """Return what a table of the record has for it, or None."""
+        known = self.known
+        return None if known is None else known.find(table)
+
+    def note(self, table: str, value: Any) -> None:
+        """Let a table of the record have a value for it."""
+        known = self.known
+        assert known is not None  # `unite_records` lets a record know all of a model
+        known.set(table, value)
+
+
+class ModelParameter(ModelTensor):
+    """A parameter of a model."""
+
+    @property
+    def value(self) -> nn.Parameter:
+        """The parameter as the module holds it now."""
+        return self.module._parameters[self.attribute]  # type: ignore[return-value]
+
+    @property
+    def flag(self) -> Flag | None:
+        """What the record knows of its `requires_grad`."""
+        return self.find("flags")
+
     def is_claimed(self, adapter: str | None = None) -> bool:
         """Whether it trains with an adapter, or with any, because `also_train` named it."""
-        place = self.place
-        flag = None if place is None else place.record.find_flag(place.names)
+        flag = self.flag
         if flag is None or flag.adapter is None:
             return False
         return adapter in (None, flag.adapter)
 
-    def set_requires_grad(self, flag: bool) -> None:
+    def set_requires_grad(self, requires_grad: bool) -> None:
         """Set its flag, and remember what it was at first."""
-        record, names = self._known
-        record.set_requires_grad(self.value, names, flag)
+        if self.value.requires_grad == requires_grad:
+            return
+        if self.flag is None:
+            self.note("flags", Flag(self.value.requires_grad))
+        self.value.requires_grad = requires_grad  # lazy parameters do not have requires_grad_()
 
     def claim(self, adapter: str, flag_without: bool) -> None:
         """Train it together with an adapter; `flag_without` is its flag without it."""
-        record, names = self._known
-        record.claim_parameter(self.value, names, adapter, flag_without)
+        flag = self.flag
+        original = self.value.requires_grad if flag is None else flag.original
+        self.note("flags", Flag(original, adapter, flag_without))
+        self.value.requires_grad = True
 
     def release(self, adapter: str) -> None:
         """Give it the flag that it has without the adapter, if it trains with that."""
-        if self.is_claimed(adapter):
-            record, names = self._known
-            record.release_parameter(self.value, names, adapter)
-
-    @property
-    def _known(self) -> KnownNames:
-        place = self.place
-        assert place is not None  # `unite_records` lets a record know all of a model
-        return place
+        flag = self.flag
+        if flag is not None and flag.adapter == adapter:
+            self.note("flags", Flag(flag.original))
+            self.set_requires_grad(flag.without_adapter)
 
     @property
     def size(self) -> int:
@@ -118,37 +144,38 @@ class ModelParameter(NamedTuple):
         return count_values(self.value, self.module)
 
 
-class ModelBuffer(NamedTuple):
-    """A persistent buffer of a model, with all of its clean names."""
+@dataclass(eq=False)
+class ModelBuffer(ModelTensor):
+    """A persistent buffer of a model."""
 
-    names: tuple[str, ...]
-    module: nn.Module
-    attribute: str  # its name in the module
     is_statistic: bool  # whether it is one of the running statistics of a norm
-    places: Places
-
-    @property
-    def place(self) -> KnownNames | None:
-        """The record that knows it, with its names there."""
-        return self.places.find_all(self.names)
-
-    @property
-    def former(self) -> FormerBuffer | None:
-        """What the record knows of it; None if it came after the adapters."""
-        place = self.place
-        return None if place is None else place.record.find_buffer(place.names)
-
-    @property
-    def name(self) -> str:
-        """Its main name."""
-        return self.names[0]
 
     @property
     def value(self) -> Tensor:
         """The buffer as the module holds it now."""
-        buffer = self.module._buffers[self.attribute]
-        assert buffer is not None
-        return buffer
+        return self.module._buffers[self.attribute]  # type: ignore[return-value]
+
+    @property
+    def former(self) -> FormerBuffer | None:
+        """What the record knows of it; None if it came after the adapters."""
+        return self.find("buffers")
+
+    @property
+    def claimant(self) -> str | None:
+        """The adapter whose `also_train` has named it, if there is one."""
+        return None if self.former is None else self.former.claimant
+
+    def is_saved_with(self, adapter: str | None) -> bool:
+        """Whether a change is saved with an adapter; with None, whether any adapter saves it."""
+        former = self.former
+        if former is None:
+            return self.is_statistic
+        return former.is_saved and (adapter is None or former.claimant in (None, adapter))
+
+    @property
+    def has_changed(self) -> bool:
+        """Whether it may have changed."""
+        return self.former is None or self.former.differs_from(self.value)
 
 
 def persistent_buffers_of(module: nn.Module) -> dict[str, Tensor]:
@@ -259,7 +286,7 @@ class ModelView:
                 is_plain = type(buffer) is Tensor or is_sharded(buffer)
                 if is_plain and buffer.layout is torch.strided:
                     aliases = tuple(join(name, attribute) for name in names)
-                    buffers.append(ModelBuffer(aliases, module, attribute, is_norm, self.places))
+                    buffers.append(ModelBuffer(aliases, module, attribute, self.places, is_norm))
         return tuple(buffers)
 
     # --- adapters --------------------------------------------------------------------------------
@@ -370,7 +397,7 @@ class ModelView:
 
         def put_back() -> None:
             for record, former in tables:
-                record.restore_tables(former)
+                vars(record).update(former)
             for parameter, flag in flags:
                 parameter.requires_grad = flag
             for adapters, record, names in layers:
@@ -387,7 +414,7 @@ class ModelView:
         if place is None:
             groups = [record.group for record in self.records]
             shared = [group for group in groups if group is not SINGLE_LAYERS]
-            place = Place(ModelRecord(shared[0] if shared else None), "")
+            place = Place(ModelRecord(*shared[:1]), "")
 
         def rename(record: ModelRecord, name: str) -> str | None:
             today = self.places.find_today(record, name)
@@ -396,15 +423,14 @@ class ModelView:
         for record in self.records:
             if record is not place.record:
                 place.record.take_over(record, partial(rename, record))
+        self.places.cover(place)
         for layer in self.find_layers():
             if layer.disha.record is not place.record:
-                names = tuple(join(place.name, name) for name in self.names[layer])
-                layer.disha.belong_to(place.record, names)
-        self.places.cover(place.record, place.name)
+                layer.disha.belong_to(place.record, self.names_in_record(layer))
         return place
 
     def names_in_record(self, module: nn.Module) -> tuple[str, ...]:
-        """Return the names of a module in the record."""
+        """Return the names of a module in the record that knows all of the model."""
         known = self.places.find_all(self.names[module])
         assert known is not None
         return known.names
@@ -431,19 +457,17 @@ class ModelView:
     def restore_flags(self) -> None:
         """Give all parameters the flags that they had before the first adapter."""
         for parameter in self.parameters:
-            place = parameter.place
-            flag = None if place is None else place.record.find_flag(place.names)
-            if flag is not None:
-                parameter.value.requires_grad = flag.original
+            if parameter.flag is not None:
+                parameter.value.requires_grad = parameter.flag.original
         for record in self.records:
             record.flags.clear()
 
     def forget_buffers(self) -> None:
         """Forget what the buffers of this part were before the first adapter."""
         for buffer in self.buffers:
-            place = buffer.place
-            if place is not None:
-                place.record.forget_buffer(place.names)
+            if buffer.known is not None:
+                for name in buffer.known.names:
+                    buffer.known.record.buffers.pop(name, None)
 
     def refuse_half_of_ties(self, action: str) -> None:
         """Raise if a weight of this part is tied to one outside: both have one update."""
