@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -63,47 +64,49 @@ def suggest_rate(
         >>> 1e-3 < rate < 1
         True
     """
-    found = ModelView(model).blocks()
-    blocks = [one for one in found if one.adapter in one.layer.disha.active]
-    blocks = [one for one in blocks if one.values.requires_grad]
+    blocks = [
+        model_block
+        for model_block in ModelView(model).blocks()
+        if model_block.adapter in model_block.layer.disha.active
+        and model_block.values.requires_grad
+    ]
     if not blocks:
         raise ArgumentError("no adapter trains; add or activate one before you ask for a rate")
-    values = [one.values for one in blocks]
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.enable_grad():
-            output = model(*inputs, **kwargs)
-            *gradients, of_logits = torch.autograd.grad(
-                _loss_of(output, loss),
-                [*values, _logits(output)],
-                allow_unused=True,
-                materialize_grads=True,
-            )
+    values = [model_block.values for model_block in blocks]
+    starts = [value.detach().clone() for value in values]
+
+    def move(step: float) -> None:
+        with torch.no_grad():
+            for value, start, gradient in zip(values, starts, gradients, strict=True):
+                value.copy_(start - step * gradient.sign())
+
+    with ExitStack() as undo, torch.enable_grad():
+        for module in model.modules():
+            undo.callback(setattr, module, "training", module.training)
+        model.eval()
+        output = model(*inputs, **kwargs)
+        *gradients, of_logits = torch.autograd.grad(
+            _loss_of(output, loss),
+            [*values, _logits(output)],
+            allow_unused=True,
+            materialize_grads=True,
+        )
         learned = of_logits.ne(0).any(-1)  # not prompts and padding, which move less
         before = _logits(output)[learned].detach().float().log_softmax(-1)
-        kept = [value.detach().clone() for value in values]
+        undo.callback(move, 0.0)
         step = FIRST_STEP
-        try:
-            for _ in range(PROBES):
-                with torch.no_grad():
-                    for value, start, gradient in zip(values, kept, gradients, strict=True):
-                        value.copy_(start - step * gradient.sign())
-                    after = _logits(model(*inputs, **kwargs))[learned].float().log_softmax(-1)
-                    moved = _spread(after, before)
-                if not 0 < moved < math.inf:
-                    raise ArgumentError("the model's output does not change with its adapters")
-                per_rate = moved / step
-                step = PROBE / per_rate
-        finally:
+        for _ in range(PROBES):
+            move(step)
             with torch.no_grad():
-                for value, start in zip(values, kept, strict=True):
-                    value.copy_(start)
-    finally:
-        for module, training in modes:
-            module.training = training
-    has_factors = any(not one.block.method.additive for one in blocks)
-    return (MOVE_OF_FACTORS if has_factors else MOVE) / per_rate
+                after = _logits(model(*inputs, **kwargs))[learned].float().log_softmax(-1)
+            moved = _spread(after, before)
+            if not 0 < moved < math.inf:
+                raise ArgumentError("the model's output does not change with its adapters")
+            per_rate = moved / step
+            step = PROBE / per_rate
+    has_factors = any(not model_block.block.method.additive for model_block in blocks)
+    move_of_method = MOVE_OF_FACTORS if has_factors else MOVE
+    return move_of_method / per_rate
 
 
 def _loss_of(output: Any, loss: Callable[[Any], Tensor] | None) -> Tensor:

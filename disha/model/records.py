@@ -56,28 +56,28 @@ class LayerRecord:
 
         A field is left out if it has the value that a reader assumes when it is absent.
         """
-        entry: dict[str, Any] = {"name": self.name}
-        if self.method != method:
-            entry["method"] = self.method
-        entry["layout"] = self.layout.pattern
-        entry["r"] = self.r
-        entry["in"] = self.in_features
-        entry["out"] = self.out_features
-        if self.scale != 1:
-            entry["scale"] = self.scale
-        if self.layout.groups != 1:
-            entry["groups"] = self.layout.groups
-        if self.layout.padding_idx is not None:
-            entry["padding_idx"] = self.layout.padding_idx
-        if self.kernel:
-            entry["kernel"] = self.kernel
-        if self.rows:
-            entry["rows"] = self.rows
-        if self.tied:
-            entry["tied"] = self.tied
-        if self.base is not None:
-            entry["base"] = self.base
-        return entry
+        fields = {
+            "name": self.name,
+            "method": self.method,
+            "layout": self.layout.pattern,
+            "r": self.r,
+            "in": self.in_features,
+            "out": self.out_features,
+            "scale": self.scale,
+            "groups": self.layout.groups,
+            "padding_idx": self.layout.padding_idx,
+            "kernel": self.kernel,
+            "rows": self.rows,
+            "tied": self.tied,
+            "base": self.base,
+        }
+        assumed = {"method": method, "scale": 1, "groups": 1}
+        assumed |= {"padding_idx": None, "kernel": (), "rows": (), "tied": (), "base": None}
+        return {
+            field: value
+            for field, value in fields.items()
+            if field not in assumed or value != assumed[field]
+        }
 
     def geometry(self, block_shape: tuple[int, ...]) -> Geometry:
         """Return the sizes of the adapted weight; those of its stack are in the block's shape."""
