@@ -142,6 +142,7 @@ def _check_can_be_combined(summands: Sequence[Summand]) -> None:
     first = summands[0].contents.config
     for summand in summands:
         check_scale(summand.weight, "the weight of an adapter")
+        config = summand.contents.config
         parameters = summand.contents.also_train
         if parameters:
             raise ArgumentError(
@@ -149,8 +150,6 @@ def _check_can_be_combined(summands: Sequence[Summand]) -> None:
                 f"({first_few(parameters, 3, ', ')}). These are values, not "
                 "updates, so they have no weighted sum; leave out `also_train`"
             )
-    for summand in summands:
-        config = summand.contents.config
         if (config.method, config.r_out) != (first.method, first.r_out):
             raise ArgumentError(
                 "adapters of different methods or r_out can't be combined; make one sum of each"

@@ -204,7 +204,9 @@ def _parse_file(path: Path, fields: Any, tensors: Mapping[str, Tensor]) -> Adapt
     usual_method = settings.get("method")  # of the layers that do not tell theirs
     if usual_method == NEW_ROWS:  # in an older file that has nothing else
         settings = {name: value for name, value in settings.items() if name != "method"}
-    config = _parse_config(path, settings)
+    if isinstance(settings.get("method"), str):
+        _check_method(path, settings["method"])
+    config = AdapterConfig.from_json(settings)
     layers = [{"method": usual_method or config.method} | entry for entry in fields["layers"]]
     records = tuple(_parse_layer(path, config, entry) for entry in layers)
     # In files of former versions, keys have the whole name of a method with groups.
@@ -235,13 +237,6 @@ def _check_version(path: Path, fields: Mapping[str, Any]) -> None:
             f"{path} needs {brief(needs)}, which this version of disha does not know; upgrade "
             "disha-torch"
         )
-
-
-def _parse_config(path: Path, fields: Mapping[str, Any]) -> AdapterConfig:
-    method = fields.get("method")
-    if isinstance(method, str):
-        _check_method(path, method)
-    return AdapterConfig.from_json(fields)
 
 
 def _check_method(path: Path, method: str) -> None:

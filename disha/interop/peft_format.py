@@ -182,15 +182,6 @@ def refuse_to_write(
         )
 
 
-def refuse_to_load(path: Path, problems: Sequence[str]) -> None:
-    """Raise `AdapterFileError` with all problems of a folder, if there are any."""
-    if problems:
-        raise AdapterFileError(
-            f"{path} can't be loaded with the same results as in PEFT; nothing changed:\n"
-            + first_few(problems, 20)
-        )
-
-
 # --- names ---------------------------------------------------------------------------------------
 
 
@@ -430,33 +421,17 @@ def layers_inside(layers: Iterable[str], modules_to_save: Collection[str]) -> li
     ]
 
 
-def compare_untrained(view: ModelView, folder: PeftFolder) -> dict[str, bool]:
-    """Return for each tensor that PEFT saves untrained whether the model holds the same values.
-
-    Collective if sharded.
-    """
-    is_same = {}
-    for name, tensor in folder.tensors.items():
-        in_model = _find_untrained(view, folder, name)
-        if in_model is not None:
-            is_same[name] = _are_equal_in_narrower(tensor, in_model)
-    return is_same
-
-
-def keep_for_model(
-    view: ModelView, folder: PeftFolder, untrained: Mapping[str, bool]
-) -> PeftFolder:
+def keep_for_model(view: ModelView, folder: PeftFolder) -> PeftFolder:
     """Return a folder with what a load sets: what trains, changed buffers, and tied tensors once.
 
-    `untrained` comes from `compare_untrained`. PEFT trains the copies of a tied tensor apart, so
-    they must be equal.
+    PEFT trains the copies of a tied tensor apart, so they must be equal. Collective if sharded.
     """
     buffers = {buffer.name for buffer in view.buffers}
     kept = {}
     problems = []
     for name, tensor in folder.tensors.items():
-        is_untrained = name in untrained
-        if is_untrained and untrained[name]:
+        untrained = _find_untrained(view, folder, name)
+        if untrained is not None and _are_equal_in_narrower(tensor, untrained):
             continue  # the model has it
         names: tuple[str, ...] = (name,)
         if name in view.parameters_by_name:
@@ -464,13 +439,17 @@ def keep_for_model(
         differing = _find_differing_copy(folder.tensors, name, names)
         if differing is not None:
             problems.append(f"{name}: the model ties it to {differing}, which differs; untie them")
-        elif is_untrained and name not in buffers:
+        elif untrained is not None and name not in buffers:
             problems.append(
                 f"{name}: it does not train, and differs from the model's; copy it into the model"
             )
         elif name == names[0]:
             kept[name] = tensor
-    refuse_to_load(folder.path, problems)
+    if problems:
+        raise AdapterFileError(
+            f"{folder.path} can't be loaded with the same results as in PEFT; nothing changed:\n"
+            + first_few(problems, 20)
+        )
     return replace(folder, tensors=kept)
 
 

@@ -40,7 +40,6 @@ from disha.interop.peft_format import (
     TILE,
     TOKENS,
     PeftFolder,
-    compare_untrained,
     keep_for_model,
     model_type_of,
     names_of_weight,
@@ -178,9 +177,8 @@ def read_for_model(view: ModelView, folder: PathLike, *, also_train: bool) -> Ad
     with explain_settings(folder):
         with view.ranks.fail_together(action):
             peft_folder = read_peft_files(folder, also_train)
-        untrained = compare_untrained(view, peft_folder)
+        kept = keep_for_model(view, peft_folder)
         with view.ranks.fail_together(action):
-            kept = keep_for_model(view, peft_folder, untrained)
             return _contents_of(kept, base_of_model(view))
 
 

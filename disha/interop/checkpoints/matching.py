@@ -202,6 +202,9 @@ class Renaming(NamedTuple):
         return tuple(self.in_file + end for end in ends)
 
 
+UNCHANGED = Renaming("", "")
+
+
 def _match(checkpoint: Checkpoint, possible: Mapping[str, tuple[str, ...]]) -> dict[str, str]:
     """Return, for each name, the first of its possible keys that the checkpoint has.
 
@@ -227,17 +230,12 @@ def _match(checkpoint: Checkpoint, possible: Mapping[str, tuple[str, ...]]) -> d
 def _find_first_keys(
     possible: Mapping[str, tuple[str, ...]],
     stored: Collection[str],
-    renaming: Renaming | None = None,
+    renaming: Renaming = UNCHANGED,
 ) -> dict[str, str]:
-    """Return, for each name, the first of its possible keys that is stored.
-
-    With a renaming, keys are renamed first, and keys that do not begin as it says are left out.
-    """
+    """Return, for each name, the first of its possible keys, renamed, that is stored."""
     first = {}
     for name, keys in possible.items():
-        if renaming is not None:
-            keys = renaming.apply(keys)
-        present = [key for key in keys if key in stored]
+        present = [key for key in renaming.apply(keys) if key in stored]
         if present:
             first[name] = present[0]
     return first

@@ -18,7 +18,15 @@ from disha.checks import check_scale
 from disha.errors import ArgumentError, MergeError
 from disha.files import AdapterContents
 from disha.files.contents import keep_blocks
-from disha.files.disk import OF_TORCH, PathLike, check_path, open_tensors, require_free, save
+from disha.files.disk import (
+    OF_TORCH,
+    PathLike,
+    Writer,
+    check_path,
+    open_tensors,
+    require_free,
+    save,
+)
 from disha.functional import method_of
 from disha.functional.new_rows import NewRows
 from disha.interop.checkpoints.matching import (
@@ -137,7 +145,7 @@ def merge_into_checkpoint(
     out = check_path(out)
     check_target(out, check_path(base), check_path(adapter_path), overwrite)
     merge = prepare_merge(base, adapter_path, also_train=also_train, scale=scale, force=force)
-    write = merge.write_folder
+    write: Writer = merge.write_folder
     if out.suffix == SUFFIX:
         write = merge.write_file
     save(out, write)
