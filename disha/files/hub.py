@@ -13,7 +13,7 @@ from disha.files.disk import ADAPTER_NAME, PathLike, check_path
 NAME = re.compile(r"([\w.-]+/[\w.-]+)(?:@(\S+))?", re.ASCII)
 
 FILES = (
-    *(ADAPTER_NAME, "adapter_config.json", "adapter_model.safetensors"),
+    *(ADAPTER_NAME, "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"),
     *("chat_template.jinja", "tokenizer.json", "tokenizer_config.json"),
 )
 """What is fetched of a repository: an adapter file or PEFT's two, and what commands read beside."""
