@@ -400,6 +400,8 @@ def _factors_of(
             name = key
             rank = len(a) if a.dim() else 1
             layout = _layout_of(a, is_embedding, shapes.get(name))
+            if shapes:
+                layout = base.layouts.get(name, layout)
         else:
             name = stack
             rank = folder.of_layer(name, "r", "rank_pattern")
@@ -425,7 +427,7 @@ def _layout_of(a: Tensor, is_embedding: bool, shape: Sequence[int] | None) -> La
         return Layout("index out", padding_idx=padding_idx)
     if a.dim() > 2:
         return Layout(CONV)
-    # All square matrices of such a folder are transposed: PEFT knows one class that has them.
+    # A square one is taken for transposed, as all are in the models that have such weights.
     if shape is not None and shape[0] == a.shape[-1]:
         return Layout("in out")
     return LINEAR
