@@ -91,7 +91,8 @@ def load_adapter(
         ('0.bone_block',)
     """
     view = ModelView(model)
-    with view.ranks.fail_together(f"load a file as adapter {adapter!r}"):
+    action = f"load a file as adapter {adapter!r}"
+    with view.ranks.fail_together(action):
         source = find_adapter(path)
         folder = peft_folder_at(source)
         if folder is None:
@@ -101,7 +102,7 @@ def load_adapter(
         contents = read_for_model(view, folder, also_train=also_train)
     if not also_train:
         contents = keep_blocks(contents)
-    with view.ranks.fail_together(f"choose layers of adapter {adapter!r}"):
+    with view.ranks.fail_together(action):
         contents = keep_matching(contents, layers, source)
     return load_contents(
         view,
