@@ -4,7 +4,7 @@ For a model without PEFT, `trl` loads the base a second time as the frozen refer
 the trainers and their results are those of `trl`. `SFTTrainer` needs no reference.
 
 With `use_vllm=True`, vLLM gets the weights that the model computes with, W + sum of s dW, one at a
-time. Nothing is merged, so the base does not drift.
+time; or the adapter alone, as a LoRA. Nothing is merged, so the base does not drift.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -23,9 +24,13 @@ from torch import Tensor, nn
 from trl.generation import vllm_generation
 
 import disha
-from disha.errors import ArgumentError
+from disha.errors import ArgumentError, ConversionError
+from disha.files.disk import PathLike
 from disha.files.loading import load_contents
 from disha.files.saving import adapter_contents
+from disha.interop.experts import ExpertForm
+from disha.interop.lora import export
+from disha.interop.low_rank import find_served_rank
 from disha.layers.adapted import refuse_merged
 from disha.model.computed_weights import computed_weights
 from disha.model.control import check_names
@@ -75,7 +80,7 @@ def _prepare_model(view: ModelView, args: Any, given: Mapping[str, Any], undo: E
     if not view.adapters:
         raise ArgumentError("the model has no adapter; call inject_adapters first")
     refuse_merged(view.find_layers(), "train")
-    if not any(layer.disha.active for layer in view.find_layers()):
+    if not _active_adapters(view):
         raise ArgumentError(
             f"no adapter of the model is active ({', '.join(view.adapters)}), so none would train; "
             "call set_active_adapters first"
@@ -95,11 +100,16 @@ def _prepare_model(view: ModelView, args: Any, given: Mapping[str, Any], undo: E
             block.dropout = 0.0  # trl does this for the dropout of torch
 
 
+def _active_adapters(view: ModelView) -> list[str]:
+    """Return the names of the adapters that act in any layer."""
+    return sorted({name for layer in view.find_layers() for name in layer.disha.active})
+
+
 def _make_reference(view: ModelView, adapters: Names, undo: ExitStack) -> _Reference:
     """Return the reference with these adapters, or with copies of those that act now."""
-    active = {name for layer in view.find_layers() for name in layer.disha.active}
+    active = _active_adapters(view)
     if adapters is None:
-        names = _copy_trained_adapters(view, sorted(active), undo)
+        names = _copy_trained_adapters(view, active, undo)
     else:
         names = list(check_names(view, adapters))
     for name in names:
@@ -131,13 +141,6 @@ def _copy_trained_adapters(view: ModelView, names: Sequence[str], undo: ExitStac
             load(contents, copy_name)
             undo.callback(disha.remove_adapters, view.model, copy_name)
             continue
-        blocks = disha.adapter_parameters(view.model, copy_name)
-        if any(block.requires_grad for block in blocks):
-            raise ArgumentError(
-                f"the reference is a copy of adapter {name!r} under the name {copy_name!r}, but "
-                "the model has an adapter of that name, and it trains; remove it, or name the "
-                "adapters of the reference yourself"
-            )
         former = adapter_contents(view, copy_name)
         values = {key: tensor.clone() for key, tensor in former.tensors.items()}
         undo.callback(load, replace(former, tensors=values), copy_name)
@@ -145,7 +148,7 @@ def _copy_trained_adapters(view: ModelView, names: Sequence[str], undo: ExitStac
     return copies
 
 
-class _VLLMGeneration(vllm_generation.VLLMGeneration):  # type: ignore[misc]
+class _SyncOfWeights(vllm_generation.VLLMGeneration):  # type: ignore[misc]
     """Sends vLLM the weights that the adapted model computes with."""
 
     model: Any
@@ -165,16 +168,99 @@ class _VLLMGeneration(vllm_generation.VLLMGeneration):  # type: ignore[misc]
             yield name, weight.to(device)
 
 
+class _SyncOfAdapter(vllm_generation.VLLMGeneration):  # type: ignore[misc]
+    """Writes the adapter as a LoRA, and has vLLM load it over the base that it has."""
+
+    def __init__(self, *args: Any, folder: PathLike, **named: Any) -> None:
+        self.folder = Path(folder).resolve()
+        super().__init__(*args, **named)
+
+    def _init_vllm(self) -> None:
+        """Start or find vLLM, and let it load the adapter before anything is trained."""
+        if self.enable_sleep_mode:
+            raise ArgumentError(
+                "in vllm_enable_sleep_mode vLLM forgets the base, which only a sync of all weights "
+                "gives back; leave it or vllm_adapter_folder out"
+            )
+        rank = self._write_adapter()
+        served_rank = find_served_rank(rank) or rank  # above all of them, vLLM names them
+        start: Any = getattr(vllm_generation, "LLM", None)
+
+        def start_with_lora(**settings: Any) -> Any:
+            return start(**settings, enable_lora=True, max_lora_rank=served_rank)
+
+        def open_no_channel(client: Any, device: Any) -> None:
+            """Do without the channel for weights, which needs a GPU."""
+
+        with (
+            _replaced(vllm_generation, "LLM", start_with_lora),
+            _replaced(vllm_generation.VLLMClient, "init_communicator", open_no_channel),
+        ):
+            super()._init_vllm()
+        if self.mode == "colocate":
+            self.llm.generate = partial(self.llm.generate, lora_request=self._request())
+        elif self.accelerator.is_main_process:
+            taken = self.vllm_client.get_server_info()["lora_config"]
+            if taken is None or taken["max_lora_rank"] < rank:
+                raise ArgumentError(
+                    f"the adapter is a LoRA of rank {rank}; start vLLM with --enable-lora "
+                    f"--max-lora-rank {served_rank}"
+                )
+            self.vllm_client.model = self.folder.name
+        self.sync_weights()
+
+    def sync_weights(self) -> None:
+        """Let vLLM load the adapter as it is now, in the place of its former values."""
+        self._write_adapter()
+        if self.mode == "colocate":
+            self.llm.llm_engine.add_lora(self._request(load_inplace=True))
+            self.llm.reset_prefix_cache()
+        elif self.accelerator.is_main_process:
+            client = self.vllm_client
+            asked = {"lora_name": client.model, "lora_path": str(self.folder), "load_inplace": True}
+            answer = client.session.post(f"{client.base_url}/v1/load_lora_adapter", json=asked)
+            if not answer.ok:
+                raise ArgumentError(
+                    f"vLLM at {client.base_url} did not load the adapter: {answer.text}; it must "
+                    f"see {self.folder}, and have VLLM_ALLOW_RUNTIME_LORA_UPDATING=True"
+                )
+            client.reset_prefix_cache()
+
+    def _write_adapter(self) -> int:
+        """Write the adapter that is active, and return its largest rank."""
+        names = _active_adapters(ModelView(self.model))
+        if len(names) > 1:
+            raise ArgumentError(
+                f"vLLM gets one adapter by vllm_adapter_folder, and {', '.join(names)} are active; "
+                "leave it out, and vLLM gets all weights"
+            )
+        reads_stacks = self.model.config.model_type == "gpt_oss"
+        experts: ExpertForm = "stacked" if reads_stacks else "separate"
+        try:
+            report = export(self.model, self.folder, *names, experts=experts)
+        except (ArgumentError, ConversionError) as error:
+            raise ArgumentError(
+                f"the adapter is no LoRA: {error}. Leave vllm_adapter_folder out: then vLLM gets "
+                "all weights"
+            ) from error
+        self.accelerator.wait_for_everyone()  # one process may have written for all
+        return max(layer.rank for layer in report.layers)
+
+    def _request(self, **named: Any) -> Any:
+        from vllm.lora.request import LoRARequest
+
+        return LoRARequest(self.folder.name, 1, str(self.folder), **named)
+
+
 @contextmanager
-def _sending_computed_weights(trainer: type) -> Iterator[None]:
-    """Run a body that makes a trainer of `trl`, and let it send vLLM the computed weights."""
-    module: Any = sys.modules[trainer.__module__]
-    former = module.VLLMGeneration
-    module.VLLMGeneration = _VLLMGeneration
+def _replaced(module: Any, name: str, value: Any) -> Iterator[None]:
+    """Run a body while a name in a module means something else."""
+    former = getattr(module, name, None)
+    setattr(module, name, value)
     try:
         yield
     finally:
-        module.VLLMGeneration = former
+        setattr(module, name, former)
 
 
 class DPOTrainer(trl.DPOTrainer):  # type: ignore[misc]
@@ -220,8 +306,12 @@ class _TrainerWithRewards:
         args: Any = None,
         *,
         reference: Names = None,
+        vllm_adapter_folder: PathLike | None = None,
         **named: Any,
     ) -> None:
+        generation: Any = _SyncOfWeights
+        if vllm_adapter_folder is not None:
+            generation = partial(_SyncOfAdapter, folder=vllm_adapter_folder)
         args = self._config() if args is None else copy.copy(args)
         view = ModelView(model)
         beta = args.beta
@@ -229,7 +319,7 @@ class _TrainerWithRewards:
             _prepare_model(view, args, named, undo)
             reference_model = _make_reference(view, reference, undo) if beta else None
             args.beta = 0.0  # with another value, trl would load a reference
-            with _sending_computed_weights(self._trainer):
+            with _replaced(sys.modules[self._trainer.__module__], "VLLMGeneration", generation):
                 super().__init__(model, reward_funcs, args, **named)  # type: ignore[call-arg]
             undo.pop_all()
         args.beta = self.beta = beta
@@ -239,7 +329,12 @@ class _TrainerWithRewards:
 class GRPOTrainer(_TrainerWithRewards, trl.GRPOTrainer):  # type: ignore[misc]
     """`trl.GRPOTrainer` for a model with adapters. Completions are generated with the adapter.
 
-    There is a reference only if `args.beta` is not 0. The arguments are as in `DPOTrainer`.
+    There is a reference only if `args.beta` is not 0. The arguments are as in `DPOTrainer`, and:
+
+    Args:
+        vllm_adapter_folder: with `use_vllm=True`, each sync writes the adapter as a LoRA into this
+            folder, and vLLM loads it over its base, that of `model.name_or_path`. A server must
+            see the folder too. Without it vLLM gets all weights.
     """
 
     _config = trl.GRPOConfig

@@ -55,9 +55,9 @@ def computed_weights(view: ModelView) -> Iterator[tuple[str, Tensor]]:
 
 def _weights_of(module: nn.Module) -> list[str]:
     """Return the names of a module's weights, as they were before it was quantised."""
-    if quantized_slot(module) is not None:
-        return ["weight", *(["bias"] if module._parameters.get("bias") is not None else [])]
     names = [name for name, value in dict(module._parameters).items() if value is not None]
+    if quantized_slot(module) is not None:
+        return ["weight"] + [name for name in names if name == "bias"]
     if is_parametrized(module):
         names += module.parametrizations  # type: ignore[arg-type]
     return names

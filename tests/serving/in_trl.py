@@ -1,6 +1,7 @@
 """Run by vLLM's Python: train by GRPO with vLLM inside, and write what each step has found.
 
-The command line names a model, a method, and the file of results.
+The file that the command line names has a model, the method and the rank of its adapter, what is
+sent to vLLM (`weights` or `adapter`), and a server's address, or null for vLLM in this process.
 """
 
 import json
@@ -42,39 +43,35 @@ def log_probs_of(model: torch.nn.Module, prompt: list[int], answer: list[int]) -
 
 
 def main() -> None:
-    folder, method, results = sys.argv[1:]
-    kernels.dispatch_cpu_unquantized_gemm = keep_weights
+    file = Path(sys.argv[1])
+    asked = json.loads(file.read_text())
+    if asked["sent"] == "weights":
+        kernels.dispatch_cpu_unquantized_gemm = keep_weights
     vllm_generation.LLM = lambda **settings: LLM(
         **{**settings, "dtype": "float32", "enforce_eager": True}
     )
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, padding_side="left")
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(asked["model"], padding_side="left")
+    model = transformers.AutoModelForCausalLM.from_pretrained(asked["model"], dtype=torch.float32)
     before = {name: value.clone() for name, value in model.named_parameters()}
-    disha.inject_adapters(model, "layers", 8, method=method)
+    disha.inject_adapters(model, "layers", asked["r"], method=asked["method"])
     steps = []
 
     def reward(prompts, completion_ids, **columns):
         engine = trainer.vllm_generation
+        engine.generation_kwargs = {"temperature": 0.0, "ignore_eos": True}
         ids = [tokenizer(prompt)["input_ids"] for prompt in prompts]
-        asked = {"temperature": 0.0, "max_tokens": 6, "logprobs": 0, "ignore_eos": True}
-        answers = engine.llm.generate(
-            [{"prompt_token_ids": prompt} for prompt in ids],
-            vllm_generation.SamplingParams(**asked),
-            use_tqdm=False,
-        )
+        _, answers, found, _ = engine.generate(ids, None, num_generations=1)
+        engine.generation_kwargs = {}
         errors, equal = [], True
-        for prompt, answer in zip(ids, answers, strict=True):
-            (output,) = answer.outputs
-            tokens = list(output.token_ids)
+        for prompt, tokens, log_probs in zip(ids, answers, found, strict=True):
+            tokens = list(tokens)
             equal = equal and tokens == greedy(model, prompt, 6)
-            found = [
-                each[token].logprob for token, each in zip(tokens, output.logprobs, strict=True)
-            ]
             wanted = log_probs_of(model, prompt, tokens)
-            errors.append(float((torch.tensor(found) - wanted).abs().max()))
+            errors.append(float((torch.tensor(log_probs)[:, 0] - wanted).abs().max()))
             with disha.adapters_disabled(model):
                 effect = log_probs_of(model, prompt, tokens) - wanted
-        steps.append({"equal": equal, "error": max(errors), "effect": float(effect.abs().max())})
+        step = {"equal": equal, "error": max(errors), "effect": float(effect.abs().max())}
+        steps.append(step | {"rollouts": completion_ids})
         return [float(sum(ids) % 7) for ids in completion_ids]
 
     settings = {
@@ -89,15 +86,17 @@ def main() -> None:
         "report_to": "none",
         "save_strategy": "no",
         "use_vllm": True,
-        "vllm_mode": "colocate",
+        "vllm_mode": "server" if asked["server"] else "colocate",
+        "vllm_server_base_url": asked["server"],
         "vllm_max_model_length": 64,
     }
     trainer = GRPOTrainer(
         model,
         reward,
-        GRPOConfig(str(Path(results).parent / "run"), **settings),
+        GRPOConfig(str(file.parent / "run"), **settings),
         train_dataset=Dataset.from_list([{"prompt": "say two"}] * 6),
         processing_class=tokenizer,
+        vllm_adapter_folder=file.parent / "adapter" if asked["sent"] == "adapter" else None,
     )
     trainer.train()
     same = all(
@@ -105,7 +104,8 @@ def main() -> None:
         for name, value in model.named_parameters()
         if name in before
     )
-    Path(results).write_text(json.dumps({"steps": steps, "base_is_the_same": same}))
+    found = {"steps": steps, "base_is_the_same": same}
+    file.with_name("found.json").write_text(json.dumps(found))
 
 
 if __name__ == "__main__":  # vLLM starts processes, which import this file

@@ -20,6 +20,7 @@ from disha.cli import main as command
 from tests.conftest import perturb
 from tests.finetune.tiny_models import write_model
 
+ROOT = Path(__file__).parent.parent.parent
 PYTHON = Path(os.environ["SERVING"])
 ENVIRONMENT = {
     **os.environ,
@@ -94,6 +95,31 @@ class Served:
         if run.returncode:
             return run.stdout + run.stderr
         return json.loads((self.folder / "answers.json").read_text())
+
+
+def train_with_vllm(folder: Path, **asked: Any) -> Any:
+    """Train three steps of GRPO, and return what `in_trl.py` has found, or says where it fails."""
+    folder.mkdir()
+    file = folder / "asked.json"
+    file.write_text(json.dumps({"r": 8, "sent": "adapter", "server": None} | asked))
+    words = [str(PYTHON), str(Path(__file__).with_name("in_trl.py")), str(file)]
+    environment = {**ENVIRONMENT, "PYTHONPATH": str(ROOT)}
+    run = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=900)
+    if run.returncode:
+        return run.stdout + run.stderr
+    return json.loads((folder / "found.json").read_text())
+
+
+def check_steps(found: Any) -> None:
+    """Check that vLLM answers in each step as the trained model does."""
+    assert isinstance(found, dict), found[-4000:]
+    print(found)
+    assert len(found["steps"]) == 3
+    assert all(step["equal"] for step in found["steps"])
+    assert max(step["error"] for step in found["steps"]) < 1e-5
+    assert found["steps"][0]["effect"] == 0  # a new adapter is zero
+    assert found["steps"][-1]["effect"] > 1e-2
+    assert found["base_is_the_same"]
 
 
 @torch.no_grad()

@@ -2,7 +2,6 @@
 
 import json
 import os
-import random
 import signal
 import socket
 import subprocess
@@ -26,10 +25,15 @@ from tests.serving.served import (
     TOKENS,
     Served,
     check_answers,
+    check_steps,
     check_that_all_differ,
+    train_with_vllm,
 )
 
-SMALL = ["--dtype", "float32", "--enforce-eager", "--max-model-len", "64"]
+SETTINGS_OF_SERVER = (
+    *("--dtype", "float32", "--enforce-eager", "--max-model-len", "64"),
+    *("--logprobs-mode", "processed_logprobs"),  # as trl asks for
+)
 PLACES = 5
 """For the two adapters, for one that is zero, for that of a trainer, and one that stays empty."""
 
@@ -47,11 +51,20 @@ class Server:
         self.port = find_port()
         words = [str(PYTHON.with_name("vllm")), *printed[1:], other[-1]]
         words += ["--host", "127.0.0.1", "--port", str(self.port), "--max-loras", str(PLACES)]
-        environment = {**ENVIRONMENT, "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True"}
+        words += SETTINGS_OF_SERVER
+        environment = {
+            **ENVIRONMENT,
+            "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True",
+            "VLLM_SERVER_DEV_MODE": "1",
+        }
         self.log = folder / "log.txt"
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
-                [*words, *SMALL], env=environment, stdout=log, stderr=log, start_new_session=True
+                words,
+                env=environment,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
             )
 
     def wait(self) -> None:
@@ -87,12 +100,10 @@ class Server:
         except urllib.error.HTTPError as error:
             return pytest.fail(error.read().decode()[-2000:])
 
-    def complete(
-        self, adapter: str | None, ids: list[int], tokens: int = TOKENS, temperature: float = 0
-    ) -> dict[str, Any]:
+    def complete(self, adapter: str | None, ids: list[int]) -> dict[str, Any]:
         """Return the tokens after a prompt, and their log-probabilities."""
         name = str(self.served.model) if adapter is None else adapter
-        asked = {"model": name, "prompt": ids, "max_tokens": tokens, "temperature": temperature}
+        asked = {"model": name, "prompt": ids, "max_tokens": TOKENS, "temperature": 0}
         asked |= {"logprobs": 1, "ignore_eos": True, "return_token_ids": True}
         answer = json.loads(self.post("/v1/completions", asked))
         assert answer["model"] == name
@@ -154,62 +165,9 @@ def test_check_server_says_what_answers(server, tmp_path, capsys):
         assert (found, out.partition(": ")[2].startswith(verdict)) == (code, True), out + err
 
 
-@torch.no_grad()
-def log_probs_of(model: Any, prompt: list[int], answer: list[int]) -> torch.Tensor:
-    """Return the log-probability of each token of an answer."""
-    logits = model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
-    return logits.float().log_softmax(-1).gather(1, torch.tensor(answer)[:, None])[:, 0]
-
-
-def test_each_rollout_has_the_adapter_of_its_step(server, tmp_path, monkeypatch):
-    monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
-    trl = pytest.importorskip("trl")
-    from datasets import Dataset
-
-    from disha.integrations.trl import GRPOTrainer
-
-    tokenizer = transformers.AutoTokenizer.from_pretrained(server.served.model, padding_side="left")
-    base, draw = server.models[None], random.Random(0)
-    model = disha.inject_adapters(server.served.load(), "layers", 8)
-    errors, effects = [], []
-
-    def rollout(prompts: list[str], trainer: Any) -> dict[str, Any]:
-        folder = tmp_path / "exported"
-        disha.interop.lora.export(trainer.model, folder)
-        asked = {"lora_name": "trained", "lora_path": str(folder), "load_inplace": True}
-        server.post("/v1/load_lora_adapter", asked)
-        prompt_ids = [tokenizer(prompt)["input_ids"] for prompt in prompts]
-        answers = [server.complete("trained", ids, 6, temperature=1) for ids in prompt_ids]
-        for ids, answer in zip(prompt_ids, answers, strict=True):
-            found = torch.tensor(answer["log_probs"])
-            errors.append(float((found - log_probs_of(model, ids, answer["ids"])).abs().max()))
-            effects.append(float((found - log_probs_of(base, ids, answer["ids"])).abs().max()))
-        ids = [answer["ids"] for answer in answers]
-        return {"prompt_ids": prompt_ids, "completion_ids": ids, "logprobs": None}
-
-    settings = {
-        "per_device_train_batch_size": 2,
-        "num_generations": 2,
-        "max_completion_length": 6,
-        "max_steps": 3,
-        "learning_rate": 1e-2,
-        "lr_scheduler_type": "constant",
-        "use_cpu": True,
-        "bf16": False,
-        "report_to": "none",
-        "save_strategy": "no",
-    }
-    trainer = GRPOTrainer(
-        model,
-        lambda completions, **columns: [draw.random() for _ in completions],
-        args=trl.GRPOConfig(str(tmp_path), **settings),
-        train_dataset=Dataset.from_list([{"prompt": "say two"}] * 6),
-        processing_class=tokenizer,
-        rollout_func=rollout,
-    )
-    trainer.train()
-    print(f"errors {errors}, effects of the adapter {effects}")
-    assert len(errors) == 6
-    assert max(errors) < 1e-3
-    assert max(effects[:2]) < 1e-3  # a new adapter is zero
-    assert max(effects[-2:]) > 1e-2
+def test_grpo_sends_a_server_the_adapter_of_each_step(server, tmp_path):
+    asked = {"model": str(server.served.model), "method": "bone"}
+    asked["server"] = f"http://127.0.0.1:{server.port}"
+    check_steps(train_with_vllm(tmp_path / "trained", **asked))
+    said = train_with_vllm(tmp_path / "too large", **asked, r=32)
+    assert "a LoRA of rank 32; start vLLM with --enable-lora --max-lora-rank 32" in said
