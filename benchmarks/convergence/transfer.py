@@ -12,7 +12,8 @@ the logarithm of the rate. The searches of the study count too.
 The question was fixed before the runs: divided by a rule, is the best rate of every setting within
 a factor of 1.5 of one constant? It is not. By the sizes of layers, 50 of 84 are, where without a
 rule 19 are. By what a step does, as measured, all but LoRA are within each task of a pretrained
-model, and the tasks differ. The rules, and the constants in them, were made with the same runs.
+model, and the tasks differ. The rules, and the constants in them, were made with the same runs: the
+library has them, as `Method.step` and `suggest_rate`.
 """
 
 from __future__ import annotations
@@ -27,16 +28,19 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+import torch.nn.functional as F
+from torch import nn
 
-from benchmarks.convergence.methods import FULL, METHODS, adapt, adapter_parameters
+import disha
+from benchmarks.convergence.methods import FULL, METHODS
 from benchmarks.convergence.plan import final_loss
 from benchmarks.convergence.runs import RESULTS, Cell, Run, read_runs, write_run
 from benchmarks.convergence.tasks import RESIZED, TASKS
-from benchmarks.convergence.tasks.task import IGNORED, Task
+from benchmarks.convergence.tasks.task import IGNORED
 from benchmarks.convergence.training import train
 from benchmarks.markdown import table
 from disha.functional import method_of
+from disha.model.rates import MOVE, MOVE_OF_FACTORS
 
 RUNS = RESULTS.with_name("rates.jsonl")
 MOVES = RESULTS.with_name("rates-moves.json")
@@ -51,6 +55,8 @@ FIRST = {
 }
 """Method -> the rate with which a search in the vision task begins."""
 LIMIT = 1.5
+MOVES_OF = {False: MOVE, True: MOVE_OF_FACTORS}
+"""Whether it is a LoRA -> what `suggest_rate` divides by the move."""
 LAYERS = {
     "digits": lambda width: (*4 * [(width, width)], (width, 4 * width), (4 * width, width)),
     "smollm": lambda _: (
@@ -129,19 +135,21 @@ def best_rates() -> dict[Cell, float]:
 
 def step_by_sizes(cell: Cell) -> float:
     """Return sqrt(L) x the mean step of the layers, as `Plan.rate` has it."""
-    steps = [_step(cell, *sizes) for sizes in _layers(cell)]
+    sizes = _layers(cell)
+    if cell.method == FULL:
+        steps = [float(inputs) for inputs, _ in sizes]
+    else:
+        method, r = _of_library(cell)
+        steps = [method_of(method).step(inputs, r) for inputs, _ in sizes]
     return statistics.fmean(steps) * math.sqrt(len(steps))
 
 
-def _step(cell: Cell, inputs: int, outputs: int) -> float:
-    if cell.method == FULL:
-        return inputs
-    if cell.method == "lora":  # of as many parameters as MiSS; A's own steps make it five times
+def _of_library(cell: Cell) -> tuple[str, int]:
+    """Return the library's name of a cell's method, and its r; a LoRA has as many parameters."""
+    if cell.method == "lora":
         sizes = _layers(cell)
-        rank = cell.r * sum(out for _, out in sizes) / sum(map(sum, sizes))
-        return 5 * rank / math.sqrt(3)
-    name = cell.method.replace("groups", "bone_groups").removeprefix("tile") or "bone"
-    return method_of(name).step(inputs, cell.r)
+        return "lora", round(cell.r * sum(out for _, out in sizes) / sum(map(sum, sizes)))
+    return cell.method.replace("groups", "bone_groups").replace("tile", "bone"), cell.r
 
 
 def _layers(cell: Cell) -> list[tuple[int, int]]:
@@ -159,40 +167,21 @@ def _layers(cell: Cell) -> list[tuple[int, int]]:
 
 
 def measure_move(cell: Cell) -> float:
-    """Return how far a unit of rate moves log-probabilities in the first step of Adam.
-
-    That is what `disha.suggest_rate` measures, here for every method, and on other rows than those
-    of the gradient: four batches, and two.
-    """
+    """Return how far a unit of rate moves log-probabilities, by `disha.suggest_rate`."""
     task = (TASKS | RESIZED)[cell.task]
-    model = copy.deepcopy(task.base())
+    model: Any = copy.deepcopy(task.base())
+    method, r = _of_library(cell)
     torch.manual_seed(0)
-    adapt(model, task.layers[cell.layers], task.head, cell)
+    disha.inject_adapters(model, task.layers[cell.layers], r, method=method)
     if task.head is not None:  # a head of zeros would hide what is below it
-        head: Any = model.get_submodule(task.head)
-        nn.init.normal_(head.weight, std=0.05)
-    rows, size = task.rows.training, 1e-4 if "digits" in cell.task else 2e-5
-    for start in range(4):
-        batch = task.batch_of(rows[start * task.batch : (start + 1) * task.batch])
-        task.loss(model, batch).backward()
-    seen = task.batch_of(rows[4 * task.batch : 6 * task.batch])
-    with torch.no_grad():
-        before = _log_probabilities(task, model, seen)
-        for parameter in adapter_parameters(model, task.head):
-            assert parameter.grad is not None
-            parameter.add_(size * parameter.grad.sign())
-        change = _log_probabilities(task, model, seen) - before
-    p = before.exp()
-    variance = (p * change.square()).sum(-1) - (p * change).sum(-1).square()
-    return float(variance.clamp_min(0).mean().sqrt()) / size
+        nn.init.normal_(model.get_submodule(task.head).weight, std=0.05)
+    inputs, labels = task.batch_of(task.rows.training[: 4 * task.batch])
 
+    def loss(output: Any) -> torch.Tensor:
+        logits = getattr(output, "logits", output)
+        return F.cross_entropy(logits.flatten(0, -2), labels.flatten(), ignore_index=IGNORED)
 
-def _log_probabilities(task: Task, model: Any, batch: tuple[Tensor, Tensor]) -> Tensor:
-    inputs, labels = batch
-    if not hasattr(model, "lm_head"):
-        return model(inputs).log_softmax(-1)
-    states = model.model(inputs, use_cache=False).last_hidden_state[labels != IGNORED]
-    return model.lm_head(states).float().log_softmax(-1)
+    return MOVES_OF[method == "lora"] / disha.suggest_rate(model, inputs, loss=loss)
 
 
 # --- commands -----------------------------------------------------------------------------------
@@ -239,7 +228,7 @@ def main() -> None:
     elif "--moves" in sys.argv:
         moves = json.loads(MOVES.read_text(encoding="utf-8")) if MOVES.exists() else {}
         for cell in best_rates():
-            if _key(cell) not in moves and cell.task != "documentation":  # bfloat16 hides the step
+            if cell.method in FIRST and cell.task != "documentation" and _key(cell) not in moves:
                 moves[_key(cell)] = float(f"{measure_move(cell):.4g}")
                 MOVES.write_text(json.dumps(moves, indent=1) + "\n", encoding="utf-8")
     else:
