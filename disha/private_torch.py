@@ -30,6 +30,9 @@ column says what happens where a torch lacks the name.
     torch.Tensor._is_view                a view is not written in place        as if always: slow
     autograd.forward_ad._current_level   BAT has no forward-mode derivative    BAT saves more
     torch._grouped_mm                    the product of experts                weights are computed
+    F._in_projection,                    attention projects in our way         no dropout or route
+      ._in_projection_packed,                                                  in compiled code
+      ._check_key_padding_mask
     OpOverloadPacket._qualified_op_name  operations of other libraries         weights are computed
     torch.utils._pytree.tree_leaves      finds weights among arguments         the import fails
     torch._ops.OpOverloadPacket;         what an operation writes into         an operation of it
@@ -63,6 +66,7 @@ import pkgutil
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -258,6 +262,25 @@ def ragged_axis(nested: Any) -> int:
     """Return the axis along which the sequences of a jagged nested tensor differ in length."""
     axis: int = nested._ragged_idx
     return axis
+
+
+def attention_with_projections(separate: Any, packed: Any) -> Any:
+    """Return torch's function of attention with these projections, and none of the result."""
+    function = F.multi_head_attention_forward
+    names = vars(F) | {
+        "has_torch_function": lambda tensors: False,
+        "_in_projection": separate,
+        "_in_projection_packed": packed,
+        "linear": lambda x, weight, bias: x,
+        "_check_key_padding_mask": _check_padding,
+    }
+    del names["__name__"]  # else the compiler would look the names up in `F`
+    return FunctionType(function.__code__, names, argdefs=function.__defaults__)
+
+
+def _check_padding(*sizes: Any) -> None:
+    if not torch.compiler.is_compiling():  # the compiler can't trace it
+        F._check_key_padding_mask(*sizes)  # type: ignore[attr-defined]
 
 
 def gives_empty_memory(function: Any) -> bool:

@@ -2,16 +2,14 @@
 
 A `Route` says which adapter each sample has. `Routed` has the updates of one weight by adapter, and
 its products give each sample those of its adapter: the product of all samples with W, plus that of
-each adapter with its samples. If an update is folded into W, each adapter has a whole product with
-its samples. If the adapters have shard sums of one size, these are computed once for all samples:
-half the time for long samples, and for few tokens of many adapters a seventh.
+each adapter with its samples. If a linear layer has an update that is folded into W, each adapter
+has a whole product with its samples instead: else it would need two.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from itertools import groupby
 
 import torch
 import torch.nn.functional as F
@@ -19,18 +17,13 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from disha.errors import ArgumentError, ModeError
-from disha.functional import Geometry, Layout, Update, adapted_linear
+from disha.functional import Layout, Update, adapted_linear
 from disha.functional.layouts import MATRIX
 from disha.functional.lookups import is_lookup
 from disha.functional.new_rows import ChangeRows
-from disha.functional.shard_sums import overflow_safe_shard_sum, scaled
-from disha.functional.update import add_up, factors_of
 from disha.functional.weight_updates import Change, DeltaOf, Updates
 from disha.private_torch import must_not_write
 from disha.text import counted
-
-Run = tuple[str | None, int]
-"""An adapter, or None, and how many entries of a leading dimension go through it."""
 
 
 class Route:
@@ -59,14 +52,6 @@ class Route:
                 "name for each sample of the batch"
             )
         return size // samples
-
-    def runs(self, size: int) -> list[Run]:
-        """Return the runs of samples with one adapter, for a leading dimension of this size.
-
-        An adapter may have several runs.
-        """
-        entries = self.entries_of_name(size)
-        return [(name, entries * len(list(same))) for name, same in groupby(self.names)]
 
     def by_adapter(
         self, size: int, device: torch.device
@@ -176,19 +161,16 @@ class Routed(Updates):
             return adapted_linear(x, weight, bias, shared)
         if any(not update.method.low_rank for update in self.all_updates):
             return _linear_by_adapter(x, weight, bias, self)
-        matrices = None
-        if not (is_compiling() or must_not_write()):
-            matrices = _find_matrices_of_one_shape(self.by_adapter, MATRIX.geometry(weight.shape))
-        if matrices is None:
-            return self.product(F.linear, x, weight, bias, MATRIX)
-        return _add_routed_products(F.linear(x, weight, bias), x, self.route, matrices)
+        return self.product(F.linear, x, weight, bias, MATRIX)
 
     def add_updates(self, output: Tensor, x: Tensor, delta_of: DeltaOf) -> Tensor:
         """Return an output plus, for each sample, what the updates of its own adapter add."""
+        must_copy = torch.is_grad_enabled() or is_compiling() or must_not_write()
+        add = torch.Tensor.index_add if must_copy else torch.Tensor.index_add_
         for adapter, indices in self.samples_by_adapter(x):
             for update in self.updates_of(adapter):
                 delta = delta_of(x.index_select(0, indices), update)
-                output = output.index_add(0, indices, delta.to(output.dtype))
+                output = add(output, 0, indices, delta.to(output.dtype))
         return output
 
 
@@ -208,92 +190,3 @@ def _linear_by_adapter(x: Tensor, weight: Tensor, bias: Tensor | None, routed: R
         outputs.append(adapted_linear(x.index_select(0, indices), weight, bias, updates))
     sorted_output = torch.cat(outputs)
     return torch.empty_like(sorted_output).index_copy(0, order, sorted_output)
-
-
-FEW_TOKENS = 8
-"""Samples of fewer tokens are sorted by adapter, so that each adapter adds one product.
-
-Sorting costs passes over the output. Without sorting, each sample costs one product.
-"""
-
-
-def _add_routed_products(
-    output: Tensor, x: Tensor, route: Route, matrices: Mapping[str, Tensor]
-) -> Tensor:
-    """Return an output plus S(x) s R of each sample, where the matrices s R have one shape."""
-    size = x.shape[0]
-    first, *_ = matrices.values()
-    r, out_features = first.shape
-    inputs = x.reshape(size, -1, x.shape[-1])  # (size, tokens, in)
-    outputs = output.reshape(size, -1, out_features)  # (size, tokens, out)
-    sums, overflow_scale = overflow_safe_shard_sum(inputs, r)  # (size, tokens, r)
-    matrices = {adapter: matrix.to(x.dtype) for adapter, matrix in matrices.items()}
-    runs = route.runs(size)
-    has_few_tokens = inputs.shape[1] * route.entries_of_name(size) < FEW_TOKENS
-    must_sort = has_few_tokens and len(runs) > len(matrices)
-    in_place = not torch.is_grad_enabled() and outputs.is_contiguous() and output.dtype == x.dtype
-    if in_place and not must_sort:
-        _add_run_by_run(outputs, sums, runs, matrices, overflow_scale)
-    else:
-        outputs = _add_sorted_by_adapter(outputs, sums, route, matrices, overflow_scale)
-    return outputs.reshape(output.shape)
-
-
-def _add_run_by_run(
-    outputs: Tensor,
-    sums: Tensor,
-    runs: Sequence[Run],
-    matrices: Mapping[str, Tensor],
-    factor: float,
-) -> None:
-    """Add to each run of samples the product of its shard sums, in place, times a factor."""
-    sizes = [entries for _, entries in runs]
-    outputs_of_runs = torch.split(outputs, sizes)
-    sums_of_runs = torch.split(sums, sizes)
-    for (adapter, _), outputs_of_run, sums_of_run in zip(runs, outputs_of_runs, sums_of_runs):
-        if adapter is not None and adapter in matrices:
-            flat_outputs = outputs_of_run.view(-1, outputs.shape[-1])  # (entries * tokens, out)
-            flat_sums = sums_of_run.flatten(0, 1)  # (entries * tokens, r)
-            flat_outputs.addmm_(flat_sums, matrices[adapter], alpha=factor)
-
-
-def _add_sorted_by_adapter(
-    outputs: Tensor,
-    sums: Tensor,
-    route: Route,
-    matrices: Mapping[str, Tensor],
-    factor: float,
-) -> Tensor:
-    """Return outputs plus the products of shard sums, times a factor: one for each adapter."""
-    indices_by_adapter, order = route.by_adapter(sums.shape[0], sums.device)
-    sorted_sums = sums.index_select(0, order)
-    parts = torch.split(sorted_sums, [len(indices) for _, indices in indices_by_adapter])
-    deltas = []  # (entries, tokens, out) of each adapter
-    for (adapter, _), sums_of_adapter in zip(indices_by_adapter, parts):
-        if adapter is not None and adapter in matrices:
-            deltas.append(sums_of_adapter @ matrices[adapter])
-        else:
-            shape = (*sums_of_adapter.shape[:-1], outputs.shape[-1])
-            deltas.append(sums_of_adapter.new_zeros(shape))
-    delta = scaled(torch.cat(deltas), factor).to(outputs.dtype)
-    if torch.is_grad_enabled():
-        return outputs.index_add(0, order, delta)
-    return outputs.index_add_(0, order, delta)
-
-
-def _find_matrices_of_one_shape(
-    by_adapter: Mapping[str, tuple[Update, ...]], geometry: Geometry
-) -> dict[str, Tensor] | None:
-    """Return s R of each adapter if all are of one shape, for shard sums of one size; else None."""
-    matrices: dict[str, Tensor] = {}
-    for adapter, updates in by_adapter.items():
-        together = add_up(updates, MATRIX, geometry)
-        if len(together) > 1 or any(update.dropout for update in together):
-            return None
-        for update in together:
-            factors = factors_of(update, MATRIX, geometry)
-            if update.method.compact or not isinstance(factors.down, int):
-                return None
-            matrices[adapter] = factors.dense_up()
-    shapes = {(matrix.shape, matrix.dtype) for matrix in matrices.values()}
-    return matrices if len(shapes) == 1 else None
