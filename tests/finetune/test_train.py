@@ -240,14 +240,10 @@ def test_a_chat_model_learns_by_its_template(finetune, tmp_path, chatty):
     assert result.report["samples"][0]["reference"] == "two\n"
 
 
-@pytest.mark.parametrize("kind", ["file", "folder"])
-def test_a_template_that_was_given_goes_where_the_adapter_goes(
-    kind, finetune, tmp_path, chatty, data, evaluated
-):
+def test_a_template_that_was_given_goes_where_the_adapter_goes(finetune, tmp_path, data, evaluated):
     """Into the merged folder, and to each command; the adapter is trained further with it too."""
-    template = tmp_path / "template.txt" if kind == "file" else chatty
-    if kind == "file":
-        template.write_text(CHATML)
+    template = tmp_path / "template.txt"
+    template.write_text(CHATML)
     result = finetune(tmp_path / "out", "--chat_template_path", template, "--merge")
     assert disha.inspect_adapter(result.adapter).metadata["prompt"] == "chat"
     merged = tmp_path / "by command"
@@ -634,6 +630,7 @@ def test_a_checkpoint_holds_what_the_final_file_holds(finetune, tmp_path, tiny, 
     assert read_noted_base(checkpoint) == read_noted_base(final) == (str(tiny), "fp32")
     assert {**notes, "base": ""} == {**expected, "base": ""}
     assert {"prompt", "chat_template", "new_tokens", "eos_token"} < notes.keys()
+    assert notes["chat_template"] == CHATML
     assert json.loads(final.with_name("report.json").read_text())["settings"]["eos_token"] == (
         "<|im_end|>"
     )

@@ -49,6 +49,18 @@ on_every_layout = pytest.mark.parametrize("kind", LAYOUTS)
 with_every_block = pytest.mark.parametrize("name", BLOCKS)
 
 
+def on_every_layout_with_every_block(check):
+    """Make a test of a check of a layout and a block: a case for each layout, quicker than one for
+    each pair."""
+
+    @on_every_layout
+    def test(kind):
+        for name in BLOCKS:
+            check(kind, name)
+
+    return test
+
+
 class Case(NamedTuple):
     """A weight and a block of it."""
 

@@ -23,6 +23,7 @@ from tests.functional.cases import (
     case_of,
     check_same,
     on_every_layout,
+    on_every_layout_with_every_block,
     stack_of,
     with_every_block,
 )
@@ -40,8 +41,7 @@ def test_every_method_is_tried():
     assert set(CUTS_AT) == set(METHODS), "say for each method in CUTS_AT where it can be cut"
 
 
-@with_every_block
-@on_every_layout
+@on_every_layout_with_every_block
 def test_the_update_is_that_of_the_loops(kind, name):
     check_update(kind, name)
 
@@ -61,8 +61,7 @@ def check_update(kind, name, rows=()):
         assert torch.equal(case.delta, case.expected)  # only copies
 
 
-@with_every_block
-@on_every_layout
+@on_every_layout_with_every_block
 def test_gradients_are_those_of_the_loops(kind, name):
     case = case_of(kind, name, ((0, 2), (3, 5)))
     leaves = [case.block.requires_grad_()]
@@ -119,8 +118,7 @@ def test_shapes_of_bat_blocks_have_the_stack_in_front(kind):
         assert found == (*stack_of(kind), -(-outputs // 4), 4, 4)
 
 
-@with_every_block
-@on_every_layout
+@on_every_layout_with_every_block
 def test_a_kept_block_and_the_methods_own_are_inverse(kind, name):
     case = case_of(kind, name)
     own = method_of(case.method).matrix_block(case.layout, case.block)
@@ -139,8 +137,7 @@ def has_wider_blocks(method):
     return type(method_of(method)).widen is not Method.widen
 
 
-@with_every_block
-@on_every_layout
+@on_every_layout_with_every_block
 def test_a_wider_block_has_the_same_update(kind, name):
     case, times = case_of(kind, name), 2 + len(kind) % 2
     wider = method_of(case.method).wider_block(
@@ -165,8 +162,7 @@ def test_a_block_of_its_own_size_stays_and_no_other_multiple_exists(name):
         assert method.wider_block(*args, case.r + 1) is None
 
 
-@with_every_block
-@on_every_layout
+@on_every_layout_with_every_block
 def test_lora_factors_multiply_to_the_update_without_loss(kind, name):
     case = case_of(kind, name)
     method = method_of(case.method)

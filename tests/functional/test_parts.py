@@ -7,16 +7,20 @@ from disha import functional
 from disha.functional import Geometry, Layout, Update, method_of
 from disha.functional.parts import update_of_part, updates_of_outputs
 from tests.conftest import close
-from tests.functional.cases import BLOCKS, CUTS_AT, with_every_block
+from tests.functional.cases import BLOCKS, CUTS_AT
 from tests.functional.updates import MATRIX, look_up
 
 
+@pytest.mark.parametrize("rows", [(), ((0, 4),), ((2, 4), (6, 8)), ((1, 3), (4, 8))], ids=str)
 @pytest.mark.parametrize(
     ("start", "stop"), [(0, 8), (0, 4), (2, 4), (3, 4), (4, 6), (5, 8), (3, 7)]
 )
-@pytest.mark.parametrize("rows", [(), ((0, 4),), ((2, 4), (6, 8)), ((1, 3), (4, 8))], ids=str)
-@with_every_block
-def test_the_updates_of_a_slice_of_outputs(name, rows, start, stop):
+def test_the_updates_of_a_slice_of_outputs(rows, start, stop):
+    for name in BLOCKS:
+        check_slice(name, rows, start, stop)
+
+
+def check_slice(name, rows, start, stop):
     (method, r, r_out), layout = BLOCKS[name], Layout("out in")
     weight = torch.randn(8, 7, dtype=torch.float64)
     shape = method_of(method).block_shape(layout, weight.shape, r, r_out, rows)
@@ -35,9 +39,13 @@ def test_the_updates_of_a_slice_of_outputs(name, rows, start, stop):
 
 @pytest.mark.parametrize("part", [((0, 3), (0, 4), (0, 7)), ((1, 3), (4, 8), (2, 4)), None])
 @pytest.mark.parametrize("pattern", ["out in", "in out", "index out", "expert in out"])
-@with_every_block
-def test_the_updates_of_a_part_of_a_weight(name, pattern, part):
+def test_the_updates_of_a_part_of_a_weight(pattern, part):
     """None stands for a part whose edges are multiples of r, where every method can be cut."""
+    for name in BLOCKS:
+        check_part(name, pattern, part)
+
+
+def check_part(name, pattern, part):
     method, r, r_out = BLOCKS[name]
     layout = Layout(pattern, padding_idx=3 if pattern == "index out" else None)
     shape = (3, 8, 8)[3 - len(layout.axes) :]

@@ -9,11 +9,10 @@ from disha.functional import METHODS, Geometry, Layout, Update, method_of
 from disha.functional.shard_sums import shard_sum_matrix
 from disha.functional.update import add_up, factors_of
 from tests.conftest import pickled
-from tests.functional.cases import case_of, check_same, on_every_layout, with_every_block
+from tests.functional.cases import case_of, check_same, on_every_layout_with_every_block
 
 
-@with_every_block
-@on_every_layout
+@on_every_layout_with_every_block
 def test_the_factors_of_a_block_of_some_rows(kind, name):
     case = case_of(kind, name, ((0, 2), (3, 5)))
     update = Update(method_of(case.method), case.block, 0.5, output_ranges=case.rows)

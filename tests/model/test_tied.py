@@ -1,6 +1,7 @@
 """One parameter in several modules: one block, one update, one merge."""
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -63,10 +64,18 @@ def loss_of(model):
 TARGETS = {"embedding": "embed_tokens|wte", "head": "lm_head", "both": "embed_tokens|wte|lm_head"}
 
 
-@pytest.mark.parametrize("r", [4, 5])
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("make", [llama, gpt2])
+TABLES = [
+    (*table, r)
+    for table, r in zip(
+        itertools.product([llama, gpt2], TARGETS, KINDS),
+        itertools.cycle([4, 5, 5, 4]),
+        strict=False,
+    )
+]
+"""Each model with each target and kind of block; the two r take turns, for each kind too."""
+
+
+@pytest.mark.parametrize(("make", "target", "kind", "r"), TABLES)
 class TestOneUpdate:
     """Of a table that is also the head, wherever the adapter was asked for."""
 
