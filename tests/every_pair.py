@@ -121,9 +121,9 @@ def every_kind(cases: Mapping[str, Case]) -> list[tuple[str, str]]:
     return [(name, kind) for name, case in cases.items() for kind in case.kinds]
 
 
-def one_kind_each(cases: Mapping[str, Case]) -> list[tuple[str, str]]:
-    """Return (name, kind) of each case once; the kinds take turns."""
-    turns = itertools.cycle(KINDS)
+def one_kind_each(cases: Mapping[str, Case], first: int = 0) -> list[tuple[str, str]]:
+    """Return (name, kind) of each case once; the kinds take turns, from the first on."""
+    turns = itertools.cycle([*KINDS[first:], *KINDS[:first]])
     pairs = []
     for name, case in cases.items():
         kind = next(turns)

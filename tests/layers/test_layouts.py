@@ -162,17 +162,6 @@ CASES = {
     ),
 }
 
-OTHER_DTYPES = {
-    "bone": (torch.bfloat16, torch.float16),
-    "tile": (torch.float32,),
-    "bone_groups2": (torch.bfloat16, torch.float16),
-    "bone_groups_all": (torch.float32,),
-    "lora": (torch.bfloat16, torch.float16),
-    "bat": (torch.bfloat16, torch.float16),
-    "rows": (torch.float32,),
-}
-"""Kind -> the dtypes, beside float64, in which every case is tried with it."""
-
 COMPLEX = (
     "out in",
     "out in, raw",
@@ -192,13 +181,15 @@ def test_every_layout_is_tried():
 
 
 def every_dtype():
-    """Return (name, kind, dtype) for all dtypes in which a case is tried with a kind."""
-    cells = []
-    for name, kind in every_kind(CASES):
-        dtypes = [torch.float64, *OTHER_DTYPES[kind]]
-        if name in COMPLEX:
-            dtypes.append(torch.complex64)
-        cells += [(name, kind, dtype) for dtype in dtypes]
+    """Return (name, kind, dtype): every kind of a case in float64, and one in each other dtype.
+
+    There the kinds take turns, so that each meets each dtype in some of the cases.
+    """
+    cells = [(name, kind, torch.float64) for name, kind in every_kind(CASES)]
+    for turn, dtype in enumerate((torch.float32, torch.bfloat16, torch.float16, torch.complex64)):
+        names = COMPLEX if dtype.is_complex else CASES
+        pairs = one_kind_each({name: CASES[name] for name in names}, turn)
+        cells += [(name, kind, dtype) for name, kind in pairs]
     return cells
 
 
@@ -242,18 +233,15 @@ ONE_OF_EACH_PRODUCT = (
     "expert in out, whole",
     "rows",
 )
-COMPILED = sorted(
-    {
-        *one_kind_each(CASES),
-        *every_kind({name: CASES[name] for name in ONE_OF_EACH_PRODUCT}),
-    }
-)
+ONE_EACH = one_kind_each(CASES)
+COMPILED = sorted({*ONE_EACH, *every_kind({name: CASES[name] for name in ONE_OF_EACH_PRODUCT})})
 """Compiling takes time: one case of each product has every kind, and the others one kind each."""
 
-TRACED = [(name, kind) for name, kind in every_kind(CASES) if CASES[name].call is call_module]
-"""Modules that are called with their input alone."""
+TRACED = [(name, kind) for name, kind in COMPILED if CASES[name].call is call_module]
+"""Of these, the modules that are called with their input alone."""
 
-EXPORTED = [pair for pair in COMPILED if pair in TRACED and CASES[pair[0]].is_one_graph]
+EXPORTED = [pair for pair in ONE_EACH if pair in TRACED and CASES[pair[0]].is_one_graph]
+"""`tests/whole/test_leaving_pytorch.py` exports every method."""
 
 
 @pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")

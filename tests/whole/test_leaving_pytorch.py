@@ -1,6 +1,7 @@
 """Exported programs, ONNX files and compiled packages compute what the adapted model computes."""
 
 import copy
+import itertools
 
 import onnxruntime
 import pytest
@@ -10,6 +11,7 @@ from torch.distributed.pipelining import SplitPoint, pipeline
 from torch.export import Dim, export
 
 import disha
+from disha import functional
 from tests.conftest import Made, seed_torch
 from tests.reference import METHODS
 
@@ -83,8 +85,14 @@ def test_a_trace_is_the_same_where_gradients_are_off(method):
     close(traced(x), model(x))
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("make", INPUTS)
+EXPORTED = [
+    *((linear, method) for method in METHODS),
+    *itertools.product([conv, embedding, experts], functional.METHODS),
+]
+"""Groups of shards are exported in one kind of product."""
+
+
+@pytest.mark.parametrize(("make", "method"), EXPORTED)
 def test_an_unmerged_model_is_exported(make, method, tmp_path):
     model = adapted(make, method)
     example, other = INPUTS[make](4), INPUTS[make](7)
