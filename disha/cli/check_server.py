@@ -58,8 +58,7 @@ class Server:
             text = " ".join(error.read().decode(errors="replace").split())[:300]
             raise ArgumentError(f"{self.url}{path} answers {error.code}: {text}") from error
         except (OSError, HTTPException, ValueError) as error:
-            reason = getattr(error, "reason", error)
-            raise DishaError(f"{self.url}{path} does not answer as a server: {reason}") from error
+            raise DishaError(f"{self.url}{path} does not answer as a server: {error}") from error
 
     def list_models(self) -> dict[str, Any]:
         """Return the names that the server knows -> the base of each, None for a base."""
@@ -121,10 +120,11 @@ def find_names(models: Mapping[str, Any], name: str | None) -> tuple[str, str]:
     if name not in models:
         raise ArgumentError(f"the server has no {name}; it has {', '.join(models)}")
     bases = [model for model, parent in models.items() if parent is None and model != name]
-    base = models[name] if models[name] in models else next(iter(bases), None)
-    if base is None:
+    if models[name] in models:
+        bases = [models[name]]
+    if not bases:
         raise ArgumentError(f"the server has no base beside {name} to compare with")
-    return name, base
+    return name, bases[0]
 
 
 @torch.no_grad()

@@ -49,7 +49,6 @@ from disha.finetune.notes import (
     base_note,
     read_noted_base,
     read_noted_bits,
-    read_noted_tokens,
 )
 from disha.interop import image_lora, peft
 from disha.interop.checkpoints.matching import (
@@ -60,7 +59,7 @@ from disha.interop.checkpoints.matching import (
 from disha.interop.checkpoints.reading import Checkpoint, open_checkpoint
 from disha.interop.lora import write_lora
 from disha.interop.low_rank import LoraReport, find_served_rank, is_stack
-from disha.interop.peft_format import CONFIG_NAME, WEIGHTS_NAME, peft_folder_at, task_of
+from disha.interop.peft_format import CONFIG_NAME, peft_folder_at, task_of
 from disha.text import counted, first_few
 
 FORMATS = ("disha", "peft", "lora", "diffusers")
@@ -72,16 +71,15 @@ TAKEN_BY = {
 }
 """Flag -> the formats that it is for."""
 
-LARGE = 4
-"""How many times the r of its adapter the rank of a LoRA may be, until a line says so."""
-
 
 def main(words: Sequence[str]) -> None:
     """Convert an adapter."""
     flags = _parser().parse(words)
     _refuse_unused(flags)
     require_free(flags.out, flags.overwrite)
-    source = _find_source(find_adapter(flags.source))
+    source = find_adapter(flags.source)
+    if (source / ADAPTER_NAME).is_file():  # a checkpoint of Trainer
+        source /= ADAPTER_NAME
     base = _open_base(flags.base, source)
     contents = _read(source, flags, base)
     if flags.no_also_train:
@@ -90,7 +88,9 @@ def main(words: Sequence[str]) -> None:
     contents = replace(contents, metadata=_complete_notes(flags, contents, base, base_name))
     tokenizer = None
     if flags.to == "lora" and TOKENS_KEY in contents.metadata and base_name is not None:
-        tokenizer = _load_tokenizer(base_name, contents.metadata)
+        from disha.finetune.base import load_tokenizer  # transformers takes seconds to import
+
+        tokenizer = load_tokenizer(base_name, contents.metadata)
     report = _write(flags, contents, base)
     if flags.to in ("peft", "lora"):
         _write_template(flags.out, contents.metadata)
@@ -100,8 +100,7 @@ def main(words: Sequence[str]) -> None:
         print(fit(str(report)))
     print(fit(_describe(flags, contents, report)))
     if flags.to == "lora" and report is not None:
-        for line in _describe_serving(flags, contents, report, base, base_name):
-            print(fit(line))
+        print(fit(_describe_serving(flags, contents, report, base, base_name)))
 
 
 def _parser() -> Parser:
@@ -132,13 +131,6 @@ def _refuse_unused(flags: Namespace) -> None:
 
 
 # --- reading -------------------------------------------------------------------------------------
-
-
-def _find_source(path: Path) -> Path:
-    """Return the adapter file in a folder, such as a checkpoint of Trainer, or the path itself."""
-    if (path / ADAPTER_NAME).is_file():
-        return path / ADAPTER_NAME
-    return path
 
 
 def _read(path: Path, flags: Namespace, base: Checkpoint | None) -> AdapterContents:
@@ -254,12 +246,6 @@ def _task_of(notes: Mapping[str, str], config: Mapping[str, Any]) -> str | None:
     return task_of(architectures[0], config.get("is_encoder_decoder", False))
 
 
-def _load_tokenizer(base: str, notes: Mapping[str, str]) -> Any:
-    from disha.finetune.base import load_tokenizer  # transformers takes seconds to import
-
-    return load_tokenizer(base, notes)
-
-
 # --- writing -------------------------------------------------------------------------------------
 
 
@@ -316,35 +302,23 @@ def _describe_serving(
     report: LoraReport,
     base: Checkpoint | None,
     base_name: str | None,
-) -> list[str]:
+) -> str:
     """Return how to serve a LoRA with vLLM, or why vLLM refuses it and what to do instead."""
     model = "BASE" if base_name is None else base_name
-    merge = shlex.join(["disha", "merge", model, str(flags.source), f"{flags.out}-merged"])
     if report.also_train:
-        lines = [
-            f"vLLM and SGLang refuse it, because it holds {first_few(report.also_train, 3, ', ')}"
-        ]
-        if TOKENS_KEY in contents.metadata:
-            tokens = ", ".join(read_noted_tokens(contents.metadata))
-            lines.append(
-                f"PEFT reads it with the tokenizer that has {tokens}, {_where(flags, base_name)}"
-            )
-        return [*lines, f"to serve it, merge it: {merge}"]
-    if flags.rank is None and any(layer.rank > LARGE * layer.r for layer in report.layers):
-        size = (flags.out / WEIGHTS_NAME).stat().st_size
-        of_adapter = sum(tensor.nbytes for tensor in contents.tensors.values())
-        return [
-            f"the LoRA has {size / 1e6:,.1f} MB, and the adapter has {of_adapter / 1e6:,.1f} MB; "
+        merge = shlex.join(["disha", "merge", model, str(flags.source), f"{flags.out}-merged"])
+        return (
+            f"vLLM and SGLang refuse it, because it holds {first_few(report.also_train, 3, ', ')}; "
             f"to serve it, merge it: {merge}"
-        ]
+        )
     has_stacks = any(is_stack(layer) for layer in contents.layers)
     reads_stacks = _config_of(base).get("model_type") == "gpt_oss"
     if has_stacks and flags.experts != "separate" and not reads_stacks:
-        return ["vLLM reads stacked experts of GPT-OSS only; for others, give --experts separate"]
+        return "vLLM reads stacked experts of GPT-OSS only; for others, give --experts separate"
     rank = max(layer.rank for layer in report.layers)
     largest = find_served_rank(rank)
     if largest is None:
-        return [f"vLLM takes ranks up to 512, and this LoRA has {rank}; give --rank 512"]
+        return f"vLLM takes ranks up to 512, and this LoRA has {rank}; give --rank 512"
     name = flags.out.resolve().name
     command = ["vllm", "serve", model, "--enable-lora", "--max-lora-rank", str(largest)]
     # One place more than adapters: vLLM 0.32 for processors lets an adapter in the last place act
@@ -352,10 +326,4 @@ def _describe_serving(
     command += ["--max-loras", "2", "--lora-modules", f"{name}={flags.out}"]
     if TEMPLATE_KEY in contents.metadata:
         command += ["--chat-template", str(flags.out / TEMPLATE_NAME)]
-    return [f"to serve it: {shlex.join(command)}"]
-
-
-def _where(flags: Namespace, base_name: str | None) -> str:
-    if base_name is None:
-        return "which is not written, because its base is unknown: give --base"
-    return f"which is in {flags.out}"
+    return f"to serve it: {shlex.join(command)}"

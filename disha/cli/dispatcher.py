@@ -29,19 +29,13 @@ COMMANDS = {
     "check-server": "say whether a server answers with an adapter as the model here does",
     "merge": "write a base model with an adapter merged into its weights",
 }
-OTHER_NAMES = {
-    "train": "finetune",
-    "sft": "finetune",
-    "tune": "finetune",
-    "chat": "generate",
-    "run": "generate",
-    "eval": "evaluate",
-    "export": "convert",
-    "show": "inspect",
-}
-"""Names that other programs have for these commands."""
-
-BAD_PATH = (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError)
+BAD_PATH = (
+    FileExistsError,
+    FileNotFoundError,
+    IsADirectoryError,
+    NotADirectoryError,
+    PermissionError,
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -103,10 +97,7 @@ def _run(words: Sequence[str]) -> int:
         print(text)
         return DONE
     if name not in COMMANDS:
-        hint = nearest(name, COMMANDS)
-        if name in OTHER_NAMES:
-            hint = f"; did you mean {OTHER_NAMES[name]}?"
-        raise ArgumentError(f"{name!r} is not a command{hint}")
+        raise ArgumentError(f"{name!r} is not a command{nearest(name, COMMANDS)}")
     if name in ("finetune", "evaluate"):
         version("trl")  # where the extra is not installed, this raises before torch is imported
     module = "disha.finetune" if name == "finetune" else f"disha.cli.{name.replace('-', '_')}"

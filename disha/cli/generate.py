@@ -13,20 +13,18 @@ from __future__ import annotations
 
 import json
 import sys
-from argparse import ArgumentTypeError, Namespace
+from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError
 from transformers import TextStreamer, set_seed
 
 from disha.cli.dispatcher import Parser
 from disha.cli.models import PromptRunner, add_answer_flags, add_model_flags, load_runner
 from disha.cli.output import fit
 from disha.errors import ArgumentError
-from disha.finetune.base import not_utf8, read_text
 
 SAMPLING = ("temperature", "top_k", "top_p")
 
@@ -39,16 +37,16 @@ def main(words: Sequence[str]) -> None:
     parser.add_argument("--prompt", nargs="+", action="extend", help="the texts to answer")
     parser.add_argument("--system", help="a text that comes before each prompt")
     parser.add_argument("--tools", type=Path, help="a JSON file with the tools that it may call")
-    parser.add_argument("--temperature", type=_not_negative, help="sample; higher is more random")
-    parser.add_argument("--top_k", type=_count, help="sample from so many likely tokens; 0: all")
-    parser.add_argument("--top_p", type=_probability, help="sample from tokens of this probability")
+    parser.add_argument("--temperature", type=float, help="sample; higher is more random")
+    parser.add_argument("--top_k", type=int, help="sample from so many likely tokens; 0: all")
+    parser.add_argument("--top_p", type=float, help="sample from tokens of this probability")
     parser.add_argument("--seed", type=int, default=0, help="makes sampling reproducible")
     parser.add_argument("--json", action="store_true", help="print a JSON object for each prompt")
     flags = parser.parse(words)
     prompts = [prompt for prompt in flags.prompt or () if prompt] or _read_prompts()
     if prompts is None and flags.json:
         raise ArgumentError("--json needs a --prompt, or prompts on standard input")
-    tools = None if flags.tools is None else _read_tools(flags.tools)
+    tools = None if flags.tools is None else json.loads(flags.tools.read_bytes())
     runner = load_runner(flags, flags.system, tools)
     if flags.adapter is not None:
         runner.load_adapter(flags)
@@ -58,7 +56,7 @@ def main(words: Sequence[str]) -> None:
         _converse(Conversation(runner, options))
         return
     for prompt in prompts:
-        text = _render(runner, prompt)
+        text = runner.render(prompt)
         if flags.json:
             [answer] = runner.answer([text], **options)
             print(json.dumps({"prompt": prompt, "answer": answer}), flush=True)
@@ -77,57 +75,15 @@ def _choose_sampling(flags: Namespace) -> dict[str, Any]:
     return {"do_sample": True, **given}
 
 
-def _render(runner: PromptRunner, prompt: str) -> str:
-    try:
-        return runner.render(prompt)
-    except TemplateError as error:
-        raise ArgumentError(f"the chat template refuses the prompt: {error}") from error
-
-
 def _read_prompts() -> list[str] | None:
     """Return the lines of standard input; None on a terminal."""
     if sys.stdin.isatty():
         return None
-    try:
-        text = sys.stdin.read()
-    except UnicodeDecodeError as error:
-        raise not_utf8("standard input", error) from error
+    text = sys.stdin.read()
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     if not lines:
         raise ArgumentError("there is no prompt; give --prompt 'a text'")
     return lines
-
-
-def _read_tools(path: Path) -> list[Any]:
-    """Return the tools that a JSON file describes: a list, as chat templates take it."""
-    try:
-        tools = json.loads(read_text(path))
-    except json.JSONDecodeError as error:
-        raise ArgumentError(f"--tools {path} is not JSON: {error}") from error
-    if not isinstance(tools, list):
-        raise ArgumentError(f"--tools {path} must hold a list of tools")
-    return tools
-
-
-def _probability(word: str) -> float:
-    number = float(word)
-    if not 0 < number <= 1:
-        raise ArgumentTypeError(f"must be above 0 and at most 1, got {word}")
-    return number
-
-
-def _count(word: str) -> int:
-    number = int(word)
-    if number < 0:
-        raise ArgumentTypeError(f"must not be negative, got {word}")
-    return number
-
-
-def _not_negative(word: str) -> float:
-    number = float(word)
-    if not number >= 0:
-        raise ArgumentTypeError(f"must not be negative, got {word}")
-    return number
 
 
 class Printer(TextStreamer):
@@ -144,30 +100,17 @@ class Printer(TextStreamer):
 
 @dataclass
 class Conversation:
-    """Turns of questions and answers. What the model has read stays in its cache."""
+    """Turns of questions and answers."""
 
     runner: PromptRunner
     options: Mapping[str, Any]
     turns: list[dict[str, str]] = field(default_factory=list)
-    _cache: Any = None
-    _read: list[int] = field(default_factory=list)
 
     def ask(self, question: str) -> None:
         """Print the answer to a question as it comes, and remember both."""
         turns = [*self.turns, {"role": "user", "content": question}]
-        inputs = self.runner.encode([self.runner.render(turns)])
-        ids = inputs["input_ids"][0].tolist()
-        is_known = self._cache is not None and ids[: len(self._read)] == self._read
-        known = {"past_key_values": self._cache} if is_known else {}
-        self._cache = None  # an answer that is stopped leaves half a cache
-        streamer = Printer(self.runner)
-        generated = self.runner.model.generate(
-            **inputs, **known, **self.options, streamer=streamer, return_dict_in_generate=True
-        )
-        whole = generated.sequences[0].tolist()
-        self._cache = generated.past_key_values
-        self._read = whole[:-1]
-        answer = self.runner.tokenizer.decode(whole[len(ids) :], skip_special_tokens=True)
+        text = self.runner.render(turns)
+        [answer] = self.runner.answer([text], streamer=Printer(self.runner), **self.options)
         self.turns = [*turns, {"role": "assistant", "content": answer}]
 
 

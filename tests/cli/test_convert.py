@@ -296,23 +296,15 @@ def test_ranks_that_vllm_does_not_take_are_named(run, files):
     assert line == "vLLM takes ranks up to 512, and this LoRA has 513; give --rank 512"
 
 
-def test_a_lora_that_is_much_larger_than_its_adapter_is_told(run, files):
-    """The rank of an adapter with a group for each shard is the number of inputs."""
-    adapted = disha.inject_adapters(nn.Sequential(nn.Linear(64, 64)), "0", r=2, groups="all")
-    disha.save_adapter(adapted, files.path / "a")
-    line = last_line(run("convert", files.path / "a", files.path / "out", "--to", "lora"))
-    assert line.startswith("the LoRA has 0.0 MB, and the adapter has 0.0 MB; to serve it, merge it")
-
-
 def test_parameters_that_vllm_refuses_are_named(run, files):
     model = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8))
     trained = disha.inject_adapters(model, target_regex="0", r=4, also_train="1")
     disha.save_adapter(trained, files.path / "a")
     out = files.path / "out"
     done = run("convert", files.path / "a", out, "--to", "lora")
-    assert "vLLM and SGLang refuse it, because it holds 1.bias, 1.weight" in done.out
     assert last_line(done) == (
-        f"to serve it, merge it: disha merge BASE {files.path / 'a'} {out}-merged"
+        "vLLM and SGLang refuse it, because it holds 1.bias, 1.weight; to serve it, merge it: "
+        f"disha merge BASE {files.path / 'a'} {out}-merged"
     )
 
 
@@ -348,8 +340,7 @@ def test_the_tokenizer_of_new_tokens_is_in_the_folder(run, with_new_tokens, tmp_
 
 def test_new_tokens_are_served_by_the_merged_model_that_is_named(run, with_new_tokens, tmp_path):
     done = run("convert", with_new_tokens, tmp_path / "out", "--to", "lora")
-    assert "vLLM and SGLang refuse it, because it holds" in done.out
-    merge = last_line(done).removeprefix("to serve it, merge it: disha ")
+    merge = last_line(done).partition("to serve it, merge it: disha ")[2]
     assert run(*shlex.split(merge)).code == 0
     _, tokenizer = load_base(str(tmp_path / "out-merged"))
     assert len(tokenizer.encode("<think></think>", add_special_tokens=False)) == 2

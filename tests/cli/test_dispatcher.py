@@ -42,8 +42,7 @@ def test_help_of_every_command(run, name):
     [
         ("finetun", "finetune"),
         ("fine-tune", "finetune"),
-        ("train", "finetune"),
-        ("eval", "evaluate"),
+        ("evaluat", "evaluate"),
         ("generat", "generate"),
         ("xyz", None),
     ],
