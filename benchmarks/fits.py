@@ -34,10 +34,8 @@ import disha
 from benchmarks import four_bits
 from benchmarks.markdown import NOTHING, table
 from benchmarks.memory import allocated_peak
+from benchmarks.simulation import make_without_values, memory_modes, step_memory
 from benchmarks.steps import full_step
-from disha.finetune.dry_run import make_without_values
-from disha.integrations.memory import step_memory
-from disha.private_torch import memory_modes
 
 # Transformers makes a mask for a fake batch that it would not make for a real one without padding.
 ATTENTION = "unmasked"
@@ -132,8 +130,8 @@ def make_mesh(ranks: int) -> Any:
 
 
 def make_simulated(config: Any, bits: int) -> Any:
-    """Return a base without values, as the dry run of `disha finetune` makes it."""
-    return make_without_values(config, str(bits), config.dtype, ATTENTION)
+    """Return a base without values."""
+    return make_without_values(config, bits, ATTENTION)
 
 
 def make_real(config: Any, bits: int) -> Any:

@@ -8,12 +8,6 @@ column says what happens where a torch lacks the name.
     name                                 what it is for                        without it
     torch._subclasses.FakeTensor;        tensors without memory act too          dense
       torch._C._DisableTorchDispatch
-    torch._subclasses.FakeTensorMode;    counts the memory of a step             one error at use
-      torch.distributed._tools
-      .mem_tracker.MemTracker, and its
-      _mod_tracker
-    torch._subclasses.fake_tensor        what a library keeps has its values     one error at use
-      .unset_fake_temporarily            while a step is counted
     torch._C:
       _are_functorch_transforms_active   nothing is written in place then      as if always: slow
       _autograd                          hooks of tensors that are saved for    a dense copy of a
@@ -206,21 +200,6 @@ def require(place: str) -> Any:
             f"torch {torch.__version__} has no {place}, which disha needs; use another release of "
             "one of them"
         ) from error
-
-
-def memory_modes() -> Any:
-    """Return a mode in which tensors have no values, and one that adds up the memory in use."""
-    fake = require("torch._subclasses:FakeTensorMode")(allow_non_fake_inputs=True)
-    tracker = require("torch.distributed._tools.mem_tracker:MemTracker")()
-    # Its hooks would also add up the memory of each module, which takes long, and raises for
-    # modules with frozen parameters.
-    tracker._mod_tracker.register_user_hooks = lambda *hooks: None
-    return fake, tracker
-
-
-def with_values() -> Any:
-    """Return a context in which new tensors have values, inside a mode in which they have none."""
-    return require("torch._subclasses.fake_tensor:unset_fake_temporarily")()
 
 
 def in_backward() -> bool:

@@ -73,15 +73,7 @@ def finetune() -> str:
     parser = arguments._parser(shows_all=True)
     of_trl = {field.name: field.metadata.get("help") for field in dataclasses.fields(SFTConfig)}
     own = [action for action in _shown(parser) if of_trl.get(action.dest) != action.help]
-    former = "\n".join(f"| `--{old}` | `--{new}` |" for old, new in arguments.RENAMED.items())
-    return f"""{FINETUNE}
-{_table(own)}
-Short names, and names that the libraries have changed, still work:
-
-| also accepted | flag |
-| --- | --- |
-{former}
-"""
+    return f"{FINETUNE}\n{_table(own)}"
 
 
 def _command(name: str) -> str:

@@ -12,7 +12,6 @@
 | `trainer` | trl's trainer, and what it shows |
 | `course` | what a checkpoint notes of its run |
 | `train` | one run, from the flags to the saved adapter |
-| `dry_run` | what a run would do, and the memory of a step |
 | `card` | the model card beside the adapter |
 | `report` | the other files beside the adapter, and the proof that the adapter is sound |
 | `merging` | a copy of the base with the adapter in its weights |

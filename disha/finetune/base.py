@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -18,7 +16,6 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
-    BitsAndBytesConfig,
     GgufConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -26,9 +23,10 @@ from transformers import (
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.integrations.fsdp import is_fsdp_enabled
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from trl import ModelConfig, get_quantization_config
 
 import disha
-from disha.errors import AdapterFileError, ArgumentError, DishaError, MissingPackageError
+from disha.errors import AdapterFileError, ArgumentError, DishaError
 from disha.finetune.notes import (
     EOS_KEY,
     FEW_BITS,
@@ -37,8 +35,6 @@ from disha.finetune.notes import (
     read_noted_tokens,
 )
 from disha.text import brief, first_few
-
-NAME = re.compile(r"\w[\w.-]{0,95}(/\w[\w.-]{0,95})?", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -54,10 +50,6 @@ class Base:
     ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         """Return the model, and the tokenizer, with what the notes of an adapter ask for."""
         return load_base(self.name, self.bits, device, notes, self.attn_implementation)
-
-    def mode(self) -> AbstractContextManager[Any]:
-        """Return a context for what is made for the base: a dry run has one without values."""
-        return nullcontext()
 
 
 def load_base(
@@ -78,12 +70,12 @@ def load_base(
         options["device_map"] = {"": device}
     if attn_implementation is not None:
         options["attn_implementation"] = attn_implementation
-    if file:
-        options["quantization_config"] = GgufConfig(dequantize=True)
-    if bits in FEW_BITS:
-        options["quantization_config"] = _quantization(name, bits, dtype)
     model: Any
     try:
+        if bits in FEW_BITS:
+            options["quantization_config"] = _quantization(name, bits, dtype)
+        elif file:
+            options["quantization_config"] = GgufConfig(dequantize=True)
         if not file:
             _require_causal(AutoConfig.from_pretrained(source), name)
         tokenizer, added = read_tokenizer(name, notes)
@@ -182,6 +174,17 @@ def fit_to_tokenizer(model: Any, tokenizer: Any, added: int) -> None:
             rows[known : len(tokenizer)] = rows[:known].mean(0)
 
 
+def load_without_values(
+    name: str, notes: Mapping[str, str]
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Return a base whose weights are not read, and take no memory, and its tokenizer."""
+    tokenizer, added = read_tokenizer(name, notes)
+    model = make_on_meta(name).to_empty(device="cpu")  # pages are taken when written to
+    model.tie_weights()
+    fit_to_tokenizer(model, tokenizer, added)
+    return model, tokenizer
+
+
 def make_on_meta(name: str) -> PreTrainedModel:
     """Return a base by its configuration, on the meta device."""
     source, file = source_of(name)
@@ -252,12 +255,8 @@ def best_device() -> torch.device:
 def source_of(name: str) -> tuple[str, dict[str, str]]:
     """Return the folder or name that `from_pretrained` takes for a base, and the file in it."""
     path = Path(name)
-    if is_gguf(name) and path.is_file():
+    if is_gguf(name):
         return str(path.parent), {"gguf_file": path.name}
-    if path.is_file():
-        raise ArgumentError(f"the base {name} must be a folder, a GGUF file or a name")
-    if not path.is_dir() and not NAME.fullmatch(name):
-        raise ArgumentError(f"there is no file or folder {name} to load the base from")
     return name, {}
 
 
@@ -270,25 +269,17 @@ def choose_dtype(bits: str, device: torch.device | None) -> torch.dtype | str:
     return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[bits]
 
 
-def _quantization(name: str, bits: str, dtype: torch.dtype | str) -> BitsAndBytesConfig:
+def _quantization(name: str, bits: str, dtype: Any) -> Any:
     if is_gguf(name):
         raise ArgumentError(f"a GGUF file can't be quantised to {bits} bits; use bf16 or fp32")
-    try:
-        import bitsandbytes as bitsandbytes
-    except ImportError as error:
-        raise MissingPackageError(
-            f"{bits} bits need the package bitsandbytes; in a checkout of disha, run: "
-            'pip install ".[quant]"'
-        ) from error
-    if bits == "8":
-        return BitsAndBytesConfig(load_in_8bit=True)  # type: ignore[no-untyped-call]
-    return BitsAndBytesConfig(  # type: ignore[no-untyped-call]
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=dtype,
+    settings = ModelConfig(
+        dtype=dtype,
+        load_in_4bit=bits == "4",
+        load_in_8bit=bits == "8",
+        use_bnb_nested_quant=True,
         bnb_4bit_quant_storage=dtype,  # accelerate shards no integers
     )
+    return get_quantization_config(settings)
 
 
 def quantize_stacks(model: PreTrainedModel) -> None:
@@ -307,22 +298,6 @@ def _require_causal(config: Any, name: str) -> None:
         raise ArgumentError(f"{name} is not a causal language model: it is {classes[0]}")
 
 
-def read_text(path: Path) -> str:
-    """Return the text of a file, which must be in UTF-8."""
-    content = path.read_bytes()
-    try:
-        return content.decode()
-    except UnicodeDecodeError as error:
-        raise not_utf8(str(path), error) from error
-
-
-def not_utf8(name: str, error: UnicodeDecodeError) -> ArgumentError:
-    """Return the error for what is not in UTF-8, with the line."""
-    line = error.object.count(b"\n", 0, error.start) + 1
-    byte = error.object[error.start]
-    return ArgumentError(f"line {line} of {name} is not in UTF-8: it has the byte 0x{byte:02x}")
-
-
 def default_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
     """Return the chat template of a tokenizer, which may have others for other uses."""
     template = tokenizer.chat_template
@@ -332,12 +307,9 @@ def default_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
 def template_at(name: str) -> str:
     """Return the chat template in a file, or that of a model."""
     path = Path(name)
-    if path.is_file() or path.suffix == ".jinja":
-        return read_text(path)
-    try:
-        template = default_template(AutoTokenizer.from_pretrained(name))
-    except (OSError, ValueError) as error:
-        raise ArgumentError(f"can't load the chat template of {name}: {error}") from error
+    if path.is_file():
+        return path.read_text(encoding="utf-8")
+    template = default_template(AutoTokenizer.from_pretrained(name))
     if template is None:
         raise ArgumentError(f"--chat_template_path {name} has no chat template")
     return template

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCardData
+from huggingface_hub import ModelCard, ModelCardData
 
 import disha
 from disha.finetune.report import Outcome, Proof, loss_before_and_after, save_text
@@ -14,30 +14,32 @@ from disha.finetune.report import Outcome, Proof, loss_before_and_after, save_te
 CARD = "README.md"
 MARK = "library_name: disha"
 TEXT = """---
-{head}
-# license: yours to choose; those of the base and of the rows may bind you
+{{ card_data }}
 ---
 
-# An adapter for {title}
+# An adapter for {{ title }}
 
 | | |
 |---|---|
-{table}
+{%- for name, value in facts.items() %}
+| {{ name }} | {{ value }} |
+{%- endfor %}
 
-`samples.md` shows answers with and without it, and `report.json` has all settings.
+`samples.md` shows answers with and without it, and `report.json` has all settings. The license is
+yours to choose; those of the base and of the rows may bind you.
 
 ## Use
 
 ```sh
 disha generate --adapter adapter.safetensors --prompt 'a question'
-disha merge {base} adapter.safetensors merged
+disha merge {{ base }} adapter.safetensors merged
 ```
 
 ```python
 import disha
 from transformers import AutoModelForCausalLM
 
-model = AutoModelForCausalLM.from_pretrained("{base}")
+model = AutoModelForCausalLM.from_pretrained("{{ base }}")
 disha.load_adapter(model, "adapter.safetensors")
 ```
 """
@@ -64,8 +66,9 @@ def write_card(folder: Path, settings: Mapping[str, Any], outcome: Outcome, proo
         f"{facts['measured_on']} loss": loss_before_and_after(facts, proof),
         "made with": f"disha {disha.__version__}",
     }
-    table = "\n".join(f"| {name} | {value} |" for name, value in lines.items())
     head = ModelCardData(library_name="disha", tags=["adapter", "disha", "miss"])
     if not Path(base).exists():  # a path on this machine is no name that the hub knows
         head.base_model = base
-    save_text(path, TEXT.format(head=head, table=table, base=base, title=Path(base).name))
+    title = Path(base).name
+    card = ModelCard.from_template(head, template_str=TEXT, facts=lines, base=base, title=title)
+    save_text(path, f"{card}\n")

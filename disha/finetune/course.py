@@ -13,8 +13,10 @@ from transformers import TrainerCallback, TrainerState
 from transformers.trainer_callback import ExportableState
 
 from disha.errors import ArgumentError
-from disha.finetune.arguments import TRAINER_STATE
 from disha.text import first_few
+
+TRAINER_STATE = "trainer_state.json"
+"""What a complete checkpoint has; its name in `transformers.trainer`, which is slow to import."""
 
 FREE = re.compile(
     "base|output_dir|overwrite_output_dir|resume.*|max_steps|num_train_epochs|samples|merge"

@@ -141,7 +141,7 @@ def _wrong_line(path: str) -> str | None:
 
 def mix_rows(sets: list[Dataset], weights: Sequence[float], seed: int) -> Dataset:
     """Return the rows of several sets: each row once, or drawn by weight until all were seen."""
-    forms = {_describe_form(rows) for rows in sets}
+    forms = {", ".join(sorted(rows.column_names)) for rows in sets}
     if len(forms) > 1:
         raise ArgumentError(f"the data sets must have one form, got {' and '.join(sorted(forms))}")
     if not weights:
@@ -152,9 +152,3 @@ def mix_rows(sets: list[Dataset], weights: Sequence[float], seed: int) -> Datase
     return interleave_datasets(
         sets, probabilities=shares, seed=seed, stopping_strategy="all_exhausted"
     )
-
-
-def _describe_form(rows: Dataset) -> str:
-    names = ", ".join(sorted(rows.column_names))
-    kinds = {type(kind) for kind in rows.features.values()}
-    return f"{names} (conversations)" if Json in kinds else names

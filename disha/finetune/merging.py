@@ -48,7 +48,10 @@ def merge_base(
         merge = disha.interop.checkpoints.prepare_merge(
             base, adapter, also_train=also_train, scale=scale, force=force
         )
-        save(out, merge.write_file if is_file else partial(_write_folder, merge, notes))
+        copy: Callable[[Path], object] = partial(_write_folder, merge, notes)
+        if is_file:
+            copy = merge.write_file
+        save(out, copy)
         return merge.report(out)
     if is_file:
         raise ArgumentError(f"{out} would be a folder, because the base is loaded; name a folder")

@@ -68,9 +68,9 @@ def read_settings(adapter: str | Path) -> dict[str, Any]:
     target = config.target or ()  # a combined adapter has none
     if isinstance(target, str):
         target = (target,)
-    settings: dict[str, Any] = {
-        name: getattr(config, name) for name in ("r", "method", "r_out", "dropout")
-    }
+    settings: dict[str, Any] = {name: getattr(config, name) for name in ("r", "r_out", "dropout")}
+    settings["method"], _, groups = config.method.partition("_groups")
+    settings["groups"] = groups.strip("_") or "1"
     settings["target"] = list(target)
     settings["exclude"] = list(config.exclude)
     settings["also_train"] = list(config.also_train)

@@ -8,12 +8,10 @@ import itertools
 import json
 import math
 import platform
-import re
-import sys
 import textwrap
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -55,14 +53,8 @@ class Outcome:
     """What the report says of the training."""
 
 
-@dataclass(frozen=True)
-class Sample:
-    """A question with its answers, and the answer in the data."""
-
-    prompt: str
-    without: str
-    with_adapter: str
-    reference: str
+Sample = dict[str, str]
+"""A question with its answers, and the answer in the data."""
 
 
 @dataclass(frozen=True)
@@ -120,7 +112,12 @@ def prove(base: Base, path: Path, training: SFTConfig, outcome: Outcome) -> Proo
     if trainer.is_fsdp_enabled:
         trainer.accelerator.prepare(model, trainer.create_optimizer())
     samples = [
-        Sample(str(tokenizer.decode(question)), before, after, _text(tokenizer, reference))
+        {
+            "prompt": str(tokenizer.decode(question)),
+            "without": before,
+            "with_adapter": after,
+            "reference": _text(tokenizer, reference),
+        }
         for (question, reference), before, after in zip(pairs, without, with_adapter, strict=True)
     ]
     return Proof(outcome.loss, trainer.evaluate()["eval_loss"], samples, forgetting)
@@ -157,7 +154,7 @@ def _page(samples: Sequence[Sample]) -> str:
     parts = ["# With and without the adapter\n\nGreedy decoding.\n"]
     for number, sample in enumerate(samples, start=1):
         parts.append(f"## Sample {number}\n")
-        for name, text in asdict(sample).items():
+        for name, text in sample.items():
             # Indented text is shown as it is, whatever is in it.
             title = name.replace("_", " ").capitalize()
             shown = text.strip() if text.strip() else "-"
@@ -200,7 +197,7 @@ def write_report(folder: Path, settings: Mapping[str, Any], outcome: Outcome, pr
         **facts,
         "proof": {"trained": proof.trained, "loaded": proof.loaded},
         "forgetting": proof.forgetting,
-        "samples": [asdict(sample) for sample in proof.samples],
+        "samples": proof.samples,
     }
     save_text(folder / REPORT, json.dumps(report, indent=2, default=str) + "\n")
     took = f"in {counted(facts['steps'], 'step')}, {facts['seconds']:.0f} s"
@@ -243,17 +240,6 @@ def _plot(facts: Mapping[str, Any]) -> Figure:
 
 
 def _peak_memory(device: torch.device) -> int | None:
-    """Return the most bytes on an accelerator, or of this process; None if unknown."""
-    if device.type != "cpu":
-        count = getattr(torch.get_device_module(device), "max_memory_allocated", None)
-        return None if count is None else int(count(device))
-    status = Path("/proc/self/status")
-    if status.exists():  # on Linux, `getrusage` counts the memory of the starting process too
-        [kilobytes] = re.findall(r"VmHWM:\s*(\d+) kB", status.read_text())
-        return int(kilobytes) * 1024
-    if sys.platform == "win32":
-        return None
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    """Return the most bytes on an accelerator; None where nobody counts them."""
+    count = getattr(torch.get_device_module(device), "max_memory_allocated", None)
+    return None if count is None else int(count(device))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import itertools
 import json
 import os
 import re
@@ -29,7 +30,6 @@ import disha
 from disha.errors import AdapterFileWarning, ArgumentError
 from disha.files import ADAPTER_NAME
 from disha.finetune.arguments import (
-    TRAINER_STATE,
     AdapterArguments,
     DataArguments,
     TrainingArguments,
@@ -38,14 +38,19 @@ from disha.finetune.base import (
     Base,
     let_first_rank_load,
     load_tokenizer,
+    load_without_values,
     loading_device,
     template_at,
 )
 from disha.finetune.card import write_card
-from disha.finetune.course import Course, read_course, require_same_settings
+from disha.finetune.course import (
+    TRAINER_STATE,
+    Course,
+    read_course,
+    require_same_settings,
+)
 from disha.finetune.data import load_rows, mix_rows
-from disha.finetune.dry_run import BaseWithoutValues, preview
-from disha.finetune.forms import form_rows, learns_marked_answers, marks_answers
+from disha.finetune.forms import form_rows, learns_marked_answers
 from disha.finetune.merging import merge_base, require_mergeable
 from disha.finetune.notes import (
     EOS_KEY,
@@ -67,7 +72,6 @@ from disha.finetune.report import (
 )
 from disha.finetune.templates import try_template
 from disha.finetune.trainer import Trainer
-from disha.integrations.memory import memory_modes
 from disha.integrations.transformers import AdapterCheckpoints
 from disha.text import counted, group_by_reason
 
@@ -123,15 +127,19 @@ def run(
     training: TrainingArguments,
 ) -> int:
     """Run the command with what its words say, and return its exit code."""
+    if adapter.base is None:
+        raise ArgumentError("which model? name it with --base")
+    if not data.data:
+        raise ArgumentError("which rows? name a file or a data set with --data")
     request = Request(adapter, data, training)
-    base = _choose_base(adapter)
+    base = Base(adapter.base, adapter.bits, adapter.attn_implementation)
     if adapter.merge:
         require_mergeable(base.name)
     if training.dry_run:
         with tempfile.TemporaryDirectory() as nowhere:
             dry = copy.copy(training)
             dry.output_dir = nowhere
-            _preview(base, replace(request, training=dry))
+            _preview(_make_run(base, replace(request, training=dry), Course({})).trainer)
         return 0
     with _alone_in(request.folder, training):
         try:
@@ -171,64 +179,45 @@ def _run(base: Base, request: Request) -> None:
     write_report(folder, course.settings, outcome, proof)
 
 
-def _choose_base(adapter: AdapterArguments) -> Base:
-    """Return the base that the flags name, or that the adapter notes."""
-    if adapter.base is None:
-        raise ArgumentError("which model? name it with --base")
-    return Base(adapter.base, adapter.bits, adapter.attn_implementation)
-
-
 # --- the output folder ---------------------------------------------------------------------------
 
 
 @contextmanager
 def _alone_in(folder: Path, training: TrainingArguments) -> Iterator[None]:
     """Keep other runs out of the folder. The system frees the lock of a run that is killed."""
-    if folder.exists() and not folder.is_dir():
-        raise ArgumentError(f"--output_dir {folder} is a file; name a folder")
     if training.process_index > 0:  # the first rank has the lock
         yield
         return
     folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / LOCK, timeout=0)
     try:
-        lock.acquire()
+        held = FileLock(folder / LOCK, timeout=0).acquire()
     except Timeout as error:
         raise ArgumentError(
             f"another run writes into {folder}; wait for its end, or name another --output_dir"
         ) from error
-    try:
+    with held:
         yield
-    finally:
-        with suppress(OSError):  # Windows lets no open file go
-            (folder / LOCK).unlink()
-        lock.release()
-        with suppress(OSError):  # it has files, unless the run was refused
-            folder.rmdir()
 
 
 def _choose_checkpoint(training: TrainingArguments, folder: Path) -> str | None:
     """Return the checkpoint to go on from, if any; raise if an earlier run would be mixed up."""
-    if training.resume_from_checkpoint:
-        return str(training.resume_from_checkpoint)
-    last = _find_checkpoint(folder) if training.resume else None
+    given = training.resume_from_checkpoint
+    resumes = training.resume or given in ("True", "true")  # as in `Trainer`
+    if given and given not in ("True", "true", "False", "false"):
+        return str(given)
+    last = _find_checkpoint(folder) if resumes else None
     if last is not None or training.overwrite_output_dir:
         return last
     results = [path.name for path in _earlier_results(folder)]
-    if not training.resume:
-        if results:
-            raise ArgumentError(
-                f"--output_dir {folder} holds {results[0]} of an earlier run; go on with --resume, "
-                "or start over with --overwrite_output_dir"
-            )
-        return None
-    results = [name for name in results if not CHECKPOINT.fullmatch(name)]
+    if resumes:
+        results = [name for name in results if not CHECKPOINT.fullmatch(name)]
     if results:
         raise ArgumentError(
-            f"--output_dir {folder} holds {results[0]}, but no complete checkpoint to go on from; "
-            "start over with --overwrite_output_dir"
+            f"--output_dir {folder} holds {results[0]} of an earlier run; go on from a complete "
+            "checkpoint with --resume, or start over with --overwrite_output_dir"
         )
-    print(f"there is no complete checkpoint in {folder}; starting at the beginning")
+    if resumes:
+        print(f"there is no complete checkpoint in {folder}; starting at the beginning")
     return None
 
 
@@ -262,20 +251,20 @@ def _clear(folder: Path) -> None:
 def _make_run(base: Base, request: Request, course: Course) -> Run:
     """Return a trainer for a base with the adapter, and for the rows."""
     adapter, training = request.adapter, request.training
-    sets, held_out = _read_sets(request.data)
     notes = _notes_of_run(adapter, training)
     # A row that can't be used raises here, before the base is loaded, which takes longer.
-    tokenizer = load_tokenizer(base.name, notes)
-    rows, held_out = _form_sets(sets, held_out, request, tokenizer)
+    rows, held_out = _make_rows(request.data, training, load_tokenizer(base.name, notes))
     let_first_rank_load(base, training)
     device = loading_device(base, training)
-    has_values = device is None or device.type != "meta"
-    model, tokenizer = base.load(device, notes)
+    has_values = not training.dry_run and (device is None or device.type != "meta")
+    if training.dry_run:
+        model, tokenizer = load_without_values(base.name, notes)
+    else:
+        model, tokenizer = base.load(device, notes)
     notes[PROMPT_KEY] = "chat" if is_conversational(rows[0]) else "text"
     # Each checkpoint holds the notes that the final file holds, so that commands can use it.
     notes_of = partial(notes_at, notes=notes, base=base.name, bits=base.bits)
-    with base.mode():
-        _adapt(model, adapter, tokenizer, has_values)
+    _adapt(model, adapter, tokenizer, has_values)
     if training.fp16:
         _widen_trained(model)
     measured = rows.select(range(min(len(rows), CHECKED_ROWS))) if held_out is None else held_out
@@ -304,23 +293,6 @@ def _for_trl(training: TrainingArguments, rows: Dataset, tokenizer: Any) -> Trai
     return taken
 
 
-def _read_sets(data: DataArguments) -> tuple[list[Dataset], Dataset | None]:
-    """Return the data sets to train on, and the rows to measure on if they are apart."""
-    if not data.data:
-        raise ArgumentError("which rows? name a file or a data set with --data")
-    splits = data.dataset_split
-    if len(splits) == 1:
-        splits = splits * len(data.data)
-    if len(splits) != len(data.data):
-        raise ArgumentError("give one --dataset_split for all data, or one for each")
-    sets = [load_rows(name, split) for name, split in zip(data.data, splits, strict=True)]
-    if data.eval_data is None and data.eval_split is None:
-        return sets, None
-    measured_on = data.data[0] if data.eval_data is None else data.eval_data
-    split = "train" if data.eval_split is None else data.eval_split
-    return sets, load_rows(measured_on, split)
-
-
 def _notes_of_run(adapter: AdapterArguments, training: TrainingArguments) -> dict[str, str]:
     """Return the notes of the adapter that is trained further, with what the flags add."""
     notes = {}
@@ -336,38 +308,40 @@ def _notes_of_run(adapter: AdapterArguments, training: TrainingArguments) -> dic
     return notes
 
 
-def _form_sets(
-    sets: list[Dataset], held_out: Dataset | None, request: Request, tokenizer: Any
+def _make_rows(
+    data: DataArguments, training: TrainingArguments, tokenizer: Any
 ) -> tuple[Dataset, Dataset | None]:
     """Return the rows to train on, mixed, and those held out, in the forms that trl trains."""
-    data, training = request.data, request.training
-    if training.assistant_only_loss and not marks_answers(tokenizer):
-        raise ArgumentError(
-            "--assistant_only_loss True needs a chat template in which trl can mark the answers; "
-            "give one with --chat_template_path, or leave the flag out"
-        )
-    learn_all = training.assistant_only_loss is False
-    sets = [form_rows(rows, data.dataset_field, tokenizer, learn_all=learn_all) for rows in sets]
-    if held_out is not None:
-        held_out = form_rows(held_out, data.dataset_field, tokenizer, learn_all=learn_all)
+    splits = data.dataset_split
+    if len(splits) == 1:
+        splits = splits * len(data.data)
+    if len(splits) != len(data.data):
+        raise ArgumentError("give one --dataset_split for all data, or one for each")
+
+    def read(name: str, split: str) -> Dataset:
+        learn_all = training.assistant_only_loss is False
+        rows = load_rows(name, split)
+        return form_rows(rows, data.dataset_field, tokenizer, learn_all=learn_all)
+
+    sets = [read(name, split) for name, split in zip(data.data, splits, strict=True)]
+    held_out = None
+    if data.eval_data or data.eval_split:
+        held_out = read(data.eval_data or data.data[0], data.eval_split or "train")
     elif data.eval_fraction:
         if not data.data_weights:
             sets = [mix_rows(sets, (), training.seed)]
         # Before rows are drawn by weight: a row that is drawn twice must not be in both parts.
-        try:
-            parts = [rows.train_test_split(data.eval_fraction, seed=training.seed) for rows in sets]
-        except ValueError as error:
-            raise ArgumentError(f"--eval_fraction {data.eval_fraction}: {error}") from error
+        parts = [rows.train_test_split(data.eval_fraction, seed=training.seed) for rows in sets]
         sets = [part["train"] for part in parts]
         held_out = mix_rows([part["test"] for part in parts], (), training.seed)
-    rows = mix_rows(sets, data.data_weights, training.seed)
-    return rows, held_out
+    return mix_rows(sets, data.data_weights, training.seed), held_out
 
 
-def _adapt(model: Any, adapter: AdapterArguments, tokenizer: Any, has_values: bool = True) -> None:
+def _adapt(model: Any, adapter: AdapterArguments, tokenizer: Any, has_values: bool) -> None:
     """Add the adapter: a new one, or that of a file, which must be of this base."""
     if adapter.adapter is None:
-        _inject(model, adapter, tokenizer)
+        new_rows = tokenizer.convert_tokens_to_ids(adapter.new_tokens)
+        disha.inject_adapters(model, **adapter.settings_for(model, new_rows))
         return
     action: Literal["error", "ignore"] = "error" if has_values else "ignore"
     with warnings.catch_warnings(action=action, category=AdapterFileWarning):
@@ -379,19 +353,6 @@ def _widen_trained(model: Any) -> None:
     for parameter in model.parameters():
         if parameter.requires_grad and parameter.dtype == torch.float16:
             parameter.data = parameter.data.float()
-
-
-def _inject(model: Any, adapter: AdapterArguments, tokenizer: Any) -> None:
-    """Add a new adapter, as the flags say."""
-    settings = adapter.settings_for(model)
-    table = model.get_input_embeddings()
-    head = model.get_output_embeddings()
-    patterns = {module: f"^{re.escape(name)}$" for name, module in model.named_modules()}
-    if adapter.new_tokens:
-        numbers = tokenizer.convert_tokens_to_ids(adapter.new_tokens)
-        tables = [layer for layer in (table, head) if layer is not None]
-        settings["also_train_rows"] = {patterns[layer]: numbers for layer in tables}
-    disha.inject_adapters(model, **settings)
 
 
 # --- training ------------------------------------------------------------------------------------
@@ -464,18 +425,20 @@ def _warn_of_lost_state(checkpoint: Path) -> None:
 # --- the dry run ---------------------------------------------------------------------------------
 
 
-def _preview(base: Base, request: Request) -> None:
-    """Print what a run would do. No weight of the base is read."""
-    fake, _ = memory_modes()
-    # The trainer has the plan and the rows. It would ask quantised weights for values.
-    plain = BaseWithoutValues(base.name, "bf16", base.attn_implementation, fake)
-    run = _make_run(plain, request, Course({}))
+def _preview(trainer: Trainer) -> None:
+    """Print the plan, one row, and the steps."""
+    print(disha.summary(trainer.model))
+    row = trainer.train_dataset[0]
+    print(f"\none of {counted(len(trainer.train_dataset), 'row')}; [[ ]] marks what is learned:")
+    print(_mark_learned(row["input_ids"], row["labels"], trainer.processing_class))
+    *_, steps = trainer.set_initial_training_values(trainer.args, trainer.get_train_dataloader())
+    print(f"\n{counted(steps, 'step')}")
 
-    def make_model(fake: Any) -> Any:
-        other = BaseWithoutValues(base.name, base.bits, base.attn_implementation, fake)
-        model, tokenizer = other.load(request.training.simulated_device, run.notes)
-        with fake:
-            _adapt(model, request.adapter, tokenizer)
-        return model
 
-    preview(run.trainer, make_model)
+def _mark_learned(ids: Sequence[int], labels: Sequence[int], tokenizer: Any) -> str:
+    text = ""
+    pairs = zip(ids, labels, strict=True)
+    for learned, run in itertools.groupby(pairs, key=lambda pair: pair[1] != -100):
+        part = tokenizer.decode([token for token, _ in run])
+        text += f"[[{part}]]" if learned else part
+    return text

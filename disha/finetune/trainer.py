@@ -5,14 +5,12 @@ from __future__ import annotations
 import copy
 import math
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from tqdm import tqdm
-from transformers import PrinterCallback, ProgressCallback, TrainerCallback
+from transformers import ProgressCallback, TrainerCallback
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from trl import SFTTrainer
 from trl.trainer import utils as trl_utils
@@ -36,10 +34,8 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
         """How many rows are left to train on and to measure, before they are packed."""
         super().__init__(*given, **named)
         self.add_callback(StopWithoutLoss)
-        self.remove_callback(PrinterCallback)
-        self.remove_callback(ProgressCallback)
-        if self.args.process_index == 0:
-            self.add_callback(LossTable)
+        if self.pop_callback(ProgressCallback):
+            self.add_callback(Losses)
 
     def create_model_card(self, *given: Any, **named: Any) -> None:
         """Do nothing, because trl's card shows how to load a complete model."""
@@ -48,7 +44,7 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
         """Return the loss; on a processor, only learned positions are scored."""
         if self.args.device.type != "cpu":
             return super().compute_loss(*given, **named)
-        with score_positions(only_learned=True):
+        with score_learned_positions():
             return super().compute_loss(*given, **named)
 
     def _prepare_dataset(
@@ -92,15 +88,15 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
 
 
 @contextmanager
-def score_positions(only_learned: bool, tile: int = TILE) -> Iterator[None]:
+def score_learned_positions() -> Iterator[None]:
     """Let trl score on a processor as it does with its kernel: what is learned, and nothing else.
 
     These names are private in trl 1.16. A trl without them has the same losses, in more time.
     """
     names = vars(trl_utils)
     changed = {
-        "_use_triton": lambda device: only_learned,
-        "_CHUNKED_LOGPROB_CHUNK_SIZE": tile,
+        "_use_triton": lambda device: True,
+        "_CHUNKED_LOGPROB_CHUNK_SIZE": TILE,
     }
     before = {name: names.get(name) for name in changed}
     names.update(changed)
@@ -137,49 +133,15 @@ class StopWithoutLoss(TrainerCallback):
             )
 
 
-class LossTable(ProgressCallback):
+class Losses(ProgressCallback):
     """Prints a line for each step with a loss, above the only bar, which is shown on a terminal."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.values: dict[str, float] = {}
-
-    def on_train_begin(self, args: Any, state: Any, *given: Any, **named: Any) -> None:
-        """Start the table and the bar."""
-        self.current_step = self.first_step = state.global_step
-        self.training_bar = tqdm(total=state.max_steps, disable=args.disable_tqdm or None)
-        tqdm.write("      step      loss  measured      rate      left")
-        self.began = time.monotonic()
-        self.values = {}
 
     def on_prediction_step(self, *given: Any, **named: Any) -> None:
         """Show no second bar."""
 
     def on_log(self, args: Any, state: Any, *given: Any, logs: Any = None, **named: Any) -> None:
-        """Keep what was logged. A step may be logged twice: when it is trained, and measured."""
-        self.values |= {name: logs[name] for name in COLUMNS if name in logs}
-
-    def on_step_begin(self, args: Any, state: Any, *given: Any, **named: Any) -> None:
-        """Print the line of the step before, which is complete now."""
-        self._print_line(state)
-
-    def on_train_end(self, args: Any, state: Any, *given: Any, **named: Any) -> None:
-        """Print the last line, and close the bar."""
-        self._print_line(state)
-        super().on_train_end(args, state, *given, **named)  # type: ignore[no-untyped-call]
-
-    def _print_line(self, state: Any) -> None:
-        if not self.values.keys() & {"loss", "eval_loss"}:
-            return
-        step = state.global_step
-        line = f"{step:>10}"
-        for name in COLUMNS:
-            shown = f"{self.values[name]:.4g}" if name in self.values else ""
-            line += f"{shown:>10}"
-        if step > self.first_step:
-            seconds_a_step = (time.monotonic() - self.began) / (step - self.first_step)
-            left = tqdm.format_interval(seconds_a_step * (state.max_steps - step))
-            line += f"{left:>10}"
-        self.values = {}
-        tqdm.write(line.rstrip())
-        sys.stdout.flush()
+        """Print the losses and the rate, with the step."""
+        shown = {name: logs[name] for name in COLUMNS if name in logs}
+        if shown:
+            shown = {"step": state.global_step, **shown}
+            super().on_log(args, state, *given, logs=shown, **named)  # type: ignore[no-untyped-call, misc]

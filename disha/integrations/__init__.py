@@ -5,5 +5,4 @@
 - `transformers`: checkpoints of its `Trainer`
 - `trl`: its trainers, with the trained model as their reference
 - `engines`: what FSDP2 and DeepSpeed write of a model, for all of these
-- `memory`: the memory of a training step, simulated
 """

@@ -21,6 +21,7 @@ import torch.distributed as dist
 from benchmarks.markdown import bytes_text
 from disha.finetune import train
 from disha.finetune.arguments import parse_flags
+from disha.finetune.base import Base
 from disha.finetune.course import Course
 from tests.distributed import trainers
 from tests.distributed.__main__ import on_ranks
@@ -56,7 +57,7 @@ def taken(folder, base, engine, flags):
         request = train.Request(*flags)
         before = held("VmRSS")
         Path("/proc/self/clear_refs").write_text("5")  # lets the peak begin anew
-        base = train._choose_base(request.adapter)
+        base = Base(request.adapter.base, request.adapter.bits)
         trainer = train._make_run(base, request, Course(request.settings())).trainer
         if engine == "fsdp2":
             trainer.accelerator.prepare(trainer.model, trainer.create_optimizer())

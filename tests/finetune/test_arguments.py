@@ -1,7 +1,9 @@
 import pytest
 import yaml
+from torch import nn
 
-from disha import ArgumentError, DishaError
+import disha
+from disha import ArgumentError
 from disha.finetune.arguments import parse_flags
 
 AUTHORS = """--base_model_name_or_path model --output_dir output/bone --bone_r 32 --init_weights bat
@@ -41,11 +43,12 @@ def test_other_names_of_flags(words, name, value):
 
 
 @pytest.mark.parametrize(
-    ("groups", "method"), [("1", "miss"), ("3", "bone_groups3"), ("all", "bone_groups_all")]
+    ("groups", "method"), [("1", "bone"), ("3", "bone_groups3"), ("all", "bone_groups_all")]
 )
 def test_groups_of_shards(groups, method):
     adapter, _, _ = parse_flags(["--groups", groups, "--method", "miss"])
-    assert adapter.settings()["method"] == method
+    plan = disha.plan_adapters(nn.Sequential(nn.Linear(128, 128)), **adapter.settings())
+    assert plan.config.method == method
 
 
 def test_a_file_of_flags_and_the_command_line_wins(tmp_path):
@@ -65,12 +68,10 @@ def test_a_file_of_flags_and_the_command_line_wins(tmp_path):
         ("--zzzz", "no flag --zzzz; --help_all shows"),
         ("--bits 3", "invalid choice: '3'"),
         ("--r many", "invalid int value: 'many'"),
-        ("--groups few", "--groups must be a number from 1, or all; got few"),
-        ("--groups 2 --method bat", "leave --groups out: only bone takes groups of shards"),
-        ("--init_weights True --method lora", "True means Bone, and the adapter has method=lora"),
-        ("--config", "--config needs a YAML file"),
-        ("--eval_fraction 1.5", "--eval_fraction must be below 1, got 1.5"),
-        ("--config nowhere.yaml", "can't be read as YAML"),
+        ("--config", "--config: expected one argument"),
+        ("--trust_remote_code True", "no flag --trust_remote_code"),
+        ("--lr_scheduler_type nope", "nope is not a valid SchedulerType"),
+        ("--eval_fraction 0.5 --eval_split test", "leave one out"),
     ],
 )
 def test_wrong_flags_raise(words, message):
@@ -78,10 +79,10 @@ def test_wrong_flags_raise(words, message):
         parse_flags(words.split())
 
 
-@pytest.mark.parametrize("text", ["a: [", "- 1", "r"])
+@pytest.mark.parametrize("text", ["- 1", "r", ""])
 def test_a_file_that_holds_no_flags(tmp_path, text):
     (path := tmp_path / "run.yaml").write_text(text)
-    with pytest.raises(ArgumentError, match=r"run\.yaml"):
+    with pytest.raises(ArgumentError, match=r"run\.yaml holds no flags"):
         parse_flags(["--config", str(path)])
 
 
@@ -104,57 +105,5 @@ def test_help(capsys, word, shows_all):
     assert "--learning-rate" not in shown
 
 
-@pytest.mark.parametrize(
-    ("words", "says"),
-    [
-        ("--load_in_4bit True", "no flag --load_in_4bit; use --bits 4"),
-        ("--lora-r=8", "use --r"),
-        ("--target q_proj,v_proj", "separate names by spaces: q_proj v_proj"),
-        ("--trust_remote_code True", "code in the folder of a model never"),
-        ('--model_init_kwargs {"a":1}', "--model_init_kwargs can't be used: .*--attn_impl"),
-        ("--lr_scheduler_type nope", "nope is not a valid SchedulerType"),
-        ("--report_to wandb", "--report_to: .*wandb"),
-        ("--report_to nobody", "nobody is not supported"),
-        ("--fsdp full_shard", "--fsdp shards the base among several processes; start them"),
-        ("--load_best_model_at_end", "save and eval strategy to match"),
-        ("--resume_from_checkpoint no/such", "no/such is not a complete checkpoint of a run"),
-        ("--per_device_eval_batch_size 0", "--per_device_eval_batch_size must be at least 1"),
-        ("--gradient_accumulation_steps 0", "--gradient_accumulation_steps must be at least 1"),
-        ("--learning_rate -1", "--learning_rate must not be negative, got -1"),
-        ("--new_tokens=", "--new_tokens must not hold an empty text"),
-    ],
-)
-def test_what_is_wrong_is_said_before_a_model_is_loaded(words, says):
-    with pytest.raises(DishaError, match=says):
-        parse_flags(words.split())
-
-
-def test_values_that_do_not_count_are_told():
-    with pytest.warns(UserWarning, match="--data comes 2 times, and the last one alone counts"):
-        assert parse_flags(["--data", "a", "b", "--data", "c"])[1].data == ["c"]
-
-
-def test_new_tokens_count_once():
-    assert parse_flags(["--new_tokens", "<a>", "<b>", "<a>"])[0].new_tokens == ["<a>", "<b>"]
-
-
-def test_the_last_checkpoint_is_named_as_in_trainer():
-    training = parse_flags(["--resume_from_checkpoint", "True"])[2]
-    assert training.resume
-    assert training.resume_from_checkpoint is None
-
-
-@pytest.mark.parametrize(
-    ("content", "says"),
-    [
-        (b"", "is empty"),
-        (None, "can't be read"),
-        (b"r: 8\nbase: \xe9\n", "line 2 of .* not in UTF-8: it has the byte 0xe9"),
-    ],
-)
-def test_a_file_of_flags_that_can_not_be_read(tmp_path, content, says):
-    path = tmp_path / "run.yaml"
-    if content is not None:
-        path.write_bytes(content)
-    with pytest.raises(ArgumentError, match=says):
-        parse_flags(["--config", str(path)])
+def test_all_values_of_a_flag_count():
+    assert parse_flags(["--data", "a", "b", "--data", "c"])[1].data == ["a", "b", "c"]

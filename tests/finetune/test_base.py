@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertForMaskedLM, T5Config
 
 import disha
-from disha import ArgumentError, MissingPackageError
+from disha import ArgumentError
 from disha.finetune.base import best_device, load_base, template_at
 from disha.finetune.notes import BASE_KEY, base_note, read_noted_base
 from tests.finetune import tiny_gguf
@@ -58,10 +58,8 @@ def test_a_gguf_file_computes_what_its_weights_say(tmp_path, kind, limit):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("./nowhere", "no file or folder ./nowhere"),
-        ("no/such/model", "no file or folder no/such/model"),
+        ("./nowhere", "can't load the base ./nowhere"),
         ("someone/nothing", "can't load the base someone/nothing"),
-        (__file__, "must be a folder, a GGUF file or a name"),
     ],
 )
 def test_no_such_model(name, message):
@@ -114,7 +112,7 @@ def test_code_in_the_folder_does_not_run(tmp_path):
 
 def test_bits_without_bitsandbytes(tiny, monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
-    with pytest.raises(MissingPackageError, match=r"\.\[quant\]"):
+    with pytest.raises(ArgumentError, match="bitsandbytes"):
         load_base(str(tiny), "4")
 
 

@@ -129,7 +129,7 @@ class TestMixed:
             form_rows(datasets.Dataset.from_list([row]), (), tokenizer(chat=True))
             for row in ({"prompt": "p", "completion": "c"}, PAIR)
         )
-        with pytest.raises(ArgumentError, match=r"completion, prompt \(conversations\)"):
+        with pytest.raises(ValueError, match="features can't be aligned"):
             mix_rows([texts, talks], (), 0)
 
     @pytest.mark.parametrize("weights", [[1], [0, 0], [2, -1]])

@@ -79,7 +79,7 @@ class TestResults:
         for line in (f"| base | {tiny} |", "| method | bone, r = 8 |", f"| rows | 48 of {data} |"):
             assert line in card
         assert f"| training loss | {authors.losses[0]:.3f} -> " in card
-        assert "# license: yours to choose" in card
+        assert "The license is\nyours to choose" in card
 
     def test_a_readme_of_others_stays(self, finetune, tmp_path):
         (tmp_path / "README.md").write_text("mine")
@@ -95,7 +95,6 @@ class TestResults:
         assert report["settings"]["r"] == 8
         assert report["versions"]["disha"] == disha.__version__
         assert report["seconds"] > 0
-        assert report["peak_memory_bytes"] > 1e8
         assert set(report["samples"][0]) == {"prompt", "without", "with_adapter", "reference"}
 
     def test_forgetting(self, authors, tiny):
@@ -314,7 +313,7 @@ class TestCourse:
         [
             (["--r", 4], "has r=8, which can't change; leave out --r"),
             (["--method", "bone"], "has method=bat"),
-            (["--groups", "2"], "leave --groups out: only bone takes groups"),
+            (["--groups", "2"], "has groups=1"),
             (["--init_weights", "True"], "has method=bat"),
             (["--target", "q_proj"], "has target="),
             (["--also_train", "norm"], "has also_train="),
@@ -339,7 +338,8 @@ class TestCourse:
         disha.save_adapter(model, tmp_path / "adapter.safetensors", "sum")
         words = ["--adapter", tmp_path / "adapter.safetensors", "--groups", "all"]
         settings = finetune(tmp_path / "out", *words).report["settings"]
-        assert (settings["method"], settings["target"]) == ("bone_groups_all", [])
+        assert (settings["method"], settings["groups"]) == ("bone", "all")
+        assert settings["target"] == []
 
     def test_the_report_has_the_settings_of_an_adapter_that_is_trained_further(
         self, tiny, data, authors, tmp_path
@@ -362,10 +362,6 @@ class TestCourse:
         assert found.report["rows"] == {"training": 48, "measured": 48}
         assert disha.inspect_adapter(found.adapter).metadata["prompt"] == "chat"
 
-    def test_early_stopping_needs_a_best_checkpoint(self, finetune, tmp_path):
-        with pytest.raises(ArgumentError, match="needs --load_best_model_at_end"):
-            finetune(tmp_path, "--early_stopping_patience", 2)
-
     def test_tensorboard(self, finetune, tmp_path, monkeypatch):
         monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "board"))
         finetune(tmp_path / "out", "--report_to", "tensorboard", "--logging_steps", 2)
@@ -380,8 +376,16 @@ class TestCourse:
         shown = capsys.readouterr().out
         assert "model.layers.0.mlp.down_proj" in shown
         assert "[[" in shown
-        assert "6 steps; one needs on a device, simulated:\nweights " in shown
+        assert shown.endswith("\n6 steps\n")
         assert not list(tmp_path.iterdir())
+
+    @pytest.mark.parametrize("further", [False, True])
+    def test_a_dry_run_reads_no_weight(self, further, authors, tiny, data, tmp_path):
+        ignored = shutil.ignore_patterns("*.safetensors")
+        base = shutil.copytree(tiny, tmp_path / "base", ignore=ignored)
+        words = ["--base", base, "--data", data, "--dry_run"]
+        words += ["--adapter", authors.adapter] if further else ["--new_tokens", "<think>"]
+        assert main([str(word) for word in words]) == 0
 
     @pytest.mark.parametrize("only", ["True", "False"])
     def test_questions_are_learned_too_if_asked(self, only, tiny, data, tmp_path, capsys):
@@ -403,7 +407,7 @@ class TestOutputFolder:
     @pytest.mark.parametrize("name", ["adapter.safetensors", "merged"])
     def test_resuming_without_a_checkpoint_keeps_it(self, name, finetune, authors, tmp_path):
         shutil.copy(authors.adapter, tmp_path / name)
-        with pytest.raises(ArgumentError, match="no complete checkpoint to go on from"):
+        with pytest.raises(ArgumentError, match="of an earlier run; go on from a complete"):
             finetune(tmp_path, "--resume")
         assert (tmp_path / name).read_bytes() == authors.adapter.read_bytes()
 
@@ -432,7 +436,7 @@ class TestOutputFolder:
         (["--dataset_field", "question", "answer"], "have the fields query, response"),
         (["--dataset_split", "dev"], "dev"),
         (["--dataset_split", "train", "train"], "one for each"),
-        (["--base", "./none"], "no file or folder"),
+        (["--base", "./none"], "can't load the tokenizer of ./none"),
         (["--r", "65"], "r=65"),
         (["--target", "nothing"], "selects no layer"),
         (["--report_to", "nobody"], "nobody"),
@@ -442,18 +446,6 @@ def test_bad_input(finetune, tmp_path, words, message):
     with pytest.raises((ValueError, RuntimeError), match=message):
         finetune(tmp_path / "out", *words)
     assert not (tmp_path / "out" / "adapter.safetensors").exists()
-
-
-def test_too_few_rows_to_hold_some_out(finetune, tmp_path):
-    one_row = write_rows(tmp_path / "one.jsonl", rows(1))
-    with pytest.raises(ArgumentError, match=r"--eval_fraction 0\.5: .*will be empty"):
-        finetune(tmp_path / "run", "--eval_fraction", 0.5, "--data", one_row)
-
-
-def test_an_output_that_is_a_file_is_named_before_a_model_is_loaded(finetune, tmp_path):
-    (tmp_path / "out").touch()
-    with pytest.raises(ArgumentError, match="out is a file; name a folder"):
-        finetune(tmp_path / "out", base=tmp_path / "absent")
 
 
 def test_a_loss_that_is_no_number_stops_the_run_and_names_the_rate(finetune, tmp_path):
@@ -471,7 +463,7 @@ def test_attention_is_computed_as_the_flag_says(tiny):
 
 def test_trl_is_left_as_it_was():
     before = dict(vars(trl_utils))
-    with trainer.score_positions(only_learned=True):
+    with trainer.score_learned_positions():
         assert trl_utils._use_triton("cpu")
     assert vars(trl_utils) == before
 
@@ -595,7 +587,7 @@ def test_only_learned_positions_are_scored_on_a_cpu(words, finetune, tmp_path, m
         return result.blocks(), logged, products
 
     blocks, logged, work = run("learned")
-    monkeypatch.setattr(trainer, "score_positions", lambda only_learned: nullcontext())
+    monkeypatch.setattr(trainer, "score_learned_positions", nullcontext)
     monkeypatch.setattr(trl_utils, "_use_triton", lambda device: False)
     monkeypatch.setattr(trl_utils, "_CHUNKED_LOGPROB_CHUNK_SIZE", 32768)
     all_blocks, all_logged, all_work = run("all")

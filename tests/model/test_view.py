@@ -198,7 +198,6 @@ def test_nothing_else_walks():
         ("model/view.py", "layer.disha.children()"),
         ("model/inject.py", "module.modules()"),
         ("model/view.py", "module.modules()"),
-        ("integrations/memory.py", "model.parameters()"),
         ("layers/state_dicts.py", "model.named_modules()"),
         ("layers/state_dicts.py", "self.modules()"),
     }

@@ -14,7 +14,6 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 import disha
-from disha.integrations.memory import step_memory
 from tests.conftest import (
     Made,
     assert_same,
@@ -264,6 +263,7 @@ def test_nothing_of_the_inputs_size_is_kept(device):
 
 def test_the_simulated_memory_of_a_step_is_that_of_the_allocator(device):
     from benchmarks.memory import allocated_peak
+    from benchmarks.simulation import step_memory
 
     if device.type not in ("cpu", "cuda"):
         pytest.skip("its allocator keeps no peak")
