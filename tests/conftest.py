@@ -168,7 +168,7 @@ def snapshot(model: nn.Module) -> dict[str, object]:
         "flags": flags(model),
         "attributes": {name: sorted(module.__dict__) for name, module in model.named_modules()},
         "active": {
-            name: (module.disha.active, module.disha.override(), module.disha.merged)
+            name: (module.disha.active, module.disha.find_override(), module.disha.merged)
             for name, module in model.named_modules()
             if isinstance(module, AdaptedLayer)
         },

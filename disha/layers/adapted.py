@@ -22,8 +22,8 @@ from disha.layers import quantized
 from disha.layers.blocks import MERGED, AdapterBlock, Adapters
 from disha.layers.containers import CHILD_NAME, methods_without_child
 from disha.layers.model_record import ModelRecord
-from disha.layers.reading import is_weight_of, linear_forward, weight_property
 from disha.layers.state_dicts import watch_loading
+from disha.layers.weight_property import is_weight_of, linear_forward, weight_property
 from disha.layers.weights import base_of, delta_of, slots_of, start_block, untrained_rows_kept
 
 
@@ -151,7 +151,7 @@ class AdaptedLayer(nn.Module):
             parts.insert(0, of_layer)
         if self.disha.merged is not None:
             parts.append(f"merged={list(self.disha.merged.adapters)}")
-        elif self.disha.override() == ():
+        elif self.disha.find_override() == ():
             parts.append("disabled")
         return ", ".join(parts)
 

@@ -143,7 +143,7 @@ class AdapterBlock(nn.Module):
         """Size of the output shard of a tile, else None."""
         return self.config.r_out
 
-    def update(self, on_meta: bool = False, group: Group | None = None) -> Update:
+    def make_update(self, on_meta: bool = False, group: Group | None = None) -> Update:
         """Return the update for products with the weight, with the current scale and dropout.
 
         `on_meta` is as in `read_values`. `group` is given while compiling: the scale is then a
@@ -312,8 +312,8 @@ class NewRowsBlock(AdapterBlock):
     is_new_rows = True
     _first_scale = 1.0
 
-    def new_rows(self, on_meta: bool, group: Group | None) -> NewRows:
-        """Return the rows for products with the table; arguments are as in `update`."""
+    def make_new_rows(self, on_meta: bool, group: Group | None) -> NewRows:
+        """Return the rows for products with the table; arguments are as in `make_update`."""
         acts = None if group is None else self.scale_tensor * self._read_factor(group) != 0
         return NewRows(self.read_values(on_meta), self.slot.output_ranges, acts)
 
@@ -524,7 +524,7 @@ class Adapters(nn.Module):
             blocks.sort(key=lambda block: block.is_new_rows)
         return tuple(blocks)
 
-    def override(self, compiling: bool = False) -> Override | None:
+    def find_override(self, compiling: bool = False) -> Override | None:
         """Return what acts in place of the active adapters, or None if no context covers the layer.
 
         Where a context disables adapters, this is (): nothing acts. Compiled code (`compiling`)
@@ -549,7 +549,7 @@ class Adapters(nn.Module):
     ) -> Updates:
         """Return the updates of the blocks that act on a parameter.
 
-        `compiling` and `on_meta` are as in `AdapterBlock.update`.
+        `compiling` and `on_meta` are as in `AdapterBlock.make_update`.
         """
         group = self.group if compiling else None
         blocks: dict[str | None, tuple[AdapterBlock, ...]] = {}
@@ -563,8 +563,8 @@ class Adapters(nn.Module):
         for adapter, acting in blocks.items():
             rows = [block for block in acting if isinstance(block, NewRowsBlock)]
             others = [block for block in acting if not block.is_new_rows]
-            rows_of[adapter] = [block.new_rows(on_meta, group) for block in rows]
-            updates_of[adapter] = tuple([block.update(on_meta, group) for block in others])
+            rows_of[adapter] = [block.make_new_rows(on_meta, group) for block in rows]
+            updates_of[adapter] = tuple([block.make_update(on_meta, group) for block in others])
         updates = Updates(updates_of.get(None, ()))
         if isinstance(override, Route):
             updates = Routed(override, updates_of)

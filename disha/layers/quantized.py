@@ -281,7 +281,7 @@ def add_updates(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], outp
     """Return the output with the updates that act: the hook of a module with a quantised weight."""
     adapters: Adapters = module.disha
     compiling = is_compiling()
-    override = adapters.override(compiling)
+    override = adapters.find_override(compiling)
     blocks = adapters.acting_blocks("weight", override)
     if not blocks:
         return output

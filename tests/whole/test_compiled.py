@@ -20,7 +20,7 @@ from torch._inductor.utils import run_and_get_code
 
 import disha
 from tests.conftest import close, freshly_compiled, needs_grouped_products, perturb, seed_torch
-from tests.layers.test_reading import Reader
+from tests.layers.test_weight_property import Reader
 from tests.reference import BONE_KINDS, METHODS
 
 

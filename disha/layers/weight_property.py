@@ -59,7 +59,7 @@ def weight_property(original: type[nn.Module], name: str) -> property:
         override = None
         compiling = is_compiling()
         if compiling or OPEN_CONTEXTS:
-            override = adapters.override(compiling)
+            override = adapters.find_override(compiling)
             blocks = adapters.acting_blocks(name, override)
         else:
             blocks = adapters.active_blocks.get(name)
@@ -80,7 +80,7 @@ def weight_property(original: type[nn.Module], name: str) -> property:
             is_usual = override is None and not compiling and len(blocks) == 1
             if is_usual and not blocks[0].is_new_rows:
                 # What `adapters.updates` does in the usual case, without a call.
-                return make_effective(base, layout, Updates((blocks[0].update(),)))
+                return make_effective(base, layout, Updates((blocks[0].make_update(),)))
             return make_effective(base, layout, adapters.updates(name, override, compiling))
         except AttributeError as error:
             # Python would take it for a missing attribute, and call `nn.Module.__getattr__`, which
@@ -175,5 +175,5 @@ def linear_forward(layer: Any, input: Tensor) -> Tensor:
     if plain and input.layout is torch.strided:
         # `layer.bias` calls `nn.Module.__getattr__`.
         bias = parameters["bias"] if "bias" in parameters else layer.bias  # noqa: SIM401
-        return adapted_linear(input, base, bias, (block.update(),))
+        return adapted_linear(input, base, bias, (block.make_update(),))
     return nn.Linear.forward(layer, input)
