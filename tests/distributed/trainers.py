@@ -338,4 +338,6 @@ for trainer, train in TRAINERS.items():
     for engine in ENGINES:
         if trainer == "lightning" and "zero" in engine:
             continue  # Lightning runs DeepSpeed on CUDA only
+        if trainer == "sft" and engine != "fsdp2_shards":
+            continue  # `disha finetune` is this trainer, and runs with the others
         vars()[f"check_{trainer}_{engine}"] = partial(run_all, train, engine)

@@ -1,7 +1,7 @@
-"""The plain command under each launcher, as its users start it, on two processors.
+"""The command under each launcher, as its users start it, on two processors.
 
-Under torchrun, each rank is a `python -m disha`. The other launchers start their ranks in the same
-way, and theirs are `python -m tests.forks`: the same command, without importing torch again.
+Each rank is a `python -m tests.forks` where users have `python -m disha`: the same command, without
+importing torch again.
 """
 
 import importlib.util
@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import once
 from tests.forks import preloaded
 from tests.processes import ended, started
 
@@ -55,15 +54,13 @@ def launcher_words(launcher, module):
 
 
 def launch(launcher, module, folder, tiny, data):
-    """Run the command on two processors; return its exit code and what it wrote."""
-    folder.mkdir()
+    """Run the command on two processors, and return how it ended."""
     (folder / "zero3.json").write_text(json.dumps(ZERO3))
     flags, _ = ENGINES[launcher]
     given = ["--base", tiny, "--data", data, "--output_dir", folder / "out", *FLAGS, *flags]
     given += ["--per_device_train_batch_size", 2]
     words = [*launcher_words(launcher, module), "finetune", *map(str, given)]
-    done = ended(started(words, folder), SECONDS)
-    return {"code": done.returncode, "output": done.stdout + done.stderr}
+    return ended(started(words, folder), SECONDS)
 
 
 @pytest.fixture(scope="module")
@@ -73,23 +70,6 @@ def forks():
         yield ["tests.forks", address]
 
 
-@pytest.fixture
-def launched(shared_folder, tiny, data, request):
-    """Return what runs the command under a launcher, once."""
-
-    def launched(launcher):
-        if importlib.util.find_spec(launcher) is None and launcher != "torchrun":
-            pytest.skip(f"{launcher} is not installed")
-
-        def run(folder):
-            module = ["disha"] if launcher == "torchrun" else request.getfixturevalue("forks")
-            return launch(launcher, module, folder, tiny, data)
-
-        return once(shared_folder, f"launched_by_{launcher}", run)
-
-    return launched
-
-
 @pytest.fixture(scope="module")
 def losses_of_one_process(finetune, tmp_path_factory):
     result = finetune(tmp_path_factory.mktemp("one") / "out", *FLAGS)
@@ -97,23 +77,19 @@ def losses_of_one_process(finetune, tmp_path_factory):
 
 
 @pytest.mark.parametrize("launcher", ENGINES)
-def test_two_processors_have_the_losses_of_one(launcher, launched, losses_of_one_process):
-    folder, found = launched(launcher)
-    assert found["code"] == 0, found["output"]
-    report = json.loads((folder / "out" / "report.json").read_text())
+def test_two_processors_have_the_losses_of_one(
+    launcher, forks, tiny, data, tmp_path, losses_of_one_process
+):
+    if importlib.util.find_spec(launcher) is None and launcher != "torchrun":
+        pytest.skip(f"{launcher} is not installed")
+    done = launch(launcher, forks, tmp_path, tiny, data)
+    output = done.stdout + done.stderr
+    assert done.returncode == 0, output
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
     losses = list(report["training_losses"].values())
     assert losses == pytest.approx(losses_of_one_process, rel=1e-3)
     assert report["proof"]["loaded"] == pytest.approx(report["proof"]["trained"], abs=1e-5)
-
-
-@pytest.mark.parametrize("launcher", ENGINES)
-def test_the_engine_that_was_asked_for_runs(launcher, launched):
-    folder, found = launched(launcher)
-    assert (folder / "out" / "checkpoint-3" / ENGINES[launcher][1]).exists(), found["output"]
-
-
-@pytest.mark.parametrize("launcher", ENGINES)
-def test_a_rank_does_not_warn_of_unused_parameters(launcher, launched):
-    _, found = launched(launcher)
-    assert WARNING not in found["output"]
-    assert found["output"].count("on cpu: --bits fp32") == 1
+    _, left = ENGINES[launcher]
+    assert (tmp_path / "out" / "checkpoint-3" / left).exists(), output
+    assert WARNING not in output
+    assert output.count("on cpu: --bits fp32") == 1
