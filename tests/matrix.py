@@ -2,7 +2,7 @@
 
 Each leg has an environment of its own, which `uv` makes: 20 GB of disk in all. `uv` looks for the
 Python of a leg on this machine, and else downloads it. The oldest releases are the lower bounds of
-`setup.py`.
+`pyproject.toml`.
 """
 
 import argparse
