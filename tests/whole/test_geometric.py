@@ -1,6 +1,7 @@
 """Graph networks of PyTorch Geometric, whose layers have a linear layer of their own kind."""
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -63,7 +64,13 @@ NETWORKS = {
         ["first.lin_key", "first.lin_query", "first.lin_value", "first.lin_skip", "second.lin"],
     ),
 }
-CASES = [(name, method) for name in NETWORKS for method in METHODS]
+FIRST, *OTHERS = NETWORKS
+CASES = [
+    *((FIRST, method) for method in METHODS),
+    *zip(OTHERS, itertools.cycle(METHODS), strict=False),
+]
+"""Every method in the first network; in the others, which have the same layers, they take turns."""
+
 TABLE = {
     name: Case(
         lambda make=make: make().eval(),
