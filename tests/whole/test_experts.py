@@ -151,6 +151,14 @@ CASES = [
 ]
 """All pairs for a model of each layout, and each implementation and method once for the others."""
 
+IN_TURN = [
+    (name, implementation, method)
+    for name, implementation, method in CASES
+    if name not in ("Mixtral", "GPT-OSS")
+    or KINDS.index(method) % len(IMPLEMENTATIONS) == IMPLEMENTATIONS.index(implementation)
+]
+"""Each method once for a model: of what depends on the weights, and not on how they multiply."""
+
 
 def build(
     name: str, implementation: str, *, width: int = WIDTH, inner: int = INNER, **more: Any
@@ -330,6 +338,21 @@ def test_all_linear_reaches_what_is_not_an_embedding(name: str) -> None:
 
 
 @pytest.mark.parametrize(("name", "implementation", "method"), CASES)
+def test_output_and_gradients_are_those_of_dense_weights(name, implementation, method, dense):
+    model = adapted(name, implementation, method)
+    expected = oracle(name, method)
+    dense.clear()
+    close(logits(model), expected["logits"])
+    found = gradients(model)
+    assert dense == []
+    all_close(found, expected["gradients"])
+    with torch.inference_mode():
+        close(logits(model), expected["logits"])
+    assert dense == []
+    assert (logits(model) - logits(plain(name, implementation))).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize(("name", "implementation", "method"), IN_TURN)
 class TestExperts:
     def test_injection_changes_no_bit(self, name, implementation, method):
         model = plain(name, implementation)
@@ -341,21 +364,6 @@ class TestExperts:
         assert torch.equal(logits(model), with_gradients)
         with torch.no_grad():
             assert torch.equal(logits(model), without)
-
-    def test_output_and_gradients_are_those_of_dense_weights(
-        self, name, implementation, method, dense
-    ):
-        model = adapted(name, implementation, method)
-        expected = oracle(name, method)
-        dense.clear()
-        close(logits(model), expected["logits"])
-        found = gradients(model)
-        assert dense == []
-        all_close(found, expected["gradients"])
-        with torch.inference_mode():
-            close(logits(model), expected["logits"])
-        assert dense == []
-        assert (logits(model) - logits(plain(name, implementation))).abs().max() > 1e-2
 
     def test_merged_is_unmerged_and_comes_back_bit_for_bit(self, name, implementation, method):
         model = adapted(name, implementation, method)
