@@ -110,7 +110,7 @@ class AdapterBlock(nn.Module):
             parameter_name=method.block_name,
             config=config,
             r=r,
-            dropout=0.0 if self.is_new_rows else config.dropout,
+            dropout=config.dropout,
             split=split,
         )
         vars(self)["_scale"] = self._first_scale

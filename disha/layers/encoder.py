@@ -51,7 +51,8 @@ def _return_as_fused(
 ) -> Tensor:
     """Return the output as torch's fused kernel would."""
     output = _cast_as_fused(layer, output)
-    lengths = getattr(args[0] if args else kwargs["src"], _LENGTHS, None)
+    source = args[0] if args else kwargs["src"]
+    lengths = getattr(source, _LENGTHS, None)
     if lengths is None:
         return output
     samples = [sample[:length] for sample, length in zip(output, lengths)]

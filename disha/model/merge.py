@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Container, Mapping, Sequence
 from contextlib import ExitStack
-from typing import NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -151,7 +150,11 @@ def merge(
                     raise MergeError(f"{name} {reason}")
                 others = _list_other_readers(view, name, blocks_by_name)
                 if others and not untie:
-                    _refuse_shared(name, others)
+                    raise MergeError(
+                        f"{name} is shared with {', '.join(sorted(others))}, where not all of the "
+                        "same adapters act, but which merging would change too; pass untie=True to "
+                        "merge into a weight of its own"
+                    )
                 key = id(layer._parameters[parameter]), blocks_by_name[name]
                 if key not in merged_once:
                     merged_once[key] = _compute_merged(
@@ -160,13 +163,6 @@ def merge(
                 originals[parameter], new = merged_once[key]
                 _replace(layer, parameter, new, undo)
             _set_merged(layer, Merged(adapters, originals), undo)
-
-
-def _refuse_shared(name: str, others: Sequence[str]) -> NoReturn:
-    raise MergeError(
-        f"{name} is shared with {', '.join(sorted(others))}, where not all of the same adapters "
-        "act, but which merging would change too; pass untie=True to merge into a weight of its own"
-    )
 
 
 def _list_merging_blocks(
@@ -249,23 +245,19 @@ def unmerge_adapters(model: nn.Module) -> None:
     refuse_sharded(view, "unmerge adapters")
     for layer, of_layer in originals.items():
         for parameter, original in of_layer.items():
-            _refuse_changed(join(view.names[layer][0], parameter), layer, parameter, original)
+            change = _change_since_merging(layer, parameter, original)
+            if change is not None:
+                name = join(view.names[layer][0], parameter)
+                raise MergeError(
+                    f"{name} was {change} after adapters were merged into it, and unmerging would "
+                    "undo that; undo it first, or load the base again. To keep such a change, "
+                    "merge with unload=True before you make it"
+                )
     with all_or_nothing(view) as undo:
         for layer, of_layer in originals.items():
             for parameter, original in of_layer.items():
                 _replace(layer, parameter, _get_original(layer, parameter, original), undo)
             _set_merged(layer, None, undo)
-
-
-def _refuse_changed(name: str, layer: AdaptedLayer, parameter: str, original: Original) -> None:
-    """Raise if a merged weight is no longer what merging wrote: unmerging would lose the change."""
-    change = _change_since_merging(layer, parameter, original)
-    if change is not None:
-        raise MergeError(
-            f"{name} was {change} after adapters were merged into it, and unmerging would undo "
-            "that; undo it first, or load the base again. To keep such a change, merge with "
-            "unload=True before you make it"
-        )
 
 
 def _change_since_merging(layer: AdaptedLayer, parameter: str, original: Original) -> str | None:

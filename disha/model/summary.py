@@ -95,10 +95,11 @@ def summary(model: nn.Module) -> Summary:
     view = ModelView(model)
     layers = []
     for name, layer, adapter, block in view.blocks():
+        method = "new rows" if block.is_new_rows else block.method.name
         row = LayerSummary(
             name=name,
             adapter=adapter,
-            method="new rows" if block.is_new_rows else block.method.name,
+            method=method,
             r=block.r,
             r_out=block.r_out,
             parameters=count_values(block.block),
