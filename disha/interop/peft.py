@@ -13,7 +13,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from disha.checks import check_type
 from disha.files.disk import PathLike, check_path
 from disha.files.header import AdapterContents
 from disha.files.saving import adapter_contents
@@ -112,8 +111,6 @@ def export(
     given = {note: value for note, value in given.items() if value is not None}
     with ranks.fail_together(action):
         target = check_path(folder)
-        for note, value in given.items():
-            check_type(note, value, str, "a str")
     contents = adapter_contents(view, adapter, with_fingerprints=False)
     with ranks.fail_together(action):
         names = contents.names
