@@ -76,7 +76,7 @@ GROUPS = Race(
 )
 LORAS = Race(
     (BASE, "bone", "lora", "peft_lora", "loralib"),
-    Budget(40.0, 20, 200, 3),
+    Budget(8.0, 20, 200, 3),
     timer=ClockTimer(time.process_time),
 )
 
@@ -114,7 +114,7 @@ def loras(device: torch.device) -> list[Case]:
     """Measure three LoRAs and MiSS by processor time, which other work disturbs less."""
     works = {"step": LORA_STEPS, "forward": LORA_FEW}
     return [
-        layer_case(size, work, LORAS, device, memory=True)
+        layer_case(size, work, LORAS, device, memory=work == "step")
         for work, asked in works.items()
         for size in asked
     ]

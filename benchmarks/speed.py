@@ -109,10 +109,11 @@ def times(name: str, suffix: str = "") -> Callable[[Cases], str]:
 
 
 def bytes_of(figure: str, suffix: str = "") -> Callable[[Cases], str]:
-    """Return a table of bytes: candidates by cases."""
+    """Return a table of bytes: candidates by the cases that have them."""
 
     def make(cases: Cases) -> str:
         rows = []
+        cases = [case for case in cases if figure in case]
         for name in eager_names(cases[0]):
             counts = [case[figure].get(name + suffix) for case in cases]
             shown = [NOTHING if count is None else bytes_text(count) for count in counts]
@@ -212,7 +213,7 @@ def compiled(cases: Cases) -> str:
     return table(["", "/ eager", "/ frozen, compiled", "/ LoRA, compiled"], rows)
 
 
-def works(base: str) -> Callable[[Cases], str]:
+def works(base: str, title: Callable[[Case], str]) -> Callable[[Cases], str]:
     """Return a table of forwards and steps, each eager and compiled if it was, divided by a run."""
 
     def make(cases: Cases) -> str:
@@ -226,9 +227,7 @@ def works(base: str) -> Callable[[Cases], str]:
             ]
             rows.append([title_of(name), *ratios])
         header = [
-            work_text(case) + (", compiled" if suffix else "")
-            for case in cases
-            for suffix in suffixes
+            title(case) + (", compiled" if suffix else "") for case in cases for suffix in suffixes
         ]
         return table(["", *header], rows)
 
@@ -238,6 +237,11 @@ def works(base: str) -> Callable[[Cases], str]:
 def work_text(case: Case) -> str:
     """Return what is done in a case: step, 2048 wide."""
     return f"{case['work']}, {case['width']} wide"
+
+
+def sized_work_text(case: Case) -> str:
+    """Return what is done in a case: step, 2048 wide, 512 tokens, float32."""
+    return f"{case['work']}, {size_text(case)}"
 
 
 def kept_by_width(cases: Cases) -> str:
@@ -322,7 +326,6 @@ def tests(cases: Cases) -> str:
 SHOWN = {
     "bone": ("D", "tab:blue"),
     "bat": ("s", "tab:purple"),
-    "lora": ("^", "black"),
     "peft_miss": ("o", "tab:gray"),
 }
 """The candidates that the summary compares with PEFT's LoRA, and their marks in its picture."""
@@ -431,8 +434,8 @@ TABLES: Mapping[str, Mapping[str, Callable[[Cases], str]]] = {
     "loaded": {"": loaded},
     "start_up": {"": injection, "_files": files},
     "compiled": {"": compiled},
-    "groups": {"": works("bone"), "_kept": kept_by_width},
-    "loras": {"": works(BASE), "_kept": kept_by_width},
+    "groups": {"": works("bone", work_text), "_kept": kept_by_width},
+    "loras": {"": works(BASE, sized_work_text), "_kept": bytes_of("kept_bytes")},
     "loras_start_up": {"": injection},
     "tests": {"": tests},
     "step": {
