@@ -29,13 +29,7 @@ COMMANDS = {
     "check-server": "say whether a server answers with an adapter as the model here does",
     "merge": "write a base model with an adapter merged into its weights",
 }
-BAD_PATH = (
-    FileExistsError,
-    FileNotFoundError,
-    IsADirectoryError,
-    NotADirectoryError,
-    PermissionError,
-)
+BAD_PATH = (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
