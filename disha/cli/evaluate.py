@@ -28,7 +28,6 @@ from disha.cli.models import (
     PromptRunner,
     add_answer_flags,
     add_model_flags,
-    at_least_1,
     load_runner,
 )
 from disha.cli.output import show
@@ -83,11 +82,9 @@ def main(words: Sequence[str]) -> None:
     parser.add_argument("--dataset_split", default="train", help="such as train[:1000]")
     parser.add_argument("--dataset_field", nargs="+", default=[], help="question and answer")
     parser.add_argument(
-        "--max_length", "--max_seq_length", type=at_least_1, default=512, help="tokens of a row"
+        "--max_length", "--max_seq_length", type=int, default=512, help="tokens of a row"
     )
-    parser.add_argument(
-        "--per_device_eval_batch_size", type=at_least_1, default=8, help="rows of a batch"
-    )
+    parser.add_argument("--per_device_eval_batch_size", type=int, default=8, help="rows of a batch")
     parser.add_argument("--exact_match", action="store_true", help="generate answers, and compare")
     parser.add_argument("--compare", action="store_true", help="measure the base without it too")
     parser.add_argument(

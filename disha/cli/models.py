@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from argparse import ArgumentTypeError, Namespace
+from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,16 +40,8 @@ def add_model_flags(parser: Parser) -> None:
 def add_answer_flags(parser: Parser) -> None:
     """Add the flags that limit the answers of a model."""
     parser.add_argument(
-        "--max_new_tokens", type=at_least_1, default=256, help="tokens of the longest answer"
+        "--max_new_tokens", type=int, default=256, help="tokens of the longest answer"
     )
-
-
-def at_least_1(word: str) -> int:
-    """Return the value of a flag as a whole number, or raise if it is below 1."""
-    number = int(word)
-    if number < 1:
-        raise ArgumentTypeError(f"must be at least 1, got {word}")
-    return number
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@
 | `course` | what a checkpoint notes of its run |
 | `train` | one run, from the flags to the saved adapter |
 | `card` | the model card beside the adapter |
+| `forgetting` | how much an adapter raises the loss on text of its base |
 | `report` | the other files beside the adapter, and the proof that the adapter is sound |
 | `merging` | a copy of the base with the adapter in its weights |
 """

@@ -105,14 +105,16 @@ class AdapterArguments:
         targets: str | list[str] = [*self.target]
         if len(targets) == 1:
             targets = targets[0]
+        groups = self.groups if self.groups == "all" else int(self.groups)
+        patterns = dict(_split_rank_pattern(pair) for pair in self.rank_pattern)
         return {
             "target_regex": targets,
             "r": self.r,
             "r_out": self.r_out,
             "method": self.method,
-            "groups": self.groups if self.groups == "all" else int(self.groups),
+            "groups": groups,
             "exclude": [*self.exclude],
-            "rank_pattern": dict(_split_rank_pattern(pair) for pair in self.rank_pattern),
+            "rank_pattern": patterns,
             "also_train": self.also_train,
             "dropout": self.dropout,
         }

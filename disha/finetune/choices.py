@@ -57,9 +57,17 @@ def choose(device: Device, plan: Plan | None, given: Mapping[str, Any]) -> dict[
     `plan` has the layers that the run adapts, and is None if they are unknown. In `given`, a flag
     that is None or `auto` is not given.
     """
+    if device.kind == "cpu":
+        bits = Choice("fp32", "processors multiply float32 fastest")
+        recomputes = Choice(False, "a processor has more memory than time")
+    else:
+        bits = Choice("fp16", "the device has no bfloat16; losses are scaled")
+        if device.has_bfloat16:
+            bits = Choice("bf16", "the device has bfloat16")
+        recomputes = Choice(True, "an accelerator has more time than memory")
     choices = {
-        "bits": _choose_bits(device),
-        "gradient_checkpointing": _choose_recomputation(device),
+        "bits": bits,
+        "gradient_checkpointing": recomputes,
         "learning_rate": _choose_rate(plan),
     }
     for name, value in given.items():
@@ -70,20 +78,6 @@ def choose(device: Device, plan: Plan | None, given: Mapping[str, Any]) -> dict[
         scales_losses = is_half and not given.get("bf16")
         choices["fp16"] = Choice(scales_losses, "small gradients of float16 would round to 0")
     return choices
-
-
-def _choose_bits(device: Device) -> Choice:
-    if device.kind == "cpu":
-        return Choice("fp32", "processors multiply float32 fastest")
-    if device.has_bfloat16:
-        return Choice("bf16", "the device has bfloat16")
-    return Choice("fp16", "the device has no bfloat16; losses are scaled")
-
-
-def _choose_recomputation(device: Device) -> Choice:
-    if device.kind == "cpu":
-        return Choice(False, "a processor has more memory than time")
-    return Choice(True, "an accelerator has more time than memory")
 
 
 def _choose_rate(plan: Plan | None) -> Choice:

@@ -21,7 +21,6 @@ from datasets import (
     load_dataset,
     load_dataset_builder,
 )
-from datasets.data_files import get_data_patterns
 from datasets.exceptions import DatasetGenerationError
 
 from disha.errors import ArgumentError
@@ -65,7 +64,7 @@ def load_rows(data: str, split: str = "train") -> Dataset:
     if len(rows) == 0:
         raise ArgumentError(f"{data} has no rows")
     if Path(data).is_dir():
-        _name_unread_files(data, options)
+        _name_unread_files(data)
     rows.info.description = data if split == "train" else f"{data}, {split}"
     return rows
 
@@ -77,11 +76,6 @@ def _choose_builder(data: str, files: Sequence[str]) -> tuple[str, dict[str, Any
     if suffix not in BUILDERS:
         if files and not Path(data).is_dir():
             raise ArgumentError(f"{data} must end with one of {', '.join(BUILDERS)}")
-        if Path(data).is_dir() and glob.escape(data) != data:  # its name is no pattern
-            folder = glob.escape(str(Path(data).absolute()))
-            options["data_files"] = {}
-            for name, patterns in get_data_patterns(folder).items():
-                options["data_files"][name] = [f"{folder}/{pattern}" for pattern in patterns]
         return data, options
     if not any(Path(file).stat().st_size for file in files):
         raise ArgumentError(f"there is no file {data}, or it is empty")
@@ -114,10 +108,10 @@ def _data_files_in(folder: str) -> list[Path]:
     return sorted(path for path in paths if path.stat().st_size)
 
 
-def _name_unread_files(folder: str, options: dict[str, Any]) -> None:
+def _name_unread_files(folder: str) -> None:
     """Warn of the files in a folder that are in no split: `datasets` chooses by name and format."""
     read = set()
-    for files in load_dataset_builder(folder, **options).config.data_files.values():
+    for files in load_dataset_builder(folder).config.data_files.values():
         read |= {Path(file).resolve() for file in files}
     unread = [path.name for path in _data_files_in(folder) if path.resolve() not in read]
     if unread:

@@ -168,9 +168,11 @@ def facts_of(
     """Return what the report says of a training."""
     state = trainer.state
     summary = disha.summary(trainer.model)
+    parameters = {"trainable": summary.trainable, "total": summary.total}
+    rows = {"training": trainer.rows["train"], "measured": trainer.rows["eval"]}
     return {
-        "parameters": {"trainable": summary.trainable, "total": summary.total},
-        "rows": {"training": trainer.rows["train"], "measured": trainer.rows["eval"]},
+        "parameters": parameters,
+        "rows": rows,
         "steps": state.global_step,
         "resumed_from": checkpoint,
         "best_step": state.best_global_step,

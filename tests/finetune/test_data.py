@@ -52,12 +52,10 @@ class TestFiles:
         with pytest.warns(UserWarning, match=r"not read: extra\.jsonl, train-b\.csv"):
             assert len(load_rows(str(tmp_path))) == 3
 
-    @pytest.mark.parametrize("name", ["rows[1].jsonl", "folder[1]/train.jsonl"])
-    def test_a_name_with_brackets_is_a_name(self, tmp_path, name):
-        path = tmp_path / name
-        path.parent.mkdir(exist_ok=True)
+    def test_a_name_with_brackets_is_a_name(self, tmp_path):
+        path = tmp_path / "rows[1].jsonl"
         self.write(tmp_path, ".jsonl").rename(path)
-        assert len(load_rows(str(path.parent if "folder" in name else path))) == 3
+        assert len(load_rows(str(path))) == 3
 
     @pytest.mark.parametrize(
         ("name", "message"),
