@@ -41,7 +41,6 @@ column says what happens where a torch lacks the name.
       ._fsdp_wrapped_module
     torch.nested._internal               nested inputs leave functions to      the first injection
       .nested_tensor; NestedTensor       weights                               raises
-      ._ragged_idx
     torch._functorch.vmap                transforms of `torch.func` get        the first injection
       ._add_batch_dim                    computed weights                      raises
     torch._functorch.eager_transforms    transforms of `torch.func` get        the first injection
@@ -235,12 +234,6 @@ def written_arguments(operation: Any) -> set[int | str]:
             if argument.alias_info is not None and argument.alias_info.is_write:
                 written |= {position, argument.name}
     return written
-
-
-def ragged_axis(nested: Any) -> int:
-    """Return the axis along which the sequences of a jagged nested tensor differ in length."""
-    axis: int = nested._ragged_idx
-    return axis
 
 
 def attention_with_projections(separate: Any, packed: Any) -> Any:

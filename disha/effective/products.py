@@ -13,7 +13,7 @@ from disha import functional
 from disha.effective.rules import RULES, Operation, rule, rule_with_operation
 from disha.effective.views import is_index, select_item, transpose_matrices
 from disha.effective.weight import EffectiveWeight, compute_first
-from disha.private_torch import GROUPED, ragged_axis
+from disha.private_torch import GROUPED
 
 
 @rule(F.linear)
@@ -23,7 +23,7 @@ def multiply_linear(input: Any, weight: Any, bias: Any = None) -> Any:
     if not isinstance(weight, EffectiveWeight):
         return NotImplemented
     if input.layout is not torch.strided:
-        return _multiply_nested(multiply_linear, input, weight, bias)
+        return NotImplemented  # it is nested or sparse
     base = weight.base
     layout = weight.weight_layout
     if layout.pattern == "out in":
@@ -32,20 +32,6 @@ def multiply_linear(input: Any, weight: Any, bias: Any = None) -> Any:
         return NotImplemented
     # It may be a table, to which an output head is tied.
     return weight.updates.product(F.linear, input, base, bias, layout)
-
-
-def _multiply_nested(product: Operation, nested: Any, weight: EffectiveWeight, *args: Any) -> Any:
-    """Return a product with the values of a jagged nested tensor, nested in the same way."""
-    if nested.layout is not torch.jagged or weight.updates.is_routed:
-        return NotImplemented
-    if nested.is_floating_point() and ragged_axis(nested) == nested.dim() - 1:
-        return NotImplemented  # the features are ragged, which torch refuses
-    output = product(nested.values(), weight, *args)
-    if output is NotImplemented:
-        return NotImplemented
-    return torch.nested.nested_tensor_from_jagged(
-        output, nested.offsets(), nested.lengths(), ragged_axis(nested)
-    )
 
 
 # With ZeRO-3, DeepSpeed replaces F.linear by a function of its own.
@@ -175,9 +161,6 @@ def _embedding(
     if not isinstance(weight, EffectiveWeight) or weight.base.dim() != 2:
         return NotImplemented
     changes_table = scale_grad_by_freq or max_norm is not None
-    if input.layout is torch.jagged and not changes_table:
-        look_values_up = partial(_embedding, padding_idx=padding_idx, sparse=sparse)
-        return _multiply_nested(look_values_up, input, weight)
     if input.layout is not torch.strided or changes_table:
         # `max_norm` changes rows of the table, and `scale_grad_by_freq` its gradient. Torch does
         # this to the computed weight, whose gradient is dense, so `sparse` is left out.

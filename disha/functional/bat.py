@@ -69,12 +69,7 @@ class _Bat(Method):
         scale: Scale,
         with_base: bool = True,
     ) -> Tensor | None:
-        if weight.dim() == 2:
-            return bat_linear(x, weight, bias, block, scale, with_base)
-        # Of a stack, only the whole product of one token with each matrix is faster.
-        if x.shape[-2] != 1 or not with_base:
-            return None
-        return bat_streamed(x, weight.to(x.dtype), scaled(block, scale).to(x.dtype))
+        return bat_linear(x, weight, bias, block, scale, with_base)
 
     def of_outputs(self, block: Tensor, start: int, stop: int, geometry: Geometry) -> Tensor | None:
         size = block.shape[-1]
@@ -323,28 +318,20 @@ def _form_traced(weight: Tensor, block: Tensor) -> Tensor:
 
 
 def bat_streamed(x: Tensor, weight: Tensor, block: Tensor) -> Tensor:
-    """Return W_eff x for few tokens and one matrix or a stack, without forming W_eff.
+    """Return W_eff x for few tokens, without forming W_eff.
 
     y_a = sum over b of W_ab (I + D_a) x_b + D_a S(x). This reads W once, in order.
     """
-    stack = x.shape[:-2]
-    tokens = x.shape[-2]
-    count = block.shape[-3]
-    r = block.shape[-1]
-    matrices = stack.numel()  # all their blocks are one batch, of matrices * out / r products
+    count, r, _ = block.shape
     x = pad_to_multiple(x, r, dim=-1)
-    in_features = x.shape[-1]
-    # u_ab = x_b + D_a x_b for all a at once: (matrices * out / r, tokens, in)
-    shards = x.reshape(matrices, 1, tokens * in_features // r, r).expand(-1, count, -1, -1)
-    shards = shards.reshape(matrices * count, -1, r)
-    inputs = torch.baddbmm(shards, shards, block.reshape(matrices * count, r, r).mT)
-    inputs = inputs.view(matrices * count, tokens, in_features)
-    # The products with the r rows of each block: (matrices * out / r, tokens, r)
-    rows = square_tiles(weight.contiguous(), r).reshape(matrices * count, r, in_features)
+    tokens, in_features = x.shape
+    shards = x.reshape(1, -1, r).expand(count, -1, -1)
+    inputs = torch.baddbmm(shards, shards, block.mT)  # x_b + D_a x_b for all a at once
+    inputs = inputs.view(count, tokens, in_features)
+    # The products with the r rows of each block: (out / r, tokens, r)
+    rows = square_tiles(weight.contiguous(), r).view(count, r, in_features)
     output = torch.bmm(inputs, rows.mT)
-    # Side by side, they are the outputs: (*stack, tokens, out)
-    output = output.view(*stack, count, tokens, r).transpose(-3, -2)
-    output = output.reshape(*stack, tokens, count * r)
+    output = output.transpose(0, 1).reshape(tokens, count * r)
     sums, overflow_scale = overflow_safe_shard_sum(x, r)
-    output = output + scaled(sums @ block.reshape(*stack, count * r, r).mT, overflow_scale)
-    return output[..., : weight.shape[-2]]
+    output = output + scaled(sums @ block.reshape(count * r, r).mT, overflow_scale)
+    return output[:, : weight.shape[0]]

@@ -181,11 +181,8 @@ class Method:
     ) -> Tensor | None:
         """Return (W + s dW) x + b in less memory or time than by computing dW, or None.
 
-        Without `with_base`, return the update alone: s dW x + b. It is called only if the method is
-        not of low rank, with one of these:
-
-        - x (n, in) and W (out, in), with or without b;
-        - x (experts, n, in) and W (experts, out, in), without b.
+        x is (n, in) and W (out, in). Without `with_base`, return the update alone: s dW x + b. It
+        is called only if the method is not of low rank.
         """
         return None
 

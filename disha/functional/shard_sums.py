@@ -26,9 +26,6 @@ Scale = float | Tensor
 PLAIN = Tensor, torch.nn.Parameter, FakeTensor
 """The classes of dense tensors. It is a tuple because torch 2.8 compiles no set."""
 
-FEW_TILES = 4
-"""Up to this number, tiles are concatenated, because `cat` has a faster backward than `repeat`."""
-
 
 def shard_count(features: int, r: int) -> int:
     """Return ceil(features / r), the number of shards of r that cover a dimension.
@@ -117,13 +114,8 @@ def tiled(block: Tensor, out_features: int) -> Tensor:
         )
     # repeat(block, "... r_out -> ... (tiles r_out)"), but without einops: compiled graphs would
     # guard its cache of shapes.
-    tiles = out_features // r_out
-    # On a CPU, torch can't concatenate float16 under autocast.
-    can_concatenate = block.dtype != torch.float16 or not autocasts(block)
-    if tiles <= FEW_TILES and can_concatenate:
-        return torch.cat([block] * tiles, -1)
     leading = (1,) * (block.dim() - 1)
-    return block.repeat(*leading, tiles)
+    return block.repeat(*leading, out_features // r_out)
 
 
 def repeat_over_shards(matrix: Tensor, in_features: int) -> Tensor:

@@ -21,28 +21,14 @@ def adapted_stack(x: Tensor, weight: Tensor, updates: Sequence[Update]) -> Tenso
 
     x is (experts, n, in), or (1, n, in) if all matrices have the same input.
     """
-    if any(not update.method.low_rank and not update.dropout for update in updates):
-        # Such an update is folded into W. That takes a dense copy of all matrices, which these two
-        # ways avoid.
+    has_folded = any(not update.method.low_rank and not update.dropout for update in updates)
+    if has_folded and weight.shape[0] and not is_compiling():
+        # Such an update is folded into W, which takes a dense copy. So it is one of each matrix.
         if x.shape[0] == 1:
             x = x.expand(weight.shape[0], -1, -1)
-        has_input_for_each = 0 < x.shape[0] == weight.shape[0]
-        if has_input_for_each:
-            output = _multiply_by_method(x, weight, updates)
-            if output is not None:
-                return output
-        if has_input_for_each and not is_compiling():
+        if x.shape[0] == weight.shape[0]:
             return torch.stack(_multiply_one_by_one(x, weight, updates))
-
     return adapted_product(multiply_stack, x, weight, None, STACK, updates)
-
-
-def _multiply_by_method(x: Tensor, weight: Tensor, updates: Sequence[Update]) -> Tensor | None:
-    """Return the product if there is one update, whose method computes it without dW; else None."""
-    if len(updates) != 1 or updates[0].output_ranges:
-        return None
-    (update,) = updates
-    return update.method.product(x, weight, None, update.chosen_block(), update.scale)
 
 
 def _multiply_one_by_one(x: Tensor, weight: Tensor, updates: Sequence[Update]) -> list[Tensor]:
