@@ -27,7 +27,7 @@ from disha.model.check_merges import (
 )
 from disha.model.check_report import CheckedWeight, CheckReport
 from disha.model.check_runs import Runner, UndoesWrites, restore_data
-from disha.model.inject import take_out
+from disha.model.inject import guard_encoders, take_out
 from disha.model.view import ModelBlock, ModelView
 from disha.sharding.imported import imported_class
 from disha.sharding.tensors import gather, write
@@ -137,6 +137,7 @@ def _find_whether_base_changed(view: ModelView, undo: ExitStack, runner: Runner)
     groups = frozenset(layer.disha.group for layer in view.find_layers())
     with open_context(groups, (), disables=True):
         without_updates = runner.run(training=False)
+    undo.callback(guard_encoders, view)  # again, in case that the one of `take_out` fails
     take_out(view, view.adapters, undo)
     try:
         of_base = runner.run(training=False)
