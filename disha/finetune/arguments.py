@@ -267,8 +267,9 @@ def parse_flags(words: Sequence[str]) -> Parsed:
     given = _read_given(parser, words)
     if "config" in given:
         given = {**_read_given(parser, [*_words_of(Path(given["config"]))]), **given}
-    if given.get("init_weights") == "bat":
-        given.setdefault("method", "bat")
+    if "init_weights" in given:
+        in_our_words = {"True": "bone", "bat": "bat"}
+        given.setdefault("method", in_our_words[given["init_weights"]])
     settings = given
     if "adapter" in given:
         given["adapter"] = str(find_adapter(given["adapter"]))
