@@ -24,7 +24,7 @@ import math
 import statistics
 import sys
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -33,7 +33,7 @@ from torch import nn
 
 import disha
 from benchmarks.convergence.methods import FULL, METHODS
-from benchmarks.convergence.plan import final_loss
+from benchmarks.convergence.plan import Results, final_loss
 from benchmarks.convergence.runs import RESULTS, Cell, Run, read_runs, write_run
 from benchmarks.convergence.tasks import RESIZED, TASKS
 from benchmarks.convergence.tasks.task import IGNORED
@@ -84,7 +84,7 @@ def settings() -> list[Cell]:
 
 def missing(cell: Cell) -> Run | None:
     """Return the next run that the search of a setting needs, or None."""
-    found = _losses(cell, [RUNS])
+    found = _losses(cell, read_runs(RUNS))
     start = GRID.index(FIRST[cell.method])
     best = min(found, key=lambda rate: (found[rate], rate), default=GRID[start])
     for place in (start, start - 1, start + 1, GRID.index(best) - 1, GRID.index(best) + 1):
@@ -93,12 +93,11 @@ def missing(cell: Cell) -> Run | None:
     return None
 
 
-def _losses(cell: Cell, files: Sequence[Any]) -> dict[float, float]:
+def _losses(cell: Cell, results: Results) -> dict[float, float]:
     """Return rate -> validation loss of the first seed."""
     return {
         run.rate: final_loss(record)
-        for file in files
-        for run, record in read_runs(file).items()
+        for run, record in results.items()
         if run.cell == cell and run.seed == 0
     }
 
@@ -122,11 +121,12 @@ def rate_of_lowest(losses: dict[float, float]) -> float | None:
 
 def best_rates() -> dict[Cell, float]:
     """Return the best rate of each setting; of two searches, the geometric mean."""
-    cells = {run.cell for file in (RESULTS, RUNS) for run in read_runs(file)}
+    searches = read_runs(RESULTS), read_runs(RUNS)
+    cells = {run.cell for results in searches for run in results}
     found: dict[Cell, float] = {}
     for cell in sorted(cells, key=lambda one: (one.task, one.method, one.r, one.layers)):
         if cell.method in (*FIRST, "tile", FULL) and cell.dtype == "float32":
-            both = [rate_of_lowest(_losses(cell, [file])) for file in (RESULTS, RUNS)]
+            both = [rate_of_lowest(_losses(cell, results)) for results in searches]
             searched = [rate for rate in both if rate is not None]
             if searched:
                 found[cell] = statistics.geometric_mean(searched)
