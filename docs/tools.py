@@ -37,7 +37,6 @@ vLLM's build for CPUs [was run](guides/vllm.md#what-was-tried), too.
 TICK = "✓"
 SIMULATED = (
     "whole.test_transformers_parallel::test_on_two_ranks[trainers-check_trainer_",
-    "whole.test_transformers_parallel::test_on_two_ranks[trainers-check_sft_",
     "whole.test_transformers_parallel::test_on_two_ranks[trainers-check_accelerate_",
     "whole.test_transformers_parallel::test_on_two_ranks[finetune-",
 )
@@ -246,7 +245,8 @@ only, and these tests run without it.
         tuple(ENGINES),
         {
             "Trainer of transformers": _in_processes("trainers", "trainer_{}"),
-            "SFTTrainer of trl": _in_processes("trainers", "sft_{}"),
+            # `disha finetune` is this trainer, with the adapter as a script would give it.
+            "SFTTrainer of trl": _in_processes("finetune", "{}"),
             "Accelerate": _in_processes("trainers", "accelerate_{}"),
             "Lightning": {
                 column: tests

@@ -268,8 +268,12 @@ def parse_flags(words: Sequence[str]) -> Parsed:
     if "config" in given:
         given = {**_read_given(parser, [*_words_of(Path(given["config"]))]), **given}
     if "init_weights" in given:
-        in_our_words = {"True": "bone", "bat": "bat"}
-        given.setdefault("method", in_our_words[given["init_weights"]])
+        names = {"True": ("bone", "miss"), "bat": ("bat",)}[given["init_weights"]]
+        if given.setdefault("method", names[0]) not in names:
+            raise ArgumentError(
+                f"--init_weights {given['init_weights']} means --method {names[0]}, and --method "
+                f"is {given['method']}; give one of them"
+            )
     settings = given
     if "adapter" in given:
         given["adapter"] = str(find_adapter(given["adapter"]))

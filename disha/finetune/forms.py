@@ -296,7 +296,13 @@ class _Conversations:
         beside = {key: _parse_json(row[key]) for key in FOR_TEMPLATES if key in row}
         first, last = self._choose_completion(messages)
         for message in messages:
-            message.pop("weight", None)
+            weight = message.pop("weight", 1)
+            if weight not in (0, 1):
+                raise ValueError(f"the weight of a message must be 0 or 1, got {brief(weight)}")
+            if self._learn_all and weight == 0:
+                raise ValueError(
+                    "it has weights of 0, and --assistant_only_loss False learns all of it"
+                )
         self._try_template(messages, **beside)
         if self._learn_all:
             return {"messages": messages, **beside}

@@ -388,7 +388,7 @@ def _rename_from_kohya(
         for name in modules.get(component, ()):
             underscored = name.replace(".", "_")
             names[f"{start}_{underscored}"] = f"{component}.{name}"
-            names[f"{start}_text_model_{underscored}"] = f"{component}.{name}"
+            names["_".join((start, "text_model", underscored))] = f"{component}.{name}"
     renamed = {}
     alphas = {}
     for key, tensor in tensors.items():

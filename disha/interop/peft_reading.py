@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from disha.checks import check_scale
 from disha.config import AdapterConfig, check_row_numbers
-from disha.errors import AdapterFileError, ConversionError, DishaError
+from disha.errors import AdapterFileError, AdapterIOError, ConversionError, DishaError
 from disha.files import AdapterContents
 from disha.files.disk import PathLike, check_path
 from disha.files.header import reasons_against_blocks
@@ -195,7 +195,7 @@ def explain_settings(folder: PathLike) -> Iterator[None]:
     """Raise `AdapterFileError` if the body meets settings that PEFT does not write."""
     try:
         yield
-    except (AdapterFileError, ConversionError):
+    except (AdapterFileError, AdapterIOError, ConversionError):
         raise
     except (DishaError, TypeError, ValueError, AttributeError, re.error) as error:
         raise AdapterFileError(

@@ -107,3 +107,8 @@ def test_help(capsys, word, shows_all):
 
 def test_all_values_of_a_flag_count():
     assert parse_flags(["--data", "a", "b", "--data", "c"])[1].data == ["a", "b", "c"]
+
+
+def test_two_different_methods_are_refused():
+    with pytest.raises(ArgumentError, match="--init_weights True means --method bone, and"):
+        parse_flags(["--base", "b", "--data", "d", "--method", "lora", "--init_weights", "True"])

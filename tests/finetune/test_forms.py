@@ -133,6 +133,9 @@ def test_only_the_last_answer_is_learned_where_trl_can_not_mark_answers():
 def test_whole_conversations_can_be_learned(qwen):
     assert form({"messages": LONGER}, words=qwen, learn_all=True) == {"messages": LONGER}
     assert form(PAIR, words=qwen, learn_all=True) == CHAT
+    weighed = [TALK[0], {**TALK[1], "weight": 0}, *LONGER[2:]]
+    with pytest.raises(ArgumentError, match="weights of 0, and --assistant_only_loss False"):
+        form({"messages": weighed}, words=qwen, learn_all=True)
 
 
 def test_what_is_not_used_is_named_once():
@@ -177,6 +180,7 @@ def answered(*contents):
         ({"messages": TALK[1:]}, "begins with an answer"),
         ({"messages": answered({"content": ""})}, "message 2 is an empty answer"),
         ({"messages": answered({})}, "no text as content"),
+        ({"messages": answered({"content": "b", "weight": 0.5})}, "weight .* 0 or 1, got 0.5"),
         ({"messages": answered({"content": [{"type": "image", "url": "u"}]})}, "only text can be"),
         ({"messages": [SYSTEM, *TALK], "system": "s"}, "a text in the column system"),
     ],

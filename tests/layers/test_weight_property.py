@@ -324,7 +324,7 @@ def test_an_error_within_the_update_is_not_taken_for_a_missing_weight():
     model, target, x = build("linear")
     perturb(disha.inject_adapters(model, target, 2))
     block = model.qkv.disha["default"]
-    block.update = lambda: block.no_such_attribute
+    block.make_update = lambda: block.no_such_attribute
     with pytest.raises(RuntimeError, match="the update of weight failed"):
         model(x)
 
