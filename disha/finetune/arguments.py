@@ -177,7 +177,7 @@ class TrainingArguments(SFTConfig):  # type: ignore[misc]
 
     output_dir: str = _flag("output", "the folder for all that the run writes", "--output")
     learning_rate: float | None = _flag(
-        None, "the highest learning rate; by default by the size of the base", "--lr"
+        None, "the highest learning rate; by default by the layers it adapts", "--lr"
     )
     num_train_epochs: float = _flag(1.0, "passes over the rows", "--epochs")
     per_device_train_batch_size: int = _flag(4, "rows of a batch, on each process", "--batch_size")
