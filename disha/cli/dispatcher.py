@@ -101,7 +101,7 @@ def _run(words: Sequence[str]) -> int:
 def _help() -> str:
     listed = "\n".join(f"  {name:14}{summary}" for name, summary in COMMANDS.items())
     return (
-        "usage: disha COMMAND [flags]\n\nDimension-sharded adapters (Bone, tile, BAT) for PyTorch "
+        "usage: disha COMMAND [flags]\n\nDimension-sharded adapters (Bone, BAT) and LoRA for PyTorch "
         f"models.\n\ncommands:\n{listed}\n\n'disha COMMAND --help' shows the flags of one."
     )
 
@@ -151,7 +151,7 @@ def _is_bad_input(error: BaseException) -> bool:
     """Return whether the user can correct it: a value, a missing package, or a wrong path."""
     while isinstance(error, OSError) and isinstance(error.__cause__, OSError):
         error = error.__cause__
-    if type(error) is DishaError:  # the saved file is wrong, or torch lacks a name
+    if type(error) is DishaError:  # no input is wrong: a saved file, a server, torch
         return False
     return isinstance(error, (DishaError, AdapterFileWarning, ImportError, *BAD_PATH))
 

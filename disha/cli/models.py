@@ -1,4 +1,4 @@
-"""The base, the adapter and the prompts of `disha generate` and `disha evaluate`."""
+"""The base, the adapter and the prompts of `disha generate`, `evaluate` and `check-server`."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ class PromptRunner:
 def load_runner(
     flags: Namespace, system: str | None = None, tools: Sequence[Any] | None = None
 ) -> PromptRunner:
-    """Return the base that the flags name, without the adapter."""
+    """Return a runner of the base that the flags name, without the adapter."""
     notes: dict[str, str] = {}
     if flags.adapter is not None:
         flags.adapter = find_adapter(flags.adapter)

@@ -100,6 +100,10 @@ class AdapterArguments:
     adapter: str | None = _flag(None, "an adapter file to train further; it sets r and targets")
     merge: bool = _flag(False, "also write the base with the adapter merged, into merged/")
 
+    def __post_init__(self) -> None:
+        if self.groups != "all" and not self.groups.isdigit():
+            raise ArgumentError(f"--groups must be a number or all, got {self.groups}")
+
     def settings(self) -> dict[str, Any]:
         """Return the arguments of `disha.inject_adapters`."""
         targets: str | list[str] = [*self.target]

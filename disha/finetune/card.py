@@ -9,6 +9,7 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 
 import disha
+from disha.finetune.notes import is_gguf
 from disha.finetune.report import Outcome, Proof, loss_before_and_after, save_text
 
 CARD = "README.md"
@@ -32,8 +33,11 @@ yours to choose; those of the base and of the rows may bind you.
 
 ```sh
 disha generate --adapter adapter.safetensors --prompt 'a question'
+{%- if not is_gguf %}
 disha merge {{ base }} adapter.safetensors merged
+{%- endif %}
 ```
+{%- if not is_gguf %}
 
 ```python
 import disha
@@ -42,6 +46,7 @@ from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained("{{ base }}")
 disha.load_adapter(model, "adapter.safetensors")
 ```
+{%- endif %}
 """
 
 
@@ -70,5 +75,6 @@ def write_card(folder: Path, settings: Mapping[str, Any], outcome: Outcome, proo
     if not Path(base).exists():  # a path on this machine is no name that the hub knows
         head.base_model = base
     title = Path(base).name
-    card = ModelCard.from_template(head, template_str=TEXT, facts=lines, base=base, title=title)
+    values = {"facts": lines, "base": base, "is_gguf": is_gguf(base), "title": title}
+    card = ModelCard.from_template(head, template_str=TEXT, **values)
     save_text(path, f"{card}\n")

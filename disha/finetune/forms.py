@@ -150,6 +150,7 @@ def _choose_reader(
     used = {*fields}
     if has_messages and fields == SPLIT:
         read = _read_split_conversation
+        used.add("system")
     elif has_messages and len(fields) == 1:
         read = partial(_read_conversation, field=fields[0])
         used.add("system")
@@ -203,6 +204,7 @@ def _read_lines(row: Row, read: Reader) -> Row:
 
 
 def _read_conversation(row: Row, field: str) -> Row:
+    """Return the messages of a field, after that of `system`."""
     messages = _messages(row[field])
     system = _system(row)
     if system and messages[0]["role"] == "system":
@@ -212,7 +214,8 @@ def _read_conversation(row: Row, field: str) -> Row:
 
 def _read_split_conversation(row: Row) -> Row:
     """Return the messages of `prompt` and `completion`; those of the prompt are not learned."""
-    prompt = [{**message, "weight": 0} for message in _messages(row["prompt"])]
+    asked = _read_conversation(row, "prompt")["messages"]
+    prompt = [{**message, "weight": 0} for message in asked]
     return {"messages": [*prompt, *_messages(row["completion"])]}
 
 

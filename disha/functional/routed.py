@@ -2,8 +2,8 @@
 
 A `Route` says which adapter each sample has. `Routed` has the updates of one weight by adapter, and
 its products give each sample those of its adapter: the product of all samples with W, plus that of
-each adapter with its samples. If a linear layer has an update that is folded into W, each adapter
-has a whole product with its samples instead: else it would need two.
+each adapter with its samples. If a linear layer has an update that is not of low rank, each
+adapter has a whole product with its samples instead: else it would need two.
 """
 
 from __future__ import annotations

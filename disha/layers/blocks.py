@@ -318,7 +318,7 @@ class NewRowsBlock(AdapterBlock):
         return NewRows(self.read_values(on_meta), self.slot.output_ranges, acts)
 
     def reset_parameters(self) -> None:
-        """Do nothing: only the layer knows the rows of W (`AdaptedLayer.reset_parameters`)."""
+        """Do nothing: only the layer knows the rows of W (`layers.adapted.reset_parameters`)."""
 
     @property
     def scale(self) -> float:

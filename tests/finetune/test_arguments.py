@@ -109,6 +109,13 @@ def test_all_values_of_a_flag_count():
     assert parse_flags(["--data", "a", "b", "--data", "c"])[1].data == ["a", "b", "c"]
 
 
-def test_two_different_methods_are_refused():
-    with pytest.raises(ArgumentError, match="--init_weights True means --method bone, and"):
-        parse_flags(["--base", "b", "--data", "d", "--method", "lora", "--init_weights", "True"])
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ("--method lora --init_weights True", "--init_weights True means --method bone, and"),
+        ("--groups two", "--groups must be a number or all, got two"),
+    ],
+)
+def test_flags_that_mean_nothing_are_refused(words, says):
+    with pytest.raises(ArgumentError, match=says):
+        parse_flags(["--base", "b", "--data", "d", "--output_dir", "o", *words.split()])

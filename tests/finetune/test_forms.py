@@ -75,6 +75,7 @@ def form(row, *fields, words=None, **options):
         ({"conversations": SHAREGPT}, (), True, SPLIT),
         ({"prompt": TALK[:1], "completion": TALK[1:]}, (), True, SPLIT),
         ({"messages": json.dumps(TALK)}, (), True, SPLIT),
+        ({**SPLIT, "system": "be brief"}, (), True, {**SPLIT, "prompt": [SYSTEM, *TALK[:1]]}),
         ({"turns": json.dumps(SHAREGPT)}, ("turns",), True, SPLIT),
         ({"text": '[{"a": 1}]'}, (), True, {"text": '[{"a": 1}]'}),
     ],
