@@ -45,9 +45,9 @@ class Method:
     A method defines `shape`, the shape of its block, and one of two things: `delta`, its update dW;
     or `factors`, two matrices A (k, in) and R (k, out) such that dW = R^T A, with `low_rank` set.
     An input then goes down to k numbers for each token, A x, and up to the outputs, R^T (A x).
-    Everything else has a default that is correct for any method. Override it where the method can
-    do more, or do it at a lower cost. Set `block_axes`, `reads_weight` and `additive` as dW's
-    formula says.
+    Everything else has a default that is correct for any method, but for `step`, from which its
+    learning rate is proposed. Override a default where the method can do more, or do it at a lower
+    cost. Set `block_axes`, `reads_weight` and `additive` as dW's formula says.
 
     A method may have settings, as attributes of its instance. Register one instance for each
     setting. Files store only `name`, so two settings need two names: `shift2`, `shift3`.
@@ -69,7 +69,9 @@ class Method:
         compact: whether R is kept in a form of its own, which only `multiply_up` and `dense_up`
             know. Linear layers and stacks multiply by it; elsewhere, R acts.
         spans_kernel: whether a convolution has one block for its whole kernel, and not one for each
-            position of it. If the method is of low rank, R is the same at all positions.
+            position of it. Its `shape` then leaves the kernel out. If the method is of low rank, A
+            is (..., *kernel, k, in), and R is the same at all positions: (..., 1, 1, k, out), with
+            an axis for each of the kernel.
         tiles: whether a block can have an output shard r_out.
         additive: whether dW is linear in D. If so, combining adapters adds up their blocks, which
             gives wrong numbers for a method that is not linear.
