@@ -101,8 +101,8 @@ def _run(words: Sequence[str]) -> int:
 def _help() -> str:
     listed = "\n".join(f"  {name:14}{summary}" for name, summary in COMMANDS.items())
     return (
-        "usage: disha COMMAND [flags]\n\nDimension-sharded adapters (Bone, BAT) and LoRA for PyTorch "
-        f"models.\n\ncommands:\n{listed}\n\n'disha COMMAND --help' shows the flags of one."
+        "usage: disha COMMAND [flags]\n\nDimension-sharded adapters (Bone, BAT) and LoRA, for "
+        f"PyTorch models.\n\ncommands:\n{listed}\n\n'disha COMMAND --help' shows the flags of one."
     )
 
 

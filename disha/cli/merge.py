@@ -1,8 +1,8 @@
 """Write a copy of a base with an adapter merged: W becomes W + s * dW, rounded once.
 
 BASE is a safetensors file, a folder, or a name; without it, the one that the adapter file notes.
-A base on disk is copied tensor by tensor. One that is only a name, or that gets new tokens, is loaded
-with transformers, and OUT is then a folder. Else it is a folder, or a file if it ends with
+A base on disk is copied tensor by tensor. One that is only a name, or that gets new tokens, is
+loaded with transformers, and OUT is then a folder. Else it is a folder, or a file if it ends with
 .safetensors.
 
 Examples:
