@@ -59,7 +59,7 @@ from disha.interop.checkpoints.matching import (
 from disha.interop.checkpoints.reading import Checkpoint, open_checkpoint
 from disha.interop.lora import write_lora
 from disha.interop.low_rank import LoraReport, find_served_rank, is_stack
-from disha.interop.peft_format import CONFIG_NAME, peft_folder_at, task_of
+from disha.interop.peft_format import CONFIG_NAME, task_of
 from disha.text import counted, first_few
 
 FORMATS = ("disha", "peft", "lora", "diffusers")
@@ -175,7 +175,7 @@ def _open_base(given: Path | None, source: Path) -> Checkpoint | None:
         return open_checkpoint(given)
     if not source.is_dir():
         return None
-    if peft_folder_at(source) is None:
+    if peft.find_folder(source) is None:
         raise AdapterFileError(
             f"{source} has neither {ADAPTER_NAME} nor {CONFIG_NAME}; name an adapter file, a "
             "folder that PEFT has saved, or a checkpoint saved with AdapterCheckpoints"

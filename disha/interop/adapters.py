@@ -15,7 +15,7 @@ from disha.files.loading import load_contents
 from disha.interop import image_lora
 from disha.interop.checkpoints.matching import read_adapter
 from disha.interop.checkpoints.reading import open_checkpoint
-from disha.interop.peft_format import peft_folder_at
+from disha.interop.peft_format import find_folder
 from disha.interop.peft_reading import read_for_model
 from disha.model.state import LoadReport
 from disha.model.view import ModelView
@@ -94,7 +94,7 @@ def load_adapter(
     action = f"load a file as adapter {adapter!r}"
     with view.ranks.fail_together(action):
         source = find_adapter(path)
-        folder = peft_folder_at(source)
+        folder = find_folder(source)
         if folder is None:
             source = file_at(source)
             contents = _read_file(view, source)

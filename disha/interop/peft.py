@@ -25,6 +25,7 @@ from disha.interop.peft_format import (
     THE_MODEL_ITSELF,
     TILE,
     exact_targets,
+    find_folder,
     find_saved_modules,
     module_names,
     notes_of,
@@ -37,7 +38,7 @@ from disha.interop.peft_reading import load
 from disha.layers.blocks import original_class
 from disha.model.view import ModelView
 
-__all__ = ["export", "load", "read_config"]
+__all__ = ["export", "find_folder", "load", "read_config"]
 
 INIT_WEIGHTS = {"bone": True, BAT: BAT}
 """Method -> PEFT's word for it in `init_weights`, except for a tile."""

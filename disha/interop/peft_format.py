@@ -120,11 +120,19 @@ class PeftFolder:
         return self.fields.get(field, 8)  # the default of both in PEFT
 
 
-def peft_folder_at(path: Path) -> Path | None:
-    """Return the folder of PEFT that a path or a file in it names, or None if it is none."""
-    folder = path.parent if path.name == WEIGHTS_NAME else path
-    has_both = (folder / ADAPTER_NAME).exists()  # a checkpoint of ours, which is read as such
-    return folder if (folder / CONFIG_NAME).is_file() and not has_both else None
+def find_folder(path: PathLike) -> Path | None:
+    """Return the folder of PEFT that a path or a file in it names, or None if it is none.
+
+    A folder that has an adapter file too is none, because the file is read.
+
+    Args:
+        path: a folder, or the path of its `adapter_model.safetensors`.
+    """
+    folder = check_path(path)
+    if folder.name == WEIGHTS_NAME:
+        folder = folder.parent
+    is_read_as_ours = (folder / ADAPTER_NAME).exists()
+    return folder if (folder / CONFIG_NAME).is_file() and not is_read_as_ours else None
 
 
 def read_config(folder: PathLike) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from disha.files.disk import PathLike
 from disha.interop.checkpoints.reading import Checkpoint, open_checkpoint
 from disha.interop.experts import DOWN, GATE_UP
 from disha.interop.low_rank import BaseWeight
-from disha.interop.peft_format import peft_folder_at, read_config
+from disha.interop.peft_format import find_folder, read_config
 from disha.interop.peft_reading import UNKNOWN, Base, read_folder
 from disha.layers.fingerprints import fingerprint, same_base
 from disha.layers.kinds import PROJECTIONS
@@ -73,7 +73,7 @@ def read_adapter(path: PathLike, base: Checkpoint | None = None) -> AdapterFile:
     A folder may need the base, by default the checkpoint that it names, if that is on this disk.
     """
     path = find_adapter(path)
-    folder = peft_folder_at(path)
+    folder = find_folder(path)
     if folder is None:
         return read_contents(file_at(path))
     contents = read_folder(folder, what_is_known_of(base or find_noted_base(folder)))
