@@ -83,7 +83,7 @@ def load_contents(
                 incoming = _widen(incoming)
                 targets = _find_targets(incoming, _list_differences(incoming))
             else:
-                targets = _add_adapter(incoming, dtype, freeze, activate, undo)
+                targets = _add_adapter(incoming, dtype, freeze, activate)
         for key, target in targets.items():
             write(target, incoming.tensors[key], undo)
         if swaps_values and not partial:
@@ -94,7 +94,7 @@ def load_contents(
 
 
 def _add_adapter(
-    incoming: _Incoming, dtype: torch.dtype | None, freeze: bool, activate: bool, undo: ExitStack
+    incoming: _Incoming, dtype: torch.dtype | None, freeze: bool, activate: bool
 ) -> dict[str, Tensor]:
     """Add an adapter with its blocks, and return the model's other tensors that it changes."""
     view = incoming.view
@@ -120,7 +120,7 @@ def _add_adapter(
         )
     except ArgumentError as error:
         raise AdapterFileError(f"{incoming.source}: {error}") from error
-    apply_plan(view, plan, undo, activate=activate)
+    apply_plan(view, plan, activate=activate)
     # Only now that the plan is carried out: it has made the keys of `also_train` those of this
     # adapter, so its own buffers are no conflicts.
     targets = _find_targets(incoming, _list_conflicts(incoming))

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from disha.effective.contexts import open_context
 from disha.errors import ArgumentError, DishaError
 from disha.functional import Method
+from disha.layers.adapted import restore
 from disha.layers.blocks import AdapterBlock
 from disha.layers.wrappers import clean_key
 from disha.model.check_merges import (
@@ -27,7 +28,6 @@ from disha.model.check_merges import (
 )
 from disha.model.check_report import CheckedWeight, CheckReport
 from disha.model.check_runs import Runner, UndoesWrites, restore_data
-from disha.model.inject import guard_encoders, take_out
 from disha.model.view import ModelBlock, ModelView
 from disha.sharding.imported import imported_class
 from disha.sharding.tensors import gather, write
@@ -103,8 +103,11 @@ def check_adapters(
     runner = Runner(view, blocks, lambda: runs(*inputs, **kwargs))
     # Whatever the check changes comes back.
     with torch.inference_mode(False), torch.enable_grad(), ExitStack() as undo:
+        view.reshard()
+        view.keep(undo)
+        view.keep(undo)  # again, in case that the first fails
         weights = _check(view, undo, active, runner, merging)
-        base_changed = _find_whether_base_changed(view, undo, runner)
+        base_changed = _find_whether_base_changed(view, runner)
     if optimizer is None:
         return CheckReport(weights, base_changed=base_changed)
     untrained, unknown = _compare_with_optimizer(model, optimizer)
@@ -127,18 +130,20 @@ def _compare_with_optimizer(
     return tuple(untrained), len(trained)
 
 
-def _find_whether_base_changed(view: ModelView, undo: ExitStack, runner: Runner) -> bool | None:
+def _find_whether_base_changed(view: ModelView, runner: Runner) -> bool | None:
     """Whether the adapted model, with all updates off, computes something else than its base.
 
     None if it does not run as its base, or is sharded: then no layer can be plain for a moment.
+    Afterwards the model is its base, until `ModelView.keep` puts the adapters back.
     """
     if view.is_sharded or view.wrapper is not None:
         return None
     groups = frozenset(layer.disha.group for layer in view.find_layers())
     with open_context(groups, (), disables=True):
         without_updates = runner.run(training=False)
-    undo.callback(guard_encoders, view)  # again, in case that the one of `take_out` fails
-    take_out(view, view.adapters, undo)
+    for layer in view.find_layers():
+        restore(layer)
+    view.guard_encoders()
     try:
         of_base = runner.run(training=False)
     except Exception:  # a forward that asks its layers for their adapters
@@ -168,7 +173,6 @@ def _check(
     """Return the rows of the report; `undo` takes back what this changes."""
     for module in view.model.modules():
         undo.callback(setattr, module, "training", module.training)
-    view.reshard()
     blocks = runner.blocks
     zeros = [block for block in blocks if not gather(block.block).count_nonzero()]
     frozen = [block for block in blocks if not block.block.requires_grad]
@@ -266,7 +270,6 @@ def _randomise(blocks: list[AdapterBlock], undo: ExitStack) -> None:
     """Give blocks random values, and make them require gradients."""
     generator = torch.Generator("cpu").manual_seed(0)
     for block in blocks:
-        undo.callback(block.block.requires_grad_, block.block.requires_grad)
         shape = whole_shape(block.block)
         write(block.block, torch.randn(shape, generator=generator, device="cpu") * SIZE, undo)
         block.block.requires_grad_(True)

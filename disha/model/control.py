@@ -44,9 +44,8 @@ def set_active_adapters(model: nn.Module, names: str | Sequence[str]) -> None:
     view = ModelView(model)
     wanted = check_names(view, names)
     refuse_merged(view.find_layers(), "change the active adapters")
-    with all_or_nothing(view) as undo:
+    with all_or_nothing(view):
         for layer in view.find_layers():
-            undo.callback(layer.disha.activate, layer.disha.active)
             layer.disha.activate(wanted)
 
 

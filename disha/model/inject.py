@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
 import torch
@@ -15,10 +14,9 @@ from disha.config import AdapterConfig, Init, MethodName, Patterns, Target
 from disha.errors import ArgumentError, ModeError
 from disha.functional.method import Groups
 from disha.hints import with_hints
-from disha.layers.adapted import AdaptedLayer, adapt, readapt, refuse_changed_class, restore
+from disha.layers.adapted import adapt, refuse_changed_class, restore
 from disha.layers.blocks import AdapterBlock
-from disha.layers.encoder import EncoderLayer, guard_encoder
-from disha.layers.model_record import ModelRecord
+from disha.layers.model_record import Flag, ModelRecord
 from disha.layers.new_blocks import make_block
 from disha.model import buffers
 from disha.model.plan import EXCLUDED, Plan
@@ -135,8 +133,8 @@ def inject_adapters(
         view, target_regex, adapter, config, also_train_rows, freeze=freeze, strict=True
     )
     _warn_of_skipped(plan)
-    with all_or_nothing(view) as undo:
-        apply_plan(view, plan, undo)
+    with all_or_nothing(view):
+        apply_plan(view, plan)
     return model
 
 
@@ -155,13 +153,12 @@ def _warn_of_skipped(plan: Plan) -> None:
         )
 
 
-def apply_plan(view: ModelView, plan: Plan, undo: ExitStack, *, activate: bool = True) -> None:
+def apply_plan(view: ModelView, plan: Plan, *, activate: bool = True) -> None:
     """Carry out a plan that was just made for this model.
 
     The new adapter becomes the only active one, or does not act yet without `activate`.
     """
-    # Blocks are made before the model changes: this is what usually fails. What fails later is
-    # undone.
+    # Blocks are made before the model changes: this is what usually fails.
     blocks = defaultdict[nn.Module, list[AdapterBlock]](list)
     tied_blocks = defaultdict[nn.Module, list[tuple[str, AdapterBlock]]](list)
     for layer in plan.layers:
@@ -177,7 +174,6 @@ def apply_plan(view: ModelView, plan: Plan, undo: ExitStack, *, activate: bool =
             tied_blocks[module].append((name, block))
     modules = list(blocks)
     modules += [module for module in tied_blocks if module not in blocks]
-    _undo_later(view, modules, undo)
     record = _note_plan(view, plan)
     for module in modules:
         own_blocks = blocks[module]
@@ -195,7 +191,7 @@ def apply_plan(view: ModelView, plan: Plan, undo: ExitStack, *, activate: bool =
             adapted.disha.activate((plan.adapter,))
         else:
             adapted.disha.activate(adapted.disha.active)
-    guard_encoders(view)
+    view.guard_encoders()
     _set_flags(view, plan)
 
 
@@ -209,23 +205,6 @@ def _note_plan(view: ModelView, plan: Plan) -> ModelRecord:
             record.ties[name] = tuple(join(model_name, tied) for tied in layer.tied)
     buffers.remember_buffers(view, plan.adapter, plan.also_train)
     return record
-
-
-def _undo_later(view: ModelView, modules: Iterable[nn.Module], undo: ExitStack) -> None:
-    """Let `undo` restore the modules as they are now.
-
-    First come their classes and blocks, then what acts, the guards of encoders, and last all
-    requires_grad flags: a stack runs backwards.
-    """
-    view.keep_records(undo)
-    undo.callback(guard_encoders, view)
-    for layer in view.find_layers():
-        undo.callback(layer.disha.activate, layer.disha.active)
-    for module in modules:
-        if isinstance(module, AdaptedLayer):
-            undo.callback(readapt, module, type(module), module.disha, dict(module.disha._modules))
-        else:
-            undo.callback(restore, module)
 
 
 def remove_adapters(model: M, adapter: str | None = None) -> M:
@@ -275,7 +254,7 @@ def remove_adapters(model: M, adapter: str | None = None) -> M:
     removed = view.adapters if adapter is None else [adapter]
     check_removable(view, removed)
     with all_or_nothing(view) as undo:
-        take_out(view, removed, undo)
+        take_out(view, removed)
         for name in removed:
             buffers.release_buffers(view, name, undo)
         if not view.has_adapters_anywhere:
@@ -297,21 +276,25 @@ def _warn_of_unsaved_buffers(view: ModelView) -> None:
         )
 
 
-def take_out(view: ModelView, adapters: Sequence[str], undo: ExitStack) -> None:
+def take_out(view: ModelView, adapters: Sequence[str]) -> None:
     """Remove adapters, and give layers without any their own class back."""
-    _undo_later(view, view.find_layers(), undo)
     for layer in view.find_layers():
         for adapter in adapters:
             layer.disha.discard(adapter)
         if not len(layer.disha):
             restore(layer)
-    guard_encoders(view)
-    for adapter in adapters:
-        for parameter in view.parameters:
-            parameter.release(adapter)
-        view.forget_layers(adapter)
-    if not view.has_adapters_anywhere:
-        view.restore_flags()
+    view.guard_encoders()
+    view.forget_layers(adapters)
+    is_plain = not view.has_adapters_anywhere
+    for parameter in view.parameters:
+        flag = parameter.flag
+        if flag is None:
+            continue
+        if is_plain:
+            parameter.value.requires_grad = flag.original
+        elif flag.adapter in adapters:
+            parameter.note("flags", Flag(flag.original))
+            parameter.value.requires_grad = flag.without_adapter
 
 
 def check_removable(view: ModelView, removed: Sequence[str]) -> None:
@@ -380,22 +363,12 @@ def mark_only_adapters_trainable(model: nn.Module) -> None:
     blocks = [model_block.values for model_block in view.blocks()]
     if not blocks:
         raise ArgumentError("the model has no adapter, so nothing would train")
-    with all_or_nothing(view) as undo:
-        view.keep_records(undo)
+    with all_or_nothing(view):
         view.unite_records()
         for parameter in view.parameters:
             parameter.set_requires_grad(parameter.is_claimed())
         for block in blocks:
-            undo.callback(block.requires_grad_, block.requires_grad)
             block.requires_grad_(True)
-
-
-def guard_encoders(view: ModelView) -> None:
-    """Let encoders return the same with adapted layers as with plain ones; undo that in others."""
-    for module in view.names:
-        if isinstance(module, EncoderLayer):
-            is_adapted = any(isinstance(inner, AdaptedLayer) for inner in module.modules())
-            guard_encoder(module, is_adapted)
 
 
 def _set_flags(view: ModelView, plan: Plan) -> None:

@@ -93,7 +93,7 @@ def merge_adapters(
         merge(view, undo, adapter, untie=untie, dense=dense)
         if unload:
             layers = [layer for layer in view.find_layers() if layer.disha.is_dense]
-            take_out(view, view.adapters, undo)
+            take_out(view, view.adapters)
             for layer in layers:
                 _compute_densely(layer, undo)
             view.forget_buffers()
@@ -103,7 +103,6 @@ def _compute_densely(layer: nn.Module, undo: ExitStack) -> None:
     """Turn a layer of bitsandbytes that has a dense weight into an `nn.Linear`."""
     if not is_library_forward(type(layer)):
         return
-    undo.callback(set_class, layer, type(layer))
     set_class(layer, nn.Linear)
     weight = layer._parameters["weight"]
     bias = layer._parameters["bias"]

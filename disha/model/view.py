@@ -7,7 +7,7 @@ A public function builds one view and passes it down. Names are those in the unw
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -31,9 +31,10 @@ from disha.errors import (
     ModeError,
     TargetError,
 )
-from disha.layers.adapted import AdaptedLayer, refuse_merged
+from disha.layers.adapted import AdaptedLayer, readapt, refuse_merged, restore
 from disha.layers.blocks import AdapterBlock, Adapters, check_adapter_name
 from disha.layers.containers import CHILD_NAME
+from disha.layers.encoder import EncoderLayer, guard_encoder
 from disha.layers.model_record import (
     Flag,
     FormerBuffer,
@@ -130,13 +131,6 @@ class ModelParameter(ModelTensor):
         original = self.value.requires_grad if flag is None else flag.original
         self.note("flags", Flag(original, adapter, flag_without))
         self.value.requires_grad = True
-
-    def release(self, adapter: str) -> None:
-        """Give it the flag that it has without the adapter, if it trains with that."""
-        flag = self.flag
-        if flag is not None and flag.adapter == adapter:
-            self.note("flags", Flag(flag.original))
-            self.set_requires_grad(flag.without_adapter)
 
     @property
     def size(self) -> int:
@@ -387,23 +381,31 @@ class ModelView:
         """The records of the layers: one, unless parts of the model got adapters by themselves."""
         return self.places.records
 
-    def keep_records(self, undo: ExitStack) -> None:
-        """Let `undo` put back the records, the flags of parameters, and what layers know."""
+    def keep(self, undo: ExitStack) -> None:
+        """Let `undo` put back adapters, what they remember, and all `requires_grad` flags."""
+        flags = [(parameter, parameter.requires_grad) for parameter in self.list_parameters()]
         tables = [(record, record.copy_tables()) for record in self.records]
-        flags = [(item.value, item.value.requires_grad) for item in self.parameters]
-        layers = [
-            (layer.disha, layer.disha.record, layer.disha.names) for layer in self.find_layers()
-        ]
+        kept = {}
+        for layer in self.find_layers():
+            adapters = layer.disha
+            former = type(layer), adapters, dict(adapters._modules)
+            kept[layer] = former, adapters.active, adapters.record, adapters.names
 
         def put_back() -> None:
-            for record, former in tables:
-                vars(record).update(former)
+            for module in self.names:
+                if module not in kept:
+                    restore(module)
+            for layer, (former, active, record, names) in kept.items():
+                readapt(layer, *former)
+                layer.disha.activate(active)
+                layer.disha.belong_to(record, names)
+            self.guard_encoders()
+            for record, former_tables in tables:
+                vars(record).update(former_tables)
             for parameter, flag in flags:
                 parameter.requires_grad = flag
-            for adapters, record, names in layers:
-                adapters.belong_to(record, names)
 
-        undo.callback(put_back)  # one for all parameters, because each takes time and memory
+        undo.callback(put_back)
 
     def unite_records(self) -> Place:
         """Return the record of this model and the model's name there; at first, a new record.
@@ -446,21 +448,13 @@ class ModelView:
             for adapters in list(record.members)
         )
 
-    def forget_layers(self, adapter: str) -> None:
-        """Forget the layers of an adapter that is removed from this part."""
+    def forget_layers(self, adapters: Iterable[str]) -> None:
+        """Forget the layers of adapters that are removed from this part."""
         for record in self.records:
-            names = record.layers.pop(adapter, ())
-            elsewhere = [name for name in names if self.places.find_today(record, name) is None]
-            if elsewhere:
+            for adapter in adapters:
+                names = record.layers.get(adapter, ())
+                elsewhere = [name for name in names if self.places.find_today(record, name) is None]
                 record.layers[adapter] = tuple(elsewhere)
-
-    def restore_flags(self) -> None:
-        """Give all parameters the flags that they had before the first adapter."""
-        for parameter in self.parameters:
-            if parameter.flag is not None:
-                parameter.value.requires_grad = parameter.flag.original
-        for record in self.records:
-            record.flags.clear()
 
     def forget_buffers(self) -> None:
         """Forget what the buffers of this part were before the first adapter."""
@@ -506,6 +500,13 @@ class ModelView:
                 if name not in adapted and name_today is not None:
                     lost.append(name_today)
         return lost
+
+    def guard_encoders(self) -> None:
+        """Let encoders return the same with adapted layers as with plain ones; else undo that."""
+        for module in self.names:
+            if isinstance(module, EncoderLayer):
+                is_adapted = any(isinstance(inner, AdaptedLayer) for inner in module.modules())
+                guard_encoder(module, is_adapted)
 
     # --- wrappers and shards ---------------------------------------------------------------------
 
@@ -559,13 +560,14 @@ class ModelView:
 
 @contextmanager
 def all_or_nothing(view: ModelView, around: ExitStack | None = None) -> Iterator[ExitStack]:
-    """Give the body a stack, on which it puts how to undo each change, before it makes the change.
+    """Put back what `ModelView.keep` keeps, and undo what is on the stack, if the body raises.
 
-    If the body raises, all changes are undone. `around` is the stack of a larger operation, which
-    may still raise later and then undoes these changes too.
+    Before it makes any other change, the body puts on the stack how to undo that. `around` is the
+    stack of a larger operation, which may still raise later and then undoes these changes too.
     """
     view.reshard()
     with LOCK, ExitStack() as undo:
+        view.keep(undo)
         yield undo
         # The body has not raised: forget the undo steps, or hand them to `around`.
         undo_later = undo.pop_all()

@@ -252,7 +252,7 @@ def test_what_was_forgotten_is_remembered_again_if_a_later_step_fails():
     (record,) = view.records
     remembered = list(record.buffers)
     with ExitStack() as undo:
-        view.keep_records(undo)
+        view.keep(undo)
         view.forget_buffers()
         assert not record.buffers
     assert list(record.buffers) == remembered

@@ -196,7 +196,6 @@ def test_nothing_else_walks():
         ("model/rates.py", "model.modules()"),
         ("model/control.py", "module.modules()"),
         ("model/view.py", "layer.disha.children()"),
-        ("model/inject.py", "module.modules()"),
         ("model/view.py", "module.modules()"),
         ("layers/state_dicts.py", "model.named_modules()"),
         ("layers/state_dicts.py", "self.modules()"),
