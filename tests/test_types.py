@@ -1,4 +1,4 @@
-"""A user's script has no errors for type checkers, and types can be read at run time."""
+"""A user's script has no errors for pyright, and types can be read at run time."""
 
 import inspect
 import subprocess
@@ -13,10 +13,6 @@ from disha.interop import image_lora, lora
 from tests import typed_script
 from tests.pages import ROOT
 
-CHECKERS = {
-    "mypy": ("mypy", "--strict", "--follow-imports=silent"),
-    "pyright": ("pyright", "--pythonpath", sys.executable),
-}
 PARTS = (
     *("disha", "disha.functional", "disha.interop.checkpoints", "disha.interop.image_lora"),
     *("disha.interop.lora", "disha.interop.peft", "disha.integrations.trl"),
@@ -32,9 +28,10 @@ def test_a_users_script_runs(tmp_path, monkeypatch, capsys):
     assert loaded == "('first.bone_block',)"
 
 
-@pytest.mark.parametrize("checker", CHECKERS)
-def test_a_users_script_has_no_errors(checker):
-    command = [sys.executable, "-m", *CHECKERS[checker], "tests/typed_script.py"]
+def test_a_users_script_has_no_errors():
+    """For mypy neither: `make lint` gives it the script with the whole library."""
+    command = [sys.executable, "-m", "pyright", "--pythonpath", sys.executable]
+    command.append("tests/typed_script.py")
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
 

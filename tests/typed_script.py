@@ -1,4 +1,4 @@
-"""A user's script. `tests/test_types.py` gives it to mypy and pyright, and runs it."""
+"""A user's script. `make lint` gives it to mypy; `tests/test_types.py` to pyright, and runs it."""
 
 from typing import assert_type
 
