@@ -4,8 +4,6 @@ import multiprocessing
 import os
 import resource
 import stat
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -18,6 +16,7 @@ import disha
 from disha import AdapterIOError, ArgumentError
 from disha.files.disk import require_free, save, save_tensors, save_together
 from tests.adapter_files import trained
+from tests.killed_saves import killed, killed_merges
 
 NEW = {"x": torch.ones(40_000)}
 
@@ -200,12 +199,9 @@ class TestSaved:
         assert torch.equal(safetensors.torch.load_file(old)["x"], NEW["x"])
 
 
-def test_killed_saves_leave_a_whole_file():
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.killed_saves", "20"],
-        capture_output=True, text=True, check=True, cwd=Path(__file__).parent.parent.parent,
-    )  # fmt: skip
-    assert "20 killed saves, whole versions read: [1.0, 2.0]" in done.stdout
+def test_killed_saves_and_merges_leave_what_is_whole(tmp_path):
+    assert killed(tmp_path, 20) == {1.0, 2.0}  # both versions were read, and nothing else
+    killed_merges(tmp_path, 20)
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="tells what is mapped")
