@@ -158,8 +158,7 @@ def check_recomputation(folder):
 
 
 def check_compiling(folder):
-    layers = nn.Sequential(nn.Linear(8, 6), nn.Tanh(), nn.Linear(6, 4))
-    plain, x = adapted(layers), torch.randn(2, 8)
+    plain, x = adapted(nn.Sequential(nn.Linear(8, 6))), torch.randn(2, 8)
     engine = engine_of(copy.deepcopy(plain), config(3))
     engine.compile(backend="eager")
     for _ in range(2):
