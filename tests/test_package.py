@@ -102,24 +102,29 @@ def test_the_commands_use_the_library_as_a_user_would(room):
             assert public or name.startswith(outer), (path, name)
 
 
-def run_python(code):
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+def run_python(code, *options):
+    command = [sys.executable, *options, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
     return json.loads(done.stdout)
 
 
-def test_import_brings_in_nothing_beyond_the_three_dependencies():
+def test_import_is_light_and_silent():
+    """It brings in torch when a name needs it, nothing beyond the dependencies, and no warning."""
     code = """
 import sys, json
+import disha
+from disha import DishaError
+public = {*disha.__all__, "functional", "integrations", "interop"}
+found = ["torch" in sys.modules, public == {*dir(disha)}, hasattr(disha, "inject_adapterz")]
 import torch
 before = set(sys.modules)
-import disha
 disha.inject_adapters
-print(json.dumps(sorted({name.split(".")[0] for name in set(sys.modules) - before})))
+new = sorted({name.split(".")[0] for name in set(sys.modules) - before})
+print(json.dumps([*found, new]))
 """
-    new = {
-        name for name in run_python(code)
-        if not name.startswith("_") and name not in sys.stdlib_module_names
-    }  # fmt: skip
+    *found, new = run_python(code, "-W", "error")
+    assert found == [False, True, False]
+    new = {name for name in new if not name.startswith("_")} - {*sys.stdlib_module_names}
     assert new <= {"disha", "safetensors", "einops", "packaging"}
 
 
@@ -137,24 +142,6 @@ except ImportError as error:
     print(json.dumps(str(error)))
 """
     assert missing in run_python(code)
-
-
-def test_import_warns_of_nothing():
-    code = "import torch, disha; disha.inject_adapters"
-    subprocess.run([sys.executable, "-W", "error", "-c", code], check=True)
-
-
-def test_import_brings_in_torch_only_when_a_name_that_needs_it_is_used():
-    code = """
-import sys, json
-import disha
-from disha import DishaError
-public = {*disha.__all__, "functional", "integrations", "interop"}
-before = ["torch" in sys.modules, public == {*dir(disha)}]
-disha.inject_adapters
-print(json.dumps([*before, "torch" in sys.modules, hasattr(disha, "inject_adapterz")]))
-"""
-    assert run_python(code) == [False, True, True, False]
 
 
 def test_version_is_the_distributions():
