@@ -100,8 +100,8 @@ class AdapterIOError(DishaError, OSError):
         >>> disha.inspect_adapter("nowhere.safetensors")
         Traceback (most recent call last):
         ...
-        disha.errors.AdapterIOError: can't read nowhere.safetensors: No such file or directory:
-        nowhere.safetensors; check the path
+        disha.errors.AdapterIOError: can't read nowhere.safetensors: No such file or directory;
+        check the path
     """
 
 

@@ -7,25 +7,22 @@ the target. A save that is killed leaves its draft, which can be deleted.
 from __future__ import annotations
 
 import errno
-import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from pickle import UnpicklingError
 from secrets import token_hex
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
 
 from disha.errors import (
     AdapterFileError,
     AdapterIOError,
     ArgumentError,
+    ArgumentTypeError,
     DishaError,
 )
 from disha.model.records import Tensors
@@ -35,11 +32,20 @@ PathLike = str | os.PathLike[str]
 ADAPTER_NAME = "adapter.safetensors"  # in output folders and checkpoints
 
 OF_TORCH = {"format": "pt"}  # metadata that other loaders require
+PICKLES = (b"PK\x03\x04", b"\x80")  # how the files of torch.save begin
+
+
+def check_path(path: Any) -> Path:
+    """Return a path as a `Path`."""
+    try:
+        return Path(path)
+    except TypeError as error:
+        raise ArgumentTypeError(f"path must be a str or a pathlib.Path, got {path!r}") from error
 
 
 def file_at(path: PathLike) -> Path:
     """Return the path of an adapter file: the path itself, or `ADAPTER_NAME` in a folder."""
-    file = Path(path)
+    file = check_path(path)
     ends_with_slash = not os.path.basename(path)
     if ends_with_slash or os.path.isdir(file):
         return file / ADAPTER_NAME
@@ -53,10 +59,19 @@ def require_free(path: Path, overwrite: bool) -> None:
         raise ArgumentError(f"{path} exists; choose another name, or set `overwrite` (--overwrite)")
 
 
-def make_folder(path: Path) -> None:
-    """Make a folder and those around it, if they do not exist."""
-    with _explain_failures(path):
-        path.mkdir(parents=True, exist_ok=True)
+@contextmanager
+def folder_for(path: Path) -> Iterator[None]:
+    """Make a folder and those around it for the body, and remove the new ones if it raises."""
+    new = [folder for folder in (path, *path.parents) if not folder.exists()]
+    try:
+        with _explain_failures(path):
+            path.mkdir(parents=True, exist_ok=True)
+        yield
+    except BaseException:
+        for folder in new:  # from the inside outwards
+            with suppress(OSError):
+                folder.rmdir()
+        raise
 
 
 Writer = Callable[[Path], object]
@@ -68,7 +83,7 @@ def save(path: PathLike, write: Writer) -> None:
 
     A symbolic link stays a link. If several save to one path at once, the last one wins.
     """
-    save_together({Path(path): write})
+    save_together({check_path(path): write})
 
 
 def save_together(writers: Mapping[Path, Writer]) -> None:
@@ -80,12 +95,12 @@ def save_together(writers: Mapping[Path, Writer]) -> None:
         ready = {}
         for path, write in writers.items():
             target = Path(os.path.realpath(path))
+            str(target).encode()  # raises if the name is no UTF-8, which safetensors can't read
             if target.exists() and not (target.is_file() or target.is_dir()):
                 raise OSError("it is a device or a pipe")
             draft = drafts.enter_context(_draft_of(target))
             ready[target] = _write_draft(draft, target, write)
-        for target, new in ready.items():
-            _swap(new, target)
+        _swap_all(ready)
 
 
 @contextmanager
@@ -96,8 +111,9 @@ def _explain_failures(target: Path) -> Iterator[None]:
     except DishaError:  # of a writer, which says what is wrong with what it reads
         raise
     except (OSError, ValueError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or error  # without the name of the draft
-        raise AdapterIOError(f"can't save to {target}: {reason}") from error
+        raise AdapterIOError(
+            f"can't save to {target}: {_reason_of(error)}; nothing was changed"
+        ) from error
 
 
 @contextmanager
@@ -129,6 +145,22 @@ def _write_draft(draft: Path, target: Path, write: Writer) -> Path:
     return new
 
 
+def _swap_all(ready: Mapping[Path, Path]) -> None:
+    """Put what is ready in the place of each target; if that stops halfway, say where."""
+    replaced: list[str] = []
+    for target, new in ready.items():
+        try:
+            _swap(new, target)
+        except OSError as error:
+            if not replaced:
+                raise
+            raise AdapterIOError(
+                f"can't save to {target}: {_reason_of(error)}. It is the old one still, but "
+                f"{', '.join(replaced)} is replaced already, and they belong together; save again"
+            ) from error
+        replaced.append(str(target))
+
+
 def _swap(new: Path, target: Path) -> None:
     """Put the new file or folder in the place of the old one."""
     if not (new.is_dir() and target.exists()):
@@ -144,6 +176,11 @@ def _swap(new: Path, target: Path) -> None:
             old.rename(target)
 
 
+def _reason_of(error: Exception) -> object:
+    """Return what an error of the operating system says, or else the error."""
+    return getattr(error, "strerror", None) or error
+
+
 def save_tensors(path: PathLike, tensors: Tensors, metadata: dict[str, str] = OF_TORCH) -> None:
     """Save tensors as a safetensors file."""
     save(path, lambda new: write_tensors(new, tensors, metadata))
@@ -154,7 +191,7 @@ def write_tensors(new: Path, tensors: Tensors, metadata: dict[str, str] = OF_TOR
     whole = {}
     storages = set()
     for key, tensor in tensors.items():
-        values = tensor.contiguous()
+        values = tensor.resolve_conj().resolve_neg().contiguous()  # a file has no such flags
         storage = values.untyped_storage().data_ptr()
         if storage in storages:  # safetensors refuses tensors that share memory
             values = values.clone()
@@ -164,36 +201,26 @@ def write_tensors(new: Path, tensors: Tensors, metadata: dict[str, str] = OF_TOR
 
 
 @contextmanager
-def explain_reading(path: Path) -> Iterator[None]:
-    """Raise `AdapterIOError` or `AdapterFileError` if the body can't read a file."""
-    try:
-        yield
-    except DishaError:
-        raise
-    except OSError as error:
-        raise AdapterIOError(f"can't read {path}: {error}; check the path") from error
-    except (SafetensorError, UnpicklingError, ValueError, TypeError, RecursionError) as error:
-        raise AdapterFileError(
-            f"{path} is not a complete file of its kind ({error}): it is damaged, cut off, or "
-            "something else; get it again"
-        ) from error
-
-
-@contextmanager
 def open_tensors(path: Path) -> Iterator[Any]:
     """Open a safetensors file by `safe_open`; the tensors are read when asked for."""
-    with explain_reading(path), safe_open(path, "pt") as tensors:
-        yield tensors
-
-
-def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Return the tensors of a safetensors file, read when they are used, and its metadata."""
-    with torch.device("cpu"), open_tensors(path) as file:  # torch 2.8 maps to the default device
-        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        return tensors, file.metadata() or {}
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Return the JSON object in a file."""
-    with explain_reading(path):
-        return dict(json.loads(path.read_bytes()))
+    start = b""
+    try:
+        with open(path, "rb") as file:
+            start = file.read(4)
+        str(path).encode()  # raises if the name is no UTF-8, which `safe_open` calls damaged
+        with safe_open(path, "pt") as tensors:
+            yield tensors
+    except DishaError:
+        raise
+    except (OSError, ValueError) as error:
+        raise AdapterIOError(f"can't read {path}: {_reason_of(error)}; check the path") from error
+    except SafetensorError as error:
+        if start.startswith(PICKLES):
+            raise AdapterFileError(
+                f"{path} is a pickle, as torch.save writes it; read it with torch.load, and give "
+                "the result to load_adapter_state_dict"
+            ) from error
+        raise AdapterFileError(
+            f"{path} is not a complete safetensors file ({error}): it is damaged, cut off, or a "
+            "file of another kind; get it again"
+        ) from error

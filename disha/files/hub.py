@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from disha.errors import AdapterIOError, MissingPackageError
-from disha.files.disk import ADAPTER_NAME, PathLike
+from disha.files.disk import ADAPTER_NAME, PathLike, check_path
 
 NAME = re.compile(r"([\w.-]+/[\w.-]+)(?:@(\S+))?", re.ASCII)
 
@@ -32,7 +32,7 @@ def find_adapter(path: PathLike) -> Path:
         AdapterIOError: there is no such file here and no such repository, or it can't be reached.
         MissingPackageError: `huggingface_hub` is not installed.
     """
-    path = Path(path)
+    path = check_path(path)
     name = NAME.fullmatch(path.as_posix())
     is_local = os.path.lexists(path) or path.suffix == ".safetensors" or path.parent.is_dir()
     if name is None or is_local:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 from torch import Tensor, nn
 
 from disha.errors import AdapterStateError, ArgumentTypeError
 from disha.files.contents import write_contents
-from disha.files.disk import PathLike, file_at, make_folder
+from disha.files.disk import PathLike, file_at, folder_for
 from disha.files.header import AdapterContents
 from disha.layers.fingerprints import fingerprint
 from disha.layers.weights import base_of, is_packed, weight_shape
@@ -78,9 +79,9 @@ def save_adapter(
     contents = adapter_contents(view, adapter, metadata)
     with ranks.fail_together(action):
         if ranks.writes:
-            if Path(path) != target:  # it names a folder
-                make_folder(target.parent)
-            write_contents(target, contents)
+            names_folder = Path(path) != target
+            with folder_for(target.parent) if names_folder else nullcontext():
+                write_contents(target, contents)
             _warn_of_others(view, adapter)
             _warn_of_buffers(view, adapter)
             _warn_of_lost_layers(view, adapter)

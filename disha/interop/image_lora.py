@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from disha.checks import check_type
 from disha.errors import AdapterFileError, ArgumentError, ConversionError
 from disha.files import AdapterContents
-from disha.files.disk import PathLike, open_tensors, read_tensors, save_tensors
+from disha.files.disk import PathLike, check_path, open_tensors, save_tensors
 from disha.files.loading import load_contents
 from disha.files.saving import adapter_contents
 from disha.functional import Layout
@@ -37,7 +37,7 @@ from disha.interop.low_rank import (
     low_rank_updates,
 )
 from disha.interop.peft_format import MATRIX, PeftFolder, reasons_against, refuse_to_write
-from disha.interop.peft_reading import scale_of
+from disha.interop.peft_reading import explain_settings, scale_of
 from disha.layers.blocks import original_class
 from disha.model.state import LoadReport
 from disha.model.view import ModelView
@@ -115,6 +115,7 @@ def export(
     views, ranks = _views_of(models)
     action = f"export adapter {adapter!r} as an image LoRA"
     with ranks.fail_together(action):
+        target = check_path(path)
         check_rank(rank)  # before a process waits for another
         views = {component: view for component, view in views.items() if adapter in view.adapters}
         if not views:
@@ -131,8 +132,8 @@ def export(
     updates = _collect_updates(contents, bases, rank)
     with ranks.fail_together(action):
         if ranks.writes:
-            save_tensors(path, tensors_of(updates))
-    return LoraReport.of(Path(path), updates)
+            save_tensors(target, tensors_of(updates))
+    return LoraReport.of(target, updates)
 
 
 def load(
@@ -185,7 +186,7 @@ def load(
     """
     views, ranks = _views_of(models)
     with ranks.fail_together(f"load an image LoRA as adapter {adapter!r}"):
-        path = Path(path)
+        path = check_path(path)
         contents = read_file(path, {name: view.modules for name, view in views.items()})
         missing = [component for component in contents if component not in views]
         if missing:
@@ -340,7 +341,9 @@ def read_file(
 
     `modules` has the names of the modules of each component; without it, no model is known.
     """
-    tensors, metadata = read_tensors(path)
+    with open_tensors(path) as file:
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        metadata = file.metadata() or {}
     tensors, alphas = _rename_from_kohya(tensors, modules or {})
     a_end, b_end = MATRIX
     factors: dict[str, list[LayerFactors]] = {}
@@ -360,7 +363,8 @@ def read_file(
         scale = 1.0  # it is multiplied into B, unless the file tells alpha
         settings = _settings_of(path, component, metadata)
         if "lora_alpha" in settings.fields:
-            scale = scale_of(settings, name, len(a))
+            with explain_settings(path):
+                scale = scale_of(settings, name, len(a))
         elif weight in alphas:
             scale = alphas[weight] / len(a)
         of_layer = LayerFactors(model_name, a, b, layout, scale)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from disha.files import AdapterContents
-from disha.files.disk import PathLike
+from disha.files.disk import PathLike, check_path
 from disha.files.saving import adapter_contents
 from disha.interop.experts import (
     SERVED_TARGETS,
@@ -133,10 +133,13 @@ def export(
         (LoraLayer(name='0', method='bone', r=4, rank=4, error=0.0),)
     """
     view = ModelView(model)
-    target = Path(folder)
+    ranks = view.ranks
+    action = f"export adapter {adapter!r} as LoRA"
+    with ranks.fail_together(action):
+        target = check_path(folder)
     converted = _convert_adapter(view, adapter, rank, pad, experts)
-    with view.ranks.fail_together(f"export adapter {adapter!r} as LoRA"):
-        if view.ranks.writes:
+    with ranks.fail_together(action):
+        if ranks.writes:
             write_peft_files(target, converted.config, converted.tensors)
     return LoraReport.of(target, converted.updates, converted.also_train)
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from disha.files.disk import PathLike
+from disha.files.disk import PathLike, check_path
 from disha.files.header import AdapterContents
 from disha.files.saving import adapter_contents
 from disha.interop.low_rank import LoraLayer, LoraReport
@@ -110,7 +110,8 @@ def export(
     action = f"export adapter {adapter!r} to PEFT"
     given = {"base_model_name_or_path": base_model_name_or_path, "task_type": task_type}
     given = {note: value for note, value in given.items() if value is not None}
-    target = Path(folder)
+    with ranks.fail_together(action):
+        target = check_path(folder)
     contents = adapter_contents(view, adapter, with_fingerprints=False)
     with ranks.fail_together(action):
         names = contents.names

@@ -13,20 +13,21 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from operator import attrgetter
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from disha.errors import AdapterFileError, ConversionError
+from disha.errors import AdapterFileError, AdapterIOError, ConversionError
 from disha.files.disk import (
     ADAPTER_NAME,
     PathLike,
     Writer,
-    explain_reading,
-    make_folder,
-    read_json,
-    read_tensors,
+    check_path,
+    folder_for,
     save_together,
     write_tensors,
 )
@@ -76,8 +77,8 @@ def write_peft_files(folder: Path, config: Mapping[str, Any], tensors: Tensors) 
         folder / WEIGHTS_NAME: lambda new: write_tensors(new, prefixed),
         folder / CONFIG_NAME: lambda new: new.write_text(text, encoding="utf-8"),
     }
-    make_folder(folder)
-    save_together(writers)
+    with folder_for(folder):
+        save_together(writers)
 
 
 @dataclass(frozen=True)
@@ -127,7 +128,7 @@ def find_folder(path: PathLike) -> Path | None:
     Args:
         path: a folder, or the path of its `adapter_model.safetensors`.
     """
-    folder = Path(path)
+    folder = check_path(path)
     if folder.name == WEIGHTS_NAME:
         folder = folder.parent
     is_read_as_ours = (folder / ADAPTER_NAME).exists()
@@ -144,20 +145,31 @@ def read_config(folder: PathLike) -> dict[str, Any]:
         AdapterIOError: the file can't be read.
         AdapterFileError: it does not hold a JSON object.
     """
-    return read_json(Path(folder) / CONFIG_NAME)
+    path = check_path(folder)
+    try:
+        return dict(json.loads((path / CONFIG_NAME).read_bytes()))
+    except OSError as error:
+        raise AdapterIOError(f"can't read a folder of PEFT: {error}") from error
+    except (ValueError, TypeError, RecursionError) as error:
+        raise AdapterFileError(
+            f"{path} is not a complete folder of PEFT: {CONFIG_NAME} is no JSON object: {error}"
+        ) from error
 
 
 def read_peft_files(folder: PathLike, also_train: bool) -> PeftFolder:
     """Read both files. Without `also_train`, only the tensors of layers."""
-    path = Path(folder)
-    fields = read_config(path)
+    fields = read_config(folder)
+    path = check_path(folder)
     file = path / WEIGHTS_NAME
-    old_file = path / OLD_WEIGHTS_NAME
-    if old_file.exists() and not file.exists():
-        with explain_reading(old_file):
-            tensors = torch.load(old_file, "cpu", weights_only=True)
-    else:
-        tensors, _ = read_tensors(file)
+    try:
+        if not file.exists() and (path / OLD_WEIGHTS_NAME).exists():
+            tensors = torch.load(path / OLD_WEIGHTS_NAME, "cpu", weights_only=True)
+        else:
+            tensors = load_file(file)
+    except OSError as error:
+        raise AdapterIOError(f"can't read a folder of PEFT: {error}") from error
+    except (SafetensorError, UnpicklingError, ValueError, TypeError) as error:
+        raise AdapterFileError(f"{path} is not a complete folder of PEFT: {error}") from error
     named = {
         key.removeprefix(PREFIX): tensor
         for key, tensor in tensors.items()

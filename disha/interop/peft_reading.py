@@ -7,10 +7,11 @@ The model tells it, or a checkpoint of the base; without both, some folders can'
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace as replace_fields
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -18,9 +19,9 @@ from torch import Tensor, nn
 
 from disha.checks import check_scale
 from disha.config import AdapterConfig, check_row_numbers
-from disha.errors import AdapterFileError, ConversionError
+from disha.errors import AdapterFileError, AdapterIOError, ConversionError, DishaError
 from disha.files import AdapterContents
-from disha.files.disk import PathLike
+from disha.files.disk import PathLike, check_path
 from disha.files.header import reasons_against_blocks
 from disha.files.loading import load_contents
 from disha.functional import Layout
@@ -163,26 +164,43 @@ def load(
         ('0.bone_block',)
     """
     view = ModelView(model)
-    source = Path(folder)
-    contents = read_for_model(view, source, also_train=also_train)
+    contents = read_for_model(view, folder, also_train=also_train)
+    source = check_path(folder)
     return load_contents(
         view, source, contents, adapter, replace=replace, dtype=dtype, freeze=freeze
     )
 
 
-def read_for_model(view: ModelView, folder: Path, *, also_train: bool) -> AdapterContents:
+def read_for_model(view: ModelView, folder: PathLike, *, also_train: bool) -> AdapterContents:
     """Return the adapter that a folder holds, with what a load into this model sets."""
     action = "read a folder of PEFT"
-    with view.ranks.fail_together(action):
-        peft_folder = read_peft_files(folder, also_train)
-    kept = keep_for_model(view, peft_folder)
-    with view.ranks.fail_together(action):
-        return _contents_of(kept, base_of_model(view))
+    with explain_settings(folder):
+        with view.ranks.fail_together(action):
+            peft_folder = read_peft_files(folder, also_train)
+        kept = keep_for_model(view, peft_folder)
+        with view.ranks.fail_together(action):
+            return _contents_of(kept, base_of_model(view))
 
 
-def read_folder(folder: Path, base: Base = UNKNOWN, *, also_train: bool = True) -> AdapterContents:
+def read_folder(
+    folder: PathLike, base: Base = UNKNOWN, *, also_train: bool = True
+) -> AdapterContents:
     """Return the adapter that a folder holds, without a model."""
-    return _contents_of(read_peft_files(folder, also_train), base)
+    with explain_settings(folder):
+        return _contents_of(read_peft_files(folder, also_train), base)
+
+
+@contextmanager
+def explain_settings(folder: PathLike) -> Iterator[None]:
+    """Raise `AdapterFileError` if the body meets settings that PEFT does not write."""
+    try:
+        yield
+    except (AdapterFileError, AdapterIOError, ConversionError):
+        raise
+    except (DishaError, TypeError, ValueError, AttributeError, re.error) as error:
+        raise AdapterFileError(
+            f"{folder} has settings that can't be read: {error}; get it again"
+        ) from error
 
 
 def _contents_of(folder: PeftFolder, base: Base) -> AdapterContents:

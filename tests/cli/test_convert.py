@@ -375,8 +375,8 @@ def test_what_is_there_stays_unless_told(run, complaint, files):
     [
         (None, "has neither adapter.safetensors nor adapter_config.json"),
         (json.dumps({"peft_type": "LORA"}), "adapter_model.safetensors"),
-        ("{", "adapter_config.json is not a complete file"),
-        ("[5]", "adapter_config.json is not a complete file"),
+        ("{", "adapter_config.json is no JSON object"),
+        ("[5]", "adapter_config.json is no JSON object"),
     ],
 )
 def test_a_folder_that_is_no_adapter(complaint, files, content, says):

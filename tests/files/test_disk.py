@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 import disha
-from disha import AdapterIOError, ArgumentError
+from disha import AdapterIOError, ArgumentError, ArgumentTypeError
 from disha.files.disk import require_free, save, save_tensors, save_together
 from tests.adapter_files import trained
 from tests.killed_saves import killed, killed_merges
@@ -68,6 +68,17 @@ class TestFailed:
             save(old, write)
         assert_old(old)
 
+    @pytest.mark.parametrize(("name", "says"), [("a\0b", "null byte"), ("a\udcff", "can't encode")])
+    def test_a_name_that_no_reader_can_open(self, tmp_path, name, says):
+        with pytest.raises(AdapterIOError, match=f"can't save to .*{says}"):
+            disha.save_adapter(trained(), tmp_path / name)
+        assert not list(tmp_path.iterdir())
+        if "\0" not in name:
+            disha.save_adapter(trained(), tmp_path / "a")
+            (tmp_path / "a").rename(tmp_path / name)
+        with pytest.raises(AdapterIOError, match=f"can't read .*{says}"):
+            disha.inspect_adapter(tmp_path / name)
+
     def test_a_folder_is_no_file(self, tmp_path):
         with pytest.raises(AdapterIOError, match="Is a directory"):
             save_tensors(tmp_path, NEW, {})
@@ -76,7 +87,7 @@ class TestFailed:
     def test_a_pipe_or_a_device_stays_what_it_is(self, tmp_path):
         path = tmp_path / "a.safetensors"
         os.mkfifo(path)
-        with pytest.raises(AdapterIOError, match="it is a device or a pipe"):
+        with pytest.raises(AdapterIOError, match="it is a device or a pipe; nothing was changed"):
             disha.save_adapter(trained(), path)
         assert path.is_fifo()
         assert [one.name for one in tmp_path.iterdir()] == [path.name]
@@ -104,12 +115,12 @@ class TestFailed:
 
         monkeypatch.setattr(Path, "replace", refuse)
         monkeypatch.setattr(Path, "rename", refuse)
-        with pytest.raises(AdapterIOError, match="Access is denied"):
+        with pytest.raises(AdapterIOError, match="Access is denied; nothing was changed"):
             save_tensors(old, NEW, {})
         assert_old(old)
         folder = old.parent / "folder"
         folder_with("old")(folder)
-        with pytest.raises(AdapterIOError, match="Access is denied"):
+        with pytest.raises(AdapterIOError, match="Access is denied; nothing was changed"):
             save(folder, folder_with("new"))
         assert (folder / "inner" / "x").read_text() == "old"
         assert {one.name for one in old.parent.iterdir()} == {old.name, folder.name}
@@ -125,10 +136,28 @@ class TestFailed:
     def test_what_belongs_together_is_replaced_together(self, old):
         folder = old.with_name("folder")
         folder.mkdir()
-        with pytest.raises(AdapterIOError, match="Is a directory"):
+        with pytest.raises(AdapterIOError, match="Is a directory; nothing was changed"):
             save_together({old: Path.touch, folder: Path.touch})
         folder.rmdir()
         assert_old(old)
+
+    def test_the_error_says_if_one_of_two_is_replaced_already(self, old, monkeypatch):
+        replace = Path.replace
+
+        def refuse_second(self, target):
+            if target.name == "second":
+                raise PermissionError(13, "Access is denied")
+            return replace(self, target)
+
+        second = old.with_name("second")
+        second.write_text("old")
+        monkeypatch.setattr(Path, "replace", refuse_second)
+        says = rf"can't save to {second}: Access is denied.* {old} is replaced already"
+        with pytest.raises(AdapterIOError, match=says) as caught:
+            save_together({old: Path.touch, second: Path.touch})
+        assert "nothing was changed" not in str(caught.value)
+        assert (old.read_bytes(), second.read_text()) == (b"", "old")
+        assert {one.name for one in old.parent.iterdir()} == {old.name, second.name}
 
     @pytest.mark.parametrize("ends", ["", "/below"])
     def test_a_file_where_the_folder_should_be(self, old, ends):
@@ -142,8 +171,12 @@ class TestFailed:
 
     @pytest.mark.parametrize("length", [250, 300])
     def test_a_name_that_is_too_long(self, tmp_path, length):
-        with pytest.raises(AdapterIOError, match="File name too long"):
+        with pytest.raises(AdapterIOError, match="File name too long; nothing was changed"):
             disha.save_adapter(trained(), tmp_path / ("a" * length))
+
+    def test_what_is_no_path(self):
+        with pytest.raises(ArgumentTypeError, match="path must be"):
+            save_tensors(5, NEW, {})
 
 
 class TestSaved:

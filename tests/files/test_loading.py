@@ -18,6 +18,7 @@ from disha import (
     AdapterIOError,
     AdapterStateError,
     ArgumentError,
+    ArgumentTypeError,
     DishaError,
     MergeError,
     ModeError,
@@ -525,22 +526,27 @@ class TestBadFiles:
 
     def test_missing(self, path):
         self.refused(path, "can't read .*No such file", kind=AdapterIOError)
-        with pytest.raises(OSError, match="No such file"):
-            disha.inspect_adapter(path)
+        for missing, says in ((path, "No such file"), ("a\0", r"can't read .* null byte")):
+            with pytest.raises(OSError, match=says):
+                disha.inspect_adapter(missing)
 
     def test_a_folder(self, tmp_path):
         self.refused(tmp_path, r"can't read .*adapter.safetensors: No such", kind=AdapterIOError)
 
+    def test_a_pickle_says_who_reads_it(self, path):
+        torch.save({"a": torch.ones(1)}, path)
+        self.refused(path, "is a pickle.*torch.load.*load_adapter_state_dict")
+
     @pytest.mark.parametrize("data", [b"", b"\0", b"not safetensors at all", b"\xff" * 64])
     def test_other_bytes(self, path, data):
         path.write_bytes(data)
-        self.refused(path, "not a complete file")
+        self.refused(path, "not a complete safetensors file")
 
     @pytest.mark.parametrize("part", [0.1, 0.5, 0.99])
     def test_truncated(self, saved, path, part):
         data = path.read_bytes()
         path.write_bytes(data[: int(len(data) * part)])
-        self.refused(path, "not a complete file")
+        self.refused(path, "not a complete safetensors file")
 
     def test_without_our_header(self, path):
         safetensors.torch.save_file({"head.bone_block": torch.zeros(3, 12)}, path)
@@ -593,6 +599,16 @@ class TestBadFiles:
     def test_a_dtype_that_no_block_can_have(self, saved, path, dtype):
         with pytest.raises(DishaError, match=r"dtype|trained in"):
             disha.load_adapter(base(), path, dtype=dtype)
+
+    @pytest.mark.parametrize("odd", [None, 5, b"bytes"])
+    def test_what_is_no_path(self, odd):
+        for call in (
+            lambda: disha.inspect_adapter(odd),
+            lambda: disha.load_adapter(base(), odd),
+            lambda: disha.save_adapter(trained(), odd),
+        ):
+            with pytest.raises(ArgumentTypeError, match="path must be"):
+                call()
 
     def test_into_a_bad_name(self, saved, path):
         model = base()

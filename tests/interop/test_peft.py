@@ -336,17 +336,18 @@ class TestAFolderThatIsThere:
 
         before = self.files(folder)
         monkeypatch.setattr(disk, "save_file", full)
-        with pytest.raises(AdapterIOError, match="No space left"):
+        with pytest.raises(AdapterIOError, match=r"No space left .*nothing was changed"):
             export(model, folder)
         assert self.files(folder) == before
-        with pytest.raises(AdapterIOError, match="No space left"):
+        with pytest.raises(AdapterIOError, match=r"No space left .*nothing was changed"):
             export(model, folder / "new" / "newer")
+        assert not (folder / "new").exists()
 
     def test_a_folder_in_the_place_of_a_file_leaves_the_others(self, model, folder):
         (folder / "adapter_config.json").unlink()
         (folder / "adapter_config.json").mkdir()
         before = self.files(folder)
-        with pytest.raises(AdapterIOError, match="Is a directory"):
+        with pytest.raises(AdapterIOError, match=r"Is a directory; nothing was changed"):
             export(model, folder)
         assert self.files(folder) == before
 
@@ -494,7 +495,11 @@ def test_bone_is_the_formula(init_weights, tmp_path):
 def test_settings_of_bone_that_are_refused(tmp_path):
     shutil.copytree(GOLDEN / "peft_bone", tmp_path, dirs_exist_ok=True)
     base = nn.Sequential(nn.Linear(12, 8), nn.Tanh(), nn.Linear(8, 6))
-    for values, says in (({"bias": "bone_only"}, "uses bias"),):
+    for values, says in (
+        ({"bias": "bone_only"}, "uses bias"),
+        ({"r": 0}, "r must be at least 1"),
+        ({"init_weights": []}, "has settings that can't be read: unhashable"),
+    ):
         rewrite(tmp_path, **{"init_weights": True, "bias": "none", **values})
         refused_to_load(tmp_path, miss, base, says, DishaError)
 
@@ -581,7 +586,7 @@ BAD = {
     "no JSON": (lambda folder: (folder / "adapter_config.json").write_text("{"), "not a complete"),
     "a list": (lambda folder: (folder / "adapter_config.json").write_text("[5]"), "not a complete"),
     "a pickle": (as_pickle, "Weights only load failed"),
-    "cut off": (cut_off, "is not a complete file"),
+    "cut off": (cut_off, "is not a complete folder of PEFT"),
     "a LoRA": (with_fields(peft_type="LORA"), "has no pair of factors"),
     "another type": (with_fields(peft_type="LOHA"), "is of peft_type 'LOHA', not LORA"),
     "r of another": (with_fields(r=3), "expected a block of shape (3, 6)"),
@@ -590,6 +595,7 @@ BAD = {
     "unknown kind": (with_fields(init_weights="nice"), "init_weights='nice' is unknown"),
     "mini that does not divide": (with_fields(init_weights="mini", mini_r=4), "does not divide"),
     "nothing saved": (with_fields(modules_to_save=None), "norm.weight: it does not train, and"),
+    "no list": (with_fields(modules_to_save=5), "has settings that can't be read: 'int' object"),
     "biases": (with_fields(bias="MiSS_only"), "uses bias"),
     "wrong shape": (with_tensor(BLOCK, lambda t: t[:, :-1].clone()), "expected a block of shape"),
     "infinite": (with_tensor(BLOCK, lambda t: t / 0), "not finite"),

@@ -204,7 +204,7 @@ def test_a_setting_that_lacks_a_table_with_new_rows(tmp_path):
     lora.export(adapted(Layered(), "q_proj", 4, also_train_rows={"embed": [3]}), tmp_path)
     rewrite(tmp_path, trainable_token_indices={"other": [3]})
     model = Layered()
-    with refused(model, disha.ArgumentTypeError, "trainable_token_indices of embed must be"):
+    with refused(model, AdapterFileError, "trainable_token_indices of embed must be a list"):
         lora.load(model, tmp_path)
 
 
@@ -222,7 +222,9 @@ A, B = (f"layers.0.attn.q_proj.lora_{one}.weight" for one in "AB")
             ConversionError,
             "uses init_lora_weights=pissa_niter_4",
         ),
-        (with_fields(lora_alpha="8"), disha.ArgumentTypeError, "lora_alpha must be a number"),
+        (with_fields(lora_alpha="8"), AdapterFileError, "can't be read: lora_alpha must be a num"),
+        (with_fields(alpha_pattern={"[z-a]": 1}), AdapterFileError, "can't be read: bad character"),
+        (with_fields(alpha_pattern=5), AdapterFileError, "can't be read: 'int' object"),
         (with_tensor(B, lambda t: None), AdapterFileError, "has no pair of factors, .*q_proj"),
         (with_tensor("other", lambda t: torch.ones(1)), AdapterFileError, "belongs to no layer"),
         (with_tensor(A, lambda t: torch.tensor(1.0)), AdapterFileError, "don't belong together"),

@@ -22,6 +22,7 @@ from disha.files.disk import (
     OF_TORCH,
     PathLike,
     Writer,
+    check_path,
     open_tensors,
     require_free,
     save,
@@ -141,8 +142,8 @@ def merge_into_checkpoint(
         >>> bool((merged["0.weight"] == model[0].weight).all())
         True
     """
-    out = Path(out)
-    check_target(out, Path(base), Path(adapter_path), overwrite)
+    out = check_path(out)
+    check_target(out, check_path(base), check_path(adapter_path), overwrite)
     merge = prepare_merge(base, adapter_path, also_train=also_train, scale=scale, force=force)
     write: Writer = merge.write_folder
     if out.suffix == SUFFIX:

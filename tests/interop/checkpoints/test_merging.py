@@ -300,6 +300,8 @@ class TestRefused:
     def test_bad_arguments(self, setting):
         self.refuse(setting, ArgumentError, "scale", scale=float("nan"))
         self.refuse(setting, ArgumentTypeError, "scale", scale="1")
+        setting.base = 3
+        self.refuse(setting, ArgumentTypeError, "path must be")
 
     def test_a_file_that_is_no_adapter(self, setting):
         setting.adapter.write_bytes(b"nothing")
@@ -417,7 +419,7 @@ class TestFailure:
         content["weight_map"]["other"] = shard.name
         index.write_text(json.dumps(content))
         shard.write_bytes(shard.read_bytes()[:-1])
-        with pytest.raises(AdapterFileError, match=f"{shard} is not a complete file"):
+        with pytest.raises(AdapterFileError, match=f"{shard} is not a complete safetensors file"):
             setting.merge()
         assert setting.listing() == ["adapter.safetensors", "base"]
 

@@ -19,19 +19,19 @@ class TestReading:
                 open_checkpoint(path)
         config = setting.base / "config.json"
         config.write_text("[")
-        with pytest.raises(AdapterFileError, match=r"config.json is not a complete file"):
+        with pytest.raises(AdapterFileError, match=r"config.json is no JSON object"):
             open_checkpoint(setting.base).config()
         config.unlink()
         shard = next(setting.base.glob("*.safetensors"))
         shard.write_bytes(shard.read_bytes()[:-5])
-        with pytest.raises(AdapterFileError, match="not a complete file"):
+        with pytest.raises(AdapterFileError, match="not a complete safetensors file"):
             setting.merge()
 
     @pytest.mark.parametrize(
         ("text", "says"),
         [
-            ("{", "is not a complete file"),
-            ("[5]", "is not a complete file"),
+            ("{", "is no JSON object"),
+            ("[5]", "is no JSON object"),
             ("{}", "does not name the file of each tensor"),
         ],
     )
