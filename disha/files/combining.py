@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from disha import functional
+from disha.checks import check_scale
 from disha.config import AdapterConfig
-from disha.errors import ArgumentError
+from disha.errors import ArgumentError, ArgumentTypeError
 from disha.files.contents import Source, keep_blocks
 from disha.files.header import AdapterContents
 from disha.files.loading import load_contents
@@ -57,10 +58,10 @@ def combine_adapters(
             model, and stay as they are.
 
     Raises:
-        ArgumentError: an adapter is unknown, the name is taken, blocks can't be added, their sum is
-            not finite, or an adapter has parameters or buffers of its `also_train` and this is not
-            False here.
-        AdapterFileError: the new r is larger than a layer's inputs.
+        ArgumentError: an adapter is unknown, the name is taken, a weight is not finite, blocks
+            can't be added, their sum is not finite, or an adapter has parameters or buffers of its
+            `also_train` and this is not False here.
+        ArgumentTypeError: the weights are not a dict of numbers.
         AdapterStateError: an adapter holds values that are not finite, or blocks of several
             methods.
         ModeError: adapters are merged (`MergeError`), or in a context.
@@ -77,6 +78,8 @@ def combine_adapters(
         >>> list(model.disha), model.disha["c"].r
         (['a', 'b', 'c'], 4)
     """
+    if not isinstance(weights, Mapping) or not weights:
+        raise ArgumentTypeError(f"weights must be a dict of adapter -> number, got {weights!r}")
     if r is not None:
         AdapterConfig(r)  # raises if r can't be a shard size
     view = ModelView(model)
@@ -107,27 +110,21 @@ def _has_claims(view: ModelView, adapter: str) -> bool:
     return any(buffer.claimant == adapter for buffer in view.buffers)
 
 
-class Term(NamedTuple):
-    """A block in a sum: its layer, its factor f in the sum of f dW, and where it came from."""
-
-    record: LayerRecord
-    block: Tensor
-    factor: float
-    source: Source
+Part = tuple[LayerRecord, Summand]
+"""A layer of an adapter, and the adapter."""
 
 
 def combine_contents(summands: Sequence[Summand], r: int | None) -> AdapterContents:
     """Return the weighted sum of adapters, which has the scale 1 and no metadata."""
     _check_can_be_combined(summands)
-    terms: dict[str, list[Term]] = {}
-    for source, contents, weight in summands:
-        for layer in contents.layers:
-            term = Term(layer, contents.tensors[layer.key], float(weight) * layer.scale, source)
-            terms.setdefault(layer.name, []).append(term)
+    parts: dict[str, list[Part]] = {}
+    for summand in summands:
+        for layer in summand.contents.layers:
+            parts.setdefault(layer.name, []).append((layer, summand))
     records = []
     tensors = {}
-    for terms_of_layer in terms.values():
-        record, block = _sum_blocks(terms_of_layer, r)
+    for layer_parts in parts.values():
+        record, block = _sum_blocks(layer_parts, r)
         records.append(record)
         tensors[record.key] = block
     first = summands[0].contents.config
@@ -141,74 +138,95 @@ def combine_contents(summands: Sequence[Summand], r: int | None) -> AdapterConte
 
 
 def _check_can_be_combined(summands: Sequence[Summand]) -> None:
-    """Raise unless the adapters hold blocks alone, of one method."""
+    """Raise unless the adapters hold blocks alone, of one method, and their weights are finite."""
     first = summands[0].contents.config
-    for source, contents, _ in summands:
-        values = [layer.name for layer in contents.layers if layer.is_new_rows]
-        values += contents.also_train
-        if values:
+    for summand in summands:
+        check_scale(summand.weight, "the weight of an adapter")
+        config = summand.contents.config
+        parameters = summand.contents.also_train
+        if parameters:
             raise ArgumentError(
-                f"{source} holds parameters or new rows besides its blocks "
-                f"({first_few(values, 3, ', ')}). These are values, not updates, so they have no "
-                "weighted sum; leave out `also_train` and `also_train_rows`"
+                f"{summand.source} holds parameters besides its blocks "
+                f"({first_few(parameters, 3, ', ')}). These are values, not "
+                "updates, so they have no weighted sum; leave out `also_train`"
             )
-        config = contents.config
         if (config.method, config.r_out) != (first.method, first.r_out):
             raise ArgumentError(
                 "adapters of different methods or r_out can't be combined; make one sum of each"
             )
 
 
-def _sum_blocks(terms: Sequence[Term], r: int | None) -> tuple[LayerRecord, Tensor]:
+def _sum_blocks(parts: Sequence[Part], r: int | None) -> tuple[LayerRecord, Tensor]:
     """Return the record and the block of a layer: the weighted sum of its blocks."""
-    first = terms[0].record
-    name = f"layer {first.name or '(the model)'!r}"
-    listing = "; ".join(map(_describe, terms))
+    first, _ = parts[0]
+    name = first.name or "(the model)"
+    if first.is_new_rows:
+        raise ArgumentError(
+            f"layer {name!r}: new rows are values, not updates, so they have no weighted sum; "
+            "leave out `also_train_rows`"
+        )
+    listing = "; ".join(_describe(part) for part in parts)
     # Fingerprints are left out, because one base has several: they depend on its dtype.
     layers = {
         (replace(record, r=1, scale=1.0, base=None), record.geometry(block.shape))
-        for record, block, _, _ in terms
+        for record, block, _ in map(_term_of, parts)
     }
     if len(layers) > 1:
-        raise ArgumentError(f"{name} is not the same in all adapters: {listing}")
-    r, total = _add_blocks(terms, r, f"{name}: {listing}")
+        raise ArgumentError(f"layer {name!r} is not the same in all adapters: {listing}")
+    r, total = _add_blocks(parts, r, f"layer {name!r}", listing)
     if not is_finite_as(total, total.dtype):
-        raise ArgumentError(f"{name}: the sum is not finite as {total.dtype}; give smaller weights")
-    bases = {term.record.base for term in terms}
+        raise ArgumentError(
+            f"layer {name!r}: the sum is not finite as {total.dtype}; give smaller weights"
+        )
+    bases = {record.base for record, _ in parts}
     base = first.base if len(bases) == 1 else None
     return replace(first, r=r, scale=1.0, base=base), total
 
 
-def _add_blocks(terms: Sequence[Term], r: int | None, listing: str) -> tuple[int, Tensor]:
+def _term_of(part: Part) -> tuple[LayerRecord, Tensor, float]:
+    """Return a record, its block, and the factor of the block in the sum."""
+    record, summand = part
+    return record, summand.contents.tensors[record.key], float(summand.weight) * record.scale
+
+
+def _add_blocks(
+    parts: Sequence[Part], r: int | None, layer: str, listing: str
+) -> tuple[int, Tensor]:
     """Return the sum of the blocks of one weight, and its r, which is at least the one given."""
-    first, block, *_ = terms[0]
+    terms = [_term_of(part) for part in parts]
+    first, block, _ = terms[0]
     method = method_of(first.method)
     geometry = first.geometry(block.shape)
-    added = [(record.r, block, factor) for record, block, factor, _ in terms]
-    joined = method.join([(block, factor) for _, block, factor in added], geometry)
+    joined = method.join([(block, factor) for _, block, factor in terms], geometry)
     if joined is not None:
-        rows = sum(r for r, _, _ in added)
-        added = [(rows, joined, 1.0)]
+        rows = sum(record.r for record, _, _ in terms)
+        terms = [(replace(first, r=rows), joined, 1.0)]
         r = max(r or 0, rows)
     elif not method.additive:
         raise ArgumentError(
-            f"{method.name} blocks can't be added, because dW is not linear in the block "
-            f"({listing}); load them as several adapters instead, whose updates add up"
+            f"{layer}: {method.name} blocks can't be added, because dW is not linear in the block; "
+            "load them as several adapters instead, whose updates add up"
         )
-    r = r or math.lcm(*(r for r, _, _ in added))
-    wide = []
-    for narrow_r, block, factor in added:
-        wider = method.wider_block(first.layout, block, geometry, narrow_r, r)
-        if wider is None:
+    r = r or math.lcm(*(record.r for record, _, _ in terms))
+    if joined is None and r > first.in_features:
+        raise ArgumentError(
+            f"{layer}: the sum needs r={r}, but the layer has only {first.in_features} inputs: "
+            f"{listing}; export the adapters as LoRA, and combine those"
+        )
+    wide_terms = []
+    for record, block, factor in terms:
+        wide = method.wider_block(record.layout, block, geometry, record.r, r)
+        if wide is None:
             raise ArgumentError(
-                f"{method.name} blocks can't be added with r={r} ({listing}); give an r that is a "
-                "multiple of each, or adapters of equal r"
+                f"{layer}: {method.name} blocks can't be added with r={r}: {listing}; give an r "
+                "that is a multiple of each, or adapters of equal r"
             )
-        wide.append((wider, factor))
-    return r, functional.weighted_sum(wide)
+        wide_terms.append((wide, factor))
+    return r, functional.weighted_sum(wide_terms)
 
 
-def _describe(term: Term) -> str:
-    record, block, _, source = term
+def _describe(part: Part) -> str:
+    record, summand = part
+    shape = tuple(summand.contents.tensors[record.key].shape)
     sizes = f"{record.in_features} -> {record.out_features}"
-    return f"r={record.r}, {sizes}, {record.layout} with a block {tuple(block.shape)} in {source}"
+    return f"r={record.r}, {sizes}, {record.layout} with a block {shape} in {summand.source}"

@@ -14,11 +14,12 @@ from typing import Any
 
 from torch import Tensor
 
-from disha.checks import TRAINABLE_DTYPES, check_positive_int, check_scale
+from disha.checks import TRAINABLE_DTYPES, check_positive_int, check_scale, check_type
 from disha.config import DEFAULTS, AdapterConfig, as_json, check_ranges
 from disha.errors import AdapterFileError
 from disha.functional import Layout, layout_of
 from disha.functional.layouts import OutputRanges
+from disha.functional.method import find_method
 from disha.functional.new_rows import NEW_ROWS
 from disha.model.records import LayerRecord
 from disha.text import brief, counted, first_few, join, printable, table
@@ -171,11 +172,15 @@ def parse_header(path: Path, text: str | None, tensors: Mapping[str, Tensor]) ->
         )
     try:
         file = _parse_file(path, json.loads(text), tensors)
-        reasons = _reasons_against_keys(file) or reasons_against_blocks(file)
     except KeyError as error:
         raise _header_error(path, f"lacks the field {error}") from error
-    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+    except AdapterFileError:  # which is a ValueError too, and says already what to do
+        raise
+    except (ValueError, TypeError, RecursionError) as error:
         raise _header_error(path, f"is not of format {FORMAT}: {error}") from error
+    reasons = _reasons_against_keys(file)
+    if not reasons:
+        reasons = reasons_against_blocks(file)
     if reasons:
         raise _header_error(path, f"contradicts its tensors:\n{first_few(reasons, 20)}")
     return file
@@ -183,56 +188,95 @@ def parse_header(path: Path, text: str | None, tensors: Mapping[str, Tensor]) ->
 
 def _header_error(path: Path, problem: str) -> AdapterFileError:
     return AdapterFileError(
-        f"{path}: the header {problem}; get the file again, upgrade disha-torch, or register the "
-        "method first (disha.register_method)"
+        f"{path}: the header {problem}; get the file again, or upgrade disha-torch"
     )
 
 
 def _parse_file(path: Path, fields: Any, tensors: Mapping[str, Tensor]) -> AdapterFile:
-    version = check_positive_int("format", fields["format"])
-    needs = fields.get("needs", [])  # what changes the meaning of the other fields
-    if version > FORMAT or needs:
-        raise ValueError(f"a newer version wrote it as format {version}, and it needs {needs}")
-    settings = dict(fields["config"])
-    usual_method = settings.get("method", DEFAULTS["method"])  # of layers that do not tell theirs
+    optional: dict[str, Any] = {"needs": [], "also_train": [], "metadata": {}}
+    fields = {**optional, **fields}
+    _check_version(path, fields)
+    check_type("metadata", fields["metadata"], dict, "a JSON object")
+    for words in (*fields["also_train"], *fields["metadata"].values()):
+        check_type("a name or a note", words, str, "text")
+    settings = fields["config"]
+    check_type("config", settings, dict, "a JSON object")
+    usual_method = settings.get("method")  # of the layers that do not tell theirs
     if usual_method == NEW_ROWS:  # in an older file that has nothing else
-        del settings["method"]
+        settings = {name: value for name, value in settings.items() if name != "method"}
+    if isinstance(settings.get("method"), str):
+        _check_method(path, settings["method"])
     config = AdapterConfig.from_json(settings)
-    layers = [{"method": usual_method} | entry for entry in fields["layers"]]
-    records = tuple(_parse_layer(config, entry) for entry in layers)
+    layers = [{"method": usual_method or config.method} | entry for entry in fields["layers"]]
+    records = tuple(_parse_layer(path, config, entry) for entry in layers)
     # In files of former versions, keys have the whole name of a method with groups.
     keys = {join(record.name, f"{record.method}_block"): record.key for record in records}
     return AdapterFile(
         config=config,
         layers=records,
-        also_train=tuple(fields.get("also_train", ())),
+        also_train=tuple(fields["also_train"]),
         tensors={keys.get(key, key): tensor for key, tensor in tensors.items()},
-        metadata=dict(fields.get("metadata", {})),
+        metadata=fields["metadata"],
         path=path,
         format=FORMAT,
         nbytes=path.stat().st_size,
     )
 
 
-def _parse_layer(config: AdapterConfig, entry: Mapping[str, Any]) -> LayerRecord:
+def _check_version(path: Path, fields: Mapping[str, Any]) -> None:
+    """Raise if only a newer version of the library can read the file."""
+    version = check_positive_int("format", fields["format"])
+    needs = fields["needs"]  # what changes the meaning of the other fields
+    if version > FORMAT:
+        raise AdapterFileError(
+            f"{path} has format {brief(version)}, and this version of disha reads up to {FORMAT}; "
+            "upgrade disha-torch"
+        )
+    if needs:
+        raise AdapterFileError(
+            f"{path} needs {brief(needs)}, which this version of disha does not know; upgrade "
+            "disha-torch"
+        )
+
+
+def _check_method(path: Path, method: str) -> None:
+    known = find_method(method)
+    if known is None or known.name != method:
+        raise AdapterFileError(
+            f"{path} has blocks of the method {brief(method)}, which is unknown here; register the "
+            "method first (disha.register_method), or upgrade disha-torch"
+        )
+
+
+def _parse_layer(path: Path, config: AdapterConfig, entry: Any) -> LayerRecord:
     name = entry["name"]
+    base = entry.get("base")
+    padding = entry.get("padding_idx")
+    tied = entry.get("tied", ())
     method = entry["method"]
+    for text in (name, *tied):
+        check_type("the name of a layer", text, str, "text")
+    check_type("method", method, str, "text")
+    if method != NEW_ROWS:
+        _check_method(path, method)
+    check_type("base", base, str | None, "text")
+    check_type("padding_idx", padding, int | None, "an int")
     for size in ("r", "in", "out"):
         check_positive_int(size, entry[size])
     groups = check_positive_int("groups", entry.get("groups", 1))
-    pattern = layout_of(entry["layout"]).pattern
     scale = check_scale(entry.get("scale", 1))
+    if method == NEW_ROWS:
+        scale = 1.0  # they have none, but earlier versions wrote that of their adapter
+    pattern = layout_of(entry["layout"]).pattern
     r_out = None
     if method == config.method:  # new rows, which may be beside the adapter, have none
         r_out = config.r_out
     rows: OutputRanges = ()
-    if method == NEW_ROWS:
-        # Earlier versions wrote the scale of the adapter, and could leave out the rows if all are
-        # new.
-        scale = 1.0
-        rows = ((0, entry["out"]),)
     if entry.get("rows") is not None:
         rows = check_ranges(name, entry["rows"])
+    elif method == NEW_ROWS:  # earlier versions could write all rows so
+        rows = ((0, entry["out"]),)
+    kernel = tuple(check_positive_int("kernel", size) for size in entry.get("kernel", ()))
     return LayerRecord(
         name=name,
         method=method,
@@ -241,11 +285,11 @@ def _parse_layer(config: AdapterConfig, entry: Mapping[str, Any]) -> LayerRecord
         in_features=entry["in"],
         out_features=entry["out"],
         scale=scale,
-        base=entry.get("base"),
-        layout=Layout(pattern, groups, entry.get("padding_idx")),
-        kernel=tuple(entry.get("kernel", ())),
+        base=base,
+        layout=Layout(pattern, groups, padding),
+        kernel=kernel,
         rows=rows,
-        tied=tuple(entry.get("tied", ())),
+        tied=tuple(tied),
     )
 
 

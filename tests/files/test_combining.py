@@ -8,7 +8,6 @@ from torch import nn
 
 import disha
 from disha import (
-    AdapterFileError,
     AdapterFileWarning,
     AdapterStateError,
     ArgumentError,
@@ -194,15 +193,17 @@ class TestModel:
         ("weights", "options", "kind", "says"),
         [
             ({"x": 1.0}, {}, ArgumentError, "no adapter 'x'"),
+            ({}, {}, ArgumentTypeError, "dict"),
+            (["a"], {}, ArgumentTypeError, "dict"),
             ({"a": 1.0}, {"into": "b"}, ArgumentError, "has an adapter 'b' already"),
             ({"a": 1.0}, {"into": "d.e"}, ArgumentError, "contain a dot"),
             (
                 {"a": 1.0},
                 {"r": 3},
                 ArgumentError,
-                "can't be added with r=3 .* in adapter 'a'.; give",
+                "can't be added with r=3: .* in adapter 'a'; give",
             ),
-            ({"a": 1.0}, {"r": 16}, AdapterFileError, "r=16 is larger than in_features=14"),
+            ({"a": 1.0}, {"r": 16}, ArgumentError, "needs r=16, but the layer has only 14 inputs"),
             ({"a": 1.0}, {"r": 0}, ArgumentError, "r must be at least 1"),
             ({"a": 1.0}, {"r": "8"}, ArgumentTypeError, "r must be an int"),
         ],
@@ -243,15 +244,18 @@ REFUSED = {
     "another tile": ({"r_out": 2}, {**LINEAR, "r_out": 3}, BOTH, "different methods or r_out"),
     "another r of BAT": (
         options_of("bat"), {**options_of("bat"), "r": 2}, BOTH,
-        "bat blocks can't be added with r=4 .*: r=4, .* in .*; r=2, .* in .*; give an r that",
+        "bat blocks can't be added with r=4: r=4, .* in .*; r=2, .* in .*; give an r that",
     ),
+    "too large a multiple": (
+        LINEAR, {**LINEAR, "r": 5}, BOTH, "'linear'.*r=20.*only 14 inputs.*as LoRA"),
     "parameters beside": (
         {**LINEAR, "also_train": ["^conv", "^embed"]}, LINEAR, BOTH,
         r"\(conv.bias, conv.weight, embed.weight\).*leave out `also_train`"),
     "many parameters beside": (
         {**LINEAR, "also_train": ["^conv", "^embed", "^padded"]}, LINEAR, BOTH,
         r"\(conv.bias, conv.weight, embed.weight, and 1 more\)"),
-    "a weight that is none": (LINEAR, LINEAR, (NAN, 1.0), "the sum is not finite"),
+    "a weight that is none": (LINEAR, LINEAR, (NAN, 1.0), "the weight of an adapter.*finite"),
+    "a weight that is no number": (LINEAR, LINEAR, ("1", 1.0), "number"),
     "a sum that is not finite": (
         {**LINEAR, "dtype": torch.float16}, {**LINEAR, "dtype": torch.float16}, (3e38, 1.0),
         "'linear': the sum is not finite as torch.float16"),
@@ -264,9 +268,10 @@ class TestRefusals:
         first, second, weights, says = REFUSED[case]
         a, b = save(tmp_path / "a", **first), save(tmp_path / "b", seed=2, **second)
         model = load_all({"a": a, "b": b})
-        with pytest.raises(ArgumentError, match=says):
+        kind = ArgumentTypeError if "1" in weights else ArgumentError
+        with pytest.raises(kind, match=says):
             combine((a, weights[0]), (b, weights[1]))
-        with refused(model, ArgumentError, says):
+        with refused(model, kind, says):
             disha.combine_adapters(model, dict(zip("ab", weights, strict=True)), into="c")
 
     def test_a_method_whose_update_is_not_linear_in_the_block(self, tmp_path, monkeypatch):
@@ -274,7 +279,7 @@ class TestRefusals:
         options = {"target_regex": "linear", "method": "gained"}
         a, b = save(tmp_path / "a", **options), save(tmp_path / "b", seed=2, **options)
         model = load_all({"a": a, "b": b})
-        says = "gained blocks can't be added, because dW is not linear .*'linear'"
+        says = "'linear': gained blocks can't be added, because dW is not linear"
         with pytest.raises(ArgumentError, match=says):
             combine((a, 1.0), (b, 1.0))
         with pytest.raises(ArgumentError, match=says):
