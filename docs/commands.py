@@ -29,7 +29,7 @@ error, and the exit code says of which sort it is:
 | exit code | meaning |
 | --- | --- |
 | 0 | done |
-| 1 | the work failed |
+| 1 | the work failed, or the answer of `inspect --base` or `check-server` is no |
 | 2 | the input can't be used: a flag, a file, a missing package |
 | 130 | interrupted by Ctrl-C |
 """
