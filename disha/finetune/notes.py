@@ -23,7 +23,6 @@ from typing import Any
 
 import disha
 from disha.errors import AdapterFileError, ArgumentError
-from disha.files import ADAPTER_NAME
 from disha.text import brief
 
 BASE_KEY = "base"
@@ -33,8 +32,6 @@ EOS_KEY = "eos_token"
 PROMPT_KEY = "prompt"
 TEMPLATE_NAME = "chat_template.jinja"  # the file that transformers reads a template from
 
-PEFT_CONFIG = "adapter_config.json"
-
 FEW_BITS = ("8", "4")
 BITS = ("bf16", "fp16", "fp32", *FEW_BITS)
 """How a base can be held in memory."""
@@ -42,13 +39,14 @@ BITS = ("bf16", "fp16", "fp32", *FEW_BITS)
 
 def read_notes(adapter: str | Path) -> dict[str, str]:
     """Return the notes of an adapter; those of a folder of PEFT are the files beside it."""
-    if not is_peft_folder(adapter):
+    folder = disha.interop.peft.find_folder(adapter)
+    if folder is None:
         return dict(disha.inspect_adapter(adapter).metadata)
     notes = {}
-    template = Path(adapter, TEMPLATE_NAME)
+    template = folder / TEMPLATE_NAME
     if template.is_file():
         notes[TEMPLATE_KEY] = template.read_text(encoding="utf-8")
-    tokenizer = Path(adapter, "tokenizer.json")
+    tokenizer = folder / "tokenizer.json"
     if tokenizer.is_file():  # the base has most of its tokens already, in the same order
         added = json.loads(tokenizer.read_bytes())["added_tokens"]
         notes[TOKENS_KEY] = json.dumps([token["content"] for token in added])
@@ -57,8 +55,9 @@ def read_notes(adapter: str | Path) -> dict[str, str]:
 
 def read_settings(adapter: str | Path) -> dict[str, Any]:
     """Return what an adapter sets, as the flags of `disha finetune` would say it."""
-    if is_peft_folder(adapter):
-        fields = disha.interop.peft.read_config(adapter)
+    folder = disha.interop.peft.find_folder(adapter)
+    if folder is not None:
+        fields = disha.interop.peft.read_config(folder)
         method = "bat" if fields.get("init_weights") == "bat" else "bone"
         if fields.get("peft_type") == "LORA":
             method = "lora"
@@ -77,12 +76,6 @@ def read_settings(adapter: str | Path) -> dict[str, Any]:
     settings["rank_pattern"] = [f"{pattern}={r}" for pattern, r in config.rank_pattern.items()]
     settings["new_tokens"] = read_noted_tokens(file.metadata)
     return settings
-
-
-def is_peft_folder(adapter: str | Path) -> bool:
-    """Return whether an adapter is a folder that PEFT reads, and no checkpoint of a trainer."""
-    folder = Path(adapter)
-    return (folder / PEFT_CONFIG).is_file() and not (folder / ADAPTER_NAME).exists()
 
 
 def read_noted_tokens(notes: Mapping[str, str]) -> list[str]:
@@ -123,8 +116,9 @@ def notes_at(path: Path, notes: Mapping[str, str], base: str, bits: str) -> dict
 
 def read_noted_base(adapter: str | Path) -> tuple[str, str]:
     """Return the base that an adapter notes, and its bits."""
-    if is_peft_folder(adapter):
-        name = disha.interop.peft.read_config(adapter).get("base_model_name_or_path")
+    folder = disha.interop.peft.find_folder(adapter)
+    if folder is not None:
+        name = disha.interop.peft.read_config(folder).get("base_model_name_or_path")
         if not name or not isinstance(name, str):
             raise ArgumentError(f"{adapter} notes no base that can be used; name it too")
         return name, "fp32"
