@@ -452,9 +452,10 @@ class ModelView:
         """Forget the layers of adapters that are removed from this part."""
         for record in self.records:
             for adapter in adapters:
-                names = record.layers.get(adapter, ())
+                names = record.layers.pop(adapter, ())
                 elsewhere = [name for name in names if self.places.find_today(record, name) is None]
-                record.layers[adapter] = tuple(elsewhere)
+                if elsewhere:
+                    record.layers[adapter] = tuple(elsewhere)
 
     def forget_buffers(self) -> None:
         """Forget what the buffers of this part were before the first adapter."""

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import disha
+from disha.model.view import ModelView
 from tests.conftest import Tied, perturb, pickled
 
 
@@ -80,6 +81,14 @@ def test_a_removed_adapter_is_forgotten(model, tmp_path):
     disha.remove_adapters(model)
     assert not [name for name in vars(model) if "disha" in name]
     save_silently(disha.inject_adapters(model, "q_proj", 2), tmp_path)
+
+
+def test_the_name_of_a_removed_adapter_is_kept_nowhere(model):
+    disha.inject_adapters(model, "all-linear", 2, adapter="a")
+    disha.inject_adapters(model, "all-linear", 2, adapter="b")
+    disha.remove_adapters(model, "b")
+    (record,) = ModelView(model).records
+    assert [*record.layers] == ["a"]
 
 
 def two_parts():
