@@ -244,17 +244,11 @@ class TestEveryFormInFloat64(PairTests):
         first, second = (module.train()(*tensors)[0] for _ in range(2))
         assert not torch.equal(first, second)
 
-
-COMPILED = [(name, kind) for name, kind in PAIRS if name != "kdim, vdim" or kind == "tile"]
-"""Compiling takes time: of separate weights, one kind; packed ones have every kind."""
-
-
-@pytest.mark.parametrize(("name", "kind"), COMPILED)
-def test_compiled_is_eager(name, kind):
-    module = perturb(inject(attention(name), "^$", kind))
-    tensors = inputs(module)
-    compiled = freshly_compiled(module)
-    close(compiled(*tensors)[0], module(*tensors)[0])
+    def test_compiled_is_eager(self, name, kind):
+        module = perturb(inject(attention(name), "^$", kind))
+        tensors = inputs(module)
+        compiled = freshly_compiled(module)
+        close(compiled(*tensors)[0], module(*tensors)[0])
 
 
 # --- every option of torch's function -------------------------------------------------------------

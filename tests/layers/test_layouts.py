@@ -225,26 +225,23 @@ class TestEveryPair(PairTests):
 
 # --- compiled, exported, traced ------------------------------------------------------------------
 
-ONE_EACH = one_kind_each(CASES)
-ONE_OF_EACH_PRODUCT = {
-    name: CASES[name]
-    for name in ("index out", "out in *kernel", "expert out in", "expert in out, whole", "rows")
-}
-COMPILED = sorted(
-    {
-        *every_kind({"out in": CASES["out in"]}),
-        *ONE_EACH,
-        *(pair for turn in (2, 4) for pair in one_kind_each(ONE_OF_EACH_PRODUCT, turn)),
-    }
+ONE_OF_EACH_PRODUCT = (
+    "out in",
+    "index out",
+    "out in *kernel",
+    "expert out in",
+    "expert in out, whole",
+    "rows",
 )
-"""Compiling takes time: a linear layer has every kind, one case of each product three, in turns,
-and the others have one each."""
+ONE_EACH = one_kind_each(CASES)
+COMPILED = sorted({*ONE_EACH, *every_kind({name: CASES[name] for name in ONE_OF_EACH_PRODUCT})})
+"""Compiling takes time: one case of each product has every kind, and the others one kind each."""
 
 TRACED = [(name, kind) for name, kind in COMPILED if CASES[name].call is call_module]
 """Of these, the modules that are called with their input alone."""
 
-EXPORTED = [pair for pair in ONE_EACH if pair in TRACED and CASES[pair[0]].is_one_graph][::2]
-"""Every second one: `tests/whole/test_leaving_pytorch.py` exports every method."""
+EXPORTED = [pair for pair in ONE_EACH if pair in TRACED and CASES[pair[0]].is_one_graph]
+"""`tests/whole/test_leaving_pytorch.py` exports every method."""
 
 
 @pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
