@@ -133,7 +133,7 @@ def test_a_name_is_fetched_with_its_revision_and_kept(python, tmp_path):
     assert sums == 2 * expected, done.stderr
     assert "1 layer" in shown
     assert not list((tmp_path / "cache").rglob("more.bin"))
-    # What is nowhere is told in one line.
+    # A name that exists nowhere gives one line of error.
     assert done.returncode == 1
     assert "someone/other is neither here nor on the Hugging Face Hub: 404" in done.stderr
     assert done.stderr.count("\n") == 1
