@@ -51,6 +51,7 @@ def test_the_other_commands_are_no_others():
 # --- the tutorial: its base is an 8B model, and a tiny one stands in for it -----------------------
 
 TUTORIAL = PAGE.parent / "guides" / "tutorial.md"
+SERVING = PAGE.parent / "guides" / "vllm.md"
 BASE = "meta-llama/Llama-3.1-8B-Instruct"
 FEW_STEPS = ["--max_steps", "4"]
 """Enough to see that a command runs: its own three epochs take minutes on a processor."""
@@ -84,16 +85,16 @@ def test_every_command_of_the_tutorial_runs(shop, capsys):
     ]
     assert Path("merged-support/model.safetensors").exists()
     rank = json.loads(Path("for-vllm/adapter_config.json").read_text())["r"]
-    served = int(re.search(r"--max-lora-rank (\d+)", TUTORIAL.read_text())[1])
+    served = int(re.search(r"--max-lora-rank (\d+)", SERVING.read_text())[1])
     assert served == rank
 
 
-def test_the_tutorial_serves_with_the_flags_that_convert_prints(shop, capsys):
+def test_the_page_of_vllm_serves_with_the_flags_that_convert_prints(shop, capsys):
     model = disha.inject_adapters(torch.nn.Sequential(torch.nn.Linear(64, 64)), "0", r=64)
     disha.save_adapter(model, "a")
     capsys.readouterr()
     assert main(["convert", "a", "for-vllm", "--to", "lora"]) == 0
     printed = shlex.split(capsys.readouterr().out.partition("to serve it: ")[2])
-    ours = shlex.split(re.search(r"vllm serve .*?for-vllm$", TUTORIAL.read_text(), re.S | re.M)[0])
+    ours = shlex.split(re.search(r"vllm serve .*?for-vllm$", SERVING.read_text(), re.S | re.M)[0])
     assert [word for word in printed[3:] if "=" not in word and word not in ours] == []
     assert "--max-model-len" in ours
