@@ -18,7 +18,6 @@ completion is the last answer alone. Texts (`text`, or `prompt` and `completion`
 from __future__ import annotations
 
 import json
-import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -31,12 +30,10 @@ from trl import is_conversational, maybe_convert_to_chatml
 from trl.chat_template_utils import get_training_chat_template
 
 from disha.errors import ArgumentError
-from disha.text import brief, first_few
+from disha.text import first_few
 
 Row = Mapping[str, Any]
 Message = dict[str, Any]
-Reader = Callable[[Row], Row]
-"""Takes a row, and returns its texts, or its `messages`. An answer may have the weight 0."""
 
 SPLIT = ("prompt", "completion")
 KNOWN_FIELDS = (
@@ -55,12 +52,10 @@ ROLES = {"human": "user", "gpt": "assistant"}
 FOR_TEMPLATES = ("tools", "chat_template_kwargs")
 """Columns that `trl` hands to the chat template."""
 
-KEYS_OF_MESSAGES = {"role", "content", "tool_calls"}
-
 
 def form_rows(
     rows: Dataset,
-    fields: Sequence[str],
+    named: Sequence[str],
     tokenizer: PreTrainedTokenizerBase,
     *,
     learn_all: bool = False,
@@ -79,16 +74,25 @@ def form_rows(
     if "input_ids" in columns:
         return rows
     name = rows.info.description or "the data"
-    read, used, stays_whole = _choose_reader(rows, fields, bool(tokenizer.chat_template))
-    conversations = _Conversations(tokenizer, learn_all and stays_whole)
+    fields = _choose_fields(columns, named)
+    has_messages = _holds_messages(rows[0][fields[0]])
+    if has_messages and not tokenizer.chat_template:
+        raise ArgumentError(
+            "the rows are conversations, and the model has no chat template; give one with "
+            "--chat_template_path"
+        )
+    conversations = _Conversations(fields, has_messages, tokenizer, learn_all)
+    is_literal = fields == SPLIT and not named
+    form: Callable[[Row], Row] = conversations.form
+    used = {*fields, *conversations.beside}
+    if not has_messages and (is_literal or len(fields) == 1):
+        form = partial(_form_texts, fields=fields)
+        used = {*fields}
 
     def form_row(row: Row, index: int) -> Row:
         try:
-            found = read(row)
-            if "messages" not in found:
-                return found
-            return conversations.form(found["messages"], row)
-        except (LookupError, TypeError, ValueError, AttributeError) as error:
+            return form(row)
+        except (LookupError, TypeError, ValueError, AttributeError, TemplateError) as error:
             raise ArgumentError(f"row {index + 1} of {name} can't be used: {error}") from error
 
     kinds: dict[str, Any] = {}
@@ -102,8 +106,8 @@ def form_rows(
         load_from_cache_file=False,  # what is not used is only seen while rows are formed
         desc="Forming the rows",
     )
-    unused = [column for column in columns if column not in used]
     remarks = conversations.remarks()
+    unused = [column for column in columns if column not in used]
     if unused:
         remarks.insert(0, f"not used: the columns {first_few(unused, 5, ', ')}")
     for remark in remarks:
@@ -128,11 +132,8 @@ def _training_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
 # --- how a row is read ---------------------------------------------------------------------------
 
 
-def _choose_reader(
-    rows: Dataset, named: Sequence[str], has_template: bool
-) -> tuple[Reader, set[str], bool]:
-    """Return what reads a row, the columns that it reads, and whether its rows may stay whole."""
-    columns = rows.column_names
+def _choose_fields(columns: Sequence[str], named: Sequence[str]) -> tuple[str, ...]:
+    """Return the fields of a question and its answer, or the field of a text or of messages."""
     known = [fields for fields in KNOWN_FIELDS if set(fields) <= set(columns)]
     fields = tuple(named) if named or not known else known[0]
     if not set(fields) <= set(columns) or len(fields) not in (1, 2):
@@ -140,32 +141,7 @@ def _choose_reader(
             f"the rows have the fields {', '.join(columns)}; name the question and the answer, or "
             f"a text, with --dataset_field, as one or two of them, got {' '.join(fields) or 'none'}"
         )
-    has_messages = _holds_messages(rows[0][fields[0]])
-    if has_messages and not has_template:
-        raise ArgumentError(
-            "the rows are conversations, and the model has no chat template; give one with "
-            "--chat_template_path"
-        )
-    read: Reader
-    used = {*fields}
-    if has_messages and fields == SPLIT:
-        read = _read_split_conversation
-        used.add("system")
-    elif has_messages and len(fields) == 1:
-        read = partial(_read_conversation, field=fields[0])
-        used.add("system")
-    elif len(fields) == 1:
-        return partial(_read_text, field=fields[0]), used, False
-    elif fields == SPLIT and not named:
-        return _read_completion, used, False
-    else:
-        read = partial(_read_pair, question=fields[0], answer=fields[1])
-        used.add("system")
-        if fields[0] == "instruction":
-            used.add("input")
-        if not has_template:
-            return partial(_read_lines, read=read), used, False
-    return read, used | {*FOR_TEMPLATES}, len(fields) == 1
+    return fields
 
 
 def _holds_messages(value: Any) -> bool:
@@ -179,58 +155,13 @@ def _holds_messages(value: Any) -> bool:
     return isinstance(first, Mapping) and ("role" in first or "from" in first)
 
 
-def _read_text(row: Row, field: str) -> Row:
-    return {"text": _text(row[field], field)}
-
-
-def _read_completion(row: Row) -> Row:
-    return {"prompt": _text(row["prompt"], "prompt"), "completion": _answer(row, "completion")}
-
-
-def _read_pair(row: Row, question: str, answer: str) -> Row:
-    """Return a question and its answer as messages, after that of `system`."""
-    asked = _text(row[question], question)
-    if question == "instruction" and row.get("input"):
-        asked += f"\n\n{_text(row['input'], 'input')}"
-    response = {"role": "assistant", "content": _answer(row, answer)}
-    return {"messages": [*_system(row), {"role": "user", "content": asked}, response]}
-
-
-def _read_lines(row: Row, read: Reader) -> Row:
-    """Return a question and its answer as texts, each on a line: there is no chat template."""
-    *asked, answer = read(row)["messages"]
-    question = "\n".join(message["content"] for message in asked)
-    return {"prompt": question, "completion": f"\n{answer['content']}"}
-
-
-def _read_conversation(row: Row, field: str) -> Row:
-    """Return the messages of a field, after that of `system`."""
-    messages = _messages(row[field])
-    system = _system(row)
-    if system and messages[0]["role"] == "system":
-        raise ValueError("it has a system message, and a text in the column system")
-    return {"messages": [*system, *messages]}
-
-
-def _read_split_conversation(row: Row) -> Row:
-    """Return the messages of `prompt` and `completion`; those of the prompt are not learned."""
-    asked = _read_conversation(row, "prompt")["messages"]
-    prompt = [{**message, "weight": 0} for message in asked]
-    return {"messages": [*prompt, *_messages(row["completion"])]}
-
-
-def _system(row: Row) -> list[Message]:
-    if not row.get("system"):
-        return []
-    return [{"role": "system", "content": _text(row["system"], "system")}]
-
-
-def _answer(row: Row, field: str) -> str:
-    """Return the text in a field, which must not be empty."""
-    text = _text(row[field], field)
-    if not text.strip():
-        raise ValueError(f"{field} is empty in {brief(row)}; leave such rows out")
-    return text
+def _form_texts(row: Row, fields: Sequence[str]) -> Row:
+    """Return texts as they are, by the names that `trl` has for one or for two."""
+    texts = [_text(row[field], field) for field in fields]
+    if len(texts) == 1:
+        return {"text": texts[0]}
+    _require_answer(texts[1])
+    return dict(zip(SPLIT, texts, strict=True))
 
 
 def _text(value: Any, field: str) -> str:
@@ -244,7 +175,7 @@ def _text(value: Any, field: str) -> str:
     return str(value)
 
 
-def _messages(given: Any) -> list[Message]:
+def _read_messages(given: Any) -> list[Message]:
     """Return messages, which may be JSON, as chat templates read them."""
     messages = [{**message} for message in _parse_json(given)]
     return [_message(one) for one in maybe_convert_to_chatml({"messages": messages})["messages"]]
@@ -283,38 +214,49 @@ def _parse_json(value: Any) -> Any:
 class _Conversations:
     """Splits conversations where the first answer to learn begins, and tries the chat template."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, learn_all: bool) -> None:
+    def __init__(
+        self,
+        fields: Sequence[str],
+        has_messages: bool,
+        tokenizer: PreTrainedTokenizerBase,
+        learn_all: bool,
+    ) -> None:
+        *self._asked, self._answered = fields
+        self._has_messages = has_messages
         self._tokenizer = tokenizer
-        self._learn_all = learn_all
+        self._learn_all = learn_all and not self._asked
         self._training_template = None
+        self.beside = ["system"]
+        """The columns that are used beside the fields."""
+        if self._asked == ["instruction"]:
+            self.beside.append("input")
         if tokenizer.chat_template:
+            self.beside += FOR_TEMPLATES
             self._training_template = _training_template(tokenizer)
         self._tried: set[str] = set()
-        self._keys: set[str] = set()
         self._shown_keys: set[str] = set()
+        self._hidden_keys: set[str] = set()
         self._leaves_answers = False
 
-    def form(self, messages: list[Message], row: Row) -> Row:
-        """Return a conversation, with what the chat template needs beside it."""
-        beside = {key: _parse_json(row[key]) for key in FOR_TEMPLATES if key in row}
+    def form(self, row: Row) -> Row:
+        """Return a row as a conversation, with what the chat template needs beside it."""
+        messages = self._read(row)
         first, last = self._choose_completion(messages)
-        for message in messages:
-            weight = message.pop("weight", 1)
-            if weight not in (0, 1):
-                raise ValueError(f"the weight of a message must be 0 or 1, got {brief(weight)}")
-            if self._learn_all and weight == 0:
-                raise ValueError(
-                    "it has weights of 0, and --assistant_only_loss False learns all of it"
-                )
+        prompt = messages[:first]
+        completion = messages[first : last + 1]
+        if not self._tokenizer.chat_template:  # a question and its answer, each on a line
+            question = "\n".join(message["content"] for message in prompt)
+            return {"prompt": question, "completion": f"\n{completion[0]['content']}"}
+        beside = {key: _parse_json(row[key]) for key in FOR_TEMPLATES if key in row}
         self._try_template(messages, **beside)
         if self._learn_all:
             return {"messages": messages, **beside}
-        return {"prompt": messages[:first], "completion": messages[first : last + 1], **beside}
+        return {"prompt": prompt, "completion": completion, **beside}
 
     def remarks(self) -> list[str]:
         """Return what the rows so far hold and `trl` will not learn."""
         remarks = []
-        unread = sorted(self._keys - self._shown_keys)
+        unread = sorted(self._hidden_keys - self._shown_keys)
         if unread:
             remarks.append(f"the chat template does not read this of messages: {', '.join(unread)}")
         if self._leaves_answers:
@@ -324,22 +266,44 @@ class _Conversations:
             )
         return remarks
 
+    def _read(self, row: Row) -> list[Message]:
+        """Return the messages of a row. Those that only ask have the weight 0."""
+        asking = [turn for field in self._asked for turn in self._turns(row, field, "user")]
+        if "input" in self.beside and row.get("input"):
+            asking[0]["content"] += f"\n\n{_text(row['input'], 'input')}"
+        messages = [{**message, "weight": 0} for message in asking]
+        messages += self._turns(row, self._answered, "assistant")
+        if row.get("system"):
+            if messages[0]["role"] == "system":
+                raise ValueError("it has a system message, and a text in the column system")
+            messages.insert(0, {"role": "system", "content": _text(row["system"], "system")})
+        return messages
+
+    def _turns(self, row: Row, field: str, role: str) -> list[Message]:
+        """Return the messages in a field, or its text as a message of a role."""
+        if self._has_messages:
+            return _read_messages(row[field])
+        return [{"role": role, "content": _text(row[field], field)}]
+
     def _choose_completion(self, messages: Sequence[Message]) -> tuple[int, int]:
         """Return the positions of the first and the last message of what `trl` learns.
 
         Where it can mark answers, it learns all answers in the completion, and so it starts at the
-        first answer to learn. Elsewhere, it learns the completion whole: the last answer alone.
+        first answer to learn. Elsewhere, it learns the completion whole: the last answer alone. The
+        weights are taken out of the messages.
         """
+        weights = [message.pop("weight", 1) for message in messages]
         answers = [n for n, message in enumerate(messages) if message["role"] == "assistant"]
-        learned = [n for n in answers if messages[n].get("weight", 1)]
+        learned = [n for n in answers if weights[n]]
         if not learned:
             raise ValueError("there is no answer to learn in it")
+        if self._learn_all and not all(weights):
+            raise ValueError(
+                "it has weights of 0, and --assistant_only_loss False learns all of it"
+            )
         for n in learned:
-            message = messages[n]
-            if not message["content"].strip() and message.keys() <= {"role", "content", "weight"}:
-                raise ValueError(
-                    f"message {n + 1} is an empty answer; leave it out, or give it the weight 0"
-                )
+            if messages[n].keys() == {"role", "content"}:
+                _require_answer(messages[n]["content"])
         first = learned[0]
         last = learned[-1]
         if self._training_template is None:
@@ -368,36 +332,24 @@ class _Conversations:
         shape = json.dumps([marked, bool(tools), chat_template_kwargs])
         if shape in self._tried:
             return
-        template = self._training_template or self._tokenizer.chat_template
-        options = chat_template_kwargs or {}
-        try:
-            shown = self._tokenizer.apply_chat_template(
-                marked,
-                tools=tools,
-                tokenize=False,
-                chat_template=template,
-                **options,
-            )
-        except (TemplateError, TypeError, ValueError) as error:
-            raise ValueError(f"the chat template refuses it: {error}") from error
-        for message in marked:
-            for key in message.keys() - KEYS_OF_MESSAGES:
-                self._keys.add(key)
-                is_shown = re.search(rf"\b{re.escape(key)}\b", template) is not None
-                if isinstance(message[key], str):
-                    is_shown = message[key] in shown
-                if is_shown:
+        shown = self._tokenizer.apply_chat_template(
+            marked,
+            tools=tools,
+            tokenize=False,
+            chat_template=self._training_template or self._tokenizer.chat_template,
+            **(chat_template_kwargs or {}),
+        )
+        for position, message in enumerate(messages):
+            for key in message.keys() - {"role"}:
+                if message[key] == "" or _mark_of(key, position) in shown:
                     self._shown_keys.add(key)
-            calls = message.get("tool_calls", ())
-            words = [message["content"]]
-            for call in calls:
-                words += [call["function"]["name"], call["function"]["arguments"]["key"]]
-            if any(word not in shown for word in words):
-                what = "calls of tools" if calls else "messages"
-                raise ValueError(
-                    f"the chat template leaves out {what} of the role {message['role']}; give "
-                    "another with --chat_template_path"
-                )
+                elif key in ("content", "tool_calls"):
+                    raise ValueError(
+                        f"the chat template leaves out the {key} of the role {message['role']}; "
+                        "give another with --chat_template_path"
+                    )
+                else:
+                    self._hidden_keys.add(key)
         if any(tool.get("function", tool)["name"] not in shown for tool in tools or ()):
             raise ValueError(
                 "the chat template leaves out the tools; give another with --chat_template_path"
@@ -407,11 +359,19 @@ class _Conversations:
 
 def _mark(message: Message, position: int) -> Message:
     """Return a message with words that can be found again in what a template renders."""
-    marked = dict(message)
-    for key, value in message.items():
-        if key != "role" and value and isinstance(value, str):
-            marked[key] = f"{key}-{position}-"
+    marked = {key: _mark_of(key, position) for key, value in message.items() if value != ""}
+    marked["role"] = message["role"]
     if "tool_calls" in message:
-        call = {"name": f"call-{position}-", "arguments": {"key": f"argument-{position}-"}}
+        call = {"name": marked["tool_calls"], "arguments": {"key": marked["tool_calls"]}}
         marked["tool_calls"] = [{"type": "function", "function": call}] * len(message["tool_calls"])
-    return marked
+    return message | marked
+
+
+def _mark_of(key: str, position: int) -> str:
+    return f"{key}-{position}-"
+
+
+def _require_answer(text: str) -> None:
+    """Raise if a text is empty: there is nothing to learn in it."""
+    if not text.strip():
+        raise ValueError("an answer is empty; leave it out, or give it the weight 0")
