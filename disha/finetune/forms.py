@@ -297,9 +297,9 @@ class _Conversations:
         learned = [n for n in answers if weights[n]]
         if not learned:
             raise ValueError("there is no answer to learn in it")
-        if self._learn_all and not all(weights):
+        if not set(weights) <= ({1} if self._learn_all else {0, 1}):
             raise ValueError(
-                "it has weights of 0, and --assistant_only_loss False learns all of it"
+                "the weight of a message is 0 or 1, and 1 alone with --assistant_only_loss False"
             )
         for n in learned:
             if messages[n].keys() == {"role", "content"}:
@@ -359,12 +359,14 @@ class _Conversations:
 
 def _mark(message: Message, position: int) -> Message:
     """Return a message with words that can be found again in what a template renders."""
-    marked = {key: _mark_of(key, position) for key, value in message.items() if value != ""}
+    marked = dict(message)
+    for key in [key for key, value in message.items() if value != ""]:
+        marked[key] = _mark_of(key, position)
     marked["role"] = message["role"]
     if "tool_calls" in message:
         call = {"name": marked["tool_calls"], "arguments": {"key": marked["tool_calls"]}}
         marked["tool_calls"] = [{"type": "function", "function": call}] * len(message["tool_calls"])
-    return message | marked
+    return marked
 
 
 def _mark_of(key: str, position: int) -> str:

@@ -135,7 +135,7 @@ def test_whole_conversations_can_be_learned(qwen):
     assert form({"messages": LONGER}, words=qwen, learn_all=True) == {"messages": LONGER}
     assert form(PAIR, words=qwen, learn_all=True) == CHAT
     weighed = [TALK[0], {**TALK[1], "weight": 0}, *LONGER[2:]]
-    with pytest.raises(ArgumentError, match="weights of 0, and --assistant_only_loss False"):
+    with pytest.raises(ArgumentError, match="1 alone with --assistant_only_loss False"):
         form({"messages": weighed}, words=qwen, learn_all=True)
 
 
@@ -181,6 +181,7 @@ def answered(*contents):
         ({"messages": TALK[1:]}, "begins with an answer"),
         ({"messages": answered({"content": ""})}, "an answer is empty"),
         ({"messages": answered({})}, "no text as content"),
+        ({"messages": answered({"content": "b", "weight": 0.5})}, "weight of a message is 0 or 1"),
         ({"messages": answered({"content": [{"type": "image", "url": "u"}]})}, "only text can be"),
         ({"messages": [SYSTEM, *TALK], "system": "s"}, "a text in the column system"),
     ],
@@ -199,7 +200,7 @@ def test_an_answer_of_weight_0_between_others_is_refused(qwen):
 @pytest.mark.parametrize(
     ("name", "messages", "says"),
     [
-        ("qwen3", [{"role": "narrator", "content": "n"}, *TALK], "leaves out the content of the role narrator"),
+        ("qwen3", [{"role": "narrator", "content": "n"}, *TALK], "content of the role narrator"),
         ("llama3", CALLING, "leaves out the tool_calls of the role assistant"),
         ("gemma", [SYSTEM, *TALK], "System role not supported"),
     ],
