@@ -13,6 +13,7 @@ column says what happens where a torch lacks the name.
       _autograd                          hooks of tensors that are saved for    a dense copy of a
       ._top_saved_tensors_default_hooks  backward do not nest                   quantised W is kept
       _is_any_autocast_enabled           a quick question before a slow one    the slow one
+      _is_tracing                        a quick form of torch.jit.is_tracing  that function
       _current_graph_task_id             whether a thread is one of backward   refuses more
       _len_torch_dispatch_stack          a quick question before a slow one    the slow one
       _VariableFunctions                 private operations have rules too     weights are computed
@@ -131,6 +132,9 @@ With True, also those that are set while the compiler traces.
 
 any_autocast: Callable[[], bool] = getattr(torch._C, "_is_any_autocast_enabled", _assume_autocast)
 """Whether autocast is on for any device. It knows CPUs and CUDA, and no other device."""
+
+is_tracing: Callable[[], bool] = getattr(torch._C, "_is_tracing", torch.jit.is_tracing)  # type: ignore[attr-defined]
+"""Whether `torch.jit.trace` records the operations."""
 
 is_view: Callable[[Tensor], bool] = getattr(Tensor, "_is_view", _assume_view)
 """Whether a tensor is a view of another one."""

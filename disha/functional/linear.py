@@ -21,7 +21,7 @@ from disha.functional.shard_sums import (
     scaled,
 )
 from disha.functional.update import Update, add_up, computed_weight
-from disha.private_torch import modes_active, transforms_active
+from disha.private_torch import is_tracing, modes_active, transforms_active
 
 
 def adapted_linear(
@@ -47,11 +47,13 @@ def adapted_linear(
         tensor([4., 4.])
     """
     late_bias = None
-    if x.dim() > 2 and bias is not None and not is_compiling() and not x.is_contiguous():
-        # For such an input, torch adds the bias after the product, which can round differently.
-        late_bias = bias
-        bias = None
-    inputs = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    inputs = x
+    if x.dim() != 2:
+        inputs = x.reshape(-1, x.shape[-1])
+        if x.dim() > 2 and bias is not None and not is_compiling() and not x.is_contiguous():
+            # For such an input, torch adds the bias after the product, which can round differently.
+            late_bias = bias
+            bias = None
     # Almost every layer has one update of all outputs, so this case has a fast path.
     is_usual = len(updates) == 1 and not updates[0].output_ranges and not updates[0].dropout
     if not is_usual:
@@ -69,34 +71,36 @@ def _linear_of_low_rank(x: Tensor, weight: Tensor, bias: Tensor | None, update: 
     """Return W x + b + s R^T (A x) for x (n, in), with one update of all outputs."""
     method = update.method
     scale = update.scale
-    geometry = Geometry(x.shape[1], weight.shape[0])
+    tokens, inputs = x.shape
+    outputs = weight.shape[0]
+    geometry = Geometry(inputs, outputs)
     down, up = method.factors(update.block, geometry)
     overflow_scale = 1.0
     if not isinstance(down, int):
         sums = F.linear(x, down.to(x.dtype))
-    elif isinstance(scale, Tensor) and x.dtype != torch.float16:
-        # In compiled code, s and the sum become one loop.
+    elif not isinstance(scale, float) and x.dtype != torch.float16:
+        # In compiled code, s is a tensor, and becomes one loop with the sum.
         sums, overflow_scale = overflow_safe_shard_sum(x * scale, down)
         scale = 1.0
-    elif x.shape[1] % down or x.dtype == torch.float16 or autocasts(x):
+    elif inputs % down or x.dtype == torch.float16 or autocasts(x):
         sums, overflow_scale = overflow_safe_shard_sum(x, down)  # sums may overflow, or be cast
-    elif x.shape[1] == down:
+    elif inputs == down:
         sums = x
     else:
-        shards = x.view(x.shape[0], x.shape[1] // down, down)
+        shards = x.view(tokens, inputs // down, down)
         sums = shards.sum(1)
-        if x.requires_grad and not torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+        if x.requires_grad and not is_tracing():
             # W x and S(x) read the same view. So in backward, the gradient of S(x) is added to that
             # of W x as it is, and not repeated in memory first. A trace needs the same operations
             # where gradients are off.
-            x = shards.view(x.shape)
+            x = shards.view(tokens, inputs)
     output = F.linear(x, weight, bias)
-    if isinstance(scale, Tensor) or overflow_scale != 1.0:
+    if isinstance(scale, float) and overflow_scale == 1.0:
+        factor = scale
+    else:
         up = scaled(up, scale)
         factor = overflow_scale
-    else:
-        factor = scale
-    is_matrix = not method.compact and up.shape[1] == output.shape[1]
+    is_matrix = not method.compact and up.shape[1] == outputs
     has_one_dtype = up.dtype == sums.dtype == output.dtype
     # `must_not_write` knows better which modes matter, but it costs another two calls.
     may_write = not (is_compiling() or transforms_active() or modes_active())

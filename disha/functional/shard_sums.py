@@ -17,6 +17,7 @@ from disha.private_torch import (
     FakeTensor,
     any_autocast,
     in_forward_mode,
+    is_tracing,
     is_view,
     must_not_write,
 )
@@ -235,9 +236,7 @@ def may_define_backward(*operands: Tensor) -> bool:
     derivatives, selective checkpointing, and tensors of other classes. In a trace of TorchScript,
     it would be a call of Python, which can't be saved.
     """
-    if is_compiling() or must_not_write() or in_forward_mode():
-        return False
-    if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+    if is_compiling() or is_tracing() or must_not_write() or in_forward_mode():
         return False
     return {type(operand) for operand in operands}.issubset(PLAIN)
 
