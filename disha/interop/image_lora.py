@@ -133,7 +133,7 @@ def export(
     with ranks.fail_together(action):
         if ranks.writes:
             save_tensors(target, tensors_of(updates))
-    return LoraReport.of(target, updates)
+    return _report_on(target, updates)
 
 
 def load(
@@ -255,7 +255,11 @@ def write_file(
     """Write the adapters of components as `export` does, without their models."""
     updates = _collect_updates(contents, bases, rank)
     save_tensors(path, tensors_of(updates))
-    return LoraReport.of(path, updates)
+    return _report_on(path, updates)
+
+
+def _report_on(path: Path, updates: Sequence[LowRankUpdate]) -> LoraReport:
+    return LoraReport(path, tuple(update.described() for update in updates))
 
 
 def _collect_updates(

@@ -8,17 +8,16 @@ same without a file.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
-from functools import partial
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from statistics import multimode
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from disha.files import AdapterContents
-from disha.files.disk import PathLike, check_path
+from disha.files.disk import PathLike
 from disha.files.saving import adapter_contents
 from disha.interop.experts import (
     SERVED_TARGETS,
@@ -43,26 +42,19 @@ from disha.interop.low_rank import (
 from disha.interop.peft_format import (
     EMBEDDING,
     MATRIX,
-    NOTES,
     PREFIX,
-    THE_MODEL_ITSELF,
     TOKENS,
+    Converted,
+    Surroundings,
     exact_pattern,
     exact_targets,
-    find_saved_modules,
-    layers_inside,
-    model_type_of,
-    module_names,
-    names_of_weight,
-    notes_of,
-    reasons_against,
     refuse_to_write,
-    write_peft_files,
+    surroundings_alone,
+    surroundings_in_model,
 )
 from disha.interop.peft_reading import load
 from disha.layers.blocks import original_class
 from disha.layers.kinds import full_name
-from disha.model.records import LayerRecord
 from disha.model.view import ModelView
 
 __all__ = ["LoraReport", "export", "export_tensors", "load"]
@@ -133,15 +125,12 @@ def export(
         (LoraLayer(name='0', method='bone', r=4, rank=4, error=0.0),)
     """
     view = ModelView(model)
-    ranks = view.ranks
-    action = f"export adapter {adapter!r} as LoRA"
-    with ranks.fail_together(action):
-        target = check_path(folder)
     converted = _convert_adapter(view, adapter, rank, pad, experts)
-    with ranks.fail_together(action):
-        if ranks.writes:
-            write_peft_files(target, converted.config, converted.tensors)
-    return LoraReport.of(target, converted.updates, converted.also_train)
+    with view.ranks.fail_together(_describe_action(adapter)):
+        report = converted.report(folder)
+        if view.ranks.writes:
+            converted.write(report.path)
+    return report
 
 
 def export_tensors(
@@ -179,71 +168,49 @@ def export_tensors(
         (4, 4)
     """
     converted = _convert_adapter(ModelView(model), adapter, rank, pad, experts)
-    tensors = {PREFIX + key: tensor for key, tensor in converted.tensors.items()}
-    return tensors, converted.config
+    return converted.tensors, converted.config
+
+
+def _describe_action(adapter: str) -> str:
+    return f"export adapter {adapter!r} as LoRA"
 
 
 def _convert_adapter(
     view: ModelView, adapter: str, rank: int | None, pad: bool, experts: ExpertForm
-) -> _Converted:
+) -> Converted:
     """Return an adapter of a model as LoRA. Collective if the model is sharded."""
     contents = adapter_contents(view, adapter, with_fingerprints=False)
-    model_type = model_type_of(view)
-    with view.ranks.fail_together(f"export adapter {adapter!r} as LoRA"):
-        check_rank(rank)  # before a process waits for another
-        check_form(experts)
-        modules = [layer.name for layer in contents.layers if not is_stack(layer)]
-        saved = find_saved_modules(view, contents.also_train, contents.names)
-        problems = reasons_against(view, modules, unknown_to_lora)
-        problems += saved.problems
-        problems += list_misread_by_peft(contents.layers, experts, model_type)
-        refuse_to_write(CANT_EXPRESS, problems)
-    place = _Place(
-        saved.modules,
-        saved.copies(),
-        module_names(view),
-        model_type,
-        notes_of(view.modules[""]),
-        partial(_reads_rows_alike, view),
-    )
+    with view.ranks.fail_together(_describe_action(adapter)):
+        place = surroundings_in_model(view, contents, unknown_to_lora)
+        _check(contents, place, rank, experts)  # before a process waits for another
     base = base_weights_of_model(view, adapter)
     return _convert(contents, place, base, rank, pad, experts)
 
 
-class _Place(NamedTuple):
-    """What PEFT has around the factors of an adapter."""
-
-    saved: Collection[str]  # modules that it saves whole
-    tensors: Mapping[str, Tensor]  # those of these modules
-    modules: Collection[str] | None  # all modules of the model, if they are known
-    model_type: str | None
-    notes: Mapping[str, Any]
-    reads_rows_alike: Callable[[LayerRecord], bool]
-
-
-class _Converted(NamedTuple):
-    """An adapter as LoRA: what PEFT's two files hold, and what a report says of it."""
-
-    config: dict[str, Any]
-    tensors: dict[str, Tensor]  # by their keys in the file, without PEFT's prefix
-    updates: list[LowRankUpdate]  # with stacks of experts whole
-    also_train: tuple[str, ...]  # the keys of tensors that are no factors
+def _check(
+    contents: AdapterContents, place: Surroundings, rank: int | None, experts: ExpertForm
+) -> None:
+    """Raise if an argument is wrong, or if PEFT's LoRA can't express the adapter."""
+    check_rank(rank)
+    check_form(experts)
+    misread = list_misread_by_peft(contents.layers, experts, place.model_type)
+    refuse_to_write(CANT_EXPRESS, place.problems + misread)
 
 
 def _convert(
     contents: AdapterContents,
-    place: _Place,
+    place: Surroundings,
     base: BaseWeight | None,
     rank: int | None,
     pad: bool,
     experts: ExpertForm,
-) -> _Converted:
-    """Return an adapter as LoRA."""
-    others = dict(place.tensors)
+) -> Converted:
+    """Return an adapter as LoRA. Collective if the model is sharded."""
+    others = place.copies()
     token_numbers = {}
     layers = []
     for layer in contents.layers:
-        if layer.is_new_rows and place.reads_rows_alike(layer):
+        if layer.is_new_rows and layer.name in place.tables:
             others[layer.name + TOKENS] = _copy(contents.tensors[layer.key].mT)
             token_numbers[layer.name] = [number for ends in layer.rows for number in range(*ends)]
         else:
@@ -252,17 +219,13 @@ def _convert(
     written = convert_experts(updates, experts, contents.also_train, place.model_type)
     config = _config_of(contents, written, place)
     config["trainable_token_indices"] = token_numbers or None
-    return _Converted(config, tensors_of(written) | others, updates, tuple(others))
-
-
-def _reads_rows_alike(view: ModelView, layer: LayerRecord) -> bool:
-    """Whether PEFT would read the new rows as they are read here.
-
-    That is so if the update is in all modules that are tied to the table, and none has a bias.
-    """
-    names = names_of_weight(view, layer.name)
-    biases = {name.removesuffix("weight") + "bias" for name in names}
-    return len(names) == 1 + len(layer.tied) and biases.isdisjoint(view.parameters_by_name)
+    tensors = tensors_of(written) | others
+    return Converted(
+        config,
+        {PREFIX + key: tensor for key, tensor in tensors.items()},
+        tuple(update.described() for update in updates),
+        tuple(others),
+    )
 
 
 # --- what PEFT can adapt -------------------------------------------------------------------------
@@ -307,41 +270,23 @@ def write_lora(
     The notes of the adapter that PEFT knows go into the configuration. Convolutions are refused,
     because the file does not tell whether PEFT's LoRA can adapt them.
     """
-    check_form(experts)
-    problems = [
+    place = surroundings_alone(contents, model_type)
+    place.problems.extend(
         f"{layer.name} is a convolution of unknown groups and padding: export from the model"
         for layer in contents.layers
         if layer.layout.pattern == CONV
-    ]
-    if not all(contents.names):
-        problems.append(f"(the model): {THE_MODEL_ITSELF}")
-    problems += [
-        f"{name}: it belongs to the model itself, not to a module in it"
-        for name in contents.also_train
-        if "." not in name
-    ]
-    saved = {name.rpartition(".")[0] for name in contents.also_train}
-    problems += layers_inside(contents.names, saved)
-    problems += list_misread_by_peft(contents.layers, experts, model_type)
-    refuse_to_write(CANT_EXPRESS, problems)
-    place = _Place(
-        saved,
-        {name: contents.tensors[name] for name in contents.also_train},
-        None,
-        model_type,
-        {note: contents.metadata.get(note) for note in NOTES},
-        lambda layer: True,
     )
+    _check(contents, place, rank, experts)
     converted = _convert(contents, place, base, rank, pad, experts)
-    write_peft_files(folder, converted.config, converted.tensors)
-    return LoraReport.of(folder, converted.updates, converted.also_train)
+    converted.write(folder)
+    return converted.report(folder)
 
 
 # --- in PEFT's form ------------------------------------------------------------------------------
 
 
 def _config_of(
-    contents: AdapterContents, updates: Sequence[LowRankUpdate], place: _Place
+    contents: AdapterContents, updates: Sequence[LowRankUpdate], place: Surroundings
 ) -> dict[str, Any]:
     """Return PEFT's configuration of a LoRA."""
     # The most frequent values are the default.
@@ -359,22 +304,17 @@ def _config_of(
     parameters = sorted(update.record.name for update in updates if is_stack(update.record))
     targets = _targets_of(contents, sizes.keys() - parameters, place.modules)
     transposes = any(update.record.layout.pattern == "in out" for update in updates)
-    config = {
+    config = place.fields(targets) | {
         "peft_type": "LORA",
-        "inference_mode": True,
         "r": r,
         "lora_alpha": alpha,
         "rank_pattern": rank_pattern,
         "alpha_pattern": alpha_pattern,
-        "target_modules": targets,
-        "modules_to_save": sorted(place.saved) or None,
         "lora_dropout": contents.config.dropout,
         "fan_in_fan_out": transposes,
-        "bias": "none",
         "init_lora_weights": True,
         "use_rslora": False,
         "use_dora": False,
-        **place.notes,
     }
     if not updates:  # PEFT refuses to adapt no module, except by this name
         config["target_modules"] = "dummy-target-modules"

@@ -55,6 +55,25 @@ LARGEST_EXACT = 2048
 
 
 @dataclass(frozen=True)
+class LoraLayer:
+    """A layer that was written as LoRA.
+
+    Attributes:
+        name: its name in the model.
+        method: the method of its block.
+        r: shard size of its block.
+        rank: rank of its factors.
+        error: ||dW - B A|| / ||dW||, both Frobenius norms.
+    """
+
+    name: str
+    method: str
+    r: int
+    rank: int
+    error: float
+
+
+@dataclass(frozen=True)
 class LowRankUpdate:
     """The update of one layer as in LoRA, s dW = s B A; the error is ||dW - B A|| / ||dW||.
 
@@ -76,6 +95,11 @@ class LowRankUpdate:
         """Rank of the factors."""
         return self.b.shape[-1]
 
+    def described(self) -> LoraLayer:
+        """Return what a report says of it."""
+        layer = self.record
+        return LoraLayer(layer.name, layer.method, layer.r, self.rank, self.error)
+
     def padded(self, rank: int) -> LowRankUpdate:
         """Return the same update with a larger rank, by zeros in A and B."""
         filled = ((0, self.rank),)
@@ -83,25 +107,6 @@ class LowRankUpdate:
         a = place_outputs(self.a, filled, rank, dim=rank_axis)
         b = place_outputs(self.b, filled, rank, dim=-1)
         return dataclasses.replace(self, a=a, b=b)
-
-
-@dataclass(frozen=True)
-class LoraLayer:
-    """A layer that was written as LoRA.
-
-    Attributes:
-        name: its name in the model.
-        method: the method of its block.
-        r: shard size of its block.
-        rank: rank of its factors.
-        error: ||dW - B A|| / ||dW||, both Frobenius norms.
-    """
-
-    name: str
-    method: str
-    r: int
-    rank: int
-    error: float
 
 
 @dataclass(frozen=True)
@@ -117,19 +122,6 @@ class LoraReport:
     path: Path
     layers: tuple[LoraLayer, ...]
     also_train: tuple[str, ...] = ()
-
-    @classmethod
-    def of(
-        cls, path: Path, updates: Sequence[LowRankUpdate], also_train: Iterable[str] = ()
-    ) -> LoraReport:
-        """Return the report on updates that were written to `path`."""
-        layers = tuple(
-            LoraLayer(
-                update.record.name, update.record.method, update.record.r, update.rank, update.error
-            )
-            for update in updates
-        )
-        return cls(path, layers, tuple(also_train))
 
     @property
     def error(self) -> float:
@@ -185,7 +177,6 @@ def low_rank_updates(
     base: BaseWeight | None,
 ) -> list[LowRankUpdate]:
     """Return the updates of layers; `disha.interop.lora.export` documents the arguments."""
-    check_rank(rank)
     inexpressible = [record.name for record in layers if not _is_expressible(record)]
     if inexpressible:
         raise ConversionError(

@@ -7,13 +7,13 @@ r does not divide or with dropout. Your own notes and the fingerprint of the bas
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
-from disha.files.disk import PathLike, check_path
+from disha.files.disk import PathLike
 from disha.files.header import AdapterContents
 from disha.files.saving import adapter_contents
 from disha.interop.low_rank import LoraLayer, LoraReport
@@ -21,18 +21,16 @@ from disha.interop.peft_format import (
     BAT,
     LINEAR,
     MISS_BLOCK,
-    NOTES,
-    THE_MODEL_ITSELF,
+    PREFIX,
     TILE,
+    Converted,
+    Surroundings,
     exact_targets,
     find_folder,
-    find_saved_modules,
-    module_names,
-    notes_of,
     read_config,
-    reasons_against,
     refuse_to_write,
-    write_peft_files,
+    surroundings_alone,
+    surroundings_in_model,
 )
 from disha.interop.peft_reading import load
 from disha.layers.blocks import original_class
@@ -106,29 +104,20 @@ def export(
         ('MISS', 4, ['0'])
     """
     view = ModelView(model)
-    ranks = view.ranks
     action = f"export adapter {adapter!r} to PEFT"
     given = {"base_model_name_or_path": base_model_name_or_path, "task_type": task_type}
     given = {note: value for note, value in given.items() if value is not None}
-    with ranks.fail_together(action):
-        target = check_path(folder)
     contents = adapter_contents(view, adapter, with_fingerprints=False)
-    with ranks.fail_together(action):
-        names = contents.names
-        saved = find_saved_modules(view, contents.also_train, names)
-        problems = _reasons_against_miss(contents, dropout)
-        problems += reasons_against(view, names, _reason_if_unknown)
-        refuse_to_write(CANT_EXPRESS, [*problems, *saved.problems], ELSE)
-        notes = notes_of(view.modules[""]) | given
-        fields = _fields_of(contents, dropout, module_names(view), saved.modules, notes)
-    others = saved.copies()
-    with ranks.fail_together(action):
-        if ranks.writes:
-            write_peft_files(target, fields, _blocks_of(contents) | others)
-    layers = [
-        LoraLayer(record.name, record.method, record.r, record.r, 0.0) for record in contents.layers
-    ]
-    return LoraReport(target, tuple(layers), tuple(others))
+    with view.ranks.fail_together(action):
+        place = surroundings_in_model(view, contents, _reason_if_unknown)
+        place = replace(place, notes={**place.notes, **given})
+        config = _config_of(contents, place, dropout)
+    converted = _convert(contents, place, config)
+    with view.ranks.fail_together(action):
+        report = converted.report(folder)
+        if view.ranks.writes:
+            converted.write(report.path)
+    return report
 
 
 def _reason_if_unknown(module: nn.Module) -> str | None:
@@ -143,49 +132,47 @@ def _reason_if_unknown(module: nn.Module) -> str | None:
 
 def write_folder(folder: Path, contents: AdapterContents, *, dropout: float | None = None) -> None:
     """Write an adapter as `export` does, without the model; with its notes that PEFT knows."""
-    problems = _reasons_against_miss(contents, dropout)
-    problems += [
+    place = surroundings_alone(contents)
+    place.problems.extend(
         f"{name}: PEFT saves whole modules; load the file into the model and export from there"
         for name in contents.also_train
-    ]
-    refuse_to_write(CANT_EXPRESS, problems, ELSE)
-    fields = _fields_of(contents, dropout, None, (), contents.metadata)
-    write_peft_files(folder, fields, _blocks_of(contents))
+    )
+    _convert(contents, place, _config_of(contents, place, dropout)).write(folder)
 
 
-def _fields_of(
-    contents: AdapterContents,
-    dropout: float | None,
-    modules: Collection[str] | None,
-    saved: Iterable[str],
-    notes: Mapping[str, Any],
+def _config_of(
+    contents: AdapterContents, place: Surroundings, dropout: float | None
 ) -> dict[str, Any]:
-    """Return PEFT's configuration, for a model with these modules if they are known."""
+    """Return PEFT's configuration. Raise if PEFT's MiSS can't express the adapter."""
     config = contents.config
     if dropout is not None:
         config = config.changed(dropout=dropout)
+    problems = _reasons_against_miss(contents, config.dropout)
+    refuse_to_write(CANT_EXPRESS, problems + place.problems, ELSE)
     init_weights: object = TILE
     if config.r_out is None:
         init_weights = INIT_WEIGHTS[config.method]
-    return {
-        "bias": "none",
-        "inference_mode": True,
+    return place.fields(exact_targets(contents.names, place.modules)) | {
         "init_weights": init_weights,
         "mini_r": config.r_out or 1,
         "miss_dropout": config.dropout,
-        "modules_to_save": sorted(saved) or None,
         "peft_type": "MISS",
         "r": contents.layers[0].r,
-        "target_modules": exact_targets(contents.names, modules),
-        **{note: notes.get(note) for note in NOTES},
     }
 
 
-def _blocks_of(contents: AdapterContents) -> dict[str, Tensor]:
-    return {f"{layer.name}{MISS_BLOCK}": contents.tensors[layer.key] for layer in contents.layers}
+def _convert(contents: AdapterContents, place: Surroundings, config: dict[str, Any]) -> Converted:
+    """Return an adapter as MiSS. Collective if the model is sharded."""
+    others = place.copies()
+    tensors = {PREFIX + name: tensor for name, tensor in others.items()}
+    layers = []
+    for record in contents.layers:
+        tensors[PREFIX + record.name + MISS_BLOCK] = contents.tensors[record.key]
+        layers.append(LoraLayer(record.name, record.method, record.r, record.r, 0.0))
+    return Converted(config, tensors, tuple(layers), tuple(others))
 
 
-def _reasons_against_miss(contents: AdapterContents, dropout: float | None) -> list[str]:
+def _reasons_against_miss(contents: AdapterContents, dropout: float) -> list[str]:
     """Return a line for each reason why PEFT's MiSS can't express an adapter."""
     method = contents.config.method
     problems = []
@@ -201,8 +188,6 @@ def _reasons_against_miss(contents: AdapterContents, dropout: float | None) -> l
         if layer.rows:
             problems.append(f"{name}: PEFT's MiSS adapts all rows of a weight, not some of them")
         problems += [f"{name}: PEFT's MiSS would leave {tied} without it" for tied in layer.tied]
-        if not layer.name:
-            problems.append(f"{name}: {THE_MODEL_ITSELF}")
         if layer.scale != 1.0:
             problems.append(f"{name}: PEFT's MiSS has no scale (see combine_adapters)")
         if method == BAT and (layer.in_features % r or layer.out_features % r):
@@ -210,7 +195,6 @@ def _reasons_against_miss(contents: AdapterContents, dropout: float | None) -> l
     sizes = sorted({layer.r for layer in contents.layers})
     if len(sizes) > 1:
         problems.append(f"PEFT's MiSS has one r, this has {sizes} (see combine_adapters)")
-    drops = contents.config.dropout if dropout is None else dropout
-    if method == BAT and drops:
-        problems.append(f"PEFT's BAT has no dropout, and this has {drops:g} (`dropout=0.0`)")
+    if method == BAT and dropout:
+        problems.append(f"PEFT's BAT has no dropout, and this has {dropout:g} (`dropout=0.0`)")
     return problems

@@ -31,11 +31,13 @@ from disha.files.disk import (
     save_together,
     write_tensors,
 )
+from disha.files.header import AdapterContents
 from disha.functional import Layout
+from disha.interop.low_rank import LoraLayer, LoraReport, is_stack
 from disha.layers.bitsandbytes import is_library_forward
 from disha.layers.blocks import original_class
 from disha.layers.kinds import FOREIGN_LAYOUTS, LAYER_KINDS, full_name
-from disha.model.records import Tensors
+from disha.model.records import LayerRecord, Tensors
 from disha.model.view import ModelView, persistent_buffers_of
 from disha.sharding.tensors import gather
 from disha.text import first_few, join
@@ -65,20 +67,33 @@ TILE = "mini"
 """PEFT's word for a tile in `init_weights`."""
 
 THE_MODEL_ITSELF = "PEFT adapts layers within a model, not the model itself"
+OF_THE_MODEL_ITSELF = "it belongs to the model itself, not to a module in it"
 
 # --- both files ----------------------------------------------------------------------------------
 
 
-def write_peft_files(folder: Path, config: Mapping[str, Any], tensors: Tensors) -> None:
-    """Write both files. The configuration is replaced last, because PEFT looks for it first."""
-    text = json.dumps(config, indent=2, sort_keys=True) + "\n"
-    prefixed = {PREFIX + key: tensor for key, tensor in tensors.items()}
-    writers: dict[Path, Writer] = {
-        folder / WEIGHTS_NAME: lambda new: write_tensors(new, prefixed),
-        folder / CONFIG_NAME: lambda new: new.write_text(text, encoding="utf-8"),
-    }
-    with folder_for(folder):
-        save_together(writers)
+@dataclass(frozen=True)
+class Converted:
+    """An adapter as PEFT has it: what its two files hold, and what a report says of it."""
+
+    config: dict[str, Any]
+    tensors: dict[str, Tensor]  # by their keys in the file
+    layers: tuple[LoraLayer, ...]
+    also_train: tuple[str, ...]  # the names of tensors that are not of layers
+
+    def write(self, folder: Path) -> None:
+        """Write both files. The configuration is replaced last, as PEFT looks for it first."""
+        text = json.dumps(self.config, indent=2, sort_keys=True) + "\n"
+        writers: dict[Path, Writer] = {
+            folder / WEIGHTS_NAME: lambda new: write_tensors(new, self.tensors),
+            folder / CONFIG_NAME: lambda new: new.write_text(text, encoding="utf-8"),
+        }
+        with folder_for(folder):
+            save_together(writers)
+
+    def report(self, path: PathLike) -> LoraReport:
+        """Return the report on the folder that is written."""
+        return LoraReport(check_path(path), self.layers, self.also_train)
 
 
 @dataclass(frozen=True)
@@ -272,11 +287,6 @@ READ_BY: dict[type[nn.Module], tuple[str, ...]] = {
 """Classes that read the weights of their children, without PEFT's update."""
 
 
-def module_names(view: ModelView) -> list[str]:
-    """Return the name under which PEFT finds each module, which is its first one."""
-    return [names[0] for names in view.names.values() if names[0]]
-
-
 def reasons_against(
     view: ModelView,
     layers: Iterable[str],
@@ -341,15 +351,20 @@ def _has_own_forward(module: nn.Module) -> bool:
 
 
 @dataclass(frozen=True)
-class Saved:
-    """The modules that PEFT saves besides the layers, whole, and what it can't save.
+class Surroundings:
+    """What PEFT has around the layers of an adapter.
 
-    `problems` has a line for each trained parameter that PEFT has no place for.
+    `problems` has a line for each layer that PEFT would read otherwise, and for each trained
+    parameter that it has no place for.
     """
 
-    modules: list[str]
-    tensors: dict[str, Tensor]
     problems: list[str]
+    saved: Collection[str]  # modules that it saves whole
+    tensors: Tensors  # those of these modules
+    modules: Collection[str] | None  # all modules of the model, if they are known
+    model_type: str | None
+    notes: Mapping[str, Any]
+    tables: Collection[str]  # those whose new rows it reads as they are read here
 
     def copies(self) -> dict[str, Tensor]:
         """Return copies of the tensors on the CPU; collective if sharded."""
@@ -358,55 +373,103 @@ class Saved:
             for name, tensor in self.tensors.items()
         }
 
+    def fields(self, target_modules: object) -> dict[str, Any]:
+        """Return what the configuration of every method has."""
+        return {
+            "bias": "none",
+            "inference_mode": True,
+            "modules_to_save": sorted(self.saved) or None,
+            "target_modules": target_modules,
+            **self.notes,
+        }
 
-def find_saved_modules(view: ModelView, also_train: Sequence[str], layers: Sequence[str]) -> Saved:
-    """Return how PEFT saves the parameters that were trained with an adapter of these layers.
 
-    PEFT saves the whole module of such a parameter, under each of the module's names.
+def surroundings_in_model(
+    view: ModelView,
+    contents: AdapterContents,
+    reason_if_unknown: Callable[[nn.Module], str | None],
+) -> Surroundings:
+    """Return what PEFT has around the layers of an adapter of a model."""
+    modules = [layer.name for layer in contents.layers if not is_stack(layer)]
+    problems = reasons_against(view, modules, reason_if_unknown)
+    saved, tensors = _find_saved_modules(view, contents.also_train, problems)
+    problems += _layers_inside(contents.names, saved)
+    return Surroundings(
+        problems,
+        saved,
+        tensors,
+        [names[0] for names in view.names.values() if names[0]],  # by which PEFT finds modules
+        model_type_of(view),
+        notes_of(view.modules[""]),
+        [layer.name for layer in contents.layers if _reads_rows_alike(view, layer)],
+    )
+
+
+def surroundings_alone(contents: AdapterContents, model_type: str | None = None) -> Surroundings:
+    """Return the same without the model. The notes of the adapter that PEFT knows are kept."""
+    problems = [] if all(contents.names) else [f"(the model): {THE_MODEL_ITSELF}"]
+    problems += [
+        f"{name}: {OF_THE_MODEL_ITSELF}" for name in contents.also_train if "." not in name
+    ]
+    saved = {name.rpartition(".")[0] for name in contents.also_train}
+    return Surroundings(
+        problems + _layers_inside(contents.names, saved),
+        saved,
+        {name: contents.tensors[name] for name in contents.also_train},
+        None,
+        model_type,
+        {note: contents.metadata.get(note) for note in NOTES},
+        contents.names,
+    )
+
+
+def _reads_rows_alike(view: ModelView, layer: LayerRecord) -> bool:
+    """Whether PEFT would read new rows of a table as they are read here.
+
+    That is so if the update is in all modules that are tied to the table, and none has a bias.
+    """
+    names = names_of_weight(view, layer.name)
+    biases = {name.removesuffix("weight") + "bias" for name in names}
+    return len(names) == 1 + len(layer.tied) and biases.isdisjoint(view.parameters_by_name)
+
+
+def _find_saved_modules(
+    view: ModelView, also_train: Sequence[str], problems: list[str]
+) -> tuple[list[str], dict[str, Tensor]]:
+    """Return the modules that PEFT saves for trained parameters, and the tensors in them.
+
+    PEFT saves the whole module of such a parameter, under each of the module's names. A line is
+    added to `problems` for each parameter that PEFT has no place for.
     """
     known = view.parameters_by_name
     trained: set[str] = set()
     for name in also_train:
         if name in known:
             trained.update(known[name].names)
-    adapted = {view.modules.get(name) for name in layers}
-    problems = []
     tensors: dict[str, Tensor] = {}
     modules: list[str] = []
     inside_saved = set[nn.Module]()
     for module, names in view.names.items():
-        first = names[0]
-        trained_here = [name for name in module._parameters if join(first, name) in trained]
+        trained_here = trained.intersection(join(names[0], name) for name in module._parameters)
         if not trained_here or module in inside_saved:
             continue
-        inside = view.inside(module)
-        has_adapted_layer = not adapted.isdisjoint(inside)
-        reason = _reason_against_saving(module, first, has_adapted_layer)
-        if reason is not None:
-            problems.append(f"{join(first, trained_here[0])}: {reason}")
+        reason = OF_THE_MODEL_ITSELF
+        if names[0]:
+            reason = f"PEFT can't save a {type(module).__name__}"
+        if not names[0] or isinstance(module, (nn.ParameterList, nn.ParameterDict)):
+            problems.append(f"{min(trained_here)}: {reason}")
             continue
+        inside = view.inside(module)
         modules += names
         inside_saved.update(inside)
         for name in names:
             tensors |= _tensors_inside(name, inside)
-    problems += layers_inside(layers, modules)
     problems += [
         f"{name}: PEFT saves buffers only with a module whose parameters train"
         for name in also_train
         if name not in known and name not in tensors
     ]
-    return Saved(modules, tensors, problems)
-
-
-def _reason_against_saving(module: nn.Module, name: str, has_adapted_layer: bool) -> str | None:
-    """Return why PEFT can't save a module whole, or None if it can."""
-    if not name:
-        return "it belongs to the model itself, not to a module in it"
-    if has_adapted_layer:
-        return f"PEFT can't save {name}, because a layer in it is adapted"
-    if isinstance(module, (nn.ParameterList, nn.ParameterDict)):
-        return f"PEFT can't save a {type(module).__name__}"
-    return None
+    return modules, tensors
 
 
 def _tensors_inside(name: str, inside: Mapping[nn.Module, str]) -> dict[str, Tensor]:
@@ -420,7 +483,7 @@ def _tensors_inside(name: str, inside: Mapping[nn.Module, str]) -> dict[str, Ten
     return tensors
 
 
-def layers_inside(layers: Iterable[str], modules_to_save: Collection[str]) -> list[str]:
+def _layers_inside(layers: Iterable[str], modules_to_save: Collection[str]) -> list[str]:
     """Return a line for each layer inside a module that PEFT saves, and so does not adapt."""
     return [
         f"{name}: PEFT would not adapt it, as a part of a module in modules_to_save"

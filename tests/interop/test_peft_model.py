@@ -135,13 +135,11 @@ REFUSED = {
         "its weight is computed",
     ),
     "the model's own parameter": Case(net, "scale: it belongs to the model itself", r"^scale"),
-    "a layer's own weight": Case(
-        net, "PEFT can't save head.0, because a layer", r"^head\.0\.weight"
-    ),
-    "a layer's bias": Case(Layered, "PEFT can't save layers.0.attn.v_proj", r"v_proj.bias"),
+    "a layer's own weight": Case(net, "head.0: PEFT would not adapt it", r"^head\.0\.weight"),
+    "a layer's bias": Case(Layered, "v_proj: PEFT would not adapt it", r"v_proj.bias"),
     "a parameter around a layer": Case(
         lambda: nn.ModuleDict({"inner": net()}),
-        "PEFT can't save inner, because a layer",
+        "PEFT would not adapt it, as a part",
         r"inner\.scale",
     ),
     "a list of parameters": Case(
