@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from disha.files import AdapterContents
-from disha.files.disk import PathLike
+from disha.files.disk import PathLike, check_path
 from disha.files.saving import adapter_contents
 from disha.interop.experts import (
     SERVED_TARGETS,
@@ -125,12 +125,13 @@ def export(
         (LoraLayer(name='0', method='bone', r=4, rank=4, error=0.0),)
     """
     view = ModelView(model)
+    with view.ranks.fail_together(_describe_action(adapter)):
+        target = check_path(folder)  # before a rank writes
     converted = _convert_adapter(view, adapter, rank, pad, experts)
     with view.ranks.fail_together(_describe_action(adapter)):
-        report = converted.report(folder)
         if view.ranks.writes:
-            converted.write(report.path)
-    return report
+            converted.write(target)
+    return converted.report(target)
 
 
 def export_tensors(

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from disha.files.disk import PathLike
+from disha.files.disk import PathLike, check_path
 from disha.files.header import AdapterContents
 from disha.files.saving import adapter_contents
 from disha.interop.low_rank import LoraLayer, LoraReport
@@ -109,15 +109,15 @@ def export(
     given = {note: value for note, value in given.items() if value is not None}
     contents = adapter_contents(view, adapter, with_fingerprints=False)
     with view.ranks.fail_together(action):
+        target = check_path(folder)
         place = surroundings_in_model(view, contents, _reason_if_unknown)
         place = replace(place, notes={**place.notes, **given})
         config = _config_of(contents, place, dropout)
     converted = _convert(contents, place, config)
     with view.ranks.fail_together(action):
-        report = converted.report(folder)
         if view.ranks.writes:
-            converted.write(report.path)
-    return report
+            converted.write(target)
+    return converted.report(target)
 
 
 def _reason_if_unknown(module: nn.Module) -> str | None:

@@ -91,9 +91,9 @@ class Converted:
         with folder_for(folder):
             save_together(writers)
 
-    def report(self, path: PathLike) -> LoraReport:
+    def report(self, folder: Path) -> LoraReport:
         """Return the report on the folder that is written."""
-        return LoraReport(check_path(path), self.layers, self.also_train)
+        return LoraReport(folder, self.layers, self.also_train)
 
 
 @dataclass(frozen=True)
