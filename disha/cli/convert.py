@@ -90,7 +90,7 @@ def main(words: Sequence[str]) -> None:
     if flags.to == "lora" and TOKENS_KEY in contents.metadata and base_name is not None:
         from disha.finetune.base import load_tokenizer  # transformers takes seconds to import
 
-        tokenizer = load_tokenizer(base_name, contents.metadata)
+        tokenizer, _ = load_tokenizer(base_name, contents.metadata)
     report = _write(flags, contents, base)
     if flags.to in ("peft", "lora"):
         _write_template(flags.out, contents.metadata)

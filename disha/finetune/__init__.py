@@ -10,11 +10,10 @@
 | `forms` | the form in which rows are trained |
 | `templates` | a trial of the chat template that an adapter brings |
 | `trainer` | trl's trainer, and what it shows |
-| `course` | what a checkpoint notes of its run |
+| `course` | the settings of a run, which its checkpoints note |
 | `train` | one run, from the flags to the saved adapter |
-| `card` | the model card beside the adapter |
 | `forgetting` | how much an adapter raises the loss on text of its base |
-| `report` | the other files beside the adapter, and the proof that the adapter is sound |
+| `report` | the proof that the adapter is sound, and the other files beside it |
 | `merging` | a copy of the base with the adapter in its weights |
 """
 
@@ -27,7 +26,8 @@ def main(argv: Sequence[str]) -> int:
     """Run `disha finetune` with these words of a command line, and return the exit code."""
     from disha.finetune.arguments import parse_flags
 
-    settings = parse_flags(argv)  # help ends here, before a trainer is imported
+    flags = parse_flags(argv)  # help ends here, before a trainer is imported
     from disha.finetune.train import run
 
-    return run(argv, *settings)
+    run(flags)
+    return 0

@@ -172,6 +172,12 @@ class DataArguments:
                 "leave one out"
             )
 
+    @property
+    def measured_on(self) -> str:
+        """What the loss is measured on."""
+        holds_out = self.eval_data or self.eval_split or self.eval_fraction
+        return "held-out" if holds_out else "training"
+
 
 @dataclass
 class TrainingArguments(SFTConfig):  # type: ignore[misc]
@@ -222,7 +228,13 @@ class TrainingArguments(SFTConfig):  # type: ignore[misc]
     )
     report_to: str = _flag("none", "none, or such as tensorboard or wandb")
 
-    resume: bool = _flag(False, "go on from the last complete checkpoint")
+    resume_from_checkpoint: str | None = _flag(
+        None,
+        "go on from the last complete checkpoint, or from one that is named",
+        "--resume",
+        nargs="?",
+        const="True",
+    )
     overwrite_output_dir: bool = _flag(False, "start over in a folder that holds a run")
     early_stopping_patience: int | None = _flag(
         None, "stop after so many measurements without a lower loss"
@@ -259,10 +271,10 @@ class TrainingArguments(SFTConfig):  # type: ignore[misc]
             deepspeed.init_distributed("gloo", auto_mpi_discovery=False)
 
 
-Parsed = tuple[AdapterArguments, DataArguments, TrainingArguments]
+Flags = tuple[AdapterArguments, DataArguments, TrainingArguments]
 
 
-def parse_flags(words: Sequence[str]) -> Parsed:
+def parse_flags(words: Sequence[str]) -> Flags:
     """Return the settings that the words of a command line give, and print what was chosen.
 
     Help is printed, and exits.

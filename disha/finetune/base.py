@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -22,11 +22,10 @@ from transformers import (
 )
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.integrations.fsdp import is_fsdp_enabled
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from trl import ModelConfig, get_quantization_config
 
 import disha
-from disha.errors import AdapterFileError, ArgumentError, DishaError
+from disha.errors import AdapterFileError, ArgumentError
 from disha.finetune.notes import (
     EOS_KEY,
     FEW_BITS,
@@ -35,21 +34,6 @@ from disha.finetune.notes import (
     read_noted_tokens,
 )
 from disha.text import brief, first_few
-
-
-@dataclass(frozen=True)
-class Base:
-    """The base of a run: its name, how it is held in memory, and how it computes attention."""
-
-    name: str
-    bits: str
-    attn_implementation: str | None = None
-
-    def load(
-        self, device: torch.device | None, notes: Mapping[str, str]
-    ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-        """Return the model, and the tokenizer, with what the notes of an adapter ask for."""
-        return load_base(self.name, self.bits, device, notes, self.attn_implementation)
 
 
 def load_base(
@@ -65,25 +49,20 @@ def load_base(
     """
     source, file = source_of(name)
     dtype = choose_dtype(bits, device)
-    options: dict[str, Any] = {"dtype": dtype}
+    options: dict[str, Any] = {**file, "dtype": dtype, "attn_implementation": attn_implementation}
     if device is not None:
         options["device_map"] = {"": device}
-    if attn_implementation is not None:
-        options["attn_implementation"] = attn_implementation
-    model: Any
-    try:
-        if bits in FEW_BITS:
-            options["quantization_config"] = _quantization(name, bits, dtype)
-        elif file:
-            options["quantization_config"] = GgufConfig(dequantize=True)
-        if not file:
-            _require_causal(AutoConfig.from_pretrained(source), name)
-        tokenizer, added = read_tokenizer(name, notes)
-        model = _load_complete(name, source, {**file, **options})
-    except DishaError:
-        raise
-    except (OSError, ValueError, ImportError) as error:
-        raise ArgumentError(f"can't load the base {name}: {error}") from error
+    if file:
+        options["quantization_config"] = GgufConfig(dequantize=True)
+    if bits in FEW_BITS:
+        options["quantization_config"] = _quantization(bits, dtype)
+    causal: Any = AutoModelForCausalLM
+    with _explain_loading(name):
+        model, loading = causal.from_pretrained(source, **options, output_loading_info=True)
+        missing = sorted(loading["missing_keys"])
+        if missing:  # transformers has filled them with random values
+            raise ValueError(f"it has no values for {first_few(missing, 3, ', ')}; get it again")
+    tokenizer, added = load_tokenizer(name, notes)
     if device is not None and device.type == "meta":
         _give_memory(model)
     if bits == "4":
@@ -98,27 +77,25 @@ def load_base(
     return model, tokenizer
 
 
-def _load_complete(name: str, source: str, options: Mapping[str, Any]) -> PreTrainedModel:
-    """Return the model of a base, or raise if the base lacks values of it."""
-    loaded: Any = AutoModelForCausalLM.from_pretrained(source, **options, output_loading_info=True)
-    model, loading = loaded
-    missing = sorted(loading["missing_keys"])
-    if missing:  # transformers has filled them with random values
-        raise ArgumentError(
-            f"the base {name} has no values for {first_few(missing, 3, ', ')}; get it again"
-        )
-    return model
+@contextmanager
+def _explain_loading(name: str) -> Iterator[None]:
+    """Name the base in an error of `transformers`."""
+    try:
+        yield
+    except (OSError, ValueError, ImportError) as error:
+        raise ArgumentError(f"can't load the base {name}: {error}") from error
 
 
-def read_tokenizer(name: str, notes: Mapping[str, str]) -> tuple[PreTrainedTokenizerBase, int]:
+def load_tokenizer(name: str, notes: Mapping[str, str]) -> tuple[PreTrainedTokenizerBase, int]:
     """Return a base's tokenizer with what notes ask for, and how many new tokens it has."""
     source, file = source_of(name)
     tokenizer: Any
-    try:
+    with _explain_loading(name):
         tokenizer = AutoTokenizer.from_pretrained(source, **file)
-    except (OSError, ValueError, ImportError) as error:
-        raise ArgumentError(f"can't load the tokenizer of {name}: {error}") from error
-    tokenizer.chat_template = notes.get(TEMPLATE_KEY, default_template(tokenizer))
+    if TEMPLATE_KEY in notes:
+        tokenizer.chat_template = notes[TEMPLATE_KEY]
+    elif tokenizer.chat_template:
+        tokenizer.chat_template = tokenizer.get_chat_template()  # of several, the default
     if EOS_KEY in notes:
         tokenizer.eos_token = notes[EOS_KEY]
     known = {str(token) for token in tokenizer.added_tokens_decoder.values()}
@@ -126,39 +103,23 @@ def read_tokenizer(name: str, notes: Mapping[str, str]) -> tuple[PreTrainedToken
     return tokenizer, tokenizer.add_tokens(tokens)
 
 
-def load_tokenizer(name: str, notes: Mapping[str, str]) -> PreTrainedTokenizerBase:
-    """Return the tokenizer of a base, with what the notes of an adapter ask for."""
-    tokenizer, _ = read_tokenizer(name, notes)
-    return tokenizer
-
-
 def end_answers(generation: Any, tokenizer: Any, notes: Mapping[str, str]) -> None:
     """Let answers end as the notes say, and as turns end in the chat template if there is one."""
+    known = generation.eos_token_id
+    ends = {known} if isinstance(known, int) else {*(known or ())}
     if EOS_KEY in notes:
         if tokenizer.eos_token_id in (None, tokenizer.unk_token_id):
             raise AdapterFileError(
                 f"the adapter's answers end with {brief(notes[EOS_KEY])}, which is not a token of "
                 "the base; name the base that it was trained on"
             )
-        _end_with(generation, tokenizer.eos_token_id)
+        ends.add(tokenizer.eos_token_id)
     if tokenizer.chat_template:
-        _end_with_turns(generation, tokenizer)
-
-
-def _end_with_turns(generation: Any, tokenizer: Any) -> None:
-    """Let answers end with the token that ends them in the chat template, if it has one."""
-    turns = [{"role": role, "content": role} for role in ("user", "assistant")]
-    rest = tokenizer.apply_chat_template(turns, tokenize=False).rpartition("assistant")[2]
-    tokens = tokenizer.encode(rest, add_special_tokens=False)
-    if tokens and tokens[0] in tokenizer.added_tokens_decoder:
-        _end_with(generation, tokens[0])
-
-
-def _end_with(generation: Any, token: int) -> None:
-    """Let answers also end with this token."""
-    known = generation.eos_token_id
-    ends = [known] if isinstance(known, int) else known or []
-    generation.eos_token_id = sorted({*ends, token})
+        turns = [{"role": role, "content": role} for role in ("user", "assistant")]
+        rest = tokenizer.apply_chat_template(turns, tokenize=False).rpartition("assistant")[2]
+        first = tokenizer.encode(rest, add_special_tokens=False)[:1]
+        ends.update(token for token in first if token in tokenizer.added_tokens_decoder)
+    generation.eos_token_id = sorted(ends) or None
 
 
 def fit_to_tokenizer(model: Any, tokenizer: Any, added: int) -> None:
@@ -178,7 +139,7 @@ def load_without_values(
     name: str, notes: Mapping[str, str]
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Return a base whose weights are not read, and take no memory, and its tokenizer."""
-    tokenizer, added = read_tokenizer(name, notes)
+    tokenizer, added = load_tokenizer(name, notes)
     model = make_on_meta(name).to_empty(device="cpu")  # pages are taken when written to
     model.tie_weights()
     fit_to_tokenizer(model, tokenizer, added)
@@ -188,13 +149,17 @@ def load_without_values(
 def make_on_meta(name: str) -> PreTrainedModel:
     """Return a base by its configuration, on the meta device."""
     source, file = source_of(name)
-    config = AutoConfig.from_pretrained(source, **file)
     made: Any = AutoModelForCausalLM
-    with torch.device("meta"):
-        return made.from_config(config)
+    with _explain_loading(name), torch.device("meta"):
+        return made.from_config(AutoConfig.from_pretrained(source, **file))
 
 
-def loading_device(base: Base, training: Any) -> torch.device | None:
+def is_sharded(training: Any) -> bool:
+    """Whether an engine shards the base of a run among the ranks."""
+    return bool(training.fsdp) or is_deepspeed_zero3_enabled()  # type: ignore[no-untyped-call]
+
+
+def loading_device(name: str, bits: str, training: Any) -> torch.device | None:
     """Return the device that a rank loads the base onto; None where an engine shards the base.
 
     | engine | who reads the base |
@@ -203,26 +168,22 @@ def loading_device(base: Base, training: Any) -> torch.device | None:
     | ZeRO-3 | the first rank, as `transformers` has it |
     | others, and bases of few bits | each rank, onto its device |
     """
-    is_partitioned = is_deepspeed_zero3_enabled()  # type: ignore[no-untyped-call]
-    if not (is_partitioned or training.fsdp) or base.bits in FEW_BITS:
+    if not is_sharded(training) or bits in FEW_BITS:
         return training.device
-    if is_fsdp_enabled() and training.local_process_index > 0 and not is_gguf(base.name):
+    if is_fsdp_enabled() and training.local_process_index > 0 and not is_gguf(name):
         return torch.device("meta")
     return None
 
 
-def let_first_rank_load(base: Base, training: Any) -> None:
+def let_first_rank_load(name: str, bits: str, training: Any) -> None:
     """Let FSDP shard a base that one rank of each machine reads, where accelerate can.
 
     accelerate 1.15 gives the other ranks floating-point parameters, and no buffers.
     """
     is_decided = not training.fsdp or "cpu_ram_efficient_loading" in training.fsdp_config
-    if is_decided or base.bits in FEW_BITS or is_gguf(base.name):
+    if is_decided or bits in FEW_BITS or is_gguf(name):
         return
-    try:
-        made = make_on_meta(base.name)
-    except (DishaError, OSError, ValueError, ImportError):
-        return  # loading the base says what is wrong
+    made = make_on_meta(name)
     parameters = dict(made.named_parameters(remove_duplicate=False))
     if made.state_dict().keys() <= parameters.keys():
         training.fsdp_plugin_args["cpu_ram_efficient_loading"] = True
@@ -269,9 +230,7 @@ def choose_dtype(bits: str, device: torch.device | None) -> torch.dtype | str:
     return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[bits]
 
 
-def _quantization(name: str, bits: str, dtype: Any) -> Any:
-    if is_gguf(name):
-        raise ArgumentError(f"a GGUF file can't be quantised to {bits} bits; use bf16 or fp32")
+def _quantization(bits: str, dtype: Any) -> Any:
     settings = ModelConfig(
         dtype=dtype,
         load_in_4bit=bits == "4",
@@ -291,25 +250,9 @@ def quantize_stacks(model: PreTrainedModel) -> None:
             replace_parameter_4bit(layer.module, layer.attribute, True, "nf4")
 
 
-def _require_causal(config: Any, name: str) -> None:
-    known = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-    classes = config.architectures or [known.get(config.model_type)]
-    if config.model_type not in known or set(classes).isdisjoint(known.values()):
-        raise ArgumentError(f"{name} is not a causal language model: it is {classes[0]}")
-
-
-def default_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """Return the chat template of a tokenizer, which may have others for other uses."""
-    template = tokenizer.chat_template
-    return template.get("default") if isinstance(template, dict) else template
-
-
 def template_at(name: str) -> str:
     """Return the chat template in a file, or that of a model."""
     path = Path(name)
     if path.is_file():
         return path.read_text(encoding="utf-8")
-    template = default_template(AutoTokenizer.from_pretrained(name))
-    if template is None:
-        raise ArgumentError(f"--chat_template_path {name} has no chat template")
-    return template
+    return AutoTokenizer.from_pretrained(name).get_chat_template()

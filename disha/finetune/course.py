@@ -1,10 +1,8 @@
-"""What a checkpoint notes of its run: the settings, and how long it has trained so far."""
+"""The settings of a run, which each checkpoint notes, and with which a run goes on."""
 
 from __future__ import annotations
 
-import json
 import re
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -29,41 +27,24 @@ shows; what takes memory or time and is not learned; and the base, whose weights
 
 
 class Course(TrainerCallback, ExportableState):
-    """Notes settings and seconds in the `trainer_state.json` of each checkpoint."""
+    """Notes the settings in the `trainer_state.json` of each checkpoint."""
 
-    def __init__(self, settings: Mapping[str, Any], seconds: float = 0.0) -> None:
-        self.settings = json.loads(json.dumps(settings, default=str))
-        self.seconds = seconds
-        """How long the run had trained when this process began."""
-        self._began = time.monotonic()
-
-    def on_train_begin(self, *given: Any, **named: Any) -> None:
-        """Start to count the seconds of this process."""
-        self._began = time.monotonic()
-
-    def total_seconds(self) -> float:
-        """Return how long the run has trained, with what it had trained before it was resumed."""
-        return self.seconds + time.monotonic() - self._began
+    def __init__(self, settings: Mapping[str, Any]) -> None:
+        self.settings = settings
 
     def state(self) -> dict[str, Any]:
         """Return what a checkpoint keeps."""
-        noted = {"settings": self.settings, "seconds": self.total_seconds()}
-        return {"args": noted, "attributes": {}}
+        return {"args": {"settings": self.settings}, "attributes": {}}
 
 
-def read_course(checkpoint: str) -> Course:
-    """Return what a checkpoint notes of its run."""
-    state = TrainerState.load_from_json(str(Path(checkpoint, TRAINER_STATE)))
-    noted: dict[str, Any] = (state.stateful_callbacks or {}).get(Course.__name__, {})
-    return Course(**noted.get("args", {"settings": {}}))
-
-
-def require_same_settings(now: Course, noted: Course) -> None:
+def require_same_settings(settings: Mapping[str, Any], checkpoint: str) -> None:
     """Raise if flags say other than they did, and the checkpoint would win over them."""
+    state = TrainerState.load_from_json(str(Path(checkpoint, TRAINER_STATE)))
+    noted = (state.stateful_callbacks or {}).get(Course.__name__, {"args": {"settings": {}}})
     changed = [
-        f"--{name} was {before}, and is {now.settings[name]}"
-        for name, before in noted.settings.items()
-        if now.settings.get(name, before) != before and not FREE.fullmatch(name)
+        f"--{name} was {before}, and is {settings[name]}"
+        for name, before in noted["args"]["settings"].items()
+        if settings.get(name, before) != before and not FREE.fullmatch(name)
     ]
     if changed:
         raise ArgumentError(

@@ -94,7 +94,7 @@ def _write_folder(
 
     from disha.finetune.base import end_answers, load_tokenizer
 
-    tokenizer = load_tokenizer(str(folder), notes)
+    tokenizer, _ = load_tokenizer(str(folder), notes)
     tokenizer.save_pretrained(folder)
     try:
         generation = GenerationConfig.from_pretrained(folder)

@@ -1,20 +1,17 @@
-"""One run of `disha finetune`, from the words of a command line to the saved and proven adapter."""
+"""One run of `disha finetune`, from its flags to the saved and proven adapter."""
 
 from __future__ import annotations
 
-import copy
 import gc
 import itertools
 import json
 import os
 import re
-import shlex
 import shutil
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -29,26 +26,17 @@ from trl import is_conversational
 import disha
 from disha.errors import AdapterFileWarning, ArgumentError
 from disha.files import ADAPTER_NAME
-from disha.finetune.arguments import (
-    AdapterArguments,
-    DataArguments,
-    TrainingArguments,
-)
+from disha.finetune.arguments import AdapterArguments, DataArguments, Flags, TrainingArguments
 from disha.finetune.base import (
-    Base,
+    is_sharded,
     let_first_rank_load,
+    load_base,
     load_tokenizer,
     load_without_values,
     loading_device,
     template_at,
 )
-from disha.finetune.card import write_card
-from disha.finetune.course import (
-    TRAINER_STATE,
-    Course,
-    read_course,
-    require_same_settings,
-)
+from disha.finetune.course import TRAINER_STATE, Course, require_same_settings
 from disha.finetune.data import load_rows, mix_rows
 from disha.finetune.forms import form_rows, learns_marked_answers
 from disha.finetune.merging import merge_base, require_mergeable
@@ -58,16 +46,17 @@ from disha.finetune.notes import (
     TEMPLATE_KEY,
     TOKENS_KEY,
     notes_at,
-    read_noted_tokens,
     read_notes,
 )
 from disha.finetune.report import (
     MERGED,
     RESULTS,
-    Outcome,
+    Report,
     facts_of,
-    prove,
+    load_and_compare,
+    measure_again,
     read_log,
+    require_same,
     write_report,
 )
 from disha.finetune.templates import try_template
@@ -84,99 +73,71 @@ UNPROVEN = "unproven-adapter.safetensors"
 CHECKPOINT = re.compile(r"(incomplete-)?checkpoint-\d+")
 LOCK = ".lock"
 
-
-@dataclass(frozen=True)
-class Request:
-    """What the flags ask for."""
-
-    adapter: AdapterArguments
-    data: DataArguments
-    training: TrainingArguments
-
-    @property
-    def folder(self) -> Path:
-        """The folder of the run."""
-        return Path(self.training.output_dir)
-
-    def settings(self) -> dict[str, Any]:
-        """Return the values of all flags, as plain ones."""
-        training = self.training.to_sanitized_dict()
-        for token in ("eos_token", "pad_token"):  # transformers hides them, as if they were secret
-            training[token] = getattr(self.training, token, None)
-        return {**vars(self.adapter), **vars(self.data), **training}
+Notes = dict[str, str]
 
 
-@dataclass(frozen=True)
-class Run:
-    """A trainer, and what the end of its run needs."""
-
-    trainer: Trainer
-    course: Course
-    notes: Mapping[str, str]
-    notes_of: Callable[[Path], dict[str, str]]
-    """Takes the path of an adapter file, and returns the notes for it."""
-    measured_on: str
-    has_values: bool
-    """Whether the base has its values on this rank, and not only on another."""
-
-
-def run(
-    argv: Sequence[str],
-    adapter: AdapterArguments,
-    data: DataArguments,
-    training: TrainingArguments,
-) -> int:
-    """Run the command with what its words say, and return its exit code."""
+def run(flags: Flags) -> None:
+    """Run the command as its flags say."""
+    adapter, data, training = flags
     if adapter.base is None:
         raise ArgumentError("which model? name it with --base")
     if not data.data:
         raise ArgumentError("which rows? name a file or a data set with --data")
-    request = Request(adapter, data, training)
-    base = Base(adapter.base, adapter.bits, adapter.attn_implementation)
     if adapter.merge:
-        require_mergeable(base.name)
+        require_mergeable(adapter.base)
     if training.dry_run:
-        with tempfile.TemporaryDirectory() as nowhere:
-            dry = copy.copy(training)
-            dry.output_dir = nowhere
-            _preview(_make_run(base, replace(request, training=dry), Course({})).trainer)
-        return 0
-    with _alone_in(request.folder, training):
-        try:
-            _run(base, request)
-        except KeyboardInterrupt:
-            if _find_checkpoint(request.folder):
-                words = [word for word in argv if word != "--resume"]
-                print(f"\nto go on: {shlex.join(['disha', 'finetune', *words, '--resume'])}")
-            raise
-    return 0
+        with tempfile.TemporaryDirectory() as training.output_dir:
+            trainer, _ = make_trainer(flags, {})
+            _preview(trainer)
+        return
+    with _alone_in(Path(training.output_dir), training):
+        _run(flags)
 
 
-def _run(base: Base, request: Request) -> None:
+def _run(flags: Flags) -> None:
     """Train, prove and report."""
-    folder, training = request.folder, request.training
-    course = Course(request.settings())
+    adapter, data, training = flags
+    folder = Path(training.output_dir)
+    path = folder / UNPROVEN
+    settings = _settings_of(flags)
     checkpoint = _choose_checkpoint(training, folder)
     if checkpoint is not None:
-        noted = read_course(checkpoint)
-        require_same_settings(course, noted)
-        course.seconds = noted.seconds
+        require_same_settings(settings, checkpoint)
     training.eval_on_start = checkpoint is None
-    run = _make_run(base, request, course)
-    outcome = _train(run, folder, checkpoint)
-    training = run.trainer.args
-    del run
+    trainer, notes = make_trainer(flags, settings)
+    report = {"settings": settings, "measured_on": data.measured_on, "resumed_from": checkpoint}
+    report |= _train(trainer, adapter, checkpoint)
+    disha.save_adapter(trainer.model, path, metadata=notes_at(path, notes, adapter))
+    if adapter.new_tokens and training.process_index == 0:
+        trainer.processing_class.save_pretrained(folder)
+    trained = _loss_of_saved(trainer)
+    report |= facts_of(trainer)
+    measured = trainer.eval_dataset
+    del trainer
     gc.collect()  # the base is loaded again, and may fill the memory
-    proof = prove(base, folder / UNPROVEN, training, outcome)
-    proof.require_same(folder / UNPROVEN)
+    model, tokenizer = _load(flags, read_notes(path))
+    # Sharded models would need all ranks for an answer.
+    is_shown = training.process_index == 0 and not is_sharded(training)
+    count = training.samples if is_shown else 0
+    report |= load_and_compare(model, tokenizer, path, measured, count)
+    loaded = measure_again(model, tokenizer, measured, training)
+    require_same(trained, loaded, path)
     if training.process_index > 0:
         return
-    os.replace(folder / UNPROVEN, folder / ADAPTER_NAME)
-    if request.adapter.merge:
-        path = folder / ADAPTER_NAME
-        merge_base(base.name, path, folder / MERGED, overwrite=True, in_model=True)
-    write_card(folder, course.settings, outcome, proof)
-    write_report(folder, course.settings, outcome, proof)
+    os.replace(path, folder / ADAPTER_NAME)
+    if adapter.merge:
+        base = str(adapter.base)
+        merge_base(base, folder / ADAPTER_NAME, folder / MERGED, overwrite=True, in_model=True)
+    write_report(folder, {**report, "proof": {"trained": trained, "loaded": loaded}})
+
+
+def _settings_of(flags: Flags) -> dict[str, Any]:
+    """Return the values of all flags, as JSON has them."""
+    adapter, data, training = flags
+    settings = {**vars(adapter), **vars(data), **training.to_sanitized_dict()}
+    for token in ("eos_token", "pad_token"):  # transformers hides them, as if they were secret
+        settings[token] = getattr(training, token, None)
+    return dict(json.loads(json.dumps(settings, default=str)))
 
 
 # --- the output folder ---------------------------------------------------------------------------
@@ -201,10 +162,10 @@ def _alone_in(folder: Path, training: TrainingArguments) -> Iterator[None]:
 
 def _choose_checkpoint(training: TrainingArguments, folder: Path) -> str | None:
     """Return the checkpoint to go on from, if any; raise if an earlier run would be mixed up."""
-    given = training.resume_from_checkpoint
-    resumes = training.resume or given in ("True", "true")  # as in `Trainer`
-    if given and given not in ("True", "true", "False", "false"):
-        return str(given)
+    given = training.resume_from_checkpoint or "False"
+    resumes = given.lower() == "true"
+    if not resumes and given.lower() != "false":
+        return given
     last = _find_checkpoint(folder) if resumes else None
     if last is not None or training.overwrite_output_dir:
         return last
@@ -248,49 +209,59 @@ def _clear(folder: Path) -> None:
 # --- model, adapter and rows ---------------------------------------------------------------------
 
 
-def _make_run(base: Base, request: Request, course: Course) -> Run:
-    """Return a trainer for a base with the adapter, and for the rows."""
-    adapter, training = request.adapter, request.training
+def make_trainer(flags: Flags, settings: dict[str, Any]) -> tuple[Trainer, Notes]:
+    """Return a trainer for the base with the adapter, and for the rows; and the adapter's notes."""
+    adapter, data, training = flags
     notes = _notes_of_run(adapter, training)
     # A row that can't be used raises here, before the base is loaded, which takes longer.
-    rows, held_out = _make_rows(request.data, training, load_tokenizer(base.name, notes))
-    let_first_rank_load(base, training)
-    device = loading_device(base, training)
-    has_values = not training.dry_run and (device is None or device.type != "meta")
-    if training.dry_run:
-        model, tokenizer = load_without_values(base.name, notes)
-    else:
-        model, tokenizer = base.load(device, notes)
+    tokenizer, _ = load_tokenizer(str(adapter.base), notes)
+    rows, measured = _make_rows(data, training, tokenizer)
     notes[PROMPT_KEY] = "chat" if is_conversational(rows[0]) else "text"
-    # Each checkpoint holds the notes that the final file holds, so that commands can use it.
-    notes_of = partial(notes_at, notes=notes, base=base.name, bits=base.bits)
-    _adapt(model, adapter, tokenizer, has_values)
+    training.chat_template_path = None  # it is the tokenizer's; trl would also add another's tokens
+    if training.assistant_only_loss is None:
+        learns_all = training.completion_only_loss is False
+        training.assistant_only_loss = not learns_all and learns_marked_answers(rows, tokenizer)
+    model, tokenizer = _load(flags, notes)
+    if adapter.adapter is None:
+        new_rows = tokenizer.convert_tokens_to_ids(adapter.new_tokens)
+        disha.inject_adapters(model, **adapter.settings_for(model, new_rows))
+    else:
+        _load_adapter(model, adapter.adapter, training)
     if training.fp16:
         _widen_trained(model)
-    measured = rows.select(range(min(len(rows), CHECKED_ROWS))) if held_out is None else held_out
-    callbacks = [AdapterCheckpoints(model, notes=notes_of), course]
+    # Each checkpoint holds the notes that the final file holds, so that commands can use it.
+    checkpoints = AdapterCheckpoints(model, notes=partial(notes_at, notes=notes, adapter=adapter))
+    callbacks = [checkpoints, Course(settings)]
     if training.early_stopping_patience:
         callbacks.append(EarlyStoppingCallback(training.early_stopping_patience))
     trainer = Trainer(
         model,
-        _for_trl(training, rows, tokenizer),
+        training,
         train_dataset=rows,
         eval_dataset=measured,
         processing_class=tokenizer,
         callbacks=callbacks,
     )
-    measured_on = "training" if held_out is None else "held-out"
-    return Run(trainer, course, notes, notes_of, measured_on, has_values)
+    return trainer, notes
 
 
-def _for_trl(training: TrainingArguments, rows: Dataset, tokenizer: Any) -> TrainingArguments:
-    """Return the flags as trl takes them, once the rows have their form."""
-    taken = copy.copy(training)
-    taken.chat_template_path = None  # it is the tokenizer's; trl would also add another's tokens
-    if training.assistant_only_loss is None:
-        learns_all = training.completion_only_loss is False
-        taken.assistant_only_loss = not learns_all and learns_marked_answers(rows, tokenizer)
-    return taken
+def _load(flags: Flags, notes: Notes) -> tuple[Any, Any]:
+    """Return the base and its tokenizer as this rank needs them, with what notes ask for."""
+    adapter, _, training = flags
+    name = str(adapter.base)
+    if training.dry_run:
+        return load_without_values(name, notes)
+    let_first_rank_load(name, adapter.bits, training)
+    device = loading_device(name, adapter.bits, training)
+    return load_base(name, adapter.bits, device, notes, adapter.attn_implementation)
+
+
+def _load_adapter(model: Any, path: str, training: TrainingArguments, **options: Any) -> None:
+    """Load an adapter, and raise if it is of another base, which the first rank can tell."""
+    has_values = training.process_index == 0 and not training.dry_run
+    action: Literal["error", "ignore"] = "error" if has_values else "ignore"
+    with warnings.catch_warnings(action=action, category=AdapterFileWarning):
+        disha.load_adapter(model, path, **options)
 
 
 def _notes_of_run(adapter: AdapterArguments, training: TrainingArguments) -> dict[str, str]:
@@ -310,8 +281,8 @@ def _notes_of_run(adapter: AdapterArguments, training: TrainingArguments) -> dic
 
 def _make_rows(
     data: DataArguments, training: TrainingArguments, tokenizer: Any
-) -> tuple[Dataset, Dataset | None]:
-    """Return the rows to train on, mixed, and those held out, in the forms that trl trains."""
+) -> tuple[Dataset, Dataset]:
+    """Return the rows to train on, mixed, and those to measure, in the forms that trl trains."""
     splits = data.dataset_split
     if len(splits) == 1:
         splits = splits * len(data.data)
@@ -324,28 +295,20 @@ def _make_rows(
         return form_rows(rows, data.dataset_field, tokenizer, learn_all=learn_all)
 
     sets = [read(name, split) for name, split in zip(data.data, splits, strict=True)]
-    held_out = None
+    measured = None
     if data.eval_data or data.eval_split:
-        held_out = read(data.eval_data or data.data[0], data.eval_split or "train")
+        measured = read(data.eval_data or data.data[0], data.eval_split or "train")
     elif data.eval_fraction:
         if not data.data_weights:
             sets = [mix_rows(sets, (), training.seed)]
         # Before rows are drawn by weight: a row that is drawn twice must not be in both parts.
         parts = [rows.train_test_split(data.eval_fraction, seed=training.seed) for rows in sets]
         sets = [part["train"] for part in parts]
-        held_out = mix_rows([part["test"] for part in parts], (), training.seed)
-    return mix_rows(sets, data.data_weights, training.seed), held_out
-
-
-def _adapt(model: Any, adapter: AdapterArguments, tokenizer: Any, has_values: bool) -> None:
-    """Add the adapter: a new one, or that of a file, which must be of this base."""
-    if adapter.adapter is None:
-        new_rows = tokenizer.convert_tokens_to_ids(adapter.new_tokens)
-        disha.inject_adapters(model, **adapter.settings_for(model, new_rows))
-        return
-    action: Literal["error", "ignore"] = "error" if has_values else "ignore"
-    with warnings.catch_warnings(action=action, category=AdapterFileWarning):
-        disha.load_adapter(model, adapter.adapter)
+        measured = mix_rows([part["test"] for part in parts], (), training.seed)
+    mixed = mix_rows(sets, data.data_weights, training.seed)
+    if measured is None:
+        measured = mixed.select(range(min(len(mixed), CHECKED_ROWS)))
+    return mixed, measured
 
 
 def _widen_trained(model: Any) -> None:
@@ -358,51 +321,43 @@ def _widen_trained(model: Any) -> None:
 # --- training ------------------------------------------------------------------------------------
 
 
-def _train(run: Run, folder: Path, checkpoint: str | None) -> Outcome:
-    """Train, save the adapter, and return what is left to prove and to report."""
-    trainer = run.trainer
+def _train(trainer: Trainer, adapter: AdapterArguments, checkpoint: str | None) -> Report:
+    """Train, and return how long it took."""
     training = trainer.args
     if training.process_index == 0:
         print(str(disha.summary(trainer.model)).splitlines()[-1])
         rows = counted(trainer.rows["train"], "row")
         print(f"{rows}, measured on {trainer.rows['eval']:,}")
         if checkpoint is None and training.overwrite_output_dir:
-            _clear(folder)
+            _clear(Path(training.output_dir))
     if checkpoint is not None:
-        if run.has_values:
-            _require_same_base(trainer, checkpoint)
+        # `Trainer` would not notice that the base of a checkpoint is another one.
+        _load_adapter(trainer.model, checkpoint, training, replace=True)
         if not (training.fsdp or training.deepspeed):  # they have files of their own
             _warn_of_lost_state(Path(checkpoint))
-    _warn_of_idle_weights(run)
-    trainer.train(resume_from_checkpoint=checkpoint)
-    seconds = run.course.total_seconds()
+    _warn_of_idle_weights(trainer, adapter)
+    done = trainer.train(resume_from_checkpoint=checkpoint)
+    return {"seconds": done.metrics["train_runtime"]}
+
+
+def _loss_of_saved(trainer: Trainer) -> float:
+    """Return the loss of the model as it is saved, which is the best one if the flags say so."""
     state = trainer.state
-    saved_step = state.global_step
-    if training.load_best_model_at_end and state.best_global_step:
-        saved_step = state.best_global_step
-    disha.save_adapter(trainer.model, folder / UNPROVEN, metadata=run.notes_of(folder / UNPROVEN))
-    if TOKENS_KEY in run.notes and training.process_index == 0:
-        trainer.processing_class.save_pretrained(folder)
-    loss = read_log(state, "eval_loss").get(saved_step)
+    step = state.global_step
+    if trainer.args.load_best_model_at_end and state.best_global_step:
+        step = state.best_global_step
+    loss = read_log(state, "eval_loss").get(step)
     if loss is None:
         loss = trainer.evaluate()["eval_loss"]
-    facts = facts_of(trainer, run.measured_on, seconds, checkpoint)
-    return Outcome(trainer.eval_dataset, loss, facts)
+    return loss
 
 
-def _require_same_base(trainer: Trainer, checkpoint: str) -> None:
-    """Load a checkpoint, which raises if its base is another one. `Trainer` would not notice."""
-    with warnings.catch_warnings(action="error", category=AdapterFileWarning):
-        disha.load_adapter(trainer.model, checkpoint, replace=True)
-
-
-def _warn_of_idle_weights(run: Run) -> None:
+def _warn_of_idle_weights(trainer: Trainer, adapter: AdapterArguments) -> None:
     """Name the weights whose adapter does not act on the first tokens, or gets no gradient."""
-    trainer = run.trainer
     training = trainer.args
     if training.world_size > 1 or training.fsdp or training.deepspeed:
         return  # they change the model once it trains
-    new_tokens = trainer.processing_class.convert_tokens_to_ids(read_noted_tokens(run.notes))
+    new_tokens = trainer.processing_class.convert_tokens_to_ids(adapter.new_tokens)
     tokens = torch.tensor([[*new_tokens, *trainer.train_dataset[0]["input_ids"][:16]]])
     model = trainer.model
     with trainer.accelerator.autocast():

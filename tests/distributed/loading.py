@@ -21,8 +21,6 @@ import torch.distributed as dist
 from benchmarks.markdown import bytes_text
 from disha.finetune import train
 from disha.finetune.arguments import parse_flags
-from disha.finetune.base import Base
-from disha.finetune.course import Course
 from tests.distributed import trainers
 from tests.distributed.__main__ import on_ranks
 from tests.distributed.deepspeed_zero import config
@@ -54,11 +52,9 @@ def taken(folder, base, engine, flags):
     words = [str(folder / word) if (folder / word).exists() else word for word in words]
     with trainers.accelerate_with(engine):
         flags = parse_flags([*words, "--r", "8", "--per_device_train_batch_size", "2"])
-        request = train.Request(*flags)
         before = held("VmRSS")
         Path("/proc/self/clear_refs").write_text("5")  # lets the peak begin anew
-        base = Base(request.adapter.base, request.adapter.bits)
-        trainer = train._make_run(base, request, Course(request.settings())).trainer
+        trainer, _ = train.make_trainer(flags, {})
         if engine == "fsdp2":
             trainer.accelerator.prepare(trainer.model, trainer.create_optimizer())
         return held("VmHWM") - before

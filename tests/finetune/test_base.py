@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import BertConfig, BertForMaskedLM, T5Config
+from transformers import T5Config
 
 import disha
 from disha import ArgumentError
@@ -51,7 +51,7 @@ def test_a_gguf_file_computes_what_its_weights_say(tmp_path, kind, limit):
     for name, values in state.items():
         torch.testing.assert_close(found[name].cpu(), values, rtol=limit, atol=limit)
     assert tokenizer("hello")["input_ids"]
-    with pytest.raises(ArgumentError, match="can't be quantised to 4 bits"):
+    with pytest.raises(ArgumentError, match="cannot combine Quantization and loading a model from"):
         load_base(str(path), "4")
 
 
@@ -67,14 +67,11 @@ def test_no_such_model(name, message):
         load_base(name)
 
 
-def test_models_that_are_no_causal_language_models(tmp_path):
-    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 1}
-    config = BertConfig(**sizes, num_hidden_layers=1, vocab_size=8)
-    BertForMaskedLM(config).save_pretrained(tmp_path / "bert")
-    T5Config(architectures=["T5ForConditionalGeneration"]).save_pretrained(tmp_path / "t5")
-    for folder, it_is in (("bert", "BertForMaskedLM"), ("t5", "T5ForConditionalGeneration")):
-        with pytest.raises(ArgumentError, match=f"is not a causal language model: it is {it_is}"):
-            load_base(str(tmp_path / folder))
+def test_a_model_that_writes_no_text(tmp_path):
+    T5Config(architectures=["T5ForConditionalGeneration"]).save_pretrained(tmp_path)
+    tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(ArgumentError, match=r"can't load the base .* Unrecognized configuration"):
+        load_base(str(tmp_path))
 
 
 def test_a_base_without_some_values_is_refused(tmp_path):
@@ -97,7 +94,7 @@ def test_of_several_chat_templates_the_default_is_used(chatty, tmp_path):
 
 
 def test_a_model_without_a_chat_template_gives_none(tiny):
-    with pytest.raises(ArgumentError, match="has no chat template"):
+    with pytest.raises(ValueError, match="chat_template is not set"):
         template_at(str(tiny))
 
 

@@ -25,9 +25,9 @@ from trl.trainer import utils as trl_utils
 import disha
 from disha import AdapterFileWarning, ArgumentError
 from disha.cli import main as disha_command
-from disha.finetune import course, main, train, trainer
+from disha.finetune import main, train, trainer
 from disha.finetune.arguments import parse_flags
-from disha.finetune.base import Base, load_base
+from disha.finetune.base import load_base
 from disha.finetune.choices import Device
 from disha.finetune.forgetting import OwnText
 from disha.finetune.notes import read_noted_base
@@ -436,7 +436,7 @@ class TestOutputFolder:
         (["--dataset_field", "question", "answer"], "have the fields query, response"),
         (["--dataset_split", "dev"], "dev"),
         (["--dataset_split", "train", "train"], "one for each"),
-        (["--base", "./none"], "can't load the tokenizer of ./none"),
+        (["--base", "./none"], "can't load the base ./none"),
         (["--r", "65"], "r=65"),
         (["--target", "nothing"], "selects no layer"),
         (["--report_to", "nobody"], "nobody"),
@@ -455,10 +455,10 @@ def test_a_loss_that_is_no_number_stops_the_run_and_names_the_rate(finetune, tmp
 
 
 def test_attention_is_computed_as_the_flag_says(tiny):
-    base = Base(str(tiny), "fp32", "eager")
-    assert base.load(None, {})[0].config._attn_implementation == "eager"
+    model, _ = load_base(str(tiny), attn_implementation="eager")
+    assert model.config._attn_implementation == "eager"
     with pytest.raises(ArgumentError, match=r"can't load the base .*nonsense"):
-        Base(str(tiny), "fp32", "nonsense").load(None, {})
+        load_base(str(tiny), attn_implementation="nonsense")
 
 
 def test_trl_is_left_as_it_was():
@@ -508,35 +508,6 @@ class TestResuming:
         for name, block in result.blocks().items():
             assert torch.equal(block, expected[name]), name
 
-    @pytest.mark.parametrize(("in_training", "checkpoint"), [(True, 2), (False, 8)])
-    def test_an_interrupted_run_says_how_to_go_on(
-        self, in_training, checkpoint, tiny, data, tmp_path, monkeypatch, capsys
-    ):
-        def interrupted(trainer, *given, **named):
-            if trainer.state.global_step == 3:
-                raise KeyboardInterrupt
-            return step(trainer, *given, **named)
-
-        def interrupted_proof(*given):
-            raise KeyboardInterrupt
-
-        step = train.Trainer.training_step
-        words = self.flags(tiny, data, tmp_path)
-        with monkeypatch.context() as patch:
-            if in_training:
-                patch.setattr(train.Trainer, "training_step", interrupted)
-            else:
-                patch.setattr(train, "prove", interrupted_proof)
-            with pytest.raises(KeyboardInterrupt):
-                main(words)
-        assert not (tmp_path / "adapter.safetensors").exists()
-        shown = capsys.readouterr().out
-        said = next(line for line in shown.splitlines() if line.startswith("to go on: "))
-        command, name, *again = said.removeprefix("to go on: ").split()
-        assert (command, name) == ("disha", "finetune")
-        assert main(again) == 0
-        assert Result(tmp_path).report["resumed_from"].endswith(f"checkpoint-{checkpoint}")
-
     def test_on_another_base_it_is_refused(self, finetune, tmp_path):
         finetune(tmp_path / "run", "--max_steps", 2)
         other = write_model(tmp_path / "other", seed=1)
@@ -557,15 +528,12 @@ class TestResuming:
         with pytest.raises(ArgumentError, match=says):
             finetune(uninterrupted.folder, *EXACT, *words, "--resume")
 
-    def test_it_trains_longer_and_counts_all_seconds(self, finetune, tmp_path, monkeypatch):
-        slow = course.Course.total_seconds
-        monkeypatch.setattr(course.Course, "total_seconds", lambda course: slow(course) + 1000)
+    def test_it_trains_longer(self, finetune, tmp_path):
         constant = ["--lr_scheduler_type", "constant"]
         first = finetune(tmp_path, *constant, "--max_steps", 2).report
         longer = finetune(tmp_path, *constant, "--max_steps", 4, "--save_steps", 1, "--resume")
         assert longer.report["steps"] == 4
         assert longer.losses[0] == first["losses"]["0"]
-        assert longer.report["seconds"] > first["seconds"] + 1000
 
     def test_without_a_checkpoint_it_starts_at_the_beginning(self, finetune, tmp_path, capsys):
         assert finetune(tmp_path, "--resume").report["resumed_from"] is None
@@ -599,7 +567,7 @@ def test_only_learned_positions_are_scored_on_a_cpu(words, finetune, tmp_path, m
 def test_a_row_that_can_not_be_used_is_told_before_the_base_is_loaded(
     finetune, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(Base, "load", lambda *given: pytest.fail("the base was loaded"))
+    monkeypatch.setattr(train, "load_base", lambda *given: pytest.fail("the base was loaded"))
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"query": "say", "response": "two"}\n{"query": "say", "response": ""}\n')
     with pytest.raises(ArgumentError, match="row 2"):
