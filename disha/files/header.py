@@ -18,10 +18,9 @@ from disha.checks import TRAINABLE_DTYPES, check_positive_int, check_scale, chec
 from disha.config import DEFAULTS, AdapterConfig, as_json, check_ranges
 from disha.errors import AdapterFileError
 from disha.functional import Layout, layout_of
-from disha.functional.layouts import OutputRanges
 from disha.functional.method import find_method
 from disha.functional.new_rows import NEW_ROWS
-from disha.model.records import LayerRecord
+from disha.model.records import ASSUMED, LayerRecord
 from disha.text import brief, counted, first_few, join, printable, table
 
 FORMAT = 1
@@ -201,14 +200,14 @@ def _parse_file(path: Path, fields: Any, tensors: Mapping[str, Tensor]) -> Adapt
         check_type("a name or a note", words, str, "text")
     settings = fields["config"]
     check_type("config", settings, dict, "a JSON object")
-    usual_method = settings.get("method")  # of the layers that do not tell theirs
-    if usual_method == NEW_ROWS:  # in an older file that has nothing else
-        settings = {name: value for name, value in settings.items() if name != "method"}
-    if isinstance(settings.get("method"), str):
-        _check_method(path, settings["method"])
+    usual = {"method": settings.get("method", DEFAULTS["method"])}
+    if usual["method"] == NEW_ROWS:  # in an older file that has nothing else
+        settings = settings | {"method": DEFAULTS["method"]}
+    _check_method(path, settings.get("method", DEFAULTS["method"]))
     config = AdapterConfig.from_json(settings)
-    layers = [{"method": usual_method or config.method} | entry for entry in fields["layers"]]
-    records = tuple(_parse_layer(path, config, entry) for entry in layers)
+    records = tuple(
+        _parse_layer(path, config, ASSUMED | usual | entry) for entry in fields["layers"]
+    )
     # In files of former versions, keys have the whole name of a method with groups.
     keys = {join(record.name, f"{record.method}_block"): record.key for record in records}
     return AdapterFile(
@@ -239,7 +238,7 @@ def _check_version(path: Path, fields: Mapping[str, Any]) -> None:
         )
 
 
-def _check_method(path: Path, method: str) -> None:
+def _check_method(path: Path, method: Any) -> None:
     known = find_method(method)
     if known is None or known.name != method:
         raise AdapterFileError(
@@ -248,48 +247,35 @@ def _check_method(path: Path, method: str) -> None:
         )
 
 
-def _parse_layer(path: Path, config: AdapterConfig, entry: Any) -> LayerRecord:
-    name = entry["name"]
-    base = entry.get("base")
-    padding = entry.get("padding_idx")
-    tied = entry.get("tied", ())
-    method = entry["method"]
-    for text in (name, *tied):
+def _parse_layer(path: Path, config: AdapterConfig, entry: Mapping[str, Any]) -> LayerRecord:
+    """Return the record of an entry that has all fields."""
+    for text in (entry["name"], *entry["tied"]):
         check_type("the name of a layer", text, str, "text")
-    check_type("method", method, str, "text")
-    if method != NEW_ROWS:
-        _check_method(path, method)
-    check_type("base", base, str | None, "text")
-    check_type("padding_idx", padding, int | None, "an int")
-    for size in ("r", "in", "out"):
+    check_type("base", entry["base"], str | None, "text")
+    check_type("padding_idx", entry["padding_idx"], int | None, "an int")
+    for size in ("r", "in", "out", "groups"):
         check_positive_int(size, entry[size])
-    groups = check_positive_int("groups", entry.get("groups", 1))
-    scale = check_scale(entry.get("scale", 1))
+    method = entry["method"]
+    rows = entry["rows"]
+    scale = entry["scale"]
     if method == NEW_ROWS:
-        scale = 1.0  # they have none, but earlier versions wrote that of their adapter
-    pattern = layout_of(entry["layout"]).pattern
-    r_out = None
-    if method == config.method:  # new rows, which may be beside the adapter, have none
-        r_out = config.r_out
-    rows: OutputRanges = ()
-    if entry.get("rows") is not None:
-        rows = check_ranges(name, entry["rows"])
-    elif method == NEW_ROWS:  # earlier versions could write all rows so
-        rows = ((0, entry["out"]),)
-    kernel = tuple(check_positive_int("kernel", size) for size in entry.get("kernel", ()))
+        scale = 1  # they have none, but earlier versions wrote that of their adapter
+        rows = rows or [(0, entry["out"])]  # earlier versions could write all rows so
+    else:
+        _check_method(path, method)
     return LayerRecord(
-        name=name,
+        name=entry["name"],
         method=method,
         r=entry["r"],
-        r_out=r_out,
+        r_out=config.r_out if method == config.method else None,
         in_features=entry["in"],
         out_features=entry["out"],
-        scale=scale,
-        base=base,
-        layout=Layout(pattern, groups, padding),
-        kernel=kernel,
-        rows=rows,
-        tied=tuple(tied),
+        scale=check_scale(scale),
+        base=entry["base"],
+        layout=Layout(layout_of(entry["layout"]).pattern, entry["groups"], entry["padding_idx"]),
+        kernel=tuple(check_positive_int("kernel", size) for size in entry["kernel"]),
+        rows=check_ranges(entry["name"], rows) if rows else (),
+        tied=tuple(entry["tied"]),
     )
 
 

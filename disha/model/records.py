@@ -17,6 +17,17 @@ from disha.text import counted, join
 Tensors = Mapping[str, Tensor]
 """Tensors by their keys in a file or a state dict."""
 
+ASSUMED: dict[str, Any] = {
+    "scale": 1,
+    "groups": 1,
+    "padding_idx": None,
+    "kernel": (),
+    "rows": (),
+    "tied": (),
+    "base": None,
+}
+"""What a reader assumes of a layer's entry where a field is absent."""
+
 
 @dataclass(frozen=True)
 class LayerRecord:
@@ -71,8 +82,7 @@ class LayerRecord:
             "tied": self.tied,
             "base": self.base,
         }
-        assumed = {"method": method, "scale": 1, "groups": 1}
-        assumed |= {"padding_idx": None, "kernel": (), "rows": (), "tied": (), "base": None}
+        assumed = ASSUMED | {"method": method}
         return {
             field: value
             for field, value in fields.items()
