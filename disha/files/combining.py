@@ -110,21 +110,33 @@ def _has_claims(view: ModelView, adapter: str) -> bool:
     return any(buffer.claimant == adapter for buffer in view.buffers)
 
 
-Part = tuple[LayerRecord, Summand]
-"""A layer of an adapter, and the adapter."""
+class Term(NamedTuple):
+    """A block of an adapter, its factor in a sum, and the source of the adapter."""
+
+    source: Source
+    record: LayerRecord
+    block: Tensor
+    factor: float
+
+    def __str__(self) -> str:
+        record = self.record
+        sizes = f"{record.in_features} -> {record.out_features}"
+        shape = tuple(self.block.shape)
+        return f"r={record.r}, {sizes}, {record.layout} with a block {shape} in {self.source}"
 
 
 def combine_contents(summands: Sequence[Summand], r: int | None) -> AdapterContents:
     """Return the weighted sum of adapters, which has the scale 1 and no metadata."""
     _check_can_be_combined(summands)
-    parts: dict[str, list[Part]] = {}
-    for summand in summands:
-        for layer in summand.contents.layers:
-            parts.setdefault(layer.name, []).append((layer, summand))
+    terms: dict[str, list[Term]] = {}
+    for source, contents, weight in summands:
+        for record in contents.layers:
+            term = Term(source, record, contents.tensors[record.key], float(weight) * record.scale)
+            terms.setdefault(record.name, []).append(term)
     records = []
     tensors = {}
-    for layer_parts in parts.values():
-        record, block = _sum_blocks(layer_parts, r)
+    for terms_of_layer in terms.values():
+        record, block = _sum_blocks(terms_of_layer, r)
         records.append(record)
         tensors[record.key] = block
     first = summands[0].contents.config
@@ -156,65 +168,56 @@ def _check_can_be_combined(summands: Sequence[Summand]) -> None:
             )
 
 
-def _sum_blocks(parts: Sequence[Part], r: int | None) -> tuple[LayerRecord, Tensor]:
+def _sum_blocks(terms: Sequence[Term], r: int | None) -> tuple[LayerRecord, Tensor]:
     """Return the record and the block of a layer: the weighted sum of its blocks."""
-    first, _ = parts[0]
-    name = first.name or "(the model)"
+    first = terms[0].record
+    layer = f"layer {first.name or '(the model)'!r}"
     if first.is_new_rows:
         raise ArgumentError(
-            f"layer {name!r}: new rows are values, not updates, so they have no weighted sum; "
+            f"{layer}: new rows are values, not updates, so they have no weighted sum; "
             "leave out `also_train_rows`"
         )
-    listing = "; ".join(_describe(part) for part in parts)
     # Fingerprints are left out, because one base has several: they depend on its dtype.
     layers = {
-        (replace(record, r=1, scale=1.0, base=None), record.geometry(block.shape))
-        for record, block, _ in map(_term_of, parts)
+        (replace(term.record, r=1, scale=1.0, base=None), term.record.geometry(term.block.shape))
+        for term in terms
     }
     if len(layers) > 1:
-        raise ArgumentError(f"layer {name!r} is not the same in all adapters: {listing}")
-    r, total = _add_blocks(parts, r, f"layer {name!r}", listing)
+        raise ArgumentError(f"{layer} is not the same in all adapters: {_list(terms)}")
+    r, total = _add_blocks(terms, r, layer)
     if not is_finite_as(total, total.dtype):
         raise ArgumentError(
-            f"layer {name!r}: the sum is not finite as {total.dtype}; give smaller weights"
+            f"{layer}: the sum is not finite as {total.dtype}; give smaller weights"
         )
-    bases = {record.base for record, _ in parts}
+    bases = {term.record.base for term in terms}
     base = first.base if len(bases) == 1 else None
     return replace(first, r=r, scale=1.0, base=base), total
 
 
-def _term_of(part: Part) -> tuple[LayerRecord, Tensor, float]:
-    """Return a record, its block, and the factor of the block in the sum."""
-    record, summand = part
-    return record, summand.contents.tensors[record.key], float(summand.weight) * record.scale
-
-
-def _add_blocks(
-    parts: Sequence[Part], r: int | None, layer: str, listing: str
-) -> tuple[int, Tensor]:
+def _add_blocks(terms: Sequence[Term], r: int | None, layer: str) -> tuple[int, Tensor]:
     """Return the sum of the blocks of one weight, and its r, which is at least the one given."""
-    terms = [_term_of(part) for part in parts]
-    first, block, _ = terms[0]
+    listing = _list(terms)
+    _, first, block, _ = terms[0]
     method = method_of(first.method)
     geometry = first.geometry(block.shape)
-    joined = method.join([(block, factor) for _, block, factor in terms], geometry)
+    joined = method.join([(term.block, term.factor) for term in terms], geometry)
     if joined is not None:
-        rows = sum(record.r for record, _, _ in terms)
-        terms = [(replace(first, r=rows), joined, 1.0)]
+        rows = sum(term.record.r for term in terms)
+        terms = [Term("", replace(first, r=rows), joined, 1.0)]
         r = max(r or 0, rows)
     elif not method.additive:
         raise ArgumentError(
             f"{layer}: {method.name} blocks can't be added, because dW is not linear in the block; "
             "load them as several adapters instead, whose updates add up"
         )
-    r = r or math.lcm(*(record.r for record, _, _ in terms))
+    r = r or math.lcm(*(term.record.r for term in terms))
     if joined is None and r > first.in_features:
         raise ArgumentError(
             f"{layer}: the sum needs r={r}, but the layer has only {first.in_features} inputs: "
             f"{listing}; export the adapters as LoRA, and combine those"
         )
     wide_terms = []
-    for record, block, factor in terms:
+    for _, record, block, factor in terms:
         wide = method.wider_block(record.layout, block, geometry, record.r, r)
         if wide is None:
             raise ArgumentError(
@@ -225,8 +228,5 @@ def _add_blocks(
     return r, functional.weighted_sum(wide_terms)
 
 
-def _describe(part: Part) -> str:
-    record, summand = part
-    shape = tuple(summand.contents.tensors[record.key].shape)
-    sizes = f"{record.in_features} -> {record.out_features}"
-    return f"r={record.r}, {sizes}, {record.layout} with a block {shape} in {summand.source}"
+def _list(terms: Sequence[Term]) -> str:
+    return "; ".join(map(str, terms))
