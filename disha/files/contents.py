@@ -7,11 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
-import torch
-
 from disha.checks import compile_regex
 from disha.errors import ArgumentError
-from disha.files.disk import open_tensors, save_tensors
+from disha.files.disk import read_tensors, save_tensors
 from disha.files.header import (
     HEADER_KEY,
     AdapterContents,
@@ -37,9 +35,7 @@ def read_contents(path: Path) -> AdapterFile:
 
     The tensors are mapped: their values are read when they are used.
     """
-    with torch.device("cpu"), open_tensors(path) as file:  # torch 2.8 maps to the default device
-        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        metadata = file.metadata() or {}
+    tensors, metadata = read_tensors(path)
     contents = parse_header(path, metadata.get(HEADER_KEY), tensors)
     return keep_only(contents, contents.layers, contents.also_train)
 

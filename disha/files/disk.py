@@ -7,6 +7,7 @@ the target. A save that is killed leaves its draft, which can be deleted.
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -15,8 +16,10 @@ from pathlib import Path
 from secrets import token_hex
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 
 from disha.errors import (
     AdapterFileError,
@@ -224,3 +227,23 @@ def open_tensors(path: Path) -> Iterator[Any]:
             f"{path} is not a complete safetensors file ({error}): it is damaged, cut off, or a "
             "file of another kind; get it again"
         ) from error
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return the tensors of a safetensors file, and its metadata.
+
+    The tensors are mapped: their values are read when they are used.
+    """
+    with torch.device("cpu"), open_tensors(path) as file:  # torch 2.8 maps to the default device
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        return tensors, file.metadata() or {}
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the JSON object in a file."""
+    try:
+        return dict(json.loads(path.read_bytes()))
+    except OSError as error:
+        raise AdapterIOError(f"can't read {path}: {_reason_of(error)}; check the path") from error
+    except (ValueError, TypeError, RecursionError) as error:
+        raise AdapterFileError(f"{path} is no JSON object ({error}); get it again") from error

@@ -38,6 +38,13 @@ def load_adapter(
     The file says which layers are adapted and how, so the model can be a plain one. If it has
     adapters already, the loaded one is added and becomes the active one.
 
+    Of the folders of PEFT, a LoRA becomes an adapter of `method="lora"`, which trains on, and which
+    `disha.interop.lora.export` writes as it was. If every A is [I_r I_r ... I_r], as `export`
+    writes it for Bone, it becomes Bone again, with its groups, without loss. Experts must be
+    stacked. MiSS and Bone become Bone, tile or BAT, which gets no dropout, because PEFT's has none.
+    Modules in `modules_to_save` bring their parameters and buffers. DoRA and trained biases are
+    refused.
+
     A model inside DDP or FSDP can't get new layers: load first and wrap afterwards, or load with
     `replace=True`. Call this on all ranks. If anything is wrong on one rank, all ranks raise, and
     no model changes.

@@ -19,11 +19,10 @@ from torch import Tensor, nn
 from disha.checks import check_type
 from disha.errors import AdapterFileError, ArgumentError, ConversionError
 from disha.files import AdapterContents
-from disha.files.disk import PathLike, check_path, open_tensors, save_tensors
+from disha.files.disk import PathLike, check_path, open_tensors, read_tensors, save_tensors
 from disha.files.loading import load_contents
 from disha.files.saving import adapter_contents
 from disha.functional import Layout
-from disha.interop.lora import tensors_of, unknown_to_lora
 from disha.interop.low_rank import (
     CONV,
     BaseWeight,
@@ -36,7 +35,14 @@ from disha.interop.low_rank import (
     list_names,
     low_rank_updates,
 )
-from disha.interop.peft_format import MATRIX, PeftFolder, reasons_against, refuse_to_write
+from disha.interop.peft_format import (
+    MATRIX,
+    PeftFolder,
+    reasons_against,
+    refuse_to_write,
+    tensors_of,
+    unknown_to_lora,
+)
 from disha.interop.peft_reading import explain_settings, scale_of
 from disha.layers.blocks import original_class
 from disha.model.state import LoadReport
@@ -345,9 +351,7 @@ def read_file(
 
     `modules` has the names of the modules of each component; without it, no model is known.
     """
-    with open_tensors(path) as file:
-        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        metadata = file.metadata() or {}
+    tensors, metadata = read_tensors(path)
     tensors, alphas = _rename_from_kohya(tensors, modules or {})
     a_end, b_end = MATRIX
     factors: dict[str, list[LayerFactors]] = {}

@@ -13,21 +13,19 @@ from pathlib import Path
 from statistics import multimode
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from disha.files import AdapterContents
 from disha.files.disk import PathLike, check_path
 from disha.files.saving import adapter_contents
+from disha.interop.adapters import load_adapter as load
 from disha.interop.experts import (
     SERVED_TARGETS,
     SINGLE_EXPERT,
     ExpertForm,
     check_form,
     convert_experts,
-    factors_name,
     list_misread_by_peft,
-    stack_factors,
 )
 from disha.interop.low_rank import (
     CONV,
@@ -40,8 +38,6 @@ from disha.interop.low_rank import (
     low_rank_updates,
 )
 from disha.interop.peft_format import (
-    EMBEDDING,
-    MATRIX,
     PREFIX,
     TOKENS,
     Converted,
@@ -51,10 +47,10 @@ from disha.interop.peft_format import (
     refuse_to_write,
     surroundings_alone,
     surroundings_in_model,
+    tensors_of,
+    unknown_to_lora,
+    whole_copy,
 )
-from disha.interop.peft_reading import load
-from disha.layers.blocks import original_class
-from disha.layers.kinds import full_name
 from disha.model.view import ModelView
 
 __all__ = ["LoraReport", "export", "export_tensors", "load"]
@@ -212,7 +208,7 @@ def _convert(
     layers = []
     for layer in contents.layers:
         if layer.is_new_rows and layer.name in place.tables:
-            others[layer.name + TOKENS] = _copy(contents.tensors[layer.key].mT)
+            others[layer.name + TOKENS] = whole_copy(contents.tensors[layer.key].mT)
             token_numbers[layer.name] = [number for ends in layer.rows for number in range(*ends)]
         else:
             layers.append(layer)
@@ -227,30 +223,6 @@ def _convert(
         tuple(update.described() for update in updates),
         tuple(others),
     )
-
-
-# --- what PEFT can adapt -------------------------------------------------------------------------
-
-
-def unknown_to_lora(layer: nn.Module) -> str | None:
-    """Return why PEFT's LoRA can't adapt a layer with the same result, or None if it can."""
-    if isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
-        if layer.groups != 1:
-            return f"its convolution has groups={layer.groups}, and PEFT's LoRA can't merge these"
-        if any(step != 1 for step in layer.dilation):
-            return "its convolution is dilated, and the one in PEFT's LoRA is not"
-        if layer.padding_mode != "zeros":
-            return f"it has padding_mode={layer.padding_mode!r}, and PEFT's LoRA pads with zeros"
-        return None
-    if isinstance(layer, nn.Embedding):
-        if layer.max_norm is not None:
-            return "its embedding has max_norm, which PEFT applies to LoRA's factor too"
-        return None
-    # GPT-2's Conv1D is the only class with W as (in, out) that PEFT knows.
-    names = map(full_name, type(layer).__mro__)
-    if isinstance(layer, nn.Linear) or "transformers.pytorch_utils.Conv1D" in names:
-        return None
-    return f"PEFT's LoRA does not know a {original_class(layer).__name__}"
 
 
 # --- without a model -----------------------------------------------------------------------------
@@ -348,30 +320,3 @@ def _alpha_of(update: LowRankUpdate) -> float:
     if math.isclose(alpha, whole, rel_tol=1e-12):  # 1 / 49 * 49 is not 1
         return whole
     return alpha
-
-
-def tensors_of(updates: Sequence[LowRankUpdate]) -> dict[str, Tensor]:
-    """Return the factors of all layers by their keys in a folder, without PEFT's prefix."""
-    stack_names = {update.record.name for update in updates if is_stack(update.record)}
-    tensors = {}
-    for update in updates:
-        name = update.record.name
-        a = update.a
-        b = update.b
-        if name in stack_names:
-            name = factors_name(name, stack_names)
-            a, b = stack_factors(update)
-        if not update.record.scale:
-            b = torch.zeros_like(b)
-        is_embedding = update.record.layout.pattern == "index out"
-        a_end, b_end = EMBEDDING if is_embedding else MATRIX
-        for _ in a.shape[2:]:  # the kernel of a convolution, in which B is 1x1
-            b = b.unsqueeze(-1)
-        tensors[name + a_end] = a.contiguous()
-        tensors[name + b_end] = _copy(b)
-    return tensors
-
-
-def _copy(tensor: Tensor) -> Tensor:
-    """Return a contiguous copy, even of a block with r = 1 or one row, which is contiguous."""
-    return tensor.clone(memory_format=torch.contiguous_format)

@@ -16,6 +16,7 @@ from torch import nn
 from disha.files.disk import PathLike, check_path
 from disha.files.header import AdapterContents
 from disha.files.saving import adapter_contents
+from disha.interop.adapters import load_adapter as load
 from disha.interop.low_rank import LoraLayer, LoraReport
 from disha.interop.peft_format import (
     BAT,
@@ -32,7 +33,6 @@ from disha.interop.peft_format import (
     surroundings_alone,
     surroundings_in_model,
 )
-from disha.interop.peft_reading import load
 from disha.layers.blocks import original_class
 from disha.model.view import ModelView
 

@@ -17,23 +17,24 @@ from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from disha.errors import AdapterFileError, AdapterIOError, ConversionError
+from disha.errors import AdapterFileError, ConversionError
 from disha.files.disk import (
     ADAPTER_NAME,
     PathLike,
     Writer,
     check_path,
     folder_for,
+    read_json,
+    read_tensors,
     save_together,
     write_tensors,
 )
 from disha.files.header import AdapterContents
 from disha.functional import Layout
-from disha.interop.low_rank import LoraLayer, LoraReport, is_stack
+from disha.interop.experts import factors_name, stack_factors
+from disha.interop.low_rank import LoraLayer, LoraReport, LowRankUpdate, is_stack
 from disha.layers.bitsandbytes import is_library_forward
 from disha.layers.blocks import original_class
 from disha.layers.kinds import FOREIGN_LAYOUTS, LAYER_KINDS, full_name
@@ -94,6 +95,33 @@ class Converted:
     def report(self, folder: Path) -> LoraReport:
         """Return the report on the folder that is written."""
         return LoraReport(folder, self.layers, self.also_train)
+
+
+def tensors_of(updates: Sequence[LowRankUpdate]) -> dict[str, Tensor]:
+    """Return the factors of all layers by their keys in a folder, without PEFT's prefix."""
+    stack_names = {update.record.name for update in updates if is_stack(update.record)}
+    tensors = {}
+    for update in updates:
+        name = update.record.name
+        a = update.a
+        b = update.b
+        if name in stack_names:
+            name = factors_name(name, stack_names)
+            a, b = stack_factors(update)
+        if not update.record.scale:
+            b = torch.zeros_like(b)
+        is_embedding = update.record.layout.pattern == "index out"
+        a_end, b_end = EMBEDDING if is_embedding else MATRIX
+        for _ in a.shape[2:]:  # the kernel of a convolution, in which B is 1x1
+            b = b.unsqueeze(-1)
+        tensors[name + a_end] = a.contiguous()
+        tensors[name + b_end] = whole_copy(b)
+    return tensors
+
+
+def whole_copy(tensor: Tensor) -> Tensor:
+    """Return a contiguous copy, even of a block with r = 1 or one row, which is contiguous."""
+    return tensor.clone(memory_format=torch.contiguous_format)
 
 
 @dataclass(frozen=True)
@@ -160,15 +188,7 @@ def read_config(folder: PathLike) -> dict[str, Any]:
         AdapterIOError: the file can't be read.
         AdapterFileError: it does not hold a JSON object.
     """
-    path = check_path(folder)
-    try:
-        return dict(json.loads((path / CONFIG_NAME).read_bytes()))
-    except OSError as error:
-        raise AdapterIOError(f"can't read a folder of PEFT: {error}") from error
-    except (ValueError, TypeError, RecursionError) as error:
-        raise AdapterFileError(
-            f"{path} is not a complete folder of PEFT: {CONFIG_NAME} is no JSON object: {error}"
-        ) from error
+    return read_json(check_path(folder) / CONFIG_NAME)
 
 
 def read_peft_files(folder: PathLike, also_train: bool) -> PeftFolder:
@@ -176,21 +196,24 @@ def read_peft_files(folder: PathLike, also_train: bool) -> PeftFolder:
     fields = read_config(folder)
     path = check_path(folder)
     file = path / WEIGHTS_NAME
-    try:
-        if not file.exists() and (path / OLD_WEIGHTS_NAME).exists():
-            tensors = torch.load(path / OLD_WEIGHTS_NAME, "cpu", weights_only=True)
-        else:
-            tensors = load_file(file)
-    except OSError as error:
-        raise AdapterIOError(f"can't read a folder of PEFT: {error}") from error
-    except (SafetensorError, UnpicklingError, ValueError, TypeError) as error:
-        raise AdapterFileError(f"{path} is not a complete folder of PEFT: {error}") from error
+    old_file = path / OLD_WEIGHTS_NAME
+    if file.exists() or not old_file.exists():
+        tensors, _ = read_tensors(file)
+    else:
+        tensors = _load_pickle(old_file)
     named = {
         key.removeprefix(PREFIX): tensor
         for key, tensor in tensors.items()
         if also_train or key.endswith(OF_LAYERS)
     }
     return PeftFolder(path, fields, named)
+
+
+def _load_pickle(file: Path) -> dict[str, Tensor]:
+    try:
+        return torch.load(file, "cpu", weights_only=True)
+    except (OSError, UnpicklingError, ValueError, RuntimeError) as error:
+        raise AdapterFileError(f"can't read {file}: {error}") from error
 
 
 def refuse_to_write(
@@ -345,6 +368,27 @@ def _has_own_forward(module: nn.Module) -> bool:
             is_known = cls.forward is known.forward or is_library_forward(cls)
             return not (is_known or only_scales)
     return False
+
+
+def unknown_to_lora(layer: nn.Module) -> str | None:
+    """Return why PEFT's LoRA can't adapt a layer with the same result, or None if it can."""
+    if isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        if layer.groups != 1:
+            return f"its convolution has groups={layer.groups}, and PEFT's LoRA can't merge these"
+        if any(step != 1 for step in layer.dilation):
+            return "its convolution is dilated, and the one in PEFT's LoRA is not"
+        if layer.padding_mode != "zeros":
+            return f"it has padding_mode={layer.padding_mode!r}, and PEFT's LoRA pads with zeros"
+        return None
+    if isinstance(layer, nn.Embedding):
+        if layer.max_norm is not None:
+            return "its embedding has max_norm, which PEFT applies to LoRA's factor too"
+        return None
+    # GPT-2's Conv1D is the only class with W as (in, out) that PEFT knows.
+    names = map(full_name, type(layer).__mro__)
+    if isinstance(layer, nn.Linear) or "transformers.pytorch_utils.Conv1D" in names:
+        return None
+    return f"PEFT's LoRA does not know a {original_class(layer).__name__}"
 
 
 # --- what was trained with the layers ------------------------------------------------------------

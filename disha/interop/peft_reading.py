@@ -15,15 +15,14 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from disha.checks import check_scale
 from disha.config import AdapterConfig, check_row_numbers
 from disha.errors import AdapterFileError, AdapterIOError, ConversionError, DishaError
 from disha.files import AdapterContents
-from disha.files.disk import PathLike, check_path
+from disha.files.disk import PathLike
 from disha.files.header import reasons_against_blocks
-from disha.files.loading import load_contents
 from disha.functional import Layout
 from disha.functional.new_rows import NEW_ROWS
 from disha.interop.experts import SINGLE_EXPERT, family_of, find_stack, matrices_of
@@ -48,7 +47,6 @@ from disha.interop.peft_format import (
 from disha.layers.kinds import declared_slots
 from disha.layers.weights import weight_shape
 from disha.model.records import LayerRecord, Tensors
-from disha.model.state import LoadReport
 from disha.model.view import ModelView
 from disha.text import brief, first_few, join
 
@@ -107,68 +105,6 @@ def _refuse_to_guess(layers: Sequence[str]) -> Shapes:
 
 UNKNOWN = Base(None, {}, _refuse_to_guess, lambda layer: ())
 """What is known without a base."""
-
-
-def load(
-    model: nn.Module,
-    folder: PathLike,
-    adapter: str = "default",
-    *,
-    also_train: bool = True,
-    replace: bool = False,
-    dtype: torch.dtype | None = None,
-    freeze: bool = True,
-) -> LoadReport:
-    """Load a folder of PEFT into a model, with the same results as in PEFT.
-
-    `disha.load_adapter` does the same. The folder's tensors say which layers are adapted.
-
-    - A LoRA becomes an adapter of `method="lora"`, which trains on, and which `lora.export` writes
-      as it was. If every A is [I_r I_r ... I_r], as `export` writes it for Bone, it becomes Bone
-      again, with its groups, without loss. Experts must be stacked. DoRA is refused.
-    - MiSS and Bone become Bone, tile or BAT. BAT gets no dropout, because PEFT's BAT has none.
-
-    Trained biases (`bias`) are refused. Modules in `modules_to_save` bring their parameters, which
-    train with the adapter from then on, and their buffers.
-
-    Args:
-        model: the base model, or one that has other adapters.
-        folder: the folder, written by PEFT's `save_pretrained` or by `export`.
-        adapter: the name that the adapter gets in this model.
-        also_train: also set the parameters that the folder holds besides the blocks.
-        replace: if the model has an adapter of that name, copy the folder's values into it.
-        dtype: dtype of the blocks; that of the folder's B or blocks by default.
-        freeze: freeze all parameters that belong to no adapter, as `inject_adapters` does.
-
-    Returns:
-        A `LoadReport` of the keys that were loaded.
-
-    Raises:
-        AdapterIOError: the folder can't be read.
-        AdapterFileError: it is not a complete folder of PEFT, or does not fit the model.
-        ConversionError: it is more than a LoRA, such as DoRA, or of another method.
-        ArgumentError: the name is taken and `replace` is not set.
-        ModeError: adapters are merged (`MergeError`), or in a context.
-
-    The model is unchanged if this raises.
-
-    Examples:
-        >>> import tempfile
-        >>> from torch import nn
-        >>> import disha
-        >>> from disha.interop import lora
-        >>> model = disha.inject_adapters(nn.Sequential(nn.Linear(8, 16)), "0", r=4, init="kaiming")
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     report = lora.export(model, folder)
-        ...     lora.load(nn.Sequential(nn.Linear(8, 16)), folder).matched
-        ('0.bone_block',)
-    """
-    view = ModelView(model)
-    contents = read_for_model(view, folder, also_train=also_train)
-    source = check_path(folder)
-    return load_contents(
-        view, source, contents, adapter, replace=replace, dtype=dtype, freeze=freeze
-    )
 
 
 def read_for_model(view: ModelView, folder: PathLike, *, also_train: bool) -> AdapterContents:

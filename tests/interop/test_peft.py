@@ -583,10 +583,10 @@ def cut_off(folder):
 BLOCK = "inner.miss_block"
 BAD = {
     "no configuration": (lambda folder: (folder / "adapter_config.json").unlink(), "can't read"),
-    "no JSON": (lambda folder: (folder / "adapter_config.json").write_text("{"), "not a complete"),
-    "a list": (lambda folder: (folder / "adapter_config.json").write_text("[5]"), "not a complete"),
+    "no JSON": (lambda folder: (folder / "adapter_config.json").write_text("{"), "no JSON object"),
+    "a list": (lambda folder: (folder / "adapter_config.json").write_text("[5]"), "no JSON object"),
     "a pickle": (as_pickle, "Weights only load failed"),
-    "cut off": (cut_off, "is not a complete folder of PEFT"),
+    "cut off": (cut_off, "is not a complete safetensors file"),
     "a LoRA": (with_fields(peft_type="LORA"), "has no pair of factors"),
     "another type": (with_fields(peft_type="LOHA"), "is of peft_type 'LOHA', not LORA"),
     "r of another": (with_fields(r=3), "expected a block of shape (3, 6)"),

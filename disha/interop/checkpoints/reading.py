@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor
 
 from disha.errors import AdapterFileError, AdapterIOError
-from disha.files.disk import PathLike, check_path, open_tensors
+from disha.files.disk import PathLike, check_path, open_tensors, read_json
 from disha.interop.experts import (
     DOWN,
     FAMILIES,
@@ -91,7 +90,7 @@ class Checkpoint:
         config = folder / CONFIG
         if not config.is_file():
             return {}
-        return _read_json(config)
+        return read_json(config)
 
 
 def open_checkpoint(path: PathLike) -> Checkpoint:
@@ -112,17 +111,9 @@ def open_checkpoint(path: PathLike) -> Checkpoint:
     return Checkpoint(path, files, _find_stacks(files))
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    """Return the JSON object in a file of a checkpoint."""
-    try:
-        return dict(json.loads(path.read_bytes()))
-    except (ValueError, TypeError, RecursionError) as error:
-        raise AdapterFileError(f"{path} is no JSON object ({error}); get it again") from error
-
-
 def _files_by_name(index: Path) -> dict[str, Path]:
     """Return the file of each tensor of a checkpoint in shards."""
-    shards = _read_json(index).get("weight_map")
+    shards = read_json(index).get("weight_map")
     if not isinstance(shards, dict):
         raise AdapterFileError(
             f"{index} does not name the file of each tensor (weight_map); get it again"
