@@ -13,18 +13,17 @@ Examples:
 from __future__ import annotations
 
 import json
-import urllib.error
 import urllib.request
 from collections.abc import Mapping, Sequence
-from http.client import HTTPException
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from disha.cli.dispatcher import DONE, FAILED, Parser
 from disha.cli.models import add_model_flags, load_runner
 from disha.cli.output import show
-from disha.errors import ArgumentError, DishaError
+from disha.errors import ArgumentError
 
 PROMPTS = (
     "The capital of France is Paris, and the capital of Italy is Rome.",
@@ -33,53 +32,10 @@ PROMPTS = (
 )
 TOKENS = 32
 """Tokens of the longest prompt: fewer than any server takes."""
+SECONDS = 60
+"""How long to wait for an answer."""
 TOLERANCE = 0.05
 """Largest difference of log-probabilities that 16-bit arithmetic explains, on average."""
-
-LogProbs = list[float]
-
-
-class Server:
-    """A server with the API of OpenAI."""
-
-    def __init__(self, url: str, timeout: float) -> None:
-        self.url = url.rstrip("/").removesuffix("/v1")
-        self.timeout = timeout
-
-    def ask(self, path: str, body: Mapping[str, Any] | None = None) -> Any:
-        """Return what the server answers to a request, or raise in one line."""
-        data = None if body is None else json.dumps(body).encode()
-        headers = {"Content-Type": "application/json"}
-        try:
-            request = urllib.request.Request(self.url + path, data, headers)
-            with urllib.request.urlopen(request, timeout=self.timeout) as response:
-                return json.load(response)
-        except urllib.error.HTTPError as error:
-            text = " ".join(error.read().decode(errors="replace").split())[:300]
-            raise ArgumentError(f"{self.url}{path} answers {error.code}: {text}") from error
-        except (OSError, HTTPException, ValueError) as error:
-            raise DishaError(f"{self.url}{path} does not answer as a server: {error}") from error
-
-    def list_models(self) -> dict[str, Any]:
-        """Return the names that the server knows -> the base of each, None for a base."""
-        listed = self.ask("/v1/models")
-        return {model["id"]: model.get("parent") for model in listed["data"]}
-
-    def read(self, name: str, ids: Sequence[int]) -> LogProbs:
-        """Return the log-probability of each token of a prompt but the first."""
-        body = {"model": name, "prompt": [*ids], "max_tokens": 1, "temperature": 0}
-        answer = self.ask("/v1/completions", body | {"prompt_logprobs": 0})
-        try:
-            listed = answer["choices"][0]["prompt_logprobs"]
-            return [
-                float(of_token[str(token)]["logprob"])
-                for token, of_token in zip(ids[1:], listed[1:], strict=True)
-            ]
-        except (KeyError, IndexError, TypeError, ValueError) as error:
-            raise ArgumentError(
-                f"{self.url} gives no log-probabilities of a prompt's tokens (prompt_logprobs), as "
-                "vLLM does, so it can't be checked"
-            ) from error
 
 
 def main(words: Sequence[str]) -> int:
@@ -88,64 +44,82 @@ def main(words: Sequence[str]) -> int:
     parser.add_argument("url", help="such as http://localhost:8000")
     add_model_flags(parser)
     parser.add_argument("--name", help="the adapter's name at the server; its only one by default")
-    parser.add_argument("--timeout", type=float, default=60, help="seconds to wait for an answer")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     flags = parser.parse(words)
     if flags.adapter is None:
         raise ArgumentError("name the adapter with --adapter")
-    server = Server(flags.url, flags.timeout)
-    name, base_name = find_names(server.list_models(), flags.name)
+    url = flags.url.rstrip("/").removesuffix("/v1")
+    name, base_name = find_names(_ask(f"{url}/v1/models")["data"], flags.name)
     runner = load_runner(flags)
     prompts = [runner.tokenizer(text)["input_ids"][:TOKENS] for text in PROMPTS]
-    here = {"base": [log_probs_of(runner.model, ids) for ids in prompts]}
+    there = [
+        torch.tensor([value for ids in prompts for value in read_log_probs(url, model, ids)])
+        for model in (base_name, name)
+    ]
+    base = torch.cat([log_probs_of(runner.model, ids) for ids in prompts])
     runner.load_adapter(flags)
-    here["adapter"] = [log_probs_of(runner.model, ids) for ids in prompts]
-    there = {
-        "base": [server.read(base_name, ids) for ids in prompts],
-        "adapter": [server.read(name, ids) for ids in prompts],
-    }
-    verdict, fields = judge(here, there)
+    adapted = torch.cat([log_probs_of(runner.model, ids) for ids in prompts])
+    verdict, fields = judge((base, adapted), there)
     show(flags.json, f"{name}: {verdict}", {"name": name, "verdict": verdict, **fields})
     return DONE if fields["acts"] else FAILED
 
 
-def find_names(models: Mapping[str, Any], name: str | None) -> tuple[str, str]:
+def _ask(url: str, body: Mapping[str, Any] | None = None) -> Any:
+    """Return what a server answers to a request."""
+    data = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=SECONDS) as response:
+        return json.load(response)
+
+
+def find_names(models: Sequence[Mapping[str, Any]], name: str | None) -> tuple[str, str]:
     """Return the names at a server of an adapter, its only one by default, and of its base."""
-    adapters = [model for model, parent in models.items() if parent is not None]
+    parents = {model["id"]: model.get("parent") for model in models}  # None for a base
+    adapters = [model for model, parent in parents.items() if parent is not None]
     if name is None and len(adapters) == 1:
-        (name,) = adapters
-    if name is None:
-        listed = ", ".join(adapters or models)
-        raise ArgumentError(f"name the adapter with --name; the server has {listed}")
-    if name not in models:
-        raise ArgumentError(f"the server has no {name}; it has {', '.join(models)}")
-    bases = [model for model, parent in models.items() if parent is None and model != name]
-    if models[name] in models:
-        bases = [models[name]]
-    if not bases:
-        raise ArgumentError(f"the server has no base beside {name} to compare with")
+        [name] = adapters
+    bases = [model for model, parent in parents.items() if parent is None and model != name]
+    if name is None or name not in parents or not bases:
+        raise ArgumentError(
+            f"name an adapter of the server with --name; it has {', '.join(parents)}"
+        )
     return name, bases[0]
 
 
+def read_log_probs(url: str, name: str, ids: Sequence[int]) -> list[float]:
+    """Return the log-probability at a server of each token of a prompt but the first."""
+    body = {"model": name, "prompt": ids, "max_tokens": 1, "temperature": 0, "prompt_logprobs": 0}
+    listed = _ask(f"{url}/v1/completions", body)["choices"][0].get("prompt_logprobs")
+    if listed is None:
+        raise ArgumentError(
+            f"{url} gives no log-probabilities of a prompt's tokens (prompt_logprobs), as vLLM "
+            "does, so it can't be checked"
+        )
+    pairs = zip(ids[1:], listed[1:], strict=True)
+    return [of_token[str(token)]["logprob"] for token, of_token in pairs]
+
+
 @torch.no_grad()
-def log_probs_of(model: Any, ids: Sequence[int]) -> LogProbs:
+def log_probs_of(model: Any, ids: Sequence[int]) -> Tensor:
     """Return the log-probability of each token of a prompt but the first."""
     tokens = torch.tensor([list(ids)], device=model.device)
     chances = model(input_ids=tokens).logits[0, :-1].float().log_softmax(-1)
-    return chances.gather(1, tokens[0, 1:, None])[:, 0].tolist()
+    return chances.gather(1, tokens[0, 1:, None])[:, 0].cpu()
 
 
-def judge(
-    here: Mapping[str, Sequence[LogProbs]], there: Mapping[str, Sequence[LogProbs]]
-) -> tuple[str, dict[str, Any]]:
+def judge(here: Sequence[Tensor], there: Sequence[Tensor]) -> tuple[str, dict[str, Any]]:
     """Return what the differences between the answers here and there say, and the differences.
+
+    Each has the answers of the base, and those with the adapter.
 
     The bases are compared first: over another base, no answer can be that of the adapter here.
     """
-    effect = _distance(here["adapter"], here["base"])
-    of_bases = _distance(there["base"], here["base"])
-    of_adapters = _distance(there["adapter"], here["adapter"])
-    to_base = _distance(there["adapter"], there["base"])
+    base, adapted = here
+    base_there, adapted_there = there
+    effect = _distance(adapted, base)
+    of_bases = _distance(base_there, base)
+    of_adapters = _distance(adapted_there, adapted)
+    to_base = _distance(adapted_there, base_there)
     fields = {
         "acts": False,
         "difference": of_adapters,
@@ -170,7 +144,6 @@ def judge(
     ), fields
 
 
-def _distance(one: Sequence[LogProbs], other: Sequence[LogProbs]) -> float:
+def _distance(one: Tensor, other: Tensor) -> float:
     """Return the mean difference of log-probabilities, in nats."""
-    differences = torch.cat([torch.tensor(a) - torch.tensor(b) for a, b in zip(one, other)])
-    return float(differences.abs().mean())
+    return float((one - other).abs().mean())
