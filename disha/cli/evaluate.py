@@ -12,11 +12,11 @@ Examples:
 from __future__ import annotations
 
 import math
+import operator
 import tempfile
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
@@ -36,34 +36,7 @@ from disha.files import file_at, save
 from disha.finetune.data import load_rows
 from disha.finetune.forgetting import CURVE, OWN_TEXT, Point, Scales, advise, own_text, plot
 from disha.finetune.forms import form_rows, learns_marked_answers
-from disha.text import counted, table
-
-
-@dataclass(frozen=True)
-class Measured:
-    """Sums over rows, which can be added."""
-
-    loss: float
-    tokens: int
-    exact: int | None = None
-
-    def __add__(self, other: Measured) -> Measured:
-        exact = None
-        if self.exact is not None and other.exact is not None:
-            exact = self.exact + other.exact
-        return Measured(self.loss + other.loss, self.tokens + other.tokens, exact)
-
-    def fields(self) -> dict[str, float]:
-        """Return the mean loss of a token to predict (nats), its exponential, and the counts."""
-        loss = self.loss / max(self.tokens, 1)
-        fields = {
-            "loss": loss,
-            "perplexity": math.exp(min(loss, 700)),
-            "tokens": self.tokens,
-        }
-        if self.exact is not None:
-            fields["exact"] = self.exact
-        return fields
+from disha.text import table
 
 
 def main(words: Sequence[str]) -> None:
@@ -104,102 +77,65 @@ def main(words: Sequence[str]) -> None:
         raise ArgumentError("only an adapter forgets; name it with --adapter")
     read = {name: load_rows(name, flags.dataset_split) for name in flags.data}
     runner = load_runner(flags)
-    sets = {
-        name: form_rows(rows, flags.dataset_field, runner.tokenizer) for name, rows in read.items()
-    }
-    for name, rows in sets.items():
-        if flags.exact_match and "completion" not in rows.column_names:
+    trainers = {}
+    for name, rows in read.items():
+        formed = form_rows(rows, flags.dataset_field, runner.tokenizer)
+        if flags.exact_match and "completion" not in formed.column_names:
             raise ArgumentError(
                 f"--exact_match needs rows with a question and an answer, and {name} has none"
             )
-    trainers = {name: _make_trainer(runner, rows, flags) for name, rows in sets.items()}
-    results: dict[str, dict[str, Measured]] = {}
-    points: list[Point] = []
+        trainers[name] = _make_trainer(runner, formed, flags)
+    measure = partial(_measure_all, runner, trainers, flags)
+    lines: dict[str, dict[str, float]] = {}
     if flags.adapter is None or flags.compare:
-        results["base"] = _measure_sets(runner, trainers, flags)
+        lines |= measure("base")
+    said = []
     if flags.adapter is not None:
-        adapted, points = _measure_adapter(runner, trainers, flags)
-        results |= adapted
-    counts = {name: len(trainer.train_dataset) for name, trainer in trainers.items()}
-    _show(results, points, counts, flags)
-
-
-def _measure_adapter(
-    runner: PromptRunner, trainers: Mapping[str, Any], flags: Namespace
-) -> tuple[dict[str, dict[str, Measured]], list[Point]]:
-    """Measure the adapter as trained and at each scale; forgetting only if the flags ask for it."""
-    own = None
-    if flags.forgetting:
-        own = own_text(runner.model, runner.tokenizer, _folder_of(flags) / OWN_TEXT)
-    runner.load_adapter(flags)
-    scales = Scales(runner.model)
-    results: dict[str, dict[str, Measured]] = {}
-    points: list[Point] = []
-    for scale in dict.fromkeys([1.0, *flags.scale]):
-        scales.set(scale)
-        measured = results[_label_of(scale)] = _measure_sets(runner, trainers, flags)
-        if own is not None:
-            loss = sum_of(measured.values()).fields()["loss"]
-            points.append(Point(scale, own.forgotten(runner.model), loss))
-    return results, points
-
-
-def _label_of(scale: float) -> str:
-    return "adapter" if scale == 1 else f"scale {scale:g}"
-
-
-def _folder_of(flags: Namespace) -> Path:
-    return file_at(flags.adapter).parent
-
-
-def _show(
-    results: Mapping[str, Mapping[str, Measured]],
-    points: Sequence[Point],
-    counts: Mapping[str, int],
-    flags: Namespace,
-) -> None:
-    """Print what was measured: of all rows, and of each data set if there are several."""
-    wholes = {model: sum_of(measured.values()) for model, measured in results.items()}
-    lines = {model: whole.fields() for model, whole in wholes.items()}
-    for point in points:
-        lines[_label_of(point.scale)]["forgetting"] = point.forgetting
-    count = sum(counts.values())
-    fields: dict[str, Any] = {**lines, "rows": count}
-    if len(counts) > 1:
-        fields["data"] = {name: {"rows": of_set} for name, of_set in counts.items()}
-        for model, measured in results.items():
-            for name, of_set in measured.items():
-                lines[f"{model}, {name}"] = of_set.fields()
-                fields["data"][name][model] = of_set.fields()
+        folder = file_at(flags.adapter).parent
+        own = None
+        if flags.forgetting:
+            own = own_text(runner.model, runner.tokenizer, folder / OWN_TEXT)
+        runner.load_adapter(flags)
+        scales = Scales(runner.model)
+        points = []
+        for scale in dict.fromkeys([1.0, *flags.scale]):
+            label = "adapter" if scale == 1 else f"scale {scale:g}"
+            scales.set(scale)
+            lines |= measure(label)
+            if own is not None:
+                forgetting = lines[label]["forgetting"] = own.forgotten(runner.model)
+                points.append(Point(scale, forgetting, lines[label]["loss"]))
+        if len(points) > 1:
+            save(folder / CURVE, plot(points).savefig)
+            said = [advise(points), f"the curve is in {folder / CURVE}"]
     header = max(lines.values(), key=len)
     cells = []
     for label, values in lines.items():
         texts = {name: f"{value:.5g}" for name, value in values.items()}
         cells.append((label, *(texts.get(name, "") for name in header)))
-    said = [table(("", *header), cells), counted(count, "row")]
-    if len(points) > 1:
-        path = _folder_of(flags) / CURVE
-        save(path, plot(points).savefig)
-        said += [advise(points), f"the curve is in {path}"]
-    show(flags.json, "\n".join(said), fields)
+    show(flags.json, "\n".join([table(("", *header), cells), *said]), lines)
 
 
-def sum_of(measured: Any) -> Measured:
-    """Return the sums over all rows of several data sets."""
-    first, *others = measured
-    for other in others:
-        first += other
-    return first
+def _measure_all(
+    runner: PromptRunner, trainers: Mapping[str, Any], flags: Namespace, label: str
+) -> dict[str, dict[str, float]]:
+    """Return what all rows give, under a label, and what each data set gives if there are more."""
+    sums = {name: _measure(runner, trainer, flags) for name, trainer in trainers.items()}
+    lines = {label: _average(list(sums.values()))}
+    if len(sums) > 1:
+        lines |= {f"{label}, {name}": _average([of_set]) for name, of_set in sums.items()}
+    return lines
 
 
-def _measure_sets(
-    runner: PromptRunner, trainers: Mapping[str, Any], flags: Namespace
-) -> dict[str, Measured]:
-    return {name: _measure(runner, trainer, flags) for name, trainer in trainers.items()}
+def _average(sums: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Return the mean loss of a token to predict (nats), its exponential, and the counts."""
+    added = {name: sum(of_set[name] for of_set in sums) for name in sums[0]}
+    loss = added.pop("loss") / max(added["tokens"], 1)
+    return {"loss": loss, "perplexity": math.exp(loss), **added}
 
 
-def _measure(runner: PromptRunner, trainer: Any, flags: Namespace) -> Measured:
-    """Measure the rows that have something to predict in the tokens that are left of them."""
+def _measure(runner: PromptRunner, trainer: Any, flags: Namespace) -> dict[str, float]:
+    """Return sums over the rows that have something to predict in the tokens that are left."""
     total = 0.0
     tokens = 0
     rows = trainer.train_dataset
@@ -209,8 +145,10 @@ def _measure(runner: PromptRunner, trainer: Any, flags: Namespace) -> Measured:
             if count:  # a row of one token has nothing to predict
                 total += float(runner.model(**batch).loss) * count
             tokens += count
-    exact = _count_exact(runner, rows, flags) if flags.exact_match else None
-    return Measured(total, tokens, exact)
+    sums = {"loss": total, "tokens": tokens, "rows": len(rows)}
+    if flags.exact_match:
+        sums["exact"] = _count_exact(runner, rows, flags)
+    return sums
 
 
 def _make_trainer(runner: PromptRunner, rows: Dataset, flags: Namespace) -> Any:
@@ -242,21 +180,19 @@ def _make_trainer(runner: PromptRunner, rows: Dataset, flags: Namespace) -> Any:
 
 def _count_exact(runner: PromptRunner, rows: Dataset, flags: Namespace) -> int:
     """Return how many last answers equal the row's, apart from white space around them."""
-    exact = 0
-    for batch in rows.iter(flags.per_device_eval_batch_size):
-        tools = batch.get("tools", [None] * len(batch["prompt"]))
-        texts = []
-        expected = []
-        for prompt, completion, of_row in zip(
-            batch["prompt"], batch["completion"], tools, strict=True
-        ):
-            if isinstance(completion, str):
-                texts.append(runner.render(prompt))
-                expected.append(completion)
-            else:  # a completion may have several turns
-                texts.append(runner.render([*prompt, *completion[:-1]], of_row))
-                expected.append(completion[-1]["content"])
-        answers = runner.answer(texts, max_new_tokens=flags.max_new_tokens, do_sample=False)
-        for answer, text in zip(answers, expected, strict=True):
-            exact += answer == text.strip()
-    return exact
+    texts = []
+    expected = []
+    for row in rows:
+        prompt = row["prompt"]
+        completion = row["completion"]
+        if not isinstance(completion, str):  # it may have several turns
+            prompt = [*prompt, *completion[:-1]]
+            completion = completion[-1]["content"]
+        texts.append(runner.render(prompt, row.get("tools")))
+        expected.append(completion.strip())
+    answers = []
+    size = flags.per_device_eval_batch_size
+    for start in range(0, len(texts), size):
+        batch = texts[start : start + size]
+        answers += runner.answer(batch, max_new_tokens=flags.max_new_tokens, do_sample=False)
+    return sum(map(operator.eq, answers, expected))

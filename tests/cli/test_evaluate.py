@@ -54,7 +54,7 @@ def test_loss_with_and_without_the_adapter(run, language_model, rows):
         assert one["loss"] == pytest.approx(loss, rel=1e-5)
         assert one["perplexity"] == pytest.approx(math.exp(loss), rel=1e-4)
         assert one["tokens"] == tokens
-    assert found.json["rows"] == len(ROWS)
+        assert one["rows"] == len(ROWS)
     text = run("evaluate", "--adapter", adapter, "--data", rows).out
     assert f"{adapted[0]:.5g}" in text
     assert f"{base[0]:.5g}" not in text
@@ -85,17 +85,16 @@ def test_several_files_are_measured_each_and_together(run, language_model, rows,
     both = run(*given, rows, other).json
     alone = [run(*given, path).json for path in (rows, other)]
     for name, expected in zip((rows, other), alone, strict=True):
-        assert both["data"][str(name)]["base"] == pytest.approx(expected["base"])
-        assert both["data"][str(name)]["rows"] == expected["rows"]
+        assert both[f"base, {name}"] == pytest.approx(expected["base"])
     total = sum(one["base"]["loss"] * one["base"]["tokens"] for one in alone)
     assert both["base"]["loss"] == pytest.approx(total / both["base"]["tokens"])
-    assert both["rows"] == 4
+    assert both["base"]["rows"] == 4
 
 
 def test_a_flag_that_comes_twice_adds_its_files(run, language_model, rows, tmp_path):
     other = write(tmp_path / "other.jsonl", ROWS[:1])
     given = ("evaluate", "--base", language_model / "model", "--json")
-    assert run(*given, "--data", rows, "--data", other).json["rows"] == 4
+    assert run(*given, "--data", rows, "--data", other).json["base"]["rows"] == 4
 
 
 def test_of_several_turns_the_last_answer_is_compared(language_model):

@@ -131,7 +131,7 @@ def test_rows_that_are_cut_or_left_out_are_counted(finetune, tiny, tmp_path, cap
     exact = ["--exact_match", "--max_new_tokens", "1"]
     assert disha_command(["evaluate", "--base", str(tiny), *words, *exact, "--json"]) == 0
     out, err = capsys.readouterr()
-    assert json.loads(out)["rows"] == 3  # those that were measured and asked
+    assert json.loads(out)["base"]["rows"] == 3  # those that were measured and asked
     assert err.count(told) == 1
     for limit in (0, 1):
         with pytest.raises(ArgumentError, match=f"no row has something to learn in {limit} tokens"):
