@@ -14,15 +14,15 @@ from __future__ import annotations
 import json
 import sys
 from argparse import Namespace
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from transformers import TextStreamer, set_seed
 
 from disha.cli.dispatcher import Parser
-from disha.cli.models import PromptRunner, add_answer_flags, add_model_flags, load_runner
+from disha.cli.models import Message, add_answer_flags, add_model_flags, load_runner
 from disha.cli.output import fit
 from disha.errors import ArgumentError
 
@@ -47,32 +47,38 @@ def main(words: Sequence[str]) -> None:
     if prompts is None and flags.json:
         raise ArgumentError("--json needs a --prompt, or prompts on standard input")
     tools = None if flags.tools is None else json.loads(flags.tools.read_bytes())
-    runner = load_runner(flags, flags.system, tools)
+    start = [] if flags.system is None else [{"role": "system", "content": flags.system}]
+    runner = load_runner(flags)
     if flags.adapter is not None:
         runner.load_adapter(flags)
     set_seed(flags.seed)
+    streamer = TextStreamer(runner.tokenizer, skip_prompt=True, skip_special_tokens=True)
     options = {"max_new_tokens": flags.max_new_tokens, **_choose_sampling(flags)}
+
+    def answer(turns: Sequence[Message], **more: Any) -> str:
+        [text] = runner.answer([runner.render(turns, tools)], **options, **more)
+        return text
+
     if prompts is None:
-        _converse(Conversation(runner, options))
+        converse(start, partial(answer, streamer=streamer))
         return
     for prompt in prompts:
-        text = runner.render(prompt)
+        turns = [*start, {"role": "user", "content": prompt}]
         if flags.json:
-            [answer] = runner.answer([text], **options)
-            print(json.dumps({"prompt": prompt, "answer": answer}), flush=True)
+            print(json.dumps({"prompt": prompt, "answer": answer(turns)}), flush=True)
             continue
         if len(prompts) > 1:
             print(f"> {fit(prompt)}")
-        runner.answer([text], streamer=Printer(runner), **options)
+        answer(turns, streamer=streamer)
 
 
 def _choose_sampling(flags: Namespace) -> dict[str, Any]:
     """Return how tokens are chosen: at a temperature of 0, always the most likely one."""
     given = {name: getattr(flags, name) for name in SAMPLING}
     given = {name: value for name, value in given.items() if value is not None}
-    if not given or flags.temperature == 0:
-        return {"do_sample": False}
-    return {"do_sample": True, **given}
+    if flags.temperature == 0:
+        given = {}
+    return {"do_sample": bool(given), **given}
 
 
 def _read_prompts() -> list[str] | None:
@@ -86,36 +92,8 @@ def _read_prompts() -> list[str] | None:
     return lines
 
 
-class Printer(TextStreamer):
-    """Prints an answer as it comes, with everything escaped that a terminal can't show."""
-
-    def __init__(self, runner: PromptRunner) -> None:
-        super().__init__(runner.tokenizer, skip_prompt=True, skip_special_tokens=True)
-
-    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        """Print a piece."""
-        end = "\n" if stream_end else ""
-        print(fit(text), end=end, flush=True)
-
-
-@dataclass
-class Conversation:
-    """Turns of questions and answers."""
-
-    runner: PromptRunner
-    options: Mapping[str, Any]
-    turns: list[dict[str, str]] = field(default_factory=list)
-
-    def ask(self, question: str) -> None:
-        """Print the answer to a question as it comes, and remember both."""
-        turns = [*self.turns, {"role": "user", "content": question}]
-        text = self.runner.render(turns)
-        [answer] = self.runner.answer([text], streamer=Printer(self.runner), **self.options)
-        self.turns = [*turns, {"role": "assistant", "content": answer}]
-
-
-def _converse(conversation: Conversation) -> None:
-    """Read questions from the terminal until the end."""
+def converse(turns: Sequence[Message], answer: Callable[[Sequence[Message]], str]) -> None:
+    """Read questions from the terminal until the end. An answer sees all turns before it."""
     print("Ctrl-C stops an answer, and its question is forgotten. Ctrl-D ends.")
     while True:
         try:
@@ -123,8 +101,10 @@ def _converse(conversation: Conversation) -> None:
         except EOFError:
             print()
             return
+        if not line:
+            continue
+        asked = [*turns, {"role": "user", "content": line}]
         try:
-            if line:
-                conversation.ask(line)
+            turns = [*asked, {"role": "assistant", "content": answer(asked)}]
         except KeyboardInterrupt:
             print("\n(stopped)")

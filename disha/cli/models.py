@@ -51,8 +51,6 @@ class PromptRunner:
     model: Any
     tokenizer: Any
     is_chat: bool
-    system: str | None = None
-    tools: Sequence[Any] | None = None
 
     def load_adapter(self, flags: Namespace) -> None:
         """Load the adapter, which must belong to the base."""
@@ -63,44 +61,32 @@ class PromptRunner:
         except AdapterFileWarning as error:
             raise ArgumentError(f"{error}; --force uses it all the same") from error
 
-    def turns(self, prompt: Prompt) -> list[Message]:
-        """Return a prompt as messages, after the system message if there is one."""
-        turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [*prompt]
-        if self.system is not None:
-            turns.insert(0, {"role": "system", "content": self.system})
-        return turns
-
     def render(self, prompt: Prompt, tools: Sequence[Any] | None = None) -> str:
         """Return the text that the model reads for a prompt."""
-        turns = self.turns(prompt)
-        if not self.is_chat:
-            return "\n".join(turn["content"] for turn in turns)
-        return self.tokenizer.apply_chat_template(
-            turns, tools=tools or self.tools, tokenize=False, add_generation_prompt=True
-        )
+        turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        if self.is_chat:
+            return self.tokenizer.apply_chat_template(
+                turns, tools=tools, tokenize=False, add_generation_prompt=True
+            )
+        if tools:
+            raise ArgumentError("tools need a model that is asked by a chat template")
+        return "\n".join(turn["content"] for turn in turns)
 
-    def encode(self, texts: Sequence[str]) -> Any:
-        """Return rendered prompts as one batch of tokens, padded on the left."""
-        batch = self.tokenizer(
+    def answer(self, texts: Sequence[str], **options: Any) -> list[str]:
+        """Return the answers to rendered prompts, which are answered together."""
+        inputs = self.tokenizer(
             texts,
             add_special_tokens=not self.is_chat,
             padding=True,
             padding_side="left",
+            return_token_type_ids=False,
             return_tensors="pt",
-        )
-        batch.pop("token_type_ids", None)
-        return batch.to(self.model.device)
-
-    def answer(self, texts: Sequence[str], **options: Any) -> list[str]:
-        """Return the answers to rendered prompts, which are answered together."""
-        inputs = self.encode(texts)
+        ).to(self.model.device)
         ids = self.model.generate(**inputs, **options)[:, inputs["input_ids"].shape[1] :]
         return [text.strip() for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]
 
 
-def load_runner(
-    flags: Namespace, system: str | None = None, tools: Sequence[Any] | None = None
-) -> PromptRunner:
+def load_runner(flags: Namespace) -> PromptRunner:
     """Return a runner of the base that the flags name, without the adapter."""
     notes: dict[str, str] = {}
     if flags.adapter is not None:
@@ -123,6 +109,4 @@ def load_runner(
             "that has it with --base"
         )
     is_chat = bool(tokenizer.chat_template) and prompt_form != "text"
-    if tools and not is_chat:
-        raise ArgumentError("--tools needs a model that is asked by a chat template")
-    return PromptRunner(model, tokenizer, is_chat, system, tools)
+    return PromptRunner(model, tokenizer, is_chat)

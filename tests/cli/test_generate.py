@@ -1,4 +1,3 @@
-import dataclasses
 import io
 import json
 import sys
@@ -7,7 +6,6 @@ import pytest
 import torch
 
 import disha
-from disha.cli.generate import Conversation
 from disha.cli.models import PromptRunner
 from disha.finetune.base import load_base
 from tests.finetune.tiny_models import write_model
@@ -178,8 +176,7 @@ def test_a_system_message_comes_first(asks, runner, language_model):
 
 def test_tools_are_handed_to_the_template(runner):
     runner.tokenizer.chat_template = "{{ tools[0]['name'] }} {{ messages[0]['content'] }}"
-    told = dataclasses.replace(runner, tools=[{"name": "f"}])
-    assert told.render("hello") == "f hello"
+    assert runner.render("hello", tools=[{"name": "f"}]) == "f hello"
 
 
 def test_a_folder_of_peft_is_an_adapter_that_names_its_base(asks, runner, language_model, tmp_path):
@@ -192,8 +189,10 @@ def test_a_folder_of_peft_is_an_adapter_that_names_its_base(asks, runner, langua
 # --- a conversation ------------------------------------------------------------------------------
 
 
-def test_a_conversation_remembers(asks, runner, language_model, monkeypatch):
-    lines = iter(["hello", "", "and you?"])
+def test_a_conversation_remembers_all_but_stopped_answers(
+    asks, runner, language_model, monkeypatch
+):
+    lines = iter(["hello", "", "stop here", "and you?"])
 
     def typed(prompt):
         try:
@@ -201,6 +200,14 @@ def test_a_conversation_remembers(asks, runner, language_model, monkeypatch):
         except StopIteration:
             raise EOFError from None
 
+    whole = PromptRunner.answer
+
+    def stopped(runner, texts, **options):
+        if "stop here" in texts[0]:
+            raise KeyboardInterrupt
+        return whole(runner, texts, **options)
+
+    monkeypatch.setattr(PromptRunner, "answer", stopped)
     monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
     monkeypatch.setattr("builtins.input", typed)
     done = asks("--adapter", language_model / "adapter.safetensors")
@@ -208,24 +215,5 @@ def test_a_conversation_remembers(asks, runner, language_model, monkeypatch):
     first = answer(runner, "<user>hello</s><assistant>")
     second = answer(runner, f"<user>hello</s><assistant>{first}</s><user>and you?</s><assistant>")
     assert done.code == 0
-    assert [line for line in done.out.splitlines()[1:] if line] == [first, second]
-
-
-def test_a_stopped_answer_is_forgotten(runner, capsys):
-    conversation = Conversation(runner, {"max_new_tokens": 6, "do_sample": False})
-    conversation.ask("hello")
-    before = list(conversation.turns)
-    generate = runner.model.generate
-
-    def stopped(**options):
-        options["streamer"].put(torch.tensor([[5]]))
-        raise KeyboardInterrupt
-
-    runner.model.generate = stopped
-    with pytest.raises(KeyboardInterrupt):
-        conversation.ask("and you?")
-    runner.model.generate = generate
-    assert conversation.turns == before
-    conversation.ask("and you?")
-    text = f"<user>hello</s><assistant>{before[1]['content']}</s><user>and you?</s><assistant>"
-    assert conversation.turns[-1]["content"] == answer(runner, text)
+    shown = [line for line in done.out.splitlines()[1:] if line]
+    assert shown == [first, "(stopped)", second]
