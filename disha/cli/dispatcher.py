@@ -18,7 +18,9 @@ from disha.errors import AdapterFileWarning, ArgumentError, DishaError
 from disha.text import nearest, printable
 from disha.version import __version__
 
-DONE, FAILED, TROUBLE, INTERRUPTED = 0, 1, 2, 130  # trouble: the user can correct it
+DONE, FAILED, TROUBLE, INTERRUPTED = 0, 1, 2, 130
+"""Exit codes. Failed: the work failed, or the answer of a command is no. Trouble: an input can't be
+used, and the user can correct it."""
 
 COMMANDS = {
     "finetune": "train an adapter for a language model",
@@ -34,7 +36,7 @@ BAD_PATH = (FileNotFoundError, IsADirectoryError, NotADirectoryError, Permission
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line: the words after the name of the program, or those of this process."""
-    words = list(sys.argv[1:]) if argv is None else list(argv)
+    words = sys.argv[1:] if argv is None else argv
     debug = "--debug" in words
     with _quiet_screen(debug):
         try:
@@ -62,26 +64,24 @@ def main(argv: Sequence[str] | None = None) -> int:
 @contextmanager
 def _quiet_screen(debug: bool) -> Iterator[None]:
     """Print warnings as lines of this command, and let other libraries draw and log less."""
-    shown = warnings.showwarning
-    disabled = logging.root.manager.disable
     # tqdm asks for these when it is imported.
     bars = {"TQDM_LEAVE": ""}
     if not (sys.stderr.isatty() and _is_first()):
         bars["TQDM_DISABLE"] = "1"
-    before = {name: os.environ.get(name) for name in bars}
-    try:
+    before = dict(os.environ)
+    disabled = logging.root.manager.disable
+    with warnings.catch_warnings():
         warnings.showwarning = _show_warning  # type: ignore[assignment]
         if not debug:
             logging.disable(logging.ERROR)  # libraries log what they also raise
         os.environ.update(bars)
-        yield
-    finally:
-        warnings.showwarning = shown
-        logging.disable(disabled)
-        for name, value in before.items():
-            os.environ.pop(name, None)
-            if value is not None:
-                os.environ[name] = value
+        try:
+            yield
+        finally:
+            logging.disable(disabled)
+            for name in bars:
+                del os.environ[name]
+            os.environ.update(before)
 
 
 def _run(words: Sequence[str]) -> int:
