@@ -263,18 +263,25 @@ def _parse_layer(path: Path, config: AdapterConfig, entry: Mapping[str, Any]) ->
         rows = rows or [(0, entry["out"])]  # earlier versions could write all rows so
     else:
         _check_method(path, method)
+    if rows:
+        rows = check_ranges(entry["name"], rows)
+    kernel = [check_positive_int("kernel", size) for size in entry["kernel"]]
+    pattern = layout_of(entry["layout"]).pattern
+    r_out = None
+    if method == config.method:  # new rows, which may be beside the adapter, have none
+        r_out = config.r_out
     return LayerRecord(
         name=entry["name"],
         method=method,
         r=entry["r"],
-        r_out=config.r_out if method == config.method else None,
+        r_out=r_out,
         in_features=entry["in"],
         out_features=entry["out"],
         scale=check_scale(scale),
         base=entry["base"],
-        layout=Layout(layout_of(entry["layout"]).pattern, entry["groups"], entry["padding_idx"]),
-        kernel=tuple(check_positive_int("kernel", size) for size in entry["kernel"]),
-        rows=check_ranges(entry["name"], rows) if rows else (),
+        layout=Layout(pattern, entry["groups"], entry["padding_idx"]),
+        kernel=tuple(kernel),
+        rows=tuple(rows),
         tied=tuple(entry["tied"]),
     )
 

@@ -178,8 +178,6 @@ def _widen(incoming: _Incoming) -> _Incoming:
     tensors = dict(incoming.tensors)
     for model_block, record in incoming.blocks():
         block = model_block.block
-        if record.r == block.r or record.is_new_rows:
-            continue
         key = record.key
         wider = block.method.wider_block(
             record.layout, tensors[key], record.geometry(tensors[key].shape), record.r, block.r

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from disha.errors import AdapterStateError, ArgumentTypeError
+from disha.checks import check_type
+from disha.errors import AdapterStateError
 from disha.files.contents import write_contents
 from disha.files.disk import PathLike, file_at, folder_for
 from disha.files.header import AdapterContents
@@ -22,6 +23,14 @@ from disha.model.view import ModelBlock, ModelView
 from disha.sharding.tensors import gather
 from disha.sharding.zero import gather_partition
 from disha.text import counted, first_few
+
+REMEDIES = {
+    "parameter": "To save without them, freeze them (mark_only_adapters_trainable)",
+    "buffer": "To save them, name them in also_train when you inject",
+    "layer": "Replacing a module, as resize_token_embeddings does, takes its block away; change "
+    "the model first, and then inject",
+}
+"""What a user can do about what a file has more, or lacks."""
 
 
 def save_adapter(
@@ -82,48 +91,28 @@ def save_adapter(
             names_folder = Path(path) != target
             with folder_for(target.parent) if names_folder else nullcontext():
                 write_contents(target, contents)
-            _warn_of_others(view, adapter)
-            _warn_of_buffers(view, adapter)
-            _warn_of_lost_layers(view, adapter)
+            _warn_of_differences(view, adapter)
 
 
-def _warn_of_others(view: ModelView, adapter: str) -> None:
-    """Warn of parameters that are in the file only because they require gradients."""
-    others = [
+def _warn_of_differences(view: ModelView, adapter: str) -> None:
+    """Name what is in the file only because it trains, and what a user may miss in it."""
+    trained = [
         parameter.name for parameter in view.list_trained(adapter) if not parameter.is_claimed()
     ]
-    if others:
-        warnings.warn(
-            f"the file of adapter {adapter!r} also holds {counted(len(others), 'parameter')} that "
-            f"also_train does not name, because they train: {first_few(others, 3, ', ')}. To save "
-            "without them, freeze them (mark_only_adapters_trainable)",
-            stacklevel=3,
-        )
-
-
-def _warn_of_buffers(view: ModelView, adapter: str) -> None:
-    """Name the buffers that have changed since the injection, and were not saved."""
     changed = buffers.list_unsaved(view)
-    if changed:
-        warnings.warn(
-            f"the file of adapter {adapter!r} lacks {counted(len(changed), 'buffer')} of the model "
-            f"that changed since the injection: {first_few(changed, 3, ', ')}. To save them, name "
-            "them in also_train when you inject",
-            stacklevel=3,
-        )
-
-
-def _warn_of_lost_layers(view: ModelView, adapter: str) -> None:
-    """Name the layers that the adapter had when it was injected, and has no more."""
     lost = view.list_lost_layers(adapter)
-    if lost:
-        warnings.warn(
-            f"the file of adapter {adapter!r} lacks {counted(len(lost), 'layer')} that it was "
-            f"injected into: {first_few(lost, 3, ', ')}. Replacing a module, as "
-            "resize_token_embeddings does, takes its block away; change the model first, and then "
-            "inject",
-            stacklevel=3,
-        )
+    differences = (
+        (trained, "also holds", "parameter", "that also_train does not name, because they train"),
+        (changed, "lacks", "buffer", "of the model that changed since the injection"),
+        (lost, "lacks", "layer", "that it was injected into"),
+    )
+    for names, verb, noun, what in differences:
+        if names:
+            warnings.warn(
+                f"the file of adapter {adapter!r} {verb} {counted(len(names), noun)} {what}: "
+                f"{first_few(names, 3, ', ')}. {REMEDIES[noun]}",
+                stacklevel=3,
+            )
 
 
 def adapter_contents(
@@ -141,7 +130,9 @@ def adapter_contents(
     ranks = view.ranks
     action = f"take adapter {adapter!r} out of the model"
     with ranks.fail_together(action):
-        notes = _check_notes(metadata)
+        notes = dict(metadata or {})
+        for text in (*notes.keys(), *notes.values()):
+            check_type("metadata", text, str, "a dict of str -> str")
         held = collect_tensors(view, adapter)
         meta = [key for key, tensor in held.items() if tensor.is_meta]
         if meta:
@@ -168,15 +159,6 @@ def adapter_contents(
         tensors=tensors,
         metadata=notes,
     )
-
-
-def _check_notes(metadata: Mapping[str, str] | None) -> dict[str, str]:
-    if metadata is None:
-        return {}
-    notes = dict(metadata)
-    if not all(isinstance(text, str) for text in (*notes.keys(), *notes.values())):
-        raise ArgumentTypeError(f"metadata must be a dict of str -> str, got {metadata!r}")
-    return notes
 
 
 def describe_block(

@@ -137,9 +137,7 @@ def export(
         bases[component] = base_weights_of_model(view, adapter)
     updates = _collect_updates(contents, bases, rank)
     with ranks.fail_together(action):
-        if ranks.writes:
-            save_tensors(target, tensors_of(updates))
-    return _report_on(target, updates)
+        return _write(target, updates, ranks.writes)
 
 
 def load(
@@ -259,12 +257,13 @@ def write_file(
     bases: Mapping[str, BaseWeight | None],
 ) -> LoraReport:
     """Write the adapters of components as `export` does, without their models."""
-    updates = _collect_updates(contents, bases, rank)
-    save_tensors(path, tensors_of(updates))
-    return _report_on(path, updates)
+    return _write(path, _collect_updates(contents, bases, rank))
 
 
-def _report_on(path: Path, updates: Sequence[LowRankUpdate]) -> LoraReport:
+def _write(path: Path, updates: Sequence[LowRankUpdate], writes: bool = True) -> LoraReport:
+    """Write updates to a file, if this process writes, and return the report on them."""
+    if writes:
+        save_tensors(path, tensors_of(updates))
     return LoraReport(path, tuple(update.described() for update in updates))
 
 
@@ -353,18 +352,16 @@ def read_file(
     """
     tensors, metadata = read_tensors(path)
     tensors, alphas = _rename_from_kohya(tensors, modules or {})
-    a_end, b_end = MATRIX
+    pairs, rest = PeftFolder(path, {}, tensors).split_pairs()
     factors: dict[str, list[LayerFactors]] = {}
-    weights = [key.removesuffix(a_end).removesuffix(b_end) for key in tensors]
-    for weight in dict.fromkeys(weights):  # once, in the order of the file
+    unknown = [weight for weight in pairs if weight.partition(".")[0] not in COMPONENTS]
+    if unknown or rest.tensors:
+        raise AdapterFileError(
+            f"{path} has {list_names([*unknown, *rest.tensors])}, which is no factor, lora_A or "
+            f"lora_B, of {', '.join(COMPONENTS)}; use the file in the program that it is made for"
+        )
+    for weight, (a, b, _) in pairs.items():
         component, _, name = weight.partition(".")
-        a = tensors.get(weight + a_end)
-        b = tensors.get(weight + b_end)
-        if a is None or b is None or component not in COMPONENTS:
-            raise AdapterFileError(
-                f"{path}: {weight!r} has no pair of factors, lora_A and lora_B, of "
-                f"{', '.join(COMPONENTS)}; use the file in the program that it is made for"
-            )
         layout = Layout(CONV) if a.dim() > 2 else Layout("out in")
         names = None if modules is None else modules.get(component)
         model_name = _name_in_model(component, name, names)

@@ -177,6 +177,7 @@ def low_rank_updates(
     base: BaseWeight | None,
 ) -> list[LowRankUpdate]:
     """Return the updates of layers; `disha.interop.lora.export` documents the arguments."""
+    check_rank(rank)
     inexpressible = [record.name for record in layers if not _is_expressible(record)]
     if inexpressible:
         raise ConversionError(
@@ -255,15 +256,11 @@ def _update_of(
     a = wide_a.to(block.dtype)
     b = wide_b.to(block.dtype)
     lost = matrix - b.to(matrix.dtype) @ a.to(matrix.dtype)
-    norm = _norm(matrix)
+    norm = matrix.norm().item()
     error = 0.0
     if norm and layer.scale:
-        error = _norm(lost) / norm
+        error = lost.norm().item() / norm
     return LowRankUpdate(layer, a.reshape(-1, *delta.shape[1:]), b, error)
-
-
-def _norm(matrix: Tensor) -> float:
-    return float(torch.linalg.vector_norm(matrix))
 
 
 def _factors(layer: LayerRecord, block: Tensor) -> tuple[Tensor, Tensor] | None:

@@ -7,7 +7,6 @@ r does not divide or with dropout. Your own notes and the fingerprint of the bas
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -53,8 +52,6 @@ def export(
     adapter: str = "default",
     *,
     dropout: float | None = None,
-    base_model_name_or_path: str | None = None,
-    task_type: str | None = None,
 ) -> LoraReport:
     """Write an adapter as a folder that PEFT loads, with the same results.
 
@@ -74,8 +71,6 @@ def export(
             replaced stays until the new ones are complete.
         adapter: the adapter's name. The folder does not contain it.
         dropout: written in place of the adapter's dropout.
-        base_model_name_or_path: where PEFT's `AutoPeftModel` finds the base.
-        task_type: PEFT's, such as `"CAUSAL_LM"`.
 
     Returns:
         A `LoraReport`. Every layer is exact, and has its r as the rank.
@@ -105,13 +100,10 @@ def export(
     """
     view = ModelView(model)
     action = f"export adapter {adapter!r} to PEFT"
-    given = {"base_model_name_or_path": base_model_name_or_path, "task_type": task_type}
-    given = {note: value for note, value in given.items() if value is not None}
     contents = adapter_contents(view, adapter, with_fingerprints=False)
     with view.ranks.fail_together(action):
         target = check_path(folder)
         place = surroundings_in_model(view, contents, _reason_if_unknown)
-        place = replace(place, notes={**place.notes, **given})
         config = _config_of(contents, place, dropout)
     converted = _convert(contents, place, config)
     with view.ranks.fail_together(action):

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from operator import attrgetter
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +34,7 @@ from disha.files.disk import (
 from disha.files.header import AdapterContents
 from disha.functional import Layout
 from disha.interop.experts import factors_name, stack_factors
-from disha.interop.low_rank import LoraLayer, LoraReport, LowRankUpdate, is_stack
+from disha.interop.low_rank import LoraLayer, LoraReport, LowRankUpdate, is_stack, list_names
 from disha.layers.bitsandbytes import is_library_forward
 from disha.layers.blocks import original_class
 from disha.layers.kinds import FOREIGN_LAYOUTS, LAYER_KINDS, full_name
@@ -53,10 +53,9 @@ FROZEN = ".base_layer.weight"
 
 MATRIX = (".lora_A.weight", ".lora_B.weight")
 EMBEDDING = (".lora_embedding_A", ".lora_embedding_B")
-FACTORS = (*MATRIX, *EMBEDDING)
 TOKENS = ".token_adapter.trainable_tokens_delta"  # holds the new values of rows, not differences
 MISS_BLOCK, BONE_BLOCK = ".miss_block", ".bone_block"
-OF_LAYERS = (*FACTORS, TOKENS, MISS_BLOCK, BONE_BLOCK)
+OF_LAYERS = (*MATRIX, *EMBEDDING, TOKENS, MISS_BLOCK, BONE_BLOCK)
 """The ends of the keys of what a folder has for a layer."""
 
 LINEAR = Layout("out in")
@@ -124,6 +123,14 @@ def whole_copy(tensor: Tensor) -> Tensor:
     return tensor.clone(memory_format=torch.contiguous_format)
 
 
+class Pair(NamedTuple):
+    """The factors of a layer."""
+
+    a: Tensor
+    b: Tensor
+    is_embedding: bool
+
+
 @dataclass(frozen=True)
 class PeftFolder:
     """A folder of PEFT: its configuration, and its tensors by their names without `PREFIX`."""
@@ -142,6 +149,22 @@ class PeftFolder:
             else:
                 others[key] = tensor
         return of_layers, replace(self, tensors=others)
+
+    def split_pairs(self) -> tuple[dict[str, Pair], PeftFolder]:
+        """Return the factors, by the names of their layers, and the rest. Each must have both."""
+        pairs: dict[str, Pair] = {}
+        rest = self
+        for a_end, b_end in (MATRIX, EMBEDDING):
+            a, rest = rest.split(a_end)
+            b, rest = rest.split(b_end)
+            alone = sorted(a.keys() ^ b.keys())
+            if alone:
+                raise AdapterFileError(
+                    f"{self.path} has no pair of factors, lora_A and lora_B, for "
+                    f"{list_names(alone)}; save the LoRA again"
+                )
+            pairs |= {name: Pair(a[name], b[name], a_end == EMBEDDING[0]) for name in a}
+        return pairs, rest
 
     def saves(self, name: str) -> bool:
         """Whether PEFT saves a module around the tensor of that name, near or far."""
@@ -229,11 +252,6 @@ def refuse_to_write(
 
 
 # --- names ---------------------------------------------------------------------------------------
-
-
-def is_inside(name: str, modules_to_save: Iterable[str]) -> bool:
-    """Whether PEFT skips the layer of that name because it sees it as part of a saved module."""
-    return any(f".{module}." in f".{name}." for module in modules_to_save)
 
 
 def exact_pattern(name: str) -> str:
@@ -438,15 +456,10 @@ def surroundings_in_model(
     problems = reasons_against(view, modules, reason_if_unknown)
     saved, tensors = _find_saved_modules(view, contents.also_train, problems)
     problems += _layers_inside(contents.names, saved)
-    return Surroundings(
-        problems,
-        saved,
-        tensors,
-        [names[0] for names in view.names.values() if names[0]],  # by which PEFT finds modules
-        model_type_of(view),
-        notes_of(view.modules[""]),
-        [layer.name for layer in contents.layers if _reads_rows_alike(view, layer)],
-    )
+    names = [names[0] for names in view.names.values() if names[0]]  # by which PEFT finds modules
+    notes = notes_of(view.modules[""])
+    tables = [layer.name for layer in contents.layers if _reads_rows_alike(view, layer)]
+    return Surroundings(problems, saved, tensors, names, model_type_of(view), notes, tables)
 
 
 def surroundings_alone(contents: AdapterContents, model_type: str | None = None) -> Surroundings:
@@ -456,15 +469,10 @@ def surroundings_alone(contents: AdapterContents, model_type: str | None = None)
         f"{name}: {OF_THE_MODEL_ITSELF}" for name in contents.also_train if "." not in name
     ]
     saved = {name.rpartition(".")[0] for name in contents.also_train}
-    return Surroundings(
-        problems + _layers_inside(contents.names, saved),
-        saved,
-        {name: contents.tensors[name] for name in contents.also_train},
-        None,
-        model_type,
-        {note: contents.metadata.get(note) for note in NOTES},
-        contents.names,
-    )
+    problems += _layers_inside(contents.names, saved)
+    tensors = {name: contents.tensors[name] for name in contents.also_train}
+    notes = {note: contents.metadata.get(note) for note in NOTES}
+    return Surroundings(problems, saved, tensors, None, model_type, notes, contents.names)
 
 
 def _reads_rows_alike(view: ModelView, layer: LayerRecord) -> bool:
@@ -527,12 +535,17 @@ def _tensors_inside(name: str, inside: Mapping[nn.Module, str]) -> dict[str, Ten
     return tensors
 
 
+def _is_inside(name: str, modules_to_save: Iterable[str]) -> bool:
+    """Whether PEFT skips the layer of that name because it sees it as part of a saved module."""
+    return any(f".{module}." in f".{name}." for module in modules_to_save)
+
+
 def _layers_inside(layers: Iterable[str], modules_to_save: Collection[str]) -> list[str]:
     """Return a line for each layer inside a module that PEFT saves, and so does not adapt."""
     return [
         f"{name}: PEFT would not adapt it, as a part of a module in modules_to_save"
         for name in layers
-        if is_inside(name, modules_to_save)
+        if _is_inside(name, modules_to_save)
     ]
 
 

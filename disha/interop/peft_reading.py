@@ -30,14 +30,12 @@ from disha.interop.low_rank import CONV, LayerBlock, LayerFactors, contents_of_f
 from disha.interop.peft_format import (
     BAT,
     BONE_BLOCK,
-    EMBEDDING,
-    FACTORS,
     FROZEN,
     LINEAR,
-    MATRIX,
     MISS_BLOCK,
     TILE,
     TOKENS,
+    Pair,
     PeftFolder,
     keep_for_model,
     model_type_of,
@@ -250,13 +248,9 @@ def _read_lora(folder: PeftFolder, base: Base) -> AdapterContents:
     """Return the adapter in a folder of a LoRA."""
     values, rest = folder.split(TOKENS)
     new_rows = [_new_rows_of(folder, name, values[name], base) for name in values]
-    pairs: dict[str, dict[str, Tensor]] = {}
-    for end in FACTORS:
-        factors, rest = rest.split(end)
-        for name, factor in factors.items():
-            pairs.setdefault(name, {})[end] = factor
-    if pairs or not new_rows:
-        _check_pairs(folder, pairs)
+    pairs, rest = rest.split_pairs()
+    if not (pairs or new_rows):
+        raise AdapterFileError(f"{folder.path} has no pair of factors; save the LoRA again")
     factors_of_layers = _factors_of(folder, pairs, base)
     dropout = folder.fields.get("lora_dropout", 0.0)
     return contents_of_factors(
@@ -300,20 +294,8 @@ def _token_numbers_of(name: str, settings: Any) -> Any:
     return None
 
 
-def _check_pairs(folder: PeftFolder, pairs: Mapping[str, Mapping[str, Tensor]]) -> None:
-    """Raise unless there are factors, and each layer has both."""
-    complete = set(MATRIX), set(EMBEDDING)
-    incomplete = [name for name, factors in pairs.items() if factors.keys() not in complete]
-    if incomplete or not pairs:
-        layers = list_names(incomplete) if incomplete else "any layer"
-        raise AdapterFileError(
-            f"{folder.path} has no pair of factors, lora_A and lora_B, for {layers}; save the LoRA "
-            "again"
-        )
-
-
 def _factors_of(
-    folder: PeftFolder, pairs: Mapping[str, Mapping[str, Tensor]], base: Base
+    folder: PeftFolder, pairs: Mapping[str, Pair], base: Base
 ) -> Iterator[LayerFactors]:
     """Yield the factors of every layer of a folder, experts as stacks."""
     parameters = folder.fields.get("target_parameters") or ()
@@ -321,11 +303,7 @@ def _factors_of(
     shapes: Shapes = {}
     if folder.fields.get("fan_in_fan_out"):
         shapes = base.shapes_of([key for key, stack in stacks.items() if stack is None])
-    for key, pair in pairs.items():
-        is_embedding = EMBEDDING[0] in pair
-        a_end, b_end = EMBEDDING if is_embedding else MATRIX
-        a = pair[a_end]
-        b = pair[b_end]
+    for key, (a, b, is_embedding) in pairs.items():
         if SINGLE_EXPERT.fullmatch(key) and key not in base.layouts:
             raise ConversionError(
                 f"{folder.path} has a LoRA for each expert ({key}); load the one with stacked "
@@ -342,16 +320,13 @@ def _factors_of(
             name = stack
             rank = folder.of_layer(name, "r", "rank_pattern")
             a, b = matrices_of(name, a, b, rank)
-            layout = _layout_of_stack(name, base)
+            layout = (
+                base.layouts.get(name)
+                or family_of(base.model_type, "the layout of stacked experts").layout
+            )
         # A may be empty. Then any rank will do here, because such a layer is refused later.
         scale = scale_of(folder, name, max(rank, 1))
         yield LayerFactors(name, a, b, layout, scale)
-
-
-def _layout_of_stack(name: str, base: Base) -> Layout:
-    if name in base.layouts:
-        return base.layouts[name]
-    return family_of(base.model_type, "the layout of stacked experts").layout
 
 
 def _layout_of(a: Tensor, is_embedding: bool, shape: Sequence[int] | None) -> Layout:

@@ -9,6 +9,7 @@ import disha
 from disha.cli.models import PromptRunner
 from disha.finetune.base import load_base
 from tests.finetune.tiny_models import write_model
+from tests.peft_models import rewrite
 
 SHORT = ("--max_new_tokens", 6)
 
@@ -181,7 +182,8 @@ def test_tools_are_handed_to_the_template(runner):
 
 def test_a_folder_of_peft_is_an_adapter_that_names_its_base(asks, runner, language_model, tmp_path):
     base = str(language_model / "model")
-    disha.interop.peft.export(runner.model, tmp_path, base_model_name_or_path=base)
+    disha.interop.peft.export(runner.model, tmp_path)
+    rewrite(tmp_path, base_model_name_or_path=base)
     expected = asks("--adapter", language_model / "adapter.safetensors", "--prompt", "hello").out
     assert asks("--adapter", tmp_path, "--prompt", "hello").out == expected
 

@@ -8,6 +8,7 @@ import itertools
 import json
 import random
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import peft
@@ -162,13 +163,14 @@ def test_dropout_is_kept(tmp_path):
     assert not (tmp_path / "c").exists()
 
 
-def test_notes_are_written(tmp_path):
+def test_notes_go_both_ways(tmp_path):
     model = disha.inject_adapters(net(), "inner", 4)
-    export(model, tmp_path, base_model_name_or_path="org/base", task_type="CAUSAL_LM")
+    notes = {"base_model_name_or_path": "org/base", "task_type": "CAUSAL_LM"}
+    write_folder(tmp_path, replace(adapter_contents(ModelView(model)), metadata=notes))
     found = peft.PeftConfig.from_pretrained(tmp_path)
     assert (found.base_model_name_or_path, found.task_type) == ("org/base", "CAUSAL_LM")
     contents = read_folder(tmp_path, known(net()))
-    assert contents.metadata == {"base_model_name_or_path": "org/base", "task_type": "CAUSAL_LM"}
+    assert contents.metadata == notes
 
 
 def wrapped_by_compile(model):

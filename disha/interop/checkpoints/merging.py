@@ -304,9 +304,7 @@ class Merge:
         metadata = dict(OF_TORCH)
         for file in {self._checkpoint.files[name] for name in names}:
             with open_tensors(file) as source:
-                metadata_of_file = source.metadata()
-            if metadata_of_file is not None:
-                metadata |= metadata_of_file
+                metadata |= source.metadata() or {}
         save_file({name: self._merge(name) for name in names}, path, metadata)
 
     def _merge(self, name: str) -> Tensor:
