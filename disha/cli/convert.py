@@ -12,8 +12,7 @@ if this command has written it.
   diffusers         a LoRA file for an image model
 
 Bone and tile are exact as LoRA; for an adapter on some rows of a weight, name the base by --base.
-BAT is not low-rank, so it is cut to --rank, and the error is reported: with --verbose, that of each
-layer.
+BAT is not low-rank, so it is cut to --rank, and the largest error of a layer is reported.
 
 A folder of PEFT names the base and its task, if --base or the notes of the adapter tell them. It
 holds the chat template of the adapter, and the tokenizer if the adapter has new tokens. For a LoRA,
@@ -36,9 +35,9 @@ from typing import Any
 
 from disha.cli.dispatcher import Parser
 from disha.cli.output import fit
-from disha.errors import AdapterFileError, ArgumentError
+from disha.errors import ArgumentError
 from disha.files import ADAPTER_NAME, AdapterContents, find_adapter
-from disha.files.contents import keep_blocks, read_contents, write_contents
+from disha.files.contents import keep_blocks, write_contents
 from disha.files.disk import require_free, save
 from disha.finetune.notes import (
     BASE_KEY,
@@ -59,7 +58,7 @@ from disha.interop.checkpoints.matching import (
 from disha.interop.checkpoints.reading import Checkpoint, open_checkpoint
 from disha.interop.lora import write_lora
 from disha.interop.low_rank import LoraReport, find_served_rank, is_stack
-from disha.interop.peft_format import CONFIG_NAME, task_of
+from disha.interop.peft_format import task_of
 from disha.text import counted, first_few
 
 FORMATS = ("disha", "peft", "lora", "diffusers")
@@ -80,27 +79,31 @@ def main(words: Sequence[str]) -> None:
     source = find_adapter(flags.source)
     if (source / ADAPTER_NAME).is_file():  # a checkpoint of Trainer
         source /= ADAPTER_NAME
-    base = _open_base(flags.base, source)
-    contents = _read(source, flags, base)
-    if flags.no_also_train:
-        contents = keep_blocks(contents)
+    base = None
+    if flags.base is not None:
+        base = open_checkpoint(flags.base)
+    elif peft.find_folder(source) is not None:
+        base = find_noted_base(source)
+    config = {} if base is None else base.config()
+    contents = _read(source, flags, base, config)
     base_name = _find_base_name(flags.base, source, contents)
-    contents = replace(contents, metadata=_complete_notes(flags, contents, base, base_name))
+    contents = replace(contents, metadata=_complete_notes(flags, contents, config, base_name))
     tokenizer = None
     if flags.to == "lora" and TOKENS_KEY in contents.metadata and base_name is not None:
         from disha.finetune.base import load_tokenizer  # transformers takes seconds to import
 
         tokenizer, _ = load_tokenizer(base_name, contents.metadata)
-    report = _write(flags, contents, base)
+    report = _write(flags, contents, base, config)
     if flags.to in ("peft", "lora"):
         _write_template(flags.out, contents.metadata)
     if tokenizer is not None:
         tokenizer.save_pretrained(flags.out)
-    if report is not None and flags.verbose:
-        print(fit(str(report)))
-    print(fit(_describe(flags, contents, report)))
+    text = f"{flags.source} -> {flags.out} ({flags.to}): {counted(len(contents.layers), 'layer')}"
+    if report is not None:
+        text += f", largest error {report.error:.3g}" if report.error else ", exact"
+    print(fit(text))
     if flags.to == "lora" and report is not None:
-        print(fit(_describe_serving(flags, contents, report, base, base_name)))
+        print(fit(_describe_serving(flags, contents, report, config, base_name)))
 
 
 def _parser() -> Parser:
@@ -115,7 +118,6 @@ def _parser() -> Parser:
     parser.add_argument("--dropout", type=float, help="peft: instead of the adapter's")
     parser.add_argument("--component", help="image models: such as unet or text_encoder")
     parser.add_argument("--no_also_train", action="store_true", help="convert the blocks alone")
-    parser.add_argument("--verbose", action="store_true", help="show each layer")
     parser.add_argument("--overwrite", action="store_true", help="replace what is there")
     return parser
 
@@ -133,68 +135,45 @@ def _refuse_unused(flags: Namespace) -> None:
 # --- reading -------------------------------------------------------------------------------------
 
 
-def _read(path: Path, flags: Namespace, base: Checkpoint | None) -> AdapterContents:
+def _read(
+    path: Path, flags: Namespace, base: Checkpoint | None, config: Mapping[str, Any]
+) -> AdapterContents:
     is_image_lora = not path.is_dir() and image_lora.has_factors(path)
     if flags.component is not None and not is_image_lora and flags.to != "diffusers":
         raise ArgumentError(f"--component is for image models, and {path} is of none; leave it out")
-    if path.is_dir():
-        return _read_folder(path, flags, base)
-    if not is_image_lora:
-        return read_contents(path)
-    adapters = image_lora.read_file(path)
-    component = flags.component
-    if component is None and len(adapters) == 1:
-        [component] = adapters
-    if component not in adapters:
-        raise ArgumentError(f"{path} holds {', '.join(adapters)}; choose one with --component")
-    return adapters[component]
-
-
-def _read_folder(path: Path, flags: Namespace, base: Checkpoint | None) -> AdapterContents:
-    """Read a folder that PEFT has saved."""
+    if is_image_lora:
+        adapters = image_lora.read_file(path)
+        component = flags.component
+        if component is None and len(adapters) == 1:
+            [component] = adapters
+        if component not in adapters:
+            raise ArgumentError(f"{path} holds {', '.join(adapters)}; choose one with --component")
+        return adapters[component]
     contents: AdapterContents = read_adapter(path, base)
     if flags.no_also_train:
         contents = keep_blocks(contents)
-    _refuse_tied(path, contents, base)
-    if any(layer.is_new_rows for layer in contents.layers) and _may_tie(base):
-        raise ArgumentError(
-            f"{path} has new rows of a table, and only the model tells what the table is tied to; "
-            "load it there (load_adapter), and save it (save_adapter)"
-        )
+    if path.is_dir():
+        _refuse_tied(path, contents, config)
+        if any(layer.is_new_rows for layer in contents.layers) and _may_tie(config):
+            raise ArgumentError(
+                f"{path} has new rows of a table, and only the model tells what the table is tied "
+                "to; load it there (load_adapter), and save it (save_adapter)"
+            )
     return contents
 
 
-def _may_tie(base: Checkpoint | None) -> bool:
-    """Whether the base may tie its embedding to its head."""
-    return bool(_config_of(base).get("tie_word_embeddings", True))
+def _may_tie(config: Mapping[str, Any]) -> bool:
+    """Whether a base with this configuration may tie its embedding to its head."""
+    return bool(config.get("tie_word_embeddings", True))
 
 
-def _open_base(given: Path | None, source: Path) -> Checkpoint | None:
-    """Open the base that is given, or that a folder of PEFT names if it is on this disk."""
-    if given is not None:
-        return open_checkpoint(given)
-    if not source.is_dir():
-        return None
-    if peft.find_folder(source) is None:
-        raise AdapterFileError(
-            f"{source} has neither {ADAPTER_NAME} nor {CONFIG_NAME}; name an adapter file, a "
-            "folder that PEFT has saved, or a checkpoint saved with AdapterCheckpoints"
-        )
-    return find_noted_base(source)
-
-
-def _config_of(base: Checkpoint | None) -> dict[str, Any]:
-    return {} if base is None else base.config()
-
-
-def _refuse_tied(path: Path, contents: AdapterContents, base: Checkpoint | None) -> None:
+def _refuse_tied(path: Path, contents: AdapterContents, config: Mapping[str, Any]) -> None:
     """Raise if PEFT has a tied embedding alone, where an adapter file sets the head too."""
-    config = _config_of(base)
     tensors = contents.tensors
     matrices = [name for name in contents.also_train if tensors[name].dim() > 1]
     # A table has a row for each token of the base, or more. Other heads have fewer rows.
     tables = [name for name in matrices if len(tensors[name]) >= config.get("vocab_size", 0)]
-    if tables and _may_tie(base):
+    if tables and _may_tie(config):
         raise ArgumentError(
             f"{path} holds {tables[0]}, and PEFT unties an embedding; give a --base that does not "
             "tie its embeddings, or --no_also_train"
@@ -218,7 +197,7 @@ def _find_base_name(given: Path | None, source: Path, contents: AdapterContents)
 
 
 def _complete_notes(
-    flags: Namespace, contents: AdapterContents, base: Checkpoint | None, base_name: str | None
+    flags: Namespace, contents: AdapterContents, config: Mapping[str, Any], base_name: str | None
 ) -> dict[str, str]:
     """Return the notes of an adapter, with the base and the task as the target format has them."""
     notes = dict(contents.metadata)
@@ -228,29 +207,24 @@ def _complete_notes(
         notes[BASE_KEY] = base_note(base_name, read_noted_bits(notes), flags.out)
         return notes
     notes["base_model_name_or_path"] = base_name
-    task = _task_of(notes, _config_of(base))
-    if task is not None:
-        notes["task_type"] = task
-    return notes
-
-
-def _task_of(notes: Mapping[str, str], config: Mapping[str, Any]) -> str | None:
-    """Return PEFT's name of the task, if the notes or the configuration of the base tell it."""
-    if "task_type" in notes:
-        return notes["task_type"]
+    task = None
     if PROMPT_KEY in notes:
-        return "CAUSAL_LM"  # disha finetune has trained it, which trains no other models
-    architectures = config.get("architectures")
-    if not architectures:
-        return None
-    return task_of(architectures[0], config.get("is_encoder_decoder", False))
+        task = "CAUSAL_LM"  # disha finetune has trained it, which trains no other models
+    elif config.get("architectures"):
+        task = task_of(config["architectures"][0], config.get("is_encoder_decoder", False))
+    if task is not None:
+        notes.setdefault("task_type", task)
+    return notes
 
 
 # --- writing -------------------------------------------------------------------------------------
 
 
 def _write(
-    flags: Namespace, contents: AdapterContents, base: Checkpoint | None
+    flags: Namespace,
+    contents: AdapterContents,
+    base: Checkpoint | None,
+    config: Mapping[str, Any],
 ) -> LoraReport | None:
     """Write an adapter in the format that is asked for; return a report on LoRA factors."""
     if flags.to == "disha":
@@ -259,7 +233,7 @@ def _write(
     if flags.to == "peft":
         peft.write_folder(flags.out, contents, dropout=flags.dropout)
         return None
-    _refuse_tied(flags.source, contents, base)
+    _refuse_tied(flags.source, contents, config)
     weights = None if base is None else base_weights_of_checkpoint(base, contents)
     if flags.to == "lora":
         return write_lora(
@@ -268,7 +242,7 @@ def _write(
             rank=flags.rank,
             pad=flags.pad_rank,
             experts=flags.experts or "stacked",
-            model_type=_config_of(base).get("model_type"),
+            model_type=config.get("model_type"),
             base=weights,
         )
     components = {flags.component: contents}
@@ -286,21 +260,11 @@ def _write_template(folder: Path, notes: Mapping[str, str]) -> None:
 # --- what is printed -----------------------------------------------------------------------------
 
 
-def _describe(flags: Namespace, contents: AdapterContents, report: LoraReport | None) -> str:
-    layers = counted(len(contents.layers), "layer")
-    text = f"{flags.source} -> {flags.out} ({flags.to}): {layers}"
-    if report is None:
-        return text
-    if report.error == 0:
-        return f"{text}, exact"
-    return f"{text}, largest error {report.error:.3g}"
-
-
 def _describe_serving(
     flags: Namespace,
     contents: AdapterContents,
     report: LoraReport,
-    base: Checkpoint | None,
+    config: Mapping[str, Any],
     base_name: str | None,
 ) -> str:
     """Return how to serve a LoRA with vLLM, or why vLLM refuses it and what to do instead."""
@@ -312,13 +276,11 @@ def _describe_serving(
             f"to serve it, merge it: {merge}"
         )
     has_stacks = any(is_stack(layer) for layer in contents.layers)
-    reads_stacks = _config_of(base).get("model_type") == "gpt_oss"
+    reads_stacks = config.get("model_type") == "gpt_oss"
     if has_stacks and flags.experts != "separate" and not reads_stacks:
         return "vLLM reads stacked experts of GPT-OSS only; for others, give --experts separate"
     rank = max(layer.rank for layer in report.layers)
-    largest = find_served_rank(rank)
-    if largest is None:
-        return f"vLLM takes ranks up to 512, and this LoRA has {rank}; give --rank 512"
+    largest = find_served_rank(rank) or rank  # above all of them, vLLM names them
     name = flags.out.resolve().name
     command = ["vllm", "serve", model, "--enable-lora", "--max-lora-rank", str(largest)]
     # One place more than adapters: vLLM 0.32 for processors lets an adapter in the last place act

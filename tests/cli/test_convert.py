@@ -111,15 +111,16 @@ def test_from_peft_to_lora(run, files):
 
 def test_bat_is_cut_and_the_error_told(run, files):
     a, base, out = files.adapter(method="bat"), files.base(), files.path / "lora"
-    given = ("convert", a, out, "--to", "lora", "--base", base, "--rank", 3, "--verbose")
-    rows = {line.split()[0]: line.split() for line in run(*given).out.splitlines()}
+    given = ("convert", a, out, "--to", "lora", "--base", base, "--rank", 3)
+    told = run(*given).out
     tensors = peft_tensors(out)
+    largest = 0.0
     for name, delta in deltas(a).items():
         product = tensors[f"{name}.lora_B.weight"] @ tensors[f"{name}.lora_A.weight"]
         lost = float((delta - product).norm() / delta.norm())
-        assert rows[name][1:4] == ["bat", "4", "3"]
         assert 0.01 < lost < 1
-        assert float(rows[name][4]) == pytest.approx(lost, rel=1e-2)
+        largest = max(largest, lost)
+    assert f"largest error {largest:.3g}\n" in told
 
 
 def peft_tensors(folder):
@@ -289,13 +290,6 @@ def test_without_a_noted_base_the_line_has_a_place_for_it(run, files):
     assert "vllm serve BASE --enable-lora" in line
 
 
-def test_ranks_that_vllm_does_not_take_are_named(run, files):
-    wide = disha.inject_adapters(nn.Sequential(nn.Linear(600, 8)), target_regex="0", r=513)
-    disha.save_adapter(wide, files.path / "a")
-    line = last_line(run("convert", files.path / "a", files.path / "out", "--to", "lora"))
-    assert line == "vLLM takes ranks up to 512, and this LoRA has 513; give --rank 512"
-
-
 def test_parameters_that_vllm_refuses_are_named(run, files):
     model = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8))
     trained = disha.inject_adapters(model, target_regex="0", r=4, also_train="1")
@@ -346,13 +340,6 @@ def test_new_tokens_are_served_by_the_merged_model_that_is_named(run, with_new_t
     assert len(tokenizer.encode("<think></think>", add_special_tokens=False)) == 2
 
 
-def test_every_layer_is_shown_only_if_asked(run, files):
-    a = files.adapter()
-    for flags, count in (((), 2), (("--verbose",), 6)):
-        done = run("convert", a, files.path / "out", "--to", "lora", "--overwrite", *flags)
-        assert done.out.count("\n") == count, done.out
-
-
 def test_ranks_are_padded_if_asked(run, files):
     a, out = files.adapter(), files.path / "lora"
     assert run("convert", a, out, "--to", "lora", "--pad-rank").code == 0
@@ -373,7 +360,7 @@ def test_what_is_there_stays_unless_told(run, complaint, files):
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        (None, "has neither adapter.safetensors nor adapter_config.json"),
+        (None, "folder/adapter.safetensors"),
         (json.dumps({"peft_type": "LORA"}), "adapter_model.safetensors"),
         ("{", "adapter_config.json is no JSON object"),
         ("[5]", "adapter_config.json is no JSON object"),
