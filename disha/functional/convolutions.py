@@ -9,9 +9,7 @@ from disha.functional.layouts import Geometry, Layout
 from disha.functional.shard_sums import overflow_safe_shard_sum
 
 
-def overflow_safe_channel_sum(
-    x: Tensor, r: int, layout: Layout, geometry: Geometry
-) -> tuple[Tensor, float]:
+def overflow_safe_channel_sum(x: Tensor, r: int, geometry: Geometry) -> tuple[Tensor, float]:
     """Return `overflow_safe_shard_sum` of the channels of x (..., channels, *positions).
 
     Each group of the convolution has its own channels, so the sums are (..., groups * r,

@@ -95,7 +95,7 @@ def go_down(
     overflow_scale = 1.0
     if isinstance(down, int):
         if layout.has_kernel:
-            sums, overflow_scale = overflow_safe_channel_sum(x, down, layout, geometry)
+            sums, overflow_scale = overflow_safe_channel_sum(x, down, geometry)
         else:
             sums, overflow_scale = overflow_safe_shard_sum(x, down)
     else:

@@ -154,7 +154,7 @@ class Method:
         """
         return int(block.shape[-2]), block  # a number also while torch.jit traces
 
-    def dense_up(self, up: Tensor, k: int, geometry: Geometry) -> Tensor:
+    def dense_up(self, up: Tensor, geometry: Geometry) -> Tensor:
         """Return R (..., k, out) of what `factors` returns for it."""
         return tiled(up, geometry.out_features)
 
@@ -322,8 +322,7 @@ class Method:
     def dense_factors(self, block: Tensor, geometry: Geometry) -> tuple[Down, Tensor]:
         """Return A, or a number for shard sums, and R (..., k, out)."""
         down, up = self.factors(block, geometry)
-        k = down if isinstance(down, int) else down.shape[-2]
-        return down, self.dense_up(up, k, geometry)
+        return down, self.dense_up(up, geometry)
 
     def wider_block(
         self, layout: Layout, block: Tensor, geometry: Geometry, r: int, wider: int

@@ -176,8 +176,10 @@ class Routed(Updates):
 
 def _may_be_positions(indices: Tensor) -> bool:
     """Whether indices (n,) count up, as those of positions do; compiled code can't tell."""
-    if is_compiling() or indices.is_meta or len(indices) < 2:
-        return is_compiling()
+    if is_compiling():
+        return True
+    if indices.is_meta or len(indices) < 2:
+        return False
     return bool((indices.diff() == 1).all())
 
 

@@ -54,8 +54,8 @@ class _BoneGroups(Method):
     def factors(self, block: Tensor, geometry: Geometry) -> tuple[Down, Tensor]:
         return int(self._count(block, geometry.in_features) * block.shape[-2]), block
 
-    def dense_up(self, up: Tensor, k: int, geometry: Geometry) -> Tensor:
-        return group_factor(up, k // up.shape[-2])
+    def dense_up(self, up: Tensor, geometry: Geometry) -> Tensor:
+        return group_factor(up, self._count(up, geometry.in_features))
 
     def multiply_up(
         self,
@@ -99,16 +99,14 @@ class _BoneGroups(Method):
 
 
 _PREFIX = "bone_groups"
-_NAME = re.compile(rf"{_PREFIX}(_all|[2-9]|[1-9][0-9]{{1,8}})")
+_NAME = re.compile(rf"{_PREFIX}(_all|[2-9]|[1-9][0-9]+)")
 """The names of Bone with groups of shards."""
 
 
 def method_with_groups(groups: Groups) -> Method | None:
     """Return Bone with this number of groups of shards."""
-    if groups == ALL_GROUPS:
-        return find_groups(f"{_PREFIX}_all")
-    # A weight has as many groups as it can, so a larger number than names can have means this.
-    return find_groups(f"{_PREFIX}{min(groups, 999_999_999)}")
+    suffix = "_all" if groups == ALL_GROUPS else str(groups)
+    return find_groups(f"{_PREFIX}{suffix}")
 
 
 def find_groups(name: object) -> Method | None:

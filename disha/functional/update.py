@@ -111,8 +111,7 @@ class Factors(NamedTuple):
 
     def dense_up(self) -> Tensor:
         """Return s R (..., k, out), with zeros for the outputs that the update does not adapt."""
-        k = self.down if isinstance(self.down, int) else self.down.shape[-2]
-        matrix = self.update.method.dense_up(self.up, k, self.geometry)
+        matrix = self.update.method.dense_up(self.up, self.geometry)
         return place_outputs(matrix, self.update.output_ranges, self.outputs, dim=-1)
 
 
