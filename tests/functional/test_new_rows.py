@@ -36,28 +36,32 @@ def look_up(x, weight, bias):
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("multiply", [F.linear, look_up])
 def test_a_product_is_that_of_the_matrix_with_the_rows(multiply, transposed, count, is_routed):
-    """Whatever W has in these rows, even if it is no number."""
+    """Whatever W has in these rows: the same values, or no numbers."""
     if is_routed and transposed and multiply is F.linear:
         pytest.skip("it needs one matrix for all samples")
     rows = new_rows(transposed)
     shape = SHAPE[::-1] if transposed else SHAPE
     weight = torch.randn(shape).double()
-    (weight.mT if transposed else weight)[NUMBERS] = torch.nan
+    matrix = weight.mT if transposed else weight
+    matrix[NUMBERS] = torch.nan
+    matrix[NUMBERS[0]] = rows.block[:, 0].detach()
     bias = torch.randn(shape[0]).double() if multiply is F.linear else None
-    x = torch.randn(3, 2, shape[1]).double() if bias is not None else torch.randint(5, (3, 2))
+    x = torch.randn(4, 2, shape[1]).double() if bias is not None else torch.randint(5, (4, 2))
     updates = (Update(method_of("bone"), torch.randn(2, shape[0]).double()),) * count
     dense = written(rows, sum([one.delta_weight(MATRIX, weight) for one in updates], weight))
     given = WithNewRows(Updates(updates), {None: [rows]})
     if is_routed:
-        given = WithNewRows(Routed(Route(("a", None, "a")), {"a": updates}), {"a": [rows]})
+        route = Route(("b", "a", None, "a"))  # "b" has none
+        given = WithNewRows(Routed(route, {"a": updates}), {"a": [rows]})
     found = given.product(multiply, x, weight, bias, MATRIX)
     if multiply is F.linear:
         torch.testing.assert_close(given.linear(x, weight, bias), found, equal_nan=True)
     expected = multiply(x, dense, bias)
-    samples = [0, 2] if is_routed else [0, 1, 2]
+    samples = [1, 3] if is_routed else [0, 1, 2, 3]
     torch.testing.assert_close(found[samples], expected[samples])
     if is_routed:
-        torch.testing.assert_close(found[1], multiply(x[1], weight, bias), equal_nan=True)
+        others = [0, 2]
+        torch.testing.assert_close(found[others], multiply(x[others], weight, bias), equal_nan=True)
     gradients = [torch.autograd.grad(y[samples].sin().sum(), rows.block) for y in (found, expected)]
     torch.testing.assert_close(*gradients)
 
