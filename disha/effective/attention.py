@@ -73,8 +73,6 @@ def _project(x: Tensor, weight: Any, bias: Tensor | None) -> Any:
     if is_routed:
         x = x.transpose(0, 1)  # a routed product takes samples first
     output: Any = multiply_linear(x, weight, bias)
-    if output is NotImplemented:
-        output = F.linear(x, compute(weight), bias)
     return output.transpose(0, 1).contiguous() if is_routed else output
 
 

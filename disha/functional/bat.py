@@ -154,7 +154,7 @@ def bat_linear(
         block = block.to(weight.dtype)
     if is_compiling() and with_base and x.dtype is weight.dtype is block.dtype:
         return F.linear(x, _form_traced(weight, block), bias)
-    if not _can_apply(x, weight, bias, block):
+    if not _can_apply(x, weight, block):
         return None
     if torch.is_grad_enabled():
         return _BatLinear.apply(x, weight, bias, block, with_base)  # type: ignore[no-untyped-call]
@@ -164,11 +164,9 @@ def bat_linear(
     return _multiply(x, weight, bias, block, with_base)
 
 
-def _can_apply(x: Tensor, weight: Tensor, bias: Tensor | None, block: Tensor) -> bool:
+def _can_apply(x: Tensor, weight: Tensor, block: Tensor) -> bool:
     """Whether `_BatLinear` can compute the product."""
     has_one_dtype = x.dtype is weight.dtype is block.dtype
-    if bias is not None and bias.dtype is not x.dtype:
-        has_one_dtype = False
     if not has_one_dtype or weight.requires_grad or x.is_meta:
         return False
     if not weight.is_contiguous() and not weight.mT.is_contiguous():

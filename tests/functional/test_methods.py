@@ -163,6 +163,28 @@ def test_a_block_of_its_own_size_stays_and_no_other_multiple_exists(name):
 
 
 @on_every_layout_with_every_block
+def test_a_joined_block_has_the_sum_of_the_updates(kind, name):
+    case = case_of(kind, name)
+    other = case._replace(block=torch.randn_like(case.block))
+    method = method_of(case.method)
+    joined = method.join([(case.block, 1.0), (other.block, 0.5)], case.geometry)
+    if type(method).join is Method.join:
+        assert joined is None
+        return
+    close(case._replace(block=joined).delta, case.delta + 0.5 * other.delta, 1e-12)
+
+
+@pytest.mark.parametrize(("pattern", "starts_at_zero"), [("out in", "B"), ("index out", "A")])
+def test_a_lora_starts_as_that_of_peft(pattern, starts_at_zero):
+    layout = Layout(pattern)
+    geometry = layout.geometry((6, 6))
+    block = torch.ones(2, 12)
+    method_of("lora").start(block, geometry, layout)
+    a, b = method_of("lora").factors(block, geometry)
+    assert (a.any(), b.any()) == (starts_at_zero == "B", starts_at_zero == "A")
+
+
+@on_every_layout_with_every_block
 def test_lora_factors_multiply_to_the_update_without_loss(kind, name):
     case = case_of(kind, name)
     method = method_of(case.method)
@@ -183,6 +205,9 @@ def test_lora_factors_multiply_to_the_update_without_loss(kind, name):
         return
     outputs, inputs = case.geometry.out_features, case.geometry.in_features
     groups = {"bone_groups2": 2, "bone_groups_all": min(-(-inputs // case.r), outputs)}
+    if case.method in groups:
+        assert method.from_factors(a, torch.zeros_like(b), case.r) is None  # of any number
+        assert method.from_factors(a, b, b.shape[-1] + 1) is None
     rank = groups.get(case.method, 1) * case.r
     assert tuple(a.shape) == (*stack_of(kind), rank, inputs)
     assert tuple(b.shape) == (*stack_of(kind), outputs, rank)
