@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from torch import nn
-from torch.nn.parameter import is_lazy
 
 from disha.layers.weights import count_values
 from disha.model.view import ModelView
@@ -107,11 +106,5 @@ def summary(model: nn.Module) -> Summary:
             active=adapter in layer.disha.active,
         )
         layers.append(row)
-    of_blocks = sum(layer.parameters for layer in layers)
-    # A lazy parameter has no size yet.
-    of_model = sum(parameter.size for parameter in view.parameters if not is_lazy(parameter.value))
-    trainable = 0
-    for parameter in view.list_parameters():
-        if parameter.requires_grad and not is_lazy(parameter):
-            trainable += count_values(parameter)
-    return Summary(trainable, total=of_blocks + of_model, layers=tuple(layers))
+    trainable, total = view.count_parameters(lambda parameter: parameter.value.requires_grad)
+    return Summary(trainable, total, tuple(layers))

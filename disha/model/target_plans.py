@@ -7,7 +7,6 @@ from dataclasses import replace
 
 import torch
 from torch import nn
-from torch.nn.parameter import is_lazy
 
 from disha.config import (
     AdapterConfig,
@@ -22,7 +21,6 @@ from disha.config import (
 from disha.errors import ArgumentError, TargetError
 from disha.functional.method import Groups
 from disha.hints import with_hints
-from disha.layers.weights import count_values
 from disha.model.plan import Place, Plan, PlannedLayer
 from disha.model.reasons import (
     reason_against_adapting,
@@ -31,7 +29,7 @@ from disha.model.reasons import (
     reason_against_training,
 )
 from disha.model.selection import Selection, find_tied, list_reasons, refuse_unused
-from disha.model.view import ModelView
+from disha.model.view import ModelParameter, ModelView
 
 
 @with_hints
@@ -218,18 +216,12 @@ def _refuse_also_train(name: str, reason: str | None) -> None:
 
 def _count_parameters(view: ModelView, plan: Plan) -> Plan:
     """Return a plan with the numbers of parameters, which only its reader needs."""
-    blocks = [model_block.values for model_block in view.blocks()]
-    total = plan.added + sum(map(count_values, blocks))
-    trainable = plan.added + sum(count_values(block) for block in blocks if block.requires_grad)
-    for parameter in view.parameters:
-        if is_lazy(parameter.value):
-            continue
-        total += parameter.size
-        trains = parameter.value.requires_grad
-        if plan.freeze and not parameter.is_claimed():
-            trains = False
+
+    def trains(parameter: ModelParameter) -> bool:
         if parameter.name in plan.also_train:
-            trains = True
-        if trains:
-            trainable += parameter.size
-    return replace(plan, trainable=trainable, total=total)
+            return True
+        is_frozen = plan.freeze and not parameter.is_claimed()
+        return parameter.value.requires_grad and not is_frozen
+
+    trainable, total = view.count_parameters(trains)
+    return replace(plan, trainable=plan.added + trainable, total=plan.added + total)

@@ -7,7 +7,7 @@ A public function builds one view and passes it down. Names are those in the unw
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -44,7 +44,7 @@ from disha.layers.model_record import (
     Places,
 )
 from disha.layers.weights import count_values
-from disha.layers.wrappers import FSDP, WRAPPERS
+from disha.layers.wrappers import WRAPPERS, Wrapper
 from disha.sharding.imported import imported_class
 from disha.sharding.ranks import Ranks
 from disha.sharding.tensors import is_sharded
@@ -200,7 +200,8 @@ class ModelView:
         self.model = model
         self.names = {}
         self._holders: list[nn.Module] = []  # of parameters, in the order of `named_parameters`
-        self._wrappers = [
+        self.wrappers: list[tuple[Any, Wrapper]] = []  # wrapping modules, and their kinds
+        self._classes = [
             (imported_class(wrapper.module, wrapper.name), wrapper) for wrapper in WRAPPERS
         ]
         self._walk(model, "", on_path=set())
@@ -216,12 +217,14 @@ class ModelView:
             return
         self.names[module] = (*names, name)
         self._holders.append(module)
+        wrappers = [wrapper for cls, wrapper in self._classes if isinstance(module, cls)]
+        self.wrappers += [(module, wrapper) for wrapper in wrappers]
         children = module._modules
         if not children:
             return
         on_path.add(module)
         # A child in a wrapper has the name of the wrapper itself.
-        hidden = [wrapper.child for cls, wrapper in self._wrappers if isinstance(module, cls)]
+        hidden = [wrapper.child for wrapper in wrappers]
         for child_name, child in children.items():
             if child is not None:
                 below = name if child_name in hidden else join(name, child_name)
@@ -320,10 +323,7 @@ class ModelView:
     @property
     def adapters(self) -> list[str]:
         """The names of all adapters, in the order of the layers."""
-        names: list[str] = []
-        for layer in self.find_layers():
-            names += [name for name in layer.disha if name not in names]
-        return names
+        return list(dict.fromkeys(name for layer in self.find_layers() for name in layer.disha))
 
     def require(self, adapter: str) -> list[ModelBlock]:
         """Return the blocks of an adapter, or raise if there are none."""
@@ -514,9 +514,7 @@ class ModelView:
     @property
     def wrapper(self) -> nn.Module | None:
         """A wrapper in the model that keeps track of its parameters; None if there is none."""
-        classes = tuple(cls for cls, wrapper in self._wrappers if wrapper.distributes)
-        wrappers = [module for module in self.names if isinstance(module, classes)]
-        return wrappers[0] if wrappers else None
+        return next((module for module, wrapper in self.wrappers if wrapper.distributes), None)
 
     def refuse_wrapped(self, action: str, remedy: str) -> None:
         """Raise if a wrapper has the model or a part of it."""
@@ -527,20 +525,14 @@ class ModelView:
     @property
     def is_sharded(self) -> bool:
         """Whether FSDP manages a module, or one has a sharded or partitioned parameter."""
-        classes = tuple(cls for cls, wrapper in self._wrappers if wrapper.shards)
-        for module in self.names:
-            if isinstance(module, classes):
-                return True
-            for parameter in module._parameters.values():
-                if is_sharded(parameter) or is_partitioned(parameter):
-                    return True
-        return False
+        if any(wrapper.shards for _, wrapper in self.wrappers):
+            return True
+        return any(is_sharded(value) or is_partitioned(value) for value in self.list_parameters())
 
     def reshard(self) -> None:
         """Make FSDP hold shards. Parameters that a forward has gathered are only temporary."""
-        cls = imported_class(FSDP, "FSDPModule")
-        for module in self.names:
-            if isinstance(module, cls):
+        for module, wrapper in self.wrappers:
+            if wrapper.name == "FSDPModule":
                 module.reshard()
 
     @cached_property
@@ -557,6 +549,18 @@ class ModelView:
                 if parameter is not None:
                     found.setdefault(id(parameter), parameter)
         return list(found.values())
+
+    def count_parameters(self, trains: Callable[[ModelParameter], bool]) -> tuple[int, int]:
+        """Return how many values train, and how many there are; `trains` is asked except of blocks.
+
+        A lazy parameter has no size yet.
+        """
+        blocks = [model_block.values for model_block in self.blocks()]
+        sizes = [(count_values(block), block.requires_grad) for block in blocks]
+        for parameter in self.parameters:
+            if not is_lazy(parameter.value):
+                sizes.append((parameter.size, trains(parameter)))
+        return sum(size for size, is_trained in sizes if is_trained), sum(size for size, _ in sizes)
 
 
 @contextmanager
