@@ -18,7 +18,7 @@ from torch import nn
 
 from disha.checks import check_regexes
 from disha.config import ALL_LINEAR, AdapterConfig, Target, find_first_match, find_matching
-from disha.errors import ArgumentError, ArgumentTypeError
+from disha.errors import ArgumentError
 from disha.functional import layout_of
 from disha.functional.layouts import MATRIX, OutputRanges
 from disha.layers.kinds import declared_slots, slot_of
@@ -55,11 +55,6 @@ class Selection:
         self.config = config
         self.new_rows = new_rows
         self.regexes = () if callable(target) else check_regexes(argument, target)
-        if not self.regexes and not callable(target):
-            raise ArgumentTypeError(
-                f"{argument} must be a regex, a list of them, {ALL_LINEAR!r} or a predicate "
-                f"(name, module) -> bool, got {target!r}"
-            )
         self.candidates = list_weights(view, config)
         if new_rows:
             self.candidates = list(dict.fromkeys(map(as_table, self.candidates)))
@@ -133,26 +128,16 @@ class Selection:
         refuse_unused(self.argument, regexes, names)
         if self.new_rows:
             return
-        self._refuse_unused_layouts()
         for setting in ("exclude", "rank_pattern", "layouts", "rows"):
             refuse_unused(setting, vars(self.config)[setting], names)
-
-    def _refuse_unused_layouts(self) -> None:
-        """Raise if a key of `layouts` is found only in names of weights of other, known layouts."""
-        weights = list_weights(self.view, self.config)
-        used = {find_layout_key(layer, self.config) for layer in weights}
         for key, pattern in self.config.layouts.items():
-            known = [
-                layer
-                for layer in weights
-                if layer.slot is not None and find_matching([key], layer.names_to_match)
-            ]
-            patterns = [layer.slot.layout.pattern for layer in known if layer.slot is not None]
-            if known and key not in used and pattern not in patterns:
+            matched = [x for x in self.candidates if find_matching([key], x.names_to_match)]
+            patterns = [layer.slot.layout.pattern for layer in matched if layer.slot is not None]
+            if matched and pattern not in patterns:
+                name = matched[0].full_name
                 raise ArgumentError(
-                    f"layouts {key!r} matches only weights whose layout is known, such as "
-                    f"{known[0].full_name} ({patterns[0]!r}); to give it another, name it whole: "
-                    f"layouts={ {known[0].full_name: pattern} }"
+                    f"layouts {key!r} matches only weights whose layout is known, such as {name}; "
+                    f"to give it another, name it whole: layouts={ {name: pattern} }"
                 )
 
     def explain_nothing(self, skipped: Sequence[PlannedLayer]) -> str:

@@ -418,7 +418,7 @@ class TestLayoutsOfTheUser:
         assert len(disha.load_adapter(Known(), tmp_path / "file").matched) == 3
 
     def test_a_key_of_known_layouts_alone_says_how_to_change_one(self):
-        says = r"layouts 'ixe' matches only .*mixer.weight \('out in'\).*layouts=\{'mixer.weight': "
+        says = r"layouts 'ixe' matches only .*mixer.weight; .*layouts=\{'mixer.weight': "
         with refused(Known(), ArgumentError, says):
             disha.inject_adapters(Known(), "mixer", 2, layouts={"ixe": "in out"})
         disha.inject_adapters(Known(), "mixer", 2, layouts={"ixe": "out in"})  # it is so
