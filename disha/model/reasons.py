@@ -15,7 +15,7 @@ from torch.nn.parameter import is_lazy
 from torch.sparse import SparseSemiStructuredTensor
 
 from disha.checks import TRAINABLE_DTYPES
-from disha.functional import Geometry, Update, method_names
+from disha.functional import Update, method_names
 from disha.functional.parts import update_of_part
 from disha.functional.shard_sums import is_inexact
 from disha.layers.adapted import AdaptedLayer
@@ -169,12 +169,9 @@ def reason_against_record(
         return f"in the adapter, its weight is also {', '.join(record.tied)}; tie them"
     if record.layout != layer.slot.layout:
         return f"expected the layout {record.layout}, found {layer.slot.layout} in the model"
-    geometry = record.geometry(block_shape)
-    if geometry != layer.geometry:
-        return (
-            f"expected {_describe(geometry)}, found {_describe(layer.geometry)} in the model, "
-            f"where the weight is {layer.shape}, read as {record.layout}"
-        )
+    reason = record.reason_against_weight(block_shape, layer.shape)
+    if reason is not None:
+        return reason
     return reason_against_block(layer)
 
 
@@ -187,11 +184,6 @@ def _reason_against_values(values: Tensor, weight: Tensor) -> str | None:
         f"its block is {kinds[values.is_complex()]}, and the weight in the model is "
         f"{kinds[weight.is_complex()]}"
     )
-
-
-def _describe(geometry: Geometry) -> str:
-    stack = "".join(f"{size} x " for size in geometry.stack)
-    return f"{stack}{geometry.in_features} -> {geometry.out_features}"
 
 
 # --- against training a parameter or a buffer ----------------------------------------------------
