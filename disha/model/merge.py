@@ -135,7 +135,6 @@ def merge(
     # Inference mode is off, because tensors that are made in it can never be trained.
     with torch.inference_mode(False), torch.no_grad():
         chosen = _choose(view, adapter)
-        blocks_by_name = _list_merging_blocks(view, chosen)
         # A tied parameter is merged once for all modules that see the same updates of it.
         merged_once: dict[tuple[int, frozenset[AdapterBlock]], tuple[Original, Tensor]] = {}
         for layer, adapters in chosen.items():
@@ -147,14 +146,16 @@ def merge(
                 reason = _reason_against(layer, slot, dense)
                 if reason is not None:
                     raise MergeError(f"{name} {reason}")
-                others = _list_other_readers(view, name, blocks_by_name)
+                blocks = _blocks_at(view, name, chosen)
+                names = view.parameters_by_name[name].names
+                others = [other for other in names if _blocks_at(view, other, chosen) != blocks]
                 if others and not untie:
                     raise MergeError(
                         f"{name} is shared with {', '.join(sorted(others))}, where not all of the "
                         "same adapters act, but which merging would change too; pass untie=True to "
                         "merge into a weight of its own"
                     )
-                key = id(layer._parameters[parameter]), blocks_by_name[name]
+                key = id(layer._parameters[parameter]), blocks
                 if key not in merged_once:
                     merged_once[key] = _compute_merged(
                         name, layer, slot, adapters, unties=bool(others)
@@ -164,25 +165,15 @@ def merge(
             _set_merged(layer, Merged(adapters, originals), undo)
 
 
-def _list_merging_blocks(
-    view: ModelView, chosen: Mapping[AdaptedLayer, tuple[str, ...]]
-) -> dict[str, frozenset[AdapterBlock]]:
-    """Return the blocks that are merged into each weight, by every name of the weight."""
-    blocks_by_name: dict[str, frozenset[AdapterBlock]] = {}
-    for layer, adapters in chosen.items():
-        for parameter in slots_of(layer, adapters):
-            blocks = frozenset(layer.disha.blocks_for(parameter, adapters))
-            for name in view.names[layer]:
-                blocks_by_name[join(name, parameter)] = blocks
-    return blocks_by_name
-
-
-def _list_other_readers(
-    view: ModelView, name: str, blocks_by_name: Mapping[str, frozenset[AdapterBlock]]
-) -> list[str]:
-    """Return the other names of a parameter, of modules that do not see the same updates of it."""
-    names = view.parameters_by_name[name].names
-    return [other for other in names if blocks_by_name.get(other) != blocks_by_name[name]]
+def _blocks_at(
+    view: ModelView, name: str, chosen: Mapping[AdaptedLayer, tuple[str, ...]]
+) -> frozenset[AdapterBlock]:
+    """Return the blocks that merge into the parameter of this name: none if it is not adapted."""
+    owner, _, parameter = name.rpartition(".")
+    layer = view.modules[owner]
+    if not isinstance(layer, AdaptedLayer) or layer not in chosen:
+        return frozenset()
+    return frozenset(layer.disha.blocks_for(parameter, chosen[layer]))
 
 
 def _replace(module: nn.Module, name: str, new: Tensor, undo: ExitStack) -> None:

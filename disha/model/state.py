@@ -220,19 +220,14 @@ def _rename_keys(state: Tensors, expected: Tensors) -> dict[str, Tensor]:
     model_keys = {clean_key(key): key for key in expected}
     model_keys |= {key: key for key in expected}  # a child `module` of the model is no wrapper
     renamed: dict[str, Tensor] = {}
-    former_keys: dict[str, str] = {}
     for key, tensor in state.items():
-        key = str(key)
-        model_key = key
-        if key not in expected:
-            model_key = model_keys.get(clean_key(key), key)
+        model_key = key if key in expected else model_keys.get(clean_key(key), key)
         if model_key in renamed:
             raise AdapterStateError(
-                f"the state has {former_keys[model_key]!r} and {key!r}, which are one parameter of "
-                "the model; leave out one of them"
+                f"the state has {model_key!r} twice, with and without the name of a wrapper; leave "
+                "out one of them"
             )
         renamed[model_key] = tensor
-        former_keys[model_key] = key
     return renamed
 
 

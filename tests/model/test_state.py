@@ -84,10 +84,8 @@ class TestLoad:
         own = disha.adapter_state_dict(adapted)
         key = next(iter(own))
         for state in ({**own, prefix + key: own[key]}, {prefix + key: own[key], **own}):
-            with refused(adapted, AdapterStateError, "are one parameter") as caught:
+            with refused(adapted, AdapterStateError, f"has '{key}' twice"):
                 disha.load_adapter_state_dict(adapted, state, strict=strict)
-            assert repr(key) in str(caught.value)
-            assert repr(prefix + key) in str(caught.value)
 
     def test_a_child_that_has_the_name_of_a_wrappers(self):
         model = nn.ModuleDict(
