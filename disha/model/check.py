@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from disha.effective.contexts import open_context
 from disha.errors import ArgumentError, DishaError
 from disha.functional import Method
-from disha.layers.adapted import restore
+from disha.layers.adapted import AdaptedLayer, restore
 from disha.layers.blocks import AdapterBlock
 from disha.layers.wrappers import clean_key
 from disha.model.check_merges import (
@@ -27,7 +27,7 @@ from disha.model.check_merges import (
     find_tolerance,
 )
 from disha.model.check_report import CheckedWeight, CheckReport
-from disha.model.check_runs import Runner, UndoesWrites, restore_data
+from disha.model.check_runs import Runner, UndoesWrites
 from disha.model.view import ModelBlock, ModelView
 from disha.sharding.imported import imported_class
 from disha.sharding.tensors import gather, write
@@ -177,12 +177,12 @@ def _check(
     zeros = [block for block in blocks if not gather(block.block).count_nonzero()]
     frozen = [block for block in blocks if not block.block.requires_grad]
     _randomise(blocks, undo)
-    restore_data(active, undo)
     undo.callback(view.reshard)  # a forward gathers what is sharded
     with UndoesWrites(active, undo):
         in_evaluation = _observe(runner, blocks, training=False)
-    merged = active if merging else []  # the blocks whose merge is compared
-    mergings = compare_merged(view, runner, merged, in_evaluation.outputs, training=False)
+    mergings: dict[AdaptedLayer, Merging] = {}
+    if merging:
+        mergings = compare_merged(view, runner, active, in_evaluation.outputs)
     observations = [in_evaluation]
     error_in_training = ""
     in_order = in_evaluation.acting & in_evaluation.with_gradient
@@ -196,13 +196,6 @@ def _check(
             error_in_training = f"; in training mode it raises {name} with these inputs"
         else:
             observations.append(in_training)
-            # What a merge does to blocks that act only in training is seen only there.
-            only_there = in_training.acting - in_evaluation.acting
-            compared = [model_block for model_block in merged if model_block.block in only_there]
-            others = compare_merged(view, runner, compared, in_training.outputs, training=True)
-            for layer, other in others.items():
-                if mergings[layer].keeps_outputs:  # else there is a reason already
-                    mergings[layer] = other
     trained_in_evaluation = [block for block in zeros if block in in_evaluation.with_gradient]
     stuck = _find_stuck_methods(runner, trained_in_evaluation, undo)
     rows = []

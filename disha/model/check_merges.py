@@ -22,6 +22,7 @@ LARGEST_PART = 64 * 2**20
 ROUNDINGS = 4
 """Merging may change an output by this many times as much as a tiny change of the blocks does."""
 
+
 DRIFTS = (
     "each forward changes this weight, as `weight.data = weight.data.clone()` would, so its update "
     "is added again and again; read and write layer.base_weight there"
@@ -41,15 +42,11 @@ def compare_merged(
     runner: Runner,
     compared: list[ModelBlock],
     expected: list[Tensor],
-    *,
-    training: bool,
 ) -> dict[AdaptedLayer, Merging]:
-    """Return for each layer of the compared blocks whether it can be merged in this mode.
+    """Return for each layer of the compared blocks whether it can be merged.
 
-    `expected` are the outputs of the model in this mode, unmerged.
+    `expected` are the outputs of the model in evaluation mode, unmerged.
     """
-    if not compared:
-        return {}
     try:
         borrowers = view.find_borrowers()
         refuse_sharded(view, "merge adapters")  # before a forward that no backward would follow
@@ -63,14 +60,14 @@ def compare_merged(
         together[model_block.layer].update(borrowers[model_block.block].values())
     tolerance = find_tolerance([*expected, *dense_weights(compared).values()])
     sums_before = sum_weights(compared)
-    allowed = _measure_rounding(runner, expected, tolerance, training)  # runs the model once
-    sums_after = sum_weights(compared)  # if they differ, that forward has changed a weight
+    allowed = _measure_rounding(runner, expected, tolerance)  # runs the model once
+    sums_after = sum_weights(compared)
 
     def find_difference(layers: Iterable[AdaptedLayer]) -> str:
         only = set[nn.Module]().union(*[together[layer] for layer in layers])
         with ExitStack() as undo:
             merge(view, undo, only=only)
-            outputs = runner.run(training=training)
+            outputs = runner.run(training=False)
         return describe_difference(outputs, expected, tolerance, allowed)
 
     mergings: dict[AdaptedLayer, Merging] = {}
@@ -84,8 +81,7 @@ def compare_merged(
     except DishaError as error:
         return _refuse_all(compared, error)
     for model_block in compared:
-        drifts = sums_before.get(model_block.block) != sums_after.get(model_block.block)
-        if drifts:
+        if sums_before.get(model_block.block) != sums_after.get(model_block.block):
             mergings[model_block.layer] = Merging(False, DRIFTS)
     return mergings
 
@@ -122,9 +118,7 @@ def find_tolerance(tensors: Iterable[Tensor]) -> float:
     return max(torch.finfo(tensor.dtype).eps for tensor in tensors) ** 0.5
 
 
-def _measure_rounding(
-    runner: Runner, expected: list[Tensor], tolerance: float, training: bool
-) -> list[float]:
+def _measure_rounding(runner: Runner, expected: list[Tensor], tolerance: float) -> list[float]:
     """Return for each output by how much it may differ when weights are rounded in another way.
 
     This is measured: all blocks change by the relative `tolerance`, and the outputs show how much
@@ -134,7 +128,7 @@ def _measure_rounding(
     with ExitStack() as undo:
         for block in runner.blocks:
             write(block.block, gather(block.block) * (1 + tolerance), undo)
-        outputs = runner.run(training=training)
+        outputs = runner.run(training=False)
     if _shapes_of(outputs) != _shapes_of(expected):
         return [0.0] * len(expected)
     return [ROUNDINGS * _find_largest(output - former) for output, former in zip(outputs, expected)]

@@ -166,19 +166,11 @@ def sum_weights(model_blocks: list[ModelBlock]) -> dict[AdapterBlock, float]:
     return sums
 
 
-def restore_data(active: list[ModelBlock], undo: ExitStack) -> None:
-    """Let `undo` put back the data that a forward replaces by other data; nothing is copied."""
-
-    def put_back(weight: nn.Parameter, data: Tensor) -> None:
-        if weight.data_ptr() != data.data_ptr():
-            weight.data = data
-
-    for weight in dense_weights(active).values():
-        undo.callback(put_back, weight, weight.data)
-
-
 class UndoesWrites(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Copies a weight before an operation writes into it, and lets `undo` put its values back."""
+    """Lets `undo` put back what a forward does to weights: other data, or writes into theirs.
+
+    A weight is copied only before an operation writes into it.
+    """
 
     def __init__(self, active: list[ModelBlock], undo: ExitStack) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -187,6 +179,7 @@ class UndoesWrites(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for weight in dense_weights(active).values():
             address = weight.untyped_storage().data_ptr()
             self._unwritten.setdefault(address, []).append(weight.data)
+            undo.callback(setattr, weight, "data", weight.data)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
