@@ -105,9 +105,7 @@ def combine_adapters(
 
 def _has_claims(view: ModelView, adapter: str) -> bool:
     """Whether parameters or buffers belong to an adapter, because its `also_train` names them."""
-    if any(parameter.is_claimed(adapter) for parameter in view.parameters):
-        return True
-    return any(buffer.claimant == adapter for buffer in view.buffers)
+    return any(tensor.claimant == adapter for tensor in (*view.parameters, *view.buffers))
 
 
 class Term(NamedTuple):

@@ -97,7 +97,7 @@ def save_adapter(
 def _warn_of_differences(view: ModelView, adapter: str) -> None:
     """Name what is in the file only because it trains, and what a user may miss in it."""
     trained = [
-        parameter.name for parameter in view.list_trained(adapter) if not parameter.is_claimed()
+        parameter.name for parameter in view.list_trained(adapter) if parameter.claimant is None
     ]
     changed = buffers.list_unsaved(view)
     lost = view.list_lost_layers(adapter)

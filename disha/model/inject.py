@@ -366,7 +366,7 @@ def mark_only_adapters_trainable(model: nn.Module) -> None:
     with all_or_nothing(view):
         view.unite_records()
         for parameter in view.parameters:
-            parameter.set_requires_grad(parameter.is_claimed())
+            parameter.set_requires_grad(parameter.claimant is not None)
         for block in blocks:
             block.requires_grad_(True)
 
@@ -379,5 +379,5 @@ def _set_flags(view: ModelView, plan: Plan) -> None:
             # The parameter's flag if this adapter is removed, and others stay.
             flag_without = parameter.value.requires_grad and not plan.freeze
             parameter.claim(plan.adapter, flag_without)
-        elif plan.freeze and not parameter.is_claimed():
+        elif plan.freeze and parameter.claimant is None:
             parameter.set_requires_grad(False)

@@ -189,21 +189,17 @@ def _reason_against_values(values: Tensor, weight: Tensor) -> str | None:
 # --- against training a parameter or a buffer ----------------------------------------------------
 
 
-CLAIMED = "it is already trained with another adapter, and can belong to only one"
-
-
-def reason_against_training(parameter: ModelParameter) -> str | None:
-    """Return why the parameter can't be trained with a new adapter."""
-    if quantization_of(None, parameter.value) is not None:
+def reason_against_claiming(tensor: ModelParameter | ModelBuffer) -> str | None:
+    """Return why the parameter can't be trained, or the buffer be saved, with a new adapter."""
+    if tensor.claimant is not None:
+        return "it is already trained with another adapter, and can belong to only one"
+    if isinstance(tensor, ModelBuffer):
+        return None
+    if quantization_of(None, tensor.value) is not None:
         return "it is quantised and can't be trained with an adapter"
-    if parameter.value.dtype not in TRAINABLE_DTYPES:
-        return f"it has dtype {parameter.value.dtype} and can't be trained with an adapter"
-    return CLAIMED if parameter.is_claimed() else None
-
-
-def reason_against_claiming(buffer: ModelBuffer) -> str | None:
-    """Return why the buffer can't be saved with a new adapter."""
-    return None if buffer.claimant is None else CLAIMED
+    if tensor.value.dtype not in TRAINABLE_DTYPES:
+        return f"it has dtype {tensor.value.dtype} and can't be trained with an adapter"
+    return None
 
 
 def reason_against_loading(parameter: ModelParameter | None, shape: tuple[int, ...]) -> str | None:
@@ -213,4 +209,4 @@ def reason_against_loading(parameter: ModelParameter | None, shape: tuple[int, .
     current = None if is_lazy(parameter.value) else tuple(whole_shape(parameter.value))
     if current != shape:
         return f"expected shape {tuple(shape)}, found {current} in the model"
-    return reason_against_training(parameter)
+    return reason_against_claiming(parameter)

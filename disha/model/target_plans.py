@@ -26,10 +26,9 @@ from disha.model.reasons import (
     reason_against_adapting,
     reason_against_block,
     reason_against_claiming,
-    reason_against_training,
 )
 from disha.model.selection import Selection, find_tied, list_reasons, refuse_unused
-from disha.model.view import ModelParameter, ModelView
+from disha.model.view import ModelBuffer, ModelParameter, ModelView
 
 
 @with_hints
@@ -194,24 +193,20 @@ def _choose_also_trained(view: ModelView, config: AdapterConfig) -> tuple[str, .
         return ()
     matched_names: list[str] = []
     chosen = []
-    for parameter in view.parameters:
-        if find_matching(config.also_train, parameter.names):
-            _refuse_also_train(parameter.name, reason_against_training(parameter))
-            matched_names += parameter.names
-            chosen.append(parameter.name)
-    for buffer in view.buffers:
-        if find_matching(config.also_train, buffer.names):
-            _refuse_also_train(buffer.name, reason_against_claiming(buffer))
-            matched_names += buffer.names
-            if not buffer.is_statistic:  # statistics are saved with every adapter
-                chosen.append(buffer.name)
+    for tensor in (*view.parameters, *view.buffers):
+        if not find_matching(config.also_train, tensor.names):
+            continue
+        reason = reason_against_claiming(tensor)
+        if reason is not None:
+            raise ArgumentError(
+                f"also_train matches {tensor.name}: {reason}; give a regex that leaves it out"
+            )
+        matched_names += tensor.names
+        is_statistic = isinstance(tensor, ModelBuffer) and tensor.is_statistic
+        if not is_statistic:  # statistics are saved with every adapter
+            chosen.append(tensor.name)
     refuse_unused("also_train", config.also_train, matched_names)
     return tuple(chosen)
-
-
-def _refuse_also_train(name: str, reason: str | None) -> None:
-    if reason is not None:
-        raise ArgumentError(f"also_train matches {name}: {reason}; give a regex that leaves it out")
 
 
 def _count_parameters(view: ModelView, plan: Plan) -> Plan:
@@ -220,7 +215,7 @@ def _count_parameters(view: ModelView, plan: Plan) -> Plan:
     def trains(parameter: ModelParameter) -> bool:
         if parameter.name in plan.also_train:
             return True
-        is_frozen = plan.freeze and not parameter.is_claimed()
+        is_frozen = plan.freeze and parameter.claimant is None
         return parameter.value.requires_grad and not is_frozen
 
     trainable, total = view.count_parameters(trains)

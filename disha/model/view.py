@@ -110,12 +110,10 @@ class ModelParameter(ModelTensor):
         """What the record knows of its `requires_grad`."""
         return self.find("flags")
 
-    def is_claimed(self, adapter: str | None = None) -> bool:
-        """Whether it trains with an adapter, or with any, because `also_train` named it."""
-        flag = self.flag
-        if flag is None or flag.adapter is None:
-            return False
-        return adapter in (None, flag.adapter)
+    @property
+    def claimant(self) -> str | None:
+        """The adapter that it trains with because `also_train` named it, if there is one."""
+        return None if self.flag is None else self.flag.adapter
 
     def set_requires_grad(self, requires_grad: bool) -> None:
         """Set its flag, and remember what it was at first."""
@@ -354,12 +352,16 @@ class ModelView:
 
         One that requires gradients, but that `also_train` did not name, trains with every adapter.
         """
-        return [
-            parameter
-            for parameter in self.parameters
-            if parameter.is_claimed(adapter)
-            or (parameter.value.requires_grad and not parameter.is_claimed())
-        ]
+        trained = []
+        for parameter in self.parameters:
+            claimant = parameter.claimant
+            if claimant is None:
+                trains = parameter.value.requires_grad
+            else:
+                trains = adapter in (None, claimant)
+            if trains:
+                trained.append(parameter)
+        return trained
 
     def refuse_inside(self, action: str) -> None:
         """Raise if adapters are merged, or this thread or task is in a context of the model."""
