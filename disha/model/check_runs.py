@@ -55,16 +55,10 @@ class Runner:
     def outputs(self) -> list[Tensor]:
         """Return the outputs of the model with their graph; call it in `mode`."""
         outputs = tensors_in(self._call())
-        if not outputs:
+        if not any(output.isfinite().any() for output in outputs):
             raise ArgumentError(
-                "the model returns no floating-point tensor, real or complex; check the part that "
-                "does"
-            )
-        finite = [bool(output.isfinite().any()) for output in outputs if output.numel()]
-        if finite and not any(finite):
-            raise ArgumentError(
-                "the model returns no finite number with these inputs, so nothing can be compared; "
-                "pass others, or check the weights"
+                "the model returns no finite floating-point number, real or complex, with these "
+                "inputs; pass others, or check the part that does"
             )
         return outputs
 
@@ -112,30 +106,22 @@ def tensors_in(output: Any) -> list[Tensor]:
         if id(value) in visited:
             continue  # an output may refer to itself
         visited[id(value)] = value
-        if not isinstance(value, Tensor):
-            waiting += _parts_of(value)
-            continue
-        tensor = value.values() if value.is_nested else value
-        tensor = _as_real(tensor)
-        if tensor.is_floating_point():
-            tensors.append(tensor)
+        if isinstance(value, Tensor):
+            tensor = _as_real(value.values() if value.is_nested else value)
+            if tensor.is_floating_point():
+                tensors.append(tensor)
+        elif isinstance(value, Mapping):
+            waiting += value.values()
+        elif isinstance(value, (list, tuple)):
+            waiting += value
+        elif not isinstance(value, (type, ModuleType, Enum, nn.Module)):
+            waiting += getattr(value, "__dict__", {}).values()
     return tensors
 
 
 def _as_real(tensor: Tensor) -> Tensor:
     """Return a complex tensor as its real and imaginary parts, and any other as it is."""
     return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
-
-
-def _parts_of(value: Any) -> list[Any]:
-    """Return what a container or an object of an output holds."""
-    if isinstance(value, Mapping):
-        return list(value.values())
-    if isinstance(value, (list, tuple)):
-        return list(value)
-    if isinstance(value, (type, ModuleType, Enum, nn.Module)):
-        return []
-    return list(getattr(value, "__dict__", {}).values())
 
 
 # --- weights that a forward changes --------------------------------------------------------------

@@ -27,7 +27,7 @@ def set_active_adapters(model: nn.Module, names: str | Sequence[str]) -> None:
         names: one name or several; an empty list for none.
 
     Raises:
-        ArgumentError: a name is unknown, or given twice.
+        ArgumentError: a name is unknown.
         MergeError: adapters are merged.
 
     Examples:
@@ -50,14 +50,12 @@ def set_active_adapters(model: nn.Module, names: str | Sequence[str]) -> None:
 
 
 def check_names(view: ModelView, names: str | Sequence[str]) -> tuple[str, ...]:
-    """Return the names of adapters as a tuple, or raise if the model lacks one."""
+    """Return the names of adapters, each once, or raise if the model lacks one."""
     check_type("names", names, Iterable, "an adapter's name or a list of them")
-    wanted = (names,) if isinstance(names, str) else tuple(names)
+    wanted = dict.fromkeys([names] if isinstance(names, str) else names)
     for name in wanted:
         view.require(name)
-    if len(set(wanted)) != len(wanted):
-        raise ArgumentError(f"{list(wanted)} names an adapter twice; name each once")
-    return wanted
+    return tuple(wanted)
 
 
 def adapters_active(model: nn.Module, names: str | Sequence[str]) -> AbstractContextManager[None]:
@@ -71,7 +69,7 @@ def adapters_active(model: nn.Module, names: str | Sequence[str]) -> AbstractCon
         names: one name or several; an empty list for none.
 
     Raises:
-        ArgumentError: a name is unknown, or given twice.
+        ArgumentError: a name is unknown.
         MergeError: adapters are merged.
 
     Examples:

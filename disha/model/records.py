@@ -21,9 +21,9 @@ ASSUMED: dict[str, Any] = {
     "scale": 1,
     "groups": 1,
     "padding_idx": None,
-    "kernel": (),
-    "rows": (),
-    "tied": (),
+    "kernel": [],
+    "rows": [],
+    "tied": [],
     "base": None,
 }
 """What a reader assumes of a layer's entry where a field is absent."""
@@ -58,7 +58,7 @@ class LayerRecord:
 
     def to_json(self) -> dict[str, Any]:
         """Return all fields of the layer as JSON values, including those of its layout."""
-        fields = as_json(vars(self) | vars(self.layout))
+        fields: dict[str, Any] = as_json(vars(self) | vars(self.layout))
         fields["layout"] = fields.pop("pattern")  # the layout as text, in place of the object
         return fields
 
@@ -67,21 +67,10 @@ class LayerRecord:
 
         A field is left out if it has the value that a reader assumes when it is absent.
         """
-        fields = {
-            "name": self.name,
-            "method": self.method,
-            "layout": self.layout.pattern,
-            "r": self.r,
-            "in": self.in_features,
-            "out": self.out_features,
-            "scale": self.scale,
-            "groups": self.layout.groups,
-            "padding_idx": self.layout.padding_idx,
-            "kernel": self.kernel,
-            "rows": self.rows,
-            "tied": self.tied,
-            "base": self.base,
-        }
+        fields = self.to_json()
+        fields["in"] = fields.pop("in_features")
+        fields["out"] = fields.pop("out_features")
+        del fields["r_out"]  # the configuration has it
         assumed = ASSUMED | {"method": method}
         return {
             field: value

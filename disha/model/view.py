@@ -113,15 +113,19 @@ class ModelParameter(ModelTensor):
     @property
     def claimant(self) -> str | None:
         """The adapter that it trains with because `also_train` named it, if there is one."""
-        return None if self.flag is None else self.flag.adapter
+        flag = self.flag
+        return None if flag is None else flag.adapter
 
     def set_requires_grad(self, requires_grad: bool) -> None:
         """Set its flag, and remember what it was at first."""
-        if self.value.requires_grad == requires_grad:
+        value = self.value
+        if value.requires_grad == requires_grad:
             return
-        if self.flag is None:
-            self.note("flags", Flag(self.value.requires_grad))
-        self.value.requires_grad = requires_grad  # lazy parameters do not have requires_grad_()
+        known = self.known
+        assert known is not None  # as in `note`
+        if known.find("flags") is None:
+            known.set("flags", Flag(value.requires_grad))
+        value.requires_grad = requires_grad  # lazy parameters do not have requires_grad_()
 
     def claim(self, adapter: str, flag_without: bool) -> None:
         """Train it together with an adapter; `flag_without` is its flag without it."""

@@ -44,7 +44,6 @@ class TestActive:
         [
             ("c", ArgumentError, "no adapter 'c'; it has 'a', 'b'"),
             (["a", "c"], ArgumentError, "no adapter 'c'"),
-            (["a", "a"], ArgumentError, "twice"),
             ([1], ArgumentError, "no adapter 1"),
         ],
     )

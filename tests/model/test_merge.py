@@ -286,17 +286,10 @@ class TestRefusals:
         with pytest.raises(ArgumentError, match="nothing to merge"):
             disha.merge_adapters(model)
 
-    @pytest.mark.parametrize(
-        ("adapter", "says"),
-        [
-            ("x", "no adapter 'x'"),
-            (["default", "x"], "no adapter 'x'"),
-            (["default", "default"], "names an adapter twice"),
-        ],
-    )
-    def test_unknown_or_repeated(self, model, adapter, says):
+    @pytest.mark.parametrize("adapter", ["x", ["default", "x"]])
+    def test_unknown(self, model, adapter):
         disha.inject_adapters(model, "head", 2)
-        with refused(model, ArgumentError, says):
+        with refused(model, ArgumentError, "no adapter 'x'"):
             disha.merge_adapters(model, adapter)
 
     @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e38])
