@@ -105,7 +105,7 @@ def combine_adapters(
 
 def _has_claims(view: ModelView, adapter: str) -> bool:
     """Whether parameters or buffers belong to an adapter, because its `also_train` names them."""
-    return any(tensor.claimant == adapter for tensor in (*view.parameters, *view.buffers))
+    return any(tensor.claimant == adapter for tensor in view.tensors)
 
 
 class Term(NamedTuple):

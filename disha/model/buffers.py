@@ -23,11 +23,10 @@ from disha.sharding.tensors import write
 def remember_buffers(view: ModelView, adapter: str, also_train: Collection[str]) -> None:
     """Remember the buffers that are not remembered yet, and those that the adapter will save."""
     for buffer in view.buffers:
-        if buffer.name in also_train:
-            former = FormerBuffer.of(buffer.value, is_saved=True, claimant=adapter)
-            buffer.note("buffers", former)
-        elif buffer.former is None:
-            former = FormerBuffer.of(buffer.value, is_saved=buffer.is_statistic)
+        claimant = adapter if buffer.name in also_train else None
+        if claimant is not None or buffer.former is None:
+            is_saved = buffer.is_statistic or claimant is not None
+            former = FormerBuffer.of(buffer.value, is_saved=is_saved, claimant=claimant)
             buffer.note("buffers", former)
 
 

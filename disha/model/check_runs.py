@@ -84,8 +84,7 @@ def _keep_buffers(modules: Iterable[nn.Module]) -> Iterator[None]:
     finally:
         with torch.no_grad():
             for module, name, buffer, values in kept:
-                if module._buffers[name] is not buffer:
-                    module._buffers[name] = buffer
+                module._buffers[name] = buffer
                 if not torch.equal(buffer, values):
                     buffer.copy_(values)
 

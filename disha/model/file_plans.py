@@ -12,14 +12,10 @@ from disha.config import AdapterConfig
 from disha.errors import ArgumentError
 from disha.layers.kinds import slot_of
 from disha.model.plan import Plan, PlannedLayer
-from disha.model.reasons import (
-    reason_against_claiming,
-    reason_against_loading,
-    reason_against_record,
-)
+from disha.model.reasons import reason_against_loading, reason_against_record
 from disha.model.records import LayerRecord
 from disha.model.selection import as_table, find_layout_key, find_tied, list_nearest, list_weights
-from disha.model.view import ModelBuffer, ModelView
+from disha.model.view import ModelView
 from disha.text import WIDEST, brief, first_few, printable
 
 
@@ -54,9 +50,9 @@ def plan_weights(
             planned.append(layer)
         else:
             reasons.append(f"{name}: {reason}")
-    buffers = {name: buffer for buffer in view.buffers for name in buffer.names}
+    in_model = {name: tensor for tensor in view.tensors for name in tensor.names}
     for key in also_train:
-        reason = _reason_against_key(view, buffers, key, tensors[key])
+        reason = reason_against_loading(in_model.get(key), tensors[key].shape)
         if reason is not None:
             reasons.append(f"parameter {printable(key, WIDEST)}: {reason}")
     if reasons:
@@ -64,18 +60,8 @@ def plan_weights(
         saved_names = [name for name, weight in weights.items() if name in weight.names]
         raise ArgumentError(_describe_misfit(reasons, absent, saved_names))
     # Statistics are saved with every adapter, so none claims them.
-    statistics = {name for name, buffer in buffers.items() if buffer.is_statistic}
-    claimed = tuple(key for key in also_train if key not in statistics)
+    claimed = tuple(key for key in also_train if not in_model[key].is_statistic)
     return Plan(adapter, config, freeze, tuple(planned), claimed)
-
-
-def _reason_against_key(
-    view: ModelView, buffers: Mapping[str, ModelBuffer], key: str, values: Tensor
-) -> str | None:
-    """Return why a parameter or a buffer of the model can't belong to the adapter of a file."""
-    if key in buffers:
-        return reason_against_claiming(buffers[key])
-    return reason_against_loading(view.parameters_by_name.get(key), values.shape)
 
 
 def _describe_misfit(

@@ -172,10 +172,8 @@ def apply_plan(view: ModelView, plan: Plan, *, activate: bool = True) -> None:
         blocks[layer.module].append(block)
         for module, name in layer.tied.values():
             tied_blocks[module].append((name, block))
-    modules = list(blocks)
-    modules += [module for module in tied_blocks if module not in blocks]
     record = _note_plan(view, plan)
-    for module in modules:
+    for module in dict.fromkeys((*blocks, *tied_blocks)):
         own_blocks = blocks[module]
         tied = tied_blocks[module]
         parameters = [block.slot.parameter for block in own_blocks]
@@ -187,10 +185,7 @@ def apply_plan(view: ModelView, plan: Plan, *, activate: bool = True) -> None:
     # All layers, the new ones too. `activate` also rebuilds the tables that forwards read, so it is
     # called even if what acts stays the same.
     for adapted in view.find_layers():
-        if activate:
-            adapted.disha.activate((plan.adapter,))
-        else:
-            adapted.disha.activate(adapted.disha.active)
+        adapted.disha.activate((plan.adapter,) if activate else adapted.disha.active)
     view.guard_encoders()
     _set_flags(view, plan)
 
@@ -366,7 +361,9 @@ def mark_only_adapters_trainable(model: nn.Module) -> None:
     with all_or_nothing(view):
         view.unite_records()
         for parameter in view.parameters:
-            parameter.set_requires_grad(parameter.claimant is not None)
+            parameter.freeze()
+            if parameter.claimant is not None:
+                parameter.value.requires_grad = True
         for block in blocks:
             block.requires_grad_(True)
 
@@ -379,5 +376,5 @@ def _set_flags(view: ModelView, plan: Plan) -> None:
             # The parameter's flag if this adapter is removed, and others stay.
             flag_without = parameter.value.requires_grad and not plan.freeze
             parameter.claim(plan.adapter, flag_without)
-        elif plan.freeze and parameter.claimant is None:
-            parameter.set_requires_grad(False)
+        elif plan.freeze:
+            parameter.freeze()

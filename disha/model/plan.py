@@ -98,7 +98,7 @@ class PlannedLayer:
         """Size of its output, or the number of its adapted rows."""
         return self.geometry.out_features
 
-    @property
+    @cached_property
     def method(self) -> Method:
         """The method of its block."""
         return ROWS if self.is_new_rows else method_of(self.config.method)

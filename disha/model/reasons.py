@@ -162,9 +162,9 @@ def reason_against_record(
         return f"can't be adapted: {reason}"
     assert layer.slot is not None  # else there is a reason
     if layer.values is not None and not layer.slot.quantized:
-        reason = _reason_against_values(layer.values, read_weight(layer.module, layer.attribute))
-        if reason is not None:
-            return reason
+        weight = read_weight(layer.module, layer.attribute)
+        if layer.values.is_complex() != weight.is_complex():
+            return "of its block and the weight in the model, one is complex and the other real"
     if set(layer.tied) != set(record.tied):
         return f"in the adapter, its weight is also {', '.join(record.tied)}; tie them"
     if record.layout != layer.slot.layout:
@@ -173,17 +173,6 @@ def reason_against_record(
     if reason is not None:
         return reason
     return reason_against_block(layer)
-
-
-def _reason_against_values(values: Tensor, weight: Tensor) -> str | None:
-    """Return why a block with these values can't act on a weight."""
-    if values.is_complex() == weight.is_complex():
-        return None
-    kinds = {True: "complex", False: "real"}
-    return (
-        f"its block is {kinds[values.is_complex()]}, and the weight in the model is "
-        f"{kinds[weight.is_complex()]}"
-    )
 
 
 # --- against training a parameter or a buffer ----------------------------------------------------
@@ -202,11 +191,14 @@ def reason_against_claiming(tensor: ModelParameter | ModelBuffer) -> str | None:
     return None
 
 
-def reason_against_loading(parameter: ModelParameter | None, shape: tuple[int, ...]) -> str | None:
-    """Return why the parameter can't be trained with an adapter whose file has it in that shape."""
-    if parameter is None:
+def reason_against_loading(
+    tensor: ModelParameter | ModelBuffer | None, shape: tuple[int, ...]
+) -> str | None:
+    """Return why a parameter or buffer can't belong to an adapter whose file has it so shaped."""
+    if tensor is None:
         return "the model has no such parameter"
-    current = None if is_lazy(parameter.value) else tuple(whole_shape(parameter.value))
-    if current != shape:
-        return f"expected shape {tuple(shape)}, found {current} in the model"
-    return reason_against_claiming(parameter)
+    if isinstance(tensor, ModelParameter):
+        current = None if is_lazy(tensor.value) else tuple(whole_shape(tensor.value))
+        if current != shape:
+            return f"expected shape {tuple(shape)}, found {current} in the model"
+    return reason_against_claiming(tensor)

@@ -27,7 +27,7 @@ from disha.model.plan import EXCLUDED, Place, PlannedLayer
 from disha.model.reasons import reason_against_adapting
 from disha.model.view import ModelView
 from disha.sharding.imported import imported_class
-from disha.text import first_few, group_by_reason, join
+from disha.text import first_few, group_by_reason
 
 
 class Selection:
@@ -229,7 +229,7 @@ def find_tied(
     view: ModelView, layer: PlannedLayer, exclude: Iterable[str] = ()
 ) -> dict[str, Place]:
     """Return the other places of a layer's parameter, whose modules read its update too."""
-    parameter = view.parameters_by_name.get(join(layer.module_names[0], layer.attribute))
+    parameter = view.parameters_by_name.get(layer.full_name)
     quantized = layer.slot is not None and layer.slot.quantized
     if quantized or parameter is None or len(parameter.names) == 1:
         return {}

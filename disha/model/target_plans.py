@@ -28,7 +28,7 @@ from disha.model.reasons import (
     reason_against_claiming,
 )
 from disha.model.selection import Selection, find_tied, list_reasons, refuse_unused
-from disha.model.view import ModelBuffer, ModelParameter, ModelView
+from disha.model.view import ModelParameter, ModelView
 
 
 @with_hints
@@ -193,7 +193,7 @@ def _choose_also_trained(view: ModelView, config: AdapterConfig) -> tuple[str, .
         return ()
     matched_names: list[str] = []
     chosen = []
-    for tensor in (*view.parameters, *view.buffers):
+    for tensor in view.tensors:
         if not find_matching(config.also_train, tensor.names):
             continue
         reason = reason_against_claiming(tensor)
@@ -202,8 +202,7 @@ def _choose_also_trained(view: ModelView, config: AdapterConfig) -> tuple[str, .
                 f"also_train matches {tensor.name}: {reason}; give a regex that leaves it out"
             )
         matched_names += tensor.names
-        is_statistic = isinstance(tensor, ModelBuffer) and tensor.is_statistic
-        if not is_statistic:  # statistics are saved with every adapter
+        if not tensor.is_statistic:  # statistics are saved with every adapter
             chosen.append(tensor.name)
     refuse_unused("also_train", config.also_train, matched_names)
     return tuple(chosen)

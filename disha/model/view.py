@@ -100,6 +100,8 @@ class ModelTensor:
 class ModelParameter(ModelTensor):
     """A parameter of a model."""
 
+    is_statistic = False
+
     @property
     def value(self) -> nn.Parameter:
         """The parameter as the module holds it now."""
@@ -116,16 +118,19 @@ class ModelParameter(ModelTensor):
         flag = self.flag
         return None if flag is None else flag.adapter
 
-    def set_requires_grad(self, requires_grad: bool) -> None:
-        """Set its flag, and remember what it was at first."""
+    def freeze(self) -> None:
+        """Freeze it, and remember that it was not, unless it trains with an adapter."""
         value = self.value
-        if value.requires_grad == requires_grad:
-            return
         known = self.known
         assert known is not None  # as in `note`
-        if known.find("flags") is None:
-            known.set("flags", Flag(value.requires_grad))
-        value.requires_grad = requires_grad  # lazy parameters do not have requires_grad_()
+        if not value.requires_grad:
+            return
+        flag = known.find("flags")
+        if flag is None:
+            known.set("flags", Flag(original=True))
+        elif flag.adapter is not None:
+            return
+        value.requires_grad = False  # lazy parameters do not have requires_grad_()
 
     def claim(self, adapter: str, flag_without: bool) -> None:
         """Train it together with an adapter; `flag_without` is its flag without it."""
@@ -203,9 +208,8 @@ class ModelView:
         self.names = {}
         self._holders: list[nn.Module] = []  # of parameters, in the order of `named_parameters`
         self.wrappers: list[tuple[Any, Wrapper]] = []  # wrapping modules, and their kinds
-        self._classes = [
-            (imported_class(wrapper.module, wrapper.name), wrapper) for wrapper in WRAPPERS
-        ]
+        classes = [(imported_class(wrapper.module, wrapper.name), wrapper) for wrapper in WRAPPERS]
+        self._classes = [(cls, wrapper) for cls, wrapper in classes if cls]
         self._walk(model, "", on_path=set())
         layers = [(self.names[layer], layer.disha) for layer in self.find_layers()]
         self.places = Places(layers)
@@ -287,6 +291,11 @@ class ModelView:
                     aliases = tuple(join(name, attribute) for name in names)
                     buffers.append(ModelBuffer(aliases, module, attribute, self.places, is_norm))
         return tuple(buffers)
+
+    @property
+    def tensors(self) -> tuple[ModelParameter | ModelBuffer, ...]:
+        """The parameters and the buffers."""
+        return (*self.parameters, *self.buffers)
 
     # --- adapters --------------------------------------------------------------------------------
 
