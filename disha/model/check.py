@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from disha.effective.contexts import open_context
 from disha.errors import ArgumentError, DishaError
-from disha.functional import Method
 from disha.layers.adapted import AdaptedLayer, restore
 from disha.layers.blocks import AdapterBlock
 from disha.layers.wrappers import clean_key
@@ -174,7 +173,6 @@ def _check(
     for module in view.model.modules():
         undo.callback(setattr, module, "training", module.training)
     blocks = runner.blocks
-    zeros = [block for block in blocks if not gather(block.block).count_nonzero()]
     frozen = [block for block in blocks if not block.block.requires_grad]
     _randomise(blocks, undo)
     undo.callback(view.reshard)  # a forward gathers what is sharded
@@ -196,8 +194,6 @@ def _check(
             error_in_training = f"; in training mode it raises {name} with these inputs"
         else:
             observations.append(in_training)
-    trained_in_evaluation = [block for block in zeros if block in in_evaluation.with_gradient]
-    stuck = _find_stuck_methods(runner, trained_in_evaluation, undo)
     rows = []
     for name, layer, adapter, block in active:
         reason = _reason_against_training(block, observations)
@@ -205,8 +201,6 @@ def _check(
             reason += error_in_training
         elif block in frozen:
             reason = "it acts, but it is frozen; to train it, call mark_only_adapters_trainable"
-        elif block in zeros and block.method in stuck:
-            reason = "a block of zeros gets no gradient by its method; use init='kaiming'"
         merging_of_layer = mergings.get(layer, Merging(None))
         row = CheckedWeight(
             name,
@@ -319,18 +313,3 @@ def _changes_outputs(
     if len(changed) != len(outputs):
         return True
     return not all(torch.equal(output, former) for output, former in zip(changed, outputs))
-
-
-def _find_stuck_methods(runner: Runner, zeros: list[AdapterBlock], undo: ExitStack) -> list[Method]:
-    """Return the methods of these blocks of which a block of zeros gets no gradient, and stays so.
-
-    One block of each method is tried.
-    """
-    stuck = []
-    for method, block in {block.method: block for block in zeros}.items():
-        write(block.block, torch.zeros(whole_shape(block.block), device="cpu"), undo)
-        with runner.mode(training=False):
-            read, outputs = _run_and_note_reads(runner, [block])
-            if not _find_with_gradient(outputs, read):
-                stuck.append(method)
-    return stuck

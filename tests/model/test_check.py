@@ -10,8 +10,6 @@ from torch import nn
 
 import disha
 from disha import ArgumentError, CheckReport, MergeError, ModeError
-from disha.functional import Method
-from disha.functional.shard_sums import repeat_over_shards
 from disha.model import check_merges
 from disha.model.check_report import CheckedWeight
 from tests.conftest import Tied, assert_unchanged, refused, seed_torch, snapshot
@@ -401,32 +399,6 @@ def test_random_states_come_back():
 
 def test_random_layers_get_the_same_numbers_in_each_run():
     model = disha.inject_adapters(Model(lambda layer, x: layer(x) + torch.rand(4)), "layer", 2)
-    assert disha.check_adapters(model, torch.randn(3, 4)).ok
-
-
-class Squares(Method):
-    """dW is a product of the block with itself, so a block of zeros has no gradient."""
-
-    name = "squares"
-
-    def shape(self, geometry, r, r_out):
-        return (*geometry.stack, r, geometry.out_features)
-
-    def delta(self, block, geometry, matrices):
-        return repeat_over_shards((block**2).mT, geometry.in_features)
-
-
-@pytest.mark.parametrize("init", ["zeros", "kaiming"])
-def test_a_method_that_can_not_leave_zeros(monkeypatch, init):
-    disha.register_method(Squares())
-    model = nn.Sequential(nn.Linear(4, 4))
-    disha.inject_adapters(model, "0", 2, method="squares", init=init)
-    report = disha.check_adapters(model, torch.randn(3, 4))
-    assert report.ok is (init == "kaiming")
-    assert report.weights[0].acts
-    assert ("a block of zeros gets no gradient" in str(report)) is (init == "zeros")
-    with torch.no_grad():
-        disha.adapter_parameters(model)[0].fill_(0.1)  # as after training from elsewhere
     assert disha.check_adapters(model, torch.randn(3, 4)).ok
 
 
