@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 
 import torch
@@ -56,25 +56,16 @@ def plan_weights(
         if reason is not None:
             reasons.append(f"parameter {printable(key, WIDEST)}: {reason}")
     if reasons:
+        message = f"the adapter does not fit the model; nothing changed:\n{first_few(reasons, 20)}"
         absent = [record.name for record in layers if record.name not in weights]
         saved_names = [name for name, weight in weights.items() if name in weight.names]
-        raise ArgumentError(_describe_misfit(reasons, absent, saved_names))
+        nearest = list_nearest(absent[0], saved_names) if absent else ""
+        if nearest:
+            message += f"\nthe names nearest to {brief(absent[0])} are {nearest}"
+        raise ArgumentError(message)
     # Statistics are saved with every adapter, so none claims them.
     claimed = tuple(key for key in also_train if not in_model[key].is_statistic)
     return Plan(adapter, config, freeze, tuple(planned), claimed)
-
-
-def _describe_misfit(
-    reasons: Sequence[str], absent: Sequence[str], names_in_model: Iterable[str]
-) -> str:
-    """Return the message of the error, with the names that are most like an absent one."""
-    message = f"the adapter does not fit the model; nothing changed:\n{first_few(reasons, 20)}"
-    if not absent:
-        return message
-    nearest = list_nearest(absent[0], names_in_model)
-    if not nearest:
-        return message
-    return f"{message}\nthe names nearest to {brief(absent[0])} are {nearest}"
 
 
 def _weights_by_name(view: ModelView, config: AdapterConfig) -> dict[str, PlannedLayer]:

@@ -190,7 +190,6 @@ def _declare(layer: PlannedLayer, config: AdapterConfig) -> PlannedLayer:
         if reason is not None:
             raise ArgumentError(f"layouts {key!r} does not fit {layer.name}: {reason}")
         slot = slot_of(layer.attribute, layout)
-        layer = replace(layer, slot=slot)
     regex = find_first_match(config.rows, layer.names_to_match)
     if regex is not None and slot is not None:
         if slot.output_ranges:
@@ -198,8 +197,7 @@ def _declare(layer: PlannedLayer, config: AdapterConfig) -> PlannedLayer:
                 f"{layer.name} has rows of its own; choose it by its name, not by rows"
             )
         slot = replace(slot, output_ranges=config.rows[regex])
-        layer = replace(layer, slot=slot)
-    return layer
+    return replace(layer, slot=slot)
 
 
 def find_layout_key(layer: PlannedLayer, config: AdapterConfig) -> str | None:
