@@ -156,14 +156,13 @@ def _find_whether_base_changed(view: ModelView, runner: Runner) -> bool | None:
 
 
 @dataclass
-class _Observation:
-    """What the model did with the blocks when it ran in one mode."""
+class _Seen:
+    """What the model did with the blocks when it ran, in one mode or in both."""
 
-    outputs: list[Tensor]
     read: set[AdapterBlock]
     acting: set[AdapterBlock]
     with_gradient: set[AdapterBlock]
-    error: str  # why gradients could not be computed; empty if they could
+    error: str = ""  # why gradients could not be computed; empty if they could
 
 
 def _check(
@@ -176,27 +175,24 @@ def _check(
     frozen = [block for block in blocks if not block.block.requires_grad]
     _randomise(blocks, undo)
     undo.callback(view.reshard)  # a forward gathers what is sharded
+    seen = _Seen(set(), set(), set())
     with UndoesWrites(active, undo):
-        in_evaluation = _observe(runner, blocks, training=False)
+        outputs = _observe(runner, blocks, seen, training=False)
     mergings: dict[AdaptedLayer, Merging] = {}
     if merging:
-        mergings = compare_merged(view, runner, active, in_evaluation.outputs)
-    observations = [in_evaluation]
+        mergings = compare_merged(view, runner, active, outputs)
     error_in_training = ""
-    in_order = in_evaluation.acting & in_evaluation.with_gradient
-    idle = [block for block in blocks if block not in in_order]
+    idle = [block for block in blocks if block not in seen.with_gradient]
     if idle:
         try:
             with UndoesWrites(active, undo):
-                in_training = _observe(runner, idle, training=True)
+                _observe(runner, idle, seen, training=True)
         except Exception as error:  # such as of a loss without its targets, or of a batch norm
             name = type(error).__name__
             error_in_training = f"; in training mode it raises {name} with these inputs"
-        else:
-            observations.append(in_training)
     rows = []
     for name, layer, adapter, block in active:
-        reason = _reason_against_training(block, observations)
+        reason = _reason_against_training(block, seen)
         if reason:
             reason += error_in_training
         elif block in frozen:
@@ -205,8 +201,8 @@ def _check(
         row = CheckedWeight(
             name,
             adapter,
-            read=any(block in observation.read for observation in observations),
-            acts=any(block in observation.acting for observation in observations),
+            read=block in seen.read,
+            acts=block in seen.acting,
             gradient=not reason,
             merges=merging_of_layer.keeps_outputs,
             # Why it does not train comes before why it does not merge.
@@ -216,41 +212,44 @@ def _check(
     return tuple(rows)
 
 
-def _reason_against_training(block: AdapterBlock, observations: list[_Observation]) -> str:
+def _reason_against_training(block: AdapterBlock, seen: _Seen) -> str:
     """Return why a block does not act or gets no gradient; empty if it does both."""
-    if not any(block in observation.read for observation in observations):
+    if block not in seen.read:
         return "the model does not use this weight, or not with these inputs"
-    if not any(block in observation.acting for observation in observations):
+    if block not in seen.acting:
         return "the model reads this weight, but the update does not reach the output"
-    if any(block in observation.with_gradient for observation in observations):
+    if block in seen.with_gradient:
         return ""
-    errors = [observation.error for observation in observations if observation.error]
-    if errors:
-        return f"it acts, but its gradient can't be computed: {errors[-1]}"
+    if seen.error:
+        return f"it acts, but its gradient can't be computed: {seen.error}"
     return "it acts, but a detach or a custom function stops its gradient"
 
 
-def _observe(runner: Runner, blocks: list[AdapterBlock], *, training: bool) -> _Observation:
-    """Run the model in this mode, and return which of the blocks are read, act and get gradients.
+def _observe(
+    runner: Runner, blocks: list[AdapterBlock], seen: _Seen, *, training: bool
+) -> list[Tensor]:
+    """Run the model in this mode, note which blocks are read, act and get gradients.
 
-    A block without a gradient may act all the same, so the model runs once more for each of these.
+    Return the outputs. A block without a gradient may act all the same, so the model runs once more
+    for each of these.
     """
     with runner.mode(training=training):
         read, outputs = _run_and_note_reads(runner, blocks)
-        error = ""
+        with_gradient = set()
         try:
             with_gradient = _find_with_gradient(outputs, read)
         except DishaError:
             raise
         except RuntimeError as failure:  # for example, the forward has freed a part of the graph
-            with_gradient = set()
-            error = str(failure).partition(".")[0]  # its first sentence
+            seen.error = str(failure).partition(".")[0]  # its first sentence
     outputs = [output.detach() for output in outputs]
-    acting = set(with_gradient)
+    seen.read.update(read)
+    seen.acting |= with_gradient
+    seen.with_gradient |= with_gradient
     for block in blocks:
-        if block not in acting and _changes_outputs(runner, block, outputs, training):
-            acting.add(block)
-    return _Observation(outputs, set(read), acting, with_gradient, error)
+        if block not in seen.acting and _changes_outputs(runner, block, outputs, training):
+            seen.acting.add(block)
+    return outputs
 
 
 def _randomise(blocks: list[AdapterBlock], undo: ExitStack) -> None:
