@@ -13,7 +13,6 @@ import copy
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,12 +27,14 @@ from disha.errors import ArgumentError, ConversionError
 from disha.files.disk import PathLike
 from disha.files.loading import load_contents
 from disha.files.saving import adapter_contents
+from disha.functional.new_rows import method_of_block
 from disha.interop.experts import ExpertForm
 from disha.interop.lora import export
 from disha.interop.low_rank import find_served_rank
 from disha.layers.adapted import refuse_merged
 from disha.model.computed_weights import computed_weights
 from disha.model.control import check_names
+from disha.model.records import LayerRecord
 from disha.model.view import ModelView
 
 __all__ = ["DPOTrainer", "GRPOTrainer", "RLOOTrainer"]
@@ -77,13 +78,11 @@ class _Reference(nn.Module):
 
 def _prepare_model(view: ModelView, args: Any, given: Mapping[str, Any], undo: ExitStack) -> None:
     """Prepare a model for training as the settings ask, or raise."""
-    if not view.adapters:
-        raise ArgumentError("the model has no adapter; call inject_adapters first")
     refuse_merged(view.find_layers(), "train")
     if not _active_adapters(view):
         raise ArgumentError(
-            f"no adapter of the model is active ({', '.join(view.adapters)}), so none would train; "
-            "call set_active_adapters first"
+            f"no adapter of the model is active (it has {', '.join(view.adapters) or 'none'}), so "
+            "none would train; call inject_adapters or set_active_adapters first"
         )
     for name, reason in REFUSED.items():
         if given.get(name) is not None or getattr(args, name, False):
@@ -125,27 +124,34 @@ def _make_reference(view: ModelView, adapters: Names, undo: ExitStack) -> _Refer
 
 
 def _copy_trained_adapters(view: ModelView, names: Sequence[str], undo: ExitStack) -> list[str]:
-    """Copy the adapters that are not new, and return the names of the copies.
+    """Copy the adapters that act, and return the names of the copies.
 
-    The blocks of a new adapter are zero, so the model acts the same without it.
+    The model acts the same without a new one, whose update is zero.
     """
-    load = partial(load_contents, view, "the model", replace=True, freeze=False, activate=False)
     copies = []
     for name in names:
         contents = adapter_contents(view, name)
-        if not any(tensor.any() for tensor in contents.tensors.values()):
-            continue
-        copy_name = f"{name}_reference"
-        copies.append(copy_name)
-        if copy_name not in view.adapters:
-            load(contents, copy_name)
-            undo.callback(disha.remove_adapters, view.model, copy_name)
-            continue
-        former = adapter_contents(view, copy_name)
-        values = {key: tensor.clone() for key, tensor in former.tensors.items()}
-        undo.callback(load, replace(former, tensors=values), copy_name)
-        load(contents, copy_name)
+        if any(_acts(layer, contents.tensors[layer.key]) for layer in contents.layers):
+            copy_name = f"{name}_reference"
+            copies.append(copy_name)
+            load_contents(
+                view,
+                "the model",
+                contents,
+                copy_name,
+                replace=True,
+                freeze=False,
+                activate=False,
+                around=undo,
+            )
     return copies
+
+
+def _acts(layer: LayerRecord, block: Tensor) -> bool:
+    """Whether a block's update is not zero. The update of a LoRA is if one of its factors is."""
+    method = method_of_block(layer.method)
+    factors = method.lora_factors(layer.layout, block, layer.geometry(block.shape))
+    return all(bool(factor.any()) for factor in factors or [block])
 
 
 class _SyncOfWeights(vllm_generation.VLLMGeneration):  # type: ignore[misc]

@@ -276,6 +276,13 @@ def test_precomputed_results_depend_on_the_reference(tmp_path):
     assert found[True] != found[False]
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_the_reference_of_a_new_adapter_is_the_base(tmp_path, method):
+    """No copy is made of an adapter without effect, also of a LoRA, whose A is not zero."""
+    trainer = preferring(adapted(method=method), tmp_path)
+    assert {layer.adapter for layer in disha.summary(trainer.model).layers} == {"default"}
+
+
 # --- GRPOTrainer ---------------------------------------------------------------------------------
 
 
@@ -506,7 +513,7 @@ def blocks_in(model):
 
 @pytest.mark.parametrize("make", [preferring, rewarded])
 def test_what_does_not_fit_is_refused(tmp_path, make):
-    with pytest.raises(disha.ArgumentError, match="no adapter; call inject_adapters"):
+    with pytest.raises(disha.ArgumentError, match=r"it has none\).*call inject_adapters"):
         make(llama(), tmp_path)
     with pytest.raises(disha.ArgumentError, match="peft_config adds an adapter of PEFT"):
         make(adapted(), tmp_path, named={"peft_config": peft.LoraConfig()})
@@ -514,7 +521,7 @@ def test_what_does_not_fit_is_refused(tmp_path, make):
         make(adapted(), tmp_path, named={"ref_model": llama()})
     model = adapted()
     disha.set_active_adapters(model, [])
-    with pytest.raises(disha.ArgumentError, match=r"no adapter .* is active \(default\)"):
+    with pytest.raises(disha.ArgumentError, match=r"no adapter .* is active \(it has default\)"):
         make(model, tmp_path)
     merged = adapted()
     disha.merge_adapters(merged)
