@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,8 +24,7 @@ import disha
 from disha.files import ADAPTER_NAME
 from disha.files.disk import OF_TORCH
 from disha.integrations.engines import kept_keys, leave_out_base
-from disha.layers.weights import stored_weight
-from disha.model.state import check_fit, collect_tensors
+from disha.model.state import collect_tensors
 from disha.model.view import ModelView
 
 __all__ = ["AdapterCheckpoints"]
@@ -191,45 +190,23 @@ class _FileKeys:
     def __call__(
         self, model: nn.Module, state: dict[str, Tensor], prefix: str, *unused: Any
     ) -> None:
-        """Give the tensors of a file the keys that they have in the model's state dict.
+        """Load the tensors of a file, and leave nothing to load in the state.
 
         Raises:
             AdapterStateError: the file has another adapter, of which `Trainer` would only log.
         """
-        parameters = model.state_dict(keep_vars=True)
-        in_file = {name: value for name, value in state.items() if name not in parameters}
+        in_model = model.state_dict(keep_vars=True)
+        is_file = any(key.endswith("_block") for key in state.keys() - in_model.keys())
         view = ModelView(model)
-        if prefix or not in_file or self.adapter not in view.adapters:
+        if prefix or not is_file or self.adapter not in view.adapters:
             return
-        held = collect_tensors(view, self.adapter)
-        if not _has_adapted_weight(view, state):
-            # The file has a buffer only if training has changed it.
-            buffers = {key for key in parameters if not isinstance(parameters[key], nn.Parameter)}
-            self._require_fit(held, {name: state[name] for name in state if name not in buffers})
-        names = {id(tensor): name for name, tensor in held.items()}
-        for key, parameter in parameters.items():
-            name = names.get(id(parameter))
-            if name in in_file:
-                state[key] = in_file[name]
-                state.pop(name, None)
-
-    def _require_fit(self, held: Mapping[str, Tensor], in_file: Mapping[str, Tensor]) -> None:
-        """Raise if the parameters in an adapter file are not those of the model's adapter."""
-        trained = {name: held[name] for name in held if isinstance(held[name], nn.Parameter)}
-        report = check_fit(trained, in_file)
-        if not report.complete:
-            raise disha.AdapterStateError(
-                f"the checkpoint does not fit the model's adapter {self.adapter!r}; inject it as "
-                f"when the checkpoint was saved:\n{report}"
-            )
-
-
-def _has_adapted_weight(view: ModelView, names: Collection[str]) -> bool:
-    """Whether one of the names is that of an adapted weight, as in a state of the whole model."""
-    weights = [stored_weight(layer, block.slot.parameter) for _, layer, _, block in view.blocks()]
-    ids = {id(weight) for weight in weights}
-    named = view.parameters_by_name
-    return any(id(named[name].value) in ids for name in names if name in named)
+        names = {id(tensor): name for name, tensor in collect_tensors(view, self.adapter).items()}
+        # The file has a tied parameter once, and the model under several keys.
+        keys = {key: names[id(value)] for key, value in in_model.items() if id(value) in names}
+        given = {key: state[name] for key, name in keys.items() if name in state}
+        given |= {name: state[name] for name in state.keys() - set(keys.values())}
+        disha.load_adapter_state_dict(model, given, self.adapter)
+        state.clear()
 
 
 def _set_aside_incomplete(output: Path) -> None:
