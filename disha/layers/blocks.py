@@ -294,11 +294,6 @@ class AdapterBlock(nn.Module):
             unexpected_keys.remove(prefix + SCALE)
         if self.scale_tensor.device != self.block.device:
             self._write_scale()  # load_state_dict(assign=True) has taken the block off meta
-        # The checkpoint of a base has no blocks, and yet it must load strictly. If a checkpoint has
-        # some blocks, `layers.state_dicts` reports the missing ones.
-        key = prefix + self.parameter_name
-        if key in missing_keys:
-            missing_keys.remove(key)
 
 
 class NewRowsBlock(AdapterBlock):
