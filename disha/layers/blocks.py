@@ -307,8 +307,8 @@ class NewRowsBlock(AdapterBlock):
     is_new_rows = True
     _first_scale = 1.0
 
-    def make_new_rows(self, on_meta: bool, group: Group | None) -> NewRows:
-        """Return the rows for products with the table; arguments are as in `make_update`."""
+    def make_update(self, on_meta: bool = False, group: Group | None = None) -> Any:
+        """Return the rows for products with the table; arguments are as in `AdapterBlock`."""
         acts = None if group is None else self.scale_tensor * self._read_factor(group) != 0
         return NewRows(self.read_values(on_meta), self.slot.output_ranges, acts)
 
@@ -547,22 +547,20 @@ class Adapters(nn.Module):
         `compiling` and `on_meta` are as in `AdapterBlock.make_update`.
         """
         group = self.group if compiling else None
-        blocks: dict[str | None, tuple[AdapterBlock, ...]] = {}
+        chosen: dict[Any, Override | None] = {None: override}
         if isinstance(override, Route):
-            for name in override.adapters:
-                blocks[name] = self.acting_blocks(parameter, (name,))
-        else:
-            blocks[None] = self.acting_blocks(parameter, override)
+            chosen = {name: (name,) for name in override.adapters}
         updates_of: dict[Any, tuple[Update, ...]] = {}
-        rows_of: dict[str | None, list[NewRows]] = {}
-        for adapter, acting in blocks.items():
-            rows = [block for block in acting if isinstance(block, NewRowsBlock)]
-            others = [block for block in acting if not block.is_new_rows]
-            rows_of[adapter] = [block.make_new_rows(on_meta, group) for block in rows]
-            updates_of[adapter] = tuple([block.make_update(on_meta, group) for block in others])
-        updates = Updates(updates_of.get(None, ()))
+        rows_of: dict[Any, list[NewRows]] = {}
+        for adapter, names in chosen.items():
+            blocks = self.acting_blocks(parameter, names)
+            made: list[Any] = [block.make_update(on_meta, group) for block in blocks]
+            updates_of[adapter] = tuple([update for update in made if isinstance(update, Update)])
+            rows_of[adapter] = [rows for rows in made if isinstance(rows, NewRows)]
         if isinstance(override, Route):
-            updates = Routed(override, updates_of)
+            updates: Updates = Routed(override, updates_of)
+        else:
+            updates = Updates(updates_of[None])
         return WithNewRows(updates, rows_of) if any(rows_of.values()) else updates
 
     def __setstate__(self, state: dict[str, Any]) -> None:
