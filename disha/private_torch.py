@@ -75,45 +75,20 @@ from disha.errors import DishaError
 # --- questions to torch, each with the answer that is safe where torch lacks it ------------------
 
 
-def _assume_transforms() -> bool:
-    return True
+def _question(place: Any, name: str, otherwise: Any) -> Callable[..., Any]:
+    """Return a function of torch, or one that always gives the same answer."""
+    return getattr(place, name, lambda *args: otherwise)
 
 
-def _assume_one_mode() -> int:
-    return 1
-
-
-def _assume_no_mode() -> None:
-    return None
-
-
-def _assume_hooks(ignore_is_tracing: bool) -> bool:
-    return True
-
-
-def _assume_autocast() -> bool:
-    return True
-
-
-def _assume_view(tensor: Tensor) -> bool:
-    return True
-
-
-def _assume_backward() -> int:
-    return 0  # the number of a backward pass; torch returns -1 if none runs
-
-
-transforms_active: Callable[[], bool] = getattr(
-    torch._C, "_are_functorch_transforms_active", _assume_transforms
+transforms_active: Callable[[], bool] = _question(
+    torch._C, "_are_functorch_transforms_active", True
 )
 """Whether a transform of `torch.func` is running."""
 
-modes_active: Callable[[], int] = getattr(torch._C, "_len_torch_dispatch_stack", _assume_one_mode)
+modes_active: Callable[[], int] = _question(torch._C, "_len_torch_dispatch_stack", 1)
 """How many modes see all operations of tensors: of checkpointing, of counting memory, or others."""
 
-_current_mode: Callable[[], Any] = getattr(
-    _python_dispatch, "_get_current_dispatch_mode", _assume_no_mode
-)
+_current_mode = _question(_python_dispatch, "_get_current_dispatch_mode", None)
 
 
 def must_not_write() -> bool:
@@ -122,24 +97,24 @@ def must_not_write() -> bool:
     return transforms_active() or type(_current_mode()).__module__ == "torch.utils.checkpoint"
 
 
-saving_hooks: Callable[[bool], Any] = getattr(
-    getattr(torch._C, "_autograd", None), "_top_saved_tensors_default_hooks", _assume_hooks
+saving_hooks: Callable[[bool], Any] = _question(
+    getattr(torch._C, "_autograd", None), "_top_saved_tensors_default_hooks", True
 )
 """The hooks of what is saved for backward, such as those of activation checkpointing, or None.
 
 With True, also those that are set while the compiler traces.
 """
 
-any_autocast: Callable[[], bool] = getattr(torch._C, "_is_any_autocast_enabled", _assume_autocast)
+any_autocast: Callable[[], bool] = _question(torch._C, "_is_any_autocast_enabled", True)
 """Whether autocast is on for any device. It knows CPUs and CUDA, and no other device."""
 
 is_tracing: Callable[[], bool] = getattr(torch._C, "_is_tracing", torch.jit.is_tracing)  # type: ignore[attr-defined]
 """Whether `torch.jit.trace` records the operations."""
 
-is_view: Callable[[Tensor], bool] = getattr(Tensor, "_is_view", _assume_view)
+is_view: Callable[[Tensor], bool] = _question(Tensor, "_is_view", True)
 """Whether a tensor is a view of another one."""
 
-_graph_task: Callable[[], int] = getattr(torch._C, "_current_graph_task_id", _assume_backward)
+_graph_task = _question(torch._C, "_current_graph_task_id", 0)  # torch returns -1 if none runs
 
 
 # --- classes, contexts, and names ----------------------------------------------------------------
