@@ -241,10 +241,8 @@ def find_matching(patterns: Iterable[str], names: Sequence[str]) -> list[str]:
 
 def find_first_match(patterns: Iterable[str], names: Sequence[str]) -> str | None:
     """Return the first pattern that is found in any of the names, or None."""
-    for pattern in patterns:
-        if _is_found(pattern, names):
-            return pattern
-    return None
+    matching = find_matching(patterns, names)
+    return matching[0] if matching else None
 
 
 def _is_found(pattern: str, names: Sequence[str]) -> bool:
@@ -292,27 +290,25 @@ def _check_rows(
 
 
 def _read_ranges(ranges: Any) -> list[tuple[int, int]]:
-    items = list(ranges)
-    if len(items) == 2 and None not in map(_read_number, items):
-        items = [items]
-    return [(index(first), index(stop)) for first, stop in items]
+    try:
+        return _read_pairs(ranges)
+    except TypeError:  # numbers can't be unpacked
+        return _read_pairs([ranges])
 
 
 def _read_numbers(numbers: Any) -> list[tuple[int, int]]:
     pairs = []
     for item in numbers:
-        number = _read_number(item)
-        first, stop = item if number is None else (number, number + 1)
-        pairs.append((index(first), index(stop)))
+        try:
+            number = index(item)  # an integer of Python, numpy or torch
+            pairs.append((number, number + 1))
+        except (TypeError, ValueError):
+            pairs += _read_pairs([item])
     return pairs
 
 
-def _read_number(item: Any) -> int | None:
-    """Return an integer of Python, numpy or torch as an int; None for anything else."""
-    try:
-        return index(item)
-    except (TypeError, ValueError):
-        return None
+def _read_pairs(pairs: Any) -> list[tuple[int, int]]:
+    return [(index(first), index(stop)) for first, stop in pairs]
 
 
 def _are_apart(ranges: OutputRanges) -> bool:
