@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 
 from disha.effective.contexts import open_context
-from disha.effective.weight import EffectiveWeight
 from disha.errors import ArgumentError, MergeError, ModeError
 from disha.layers import quantized
 from disha.layers.blocks import MERGED, AdapterBlock, Adapters
@@ -91,13 +90,6 @@ class AdaptedLayer(nn.Module):
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        # A class with a `_save_to_state_dict` of its own, as in PyTorch Geometric, may have read an
-        # effective weight.
-        for name in self._adapted_parameters:
-            parameter = self._parameters.get(name)
-            saved = destination.get(prefix + name)
-            if isinstance(saved, EffectiveWeight) and parameter is not None:
-                destination[prefix + name] = parameter if keep_vars else parameter.detach()
         if self.disha.merged is not None:
             destination[prefix + MERGED] = torch.tensor(True)
 

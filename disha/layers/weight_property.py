@@ -68,8 +68,11 @@ def weight_property(original: type[nn.Module], name: str) -> property:
         if not compiling:
             caller = sys._getframe(1)
             reader = caller.f_globals.get("__name__", "")
+            function = caller.f_code.co_name
             # A wrapper's `__getattr__` in these modules passes on what somebody else reads.
-            if reader.startswith(READERS_OF_PARAMETERS) and caller.f_code.co_name != "__getattr__":
+            is_listed = reader.startswith(READERS_OF_PARAMETERS) and function != "__getattr__"
+            # Classes with a method of their own for it, as in PyTorch Geometric, save W.
+            if is_listed or function == "_save_to_state_dict":
                 _refuse_parametrization(reader, layer, name)
                 return base
         try:
