@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
 from disha.errors import ModeError
-from disha.sharding.imported import imported_class
 
 
 def bits_of(module: nn.Module | None, weight: Tensor) -> int | None:
@@ -31,15 +30,16 @@ def bits_of(module: nn.Module | None, weight: Tensor) -> int | None:
 
 def library_classes() -> tuple[Any, ...]:
     """Return the library's classes of quantised layers; none if it is not imported."""
-    names = ("Linear4bit", "Linear8bitLt", "Embedding4bit", "Embedding8bit")
-    classes = [imported_class("bitsandbytes.nn", name) for name in names]
-    return tuple(cls for cls in classes if isinstance(cls, type))
+    library = sys.modules.get("bitsandbytes.nn")
+    if library is None:
+        return ()
+    return library.Linear4bit, library.Linear8bitLt, library.Embedding4bit, library.Embedding8bit
 
 
 def is_library_forward(cls: type[nn.Module]) -> bool:
     """Whether a class runs the forward of a linear layer of bitsandbytes, by its own kernels."""
-    linear = [known for known in library_classes() if issubclass(known, nn.Linear)]
-    return any(cls.forward is known.forward for known in linear)
+    linear_classes = library_classes()[:2]
+    return any(cls.forward is known.forward for known in linear_classes)
 
 
 def unpacked_shape(parameter: Tensor, module: nn.Module | None = None) -> torch.Size | None:

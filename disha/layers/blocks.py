@@ -171,16 +171,12 @@ class AdapterBlock(nn.Module):
             values = self._load_by_hook()
         elif type(parameters) is not dict and values is not None:  # that of ZeRO-3
             values = self._gather_from_zero(values)
-        if values is None and (parameters or self._modules):
-            raise ModeError(
-                "an adapter can't act while its block is pruned or parametrised; make that "
-                "permanent or undo it (torch.nn.utils.prune.remove, or "
-                "torch.nn.utils.parametrize.remove_parametrizations)"
-            )
         if values is None:
             raise ModeError(
-                "an adapter can't act while its block is part of a flat parameter; use "
-                "fully_shard, or FullyShardedDataParallel with use_orig_params=True"
+                "an adapter can't act while its block is pruned or parametrised (undo it with "
+                "torch.nn.utils.prune.remove or parametrize.remove_parametrizations), or part of a "
+                "flat parameter (use fully_shard, or FullyShardedDataParallel with "
+                "use_orig_params=True)"
             )
         if values.is_meta and not on_meta:
             raise ModeError(

@@ -51,8 +51,7 @@ def _return_as_fused(
 ) -> Tensor:
     """Return the output as torch's fused kernel would."""
     output = _cast_as_fused(layer, output)
-    source = args[0] if args else kwargs["src"]
-    lengths = getattr(source, _LENGTHS, None)
+    lengths = getattr(kwargs.get("src"), _LENGTHS, None)
     if lengths is None:
         return output
     samples = [sample[:length] for sample, length in zip(output, lengths)]

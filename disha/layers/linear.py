@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, Self
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -47,11 +48,9 @@ class _LinearWithAdapter(AdaptedLinear):
         init: Init = "zeros",
         freeze: bool = True,
     ) -> None:
+        arguments = locals()
         super().__init__(in_features, out_features, bias, device, dtype)
-        config = AdapterConfig.from_arguments(
-            locals(), target=None, method=self.method, dtype=block_dtype
-        )
-        self._add_first_adapter(adapter, config, freeze)
+        self._add_first_adapter(arguments)
 
     @classmethod
     def from_linear(
@@ -106,14 +105,15 @@ class _LinearWithAdapter(AdaptedLinear):
         layer.out_features = linear.out_features
         layer._parameters.update(linear._parameters)  # the bias may be None
         layer.train(linear.training)
-        config = AdapterConfig.from_arguments(
-            locals(), target=None, method=cls.method, dtype=block_dtype
-        )
-        layer._add_first_adapter(adapter, config, freeze)
+        layer._add_first_adapter(locals())
         return layer
 
-    def _add_first_adapter(self, adapter: str, config: AdapterConfig, freeze: bool) -> None:
-        check_adapter_name(adapter)
+    def _add_first_adapter(self, arguments: Mapping[str, Any]) -> None:
+        """Add the adapter that the arguments of `__init__` or `from_linear` describe."""
+        config = AdapterConfig.from_arguments(
+            arguments, target=None, method=self.method, dtype=arguments["block_dtype"]
+        )
+        adapter = check_adapter_name(arguments["adapter"])
         geometry = WEIGHT.layout.geometry((self.out_features, self.in_features))
         method = method_of(config.method)
         reason = method.reason_against(WEIGHT.layout, geometry, config.r, config.r_out)
@@ -125,7 +125,7 @@ class _LinearWithAdapter(AdaptedLinear):
         adapters = adapt(self, [WEIGHT.parameter], False, record, ("",))
         adapters.add(adapter, [block])
         adapters.activate((adapter,))
-        if freeze:
+        if arguments["freeze"]:
             for name, parameter in self._parameters.items():
                 if parameter is not None:
                     record.flags[name] = Flag(parameter.requires_grad)
