@@ -186,7 +186,7 @@ class Places:
     @property
     def records(self) -> list[ModelRecord]:
         """The records that know a part of the model."""
-        return list(dict.fromkeys(place.record for place in self._today))
+        return list({place.record: None for place in self._today})
 
     def cover(self, place: Place) -> None:
         """Let one record know all modules of the model, which is at that place."""
