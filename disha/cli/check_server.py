@@ -52,14 +52,12 @@ def main(words: Sequence[str]) -> int:
     name, base_name = find_names(_ask(f"{url}/v1/models")["data"], flags.name)
     runner = load_runner(flags)
     prompts = [runner.tokenizer(text)["input_ids"][:TOKENS] for text in PROMPTS]
-    there = [
-        torch.tensor([value for ids in prompts for value in read_log_probs(url, model, ids)])
-        for model in (base_name, name)
-    ]
+    base_there = torch.cat([read_log_probs(url, base_name, ids) for ids in prompts])
+    adapted_there = torch.cat([read_log_probs(url, name, ids) for ids in prompts])
     base = torch.cat([log_probs_of(runner.model, ids) for ids in prompts])
     runner.load_adapter(flags)
     adapted = torch.cat([log_probs_of(runner.model, ids) for ids in prompts])
-    verdict, fields = judge((base, adapted), there)
+    verdict, fields = judge(base, adapted, base_there, adapted_there)
     show(flags.json, f"{name}: {verdict}", {"name": name, "verdict": verdict, **fields})
     return DONE if fields["acts"] else FAILED
 
@@ -86,7 +84,7 @@ def find_names(models: Sequence[Mapping[str, Any]], name: str | None) -> tuple[s
     return name, bases[0]
 
 
-def read_log_probs(url: str, name: str, ids: Sequence[int]) -> list[float]:
+def read_log_probs(url: str, name: str, ids: Sequence[int]) -> Tensor:
     """Return the log-probability at a server of each token of a prompt but the first."""
     body = {"model": name, "prompt": ids, "max_tokens": 1, "temperature": 0, "prompt_logprobs": 0}
     listed = _ask(f"{url}/v1/completions", body)["choices"][0].get("prompt_logprobs")
@@ -96,7 +94,7 @@ def read_log_probs(url: str, name: str, ids: Sequence[int]) -> list[float]:
             "does, so it can't be checked"
         )
     pairs = zip(ids[1:], listed[1:], strict=True)
-    return [of_token[str(token)]["logprob"] for token, of_token in pairs]
+    return torch.tensor([of_token[str(token)]["logprob"] for token, of_token in pairs])
 
 
 @torch.no_grad()
@@ -107,15 +105,13 @@ def log_probs_of(model: Any, ids: Sequence[int]) -> Tensor:
     return chances.gather(1, tokens[0, 1:, None])[:, 0].cpu()
 
 
-def judge(here: Sequence[Tensor], there: Sequence[Tensor]) -> tuple[str, dict[str, Any]]:
+def judge(
+    base: Tensor, adapted: Tensor, base_there: Tensor, adapted_there: Tensor
+) -> tuple[str, dict[str, Any]]:
     """Return what the differences between the answers here and there say, and the differences.
-
-    Each has the answers of the base, and those with the adapter.
 
     The bases are compared first: over another base, no answer can be that of the adapter here.
     """
-    base, adapted = here
-    base_there, adapted_there = there
     effect = _distance(adapted, base)
     of_bases = _distance(base_there, base)
     of_adapters = _distance(adapted_there, adapted)

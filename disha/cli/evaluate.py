@@ -129,7 +129,10 @@ def _measure_all(
 
 def _average(sums: Sequence[Mapping[str, float]]) -> dict[str, float]:
     """Return the mean loss of a token to predict (nats), its exponential, and the counts."""
-    added = {name: sum(of_set[name] for of_set in sums) for name in sums[0]}
+    added: dict[str, float] = dict.fromkeys(sums[0], 0)
+    for of_set in sums:
+        for name, value in of_set.items():
+            added[name] += value
     loss = added.pop("loss") / max(added["tokens"], 1)
     return {"loss": loss, "perplexity": math.exp(loss), **added}
 
