@@ -35,7 +35,10 @@ BAD_PATH = (FileNotFoundError, IsADirectoryError, NotADirectoryError, Permission
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line: the words after the name of the program, or those of this process."""
+    """Run the command line: the words after the name of the program, or those of this process.
+
+    Return the exit code. The help of a command ends the process, as in any program of argparse.
+    """
     words = sys.argv[1:] if argv is None else argv
     debug = "--debug" in words
     with _quiet_screen(debug):
@@ -43,11 +46,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             code = _run([word for word in words if word != "--debug"])
             sys.stdout.flush()
             return code
-        except SystemExit as request:
-            if request.code is None or isinstance(request.code, int):
-                return request.code or DONE
-            _complain(str(request.code))  # Python shows a message, and ends with 1
-            return FAILED
         except KeyboardInterrupt:
             _complain("interrupted; adapters, merged models, reports and cards are whole")
             return INTERRUPTED

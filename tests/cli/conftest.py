@@ -53,7 +53,10 @@ def run(capsys):
 
     def run_main(*arguments: object) -> Done:
         capsys.readouterr()
-        code = main([str(argument) for argument in arguments])
+        try:
+            code = main([str(argument) for argument in arguments])
+        except SystemExit as end:  # of the help of a command
+            code = end.code
         out, err = capsys.readouterr()
         return Done(code, out, err)
 

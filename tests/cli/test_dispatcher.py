@@ -144,7 +144,6 @@ GONE = FileNotFoundError(errno.ENOENT, "No such file")
         (FULL, None, 1),
         (ValueError("of another library"), None, 1),
         (KeyboardInterrupt(), None, 130),
-        (SystemExit("a message"), None, 1),
     ],
 )
 def test_exit_code_by_what_went_wrong(run, command, error, cause, code):

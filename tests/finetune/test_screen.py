@@ -20,10 +20,12 @@ from tests.processes import environment
 
 HELP_THEN_RUN = """
 import sys
+from contextlib import suppress
 from disha.cli import main
 
 for name in ("generate", "evaluate", "finetune"):
-    main([name, "--help"])
+    with suppress(SystemExit):
+        main([name, "--help"])
 print("trainers:", {"transformers.trainer", "trl.trainer.sft_trainer"} & set(sys.modules))
 sys.exit(main(sys.argv[1:]))
 """
