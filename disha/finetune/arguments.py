@@ -18,10 +18,10 @@ from transformers.utils.import_utils import is_torch_tf32_available
 from trl import SFTConfig
 
 import disha
-from disha.errors import ArgumentError, DishaError
+from disha.errors import ArgumentError
 from disha.files import find_adapter
 from disha.finetune.base import best_device, make_on_meta
-from disha.finetune.choices import choose, describe, read_device
+from disha.finetune.choices import choose, describe, has_bfloat16
 from disha.finetune.notes import (
     BITS,
     read_noted_base,
@@ -82,10 +82,7 @@ class AdapterArguments:
     )
     # torchrun takes --r for an abbreviation of its own flags.
     r: int = _flag(64, "the shard size, or the rank of lora", "--bone_r", "--rank")
-    method: str = _flag("bone", "bone (also called miss), bat or lora")
-    init_weights: str | None = _flag(
-        None, "the method in the author's words: True or bat", choices=("True", "bat")
-    )
+    method: str = _flag("bone", "bone (also called miss, or True), bat or lora", "--init_weights")
     r_out: int | None = _flag(None, "makes a tile: the columns of its block", "--bone_r_out")
     groups: str = _flag("1", "groups of shards: a number, or all; an output sees one of them")
     target: list[str] = _flag(["all-linear"], "regexes for the names of the weights to adapt")
@@ -100,16 +97,12 @@ class AdapterArguments:
     adapter: str | None = _flag(None, "an adapter file to train further; it sets r and targets")
     merge: bool = _flag(False, "also write the base with the adapter merged, into merged/")
 
-    def __post_init__(self) -> None:
-        if self.groups != "all" and not self.groups.isdigit():
-            raise ArgumentError(f"--groups must be a number or all, got {self.groups}")
-
     def settings(self) -> dict[str, Any]:
         """Return the arguments of `disha.inject_adapters`."""
         targets: str | list[str] = [*self.target]
         if len(targets) == 1:
             targets = targets[0]
-        groups = self.groups if self.groups == "all" else int(self.groups)
+        groups = int(self.groups) if self.groups.isdigit() else self.groups
         patterns = dict(_split_rank_pattern(pair) for pair in self.rank_pattern)
         return {
             "target_regex": targets,
@@ -283,27 +276,23 @@ def parse_flags(words: Sequence[str]) -> Flags:
     given = _read_given(parser, words)
     if "config" in given:
         given = {**_read_given(parser, [*_words_of(Path(given["config"]))]), **given}
-    if "init_weights" in given:
-        names = {"True": ("bone", "miss"), "bat": ("bat",)}[given["init_weights"]]
-        if given.setdefault("method", names[0]) not in names:
-            raise ArgumentError(
-                f"--init_weights {given['init_weights']} means --method {names[0]}, and --method "
-                f"is {given['method']}; give one of them"
-            )
-    settings = given
+    if given.get("method") == "True":  # as the script of the method's author has it
+        given["method"] = "bone"
     if "adapter" in given:
         given["adapter"] = str(find_adapter(given["adapter"]))
-        settings = {**given, **_settings_of_adapter(given)}
+        given |= _settings_of_adapter(given)
     kind = "cpu" if given.get("use_cpu") else best_device().type
-    device = read_device(kind)
-    choices = choose(device, _plan_for_rate(settings), settings)
-    settings |= {name: choice.value for name, choice in choices.items()}
+    plan = None
+    if "base" in given and "learning_rate" not in given:
+        plan = _plan(given)
+    choices = choose(kind, has_bfloat16(kind), plan, given)
+    settings = given | {name: choice.value for name, choice in choices.items()}
     try:
         adapter, data, training = parser.parse_dict(settings, allow_extra_keys=True)
     except ValueError as error:  # SFTConfig checks its values, and says clearly what is wrong
         raise ArgumentError(str(error)) from error
     if training.process_index == 0:
-        print(describe(device, choices))
+        print(describe(kind, choices))
     return adapter, data, training
 
 
@@ -335,17 +324,12 @@ def _settings_of_adapter(given: Mapping[str, Any]) -> dict[str, Any]:
     return settings
 
 
-def _plan_for_rate(settings: Mapping[str, Any]) -> disha.Plan | None:
-    """Return what a run adapts, if the learning rate depends on it; None if that can't be read."""
-    if settings.get("base") is None or settings.get("learning_rate") is not None:
-        return None
+def _plan(given: Mapping[str, Any]) -> disha.Plan:
+    """Return what a run adapts, without its weights."""
     names = {field.name for field in fields(AdapterArguments)}
-    try:
-        adapter = AdapterArguments(**{n: v for n, v in settings.items() if n in names})
-        model = make_on_meta(settings["base"])
-        return disha.plan_adapters(model, **adapter.settings_for(model))
-    except (DishaError, OSError, ValueError, ImportError):
-        return None  # loading the base says what is wrong
+    adapter = AdapterArguments(**{name: given[name] for name in names & given.keys()})
+    model = make_on_meta(given["base"])
+    return disha.plan_adapters(model, **adapter.settings_for(model))
 
 
 def _parser(shows_all: bool) -> _Parser:
@@ -377,13 +361,7 @@ class _Format(argparse.ArgumentDefaultsHelpFormatter):
     """Shows each name of a flag once, without its form with dashes."""
 
     def _format_action_invocation(self, action: argparse.Action) -> str:
-        names = [name for name in action.option_strings if "-" not in name[2:]]
-        values = " X"
-        if action.nargs == "+":
-            values = " ..."
-        elif action.nargs in (0, "?"):
-            values = ""
-        return ", ".join(names) + values
+        return ", ".join(name for name in action.option_strings if "-" not in name[2:])
 
 
 def _words_of(path: Path) -> Iterator[str]:

@@ -13,8 +13,7 @@ AdamW, pinned memory and tf32.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers.utils.import_utils import is_torch_bf16_gpu_available
@@ -22,79 +21,65 @@ from transformers.utils.import_utils import is_torch_bf16_gpu_available
 from disha import Plan
 from disha.text import counted
 
-RATE_OF_UNKNOWN_LAYERS = 1e-4
+NAMES = ("bits", "gradient_checkpointing", "learning_rate")
+"""The flags that are chosen, in the order in which they are told."""
 
 
-@dataclass(frozen=True)
-class Device:
-    """What a run must know of its device."""
-
-    kind: str
-    has_bfloat16: bool
-
-
-@dataclass(frozen=True)
-class Choice:
+class Choice(NamedTuple):
     """The value of a flag, and the reason for it."""
 
     value: Any
     reason: str
 
 
-def read_device(kind: str) -> Device:
-    """Return what is known of a kind of device; without one here, what holds for recent ones."""
-    here = torch.accelerator.current_accelerator(check_available=True)
-    if here is None or here.type != kind:
-        return Device(kind, has_bfloat16=True)
+def has_bfloat16(kind: str) -> bool:
+    """Return whether the device of this kind computes in bfloat16."""
     if kind == "cuda":  # transformers also counts a GPU that only emulates bfloat16, slowly
-        return Device(kind, torch.cuda.is_bf16_supported(including_emulation=False))
-    return Device(kind, is_torch_bf16_gpu_available())
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return bool(is_torch_bf16_gpu_available())
 
 
-def choose(device: Device, plan: Plan | None, given: Mapping[str, Any]) -> dict[str, Choice]:
-    """Return the settings of a run by the names of their flags.
+def choose(
+    kind: str, has_bfloat16: bool, plan: Plan | None, given: Mapping[str, Any]
+) -> dict[str, Choice]:
+    """Return the settings of a run on a kind of device, by the names of their flags.
 
-    `plan` has the layers that the run adapts, and is None if they are unknown. In `given`, a flag
-    that is None or `auto` is not given.
+    `plan` has the layers that the run adapts; without one, no learning rate is chosen. In `given`,
+    a flag that is None or `auto` is not given.
     """
-    if device.kind == "cpu":
+    if kind == "cpu":
         bits = Choice("fp32", "processors multiply float32 fastest")
         recomputes = Choice(False, "a processor has more memory than time")
     else:
         bits = Choice("fp16", "the device has no bfloat16; losses are scaled")
-        if device.has_bfloat16:
+        if has_bfloat16:
             bits = Choice("bf16", "the device has bfloat16")
         recomputes = Choice(True, "an accelerator has more time than memory")
-    choices = {
-        "bits": bits,
-        "gradient_checkpointing": recomputes,
-        "learning_rate": _choose_rate(plan),
-    }
-    for name, value in given.items():
-        if name in choices and value not in (None, "auto"):
-            choices[name] = Choice(value, "as given")
+    choices = {"bits": bits, "gradient_checkpointing": recomputes}
+    if plan is not None:
+        choices["learning_rate"] = _choose_rate(plan)
+    for name in NAMES:
+        if given.get(name) not in (None, "auto"):
+            choices[name] = Choice(given[name], "as given")
     if given.get("fp16") is None:
-        is_half = choices["bits"].value == "fp16" and device.kind != "cpu"
+        is_half = choices["bits"].value == "fp16" and kind != "cpu"
         scales_losses = is_half and not given.get("bf16")
         choices["fp16"] = Choice(scales_losses, "small gradients of float16 would round to 0")
     return choices
 
 
-def _choose_rate(plan: Plan | None) -> Choice:
-    if plan is None:
-        return Choice(RATE_OF_UNKNOWN_LAYERS, "the layers of the base are unknown")
-    layers = plan.layers
-    widest = max(layer.in_features for layer in layers)
-    reason = (
-        f"for {plan.config.method} in {counted(len(layers), 'layer')} of up to {widest:,} inputs"
-    )
+def _choose_rate(plan: Plan) -> Choice:
+    widest = max(layer.in_features for layer in plan.layers)
+    count = counted(len(plan.layers), "layer")
+    reason = f"for {plan.config.method} in {count} of up to {widest:,} inputs"
     return Choice(float(f"{plan.rate:.1e}"), reason)
 
 
-def describe(device: Device, choices: Mapping[str, Choice]) -> str:
+def describe(kind: str, choices: Mapping[str, Choice]) -> str:
     """Return a line that says what was chosen and why, in the flags that would ask for it."""
     flags = []
-    for name in ("bits", "gradient_checkpointing", "learning_rate"):
-        choice = choices[name]
-        flags.append(f"--{name} {str(choice.value).lower()} ({choice.reason})")
-    return f"on {device.kind}: {', '.join(flags)}"
+    for name in NAMES:
+        if name in choices:
+            value, reason = choices[name]
+            flags.append(f"--{name} {str(value).lower()} ({reason})")
+    return f"on {kind}: {', '.join(flags)}"

@@ -7,13 +7,14 @@ from torch import nn
 import disha
 from disha.finetune import arguments
 from disha.finetune.arguments import parse_flags
-from disha.finetune.choices import Device, choose, describe, read_device
+from disha.finetune.choices import choose, describe
 
-PROCESSOR = Device("cpu", has_bfloat16=True)
-RECENT = Device("cuda", has_bfloat16=True)
-OLD = Device("cuda", has_bfloat16=False)
-APPLE = Device("mps", has_bfloat16=True)
-OLD_APPLE = Device("mps", has_bfloat16=False)
+PROCESSOR = ("cpu", True)
+RECENT = ("cuda", True)
+OLD = ("cuda", False)
+APPLE = ("mps", True)
+OLD_APPLE = ("mps", False)
+"""A kind of device, and whether it has bfloat16."""
 
 
 @pytest.mark.parametrize(
@@ -27,7 +28,7 @@ OLD_APPLE = Device("mps", has_bfloat16=False)
     ],
 )
 def test_a_device_sets_dtype_and_recomputation(device, bits, scales_losses, recomputes):
-    choices = choose(device, None, {})
+    choices = choose(*device, None, {})
     assert choices["bits"].value == bits
     assert choices["fp16"].value == scales_losses
     assert choices["gradient_checkpointing"].value == recomputes
@@ -57,21 +58,21 @@ def plan_of(width, wide, depth, method):
 def test_the_layers_set_the_rate(width, wide, depth, rates):
     for method, rate in rates.items():
         plan = plan_of(width, wide, depth, method)
-        assert choose(PROCESSOR, plan, {})["learning_rate"].value == rate
+        assert choose(*PROCESSOR, plan, {})["learning_rate"].value == rate
 
 
 @pytest.mark.parametrize("device", [PROCESSOR, RECENT, OLD, APPLE])
 @pytest.mark.parametrize("bits", ["fp32", "bf16", "fp16", "8", "4"])
 def test_flags_have_precedence(device, bits):
     given = {"bits": bits, "gradient_checkpointing": False, "learning_rate": 0.1, "fp16": False}
-    choices = choose(device, plan_of(4096, 14336, 32, "bone"), given)
+    choices = choose(*device, plan_of(4096, 14336, 32, "bone"), given)
     assert {name: choice.value for name, choice in choices.items()} == {
         name: given[name] for name in choices
     }
 
 
 def test_autocast_to_bfloat16_leaves_losses_unscaled():
-    assert not choose(OLD, None, {"bf16": True})["fp16"].value
+    assert not choose(*OLD, None, {"bf16": True})["fp16"].value
 
 
 @pytest.mark.parametrize(
@@ -94,24 +95,22 @@ def test_autocast_to_bfloat16_leaves_losses_unscaled():
     ],
 )
 def test_the_line_says_each_choice_as_its_flag_with_the_reason(device, sizes, line):
-    assert describe(device, choose(device, plan_of(*sizes), {"bits": "auto"})) == line
+    assert describe(device[0], choose(*device, plan_of(*sizes), {"bits": "auto"})) == line
 
 
 def test_the_line_says_what_was_given():
-    line = describe(PROCESSOR, choose(PROCESSOR, None, {"learning_rate": 1e-3}))
+    line = describe(PROCESSOR[0], choose(*PROCESSOR, None, {"learning_rate": 1e-3}))
     assert line.endswith("--learning_rate 0.001 (as given)")
-
-
-def test_a_device_that_is_not_here_is_taken_for_a_recent_one():
-    assert read_device("xpu") == Device("xpu", has_bfloat16=True)
 
 
 class TestParsed:
     """The flags that the trainer gets."""
 
     def parse(self, monkeypatch, device, *words):
-        monkeypatch.setattr(arguments, "read_device", lambda kind: device)
-        return parse_flags([*words, "--use_cpu"])
+        kind, has = device
+        monkeypatch.setattr(arguments, "best_device", lambda: torch.device(kind))
+        monkeypatch.setattr(arguments, "has_bfloat16", lambda kind: has)
+        return parse_flags([*words])
 
     def test_on_a_processor(self, monkeypatch, tiny):
         adapter, _, training = self.parse(monkeypatch, PROCESSOR, "--base", str(tiny))
