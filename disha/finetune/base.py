@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from accelerate.utils import enable_fsdp_ram_efficient_loading
-from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -190,19 +189,16 @@ def let_first_rank_load(name: str, bits: str, training: Any) -> None:
         enable_fsdp_ram_efficient_loading()
 
 
-def _give_memory(model: nn.Module) -> None:
+def _give_memory(model: PreTrainedModel) -> None:
     """Give parameters on the meta device memory without values; pages are taken when written to.
 
     accelerate tells the parameters of an optimizer apart by their addresses, and then takes the
     values of the first rank.
     """
-    given: dict[nn.Parameter, nn.Parameter] = {}
-    for module in model.modules():
-        for name, parameter in list(module.named_parameters(recurse=False)):
-            if parameter not in given:  # tied parameters stay tied
-                empty = torch.empty_like(parameter, device="cpu")
-                given[parameter] = nn.Parameter(empty, parameter.requires_grad)
-            module.register_parameter(name, given[parameter])
+    model._apply(  # type: ignore[no-untyped-call]
+        lambda held: torch.empty_like(held, device="cpu") if held.is_meta else held
+    )
+    model.tie_weights()
 
 
 def best_device() -> torch.device:

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import glob
-import gzip
-import json
 import warnings
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -54,11 +51,7 @@ def load_rows(data: str, split: str = "train") -> Dataset:
         if files != [data]:
             for file in files:  # the one that is wrong raises
                 load_rows(file)
-        reason: object = error if error.__cause__ is None else error.__cause__
-        if builder in ("csv", "json", "text"):
-            wrong_line = _wrong_line(files[0])
-            reason = reason if wrong_line is None else wrong_line
-        raise ArgumentError(f"can't read {data}: {reason}") from error
+        raise ArgumentError(f"can't read {data}: {error.__cause__ or error}") from error
     if builder == "text":
         rows = rows.filter(lambda row: row["text"].strip())
     if len(rows) == 0:
@@ -116,21 +109,6 @@ def _name_unread_files(folder: str) -> None:
     unread = [path.name for path in _data_files_in(folder) if path.resolve() not in read]
     if unread:
         warnings.warn(f"{folder}: not read: {first_few(unread, 5, ', ')}", stacklevel=3)
-
-
-def _wrong_line(path: str) -> str | None:
-    """Return the first line that is not UTF-8 or, in a file of JSON lines, is not JSON."""
-    is_packed = path.endswith(".gz")
-    has_json_lines = path.removesuffix(".gz").endswith((".jsonl", ".ndjson"))
-    with gzip.open(path) if is_packed else open(path, "rb") as file, suppress(OSError):
-        for number, line in enumerate(file, start=1):
-            try:
-                text = line.decode()
-                if has_json_lines and text.strip():
-                    json.loads(text)
-            except ValueError as error:
-                return f"line {number}: {str(error).partition(': line 1')[0]}"
-    return None  # also of a file that is not packed, whatever its name says
 
 
 def mix_rows(sets: list[Dataset], weights: Sequence[float], seed: int) -> Dataset:

@@ -6,11 +6,8 @@ adapter has taken from it, whatever the base was trained on.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from contextlib import suppress
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -20,21 +17,16 @@ from torch import nn
 from transformers import GenerationConfig
 
 import disha
-from disha.errors import AdapterIOError
-from disha.files import save
 
-OWN_TEXT, CURVE = "own-text.json", "forgetting.png"
+CURVE = "forgetting.png"
 TEXTS, TOKENS, SEED = 32, 64, 0
 AT_ONCE = 8
-SAME_LOSS = 0.01
-"""How much the loss of one base may differ between devices and dtypes, in nats per token."""
 
 
 @dataclass(frozen=True)
 class OwnText:
     """Texts that a base has written, each with its start token, and the base's loss on them."""
 
-    seed: int
     texts: list[list[int]]
     loss: float
 
@@ -43,21 +35,11 @@ class OwnText:
         return loss_on(model, self.texts) - self.loss
 
 
-def own_text(base: Any, tokenizer: Any, path: Path) -> OwnText:
-    """Return the text that a file keeps; if it is of another base or there is none, write it."""
-    vocabulary = base.get_input_embeddings().num_embeddings
-    if path.exists():
-        kept = OwnText(**json.loads(path.read_text()))
-        if max(map(max, kept.texts)) < vocabulary:
-            loss = loss_on(base, kept.texts)
-            if abs(loss - kept.loss) <= SAME_LOSS:
-                return OwnText(kept.seed, kept.texts, loss)
+def own_text(base: Any, tokenizer: Any) -> OwnText:
+    """Return texts that a base writes, the same ones each time."""
     start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
     texts = write_texts(base, start, TEXTS, TOKENS, SEED)
-    written = OwnText(SEED, texts, loss_on(base, texts))
-    with suppress(AdapterIOError):  # it can be written again where nothing can be kept
-        save(path, lambda new: new.write_text(json.dumps(asdict(written)) + "\n"))
-    return written
+    return OwnText(texts, loss_on(base, texts))
 
 
 def write_texts(
@@ -139,12 +121,18 @@ def advise(points: Sequence[Point]) -> str:
 
 def plot(points: Sequence[Point]) -> Figure:
     """Return the curve of loss against forgetting, with the scale at each point."""
-    figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
-    axes = figure.add_subplot()
-    axes.set(xlabel="forgetting (nats per token)", ylabel="loss (nats per token)")
+    figure, axes = make_axes("forgetting (nats per token)")
     scales, forgetting, losses = zip(*sorted(points), strict=True)
     axes.plot(forgetting, losses, marker="o")
     for scale, x, y in zip(scales, forgetting, losses, strict=True):
         axes.annotate(f"{scale:g}", (x, y), xytext=(6, 6), textcoords="offset points")
-    axes.grid(alpha=0.3)
     return figure
+
+
+def make_axes(across: str) -> tuple[Figure, Any]:
+    """Return an empty figure of a loss, and its axes."""
+    figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
+    axes = figure.add_subplot()
+    axes.set(xlabel=across, ylabel="loss (nats per token)")
+    axes.grid(alpha=0.3)
+    return figure, axes

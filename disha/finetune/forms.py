@@ -20,6 +20,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -146,11 +147,8 @@ def _choose_fields(columns: Sequence[str], named: Sequence[str]) -> tuple[str, .
 
 def _holds_messages(value: Any) -> bool:
     """Return whether a value is a list of messages, also as JSON."""
-    if isinstance(value, str) and value.lstrip().startswith("["):
-        try:
-            value = json.loads(value)
-        except ValueError:
-            return False
+    with suppress(ValueError):
+        value = _parse_json(value)
     first = value[0] if isinstance(value, list) and value else None
     return isinstance(first, Mapping) and ("role" in first or "from" in first)
 
@@ -332,12 +330,13 @@ class _Conversations:
         shape = json.dumps([marked, bool(tools), chat_template_kwargs])
         if shape in self._tried:
             return
+        options = chat_template_kwargs or {}
         shown = self._tokenizer.apply_chat_template(
             marked,
             tools=tools,
             tokenize=False,
             chat_template=self._training_template or self._tokenizer.chat_template,
-            **(chat_template_kwargs or {}),
+            **options,
         )
         for position, message in enumerate(messages):
             for key in message.keys() - {"role"}:

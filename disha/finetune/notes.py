@@ -9,8 +9,8 @@
 | `prompt` | `chat` if the adapter was asked by the template, `text` if not |
 
 A path of a base begins with a dot and is relative to the folder of the adapter file, so that both
-can be moved together. Any other text is a name. A folder of PEFT notes its base in
-`adapter_config.json`, and its chat template and tokens in files of their own.
+can be moved together. Any other text is a name. A folder of PEFT has these notes in files: the base
+in `adapter_config.json`, the template and the tokens in files of the tokenizer.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any
 
 import disha
-from disha.errors import AdapterFileError, ArgumentError
-from disha.text import brief
+from disha.errors import ArgumentError
+from disha.files import ADAPTER_NAME, file_at
 
 BASE_KEY = "base"
 TEMPLATE_KEY = "chat_template"
@@ -38,11 +38,14 @@ BITS = ("bf16", "fp16", "fp32", *FEW_BITS)
 
 
 def read_notes(adapter: str | Path) -> dict[str, str]:
-    """Return the notes of an adapter; those of a folder of PEFT are the files beside it."""
+    """Return the notes of an adapter; those of a folder of PEFT are the files in it."""
     folder = disha.interop.peft.find_folder(adapter)
     if folder is None:
         return dict(disha.inspect_adapter(adapter).metadata)
     notes = {}
+    base = disha.interop.peft.read_config(folder).get("base_model_name_or_path")
+    if base:
+        notes[BASE_KEY] = base_note(base, "fp32", folder / ADAPTER_NAME)
     template = folder / TEMPLATE_NAME
     if template.is_file():
         notes[TEMPLATE_KEY] = template.read_text(encoding="utf-8")
@@ -80,15 +83,7 @@ def read_settings(adapter: str | Path) -> dict[str, Any]:
 
 def read_noted_tokens(notes: Mapping[str, str]) -> list[str]:
     """Return the tokens that an adapter has added to its base."""
-    try:
-        tokens = json.loads(notes.get(TOKENS_KEY, "[]"))
-    except (ValueError, RecursionError):
-        tokens = None
-    if not isinstance(tokens, list) or not all(isinstance(token, str) for token in tokens):
-        raise AdapterFileError(
-            f"the adapter's note {TOKENS_KEY} is not a JSON list of texts: "
-            f"{brief(notes[TOKENS_KEY])}; get its file again"
-        )
+    tokens: list[str] = json.loads(notes.get(TOKENS_KEY, "[]"))
     return tokens
 
 
@@ -116,25 +111,15 @@ def notes_at(path: Path, notes: Mapping[str, str], adapter: Any) -> dict[str, st
 
 def read_noted_base(adapter: str | Path) -> tuple[str, str]:
     """Return the base that an adapter notes, and its bits."""
-    folder = disha.interop.peft.find_folder(adapter)
-    if folder is not None:
-        name = disha.interop.peft.read_config(folder).get("base_model_name_or_path")
-        if not name or not isinstance(name, str):
-            raise ArgumentError(f"{adapter} notes no base that can be used; name it too")
-        return name, "fp32"
-    file = disha.inspect_adapter(adapter)
-    adapter = file.path
-    note = _noted(file.metadata)
-    name = note.get("base_model_name_or_path")
-    bits = note.get("bits", "fp32")
-    if not isinstance(name, str) or bits not in BITS:
+    notes = read_notes(adapter)
+    name = _noted(notes).get("base_model_name_or_path")
+    if not isinstance(name, str):
         raise ArgumentError(f"{adapter} notes no base that can be used; name it too")
-    if not name.startswith("./"):
-        return name, bits
-    path = Path(os.path.normpath(adapter.parent.resolve() / name))
-    if not path.exists():
-        raise ArgumentError(f"{adapter} notes the base {path}, which is not there; give --base")
-    return str(path), bits
+    if name.startswith("./"):
+        name = os.path.normpath(file_at(adapter).parent.resolve() / name)
+        if not os.path.exists(name):
+            raise ArgumentError(f"{adapter} notes the base {name}, which is not there; give --base")
+    return name, read_noted_bits(notes)
 
 
 def read_noted_bits(notes: Mapping[str, str]) -> str:

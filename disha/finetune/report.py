@@ -24,7 +24,7 @@ from trl import SFTConfig
 import disha
 from disha.errors import DishaError
 from disha.files import save
-from disha.finetune.forgetting import CURVE, OWN_TEXT, own_text
+from disha.finetune.forgetting import make_axes, own_text
 from disha.finetune.notes import is_gguf
 from disha.finetune.trainer import Trainer
 from disha.integrations.transformers import AdapterCheckpoints
@@ -32,7 +32,6 @@ from disha.text import counted
 
 CARD, MERGED = "README.md", "merged"
 PLOT, SAMPLES, REPORT = "loss.png", "samples.md", "report.json"
-RESULTS = (PLOT, SAMPLES, REPORT, CURVE)
 PACKAGES = ("torch", "transformers", "trl", "datasets", "accelerate", "safetensors", "einops")
 SAMPLE_TOKENS = 64
 TOLERANCE = 1e-3
@@ -76,7 +75,7 @@ def load_and_compare(model: Any, tokenizer: Any, path: Path, rows: Dataset, coun
     """Load a saved adapter into its base, and return what it changes: answers, and forgetting."""
     questions = list(itertools.islice(_questions(rows), count))
     without = [_answer(model, tokenizer, question) for question, _ in questions]
-    own = own_text(model, tokenizer, path.parent / OWN_TEXT) if count else None
+    own = own_text(model, tokenizer) if count else None
     disha.load_adapter(model, path)
     samples = []
     for (question, reference), before in zip(questions, without, strict=True):
@@ -240,14 +239,11 @@ def _save_text(path: Path, text: str) -> None:
 
 
 def _plot(report: Report) -> Figure:
-    figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
-    axes = figure.add_subplot()
-    axes.set(xlabel="optimizer step", ylabel="loss (nats per token)")
+    figure, axes = make_axes("optimizer step")
     trained = report["training_losses"]
     measured = report["losses"]
     axes.plot(list(trained), list(trained.values()), label="training loss")
     label = f"{report['measured_on']} loss"
     axes.plot(list(measured), list(measured.values()), marker="o", label=label)
-    axes.grid(alpha=0.3)
     axes.legend()
     return figure

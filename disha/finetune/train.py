@@ -38,6 +38,7 @@ from disha.finetune.base import (
 )
 from disha.finetune.course import TRAINER_STATE, Course, require_same_settings
 from disha.finetune.data import load_rows, mix_rows
+from disha.finetune.forgetting import CURVE
 from disha.finetune.forms import form_rows, learns_marked_answers
 from disha.finetune.merging import merge_base, require_mergeable
 from disha.finetune.notes import (
@@ -50,7 +51,9 @@ from disha.finetune.notes import (
 )
 from disha.finetune.report import (
     MERGED,
-    RESULTS,
+    PLOT,
+    REPORT,
+    SAMPLES,
     Report,
     facts_of,
     load_and_compare,
@@ -71,6 +74,11 @@ UNPROVEN = "unproven-adapter.safetensors"
 """The adapter of a run, until it is proven that the file is what was trained."""
 
 CHECKPOINT = re.compile(r"(incomplete-)?checkpoint-\d+")
+RESULT = re.compile(
+    rf"{ADAPTER_NAME}|{UNPROVEN}|{MERGED}|{PLOT}|{SAMPLES}|{REPORT}|{CURVE}|{CHECKPOINT.pattern}"
+)
+"""What a run leaves in its folder, and the next one would mix up with its own."""
+
 LOCK = ".lock"
 
 Notes = dict[str, str]
@@ -193,9 +201,7 @@ def _find_checkpoint(folder: Path) -> str | None:
 
 def _earlier_results(folder: Path) -> list[Path]:
     """Return what runs have left in a folder, and nothing else that is there."""
-    paths = [folder / name for name in (ADAPTER_NAME, UNPROVEN, MERGED, *RESULTS)]
-    paths += sorted(path for path in folder.glob("*") if CHECKPOINT.fullmatch(path.name))
-    return [path for path in paths if path.exists()]
+    return sorted(path for path in folder.glob("*") if RESULT.fullmatch(path.name))
 
 
 def _clear(folder: Path) -> None:

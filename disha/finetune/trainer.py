@@ -59,11 +59,8 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
         fitting = super()._prepare_dataset(complete, words, args, packing, formatting, name)
         if not fitting:
             raise ArgumentError(f"no row has something to learn in {limit} tokens")
-        if packing:
-            self.rows[name] = len(complete)
-            return fitting
-        self.rows[name] = len(fitting)
-        if limit is None:
+        self.rows[name] = len(complete if packing else fitting)
+        if packing or limit is None:
             return fitting
         cut = sum(len(ids) > limit for ids in complete["input_ids"])
         if cut and args.process_index == 0:
@@ -124,12 +121,10 @@ class StopWithoutLoss(TrainerCallback):
             loss = logs.get(name, 0.0)
             if math.isfinite(loss):
                 continue
-            if state.global_step == 0:
-                raise DishaError(f"the loss is {loss} before training; check --base and --bits")
             raise DishaError(
                 f"the loss is {loss} at step {state.global_step}, with a --learning_rate of "
                 f"{args.learning_rate:g}; take a lower one, and start over with "
-                "--overwrite_output_dir"
+                "--overwrite_output_dir. If it is so at step 0, check --base and --bits"
             )
 
 

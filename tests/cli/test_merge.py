@@ -132,8 +132,6 @@ def test_the_end_of_answers_comes_along(run, language_model, tmp_path):
 @pytest.mark.parametrize(
     ("notes", "says"),
     [
-        ({"new_tokens": "["}, "new_tokens is not a JSON list of texts"),
-        ({"new_tokens": "[1]"}, "new_tokens is not a JSON list of texts"),
         ({"eos_token": "<other>"}, "'<other>', which is not a token of the base"),
         ({"base": '{"base_model_name_or_path": "./\\u001b[2J"}'}, r"\x1b[2J, which is not there"),
     ],

@@ -71,10 +71,10 @@ class TestFiles:
 @pytest.mark.parametrize(
     ("name", "content", "says"),
     [
-        ("a.jsonl", b'{"text": "a"}\n\n{"text": }\n', "line 3: Expecting value"),
+        ("a.jsonl", b'{"text": "a"}\n\n{"text": }\n', "JSON parse error: Invalid value. in row 1"),
         ("a.json", b'[{"text": "a"},\n {"text" "b"}]', "decoding object value at position 25"),
-        ("a.txt", b"a\n\xe9\n", "line 2: 'utf-8' codec"),
-        ("a.csv", b"query,response\na,b\n\xe9,b\n", "line 3: 'utf-8' codec"),
+        ("a.txt", b"a\n\xe9\n", "'utf-8' codec"),
+        ("a.csv", b"query,response\na,b\n\xe9,b\n", "'utf-8' codec"),
         ("a.csv", b"query,response\na,b\na,b,c\n", "Expected 2 fields in line 3, saw 3"),
         ("a.jsonl", b"\n\n", "no data"),
         ("a.txt", b"\n \n", "has no rows"),
@@ -82,26 +82,26 @@ class TestFiles:
         ("a.jsonl.gz", b"{}", "Not a gzipped file"),
     ],
 )
-def test_a_file_that_can_not_be_read_is_named_with_the_line(tmp_path, name, content, says):
+def test_a_file_that_can_not_be_read_is_named(tmp_path, name, content, says):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ArgumentError, match=f"{name}.* {says}"):
         load_rows(str(tmp_path / f"*{name}"))
 
 
 @pytest.mark.parametrize("name", ["train.csv", "train.csv.gz"])
-def test_in_a_folder_or_packed_the_line_is_named_too(tmp_path, name):
+def test_in_a_folder_or_packed_it_is_named_too(tmp_path, name):
     content = b"query,response\na,\xe9\n"
     packed = name.endswith(".gz")
     (tmp_path / name).write_bytes(gzip.compress(content) if packed else content)
     path = tmp_path / name if packed else tmp_path
-    with pytest.raises(ArgumentError, match=rf"{name}: line 2: 'utf-8' codec"):
+    with pytest.raises(ArgumentError, match=rf"{name}: 'utf-8' codec"):
         load_rows(str(path))
 
 
 def test_of_several_files_the_one_that_can_not_be_read_is_named(tmp_path):
     write_rows(tmp_path / "a.jsonl", [PAIR])
     (tmp_path / "b.jsonl").write_text("{")
-    with pytest.raises(ArgumentError, match=r"can't read .*b\.jsonl: line 1"):
+    with pytest.raises(ArgumentError, match=r"can't read .*b\.jsonl: JSON parse error"):
         load_rows(str(tmp_path / "*.jsonl"))
 
 

@@ -28,8 +28,7 @@ from disha.cli import main as disha_command
 from disha.finetune import main, train, trainer
 from disha.finetune.arguments import parse_flags
 from disha.finetune.base import load_base
-from disha.finetune.choices import Device
-from disha.finetune.forgetting import OwnText
+from disha.finetune.forgetting import own_text
 from disha.finetune.notes import read_noted_base
 from tests.conftest import assert_same
 from tests.finetune import tiny_gguf
@@ -98,8 +97,8 @@ class TestResults:
         assert set(report["samples"][0]) == {"prompt", "without", "with_adapter", "reference"}
 
     def test_forgetting(self, authors, tiny):
-        own = OwnText(**json.loads((authors.folder / "own-text.json").read_text()))
-        model, _ = load_base(str(tiny), "bf16")
+        model, tokenizer = load_base(str(tiny), "bf16")
+        own = own_text(model, tokenizer)
         disha.load_adapter(model, authors.adapter)
         assert authors.report["forgetting"] == pytest.approx(own.forgotten(model), abs=1e-5)
 
@@ -206,9 +205,10 @@ class TestBases:
                 self.scaler = torch.amp.GradScaler("cpu")
 
         monkeypatch.setattr("transformers.trainer.Accelerator", Scaling)
-        old = Device("cuda", has_bfloat16=False)
-        monkeypatch.setattr("disha.finetune.arguments.read_device", lambda kind: old)
-        result = finetune(tmp_path / "out", "--use_cpu", *words)
+        old = torch.device("cuda")
+        monkeypatch.setattr("disha.finetune.arguments.best_device", lambda: old)
+        monkeypatch.setattr("disha.finetune.arguments.has_bfloat16", lambda kind: False)
+        result = finetune(tmp_path / "out", *words)
         line = "--bits fp16 (the device has no bfloat16; losses are scaled)"
         assert line in capsys.readouterr().out
         assert result.losses[6] < result.losses[0]
@@ -468,7 +468,7 @@ def test_trl_is_left_as_it_was():
     assert vars(trl_utils) == before
 
 
-@pytest.mark.parametrize("words", [[], ["--base", "model"]])
+@pytest.mark.parametrize("words", [[], ["--base", "model", "--lr", "0.1"]])
 def test_what_must_be_named(words):
     with pytest.raises(ArgumentError, match="name "):
         main(words)
