@@ -219,7 +219,6 @@ class TrainingArguments(SFTConfig):  # type: ignore[misc]
     ddp_find_unused_parameters: bool | None = _flag(
         False, "look for parameters that a batch does not use, such as those of idle experts"
     )
-    report_to: str = _flag("none", "none, or such as tensorboard or wandb")
 
     resume_from_checkpoint: str | None = _flag(
         None,

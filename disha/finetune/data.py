@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import os
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,15 +24,9 @@ from datasets.exceptions import DatasetGenerationError
 from disha.errors import ArgumentError
 from disha.text import first_few
 
-BUILDERS = {
-    ".csv": "csv",
-    ".json": "json",
-    ".jsonl": "json",
-    ".ndjson": "json",
-    ".parquet": "parquet",
-    ".tsv": "csv",
-    ".txt": "text",
-}
+SUFFIXES = (".csv", ".json", ".jsonl", ".ndjson", ".parquet", ".tsv", ".txt")
+"""How the files of rows in a folder end."""
+
 TEXT = Value("string")
 AS_WRITTEN = {"csv": TEXT, "json": Json()}
 """A format whose values `datasets` may take for others -> the kind that keeps them."""
@@ -39,48 +34,37 @@ AS_WRITTEN = {"csv": TEXT, "json": Json()}
 
 def load_rows(data: str, split: str = "train") -> Dataset:
     """Return the rows of a file, a glob, a folder or a data set; `split` is as in `datasets`."""
+    is_folder = Path(data).is_dir()
     files = sorted(glob.glob(data))
     if Path(data).is_file():  # a name may hold [ or *
         files = [data]
-    builder, options = _choose_builder(data, files)
+    place = data
+    options = dict[str, Any]()
+    if files and not is_folder:
+        place = str(Path(files[0]).parent)
+        options["data_files"] = [glob.escape(os.path.abspath(file)) for file in files]
     try:
-        rows = _read_as_written(builder, split, options)
+        rows = _read_as_written(place, split, options)
     except (DatasetGenerationError, OSError, ValueError) as error:
-        if Path(data).is_dir():
+        if is_folder:
             files = [str(path) for path in _data_files_in(data)]
         if files != [data]:
             for file in files:  # the one that is wrong raises
                 load_rows(file)
         raise ArgumentError(f"can't read {data}: {error.__cause__ or error}") from error
-    if builder == "text":
+    if rows.info.builder_name == "text":
         rows = rows.filter(lambda row: row["text"].strip())
     if len(rows) == 0:
         raise ArgumentError(f"{data} has no rows")
-    if Path(data).is_dir():
+    if is_folder:
         _name_unread_files(data)
     rows.info.description = data if split == "train" else f"{data}, {split}"
     return rows
 
 
-def _choose_builder(data: str, files: Sequence[str]) -> tuple[str, dict[str, Any]]:
-    """Return the name by which `datasets` reads these files, or a data set, and its options."""
-    suffix = Path(data.removesuffix(".gz")).suffix.lower()
-    options = dict[str, Any]()
-    if suffix not in BUILDERS:
-        if files and not Path(data).is_dir():
-            raise ArgumentError(f"{data} must end with one of {', '.join(BUILDERS)}")
-        return data, options
-    if not any(Path(file).stat().st_size for file in files):
-        raise ArgumentError(f"there is no file {data}, or it is empty")
-    options["data_files"] = [glob.escape(file) for file in files]
-    if suffix == ".tsv":
-        options["delimiter"] = "\t"
-    return BUILDERS[suffix], options
-
-
-def _read_as_written(builder: str, split: str, options: dict[str, Any]) -> Dataset:
+def _read_as_written(place: str, split: str, options: dict[str, Any]) -> Dataset:
     """Return rows whose values are as they are written: 007 is no number, and NA is a text."""
-    rows = load_dataset(builder, split=split, **options)
+    rows = load_dataset(place, split=split, **options)
     read_by = rows.info.builder_name
     # What `datasets` has taken for a number or a date is read a second time.
     kinds = {
@@ -93,11 +77,11 @@ def _read_as_written(builder: str, split: str, options: dict[str, Any]) -> Datas
     options = {**options, "features": Features(rows.features | kinds)}
     if read_by == "csv":  # which has text such as NA for missing values
         options |= {"keep_default_na": False, "na_values": [""]}
-    return load_dataset(builder, split=split, **options)
+    return load_dataset(place, split=split, **options)
 
 
 def _data_files_in(folder: str) -> list[Path]:
-    paths = (path for path in Path(folder).rglob("*") if path.suffix.lower() in BUILDERS)
+    paths = (path for path in Path(folder).rglob("*") if path.suffix.lower() in SUFFIXES)
     return sorted(path for path in paths if path.stat().st_size)
 
 

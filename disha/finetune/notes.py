@@ -68,17 +68,19 @@ def read_settings(adapter: str | Path) -> dict[str, Any]:
     file = disha.inspect_adapter(adapter)
     config = file.config
     target = config.target or ()  # a combined adapter has none
-    if isinstance(target, str):
-        target = (target,)
-    settings: dict[str, Any] = {name: getattr(config, name) for name in ("r", "r_out", "dropout")}
-    settings["method"], _, groups = config.method.partition("_groups")
-    settings["groups"] = groups.strip("_") or "1"
-    settings["target"] = list(target)
-    settings["exclude"] = list(config.exclude)
-    settings["also_train"] = list(config.also_train)
-    settings["rank_pattern"] = [f"{pattern}={r}" for pattern, r in config.rank_pattern.items()]
-    settings["new_tokens"] = read_noted_tokens(file.metadata)
-    return settings
+    method, _, groups = config.method.partition("_groups")
+    return {
+        "r": config.r,
+        "r_out": config.r_out,
+        "method": method,
+        "groups": groups.strip("_") or "1",
+        "target": [target] if isinstance(target, str) else [*target],
+        "exclude": [*config.exclude],
+        "rank_pattern": [f"{pattern}={r}" for pattern, r in config.rank_pattern.items()],
+        "dropout": config.dropout,
+        "also_train": [*config.also_train],
+        "new_tokens": read_noted_tokens(file.metadata),
+    }
 
 
 def read_noted_tokens(notes: Mapping[str, str]) -> list[str]:

@@ -305,8 +305,6 @@ def _make_rows(
     if data.eval_data or data.eval_split:
         measured = read(data.eval_data or data.data[0], data.eval_split or "train")
     elif data.eval_fraction:
-        if not data.data_weights:
-            sets = [mix_rows(sets, (), training.seed)]
         # Before rows are drawn by weight: a row that is drawn twice must not be in both parts.
         parts = [rows.train_test_split(data.eval_fraction, seed=training.seed) for rows in sets]
         sets = [part["train"] for part in parts]

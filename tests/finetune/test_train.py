@@ -432,7 +432,7 @@ class TestOutputFolder:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--data", "none.jsonl"], "there is no file"),
+        (["--data", "none.jsonl"], "can't read none.jsonl"),
         (["--dataset_field", "question", "answer"], "have the fields query, response"),
         (["--dataset_split", "dev"], "dev"),
         (["--dataset_split", "train", "train"], "one for each"),
