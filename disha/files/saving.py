@@ -24,14 +24,6 @@ from disha.sharding.tensors import gather
 from disha.sharding.zero import gather_partition
 from disha.text import counted, first_few
 
-REMEDIES = {
-    "parameter": "To save without them, freeze them (mark_only_adapters_trainable)",
-    "buffer": "To save them, name them in also_train when you inject",
-    "layer": "Replacing a module, as resize_token_embeddings does, takes its block away; change "
-    "the model first, and then inject",
-}
-"""What a user can do about what a file has more, or lacks."""
-
 
 def save_adapter(
     model: nn.Module,
@@ -99,20 +91,30 @@ def _warn_of_differences(view: ModelView, adapter: str) -> None:
     trained = [
         parameter.name for parameter in view.list_trained(adapter) if parameter.claimant is None
     ]
+    if trained:
+        warnings.warn(
+            f"the file of adapter {adapter!r} also holds {counted(len(trained), 'parameter')} that "
+            f"also_train does not name, because they train: {first_few(trained, 3, ', ')}. To save "
+            "without them, freeze them (mark_only_adapters_trainable)",
+            stacklevel=3,
+        )
     changed = buffers.list_unsaved(view)
+    if changed:
+        warnings.warn(
+            f"the file of adapter {adapter!r} lacks {counted(len(changed), 'buffer')} of the model "
+            f"that changed since the injection: {first_few(changed, 3, ', ')}. To save them, name "
+            "them in also_train when you inject",
+            stacklevel=3,
+        )
     lost = view.list_lost_layers(adapter)
-    differences = (
-        (trained, "also holds", "parameter", "that also_train does not name, because they train"),
-        (changed, "lacks", "buffer", "of the model that changed since the injection"),
-        (lost, "lacks", "layer", "that it was injected into"),
-    )
-    for names, verb, noun, what in differences:
-        if names:
-            warnings.warn(
-                f"the file of adapter {adapter!r} {verb} {counted(len(names), noun)} {what}: "
-                f"{first_few(names, 3, ', ')}. {REMEDIES[noun]}",
-                stacklevel=3,
-            )
+    if lost:
+        warnings.warn(
+            f"the file of adapter {adapter!r} lacks {counted(len(lost), 'layer')} that it was "
+            f"injected into: {first_few(lost, 3, ', ')}. Replacing a module, as "
+            "resize_token_embeddings does, takes its block away; change the model first, and then "
+            "inject",
+            stacklevel=3,
+        )
 
 
 def adapter_contents(
