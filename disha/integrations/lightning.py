@@ -11,7 +11,6 @@ import disha
 from disha.integrations.engines import leave_out_base
 from disha.model import buffers
 from disha.model.view import ModelView
-from disha.text import counted, first_few
 
 __all__ = ["AdapterCheckpoints"]
 
@@ -44,10 +43,9 @@ class AdapterCheckpoints(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Let the module be loaded from a checkpoint without the base."""
-        kept = self._kept_keys(pl_module)
-        pl_module.strict_loading = False
+        leave_out_base(pl_module, self._kept_keys(pl_module), "FSDP")
         if isinstance(trainer.strategy, ModelParallelStrategy):
-            leave_out_base(pl_module, kept, "FSDP")
+            pl_module.strict_loading = False  # it would look for each key of the model
 
     def _kept_keys(self, module: LightningModule) -> set[str]:
         """Return the keys of all that trains: the adapter, and perhaps a head beside it.
@@ -65,17 +63,3 @@ class AdapterCheckpoints(Callback):
         state = checkpoint["state_dict"]
         kept = self._kept_keys(pl_module)
         checkpoint["state_dict"] = {key: state[key] for key in state if key in kept}
-
-    def on_load_checkpoint(
-        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
-        """Check that the checkpoint has the adapter, because Lightning ignores missing keys."""
-        if isinstance(trainer.strategy, ModelParallelStrategy):
-            return  # it has loaded the state
-        missing = sorted(self._kept_keys(pl_module) - checkpoint["state_dict"].keys())
-        if missing:
-            raise disha.AdapterStateError(
-                f"the checkpoint lacks {counted(len(missing), 'tensor')} that train with adapter "
-                f"{self._adapter!r} ({first_few(missing, 3, ', ')}), so they would not be loaded; "
-                "inject and freeze as when the checkpoint was saved"
-            )
