@@ -106,7 +106,8 @@ def tensors_in(output: Any) -> list[Tensor]:
             continue  # an output may refer to itself
         visited[id(value)] = value
         if isinstance(value, Tensor):
-            tensor = _as_real(value.values() if value.is_nested else value)
+            tensor = value.values() if value.is_nested else value
+            tensor = _as_real(tensor)
             if tensor.is_floating_point():
                 tensors.append(tensor)
         elif isinstance(value, Mapping):

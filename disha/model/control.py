@@ -52,7 +52,9 @@ def set_active_adapters(model: nn.Module, names: str | Sequence[str]) -> None:
 def check_names(view: ModelView, names: str | Sequence[str]) -> tuple[str, ...]:
     """Return the names of adapters, each once, or raise if the model lacks one."""
     check_type("names", names, Iterable, "an adapter's name or a list of them")
-    wanted = dict.fromkeys([names] if isinstance(names, str) else names)
+    if isinstance(names, str):
+        names = [names]
+    wanted = dict.fromkeys(names)
     for name in wanted:
         view.require(name)
     return tuple(wanted)

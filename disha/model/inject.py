@@ -185,7 +185,8 @@ def apply_plan(view: ModelView, plan: Plan, *, activate: bool = True) -> None:
     # All layers, the new ones too. `activate` also rebuilds the tables that forwards read, so it is
     # called even if what acts stays the same.
     for adapted in view.find_layers():
-        adapted.disha.activate((plan.adapter,) if activate else adapted.disha.active)
+        active = (plan.adapter,) if activate else adapted.disha.active
+        adapted.disha.activate(active)
     view.guard_encoders()
     _set_flags(view, plan)
 
