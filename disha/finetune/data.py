@@ -41,8 +41,9 @@ def load_rows(data: str, split: str = "train") -> Dataset:
     place = data
     options = dict[str, Any]()
     if files and not is_folder:
-        place = str(Path(files[0]).parent)
-        options["data_files"] = [glob.escape(os.path.abspath(file)) for file in files]
+        paths = [os.path.abspath(file) for file in files]
+        place = os.path.dirname(paths[0])
+        options["data_files"] = [glob.escape(path) for path in paths]
     try:
         rows = _read_as_written(place, split, options)
     except (DatasetGenerationError, OSError, ValueError) as error:

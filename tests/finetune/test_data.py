@@ -34,6 +34,11 @@ class TestFiles:
         assert len(rows) == 3
         assert rows[1] == ({"text": "two"} if ending == ".txt" else UNCHANGED)
 
+    def test_a_file_of_the_folder_in_which_one_is(self, tmp_path, monkeypatch):
+        self.write(tmp_path, ".jsonl")
+        monkeypatch.chdir(tmp_path)
+        assert len(load_rows("rows.jsonl")) == 3
+
     def test_globs_folders_and_splits(self, tmp_path):
         self.write(tmp_path, ".jsonl").rename(tmp_path / "train-a.jsonl")
         self.write(tmp_path, ".jsonl").rename(tmp_path / "train-b.jsonl")
