@@ -39,23 +39,27 @@ def read_weight(module: nn.Module, name: str) -> Any:
 
     None if the module has none of that name.
     """
+    computed = module._modules.get("parametrizations")
+    if computed is None:
+        return _read(module, name)
+    with _in_evaluation(computed):
+        return _read(module, name)
+
+
+def _read(module: nn.Module, name: str) -> Any:
     original = original_class(module)
-    with _parametrizations_in_evaluation(module):
-        if original is type(module):
-            return getattr(module, name, None)
-        return base_reader(original, name)(module)
+    if original is type(module):
+        return getattr(module, name, None)
+    return base_reader(original, name)(module)
 
 
 @contextmanager
-def _parametrizations_in_evaluation(module: nn.Module) -> Iterator[None]:
-    """Run the body while the parametrizations of a module are in evaluation mode.
+def _in_evaluation(computed: nn.Module) -> Iterator[None]:
+    """Run the body while parametrizations are in evaluation mode.
 
     In training mode, torch's spectral_norm updates its estimate whenever the weight is read.
     """
-    computed = module._modules.get("parametrizations")
-    in_training = []
-    if computed is not None:
-        in_training = [part for part in computed.modules() if part.training]
+    in_training = [part for part in computed.modules() if part.training]
     try:
         for part in in_training:
             part.training = False
