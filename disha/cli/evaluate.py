@@ -34,7 +34,7 @@ from disha.cli.output import show
 from disha.errors import ArgumentError
 from disha.files import file_at, save
 from disha.finetune.data import load_rows
-from disha.finetune.forgetting import CURVE, Point, Scales, advise, own_text, plot
+from disha.finetune.forgetting import CURVE, OWN_TEXT, Point, Scales, advise, own_text, plot
 from disha.finetune.forms import form_rows, learns_marked_answers
 from disha.text import table
 
@@ -94,7 +94,7 @@ def main(words: Sequence[str]) -> None:
         folder = file_at(flags.adapter).parent
         own = None
         if flags.forgetting:
-            own = own_text(runner.model, runner.tokenizer)
+            own = own_text(runner.model, runner.tokenizer, folder / OWN_TEXT)
         runner.load_adapter(flags)
         scales = Scales(runner.model)
         points = []

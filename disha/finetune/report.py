@@ -24,7 +24,7 @@ from trl import SFTConfig
 import disha
 from disha.errors import DishaError
 from disha.files import save
-from disha.finetune.forgetting import make_axes, own_text
+from disha.finetune.forgetting import OWN_TEXT, make_axes, own_text
 from disha.finetune.notes import is_gguf
 from disha.finetune.trainer import Trainer
 from disha.integrations.transformers import AdapterCheckpoints
@@ -75,7 +75,7 @@ def load_and_compare(model: Any, tokenizer: Any, path: Path, rows: Dataset, coun
     """Load a saved adapter into its base, and return what it changes: answers, and forgetting."""
     questions = list(itertools.islice(_questions(rows), count))
     without = [_answer(model, tokenizer, question) for question, _ in questions]
-    own = own_text(model, tokenizer) if count else None
+    own = own_text(model, tokenizer, path.parent / OWN_TEXT) if count else None
     disha.load_adapter(model, path)
     samples = []
     for (question, reference), before in zip(questions, without, strict=True):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from disha.errors import AdapterStateError
 from disha.functional.shard_sums import is_inexact
-from disha.layers.adapted import refuse_merged
+from disha.layers.adapted import AdaptedLayer, refuse_merged
 from disha.layers.weights import stored_weight, weight_shape
 from disha.layers.wrappers import clean_key
 from disha.model import buffers
@@ -136,7 +136,10 @@ def collect_tensors(view: ModelView, adapter: str) -> dict[str, Tensor]:
             )
         tensors[join(name, block.parameter_name)] = block.block
     for parameter in view.list_trained(adapter):
-        if stored_weight(parameter.module, parameter.attribute) is not parameter.value:
+        if (
+            isinstance(parameter.module, AdaptedLayer)  # perhaps merged
+            and stored_weight(parameter.module, parameter.attribute) is not parameter.value
+        ):
             refuse_merged(view.find_layers(), f"use {parameter.name} as part of the adapter")
         tensors[parameter.name] = parameter.value
     return tensors | buffers.list_changed(view, adapter)

@@ -12,7 +12,7 @@ import disha
 from disha.cli.evaluate import _count_exact
 from disha.cli.models import PromptRunner
 from disha.finetune.base import load_base
-from disha.finetune.forgetting import own_text
+from disha.finetune.forgetting import OwnText
 
 ROWS = [{"query": f"say {word}", "response": word * 2} for word in ("one", "three", "eleven")]
 
@@ -117,8 +117,8 @@ def test_forgetting_at_each_scale(run, language_model, rows, tmp_path):
     assert found["scale 0"]["forgetting"] == pytest.approx(0, abs=1e-6)
     assert 0.01 < found["scale 0.5"]["forgetting"] < found["adapter"]["forgetting"]
     assert (tmp_path / "forgetting.png").read_bytes()
-    model, tokenizer = load_base(str(language_model / "model"))
-    own = own_text(model, tokenizer)
+    own = OwnText(**json.loads((tmp_path / "own-text.json").read_text()))
+    model, _ = load_base(str(language_model / "model"))
     disha.load_adapter(model, adapter)
     assert found["adapter"]["forgetting"] == pytest.approx(own.forgotten(model), abs=1e-5)
     text = run(*given, "--forgetting").out

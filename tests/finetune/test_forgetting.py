@@ -1,11 +1,14 @@
+import json
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 import disha
 from disha.finetune.base import load_base
-from disha.finetune.forgetting import SEED, Point, Scales, advise, own_text, plot
+from disha.finetune.forgetting import OWN_TEXT, Point, Scales, advise, own_text, plot
 from tests.conftest import perturb
+from tests.finetune.tiny_models import write_model
 
 
 @pytest.fixture
@@ -32,15 +35,15 @@ def slow_loss(model, texts):
     return sum(losses) / len(losses)
 
 
-def test_forgetting_is_that_of_slow_loops(base):
+def test_forgetting_is_that_of_slow_loops(base, tmp_path):
     model, tokenizer = base
     model.generation_config.eos_token_id = list(range(200))  # what ends answers ends no text
     usual, state = model.generation_config, torch.get_rng_state()
-    own = own_text(model, tokenizer)
+    own = own_text(model, tokenizer, tmp_path / OWN_TEXT)
     assert torch.equal(torch.get_rng_state(), state)
     assert model.generation_config is usual
     with torch.no_grad():
-        assert own.texts == slow_text(model, tokenizer.bos_token_id, 32, 64, SEED)
+        assert own.texts == slow_text(model, tokenizer.bos_token_id, 32, 64, own.seed)
         before = slow_loss(model, own.texts)
         perturb(disha.inject_adapters(model, "all-linear", r=4, scale=2.0))
         rise = slow_loss(model, own.texts) - before
@@ -51,6 +54,20 @@ def test_forgetting_is_that_of_slow_loops(base):
         assert own.forgotten(model) == pytest.approx(0, abs=1e-6)
         scales.set(1)
         assert own.forgotten(model) == pytest.approx(rise, abs=1e-5)
+
+
+def test_the_text_of_another_base_is_written_again(base, tmp_path):
+    model, tokenizer = base
+    first = own_text(model, tokenizer, tmp_path / OWN_TEXT)
+    note = json.loads((tmp_path / OWN_TEXT).read_text())
+    kept = {**note, "texts": [*reversed(note["texts"])]}
+    (tmp_path / OWN_TEXT).write_text(json.dumps(kept))
+    assert own_text(model, tokenizer, tmp_path / OWN_TEXT).texts == kept["texts"]
+    for sizes in ({"seed": 1}, {"vocab_size": 280}):
+        other, _ = load_base(str(write_model(tmp_path / "other", initializer_range=0.1, **sizes)))
+        again = own_text(other, tokenizer, tmp_path / OWN_TEXT)
+        assert again.texts not in (first.texts, kept["texts"])
+        assert json.loads((tmp_path / OWN_TEXT).read_text())["texts"] == again.texts
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ from disha.cli import main as disha_command
 from disha.finetune import main, train, trainer
 from disha.finetune.arguments import parse_flags
 from disha.finetune.base import load_base
-from disha.finetune.forgetting import own_text
+from disha.finetune.forgetting import OwnText
 from disha.finetune.notes import read_noted_base
 from tests.conftest import assert_same
 from tests.finetune import tiny_gguf
@@ -97,8 +97,8 @@ class TestResults:
         assert set(report["samples"][0]) == {"prompt", "without", "with_adapter", "reference"}
 
     def test_forgetting(self, authors, tiny):
-        model, tokenizer = load_base(str(tiny), "bf16")
-        own = own_text(model, tokenizer)
+        own = OwnText(**json.loads((authors.folder / "own-text.json").read_text()))
+        model, _ = load_base(str(tiny), "bf16")
         disha.load_adapter(model, authors.adapter)
         assert authors.report["forgetting"] == pytest.approx(own.forgotten(model), abs=1e-5)
 
