@@ -15,7 +15,7 @@ import math
 import operator
 import tempfile
 from argparse import Namespace
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -34,13 +34,55 @@ from disha.cli.output import show
 from disha.errors import ArgumentError
 from disha.files import file_at, save
 from disha.finetune.data import load_rows
-from disha.finetune.forgetting import CURVE, OWN_TEXT, Point, Scales, advise, own_text, plot
+from disha.finetune.forgetting import (
+    CURVE,
+    OWN_TEXT,
+    OwnText,
+    Point,
+    Scales,
+    advise,
+    own_text,
+    plot,
+)
 from disha.finetune.forms import form_rows, learns_marked_answers
 from disha.text import table
+
+Lines = dict[str, dict[str, float]]
+"""Label of a line of the table -> its values by their names."""
+
+Measure = Callable[[str], Lines]
+"""Label -> what the rows give with the model as it is now, under that label."""
 
 
 def main(words: Sequence[str]) -> None:
     """Measure a model."""
+    flags = _parser().parse(words)
+    flags.forgetting = flags.forgetting or bool(flags.scale)
+    if flags.forgetting and flags.adapter is None:
+        raise ArgumentError("only an adapter forgets; name it with --adapter")
+    read = {name: load_rows(name, flags.dataset_split) for name in flags.data}
+    runner = load_runner(flags)
+    trainers = {name: _make_trainer(runner, name, rows, flags) for name, rows in read.items()}
+    measure = partial(_measure_all, runner, trainers, flags)
+    lines: Lines = {}
+    if flags.adapter is None or flags.compare:
+        lines |= measure("base")
+    said = []
+    if flags.adapter is not None:
+        folder = file_at(flags.adapter).parent
+        own = None
+        if flags.forgetting:
+            own = own_text(runner.model, runner.tokenizer, folder / OWN_TEXT)
+        runner.load_adapter(flags)
+        of_adapter, points = _measure_at_scales(runner, flags.scale, measure, own)
+        lines |= of_adapter
+        if len(points) > 1:
+            save(folder / CURVE, plot(points).savefig)
+            said = [advise(points), f"the curve is in {folder / CURVE}"]
+    show(flags.json, "\n".join([_as_table(lines), *said]), lines)
+
+
+def _parser() -> Parser:
     parser = Parser("evaluate", __doc__)
     add_model_flags(parser)
     add_answer_flags(parser)
@@ -71,54 +113,38 @@ def main(words: Sequence[str]) -> None:
         help="measure loss and forgetting at these scales too (1: as trained), and plot them",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    flags = parser.parse(words)
-    flags.forgetting = flags.forgetting or bool(flags.scale)
-    if flags.forgetting and flags.adapter is None:
-        raise ArgumentError("only an adapter forgets; name it with --adapter")
-    read = {name: load_rows(name, flags.dataset_split) for name in flags.data}
-    runner = load_runner(flags)
-    trainers = {}
-    for name, rows in read.items():
-        formed = form_rows(rows, flags.dataset_field, runner.tokenizer)
-        if flags.exact_match and "completion" not in formed.column_names:
-            raise ArgumentError(
-                f"--exact_match needs rows with a question and an answer, and {name} has none"
-            )
-        trainers[name] = _make_trainer(runner, formed, flags)
-    measure = partial(_measure_all, runner, trainers, flags)
-    lines: dict[str, dict[str, float]] = {}
-    if flags.adapter is None or flags.compare:
-        lines |= measure("base")
-    said = []
-    if flags.adapter is not None:
-        folder = file_at(flags.adapter).parent
-        own = None
-        if flags.forgetting:
-            own = own_text(runner.model, runner.tokenizer, folder / OWN_TEXT)
-        runner.load_adapter(flags)
-        scales = Scales(runner.model)
-        points = []
-        for scale in dict.fromkeys([1.0, *flags.scale]):
-            label = "adapter" if scale == 1 else f"scale {scale:g}"
-            scales.set(scale)
-            lines |= measure(label)
-            if own is not None:
-                forgetting = lines[label]["forgetting"] = own.forgotten(runner.model)
-                points.append(Point(scale, forgetting, lines[label]["loss"]))
-        if len(points) > 1:
-            save(folder / CURVE, plot(points).savefig)
-            said = [advise(points), f"the curve is in {folder / CURVE}"]
+    return parser
+
+
+def _measure_at_scales(
+    runner: PromptRunner, others: Sequence[float], measure: Measure, own: OwnText | None
+) -> tuple[Lines, list[Point]]:
+    """Return what the adapter gives as trained and at other scales, and the points of the curve."""
+    scales = Scales(runner.model)
+    lines: Lines = {}
+    points = []
+    for scale in dict.fromkeys([1.0, *others]):
+        label = "adapter" if scale == 1 else f"scale {scale:g}"
+        scales.set(scale)
+        lines |= measure(label)
+        if own is not None:
+            forgetting = lines[label]["forgetting"] = own.forgotten(runner.model)
+            points.append(Point(scale, forgetting, lines[label]["loss"]))
+    return lines, points
+
+
+def _as_table(lines: Lines) -> str:
     header = max(lines.values(), key=len)
-    cells = []
+    rows = []
     for label, values in lines.items():
         texts = {name: f"{value:.5g}" for name, value in values.items()}
-        cells.append((label, *(texts.get(name, "") for name in header)))
-    show(flags.json, "\n".join([table(("", *header), cells), *said]), lines)
+        rows.append((label, *(texts.get(name, "") for name in header)))
+    return table(("", *header), rows)
 
 
 def _measure_all(
     runner: PromptRunner, trainers: Mapping[str, Any], flags: Namespace, label: str
-) -> dict[str, dict[str, float]]:
+) -> Lines:
     """Return what all rows give, under a label, and what each data set gives if there are more."""
     sums = {name: _measure(runner, trainer, flags) for name, trainer in trainers.items()}
     lines = {label: _average(list(sums.values()))}
@@ -154,8 +180,13 @@ def _measure(runner: PromptRunner, trainer: Any, flags: Namespace) -> dict[str, 
     return sums
 
 
-def _make_trainer(runner: PromptRunner, rows: Dataset, flags: Namespace) -> Any:
-    """Return a trainer that makes batches of the rows, with the labels that `trl` trains on."""
+def _make_trainer(runner: PromptRunner, name: str, read: Dataset, flags: Namespace) -> Any:
+    """Return a trainer that makes batches of rows, with the labels that `trl` trains on."""
+    rows = form_rows(read, flags.dataset_field, runner.tokenizer)
+    if flags.exact_match and "completion" not in rows.column_names:
+        raise ArgumentError(
+            f"--exact_match needs rows with a question and an answer, and {name} has none"
+        )
     # Help must not wait for trainers.
     from trl import SFTConfig
 
