@@ -156,7 +156,7 @@ disha.register_method(Everywhere())
 def converting(model: nn.Module, folder: Path) -> None:
     """Reached as `disha.interop`."""
     print(disha.functional.Method, disha.integrations.__doc__)
-    disha.interop.peft.export(model, folder, dropout=0.0)
+    disha.interop.peft.export(model, folder)
     assert_type(disha.interop.peft.load(model, folder, replace=True), disha.LoadReport)
     disha.interop.lora.export(model, folder, rank=8)
     assert_type(disha.interop.lora.load(model, folder), disha.LoadReport)

@@ -66,7 +66,6 @@ TAKEN_BY = {
     "rank": ("lora", "diffusers"),
     "pad_rank": ("lora",),
     "experts": ("lora",),
-    "dropout": ("peft",),
 }
 """Flag -> the formats that it is for."""
 
@@ -115,7 +114,6 @@ def _parser() -> Parser:
     parser.add_argument("--rank", type=int, help="largest rank of a layer as LoRA")
     parser.add_argument("--pad_rank", action="store_true", help="lora: one rank for all layers")
     parser.add_argument("--experts", help="lora: stacked (the default) or separate")
-    parser.add_argument("--dropout", type=float, help="peft: instead of the adapter's")
     parser.add_argument("--component", help="image models: such as unet or text_encoder")
     parser.add_argument("--no_also_train", action="store_true", help="convert the blocks alone")
     parser.add_argument("--overwrite", action="store_true", help="replace what is there")
@@ -231,7 +229,7 @@ def _write(
         write_contents(flags.out, contents)
         return None
     if flags.to == "peft":
-        peft.write_folder(flags.out, contents, dropout=flags.dropout)
+        peft.write_folder(flags.out, contents)
         return None
     _refuse_tied(flags.source, contents, config)
     weights = None if base is None else base_weights_of_checkpoint(base, contents)

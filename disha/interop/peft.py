@@ -2,7 +2,7 @@
 
 The blocks have the same values and shapes in PEFT. What PEFT can't store is refused before anything
 is written: layers other than `nn.Linear`, a scale, a different r in each layer, BAT with sizes that
-r does not divide or with dropout. Your own notes and the fingerprint of the base are left out.
+r does not divide. Your own notes and the fingerprint of the base are left out.
 """
 
 from __future__ import annotations
@@ -46,19 +46,14 @@ ELSE = "Write a LoRA (disha.interop.lora), which holds more, or merge (merge_ada
 # --- a model -------------------------------------------------------------------------------------
 
 
-def export(
-    model: nn.Module,
-    folder: PathLike,
-    adapter: str = "default",
-    *,
-    dropout: float | None = None,
-) -> LoraReport:
+def export(model: nn.Module, folder: PathLike, adapter: str = "default") -> LoraReport:
     """Write an adapter as a folder that PEFT loads, with the same results.
 
     `PeftModel.from_pretrained(base, folder)` of PEFT 0.18 and later reads it. `target_modules`
     in the configuration selects the adapted layers and no other module of this model. Parameters
     that were trained with the adapter become `modules_to_save`. Bone is also exactly a
-    LoRA, which `disha.interop.lora` writes.
+    LoRA, which `disha.interop.lora` writes. BAT is written with a dropout of 0, because PEFT's
+    has none.
 
     The folder keeps the dtype of the blocks. PEFT casts blocks of 16 bits to float32 when it
     loads them, unless it gets `autocast_adapter_dtype=False`.
@@ -70,7 +65,6 @@ def export(
         folder: created if it does not exist. Other files in it stay, and each file that is
             replaced stays until the new ones are complete.
         adapter: the adapter's name. The folder does not contain it.
-        dropout: written in place of the adapter's dropout.
 
     Returns:
         A `LoraReport`. Every layer is exact, and has its r as the rank.
@@ -79,7 +73,7 @@ def export(
         AdapterIOError: the folder can't be written. What was there is unchanged, unless the message
             says that one of the two files is replaced already.
         ConversionError: PEFT's MiSS can't express the adapter; the message lists every reason.
-        ArgumentError: there is no such adapter, or `dropout` is out of range.
+        ArgumentError: there is no such adapter.
         AdapterStateError: as for `save_adapter`.
 
     Nothing is written if this raises.
@@ -104,7 +98,7 @@ def export(
     with view.ranks.fail_together(action):
         target = check_path(folder)
         place = surroundings_in_model(view, contents, _reason_if_unknown)
-        config = _config_of(contents, place, dropout)
+        config = _config_of(contents, place)
     converted = _convert(contents, place, config)
     with view.ranks.fail_together(action):
         if view.ranks.writes:
@@ -122,24 +116,20 @@ def _reason_if_unknown(module: nn.Module) -> str | None:
 # --- without a model -----------------------------------------------------------------------------
 
 
-def write_folder(folder: Path, contents: AdapterContents, *, dropout: float | None = None) -> None:
+def write_folder(folder: Path, contents: AdapterContents) -> None:
     """Write an adapter as `export` does, without the model; with its notes that PEFT knows."""
     place = surroundings_alone(contents)
     place.problems.extend(
         f"{name}: PEFT saves whole modules; load the file into the model and export from there"
         for name in contents.also_train
     )
-    _convert(contents, place, _config_of(contents, place, dropout)).write(folder)
+    _convert(contents, place, _config_of(contents, place)).write(folder)
 
 
-def _config_of(
-    contents: AdapterContents, place: Surroundings, dropout: float | None
-) -> dict[str, Any]:
+def _config_of(contents: AdapterContents, place: Surroundings) -> dict[str, Any]:
     """Return PEFT's configuration. Raise if PEFT's MiSS can't express the adapter."""
     config = contents.config
-    if dropout is not None:
-        config = config.changed(dropout=dropout)
-    problems = _reasons_against_miss(contents, config.dropout)
+    problems = _reasons_against_miss(contents)
     refuse_to_write(CANT_EXPRESS, problems + place.problems, ELSE)
     init_weights: object = TILE
     if config.r_out is None:
@@ -147,7 +137,7 @@ def _config_of(
     return place.fields(exact_targets(contents.names, place.modules)) | {
         "init_weights": init_weights,
         "mini_r": config.r_out or 1,
-        "miss_dropout": config.dropout,
+        "miss_dropout": 0.0 if config.method == BAT else config.dropout,  # PEFT's BAT has none
         "peft_type": "MISS",
         "r": contents.layers[0].r,
     }
@@ -164,7 +154,7 @@ def _convert(contents: AdapterContents, place: Surroundings, config: dict[str, A
     return Converted(config, tensors, tuple(layers), tuple(others))
 
 
-def _reasons_against_miss(contents: AdapterContents, dropout: float) -> list[str]:
+def _reasons_against_miss(contents: AdapterContents) -> list[str]:
     """Return a line for each reason why PEFT's MiSS can't express an adapter."""
     method = contents.config.method
     problems = []
@@ -187,6 +177,4 @@ def _reasons_against_miss(contents: AdapterContents, dropout: float) -> list[str
     sizes = sorted({layer.r for layer in contents.layers})
     if len(sizes) > 1:
         problems.append(f"PEFT's MiSS has one r, this has {sizes} (see combine_adapters)")
-    if method == BAT and dropout:
-        problems.append(f"PEFT's BAT has no dropout, and this has {dropout:g} (`dropout=0.0`)")
     return problems

@@ -43,13 +43,6 @@ def test_to_peft_and_back(run, files, kind):
     assert_same(deltas(back), deltas(a))
 
 
-def test_bat_leaves_its_dropout_behind_for_peft_when_asked(run, complaint, files):
-    a, folder = files.adapter(method="bat", dropout=0.1), files.path / "peft"
-    assert "dropout" in complaint("convert", a, folder, "--to", "peft")
-    assert run("convert", a, folder, "--to", "peft", "--dropout", 0.0).code == 0
-    assert_same(deltas(folder, peft.load), deltas(a))
-
-
 def test_to_lora_and_back(run, files):
     a, folder, back = files.adapter(), files.path / "lora", files.path / "back"
     assert run("convert", a, folder, "--to", "lora").code == 0
@@ -386,11 +379,6 @@ def test_a_folder_that_is_no_adapter(complaint, files, content, says):
         ("bat", ("--to", "lora", "--rank", "2"), "--base"),
         ("rows", ("--to", "lora"), "--base"),
         ("a", ("--to", "lora", "--rank", "0"), "rank must be at least 1"),
-        (
-            "a",
-            ("--to", "lora", "--dropout", "0.1"),
-            "--dropout is for --to peft, not for --to lora",
-        ),
         ("a", ("--to", "peft", "--rank", "4"), "--rank is for --to lora and diffusers, not"),
         ("a", ("--to", "peft", "--component", "unet"), "--component is for image models"),
     ],

@@ -149,18 +149,14 @@ def test_dtypes_stay(dtype, tmp_path):
     assert {p.dtype for n, p in wider.named_parameters() if ".disha." in n} == {torch.float64}
 
 
-def test_dropout_is_kept(tmp_path):
-    model = disha.inject_adapters(net(), "inner", 4, dropout=0.25)
-    export(model, tmp_path / "a")
-    assert config_of(tmp_path / "a")["miss_dropout"] == 0.25
+@pytest.mark.parametrize(("method", "kept"), [("bone", 0.25), ("bat", 0.0)])
+def test_dropout_is_kept_where_peft_has_one(method, kept, tmp_path):
+    model = disha.inject_adapters(net(), "inner", 2, method=method, dropout=0.25)
+    export(model, tmp_path)
+    assert config_of(tmp_path)["miss_dropout"] == kept
     base = net()
-    load(base, tmp_path / "a")
-    assert base.inner.disha["default"].dropout == 0.25
-    export(model, tmp_path / "b", dropout=0.5)
-    assert config_of(tmp_path / "b")["miss_dropout"] == 0.5
-    with pytest.raises(ArgumentError, match="dropout must be at least 0"):
-        export(model, tmp_path / "c", dropout=1.5)
-    assert not (tmp_path / "c").exists()
+    load(base, tmp_path)
+    assert base.inner.disha["default"].dropout == kept
 
 
 def test_notes_go_both_ways(tmp_path):
@@ -252,7 +248,6 @@ NOT_EXPRESSIBLE = {
         {"r": 4, "method": "bat"},
         "needs an r that divides both sizes",
     ),
-    "bat's dropout": (square, {"r": 4, "method": "bat", "dropout": 0.1}, "no dropout"),
     "groups": (square, {"r": 4, "groups": 2}, "knows bone and bat, not bone_groups2"),
     "scale": (square, {"r": 4, "scale": 2.0}, "no scale"),
     "several r": (
@@ -292,10 +287,6 @@ def test_remedies_work(tmp_path):
     disha.combine_adapters(model, {"default": 1.0}, into="plain", r=6)
     export(model, tmp_path, "plain")
     close(output(from_peft(tmp_path, net), net), expected)
-
-    model = disha.inject_adapters(net(), "inner", 2, method="bat", dropout=0.1)
-    export(model, tmp_path, dropout=0.0)
-    assert config_of(tmp_path)["miss_dropout"] == 0.0
 
 
 def test_export_while_merged(tmp_path):
