@@ -12,9 +12,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 from importlib.metadata import version
-from typing import Any, NoReturn, TextIO
+from typing import Any, TextIO
 
 from disha.errors import AdapterFileWarning, ArgumentError, DishaError
+from disha.finetune.flags import FlagParser
 from disha.text import nearest, printable
 from disha.version import __version__
 
@@ -104,33 +105,13 @@ def _help() -> str:
     )
 
 
-class Parser(argparse.ArgumentParser):
-    """The flags of one command. Wrong usage raises, and names the flag that is meant."""
+class Parser(FlagParser):
+    """The flags of one command."""
 
     def __init__(self, name: str, about: str | None) -> None:
         form = argparse.RawDescriptionHelpFormatter
         super().__init__(f"disha {name}", description=about, formatter_class=form)
         self.add_argument("--debug", action="store_true", help="show where an error came from")
-
-    def parse(self, words: Sequence[str]) -> argparse.Namespace:
-        """Return the values of the flags, which may be spelled with dashes or underscores."""
-        spelled = [_use_underscores(word) for word in words]
-        flags, unknown = self.parse_known_args(spelled)
-        if unknown:
-            near = nearest(unknown[0], self._option_string_actions)
-            raise ArgumentError(f"{self.prog} does not take {unknown[0]}{near}")
-        return flags
-
-    def error(self, message: str) -> NoReturn:
-        """Raise `ArgumentError`."""
-        raise ArgumentError(f"{message}; see {self.prog} --help")
-
-
-def _use_underscores(word: str) -> str:
-    if not word.startswith("--"):
-        return word
-    name, equals, value = word[2:].partition("=")
-    return f"--{name.replace('-', '_')}{equals}{value}"
 
 
 def _describe(error: Exception) -> str:

@@ -2,7 +2,8 @@
 
 | module | what it holds |
 |---|---|
-| `arguments` | the flags |
+| `flags` | how all commands read their flags |
+| `arguments` | the flags of this one |
 | `choices` | the settings that a run chooses by device and size |
 | `base` | the base model and its tokenizer |
 | `notes` | what an adapter file notes, and how it is loaded |

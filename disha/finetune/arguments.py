@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 import yaml
@@ -22,6 +22,7 @@ from disha.errors import ArgumentError
 from disha.files import find_adapter
 from disha.finetune.base import best_device, make_on_meta
 from disha.finetune.choices import choose, describe, has_bfloat16
+from disha.finetune.flags import FlagParser
 from disha.finetune.notes import (
     BITS,
     read_noted_base,
@@ -29,7 +30,6 @@ from disha.finetune.notes import (
     read_notes,
     read_settings,
 )
-from disha.text import nearest
 
 SHOWN = (
     "output_dir",
@@ -55,8 +55,7 @@ Train an adapter (Bone, tile, BAT, LoRA) for a language model with trl's SFTTrai
 
 def _flag(default: Any, help: str, *aliases: str, **more: Any) -> Any:
     """Return a field of a dataclass that becomes a flag; `aliases` are other names of it."""
-    with_dashes = [name.replace("_", "-") for name in aliases if "_" in name]
-    metadata = {"help": help, "aliases": [*aliases, *with_dashes], **more}
+    metadata = {"help": help, "aliases": [*aliases], **more}
     if isinstance(default, list):
         return field(default_factory=default.copy, metadata={**metadata, "action": "extend"})
     return field(default=default, metadata=metadata)
@@ -103,7 +102,7 @@ class AdapterArguments:
         if len(targets) == 1:
             targets = targets[0]
         groups = int(self.groups) if self.groups.isdigit() else self.groups
-        patterns = dict(_split_rank_pattern(pair) for pair in self.rank_pattern)
+        pairs = [pair.rpartition("=") for pair in self.rank_pattern]
         return {
             "target_regex": targets,
             "r": self.r,
@@ -111,7 +110,7 @@ class AdapterArguments:
             "method": self.method,
             "groups": groups,
             "exclude": [*self.exclude],
-            "rank_pattern": patterns,
+            "rank_pattern": {regex: int(r) for regex, _, r in pairs},
             "also_train": self.also_train,
             "dropout": self.dropout,
         }
@@ -298,13 +297,8 @@ def parse_flags(words: Sequence[str]) -> Flags:
 def _read_given(parser: _Parser, words: Sequence[str]) -> dict[str, Any]:
     """Return the flags that the words give, and not the defaults of others."""
     blank = argparse.Namespace(**{action.dest: None for action in parser._actions})
-    flags, unknown = parser.parse_known_args(words, blank)
-    if unknown:
-        near = nearest(unknown[0], parser._option_string_actions)
-        raise ArgumentError(
-            f"there is no flag {unknown[0]}{near or '; --help_all shows all flags'}"
-        )
-    return {name: value for name, value in vars(flags).items() if value is not None}
+    flags = vars(parser.parse(words, blank))
+    return {name: value for name, value in flags.items() if value is not None}
 
 
 def _settings_of_adapter(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -325,15 +319,16 @@ def _settings_of_adapter(given: Mapping[str, Any]) -> dict[str, Any]:
 
 def _plan(given: Mapping[str, Any]) -> disha.Plan:
     """Return what a run adapts, without its weights."""
-    names = {field.name for field in fields(AdapterArguments)}
-    adapter = AdapterArguments(**{name: given[name] for name in names & given.keys()})
-    model = make_on_meta(given["base"])
+    parser = HfArgumentParser(AdapterArguments)  # type: ignore[arg-type]
+    [adapter] = parser.parse_dict({**given}, allow_extra_keys=True)
+    model = make_on_meta(adapter.base)
     return disha.plan_adapters(model, **adapter.settings_for(model))
 
 
 def _parser(shows_all: bool) -> _Parser:
     parser = _Parser(
         [AdapterArguments, DataArguments, TrainingArguments],  # type: ignore[list-item]
+        prog="disha finetune",
         usage=USAGE,
         allow_abbrev=False,
         formatter_class=_Format,
@@ -349,11 +344,8 @@ def _parser(shows_all: bool) -> _Parser:
     return parser
 
 
-class _Parser(HfArgumentParser):
-    """Raises where `argparse` would end the process."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ArgumentError(message)
+class _Parser(FlagParser, HfArgumentParser):
+    """Reads the flags that the fields of dataclasses stand for."""
 
 
 class _Format(argparse.ArgumentDefaultsHelpFormatter):
@@ -375,10 +367,3 @@ def _words_of(path: Path) -> Iterator[str]:
         for item in value if isinstance(value, list) else [value]:
             text = json.dumps(item) if isinstance(item, dict) else str(item)
             yield text
-
-
-def _split_rank_pattern(pair: str) -> tuple[str, int]:
-    pattern, sign, r = pair.rpartition("=")
-    if not sign or not r.isdecimal():
-        raise ArgumentError(f"--rank_pattern needs regex=r, such as v_proj=16, got {pair}")
-    return pattern, int(r)
