@@ -155,11 +155,8 @@ def _holds_messages(value: Any) -> bool:
 
 def _form_texts(row: Row, fields: Sequence[str]) -> Row:
     """Return texts as they are, by the names that `trl` has for one or for two."""
-    texts = [_text(row[field], field) for field in fields]
-    if len(texts) == 1:
-        return {"text": texts[0]}
-    _require_answer(texts[1])
-    return dict(zip(SPLIT, texts, strict=True))
+    names = SPLIT if len(fields) == 2 else ("text",)
+    return {name: _text(row[field], field) for name, field in zip(names, fields, strict=True)}
 
 
 def _text(value: Any, field: str) -> str:
@@ -272,8 +269,6 @@ class _Conversations:
         messages = [{**message, "weight": 0} for message in asking]
         messages += self._turns(row, self._answered, "assistant")
         if row.get("system"):
-            if messages[0]["role"] == "system":
-                raise ValueError("it has a system message, and a text in the column system")
             messages.insert(0, {"role": "system", "content": _text(row["system"], "system")})
         return messages
 
@@ -299,9 +294,6 @@ class _Conversations:
             raise ValueError(
                 "the weight of a message is 0 or 1, and 1 alone with --assistant_only_loss False"
             )
-        for n in learned:
-            if messages[n].keys() == {"role", "content"}:
-                _require_answer(messages[n]["content"])
         first = learned[0]
         last = learned[-1]
         if self._training_template is None:
@@ -370,9 +362,3 @@ def _mark(message: Message, position: int) -> Message:
 
 def _mark_of(key: str, position: int) -> str:
     return f"{key}-{position}-"
-
-
-def _require_answer(text: str) -> None:
-    """Raise if a text is empty: there is nothing to learn in it."""
-    if not text.strip():
-        raise ValueError("an answer is empty; leave it out, or give it the weight 0")
