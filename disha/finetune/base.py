@@ -139,8 +139,8 @@ def load_without_values(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Return a base whose weights are not read, and take no memory, and its tokenizer."""
     tokenizer, added = load_tokenizer(name, notes)
-    model = make_on_meta(name).to_empty(device="cpu")  # pages are taken when written to
-    model.tie_weights()
+    model = make_on_meta(name)
+    _give_memory(model)
     fit_to_tokenizer(model, tokenizer, added)
     return model, tokenizer
 
