@@ -569,7 +569,7 @@ def test_a_row_that_can_not_be_used_is_told_before_the_base_is_loaded(
 ):
     monkeypatch.setattr(train, "load_base", lambda *given: pytest.fail("the base was loaded"))
     rows = tmp_path / "rows.jsonl"
-    rows.write_text('{"query": "say", "response": "two"}\n{"query": "say", "response": ""}\n')
+    rows.write_text('{"query": "say", "response": "two"}\n{"query": "say", "response": null}\n')
     with pytest.raises(ArgumentError, match="row 2"):
         finetune(tmp_path / "out", "--data", rows)
 
