@@ -35,7 +35,6 @@ PathLike = str | os.PathLike[str]
 ADAPTER_NAME = "adapter.safetensors"  # in output folders and checkpoints
 
 OF_TORCH = {"format": "pt"}  # metadata that other loaders require
-PICKLES = (b"PK\x03\x04", b"\x80")  # how the files of torch.save begin
 
 
 def check_path(path: Any) -> Path:
@@ -206,10 +205,8 @@ def write_tensors(new: Path, tensors: Tensors, metadata: dict[str, str] = OF_TOR
 @contextmanager
 def open_tensors(path: Path) -> Iterator[Any]:
     """Open a safetensors file by `safe_open`; the tensors are read when asked for."""
-    start = b""
     try:
-        with open(path, "rb") as file:
-            start = file.read(4)
+        path.open("rb").close()  # raises what the system says, where `safe_open` says less
         str(path).encode()  # raises if the name is no UTF-8, which `safe_open` calls damaged
         with safe_open(path, "pt") as tensors:
             yield tensors
@@ -218,14 +215,10 @@ def open_tensors(path: Path) -> Iterator[Any]:
     except (OSError, ValueError) as error:
         raise AdapterIOError(f"can't read {path}: {_reason_of(error)}; check the path") from error
     except SafetensorError as error:
-        if start.startswith(PICKLES):
-            raise AdapterFileError(
-                f"{path} is a pickle, as torch.save writes it; read it with torch.load, and give "
-                "the result to load_adapter_state_dict"
-            ) from error
         raise AdapterFileError(
-            f"{path} is not a complete safetensors file ({error}): it is damaged, cut off, or a "
-            "file of another kind; get it again"
+            f"{path} is not a complete safetensors file ({error}): it is damaged, cut off, or of "
+            "another kind; get it again. A file of torch.save is for torch.load, whose result is "
+            "for load_adapter_state_dict"
         ) from error
 
 

@@ -535,7 +535,7 @@ class TestBadFiles:
 
     def test_a_pickle_says_who_reads_it(self, path):
         torch.save({"a": torch.ones(1)}, path)
-        self.refused(path, "is a pickle.*torch.load.*load_adapter_state_dict")
+        self.refused(path, "A file of torch.save is for torch.load.*load_adapter_state_dict")
 
     @pytest.mark.parametrize("data", [b"", b"\0", b"not safetensors at all", b"\xff" * 64])
     def test_other_bytes(self, path, data):
