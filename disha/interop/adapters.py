@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import replace as replace_fields
-from pathlib import Path
 
 import torch
 from torch import nn
 
-from disha.files import AdapterContents, AdapterFile, file_at, find_adapter
+from disha.files import AdapterFile, file_at, find_adapter
 from disha.files.contents import keep_blocks, keep_matching, read_contents
 from disha.files.disk import PathLike
 from disha.files.loading import load_contents
@@ -104,7 +103,10 @@ def load_adapter(
         folder = find_folder(source)
         if folder is None:
             source = file_at(source)
-            contents = _read_file(view, source)
+            if image_lora.has_factors(source):
+                contents = image_lora.read_for_model(view, source)
+            else:
+                contents = read_contents(source)
     if folder is not None:
         contents = read_for_model(view, folder, also_train=also_train)
     if not also_train:
@@ -122,12 +124,6 @@ def load_adapter(
         freeze=freeze,
         activate=activate,
     )
-
-
-def _read_file(view: ModelView, file: Path) -> AdapterContents:
-    if image_lora.has_factors(file):
-        return image_lora.read_for_model(view, file)
-    return read_contents(file)
 
 
 def inspect_adapter(path: PathLike, base: PathLike | None = None) -> AdapterFile:

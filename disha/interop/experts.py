@@ -23,7 +23,7 @@ from typing import Literal, get_args
 from einops import rearrange
 from torch import Tensor
 
-from disha.errors import AdapterFileError, ArgumentError, ConversionError
+from disha.errors import ArgumentError, ConversionError
 from disha.functional import Layout
 from disha.interop.low_rank import LowRankUpdate, is_stack, list_names
 from disha.model.records import LayerRecord
@@ -225,14 +225,8 @@ def find_stack(name: str, targets: Collection[str]) -> str | None:
     return stacks[depth]
 
 
-def matrices_of(name: str, a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+def matrices_of(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """Return A (expert, rank, in) and B (expert, out, rank): the inverse of `stack_factors`."""
-    fits = a.dim() == b.dim() == 2 and b.shape[1] == len(a) and rank in range(1, len(a) + 1)
-    if not fits or len(a) % rank:
-        raise AdapterFileError(
-            f"{name} has factors of shape {tuple(a.shape)} and {tuple(b.shape)}, which are not "
-            f"({rank} * experts, in) and (out, {rank} * experts)"
-        )
     return (
         rearrange(a, "(expert r) i -> expert r i", r=rank),
         rearrange(b, "o (r expert) -> expert o r", r=rank),

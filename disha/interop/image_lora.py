@@ -30,7 +30,6 @@ from disha.interop.low_rank import (
     LoraReport,
     LowRankUpdate,
     base_weights_of_model,
-    check_rank,
     contents_of_factors,
     list_names,
     low_rank_updates,
@@ -44,7 +43,6 @@ from disha.interop.peft_format import (
     unknown_to_lora,
 )
 from disha.interop.peft_reading import explain_settings, scale_of
-from disha.layers.blocks import original_class
 from disha.model.state import LoadReport
 from disha.model.view import ModelView
 from disha.sharding.ranks import Ranks
@@ -94,7 +92,7 @@ def export(
         A `LoraReport`, with the rank and the error of every layer.
 
     Raises:
-        ConversionError: `diffusers` does not know the model or a layer, or would compute
+        ConversionError: `diffusers` does not know a layer, or would compute
             something else (a grouped or dilated convolution, an embedding); or parameters were
             trained with the blocks.
         ArgumentError: no model has the adapter, a component is unknown, or BAT lacks `rank`.
@@ -122,13 +120,12 @@ def export(
     action = f"export adapter {adapter!r} as an image LoRA"
     with ranks.fail_together(action):
         target = check_path(path)
-        check_rank(rank)  # before a process waits for another
         views = {component: view for component, view in views.items() if adapter in view.adapters}
         if not views:
             raise ArgumentError(f"no component of {', '.join(models)} has an adapter {adapter!r}")
         for component, view in views.items():
             layers = [model_block.name for model_block in view.blocks(adapter)]
-            problems = _list_problems(view, layers)
+            problems = reasons_against(view, layers, unknown_to_lora)
             refuse_to_write(f"a LoRA would not compute what the {component} does", problems)
     contents: dict[str, AdapterContents] = {}
     bases: dict[str, BaseWeight] = {}
@@ -236,17 +233,6 @@ def _views_of(models: Models) -> tuple[dict[str, ModelView], Ranks]:
 
 
 # --- writing -------------------------------------------------------------------------------------
-
-
-def _list_problems(view: ModelView, layers: Sequence[str]) -> list[str]:
-    """Return why a LoRA of these layers would not compute in diffusers what a model computes."""
-    problems = reasons_against(view, layers, unknown_to_lora)
-    cls = original_class(view.modules[""])
-    if cls.__module__.startswith("diffusers.") and not hasattr(cls, "load_lora_adapter"):
-        problems.append(
-            f"{cls.__name__}: diffusers can't load a LoRA into it; use PEFT (lora.export)"
-        )
-    return problems
 
 
 def write_file(

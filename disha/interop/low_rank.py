@@ -177,7 +177,8 @@ def low_rank_updates(
     base: BaseWeight | None,
 ) -> list[LowRankUpdate]:
     """Return the updates of layers; `disha.interop.lora.export` documents the arguments."""
-    check_rank(rank)
+    if rank is not None:
+        check_positive_int("rank", rank)
     inexpressible = [record.name for record in layers if not _is_expressible(record)]
     if inexpressible:
         raise ConversionError(
@@ -222,12 +223,6 @@ def _is_expressible(layer: LayerRecord) -> bool:
     if layer.tied or layer.is_new_rows:
         return False
     return is_stack(layer) or layer.layout.pattern in LORA_LAYOUTS
-
-
-def check_rank(rank: int | None) -> None:
-    """Raise unless a rank is None or positive."""
-    if rank is not None:
-        check_positive_int("rank", rank)
 
 
 def is_stack(layer: LayerRecord) -> bool:
@@ -401,7 +396,9 @@ def _fit_together(factors: LayerFactors) -> bool:
     a = factors.a
     b = factors.b
     dim = _rank_axis(factors)
-    return a.dim() == b.dim() > dim + 1 and a.numel() > 0 and a.shape[dim] == b.shape[dim + 1]
+    if a.dim() != b.dim() or a.dim() < dim + 2 or a.numel() == 0:
+        return False
+    return (*a.shape[:dim], a.shape[dim]) == (*b.shape[:dim], b.shape[dim + 1])
 
 
 def _rank_axis(factors: LayerFactors) -> int:

@@ -15,6 +15,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+from einops import EinopsError
 from torch import Tensor
 
 from disha.checks import check_scale
@@ -124,6 +125,13 @@ def read_folder(
         return _contents_of(read_peft_files(folder, also_train), base)
 
 
+READING_ERRORS = (
+    *(DishaError, EinopsError, re.error),
+    *(TypeError, ValueError, AttributeError, ArithmeticError),
+)
+"""What settings raise that PEFT does not write."""
+
+
 @contextmanager
 def explain_settings(folder: PathLike) -> Iterator[None]:
     """Raise `AdapterFileError` if the body meets settings that PEFT does not write."""
@@ -131,7 +139,7 @@ def explain_settings(folder: PathLike) -> Iterator[None]:
         yield
     except (AdapterFileError, AdapterIOError, ConversionError):
         raise
-    except (DishaError, TypeError, ValueError, AttributeError, re.error) as error:
+    except READING_ERRORS as error:
         raise AdapterFileError(
             f"{folder} has settings that can't be read: {error}; get it again"
         ) from error
@@ -226,9 +234,7 @@ def _miss_config(folder: PeftFolder, is_legacy: bool) -> AdapterConfig:
     """Return the settings of a folder as an adapter's configuration."""
     fields = folder.fields
     init = fields.get("init_weights", True)
-    method = READ_INIT_WEIGHTS.get(init)
-    if method is None:
-        raise AdapterFileError(f"{folder.path}: init_weights={brief(init)} is unknown")
+    method = READ_INIT_WEIGHTS.get(init, init)  # `AdapterConfig` refuses an unknown one
     dropout = 0.0
     # In PEFT, Bone and BAT have no dropout, whatever the field says.
     if not is_legacy and method != BAT:
@@ -319,7 +325,7 @@ def _factors_of(
         else:
             name = stack
             rank = folder.of_layer(name, "r", "rank_pattern")
-            a, b = matrices_of(name, a, b, rank)
+            a, b = matrices_of(a, b, rank)
             layout = (
                 base.layouts.get(name)
                 or family_of(base.model_type, "the layout of stacked experts").layout

@@ -151,8 +151,6 @@ def test_the_file_of_a_pipeline_has_the_prefixes_of_kohya(pipeline):
 def test_pixart_has_no_loader_in_diffusers_and_peft_loads_it(tmp_path):
     base = PIXART.model()
     ours = adapted(base, scale=0.7)
-    with pytest.raises(disha.ConversionError, match="PixArtTransformer2DModel: diffusers can't"):
-        image_lora.export({"transformer": ours}, tmp_path / "lora.safetensors")
     lora.export(ours, tmp_path / "folder")
     theirs = peft.PeftModel.from_pretrained(copy.deepcopy(base), str(tmp_path / "folder")).eval()
     close(PIXART.run(theirs), PIXART.run(ours))

@@ -585,7 +585,7 @@ BAD = {
     "r of another": (with_fields(r=3), "expected a block of shape (3, 6)"),
     "r too large": (with_fields(r=11), "r=11 is larger than in_features=10"),
     "another kind": (with_fields(init_weights="bat"), "a block of shape (4, 6) does not fit"),
-    "unknown kind": (with_fields(init_weights="nice"), "init_weights='nice' is unknown"),
+    "unknown kind": (with_fields(init_weights="nice"), "unknown method 'nice'"),
     "mini that does not divide": (with_fields(init_weights="mini", mini_r=4), "does not divide"),
     "nothing saved": (with_fields(modules_to_save=None), "norm.weight: it does not train, and"),
     "no list": (with_fields(modules_to_save=5), "has settings that can't be read: 'int' object"),
