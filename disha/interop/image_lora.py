@@ -30,6 +30,7 @@ from disha.interop.low_rank import (
     LoraReport,
     LowRankUpdate,
     base_weights_of_model,
+    check_rank,
     contents_of_factors,
     list_names,
     low_rank_updates,
@@ -120,6 +121,7 @@ def export(
     action = f"export adapter {adapter!r} as an image LoRA"
     with ranks.fail_together(action):
         target = check_path(path)
+        check_rank(rank)  # before a process waits for another
         views = {component: view for component, view in views.items() if adapter in view.adapters}
         if not views:
             raise ArgumentError(f"no component of {', '.join(models)} has an adapter {adapter!r}")

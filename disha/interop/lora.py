@@ -33,6 +33,7 @@ from disha.interop.low_rank import (
     LoraReport,
     LowRankUpdate,
     base_weights_of_model,
+    check_rank,
     is_stack,
     low_rank_updates,
 )
@@ -178,13 +179,16 @@ def _convert_adapter(
     contents = adapter_contents(view, adapter, with_fingerprints=False)
     with view.ranks.fail_together(_describe_action(adapter)):
         place = surroundings_in_model(view, contents, unknown_to_lora)
-        _check(contents, place, experts)  # before a process waits for another
+        _check(contents, place, rank, experts)  # before a process waits for another
     base = base_weights_of_model(view, adapter)
     return _convert(contents, place, base, rank, pad, experts)
 
 
-def _check(contents: AdapterContents, place: Surroundings, experts: ExpertForm) -> None:
+def _check(
+    contents: AdapterContents, place: Surroundings, rank: int | None, experts: ExpertForm
+) -> None:
     """Raise if an argument is wrong, or if PEFT's LoRA can't express the adapter."""
+    check_rank(rank)
     check_form(experts)
     misread = list_misread_by_peft(contents.layers, experts, place.model_type)
     refuse_to_write(CANT_EXPRESS, place.problems + misread)
@@ -245,7 +249,7 @@ def write_lora(
         for layer in contents.layers
         if layer.layout.pattern == CONV
     )
-    _check(contents, place, experts)
+    _check(contents, place, rank, experts)
     converted = _convert(contents, place, base, rank, pad, experts)
     converted.write(folder)
     return converted.report(folder)

@@ -177,8 +177,7 @@ def low_rank_updates(
     base: BaseWeight | None,
 ) -> list[LowRankUpdate]:
     """Return the updates of layers; `disha.interop.lora.export` documents the arguments."""
-    if rank is not None:
-        check_positive_int("rank", rank)
+    check_rank(rank)
     inexpressible = [record.name for record in layers if not _is_expressible(record)]
     if inexpressible:
         raise ConversionError(
@@ -223,6 +222,12 @@ def _is_expressible(layer: LayerRecord) -> bool:
     if layer.tied or layer.is_new_rows:
         return False
     return is_stack(layer) or layer.layout.pattern in LORA_LAYOUTS
+
+
+def check_rank(rank: int | None) -> None:
+    """Raise unless a rank is None or positive."""
+    if rank is not None:
+        check_positive_int("rank", rank)
 
 
 def is_stack(layer: LayerRecord) -> bool:
