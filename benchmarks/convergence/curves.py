@@ -34,6 +34,7 @@ STYLES: Mapping[str, tuple[str, str]] = {
     "groups3": ("tab:cyan", "-"),
     "groups_all": ("tab:orange", "-"),
     "groups3_contiguous": ("tab:cyan", ":"),
+    "groups_all_contiguous": ("tab:orange", ":"),
 }
 SHOWN = [0.02 * step for step in range(1, 33)]  # limits of forgetting
 MARKS = "os^vP"  # of the tasks, in their order

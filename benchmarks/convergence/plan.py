@@ -203,7 +203,7 @@ CANDIDATES: Mapping[str, tuple[str, ...]] = {
     "packages": ("groups2", "groups4", "groups_all", "groups4_contiguous", *SIGNS, GRALORA, OFT),
     "arithmetic": ("groups2", "groups4", "groups_all"),
     "docstrings": ("groups2", "groups4", "groups_all"),
-    LONG: ("groups3", "groups_all", "groups3_contiguous"),
+    LONG: ("groups3", "groups_all", "groups3_contiguous", "groups_all_contiguous"),
 }
 """Task -> what is tried there in place of MiSS. The cheaper a run is, the more is tried."""
 FIRST_RATES: Mapping[str, tuple[float, ...]] = {
