@@ -241,8 +241,10 @@ def find_matching(patterns: Iterable[str], names: Sequence[str]) -> list[str]:
 
 def find_first_match(patterns: Iterable[str], names: Sequence[str]) -> str | None:
     """Return the first pattern that is found in any of the names, or None."""
-    matching = find_matching(patterns, names)
-    return matching[0] if matching else None
+    for pattern in patterns:
+        if _is_found(pattern, names):
+            return pattern
+    return None
 
 
 def _is_found(pattern: str, names: Sequence[str]) -> bool:
@@ -290,10 +292,11 @@ def _check_rows(
 
 
 def _read_ranges(ranges: Any) -> list[tuple[int, int]]:
+    items = list(ranges)  # an iterator gives them once
     try:
-        return _read_pairs(ranges)
+        return _read_pairs(items)
     except TypeError:  # numbers can't be unpacked
-        return _read_pairs([ranges])
+        return _read_pairs([items])
 
 
 def _read_numbers(numbers: Any) -> list[tuple[int, int]]:

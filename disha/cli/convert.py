@@ -278,7 +278,7 @@ def _describe_serving(
     if has_stacks and flags.experts != "separate" and not reads_stacks:
         return "vLLM reads stacked experts of GPT-OSS only; for others, give --experts separate"
     rank = max(layer.rank for layer in report.layers)
-    largest = find_served_rank(rank) or rank  # above all of them, vLLM names them
+    largest = find_served_rank(rank)
     name = flags.out.resolve().name
     command = ["vllm", "serve", model, "--enable-lora", "--max-lora-rank", str(largest)]
     # One place more than adapters: vLLM 0.32 for processors lets an adapter in the last place act

@@ -67,7 +67,7 @@ def _quiet_screen(debug: bool) -> Iterator[None]:
     bars = {"TQDM_LEAVE": ""}
     if not (sys.stderr.isatty() and _is_first()):
         bars["TQDM_DISABLE"] = "1"
-    before = dict(os.environ)
+    before = {name: os.environ[name] for name in bars if name in os.environ}
     disabled = logging.root.manager.disable
     with warnings.catch_warnings():
         warnings.showwarning = _show_warning  # type: ignore[assignment]
@@ -79,7 +79,7 @@ def _quiet_screen(debug: bool) -> Iterator[None]:
         finally:
             logging.disable(disabled)
             for name in bars:
-                del os.environ[name]
+                os.environ.pop(name, None)
             os.environ.update(before)
 
 

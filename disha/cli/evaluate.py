@@ -160,7 +160,7 @@ def _average(sums: Sequence[Mapping[str, float]]) -> dict[str, float]:
         for name, value in of_set.items():
             added[name] += value
     loss = added.pop("loss") / max(added["tokens"], 1)
-    return {"loss": loss, "perplexity": math.exp(loss), **added}
+    return {"loss": loss, "perplexity": math.exp(min(loss, 700)), **added}
 
 
 def _measure(runner: PromptRunner, trainer: Any, flags: Namespace) -> dict[str, float]:

@@ -200,14 +200,14 @@ def _parse_file(path: Path, fields: Any, tensors: Mapping[str, Tensor]) -> Adapt
         check_type("a name or a note", words, str, "text")
     settings = fields["config"]
     check_type("config", settings, dict, "a JSON object")
-    usual = {"method": settings.get("method", DEFAULTS["method"])}
-    if usual["method"] == NEW_ROWS:  # in an older file that has nothing else
+    method = settings.get("method", DEFAULTS["method"])
+    usual = ASSUMED | {"method": method}  # of a layer that does not tell its own
+    if method == NEW_ROWS:  # in an older file that has nothing else
         settings = settings | {"method": DEFAULTS["method"]}
-    _check_method(path, settings.get("method", DEFAULTS["method"]))
+    else:
+        _check_method(path, method)
     config = AdapterConfig.from_json(settings)
-    records = tuple(
-        _parse_layer(path, config, ASSUMED | usual | entry) for entry in fields["layers"]
-    )
+    records = tuple(_parse_layer(path, config, usual | entry) for entry in fields["layers"])
     # In files of former versions, keys have the whole name of a method with groups.
     keys = {join(record.name, f"{record.method}_block"): record.key for record in records}
     return AdapterFile(

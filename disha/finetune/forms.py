@@ -236,7 +236,8 @@ class _Conversations:
     def form(self, row: Row) -> Row:
         """Return a row as a conversation, with what the chat template needs beside it."""
         messages = self._read(row)
-        first, last = self._choose_completion(messages)
+        weights = [message.pop("weight", 1) for message in messages]
+        first, last = self._choose_completion(messages, weights)
         prompt = messages[:first]
         completion = messages[first : last + 1]
         if not self._tokenizer.chat_template:  # a question and its answer, each on a line
@@ -278,14 +279,14 @@ class _Conversations:
             return _read_messages(row[field])
         return [{"role": role, "content": _text(row[field], field)}]
 
-    def _choose_completion(self, messages: Sequence[Message]) -> tuple[int, int]:
+    def _choose_completion(
+        self, messages: Sequence[Message], weights: Sequence[Any]
+    ) -> tuple[int, int]:
         """Return the positions of the first and the last message of what `trl` learns.
 
         Where it can mark answers, it learns all answers in the completion, and so it starts at the
-        first answer to learn. Elsewhere, it learns the completion whole: the last answer alone. The
-        weights are taken out of the messages.
+        first answer to learn. Elsewhere, it learns the completion whole: the last answer alone.
         """
-        weights = [message.pop("weight", 1) for message in messages]
         answers = [n for n, message in enumerate(messages) if message["role"] == "assistant"]
         learned = [n for n in answers if weights[n]]
         if not learned:

@@ -94,7 +94,8 @@ def run(flags: Flags) -> None:
     if adapter.merge:
         require_mergeable(adapter.base)
     if training.dry_run:
-        with tempfile.TemporaryDirectory() as training.output_dir:
+        with tempfile.TemporaryDirectory() as nowhere:
+            training.output_dir = nowhere
             trainer, _ = make_trainer(flags, {})
             _preview(trainer)
         return

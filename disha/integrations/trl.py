@@ -12,11 +12,12 @@ from __future__ import annotations
 import copy
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import trl
 from torch import Tensor, nn
@@ -189,7 +190,7 @@ class _SyncOfAdapter(vllm_generation.VLLMGeneration):  # type: ignore[misc]
                 "gives back; leave it or vllm_adapter_folder out"
             )
         rank = self._write_adapter()
-        served_rank = find_served_rank(rank) or rank  # above all of them, vLLM names them
+        served_rank = find_served_rank(rank)
         start: Any = getattr(vllm_generation, "LLM", None)
 
         def start_with_lora(**settings: Any) -> Any:
@@ -199,8 +200,8 @@ class _SyncOfAdapter(vllm_generation.VLLMGeneration):  # type: ignore[misc]
             """Do without the channel for weights, which needs a GPU."""
 
         with (
-            _replaced(vllm_generation, "LLM", start_with_lora),
-            _replaced(vllm_generation.VLLMClient, "init_communicator", open_no_channel),
+            patch.object(vllm_generation, "LLM", start_with_lora, create=True),
+            patch.object(vllm_generation.VLLMClient, "init_communicator", open_no_channel),
         ):
             super()._init_vllm()
         if self.mode == "colocate":
@@ -256,17 +257,6 @@ class _SyncOfAdapter(vllm_generation.VLLMGeneration):  # type: ignore[misc]
         from vllm.lora.request import LoRARequest
 
         return LoRARequest(self.folder.name, 1, str(self.folder), **named)
-
-
-@contextmanager
-def _replaced(module: Any, name: str, value: Any) -> Iterator[None]:
-    """Run a body while a name in a module means something else."""
-    former = getattr(module, name, None)
-    setattr(module, name, value)
-    try:
-        yield
-    finally:
-        setattr(module, name, former)
 
 
 class DPOTrainer(trl.DPOTrainer):  # type: ignore[misc]
@@ -325,7 +315,9 @@ class _TrainerWithRewards:
             _prepare_model(view, args, named, undo)
             reference_model = _make_reference(view, reference, undo) if beta else None
             args.beta = 0.0  # with another value, trl would load a reference
-            with _replaced(sys.modules[self._trainer.__module__], "VLLMGeneration", generation):
+            with patch.object(
+                sys.modules[self._trainer.__module__], "VLLMGeneration", generation, create=True
+            ):
                 super().__init__(model, reward_funcs, args, **named)  # type: ignore[call-arg]
             undo.pop_all()
         args.beta = self.beta = beta

@@ -243,12 +243,12 @@ def write_lora(
     The notes of the adapter that PEFT knows go into the configuration. Convolutions are refused,
     because the file does not tell whether PEFT's LoRA can adapt them.
     """
-    place = surroundings_alone(contents, model_type)
-    place.problems.extend(
+    unknown = [
         f"{layer.name} is a convolution of unknown groups and padding: export from the model"
         for layer in contents.layers
         if layer.layout.pattern == CONV
-    )
+    ]
+    place = surroundings_alone(contents, unknown, model_type)
     _check(contents, place, rank, experts)
     converted = _convert(contents, place, base, rank, pad, experts)
     converted.write(folder)

@@ -200,21 +200,24 @@ def low_rank_updates(
     if not (pad and updates):
         return updates
     largest = max(update.rank for update in updates)
-    padded_rank = find_served_rank(largest)
-    if padded_rank is None:
+    if largest > SERVED_RANKS[-1]:
         raise ConversionError(
             f"a layer has rank {largest}, and ranks are padded to at most {SERVED_RANKS[-1]}; give "
             "a smaller `rank`, or do not pad"
         )
+    padded_rank = find_served_rank(largest)
     return [update.padded(padded_rank) for update in updates]
 
 
-def find_served_rank(rank: int) -> int | None:
-    """Return the smallest rank that vLLM can be started with for a LoRA, or None above all."""
+def find_served_rank(rank: int) -> int:
+    """Return the smallest rank that vLLM can be started with for a LoRA.
+
+    Above all of them it is the LoRA's own, and vLLM names those that it takes.
+    """
     for served in SERVED_RANKS:
         if served >= rank:
             return served
-    return None
+    return rank
 
 
 def _is_expressible(layer: LayerRecord) -> bool:
@@ -403,7 +406,7 @@ def _fit_together(factors: LayerFactors) -> bool:
     dim = _rank_axis(factors)
     if a.dim() != b.dim() or a.dim() < dim + 2 or a.numel() == 0:
         return False
-    return (*a.shape[:dim], a.shape[dim]) == (*b.shape[:dim], b.shape[dim + 1])
+    return a.shape[: dim + 1] == (*b.shape[:dim], b.shape[dim + 1])
 
 
 def _rank_axis(factors: LayerFactors) -> int:

@@ -118,11 +118,11 @@ def _reason_if_unknown(module: nn.Module) -> str | None:
 
 def write_folder(folder: Path, contents: AdapterContents) -> None:
     """Write an adapter as `export` does, without the model; with its notes that PEFT knows."""
-    place = surroundings_alone(contents)
-    place.problems.extend(
+    unknown = [
         f"{name}: PEFT saves whole modules; load the file into the model and export from there"
         for name in contents.also_train
-    )
+    ]
+    place = surroundings_alone(contents, unknown)
     _convert(contents, place, _config_of(contents, place)).write(folder)
 
 

@@ -453,23 +453,28 @@ def surroundings_in_model(
 ) -> Surroundings:
     """Return what PEFT has around the layers of an adapter of a model."""
     modules = [layer.name for layer in contents.layers if not is_stack(layer)]
+    saved, tensors, unsaved = _find_saved_modules(view, contents.also_train)
     problems = reasons_against(view, modules, reason_if_unknown)
-    saved, tensors = _find_saved_modules(view, contents.also_train, problems)
-    problems += _layers_inside(contents.names, saved)
+    problems += unsaved + _layers_inside(contents.names, saved)
     names = [names[0] for names in view.names.values() if names[0]]  # by which PEFT finds modules
     notes = notes_of(view.modules[""])
     tables = [layer.name for layer in contents.layers if _reads_rows_alike(view, layer)]
     return Surroundings(problems, saved, tensors, names, model_type_of(view), notes, tables)
 
 
-def surroundings_alone(contents: AdapterContents, model_type: str | None = None) -> Surroundings:
-    """Return the same without the model. The notes of the adapter that PEFT knows are kept."""
+def surroundings_alone(
+    contents: AdapterContents, unknown: Iterable[str], model_type: str | None = None
+) -> Surroundings:
+    """Return the same without the model, of which `unknown` says what must be known.
+
+    The notes of the adapter that PEFT knows are kept.
+    """
     problems = [] if all(contents.names) else [f"(the model): {THE_MODEL_ITSELF}"]
     problems += [
         f"{name}: {OF_THE_MODEL_ITSELF}" for name in contents.also_train if "." not in name
     ]
     saved = {name.rpartition(".")[0] for name in contents.also_train}
-    problems += _layers_inside(contents.names, saved)
+    problems += [*_layers_inside(contents.names, saved), *unknown]
     tensors = {name: contents.tensors[name] for name in contents.also_train}
     notes = {note: contents.metadata.get(note) for note in NOTES}
     return Surroundings(problems, saved, tensors, None, model_type, notes, contents.names)
@@ -486,18 +491,19 @@ def _reads_rows_alike(view: ModelView, layer: LayerRecord) -> bool:
 
 
 def _find_saved_modules(
-    view: ModelView, also_train: Sequence[str], problems: list[str]
-) -> tuple[list[str], dict[str, Tensor]]:
+    view: ModelView, also_train: Sequence[str]
+) -> tuple[list[str], dict[str, Tensor], list[str]]:
     """Return the modules that PEFT saves for trained parameters, and the tensors in them.
 
-    PEFT saves the whole module of such a parameter, under each of the module's names. A line is
-    added to `problems` for each parameter that PEFT has no place for.
+    PEFT saves the whole module of such a parameter, under each of the module's names. Return also a
+    line for each parameter that PEFT has no place for.
     """
     known = view.parameters_by_name
     trained: set[str] = set()
     for name in also_train:
         if name in known:
             trained.update(known[name].names)
+    problems = []
     tensors: dict[str, Tensor] = {}
     modules: list[str] = []
     inside_saved = set[nn.Module]()
@@ -521,7 +527,7 @@ def _find_saved_modules(
         for name in also_train
         if name not in known and name not in tensors
     ]
-    return modules, tensors
+    return modules, tensors, problems
 
 
 def _tensors_inside(name: str, inside: Mapping[nn.Module, str]) -> dict[str, Tensor]:
