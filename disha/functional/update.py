@@ -155,6 +155,8 @@ def _add(first: Update, second: Update, layout: Layout, geometry: Geometry) -> U
     kinds = method, second.method
     if any(kind.compact or not kind.low_rank for kind in kinds):
         return None
+    if first.block.shape[-2] != second.block.shape[-2]:
+        return None  # another rank, which is seen without computing the factors
     a = factors_of(first, layout, geometry)
     b = factors_of(second, layout, geometry)
     are_sums = isinstance(a.down, int) and isinstance(b.down, int)
