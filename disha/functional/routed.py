@@ -8,8 +8,9 @@ adapter has a whole product with its samples instead: else it would need two.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -20,10 +21,16 @@ from disha.errors import ArgumentError, ModeError
 from disha.functional import Layout, Update, adapted_linear
 from disha.functional.layouts import MATRIX
 from disha.functional.lookups import is_lookup
+from disha.functional.low_rank import Lowered, go_up
 from disha.functional.new_rows import ChangeRows
+from disha.functional.shard_sums import overflow_safe_shard_sum
+from disha.functional.update import Factors, factors_of
 from disha.functional.weight_updates import Change, DeltaOf, Updates
 from disha.private_torch import must_not_write
 from disha.text import counted
+
+Term = TypeVar("Term")
+"""What adds something to the samples of an adapter: an update, or its factors."""
 
 
 class Route:
@@ -161,17 +168,74 @@ class Routed(Updates):
             return adapted_linear(x, weight, bias, shared)
         if any(not update.method.low_rank for update in self.all_updates):
             return _linear_by_adapter(x, weight, bias, self)
-        return self.product(F.linear, x, weight, bias, MATRIX)
+        geometry = MATRIX.geometry(weight.shape)
+        factors = {}
+        for adapter, updates in self.by_adapter.items():
+            factors[adapter] = [factors_of(update, MATRIX, geometry) for update in updates]
+        size = _size_of_sums(factors)
+        if size is None:
+            return self.product(F.linear, x, weight, bias, MATRIX)
+        # The shard sums are the same for all adapters, and smaller than the inputs to sort.
+        sums, overflow_scale = overflow_safe_shard_sum(x, size)
+
+        def delta_of(sums: Tensor, factors: Factors) -> Tensor:
+            return go_up(F.linear, Lowered(sums, overflow_scale, factors, MATRIX))
+
+        return _add_by_adapter(F.linear(x, weight, bias), sums, self.route, factors, delta_of)
 
     def add_updates(self, output: Tensor, x: Tensor, delta_of: DeltaOf) -> Tensor:
         """Return an output plus, for each sample, what the updates of its own adapter add."""
-        must_copy = torch.is_grad_enabled() or is_compiling() or must_not_write()
-        add = torch.Tensor.index_add if must_copy else torch.Tensor.index_add_
-        for adapter, indices in self.samples_by_adapter(x):
-            for update in self.updates_of(adapter):
-                delta = delta_of(x.index_select(0, indices), update)
-                output = add(output, 0, indices, delta.to(output.dtype))
+        return _add_by_adapter(output, x, self.route, self.by_adapter, delta_of)
+
+
+def _size_of_sums(factors: Mapping[str, Sequence[Factors]]) -> int | None:
+    """Return the size of the shard sums of all updates, or None if they do not have the same."""
+    sizes: set[int | None] = set()
+    for of_adapter in factors.values():
+        for one in of_adapter:
+            is_sum = isinstance(one.down, int) and not one.update.dropout
+            sizes.add(int(one.down) if is_sum else None)
+    return sizes.pop() if len(sizes) == 1 else None
+
+
+FEW_TOKENS = 8
+"""Adapters with fewer tokens each are added at once, to save the time of 64 small additions.
+
+With 64 adapters of one token, one by one takes 1.15 of the time; with 64 of 32 tokens, it takes
+0.95, because it needs no tensor of the size of the output.
+"""
+
+
+def _add_by_adapter(
+    output: Tensor,
+    x: Tensor,
+    route: Route,
+    terms: Mapping[str, Sequence[Term]],
+    delta_of: Callable[[Tensor, Term], Tensor],
+) -> Tensor:
+    """Sort x by adapter, and add to each sample of an output what the terms of its adapter give."""
+    indices_by_adapter, order = route.by_adapter(x.shape[0], x.device)
+    sizes = [indices.shape[0] for _, indices in indices_by_adapter]
+    parts = torch.split(x.index_select(0, order), sizes)
+    has_few = output.shape[:-1].numel() < FEW_TOKENS * len(parts)
+    must_copy = torch.is_grad_enabled() or is_compiling() or must_not_write()
+    deltas = []
+    for (adapter, indices), part in zip(indices_by_adapter, parts):
+        of_adapter = () if adapter is None else terms.get(adapter, ())
+        delta = None
+        for term in of_adapter:
+            of_term = delta_of(part, term)
+            delta = of_term if delta is None else delta + of_term
+        if delta is None:
+            delta = output.new_zeros(part.shape[0], *output.shape[1:])
+        if must_copy or has_few:
+            deltas.append(delta)
+        else:
+            output.index_add_(0, indices, delta.to(output.dtype))
+    if not deltas:
         return output
+    add = torch.Tensor.index_add if must_copy else torch.Tensor.index_add_
+    return add(output, 0, order, torch.cat(deltas).to(output.dtype))
 
 
 def _may_be_positions(indices: Tensor) -> bool:
