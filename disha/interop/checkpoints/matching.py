@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from disha.checks import TRAINABLE_DTYPES
 from disha.errors import AdapterFileError, ConversionError
 from disha.files import AdapterContents, AdapterFile, file_at, find_adapter
 from disha.files.contents import read_contents
@@ -22,8 +23,6 @@ from disha.layers.fingerprints import fingerprint, same_base
 from disha.layers.kinds import PROJECTIONS
 from disha.model.records import LayerRecord
 from disha.text import first_few, group_by_reason, join
-
-DENSE = ("F64", "F32", "BF16", "F16")  # the dtypes of weights that are not quantised
 
 STORED_NAMES = {
     "experts.gate_up_proj": "input_linear.weight",
@@ -104,7 +103,7 @@ def what_is_known_of(checkpoint: Checkpoint | None) -> Base:
 
 def _shapes_of(checkpoint: Checkpoint, layers: Sequence[str]) -> dict[str, tuple[int, ...]]:
     keys = _match(checkpoint, {name: _possible_keys(join(name, "weight")) for name in layers})
-    return {name: checkpoint.shape_and_dtype(key)[0] for name, key in keys.items()}
+    return {name: checkpoint.tensor(key).shape for name, key in keys.items()}
 
 
 def base_weights_of_checkpoint(checkpoint: Checkpoint, contents: AdapterContents) -> BaseWeight:
@@ -146,27 +145,10 @@ def find_keys(checkpoint: Checkpoint, contents: AdapterContents) -> dict[str, st
     return _match(checkpoint, possible)
 
 
-def find_copies(
-    checkpoint: Checkpoint, contents: AdapterContents, keys: Mapping[str, str]
-) -> dict[str, list[str]]:
-    """Return the further tensors in which a checkpoint has each tied weight, by the layer's name.
-
-    They have other names of the weight, perhaps renamed as in `_match`, and the same values.
-    """
-    stored = checkpoint.files.keys() - set(keys.values())
-    copies = {}
-    for layer in contents.layers:
-        if not layer.tied:
-            continue
-        names = _possible_keys_of_layer(layer)
-        possible: set[str] = set()
-        for renaming in _find_renamings(names, stored, is_first=True):
-            possible.update(renaming.apply(names))
-        values = fingerprint(checkpoint.tensor(keys[layer.name]))
-        copies[layer.name] = [
-            key for key in possible & stored if fingerprint(checkpoint.tensor(key)) == values
-        ]
-    return copies
+def find_copies(checkpoint: Checkpoint, keys: Mapping[str, str], name: str) -> list[str]:
+    """Return the further tensors that have the values of a weight, as those of a tied one do."""
+    values = fingerprint(checkpoint.tensor(keys[name]))
+    return [key for key in checkpoint.keys_by_values[values] if key not in keys.values()]
 
 
 def _possible_keys_of_layer(layer: LayerRecord) -> tuple[str, ...]:
@@ -223,7 +205,25 @@ def _match(checkpoint: Checkpoint, possible: Mapping[str, tuple[str, ...]]) -> d
     stored = checkpoint.files.keys() | checkpoint.stacks.keys()
     keys = _find_first_keys(possible, stored)
     while len(keys) < len(possible):
-        keys |= _match_part(checkpoint, possible, keys)
+        free = stored.difference(keys.values())
+        absent = [name for name in possible if name not in keys]
+        parts = []
+        for renaming in _find_renamings(possible[absent[0]], free, is_first=not keys):
+            part = _find_first_keys(possible, free, renaming)
+            if part.keys().isdisjoint(keys):  # else it would move what has its key already
+                parts.append(part)
+        largest = max(map(len, parts), default=0)
+        best = [part for part in parts if len(part) == largest]
+        if len(best) != 1:
+            problem = "fits by several prefixes"
+            if not best:
+                names = [possible[name][0] for name in absent]
+                problem = f"lacks {first_few(names, 5, ', ')}"
+            raise AdapterFileError(
+                f"{checkpoint.path} {problem}; it has {first_few(sorted(stored), 5, ', ')}. If "
+                "a weight is tied, or has another name in the model, merge there (merge_adapters)"
+            )
+        keys |= best[0]
     return keys
 
 
@@ -239,32 +239,6 @@ def _find_first_keys(
         if present:
             first[name] = present[0]
     return first
-
-
-def _match_part(
-    checkpoint: Checkpoint, possible: Mapping[str, tuple[str, ...]], keys: Mapping[str, str]
-) -> dict[str, str]:
-    """Return the keys of one more part of the model, the largest that a renaming leads to."""
-    stored = checkpoint.files.keys() | checkpoint.stacks.keys()
-    free = stored.difference(keys.values())
-    absent = [name for name in possible if name not in keys]
-    parts = []
-    for renaming in _find_renamings(possible[absent[0]], free, is_first=not keys):
-        part = _find_first_keys(possible, free, renaming)
-        if part.keys().isdisjoint(keys):  # else it would move what has its key already
-            parts.append(part)
-    largest = max(map(len, parts), default=0)
-    best = [part for part in parts if len(part) == largest]
-    if len(best) == 1:
-        return best[0]
-    problem = "fits by several prefixes"
-    if not best:
-        names = [possible[name][0] for name in absent]
-        problem = f"lacks {first_few(names, 5, ', ')}"
-    raise AdapterFileError(
-        f"{checkpoint.path} {problem}; it has {first_few(sorted(stored), 5, ', ')}. If "
-        "a weight is tied, or has another name in the model, merge there (merge_adapters)"
-    )
 
 
 def _find_renamings(
@@ -335,36 +309,28 @@ def find_misfits(
     replaced = {keys[name] for name in contents.also_train}
     for layer in contents.layers:
         key = keys[layer.name]
-        block = contents.tensors[layer.key]
-        reason = _reason_against_weight(checkpoint, layer, key, block)
+        weight = checkpoint.tensor(key)
+        if weight.dtype not in TRAINABLE_DTYPES:
+            reason: str | None = (
+                f"is quantised or packed there ({weight.dtype}); give the original checkpoint"
+            )
+        else:
+            reason = layer.reason_against_weight(contents.tensors[layer.key].shape, weight.shape)
         if reason is None and compares_values and key not in replaced:
-            reason = _reason_against_values(checkpoint, layer, key)
+            reason = _reason_against_values(layer, weight)
         if reason is not None:
             misfits.append(f"{key}: {reason}")
     for name in contents.also_train:
         shape_in_adapter = tuple(contents.tensors[name].shape)
-        shape, _ = checkpoint.shape_and_dtype(keys[name])
+        shape = tuple(checkpoint.tensor(keys[name]).shape)
         if shape != shape_in_adapter:
             misfits.append(f"{name}: {shape_in_adapter}, the checkpoint has {shape}")
     return misfits
 
 
-def _reason_against_weight(
-    checkpoint: Checkpoint, layer: LayerRecord, key: str, block: Tensor
-) -> str | None:
-    """Return why a block can't be merged into a weight of the checkpoint, whatever its values."""
-    shape, dtype = checkpoint.shape_and_dtype(key)
-    if dtype not in DENSE:
-        return f"is quantised or packed there ({dtype}); give the original checkpoint"
-    return layer.reason_against_weight(block.shape, shape)
-
-
-def _reason_against_values(checkpoint: Checkpoint, layer: LayerRecord, key: str) -> str | None:
-    if not layer.base:
-        return None
-    weight = layer.layout.part(checkpoint.tensor(key), layer.rows)
-    base = fingerprint(weight)
-    if base is None or same_base(layer.base, base):
+def _reason_against_values(layer: LayerRecord, weight: Tensor) -> str | None:
+    base = fingerprint(layer.layout.part(weight, layer.rows))
+    if layer.base is None or base is None or same_base(layer.base, base):
         return None
     return "has other values than the weight that the adapter was saved from"
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,6 @@ from disha.interop.checkpoints.matching import (
     refuse,
 )
 from disha.interop.checkpoints.reading import CONFIG, INDEX, SINGLE, Checkpoint, open_checkpoint
-from disha.layers.fingerprints import fingerprint
 from disha.model.records import LayerRecord
 from disha.model.state import is_finite_as
 from disha.text import counted, printable
@@ -164,10 +163,9 @@ def prepare_merge(
         contents = keep_blocks(contents)
     keys = find_keys(checkpoint, contents)
     refuse(checkpoint, find_misfits(checkpoint, contents, keys, compares_values=not force))
-    copies = find_copies(checkpoint, contents, keys)
     if not force:
-        _refuse_tied(checkpoint, contents, keys, copies)
-    return Merge(checkpoint, keys, copies, contents, scale)
+        _refuse_tied(checkpoint, contents, keys)
+    return Merge(checkpoint, keys, contents, scale)
 
 
 # --- checks before anything is written -----------------------------------------------------------
@@ -192,22 +190,18 @@ def check_target(out: Path, base: Path, adapter: Path, overwrite: bool) -> None:
 
 
 def _refuse_tied(
-    checkpoint: Checkpoint,
-    contents: AdapterContents,
-    keys: Mapping[str, str],
-    copies: Mapping[str, Iterable[str]],
+    checkpoint: Checkpoint, contents: AdapterContents, keys: Mapping[str, str]
 ) -> None:
     """Raise if an embedding that changes may be tied to a head that must not change."""
-    embeddings = []
-    may_be_tied = list(contents.also_train)
-    for layer in contents.layers:
-        if layer.tied:  # the head gets the update too, unless it is stored under an unknown name
-            may_be_tied.append(layer.name)
-        elif layer.layout.pattern == "index out":
-            embeddings.append(layer.name)
-    changed_too = {key for others in copies.values() for key in others}
-    stored = checkpoint.files.keys() - changed_too
-    embeddings += _find_stored_twice(checkpoint, may_be_tied, keys, stored)
+    embeddings = [
+        layer.name
+        for layer in contents.layers
+        if layer.layout.pattern == "index out" and not layer.tied
+    ]
+    for name in contents.also_train:
+        is_matrix = checkpoint.tensor(keys[name]).dim() > 1
+        if is_matrix and find_copies(checkpoint, keys, name):
+            embeddings.append(name)
     if embeddings and _ties_embeddings(checkpoint.config()):
         raise MergeError(
             f"{embeddings[0]} may be tied to an output head, which merging would change too "
@@ -226,22 +220,6 @@ def _ties_embeddings(config: Mapping[str, Any]) -> bool:
     return any(answers)
 
 
-def _find_stored_twice(
-    checkpoint: Checkpoint, names: Iterable[str], keys: Mapping[str, str], stored: Iterable[str]
-) -> list[str]:
-    """Return the parameters whose matrix is in two stored tensors, as that of a tied one may be."""
-    matrices = [name for name in names if len(checkpoint.shape_and_dtype(keys[name])[0]) > 1]
-    if not matrices:
-        return []
-    counts = Counter(fingerprint(checkpoint.tensor(key)) for key in stored)
-    twice = []
-    for name in matrices:
-        matrix = checkpoint.tensor(keys[name])
-        if counts[fingerprint(matrix)] > 1:
-            twice.append(name)
-    return twice
-
-
 # --- tensors -------------------------------------------------------------------------------------
 
 
@@ -252,7 +230,6 @@ class Merge:
         self,
         checkpoint: Checkpoint,
         keys: Mapping[str, str],
-        copies: Mapping[str, Iterable[str]],
         contents: AdapterContents,
         scale: float | None,
     ) -> None:
@@ -263,7 +240,8 @@ class Merge:
         self._values = {keys[name]: contents.tensors[name] for name in contents.also_train}
         self._layers = defaultdict[str, list[LayerRecord]](list)
         for record in contents.layers:
-            for key in (keys[record.name], *copies.get(record.name, ())):
+            copies = find_copies(checkpoint, keys, record.name) if record.tied else ()
+            for key in (keys[record.name], *copies):
                 self._layers[key].append(record)
         # Tensor of a single expert -> its stack, and the number of the expert there.
         self._experts: dict[str, tuple[str, int]] = {}

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections import defaultdict
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +22,7 @@ from disha.interop.experts import (
     SINGLE_EXPERT,
     replace_part,
 )
+from disha.layers.fingerprints import fingerprint
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -72,17 +75,13 @@ class Checkpoint:
             experts.append(torch.cat([self.tensor(name) for name in names]))
         return torch.stack(experts)
 
-    def shape_and_dtype(self, key: str) -> tuple[tuple[int, ...], str]:
-        """Return the shape and dtype of a tensor or a stack; the dtype as safetensors names it."""
-        if key not in self.stacks:
-            with open_tensors(self.files[key]) as file:
-                stored = file.get_slice(key)
-                return tuple(stored.get_shape()), stored.get_dtype()
-        stack = self.stacks[key]
-        matrices = [self.shape_and_dtype(name) for name in stack[0]]
-        (_, inputs), dtype = matrices[0]
-        outputs = sum(shape[0] for shape, _ in matrices)
-        return (len(stack), outputs, inputs), dtype
+    @cached_property
+    def keys_by_values(self) -> Mapping[str | None, Sequence[str]]:
+        """The tensors with the same values, by the fingerprint of these."""
+        keys = defaultdict[str | None, list[str]](list)
+        for key in self.files:
+            keys[fingerprint(self.tensor(key))].append(key)
+        return keys
 
     def config(self) -> dict[str, Any]:
         """Return the content of config.json, in the folder or beside the file; {} without one."""

@@ -115,18 +115,22 @@ class TestMergingIsWhatMergingInMemoryIs:
         beside = {name for name in merged if "norm" in name or name == "head.weight"}
         assert_same(merged, expected | {name: before[name] for name in beside})
 
-    @pytest.mark.parametrize("prefix", ["", "model."])
-    def test_all_stored_names_of_a_tied_weight(self, tmp_path, prefix):
+    @pytest.mark.parametrize(
+        ("prefix", "head"), [("", "head."), ("model.", "head."), ("", "output.projection.")]
+    )
+    def test_all_stored_copies_of_a_tied_weight(self, tmp_path, prefix, head):
         model = nn.ModuleDict({"embed": nn.Embedding(7, 4), "head": nn.Linear(4, 7, bias=False)})
         model["head"].weight = model["embed"].weight
         setting = Setting(tmp_path, model, ["embed", "head"])
-        state = {f"{prefix}{name}": weight.clone() for name, weight in base_state(model).items()}
-        save_sharded(state, setting.base, 2)
+
+        def as_stored(state):
+            return {f"{prefix}{name.replace('head.', head)}": state[name] for name in state}
+
+        state = as_stored(base_state(model))
+        save_sharded({name: state[name].clone() for name in state}, setting.base, 2)
         (setting.base / "config.json").write_text(json.dumps({"tie_word_embeddings": True}))
         setting.merge()
-        expected = setting.merged_in_memory()
-        merged = tensors_in(setting.out)
-        assert_same(merged, {f"{prefix}{name}": weight for name, weight in expected.items()})
+        assert_same(tensors_in(setting.out), as_stored(setting.merged_in_memory()))
 
 
 class TestWhatIsWritten:
