@@ -125,9 +125,7 @@ def export(
         target = check_path(folder)  # before a rank writes
     converted = _convert_adapter(view, adapter, rank, pad, experts)
     with view.ranks.fail_together(_describe_action(adapter)):
-        if view.ranks.writes:
-            converted.write(target)
-    return converted.report(target)
+        return converted.write(target, view.ranks.writes)
 
 
 def export_tensors(
@@ -250,9 +248,7 @@ def write_lora(
     ]
     place = surroundings_alone(contents, unknown, model_type)
     _check(contents, place, rank, experts)
-    converted = _convert(contents, place, base, rank, pad, experts)
-    converted.write(folder)
-    return converted.report(folder)
+    return _convert(contents, place, base, rank, pad, experts).write(folder)
 
 
 # --- in PEFT's form ------------------------------------------------------------------------------

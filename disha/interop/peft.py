@@ -101,9 +101,7 @@ def export(model: nn.Module, folder: PathLike, adapter: str = "default") -> Lora
         config = _config_of(contents, place)
     converted = _convert(contents, place, config)
     with view.ranks.fail_together(action):
-        if view.ranks.writes:
-            converted.write(target)
-    return converted.report(target)
+        return converted.write(target, view.ranks.writes)
 
 
 def _reason_if_unknown(module: nn.Module) -> str | None:

@@ -81,18 +81,19 @@ class Converted:
     layers: tuple[LoraLayer, ...]
     also_train: tuple[str, ...]  # the names of tensors that are not of layers
 
-    def write(self, folder: Path) -> None:
-        """Write both files. The configuration is replaced last, as PEFT looks for it first."""
+    def write(self, folder: Path, writes: bool = True) -> LoraReport:
+        """Write both files, if this process writes, and return the report on them.
+
+        The configuration is replaced last, as PEFT looks for it first.
+        """
         text = json.dumps(self.config, indent=2, sort_keys=True) + "\n"
         writers: dict[Path, Writer] = {
             folder / WEIGHTS_NAME: lambda new: write_tensors(new, self.tensors),
             folder / CONFIG_NAME: lambda new: new.write_text(text, encoding="utf-8"),
         }
-        with folder_for(folder):
-            save_together(writers)
-
-    def report(self, folder: Path) -> LoraReport:
-        """Return the report on the folder that is written."""
+        if writes:
+            with folder_for(folder):
+                save_together(writers)
         return LoraReport(folder, self.layers, self.also_train)
 
 
