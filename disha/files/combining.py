@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
@@ -137,13 +137,9 @@ def combine_contents(summands: Sequence[Summand], r: int | None) -> AdapterConte
         record, block = _sum_blocks(terms_of_layer, r)
         records.append(record)
         tensors[record.key] = block
-    first = summands[0].contents.config
-    changes: dict[str, Any] = {"rank_pattern": {}, "scale": 1.0, "dtype": None}
-    for summand in summands:
-        config = summand.contents.config
-        if (config.target, config.exclude) != (first.target, first.exclude):
-            changes |= {"target": None, "exclude": ()}  # no single pattern selects these layers
-    config = first.changed(r=records[0].r, **changes)
+    config = summands[0].contents.config.changed(
+        r=records[0].r, rank_pattern={}, scale=1.0, dtype=None, target=None, exclude=()
+    )
     return AdapterContents(config, tuple(records), (), tensors, {})
 
 

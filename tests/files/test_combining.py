@@ -143,19 +143,14 @@ class TestSum:
 
 
 class TestConfiguration:
-    def test_keeps_what_is_common(self, tmp_path):
-        a = save(tmp_path / "a", target_regex="linear", dropout=0.1, rank_pattern={"linear": 3})
+    def test_is_the_first_one_s_without_what_selects_layers(self, tmp_path):
+        options = {"dropout": 0.1, "rank_pattern": {"linear": 3}, "dtype": torch.float64}
+        a = save(tmp_path / "a", target_regex="linear", **options)
         b = save(tmp_path / "b", target_regex="^up|conv", exclude="conv")
-        assert combine((a, 1.0)).config.target == "linear"
         config = combine((a, 1.0), (b, 1.0)).config
         assert (config.target, config.exclude, dict(config.rank_pattern)) == (None, (), {})
         assert (config.r, config.scale, config.dropout, config.also_train) == (3, 1.0, 0.1, ())
-
-    def test_keeps_what_both_leave_out_and_no_dtype(self, tmp_path):
-        options = {"target_regex": "linear|^up", "exclude": "up", "dtype": torch.float32}
-        a, b = save(tmp_path / "a", **options), save(tmp_path / "b", seed=2, **options)
-        config = combine((a, 1.0), (b, 1.0)).config
-        assert (config.target, config.exclude, config.dtype) == ("linear|^up", ("up",), None)
+        assert config.dtype is None
 
 
 class TestModel:
