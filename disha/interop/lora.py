@@ -87,8 +87,8 @@ def export(
         adapter: the adapter's name.
         rank: largest rank of a layer. BAT needs it; if it is smaller than r, Bone is truncated too.
         pad: pad the ranks of all layers with zeros to one value: the smallest of 8, 16, 32, 64,
-            128, 256, 320 and 512 that is large enough. These are what vLLM allows for its
-            `--max-lora-rank`. The update stays the same.
+            128, 256, 320 and 512 that is large enough, or the largest of them if it is above 512.
+            These are what vLLM allows for its `--max-lora-rank`. The update stays the same.
         experts: `"stacked"` writes each stack of experts as one LoRA, `"separate"` one for each
             projection of each expert.
 
@@ -96,8 +96,8 @@ def export(
         A `LoraReport`, with the rank and the error of every layer.
 
     Raises:
-        ConversionError: LoRA can't express the adapter, `pad` is set and a rank is above 512, or
-            the names of separate experts are unknown for this type of model.
+        ConversionError: LoRA can't express the adapter, or the names of separate experts are
+            unknown for this type of model.
         ArgumentError: there is no such adapter, `rank` or `experts` is out of range, or BAT lacks
             `rank`.
         AdapterStateError: the adapter holds values that are not finite.

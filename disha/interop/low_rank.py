@@ -199,13 +199,7 @@ def low_rank_updates(
         updates.append(update)
     if not (pad and updates):
         return updates
-    largest = max(update.rank for update in updates)
-    if largest > SERVED_RANKS[-1]:
-        raise ConversionError(
-            f"a layer has rank {largest}, and ranks are padded to at most {SERVED_RANKS[-1]}; give "
-            "a smaller `rank`, or do not pad"
-        )
-    padded_rank = find_served_rank(largest)
+    padded_rank = find_served_rank(max(update.rank for update in updates))
     return [update.padded(padded_rank) for update in updates]
 
 

@@ -110,8 +110,9 @@ def test_padded_ranks_are_those_that_servers_allow(tmp_path, r, padded):
         assert found.scale == pytest.approx(0.3)
 
 
-def test_ranks_beyond_those_of_servers_are_not_padded(tmp_path):
-    ours = adapted(nn.Sequential(nn.Linear(600, 4)), "0", 513)
-    with refused_export(tmp_path, ours, "ranks are padded to at most 512"):
-        lora.export(ours, tmp_path / "lora", pad=True)
-    assert lora.export(ours, tmp_path / "lora").layers[0].rank == 513
+def test_ranks_beyond_those_of_servers_are_padded_to_the_largest(tmp_path):
+    ours = adapted(
+        nn.Sequential(nn.Linear(600, 4), nn.Linear(4, 4)), "0|1", 513, rank_pattern={"1": 2}
+    )
+    report = lora.export(ours, tmp_path / "lora", pad=True)
+    assert [layer.rank for layer in report.layers] == [513, 513]
