@@ -6,8 +6,9 @@ and B is (expert, out, r). Two forms of LoRA hold such factors:
 - *stacked*, PEFT's `target_parameters`. The rows of A are (expert, rank), the columns of B are
   (rank, expert). PEFT wraps a module once for each of its parameters, so if both stacks are
   adapted, the keys of the first have `base_layer` in them. vLLM reads it for GPT-OSS.
-- *separate*, a LoRA for each matrix of each expert, which is written here but not read. SGLang
-  reads it, and vLLM does for Mixtral and Qwen3-MoE. The rows of `gate_up_proj` are those of gate
+- *separate*, a LoRA for each matrix of each expert. Of models whose experts are stacked, no module
+  has these names, but a checkpoint may, into which it is merged. SGLang reads it, and vLLM does for
+  Mixtral and Qwen3-MoE. The rows of `gate_up_proj` are those of gate
   and up: first all of gate, or one of each in turn (GPT-OSS). Both get A, and their rows of B.
 
 Source: PEFT 0.21, `ParamWrapper`; vLLM 0.33, `LoRAModelManager`; SGLang 0.5.23, `LoRAAdapter`.

@@ -26,7 +26,7 @@ from disha.files.disk import PathLike
 from disha.files.header import reasons_against_blocks
 from disha.functional import Layout
 from disha.functional.new_rows import NEW_ROWS
-from disha.interop.experts import SINGLE_EXPERT, family_of, find_stack, matrices_of
+from disha.interop.experts import family_of, find_stack, matrices_of
 from disha.interop.low_rank import CONV, LayerBlock, LayerFactors, contents_of_factors, list_names
 from disha.interop.peft_format import (
     BAT,
@@ -164,7 +164,10 @@ def _contents_of(folder: PeftFolder, base: Base) -> AdapterContents:
             f"{folder.path} uses {', '.join(unsupported)}, which has no place here; use it in "
             "PEFT, or merge it there"
         )
-    return replace_fields(READERS[method](folder, base), metadata=folder.notes())
+    contents = READERS[method](folder, base)
+    if not contents.layers:
+        raise AdapterFileError(f"{folder.path} has no tensors of a layer; save it again")
+    return replace_fields(contents, metadata=folder.notes())
 
 
 def _saved_tensors(rest: PeftFolder) -> Tensors:
@@ -187,10 +190,7 @@ def _saved_tensors(rest: PeftFolder) -> Tensors:
 def _read_miss(folder: PeftFolder, base: Base) -> AdapterContents:
     """Return the adapter in a folder of MiSS or Bone."""
     is_legacy = folder.fields["peft_type"] == "BONE"
-    end = BONE_BLOCK if is_legacy else MISS_BLOCK
-    blocks, rest = folder.split(end)
-    if not blocks:
-        raise AdapterFileError(f"{folder.path} has no tensor that ends in {end}; save it again")
+    blocks, rest = folder.split(BONE_BLOCK if is_legacy else MISS_BLOCK)
     config = _miss_config(folder, is_legacy)
     shapes = base.shapes_of(list(blocks))
     absent = [
@@ -255,8 +255,6 @@ def _read_lora(folder: PeftFolder, base: Base) -> AdapterContents:
     values, rest = folder.split(TOKENS)
     new_rows = [_new_rows_of(folder, name, values[name], base) for name in values]
     pairs, rest = rest.split_pairs()
-    if not (pairs or new_rows):
-        raise AdapterFileError(f"{folder.path} has no pair of factors; save the LoRA again")
     factors_of_layers = _factors_of(folder, pairs, base)
     dropout = folder.fields.get("lora_dropout", 0.0)
     return contents_of_factors(
@@ -310,26 +308,16 @@ def _factors_of(
     if folder.fields.get("fan_in_fan_out"):
         shapes = base.shapes_of([key for key, stack in stacks.items() if stack is None])
     for key, (a, b, is_embedding) in pairs.items():
-        if SINGLE_EXPERT.fullmatch(key) and key not in base.layouts:
-            raise ConversionError(
-                f"{folder.path} has a LoRA for each expert ({key}); load the one with stacked "
-                "experts"
-            )
-        stack = stacks[key]
-        if stack is None:
-            name = key
+        name = stacks[key] or key
+        layout = base.layouts.get(name)
+        if stacks[key] is None:
             rank = len(a) if a.dim() else 1
-            layout = _layout_of(a, is_embedding, shapes.get(name))
-            if shapes:
-                layout = base.layouts.get(name, layout)
+            if layout is None or not shapes:  # else the model tells how a matrix is stored
+                layout = _layout_of(a, is_embedding, shapes.get(name))
         else:
-            name = stack
             rank = folder.of_layer(name, "r", "rank_pattern")
             a, b = matrices_of(a, b, rank)
-            layout = (
-                base.layouts.get(name)
-                or family_of(base.model_type, "the layout of stacked experts").layout
-            )
+            layout = layout or family_of(base.model_type, "the layout of stacked experts").layout
         # A may be empty. Then any rank will do here, because such a layer is refused later.
         scale = scale_of(folder, name, max(rank, 1))
         yield LayerFactors(name, a, b, layout, scale)

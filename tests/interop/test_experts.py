@@ -18,8 +18,10 @@ from disha.cli import main
 from disha.files.saving import adapter_contents
 from disha.functional import Layout
 from disha.interop import lora
+from disha.interop.checkpoints import merge_into_checkpoint
 from disha.interop.lora import write_lora
 from disha.model.view import ModelView
+from tests.base_checkpoints import tensors_in
 from tests.conftest import assert_same, perturb, refused
 from tests.language_models import llama
 from tests.peft_models import config_of, refused_export, rewrite, tensors_of
@@ -184,7 +186,7 @@ def test_separate_experts_have_the_names_that_servers_read(tmp_path, name):
     assert "target_parameters" not in config
     ends = {one.rpartition(".")[2] for one in config["target_modules"]}
     assert ends == {"q_proj", "k_proj", "v_proj", "o_proj", *PROJECTIONS}  # what SGLang knows
-    with pytest.raises(disha.ConversionError, match="has a LoRA for each expert"):
+    with refused(base, disha.AdapterFileError, "the model has no such layer"):
         lora.load(base, tmp_path)
     if name == "GPT-OSS":
         return
@@ -260,10 +262,18 @@ def test_updates_of_experts_are_never_truncated(tmp_path, experts):
             lora.export(ours, tmp_path / "lora", rank=rank, experts=experts)
 
 
-def test_ranks_above_those_of_servers_are_not_padded(tmp_path):
-    ours = adapted(build("Mixtral", "eager", width=520), r"experts\.gate_up_proj$", 513)
-    with pytest.raises(disha.ConversionError, match="ranks are padded to at most 512"):
-        lora.export(ours, tmp_path / "lora", pad=True)
+@pytest.mark.parametrize("name", ["Mixtral", "Qwen3-MoE"])
+def test_separate_experts_are_merged_into_a_checkpoint_that_stores_them_so(tmp_path, name):
+    base, merged = build(name, "eager"), []
+    base.save_pretrained(tmp_path / "base")
+    ours = adapted(base, scale=0.5)
+    lora.export(ours, tmp_path / "separate", experts="separate")
+    disha.save_adapter(ours, tmp_path / "stacked.safetensors")
+    for adapter in ("separate", "stacked.safetensors"):
+        out = tmp_path / f"merged-{adapter}"
+        merge_into_checkpoint(tmp_path / "base", tmp_path / adapter, out)
+        merged.append(tensors_in(out))
+    assert_same(*merged)
 
 
 def test_padded_ranks_are_all_the_same(tmp_path):

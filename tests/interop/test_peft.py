@@ -580,7 +580,7 @@ BAD = {
     "a list": (lambda folder: (folder / "adapter_config.json").write_text("[5]"), "no JSON object"),
     "a pickle": (as_pickle, "Weights only load failed"),
     "cut off": (cut_off, "is not a complete safetensors file"),
-    "a LoRA": (with_fields(peft_type="LORA"), "has no pair of factors"),
+    "a LoRA": (with_fields(peft_type="LORA"), "miss_block' belongs to no layer"),
     "another type": (with_fields(peft_type="LOHA"), "is of peft_type 'LOHA', not LORA"),
     "r of another": (with_fields(r=3), "expected a block of shape (3, 6)"),
     "r too large": (with_fields(r=11), "r=11 is larger than in_features=10"),
@@ -598,7 +598,7 @@ BAD = {
             with_tensor(BLOCK, lambda t: None)(folder),
             with_tensor("layers.0.v.miss_block", lambda t: None)(folder),
         ),
-        "has no tensor that ends in .miss_block",
+        "has no tensors of a layer; save it again",
     ),
     "a block more": (with_tensor("x.miss_block", lambda t: torch.zeros(4, 6)), "adapts x, and the"),
     "a block of a norm": (
