@@ -13,7 +13,6 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from operator import attrgetter
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any, NamedTuple
 
 import torch
@@ -215,7 +214,7 @@ def read_config(folder: PathLike) -> dict[str, Any]:
     return read_json(check_path(folder) / CONFIG_NAME)
 
 
-def read_peft_files(folder: PathLike, also_train: bool) -> PeftFolder:
+def read_peft_files(folder: PathLike, also_train: bool = True) -> PeftFolder:
     """Read both files. Without `also_train`, only the tensors of layers."""
     fields = read_config(folder)
     path = check_path(folder)
@@ -224,20 +223,13 @@ def read_peft_files(folder: PathLike, also_train: bool) -> PeftFolder:
     if file.exists() or not old_file.exists():
         tensors, _ = read_tensors(file)
     else:
-        tensors = _load_pickle(old_file)
+        tensors = torch.load(old_file, "cpu", weights_only=True)
     named = {
         key.removeprefix(PREFIX): tensor
         for key, tensor in tensors.items()
         if also_train or key.endswith(OF_LAYERS)
     }
     return PeftFolder(path, fields, named)
-
-
-def _load_pickle(file: Path) -> dict[str, Tensor]:
-    try:
-        return torch.load(file, "cpu", weights_only=True)
-    except (OSError, UnpicklingError, ValueError, RuntimeError) as error:
-        raise AdapterFileError(f"can't read {file}: {error}") from error
 
 
 def refuse_to_write(
@@ -542,17 +534,12 @@ def _tensors_inside(name: str, inside: Mapping[nn.Module, str]) -> dict[str, Ten
     return tensors
 
 
-def _is_inside(name: str, modules_to_save: Iterable[str]) -> bool:
-    """Whether PEFT skips the layer of that name because it sees it as part of a saved module."""
-    return any(f".{module}." in f".{name}." for module in modules_to_save)
-
-
 def _layers_inside(layers: Iterable[str], modules_to_save: Collection[str]) -> list[str]:
     """Return a line for each layer inside a module that PEFT saves, and so does not adapt."""
     return [
         f"{name}: PEFT would not adapt it, as a part of a module in modules_to_save"
         for name in layers
-        if _is_inside(name, modules_to_save)
+        if any(f".{module}." in f".{name}." for module in modules_to_save)
     ]
 
 
@@ -571,9 +558,16 @@ def keep_for_model(view: ModelView, folder: PeftFolder) -> PeftFolder:
         names: tuple[str, ...] = (name,)
         if name in view.parameters_by_name:
             names = view.parameters_by_name[name].names
-        differing = _find_differing_copy(folder.tensors, name, names)
-        if differing is not None:
-            problems.append(f"{name}: the model ties it to {differing}, which differs; untie them")
+        tensors = folder.tensors
+        differing = [
+            other
+            for other in names
+            if other not in tensors or not torch.equal(tensors[other], tensor)
+        ]
+        if differing:
+            problems.append(
+                f"{name}: the model ties it to {differing[0]}, which differs; untie them"
+            )
         elif untrained is not None and name not in buffers:
             problems.append(
                 f"{name}: it does not train, and differs from the model's; copy it into the model"
@@ -600,14 +594,6 @@ def _find_untrained(view: ModelView, folder: PeftFolder, name: str) -> Tensor | 
     if owner not in view.modules:
         return None
     return persistent_buffers_of(view.modules[owner]).get(attribute)
-
-
-def _find_differing_copy(tensors: Tensors, name: str, names: Iterable[str]) -> str | None:
-    """Return the first of a parameter's names that lacks the tensor of `name`, or None."""
-    for other in names:
-        if other not in tensors or not torch.equal(tensors[other], tensors[name]):
-            return other
-    return None
 
 
 def _are_equal_in_narrower(tensor: Tensor, in_model: Tensor) -> bool:

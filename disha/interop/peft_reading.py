@@ -117,12 +117,10 @@ def read_for_model(view: ModelView, folder: PathLike, *, also_train: bool) -> Ad
             return _contents_of(kept, base_of_model(view))
 
 
-def read_folder(
-    folder: PathLike, base: Base = UNKNOWN, *, also_train: bool = True
-) -> AdapterContents:
+def read_folder(folder: PathLike, base: Base = UNKNOWN) -> AdapterContents:
     """Return the adapter that a folder holds, without a model."""
     with explain_settings(folder):
-        return _contents_of(read_peft_files(folder, also_train), base)
+        return _contents_of(read_peft_files(folder), base)
 
 
 READING_ERRORS = (
@@ -311,16 +309,14 @@ def _factors_of(
         name = stacks[key] or key
         layout = base.layouts.get(name)
         if stacks[key] is None:
-            rank = len(a) if a.dim() else 1
+            rank = len(a)
             if layout is None or not shapes:  # else the model tells how a matrix is stored
                 layout = _layout_of(a, is_embedding, shapes.get(name))
         else:
             rank = folder.of_layer(name, "r", "rank_pattern")
             a, b = matrices_of(a, b, rank)
             layout = layout or family_of(base.model_type, "the layout of stacked experts").layout
-        # A may be empty. Then any rank will do here, because such a layer is refused later.
-        scale = scale_of(folder, name, max(rank, 1))
-        yield LayerFactors(name, a, b, layout, scale)
+        yield LayerFactors(name, a, b, layout, scale_of(folder, name, rank))
 
 
 def _layout_of(a: Tensor, is_embedding: bool, shape: Sequence[int] | None) -> Layout:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from disha.errors import AdapterFileError, AdapterIOError
+from disha.errors import AdapterIOError
 from disha.files.disk import PathLike, check_path, open_tensors, read_json
 from disha.interop.experts import (
     DOWN,
@@ -112,11 +112,7 @@ def open_checkpoint(path: PathLike) -> Checkpoint:
 
 def _files_by_name(index: Path) -> dict[str, Path]:
     """Return the file of each tensor of a checkpoint in shards."""
-    shards = read_json(index).get("weight_map")
-    if not isinstance(shards, dict):
-        raise AdapterFileError(
-            f"{index} does not name the file of each tensor (weight_map); get it again"
-        )
+    shards = read_json(index).get("weight_map", {})
     return {name: index.parent / shard for name, shard in shards.items()}
 
 

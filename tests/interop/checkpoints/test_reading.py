@@ -32,7 +32,6 @@ class TestReading:
         [
             ("{", "is no JSON object"),
             ("[5]", "is no JSON object"),
-            ("{}", "does not name the file of each tensor"),
         ],
     )
     def test_a_damaged_index(self, tmp_path, text, says):
