@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -307,26 +307,23 @@ class Merge:
         changed = value
         if key in self._values:
             changed = self._values[key][part].to(dtype)
-        if key in self._layers:
-            changed = functional.merged_weight(changed, self._deltas(key, changed, part))
-            for record in self._layers[key]:
-                if record.is_new_rows:
-                    block = self._blocks[record.key]
-                    changed = NewRows(block, record.rows).write_weight(changed)
+        deltas = []
+        new_rows = []
+        for record in self._layers[key]:
+            block = self._blocks[record.key]
+            if record.is_new_rows:
+                new_rows.append(NewRows(block, record.rows))
+                continue
+            method = method_of(record.method)
+            delta = method.delta_weight(record.layout, block[part], changed, record.rows)
+            deltas.append((delta, record.scale if self._scale is None else self._scale))
+        if deltas:
+            changed = functional.merged_weight(changed, deltas)
+        for rows in new_rows:
+            changed = rows.write_weight(changed)
         if changed is not value and not is_finite_as(changed, dtype) and is_finite_as(value, dtype):
             raise MergeError(f"{name} would not be finite in {dtype}; give a smaller `scale`")
         return changed
-
-    def _deltas(self, key: str, weight: Tensor, part: Any) -> Iterator[tuple[Tensor, float]]:
-        """Yield dW and s of each layer of the adapter that changes a weight, or a part of it."""
-        for record in self._layers[key]:
-            if record.is_new_rows:
-                continue
-            block = self._blocks[record.key][part]
-            method = method_of(record.method)
-            delta = method.delta_weight(record.layout, block, weight, record.rows)
-            scale = record.scale if self._scale is None else self._scale
-            yield delta, scale
 
 
 def _is_copied(base: Path, path: Path) -> bool:
