@@ -13,7 +13,7 @@ from disha import functional
 from disha.checks import check_scale
 from disha.config import AdapterConfig
 from disha.errors import ArgumentError, ArgumentTypeError
-from disha.files.contents import Source, keep_blocks
+from disha.files.contents import LayerBlock, Source, contents_of_blocks, keep_blocks
 from disha.files.header import AdapterContents
 from disha.files.loading import load_contents
 from disha.files.saving import adapter_contents
@@ -131,16 +131,12 @@ def combine_contents(summands: Sequence[Summand], r: int | None) -> AdapterConte
         for record in contents.layers:
             term = Term(source, record, contents.tensors[record.key], float(weight) * record.scale)
             terms.setdefault(record.name, []).append(term)
-    records = []
-    tensors = {}
-    for terms_of_layer in terms.values():
-        record, block = _sum_blocks(terms_of_layer, r)
-        records.append(record)
-        tensors[record.key] = block
+    blocks = [_sum_blocks(terms_of_layer, r) for terms_of_layer in terms.values()]
+    first, _ = blocks[0]
     config = summands[0].contents.config.changed(
-        r=records[0].r, rank_pattern={}, scale=1.0, dtype=None, target=None, exclude=()
+        r=first.r, rank_pattern={}, scale=1.0, dtype=None, target=None, exclude=()
     )
-    return AdapterContents(config, tuple(records), (), tensors, {})
+    return contents_of_blocks(config, blocks)
 
 
 def _check_can_be_combined(summands: Sequence[Summand]) -> None:
@@ -162,7 +158,7 @@ def _check_can_be_combined(summands: Sequence[Summand]) -> None:
             )
 
 
-def _sum_blocks(terms: Sequence[Term], r: int | None) -> tuple[LayerRecord, Tensor]:
+def _sum_blocks(terms: Sequence[Term], r: int | None) -> LayerBlock:
     """Return the record and the block of a layer: the weighted sum of its blocks."""
     first = terms[0].record
     layer = f"layer {first.name or '(the model)'!r}"

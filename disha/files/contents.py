@@ -5,9 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import TypeVar
 
+from torch import Tensor
+
 from disha.checks import compile_regex
+from disha.config import AdapterConfig
 from disha.errors import ArgumentError
 from disha.files.disk import read_tensors, save_tensors
 from disha.files.header import (
@@ -17,12 +21,26 @@ from disha.files.header import (
     header_to_json,
     parse_header,
 )
-from disha.model.records import LayerRecord
+from disha.model.records import LayerRecord, Tensors
 from disha.text import first_few
 
 Source = Path | str  # where an adapter came from, for errors
 
+LayerBlock = tuple[LayerRecord, Tensor]
+"""A layer and its block."""
+
 AnyContents = TypeVar("AnyContents", bound=AdapterContents)
+
+
+def contents_of_blocks(
+    config: AdapterConfig,
+    blocks: Sequence[LayerBlock],
+    parameters: Tensors = MappingProxyType({}),
+) -> AdapterContents:
+    """Return an adapter without notes that has these layers and parameters."""
+    layers = tuple(layer for layer, _ in blocks)
+    tensors = {layer.key: block for layer, block in blocks} | dict(parameters)
+    return AdapterContents(config, layers, tuple(parameters), tensors, {})
 
 
 def write_contents(path: Path, contents: AdapterContents) -> None:

@@ -338,8 +338,9 @@ def read_file(
 
     `modules` has the names of the modules of each component; without it, no model is known.
     """
+    modules = modules or {}
     tensors, metadata = read_tensors(path)
-    tensors, alphas = _rename_from_kohya(tensors, modules or {})
+    tensors, alphas = _rename_from_kohya(tensors, modules)
     pairs, rest = PeftFolder(path, {}, tensors).split_pairs()
     factors: dict[str, list[LayerFactors]] = {}
     unknown = [weight for weight in pairs if weight.partition(".")[0] not in COMPONENTS]
@@ -351,8 +352,7 @@ def read_file(
     for weight, (a, b, _) in pairs.items():
         component, _, name = weight.partition(".")
         layout = Layout(CONV) if a.dim() > 2 else Layout("out in")
-        names = None if modules is None else modules.get(component)
-        model_name = _name_in_model(component, name, names)
+        model_name = _name_in_model(component, name, modules.get(component))
         scale = 1.0  # it is multiplied into B, unless the file tells alpha
         settings = _settings_of(path, component, metadata)
         if "lora_alpha" in settings.fields:

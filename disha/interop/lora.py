@@ -262,13 +262,13 @@ def _config_of(
     sizes = {update.record.name: (update.rank, _alpha_of(update)) for update in updates}
     r, alpha = max(multimode(sizes.values()), default=(1, 1))  # only new rows, which have no rank
 
-    rank_pattern = {}  # of the layers that have other values
-    alpha_pattern = {}
-    for name, (rank_here, alpha_here) in sizes.items():
-        if rank_here != r:
-            rank_pattern[exact_pattern(name)] = rank_here
-        if alpha_here != alpha:
-            alpha_pattern[exact_pattern(name)] = alpha_here
+    # Of the layers that have other values.
+    rank_pattern = {exact_pattern(name): rank for name, (rank, _) in sizes.items() if rank != r}
+    alpha_pattern = {
+        exact_pattern(name): alpha_here
+        for name, (_, alpha_here) in sizes.items()
+        if alpha_here != alpha
+    }
 
     parameters = sorted(update.record.name for update in updates if is_stack(update.record))
     targets = _targets_of(contents, sizes.keys() - parameters, place.modules)

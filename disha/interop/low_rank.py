@@ -26,7 +26,7 @@ from disha.checks import check_positive_int
 from disha.config import AdapterConfig
 from disha.errors import AdapterFileError, ArgumentError, ConversionError
 from disha.files import AdapterContents
-from disha.files.contents import Source
+from disha.files.contents import LayerBlock, Source, contents_of_blocks
 from disha.functional import METHODS, Layout, Method, method_of
 from disha.functional.layouts import place_outputs
 from disha.functional.method import ALL_GROUPS, Groups
@@ -327,10 +327,6 @@ def _truncate(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 # --- from factors to blocks ----------------------------------------------------------------------
 
 
-LayerBlock = tuple[LayerRecord, Tensor]
-"""A layer and its block."""
-
-
 class LayerFactors(NamedTuple):
     """The factors of a layer, as a file has them.
 
@@ -361,10 +357,7 @@ def contents_of_factors(
         settings = {"r": usual_r, "method": first.method, "scale": first.scale}
     also_train = tuple(f"^{re.escape(name)}$" for name in parameters)
     config = AdapterConfig(**settings, target=None, dropout=dropout, also_train=also_train)
-    blocks += new_rows
-    layers = tuple(layer for layer, _ in blocks)
-    tensors = {layer.key: block for layer, block in blocks} | dict(parameters)
-    return AdapterContents(config, layers, tuple(parameters), tensors, {})
+    return contents_of_blocks(config, [*blocks, *new_rows], parameters)
 
 
 def _blocks_of(source: Source, factors: Sequence[LayerFactors]) -> list[LayerBlock]:

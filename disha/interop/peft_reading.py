@@ -22,12 +22,13 @@ from disha.checks import check_scale
 from disha.config import AdapterConfig, check_row_numbers
 from disha.errors import AdapterFileError, AdapterIOError, ConversionError, DishaError
 from disha.files import AdapterContents
+from disha.files.contents import LayerBlock, contents_of_blocks
 from disha.files.disk import PathLike
 from disha.files.header import reasons_against_blocks
 from disha.functional import Layout
 from disha.functional.new_rows import NEW_ROWS
 from disha.interop.experts import family_of, find_stack, matrices_of
-from disha.interop.low_rank import CONV, LayerBlock, LayerFactors, contents_of_factors, list_names
+from disha.interop.low_rank import CONV, LayerFactors, contents_of_factors, list_names
 from disha.interop.peft_format import (
     BAT,
     BONE_BLOCK,
@@ -201,25 +202,22 @@ def _read_miss(folder: PeftFolder, base: Base) -> AdapterContents:
             f"{folder.path} adapts {list_names(absent)}, and the base has no such linear layer; "
             "give the base that it was trained on"
         )
-    layers = []
-    for name in blocks:
+    layer_blocks = []
+    for name, block in blocks.items():
         out, inputs = shapes[name]
-        layers.append(
-            LayerRecord(
-                name,
-                method=config.method,
-                r=config.r,
-                r_out=config.r_out,
-                in_features=inputs,
-                out_features=out,
-                scale=1.0,
-                base=None,
-                layout=LINEAR,
-            )
+        layer = LayerRecord(
+            name,
+            method=config.method,
+            r=config.r,
+            r_out=config.r_out,
+            in_features=inputs,
+            out_features=out,
+            scale=1.0,
+            base=None,
+            layout=LINEAR,
         )
-    others = _saved_tensors(rest)
-    tensors = {layer.key: blocks[layer.name] for layer in layers} | dict(others)
-    contents = AdapterContents(config, tuple(layers), tuple(sorted(others)), tensors, {})
+        layer_blocks.append((layer, block))
+    contents = contents_of_blocks(config, layer_blocks, _saved_tensors(rest))
     reasons = reasons_against_blocks(contents)
     if reasons:
         raise AdapterFileError(
