@@ -41,7 +41,8 @@ def updates_of_outputs(
                 continue
             block_start = block_stop = 0  # at 0, an empty block can be cut whatever r is
         count = count_before(ranges, geometry.out_features)
-        block_geometry = geometry._replace(out_features=count)
+        # Written out, because torch 2.8 does not compile `_replace`.
+        block_geometry = Geometry(geometry.in_features, count, geometry.stack, geometry.kernel_axes)
         part = block_start, block_stop, block_geometry
         block = update.method.of_outputs(update.block, *part)
         if block is None and update.method.low_rank:

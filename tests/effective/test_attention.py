@@ -844,6 +844,9 @@ class TestOwners:
         with disha.route_adapters(only_attention, ["default", None]):
             assert only_attention(torch.randn(5, 2, 8, dtype=torch.float64)).shape == (5, 2, 8)
 
+    @pytest.mark.skipif(
+        torch.__version__ < "2.9", reason="torch 2.8 can't compile it, also without adapters"
+    )
     def test_compiled_with_padding_in_evaluation(self):
         model = disha.inject_adapters(self.model(), "all-linear", 2).eval()
         perturb(model)
