@@ -200,10 +200,13 @@ def _parse_file(path: Path, fields: Any, tensors: Mapping[str, Tensor]) -> Adapt
     usual = ASSUMED | {"method": method}  # of a layer that does not tell its own
     if method == NEW_ROWS:  # in an older file that has nothing else
         settings = settings | {"method": DEFAULTS["method"]}
-    else:
-        _check_method(path, method)
+    elif find_method(method) is None:
+        raise AdapterFileError(
+            f"{path} has blocks of the method {brief(method)}, which is unknown here; register the "
+            "method first (disha.register_method), or upgrade disha-torch"
+        )
     config = AdapterConfig.from_json(settings)
-    records = tuple(_parse_layer(path, config, usual | entry) for entry in fields["layers"])
+    records = tuple(_parse_layer(config, usual | entry) for entry in fields["layers"])
     # In files of former versions, keys have the whole name of a method with groups.
     keys = {join(record.name, f"{record.method}_block"): record.key for record in records}
     return AdapterFile(
@@ -234,16 +237,7 @@ def _check_version(path: Path, fields: Mapping[str, Any]) -> None:
         )
 
 
-def _check_method(path: Path, method: Any) -> None:
-    known = find_method(method)
-    if known is None or known.name != method:
-        raise AdapterFileError(
-            f"{path} has blocks of the method {brief(method)}, which is unknown here; register the "
-            "method first (disha.register_method), or upgrade disha-torch"
-        )
-
-
-def _parse_layer(path: Path, config: AdapterConfig, entry: Mapping[str, Any]) -> LayerRecord:
+def _parse_layer(config: AdapterConfig, entry: Mapping[str, Any]) -> LayerRecord:
     """Return the record of an entry that has all fields."""
     for size in ("r", "in", "out", "groups"):
         check_positive_int(size, entry[size])
@@ -253,8 +247,6 @@ def _parse_layer(path: Path, config: AdapterConfig, entry: Mapping[str, Any]) ->
     if method == NEW_ROWS:
         scale = 1  # they have none, but earlier versions wrote that of their adapter
         rows = rows or [(0, entry["out"])]  # earlier versions could write all rows so
-    else:
-        _check_method(path, method)
     if rows:
         rows = check_ranges(entry["name"], rows)
     kernel = [check_positive_int("kernel", size) for size in entry["kernel"]]

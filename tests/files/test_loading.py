@@ -554,7 +554,7 @@ class TestBadFiles:
 
     def test_an_unknown_method_of_a_layer(self, saved, path):
         rewritten(path, change_header=lambda header: header["layers"][0].update(method="magic"))
-        self.refused(path, "has blocks of the method 'magic', which is unknown here")
+        self.refused(path, "unknown method 'magic'.*upgrade disha-torch")
 
     def test_for_another_model(self, saved, path):
         self.refused(
