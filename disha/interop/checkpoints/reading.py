@@ -97,7 +97,7 @@ def open_checkpoint(path: PathLike) -> Checkpoint:
     path = check_path(path)
     single = path / SINGLE
     index = path / INDEX
-    if not path.is_dir():
+    if not path.is_dir() and path.suffix != ".gguf":
         files = _names_in(path)
     elif single.is_file():
         files = _names_in(single)

@@ -14,7 +14,9 @@ class TestReading:
         assert list(open_checkpoint(setting.base).files) == ["only"]
 
     def test_what_is_no_checkpoint(self, setting):
-        for path in (setting.folder, setting.folder / "nowhere"):
+        gguf = setting.folder / "model.gguf"
+        gguf.write_bytes(b"GGUF")
+        for path in (setting.folder, setting.folder / "nowhere", gguf):
             with pytest.raises(AdapterIOError, match=r"holds neither|can't read"):
                 open_checkpoint(path)
         config = setting.base / "config.json"
