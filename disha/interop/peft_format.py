@@ -536,11 +536,13 @@ def _tensors_inside(name: str, inside: Mapping[nn.Module, str]) -> dict[str, Ten
 
 def _layers_inside(layers: Iterable[str], modules_to_save: Collection[str]) -> list[str]:
     """Return a line for each layer inside a module that PEFT saves, and so does not adapt."""
-    return [
-        f"{name}: PEFT would not adapt it, as a part of a module in modules_to_save"
-        for name in layers
-        if any(f".{module}." in f".{name}." for module in modules_to_save)
-    ]
+    lines = []
+    for name in layers:
+        if any(f".{module}." in f".{name}." for module in modules_to_save):
+            lines.append(
+                f"{name}: PEFT would not adapt it, as a part of a module in modules_to_save"
+            )
+    return lines
 
 
 def keep_for_model(view: ModelView, folder: PeftFolder) -> PeftFolder:

@@ -189,7 +189,8 @@ def _saved_tensors(rest: PeftFolder) -> Tensors:
 def _read_miss(folder: PeftFolder, base: Base) -> AdapterContents:
     """Return the adapter in a folder of MiSS or Bone."""
     is_legacy = folder.fields["peft_type"] == "BONE"
-    blocks, rest = folder.split(BONE_BLOCK if is_legacy else MISS_BLOCK)
+    end = BONE_BLOCK if is_legacy else MISS_BLOCK
+    blocks, rest = folder.split(end)
     config = _miss_config(folder, is_legacy)
     shapes = base.shapes_of(list(blocks))
     absent = [
