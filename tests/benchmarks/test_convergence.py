@@ -89,7 +89,7 @@ def sizes_of(task):
         return packages.Encoder(BertModel(BertConfig(**config), add_pooling_layer=False), 8)
     sizes = {"vocab_size": 64, "hidden_size": 576, "intermediate_size": 1536}
     heads = {"num_attention_heads": 9, "num_key_value_heads": 3, "tie_word_embeddings": True}
-    return llama(**sizes, **heads).eval()
+    return llama(num_hidden_layers=1, **sizes, **heads).eval()
 
 
 def update(model, base, name):
@@ -110,7 +110,7 @@ class TestMethods:
                 twin, TASKS[task].layers["all"], TASKS[task].head, main_cell(task, method)
             )
             counts[method] = sum(p.numel() for p in adapter_parameters(twin, TASKS[task].head))
-            assert len(names) > 10
+            assert len(names) >= 7  # those of one layer
         full = counts.pop(FULL)
         assert all(abs(n / counts["bone"] - 1) <= LARGEST_DIFFERENCE for n in counts.values())
         assert full > 5 * counts["bone"]
