@@ -15,6 +15,8 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import torch
+
 from tests.distributed.harness import run_checks
 from tests.processes import RANKS
 
@@ -45,7 +47,14 @@ def as_rank(rank: int, run: Callable[..., None], arguments: tuple[Any, ...]) -> 
     run(*arguments)
 
 
+def import_for_all_ranks() -> None:
+    """Compile something, so that no rank imports again what this takes seconds to import."""
+    torch.compile(torch.nn.Linear(1, 1), backend="eager")(torch.ones(1))
+    torch._dynamo.reset()
+
+
 if __name__ == "__main__":
+    import_for_all_ranks()
     scripts = [import_module(f"tests.distributed.{name}") for name in sys.argv[2:]]
     for script in scripts:
         if hasattr(script, "import_for_all_ranks"):
