@@ -15,13 +15,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from disha.config import ALL_LINEAR, AdapterConfig
+from disha.config import AdapterConfig
 from disha.functional import Geometry, Method, method_of
 from disha.functional.new_rows import ROWS
 from disha.layers.blocks import Slot
 from disha.layers.weights import read_weight, weight_shape
 from disha.sharding.zero import whole_shape
-from disha.text import counted, first_few, join, table
+from disha.text import counted, join, table
 
 Place = tuple[Any, str]
 """A module, and its attribute that holds a parameter."""
@@ -145,7 +145,6 @@ class Plan:
             the buffers to be saved with it once they have changed.
         skipped: what the target selects but would not be adapted, each with its `reason`.
         unknown: the matrix parameters of the model whose layouts are unknown.
-        convolutions: names of the convolutions that `"all-linear"` leaves out.
         trainable: number of parameters in the model that would require gradients afterwards.
         total: number of parameters of the model afterwards, blocks included. A quantised weight
             counts as a dense one.
@@ -170,7 +169,6 @@ class Plan:
     also_train: tuple[str, ...]
     skipped: tuple[PlannedLayer, ...] = ()
     unknown: tuple[PlannedLayer, ...] = ()
-    convolutions: tuple[str, ...] = ()
     trainable: int = 0
     total: int = 0
 
@@ -219,12 +217,6 @@ class Plan:
             f"not adapted {layer.name} {layer.shape}: declare its layout, such as {layer.remedy}"
             for layer in self.unknown
         ]
-        if self.convolutions:
-            lines.append(
-                f"not adapted {first_few(self.convolutions, 3, ', ')}: {ALL_LINEAR!r} leaves "
-                "convolutions out; to adapt them, pass a predicate such as "
-                'lambda name, module: "Conv" in type(module).__name__'
-            )
         lines += [f"one shared parameter: {', '.join(names)}" for names in self.tied]
         if self.also_train:
             lines.append(f"also trained: {', '.join(self.also_train)}")

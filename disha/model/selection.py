@@ -104,19 +104,6 @@ class Selection:
         """The matrix parameters of unknown layout."""
         return tuple(layer for layer in self.candidates if layer.slot is None and layer.attribute)
 
-    @property
-    def convolutions(self) -> tuple[str, ...]:
-        """The names of the convolutions that could be adapted, but `"all-linear"` leaves out."""
-        if self.target != ALL_LINEAR:
-            return ()
-        return tuple(
-            layer.name
-            for layer in self.candidates
-            if layer.slot is not None
-            and layer.slot.layout.has_kernel
-            and reason_against_adapting(layer) is None
-        )
-
     def refuse_unused(self) -> None:
         """Raise if a pattern of the target, or of another setting, matches nothing in the model."""
         names = [

@@ -130,7 +130,6 @@ def plan_injection(
         also_train=_choose_also_trained(view, config),
         skipped=(*skipped, *more_skipped),
         unknown=selection.unknown,
-        convolutions=selection.convolutions,
     )
 
 
