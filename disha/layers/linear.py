@@ -121,7 +121,7 @@ class _LinearWithAdapter(AdaptedLinear):
             raise ArgumentError(f"{type(self).__name__}: {reason}")
         block = make_block(self, WEIGHT, method, config, config.r)
         record = ModelRecord(SINGLE_LAYERS)
-        record.layers[adapter] = ("",)
+        record.layers[adapter, ""] = ()
         adapters = adapt(self, [WEIGHT.parameter], False, record, ("",))
         adapters.add(adapter, [block])
         adapters.activate((adapter,))

@@ -1,8 +1,8 @@
 """ModelRecord: all that the adapters of a model remember of it, in one place.
 
     what       since                         for
-    layers     each injection                naming layers that the model has lost
-    ties       each injection                refusing half of a tied weight
+    layers     each injection                naming layers that the model has lost; refusing half of
+                                             a tied weight
     flags      its flag was first changed    putting back `requires_grad`; `also_train`
     buffers    the first injection           saving those that training changed; putting them back
     group      the first injection           the contexts that cover the layers
@@ -78,8 +78,8 @@ class ModelRecord:
 
     def __init__(self, group: Group | None = None) -> None:
         self.group = Group() if group is None else group
-        self.layers: dict[str, tuple[str, ...]] = {}  # adapter -> names of its weights
-        self.ties: dict[str, tuple[str, ...]] = {}  # weight with a block -> those that borrow it
+        # (adapter, weight with a block of it) -> the tied parameters that borrow the block
+        self.layers: dict[tuple[str, str], tuple[str, ...]] = {}
         self.flags: dict[str, Flag] = {}  # parameter -> its flag
         self.buffers: dict[str, FormerBuffer] = {}
         self.members: WeakSet[Any] = WeakSet()  # the `Adapters` of its layers
@@ -90,13 +90,11 @@ class ModelRecord:
 
     def take_over(self, other: ModelRecord, rename: Callable[[str], str | None]) -> None:
         """Add what another record knows; `rename` gives names here, None for what is elsewhere."""
-        for adapter, names in other.layers.items():
-            moved = [name for name in map(rename, names) if name is not None]
-            self.layers[adapter] = (*self.layers.get(adapter, ()), *moved)
-        for tied in other.ties.items():
-            weight, *borrowers = map(rename, (tied[0], *tied[1]))
-            if weight is not None:
-                self.ties[weight] = tuple(name for name in borrowers if name is not None)
+        for (adapter, weight), tied in other.layers.items():
+            new, *borrowers = map(rename, (weight, *tied))
+            if new is not None:
+                known_here = tuple(name for name in borrowers if name is not None)
+                self.layers[adapter, new] = known_here
         for table in ("flags", "buffers"):
             for name, known in vars(other)[table].items():
                 new = rename(name)

@@ -194,11 +194,9 @@ def apply_plan(view: ModelView, plan: Plan, *, activate: bool = True) -> None:
 def _note_plan(view: ModelView, plan: Plan) -> ModelRecord:
     """Note the new layers, their ties and the buffers in the record of the model; return it."""
     record, model_name = view.unite_records()
-    names = [join(model_name, layer.name) for layer in plan.layers]
-    record.layers[plan.adapter] = (*record.layers.get(plan.adapter, ()), *names)
-    for name, layer in zip(names, plan.layers):
-        if layer.tied:
-            record.ties[name] = tuple(join(model_name, tied) for tied in layer.tied)
+    for layer in plan.layers:
+        borrowers = tuple(join(model_name, name) for name in layer.tied)
+        record.layers[plan.adapter, join(model_name, layer.name)] = borrowers
     buffers.remember_buffers(view, plan.adapter, plan.also_train)
     return record
 

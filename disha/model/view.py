@@ -7,7 +7,7 @@ A public function builds one view and passes it down. Names are those in the unw
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -121,15 +121,10 @@ class ModelParameter(ModelTensor):
     def freeze(self) -> None:
         """Freeze it, and remember that it was not, unless it trains with an adapter."""
         value = self.value
-        known = self.known
-        assert known is not None  # as in `note`
-        if not value.requires_grad:
+        if not value.requires_grad or self.claimant is not None:
             return
-        flag = known.find("flags")
-        if flag is None:
-            known.set("flags", Flag(original=True))
-        elif flag.adapter is not None:
-            return
+        if self.flag is None:
+            self.note("flags", Flag(original=True))
         value.requires_grad = False  # lazy parameters do not have requires_grad_()
 
     def claim(self, adapter: str, flag_without: bool) -> None:
@@ -463,14 +458,12 @@ class ModelView:
             for adapters in list(record.members)
         )
 
-    def forget_layers(self, adapters: Iterable[str]) -> None:
+    def forget_layers(self, adapters: Container[str]) -> None:
         """Forget the layers of adapters that are removed from this part."""
         for record in self.records:
-            for adapter in adapters:
-                names = record.layers.pop(adapter, ())
-                elsewhere = [name for name in names if self.places.find_today(record, name) is None]
-                if elsewhere:
-                    record.layers[adapter] = tuple(elsewhere)
+            for adapter, name in list(record.layers):
+                if adapter in adapters and self.places.find_today(record, name) is not None:
+                    del record.layers[adapter, name]
 
     def forget_buffers(self) -> None:
         """Forget what the buffers of this part were before the first adapter."""
@@ -482,7 +475,7 @@ class ModelView:
     def refuse_half_of_ties(self, action: str) -> None:
         """Raise if a weight of this part is tied to one outside: both have one update."""
         for record in self.records:
-            for weight, borrowers in record.ties.items():
+            for (_, weight), borrowers in record.layers.items():
                 outside = []
                 inside = []
                 for name in (weight, *borrowers):
@@ -511,9 +504,9 @@ class ModelView:
         }
         lost = []
         for record in self.records:
-            for name in record.layers.get(adapter, ()):
+            for other, name in record.layers:
                 name_today = self.places.find_today(record, name)
-                if name not in adapted and name_today is not None:
+                if other == adapter and name not in adapted and name_today is not None:
                     lost.append(name_today)
         return lost
 
