@@ -70,9 +70,8 @@ def plan_weights(
 
 def _weights_by_name(view: ModelView, config: AdapterConfig) -> dict[str, PlannedLayer]:
     """Return every weight of the model under all names that a file may have for it."""
-    layers = list_weights(view, config)
-    weights = {name: layer for layer in layers for name in layer.names}
-    for layer in layers:  # new rows, and those of a declared layout, are of a whole parameter
+    weights: dict[str, PlannedLayer] = {}
+    for layer in list_weights(view, config):
         for name in layer.names_to_match:
             weights.setdefault(name, layer)
     return weights
