@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, InitVar, dataclass, field
 from inspect import signature
 from operator import index
 from types import MappingProxyType
@@ -44,7 +44,7 @@ ALL_LINEAR = "all-linear"
 """The target that means every linear layer except an output head tied to an embedding."""
 
 
-@dataclass(frozen=True, init=False)
+@dataclass(frozen=True)
 class AdapterConfig:
     """The settings of an adapter: everything but its name and the values in its blocks.
 
@@ -83,62 +83,27 @@ class AdapterConfig:
     """
 
     r: int
-    target: str | tuple[str, ...] | None
-    method: str
-    r_out: int | None
-    exclude: tuple[str, ...]
-    rank_pattern: Mapping[str, int] = field(hash=False)
-    layouts: Mapping[str, str] = field(hash=False)
-    rows: Mapping[str, OutputRanges] = field(hash=False)
-    dropout: float
-    scale: float
-    dtype: torch.dtype | None
-    init: str
-    also_train: tuple[str, ...]
+    _: KW_ONLY
+    target: str | tuple[str, ...] | None = ALL_LINEAR
+    method: str = "bone"
+    r_out: int | None = None
+    groups: InitVar[Groups] = 1
+    exclude: tuple[str, ...] = ()
+    rank_pattern: Mapping[str, int] = field(default_factory=dict, hash=False)
+    layouts: Mapping[str, str] = field(default_factory=dict, hash=False)
+    rows: Mapping[str, OutputRanges] = field(default_factory=dict, hash=False)
+    dropout: float = 0.0
+    scale: float = 1.0
+    dtype: torch.dtype | None = None
+    init: str = "zeros"
+    also_train: tuple[str, ...] = ()
 
-    def __init__(
-        self,
-        r: int,
-        *,
-        target: Target | None = ALL_LINEAR,
-        method: MethodName = "bone",
-        r_out: int | None = None,
-        groups: Groups = 1,
-        exclude: Patterns = None,
-        rank_pattern: Mapping[str, int] | None = None,
-        layouts: Mapping[str, str] | None = None,
-        rows: Mapping[str, Sequence[Any]] | None = None,
-        dropout: float = 0.0,
-        scale: float = 1.0,
-        dtype: torch.dtype | None = None,
-        init: Init = "zeros",
-        also_train: Patterns = None,
-    ) -> None:
-        settings = {name: value for name, value in locals().items() if name != "self"}
-        self._set_checked(**settings)
-        for name in ("target", "exclude", "also_train", "rank_pattern", "layouts", "rows"):
-            regexes = vars(self)[name]
-            if regexes is None:
-                continue
-            if isinstance(regexes, str):
-                regexes = (regexes,)
-            for regex in regexes:
-                compile_regex(name, regex)
-
-    @classmethod
-    def from_arguments(cls, arguments: Mapping[str, Any], **others: Any) -> AdapterConfig:
-        """Return the configuration that a function got as arguments, and others: its `locals()`."""
-        given = {name: arguments[name] for name in SETTINGS if name in arguments}
-        return cls(**(given | others))
-
-    def _set_checked(self, **settings: Any) -> None:
+    def __post_init__(self, groups: Groups) -> None:
         """Check every setting, and store it in its final type."""
-        check_positive_int("r", settings["r"])
-        groups = settings.pop("groups", 1)
-        method = _method_with_groups(method_of(settings["method"]), groups)
-        settings["method"] = method.name
-        if settings["r_out"] is not None:
-            check_positive_int("r_out", settings["r_out"])
+        check_positive_int("r", self.r)
+        method = _method_with_groups(method_of(self.method), groups)
+        if self.r_out is not None:
+            check_positive_int("r_out", self.r_out)
             if not method.tiles:
                 tiles = method_names(lambda known: known.tiles)
                 leave_out = "r_out" if groups == 1 else "r_out or groups"
@@ -146,25 +111,36 @@ class AdapterConfig:
                     f"leave {leave_out} out: only {tiles} has an output shard, and the method is "
                     f"{method.name!r}"
                 )
-        if settings["init"] not in INITS:
-            raise ArgumentError(f"unknown init {brief(settings['init'])}; allowed are {INITS}")
-        settings["scale"] = check_scale(settings["scale"])
-        check_type("dropout", settings["dropout"], (int, float), "a number")
-        if not 0.0 <= settings["dropout"] < 1.0:
-            raise ArgumentError(
-                f"dropout must be at least 0 and below 1, got {settings['dropout']}"
-            )
-        check_dtype(settings["dtype"])
-        target = settings["target"]
-        if callable(target):
-            settings["target"] = None
-        elif target is not None and not isinstance(target, str):
-            settings["target"] = check_regexes("target_regex", target)
+        if self.init not in INITS:
+            raise ArgumentError(f"unknown init {brief(self.init)}; allowed are {INITS}")
+        check_type("dropout", self.dropout, (int, float), "a number")
+        if not 0.0 <= self.dropout < 1.0:
+            raise ArgumentError(f"dropout must be at least 0 and below 1, got {self.dropout}")
+        check_dtype(self.dtype)
+        final: dict[str, Any] = {"method": method.name, "scale": check_scale(self.scale)}
+        if callable(self.target):
+            final["target"] = None
+        elif self.target is not None and not isinstance(self.target, str):
+            final["target"] = check_regexes("target_regex", self.target)
         for name in ("exclude", "also_train"):
-            settings[name] = check_regexes(name, settings[name])
+            final[name] = check_regexes(name, getattr(self, name))
         for name, check in _ITEM_CHECKS.items():
-            settings[name] = check_items(name, settings[name], check)
-        vars(self).update(settings)
+            final[name] = check_items(name, getattr(self, name), check)
+        vars(self).update(final)
+
+    @classmethod
+    def from_arguments(cls, arguments: Mapping[str, Any], **others: Any) -> AdapterConfig:
+        """Return the configuration that a function got as arguments, and others: its `locals()`.
+
+        Its regexes are compiled, so that an error names the argument.
+        """
+        given = {name: arguments[name] for name in SETTINGS if name in arguments}
+        config = cls(**(given | others))
+        regexes = vars(config) | {"target": check_regexes("target", config.target)}
+        for name in ("target", "exclude", "also_train", "rank_pattern", "layouts", "rows"):
+            for regex in regexes[name]:
+                compile_regex(name, regex)
+        return config
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (AdapterConfig.from_json, (self.to_json(),))
@@ -200,9 +176,7 @@ class AdapterConfig:
         dtype = settings["dtype"]
         if isinstance(dtype, str):
             settings["dtype"] = BLOCK_DTYPES.get(dtype, dtype)
-        config = object.__new__(cls)
-        config._set_checked(**settings)
-        return config
+        return cls(**settings)
 
     def changed(self, **values: Any) -> AdapterConfig:
         """Return the configuration with some fields changed; values are as for `from_json`."""

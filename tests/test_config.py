@@ -129,7 +129,7 @@ def test_rank_pattern_first_found_wins():
 )
 def test_refuses_values_that_are_not_allowed(arguments, kind, says):
     with pytest.raises(kind, match=says) as caught:
-        AdapterConfig(**{"r": 2, **arguments})
+        AdapterConfig.from_arguments({"r": 2, **arguments})
     assert isinstance(caught.value, DishaError)
     assert isinstance(caught.value, TypeError if kind is ArgumentTypeError else ValueError)
 
