@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from disha.effective.rules import Operation, rule, rule_with_operation
-from disha.effective.views import cast
 from disha.effective.weight import base_inside, compute, compute_first
 from disha.private_torch import IS_VIEW
 
@@ -43,13 +42,6 @@ def _ask_base(func: Operation, *args: Any, **kwargs: Any) -> Any:
 def _create_like(func: Operation, like: Any, *args: Any, **kwargs: Any) -> Any:
     """Make a tensor like W. The other arguments may be values, so their weights are computed."""
     return compute_first(func, (base_inside(like), *args), kwargs)
-
-
-@rule(Tensor.type)
-def _type(weight: Any, dtype: Any = None, *args: Any, **kwargs: Any) -> Any:
-    if dtype is not None:
-        return cast(Tensor.type, weight, dtype, *args, **kwargs)
-    return weight.base.type()
 
 
 @rule(Tensor.data_ptr)

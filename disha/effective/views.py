@@ -156,12 +156,12 @@ def _select(weight: Any, dim: int, index: Any) -> Any:
     return select_item(weight, index)
 
 
-@rule_with_operation("to type_as float double half bfloat16 contiguous")
-def cast(func: Operation, weight: Any, *args: Any, **kwargs: Any) -> Any:
+@rule_with_operation("to type type_as float double half bfloat16 contiguous")
+def _cast(func: Operation, weight: Any, *args: Any, **kwargs: Any) -> Any:
     named = {name: base_inside(value) for name, value in kwargs.items()}
     base = func(base_inside(weight), *map(base_inside, args), **named)
     if not isinstance(weight, EffectiveWeight) or not isinstance(base, Tensor):
-        return base  # of another tensor, which is cast like this weight
+        return base  # of another tensor, which is cast like this weight, or the name of its type
     if not is_inexact(base) or base.device != weight.base.device:
         return NotImplemented  # the blocks stay on their device
     return make_effective(base, weight.weight_layout, weight.updates)

@@ -50,6 +50,7 @@ CALLS = {
     "index_select": {"input": STACK, "dim": 0, "index": INDEX},
     "select": {"input": STACK, "dim": 0, "index": 1},
     "to": {"self": MATRIX, "tensor": MATRIX},
+    "type": {"self": MATRIX, "dtype": torch.float64},
     "type_as": {"self": MATRIX, "other": MATRIX},
     **{name: {"self": MATRIX} for name in ("float", "double", "half", "bfloat16", "contiguous")},
     "detach": {"input": MATRIX},
