@@ -67,16 +67,7 @@ _TRANSPOSED = {
     "expert in out": "expert out in",
 }
 
-
 _AXES = {pattern: tuple(pattern.split()) for pattern in PATTERNS}
-
-
-def _has_in_first(axes: tuple[str, ...]) -> bool:
-    inputs = "index" if "index" in axes else "in"
-    return axes.index(inputs) < axes.index("out")
-
-
-_IN_FIRST = {pattern: _has_in_first(axes) for pattern, axes in _AXES.items()}
 
 
 class Geometry(NamedTuple):
@@ -157,7 +148,7 @@ class Layout:
     @property
     def in_first(self) -> bool:
         """Whether the axis of the inputs (`in` or `index`) comes before that of the outputs."""
-        return _IN_FIRST[self.pattern]
+        return self.pattern.removeprefix("expert ").startswith("in")
 
     def transposed(self) -> Layout | None:
         """Return the layout of `weight.mT`, or None if `PATTERNS` has none."""
