@@ -9,6 +9,7 @@ be cut anywhere. Otherwise the whole weight must be computed.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 
@@ -43,17 +44,28 @@ def updates_of_outputs(
         count = count_before(ranges, geometry.out_features)
         # Written out, because torch 2.8 does not compile `_replace`.
         block_geometry = Geometry(geometry.in_features, count, geometry.stack, geometry.kernel_axes)
-        part = block_start, block_stop, block_geometry
-        block = update.method.of_outputs(update.block, *part)
-        if block is None and update.method.low_rank:
-            update = _with_factors(update, block_geometry)
-            block = update.method.of_outputs(update.block, *part)
-        if block is None:
+        part = _cut(update, "of_outputs", block_start, block_stop, block_geometry)
+        if part is None:
             return None
         adapts_all = block_stop - block_start == stop - start
         ranges_of_part = () if adapts_all else ranges_inside(ranges, start, stop)
-        inside.append(update.replace(block=block, output_ranges=ranges_of_part))
+        inside.append(part.replace(output_ranges=ranges_of_part))
     return inside
+
+
+def _cut(
+    update: Update,
+    method_name: Literal["of_outputs", "of_inputs"],
+    start: int,
+    stop: int,
+    geometry: Geometry,
+) -> Update | None:
+    """Return an update with the block that this method of its `Method` cuts, or None."""
+    block = getattr(update.method, method_name)(update.block, start, stop, geometry)
+    if block is None and update.method.low_rank:
+        update = _with_factors(update, geometry)
+        block = getattr(update.method, method_name)(update.block, start, stop, geometry)
+    return None if block is None else update.replace(block=block)
 
 
 def _with_factors(update: Update, geometry: Geometry) -> Update:
@@ -102,13 +114,10 @@ def update_of_part(
         if axis in cut_axes:
             start, stop = cut_axes[axis]
             block_geometry = layout.geometry(sizes, update.output_ranges)
-            block = update.method.of_inputs(update.block, start, stop, block_geometry)
-            if block is None and update.method.low_rank:
-                update = _with_factors(update, block_geometry)
-                block = update.method.of_inputs(update.block, start, stop, block_geometry)
-            if block is None:
+            cut = _cut(update, "of_inputs", start, stop, block_geometry)
+            if cut is None:
                 return None
-            update = update.replace(block=block)
+            update = cut
             sizes[layout.axes.index(axis)] = stop - start
     if "out" not in cut_axes:
         return [update]
