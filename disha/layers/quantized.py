@@ -236,10 +236,14 @@ class _SavesAdapters(nn.Module):
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """Return what the class saves, and the adapters."""
         state = super().state_dict(*args, **kwargs)
-        # Without a destination, the adapters go where the layer's own tensors are.
-        options = {"destination": state, "prefix": "", **kwargs}
-        options["prefix"] += f"{CHILD_NAME}."
-        self.disha.state_dict(**options)
+        destination = kwargs.get("destination")
+        if destination is None:
+            destination = state
+        prefix = kwargs.get("prefix", "")
+        keep_vars = kwargs.get("keep_vars", False)
+        self.disha.state_dict(
+            destination=destination, prefix=f"{prefix}{CHILD_NAME}.", keep_vars=keep_vars
+        )
         return state
 
 
