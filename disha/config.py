@@ -183,6 +183,9 @@ class AdapterConfig:
         return AdapterConfig.from_json({**self.to_json(), **values})
 
 
+delattr(AdapterConfig, "groups")  # the default of an argument, which would read as a setting
+
+
 def _method_with_groups(method: Method, groups: Any) -> Method:
     """Return a method with groups of shards, or raise if it can't have them."""
     if groups != ALL_GROUPS:
