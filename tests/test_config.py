@@ -39,6 +39,7 @@ def test_groups_of_shards_are_a_part_of_the_methods_name(groups, method):
     assert config == AdapterConfig(1, method=method)
     assert config.method == method
     assert AdapterConfig.from_json(config.to_json()) == config
+    assert not hasattr(config, "groups")
 
 
 @pytest.mark.parametrize("rows", [(0, 8), [(0, 8)], np.array([0, 8]), torch.tensor([[0, 8]])])
