@@ -174,8 +174,8 @@ class Places:
 
     def _set(self, places: dict[str, Place | None]) -> None:
         self._places = places
-        # As in almost every model, one place may tell of all that is in it. Without asking it first,
-        # an injection takes 1.13 of the time.
+        # As in almost every model, one place may tell of all that is in it. It is asked first,
+        # because an injection takes 1.13 of the time without.
         self._whole = places.get("") if len(places) == 1 else None
         self._today: dict[Place, str] = {}
         for above, place in places.items():
