@@ -56,7 +56,8 @@ class AdapterConfig:
             added.
         r_out: size of the output shard, which makes Bone a tile, or None.
         groups: number of groups of shards, or `"all"` for one group for each shard: each
-            output sees the shards of its own group. It becomes a part of the method's name.
+            output sees the shards of its own group. It becomes a part of the method's name, where
+            to read it.
         exclude: a regex, or several, of names to leave out, or None.
         rank_pattern: regex of names -> r, or None. The first match wins.
         layouts: regex of parameter names -> layout, if none is known; the name of a module means
@@ -99,6 +100,13 @@ class AdapterConfig:
     also_train: tuple[str, ...] = ()
 
     def __post_init__(self, groups: Groups) -> None:
+        self._check(groups)
+        regexes = vars(self) | {"target": check_regexes("target", self.target)}
+        for name in ("target", "exclude", "also_train", "rank_pattern", "layouts", "rows"):
+            for regex in regexes[name]:
+                compile_regex(name, regex)
+
+    def _check(self, groups: Groups) -> None:
         """Check every setting, and store it in its final type."""
         check_positive_int("r", self.r)
         method = _method_with_groups(method_of(self.method), groups)
@@ -120,7 +128,7 @@ class AdapterConfig:
         final: dict[str, Any] = {"method": method.name, "scale": check_scale(self.scale)}
         if callable(self.target):
             final["target"] = None
-        elif self.target is not None and not isinstance(self.target, str):
+        elif not isinstance(self.target, str | None):
             final["target"] = check_regexes("target_regex", self.target)
         for name in ("exclude", "also_train"):
             final[name] = check_regexes(name, getattr(self, name))
@@ -130,17 +138,9 @@ class AdapterConfig:
 
     @classmethod
     def from_arguments(cls, arguments: Mapping[str, Any], **others: Any) -> AdapterConfig:
-        """Return the configuration that a function got as arguments, and others: its `locals()`.
-
-        Its regexes are compiled, so that an error names the argument.
-        """
+        """Return the configuration that a function got as arguments, and others: its `locals()`."""
         given = {name: arguments[name] for name in SETTINGS if name in arguments}
-        config = cls(**(given | others))
-        regexes = vars(config) | {"target": check_regexes("target", config.target)}
-        for name in ("target", "exclude", "also_train", "rank_pattern", "layouts", "rows"):
-            for regex in regexes[name]:
-                compile_regex(name, regex)
-        return config
+        return cls(**(given | others))
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (AdapterConfig.from_json, (self.to_json(),))
@@ -176,14 +176,14 @@ class AdapterConfig:
         dtype = settings["dtype"]
         if isinstance(dtype, str):
             settings["dtype"] = BLOCK_DTYPES.get(dtype, dtype)
-        return cls(**settings)
+        config = object.__new__(cls)
+        vars(config).update(settings)
+        config._check(groups=1)
+        return config
 
     def changed(self, **values: Any) -> AdapterConfig:
         """Return the configuration with some fields changed; values are as for `from_json`."""
         return AdapterConfig.from_json({**self.to_json(), **values})
-
-
-delattr(AdapterConfig, "groups")  # the default of an argument, which would read as a setting
 
 
 def _method_with_groups(method: Method, groups: Any) -> Method:
