@@ -148,7 +148,7 @@ class Layout:
     @property
     def in_first(self) -> bool:
         """Whether the axis of the inputs (`in` or `index`) comes before that of the outputs."""
-        return self.pattern.removeprefix("expert ").startswith("in")
+        return self.pattern.startswith(("in", "expert in"))
 
     def transposed(self) -> Layout | None:
         """Return the layout of `weight.mT`, or None if `PATTERNS` has none."""

@@ -81,6 +81,16 @@ class Route:
         parts = torch.split(order, [len(part) for part in indices.values()])
         return list(zip(indices, parts)), order
 
+    def split(self, x: Tensor) -> tuple[list[tuple[str | None, Tensor, Tensor]], Tensor]:
+        """Return each adapter, the indices of its samples in x, and these; and all indices.
+
+        The samples are gathered once for all adapters: each gathering adds to the whole gradient.
+        """
+        indices_by_adapter, order = self.by_adapter(x.shape[0], x.device)
+        adapters, indices = zip(*indices_by_adapter)
+        parts = torch.split(x.index_select(0, order), [part.shape[0] for part in indices])
+        return list(zip(adapters, indices, parts)), order
+
     def _on_device(self, indices: tuple[int, ...], device: torch.device) -> Tensor:
         """Return indices as a tensor, the same one each time."""
         # Every layer needs the same indices, and a captured graph can't copy them to a device.
@@ -190,11 +200,12 @@ class Routed(Updates):
 
 def _size_of_sums(factors: Mapping[str, Sequence[Factors]]) -> int | None:
     """Return the size of the shard sums of all updates, or None if they do not have the same."""
-    sizes: set[int | None] = set()
+    sizes: set[int] = set()
     for of_adapter in factors.values():
         for one in of_adapter:
-            is_sum = isinstance(one.down, int) and not one.update.dropout
-            sizes.add(int(one.down) if is_sum else None)
+            if not isinstance(one.down, int) or one.update.dropout:
+                return None
+            sizes.add(one.down)
     return sizes.pop() if len(sizes) == 1 else None
 
 
@@ -214,13 +225,11 @@ def _add_by_adapter(
     delta_of: Callable[[Tensor, Term], Tensor],
 ) -> Tensor:
     """Sort x by adapter, and add to each sample of an output what the terms of its adapter give."""
-    indices_by_adapter, order = route.by_adapter(x.shape[0], x.device)
-    sizes = [indices.shape[0] for _, indices in indices_by_adapter]
-    parts = torch.split(x.index_select(0, order), sizes)
+    parts, order = route.split(x)
     has_few = output.shape[:-1].numel() < FEW_TOKENS * len(parts)
     must_copy = torch.is_grad_enabled() or is_compiling() or must_not_write()
     deltas = []
-    for (adapter, indices), part in zip(indices_by_adapter, parts):
+    for adapter, indices, part in parts:
         of_adapter = () if adapter is None else terms.get(adapter, ())
         delta = None
         for term in of_adapter:
@@ -249,10 +258,9 @@ def _may_be_positions(indices: Tensor) -> bool:
 
 def _linear_by_adapter(x: Tensor, weight: Tensor, bias: Tensor | None, routed: Routed) -> Tensor:
     """Sort the samples by adapter, multiply those of each, and put the outputs back in order."""
-    indices_by_adapter, order = routed.route.by_adapter(x.shape[0], x.device)
+    parts, order = routed.route.split(x)
     outputs = []
-    for adapter, indices in indices_by_adapter:
-        updates = routed.updates_of(adapter)
-        outputs.append(adapted_linear(x.index_select(0, indices), weight, bias, updates))
+    for adapter, _, part in parts:
+        outputs.append(adapted_linear(part, weight, bias, routed.updates_of(adapter)))
     sorted_output = torch.cat(outputs)
     return torch.empty_like(sorted_output).index_copy(0, order, sorted_output)

@@ -329,8 +329,10 @@ def find_misfits(
 
 
 def _reason_against_values(layer: LayerRecord, weight: Tensor) -> str | None:
+    if not layer.base:
+        return None
     base = fingerprint(layer.layout.part(weight, layer.rows))
-    if layer.base is None or base is None or same_base(layer.base, base):
+    if base is None or same_base(layer.base, base):
         return None
     return "has other values than the weight that the adapter was saved from"
 
