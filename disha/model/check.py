@@ -48,7 +48,7 @@ def check_adapters(
     The model runs in evaluation mode: twice with random values in all blocks, once for each part of
     the weights while that is merged, once for each block that gets no gradient, and twice without
     updates, with the adapters and as its base. The originals of a part are kept meanwhile: 64 MiB,
-    or a 16th of the adapted weights, and one weight more.
+    or a 16th of the adapted weights, or one weight.
 
     If a block does not act or gets no gradient there, the model also runs in training mode, without
     the adapters' own dropout. So a head that only training uses is in order, and so is a model that

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterable
 from contextlib import ExitStack
 from typing import NamedTuple
@@ -94,7 +93,7 @@ def _refuse_all(compared: list[ModelBlock], error: DishaError) -> dict[AdaptedLa
 def _split_by_size(compared: list[ModelBlock]) -> list[list[AdaptedLayer]]:
     """Return the layers in parts that merge together, because their originals are kept meanwhile.
 
-    A part has at most `LARGEST_PART` bytes, or a 16th of all weights, and one layer more.
+    A part has at most `LARGEST_PART` bytes, or a 16th of all weights, or a single layer.
     """
     sizes = dict.fromkeys([model_block.layer for model_block in compared], 0)
     weights = dense_weights(compared)
@@ -102,12 +101,15 @@ def _split_by_size(compared: list[ModelBlock]) -> list[list[AdaptedLayer]]:
         if model_block.block in weights:
             sizes[model_block.layer] += weights[model_block.block].nbytes
     limit = max(LARGEST_PART, sum(sizes.values()) // 16)
-    parts = defaultdict[int, list[AdaptedLayer]](list)
-    before = 0
+    parts: list[list[AdaptedLayer]] = [[]]
+    free = limit
     for layer, size in sizes.items():
-        parts[before // limit].append(layer)
-        before += size
-    return list(parts.values())
+        if size > free and parts[-1]:
+            parts.append([])
+            free = limit
+        parts[-1].append(layer)
+        free -= size
+    return parts
 
 
 def find_tolerance(tensors: Iterable[Tensor]) -> float:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.sparse import SparseSemiStructuredTensor
 
@@ -52,10 +52,9 @@ def _reasons_against_adapting(layer: PlannedLayer) -> Iterator[str]:
             f"{layer.remedy}, as your code uses it: see docs/guides/custom-model.md"
         )
         return
-    if not isinstance(module, AdaptedLayer):
-        for name in ADDED_NAMES:
-            if name != layer.attribute and hasattr(module, name):
-                yield f"it has its own attribute {name!r}, which adapters would replace"
+    clashes = _find_clashing_names(module) - {layer.attribute}
+    if clashes and not isinstance(module, AdaptedLayer):
+        yield f"it has its own attribute {min(clashes)!r}, which adapters would replace"
     for block in _list_other_blocks(layer):
         other_layout = block.slot.layout
         of_one_matrix = layer.is_new_rows or block.is_new_rows
@@ -70,6 +69,13 @@ def _reasons_against_adapting(layer: PlannedLayer) -> Iterator[str]:
         last = slot.output_ranges[-1]
         if last[1] > outputs:
             yield f"rows {last} are out of range: it has {outputs} rows"
+
+
+def _find_clashing_names(module: nn.Module) -> set[str]:
+    """Return the names of the module's own attributes that adapting would replace."""
+    # A property counts by its presence on the class: asking for its value may read W.
+    held = {*vars(module), *module._parameters, *module._buffers, *module._modules}
+    return {name for name in ADDED_NAMES if name in held or hasattr(type(module), name)}
 
 
 def _list_other_blocks(layer: PlannedLayer) -> Iterator[AdapterBlock]:

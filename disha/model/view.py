@@ -476,6 +476,8 @@ class ModelView:
         """Raise if a weight of this part is tied to one outside: both have one update."""
         for record in self.records:
             for (_, weight), borrowers in record.layers.items():
+                if not borrowers:
+                    continue
                 outside = []
                 inside = []
                 for name in (weight, *borrowers):
@@ -505,9 +507,10 @@ class ModelView:
         lost = []
         for record in self.records:
             for other, name in record.layers:
-                name_today = self.places.find_today(record, name)
-                if other == adapter and name not in adapted and name_today is not None:
-                    lost.append(name_today)
+                if other == adapter and name not in adapted:
+                    name_today = self.places.find_today(record, name)
+                    if name_today is not None:
+                        lost.append(name_today)
         return lost
 
     def guard_encoders(self) -> None:
