@@ -16,6 +16,7 @@ import json
 import urllib.request
 from collections.abc import Mapping, Sequence
 from typing import Any
+from urllib.error import HTTPError
 
 import torch
 from torch import Tensor
@@ -23,7 +24,7 @@ from torch import Tensor
 from disha.cli.dispatcher import DONE, FAILED, Parser
 from disha.cli.models import add_model_flags, load_runner
 from disha.cli.output import show
-from disha.errors import ArgumentError
+from disha.errors import ArgumentError, DishaError
 
 PROMPTS = (
     "The capital of France is Paris, and the capital of Italy is Rome.",
@@ -66,8 +67,12 @@ def _ask(url: str, body: Mapping[str, Any] | None = None) -> Any:
     """Return what a server answers to a request."""
     data = None if body is None else json.dumps(body).encode()
     request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
-    with urllib.request.urlopen(request, timeout=SECONDS) as response:
-        return json.load(response)
+    try:
+        with urllib.request.urlopen(request, timeout=SECONDS) as response:
+            return json.load(response)
+    except HTTPError as error:
+        said = error.read().decode(errors="replace")
+        raise DishaError(f"{url} answers {error.code} {error.reason}: {said}") from error
 
 
 def find_names(models: Sequence[Mapping[str, Any]], name: str | None) -> tuple[str, str]:

@@ -16,9 +16,9 @@ from tests.conftest import perturb
 class Answers(BaseHTTPRequestHandler):
     """Answers as vLLM does, with the models of its server."""
 
-    def answer(self, fields):
+    def answer(self, fields, code=200):
         data = json.dumps(fields).encode()
-        self.send_response(200)
+        self.send_response(code)
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
         self.wfile.write(data)
@@ -29,6 +29,9 @@ class Answers(BaseHTTPRequestHandler):
 
     def do_POST(self):
         asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if self.server.gives == "an error":
+            self.answer({"message": "prompt_logprobs is too many"}, 400)
+            return
         found = log_probs_of(self.server.models[asked["model"]], asked["prompt"]).tolist()
         chosen = zip(asked["prompt"][1:], found, strict=True)
         listed = [None, *({str(token): {"logprob": value}} for token, value in chosen)]
@@ -107,4 +110,6 @@ def test_a_server_that_does_not_fit_is_told_in_a_line(run, serve, language_model
     assert names in complaint(url, "--name", "b")
     assert f"{names}, c" in complaint(two)
     assert "gives no log-probabilities" in complaint(serve(gives=False, **both))
+    refused = complaint(serve(gives="an error", **both))
+    assert 'answers 400 Bad Request: {"message": "prompt_logprobs is too many"}' in refused
     assert "Connection refused" in complaint("http://127.0.0.1:9")
