@@ -46,12 +46,12 @@ def load_base(
 
     `notes` are those of an adapter file: its chat template, and the tokens that it has added.
     """
-    source, file = source_of(name)
+    source, options = source_of(name)
     dtype = choose_dtype(bits, device)
-    options: dict[str, Any] = {**file, "dtype": dtype, "attn_implementation": attn_implementation}
+    options |= {"dtype": dtype, "attn_implementation": attn_implementation}
     if device is not None:
         options["device_map"] = {"": device}
-    if file:
+    if is_gguf(name):
         options["quantization_config"] = GgufConfig(dequantize=True)
     if bits in FEW_BITS:
         options["quantization_config"] = _quantization(bits, dtype)
@@ -87,10 +87,10 @@ def _explain_loading(name: str) -> Iterator[None]:
 
 def load_tokenizer(name: str, notes: Mapping[str, str]) -> tuple[PreTrainedTokenizerBase, int]:
     """Return a base's tokenizer with what notes ask for, and how many new tokens it has."""
-    source, file = source_of(name)
+    source, options = source_of(name)
     tokenizer: Any
     with _explain_loading(name):
-        tokenizer = AutoTokenizer.from_pretrained(source, **file)
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
     if TEMPLATE_KEY in notes:
         tokenizer.chat_template = notes[TEMPLATE_KEY]
     elif tokenizer.chat_template:
@@ -147,10 +147,10 @@ def load_without_values(
 
 def make_on_meta(name: str) -> PreTrainedModel:
     """Return a base by its configuration, on the meta device."""
-    source, file = source_of(name)
+    source, options = source_of(name)
     made: Any = AutoModelForCausalLM
     with _explain_loading(name), torch.device("meta"):
-        return made.from_config(AutoConfig.from_pretrained(source, **file))
+        return made.from_config(AutoConfig.from_pretrained(source, **options))
 
 
 def is_sharded(training: Any) -> bool:
@@ -209,12 +209,13 @@ def best_device() -> torch.device:
     return torch.device(kind.type, int(os.environ.get("LOCAL_RANK", "0")))
 
 
-def source_of(name: str) -> tuple[str, dict[str, str]]:
-    """Return the folder or name that `from_pretrained` takes for a base, and the file in it."""
+def source_of(name: str) -> tuple[str, dict[str, Any]]:
+    """Return the folder or name that `from_pretrained` takes for a base, and its options."""
+    options: dict[str, Any] = {"trust_remote_code": False}  # else transformers asks on a terminal
     path = Path(name)
     if is_gguf(name):
-        return str(path.parent), {"gguf_file": path.name}
-    return name, {}
+        return str(path.parent), {**options, "gguf_file": path.name}
+    return name, options
 
 
 def choose_dtype(bits: str, device: torch.device | None) -> torch.dtype | str:
@@ -251,4 +252,5 @@ def template_at(name: str) -> str:
     path = Path(name)
     if path.is_file():
         return path.read_text(encoding="utf-8")
-    return AutoTokenizer.from_pretrained(name).get_chat_template()
+    tokenizer, _ = load_tokenizer(name, {})
+    return tokenizer.get_chat_template()

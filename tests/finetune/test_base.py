@@ -98,7 +98,8 @@ def test_a_model_without_a_chat_template_gives_none(tiny):
         template_at(str(tiny))
 
 
-def test_code_in_the_folder_does_not_run(tmp_path):
+def test_code_in_the_folder_does_not_run(tmp_path, monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda question: "y")  # nobody is asked on a terminal
     (tmp_path / "config.json").write_text(
         json.dumps({"model_type": "own", "auto_map": {"AutoConfig": "own.Own"}})
     )
