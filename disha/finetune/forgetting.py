@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from matplotlib.figure import Figure
 from torch import nn
 from transformers import GenerationConfig
@@ -92,9 +91,8 @@ def loss_on(model: Any, texts: Sequence[Sequence[int]]) -> float:
     summed = 0.0
     with torch.no_grad():
         for batch in torch.split(rows, AT_ONCE):
-            logits = model(input_ids=batch, use_cache=False).logits[:, :-1].float()
-            summed += float(F.cross_entropy(logits.mT, batch[:, 1:], reduction="sum"))
-    return summed / rows[:, 1:].numel()
+            summed += float(model(input_ids=batch, labels=batch).loss) * len(batch)
+    return summed / len(rows)
 
 
 class Point(NamedTuple):
