@@ -8,13 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback, TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 
 from disha.errors import ArgumentError
 from disha.text import first_few
-
-TRAINER_STATE = "trainer_state.json"
-"""What a complete checkpoint has; its name in `transformers.trainer`, which is slow to import."""
 
 FREE = re.compile(
     "base|output_dir|overwrite_output_dir|resume.*|max_steps|num_train_epochs|samples|merge"
@@ -39,7 +37,7 @@ class Course(TrainerCallback, ExportableState):
 
 def require_same_settings(settings: Mapping[str, Any], checkpoint: str) -> None:
     """Raise if flags say other than they did, and the checkpoint would win over them."""
-    state = TrainerState.load_from_json(str(Path(checkpoint, TRAINER_STATE)))
+    state = TrainerState.load_from_json(str(Path(checkpoint, TRAINER_STATE_NAME)))
     noted = (state.stateful_callbacks or {}).get(Course.__name__, {"args": {"settings": {}}})
     changed = [
         f"--{name} was {before}, and is {settings[name]}"

@@ -106,11 +106,6 @@ def base_note(name: str, bits: str, adapter: Path) -> str:
     return json.dumps({"base_model_name_or_path": name, "bits": bits})
 
 
-def notes_at(path: Path, notes: Mapping[str, str], adapter: Any) -> dict[str, str]:
-    """Return the notes for an adapter file at a path: those given, and the base of a run."""
-    return {**notes, BASE_KEY: base_note(adapter.base, adapter.bits, path)}
-
-
 def read_noted_base(adapter: str | Path) -> tuple[str, str]:
     """Return the base that an adapter notes, and its bits."""
     notes = read_notes(adapter)

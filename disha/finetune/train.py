@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import itertools
 import json
@@ -10,15 +11,12 @@ import re
 import shutil
 import tempfile
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
-from functools import partial
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from datasets import Dataset
-from filelock import FileLock, Timeout
 from transformers import EarlyStoppingCallback
 from transformers.trainer_utils import sort_checkpoints
 from trl import is_conversational
@@ -36,17 +34,18 @@ from disha.finetune.base import (
     loading_device,
     template_at,
 )
-from disha.finetune.course import TRAINER_STATE, Course, require_same_settings
+from disha.finetune.course import Course, require_same_settings
 from disha.finetune.data import load_rows, mix_rows
 from disha.finetune.forgetting import CURVE
 from disha.finetune.forms import form_rows, learns_marked_answers
 from disha.finetune.merging import merge_base, require_mergeable
 from disha.finetune.notes import (
+    BASE_KEY,
     EOS_KEY,
     PROMPT_KEY,
     TEMPLATE_KEY,
     TOKENS_KEY,
-    notes_at,
+    base_note,
     read_notes,
 )
 from disha.finetune.report import (
@@ -64,7 +63,7 @@ from disha.finetune.report import (
 )
 from disha.finetune.templates import try_template
 from disha.finetune.trainer import Trainer
-from disha.integrations.transformers import AdapterCheckpoints
+from disha.integrations.transformers import AdapterCheckpoints, is_complete
 from disha.text import counted, group_by_reason
 
 CHECKED_ROWS = 64
@@ -78,8 +77,6 @@ RESULT = re.compile(
     rf"{ADAPTER_NAME}|{UNPROVEN}|{MERGED}|{PLOT}|{SAMPLES}|{REPORT}|{CURVE}|{CHECKPOINT.pattern}"
 )
 """What a run leaves in its folder, and the next one would mix up with its own."""
-
-LOCK = ".lock"
 
 Notes = dict[str, str]
 
@@ -99,8 +96,7 @@ def run(flags: Flags) -> None:
             trainer, _ = make_trainer(flags, {})
             _preview(trainer)
         return
-    with _alone_in(Path(training.output_dir), training):
-        _run(flags)
+    _run(flags)
 
 
 def _run(flags: Flags) -> None:
@@ -113,14 +109,15 @@ def _run(flags: Flags) -> None:
     if checkpoint is not None:
         require_same_settings(settings, checkpoint)
     training.eval_on_start = checkpoint is None
-    trainer, notes = make_trainer(flags, settings)
+    trainer, notes_at = make_trainer(flags, settings)
     report = {"settings": settings, "measured_on": data.measured_on, "resumed_from": checkpoint}
     report |= _train(trainer, adapter, checkpoint)
-    disha.save_adapter(trainer.model, path, metadata=notes_at(path, notes, adapter))
+    disha.save_adapter(trainer.model, path, metadata=notes_at(path))
     if adapter.new_tokens and training.process_index == 0:
         trainer.processing_class.save_pretrained(folder)
     trained = _loss_of_saved(trainer)
     report |= facts_of(trainer)
+    args = trainer.args
     measured = trainer.eval_dataset
     del trainer
     gc.collect()  # the base is loaded again, and may fill the memory
@@ -129,7 +126,7 @@ def _run(flags: Flags) -> None:
     is_shown = training.process_index == 0 and not is_sharded(training)
     count = training.samples if is_shown else 0
     report |= load_and_compare(model, tokenizer, path, measured, count)
-    loaded = measure_again(model, tokenizer, measured, training)
+    loaded = measure_again(model, tokenizer, measured, args)
     require_same(trained, loaded, path)
     if training.process_index > 0:
         return
@@ -152,51 +149,25 @@ def _settings_of(flags: Flags) -> dict[str, Any]:
 # --- the output folder ---------------------------------------------------------------------------
 
 
-@contextmanager
-def _alone_in(folder: Path, training: TrainingArguments) -> Iterator[None]:
-    """Keep other runs out of the folder. The system frees the lock of a run that is killed."""
-    if training.process_index > 0:  # the first rank has the lock
-        yield
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        held = FileLock(folder / LOCK, timeout=0).acquire()
-    except Timeout as error:
-        raise ArgumentError(
-            f"another run writes into {folder}; wait for its end, or name another --output_dir"
-        ) from error
-    with held:
-        yield
-
-
 def _choose_checkpoint(training: TrainingArguments, folder: Path) -> str | None:
     """Return the checkpoint to go on from, if any; raise if an earlier run would be mixed up."""
     given = training.resume_from_checkpoint or "False"
-    resumes = given.lower() == "true"
-    if not resumes and given.lower() != "false":
+    if given.lower() not in ("true", "false"):
         return given
-    last = _find_checkpoint(folder) if resumes else None
-    if last is not None or training.overwrite_output_dir:
-        return last
+    resumes = given.lower() == "true"
     results = [path.name for path in _earlier_results(folder)]
     if resumes:
+        complete = [path for path in sort_checkpoints(str(folder)) if is_complete(Path(path))]
+        if complete:
+            return complete[-1]
         results = [name for name in results if not CHECKPOINT.fullmatch(name)]
-    if results:
+    if results and not training.overwrite_output_dir:
         raise ArgumentError(
             f"--output_dir {folder} holds {results[0]} of an earlier run; go on from a complete "
             "checkpoint with --resume, or start over with --overwrite_output_dir"
         )
     if resumes:
         print(f"there is no complete checkpoint in {folder}; starting at the beginning")
-    return None
-
-
-def _find_checkpoint(folder: Path) -> str | None:
-    """Return the last complete checkpoint: `Trainer` writes its state last."""
-    for path in reversed(sort_checkpoints(str(folder))):
-        with suppress(OSError, ValueError):
-            json.loads(Path(path, TRAINER_STATE).read_bytes())
-            return str(path)
     return None
 
 
@@ -216,18 +187,22 @@ def _clear(folder: Path) -> None:
 # --- model, adapter and rows ---------------------------------------------------------------------
 
 
-def make_trainer(flags: Flags, settings: dict[str, Any]) -> tuple[Trainer, Notes]:
-    """Return a trainer for the base with the adapter, and for the rows; and the adapter's notes."""
+def make_trainer(flags: Flags, settings: dict[str, Any]) -> tuple[Trainer, Callable[[Path], Notes]]:
+    """Return a trainer for the base with the adapter, and for the rows; and what gives the notes.
+
+    The notes name the base from where the adapter file is, so they depend on its path.
+    """
     adapter, data, training = flags
     notes = _notes_of_run(adapter, training)
     # A row that can't be used raises here, before the base is loaded, which takes longer.
     tokenizer, _ = load_tokenizer(str(adapter.base), notes)
     rows, measured = _make_rows(data, training, tokenizer)
     notes[PROMPT_KEY] = "chat" if is_conversational(rows[0]) else "text"
-    training.chat_template_path = None  # it is the tokenizer's; trl would also add another's tokens
-    if training.assistant_only_loss is None:
-        learns_all = training.completion_only_loss is False
-        training.assistant_only_loss = not learns_all and learns_marked_answers(rows, tokenizer)
+    args = copy.copy(training)  # as trl needs them; the flags stay what was given
+    args.chat_template_path = None  # it is the tokenizer's; trl would also add another's tokens
+    if args.assistant_only_loss is None:
+        learns_all = args.completion_only_loss is False
+        args.assistant_only_loss = not learns_all and learns_marked_answers(rows, tokenizer)
     model, tokenizer = _load(flags, notes)
     if adapter.adapter is None:
         new_rows = tokenizer.convert_tokens_to_ids(adapter.new_tokens)
@@ -236,20 +211,23 @@ def make_trainer(flags: Flags, settings: dict[str, Any]) -> tuple[Trainer, Notes
         _load_adapter(model, adapter.adapter, training)
     if training.fp16:
         _widen_trained(model)
+
+    def notes_at(path: Path) -> Notes:
+        return {**notes, BASE_KEY: base_note(str(adapter.base), adapter.bits, path)}
+
     # Each checkpoint holds the notes that the final file holds, so that commands can use it.
-    checkpoints = AdapterCheckpoints(model, notes=partial(notes_at, notes=notes, adapter=adapter))
-    callbacks = [checkpoints, Course(settings)]
+    callbacks = [AdapterCheckpoints(model, notes=notes_at), Course(settings)]
     if training.early_stopping_patience:
         callbacks.append(EarlyStoppingCallback(training.early_stopping_patience))
     trainer = Trainer(
         model,
-        training,
+        args,
         train_dataset=rows,
         eval_dataset=measured,
         processing_class=tokenizer,
         callbacks=callbacks,
     )
-    return trainer, notes
+    return trainer, notes_at
 
 
 def _load(flags: Flags, notes: Notes) -> tuple[Any, Any]:

@@ -209,12 +209,19 @@ class _FileKeys:
         state.clear()
 
 
+def is_complete(checkpoint: Path) -> bool:
+    """Return whether a checkpoint has the trainer's state, which `Trainer` writes last."""
+    try:
+        TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+    except (OSError, ValueError):
+        return False
+    return True
+
+
 def _set_aside_incomplete(output: Path) -> None:
-    """Rename checkpoints without the trainer's state, which Trainer writes last."""
+    """Rename the checkpoints that a run did not write to the end."""
     for folder in map(Path, sort_checkpoints(str(output))):
-        try:
-            TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME))
-        except (OSError, ValueError):
+        if not is_complete(folder):
             aside = folder.with_name(f"incomplete-{folder.name}")
             shutil.rmtree(aside, ignore_errors=True)
             folder.rename(aside)

@@ -13,7 +13,6 @@ import pytest
 import torch
 import yaml
 from accelerate import Accelerator
-from filelock import FileLock
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoTokenizer
@@ -417,16 +416,6 @@ class TestOutputFolder:
         assert finetune(tmp_path, "--max_steps", 1, "--overwrite_output_dir").report["steps"] == 1
         assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-1"]
         assert (tmp_path / "best-checkpoint-keep").exists()
-
-    def test_a_folder_has_one_run_at_a_time(self, finetune, tmp_path):
-        """The second one is refused before it loads its base; a killed one leaves no lock."""
-        with (
-            FileLock(tmp_path / ".lock"),
-            pytest.raises(ArgumentError, match=r"another run writes into .*; wait for its end"),
-        ):
-            finetune(tmp_path, base=tmp_path / "absent")
-        (tmp_path / ".lock").touch()
-        assert finetune(tmp_path, "--max_steps", 1).report["steps"] == 1
 
 
 @pytest.mark.parametrize(
