@@ -36,7 +36,7 @@ def _make_view(
     updates = weight.updates.map(change, change_rows)
     if updates is None:
         return NotImplemented
-    return make_effective(base, layout, updates) if updates.blocks else base
+    return make_effective(base, layout, updates) if updates.acts else base
 
 
 @rule("mT")

@@ -143,7 +143,7 @@ class Layout:
     @property
     def experts_first(self) -> bool:
         """Whether a weight is a stack of experts, which its first dimension counts."""
-        return self.axes[0] == "expert"
+        return self.pattern.startswith("expert")
 
     @property
     def in_first(self) -> bool:

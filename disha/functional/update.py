@@ -152,8 +152,7 @@ def _add(first: Update, second: Update, layout: Layout, geometry: Geometry) -> U
         block = scaled(first.block, first.scale) + scaled(second.block, second.scale)
         return first.replace(block=block, scale=1.0)
     # Shard sums of one size are those of a Bone, whose block is the sum of R.
-    kinds = method, second.method
-    if any(kind.compact or not kind.low_rank for kind in kinds):
+    if not (_may_have_sums(method) and _may_have_sums(second.method)):
         return None
     if first.block.shape[-2] != second.block.shape[-2]:
         return None  # another rank, which is seen without computing the factors
@@ -164,3 +163,7 @@ def _add(first: Update, second: Update, layout: Layout, geometry: Geometry) -> U
         block = BONE.kept_block(layout, a.dense_up() + b.dense_up())
         return Update(BONE, block)
     return None
+
+
+def _may_have_sums(method: Method) -> bool:
+    return method.low_rank and not method.compact

@@ -43,6 +43,7 @@ class Updates:
 
     def __init__(self, updates: tuple[Update, ...]) -> None:
         self.all_updates = self.shared = updates
+        self.acts = bool(updates)  # whether there is any
 
     @property
     def blocks(self) -> list[Tensor]:
@@ -116,6 +117,7 @@ class WithNewRows(Updates):
         self.updates = updates
         self.by_adapter = by_adapter  # under None if all samples have the same
         self.shared = None
+        self.acts = True
         self.is_routed = updates.is_routed
 
     @property
@@ -164,7 +166,7 @@ class WithNewRows(Updates):
                 continue
             inputs = x if samples is None else x.index_select(0, samples)
             former = output if samples is None else output.index_select(0, samples)
-            of_w = None if self.updates.blocks else (weight, former)
+            of_w = None if self.updates.acts else (weight, former)
             part = former
             for rows in new_rows:
                 part = rows.write_product(multiply, inputs, bias, part, of_w)

@@ -549,10 +549,13 @@ class Adapters(nn.Module):
         updates_of: dict[Any, tuple[Update, ...]] = {}
         rows_of: dict[Any, list[NewRows]] = {}
         for adapter, names in chosen.items():
-            blocks = self.acting_blocks(parameter, names)
-            made: list[Any] = [block.make_update(on_meta, group) for block in blocks]
-            updates_of[adapter] = tuple([update for update in made if isinstance(update, Update)])
-            rows_of[adapter] = [rows for rows in made if isinstance(rows, NewRows)]
+            made: list[Any] = []
+            rows: list[Any] = []
+            for block in self.acting_blocks(parameter, names):
+                kind = rows if block.is_new_rows else made
+                kind.append(block.make_update(on_meta, group))
+            updates_of[adapter] = tuple(made)
+            rows_of[adapter] = rows
         if isinstance(override, Route):
             updates: Updates = Routed(override, updates_of)
         else:
