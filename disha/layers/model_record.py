@@ -17,7 +17,7 @@ from any part of the model, and copies and pickles of a part have it without the
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 from weakref import WeakSet
 
@@ -152,27 +152,18 @@ class Places:
     def __init__(self, layers: Iterable[tuple[Names, Any]]) -> None:
         """Take today's names of each layer, and its `Adapters`."""
         votes = defaultdict[str, Counter[Place]](Counter)
-        lists = dict[str, Place]()
         for names, adapters in layers:
             for name in names:
                 for above, above_known in _match(name, adapters.names):
                     votes[above][Place(adapters.record, above_known)] += 1
-                    name_of_list = above.rpartition(".")[0]
-                    has_moved = above != above_known and name_of_list
-                    if has_moved and name_of_list == above_known.rpartition(".")[0]:
-                        lists[name_of_list] = Place(adapters.record, "")
         # A module with several names can match in several ways; what most layers say is right.
-        places: dict[str, Place | None] = {
-            above: places.most_common(1)[0][0] for above, places in votes.items()
-        }
-        if "" not in places:
-            for name_of_list, top in lists.items():
-                # Its other modules have also moved, and who can tell where to.
-                places.setdefault(name_of_list, None)
-                places[""] = top
-        self._set(places)
+        places = {above: places.most_common(1)[0][0] for above, places in votes.items()}
+        if "" in places:
+            self._set(places)
+        else:
+            self._set({**_places_of_lists(places), **places})
 
-    def _set(self, places: dict[str, Place | None]) -> None:
+    def _set(self, places: Mapping[str, Place | None]) -> None:
         self._places = places
         # As in almost every model, one place may tell of all that is in it. It is asked first,
         # because an injection takes 1.13 of the time without.
@@ -221,6 +212,21 @@ class Places:
             if today is not None:
                 return _move(name, above, today)
         return None
+
+
+def _places_of_lists(places: Mapping[str, Place]) -> dict[str, Place | None]:
+    """Return what lists tell that have lost modules: each is in the model where it was.
+
+    Their other modules have also moved, and who can tell where to: so these have no place.
+    """
+    found: dict[str, Place | None] = {}
+    for above, place in places.items():
+        name_of_list = above.rpartition(".")[0]
+        has_moved = above != place.name and name_of_list == place.name.rpartition(".")[0]
+        if has_moved and name_of_list:
+            found[name_of_list] = None
+            found[""] = Place(place.record, "")
+    return found
 
 
 def _walk_up(name: str) -> Iterator[str]:
