@@ -239,11 +239,8 @@ class _SavesAdapters(nn.Module):
         destination = kwargs.get("destination")
         if destination is None:
             destination = state
-        prefix = kwargs.get("prefix", "")
-        keep_vars = kwargs.get("keep_vars", False)
-        self.disha.state_dict(
-            destination=destination, prefix=f"{prefix}{CHILD_NAME}.", keep_vars=keep_vars
-        )
+        prefix = f"{kwargs.get('prefix', '')}{CHILD_NAME}."
+        self.disha.state_dict(**{**kwargs, "destination": destination, "prefix": prefix})
         return state
 
 
