@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import sys
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from typing import Any
 from unittest.mock import patch
@@ -80,7 +81,7 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
         size = batch * self.args.world_size
         sampler = _ByLength(size, lengths=lengths, generator=torch.Generator())
         sampler.seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        sampler.set_epoch(0)
+        sampler.trainer = self
         return sampler
 
 
@@ -97,12 +98,17 @@ def score_learned_positions() -> AbstractContextManager[Any]:
 
 
 class _ByLength(LengthGroupedSampler):
-    """Draws rows in an order that depends on seed and epoch only, so that a run can resume."""
+    """Draws rows in an order that depends on seed and epoch only, so that a run can resume.
+
+    accelerate does not tell the epoch to the sampler of a run that resumes on several ranks.
+    """
 
     seed: int
+    trainer: Trainer
 
-    def set_epoch(self, epoch: int) -> None:
-        self.generator.manual_seed(self.seed + epoch)
+    def __iter__(self) -> Iterator[int]:
+        self.generator.manual_seed(self.seed + int(self.trainer.state.epoch or 0))
+        return super().__iter__()  # type: ignore[no-untyped-call]
 
 
 class StopWithoutLoss(TrainerCallback):

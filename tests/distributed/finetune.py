@@ -20,7 +20,7 @@ from tests.distributed.deepspeed_zero import config
 from tests.finetune.tiny_models import rows, write_model, write_rows
 
 FLAGS = shlex.split(
-    """--r 8 --max_steps 4 --num_train_epochs 2 --save_steps 2 --logging_steps 1
+    """--r 8 --max_steps 6 --num_train_epochs 2 --save_steps 2 --logging_steps 1
 --gradient_accumulation_steps 2 --learning_rate 0.01 --samples 1 --disable_tqdm True
 --max_grad_norm 0 --load_best_model_at_end --eval_strategy steps --eval_steps 2
 --metric_for_best_model loss --greater_is_better True --save_total_limit 9"""
@@ -28,8 +28,8 @@ FLAGS = shlex.split(
 ENGINES = {
     "ddp": ("", "optimizer.pt"),
     "fsdp2": ("--fsdp full_shard", "pytorch_model_fsdp.bin"),
-    "zero2": ("--deepspeed zero2.json", "global_step4"),
-    "zero3": ("--deepspeed zero3.json", "global_step4"),
+    "zero2": ("--deepspeed zero2.json", "global_step6"),
+    "zero3": ("--deepspeed zero3.json", "global_step6"),
 }
 """An engine -> the flags that ask for it, and what it leaves in a checkpoint."""
 
@@ -49,7 +49,7 @@ def ran(engine, folder, output, *more):
     with trainers.accelerate_with(engine):
         assert main(words(folder, output, *flags)) == 0
     dist.barrier()
-    assert (folder / output / "checkpoint-4" / left).exists()
+    assert (folder / output / "checkpoint-6" / left).exists()
     return json.loads((folder / output / "report.json").read_text())
 
 
@@ -57,7 +57,7 @@ def run(engine, folder):
     datasets.config.HF_DATASETS_CACHE = folder / f"cache{dist.get_rank()}"
     if dist.get_rank() == 0:
         write_model(folder / "model")
-        write_rows(folder / "rows.jsonl", rows(24))  # the last step is one of the second epoch
+        write_rows(folder / "rows.jsonl", rows(24))
         for stage in (2, 3):
             settings = config(stage, gradient_accumulation_steps=2)
             (folder / f"zero{stage}.json").write_text(json.dumps(settings))
@@ -73,13 +73,13 @@ def run(engine, folder):
     )
     assert all(torch.equal(saved[key], best[key]) for key in saved.keys() | best.keys())
     base = (folder / "model" / "model.safetensors").stat().st_size
-    files = (folder / "two" / "checkpoint-4").rglob("*")
+    files = (folder / "two" / "checkpoint-6").rglob("*")
     assert max(file.stat().st_size for file in files) < base / 2
     assert report["proof"]["loaded"] == pytest.approx(report["proof"]["trained"], abs=1e-5)
-    half = folder / "two" / "checkpoint-2"
-    rest = ran(engine, folder, "rest", "--resume_from_checkpoint", str(half))
+    later = folder / "two" / "checkpoint-4"  # in the second epoch
+    rest = ran(engine, folder, "rest", "--resume_from_checkpoint", str(later))
     assert list(rest["training_losses"].values()) == list(report["training_losses"].values())
-    last = [folder / name / "checkpoint-4" / ADAPTER_NAME for name in ("two", "rest")]
+    last = [folder / name / "checkpoint-6" / ADAPTER_NAME for name in ("two", "rest")]
     assert last[0].read_bytes() == last[1].read_bytes()
 
 
