@@ -282,7 +282,9 @@ def _make_rows(
     sets = [read(name, split) for name, split in zip(data.data, splits, strict=True)]
     measured = None
     if data.eval_data or data.eval_split:
-        measured = read(data.eval_data or data.data[0], data.eval_split or "train")
+        names = [data.eval_data] if data.eval_data else data.data
+        held_out = [read(name, data.eval_split or "train") for name in names]
+        measured = mix_rows(held_out, (), training.seed)
     elif data.eval_fraction:
         # Before rows are drawn by weight: a row that is drawn twice must not be in both parts.
         parts = [rows.train_test_split(data.eval_fraction, seed=training.seed) for rows in sets]

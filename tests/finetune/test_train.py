@@ -276,6 +276,10 @@ class TestHeldOutRows:
         assert report["measured_on"] == "held-out"
         assert report["rows"]["measured"] == 4
 
+    def test_of_a_part_of_each_file(self, finetune, tmp_path, mixed):
+        report = finetune(tmp_path / "out", *mixed, "--eval_split", "train[:4]").report
+        assert report["rows"]["measured"] == 8
+
     def test_of_one_file(self, finetune, tmp_path):
         report = finetune(tmp_path, "--eval_fraction", 0.25).report
         assert report["rows"] == {"training": 36, "measured": 12}
