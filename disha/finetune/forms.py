@@ -28,7 +28,10 @@ from datasets import Dataset, Features, Json, Value
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 from trl import is_conversational, maybe_convert_to_chatml
-from trl.chat_template_utils import get_training_chat_template
+from trl.chat_template_utils import (
+    get_training_chat_template,
+    is_chat_template_stop_token_trained,
+)
 
 from disha.errors import ArgumentError
 from disha.text import first_few
@@ -125,9 +128,12 @@ def learns_marked_answers(rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> 
 def _training_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
     """Return the chat template in which `trl` marks answers, which may be a form of its own."""
     try:
-        return get_training_chat_template(tokenizer) or tokenizer.chat_template
+        template = get_training_chat_template(tokenizer) or tokenizer.chat_template
     except ValueError:
         return None
+    # In some templates, the mark ends before the token that ends the answer, so a model that
+    # learns what is marked would not learn to stop.
+    return template if is_chat_template_stop_token_trained(tokenizer, template) else None
 
 
 # --- how a row is read ---------------------------------------------------------------------------

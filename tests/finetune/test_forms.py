@@ -283,3 +283,14 @@ def test_the_answers_of_a_conversation_are_those_that_trl_learns_of_messages(tin
     assert learns_marked_answers(rows, qwen)
     expected = labels(base, qwen, given, tmp_path, assistant_only_loss=True)
     assert labels(base, qwen, rows, tmp_path, assistant_only_loss=True) == expected
+
+
+def test_marked_answers_without_their_end_are_not_learned(qwen, monkeypatch):
+    """Such a model would never stop. The last answer is learned instead, with its end."""
+    without_end = (
+        "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ m.content }}"
+        "{% endgeneration %}{% else %}{{ m.content }}{% endif %}<|im_end|>{% endfor %}"
+    )
+    monkeypatch.setattr(qwen, "chat_template", without_end)
+    rows = form_rows(datasets.Dataset.from_list([{"messages": LONGER}]), (), qwen)
+    assert not learns_marked_answers(rows, qwen)
