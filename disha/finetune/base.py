@@ -15,16 +15,16 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    BitsAndBytesConfig,
     GgufConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.integrations.fsdp import is_fsdp_enabled
-from trl import ModelConfig, get_quantization_config
 
 import disha
-from disha.errors import AdapterFileError, ArgumentError
+from disha.errors import ArgumentError
 from disha.finetune.notes import (
     EOS_KEY,
     FEW_BITS,
@@ -108,9 +108,9 @@ def end_answers(generation: Any, tokenizer: Any, notes: Mapping[str, str]) -> No
     ends = {known} if isinstance(known, int) else {*(known or ())}
     if EOS_KEY in notes:
         if tokenizer.eos_token_id in (None, tokenizer.unk_token_id):
-            raise AdapterFileError(
-                f"the adapter's answers end with {brief(notes[EOS_KEY])}, which is not a token of "
-                "the base; name the base that it was trained on"
+            raise ArgumentError(
+                f"answers are to end with {brief(notes[EOS_KEY])}, which is not a token of the "
+                "base; name another one with --eos_token, or the base of the adapter with --base"
             )
         ends.add(tokenizer.eos_token_id)
     if tokenizer.chat_template:
@@ -227,15 +227,15 @@ def choose_dtype(bits: str, device: torch.device | None) -> torch.dtype | str:
     return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[bits]
 
 
-def _quantization(bits: str, dtype: Any) -> Any:
-    settings = ModelConfig(
-        dtype=dtype,
+def _quantization(bits: str, dtype: Any) -> BitsAndBytesConfig:
+    return BitsAndBytesConfig(  # type: ignore[no-untyped-call]
         load_in_4bit=bits == "4",
         load_in_8bit=bits == "8",
-        use_bnb_nested_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
         bnb_4bit_quant_storage=dtype,  # accelerate shards no integers
     )
-    return get_quantization_config(settings)
 
 
 def quantize_stacks(model: PreTrainedModel) -> None:
