@@ -399,6 +399,13 @@ class TestCourse:
         assert main([*words.split(), "--completion_only_loss", only]) == 0
         assert ("[[<|im_start|>user" in capsys.readouterr().out) == (only == "False")
 
+    def test_whole_conversations_are_learned_if_asked(self, chatty, tmp_path, capsys):
+        asked, answered = ({"role": role, "content": role} for role in ("user", "assistant"))
+        data = write_rows(tmp_path / "talks.jsonl", [{"messages": [asked, answered]}] * 4)
+        words = f"--base {chatty} --data {data} --r 8 --dry_run --assistant_only_loss False"
+        assert main(words.split()) == 0
+        assert "[[<|im_start|>user" in capsys.readouterr().out
+
 
 class TestOutputFolder:
     def test_a_finished_run_is_kept(self, finetune, authors):

@@ -347,6 +347,16 @@ def test_all_models_or_none(tmp_path):
         image_lora.load({"unet": FLUX.model(), "text_encoder": text_encoder()}, path)
 
 
+def test_of_several_adapters_the_named_one_is_exported(tmp_path):
+    model = adapted(UNET.model())
+    perturb(disha.inject_adapters(model, EVERY, 2, adapter="other"), seed=1)
+    files = []
+    for adapter in ("default", "other"):
+        image_lora.export({"unet": model}, tmp_path / adapter, adapter=adapter)
+        files.append(load_file(tmp_path / adapter))
+    assert any(not torch.equal(values, files[1][key]) for key, values in files[0].items())
+
+
 def test_a_file_replaces_the_adapter_of_its_models_and_of_no_other(tmp_path):
     models, ours, path = two_models(tmp_path)
     image_lora.load(models, path)

@@ -458,6 +458,13 @@ def test_a_quantized_weight_that_its_owner_reads_is_named(x):
     assert not report.problems[0].acts
 
 
+def test_a_hook_that_was_there_before_sees_the_update(x):
+    model = nn.Sequential(linear("torchao"))
+    seen = []
+    model[0].register_forward_hook(lambda layer, args, output: seen.append(output))
+    assert inject(model, "bone")(x) is seen[0]
+
+
 @pytest.fixture
 def eager():
     """Do not compile the functions of BitNet's layers."""
