@@ -99,6 +99,7 @@ def _write_folder(
     try:
         generation = GenerationConfig.from_pretrained(folder)
     except OSError:  # the base has none
-        generation = GenerationConfig.from_model_config(AutoConfig.from_pretrained(folder))
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        generation = GenerationConfig.from_model_config(config)
     end_answers(generation, tokenizer, notes)
     generation.save_pretrained(folder)
