@@ -110,7 +110,7 @@ def end_answers(generation: Any, tokenizer: Any, notes: Mapping[str, str]) -> No
         if tokenizer.eos_token_id in (None, tokenizer.unk_token_id):
             raise ArgumentError(
                 f"answers are to end with {brief(notes[EOS_KEY])}, which is not a token of the "
-                "base; name another one with --eos_token, or the base of the adapter with --base"
+                "base; choose another token, or name the base that the adapter was trained on"
             )
         ends.add(tokenizer.eos_token_id)
     if tokenizer.chat_template:
@@ -212,9 +212,10 @@ def best_device() -> torch.device:
 def source_of(name: str) -> tuple[str, dict[str, Any]]:
     """Return the folder or name that `from_pretrained` takes for a base, and its options."""
     options: dict[str, Any] = {"trust_remote_code": False}  # else transformers asks on a terminal
-    path = Path(name)
     if is_gguf(name):
-        return str(path.parent), {**options, "gguf_file": path.name}
+        path = Path(name)
+        options["gguf_file"] = path.name
+        return str(path.parent), options
     return name, options
 
 
