@@ -80,7 +80,6 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
         lengths = [len(ids) for ids in self.train_dataset["input_ids"]]
         size = batch * self.args.world_size
         sampler = _ByLength(size, lengths=lengths, generator=torch.Generator())
-        sampler.seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         sampler.trainer = self
         return sampler
 
@@ -103,11 +102,12 @@ class _ByLength(LengthGroupedSampler):
     accelerate does not tell the epoch to the sampler of a run that resumes on several ranks.
     """
 
-    seed: int
     trainer: Trainer
 
     def __iter__(self) -> Iterator[int]:
-        self.generator.manual_seed(self.seed + int(self.trainer.state.epoch or 0))
+        args = self.trainer.args
+        seed = args.seed if args.data_seed is None else args.data_seed
+        self.generator.manual_seed(seed + int(self.trainer.state.epoch or 0))
         return super().__iter__()  # type: ignore[no-untyped-call]
 
 
