@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import gc
 import itertools
 import json
@@ -12,6 +11,7 @@ import shutil
 import tempfile
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -117,7 +117,6 @@ def _run(flags: Flags) -> None:
         trainer.processing_class.save_pretrained(folder)
     trained = _loss_of_saved(trainer)
     report |= facts_of(trainer)
-    args = trainer.args
     measured = trainer.eval_dataset
     del trainer
     gc.collect()  # the base is loaded again, and may fill the memory
@@ -126,7 +125,7 @@ def _run(flags: Flags) -> None:
     is_shown = training.process_index == 0 and not is_sharded(training)
     count = training.samples if is_shown else 0
     report |= load_and_compare(model, tokenizer, path, measured, count)
-    loaded = measure_again(model, tokenizer, measured, args)
+    loaded = measure_again(model, tokenizer, measured, training)
     require_same(trained, loaded, path)
     if training.process_index > 0:
         return
@@ -157,9 +156,9 @@ def _choose_checkpoint(training: TrainingArguments, folder: Path) -> str | None:
     resumes = given.lower() == "true"
     results = [path.name for path in _earlier_results(folder)]
     if resumes:
-        complete = [path for path in sort_checkpoints(str(folder)) if is_complete(Path(path))]
-        if complete:
-            return complete[-1]
+        for path in reversed(sort_checkpoints(str(folder))):
+            if is_complete(Path(path)):
+                return str(path)
         results = [name for name in results if not CHECKPOINT.fullmatch(name)]
     if results and not training.overwrite_output_dir:
         raise ArgumentError(
@@ -198,11 +197,10 @@ def make_trainer(flags: Flags, settings: dict[str, Any]) -> tuple[Trainer, Calla
     tokenizer, _ = load_tokenizer(str(adapter.base), notes)
     rows, measured = _make_rows(data, training, tokenizer)
     notes[PROMPT_KEY] = "chat" if is_conversational(rows[0]) else "text"
-    args = copy.copy(training)  # as trl needs them; the flags stay what was given
-    args.chat_template_path = None  # it is the tokenizer's; trl would also add another's tokens
-    if args.assistant_only_loss is None:
-        learns_all = args.completion_only_loss is False
-        args.assistant_only_loss = not learns_all and learns_marked_answers(rows, tokenizer)
+    training.chat_template_path = None  # it is the tokenizer's; trl would also add another's tokens
+    if training.assistant_only_loss is None:
+        learns_all = training.completion_only_loss is False
+        training.assistant_only_loss = not learns_all and learns_marked_answers(rows, tokenizer)
     model, tokenizer = _load(flags, notes)
     if adapter.adapter is None:
         new_rows = tokenizer.convert_tokens_to_ids(adapter.new_tokens)
@@ -211,23 +209,25 @@ def make_trainer(flags: Flags, settings: dict[str, Any]) -> tuple[Trainer, Calla
         _load_adapter(model, adapter.adapter, training)
     if training.fp16:
         _widen_trained(model)
-
-    def notes_at(path: Path) -> Notes:
-        return {**notes, BASE_KEY: base_note(str(adapter.base), adapter.bits, path)}
-
+    notes_at = partial(_note_base, adapter, notes)
     # Each checkpoint holds the notes that the final file holds, so that commands can use it.
     callbacks = [AdapterCheckpoints(model, notes=notes_at), Course(settings)]
     if training.early_stopping_patience:
         callbacks.append(EarlyStoppingCallback(training.early_stopping_patience))
     trainer = Trainer(
         model,
-        args,
+        training,
         train_dataset=rows,
         eval_dataset=measured,
         processing_class=tokenizer,
         callbacks=callbacks,
     )
     return trainer, notes_at
+
+
+def _note_base(adapter: AdapterArguments, notes: Notes, path: Path) -> Notes:
+    """Return the notes for an adapter file at a path, with the base of the run."""
+    return {**notes, BASE_KEY: base_note(str(adapter.base), adapter.bits, path)}
 
 
 def _load(flags: Flags, notes: Notes) -> tuple[Any, Any]:
