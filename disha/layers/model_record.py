@@ -158,10 +158,7 @@ class Places:
                     votes[above][Place(adapters.record, above_known)] += 1
         # A module with several names can match in several ways; what most layers say is right.
         places = {above: places.most_common(1)[0][0] for above, places in votes.items()}
-        if "" in places:
-            self._set(places)
-        else:
-            self._set({**_places_of_lists(places), **places})
+        self._set({**_places_of_lists(places), **places})
 
     def _set(self, places: Mapping[str, Place | None]) -> None:
         self._places = places
@@ -215,11 +212,14 @@ class Places:
 
 
 def _places_of_lists(places: Mapping[str, Place]) -> dict[str, Place | None]:
-    """Return what lists tell that have lost modules: each is in the model where it was.
+    """Return what lists tell that have lost modules, if nothing else tells where the model is.
 
-    Their other modules have also moved, and who can tell where to: so these have no place.
+    Such a list is where it was. Its other modules have also moved, and who can tell where to: so
+    these have no place.
     """
     found: dict[str, Place | None] = {}
+    if "" in places:
+        return found
     for above, place in places.items():
         name_of_list = above.rpartition(".")[0]
         has_moved = above != place.name and name_of_list == place.name.rpartition(".")[0]
