@@ -89,7 +89,7 @@ def main(words: Sequence[str]) -> None:
     contents = replace(contents, metadata=_complete_notes(flags, contents, config, base_name))
     tokenizer = None
     if flags.to == "lora" and TOKENS_KEY in contents.metadata and base_name is not None:
-        from disha.finetune.base import load_tokenizer  # transformers takes seconds to import
+        from disha.finetune.tokenizer import load_tokenizer  # transformers takes seconds to import
 
         tokenizer, _ = load_tokenizer(base_name, contents.metadata)
     report = _write(flags, contents, base, config)

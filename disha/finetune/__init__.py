@@ -5,14 +5,17 @@
 | `flags` | how all commands read their flags |
 | `arguments` | the flags of this one |
 | `choices` | the settings that a run chooses by device and size |
-| `base` | the base model and its tokenizer |
+| `source` | where a base is |
+| `tokenizer` | its tokenizer, with what an adapter notes |
+| `base` | the base model |
+| `ranks` | what each rank of a run loads |
 | `notes` | what an adapter file notes, and how it is loaded |
-| `data` | the rows, as they are read |
+| `data` | the rows, as they are read, mixed and held out |
 | `forms` | the form in which rows are trained |
 | `templates` | a trial of the chat template that an adapter brings |
 | `trainer` | trl's trainer, and what it shows |
-| `course` | the settings of a run, which its checkpoints note |
 | `train` | one run, from the flags to the saved adapter |
+| `resuming` | what earlier runs left, and how a run goes on from a checkpoint |
 | `forgetting` | how much an adapter raises the loss on text of its base |
 | `report` | the proof that the adapter is sound, and the other files beside it |
 | `merging` | a copy of the base with the adapter in its weights |

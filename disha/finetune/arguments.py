@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -12,7 +13,6 @@ from typing import Any
 
 import torch
 import yaml
-from accelerate import DistributedType
 from transformers import HfArgumentParser
 from transformers.utils.import_utils import is_torch_tf32_available
 from trl import SFTConfig
@@ -30,6 +30,7 @@ from disha.finetune.notes import (
     read_notes,
     read_settings,
 )
+from disha.finetune.ranks import start_engine_on_processors
 
 SHOWN = (
     "output_dir",
@@ -244,22 +245,11 @@ class TrainingArguments(SFTConfig):  # type: ignore[misc]
         if self.dry_run or not torch.accelerator.is_available():
             self.use_cpu = True
         if self.tf32 and not is_torch_tf32_available():  # type: ignore[has-type]
-            print("note: --tf32 does nothing on this machine")
+            warnings.warn("--tf32 does nothing on this machine", stacklevel=2)
             self.tf32 = None
         super().__post_init__()
         if self.use_cpu and self.world_size > 1:
-            self._start_engine_on_processors()
-
-    def _start_engine_on_processors(self) -> None:
-        """Let processors shard the base, which accelerate begins on accelerators only."""
-        if self.fsdp:
-            self.distributed_state.distributed_type = DistributedType.MULTI_GPU
-        if self.deepspeed:
-            import deepspeed
-
-            # DeepSpeed would compile this kernel, which takes a minute and needs a compiler.
-            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-            deepspeed.init_distributed("gloo", auto_mpi_discovery=False)
+            start_engine_on_processors(self)
 
 
 Flags = tuple[AdapterArguments, DataArguments, TrainingArguments]

@@ -1,4 +1,4 @@
-"""The rows, as `datasets` reads them: files, globs, folders and data sets, and a mix of several."""
+"""The rows of a run: read by `datasets`, brought into form, mixed, and some held out."""
 
 from __future__ import annotations
 
@@ -22,7 +22,12 @@ from datasets import (
 from datasets.exceptions import DatasetGenerationError
 
 from disha.errors import ArgumentError
+from disha.finetune.arguments import DataArguments, TrainingArguments
+from disha.finetune.forms import form_rows
 from disha.text import first_few
+
+CHECKED_ROWS = 64
+"""How many training rows stand for held-out rows where none are given."""
 
 SUFFIXES = (".csv", ".json", ".jsonl", ".ndjson", ".parquet", ".tsv", ".txt")
 """How the files of rows in a folder end."""
@@ -30,6 +35,37 @@ SUFFIXES = (".csv", ".json", ".jsonl", ".ndjson", ".parquet", ".tsv", ".txt")
 TEXT = Value("string")
 AS_WRITTEN = {"csv": TEXT, "json": Json()}
 """A format whose values `datasets` may take for others -> the kind that keeps them."""
+
+
+def make_rows(
+    data: DataArguments, training: TrainingArguments, tokenizer: Any
+) -> tuple[Dataset, Dataset]:
+    """Return the rows to train on, mixed, and those to measure, in the forms that trl trains."""
+    splits = data.dataset_split
+    if len(splits) == 1:
+        splits = splits * len(data.data)
+    if len(splits) != len(data.data):
+        raise ArgumentError("give one --dataset_split for all data, or one for each")
+
+    def read(name: str, split: str) -> Dataset:
+        learn_all = training.assistant_only_loss is False
+        rows = load_rows(name, split)
+        return form_rows(rows, data.dataset_field, tokenizer, learn_all=learn_all)
+
+    sets = [read(name, split) for name, split in zip(data.data, splits, strict=True)]
+    held_out: list[Dataset] = []
+    if data.eval_data or data.eval_split:
+        names = [data.eval_data] if data.eval_data else data.data
+        held_out = [read(name, data.eval_split or "train") for name in names]
+    elif data.eval_fraction:
+        # Before rows are drawn by weight: a row that is drawn twice must not be in both parts.
+        parts = [rows.train_test_split(data.eval_fraction, seed=training.seed) for rows in sets]
+        sets = [part["train"] for part in parts]
+        held_out = [part["test"] for part in parts]
+    rows = mix_rows(sets, data.data_weights, training.seed)
+    if held_out:
+        return rows, mix_rows(held_out, (), training.seed)
+    return rows, rows.select(range(min(len(rows), CHECKED_ROWS)))
 
 
 def load_rows(data: str, split: str = "train") -> Dataset:

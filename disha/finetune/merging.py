@@ -11,7 +11,8 @@ from typing import Any
 import disha
 from disha.errors import AdapterFileWarning, ArgumentError
 from disha.files import save
-from disha.finetune.notes import EOS_KEY, TEMPLATE_KEY, TOKENS_KEY, is_gguf, read_notes
+from disha.finetune.notes import EOS_KEY, TEMPLATE_KEY, TOKENS_KEY, read_notes
+from disha.finetune.source import is_gguf
 
 
 def require_mergeable(base: str) -> None:
@@ -92,7 +93,7 @@ def _write_folder(
         return
     from transformers import AutoConfig, GenerationConfig
 
-    from disha.finetune.base import end_answers, load_tokenizer
+    from disha.finetune.tokenizer import end_answers, load_tokenizer
 
     tokenizer, _ = load_tokenizer(str(folder), notes)
     tokenizer.save_pretrained(folder)

@@ -89,11 +89,6 @@ def read_noted_tokens(notes: Mapping[str, str]) -> list[str]:
     return tokens
 
 
-def is_gguf(name: str) -> bool:
-    """Return whether a base is a GGUF file."""
-    return name.lower().endswith(".gguf")
-
-
 def base_note(name: str, bits: str, adapter: Path) -> str:
     """Return the note of a base for an adapter file."""
     path = Path(name)

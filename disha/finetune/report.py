@@ -25,13 +25,16 @@ import disha
 from disha.errors import DishaError
 from disha.files import save
 from disha.finetune.forgetting import OWN_TEXT, make_axes, own_text
-from disha.finetune.notes import is_gguf
+from disha.finetune.source import is_gguf
 from disha.finetune.trainer import Trainer
 from disha.integrations.transformers import AdapterCheckpoints
 from disha.text import counted
 
 CARD, MERGED = "README.md", "merged"
 PLOT, SAMPLES, REPORT = "loss.png", "samples.md", "report.json"
+UNPROVEN = "unproven-adapter.safetensors"
+"""The adapter of a run, until it is proven that the file is what was trained."""
+
 PACKAGES = ("torch", "transformers", "trl", "datasets", "accelerate", "safetensors", "einops")
 SAMPLE_TOKENS = 64
 TOLERANCE = 1e-3
@@ -47,6 +50,7 @@ def facts_of(trainer: Trainer) -> Report:
     state = trainer.state
     summary = disha.summary(trainer.model)
     return {
+        "seconds": read_log(state, "train_runtime")[state.global_step],
         "parameters": {"trainable": summary.trainable, "total": summary.total},
         "rows": {"training": trainer.rows["train"], "measured": trainer.rows["eval"]},
         "steps": state.global_step,

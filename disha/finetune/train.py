@@ -6,8 +6,6 @@ import gc
 import itertools
 import json
 import os
-import re
-import shutil
 import tempfile
 import warnings
 from collections.abc import Callable, Sequence
@@ -18,26 +16,15 @@ from typing import Any, Literal
 import torch
 from datasets import Dataset
 from transformers import EarlyStoppingCallback
-from transformers.trainer_utils import sort_checkpoints
 from trl import is_conversational
 
 import disha
 from disha.errors import AdapterFileWarning, ArgumentError
 from disha.files import ADAPTER_NAME
-from disha.finetune.arguments import AdapterArguments, DataArguments, Flags, TrainingArguments
-from disha.finetune.base import (
-    is_sharded,
-    let_first_rank_load,
-    load_base,
-    load_tokenizer,
-    load_without_values,
-    loading_device,
-    template_at,
-)
-from disha.finetune.course import Course, require_same_settings
-from disha.finetune.data import load_rows, mix_rows
-from disha.finetune.forgetting import CURVE
-from disha.finetune.forms import form_rows, learns_marked_answers
+from disha.finetune.arguments import AdapterArguments, Flags, TrainingArguments
+from disha.finetune.base import load_base, load_without_values
+from disha.finetune.data import make_rows
+from disha.finetune.forms import learns_marked_answers
 from disha.finetune.merging import merge_base, require_mergeable
 from disha.finetune.notes import (
     BASE_KEY,
@@ -48,11 +35,10 @@ from disha.finetune.notes import (
     base_note,
     read_notes,
 )
+from disha.finetune.ranks import is_sharded, let_first_rank_load, loading_device
 from disha.finetune.report import (
     MERGED,
-    PLOT,
-    REPORT,
-    SAMPLES,
+    UNPROVEN,
     Report,
     facts_of,
     load_and_compare,
@@ -61,28 +47,24 @@ from disha.finetune.report import (
     require_same,
     write_report,
 )
-from disha.finetune.templates import try_template
-from disha.finetune.trainer import Trainer
-from disha.integrations.transformers import AdapterCheckpoints, is_complete
-from disha.text import counted, group_by_reason
-
-CHECKED_ROWS = 64
-"""How many training rows stand for held-out rows where none are given."""
-
-UNPROVEN = "unproven-adapter.safetensors"
-"""The adapter of a run, until it is proven that the file is what was trained."""
-
-CHECKPOINT = re.compile(r"(incomplete-)?checkpoint-\d+")
-RESULT = re.compile(
-    rf"{ADAPTER_NAME}|{UNPROVEN}|{MERGED}|{PLOT}|{SAMPLES}|{REPORT}|{CURVE}|{CHECKPOINT.pattern}"
+from disha.finetune.resuming import (
+    Course,
+    choose_checkpoint,
+    clear,
+    require_same_settings,
+    warn_of_lost_state,
 )
-"""What a run leaves in its folder, and the next one would mix up with its own."""
+from disha.finetune.templates import try_template
+from disha.finetune.tokenizer import load_tokenizer, template_at
+from disha.finetune.trainer import Trainer
+from disha.integrations.transformers import AdapterCheckpoints
+from disha.text import counted, group_by_reason
 
 Notes = dict[str, str]
 
 
 def run(flags: Flags) -> None:
-    """Run the command as its flags say."""
+    """Train an adapter, prove that its file holds it, and report; or show what a run would do."""
     adapter, data, training = flags
     if adapter.base is None:
         raise ArgumentError("which model? name it with --base")
@@ -91,49 +73,34 @@ def run(flags: Flags) -> None:
     if adapter.merge:
         require_mergeable(adapter.base)
     if training.dry_run:
-        with tempfile.TemporaryDirectory() as nowhere:
-            training.output_dir = nowhere
-            trainer, _ = make_trainer(flags, {})
-            _preview(trainer)
+        _preview(flags)
         return
-    _run(flags)
-
-
-def _run(flags: Flags) -> None:
-    """Train, prove and report."""
-    adapter, data, training = flags
     folder = Path(training.output_dir)
-    path = folder / UNPROVEN
     settings = _settings_of(flags)
-    checkpoint = _choose_checkpoint(training, folder)
+    checkpoint = choose_checkpoint(training)
     if checkpoint is not None:
         require_same_settings(settings, checkpoint)
     training.eval_on_start = checkpoint is None
     trainer, notes_at = make_trainer(flags, settings)
-    report = {"settings": settings, "measured_on": data.measured_on, "resumed_from": checkpoint}
-    report |= _train(trainer, adapter, checkpoint)
+    _train(trainer, adapter, checkpoint)
+    path = folder / UNPROVEN
     disha.save_adapter(trainer.model, path, metadata=notes_at(path))
     if adapter.new_tokens and training.process_index == 0:
         trainer.processing_class.save_pretrained(folder)
-    trained = _loss_of_saved(trainer)
-    report |= facts_of(trainer)
-    measured = trainer.eval_dataset
+    loss = _loss_of_saved(trainer)
+    facts = facts_of(trainer)
+    eval_rows = trainer.eval_dataset
     del trainer
     gc.collect()  # the base is loaded again, and may fill the memory
-    model, tokenizer = _load(flags, read_notes(path))
-    # Sharded models would need all ranks for an answer.
-    is_shown = training.process_index == 0 and not is_sharded(training)
-    count = training.samples if is_shown else 0
-    report |= load_and_compare(model, tokenizer, path, measured, count)
-    loaded = measure_again(model, tokenizer, measured, training)
-    require_same(trained, loaded, path)
+    proof = _prove(flags, path, eval_rows, loss)
     if training.process_index > 0:
         return
     os.replace(path, folder / ADAPTER_NAME)
     if adapter.merge:
-        base = str(adapter.base)
+        base = adapter.base
         merge_base(base, folder / ADAPTER_NAME, folder / MERGED, overwrite=True, in_model=True)
-    write_report(folder, {**report, "proof": {"trained": trained, "loaded": loaded}})
+    asked = {"settings": settings, "measured_on": data.measured_on, "resumed_from": checkpoint}
+    write_report(folder, {**asked, **facts, **proof})
 
 
 def _settings_of(flags: Flags) -> dict[str, Any]:
@@ -145,45 +112,7 @@ def _settings_of(flags: Flags) -> dict[str, Any]:
     return dict(json.loads(json.dumps(settings, default=str)))
 
 
-# --- the output folder ---------------------------------------------------------------------------
-
-
-def _choose_checkpoint(training: TrainingArguments, folder: Path) -> str | None:
-    """Return the checkpoint to go on from, if any; raise if an earlier run would be mixed up."""
-    given = training.resume_from_checkpoint or "False"
-    if given.lower() not in ("true", "false"):
-        return given
-    resumes = given.lower() == "true"
-    results = [path.name for path in _earlier_results(folder)]
-    if resumes:
-        for path in reversed(sort_checkpoints(str(folder))):
-            if is_complete(Path(path)):
-                return str(path)
-        results = [name for name in results if not CHECKPOINT.fullmatch(name)]
-    if results and not training.overwrite_output_dir:
-        raise ArgumentError(
-            f"--output_dir {folder} holds {results[0]} of an earlier run; go on from a complete "
-            "checkpoint with --resume, or start over with --overwrite_output_dir"
-        )
-    if resumes:
-        print(f"there is no complete checkpoint in {folder}; starting at the beginning")
-    return None
-
-
-def _earlier_results(folder: Path) -> list[Path]:
-    """Return what runs have left in a folder, and nothing else that is there."""
-    return sorted(path for path in folder.glob("*") if RESULT.fullmatch(path.name))
-
-
-def _clear(folder: Path) -> None:
-    for path in _earlier_results(folder):
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
-
-
-# --- model, adapter and rows ---------------------------------------------------------------------
+# --- before training -----------------------------------------------------------------------------
 
 
 def make_trainer(flags: Flags, settings: dict[str, Any]) -> tuple[Trainer, Callable[[Path], Notes]]:
@@ -195,20 +124,13 @@ def make_trainer(flags: Flags, settings: dict[str, Any]) -> tuple[Trainer, Calla
     notes = _notes_of_run(adapter, training)
     # A row that can't be used raises here, before the base is loaded, which takes longer.
     tokenizer, _ = load_tokenizer(str(adapter.base), notes)
-    rows, measured = _make_rows(data, training, tokenizer)
+    rows, eval_rows = make_rows(data, training, tokenizer)
     notes[PROMPT_KEY] = "chat" if is_conversational(rows[0]) else "text"
     training.chat_template_path = None  # it is the tokenizer's; trl would also add another's tokens
     if training.assistant_only_loss is None:
         learns_all = training.completion_only_loss is False
         training.assistant_only_loss = not learns_all and learns_marked_answers(rows, tokenizer)
-    model, tokenizer = _load(flags, notes)
-    if adapter.adapter is None:
-        new_rows = tokenizer.convert_tokens_to_ids(adapter.new_tokens)
-        disha.inject_adapters(model, **adapter.settings_for(model, new_rows))
-    else:
-        _load_adapter(model, adapter.adapter, training)
-    if training.fp16:
-        _widen_trained(model)
+    model, tokenizer = _make_model(flags, notes)
     notes_at = partial(_note_base, adapter, notes)
     # Each checkpoint holds the notes that the final file holds, so that commands can use it.
     callbacks = [AdapterCheckpoints(model, notes=notes_at), Course(settings)]
@@ -218,11 +140,26 @@ def make_trainer(flags: Flags, settings: dict[str, Any]) -> tuple[Trainer, Calla
         model,
         training,
         train_dataset=rows,
-        eval_dataset=measured,
+        eval_dataset=eval_rows,
         processing_class=tokenizer,
         callbacks=callbacks,
     )
     return trainer, notes_at
+
+
+def _notes_of_run(adapter: AdapterArguments, training: TrainingArguments) -> Notes:
+    """Return the notes of the adapter that is trained further, with what the flags add."""
+    notes = {}
+    if adapter.adapter is not None:
+        notes = read_notes(adapter.adapter)
+        try_template(adapter.adapter, notes)
+    if training.chat_template_path:
+        notes[TEMPLATE_KEY] = template_at(training.chat_template_path)
+    if adapter.new_tokens:
+        notes[TOKENS_KEY] = json.dumps(adapter.new_tokens)
+    if training.eos_token:
+        notes[EOS_KEY] = training.eos_token
+    return notes
 
 
 def _note_base(adapter: AdapterArguments, notes: Notes, path: Path) -> Notes:
@@ -230,7 +167,21 @@ def _note_base(adapter: AdapterArguments, notes: Notes, path: Path) -> Notes:
     return {**notes, BASE_KEY: base_note(str(adapter.base), adapter.bits, path)}
 
 
-def _load(flags: Flags, notes: Notes) -> tuple[Any, Any]:
+def _make_model(flags: Flags, notes: Notes) -> tuple[Any, Any]:
+    """Return the base with the adapter that is trained, and its tokenizer."""
+    adapter, _, training = flags
+    model, tokenizer = _load_base(flags, notes)
+    if adapter.adapter is None:
+        new_rows = tokenizer.convert_tokens_to_ids(adapter.new_tokens)
+        disha.inject_adapters(model, **adapter.settings_for(model, new_rows))
+    else:
+        _load_adapter(model, adapter.adapter, training)
+    if training.fp16:
+        _widen_trained(model)
+    return model, tokenizer
+
+
+def _load_base(flags: Flags, notes: Notes) -> tuple[Any, Any]:
     """Return the base and its tokenizer as this rank needs them, with what notes ask for."""
     adapter, _, training = flags
     name = str(adapter.base)
@@ -249,53 +200,6 @@ def _load_adapter(model: Any, path: str, training: TrainingArguments, **options:
         disha.load_adapter(model, path, **options)
 
 
-def _notes_of_run(adapter: AdapterArguments, training: TrainingArguments) -> dict[str, str]:
-    """Return the notes of the adapter that is trained further, with what the flags add."""
-    notes = {}
-    if adapter.adapter is not None:
-        notes = read_notes(adapter.adapter)
-        try_template(adapter.adapter, notes)
-    if training.chat_template_path:
-        notes[TEMPLATE_KEY] = template_at(training.chat_template_path)
-    if adapter.new_tokens:
-        notes[TOKENS_KEY] = json.dumps(adapter.new_tokens)
-    if training.eos_token:
-        notes[EOS_KEY] = training.eos_token
-    return notes
-
-
-def _make_rows(
-    data: DataArguments, training: TrainingArguments, tokenizer: Any
-) -> tuple[Dataset, Dataset]:
-    """Return the rows to train on, mixed, and those to measure, in the forms that trl trains."""
-    splits = data.dataset_split
-    if len(splits) == 1:
-        splits = splits * len(data.data)
-    if len(splits) != len(data.data):
-        raise ArgumentError("give one --dataset_split for all data, or one for each")
-
-    def read(name: str, split: str) -> Dataset:
-        learn_all = training.assistant_only_loss is False
-        rows = load_rows(name, split)
-        return form_rows(rows, data.dataset_field, tokenizer, learn_all=learn_all)
-
-    sets = [read(name, split) for name, split in zip(data.data, splits, strict=True)]
-    measured = None
-    if data.eval_data or data.eval_split:
-        names = [data.eval_data] if data.eval_data else data.data
-        held_out = [read(name, data.eval_split or "train") for name in names]
-        measured = mix_rows(held_out, (), training.seed)
-    elif data.eval_fraction:
-        # Before rows are drawn by weight: a row that is drawn twice must not be in both parts.
-        parts = [rows.train_test_split(data.eval_fraction, seed=training.seed) for rows in sets]
-        sets = [part["train"] for part in parts]
-        measured = mix_rows([part["test"] for part in parts], (), training.seed)
-    mixed = mix_rows(sets, data.data_weights, training.seed)
-    if measured is None:
-        measured = mixed.select(range(min(len(mixed), CHECKED_ROWS)))
-    return mixed, measured
-
-
 def _widen_trained(model: Any) -> None:
     """Hold what trains in float32, because torch's loss scaling takes no float16 parameters."""
     for parameter in model.parameters():
@@ -303,38 +207,24 @@ def _widen_trained(model: Any) -> None:
             parameter.data = parameter.data.float()
 
 
-# --- training ------------------------------------------------------------------------------------
+# --- training and proof --------------------------------------------------------------------------
 
 
-def _train(trainer: Trainer, adapter: AdapterArguments, checkpoint: str | None) -> Report:
-    """Train, and return how long it took."""
+def _train(trainer: Trainer, adapter: AdapterArguments, checkpoint: str | None) -> None:
+    """Train from the beginning, or on from a checkpoint."""
     training = trainer.args
     if training.process_index == 0:
         print(str(disha.summary(trainer.model)).splitlines()[-1])
         rows = counted(trainer.rows["train"], "row")
         print(f"{rows}, measured on {trainer.rows['eval']:,}")
         if checkpoint is None and training.overwrite_output_dir:
-            _clear(Path(training.output_dir))
+            clear(Path(training.output_dir))
     if checkpoint is not None:
         # `Trainer` would not notice that the base of a checkpoint is another one.
         _load_adapter(trainer.model, checkpoint, training, replace=True)
-        if not (training.fsdp or training.deepspeed):  # they have files of their own
-            _warn_of_lost_state(Path(checkpoint))
+        warn_of_lost_state(checkpoint, training)
     _warn_of_idle_weights(trainer, adapter)
-    done = trainer.train(resume_from_checkpoint=checkpoint)
-    return {"seconds": done.metrics["train_runtime"]}
-
-
-def _loss_of_saved(trainer: Trainer) -> float:
-    """Return the loss of the model as it is saved, which is the best one if the flags say so."""
-    state = trainer.state
-    step = state.global_step
-    if trainer.args.load_best_model_at_end and state.best_global_step:
-        step = state.best_global_step
-    loss = read_log(state, "eval_loss").get(step)
-    if loss is None:
-        loss = trainer.evaluate()["eval_loss"]
-    return loss
+    trainer.train(resume_from_checkpoint=checkpoint)
 
 
 def _warn_of_idle_weights(trainer: Trainer, adapter: AdapterArguments) -> None:
@@ -352,26 +242,45 @@ def _warn_of_idle_weights(trainer: Trainer, adapter: AdapterArguments) -> None:
         warnings.warn("; ".join(reasons), stacklevel=2)
 
 
-def _warn_of_lost_state(checkpoint: Path) -> None:
-    """Warn of a checkpoint that lacks states: `Trainer` would start with new ones, in silence."""
-    lost = [name for name in ("optimizer.pt", "scheduler.pt") if not (checkpoint / name).exists()]
-    if lost:
-        warnings.warn(
-            f"{checkpoint} has no {' and no '.join(lost)}, so these start from the beginning",
-            stacklevel=2,
-        )
+def _loss_of_saved(trainer: Trainer) -> float:
+    """Return the loss of the model as it is saved, which is the best one if the flags say so."""
+    state = trainer.state
+    step = state.global_step
+    if trainer.args.load_best_model_at_end and state.best_global_step:
+        step = state.best_global_step
+    loss = read_log(state, "eval_loss").get(step)
+    if loss is None:
+        loss = trainer.evaluate()["eval_loss"]
+    return loss
+
+
+def _prove(flags: Flags, path: Path, rows: Dataset, trained: float) -> Report:
+    """Load the saved adapter into its base, require the trained loss, and return what it does."""
+    _, _, training = flags
+    model, tokenizer = _load_base(flags, read_notes(path))
+    # Sharded models would need all ranks for an answer.
+    is_shown = training.process_index == 0 and not is_sharded(training)
+    count = training.samples if is_shown else 0
+    effect = load_and_compare(model, tokenizer, path, rows, count)
+    loaded = measure_again(model, tokenizer, rows, training)
+    require_same(trained, loaded, path)
+    return {**effect, "proof": {"trained": trained, "loaded": loaded}}
 
 
 # --- the dry run ---------------------------------------------------------------------------------
 
 
-def _preview(trainer: Trainer) -> None:
+def _preview(flags: Flags) -> None:
     """Print the plan, one row, and the steps."""
+    _, _, training = flags
+    with tempfile.TemporaryDirectory() as nowhere:
+        training.output_dir = nowhere
+        trainer, _ = make_trainer(flags, {})
     print(disha.summary(trainer.model))
     row = trainer.train_dataset[0]
     print(f"\none of {counted(len(trainer.train_dataset), 'row')}; [[ ]] marks what is learned:")
     print(_mark_learned(row["input_ids"], row["labels"], trainer.processing_class))
-    *_, steps = trainer.set_initial_training_values(trainer.args, trainer.get_train_dataloader())
+    *_, steps = trainer.set_initial_training_values(training, trainer.get_train_dataloader())
     print(f"\n{counted(steps, 'step')}")
 
 

@@ -13,6 +13,10 @@ from safetensors.torch import load_file
 from disha.finetune import main
 from tests.finetune.tiny_models import write_model, write_rows
 
+EXACT = ["--max_steps", 8, "--num_train_epochs", 2, "--save_steps", 2, "--dropout", 0.2]
+EXACT += ["--gradient_accumulation_steps", 2, "--logging_steps", 1]
+"""The flags of a run whose losses depend on what a checkpoint must keep."""
+
 
 @pytest.fixture(scope="session", autouse=True)
 def _quiet_and_offline(tmp_path_factory):

@@ -14,17 +14,17 @@ AUTHORS = """--base_model_name_or_path model --output_dir output/bone --bone_r 3
 --report_to none"""
 
 
-def test_the_authors_command_line(capsys):
-    adapter, data, training = parse_flags(AUTHORS.split())
+def test_the_authors_command_line(monkeypatch):
+    monkeypatch.setattr("disha.finetune.arguments.is_torch_tf32_available", lambda: False)
+    with pytest.warns(match="--tf32 does nothing"):
+        adapter, data, training = parse_flags(AUTHORS.split())
     assert (adapter.base, adapter.r, adapter.method, adapter.bits) == ("model", 32, "bat", "bf16")
     assert data.data == ["meta-math/MetaMathQA"]
     assert data.dataset_field == ["query", "response"]
     assert training.warmup_steps == 0.03
     assert training.save_steps == 1000
     assert training.bf16
-    if training.use_cpu:
-        assert training.tf32 is None
-        assert "note: --tf32 does nothing" in capsys.readouterr().out
+    assert training.tf32 is None
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,4 @@
 import json
-import os
-import shutil
 import sys
 
 import pytest
@@ -8,12 +6,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import T5Config
 
-import disha
 from disha import ArgumentError
-from disha.finetune.base import best_device, load_base, template_at
-from disha.finetune.notes import BASE_KEY, base_note, read_noted_base
+from disha.finetune.base import best_device, load_base
 from tests.finetune import tiny_gguf
-from tests.finetune.tiny_models import CHATML, tokenizer, write_model
+from tests.finetune.tiny_models import tokenizer, write_model
 
 
 @pytest.mark.parametrize(
@@ -84,20 +80,6 @@ def test_a_base_without_some_values_is_refused(tmp_path):
         load_base(str(tmp_path))
 
 
-def test_of_several_chat_templates_the_default_is_used(chatty, tmp_path):
-    shutil.copytree(chatty, tmp_path, dirs_exist_ok=True)
-    words = tokenizer(chat=True)
-    words.chat_template = {"default": CHATML, "tool_use": "{{ tools }}"}
-    words.save_pretrained(tmp_path)
-    assert load_base(str(tmp_path))[1].chat_template == CHATML
-    assert template_at(str(tmp_path)) == CHATML
-
-
-def test_a_model_without_a_chat_template_gives_none(tiny):
-    with pytest.raises(ValueError, match="chat_template is not set"):
-        template_at(str(tiny))
-
-
 def test_code_in_the_folder_does_not_run(tmp_path, monkeypatch):
     monkeypatch.setattr("builtins.input", lambda question: "y")  # nobody is asked on a terminal
     (tmp_path / "config.json").write_text(
@@ -112,61 +94,3 @@ def test_bits_without_bitsandbytes(tiny, monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     with pytest.raises(ArgumentError, match="bitsandbytes"):
         load_base(str(tiny), "4")
-
-
-def test_a_chat_template_with_the_line_ends_of_windows(tmp_path):
-    """Simulated: the file that an editor of Windows writes gives the same prompts."""
-    turns = [{"role": "user", "content": "say two"}, {"role": "assistant", "content": "two two"}]
-    template = "{% for m in messages %}\n{{ m['role'] }}\n{{ m['content'] }}\n{% endfor %}\n"
-    path, words, prompts = tmp_path / "template.jinja", tokenizer(), []
-    for ends in (b"\n", b"\r\n"):
-        path.write_bytes(template.encode().replace(b"\n", ends))
-        words.chat_template = template_at(str(path))
-        prompts.append(words.apply_chat_template(turns, tokenize=False))
-    assert prompts == ["user\nsay two\nassistant\ntwo two\n"] * 2
-
-
-class TestNote:
-    def save(self, path, note):
-        model = disha.inject_adapters(torch.nn.Linear(4, 4), "all-linear", r=2)
-        disha.save_adapter(model, path, metadata={} if note is None else {BASE_KEY: note})
-        return path
-
-    def test_a_path_stays_right_when_both_are_moved(self, tmp_path):
-        base = tmp_path / "here" / "model"
-        base.mkdir(parents=True)
-        adapter = tmp_path / "here" / "out" / "adapter.safetensors"
-        adapter.parent.mkdir()
-        self.save(adapter, base_note(str(base), "4", adapter))
-        assert str(tmp_path) not in adapter.read_bytes()[:2000].decode(errors="replace")
-        os.rename(tmp_path / "here", tmp_path / "there")
-        moved = tmp_path / "there" / "out" / "adapter.safetensors"
-        assert read_noted_base(moved) == (str(tmp_path / "there" / "model"), "4")
-        (tmp_path / "there" / "model").rmdir()
-        with pytest.raises(ArgumentError, match="which is not there; give --base"):
-            read_noted_base(moved)
-
-    def test_a_base_on_another_drive_is_noted_whole(self, tmp_path, monkeypatch):
-        """Simulated: on Windows, no relative path leads from one drive to another."""
-
-        def refuse(path, start):
-            raise ValueError("path is on mount 'D:', start on mount 'C:'")
-
-        monkeypatch.setattr(os.path, "relpath", refuse)
-        note = json.loads(base_note(str(tmp_path), "4", tmp_path / "adapter.safetensors"))
-        assert note["base_model_name_or_path"] == str(tmp_path)
-
-    def test_a_name(self, tmp_path):
-        path = tmp_path / "adapter.safetensors"
-        self.save(path, base_note("Qwen/Qwen3-0.6B", "bf16", path))
-        assert read_noted_base(path) == ("Qwen/Qwen3-0.6B", "bf16")
-
-    def test_no_note(self, tmp_path):
-        with pytest.raises(ArgumentError, match="notes no base that can be used; name it too"):
-            read_noted_base(self.save(tmp_path / "adapter.safetensors", None))
-
-    @pytest.mark.parametrize("note", ["{", "[]", "{}", '{"base_model_name_or_path": 1}'])
-    def test_a_note_that_says_nothing(self, tmp_path, note):
-        path = self.save(tmp_path / "adapter.safetensors", note)
-        with pytest.raises(ArgumentError, match="notes no base that can be used"):
-            read_noted_base(path)

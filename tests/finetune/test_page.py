@@ -34,6 +34,7 @@ def folder(tmp_path, monkeypatch, tiny):
     return tmp_path
 
 
+@pytest.mark.filterwarnings("ignore:--tf32 does nothing")
 def test_commands(folder, capsys):
     ran = [words for words in commands() if words[0] == "disha"]
     assert {words[1] for words in ran} == {"finetune", "generate", "evaluate", "merge"}

@@ -1,9 +1,6 @@
 import json
-import multiprocessing
-import os
 import shlex
 import shutil
-import signal
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +14,6 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoTokenizer
 from transformers.models.llama.modeling_llama import LlamaMLP
-from trl import SFTTrainer
 from trl.chat_template_utils import qwen3_chat_template
 from trl.trainer import utils as trl_utils
 
@@ -31,7 +27,7 @@ from disha.finetune.forgetting import OwnText
 from disha.finetune.notes import read_noted_base
 from tests.conftest import assert_same
 from tests.finetune import tiny_gguf
-from tests.finetune.conftest import Result
+from tests.finetune.conftest import EXACT, Result
 from tests.finetune.tiny_models import CHATML, FAMILIES, rows, write_model, write_rows
 
 AUTHORS = shlex.split(
@@ -44,21 +40,16 @@ AUTHORS = shlex.split(
 """The command of the author's script, but for names and the learning rate."""
 
 TALK = [{"role": "user", "content": "say two"}, {"role": "assistant", "content": "two"}]
-EXACT = ["--max_steps", 8, "--num_train_epochs", 2, "--save_steps", 2, "--dropout", 0.2]
-EXACT += ["--gradient_accumulation_steps", 2, "--logging_steps", 1]
 
 
 @pytest.fixture(scope="module")
 def authors(tiny, data, tmp_path_factory):
     folder = tmp_path_factory.mktemp("authors") / "output" / "bone"
     words = ["--base_model_name_or_path", str(tiny), "--data_path", str(data)]
-    assert main([*words, "--output_dir", str(folder), "--bone_r", "8", *AUTHORS]) == 0
+    with pytest.MonkeyPatch.context() as patch, pytest.warns(match="--tf32 does nothing"):
+        patch.setattr("disha.finetune.arguments.is_torch_tf32_available", lambda: False)
+        assert main([*words, "--output_dir", str(folder), "--bone_r", "8", *AUTHORS]) == 0
     return Result(folder)
-
-
-@pytest.fixture(scope="module")
-def uninterrupted(finetune, tmp_path_factory):
-    return finetune(tmp_path_factory.mktemp("uninterrupted"), *EXACT)
 
 
 class TestResults:
@@ -407,28 +398,6 @@ class TestCourse:
         assert "[[<|im_start|>user" in capsys.readouterr().out
 
 
-class TestOutputFolder:
-    def test_a_finished_run_is_kept(self, finetune, authors):
-        before = authors.adapter.read_bytes()
-        with pytest.raises(ArgumentError, match=r"holds adapter\.safetensors of an earlier run"):
-            finetune(authors.folder)
-        assert authors.adapter.read_bytes() == before
-
-    @pytest.mark.parametrize("name", ["adapter.safetensors", "merged"])
-    def test_resuming_without_a_checkpoint_keeps_it(self, name, finetune, authors, tmp_path):
-        shutil.copy(authors.adapter, tmp_path / name)
-        with pytest.raises(ArgumentError, match="of an earlier run; go on from a complete"):
-            finetune(tmp_path, "--resume")
-        assert (tmp_path / name).read_bytes() == authors.adapter.read_bytes()
-
-    def test_starting_over_removes_it(self, finetune, tmp_path):
-        finetune(tmp_path, "--save_steps", 2)
-        (tmp_path / "best-checkpoint-keep").mkdir()  # of the user
-        assert finetune(tmp_path, "--max_steps", 1, "--overwrite_output_dir").report["steps"] == 1
-        assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-1"]
-        assert (tmp_path / "best-checkpoint-keep").exists()
-
-
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -474,72 +443,6 @@ def test_what_must_be_named(words):
         main(words)
 
 
-def killed_in_step_6(words):
-    """Run the command, and kill this process, which is a fork of the tests'."""
-    step = SFTTrainer.training_step
-
-    def killing(trainer, *given, **named):
-        if trainer.state.global_step == 5:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return step(trainer, *given, **named)
-
-    SFTTrainer.training_step = killing
-    main(words)
-
-
-class TestResuming:
-    def flags(self, tiny, data, folder):
-        words = ["--base", tiny, "--data", data, "--r", 8, "--learning_rate", 0.01]
-        words += ["--samples", 0, "--output_dir", folder, *EXACT, "--overwrite_output_dir"]
-        return [str(word) for word in words]
-
-    def test_a_killed_run_resumes_bit_for_bit(self, tiny, data, tmp_path, uninterrupted):
-        words = self.flags(tiny, data, tmp_path)
-        fork = multiprocessing.get_context("fork")
-        killed = fork.Process(target=killed_in_step_6, args=(words,))
-        killed.start()
-        killed.join()
-        assert killed.exitcode == -signal.SIGKILL
-        assert main([*words, "--resume"]) == 0
-        result = Result(tmp_path)
-        assert result.report["resumed_from"].endswith("checkpoint-4")
-        assert result.report["training_losses"] == uninterrupted.report["training_losses"]
-        expected = uninterrupted.blocks()
-        for name, block in result.blocks().items():
-            assert torch.equal(block, expected[name]), name
-
-    def test_on_another_base_it_is_refused(self, finetune, tmp_path):
-        finetune(tmp_path / "run", "--max_steps", 2)
-        other = write_model(tmp_path / "other", seed=1)
-        with pytest.raises(AdapterFileWarning, match="saved from other base weights"):
-            finetune(tmp_path / "run", "--resume", base=other)
-
-    @pytest.mark.parametrize(
-        ("words", "says"),
-        [
-            (["--learning_rate", 0.02], "--learning_rate was 0.01, and is 0.02"),
-            (["--weight_decay", 0.1], "--weight_decay was 0.0, and is 0.1"),
-            (["--seed", 7, "--per_device_train_batch_size", 2], "--seed was 42, and is 7"),
-            (["--data", "more.jsonl"], r"--data was \['.*rows.jsonl'\], and is \['more.jsonl'\]"),
-            (["--r", 4], "--r was 8, and is 4"),
-        ],
-    )
-    def test_other_settings_are_refused(self, words, says, uninterrupted, finetune):
-        with pytest.raises(ArgumentError, match=says):
-            finetune(uninterrupted.folder, *EXACT, *words, "--resume")
-
-    def test_it_trains_longer(self, finetune, tmp_path):
-        constant = ["--lr_scheduler_type", "constant"]
-        first = finetune(tmp_path, *constant, "--max_steps", 2).report
-        longer = finetune(tmp_path, *constant, "--max_steps", 4, "--save_steps", 1, "--resume")
-        assert longer.report["steps"] == 4
-        assert longer.losses[0] == first["losses"]["0"]
-
-    def test_without_a_checkpoint_it_starts_at_the_beginning(self, finetune, tmp_path, capsys):
-        assert finetune(tmp_path, "--resume").report["resumed_from"] is None
-        assert "starting at the beginning" in capsys.readouterr().out
-
-
 @pytest.mark.parametrize("words", [[], ["--packing", True], ["--also_train", "lm_head"]])
 def test_only_learned_positions_are_scored_on_a_cpu(words, finetune, tmp_path, monkeypatch):
     words = [*EXACT, *words, "--max_steps", 2, "--eval_strategy", "steps", "--eval_steps", 2]
@@ -572,14 +475,6 @@ def test_a_row_that_can_not_be_used_is_told_before_the_base_is_loaded(
     rows.write_text('{"query": "say", "response": "two"}\n{"query": "say", "response": null}\n')
     with pytest.raises(ArgumentError, match="row 2"):
         finetune(tmp_path / "out", "--data", rows)
-
-
-def test_a_checkpoint_without_the_state_of_the_optimizer_is_told(tmp_path):
-    with pytest.warns(UserWarning, match=r"no optimizer\.pt and no scheduler\.pt, so these start"):
-        train._warn_of_lost_state(tmp_path)
-    for name in ("optimizer.pt", "scheduler.pt"):
-        (tmp_path / name).touch()
-    train._warn_of_lost_state(tmp_path)  # a warning would be an error here
 
 
 def test_a_checkpoint_holds_what_the_final_file_holds(finetune, tmp_path, tiny, chatty, capsys):

@@ -1,0 +1,34 @@
+"""Where a base is: a folder, a GGUF file, or a name that a hub knows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from disha.errors import ArgumentError
+
+
+def is_gguf(name: str) -> bool:
+    """Return whether a base is a GGUF file."""
+    return name.lower().endswith(".gguf")
+
+
+def source_of(name: str) -> tuple[str, dict[str, Any]]:
+    """Return the folder or name that `from_pretrained` takes for a base, and its options."""
+    options: dict[str, Any] = {"trust_remote_code": False}  # else transformers asks on a terminal
+    if not is_gguf(name):
+        return name, options
+    path = Path(name)
+    options["gguf_file"] = path.name
+    return str(path.parent), options
+
+
+@contextmanager
+def explain_loading(name: str) -> Iterator[None]:
+    """Name the base in an error of `transformers`."""
+    try:
+        yield
+    except (OSError, ValueError, ImportError) as error:
+        raise ArgumentError(f"can't load the base {name}: {error}") from error

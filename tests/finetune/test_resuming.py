@@ -1,0 +1,118 @@
+import multiprocessing
+import os
+import shutil
+import signal
+
+import pytest
+import torch
+from trl import SFTTrainer
+
+from disha import AdapterFileWarning, ArgumentError
+from disha.finetune import main
+from disha.finetune.arguments import TrainingArguments
+from disha.finetune.resuming import warn_of_lost_state
+from tests.finetune.conftest import EXACT, Result
+from tests.finetune.tiny_models import write_model
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(finetune, tmp_path_factory):
+    return finetune(tmp_path_factory.mktemp("uninterrupted"), *EXACT)
+
+
+def killed_in_step_6(words):
+    """Run the command, and kill this process, which is a fork of the tests'."""
+    step = SFTTrainer.training_step
+
+    def killing(trainer, *given, **named):
+        if trainer.state.global_step == 5:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return step(trainer, *given, **named)
+
+    SFTTrainer.training_step = killing
+    main(words)
+
+
+class TestOutputFolder:
+    def test_a_finished_run_is_kept(self, finetune, uninterrupted):
+        before = uninterrupted.adapter.read_bytes()
+        with pytest.raises(ArgumentError, match=r"holds adapter\.safetensors of an earlier run"):
+            finetune(uninterrupted.folder)
+        assert uninterrupted.adapter.read_bytes() == before
+
+    @pytest.mark.parametrize("name", ["adapter.safetensors", "merged"])
+    def test_resuming_without_a_checkpoint_keeps_it(self, name, finetune, uninterrupted, tmp_path):
+        shutil.copy(uninterrupted.adapter, tmp_path / name)
+        with pytest.raises(ArgumentError, match="of an earlier run; go on from a complete"):
+            finetune(tmp_path, "--resume")
+        assert (tmp_path / name).read_bytes() == uninterrupted.adapter.read_bytes()
+
+    def test_starting_over_removes_it(self, finetune, tmp_path):
+        finetune(tmp_path, "--save_steps", 2)
+        (tmp_path / "best-checkpoint-keep").mkdir()  # of the user
+        assert finetune(tmp_path, "--max_steps", 1, "--overwrite_output_dir").report["steps"] == 1
+        assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-1"]
+        assert (tmp_path / "best-checkpoint-keep").exists()
+
+
+class TestResuming:
+    def flags(self, tiny, data, folder):
+        words = ["--base", tiny, "--data", data, "--r", 8, "--learning_rate", 0.01]
+        words += ["--samples", 0, "--output_dir", folder, *EXACT, "--overwrite_output_dir"]
+        return [str(word) for word in words]
+
+    def test_a_killed_run_resumes_bit_for_bit(self, tiny, data, tmp_path, uninterrupted):
+        words = self.flags(tiny, data, tmp_path)
+        fork = multiprocessing.get_context("fork")
+        killed = fork.Process(target=killed_in_step_6, args=(words,))
+        killed.start()
+        killed.join()
+        assert killed.exitcode == -signal.SIGKILL
+        assert main([*words, "--resume"]) == 0
+        result = Result(tmp_path)
+        assert result.report["resumed_from"].endswith("checkpoint-4")
+        assert result.report["training_losses"] == uninterrupted.report["training_losses"]
+        expected = uninterrupted.blocks()
+        for name, block in result.blocks().items():
+            assert torch.equal(block, expected[name]), name
+
+    def test_on_another_base_it_is_refused(self, finetune, tmp_path):
+        finetune(tmp_path / "run", "--max_steps", 2)
+        other = write_model(tmp_path / "other", seed=1)
+        with pytest.raises(AdapterFileWarning, match="saved from other base weights"):
+            finetune(tmp_path / "run", "--resume", base=other)
+
+    @pytest.mark.parametrize(
+        ("words", "says"),
+        [
+            (["--learning_rate", 0.02], "--learning_rate was 0.01, and is 0.02"),
+            (["--weight_decay", 0.1], "--weight_decay was 0.0, and is 0.1"),
+            (["--seed", 7, "--per_device_train_batch_size", 2], "--seed was 42, and is 7"),
+            (["--data", "more.jsonl"], r"--data was \['.*rows.jsonl'\], and is \['more.jsonl'\]"),
+            (["--r", 4], "--r was 8, and is 4"),
+        ],
+    )
+    def test_other_settings_are_refused(self, words, says, uninterrupted, finetune):
+        with pytest.raises(ArgumentError, match=says):
+            finetune(uninterrupted.folder, *EXACT, *words, "--resume")
+
+    def test_it_trains_longer(self, finetune, tmp_path):
+        constant = ["--lr_scheduler_type", "constant"]
+        first = finetune(tmp_path, *constant, "--max_steps", 2).report
+        free = ["--max_steps", 4, "--save_steps", 1]
+        longer = finetune(tmp_path, *constant, *free, "--resume")
+        assert longer.report["steps"] == 4
+        assert longer.losses[0] == first["losses"]["0"]
+
+    def test_without_a_checkpoint_it_starts_at_the_beginning(self, finetune, tmp_path):
+        with pytest.warns(UserWarning, match="starting at the beginning"):
+            assert finetune(tmp_path, "--resume").report["resumed_from"] is None
+
+
+def test_a_checkpoint_without_the_state_of_the_optimizer_is_told(tmp_path):
+    training = TrainingArguments(tmp_path)
+    with pytest.warns(UserWarning, match=r"no optimizer\.pt and no scheduler\.pt, so these start"):
+        warn_of_lost_state(str(tmp_path), training)
+    for name in ("optimizer.pt", "scheduler.pt"):
+        (tmp_path / name).touch()
+    warn_of_lost_state(str(tmp_path), training)  # a warning would be an error here

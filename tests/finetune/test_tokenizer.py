@@ -1,0 +1,32 @@
+import shutil
+
+import pytest
+
+from disha.finetune.tokenizer import load_tokenizer, template_at
+from tests.finetune.tiny_models import CHATML, tokenizer
+
+
+def test_of_several_chat_templates_the_default_is_used(chatty, tmp_path):
+    shutil.copytree(chatty, tmp_path, dirs_exist_ok=True)
+    words = tokenizer(chat=True)
+    words.chat_template = {"default": CHATML, "tool_use": "{{ tools }}"}
+    words.save_pretrained(tmp_path)
+    assert load_tokenizer(str(tmp_path), {})[0].chat_template == CHATML
+    assert template_at(str(tmp_path)) == CHATML
+
+
+def test_a_model_without_a_chat_template_gives_none(tiny):
+    with pytest.raises(ValueError, match="chat_template is not set"):
+        template_at(str(tiny))
+
+
+def test_a_chat_template_with_the_line_ends_of_windows(tmp_path):
+    """Simulated: the file that an editor of Windows writes gives the same prompts."""
+    turns = [{"role": "user", "content": "say two"}, {"role": "assistant", "content": "two two"}]
+    template = "{% for m in messages %}\n{{ m['role'] }}\n{{ m['content'] }}\n{% endfor %}\n"
+    path, words, prompts = tmp_path / "template.jinja", tokenizer(), []
+    for ends in (b"\n", b"\r\n"):
+        path.write_bytes(template.encode().replace(b"\n", ends))
+        words.chat_template = template_at(str(path))
+        prompts.append(words.apply_chat_template(turns, tokenize=False))
+    assert prompts == ["user\nsay two\nassistant\ntwo two\n"] * 2
