@@ -203,6 +203,7 @@ class TrainingArguments(SFTConfig):  # type: ignore[misc]
     gradient_checkpointing: bool | None = _flag(
         None,
         "compute again what would need memory; by default on accelerators",
+        "--activation_checkpointing",  # its name in transformers from 5.24
         nargs="?",
         const=True,
     )
@@ -240,6 +241,7 @@ class TrainingArguments(SFTConfig):  # type: ignore[misc]
     dataset_text_field: str = field(default="text", init=False)
     model_init_kwargs: dict[str, Any] | None = field(default=None, init=False)
     trust_remote_code: bool = field(default=False, init=False)
+    activation_checkpointing: bool | None = field(default=None, init=False)  # an alias
 
     def __post_init__(self) -> None:
         if self.dry_run or not torch.accelerator.is_available():

@@ -32,7 +32,7 @@ FREE = re.compile(
     "base|output_dir|overwrite_output_dir|resume.*|max_steps|num_train_epochs|samples|merge"
     "|save_.*|load_best_model_at_end|early_stopping_patience|log.*|report_to|run_name|disable_tqdm"
     "|eval_(strategy|steps|delay|on_start)|(per_device_)?eval_batch_size"
-    "|use_cpu|gradient_checkpointing.*|dataloader_.*|torch_compile.*"
+    "|use_cpu|(activation|gradient)_checkpointing.*|dataloader_.*|torch_compile.*"
 )
 """The flags that may change when a run goes on: how long it trains, and what it saves, measures and
 shows; what takes memory or time and is not learned; and the base, whose weights are compared."""

@@ -36,6 +36,7 @@ def test_the_authors_command_line(monkeypatch):
         ("--max_seq_length 7", "max_length", 7),
         ("--per-device-train-batch-size 3", "per_device_train_batch_size", 3),
         ("--gradient_checkpointing", "gradient_checkpointing", True),
+        ("--activation_checkpointing", "gradient_checkpointing", True),
     ],
 )
 def test_other_names_of_flags(words, name, value):

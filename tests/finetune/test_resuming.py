@@ -96,10 +96,11 @@ class TestResuming:
         with pytest.raises(ArgumentError, match=says):
             finetune(uninterrupted.folder, *EXACT, *words, "--resume")
 
-    def test_it_trains_longer(self, finetune, tmp_path):
+    def test_it_trains_longer_and_with_less_memory(self, finetune, tmp_path):
         constant = ["--lr_scheduler_type", "constant"]
         first = finetune(tmp_path, *constant, "--max_steps", 2).report
-        free = ["--max_steps", 4, "--save_steps", 1]
+        free = ["--max_steps", 4, "--save_steps", 1, "--gradient_checkpointing"]
+        free += ["--gradient_checkpointing_kwargs", '{"use_reentrant": false}']
         longer = finetune(tmp_path, *constant, *free, "--resume")
         assert longer.report["steps"] == 4
         assert longer.losses[0] == first["losses"]["0"]

@@ -46,9 +46,11 @@ TALK = [{"role": "user", "content": "say two"}, {"role": "assistant", "content":
 def authors(tiny, data, tmp_path_factory):
     folder = tmp_path_factory.mktemp("authors") / "output" / "bone"
     words = ["--base_model_name_or_path", str(tiny), "--data_path", str(data)]
-    with pytest.MonkeyPatch.context() as patch, pytest.warns(match="--tf32 does nothing"):
+    words += ["--output_dir", str(folder), "--bone_r", "8", *AUTHORS]
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr("disha.finetune.arguments.is_torch_tf32_available", lambda: False)
-        assert main([*words, "--output_dir", str(folder), "--bone_r", "8", *AUTHORS]) == 0
+        with pytest.warns(match="--tf32 does nothing"):
+            assert main(words) == 0
     return Result(folder)
 
 
