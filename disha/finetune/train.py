@@ -125,11 +125,12 @@ def make_trainer(flags: Flags, settings: dict[str, Any]) -> tuple[Trainer, Calla
     # A row that can't be used raises here, before the base is loaded, which takes longer.
     tokenizer, _ = load_tokenizer(str(adapter.base), notes)
     rows, eval_rows = make_rows(data, training, tokenizer)
-    notes[PROMPT_KEY] = "chat" if is_conversational(rows[0]) else "text"
+    is_chat = is_conversational(rows[0])
+    notes[PROMPT_KEY] = "chat" if is_chat else "text"
     training.chat_template_path = None  # it is the tokenizer's; trl would also add another's tokens
-    if training.assistant_only_loss is None:
-        learns_all = training.completion_only_loss is False
-        training.assistant_only_loss = not learns_all and learns_marked_answers(rows, tokenizer)
+    if is_chat and training.assistant_only_loss is not False:
+        asks_for_all = training.completion_only_loss is False and not training.assistant_only_loss
+        training.assistant_only_loss = not asks_for_all and learns_marked_answers(rows, tokenizer)
     model, tokenizer = _make_model(flags, notes)
     notes_at = partial(_note_base, adapter, notes)
     # Each checkpoint holds the notes that the final file holds, so that commands can use it.
@@ -254,8 +255,8 @@ def _loss_of_saved(trainer: Trainer) -> float:
     return loss
 
 
-def _prove(flags: Flags, path: Path, rows: Dataset, trained: float) -> Report:
-    """Load the saved adapter into its base, require the trained loss, and return what it does."""
+def _prove(flags: Flags, path: Path, rows: Dataset, loss: float) -> Report:
+    """Load the saved adapter into its base, require this loss, and return what it does."""
     _, _, training = flags
     model, tokenizer = _load_base(flags, read_notes(path))
     # Sharded models would need all ranks for an answer.
@@ -263,8 +264,8 @@ def _prove(flags: Flags, path: Path, rows: Dataset, trained: float) -> Report:
     count = training.samples if is_shown else 0
     effect = load_and_compare(model, tokenizer, path, rows, count)
     loaded = measure_again(model, tokenizer, rows, training)
-    require_same(trained, loaded, path)
-    return {**effect, "proof": {"trained": trained, "loaded": loaded}}
+    require_same(loss, loaded, path)
+    return {**effect, "proof": {"trained": loss, "loaded": loaded}}
 
 
 # --- the dry run ---------------------------------------------------------------------------------

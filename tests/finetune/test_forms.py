@@ -13,7 +13,7 @@ from disha import ArgumentError
 from disha.finetune.base import load_base
 from disha.finetune.data import load_rows
 from disha.finetune.forms import form_rows, learns_marked_answers
-from tests.finetune.tiny_models import tokenizer, write_rows
+from tests.finetune.tiny_models import MARKED_WITHOUT_END, tokenizer, write_rows
 
 PAIR = {"query": "say two", "response": "two"}
 TALK = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
@@ -287,10 +287,6 @@ def test_the_answers_of_a_conversation_are_those_that_trl_learns_of_messages(tin
 
 def test_marked_answers_without_their_end_are_not_learned(qwen, monkeypatch):
     """Such a model would never stop. The last answer is learned instead, with its end."""
-    without_end = (
-        "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ m.content }}"
-        "{% endgeneration %}{% else %}{{ m.content }}{% endif %}<|im_end|>{% endfor %}"
-    )
-    monkeypatch.setattr(qwen, "chat_template", without_end)
+    monkeypatch.setattr(qwen, "chat_template", MARKED_WITHOUT_END)
     rows = form_rows(datasets.Dataset.from_list([{"messages": LONGER}]), (), qwen)
     assert not learns_marked_answers(rows, qwen)

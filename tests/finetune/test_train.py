@@ -28,7 +28,14 @@ from disha.finetune.notes import read_noted_base
 from tests.conftest import assert_same
 from tests.finetune import tiny_gguf
 from tests.finetune.conftest import EXACT, Result
-from tests.finetune.tiny_models import CHATML, FAMILIES, rows, write_model, write_rows
+from tests.finetune.tiny_models import (
+    CHATML,
+    FAMILIES,
+    MARKED_WITHOUT_END,
+    rows,
+    write_model,
+    write_rows,
+)
 
 AUTHORS = shlex.split(
     """--init_weights True --bits bf16 --dataset_split train[:100000]
@@ -391,6 +398,14 @@ class TestCourse:
         words = f"--base {tiny} --data {data} --r 8 --dry_run --chat_template_path {template}"
         assert main([*words.split(), "--completion_only_loss", only]) == 0
         assert ("[[<|im_start|>user" in capsys.readouterr().out) == (only == "False")
+
+    def test_answers_alone_are_learned_with_their_end(self, tiny, data, tmp_path, capsys):
+        """Also if that is asked for, and the template marks answers without their end."""
+        template = tmp_path / "without_end.jinja"
+        template.write_text(MARKED_WITHOUT_END)
+        words = f"--base {tiny} --data {data} --r 8 --dry_run --chat_template_path {template}"
+        assert main([*words.split(), "--assistant_only_loss", "True"]) == 0
+        assert "<|im_end|>]]" in capsys.readouterr().out
 
     def test_whole_conversations_are_learned_if_asked(self, chatty, tmp_path, capsys):
         asked, answered = ({"role": role, "content": role} for role in ("user", "assistant"))

@@ -14,6 +14,12 @@ CHATML = (
     "{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
+MARKED_WITHOUT_END = (
+    "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ m.content }}"
+    "{% endgeneration %}{% else %}{{ m.content }}{% endif %}<|im_end|>{% endfor %}"
+)
+"""A chat template that marks answers, and leaves the end of the turn out of the mark."""
+
 SIZES = {
     "hidden_size": 64,
     "intermediate_size": 128,
