@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks import drift, fits, speed
-from benchmarks.convergence import curves
+from benchmarks.convergence import curves, transfer
 from benchmarks.convergence import tables as learning
 from benchmarks.convergence.costs import COSTS
 from benchmarks.convergence.runs import RESULTS, read_runs
@@ -70,6 +70,7 @@ def kept_tables() -> dict[str, str]:
         **speed.tables(kept_runs()),
         **{f"gpu_{name}": text for name, text in gpu.items()},
         **learning.tables(read_runs(RESULTS), read_results(COSTS)),
+        "rules": transfer.rules(),
         "fits": fits.peaks(simulated),
         "recipes": fits.recipes(simulated),
         "drift": drift.drift_table(read_results(FOLDER / "drift.json")),

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from benchmarks.convergence.methods import adapt
-from benchmarks.convergence.plan import compared, main_cell
 from benchmarks.convergence.runs import RESULTS
+from benchmarks.convergence.study import compared, main_cell
 from benchmarks.convergence.tasks import TASKS
 from benchmarks.convergence.tasks.task import Task, batch_order
 from benchmarks.convergence.training import optimizer_for

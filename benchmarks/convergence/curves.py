@@ -1,16 +1,17 @@
-"""The pictures of the report, as SVG: the same bytes for the same findings."""
+"""The pictures of the report, as SVG."""
 
 from __future__ import annotations
 
 import io
-import re
 from collections.abc import Mapping
 from typing import Any
+
+import matplotlib as mpl
+from matplotlib.figure import Figure
 
 from benchmarks.convergence.findings import (
     KEPT,
     OTHER,
-    REFERENCES,
     Longer,
     Overall,
     TaskFindings,
@@ -18,8 +19,8 @@ from benchmarks.convergence.findings import (
     longer,
     ratios,
 )
-from benchmarks.convergence.methods import IDENTITY, METHODS, SHIRA
-from benchmarks.convergence.plan import CANDIDATES, LONG, Results
+from benchmarks.convergence.methods import METHODS, SHIRA
+from benchmarks.convergence.runs import Results
 from benchmarks.convergence.tables import COMPARED
 from benchmarks.convergence.tasks import TASKS
 
@@ -29,31 +30,21 @@ STYLES: Mapping[str, tuple[str, str]] = {
     "lora": ("black", "--"),
     "rslora": ("tab:gray", "--"),
     "dora": ("tab:red", "--"),
-    IDENTITY: ("tab:brown", "-."),
     SHIRA: ("tab:green", "--"),
     "groups3": ("tab:cyan", "-"),
     "groups_all": ("tab:orange", "-"),
-    "groups3_contiguous": ("tab:cyan", ":"),
-    "groups_all_contiguous": ("tab:orange", ":"),
 }
 SHOWN = [0.02 * step for step in range(1, 33)]  # limits of forgetting
 MARKS = "os^vP"  # of the tasks, in their order
-HASHED = re.compile(r'(?<=["#])[mp][0-9a-f]{10}(?=["\)])')
-"""The names that matplotlib gives to markers and clip paths."""
 
 
 def drawn(results: Results, costs: Mapping[str, Any]) -> dict[str, bytes]:
     """Return name -> picture."""
     long = longer(results)
-    shown = (*REFERENCES, *CANDIDATES[LONG])
-    beside_groups = longer(results, candidates=True)
-    of_groups = {name: beside_groups.records[name] for name in shown if name in
-                 beside_groups.records}  # fmt: skip
     return {
         "verdict": compared(findings_of_tasks(results, costs)),
         "longer": longer_training(long),
         "rates": rates(long),
-        "groups": with_groups(beside_groups._replace(records=of_groups)),
     }
 
 
@@ -83,40 +74,9 @@ def compared(found: Mapping[str, TaskFindings]) -> bytes:
 
 
 def longer_training(found: Longer) -> bytes:
-    """Plot the longer training: loss over forgetting, and over rates."""
-    figure = _figure(7.0, 8.5)
-    frontiers, tried = (figure.add_subplot(2, 1, panel + 1) for panel in range(2))
-    _draw_frontiers(frontiers, found)
-    for name in found.records:
-        colour, line = STYLES[name]
-        means = [(rate, found.mean(name, rate).loss) for rate in found.records[name]]
-        tried.plot(*zip(*means, strict=True), color=colour, linestyle=line, marker="o")
-    tried.set_xscale("log")
-    tried.set_xlabel("learning rate, one for all", fontsize=11)
-    for axes in (frontiers, tried):
-        _set_losses(axes, highest=2.92)
-    return _svg(figure)
-
-
-def with_groups(found: Longer) -> bytes:
-    """Plot loss over forgetting in the longer training, for groups of shards beside others."""
-    figure = _figure(7.0, 4.5)
+    """Plot the lowest loss of each method at each forgetting, and every run as it was trained."""
+    figure = _figure(7.0, 4.8)
     axes = figure.add_subplot(1, 1, 1)
-    _draw_frontiers(axes, found)
-    _set_losses(axes, highest=2.72)
-    return _svg(figure)
-
-
-def _set_losses(axes: Any, highest: float) -> None:
-    """Let the vertical axis be that of the test loss in the longer training."""
-    axes.set_ylim(2.48, highest)  # else one bad run flattens it
-    axes.set_ylabel("test loss", fontsize=11)
-    axes.tick_params(labelsize=11)
-    axes.grid(alpha=0.3)
-
-
-def _draw_frontiers(axes: Any, found: Longer) -> None:
-    """Draw the lowest loss of each method at each forgetting, and every run as it was trained."""
     for name in found.records:
         colour, line = STYLES[name]
         best = [(limit, found.at(name, limit)[0]) for limit in SHOWN]
@@ -125,9 +85,14 @@ def _draw_frontiers(axes: Any, found: Longer) -> None:
         dots = [(end.forgetting, end.loss) for end in ends]
         axes.plot(*zip(*dots, strict=True), color=colour, linestyle="", marker="o", alpha=0.6)
     axes.set_xlim(0, SHOWN[-1])
+    axes.set_ylim(2.48, 2.92)  # else one bad run flattens it
     axes.set_xlabel("forgetting", fontsize=11)
+    axes.set_ylabel("test loss", fontsize=11)
     axes.set_title("lines: best of all rates and scales; dots: runs of all seeds", fontsize=11)
+    axes.tick_params(labelsize=11)
+    axes.grid(alpha=0.3)
     axes.legend(fontsize=10)
+    return _svg(figure)
 
 
 def rates(found: Longer) -> bytes:
@@ -151,27 +116,13 @@ def rates(found: Longer) -> bytes:
     return _svg(figure)
 
 
-def _figure(width: float, height: float) -> Any:
-    from matplotlib.figure import Figure
-
+def _figure(width: float, height: float) -> Figure:
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def _svg(figure: Any) -> bytes:
-    import matplotlib as mpl
-
+def _svg(figure: Figure) -> bytes:
     buffer = io.BytesIO()
-    with mpl.rc_context({"svg.fonttype": "path"}):
+    with mpl.rc_context({"svg.fonttype": "path", "svg.hashsalt": "disha"}):
         figure.savefig(buffer, format="svg", metadata={"Date": None}, facecolor="white")
-    lines = _numbered(buffer.getvalue().decode("utf-8")).splitlines()
+    lines = buffer.getvalue().decode("utf-8").splitlines()
     return ("\n".join(line.rstrip() for line in lines) + "\n").encode("utf-8")
-
-
-def _numbered(svg: str) -> str:
-    """Number markers and clip paths: their own names are hashes that differ between machines."""
-    names: dict[str, str] = {}
-
-    def numbered(found: re.Match[str]) -> str:
-        return names.setdefault(found[0], f"{found[0][0]}{len(names) + 1}")
-
-    return HASHED.sub(numbered, svg)

@@ -5,30 +5,19 @@ from __future__ import annotations
 import itertools
 import math
 import statistics
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import pairwise, takewhile
 from typing import Any, NamedTuple
 
-from benchmarks.convergence.methods import FULL, SHIRA
-from benchmarks.convergence.plan import (
-    CANDIDATES,
-    LONG,
-    SEEDS,
-    STUDY,
-    Results,
-    best_rate,
-    compared,
-    main_cell,
-)
-from benchmarks.convergence.runs import Cell, Run
+from scipy import stats
+
+from benchmarks.convergence.methods import FULL
+from benchmarks.convergence.runs import Cell, Results, Run, best_rate
+from benchmarks.convergence.study import GROUPS, LONG, LONGER, SEEDS, compared, main_cell
+from benchmarks.convergence.tasks import TASKS
 from benchmarks.protocol import paired_ratios
 
-STUDENT_95 = {1: 12.706205, 2: 4.302653, 3: 3.182446, 4: 2.776445, 7: 2.364624}
-"""Two-sided 95% quantiles of Student's t by degrees of freedom."""
 OTHER, KEPT = "lora", "loss on what the base could do"
-REFERENCES = ("bone", "bat", "lora", "rslora", SHIRA)
-"""The methods that the candidates are compared with."""
 LIMITS = (0.1, 0.2, 0.3)
 """Of forgetting, at which the methods are compared."""
 STEPS = 400
@@ -76,35 +65,22 @@ class TaskFindings(NamedTuple):
 
 def differ(one: Sequence[float], other: Sequence[float]) -> bool:
     """Return whether two methods differ by a paired t-test at 95%."""
-    differences = [a - b for a, b in zip(one, other, strict=True)]
-    if len(differences) < 2:
-        return False
-    error = statistics.stdev(differences) / math.sqrt(len(differences))
-    return abs(statistics.fmean(differences)) > STUDENT_95[len(differences) - 1] * error
+    return len(one) > 1 and bool(stats.ttest_rel(one, other).pvalue < 0.05)
 
 
 def finding(cell: Cell, results: Results) -> Finding | None:
-    """Return the finding of a cell; None if it is not finished, or diverged at its best rate."""
-    rate = best_rate(cell, STUDY, results)
+    """Return the finding of a cell; None if seeds are missing, or diverged at its best rate."""
+    rate = best_rate(cell, results)
     if rate is None:
         return None
-    runs = [Run(cell, rate, seed) for seed in STUDY.seeds_of(cell)]
-    records = tuple(results[run] for run in runs if run in results)
-    finished = len(records) == len(runs) and all(one.get("loss") is not None for one in records)
-    return Finding(cell, rate, records) if finished else None
+    records = [results.get(Run(cell, rate, seed), {}) for seed in range(SEEDS)]
+    finished = all(one.get("loss") is not None for one in records)
+    return Finding(cell, rate, tuple(records)) if finished else None
 
 
 def _finished(task: str, methods: Iterable[str], results: Results) -> dict[str, Finding]:
-    cells = [main_cell(task, method) for method in methods]
-    found = {cell.method: finding(cell, results) for cell in cells if cell in STUDY.cells}
+    found = {method: finding(main_cell(task, method), results) for method in methods}
     return {name: one for name, one in found.items() if one is not None}
-
-
-def losses_at(cell: Cell, rate: float, seeds: int, results: Results) -> list[float]:
-    """Return the test loss of a cell at a rate, for the first seeds; nothing if one is missing."""
-    runs = [Run(cell, rate, seed) for seed in range(seeds)]
-    complete = all(run in results for run in runs)
-    return [results[run]["loss"] for run in runs] if complete else []
 
 
 def losses_of_equal_seeds(
@@ -125,18 +101,18 @@ def findings_of_tasks(results: Results, costs: Mapping[str, Any]) -> dict[str, T
     measured = {one["task"]: one for one in costs["tables"]["costs"]}
     nothing: Record = {"seconds": {}, "peak_bytes": {}}
     found = {}
-    for task in dict.fromkeys(cell.task for cell in STUDY.cells):
+    for task in TASKS:
         cost = measured.get(task, nothing)
         findings = _finished(task, compared(task), results)
         found[task] = TaskFindings(findings, cost["seconds"], cost["peak_bytes"])
     return found
 
 
-def all_finished(results: Results) -> dict[str, dict[str, Finding]]:
-    """Return task -> method -> finding, of the references and of finished candidates."""
+def with_groups(results: Results) -> dict[str, dict[str, Finding]]:
+    """Return task -> method -> finding, of groups of shards and of what they are compared with."""
     return {
-        task: _finished(task, dict.fromkeys((*REFERENCES, *names)), results)
-        for task, names in CANDIDATES.items()
+        task: _finished(task, ("bone", "bat", OTHER, *names), results)
+        for task, names in GROUPS.items()
     }
 
 
@@ -157,8 +133,9 @@ class Overall(NamedTuple):
         mean = statistics.fmean(logs)
         if len(logs) < 2:
             return cls(math.exp(mean), 0.0, math.inf)
-        half = STUDENT_95[len(logs) - 1] * statistics.stdev(logs) / math.sqrt(len(logs))
-        return cls(*(math.exp(mean + shift) for shift in (0.0, -half, half)))
+        error = statistics.stdev(logs) / math.sqrt(len(logs))
+        half = float(stats.t.ppf(0.975, len(logs) - 1)) * error
+        return cls(math.exp(mean), math.exp(mean - half), math.exp(mean + half))
 
     @property
     def clear(self) -> bool:
@@ -210,20 +187,17 @@ class Point(NamedTuple):
 class Longer(NamedTuple):
     """The runs of the longer training.
 
-    `records` are method -> rate -> results of each seed at the main r, without runs that diverged,
-    `own` the findings at the rate of each method that has all seeds, and `sizes` method -> r -> the
-    first seed's test loss there.
+    `records` are method -> rate -> results of each seed, without runs that diverged, and `own` the
+    findings at the rate of each method that has all seeds.
     """
 
     records: Mapping[str, Mapping[float, tuple[Record, ...]]]
     own: Mapping[str, Finding]
-    sizes: Mapping[str, Mapping[int, float]]
 
     @property
     def rates(self) -> list[float]:
-        """All learning rates at which more than one method does not diverge."""
-        tried = Counter(rate for of_method in self.records.values() for rate in of_method)
-        return sorted(rate for rate, methods in tried.items() if methods > 1)
+        """The learning rates at which MiSS ran."""
+        return sorted(self.records["bone"])
 
     def ends(self, method: str, rate: float) -> list[Point]:
         """Return what each seed's run does as it was trained; nothing if there is none."""
@@ -231,7 +205,7 @@ class Longer(NamedTuple):
 
     def has_all(self, method: str, rate: float) -> bool:
         """Whether every seed has run at a rate."""
-        return len(self.ends(method, rate)) == len(SEEDS)
+        return len(self.ends(method, rate)) == SEEDS
 
     def mean(self, method: str, rate: float) -> Point:
         """Return the mean over the seeds if all have run at a rate, or else the first seed's."""
@@ -251,24 +225,19 @@ class Longer(NamedTuple):
         return [at_forgetting(points(record), forgetting) for record in records]
 
 
-def longer(results: Results, candidates: bool = False) -> Longer:
-    """Return what the results say of the longer training, of candidates too if they are asked."""
-    names = [*compared(LONG), *(CANDIDATES[LONG] if candidates else ())]
+def longer(results: Results) -> Longer:
+    """Return what the results say of the longer training."""
+    names = (*LONGER, *GROUPS[LONG])
     of_each = {name: _of_each_rate(main_cell(LONG, name), results) for name in names}
-    own = _finished(LONG, compared(LONG), results)
-    sizes: dict[str, dict[int, float]] = {name: {} for name in own}
-    for run, record in results.items():
-        name = run.cell.method
-        if run.cell.task == LONG and name in own and (run.rate, run.seed) == (own[name].rate, 0):
-            sizes[name][run.cell.r] = record["loss"]
-    return Longer({name: found for name, found in of_each.items() if found}, own, sizes)
+    own = _finished(LONG, names, results)
+    return Longer({name: found for name, found in of_each.items() if found}, own)
 
 
 def _of_each_rate(cell: Cell, results: Results) -> dict[float, tuple[Record, ...]]:
     """Return rate -> the results of the first seeds, as far as there are any that learned."""
     found: dict[float, tuple[Record, ...]] = {}
     for rate in sorted({run.rate for run in results if run.cell == cell}):
-        records = [results.get(Run(cell, rate, seed), {}) for seed in SEEDS]
+        records = [results.get(Run(cell, rate, seed), {}) for seed in range(SEEDS)]
         learned = tuple(takewhile(_has_learned, records))
         if learned:
             found[rate] = learned

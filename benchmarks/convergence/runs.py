@@ -6,6 +6,7 @@ The file has one line of JSON for each run.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,21 +21,20 @@ RESULTS = Path(__file__).parent.parent / "results" / "convergence.jsonl"
 
 @dataclass(frozen=True)
 class Cell:
-    """A method on a task. `r` is that of a Bone with as many parameters; `dtype` that of blocks."""
+    """A method on a task. `r` is that of a Bone with as many parameters."""
 
     task: str
     method: str
     r: int
     r_out: int | None = None
     layers: str = "all"
-    dtype: str = "float32"
 
     @property
     def title(self) -> str:
         """The cell's name, without its task."""
         tile = "" if self.r_out is None else f"x{self.r_out}"
-        more = [part for part in (self.layers, self.dtype) if part not in ("all", "float32")]
-        return "-".join([self.method, f"r{self.r}{tile}", *more])
+        part = "" if self.layers == "all" else f"-{self.layers}"
+        return f"{self.method}-r{self.r}{tile}{part}"
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,9 @@ class Run:
     def title(self) -> str:
         """The run's name, by which the file of results is sorted."""
         return f"{self.cell.task}/{self.cell.title}/rate{self.rate:g}-seed{self.seed}"
+
+
+Results = Mapping[Run, Mapping[str, Any]]
 
 
 def read_runs(file: Path) -> dict[Run, dict[str, Any]]:
@@ -70,3 +73,19 @@ def write_run(file: Path, run: Run, found: Mapping[str, Any]) -> None:
         for one in sorted(records, key=lambda one: one.title)
     ]
     write_whole(file, "\n".join(lines) + "\n")
+
+
+def tried_rates(cell: Cell, results: Results) -> dict[float, float]:
+    """Return learning rate -> last validation loss of the first seed; inf if it diverged."""
+    found = {}
+    for run, record in results.items():
+        if run.cell == cell and run.seed == 0:
+            last = record["validation"][-1]
+            found[run.rate] = math.inf if last is None else float(last)
+    return found
+
+
+def best_rate(cell: Cell, results: Results) -> float | None:
+    """Return the rate with the lowest validation loss; None if no run is there."""
+    tried = tried_rates(cell, results)
+    return min(tried, key=lambda rate: (tried[rate], rate), default=None)

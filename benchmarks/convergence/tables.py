@@ -6,37 +6,29 @@ import statistics
 from collections.abc import Mapping, Sequence
 
 from benchmarks.convergence.findings import (
+    KEPT,
     LIMITS,
     OTHER,
     Finding,
     Longer,
     Overall,
-    Point,
     TaskFindings,
-    all_finished,
     differ,
     findings_of_tasks,
     longer,
-    losses_at,
     losses_of_equal_seeds,
     ratios,
+    with_groups,
 )
-from benchmarks.convergence.methods import FULL, GRALORA, MATRICES, METHODS, OFT
-from benchmarks.convergence.plan import (
-    LONG_RATES,
-    MATRIX_SEEDS,
-    Results,
-    main_cell,
-)
-from benchmarks.markdown import NOTHING, count_text, table
+from benchmarks.convergence.methods import FULL, METHODS
+from benchmarks.convergence.runs import Results
+from benchmarks.markdown import NOTHING, table
 
 COMPARED = ("bone", "bat", "rslora")
 """The methods that the verdict compares with LoRA."""
-PAIRED = ("groups2", "groups3", "groups4", "groups_all", OFT, GRALORA)
-"""The methods that are compared with MiSS and LoRA seed by seed."""
 RATIOS = {
     "test loss": "loss",
-    "loss on what the base could do": "forgetting",
+    KEPT: "forgetting",
     "time of a step": None,
     "memory of a step": None,
 }
@@ -48,17 +40,13 @@ Tasks = Mapping[str, TaskFindings]
 def tables(results: Results, costs: Mapping[str, object]) -> dict[str, str]:
     """Return name -> table."""
     tasks = findings_of_tasks(results, costs)
-    long = longer(results)
-    finished = all_finished(results)
+    groups = with_groups(results)
     return {
         "verdict": verdict(tasks),
         "losses": losses_of_tasks(tasks),
-        "rates": losses_at_rates(long),
-        "sizes": losses_of_sizes(long),
-        "matrices": fixed_matrices(results),
-        "candidates": candidates(finished, results),
-        "paired": paired(finished, results),
-        "forgetting": within_limits(longer(results, candidates=True)),
+        "rates": losses_at_rates(longer(results)),
+        "candidates": losses_of_groups(groups, results),
+        "paired": paired(groups, results),
     }
 
 
@@ -114,82 +102,49 @@ def losses_of_tasks(tasks: Tasks) -> str:
 
 
 def losses_at_rates(long: Longer) -> str:
-    """Return loss and forgetting of the longer training, at one rate for all."""
+    """Return the longer training: loss and forgetting at each rate, and the lowest loss in limits.
+
+    The bold of a limit is the lowest of all methods, within all rates and scales.
+    """
+    lowest = {name: [long.at(name, limit)[0] for limit in LIMITS] for name in long.records}
+    lowest_of_all = [min(losses) for losses in zip(*lowest.values(), strict=True)]
     rows = []
     for name in long.records:
         row = [METHODS[name].title]
         for rate in long.rates:
             text = NOTHING
             if rate in long.records[name]:
-                text = _point_text(long.mean(name, rate))
+                mean = long.mean(name, rate)
+                text = f"{mean.loss:.3f} {mean.forgetting:+.2f}"
             if name in long.own and rate == long.own[name].rate:
                 text = f"**{text}**"
             row.append(f"{text} \\*" if long.has_all(name, rate) else text)
+        for loss, best in zip(lowest[name], lowest_of_all, strict=True):
+            row.append(f"**{loss:.3f}**" if loss == best else f"{loss:.3f}")
         rows.append(row)
-    return table(["method", *(f"{rate:g}" for rate in long.rates)], rows)
+    rates = [f"{rate:g}" for rate in long.rates]
+    return table(["method", *rates, *(f"within {limit:g}" for limit in LIMITS)], rows)
 
 
-def _point_text(point: Point) -> str:
-    return f"{point.loss:.3f} {point.forgetting:+.2f}"
-
-
-def losses_of_sizes(long: Longer) -> str:
-    """Return the test loss of MiSS and LoRA for each r."""
-    sizes = sorted(long.sizes["bone"].keys() & long.sizes[OTHER].keys())
-    rows = [
-        [METHODS[name].title, *(f"{long.sizes[name][r]:.3f}" for r in sizes)]
-        for name in ("bone", OTHER)
-    ]
-    return table(["method", *(f"r = {r}" for r in sizes)], rows)
-
-
-def fixed_matrices(results: Results) -> str:
-    """Return the test loss with other fixed A."""
-    columns = matrices(results)
-    rows = []
-    for name in ("bone", *MATRICES):
-        row = ["[I I ... I]" if name == "bone" else MATRICES[name][0]]
-        for losses in columns.values():
-            clear = name in losses and differ(losses[name], losses["bone"])
-            mean = f"{statistics.fmean(losses[name]):.3f}" if name in losses else NOTHING
-            row.append(f"{mean} \\*" if clear else mean)
-        rows.append(row)
-    header = [
-        f"{task} {rate:g}, {count_text(len(losses['bone']), 'seed')}"
-        for (task, rate), losses in columns.items()
-    ]
-    return table(["A", *header], rows)
-
-
-def matrices(results: Results) -> dict[tuple[str, float], dict[str, list[float]]]:
-    """Return task and rate -> matrix -> the losses of the seeds, where there are others."""
-    columns = {
-        (task, rate): {
-            name: losses
-            for name in ("bone", *MATRICES)
-            if (losses := losses_at(main_cell(task, name), rate, count, results))
-        }
-        for (task, rate), count in MATRIX_SEEDS.items()
-    }
-    return {column: losses for column, losses in columns.items() if len(losses) > 1}
-
-
-# --- what was tried beside the study's methods ---------------------------------------------------
+# --- groups of shards ----------------------------------------------------------------------------
 
 Finished = Mapping[str, Mapping[str, Finding]]
 
 
-def candidates(finished: Finished, results: Results) -> str:
-    """Return loss, forgetting and rate of groups and of other candidates, and of references."""
+def losses_of_groups(finished: Finished, results: Results) -> str:
+    """Return loss, forgetting and rate of groups, and of what they are compared with."""
     rows = []
-    for name in METHODS:
-        if any(name in found for found in finished.values()):
-            cells = [_candidate_text(found, name, results) for found in finished.values()]
-            rows.append([METHODS[name].title, *cells])
+    for name in _names(finished):
+        cells = [_group_text(found, name, results) for found in finished.values()]
+        rows.append([METHODS[name].title, *cells])
     return table(["method", *finished], rows)
 
 
-def _candidate_text(found: Mapping[str, Finding], name: str, results: Results) -> str:
+def _names(finished: Finished) -> list[str]:
+    return [name for name in METHODS if any(name in found for found in finished.values())]
+
+
+def _group_text(found: Mapping[str, Finding], name: str, results: Results) -> str:
     if name not in found:
         return NOTHING
     mine = found[name]
@@ -204,17 +159,17 @@ def _candidate_text(found: Mapping[str, Finding], name: str, results: Results) -
 def paired(finished: Finished, results: Results) -> str:
     """Return the mean gap of test losses to MiSS and to LoRA, over the seeds that both have."""
     rows = []
-    for name in PAIRED:
-        for other in ("bone", OTHER):
-            row = [f"{METHODS[name].title} - {METHODS[other].title}"]
-            for found in finished.values():
-                row.append(_gap_text(found, name, other, results))
-            rows.append(row)
+    for name in _names(finished):
+        if name.startswith("groups"):
+            for other in ("bone", OTHER):
+                row = [f"{METHODS[name].title} - {METHODS[other].title}"]
+                row += [_gap_text(found, name, other, results) for found in finished.values()]
+                rows.append(row)
     return table(["", *finished], rows)
 
 
 def _gap_text(found: Mapping[str, Finding], name: str, other: str, results: Results) -> str:
-    if name not in found or other not in found:
+    if name not in found:
         return NOTHING
     mine, others = losses_of_equal_seeds(found[name], found[other], results)
     gap = statistics.fmean(mine) - statistics.fmean(others)
@@ -226,24 +181,3 @@ def _gap_mark(mine: Sequence[float], others: Sequence[float]) -> str:
     if not differ(mine, others):
         return ""
     return " \\*" if statistics.fmean(mine) < statistics.fmean(others) else " †"
-
-
-def within_limits(long: Longer) -> str:
-    """Return the longer training: each method and rate, and the lowest loss within limits."""
-    lowest = {name: [long.at(name, limit)[0] for limit in LIMITS] for name in long.records}
-    lowest_of_all = [min(losses) for losses in zip(*lowest.values(), strict=True)]
-    rows = []
-    for name in long.records:
-        row = [METHODS[name].title]
-        for rate in LONG_RATES:
-            ends = long.ends(name, rate)
-            row.append(f"{_mean_text(ends)} ({len(ends)})" if ends else NOTHING)
-        for loss, best in zip(lowest[name], lowest_of_all, strict=True):
-            row.append(f"**{loss:.3f}**" if loss == best else f"{loss:.3f}")
-        rows.append(row)
-    rates = [f"{rate:g}" for rate in LONG_RATES]
-    return table(["method", *rates, *(f"within {limit:g}" for limit in LIMITS)], rows)
-
-
-def _mean_text(ends: Sequence[Point]) -> str:
-    return _point_text(Point(*map(statistics.fmean, zip(*ends, strict=True))))

@@ -11,9 +11,8 @@ import torch
 from torch import nn
 
 from benchmarks.convergence.methods import adapt, adapter_parameters, set_scale
-from benchmarks.convergence.rounding import fast_16_bit_products
 from benchmarks.convergence.runs import Run
-from benchmarks.convergence.tasks import RESIZED, TASKS
+from benchmarks.convergence.tasks import EVERY_TASK
 from benchmarks.convergence.tasks.task import Task, batch_order
 
 HEAD_RATE = 1e-3
@@ -21,10 +20,9 @@ HEAD_RATE = 1e-3
 WARM_UP = 0.06
 
 
-@fast_16_bit_products()
 def train(run: Run) -> dict[str, Any]:
     """Do a run and return its results."""
-    task = (TASKS | RESIZED)[run.cell.task]
+    task = EVERY_TASK[run.cell.task]
     started = time.perf_counter()
     model = copy.deepcopy(task.base())
     torch.manual_seed(run.seed)

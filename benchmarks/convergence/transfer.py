@@ -1,19 +1,21 @@
-"""How the best rate moves with method, r, width, depth and steps, and whether a rule predicts it.
+r"""How the best rate moves with method, r, width, depth and steps, and whether a rule predicts it.
 
-    python -m benchmarks.convergence.transfer           do the missing runs, one after another
-    python -m benchmarks.convergence.transfer --moves   measure what a step does in each setting
-    python -m benchmarks.convergence.transfer --table   print best rates beside both rules
+    python -m benchmarks.convergence.transfer    measure what a step does in each setting
 
 A setting is a cell: a task, whose width, depth and steps may be others than those of the study, a
-method and an r. The rates of its search are 1, 2, 5, 10 ... until the lowest validation loss is not
-at an edge. Then the best rate is the lowest point of a parabola through the three around it, over
-the logarithm of the rate. The searches of the study count too.
+method, an r, and the adapted layers. Its search has run at the rates 1, 2, 5, 10 ... until the
+lowest validation loss was not at an edge, by a command such as
+
+    python -m benchmarks.convergence --task "digits, width 32" --method bone --r 8 \
+        --rates 2e-3 5e-3 1e-2 2e-2 --seeds 1 --out benchmarks/results/rates.jsonl
+
+The best rate is the lowest point of a parabola through the three around it, over the logarithm of
+the rate. The searches of the study count too.
 
 The question was fixed before the runs: divided by a rule, is the best rate of every setting within
-a factor of 1.5 of one constant? It is not. By the sizes of layers, 50 of 84 are, where without a
-rule 19 are. By what a step does, as measured, all but LoRA are within each task of a pretrained
-model, and the tasks differ. The rules, and the constants in them, were made with the same runs: the
-library has them, as `Method.step` and `suggest_rate`.
+a factor of 1.5 of one constant? It is not: the table says how many are. The rules, and the
+constants in them, were made with the same runs: the library has them, as `Method.step` and
+`suggest_rate`.
 """
 
 from __future__ import annotations
@@ -22,7 +24,6 @@ import copy
 import json
 import math
 import statistics
-import sys
 from collections import defaultdict
 from collections.abc import Iterator
 from typing import Any
@@ -32,28 +33,18 @@ import torch.nn.functional as F
 from torch import nn
 
 import disha
-from benchmarks.convergence.methods import FULL, METHODS
-from benchmarks.convergence.plan import Results, final_loss
-from benchmarks.convergence.runs import RESULTS, Cell, Run, read_runs, write_run
-from benchmarks.convergence.tasks import RESIZED, TASKS
+from benchmarks.convergence.methods import FULL
+from benchmarks.convergence.runs import RESULTS, Cell, read_runs, tried_rates
+from benchmarks.convergence.tasks import EVERY_TASK, TASKS
 from benchmarks.convergence.tasks.task import IGNORED
-from benchmarks.convergence.training import train
 from benchmarks.markdown import table
 from disha.functional import method_of
 from disha.model.rates import MOVE, MOVE_OF_FACTORS
 
 RUNS = RESULTS.with_name("rates.jsonl")
 MOVES = RESULTS.with_name("rates-moves.json")
-GRID = tuple(float(f"{digit}e{power}") for power in range(-6, 1) for digit in (1, 2, 5))
-FIRST = {
-    "bone": 5e-3,
-    "bat": 5e-3,
-    "groups2": 1e-2,
-    "groups4": 2e-2,
-    "groups_all": 5e-2,
-    "lora": 1e-2,
-}
-"""Method -> the rate with which a search in the vision task begins."""
+WITH_MOVES = ("bone", "bat", "groups2", "groups4", "groups_all", "lora")
+"""The methods whose steps are measured."""
 LIMIT = 1.5
 MOVES_OF = {False: MOVE, True: MOVE_OF_FACTORS}
 """Whether it is a LoRA -> what `suggest_rate` divides by the move."""
@@ -63,46 +54,6 @@ LAYERS = {
         *2 * [(576, 576)], *2 * [(576, 192)], *2 * [(576, 1536)], (1536, 576)
     ),
 }  # fmt: skip
-
-
-def settings() -> list[Cell]:
-    """Return the settings, the most telling first."""
-    three = ("bone", "groups_all", "lora")
-    others = ("bat", "groups2", "groups4")
-    widths = [f"digits, width {width}" for width in (32, 128)]
-    lengths = [f"digits, {steps} steps" for steps in (50, 450)]
-    depths = [f"digits, depth {depth}" for depth in (2, 8)]
-    return [
-        *(Cell(task, name, 8) for task in widths for name in three),
-        *(Cell("digits", name, 8) for name in (*three, *others)),
-        *(Cell("digits", name, r) for r in (32, 16, 64) for name in three),
-        *(Cell(widths[1], name, 32) for name in three),
-        *(Cell(task, name, 8) for task in (*lengths, *depths) for name in three),
-        *(Cell(task, name, 8) for task in widths for name in others),
-    ]
-
-
-def missing(cell: Cell) -> Run | None:
-    """Return the next run that the search of a setting needs, or None."""
-    found = _losses(cell, read_runs(RUNS))
-    start = GRID.index(FIRST[cell.method])
-    best = min(found, key=lambda rate: (found[rate], rate), default=GRID[start])
-    for place in (start, start - 1, start + 1, GRID.index(best) - 1, GRID.index(best) + 1):
-        if GRID[place] not in found:
-            return Run(cell, GRID[place], 0)
-    return None
-
-
-def _losses(cell: Cell, results: Results) -> dict[float, float]:
-    """Return rate -> validation loss of the first seed."""
-    return {
-        run.rate: final_loss(record)
-        for run, record in results.items()
-        if run.cell == cell and run.seed == 0
-    }
-
-
-# --- the best rate, and what two rules say of it ------------------------------------------------
 
 
 def rate_of_lowest(losses: dict[float, float]) -> float | None:
@@ -125,8 +76,8 @@ def best_rates() -> dict[Cell, float]:
     cells = {run.cell for results in searches for run in results}
     found: dict[Cell, float] = {}
     for cell in sorted(cells, key=lambda one: (one.task, one.method, one.r, one.layers)):
-        if cell.method in (*FIRST, "tile", FULL) and cell.dtype == "float32":
-            both = [rate_of_lowest(_losses(cell, results)) for results in searches]
+        if cell.method in (*WITH_MOVES, "tile", FULL):
+            both = [rate_of_lowest(tried_rates(cell, results)) for results in searches]
             searched = [rate for rate in both if rate is not None]
             if searched:
                 found[cell] = statistics.geometric_mean(searched)
@@ -154,7 +105,7 @@ def _of_library(cell: Cell) -> tuple[str, int]:
 
 def _layers(cell: Cell) -> list[tuple[int, int]]:
     """Return the sizes (in, out) of the adapted layers."""
-    task: Any = (TASKS | RESIZED)[cell.task]
+    task: Any = EVERY_TASK[cell.task]
     if cell.task == "packages":
         width, depth = 384, 6
     elif cell.task.startswith("digits"):
@@ -168,7 +119,7 @@ def _layers(cell: Cell) -> list[tuple[int, int]]:
 
 def measure_move(cell: Cell) -> float:
     """Return how far a unit of rate moves log-probabilities, by `disha.suggest_rate`."""
-    task = (TASKS | RESIZED)[cell.task]
+    task = EVERY_TASK[cell.task]
     model: Any = copy.deepcopy(task.base())
     method, r = _of_library(cell)
     torch.manual_seed(0)
@@ -184,37 +135,32 @@ def measure_move(cell: Cell) -> float:
     return MOVES_OF[method == "lora"] / disha.suggest_rate(model, inputs, loss=loss)
 
 
-# --- commands -----------------------------------------------------------------------------------
+# --- the table, and the command ------------------------------------------------------------------
 
 
-def print_table() -> None:
-    """Print every setting, and how well each rule holds, as Markdown."""
-    best = best_rates()
-    moves = json.loads(MOVES.read_text(encoding="utf-8")) if MOVES.exists() else {}
-    rows, products = [], defaultdict(list)
-    for cell, rate in best.items():
-        by_sizes, move = rate * step_by_sizes(cell), moves.get(_key(cell))
-        kind = "LoRA" if cell.method == "lora" else "others"
-        products["no rule"].append(rate)
-        products["by sizes"].append(by_sizes)
-        if move is not None:
-            products[f"measured, {kind}"].append(rate * move)
-            products[f"measured, {kind}, {cell.task}"].append(rate * move)
-        last = "-" if move is None else f"{rate * move:.2f}"
-        title = METHODS[cell.method].title
-        rows.append(
-            [cell.task, cell.layers, title, str(cell.r), f"{rate:.2g}", f"{by_sizes:.2f}", last]
-        )
-    print(table(["task", "layers", "method", "r", "best rate", "x step", "x move"], rows))
-    print(table(["rule", "settings", "constant", "spread", "within 1.5"], [*_summed(products)]))
+def rules() -> str:
+    """Return the table of how well each rule holds."""
+    moves = json.loads(MOVES.read_text(encoding="utf-8"))
+    products = defaultdict(list)
+    for cell, rate in best_rates().items():
+        products["nothing"].append(rate)
+        products["the rule of a plan"].append(rate * step_by_sizes(cell))
+        if _key(cell) in moves and cell.method == "lora":
+            products["the measured step of a LoRA"].append(rate * moves[_key(cell)])
+        elif _key(cell) in moves:
+            products["the measured step"].append(rate * moves[_key(cell)])
+            if cell.task in TASKS:
+                products[f"the measured step, in {cell.task}"].append(rate * moves[_key(cell)])
+    header = ["divided by", "settings", "constant", "spread", "within 1.5"]
+    return table(header, [*_summed(products)])
 
 
 def _summed(products: dict[str, list[float]]) -> Iterator[list[Any]]:
-    for name, values in products.items():
+    for name, values in sorted(products.items()):
         mean = statistics.geometric_mean(values)
         spread = math.exp(statistics.pstdev([math.log(value) for value in values]))
         near = sum(1 / LIMIT <= value / mean <= LIMIT for value in values)
-        yield [name, str(len(values)), f"{mean:.2g}", f"x {spread:.2f}", f"{near} of {len(values)}"]
+        yield [name, str(len(values)), f"{mean:.2g}", f"x {spread:.2f}", str(near)]
 
 
 def _key(cell: Cell) -> str:
@@ -222,21 +168,12 @@ def _key(cell: Cell) -> str:
 
 
 def main() -> None:
-    """Do what the flag says."""
-    if "--table" in sys.argv:
-        print_table()
-    elif "--moves" in sys.argv:
-        moves = json.loads(MOVES.read_text(encoding="utf-8")) if MOVES.exists() else {}
-        for cell in best_rates():
-            if cell.method in FIRST and cell.task != "documentation" and _key(cell) not in moves:
-                moves[_key(cell)] = float(f"{measure_move(cell):.4g}")
-                MOVES.write_text(json.dumps(moves, indent=1) + "\n", encoding="utf-8")
-    else:
-        for cell in settings():
-            while (run := missing(cell)) is not None:
-                found = train(run)
-                write_run(RUNS, run, found)
-                print(f"{run.title}: {found['validation'][-1]}", flush=True)
+    """Measure the settings that the file lacks, and write it."""
+    moves = json.loads(MOVES.read_text(encoding="utf-8"))
+    for cell in best_rates():
+        if cell.method in WITH_MOVES and cell.task != "documentation" and _key(cell) not in moves:
+            moves[_key(cell)] = float(f"{measure_move(cell):.4g}")
+            MOVES.write_text(json.dumps(moves, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

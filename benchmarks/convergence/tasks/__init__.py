@@ -11,11 +11,11 @@ from benchmarks.convergence.tasks.documentation import Documentation
 from benchmarks.convergence.tasks.packages import Packages
 from benchmarks.convergence.tasks.task import Task
 
-TASKS: Mapping[str, Task] = {
+TASKS: dict[str, Task] = {
     task.name: task for task in (Digits(), Packages(), Arithmetic(), Docstrings(), Documentation())
 }
 
-RESIZED: Mapping[str, Task] = {
+EVERY_TASK: Mapping[str, Task] = TASKS | {
     task.name: task
     for task in (
         *(resized_digits(f"digits, width {width}", width=width) for width in (32, 128)),
@@ -23,4 +23,4 @@ RESIZED: Mapping[str, Task] = {
         *(resized_digits(f"digits, {steps} steps", steps=steps) for steps in (50, 450)),
     )
 }
-"""The vision task with other widths, depths and lengths, to see how the best rates move."""
+"""Also the vision task with other widths, depths and lengths, to see how the best rates move."""

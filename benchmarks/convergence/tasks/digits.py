@@ -78,6 +78,7 @@ class Digits(Task):
     title = "Vision: rotated digits"
     r, r_out = 8, 32
     steps, batch, evaluate_every = 150, 32, 5
+    rates = (1e-3, 3e-3, 1e-2, 3e-2)
     width, depth = 64, 4
     layers: ClassVar[Mapping[str, str]] = {
         "all": r"^blocks\.\d+\.(attention\..*|up|down)$",

@@ -37,6 +37,7 @@ class Documentation(LanguageTask):
     title = "Language model: a longer training"
     r = 64
     steps, batch, evaluate_every = 600, 4, 50
+    rates = (2e-5, 1e-4, 3e-4, 1e-3)
     precision: ClassVar[torch.dtype] = torch.bfloat16
     scales = (0.0, 0.25, 0.5, 0.75, 1.0)
 

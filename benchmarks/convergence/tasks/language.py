@@ -27,6 +27,7 @@ class LanguageTask(Task):
     """Answers to prompts; the loss is over the answers' tokens, the end included."""
 
     r, r_out = 16, 192
+    rates = (1e-4, 3e-4, 1e-3, 3e-3)
     layers: ClassVar[Mapping[str, str]] = {
         "all": r"_proj$",
         "attention": r"\.[qkvo]_proj$",

@@ -59,6 +59,7 @@ class Packages(Task):
     title = "Text encoder: which package"
     r, r_out = 16, 192
     steps, batch, evaluate_every = 80, 16, 10
+    rates = (3e-4, 1e-3, 3e-3, 1e-2)
     layers: ClassVar[Mapping[str, str]] = {
         "all": r"\.(query|key|value|dense)$",
         "attention": r"\.attention\..*(query|key|value|dense)$",

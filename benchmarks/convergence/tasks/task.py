@@ -38,6 +38,8 @@ class Task(ABC):
     steps: ClassVar[int]
     batch: ClassVar[int]
     evaluate_every: ClassVar[int]
+    rates: ClassVar[tuple[float, ...]]
+    """The learning rates with which the search of each method begins."""
     layers: ClassVar[Mapping[str, str]]
     """Name of a set of layers -> a regex of their names. The main comparison uses `all`."""
     head: ClassVar[str | None] = None
