@@ -13,12 +13,11 @@ import torch
 
 from benchmarks.experts import experts
 from benchmarks.layers import few_tokens, groups, layer_step, loras
-from benchmarks.many import loaded
 from benchmarks.memory import memory
 from benchmarks.results import describe, write_results
 from benchmarks.routed import routed
-from benchmarks.start_up import loras_start_up, start_up
-from benchmarks.whole_model import compiled, model_step
+from benchmarks.start_up import start_up
+from benchmarks.whole_model import model_step
 
 TABLES: Mapping[str, Callable[[torch.device], list[dict[str, Any]]]] = {
     "layer_step": layer_step,
@@ -27,12 +26,9 @@ TABLES: Mapping[str, Callable[[torch.device], list[dict[str, Any]]]] = {
     "memory": memory,
     "start_up": start_up,
     "routed": routed,
-    "loaded": loaded,
     "experts": experts,
-    "compiled": compiled,
     "groups": groups,
     "loras": loras,
-    "loras_start_up": loras_start_up,
 }
 
 

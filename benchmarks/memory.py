@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -85,14 +84,3 @@ def memory(device: torch.device) -> list[dict[str, Any]]:
         step.clear()
     sizes = {"layers": LAYERS, "width": WIDTH, "tokens": TOKENS}
     return [{**sizes, "kept_bytes": kept, "peak_bytes": peak}]
-
-
-def status_bytes(field: str) -> int | None:
-    """Return a figure of this process's memory in bytes; None if the system does not report it."""
-    status = Path("/proc/self/status")
-    if not status.exists():
-        return None
-    for line in status.read_text().splitlines():
-        if line.startswith(f"{field}:"):
-            return int(line.split()[1]) * 1024
-    return None

@@ -3,10 +3,10 @@
     python -m benchmarks.side_by_side            # SmolLM2-135M, about 20 minutes on two idle cores
     python -m benchmarks.side_by_side --tiny     # a tiny model, to try the script
 
-Every contestant is a process that trains the same model on the same rows. In each round, each of
-them trains one step, in a new random order; the first round is not counted. Reported are seconds
-and processor time of a step, the peak of a process's resident memory since training began, and the
-most that the allocator gave out in one forward and backward pass, which is a count.
+All contestants train the same model on the same rows. In each round, each of them trains one step,
+in a new random order. Reported are the seconds of a step, from batch to optimizer, and the most
+that the allocator gives out in one forward and backward pass of the longest batch, which is a
+count.
 
 - **adapter**: `SFTTrainer` with MiSS, PEFT's MiSS, and PEFT's LoRA of equal parameters; the same
   rows in the same order.
@@ -18,13 +18,9 @@ most that the allocator gave out in one forward and backward pass, which is a co
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import random
-import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,10 +28,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from benchmarks.memory import allocated_peak, status_bytes
-from benchmarks.protocol import R, slow_dtypes
-from benchmarks.results import describe, write_results
+from benchmarks.memory import allocated_peak
+from benchmarks.protocol import Budget, R, Run, compare, slow_dtypes
+from benchmarks.results import describe, dtype_text, write_results
 from benchmarks.whole_model import projections, write_model
+
+CPU = torch.device("cpu")
 
 
 class Contestant(NamedTuple):
@@ -82,137 +80,84 @@ SIZES = Sizes(steps=16, batch=4, length=256, r=R)
 JOB_SIZES = SIZES._replace(steps=64)
 TINY = Sizes(steps=4, batch=2, length=64, r=4)
 
+Rows = list[dict[str, list[int]]]
+
 
 def side_by_side(tiny: bool, folder: Path) -> dict[str, Any]:
     """Measure both tables, and return the results."""
     sizes, job_sizes = (TINY, TINY) if tiny else (SIZES, JOB_SIZES)
-    write_model(folder / "model", tiny)
-    _write_rows(folder, job_sizes)
-    device = torch.device("cpu")
-    results = describe(device)
-    slow = slow_dtypes({torch.bfloat16}, device)
-    dtypes = ["float32"] if slow else ["float32", "bfloat16"]
+    write_model(folder, tiny)
+    rows = _rows(job_sizes, folder)
+    results = describe(CPU)
+    dtypes = [torch.float32, torch.bfloat16]
+    slow = slow_dtypes({torch.bfloat16}, CPU)
     results["tables"] = {
-        "adapter": [_race(ADAPTER, dtype, sizes, folder) for dtype in dtypes],
-        "job": [_race(JOB, "float32", job_sizes, folder)],
+        "adapter": [_race(ADAPTER, one, sizes, rows, folder) for one in dtypes if one not in slow],
+        "job": [_race(JOB, torch.float32, job_sizes, rows, folder)],
     }
     return results
 
 
-# --- the same model and rows for all -------------------------------------------------------------
-
-
-def _write_rows(folder: Path, sizes: Sizes) -> None:
-    """Write as many rows of the demo as are trained, as tokens. None is so long as to be cut."""
+def _rows(sizes: Sizes, folder: Path) -> Rows:
+    """Return as many rows of the demo as are trained, as tokens. None is so long as to be cut."""
     from transformers import AutoTokenizer
 
     from docs.demo import docstring_pairs
 
-    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
     pairs = list(docstring_pairs())
     random.Random(0).shuffle(pairs)
-    rows: list[dict[str, list[int]]] = []
+    rows: Rows = []
     for pair in pairs:
         prompt = tokenizer(f"{pair.query}\n")["input_ids"]
         answer = [*tokenizer(pair.response)["input_ids"], tokenizer.eos_token_id]
         if len(prompt) + len(answer) <= sizes.length and len(rows) < sizes.steps * sizes.batch:
             labels = [-100] * len(prompt) + answer
             rows.append({"input_ids": prompt + answer, "labels": labels})
-    (folder / "rows.json").write_text(json.dumps(rows))
+    return rows
 
 
-# --- the race ------------------------------------------------------------------------------------
-
-
-def _race(names: Sequence[str], dtype: str, sizes: Sizes, folder: Path) -> dict[str, Any]:
+def _race(
+    names: Sequence[str], dtype: torch.dtype, sizes: Sizes, rows: Rows, folder: Path
+) -> dict[str, Any]:
     """Let contestants train one step each in turn, in random order, to the end of the rows."""
-    workers = {name: _started(name, dtype, sizes, folder) for name in names}
-    steps: dict[str, list[dict[str, float]]] = {name: [] for name in names}
-    shuffled = random.Random(0)
-    try:
-        for process in workers.values():
-            _line(process, folder)  # it is ready
-        for _ in range(sizes.steps):
-            for name in shuffled.sample(names, len(names)):
-                steps[name].append(_asked(workers[name], folder))
-        ends = {name: _asked(process, folder) for name, process in workers.items()}
-    finally:
-        for process in workers.values():
-            process.kill()
-            process.wait()
-    return {
-        "dtype": dtype,
-        **sizes._asdict(),
-        "contestants": {
-            name: {
-                "title": CONTESTANTS[name].title,
-                "seconds": [one["seconds"] for one in steps[name][1:]],
-                "processor_seconds": [one["processor_seconds"] for one in steps[name][1:]],
-                **ends[name],
-            }
-            for name in names
-        },
+    rows = rows[: sizes.steps * sizes.batch]
+    trainers = {name: _trainer(CONTESTANTS[name], dtype, sizes, rows, folder) for name in names}
+    steps = {name: _step(trainer) for name, trainer in trainers.items()}
+    seconds = compare(steps, Budget(0.0, sizes.steps, sizes.steps, warm_up=0))
+    contestants = {
+        name: {
+            "title": CONTESTANTS[name].title,
+            "seconds": seconds[name],
+            "pass_bytes": _pass_bytes(trainer),
+        }
+        for name, trainer in trainers.items()
     }
+    return {"dtype": dtype_text(dtype), **sizes._asdict(), "contestants": contestants}
 
 
-def _started(name: str, dtype: str, sizes: Sizes, folder: Path) -> subprocess.Popen[str]:
-    words = ["-m", "benchmarks.side_by_side", "--worker", name, dtype, json.dumps(sizes)]
-    with open(folder / "log.txt", "a") as log:
-        return subprocess.Popen(
-            [sys.executable, *words, "--folder", str(folder)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=log,
-            text=True,
-            env={**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"},
-        )
-
-
-def _asked(process: subprocess.Popen[str], folder: Path) -> dict[str, Any]:
-    """Let a process go on, and return what it says then."""
-    assert process.stdin is not None
-    process.stdin.write("\n")
-    process.stdin.flush()
-    return _line(process, folder)
-
-
-def _line(process: subprocess.Popen[str], folder: Path) -> dict[str, Any]:
-    assert process.stdout is not None
-    line = process.stdout.readline()
-    if not line:
-        raise RuntimeError(f"a contestant has failed:\n{(folder / 'log.txt').read_text()[-4000:]}")
-    found: dict[str, Any] = json.loads(line)
-    return found
-
-
-# --- one contestant ------------------------------------------------------------------------------
-
-
-def _work(name: str, dtype: str, sizes: Sizes, folder: Path) -> None:
-    """Train, one step for each line of standard input, and write what it took."""
-    said = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # trainers print, and only measurements may get into the pipe
-
-    def say(**values: float) -> None:
-        print(json.dumps(values), file=said, flush=True)
-
-    trainer = _trainer(CONTESTANTS[name], dtype, sizes, folder)
-    trainer.add_callback(_stepping(say))
-    batch = max(trainer.get_train_dataloader(), key=lambda one: one["input_ids"].shape[1])
-    _reset_peak()
-    say()
+def _step(trainer: Any) -> Run:
+    """Return a training step of a trainer on its next batch, after one that makes it ready."""
     trainer.train()
-    sys.stdin.readline()
-    peak = status_bytes("VmHWM") or 0
-    trainer.model.train()
-    one_pass = allocated_peak(
-        lambda: trainer.training_step(trainer.model, dict(batch)), trainer.args.device
-    )
-    trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
-    say(peak_bytes=peak, pass_bytes=one_pass, parameters=trained)
+    batches = iter(trainer.get_train_dataloader())
+
+    def step() -> None:
+        trainer.training_step(trainer.model, next(batches))
+        trainer.optimizer.step()
+        trainer.optimizer.zero_grad()
+
+    return step
 
 
-def _trainer(contestant: Contestant, dtype: str, sizes: Sizes, folder: Path) -> Any:
+def _pass_bytes(trainer: Any) -> int:
+    """Return the most that the allocator gives out in a forward and backward pass."""
+    batch = max(trainer.get_train_dataloader(), key=lambda one: one["input_ids"].shape[1])
+    return allocated_peak(lambda: trainer.training_step(trainer.model, batch), CPU)
+
+
+def _trainer(
+    contestant: Contestant, dtype: torch.dtype, sizes: Sizes, rows: Rows, folder: Path
+) -> Any:
     from datasets import Dataset
     from transformers import (
         AutoModelForCausalLM,
@@ -225,13 +170,13 @@ def _trainer(contestant: Contestant, dtype: str, sizes: Sizes, folder: Path) -> 
 
     from disha.finetune.trainer import Trainer as CommandTrainer
 
-    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.pad_token = tokenizer.eos_token
-    model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=getattr(torch, dtype))
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     model = _adapted(model, contestant.adapter, sizes.r)
     settings: dict[str, Any] = {
         "output_dir": str(folder / "out"),
-        "num_train_epochs": 1,
+        "max_steps": 1,
         "per_device_train_batch_size": sizes.batch,
         "learning_rate": 1e-4,
         "gradient_checkpointing": False,
@@ -243,14 +188,13 @@ def _trainer(contestant: Contestant, dtype: str, sizes: Sizes, folder: Path) -> 
         "disable_tqdm": True,
         "train_sampling_strategy": "group_by_length" if contestant.grouped else "random",
     }
-    taken = json.loads((folder / "rows.json").read_text())[: sizes.steps * sizes.batch]
-    rows = Dataset.from_list(taken)
+    dataset = Dataset.from_list(rows)
     if contestant.trainer == "transformers":
         collator = DataCollatorForSeq2Seq(tokenizer, padding=True)
-        return Trainer(model, TrainingArguments(**settings), collator, rows)
+        return Trainer(model, TrainingArguments(**settings), collator, dataset)
     made = {"trl": SFTTrainer, "command": CommandTrainer}[contestant.trainer]
     arguments = SFTConfig(max_length=sizes.length, **settings)
-    return made(model, arguments, train_dataset=rows, processing_class=tokenizer)
+    return made(model, arguments, train_dataset=dataset, processing_class=tokenizer)
 
 
 def _adapted(model: nn.Module, adapter: str, r: int) -> Any:
@@ -270,47 +214,17 @@ def _adapted(model: nn.Module, adapter: str, r: int) -> Any:
     return get_peft_model(model, LoraConfig(r=rank, lora_alpha=rank, target_modules=names))
 
 
-def _stepping(say: Any) -> Any:
-    """Return a callback that waits for a line before each step, and says what the step took."""
-    from transformers import TrainerCallback
-
-    class Stepping(TrainerCallback):
-        def on_step_begin(self, *given: Any, **named: Any) -> None:
-            sys.stdin.readline()
-            self.began = time.perf_counter(), time.process_time()
-
-        def on_step_end(self, *given: Any, **named: Any) -> None:
-            seconds, processor = time.perf_counter(), time.process_time()
-            say(seconds=seconds - self.began[0], processor_seconds=processor - self.began[1])
-
-    return Stepping()
-
-
-def _reset_peak() -> None:
-    """Let the peak of the resident memory begin anew, where the system allows that."""
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        print("the peak of memory counts from the start of the process", file=sys.stderr)
-
-
-def main() -> None:
-    """Measure, and write the results; or be a contestant."""
-    parser = argparse.ArgumentParser(description=__doc__)
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure, and write the results."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.side_by_side", description=__doc__)
     parser.add_argument("--tiny", action="store_true", help="a tiny model and few steps")
     parser.add_argument("--out", type=Path, default=Path("bench-output/side-by-side.json"))
-    parser.add_argument("--worker", nargs=3, help=argparse.SUPPRESS)
-    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
-    flags = parser.parse_args()
-    if flags.worker:
-        name, dtype, sizes = flags.worker
-        return _work(name, dtype, Sizes(*json.loads(sizes)), flags.folder)
+    flags = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as name:
         results = side_by_side(flags.tiny, Path(name))
     write_results(flags.out, results)
     print(flags.out)
-    return None
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

