@@ -55,13 +55,15 @@ def shard_sum(x, r):
     return total
 
 
+def matrix_of(outputs, inputs, cell):
+    """Put the cells (o, i) together at once: autograd would copy a matrix for each write to it."""
+    return torch.stack([torch.stack([cell(o, i) for i in range(inputs)]) for o in range(outputs)])
+
+
 def bone_delta_weight(block, in_features, out_features):
     r, r_out = block.shape
-    delta = torch.zeros(out_features, in_features, dtype=block.dtype)
-    for o in range(out_features):
-        for i in range(in_features):
-            delta[o, i] = block[i % r, o % r_out]
-    return delta
+    cells = [row.unbind() for row in block]
+    return matrix_of(out_features, in_features, lambda o, i: cells[i % r][o % r_out])
 
 
 def bat_delta_weight(weight, block):
@@ -83,10 +85,8 @@ def bat_delta_weight(weight, block):
 def lora_delta_weight(weight, block):
     out_features, in_features = weight.shape
     delta = torch.zeros(out_features, in_features, dtype=block.dtype)
-    for o in range(out_features):
-        for i in range(in_features):
-            for rank in block:  # a row of A, and behind it a column of B
-                delta[o, i] = delta[o, i] + rank[in_features + o] * rank[i]
+    for rank in block:  # a row of A, and behind it a column of B
+        delta = delta + torch.outer(rank[in_features:], rank[:in_features])
     return delta
 
 
@@ -100,12 +100,12 @@ def groups_loop(most):
         while shards * r < in_features:
             shards += 1
         groups = min(most, shards, out_features)
-        delta = torch.zeros(out_features, in_features, dtype=block.dtype)
-        for o in range(out_features):
-            for i in range(in_features):
-                if (i // r) % groups == o % groups:
-                    delta[o, i] = block[i % r, o]
-        return delta
+        cells, zero = [row.unbind() for row in block], block.new_zeros(())
+
+        def cell(o, i):
+            return cells[i % r][o] if (i // r) % groups == o % groups else zero
+
+        return matrix_of(out_features, in_features, cell)
 
     return groups_delta_weight
 
@@ -180,12 +180,8 @@ def layout_delta_weight(method, pattern, block, weight, rows=(), groups=1, paddi
     delta = torch.zeros(weight.shape, dtype=weight.dtype)
     for (outputs, inputs), at, own in matrices(pattern, weight.shape, groups):
         chosen = [o for o in range(outputs) if not rows or any(a <= o < b for a, b in rows)]
-        matrix = torch.stack(
-            [torch.stack([weight[at(o, i)] for i in range(inputs)]) for o in chosen]
-        )
-        update = loop(matrix, own(method, block))
-        for row, o in enumerate(chosen):
-            for i in range(inputs):
-                if i != padding_idx:
-                    delta[at(o, i)] = update[row, i]
+        places = torch.tensor([[at(o, i) for i in range(inputs)] for o in chosen])
+        update = loop(weight[places.unbind(-1)], own(method, block))
+        kept = [i for i in range(inputs) if i != padding_idx]
+        delta[places[:, kept].unbind(-1)] = update[:, kept]
     return delta
