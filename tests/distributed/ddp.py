@@ -144,7 +144,7 @@ def check_compiled(folder):
     if "preserve_version" not in inspect.getsource(DistributedDataParallel._sync_buffers):
         before.broadcast_buffers = after.broadcast_buffers = False
     for of in (before, after):
-        (loss_of(of, batch()) + loss_of(of, batch())).backward()
+        (loss_of(of, own_part(batch())) + loss_of(of, own_part(batch()))).backward()
 
 
 def check_flattened_parameters_act_but_are_no_files(folder):

@@ -27,7 +27,9 @@ mixtral = partial(language_models.mixtral, **language_models.SMALLER)
 
 def import_for_all_ranks():
     """Import DeepSpeed before the ranks are made, also for those of other scripts."""
-    import deepspeed  # noqa: F401
+    import deepspeed
+
+    _ = deepspeed.ops.__compatible_ops__  # for which it tries a C compiler
 
 
 def adapted(model, **options):
