@@ -10,7 +10,6 @@ from __future__ import annotations
 import gc
 import itertools
 import json
-import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -25,7 +24,6 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.distributed.algorithms.ddp_comm_hooks.debugging_hooks import noop_hook
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 from transformers import AttentionInterface, AutoModelForCausalLM, LlamaConfig, MixtralConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -55,41 +53,31 @@ CONFIGS = {
         hidden_size=256, intermediate_size=704, num_hidden_layers=3, num_attention_heads=8,
         num_key_value_heads=4, vocab_size=1024, dtype="float32"),
 }  # fmt: skip
-ADAPTERS, R = ("bone", "bat", "lora"), 64
-COLUMNS = [f"{one}{way}" for way in (" recomputed", "") for one in ADAPTERS]
-TITLES = {"bone": "MiSS", "bat": "BAT", "lora": "LoRA", "recomputed": "checkpointed"}
-"""Word of a column -> what the table calls it."""
-PLACES = [("one process", 1), ("DDP", 8), ("FSDP2", 8), ("FSDP2", 64), ("tensor parallel", 8)]
-SMALLEST = "Llama-1B"
-"""Its users need neither 4 bits nor shards."""
-ROWS = [(SMALLEST, 16, place) for place in PLACES[:2]]
-ROWS += itertools.product(list(CONFIGS)[1:-1], (16, 4), PLACES)
-TWO = ("DDP", 2)
-KEPT = "--gradient_checkpointing false"
-"""The flag that keeps activations: on a GPU, the command computes them again without it."""
+R = 64
 RECIPES = (
-    (SMALLEST, 16, PLACES[0], "bone", f"--bits bf16 {KEPT}"),
-    (SMALLEST, 16, PLACES[0], "bone recomputed", "--bits bf16 --gradient_checkpointing"),
-    (SMALLEST, 16, PLACES[1], "bone", f"--bits bf16 {KEPT}"),
-    ("Llama-8B", 4, PLACES[0], "bone recomputed", "--bits 4 --gradient_checkpointing"),
-    ("Llama-8B", 16, PLACES[0], "bone recomputed", "--bits bf16 --gradient_checkpointing"),
-    ("Llama-8B", 16, PLACES[0], "bone", f"--bits bf16 {KEPT}"),
-    ("Llama-8B", 4, TWO, "bone recomputed", "--bits 4 --gradient_checkpointing"),
-    ("Llama-8B", 16, TWO, "bone recomputed", "--bits bf16 --gradient_checkpointing"),
-    ("Llama-8B", 16, PLACES[1], "bone recomputed", "--bits bf16 --gradient_checkpointing"),
-    ("Llama-8B", 16, PLACES[1], "bone", f"--bits bf16 {KEPT}"),
-    ("Llama-8B", 16, PLACES[2], "bone", f"--bits bf16 {KEPT} --fsdp full_shard"),
-    ("Llama-70B", 4, PLACES[0], "bone recomputed", "--bits 4 --gradient_checkpointing"),
-    ("Llama-70B", 4, PLACES[2], "bone recomputed",
-     "--bits 4 --gradient_checkpointing --fsdp full_shard"),
-    ("Llama-70B", 16, PLACES[2], "bone recomputed",
-     "--bits bf16 --gradient_checkpointing --fsdp full_shard"),
-)  # fmt: skip
-"""Base, bits, place and way of a recipe, and its flags."""
+    ("Llama-1B", 16, "one process", 1, False),
+    ("Llama-1B", 16, "one process", 1, True),
+    ("Llama-1B", 16, "DDP", 8, False),
+    ("Llama-8B", 4, "one process", 1, True),
+    ("Llama-8B", 4, "one process", 1, False),
+    ("Llama-8B", 16, "one process", 1, True),
+    ("Llama-8B", 16, "one process", 1, False),
+    ("Llama-8B", 4, "DDP", 2, True),
+    ("Llama-8B", 16, "DDP", 2, True),
+    ("Llama-8B", 16, "DDP", 8, True),
+    ("Llama-8B", 16, "DDP", 8, False),
+    ("Llama-8B", 16, "FSDP2", 8, False),
+    ("Llama-70B", 4, "one process", 1, True),
+    ("Llama-70B", 4, "FSDP2", 8, True),
+    ("Llama-70B", 16, "FSDP2", 8, True),
+    ("Mixtral-8x7B", 16, "FSDP2", 8, True),
+    ("Mixtral-8x7B", 4, "FSDP2", 8, True),
+)
+"""Base, bits, way, GPUs, and whether activations are computed again: the default on a GPU."""
+UNKNOWN = ("Mixtral-8x7B", 4, "lora")
+"""What can't be simulated: PEFT's LoRA on stacks of experts in 4 bits."""
 GPUS, SHARE = (24, 48, 80), 0.9
 """Memory of GPUs in GiB, which are sold by as many GB, and the share of it that a step may take."""
-CUT = dict.fromkeys(("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"), ColwiseParallel)
-CUT |= dict.fromkeys(("o_proj", "down_proj"), RowwiseParallel)
 
 
 def adapt(model: Any, adapter: str, r: int) -> Any:
@@ -105,11 +93,6 @@ def adapt(model: Any, adapter: str, r: int) -> Any:
     return model
 
 
-def last_part(path: str) -> str:
-    """Return the name of a module in its parent."""
-    return path.rpartition(".")[2]
-
-
 @contextmanager
 def pretend_group(ranks: int) -> Iterator[None]:
     """Let this process be the first of several, which communicate nothing."""
@@ -121,12 +104,6 @@ def pretend_group(ranks: int) -> Iterator[None]:
         yield
     finally:
         dist.destroy_process_group()
-
-
-def make_mesh(ranks: int) -> Any:
-    """Return the mesh of all ranks."""
-    with unset_fake_temporarily():  # it reads the numbers of its ranks
-        return init_device_mesh("cpu", (ranks,))
 
 
 def make_simulated(config: Any, bits: int) -> Any:
@@ -158,17 +135,13 @@ def make_step(
     if recompute:
         model.activation_checkpointing_enable()
     layers = [one for one in model.modules() if type(one).__name__.endswith("DecoderLayer")]
-    if way == "tensor parallel":
-        mesh = make_mesh(ranks)
-        for layer in layers:
-            names = [path for path, _ in layer.named_modules() if last_part(path) in CUT]
-            parallelize_module(layer, mesh, {path: CUT[last_part(path)]() for path in names})
     model = adapt(model, adapter, r)
     if way == "DDP":  # its first communication compares values
         model = DistributedDataParallel(model, init_sync=False)
         model.register_comm_hook(None, noop_hook)
     if way == "FSDP2":
-        mesh = make_mesh(ranks)
+        with unset_fake_temporarily():  # a mesh reads the numbers of its ranks
+            mesh = init_device_mesh("cpu", (ranks,))
         for module in (*layers, model):
             fully_shard(module, mesh=mesh)
     return model, torch.optim.AdamW(one for one in model.parameters() if one.requires_grad)
@@ -210,52 +183,50 @@ def checked(adapter: str, way: str, bits: int = 16) -> tuple[int, int]:
     return found["gradients"] + found["activations"], queue.get()
 
 
-def peaks(kept: Mapping[str, Any]) -> str:
-    """Return the table of the peak of each model, way and adapter."""
-    rows = []
-    for name, bits, (way, ranks) in ROWS:
-        cells = [kept.get(f"{name}, {bits} bits, {way}, {ranks}, {one}") for one in COLUMNS]
-        shown = [f"{one['peak'] / 2**30:.1f}" if one else NOTHING for one in cells]
-        if any(cells):
-            rows.append([f"{name}:{bits}", f"{way.replace(' ', '-')}:{ranks}", *shown])
-    titles = [" ".join(TITLES[word] for word in column.split()) for column in COLUMNS]
-    return re.sub(r" ?\| ?", "|", table(["model:bits", "devices", *titles], rows))
+def key(name: str, bits: int, way: str, ranks: int, recompute: bool, adapter: str) -> str:
+    """Return the name of a case in the results."""
+    again = " recomputed" if recompute else ""
+    return f"{name}, {bits} bits, {way}, {ranks}, {adapter}{again}"
 
 
 def recipes(kept: Mapping[str, Any]) -> str:
     """Return the table of the guide: flags, memory, and the GPUs that it fits."""
     rows = []
-    for name, bits, (way, ranks), column, flags in RECIPES:
-        found = kept[f"{name}, {bits} bits, {way}, {ranks}, {column}"]
-        peak, more = found["peak"] / 2**30, found["activations"] / 2**30
-        fits = [str(size) for size in GPUS if peak <= SHARE * size]
-        how = "1" if ranks == 1 else f"{ranks}, {way}"
-        row = [name, how, f"`{flags}`", f"{peak:.1f}", f"{more:.1f}", ", ".join(fits) or "none"]
-        rows.append(row)
+    for recipe in RECIPES:
+        name, bits, way, ranks, recompute = recipe
+        found, other = kept[key(*recipe, "bone")], kept.get(key(*recipe, "lora"))
+        flags = f"--bits {'bf16' if bits == 16 else bits} --gradient_checkpointing"
+        flags += "" if recompute else " false"
+        flags += " --fsdp full_shard" if way == "FSDP2" else ""
+        peak = found["peak"] / 2**30
+        rows.append(
+            [
+                name,
+                "1" if ranks == 1 else f"{ranks}, {way}",
+                f"`{flags}`",
+                f"{peak:.1f}",
+                f"{other['peak'] / 2**30:.1f}" if other else NOTHING,
+                f"{found['activations'] / 2**30:.1f}",
+                ", ".join(str(size) for size in GPUS if peak <= SHARE * size) or "none",
+            ]
+        )
     header = [
-        "base",
-        "GPUs",
-        "flags",
-        "GiB for one example",
-        "each further example, at most",
-        "fits GPUs of (GB)",
+        *("base", "GPUs", "flags", "GiB for one example", "with PEFT's LoRA"),
+        *("each further example, at most", "fits GPUs of (GB)"),
     ]
     return table(header, rows)
 
 
 def main() -> None:
+    """Simulate what the results lack."""
     kept: dict[str, Any] = json.loads(RESULTS.read_text())
-    cases = [(*row, column) for row, column in itertools.product(ROWS, COLUMNS)]
-    cases += [recipe[:4] for recipe in RECIPES]
-    for name, bits, (way, ranks), column in cases:
-        adapter, _, recompute = column.partition(" ")
-        key = f"{name}, {bits} bits, {way}, {ranks}, {column}"
-        uncut = way == "tensor parallel" and (adapter == "lora" or bits == 4 or name[0] == "M")
-        unknown = name[0] == "M" and (adapter == "bat" or (adapter, bits) == ("lora", 4))
-        if not (key in kept or uncut or unknown):  # the page says why
-            kept[key] = simulated(ranks, 1, 2048, name, adapter, way, bits, bool(recompute), R)
+    for recipe, adapter in itertools.product(RECIPES, ("bone", "lora")):
+        name, bits, way, ranks, recompute = recipe
+        case = key(*recipe, adapter)
+        if case not in kept and (name, bits, adapter) != UNKNOWN:
+            kept[case] = simulated(ranks, 1, 2048, name, adapter, way, bits, recompute, R)
             RESULTS.write_text(json.dumps(kept, indent=1) + "\n")
-            print(key, kept[key], flush=True)
+            print(case, kept[case], flush=True)
 
 
 if __name__ == "__main__":

@@ -31,7 +31,6 @@ PAGES = (
     FOLDER / "learning.md",
     FOLDER / "gpu.md",
     FOLDER / "drift.md",
-    FOLDER / "memory.md",
     Path("docs/performance.md"),
     Path("docs/evidence.md"),
     Path("docs/guides/memory.md"),
@@ -65,14 +64,12 @@ def kept_runs() -> list[speed.Results]:
 def kept_tables() -> dict[str, str]:
     """Return name -> table, of all that is kept."""
     gpu = speed.tables([read_results(FOLDER / "gpu.json")])
-    simulated = read_results(fits.RESULTS)
     return {
         **speed.tables(kept_runs()),
         **{f"gpu_{name}": text for name, text in gpu.items()},
         **learning.tables(read_runs(RESULTS), read_results(COSTS)),
         "rules": transfer.rules(),
-        "fits": fits.peaks(simulated),
-        "recipes": fits.recipes(simulated),
+        "recipes": fits.recipes(read_results(fits.RESULTS)),
         "drift": drift.drift_table(read_results(FOLDER / "drift.json")),
     }
 

@@ -24,7 +24,7 @@ PAGES = {
     },
     **{
         f"{RESULTS}/{name}.md": f"results/{name}.md"
-        for name in ("drift", "gpu", "learning", "memory", "speed")
+        for name in ("drift", "gpu", "learning", "speed")
     },
     "README.md": "about.md",
 }

@@ -109,9 +109,7 @@ def test_the_page_names_the_models_that_refuse_to_merge():
     assert [name for name in names if name.partition("-")[0] not in page] == []
 
 
-@pytest.mark.parametrize(
-    "name", ["compatibility.md", "guides/memory.md", "../benchmarks/results/memory.md"]
-)
+@pytest.mark.parametrize("name", ["compatibility.md", "guides/memory.md"])
 def test_every_table_that_a_program_writes_is_there(name):
     page = (DOCS / name).read_text(encoding="utf-8")
     marks = r"<!-- (?:written by|table:) .*? -->"
