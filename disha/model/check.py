@@ -240,7 +240,7 @@ def _observe(
             with_gradient = _find_with_gradient(outputs, read)
         except DishaError:
             raise
-        except RuntimeError as failure:  # for example, the forward has freed a part of the graph
+        except Exception as failure:  # for example, the forward has freed a part of the graph
             seen.error = str(failure).partition(".")[0]  # its first sentence
     outputs = [output.detach() for output in outputs]
     seen.read.update(read)

@@ -174,6 +174,28 @@ def test_a_gradient_that_the_forward_has_freed_is_explained():
     assert "its gradient can't be computed: Trying to backward through the graph" in str(report)
 
 
+class Reversible(nn.Module):
+    """Refuses to differentiate in evaluation, as Reformer's reversible layers do."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(3, 3)
+
+    def forward(self, x):
+        output = self.layer(x)
+        if output.requires_grad:
+            output.register_hook(self.refuse_in_evaluation)
+        return output
+
+    def refuse_in_evaluation(self, gradient):
+        assert self.training, "use model.train()"
+
+
+def test_a_model_that_differentiates_in_training_only():
+    model = disha.inject_adapters(Reversible(), "layer", 2)
+    assert disha.check_adapters(model, torch.randn(5, 3)).ok
+
+
 class Heads(nn.Module):
     """Has a head that only training uses, which then may need something else."""
 
