@@ -30,7 +30,7 @@ from benchmarks.zoo.trial import STATUSES, Result, trial
 LIBRARIES = ("transformers", "timm", "torchvision", "diffusers")
 FAILURES = ("silent", "wrong", "exception")
 """What must not happen; a refusal says why, and a model that does not run says nothing."""
-JOBS, SECONDS, MEMORY = 2, 60.0, 9 << 30
+JOBS, SECONDS, MEMORY = 2, 180.0, 9 << 30
 """Processes at a time, and the limits of each."""
 
 
