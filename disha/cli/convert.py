@@ -55,7 +55,7 @@ from disha.interop.checkpoints.matching import (
     find_noted_base,
     read_adapter,
 )
-from disha.interop.checkpoints.reading import Checkpoint, open_checkpoint
+from disha.interop.checkpoints.reading import Checkpoint, open_checkpoint, ties_embeddings
 from disha.interop.lora import write_lora
 from disha.interop.low_rank import LoraReport, find_served_rank, is_stack
 from disha.interop.peft_format import task_of
@@ -152,17 +152,13 @@ def _read(
         contents = keep_blocks(contents)
     if path.is_dir():
         _refuse_tied(path, contents, config)
-        if any(layer.is_new_rows for layer in contents.layers) and _may_tie(config):
+        has_new_rows = any(layer.is_new_rows for layer in contents.layers)
+        if has_new_rows and ties_embeddings(config) is not False:
             raise ArgumentError(
                 f"{path} has new rows of a table, and only the model tells what the table is tied "
                 "to; load it there (load_adapter), and save it (save_adapter)"
             )
     return contents
-
-
-def _may_tie(config: Mapping[str, Any]) -> bool:
-    """Whether a base with this configuration may tie its embedding to its head."""
-    return bool(config.get("tie_word_embeddings", True))
 
 
 def _refuse_tied(path: Path, contents: AdapterContents, config: Mapping[str, Any]) -> None:
@@ -171,7 +167,7 @@ def _refuse_tied(path: Path, contents: AdapterContents, config: Mapping[str, Any
     matrices = [name for name in contents.also_train if tensors[name].dim() > 1]
     # A table has a row for each token of the base, or more. Other heads have fewer rows.
     tables = [name for name in matrices if len(tensors[name]) >= config.get("vocab_size", 0)]
-    if tables and _may_tie(config):
+    if tables and ties_embeddings(config) is not False:
         raise ArgumentError(
             f"{path} holds {tables[0]}, and PEFT unties an embedding; give a --base that does not "
             "tie its embeddings, or --no_also_train"

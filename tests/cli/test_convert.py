@@ -166,10 +166,17 @@ def with_embedding(request, files):
     return ("convert", folder, files.path / "out", "--to", "disha")
 
 
-TYING = [{"tie_word_embeddings": True}, {}, {"vocab_size": 11}, {"vocab_size": 12}]
+TYING = [
+    {"tie_word_embeddings": True},
+    {"text_config": {"tie_word_embeddings": True}},
+    {},
+    {"vocab_size": 11},
+    {"vocab_size": 12},
+]
 NOT_TYING = [
     {"vocab_size": 13},  # then the embedding is a head of another kind
     {"tie_word_embeddings": False},
+    {"model_type": "llava", "text_config": {"tie_word_embeddings": False}},
 ]
 
 

@@ -36,7 +36,14 @@ from disha.interop.checkpoints.matching import (
     read_adapter,
     refuse,
 )
-from disha.interop.checkpoints.reading import CONFIG, INDEX, SINGLE, Checkpoint, open_checkpoint
+from disha.interop.checkpoints.reading import (
+    CONFIG,
+    INDEX,
+    SINGLE,
+    Checkpoint,
+    open_checkpoint,
+    ties_embeddings,
+)
 from disha.model.records import LayerRecord
 from disha.model.state import is_finite_as
 from disha.text import counted, printable
@@ -202,22 +209,12 @@ def _refuse_tied(
         is_matrix = checkpoint.tensor(keys[name]).dim() > 1
         if is_matrix and find_copies(checkpoint, keys, name):
             embeddings.append(name)
-    if embeddings and _ties_embeddings(checkpoint.config()):
+    if embeddings and ties_embeddings(checkpoint.config()):
         raise MergeError(
             f"{embeddings[0]} may be tied to an output head, which merging would change too "
             f"(tie_word_embeddings in {CONFIG}); merge in the model, with "
             "merge_adapters(model, untie=True)"
         )
-
-
-def _ties_embeddings(config: Mapping[str, Any]) -> bool:
-    """Whether a model ties its embeddings, as its configuration says or one nested in it."""
-    key = "tie_word_embeddings"
-    parts = [config, *config.values()]
-    answers = [part[key] for part in parts if isinstance(part, dict) and key in part]
-    if not answers:
-        return "model_type" in config  # the default of transformers
-    return any(answers)
 
 
 # --- tensors -------------------------------------------------------------------------------------

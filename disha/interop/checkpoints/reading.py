@@ -92,6 +92,19 @@ class Checkpoint:
         return read_json(config)
 
 
+def ties_embeddings(config: Mapping[str, Any]) -> bool | None:
+    """Whether a model ties its embeddings, as its configuration says or one nested in it.
+
+    None if they do not say, and are not of `transformers`, whose default is to tie.
+    """
+    key = "tie_word_embeddings"
+    parts = [config, *config.values()]
+    answers = [part[key] for part in parts if isinstance(part, dict) and key in part]
+    if answers:
+        return any(answers)
+    return True if "model_type" in config else None
+
+
 def open_checkpoint(path: PathLike) -> Checkpoint:
     """Open a base checkpoint: a file, or a folder with a `model.safetensors` or an index."""
     path = check_path(path)
