@@ -88,6 +88,11 @@ def is_inexact(x: Tensor) -> bool:
     return x.is_floating_point() or x.is_complex()
 
 
+def as_real(x: Tensor) -> Tensor:
+    """Return a complex tensor as its real and imaginary parts, and any other as it is."""
+    return torch.view_as_real(x.resolve_conj()) if x.is_complex() else x
+
+
 def scaled(x: Tensor, scale: Scale) -> Tensor:
     """Return s x; x itself if s is the number 1."""
     is_one = not isinstance(scale, Tensor) and scale == 1.0

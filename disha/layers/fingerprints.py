@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from disha.functional.shard_sums import is_inexact
+from disha.functional.shard_sums import as_real, is_inexact
 from disha.private_torch import FakeTensor
 from disha.sharding.tensors import gather
 
@@ -46,9 +46,7 @@ def fingerprint(weight: Tensor) -> str | None:
     """
     if not _can_be_read(weight) or not is_inexact(weight):
         return None
-    chosen = sample(gather(weight.detach())).cpu()
-    if chosen.is_complex():
-        chosen = torch.view_as_real(chosen).flatten()
+    chosen = as_real(sample(gather(weight.detach())).cpu()).flatten()
     shape = str(tuple(weight.shape)).encode()
     digests = []
     for rounded in (chosen.bfloat16(), chosen.half().bfloat16()):
@@ -74,7 +72,7 @@ def checksums(values: Tensor) -> Checksums:
     """Return the checksums of all values of a weight or buffer; none if it has no values."""
     if not _can_be_read(values):
         return {}
-    values = _as_real(values)
+    values = as_real(values.detach())
     casts = (torch.float32, torch.bfloat16, torch.float16) if is_inexact(values) else ()
     dtypes = dict.fromkeys((values.dtype, *casts))
     return {dtype: _checksum(values, dtype, values.dtype) for dtype in dtypes}
@@ -85,12 +83,7 @@ def has_changed(values: Tensor, written: Checksums) -> bool:
     if not written or not _can_be_read(values):
         return False
     own, *_ = written
-    return _checksum(_as_real(values), own, own) not in written.values()
-
-
-def _as_real(weight: Tensor) -> Tensor:
-    values = weight.detach()
-    return torch.view_as_real(values.resolve_conj()) if values.is_complex() else values
+    return _checksum(as_real(values.detach()), own, own) not in written.values()
 
 
 def _checksum(values: Tensor, cast: torch.dtype, own: torch.dtype) -> int:

@@ -20,7 +20,7 @@ from torch.nn.parameter import is_lazy
 
 from disha.effective.weight import base_inside
 from disha.errors import ArgumentError
-from disha.functional.shard_sums import PLAIN, merge_dtype
+from disha.functional.shard_sums import PLAIN, as_real, merge_dtype
 from disha.layers.blocks import AdapterBlock
 from disha.layers.quantized import quantized_slot
 from disha.model.view import ModelBlock, ModelView
@@ -106,8 +106,7 @@ def tensors_in(output: Any) -> list[Tensor]:
             continue  # an output may refer to itself
         visited[id(value)] = value
         if isinstance(value, Tensor):
-            tensor = value.values() if value.is_nested else value
-            tensor = _as_real(tensor)
+            tensor = as_real(value.values() if value.is_nested else value)
             if tensor.is_floating_point():
                 tensors.append(tensor)
         elif isinstance(value, Mapping):
@@ -117,11 +116,6 @@ def tensors_in(output: Any) -> list[Tensor]:
         elif not isinstance(value, (type, ModuleType, Enum, nn.Module)):
             waiting += getattr(value, "__dict__", {}).values()
     return tensors
-
-
-def _as_real(tensor: Tensor) -> Tensor:
-    """Return a complex tensor as its real and imaginary parts, and any other as it is."""
-    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
 
 
 # --- weights that a forward changes --------------------------------------------------------------
@@ -146,7 +140,7 @@ def sum_weights(model_blocks: list[ModelBlock]) -> dict[AdapterBlock, float]:
     """
     sums = {}
     for block, weight in dense_weights(model_blocks).items():
-        total = float(_as_real(weight.detach()).sum(dtype=merge_dtype(weight.dtype)))
+        total = float(as_real(weight.detach()).sum(dtype=merge_dtype(weight.dtype)))
         if not math.isnan(total):
             sums[block] = total
     return sums
