@@ -134,11 +134,6 @@ class ModelParameter(ModelTensor):
         self.note("flags", Flag(original, adapter, flag_without))
         self.value.requires_grad = True
 
-    @property
-    def size(self) -> int:
-        """Number of its values; a packed one counts as unpacked."""
-        return count_values(self.value, self.module)
-
 
 @dataclass(eq=False)
 class ModelBuffer(ModelTensor):
@@ -570,8 +565,10 @@ class ModelView:
         sizes = [(count_values(block), block.requires_grad) for block in blocks]
         for parameter in self.parameters:
             if not is_lazy(parameter.value):
-                sizes.append((parameter.size, trains(parameter)))
-        return sum(size for size, is_trained in sizes if is_trained), sum(size for size, _ in sizes)
+                size = count_values(parameter.value, parameter.module)
+                sizes.append((size, trains(parameter)))
+        trained = sum(size for size, is_trained in sizes if is_trained)
+        return trained, sum(size for size, _ in sizes)
 
 
 @contextmanager
