@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -120,8 +120,8 @@ def plan_injection(
     if also_train_rows:
         new_rows = check_items("also_train_rows", also_train_rows, check_row_numbers)
         tables = Selection(view, "also_train_rows", [*new_rows], config, new_rows)
-        layers, skipped = _plan_layers(tables, config.exclude, [], strict)
-    more_layers, more_skipped = _plan_layers(selection, config.exclude, layers, strict)
+        layers, skipped = _plan_layers(tables, [], strict)
+    more_layers, more_skipped = _plan_layers(selection, layers, strict)
     return Plan(
         adapter,
         config,
@@ -134,7 +134,7 @@ def plan_injection(
 
 
 def _plan_layers(
-    selection: Selection, exclude: Iterable[str], planned: Sequence[PlannedLayer], strict: bool
+    selection: Selection, planned: Sequence[PlannedLayer], strict: bool
 ) -> tuple[list[PlannedLayer], list[PlannedLayer]]:
     """Return which selected weights get a block, and which are skipped, with their reasons.
 
@@ -157,7 +157,7 @@ def _plan_layers(
         if layer.slot is not None:
             if layer.place in adapted:
                 continue
-            tied = find_tied(selection.view, layer, exclude)
+            tied = find_tied(selection.view, layer, layer.config.exclude)
             adapted.update(tied.values())
             r = 1
             if not layer.is_new_rows:
