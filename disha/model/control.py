@@ -86,11 +86,12 @@ def adapters_active(model: nn.Module, names: str | Sequence[str]) -> AbstractCon
         >>> torch.equal(with_a, model(x))  # "b" is the active one
         False
     """
-
-    def choose(view: ModelView) -> Override:
-        return check_names(view, names)
-
-    return _context("adapters_active", "choose the acting adapters", model, choose)
+    return _context(
+        "adapters_active",
+        "choose the acting adapters",
+        model,
+        lambda view: check_names(view, names),
+    )
 
 
 def adapters_disabled(model: nn.Module) -> AbstractContextManager[None]:
@@ -119,11 +120,7 @@ def adapters_disabled(model: nn.Module) -> AbstractContextManager[None]:
         ...     print(torch.equal(model(x), before))
         True
     """
-
-    def choose(view: ModelView) -> Override:
-        return ()
-
-    return _context("adapters_disabled", "disable adapters", model, choose, disables=True)
+    return _context("adapters_disabled", "disable adapters", model, lambda view: (), disables=True)
 
 
 def _context(
