@@ -82,9 +82,10 @@ def test_too_few_functions(tmp_path):
         demo.docstring_pairs(tmp_path)
 
 
-def test_its_flags_are_defaults():
-    adapter, _, training = parse_flags([*demo.demo_words(), "--max_steps", "7"])
-    assert adapter.base.endswith(".gguf")
+def test_its_flags_are_defaults(tiny):
+    flag, file, *words = demo.demo_words()
+    assert (flag, Path(file).suffix) == ("--base", ".gguf")
+    _, _, training = parse_flags([flag, str(tiny), *words, "--max_steps", "7"])
     assert (training.max_steps, training.max_length, training.eval_steps) == (7, 128, 100)
 
 
