@@ -11,7 +11,7 @@ import gc
 import itertools
 import json
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,14 +25,13 @@ from torch.distributed.algorithms.ddp_comm_hooks.debugging_hooks import noop_hoo
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
-from transformers import AttentionInterface, AutoModelForCausalLM, LlamaConfig, MixtralConfig
+from transformers import AttentionInterface, LlamaConfig, MixtralConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import disha
-from benchmarks import four_bits
 from benchmarks.markdown import NOTHING, table
 from benchmarks.memory import allocated_peak
-from benchmarks.simulation import make_without_values, memory_modes, step_memory
+from benchmarks.simulation import make_base, memory_modes, step_memory
 from benchmarks.steps import full_step
 
 # Transformers makes a mask for a fake batch that it would not make for a real one without padding.
@@ -106,22 +105,7 @@ def pretend_group(ranks: int) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def make_simulated(config: Any, bits: int) -> Any:
-    """Return a base without values."""
-    return make_without_values(config, bits, ATTENTION)
-
-
-def make_real(config: Any, bits: int) -> Any:
-    """Return a base with values."""
-    model = AutoModelForCausalLM.from_config(config, attn_implementation=ATTENTION)
-    if bits == 4:
-        four_bits.quantize(model, model.dtype)
-        model.is_loaded_in_4bit = True  # PEFT asks
-    return model
-
-
 def make_step(
-    make_base: Callable[[Any, int], Any],
     ranks: int,
     name: str,
     adapter: str,
@@ -131,7 +115,7 @@ def make_step(
     r: int,
 ) -> tuple[Any, torch.optim.Optimizer]:
     """Return a model with an adapter, on its ranks, and an optimizer."""
-    model = make_base(CONFIGS[name], bits).train()
+    model = make_base(CONFIGS[name], bits, ATTENTION).train()
     if recompute:
         model.activation_checkpointing_enable()
     layers = [one for one in model.modules() if type(one).__name__.endswith("DecoderLayer")]
@@ -153,7 +137,7 @@ def simulated(ranks: int, rows: int, tokens: int, *of_model: Any) -> dict[str, i
     ids = torch.zeros(rows, tokens, dtype=torch.long)
     with pretend_group(ranks):
         with fake, tracker:
-            model, optimizer = make_step(make_simulated, ranks, *of_model)
+            model, optimizer = make_step(ranks, *of_model)
             gc.collect()  # what was quantised is in cycles
         return step_memory(model, optimizer, lambda: model(input_ids=ids, labels=ids).loss, modes)
 
@@ -162,7 +146,7 @@ def real(rank: int, ranks: int, file: str, found: Any, *of_model: Any) -> None:
     """Measure a step of a small model on a rank."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=ranks)
-    model, optimizer = make_step(make_real, ranks, *of_model)
+    model, optimizer = make_step(ranks, *of_model)
     ids = torch.zeros(8, 256, dtype=torch.long)
     step = full_step(lambda: model(input_ids=ids, labels=ids).loss, optimizer)
     step()

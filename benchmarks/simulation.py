@@ -81,8 +81,8 @@ def step_memory(
     }
 
 
-def make_without_values(config: Any, bits: int, attn_implementation: str) -> PreTrainedModel:
-    """Return a base in its dtype, or in 4 bits. To be called in a mode without values."""
+def make_base(config: Any, bits: int, attn_implementation: str) -> PreTrainedModel:
+    """Return a base in its dtype, or in 4 bits. In a mode without values, it has none."""
     made: Any = AutoModelForCausalLM
     dtype = config.dtype
     model = made.from_config(config, dtype=dtype, attn_implementation=attn_implementation).eval()
@@ -97,7 +97,7 @@ def make_without_values(config: Any, bits: int, attn_implementation: str) -> Pre
 
 
 def _quantize(linear: nn.Linear, dtype: torch.dtype) -> nn.Module:
-    """Return a linear layer without values in 4 bits."""
+    """Return a linear layer in 4 bits."""
     sizes = linear.in_features, linear.out_features, linear.bias is not None
     with unset_fake_temporarily():  # the class of its weight holds no fake tensor
         quantize_4bit(torch.zeros(64), compress_statistics=True)  # makes a map that is kept

@@ -13,11 +13,11 @@ import torch.distributed as dist
 from torch import nn
 
 import disha
-from benchmarks.four_bits import quantize
 from disha.model.computed_weights import computed_weights
 from disha.model.view import ModelView
 from tests import language_models
 from tests.distributed.harness import own_part
+from tests.four_bits import quantize
 from tests.processes import RANKS
 
 STAGES = (2, 3)

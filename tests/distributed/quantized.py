@@ -15,12 +15,12 @@ from torchao.quantization import Int8WeightOnlyConfig, quantize_, to_nf4
 from transformers import Trainer, TrainingArguments
 
 import disha
-from benchmarks.four_bits import quantize
 from disha.finetune.base import load_base
 from disha.integrations.transformers import AdapterCheckpoints
 from disha.interop import lora
 from tests.distributed.harness import own_part
 from tests.finetune.tiny_models import write_model
+from tests.four_bits import quantize
 from tests.processes import RANKS
 from tests.reference import METHODS
 from tests.whole.test_experts import build, tokens

@@ -10,10 +10,10 @@ from bitsandbytes.nn.parametrize import Bnb4bitParametrization, replace_paramete
 from torch import nn
 
 import disha
-from benchmarks.four_bits import quantize_stacks, share
 from disha import MergeError, TargetError
 from disha.interop import lora
 from tests.conftest import Made, perturb, seed_torch
+from tests.four_bits import mixtral, quantize, quantize_stacks, step_bytes
 from tests.functional.updates import bone_delta
 from tests.reference import KINDS
 from tests.whole.test_experts import IMPLEMENTATIONS, build, options_of, tokens
@@ -137,4 +137,4 @@ def test_a_matrix_of_a_declared_layout():
 
 
 def test_a_step_needs_two_fifths_of_the_memory_of_16_bits():
-    assert share() <= 0.4
+    assert step_bytes(quantize(mixtral())) <= 0.4 * step_bytes(mixtral())
