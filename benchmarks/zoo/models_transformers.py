@@ -39,65 +39,52 @@ BATCH, LENGTH = 2, 12
 
 RULES: tuple[tuple[str, int], ...] = (
     (r"(embed(ding)?|hidden|model|projection|embd|emb|proj|decoder|encoder|output|out_hidden|"
-     r"attention_hidden|d)_(size|dim|model)|dim|width|n_embd|hidden_size_\w+|\w+_hidden_size|"
-     r"\w+_embed_dim|\w+_hidden_dim|embed_dims?|attention_dim|d_embed|pooler_output_size|"
-     r"image_text_hidden_size|query_dim_size|lru_width|\w+_projection_dim|"
-     r"output_dim|embedding_size|entity_emb_size|adapter_out_dim|channels_dim|"
-     r"decoder_hidden_dim|hidden_channels|out_dim|embedding_dim", WIDTH),
-    (r"(\w+_)?intermediate_(size|dim)|(\w+_)?ffn_(dim|size|hidden_size)|mlp_dim|d_ff|n_inner|"
-     r"inner_dim|feed_forward_(dim|size)|(\w+_)?ffn_hidden_size|(\w+_)?dim_feedforward|"
-     r"feedforward_size|(\w+_)?mlp_hidden_size|expert_ffn_hidden_size", INNER),
-    (r"(num_|n_|\w+_)?(attention_)?heads?|\w+_attention_heads|n_heads?|num_heads|"
-     r"\w+_num_heads|num_\w+_heads|num_qo_heads", HEADS),
-    (r"(\w+_)?num_key_value_heads|num_kv_heads|n_head_kv|multi_query_group_num|"
-     r"\w+_key_value_heads|num_global_key_value_heads|attention_kv_heads", KV_HEADS),
-    (r"(\w+_)?head_dim|d_kv|d_head|dim_head|\w+_dim_head|kv_channels|global_head_dim|"
-     r"qk_nope_head_dim|v_head_dim|\w+_head_size|head_size", HEAD),
+     r"attention_hidden|d)_(size|dim|model)|"
+     r"dim|n_embd|hidden_size_\w+|\w+_hidden_size|\w+_embed_dim|\w+_hidden_dim|"
+     r"pooler_output_size|lru_width|entity_emb_size|adapter_out_dim", WIDTH),
+    (r"(\w+_)?intermediate_(size|dim)|(\w+_)?ffn_(dim|size|hidden_size)|mlp_dim|d_ff|"
+     r"feed_forward_(dim|size)|(\w+_)?dim_feedforward|(\w+_)?mlp_hidden_size", INNER),
+    (r"(num_|n_|\w+_)?(attention_)?heads?", HEADS),
+    (r"(\w+_)?num_key_value_heads|num_kv_heads", KV_HEADS),
+    (r"(\w+_)?head_dim|d_kv|d_head|dim_head|\w+_dim_head|kv_channels|\w+_head_size", HEAD),
     (r"qk_rope_head_dim|rotary_dim", 8),
     (r"qk_head_dim", HEAD + 8),
-    (r"(num_|n_)?(hidden_)?layers?|(num_)?(encoder|decoder)_(hidden_)?layers|"
-     r"num_(encoder|decoder|\w+)_layers|(\w+_)?num_hidden_layers|depth|\w+_depth|\w+_num_layers|"
-     r"\w+_layers|num_blocks|encoder_num_blocks|num_hidden_blocks", LAYERS),
-    (r"(\w+_)?vocab(ulary)?_size|\w+_vocab_size|num_embeddings|vocab_size_per_layer_input",
-     VOCABULARY),
-    (r"(num|n|moe_num|num_local|n_routed|num_routed)_(local_|routed_)?experts|moe_num_experts|"
-     r"encoder_num_experts|decoder_num_experts|router_num_experts|ffn_num_experts", EXPERTS),
-    (r"num_experts_per_tok(en)?|moe_topk|moe_top_k|moe_k|top_k_experts|router_topk|num_selected_"
-     r"experts|experts_per_token|num_experts_per_token", PER_TOKEN),
+    (r"(num_|n_)?(hidden_)?layers?|depth|\w+_depth|\w+_layers|num_blocks", LAYERS),
+    (r"(\w+_)?vocab(ulary)?_size|num_embeddings|vocab_size_per_layer_input", VOCABULARY),
+    (r"(num|n|moe_num|num_local|n_routed|num_routed)_(local_|routed_)?experts", EXPERTS),
+    (r"num_experts_per_tok(en)?|moe_topk|moe_top_k|moe_k", PER_TOKEN),
     (r"num_shared_experts|n_shared_experts|moe_num_shared_experts", 1),
-    (r"n_group|topk_group|num_expert_group|num_limited_groups", 1),
-    (r"\w*lora_rank|mamba_d_head|mamba_head_dim|mamba_d_state|ssm_state_size|state_size|"
-     r"num_mel_bins|(proj_)?codevector_dim|num_conv_pos_embeddings|classifier_proj_size|"
-     r"xvector_output_dim|coordinate_size|shape_size", 16),
-    (r"first_k_dense_replace|decoder_sparse_step|moe_layer_interval|expert_layer_period|"
-     r"num_dense_layers|moe_layer_freq", 1),
-    (r"max_position_embeddings|n_positions|max_(source|target)_positions|max_seq_len\w*|"
-     r"seq_length|\w+_max_position_embeddings", 128),
-    (r"image_size|img_size|input_size|(\w+_)?image_size|pretrain_image_size|crop_size", IMAGE),
+    (r"n_group|topk_group|num_expert_group", 1),
+    (r"\w*lora_rank|mamba_d_head|mamba_head_dim|mamba_d_state|ssm_state_size|"
+     r"state_size|num_mel_bins|(proj_)?codevector_dim|num_conv_pos_embeddings|"
+     r"classifier_proj_size|xvector_output_dim|coordinate_size|shape_size", 16),
+    (r"first_k_dense_replace|decoder_sparse_step|moe_layer_interval|"
+     r"expert_layer_period|num_dense_layers", 1),
+    (r"max_position_embeddings|n_positions|max_(source|target)_positions|"
+     r"max_seq_len\w*|\w+_max_position_embeddings", 128),
+    (r"img_size|input_size|(\w+_)?image_size|crop_size", IMAGE),
     (r"patch_size", PATCH),
-    (r"sliding_window|attention_window_size|local_attention_window|sliding_window_size|"
-     r"mamba_n_heads|mamba_num_heads|mamba_chunk_size|chunk_size|chunk_length|time_step_rank|"
-     r"num_queries|num_query_tokens|num_object_queries|num_latents|resampler_n_latents|"
+    (r"sliding_window|attention_window_size|sliding_window_size|mamba_n_heads|"
+     r"mamba_num_heads|mamba_chunk_size|chunk_size|chunk_length|time_step_rank|"
+     r"num_queries|num_query_tokens|num_latents|resampler_n_latents|"
      r"resampler_num_latents", 8),
-    (r"linear_(key|value)_head_dim|index_head_dim|swa_head_dim|kda_head_dim", HEAD),
+    (r"linear_(key|value)_head_dim|index_head_dim|swa_head_dim", HEAD),
     (r"linear_num_key_heads|index_n_heads|linear_num_heads", KV_HEADS),
     (r"linear_num_value_heads", HEADS),
-    (r"index_topk|num_denoising|num_codebooks|num_quantizers|num_residual_quantizers|"
-     r"mm_tokens_per_image", 4),
+    (r"index_topk|num_denoising|num_codebooks|num_quantizers|mm_tokens_per_image", 4),
     (r"mamba_d_ssm", 128),
-    (r"num_feature_levels|num_labels", 3),
     (r"codebook_size|num_codevectors_per_group", 32),
     (r"num_conv_pos_embedding_groups|num_frames", 2),
     (r"upsample_initial_channel|num_position_embeddings|d_latents|latent_dim", 64),
     (r"query_pre_attn_scalar", HEAD),
-    (r"image_seq_length|image_seq_len", (IMAGE // PATCH) ** 2),
+    (r"image_seq_length", (IMAGE // PATCH) ** 2),
 )  # fmt: skip
 
 KEPT = re.compile(
     r"num_(channels|register_tokens|labels|nextn_predict_layers|feature_levels|kv_shared_layers)"
     r"|.*_(std|eps|scale|dropout|ratio|stride|kernel|layerdrop|bias|act|loss|coefficient)"
-    r"|chunk_size_feed_forward|output_hidden_states|vision_feature_layer|num_adapter_layers"
-    r"|cross_attention_frequency|downsample_factor|subsampling_factor|.*deepstack.*|use_.*"
+    r"|chunk_size_feed_forward|vision_feature_layer|num_adapter_layers"
+    r"|cross_attention_frequency|downsample_factor|subsampling_factor"
 )
 """Fields that no rule may change."""
 
