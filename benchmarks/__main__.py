@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch
 from benchmarks.experts import experts
 from benchmarks.layers import few_tokens, groups, layer_step, loras
 from benchmarks.memory import memory
-from benchmarks.results import describe, write_results
+from benchmarks.results import describe, measure
 from benchmarks.routed import routed
 from benchmarks.start_up import start_up
 from benchmarks.whole_model import model_step
@@ -32,8 +32,8 @@ TABLES: Mapping[str, Callable[[torch.device], list[dict[str, Any]]]] = {
 }
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure the tables that the command line names."""
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure the tables that the command line names, and return 1 if one failed."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument(
         "--only", nargs="+", choices=list(TABLES), metavar="TABLE", help=f"of: {', '.join(TABLES)}"
@@ -41,14 +41,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("bench-output/results.json"))
     asked = parser.parse_args(arguments)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    results = describe(device)
-    for name in asked.only or TABLES:
-        started = time.perf_counter()
-        results["tables"][name] = TABLES[name](device)
-        results["table_seconds"][name] = time.perf_counter() - started
-        write_results(asked.out, results)  # a run that is stopped keeps the tables it has
-        print(f"{name}: {results['table_seconds'][name]:.0f} s", flush=True)
-    print(f"results: {asked.out}")
+    tables = {name: partial(TABLES[name], device) for name in asked.only or TABLES}
+    return measure(tables, describe(device), asked.out)
 
 
 if __name__ == "__main__":

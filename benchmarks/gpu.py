@@ -21,14 +21,12 @@ fails, such as a candidate that does not fit the memory, is noted with its reaso
 from __future__ import annotations
 
 import argparse
-import gc
 import json
-import re
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,8 +35,8 @@ import torch
 from benchmarks.candidates import BASE
 from benchmarks.layers import Size, layer_case
 from benchmarks.protocol import Budget, R, slow_dtypes
-from benchmarks.race import Race, reason
-from benchmarks.results import describe, write_results
+from benchmarks.race import Race
+from benchmarks.results import describe, measure
 from benchmarks.roofline import Linear, measured_rates
 from benchmarks.whole_model import ModelRun, model_case, write_model
 
@@ -48,10 +46,6 @@ REPORTED = ("losses", "training_losses", "seconds", "steps", "proof", "parameter
 SETTINGS = ("bits", "bf16", "fp16", "learning_rate", "max_length", "per_device_train_batch_size",
             "gradient_checkpointing", "r")  # fmt: skip
 """What is kept of the report of a fine-tuning."""
-COUNTED = ("passed", "failed", "error", "skipped")
-NOT_PASSED = ("FAILED ", "ERROR ")
-"""How the lines begin in which pytest names such tests."""
-
 Case = dict[str, Any]
 
 
@@ -68,6 +62,8 @@ class Sizes(NamedTuple):
     """Rows, tokens of a row, decoder layers."""
     steps: int
     """Of the fine-tuning."""
+    rows: int | None
+    """Of the demo, for the fine-tuning; all if None."""
     budget: Budget
     times: int
     """Forwards of few tokens in a measurement."""
@@ -84,6 +80,7 @@ FULL = Sizes(
     copies=8,
     model=(8, 1024, 30),
     steps=200,
+    rows=None,
     budget=Budget(5.0, least_rounds=20, most_rounds=200, warm_up=5),
     times=10,
     warm_seconds=1.0,
@@ -98,6 +95,7 @@ TINY = Sizes(
     copies=2,
     model=(2, 16, 1),
     steps=2,
+    rows=16,
     budget=Budget(0.0, least_rounds=15, warm_up=3),
     times=2,
     warm_seconds=0.0,
@@ -122,26 +120,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("name no card in --device; set CUDA_VISIBLE_DEVICES")
     sizes = TINY if asked.tiny or asked.device.type == "cpu" else FULL
     results = describe(asked.device) | {"sizes": sizes.name, "accelerator": about(asked.device)}
-    results["failed"] = {}
-    for name in asked.only:
-        started = time.perf_counter()
-        try:
-            for case in TABLES[name](asked.device, sizes):
-                results["tables"].setdefault(name, []).append(case)
-                write_results(asked.out, results)  # a run that ends here keeps what it has
-        except Exception as error:
-            results["failed"][name] = reason(error)
-        release(asked.device)
-        results["table_seconds"][name] = time.perf_counter() - started
-        write_results(asked.out, results)
-        print(f"{name}: {results['table_seconds'][name]:.0f} s", flush=True)
-    print(f"results: {asked.out}")
-    failed = [f"{name} failed: {why}" for name, why in results["failed"].items()]
-    for case in results["tables"].get("tests", ()):
-        failed += case["not_passed"]
-    for line in failed:
-        print(line, file=sys.stderr)
-    return 1 if failed else 0
+    tables = {name: partial(TABLES[name], asked.device, sizes) for name in asked.only}
+    return measure(tables, results, asked.out)
 
 
 def default_device() -> torch.device:
@@ -164,16 +144,6 @@ def about(device: torch.device) -> dict[str, Any]:
     }
 
 
-def release(device: torch.device) -> None:
-    """Give memory back that nothing holds any more, the compiler's too."""
-    torch._dynamo.reset()
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-    if device.type == "mps":
-        torch.mps.empty_cache()
-
-
 def dtype_of(device: torch.device) -> torch.dtype:
     """Return bfloat16, or float32 for a processor that has no instructions for it."""
     slow = slow_dtypes({torch.bfloat16}, device)
@@ -184,24 +154,15 @@ def dtype_of(device: torch.device) -> torch.dtype:
 
 
 def tests(device: torch.device, sizes: Sizes) -> Iterator[Case]:
-    """Run the tests for accelerators, and count them by how they end."""
+    """Run the tests for accelerators, and return what pytest says in the end."""
     words = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *sizes.tests]
     run = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
     print(run.stdout[-4000:], run.stderr[-4000:], flush=True)
-    yield count_tests(run.stdout)
-
-
-def count_tests(output: str) -> Case:
-    """Return the numbers in the last line of pytest, and the lines of tests that did not pass."""
-    lines = output.strip().splitlines()
-    last = lines[-1].strip("= ")
-    found = {word: int(number) for number, word in re.findall(r"(\d+) ([a-z]+?)s?\b", last)}
-    counts: Case = {word: found.get(word, 0) for word in COUNTED}
-    return {
-        **counts,
-        "said": last,
-        "not_passed": [one for one in lines if one.startswith(NOT_PASSED)],
-    }
+    lines = run.stdout.strip().splitlines()
+    not_passed = [line for line in lines if line.startswith(("FAILED ", "ERROR "))]
+    yield {"said": lines[-1].strip("= ") if lines else "nothing", "not_passed": not_passed}
+    if run.returncode:
+        raise RuntimeError(f"pytest ended with the code {run.returncode}")
 
 
 # --- layers and a model --------------------------------------------------------------------------
@@ -226,7 +187,6 @@ def step(device: torch.device, sizes: Sizes) -> Iterator[Case]:
             case = layer_case(size, "step", race, device, memory=True)
             case["rates"] = measured_rates([layer], tokens, sizes.r, dtype, device, budget)
             yield case
-            release(device)
 
 
 def decoding(device: torch.device, sizes: Sizes) -> Iterator[Case]:
@@ -239,7 +199,6 @@ def decoding(device: torch.device, sizes: Sizes) -> Iterator[Case]:
         for tokens in sizes.few_tokens:
             size = Size(layer.in_features, tokens, dtype, layer.out_features, sizes.r)
             yield layer_case(size, "forward", race, device, copies=sizes.copies)
-            release(device)
 
 
 def model(device: torch.device, sizes: Sizes) -> Iterator[Case]:
@@ -262,7 +221,7 @@ def finetune(device: torch.device, sizes: Sizes) -> Iterator[Case]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         words = ["--base", str(write_model(folder / "model", sizes is TINY))]
-        words += ["--data", str(write_rows(folder / "rows.jsonl", sizes is TINY))]
+        words += ["--data", str(write_rows(folder / "rows.jsonl", sizes.rows))]
         words += ["--eval_split", "train[:64]", "--output_dir", str(folder / "output")]
         words += ["--r", str(sizes.r), "--max_steps", str(sizes.steps)]
         words += ["--samples", "0", "--disable_tqdm", "true"]
@@ -290,15 +249,11 @@ def model_title(sizes: Sizes) -> str:
     return "a tiny Llama" if sizes is TINY else "SmolLM2-135M"
 
 
-def write_rows(file: Path, tiny: bool) -> Path:
-    """Write the rows of the demo, or a few; return the file."""
+def write_rows(file: Path, count: int | None) -> Path:
+    """Write the first rows of the demo, or all; return the file."""
     from docs.demo import docstring_pairs
 
-    if tiny:
-        rows = [{"query": f"say {number}", "response": str(number)} for number in range(16)]
-    else:
-        rows = [pair._asdict() for pair in docstring_pairs()]
-    lines = [json.dumps(row) + "\n" for row in rows]
+    lines = [json.dumps(pair._asdict()) + "\n" for pair in docstring_pairs()[:count]]
     file.write_text("".join(lines), encoding="utf-8")
     return file
 

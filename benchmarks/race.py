@@ -10,6 +10,7 @@ from torch import nn
 
 from benchmarks.memory import allocated_peak
 from benchmarks.protocol import COMPILED, Budget, compare
+from benchmarks.results import reason
 from benchmarks.steps import TrainingStep, check_gradients
 from benchmarks.timers import Run, Timer, timer_of, warm
 
@@ -85,9 +86,3 @@ def peak_of(run: Run, device: torch.device) -> int | None:
     if isinstance(run, TrainingStep):
         run.clear()
     return allocated_peak(run, device)
-
-
-def reason(error: Exception) -> str:
-    """Return the first line of an error."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0] if lines else ''}"

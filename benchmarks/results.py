@@ -1,14 +1,17 @@
-"""The file of results: the measurements, the machine and the versions."""
+"""The file of results: the measurements, the machine and the versions; and how it is filled."""
 
 from __future__ import annotations
 
 import datetime
+import gc
 import importlib.metadata
 import json
 import os
 import platform
 import re
-from collections.abc import Iterable, Mapping
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +46,46 @@ def describe(device: torch.device) -> dict[str, Any]:
         "tables": {},
         "table_seconds": {},
     }
+
+
+def measure(
+    tables: Mapping[str, Callable[[], Iterable[Mapping[str, Any]]]],
+    results: dict[str, Any],
+    path: Path,
+) -> int:
+    """Measure tables into a file; return 1 if one failed. It is noted why, and the rest goes on."""
+    results["failed"] = {}
+    for name, make in tables.items():
+        started = time.perf_counter()
+        try:
+            for case in make():
+                results["tables"].setdefault(name, []).append(case)
+                write_results(path, results)  # a run that ends here keeps what it has
+                release()
+        except Exception as error:
+            results["failed"][name] = reason(error)
+            release()
+        results["table_seconds"][name] = time.perf_counter() - started
+        write_results(path, results)
+        print(f"{name}: {results['table_seconds'][name]:.0f} s", flush=True)
+    for name, why in results["failed"].items():
+        print(f"{name} failed: {why}", file=sys.stderr)
+    print(f"results: {path}")
+    return 1 if results["failed"] else 0
+
+
+def release() -> None:
+    """Give memory back that nothing holds any more, the compiler's too."""
+    torch._dynamo.reset()
+    gc.collect()
+    if torch.accelerator.is_available():
+        torch.accelerator.empty_cache()
+
+
+def reason(error: Exception) -> str:
+    """Return the first line of an error."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"
 
 
 def dtype_text(dtype: torch.dtype) -> str:

@@ -114,19 +114,17 @@ def test_a_candidate_that_fails_leaves_the_others():
     assert failed == dict.fromkeys(("b", "b" + COMPILED), "RuntimeError: out of memory")
 
 
-def test_tests_are_counted_by_how_they_end():
-    said = "1 failed, 5 passed, 1 skipped, 3 warnings, 2 errors in 3.42s"
-    found = gpu.count_tests(f"...s.F\nFAILED tests/x.py::test_a - no\n== {said} ==\n")
-    assert found == {"passed": 5, "failed": 1, "error": 2, "skipped": 1, "said": said,
-                     "not_passed": ["FAILED tests/x.py::test_a - no"]}  # fmt: skip
-    assert "FAILED tests/x.py::test_a - no" in speed.tests([found])
-
-
 def test_a_test_that_fails_makes_the_command_fail(monkeypatch, tmp_path):
-    case = gpu.count_tests("FAILED tests/x.py::test_a\n1 failed in 1.00s\n")
-    monkeypatch.setitem(gpu.TABLES, "tests", lambda device, sizes: [case])
-    words = ["--only", "tests", "--device", "cpu", "--out", str(tmp_path / "gpu.json")]
-    assert gpu.main(words) == 1
+    said = "FAILED tests/x.py::test_a - no\n== 1 failed, 5 passed in 3.42s ==\n"
+    ended = SimpleNamespace(stdout=said, stderr="", returncode=1)
+    monkeypatch.setattr(gpu.subprocess, "run", lambda *given, **named: ended)
+    path = tmp_path / "gpu.json"
+    assert gpu.main(["--only", "tests", "--device", "cpu", "--out", str(path)]) == 1
+    found = read_results(path)
+    assert found["failed"] == {"tests": "RuntimeError: pytest ended with the code 1"}
+    shown = speed.tests(found["tables"]["tests"])
+    assert "| `pytest -m cuda` | 1 failed, 5 passed in 3.42s |" in shown
+    assert "FAILED tests/x.py::test_a - no" in shown
 
 
 def test_the_cases_before_one_that_fails_are_kept(monkeypatch, tmp_path):
