@@ -28,7 +28,9 @@ def load_tokenizer(name: str, notes: Mapping[str, str]) -> tuple[PreTrainedToken
         tokenizer.eos_token = notes[EOS_KEY]
     known = {str(token) for token in tokenizer.added_tokens_decoder.values()}
     tokens = [token for token in read_noted_tokens(notes) if token not in known]
-    return tokenizer, tokenizer.add_tokens(tokens)
+    size = len(tokenizer)
+    tokenizer.add_tokens(tokens)  # it also counts words that the vocabulary has
+    return tokenizer, len(tokenizer) - size
 
 
 def template_at(name: str) -> str:

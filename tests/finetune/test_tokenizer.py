@@ -1,7 +1,11 @@
+import json
 import shutil
 
 import pytest
+import torch
 
+from disha.finetune.base import load_base
+from disha.finetune.notes import TOKENS_KEY
 from disha.finetune.tokenizer import load_tokenizer, template_at
 from tests.finetune.tiny_models import CHATML, tokenizer
 
@@ -30,3 +34,13 @@ def test_a_chat_template_with_the_line_ends_of_windows(tmp_path):
         words.chat_template = template_at(str(path))
         prompts.append(words.apply_chat_template(turns, tokenize=False))
     assert prompts == ["user\nsay two\nassistant\ntwo two\n"] * 2
+
+
+def test_a_new_token_that_the_vocabulary_has_changes_no_other_row(tiny):
+    plain = "Ò"
+    before, words = load_base(str(tiny))
+    assert plain in words.get_vocab()
+    after, words = load_base(str(tiny), notes={TOKENS_KEY: json.dumps([plain, "<think>"])})
+    rows = before.get_input_embeddings().weight
+    assert torch.equal(after.get_input_embeddings().weight[: len(rows)], rows)
+    assert words.convert_tokens_to_ids("<think>") == len(rows)
