@@ -104,7 +104,7 @@ def measure_again(model: Any, tokenizer: Any, rows: Dataset, training: SFTConfig
     trainer = Trainer(
         model,
         training,
-        train_dataset=rows,
+        train_dataset=rows,  # trl wants some, also where none are trained
         eval_dataset=rows,
         processing_class=tokenizer,
         callbacks=[AdapterCheckpoints(model)],
@@ -129,10 +129,10 @@ def require_same(trained: float, loaded: float, path: Path) -> None:
 def _questions(rows: Dataset) -> Iterator[tuple[list[int], list[int]]]:
     """Give the rows that begin with a question, each as its tokens and those learned."""
     for row in rows:
-        learned = [label for label in row["labels"] if label != -100]
-        start = row["labels"].index(learned[0])
+        learned = [position for position, label in enumerate(row["labels"]) if label != -100]
+        start = learned[0] if learned else 0  # a packed row may have nothing to learn
         if start:
-            yield row["input_ids"][:start], learned
+            yield row["input_ids"][:start], [row["labels"][position] for position in learned]
 
 
 def _answer(model: Any, tokenizer: Any, question: Sequence[int]) -> str:
@@ -190,7 +190,7 @@ disha generate --adapter adapter.safetensors --prompt 'a question'
 disha merge {{ settings.base }} adapter.safetensors merged
 {%- endif %}
 ```
-{%- if not is_gguf %}
+{%- if not (is_gguf or settings.new_tokens) %}
 
 ```python
 import disha

@@ -6,7 +6,8 @@ import copy
 import math
 import sys
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 from unittest.mock import patch
 
@@ -43,27 +44,34 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
 
     def compute_loss(self, *given: Any, **named: Any) -> Any:
         """Return the loss; on a processor, only learned positions are scored."""
-        if self.args.device.type != "cpu":
-            return super().compute_loss(*given, **named)
-        with score_learned_positions():
+        on_processor = self.args.device.type == "cpu"
+        with score_learned_positions() if on_processor else nullcontext():
             return super().compute_loss(*given, **named)
 
     def _prepare_dataset(
         self, rows: Any, words: Any, args: Any, packing: bool, formatting: Any, name: str
     ) -> Any:
-        """Prepare the rows before trl cuts or packs them, to count those that are left."""
+        """Prepare the rows, let trl cut them, and then pack them, so that what is lost is told."""
+        prepare = partial(
+            super()._prepare_dataset,
+            processing_class=words,
+            formatting_func=formatting,
+            dataset_name=name,
+        )
         limit = args.max_length
         whole = copy.copy(args)
         whole.max_length = None
         whole.shuffle_dataset = False
-        complete = super()._prepare_dataset(rows, words, whole, False, formatting, name)
-        fitting = super()._prepare_dataset(complete, words, args, packing, formatting, name)
+        complete = prepare(rows, args=whole, packing=False)
+        if packing and args.packing_strategy != "bfd":  # the others lose no token
+            self.rows[name] = len(complete)
+            return prepare(complete, args=args, packing=True)
+        # trl does not do again what is done in these rows: it only cuts them.
+        fitting = prepare(complete, args=args, packing=False)
         if not fitting:
             raise ArgumentError(f"no row has something to learn in {limit} tokens")
-        self.rows[name] = len(complete if packing else fitting)
-        if packing or limit is None:
-            return fitting
-        cut = sum(len(ids) > limit for ids in complete["input_ids"])
+        self.rows[name] = len(fitting)
+        cut = 0 if limit is None else sum(len(ids) > limit for ids in complete["input_ids"])
         if cut and args.process_index == 0:
             left_out = len(complete) - len(fitting)
             print(
@@ -71,15 +79,15 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
                 f"{left_out:,} left out, because nothing to learn is in what is left",
                 file=sys.stderr,
             )
-        return fitting
+        return prepare(fitting, args=args, packing=True) if packing else fitting
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         if self.args.train_sampling_strategy != "group_by_length":
             return super()._get_train_sampler(train_dataset)
-        batch = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        rows_of_rank = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        rows_of_step = rows_of_rank * self.args.world_size
         lengths = [len(ids) for ids in self.train_dataset["input_ids"]]
-        size = batch * self.args.world_size
-        sampler = _ByLength(size, lengths=lengths, generator=torch.Generator())
+        sampler = _ByLength(rows_of_step, lengths=lengths, generator=torch.Generator())
         sampler.trainer = self
         return sampler
 

@@ -121,14 +121,15 @@ def test_a_terminal_has_one_bar(tiny, data, tmp_path):
     assert {losses["step"] for losses in losses_of(lines)} == {0, 2, 4}
 
 
-def test_rows_that_are_cut_or_left_out_are_counted(finetune, tiny, tmp_path, capsys):
+@pytest.mark.parametrize("packing", [[], ["--packing"]])
+def test_rows_that_are_cut_or_left_out_are_counted(finetune, tiny, tmp_path, capsys, packing):
     rows = [{"query": "q", "response": "a" * n} for n in (2, 2, 40)]
     path = write_rows(tmp_path / "rows.jsonl", [*rows, {"query": "q" * 40, "response": "a"}])
     told = (
         "of 4 rows, 2 cut to 10 tokens, and 1 left out, because nothing to learn is in what is left"
     )
     words = ["--max_length", "10", "--data", str(path)]
-    finetune(tmp_path / "out", *words)
+    finetune(tmp_path / "out", *words, *packing)
     assert capsys.readouterr().err.count(told) == 2  # to train on, and to measure on
     exact = ["--exact_match", "--max_new_tokens", "1"]
     assert disha_command(["evaluate", "--base", str(tiny), *words, *exact, "--json"]) == 0
