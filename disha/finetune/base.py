@@ -30,12 +30,19 @@ def load_base(
     device: torch.device | None = None,
     notes: Mapping[str, str] = MappingProxyType({}),
     attn_implementation: str | None = None,
+    *,
+    has_values: bool = True,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Return a base in evaluation mode and its tokenizer; `bits` is one of `BITS`, or `auto`.
 
-    `notes` are those of an adapter file: its chat template, and the tokens that it has added.
+    `notes` are those of an adapter file: its chat template, and the tokens that it has added. A
+    base without values takes no memory: its weights are not read.
     """
-    model = _load_model(name, bits, device, attn_implementation)
+    if has_values:
+        model = _load_model(name, bits, device, attn_implementation)
+    else:
+        model = make_on_meta(name)
+        _give_memory(model)
     tokenizer, added = load_tokenizer(name, notes)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -73,17 +80,6 @@ def _load_model(
     return model
 
 
-def load_without_values(
-    name: str, notes: Mapping[str, str]
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Return a base whose weights are not read, and take no memory, and its tokenizer."""
-    tokenizer, added = load_tokenizer(name, notes)
-    model = make_on_meta(name)
-    _give_memory(model)
-    fit_to_tokenizer(model, tokenizer, added)
-    return model, tokenizer
-
-
 def make_on_meta(name: str) -> PreTrainedModel:
     """Return a base by its configuration, on the meta device."""
     source, options = source_of(name)
@@ -95,8 +91,8 @@ def make_on_meta(name: str) -> PreTrainedModel:
 def _give_memory(model: PreTrainedModel) -> None:
     """Give parameters on the meta device memory without values; pages are taken when written to.
 
-    accelerate tells the parameters of an optimizer apart by their addresses, and then takes the
-    values of the first rank.
+    A trainer moves the model, and accelerate tells its parameters apart by their addresses, before
+    they get the values of the first rank.
     """
     model._apply(  # type: ignore[no-untyped-call]
         lambda held: torch.empty_like(held, device="cpu") if held.is_meta else held

@@ -40,7 +40,7 @@ def has_bfloat16(kind: str) -> bool:
 
 
 def choose(
-    kind: str, has_bfloat16: bool, plan: Plan | None, given: Mapping[str, Any]
+    kind: str, computes_bfloat16: bool, plan: Plan | None, given: Mapping[str, Any]
 ) -> dict[str, Choice]:
     """Return the settings of a run on a kind of device, by the names of their flags.
 
@@ -52,7 +52,7 @@ def choose(
         recomputes = Choice(False, "a processor has more memory than time")
     else:
         bits = Choice("fp16", "the device has no bfloat16; losses are scaled")
-        if has_bfloat16:
+        if computes_bfloat16:
             bits = Choice("bf16", "the device has bfloat16")
         recomputes = Choice(True, "an accelerator has more time than memory")
     choices = {"bits": bits, "gradient_checkpointing": recomputes}

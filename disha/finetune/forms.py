@@ -121,8 +121,7 @@ def form_rows(
 
 def learns_marked_answers(rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> bool:
     """Return whether `trl` should learn the marked answers of formed rows, and nothing else."""
-    is_split = set(SPLIT) <= set(rows.column_names)
-    return is_split and is_conversational(rows[0]) and bool(_training_template(tokenizer))
+    return is_conversational(rows[0]) and bool(_training_template(tokenizer))
 
 
 def _training_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
@@ -297,7 +296,8 @@ class _Conversations:
         learned = [n for n in answers if weights[n]]
         if not learned:
             raise ValueError("there is no answer to learn in it")
-        if not set(weights) <= ({1} if self._learn_all else {0, 1}):
+        allowed = {1} if self._learn_all else {0, 1}
+        if not set(weights) <= allowed:
             raise ValueError(
                 "the weight of a message is 0 or 1, and 1 alone with --assistant_only_loss False"
             )
@@ -357,9 +357,7 @@ class _Conversations:
 
 def _mark(message: Message, position: int) -> Message:
     """Return a message with words that can be found again in what a template renders."""
-    marked = dict(message)
-    for key in [key for key, value in message.items() if value != ""]:
-        marked[key] = _mark_of(key, position)
+    marked: Message = {key: value and _mark_of(key, position) for key, value in message.items()}
     marked["role"] = message["role"]
     if "tool_calls" in message:
         call = {"name": marked["tool_calls"], "arguments": {"key": marked["tool_calls"]}}

@@ -31,19 +31,20 @@ def loading_device(name: str, bits: str, training: Any) -> torch.device | None:
     """
     if not is_sharded(training) or bits in FEW_BITS:
         return training.device
-    if is_fsdp_enabled() and training.local_process_index > 0 and not is_gguf(name):
+    if is_gguf(name):
+        return None
+    if training.fsdp and "cpu_ram_efficient_loading" not in training.fsdp_config:
+        _let_first_rank_load(name, training)
+    if is_fsdp_enabled() and training.local_process_index > 0:
         return torch.device("meta")
     return None
 
 
-def let_first_rank_load(name: str, bits: str, training: Any) -> None:
+def _let_first_rank_load(name: str, training: Any) -> None:
     """Let FSDP shard a base that one rank of each machine reads, where accelerate can.
 
     accelerate 1.15 gives the other ranks floating-point parameters, and no buffers.
     """
-    is_decided = not training.fsdp or "cpu_ram_efficient_loading" in training.fsdp_config
-    if is_decided or bits in FEW_BITS or is_gguf(name):
-        return
     made = make_on_meta(name)
     parameters = dict(made.named_parameters(remove_duplicate=False))
     if made.state_dict().keys() <= parameters.keys():

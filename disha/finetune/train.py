@@ -22,7 +22,7 @@ import disha
 from disha.errors import AdapterFileWarning, ArgumentError
 from disha.files import ADAPTER_NAME
 from disha.finetune.arguments import AdapterArguments, Flags, TrainingArguments
-from disha.finetune.base import load_base, load_without_values
+from disha.finetune.base import load_base
 from disha.finetune.data import make_rows
 from disha.finetune.forms import learns_marked_answers
 from disha.finetune.merging import merge_base, require_mergeable
@@ -35,7 +35,7 @@ from disha.finetune.notes import (
     base_note,
     read_notes,
 )
-from disha.finetune.ranks import is_sharded, let_first_rank_load, loading_device
+from disha.finetune.ranks import is_sharded, loading_device
 from disha.finetune.report import (
     MERGED,
     UNPROVEN,
@@ -187,8 +187,7 @@ def _load_base(flags: Flags, notes: Notes) -> tuple[Any, Any]:
     adapter, _, training = flags
     name = str(adapter.base)
     if training.dry_run:
-        return load_without_values(name, notes)
-    let_first_rank_load(name, adapter.bits, training)
+        return load_base(name, notes=notes, has_values=False)
     device = loading_device(name, adapter.bits, training)
     return load_base(name, adapter.bits, device, notes, adapter.attn_implementation)
 
