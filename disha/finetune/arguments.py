@@ -99,13 +99,10 @@ class AdapterArguments:
 
     def settings(self) -> dict[str, Any]:
         """Return the arguments of `disha.inject_adapters`."""
-        targets: str | list[str] = [*self.target]
-        if len(targets) == 1:
-            targets = targets[0]
         groups = int(self.groups) if self.groups.isdigit() else self.groups
         pairs = [pair.rpartition("=") for pair in self.rank_pattern]
         return {
-            "target_regex": targets,
+            "target_regex": [*self.target],
             "r": self.r,
             "r_out": self.r_out,
             "method": self.method,
@@ -241,7 +238,11 @@ class TrainingArguments(SFTConfig):  # type: ignore[misc]
     dataset_text_field: str = field(default="text", init=False)
     model_init_kwargs: dict[str, Any] | None = field(default=None, init=False)
     trust_remote_code: bool = field(default=False, init=False)
+    eval_on_start: bool = field(default=True, init=False)
     activation_checkpointing: bool | None = field(default=None, init=False)  # an alias
+
+    restore_callback_states_from_checkpoint: bool = field(default=True, init=False)
+    """A run that resumes goes on counting measurements without a lower loss."""
 
     def __post_init__(self) -> None:
         if self.dry_run or not torch.accelerator.is_available():
@@ -249,6 +250,10 @@ class TrainingArguments(SFTConfig):  # type: ignore[misc]
         if self.tf32 and not is_torch_tf32_available():  # type: ignore[has-type]
             warnings.warn("--tf32 does nothing on this machine", stacklevel=2)
             self.tf32 = None
+        if self.early_stopping_patience is not None:
+            if self.eval_strategy == "no":
+                raise ArgumentError("--early_stopping_patience needs an --eval_strategy")
+            self.metric_for_best_model = self.metric_for_best_model or "loss"  # type: ignore[has-type]
         super().__post_init__()
         if self.use_cpu and self.world_size > 1:
             start_engine_on_processors(self)
@@ -266,7 +271,7 @@ def parse_flags(words: Sequence[str]) -> Flags:
     given = _read_given(parser, words)
     if "config" in given:
         given = {**_read_given(parser, [*_words_of(Path(given["config"]))]), **given}
-    if given.get("method") == "True":  # as the script of the method's author has it
+    if given.get("method") in ("miss", "True"):  # the latter is in the script of its author
         given["method"] = "bone"
     if "adapter" in given:
         given["adapter"] = str(find_adapter(given["adapter"]))
@@ -313,6 +318,8 @@ def _plan(given: Mapping[str, Any]) -> disha.Plan:
     """Return what a run adapts, without its weights."""
     parser = HfArgumentParser(AdapterArguments)  # type: ignore[arg-type]
     [adapter] = parser.parse_dict({**given}, allow_extra_keys=True)
+    if not adapter.target:
+        raise ArgumentError(f"{adapter.adapter} notes no targets; give a --learning_rate")
     model = make_on_meta(adapter.base)
     return disha.plan_adapters(model, **adapter.settings_for(model))
 

@@ -30,9 +30,10 @@ RESULT = re.compile(
 
 FREE = re.compile(
     "base|output_dir|overwrite_output_dir|resume.*|max_steps|num_train_epochs|samples|merge"
-    "|save_.*|load_best_model_at_end|early_stopping_patience|log.*|report_to|run_name|disable_tqdm"
-    "|eval_(strategy|steps|delay|on_start)|(per_device_)?eval_batch_size"
-    "|use_cpu|(activation|gradient)_checkpointing.*|dataloader_.*|torch_compile.*"
+    "|save_.*|load_best_model_at_end|log.*|report_to|run_name|disable_tqdm|push_to_hub|hub_.*"
+    "|do_eval|eval_(strategy|steps|delay|on_start)|(per_device_)?eval_batch_size"
+    "|metric_for_best_model|greater_is_better|use_cpu|attn_implementation"
+    "|(activation|gradient)_checkpointing.*|dataloader_.*|torch_compile.*"
 )
 """The flags that may change when a run goes on: how long it trains, and what it saves, measures and
 shows; what takes memory or time and is not learned; and the base, whose weights are compared."""
@@ -52,26 +53,29 @@ class Course(TrainerCallback, ExportableState):
 def choose_checkpoint(training: TrainingArguments) -> str | None:
     """Return the checkpoint to go on from, if any; raise if an earlier run would be mixed up."""
     folder = Path(training.output_dir)
-    asked = training.resume_from_checkpoint or "False"
-    if asked.lower() not in ("true", "false"):
-        return asked
-    resumes = asked.lower() == "true"
     results = [path.name for path in _earlier_results(folder)]
-    if resumes:
-        for path in reversed(sort_checkpoints(str(folder))):
-            if is_complete(Path(path)):
-                return str(path)
+    asked = training.resume_from_checkpoint or "False"
+    takes_last = asked.lower() == "true"
+    checkpoint = None if asked.lower() in ("true", "false") else asked
+    if takes_last:
+        complete = (path for path in sort_checkpoints(str(folder))[::-1] if is_complete(Path(path)))
+        checkpoint = next(complete, None)
         results = [name for name in results if not CHECKPOINT.fullmatch(name)]
-    if results and not training.overwrite_output_dir:
+    if results and not (goes_on_in(folder, checkpoint) or training.overwrite_output_dir):
         raise ArgumentError(
             f"--output_dir {folder} holds {results[0]} of an earlier run; go on from a complete "
             "checkpoint with --resume, or start over with --overwrite_output_dir"
         )
-    if resumes:
+    if takes_last and checkpoint is None:
         warnings.warn(
             f"there is no complete checkpoint in {folder}; starting at the beginning", stacklevel=2
         )
-    return None
+    return checkpoint
+
+
+def goes_on_in(folder: Path, checkpoint: str | None) -> bool:
+    """Whether a run goes on from a checkpoint in its own folder, and so keeps what is there."""
+    return checkpoint is not None and Path(checkpoint).resolve().parent == folder.resolve()
 
 
 def clear(folder: Path) -> None:
@@ -91,7 +95,9 @@ def _earlier_results(folder: Path) -> list[Path]:
 def require_same_settings(settings: Mapping[str, Any], checkpoint: str) -> None:
     """Raise if flags say other than they did, and the checkpoint would win over them."""
     state = TrainerState.load_from_json(str(Path(checkpoint, TRAINER_STATE_NAME)))
-    noted = (state.stateful_callbacks or {}).get(Course.__name__, {"args": {"settings": {}}})
+    noted = state.stateful_callbacks.get(Course.__name__)
+    if noted is None:
+        raise ArgumentError(f"{checkpoint} is of another trainer; give its adapter as --adapter")
     changed = [
         f"--{name} was {before}, and is {settings[name]}"
         for name, before in noted["args"]["settings"].items()

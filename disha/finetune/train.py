@@ -51,6 +51,7 @@ from disha.finetune.resuming import (
     Course,
     choose_checkpoint,
     clear,
+    goes_on_in,
     require_same_settings,
     warn_of_lost_state,
 )
@@ -85,8 +86,6 @@ def run(flags: Flags) -> None:
     _train(trainer, adapter, checkpoint)
     path = folder / UNPROVEN
     disha.save_adapter(trainer.model, path, metadata=notes_at(path))
-    if adapter.new_tokens and training.process_index == 0:
-        trainer.processing_class.save_pretrained(folder)
     loss = _loss_of_saved(trainer)
     facts = facts_of(trainer)
     eval_rows = trainer.eval_dataset
@@ -98,6 +97,7 @@ def run(flags: Flags) -> None:
     os.replace(path, folder / ADAPTER_NAME)
     if adapter.merge:
         base = adapter.base
+        # A base that is loaded can untie a table that is adapted; a copy of its files can't.
         merge_base(base, folder / ADAPTER_NAME, folder / MERGED, overwrite=True, in_model=True)
     asked = {"settings": settings, "measured_on": data.measured_on, "resumed_from": checkpoint}
     write_report(folder, {**asked, **facts, **proof})
@@ -125,17 +125,14 @@ def make_trainer(flags: Flags, settings: dict[str, Any]) -> tuple[Trainer, Calla
     # A row that can't be used raises here, before the base is loaded, which takes longer.
     tokenizer, _ = load_tokenizer(str(adapter.base), notes)
     rows, eval_rows = make_rows(data, training, tokenizer)
-    is_chat = is_conversational(rows[0])
-    notes[PROMPT_KEY] = "chat" if is_chat else "text"
+    notes[PROMPT_KEY] = "chat" if is_conversational(rows[0]) else "text"
     training.chat_template_path = None  # it is the tokenizer's; trl would also add another's tokens
-    if is_chat and training.assistant_only_loss is not False:
-        asks_for_all = training.completion_only_loss is False and not training.assistant_only_loss
-        training.assistant_only_loss = not asks_for_all and learns_marked_answers(rows, tokenizer)
+    training.assistant_only_loss = _marks_answers(training, rows, tokenizer)
     model, tokenizer = _make_model(flags, notes)
     notes_at = partial(_note_base, adapter, notes)
     # Each checkpoint holds the notes that the final file holds, so that commands can use it.
     callbacks = [AdapterCheckpoints(model, notes=notes_at), Course(settings)]
-    if training.early_stopping_patience:
+    if training.early_stopping_patience is not None:
         callbacks.append(EarlyStoppingCallback(training.early_stopping_patience))
     trainer = Trainer(
         model,
@@ -146,6 +143,15 @@ def make_trainer(flags: Flags, settings: dict[str, Any]) -> tuple[Trainer, Calla
         callbacks=callbacks,
     )
     return trainer, notes_at
+
+
+def _marks_answers(training: TrainingArguments, rows: Dataset, tokenizer: Any) -> bool | None:
+    """Whether trl is to learn the marked answers: as it is asked to, but only if it can."""
+    asked = training.assistant_only_loss
+    asks_for_all = asked is False or (asked is None and training.completion_only_loss is False)
+    if asks_for_all or not is_conversational(rows[0]):
+        return asked
+    return learns_marked_answers(rows, tokenizer)
 
 
 def _notes_of_run(adapter: AdapterArguments, training: TrainingArguments) -> Notes:
@@ -217,8 +223,9 @@ def _train(trainer: Trainer, adapter: AdapterArguments, checkpoint: str | None) 
         print(str(disha.summary(trainer.model)).splitlines()[-1])
         rows = counted(trainer.rows["train"], "row")
         print(f"{rows}, measured on {trainer.rows['eval']:,}")
-        if checkpoint is None and training.overwrite_output_dir:
-            clear(Path(training.output_dir))
+        folder = Path(training.output_dir)
+        if training.overwrite_output_dir and not goes_on_in(folder, checkpoint):
+            clear(folder)
     if checkpoint is not None:
         # `Trainer` would not notice that the base of a checkpoint is another one.
         _load_adapter(trainer.model, checkpoint, training, replace=True)

@@ -147,7 +147,9 @@ def _context(
 
 
 def set_adapter_scale(model: nn.Module, scale: float, adapter: str = "default") -> None:
-    """Set the scale s of an adapter, which multiplies its update: 1 as trained, 0 for no effect.
+    """Set the scale s of an adapter, which multiplies its update: 0 for no effect.
+
+    Adapters train with the scale 1, unless another was given; a LoRA of PEFT brings its alpha / r.
 
     Args:
         model: a model with adapters.

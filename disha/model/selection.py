@@ -134,7 +134,7 @@ class Selection:
             request = "the predicate"
         if skipped:
             return f"{request} selects only modules that can't be adapted: {list_reasons(skipped)}"
-        if self.target == ALL_LINEAR and self.unknown:
+        if [*self.regexes] == [ALL_LINEAR] and self.unknown:
             first = self.unknown[0]
             return f"{request} selects no layer; {first.name}: {reason_against_adapting(first)}"
         message = f"{request} selects no layer that can be adapted"

@@ -5,12 +5,15 @@ import signal
 
 import pytest
 import torch
+from transformers import TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
 from trl import SFTTrainer
 
 from disha import AdapterFileWarning, ArgumentError
 from disha.finetune import main
 from disha.finetune.arguments import TrainingArguments
 from disha.finetune.resuming import warn_of_lost_state
+from tests.conftest import assert_same
 from tests.finetune.conftest import EXACT, Result
 from tests.finetune.tiny_models import write_model
 
@@ -46,6 +49,14 @@ class TestOutputFolder:
         with pytest.raises(ArgumentError, match="of an earlier run; go on from a complete"):
             finetune(tmp_path, "--resume")
         assert (tmp_path / name).read_bytes() == uninterrupted.adapter.read_bytes()
+
+    def test_going_on_from_a_checkpoint_elsewhere_keeps_it(self, finetune, uninterrupted, tmp_path):
+        shutil.copy(uninterrupted.adapter, tmp_path)
+        elsewhere = ["--resume_from_checkpoint", uninterrupted.folder / "checkpoint-6"]
+        with pytest.raises(ArgumentError, match=r"holds adapter\.safetensors of an earlier run"):
+            finetune(tmp_path, *EXACT, *elsewhere)
+        result = finetune(tmp_path, *EXACT, *elsewhere, "--overwrite_output_dir")
+        assert_same(result.blocks(), uninterrupted.blocks())
 
     def test_starting_over_removes_it(self, finetune, tmp_path):
         finetune(tmp_path, "--save_steps", 2)
@@ -101,9 +112,26 @@ class TestResuming:
         first = finetune(tmp_path, *constant, "--max_steps", 2).report
         free = ["--max_steps", 4, "--save_steps", 1, "--gradient_checkpointing"]
         free += ["--gradient_checkpointing_kwargs", '{"use_reentrant": false}']
+        free += ["--eval_strategy", "steps", "--eval_steps", 1, "--load_best_model_at_end"]
         longer = finetune(tmp_path, *constant, *free, "--resume")
         assert longer.report["steps"] == 4
         assert longer.losses[0] == first["losses"]["0"]
+
+    def test_it_goes_on_counting_measurements_without_a_lower_loss(self, finetune, tmp_path):
+        words = ["--learning_rate", 0, "--early_stopping_patience", 3]
+        words += ["--eval_strategy", "steps", "--eval_steps", 1, "--save_steps", 1]
+        expected = finetune(tmp_path / "whole", *words, "--max_steps", 8).report["steps"]
+        finetune(tmp_path / "parts", *words, "--max_steps", 2)
+        found = finetune(tmp_path / "parts", *words, "--max_steps", 8, "--resume")
+        assert found.report["steps"] == expected < 5  # 5 is where it would stop if it began anew
+
+    def test_the_checkpoint_of_another_trainer_is_refused(self, finetune, uninterrupted, tmp_path):
+        checkpoint = shutil.copytree(uninterrupted.folder / "checkpoint-8", tmp_path / "other")
+        state = TrainerState.load_from_json(checkpoint / TRAINER_STATE_NAME)
+        del state.stateful_callbacks["Course"]
+        state.save_to_json(checkpoint / TRAINER_STATE_NAME)
+        with pytest.raises(ArgumentError, match="is of another trainer; give its adapter as"):
+            finetune(tmp_path / "out", *EXACT, "--resume_from_checkpoint", checkpoint)
 
     def test_without_a_checkpoint_it_starts_at_the_beginning(self, finetune, tmp_path):
         with pytest.warns(UserWarning, match="starting at the beginning"):

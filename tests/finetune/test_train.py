@@ -12,7 +12,6 @@ import yaml
 from accelerate import Accelerator
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoTokenizer
 from transformers.models.llama.modeling_llama import LlamaMLP
 from trl.chat_template_utils import qwen3_chat_template
 from trl.trainer import utils as trl_utils
@@ -24,7 +23,8 @@ from disha.finetune import main, train, trainer
 from disha.finetune.arguments import parse_flags
 from disha.finetune.base import load_base
 from disha.finetune.forgetting import OwnText
-from disha.finetune.notes import read_noted_base
+from disha.finetune.notes import read_noted_base, read_notes
+from disha.finetune.tokenizer import load_tokenizer
 from tests.conftest import assert_same
 from tests.finetune import tiny_gguf
 from tests.finetune.conftest import EXACT, Result
@@ -298,10 +298,11 @@ class TestCourse:
         assert result.report["best_step"] == best
         assert result.report["proof"]["trained"] == pytest.approx(result.losses[best], abs=1e-6)
 
-    def test_early_stopping(self, finetune, tmp_path):
-        words = ["--eval_fraction", 0.25, "--eval_strategy", "steps", "--eval_steps", 2]
+    @pytest.mark.parametrize("words", [[], ["--load_best_model_at_end"]])
+    def test_early_stopping(self, finetune, tmp_path, words):
+        words = [*words, "--eval_fraction", 0.25, "--eval_strategy", "steps", "--eval_steps", 2]
         words += ["--save_steps", 2, "--learning_rate", 3, "--lr_scheduler_type", "constant"]
-        words += ["--load_best_model_at_end", "--early_stopping_patience", 1, "--max_steps", 60]
+        words += ["--early_stopping_patience", 1, "--max_steps", 60]
         assert finetune(tmp_path, *words).report["steps"] < 60
 
     def test_an_adapter_is_trained_further(self, finetune, authors, tmp_path):
@@ -340,6 +341,7 @@ class TestCourse:
         disha.combine_adapters(model, {"a": 1, "b": 1}, "sum")
         disha.save_adapter(model, tmp_path / "adapter.safetensors", "sum")
         words = ["--adapter", tmp_path / "adapter.safetensors", "--groups", "all"]
+        words += ["--method", "miss"]
         settings = finetune(tmp_path / "out", *words).report["settings"]
         assert (settings["method"], settings["groups"]) == ("bone", "all")
         assert settings["target"] == []
@@ -364,6 +366,19 @@ class TestCourse:
         found = finetune(tmp_path, "--packing", "--max_length", 64, base=chatty)
         assert found.report["rows"] == {"training": 48, "measured": 48}
         assert disha.inspect_adapter(found.adapter).metadata["prompt"] == "chat"
+
+    def test_a_packed_row_may_have_nothing_to_learn(self, finetune, tmp_path):
+        data = write_rows(tmp_path / "rows.jsonl", [{"query": "q" * 40, "response": "a"}] * 2)
+        words = [
+            "--packing",
+            "--packing_strategy",
+            "bfd_split",
+            "--max_length",
+            8,
+            "--max_steps",
+            1,
+        ]
+        assert finetune(tmp_path / "out", "--data", data, *words).report["steps"] == 1
 
     def test_tensorboard(self, finetune, tmp_path, monkeypatch):
         monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "board"))
@@ -420,6 +435,7 @@ class TestCourse:
     [
         (["--data", "none.jsonl"], "can't read none.jsonl"),
         (["--dataset_field", "question", "answer"], "have the fields query, response"),
+        (["--early_stopping_patience", 3], "--early_stopping_patience needs an --eval_strategy"),
         (["--dataset_split", "dev"], "dev"),
         (["--dataset_split", "train", "train"], "one for each"),
         (["--base", "./none"], "can't load the base ./none"),
@@ -559,7 +575,7 @@ class TestNewTokens:
         assert trained == [((size, size + 1), (size + 1, size + 2))] * tables
         proof = new_tokens.result.report["proof"]
         assert proof["loaded"] == pytest.approx(proof["trained"])
-        words = AutoTokenizer.from_pretrained(new_tokens.result.folder)
+        words, _ = load_tokenizer(str(new_tokens.base), read_notes(new_tokens.adapter()))
         assert words.convert_tokens_to_ids("</think>") > size
 
     def test_all_commands_know_them(self, new_tokens, tmp_path, capsys, evaluated):
