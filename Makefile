@@ -56,7 +56,6 @@ zoo: $(VENV)/.zoo ## try adapters in hundreds of models of four libraries: 20 mi
 
 evidence: $(VENV)/.dev ## do what the study of convergence still lacks: hours; it can be stopped at any time
 	$(BIN)/python -m benchmarks.convergence
-	$(BIN)/python -m benchmarks.convergence.costs
 
 evidence-report: $(VENV)/.dev ## write the tables and pictures of the pages from the kept results
 	$(BIN)/python -m benchmarks.report

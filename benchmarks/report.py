@@ -20,7 +20,6 @@ from pathlib import Path
 from benchmarks import drift, fits, speed
 from benchmarks.convergence import curves, transfer
 from benchmarks.convergence import tables as learning
-from benchmarks.convergence.costs import COSTS
 from benchmarks.convergence.runs import RESULTS, read_runs
 from benchmarks.markdown import fill
 from benchmarks.results import read_results, write_whole
@@ -67,7 +66,7 @@ def kept_tables() -> dict[str, str]:
     return {
         **speed.tables(kept_runs()),
         **{f"gpu_{name}": text for name, text in gpu.items()},
-        **learning.tables(read_runs(RESULTS), read_results(COSTS)),
+        **learning.tables(read_runs(RESULTS)),
         "rules": transfer.rules(),
         "recipes": fits.recipes(read_results(fits.RESULTS)),
         "drift": drift.drift_table(read_results(FOLDER / "drift.json")),
@@ -76,9 +75,8 @@ def kept_tables() -> dict[str, str]:
 
 def write_pictures(folder: Path) -> None:
     """Draw what the pages show of speed and of learning."""
-    results = read_runs(RESULTS)
     speed.draw(speed.compared(speed.newest(kept_runs())), folder / "compared.png")
-    for name, picture in curves.drawn(results, read_results(COSTS)).items():
+    for name, picture in curves.drawn(read_runs(RESULTS)).items():
         (folder / f"evidence-{name}.svg").write_bytes(picture)
 
 

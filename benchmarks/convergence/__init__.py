@@ -1,7 +1,6 @@
 """Does Bone converge faster than LoRA here, and is BAT better than Bone? A study you can rerun.
 
 python -m benchmarks.convergence           trains every method on every task
-python -m benchmarks.convergence.costs     measures seconds and memory of a training step
 python -m benchmarks.report                writes the tables and pictures of the pages
 
 tasks/       what is learned: model, rows, losses, and what must not be forgotten

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping
-from typing import Any
 
 import matplotlib as mpl
 from matplotlib.figure import Figure
@@ -12,11 +11,11 @@ from matplotlib.figure import Figure
 from benchmarks.convergence.findings import (
     KEPT,
     OTHER,
+    Finished,
     Longer,
     Overall,
-    TaskFindings,
-    findings_of_tasks,
     longer,
+    main_findings,
     ratios,
 )
 from benchmarks.convergence.methods import METHODS, SHIRA
@@ -38,17 +37,17 @@ SHOWN = [0.02 * step for step in range(1, 33)]  # limits of forgetting
 MARKS = "os^vP"  # of the tasks, in their order
 
 
-def drawn(results: Results, costs: Mapping[str, Any]) -> dict[str, bytes]:
+def drawn(results: Results) -> dict[str, bytes]:
     """Return name -> picture."""
     long = longer(results)
     return {
-        "verdict": compared(findings_of_tasks(results, costs)),
+        "verdict": compared(main_findings(results)),
         "longer": longer_training(long),
         "rates": rates(long),
     }
 
 
-def compared(found: Mapping[str, TaskFindings]) -> bytes:
+def compared(found: Finished) -> bytes:
     """Plot the ratios of the verdict: a panel for each, a dot for each task, the mean on top."""
     figure = _figure(7.0, 3.7)
     for place, what in enumerate(("test loss", KEPT)):

@@ -5,17 +5,15 @@ from __future__ import annotations
 import itertools
 import math
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise, takewhile
 from typing import Any, NamedTuple
 
 from scipy import stats
 
-from benchmarks.convergence.methods import FULL
 from benchmarks.convergence.runs import Cell, Results, Run, best_rate
 from benchmarks.convergence.study import GROUPS, LONG, LONGER, SEEDS, compared, main_cell
 from benchmarks.convergence.tasks import TASKS
-from benchmarks.protocol import paired_ratios
 
 OTHER, KEPT = "lora", "loss on what the base could do"
 LIMITS = (0.1, 0.2, 0.3)
@@ -42,25 +40,8 @@ class Finding(NamedTuple):
         return statistics.fmean(self.values(key))
 
 
-class TaskFindings(NamedTuple):
-    """The main comparison of one task: method -> finding of a finished cell.
-
-    Beside it is what a step costs: seconds in each round, and bytes allocated.
-    """
-
-    findings: Mapping[str, Finding]
-    seconds: Mapping[str, Sequence[float]]
-    peak_bytes: Mapping[str, int]
-
-    @property
-    def ranked(self) -> list[str]:
-        """The adapter methods, the lowest test loss first."""
-        names = [name for name in self.findings if name != FULL]
-        return sorted(names, key=lambda name: self.findings[name].mean("loss"))
-
-    def apart(self, one: str, other: str) -> bool:
-        """Whether the test losses of two methods differ beyond noise."""
-        return differ(*(self.findings[name].values("loss") for name in (one, other)))
+Finished = Mapping[str, Mapping[str, Finding]]
+"""Task -> method -> finding of a finished cell."""
 
 
 def differ(one: Sequence[float], other: Sequence[float]) -> bool:
@@ -96,20 +77,13 @@ def losses_of_equal_seeds(
     return [first for first, _ in pairs], [second for _, second in pairs]
 
 
-def findings_of_tasks(results: Results, costs: Mapping[str, Any]) -> dict[str, TaskFindings]:
-    """Return task -> its main comparison."""
-    measured = {one["task"]: one for one in costs["tables"]["costs"]}
-    nothing: Record = {"seconds": {}, "peak_bytes": {}}
-    found = {}
-    for task in TASKS:
-        cost = measured.get(task, nothing)
-        findings = _finished(task, compared(task), results)
-        found[task] = TaskFindings(findings, cost["seconds"], cost["peak_bytes"])
-    return found
+def main_findings(results: Results) -> Finished:
+    """Return the findings of the main comparison."""
+    return {task: _finished(task, compared(task), results) for task in TASKS}
 
 
-def with_groups(results: Results) -> dict[str, dict[str, Finding]]:
-    """Return task -> method -> finding, of groups of shards and of what they are compared with."""
+def with_groups(results: Results) -> Finished:
+    """Return the findings of groups of shards, and of what they are compared with."""
     return {
         task: _finished(task, ("bone", "bat", OTHER, *names), results)
         for task, names in GROUPS.items()
@@ -148,26 +122,18 @@ class Overall(NamedTuple):
         return f"{self.value:.2f} ({self.low:.2f} to {self.high:.2f})"
 
 
-def _of_means(key: str) -> Callable[[TaskFindings, str], float]:
-    return lambda found, name: found.findings[name].mean(key) / found.findings[OTHER].mean(key)
+RATIOS = {"test loss": "loss", KEPT: "forgetting"}
+"""What is compared -> its figure in a finding; lower is better."""
 
 
-RATIOS: Mapping[str, Callable[[TaskFindings, str], float]] = {
-    "test loss": _of_means("loss"),
-    "time of a step": lambda found, name: statistics.median(
-        paired_ratios(found.seconds, name, OTHER)
-    ),
-    "memory of a step": lambda found, name: found.peak_bytes[name] / found.peak_bytes[OTHER],
-    KEPT: _of_means("forgetting"),
-}
-"""What is compared -> the ratio of a method to LoRA in one task; lower is better."""
-
-
-def ratios(tasks: Mapping[str, TaskFindings], method: str, what: str) -> dict[str, float]:
-    """Return task -> the ratio of a method to LoRA, for each task that has one."""
-    has = "seconds" if " of a step" in what else "findings"
-    both = {task: one for task, one in tasks.items() if {method, OTHER} <= set(getattr(one, has))}
-    return {task: RATIOS[what](one, method) for task, one in both.items()}
+def ratios(tasks: Finished, method: str, what: str) -> dict[str, float]:
+    """Return task -> the ratio of a method to LoRA, for each task that has both."""
+    key = RATIOS[what]
+    return {
+        task: found[method].mean(key) / found[OTHER].mean(key)
+        for task, found in tasks.items()
+        if {method, OTHER} <= found.keys()
+    }
 
 
 # --- the longer training -------------------------------------------------------------------------

@@ -6,17 +6,17 @@ import statistics
 from collections.abc import Mapping, Sequence
 
 from benchmarks.convergence.findings import (
-    KEPT,
     LIMITS,
     OTHER,
+    RATIOS,
     Finding,
+    Finished,
     Longer,
     Overall,
-    TaskFindings,
     differ,
-    findings_of_tasks,
     longer,
     losses_of_equal_seeds,
+    main_findings,
     ratios,
     with_groups,
 )
@@ -26,20 +26,11 @@ from benchmarks.markdown import NOTHING, table
 
 COMPARED = ("bone", "bat", "rslora")
 """The methods that the verdict compares with LoRA."""
-RATIOS = {
-    "test loss": "loss",
-    KEPT: "forgetting",
-    "time of a step": None,
-    "memory of a step": None,
-}
-"""What the verdict compares -> the figure that a paired test compares in single tasks."""
-
-Tasks = Mapping[str, TaskFindings]
 
 
-def tables(results: Results, costs: Mapping[str, object]) -> dict[str, str]:
+def tables(results: Results) -> dict[str, str]:
     """Return name -> table."""
-    tasks = findings_of_tasks(results, costs)
+    tasks = main_findings(results)
     groups = with_groups(results)
     return {
         "verdict": verdict(tasks),
@@ -50,55 +41,56 @@ def tables(results: Results, costs: Mapping[str, object]) -> dict[str, str]:
     }
 
 
-def verdict(tasks: Tasks) -> str:
+def verdict(tasks: Finished) -> str:
     """Return the ratios to LoRA over all tasks, and in how many single tasks one is clear."""
     rows = []
     for what, key in RATIOS.items():
         overall = [Overall.of(list(ratios(tasks, name, what).values())) for name in COMPARED]
         rows.append([what, *(f"**{one}**" if one.clear else str(one) for one in overall)])
-        if key is not None:
-            counts = [clear_tasks(tasks, name, key) for name in COMPARED]
-            rows.append(
-                ["lower, higher in single tasks", *(f"{low}, {high}" for low, high in counts)]
-            )
+        counts = [clear_tasks(tasks, name, key) for name in COMPARED]
+        rows.append(["lower, higher in single tasks", *(f"{low}, {high}" for low, high in counts)])
     return table(["divided by LoRA's", *(METHODS[name].title for name in COMPARED)], rows)
 
 
-def clear_tasks(tasks: Tasks, name: str, key: str) -> tuple[int, int]:
+def clear_tasks(tasks: Finished, name: str, key: str) -> tuple[int, int]:
     """Return in how many tasks a method is below LoRA beyond noise, and in how many above."""
     counts = [0, 0]
-    for one in tasks.values():
-        if name in one.findings:
-            mine, others = (one.findings[method].values(key) for method in (name, OTHER))
+    for found in tasks.values():
+        if name in found:
+            mine, others = (found[method].values(key) for method in (name, OTHER))
             if differ(mine, others):
                 counts[sum(mine) > sum(others)] += 1
     return counts[0], counts[1]
 
 
-def best_or_tied(name: str, tasks: Tasks) -> list[str]:
+def best_or_tied(name: str, tasks: Finished) -> list[str]:
     """Return the tasks in which a method is within noise of the best adapter."""
-    return [
-        task
-        for task, one in tasks.items()
-        if name in one.ranked and not one.apart(name, one.ranked[0])
-    ]
+    tied = []
+    for task, found in tasks.items():
+        adapters = [one for one in found if one != FULL]
+        best = min(adapters, key=lambda one: found[one].mean("loss"))
+        if name in adapters and not differ(found[name].values("loss"), found[best].values("loss")):
+            tied.append(task)
+    return tied
 
 
-def losses_of_tasks(tasks: Tasks) -> str:
+def losses_of_tasks(tasks: Finished) -> str:
     """Return the test loss of every method and task, and how often each is tied with the best."""
-    names = [name for name in METHODS if any(name in one.findings for one in tasks.values())]
     rows = []
-    for name in names:
-        of_method = [one.findings.get(name) for one in tasks.values()]
+    for name in _names(tasks):
+        of_method = [found.get(name) for found in tasks.values()]
         rates = [one.rate for one in of_method if one is not None]
-        steps = list(ratios(tasks, name, "time of a step").values())
         lowest, highest = min(rates), max(rates)
         spanned = f"{lowest:g}" if lowest == highest else f"{lowest:g} to {highest:g}"
         losses = [NOTHING if one is None else f"{one.mean('loss'):.3f}" for one in of_method]
         tied = NOTHING if name == FULL else f"{len(best_or_tied(name, tasks))} of {len(rates)}"
-        step = f"{statistics.geometric_mean(steps):.2f}" if steps else NOTHING
-        rows.append([METHODS[name].title, spanned, *losses, tied, step])
-    return table(["method", "best rates", *tasks, "best or tied", "step"], rows)
+        rows.append([METHODS[name].title, spanned, *losses, tied])
+    return table(["method", "best rates", *tasks, "best or tied"], rows)
+
+
+def _names(tasks: Finished) -> list[str]:
+    """Return the methods that are finished in a task, in their order."""
+    return [name for name in METHODS if any(name in found for found in tasks.values())]
 
 
 def losses_at_rates(long: Longer) -> str:
@@ -128,8 +120,6 @@ def losses_at_rates(long: Longer) -> str:
 
 # --- groups of shards ----------------------------------------------------------------------------
 
-Finished = Mapping[str, Mapping[str, Finding]]
-
 
 def losses_of_groups(finished: Finished, results: Results) -> str:
     """Return loss, forgetting and rate of groups, and of what they are compared with."""
@@ -138,10 +128,6 @@ def losses_of_groups(finished: Finished, results: Results) -> str:
         cells = [_group_text(found, name, results) for found in finished.values()]
         rows.append([METHODS[name].title, *cells])
     return table(["method", *finished], rows)
-
-
-def _names(finished: Finished) -> list[str]:
-    return [name for name in METHODS if any(name in found for found in finished.values())]
 
 
 def _group_text(found: Mapping[str, Finding], name: str, results: Results) -> str:

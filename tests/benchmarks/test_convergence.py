@@ -14,14 +14,14 @@ import torch
 from torch import nn
 
 from benchmarks import report
-from benchmarks.convergence import costs, curves, tables
+from benchmarks.convergence import curves, tables
 from benchmarks.convergence.findings import (
     LIMITS,
     Overall,
     Point,
     at_forgetting,
-    findings_of_tasks,
     longer,
+    main_findings,
     points,
     ratios,
     with_groups,
@@ -254,7 +254,6 @@ def assert_same_picture(found, expected):
 
 
 KEPT = read_runs(RESULTS)
-COSTS = json.loads(costs.COSTS.read_text())
 
 
 class TestReport:
@@ -263,7 +262,7 @@ class TestReport:
     def test_the_pictures_are_what_the_results_give(self):
         import matplotlib as mpl
 
-        for name, picture in curves.drawn(KEPT, COSTS).items():
+        for name, picture in curves.drawn(KEPT).items():
             committed = (ROOT / report.PICTURES / f"evidence-{name}.svg").read_text()
             if f"Matplotlib v{mpl.__version__}" not in committed:
                 continue  # by another release of matplotlib, which draws text its own way
@@ -275,21 +274,13 @@ class TestReport:
         assert {cell.method for cell in cells} == set(METHODS)
 
     def test_the_verdict_says_what_the_files_say(self):
-        found = findings_of_tasks(KEPT, COSTS)
+        found = main_findings(KEPT)
         rows = {row.split(" | ")[0]: row for row in tables.verdict(found).splitlines()}
         for what, key in (("test loss", "loss"), ("loss on what the base could do", "forgetting")):
-            by_hand = [
-                one.findings["bone"].mean(key) / one.findings["lora"].mean(key)
-                for one in found.values()
-            ]
+            by_hand = [one["bone"].mean(key) / one["lora"].mean(key) for one in found.values()]
             assert list(ratios(found, "bone", what).values()) == by_hand
             assert f"| {what} | {Overall.of(by_hand)} |" in rows[f"| {what}"]
             assert not Overall.of(by_hand).clear  # the page says so
-        steps = [
-            statistics.median(a / b for a, b in zip(one["bone"], one["lora"], strict=True))
-            for one in (one["seconds"] for one in COSTS["tables"]["costs"])
-        ]
-        assert f"**{Overall.of(steps)}**" in rows["| time of a step"]
 
     def test_another_result_gives_another_table(self):
         changed = {
@@ -299,7 +290,7 @@ class TestReport:
             for run, record in KEPT.items()
         }
         before, after = (longer(results) for results in (KEPT, changed))
-        shown = tables.verdict(findings_of_tasks(changed, COSTS))
+        shown = tables.verdict(main_findings(changed))
         assert "| test loss | **0.50" in shown
         assert "| lower, higher in single tasks | 5, 0 |" in shown
         assert after.own["bone"].mean("loss") == before.own["bone"].mean("loss") / 2
@@ -326,9 +317,9 @@ class TestReport:
         for name, low, high in (("bone", 1e-4, mild), ("lora", 3e-4, 1e-3)):
             end, curve = long.ends(name, low)[0], points(long.records[name][high][0])
             assert at_forgetting(curve, end.forgetting) < end.loss - 0.01
-        found = findings_of_tasks(KEPT, COSTS)
+        found = main_findings(KEPT)
         for task in ("arithmetic", "docstrings"):  # with r = 16, a tenth is best
-            own = found[task].findings
+            own = found[task]
             assert (own["bone"].rate, own["lora"].rate) == (mild, 3e-3)
         text = (ROOT / "docs/evidence.md").read_text()
         assert f"rate](choosing.md#learning-rate): {mild:g} for the language model" in text
@@ -345,13 +336,13 @@ class TestReport:
         assert "2.540 +0.23 |" in rows["| SHiRA"]
 
     def test_the_advice_on_a_lora_rate_follows_from_the_kept_runs(self):
-        found = findings_of_tasks(KEPT, COSTS)
+        found = main_findings(KEPT)
         widths = {"digits": 64, "packages": 384}
         times = []
         for task, one in found.items():
             rank = alpha = TASKS[task].r / 2  # of a LoRA with as many parameters in a square layer
             factor = alpha / math.sqrt(3 * rank * widths.get(task, 576))
-            times.append(one.findings["bone"].rate / one.findings["lora"].rate / factor)
+            times.append(one["bone"].rate / one["lora"].rate / factor)
         told = f"{min(times):.1f} to {max(times):.1f} times"
         evidence, choosing = (
             " ".join((ROOT / name).read_text().split())
