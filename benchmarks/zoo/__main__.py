@@ -18,10 +18,10 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, NamedTuple
 
 from benchmarks.results import versions, write_whole
 from benchmarks.zoo.cases import Case, NotRun
@@ -94,55 +94,33 @@ def _write(results: Sequence[Result], path: Path, seconds: float) -> None:
 # --- one child for each --------------------------------------------------------------------------
 
 
-class _Child(NamedTuple):
-    case: Case
-    process: Any
-    receiver: Connection
-    started: float
+def _run_all(cases: list[Case]) -> Iterator[Result]:
+    """Yield the results as they arrive, of so many children at a time."""
+    with ThreadPoolExecutor(JOBS) as pool:
+        for future in as_completed([pool.submit(_result_of, case) for case in cases]):
+            yield future.result()
 
 
-def _run_all(todo: list[Case]) -> Iterator[Result]:
-    """Yield the results as they arrive."""
-    waiting, children = list(todo), list[_Child]()
-    while waiting or children:
-        while waiting and len(children) < JOBS:
-            children.append(_start(waiting.pop(0)))
-        ready = multiprocessing.connection.wait([c.receiver for c in children], timeout=0.5)
-        for child in list(children):
-            result = _collect(child, child.receiver in ready)
-            if result is not None:
-                children.remove(child)
-                yield result
-
-
-def _start(case: Case) -> _Child:
-    # Forked, so that libraries are imported once. No thread is running yet.
-    context = multiprocessing.get_context("fork")
+def _result_of(case: Case) -> Result:
+    """Try a case in a child, and return what it sends, or why it sends nothing."""
+    started = time.monotonic()
+    context = multiprocessing.get_context("fork")  # so that libraries are imported once
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_work, args=(case, sender), daemon=True)
-    process.start()
+    child = context.Process(target=_work, args=(case, sender), daemon=True)
+    child.start()
     sender.close()
-    return _Child(case, process, receiver, time.monotonic())
-
-
-def _collect(child: _Child, ready: bool) -> Result | None:
-    """Return a child's result if it has one or its time is over."""
-    took = time.monotonic() - child.started
-    result = Result(child.case.library, child.case.name)
-    if ready:
-        try:
-            result = child.receiver.recv()
-        except EOFError:
-            child.process.join()
-            result.fail("not run", f"the process ended with code {child.process.exitcode}")
-    elif took > SECONDS:
+    result = Result(case.library, case.name)
+    if not receiver.poll(SECONDS):
         result.fail("not run", f"took more than {SECONDS:.0f} s")
     else:
-        return None
-    result.seconds = round(took, 1)
-    child.process.kill()
-    child.process.join()
-    child.receiver.close()
+        try:
+            result = receiver.recv()
+        except EOFError:
+            child.join()
+            result.fail("not run", f"the process ended with code {child.exitcode}")
+    child.kill()
+    child.join()
+    result.seconds = round(time.monotonic() - started, 1)
     return result
 
 
