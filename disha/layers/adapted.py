@@ -80,7 +80,7 @@ class AdaptedLayer(nn.Module):
         Args:
             block: one of the layer's blocks; `block.block` is D, `block.r` its shard size.
         """
-        return delta_of(self, block, block.slot)
+        return delta_of(self, block)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "qconfig":

@@ -192,8 +192,9 @@ def untrained_rows_kept(layer: Any, parameters: Iterable[str]) -> Iterator[None]
         write(block.block, torch.where(is_untrained, loaded, now))
 
 
-def delta_of(layer: nn.Module, block: AdapterBlock, slot: Slot) -> Tensor:
-    """Return dW of a block for a parameter of a layer, without its scale, in the weight's shape."""
+def delta_of(layer: nn.Module, block: AdapterBlock) -> Tensor:
+    """Return dW of a block of a layer, without its scale, in the weight's shape."""
+    slot = block.slot
     if slot.quantized:
         stored = stored_weight(layer, slot.parameter)
         base = quantized.weight_for(block.method, layer, slot, stored, block.block)
@@ -201,8 +202,8 @@ def delta_of(layer: nn.Module, block: AdapterBlock, slot: Slot) -> Tensor:
         base = base_of(layer, slot)
     if block.is_new_rows:
         base = base.to(merge_dtype(base.dtype, block.block.dtype))
-        return NewRows(block.block, block.slot.output_ranges).write_weight(base) - base
-    return block.method.delta_weight(block.slot.layout, block.block, base, block.slot.output_ranges)
+        return NewRows(block.block, slot.output_ranges).write_weight(base) - base
+    return block.method.delta_weight(slot.layout, block.block, base, slot.output_ranges)
 
 
 def sum_with_updates(layer: Any, slot: Slot, adapters: Iterable[str]) -> Tensor:
