@@ -163,15 +163,9 @@ QCONFIG_IS_IGNORED = (
 
 def refuse_merged(layers: Iterable[AdaptedLayer], action: str) -> None:
     """Raise if any of the layers is merged, so an action would mix merged and unmerged adapters."""
-    is_merged = False
-    names: list[str] = []
-    for layer in layers:
-        merged = layer.disha.merged
-        if merged is None:
-            continue
-        is_merged = True
-        names += [repr(name) for name in merged.adapters if repr(name) not in names]
-    if is_merged:
+    merged = [layer.disha.merged for layer in layers if layer.disha.merged is not None]
+    if merged:
+        names = dict.fromkeys(repr(name) for of_layer in merged for name in of_layer.adapters)
         raise MergeError(
             f"can't {action} while adapters are merged (now: {', '.join(names)}); "
             "call unmerge_adapters(model) first"
