@@ -10,8 +10,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from disha import functional
-from disha.checks import check_scale
-from disha.config import AdapterConfig
+from disha.checks import check_positive_int, check_scale
 from disha.errors import ArgumentError, ArgumentTypeError
 from disha.files.contents import LayerBlock, Source, contents_of_blocks, keep_blocks
 from disha.files.header import AdapterContents
@@ -81,7 +80,7 @@ def combine_adapters(
     if not isinstance(weights, Mapping) or not weights:
         raise ArgumentTypeError(f"weights must be a dict of adapter -> number, got {weights!r}")
     if r is not None:
-        AdapterConfig(r)  # raises if r can't be a shard size
+        check_positive_int("r", r)
     view = ModelView(model)
     view.check_can_add(into, "combine adapters", "combine first, then wrap")
     summands = []
