@@ -147,7 +147,8 @@ class _AdapterSaving:
         **named: Any,
     ) -> None:
         """Write the adapter into a folder. A sharded model comes with its state, gathered."""
-        if self.adapter not in ModelView(self.model).adapters:  # merged into the base, or removed
+        view = ModelView(self.model)
+        if self.adapter not in view.adapters:  # merged into the base, or removed
             vars(self.model).pop("_keys_to_ignore_on_save", None)
             type(self.model).save_pretrained(  # type: ignore[attr-defined]
                 self.model,
@@ -159,12 +160,11 @@ class _AdapterSaving:
             return
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
-        is_sharded = ModelView(self.model).is_sharded
-        if not is_sharded:
+        if not view.is_sharded:
             self.write_adapter(folder)
         if not is_main_process:
             return
-        if is_sharded:
+        if view.is_sharded:
             # Copies, because tied weights share memory.
             state = state_dict or {}
             tensors = {key: value.to("cpu", copy=True).contiguous() for key, value in state.items()}
