@@ -55,6 +55,7 @@ def read_contents(path: Path) -> AdapterFile:
     """
     tensors, metadata = read_tensors(path)
     contents = parse_header(path, metadata.get(HEADER_KEY), tensors)
+    # In the order of the header, blocks first, where the file sorts tensors by dtype and name.
     return keep_only(contents, contents.layers, contents.also_train)
 
 
