@@ -463,9 +463,10 @@ class ModelView:
     def forget_buffers(self) -> None:
         """Forget what the buffers of this part were before the first adapter."""
         for buffer in self.buffers:
-            if buffer.known is not None:
-                for name in buffer.known.names:
-                    buffer.known.record.buffers.pop(name, None)
+            known = buffer.known
+            if known is not None:
+                for name in known.names:
+                    known.record.buffers.pop(name, None)
 
     def refuse_half_of_ties(self, action: str) -> None:
         """Raise if a weight of this part is tied to one outside: both have one update."""
