@@ -252,9 +252,7 @@ def exact_pattern(name: str) -> str:
     return "^" + re.escape(name)
 
 
-def exact_targets(
-    adapted: Iterable[str], modules: Collection[str] | None = None
-) -> list[str] | str:
+def exact_targets(adapted: Iterable[str], modules: Collection[str] | None) -> list[str] | str:
     """Return `target_modules` that select these layers and no others: their names, or a regex."""
     names = sorted(set(adapted))
     # PEFT reads the entries of a list as ends of names, which other modules may have too.

@@ -42,7 +42,7 @@ def is_library_forward(cls: type[nn.Module]) -> bool:
     return any(cls.forward is known.forward for known in linear_classes)
 
 
-def unpacked_shape(parameter: Tensor, module: nn.Module | None = None) -> torch.Size | None:
+def unpacked_shape(parameter: Tensor, module: nn.Module | None) -> torch.Size | None:
     """Return the shape of the weight that 4-bit values in a parameter stand for, else None."""
     owner: Any = parameter
     if isinstance(module, ParametrizationList):

@@ -66,7 +66,7 @@ def misfits(base: PathLike, adapter_path: PathLike) -> list[str]:
     return find_misfits(checkpoint, adapter_file, keys)
 
 
-def read_adapter(path: PathLike, base: Checkpoint | None = None) -> AdapterFile:
+def read_adapter(path: PathLike, base: Checkpoint | None) -> AdapterFile:
     """Return the adapter that a file or a folder of PEFT holds.
 
     A folder may need the base, by default the checkpoint that it names, if that is on this disk.
