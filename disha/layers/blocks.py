@@ -374,7 +374,7 @@ class Adapters(nn.Module):
     def __init__(self, record: ModelRecord, names: tuple[str, ...]) -> None:
         super().__init__()
         install()
-        vars(self)["merged"] = None
+        self.merged = None
         self.activate(())
         self.belong_to(record, names)
         record.group.take(self)
