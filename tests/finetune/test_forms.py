@@ -163,6 +163,12 @@ def test_a_key_is_read_if_it_is_shown_for_this_role(qwen):
         form({"messages": [asked, said]}, words=qwen)
 
 
+def test_a_key_is_read_if_it_is_shown_for_one_role(qwen):
+    messages = [{**message, "reasoning_content": "c"} for message in TALK]
+    with warnings.catch_warnings(action="error"):
+        form({"messages": messages}, words=qwen)
+
+
 def test_an_empty_text_is_no_json(qwen):
     assert form({"messages": TALK, "tools": ""}, words=qwen)["tools"] is None
 

@@ -470,9 +470,11 @@ def test_trl_is_left_as_it_was():
     assert vars(trl_utils) == before
 
 
-@pytest.mark.parametrize("words", [[], ["--base", "model", "--lr", "0.1"]])
-def test_what_must_be_named(words):
-    with pytest.raises(ArgumentError, match="name "):
+@pytest.mark.parametrize(
+    ("words", "flag"), [([], "--base"), (["--base", "model", "--lr", "0.1"], "--data")]
+)
+def test_what_must_be_named(words, flag):
+    with pytest.raises(ArgumentError, match=f"name .* with {flag}"):
         main(words)
 
 
