@@ -29,6 +29,9 @@ class Answers(BaseHTTPRequestHandler):
 
     def do_POST(self):
         asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if asked["max_tokens"] < 1:
+            self.answer({"message": "max_tokens must be at least 1"}, 400)
+            return
         if self.server.gives == "an error":
             self.answer({"message": "prompt_logprobs is too many"}, 400)
             return

@@ -56,6 +56,12 @@ def test_conversations_need_a_template(asks, tmp_path):
     assert "has no chat template" in done.err
 
 
+def test_a_tokenizer_that_gives_more_than_the_model_takes(runner):
+    expected = answer(runner, "hello")
+    runner.tokenizer.model_input_names = ["input_ids", "token_type_ids", "attention_mask"]
+    assert runner.answer(["hello"], max_new_tokens=6, do_sample=False) == [expected]
+
+
 def test_an_answer_is_streamed(asks, language_model, monkeypatch):
     class Screen(io.StringIO):
         flushes = 0
