@@ -45,7 +45,7 @@ class Runner:
         """Run the body in this mode, from the same random state, and put the buffers back."""
         self._view.model.train(training)
         for block in self.blocks:
-            block.train(False)  # without its dropout, which a merged weight can't have
+            block.train(False)  # a dropout may leave nothing of its inputs
         # Keeping the random state of a GPU would start CUDA, even if the model does not use it.
         started = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
         devices = range(torch.cuda.device_count()) if started else ()

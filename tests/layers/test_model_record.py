@@ -164,6 +164,13 @@ class TestParts:
         assert flags(body)["0.weight"] is True
         assert not body[1].running_mean.any()
 
+    def test_marking_a_model_of_which_a_part_was_adapted_alone(self):
+        model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4))
+        disha.inject_adapters(model[0], "all-linear", 2)
+        disha.mark_only_adapters_trainable(model)
+        assert not any(flags(model).values())
+        assert all(flags(disha.remove_adapters(model)).values())
+
     def test_a_model_that_is_put_into_another_one(self, parts):
         outer = nn.ModuleDict({"net": parts, "extra": nn.Linear(2, 2)})
         disha.inject_adapters(outer, "extra", 2, adapter="more")

@@ -211,9 +211,14 @@ class Heads(nn.Module):
 
 
 def test_a_head_that_acts_in_training_only_is_in_order():
-    model = disha.inject_adapters(Heads(), "all-linear", 2, dropout=0.5)
+    model = disha.inject_adapters(Heads(), "all-linear", 2)
     assert disha.check_adapters(model.eval(), torch.randn(3, 4)).ok
     assert not model.training
+
+
+def test_a_block_acts_whatever_its_dropout_is():
+    model = disha.inject_adapters(Heads(), "all-linear", 2, dropout=0.999)
+    assert disha.check_adapters(model, torch.randn(3, 4)).ok
 
 
 def test_a_merge_that_changes_the_evaluation_alone_is_a_problem():
