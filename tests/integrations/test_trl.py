@@ -205,6 +205,14 @@ def test_dpo_equals_peft(tmp_path, options):
     assert ours.state.log_history[-2]["eval_rewards/margins"] != 0
 
 
+def test_blocks_keep_their_dropout_if_trl_is_asked_to_keep_dropout(tmp_path):
+    model = adapted(dropout=0.5)
+    preferring(model, tmp_path, disable_dropout=False)
+    assert {block.dropout for block in blocks_in(model)} == {0.5}
+    preferring(model, tmp_path)
+    assert {block.dropout for block in blocks_in(model)} == {0.0}
+
+
 def trained_before(model):
     """Give the blocks the values that training would have given them."""
     torch.manual_seed(1)

@@ -383,6 +383,14 @@ def test_a_parameter_by_its_name_is_the_parameter():
     assert type(model[0].weight) is not nn.Parameter
 
 
+def test_a_weight_that_is_set_to_a_tensor_can_be_deleted():
+    """As FSDP and pruning do, while the parameter has another name."""
+    layer = disha.inject_adapters(nn.Linear(4, 3), "", 2)
+    layer.weight = layer._parameters.pop("weight").detach()
+    del layer.weight
+    assert not hasattr(layer, "weight")
+
+
 def test_a_feature_extractor_of_torchvision():
     """It traces the model and copies what is read."""
     extraction = pytest.importorskip("torchvision.models.feature_extraction")
