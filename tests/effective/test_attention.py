@@ -1,6 +1,7 @@
 """nn.MultiheadAttention and the modules with fused paths around it, held against plain torch."""
 
 import copy
+import functools
 import itertools
 import re
 
@@ -300,10 +301,16 @@ PROJECTED = {
 }
 
 
+@functools.cache
+def adapted_attention(form):
+    """Return a module whose weights the tests of the function read, and change nothing in."""
+    return perturb(inject(attention(form), "^$"))
+
+
 def function_case(projected, added, options, effective=True):
     """Return the inputs and other arguments of the function, with effective or computed weights."""
     form = "kdim, vdim" if projected == "separate weights" else "packed"
-    module = perturb(inject(attention(form), "^$"))
+    module = adapted_attention(form)
     q, k, v = PROJECTED[projected](*inputs(module, SAMPLES, LENGTH, SOURCE))
     draw = torch.Generator().manual_seed(3)
     bias_k, bias_v = torch.randn(2, 1, 1, WIDTH, generator=draw, dtype=torch.float64)
