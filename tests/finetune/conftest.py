@@ -63,11 +63,17 @@ class Result:
         return load_file(self.adapter)
 
 
+@pytest.fixture
+def _empty_plots(monkeypatch):
+    """Draw no losses, which takes a third of a short run."""
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path: path.touch())
+
+
 @pytest.fixture(scope="session")
 def finetune(tiny, data):
     """Run the command with a few steps of the tiny model; other flags replace these.
 
-    The plot of the losses, a third of such a run, is left empty: runs without this fixture draw it.
+    The plot is left empty, as by `_empty_plots`: runs in processes of their own draw it.
     """
 
     def run(folder: Path, *words: object, base: Path | None = tiny) -> Result:

@@ -34,6 +34,7 @@ def folder(tmp_path, monkeypatch, tiny):
     return tmp_path
 
 
+@pytest.mark.usefixtures("_empty_plots")
 @pytest.mark.filterwarnings("ignore:--tf32 does nothing")
 def test_commands(folder, capsys):
     ran = [words for words in commands() if words[0] == "disha"]
@@ -67,6 +68,7 @@ def shop(tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.mark.usefixtures("_empty_plots")
 def test_every_command_of_the_tutorial_runs(shop, capsys):
     seen = []
     for words in commands(TUTORIAL):

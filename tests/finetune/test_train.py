@@ -480,7 +480,9 @@ def test_what_must_be_named(words, flag):
 
 @pytest.mark.parametrize("words", [[], ["--packing", True], ["--also_train", "lm_head"]])
 def test_only_learned_positions_are_scored_on_a_cpu(words, finetune, tmp_path, monkeypatch):
-    words = [*EXACT, *words, "--max_steps", 2, "--eval_strategy", "steps", "--eval_steps", 2]
+    few = write_rows(tmp_path / "rows.jsonl", rows(12))
+    words = [*EXACT, *words, "--data", few]
+    words += ["--max_steps", 2, "--eval_strategy", "steps", "--eval_steps", 2]
 
     def run(name):
         with FlopCounterMode(display=False) as counter:
