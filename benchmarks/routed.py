@@ -19,11 +19,10 @@ BUDGET = Budget(8.0, 5, 100)
 
 
 def routed(device: torch.device) -> list[dict[str, Any]]:
-    """Compare a batch that is routed to several adapters with two other ways to run it.
+    """Compare a batch that is routed to several adapters with running them one by one.
 
-    Adapter by adapter means one forward for each adapter, with its own samples. One adapter for
-    all means a model with a single adapter and without a route. The time includes setting the
-    route, switching the adapter, and PEFT's `adapter_names`.
+    That is one forward for each adapter, with its own samples. The time includes setting the route,
+    switching the adapter, and PEFT's `adapter_names`.
     """
     return [_measure(adapters, tokens, device) for tokens in (1, 32) for adapters in (1, 8, 64)]
 
@@ -36,11 +35,7 @@ def _measure(adapters: int, tokens: int, device: torch.device) -> dict[str, Any]
     runs: dict[str, Run] = {BASE: forward(base(), x)}
     for method in ("bone", "bat"):
         runs |= _disha(base(), method, names, x)
-        one = disha.inject_adapters(base(), "all-linear", R, method=method)
-        fill(trainable(one), SCALE)
-        runs[f"{method}_one_adapter"] = forward(one, x)
     runs |= _peft(base(), names, x)
-    runs["peft_lora_one_adapter"] = forward(_peft_model(base(), names[:1]), x)
     for method in ("bone", "bat", "peft_lora"):
         _check(method, runs[f"{method}_routed"](), runs[f"{method}_one_by_one"](), names)
     batch = {"adapters": adapters, "samples": SAMPLES, "tokens": tokens * SAMPLES}
@@ -62,32 +57,25 @@ def _disha(model: nn.Module, method: str, names: Sequence[str], x: Tensor) -> di
 
 
 def _peft(base: nn.Sequential, names: Sequence[str], x: Tensor) -> dict[str, Run]:
-    model = _peft_model(base, names)
-
-    def all_at_once() -> Tensor:
-        with torch.no_grad():
-            return model(x, adapter_names=list(names))
-
-    return {
-        "peft_lora_routed": all_at_once,
-        "peft_lora_one_by_one": _one_by_one(model.set_adapter, model, names, x),
-    }
-
-
-def _peft_model(model: nn.Sequential, names: Sequence[str]) -> Any:
-    """Return a model of PEFT with these adapters."""
     from peft import LoraConfig, get_peft_model
 
     rank = lora_rank([(WIDTH, WIDTH)], R)
     config = LoraConfig(r=rank, lora_alpha=rank, target_modules=[str(i) for i in range(LAYERS)])
     first, *others = dict.fromkeys(names)
-    peft = get_peft_model(model, config, first, autocast_adapter_dtype=False)
+    model: Any = get_peft_model(base, config, first, autocast_adapter_dtype=False)
     for adapter in others:
-        peft.add_adapter(adapter, config)
-    for name, parameter in peft.named_parameters():
+        model.add_adapter(adapter, config)
+    for name, parameter in model.named_parameters():
         parameter.requires_grad_("lora_" in name)
-    fill(trainable(peft), SCALE)
-    return peft.eval()
+    fill(trainable(model), SCALE)
+    model.eval()
+
+    def all_at_once() -> Tensor:
+        with torch.no_grad():
+            return model(x, adapter_names=list(names))
+
+    switch = _one_by_one(model.set_adapter, model, names, x)
+    return {"peft_lora_routed": all_at_once, "peft_lora_one_by_one": switch}
 
 
 def _one_by_one(

@@ -143,7 +143,7 @@ def start_up(cases: Cases) -> str:
 
 
 def routed(cases: Cases) -> str:
-    ways = {"routed": "one batch", "one_by_one": "one by one", "one_adapter": "one for all"}
+    ways = {"routed": "one batch", "one_by_one": "one by one"}
     rows = [
         [
             f"{title_of(name)}, {text}",
