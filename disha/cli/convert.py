@@ -239,9 +239,9 @@ def _write(
             model_type=config.get("model_type"),
             base=weights,
         )
-    components = {flags.component: contents}
-    bases = {flags.component: weights}
-    return image_lora.write_file(flags.out, components, rank=flags.rank, bases=bases)
+    return image_lora.write_file(
+        flags.out, flags.component, contents, rank=flags.rank, base=weights
+    )
 
 
 def _write_template(folder: Path, notes: Mapping[str, str]) -> None:

@@ -129,12 +129,11 @@ def export(
             layers = [model_block.name for model_block in view.blocks(adapter)]
             problems = reasons_against(view, layers, unknown_to_lora)
             refuse_to_write(f"a LoRA would not compute what the {component} does", problems)
-    contents: dict[str, AdapterContents] = {}
-    bases: dict[str, BaseWeight] = {}
+    updates = []
     for component, view in views.items():
-        contents[component] = adapter_contents(view, adapter, with_fingerprints=False)
-        bases[component] = base_weights_of_model(view, adapter)
-    updates = _collect_updates(contents, bases, rank)
+        contents = adapter_contents(view, adapter, with_fingerprints=False)
+        base = base_weights_of_model(view, adapter)
+        updates += _updates_of(component, contents, rank, base)
     with ranks.fail_together(action):
         return _write(target, updates, ranks.writes)
 
@@ -239,13 +238,14 @@ def _views_of(models: Models) -> tuple[dict[str, ModelView], Ranks]:
 
 def write_file(
     path: Path,
-    contents: Mapping[str, AdapterContents],
+    component: str,
+    contents: AdapterContents,
     *,
     rank: int | None = None,
-    bases: Mapping[str, BaseWeight | None],
+    base: BaseWeight | None = None,
 ) -> LoraReport:
-    """Write the adapters of components as `export` does, without their models."""
-    return _write(path, _collect_updates(contents, bases, rank))
+    """Write the adapter of one component as `export` does, without its model."""
+    return _write(path, _updates_of(component, contents, rank, base))
 
 
 def _write(path: Path, updates: Sequence[LowRankUpdate], writes: bool = True) -> LoraReport:
@@ -255,36 +255,30 @@ def _write(path: Path, updates: Sequence[LowRankUpdate], writes: bool = True) ->
     return LoraReport(path, tuple(update.described() for update in updates))
 
 
-def _collect_updates(
-    contents: Mapping[str, AdapterContents],
-    bases: Mapping[str, BaseWeight | None],
-    rank: int | None,
+def _updates_of(
+    component: str, contents: AdapterContents, rank: int | None, base: BaseWeight | None
 ) -> list[LowRankUpdate]:
-    """Return the updates of all components, under their names in a file."""
+    """Return the updates of a component, under their names in a file."""
+    if component not in COMPONENTS:
+        raise ArgumentError(
+            f"an image LoRA has no component {component!r}; allowed are "
+            f"{', '.join(COMPONENTS)} (--component of disha convert)"
+        )
+    refused = [
+        record.name
+        for record in contents.layers
+        if record.layout.pattern not in ("out in", CONV) or not record.name
+    ]
+    refused += contents.also_train
+    if refused:
+        raise ConversionError(
+            f"an image LoRA can't hold {list_names(refused)} of the {component}, only linear "
+            "layers and convolutions; leave them out (`exclude`, --no_also_train), or merge"
+        )
     updates = []
-    for component, of_component in contents.items():
-        if component not in COMPONENTS:
-            raise ArgumentError(
-                f"an image LoRA has no component {component!r}; allowed are "
-                f"{', '.join(COMPONENTS)} (--component of disha convert)"
-            )
-        refused = [
-            record.name
-            for record in of_component.layers
-            if record.layout.pattern not in ("out in", CONV) or not record.name
-        ]
-        refused += of_component.also_train
-        if refused:
-            raise ConversionError(
-                f"an image LoRA can't hold {list_names(refused)} of the {component}, only linear "
-                "layers and convolutions; leave them out (`exclude`, --no_also_train), or merge"
-            )
-        base = bases.get(component)
-        for update in low_rank_updates(
-            of_component.layers, of_component.tensors, rank=rank, base=base
-        ):
-            name = _name_in_file(component, update.record.name)
-            updates.append(_scale_b(update, f"{component}.{name}"))
+    for update in low_rank_updates(contents.layers, contents.tensors, rank=rank, base=base):
+        name = _name_in_file(component, update.record.name)
+        updates.append(_scale_b(update, f"{component}.{name}"))
     return updates
 
 

@@ -280,7 +280,7 @@ def test_the_model_itself_has_no_key(tmp_path):
     model = disha.inject_adapters(nn.Linear(8, 8), "all-linear", 2)
     contents = adapter_contents(ModelView(model))
     with refused_export(tmp_path, model, "the model"):
-        image_lora.write_file(tmp_path / "lora.safetensors", {"unet": contents}, bases={})
+        image_lora.write_file(tmp_path / "lora.safetensors", "unet", contents)
 
 
 def test_wrong_arguments(tmp_path):
