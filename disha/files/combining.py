@@ -86,8 +86,9 @@ def combine_adapters(
     summands = []
     for adapter, weight in weights.items():
         contents = adapter_contents(view, adapter)
-        # Besides blocks, an adapter without claims has only what stays in the model.
-        if not also_train or not _has_claims(view, adapter):
+        # Without `also_train`, an adapter has besides its blocks only what stays in the model.
+        has_claims = any(tensor.claimant == adapter for tensor in view.tensors)
+        if not also_train or not has_claims:
             contents = keep_blocks(contents)
         summands.append(Summand(f"adapter {adapter!r}", contents, weight))
     total = combine_contents(summands, r)
@@ -100,11 +101,6 @@ def combine_adapters(
         }
         for model_block in view.require(into):
             model_block.values.requires_grad_(model_block.name in trained)
-
-
-def _has_claims(view: ModelView, adapter: str) -> bool:
-    """Whether parameters or buffers belong to an adapter, because its `also_train` names them."""
-    return any(tensor.claimant == adapter for tensor in view.tensors)
 
 
 class Term(NamedTuple):
