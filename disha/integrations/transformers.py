@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from accelerate.state import AcceleratorState, PartialState
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
@@ -22,7 +21,7 @@ from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHT
 
 import disha
 from disha.files import ADAPTER_NAME
-from disha.files.disk import OF_TORCH
+from disha.files.disk import write_tensors
 from disha.integrations.engines import kept_keys, leave_out_base
 from disha.model.state import collect_tensors
 from disha.model.view import ModelView
@@ -165,10 +164,7 @@ class _AdapterSaving:
         if not is_main_process:
             return
         if view.is_sharded:
-            # Copies, because tied weights share memory.
-            state = state_dict or {}
-            tensors = {key: value.to("cpu", copy=True).contiguous() for key, value in state.items()}
-            save_file(tensors, folder / SAFE_WEIGHTS_NAME, OF_TORCH)
+            write_tensors(folder / SAFE_WEIGHTS_NAME, state_dict or {})
         else:
             kept = disha.adapter_state_dict(self.model, self.adapter)
             index = {"metadata": {}, "weight_map": dict.fromkeys(kept, ADAPTER_NAME)}
