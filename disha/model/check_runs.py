@@ -10,6 +10,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from enum import Enum
 from types import ModuleType
 from typing import Any
@@ -29,32 +30,32 @@ from disha.sharding.tensors import is_sharded
 from disha.sharding.zero import is_partitioned
 
 
+@dataclass
 class Runner:
     """Runs a model so that each run starts from the same state and leaves nothing behind.
 
     Each run is in evaluation or in training mode, as its argument `training` says.
     """
 
-    def __init__(self, view: ModelView, blocks: list[AdapterBlock], call: Callable[[], Any]):
-        self.blocks = blocks
-        self._view = view
-        self._call = call
+    view: ModelView
+    blocks: list[AdapterBlock]
+    call: Callable[[], Any]
 
     @contextmanager
     def mode(self, *, training: bool) -> Iterator[None]:
         """Run the body in this mode, from the same random state, and put the buffers back."""
-        self._view.model.train(training)
+        self.view.model.train(training)
         for block in self.blocks:
             block.train(False)  # a dropout may leave nothing of its inputs
         # Keeping the random state of a GPU would start CUDA, even if the model does not use it.
         started = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
         devices = range(torch.cuda.device_count()) if started else ()
-        with torch.random.fork_rng(devices), _keep_buffers(self._view.names):
+        with torch.random.fork_rng(devices), _keep_buffers(self.view.names):
             yield
 
     def outputs(self) -> list[Tensor]:
         """Return the outputs of the model with their graph; call it in `mode`."""
-        outputs = tensors_in(self._call())
+        outputs = tensors_in(self.call())
         if not any(output.isfinite().any() for output in outputs):
             raise ArgumentError(
                 "the model returns no finite floating-point number, real or complex, with these "
