@@ -549,16 +549,15 @@ def keep_for_model(view: ModelView, folder: PeftFolder) -> PeftFolder:
     PEFT trains the copies of a tied tensor apart, so they must be equal. Collective if sharded.
     """
     buffers = {buffer.name for buffer in view.buffers}
+    tensors = folder.tensors
     kept = {}
     problems = []
-    for name, tensor in folder.tensors.items():
+    for name, tensor in tensors.items():
         untrained = _find_untrained(view, folder, name)
         if untrained is not None and _are_equal_in_narrower(tensor, untrained):
             continue  # the model has it
-        names: tuple[str, ...] = (name,)
-        if name in view.parameters_by_name:
-            names = view.parameters_by_name[name].names
-        tensors = folder.tensors
+        parameter = view.parameters_by_name.get(name)
+        names = (name,) if parameter is None else parameter.names
         differing = [
             other
             for other in names
