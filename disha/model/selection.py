@@ -80,15 +80,16 @@ class Selection:
             reader = readers.get(layer.module, layer.module)
             by_name = dict.fromkeys((*layer.names, *layer.module_names), layer.module)
             by_name |= dict.fromkeys(self.view.names[reader], reader)
+            names = [*by_name]
             if layer.place not in linear and not self._matches(by_name):
                 continue
             if not layer.attribute and not _has_parameters(layer.module):
                 continue  # a container, for example, which a target may match without harm
-            regex = find_first_match(self.new_rows, [*by_name])
+            regex = find_first_match(self.new_rows, names)
             if regex is not None and layer.slot is not None:
                 slot = replace(layer.slot, output_ranges=self.new_rows[regex])
                 layer = replace(layer, slot=slot)
-            elif find_matching(self.config.exclude, [*by_name]):
+            elif find_matching(self.config.exclude, names):
                 layer = replace(layer, reason=EXCLUDED)
             selected.append(layer)
         return selected
