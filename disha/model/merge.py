@@ -125,9 +125,10 @@ def merge(
     If only some layers merge, those that are tied to them have to be among them.
     """
     view.refuse_inside("merge adapters")
-    for context in view.open_contexts():
+    contexts = view.open_contexts()
+    if contexts:
         raise ModeError(
-            f"can't merge adapters while another thread or task is inside {context.function}, "
+            f"can't merge adapters while another thread or task is inside {contexts[0].function}, "
             "where it would change what the model computes; merge when that has ended"
         )
     view.refuse_half_of_ties("merge adapters")
