@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -24,6 +23,8 @@ from torch import nn
 import disha
 from benchmarks.markdown import run_text, table
 from benchmarks.results import describe, dtype_text, read_results, write_results
+from benchmarks.steps import trainable
+from benchmarks.timers import ClockTimer
 
 RESULTS = Path(__file__).parent / "results/drift.json"
 CYCLES = 1000
@@ -31,49 +32,28 @@ SIZE, R = 256, 16
 UPDATE = 0.002
 """Standard deviation of dW; that of W is 0.02, as in a language model."""
 
-Cycle = Callable[[], None]
+Parts = tuple[Callable[[], object], Callable[[], object], Callable[[], torch.Tensor]]
+"""How an adapted model is merged and unmerged, and what its base weight is."""
 
 
-def _base(dtype: torch.dtype) -> nn.Sequential:
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(SIZE, SIZE, bias=False))
-    nn.init.normal_(model[0].weight, std=0.02)
-    return model.to(dtype)
+def _with_disha(model: nn.Sequential) -> Parts:
+    disha.inject_adapters(model, "0", r=R)
+    layer: Any = model[0]
+    merge, unmerge = (partial(one, model) for one in (disha.merge_adapters, disha.unmerge_adapters))
+    return merge, unmerge, lambda: layer.base_weight
 
 
-def _with_disha(dtype: torch.dtype) -> tuple[nn.Module, Cycle, Cycle]:
-    model = disha.inject_adapters(_base(dtype), "0", r=R)
-
-    def merge() -> None:
-        for block in disha.adapter_parameters(model):
-            nn.init.normal_(block, std=UPDATE)
-        disha.merge_adapters(model)
-
-    return model[0], merge, partial(disha.unmerge_adapters, model)
-
-
-def _with_peft(kind: str, dtype: torch.dtype) -> tuple[nn.Module, Cycle, Cycle]:
+def _with_peft(kind: str, model: nn.Sequential) -> Parts:
     import peft
 
-    config = {
-        "lora": lambda: peft.LoraConfig(r=R, lora_alpha=R, target_modules=["0"]),
-        "miss": lambda: peft.MissConfig(r=R, target_modules=["0"]),
-    }[kind]()
-    model = peft.get_peft_model(_base(dtype), config)
-    # Of two factors, such that the entries of their product have the standard deviation UPDATE too.
-    std = (UPDATE / R**0.5) ** 0.5 if kind == "lora" else UPDATE
-
-    def merge() -> None:
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                nn.init.normal_(parameter, std=std)
-        model.merge_adapter()
-
-    layer: Any = model.base_model.model[0]
-    return layer.base_layer, merge, model.unmerge_adapter
+    miss = peft.MissConfig(r=R, target_modules=["0"])
+    lora = peft.LoraConfig(r=R, lora_alpha=R, target_modules=["0"])
+    adapted = peft.get_peft_model(model, lora if kind == "lora" else miss)
+    layer: Any = adapted.base_model.model[0]
+    return adapted.merge_adapter, adapted.unmerge_adapter, lambda: layer.base_layer.weight
 
 
-KINDS: Mapping[str, Callable[[torch.dtype], tuple[nn.Module, Cycle, Cycle]]] = {
+KINDS: Mapping[str, Callable[[nn.Sequential], Parts]] = {
     "disha (MiSS)": _with_disha,
     "PEFT MiSS": partial(_with_peft, "miss"),
     "PEFT LoRA": partial(_with_peft, "lora"),
@@ -82,17 +62,22 @@ KINDS: Mapping[str, Callable[[torch.dtype], tuple[nn.Module, Cycle, Cycle]]] = {
 
 def measure(kind: str, dtype: torch.dtype, cycles: int) -> dict[str, Any]:
     """Return how far the base has moved after these cycles, relative to its mean size."""
-    layer, merge, unmerge = KINDS[kind](dtype)
-    weight: Any = layer.weight if kind.startswith("PEFT") else layer.base_weight
-    before = weight.detach().double().clone()
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(SIZE, SIZE, bias=False)).to(dtype)
+    nn.init.normal_(model[0].weight, std=0.02)
+    merge, unmerge, weight = KINDS[kind](model)
+    before = weight().detach().double().clone()
+    trained = trainable(model)
+    # Of two factors, such that the entries of their product have the standard deviation UPDATE too.
+    std = UPDATE if len(trained) == 1 else (UPDATE / R**0.5) ** 0.5
+    timer = ClockTimer()
     seconds: dict[str, list[float]] = {"merge": [], "unmerge": []}
     for _ in range(cycles):
-        for name, step in (("merge", merge), ("unmerge", unmerge)):
-            started = time.perf_counter()
-            step()
-            seconds[name].append(time.perf_counter() - started)
-    weight = layer.weight if kind.startswith("PEFT") else layer.base_weight
-    moved = (weight.detach().double() - before).abs()
+        for parameter in trained:
+            nn.init.normal_(parameter, std=std)
+        seconds["merge"].append(timer.seconds(merge))
+        seconds["unmerge"].append(timer.seconds(unmerge))
+    moved = (weight().detach().double() - before).abs()
     size = before.abs().mean()
     return {
         "kind": kind,
