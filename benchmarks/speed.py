@@ -107,14 +107,14 @@ def times(name: str, suffix: str = "") -> Callable[[Cases], str]:
     return make
 
 
-def bytes_of(figure: str, suffix: str = "") -> Callable[[Cases], str]:
+def bytes_of(figure: str) -> Callable[[Cases], str]:
     """Return a table of bytes: candidates by the cases that have them."""
 
     def make(cases: Cases) -> str:
         rows = []
         cases = [case for case in cases if figure in case]
         for name in eager_names(cases[0]):
-            counts = [case[figure].get(name + suffix) for case in cases]
+            counts = [case[figure].get(name) for case in cases]
             shown = [NOTHING if count is None else bytes_text(count) for count in counts]
             rows.append([title_of(name), *shown])
         return table(["", *map(size_text, cases)], rows)
@@ -394,9 +394,7 @@ TABLES: Mapping[str, Mapping[str, Callable[[Cases], str]]] = {
     "step": {
         "": times("step"),
         "_compiled": times("step", COMPILED),
-        "_kept": bytes_of("kept_bytes"),
         "_peak": bytes_of("peak_bytes"),
-        "_peak_compiled": bytes_of("peak_bytes", COMPILED),
     },
     "decoding": {"": times("decoding"), "_compiled": times("decoding", COMPILED)},
     "model": {

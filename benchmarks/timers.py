@@ -21,7 +21,6 @@ Run = Callable[[], object]
 CLEARED_BYTES = 2**28
 """More than the cache of any GPU."""
 WARM_WIDTH = 4096
-TIMES_FOR_RATES = 10
 
 
 class Timer(Protocol):
@@ -89,15 +88,6 @@ def timer_of(device: torch.device, times: int = 1) -> Timer:
     if device.type == "cuda":
         return EventTimer(device, times)
     return ClockTimer(times=times)
-
-
-def rate_timer_of(device: torch.device) -> Timer:
-    """Return the timer for what single operations reach.
-
-    An accelerator takes some microseconds to begin with the first operation of a queue. That is
-    more than many products take, so it gets several of them.
-    """
-    return timer_of(device, 1 if device.type == "cpu" else TIMES_FOR_RATES)
 
 
 def warm(device: torch.device, seconds: float) -> None:
