@@ -74,12 +74,6 @@ def suggest_rate(
         raise ArgumentError("no adapter trains; add or activate one before you ask for a rate")
     values = [model_block.values for model_block in blocks]
     starts = [value.detach().clone() for value in values]
-
-    def move(step: float) -> None:
-        with torch.no_grad():
-            for value, start, gradient in zip(values, starts, gradients, strict=True):
-                value.copy_(start - step * gradient.sign())
-
     with ExitStack() as undo, torch.enable_grad():
         for module in model.modules():
             undo.callback(setattr, module, "training", module.training)
@@ -93,6 +87,12 @@ def suggest_rate(
         )
         learned = of_logits.ne(0).any(-1)  # not prompts and padding, which move less
         before = _logits(output)[learned].detach().float().log_softmax(-1)
+
+        def move(step: float) -> None:
+            with torch.no_grad():
+                for value, start, gradient in zip(values, starts, gradients, strict=True):
+                    value.copy_(start - step * gradient.sign())
+
         undo.callback(move, 0.0)
         step = FIRST_STEP
         for _ in range(PROBES):
