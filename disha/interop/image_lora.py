@@ -12,6 +12,7 @@ from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -326,13 +327,12 @@ def read_for_model(view: ModelView, path: Path) -> AdapterContents:
 
 
 def read_file(
-    path: Path, modules: Mapping[str, Collection[str]] | None = None
+    path: Path, modules: Mapping[str, Collection[str]] = MappingProxyType({})
 ) -> dict[str, AdapterContents]:
     """Return component -> its adapter.
 
     `modules` has the names of the modules of each component; without it, no model is known.
     """
-    modules = modules or {}
     tensors, metadata = read_tensors(path)
     tensors, alphas = _rename_from_kohya(tensors, modules)
     pairs, rest = PeftFolder(path, {}, tensors).split_pairs()
