@@ -104,7 +104,7 @@ def check_adapters(
     with torch.inference_mode(False), torch.enable_grad(), ExitStack() as undo:
         view.reshard()
         view.keep(undo)
-        view.keep(undo)  # again, in case that the first fails
+        view.keep(undo)  # again: if putting back is interrupted, it is done once more
         weights = _check(view, undo, active, runner, merging)
         base_changed = _find_whether_base_changed(view, runner)
     if optimizer is None:
