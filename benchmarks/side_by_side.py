@@ -221,7 +221,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("bench-output/side-by-side.json"))
     flags = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as name:
-        results = side_by_side(flags.tiny, Path(name))
+        results = side_by_side(flags.tiny, Path(name) / "model")
     write_results(flags.out, results)
     print(flags.out)
 
