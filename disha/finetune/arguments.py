@@ -102,7 +102,7 @@ class AdapterArguments:
         groups = int(self.groups) if self.groups.isdigit() else self.groups
         pairs = [pair.rpartition("=") for pair in self.rank_pattern]
         return {
-            "target_regex": [*self.target],
+            "target_regex": self.target,
             "r": self.r,
             "r_out": self.r_out,
             "method": self.method,

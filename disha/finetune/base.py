@@ -19,7 +19,7 @@ from transformers import (
 
 import disha
 from disha.finetune.notes import FEW_BITS
-from disha.finetune.source import explain_loading, is_gguf, source_of
+from disha.finetune.source import explain_loading, source_of
 from disha.finetune.tokenizer import end_answers, fit_to_tokenizer, load_tokenizer
 from disha.text import first_few
 
@@ -60,7 +60,7 @@ def _load_model(
     options |= {"dtype": dtype, "attn_implementation": attn_implementation}
     if device is not None:
         options["device_map"] = {"": device}
-    if is_gguf(name):
+    if "gguf_file" in options:
         options["quantization_config"] = GgufConfig(dequantize=True)
     if bits in FEW_BITS:
         options["quantization_config"] = _quantization(bits, dtype)

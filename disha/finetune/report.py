@@ -82,15 +82,15 @@ def load_and_compare(model: Any, tokenizer: Any, path: Path, rows: Dataset, coun
     without = [_answer(model, tokenizer, question) for question, _ in questions]
     own = own_text(model, tokenizer, path.parent / OWN_TEXT) if count else None
     disha.load_adapter(model, path)
-    samples = []
-    for (question, reference), before in zip(questions, without, strict=True):
-        sample = {
+    samples = [
+        {
             "prompt": tokenizer.decode(question),
             "without": before,
             "with_adapter": _answer(model, tokenizer, question),
             "reference": tokenizer.decode(reference, skip_special_tokens=True),
         }
-        samples.append(sample)
+        for (question, reference), before in zip(questions, without, strict=True)
+    ]
     forgetting = None if own is None else own.forgotten(model)
     return {"forgetting": forgetting, "samples": samples}
 

@@ -145,13 +145,13 @@ def make_trainer(flags: Flags, settings: dict[str, Any]) -> tuple[Trainer, Calla
     return trainer, notes_at
 
 
-def _marks_answers(training: TrainingArguments, rows: Dataset, tokenizer: Any) -> bool | None:
+def _marks_answers(training: TrainingArguments, rows: Dataset, tokenizer: Any) -> bool:
     """Whether trl is to learn the marked answers: as it is asked to, but only if it can."""
+    is_chat = is_conversational(rows[0])
     asked = training.assistant_only_loss
-    asks_for_all = asked is False or (asked is None and training.completion_only_loss is False)
-    if asks_for_all or not is_conversational(rows[0]):
-        return asked
-    return learns_marked_answers(rows, tokenizer)
+    if asked is None:
+        asked = is_chat and training.completion_only_loss is not False
+    return learns_marked_answers(rows, tokenizer) if asked and is_chat else asked
 
 
 def _notes_of_run(adapter: AdapterArguments, training: TrainingArguments) -> Notes:
