@@ -3,7 +3,7 @@
 import copy
 import gc
 import random
-from types import FunctionType, ModuleType, SimpleNamespace
+from types import FunctionType, MappingProxyType, ModuleType, SimpleNamespace
 
 import datasets
 import peft
@@ -438,6 +438,65 @@ def test_a_tie_that_is_half_adapted_is_told_before_training(served, tmp_path):
     )
     with pytest.raises(disha.ModeError, match=r"lm_head.weight is tied to model.embed_tokens"):
         rewarded(model, tmp_path, **VLLM).train()
+
+
+class Client:
+    """Stands for trl's client of a server of vLLM, which tells its settings and loads adapters."""
+
+    taken = MappingProxyType({"max_lora_rank": 4})
+    answer = SimpleNamespace(ok=True)
+
+    def __init__(self, base_url, **unused):
+        self.base_url, self.session = base_url, self
+        self.calls = []
+
+    def init_communicator(self, device):
+        raise RuntimeError("there is no GPU")
+
+    def get_server_info(self):
+        return {"lora_config": self.taken, "model_config": {"logprobs_mode": "processed_logprobs"}}
+
+    def post(self, url, json):
+        self.calls.append((url, json))
+        return self.answer
+
+    def reset_prefix_cache(self):
+        self.calls.append("reset")
+
+
+@pytest.fixture
+def start(served, monkeypatch, tmp_path):
+    """Make a trainer that sends its adapter to a server, and return what the server is asked."""
+    monkeypatch.setattr(vllm_generation, "VLLMClient", Client)
+    options = {"use_vllm": True, "vllm_mode": "server", "vllm_server_base_url": "http://vllm"}
+
+    def make_trainer():
+        named = {"vllm_adapter_folder": tmp_path / "lora"}
+        return rewarded(adapted(), tmp_path, named=named, **options).vllm_generation
+
+    return make_trainer
+
+
+def test_a_server_of_vllm_loads_the_adapter_from_its_folder(start, tmp_path):
+    generation = start()
+    folder = tmp_path / "lora"
+    asked = {"lora_name": "lora", "lora_path": str(folder), "load_inplace": True}
+    assert generation.vllm_client.calls == [("http://vllm/v1/load_lora_adapter", asked), "reset"]
+    assert generation.vllm_client.model == "lora"
+    assert (folder / "adapter_model.safetensors").exists()
+
+
+@pytest.mark.parametrize("taken", [None, {"max_lora_rank": 2}])
+def test_a_server_of_vllm_must_take_loras_of_the_rank(start, monkeypatch, taken):
+    monkeypatch.setattr(Client, "taken", taken)
+    with pytest.raises(disha.ArgumentError, match=r"rank 4; .* --enable-lora --max-lora-rank 8$"):
+        start()
+
+
+def test_a_server_of_vllm_that_does_not_load_the_adapter_is_told(start, monkeypatch):
+    monkeypatch.setattr(Client, "answer", SimpleNamespace(ok=False, text="no such route"))
+    with pytest.raises(disha.ArgumentError, match="did not load the adapter: no such route; it"):
+        start()
 
 
 # --- both ----------------------------------------------------------------------------------------
