@@ -229,6 +229,13 @@ def test_a_part_with_a_borrowed_block_alone_is_not_saved(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_the_layout_of_a_tied_weight_is_that_of_its_first_adapter():
+    """Also if that adapter leaves out the side which gets another one."""
+    model = disha.inject_adapters(llama(), "embed_tokens", 4, exclude="lm_head")
+    with refused(model, disha.TargetError, "another adapter has it with the layout 'index out'"):
+        disha.inject_adapters(model, "lm_head", 4, adapter="b")
+
+
 def test_adapters_come_from_either_side():
     """A second adapter has the layout of the first; what is left plain by one may read another."""
     model = disha.inject_adapters(llama(), "embed_tokens", 4, adapter="a", exclude="lm_head")
