@@ -58,8 +58,9 @@ def choose_checkpoint(training: TrainingArguments) -> str | None:
     takes_last = asked.lower() == "true"
     checkpoint = None if asked.lower() in ("true", "false") else asked
     if takes_last:
-        complete = (path for path in sort_checkpoints(str(folder))[::-1] if is_complete(Path(path)))
-        checkpoint = next(complete, None)
+        for path in sort_checkpoints(str(folder)):
+            if is_complete(Path(path)):
+                checkpoint = path
         results = [name for name in results if not CHECKPOINT.fullmatch(name)]
     if results and not (goes_on_in(folder, checkpoint) or training.overwrite_output_dir):
         raise ArgumentError(
