@@ -250,7 +250,7 @@ class TrainingArguments(SFTConfig):  # type: ignore[misc]
         if self.tf32 and not is_torch_tf32_available():  # type: ignore[has-type]
             warnings.warn("--tf32 does nothing on this machine", stacklevel=2)
             self.tf32 = None
-        if self.early_stopping_patience is not None:
+        if self.early_stopping_patience:
             if self.eval_strategy == "no":
                 raise ArgumentError("--early_stopping_patience needs an --eval_strategy")
             self.metric_for_best_model = self.metric_for_best_model or "loss"  # type: ignore[has-type]

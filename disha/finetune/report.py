@@ -55,7 +55,7 @@ def facts_of(trainer: Trainer) -> Report:
         "parameters": {"trainable": summary.trainable, "total": summary.total},
         "rows": {"training": trainer.rows["train"], "measured": trainer.rows["eval"]},
         "steps": state.global_step,
-        "best_step": state.best_global_step,
+        "best_step": state.best_global_step if trainer.args.load_best_model_at_end else None,
         "losses": read_log(state, "eval_loss"),
         "training_losses": read_log(state, "loss"),
         "peak_memory_bytes": _peak_memory(trainer.args.device),

@@ -40,7 +40,7 @@ shows; what takes memory or time and is not learned; and the base, whose weights
 
 
 class Course(TrainerCallback, ExportableState):
-    """Notes the settings of a run in the `trainer_state.json` of each checkpoint."""
+    """Notes the settings with which a run began in the `trainer_state.json` of each checkpoint."""
 
     def __init__(self, settings: Mapping[str, Any]) -> None:
         self.settings = settings
@@ -76,13 +76,14 @@ def choose_checkpoint(training: TrainingArguments) -> str | None:
 
 def goes_on_in(folder: Path, checkpoint: str | None) -> bool:
     """Whether a run goes on from a checkpoint in its own folder, and so keeps what is there."""
-    return checkpoint is not None and Path(checkpoint).resolve().parent == folder.resolve()
+    # A checkpoint in the folder may be a link to another place.
+    return checkpoint is not None and Path(checkpoint).parent.resolve() == folder.resolve()
 
 
 def clear(folder: Path) -> None:
     """Delete what runs have left in a folder."""
     for path in _earlier_results(folder):
-        if path.is_dir():
+        if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:
             path.unlink()

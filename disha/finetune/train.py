@@ -127,12 +127,13 @@ def make_trainer(flags: Flags, settings: dict[str, Any]) -> tuple[Trainer, Calla
     rows, eval_rows = make_rows(data, training, tokenizer)
     notes[PROMPT_KEY] = "chat" if is_conversational(rows[0]) else "text"
     training.chat_template_path = None  # it is the tokenizer's; trl would also add another's tokens
-    training.assistant_only_loss = _marks_answers(training, rows, tokenizer)
+    if is_conversational(rows[0]):
+        _choose_answers(training, rows, tokenizer)
     model, tokenizer = _make_model(flags, notes)
     notes_at = partial(_note_base, adapter, notes)
     # Each checkpoint holds the notes that the final file holds, so that commands can use it.
     callbacks = [AdapterCheckpoints(model, notes=notes_at), Course(settings)]
-    if training.early_stopping_patience is not None:
+    if training.early_stopping_patience:
         callbacks.append(EarlyStoppingCallback(training.early_stopping_patience))
     trainer = Trainer(
         model,
@@ -145,13 +146,14 @@ def make_trainer(flags: Flags, settings: dict[str, Any]) -> tuple[Trainer, Calla
     return trainer, notes_at
 
 
-def _marks_answers(training: TrainingArguments, rows: Dataset, tokenizer: Any) -> bool:
-    """Whether trl is to learn the marked answers: as it is asked to, but only if it can."""
-    is_chat = is_conversational(rows[0])
+def _choose_answers(training: TrainingArguments, rows: Dataset, tokenizer: Any) -> None:
+    """Let trl learn the answers of conversations that it can mark, or else the last one."""
     asked = training.assistant_only_loss
     if asked is None:
-        asked = is_chat and training.completion_only_loss is not False
-    return learns_marked_answers(rows, tokenizer) if asked and is_chat else asked
+        asked = training.completion_only_loss is not False
+    if asked:
+        training.assistant_only_loss = learns_marked_answers(rows, tokenizer)
+        training.completion_only_loss = True
 
 
 def _notes_of_run(adapter: AdapterArguments, training: TrainingArguments) -> Notes:

@@ -12,7 +12,7 @@ from trl import SFTTrainer
 from disha import AdapterFileWarning, ArgumentError
 from disha.finetune import main
 from disha.finetune.arguments import TrainingArguments
-from disha.finetune.resuming import warn_of_lost_state
+from disha.finetune.resuming import choose_checkpoint, warn_of_lost_state
 from tests.conftest import assert_same
 from tests.finetune.conftest import EXACT, Result
 from tests.finetune.tiny_models import write_model
@@ -57,6 +57,12 @@ class TestOutputFolder:
             finetune(tmp_path, *EXACT, *elsewhere)
         result = finetune(tmp_path, *EXACT, *elsewhere, "--overwrite_output_dir")
         assert_same(result.blocks(), uninterrupted.blocks())
+
+    def test_going_on_from_a_link_in_it_keeps_it(self, uninterrupted, tmp_path):
+        (tmp_path / "checkpoint-6").symlink_to(uninterrupted.folder / "checkpoint-6")
+        (tmp_path / "adapter.safetensors").touch()
+        training = TrainingArguments(tmp_path, resume_from_checkpoint="True")
+        assert choose_checkpoint(training) == str(tmp_path / "checkpoint-6")
 
     def test_starting_over_removes_it(self, finetune, tmp_path):
         finetune(tmp_path, "--save_steps", 2)

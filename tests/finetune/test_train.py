@@ -419,8 +419,11 @@ class TestCourse:
         template = tmp_path / "without_end.jinja"
         template.write_text(MARKED_WITHOUT_END)
         words = f"--base {tiny} --data {data} --r 8 --dry_run --chat_template_path {template}"
-        assert main([*words.split(), "--assistant_only_loss", "True"]) == 0
-        assert "<|im_end|>]]" in capsys.readouterr().out
+        words += " --assistant_only_loss True --completion_only_loss False"
+        assert main(words.split()) == 0
+        shown = capsys.readouterr().out
+        assert "<|im_end|>[[" in shown  # the question is not learned
+        assert "<|im_end|>]]" in shown
 
     def test_whole_conversations_are_learned_if_asked(self, chatty, tmp_path, capsys):
         asked, answered = ({"role": role, "content": role} for role in ("user", "assistant"))
