@@ -239,8 +239,9 @@ class TrainingArguments(SFTConfig):  # type: ignore[misc]
     model_init_kwargs: dict[str, Any] | None = field(default=None, init=False)
     trust_remote_code: bool = field(default=False, init=False)
     eval_on_start: bool = field(default=True, init=False)
-    activation_checkpointing: bool | None = field(default=None, init=False)  # an alias
 
+    activation_checkpointing: bool | None = field(default=None, init=False)
+    """What `gradient_checkpointing` says, of which this is another name."""
     restore_callback_states_from_checkpoint: bool = field(default=True, init=False)
     """A run that resumes goes on counting measurements without a lower loss."""
 

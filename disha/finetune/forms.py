@@ -357,8 +357,10 @@ class _Conversations:
 
 def _mark(message: Message, position: int) -> Message:
     """Return a message with words that can be found again in what a template renders."""
-    marked: Message = {key: value and _mark_of(key, position) for key, value in message.items()}
-    marked["role"] = message["role"]
+    marked = dict(message)
+    for key, value in message.items():
+        if key != "role" and value != "":
+            marked[key] = _mark_of(key, position)
     if "tool_calls" in message:
         call = {"name": marked["tool_calls"], "arguments": {"key": marked["tool_calls"]}}
         marked["tool_calls"] = [{"type": "function", "function": call}] * len(message["tool_calls"])

@@ -125,9 +125,10 @@ def make_trainer(flags: Flags, settings: dict[str, Any]) -> tuple[Trainer, Calla
     # A row that can't be used raises here, before the base is loaded, which takes longer.
     tokenizer, _ = load_tokenizer(str(adapter.base), notes)
     rows, eval_rows = make_rows(data, training, tokenizer)
-    notes[PROMPT_KEY] = "chat" if is_conversational(rows[0]) else "text"
+    is_chat = is_conversational(rows[0])
+    notes[PROMPT_KEY] = "chat" if is_chat else "text"
     training.chat_template_path = None  # it is the tokenizer's; trl would also add another's tokens
-    if is_conversational(rows[0]):
+    if is_chat:
         _choose_answers(training, rows, tokenizer)
     model, tokenizer = _make_model(flags, notes)
     notes_at = partial(_note_base, adapter, notes)

@@ -51,7 +51,7 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
     def _prepare_dataset(
         self, rows: Any, words: Any, args: Any, packing: bool, formatting: Any, name: str
     ) -> Any:
-        """Prepare the rows, let trl cut them, and then pack them, so that what is lost is told."""
+        """Prepare rows, cut them and pack them, step by step, to say how many of them are cut."""
         prepare = partial(
             super()._prepare_dataset,
             processing_class=words,
