@@ -52,17 +52,19 @@ def main() -> None:
 
 def _cells(asked: argparse.Namespace) -> Iterator[Cell]:
     for task in asked.task:
-        for method in asked.method or (*compared(task), *GROUPS[task]):
+        for method in asked.method or (*compared(task), *GROUPS.get(task, ())):
             cell = replace(main_cell(task, method), layers=asked.layers)
             yield cell if asked.r is None else replace(cell, r=asked.r)
 
 
 def _train_missing(cell: Cell, asked: argparse.Namespace, pool: Executor) -> None:
-    rates, beyond = asked.rates or EVERY_TASK[cell.task].rates, not asked.rates
+    rates = asked.rates or EVERY_TASK[cell.task].rates
+    beyond = not asked.rates
     while runs := missing_runs(cell, rates, asked.seeds, beyond, read_runs(asked.out)):
         running = {pool.submit(train, run): run for run in runs}
         for future in as_completed(running):
-            run, found = running[future], future.result()
+            run = running[future]
+            found = future.result()
             write_run(asked.out, run, found)
             print(f"{run.title}: {found['validation'][-1]}", flush=True)
 
