@@ -110,3 +110,16 @@ def join(prefix: str, name: str) -> str:
     if prefix and name:
         return f"{prefix}.{name}"
     return prefix + name
+
+
+def cut_common_end(name: str, other: str) -> tuple[list[str], list[str]]:
+    """Return the parts of two dotted names that come before their longest common end.
+
+    Those of "model.vision_tower.conv.weight" and "vision_tower.conv.weight" are ["model"] and [].
+    """
+    parts = name.split(".")
+    others = other.split(".")
+    while parts and others and parts[-1] == others[-1]:
+        parts.pop()
+        others.pop()
+    return parts, others

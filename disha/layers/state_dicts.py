@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from disha.layers.blocks import Adapters
 from disha.layers.containers import CHILD_NAME
-from disha.layers.model_record import FormerBuffer, Places
+from disha.layers.model_record import FormerBuffer
+from disha.layers.names_in_records import NamesInRecords
 from disha.layers.wrappers import clean_key
 
 
@@ -70,15 +71,16 @@ def _remember_buffers(model: nn.Module, base: Mapping[str, Tensor]) -> None:
         if isinstance(module, Adapters):
             layer = clean_key(name).removesuffix(CHILD_NAME).removesuffix(".")
             layers.append(([layer], module))
-    places = Places(layers)
+    in_records = NamesInRecords(layers)
     for key, values in base.items():
-        known = places.find_all([clean_key(key)])
+        known = in_records.find(clean_key(key))
         if known is None:
             continue
-        former = known.find("buffers")
+        record, name = known
+        former = record.buffers.get(name)
         if former is not None:
             new = FormerBuffer.of(values, is_saved=former.is_saved, claimant=former.claimant)
-            known.set("buffers", new)
+            record.buffers[name] = new
 
 
 def _is_block(key: str) -> bool:

@@ -35,14 +35,8 @@ from disha.layers.adapted import AdaptedLayer, readapt, refuse_merged, restore
 from disha.layers.blocks import AdapterBlock, Adapters, check_adapter_name
 from disha.layers.containers import CHILD_NAME
 from disha.layers.encoder import EncoderLayer, guard_encoder
-from disha.layers.model_record import (
-    Flag,
-    FormerBuffer,
-    KnownNames,
-    ModelRecord,
-    Place,
-    Places,
-)
+from disha.layers.model_record import Flag, FormerBuffer, ModelRecord
+from disha.layers.names_in_records import NameInRecord, NamesInRecords
 from disha.layers.weights import count_values
 from disha.layers.wrappers import WRAPPERS, Wrapper
 from disha.sharding.imported import imported_class
@@ -73,7 +67,7 @@ class ModelTensor:
     names: tuple[str, ...]
     module: nn.Module  # the first that holds it
     attribute: str  # its name in that module
-    places: Places
+    in_records: NamesInRecords
 
     @property
     def name(self) -> str:
@@ -81,20 +75,21 @@ class ModelTensor:
         return self.names[0]
 
     @property
-    def known(self) -> KnownNames | None:
-        """The record that knows it, with its names there."""
-        return self.places.find_all(self.names)
+    def known(self) -> list[NameInRecord]:
+        """Its names in the record that knows it; empty if none does."""
+        return self.in_records.find_all(self.names)
 
     def find(self, table: str) -> Any:
         """Return what a table of the record has for it, or None."""
-        known = self.known
-        return None if known is None else known.find(table)
+        for record, name in self.known:
+            if name in vars(record)[table]:
+                return vars(record)[table][name]
+        return None
 
     def note(self, table: str, value: Any) -> None:
-        """Let a table of the record have a value for it."""
-        known = self.known
-        assert known is not None  # `unite_records` lets a record know all of a model
-        known.set(table, value)
+        """Let a table of the record have a value for it, under all of its names."""
+        for record, name in self.known:
+            vars(record)[table][name] = value
 
 
 class ModelParameter(ModelTensor):
@@ -202,7 +197,7 @@ class ModelView:
         self._classes = [(cls, wrapper) for cls, wrapper in classes if cls]
         self._walk(model, "", on_path=set())
         layers = [(self.names[layer], layer.disha) for layer in self.find_layers()]
-        self.places = Places(layers)
+        self.in_records = NamesInRecords(layers)
 
     def _walk(self, module: nn.Module, name: str, on_path: set[nn.Module]) -> None:
         if isinstance(module, Adapters):
@@ -259,7 +254,7 @@ class ModelView:
                 aliases[key] += [join(name, attribute) for name in names]
                 holders.setdefault(key, (module, attribute))
         return tuple(
-            ModelParameter(tuple(aliases[key]), module, attribute, self.places)
+            ModelParameter(tuple(aliases[key]), module, attribute, self.in_records)
             for key, (module, attribute) in holders.items()
         )
 
@@ -279,7 +274,9 @@ class ModelView:
                 is_plain = type(buffer) is Tensor or is_sharded(buffer)
                 if is_plain and buffer.layout is torch.strided:
                     aliases = tuple(join(name, attribute) for name in names)
-                    buffers.append(ModelBuffer(aliases, module, attribute, self.places, is_norm))
+                    buffers.append(
+                        ModelBuffer(aliases, module, attribute, self.in_records, is_norm)
+                    )
         return tuple(buffers)
 
     @property
@@ -384,7 +381,7 @@ class ModelView:
     @property
     def records(self) -> list[ModelRecord]:
         """The records of the layers: one, unless parts of the model got adapters by themselves."""
-        return self.places.records
+        return self.in_records.records
 
     def keep(self, undo: ExitStack) -> None:
         """Let `undo` put back adapters, what they remember, and all `requires_grad` flags."""
@@ -412,35 +409,33 @@ class ModelView:
 
         undo.callback(put_back)
 
-    def unite_records(self) -> Place:
-        """Return the record of this model and the model's name there; at first, a new record.
+    def unite_records(self) -> NameInRecord:
+        """Let one record know all of the model, at first a new one; return what it calls the model.
 
         It takes over what those of parts know, which got adapters by themselves.
         """
-        place = self.places.find("")
-        if place is None:
+        known = self.in_records.find("")
+        if known is None:
             groups = [record.group for record in self.records]
             shared = [group for group in groups if group is not SINGLE_LAYERS]
-            place = Place(ModelRecord(*shared[:1]), "")
+            known = NameInRecord(ModelRecord(*shared[:1]), "")
 
         def rename(record: ModelRecord, name: str) -> str | None:
-            today = self.places.find_today(record, name)
-            return None if today is None else join(place.name, today)
+            today = self.in_records.find_today(record, name)
+            return None if today is None else join(known.name, today)
 
         for record in self.records:
-            if record is not place.record:
-                place.record.take_over(record, partial(rename, record))
-        self.places.cover(place)
+            if record is not known.record:
+                known.record.take_over(record, partial(rename, record))
+        self.in_records.cover(known)
         for layer in self.find_layers():
-            if layer.disha.record is not place.record:
-                layer.disha.belong_to(place.record, self.names_in_record(layer))
-        return place
+            if layer.disha.record is not known.record:
+                layer.disha.belong_to(known.record, self.names_in_record(layer))
+        return known
 
     def names_in_record(self, module: nn.Module) -> tuple[str, ...]:
         """Return the names of a module in the record that knows all of the model."""
-        known = self.places.find_all(self.names[module])
-        assert known is not None
-        return known.names
+        return tuple(name for _, name in self.in_records.find_all(self.names[module]))
 
     @property
     def has_adapters_anywhere(self) -> bool:
@@ -448,7 +443,7 @@ class ModelView:
         if self.find_layers():
             return True
         return any(
-            len(adapters) and self.places.find_today(record, adapters.names[0]) is None
+            len(adapters) and self.in_records.find_today(record, adapters.names[0]) is None
             for record in self.records
             for adapters in list(record.members)
         )
@@ -457,16 +452,14 @@ class ModelView:
         """Forget the layers of adapters that are removed from this part."""
         for record in self.records:
             for adapter, name in list(record.layers):
-                if adapter in adapters and self.places.find_today(record, name) is not None:
+                if adapter in adapters and self.in_records.find_today(record, name) is not None:
                     del record.layers[adapter, name]
 
     def forget_buffers(self) -> None:
         """Forget what the buffers of this part were before the first adapter."""
         for buffer in self.buffers:
-            known = buffer.known
-            if known is not None:
-                for name in known.names:
-                    known.record.buffers.pop(name, None)
+            for record, name in buffer.known:
+                record.buffers.pop(name, None)
 
     def refuse_half_of_ties(self, action: str) -> None:
         """Raise if a weight of this part is tied to one outside: both have one update."""
@@ -477,7 +470,7 @@ class ModelView:
                 outside = []
                 inside = []
                 for name in (weight, *borrowers):
-                    name_today = self.places.find_today(record, name)
+                    name_today = self.in_records.find_today(record, name)
                     if name_today is None:
                         outside.append(name)
                     else:
@@ -504,7 +497,7 @@ class ModelView:
         for record in self.records:
             for other, name in record.layers:
                 if other == adapter and name not in adapted:
-                    name_today = self.places.find_today(record, name)
+                    name_today = self.in_records.find_today(record, name)
                     if name_today is not None:
                         lost.append(name_today)
         return lost

@@ -22,7 +22,7 @@ from disha.interop.peft_reading import UNKNOWN, Base, read_folder
 from disha.layers.fingerprints import fingerprint, same_base
 from disha.layers.kinds import PROJECTIONS
 from disha.model.records import LayerRecord
-from disha.text import first_few, group_by_reason, join
+from disha.text import cut_common_end, first_few, group_by_reason, join
 
 STORED_NAMES = {
     "experts.gate_up_proj": "input_linear.weight",
@@ -248,24 +248,11 @@ def _find_renamings(
     renamings = set()
     for key in keys:
         for stored_key in stored:
-            start, stored_start = _cut_common_end(key, stored_key)
+            start, stored_start = cut_common_end(key, stored_key)
             has_common_end = len(start) < len(key.split("."))
             if has_common_end and _is_plausible(start, stored_start, is_first):
                 renamings.add(Renaming(_as_prefix(start), _as_prefix(stored_start)))
     return renamings
-
-
-def _cut_common_end(name: str, other: str) -> tuple[list[str], list[str]]:
-    """Return the parts of two dotted names that come before their longest common end.
-
-    Those of "model.vision_tower.conv.weight" and "vision_tower.conv.weight" are ["model"] and [].
-    """
-    parts = name.split(".")
-    others = other.split(".")
-    while parts and others and parts[-1] == others[-1]:
-        parts.pop()
-        others.pop()
-    return parts, others
 
 
 def _is_plausible(start: Sequence[str], stored_start: Sequence[str], is_first: bool) -> bool:
