@@ -181,14 +181,14 @@ def _sum_blocks(terms: Sequence[Term], r: int | None) -> LayerBlock:
 
 def _add_blocks(terms: Sequence[Term], r: int | None, layer: str) -> tuple[int, Tensor]:
     """Return the sum of the blocks of one weight, and its r, which is at least the one given."""
-    listing = _list(terms)
-    _, first, block, _ = terms[0]
+    first = terms[0].record
     method = method_of(first.method)
-    geometry = first.geometry(block.shape)
+    geometry = first.geometry(terms[0].block.shape)
+    blocks = [(term.block, term.record.r, term.factor) for term in terms]
     joined = method.join([(term.block, term.factor) for term in terms], geometry)
     if joined is not None:
         rows = sum(term.record.r for term in terms)
-        terms = [Term("", replace(first, r=rows), joined, 1.0)]
+        blocks = [(joined, rows, 1.0)]
         r = max(r or 0, rows)
     elif not method.additive:
         raise ArgumentError(
@@ -199,15 +199,15 @@ def _add_blocks(terms: Sequence[Term], r: int | None, layer: str) -> tuple[int, 
     if joined is None and r > first.in_features:
         raise ArgumentError(
             f"{layer}: the sum needs r={r}, but the layer has only {first.in_features} inputs: "
-            f"{listing}; export the adapters as LoRA, and combine those"
+            f"{_list(terms)}; export the adapters as LoRA, and combine those"
         )
     wide_terms = []
-    for _, record, block, factor in terms:
-        wide = method.wider_block(record.layout, block, geometry, record.r, r)
+    for block, block_r, factor in blocks:
+        wide = method.wider_block(first.layout, block, geometry, block_r, r)
         if wide is None:
             raise ArgumentError(
-                f"{layer}: {method.name} blocks can't be added with r={r}: {listing}; give an r "
-                "that is a multiple of each, or adapters of equal r"
+                f"{layer}: {method.name} blocks can't be added with r={r}: {_list(terms)}; "
+                "give an r that is a multiple of each, or adapters of equal r"
             )
         wide_terms.append((wide, factor))
     return r, functional.weighted_sum(wide_terms)

@@ -54,7 +54,7 @@ def keep_adapter_only(accelerator: Accelerator, model: nn.Module, adapter: str =
         for position, other in enumerate(models):
             if accelerator.unwrap_model(other) is model:
                 del items[position : position + 1]  # FSDP and DeepSpeed list no weights
-                break
+                return  # `items` may be `models`
 
     def save(models: list[nn.Module], weights: list[Mapping[str, Any]], folder: str) -> None:
         take_out(weights, models)

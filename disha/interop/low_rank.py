@@ -432,37 +432,25 @@ def _block_of(factors: LayerFactors, method: Method) -> LayerBlock | None:
 def _block_of_rank(factors: LayerFactors, dim: int, method: Method, r: int) -> LayerBlock | None:
     """Return the layer and block that have just these factors; `dim` is that of the rank in A."""
     name, a, b, layout, scale = factors
-    rank, inputs, *kernel = a.shape[dim:]
-    spanned: tuple[int, ...] = ()  # what of the kernel the block does not show
-    if method.spans_kernel:
-        if b.shape[dim + 1 :].numel() != rank:  # B has a kernel too
-            return None
-        spanned = tuple(kernel)
-        a_matrices = a.flatten(dim + 1)
-        b_matrices = b.flatten(dim + 1)
-    else:
-        k, rest = divmod(rank, math.prod(kernel))  # as in `_factors`, the rank is k * positions
-        if rest:
-            return None
-        # (*experts, out, rank) -> (*experts, out, k, *kernel) -> (*experts, *kernel, out, k)
-        b_matrices = b.reshape(*b.shape[: dim + 1], k, *kernel)
-        b_matrices = b_matrices.movedim((dim, dim + 1), (-2, -1))
-        a_matrices = a
-    block = method.from_factors(a_matrices, b_matrices, r)
+    matrices = _matrices(a, b, dim, method)
+    if matrices is None:
+        return None
+    block = method.from_factors(*matrices, r)
     if block is None or block.count_nonzero() < b.count_nonzero():
         return None
     block = method.kept_block(layout, block)
+    kernel = tuple(a.shape[dim + 2 :])
     layer = LayerRecord(
         name,
         method=method.name,
         r=r,
         r_out=None,
-        in_features=inputs,
+        in_features=a.shape[dim + 1],
         out_features=b.shape[dim],
         scale=scale,
         base=None,
         layout=layout,
-        kernel=spanned,
+        kernel=kernel if method.spans_kernel else (),  # else the block shows it
     )
     if layer.reason_against_block(block.shape) is not None:
         return None
@@ -474,3 +462,21 @@ def _block_of_rank(factors: LayerFactors, dim: int, method: Method, r: int) -> L
         if not torch.equal(made, given.to(made.dtype).reshape(made.shape)):
             return None
     return layer, block
+
+
+def _matrices(a: Tensor, b: Tensor, dim: int, method: Method) -> tuple[Tensor, Tensor] | None:
+    """Return A and B as a method takes them; None if it has none of these shapes.
+
+    It undoes what `_factors` does with the kernel of a convolution.
+    """
+    rank, _, *kernel = a.shape[dim:]
+    if method.spans_kernel:
+        if b.shape[dim + 1 :].numel() != rank:  # B has a kernel too
+            return None
+        return a.flatten(dim + 1), b.flatten(dim + 1)
+    k, rest = divmod(rank, math.prod(kernel))  # the rank is k * positions
+    if rest:
+        return None
+    # (*experts, out, rank) -> (*experts, out, k, *kernel) -> (*experts, *kernel, out, k)
+    b = b.reshape(*b.shape[: dim + 1], k, *kernel)
+    return a, b.movedim((dim, dim + 1), (-2, -1))

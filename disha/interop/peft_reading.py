@@ -301,15 +301,17 @@ def _factors_of(
     """Yield the factors of every layer of a folder, experts as stacks."""
     parameters = folder.fields.get("target_parameters") or ()
     stacks = {key: find_stack(key, parameters) for key in pairs}
+    has_transposed = bool(folder.fields.get("fan_in_fan_out"))
     shapes: Shapes = {}
-    if folder.fields.get("fan_in_fan_out"):
+    if has_transposed:
         shapes = base.shapes_of([key for key, stack in stacks.items() if stack is None])
     for key, (a, b, is_embedding) in pairs.items():
         name = stacks[key] or key
         layout = base.layouts.get(name)
         if stacks[key] is None:
             rank = len(a)
-            if layout is None or not shapes:  # else the model tells how a matrix is stored
+            # Only where some are transposed, the model is asked which ones are.
+            if layout is None or not has_transposed:
                 layout = _layout_of(a, is_embedding, shapes.get(name))
         else:
             rank = folder.of_layer(name, "r", "rank_pattern")
