@@ -42,7 +42,7 @@ build: $(VENV)/.dev ## build the sdist and the wheel into dist/
 	rm -rf build dist
 	$(BIN)/python -m build
 
-bench: $(VENV)/.dev ## measure speed and memory on this machine: 15 minutes on two idle cores
+bench: $(VENV)/.dev ## measure speed and memory on this machine: 15 to 25 minutes on two idle cores
 	$(BIN)/python -m benchmarks --out bench-output/results.json
 	$(BIN)/python -m benchmarks.report bench-output/results.json
 
