@@ -439,7 +439,9 @@ def _block_of_rank(factors: LayerFactors, dim: int, method: Method, r: int) -> L
     if block is None or block.count_nonzero() < b.count_nonzero():
         return None
     block = method.kept_block(layout, block)
-    kernel = tuple(a.shape[dim + 2 :])
+    kernel: tuple[int, ...] = ()
+    if method.spans_kernel:  # else the block shows the kernel
+        kernel = tuple(a.shape[dim + 2 :])
     layer = LayerRecord(
         name,
         method=method.name,
@@ -450,7 +452,7 @@ def _block_of_rank(factors: LayerFactors, dim: int, method: Method, r: int) -> L
         scale=scale,
         base=None,
         layout=layout,
-        kernel=kernel if method.spans_kernel else (),  # else the block shows it
+        kernel=kernel,
     )
     if layer.reason_against_block(block.shape) is not None:
         return None
