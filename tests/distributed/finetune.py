@@ -23,7 +23,8 @@ FLAGS = shlex.split(
     """--r 8 --max_steps 6 --num_train_epochs 2 --save_steps 2 --logging_steps 1
 --gradient_accumulation_steps 2 --learning_rate 0.01 --samples 1 --disable_tqdm True
 --max_grad_norm 0 --load_best_model_at_end --eval_strategy steps --eval_steps 2
---metric_for_best_model loss --greater_is_better True --save_total_limit 9"""
+--metric_for_best_model loss --greater_is_better True --save_total_limit 9
+--new_tokens <think>"""
 )
 ENGINES = {
     "ddp": ("", "optimizer.pt"),
@@ -73,8 +74,9 @@ def run(engine, folder):
     )
     assert all(torch.equal(saved[key], best[key]) for key in saved.keys() | best.keys())
     base = (folder / "model" / "model.safetensors").stat().st_size
-    files = (folder / "two" / "checkpoint-6").rglob("*")
+    files = [*(folder / "two" / "checkpoint-6").rglob("*")]
     assert max(file.stat().st_size for file in files) < base / 2
+    assert "model.safetensors" not in {file.name for file in files}  # the adapter is there once
     assert report["proof"]["loaded"] == pytest.approx(report["proof"]["trained"], abs=1e-5)
     last = (folder / "two" / "checkpoint-6" / ADAPTER_NAME).read_bytes()
     for step in (2, 4):  # in the first epoch, and in the second

@@ -133,6 +133,7 @@ def check_a_read_between_forwards(folder):
         layer.weight + 0
     layer.unshard()
     assert torch.equal(layer.weight + 0, expected)
+    assert ModelView(layer).is_sharded  # although its parameters are whole now
 
 
 def check_a_bfloat16_base_with_float32_blocks(folder):

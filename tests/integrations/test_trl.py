@@ -3,6 +3,8 @@
 import copy
 import gc
 import random
+import sys
+from functools import partial
 from types import FunctionType, MappingProxyType, ModuleType, SimpleNamespace
 
 import datasets
@@ -205,11 +207,14 @@ def test_dpo_equals_peft(tmp_path, options):
     assert ours.state.log_history[-2]["eval_rewards/margins"] != 0
 
 
-def test_blocks_keep_their_dropout_if_trl_is_asked_to_keep_dropout(tmp_path):
+def test_blocks_keep_their_dropout_if_trl_is_asked_to_keep_dropout(tmp_path, monkeypatch):
     model = adapted(dropout=0.5)
     preferring(model, tmp_path, disable_dropout=False)
     assert {block.dropout for block in blocks_in(model)} == {0.5}
-    preferring(model, tmp_path)
+    monkeypatch.chdir(tmp_path)  # without settings, trl makes its folder here, and wants a GPU
+    on_cpu = partial(trl.DPOConfig, use_cpu=True, bf16=False)
+    monkeypatch.setattr("trl.trainer.dpo_trainer.DPOConfig", on_cpu)
+    made(DPOTrainer, model, None, rows("prompt", "chosen", "rejected"))
     assert {block.dropout for block in blocks_in(model)} == {0.0}
 
 
@@ -438,6 +443,34 @@ def test_a_tie_that_is_half_adapted_is_told_before_training(served, tmp_path):
     )
     with pytest.raises(disha.ModeError, match=r"lm_head.weight is tied to model.embed_tokens"):
         rewarded(model, tmp_path, **VLLM).train()
+
+
+class ServedWithLora(Served):
+    """Keeps which adapter it is told to load, and to answer with."""
+
+    def __init__(self, enable_lora, max_lora_rank, **settings):
+        super().__init__(**settings)
+        assert (enable_lora, max_lora_rank) == (True, 8)  # the smallest that vLLM has
+        self.asked = []
+        self.llm_engine.add_lora = self.asked.append
+
+    def generate(self, *given, lora_request, **named):
+        self.asked.append(lora_request)
+        return super().generate(*given, **named)
+
+
+def test_vllm_in_the_process_answers_with_the_adapter(served, monkeypatch, tmp_path):
+    request = SimpleNamespace(LoRARequest=lambda *given, **named: (*given, named))
+    monkeypatch.setitem(sys.modules, "vllm.lora.request", request)
+    monkeypatch.setattr(vllm_generation, "LLM", ServedWithLora)
+    folder = tmp_path / "lora"
+    named = {"vllm_adapter_folder": folder}
+    trainer = rewarded(adapted(), tmp_path, named=named, **VLLM)
+    trainer.train()
+    load = ("lora", 1, str(folder), {"load_inplace": True})
+    answer = ("lora", 1, str(folder), {})
+    assert Served.made.asked == [load, *[load, answer] * 3]
+    assert (folder / "adapter_model.safetensors").exists()
 
 
 class Client:
