@@ -186,6 +186,16 @@ class TestParts:
         disha.remove_adapters(model)
         assert [name for name, flag in flags(model).items() if not flag] == ["body.1.bias"]
 
+    def test_a_part_into_which_a_part_of_another_model_is_put(self, parts, tmp_path):
+        other = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+        other[0].bias.requires_grad_(False)
+        parts.body.append(disha.inject_adapters(other, "all-linear", 2)[0])
+        disha.inject_adapters(parts.body, "0", 2, adapter="more")
+        save_silently(parts, tmp_path)
+        disha.remove_adapters(parts)
+        frozen = [name for name, flag in flags(parts).items() if not flag]
+        assert frozen == ["body.1.bias", "body.2.bias"]
+
     def test_a_list_that_has_lost_modules(self):
         layers = nn.ModuleList(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)) for _ in range(3))
         layers[2][1].bias.requires_grad_(False)

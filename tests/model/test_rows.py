@@ -113,6 +113,7 @@ def test_adapters_have_rows_of_their_own():
     disha.set_active_adapters(model, "default")
     disha.set_adapter_scale(model, 0.5)
     assert torch.equal(model.lm_head.weight[NEW], table[NEW])  # a row has no scale
+    assert {row.scale for row in disha.summary(model).layers if row.method == "new rows"} == {1}
     disha.remove_adapters(model)
     assert torch.equal(model(TOKENS).logits, llama()(TOKENS).logits)
 
