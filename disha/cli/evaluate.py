@@ -223,7 +223,8 @@ def _count_exact(runner: PromptRunner, rows: Dataset, flags: Namespace) -> int:
             prompt = [*prompt, *completion[:-1]]
             completion = completion[-1]["content"]
         texts.append(runner.render(prompt, row.get("tools")))
-        expected.append(completion.strip())
+        # trl has added the end of answers, which an answer is decoded without
+        expected.append(completion.removesuffix(runner.tokenizer.eos_token or "").strip())
     answers = []
     size = flags.per_device_eval_batch_size
     for start in range(0, len(texts), size):

@@ -67,14 +67,18 @@ def test_batches_do_not_change_the_loss(run, language_model, tmp_path):
     assert run(*given).json["base"]["loss"] == pytest.approx(one, rel=1e-5)
 
 
-def test_exact_answers_are_counted(run, language_model, tmp_path):
-    base = language_model / "model"
+@pytest.mark.parametrize("chat", [True, False])
+def test_exact_answers_are_counted(run, language_model, tmp_path, chat):
+    base = shutil.copytree(language_model / "model", tmp_path / "model")
+    if not chat:
+        (base / "chat_template.jinja").unlink()
     asked = ("generate", "--base", base, "--max_new_tokens", 6, "--prompt")
     rows = [{"query": query, "response": f" {run(*asked, query).out}"} for query in ("a", "bcd")]
     data = write(tmp_path / "rows.jsonl", [*rows, {"query": "a", "response": "zzz"}])
     given = ("evaluate", "--data", data, "--exact_match", "--max_new_tokens", 6, "--json")
     assert run(*given, "--base", base).json["base"]["exact"] == 2
-    both = run(*given, "--adapter", language_model / "adapter.safetensors", "--compare").json
+    adapter = ("--adapter", language_model / "adapter.safetensors")
+    both = run(*given, "--base", base, *adapter, "--compare").json
     assert both["base"]["exact"] == 2
     assert both["adapter"]["exact"] == 0
 
