@@ -55,11 +55,19 @@ def facts_of(trainer: Trainer) -> Report:
         "parameters": {"trainable": summary.trainable, "total": summary.total},
         "rows": {"training": trainer.rows["train"], "measured": trainer.rows["eval"]},
         "steps": state.global_step,
-        "best_step": state.best_global_step if trainer.args.load_best_model_at_end else None,
+        "best_step": best_step(trainer),
         "losses": read_log(state, "eval_loss"),
         "training_losses": read_log(state, "loss"),
         "peak_memory_bytes": _peak_memory(trainer.args.device),
     }
+
+
+def best_step(trainer: Trainer) -> int | None:
+    """Return the step whose checkpoint was loaded as the best one, if any."""
+    checkpoint = trainer.state.best_model_checkpoint
+    if checkpoint is None or not trainer.args.load_best_model_at_end:
+        return None
+    return int(checkpoint.rpartition("-")[2])
 
 
 def read_log(state: TrainerState, name: str) -> dict[Any, float]:

@@ -40,6 +40,7 @@ from disha.finetune.report import (
     MERGED,
     UNPROVEN,
     Report,
+    best_step,
     facts_of,
     load_and_compare,
     measure_again,
@@ -255,10 +256,14 @@ def _warn_of_idle_weights(trainer: Trainer, adapter: AdapterArguments) -> None:
 def _loss_of_saved(trainer: Trainer) -> float:
     """Return the loss of the model as it is saved, which is the best one if the flags say so."""
     state = trainer.state
-    step = state.global_step
-    if trainer.args.load_best_model_at_end and state.best_global_step:
-        step = state.best_global_step
-    loss = read_log(state, "eval_loss").get(step)
+    loaded = best_step(trainer)
+    if trainer.args.load_best_model_at_end and loaded != state.best_global_step:
+        warnings.warn(
+            f"the best step, {state.best_global_step}, has no checkpoint; give --save_steps the "
+            "value of --eval_steps",
+            stacklevel=2,
+        )
+    loss = read_log(state, "eval_loss").get(loaded or state.global_step)
     if loss is None:
         loss = trainer.evaluate()["eval_loss"]
     return loss

@@ -298,6 +298,14 @@ class TestCourse:
         assert result.report["best_step"] == best
         assert result.report["proof"]["trained"] == pytest.approx(result.losses[best], abs=1e-6)
 
+    def test_without_a_checkpoint_of_the_best_step_the_last_one_is_kept(self, finetune, tmp_path):
+        words = ["--eval_strategy", "steps", "--eval_steps", 1, "--load_best_model_at_end"]
+        words += ["--learning_rate", 3, "--lr_scheduler_type", "constant", "--warmup_steps", 0]
+        with pytest.warns(UserWarning, match="the best step, [12], has no checkpoint"):
+            result = finetune(tmp_path, *words, "--max_steps", 3)
+        assert result.report["best_step"] is None
+        assert result.report["proof"]["trained"] == result.losses[3]
+
     @pytest.mark.parametrize("words", [[], ["--load_best_model_at_end"]])
     def test_early_stopping(self, finetune, tmp_path, words):
         words = [*words, "--eval_fraction", 0.25, "--eval_strategy", "steps", "--eval_steps", 2]
