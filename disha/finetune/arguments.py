@@ -259,6 +259,13 @@ class TrainingArguments(SFTConfig):  # type: ignore[misc]
         if self.use_cpu and self.world_size > 1:
             start_engine_on_processors(self)
 
+    @property
+    def learns_all(self) -> bool:
+        """Whether conversations are to be learned whole."""
+        if self.assistant_only_loss is None:
+            return self.completion_only_loss is False
+        return not self.assistant_only_loss
+
 
 Flags = tuple[AdapterArguments, DataArguments, TrainingArguments]
 

@@ -48,9 +48,8 @@ def make_rows(
         raise ArgumentError("give one --dataset_split for all data, or one for each")
 
     def read(name: str, split: str) -> Dataset:
-        learn_all = training.assistant_only_loss is False
         rows = load_rows(name, split)
-        return form_rows(rows, data.dataset_field, tokenizer, learn_all=learn_all)
+        return form_rows(rows, data.dataset_field, tokenizer, learn_all=training.learns_all)
 
     sets = [read(name, split) for name, split in zip(data.data, splits, strict=True)]
     held_out: list[Dataset] = []

@@ -224,7 +224,8 @@ class _Conversations:
         *self._asked, self._answered = fields
         self._has_messages = has_messages
         self._tokenizer = tokenizer
-        self._learn_all = learn_all and not self._asked
+        self._learn_all = learn_all
+        self._stays_whole = learn_all and not self._asked
         self._training_template = None
         self.beside = ["system"]
         """The columns that are used beside the fields."""
@@ -250,7 +251,7 @@ class _Conversations:
             return {"prompt": question, "completion": f"\n{completion[0]['content']}"}
         beside = {key: _parse_json(row[key]) for key in FOR_TEMPLATES if key in row}
         self._try_template(messages, **beside)
-        if self._learn_all:
+        if self._stays_whole:
             return {"messages": messages, **beside}
         return {"prompt": prompt, "completion": completion, **beside}
 
@@ -296,15 +297,13 @@ class _Conversations:
         learned = [n for n in answers if weights[n]]
         if not learned:
             raise ValueError("there is no answer to learn in it")
-        allowed = {1} if self._learn_all else {0, 1}
+        allowed = {1} if self._stays_whole else {0, 1}
         if not set(weights) <= allowed:
-            raise ValueError(
-                "the weight of a message is 0 or 1, and 1 alone with --assistant_only_loss False"
-            )
+            raise ValueError("the weight of a message is 0 or 1, and only 1 where all is learned")
         first = learned[0]
         last = learned[-1]
         if self._training_template is None:
-            self._leaves_answers |= first != last
+            self._leaves_answers |= first != last and not self._learn_all
             first = last
         elif len(learned) < sum(first <= n <= last for n in answers):
             raise ValueError(

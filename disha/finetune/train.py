@@ -150,12 +150,9 @@ def make_trainer(flags: Flags, settings: dict[str, Any]) -> tuple[Trainer, Calla
 
 def _choose_answers(training: TrainingArguments, rows: Dataset, tokenizer: Any) -> None:
     """Let trl learn the answers of conversations that it can mark, or else the last one."""
-    asked = training.assistant_only_loss
-    if asked is None:
-        asked = training.completion_only_loss is not False
-    if asked:
-        training.assistant_only_loss = learns_marked_answers(rows, tokenizer)
-        training.completion_only_loss = True
+    only_answers = not training.learns_all
+    training.completion_only_loss = only_answers
+    training.assistant_only_loss = only_answers and learns_marked_answers(rows, tokenizer)
 
 
 def _notes_of_run(adapter: AdapterArguments, training: TrainingArguments) -> Notes:

@@ -138,8 +138,10 @@ def test_only_the_last_answer_is_learned_where_trl_can_not_mark_answers():
 def test_whole_conversations_can_be_learned(qwen):
     assert form({"messages": LONGER}, words=qwen, learn_all=True) == {"messages": LONGER}
     assert form(PAIR, words=qwen, learn_all=True) == CHAT
+    assert form({"messages": LONGER}, learn_all=True) == {"messages": LONGER}  # and nothing is said
+    form({"prompt": LONGER[:1], "completion": LONGER[1:]}, learn_all=True)
     weighed = [TALK[0], {**TALK[1], "weight": 0}, *LONGER[2:]]
-    with pytest.raises(ArgumentError, match="1 alone with --assistant_only_loss False"):
+    with pytest.raises(ArgumentError, match="only 1 where all is learned"):
         form({"messages": weighed}, words=qwen, learn_all=True)
 
 

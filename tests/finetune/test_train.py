@@ -413,14 +413,23 @@ class TestCourse:
         words += ["--adapter", authors.adapter] if further else ["--new_tokens", "<think>"]
         assert main([str(word) for word in words]) == 0
 
-    @pytest.mark.parametrize("only", ["True", "False"])
-    def test_questions_are_learned_too_if_asked(self, only, tiny, data, tmp_path, capsys):
+    @pytest.mark.parametrize(
+        ("flag", "all_of_it"),
+        [
+            ("--completion_only_loss True", False),
+            ("--completion_only_loss False", True),
+            ("--assistant_only_loss False", True),
+        ],
+    )
+    def test_questions_are_learned_too_if_asked(
+        self, flag, all_of_it, tiny, data, tmp_path, capsys
+    ):
         """Also where trl can mark the answers in the template."""
         template = tmp_path / "qwen3.jinja"
         template.write_text(qwen3_chat_template)
         words = f"--base {tiny} --data {data} --r 8 --dry_run --chat_template_path {template}"
-        assert main([*words.split(), "--completion_only_loss", only]) == 0
-        assert ("[[<|im_start|>user" in capsys.readouterr().out) == (only == "False")
+        assert main([*words.split(), *flag.split()]) == 0
+        assert ("[[<|im_start|>user" in capsys.readouterr().out) == all_of_it
 
     def test_answers_alone_are_learned_with_their_end(self, tiny, data, tmp_path, capsys):
         """Also if that is asked for, and the template marks answers without their end."""
@@ -433,12 +442,15 @@ class TestCourse:
         assert "<|im_end|>[[" in shown  # the question is not learned
         assert "<|im_end|>]]" in shown
 
-    def test_whole_conversations_are_learned_if_asked(self, chatty, tmp_path, capsys):
-        asked, answered = ({"role": role, "content": role} for role in ("user", "assistant"))
-        data = write_rows(tmp_path / "talks.jsonl", [{"messages": [asked, answered]}] * 4)
-        words = f"--base {chatty} --data {data} --r 8 --dry_run --assistant_only_loss False"
+    @pytest.mark.parametrize("flag", ["--assistant_only_loss", "--completion_only_loss"])
+    def test_whole_conversations_are_learned_if_asked(self, flag, chatty, tmp_path, capsys):
+        messages = [*TALK, {"role": "user", "content": "the end"}]
+        data = write_rows(tmp_path / "talks.jsonl", [{"messages": messages}] * 4)
+        words = f"--base {chatty} --data {data} --r 8 --dry_run {flag} False"
         assert main(words.split()) == 0
-        assert "[[<|im_start|>user" in capsys.readouterr().out
+        shown = capsys.readouterr().out
+        assert "[[<|im_start|>user" in shown
+        assert "the end<|im_end|>\n]]" in shown
 
 
 @pytest.mark.parametrize(
