@@ -231,12 +231,16 @@ def test_the_folder_names_the_base_and_the_task_that_the_file_notes(run, files, 
     assert (out / "chat_template.jinja").read_text() == NOTED["chat_template"]
 
 
-def test_the_base_that_is_given_tells_the_task(run, files):
-    base = files.base(config={"architectures": ["GPT2LMHeadModel"]})
+@pytest.mark.parametrize(
+    ("architecture", "task"),
+    [("GPT2LMHeadModel", "CAUSAL_LM"), ("LlavaForConditionalGeneration", None)],
+)
+def test_the_base_that_is_given_tells_the_task(run, files, architecture, task):
+    base = files.base(config={"architectures": [architecture]})
     out = files.path / "out"
     assert run("convert", files.adapter(), out, "--to", "lora", "--base", base).code == 0
     config = json.loads((out / "adapter_config.json").read_text())
-    assert (config["base_model_name_or_path"], config["task_type"]) == (str(base), "CAUSAL_LM")
+    assert (config["base_model_name_or_path"], config["task_type"]) == (str(base), task)
 
 
 def test_a_base_that_is_not_where_it_was_is_not_named(run, files):

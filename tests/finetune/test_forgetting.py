@@ -45,6 +45,7 @@ def test_forgetting_is_that_of_slow_loops(base, tmp_path):
     with torch.no_grad():
         assert own.texts == slow_text(model, tokenizer.bos_token_id, 32, 64, own.seed)
         before = slow_loss(model, own.texts)
+        assert own.loss == pytest.approx(before, abs=1e-5)
         perturb(disha.inject_adapters(model, "all-linear", r=4, scale=2.0))
         rise = slow_loss(model, own.texts) - before
         assert own.forgotten(model) == pytest.approx(rise, abs=1e-5)

@@ -1,3 +1,4 @@
+import importlib.metadata
 import json
 import shlex
 import shutil
@@ -92,6 +93,7 @@ class TestResults:
         assert report["proof"]["loaded"] == pytest.approx(report["proof"]["trained"], abs=1e-6)
         assert report["settings"]["r"] == 8
         assert report["versions"]["disha"] == disha.__version__
+        assert report["versions"]["torch"] == importlib.metadata.version("torch")
         assert report["seconds"] > 0
         assert set(report["samples"][0]) == {"prompt", "without", "with_adapter", "reference"}
 

@@ -214,6 +214,15 @@ def test_gate_and_up_get_their_own_rows(tmp_path, name):
             torch.testing.assert_close(b @ a, rows[expert])
 
 
+def test_a_router_has_the_name_that_servers_read(tmp_path):
+    router = {r"mlp\.gate$": "out in"}
+    ours = adapted(build("Mixtral", "eager"), r"mlp\.gate$|" + ONLY_EXPERTS, layouts=router)
+    contents = adapter_contents(ModelView(ours))
+    write_lora(tmp_path, contents, experts="separate", model_type="mixtral")
+    name = f"base_model.model.model.layers.0.{BLOCKS['Mixtral']}.gate"
+    assert f"{name}.lora_A.weight" in tensors_of(tmp_path)
+
+
 def test_servers_need_both_stacks(tmp_path):
     ours = adapted(build("Mixtral", "eager"), r"experts\.down_proj$")
     with refused_export(tmp_path, ours, "gate_up_proj is not; vLLM and SGLang read"):

@@ -56,6 +56,11 @@ def test_bat_at_full_rank_is_exact_to_rounding(tmp_path, dtype):
     check_served(base, tmp_path, ours, TOKENS, 1e-3 if dtype == torch.float32 else 1e-10)
 
 
+def test_a_cut_update_of_zero_has_no_error(tmp_path):
+    ours = disha.inject_adapters(Layered(), "_proj", 4, method="bat")
+    assert lora.export(ours, tmp_path, rank=2).error == 0
+
+
 def test_errors_count_the_rounding_to_sixteen_bits(tmp_path):
     ours = adapted(llama().eval().to(torch.bfloat16), method="bat", dtype=torch.bfloat16)
     assert 1e-4 < lora.export(ours, tmp_path, rank=64).error < 1e-2

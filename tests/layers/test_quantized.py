@@ -174,6 +174,8 @@ class TestEveryWay:
         names = ["a", None, "b"]
         with disha.route_adapters(layer, names):
             routed = layer(x)
+            with pytest.raises(disha.ArgumentError, match="needs samples"):
+                layer(x[0, 0])
         for sample, name in enumerate(names):
             disha.set_active_adapters(layer, [] if name is None else name)
             close(routed[sample : sample + 1], layer(x[sample : sample + 1]))

@@ -225,6 +225,14 @@ def test_rows_that_are_loaded_into_empty_memory_stay(base_first):
     assert torch.equal(model[0].weight[3:8], table(2)[0].weight[3:8])
 
 
+def test_rows_that_are_loaded_onto_the_meta_device_act_in_compiled_code():
+    full = perturb(disha.inject_adapters(table(0), "1", 2, also_train_rows={"0": [1, 2, 8]}))
+    with torch.device("meta"):
+        model = disha.inject_adapters(table(0), "1", 2, also_train_rows={"0": [1, 2, 8]})
+    model.load_state_dict(full.state_dict(), assign=True)
+    assert torch.equal(freshly_compiled(model)(TOKENS % 9), full(TOKENS % 9))
+
+
 def test_a_file_has_the_rows_only_and_fits_a_base_with_others(tmp_path):
     plain = disha.inject_adapters(llama(), "q_proj", 4, r_out=2)
     save_adapter(plain, tmp_path / "plain")
