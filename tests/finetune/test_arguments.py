@@ -4,7 +4,7 @@ from torch import nn
 
 import disha
 from disha import ArgumentError
-from disha.finetune.arguments import parse_flags
+from disha.finetune.arguments import SHOWN, parse_flags
 
 AUTHORS = """--base_model_name_or_path model --output_dir output/bone --bone_r 32 --init_weights bat
 --bits bf16 --data_path meta-math/MetaMathQA --dataset_split train[:100000]
@@ -100,7 +100,8 @@ def test_help(capsys, word, shows_all):
         parse_flags([word])
     assert end.value.code == 0
     shown = capsys.readouterr().out
-    for flag in ("--base, --base_model_name_or_path", "--r, --bone_r", "--learning_rate"):
+    of_trl = [f"--{name}" for name in SHOWN]
+    for flag in ("--base, --base_model_name_or_path", "--r, --bone_r", *of_trl):
         assert f"  {flag}" in shown
     assert ("--neftune_noise_alpha" in shown) == shows_all
     assert "--learning-rate" not in shown
