@@ -107,6 +107,7 @@ def measure_again(model: Any, tokenizer: Any, rows: Dataset, training: SFTConfig
     """Return the loss of a model with a saved adapter, measured as in training."""
     training = copy.copy(training)
     training.report_to = []
+    training.assistant_only_loss = False  # the rows have their labels
     training.deepspeed_plugin = None  # accelerate keeps the first one
     training.dataset_kwargs = {"skip_prepare_dataset": True}  # packed rows can't be packed again
     trainer = Trainer(

@@ -278,6 +278,14 @@ class TestHeldOutRows:
         assert report["measured_on"] == "held-out"
         assert report["rows"]["measured"] == 4
 
+    def test_of_another_form(self, finetune, tmp_path):
+        """Texts, where trl learns the marked answers of the conversations to train on."""
+        (tmp_path / "qwen3.jinja").write_text(qwen3_chat_template)
+        texts = write_rows(tmp_path / "texts.jsonl", [{"text": "say two"}])
+        words = ["--chat_template_path", tmp_path / "qwen3.jinja", "--eval_data", texts]
+        proof = finetune(tmp_path / "out", *words, "--max_steps", 1).report["proof"]
+        assert proof["loaded"] == pytest.approx(proof["trained"], abs=1e-6)
+
     def test_of_a_part_of_each_file(self, finetune, tmp_path, mixed):
         report = finetune(tmp_path / "out", *mixed, "--eval_split", "train[:4]").report
         assert report["rows"]["measured"] == 8
