@@ -49,12 +49,12 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
             return super().compute_loss(*given, **named)
 
     def _prepare_dataset(
-        self, rows: Any, words: Any, args: Any, packing: bool, formatting: Any, name: str
+        self, rows: Any, tokenizer: Any, args: Any, packing: bool, formatting: Any, name: str
     ) -> Any:
         """Prepare rows, cut them and pack them, step by step, to say how many of them are cut."""
         prepare = partial(
             super()._prepare_dataset,
-            processing_class=words,
+            processing_class=tokenizer,
             formatting_func=formatting,
             dataset_name=name,
         )
@@ -63,15 +63,15 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
         whole.max_length = None
         whole.shuffle_dataset = False
         complete = prepare(rows, args=whole, packing=False)
-        if packing and args.packing_strategy != "bfd":  # the others lose no token
-            self.rows[name] = len(complete)
-            return prepare(complete, args=args, packing=True)
-        # trl does not do again what is done in these rows: it only cuts them.
-        fitting = prepare(complete, args=args, packing=False)
+        fitting = complete
+        cut = 0
+        if not packing or args.packing_strategy == "bfd":  # the other strategies lose no token
+            # trl does not do again what is done in these rows: it only cuts them.
+            fitting = prepare(complete, args=args, packing=False)
+            cut = sum(len(ids) > limit for ids in complete["input_ids"])
         if not fitting:
-            raise ArgumentError(f"no row has something to learn in {limit} tokens")
+            raise ArgumentError(f"none of the {name} rows has something to learn in {limit} tokens")
         self.rows[name] = len(fitting)
-        cut = 0 if limit is None else sum(len(ids) > limit for ids in complete["input_ids"])
         if cut and args.process_index == 0:
             left_out = len(complete) - len(fitting)
             print(
