@@ -377,6 +377,18 @@ def test_a_computed_weight_may_have_another_shape_than_the_stored_one(method):
     assert disha.check_adapters(model, torch.randn(3, 6)).ok
 
 
+class Marked(torch.Tensor):
+    """A class of tensors of some other library."""
+
+
+def test_a_weight_of_another_class_of_tensors_is_read_with_its_updates():
+    layer = disha.inject_adapters(nn.Linear(6, 4), "", 2, init="kaiming")
+    expected = layer.weight + 0
+    layer._parameters["weight"] = nn.Parameter(layer.base_weight.as_subclass(Marked))
+    assert type(layer.weight) is Marked
+    assert torch.equal(layer.weight, expected)
+
+
 def test_a_parameter_by_its_name_is_the_parameter():
     model = disha.inject_adapters(nn.Sequential(nn.Linear(4, 3)), "0", 2)
     assert model.get_parameter("0.weight") is dict(model.named_parameters())["0.weight"]
