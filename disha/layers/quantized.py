@@ -9,7 +9,6 @@ another format, recognise it in `quantization_of` and say how to read it.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -165,12 +164,6 @@ def weight_for(method: Method, module: nn.Module, slot: Slot, weight: Any, like:
 
 def quantized_slot(module: nn.Module) -> Slot | None:
     """Return the slot of a module whose weight is quantised, or None if it is not."""
-    adapters = module._modules.get(CHILD_NAME)
-    # A class of the user may have an attribute of that name too.
-    if getattr(type(module), "_is_quantized", False) and isinstance(adapters, Adapters):
-        # A block knows the slot, also while a dense weight is merged in.
-        block, *_ = adapters.blocks_by_name().values()
-        return replace(block.slot, output_ranges=())
     sizes = _sizes_of(module)
     if sizes is None or quantization_of(module, held_weight(module)) is None:
         return None
