@@ -39,7 +39,7 @@ def main(words: Sequence[str]) -> None:
     flags.adapter = find_adapter(flags.adapter)
     base = flags.base
     if base is None:
-        base, _ = tell_noted_base(flags.adapter)
+        base = tell_noted_base(flags.adapter)
     try_template(flags.adapter, read_notes(flags.adapter))
     merged = merge_base(
         base,

@@ -94,13 +94,12 @@ def load_runner(flags: Namespace) -> PromptRunner:
         notes = read_notes(flags.adapter)
         try_template(flags.adapter, notes)
     if flags.base is not None:
-        name, bits = flags.base, read_noted_bits(notes)
+        name = flags.base
     elif flags.adapter is not None:
-        name, bits = tell_noted_base(flags.adapter)
+        name = tell_noted_base(flags.adapter)
     else:
         raise ArgumentError("name the model with --base or --adapter")
-    if flags.bits is not None:
-        bits = flags.bits
+    bits = flags.bits or read_noted_bits(notes)
     model, tokenizer = load_base(name, bits, best_device(), notes, flags.attn_implementation)
     prompt_form = notes.get(PROMPT_KEY)
     if prompt_form == "chat" and not tokenizer.chat_template:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from disha.finetune.notes import read_noted_base
+from disha.finetune.notes import read_noted_base, read_noted_bits, read_notes
 from disha.text import printable
 
 
@@ -27,8 +27,9 @@ def fit(text: str) -> str:
     return shown.encode(encoding, "backslashreplace").decode(encoding)
 
 
-def tell_noted_base(adapter: Path) -> tuple[str, str]:
-    """Return the base that an adapter notes, and its bits, and print which it is."""
-    base, bits = read_noted_base(adapter)
+def tell_noted_base(adapter: Path) -> str:
+    """Return the base that an adapter notes, and print which it is."""
+    base = read_noted_base(adapter)
+    bits = read_noted_bits(read_notes(adapter))
     print(fit(f"the base is {base}, with --bits {bits}, as {adapter} notes"), file=sys.stderr)
-    return base, bits
+    return base

@@ -316,7 +316,7 @@ def _settings_of_adapter(given: Mapping[str, Any]) -> dict[str, Any]:
                 f"{adapter} has {name}={value}, which can't change; leave out --{name}"
             )
     if "base" not in given:
-        settings["base"], _ = read_noted_base(adapter)
+        settings["base"] = read_noted_base(adapter)
     if given.get("bits", "auto") == "auto":
         settings["bits"] = read_noted_bits(read_notes(adapter))
     return settings

@@ -101,17 +101,16 @@ def base_note(name: str, bits: str, adapter: Path) -> str:
     return json.dumps({"base_model_name_or_path": name, "bits": bits})
 
 
-def read_noted_base(adapter: str | Path) -> tuple[str, str]:
-    """Return the base that an adapter notes, and its bits."""
-    notes = read_notes(adapter)
-    name = _noted(notes).get("base_model_name_or_path")
+def read_noted_base(adapter: str | Path) -> str:
+    """Return the base that an adapter notes."""
+    name = _noted(read_notes(adapter)).get("base_model_name_or_path")
     if not isinstance(name, str):
         raise ArgumentError(f"{adapter} notes no base that can be used; name it too")
     if name.startswith("./"):
         name = os.path.normpath(file_at(adapter).parent.resolve() / name)
         if not os.path.exists(name):
             raise ArgumentError(f"{adapter} notes the base {name}, which is not there; give --base")
-    return name, read_noted_bits(notes)
+    return name
 
 
 def read_noted_bits(notes: Mapping[str, str]) -> str:

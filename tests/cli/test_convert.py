@@ -10,7 +10,7 @@ from transformers import AutoTokenizer
 import disha
 from disha.files.contents import read_contents
 from disha.finetune.base import load_base
-from disha.finetune.notes import base_note, read_noted_base
+from disha.finetune.notes import base_note, read_noted_base, read_noted_bits, read_notes
 from disha.interop import lora, peft
 from tests.cli.conftest import DOWN, Q, model
 from tests.conftest import assert_same, perturb
@@ -264,7 +264,8 @@ def test_an_adapter_file_elsewhere_still_finds_its_base(run, files):
     a = files.adapter(metadata={"base": note})
     out.parent.mkdir()
     assert run("convert", a, out, "--to", "disha").code == 0
-    assert read_noted_base(out) == (str(base), "bf16")
+    assert read_noted_base(out) == str(base)
+    assert read_noted_bits(read_notes(out)) == "bf16"
 
 
 def test_a_folder_of_miss_that_names_its_base_needs_no_other(run, files):

@@ -6,7 +6,7 @@ import torch
 
 import disha
 from disha import ArgumentError
-from disha.finetune.notes import BASE_KEY, base_note, read_noted_base
+from disha.finetune.notes import BASE_KEY, base_note, read_noted_base, read_noted_bits, read_notes
 
 
 class TestNote:
@@ -24,7 +24,8 @@ class TestNote:
         assert str(tmp_path) not in adapter.read_bytes()[:2000].decode(errors="replace")
         os.rename(tmp_path / "here", tmp_path / "there")
         moved = tmp_path / "there" / "out" / "adapter.safetensors"
-        assert read_noted_base(moved) == (str(tmp_path / "there" / "model"), "4")
+        assert read_noted_base(moved) == str(tmp_path / "there" / "model")
+        assert read_noted_bits(read_notes(moved)) == "4"
         (tmp_path / "there" / "model").rmdir()
         with pytest.raises(ArgumentError, match="which is not there; give --base"):
             read_noted_base(moved)
@@ -42,7 +43,8 @@ class TestNote:
     def test_a_name(self, tmp_path):
         path = tmp_path / "adapter.safetensors"
         self.save(path, base_note("Qwen/Qwen3-0.6B", "bf16", path))
-        assert read_noted_base(path) == ("Qwen/Qwen3-0.6B", "bf16")
+        assert read_noted_base(path) == "Qwen/Qwen3-0.6B"
+        assert read_noted_bits(read_notes(path)) == "bf16"
 
     def test_no_note(self, tmp_path):
         with pytest.raises(ArgumentError, match="notes no base that can be used; name it too"):

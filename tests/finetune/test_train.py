@@ -24,7 +24,7 @@ from disha.finetune import main, train, trainer
 from disha.finetune.arguments import parse_flags
 from disha.finetune.base import load_base
 from disha.finetune.forgetting import OwnText
-from disha.finetune.notes import read_noted_base, read_notes
+from disha.finetune.notes import read_noted_base, read_noted_bits, read_notes
 from disha.finetune.tokenizer import load_tokenizer
 from tests.conftest import assert_same
 from tests.finetune import tiny_gguf
@@ -104,7 +104,8 @@ class TestResults:
         assert authors.report["forgetting"] == pytest.approx(own.forgotten(model), abs=1e-5)
 
     def test_the_adapter_notes_its_base(self, authors, tiny):
-        assert read_noted_base(authors.adapter) == (str(tiny), "bf16")
+        assert read_noted_base(authors.adapter) == str(tiny)
+        assert read_noted_bits(read_notes(authors.adapter)) == "bf16"
         assert disha.inspect_adapter(authors.adapter).metadata["prompt"] == "text"
 
     def test_the_head_is_left_out(self, authors):
@@ -172,7 +173,8 @@ class TestBases:
         base = tiny_gguf.write_gguf(tmp_path / "tiny.gguf", state)
         result = finetune(tmp_path / "out", base=base)
         assert result.losses[6] < result.losses[0]
-        assert read_noted_base(result.adapter) == (str(base), "fp32")
+        assert read_noted_base(result.adapter) == str(base)
+        assert read_noted_bits(read_notes(result.adapter)) == "fp32"
 
     @pytest.mark.parametrize("bits", ["4", "8"])
     def test_bits(self, finetune, data, tmp_path, bits, evaluated):
@@ -327,6 +329,7 @@ class TestCourse:
         words = ["--adapter", authors.adapter, "--max_steps", 3]
         result = finetune(tmp_path, *words, base=None)
         assert result.losses[0] == pytest.approx(authors.report["proof"]["trained"], abs=1e-2)
+        assert read_noted_bits(read_notes(result.adapter)) == "bf16"  # as the authors' run
         assert read_noted_base(result.adapter) == read_noted_base(authors.adapter)
         assert result.blocks().keys() == authors.blocks().keys()
 
@@ -552,7 +555,8 @@ def test_a_checkpoint_holds_what_the_final_file_holds(finetune, tmp_path, tiny, 
     final = finetune(tmp_path / "out", *words, "--save_steps", 6).adapter
     checkpoint = tmp_path / "out" / "checkpoint-6"
     notes, expected = (dict(disha.inspect_adapter(path).metadata) for path in (checkpoint, final))
-    assert read_noted_base(checkpoint) == read_noted_base(final) == (str(tiny), "fp32")
+    assert read_noted_base(checkpoint) == read_noted_base(final) == str(tiny)
+    assert read_noted_bits(notes) == read_noted_bits(expected) == "fp32"
     assert {**notes, "base": ""} == {**expected, "base": ""}
     assert {"prompt", "chat_template", "new_tokens", "eos_token"} < notes.keys()
     assert notes["chat_template"] == CHATML
