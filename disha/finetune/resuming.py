@@ -50,10 +50,13 @@ class Course(TrainerCallback, ExportableState):
         return {"args": {"settings": self.settings}, "attributes": {}}
 
 
-def choose_checkpoint(training: TrainingArguments) -> str | None:
-    """Return the checkpoint to go on from, if any; raise if an earlier run would be mixed up."""
+def choose_checkpoint(training: TrainingArguments, *sources: str | None) -> str | None:
+    """Return the checkpoint to go on from, if any.
+
+    Raise if the run would mix up an earlier one, or delete it and read `sources` that are in it.
+    """
     folder = Path(training.output_dir)
-    results = [path.name for path in _earlier_results(folder)]
+    results = _earlier_results(folder)
     asked = training.resume_from_checkpoint or "False"
     takes_last = asked.lower() == "true"
     checkpoint = None if asked.lower() in ("true", "false") else asked
@@ -61,12 +64,19 @@ def choose_checkpoint(training: TrainingArguments) -> str | None:
         for path in sort_checkpoints(str(folder)):
             if is_complete(Path(path)):
                 checkpoint = path
-        results = [name for name in results if not CHECKPOINT.fullmatch(name)]
-    if results and not (goes_on_in(folder, checkpoint) or training.overwrite_output_dir):
-        raise ArgumentError(
-            f"--output_dir {folder} holds {results[0]} of an earlier run; go on from a complete "
-            "checkpoint with --resume, or start over with --overwrite_output_dir"
-        )
+        # Without a complete one, what is left of others is no result to keep.
+        results = [path for path in results if not CHECKPOINT.fullmatch(path.name)]
+    if results and not goes_on_in(folder, checkpoint):
+        if not training.overwrite_output_dir:
+            raise ArgumentError(
+                f"--output_dir {folder} holds {results[0].name} of an earlier run; go on from a "
+                "complete checkpoint with --resume, or start over with --overwrite_output_dir"
+            )
+        for source in filter(None, (*sources, checkpoint)):
+            if any(Path(source).resolve().is_relative_to(path.resolve()) for path in results):
+                raise ArgumentError(
+                    f"--overwrite_output_dir would delete {source}; name another --output_dir"
+                )
     if takes_last and checkpoint is None:
         warnings.warn(
             f"there is no complete checkpoint in {folder}; starting at the beginning", stacklevel=2

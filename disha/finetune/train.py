@@ -72,14 +72,17 @@ def run(flags: Flags) -> None:
         raise ArgumentError("which model? name it with --base")
     if not data.data:
         raise ArgumentError("which rows? name a file or a data set with --data")
+    folder = Path(training.output_dir)
     if adapter.merge:
         require_mergeable(adapter.base)
+        disha.interop.checkpoints.check_target(
+            folder / MERGED, Path(adapter.base), folder / ADAPTER_NAME, overwrite=True
+        )
     if training.dry_run:
         _preview(flags)
         return
-    folder = Path(training.output_dir)
     settings = _settings_of(flags)
-    checkpoint = choose_checkpoint(training)
+    checkpoint = choose_checkpoint(training, adapter.base, adapter.adapter)
     if checkpoint is not None:
         require_same_settings(settings, checkpoint)
     training.eval_on_start = checkpoint is None

@@ -36,6 +36,10 @@ def killed_in_step_6(words):
     main(words)
 
 
+def files_in(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
 class TestOutputFolder:
     def test_a_finished_run_is_kept(self, finetune, uninterrupted):
         before = uninterrupted.adapter.read_bytes()
@@ -57,6 +61,18 @@ class TestOutputFolder:
             finetune(tmp_path, *EXACT, *elsewhere)
         result = finetune(tmp_path, *EXACT, *elsewhere, "--overwrite_output_dir")
         assert_same(result.blocks(), uninterrupted.blocks())
+
+    @pytest.mark.parametrize("what", ["--base", "--adapter", "--resume_from_checkpoint"])
+    def test_what_a_run_reads_is_not_deleted(self, what, finetune, uninterrupted, tiny, tmp_path):
+        """Also if a link from elsewhere leads to it."""
+        folder = shutil.copytree(uninterrupted.folder, tmp_path / "run")
+        shutil.copytree(tiny, folder / "merged")
+        names = {"--base": "merged", "--adapter": "adapter.safetensors"}
+        (tmp_path / "link").symlink_to(folder / names.get(what, "checkpoint-6"))
+        before = files_in(folder)
+        with pytest.raises(ArgumentError, match=r"--overwrite_output_dir would delete .*link"):
+            finetune(folder, *EXACT, "--overwrite_output_dir", what, tmp_path / "link")
+        assert files_in(folder) == before
 
     def test_going_on_from_a_link_in_it_keeps_it(self, uninterrupted, tmp_path):
         (tmp_path / "checkpoint-6").symlink_to(uninterrupted.folder / "checkpoint-6")

@@ -224,6 +224,13 @@ class TestBases:
         assert not (tmp_path / "out").exists()
 
 
+def test_merging_into_the_base_is_refused_before_training(finetune, tmp_path):
+    base = write_model(tmp_path / "base")
+    with pytest.raises(ArgumentError, match=r"can't write to .*merged: the base is there"):
+        finetune(base / "out", "--merge", base=base)
+    assert not (base / "out").exists()
+
+
 def test_merge(finetune, tmp_path, tiny):
     result = finetune(tmp_path, "--merge")
     merged, words = load_base(str(tmp_path / "merged"))
