@@ -132,8 +132,10 @@ def make_trainer(flags: Flags, settings: dict[str, Any]) -> tuple[Trainer, Calla
     is_chat = is_conversational(rows[0])
     notes[PROMPT_KEY] = "chat" if is_chat else "text"
     training.chat_template_path = None  # it is the tokenizer's; trl would also add another's tokens
-    if is_chat:
-        _choose_answers(training, rows, tokenizer)
+    if is_chat:  # trl learns all answers if it can mark them, and else the last one
+        only_answers = not training.learns_all
+        training.completion_only_loss = only_answers
+        training.assistant_only_loss = only_answers and learns_marked_answers(rows, tokenizer)
     model, tokenizer = _make_model(flags, notes)
     notes_at = partial(_note_base, adapter, notes)
     # Each checkpoint holds the notes that the final file holds, so that commands can use it.
@@ -149,13 +151,6 @@ def make_trainer(flags: Flags, settings: dict[str, Any]) -> tuple[Trainer, Calla
         callbacks=callbacks,
     )
     return trainer, notes_at
-
-
-def _choose_answers(training: TrainingArguments, rows: Dataset, tokenizer: Any) -> None:
-    """Let trl learn the answers of conversations that it can mark, or else the last one."""
-    only_answers = not training.learns_all
-    training.completion_only_loss = only_answers
-    training.assistant_only_loss = only_answers and learns_marked_answers(rows, tokenizer)
 
 
 def _notes_of_run(adapter: AdapterArguments, training: TrainingArguments) -> Notes:
