@@ -202,6 +202,13 @@ class TestTied:
         assert torch.equal(model(tokens), expected)
         assert model.head._parameters["weight"] is model.embed._parameters["weight"]
 
+    def test_weights_that_were_untied_under_one_block_stay_apart(self, tokens):
+        model = perturb(disha.inject_adapters(Tied(), "embed|head", 2))
+        model.head._parameters["weight"] = nn.Parameter(torch.randn(12, 8))
+        expected = model(tokens)
+        disha.merge_adapters(model)
+        torch.testing.assert_close(model(tokens), expected)
+
 
 def quantise(layer):
     quantize_(layer, Int8WeightOnlyConfig())
