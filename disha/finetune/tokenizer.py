@@ -27,9 +27,10 @@ def load_tokenizer(name: str, notes: Mapping[str, str]) -> tuple[PreTrainedToken
     if EOS_KEY in notes:
         tokenizer.eos_token = notes[EOS_KEY]
     known = {str(token) for token in tokenizer.added_tokens_decoder.values()}
-    tokens = [token for token in read_noted_tokens(notes) if token not in known]
-    size = len(tokenizer)
-    tokenizer.add_tokens(tokens)  # it also counts words that the vocabulary has
+    size = len(tokenizer)  # what `add_tokens` returns counts words of the vocabulary too
+    for token in read_noted_tokens(notes):
+        if token not in known:
+            tokenizer.add_tokens(token, special_tokens=token == notes.get(EOS_KEY))
     return tokenizer, len(tokenizer) - size
 
 

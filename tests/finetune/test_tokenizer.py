@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from disha.finetune.base import load_base
-from disha.finetune.notes import TOKENS_KEY
+from disha.finetune.notes import EOS_KEY, TOKENS_KEY
 from disha.finetune.tokenizer import load_tokenizer, template_at
 from tests.finetune.tiny_models import CHATML, tokenizer
 
@@ -44,3 +44,11 @@ def test_a_new_token_that_the_vocabulary_has_changes_no_other_row(tiny):
     rows = before.get_input_embeddings().weight
     assert torch.equal(after.get_input_embeddings().weight[: len(rows)], rows)
     assert words.convert_tokens_to_ids("<think>") == len(rows)
+
+
+def test_of_new_tokens_the_one_that_ends_answers_is_not_shown(tiny):
+    notes = {TOKENS_KEY: '["<think>", "<end>"]', EOS_KEY: "<end>"}
+    words, _ = load_tokenizer(str(tiny), notes)
+    ids = words("<think>two<end>")["input_ids"]
+    assert ids[-1] == words.eos_token_id
+    assert words.decode(ids, skip_special_tokens=True) == "<think>two"
