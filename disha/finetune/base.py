@@ -41,7 +41,7 @@ def load_base(
     if has_values:
         model = _load_model(name, bits, device, attn_implementation)
     else:
-        model = make_on_meta(name)
+        model = make_on_meta(name, attn_implementation)
         _give_memory(model)
     tokenizer, added = load_tokenizer(name, notes)
     if tokenizer.pad_token is None:
@@ -80,12 +80,13 @@ def _load_model(
     return model
 
 
-def make_on_meta(name: str) -> PreTrainedModel:
+def make_on_meta(name: str, attn_implementation: str | None = None) -> PreTrainedModel:
     """Return a base by its configuration, on the meta device."""
     source, options = source_of(name)
     made: Any = AutoModelForCausalLM
     with explain_loading(name), torch.device("meta"):
-        return made.from_config(AutoConfig.from_pretrained(source, **options))
+        config = AutoConfig.from_pretrained(source, **options)
+        return made.from_config(config, attn_implementation=attn_implementation)
 
 
 def _give_memory(model: PreTrainedModel) -> None:

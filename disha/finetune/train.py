@@ -191,10 +191,15 @@ def _load_base(flags: Flags, notes: Notes) -> tuple[Any, Any]:
     """Return the base and its tokenizer as this rank needs them, with what notes ask for."""
     adapter, _, training = flags
     name = str(adapter.base)
-    if training.dry_run:
-        return load_base(name, notes=notes, has_values=False)
     device = loading_device(name, adapter.bits, training)
-    return load_base(name, adapter.bits, device, notes, adapter.attn_implementation)
+    return load_base(
+        name,
+        adapter.bits,
+        device,
+        notes,
+        adapter.attn_implementation,
+        has_values=not training.dry_run,
+    )
 
 
 def _load_adapter(model: Any, path: str, training: TrainingArguments, **options: Any) -> None:
@@ -286,6 +291,8 @@ def _preview(flags: Flags) -> None:
     with tempfile.TemporaryDirectory() as nowhere:
         training.output_dir = nowhere
         trainer, _ = make_trainer(flags, {})
+    if training.process_index > 0:
+        return
     print(disha.summary(trainer.model))
     row = trainer.train_dataset[0]
     print(f"\none of {counted(len(trainer.train_dataset), 'row')}; [[ ]] marks what is learned:")

@@ -21,7 +21,7 @@ import disha
 from disha import AdapterFileWarning, ArgumentError
 from disha.cli import main as disha_command
 from disha.finetune import main, train, trainer
-from disha.finetune.arguments import parse_flags
+from disha.finetune.arguments import TrainingArguments, parse_flags
 from disha.finetune.base import load_base
 from disha.finetune.forgetting import OwnText
 from disha.finetune.notes import read_noted_base, read_noted_bits, read_notes
@@ -425,6 +425,12 @@ class TestCourse:
         assert shown.endswith("\n6 steps\n")
         assert not list(tmp_path.iterdir())
 
+    def test_one_of_several_processes_shows_the_dry_run(self, tiny, data, capsys, monkeypatch):
+        """Simulated: this is the second process."""
+        monkeypatch.setattr(TrainingArguments, "process_index", 1)
+        assert main(["--base", str(tiny), "--data", str(data), "--r", "8", "--dry_run"]) == 0
+        assert capsys.readouterr().out == ""
+
     @pytest.mark.parametrize("further", [False, True])
     def test_a_dry_run_reads_no_weight(self, further, authors, tiny, data, tmp_path):
         ignored = shutil.ignore_patterns("*.safetensors")
@@ -485,6 +491,7 @@ class TestCourse:
         (["--r", "65"], "r=65"),
         (["--target", "nothing"], "selects no layer"),
         (["--report_to", "nobody"], "nobody"),
+        (["--dry_run", "--attn_implementation", "nonsense"], "can't load the base .*nonsense"),
     ],
 )
 def test_bad_input(finetune, tmp_path, words, message):
