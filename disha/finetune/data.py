@@ -51,7 +51,7 @@ def make_rows(
         rows = load_rows(name, split)
         return form_rows(rows, data.dataset_field, tokenizer, learn_all=training.learns_all)
 
-    sets = [read(name, split) for name, split in zip(data.data, splits, strict=True)]
+    sets = list(map(read, data.data, splits))
     held_out: list[Dataset] = []
     if data.eval_data or data.eval_split:
         names = [data.eval_data] if data.eval_data else data.data
@@ -133,9 +133,12 @@ def _name_unread_files(folder: str) -> None:
 
 def mix_rows(sets: list[Dataset], weights: Sequence[float], seed: int) -> Dataset:
     """Return the rows of several sets: each row once, or drawn by weight until all were seen."""
-    forms = {", ".join(sorted(rows.column_names)) for rows in sets}
-    if len(forms) > 1:
-        raise ArgumentError(f"the data sets must have one form, got {' and '.join(sorted(forms))}")
+    if any(rows.features != sets[0].features for rows in sets):
+        forms = {", ".join(sorted(rows.column_names)) for rows in sets}
+        raise ArgumentError(
+            "the data sets must have one form, all of texts or all of messages, got "
+            f"{' and '.join(sorted(forms))}"
+        )
     if not weights:
         return concatenate_datasets(sets)
     if len(weights) != len(sets) or min(weights) <= 0:
