@@ -136,12 +136,14 @@ def require_same(trained: float, loaded: float, path: Path) -> None:
 
 
 def _questions(rows: Dataset) -> Iterator[tuple[list[int], list[int]]]:
-    """Give the rows that begin with a question, each as its tokens and those learned."""
+    """Give the first question of each row that begins with one, and its answer, as tokens."""
     for row in rows:
-        learned = [position for position, label in enumerate(row["labels"]) if label != -100]
-        start = learned[0] if learned else 0  # a packed row may have nothing to learn
-        if start:
-            yield row["input_ids"][:start], [row["labels"][position] for position in learned]
+        labels = row["labels"]
+        start = next((n for n, label in enumerate(labels) if label != -100), 0)
+        if start:  # a packed row may have nothing to learn
+            # What is learned later in a row answers other questions.
+            answer = itertools.takewhile(lambda label: label != -100, labels[start:])
+            yield row["input_ids"][:start], [*answer]
 
 
 def _answer(model: Any, tokenizer: Any, question: Sequence[int]) -> str:

@@ -391,7 +391,10 @@ class TestCourse:
             finetune(tmp_path / "out", "--adapter", authors.adapter, base=other)
 
     def test_packed_rows_are_proved_as_they_are(self, finetune, chatty, tmp_path):
-        found = finetune(tmp_path, "--packing", "--max_length", 64, base=chatty)
+        words = ["--packing", "--max_length", 64, "--samples", 1]
+        found = finetune(tmp_path, *words, base=chatty)
+        [sample] = found.report["samples"]
+        assert sample["reference"].strip() in [row["response"] for row in rows()]
         assert found.report["rows"] == {"training": 48, "measured": 48}
         assert disha.inspect_adapter(found.adapter).metadata["prompt"] == "chat"
 
