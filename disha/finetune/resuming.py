@@ -32,8 +32,9 @@ FREE = re.compile(
     "base|output_dir|overwrite_output_dir|resume.*|max_steps|num_train_epochs|samples|merge"
     "|save_.*|load_best_model_at_end|log.*|report_to|run_name|disable_tqdm|push_to_hub|hub_.*"
     "|do_eval|eval_(strategy|steps|delay|on_start)|(per_device_)?eval_batch_size"
-    "|metric_for_best_model|greater_is_better|use_cpu|attn_implementation"
-    "|(activation|gradient)_checkpointing.*|dataloader_.*|torch_compile.*"
+    "|eval_(accumulation_steps|packing)|metric_for_best_model|greater_is_better|project"
+    "|use_cpu|attn_implementation|(activation|gradient)_checkpointing.*|activation_offloading"
+    "|dataloader_.*|dataset_num_proc|torch_(compile.*|empty_cache_steps)|ddp_.*|skip_memory_metrics"
 )
 """The flags that may change when a run goes on: how long it trains, and what it saves, measures and
 shows; what takes memory or time and is not learned; and the base, whose weights are compared."""
@@ -61,9 +62,8 @@ def choose_checkpoint(training: TrainingArguments, *sources: str | None) -> str 
     takes_last = asked.lower() == "true"
     checkpoint = None if asked.lower() in ("true", "false") else asked
     if takes_last:
-        for path in sort_checkpoints(str(folder)):
-            if is_complete(Path(path)):
-                checkpoint = path
+        complete = [path for path in sort_checkpoints(str(folder)) if is_complete(Path(path))]
+        checkpoint = complete[-1] if complete else None
         # Without a complete one, what is left of others is no result to keep.
         results = [path for path in results if not CHECKPOINT.fullmatch(path.name)]
     if results and not goes_on_in(folder, checkpoint):

@@ -134,6 +134,7 @@ class TestResuming:
         first = finetune(tmp_path, *constant, "--max_steps", 2).report
         free = ["--max_steps", 4, "--save_steps", 1, "--gradient_checkpointing"]
         free += ["--gradient_checkpointing_kwargs", '{"use_reentrant": false}']
+        free += ["--torch_empty_cache_steps", 9, "--ddp_timeout", 60, "--project", "tests"]
         free += ["--eval_strategy", "steps", "--eval_steps", 1, "--load_best_model_at_end"]
         longer = finetune(tmp_path, *constant, *free, "--resume")
         assert longer.report["steps"] == 4
