@@ -69,6 +69,7 @@ def end_answers(generation: Any, tokenizer: Any, notes: Mapping[str, str]) -> No
         ends.add(tokenizer.eos_token_id)
     if tokenizer.chat_template:
         turns = [{"role": role, "content": role} for role in ("user", "assistant")]
+        # The last "assistant" is what the answer says; the one before it is the role.
         rest = tokenizer.apply_chat_template(turns, tokenize=False).rpartition("assistant")[2]
         first = tokenizer.encode(rest, add_special_tokens=False)[:1]
         ends.update(token for token in first if token in tokenizer.added_tokens_decoder)
