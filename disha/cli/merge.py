@@ -37,9 +37,7 @@ def main(words: Sequence[str]) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace what is there")
     flags = parser.parse(words)
     flags.adapter = find_adapter(flags.adapter)
-    base = flags.base
-    if base is None:
-        base = tell_noted_base(flags.adapter)
+    base = flags.base or tell_noted_base(flags.adapter)
     try_template(flags.adapter, read_notes(flags.adapter))
     merged = merge_base(
         base,

@@ -73,11 +73,11 @@ def run(flags: Flags) -> None:
     if not data.data:
         raise ArgumentError("which rows? name a file or a data set with --data")
     folder = Path(training.output_dir)
+    final = folder / ADAPTER_NAME
+    merged = folder / MERGED
     if adapter.merge:
         require_mergeable(adapter.base)
-        disha.interop.checkpoints.check_target(
-            folder / MERGED, Path(adapter.base), folder / ADAPTER_NAME, overwrite=True
-        )
+        disha.interop.checkpoints.check_target(merged, Path(adapter.base), final, overwrite=True)
     if training.dry_run:
         _preview(flags)
         return
@@ -98,11 +98,10 @@ def run(flags: Flags) -> None:
     proof = _prove(flags, path, eval_rows, loss)
     if training.process_index > 0:
         return
-    os.replace(path, folder / ADAPTER_NAME)
+    os.replace(path, final)
     if adapter.merge:
-        base = adapter.base
         # A base that is loaded can untie a table that is adapted; a copy of its files can't.
-        merge_base(base, folder / ADAPTER_NAME, folder / MERGED, overwrite=True, in_model=True)
+        merge_base(adapter.base, final, merged, overwrite=True, in_model=True)
     asked = {"settings": settings, "measured_on": data.measured_on, "resumed_from": checkpoint}
     write_report(folder, {**asked, **facts, **proof})
 
