@@ -93,9 +93,12 @@ def load_runner(flags: Namespace) -> PromptRunner:
         flags.adapter = find_adapter(flags.adapter)
         notes = read_notes(flags.adapter)
         try_template(flags.adapter, notes)
-    if flags.base is None and flags.adapter is None:
+    if flags.base is not None:
+        name = flags.base
+    elif flags.adapter is not None:
+        name = tell_noted_base(flags.adapter)
+    else:
         raise ArgumentError("name the model with --base or --adapter")
-    name = flags.base or tell_noted_base(flags.adapter)
     bits = flags.bits or read_noted_bits(notes)
     model, tokenizer = load_base(name, bits, best_device(), notes, flags.attn_implementation)
     prompt_form = notes.get(PROMPT_KEY)
