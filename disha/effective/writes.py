@@ -52,7 +52,10 @@ def write(func: Operation, *args: Any, **kwargs: Any) -> Any:
         others = []
     if func.__name__ in RESHAPES:
         refuse_to_reshape(written)
-    sources = [_value_to_write(written, other) for other in others]
+    into = written
+    if func is Tensor.__setitem__ and isinstance(others[-1], EffectiveWeight):
+        into = written[others[0]]  # `weight[:2] *= 2` ends in `weight[:2] = weight[:2]`
+    sources = [_value_to_write(into, other) for other in others]
     named = {name: _value_to_write(written, other) for name, other in kwargs.items()}
     result = compute_first(func, (base_inside(written), *sources), named)
     return None if result is None else written
@@ -62,7 +65,8 @@ def _value_to_write(written: Any, source: Any) -> Any:
     """Return a source, or its W if it has the written weight's updates: they would act twice."""
     if not isinstance(written, EffectiveWeight) or not isinstance(source, EffectiveWeight):
         return source
-    return source.base if _have_same_blocks(source, written) else source
+    is_the_same = source.base.is_set_to(written.base)  # parts of blocks may be copies
+    return source.base if is_the_same or _have_same_blocks(source, written) else source
 
 
 def _have_same_blocks(weight: EffectiveWeight, other: EffectiveWeight) -> bool:

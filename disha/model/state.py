@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from disha.errors import AdapterStateError
 from disha.functional.shard_sums import is_inexact
 from disha.layers.adapted import AdaptedLayer, refuse_merged
+from disha.layers.blocks import SCALE, AdapterBlock
 from disha.layers.weights import stored_weight, weight_shape
 from disha.layers.wrappers import clean_key
 from disha.model import buffers
@@ -70,8 +71,9 @@ def adapter_state_dict(model: nn.Module, adapter: str = "default") -> dict[str, 
     """Return the part of `model.state_dict()` that belongs to an adapter.
 
     Keys and tensors are those of the state dict, and the tensors share memory with the model.
-    `also_train` parameters and the running statistics of batch norms that training has changed are
-    included. So `torch.save` and `model.load_state_dict(state, strict=False)` work with the result.
+    `also_train` parameters are included, and the running statistics of batch norms and the scales
+    that have changed. So `torch.save` and `model.load_state_dict(state, strict=False)` work with
+    the result.
 
     As in `model.state_dict()`, a wrapper adds its part to the keys. The tensors of a sharded model
     are DTensors, and each rank has its shard of them. `save_adapter` writes clean names and
@@ -94,7 +96,12 @@ def adapter_state_dict(model: nn.Module, adapter: str = "default") -> dict[str, 
     """
     view = ModelView(model)
     tensors = _find_in_state_dict(view, collect_tensors(view, adapter))
-    return {key: gather_partition(tensor).detach() for key, tensor in tensors.items()}
+    state = {key: gather_partition(tensor).detach() for key, tensor in tensors.items()}
+    for key, block in _find_scales(view, tensors).items():
+        of_block = block.state_dict()
+        if SCALE in of_block:
+            state[key] = of_block[SCALE]
+    return state
 
 
 def _find_in_state_dict(
@@ -119,6 +126,16 @@ def _find_in_state_dict(
             "state_dict of its own; use save_adapter and load_adapter"
         )
     return present
+
+
+def _find_scales(view: ModelView, tensors: Tensors) -> dict[str, AdapterBlock]:
+    """Return the key of each scale in the model's state dict -> its block, which is in tensors."""
+    blocks = {id(model_block.values): model_block.block for model_block in view.blocks()}
+    return {
+        join(key.rpartition(".")[0], SCALE): blocks[id(tensor)]
+        for key, tensor in tensors.items()
+        if id(tensor) in blocks
+    }
 
 
 def collect_tensors(view: ModelView, adapter: str) -> dict[str, Tensor]:
@@ -162,6 +179,7 @@ def load_adapter_state_dict(
         model: a model that has the adapter already (`inject_adapters`).
         state: the result of `adapter_state_dict`. It may come from a wrapped model and be loaded
             into a plain one, or the other way round: `module.` and `_orig_mod.` make no difference.
+            A scale that it does not have stays as it is.
         adapter: the adapter's name.
         strict: also raise on missing and unexpected keys.
 
@@ -192,13 +210,16 @@ def load_adapter_state_dict(
             saved_buffers = buffers.list_saved(view, adapter)
             tensors = saved_buffers | collect_tensors(view, adapter)
             in_model = _find_in_state_dict(view, tensors, optional=saved_buffers)
+            scales = _find_scales(view, in_model)
+            for key, block in scales.items():
+                in_model[key] = torch.tensor(block.scale, dtype=torch.float64)
             given = _rename_keys(state, in_model)
-            # Of the buffers, the state has only those that training had changed.
+            # Of the buffers and the scales, the state has only those that had changed.
             buffer_ids = {id(buffer) for buffer in saved_buffers.values()}
             expected = {
                 key: tensor
                 for key, tensor in in_model.items()
-                if key in given or id(tensor) not in buffer_ids
+                if key in given or not (id(tensor) in buffer_ids or key in scales)
             }
             report = check_fit(expected, given)
             if report.wrong or (strict and not report.complete):
@@ -207,7 +228,11 @@ def load_adapter_state_dict(
                     f"{report}"
                 )
         for key in report.matched:
-            write(expected[key], given[key], undo)
+            if key in scales:
+                undo.callback(setattr, scales[key], SCALE, scales[key].scale)
+                scales[key].scale = given[key].item()
+            else:
+                write(expected[key], given[key], undo)
         if strict:  # the state is complete, so its adapter has not changed the other buffers
             written = {id(tensor) for tensor in expected.values()}
             kept = [name for name, buffer in saved_buffers.items() if id(buffer) in written]

@@ -88,10 +88,12 @@ def test_what_is_drawn_or_changed_in_place_is_that_of_a_plain_weight(draw):
         lambda layer: layer.weight.copy_(other=layer.weight),
         lambda layer: layer.weight.data.copy_(layer.weight.data),
         lambda layer: layer.weight.__setitem__(slice(None), layer.weight),
+        lambda layer: layer.weight.__setitem__(slice(2), layer.weight[:2].mul_(1)),
     ],
 )
-def test_written_into_itself_it_adds_no_update_twice(write):
-    layer, _ = adapted_weight()
+@pytest.mark.parametrize("method", ["bone", "lora"])  # whose parts of blocks are views, and copies
+def test_written_into_itself_it_adds_no_update_twice(write, method):
+    layer = perturb(disha.inject_adapters(nn.Linear(4, 3), "all-linear", 2, method=method))
     before = layer.base_weight.detach().clone()
     with torch.no_grad():
         write(layer)

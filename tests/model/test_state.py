@@ -31,6 +31,18 @@ class TestFilter:
         assert not other.load_state_dict(state, strict=False).unexpected_keys
         assert torch.equal(other(tokens), adapted(tokens))
 
+    @pytest.mark.parametrize("wrapped", [False, True])
+    def test_a_scale_that_has_changed_comes_along(self, adapted, tokens, wrapped):
+        disha.set_adapter_scale(adapted, 0.5)
+        expected = adapted(tokens)
+        source = nn.DataParallel(adapted) if wrapped else adapted
+        state = disha.adapter_state_dict(source)
+        loaded = fresh()
+        disha.load_adapter_state_dict(loaded, state)
+        assert torch.equal(loaded(tokens), expected)
+        source.load_state_dict(state, strict=False)
+        assert torch.equal(adapted(tokens), expected)
+
     def test_one_adapter_of_several(self, adapted):
         disha.inject_adapters(adapted, "head", 3, adapter="b", method="bat")
         assert list(disha.adapter_state_dict(adapted, "b")) == ["head.disha.b.bat_block"]
