@@ -34,7 +34,7 @@ Patterns = str | Sequence[str] | None
 Target = str | Sequence[str] | Callable[[str, nn.Module], bool]
 """One regex, several, `"all-linear"`, or a predicate (name, module) -> whether to adapt it."""
 
-MethodName = Literal["bone", "miss", "bat"] | str
+MethodName = Literal["bone", "miss", "bat", "lora"] | str
 """A method of the library, or one that a user has registered."""
 
 Init = Literal["zeros", "kaiming"]
@@ -52,8 +52,8 @@ class AdapterConfig:
         r: shard size, at least 1.
         target: the regex, or several, that is searched in names, or `"all-linear"`. A predicate
             that chooses the targets is recorded as None.
-        method: `"bone"` (also called `"miss"`), `"bat"`, or a method that `register_method` has
-            added.
+        method: `"bone"` (also called `"miss"`), `"bat"`, `"lora"`, or a method that
+            `register_method` has added.
         r_out: size of the output shard, which makes Bone a tile, or None.
         groups: number of groups of shards, or `"all"` for one group for each shard: each
             output sees the shards of its own group. It becomes a part of the method's name, where

@@ -65,8 +65,8 @@ def inject_adapters(
             `"all-linear"` is every linear weight, including attention, recurrent layers and
             experts, but not an output head that is tied to an embedding.
         r: shard size, at most the in_features of every target.
-        method: `"bone"` (also called `"miss"`), or `"bat"`, whose update is not low-rank and takes
-            more time, or the name of a method that `register_method` has added.
+        method: `"bone"` (also called `"miss"`), `"lora"`, or `"bat"`, whose update is not low-rank
+            and takes more time, or the name of a method that `register_method` has added.
         layouts: regex of names -> layout, for parameters whose layout is unknown, such as
             `{"mixer.weight_in": "expert out in"}`. The regex is searched in the names of
             parameters and of modules; the name of a module means its `weight`. Only a key that is
