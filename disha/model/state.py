@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping
+from collections.abc import Collection, Container, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -98,9 +98,8 @@ def adapter_state_dict(model: nn.Module, adapter: str = "default") -> dict[str, 
     tensors = _find_in_state_dict(view, collect_tensors(view, adapter))
     state = {key: gather_partition(tensor).detach() for key, tensor in tensors.items()}
     for key, block in _find_scales(view, tensors).items():
-        of_block = block.state_dict()
-        if SCALE in of_block:
-            state[key] = of_block[SCALE]
+        if SCALE in block.state_dict():
+            state[key] = block.state_dict()[SCALE]
     return state
 
 
@@ -211,15 +210,16 @@ def load_adapter_state_dict(
             tensors = saved_buffers | collect_tensors(view, adapter)
             in_model = _find_in_state_dict(view, tensors, optional=saved_buffers)
             scales = _find_scales(view, in_model)
-            for key, block in scales.items():
-                in_model[key] = torch.tensor(block.scale, dtype=torch.float64)
-            given = _rename_keys(state, in_model)
-            # Of the buffers and the scales, the state has only those that had changed.
+            given = _rename_keys(state, (*in_model, *scales))
+            new_scales = {
+                block: float(given.pop(key)) for key, block in scales.items() if key in given
+            }
+            # Of the buffers, the state has only those that training had changed.
             buffer_ids = {id(buffer) for buffer in saved_buffers.values()}
             expected = {
                 key: tensor
                 for key, tensor in in_model.items()
-                if key in given or not (id(tensor) in buffer_ids or key in scales)
+                if key in given or id(tensor) not in buffer_ids
             }
             report = check_fit(expected, given)
             if report.wrong or (strict and not report.complete):
@@ -228,19 +228,17 @@ def load_adapter_state_dict(
                     f"{report}"
                 )
         for key in report.matched:
-            if key in scales:
-                undo.callback(setattr, scales[key], SCALE, scales[key].scale)
-                scales[key].scale = given[key].item()
-            else:
-                write(expected[key], given[key], undo)
+            write(expected[key], given[key], undo)
         if strict:  # the state is complete, so its adapter has not changed the other buffers
             written = {id(tensor) for tensor in expected.values()}
             kept = [name for name, buffer in saved_buffers.items() if id(buffer) in written]
             buffers.put_back_buffers(view, undo, adapter, excepted=kept)
+        for block, scale in new_scales.items():
+            block.scale = scale
     return report
 
 
-def _rename_keys(state: Tensors, expected: Tensors) -> dict[str, Tensor]:
+def _rename_keys(state: Tensors, expected: Collection[str]) -> dict[str, Tensor]:
     """Return the state with each key replaced by the model's key for the same tensor."""
     model_keys = {clean_key(key): key for key in expected}
     model_keys |= {key: key for key in expected}  # a child `module` of the model is no wrapper
