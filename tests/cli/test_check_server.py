@@ -28,6 +28,7 @@ class Answers(BaseHTTPRequestHandler):
         self.answer({"data": [{"id": one, "parent": "b" if one != "b" else None} for one in names]})
 
     def do_POST(self):
+        assert self.headers["Content-Type"] == "application/json"
         asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         if asked["max_tokens"] < 1:
             self.answer({"message": "max_tokens must be at least 1"}, 400)

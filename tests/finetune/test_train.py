@@ -349,6 +349,7 @@ class TestCourse:
             (["--init_weights", "True"], "has method=bat"),
             (["--target", "q_proj"], "has target="),
             (["--also_train", "norm"], "has also_train="),
+            (["--rank_pattern", "v=4"], "has rank_pattern="),
             (["--dropout=0.5"], "has dropout=0.0"),
             (["--bone_r", 64], "has r=8"),
         ],

@@ -58,7 +58,7 @@ def test_what_the_loss_leaves_out_does_not_count():
     model, x, labels = make()
     padded = torch.cat([x, torch.zeros(96, 64)])
     rate = disha.suggest_rate(
-        model, padded, loss=lambda y: nn.functional.cross_entropy(y[:32], labels)
+        model, input=padded, loss=lambda y: nn.functional.cross_entropy(y[:32], labels)
     )
     assert rate == pytest.approx(suggest(model, x, labels))
 
