@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import gc
 import io
 import json
 import logging
@@ -30,6 +31,14 @@ torch._dynamo.guards.profile_guard_manager = lambda *given: 0.0
 hypothesis.settings.register_profile("busy", deadline=None)  # a busy machine is no failure
 hypothesis.settings.load_profile("busy")
 collect_ignore = ["typed_api.py"]  # for type checkers, and never run
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection():
+    """Search for no garbage meanwhile: what the tests import stays, and would be searched often."""
+    gc.disable()
+    yield
+    gc.enable()
 
 
 class Made(nn.Module):
