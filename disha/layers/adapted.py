@@ -53,8 +53,8 @@ class AdaptedLayer(nn.Module):
 
     disha: Adapters
 
-    def __init_subclass__(cls) -> None:
-        super().__init_subclass__()
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
         if "_made_by_disha" in vars(cls):
             return
         # A user's subclass may compute a weight itself; then the computed weight is adapted.
@@ -234,8 +234,8 @@ class AdaptedLinear(AdaptedLayer, nn.Linear):
     reset_parameters = reset_parameters
     forward = linear_forward
 
-    def __init_subclass__(cls) -> None:
-        super().__init_subclass__()
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
         # The bias of a plain layer is an attribute of the instance alone.
         cls._has_own_reading = cls.weight is not AdaptedLinear.weight or hasattr(cls, "bias")
 

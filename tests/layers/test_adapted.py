@@ -120,6 +120,17 @@ def test_subclass_that_returns_a_tuple():
     assert same is x
 
 
+def test_options_of_a_class_reach_another_base_of_it():
+    class Labelled:
+        def __init_subclass__(cls, label):
+            cls.label = label
+
+    class Layer(disha.BoneLinear, Labelled, label="query"):
+        pass
+
+    assert Layer(4, 3, r=2).label == "query"
+
+
 def test_subclass_takes_a_keyword_only_input():
     layer = fill(inject(KeywordOnly(10, 9), "bone"))
     x = torch.randn(3, 10)
