@@ -41,14 +41,16 @@ def main(words: Sequence[str]) -> int:
 def _fields_of(adapter_file: disha.AdapterFile, reasons: Sequence[str]) -> dict[str, Any]:
     """Return what --json prints."""
     entries = adapter_file.entries()
+    layers = [entries[layer.key] for layer in adapter_file.layers]
+    also_train = [entries[key] for key in adapter_file.also_train]
     return {
         "path": str(adapter_file.path),
         "format": adapter_file.format,
         "bytes": adapter_file.nbytes,
         "parameters": adapter_file.parameters,
         "config": adapter_file.config.to_json(),
-        "layers": [entries[layer.key] for layer in adapter_file.layers],
-        "also_train": [entries[key] for key in adapter_file.also_train],
+        "layers": layers,
+        "also_train": also_train,
         "metadata": dict(adapter_file.metadata),
         "misfits": list(reasons),
     }
