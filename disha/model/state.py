@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from disha.checks import check_scale
 from disha.errors import AdapterStateError
 from disha.functional.shard_sums import is_inexact
 from disha.layers.adapted import AdaptedLayer, refuse_merged
@@ -97,9 +98,10 @@ def adapter_state_dict(model: nn.Module, adapter: str = "default") -> dict[str, 
     view = ModelView(model)
     tensors = _find_in_state_dict(view, collect_tensors(view, adapter))
     state = {key: gather_partition(tensor).detach() for key, tensor in tensors.items()}
-    for key, block in _find_scales(view, tensors).items():
-        if SCALE in block.state_dict():
-            state[key] = block.state_dict()[SCALE]
+    for key, block in _find_scales(view, adapter, tensors).items():
+        saved = block.state_dict()
+        if SCALE in saved:
+            state[key] = saved[SCALE]
     return state
 
 
@@ -127,9 +129,9 @@ def _find_in_state_dict(
     return present
 
 
-def _find_scales(view: ModelView, tensors: Tensors) -> dict[str, AdapterBlock]:
+def _find_scales(view: ModelView, adapter: str, tensors: Tensors) -> dict[str, AdapterBlock]:
     """Return the key of each scale in the model's state dict -> its block, which is in tensors."""
-    blocks = {id(model_block.values): model_block.block for model_block in view.blocks()}
+    blocks = {id(model_block.values): model_block.block for model_block in view.blocks(adapter)}
     return {
         join(key.rpartition(".")[0], SCALE): blocks[id(tensor)]
         for key, tensor in tensors.items()
@@ -188,7 +190,7 @@ def load_adapter_state_dict(
     Raises:
         AdapterStateError: the state does not fit; the message lists every reason. With
             `strict=False`, only wrong shapes and values count. The model is unchanged.
-        ArgumentError: there is no such adapter.
+        ArgumentError: there is no such adapter, or a scale is not finite.
         MergeError: adapters are merged.
 
     Examples:
@@ -209,10 +211,12 @@ def load_adapter_state_dict(
             saved_buffers = buffers.list_saved(view, adapter)
             tensors = saved_buffers | collect_tensors(view, adapter)
             in_model = _find_in_state_dict(view, tensors, optional=saved_buffers)
-            scales = _find_scales(view, in_model)
+            scales = _find_scales(view, adapter, in_model)
             given = _rename_keys(state, (*in_model, *scales))
             new_scales = {
-                block: float(given.pop(key)) for key, block in scales.items() if key in given
+                block: check_scale(float(given.pop(key)), key)
+                for key, block in scales.items()
+                if key in given
             }
             # Of the buffers, the state has only those that training had changed.
             buffer_ids = {id(buffer) for buffer in saved_buffers.values()}

@@ -88,7 +88,9 @@ class ModelTensor:
 
     def note(self, table: str, value: Any) -> None:
         """Let a table of the record have a value for it, under all of its names."""
-        for record, name in self.known:
+        known = self.known
+        assert known  # `unite_records` lets a record know all of a model
+        for record, name in known:
             vars(record)[table][name] = value
 
 
@@ -435,7 +437,9 @@ class ModelView:
 
     def names_in_record(self, module: nn.Module) -> tuple[str, ...]:
         """Return the names of a module in the record that knows all of the model."""
-        return tuple(name for _, name in self.in_records.find_all(self.names[module]))
+        known = self.in_records.find_all(self.names[module])
+        assert known
+        return tuple(name for _, name in known)
 
     @property
     def has_adapters_anywhere(self) -> bool:

@@ -43,6 +43,13 @@ class TestFilter:
         source.load_state_dict(state, strict=False)
         assert torch.equal(adapted(tokens), expected)
 
+    def test_a_scale_that_is_not_finite_is_refused(self, adapted):
+        disha.set_adapter_scale(adapted, 0.5)
+        state = disha.adapter_state_dict(adapted)
+        [key, *_] = [key for key in state if key.endswith(".scale")]
+        with refused(adapted, ArgumentError, f"{key} must be finite"):
+            disha.load_adapter_state_dict(adapted, {**state, key: torch.tensor(float("nan"))})
+
     def test_one_adapter_of_several(self, adapted):
         disha.inject_adapters(adapted, "head", 3, adapter="b", method="bat")
         assert list(disha.adapter_state_dict(adapted, "b")) == ["head.disha.b.bat_block"]
