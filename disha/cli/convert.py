@@ -184,7 +184,7 @@ def _find_base_name(given: Path | None, source: Path, contents: AdapterContents)
     name = contents.metadata.get("base_model_name_or_path")  # as PEFT notes it
     if name is None and BASE_KEY in contents.metadata:
         try:
-            name = read_noted_base(source)
+            name = read_noted_base(source, contents.metadata)
         except ArgumentError:  # the base is not where it was
             return None
     return name

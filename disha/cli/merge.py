@@ -37,8 +37,9 @@ def main(words: Sequence[str]) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace what is there")
     flags = parser.parse(words)
     flags.adapter = find_adapter(flags.adapter)
-    base = flags.base or tell_noted_base(flags.adapter)
-    try_template(flags.adapter, read_notes(flags.adapter))
+    notes = read_notes(flags.adapter)
+    base = flags.base or tell_noted_base(flags.adapter, notes)
+    try_template(flags.adapter, notes)
     merged = merge_base(
         base,
         flags.adapter,

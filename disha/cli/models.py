@@ -96,7 +96,7 @@ def load_runner(flags: Namespace) -> PromptRunner:
     if flags.base is not None:
         name = flags.base
     elif flags.adapter is not None:
-        name = tell_noted_base(flags.adapter)
+        name = tell_noted_base(flags.adapter, notes)
     else:
         raise ArgumentError("name the model with --base or --adapter")
     bits = flags.bits or read_noted_bits(notes)

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from disha.finetune.notes import read_noted_base, read_noted_bits, read_notes
+from disha.finetune.notes import read_noted_base, read_noted_bits
 from disha.text import printable
 
 
@@ -27,9 +27,9 @@ def fit(text: str) -> str:
     return shown.encode(encoding, "backslashreplace").decode(encoding)
 
 
-def tell_noted_base(adapter: Path) -> str:
-    """Return the base that an adapter notes, and print which it is."""
-    base = read_noted_base(adapter)
-    bits = read_noted_bits(read_notes(adapter))
+def tell_noted_base(adapter: Path, notes: Mapping[str, str]) -> str:
+    """Return the base that an adapter has in its notes, and print which it is."""
+    base = read_noted_base(adapter, notes)
+    bits = read_noted_bits(notes)
     print(fit(f"the base is {base}, with --bits {bits}, as {adapter} notes"), file=sys.stderr)
     return base

@@ -315,10 +315,11 @@ def _settings_of_adapter(given: Mapping[str, Any]) -> dict[str, Any]:
             raise ArgumentError(
                 f"{adapter} has {name}={value}, which can't change; leave out --{name}"
             )
+    notes = read_notes(adapter)
     if "base" not in given:
-        settings["base"] = read_noted_base(adapter)
+        settings["base"] = read_noted_base(adapter, notes)
     if given.get("bits", "auto") == "auto":
-        settings["bits"] = read_noted_bits(read_notes(adapter))
+        settings["bits"] = read_noted_bits(notes)
     return settings
 
 

@@ -101,9 +101,9 @@ def base_note(name: str, bits: str, adapter: Path) -> str:
     return json.dumps({"base_model_name_or_path": name, "bits": bits})
 
 
-def read_noted_base(adapter: str | Path) -> str:
-    """Return the base that an adapter notes."""
-    name = _noted(read_notes(adapter)).get("base_model_name_or_path")
+def read_noted_base(adapter: str | Path, notes: Mapping[str, str]) -> str:
+    """Return the base that an adapter has in its notes."""
+    name = _noted(notes).get("base_model_name_or_path")
     if not isinstance(name, str):
         raise ArgumentError(f"{adapter} notes no base that can be used; name it too")
     if name.startswith("./"):

@@ -264,7 +264,7 @@ def test_an_adapter_file_elsewhere_still_finds_its_base(run, files):
     a = files.adapter(metadata={"base": note})
     out.parent.mkdir()
     assert run("convert", a, out, "--to", "disha").code == 0
-    assert read_noted_base(out) == str(base)
+    assert read_noted_base(out, read_notes(out)) == str(base)
     assert read_noted_bits(read_notes(out)) == "bf16"
 
 

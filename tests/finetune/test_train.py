@@ -104,7 +104,7 @@ class TestResults:
         assert authors.report["forgetting"] == pytest.approx(own.forgotten(model), abs=1e-5)
 
     def test_the_adapter_notes_its_base(self, authors, tiny):
-        assert read_noted_base(authors.adapter) == str(tiny)
+        assert read_noted_base(authors.adapter, read_notes(authors.adapter)) == str(tiny)
         assert read_noted_bits(read_notes(authors.adapter)) == "bf16"
         assert disha.inspect_adapter(authors.adapter).metadata["prompt"] == "text"
 
@@ -173,7 +173,7 @@ class TestBases:
         base = tiny_gguf.write_gguf(tmp_path / "tiny.gguf", state)
         result = finetune(tmp_path / "out", base=base)
         assert result.losses[6] < result.losses[0]
-        assert read_noted_base(result.adapter) == str(base)
+        assert read_noted_base(result.adapter, read_notes(result.adapter)) == str(base)
         assert read_noted_bits(read_notes(result.adapter)) == "fp32"
 
     @pytest.mark.parametrize("bits", ["4", "8"])
@@ -337,7 +337,9 @@ class TestCourse:
         result = finetune(tmp_path, *words, base=None)
         assert result.losses[0] == pytest.approx(authors.report["proof"]["trained"], abs=1e-2)
         assert read_noted_bits(read_notes(result.adapter)) == "bf16"  # as the authors' run
-        assert read_noted_base(result.adapter) == read_noted_base(authors.adapter)
+        assert read_noted_base(result.adapter, read_notes(result.adapter)) == read_noted_base(
+            authors.adapter, read_notes(authors.adapter)
+        )
         assert result.blocks().keys() == authors.blocks().keys()
 
     @pytest.mark.parametrize(
@@ -573,7 +575,11 @@ def test_a_checkpoint_holds_what_the_final_file_holds(finetune, tmp_path, tiny, 
     final = finetune(tmp_path / "out", *words, "--save_steps", 6).adapter
     checkpoint = tmp_path / "out" / "checkpoint-6"
     notes, expected = (dict(disha.inspect_adapter(path).metadata) for path in (checkpoint, final))
-    assert read_noted_base(checkpoint) == read_noted_base(final) == str(tiny)
+    assert (
+        read_noted_base(checkpoint, read_notes(checkpoint))
+        == read_noted_base(final, read_notes(final))
+        == str(tiny)
+    )
     assert read_noted_bits(notes) == read_noted_bits(expected) == "fp32"
     assert {**notes, "base": ""} == {**expected, "base": ""}
     assert {"prompt", "chat_template", "new_tokens", "eos_token"} < notes.keys()
