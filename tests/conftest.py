@@ -37,8 +37,10 @@ collect_ignore = ["typed_api.py"]  # for type checkers, and never run
 def pytest_collection():
     """Search for no garbage meanwhile: what the tests import stays, and would be searched often."""
     gc.disable()
-    yield
-    gc.enable()
+    try:
+        return (yield)
+    finally:
+        gc.enable()
 
 
 class Made(nn.Module):

@@ -123,7 +123,7 @@ class TestMixed:
 
     def test_sets_of_one_form(self):
         other = datasets.Dataset.from_list([{"prompt": "p", "completion": "c"}])
-        with pytest.raises(ArgumentError, match="got completion, prompt and text"):
+        with pytest.raises(ArgumentError, match="all of messages, got completion, prompt and text"):
             mix_rows([*self.sets, other], (), 0)
 
     def test_texts_and_conversations_do_not_mix(self):

@@ -137,7 +137,7 @@ def test_rows_that_are_cut_or_left_out_are_counted(finetune, tiny, tmp_path, cap
     assert json.loads(out)["base"]["rows"] == 3  # those that were measured and asked
     assert err.count(told) == 1
     for limit in (0, 1):
-        with pytest.raises(ArgumentError, match=f"none of the train rows .* in {limit} tokens"):
+        with pytest.raises(ArgumentError, match=f"none of the train rows has .* in {limit} tokens"):
             finetune(tmp_path / "none", *words, "--max_length", limit)
     held_out = write_rows(tmp_path / "held_out.jsonl", [{"query": "q" * 40, "response": "a"}])
     with pytest.raises(ArgumentError, match="none of the eval rows has something to learn in 10"):
