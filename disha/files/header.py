@@ -112,20 +112,17 @@ class AdapterFile(AdapterContents):
         return "\n".join(lines)
 
     def _table(self) -> str:
-        """Return the layers as a table, with their scales if one is not 1."""
-        columns = ("layer", "method", "r", "in -> out", "block", "dtype")
-        lines = []
+        """Return the layers as a table."""
+        rows = []
         for layer in self.layers:
             block = self.tensors[layer.key]
             name = layer.name or "(the model)"
             sizes = f"{layer.in_features} -> {layer.out_features}"
             shape = "x".join(map(str, block.shape))
-            lines.append((name, layer.method, layer.r, sizes, shape, as_json(block.dtype)))
-        if all(layer.scale == 1 for layer in self.layers):
-            return table(columns, lines)
-        scales = [f"{layer.scale:g}" for layer in self.layers]
-        with_scales = [(*line, scale) for line, scale in zip(lines, scales)]
-        return table((*columns, "scale"), with_scales)
+            dtype = as_json(block.dtype)
+            scale = f"{layer.scale:g}"
+            rows.append((name, layer.method, layer.r, sizes, shape, dtype, scale))
+        return table(("layer", "method", "r", "in -> out", "block", "dtype", "scale"), rows)
 
 
 def reasons_against_blocks(contents: AdapterContents) -> list[str]:

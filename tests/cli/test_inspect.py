@@ -12,11 +12,10 @@ def test_the_table_is_the_librarys(run, files):
     assert done.out == f"{disha.inspect_adapter(path)}\n"
 
 
-def test_a_scale_is_shown_if_it_is_not_1(run, files):
-    usual, scaled = run("inspect", files.adapter()), run("inspect", files.adapter(scale=0.25))
-    assert "scale" not in usual.out.splitlines()[0]
-    header, first, *_ = scaled.out.splitlines()
-    assert (header.split()[-1], first.split()[-1]) == ("scale", "0.25")
+@pytest.mark.parametrize(("scale", "shown"), [(1.0, "1"), (0.25, "0.25")])
+def test_the_scale_of_each_layer_is_shown(run, files, scale, shown):
+    header, first, *_ = run("inspect", files.adapter(scale=scale)).out.splitlines()
+    assert (header.split()[-1], first.split()[-1]) == ("scale", shown)
 
 
 def test_json_has_everything_and_its_keys_stay(run, files):
