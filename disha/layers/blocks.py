@@ -375,7 +375,7 @@ class Adapters(nn.Module):
         super().__init__()
         install()
         self.merged = None
-        self.activate(())
+        self.active = ()
         self.belong_to(record, names)
         record.group.take(self)
 
@@ -390,10 +390,8 @@ class Adapters(nn.Module):
         # `nn.Module` would refuse `self.training = True` if an adapter is called "training".
         if isinstance(value, nn.Module):
             self._modules[name] = value
-        elif name == "active":
-            self.activate(value)
         else:
-            vars(self)[name] = value
+            object.__setattr__(self, name, value)
 
     def train(self, mode: bool = True) -> Adapters:
         """Set the mode of the blocks, and warn if none trains, as after PEFT has frozen all."""
@@ -462,7 +460,7 @@ class Adapters(nn.Module):
     def discard(self, adapter: str) -> None:
         """Remove the blocks of an adapter, and deactivate it."""
         self._modules.pop(adapter, None)
-        self.activate(tuple(name for name in self.active if name != adapter))
+        self.active = tuple(name for name in self.active if name != adapter)
 
     def set_merged(self, merged: Merged | None) -> None:
         """Set what is merged into the layer; while it is merged, no block acts."""
@@ -474,9 +472,9 @@ class Adapters(nn.Module):
         """The adapters that act. New ones act at once; those that this layer lacks are ignored."""
         return self._active
 
-    def activate(self, adapters: tuple[str, ...]) -> None:
-        """Make exactly these adapters act. Those that this layer lacks are ignored."""
-        vars(self)["_active"] = adapters
+    @active.setter
+    def active(self, adapters: tuple[str, ...]) -> None:
+        self._active = adapters
         self._sort_blocks()
 
     def _sort_blocks(self) -> None:

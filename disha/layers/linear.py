@@ -124,7 +124,7 @@ class _LinearWithAdapter(AdaptedLinear):
         record.layers[adapter, ""] = ()
         adapters = adapt(self, [WEIGHT.parameter], False, record, ("",))
         adapters.add(adapter, [block])
-        adapters.activate((adapter,))
+        adapters.active = (adapter,)
         if arguments["freeze"]:
             for name, parameter in self._parameters.items():
                 if parameter is not None:

@@ -46,7 +46,7 @@ def set_active_adapters(model: nn.Module, names: str | Sequence[str]) -> None:
     refuse_merged(view.find_layers(), "change the active adapters")
     with all_or_nothing(view):
         for layer in view.find_layers():
-            layer.disha.activate(wanted)
+            layer.disha.active = wanted
 
 
 def check_names(view: ModelView, names: str | Sequence[str]) -> tuple[str, ...]:

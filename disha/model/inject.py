@@ -182,11 +182,11 @@ def apply_plan(view: ModelView, plan: Plan, *, activate: bool = True) -> None:
         names = view.names_in_record(module)
         adapters = adapt(module, parameters, is_quantized, record, names)
         adapters.add(plan.adapter, own_blocks, tied)
-    # All layers, the new ones too. `activate` also rebuilds the tables that forwards read, so it is
-    # called even if what acts stays the same.
+    # All layers, the new ones too. To set `active` also rebuilds the tables that forwards read,
+    # so it is set even if what acts stays the same.
     for adapted in view.find_layers():
         active = (plan.adapter,) if activate else adapted.disha.active
-        adapted.disha.activate(active)
+        adapted.disha.active = active
     view.guard_encoders()
     _set_flags(view, plan)
 

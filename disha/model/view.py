@@ -401,7 +401,7 @@ class ModelView:
                     restore(module)
             for layer, (former, active, record, names) in kept.items():
                 readapt(layer, *former)
-                layer.disha.activate(active)
+                layer.disha.active = active
                 layer.disha.belong_to(record, names)
             self.guard_encoders()
             for record, former_tables in tables:
