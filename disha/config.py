@@ -213,19 +213,12 @@ def as_json(value: Any) -> Any:
 
 def find_matching(patterns: Iterable[str], names: Sequence[str]) -> list[str]:
     """Return the patterns that are found in any of the names, in order."""
-    return [pattern for pattern in patterns if _is_found(pattern, names)]
+    return [pattern for pattern in patterns if any(re.search(pattern, name) for name in names)]
 
 
 def find_first_match(patterns: Iterable[str], names: Sequence[str]) -> str | None:
     """Return the first pattern that is found in any of the names, or None."""
-    for pattern in patterns:
-        if _is_found(pattern, names):
-            return pattern
-    return None
-
-
-def _is_found(pattern: str, names: Sequence[str]) -> bool:
-    return any(re.search(pattern, name) for name in names)
+    return next(iter(find_matching(patterns, names)), None)
 
 
 def check_items(name: str, value: Any, check: Callable[[str, Any], Any]) -> Mapping[str, Any]:
@@ -235,11 +228,6 @@ def check_items(name: str, value: Any, check: Callable[[str, Any], Any]) -> Mapp
     check_type(name, value, Mapping, "a dict of regex -> value")
     items = {key: check(f"{name}[{brief(key)}]", item) for key, item in value.items()}
     return MappingProxyType(items)
-
-
-def _check_layout(name: str, layout: Any) -> str:
-    """Return the pattern of a layout."""
-    return layout_of(layout).pattern
 
 
 def check_ranges(name: str, ranges: Any) -> OutputRanges:
@@ -303,7 +291,7 @@ def _are_apart(ranges: OutputRanges) -> bool:
 
 _ITEM_CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "rank_pattern": check_positive_int,
-    "layouts": _check_layout,
+    "layouts": lambda name, layout: layout_of(layout).pattern,
     "rows": check_ranges,
 }
 """Setting that is a dict of regexes -> the check of each of its items."""

@@ -88,10 +88,8 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     for position, column in enumerate(zip(header, *printed)):
         has_numbers = position > 0 and all(_is_number(cell) for cell in column[1:])
         width = max(len(cell) for cell in column)
-        if has_numbers:
-            columns.append([cell.rjust(width) for cell in column])
-        else:
-            columns.append([cell.ljust(width) for cell in column])
+        justify = str.rjust if has_numbers else str.ljust
+        columns.append([justify(cell, width) for cell in column])
     lines = ["  ".join(row).rstrip() for row in zip(*columns)]
     return "\n".join(lines)
 

@@ -18,16 +18,12 @@ from disha.functional.shard_sums import is_inexact
 from disha.functional.weight_updates import Change, Updates
 
 
-def _keep_rows(rows: NewRows) -> NewRows:
-    return rows
-
-
 def _make_view(
     weight: EffectiveWeight,
     base: Tensor,
     layout: Layout,
     change: Change,
-    change_rows: ChangeRows = _keep_rows,
+    change_rows: ChangeRows = lambda rows: rows,
 ) -> Any:
     """Return a view of a weight, whose W is `base`; NotImplemented if a block can't be cut so.
 

@@ -115,18 +115,13 @@ def open_checkpoint(path: PathLike) -> Checkpoint:
     elif single.is_file():
         files = _names_in(single)
     elif index.is_file():
-        files = _files_by_name(index)
+        shards = read_json(index).get("weight_map", {})
+        files = {name: path / shard for name, shard in shards.items()}
     else:
         raise AdapterIOError(
             f"{path} holds neither {SINGLE} nor {INDEX}; name a checkpoint of safetensors"
         )
     return Checkpoint(path, files, _find_stacks(files))
-
-
-def _files_by_name(index: Path) -> dict[str, Path]:
-    """Return the file of each tensor of a checkpoint in shards."""
-    shards = read_json(index).get("weight_map", {})
-    return {name: index.parent / shard for name, shard in shards.items()}
 
 
 def _names_in(file: Path) -> dict[str, Path]:
