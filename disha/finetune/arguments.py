@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import yaml
 from transformers import HfArgumentParser
+from transformers.hf_argparser import string_to_bool
 from transformers.utils.import_utils import is_torch_tf32_available
 from trl import SFTConfig
 
@@ -194,15 +195,11 @@ class TrainingArguments(SFTConfig):  # type: ignore[misc]
     fp16: bool | None = _flag(
         None,
         "compute in float16, with scaled losses; by default with --bits fp16",
-        nargs="?",
-        const=True,
     )
     gradient_checkpointing: bool | None = _flag(
         None,
         "compute again what would need memory; by default on accelerators",
         "--activation_checkpointing",  # its name in transformers from 5.24
-        nargs="?",
-        const=True,
     )
     train_sampling_strategy: str = _flag(
         "group_by_length",
@@ -347,6 +344,9 @@ def _parser(shows_all: bool) -> _Parser:
     if not shows_all:
         hidden = {setting.name for setting in fields(SFTConfig)} - set(SHOWN)
     for action in parser._actions:
+        if action.type is string_to_bool:  # transformers wants the value of some of these
+            action.nargs = "?"
+            action.const = True
         if action.dest in hidden or action.option_strings[0].startswith("--no_"):
             action.help = argparse.SUPPRESS
     return parser
@@ -373,5 +373,4 @@ def _words_of(path: Path) -> Iterator[str]:
             continue
         yield f"--{name}"
         for item in value if isinstance(value, list) else [value]:
-            text = json.dumps(item) if isinstance(item, dict) else str(item)
-            yield text
+            yield json.dumps(item) if isinstance(item, dict) else str(item)

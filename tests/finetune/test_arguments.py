@@ -44,6 +44,14 @@ def test_other_names_of_flags(words, name, value):
 
 
 @pytest.mark.parametrize(
+    "name", ["fp16", "gradient_checkpointing", "assistant_only_loss", "completion_only_loss"]
+)
+def test_a_flag_that_is_true_or_false_needs_no_value(name):
+    assert getattr(parse_flags([f"--{name}"])[2], name) is True
+    assert getattr(parse_flags([f"--{name}", "False"])[2], name) is False
+
+
+@pytest.mark.parametrize(
     ("groups", "method"), [("1", "bone"), ("3", "bone_groups3"), ("all", "bone_groups_all")]
 )
 def test_groups_of_shards(groups, method):
