@@ -6,7 +6,7 @@ import argparse
 import json
 import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -114,7 +114,7 @@ class AdapterArguments:
             "dropout": self.dropout,
         }
 
-    def settings_for(self, model: Any, new_rows: Sequence[int] = ()) -> dict[str, Any]:
+    def settings_for(self, model: Any, new_rows: Collection[int] = ()) -> dict[str, Any]:
         """Return the same for a model: with the rows of new tokens, and without its head.
 
         trl computes the loss from the head's weight, and an adapter on it takes a dense one. A head

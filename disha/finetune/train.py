@@ -177,7 +177,7 @@ def _make_model(flags: Flags, notes: Notes) -> tuple[Any, Any]:
     adapter, _, training = flags
     model, tokenizer = _load_base(flags, notes)
     if adapter.adapter is None:
-        new_rows = tokenizer.convert_tokens_to_ids(adapter.new_tokens)
+        new_rows = {*tokenizer.convert_tokens_to_ids(adapter.new_tokens)}
         disha.inject_adapters(model, **adapter.settings_for(model, new_rows))
     else:
         _load_adapter(model, adapter.adapter, training)

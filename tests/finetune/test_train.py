@@ -643,6 +643,12 @@ class TestNewTokens:
         words, _ = load_tokenizer(str(new_tokens.base), read_notes(new_tokens.adapter()))
         assert words.convert_tokens_to_ids("</think>") > size
 
+    def test_one_that_is_named_twice_has_one_row(self, finetune, tiny, tmp_path):
+        result = finetune(tmp_path, "--new_tokens", "<think>", "<think>", "--max_steps", 1)
+        layers = disha.inspect_adapter(result.adapter).layers
+        size = len(load_base(str(tiny))[0].lm_head.weight)
+        assert {layer.rows for layer in layers if layer.method == "rows"} == {((size, size + 1),)}
+
     def test_all_commands_know_them(self, new_tokens, tmp_path, capsys, evaluated):
         for model in new_tokens.models(tmp_path):
             capsys.readouterr()
