@@ -78,13 +78,13 @@ def run(flags: Flags) -> None:
     if adapter.merge:
         require_mergeable(adapter.base)
         disha.interop.checkpoints.check_target(merged, Path(adapter.base), final, overwrite=True)
-    if training.dry_run:
-        _preview(flags)
-        return
     settings = _settings_of(flags)
     checkpoint = choose_checkpoint(training, adapter.base, adapter.adapter)
     if checkpoint is not None:
         require_same_settings(settings, checkpoint)
+    if training.dry_run:
+        _preview(flags)
+        return
     training.eval_on_start = checkpoint is None
     trainer, notes_at = make_trainer(flags, settings)
     _train(trainer, adapter, checkpoint)

@@ -47,6 +47,15 @@ class TestOutputFolder:
             finetune(uninterrupted.folder)
         assert uninterrupted.adapter.read_bytes() == before
 
+    def test_a_dry_run_is_refused_where_the_run_would_be(self, finetune, uninterrupted):
+        before = files_in(uninterrupted.folder)
+        with pytest.raises(ArgumentError, match=r"holds adapter\.safetensors of an earlier run"):
+            finetune(uninterrupted.folder, "--dry_run")
+        with pytest.raises(ArgumentError, match="--r was 8, and is 4"):
+            finetune(uninterrupted.folder, *EXACT, "--r", 4, "--resume", "--dry_run")
+        finetune(uninterrupted.folder, *EXACT, "--resume", "--dry_run")
+        assert files_in(uninterrupted.folder) == before
+
     @pytest.mark.parametrize("name", ["adapter.safetensors", "merged"])
     def test_resuming_without_a_checkpoint_keeps_it(self, name, finetune, uninterrupted, tmp_path):
         shutil.copy(uninterrupted.adapter, tmp_path / name)
