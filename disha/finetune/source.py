@@ -27,8 +27,8 @@ def source_of(name: str) -> tuple[str, dict[str, Any]]:
 
 @contextmanager
 def explain_loading(name: str) -> Iterator[None]:
-    """Name the base in an error of `transformers`."""
+    """Name what could not be loaded in an error of `transformers`."""
     try:
         yield
     except (OSError, ValueError, ImportError) as error:
-        raise ArgumentError(f"can't load the base {name}: {error}") from error
+        raise ArgumentError(f"can't load {name}: {error}") from error

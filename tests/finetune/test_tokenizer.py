@@ -4,6 +4,7 @@ import shutil
 import pytest
 import torch
 
+from disha import ArgumentError
 from disha.finetune.base import load_base
 from disha.finetune.notes import EOS_KEY, TOKENS_KEY
 from disha.finetune.tokenizer import load_tokenizer, template_at
@@ -22,6 +23,11 @@ def test_of_several_chat_templates_the_default_is_used(chatty, tmp_path):
 def test_a_model_without_a_chat_template_gives_none(tiny):
     with pytest.raises(ValueError, match="chat_template is not set"):
         template_at(str(tiny))
+
+
+def test_a_chat_template_that_is_not_there_is_not_called_a_base():
+    with pytest.raises(ArgumentError, match=r"can't load ./none\.jinja"):
+        template_at("./none.jinja")
 
 
 def test_a_chat_template_with_the_line_ends_of_windows(tmp_path):

@@ -493,11 +493,11 @@ class TestCourse:
         (["--early_stopping_patience", 3], "--early_stopping_patience needs an --eval_strategy"),
         (["--dataset_split", "dev"], "dev"),
         (["--dataset_split", "train", "train"], "one for each"),
-        (["--base", "./none"], "can't load the base ./none"),
+        (["--base", "./none"], "can't load ./none"),
         (["--r", "65"], "r=65"),
         (["--target", "nothing"], "selects no layer"),
         (["--report_to", "nobody"], "nobody"),
-        (["--dry_run", "--attn_implementation", "nonsense"], "can't load the base .*nonsense"),
+        (["--dry_run", "--attn_implementation", "nonsense"], "can't load .*nonsense"),
     ],
 )
 def test_bad_input(finetune, tmp_path, words, message):
@@ -515,7 +515,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_names_the_rate(finetune, tmp
 def test_attention_is_computed_as_the_flag_says(tiny):
     model, _ = load_base(str(tiny), attn_implementation="eager")
     assert model.config._attn_implementation == "eager"
-    with pytest.raises(ArgumentError, match=r"can't load the base .*nonsense"):
+    with pytest.raises(ArgumentError, match=r"can't load .*nonsense"):
         load_base(str(tiny), attn_implementation="nonsense")
 
 
