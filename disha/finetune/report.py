@@ -148,8 +148,10 @@ def _questions(rows: Dataset) -> Iterator[tuple[list[int], list[int]]]:
 
 def _answer(model: Any, tokenizer: Any, question: Sequence[int]) -> str:
     ids = torch.tensor([question], device=model.device)
-    options = {"max_new_tokens": SAMPLE_TOKENS, "do_sample": False}
-    found = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **options)
+    mask = torch.ones_like(ids)
+    found = model.generate(
+        input_ids=ids, attention_mask=mask, max_new_tokens=SAMPLE_TOKENS, do_sample=False
+    )
     text: str = tokenizer.decode(found[0, len(question) :], skip_special_tokens=True)
     return text
 

@@ -9,7 +9,6 @@ import os
 import tempfile
 import warnings
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -136,7 +135,10 @@ def make_trainer(flags: Flags, settings: dict[str, Any]) -> tuple[Trainer, Calla
         training.completion_only_loss = only_answers
         training.assistant_only_loss = only_answers and learns_marked_answers(rows, tokenizer)
     model, tokenizer = _make_model(flags, notes)
-    notes_at = partial(_note_base, adapter, notes)
+
+    def notes_at(path: Path) -> Notes:
+        return {**notes, BASE_KEY: base_note(str(adapter.base), adapter.bits, path)}
+
     # Each checkpoint holds the notes that the final file holds, so that commands can use it.
     callbacks = [AdapterCheckpoints(model, notes=notes_at), Course(settings)]
     if training.early_stopping_patience:
@@ -165,11 +167,6 @@ def _notes_of_run(adapter: AdapterArguments, training: TrainingArguments) -> Not
     if training.eos_token:
         notes[EOS_KEY] = training.eos_token
     return notes
-
-
-def _note_base(adapter: AdapterArguments, notes: Notes, path: Path) -> Notes:
-    """Return the notes for an adapter file at a path, with the base of the run."""
-    return {**notes, BASE_KEY: base_note(str(adapter.base), adapter.bits, path)}
 
 
 def _make_model(flags: Flags, notes: Notes) -> tuple[Any, Any]:
