@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from jinja2 import TemplateError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from disha.errors import ArgumentError
@@ -69,8 +71,17 @@ def end_answers(generation: Any, tokenizer: Any, notes: Mapping[str, str]) -> No
         ends.add(tokenizer.eos_token_id)
     if tokenizer.chat_template:
         turns = [{"role": role, "content": role} for role in ("user", "assistant")]
+        text = ""
+        try:
+            text = tokenizer.apply_chat_template(turns, tokenize=False)
+        except TemplateError as error:  # such as of one that wants a system message first
+            warnings.warn(
+                f"the chat template does not show how answers end: {brief(str(error))}; disha "
+                "finetune takes their last token as --eos_token",
+                stacklevel=2,
+            )
         # The last "assistant" is what the answer says; the one before it is the role.
-        rest = tokenizer.apply_chat_template(turns, tokenize=False).rpartition("assistant")[2]
+        rest = text.rpartition("assistant")[2]
         first = tokenizer.encode(rest, add_special_tokens=False)[:1]
         ends.update(token for token in first if token in tokenizer.added_tokens_decoder)
     generation.eos_token_id = sorted(ends) or None

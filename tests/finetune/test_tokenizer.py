@@ -3,11 +3,12 @@ import shutil
 
 import pytest
 import torch
+from transformers import GenerationConfig
 
 from disha import ArgumentError
 from disha.finetune.base import load_base
 from disha.finetune.notes import EOS_KEY, TOKENS_KEY
-from disha.finetune.tokenizer import load_tokenizer, template_at
+from disha.finetune.tokenizer import end_answers, load_tokenizer, template_at
 from tests.finetune.tiny_models import CHATML, tokenizer
 
 
@@ -50,6 +51,15 @@ def test_a_new_token_that_the_vocabulary_has_changes_no_other_row(tiny):
     rows = before.get_input_embeddings().weight
     assert torch.equal(after.get_input_embeddings().weight[: len(rows)], rows)
     assert words.convert_tokens_to_ids("<think>") == len(rows)
+
+
+def test_a_template_that_shows_no_end_of_answers_is_named():
+    words = tokenizer()
+    words.chat_template = "{{ raise_exception('a system message first') }}"
+    generation = GenerationConfig(eos_token_id=2)
+    with pytest.warns(UserWarning, match="does not show how answers end: 'a system message first'"):
+        end_answers(generation, words, {})
+    assert generation.eos_token_id == [2]
 
 
 def test_of_new_tokens_the_one_that_ends_answers_is_not_shown(tiny):
