@@ -275,7 +275,7 @@ def parse_flags(words: Sequence[str]) -> Flags:
     parser = _parser(shows_all="--help_all" in words)
     given = _read_given(parser, words)
     if "config" in given:
-        given = {**_read_given(parser, [*_words_of(Path(given["config"]))]), **given}
+        given = _read_given(parser, [*_words_of(Path(given["config"]))]) | given
     if given.get("method") in ("miss", "True"):  # the latter is in the script of its author
         given["method"] = "bone"
     if "adapter" in given:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -50,18 +50,16 @@ def own_text(base: Any, tokenizer: Any, path: Path) -> OwnText:
         if max(map(max, kept.texts)) < vocabulary:
             loss = loss_on(base, kept.texts)
             if abs(loss - kept.loss) <= SAME_LOSS:
-                return OwnText(kept.seed, kept.texts, loss)
+                return replace(kept, loss=loss)
     start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
-    texts = write_texts(base, start, TEXTS, TOKENS, SEED)
+    texts = write_texts(base, start, TEXTS, TOKENS)
     written = OwnText(SEED, texts, loss_on(base, texts))
     with suppress(AdapterIOError):  # it can be written again where nothing can be kept
         save(path, lambda new: new.write_text(json.dumps(asdict(written)) + "\n"))
     return written
 
 
-def write_texts(
-    model: Any, start: int, count: int, tokens: int, seed: int, **options: Any
-) -> list[list[int]]:
+def write_texts(model: Any, start: int, count: int, tokens: int, **options: Any) -> list[list[int]]:
     """Return texts drawn from a model's own probabilities, each with the start token first.
 
     `options` are further ones of `generate`. The process's random numbers go on as if without it.
@@ -75,7 +73,7 @@ def write_texts(
     devices = [] if model.device.type == "cpu" else [model.device]
     try:
         with torch.random.fork_rng(devices, device_type=model.device.type):
-            torch.manual_seed(seed)
+            torch.manual_seed(SEED)
             written = model.generate(
                 begun, attention_mask=torch.ones_like(begun), max_new_tokens=tokens, **options
             )

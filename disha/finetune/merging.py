@@ -49,10 +49,7 @@ def merge_base(
         merge = disha.interop.checkpoints.prepare_merge(
             base, adapter, also_train=also_train, scale=scale, force=force
         )
-        copy: Callable[[Path], object] = partial(_write_folder, merge, notes)
-        if is_file:
-            copy = merge.write_file
-        save(out, copy)
+        save(out, merge.write_file if is_file else partial(_write_folder, merge, notes))
         return merge.report(out)
     if is_file:
         raise ArgumentError(f"{out} would be a folder, because the base is loaded; name a folder")

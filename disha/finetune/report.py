@@ -49,9 +49,8 @@ def facts_of(trainer: Trainer) -> Report:
     """Return what the report says of a training."""
     state = trainer.state
     summary = disha.summary(trainer.model)
-    seconds = read_log(state, "train_runtime")[state.global_step]
     return {
-        "seconds": seconds,
+        "seconds": read_log(state, "train_runtime")[state.global_step],
         "parameters": {"trainable": summary.trainable, "total": summary.total},
         "rows": {"training": trainer.rows["train"], "measured": trainer.rows["eval"]},
         "steps": state.global_step,
@@ -246,8 +245,9 @@ def _write_card(path: Path, report: Report) -> None:
     head = ModelCardData(library_name="disha", tags=["adapter", "disha", "miss"])
     if not Path(base).exists():  # a path on this machine is no name that the hub knows
         head.base_model = base
-    values: Any = {"title": Path(base).name, "is_gguf": is_gguf(base), **report}
-    card = ModelCard.from_template(head, template_str=CARD_TEXT, **values)
+    card = ModelCard.from_template(
+        head, template_str=CARD_TEXT, title=Path(base).name, is_gguf=is_gguf(base), **report
+    )
     _save_text(path, str(card))
 
 

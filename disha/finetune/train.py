@@ -178,8 +178,10 @@ def _make_model(flags: Flags, notes: Notes) -> tuple[Any, Any]:
         disha.inject_adapters(model, **adapter.settings_for(model, new_rows))
     else:
         _load_adapter(model, adapter.adapter, training)
-    if training.fp16:
-        _widen_trained(model)
+    if training.fp16:  # torch's loss scaling takes no float16 parameters
+        for parameter in model.parameters():
+            if parameter.requires_grad and parameter.dtype == torch.float16:
+                parameter.data = parameter.data.float()
     return model, tokenizer
 
 
@@ -204,13 +206,6 @@ def _load_adapter(model: Any, path: str, training: TrainingArguments, **options:
     action: Literal["error", "ignore"] = "error" if has_values else "ignore"
     with warnings.catch_warnings(action=action, category=AdapterFileWarning):
         disha.load_adapter(model, path, **options)
-
-
-def _widen_trained(model: Any) -> None:
-    """Hold what trains in float32, because torch's loss scaling takes no float16 parameters."""
-    for parameter in model.parameters():
-        if parameter.requires_grad and parameter.dtype == torch.float16:
-            parameter.data = parameter.data.float()
 
 
 # --- training and proof --------------------------------------------------------------------------

@@ -65,7 +65,7 @@ class Documentation(LanguageTask):
         """Return texts drawn from the base's own probabilities, with a fixed seed."""
         start = demo_tokenizer().eos_token_id
         with self.products():  # a cache would round otherwise, and so draw other texts
-            texts = write_texts(self.base(), start, OWN_TEXTS, LONGEST, seed=0, use_cache=False)
+            texts = write_texts(self.base(), start, OWN_TEXTS, LONGEST, use_cache=False)
         return [(text, 1) for text in texts]
 
 
