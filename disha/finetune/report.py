@@ -24,7 +24,7 @@ from trl import SFTConfig
 import disha
 from disha.errors import DishaError
 from disha.files import save
-from disha.finetune.forgetting import OWN_TEXT, make_axes, own_text
+from disha.finetune.forgetting import CURVE, OWN_TEXT, make_axes, own_text
 from disha.finetune.source import is_gguf
 from disha.finetune.trainer import Trainer
 from disha.integrations.transformers import AdapterCheckpoints
@@ -191,7 +191,8 @@ CARD_TEXT = """---
 | {{ measured_on }} loss | {{ change }} |
 | made with | disha {{ versions.disha }} |
 
-`samples.md` shows answers with and without it, and `report.json` has all settings. The license is
+{% if samples %}`samples.md` shows answers with and without it.
+{% endif %}`report.json` has all settings. The license is
 yours to choose; those of the base and of the rows may bind you.
 
 ## Use
@@ -221,6 +222,8 @@ def write_report(folder: Path, report: Report) -> None:
     versions |= {package: importlib.metadata.version(package) for package in PACKAGES}
     report = {"versions": versions, "machine": platform.platform(), **report}
     save(folder / PLOT, _plot(report).savefig)
+    for stale in (SAMPLES, CURVE):  # of the adapter of an earlier run
+        (folder / stale).unlink(missing_ok=True)
     if report["samples"]:
         _save_text(folder / SAMPLES, jinja2.Template(SAMPLES_TEXT).render(report))
     _save_text(folder / REPORT, json.dumps(report, indent=2, default=str))

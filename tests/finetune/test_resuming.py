@@ -165,6 +165,15 @@ class TestResuming:
         with pytest.raises(ArgumentError, match="is of another trainer; give its adapter as"):
             finetune(tmp_path / "out", *EXACT, "--resume_from_checkpoint", checkpoint)
 
+    def test_what_shows_an_earlier_adapter_goes(self, finetune, tmp_path):
+        finetune(tmp_path, "--max_steps", 2, "--samples", 1)
+        shown = [tmp_path / "samples.md", tmp_path / "forgetting.png"]
+        assert shown[0].exists()
+        shown[1].touch()  # by `disha evaluate --scale`
+        finetune(tmp_path, "--max_steps", 4, "--resume")
+        assert not any(path.exists() for path in shown)
+        assert "samples.md" not in (tmp_path / "README.md").read_text()
+
     def test_without_a_checkpoint_it_starts_at_the_beginning(self, finetune, tmp_path):
         with pytest.warns(UserWarning, match="starting at the beginning"):
             assert finetune(tmp_path, "--resume").report["resumed_from"] is None
