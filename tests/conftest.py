@@ -16,7 +16,6 @@ import hypothesis
 import pytest
 import safetensors.torch
 import torch
-import torch._dynamo.guards
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -26,11 +25,21 @@ from disha.layers.blocks import AdapterBlock
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # nothing is downloaded, and no test waits for an answer
 os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # more would start a process that imports torch
-# To log how long guards take, dynamo would empty the processor's caches after each compilation.
-torch._dynamo.guards.profile_guard_manager = lambda *given: 0.0
 hypothesis.settings.register_profile("busy", deadline=None)  # a busy machine is no failure
 hypothesis.settings.load_profile("busy")
 collect_ignore = ["typed_api.py"]  # for type checkers, and never run
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _untimed_guards() -> None:
+    leave_guards_untimed()
+
+
+def leave_guards_untimed() -> None:
+    """To log how long guards take, dynamo would empty the processor's caches at each compilation."""
+    import torch._dynamo.guards  # takes seconds, which those who compile nothing need not wait
+
+    torch._dynamo.guards.profile_guard_manager = lambda *given: 0.0
 
 
 @pytest.hookimpl(wrapper=True)

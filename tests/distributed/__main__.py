@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from tests.conftest import leave_guards_untimed
 from tests.distributed.harness import run_checks
 from tests.processes import RANKS
 
@@ -49,6 +50,7 @@ def as_rank(rank: int, run: Callable[..., None], arguments: tuple[Any, ...]) -> 
 
 def import_for_all_ranks() -> None:
     """Compile something, so that no rank imports again what this takes seconds to import."""
+    leave_guards_untimed()
     torch.compile(torch.nn.Linear(1, 1), backend="eager")(torch.ones(1))
     torch._dynamo.reset()
 
