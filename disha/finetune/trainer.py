@@ -81,6 +81,11 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
             )
         return prepare(fitting, args=args, packing=True) if packing else fitting
 
+    def _run_epoch(self, **named: Any) -> None:
+        # transformers asks whether a run is complete after a step, and so trains one step more.
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(**named)
+
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         if self.args.train_sampling_strategy != "group_by_length":
             return super()._get_train_sampler(train_dataset)

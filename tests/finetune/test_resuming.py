@@ -138,6 +138,16 @@ class TestResuming:
         with pytest.raises(ArgumentError, match=says):
             finetune(uninterrupted.folder, *EXACT, *words, "--resume")
 
+    def test_a_run_that_is_complete_trains_no_more(self, finetune, tmp_path):
+        """Also if its last step is inside an epoch."""
+        words = ["--max_steps", 4, "--lr_scheduler_type", "constant"]
+        before = finetune(tmp_path, *words)
+        blocks = before.blocks()
+        again = finetune(tmp_path, *words, "--resume")
+        assert again.report["steps"] == 4
+        assert again.report["proof"] == before.report["proof"]
+        assert_same(again.blocks(), blocks)
+
     def test_it_trains_longer_and_with_less_memory(self, finetune, tmp_path):
         constant = ["--lr_scheduler_type", "constant"]
         first = finetune(tmp_path, *constant, "--max_steps", 2).report
