@@ -36,7 +36,7 @@ def _untimed_guards() -> None:
 
 
 def leave_guards_untimed() -> None:
-    """To log how long guards take, dynamo would empty the processor's caches at each compilation."""
+    """To log how long guards take, dynamo would empty caches of the processor when it compiles."""
     import torch._dynamo.guards  # takes seconds, which those who compile nothing need not wait
 
     torch._dynamo.guards.profile_guard_manager = lambda *given: 0.0
