@@ -117,8 +117,11 @@ def _read_as_written(place: str, split: str, options: dict[str, Any]) -> Dataset
 
 
 def _data_files_in(folder: str) -> list[Path]:
-    paths = (path for path in Path(folder).rglob("*") if path.suffix.lower() in SUFFIXES)
-    return sorted(path for path in paths if path.stat().st_size)
+    return sorted(
+        path
+        for path in Path(folder).rglob("*")
+        if path.suffix.lower() in SUFFIXES and path.stat().st_size
+    )
 
 
 def _name_unread_files(folder: str) -> None:

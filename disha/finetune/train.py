@@ -10,7 +10,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from datasets import Dataset
@@ -189,11 +189,10 @@ def _load_base(flags: Flags, notes: Notes) -> tuple[Any, Any]:
     """Return the base and its tokenizer as this rank needs them, with what notes ask for."""
     adapter, _, training = flags
     name = str(adapter.base)
-    device = loading_device(name, adapter.bits, training)
     return load_base(
         name,
         adapter.bits,
-        device,
+        loading_device(name, adapter.bits, training),
         notes,
         adapter.attn_implementation,
         has_values=not training.dry_run,
@@ -203,7 +202,7 @@ def _load_base(flags: Flags, notes: Notes) -> tuple[Any, Any]:
 def _load_adapter(model: Any, path: str, training: TrainingArguments, **options: Any) -> None:
     """Load an adapter, and raise if it is of another base, which the first rank can tell."""
     has_values = training.process_index == 0 and not training.dry_run
-    action: Literal["error", "ignore"] = "error" if has_values else "ignore"
+    action: Any = "error" if has_values else "ignore"
     with warnings.catch_warnings(action=action, category=AdapterFileWarning):
         disha.load_adapter(model, path, **options)
 
