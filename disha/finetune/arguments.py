@@ -6,7 +6,7 @@ import argparse
 import json
 import re
 import warnings
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -275,7 +275,7 @@ def parse_flags(words: Sequence[str]) -> Flags:
     parser = _parser(shows_all="--help_all" in words)
     given = _read_given(parser, words)
     if "config" in given:
-        given = _read_given(parser, [*_words_of(Path(given["config"]))]) | given
+        given = _read_given(parser, _words_of(Path(given["config"]))) | given
     if given.get("method") in ("miss", "True"):  # the latter is in the script of its author
         given["method"] = "bone"
     if "adapter" in given:
@@ -296,7 +296,7 @@ def parse_flags(words: Sequence[str]) -> Flags:
     return adapter, data, training
 
 
-def _read_given(parser: _Parser, words: Sequence[str]) -> dict[str, Any]:
+def _read_given(parser: _Parser, words: Iterable[str]) -> dict[str, Any]:
     """Return the flags that the words give, and not the defaults of others."""
     blank = argparse.Namespace(**{action.dest: None for action in parser._actions})
     flags = vars(parser.parse(words, blank))
@@ -320,10 +320,10 @@ def _settings_of_adapter(given: Mapping[str, Any]) -> dict[str, Any]:
     return settings
 
 
-def _plan(given: Mapping[str, Any]) -> disha.Plan:
+def _plan(given: dict[str, Any]) -> disha.Plan:
     """Return what a run adapts, without its weights."""
     parser = HfArgumentParser(AdapterArguments)  # type: ignore[arg-type]
-    [adapter] = parser.parse_dict({**given}, allow_extra_keys=True)
+    [adapter] = parser.parse_dict(given, allow_extra_keys=True)
     if not adapter.target:
         raise ArgumentError(f"{adapter.adapter} notes no targets; give a --learning_rate")
     model = make_on_meta(adapter.base)

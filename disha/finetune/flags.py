@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import NoReturn
 
 from disha.errors import ArgumentError
@@ -14,7 +14,7 @@ class FlagParser(argparse.ArgumentParser):
     """Raises where `argparse` would end the process, and names the flag that is meant."""
 
     def parse(
-        self, words: Sequence[str], values: argparse.Namespace | None = None
+        self, words: Iterable[str], values: argparse.Namespace | None = None
     ) -> argparse.Namespace:
         """Return the values of the flags, which may be spelled with dashes or underscores."""
         spelled = [_use_underscores(word) for word in words]

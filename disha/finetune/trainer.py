@@ -102,11 +102,9 @@ def score_learned_positions() -> AbstractContextManager[Any]:
 
     These names are private in trl 1.16. A trl without them has the same losses, in more time.
     """
-    changed: dict[str, Any] = {
-        "_use_triton": lambda device: True,
-        "_CHUNKED_LOGPROB_CHUNK_SIZE": TILE,
-    }
-    return patch.multiple(trl_utils, create=True, **changed)
+    return patch.multiple(
+        trl_utils, create=True, _use_triton=lambda device: True, _CHUNKED_LOGPROB_CHUNK_SIZE=TILE
+    )
 
 
 class _ByLength(LengthGroupedSampler):
