@@ -207,7 +207,9 @@ def _make_trainer(runner: PromptRunner, name: str, read: Dataset, flags: Namespa
             use_cpu=runner.model.device.type == "cpu",
             report_to=[],
         )
-        trainer = Trainer(runner.model, settings, None, rows, processing_class=runner.tokenizer)
+        trainer = Trainer(
+            runner.model, settings, train_dataset=rows, processing_class=runner.tokenizer
+        )
     runner.model.train(False)
     return trainer
 

@@ -151,6 +151,8 @@ def make_trainer(flags: Flags, settings: dict[str, Any]) -> tuple[Trainer, Calla
         processing_class=tokenizer,
         callbacks=callbacks,
     )
+    if "labels" not in trainer.train_dataset.column_names:
+        raise ArgumentError("rows that trl is not to prepare must have input_ids and labels")
     return trainer, notes_at
 
 

@@ -32,7 +32,10 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
     """An `SFTTrainer` that can group rows by length, and says how many rows it has to cut."""
 
     def __init__(self, *given: Any, **named: Any) -> None:
-        self.rows: dict[str, int] = {}
+        self.rows = {
+            "train": len(named["train_dataset"]),
+            "eval": len(named.get("eval_dataset", ())),
+        }
         """How many rows are left to train on and to measure, before they are packed."""
         super().__init__(*given, **named)
         self.add_callback(StopWithoutLoss)

@@ -47,6 +47,7 @@ AUTHORS = shlex.split(
 )
 """The command of the author's script, but for names and the learning rate."""
 
+AS_THEY_ARE = '{"skip_prepare_dataset": true}'
 TALK = [{"role": "user", "content": "say two"}, {"role": "assistant", "content": "two"}]
 
 
@@ -401,6 +402,13 @@ class TestCourse:
         assert found.report["rows"] == {"training": 48, "measured": 48}
         assert disha.inspect_adapter(found.adapter).metadata["prompt"] == "chat"
 
+    def test_rows_that_need_no_preparing_are_counted(self, finetune, tmp_path):
+        row = {"input_ids": [5, 6, 7, 8], "labels": [-100, 6, 7, 8]}
+        data = write_rows(tmp_path / "rows.jsonl", [row] * 8)
+        words = ["--data", data, "--dataset_kwargs", AS_THEY_ARE, "--max_steps", 1]
+        report = finetune(tmp_path / "out", *words).report
+        assert report["rows"] == {"training": 8, "measured": 8}
+
     def test_a_packed_row_may_have_nothing_to_learn(self, finetune, tmp_path):
         data = write_rows(tmp_path / "rows.jsonl", [{"query": "q" * 40, "response": "a"}] * 2)
         words = [
@@ -497,6 +505,7 @@ class TestCourse:
         (["--r", "65"], "r=65"),
         (["--target", "nothing"], "selects no layer"),
         (["--report_to", "nobody"], "nobody"),
+        (["--dataset_kwargs", AS_THEY_ARE], "must have input_ids and labels"),
         (["--dry_run", "--attn_implementation", "nonsense"], "can't load .*nonsense"),
     ],
 )
