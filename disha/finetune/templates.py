@@ -37,15 +37,19 @@ else:
     seconds = int(used.ru_utime + used.ru_stime) + int(sys.argv[1])
     resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
     resource.setrlimit(resource.RLIMIT_DATA, (2**31, 2**31))
-for conversation in (turns[1:3], turns[1:5], turns[:3]):
+conversations = (turns[1:3], turns[1:5], turns[:3])
+errors = []
+for conversation in conversations:
     try:
         [text], _ = render_jinja_template([conversation], chat_template=template)
     except Exception as error:
-        if conversation == turns[1:3]:  # some refuse a system message, or a second question
-            sys.exit(f"{type(error).__name__}: {error}")
+        errors.append(f"{type(error).__name__}: {error}")
     else:
         if len(text) > 100_000:
             sys.exit(f"it makes {len(text):,} characters of {len(conversation)} words")
+# Some refuse a system message, or a second question, and some want a system message first.
+if len(errors) == len(conversations):
+    sys.exit(errors[0])
 """
 
 

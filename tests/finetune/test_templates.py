@@ -25,10 +25,11 @@ def test_one_that_is_refused(monkeypatch, template, reason):
         templates.try_template(Path("a.safetensors"), {"chat_template": template})
 
 
-def test_one_that_is_used_is_named(capsys):
-    """It may refuse a system message, and mark what is learned."""
+@pytest.mark.parametrize("refused", ["m.role == 'system'", "messages[0].role != 'system'"])
+def test_one_that_is_used_is_named(capsys, refused):
+    """It may refuse a system message, or want one, and mark what is learned."""
     template = (
-        "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no') }}{% endif %}"
+        f"{{% for m in messages %}}{{% if {refused} %}}{{{{ raise_exception('no') }}}}{{% endif %}}"
         "{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}"
     )
     templates.try_template(Path("a.safetensors"), {"chat_template": template})
