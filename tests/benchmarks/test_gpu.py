@@ -15,10 +15,10 @@ from benchmarks.race import Race, checked_runs, peak_of
 from benchmarks.results import read_results
 from benchmarks.timers import ClockTimer, EventTimer, timer_of
 from benchmarks.whole_model import write_model
+from docs import demo
 
-ROOT = Path(__file__).parent.parent.parent
 CPU = torch.device("cpu")
-KEPT = read_results(ROOT / "benchmarks/results/gpu.json")
+KEPT = read_results(Path(__file__).parents[2] / "benchmarks/results/gpu.json")
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +76,10 @@ def test_a_model_is_measured(monkeypatch):
 
 
 @pytest.mark.usefixtures("_writes_no_model")
-def test_the_command_fine_tunes_and_proves_the_file():
+def test_the_command_fine_tunes_and_proves_the_file(monkeypatch):
+    pair = demo.Pair("def twice(x):\n    return 2 * x", "Return twice the number.")
+    # Those of the standard library take seconds to read; test_demo.py reads some.
+    monkeypatch.setattr(demo, "docstring_pairs", lambda: [pair] * gpu.TINY.rows)
     (case,) = gpu.finetune(CPU, gpu.TINY)
     assert case["steps"] == 2
     assert case["proof"]["loaded"] == pytest.approx(case["proof"]["trained"], abs=1e-3)

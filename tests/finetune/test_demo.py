@@ -42,7 +42,10 @@ class Box:
 
 
 def test_pairs_of_a_source(tmp_path, monkeypatch):
+    """Of files that are not valid Python, or not UTF-8, there are none."""
     (tmp_path / "box.py").write_text(SOURCE)
+    (tmp_path / "invalid.py").write_text("def")
+    (tmp_path / "latin1.py").write_bytes(SOURCE.encode() + b"'\xe4'")
     monkeypatch.setattr(demo, "HELD_OUT", 1)
     pairs = {pair.response: pair.query for pair in demo.docstring_pairs(tmp_path)}
     assert pairs == {
