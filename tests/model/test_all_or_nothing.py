@@ -42,13 +42,12 @@ class Steps:
         sys.setprofile(None)
 
     def _note(self, frame, event, _):
-        caller = frame.f_back
-        if event not in ("call", "return") or caller is None:
+        if event not in ("call", "return") or not frame.f_code.co_filename.startswith(STEPS_IN):
             return
-        is_step = frame.f_code.co_filename.startswith(STEPS_IN)
         if frame.f_code.co_flags & inspect.CO_GENERATOR:
-            is_step = False  # one that is left early raises where nobody can catch it
-        if is_step and caller.f_code.co_filename.startswith(OPERATIONS_IN):
+            return  # one that is left early raises where nobody can catch it
+        caller = frame.f_back
+        if caller is not None and caller.f_code.co_filename.startswith(OPERATIONS_IN):
             step = event, caller.f_code, frame.f_code
             self.taken[step] += 1
             if self.failing == (step, self.taken[step]):
