@@ -127,8 +127,9 @@ class AdapterArguments:
         if head is not None and head.weight is not table.weight:
             settings["exclude"].append(patterns[head])
         if new_rows:
-            tables = [layer for layer in (table, head) if layer is not None]
-            settings["also_train_rows"] = {patterns[layer]: new_rows for layer in tables}
+            settings["also_train_rows"] = {
+                patterns[layer]: new_rows for layer in (table, head) if layer is not None
+            }
         return settings
 
 

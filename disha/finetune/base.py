@@ -63,7 +63,14 @@ def _load_model(
     if "gguf_file" in options:
         options["quantization_config"] = GgufConfig(dequantize=True)
     if bits in FEW_BITS:
-        options["quantization_config"] = _quantization(bits, dtype)
+        options["quantization_config"] = BitsAndBytesConfig(  # type: ignore[no-untyped-call]
+            load_in_4bit=bits == "4",
+            load_in_8bit=bits == "8",
+            bnb_4bit_compute_dtype=dtype,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_quant_storage=dtype,  # accelerate shards no integers
+        )
     causal: Any = AutoModelForCausalLM
     with explain_loading(name):
         model, loading = causal.from_pretrained(source, **options, output_loading_info=True)
@@ -119,17 +126,6 @@ def _choose_dtype(bits: str, device: torch.device | None) -> torch.dtype | str:
         # Accelerators multiply bfloat16 faster than float32; few processors do.
         return torch.float32 if (device or best_device()).type == "cpu" else torch.bfloat16
     return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[bits]
-
-
-def _quantization(bits: str, dtype: Any) -> BitsAndBytesConfig:
-    return BitsAndBytesConfig(  # type: ignore[no-untyped-call]
-        load_in_4bit=bits == "4",
-        load_in_8bit=bits == "8",
-        bnb_4bit_compute_dtype=dtype,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_quant_storage=dtype,  # accelerate shards no integers
-    )
 
 
 def quantize_stacks(model: PreTrainedModel) -> None:
