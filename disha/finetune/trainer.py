@@ -84,10 +84,10 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
             )
         return prepare(fitting, args=args, packing=True) if packing else fitting
 
-    def _run_epoch(self, **named: Any) -> None:
+    def _run_epoch(self, *given: Any, **named: Any) -> None:
         # transformers asks whether a run is complete after a step, and so trains one step more.
         if self.state.global_step < self.state.max_steps:
-            super()._run_epoch(**named)
+            super()._run_epoch(*given, **named)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         if self.args.train_sampling_strategy != "group_by_length":
