@@ -76,13 +76,16 @@ def main(words: Sequence[str]) -> None:
     _refuse_unused(flags)
     require_free(flags.out, flags.overwrite)
     source = find_adapter(flags.source)
-    if (source / ADAPTER_NAME).is_file():  # a checkpoint of Trainer
+    folder = peft.find_folder(source)
+    if folder is not None:
+        source = folder
+    elif (source / ADAPTER_NAME).is_file():  # a checkpoint of Trainer
         source /= ADAPTER_NAME
     base = None
     if flags.base is not None:
         base = open_checkpoint(flags.base)
-    elif peft.find_folder(source) is not None:
-        base = find_noted_base(source)
+    elif folder is not None:
+        base = find_noted_base(folder)
     config = {} if base is None else base.config()
     contents = _read(source, flags, base, config)
     base_name = _find_base_name(flags.base, source, contents)
@@ -169,8 +172,8 @@ def _refuse_tied(path: Path, contents: AdapterContents, config: Mapping[str, Any
     tables = [name for name in matrices if len(tensors[name]) >= config.get("vocab_size", 0)]
     if tables and ties_embeddings(config) is not False:
         raise ArgumentError(
-            f"{path} holds {tables[0]}, and PEFT unties an embedding; give a --base that does not "
-            "tie its embeddings, or --no_also_train"
+            f"{path} holds {tables[0]}, which may be an embedding, and PEFT unties an embedding; "
+            "give a --base that does not tie its embeddings, or --no_also_train"
         )
 
 

@@ -14,6 +14,9 @@ from disha.files import save
 from disha.finetune.notes import EOS_KEY, TEMPLATE_KEY, TOKENS_KEY, read_notes
 from disha.finetune.source import is_gguf
 
+ANSWERS = {EOS_KEY, TEMPLATE_KEY}
+"""The notes for which a merged folder has files of their own."""
+
 
 def require_mergeable(base: str) -> None:
     """Raise `ArgumentError` if no copy of a base can be written."""
@@ -49,6 +52,13 @@ def merge_base(
         merge = disha.interop.checkpoints.prepare_merge(
             base, adapter, also_train=also_train, scale=scale, force=force
         )
+        unwritten = ANSWERS.intersection(notes)
+        if is_file and unwritten:
+            warnings.warn(
+                f"{out} has weights alone; for the {' and '.join(sorted(unwritten))} of the "
+                "adapter, merge the folder of the base into a folder",
+                stacklevel=2,
+            )
         save(out, merge.write_file if is_file else partial(_write_folder, merge, notes))
         return merge.report(out)
     if is_file:
@@ -86,7 +96,7 @@ def _write_folder(
 ) -> None:
     """Write a merged folder, with the chat template and the end of answers that the notes name."""
     merge.write_folder(folder)
-    if notes.keys().isdisjoint((EOS_KEY, TEMPLATE_KEY)):
+    if ANSWERS.isdisjoint(notes):
         return
     from transformers import AutoConfig, GenerationConfig
 

@@ -130,7 +130,7 @@ def inspect_adapter(path: PathLike, base: PathLike | None = None) -> AdapterFile
     """Return what an adapter file says of the adapter, without reading any tensor.
 
     Args:
-        path: the file, or what else `load_adapter` takes.
+        path: the file, or what else `load_adapter` takes, except a LoRA file of an image model.
         base: the checkpoint of the base, which a folder of PEFT may need: MiSS does not tell the
             sizes of layers, and a LoRA of experts not how they are laid out.
 

@@ -95,6 +95,15 @@ def test_running_statistics_in_a_lora_stay_behind_if_asked(run, files):
     assert list(read_contents(out).tensors) == ["1.bone_block"]
 
 
+def test_the_weights_of_a_peft_folder_stand_for_the_folder(run, files):
+    folder = files.path / "lora"
+    lora.export(disha.inject_adapters(beside_a_norm(), target_regex="1", r=4), folder)
+    outs = files.path / "one", files.path / "other"
+    for source, out in zip((folder, folder / "adapter_model.safetensors"), outs, strict=True):
+        assert run("convert", source, out, "--to", "disha").code == 0
+    assert outs[0].read_bytes() == outs[1].read_bytes()
+
+
 def test_from_peft_to_lora(run, files):
     a, folder, out = files.adapter(), files.path / "peft", files.path / "lora"
     run("convert", a, folder, "--to", "peft")

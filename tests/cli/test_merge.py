@@ -129,6 +129,16 @@ def test_the_end_of_answers_comes_along(run, language_model, tmp_path):
     assert found.generation_config.suppress_tokens  # of the base, which keeps its other settings
 
 
+@pytest.mark.filterwarnings("default")
+def test_a_file_of_weights_is_said_to_hold_no_template(run, language_model, tmp_path):
+    notes = {"chat_template": "{{ messages }}", "eos_token": "<user>"}
+    base, adapter = noted(language_model, tmp_path / "a.safetensors", **notes)
+    out = tmp_path / "out.safetensors"
+    done = run("merge", base / "model.safetensors", adapter, out)
+    assert done.code == 0
+    assert f"{out} has weights alone; for the chat_template and eos_token" in done.err
+
+
 @pytest.mark.parametrize(
     ("notes", "says"),
     [
