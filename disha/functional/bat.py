@@ -306,7 +306,8 @@ def _form_rows(
 def _form_traced(weight: Tensor, block: Tensor) -> Tensor:
     """Return W_eff for compiled code, which adds in at least float32, in a single loop.
 
-    A step takes 3 to 5% less than with the weight that `computed_weight` gives.
+    `computed_weight` multiplies in float32. With its weight, a step in bfloat16 takes 1.3 (512
+    features, 256 tokens) to 2.5 times as long (1,024 features, 64 tokens); in float32, as long.
     """
     _, r, _ = block.shape
     tiles = square_tiles(weight, r)
