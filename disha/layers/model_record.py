@@ -32,7 +32,7 @@ class Flag(NamedTuple):
     """What a record knows of the `requires_grad` of a parameter."""
 
     original: bool  # before disha first changed it
-    adapter: str | None = None  # the adapter that it trains with, if `also_train` named it
+    claimant: str | None = None  # the adapter whose `also_train` names it, if one does
     without_adapter: bool = False  # its flag when that adapter is removed
 
 
@@ -46,9 +46,7 @@ class FormerBuffer(NamedTuple):
     def of(cls, buffer: Tensor, *, is_saved: bool, claimant: str | None = None) -> FormerBuffer:
         """Return what a record keeps of a buffer: its values if adapters save a change of them."""
         values = local_part(buffer.detach())
-        if is_saved:
-            return cls(values.clone(), claimant)
-        return cls(checksums(values), claimant)
+        return cls(values.clone() if is_saved else checksums(values), claimant)
 
     @property
     def is_saved(self) -> bool:

@@ -27,7 +27,7 @@ def remember_buffers(view: ModelView, adapter: str, also_train: Collection[str])
         if claimant is not None or buffer.former is None:
             is_saved = buffer.is_statistic or claimant is not None
             former = FormerBuffer.of(buffer.value, is_saved=is_saved, claimant=claimant)
-            buffer.note("buffers", former)
+            buffer.remember(former)
 
 
 # --- changes -------------------------------------------------------------------------------------
@@ -78,7 +78,7 @@ def release_buffers(view: ModelView, adapter: str, undo: ExitStack) -> None:
     for buffer in view.buffers:
         if buffer.claimant == adapter:
             _put_back(buffer, undo)
-            buffer.note("buffers", FormerBuffer.of(buffer.value, is_saved=False))
+            buffer.remember(FormerBuffer.of(buffer.value, is_saved=False))
 
 
 def _put_back(buffer: ModelBuffer, undo: ExitStack) -> None:

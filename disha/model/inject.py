@@ -281,13 +281,13 @@ def take_out(view: ModelView, adapters: Sequence[str]) -> None:
     view.forget_layers(adapters)
     is_plain = not view.has_adapters_anywhere
     for parameter in view.parameters:
-        flag = parameter.flag
+        flag = parameter.former
         if flag is None:
             continue
         if is_plain:
             parameter.value.requires_grad = flag.original
-        elif flag.adapter in adapters:
-            parameter.note("flags", Flag(flag.original))
+        elif flag.claimant in adapters:
+            parameter.remember(Flag(flag.original))
             parameter.value.requires_grad = flag.without_adapter
 
 

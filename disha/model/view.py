@@ -11,7 +11,7 @@ from collections.abc import Callable, Container, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +35,7 @@ from disha.layers.adapted import AdaptedLayer, readapt, refuse_merged, restore
 from disha.layers.blocks import AdapterBlock, Adapters, check_adapter_name
 from disha.layers.containers import CHILD_NAME
 from disha.layers.encoder import EncoderLayer, guard_encoder
-from disha.layers.model_record import Flag, FormerBuffer, ModelRecord
+from disha.layers.model_record import Flag, ModelRecord
 from disha.layers.names_in_records import NameInRecord, NamesInRecords
 from disha.layers.weights import count_values
 from disha.layers.wrappers import WRAPPERS, Wrapper
@@ -69,6 +69,9 @@ class ModelTensor:
     attribute: str  # its name in that module
     in_records: NamesInRecords
 
+    table: ClassVar[str]
+    """The table in which a record remembers it."""
+
     @property
     def name(self) -> str:
         """Its main name."""
@@ -79,24 +82,33 @@ class ModelTensor:
         """Its names in the record that knows it; empty if none does."""
         return self.in_records.find_all(self.names)
 
-    def find(self, table: str) -> Any:
-        """Return what a table of the record has for it, or None."""
+    @property
+    def former(self) -> Any:
+        """What the record knows of it from before the adapters, or None."""
         for record, name in self.known:
-            if name in vars(record)[table]:
-                return vars(record)[table][name]
+            table = vars(record)[self.table]
+            if name in table:
+                return table[name]
         return None
 
-    def note(self, table: str, value: Any) -> None:
-        """Let a table of the record have a value for it, under all of its names."""
+    @property
+    def claimant(self) -> str | None:
+        """The adapter whose `also_train` has named it, if there is one."""
+        former = self.former
+        return None if former is None else former.claimant
+
+    def remember(self, former: Any) -> None:
+        """Let the record know this of it, under all of its names."""
         known = self.known
         assert known  # `unite_records` lets a record know all of a model
         for record, name in known:
-            vars(record)[table][name] = value
+            vars(record)[self.table][name] = former
 
 
 class ModelParameter(ModelTensor):
-    """A parameter of a model."""
+    """A parameter of a model. Its `former` is a `Flag`."""
 
+    table = "flags"
     is_statistic = False
 
     @property
@@ -104,54 +116,34 @@ class ModelParameter(ModelTensor):
         """The parameter as the module holds it now."""
         return self.module._parameters[self.attribute]  # type: ignore[return-value]
 
-    @property
-    def flag(self) -> Flag | None:
-        """What the record knows of its `requires_grad`."""
-        return self.find("flags")
-
-    @property
-    def claimant(self) -> str | None:
-        """The adapter that it trains with because `also_train` named it, if there is one."""
-        flag = self.flag
-        return None if flag is None else flag.adapter
-
     def freeze(self) -> None:
         """Freeze it, and remember that it was not, unless it trains with an adapter."""
         value = self.value
         if not value.requires_grad or self.claimant is not None:
             return
-        if self.flag is None:
-            self.note("flags", Flag(original=True))
+        if self.former is None:
+            self.remember(Flag(original=True))
         value.requires_grad = False  # lazy parameters do not have requires_grad_()
 
     def claim(self, adapter: str, flag_without: bool) -> None:
         """Train it together with an adapter; `flag_without` is its flag without it."""
-        flag = self.flag
-        original = self.value.requires_grad if flag is None else flag.original
-        self.note("flags", Flag(original, adapter, flag_without))
+        former = self.former
+        original = self.value.requires_grad if former is None else former.original
+        self.remember(Flag(original, adapter, flag_without))
         self.value.requires_grad = True
 
 
 @dataclass(eq=False)
 class ModelBuffer(ModelTensor):
-    """A persistent buffer of a model."""
+    """A persistent buffer of a model. Its `former` is a `FormerBuffer`."""
 
+    table = "buffers"
     is_statistic: bool  # whether it is one of the running statistics of a norm
 
     @property
     def value(self) -> Tensor:
         """The buffer as the module holds it now."""
         return self.module._buffers[self.attribute]  # type: ignore[return-value]
-
-    @property
-    def former(self) -> FormerBuffer | None:
-        """What the record knows of it; None if it came after the adapters."""
-        return self.find("buffers")
-
-    @property
-    def claimant(self) -> str | None:
-        """The adapter whose `also_train` has named it, if there is one."""
-        return None if self.former is None else self.former.claimant
 
     def is_saved_with(self, adapter: str | None) -> bool:
         """Whether a change is saved with an adapter; with None, whether any adapter saves it."""
@@ -547,12 +539,8 @@ class ModelView:
 
     def list_parameters(self) -> list[nn.Parameter]:
         """Return all parameters, those of blocks included, each once, in the model's order."""
-        found: dict[int, nn.Parameter] = {}
-        for module in self._holders:
-            for parameter in module._parameters.values():
-                if parameter is not None:
-                    found.setdefault(id(parameter), parameter)
-        return list(found.values())
+        held = [value for module in self._holders for value in module._parameters.values()]
+        return list({id(value): value for value in held if value is not None}.values())
 
     def count_parameters(self, trains: Callable[[ModelParameter], bool]) -> tuple[int, int]:
         """Return how many values train, and how many there are; `trains` is asked except of blocks.
