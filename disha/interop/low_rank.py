@@ -446,11 +446,9 @@ def _block_of_rank(factors: LayerFactors, dim: int, method: Method, r: int) -> L
         name,
         method=method.name,
         r=r,
-        r_out=None,
         in_features=a.shape[dim + 1],
         out_features=b.shape[dim],
         scale=scale,
-        base=None,
         layout=layout,
         kernel=kernel,
     )

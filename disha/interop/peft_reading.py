@@ -213,8 +213,6 @@ def _read_miss(folder: PeftFolder, base: Base) -> AdapterContents:
             r_out=config.r_out,
             in_features=inputs,
             out_features=out,
-            scale=1.0,
-            base=None,
             layout=LINEAR,
         )
         layer_blocks.append((layer, block))
@@ -270,11 +268,8 @@ def _new_rows_of(folder: PeftFolder, name: str, values: Tensor, base: Base) -> L
         name,
         method=NEW_ROWS,
         r=1,
-        r_out=None,
         in_features=inputs,
         out_features=out,
-        scale=1.0,
-        base=None,
         layout=LINEAR,
         rows=ranges,
         tied=tuple(other for other in base.names_of(name) if other != join(name, "weight")),
@@ -344,7 +339,5 @@ def scale_of(folder: PeftFolder, name: str, rank: int) -> float:
     return alpha / rank
 
 
-Reader = Callable[[PeftFolder, Base], AdapterContents]
-
-READERS: dict[str, Reader] = {"LORA": _read_lora, "MISS": _read_miss, "BONE": _read_miss}
+READERS = {"LORA": _read_lora, "MISS": _read_miss, "BONE": _read_miss}
 """PEFT's name of a method -> what reads its folders."""

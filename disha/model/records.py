@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 from torch import Tensor
@@ -34,13 +34,14 @@ class LayerRecord:
     """One adapted weight: its name, its sizes, its block, and the fingerprint of its base."""
 
     name: str  # the layer's; that of a parameter other than `weight` follows it
+    _: KW_ONLY
     method: str  # or `NEW_ROWS`
     r: int
-    r_out: int | None  # of a tile
+    r_out: int | None = None  # of a tile
     in_features: int
     out_features: int  # with `rows`, the number of these rows
-    scale: float
-    base: str | None  # fingerprint of the base weight, if it has one
+    scale: float = 1.0
+    base: str | None = None  # fingerprint of the base weight, if it has one
     layout: Layout
     rows: OutputRanges = ()  # the adapted outputs; empty for all
     kernel: tuple[int, ...] = ()  # of a convolution, if its block does not show it

@@ -26,7 +26,7 @@ from disha.functional import Layout
     ],
 )
 def test_which_shape_a_block_must_have(layout, shape, expected):
-    record = LayerRecord("", "bone", 2, None, 8, 6, 1.0, None, layout)
+    record = LayerRecord("", method="bone", r=2, in_features=8, out_features=6, layout=layout)
     contents = AdapterContents(
         config=AdapterConfig(r=2, target=None),
         layers=(record,),
