@@ -40,9 +40,14 @@ def main(words: Sequence[str]) -> int:
 
 def _fields_of(adapter_file: disha.AdapterFile, reasons: Sequence[str]) -> dict[str, Any]:
     """Return what --json prints."""
-    entries = adapter_file.entries()
-    layers = [entries[layer.key] for layer in adapter_file.layers]
-    also_train = [entries[key] for key in adapter_file.also_train]
+
+    def describe(key: str) -> dict[str, Any]:
+        tensor = adapter_file.tensors[key]
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        return {"key": key, "shape": tuple(tensor.shape), "dtype": dtype}
+
+    layers = [layer.to_json() | describe(layer.key) for layer in adapter_file.layers]
+    also_train = [{"name": key, **describe(key)} for key in adapter_file.also_train]
     return {
         "path": str(adapter_file.path),
         "format": adapter_file.format,

@@ -49,18 +49,6 @@ class AdapterContents:
         """Number of values in all tensors."""
         return sum(tensor.numel() for tensor in self.tensors.values())
 
-    def entries(self) -> dict[str, dict[str, Any]]:
-        """Return key -> all JSON fields of each tensor, blocks first."""
-        entries = {layer.key: layer.to_json() for layer in self.layers}
-        for key in self.also_train:
-            entries[key] = {"name": key}
-        for key, fields in entries.items():
-            tensor = self.tensors[key]
-            fields["key"] = key
-            fields["shape"] = tuple(tensor.shape)
-            fields["dtype"] = as_json(tensor.dtype)
-        return entries
-
 
 @dataclass(frozen=True)
 class AdapterFile(AdapterContents):
