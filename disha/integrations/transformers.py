@@ -9,6 +9,7 @@ import json
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +105,8 @@ class AdapterCheckpoints(TrainerCallback):
         for flag in self._quantized:  # hidden while the trainer is made
             setattr(model, flag, False)
         model.save_pretrained = self._saving  # type: ignore[assignment]
-        model.register_load_state_dict_pre_hook(_FileKeys(adapter))  # type: ignore[no-untyped-call]
+        hook = partial(_load_file, adapter)  # unlike a closure, pickled with the model
+        model.register_load_state_dict_pre_hook(hook)  # type: ignore[no-untyped-call]
 
     def on_init_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         """Let the model be quantised again, and prepare the engine that writes checkpoints."""
@@ -177,32 +179,28 @@ class _AdapterSaving:
         disha.save_adapter(self.model, path, self.adapter, metadata=self.notes(path))
 
 
-@dataclass
-class _FileKeys:
-    """Lets `load_state_dict` read an adapter file, to which the index of a checkpoint leads."""
+def _load_file(
+    adapter: str, model: nn.Module, state: dict[str, Tensor], prefix: str, *unused: Any
+) -> None:
+    """Let `load_state_dict` read an adapter file, to which the index of a checkpoint leads.
 
-    adapter: str
+    Its tensors are loaded, and nothing is left to load in the state.
 
-    def __call__(
-        self, model: nn.Module, state: dict[str, Tensor], prefix: str, *unused: Any
-    ) -> None:
-        """Load the tensors of a file, and leave nothing to load in the state.
-
-        Raises:
-            AdapterStateError: the file has another adapter, of which `Trainer` would only log.
-        """
-        in_model = model.state_dict(keep_vars=True)
-        is_file = any(key.endswith("_block") for key in state.keys() - in_model.keys())
-        view = ModelView(model)
-        if prefix or not is_file or self.adapter not in view.adapters:
-            return
-        names = {id(tensor): name for name, tensor in collect_tensors(view, self.adapter).items()}
-        # The file has a tied parameter once, and the model under several keys.
-        keys = {key: names[id(value)] for key, value in in_model.items() if id(value) in names}
-        given = {key: state[name] for key, name in keys.items() if name in state}
-        given |= {name: state[name] for name in state.keys() - set(keys.values())}
-        disha.load_adapter_state_dict(model, given, self.adapter)
-        state.clear()
+    Raises:
+        AdapterStateError: the file has another adapter, of which `Trainer` would only log.
+    """
+    in_model = model.state_dict(keep_vars=True)
+    is_file = any(key.endswith("_block") for key in state.keys() - in_model.keys())
+    view = ModelView(model)
+    if prefix or not is_file or adapter not in view.adapters:
+        return
+    names = {id(tensor): name for name, tensor in collect_tensors(view, adapter).items()}
+    # The file has a tied parameter once, and the model under several keys.
+    keys = {key: names[id(value)] for key, value in in_model.items() if id(value) in names}
+    given = {key: state[name] for key, name in keys.items() if name in state}
+    given |= {name: state[name] for name in state.keys() - set(keys.values())}
+    disha.load_adapter_state_dict(model, given, adapter)
+    state.clear()
 
 
 def is_complete(checkpoint: Path) -> bool:

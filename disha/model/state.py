@@ -112,21 +112,18 @@ def _find_in_state_dict(
 
     Raise if the state dict lacks one, unless it is `optional`.
     """
-    ids = {id(tensor) for tensor in tensors.values()}
     state = view.model.state_dict(keep_vars=True)
-    present = {key: value for key, value in state.items() if id(value) in ids}
-    present_ids = {id(value) for value in present.values()}
+    in_state = set(map(id, state.values()))
     absent = [
-        key
-        for key, tensor in tensors.items()
-        if id(tensor) not in present_ids and key not in optional
+        key for key, tensor in tensors.items() if id(tensor) not in in_state and key not in optional
     ]
     if absent:
         raise AdapterStateError(
             f"the model's state_dict lacks {first_few(absent, 3, ', ')}, because a class has a "
             "state_dict of its own; use save_adapter and load_adapter"
         )
-    return present
+    wanted = set(map(id, tensors.values()))
+    return {key: value for key, value in state.items() if id(value) in wanted}
 
 
 def _find_scales(view: ModelView, adapter: str, tensors: Tensors) -> dict[str, AdapterBlock]:

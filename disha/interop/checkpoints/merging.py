@@ -21,7 +21,6 @@ from disha.files.contents import keep_blocks
 from disha.files.disk import (
     OF_TORCH,
     PathLike,
-    Writer,
     check_path,
     open_tensors,
     require_free,
@@ -151,10 +150,7 @@ def merge_into_checkpoint(
     out = check_path(out)
     check_target(out, check_path(base), check_path(adapter_path), overwrite)
     merge = prepare_merge(base, adapter_path, also_train=also_train, scale=scale, force=force)
-    write: Writer = merge.write_folder
-    if out.suffix == SUFFIX:
-        write = merge.write_file
-    save(out, write)
+    save(out, merge.write_file if out.suffix == SUFFIX else merge.write_folder)
     return merge.report(out)
 
 
@@ -220,44 +216,43 @@ def _refuse_tied(
 # --- tensors -------------------------------------------------------------------------------------
 
 
+@dataclass
 class Merge:
     """Computes and writes the tensors of the merged checkpoint."""
 
-    def __init__(
-        self,
-        checkpoint: Checkpoint,
-        keys: Mapping[str, str],
-        contents: AdapterContents,
-        scale: float | None,
-    ) -> None:
-        self._checkpoint = checkpoint
-        self._names = tuple(contents.names)
-        self._blocks = contents.tensors
-        self._scale = scale
+    checkpoint: Checkpoint
+    keys: Mapping[str, str]  # the checkpoint's names of the weights, by those in the adapter
+    contents: AdapterContents
+    scale: float | None
+
+    def __post_init__(self) -> None:
+        keys = self.keys
+        contents = self.contents
+        stacks = self.checkpoint.stacks
         self._values = {keys[name]: contents.tensors[name] for name in contents.also_train}
         self._layers = defaultdict[str, list[LayerRecord]](list)
         for record in contents.layers:
-            copies = find_copies(checkpoint, keys, record.name) if record.tied else ()
+            copies = find_copies(self.checkpoint, keys, record.name) if record.tied else ()
             for key in (keys[record.name], *copies):
                 self._layers[key].append(record)
         # Tensor of a single expert -> its stack, and the number of the expert there.
         self._experts: dict[str, tuple[str, int]] = {}
-        for stack in checkpoint.stacks.keys() & set(keys.values()):
-            for number, names in enumerate(checkpoint.stacks[stack]):
+        for stack in stacks.keys() & set(keys.values()):
+            for number, names in enumerate(stacks[stack]):
                 for name in names:
                     self._experts[name] = (stack, number)
 
     def report(self, out: Path) -> MergedCheckpoint:
         """Return what is written to `out`."""
-        return MergedCheckpoint(out, self._names, tuple(self._values))
+        return MergedCheckpoint(out, tuple(self.contents.names), tuple(self._values))
 
     def write_file(self, path: Path) -> None:
         """Write all tensors to one file."""
-        self._write(path, self._checkpoint.files)
+        self._write(path, self.checkpoint.files)
 
     def write_folder(self, folder: Path) -> None:
         """Write the shards, and copies of the index and of all files without merged weights."""
-        base = self._checkpoint.path
+        base = self.checkpoint.path
         folder.mkdir()
         for source in base.rglob("*"):
             relative = source.relative_to(base)
@@ -266,7 +261,7 @@ class Merge:
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(source, target)
         shards = defaultdict(list)
-        for name, file in self._checkpoint.files.items():
+        for name, file in self.checkpoint.files.items():
             shards[file].append(name)
         for file, names in shards.items():
             name_of_shard = Path(SINGLE) if file == base else file.relative_to(base)
@@ -277,7 +272,7 @@ class Merge:
     def _write(self, path: Path, names: Collection[str]) -> None:
         """Write tensors to a file, with the metadata of the files that they come from."""
         metadata = dict(OF_TORCH)
-        for file in {self._checkpoint.files[name] for name in names}:
+        for file in {self.checkpoint.files[name] for name in names}:
             with open_tensors(file) as source:
                 metadata |= source.metadata() or {}
         save_file({name: self._merge(name) for name in names}, path, metadata)
@@ -285,10 +280,10 @@ class Merge:
     def _merge(self, name: str) -> Tensor:
         """Return the new values of a tensor."""
         if name not in self._experts:
-            return self._change(name, name, self._checkpoint.tensor(name))
+            return self._change(name, name, self.checkpoint.tensor(name))
         stack, number = self._experts[name]
-        names = self._checkpoint.stacks[stack][number]
-        matrices = [self._checkpoint.tensor(matrix_name) for matrix_name in names]
+        names = self.checkpoint.stacks[stack][number]
+        matrices = [self.checkpoint.tensor(matrix_name) for matrix_name in names]
         joined = torch.cat(matrices)[None]  # (1, out, in)
         changed = self._change(stack, name, joined, slice(number, number + 1))[0]
         parts = torch.split(changed, [len(matrix) for matrix in matrices])
@@ -307,13 +302,13 @@ class Merge:
         deltas = []
         new_rows = []
         for record in self._layers[key]:
-            block = self._blocks[record.key]
+            block = self.contents.tensors[record.key]
             if record.is_new_rows:
                 new_rows.append(NewRows(block, record.rows))
                 continue
             method = method_of(record.method)
             delta = method.delta_weight(record.layout, block[part], changed, record.rows)
-            deltas.append((delta, record.scale if self._scale is None else self._scale))
+            deltas.append((delta, record.scale if self.scale is None else self.scale))
         if deltas:
             changed = functional.merged_weight(changed, deltas)
         for rows in new_rows:
