@@ -14,7 +14,6 @@ from benchmarks.protocol import COMPILED, Budget
 from benchmarks.race import Race, checked_runs, peak_of
 from benchmarks.results import read_results
 from benchmarks.timers import ClockTimer, EventTimer, timer_of
-from benchmarks.whole_model import write_model
 from docs import demo
 
 CPU = torch.device("cpu")
@@ -54,19 +53,6 @@ def test_a_run_becomes_tables(measured):
     assert "| model | a tiny Llama |" in shown["finetune"]
 
 
-@pytest.fixture(scope="module")
-def written(tmp_path_factory):
-    """The tiny model, written once: its tokenizer takes seconds to read."""
-    return write_model(tmp_path_factory.mktemp("written") / "model", tiny=True)
-
-
-@pytest.fixture
-def _writes_no_model(written, monkeypatch):
-    """Take the model that is there wherever the command would write it anew."""
-    monkeypatch.setattr(gpu, "write_model", lambda folder, tiny: written)
-
-
-@pytest.mark.usefixtures("_writes_no_model")
 def test_a_model_is_measured(monkeypatch):
     monkeypatch.setattr(gpu, "TIMED", (BASE, "bone", "peft_lora"))
     (case,) = gpu.model(CPU, gpu.TINY)
@@ -75,7 +61,6 @@ def test_a_model_is_measured(monkeypatch):
     assert {"bone" + COMPILED, "peft_lora"} < set(case["seconds"])
 
 
-@pytest.mark.usefixtures("_writes_no_model")
 def test_the_command_fine_tunes_and_proves_the_file(monkeypatch):
     pair = demo.Pair("def twice(x):\n    return 2 * x", "Return twice the number.")
     # Those of the standard library take seconds to read; test_demo.py reads some.
