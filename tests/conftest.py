@@ -2,7 +2,9 @@
 
 import contextlib
 import copy
+import functools
 import gc
+import importlib.metadata
 import io
 import json
 import logging
@@ -25,6 +27,8 @@ from disha.layers.blocks import AdapterBlock
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # nothing is downloaded, and no test waits for an answer
 os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # more would start a process that imports torch
+# Accelerate asks hundreds of times in a run what is installed: each answer takes a millisecond.
+importlib.metadata.metadata = functools.cache(importlib.metadata.metadata)
 hypothesis.settings.register_profile("busy", deadline=None)  # a busy machine is no failure
 hypothesis.settings.load_profile("busy")
 collect_ignore = ["typed_api.py"]  # for type checkers, and never run
