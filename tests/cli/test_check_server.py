@@ -17,7 +17,9 @@ class Answers(BaseHTTPRequestHandler):
     """Answers as vLLM does, with the models of its server."""
 
     def answer(self, fields, code=200):
-        data = json.dumps(fields).encode()
+        self.send(json.dumps(fields).encode(), code)
+
+    def send(self, data, code):
         self.send_response(code)
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
@@ -35,6 +37,9 @@ class Answers(BaseHTTPRequestHandler):
             return
         if self.server.gives == "an error":
             self.answer({"message": "prompt_logprobs is too many"}, 400)
+            return
+        if self.server.gives == "no text":
+            self.send(b"\xff", 500)
             return
         found = log_probs_of(self.server.models[asked["model"]], asked["prompt"]).tolist()
         chosen = zip(asked["prompt"][1:], found, strict=True)
@@ -116,4 +121,5 @@ def test_a_server_that_does_not_fit_is_told_in_a_line(run, serve, language_model
     assert "gives no log-probabilities" in complaint(serve(gives=False, **both))
     refused = complaint(serve(gives="an error", **both))
     assert 'answers 400 Bad Request: {"message": "prompt_logprobs is too many"}' in refused
+    assert "answers 500 Internal Server Error" in complaint(serve(gives="no text", **both))
     assert "Connection refused" in complaint("http://127.0.0.1:9")

@@ -708,6 +708,7 @@ MODELS = {
         transformer,
         lambda m: m(X, X, None, None, CAUSAL, PADDING, memory_key_padding_mask=PADDING),
     ),
+    "by name": (encoder_layer, lambda m: m(src=X)),
 }
 CHECKS = [
     (model, target, list(MODES)[(i + j) % 4])
