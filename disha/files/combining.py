@@ -1,4 +1,4 @@
-"""Weighted sums of adapters, with the same rules for adapters of a model and for files."""
+"""Weighted sums of the adapters of a model."""
 
 from __future__ import annotations
 
