@@ -1,5 +1,6 @@
 """Fixtures of the fine-tuning tests: nothing is downloaded, and a tiny model is made once."""
 
+import gc
 import json
 from pathlib import Path
 from unittest.mock import patch
@@ -75,6 +76,9 @@ def finetune(tiny, data):
 
     The plot is left empty, as by `_empty_plots`: runs in processes of their own draw it.
     """
+    import disha.finetune.train  # noqa: F401
+
+    gc.freeze()  # trainers ask for collections, which would search the modules again and again
 
     def run(folder: Path, *words: object, base: Path | None = tiny) -> Result:
         flags = ["--r", 8, "--max_steps", 6, "--learning_rate", 0.01]
