@@ -99,10 +99,9 @@ def form_rows(
         except (LookupError, TypeError, ValueError, AttributeError, TemplateError) as error:
             raise ArgumentError(f"row {index + 1} of {name} can't be used: {error}") from error
 
-    kinds = {
-        column: Value("string") if isinstance(value, str) else Json()
-        for column, value in form_row(rows[0], 0).items()
-    }
+    kinds: dict[str, Any] = {}
+    for column, value in form_row(rows[0], 0).items():
+        kinds[column] = Value("string") if isinstance(value, str) else Json()
     formed = rows.map(
         form_row,
         with_indices=True,

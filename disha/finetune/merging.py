@@ -52,14 +52,11 @@ def merge_base(
         merge = disha.interop.checkpoints.prepare_merge(
             base, adapter, also_train=also_train, scale=scale, force=force
         )
-        unwritten = ANSWERS.intersection(notes)
-        if is_file and unwritten:
-            warnings.warn(
-                f"{out} has weights alone; for the {' and '.join(sorted(unwritten))} of the "
-                "adapter, merge the folder of the base into a folder",
-                stacklevel=2,
-            )
-        save(out, merge.write_file if is_file else partial(_write_folder, merge, notes))
+        copy: Callable[[Path], object] = partial(_write_folder, merge, notes)
+        if is_file:
+            copy = merge.write_file
+            _warn_of_unwritten(out, notes)
+        save(out, copy)
         return merge.report(out)
     if is_file:
         raise ArgumentError(f"{out} would be a folder, because the base is loaded; name a folder")
@@ -70,6 +67,17 @@ def merge_base(
     file = disha.inspect_adapter(adapter, out)
     replaced = file.also_train if also_train else ()
     return disha.interop.checkpoints.MergedCheckpoint(out, tuple(file.names), replaced)
+
+
+def _warn_of_unwritten(out: Path, notes: Mapping[str, str]) -> None:
+    """Warn of the notes for which a file of weights has no place."""
+    unwritten = sorted(ANSWERS.intersection(notes))
+    if unwritten:
+        warnings.warn(
+            f"{out} has weights alone; for the {' and '.join(unwritten)} of the adapter, merge the "
+            "folder of the base into a folder",
+            stacklevel=3,
+        )
 
 
 def _merge_in_model(

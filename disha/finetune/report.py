@@ -49,8 +49,9 @@ def facts_of(trainer: Trainer) -> Report:
     """Return what the report says of a training."""
     state = trainer.state
     summary = disha.summary(trainer.model)
+    seconds = read_log(state, "train_runtime")[state.global_step]
     return {
-        "seconds": read_log(state, "train_runtime")[state.global_step],
+        "seconds": seconds,
         "parameters": {"trainable": summary.trainable, "total": summary.total},
         "rows": {"training": trainer.rows["train"], "measured": trainer.rows["eval"]},
         "steps": state.global_step,

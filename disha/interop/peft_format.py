@@ -307,7 +307,9 @@ def task_of(architecture: str, is_encoder_decoder: bool) -> str | None:
 def names_of_weight(view: ModelView, layer: str) -> tuple[str, ...]:
     """Return all names of the weight of a layer, which may be tied."""
     parameter = view.parameters_by_name.get(join(layer, "weight"))
-    return () if parameter is None else parameter.names
+    if parameter is None:
+        return ()
+    return parameter.names
 
 
 READ_BY: dict[type[nn.Module], tuple[str, ...]] = {
@@ -532,11 +534,13 @@ def _tensors_inside(name: str, inside: Mapping[nn.Module, str]) -> dict[str, Ten
 
 def _layers_inside(layers: Iterable[str], modules_to_save: Collection[str]) -> list[str]:
     """Return a line for each layer inside a module that PEFT saves, and so does not adapt."""
-    return [
-        f"{name}: PEFT would not adapt it, as a part of a module in modules_to_save"
-        for name in layers
-        if any(f".{module}." in f".{name}." for module in modules_to_save)
-    ]
+    lines = []
+    for name in layers:
+        if any(f".{module}." in f".{name}." for module in modules_to_save):
+            lines.append(
+                f"{name}: PEFT would not adapt it, as a part of a module in modules_to_save"
+            )
+    return lines
 
 
 def keep_for_model(view: ModelView, folder: PeftFolder) -> PeftFolder:

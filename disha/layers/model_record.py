@@ -46,7 +46,9 @@ class FormerBuffer(NamedTuple):
     def of(cls, buffer: Tensor, *, is_saved: bool, claimant: str | None = None) -> FormerBuffer:
         """Return what a record keeps of a buffer: its values if adapters save a change of them."""
         values = local_part(buffer.detach())
-        return cls(values.clone() if is_saved else checksums(values), claimant)
+        if is_saved:
+            return cls(values.clone(), claimant)
+        return cls(checksums(values), claimant)
 
     @property
     def is_saved(self) -> bool:

@@ -21,6 +21,7 @@ from disha.files.contents import keep_blocks
 from disha.files.disk import (
     OF_TORCH,
     PathLike,
+    Writer,
     check_path,
     open_tensors,
     require_free,
@@ -150,7 +151,10 @@ def merge_into_checkpoint(
     out = check_path(out)
     check_target(out, check_path(base), check_path(adapter_path), overwrite)
     merge = prepare_merge(base, adapter_path, also_train=also_train, scale=scale, force=force)
-    save(out, merge.write_file if out.suffix == SUFFIX else merge.write_folder)
+    write: Writer = merge.write_folder
+    if out.suffix == SUFFIX:
+        write = merge.write_file
+    save(out, write)
     return merge.report(out)
 
 
