@@ -34,8 +34,7 @@ hypothesis.settings.load_profile("busy")
 collect_ignore = ["typed_api.py"]  # for type checkers, and never run
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _untimed_guards() -> None:
+def pytest_collection_modifyitems() -> None:
     leave_guards_untimed()
 
 
