@@ -144,6 +144,14 @@ def adapter_contents(
             )
     tensors = {key: gather(tensor).detach().cpu() for key, tensor in held.items()}
     blocks = view.blocks(adapter)
+    dropouts = sorted({model_block.block.config.dropout for model_block in blocks})
+    if len(dropouts) > 1:  # of parts that were adapted one by one
+        listed = " and ".join(map(str, dropouts))
+        warnings.warn(
+            f"the layers of adapter {adapter!r} have dropouts of {listed}, and a file holds one, "
+            "that of the first; inject with one dropout",
+            stacklevel=3,
+        )
     borrowers = view.find_borrowers()
     layers = tuple(
         describe_block(

@@ -40,6 +40,13 @@ class TestWhatTrainsIsSaved:
 
 
 class TestSaving:
+    def test_dropouts_of_which_a_file_has_one_are_named(self, path):
+        model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4))
+        for part, dropout in zip(model, (0.5, 0.1), strict=True):
+            disha.inject_adapters(part, "all-linear", r=4, dropout=dropout)
+        with pytest.warns(UserWarning, match=r"have dropouts of 0\.1 and 0\.5"):
+            disha.save_adapter(model, path)
+
     def test_values_that_are_not_finite_are_not_written(self, saved, path):
         block = saved.head.disha["default"].block.data
         block.fill_(torch.finfo(torch.float32).max)  # whose sum is not finite
