@@ -43,9 +43,9 @@ def main(words: Sequence[str]) -> None:
     parser.add_argument("--seed", type=int, default=0, help="makes sampling reproducible")
     parser.add_argument("--json", action="store_true", help="print a JSON object for each prompt")
     flags = parser.parse(words)
-    prompts: list[str] | None = [prompt for prompt in flags.prompt or () if prompt]
-    if not prompts:
-        prompts = _read_prompts()
+    prompts = flags.prompt or _read_prompts()
+    if "" in (prompts or ()):
+        raise ArgumentError("a --prompt is empty; give it a text, or leave it out")
     if prompts is None and flags.json:
         raise ArgumentError("--json needs a --prompt, or prompts on standard input")
     tools = None if flags.tools is None else json.loads(flags.tools.read_bytes())

@@ -160,6 +160,7 @@ def test_bad_input(complaint, language_model, given, says):
     ("given", "says"),
     [
         (("--tools", "absent.json"), "absent.json"),
+        (("--prompt", "b", ""), "a --prompt is empty"),
     ],
 )
 def test_what_is_wrong_is_said_before_a_model_is_loaded(complaint, given, says):
