@@ -348,12 +348,12 @@ def read_file(
         layout = Layout(CONV) if a.dim() > 2 else Layout("out in")
         model_name = _name_in_model(component, name, modules.get(component))
         scale = 1.0  # it is multiplied into B, unless the file tells alpha
-        settings = _settings_of(path, component, metadata)
-        if "lora_alpha" in settings.fields:
-            with explain_settings(path):
+        with explain_settings(path):
+            settings = _settings_of(path, component, metadata)
+            if "lora_alpha" in settings.fields:
                 scale = scale_of(settings, name, len(a))
-        elif weight in alphas:
-            scale = alphas[weight] / len(a)
+            elif weight in alphas:
+                scale = alphas[weight] / len(a)
         of_layer = LayerFactors(model_name, a, b, layout, scale)
         factors.setdefault(component, []).append(of_layer)
     return {

@@ -322,6 +322,14 @@ def test_files_that_can_not_be_read(tmp_path, tensors, message):
     assert str(path) in str(caught.value)
 
 
+def test_settings_that_are_no_json(tmp_path):
+    path = tmp_path / "lora.safetensors"
+    settings = {image_lora.SETTINGS_KEY: "{"}
+    save_file({"unet.a.lora_A.weight": A, "unet.a.lora_B.weight": B}, path, settings)
+    with pytest.raises(disha.AdapterFileError, match="has settings that can't be read"):
+        image_lora.read_file(path)
+
+
 def two_models(folder):
     """Two models of a pipeline, plain and adapted, and the file of both adapters."""
     models = {"unet": UNET.model(), "text_encoder": text_encoder()}
