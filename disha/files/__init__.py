@@ -9,7 +9,7 @@
 """
 
 from disha.files.combining import combine_adapters
-from disha.files.disk import ADAPTER_NAME, file_at, require_free, save
+from disha.files.disk import ADAPTER_NAME, file_at, save
 from disha.files.header import FORMAT, AdapterContents, AdapterFile
 from disha.files.hub import find_adapter
 from disha.files.saving import save_adapter
@@ -24,7 +24,6 @@ __all__ = [
     "combine_adapters",
     "file_at",
     "find_adapter",
-    "require_free",
     "save",
     "save_adapter",
 ]

@@ -19,12 +19,12 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import Literal
 
 from einops import rearrange
 from torch import Tensor
 
-from disha.errors import ArgumentError, ConversionError
+from disha.errors import ConversionError
 from disha.functional import Layout
 from disha.interop.low_rank import LowRankUpdate, is_stack, list_names
 from disha.model.records import LayerRecord
@@ -79,12 +79,6 @@ FAMILIES = {
 
 ExpertForm = Literal["stacked", "separate"]
 """One parameter for a stack of experts, or one for each expert."""
-
-
-def check_form(form: str) -> None:
-    """Raise unless experts can be written in this form."""
-    if form not in get_args(ExpertForm):
-        raise ArgumentError(f"experts must be 'stacked' or 'separate', got {form!r}")
 
 
 def family_of(model_type: str | None, what: str) -> Family:

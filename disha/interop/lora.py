@@ -11,10 +11,11 @@ import math
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from statistics import multimode
-from typing import Any
+from typing import Any, get_args
 
 from torch import Tensor, nn
 
+from disha.errors import ArgumentError
 from disha.files import AdapterContents
 from disha.files.disk import PathLike, check_path
 from disha.files.saving import adapter_contents
@@ -23,7 +24,6 @@ from disha.interop.experts import (
     SERVED_TARGETS,
     SINGLE_EXPERT,
     ExpertForm,
-    check_form,
     convert_experts,
     list_misread_by_peft,
 )
@@ -83,7 +83,8 @@ def export(
 
     Args:
         model: a model with adapters.
-        folder: the folder to write; created if it does not exist.
+        folder: the folder to write; created if it does not exist. If it has an
+            `adapter.safetensors`, `load_adapter` reads that, and not the LoRA.
         adapter: the adapter's name.
         rank: largest rank of a layer. BAT needs it; if it is smaller than r, Bone is truncated too.
         pad: pad the ranks of all layers with zeros to one value: the smallest of 8, 16, 32, 64,
@@ -187,7 +188,8 @@ def _check(
 ) -> None:
     """Raise if an argument is wrong, or if PEFT's LoRA can't express the adapter."""
     check_rank(rank)
-    check_form(experts)
+    if experts not in get_args(ExpertForm):
+        raise ArgumentError(f"experts must be 'stacked' or 'separate', got {experts!r}")
     misread = list_misread_by_peft(contents.layers, experts, place.model_type)
     refuse_to_write(CANT_EXPRESS, place.problems + misread)
 

@@ -63,7 +63,8 @@ def export(model: nn.Module, folder: PathLike, adapter: str = "default") -> Lora
     Args:
         model: a model with adapters.
         folder: created if it does not exist. Other files in it stay, and each file that is
-            replaced stays until the new ones are complete.
+            replaced stays until the new ones are complete. If it has an `adapter.safetensors`,
+            `load_adapter` reads that.
         adapter: the adapter's name. The folder does not contain it.
 
     Returns:

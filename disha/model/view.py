@@ -6,7 +6,6 @@ A public function builds one view and passes it down. Names are those in the unw
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Container, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -238,19 +237,14 @@ class ModelView:
     @cached_property
     def parameters(self) -> tuple[ModelParameter, ...]:
         """The parameters of the model, each once. Those of blocks are left out."""
-        aliases = defaultdict[int, list[str]](list)
-        holders: dict[int, tuple[nn.Module, str]] = {}
+        found: dict[int, ModelParameter] = {}
         for module, names in self.names.items():
             for attribute, parameter in module._parameters.items():
-                if parameter is None:
-                    continue
-                key = id(parameter)
-                aliases[key] += [join(name, attribute) for name in names]
-                holders.setdefault(key, (module, attribute))
-        return tuple(
-            ModelParameter(tuple(aliases[key]), module, attribute, self.in_records)
-            for key, (module, attribute) in holders.items()
-        )
+                if parameter is not None:
+                    new = ModelParameter((), module, attribute, self.in_records)
+                    known = found.setdefault(id(parameter), new)
+                    known.names += tuple(join(name, attribute) for name in names)
+        return tuple(found.values())
 
     @cached_property
     def parameters_by_name(self) -> dict[str, ModelParameter]:
