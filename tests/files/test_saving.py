@@ -44,8 +44,9 @@ class TestSaving:
         model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4))
         for part, dropout in zip(model, (0.5, 0.1), strict=True):
             disha.inject_adapters(part, "all-linear", r=4, dropout=dropout)
-        with pytest.warns(UserWarning, match=r"have dropouts of 0\.1 and 0\.5"):
+        with pytest.warns(UserWarning, match=r"have dropouts of 0\.1 and 0\.5") as warned:
             disha.save_adapter(model, path)
+        assert warned[0].filename == __file__
 
     def test_values_that_are_not_finite_are_not_written(self, saved, path):
         block = saved.head.disha["default"].block.data
