@@ -54,7 +54,8 @@ class TestFiles:
         for name in ("train-a", "extra"):
             self.write(tmp_path, ".jsonl").rename(tmp_path / f"{name}.jsonl")
         self.write(tmp_path, ".csv").rename(tmp_path / "train-b.csv")
-        with pytest.warns(UserWarning, match=r"not read: extra\.jsonl, train-b\.csv"):
+        (tmp_path / "notes.md").write_text("no rows")
+        with pytest.warns(UserWarning, match=r"not read: extra\.jsonl, train-b\.csv$"):
             assert len(load_rows(str(tmp_path))) == 3
 
     def test_a_name_with_brackets_is_a_name(self, tmp_path):
