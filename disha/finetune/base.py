@@ -60,6 +60,8 @@ def _load_model(
     options |= {"dtype": dtype, "attn_implementation": attn_implementation}
     if device is not None:
         options["device_map"] = {"": device}
+        if device.type == "meta":
+            options["use_kernels"] = False  # transformers 5.25 has them for real devices only
     if "gguf_file" in options:
         options["quantization_config"] = GgufConfig(dequantize=True)
     if bits in FEW_BITS:
