@@ -41,7 +41,8 @@ def assert_equals_one_process(folder, parallel, r, method):
 def check_tensor_parallel(folder):
     path = base(folder, llama(tie_word_embeddings=True))
     for r, method in ((3, "bone"), (4, "bat")):
-        parallel = AutoModelForCausalLM.from_pretrained(path, tp_plan="auto")
+        config = DistributedConfig(tp_plan="auto")
+        parallel = AutoModelForCausalLM.from_pretrained(path, distributed_config=config)
         plain, tokens = assert_equals_one_process(path, parallel, r, method)
         outputs = []
         for model in (parallel, plain):
@@ -59,9 +60,11 @@ def check_expert_parallel(folder):
 
 
 def check_packed_experts_are_refused(folder):
-    """Without expert parallelism, each rank holds a part of gate and one of up."""
+    """Packed as columns, each rank holds a part of gate and one of up."""
     path = base(folder, mixtral())
-    model = AutoModelForCausalLM.from_pretrained(path, tp_plan="auto")
+    plan = {"model.layers.*.mlp.experts.gate_up_proj": "packed_colwise"}
+    config = DistributedConfig(tp_plan=plan)
+    model = AutoModelForCausalLM.from_pretrained(path, distributed_config=config)
     with pytest.raises(disha.TargetError, match="placed as Shard or Replicate"):
         disha.inject_adapters(model, "gate_up_proj", 4)
     with warnings.catch_warnings(record=True) as caught:
