@@ -113,6 +113,14 @@ class TestRemove:
         assert torch.equal(model(tokens), alone)
         assert not model.head.weight.requires_grad
 
+    def test_the_other_is_made_active_after_the_active_one_is_removed(self, model, tokens):
+        perturb(disha.inject_adapters(model, "q_proj", 2, adapter="a"))
+        alone = model(tokens)
+        disha.inject_adapters(model, "proj", 2, adapter="b")
+        disha.remove_adapters(model, "b")
+        disha.set_active_adapters(model, "a")
+        assert torch.equal(model(tokens), alone)
+
     def test_unknown_adapter(self, model):
         disha.inject_adapters(model, "head", 2)
         with refused(model, ArgumentError, "no adapter 'x'; it has 'default'"):
