@@ -30,7 +30,13 @@ if TYPE_CHECKING:
     )
     from disha.functional import Geometry, register_method
     from disha.interop import inspect_adapter, load_adapter
-    from disha.layers import AdaptedLayer, BatLinear, BoneLinear, register_layer_kind
+    from disha.layers import (
+        AdaptedLayer,
+        BatLinear,
+        BlockSpec,
+        BoneLinear,
+        register_layer_kind,
+    )
     from disha.model.check import check_adapters
     from disha.model.check_report import CheckedWeight, CheckReport
     from disha.model.control import (
@@ -40,18 +46,14 @@ if TYPE_CHECKING:
         set_active_adapters,
         set_adapter_scale,
     )
-    from disha.model.inject import (
-        adapter_parameters,
-        inject_adapters,
-        mark_only_adapters_trainable,
-        remove_adapters,
-    )
+    from disha.model.inject import inject_adapters, plan_adapters
     from disha.model.merge import merge_adapters, unmerge_adapters
-    from disha.model.plan import Plan, PlannedLayer
+    from disha.model.plan import Plan, Skipped
     from disha.model.rates import suggest_rate
+    from disha.model.removal import remove_adapters
     from disha.model.state import LoadReport, adapter_state_dict, load_adapter_state_dict
-    from disha.model.summary import LayerSummary, Summary, summary
-    from disha.model.target_plans import plan_adapters
+    from disha.model.summary import Summary, summary
+    from disha.model.training import adapter_parameters, mark_only_adapters_trainable
 
 __all__ = [
     "AdaptedLayer",
@@ -63,19 +65,19 @@ __all__ = [
     "ArgumentError",
     "ArgumentTypeError",
     "BatLinear",
+    "BlockSpec",
     "BoneLinear",
     "CheckReport",
     "CheckedWeight",
     "ConversionError",
     "DishaError",
     "Geometry",
-    "LayerSummary",
     "LoadReport",
     "MergeError",
     "MissingPackageError",
     "ModeError",
     "Plan",
-    "PlannedLayer",
+    "Skipped",
     "Summary",
     "TargetError",
     "__version__",
@@ -116,9 +118,10 @@ MODULES_WITH_PUBLIC_NAMES = (
     "model.merge",
     "model.plan",
     "model.rates",
+    "model.removal",
     "model.state",
     "model.summary",
-    "model.target_plans",
+    "model.training",
 )
 """They have all public names but those of errors. They import torch, which takes a second."""
 

@@ -159,7 +159,7 @@ def perturb(model: nn.Module, seed: int = 0, size: float = 0.3) -> nn.Module:
 def merged_weight(layer: AdaptedLayer) -> torch.Tensor:
     """Return the weight of a layer plus the update of its first adapter."""
     name = next(iter(layer.disha))
-    return weights.sum_with_updates(layer, layer.disha[name].slot, [name])
+    return weights.sum_with_updates(layer, layer.disha[name].spec, [name])
 
 
 def values_of(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -154,7 +154,7 @@ def updates(adapted, adapter="default", blocks: Mapping[str, torch.Tensor] | Non
     module_names = {module: name for name, module in adapted.named_modules()}
     deltas: dict[str, torch.Tensor] = {}
     for name, layer, _, block in ModelView(adapted).blocks(adapter):
-        slot = block.slot
+        slot = block.spec
         base = base_of(layer, slot).detach()
         base = base.to(exact(base.dtype))
         values = block.block.detach().to(base.dtype) if blocks is None else blocks[name]
@@ -163,7 +163,7 @@ def updates(adapted, adapter="default", blocks: Mapping[str, torch.Tensor] | Non
             slot.layout.pattern,
             values,
             base,
-            slot.output_ranges,
+            slot.outputs,
             slot.layout.groups,
             slot.layout.padding_idx,
         )

@@ -9,7 +9,7 @@ import torch
 from disha import ArgumentError, ArgumentTypeError, DishaError
 from disha.config import AdapterConfig
 from disha.functional import method_names
-from disha.layers.blocks import check_adapter_name
+from disha.layers.adapters import check_adapter_name
 from tests.conftest import pickled
 
 FULL = AdapterConfig(

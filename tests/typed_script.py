@@ -31,10 +31,8 @@ def main(method: str = "bone") -> None:
     optimizer = torch.optim.AdamW(disha.adapter_parameters(model), lr=1e-3)
     report = disha.check_adapters(model, torch.ones(1, 8), optimizer=optimizer)
     checked: list[disha.CheckedWeight] = [*report.weights]
-    planned: list[disha.PlannedLayer] = [
-        *disha.plan_adapters(model, "last", r=2, adapter="c").layers
-    ]
-    rows: list[disha.LayerSummary] = [*disha.summary(model).layers]
+    planned: list[disha.BlockSpec] = [*disha.plan_adapters(model, "last", r=2, adapter="c").layers]
+    rows: list[disha.BlockSpec] = [*disha.summary(model).layers]
     print(model.size(), [one.ok for one in checked], [one.r for one in rows], planned[0].name)
     disha.save_adapter(model, "adapter.safetensors", metadata={"task": "dialogue"})
     if not disha.load_adapter(model, "adapter.safetensors", replace=True).complete:

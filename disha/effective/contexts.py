@@ -43,6 +43,18 @@ class Group:
         self.factors: dict[tuple[str, bool], torch.Tensor] = {}  # kept by `layers.compiled`
         GROUPS_BY_NAME[self.name] = self
 
+    def split_off(self, members: Iterable[Any], parent: Group | None = None) -> None:
+        """Move members to a new group; what covers this group, or the parent, covers it too."""
+        lineage = self.lineage if parent is None else (*parent.lineage, *self.lineage)
+        part = Group(lineage)
+        for adapters in members:
+            part.take(adapters)
+
+    def is_only_one(self) -> bool:
+        """Whether all adapted layers of the process are of this group or of parts of it."""
+        groups = list(GROUPS_BY_NAME.values())
+        return all(self in group.lineage or not group.members for group in groups)
+
     def take(self, adapters: Any) -> None:
         """Add the adapters of a layer as a member, and remove them from their former group."""
         with LOCK:
@@ -181,9 +193,7 @@ def split_off_groups(members: Iterable[Any]) -> frozenset[Group]:
         for group in {adapters.group for adapters in chosen}:
             chosen_here = chosen.intersection(group.members)
             if len(chosen_here) < len(group.members):
-                part = Group(group.lineage)
-                for adapters in chosen_here:
-                    part.take(adapters)
+                group.split_off(chosen_here)
         return frozenset(adapters.group for adapters in chosen)
 
 

@@ -13,14 +13,14 @@ from disha.files.disk import ADAPTER_NAME, file_at, save
 from disha.files.header import FORMAT, AdapterContents, AdapterFile
 from disha.files.hub import find_adapter
 from disha.files.saving import save_adapter
-from disha.model.records import LayerRecord
+from disha.layers.spec import BlockSpec
 
 __all__ = [
     "ADAPTER_NAME",
     "FORMAT",
     "AdapterContents",
     "AdapterFile",
-    "LayerRecord",
+    "BlockSpec",
     "combine_adapters",
     "file_at",
     "find_adapter",

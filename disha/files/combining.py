@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import NamedTuple
 
 from torch import Tensor, nn
@@ -17,7 +16,7 @@ from disha.files.header import AdapterContents
 from disha.files.loading import load_contents
 from disha.files.saving import adapter_contents
 from disha.functional import method_of
-from disha.model.records import LayerRecord
+from disha.layers.spec import BlockSpec
 from disha.model.state import is_finite_as
 from disha.model.view import ModelView, all_or_nothing
 from disha.text import first_few
@@ -107,7 +106,7 @@ class Term(NamedTuple):
     """A block of an adapter, its factor in a sum, and the source of the adapter."""
 
     source: Source
-    record: LayerRecord
+    record: BlockSpec
     block: Tensor
     factor: float
 
@@ -163,10 +162,7 @@ def _sum_blocks(terms: Sequence[Term], r: int | None) -> LayerBlock:
             "leave out `also_train_rows`"
         )
     # Fingerprints are left out, because one base has several: they depend on its dtype.
-    layers = {
-        (replace(term.record, r=1, scale=1.0, base=None), term.record.geometry(term.block.shape))
-        for term in terms
-    }
+    layers = {term.record.but(r=1, scale=1.0, base=None) for term in terms}
     if len(layers) > 1:
         raise ArgumentError(f"{layer} is not the same in all adapters: {_list(terms)}")
     r, total = _add_blocks(terms, r, layer)
@@ -176,14 +172,14 @@ def _sum_blocks(terms: Sequence[Term], r: int | None) -> LayerBlock:
         )
     bases = {term.record.base for term in terms}
     base = first.base if len(bases) == 1 else None
-    return replace(first, r=r, scale=1.0, base=base), total
+    return first.but(r=r, scale=1.0, base=base), total
 
 
 def _add_blocks(terms: Sequence[Term], r: int | None, layer: str) -> tuple[int, Tensor]:
     """Return the sum of the blocks of one weight, and its r, which is at least the one given."""
     first = terms[0].record
     method = method_of(first.method)
-    geometry = first.geometry(terms[0].block.shape)
+    geometry = first.geometry
     blocks = [(term.block, term.record.r, term.factor) for term in terms]
     joined = method.join([(term.block, term.factor) for term in terms], geometry)
     if joined is not None:

@@ -21,12 +21,13 @@ from disha.files.header import (
     header_to_json,
     parse_header,
 )
-from disha.model.records import LayerRecord, Tensors
+from disha.layers.spec import BlockSpec
+from disha.model.state import Tensors
 from disha.text import first_few
 
 Source = Path | str  # where an adapter came from, for errors
 
-LayerBlock = tuple[LayerRecord, Tensor]
+LayerBlock = tuple[BlockSpec, Tensor]
 """A layer and its block."""
 
 AnyContents = TypeVar("AnyContents", bound=AdapterContents)
@@ -64,7 +65,7 @@ def keep_matching(contents: AnyContents, layers: str | None, source: Source) -> 
     if layers is None:
         return contents
     pattern = compile_regex("layers", layers)
-    kept = [record for record in contents.layers if pattern.search(record.name)]
+    kept = [spec for spec in contents.layers if pattern.search(spec.name)]
     if not kept:
         names = first_few(contents.names, 10, ", ")
         raise ArgumentError(
@@ -75,14 +76,14 @@ def keep_matching(contents: AnyContents, layers: str | None, source: Source) -> 
 
 def keep_only(
     contents: AnyContents,
-    layers: Sequence[LayerRecord],
+    layers: Sequence[BlockSpec],
     also_train: Sequence[str] = (),
 ) -> AnyContents:
     """Return an adapter with only these layers and these parameters."""
     config = contents.config
     if not also_train:
         config = config.changed(also_train=[])
-    keys = [*(record.key for record in layers), *also_train]
+    keys = [*(spec.key for spec in layers), *also_train]
     return replace(
         contents,
         config=config,

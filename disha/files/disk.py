@@ -28,7 +28,7 @@ from disha.errors import (
     ArgumentTypeError,
     DishaError,
 )
-from disha.model.records import Tensors
+from disha.model.state import Tensors
 
 PathLike = str | os.PathLike[str]
 

@@ -14,13 +14,13 @@ from typing import Any
 
 from torch import Tensor
 
-from disha.checks import TRAINABLE_DTYPES, check_positive_int, check_scale
+from disha.checks import TRAINABLE_DTYPES, check_positive_int, check_scale, check_type
 from disha.config import DEFAULTS, AdapterConfig, as_json, check_ranges
-from disha.errors import AdapterFileError
+from disha.errors import AdapterFileError, ArgumentError
 from disha.functional import Layout, layout_of
 from disha.functional.method import find_method
-from disha.functional.new_rows import NEW_ROWS
-from disha.model.records import ASSUMED, LayerRecord
+from disha.functional.new_rows import NEW_ROWS, method_of_block
+from disha.layers.spec import BlockSpec
 from disha.text import brief, counted, first_few, join, printable, table
 
 FORMAT = 1
@@ -28,13 +28,24 @@ FORMAT = 1
 
 HEADER_KEY = "disha"
 
+ASSUMED: dict[str, Any] = {
+    "scale": 1,
+    "groups": 1,
+    "padding_idx": None,
+    "kernel": [],
+    "rows": [],
+    "tied": [],
+    "base": None,
+}
+"""What a reader assumes of a layer's entry where a field is absent."""
+
 
 @dataclass(frozen=True)
 class AdapterContents:
     """An adapter outside its model: its tensors, and the description of them."""
 
     config: AdapterConfig
-    layers: tuple[LayerRecord, ...]
+    layers: tuple[BlockSpec, ...]
     also_train: tuple[str, ...]
     tensors: Mapping[str, Tensor] = field(compare=False)  # by their keys in a file
     metadata: Mapping[str, str]
@@ -116,10 +127,10 @@ class AdapterFile(AdapterContents):
 def reasons_against_blocks(contents: AdapterContents) -> list[str]:
     """Return a line for each layer whose block has a wrong shape."""
     reasons = []
-    for record in contents.layers:
-        reason = record.reason_against_block(contents.tensors[record.key].shape)
+    for spec in contents.layers:
+        reason = spec.reason_against_block(contents.tensors[spec.key].shape)
         if reason is not None:
-            reasons.append(f"{record.name or '(the model)'}: {reason}")
+            reasons.append(f"{spec.name or '(the model)'}: {reason}")
     return reasons
 
 
@@ -131,7 +142,7 @@ def header_to_json(contents: AdapterContents) -> str:
     config = contents.config
     settings = config.to_json().items()
     changed_settings = {name: value for name, value in settings if value != DEFAULTS[name]}
-    entries = [layer.to_entry(config.method) for layer in contents.layers]
+    entries = [entry_of(spec, config.method) for spec in contents.layers]
     notes = dict(sorted(contents.metadata.items()))
     fields = {
         "format": FORMAT,
@@ -142,6 +153,23 @@ def header_to_json(contents: AdapterContents) -> str:
     }
     written = {name: value for name, value in fields.items() if value}
     return json.dumps(written, separators=(",", ":"))
+
+
+def entry_of(spec: BlockSpec, method: str) -> dict[str, Any]:
+    """Return the entry of a layer in a header whose configuration has this method.
+
+    A field is left out if it has the value that a reader assumes when it is absent.
+    """
+    fields = spec.to_json()
+    fields["in"] = fields.pop("in_features")
+    fields["out"] = fields.pop("out_features")
+    del fields["r_out"]  # the configuration has it
+    assumed = ASSUMED | {"method": method}
+    return {
+        field: value
+        for field, value in fields.items()
+        if field not in assumed or value != assumed[field]
+    }
 
 
 # --- reading -------------------------------------------------------------------------------------
@@ -191,14 +219,19 @@ def _parse_file(path: Path, fields: Any, tensors: Mapping[str, Tensor]) -> Adapt
             "method first (disha.register_method), or upgrade disha-torch"
         )
     config = AdapterConfig.from_json(settings)
-    records = tuple(_parse_layer(config, usual | entry) for entry in fields["layers"])
+    entries = [usual | entry for entry in fields["layers"]]
     # In files of former versions, keys have the whole name of a method with groups.
-    keys = {join(record.name, f"{record.method}_block"): record.key for record in records}
+    former_keys = {}
+    for entry in entries:
+        of_block = method_of_block(entry["method"])
+        new_key = join(entry["name"], of_block.block_name)
+        former_keys[join(entry["name"], f"{of_block.name}_block")] = new_key
+    tensors = {former_keys.get(key, key): tensor for key, tensor in tensors.items()}
     return AdapterFile(
         config=config,
-        layers=records,
-        also_train=tuple(fields["also_train"]),
-        tensors={keys.get(key, key): tensor for key, tensor in tensors.items()},
+        layers=tuple(_parse_layer(config, entry, tensors) for entry in entries),
+        also_train=_check_names("also_train", fields["also_train"]),
+        tensors=tensors,
         metadata=dict(fields["metadata"]),
         path=path,
         format=FORMAT,
@@ -222,37 +255,59 @@ def _check_version(path: Path, fields: Mapping[str, Any]) -> None:
         )
 
 
-def _parse_layer(config: AdapterConfig, entry: Mapping[str, Any]) -> LayerRecord:
-    """Return the record of an entry that has all fields."""
+def _parse_layer(
+    config: AdapterConfig, entry: Mapping[str, Any], tensors: Mapping[str, Tensor]
+) -> BlockSpec:
+    """Return the spec of an entry that has all fields."""
     for size in ("r", "in", "out", "groups"):
         check_positive_int(size, entry[size])
+    name = entry["name"]
     method = entry["method"]
-    rows = entry["rows"]
+    outputs = entry["rows"]
     scale = entry["scale"]
+    check_type("name", name, str, "a str")
+    if entry["base"] is not None:
+        check_type("base", entry["base"], str, "a str")
     if method == NEW_ROWS:
         scale = 1  # they have none, but earlier versions wrote that of their adapter
-        rows = rows or [(0, entry["out"])]  # earlier versions could write all rows so
-    if rows:
-        rows = check_ranges(entry["name"], rows)
+        outputs = outputs or [(0, entry["out"])]  # earlier versions could write all rows so
+    if outputs:
+        outputs = check_ranges(name, outputs)
+        count = sum(stop - first for first, stop in outputs)
+        if count != entry["out"]:
+            raise ArgumentError(
+                f"{name}: it lists {counted(count, 'row')}, but its output has {entry['out']}"
+            )
     kernel = [check_positive_int("kernel", size) for size in entry["kernel"]]
-    pattern = layout_of(entry["layout"]).pattern
-    r_out = None
-    if method == config.method:  # new rows, which may be beside the adapter, have none
-        r_out = config.r_out
-    return LayerRecord(
-        name=entry["name"],
+    padding = entry["padding_idx"]
+    if padding is not None:
+        check_type("padding_idx", padding, int, "an int")
+    key = join(name, method_of_block(method).block_name)
+    block_shape = tensors[key].shape if key in tensors else ()
+    return BlockSpec.of_block(
+        name,
+        block_shape,
         method=method,
-        r=entry["r"],
-        r_out=r_out,
+        layout=Layout(layout_of(entry["layout"]).pattern, entry["groups"], padding),
         in_features=entry["in"],
         out_features=entry["out"],
+        outputs=tuple(outputs),
+        kernel=tuple(kernel),
+        r=entry["r"],
+        # New rows, which may be beside the adapter, have none.
+        r_out=config.r_out if method == config.method else None,
         scale=check_scale(scale),
         base=entry["base"],
-        layout=Layout(pattern, entry["groups"], entry["padding_idx"]),
-        kernel=tuple(kernel),
-        rows=tuple(rows),
-        tied=tuple(entry["tied"]),
+        tied=_check_names("tied", entry["tied"]),
     )
+
+
+def _check_names(field: str, names: Any) -> tuple[str, ...]:
+    """Return a list of names as a tuple."""
+    check_type(field, names, list, "a list of names")
+    for name in names:
+        check_type(field, name, str, "a list of names")
+    return tuple(names)
 
 
 def _reasons_against_keys(file: AdapterFile) -> list[str]:

@@ -18,13 +18,13 @@ from disha.errors import AdapterFileError, AdapterFileWarning, ArgumentError
 from disha.files.contents import Source
 from disha.files.header import AdapterContents
 from disha.files.saving import base_fingerprint, describe_block
-from disha.layers.blocks import check_adapter_name
+from disha.layers.adapters import check_adapter_name
 from disha.layers.fingerprints import same_base
+from disha.layers.spec import BlockSpec
 from disha.layers.weights import rows_of_base
 from disha.model import buffers
 from disha.model.file_plans import plan_weights
 from disha.model.inject import apply_plan
-from disha.model.records import LayerRecord
 from disha.model.state import LoadReport, check_fit, collect_tensors
 from disha.model.view import ModelBlock, ModelView, all_or_nothing
 from disha.sharding.tensors import write
@@ -40,10 +40,10 @@ class _Incoming:
     adapter: str
     source: Source
     config: AdapterConfig
-    layers: Mapping[str, LayerRecord]  # by the keys of their blocks
+    layers: Mapping[str, BlockSpec]  # by the keys of their blocks
     tensors: Mapping[str, Tensor]
 
-    def blocks(self) -> Iterator[tuple[ModelBlock, LayerRecord]]:
+    def blocks(self) -> Iterator[tuple[ModelBlock, BlockSpec]]:
         """Yield each block of the model that gets new values, with the record of its layer."""
         for model_block in self.view.blocks(self.adapter):
             record = self.layers.get(join(model_block.name, model_block.block.parameter_name))
@@ -107,25 +107,27 @@ def _add_adapter(
         )
     check_dtype(dtype)
     also_train = sorted(incoming.tensors.keys() - layers.keys())
+    tensors = incoming.tensors
     try:
         plan = plan_weights(
-            view,
-            adapter,
-            incoming.config,
-            layers.values(),
-            incoming.tensors,
-            also_train,
-            dtype=dtype,
-            freeze=freeze,
+            view, adapter, incoming.config, layers.values(), tensors, also_train, freeze=freeze
         )
     except ArgumentError as error:
         raise AdapterFileError(f"{incoming.source}: {error}") from error
-    apply_plan(view, plan, activate=activate)
+    values = {key: _cast(tensors[key], spec, dtype) for key, spec in layers.items()}
+    apply_plan(view, plan, values, activate=activate)
     # Only now that the plan is carried out: it has made the keys of `also_train` those of this
     # adapter, so its own buffers are no conflicts.
     targets = _find_targets(incoming, _list_conflicts(incoming))
     # New blocks have their values already; only other tensors are left to write.
     return {key: target for key, target in targets.items() if key not in layers}
+
+
+def _cast(values: Tensor, spec: BlockSpec, dtype: torch.dtype | None) -> Tensor:
+    """Return the values of a block in the dtype that the user has chosen, if there is one."""
+    if dtype is None or values.is_complex() or spec.is_new_rows:
+        return values
+    return values.to(dtype)
 
 
 def _rename_as_in_model(
@@ -180,12 +182,29 @@ def _widen(incoming: _Incoming) -> _Incoming:
         block = model_block.block
         key = record.key
         wider = block.method.wider_block(
-            record.layout, tensors[key], record.geometry(tensors[key].shape), record.r, block.r
+            record.layout, tensors[key], record.geometry, record.r, block.r
         )
         if wider is not None:
             layers[key] = dataclasses.replace(record, r=block.r)
             tensors[key] = wider
     return dataclasses.replace(incoming, layers=layers, tensors=tensors)
+
+
+FIELDS_OF_BLOCK = (
+    "method",
+    "r",
+    "r_out",
+    "in_features",
+    "out_features",
+    "layout",
+    "outputs",
+    "kernel",
+    "tied",
+)
+"""What must agree between a block and the file whose values it takes.
+
+The file's scale is taken over, and another base only warns.
+"""
 
 
 def _list_differences(incoming: _Incoming) -> list[str]:
@@ -195,11 +214,10 @@ def _list_differences(incoming: _Incoming) -> list[str]:
     for model_block, in_file in incoming.blocks():
         tied = sorted(borrowers[model_block.block])
         in_model = describe_block(model_block, tied, with_fingerprint=False)
-        for field, value in vars(in_model).items():
+        for field in FIELDS_OF_BLOCK:
             file_value = getattr(in_file, field)
-            # The file's scale is taken over, and another base only warns.
-            may_differ = field in ("scale", "base")
-            if not may_differ and file_value != value:
+            value = getattr(in_model, field)
+            if file_value != value:
                 differences.append(
                     f"{in_model.name}: {field} is {file_value} in the file and {value} in the model"
                 )
@@ -264,7 +282,7 @@ def _reset_missing(incoming: _Incoming, undo: ExitStack) -> None:
         if join(model_block.name, block.parameter_name) in incoming.layers:
             continue
         if block.is_new_rows:
-            start = rows_of_base(model_block.layer, block.slot)
+            start = rows_of_base(model_block.layer, block.spec)
         else:
             start = block.block.new_zeros(whole_shape(block.block))
         write(block.block, start, undo)

@@ -15,9 +15,9 @@ from disha.files.contents import write_contents
 from disha.files.disk import PathLike, file_at, folder_for
 from disha.files.header import AdapterContents
 from disha.layers.fingerprints import fingerprint
-from disha.layers.weights import base_of, is_packed, weight_shape
+from disha.layers.spec import BlockSpec
+from disha.layers.weights import base_of, is_packed
 from disha.model import buffers
-from disha.model.records import LayerRecord
 from disha.model.state import collect_tensors, is_finite_as
 from disha.model.view import ModelBlock, ModelView
 from disha.sharding.tensors import gather
@@ -161,7 +161,7 @@ def adapter_contents(
     )
     with ranks.fail_together(action):
         _check_contents(adapter, layers, tensors)
-    keys = {record.key for record in layers}
+    keys = {spec.key for spec in layers}
     return AdapterContents(
         config=blocks[0].block.config,
         layers=layers,
@@ -173,55 +173,30 @@ def adapter_contents(
 
 def describe_block(
     model_block: ModelBlock, tied: Iterable[str], *, with_fingerprint: bool
-) -> LayerRecord:
+) -> BlockSpec:
     """Return what a file says about a block, perhaps without the fingerprint of its weight."""
-    block = model_block.block
-    slot = block.slot
-    layout = slot.layout
-    rows = slot.output_ranges
-    geometry = layout.geometry(weight_shape(model_block.layer, slot), rows)
-    base = None
-    if with_fingerprint:
-        base = base_fingerprint(model_block)
-    kernel: tuple[int, ...] = ()
-    if block.method.spans_kernel:
-        kernel = geometry.kernel()  # the block does not show it
-
-    return LayerRecord(
-        name=model_block.name,
-        method=block.method.name,
-        r=block.r,
-        r_out=block.r_out,
-        in_features=geometry.in_features,
-        out_features=geometry.out_features,
-        scale=block.scale,
-        base=base,
-        layout=layout,
-        kernel=kernel,
-        rows=rows,
-        tied=tuple(tied),
-    )
+    base = base_fingerprint(model_block) if with_fingerprint else None
+    return model_block.spec.but(base=base, tied=tuple(tied))
 
 
 def base_fingerprint(model_block: ModelBlock) -> str | None:
     """Return the fingerprint of an adapted weight's original, or None if it has none."""
     layer = model_block.layer
-    block = model_block.block
-    slot = block.slot
-    if block.is_new_rows:  # new rows do not depend on the old ones
+    spec = model_block.block.spec
+    if spec.is_new_rows:  # new rows do not depend on the old ones
         return None
     # The values depend on how the weight is quantised, but the adapter fits it either way.
-    if slot.quantized or is_packed(layer, slot.parameter):
+    if spec.quantized or is_packed(layer, spec.parameter):
         return None
-    weight = gather_partition(base_of(layer, slot))
-    return fingerprint(slot.layout.part(weight, slot.output_ranges))
+    weight = gather_partition(base_of(layer, spec))
+    return fingerprint(spec.layout.part(weight, spec.outputs))
 
 
 def _check_contents(
-    adapter: str, layers: Sequence[LayerRecord], tensors: Mapping[str, Tensor]
+    adapter: str, layers: Sequence[BlockSpec], tensors: Mapping[str, Tensor]
 ) -> None:
     """Raise unless a file can hold the adapter, and a model can load it again."""
-    methods = {(record.method, record.r_out) for record in layers if not record.is_new_rows}
+    methods = {(spec.method, spec.r_out) for spec in layers if not spec.is_new_rows}
     if len(methods) > 1:
         raise AdapterStateError(
             f"adapter {adapter!r} has blocks of different methods or r_out, and a file holds one; "

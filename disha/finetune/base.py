@@ -136,4 +136,5 @@ def quantize_stacks(model: PreTrainedModel) -> None:
 
     for layer in disha.plan_adapters(model, "all-linear", r=1).layers:
         if layer.geometry.stack:
-            replace_parameter_4bit(layer.module, layer.attribute, True, "nf4")
+            module = model.get_submodule(layer.module)
+            replace_parameter_4bit(module, layer.parameter, True, "nf4")

@@ -33,9 +33,9 @@ from disha.interop.experts import ExpertForm
 from disha.interop.lora import export
 from disha.interop.low_rank import find_served_rank
 from disha.layers.adapted import refuse_merged
+from disha.layers.spec import BlockSpec
 from disha.model.computed_weights import computed_weights
 from disha.model.control import check_names
-from disha.model.records import LayerRecord
 from disha.model.view import ModelView
 
 __all__ = ["DPOTrainer", "GRPOTrainer", "RLOOTrainer"]
@@ -148,10 +148,10 @@ def _copy_trained_adapters(view: ModelView, names: Sequence[str], undo: ExitStac
     return copies
 
 
-def _acts(layer: LayerRecord, block: Tensor) -> bool:
+def _acts(layer: BlockSpec, block: Tensor) -> bool:
     """Whether a block's update is not zero. The update of a LoRA is if one of its factors is."""
     method = method_of_block(layer.method)
-    factors = method.lora_factors(layer.layout, block, layer.geometry(block.shape))
+    factors = method.lora_factors(layer.layout, block, layer.geometry)
     return all(bool(factor.any()) for factor in factors or [block])
 
 

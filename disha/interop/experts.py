@@ -27,7 +27,7 @@ from torch import Tensor
 from disha.errors import ConversionError
 from disha.functional import Layout
 from disha.interop.low_rank import LowRankUpdate, is_stack, list_names
-from disha.model.records import LayerRecord
+from disha.layers.spec import BlockSpec
 
 GATE_UP, DOWN = "gate_up_proj", "down_proj"
 
@@ -109,7 +109,7 @@ def stack_factors(update: LowRankUpdate) -> tuple[Tensor, Tensor]:
 
 
 def list_misread_by_peft(
-    layers: Sequence[LayerRecord], form: str, model_type: str | None
+    layers: Sequence[BlockSpec], form: str, model_type: str | None
 ) -> list[str]:
     """Return a line for each layer that PEFT would take for something else."""
     if form == "separate":
@@ -187,7 +187,12 @@ def _separate(update: LowRankUpdate, family: Family) -> Iterator[LowRankUpdate]:
     for expert, a in enumerate(update.a):
         for projection, b in projections.items():
             name = f"{owner}.{expert}.{projection}"
-            record = replace(update.record, name=name, layout=Layout("out in"))
+            record = update.record
+            record = record.but(
+                name=name,
+                layout=Layout("out in"),
+                shape=(record.out_features, record.in_features),
+            )
             yield LowRankUpdate(record, a.clone(), b[expert])  # no two share memory
 
 

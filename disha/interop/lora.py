@@ -209,7 +209,9 @@ def _convert(
     for layer in contents.layers:
         if layer.is_new_rows and layer.name in place.tables:
             others[layer.name + TOKENS] = whole_copy(contents.tensors[layer.key].mT)
-            token_numbers[layer.name] = [number for ends in layer.rows for number in range(*ends)]
+            token_numbers[layer.name] = [
+                number for ends in layer.outputs for number in range(*ends)
+            ]
         else:
             layers.append(layer)
     updates = low_rank_updates(layers, contents.tensors, rank=rank, pad=pad, base=base)

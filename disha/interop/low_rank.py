@@ -30,8 +30,9 @@ from disha.files.contents import LayerBlock, Source, contents_of_blocks
 from disha.functional import METHODS, Layout, Method, method_of
 from disha.functional.layouts import place_outputs
 from disha.functional.method import ALL_GROUPS, Groups
+from disha.layers.spec import BlockSpec
 from disha.layers.weights import base_of
-from disha.model.records import LayerRecord, Tensors
+from disha.model.state import Tensors
 from disha.model.view import ModelView
 from disha.sharding.tensors import gather
 from disha.text import counted, first_few, printable, table
@@ -85,7 +86,7 @@ class LowRankUpdate:
         a stack           (expert, rank, in)      (expert, out, rank)
     """
 
-    record: LayerRecord
+    record: BlockSpec
     a: Tensor
     b: Tensor
     error: float = 0.0
@@ -159,7 +160,7 @@ def base_weights_of_model(view: ModelView, adapter: str) -> BaseWeight:
     The layers are those of the adapter.
     """
     places = {
-        model_block.name: (model_block.layer, model_block.block.slot)
+        model_block.name: (model_block.layer, model_block.block.spec)
         for model_block in view.require(adapter)
     }
     return lambda name: gather(base_of(*places[name]).detach())
@@ -169,7 +170,7 @@ def base_weights_of_model(view: ModelView, adapter: str) -> BaseWeight:
 
 
 def low_rank_updates(
-    layers: Sequence[LayerRecord],
+    layers: Sequence[BlockSpec],
     tensors: Tensors,
     *,
     rank: int | None,
@@ -187,14 +188,14 @@ def low_rank_updates(
     updates = []
     for record in layers:
         update = _update_of(record, tensors[record.key], rank, base)
-        if record.rows:
+        if record.outputs:
             if base is None:
                 raise ArgumentError(
                     f"{record.name} adapts some outputs of its weight only, and LoRA needs to know "
                     "how many there are: give `base` (--base)"
                 )
             geometry = record.layout.geometry(base(record.name).shape)
-            b = place_outputs(update.b, record.rows, geometry.out_features)  # zero in other rows
+            b = place_outputs(update.b, record.outputs, geometry.out_features)  # zero in other rows
             update = dataclasses.replace(update, b=b)
         updates.append(update)
     if not (pad and updates):
@@ -214,7 +215,7 @@ def find_served_rank(rank: int) -> int:
     return rank
 
 
-def _is_expressible(layer: LayerRecord) -> bool:
+def _is_expressible(layer: BlockSpec) -> bool:
     """Whether a LoRA can hold the update of a layer."""
     if layer.tied or layer.is_new_rows:
         return False
@@ -227,13 +228,13 @@ def check_rank(rank: int | None) -> None:
         check_positive_int("rank", rank)
 
 
-def is_stack(layer: LayerRecord) -> bool:
+def is_stack(layer: BlockSpec) -> bool:
     """Whether a layer is a stack of experts that LoRA formats have a place for."""
     return layer.layout.experts_first and _STACK.fullmatch(layer.name) is not None
 
 
 def _update_of(
-    layer: LayerRecord, block: Tensor, rank: int | None, base: BaseWeight | None
+    layer: BlockSpec, block: Tensor, rank: int | None, base: BaseWeight | None
 ) -> LowRankUpdate:
     """Return the factors of a block, or those of the leading singular values of dW."""
     factors = _factors(layer, block)
@@ -260,9 +261,9 @@ def _update_of(
     return LowRankUpdate(layer, a.reshape(-1, *delta.shape[1:]), b, error)
 
 
-def _factors(layer: LayerRecord, block: Tensor) -> tuple[Tensor, Tensor] | None:
+def _factors(layer: BlockSpec, block: Tensor) -> tuple[Tensor, Tensor] | None:
     """Return A and B as `LowRankUpdate` has them, or None if the method has no factors."""
-    geometry = layer.geometry(block.shape)
+    geometry = layer.geometry
     factors = method_of(layer.method).lora_factors(layer.layout, block, geometry)
     if factors is None:
         return None
@@ -285,17 +286,17 @@ def _factors(layer: LayerRecord, block: Tensor) -> tuple[Tensor, Tensor] | None:
     return lora_a, lora_b
 
 
-def _delta(layer: LayerRecord, block: Tensor, base: BaseWeight | None) -> Tensor:
+def _delta(layer: BlockSpec, block: Tensor, base: BaseWeight | None) -> Tensor:
     """Return dW (out, in, *kernel), or (out, index) of an embedding, whatever the layout."""
     method = method_of(layer.method)
     if not method.reads_weight:
-        weight = block.new_empty(()).expand(layer.weight_shape(block.shape))  # only its shape
+        weight = block.new_empty(()).expand(layer.layout.shape(layer.geometry))  # only its shape
     elif base is None:
         raise ArgumentError(
             f"a {layer.method} update depends on the base weights: give `base` (--base)"
         )
     else:
-        weight = layer.layout.part(base(layer.name).cpu(), layer.rows)
+        weight = layer.layout.part(base(layer.name).cpu(), layer.outputs)
     delta = method.delta_weight(layer.layout, block, weight)
     if layer.layout.in_first:
         return delta.transpose(0, 1)
@@ -442,8 +443,9 @@ def _block_of_rank(factors: LayerFactors, dim: int, method: Method, r: int) -> L
     kernel: tuple[int, ...] = ()
     if method.spans_kernel:  # else the block shows the kernel
         kernel = tuple(a.shape[dim + 2 :])
-    layer = LayerRecord(
+    layer = BlockSpec.of_block(
         name,
+        block.shape,
         method=method.name,
         r=r,
         in_features=a.shape[dim + 1],

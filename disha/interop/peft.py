@@ -32,7 +32,7 @@ from disha.interop.peft_format import (
     surroundings_alone,
     surroundings_in_model,
 )
-from disha.layers.blocks import original_class
+from disha.layers.adapters import original_class
 from disha.model.view import ModelView
 
 __all__ = ["export", "find_folder", "load", "read_config"]
@@ -166,7 +166,7 @@ def _reasons_against_miss(contents: AdapterContents) -> list[str]:
             problems.append(
                 f"{name}: the layout of this weight is {layer.layout.pattern!r}, not 'out in'"
             )
-        if layer.rows:
+        if layer.outputs:
             problems.append(f"{name}: PEFT's MiSS adapts all rows of a weight, not some of them")
         problems += [f"{name}: PEFT's MiSS would leave {tied} without it" for tied in layer.tied]
         if layer.scale != 1.0:

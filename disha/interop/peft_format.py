@@ -34,10 +34,11 @@ from disha.files.header import AdapterContents
 from disha.functional import Layout
 from disha.interop.experts import factors_name, stack_factors
 from disha.interop.low_rank import LoraLayer, LoraReport, LowRankUpdate, is_stack, list_names
+from disha.layers.adapters import original_class
 from disha.layers.bitsandbytes import is_library_forward
-from disha.layers.blocks import original_class
 from disha.layers.kinds import FOREIGN_LAYOUTS, LAYER_KINDS, full_name
-from disha.model.records import LayerRecord, Tensors
+from disha.layers.spec import BlockSpec
+from disha.model.state import Tensors
 from disha.model.view import ModelView, persistent_buffers_of
 from disha.sharding.tensors import gather
 from disha.text import first_few, join
@@ -471,7 +472,7 @@ def surroundings_alone(
     return Surroundings(problems, saved, tensors, None, model_type, notes, contents.names)
 
 
-def _reads_rows_alike(view: ModelView, layer: LayerRecord) -> bool:
+def _reads_rows_alike(view: ModelView, layer: BlockSpec) -> bool:
     """Whether PEFT would read new rows of a table as they are read here.
 
     That is so if the update is in all modules that are tied to the table, and none has a bias.

@@ -44,9 +44,9 @@ from disha.interop.peft_format import (
     names_of_weight,
     read_peft_files,
 )
-from disha.layers.kinds import declared_slots
-from disha.layers.weights import weight_shape
-from disha.model.records import LayerRecord, Tensors
+from disha.layers.kinds import declared_weights
+from disha.layers.spec import BlockSpec
+from disha.model.state import Tensors
 from disha.model.view import ModelView
 from disha.text import brief, first_few, join
 
@@ -90,10 +90,10 @@ def base_of_model(view: ModelView) -> Base:
     layouts = {}
     shapes = {}
     for name, module in view.modules.items():
-        for slot in declared_slots(module):
-            layer = join(name, slot.name)
-            layouts[layer] = slot.layout
-            shapes[layer] = weight_shape(module, slot)
+        for weight in declared_weights(module):
+            layer = join(name, weight.name)
+            layouts[layer] = weight.layout
+            shapes[layer] = weight.shape
     return Base(model_type_of(view), layouts, lambda layers: shapes, partial(names_of_weight, view))
 
 
@@ -206,13 +206,12 @@ def _read_miss(folder: PeftFolder, base: Base) -> AdapterContents:
     layer_blocks = []
     for name, block in blocks.items():
         out, inputs = shapes[name]
-        layer = LayerRecord(
+        layer = BlockSpec(
             name,
             method=config.method,
             r=config.r,
             r_out=config.r_out,
-            in_features=inputs,
-            out_features=out,
+            shape=(out, inputs),
             layout=LINEAR,
         )
         layer_blocks.append((layer, block))
@@ -263,15 +262,14 @@ def _new_rows_of(folder: PeftFolder, name: str, values: Tensor, base: Base) -> L
     ranges = check_row_numbers(f"{TOKEN_INDICES} of {name}", numbers)
     order = torch.tensor(numbers).argsort()  # a block has its rows in order
     block = values[order].mT  # (in, rows)
-    inputs, out = block.shape
-    record = LayerRecord(
+    inputs = block.shape[0]
+    record = BlockSpec(
         name,
         method=NEW_ROWS,
         r=1,
-        in_features=inputs,
-        out_features=out,
+        shape=(ranges[-1][1], inputs),
         layout=LINEAR,
-        rows=ranges,
+        outputs=ranges,
         tied=tuple(other for other in base.names_of(name) if other != join(name, "weight")),
     )
     return record, block

@@ -3,5 +3,6 @@
 from disha.layers.adapted import AdaptedLayer
 from disha.layers.kinds import register_layer_kind
 from disha.layers.linear import BatLinear, BoneLinear
+from disha.layers.spec import BlockSpec
 
-__all__ = ["AdaptedLayer", "BatLinear", "BoneLinear", "register_layer_kind"]
+__all__ = ["AdaptedLayer", "BatLinear", "BlockSpec", "BoneLinear", "register_layer_kind"]

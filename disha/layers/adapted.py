@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any, ClassVar
 
 import torch
@@ -18,12 +18,19 @@ from torch import Tensor, nn
 from disha.effective.contexts import open_context
 from disha.errors import ArgumentError, MergeError, ModeError
 from disha.layers import quantized
-from disha.layers.blocks import MERGED, AdapterBlock, Adapters
+from disha.layers.adapters import MERGED, Adapters, LayerState
+from disha.layers.blocks import AdapterBlock
 from disha.layers.containers import CHILD_NAME, methods_without_child
-from disha.layers.model_record import ModelRecord
+from disha.layers.memory import ModelMemory
 from disha.layers.state_dicts import watch_loading
 from disha.layers.weight_property import is_weight_of, linear_forward, weight_property
-from disha.layers.weights import base_of, delta_of, slots_of, start_block, untrained_rows_kept
+from disha.layers.weights import (
+    adapted_weights,
+    base_of,
+    delta_of,
+    start_block,
+    untrained_rows_kept,
+)
 
 
 class AdaptedLayer(nn.Module):
@@ -69,10 +76,10 @@ class AdaptedLayer(nn.Module):
         Raises:
             AttributeError: the layer's `weight` is not adapted.
         """
-        slots = slots_of(self, self.disha)
-        if "weight" not in slots:
+        specs = adapted_weights(self, self.disha)
+        if "weight" not in specs:
             raise AttributeError("`weight` is not adapted")  # nn.Module replaces this message
-        return base_of(self, slots["weight"])
+        return base_of(self, specs["weight"])
 
     def delta_weight(self, block: AdapterBlock) -> Tensor:
         """Return dW of a block of this layer, without its scale: a tensor of the weight's shape.
@@ -275,70 +282,71 @@ def _list_plain_weights(layer: Any) -> None:
     layer.__dict__["_flat_weights"] = [layer._parameters.get(name) for name in names]
 
 
-def adapt(
+def state_of(module: nn.Module) -> LayerState | None:
+    """Return the state of an adapted layer; None of a plain module."""
+    if not isinstance(module, AdaptedLayer):
+        return None
+    adapters = module._modules.get(CHILD_NAME)
+    return adapters.state(type(module)) if isinstance(adapters, Adapters) else None
+
+
+def state_with_parameters(
     module: nn.Module,
     parameters: Iterable[str],
     is_quantized: bool,
-    record: ModelRecord,
-    module_names: tuple[str, ...],
-) -> Adapters:
-    """Give a module a class that adapts these parameters too, and return its `Adapters`.
-
-    If the module has none yet, the new ones belong to the record, under the module's names there.
-    """
-    watch_loading()
+    memory: ModelMemory,
+    names: tuple[str, ...],
+) -> LayerState:
+    """Return the state of a module in whose class these parameters are adapted too."""
     original: Any = type(module)
     known: tuple[str, ...] = ()
     if isinstance(module, AdaptedLayer):
         original = module._original_class
         known = module._adapted_parameters
         is_quantized = module._is_quantized
-    names = tuple(dict.fromkeys((*known, *parameters)))
-    if names != known:
-        if known:
-            refuse_changed_class(module, "the module")
+    former = state_of(module)
+    if former is None:
+        former = Adapters(memory, names, module.training).state(type(module))
+    adapted = tuple(dict.fromkeys((*known, *parameters)))
+    if adapted == known:
+        return former
+    if known:
+        refuse_changed_class(module, "the module")
+    return former.but(cls=adapted_class(original, adapted, is_quantized))
+
+
+def set_state(module: nn.Module, state: LayerState | None) -> None:
+    """Give a module the class and the adapters of a state; with None, its own class again."""
+    is_adapted = isinstance(module._modules.get(CHILD_NAME), Adapters)
+    if state is None:
+        if is_adapted:
+            _restore(module)
+        return
+    watch_loading()
+    if type(module) is not state.cls:
         try:
-            set_class(module, adapted_class(original, names, is_quantized))
+            set_class(module, state.cls)
         except TypeError as error:
+            original = getattr(state.cls, "_original_class", state.cls)
             raise ArgumentError(
                 f"{original.__name__} can't be adapted: Python does not let its class change "
                 f"({error}); leave it out with exclude="
             ) from error
-    adapters = module._modules.get(CHILD_NAME)
-    if not isinstance(adapters, Adapters):
-        adapters = Adapters(record, module_names)
-        vars(adapters)["training"] = module.training
-        # Written to _modules, because the user's class may guard its attributes.
-        module._modules[CHILD_NAME] = adapters
-        if is_quantized:
-            quantized.attach_hook(module)
-    return adapters
+    # Written to _modules, because the user's class may guard its attributes.
+    module._modules[CHILD_NAME] = state.adapters
+    state.adapters.take(state)
+    if not is_adapted and state.cls._is_quantized:  # type: ignore[attr-defined]
+        quantized.attach_hook(module)
 
 
-def restore(layer: nn.Module) -> None:
+def _restore(layer: Any) -> None:
     """Remove a layer's adapters, and give it its original class back."""
-    if not isinstance(layer, AdaptedLayer):
-        return
-    layer._modules.pop(CHILD_NAME, None)
+    adapters = layer._modules.pop(CHILD_NAME)
+    adapters.memory.members.discard(adapters)
     quantized.remove_hook(layer, quantized.add_updates)
     set_class(layer, type(layer)._original_class)
     if isinstance(layer, nn.RNNBase):
         _list_plain_weights(layer)
-
-
-def readapt(
-    module: nn.Module,
-    cls: type[AdaptedLayer],
-    adapters: Adapters,
-    blocks: Mapping[str, nn.Module | None],
-) -> None:
-    """Undo `restore`: give a module its adapted class, its adapters and their blocks back."""
-    if CHILD_NAME not in module._modules and cls._is_quantized:
-        quantized.attach_hook(module)
-    set_class(module, cls)
-    module._modules[CHILD_NAME] = adapters
-    adapters._modules.clear()
-    adapters._modules.update(blocks)
 
 
 def set_class(module: nn.Module, cls: type[nn.Module]) -> None:

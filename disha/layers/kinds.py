@@ -7,50 +7,54 @@ The layouts of a class are declared, and never guessed. To add a kind of layer:
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
 from typing import Any
 
-from torch import nn
-from torch.nn.utils.parametrize import is_parametrized
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from disha.errors import ArgumentTypeError
 from disha.functional import Layout, layout_of
-from disha.layers.blocks import Slot, original_class
-from disha.layers.quantized import quantized_slot
+from disha.layers.adapters import original_class
+from disha.layers.quantized import quantized_weight
+from disha.layers.spec import UNKNOWN, BlockSpec
 from disha.layers.weights import matrix_weights, read_weight
 from disha.sharding.zero import whole_shape
 
-Kind = Callable[[Any], Iterable[Slot]]
-"""Takes a module, and returns the weights of it that can be adapted, with their layouts."""
+Kind = Callable[[Any], Iterable[BlockSpec]]
+"""Takes a module, and returns the weights of it that can be adapted, with their layouts.
+
+Their names are those below the module, and their shapes are filled in later.
+"""
 
 
-def slot_of(parameter: str, layout: Layout) -> Slot:
-    """Return the slot of a whole parameter."""
+def declare(parameter: str, layout: Layout) -> BlockSpec:
+    """Return the spec of a whole parameter of a module."""
     name = "" if parameter == "weight" else parameter
-    return Slot(name, parameter, layout)
+    return BlockSpec(name, layout=layout, parameter=parameter)
 
 
 def _kind_with(layouts: Mapping[str, str]) -> Kind:
     """Return the kind of modules with these parameters in these layouts."""
-    slots = [slot_of(name, layout_of(layout)) for name, layout in layouts.items()]
-    return lambda module: slots
+    weights = [declare(name, layout_of(layout)) for name, layout in layouts.items()]
+    return lambda module: weights
 
 
-def _slots_of_embedding(module: Any) -> list[Slot]:
-    return [slot_of("weight", Layout("index out", padding_idx=module.padding_idx))]
+def _weights_of_embedding(module: Any) -> list[BlockSpec]:
+    return [declare("weight", Layout("index out", padding_idx=module.padding_idx))]
 
 
-def _slots_of_transposed_conv(module: Any) -> list[Slot]:
-    return [slot_of("weight", Layout("in out *kernel", groups=module.groups))]
+def _weights_of_transposed_conv(module: Any) -> list[BlockSpec]:
+    return [declare("weight", Layout("in out *kernel", groups=module.groups))]
 
 
-def _slots_of_recurrent(module: Any) -> list[Slot]:
-    """Return the slots of an `nn.RNN`, `nn.LSTM`, `nn.GRU` or cell.
+def _weights_of_recurrent(module: Any) -> list[BlockSpec]:
+    """Return the weights of an `nn.RNN`, `nn.LSTM`, `nn.GRU` or cell.
 
     Each weight has the rows of all gates, and is one matrix.
     """
     return [
-        slot_of(name, Layout("out in")) for name in module._parameters if name.startswith("weight_")
+        declare(name, Layout("out in")) for name in module._parameters if name.startswith("weight_")
     ]
 
 
@@ -58,20 +62,25 @@ PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 """Names in targets and files for the rows of q, k and v of a packed weight."""
 
 
-def _slots_of_attention(module: Any) -> list[Slot]:
-    """Return the slots of an `nn.MultiheadAttention`: q, k and v, in one weight or in three."""
+def _weights_of_attention(module: Any) -> list[BlockSpec]:
+    """Return the weights of an `nn.MultiheadAttention`: q, k and v, in one weight or in three."""
     width = module.embed_dim
     layout = Layout("out in")
     if module.in_proj_weight is None:
-        return [Slot(name, f"{name}_weight", layout) for name in PROJECTIONS]
+        return [BlockSpec(name, layout=layout, parameter=f"{name}_weight") for name in PROJECTIONS]
     return [
-        Slot(name, "in_proj_weight", layout, output_ranges=((i * width, (i + 1) * width),))
+        BlockSpec(
+            name,
+            layout=layout,
+            parameter="in_proj_weight",
+            outputs=((i * width, (i + 1) * width),),
+        )
         for i, name in enumerate(PROJECTIONS)
     ]
 
 
-def _slots_of_experts(module: Any) -> list[Slot]:
-    """Return the slots of fused experts of transformers, which declare their layout.
+def _weights_of_experts(module: Any) -> list[BlockSpec]:
+    """Return the weights of fused experts of transformers, which declare their layout.
 
     Any other module has none.
     """
@@ -80,7 +89,7 @@ def _slots_of_experts(module: Any) -> list[Slot]:
     pattern = "expert in out" if module.is_transposed else "expert out in"
     layout = Layout(pattern)
     return [
-        slot_of(name, layout)
+        declare(name, layout)
         for name, weight in matrix_weights(module).items()
         if len(whole_shape(weight)) == 3
     ]
@@ -90,17 +99,17 @@ _CONV = _kind_with({"weight": "out in *kernel"})
 LAYER_KINDS: dict[type[nn.Module], Kind] = {
     nn.Linear: _kind_with({"weight": "out in"}),
     nn.Bilinear: _kind_with({"weight": "expert out in"}),
-    nn.Embedding: _slots_of_embedding,
-    nn.EmbeddingBag: _slots_of_embedding,
+    nn.Embedding: _weights_of_embedding,
+    nn.EmbeddingBag: _weights_of_embedding,
     nn.Conv1d: _CONV,
     nn.Conv2d: _CONV,
     nn.Conv3d: _CONV,
-    nn.ConvTranspose1d: _slots_of_transposed_conv,
-    nn.ConvTranspose2d: _slots_of_transposed_conv,
-    nn.ConvTranspose3d: _slots_of_transposed_conv,
-    nn.RNNBase: _slots_of_recurrent,
-    nn.RNNCellBase: _slots_of_recurrent,
-    nn.MultiheadAttention: _slots_of_attention,
+    nn.ConvTranspose1d: _weights_of_transposed_conv,
+    nn.ConvTranspose2d: _weights_of_transposed_conv,
+    nn.ConvTranspose3d: _weights_of_transposed_conv,
+    nn.RNNBase: _weights_of_recurrent,
+    nn.RNNCellBase: _weights_of_recurrent,
+    nn.MultiheadAttention: _weights_of_attention,
 }
 """Class -> the kind of its instances and of those of its subclasses."""
 
@@ -169,22 +178,38 @@ def _kind_of(module: nn.Module) -> Kind:
         foreign = FOREIGN_LAYOUTS.get(full_name(cls))
         if foreign is not None:
             return _kind_with(foreign)
-    return _slots_of_experts
+    return _weights_of_experts
 
 
-def declared_slots(module: nn.Module) -> list[Slot]:
-    """Return the weights of a module whose layouts are known."""
+def declared_weights(module: nn.Module) -> list[BlockSpec]:
+    """Return the weights of a module whose layouts are known, by their names below the module."""
     if not (module._parameters or module._buffers or hasattr(module, "parametrizations")):
         return []  # a container, as most modules are
-    quantized = quantized_slot(module)
+    quantized = quantized_weight(module)
     if quantized is not None:
         return [quantized]
     kind = _kind_of(module)
-    slots = []
-    for slot in kind(module):
-        if is_parametrized(module, slot.parameter):
-            # The slot keeps the shape of a computed weight, which can't always be read later.
-            weight = read_weight(module, slot.parameter)
-            slot = replace(slot, shape=tuple(weight.shape))
-        slots.append(slot)
-    return slots
+    return [weight.but(shape=shape_of(module, weight.parameter)) for weight in kind(module)]
+
+
+def list_weights(module: nn.Module) -> list[BlockSpec]:
+    """Return the weights of a module: those of known layouts, and its other matrices."""
+    if isinstance(module, torch.jit.ScriptModule):  # its code is compiled and can't change
+        return []
+    weights = declared_weights(module)
+    if weights and weights[0].quantized:
+        return weights
+    declared = {weight.parameter for weight in weights}
+    return weights + [
+        declare(name, UNKNOWN).but(shape=shape_of(module, name))
+        for name in matrix_weights(module)
+        if name not in declared
+    ]
+
+
+def shape_of(module: nn.Module, parameter: str) -> tuple[int, ...]:
+    """Return the whole shape of a weight; empty if it is absent, or has no size yet."""
+    weight = read_weight(module, parameter)
+    if not isinstance(weight, Tensor) or is_lazy(weight):
+        return ()
+    return tuple(whole_shape(weight))

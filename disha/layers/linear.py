@@ -11,14 +11,13 @@ from torch import Tensor, nn
 from disha.config import AdapterConfig, Init
 from disha.effective.contexts import SINGLE_LAYERS
 from disha.errors import ArgumentError, ArgumentTypeError
-from disha.functional import layout_of, method_of
+from disha.functional.layouts import MATRIX
 from disha.functional.method import Groups
-from disha.layers.adapted import AdaptedLinear, adapt
-from disha.layers.blocks import Slot, check_adapter_name
-from disha.layers.model_record import Flag, ModelRecord
+from disha.layers.adapted import AdaptedLinear, set_state, state_with_parameters
+from disha.layers.adapters import check_adapter_name
+from disha.layers.memory import PLACES, Flag, ModelMemory, ModelState, Place
 from disha.layers.new_blocks import make_block
-
-WEIGHT = Slot("", "weight", layout_of("out in"))
+from disha.layers.spec import BlockSpec
 
 
 class _LinearWithAdapter(AdaptedLinear):
@@ -114,22 +113,31 @@ class _LinearWithAdapter(AdaptedLinear):
             arguments, target=None, method=self.method, dtype=arguments["block_dtype"]
         )
         adapter = check_adapter_name(arguments["adapter"])
-        geometry = WEIGHT.layout.geometry((self.out_features, self.in_features))
-        method = method_of(config.method)
-        reason = method.reason_against(WEIGHT.layout, geometry, config.r, config.r_out)
+        spec = BlockSpec(
+            "",
+            layout=MATRIX,
+            shape=(self.out_features, self.in_features),
+            method=config.method,
+            r=config.r,
+            r_out=config.r_out,
+            scale=config.scale,
+            adapter=adapter,
+        )
+        reason = spec.reason_against_sizes()
         if reason is not None:
             raise ArgumentError(f"{type(self).__name__}: {reason}")
-        block = make_block(self, WEIGHT, method, config, config.r)
-        record = ModelRecord(SINGLE_LAYERS)
-        record.layers[adapter, ""] = ()
-        adapters = adapt(self, [WEIGHT.parameter], False, record, ("",))
-        adapters.add(adapter, [block])
-        adapters.active = (adapter,)
+        block = make_block(self, spec, config)
+        memory = ModelMemory(SINGLE_LAYERS)
+        state = state_with_parameters(self, ["weight"], False, memory, ("",))
+        set_state(self, state.with_adapter(adapter, [block], ()).but(active=(adapter,)))
+        PLACES[self] = Place(memory, ("",))
+        flags = {}
         if arguments["freeze"]:
             for name, parameter in self._parameters.items():
                 if parameter is not None:
-                    record.flags[name] = Flag(parameter.requires_grad)
+                    flags[name] = Flag(parameter.requires_grad)
                     parameter.requires_grad = False
+        memory.state = ModelState({(adapter, ""): spec}, flags)
 
 
 class BoneLinear(_LinearWithAdapter):

@@ -8,41 +8,32 @@ import torch
 from torch import Tensor, nn
 
 from disha.config import AdapterConfig
-from disha.functional import Method
-from disha.functional.new_rows import ROWS
 from disha.functional.shard_sums import merge_dtype
 from disha.layers import quantized
-from disha.layers.blocks import AdapterBlock, NewRowsBlock, Slot
+from disha.layers.blocks import AdapterBlock, NewRowsBlock
 from disha.layers.offloading import device_in_forward
-from disha.layers.weights import read_weight, start_block, weight_shape
+from disha.layers.spec import BlockSpec
+from disha.layers.weights import read_weight, start_block
 from disha.sharding.tensor_parallel import split_of
 from disha.sharding.tensors import write
 
 
 def make_block(
-    module: nn.Module,
-    slot: Slot,
-    method: Method,
-    config: AdapterConfig,
-    r: int,
-    values: Tensor | None = None,
+    module: nn.Module, spec: BlockSpec, config: AdapterConfig, values: Tensor | None = None
 ) -> AdapterBlock:
     """Return a new block on the device of its weight, with these values or those it starts with."""
-    weight: Any = None if slot.quantized else read_weight(module, slot.parameter)
-    whole_shape = weight_shape(module, slot)
-    geometry = slot.layout.geometry(whole_shape, slot.output_ranges)
-    shape = method.block_shape(slot.layout, whole_shape, r, config.r_out, slot.output_ranges)
+    weight: Any = None if spec.quantized else read_weight(module, spec.parameter)
     if values is not None:
         dtype = values.dtype
-    elif method is ROWS:
+    elif spec.is_new_rows:
         dtype = _choose_dtype(weight, None)  # which holds every value of W
     else:
         dtype = _choose_dtype(weight, config.dtype)
     device = _find_device(module, weight)
     with torch.inference_mode(False):  # a tensor that is made in that mode can never be trained
-        empty = torch.empty(shape, device=device, dtype=dtype)
-        cls = NewRowsBlock if method is ROWS else AdapterBlock
-        block = cls(empty, slot, geometry, method, config, r, split_of(weight))
+        empty = torch.empty(spec.block_shape, device=device, dtype=dtype)
+        cls = NewRowsBlock if spec.is_new_rows else AdapterBlock
+        block = cls(empty, spec, config, split_of(weight))
     if values is None:
         start_block(module, block)
     else:

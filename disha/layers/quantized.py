@@ -24,8 +24,9 @@ from disha.errors import ArgumentError
 from disha.functional import Layout, Method, Update, method_names
 from disha.functional.products import update_product
 from disha.layers import bitsandbytes
-from disha.layers.blocks import Adapters, Slot, original_class
+from disha.layers.adapters import Adapters, original_class
 from disha.layers.containers import CHILD_NAME
+from disha.layers.spec import BlockSpec
 from disha.private_torch import saving_hooks, transforms_active
 from disha.sharding.imported import imported_class
 
@@ -151,19 +152,20 @@ def dequantize(module: nn.Module, weight: Any) -> Tensor:
         return quantization.read(module, weight)
 
 
-def weight_for(method: Method, module: nn.Module, slot: Slot, weight: Any, like: Tensor) -> Tensor:
+def weight_for(
+    method: Method, module: nn.Module, spec: BlockSpec, weight: Any, like: Tensor
+) -> Tensor:
     """Return the dense weight if the method reads W, or else a tensor of its shape, like `like`."""
-    assert slot.shape is not None
     if method.reads_weight:
         return dequantize(module, weight)
-    return like.new_empty(()).expand(slot.shape)  # of one number in memory
+    return like.new_empty(()).expand(spec.shape)  # of one number in memory
 
 
 # --- modules with a quantised weight -------------------------------------------------------------
 
 
-def quantized_slot(module: nn.Module) -> Slot | None:
-    """Return the slot of a module whose weight is quantised, or None if it is not."""
+def quantized_weight(module: nn.Module) -> BlockSpec | None:
+    """Return the quantised weight of a module, or None if it has none."""
     sizes = _sizes_of(module)
     if sizes is None or quantization_of(module, held_weight(module)) is None:
         return None
@@ -173,7 +175,7 @@ def quantized_slot(module: nn.Module) -> Slot | None:
     if isinstance(module, nn.Embedding):
         layout = Layout("index out", padding_idx=module.padding_idx)
         shape = (inputs, outputs)
-    return Slot("", "weight", layout, quantized=True, shape=shape)
+    return BlockSpec("", layout=layout, shape=shape, quantized=True)
 
 
 _SIZES = (("in_features", "out_features"), ("infeatures", "outfeatures"))
@@ -275,29 +277,28 @@ def add_updates(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], outp
     blocks = adapters.acting_blocks("weight", override)
     if not blocks:
         return output
-    slot = blocks[0].slot
-    assert slot.shape is not None
+    spec = blocks[0].spec
     # The module takes one tensor, by position or under a name of its class.
     tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
     input = tensors[0].to(output.device)
     updates = adapters.updates("weight", override, compiling, on_meta=input.is_meta)
-    updates.shared_for_input(input, slot.shape)  # raises if samples can't be routed
-    return updates.add_updates(output, input, partial(_delta, module, slot))
+    updates.shared_for_input(input, spec.shape)  # raises if samples can't be routed
+    return updates.add_updates(output, input, partial(_delta, module, spec))
 
 
-def _delta(module: nn.Module, slot: Slot, x: Tensor, update: Update) -> Tensor:
+def _delta(module: nn.Module, spec: BlockSpec, x: Tensor, update: Update) -> Tensor:
     """Return s dW x of one update; W is dequantised only for methods that read it."""
 
     def read() -> Tensor:
-        return weight_for(update.method, module, slot, held_weight(module), update.block)
+        return weight_for(update.method, module, spec, held_weight(module), update.block)
 
     weight = read()
     # The third argument is no bias here: for an embedding, it would be its padding_idx.
-    multiply: Any = F.embedding if slot.layout.pattern == "index out" else F.linear
+    multiply: Any = F.embedding if spec.layout.pattern == "index out" else F.linear
     # If hooks are set already, ours can't be added; checkpointing's keep no dense W anyway.
     has_other_hooks = is_compiling() or transforms_active() or saving_hooks(True)
     if has_other_hooks or not update.method.reads_weight:
-        return update_product(multiply, x, weight, slot.layout, update)
+        return update_product(multiply, x, weight, spec.layout, update)
     dense_id = id(weight)  # the id alone, because W would live as long as these functions
 
     def save(saved: Tensor) -> Tensor | None:
@@ -308,4 +309,4 @@ def _delta(module: nn.Module, slot: Slot, x: Tensor, update: Update) -> Tensor:
 
     # Backward dequantises W again. Otherwise autograd would keep a dense copy for each layer.
     with saved_tensors_hooks(save, load):
-        return update_product(multiply, x, weight, slot.layout, update)
+        return update_product(multiply, x, weight, spec.layout, update)

@@ -16,11 +16,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from disha.layers.blocks import Adapters
+from disha.layers.adapters import Adapters
 from disha.layers.containers import CHILD_NAME
-from disha.layers.model_record import FormerBuffer
-from disha.layers.names_in_records import NamesInRecords
+from disha.layers.memory import PLACES, FormerBuffer, place_copy
 from disha.layers.wrappers import clean_key
+from disha.text import join
 
 
 @functools.cache  # so that a second call does nothing
@@ -66,21 +66,26 @@ def _find_blocks(model: nn.Module, keys: Iterable[str]) -> set[str]:
 
 def _remember_buffers(model: nn.Module, base: Mapping[str, Tensor]) -> None:
     """Remember the buffers in a state dict of the base, in place of those at the injection."""
-    layers = []
-    for name, module in model.named_modules():
-        if isinstance(module, Adapters):
-            layer = clean_key(name).removesuffix(CHILD_NAME).removesuffix(".")
-            layers.append(([layer], module))
-    in_records = NamesInRecords(layers)
-    for key, values in base.items():
-        known = in_records.find(clean_key(key))
-        if known is None:
+    modules = {module: (clean_key(name),) for name, module in model.named_modules()}
+    adapted = [(module, module._modules.get(CHILD_NAME)) for module in modules]
+    place_copy(modules, [layer for layer in adapted if isinstance(layer[1], Adapters)])
+    loaded = {clean_key(key): values for key, values in base.items()}
+    for module, (name,) in modules.items():
+        place = PLACES.get(module)
+        if place is None:
             continue
-        record, name = known
-        former = record.buffers.get(name)
-        if former is not None:
-            new = FormerBuffer.of(values, is_saved=former.is_saved, claimant=former.claimant)
-            record.buffers[name] = new
+        known = place.memory.state.buffers
+        changed = {}
+        for buffer in module._buffers:
+            values = loaded.get(join(name, buffer))
+            for name_in_memory in place.names:
+                former = known.get(join(name_in_memory, buffer))
+                if values is not None and former is not None:
+                    changed[join(name_in_memory, buffer)] = FormerBuffer.of(
+                        values, is_saved=former.is_saved, claimant=former.claimant
+                    )
+        if changed:
+            place.memory.state = place.memory.state.but(buffers={**known, **changed})
 
 
 def _is_block(key: str) -> bool:

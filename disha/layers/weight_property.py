@@ -16,7 +16,8 @@ from disha.errors import ArgumentError, ModeError
 from disha.functional import adapted_linear
 from disha.functional.shard_sums import PLAIN
 from disha.functional.weight_updates import Updates
-from disha.layers.blocks import AdapterBlock, Adapters
+from disha.layers.adapters import Adapters
+from disha.layers.blocks import AdapterBlock
 from disha.layers.containers import CHILD_NAME
 from disha.layers.weights import base_reader
 from disha.sharding.tensor_parallel import split_of
@@ -79,7 +80,7 @@ def weight_property(original: type[nn.Module], name: str) -> property:
             is_plain = type(base) in PLAIN and not base.is_meta and base.numel()
             if not is_plain or blocks[0].split is not None:
                 return _unusual_weight(adapters, name, base, blocks, override, compiling)
-            layout = blocks[0].slot.layout
+            layout = blocks[0].spec.layout
             is_usual = override is None and not compiling and len(blocks) == 1
             if is_usual and not blocks[0].is_new_rows:
                 # What `adapters.updates` does in the usual case, without a call.
@@ -132,7 +133,7 @@ def _unusual_weight(
     - the local tensor of one: the effective weight of this rank's part
     - a tensor of another class: the computed weight
     """
-    layout = blocks[0].slot.layout
+    layout = blocks[0].spec.layout
     split = split_of(base)
     if split is None and base.is_meta:
         # Blocks on the meta device too: the update is made of meta tensors. But accelerate's hook

@@ -15,7 +15,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -27,9 +26,11 @@ from disha.functional import merged_weight
 from disha.functional.new_rows import NewRows
 from disha.functional.shard_sums import is_inexact, merge_dtype
 from disha.layers import bitsandbytes, quantized
-from disha.layers.blocks import AdapterBlock, Adapters, Slot, original_class
+from disha.layers.adapters import Adapters, original_class
+from disha.layers.blocks import AdapterBlock
 from disha.layers.containers import CHILD_NAME
 from disha.layers.offloading import offloading_hooks
+from disha.layers.spec import BlockSpec
 from disha.sharding.tensors import gather, write
 from disha.sharding.zero import is_partitioned, whole_shape
 
@@ -120,45 +121,45 @@ def stored_weight(module: nn.Module, name: str) -> Tensor | None:
     return quantized.held_weight(module, name)
 
 
-def base_of(layer: nn.Module, slot: Slot) -> Tensor:
+def base_of(layer: nn.Module, spec: BlockSpec) -> Tensor:
     """Return W, the original of an adapted weight, also while merged; dense if it is quantised."""
-    stored = stored_weight(layer, slot.parameter)
-    if slot.quantized:
+    stored = stored_weight(layer, spec.parameter)
+    if spec.quantized:
         return quantized.dequantize(layer, stored)
     if stored is None:
-        return read_weight(layer, slot.parameter)
+        return read_weight(layer, spec.parameter)
     return stored
 
 
-def slots_of(layer: Any, adapters: Iterable[str]) -> dict[str, Slot]:
-    """Return parameter -> slot, for each parameter of the layer that one of the adapters changes.
+def adapted_weights(layer: Any, adapters: Iterable[str]) -> dict[str, BlockSpec]:
+    """Return parameter -> spec, for each parameter of the layer that one of the adapters changes.
 
-    A parameter can have several blocks, for other outputs each; the slot is that of one of them.
+    A parameter can have several blocks, for other outputs each; the spec is that of one of them.
     """
-    slots = {}
+    specs = {}
     for parameter, by_adapter in layer.disha.all_blocks.items():
         for adapter, blocks in by_adapter.items():
             if adapter in adapters:
-                # The slot of a borrowed block has the name of the parameter in its own layer.
-                slots[parameter] = replace(blocks[0].slot, parameter=parameter)
-    return slots
+                # The block of a tied parameter knows it by its name in its own layer.
+                specs[parameter] = blocks[0].spec.but(parameter=parameter)
+    return specs
 
 
 def start_block(layer: nn.Module, block: AdapterBlock) -> None:
     """Give a block the values that it starts with: new rows those of W, others as `init` says."""
     if block.is_new_rows:
-        write(block.block, rows_of_base(layer, block.slot))
+        write(block.block, rows_of_base(layer, block.spec))
     else:
         block.reset_parameters()
 
 
-def rows_of_base(layer: nn.Module, slot: Slot) -> Tensor:
+def rows_of_base(layer: nn.Module, spec: BlockSpec) -> Tensor:
     """Return the values of W for new rows (in, rows)."""
-    base = gather(base_of(layer, slot)).detach()
+    base = gather(base_of(layer, spec)).detach()
     if base.is_meta:
         for hook in offloading_hooks(layer):
-            base = hook.weights_map[slot.parameter]
-    return slot.layout.part(base, slot.output_ranges).mT
+            base = hook.weights_map[spec.parameter]
+    return spec.layout.part(base, spec.outputs).mT
 
 
 @contextmanager
@@ -168,18 +169,18 @@ def untrained_rows_kept(layer: Any, parameters: Iterable[str]) -> Iterator[None]
     They are the rows that are as in W before, or that have lost their values to new memory.
     """
     places = {
-        block: replace(block.slot, parameter=parameter)
+        block: block.spec.but(parameter=parameter)
         for parameter in parameters
         for block in layer.disha.blocks_for(parameter, layer.disha)
         if block.is_new_rows
     }
     untrained = {}
-    for block, slot in places.items():
+    for block, spec in places.items():
         values = block._parameters.get(block.parameter_name)
         # ZeRO-3 and FSDP's flat parameters would have to be gathered by all ranks.
         if values is None or is_partitioned(values) or values.is_meta:
             continue
-        former = rows_of_base(layer, slot)
+        former = rows_of_base(layer, spec)
         now = gather(values).detach()
         is_lost = now.isnan()
         if not former.is_meta:
@@ -194,30 +195,30 @@ def untrained_rows_kept(layer: Any, parameters: Iterable[str]) -> Iterator[None]
 
 def delta_of(layer: nn.Module, block: AdapterBlock) -> Tensor:
     """Return dW of a block of a layer, without its scale, in the weight's shape."""
-    slot = block.slot
-    if slot.quantized:
-        stored = stored_weight(layer, slot.parameter)
-        base = quantized.weight_for(block.method, layer, slot, stored, block.block)
+    spec = block.spec
+    if spec.quantized:
+        stored = stored_weight(layer, spec.parameter)
+        base = quantized.weight_for(block.method, layer, spec, stored, block.block)
     else:
-        base = base_of(layer, slot)
+        base = base_of(layer, spec)
     if block.is_new_rows:
         base = base.to(merge_dtype(base.dtype, block.block.dtype))
-        return NewRows(block.block, slot.output_ranges).write_weight(base) - base
-    return block.method.delta_weight(slot.layout, block.block, base, slot.output_ranges)
+        return NewRows(block.block, spec.outputs).write_weight(base) - base
+    return block.method.delta_weight(spec.layout, block.block, base, spec.outputs)
 
 
-def sum_with_updates(layer: Any, slot: Slot, adapters: Iterable[str]) -> Tensor:
+def sum_with_updates(layer: Any, spec: BlockSpec, adapters: Iterable[str]) -> Tensor:
     """Return W + sum of s * dW of these adapters, with their new rows. Collective if sharded."""
-    base = gather(base_of(layer, slot))
+    base = gather(base_of(layer, spec))
     deltas = []
     new_rows = []
-    for block in layer.disha.blocks_for(slot.parameter, adapters):
-        values, ranges = gather(block.block), block.slot.output_ranges
+    for block in layer.disha.blocks_for(spec.parameter, adapters):
+        values, ranges = gather(block.block), block.spec.outputs
         if block.is_new_rows:
             new_rows.append(NewRows(values, ranges))
         else:
-            # Its layout is not that of the slot, if new rows gave this one.
-            delta = block.method.delta_weight(block.slot.layout, values, base, ranges)
+            # Its layout is not that of the spec, if new rows gave this one.
+            delta = block.method.delta_weight(block.spec.layout, values, base, ranges)
             deltas.append((delta, block.scale))
     merged = merged_weight(base, deltas)
     for rows in new_rows:
@@ -231,11 +232,3 @@ def count_values(parameter: Tensor, module: nn.Module | None = None) -> int:
     if shape is None:
         shape = whole_shape(parameter)
     return shape.numel()
-
-
-def weight_shape(module: nn.Module, slot: Slot) -> tuple[int, ...]:
-    """Return the shape of a slot's parameter, or of the weight that a packed one stands for."""
-    if slot.shape is not None:
-        return slot.shape
-    weight = read_weight(module, slot.parameter)
-    return tuple(whole_shape(weight))

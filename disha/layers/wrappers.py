@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from torch import nn
+
 from disha.private_torch import CHECKPOINTED, COMPILED, FSDP_CHILD
+from disha.sharding.imported import imported_class
 
 
 class Wrapper(NamedTuple):
@@ -28,6 +31,14 @@ WRAPPERS = (
     Wrapper(FSDP, "FullyShardedDataParallel", FSDP_CHILD, distributes=True, shards=True),
     Wrapper(FSDP, "FSDPModule", "", distributes=True, shards=True),
 )
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """Return the module that wrappers wrap."""
+    for wrapper in WRAPPERS:
+        if wrapper.child and isinstance(model, imported_class(wrapper.module, wrapper.name)):
+            return unwrap(model._modules[wrapper.child])
+    return model
 
 
 def clean_key(key: str) -> str:

@@ -1,6 +1,6 @@
 """What training changes besides parameters: the persistent buffers of a model.
 
-The record of the model remembers what they were before the first adapter:
+The memory of the model knows what they were before the first adapter:
 
     buffers                           remembered         saved, once they have changed
     running statistics of norms       their values       with every adapter
@@ -15,19 +15,34 @@ from contextlib import ExitStack
 
 from torch import Tensor
 
-from disha.layers.model_record import FormerBuffer
-from disha.model.view import ModelBuffer, ModelView
+from disha.layers.memory import FormerBuffer
+from disha.model.view import ModelTensor, ModelView
 from disha.sharding.tensors import write
 
 
 def remember_buffers(view: ModelView, adapter: str, also_train: Collection[str]) -> None:
     """Remember the buffers that are not remembered yet, and those that the adapter will save."""
+    formers = {}
     for buffer in view.buffers:
         claimant = adapter if buffer.name in also_train else None
         if claimant is not None or buffer.former is None:
             is_saved = buffer.is_statistic or claimant is not None
-            former = FormerBuffer.of(buffer.value, is_saved=is_saved, claimant=claimant)
-            buffer.remember(former)
+            formers[buffer] = FormerBuffer.of(buffer.value, is_saved=is_saved, claimant=claimant)
+    view.remember(formers)
+
+
+def is_saved_with(buffer: ModelTensor, adapter: str | None) -> bool:
+    """Whether a change is saved with an adapter; with None, whether any adapter saves it."""
+    former = buffer.former
+    if former is None:
+        return buffer.is_statistic
+    return former.is_saved and (adapter is None or former.claimant in (None, adapter))
+
+
+def has_changed(buffer: ModelTensor) -> bool:
+    """Whether a buffer may have changed."""
+    former = buffer.former
+    return former is None or former.differs_from(buffer.value)
 
 
 # --- changes -------------------------------------------------------------------------------------
@@ -35,7 +50,7 @@ def remember_buffers(view: ModelView, adapter: str, also_train: Collection[str])
 
 def list_saved(view: ModelView, adapter: str | None = None) -> dict[str, Tensor]:
     """Return the buffers that an adapter, or any, saves once they have changed, by name."""
-    return {buffer.name: buffer.value for buffer in view.buffers if buffer.is_saved_with(adapter)}
+    return {buffer.name: buffer.value for buffer in view.buffers if is_saved_with(buffer, adapter)}
 
 
 def list_changed(view: ModelView, adapter: str | None = None) -> dict[str, Tensor]:
@@ -43,7 +58,7 @@ def list_changed(view: ModelView, adapter: str | None = None) -> dict[str, Tenso
     return {
         buffer.name: buffer.value
         for buffer in view.buffers
-        if buffer.is_saved_with(adapter) and buffer.has_changed
+        if is_saved_with(buffer, adapter) and has_changed(buffer)
     }
 
 
@@ -54,7 +69,7 @@ def list_unsaved(view: ModelView) -> list[str]:
     return [
         buffer.name
         for buffer in view.buffers
-        if id(buffer.value) not in saved and buffer.former is not None and buffer.has_changed
+        if id(buffer.value) not in saved and buffer.former is not None and has_changed(buffer)
     ]
 
 
@@ -66,7 +81,7 @@ def put_back_buffers(
     The buffers named in `excepted` keep what they have.
     """
     for buffer in view.buffers:
-        if buffer.name not in excepted and buffer.is_saved_with(adapter):
+        if buffer.name not in excepted and is_saved_with(buffer, adapter):
             _put_back(buffer, undo)
 
 
@@ -75,13 +90,15 @@ def release_buffers(view: ModelView, adapter: str, undo: ExitStack) -> None:
 
     Then no adapter saves them any more.
     """
+    released = {}
     for buffer in view.buffers:
         if buffer.claimant == adapter:
             _put_back(buffer, undo)
-            buffer.remember(FormerBuffer.of(buffer.value, is_saved=False))
+            released[buffer] = FormerBuffer.of(buffer.value, is_saved=False)
+    view.remember(released)
 
 
-def _put_back(buffer: ModelBuffer, undo: ExitStack) -> None:
+def _put_back(buffer: ModelTensor, undo: ExitStack) -> None:
     former = buffer.former
     if former is None or not isinstance(former.values, Tensor) or former.values.is_meta:
         return

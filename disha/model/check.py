@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from disha.effective.contexts import open_context
 from disha.errors import ArgumentError, DishaError
-from disha.layers.adapted import AdaptedLayer, restore
+from disha.layers.adapted import AdaptedLayer, set_state
 from disha.layers.blocks import AdapterBlock
 from disha.layers.wrappers import clean_key
 from disha.model.check_merges import (
@@ -141,7 +141,7 @@ def _find_whether_base_changed(view: ModelView, runner: Runner) -> bool | None:
     with open_context(groups, (), disables=True):
         without_updates = runner.run(training=False)
     for layer in view.find_layers():
-        restore(layer)
+        set_state(layer, None)
     view.guard_encoders()
     try:
         of_base = runner.run(training=False)

@@ -23,7 +23,7 @@ from disha.effective.weight import base_inside
 from disha.errors import ArgumentError
 from disha.functional.shard_sums import PLAIN, as_real, merge_dtype
 from disha.layers.blocks import AdapterBlock
-from disha.layers.quantized import quantized_slot
+from disha.layers.quantized import quantized_weight
 from disha.model.view import ModelBlock, ModelView
 from disha.private_torch import TorchDispatchMode, tree_leaves, written_arguments
 from disha.sharding.tensors import is_sharded
@@ -75,7 +75,7 @@ def _keep_buffers(modules: Iterable[nn.Module]) -> Iterator[None]:
     """Put the buffers of modules back after the body, in which forwards may change them."""
     kept = []
     for module in modules:
-        if quantized_slot(module) is not None:
+        if quantized_weight(module) is not None:
             continue  # its buffers may be packed weights, which are large and do not change
         for name, buffer in module._buffers.items():
             if buffer is not None and not is_lazy(buffer) and not buffer.is_meta:
@@ -126,8 +126,8 @@ def dense_weights(model_blocks: list[ModelBlock]) -> dict[AdapterBlock, nn.Param
     """Return each block -> its adapted parameter, where this rank holds all of its values."""
     weights = {}
     for _, layer, _, block in model_blocks:
-        parameter = layer._parameters.get(block.slot.parameter)
-        if parameter is None or block.slot.quantized or parameter.is_meta:
+        parameter = layer._parameters.get(block.spec.parameter)
+        if parameter is None or block.spec.quantized or parameter.is_meta:
             continue
         if not is_sharded(parameter) and not is_partitioned(parameter):
             weights[block] = parameter

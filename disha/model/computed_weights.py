@@ -13,8 +13,8 @@ from disha.errors import ModeError
 from disha.functional.shard_sums import without_autocast
 from disha.layers.adapted import AdaptedLayer
 from disha.layers.blocks import AdapterBlock
-from disha.layers.quantized import quantized_slot
-from disha.layers.weights import base_of, read_weight, slots_of, sum_with_updates
+from disha.layers.quantized import quantized_weight
+from disha.layers.weights import adapted_weights, base_of, read_weight, sum_with_updates
 from disha.model.view import ModelView
 from disha.sharding.tensors import gather
 from disha.sharding.zero import gathered_parameter
@@ -56,7 +56,7 @@ def computed_weights(view: ModelView) -> Iterator[tuple[str, Tensor]]:
 def _weights_of(module: nn.Module) -> list[str]:
     """Return the names of a module's weights, as they were before it was quantised."""
     names = [name for name, value in dict(module._parameters).items() if value is not None]
-    if quantized_slot(module) is not None:
+    if quantized_weight(module) is not None:
         return ["weight"] + [name for name in names if name == "bias"]
     if is_parametrized(module):
         names += module.parametrizations  # type: ignore[arg-type]
@@ -75,10 +75,10 @@ def _compute(module: nn.Module, attribute: str) -> Tensor:
             stack.enter_context(without_autocast(tensor))
         if isinstance(module, AdaptedLayer):
             active = module.disha.active
-            slots = slots_of(module, active)
-            if attribute in slots:
-                return sum_with_updates(module, slots[attribute], active)
-        slot = quantized_slot(module)
-        if slot is not None and attribute == slot.parameter:
-            return gather(base_of(module, slot))
+            specs = adapted_weights(module, active)
+            if attribute in specs:
+                return sum_with_updates(module, specs[attribute], active)
+        spec = quantized_weight(module)
+        if spec is not None and attribute == spec.parameter:
+            return gather(base_of(module, spec))
         return gather(read_weight(module, attribute))

@@ -6,16 +6,27 @@ asyncio task that enters them. The other functions change the model for all thre
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 
 from torch import nn
 
 from disha.checks import check_scale, check_type
-from disha.effective.contexts import LOCK, NamedContext, Override, open_context, split_off_groups
+from disha.effective.contexts import (
+    LOCK,
+    Group,
+    NamedContext,
+    Override,
+    open_context,
+    split_off_groups,
+)
 from disha.errors import ArgumentError
 from disha.functional.routed import Route
 from disha.layers.adapted import refuse_merged
+from disha.layers.memory import NOWHERE, PLACES
+from disha.layers.wrappers import unwrap
+from disha.model.inject import set_active
+from disha.model.routing import find_unroutable
 from disha.model.view import ModelView, all_or_nothing
 
 
@@ -45,19 +56,21 @@ def set_active_adapters(model: nn.Module, names: str | Sequence[str]) -> None:
     wanted = check_names(view, names)
     refuse_merged(view.find_layers(), "change the active adapters")
     with all_or_nothing(view):
-        for layer in view.find_layers():
-            layer.disha.active = wanted
+        set_active(view, wanted)
 
 
 def check_names(view: ModelView, names: str | Sequence[str]) -> tuple[str, ...]:
     """Return the names of adapters, each once, or raise if the model lacks one."""
-    check_type("names", names, Iterable, "an adapter's name or a list of them")
-    if isinstance(names, str):
-        names = [names]
-    wanted = dict.fromkeys(names)
+    wanted = list_names(names)
     for name in wanted:
         view.require(name)
-    return tuple(wanted)
+    return wanted
+
+
+def list_names(names: str | Sequence[str]) -> tuple[str, ...]:
+    """Return the names of adapters, each once."""
+    check_type("names", names, Iterable, "an adapter's name or a list of them")
+    return (names,) if isinstance(names, str) else tuple(dict.fromkeys(names))
 
 
 def adapters_active(model: nn.Module, names: str | Sequence[str]) -> AbstractContextManager[None]:
@@ -87,10 +100,7 @@ def adapters_active(model: nn.Module, names: str | Sequence[str]) -> AbstractCon
         False
     """
     return _context(
-        "adapters_active",
-        "choose the acting adapters",
-        model,
-        lambda view: check_names(view, names),
+        "adapters_active", "choose the acting adapters", model, lambda: list_names(names)
     )
 
 
@@ -120,30 +130,58 @@ def adapters_disabled(model: nn.Module) -> AbstractContextManager[None]:
         ...     print(torch.equal(model(x), before))
         True
     """
-    return _context("adapters_disabled", "disable adapters", model, lambda view: (), disables=True)
+    return _context("adapters_disabled", "disable adapters", model, lambda: (), disables=True)
 
 
 def _context(
     name: str,
     action: str,
     model: nn.Module,
-    choose: Callable[[ModelView], Override],
+    choose: Callable[[], Override],
     disables: bool = False,
 ) -> NamedContext:
     """Return the context of a function of this name. `choose` says what acts, when it opens."""
 
     @contextmanager
     def run() -> Iterator[None]:
+        override = choose()
         with ExitStack() as stack:
             with LOCK:  # so that no other thread adds or removes adapters meanwhile
-                view = ModelView(model)
-                override = choose(view)
-                refuse_merged(view.find_layers(), action)
-                groups = split_off_groups(layer.disha for layer in view.find_layers())
+                groups = _find_groups(model, override, action)
                 stack.enter_context(open_context(groups, override, disables))
             yield
 
     return NamedContext(name, run())
+
+
+def _find_groups(model: nn.Module, override: Override, action: str) -> frozenset[Group]:
+    """Return the groups of the model's layers, or raise if they can't do what the context says.
+
+    A complete model answers from its state. A part, or a model with layers that got adapters by
+    themselves, is walked through.
+    """
+    adapters = override.adapters if isinstance(override, Route) else override
+    memory, names = PLACES.get(unwrap(model), NOWHERE)
+    state = memory.state
+    knows_all = "" in names and state.adapters.issuperset(adapters) and not state.merged
+    if knows_all and memory.group.is_only_one():
+        if isinstance(override, Route):
+            _refuse_unroutable(adapters, state.unroutable)
+        return frozenset([memory.group])
+    view = ModelView(model)
+    for adapter in adapters:
+        view.require(adapter)
+        if isinstance(override, Route):
+            _refuse_unroutable(adapters, find_unroutable(view, adapter))
+    refuse_merged(view.find_layers(), action)
+    return split_off_groups(layer.disha for layer in view.find_layers())
+
+
+def _refuse_unroutable(adapters: Iterable[str], reasons: Mapping[str, str]) -> None:
+    """Raise if samples can't be routed to one of the adapters."""
+    for adapter in adapters:
+        if adapter in reasons:
+            raise ArgumentError(reasons[adapter])
 
 
 def set_adapter_scale(model: nn.Module, scale: float, adapter: str = "default") -> None:
@@ -216,41 +254,10 @@ def route_adapters(
         True
     """
 
-    def choose(view: ModelView) -> Override:
+    def choose() -> Route:
         route = Route(tuple(names_per_sample))
         if not route.names:
             raise ArgumentError("names_per_sample is empty; give a name or None for each sample")
-        check_names(view, route.adapters)
-        _refuse_experts(view, route)
-        _refuse_sequences_first(view, route)
         return route
 
     return _context("route_adapters", "route adapters", model, choose)
-
-
-def _refuse_experts(view: ModelView, route: Route) -> None:
-    """Raise if experts are routed."""
-    for name, _, adapter, block in view.blocks():
-        if adapter in route.adapters and "expert" in block.slot.layout.axes:
-            raise ArgumentError(
-                f"route_adapters can't route samples through {name}, because experts get the "
-                "tokens of all samples in any order; leave experts out (exclude=)"
-            )
-
-
-def _refuse_sequences_first(view: ModelView, route: Route) -> None:
-    """Raise if layers are routed outside of attention modules that take sequences first."""
-    attention = [module for module in view.names if isinstance(module, nn.MultiheadAttention)]
-    sequence_first = [view.names[module][0] for module in attention if not module.batch_first]
-    inside = {child for module in attention for child in module.modules()}
-    outside = [
-        name
-        for layer, name in view.find_layers().items()
-        if layer not in inside and not set(route.adapters).isdisjoint(layer.disha)
-    ]
-    if sequence_first and outside:
-        raise ArgumentError(
-            f"route_adapters needs samples along the leading dimension, but {sequence_first[0]} "
-            f"has batch_first=False, so other layers, such as {outside[0]}, may get sequences "
-            "first. Build the model with batch_first=True, or adapt attention projections only"
-        )

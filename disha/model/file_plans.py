@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import replace
 
-import torch
 from torch import Tensor
 
 from disha.config import AdapterConfig
 from disha.errors import ArgumentError
-from disha.layers.kinds import slot_of
-from disha.model.plan import Plan, PlannedLayer
-from disha.model.reasons import reason_against_loading, reason_against_record
-from disha.model.records import LayerRecord
-from disha.model.selection import as_table, find_layout_key, find_tied, list_nearest, list_weights
+from disha.layers.spec import BlockSpec
+from disha.model.plan import Plan
+from disha.model.reasons import reason_against_file, reason_against_loading
+from disha.model.selection import (
+    Candidate,
+    as_table,
+    as_whole,
+    find_layout_key,
+    find_tied,
+    list_candidates,
+    list_nearest,
+)
 from disha.model.view import ModelView
 from disha.text import WIDEST, brief, first_few, printable
 
@@ -23,31 +28,27 @@ def plan_weights(
     view: ModelView,
     adapter: str,
     config: AdapterConfig,
-    layers: Collection[LayerRecord],
+    layers: Collection[BlockSpec],
     tensors: Mapping[str, Tensor],
     also_train: Collection[str],
     *,
-    dtype: torch.dtype | None,
     freeze: bool,
 ) -> Plan:
     """Plan an adapter for the weights that a file names; raise one error with all reasons."""
     view.check_can_add(adapter)
-    weights = _weights_by_name(view, config)
+    weights = _candidates_by_name(view)
     reasons = []
     planned = []
-    for record in layers:
-        tensor = tensors[record.key]
-        name = printable(record.name, WIDEST) or "(the model)"
-        if record.name not in weights:
+    for in_file in layers:
+        name = printable(in_file.name, WIDEST) or "(the model)"
+        if in_file.name not in weights:
             reasons.append(f"{name}: the model has no such layer")
             continue
-        values = tensor
-        if dtype is not None and not tensor.is_complex() and not record.is_new_rows:
-            values = tensor.to(dtype)
-        layer = _plan_as_recorded(view, weights[record.name], record, config, values)
-        reason = reason_against_record(layer, record, tensor.shape)
+        spec = _describe_as_in_file(view, weights[in_file.name], in_file, config)
+        spec = spec.but(adapter=adapter)
+        reason = reason_against_file(view, spec, in_file, tensors[in_file.key], config.dropout)
         if reason is None:
-            planned.append(layer)
+            planned.append(spec)
         else:
             reasons.append(f"{name}: {reason}")
     in_model = {name: tensor for tensor in view.tensors for name in tensor.names}
@@ -57,7 +58,7 @@ def plan_weights(
             reasons.append(f"parameter {printable(key, WIDEST)}: {reason}")
     if reasons:
         message = f"the adapter does not fit the model; nothing changed:\n{first_few(reasons, 20)}"
-        absent = [record.name for record in layers if record.name not in weights]
+        absent = [spec.name for spec in layers if spec.name not in weights]
         saved_names = [name for name, weight in weights.items() if name in weight.names]
         nearest = list_nearest(absent[0], saved_names) if absent else ""
         if nearest:
@@ -68,32 +69,35 @@ def plan_weights(
     return Plan(adapter, config, freeze, tuple(planned), claimed)
 
 
-def _weights_by_name(view: ModelView, config: AdapterConfig) -> dict[str, PlannedLayer]:
+def _candidates_by_name(view: ModelView) -> dict[str, Candidate]:
     """Return every weight of the model under all names that a file may have for it."""
-    weights: dict[str, PlannedLayer] = {}
-    for layer in list_weights(view, config):
-        for name in layer.names_to_match:
-            weights.setdefault(name, layer)
+    weights: dict[str, Candidate] = {}
+    for candidate in list_candidates(view):
+        for name in candidate.names_to_match:
+            weights.setdefault(name, candidate)
     return weights
 
 
-def _plan_as_recorded(
-    view: ModelView,
-    layer: PlannedLayer,
-    record: LayerRecord,
-    config: AdapterConfig,
-    values: Tensor,
-) -> PlannedLayer:
-    """Return a weight with the block and the rows of the file, and its layout if none is known."""
-    if record.is_new_rows:
-        layer = as_table(layer)
-    slot = layer.slot
-    is_declared = slot is None or find_layout_key(layer, config) is not None
-    if is_declared and layer.attribute:
-        slot = slot_of(layer.attribute, record.layout)
-    if slot is not None and record.rows:
-        slot = replace(slot, output_ranges=record.rows)
-    places = find_tied(view, layer)
-    # A tied parameter that the file does not list has no update in the file, and gets none here.
-    tied = {name: places[name] for name in record.tied if name in places}
-    return replace(layer, slot=slot, config=config, r=record.r, values=values, tied=tied)
+def _describe_as_in_file(
+    view: ModelView, candidate: Candidate, in_file: BlockSpec, config: AdapterConfig
+) -> BlockSpec:
+    """Return a weight with the block and the outputs of the file, and its layout if none is known.
+
+    A tied parameter that the file does not list has no update in the file, and gets none here.
+    """
+    if in_file.is_new_rows:
+        candidate = as_table(candidate)
+    spec = candidate.spec
+    is_declared = not spec.has_layout or find_layout_key(candidate, config) is not None
+    if is_declared and spec.parameter:
+        spec = as_whole(spec, in_file.layout)
+    if spec.has_layout and in_file.outputs:
+        spec = spec.but(outputs=in_file.outputs)
+    tied = find_tied(view, spec)
+    return spec.but(
+        method=in_file.method,
+        r=in_file.r,
+        r_out=in_file.r_out,
+        scale=in_file.scale,
+        tied=tuple(name for name in in_file.tied if name in tied),
+    )

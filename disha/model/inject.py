@@ -1,31 +1,55 @@
-"""Inject adapters into a model and remove them: only this code changes a model's structure."""
+"""Inject adapters into a model: walk, select, describe, check, apply.
+
+walk        `ModelView`          the modules of the model, and their names
+select      `Selection`          the weights that the target matches
+describe    `BlockSpec`          a weight, its method, r and sizes, and what is tied to it
+check       `reasons`            why a weight can't have the block
+apply       `apply_plan`         make the blocks, and give the modules their new states
+"""
 
 from __future__ import annotations
 
 import warnings
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from typing import TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial, wraps
+from types import MappingProxyType
+from typing import Any, ParamSpec, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from disha.config import AdapterConfig, Init, MethodName, Patterns, Target
-from disha.errors import ArgumentError, ModeError
+from disha.config import (
+    AdapterConfig,
+    Init,
+    MethodName,
+    Patterns,
+    Target,
+    check_items,
+    check_row_numbers,
+    find_matching,
+)
+from disha.errors import ArgumentError, TargetError
 from disha.functional.method import Groups
 from disha.hints import with_hints
-from disha.layers.adapted import adapt, refuse_changed_class, restore
+from disha.layers.adapted import set_state, state_with_parameters
 from disha.layers.blocks import AdapterBlock
-from disha.layers.model_record import Flag, ModelRecord
+from disha.layers.memory import PLACES, ModelMemory
 from disha.layers.new_blocks import make_block
+from disha.layers.spec import BlockSpec
 from disha.model import buffers
-from disha.model.plan import EXCLUDED, Plan
-from disha.model.target_plans import plan_injection
-from disha.model.view import ModelView, all_or_nothing
+from disha.model.plan import Plan, Skipped
+from disha.model.reasons import reason_against, reason_against_claiming, reason_against_size
+from disha.model.routing import find_unroutable
+from disha.model.selection import EXCLUDED, Selection, find_tied, list_reasons, refuse_unused
+from disha.model.training import claim, freeze
+from disha.model.view import ModelTensor, ModelView, all_or_nothing
 from disha.sharding.ranks import broadcast
 from disha.text import counted, first_few, join
 
 M = TypeVar("M", bound=nn.Module)
+P = ParamSpec("P")
 
 
 @with_hints
@@ -138,12 +162,197 @@ def inject_adapters(
     return model
 
 
+def _with_arguments_of(
+    function: Callable[P, Any],
+) -> Callable[[Callable[..., Plan]], Callable[P, Plan]]:
+    """Give a function the arguments of another one, for readers and for type checkers."""
+
+    def give(other: Callable[..., Plan]) -> Callable[P, Plan]:
+        names = ("__name__", "__qualname__", "__doc__", "__module__")
+        kept = {name: getattr(other, name) for name in names}
+        with_arguments = wraps(function)(lambda *args, **kwargs: other(*args, **kwargs))
+        for name, value in kept.items():
+            setattr(with_arguments, name, value)
+        return with_hints(with_arguments)
+
+    return give
+
+
+@_with_arguments_of(inject_adapters)
+def plan_adapters(
+    model: nn.Module,
+    target_regex: Target,
+    r: int,
+    *,
+    adapter: str = "default",
+    also_train_rows: Mapping[str, Sequence[int]] | None = None,
+    freeze: bool = True,
+    **settings: Any,
+) -> Plan:
+    """Return what `inject_adapters` would do with the same arguments; change nothing.
+
+    The plan lists weights that r or r_out does not fit as skipped. It also lists every matrix
+    parameter of unknown layout, with the argument that would adapt it.
+
+    Args:
+        model: any model.
+        target_regex: the weights to adapt.
+        r: shard size.
+        adapter: the new adapter's name.
+        also_train_rows: regex of names -> rows of matrices to train and save with it.
+        freeze: whether all other parameters are frozen.
+        settings: all other arguments of `inject_adapters`.
+
+    Raises:
+        DishaError: as for `inject_adapters`, but not if r or r_out does not fit a weight.
+
+    Examples:
+        >>> from torch import nn
+        >>> import disha
+        >>> plan = disha.plan_adapters(nn.Sequential(nn.Linear(8, 4), nn.LayerNorm(4)), ".", r=2)
+        >>> print(plan)
+        layer  method  r  in -> out  parameters
+        0      bone    2  8 -> 4              8
+        skipped 1: no layer kind adapts LayerNorm
+        adapter 'default': 1 layer, 8 parameters; trainable 8 of 52 (15.385%)
+    """
+    config = AdapterConfig.from_arguments(settings, target=target_regex, r=r)
+    view = ModelView(model)
+    plan = plan_injection(
+        view, target_regex, adapter, config, also_train_rows, freeze=freeze, strict=False
+    )
+    return _count_parameters(view, plan)
+
+
+def plan_injection(
+    view: ModelView,
+    target: Target,
+    adapter: str,
+    config: AdapterConfig,
+    also_train_rows: Mapping[str, Sequence[int]] | None,
+    *,
+    freeze: bool,
+    strict: bool,
+) -> Plan:
+    """Plan an injection of a target, which may be a predicate, and so not in the configuration.
+
+    If r or r_out does not fit a weight, raise if `strict`, and else list the weight as skipped.
+    """
+    view.check_can_add(adapter)
+    selection = Selection(view, "target_regex", target, config)
+    layers: list[BlockSpec] = []
+    skipped: list[Skipped] = []
+    if also_train_rows:
+        new_rows = check_items("also_train_rows", also_train_rows, check_row_numbers)
+        tables = Selection(view, "also_train_rows", [*new_rows], config, new_rows)
+        layers, skipped = _describe(tables, adapter, [], strict)
+    also_train = _choose_also_trained(view, config, layers)
+    more_layers, more_skipped = _describe(selection, adapter, layers, strict)
+    return Plan(
+        adapter,
+        config,
+        freeze,
+        layers=(*layers, *more_layers),
+        also_train=also_train,
+        skipped=(*skipped, *more_skipped),
+        unknown=selection.unknown,
+    )
+
+
+def _describe(
+    selection: Selection, adapter: str, planned: Sequence[BlockSpec], strict: bool
+) -> tuple[list[BlockSpec], list[Skipped]]:
+    """Return the blocks that selected weights get, and which are skipped, with their reasons.
+
+    Weights that are `planned` already are left out. A module whose name matches `exclude` keeps
+    the plain weight, even if it shares the parameter.
+    """
+    view = selection.view
+    config = selection.config
+    # Where a weight has a block already, or is tied to one that has. A weight that is found there
+    # again, in a tied module or by `target_regex` after `also_train_rows`, gets no second block.
+    adapted = {(view.modules[name], key) for spec in planned for name, key in spec.places}
+    layers = []
+    unfit = []  # weights that could have a block of another size
+    selected, skipped = selection.select()
+    for candidate in selected:
+        spec = candidate.spec
+        if spec.has_layout:
+            if candidate.place in adapted:
+                continue
+            tied = find_tied(view, spec, config.exclude)
+            spec = spec.but(adapter=adapter, names=candidate.names, tied=tied)
+            if spec.is_new_rows:
+                spec = spec.but(r=1)
+            else:
+                r = config.rank_of(*candidate.names, *candidate.module_names, *spec.tied)
+                spec = spec.but(method=config.method, r=r, r_out=config.r_out, scale=config.scale)
+            adapted.update((view.modules[name], key) for name, key in spec.places[1:])
+        reason = reason_against(view, spec)
+        if reason is not None:
+            skipped.append(candidate.skip(reason))
+            continue
+        reason = reason_against_size(view, spec, config.dropout)
+        if reason is None:
+            layers.append(spec)
+        else:
+            unfit.append(candidate.skip(reason))
+    if not layers and not unfit:
+        raise TargetError(selection.explain_nothing(skipped))
+    selection.refuse_unused()
+    if unfit and strict:
+        raise ArgumentError(
+            f"{list_reasons(unfit)}. Choose a smaller `r`, or an `r_out` that divides the outputs, "
+            "give these layers their own r (`rank_pattern`), or leave them out (`exclude`)"
+        )
+    return layers, [*skipped, *unfit]
+
+
+def _choose_also_trained(
+    view: ModelView, config: AdapterConfig, tables: Sequence[BlockSpec]
+) -> tuple[str, ...]:
+    """Return the main names of the parameters and buffers that `also_train` matches."""
+    if not config.also_train:
+        return ()
+    with_new_rows = {name for spec in tables for name in (spec.full_name, *spec.tied)}
+    matched_names: list[str] = []
+    chosen = []
+    for tensor in view.tensors:
+        if not find_matching(config.also_train, tensor.names):
+            continue
+        reason = reason_against_claiming(tensor)
+        if not with_new_rows.isdisjoint(tensor.names):
+            reason = "also_train_rows trains rows of it"
+        if reason is not None:
+            raise ArgumentError(
+                f"also_train matches {tensor.name}: {reason}; give a regex that leaves it out"
+            )
+        matched_names += tensor.names
+        if not tensor.is_statistic:  # statistics are saved with every adapter
+            chosen.append(tensor.name)
+    refuse_unused("also_train", config.also_train, matched_names)
+    return tuple(chosen)
+
+
+def _count_parameters(view: ModelView, plan: Plan) -> Plan:
+    """Return a plan with the numbers of parameters, which only its reader needs."""
+
+    def trains(parameter: ModelTensor) -> bool:
+        if parameter.name in plan.also_train:
+            return True
+        is_frozen = plan.freeze and parameter.claimant is None
+        return parameter.value.requires_grad and not is_frozen
+
+    trainable, total = view.count_parameters(trains)
+    return replace(plan, trainable=plan.added + trainable, total=plan.added + total)
+
+
 def _warn_of_skipped(plan: Plan) -> None:
     """Warn if the target selects weights that can't be adapted, which is rarely intended."""
     weights = [
-        f"{layer.name}: {layer.reason}"
-        for layer in plan.skipped
-        if layer.attribute and layer.reason != EXCLUDED
+        f"{item.name}: {item.reason}"
+        for item in plan.skipped
+        if item.has_weight and item.reason != EXCLUDED
     ]
     if weights:
         warnings.warn(
@@ -153,227 +362,65 @@ def _warn_of_skipped(plan: Plan) -> None:
         )
 
 
-def apply_plan(view: ModelView, plan: Plan, *, activate: bool = True) -> None:
+# --- carrying a plan out -------------------------------------------------------------------------
+
+
+def apply_plan(
+    view: ModelView,
+    plan: Plan,
+    values: Mapping[str, Tensor] = MappingProxyType({}),
+    *,
+    activate: bool = True,
+) -> None:
     """Carry out a plan that was just made for this model.
 
-    The new adapter becomes the only active one, or does not act yet without `activate`.
+    `values` are those of the blocks, by their keys; a block without any starts as `init` says. The
+    new adapter becomes the only active one, or does not act yet without `activate`.
     """
     # Blocks are made before the model changes: this is what usually fails.
     blocks = defaultdict[nn.Module, list[AdapterBlock]](list)
-    tied_blocks = defaultdict[nn.Module, list[tuple[str, AdapterBlock]]](list)
-    for layer in plan.layers:
-        assert layer.slot is not None
-        block = make_block(
-            layer.module, layer.slot, layer.method, layer.config, layer.r, layer.values
-        )
+    borrowed = defaultdict[nn.Module, list[tuple[str, AdapterBlock]]](list)
+    for spec in plan.layers:
+        module = view.modules[spec.module]
+        block = make_block(module, spec, plan.config, values.get(spec.key))
         if block.split is None and not block.block.is_meta:
             # Weights that a tensor-parallel plan leaves whole have ranks too.
             broadcast(block.block, view.ranks.groups)
-        blocks[layer.module].append(block)
-        for module, name in layer.tied.values():
-            tied_blocks[module].append((name, block))
-    record = _note_plan(view, plan)
-    for module in dict.fromkeys((*blocks, *tied_blocks)):
-        own_blocks = blocks[module]
-        tied = tied_blocks[module]
-        parameters = [block.slot.parameter for block in own_blocks]
-        parameters += [name for name, _ in tied]
-        is_quantized = any(block.slot.quantized for block in own_blocks)
-        names = view.names_in_record(module)
-        adapters = adapt(module, parameters, is_quantized, record, names)
-        adapters.add(plan.adapter, own_blocks, tied)
-    # All layers, the new ones too. To set `active` also rebuilds the tables that forwards read,
-    # so it is set even if what acts stays the same.
-    for adapted in view.find_layers():
-        active = (plan.adapter,) if activate else adapted.disha.active
-        adapted.disha.active = active
-    view.guard_encoders()
-    _set_flags(view, plan)
-
-
-def _note_plan(view: ModelView, plan: Plan) -> ModelRecord:
-    """Note the new layers, their ties and the buffers in the record of the model; return it."""
-    record, model_name = view.unite_records()
-    for layer in plan.layers:
-        borrowers = tuple(join(model_name, name) for name in layer.tied)
-        record.layers[plan.adapter, join(model_name, layer.name)] = borrowers
-    buffers.remember_buffers(view, plan.adapter, plan.also_train)
-    return record
-
-
-def remove_adapters(model: M, adapter: str | None = None) -> M:
-    """Remove one adapter, or all; return the same model.
-
-    A layer without adapters gets its former class and state-dict keys back. When the model has no
-    adapter left, every `requires_grad` flag and the running statistics of batch norms are as they
-    were before the first injection. Buffers that `also_train` named are as before the adapter that
-    it trained them with; parameters that it named keep their values. No other adapter becomes
-    active.
-
-    Args:
-        model: a model with adapters.
-        adapter: the adapter to remove; all by default.
-
-    Returns:
-        `model` itself.
-
-    Raises:
-        ArgumentError: there is no such adapter, or something changed a layer's class after it was
-            adapted (a parametrization, for example).
-        TargetError: DDP or FSDP wraps the model.
-        ModeError: adapters are merged (`MergeError`); or this thread is in a context of the model,
-            or another one is in a context that names the adapter.
-
-    Warns:
-        UserWarning: other buffers have changed since the injection. They keep their values.
-
-    The model is unchanged whenever this raises.
-
-    Examples:
-        >>> from torch import nn
-        >>> import disha
-        >>> model = disha.inject_adapters(nn.Linear(8, 16), "all-linear", r=4)
-        >>> type(disha.remove_adapters(model)).__name__, model.weight.requires_grad
-        ('Linear', True)
-    """
-    view = ModelView(model)
-    view.refuse_inside("remove adapters")
-    view.refuse_wrapped(
-        "remove adapters",
-        "remove them before wrapping (of DDP, from the module inside), or switch them off with "
-        "set_active_adapters(model, [])",
-    )
-    if adapter is not None:
-        view.require(adapter)
-    removed = view.adapters if adapter is None else [adapter]
-    check_removable(view, removed)
-    with all_or_nothing(view) as undo:
-        take_out(view, removed)
-        for name in removed:
-            buffers.release_buffers(view, name, undo)
-        if not view.has_adapters_anywhere:
-            buffers.put_back_buffers(view, undo)
-            _warn_of_unsaved_buffers(view)
-            view.forget_buffers()
-    return model
-
-
-def _warn_of_unsaved_buffers(view: ModelView) -> None:
-    """Name the buffers that have changed, but whose former values nothing has kept."""
-    changed = buffers.list_unsaved(view)
-    if changed:
-        warnings.warn(
-            f"{counted(len(changed), 'buffer')} of the model changed while it had adapters, and "
-            f"can't be put back: {first_few(changed, 3, ', ')}. Name them in also_train when you "
-            "inject, and they are saved and put back",
-            stacklevel=3,
+        blocks[module].append(block)
+        for name, parameter in spec.places[1:]:
+            borrowed[view.modules[name]].append((parameter, block))
+    memory = view.unite()
+    for module in dict.fromkeys((*blocks, *borrowed)):
+        parameters = [block.spec.parameter for block in blocks[module]]
+        parameters += [name for name, _ in borrowed[module]]
+        is_quantized = any(block.spec.quantized for block in blocks[module])
+        state = state_with_parameters(
+            module, parameters, is_quantized, memory, PLACES[module].names
         )
-
-
-def take_out(view: ModelView, adapters: Sequence[str]) -> None:
-    """Remove adapters, and give layers without any their own class back."""
-    for layer in view.find_layers():
-        for adapter in adapters:
-            layer.disha.discard(adapter)
-        if not len(layer.disha):
-            restore(layer)
+        state = state.with_adapter(plan.adapter, blocks[module], tuple(borrowed[module]))
+        set_state(module, state)
+    if activate:
+        set_active(view, (plan.adapter,))
     view.guard_encoders()
-    view.forget_layers(adapters)
-    is_plain = not view.has_adapters_anywhere
-    for parameter in view.parameters:
-        flag = parameter.former
-        if flag is None:
-            continue
-        if is_plain:
-            parameter.value.requires_grad = flag.original
-        elif flag.claimant in adapters:
-            parameter.remember(Flag(flag.original))
-            parameter.value.requires_grad = flag.without_adapter
+    _note_plan(view, plan, memory)
 
 
-def check_removable(view: ModelView, removed: Sequence[str]) -> None:
-    """Raise if a class was changed, or another thread or task is in a context of an adapter."""
-    view.refuse_half_of_ties("remove adapters")
-    for layer, name in view.find_layers().items():
-        if set(layer.disha) <= set(removed):
-            refuse_changed_class(layer, name)
-    for context in view.open_contexts():
-        used = sorted(context.names.intersection(removed))
-        if used:
-            raise ModeError(
-                f"can't remove adapter {used[0]!r} while another thread or task uses it, inside "
-                f"{context.function}; remove it when those have ended"
-            )
+def set_active(view: ModelView, adapters: tuple[str, ...]) -> None:
+    """Let exactly these adapters act."""
+    for layer in view.find_layers():
+        set_state(layer, layer.disha.state(type(layer)).but(active=adapters))
 
 
-def adapter_parameters(model: nn.Module, adapter: str | None = None) -> list[nn.Parameter]:
-    """Return all that trains with the adapters, or with one: blocks and `also_train`.
-
-    All other parameters that require gradients, such as those of a new head, train with every
-    adapter. This is what an optimizer needs and what `save_adapter` writes, each parameter once,
-    in the order of `model.parameters()`.
-
-    Args:
-        model: a model with adapters.
-        adapter: the adapter; all by default.
-
-    Raises:
-        ArgumentError: there is no such adapter.
-
-    Examples:
-        >>> from torch import nn
-        >>> import disha
-        >>> model = disha.inject_adapters(nn.Linear(8, 16), ".*", r=4, also_train="bias")
-        >>> [tuple(parameter.shape) for parameter in disha.adapter_parameters(model)]
-        [(16,), (4, 16)]
-    """
-    view = ModelView(model)
-    view.reshard()
-    model_blocks = view.blocks() if adapter is None else view.require(adapter)
-    trained = {id(model_block.values) for model_block in model_blocks}
-    trained |= {id(parameter.value) for parameter in view.list_trained(adapter)}
-    # The order of the model, so that the state of an optimizer fits one with another list of it.
-    return [parameter for parameter in view.list_parameters() if id(parameter) in trained]
-
-
-def mark_only_adapters_trainable(model: nn.Module) -> None:
-    """Make only the blocks and the `also_train` parameters require gradients.
-
-    Args:
-        model: a model with adapters.
-
-    Raises:
-        ArgumentError: the model has no adapter, so nothing would train.
-
-    Examples:
-        >>> from torch import nn
-        >>> import disha
-        >>> model = disha.inject_adapters(nn.Linear(8, 16), "all-linear", r=4, freeze=False)
-        >>> disha.mark_only_adapters_trainable(model)
-        >>> model.weight.requires_grad
-        False
-    """
-    view = ModelView(model)
-    blocks = [model_block.values for model_block in view.blocks()]
-    if not blocks:
-        raise ArgumentError("the model has no adapter, so nothing would train")
-    with all_or_nothing(view):
-        view.unite_records()
-        for parameter in view.parameters:
-            parameter.freeze()
-            if parameter.claimant is not None:
-                parameter.value.requires_grad = True
-        for block in blocks:
-            block.requires_grad_(True)
-
-
-def _set_flags(view: ModelView, plan: Plan) -> None:
-    """Set requires_grad as planned, and remember which parameters train with the adapter."""
-    also_train = set(plan.also_train)
-    for parameter in view.parameters:
-        if parameter.name in also_train:
-            # The parameter's flag if this adapter is removed, and others stay.
-            flag_without = parameter.value.requires_grad and not plan.freeze
-            parameter.claim(plan.adapter, flag_without)
-        elif plan.freeze:
-            parameter.freeze()
+def _note_plan(view: ModelView, plan: Plan, memory: ModelMemory) -> None:
+    """Let the model remember the new blocks, and set and remember flags and buffers."""
+    claim(view, plan.adapter, plan.also_train, freezes=plan.freeze)
+    if plan.freeze:
+        freeze(view)
+    buffers.remember_buffers(view, plan.adapter, plan.also_train)
+    state = memory.state
+    (above, *_) = PLACES[view.modules[""]].names
+    specs = [spec.renamed(partial(join, above)) for spec in plan.layers]
+    memory.state = state.but(
+        specs=state.specs | {(spec.adapter, spec.name): spec for spec in specs},
+        unroutable=state.unroutable | find_unroutable(view, plan.adapter),
+    )

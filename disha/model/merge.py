@@ -8,35 +8,42 @@ from __future__ import annotations
 
 from collections.abc import Container, Mapping, Sequence
 from contextlib import ExitStack
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from disha.errors import ArgumentError, MergeError, ModeError
 from disha.functional.shard_sums import merge_dtype, without_autocast
-from disha.layers.adapted import AdaptedLayer, set_class
+from disha.layers.adapted import AdaptedLayer, set_class, set_state
+from disha.layers.adapters import Merged, Original
 from disha.layers.bitsandbytes import is_library_forward
-from disha.layers.blocks import AdapterBlock, Merged, Original, Slot
+from disha.layers.blocks import AdapterBlock
 from disha.layers.fingerprints import checksums, has_changed
 from disha.layers.offloading import offloading_hooks
 from disha.layers.quantized import ROUNDED, quantization_of, takes_dense
-from disha.layers.weights import slots_of, stored_weight, sum_with_updates
+from disha.layers.spec import BlockSpec
+from disha.layers.weights import adapted_weights, stored_weight, sum_with_updates
 from disha.model.control import check_names
-from disha.model.inject import check_removable, take_out
+from disha.model.removal import check_removable, take_out
 from disha.model.state import is_finite_as
 from disha.model.view import ModelView, all_or_nothing
 from disha.text import join
 
+M = TypeVar("M", bound=nn.Module)
+
 
 def merge_adapters(
-    model: nn.Module,
+    model: M,
     adapter: str | Sequence[str] | None = None,
     *,
     untie: bool = False,
     dense: bool = False,
     unload: bool = False,
-) -> None:
-    """Add adapters to the weights: W becomes W + sum of s * dW, with each dW from the original W.
+) -> M:
+    """Add adapters to the weights: W becomes W + sum of s * dW; return the same model.
+
+    Each dW is computed from the original W.
 
     The sum is computed in float32 (float64 for float64 weights) and rounded once. While adapters
     are merged, layers are as fast as plain ones, no other adapter acts, and `state_dict()` has the
@@ -60,6 +67,9 @@ def merge_adapters(
             module has its own class and state-dict keys again; a layer of bitsandbytes that got a
             dense weight becomes an `nn.Linear`. This can't be undone.
 
+    Returns:
+        `model` itself.
+
     Raises:
         ArgumentError: there is no such adapter, or no adapter is active.
         ModeError: this thread or another one is in a context of the model.
@@ -75,13 +85,13 @@ def merge_adapters(
         >>> model = disha.inject_adapters(nn.Linear(8, 4), "all-linear", r=4, init="kaiming")
         >>> x = torch.randn(2, 8)
         >>> before, weight = model(x), model.base_weight.clone()
-        >>> disha.merge_adapters(model)
+        >>> model = disha.merge_adapters(model)
         >>> torch.allclose(model(x), before, atol=1e-5)
         True
         >>> disha.unmerge_adapters(model)
         >>> torch.equal(model.base_weight, weight)
         True
-        >>> disha.merge_adapters(model, unload=True)
+        >>> model = disha.merge_adapters(model, unload=True)
         >>> type(model).__name__, list(model.state_dict())
         ('Linear', ['weight', 'bias'])
     """
@@ -97,6 +107,7 @@ def merge_adapters(
             for layer in layers:
                 _compute_densely(layer, undo)
             view.forget_buffers()
+    return model
 
 
 def _compute_densely(layer: nn.Module, undo: ExitStack) -> None:
@@ -137,14 +148,15 @@ def merge(
     with torch.inference_mode(False), torch.no_grad():
         chosen = _choose(view, adapter)
         # A tied parameter is merged once for all modules that see the same updates of it.
+        merged = {}
         merged_once: dict[tuple[int, frozenset[AdapterBlock]], tuple[Original, Tensor]] = {}
         for layer, adapters in chosen.items():
             if only is not None and layer not in only:
                 continue
             originals = {}
-            for parameter, slot in slots_of(layer, adapters).items():
+            for parameter, spec in adapted_weights(layer, adapters).items():
                 name = join(view.names[layer][0], parameter)
-                reason = _reason_against(layer, slot, dense)
+                reason = _reason_against(layer, spec, dense)
                 if reason is not None:
                     raise MergeError(f"{name} {reason}")
                 blocks = _blocks_at(view, name, chosen)
@@ -159,11 +171,12 @@ def merge(
                 key = id(layer._parameters[parameter]), blocks
                 if key not in merged_once:
                     merged_once[key] = _compute_merged(
-                        name, layer, slot, adapters, unties=bool(others)
+                        name, layer, spec, adapters, unties=bool(others)
                     )
                 originals[parameter], new = merged_once[key]
                 _replace(layer, parameter, new, undo)
-            _set_merged(layer, Merged(adapters, originals), undo)
+            merged[layer] = Merged(adapters, originals)
+        _set_merged(view, merged, undo)
 
 
 def _blocks_at(
@@ -193,9 +206,23 @@ def _replace(module: nn.Module, name: str, new: Tensor, undo: ExitStack) -> None
         now.data = new
 
 
-def _set_merged(layer: AdaptedLayer, merged: Merged | None, undo: ExitStack) -> None:
-    undo.callback(layer.disha.set_merged, layer.disha.merged)
-    layer.disha.set_merged(merged)
+def _set_merged(
+    view: ModelView, merged: Mapping[AdaptedLayer, Merged | None], undo: ExitStack
+) -> None:
+    """Let layers have these adapters merged, and let their models remember it."""
+    for layer, of_layer in merged.items():
+        state = layer.disha.state(type(layer))
+        undo.callback(set_state, layer, state)
+        set_state(layer, state.but(merged=of_layer))
+    for memory in view.memories:
+        names = [
+            name
+            for adapters in list(memory.members)
+            if adapters.merged is not None
+            for name in adapters.merged.adapters
+        ]
+        undo.callback(setattr, memory, "state", memory.state)
+        memory.state = memory.state.but(merged=tuple(dict.fromkeys(names)))
 
 
 def unmerge_adapters(model: nn.Module) -> None:
@@ -217,7 +244,7 @@ def unmerge_adapters(model: nn.Module) -> None:
         >>> import disha
         >>> layer = disha.BatLinear(8, 4, r=4, init="kaiming")
         >>> original = layer.base_weight.clone()
-        >>> disha.merge_adapters(layer)
+        >>> layer = disha.merge_adapters(layer)
         >>> torch.equal(layer.weight, original)
         False
         >>> disha.unmerge_adapters(layer)
@@ -248,7 +275,7 @@ def unmerge_adapters(model: nn.Module) -> None:
         for layer, of_layer in originals.items():
             for parameter, original in of_layer.items():
                 _replace(layer, parameter, _get_original(layer, parameter, original), undo)
-            _set_merged(layer, None, undo)
+        _set_merged(view, dict.fromkeys(originals), undo)
 
 
 def _change_since_merging(layer: AdaptedLayer, parameter: str, original: Original) -> str | None:
@@ -289,10 +316,10 @@ def _choose(
     return chosen
 
 
-def _reason_against(layer: AdaptedLayer, slot: Slot, dense: bool) -> str | None:
+def _reason_against(layer: AdaptedLayer, spec: BlockSpec, dense: bool) -> str | None:
     """Return why nothing can be merged into a weight, and what to do; None if it can."""
-    parameter = layer._parameters.get(slot.parameter)  # None if the weight is computed or packed
-    quantization = quantization_of(layer, stored_weight(layer, slot.parameter))
+    parameter = layer._parameters.get(spec.parameter)  # None if the weight is computed or packed
+    quantization = quantization_of(layer, stored_weight(layer, spec.parameter))
     if parameter is None and quantization is None:
         return (
             "is computed from other parameters (a parametrization); save the adapter, remove it "
@@ -323,16 +350,16 @@ def _reason_against(layer: AdaptedLayer, slot: Slot, dense: bool) -> str | None:
 
 
 def _compute_merged(
-    name: str, layer: AdaptedLayer, slot: Slot, adapters: tuple[str, ...], *, unties: bool
+    name: str, layer: AdaptedLayer, spec: BlockSpec, adapters: tuple[str, ...], *, unties: bool
 ) -> tuple[Original, Tensor]:
     """Return the original of a weight, and what `_replace` puts in its place.
 
     If it `unties` the weight, this is a new parameter, because other modules keep the old one.
     """
-    parameter = layer._parameters[slot.parameter]
+    parameter = layer._parameters[spec.parameter]
     assert parameter is not None
     with without_autocast(parameter):
-        merged = sum_with_updates(layer, slot, adapters)
+        merged = sum_with_updates(layer, spec, adapters)
     if not is_finite_as(merged, merge_dtype(merged.dtype)):  # in 8 bits, torch can't tell
         raise MergeError(
             f"merging {', '.join(map(repr, adapters))} into {name} gives values that are not "

@@ -1,135 +1,31 @@
 """The plan of an injection: what it would do to a model. `print(plan)` shows it as a table.
 
-A plan comes from a target (`target_plans`) or from a file (`file_plans`), and `inject` carries it
-out. Making a plan changes nothing.
+A plan comes from a target (`inject`) or from a file (`file_plans`), and `inject.apply_plan` carries
+it out. Making a plan changes nothing.
 """
 
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from functools import cached_property
-from typing import Any
-
-from torch import Tensor, nn
+from dataclasses import dataclass
+from typing import NamedTuple
 
 from disha.config import AdapterConfig
-from disha.functional import Geometry, Method, method_of
-from disha.functional.new_rows import ROWS
-from disha.layers.blocks import Slot
-from disha.layers.weights import read_weight, weight_shape
-from disha.sharding.zero import whole_shape
-from disha.text import counted, join, table
-
-Place = tuple[Any, str]
-"""A module, and its attribute that holds a parameter."""
+from disha.errors import ArgumentError
+from disha.layers.spec import BlockSpec
+from disha.text import counted, table
 
 
-@dataclass(frozen=True)
-class PlannedLayer:
-    """A weight, or a module without one, and its planned block or the reason for none."""
+class Skipped(NamedTuple):
+    """What a target selects, but an injection would leave as it is."""
 
-    module: nn.Module = field(repr=False)
-    module_names: tuple[str, ...]  # its names in the model; a shared module has several
-    config: AdapterConfig
-    attribute: str = ""  # the weight's name in the module; empty if it has none
-    slot: Slot | None = None  # None if the layout is unknown
-    is_new_rows: bool = False  # whether its block has new rows, and none of a method
-    r: int = 0
-    # The values of its block; None if `init` makes them.
-    values: Tensor | None = field(default=None, repr=False, compare=False)
-    reason: str | None = None  # why it is not adapted; None if it is
-    # The other places of its parameter, whose modules read the update too: name -> place.
-    tied: Mapping[str, Place] = field(default_factory=dict, compare=False)
-
-    @cached_property
-    def names(self) -> tuple[str, ...]:
-        """Its names in targets and files; a `weight` has the names of its module."""
-        # The name of a slot is empty for `weight`; without a slot, the attribute is all there is.
-        below = self.attribute if self.slot is None else self.slot.name
-        return tuple(join(name, below) for name in self.module_names)
-
-    @property
-    def name(self) -> str:
-        """Its main name; empty if the module is the model itself."""
-        return self.names[0]
-
-    @property
-    def place(self) -> Place:
-        """The module and the attribute that hold its parameter."""
-        return self.module, self.attribute
-
-    @property
-    def full_name(self) -> str:
-        """The main name of its parameter, with the attribute, also if that is `weight`."""
-        return join(self.module_names[0], self.attribute)
-
-    @property
-    def names_to_match(self) -> tuple[str, ...]:
-        """Its names in `layouts` and `rows`, where a module's name means its `weight`."""
-        names = list(self.names)
-        if self.attribute == "weight":
-            names += self.module_names
-        names += [join(name, self.attribute) for name in self.module_names]
-        return tuple(names)
-
-    @cached_property
-    def shape(self) -> tuple[int, ...]:
-        """The shape of the weight, with all of its rows."""
-        if self.slot is None:
-            return tuple(whole_shape(read_weight(self.module, self.attribute)))
-        return weight_shape(self.module, self.slot)
-
-    @cached_property
-    def geometry(self) -> Geometry:
-        """The sizes of the adapted rows."""
-        assert self.slot is not None
-        return self.slot.layout.geometry(self.shape, self.slot.output_ranges)
-
-    @property
-    def in_features(self) -> int:
-        """Size of its input."""
-        return self.geometry.in_features
-
-    @property
-    def out_features(self) -> int:
-        """Size of its output, or the number of its adapted rows."""
-        return self.geometry.out_features
-
-    @cached_property
-    def method(self) -> Method:
-        """The method of its block."""
-        return ROWS if self.is_new_rows else method_of(self.config.method)
-
-    @property
-    def block_shape(self) -> tuple[int, ...]:
-        """The shape of its block."""
-        slot = self.slot
-        assert slot is not None
-        return self.method.block_shape(
-            slot.layout, self.shape, self.r, self.config.r_out, slot.output_ranges
-        )
-
-    @property
-    def parameters(self) -> int:
-        """Number of values in its block."""
-        return math.prod(self.block_shape)
-
-    @property
-    def remedy(self) -> str:
-        """An argument that would declare its layout. Only the user knows which layout is right."""
-        example = {2: "out in", 3: "expert out in"}.get(len(self.shape), "out in *kernel")
-        layouts = {f"^{re.escape(self.name)}$": example}
-        return f"layouts={layouts}"
+    name: str
+    reason: str
+    has_weight: bool  # whether it is a weight, and not a module without one
 
 
 RATE_FACTOR = 0.9
 """Of the best rates in the study: 50 of 84 are within a factor of 1.5 of `Plan.rate`."""
-
-EXCLUDED = "excluded"
-"""The reason of what `exclude` leaves out."""
 
 
 @dataclass(frozen=True)
@@ -140,10 +36,11 @@ class Plan:
         adapter: the adapter's name.
         config: its configuration.
         freeze: whether all other parameters are frozen.
-        layers: the weights that would be adapted.
+        layers: the weights that would be adapted, and their blocks.
         also_train: clean names of the parameters to be trained and saved with the adapter, and of
             the buffers to be saved with it once they have changed.
-        skipped: what the target selects but would not be adapted, each with its `reason`.
+        skipped: what the target selects but would not be adapted, each with its name and the
+            reason.
         unknown: the matrix parameters of the model whose layouts are unknown.
         trainable: number of parameters in the model that would require gradients afterwards.
         total: number of parameters of the model afterwards, blocks included. A quantised weight
@@ -165,10 +62,10 @@ class Plan:
     adapter: str
     config: AdapterConfig
     freeze: bool
-    layers: tuple[PlannedLayer, ...]
+    layers: tuple[BlockSpec, ...]
     also_train: tuple[str, ...]
-    skipped: tuple[PlannedLayer, ...] = ()
-    unknown: tuple[PlannedLayer, ...] = ()
+    skipped: tuple[Skipped, ...] = ()
+    unknown: tuple[BlockSpec, ...] = ()
     trainable: int = 0
     total: int = 0
 
@@ -192,7 +89,10 @@ class Plan:
         Each layer moves its outputs by `step` x rate in a step, and the steps of L layers add up
         as random ones do. So the rate is RATE_FACTOR / (sqrt(L) x mean step).
         """
-        steps = [method_of(x.config.method).step(x.in_features, x.r) for x in self.layers]
+        updates = [spec for spec in self.layers if not spec.is_new_rows]
+        steps = [spec.method_of_block.step(spec.in_features, spec.r) for spec in updates]
+        if not steps:
+            raise ArgumentError("no layer gets an update in this plan, so it has no learning rate")
         return RATE_FACTOR * math.sqrt(len(steps)) / sum(steps)
 
     @property
@@ -201,16 +101,7 @@ class Plan:
         return 100.0 * self.trainable / self.total if self.total else 0.0
 
     def __str__(self) -> str:
-        rows = [
-            (
-                layer.name or "(the model)",
-                "new rows" if layer.is_new_rows else layer.config.method,
-                layer.r,
-                f"{layer.in_features} -> {layer.out_features}",
-                f"{layer.parameters:,}",
-            )
-            for layer in self.layers
-        ]
+        rows = [spec.row for spec in self.layers]
         lines = [table(("layer", "method", "r", "in -> out", "parameters"), rows)]
         lines += [f"skipped {layer.name}: {layer.reason}" for layer in self.skipped]
         lines += [

@@ -1,7 +1,7 @@
-"""Why a weight can't be adapted, or a parameter can't be trained with an adapter.
+"""Why a weight can't have a block, or a parameter can't be trained with an adapter.
 
-Each public function returns the reason, or None if there is none. The others yield reasons in the
-order in which they are asked for.
+`reason_against` is asked for each spec, from a target or from a file. Each public function returns
+the reason, or None if there is none.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from disha.functional import Update, method_names
 from disha.functional.parts import update_of_part
 from disha.functional.shard_sums import is_inexact
 from disha.layers.adapted import AdaptedLayer
-from disha.layers.blocks import AdapterBlock, Slot
+from disha.layers.blocks import AdapterBlock
 from disha.layers.quantized import quantization_of
+from disha.layers.spec import BlockSpec
 from disha.layers.weights import read_weight, stored_weight
-from disha.model.plan import PlannedLayer
-from disha.model.records import LayerRecord
-from disha.model.view import ModelBuffer, ModelParameter
+from disha.model.selection import reason_against_layout
+from disha.model.view import ModelTensor, ModelView
 from disha.sharding.tensor_parallel import split_of
 from disha.sharding.zero import whole_shape
 
@@ -32,41 +32,37 @@ ADDED_NAMES = ("disha", "base_weight", "delta_weight")
 """The public names that adapting adds to a module."""
 
 
-# --- against adapting a weight -------------------------------------------------------------------
+# --- against a block -----------------------------------------------------------------------------
 
 
-def reason_against_adapting(layer: PlannedLayer) -> str | None:
+def reason_against(view: ModelView, spec: BlockSpec) -> str | None:
     """Return why the method can't adapt the weight, whatever the size of the block."""
-    return next(_reasons_against_adapting(layer), None)
+    return next(_reasons_against(view, spec), None)
 
 
-def _reasons_against_adapting(layer: PlannedLayer) -> Iterator[str]:
+def _reasons_against(view: ModelView, spec: BlockSpec) -> Iterator[str]:
     """Yield the reason; what follows it may not hold, so only the first one counts."""
-    slot = layer.slot
-    module = layer.module
-    if slot is None and not layer.attribute:
+    module = view.modules[spec.module]
+    if not spec.parameter:
         yield f"no layer kind adapts {type(module).__qualname__}"
-    if slot is None:
-        yield (
-            f"the layout of this weight {layer.shape} is unknown; declare it, such as "
-            f"{layer.remedy}, as your code uses it: see docs/guides/custom-model.md"
-        )
-        return
-    clashes = _find_clashing_names(module) - {layer.attribute}
+    reason = reason_against_layout(spec)
+    if reason is not None:
+        yield reason
+    clashes = _find_clashing_names(module) - {spec.parameter}
     if clashes and not isinstance(module, AdaptedLayer):
         yield f"it has its own attribute {min(clashes)!r}, which adapters would replace"
-    for block in _list_other_blocks(layer):
-        other_layout = block.slot.layout
-        of_one_matrix = layer.is_new_rows or block.is_new_rows
-        if other_layout != slot.layout and not of_one_matrix:
-            yield f"another adapter has it with the layout {other_layout}, not {slot.layout}"
-    if slot.quantized:
-        yield from _reasons_against_quantized(layer, slot)
+    for block in _list_other_blocks(view, spec):
+        other_layout = block.spec.layout
+        of_one_matrix = spec.is_new_rows or block.is_new_rows
+        if other_layout != spec.layout and not of_one_matrix:
+            yield f"another adapter has it with the layout {other_layout}, not {spec.layout}"
+    if spec.quantized:
+        yield from _reasons_against_quantized(module, spec)
     else:
-        yield from _reasons_against_dense(read_weight(module, layer.attribute), slot)
-    if slot.output_ranges:
-        outputs = slot.layout.geometry(layer.shape).out_features
-        last = slot.output_ranges[-1]
+        yield from _reasons_against_dense(read_weight(module, spec.parameter), spec)
+    if spec.outputs:
+        outputs = spec.layout.geometry(spec.shape).out_features
+        last = spec.outputs[-1]
         if last[1] > outputs:
             yield f"rows {last} are out of range: it has {outputs} rows"
 
@@ -78,28 +74,29 @@ def _find_clashing_names(module: nn.Module) -> set[str]:
     return {name for name in ADDED_NAMES if name in held or hasattr(type(module), name)}
 
 
-def _list_other_blocks(layer: PlannedLayer) -> Iterator[AdapterBlock]:
+def _list_other_blocks(view: ModelView, spec: BlockSpec) -> Iterator[AdapterBlock]:
     """Yield the blocks that other adapters have for the weight, also where it is tied."""
-    for holder, parameter in (layer.place, *layer.tied.values()):
+    for name, parameter in spec.places:
+        holder = view.modules[name]
         if isinstance(holder, AdaptedLayer):
             yield from holder.disha.blocks_for(parameter, holder.disha)
 
 
-def _reasons_against_quantized(layer: PlannedLayer, slot: Slot) -> Iterator[str]:
-    quantization = quantization_of(layer.module, stored_weight(layer.module, slot.parameter))
+def _reasons_against_quantized(module: nn.Module, spec: BlockSpec) -> Iterator[str]:
+    quantization = quantization_of(module, stored_weight(module, spec.parameter))
     if quantization is None:
         return
-    if layer.is_new_rows:
+    if spec.is_new_rows:
         yield f"its weight is quantised ({quantization.name}); only dense ones get new rows"
-    if layer.method.reads_weight and quantization.read is None:
+    if spec.method_of_block.reads_weight and quantization.read is None:
         others = method_names(lambda other: not other.reads_weight)
         yield (
             f"its weight is quantised ({quantization.name}) and can't be read as numbers, as "
-            f"method {layer.method.name!r} requires; use {others}"
+            f"method {spec.method!r} requires; use {others}"
         )
 
 
-def _reasons_against_dense(weight: Any, slot: Slot) -> Iterator[str]:
+def _reasons_against_dense(weight: Any, spec: BlockSpec) -> Iterator[str]:
     if is_lazy(weight):
         yield "its weight is not initialised yet; run the model once before injecting"
     # Any such dtype will do: a user's hook may cast the weight before each forward.
@@ -113,76 +110,66 @@ def _reasons_against_dense(weight: Any, slot: Slot) -> Iterator[str]:
     split = split_of(weight)
     if split is not None and split.reason is not None:
         yield split.reason
-    reason = slot.layout.reason_against_shape(shape)
+    reason = spec.layout.reason_against_shape(shape)
     if reason is not None:
         yield reason
 
 
-# --- against a block of some size ----------------------------------------------------------------
-
-
-def reason_against_block(layer: PlannedLayer) -> str | None:
-    """Return why the weight can't have a block of the planned size."""
-    slot = layer.slot
-    config = layer.config
-    assert slot is not None
-    reason = layer.method.reason_against(slot.layout, layer.geometry, layer.r, config.r_out)
-    if reason is not None or slot.quantized or layer.is_new_rows:
+def reason_against_size(view: ModelView, spec: BlockSpec, dropout: float) -> str | None:
+    """Return why the weight can't have a block of this size, or with dropout."""
+    reason = spec.reason_against_sizes()
+    if reason is not None or spec.quantized or spec.is_new_rows:
         return reason
-    split = split_of(read_weight(layer.module, layer.attribute))
+    split = split_of(read_weight(view.modules[spec.module], spec.parameter))
     if split is None:
         return None
     placed = f"its weight is a DTensor placed as {split.placements}"
-    if config.dropout:
+    if dropout:
         return f"{placed}, and each rank would drop different inputs of it; use dropout=0"
-    block = torch.empty(layer.block_shape, device="meta")
-    update = Update(layer.method, block, output_ranges=slot.output_ranges)
+    block = torch.empty(spec.block_shape, device="meta")
+    update = Update(spec.method_of_block, block, output_ranges=spec.outputs)
     for part in split.parts:
-        if update_of_part(update, slot.layout, layer.shape, part) is None:
+        if update_of_part(update, spec.layout, spec.shape, part) is None:
             ends = " and ".join(f"{first}:{stop}" for first, stop in part)
             return (
-                f"{placed}, and a {config.method!r} block of r={layer.r} can't be cut at the edges "
+                f"{placed}, and a {spec.method!r} block of r={spec.r} can't be cut at the edges "
                 f"of a rank's part ({ends}); choose an r that divides these, or another method"
             )
     return None
 
 
-# --- against what a file describes ---------------------------------------------------------------
-
-
-def reason_against_record(
-    layer: PlannedLayer, record: LayerRecord, block_shape: tuple[int, ...]
+def reason_against_file(
+    view: ModelView, spec: BlockSpec, in_file: BlockSpec, values: Tensor, dropout: float
 ) -> str | None:
-    """Return why the weight can't be adapted as a file describes it, with a block of that shape."""
-    reason = record.reason_against_block(block_shape)
+    """Return why a weight of the model can't have the block that a file describes."""
+    reason = in_file.reason_against_block(values.shape)
     if reason is not None:
         return reason
-    reason = reason_against_adapting(layer)
+    reason = reason_against(view, spec)
     if reason is not None:
         return f"can't be adapted: {reason}"
-    assert layer.slot is not None  # else there is a reason
-    if layer.values is not None and not layer.slot.quantized:
-        weight = read_weight(layer.module, layer.attribute)
-        if layer.values.is_complex() != weight.is_complex():
+    if not spec.quantized:
+        weight = read_weight(view.modules[spec.module], spec.parameter)
+        if values.is_complex() != weight.is_complex():
             return "of its block and the weight in the model, one is complex and the other real"
-    if set(layer.tied) != set(record.tied):
-        return f"in the adapter, its weight is also {', '.join(record.tied)}; tie them"
-    if record.layout != layer.slot.layout:
-        return f"expected the layout {record.layout}, found {layer.slot.layout} in the model"
-    reason = record.reason_against_weight(block_shape, layer.shape)
+    if set(spec.tied) != set(in_file.tied):
+        return f"in the adapter, its weight is also {', '.join(in_file.tied)}; tie them"
+    if in_file.layout != spec.layout:
+        return f"expected the layout {in_file.layout}, found {spec.layout} in the model"
+    reason = in_file.reason_against_shape(spec.shape)
     if reason is not None:
         return reason
-    return reason_against_block(layer)
+    return reason_against_size(view, spec, dropout)
 
 
 # --- against training a parameter or a buffer ----------------------------------------------------
 
 
-def reason_against_claiming(tensor: ModelParameter | ModelBuffer) -> str | None:
+def reason_against_claiming(tensor: ModelTensor) -> str | None:
     """Return why the parameter can't be trained, or the buffer be saved, with a new adapter."""
     if tensor.claimant is not None:
         return "it is already trained with another adapter, and can belong to only one"
-    if isinstance(tensor, ModelBuffer):
+    if tensor.table == "buffers":
         return None
     if quantization_of(None, tensor.value) is not None:
         return "it is quantised and can't be trained with an adapter"
@@ -191,13 +178,11 @@ def reason_against_claiming(tensor: ModelParameter | ModelBuffer) -> str | None:
     return None
 
 
-def reason_against_loading(
-    tensor: ModelParameter | ModelBuffer | None, shape: tuple[int, ...]
-) -> str | None:
+def reason_against_loading(tensor: ModelTensor | None, shape: tuple[int, ...]) -> str | None:
     """Return why a parameter or buffer can't belong to an adapter whose file has it so shaped."""
     if tensor is None:
         return "the model has no such parameter"
-    if isinstance(tensor, ModelParameter):
+    if tensor.table == "flags":
         current = None if is_lazy(tensor.value) else tuple(whole_shape(tensor.value))
         if current != shape:
             return f"expected shape {tuple(shape)}, found {current} in the model"

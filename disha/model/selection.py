@@ -1,8 +1,7 @@
 """Which weights of a model a target selects.
 
-The candidates are the weights of the model, each as a `PlannedLayer` that has no block yet. A
-target selects some of them by their names. What it selects and `exclude` leaves out stays in the
-selection, with that reason.
+The candidates are the weights of the model. A target selects some of them by their names. What it
+selects and `exclude` leaves out stays in the selection, with that reason.
 """
 
 from __future__ import annotations
@@ -10,24 +9,61 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import replace
 from types import MappingProxyType
+from typing import Any, NamedTuple
 
-import torch
 from torch import nn
 
 from disha.checks import check_regexes
 from disha.config import ALL_LINEAR, AdapterConfig, Target, find_first_match, find_matching
 from disha.errors import ArgumentError
-from disha.functional import layout_of
+from disha.functional import Layout, layout_of
 from disha.functional.layouts import MATRIX, OutputRanges
-from disha.layers.kinds import declared_slots, slot_of
+from disha.functional.new_rows import NEW_ROWS
+from disha.layers.kinds import declare, list_weights
+from disha.layers.spec import BlockSpec
 from disha.layers.weights import matrix_weights
-from disha.model.plan import EXCLUDED, Place, PlannedLayer
-from disha.model.reasons import reason_against_adapting
+from disha.model.plan import Skipped
 from disha.model.view import ModelView
 from disha.sharding.imported import imported_class
-from disha.text import first_few, group_by_reason
+from disha.text import first_few, group_by_reason, join
+
+EXCLUDED = "excluded"
+"""The reason of what `exclude` leaves out."""
+
+Place = tuple[Any, str]
+"""A module, and its attribute that holds a parameter."""
+
+
+class Candidate(NamedTuple):
+    """A weight of the model that a target may select, or a module without one."""
+
+    module: nn.Module
+    module_names: tuple[str, ...]  # its names in the model; a shared module has several
+    spec: BlockSpec
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Its names in targets and files; a `weight` has the names of its module."""
+        return tuple(join(name, self.spec.own_name) for name in self.module_names)
+
+    @property
+    def place(self) -> Place:
+        """The module and the attribute that hold its parameter."""
+        return self.module, self.spec.parameter
+
+    @property
+    def names_to_match(self) -> tuple[str, ...]:
+        """Its names in `layouts` and `rows`, where a module's name means its `weight`."""
+        names = list(self.names)
+        if self.spec.parameter == "weight":
+            names += self.module_names
+        names += [join(name, self.spec.parameter) for name in self.module_names]
+        return tuple(names)
+
+    def skip(self, reason: str) -> Skipped:
+        """Return what a plan says of it if it is not adapted."""
+        return Skipped(self.spec.name, reason, bool(self.spec.parameter))
 
 
 class Selection:
@@ -55,16 +91,16 @@ class Selection:
         self.config = config
         self.new_rows = new_rows
         self.regexes = () if callable(target) else check_regexes(argument, target)
-        self.candidates = list_weights(view, config)
+        self.candidates = list_candidates(view)
         if new_rows:
             self.candidates = list(dict.fromkeys(map(as_table, self.candidates)))
         elif config.layouts or config.rows:
-            declared = [_declare(layer, config) for layer in self.candidates]
-            # Slots that were parts of one weight have become that weight, which counts once.
+            declared = [_declare(candidate, config) for candidate in self.candidates]
+            # Parts of one weight may have become that weight, which counts once.
             self.candidates = list(dict.fromkeys(declared))
 
-    def select(self) -> list[PlannedLayer]:
-        """Return what is selected: weights, and modules that have parameters but no matrix."""
+    def select(self) -> tuple[list[Candidate], list[Skipped]]:
+        """Return what is selected, and what of that `exclude` leaves out."""
         linear: Collection[Place] = ()
         if ALL_LINEAR in self.regexes:
             linear = _find_linear_weights(self.view, self.candidates)
@@ -75,24 +111,27 @@ class Selection:
             if isinstance(module, nn.MultiheadAttention)
         }
         selected = []
-        for layer in self.candidates:
+        excluded = []
+        for candidate in self.candidates:
             # A target may name the weight, its module, or the module that reads it.
-            reader = readers.get(layer.module, layer.module)
-            by_name = dict.fromkeys((*layer.names, *layer.module_names), layer.module)
+            module = candidate.module
+            reader = readers.get(module, module)
+            by_name = dict.fromkeys((*candidate.names, *candidate.module_names), module)
             by_name |= dict.fromkeys(self.view.names[reader], reader)
             names = [*by_name]
-            if layer.place not in linear and not self._matches(by_name):
+            if candidate.place not in linear and not self._matches(by_name):
                 continue
-            if not layer.attribute and not _has_parameters(layer.module):
+            if not candidate.spec.parameter and not _has_parameters(module):
                 continue  # a container, for example, which a target may match without harm
             regex = find_first_match(self.new_rows, names)
-            if regex is not None and layer.slot is not None:
-                slot = replace(layer.slot, output_ranges=self.new_rows[regex])
-                layer = replace(layer, slot=slot)
+            if regex is not None:
+                spec = candidate.spec.but(outputs=self.new_rows[regex])
+                selected.append(candidate._replace(spec=spec))
             elif find_matching(self.config.exclude, names):
-                layer = replace(layer, reason=EXCLUDED)
-            selected.append(layer)
-        return selected
+                excluded.append(candidate.skip(EXCLUDED))
+            else:
+                selected.append(candidate)
+        return selected, excluded
 
     def _matches(self, by_name: Mapping[str, nn.Module]) -> bool:
         """Whether the target matches any of these names, each given with its module."""
@@ -101,16 +140,17 @@ class Selection:
         return bool(find_matching(self.regexes, [*by_name]))
 
     @property
-    def unknown(self) -> tuple[PlannedLayer, ...]:
+    def unknown(self) -> tuple[BlockSpec, ...]:
         """The matrix parameters of unknown layout."""
-        return tuple(layer for layer in self.candidates if layer.slot is None and layer.attribute)
+        specs = [candidate.spec for candidate in self.candidates]
+        return tuple(spec for spec in specs if spec.parameter and not spec.has_layout)
 
     def refuse_unused(self) -> None:
         """Raise if a pattern of the target, or of another setting, matches nothing in the model."""
         names = [
             name
-            for layer in self.candidates
-            for name in (*layer.module_names, *layer.names_to_match)
+            for candidate in self.candidates
+            for name in (*candidate.module_names, *candidate.names_to_match)
         ]
         regexes = [regex for regex in self.regexes if regex != ALL_LINEAR]
         refuse_unused(self.argument, regexes, names)
@@ -120,15 +160,15 @@ class Selection:
             refuse_unused(setting, vars(self.config)[setting], names)
         for key, pattern in self.config.layouts.items():
             matched = [x for x in self.candidates if find_matching([key], x.names_to_match)]
-            patterns = [layer.slot.layout.pattern for layer in matched if layer.slot is not None]
-            if matched and pattern not in patterns:
-                name = matched[0].full_name
+            known = [candidate.spec.layout.pattern for candidate in matched]
+            if matched and pattern not in known:
+                name = matched[0].spec.full_name
                 raise ArgumentError(
                     f"layouts {key!r} matches only weights whose layout is known, such as {name}; "
                     f"to give it another, name it whole: layouts={ {name: pattern} }"
                 )
 
-    def explain_nothing(self, skipped: Sequence[PlannedLayer]) -> str:
+    def explain_nothing(self, skipped: Sequence[Skipped]) -> str:
         """Return the message of the error if nothing that is selected can be adapted."""
         request = f"{self.argument}={self.target!r}"
         if callable(self.target):
@@ -137,65 +177,70 @@ class Selection:
             return f"{request} selects only modules that can't be adapted: {list_reasons(skipped)}"
         if [*self.regexes] == [ALL_LINEAR] and self.unknown:
             first = self.unknown[0]
-            return f"{request} selects no layer; {first.name}: {reason_against_adapting(first)}"
+            return f"{request} selects no layer; {first.name}: {reason_against_layout(first)}"
         message = f"{request} selects no layer that can be adapted"
-        names = [layer.name for layer in self.candidates if layer.slot is not None]
+        names = [x.spec.name for x in self.candidates if x.spec.has_layout]
         nearest = list_nearest(str(self.target), names)
         return f"{message}; the nearest names are {nearest}" if nearest else message
+
+
+def reason_against_layout(spec: BlockSpec) -> str | None:
+    """Return why a weight can't be adapted if its layout is unknown, or None if it is known."""
+    if spec.has_layout:
+        return None
+    return (
+        f"the layout of this weight {spec.shape} is unknown; declare it, such as {spec.remedy}, as "
+        "your code uses it: see docs/guides/custom-model.md"
+    )
 
 
 # --- candidates ----------------------------------------------------------------------------------
 
 
-def list_weights(view: ModelView, config: AdapterConfig) -> list[PlannedLayer]:
+def list_candidates(view: ModelView) -> list[Candidate]:
     """Return all weights, matrices of unknown layout, and modules that have neither."""
-    layers = []
+    candidates = []
     for module, names in view.names.items():
-        if isinstance(module, torch.jit.ScriptModule):  # its code is compiled and can't change
-            layers.append(PlannedLayer(module, names, config))
-            continue
-        slots = declared_slots(module)
-        weights = [PlannedLayer(module, names, config, slot.parameter, slot) for slot in slots]
-        if not slots or not slots[0].quantized:
-            declared = [slot.parameter for slot in slots]
-            weights += [
-                PlannedLayer(module, names, config, name)
-                for name in matrix_weights(module)
-                if name not in declared
-            ]
-        layers += weights or [PlannedLayer(module, names, config)]
-    return layers
+        main_name = names[0]
+        specs = [
+            spec.but(name=join(main_name, spec.name), module=main_name)
+            for spec in list_weights(module)
+        ]
+        if not specs:
+            specs = [BlockSpec(main_name, module=main_name, parameter="")]
+        candidates += [Candidate(module, names, spec) for spec in specs]
+    return candidates
 
 
-def _declare(layer: PlannedLayer, config: AdapterConfig) -> PlannedLayer:
-    """Return a weight with the layout and the rows that the user declares for it."""
-    slot = layer.slot
-    is_quantized = slot is not None and slot.quantized
-    key = find_layout_key(layer, config)
-    if key is not None and not is_quantized and layer.attribute in matrix_weights(layer.module):
+def _declare(candidate: Candidate, config: AdapterConfig) -> Candidate:
+    """Return a weight with the layout and the outputs that the user declares for it."""
+    spec = candidate.spec
+    key = find_layout_key(candidate, config)
+    is_dense = not spec.quantized and spec.parameter in matrix_weights(candidate.module)
+    if key is not None and is_dense:
         layout = layout_of(config.layouts[key])
-        reason = layout.reason_against_shape(layer.shape)
+        reason = layout.reason_against_shape(spec.shape)
         if reason is not None:
-            raise ArgumentError(f"layouts {key!r} does not fit {layer.name}: {reason}")
-        slot = slot_of(layer.attribute, layout)
-    regex = find_first_match(config.rows, layer.names_to_match)
-    if regex is not None and slot is not None:
-        if slot.output_ranges:
+            raise ArgumentError(f"layouts {key!r} does not fit {spec.name}: {reason}")
+        spec = as_whole(spec, layout)
+    regex = find_first_match(config.rows, candidate.names_to_match)
+    if regex is not None and spec.has_layout:
+        if spec.outputs:
             raise ArgumentError(
-                f"{layer.name} has rows of its own; choose it by its name, not by rows"
+                f"{spec.name} has rows of its own; choose it by its name, not by rows"
             )
-        slot = replace(slot, output_ranges=config.rows[regex])
-    return replace(layer, slot=slot)
+        spec = spec.but(outputs=config.rows[regex])
+    return candidate._replace(spec=spec)
 
 
-def find_layout_key(layer: PlannedLayer, config: AdapterConfig) -> str | None:
+def find_layout_key(candidate: Candidate, config: AdapterConfig) -> str | None:
     """Return the key of `layouts` that gives a weight its layout, or None.
 
     A weight of unknown layout takes the first key that is found in one of its names. One of a
     known layout takes only a key that is one of its names.
     """
-    names = layer.names_to_match
-    if layer.slot is None:
+    names = candidate.names_to_match
+    if not candidate.spec.has_layout:
         return find_first_match(config.layouts, names)
     for key in config.layouts:
         if key.removeprefix("^").removesuffix("$").replace("\\", "") in names:
@@ -203,51 +248,54 @@ def find_layout_key(layer: PlannedLayer, config: AdapterConfig) -> str | None:
     return None
 
 
-def as_table(layer: PlannedLayer) -> PlannedLayer:
+def as_whole(spec: BlockSpec, layout: Layout) -> BlockSpec:
+    """Return the spec of the whole parameter in this layout."""
+    name = join(spec.module, declare(spec.parameter, layout).name)
+    return spec.but(name=name, layout=layout, outputs=())
+
+
+def as_table(candidate: Candidate) -> Candidate:
     """Return a weight as a matrix that gets new rows, which are its outputs."""
-    slot = layer.slot
-    if layer.attribute and (slot is None or not slot.quantized):
-        slot = slot_of(layer.attribute, MATRIX)
-    return replace(layer, slot=slot, is_new_rows=True)
+    spec = candidate.spec
+    if spec.parameter and not spec.quantized:
+        spec = as_whole(spec, MATRIX)
+    return candidate._replace(spec=spec.but(method=NEW_ROWS))
 
 
-def find_tied(
-    view: ModelView, layer: PlannedLayer, exclude: Iterable[str] = ()
-) -> dict[str, Place]:
-    """Return the other places of a layer's parameter, whose modules read its update too."""
-    parameter = view.parameters_by_name.get(layer.full_name)
-    quantized = layer.slot is not None and layer.slot.quantized
-    if quantized or parameter is None or len(parameter.names) == 1:
-        return {}
-    places: dict[str, Place] = {}
+def find_tied(view: ModelView, spec: BlockSpec, exclude: Iterable[str] = ()) -> tuple[str, ...]:
+    """Return the other names of a parameter, whose modules read its update too."""
+    parameter = view.parameters_by_name.get(spec.full_name)
+    if spec.quantized or parameter is None or len(parameter.names) == 1:
+        return ()
+    tied: dict[Place, str] = {}
     for name in parameter.names:
         owner, _, attribute = name.rpartition(".")
         place = view.modules[owner], attribute
-        if place == layer.place or place in places.values():
-            continue  # a shared module has several names
-        if not find_matching(exclude, (name, name.removesuffix(".weight"))):
-            places[name] = place
-    return places
+        is_left_out = find_matching(exclude, (name, name.removesuffix(".weight")))
+        if place != (view.modules[spec.module], spec.parameter) and not is_left_out:
+            tied.setdefault(place, name)  # a shared module has several names
+    return tuple(tied.values())
 
 
 # --- "all-linear" --------------------------------------------------------------------------------
 
 
-def _find_linear_weights(view: ModelView, candidates: Iterable[PlannedLayer]) -> set[Place]:
+def _find_linear_weights(view: ModelView, candidates: Iterable[Candidate]) -> set[Place]:
     """Return where linear weights are, except output heads that are tied to an embedding."""
     modules_of_peft = _find_modules_of_peft(view)
     tables = set()  # the parameters of embeddings, by their ids
     linear = {}
-    for layer in candidates:
+    for candidate in candidates:
+        spec = candidate.spec
         # Copied to a plain dict, because a lookup in ZeRO-3's own may gather the parameter.
-        parameter = dict(layer.module._parameters).get(layer.attribute)
-        if isinstance(layer.module, (nn.Embedding, nn.EmbeddingBag)):
+        parameter = dict(candidate.module._parameters).get(spec.parameter)
+        if isinstance(candidate.module, (nn.Embedding, nn.EmbeddingBag)):
             if parameter is not None:  # else the weight is computed from others
                 tables.add(id(parameter))
-        elif layer.slot is not None and layer.module not in modules_of_peft:
-            layout = layer.slot.layout
-            if not layout.has_kernel and layout.pattern != "index out":
-                linear[layer.place] = id(parameter)
+            continue
+        is_matrix = not spec.layout.has_kernel and spec.layout.pattern != "index out"
+        if spec.has_layout and is_matrix and candidate.module not in modules_of_peft:
+            linear[candidate.place] = id(parameter)
     return {place for place, parameter in linear.items() if parameter not in tables}
 
 
@@ -288,7 +336,7 @@ def list_nearest(pattern: str, names: Iterable[str]) -> str:
     return ", ".join(map(repr, difflib.get_close_matches(plain, nonempty, 5, 0.0)))
 
 
-def list_reasons(layers: Iterable[PlannedLayer]) -> str:
+def list_reasons(skipped: Iterable[Skipped]) -> str:
     """Return the names of weights and why they are not adapted, as text."""
-    reasons = group_by_reason((layer.name or "(the model)", str(layer.reason)) for layer in layers)
+    reasons = group_by_reason((item.name or "(the model)", item.reason) for item in skipped)
     return first_few(reasons, 5, "; ")

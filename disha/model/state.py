@@ -13,14 +13,17 @@ from disha.errors import AdapterStateError
 from disha.functional.shard_sums import is_inexact
 from disha.layers.adapted import AdaptedLayer, refuse_merged
 from disha.layers.blocks import SCALE, AdapterBlock
-from disha.layers.weights import stored_weight, weight_shape
+from disha.layers.kinds import shape_of
+from disha.layers.weights import stored_weight
 from disha.layers.wrappers import clean_key
 from disha.model import buffers
-from disha.model.records import Tensors
 from disha.model.view import ModelView, all_or_nothing
 from disha.sharding.tensors import local_part, reason_against_writing, write
 from disha.sharding.zero import gather_partition, whole_shape
 from disha.text import first_few, join
+
+Tensors = Mapping[str, Tensor]
+"""Tensors by their keys in a file or a state dict."""
 
 
 @dataclass(frozen=True)
@@ -144,7 +147,7 @@ def collect_tensors(view: ModelView, adapter: str) -> dict[str, Tensor]:
         # `block.block` would raise where FullyShardedDataParallel has taken the parameter out.
         values = block._parameters.get(block.parameter_name)
         is_whole = values is not None and len(whole_shape(values)) >= block.method.block_axes
-        if not is_whole or len(weight_shape(layer, block.slot)) < 2:
+        if not is_whole or not _has_weight(layer, block):
             raise AdapterStateError(
                 f"the block of {name or 'the model'} or its weight is missing or flattened, as by "
                 "FullyShardedDataParallel; use fully_shard, or call this inside summon_full_params"
@@ -158,6 +161,11 @@ def collect_tensors(view: ModelView, adapter: str) -> dict[str, Tensor]:
             refuse_merged(view.find_layers(), f"use {parameter.name} as part of the adapter")
         tensors[parameter.name] = parameter.value
     return tensors | buffers.list_changed(view, adapter)
+
+
+def _has_weight(layer: nn.Module, block: AdapterBlock) -> bool:
+    """Whether a layer still has the weight of a block as a matrix."""
+    return block.spec.quantized or len(shape_of(layer, block.spec.parameter)) >= 2
 
 
 def load_adapter_state_dict(
@@ -177,7 +185,7 @@ def load_adapter_state_dict(
         model: a model that has the adapter already (`inject_adapters`).
         state: the result of `adapter_state_dict`. It may come from a wrapped model and be loaded
             into a plain one, or the other way round: `module.` and `_orig_mod.` make no difference.
-            A scale that it does not have stays as it is.
+            Where it has no scale, that of the injection holds, as in `load_state_dict`.
         adapter: the adapter's name.
         strict: also raise on missing and unexpected keys.
 
@@ -211,9 +219,9 @@ def load_adapter_state_dict(
             scales = _find_scales(view, adapter, in_model)
             given = _rename_keys(state, (*in_model, *scales))
             new_scales = {
-                block: check_scale(float(given.pop(key)), key)
+                block: check_scale(float(given.pop(key, block.first_scale)), key)
                 for key, block in scales.items()
-                if key in given
+                if join(key.rpartition(".")[0], block.parameter_name) in given
             }
             # Of the buffers, the state has only those that training had changed.
             buffer_ids = {id(buffer) for buffer in saved_buffers.values()}

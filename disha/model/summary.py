@@ -6,23 +6,9 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from disha.layers.weights import count_values
+from disha.layers.spec import BlockSpec
 from disha.model.view import ModelView
 from disha.text import table
-
-
-@dataclass(frozen=True)
-class LayerSummary:
-    """One block of one layer."""
-
-    name: str  # the layer's name in the model
-    adapter: str
-    method: str
-    r: int
-    r_out: int | None  # of a tile
-    parameters: int  # number of values in the block
-    scale: float
-    active: bool
 
 
 @dataclass(frozen=True)
@@ -33,7 +19,8 @@ class Summary:
         trainable: number of parameters that require gradients.
         total: number of all parameters, each counted once. A quantised weight counts as a dense
             one.
-        layers: one `LayerSummary` per block.
+        layers: the spec of each block, with the scale of now.
+        active: the blocks that act: the names of their adapters and of their weights.
 
     Examples:
         >>> import disha
@@ -46,7 +33,8 @@ class Summary:
 
     trainable: int
     total: int
-    layers: tuple[LayerSummary, ...]
+    layers: tuple[BlockSpec, ...]
+    active: frozenset[tuple[str, str]]
 
     @property
     def percent(self) -> float:
@@ -55,18 +43,11 @@ class Summary:
 
     def __str__(self) -> str:
         head = f"trainable {self.trainable:,} of {self.total:,} parameters ({self.percent:.3f}%)"
-        rows = [
-            (
-                row.name or "(the model)",
-                row.adapter,
-                row.method,
-                row.r,
-                f"{row.parameters:,}",
-                f"{row.scale:g}",
-                "yes" if row.active else "no",
-            )
-            for row in self.layers
-        ]
+        rows = []
+        for spec in self.layers:
+            name, method, r, _, parameters = spec.row
+            acts = "yes" if (spec.adapter, spec.name) in self.active else "no"
+            rows.append((name, spec.adapter, method, r, parameters, f"{spec.scale:g}", acts))
         if not rows:
             return f"{head}\nno adapters"
         header = ("layer", "adapter", "method", "r", "parameters", "scale", "active")
@@ -92,19 +73,10 @@ def summary(model: nn.Module) -> Summary:
         trainable 64 of 208 parameters (30.769%)
     """
     view = ModelView(model)
-    layers = []
-    for name, layer, adapter, block in view.blocks():
-        method = "new rows" if block.is_new_rows else block.method.name
-        row = LayerSummary(
-            name=name,
-            adapter=adapter,
-            method=method,
-            r=block.r,
-            r_out=block.r_out,
-            parameters=count_values(block.block),
-            scale=block.scale,
-            active=adapter in layer.disha.active,
-        )
-        layers.append(row)
+    blocks = view.blocks()
+    layers = tuple(model_block.spec for model_block in blocks)
+    active = frozenset(
+        (adapter, name) for name, layer, adapter, _ in blocks if adapter in layer.disha.active
+    )
     trainable, total = view.count_parameters(lambda parameter: parameter.value.requires_grad)
-    return Summary(trainable, total, tuple(layers))
+    return Summary(trainable, total, layers, active)

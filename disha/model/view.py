@@ -6,11 +6,12 @@ A public function builds one view and passes it down. Names are those in the unw
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterator
+from collections import defaultdict
+from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,6 @@ from torch.nn.parameter import is_lazy
 from disha.effective.contexts import (
     LOCK,
     OPEN_CONTEXTS,
-    SINGLE_LAYERS,
     Context,
     current_context,
 )
@@ -30,12 +30,22 @@ from disha.errors import (
     ModeError,
     TargetError,
 )
-from disha.layers.adapted import AdaptedLayer, readapt, refuse_merged, restore
-from disha.layers.blocks import AdapterBlock, Adapters, check_adapter_name
+from disha.layers.adapted import AdaptedLayer, refuse_merged, set_state, state_of
+from disha.layers.adapters import Adapters, check_adapter_name
+from disha.layers.blocks import AdapterBlock
 from disha.layers.containers import CHILD_NAME
 from disha.layers.encoder import EncoderLayer, guard_encoder
-from disha.layers.model_record import Flag, ModelRecord
-from disha.layers.names_in_records import NameInRecord, NamesInRecords
+from disha.layers.memory import (
+    NOWHERE,
+    PLACES,
+    Flag,
+    FormerBuffer,
+    ModelMemory,
+    Place,
+    place_copy,
+    walk_up,
+)
+from disha.layers.spec import BlockSpec
 from disha.layers.weights import count_values
 from disha.layers.wrappers import WRAPPERS, Wrapper
 from disha.sharding.imported import imported_class
@@ -54,6 +64,13 @@ class ModelBlock(NamedTuple):
     block: AdapterBlock
 
     @property
+    def spec(self) -> BlockSpec:
+        """The spec of the block under the names of today, with its scale of today."""
+        spec = self.block.spec
+        module = self.name.removesuffix(spec.own_name).removesuffix(".")
+        return spec.but(name=self.name, module=module, adapter=self.adapter, scale=self.block.scale)
+
+    @property
     def values(self) -> nn.Parameter:
         """The trainable values D of the block."""
         return self.block.block
@@ -63,13 +80,12 @@ class ModelBlock(NamedTuple):
 class ModelTensor:
     """A parameter or a buffer of a model, with all of its clean names; a tied one has several."""
 
-    names: tuple[str, ...]
     module: nn.Module  # the first that holds it
     attribute: str  # its name in that module
-    in_records: NamesInRecords
-
-    table: ClassVar[str]
-    """The table in which a record remembers it."""
+    table: str  # the table of a state that remembers it: `flags` or `buffers`
+    is_statistic: bool = False  # whether it is one of the running statistics of a norm
+    names: tuple[str, ...] = ()
+    holders: tuple[tuple[nn.Module, str], ...] = ()  # all modules that hold it, and its names there
 
     @property
     def name(self) -> str:
@@ -77,17 +93,26 @@ class ModelTensor:
         return self.names[0]
 
     @property
-    def known(self) -> list[NameInRecord]:
-        """Its names in the record that knows it; empty if none does."""
-        return self.in_records.find_all(self.names)
+    def value(self) -> Any:
+        """The tensor as the module holds it now."""
+        held = self.module._parameters if self.table == "flags" else self.module._buffers
+        return held[self.attribute]
+
+    def names_in_memory(self) -> list[tuple[ModelMemory, str]]:
+        """Return what memories call it."""
+        found = []
+        for module, attribute in self.holders:
+            memory, names = PLACES.get(module, NOWHERE)
+            found += [(memory, join(name, attribute)) for name in names]
+        return found
 
     @property
     def former(self) -> Any:
-        """What the record knows of it from before the adapters, or None."""
-        for record, name in self.known:
-            table = vars(record)[self.table]
-            if name in table:
-                return table[name]
+        """What a memory knows of it, a `Flag` or a `FormerBuffer`, or None."""
+        for memory, name in self.names_in_memory():
+            known = vars(memory.state)[self.table].get(name)
+            if known is not None:
+                return known
         return None
 
     @property
@@ -95,66 +120,6 @@ class ModelTensor:
         """The adapter whose `also_train` has named it, if there is one."""
         former = self.former
         return None if former is None else former.claimant
-
-    def remember(self, former: Any) -> None:
-        """Let the record know this of it, under all of its names."""
-        known = self.known
-        assert known  # `unite_records` lets a record know all of a model
-        for record, name in known:
-            vars(record)[self.table][name] = former
-
-
-class ModelParameter(ModelTensor):
-    """A parameter of a model. Its `former` is a `Flag`."""
-
-    table = "flags"
-    is_statistic = False
-
-    @property
-    def value(self) -> nn.Parameter:
-        """The parameter as the module holds it now."""
-        return self.module._parameters[self.attribute]  # type: ignore[return-value]
-
-    def freeze(self) -> None:
-        """Freeze it, and remember that it was not, unless it trains with an adapter."""
-        value = self.value
-        if not value.requires_grad or self.claimant is not None:
-            return
-        if self.former is None:
-            self.remember(Flag(original=True))
-        value.requires_grad = False  # lazy parameters do not have requires_grad_()
-
-    def claim(self, adapter: str, flag_without: bool) -> None:
-        """Train it together with an adapter; `flag_without` is its flag without it."""
-        former = self.former
-        original = self.value.requires_grad if former is None else former.original
-        self.remember(Flag(original, adapter, flag_without))
-        self.value.requires_grad = True
-
-
-@dataclass(eq=False)
-class ModelBuffer(ModelTensor):
-    """A persistent buffer of a model. Its `former` is a `FormerBuffer`."""
-
-    table = "buffers"
-    is_statistic: bool  # whether it is one of the running statistics of a norm
-
-    @property
-    def value(self) -> Tensor:
-        """The buffer as the module holds it now."""
-        return self.module._buffers[self.attribute]  # type: ignore[return-value]
-
-    def is_saved_with(self, adapter: str | None) -> bool:
-        """Whether a change is saved with an adapter; with None, whether any adapter saves it."""
-        former = self.former
-        if former is None:
-            return self.is_statistic
-        return former.is_saved and (adapter is None or former.claimant in (None, adapter))
-
-    @property
-    def has_changed(self) -> bool:
-        """Whether it may have changed."""
-        return self.former is None or self.former.differs_from(self.value)
 
 
 def persistent_buffers_of(module: nn.Module) -> dict[str, Tensor]:
@@ -189,8 +154,7 @@ class ModelView:
         classes = [(imported_class(wrapper.module, wrapper.name), wrapper) for wrapper in WRAPPERS]
         self._classes = [(cls, wrapper) for cls, wrapper in classes if cls]
         self._walk(model, "", on_path=set())
-        layers = [(self.names[layer], layer.disha) for layer in self.find_layers()]
-        self.in_records = NamesInRecords(layers)
+        place_copy(self.names, [(layer, layer.disha) for layer in self.find_layers()])
 
     def _walk(self, module: nn.Module, name: str, on_path: set[nn.Module]) -> None:
         if isinstance(module, Adapters):
@@ -235,24 +199,25 @@ class ModelView:
         return inside
 
     @cached_property
-    def parameters(self) -> tuple[ModelParameter, ...]:
+    def parameters(self) -> tuple[ModelTensor, ...]:
         """The parameters of the model, each once. Those of blocks are left out."""
-        found: dict[int, ModelParameter] = {}
+        found: dict[int, ModelTensor] = {}
         for module, names in self.names.items():
             for attribute, parameter in module._parameters.items():
                 if parameter is not None:
-                    new = ModelParameter((), module, attribute, self.in_records)
+                    new = ModelTensor(module, attribute, "flags")
                     known = found.setdefault(id(parameter), new)
                     known.names += tuple(join(name, attribute) for name in names)
+                    known.holders += ((module, attribute),)
         return tuple(found.values())
 
     @cached_property
-    def parameters_by_name(self) -> dict[str, ModelParameter]:
+    def parameters_by_name(self) -> dict[str, ModelTensor]:
         """Every clean name of a parameter -> the parameter."""
         return {name: parameter for parameter in self.parameters for name in parameter.names}
 
     @cached_property
-    def buffers(self) -> tuple[ModelBuffer, ...]:
+    def buffers(self) -> tuple[ModelTensor, ...]:
         """The persistent buffers of the model, except sparse ones and those of special classes."""
         buffers = []
         for module, names in self.names.items():
@@ -262,13 +227,14 @@ class ModelView:
                 is_plain = type(buffer) is Tensor or is_sharded(buffer)
                 if is_plain and buffer.layout is torch.strided:
                     aliases = tuple(join(name, attribute) for name in names)
+                    holders = ((module, attribute),)
                     buffers.append(
-                        ModelBuffer(aliases, module, attribute, self.in_records, is_norm)
+                        ModelTensor(module, attribute, "buffers", is_norm, aliases, holders)
                     )
         return tuple(buffers)
 
     @property
-    def tensors(self) -> tuple[ModelParameter | ModelBuffer, ...]:
+    def tensors(self) -> tuple[ModelTensor, ...]:
         """The parameters and the buffers."""
         return (*self.parameters, *self.buffers)
 
@@ -296,8 +262,8 @@ class ModelView:
             model_block.block: {} for model_block in self.blocks()
         }
         for layer, name in self.find_layers().items():
-            for child in layer.disha.children():
-                for parameter, block in child.borrowed:  # type: ignore[union-attr]
+            for tied in layer.disha.borrowed.values():
+                for parameter, block in tied:
                     if block not in borrowers:
                         raise AdapterStateError(
                             f"{join(name, parameter)} is tied to a parameter outside this part of "
@@ -335,7 +301,7 @@ class ModelView:
                 f"the model has an adapter {adapter!r} already; choose another name"
             )
 
-    def list_trained(self, adapter: str | None = None) -> list[ModelParameter]:
+    def list_trained(self, adapter: str | None = None) -> list[ModelTensor]:
         """Return the parameters that train with an adapter, or with any, besides the blocks.
 
         One that requires gradients, but that `also_train` did not name, trains with every adapter.
@@ -367,65 +333,111 @@ class ModelView:
     # --- what the adapters remember --------------------------------------------------------------
 
     @property
-    def records(self) -> list[ModelRecord]:
-        """The records of the layers: one, unless parts of the model got adapters by themselves."""
-        return self.in_records.records
+    def memories(self) -> list[ModelMemory]:
+        """The memories that know modules of the model: one, unless parts got adapters alone."""
+        places = [PLACES.get(module) for module in self.names]
+        return list({place.memory: None for place in places if place is not None})
+
+    def find_today(self, memory: ModelMemory, name: str) -> str | None:
+        """Return today's name of what a memory knows by a name, or None if it is elsewhere."""
+        for above in walk_up(name):
+            if (memory, above) in self._names_today:
+                return join(self._names_today[memory, above], name[len(above) :].removeprefix("."))
+        return None
+
+    @cached_property
+    def _names_today(self) -> dict[tuple[ModelMemory, str], str]:
+        names_today: dict[tuple[ModelMemory, str], str] = {}
+        for module, names in self.names.items():
+            memory, names_in_memory = PLACES.get(module, NOWHERE)
+            names_today |= {(memory, name): names[0] for name in names_in_memory}
+        return names_today
 
     def keep(self, undo: ExitStack) -> None:
         """Let `undo` put back adapters, what they remember, and all `requires_grad` flags."""
+        states = {module: state_of(module) for module in self.names}
+        places = {module: PLACES.get(module) for module in self.names}
+        memories = [(memory, memory.state) for memory in self.memories]
         flags = [(parameter, parameter.requires_grad) for parameter in self.list_parameters()]
-        tables = [(record, record.copy_tables()) for record in self.records]
-        kept = {}
-        for layer in self.find_layers():
-            adapters = layer.disha
-            former = type(layer), adapters, dict(adapters._modules)
-            kept[layer] = former, adapters.active, adapters.record, adapters.names
 
         def put_back() -> None:
-            for module in self.names:
-                if module not in kept:
-                    restore(module)
-            for layer, (former, active, record, names) in kept.items():
-                readapt(layer, *former)
-                layer.disha.active = active
-                layer.disha.belong_to(record, names)
+            for module, state in states.items():
+                set_state(module, state)
+            for module, place in places.items():
+                PLACES.pop(module, None)
+                if place is not None:
+                    PLACES[module] = place
+            self.__dict__.pop("_names_today", None)
+            for memory, former in memories:
+                memory.state = former
             self.guard_encoders()
-            for record, former_tables in tables:
-                vars(record).update(former_tables)
             for parameter, flag in flags:
                 parameter.requires_grad = flag
 
         undo.callback(put_back)
 
-    def unite_records(self) -> NameInRecord:
-        """Let one record know all of the model, at first a new one; return what it calls the model.
+    def unite(self) -> ModelMemory:
+        """Let one memory know all of the model, by the names of today; return it.
 
         It takes over what those of parts know, which got adapters by themselves.
         """
-        known = self.in_records.find("")
-        if known is None:
-            groups = [record.group for record in self.records]
-            shared = [group for group in groups if group is not SINGLE_LAYERS]
-            known = NameInRecord(ModelRecord(*shared[:1]), "")
+        memory, (above, *_) = PLACES.get(self.modules[""]) or Place(ModelMemory(), ("",))
+        places = {
+            module: Place(memory, tuple(join(above, name) for name in names))
+            for module, names in self.names.items()
+        }
+        if all(PLACES.get(module) == place for module, place in places.items()):
+            return memory
 
-        def rename(record: ModelRecord, name: str) -> str | None:
-            today = self.in_records.find_today(record, name)
-            return None if today is None else join(known.name, today)
+        def find_name(other: ModelMemory, name: str) -> str | None:
+            today = self.find_today(other, name)
+            return None if today is None else join(above, today)
 
-        for record in self.records:
-            if record is not known.record:
-                known.record.take_over(record, partial(rename, record))
-        self.in_records.cover(known)
-        for layer in self.find_layers():
-            if layer.disha.record is not known.record:
-                layer.disha.belong_to(known.record, self.names_in_record(layer))
-        return known
+        state = memory.state.renamed(lambda name: name if find_name(memory, name) is None else None)
+        for other in self.memories:
+            state = state.joined(other.state.renamed(partial(find_name, other)))
+        layers = self.find_layers()
+        for layer in layers:
+            layer_state = layer.disha.state(type(layer))
+            set_state(layer, layer_state.but(memory=memory, names=places[layer].names))
+        for group in {layer.disha.group for layer in layers}:
+            if memory.group not in group.lineage:
+                members = [layer.disha for layer in layers if layer.disha.group is group]
+                group.split_off(members, parent=memory.group)
+        PLACES.update(places)
+        self.__dict__.pop("_names_today", None)
+        memory.state = state
+        return memory
 
-    def names_in_record(self, module: nn.Module) -> tuple[str, ...]:
-        """Return the names of a module in the record that knows all of the model."""
-        known = self.in_records.find_all(self.names[module])
-        assert known
-        return tuple(name for _, name in known)
+    def remember(self, formers: Mapping[ModelTensor, Flag | FormerBuffer]) -> None:
+        """Let the memory of each tensor know this of it, under all of its names."""
+        changed = defaultdict[tuple[ModelMemory, str], dict[str, Any]](dict)
+        for tensor, former in formers.items():
+            for memory, name in tensor.names_in_memory():
+                changed[memory, tensor.table][name] = former
+        for (memory, table), new in changed.items():
+            known = vars(memory.state)[table]
+            memory.state = memory.state.but(**{table: {**known, **new}})
+
+    def forget(self, adapters: Container[str]) -> None:
+        """Forget the specs of adapters that are removed from this part."""
+        for memory in self.memories:
+            specs = {
+                key: spec
+                for key, spec in memory.state.specs.items()
+                if key[0] not in adapters or self.find_today(memory, key[1]) is None
+            }
+            memory.state = memory.state.but(specs=specs)
+
+    def forget_buffers(self) -> None:
+        """Forget what the buffers of this part were before the first adapter."""
+        for memory in self.memories:
+            buffers = {
+                name: former
+                for name, former in memory.state.buffers.items()
+                if self.find_today(memory, name) is None
+            }
+            memory.state = memory.state.but(buffers=buffers)
 
     @property
     def has_adapters_anywhere(self) -> bool:
@@ -433,44 +445,24 @@ class ModelView:
         if self.find_layers():
             return True
         return any(
-            len(adapters) and self.in_records.find_today(record, adapters.names[0]) is None
-            for record in self.records
-            for adapters in list(record.members)
+            len(adapters) and self.find_today(memory, adapters.names[0]) is None
+            for memory in self.memories
+            for adapters in list(memory.members)
         )
-
-    def forget_layers(self, adapters: Container[str]) -> None:
-        """Forget the layers of adapters that are removed from this part."""
-        for record in self.records:
-            for adapter, name in list(record.layers):
-                if adapter in adapters and self.in_records.find_today(record, name) is not None:
-                    del record.layers[adapter, name]
-
-    def forget_buffers(self) -> None:
-        """Forget what the buffers of this part were before the first adapter."""
-        for buffer in self.buffers:
-            for record, name in buffer.known:
-                record.buffers.pop(name, None)
 
     def refuse_half_of_ties(self, action: str) -> None:
         """Raise if a weight of this part is tied to one outside: both have one update."""
-        for record in self.records:
-            for (_, weight), borrowers in record.layers.items():
-                if not borrowers:
+        for memory in self.memories:
+            for spec in memory.state.specs.values():
+                names = [self.find_today(memory, name) for name in (spec.name, *spec.tied)]
+                inside = [name for name in names if name is not None]
+                if not inside or None not in names:
                     continue
-                outside = []
-                inside = []
-                for name in (weight, *borrowers):
-                    name_today = self.in_records.find_today(record, name)
-                    if name_today is None:
-                        outside.append(name)
-                    else:
-                        inside.append(name_today)
-                if inside and outside:
-                    raise AdapterStateError(
-                        f"can't {action} here: {inside[0] or 'the weight'} is tied to "
-                        f"{outside[0]}, which is outside this part of the model; pass the "
-                        "complete model"
-                    )
+                outside = (spec.name, *spec.tied)[names.index(None)]
+                raise AdapterStateError(
+                    f"can't {action} here: {inside[0] or 'the weight'} is tied to {outside}, "
+                    "which is outside this part of the model; pass the complete model"
+                )
 
     def list_lost_layers(self, adapter: str) -> list[str]:
         """Return the names of the weights that the adapter was injected into and adapts no more.
@@ -479,18 +471,17 @@ class ModelView:
         `resize_token_embeddings` of transformers does. The block goes with the old module.
         """
         adapted = {
-            join(name, model_block.block.slot.name)
+            (model_block.layer.disha.memory, join(name, model_block.block.spec.own_name))
             for model_block in self.blocks(adapter)
             for name in model_block.layer.disha.names
         }
-        lost = []
-        for record in self.records:
-            for other, name in record.layers:
-                if other == adapter and name not in adapted:
-                    name_today = self.in_records.find_today(record, name)
-                    if name_today is not None:
-                        lost.append(name_today)
-        return lost
+        names = [
+            self.find_today(memory, name)
+            for memory in self.memories
+            for other, name in memory.state.specs
+            if other == adapter and (memory, name) not in adapted
+        ]
+        return [name for name in names if name is not None]
 
     def guard_encoders(self) -> None:
         """Let encoders return the same with adapted layers as with plain ones; else undo that."""
@@ -536,7 +527,7 @@ class ModelView:
         held = [value for module in self._holders for value in module._parameters.values()]
         return list({id(value): value for value in held if value is not None}.values())
 
-    def count_parameters(self, trains: Callable[[ModelParameter], bool]) -> tuple[int, int]:
+    def count_parameters(self, trains: Callable[[ModelTensor], bool]) -> tuple[int, int]:
         """Return how many values train, and how many there are; `trains` is asked except of blocks.
 
         A lazy parameter has no size yet.

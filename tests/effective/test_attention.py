@@ -121,7 +121,7 @@ def parameter_of(module, name):
 def packed(module):
     """Return the original of the packed weight."""
     one = next(one for one in ModelView(module).blocks() if one.name == "q_proj")
-    return base_of(one.layer, one.block.slot)
+    return base_of(one.layer, one.block.spec)
 
 
 def dense(adapted, plain, scale=1.0):

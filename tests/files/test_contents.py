@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import disha
-from disha.files import LayerRecord
+from disha.files import BlockSpec
 from disha.files.contents import keep_blocks, keep_matching, read_contents
 from disha.files.saving import adapter_contents
 from disha.functional import Layout
@@ -108,14 +108,15 @@ def test_some_layers_are_read(saved, path):
 )
 def test_a_weight_of_another_shape_is_not_the_layer_s(rows, shape, due):
     outputs = 4 if rows else 8
-    layer = LayerRecord(
+    layer = BlockSpec.of_block(
         "x",
+        (2, outputs),
         method="bone",
         r=2,
         in_features=8,
         out_features=outputs,
         layout=Layout("out in"),
-        rows=rows,
+        outputs=rows,
     )
     says = due and f"the weight has the shape {shape}; the adapter is for {due}"
-    assert layer.reason_against_weight((2, outputs), shape) == says
+    assert layer.reason_against_shape(shape) == says

@@ -21,10 +21,10 @@ import disha
 from disha import AdapterFileError
 from disha.config import AdapterConfig
 from disha.files.contents import read_contents
-from disha.files.header import FORMAT
+from disha.files.header import FORMAT, entry_of
 from disha.functional import METHODS, PATTERNS
 from disha.layers.fingerprints import fingerprint, same_base
-from disha.layers.kinds import LAYER_KINDS, declared_slots
+from disha.layers.kinds import LAYER_KINDS, declared_weights
 from tests import reference_reader
 from tests.adapter_files import base, first_layer, rewritten, trained
 from tests.conftest import InOut, assert_same, needs_complex_files, perturb, refused, seed_torch
@@ -59,7 +59,7 @@ class TestPage:
         written = {name for layer in header["layers"] for name in layer}
         written |= {name for name in header if name != "layers"}
         disha.save_adapter(disha.inject_adapters(nn.Conv1d(4, 6, 2), "", 2, method="lora"), path)
-        written |= set(read_contents(path).layers[0].to_entry("lora"))
+        written |= set(entry_of(read_contents(path).layers[0], "lora"))
         named = re.findall(r"^\| `([^`]+)` \|", PAGE, re.MULTILINE)
         assert sorted(named) == sorted(written | {"layers", "needs"})
 
@@ -116,7 +116,7 @@ def everything(monkeypatch):
 
 def patterns_of(model):
     """The layout of each weight of a model that can be adapted."""
-    slots = [slot for module in model.modules() for slot in declared_slots(module)]
+    slots = [slot for module in model.modules() for slot in declared_weights(module)]
     return [slot.layout.pattern for slot in slots]
 
 
@@ -324,7 +324,7 @@ BAD_HEADERS = {
     "fewer rows": (
         lambda h: first_layer(h).update(rows=[[0, 1]]), "it lists 1 row, but its output has 8"),
     "other name": (lambda h: first_layer(h).update(name="x"), "'x.bone_block' is missing"),
-    "no name": (lambda h: first_layer(h).update(name=5), "'5.bone_block' is missing"),
+    "no name": (lambda h: first_layer(h).update(name=5), "name must be a str, got 5"),
     "layout": (lambda h: first_layer(h).update(layout="in"), "unknown layout 'in'.*upgrade"),
     "rows": (lambda h: first_layer(h).update(rows=[[3, 1]]), "first < stop"),
     "beside without tensor": (lambda h: h["also_train"].append("x"), "'x' is missing"),

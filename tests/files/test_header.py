@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from disha.config import AdapterConfig
-from disha.files import AdapterContents, LayerRecord
+from disha.files import AdapterContents, BlockSpec
 from disha.files.header import reasons_against_blocks
 from disha.functional import Layout
 
@@ -26,7 +26,9 @@ from disha.functional import Layout
     ],
 )
 def test_which_shape_a_block_must_have(layout, shape, expected):
-    record = LayerRecord("", method="bone", r=2, in_features=8, out_features=6, layout=layout)
+    record = BlockSpec.of_block(
+        "", shape, method="bone", r=2, in_features=8, out_features=6, layout=layout
+    )
     contents = AdapterContents(
         config=AdapterConfig(r=2, target=None),
         layers=(record,),

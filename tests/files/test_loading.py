@@ -433,7 +433,7 @@ class TestLayout:
         perturb(model)
         disha.save_adapter(model, path)
         layer = disha.inspect_adapter(path).layers[0]
-        assert (layer.rows, layer.out_features) == (((0, 2), (5, 7)), 4)
+        assert (layer.outputs, layer.out_features) == (((0, 2), (5, 7)), 4)
         disha.load_adapter(base, path)
         assert torch.equal(base[0].weight + 0, model[0].weight + 0)
 
@@ -443,7 +443,7 @@ class TestLayout:
         disha.save_adapter(model, path)
         found = {layer.name: layer for layer in disha.inspect_adapter(path).layers}
         assert list(found) == ["attention.v_proj", "lstm.weight_hh_l0"]
-        assert found["attention.v_proj"].rows == ((16, 24),)
+        assert found["attention.v_proj"].outputs == ((16, 24),)
         assert found["attention.v_proj"].key == "attention.v_proj.bone_block"
         disha.load_adapter(base, path)
         for one, other in ((base["lstm"], model["lstm"]), (base["attention"], model["attention"])):

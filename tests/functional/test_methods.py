@@ -640,7 +640,7 @@ class TestAThirdMethod:
                 block.normal_()
             for name, module in plain.items():
                 block = adapted[name].disha["default"]
-                layout = block.slot.layout
+                layout = block.spec.layout
                 module.weight += dense_delta(third, layout, block.block, module.weight)
         acting = outputs(adapted)
         close(acting, outputs(plain))

@@ -391,11 +391,11 @@ class TestLayoutsOfTheUser:
     def test_a_key_gives_a_layout_only_to_weights_that_have_none(self, key):
         def slots_of(model, **options):
             plan = disha.plan_adapters(model, ".", 2, exclude="^(t|w|mix)$", **options)
-            return {layer.name: layer.slot for layer in plan.layers}
+            return {layer.name: layer.layout for layer in plan.layers}
 
         assert slots_of(Known(), layouts={key: "in out"}) == slots_of(Known())
         plan = disha.plan_adapters(Known(), "^(t|w|mix)$", 2, layouts={key: "in out"})
-        assert {layer.slot.layout.pattern for layer in plan.layers} == {"in out"}
+        assert {layer.layout.pattern for layer in plan.layers} == {"in out"}
 
     def test_the_proposal_of_a_plan_does_what_it_says(self):
         proposals = [layer.remedy for layer in disha.plan_adapters(Known(), ".", 2).unknown]

@@ -40,7 +40,7 @@ from transformers.integrations.metal_quantization import MetalLinear
 import disha
 from disha import ArgumentError, MergeError, TargetError
 from disha.layers import quantized
-from disha.layers.quantized import quantized_slot
+from disha.layers.quantized import quantized_weight
 from tests import reference
 from tests.conftest import (
     assert_unchanged,
@@ -785,7 +785,9 @@ class Window(nn.Module):
     ],
 )
 def test_dense_modules_are_not_quantized(make):
-    assert [quantized_slot(module) for module in make().modules() if quantized_slot(module)] == []
+    assert [
+        quantized_weight(module) for module in make().modules() if quantized_weight(module)
+    ] == []
 
 
 @pytest.mark.parametrize(
@@ -804,12 +806,12 @@ def test_dense_modules_are_not_quantized(make):
 )
 def test_packed_modules_of_libraries_are_recognized(make):
     layer = make()
-    slot = quantized_slot(layer)
+    slot = quantized_weight(layer)
     assert (slot.shape, slot.layout.pattern, slot.quantized) == ((32, 256), "out in", True)
     inject(layer, "bone")
     assert layer.disha["default"].block.shape == (4, 32)
     disha.remove_adapters(layer)
-    assert quantized_slot(layer) == slot
+    assert quantized_weight(layer) == slot
 
 
 def test_no_quantization_library_is_imported():

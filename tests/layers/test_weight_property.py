@@ -140,7 +140,7 @@ def build(name, dtype=torch.float64):
 def delta_of(layer):
     block = layer.disha["default"]
     weight = layer.base_weight.detach()
-    pattern = block.slot.layout.pattern
+    pattern = block.spec.layout.pattern
     return reference.layout_delta_weight(block.method.name, pattern, block.block.detach(), weight)
 
 
@@ -371,7 +371,7 @@ class Doubled(nn.Module):
 def test_a_computed_weight_may_have_another_shape_than_the_stored_one(method):
     model = nn.Sequential(Doubled())
     disha.inject_adapters(model, "0", 2, method=method, layouts={"0": "out in"}, init="kaiming")
-    geometry = model[0].disha["default"].slot.layout.geometry(model[0].weight.shape)
+    geometry = model[0].disha["default"].spec.layout.geometry(model[0].weight.shape)
     assert geometry == disha.Geometry(6, 8)
     assert model[0].disha["default"].config.r == 2
     assert disha.check_adapters(model, torch.randn(3, 6)).ok

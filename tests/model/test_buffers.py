@@ -249,13 +249,13 @@ def test_a_statistic_that_has_become_nan_is_saved():
 def test_what_was_forgotten_is_remembered_again_if_a_later_step_fails():
     model = trained()
     view = ModelView(model)
-    (record,) = view.records
-    remembered = list(record.buffers)
+    (memory,) = view.memories
+    remembered = memory.state.buffers
     with ExitStack() as undo:
         view.keep(undo)
         view.forget_buffers()
-        assert not record.buffers
-    assert list(record.buffers) == remembered
+        assert not memory.state.buffers
+    assert memory.state.buffers == remembered
 
 
 class Normaliser(nn.Module):

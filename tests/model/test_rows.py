@@ -113,7 +113,7 @@ def test_adapters_have_rows_of_their_own():
     disha.set_active_adapters(model, "default")
     disha.set_adapter_scale(model, 0.5)
     assert torch.equal(model.lm_head.weight[NEW], table[NEW])  # a row has no scale
-    assert {row.scale for row in disha.summary(model).layers if row.method == "new rows"} == {1}
+    assert {row.scale for row in disha.summary(model).layers if row.is_new_rows} == {1}
     disha.remove_adapters(model)
     assert torch.equal(model(TOKENS).logits, llama()(TOKENS).logits)
 
@@ -122,7 +122,7 @@ def test_adapters_have_rows_of_their_own():
 @pytest.mark.parametrize("update_first", [False, True])
 def test_a_row_is_read_in_place_of_all_else_and_the_last_adapter_gives_it(update_first, order):
     injections = [
-        {"target_regex": "q_proj", "also_train": "embed", "also_train_rows": ROWS},
+        {"target_regex": "q_proj", "also_train": "norm", "also_train_rows": ROWS},
         {"target_regex": "v_proj", "adapter": "b", "also_train_rows": {"embed": [3]}},
     ]
     injections.insert(0 if update_first else 2, {"target_regex": "embed", "adapter": "update"})
@@ -141,6 +141,12 @@ def test_a_row_is_read_in_place_of_all_else_and_the_last_adapter_gives_it(update
     torch.testing.assert_close(model.lm_head(x), F.linear(x, expected))
     disha.merge_adapters(model)
     assert torch.equal(model.lm_head.weight, expected)
+
+
+def test_a_table_of_which_rows_train_does_not_train_whole():
+    model = llama()
+    with refused(model, disha.ArgumentError, "also_train_rows trains rows of it"):
+        disha.inject_adapters(model, "q_proj", 4, also_train="lm_head", also_train_rows=ROWS)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -241,7 +247,7 @@ def test_a_file_has_the_rows_only_and_fits_a_base_with_others(tmp_path):
     sizes = [(tmp_path / name).stat().st_size for name in ("plain", "file")]
     assert sizes[1] - sizes[0] < 8 * rows_of(model).numel() + 400
     (found,) = (one for one in inspect_adapter(tmp_path / "file").layers if one.is_new_rows)
-    assert (found.name, found.rows) == ("model.embed_tokens", ((3, 4), (34, 35), (35, 36)))
+    assert (found.name, found.outputs) == ("model.embed_tokens", ((3, 4), (34, 35), (35, 36)))
     other = llama()
     other.get_input_embeddings().weight.data[NEW] += 1.0
     load_adapter(other, tmp_path / "file")
@@ -307,7 +313,7 @@ def test_row_numbers_of_numpy_and_torch(kind):
 
 def test_they_take_the_place_of_an_adapter_on_the_same_matrix():
     model = disha.inject_adapters(llama(), "embed|q_proj", 4, also_train_rows=ROWS)
-    assert [one.method for one in disha.summary(model).layers] == ["new rows", "bone"]
+    assert [one.method for one in disha.summary(model).layers] == ["rows", "bone"]
 
 
 @pytest.mark.parametrize("read", ["lookup", "head", "product", "by an index"])

@@ -21,7 +21,7 @@ from disha.interop.peft_format import find_folder, read_config
 from disha.interop.peft_reading import UNKNOWN, Base, read_folder
 from disha.layers.fingerprints import fingerprint, same_base
 from disha.layers.kinds import PROJECTIONS
-from disha.model.records import LayerRecord
+from disha.layers.spec import BlockSpec
 from disha.text import cut_common_end, first_few, group_by_reason, join
 
 STORED_NAMES = {
@@ -151,7 +151,7 @@ def find_copies(checkpoint: Checkpoint, keys: Mapping[str, str], name: str) -> l
     return [key for key in checkpoint.keys_by_values[values] if key not in keys.values()]
 
 
-def _possible_keys_of_layer(layer: LayerRecord) -> tuple[str, ...]:
+def _possible_keys_of_layer(layer: BlockSpec) -> tuple[str, ...]:
     """Return the names under which the weight of a layer may be stored, the likeliest first."""
     keys = [join(layer.name, "weight"), *_possible_keys(layer.name)]
     for tied in layer.tied:
@@ -159,7 +159,7 @@ def _possible_keys_of_layer(layer: LayerRecord) -> tuple[str, ...]:
     owner, _, last = layer.name.rpartition(".")
     if last in PROJECTIONS:
         # nn.MultiheadAttention has q, k and v as rows of one packed weight, or as three weights.
-        parameter = "in_proj_weight" if layer.rows else f"{last}_weight"
+        parameter = "in_proj_weight" if layer.outputs else f"{last}_weight"
         keys.append(join(owner, parameter))
     return tuple(keys)
 
@@ -302,7 +302,7 @@ def find_misfits(
                 f"is quantised or packed there ({weight.dtype}); give the original checkpoint"
             )
         else:
-            reason = layer.reason_against_weight(contents.tensors[layer.key].shape, weight.shape)
+            reason = layer.reason_against_shape(tuple(weight.shape))
         if reason is None and compares_values and key not in replaced:
             reason = _reason_against_values(layer, weight)
         if reason is not None:
@@ -315,10 +315,10 @@ def find_misfits(
     return misfits
 
 
-def _reason_against_values(layer: LayerRecord, weight: Tensor) -> str | None:
+def _reason_against_values(layer: BlockSpec, weight: Tensor) -> str | None:
     if not layer.base:
         return None
-    base = fingerprint(layer.layout.part(weight, layer.rows))
+    base = fingerprint(layer.layout.part(weight, layer.outputs))
     if base is None or same_base(layer.base, base):
         return None
     return "has other values than the weight that the adapter was saved from"

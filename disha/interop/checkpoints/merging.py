@@ -44,7 +44,7 @@ from disha.interop.checkpoints.reading import (
     open_checkpoint,
     ties_embeddings,
 )
-from disha.model.records import LayerRecord
+from disha.layers.spec import BlockSpec
 from disha.model.state import is_finite_as
 from disha.text import counted, printable
 
@@ -234,7 +234,7 @@ class Merge:
         contents = self.contents
         stacks = self.checkpoint.stacks
         self._values = {keys[name]: contents.tensors[name] for name in contents.also_train}
-        self._layers = defaultdict[str, list[LayerRecord]](list)
+        self._layers = defaultdict[str, list[BlockSpec]](list)
         for record in contents.layers:
             copies = find_copies(self.checkpoint, keys, record.name) if record.tied else ()
             for key in (keys[record.name], *copies):
@@ -308,10 +308,10 @@ class Merge:
         for record in self._layers[key]:
             block = self.contents.tensors[record.key]
             if record.is_new_rows:
-                new_rows.append(NewRows(block, record.rows))
+                new_rows.append(NewRows(block, record.outputs))
                 continue
             method = method_of(record.method)
-            delta = method.delta_weight(record.layout, block[part], changed, record.rows)
+            delta = method.delta_weight(record.layout, block[part], changed, record.outputs)
             deltas.append((delta, record.scale if self.scale is None else self.scale))
         if deltas:
             changed = functional.merged_weight(changed, deltas)

@@ -87,8 +87,8 @@ def test_the_name_of_a_removed_adapter_is_kept_nowhere(model):
     disha.inject_adapters(model, "all-linear", 2, adapter="a")
     disha.inject_adapters(model, "all-linear", 2, adapter="b")
     disha.remove_adapters(model, "b")
-    (record,) = ModelView(model).records
-    assert {adapter for adapter, _ in record.layers} == {"a"}
+    (memory,) = ModelView(model).memories
+    assert memory.state.adapters == {"a"}
 
 
 def two_parts():
@@ -182,7 +182,7 @@ class TestParts:
         model.body[1].bias.requires_grad_(False)
         disha.inject_adapters(model.body, "0", 2)
         disha.inject_adapters(model, "head", 2, adapter="whole")
-        assert len({layer.disha.record for layer in (model.body[0], model.head)}) == 1
+        assert len({layer.disha.memory for layer in (model.body[0], model.head)}) == 1
         disha.remove_adapters(model)
         assert [name for name, flag in flags(model).items() if not flag] == ["body.1.bias"]
 
