@@ -171,7 +171,14 @@ def _embedding(
         is_sparse = sparse and table is weight.base  # a computed weight needs a dense gradient
         return F.embedding(indices, table, padding_idx, sparse=is_sparse)
 
-    return weight.updates.product(look_up, input, weight.base, None, weight.weight_layout)
+    layout = weight.weight_layout
+    output = weight.updates.product(look_up, input, weight.base, None, layout)
+    if padding_idx is None or padding_idx == layout.padding_idx:
+        return output
+    # A layout with this padding_idx gives the row no update. In any other, the row has one, as in
+    # the merged table, but torch gives it no gradient.
+    is_padding = (input == padding_idx % weight.base.shape[0]).unsqueeze(-1)
+    return torch.where(is_padding, output.detach(), output)
 
 
 @rule(Tensor.__getitem__)

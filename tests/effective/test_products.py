@@ -46,6 +46,24 @@ def test_rows_of_a_table_count_from_the_end_too(index):
 
 
 @pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("padding_idx", [1, -5])
+def test_a_padding_row_of_a_raw_table_gives_no_gradient(method, padding_idx):
+    model = nn.Module()
+    model.table = nn.Parameter(torch.randn(6, 4))
+    disha.inject_adapters(model, "table", 2, method=method, layouts={"table": "index out"})
+    perturb(model)
+    [block] = disha.adapter_parameters(model)
+    dense = (model.table + 0).detach()
+    indices = torch.tensor([[0, 1, 3], [5, 1, 1]])
+    output = F.embedding(indices, model.table, padding_idx)
+    torch.testing.assert_close(output, F.embedding(indices, dense, padding_idx))
+    (found,) = torch.autograd.grad(output.square().sum(), block)
+    others = F.embedding(indices[indices != 1], model.table)
+    (expected,) = torch.autograd.grad(others.square().sum(), block)
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("method", METHODS)
 def test_sparse_inputs(method):
     layer = perturb(disha.inject_adapters(nn.Linear(4, 3, bias=False), "", 2, method=method))
     x = torch.randn(5, 4).relu()
