@@ -58,9 +58,17 @@ def _matmul(input: Any, other: Any) -> Any:
     return NotImplemented
 
 
-@rule("mm bmm mv")
-def _mm(input: Any, *other: Any, **named: Any) -> Any:
-    return _matmul(input, *other, *named.values())  # the second argument is `mat2` or `vec`
+_DIMS_OF_OPERANDS = {"mm": [2, 2], "bmm": [3, 3], "mv": [2, 1]}
+
+
+@rule_with_operation("mm bmm mv")
+def _mm(func: Operation, input: Any, *other: Any, **named: Any) -> Any:
+    operands = [input, *other, *named.values()]  # the second one is `mat2` or `vec`
+    dims = [operand.dim() for operand in operands]
+    has_one_stack = input.shape[:-2] == operands[-1].shape[:-2]
+    if dims != _DIMS_OF_OPERANDS[func.__name__] or not has_one_stack:
+        return NotImplemented  # torch raises: unlike `matmul`, these do not broadcast
+    return _matmul(*operands)
 
 
 def _multiply_weight_first(weight: EffectiveWeight, x: Tensor) -> Any:

@@ -35,6 +35,25 @@ def test_by_keywords(multiply):
     torch.testing.assert_close(multiply(x, weight), multiply(x, dense))
 
 
+@pytest.mark.parametrize(
+    ("multiply", "x"),
+    [
+        (torch.bmm, torch.randn(1, 5, 4)),
+        (torch.Tensor.bmm, torch.randn(1, 5, 4)),
+        (torch.mm, torch.randn(3, 5, 4)),
+        (lambda x, stack: torch.mm(x, stack[0]), torch.randn(3, 5, 4)),
+        (lambda x, stack: torch.mv(stack[0].T, x), torch.randn(4, 5)),
+    ],
+)
+def test_products_that_do_not_broadcast_are_refused_as_by_torch(multiply, x):
+    model = nn.Module()
+    model.stack = nn.Parameter(torch.randn(3, 4, 6))
+    disha.inject_adapters(model, "stack", 2, layouts={"stack": "expert in out"}, init="kaiming")
+    for stack in (model.stack, torch.randn(3, 4, 6)):
+        with pytest.raises(RuntimeError, match=r"size|2D|matrix|vector|[Mm]atrices"):
+            multiply(x, stack)
+
+
 @pytest.mark.parametrize("index", [[-1, 2, -6], [0, 5]])
 def test_rows_of_a_table_count_from_the_end_too(index):
     layer = disha.inject_adapters(nn.Embedding(6, 3), "", r=2, init="kaiming")
