@@ -59,12 +59,13 @@ class EffectiveWeight(Tensor):
     ) -> Any:
         """Run an operation by its rule."""
         rule = RULES.get(func) or RULES.get(getattr(func, OP_NAME, None))
-        named = kwargs or {}
+        named = dict(kwargs or {})
+        if named.get("out") is None:
+            named.pop("out", None)  # None is torch's default
         if rule is not None:
             if not args and "input" in named:
                 # Rules take their first argument by position. Where torch names it `input`, a
                 # caller may have passed it by that name. Other rules take theirs by torch's name.
-                named = dict(named)
                 args = (named.pop("input"),)
             if "out" in named:
                 _refuse_to_lose_gradients(args, named)

@@ -24,6 +24,7 @@ from tests.reference import METHODS
         lambda x, w: torch.mv(w, vec=x[0]),
         lambda x, w: torch.mv(input=w, vec=x[0]),
         lambda x, w: torch.matmul(input=x, other=w.T),
+        lambda x, w: torch.matmul(x, w.T, out=None),
         lambda x, w: torch.addmm(input=torch.ones(3), mat1=x, mat2=w.T),
         lambda x, w: F.normalize(input=w),
         lambda x, w: torch.where(condition=w > 0, input=w, other=torch.zeros(())),
