@@ -190,10 +190,12 @@ class Plan:
         """A learning rate for AdamW, by the sizes of the layers; `suggest_rate` measures one.
 
         Each layer moves its outputs by `step` x rate in a step, and the steps of L layers add up
-        as random ones do. So the rate is RATE_FACTOR / (sqrt(L) x mean step).
+        as random ones do. So the rate is RATE_FACTOR / (sqrt(L) x mean step). Rows of
+        `also_train_rows` do not count. If no layer would be adapted, it is nan.
         """
-        steps = [method_of(x.config.method).step(x.in_features, x.r) for x in self.layers]
-        return RATE_FACTOR * math.sqrt(len(steps)) / sum(steps)
+        layers = [layer for layer in self.layers if not layer.is_new_rows]  # these have no dW
+        steps = [layer.method.step(layer.in_features, layer.r) for layer in layers]
+        return RATE_FACTOR * math.sqrt(len(steps)) / sum(steps) if steps else math.nan
 
     @property
     def percent(self) -> float:
