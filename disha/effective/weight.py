@@ -3,7 +3,7 @@
 Reading an adapted parameter gives one. What each operation does with it:
 
     facts      shape, dtype, new_zeros, ones_like ... those of W; nothing is computed
-    views      transposes, rows, items of a stack     an effective weight
+    views      transposes, outputs, items of a stack  an effective weight
     products   linear, matmul, conv, embedding ...    W's own product plus the updates'
     attention  F.multi_head_attention_forward         its projections are such products
     writes     copy_, __setitem__, nn.init ...        done to W; the result is effective again
