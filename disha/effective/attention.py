@@ -16,7 +16,7 @@ from torch import Tensor
 
 from disha.effective.products import multiply_linear
 from disha.effective.rules import rule
-from disha.effective.views import split_rows
+from disha.effective.views import split_outputs
 from disha.effective.weight import EffectiveWeight, compute
 from disha.private_torch import attention_with_projections
 
@@ -105,12 +105,12 @@ def _project_packed(
 
 
 def _split_packed(weight: Any, sizes: list[int]) -> Any:
-    """Cut a packed weight into parts of these numbers of rows."""
+    """Cut a packed weight into parts of these numbers of outputs."""
     if not isinstance(weight, EffectiveWeight):
         return torch.split(weight, sizes)
     if len(sizes) == 1:
         return [weight]
-    parts: Any = split_rows(weight, torch.split(weight.base, sizes))
+    parts: Any = split_outputs(weight, torch.split(weight.base, sizes))
     if parts is NotImplemented:  # a block across the borders of q, k and v can't be cut
         return torch.split(compute(weight), sizes)
     return parts

@@ -58,9 +58,17 @@ def _matmul(input: Any, other: Any) -> Any:
     return NotImplemented
 
 
-@rule("mm bmm mv")
-def _mm(input: Any, *other: Any, **named: Any) -> Any:
-    return _matmul(input, *other, *named.values())  # the second argument is `mat2` or `vec`
+_DIMS_OF_OPERANDS = {"mm": [2, 2], "bmm": [3, 3], "mv": [2, 1]}
+
+
+@rule_with_operation("mm bmm mv")
+def _mm(func: Operation, input: Any, *other: Any, **named: Any) -> Any:
+    operands = [input, *other, *named.values()]  # the second one is `mat2` or `vec`
+    dims = [operand.dim() for operand in operands]
+    has_one_stack = input.shape[:-2] == operands[-1].shape[:-2]
+    if dims != _DIMS_OF_OPERANDS[func.__name__] or not has_one_stack:
+        return NotImplemented  # torch raises: unlike `matmul`, these do not broadcast
+    return _matmul(*operands)
 
 
 def _multiply_weight_first(weight: EffectiveWeight, x: Tensor) -> Any:
@@ -171,7 +179,14 @@ def _embedding(
         is_sparse = sparse and table is weight.base  # a computed weight needs a dense gradient
         return F.embedding(indices, table, padding_idx, sparse=is_sparse)
 
-    return weight.updates.product(look_up, input, weight.base, None, weight.weight_layout)
+    layout = weight.weight_layout
+    output = weight.updates.product(look_up, input, weight.base, None, layout)
+    if padding_idx is None or padding_idx == layout.padding_idx:
+        return output
+    # A layout with this padding_idx gives the row no update. In any other, the row has one, as in
+    # the merged table, but torch gives it no gradient.
+    is_padding = (input == padding_idx % weight.base.shape[0]).unsqueeze(-1)
+    return torch.where(is_padding, output.detach(), output)
 
 
 @rule(Tensor.__getitem__)

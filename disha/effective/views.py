@@ -72,13 +72,13 @@ def is_index(index: Any) -> bool:
 
 
 def select_item(weight: Any, index: Any) -> Any:
-    """Return matrices of a stack, or rows of a matrix; NotImplemented for any other index."""
+    """Return matrices of a stack, or outputs of a matrix; NotImplemented for any other index."""
     layout = weight.weight_layout
     if layout.pattern == "out in" and isinstance(index, slice):
         start, stop, step = index.indices(weight.base.shape[0])
         if step != 1 or stop <= start:
             return NotImplemented
-        return select_rows(weight, start, stop)
+        return select_outputs(weight, start, stop)
     if not layout.experts_first or not (is_index(index) or isinstance(index, slice)):
         return NotImplemented
     base = weight.base[index]
@@ -93,8 +93,8 @@ def select_item(weight: Any, index: Any) -> Any:
     return _make_view(weight, base, layout, select_blocks)
 
 
-def select_rows(weight: Any, start: int, stop: int) -> Any:
-    """Return the effective weight of some rows of a matrix (out, in)."""
+def select_outputs(weight: Any, start: int, stop: int) -> Any:
+    """Return the effective weight of some outputs of a matrix (out, in)."""
     geometry = weight.weight_layout.geometry(weight.base.shape)
 
     def cut_blocks(updates: Sequence[Update]) -> Sequence[Update] | None:
@@ -109,18 +109,18 @@ def select_rows(weight: Any, start: int, stop: int) -> Any:
 
 @rule_with_operation("split chunk")
 def _split_or_chunk(func: Operation, weight: Any, *args: Any, **kwargs: Any) -> Any:
-    return split_rows(weight, func(weight.base, *args, **kwargs))
+    return split_outputs(weight, func(weight.base, *args, **kwargs))
 
 
-def split_rows(weight: Any, bases: Sequence[Tensor]) -> Any:
-    """Return the parts of a matrix (out, in) that is cut along its rows, as W is into `bases`."""
+def split_outputs(weight: Any, bases: Sequence[Tensor]) -> Any:
+    """Return the parts of a matrix (out, in), cut along its outputs as W is into `bases`."""
     sizes = [base.shape[0] for base in bases]
     if weight.weight_layout.pattern != "out in" or sum(sizes) != weight.base.shape[0]:
         return NotImplemented  # cut along another axis
     parts = []
     start = 0
     for size in sizes:
-        part = select_rows(weight, start, start + size)
+        part = select_outputs(weight, start, start + size)
         if part is NotImplemented:
             return NotImplemented
         parts.append(part)

@@ -3,7 +3,7 @@
 Reading an adapted parameter gives one. What each operation does with it:
 
     facts      shape, dtype, new_zeros, ones_like ... those of W; nothing is computed
-    views      transposes, rows, items of a stack     an effective weight
+    views      transposes, outputs, items of a stack  an effective weight
     products   linear, matmul, conv, embedding ...    W's own product plus the updates'
     attention  F.multi_head_attention_forward         its projections are such products
     writes     copy_, __setitem__, nn.init ...        done to W; the result is effective again
@@ -59,12 +59,13 @@ class EffectiveWeight(Tensor):
     ) -> Any:
         """Run an operation by its rule."""
         rule = RULES.get(func) or RULES.get(getattr(func, OP_NAME, None))
-        named = kwargs or {}
+        named = dict(kwargs or {})
+        if named.get("out") is None:
+            named.pop("out", None)  # None is torch's default
         if rule is not None:
             if not args and "input" in named:
                 # Rules take their first argument by position. Where torch names it `input`, a
                 # caller may have passed it by that name. Other rules take theirs by torch's name.
-                named = dict(named)
                 args = (named.pop("input"),)
             if "out" in named:
                 _refuse_to_lose_gradients(args, named)

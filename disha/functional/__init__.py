@@ -3,9 +3,9 @@
 A weight is a stack of matrices W (out, in). The inputs are cut into shards, runs of r, and all
 shards share one small trainable block D. The shard sum of an input x (..., in) is a tensor
 (..., r): S(x)[j] = sum over b of x[b r + j]. Sizes that r does not divide are zero-padded and
-cropped afterwards. A runtime scale s multiplies the update dW. As in `F.linear`, an input is a row
-or a batch of rows, and W x stands for x W^T. All functions are differentiable, and none takes a
-module.
+cropped afterwards. A runtime scale s multiplies the update dW. As in `F.linear`, the inputs
+are the last dimension of x, and W x stands for x W^T. All functions are differentiable, and none
+takes a module.
 
 From a layer to its update: the layer makes an `Update` of each acting block, and the `Updates` of
 a weight have them all. A product enters through `Updates.linear` or `Updates.product`, which call

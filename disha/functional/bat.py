@@ -98,7 +98,7 @@ def _delta_weight(weight: Tensor, block: Tensor) -> Tensor:
             f"{expected}, got {tuple(block.shape)}"
         )
     product = torch.unflatten(square_tiles(weight, r) @ block, -2, (r, -1))
-    # (..., a, i, b, j): row i and column j of tile (a, b), which becomes row a r + i of dW.
+    # (..., a, i, b, j): row i and column j of tile (a, b), which becomes output a r + i of dW.
     delta = (product + block.unsqueeze(-2)).flatten(-4, -3).flatten(-2)
     return delta[..., :out_features, :in_features]
 
@@ -111,8 +111,8 @@ def square_tiles(weight: Tensor, r: int) -> Tensor:
     if W is contiguous and needs no padding, the result is a view of it.
     """
     padded = pad_to_multiple(pad_to_multiple(weight, r, dim=-1), r, dim=-2)
-    *stack, rows, columns = padded.shape
-    return padded.reshape(*stack, rows // r, columns, r)
+    *stack, outputs, inputs = padded.shape
+    return padded.reshape(*stack, outputs // r, inputs, r)
 
 
 # --- a product that saves little for backward ----------------------------------------------------
@@ -196,20 +196,20 @@ class _BatLinear(torch.autograd.Function):
         # A second derivative needs every intermediate result, so it gets no memory to share.
         scratch = None if torch.is_grad_enabled() else _new_scratch(weight, block, slabs)
         with without_autocast(weight):
-            for blocks, rows in slabs:
-                grad_rows = grad[:, rows]
+            for blocks, outputs in slabs:
+                grad_part = grad[:, outputs]
                 # The slab of W_eff and that of its gradient are both formed in `scratch`. So the
                 # first one is used up before the second one is formed.
                 if needs_x:
-                    slab = _form_rows(
-                        weight[rows], block[blocks], scratch, ctx.with_base, add_block=True
+                    slab = _form_slab(
+                        weight[outputs], block[blocks], scratch, ctx.with_base, add_block=True
                     )
                     slab = slab.conj()  # of real numbers, it is the same tensor
-                    grad_x = grad_rows @ slab if grad_x is None else grad_x.addmm_(grad_rows, slab)
+                    grad_x = grad_part @ slab if grad_x is None else grad_x.addmm_(grad_part, slab)
                 if needs_block:
-                    out = _use_start(scratch, (grad_rows.shape[1], x.shape[1]))
-                    grad_slab = torch.mm(grad_rows.T, x.conj(), out=out)
-                    grad_blocks.append(_grad_of_blocks(grad_slab, weight[rows], block.shape[-1]))
+                    out = _use_start(scratch, (grad_part.shape[1], x.shape[1]))
+                    grad_slab = torch.mm(grad_part.T, x.conj(), out=out)
+                    grad_blocks.append(_grad_of_blocks(grad_slab, weight[outputs], block.shape[-1]))
         grad_bias = grad.sum(0) if needs_bias else None
         grad_block = torch.cat(grad_blocks) if needs_block else None
         return grad_x, None, grad_bias, grad_block, None
@@ -224,16 +224,16 @@ def _multiply(
     add_block = weight.dtype not in (torch.float16, torch.bfloat16)
     scratch = _new_scratch(weight, block, slabs)
     if len(slabs) == 1:
-        effective = _form_rows(weight, block, scratch, with_base, add_block)
+        effective = _form_slab(weight, block, scratch, with_base, add_block)
         output = F.linear(x, effective, bias)
     else:
         output = x.new_empty(x.shape[0], weight.shape[0])
-        for blocks, rows in slabs:
-            slab = _form_rows(weight[rows], block[blocks], scratch, with_base, add_block).T
+        for blocks, outputs in slabs:
+            slab = _form_slab(weight[outputs], block[blocks], scratch, with_base, add_block).T
             if bias is None:
-                torch.mm(x, slab, out=output[:, rows])
+                torch.mm(x, slab, out=output[:, outputs])
             else:
-                torch.addmm(bias[rows], x, slab, out=output[:, rows])
+                torch.addmm(bias[outputs], x, slab, out=output[:, outputs])
     if add_block:
         return output
     r = block.shape[-1]
@@ -245,7 +245,7 @@ def _multiply(
 def _grad_of_blocks(grad_slab: Tensor, weight: Tensor, r: int) -> Tensor:
     """Return the gradients of the blocks D_a of a slab: sum over b of (W_ab + I)^H G_ab.
 
-    G is the gradient of the slab, and W has the same rows.
+    G is the gradient of the slab, and W has the same outputs.
     """
     grad_tiles = square_tiles(grad_slab, r)
     tiles = square_tiles(weight.contiguous(), r)
@@ -254,7 +254,7 @@ def _grad_of_blocks(grad_slab: Tensor, weight: Tensor, r: int) -> Tensor:
 
 
 def _cut_into_slabs(weight: Tensor, block: Tensor) -> list[tuple[slice, slice]]:
-    """Return slabs (blocks D_a, rows of W) of SLAB_BYTES each, which fit the cache."""
+    """Return slabs (blocks D_a, outputs of W) of SLAB_BYTES each, which fit the cache."""
     blocks, r = block.shape[:2]
     bytes_of_block = r * weight.shape[1] * weight.element_size()
     blocks_of_slab = max(1, SLAB_BYTES // bytes_of_block)
@@ -279,10 +279,10 @@ def _use_start(scratch: Tensor | None, shape: Sequence[int]) -> Tensor | None:
     return None if scratch is None else scratch[: prod(shape)].view(shape)
 
 
-def _form_rows(
+def _form_slab(
     weight: Tensor, block: Tensor, scratch: Tensor | None, with_base: bool, add_block: bool
 ) -> Tensor:
-    """Return rows of W_eff: W_ab + W_ab D_a + D_a.
+    """Return a slab of W_eff: W_ab + W_ab D_a + D_a.
 
     Without `with_base`, the first term is left out; without `add_block`, the last.
     """
@@ -330,9 +330,9 @@ def bat_streamed(x: Tensor, weight: Tensor, block: Tensor) -> Tensor:
     shards = x.reshape(1, -1, r).expand(count, -1, -1)
     inputs = torch.baddbmm(shards, shards, block.mT)  # x_b + D_a x_b for all a at once
     inputs = inputs.view(count, tokens, in_features)
-    # The products with the r rows of each block: (out / r, tokens, r)
-    rows = square_tiles(weight.contiguous(), r).view(count, r, in_features)
-    output = torch.bmm(inputs, rows.mT)
+    # The products with the r outputs of each block: (out / r, tokens, r)
+    matrices = square_tiles(weight.contiguous(), r).view(count, r, in_features)
+    output = torch.bmm(inputs, matrices.mT)
     output = output.transpose(0, 1).reshape(tokens, count * r)
     sums, overflow_scale = overflow_safe_shard_sum(x, r)
     output = output + scaled(sums @ block.reshape(count * r, r).mT, overflow_scale)

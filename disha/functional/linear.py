@@ -96,17 +96,17 @@ def _linear_of_low_rank(x: Tensor, weight: Tensor, bias: Tensor | None, update: 
             x = shards.view(tokens, inputs)
     output = F.linear(x, weight, bias)
     if isinstance(scale, float) and overflow_scale == 1.0:
-        factor = scale
+        product_scale = scale
     else:
         up = scaled(up, scale)
-        factor = overflow_scale
+        product_scale = overflow_scale
     is_matrix = not method.compact and up.shape[1] == outputs
     has_one_dtype = up.dtype == sums.dtype == output.dtype
     # `must_not_write` knows better which modes matter, but it costs another two calls.
     may_write = not (is_compiling() or transforms_active() or modes_active())
     if is_matrix and has_one_dtype and may_write:
-        return output.addmm_(sums, up, alpha=factor)  # here, to save a call for few tokens
-    return method.multiply_up(sums, up, geometry, factor, output)
+        return output.addmm_(sums, up, alpha=product_scale)  # here, to save a call for few tokens
+    return method.multiply_up(sums, up, geometry, product_scale, output)
 
 
 def _linear_in_general(

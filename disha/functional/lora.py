@@ -82,9 +82,9 @@ class _Lora(Method):
 
     def join(self, terms: Sequence[tuple[Tensor, float]], geometry: Geometry) -> Tensor | None:
         blocks = []
-        for block, factor in terms:
+        for block, multiplier in terms:
             a, b = _split(block, geometry)
-            blocks.append(torch.cat([a, factor * b], -1))
+            blocks.append(torch.cat([a, multiplier * b], -1))
         return torch.cat(blocks, -2)
 
     def reason_against(

@@ -28,7 +28,7 @@ from torch.utils.checkpoint import checkpoint
 from disha.functional.convolutions import (
     mix_channels,
     overflow_safe_channel_sum,
-    repeat_for_groups,
+    repeat_for_conv_groups,
 )
 from disha.functional.dropout import drop_inputs, drop_tokens
 from disha.functional.layouts import Geometry, Layout, place_outputs
@@ -100,7 +100,7 @@ def go_down(
             sums, overflow_scale = overflow_safe_shard_sum(x, down)
     else:
         if layout.has_kernel:
-            down = repeat_for_groups(down, x, layout, geometry)
+            down = repeat_for_conv_groups(down, x, layout, geometry)
         sums = _multiply_smaller(multiply, x, down.to(x.dtype), layout, update.chosen)
     return Lowered(sums, overflow_scale, factors, layout)
 

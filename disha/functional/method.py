@@ -163,14 +163,14 @@ class Method:
         sums: Tensor,
         up: Tensor,
         geometry: Geometry,
-        factor: float = 1.0,
+        scale: float = 1.0,
         output: Tensor | None = None,
     ) -> Tensor:
-        """Return f sums R for sums (..., n, k), added to an output if there is one.
+        """Return s sums R for sums (..., n, k), added to an output if there is one.
 
         `up` is what `factors` returns for R. The output is new, and may be written into.
         """
-        return multiply_by_matrix(sums, up, geometry.out_features, factor, output)
+        return multiply_by_matrix(sums, up, geometry.out_features, scale, output)
 
     def product(
         self,

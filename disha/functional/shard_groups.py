@@ -62,10 +62,10 @@ class _BoneGroups(Method):
         sums: Tensor,
         up: Tensor,
         geometry: Geometry,
-        factor: float = 1.0,
+        scale: float = 1.0,
         output: Tensor | None = None,
     ) -> Tensor:
-        return multiply_by_groups(sums, up, factor, output)
+        return multiply_by_groups(sums, up, scale, output)
 
     def step(self, inputs: int, r: int) -> float:
         shards = shard_count(inputs, r)
@@ -156,14 +156,14 @@ def _groups_of_outputs(block: Tensor, groups: int) -> Tensor:
 
 
 def multiply_by_groups(
-    sums: Tensor, block: Tensor, factor: float = 1.0, output: Tensor | None = None
+    sums: Tensor, block: Tensor, scale: float = 1.0, output: Tensor | None = None
 ) -> Tensor:
-    """Return f S(x) R, added to an output if there is one, with one product for each group."""
+    """Return s S(x) R, added to an output if there is one, with one product for each group."""
     r, out_features = block.shape[-2:]
     groups = sums.shape[-1] // r
     block = pad_to_multiple(block.to(sums.dtype), groups, dim=-1)
     parts = torch.unflatten(sums, -1, (groups, r)).transpose(-3, -2)  # (..., g, n, r)
     columns = torch.unflatten(block, -1, (-1, groups)).movedim(-1, -3)  # (..., g, r, out / g)
     products = (parts @ columns).movedim(-3, -1)  # (..., n, out / g, g)
-    delta = scaled(products.flatten(-2)[..., :out_features], factor)
+    delta = scaled(products.flatten(-2)[..., :out_features], scale)
     return delta if output is None else add_to(output, delta)

@@ -143,21 +143,21 @@ def multiply_by_matrix(
     sums: Tensor,
     matrix: Tensor,
     out_features: int,
-    factor: float = 1.0,
+    scale: float = 1.0,
     output: Tensor | None = None,
 ) -> Tensor:
-    """Return f sums @ matrix, tiled, added to an output if there is one: in one step if possible.
+    """Return s sums @ matrix, tiled, added to an output if there is one: in one step if possible.
 
     The output must be new, as for `add_to`.
     """
     matrix = matrix.to(sums.dtype)
     has_tiles = matrix.shape[-1] != out_features
     if output is None or output.dim() != 2 or output.dtype != sums.dtype or has_tiles:
-        delta = tiled(scaled(sums @ matrix, factor), out_features)
+        delta = tiled(scaled(sums @ matrix, scale), out_features)
         return delta if output is None else add_to(output, delta)
     if is_compiling() or must_not_write():
-        return torch.addmm(output, sums, matrix, alpha=factor)
-    return output.addmm_(sums, matrix, alpha=factor)
+        return torch.addmm(output, sums, matrix, alpha=scale)
+    return output.addmm_(sums, matrix, alpha=scale)
 
 
 SHARD_CORRELATION = 0.05
@@ -211,7 +211,7 @@ def weighted_sum(parts: Sequence[tuple[Tensor, float]]) -> Tensor:
     Where the method is `additive`, this is the block of the sum of f * dW.
 
     Args:
-        parts: pairs of a block and its factor f, at least one; all blocks of one shape.
+        parts: pairs of a block and its multiplier f, at least one; all blocks of one shape.
 
     Returns:
         Tensor of that shape, in the dtype that the blocks promote to.

@@ -49,7 +49,7 @@ def adapted_grouped(
 ) -> Tensor:
     """Return the grouped product x (W_e + sum of s dW_e)^T, where e is the matrix of a token.
 
-    The tokens of a matrix are one run of rows of x (tokens, in). It ends before row `offsets[e]`.
+    The tokens of a matrix are one run of x (tokens, in), which ends before token `offsets[e]`.
     An update with shard sums takes one more grouped product: that of S(x) with its blocks.
     """
     if not is_compiling() and not all(update.method.low_rank for update in updates):
@@ -58,7 +58,7 @@ def adapted_grouped(
     def multiply_grouped(inputs: Tensor, matrices: Tensor, bias: Tensor | None) -> Tensor:
         outputs = matrices.shape[-2]
         if matrices is not weight:
-            # A or R. Torch wants rows of a multiple of 16 bytes, so r is padded.
+            # A or R. Torch wants strides of a multiple of 16 bytes, so r is padded.
             multiple = 16 // x.element_size()
             inputs = pad_to_multiple(inputs, multiple, dim=-1)
             matrices = pad_to_multiple(matrices, multiple, dim=-1)

@@ -198,6 +198,10 @@ class Adapters(nn.Module):
         else:
             object.__setattr__(self, name, value)
 
+    def forward(self, input: Any) -> Any:
+        """Return the input, for code that runs each child of a layer in turn."""
+        return input
+
     def train(self, mode: bool = True) -> Adapters:
         """Set the mode of the blocks, and warn if none trains, as after PEFT has frozen all."""
         if mode and "peft" in sys.modules:

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from disha.config import AdapterConfig
-from disha.errors import ArgumentError
 from disha.layers.spec import BlockSpec
 from disha.text import counted, table
 
@@ -87,13 +86,12 @@ class Plan:
         """A learning rate for AdamW, by the sizes of the layers; `suggest_rate` measures one.
 
         Each layer moves its outputs by `step` x rate in a step, and the steps of L layers add up
-        as random ones do. So the rate is RATE_FACTOR / (sqrt(L) x mean step).
+        as random ones do. So the rate is RATE_FACTOR / (sqrt(L) x mean step). Rows of
+        `also_train_rows` do not count. If no layer would be adapted, it is nan.
         """
-        updates = [spec for spec in self.layers if not spec.is_new_rows]
+        updates = [spec for spec in self.layers if not spec.is_new_rows]  # rows have no dW
         steps = [spec.method_of_block.step(spec.in_features, spec.r) for spec in updates]
-        if not steps:
-            raise ArgumentError("no layer gets an update in this plan, so it has no learning rate")
-        return RATE_FACTOR * math.sqrt(len(steps)) / sum(steps)
+        return RATE_FACTOR * math.sqrt(len(steps)) / sum(steps) if steps else math.nan
 
     @property
     def percent(self) -> float:

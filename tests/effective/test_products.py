@@ -24,6 +24,7 @@ from tests.reference import METHODS
         lambda x, w: torch.mv(w, vec=x[0]),
         lambda x, w: torch.mv(input=w, vec=x[0]),
         lambda x, w: torch.matmul(input=x, other=w.T),
+        lambda x, w: torch.matmul(x, w.T, out=None),
         lambda x, w: torch.addmm(input=torch.ones(3), mat1=x, mat2=w.T),
         lambda x, w: F.normalize(input=w),
         lambda x, w: torch.where(condition=w > 0, input=w, other=torch.zeros(())),
@@ -35,6 +36,25 @@ def test_by_keywords(multiply):
     torch.testing.assert_close(multiply(x, weight), multiply(x, dense))
 
 
+@pytest.mark.parametrize(
+    ("multiply", "x"),
+    [
+        (torch.bmm, torch.randn(1, 5, 4)),
+        (torch.Tensor.bmm, torch.randn(1, 5, 4)),
+        (torch.mm, torch.randn(3, 5, 4)),
+        (lambda x, stack: torch.mm(x, stack[0]), torch.randn(3, 5, 4)),
+        (lambda x, stack: torch.mv(stack[0].T, x), torch.randn(4, 5)),
+    ],
+)
+def test_products_that_do_not_broadcast_are_refused_as_by_torch(multiply, x):
+    model = nn.Module()
+    model.stack = nn.Parameter(torch.randn(3, 4, 6))
+    disha.inject_adapters(model, "stack", 2, layouts={"stack": "expert in out"}, init="kaiming")
+    for stack in (model.stack, torch.randn(3, 4, 6)):
+        with pytest.raises(RuntimeError, match=r"size|2D|matrix|vector|[Mm]atrices"):
+            multiply(x, stack)
+
+
 @pytest.mark.parametrize("index", [[-1, 2, -6], [0, 5]])
 def test_rows_of_a_table_count_from_the_end_too(index):
     layer = disha.inject_adapters(nn.Embedding(6, 3), "", r=2, init="kaiming")
@@ -43,6 +63,24 @@ def test_rows_of_a_table_count_from_the_end_too(index):
     torch.testing.assert_close(layer.weight[at], dense[at])
     mask = torch.tensor([1, 0, 1, 0, 0, 1], dtype=torch.bool)
     torch.testing.assert_close(layer.weight[mask], dense[mask])
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("padding_idx", [1, -5])
+def test_a_padding_row_of_a_raw_table_gives_no_gradient(method, padding_idx):
+    model = nn.Module()
+    model.table = nn.Parameter(torch.randn(6, 4))
+    disha.inject_adapters(model, "table", 2, method=method, layouts={"table": "index out"})
+    perturb(model)
+    [block] = disha.adapter_parameters(model)
+    dense = (model.table + 0).detach()
+    indices = torch.tensor([[0, 1, 3], [5, 1, 1]])
+    output = F.embedding(indices, model.table, padding_idx)
+    torch.testing.assert_close(output, F.embedding(indices, dense, padding_idx))
+    (found,) = torch.autograd.grad(output.square().sum(), block)
+    others = F.embedding(indices[indices != 1], model.table)
+    (expected,) = torch.autograd.grad(others.square().sum(), block)
+    torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize("method", METHODS)

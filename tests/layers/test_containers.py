@@ -39,12 +39,14 @@ class Named(WithMatrix, nn.ModuleDict):
         return x
 
 
-class Children(WithMatrix, nn.Module):
+class Two(WithMatrix, nn.Module):
     def __init__(self):
         super().__init__()
         self.first = nn.Linear(4, 4)
         self.second = nn.Linear(4, 4)
 
+
+class Children(Two):
     def forward(self, x):
         x = x @ self.mix
         for child in self.children():
@@ -52,7 +54,7 @@ class Children(WithMatrix, nn.Module):
         return x
 
 
-class ByMethod(Children):
+class ByMethod(Two):
     def forward(self, x):
         return self.run(x @ self.mix)
 
@@ -62,17 +64,34 @@ class ByMethod(Children):
         return x
 
 
+class Decorated(Two):
+    """Each child adds to its input, so another child would show."""
+
+    @torch.autocast("cpu", enabled=False)
+    def forward(self, x):
+        x = x @ self.mix
+        return x + sum(child(x) for child in self.children())
+
+
+class ByModules(Two):
+    def forward(self, x):
+        x = x @ self.mix
+        for child in self._modules.values():
+            x = child(x)
+        return x
+
+
 def containers():
     parts = [nn.Linear(4, 4), nn.Linear(4, 4)]
     named = Named(dict(zip("ab", parts, strict=True)))
-    return [Chain(*parts), Parts(parts), named, Children(), ByMethod()]
+    return [Chain(*parts), Parts(parts), named, Children(), ByMethod(), Decorated(), ByModules()]
 
 
 def adapt(model):
     return disha.inject_adapters(model, "^mix$", 2, layouts={"^mix$": "in out"})
 
 
-@pytest.mark.parametrize("number", range(5))
+@pytest.mark.parametrize("number", range(7))
 def test_injection_changes_nothing(number):
     model = containers()[number]
     x = torch.randn(3, 4)

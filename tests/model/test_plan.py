@@ -1,5 +1,7 @@
 """What a plan says, and that making one changes nothing."""
 
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -62,6 +64,13 @@ def test_a_plan_lists_what_r_does_not_fit():
     ]  # fmt: skip
     with pytest.raises(ArgumentError, match="0: r=4 is larger than in_features=2"):
         disha.inject_adapters(model, "all-linear", 4)
+
+
+def test_the_rate_is_that_of_the_layers_and_not_of_new_rows():
+    model = nn.Sequential(nn.Embedding(6, 4), nn.Linear(4, 4))
+    rate = disha.plan_adapters(model, "1", 2).rate
+    assert disha.plan_adapters(model, "1", 2, also_train_rows={"0": [3]}).rate == rate
+    assert math.isnan(disha.plan_adapters(model, "1", 5).rate)
 
 
 def test_tied_weights_are_named():
