@@ -196,12 +196,24 @@ def plan_adapters(
 
     Args:
         model: any model.
-        target_regex: the weights to adapt.
+        target_regex: the weights to adapt. All arguments are as for `inject_adapters`.
         r: shard size.
         adapter: the new adapter's name.
+        method: its method.
+        r_out: size of the output shard of a tile.
+        groups: number of groups of shards, or `"all"`.
+        exclude: names to leave out.
+        rank_pattern: regex of names -> r.
+        layouts: regex of names -> layout.
+        rows: regex of names -> ranges of outputs.
+        dropout: probability of zeroing each input of the adapter.
+        scale: factor on the update.
+        dtype: dtype of the blocks.
+        init: initial values of the blocks.
+        also_train: names of parameters to train, and of buffers, to save with the adapter.
         also_train_rows: regex of names -> rows of matrices to train and save with it.
         freeze: whether all other parameters are frozen.
-        settings: all other arguments of `inject_adapters`.
+        settings: those of the settings above that this signature does not name.
 
     Raises:
         DishaError: as for `inject_adapters`, but not if r or r_out does not fit a weight.
@@ -216,7 +228,7 @@ def plan_adapters(
         skipped 1: no layer kind adapts LayerNorm
         adapter 'default': 1 layer, 8 parameters; trainable 8 of 52 (15.385%)
     """
-    config = AdapterConfig.from_arguments(settings, target=target_regex, r=r)
+    config = AdapterConfig(r, target=target_regex, **settings)
     view = ModelView(model)
     plan = plan_injection(
         view, target_regex, adapter, config, also_train_rows, freeze=freeze, strict=False

@@ -144,7 +144,7 @@ def merge_into_checkpoint(
         ...     out = folder / "merged.safetensors"
         ...     _ = merge_into_checkpoint(folder / "base.safetensors", folder / "adapter", out)
         ...     merged = load_file(out)
-        >>> disha.merge_adapters(model)
+        >>> _ = disha.merge_adapters(model)
         >>> bool((merged["0.weight"] == model[0].weight).all())
         True
     """
