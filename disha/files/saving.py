@@ -19,8 +19,9 @@ from disha.layers.fingerprints import fingerprint
 from disha.layers.spec import BlockSpec
 from disha.layers.weights import base_of, is_packed
 from disha.model import buffers
+from disha.model.found import ModelBlock
 from disha.model.state import collect_tensors, is_finite_as
-from disha.model.view import ModelBlock, ModelView
+from disha.model.view import ModelView
 from disha.sharding.tensors import gather
 from disha.sharding.zero import gather_partition
 from disha.text import counted, first_few, join

@@ -27,7 +27,8 @@ from disha.model.check_merges import (
 )
 from disha.model.check_report import CheckedWeight, CheckReport
 from disha.model.check_runs import Runner, UndoesWrites
-from disha.model.view import ModelBlock, ModelView
+from disha.model.found import ModelBlock
+from disha.model.view import ModelView
 from disha.sharding.imported import imported_class
 from disha.sharding.tensors import gather, write
 from disha.sharding.zero import repartition, whole_shape

@@ -152,7 +152,7 @@ def _context(
                 stack.enter_context(open_context(groups, override, disables))
             yield
 
-    return NamedContext(name, run())
+    return NamedContext(name, run)
 
 
 def _find_groups(model: nn.Module, override: Override, action: str) -> frozenset[Group]:
