@@ -46,6 +46,7 @@ if TYPE_CHECKING:
         mark_only_adapters_trainable,
         remove_adapters,
     )
+    from disha.model.many import adapter_groups, adapter_losses
     from disha.model.merge import merge_adapters, unmerge_adapters
     from disha.model.plan import Plan, PlannedLayer
     from disha.model.rates import suggest_rate
@@ -79,6 +80,8 @@ __all__ = [
     "Summary",
     "TargetError",
     "__version__",
+    "adapter_groups",
+    "adapter_losses",
     "adapter_parameters",
     "adapter_state_dict",
     "adapters_active",
@@ -113,6 +116,7 @@ MODULES_WITH_PUBLIC_NAMES = (
     "model.check_report",
     "model.control",
     "model.inject",
+    "model.many",
     "model.merge",
     "model.plan",
     "model.rates",
