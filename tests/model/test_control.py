@@ -358,7 +358,16 @@ class TestRoute:
         each, order = Route(("b", None, "a", "b")).by_adapter(8, torch.device("cpu"))
         found = {name: rows.tolist() for name, rows in each}
         assert (found, len(each)) == ({"b": [0, 1, 6, 7], "a": [4, 5], None: [2, 3]}, 3)
-        assert order.tolist() == [0, 1, 6, 7, 4, 5, 2, 3]
+        assert order.tolist() == [0, 1, 6, 7, 2, 3, 4, 5]
+
+    def test_neighbours_are_not_sorted(self):
+        each, order = Route(("b", "b", None, "a")).by_adapter(8, torch.device("cpu"))
+        assert [(name, rows.tolist()) for name, rows in each] == [
+            ("b", [0, 1, 2, 3]),
+            (None, [4, 5]),
+            ("a", [6, 7]),
+        ]
+        assert order is None
 
     def test_compiled(self):
         layer = nn.Linear(7, 6)
