@@ -88,6 +88,7 @@ def file_at(path: PathLike) -> Path:
 
 def require_free(path: Path, overwrite: bool) -> None:
     """Raise if a file or a folder with content is at `path`, unless `overwrite` is set."""
+    path = check_path(path)
     is_empty_folder = path.is_dir() and not is_full(path)
     if path.exists() and not is_empty_folder and not overwrite:
         raise ArgumentError(f"{path} exists; choose another name, or set `overwrite` (--overwrite)")
