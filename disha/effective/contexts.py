@@ -255,7 +255,8 @@ def current_context(group: Group) -> Context | None:
 
 def _find_generators() -> frozenset[FrameType]:
     """Return the frames of running generators that have opened a context and not closed it."""
-    opened = {context.generator for context in list(OPEN_CONTEXTS)} - {None}
+    generators = [context.generator for context in list(OPEN_CONTEXTS)]
+    opened = {generator for generator in generators if generator is not None}
     if not opened:  # as almost always
         return frozenset()
     running = set()

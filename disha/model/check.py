@@ -242,7 +242,8 @@ def _find_kept(
             read, _ = _run_and_note_reads(runner, runner.blocks)
         if not is_off:
             reads.append(set(read))
-    return set.union(*reads) - set.intersection(*reads)
+    first, second = reads
+    return first ^ second
 
 
 def _reason_against_training(block: AdapterBlock, seen: _Seen) -> str:
