@@ -44,7 +44,7 @@ from disha.interop.peft_format import (
     names_of_weight,
     read_peft_files,
 )
-from disha.layers.kinds import declared_weights
+from disha.layers.kinds import declared_weights, shape_of
 from disha.layers.spec import BlockSpec
 from disha.model.state import Tensors
 from disha.model.view import ModelView
@@ -93,7 +93,7 @@ def base_of_model(view: ModelView) -> Base:
         for weight in declared_weights(module):
             layer = join(name, weight.name)
             layouts[layer] = weight.layout
-            shapes[layer] = weight.shape
+            shapes[layer] = shape_of(module, weight)
     return Base(model_type_of(view), layouts, lambda layers: shapes, partial(names_of_weight, view))
 
 

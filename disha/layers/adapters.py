@@ -84,9 +84,13 @@ class LayerState:
         return replace(self, **fields)
 
     def with_adapter(
-        self, adapter: str, blocks: Sequence[AdapterBlock], borrowed: Borrowed
+        self,
+        adapter: str,
+        blocks: Sequence[AdapterBlock],
+        borrowed: Borrowed,
+        active: tuple[str, ...],
     ) -> LayerState:
-        """Return the state with one adapter more, which does not act yet."""
+        """Return the state with one adapter more, and these acting."""
         by_name = {block.spec.own_name or "weight": block for block in blocks}
         child: nn.Module
         if list(by_name) == ["weight"]:
@@ -99,6 +103,7 @@ class LayerState:
         return self.but(
             children={**self.children, adapter: child},
             borrowed={**self.borrowed, adapter: borrowed},
+            active=active,
         )
 
     def without(self, removed: Iterable[str]) -> LayerState:
@@ -359,7 +364,7 @@ class Adapters(nn.Module):
         """Make the blocks that the layer borrows its own."""
         blocks = [*self.blocks_by_name(adapter).values()]
         blocks += [block for _, block in self.borrowed[adapter]]
-        self.take(self.state(nn.Module).with_adapter(adapter, blocks, ()))
+        self.take(self.state(nn.Module).with_adapter(adapter, blocks, (), self.active))
 
 
 def find_members(model: nn.Module) -> list[Adapters]:

@@ -129,7 +129,7 @@ class _LinearWithAdapter(AdaptedLinear):
         block = make_block(self, spec, config)
         memory = ModelMemory(SINGLE_LAYERS)
         state = state_with_parameters(self, ["weight"], False, memory, ("",))
-        set_state(self, state.with_adapter(adapter, [block], ()).but(active=(adapter,)))
+        set_state(self, state.with_adapter(adapter, [block], (), (adapter,)))
         PLACES[self] = Place(memory, ("",))
         flags = {}
         if arguments["freeze"]:

@@ -119,10 +119,10 @@ class BlockSpec:
         """Whether its layout is known."""
         return self.layout != UNKNOWN
 
-    def placed(self, module_names: Sequence[str], own_name: str) -> BlockSpec:
+    def placed(self, module_names: Sequence[str], own_name: str, **fields: Any) -> BlockSpec:
         """Return the spec in a module with these names, below which it has its own."""
-        names = [join(name, own_name) for name in module_names]
-        return self.but(name=names[0], names=tuple(names), module=module_names[0])
+        names = tuple([join(name, own_name) for name in module_names])
+        return self.but(name=names[0], names=names, module=module_names[0], **fields)
 
     def renamed(self, rename: Callable[[str], str | None]) -> BlockSpec:
         """Return the spec under other names; what has none is left out of those that are tied."""

@@ -295,12 +295,17 @@ def _describe(
             if candidate.place in adapted:
                 continue
             tied = find_tied(view, spec, config.exclude)
-            spec = spec.but(adapter=adapter, tied=tied)
             if spec.is_new_rows:
-                spec = spec.but(r=1)
+                spec = spec.but(adapter=adapter, tied=tied, r=1)
             else:
-                r = config.rank_of(*candidate.names, *candidate.module_names, *spec.tied)
-                spec = spec.but(method=config.method, r=r, r_out=config.r_out, scale=config.scale)
+                spec = spec.but(
+                    adapter=adapter,
+                    tied=tied,
+                    method=config.method,
+                    r=config.rank_of(*candidate.names, *candidate.module_names, *tied),
+                    r_out=config.r_out,
+                    scale=config.scale,
+                )
             adapted.update((view.modules[name], key) for name, key in spec.places[1:])
         reason = reason_against(view, spec)
         if reason is not None:
@@ -411,7 +416,8 @@ def apply_plan(
         state = state_with_parameters(
             module, parameters, is_quantized, memory, PLACES[module].names
         )
-        state = state.with_adapter(plan.adapter, blocks[module], tuple(borrowed[module]))
+        active = (plan.adapter,) if activate else state.active
+        state = state.with_adapter(plan.adapter, blocks[module], tuple(borrowed[module]), active)
         set_state(module, state)
     if activate:
         set_active(view, (plan.adapter,))
@@ -422,7 +428,8 @@ def apply_plan(
 def set_active(view: ModelView, adapters: tuple[str, ...]) -> None:
     """Let exactly these adapters act."""
     for layer in view.find_layers():
-        set_state(layer, layer.disha.state(type(layer)).but(active=adapters))
+        if layer.disha.active != adapters:
+            set_state(layer, layer.disha.state(type(layer)).but(active=adapters))
 
 
 def _note_plan(view: ModelView, plan: Plan, memory: ModelMemory) -> None:

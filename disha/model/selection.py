@@ -20,7 +20,7 @@ from disha.errors import ArgumentError
 from disha.functional import Layout, layout_of
 from disha.functional.layouts import MATRIX, OutputRanges
 from disha.functional.new_rows import NEW_ROWS
-from disha.layers.kinds import declare, list_weights
+from disha.layers.kinds import declare, list_weights, shape_of
 from disha.layers.spec import BlockSpec
 from disha.layers.weights import matrix_weights
 from disha.model.plan import Skipped
@@ -202,10 +202,13 @@ def list_candidates(view: ModelView) -> list[Candidate]:
     """Return all weights, matrices of unknown layout, and modules that have neither."""
     candidates = []
     for module, names in view.names.items():
-        specs = list_weights(module) or [BlockSpec("", parameter="")]
-        for spec in specs:
-            spec = spec.placed(names, spec.name)
-            candidates.append(Candidate(module, names, spec))
+        specs = [
+            spec.placed(names, spec.name, shape=shape_of(module, spec))
+            for spec in list_weights(module)
+        ]
+        if not specs:
+            specs = [BlockSpec(names[0], names=names, module=names[0], parameter="")]
+        candidates += [Candidate(module, names, spec) for spec in specs]
     return candidates
 
 
@@ -249,7 +252,7 @@ def as_whole(candidate: Candidate, layout: Layout) -> BlockSpec:
     """Return the spec of the whole parameter in this layout."""
     spec = candidate.spec
     own_name = declare(spec.parameter, layout).name
-    return spec.but(layout=layout, outputs=()).placed(candidate.module_names, own_name)
+    return spec.placed(candidate.module_names, own_name, layout=layout, outputs=())
 
 
 def as_table(candidate: Candidate) -> Candidate:
