@@ -11,7 +11,7 @@ import copy
 import sys
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -29,6 +29,7 @@ from disha.layers import compiled
 from disha.layers.blocks import AdapterBlock
 from disha.layers.containers import CHILD_NAME
 from disha.layers.memory import ModelMemory
+from disha.layers.value import Value
 
 MERGED = f"{CHILD_NAME}.merged"
 """Key in the state dict of a layer whose weights were merged when it was taken."""
@@ -56,7 +57,7 @@ Borrowed = tuple[tuple[str, AdapterBlock], ...]
 
 
 @dataclass(frozen=True)
-class LayerState:
+class LayerState(Value):
     """The adapters of a layer as a value: its class, its blocks, what acts, and its model.
 
     Attributes:
@@ -78,10 +79,6 @@ class LayerState:
     merged: Merged | None
     memory: ModelMemory
     names: tuple[str, ...]
-
-    def but(self, **fields: Any) -> LayerState:
-        """Return the state with other values of some fields."""
-        return replace(self, **fields)
 
     def with_adapter(
         self,

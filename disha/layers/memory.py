@@ -21,7 +21,7 @@ names, so a module of it has the name that it has beside the first adapted layer
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary, WeakSet
@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from disha.effective.contexts import Group
 from disha.layers.fingerprints import Checksums, checksums, has_changed
 from disha.layers.spec import BlockSpec
+from disha.layers.value import Value
 from disha.sharding.tensors import local_part
 from disha.text import cut_common_end, join
 
@@ -80,7 +81,7 @@ class FormerBuffer(NamedTuple):
 
 
 @dataclass(frozen=True)
-class ModelState:
+class ModelState(Value):
     """What the adapters of a model remember of it, as a value."""
 
     specs: dict[tuple[str, str], BlockSpec] = field(default_factory=dict)
@@ -92,10 +93,6 @@ class ModelState:
     """The adapters that are merged into some layer."""
     unroutable: dict[str, str] = field(default_factory=dict)
     """Adapter -> why samples can't be routed to it."""
-
-    def but(self, **fields: Any) -> ModelState:
-        """Return the state with other values of some fields."""
-        return replace(self, **fields)
 
     @cached_property
     def adapters(self) -> frozenset[str]:

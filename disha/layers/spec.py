@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import KW_ONLY, dataclass, field, replace
+from dataclasses import KW_ONLY, dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -18,6 +18,7 @@ from disha.config import as_json
 from disha.functional import Geometry, Layout, Method
 from disha.functional.layouts import OutputRanges
 from disha.functional.new_rows import NEW_ROWS, method_of_block
+from disha.layers.value import Value
 from disha.text import counted, join
 
 UNKNOWN = Layout("")
@@ -25,7 +26,7 @@ UNKNOWN = Layout("")
 
 
 @dataclass(frozen=True)
-class BlockSpec:
+class BlockSpec(Value):
     """One weight, and the block that an adapter has for it.
 
     Attributes:
@@ -109,10 +110,6 @@ class BlockSpec:
             all_outputs = outputs[-1][1] if outputs else out_features
             shape = layout.shape(layout.geometry_of_stack(in_features, all_outputs, stack))
         return cls(name, method=method, layout=layout, shape=shape, outputs=outputs, **fields)
-
-    def but(self, **fields: Any) -> BlockSpec:
-        """Return the spec with other values of some fields."""
-        return replace(self, **fields)
 
     @property
     def has_layout(self) -> bool:

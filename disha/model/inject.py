@@ -440,7 +440,9 @@ def _note_plan(view: ModelView, plan: Plan, memory: ModelMemory) -> None:
     buffers.remember_buffers(view, plan.adapter, plan.also_train)
     state = memory.state
     (above, *_) = PLACES[view.modules[""]].names
-    specs = [spec.renamed(partial(join, above)) for spec in plan.layers]
+    specs = plan.layers
+    if above:  # the plan is of a part
+        specs = tuple(spec.renamed(partial(join, above)) for spec in specs)
     memory.state = state.but(
         specs=state.specs | {(spec.adapter, spec.name): spec for spec in specs},
         unroutable=state.unroutable | find_unroutable(view, plan.adapter),
