@@ -123,7 +123,7 @@ class _LinearWithAdapter(AdaptedLinear):
             scale=config.scale,
             adapter=adapter,
         )
-        reason = spec.reason_against_sizes()
+        reason = spec.reason_against_r()
         if reason is not None:
             raise ArgumentError(f"{type(self).__name__}: {reason}")
         block = make_block(self, spec, config)

@@ -46,7 +46,7 @@ class BlockSpec(Value):
             update too.
         names: all names of the weight, if the module is shared and has several.
         adapter: the adapter that has the block. A file does not tell.
-        module: the name of the module.
+        module: the name of the module. A file does not tell.
         parameter: the module's attribute that has the weight; empty for a module without one.
         quantized: whether the weight is quantised: then a hook adds the update to the module's
             output.
@@ -184,7 +184,7 @@ class BlockSpec(Value):
         return join(self.module, self.parameter)
 
     @property
-    def places(self) -> list[tuple[str, str]]:
+    def slots(self) -> list[tuple[str, str]]:
         """The module and the attribute of its parameter, and of those that are tied to it."""
         tied = [name.rpartition(".") for name in self.tied]
         return [(self.module, self.parameter), *((module, name) for module, _, name in tied)]
@@ -223,7 +223,17 @@ class BlockSpec(Value):
         }
         return {name: as_json(value) for name, value in fields.items()}
 
-    def reason_against_sizes(self) -> str | None:
+    @property
+    def reason_against_layout(self) -> str | None:
+        """Why the weight can't be adapted if its layout is unknown, or None if it is known."""
+        if self.has_layout:
+            return None
+        return (
+            f"the layout of this weight {self.shape} is unknown; declare it, such as "
+            f"{self.remedy}, as your code uses it: see docs/guides/custom-model.md"
+        )
+
+    def reason_against_r(self) -> str | None:
         """Return why the weight can't have a block of this size, or None if it can."""
         return self.method_of_block.reason_against(self.layout, self.geometry, self.r, self.r_out)
 
@@ -233,7 +243,7 @@ class BlockSpec(Value):
         layout = self.layout
         if len(found) < self.method_of_block.block_axes or layout.reason_against_shape(self.shape):
             return f"a block of shape {found} does not fit the layout {layout.pattern!r}"
-        reason = self.reason_against_sizes()
+        reason = self.reason_against_r()
         if reason is not None:
             return reason
         padding = layout.padding_idx
