@@ -53,6 +53,12 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
         with score_learned_positions() if on_processor else nullcontext():
             return super().compute_loss(*given, **named)
 
+    def scored(self, batch: Any) -> torch.Tensor:
+        """Return the loss of a batch without values, of which nobody knows what is learned."""
+        fused = {"fused_lm_head": True} if hasattr(trl_utils, "add_fused_lm_head") else {}
+        with self.compute_loss_context_manager(), score_learned_positions(triton=False):
+            return self.model(**batch, use_cache=False, **fused).loss
+
     def _prepare_dataset(
         self, rows: Any, tokenizer: Any, args: Any, packing: bool, formatting: Any, name: str
     ) -> Any:
@@ -102,13 +108,14 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
         return sampler
 
 
-def score_learned_positions() -> AbstractContextManager[Any]:
+def score_learned_positions(triton: bool = True) -> AbstractContextManager[Any]:
     """Let trl score on a processor as it does with its kernel: what is learned, and nothing else.
 
-    These names are private in trl 1.16. A trl without them has the same losses, in more time.
+    Without `triton`, all positions are scored, in the same tiles. These names are private in trl
+    1.16. A trl without them has the same losses, in more time.
     """
     return patch.multiple(
-        trl_utils, create=True, _use_triton=lambda device: True, _CHUNKED_LOGPROB_CHUNK_SIZE=TILE
+        trl_utils, create=True, _use_triton=lambda device: triton, _CHUNKED_LOGPROB_CHUNK_SIZE=TILE
     )
 
 
