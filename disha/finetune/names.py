@@ -37,7 +37,7 @@ SOURCES = {
     "trl": ("trainer/sft_config.py", "trainer/base_config.py"),
     "transformers": ("training_args.py",),
 }
-"""A package -> the files with the fields that are flags."""
+"""A package -> the files with the fields that are flags, of which a version may lack one."""
 
 MANY = ("also_train", "data", "target")
 """The flags to which several names may add."""
@@ -94,8 +94,8 @@ def flags_of_sources() -> set[str]:
     names: set[str] = set()
     for package, files in SOURCES.items():
         [folder] = find_spec(package).submodule_search_locations  # type: ignore[union-attr, misc]
-        for file in files:
-            source = Path(folder, file).read_text(encoding="utf-8")
+        for path in (path for file in files for path in Path(folder).glob(file)):
+            source = path.read_text(encoding="utf-8")
             names.update(re.findall(r"^    (\w+): ", source, re.MULTILINE))
     return names
 
