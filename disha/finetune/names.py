@@ -227,7 +227,7 @@ def _compute(flags: Iterable[Flag], given: Mapping[str, Sequence[str]]) -> list[
     roots = [given.get(name, ["False"]) for name in ("use_rslora", "peft_use_rslora")]
     has_root = any(value in ([], ["True"], ["true"]) for value in roots)
     is_mini = ["mini"] in (given.get("init_miss_weights"), given.get("init_miss_weight"))
-    computed = {
+    computed: dict[tuple[str, ...], float] = {
         ("ALPHA",): number("lora_alpha", 32) / (math.sqrt(r) if has_root else r),
         ("EVALS",): 1 / (number("evals_per_epoch", 1) * epochs),
         ("SAVES",): 1 / (number("saves_per_epoch", 1) * epochs),

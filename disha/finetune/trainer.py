@@ -172,7 +172,7 @@ class Losses(ProgressCallback):
         shown = {"step": state.global_step, **shown}
         if self.training_bar.disable:
             shown |= self._course(state)
-        super().on_log(args, state, *given, logs=shown, **named)  # type: ignore[no-untyped-call]
+        super().on_log(args, state, *given, logs=shown, **named)
 
     def _course(self, state: Any) -> dict[str, Any]:
         """Return of how many steps this is one, the time so far, and the time that is left."""
