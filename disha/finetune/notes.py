@@ -75,6 +75,7 @@ def read_settings(adapter: str | Path) -> dict[str, Any]:
         "exclude": [*config.exclude],
         "rank_pattern": [f"{pattern}={r}" for pattern, r in config.rank_pattern.items()],
         "dropout": config.dropout,
+        "scale": config.scale,
         "also_train": [*config.also_train],
         "new_tokens": read_noted_tokens(file.metadata),
     }

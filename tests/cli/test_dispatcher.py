@@ -49,7 +49,7 @@ def test_help_of_every_command(run, name):
 )
 def test_an_unknown_command_names_the_one_that_is_meant(run, word, meant):
     done = run(word, "x")
-    hint = "" if meant is None else f"; did you mean {meant}?"
+    hint = "" if meant is None else f" (did you mean {meant}?)"
     assert (done.code, done.complaint) == (2, f"disha: {word!r} is not a command{hint}\n")
 
 
@@ -88,7 +88,8 @@ def test_flags_may_have_dashes_or_underscores():
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["--max_eror", "1"], "disha it does not take --max_eror; did you mean --max_error?"),
+        (["--max_eror", "1"], "disha it does not take --max_eror (did you mean --max_error?)"),
+        (["--abc", "1", "--xyz"], "disha it does not take --abc, --xyz"),
         (["--overwite=1"], "did you mean --overwrite?"),
         (["--xyz"], "disha it does not take --xyz"),
         (["--max_error", "many"], "--max_error: invalid float value: 'many'"),
