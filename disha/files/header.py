@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from disha.checks import TRAINABLE_DTYPES, check_positive_int, check_scale
+from disha.checks import TRAINABLE_DTYPES, check_positive_int, check_scale, check_type
 from disha.config import DEFAULTS, AdapterConfig, as_json, check_ranges
 from disha.errors import AdapterFileError
 from disha.functional import Layout, layout_of
@@ -197,9 +197,9 @@ def _parse_file(path: Path, fields: Any, tensors: Mapping[str, Tensor]) -> Adapt
     return AdapterFile(
         config=config,
         layers=records,
-        also_train=tuple(fields["also_train"]),
+        also_train=_check_names("also_train", fields["also_train"]),
         tensors={keys.get(key, key): tensor for key, tensor in tensors.items()},
-        metadata=dict(fields["metadata"]),
+        metadata=_check_notes(fields["metadata"]),
         path=path,
         format=FORMAT,
         nbytes=path.stat().st_size,
@@ -222,10 +222,29 @@ def _check_version(path: Path, fields: Mapping[str, Any]) -> None:
         )
 
 
+def _check_names(field: str, names: Any) -> tuple[str, ...]:
+    """Return a list of names."""
+    check_type(field, names, list, "a list of names")
+    for name in names:
+        check_type(field, name, str, "a list of names")
+    return tuple(names)
+
+
+def _check_notes(notes: Any) -> dict[str, str]:
+    """Return notes, which are texts by their names."""
+    check_type("metadata", notes, dict, "texts by their names")
+    for note in notes.values():
+        check_type("metadata", note, str, "texts by their names")
+    return dict(notes)
+
+
 def _parse_layer(config: AdapterConfig, entry: Mapping[str, Any]) -> LayerRecord:
     """Return the record of an entry that has all fields."""
     for size in ("r", "in", "out", "groups"):
         check_positive_int(size, entry[size])
+    check_type("name", entry["name"], str, "a text")
+    check_type("base", entry["base"], str | None, "a fingerprint")
+    check_type("padding_idx", entry["padding_idx"], int | None, "a whole number")
     method = entry["method"]
     rows = entry["rows"]
     scale = entry["scale"]
@@ -251,7 +270,7 @@ def _parse_layer(config: AdapterConfig, entry: Mapping[str, Any]) -> LayerRecord
         layout=Layout(pattern, entry["groups"], entry["padding_idx"]),
         kernel=tuple(kernel),
         rows=tuple(rows),
-        tied=tuple(entry["tied"]),
+        tied=_check_names("tied", entry["tied"]),
     )
 
 
