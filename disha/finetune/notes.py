@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import disha
-from disha.errors import ArgumentError
+from disha.errors import AdapterFileError, ArgumentError
 from disha.files import ADAPTER_NAME, file_at
 from disha.finetune.flags import BITS
 
@@ -82,7 +82,14 @@ def read_settings(adapter: str | Path) -> dict[str, Any]:
 
 def read_noted_tokens(notes: Mapping[str, str]) -> list[str]:
     """Return the tokens that an adapter has added to its base."""
-    tokens: list[str] = json.loads(notes.get(TOKENS_KEY, "[]"))
+    try:
+        tokens = json.loads(notes.get(TOKENS_KEY, "[]"))
+    except (ValueError, RecursionError):
+        tokens = None
+    if not isinstance(tokens, list) or not all(isinstance(token, str) for token in tokens):
+        raise AdapterFileError(
+            f"the note {TOKENS_KEY} of the adapter is no list of tokens; get the file again"
+        )
     return tokens
 
 
@@ -120,6 +127,6 @@ def _noted(notes: Mapping[str, str]) -> dict[str, Any]:
     """Return what is noted of the base; nothing if that is no JSON object."""
     try:
         note = json.loads(notes.get(BASE_KEY, "{}"))
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return note if isinstance(note, dict) else {}

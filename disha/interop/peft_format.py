@@ -40,7 +40,7 @@ from disha.layers.kinds import FOREIGN_LAYOUTS, LAYER_KINDS, full_name
 from disha.model.records import LayerRecord, Tensors
 from disha.model.view import ModelView, persistent_buffers_of
 from disha.sharding.tensors import gather
-from disha.text import first_few, join
+from disha.text import brief, first_few, join
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -181,9 +181,23 @@ class PeftFolder:
         """Return r or lora_alpha of a layer as PEFT finds it: by the first key of the pattern."""
         values = self.fields.get(pattern) or {}
         for key, value in values.items():
-            if re.match(rf"(.*\.)?({key})$", name):
+            if _matches(key, name, self.path):
                 return value
         return self.fields.get(field, 8)  # the default of both in PEFT
+
+
+def _matches(pattern: str, name: str, path: Path) -> bool:
+    """Whether a regex of a file is found in a name as PEFT finds it.
+
+    A regex that could take hours is refused: one that repeats a group, or with many repetitions.
+    """
+    repetitions = sum(pattern.count(sign) for sign in "*+{")
+    if repetitions > 3 or re.search(r"\)[*+{]", pattern) or len(pattern) > 1000 or len(name) > 256:
+        raise AdapterFileError(
+            f"{path}: the pattern {brief(pattern)} could take hours to search in {brief(name)}; "
+            "use names of layers, or the adapter in PEFT"
+        )
+    return re.match(rf"(.*\.)?({pattern})$", name) is not None
 
 
 def find_folder(path: PathLike) -> Path | None:

@@ -241,7 +241,7 @@ def _find_kept(
             read, _ = _run_and_note_reads(runner, runner.blocks)
         if not is_off:
             reads.append(set(read))
-    return set.union(*reads) - set.intersection(*reads)
+    return read_at_first.union(*reads) - read_at_first.intersection(*reads)
 
 
 def _reason_against_training(block: AdapterBlock, seen: _Seen) -> str:
