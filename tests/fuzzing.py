@@ -12,6 +12,7 @@ import json
 import lzma
 import random
 import resource
+import shutil
 import tempfile
 import time
 import warnings
@@ -286,6 +287,40 @@ class Peft(Reader):
         return contents
 
 
+class Folder(Reader):
+    """All files of a folder of PEFT, as the commands read them from the disk."""
+
+    path = PLACE / "folder"
+
+    def seeds(self) -> list[Json]:
+        fields, shapes = Peft().seeds()[0]
+        torch.save(tensors_of(shapes), PLACE / "old.bin")
+        files = {
+            "adapter_config.json": {**fields, "base_model_name_or_path": "x"},
+            "tokenizer.json": {"added_tokens": [{"content": "<a>"}]},
+            "chat_template.jinja": "{{ x }}",
+            "adapter_model.bin": (PLACE / "old.bin").read_bytes().decode("latin-1"),
+        }
+        return [files, {"adapter_config.json": fields}]
+
+    def read(self, value: Json) -> object:
+        shutil.rmtree(self.path, ignore_errors=True)
+        self.path.mkdir()
+        for name in self.names:
+            if isinstance(value, dict) and name in value:
+                held = value[name]
+                text = held if isinstance(held, str) else json.dumps(held)
+                (self.path / name).write_bytes(text.encode("latin-1", "replace"))
+        notes.read_notes(self.path)
+        notes.read_settings(self.path)
+        return str(disha.inspect_adapter(self.path))
+
+    names = (
+        *("adapter_config.json", "tokenizer.json", "chat_template.jinja"),
+        *("adapter_model.bin", "adapter_model.safetensors"),
+    )
+
+
 class Image(Reader):
     """A LoRA of an image model, as `diffusers` or kohya's programs write it."""
 
@@ -371,7 +406,7 @@ class Notes(Reader):
 
 @cache
 def readers() -> dict[str, Reader]:
-    made = (Header(), Bytes(), Peft(), Image(), Checkpoint(), Notes())
+    made = (Header(), Bytes(), Peft(), Folder(), Image(), Checkpoint(), Notes())
     return {type(reader).__name__.lower(): reader for reader in made}
 
 

@@ -86,3 +86,29 @@ def test_a_shard_is_a_file_of_its_folder(shard):
     index, config = reader.seeds()[0]
     with pytest.raises(disha.AdapterFileError, match="where the name of a file should be"):
         reader.read([{**index, "weight_map": {"linear.weight": shard}}, config])
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "says"),
+    [
+        ("tokenizer.json", "[]", "has notes that can't be read"),
+        ("tokenizer.json", "{", "has notes that can't be read"),
+        ("tokenizer.json", '{"added_tokens": [1]}', "has notes that can't be read"),
+        ("chat_template.jinja", "\xff", "has notes that can't be read"),
+        ("adapter_model.bin", "", "is no file of tensors by their names"),
+        ("adapter_model.bin", "hello", "is no file of tensors by their names"),
+        ("adapter_config.json", "[1", "is no JSON object"),
+    ],
+)
+def test_a_file_of_a_folder_that_is_wrong_is_named(name, text, says):
+    reader = fuzzing.Folder()
+    with pytest.raises(disha.AdapterFileError, match=says) as caught:
+        reader.read({**reader.seeds()[0], name: text})
+    assert str(reader.path) in str(caught.value)
+
+
+@pytest.mark.parametrize("base", ["a" * 300, "a/" * 3000, 5, ["x"]])
+def test_a_folder_may_name_any_base(base):
+    reader = fuzzing.Folder()
+    fields = {**reader.seeds()[0]["adapter_config.json"], "base_model_name_or_path": base}
+    assert "0" in reader.read({**reader.seeds()[0], "adapter_config.json": fields})

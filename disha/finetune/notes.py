@@ -39,9 +39,21 @@ def read_notes(adapter: str | Path) -> dict[str, str]:
     folder = disha.interop.peft.find_folder(adapter)
     if folder is None:
         return dict(disha.inspect_adapter(adapter).metadata)
+    try:
+        return _read_folder(folder)
+    except disha.DishaError:
+        raise
+    except (OSError, ValueError, TypeError, LookupError, RecursionError) as error:
+        raise AdapterFileError(
+            f"{folder} has notes that can't be read ({error}); get it again"
+        ) from error
+
+
+def _read_folder(folder: Path) -> dict[str, str]:
+    """Return the notes in the files of a folder of PEFT."""
     notes = {}
     base = disha.interop.peft.read_config(folder).get("base_model_name_or_path")
-    if base:
+    if base and isinstance(base, str):
         notes[BASE_KEY] = base_note(base, "fp32", folder / ADAPTER_NAME)
     template = folder / TEMPLATE_NAME
     if template.is_file():
@@ -96,7 +108,7 @@ def read_noted_tokens(notes: Mapping[str, str]) -> list[str]:
 def base_note(name: str, bits: str, adapter: Path) -> str:
     """Return the note of a base for an adapter file."""
     path = Path(name)
-    if path.exists():
+    if os.path.exists(name):
         try:
             relative = os.path.relpath(path.absolute(), adapter.parent.resolve())
             name = f"./{Path(relative).as_posix()}"

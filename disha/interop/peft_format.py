@@ -237,13 +237,27 @@ def read_peft_files(folder: PathLike, also_train: bool = True) -> PeftFolder:
     if file.exists() or not old_file.exists():
         tensors, _ = read_tensors(file)
     else:
-        tensors = torch.load(old_file, "cpu", weights_only=True)
+        tensors = _load_old(old_file)
     named = {
         key.removeprefix(PREFIX): tensor
         for key, tensor in tensors.items()
         if also_train or key.endswith(OF_LAYERS)
     }
     return PeftFolder(path, fields, named)
+
+
+def _load_old(file: Path) -> dict[str, Tensor]:
+    """Return the tensors in a file of `torch.save`, in which nothing runs."""
+    try:
+        tensors: dict[str, Tensor] = torch.load(file, "cpu", weights_only=True)
+        checked = {str(key): tensor.detach() for key, tensor in tensors.items()}
+    except Exception as error:  # torch raises what its parts do, from pickle to zip files
+        reason = str(error).partition("\n")[0]
+        raise AdapterFileError(
+            f"{file} is no file of tensors by their names, as torch.save writes it ({reason}); get "
+            "it again"
+        ) from error
+    return checked
 
 
 def refuse_to_write(
