@@ -44,9 +44,9 @@ SECONDS = 1.0
 GROWTH = 200 * 2**20
 """By how many bytes the process may grow while it reads any number of inputs."""
 CORPUS = Path(__file__).with_name("corpus.xz")
-PLACE = Path(
-    tempfile.mkdtemp(prefix="fuzzed-", dir="/dev/shm" if Path("/dev/shm").is_dir() else None)
-)
+_IN_MEMORY = "/dev/shm" if Path("/dev/shm").is_dir() else None
+_FOLDER = tempfile.TemporaryDirectory(prefix="fuzzed-", dir=_IN_MEMORY)  # until this process ends
+PLACE = Path(_FOLDER.name)
 
 # --- inputs --------------------------------------------------------------------------------------
 
