@@ -242,8 +242,7 @@ def _find_kept(
             read, _ = _run_and_note_reads(runner, runner.blocks)
         if not is_off:
             reads.append(set(read))
-    in_any = read_at_first.union(*reads)
-    return in_any - read_at_first.intersection(*reads)
+    return read_at_first.union(*reads) - read_at_first.intersection(*reads)
 
 
 def _reason_against_training(block: AdapterBlock, seen: _Seen) -> str:

@@ -10,6 +10,7 @@ import warnings
 from pathlib import Path
 
 import pytest
+import torch
 
 import disha
 from disha.cli import COMMANDS
@@ -154,6 +155,14 @@ def test_exit_code_by_what_went_wrong(run, command, error, cause, code):
     done = run("it")
     assert done.code == code
     assert done.complaint
+
+
+@pytest.mark.parametrize("fill", [lambda: torch.empty(2**45), lambda: bytes(2**55)])
+def test_too_little_memory_is_told_in_our_words(run, command, fill):
+    command(lambda words: fill())
+    done = run("it")
+    assert done.code == 1
+    assert done.complaint == ("disha: there is not enough memory for this adapter and its layers\n")
 
 
 def test_a_wrong_path_is_named_in_our_words(complaint, command):

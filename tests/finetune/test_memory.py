@@ -11,7 +11,8 @@ from disha.finetune.arguments import parse_flags
 from disha.finetune.memory import free_memory, run_memory
 from disha.finetune.preview import fold, judge
 from disha.finetune.train import make_trainer
-from disha.model.summary import LayerSummary
+from disha.functional.layouts import MATRIX
+from disha.layers.spec import BlockSpec
 from tests.finetune.tiny_models import write_model, write_rows
 
 GIB = 2**30
@@ -109,19 +110,13 @@ class TestVerdict:
 
 
 def test_layers_are_folded_by_their_numbers():
-    model = torch.nn.ModuleDict(
-        {
-            "layers": torch.nn.ModuleList(
-                torch.nn.ModuleDict({"q": torch.nn.Linear(4, 6 if n < 3 else 8)}) for n in range(5)
-            ),
-            "head": torch.nn.Linear(4, 2),
-        }
-    )
-    names = [f"layers.{n}.q" for n in (0, 1, 2, 4)]
-    layers = [LayerSummary(name, "default", "bone", 2, None, 8, 1.0, True) for name in names]
-    layers.append(LayerSummary("head", "default", "bone", 2, None, 4, 1.0, True))
-    assert list(fold(model, layers)) == [
-        "layers.0-2.q: 3 x 4 -> 6, bone, r = 2, 8 parameters each",
-        "layers.4.q: 1 x 4 -> 8, bone, r = 2, 8 parameters each",
+    layers = [
+        BlockSpec(f"layers.{n}.q", layout=MATRIX, shape=(6 if n < 3 else 8, 4), method="bone", r=2)
+        for n in (0, 1, 2, 4)
+    ]
+    layers.append(BlockSpec("head", layout=MATRIX, shape=(2, 4), method="bone", r=2))
+    assert list(fold(layers)) == [
+        "layers.0-2.q: 3 x 4 -> 6, bone, r = 2, 12 parameters each",
+        "layers.4.q: 1 x 4 -> 8, bone, r = 2, 16 parameters each",
         "head: 1 x 4 -> 2, bone, r = 2, 4 parameters each",
     ]

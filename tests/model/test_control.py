@@ -25,6 +25,18 @@ def two(model):
 
 
 class TestActive:
+    def test_2000_switches_leave_nothing_behind(self, two):
+        def switch(times):
+            for number in range(times):
+                disha.set_active_adapters(two, "ab"[number % 2])
+                with disha.adapters_disabled(two), disha.adapters_active(two, "a"):
+                    pass
+            gc.collect()
+            return len(gc.get_objects())
+
+        before = switch(20)
+        assert switch(2000) - before < 20
+
     def test_outputs_follow_the_active_adapters(self, two, tokens):
         outputs = {}
         for names in ((), ("a",), ("b",), ("a", "b")):
