@@ -365,7 +365,7 @@ def test_what_is_there_stays_unless_told(run, complaint, files):
     out.write_text("mine")
     assert "--overwrite" in complaint("convert", a, out, "--to", "disha")
     assert out.read_text() == "mine"
-    assert run("convert", a, out, "--to", "peft", "--overwrite").code == 1  # a file, no folder
+    assert run("convert", a, out, "--to", "peft", "--overwrite").code == 2  # a file, no folder
     assert out.read_text() == "mine"
     assert run("convert", a, out, "--to", "disha", "--overwrite").code == 0
     assert_same(deltas(out), deltas(a))
@@ -399,7 +399,7 @@ def test_a_folder_that_is_no_adapter(complaint, files, content, says):
         ("bat", ("--to", "lora"), "--rank"),
         ("bat", ("--to", "lora", "--rank", "2"), "--base"),
         ("rows", ("--to", "lora"), "--base"),
-        ("a", ("--to", "lora", "--rank", "0"), "rank must be at least 1"),
+        ("a", ("--to", "lora", "--rank", "0"), "--rank: must be a whole number from 1"),
         ("a", ("--to", "peft", "--rank", "4"), "--rank is for --to lora and diffusers, not"),
         ("a", ("--to", "peft", "--component", "unet"), "--component is for image models"),
     ],
@@ -420,6 +420,6 @@ def test_wrong_usage(complaint, files, flags, says):
 
 
 def test_an_image_lora_names_the_flag_of_its_component(complaint, files):
-    assert "(--component of disha convert)" in complaint(
+    assert "name it with --component" in complaint(
         "convert", files.adapter(), files.path / "out", "--to", "diffusers"
     )
