@@ -254,10 +254,9 @@ def _load_old(file: Path) -> dict[str, Tensor]:
         tensors: dict[str, Tensor] = torch.load(file, "cpu", weights_only=True)
         checked = {str(key): tensor.detach() for key, tensor in tensors.items()}
     except Exception as error:  # torch raises what its parts do, from pickle to zip files
-        reason = str(error).partition("\n")[0]
         raise AdapterFileError(
-            f"{file} is no file of tensors by their names, as torch.save writes it ({reason}); get "
-            "it again"
+            f"{file} is no file of tensors by their names, as torch.save writes it: it is damaged, "
+            "or holds what could run; get it as safetensors"
         ) from error
     return checked
 

@@ -399,7 +399,7 @@ def test_a_folder_that_is_no_adapter(complaint, files, content, says):
         ("bat", ("--to", "lora"), "--rank"),
         ("bat", ("--to", "lora", "--rank", "2"), "--base"),
         ("rows", ("--to", "lora"), "--base"),
-        ("a", ("--to", "lora", "--rank", "0"), "argument --rank: must be a whole number from 1"),
+        ("a", ("--to", "lora", "--rank", "0"), "--rank: must be a whole number from 1"),
         ("a", ("--to", "peft", "--rank", "4"), "--rank is for --to lora and diffusers, not"),
         ("a", ("--to", "peft", "--component", "unet"), "--component is for image models"),
     ],
@@ -420,6 +420,6 @@ def test_wrong_usage(complaint, files, flags, says):
 
 
 def test_an_image_lora_names_the_flag_of_its_component(complaint, files):
-    assert "name it with --component: unet, transformer" in complaint(
+    assert "name it with --component" in complaint(
         "convert", files.adapter(), files.path / "out", "--to", "diffusers"
     )

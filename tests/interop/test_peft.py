@@ -10,7 +10,6 @@ import random
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from pickle import UnpicklingError
 
 import peft
 import pytest
@@ -619,7 +618,7 @@ def test_nothing_in_a_pickle_is_run(folder):
     (folder / "adapter_model.safetensors").unlink()
     torch.save({"a": torch.nn.Linear}, folder / "adapter_model.bin")  # not tensors alone
     model = net()
-    with refused(model, UnpicklingError, "Weights only load failed"):
+    with refused(model, AdapterFileError, "or holds what could run"):
         load(model, folder)
 
 
