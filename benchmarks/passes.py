@@ -118,9 +118,9 @@ def _steps(x: Tensor, weight: Tensor, block: Tensor) -> dict[str, Callable[[], T
     ways = {
         "one node of autograd": (usual, usual_back),
         "both sums by a 0/1 matrix": (by_matrix, matrix_back),
-        "[X S] [W; D], a second W kept": (in_one_product, one_product_back),
-        "dY [W D^T], W copied each time": (usual, copying_back),
-        "dY (W + dW), formed each time": (usual, effective_back),
+        "X S times W over D, a second W kept": (in_one_product, one_product_back),
+        "dY times W beside D^T, W copied each time": (usual, copying_back),
+        "dY times W + dW, formed each time": (usual, effective_back),
     }
     steps: dict[str, Callable[[], Tensor]] = {
         BASE: lambda: F.linear(x, weight),
