@@ -13,7 +13,9 @@ import torch
 
 from benchmarks.experts import experts
 from benchmarks.layers import few_tokens, groups, layer_step, loras
+from benchmarks.many import many
 from benchmarks.memory import memory
+from benchmarks.passes import passes
 from benchmarks.results import describe, measure
 from benchmarks.routed import routed
 from benchmarks.start_up import start_up
@@ -26,6 +28,8 @@ TABLES: Mapping[str, Callable[[torch.device], list[dict[str, Any]]]] = {
     "memory": memory,
     "start_up": start_up,
     "routed": routed,
+    "many": many,
+    "passes": passes,
     "experts": experts,
     "groups": groups,
     "loras": loras,

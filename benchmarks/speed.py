@@ -159,6 +159,71 @@ def routed(cases: Cases) -> str:
     return table(["", *header], rows)
 
 
+def many(cases: Cases) -> str:
+    """Return the time of k adapters one after the other, divided by that of all at once."""
+    rows = []
+    for case in cases:
+        adapters, rows_of_each = case["adapters"], case["rows"]
+        ratios = [
+            divided_text(case, name, to)
+            for name, to in (
+                ("bone_at_once", "bone_one_adapter"),
+                ("bone_one_by_one", "bone_at_once"),
+                ("bone_one_by_one", "bone_one_adapter"),
+                ("peft_miss_one_by_one", "bone_at_once"),
+                ("lora_at_once", "lora_one_adapter"),
+                ("lora_one_by_one", "lora_at_once"),
+                ("peft_lora_one_by_one", "lora_at_once"),
+            )
+        ]
+        counts = f"{count_text(adapters, 'adapter')}, {count_text(rows_of_each, 'row')} each"
+        rows.append([counts, *ratios])
+    return table(MANY_HEADER, rows)
+
+
+MANY_HEADER = (
+    "",
+    "MiSS: at once / one adapter",
+    "one by one / at once",
+    "one by one / one adapter",
+    "PEFT MiSS one by one / at once",
+    "LoRA: at once / one adapter",
+    "one by one / at once",
+    "PEFT LoRA one by one / at once",
+)
+
+
+def many_memory(cases: Cases) -> str:
+    """Return the memory of each adapter: its share of the base, and what its rows keep."""
+    rows = []
+    for case in cases:
+        adapters, kept, base = case["adapters"], case["kept_bytes"], case["base_bytes"]
+        counts = f"{count_text(adapters, 'adapter')}, {count_text(case['rows'], 'row')} each"
+        rows.append(
+            [
+                counts,
+                bytes_text((kept["bone_at_once"] + base) // adapters),
+                bytes_text((kept["lora_at_once"] + base) // adapters),
+                *(
+                    bytes_text(kept[f"{name}_one_by_one"] + base)
+                    for name in ("bone", "lora", "peft_miss", "peft_lora")
+                ),
+            ]
+        )
+    one_by_one = ("disha MiSS", "disha LoRA", "PEFT MiSS", "PEFT LoRA")
+    header = ["", "disha MiSS, at once", "disha LoRA, at once"]
+    return table([*header, *(f"{title}, a process each" for title in one_by_one)], rows)
+
+
+def passes(cases: Cases) -> str:
+    rows = [
+        [name, *(divided_text(case, name, BASE) for case in cases)]
+        for name in cases[0]["seconds"]
+        if name != BASE
+    ]
+    return table(["", *map(size_text, cases)], rows)
+
+
 def experts(cases: Cases) -> str:
     names = eager_names(cases[0])
     rows = [
@@ -387,6 +452,8 @@ TABLES: Mapping[str, Mapping[str, Callable[[Cases], str]]] = {
     "job": {"": job},
     "experts": {"": experts},
     "routed": {"": routed},
+    "many": {"": many, "_memory": many_memory},
+    "passes": {"": passes},
     "start_up": {"": start_up},
     "groups": {"": works("bone", work_text), "_kept": kept_by_width},
     "loras": {"": works(BASE, sized_work_text), "_kept": bytes_of("kept_bytes")},

@@ -47,8 +47,12 @@ Term = TypeVar("Term")
 OfAdapters: TypeAlias = list[tuple[str, Term]]
 RowsByAdapter: TypeAlias = Mapping[str | None, Sequence[Rows]]
 
-FEW_ROWS = 8
-"""Rows of an adapter that stand in shorter pieces are gathered, and multiplied at once."""
+FEW_ROWS = 64
+"""Rows of an adapter that stand in several pieces, one of them shorter, are gathered.
+
+With pieces of 8 rows, a product for each takes 2 to 5 times as long as gathering the rows of an
+adapter; with 32 rows, 1.3 times; and from 64 rows on, as long.
+"""
 
 
 class Route:

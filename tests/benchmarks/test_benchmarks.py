@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from benchmarks import __main__ as command
-from benchmarks import candidates, layers, report, results, roofline, speed, steps
+from benchmarks import candidates, layers, many, passes, report, results, roofline, speed, steps
 from benchmarks.candidates import BASE, CANDIDATES, EVERY_METHOD, lora_rank
 from benchmarks.layers import Size, build_layers
 from benchmarks.markdown import MARKED, fill
@@ -248,6 +248,26 @@ def test_a_race_of_few_candidates_becomes_a_table(tmp_path, monkeypatch, name):
     shown = speed.tables([found])
     assert "step, 128 wide" in shown[name]
     assert "| PEFT LoRA |" in shown[f"{name}_kept"]
+
+
+def test_adapters_at_once_and_passes_become_tables(tmp_path, monkeypatch):
+    short = Budget(0.0, 2, 2, 0)
+    monkeypatch.setattr(many, "SIZES", ((2, 1),))
+    monkeypatch.setattr(many, "BUDGET", short)
+    monkeypatch.setattr(many, "WIDTH", 36)
+    monkeypatch.setattr(passes, "STEPS", (Size(128, 8, torch.float32),))
+    monkeypatch.setattr(passes, "BUDGET", short)
+    path = tmp_path / "results.json"
+    assert command.main(["--out", str(path), "--only", "many", "passes"]) == 0
+    found = results.read_results(path)
+    (case,) = found["tables"]["many"]
+    kept = case["kept_bytes"]
+    assert 1.9 < kept["bone_at_once"] / kept["peft_miss_one_by_one"] < 2.1  # two rows, one row
+    shown = speed.tables([found])
+    assert "2 adapters, 1 row each" in shown["many"]
+    assert "2 adapters, 1 row each" in shown["many_memory"]
+    assert "128 wide, 8 tokens, float32" in shown["passes"]
+    assert "| dX += dS |" in shown["passes"]
 
 
 def test_the_pages_are_what_the_kept_results_give(monkeypatch):

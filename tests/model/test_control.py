@@ -438,6 +438,17 @@ class TestRouteOfAdaptersOfOneSize:
         found = torch.autograd.grad((routed * cotangent).sum(), leaves)
         close(found, torch.autograd.grad((expected * cotangent).sum(), leaves), 1e-12)
 
+    def test_pieces_of_an_adapter_may_be_multiplied_one_by_one(self, kind, positions, monkeypatch):
+        layer, x = self.case(kind, positions)
+        leaves = [x.requires_grad_(), *disha.adapter_parameters(layer)]
+        expected = self.routed(layer, x)
+        cotangent = torch.randn_like(expected)
+        of_gathered = torch.autograd.grad((expected * cotangent).sum(), leaves)
+        monkeypatch.setattr("disha.functional.routed.FEW_ROWS", 1)
+        found = self.routed(layer, x)
+        close(found, expected, 1e-12)
+        close(torch.autograd.grad((found * cotangent).sum(), leaves), of_gathered, 1e-12)
+
     def test_without_values(self, kind, positions):
         layer, x = self.case(kind, positions)
         assert self.routed(layer.to("meta"), x.to("meta")).is_meta
