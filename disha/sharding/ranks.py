@@ -32,9 +32,11 @@ class Ranks:
 
     def __init__(self, parameters: Sequence[Tensor]) -> None:
         groups = []
+        self.mesh: Any = None  # of the first DTensor
         for parameter in parameters:
             if is_sharded(parameter):
                 mesh = parameter.device_mesh
+                self.mesh = self.mesh or mesh
                 groups += [mesh.get_group(dim) for dim in range(mesh.ndim)]
             if is_partitioned(parameter):
                 groups.append(parameter.ds_process_group)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
+from math import prod
 from typing import Any, TypeGuard
 
 from torch import Tensor
@@ -79,9 +80,23 @@ def write(parameter: Tensor, values: Tensor, undo: ExitStack | None = None) -> N
 
 
 def is_in_chunks(tensor: Any) -> bool:
-    """Whether `local_ranges` can tell the shards: not if FSDP shards a tensor-parallel weight."""
-    kinds = {type(placement).__name__ for placement in tensor.placements}
-    return kinds <= {"Shard", "Replicate"}
+    """Whether `local_ranges` can tell the shards: not of a weight that is packed, such as qkv."""
+    for placement in tensor.placements:
+        kind = type(placement).__name__
+        if kind not in ("Shard", "Replicate", "_StridedShard"):
+            return False
+        if kind == "_StridedShard" and placement.split_factor != _chunks(tensor, placement.dim):
+            return False
+    return True
+
+
+def _chunks(tensor: Any, dim: int) -> int:
+    """Return into how many chunks a tensor is cut along a dimension before FSDP cuts each."""
+    return prod(
+        tensor.device_mesh.size(mesh_dim)
+        for mesh_dim, placement in enumerate(tensor.placements)
+        if type(placement).__name__ == "Shard" and placement.dim == dim
+    )
 
 
 def local_ranges(tensor: Any, coordinates: Sequence[int] | None = None) -> list[tuple[int, int]]:
@@ -93,10 +108,12 @@ def local_ranges(tensor: Any, coordinates: Sequence[int] | None = None) -> list[
     if coordinates is None:
         coordinates = mesh.get_coordinate()
     ranges = [(0, size) for size in tensor.shape]
-    for mesh_dim, (coordinate, placement) in enumerate(zip(coordinates, tensor.placements)):
-        if placement.is_shard():
-            start, stop = ranges[placement.dim]
-            chunk = -(-(stop - start) // mesh.size(mesh_dim))  # the last chunks may be smaller
-            first = min(start + coordinate * chunk, stop)
-            ranges[placement.dim] = (first, min(first + chunk, stop))
+    # FSDP cuts what a tensor-parallel plan has left to a rank, and calls that a _StridedShard.
+    for kind in ("Shard", "_StridedShard"):
+        for mesh_dim, (coordinate, placement) in enumerate(zip(coordinates, tensor.placements)):
+            if type(placement).__name__ == kind:
+                start, stop = ranges[placement.dim]
+                chunk = -(-(stop - start) // mesh.size(mesh_dim))  # the last ones may be smaller
+                first = min(start + coordinate * chunk, stop)
+                ranges[placement.dim] = (first, min(first + chunk, stop))
     return ranges

@@ -34,7 +34,6 @@ from tests.distributed.harness import (
 from tests.processes import RANKS
 from tests.reference import METHODS
 
-NOT_ROUTED = "samples can't be routed here: this operation needs one computed weight"
 NO_PLAN = "parameter name can.*t contain|no attribute 'weight'"
 """What torch says of a plan for an adapted weight: the style by columns, and that by rows."""
 PLAN = {"up": ColwiseParallel, "down": RowwiseParallel}
@@ -245,7 +244,7 @@ def check_shards_of_other_sizes(folder):
         close(output, expected)
         for one in (expected, output):
             one.square().sum().backward()
-        close(models[1].disha["default"].block.grad, models[0].disha["default"].block.grad)
+        close(gradients_of(models[1]), gradients_of(models[0]))
 
 
 def check_whatever_reads_a_parallel_weight_sees_the_update(folder):
@@ -257,7 +256,6 @@ def check_whatever_reads_a_parallel_weight_sees_the_update(folder):
         owner.experts = nn.Parameter(distribute_tensor(weight, mesh(), [Shard(dim)]))
         layouts = {"experts": "expert out in"}
         perturb(disha.inject_adapters(owner, "experts", 2, layouts=layouts, method=method))
-        block = disha.adapter_parameters(owner)[0]
         plain = nn.Module()
         plain.experts = nn.Parameter(weight)
         perturb(disha.inject_adapters(plain, "experts", 2, layouts=layouts, method=method))
@@ -270,7 +268,7 @@ def check_whatever_reads_a_parallel_weight_sees_the_update(folder):
             sum(product.square().sum() for product in products).backward()
             everything = [x @ plain.experts[index].T for index in range(4)]
             sum(product.square().sum() for product in everything).backward()
-            close(block.grad, disha.adapter_parameters(plain)[0].grad)
+            close(gradients_of(owner), gradients_of(plain))
 
 
 def check_states_and_copies(folder):
@@ -321,9 +319,6 @@ def check_what_can_not_act_is_refused(folder):
     with pytest.raises(TargetError, match="placed as Shard or Replicate"):
         disha.inject_adapters(nn.Sequential(weight), "0", 2)
     _, model = pair(2)
-    routed = disha.route_adapters(model, ["default", None] * 2)
-    with routed, pytest.raises(ModeError, match=NOT_ROUTED):
-        model(inputs())
     with pytest.raises(MergeError, match="sharded parameters"):
         disha.merge_adapters(model)
 
@@ -369,9 +364,20 @@ def check_replicated_weights_act(folder):
         assert saved(model, folder / method) == saved(plain, folder / f"{method}-{rank()}")
 
 
-def check_routed_samples_of_replicated_weights_are_refused(folder):
-    model = distribute_module(adapted("up"), mesh())
-    x = DTensor.from_local(inputs(), mesh(), [Replicate()])
-    routed = disha.route_adapters(model, ["default", None] * 2)
-    with routed, pytest.raises(ModeError, match=NOT_ROUTED):
-        model(x)
+def check_routed_samples(folder):
+    """Of cut weights, and of those that `distribute_module` has put whole on each rank."""
+    for method in METHODS:
+        cut = pair(2, method=method)
+        whole = (
+            adapted("all-linear", method),
+            distribute_module(adapted("all-linear", method), mesh()),
+        )
+        for plain, model in (cut, whole):
+            x = inputs()
+            names = ["default", None] * 2
+            with disha.route_adapters(plain, names), disha.route_adapters(model, names):
+                expected = plain(x)
+                if model is whole[1]:
+                    x = DTensor.from_local(x, mesh(), [Replicate()])
+                output = model(x)
+                close(output.full_tensor() if model is whole[1] else output, expected)
