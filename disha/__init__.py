@@ -47,6 +47,7 @@ if TYPE_CHECKING:
         set_adapter_scale,
     )
     from disha.model.inject import inject_adapters, plan_adapters
+    from disha.model.many import adapter_groups, adapter_losses
     from disha.model.merge import merge_adapters, unmerge_adapters
     from disha.model.plan import Plan, Skipped
     from disha.model.rates import suggest_rate
@@ -81,6 +82,8 @@ __all__ = [
     "Summary",
     "TargetError",
     "__version__",
+    "adapter_groups",
+    "adapter_losses",
     "adapter_parameters",
     "adapter_state_dict",
     "adapters_active",
@@ -115,6 +118,7 @@ MODULES_WITH_PUBLIC_NAMES = (
     "model.check_report",
     "model.control",
     "model.inject",
+    "model.many",
     "model.merge",
     "model.plan",
     "model.rates",

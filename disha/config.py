@@ -213,19 +213,22 @@ def as_json(value: Any) -> Any:
 
 def find_matching(patterns: Iterable[str], names: Sequence[str]) -> list[str]:
     """Return the patterns that are found in any of the names, in order."""
-    return [pattern for pattern in patterns if _is_found(pattern, names)]
+    found = []
+    for pattern in patterns:
+        for name in names:
+            if re.search(pattern, name):
+                found.append(pattern)
+                break
+    return found
 
 
 def find_first_match(patterns: Iterable[str], names: Sequence[str]) -> str | None:
     """Return the first pattern that is found in any of the names, or None."""
     for pattern in patterns:
-        if _is_found(pattern, names):
-            return pattern
+        for name in names:
+            if re.search(pattern, name):
+                return pattern
     return None
-
-
-def _is_found(pattern: str, names: Sequence[str]) -> bool:
-    return any(re.search(pattern, name) for name in names)
 
 
 def check_items(name: str, value: Any, check: Callable[[str, Any], Any]) -> Mapping[str, Any]:

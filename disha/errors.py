@@ -150,7 +150,7 @@ class MergeError(ModeError):
     Examples:
         >>> import disha
         >>> layer = disha.BoneLinear(8, 4, r=4)
-        >>> disha.merge_adapters(layer)
+        >>> _ = disha.merge_adapters(layer)
         >>> disha.remove_adapters(layer)
         Traceback (most recent call last):
         ...

@@ -3,7 +3,7 @@
 A few prompts are asked of a server with the API of OpenAI (/v1/completions, with the
 log-probabilities of the prompt's tokens, as vLLM gives them), by the adapter's name there and by
 the base's. The answers are compared with those of the model here. The exit code is 0 if the adapter
-acts there as here, and 1 if it does not.
+acts there as here, 1 if it does not, and 2 if the server can't be checked.
 
 Examples:
   disha check-server http://localhost:8000 --adapter output/adapter.safetensors
@@ -14,9 +14,11 @@ from __future__ import annotations
 
 import json
 import urllib.request
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from http.client import HTTPException
 from typing import Any
-from urllib.error import HTTPError
+from urllib.error import HTTPError, URLError
 
 import torch
 from torch import Tensor
@@ -25,6 +27,9 @@ from disha.cli.dispatcher import DONE, FAILED, Parser
 from disha.cli.models import add_model_flags, load_runner
 from disha.cli.output import show
 from disha.errors import ArgumentError, DishaError
+from disha.files import find_adapter
+from disha.finetune.notes import read_notes
+from disha.text import printable
 
 PROMPTS = (
     "The capital of France is Paris, and the capital of Italy is Rome.",
@@ -49,8 +54,10 @@ def main(words: Sequence[str]) -> int:
     flags = parser.parse(words)
     if flags.adapter is None:
         raise ArgumentError("name the adapter with --adapter")
+    flags.adapter = find_adapter(flags.adapter)
+    read_notes(flags.adapter)  # raises if it is none
     url = flags.url.rstrip("/").removesuffix("/v1")
-    name, base_name = find_names(_ask(f"{url}/v1/models")["data"], flags.name)
+    name, base_name = find_names(url, flags.name)
     runner = load_runner(flags)
     prompts = [runner.tokenizer(text)["input_ids"][:TOKENS] for text in PROMPTS]
     base_there = torch.cat([read_log_probs(url, base_name, ids) for ids in prompts])
@@ -66,25 +73,52 @@ def main(words: Sequence[str]) -> int:
 def _ask(url: str, body: Mapping[str, Any] | None = None) -> Any:
     """Return what a server answers to a request."""
     data = None if body is None else json.dumps(body).encode()
-    request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
     try:
+        request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
         with urllib.request.urlopen(request, timeout=SECONDS) as response:
             return json.load(response)
     except HTTPError as error:
-        said = error.read().decode(errors="replace")
-        raise DishaError(f"{url} answers {error.code} {error.reason}: {said}") from error
+        said = printable(error.read().decode(errors="replace"), 200)
+        raise ArgumentError(f"{url} answers {error.code} {error.reason}: {said}") from error
+    except (OSError, HTTPException) as error:  # OSError: of a network, such as a timeout
+        reason = error.reason if isinstance(error, URLError) else error
+        reason = getattr(reason, "strerror", None) or reason
+        raise ArgumentError(
+            f"{url} does not answer ({reason}); check that the server runs, and its address, such "
+            "as http://localhost:8000"
+        ) from error
+    except (ValueError, RecursionError) as error:  # of JSON, or of the address
+        raise ArgumentError(
+            f"{url} gives no JSON ({error}); give the address of a server with the API of OpenAI"
+        ) from error
 
 
-def find_names(models: Sequence[Mapping[str, Any]], name: str | None) -> tuple[str, str]:
+@contextmanager
+def _explain_shape(url: str) -> Iterator[None]:
+    """Raise `ArgumentError` if the body meets JSON of another shape than vLLM's."""
+    try:
+        yield
+    except DishaError:
+        raise
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+        raise ArgumentError(
+            f"{url} answers with JSON of another shape than vLLM's, so it can't be checked; check "
+            "the address"
+        ) from error
+
+
+def find_names(url: str, name: str | None) -> tuple[str, str]:
     """Return the names at a server of an adapter, its only one by default, and of its base."""
-    parents = {model["id"]: model.get("parent") for model in models}  # None for a base
+    with _explain_shape(url):
+        models = _ask(f"{url}/v1/models")["data"]
+        parents = {model["id"]: model.get("parent") for model in models}  # None for a base
     adapters = [model for model, parent in parents.items() if parent is not None]
     if name is None and len(adapters) == 1:
         [name] = adapters
     bases = [model for model, parent in parents.items() if parent is None and model != name]
     if name is None or name not in parents or not bases:
         raise ArgumentError(
-            f"name an adapter of the server with --name; it has {', '.join(parents)}"
+            f"name an adapter of the server with --name; it has {', '.join(map(str, parents))}"
         )
     return name, bases[0]
 
@@ -92,14 +126,15 @@ def find_names(models: Sequence[Mapping[str, Any]], name: str | None) -> tuple[s
 def read_log_probs(url: str, name: str, ids: Sequence[int]) -> Tensor:
     """Return the log-probability at a server of each token of a prompt but the first."""
     body = {"model": name, "prompt": ids, "max_tokens": 1, "temperature": 0, "prompt_logprobs": 0}
-    listed = _ask(f"{url}/v1/completions", body)["choices"][0].get("prompt_logprobs")
-    if listed is None:
-        raise ArgumentError(
-            f"{url} gives no log-probabilities of a prompt's tokens (prompt_logprobs), as vLLM "
-            "does, so it can't be checked"
-        )
-    pairs = zip(ids[1:], listed[1:], strict=True)
-    return torch.tensor([of_token[str(token)]["logprob"] for token, of_token in pairs])
+    with _explain_shape(url):
+        listed = _ask(f"{url}/v1/completions", body)["choices"][0].get("prompt_logprobs")
+        if listed is None:
+            raise ArgumentError(
+                f"{url} gives no log-probabilities of a prompt's tokens (prompt_logprobs), as vLLM "
+                "does, so it can't be checked"
+            )
+        pairs = zip(ids[1:], listed[1:], strict=True)
+        return torch.tensor([float(of_token[str(token)]["logprob"]) for token, of_token in pairs])
 
 
 @torch.no_grad()

@@ -39,6 +39,7 @@ from disha.errors import ArgumentError
 from disha.files import ADAPTER_NAME, AdapterContents, find_adapter
 from disha.files.contents import keep_blocks, write_contents
 from disha.files.disk import require_free, save
+from disha.finetune.flags import COUNT
 from disha.finetune.notes import (
     BASE_KEY,
     PROMPT_KEY,
@@ -114,9 +115,10 @@ def _parser() -> Parser:
     parser.add_argument("out", type=Path, help="a folder for peft and lora, a file for all others")
     parser.add_argument("--to", choices=FORMATS, required=True, help="the format of OUT")
     parser.add_argument("--base", type=Path, help="the checkpoint of the base")
-    parser.add_argument("--rank", type=int, help="largest rank of a layer as LoRA")
+    parser.add_argument("--rank", type=COUNT, help="largest rank of a layer as LoRA")
     parser.add_argument("--pad_rank", action="store_true", help="lora: one rank for all layers")
-    parser.add_argument("--experts", help="lora: stacked (the default) or separate")
+    forms = ("stacked", "separate")
+    parser.add_argument("--experts", choices=forms, help="lora: how; stacked by default")
     parser.add_argument("--component", help="image models: such as unet or text_encoder")
     parser.add_argument("--no_also_train", action="store_true", help="convert the blocks alone")
     parser.add_argument("--overwrite", action="store_true", help="replace what is there")
@@ -131,6 +133,11 @@ def _refuse_unused(flags: Namespace) -> None:
                 f"--{name} is for --to {' and '.join(formats)}, not for --to {flags.to}; leave it "
                 "out"
             )
+    if flags.to == "diffusers" and flags.component is None:
+        raise ArgumentError(
+            "--to diffusers needs to know what the adapter is of; name it with --component: "
+            f"{', '.join(image_lora.COMPONENTS)}"
+        )
 
 
 # --- reading -------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import logging
 import os
 import sys
@@ -32,7 +33,10 @@ COMMANDS = {
     "check-server": "say whether a server answers with an adapter as the model here does",
     "merge": "write a base model with an adapter merged into its weights",
 }
-BAD_PATH = (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError)
+BAD_PATH = (
+    *(FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError),
+    PermissionError,
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -123,6 +127,8 @@ def _describe(error: Exception) -> str:
         )
     if isinstance(error, (DishaError, AdapterFileWarning)):
         return str(error)
+    if isinstance(error, BAD_PATH) and error.filename is not None:
+        return f"can't use {error.filename}: {error.strerror}; check the path"
     return f"{type(error).__name__}: {error}"
 
 
@@ -130,6 +136,8 @@ def _is_bad_input(error: BaseException) -> bool:
     """Return whether the user can correct it: a value, a missing package, or a wrong path."""
     while isinstance(error, OSError) and isinstance(error.__cause__, OSError):
         error = error.__cause__
+    if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+        return True
     if type(error) is DishaError:  # no input is wrong: a saved file, a server, torch
         return False
     return isinstance(error, (DishaError, AdapterFileWarning, ImportError, *BAD_PATH))

@@ -19,6 +19,7 @@ from pathlib import Path
 from disha.cli.dispatcher import Parser
 from disha.cli.output import fit, tell_noted_base
 from disha.files import find_adapter
+from disha.finetune.flags import SCALE
 from disha.finetune.merging import merge_base
 from disha.finetune.notes import read_notes
 from disha.finetune.templates import try_template
@@ -31,7 +32,7 @@ def main(words: Sequence[str]) -> None:
     parser.add_argument("adapter", type=Path, help="an adapter file, or a folder of PEFT")
     parser.add_argument("out", type=Path, help="what to write")
     scale_help = "s of all layers, instead of the adapter's own; alpha / r of other libraries"
-    parser.add_argument("--scale", type=float, help=scale_help)
+    parser.add_argument("--scale", type=SCALE, help=scale_help)
     parser.add_argument("--no_also_train", action="store_true", help="merge the blocks alone")
     parser.add_argument("--force", action="store_true", help="also into another or a tied base")
     parser.add_argument("--overwrite", action="store_true", help="replace what is there")

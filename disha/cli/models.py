@@ -11,20 +11,14 @@ from typing import Any
 
 import disha
 from disha.cli.dispatcher import Parser
-from disha.cli.output import tell_noted_base
 from disha.errors import AdapterFileWarning, ArgumentError
-from disha.files import find_adapter
-from disha.finetune.base import best_device, load_base
-from disha.finetune.notes import (
-    BITS,
-    PROMPT_KEY,
-    read_noted_bits,
-    read_notes,
-)
-from disha.finetune.templates import try_template
+from disha.finetune.flags import BITS, COUNT
 
 Message = dict[str, Any]
 Prompt = str | Sequence[Message]  # a text, or the messages of a conversation
+
+TOKENS = 256
+"""Tokens of the longest answer, where no flag limits it and the model has as many positions."""
 
 
 def add_model_flags(parser: Parser) -> None:
@@ -40,7 +34,9 @@ def add_model_flags(parser: Parser) -> None:
 def add_answer_flags(parser: Parser) -> None:
     """Add the flags that limit the answers of a model."""
     parser.add_argument(
-        "--max_new_tokens", type=int, default=256, help="tokens of the longest answer"
+        "--max_new_tokens",
+        type=COUNT,
+        help=f"tokens of the longest answer; at most {TOKENS} by default",
     )
 
 
@@ -72,7 +68,9 @@ class PromptRunner:
             raise ArgumentError("tools need a model that is asked by a chat template")
         return "\n".join(turn["content"] for turn in turns)
 
-    def answer(self, texts: Sequence[str], **options: Any) -> list[str]:
+    def answer(
+        self, texts: Sequence[str], max_new_tokens: int | None = None, **options: Any
+    ) -> list[str]:
         """Return the answers to rendered prompts, which are answered together."""
         inputs = self.tokenizer(
             texts,
@@ -82,23 +80,48 @@ class PromptRunner:
             return_token_type_ids=False,
             return_tensors="pt",
         ).to(self.model.device)
-        ids = self.model.generate(**inputs, **options)[:, inputs["input_ids"].shape[1] :]
+        length = inputs["input_ids"].shape[1]
+        options["max_new_tokens"] = self._limit(length, max_new_tokens)
+        ids = self.model.generate(**inputs, **options)[:, length:]
         return [text.strip() for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]
+
+    def _limit(self, length: int, tokens: int | None) -> int:
+        """Return how many tokens an answer may have after a prompt of so many tokens."""
+        positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        if positions is None:
+            return tokens or TOKENS
+        room = positions - length
+        if room < 1:
+            raise ArgumentError(
+                f"a prompt of {length} tokens fills the {positions} positions of the model; "
+                "shorten it"
+            )
+        if tokens is not None and tokens > room:
+            raise ArgumentError(
+                f"--max_new_tokens {tokens} after a prompt of {length} tokens is more than the "
+                f"{positions} positions of the model; give at most {room}"
+            )
+        return tokens or min(TOKENS, room)
 
 
 def load_runner(flags: Namespace) -> PromptRunner:
     """Return a runner of the base that the flags name, without the adapter."""
+    if not flags.base and flags.adapter is None:
+        raise ArgumentError("name the model with --base or --adapter")
+    # Flags are checked before torch and transformers are imported, which take seconds.
+    from disha.cli.output import tell_noted_base
+    from disha.files import find_adapter
+    from disha.finetune.base import best_device, load_base
+    from disha.finetune.notes import PROMPT_KEY, read_noted_bits, read_notes
+    from disha.finetune.templates import try_template
+
     notes: dict[str, str] = {}
+    name: Any = flags.base
     if flags.adapter is not None:
         flags.adapter = find_adapter(flags.adapter)
         notes = read_notes(flags.adapter)
         try_template(flags.adapter, notes)
-    if flags.base is not None:
-        name = flags.base
-    elif flags.adapter is not None:
-        name = tell_noted_base(flags.adapter, notes)
-    else:
-        raise ArgumentError("name the model with --base or --adapter")
+        name = name or tell_noted_base(flags.adapter, notes)
     bits = flags.bits or read_noted_bits(notes)
     model, tokenizer = load_base(name, bits, best_device(), notes, flags.attn_implementation)
     prompt_form = notes.get(PROMPT_KEY)

@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from disha.finetune.notes import read_noted_base, read_noted_bits
 from disha.text import printable
 
 
@@ -29,6 +28,8 @@ def fit(text: str) -> str:
 
 def tell_noted_base(adapter: Path, notes: Mapping[str, str]) -> str:
     """Return the base that an adapter has in its notes, and print which it is."""
+    from disha.finetune.notes import read_noted_base, read_noted_bits  # they import torch
+
     base = read_noted_base(adapter, notes)
     bits = read_noted_bits(notes)
     print(fit(f"the base is {base}, with --bits {bits}, as {adapter} notes"), file=sys.stderr)

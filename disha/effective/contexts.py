@@ -6,13 +6,17 @@ variable, and write nothing on layers. A layer asks for the context that covers 
 
 from __future__ import annotations
 
+import functools
 import itertools
+import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from inspect import CO_GENERATOR, isgeneratorfunction
+from types import FrameType
 from typing import Any, TypeAlias, TypeVar
 from weakref import WeakSet, WeakValueDictionary
 
@@ -83,6 +87,8 @@ class Context:
     override: Override
     disables: bool = False  # then no context inside it has an effect
     finite: dict[Group, bool] = field(default_factory=dict)  # kept by `layers.compiled`
+    generator: FrameType | None = None  # the frame that opened it, if that can yield inside
+    around: frozenset[FrameType] = frozenset()  # such frames that ran when it was opened
 
     @property
     def function(self) -> str:
@@ -118,7 +124,12 @@ def open_context(
     groups: frozenset[Group], override: Override, disables: bool = False
 ) -> Iterator[None]:
     """Run the body with other adapters acting, in this thread or task and in tasks it starts."""
-    context = Context(groups, override, disables)
+    with _open(Context(groups, override, disables)):
+        yield
+
+
+@contextmanager
+def _open(context: Context) -> Iterator[None]:
     OPEN_CONTEXTS.add(context)
     try:
         _CONTEXTS.set((*_CONTEXTS.get(), context))
@@ -132,22 +143,50 @@ def open_context(
 class NamedContext(AbstractContextManager[None]):
     """A context that warns if it ends unused: it then had no effect."""
 
-    def __init__(self, name: str, context: Any) -> None:
+    def __init__(self, name: str, open_anew: Callable[[], Any]) -> None:
         self._name = name
-        self._context = context
+        self._open_anew = open_anew
+        self._context = open_anew()
         self._is_used = False
 
     def __enter__(self) -> None:
         self._is_used = True
+        caller = sys._getframe(1)
+        around = _find_generators()
         self._context.__enter__()
+        context = _CONTEXTS.get()[-1]
+        context.around = around
+        if caller.f_code.co_flags & CO_GENERATOR:
+            context.generator = caller
 
     def __exit__(self, *error: Any) -> Any:
         return self._context.__exit__(*error)
 
     def __call__(self, function: F) -> F:
-        """Return a function that runs in the context, which opens anew for each call."""
+        """Return a function that runs in the context, which opens anew for each call.
+
+        For a generator function, it opens for each step: it is closed while the generator waits.
+        """
         self._is_used = True
-        return self._context(function)
+        if not isgeneratorfunction(function):
+            return self._open_anew()(function)
+
+        @functools.wraps(function)
+        def run(*args: Any, **kwargs: Any) -> Any:
+            steps = function(*args, **kwargs)
+            sent = None
+            try:
+                while True:
+                    with self._open_anew():
+                        try:
+                            value = steps.send(sent)
+                        except StopIteration as end:
+                            return end.value
+                    sent = yield value
+            finally:
+                steps.close()
+
+        return run  # type: ignore[return-value]
 
     def __del__(self) -> None:
         if not self._is_used:
@@ -174,8 +213,7 @@ def bind_contexts(function: Callable[..., Any]) -> Callable[..., Any]:
             with ExitStack() as stack:
                 for context in contexts:
                     # A new one for each call, because several threads may run it at once.
-                    again = open_context(context.groups, context.override, context.disables)
-                    stack.enter_context(again)
+                    stack.enter_context(_open(replace(context)))
                 return function(*args, **kwargs)
         finally:
             _CONTEXTS.reset(before)
@@ -204,13 +242,56 @@ def current_context(group: Group) -> Context | None:
     """
     if _CONTEXTS.get(None) is None and _is_autograd_thread():
         _refuse_in_autograd_thread(group)
+    here = _open_here()
+    _refuse_resumed(here, group)
     innermost = None
-    for context in _open_here():
+    for context in here:
         if context.covers(group):
             if context.disables:
                 return context
             innermost = context
     return innermost
+
+
+def _find_generators() -> frozenset[FrameType]:
+    """Return the frames of running generators that have opened a context and not closed it."""
+    generators = [context.generator for context in list(OPEN_CONTEXTS)]
+    opened = {generator for generator in generators if generator is not None}
+    if not opened:  # as almost always
+        return frozenset()
+    running = set()
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        running.add(frame)
+        frame = frame.f_back
+    return frozenset(opened & running)
+
+
+def _refuse_resumed(here: tuple[Context, ...], group: Group) -> None:
+    """Raise if a running generator left a context open over a `yield`, and does not get it back.
+
+    The caller of a generator may take each step in a copy of its context, as servers do, or take
+    steps of another generator meanwhile, whose context is then the innermost one.
+    """
+    for generator in _find_generators():
+        left_open = [context for context in OPEN_CONTEXTS if context.generator is generator]
+        if not any(context.covers(group) for context in left_open):
+            continue
+        position = min(
+            (here.index(context) for context in left_open if context in here), default=-1
+        )
+        opened_elsewhere = [
+            context
+            for context in here[position:]
+            if context.covers(group) and context not in left_open
+            if generator not in context.around
+        ]
+        if position < 0 or opened_elsewhere:
+            raise ModeError(
+                f"a generator goes on after a `yield` inside `with {left_open[0].function}(...):` "
+                "where another context is open, or none, so other adapters would act; let the "
+                f"context open for each step: {left_open[0].function}(...)(generator_function)(...)"
+            )
 
 
 def _is_autograd_thread() -> bool:

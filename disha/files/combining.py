@@ -103,18 +103,18 @@ def combine_adapters(
 
 
 class Term(NamedTuple):
-    """A block of an adapter, its factor in a sum, and the source of the adapter."""
+    """A block of an adapter, its coefficient in a sum, and the source of the adapter."""
 
     source: Source
-    record: BlockSpec
+    spec: BlockSpec
     block: Tensor
-    factor: float
+    coefficient: float
 
     def __str__(self) -> str:
-        record = self.record
-        sizes = f"{record.in_features} -> {record.out_features}"
+        spec = self.spec
+        sizes = f"{spec.in_features} -> {spec.out_features}"
         shape = tuple(self.block.shape)
-        return f"r={record.r}, {sizes}, {record.layout} with a block {shape} in {self.source}"
+        return f"r={spec.r}, {sizes}, {spec.layout} with a block {shape} in {self.source}"
 
 
 def combine_contents(summands: Sequence[Summand], r: int | None) -> AdapterContents:
@@ -122,9 +122,9 @@ def combine_contents(summands: Sequence[Summand], r: int | None) -> AdapterConte
     _check_can_be_combined(summands)
     terms: dict[str, list[Term]] = {}
     for source, contents, weight in summands:
-        for record in contents.layers:
-            term = Term(source, record, contents.tensors[record.key], float(weight) * record.scale)
-            terms.setdefault(record.name, []).append(term)
+        for spec in contents.layers:
+            term = Term(source, spec, contents.tensors[spec.key], float(weight) * spec.scale)
+            terms.setdefault(spec.name, []).append(term)
     blocks = [_sum_blocks(terms_of_layer, r) for terms_of_layer in terms.values()]
     first, _ = blocks[0]
     config = summands[0].contents.config.changed(
@@ -153,8 +153,8 @@ def _check_can_be_combined(summands: Sequence[Summand]) -> None:
 
 
 def _sum_blocks(terms: Sequence[Term], r: int | None) -> LayerBlock:
-    """Return the record and the block of a layer: the weighted sum of its blocks."""
-    first = terms[0].record
+    """Return the spec and the block of a layer: the weighted sum of its blocks."""
+    first = terms[0].spec
     layer = f"layer {first.name or '(the model)'!r}"
     if first.is_new_rows:
         raise ArgumentError(
@@ -162,7 +162,7 @@ def _sum_blocks(terms: Sequence[Term], r: int | None) -> LayerBlock:
             "leave out `also_train_rows`"
         )
     # Fingerprints are left out, because one base has several: they depend on its dtype.
-    layers = {term.record.but(r=1, scale=1.0, base=None) for term in terms}
+    layers = {term.spec.but(r=1, scale=1.0, base=None) for term in terms}
     if len(layers) > 1:
         raise ArgumentError(f"{layer} is not the same in all adapters: {_list(terms)}")
     r, total = _add_blocks(terms, r, layer)
@@ -170,20 +170,20 @@ def _sum_blocks(terms: Sequence[Term], r: int | None) -> LayerBlock:
         raise ArgumentError(
             f"{layer}: the sum is not finite as {total.dtype}; give smaller weights"
         )
-    bases = {term.record.base for term in terms}
+    bases = {term.spec.base for term in terms}
     base = first.base if len(bases) == 1 else None
     return first.but(r=r, scale=1.0, base=base), total
 
 
 def _add_blocks(terms: Sequence[Term], r: int | None, layer: str) -> tuple[int, Tensor]:
     """Return the sum of the blocks of one weight, and its r, which is at least the one given."""
-    first = terms[0].record
+    first = terms[0].spec
     method = method_of(first.method)
     geometry = first.geometry
-    blocks = [(term.block, term.record.r, term.factor) for term in terms]
-    joined = method.join([(term.block, term.factor) for term in terms], geometry)
+    blocks = [(term.block, term.spec.r, term.coefficient) for term in terms]
+    joined = method.join([(term.block, term.coefficient) for term in terms], geometry)
     if joined is not None:
-        rows = sum(term.record.r for term in terms)
+        rows = sum(term.spec.r for term in terms)
         blocks = [(joined, rows, 1.0)]
         r = max(r or 0, rows)
     elif not method.additive:
@@ -191,21 +191,21 @@ def _add_blocks(terms: Sequence[Term], r: int | None, layer: str) -> tuple[int, 
             f"{layer}: {method.name} blocks can't be added, because dW is not linear in the block; "
             "load them as several adapters instead, whose updates add up"
         )
-    r = r or math.lcm(*(term.record.r for term in terms))
+    r = r or math.lcm(*(term.spec.r for term in terms))
     if joined is None and r > first.in_features:
         raise ArgumentError(
             f"{layer}: the sum needs r={r}, but the layer has only {first.in_features} inputs: "
             f"{_list(terms)}; export the adapters as LoRA, and combine those"
         )
     wide_terms = []
-    for block, block_r, factor in blocks:
+    for block, block_r, coefficient in blocks:
         wide = method.wider_block(first.layout, block, geometry, block_r, r)
         if wide is None:
             raise ArgumentError(
                 f"{layer}: {method.name} blocks can't be added with r={r}: {_list(terms)}; "
                 "give an r that is a multiple of each, or adapters of equal r"
             )
-        wide_terms.append((wide, factor))
+        wide_terms.append((wide, coefficient))
     return r, functional.weighted_sum(wide_terms)
 
 

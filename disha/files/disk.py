@@ -1,12 +1,15 @@
 """Files on disk: save them whole, open safetensors files, and explain why a file is not one.
 
 A save writes a draft, which is a hidden folder beside the target, and then moves what is in it to
-the target. A save that is killed leaves its draft, which can be deleted.
+the target. A save that is killed leaves its draft. The next save to the same target deletes it,
+because nobody holds its lock any more.
 """
 
 from __future__ import annotations
 
+import ctypes
 import errno
+import glob
 import json
 import os
 import shutil
@@ -29,6 +32,12 @@ from disha.errors import (
     DishaError,
 )
 from disha.model.state import Tensors
+from disha.text import brief
+
+try:
+    import fcntl
+except ImportError:  # Windows, where the drafts of killed savers stay
+    fcntl = None  # type: ignore[assignment]
 
 PathLike = str | os.PathLike[str]
 
@@ -37,12 +46,35 @@ ADAPTER_NAME = "adapter.safetensors"  # in output folders and checkpoints
 OF_TORCH = {"format": "pt"}  # metadata that other loaders require
 
 
+REMEDIES = {
+    errno.ENOSPC: "free some space, or save elsewhere",
+    errno.EDQUOT: "free some space, or save elsewhere",
+    errno.EACCES: "choose a folder that you may write to",
+    errno.EPERM: "choose a folder that you may write to",
+    errno.EROFS: "choose a folder that you may write to",
+    errno.ENAMETOOLONG: "choose a shorter name",
+    errno.ENOENT: "make its folder first",
+}
+"""What to do where a save fails; otherwise, another name may help."""
+
+
 def check_path(path: Any) -> Path:
-    """Return a path as a `Path`."""
+    """Return a path as a `Path`, or raise if it is empty or too long for a file."""
     try:
-        return Path(path)
+        checked = Path(path)
     except TypeError as error:
         raise ArgumentTypeError(f"path must be a str or a pathlib.Path, got {path!r}") from error
+    if not os.fspath(path):  # which would be the current folder
+        raise AdapterIOError("the path is empty; name a file or a folder")
+    try:
+        os.lstat(checked)
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            name = brief(str(checked))
+            raise AdapterIOError(f"no file can be at {name}: its name is too long") from None
+    except ValueError:  # a null byte, which whoever opens it tells
+        pass
+    return checked
 
 
 def file_at(path: PathLike) -> Path:
@@ -56,9 +88,18 @@ def file_at(path: PathLike) -> Path:
 
 def require_free(path: Path, overwrite: bool) -> None:
     """Raise if a file or a folder with content is at `path`, unless `overwrite` is set."""
-    is_empty_folder = path.is_dir() and not any(path.iterdir())
+    path = check_path(path)
+    is_empty_folder = path.is_dir() and not is_full(path)
     if path.exists() and not is_empty_folder and not overwrite:
         raise ArgumentError(f"{path} exists; choose another name, or set `overwrite` (--overwrite)")
+
+
+def is_full(path: Path) -> bool:
+    """Whether a path is a folder with content."""
+    try:
+        return path.is_dir() and any(path.iterdir())
+    except OSError as error:
+        raise AdapterIOError(f"can't read {path}: {_reason_of(error)}; check the path") from error
 
 
 @contextmanager
@@ -113,8 +154,9 @@ def _explain_failures(target: Path) -> Iterator[None]:
     except DishaError:  # of a writer, which says what is wrong with what it reads
         raise
     except (OSError, ValueError, SafetensorError) as error:
+        remedy = REMEDIES.get(getattr(error, "errno", None) or 0, "choose another name")
         raise AdapterIOError(
-            f"can't save to {target}: {_reason_of(error)}; nothing was changed"
+            f"can't save to {target}: {_reason_of(error)}; nothing was changed; {remedy}"
         ) from error
 
 
@@ -122,11 +164,42 @@ def _explain_failures(target: Path) -> Iterator[None]:
 def _draft_of(target: Path) -> Iterator[Path]:
     """Make a folder beside a target for the body, and remove it then."""
     draft = target.with_name(f".{target.name}.{token_hex(4)}.tmp")
-    draft.mkdir()
-    try:
+    with ExitStack() as held:
+        with ExitStack() as around:  # so that no other saver sweeps the draft before its lock
+            _lock(target.parent, around)
+            _sweep(target)
+            draft.mkdir()
+            held.callback(shutil.rmtree, draft, ignore_errors=True)
+            _lock(draft, held)
         yield draft
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
+
+
+def _sweep(target: Path) -> None:
+    """Remove the drafts of savers that were killed; a living saver holds the lock of its own."""
+    for draft in target.parent.glob(f".{glob.escape(target.name)}.{'[0-9a-f]' * 8}.tmp"):
+        with ExitStack() as held:
+            if not _lock(draft, held, waits=False):
+                continue
+            old = draft / _name_of_old(target)
+            if old.exists() and not target.exists():  # killed between two moves
+                old.rename(target)
+            shutil.rmtree(draft, ignore_errors=True)
+
+
+def _lock(folder: Path, held: ExitStack, *, waits: bool = True) -> bool:
+    """Lock a folder until `held` closes or this process ends, and return whether that was possible.
+
+    A file system without locks makes no save fail: drafts just stay there.
+    """
+    if fcntl is None:
+        return False
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+        held.callback(os.close, descriptor)
+        fcntl.flock(descriptor, fcntl.LOCK_EX if waits else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
 
 
 def _write_draft(draft: Path, target: Path, write: Writer) -> Path:
@@ -168,14 +241,34 @@ def _swap(new: Path, target: Path) -> None:
     if not (new.is_dir() and target.exists()):
         new.replace(target)
         return
-    # Nothing takes the place of a folder in one step, so the old one moves away first.
-    old = new.with_name(f"{target.name}.old")
+    if _exchange(new, target):
+        return
+    # Nothing takes the place of a folder in one step here, so the old one moves away first.
+    old = new.with_name(_name_of_old(target))
     target.rename(old)
     try:
         new.replace(target)
     finally:
         if not target.exists():
             old.rename(target)
+
+
+def _name_of_old(target: Path) -> str:
+    return f"{target.name}.old"
+
+
+def _exchange(new: Path, target: Path) -> bool:
+    """Exchange two folders in one step, and return whether this system can do that."""
+    here, exchange = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of Linux
+    try:
+        rename = ctypes.CDLL(None).renameat2
+    except (
+        OSError,
+        AttributeError,
+        TypeError,
+    ):  # TypeError: Windows has no library of this process
+        return False
+    return rename(here, os.fsencode(new), here, os.fsencode(target), exchange) == 0
 
 
 def _reason_of(error: Exception) -> object:

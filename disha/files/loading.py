@@ -24,9 +24,10 @@ from disha.layers.spec import BlockSpec
 from disha.layers.weights import rows_of_base
 from disha.model import buffers
 from disha.model.file_plans import plan_weights
+from disha.model.found import ModelBlock
 from disha.model.inject import apply_plan
 from disha.model.state import LoadReport, check_fit, collect_tensors
-from disha.model.view import ModelBlock, ModelView, all_or_nothing
+from disha.model.view import ModelView, all_or_nothing
 from disha.sharding.tensors import write
 from disha.sharding.zero import whole_shape
 from disha.text import counted, first_few, join, printable
@@ -44,11 +45,11 @@ class _Incoming:
     tensors: Mapping[str, Tensor]
 
     def blocks(self) -> Iterator[tuple[ModelBlock, BlockSpec]]:
-        """Yield each block of the model that gets new values, with the record of its layer."""
+        """Yield each block of the model that gets new values, with the spec of its layer."""
         for model_block in self.view.blocks(self.adapter):
-            record = self.layers.get(join(model_block.name, model_block.block.parameter_name))
-            if record is not None:
-                yield model_block, record
+            spec = self.layers.get(join(model_block.name, model_block.block.parameter_name))
+            if spec is not None:
+                yield model_block, spec
 
 
 def load_contents(
@@ -151,11 +152,11 @@ def _rename_as_in_model(
         else:
             keys[key] = first_name(key)
     layers = {}
-    for record in contents.layers:
-        name = first_name(record.name)
-        tied = sorted(set(map(first_name, record.tied)))
-        renamed = dataclasses.replace(record, name=name, tied=tuple(tied))
-        keys[record.key] = renamed.key
+    for spec in contents.layers:
+        name = first_name(spec.name)
+        tied = sorted(set(map(first_name, spec.tied)))
+        renamed = spec.but(name=name, tied=tuple(tied))
+        keys[spec.key] = renamed.key
         layers[renamed.key] = renamed
     _refuse_two_of_one(source, keys)
     values = {keys[key]: tensor for key, tensor in contents.tensors.items()}
@@ -178,14 +179,12 @@ def _widen(incoming: _Incoming) -> _Incoming:
     """Return an adapter with the model's r, where a wider block has the same update."""
     layers = dict(incoming.layers)
     tensors = dict(incoming.tensors)
-    for model_block, record in incoming.blocks():
+    for model_block, spec in incoming.blocks():
         block = model_block.block
-        key = record.key
-        wider = block.method.wider_block(
-            record.layout, tensors[key], record.geometry, record.r, block.r
-        )
+        key = spec.key
+        wider = block.method.wider_block(spec.layout, tensors[key], spec.geometry, spec.r, block.r)
         if wider is not None:
-            layers[key] = dataclasses.replace(record, r=block.r)
+            layers[key] = spec.but(r=block.r)
             tensors[key] = wider
     return dataclasses.replace(incoming, layers=layers, tensors=tensors)
 
@@ -263,15 +262,15 @@ def _take_settings(incoming: _Incoming, undo: ExitStack) -> None:
     def with_sizes_of(former: AdapterConfig) -> AdapterConfig:
         return config.changed(r=former.r, rank_pattern=former.rank_pattern)
 
-    for model_block, record in incoming.blocks():
+    for model_block, spec in incoming.blocks():
         block = model_block.block
         former = block.config
         if former is not config:  # that of new blocks
             undo.callback(block.reconfigure, former)
             block.reconfigure(with_sizes_of(former))
-        if block.scale != record.scale:
+        if block.scale != spec.scale:
             undo.callback(setattr, block, "scale", block.scale)
-            block.scale = record.scale
+            block.scale = spec.scale
 
 
 def _reset_missing(incoming: _Incoming, undo: ExitStack) -> None:
@@ -292,14 +291,14 @@ def _warn_of_other_base(incoming: _Incoming) -> None:
     """Warn if the model's weights are not those that the adapter was saved from."""
     compared = 0
     differing = []
-    for model_block, record in incoming.blocks():
-        if record.base is None:
+    for model_block, spec in incoming.blocks():
+        if spec.base is None:
             continue
         base = base_fingerprint(model_block)
         if base is None:
             continue
         compared += 1
-        if not same_base(record.base, base):
+        if not same_base(spec.base, base):
             differing.append(model_block.name)
     if differing:
         layers = printable(first_few(differing, 3, ", "))

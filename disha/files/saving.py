@@ -10,6 +10,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from disha.checks import check_type
+from disha.config import find_matching
 from disha.errors import AdapterStateError
 from disha.files.contents import write_contents
 from disha.files.disk import PathLike, file_at, folder_for
@@ -18,11 +19,12 @@ from disha.layers.fingerprints import fingerprint
 from disha.layers.spec import BlockSpec
 from disha.layers.weights import base_of, is_packed
 from disha.model import buffers
+from disha.model.found import ModelBlock
 from disha.model.state import collect_tensors, is_finite_as
-from disha.model.view import ModelBlock, ModelView
+from disha.model.view import ModelView
 from disha.sharding.tensors import gather
 from disha.sharding.zero import gather_partition
-from disha.text import counted, first_few
+from disha.text import counted, first_few, join
 
 
 def save_adapter(
@@ -106,6 +108,14 @@ def _warn_of_differences(view: ModelView, adapter: str) -> None:
             "them in also_train when you inject",
             stacklevel=3,
         )
+    tied = _list_new_ties(view, adapter)
+    if tied:
+        warnings.warn(
+            f"{counted(len(tied), 'weight')} of adapter {adapter!r} became tied after the "
+            f"injection, to modules that do not read the update: {first_few(tied, 3, ', ')}. Tie "
+            "first, and then inject",
+            stacklevel=3,
+        )
     lost = view.list_lost_layers(adapter)
     if lost:
         warnings.warn(
@@ -115,6 +125,22 @@ def _warn_of_differences(view: ModelView, adapter: str) -> None:
             "inject",
             stacklevel=3,
         )
+
+
+def _list_new_ties(view: ModelView, adapter: str) -> list[str]:
+    """Return the adapted parameters that a module shares which neither adapts nor excludes them."""
+    borrowers = view.find_borrowers()
+    tied = []
+    for model_block in view.blocks(adapter):
+        spec = model_block.spec
+        parameter = view.parameters_by_name.get(spec.full_name)
+        readers = {*borrowers[model_block.block]}
+        readers |= {join(name, spec.parameter) for name in view.names[model_block.layer]}
+        for name in () if parameter is None else parameter.names:
+            names = (name, name.removesuffix(".weight"))
+            if name not in readers and not find_matching(model_block.block.config.exclude, names):
+                tied.append(f"{spec.full_name} with {name}")
+    return tied
 
 
 def adapter_contents(

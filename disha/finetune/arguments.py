@@ -23,9 +23,8 @@ from disha.errors import ArgumentError
 from disha.files import find_adapter
 from disha.finetune.base import best_device, make_on_meta
 from disha.finetune.choices import choose, describe, has_bfloat16
-from disha.finetune.flags import FlagParser
+from disha.finetune.flags import BITS, FlagParser
 from disha.finetune.notes import (
-    BITS,
     read_noted_base,
     read_noted_bits,
     read_notes,
@@ -333,7 +332,7 @@ def _plan(given: dict[str, Any]) -> disha.Plan:
 
 def _parser(shows_all: bool) -> _Parser:
     parser = _Parser(
-        [AdapterArguments, DataArguments, TrainingArguments],  # type: ignore[list-item]
+        [AdapterArguments, DataArguments, TrainingArguments],
         prog="disha finetune",
         usage=USAGE,
         allow_abbrev=False,

@@ -18,7 +18,7 @@ from transformers import (
 )
 
 import disha
-from disha.finetune.notes import FEW_BITS
+from disha.finetune.flags import FEW_BITS
 from disha.finetune.source import explain_loading, source_of
 from disha.finetune.tokenizer import end_answers, fit_to_tokenizer, load_tokenizer
 from disha.text import first_few

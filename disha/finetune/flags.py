@@ -3,15 +3,56 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable
-from typing import NoReturn
+import math
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, NoReturn
 
 from disha.errors import ArgumentError
 from disha.text import nearest
 
+FEW_BITS = ("8", "4")
+BITS = ("bf16", "fp16", "fp32", *FEW_BITS)
+"""How a base can be held in memory."""
+
+
+def number(kind: type, least: float, most: float = math.inf) -> Callable[[str], float]:
+    """Return what reads a finite number in a range, float or int, as the `type` of a flag."""
+
+    def read(word: str) -> Any:
+        try:
+            value = kind(word)
+        except ValueError:
+            value = math.nan
+        if not (least <= value <= most and math.isfinite(value)):
+            noun = "a whole number" if kind is int else "a number"
+            end = "" if most == math.inf else f" to {most:g}"
+            raise argparse.ArgumentTypeError(f"must be {noun} from {least:g}{end}, got {word!r}")
+        return value
+
+    return read
+
+
+COUNT = number(int, 1)
+"""Reads a number of things, of which there is one or more."""
+
+SCALE = number(float, -1e38, 1e38)  # finite in float32
+"""Reads a scale of an adapter."""
+
+
+def _path(word: str) -> Path:
+    """Return a path; an empty one would be the current folder."""
+    if not word:
+        raise argparse.ArgumentTypeError("is empty; name a file or a folder")
+    return Path(word)
+
 
 class FlagParser(argparse.ArgumentParser):
     """Raises where `argparse` would end the process, and names the flag that is meant."""
+
+    def __init__(self, *args: Any, **named: Any) -> None:
+        super().__init__(*args, **named)
+        self.register("type", Path, _path)
 
     def parse(
         self, words: Iterable[str], values: argparse.Namespace | None = None

@@ -24,6 +24,7 @@ from typing import Any
 import disha
 from disha.errors import ArgumentError
 from disha.files import ADAPTER_NAME, file_at
+from disha.finetune.flags import BITS
 
 BASE_KEY = "base"
 TEMPLATE_KEY = "chat_template"
@@ -31,10 +32,6 @@ TOKENS_KEY = "new_tokens"
 EOS_KEY = "eos_token"
 PROMPT_KEY = "prompt"
 TEMPLATE_NAME = "chat_template.jinja"  # the file that transformers reads a template from
-
-FEW_BITS = ("8", "4")
-BITS = ("bf16", "fp16", "fp32", *FEW_BITS)
-"""How a base can be held in memory."""
 
 
 def read_notes(adapter: str | Path) -> dict[str, str]:

@@ -11,7 +11,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.integrations.fsdp import is_fsdp_enabled
 
 from disha.finetune.base import make_on_meta
-from disha.finetune.notes import FEW_BITS
+from disha.finetune.flags import FEW_BITS
 from disha.finetune.source import is_gguf
 
 

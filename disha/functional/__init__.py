@@ -15,7 +15,8 @@ dW x = R^T (A x). `Layout` tells the method which axes of a weight are its matri
 Read in this order: `shard_sums`, `layouts`, `method`, its subclasses in `shard_groups`, `bone`,
 `lora` and `bat`, `methods` (the table), `update` (one block), `low_rank` and `products` (any
 layout; with `dropout`, `convolutions` and `lookups`), then its special cases `linear` and `stacks`,
-then `parts` and `new_rows`; last `weight_updates` and `routed` (all blocks of a weight).
+then `parts` and `new_rows`; last `weight_updates`, `row_products` and `routed` (all blocks of a
+weight).
 
 Source: Kang, "DiSHA: Dimension-Sharding Adaptation of Large Language Models with Fast Convergence
 and Fast Computation", arXiv 2409.15371 (Bone was later renamed MiSS; the tile is its "mini").

@@ -2,15 +2,22 @@
 
 A `Route` says which adapter each sample has. `Routed` has the updates of one weight by adapter, and
 its products give each sample those of its adapter: the product of all samples with W, plus that of
-each adapter with its samples. If a linear layer has an update that is not of low rank, each
-adapter has a whole product with its samples instead: else it would need two.
+each adapter with its samples. How the latter are added depends on the updates:
+
+    A and R are matrices, as of Bone and LoRA    to the rows of each adapter, where they are
+                                                 (`row_products`); nothing is sorted
+    other updates of low rank, dropout,          to samples that are sorted by adapter, if those of
+    other layers, compiled code                  one adapter are not neighbours already
+    a linear layer with an update of no          not added: each adapter has a whole product with
+    low rank, as BAT                             its samples, since it would else need two
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
-from typing import TypeVar
+from itertools import groupby
+from typing import TypeAlias, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -23,14 +30,25 @@ from disha.functional.layouts import MATRIX
 from disha.functional.lookups import is_lookup
 from disha.functional.low_rank import Lowered, go_up
 from disha.functional.new_rows import ChangeRows
-from disha.functional.shard_sums import overflow_safe_shard_sum
+from disha.functional.row_products import Rows, add_row_products
+from disha.functional.shard_sums import (
+    autocasts,
+    is_cast,
+    may_define_backward,
+    overflow_safe_shard_sum,
+)
 from disha.functional.update import Factors, factors_of
 from disha.functional.weight_updates import Change, DeltaOf, Updates
-from disha.private_torch import must_not_write
 from disha.text import counted
 
 Term = TypeVar("Term")
 """What adds something to the samples of an adapter: an update, or its factors."""
+
+OfAdapters: TypeAlias = list[tuple[str, Term]]
+RowsByAdapter: TypeAlias = Mapping[str | None, Sequence[Rows]]
+
+FEW_ROWS = 8
+"""Rows of an adapter that stand in shorter pieces are gathered, and multiplied at once."""
 
 
 class Route:
@@ -42,6 +60,7 @@ class Route:
     def __init__(self, names: tuple[str | None, ...]) -> None:
         self.names = names
         self._indices: dict[tuple[tuple[int, ...], torch.device], Tensor] = {}  # by `_on_device`
+        self._rows: dict[tuple[int, torch.device], RowsByAdapter] = {}  # by `rows_by_adapter`
 
     @cached_property
     def adapters(self) -> tuple[str, ...]:
@@ -62,34 +81,59 @@ class Route:
 
     def by_adapter(
         self, size: int, device: torch.device
-    ) -> tuple[list[tuple[str | None, Tensor]], Tensor]:
+    ) -> tuple[list[tuple[str | None, Tensor]], Tensor | None]:
         """Return each adapter with the indices of its samples, and all indices in that order.
 
-        They count along a leading dimension of this size. Samples without an adapter come last,
-        under None.
+        They count along a leading dimension of this size. The order is None if the samples of each
+        adapter are neighbours, so that nothing has to be sorted.
         """
         entries = self.entries_of_name(size)
-        indices: dict[str | None, list[int]] = {adapter: [] for adapter in self.adapters}
-        if None in self.names:
-            indices[None] = []
+        indices: dict[str | None, list[int]] = {}
         for sample, name in enumerate(self.names):
-            indices[name] += range(sample * entries, (sample + 1) * entries)
+            of_sample = range(sample * entries, (sample + 1) * entries)
+            indices.setdefault(name, []).extend(of_sample)
         sorted_indices: list[int] = []
         for indices_of_adapter in indices.values():
             sorted_indices += indices_of_adapter
         order = self._on_device(tuple(sorted_indices), device)
         parts = torch.split(order, [len(part) for part in indices.values()])
-        return list(zip(indices, parts)), order
+        is_sorted = sorted_indices == list(range(size))
+        return list(zip(indices, parts)), None if is_sorted else order
 
-    def split(self, x: Tensor) -> tuple[list[tuple[str | None, Tensor, Tensor]], Tensor]:
-        """Return each adapter, the indices of its samples in x, and these; and all indices.
+    def split(self, x: Tensor) -> tuple[list[tuple[str | None, Tensor]], Tensor | None]:
+        """Return each adapter with its samples in x; and the indices of all, as `by_adapter` does.
 
         The samples are gathered once for all adapters: each gathering adds to the whole gradient.
         """
         indices_by_adapter, order = self.by_adapter(x.shape[0], x.device)
-        adapters, indices = zip(*indices_by_adapter)
-        parts = torch.split(x.index_select(0, order), [part.shape[0] for part in indices])
-        return list(zip(adapters, indices, parts)), order
+        sorted_x = x if order is None else x.index_select(0, order)
+        parts = torch.split(sorted_x, [len(indices) for _, indices in indices_by_adapter])
+        adapters = [adapter for adapter, _ in indices_by_adapter]
+        return list(zip(adapters, parts)), order
+
+    def rows_by_adapter(self, size: int, device: torch.device) -> RowsByAdapter:
+        """Return the rows of each adapter in a matrix of so many, as slices where that pays."""
+        key = size, device
+        if key not in self._rows:  # every layer asks for the same
+            self._rows[key] = self._find_rows(size, device)
+        return self._rows[key]
+
+    def _find_rows(self, size: int, device: torch.device) -> RowsByAdapter:
+        entries = self.entries_of_name(size)
+        pieces_by_name: dict[str | None, list[slice]] = {}
+        start = 0
+        for name, samples in groupby(self.names):
+            stop = start + entries * len(list(samples))
+            pieces_by_name.setdefault(name, []).append(slice(start, stop))
+            start = stop
+        rows: dict[str | None, list[Rows]] = {}
+        for name, pieces in pieces_by_name.items():
+            shortest = min(piece.stop - piece.start for piece in pieces)
+            rows[name] = [*pieces]
+            if len(pieces) > 1 and shortest < FEW_ROWS:
+                indices = [row for piece in pieces for row in range(piece.start, piece.stop)]
+                rows[name] = [self._on_device(tuple(indices), device)]
+        return rows
 
     def _on_device(self, indices: tuple[int, ...], device: torch.device) -> Tensor:
         """Return indices as a tensor, the same one each time."""
@@ -182,6 +226,8 @@ class Routed(Updates):
         factors = {}
         for adapter, updates in self.by_adapter.items():
             factors[adapter] = [factors_of(update, MATRIX, geometry) for update in updates]
+        if _may_multiply_rows(x, weight, self.all_updates):
+            return _linear_by_rows(x, weight, bias, self.route, factors)
         size = _size_of_sums(factors)
         if size is None:
             return self.product(F.linear, x, weight, bias, MATRIX)
@@ -209,14 +255,6 @@ def _size_of_sums(factors: Mapping[str, Sequence[Factors]]) -> int | None:
     return sizes.pop() if len(sizes) == 1 else None
 
 
-FEW_TOKENS = 8
-"""Adapters with fewer tokens each are added at once, to save the time of 64 small additions.
-
-With 64 adapters of one token, one by one takes 1.15 of the time; with 64 of 32 tokens, it takes
-0.95, because it needs no tensor of the size of the output.
-"""
-
-
 def _add_by_adapter(
     output: Tensor,
     x: Tensor,
@@ -226,10 +264,8 @@ def _add_by_adapter(
 ) -> Tensor:
     """Sort x by adapter, and add to each sample of an output what the terms of its adapter give."""
     parts, order = route.split(x)
-    has_few = output.shape[:-1].numel() < FEW_TOKENS * len(parts)
-    must_copy = torch.is_grad_enabled() or is_compiling() or must_not_write()
     deltas = []
-    for adapter, indices, part in parts:
+    for adapter, part in parts:
         of_adapter = () if adapter is None else terms.get(adapter, ())
         delta = None
         for term in of_adapter:
@@ -237,14 +273,15 @@ def _add_by_adapter(
             delta = of_term if delta is None else delta + of_term
         if delta is None:
             delta = output.new_zeros(part.shape[0], *output.shape[1:])
-        if must_copy or has_few:
-            deltas.append(delta)
-        else:
-            output.index_add_(0, indices, delta.to(output.dtype))
-    if not deltas:
-        return output
-    add = torch.Tensor.index_add if must_copy else torch.Tensor.index_add_
-    return add(output, 0, order, torch.cat(deltas).to(output.dtype))
+        deltas.append(delta)
+    return _add_sorted(output, torch.cat(deltas).to(output.dtype), order)
+
+
+def _add_sorted(output: Tensor, delta: Tensor, order: Tensor | None) -> Tensor:
+    """Return an output plus a sorted delta, whose rows belong to those that the order tells."""
+    if order is None:
+        return output + delta
+    return output.index_add(0, order, delta)
 
 
 def _may_be_positions(indices: Tensor) -> bool:
@@ -260,7 +297,105 @@ def _linear_by_adapter(x: Tensor, weight: Tensor, bias: Tensor | None, routed: R
     """Sort the samples by adapter, multiply those of each, and put the outputs back in order."""
     parts, order = routed.route.split(x)
     outputs = []
-    for adapter, _, part in parts:
+    for adapter, part in parts:
         outputs.append(adapted_linear(part, weight, bias, routed.updates_of(adapter)))
     sorted_output = torch.cat(outputs)
+    if order is None:
+        return sorted_output
     return torch.empty_like(sorted_output).index_copy(0, order, sorted_output)
+
+
+# --- a linear layer whose updates are matrices: each adapter's products are added to its rows -----
+
+
+def _may_multiply_rows(x: Tensor, weight: Tensor, updates: Sequence[Update]) -> bool:
+    """Whether `_linear_by_rows` can compute the product."""
+    if any(update.dropout or update.method.compact for update in updates):
+        return False
+    return may_define_backward(x, weight, *[update.block for update in updates])
+
+
+def _linear_by_rows(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    route: Route,
+    factors: Mapping[str, Sequence[Factors]],
+) -> Tensor:
+    """Return W x + b, with s R^T (A x) of each adapter added to its rows."""
+    inputs = x.reshape(-1, x.shape[-1])
+    rows = route.rows_by_adapter(inputs.shape[0], x.device)
+    # The updates go down before W x. So in backward, W x creates the gradient of x, and the updates
+    # add to it.
+    lowered, inputs = _go_down_by_rows(inputs, factors, rows)
+    output = F.linear(inputs, weight, bias)
+    for sums, overflow_scale, of_sums in lowered:
+        ups = [(adapter, one.dense_up()) for adapter, one in of_sums]
+        output = _add_by_rows(output, sums, rows, ups, overflow_scale)
+    return output.view(*x.shape[:-1], weight.shape[0])
+
+
+def _go_down_by_rows(
+    inputs: Tensor, factors: Mapping[str, Sequence[Factors]], rows: RowsByAdapter
+) -> tuple[list[tuple[Tensor, float, OfAdapters[Factors]]], Tensor]:
+    """Return each A x / f, with f and the factors that go up from it; and a view of the inputs.
+
+    All adapters with shard sums of one size share these. Of adapters with an A of their own, those
+    with the same k share one tensor, in which each has its rows.
+    """
+    with_sums: dict[int, OfAdapters[Factors]] = {}
+    with_matrices: dict[tuple[int, int], OfAdapters[Factors]] = {}
+    downs: dict[tuple[int, int], OfAdapters[Tensor]] = {}
+    for adapter, of_adapter in factors.items():
+        for position, one in enumerate(of_adapter):
+            if isinstance(one.down, int):
+                with_sums.setdefault(one.down, []).append((adapter, one))
+            else:
+                key = one.down.shape[-2], position  # two of one adapter have the same rows
+                with_matrices.setdefault(key, []).append((adapter, one))
+                downs.setdefault(key, []).append((adapter, one.down.mT))
+    sums_of_size, inputs = _shard_sums_of_sizes(inputs, with_sums)
+    lowered = [(*sums_of_size[size], of_size) for size, of_size in with_sums.items()]
+    for key, of_k in with_matrices.items():
+        dtype = torch.get_autocast_dtype(inputs.device.type) if is_cast(inputs) else inputs.dtype
+        start = inputs.new_zeros(inputs.shape[0], key[0], dtype=dtype)
+        lowered.append((_add_by_rows(start, inputs, rows, downs[key]), 1.0, of_k))
+    return lowered, inputs
+
+
+def _shard_sums_of_sizes(
+    x: Tensor, sizes: Iterable[int]
+) -> tuple[dict[int, tuple[Tensor, float]], Tensor]:
+    """Return S(x) / f and f for each size of shards, and a view of x (n, in) to multiply W by.
+
+    In backward, the gradient of S(x) is added to that of the view as it is, and not repeated in
+    memory first.
+    """
+    sums: dict[int, tuple[Tensor, float]] = {}
+    for size in sorted(sizes, reverse=True):
+        multiples = [done for done in sums if done % size == 0]
+        if multiples:
+            larger_sums, former_scale = sums[multiples[-1]]
+            smaller_sums, overflow_scale = overflow_safe_shard_sum(larger_sums, size)
+            sums[size] = smaller_sums, former_scale * overflow_scale
+        elif x.shape[1] % size or x.dtype == torch.float16 or autocasts(x):
+            sums[size] = overflow_safe_shard_sum(x, size)
+        else:
+            shards = x.view(x.shape[0], -1, size)
+            sums[size] = shards.sum(1), 1.0
+            x = shards.view(x.shape)
+    return sums, x
+
+
+def _add_by_rows(
+    output: Tensor,
+    x: Tensor,
+    rows: RowsByAdapter,
+    matrices: OfAdapters[Tensor],
+    factor: float = 1.0,
+) -> Tensor:
+    """Add to the rows of each adapter the product of those of x with its matrix."""
+    pairs = [(part, matrix) for adapter, matrix in matrices for part in rows[adapter]]
+    dtype = output.dtype
+    of_matrices = [matrix.to(dtype) for _, matrix in pairs]
+    return add_row_products(output, x.to(dtype), [part for part, _ in pairs], of_matrices, factor)

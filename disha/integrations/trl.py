@@ -50,6 +50,8 @@ REFUSED = {
     "the trained model itself; leave it out",
 }
 """Arguments and settings of `trl` that are refused -> why, and what to do."""
+LORAS = 2
+"""Places for adapters at a server: if none is empty, vLLM may give one to requests for the base."""
 
 
 class _Reference(nn.Module):
@@ -178,8 +180,12 @@ class _SyncOfWeights(vllm_generation.VLLMGeneration):  # type: ignore[misc]
 class _SyncOfAdapter(vllm_generation.VLLMGeneration):  # type: ignore[misc]
     """Writes the adapter as a LoRA, and has vLLM load it over the base that it has."""
 
-    def __init__(self, *args: Any, folder: PathLike, **named: Any) -> None:
+    def __init__(
+        self, *args: Any, folder: PathLike, addresses: Sequence[str], **named: Any
+    ) -> None:
         self.folder = Path(folder).resolve()
+        self.addresses = addresses
+        self.servers: list[Any] = []
         super().__init__(*args, **named)
 
     def _init_vllm(self) -> None:
@@ -190,11 +196,10 @@ class _SyncOfAdapter(vllm_generation.VLLMGeneration):  # type: ignore[misc]
                 "gives back; leave it or vllm_adapter_folder out"
             )
         rank = self._write_adapter()
-        served_rank = find_served_rank(rank)
         start: Any = getattr(vllm_generation, "LLM", None)
 
         def start_with_lora(**settings: Any) -> Any:
-            return start(**settings, enable_lora=True, max_lora_rank=served_rank)
+            return start(**settings, enable_lora=True, max_lora_rank=find_served_rank(rank))
 
         def open_no_channel(client: Any, device: Any) -> None:
             """Do without the channel for weights, which needs a GPU."""
@@ -207,14 +212,23 @@ class _SyncOfAdapter(vllm_generation.VLLMGeneration):  # type: ignore[misc]
         if self.mode == "colocate":
             self.llm.generate = partial(self.llm.generate, lora_request=self._request())
         elif self.accelerator.is_main_process:
-            taken = self.vllm_client.get_server_info()["lora_config"]
-            if taken is None or taken["max_lora_rank"] < rank:
-                raise ArgumentError(
-                    f"the adapter is a LoRA of rank {rank}; start vLLM with --enable-lora "
-                    f"--max-lora-rank {served_rank}"
-                )
+            self._find_servers(rank)
             self.vllm_client.model = self.folder.name
         self.sync_weights()
+
+    def _find_servers(self, rank: int) -> None:
+        """Find the servers that load the adapter, and check that each takes it."""
+        self.servers = [
+            vllm_generation.VLLMClient(base_url=address, connection_timeout=self.server_timeout)
+            for address in self.addresses
+        ] or [self.vllm_client]
+        for server in self.servers:
+            taken = server.get_server_info()["lora_config"]
+            if taken is None or taken["max_lora_rank"] < rank or taken["max_loras"] < LORAS:
+                raise ArgumentError(
+                    f"the adapter is a LoRA of rank {rank}; start vLLM at {server.base_url} with "
+                    f"--enable-lora --max-lora-rank {find_served_rank(rank)} --max-loras {LORAS}"
+                )
 
     def sync_weights(self) -> None:
         """Let vLLM load the adapter as it is now, in the place of its former values."""
@@ -222,16 +236,24 @@ class _SyncOfAdapter(vllm_generation.VLLMGeneration):  # type: ignore[misc]
         if self.mode == "colocate":
             self.llm.llm_engine.add_lora(self._request(load_inplace=True))
             self.llm.reset_prefix_cache()
-        elif self.accelerator.is_main_process:
-            client = self.vllm_client
-            asked = {"lora_name": client.model, "lora_path": str(self.folder), "load_inplace": True}
-            answer = client.session.post(f"{client.base_url}/v1/load_lora_adapter", json=asked)
-            if not answer.ok:
-                raise ArgumentError(
-                    f"vLLM at {client.base_url} did not load the adapter: {answer.text}; it must "
-                    f"see {self.folder}, and have VLLM_ALLOW_RUNTIME_LORA_UPDATING=True"
-                )
-            client.reset_prefix_cache()
+        for server in self.servers:
+            self._load_adapter(server)
+
+    def _load_adapter(self, server: Any) -> None:
+        """Let a server load the adapter, and forget what it computed with the former one.
+
+        An adapter that vLLM loads in place is read from its folder again at every step.
+        """
+        name = {"lora_name": self.folder.name}
+        server.session.post(f"{server.base_url}/v1/unload_lora_adapter", json=name)
+        asked = name | {"lora_path": str(self.folder)}
+        answer = server.session.post(f"{server.base_url}/v1/load_lora_adapter", json=asked)
+        if not answer.ok:
+            raise ArgumentError(
+                f"vLLM at {server.base_url} did not load the adapter: {answer.text}; it must "
+                f"see {self.folder}, and have VLLM_ALLOW_RUNTIME_LORA_UPDATING=True"
+            )
+        server.reset_prefix_cache()
 
     def _write_adapter(self) -> int:
         """Write the adapter that is active, and return its largest rank."""
@@ -303,11 +325,14 @@ class _TrainerWithRewards:
         *,
         reference: Names = None,
         vllm_adapter_folder: PathLike | None = None,
+        vllm_adapter_servers: Sequence[str] = (),
         **named: Any,
     ) -> None:
         generation: Any = _SyncOfWeights
         if vllm_adapter_folder is not None:
-            generation = partial(_SyncOfAdapter, folder=vllm_adapter_folder)
+            generation = partial(
+                _SyncOfAdapter, folder=vllm_adapter_folder, addresses=vllm_adapter_servers
+            )
         args = self._config() if args is None else copy.copy(args)
         view = ModelView(model)
         beta = args.beta
@@ -333,6 +358,9 @@ class GRPOTrainer(_TrainerWithRewards, trl.GRPOTrainer):  # type: ignore[misc]
         vllm_adapter_folder: with `use_vllm=True`, each sync writes the adapter as a LoRA into this
             folder, and vLLM loads it over its base, that of `model.name_or_path`. A server must
             see the folder too. Without it vLLM gets all weights.
+        vllm_adapter_servers: the addresses of the servers that load the adapter, such as
+            `["http://a:8000", "http://b:8000"]`, if `args.vllm_server_base_url` is that of a load
+            balancer before them.
     """
 
     _config = trl.GRPOConfig

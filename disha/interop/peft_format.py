@@ -38,8 +38,9 @@ from disha.layers.adapters import original_class
 from disha.layers.bitsandbytes import is_library_forward
 from disha.layers.kinds import FOREIGN_LAYOUTS, LAYER_KINDS, full_name
 from disha.layers.spec import BlockSpec
+from disha.model.found import persistent_buffers_of
 from disha.model.state import Tensors
-from disha.model.view import ModelView, persistent_buffers_of
+from disha.model.view import ModelView
 from disha.sharding.tensors import gather
 from disha.text import first_few, join
 

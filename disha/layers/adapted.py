@@ -31,6 +31,7 @@ from disha.layers.weights import (
     start_block,
     untrained_rows_kept,
 )
+from disha.sharding.zero import whole_shape
 
 
 class AdaptedLayer(nn.Module):
@@ -92,8 +93,11 @@ class AdaptedLayer(nn.Module):
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "qconfig":
             warnings.warn(QCONFIG_IS_IGNORED, stacklevel=2)
-        if not is_weight_of(self, name, value):
-            super().__setattr__(name, value)
+        if is_weight_of(self, name, value):
+            return
+        if name in self._adapted_parameters and isinstance(value, nn.Parameter):
+            _refuse_other_shape(self, name, value)
+        super().__setattr__(name, value)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -153,6 +157,17 @@ class AdaptedLayer(nn.Module):
         elif self.disha.find_override() == ():
             parts.append("disabled")
         return ", ".join(parts)
+
+
+def _refuse_other_shape(layer: Any, name: str, value: Tensor) -> None:
+    """Raise if a matrix of other sizes takes the place of an adapted one: no block would fit."""
+    former = layer._parameters.get(name)
+    sizes = [] if former is None else [whole_shape(former), whole_shape(value)]
+    if len(set(sizes)) == 2 and len(sizes[0]) == len(sizes[1]):
+        raise ArgumentError(
+            f"an adapted {name} of shape {tuple(sizes[0])} can't be replaced by one of shape "
+            f"{tuple(sizes[1])}, which its blocks do not fit; remove the adapters, and inject again"
+        )
 
 
 STATE_IS_MERGED = (
@@ -312,7 +327,17 @@ def state_with_parameters(
         return former
     if known:
         refuse_changed_class(module, "the module")
-    return former.but(cls=adapted_class(original, adapted, is_quantized))
+    try:
+        return former.but(cls=adapted_class(original, adapted, is_quantized))
+    except TypeError as error:
+        raise _class_error(original, error) from error
+
+
+def _class_error(cls: type, error: TypeError) -> ArgumentError:
+    return ArgumentError(
+        f"{cls.__name__} can't be adapted: Python does not let its class change ({error}); leave "
+        "it out with exclude="
+    )
 
 
 def set_state(module: nn.Module, state: LayerState | None) -> None:
@@ -327,11 +352,7 @@ def set_state(module: nn.Module, state: LayerState | None) -> None:
         try:
             set_class(module, state.cls)
         except TypeError as error:
-            original = getattr(state.cls, "_original_class", state.cls)
-            raise ArgumentError(
-                f"{original.__name__} can't be adapted: Python does not let its class change "
-                f"({error}); leave it out with exclude="
-            ) from error
+            raise _class_error(type(module), error) from error
     # Written to _modules, because the user's class may guard its attributes.
     module._modules[CHILD_NAME] = state.adapters
     state.adapters.take(state)

@@ -362,6 +362,26 @@ class Adapters(nn.Module):
         self.take(self.state(nn.Module).with_adapter(adapter, blocks, ()))
 
 
+def find_members(model: nn.Module) -> list[Adapters]:
+    """Return the adapters of all layers of a model, by the shortest possible walk."""
+    found = []
+    seen = set()
+    waiting = [model]
+    while waiting:
+        module = waiting.pop()
+        children = module._modules
+        if not children or id(module) in seen:
+            continue
+        seen.add(id(module))
+        adapters = children.get(CHILD_NAME)
+        if type(adapters) is Adapters:
+            found.append(adapters)
+            if len(children) == 1:
+                continue
+        waiting += [child for child in children.values() if child is not None]
+    return found
+
+
 def original_class(module: nn.Module) -> type[nn.Module]:
     """Return the class that a module has, or had before it was adapted."""
     cls = type(module)

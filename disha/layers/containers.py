@@ -34,7 +34,8 @@ def methods_without_child(original: type[nn.Module]) -> dict[str, Any]:
             for name, method in vars(container).items():
                 if callable(method) and name not in ("__init__", "forward"):
                     methods[name] = _run_on_plain_container(getattr(original, name))
-    if not original.forward.__module__.startswith("torch.nn."):  # those of torch go by name
+    of_torch = str(original.forward.__module__).startswith("torch.nn.")  # they go by name
+    if not of_torch:
         methods["forward"] = _hide_child_in(original.forward)
         methods["named_children"] = _named_children
     return methods

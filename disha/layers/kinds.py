@@ -17,7 +17,7 @@ from disha.errors import ArgumentTypeError
 from disha.functional import Layout, layout_of
 from disha.layers.adapters import original_class
 from disha.layers.quantized import quantized_weight
-from disha.layers.spec import UNKNOWN, BlockSpec
+from disha.layers.spec import BlockSpec
 from disha.layers.weights import matrix_weights, read_weight
 from disha.sharding.zero import whole_shape
 
@@ -201,7 +201,7 @@ def list_weights(module: nn.Module) -> list[BlockSpec]:
         return weights
     declared = {weight.parameter for weight in weights}
     return weights + [
-        declare(name, UNKNOWN).but(shape=shape_of(module, name))
+        BlockSpec(name, shape=shape_of(module, name), parameter=name)
         for name in matrix_weights(module)
         if name not in declared
     ]

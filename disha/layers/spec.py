@@ -119,6 +119,11 @@ class BlockSpec:
         """Whether its layout is known."""
         return self.layout != UNKNOWN
 
+    def placed(self, module_names: Sequence[str], own_name: str) -> BlockSpec:
+        """Return the spec in a module with these names, below which it has its own."""
+        names = [join(name, own_name) for name in module_names]
+        return self.but(name=names[0], names=tuple(names), module=module_names[0])
+
     def renamed(self, rename: Callable[[str], str | None]) -> BlockSpec:
         """Return the spec under other names; what has none is left out of those that are tied."""
         tied = tuple(name for name in map(rename, self.tied) if name is not None)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from typing import NamedTuple
 
 from torch import nn
 
 from disha.private_torch import CHECKPOINTED, COMPILED, FSDP_CHILD
-from disha.sharding.imported import imported_class
 
 
 class Wrapper(NamedTuple):
@@ -33,11 +33,21 @@ WRAPPERS = (
 )
 
 
+def imported_wrappers() -> list[tuple[type, Wrapper]]:
+    """Return the classes of wrappers that are imported, and what they are."""
+    found = []
+    for wrapper in WRAPPERS:
+        cls = getattr(sys.modules.get(wrapper.module), wrapper.name, None)
+        if cls is not None:
+            found.append((cls, wrapper))
+    return found
+
+
 def unwrap(model: nn.Module) -> nn.Module:
     """Return the module that wrappers wrap."""
-    for wrapper in WRAPPERS:
-        if wrapper.child and isinstance(model, imported_class(wrapper.module, wrapper.name)):
-            return unwrap(model._modules[wrapper.child])
+    for cls, wrapper in imported_wrappers():
+        if wrapper.child and isinstance(model, cls):
+            return unwrap(model.get_submodule(wrapper.child))
     return model
 
 

@@ -16,7 +16,8 @@ from contextlib import ExitStack
 from torch import Tensor
 
 from disha.layers.memory import FormerBuffer
-from disha.model.view import ModelTensor, ModelView
+from disha.model.found import ModelTensor
+from disha.model.view import ModelView
 from disha.sharding.tensors import write
 
 

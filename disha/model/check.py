@@ -27,10 +27,18 @@ from disha.model.check_merges import (
 )
 from disha.model.check_report import CheckedWeight, CheckReport
 from disha.model.check_runs import Runner, UndoesWrites
-from disha.model.view import ModelBlock, ModelView
+from disha.model.found import ModelBlock
+from disha.model.view import ModelView
 from disha.sharding.imported import imported_class
 from disha.sharding.tensors import gather, write
 from disha.sharding.zero import repartition, whole_shape
+
+KEPT = (
+    "the model keeps this weight, or what it has computed from it, from one run to the next, so an "
+    "update stays when adapters are switched off, or does not come when they are switched on; let "
+    "it read the weight in each forward"
+)
+"""The reason against a weight that a model caches."""
 
 SIZE = 0.02
 """Standard deviation of the random values that blocks get during the check."""
@@ -45,10 +53,10 @@ def check_adapters(
 ) -> CheckReport:
     """Run a model and report for each active block whether it acts, trains and merges.
 
-    The model runs in evaluation mode: twice with random values in all blocks, once for each part of
-    the weights while that is merged, once for each block that gets no gradient, and twice without
-    updates, with the adapters and as its base. The originals of a part are kept meanwhile: 64 MiB,
-    or a 16th of the adapted weights, or one weight.
+    The model runs in evaluation mode: four times with random values in all blocks, once for each
+    part of the weights while that is merged, once for each block that gets no gradient, and three
+    times without updates, once of them as its base. The originals of a part are kept meanwhile: 64
+    MiB, or a 16th of the adapted weights, or one weight.
 
     If a block does not act or gets no gradient there, the model also runs in training mode, without
     the adapters' own dropout. So a head that only training uses is in order, and so is a model that
@@ -178,6 +186,7 @@ def _check(
     seen = _Seen(set(), set(), set())
     with UndoesWrites(active, undo):
         outputs = _observe(runner, blocks, seen, training=False)
+    read_at_first = set(seen.read)
     mergings: dict[AdaptedLayer, Merging] = {}
     if merging:
         mergings = compare_merged(view, runner, active, outputs)
@@ -190,10 +199,14 @@ def _check(
         except Exception as error:  # such as of a loss without its targets, or of a batch norm
             name = type(error).__name__
             error_in_training = f"; in training mode it raises {name} with these inputs"
+    with UndoesWrites(active, undo):
+        kept = _find_kept(view, runner, read_at_first)
     rows = []
     for name, layer, adapter, block in active:
         reason = _reason_against_training(block, seen)
-        if reason:
+        if block in kept:
+            reason = KEPT
+        elif reason:
             reason += error_in_training
         elif block in frozen:
             reason = "it acts, but it is frozen; to train it, call mark_only_adapters_trainable"
@@ -202,14 +215,35 @@ def _check(
             name,
             adapter,
             read=block in seen.read,
-            acts=block in seen.acting,
-            gradient=not reason,
+            acts=block in seen.acting and block not in kept,
+            gradient=block in seen.with_gradient and block not in frozen,
             merges=merging_of_layer.keeps_outputs,
             # Why it does not train comes before why it does not merge.
             reason=reason or merging_of_layer.reason,
         )
         rows.append(row)
     return tuple(rows)
+
+
+def _find_kept(
+    view: ModelView, runner: Runner, read_at_first: set[AdapterBlock]
+) -> set[AdapterBlock]:
+    """Return the blocks whose weights the model keeps from one run to the next.
+
+    It runs with its adapters on, off and on again. The runs with adapters must read the same
+    weights as the first one did.
+    """
+    groups = frozenset(layer.disha.group for layer in view.find_layers())
+    reads = [read_at_first]
+    for is_off in (False, True, False):
+        with runner.mode(training=False), ExitStack() as around:
+            if is_off:
+                around.enter_context(open_context(groups, (), disables=True))
+            read, _ = _run_and_note_reads(runner, runner.blocks)
+        if not is_off:
+            reads.append(set(read))
+    first, second = reads
+    return first ^ second
 
 
 def _reason_against_training(block: AdapterBlock, seen: _Seen) -> str:
@@ -242,6 +276,9 @@ def _observe(
             raise
         except Exception as failure:  # for example, the forward has freed a part of the graph
             seen.error = str(failure).partition(".")[0]  # its first sentence
+        if "use_reentrant=True" in seen.error:  # such checkpoints know only `backward`
+            seen.error = ""
+            with_gradient = _find_after_backward(runner, blocks)
     outputs = [output.detach() for output in outputs]
     seen.read.update(read)
     seen.acting |= with_gradient
@@ -284,12 +321,7 @@ def _find_with_gradient(
     outputs: list[Tensor], read: dict[AdapterBlock, Tensor]
 ) -> set[AdapterBlock]:
     """Return the blocks that get a gradient from a random sum of the outputs."""
-    generator = torch.Generator("cpu").manual_seed(1)
-    sums = []
-    for output in outputs:
-        if output.requires_grad:
-            factors = torch.randn(output.shape, generator=generator, device="cpu")
-            sums.append((output * factors.to(output)).sum())
+    sums = _random_sums(outputs)
     if not sums or not read:
         return set()
     values = list(read.values())
@@ -300,6 +332,37 @@ def _find_with_gradient(
         for block, gradient in zip(read, gradients)
         if gradient is not None and gradient.count_nonzero()
     }
+
+
+def _find_after_backward(runner: Runner, blocks: list[AdapterBlock]) -> set[AdapterBlock]:
+    """Return the blocks in which `backward` of a new run leaves a gradient."""
+    held = [(parameter, parameter.grad) for parameter in runner.view.list_parameters()]
+    for parameter, _ in held:
+        parameter.grad = None
+    try:
+        sums = _random_sums(runner.outputs())
+        if sums:
+            torch.autograd.backward(sums)
+        gradients = {block: block.block.grad for block in blocks}
+    finally:
+        for parameter, gradient in held:
+            parameter.grad = gradient
+    return {
+        block
+        for block, gradient in gradients.items()
+        if gradient is not None and gradient.count_nonzero()
+    }
+
+
+def _random_sums(outputs: list[Tensor]) -> list[Tensor]:
+    """Return a random sum of each output that has a graph."""
+    generator = torch.Generator("cpu").manual_seed(1)
+    sums = []
+    for output in outputs:
+        if output.requires_grad:
+            factors = torch.randn(output.shape, generator=generator, device="cpu")
+            sums.append((output * factors.to(output)).sum())
+    return sums
 
 
 def _changes_outputs(

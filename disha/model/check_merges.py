@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from disha.errors import DishaError
 from disha.layers.adapted import AdaptedLayer
 from disha.model.check_runs import Runner, dense_weights, sum_weights
+from disha.model.found import ModelBlock
 from disha.model.merge import merge, refuse_sharded
-from disha.model.view import ModelBlock, ModelView
+from disha.model.view import ModelView
 from disha.sharding.tensors import gather, write
 
 LARGEST_PART = 64 * 2**20

@@ -24,7 +24,8 @@ from disha.errors import ArgumentError
 from disha.functional.shard_sums import PLAIN, as_real, merge_dtype
 from disha.layers.blocks import AdapterBlock
 from disha.layers.quantized import quantized_weight
-from disha.model.view import ModelBlock, ModelView
+from disha.model.found import ModelBlock
+from disha.model.view import ModelView
 from disha.private_torch import TorchDispatchMode, tree_leaves, written_arguments
 from disha.sharding.tensors import is_sharded
 from disha.sharding.zero import is_partitioned

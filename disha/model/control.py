@@ -23,6 +23,7 @@ from disha.effective.contexts import (
 from disha.errors import ArgumentError
 from disha.functional.routed import Route
 from disha.layers.adapted import refuse_merged
+from disha.layers.adapters import find_members
 from disha.layers.memory import NOWHERE, PLACES
 from disha.layers.wrappers import unwrap
 from disha.model.inject import set_active
@@ -151,14 +152,14 @@ def _context(
                 stack.enter_context(open_context(groups, override, disables))
             yield
 
-    return NamedContext(name, run())
+    return NamedContext(name, run)
 
 
 def _find_groups(model: nn.Module, override: Override, action: str) -> frozenset[Group]:
     """Return the groups of the model's layers, or raise if they can't do what the context says.
 
-    A complete model answers from its state. A part, or a model with layers that got adapters by
-    themselves, is walked through.
+    A complete model answers from its state, if no layer has adapters that are not of it. Otherwise
+    the model is walked through, because such a layer may be in it.
     """
     adapters = override.adapters if isinstance(override, Route) else override
     memory, names = PLACES.get(unwrap(model), NOWHERE)
@@ -168,13 +169,17 @@ def _find_groups(model: nn.Module, override: Override, action: str) -> frozenset
         if isinstance(override, Route):
             _refuse_unroutable(adapters, state.unroutable)
         return frozenset([memory.group])
-    view = ModelView(model)
-    for adapter in adapters:
-        view.require(adapter)
-        if isinstance(override, Route):
-            _refuse_unroutable(adapters, find_unroutable(view, adapter))
-    refuse_merged(view.find_layers(), action)
-    return split_off_groups(layer.disha for layer in view.find_layers())
+    members = find_members(model)
+    known = {name for member in members for name in member}
+    is_merged = any(member.merged is not None for member in members)
+    if is_merged or not known.issuperset(adapters) or isinstance(override, Route):
+        view = ModelView(model)
+        for adapter in adapters:
+            view.require(adapter)
+            if isinstance(override, Route):
+                _refuse_unroutable(adapters, find_unroutable(view, adapter))
+        refuse_merged(view.find_layers(), action)
+    return split_off_groups(members)
 
 
 def _refuse_unroutable(adapters: Iterable[str], reasons: Mapping[str, str]) -> None:

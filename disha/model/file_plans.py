@@ -90,7 +90,7 @@ def _describe_as_in_file(
     spec = candidate.spec
     is_declared = not spec.has_layout or find_layout_key(candidate, config) is not None
     if is_declared and spec.parameter:
-        spec = as_whole(spec, in_file.layout)
+        spec = as_whole(candidate, in_file.layout)
     if spec.has_layout and in_file.outputs:
         spec = spec.but(outputs=in_file.outputs)
     tied = find_tied(view, spec)

@@ -39,12 +39,13 @@ from disha.layers.memory import PLACES, ModelMemory
 from disha.layers.new_blocks import make_block
 from disha.layers.spec import BlockSpec
 from disha.model import buffers
+from disha.model.found import ModelTensor
 from disha.model.plan import Plan, Skipped
 from disha.model.reasons import reason_against, reason_against_claiming, reason_against_size
 from disha.model.routing import find_unroutable
 from disha.model.selection import EXCLUDED, Selection, find_tied, list_reasons, refuse_unused
 from disha.model.training import claim, freeze
-from disha.model.view import ModelTensor, ModelView, all_or_nothing
+from disha.model.view import ModelView, all_or_nothing
 from disha.sharding.ranks import broadcast
 from disha.text import counted, first_few, join
 
@@ -196,12 +197,24 @@ def plan_adapters(
 
     Args:
         model: any model.
-        target_regex: the weights to adapt.
+        target_regex: the weights to adapt. All arguments are as for `inject_adapters`.
         r: shard size.
         adapter: the new adapter's name.
+        method: its method.
+        r_out: size of the output shard of a tile.
+        groups: number of groups of shards, or `"all"`.
+        exclude: names to leave out.
+        rank_pattern: regex of names -> r.
+        layouts: regex of names -> layout.
+        rows: regex of names -> ranges of outputs.
+        dropout: probability of zeroing each input of the adapter.
+        scale: factor on the update.
+        dtype: dtype of the blocks.
+        init: initial values of the blocks.
+        also_train: names of parameters to train, and of buffers, to save with the adapter.
         also_train_rows: regex of names -> rows of matrices to train and save with it.
         freeze: whether all other parameters are frozen.
-        settings: all other arguments of `inject_adapters`.
+        settings: those of the settings above that this signature does not name.
 
     Raises:
         DishaError: as for `inject_adapters`, but not if r or r_out does not fit a weight.
@@ -216,7 +229,8 @@ def plan_adapters(
         skipped 1: no layer kind adapts LayerNorm
         adapter 'default': 1 layer, 8 parameters; trainable 8 of 52 (15.385%)
     """
-    config = AdapterConfig.from_arguments(settings, target=target_regex, r=r)
+    given: dict[str, Any] = {"r": r, "target": target_regex, **settings}
+    config = AdapterConfig(**given)
     view = ModelView(model)
     plan = plan_injection(
         view, target_regex, adapter, config, also_train_rows, freeze=freeze, strict=False
@@ -281,7 +295,7 @@ def _describe(
             if candidate.place in adapted:
                 continue
             tied = find_tied(view, spec, config.exclude)
-            spec = spec.but(adapter=adapter, names=candidate.names, tied=tied)
+            spec = spec.but(adapter=adapter, tied=tied)
             if spec.is_new_rows:
                 spec = spec.but(r=1)
             else:

@@ -23,8 +23,9 @@ from disha.layers.blocks import AdapterBlock
 from disha.layers.quantized import quantization_of
 from disha.layers.spec import BlockSpec
 from disha.layers.weights import read_weight, stored_weight
+from disha.model.found import ModelTensor
 from disha.model.selection import reason_against_layout
-from disha.model.view import ModelTensor, ModelView
+from disha.model.view import ModelView
 from disha.sharding.tensor_parallel import split_of
 from disha.sharding.zero import whole_shape
 

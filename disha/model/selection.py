@@ -45,7 +45,7 @@ class Candidate(NamedTuple):
     @property
     def names(self) -> tuple[str, ...]:
         """Its names in targets and files; a `weight` has the names of its module."""
-        return tuple(join(name, self.spec.own_name) for name in self.module_names)
+        return self.spec.names
 
     @property
     def place(self) -> Place:
@@ -55,10 +55,11 @@ class Candidate(NamedTuple):
     @property
     def names_to_match(self) -> tuple[str, ...]:
         """Its names in `layouts` and `rows`, where a module's name means its `weight`."""
-        names = list(self.names)
-        if self.spec.parameter == "weight":
-            names += self.module_names
-        names += [join(name, self.spec.parameter) for name in self.module_names]
+        names = [*self.spec.names]
+        for name in self.module_names:
+            if self.spec.parameter == "weight":
+                names.append(name)
+            names.append(join(name, self.spec.parameter))
         return tuple(names)
 
     def skip(self, reason: str) -> Skipped:
@@ -201,14 +202,10 @@ def list_candidates(view: ModelView) -> list[Candidate]:
     """Return all weights, matrices of unknown layout, and modules that have neither."""
     candidates = []
     for module, names in view.names.items():
-        main_name = names[0]
-        specs = [
-            spec.but(name=join(main_name, spec.name), module=main_name)
-            for spec in list_weights(module)
-        ]
-        if not specs:
-            specs = [BlockSpec(main_name, module=main_name, parameter="")]
-        candidates += [Candidate(module, names, spec) for spec in specs]
+        specs = list_weights(module) or [BlockSpec("", parameter="")]
+        for spec in specs:
+            spec = spec.placed(names, spec.name)
+            candidates.append(Candidate(module, names, spec))
     return candidates
 
 
@@ -222,7 +219,7 @@ def _declare(candidate: Candidate, config: AdapterConfig) -> Candidate:
         reason = layout.reason_against_shape(spec.shape)
         if reason is not None:
             raise ArgumentError(f"layouts {key!r} does not fit {spec.name}: {reason}")
-        spec = as_whole(spec, layout)
+        spec = as_whole(candidate, layout)
     regex = find_first_match(config.rows, candidate.names_to_match)
     if regex is not None and spec.has_layout:
         if spec.outputs:
@@ -248,17 +245,18 @@ def find_layout_key(candidate: Candidate, config: AdapterConfig) -> str | None:
     return None
 
 
-def as_whole(spec: BlockSpec, layout: Layout) -> BlockSpec:
+def as_whole(candidate: Candidate, layout: Layout) -> BlockSpec:
     """Return the spec of the whole parameter in this layout."""
-    name = join(spec.module, declare(spec.parameter, layout).name)
-    return spec.but(name=name, layout=layout, outputs=())
+    spec = candidate.spec
+    own_name = declare(spec.parameter, layout).name
+    return spec.but(layout=layout, outputs=()).placed(candidate.module_names, own_name)
 
 
 def as_table(candidate: Candidate) -> Candidate:
     """Return a weight as a matrix that gets new rows, which are its outputs."""
     spec = candidate.spec
     if spec.parameter and not spec.quantized:
-        spec = as_whole(spec, MATRIX)
+        spec = as_whole(candidate, MATRIX)
     return candidate._replace(spec=spec.but(method=NEW_ROWS))
 
 

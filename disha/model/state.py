@@ -13,7 +13,6 @@ from disha.errors import AdapterStateError
 from disha.functional.shard_sums import is_inexact
 from disha.layers.adapted import AdaptedLayer, refuse_merged
 from disha.layers.blocks import SCALE, AdapterBlock
-from disha.layers.kinds import shape_of
 from disha.layers.weights import stored_weight
 from disha.layers.wrappers import clean_key
 from disha.model import buffers
@@ -165,7 +164,9 @@ def collect_tensors(view: ModelView, adapter: str) -> dict[str, Tensor]:
 
 def _has_weight(layer: nn.Module, block: AdapterBlock) -> bool:
     """Whether a layer still has the weight of a block as a matrix."""
-    return block.spec.quantized or len(shape_of(layer, block.spec.parameter)) >= 2
+    parameter = block.spec.parameter
+    weight = layer._parameters.get(parameter, vars(layer).get(parameter))
+    return weight is None or block.spec.quantized or len(whole_shape(weight)) >= 2
 
 
 def load_adapter_state_dict(

@@ -9,9 +9,8 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -45,93 +44,13 @@ from disha.layers.memory import (
     place_copy,
     walk_up,
 )
-from disha.layers.spec import BlockSpec
 from disha.layers.weights import count_values
-from disha.layers.wrappers import WRAPPERS, Wrapper
-from disha.sharding.imported import imported_class
+from disha.layers.wrappers import Wrapper, imported_wrappers
+from disha.model.found import ModelBlock, ModelTensor, persistent_buffers_of
 from disha.sharding.ranks import Ranks
 from disha.sharding.tensors import is_sharded
 from disha.sharding.zero import is_partitioned
 from disha.text import join
-
-
-class ModelBlock(NamedTuple):
-    """A block of a model: the clean name of its weight, the layer, and the name of the adapter."""
-
-    name: str
-    layer: AdaptedLayer
-    adapter: str
-    block: AdapterBlock
-
-    @property
-    def spec(self) -> BlockSpec:
-        """The spec of the block under the names of today, with its scale of today."""
-        spec = self.block.spec
-        module = self.name.removesuffix(spec.own_name).removesuffix(".")
-        return spec.but(name=self.name, module=module, adapter=self.adapter, scale=self.block.scale)
-
-    @property
-    def values(self) -> nn.Parameter:
-        """The trainable values D of the block."""
-        return self.block.block
-
-
-@dataclass(eq=False)
-class ModelTensor:
-    """A parameter or a buffer of a model, with all of its clean names; a tied one has several."""
-
-    module: nn.Module  # the first that holds it
-    attribute: str  # its name in that module
-    table: str  # the table of a state that remembers it: `flags` or `buffers`
-    is_statistic: bool = False  # whether it is one of the running statistics of a norm
-    names: tuple[str, ...] = ()
-    holders: tuple[tuple[nn.Module, str], ...] = ()  # all modules that hold it, and its names there
-
-    @property
-    def name(self) -> str:
-        """Its main name."""
-        return self.names[0]
-
-    @property
-    def value(self) -> Any:
-        """The tensor as the module holds it now."""
-        held = self.module._parameters if self.table == "flags" else self.module._buffers
-        return held[self.attribute]
-
-    def names_in_memory(self) -> list[tuple[ModelMemory, str]]:
-        """Return what memories call it."""
-        found = []
-        for module, attribute in self.holders:
-            memory, names = PLACES.get(module, NOWHERE)
-            found += [(memory, join(name, attribute)) for name in names]
-        return found
-
-    @property
-    def former(self) -> Any:
-        """What a memory knows of it, a `Flag` or a `FormerBuffer`, or None."""
-        for memory, name in self.names_in_memory():
-            known = vars(memory.state)[self.table].get(name)
-            if known is not None:
-                return known
-        return None
-
-    @property
-    def claimant(self) -> str | None:
-        """The adapter whose `also_train` has named it, if there is one."""
-        former = self.former
-        return None if former is None else former.claimant
-
-
-def persistent_buffers_of(module: nn.Module) -> dict[str, Tensor]:
-    """Return the buffers of a module, not those of its children, that are in state dicts."""
-    return {
-        name: buffer
-        for name, buffer in module._buffers.items()
-        if buffer is not None
-        and not is_lazy(buffer)
-        and name not in module._non_persistent_buffers_set
-    }
-
 
 MOST_NAMES = 16
 """The most names of a module that a view takes. Where modules are shared at many levels, they have
@@ -151,8 +70,7 @@ class ModelView:
         self.names = {}
         self._holders: list[nn.Module] = []  # of parameters, in the order of `named_parameters`
         self.wrappers: list[tuple[Any, Wrapper]] = []  # wrapping modules, and their kinds
-        classes = [(imported_class(wrapper.module, wrapper.name), wrapper) for wrapper in WRAPPERS]
-        self._classes = [(cls, wrapper) for cls, wrapper in classes if cls]
+        self._classes = imported_wrappers()
         self._walk(model, "", on_path=set())
         place_copy(self.names, [(layer, layer.disha) for layer in self.find_layers()])
 
@@ -242,11 +160,11 @@ class ModelView:
 
     def find_layers(self) -> dict[AdaptedLayer, str]:
         """Return the adapted layers, as they are now -> their clean names."""
-        return {
-            module: names[0]
-            for module, names in self.names.items()
-            if isinstance(module, AdaptedLayer) and CHILD_NAME in module._modules
-        }
+        layers: dict[AdaptedLayer, str] = {}
+        for module, names in self.names.items():
+            if isinstance(module, AdaptedLayer) and CHILD_NAME in module._modules:
+                layers[module] = names[0]
+        return layers
 
     def blocks(self, adapter: str | None = None) -> list[ModelBlock]:
         """Return the blocks of all adapters, or of one, layer by layer."""

@@ -12,7 +12,7 @@ from contextlib import ExitStack
 from math import prod
 from typing import Any, TypeGuard
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from disha.sharding.imported import imported_class
 from disha.sharding.zero import (
@@ -22,9 +22,13 @@ from disha.sharding.zero import (
     write_trained_values,
 )
 
+PLAIN = (nn.Parameter, Tensor)
+
 
 def is_sharded(tensor: object) -> TypeGuard[Any]:
     """Whether a tensor is a DTensor, distributed over a device mesh."""
+    if type(tensor) in PLAIN:  # as almost always
+        return False
     return isinstance(tensor, imported_class("torch.distributed.tensor", "DTensor"))
 
 

@@ -26,6 +26,9 @@ class Answers(BaseHTTPRequestHandler):
         self.wfile.write(data)
 
     def do_GET(self):
+        if isinstance(self.server.gives, bytes):
+            self.send(self.server.gives, 200)
+            return
         names = self.server.models
         self.answer({"data": [{"id": one, "parent": "b" if one != "b" else None} for one in names]})
 
@@ -40,6 +43,9 @@ class Answers(BaseHTTPRequestHandler):
             return
         if self.server.gives == "no text":
             self.send(b"\xff", 500)
+            return
+        if isinstance(self.server.gives, list):
+            self.answer(self.server.gives)
             return
         found = log_probs_of(self.server.models[asked["model"]], asked["prompt"]).tolist()
         chosen = zip(asked["prompt"][1:], found, strict=True)
@@ -108,8 +114,7 @@ def test_a_server_that_does_not_fit_is_told_in_a_line(run, serve, language_model
 
     def complaint(url, *flags):
         done = run("check-server", url, "--adapter", adapter, *flags)
-        assert done.out == ""
-        assert done.code
+        assert (done.out, done.code) == ("", 2)
         return done.err
 
     both = {"b": models["base"], "a": models["mine"]}
@@ -123,3 +128,38 @@ def test_a_server_that_does_not_fit_is_told_in_a_line(run, serve, language_model
     assert 'answers 400 Bad Request: {"message": "prompt_logprobs is too many"}' in refused
     assert "answers 500 Internal Server Error" in complaint(serve(gives="no text", **both))
     assert "Connection refused" in complaint("http://127.0.0.1:9")
+
+
+OTHER_SHAPES = (
+    *(b"[]", b"{}", b"null", b'{"data": 1}', b'{"data": [1]}', b'{"data": [{}]}'),
+    b'{"data": [{"id": "b", "parent": 5}, {"id": ["a"]}]}',
+)
+
+
+@pytest.mark.parametrize("data", OTHER_SHAPES)
+def test_json_of_another_shape(complaint, serve, language_model, data):
+    told = complaint(
+        "check-server", serve(gives=data), "--adapter", language_model / "adapter.safetensors"
+    )
+    assert "JSON of another shape" in told or "name an adapter of the server with --name" in told
+
+
+@pytest.mark.parametrize("data", [b"<html>hello</html>", b"", b"\xff", b"[" * 100_000])
+def test_what_is_no_json(complaint, serve, language_model, data):
+    adapter = language_model / "adapter.safetensors"
+    told = complaint("check-server", serve(gives=data), "--adapter", adapter)
+    assert "gives no JSON" in told
+    assert len(told) < 400
+
+
+@pytest.mark.parametrize("data", [[], [1], [{"choices": []}], [{"choices": [{}]}]])
+def test_an_answer_of_another_shape(run, serve, language_model, models, data):
+    url = serve(gives=data, b=models["base"], a=models["mine"])
+    done = run("check-server", url, "--adapter", language_model / "adapter.safetensors")
+    assert done.code == 2
+    assert "JSON of another shape than vLLM's" in done.err.splitlines()[-1]
+
+
+def test_the_adapter_is_looked_for_before_the_server_is_asked(complaint, serve, tmp_path):
+    told = complaint("check-server", serve(gives=b"<html>"), "--adapter", tmp_path / "absent")
+    assert "absent" in told

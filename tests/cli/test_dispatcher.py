@@ -140,6 +140,8 @@ GONE = FileNotFoundError(errno.ENOENT, "No such file")
         (disha.AdapterIOError("x"), GONE, 2),
         (GONE, None, 2),
         (PermissionError(errno.EACCES, "x"), None, 2),
+        (FileExistsError(errno.EEXIST, "x"), None, 2),
+        (disha.AdapterIOError("x"), OSError(errno.ENAMETOOLONG, "x"), 2),
         (disha.AdapterIOError("x"), FULL, 1),
         (FULL, None, 1),
         (ValueError("of another library"), None, 1),
@@ -151,6 +153,11 @@ def test_exit_code_by_what_went_wrong(run, command, error, cause, code):
     done = run("it")
     assert done.code == code
     assert done.complaint
+
+
+def test_a_wrong_path_is_named_in_our_words(complaint, command):
+    command(raising(FileExistsError(errno.EEXIST, "File exists", "here/it")))
+    assert complaint("it") == "disha: can't use here/it: File exists; check the path\n"
 
 
 @pytest.mark.parametrize(("answer", "code"), [(None, 0), (0, 0), (1, 1)])

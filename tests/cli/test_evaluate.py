@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from datasets import Dataset
 
 import disha
-from disha.cli.evaluate import _count_exact
+from disha.cli.measuring import _count_exact
 from disha.cli.models import PromptRunner
 from disha.finetune.base import load_base
 from disha.finetune.forgetting import OwnText

@@ -1,9 +1,12 @@
 """The built site in a browser, and what its pages take from files that are kept elsewhere."""
 
+import inspect
 import json
 import os
 import re
+import shlex
 import shutil
+import subprocess
 from collections import Counter
 from pathlib import Path
 from urllib.parse import urljoin, urlsplit
@@ -12,10 +15,12 @@ import pytest
 import torch
 import yaml
 from transformers import LlamaConfig, LlamaForCausalLM
+from trl.generation import vllm_generation
 
 import disha
+from disha.finetune.arguments import parse_flags
 from docs.screens import DESK, PROGRAMS, WIDTHS, build, chrome, main, resize, served
-from tests.pages import DOCS, ROOT, tables_of
+from tests.pages import DOCS, ROOT, links_of, tables_of
 
 LOOK = """
 for (const one of document.querySelectorAll("details")) one.open = true;
@@ -137,15 +142,15 @@ def test_the_serving_page_says_of_every_function_what_it_is_safe_beside():
 
 
 @pytest.mark.parametrize(
-    ("size", "shape"),
+    ("size", "shape", "swept"),
     [
-        ("135 million", (576, 1536, 30, 9, 3)),
-        ("1 billion", (2048, 8192, 16, 32, 8)),
-        ("8 billion", (4096, 14336, 32, 32, 8)),
-        ("70 billion", (8192, 28672, 80, 64, 8)),
+        ("135 million", (576, 1536, 30, 9, 3), None),
+        ("1 billion", (2048, 8192, 16, 32, 8), 1e-3),
+        ("8 billion", (4096, 14336, 32, 32, 8), 3e-4),
+        ("70 billion", (8192, 28672, 80, 64, 8), 3e-4),
     ],
 )
-def test_the_table_of_rates_is_what_plans_give(size, shape):
+def test_the_table_of_rates_is_what_plans_and_the_fit_of_others_give(size, shape, swept):
     names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
              "num_key_value_heads")  # fmt: skip
     with torch.device("meta"):
@@ -157,7 +162,48 @@ def test_the_table_of_rates_is_what_plans_give(size, shape):
         disha.plan_adapters(model, "all-linear", **{"r": 64, "exclude": "lm_head", **one})
         for one in settings
     ]
-    assert [float(told) for told in row[1:]] == [float(f"{plan.rate:.1e}") for plan in plans]
+    assert [float(told) for told in row[1:5]] == [float(f"{plan.rate:.1e}") for plan in plans]
+    others = [f"{5e-4 * (2000 / shape[0]) ** 0.781:.1e}", swept]
+    assert [float(one) for one in row[5:] if one != "-"] == [float(one) for one in others if swept]
+
+
+def test_every_picture_stands_on_one_page():
+    pages = [ROOT / "README.md", *DOCS.rglob("*.md")]
+    linked = [Path(link).name for page in pages for link in links_of(page.read_text("utf-8"))]
+    pictures = Counter(name for name in linked if name.endswith((".svg", ".png")))
+    assert [name for name, count in pictures.items() if count > 1] == []
+    assert len(pictures) > 10
+
+
+def test_what_merging_costs_is_what_was_measured():
+    rows = tables_of((ROOT / "benchmarks/results/drift.md").read_text(encoding="utf-8"))[0]
+    lora, miss = (
+        next(row[2:4] for row in rows if row[:2] == ["bfloat16", name])
+        for name in ("PEFT LoRA", "PEFT MiSS")
+    )
+    page = " ".join((DOCS / "guides" / "preference.md").read_text(encoding="utf-8").split())
+    assert f"PEFT's LoRA changed {lora[0]} of the weights, by {lora[1]} of their mean size" in page
+    assert f"its MiSS {miss[0]}, by {miss[1]}" in page
+
+
+def test_trl_merges_what_it_sends_to_vllm():
+    page = " ".join((DOCS / "guides" / "preference.md").read_text(encoding="utf-8").split())
+    assert "`GRPOTrainer` of `trl` merges an adapter of PEFT into the base" in page
+    source = inspect.getsource(vllm_generation.VLLMGeneration._iter_named_params)
+    assert source.index(".merge_adapter()") < source.index(".unmerge_adapter()")
+
+
+def test_the_study_at_1b_is_ready():
+    """Its flags are those of the command, and its operations are what the page says."""
+    page = (DOCS / "evidence.md").read_text(encoding="utf-8")
+    (script,) = re.findall(r"^```sh\n(task=.*?)^```", page, re.M | re.S)
+    script = script.replace("disha finetune", "echo")
+    printed = subprocess.run(["sh", "-c", script], capture_output=True, text=True, check=True)
+    runs = [parse_flags(shlex.split(line)) for line in printed.stdout.splitlines()]
+    assert [adapter.method for adapter, *_ in runs] == 3 * ["bone"] + 3 * ["lora"]
+    *_, training = runs[0]
+    tokens = training.max_steps * training.per_device_train_batch_size * training.max_length
+    assert f"at most {6 * 1.24e9 * tokens:.1e}".replace("e+", "e") in " ".join(page.split())
 
 
 def test_the_citation_has_the_version():

@@ -1,17 +1,21 @@
 """What the README claims: its figures are those of the kept results, its links lead somewhere."""
 
+import copy
 import functools
 import json
 import re
 
+import bitsandbytes
 import datasets
 import peft
 import pytest
 import tokenizers
 import torch
+import torchvision
 import transformers
 import trl
 
+import disha
 from docs.hooks.address import ADDRESS
 from tests.pages import README, ROOT, blocks_of, links_of, tables_of
 
@@ -30,14 +34,15 @@ def cells(row):
     return found[1:]
 
 
-def test_its_first_screens_have_the_commands_the_example_the_table_and_the_limits():
+def test_its_first_screens_have_what_it_is_why_not_peft_what_to_type_and_the_limits():
     lines = TEXT.splitlines()
-    for what in ("make demo", "make test", "tutorial.md", "custom-model.md", "```python"):
-        assert what in "\n".join(lines[:30])
-    for what in ("```text", "```diff", "## If you use PEFT", "## What to know", "## Install"):
-        assert what in "\n".join(lines[:160])
+    for what in ("```python", "```text", "disha finetune --base", "**Why not PEFT?**", "No GPU",
+                 "make demo", "make test", "tutorial.md", "custom-model.md"):  # fmt: skip
+        assert what in "\n".join(lines[:53])
+    for what in ("```diff", "## If you use PEFT", "## What to know", "## Install"):
+        assert what in "\n".join(lines[:180])
     pictures = [link for link in links_of(TEXT) if link.endswith((".svg", ".png"))]
-    assert pictures == ["docs/assets/effective.svg", "docs/assets/compared.png"]
+    assert pictures == ["docs/assets/compared.png"]
 
 
 @pytest.fixture
@@ -96,7 +101,7 @@ def test_every_link_leads_somewhere():
 
 
 def tagger():
-    code = next(block.code for block in blocks_of(TEXT) if block.language == "python")
+    code = next(block.code for block in blocks_of(TEXT) if "class Tagger" in block.code)
     scope = {}
     exec(code.partition("\nmodel, x")[0], scope)
     return scope
@@ -141,6 +146,39 @@ def test_peft_has_no_effect_where_a_weight_is_read_and_its_layer_not_called():
         assert torch.equal(peft.get_peft_model(base, config)(x), before)
 
 
+def test_peft_changes_nothing_in_the_qkv_of_swin():
+    assert "On `qkv` of torchvision's Swin, PEFT's LoRA changes nothing" in WORDS
+    swin, images = torchvision.models.swin_t().eval(), torch.randn(1, 3, 64, 64)
+    config = peft.LoraConfig(target_modules=["qkv"], init_lora_weights=False)
+    with torch.no_grad():
+        before = swin(images)
+        assert torch.equal(peft.get_peft_model(copy.deepcopy(swin), config)(images), before)
+        disha.inject_adapters(swin, "qkv", r=16, init="kaiming")
+        assert not torch.equal(swin(images), before)
+
+
+@pytest.mark.parametrize(
+    "options", [{"init_weights": False}, {"init_weights": "mini", "mini_r": 4}]
+)
+def test_peft_saves_its_miss_as_a_lora(options, tmp_path):
+    assert cells("runs elsewhere")[2] == "as LoRA, by `save_as_lora` of PEFT 0.21; merged"
+    base, x = torch.nn.Sequential(torch.nn.Linear(32, 8)), torch.randn(3, 32)
+    config = peft.MissConfig(r=8, target_modules=["0"], **options)
+    theirs = peft.get_peft_model(copy.deepcopy(base), config)
+    torch.nn.init.normal_(theirs.base_model.model[0].miss_block["default"])
+    peft.save_as_lora(tmp_path, theirs, rank=8)
+    lora = peft.PeftModel.from_pretrained(base, str(tmp_path))
+    torch.testing.assert_close(lora(x), theirs(x))
+
+
+def test_peft_trains_miss_over_4_bits():
+    assert cells("adapts")[2] == "linear, also quantised"
+    base = torch.nn.Sequential(bitsandbytes.nn.Linear4bit(64, 8)).to("cpu")
+    theirs = peft.get_peft_model(base, peft.MissConfig(r=8, target_modules=["0"]))
+    theirs(torch.randn(2, 64)).square().sum().backward()
+    assert theirs.base_model.model[0].miss_block["default"].grad.any()
+
+
 def test_peft_un_merges_by_subtracting_and_disha_restores_every_bit():
     scope = tagger()
     model = scope["Tagger"]()
@@ -152,7 +190,6 @@ def test_peft_un_merges_by_subtracting_and_disha_restores_every_bit():
         theirs.merge_adapter()
         theirs.unmerge_adapter()
     assert not torch.equal(theirs.base_model.model.head.weight, before)
-    disha = scope["disha"]
     ours = disha.inject_adapters(scope["Tagger"](), "head", r=4, init="kaiming")
     before = ours.head.base_weight.detach().clone()
     for _ in range(20):

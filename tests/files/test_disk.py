@@ -1,8 +1,11 @@
 """A save that fails or is killed leaves the old file."""
 
+import errno
+import fcntl
 import multiprocessing
 import os
 import resource
+import signal
 import stat
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,9 +17,9 @@ from safetensors.torch import save_file
 
 import disha
 from disha import AdapterIOError, ArgumentError, ArgumentTypeError
+from disha.files import disk
 from disha.files.disk import require_free, save, save_tensors, save_together
 from tests.adapter_files import trained
-from tests.killed_saves import killed, killed_merges
 
 NEW = {"x": torch.ones(40_000)}
 
@@ -37,6 +40,11 @@ def folder_with(text):
         (new / "inner" / "x").write_text(text)
 
     return write
+
+
+def in_two_moves(new, target):
+    """Exchange nothing, as a system that can't do it in one step."""
+    return False
 
 
 def assert_old(path):
@@ -101,6 +109,7 @@ class TestFailed:
         def fail(*_):
             raise OSError("full")
 
+        monkeypatch.setattr(disk, "_exchange", in_two_moves)
         monkeypatch.setattr(Path, "replace", fail)
         with pytest.raises(AdapterIOError, match="full"):
             save(path, folder_with("newer"))
@@ -113,6 +122,7 @@ class TestFailed:
         def refuse(self, target):
             raise PermissionError(13, "Access is denied", str(self), 5, str(target))
 
+        monkeypatch.setattr(disk, "_exchange", in_two_moves)
         monkeypatch.setattr(Path, "replace", refuse)
         monkeypatch.setattr(Path, "rename", refuse)
         with pytest.raises(AdapterIOError, match="Access is denied; nothing was changed"):
@@ -169,10 +179,54 @@ class TestFailed:
         with pytest.raises(AdapterIOError, match="No such file"):
             disha.save_adapter(trained(), tmp_path / "none" / "a.safetensors")
 
-    @pytest.mark.parametrize("length", [250, 300])
-    def test_a_name_that_is_too_long(self, tmp_path, length):
-        with pytest.raises(AdapterIOError, match="File name too long; nothing was changed"):
-            disha.save_adapter(trained(), tmp_path / ("a" * length))
+    def test_a_name_that_is_too_long(self, tmp_path):
+        says = "File name too long; nothing was changed; choose a shorter name"
+        with pytest.raises(AdapterIOError, match=says):
+            disha.save_adapter(trained(), tmp_path / ("a" * 250))
+        assert not list(tmp_path.iterdir())
+
+    @pytest.mark.parametrize("name", ["a" * 300, "a/" * 2500])
+    @pytest.mark.parametrize("ends", ["", "/"])
+    @pytest.mark.parametrize(
+        "use",
+        [
+            lambda path: disha.save_adapter(trained(), path),
+            disha.inspect_adapter,
+            lambda path: disha.load_adapter(trained(), path),
+            lambda path: disha.interop.peft.export(trained(), path),
+            lambda path: disha.interop.checkpoints.merge_into_checkpoint(path, path, path),
+            disha.interop.peft.find_folder,
+        ],
+    )
+    def test_a_path_that_no_file_can_have(self, tmp_path, name, ends, use):
+        with pytest.raises(AdapterIOError, match=r"no file can be at .*too long") as caught:
+            use(f"{tmp_path}/{name}{ends}")
+        assert len(str(caught.value)) < 300
+        assert not list(tmp_path.iterdir())
+
+    def test_an_empty_path_is_not_the_current_folder(self, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        disha.save_adapter(trained(), "./")
+        for use in (disha.inspect_adapter, lambda path: disha.save_adapter(trained(), path)):
+            with pytest.raises(AdapterIOError, match="the path is empty; name a file or a folder"):
+                use("")
+
+    @pytest.mark.parametrize(
+        ("number", "remedy"),
+        [
+            (errno.ENOSPC, "free some space"),
+            (errno.EACCES, "choose a folder that you may write to"),
+            (errno.ENOENT, "make its folder first"),
+            (errno.EIO, "choose another name"),
+        ],
+    )
+    def test_an_error_says_what_to_do(self, old, number, remedy):
+        def write(new):
+            raise OSError(number, os.strerror(number))
+
+        with pytest.raises(AdapterIOError, match=f"nothing was changed; {remedy}"):
+            save(old, write)
+        assert_old(old)
 
     def test_what_is_no_path(self):
         with pytest.raises(ArgumentTypeError, match="path must be"):
@@ -232,9 +286,73 @@ class TestSaved:
         assert torch.equal(safetensors.torch.load_file(old)["x"], NEW["x"])
 
 
-def test_killed_saves_and_merges_leave_what_is_whole(tmp_path):
-    assert killed(tmp_path, 20) == {1.0, 2.0}  # both versions were read, and nothing else
-    killed_merges(tmp_path, 20)
+class TestDraftsOfKilledSavers:
+    @pytest.fixture
+    def draft(self, old):
+        """Return the draft of a saver of `old` that was killed while it wrote."""
+
+        def die(new):
+            new.write_text("a part")
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        saver = multiprocessing.get_context("fork").Process(target=save, args=(old, die))
+        saver.start()
+        saver.join()
+        assert saver.exitcode == -signal.SIGKILL
+        [draft] = set(old.parent.iterdir()) - {old}
+        return draft
+
+    def test_the_next_save_sweeps_them(self, old, draft):
+        save_tensors(old, {"x": torch.zeros(3)}, {})
+        assert_old(old)
+
+    def test_those_of_other_files_stay(self, old, draft):
+        for other in ("a.safetensors.b", "[a].safetensors", ".a.safetensors.12345678.tmp"):
+            save(old.with_name(other), Path.touch)
+            assert draft.exists()
+
+    def test_that_of_a_living_saver_stays(self, old):
+        def write(new):
+            save_tensors(old, {"x": torch.ones(3)}, {})
+            assert new.parent.exists()
+            save_file({"x": torch.zeros(3)}, new)
+
+        save(old, write)
+        assert_old(old)
+
+    def test_a_file_system_without_locks(self, old, draft, monkeypatch):
+        def refuse(*_):
+            raise OSError(errno.ENOLCK, "No locks available")
+
+        monkeypatch.setattr(fcntl, "flock", refuse)
+        save_tensors(old, NEW, {})
+        assert set(old.parent.iterdir()) == {old, draft}
+
+    def test_a_folder_that_was_moved_away_comes_back(self, tmp_path, monkeypatch):
+        """Killed between two moves, where a system can't exchange two folders in one."""
+        folder = tmp_path / "folder"
+        save(folder, folder_with("old"))
+
+        def die(self, target):
+            os._exit(1)
+
+        def save_and_die():
+            monkeypatch.setattr(disk, "_exchange", in_two_moves)
+            monkeypatch.setattr(Path, "replace", die)
+            save(folder, folder_with("new"))
+
+        saver = multiprocessing.get_context("fork").Process(target=save_and_die)
+        saver.start()
+        saver.join()
+        assert not folder.exists()
+
+        def fail(new):
+            raise OSError("full")
+
+        with pytest.raises(AdapterIOError, match="full"):
+            save(folder, fail)
+        assert (folder / "inner" / "x").read_text() == "old"
+        assert list(tmp_path.iterdir()) == [folder]
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="tells what is mapped")

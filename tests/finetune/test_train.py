@@ -644,7 +644,7 @@ class TestNewTokens:
     def test_their_rows_train_and_are_proved(self, new_tokens):
         size = len(load_base(str(new_tokens.base))[0].lm_head.weight)
         layers = disha.inspect_adapter(new_tokens.adapter()).layers
-        trained = [layer.rows for layer in layers if layer.method == "rows"]
+        trained = [layer.outputs for layer in layers if layer.method == "rows"]
         tables = 1 if new_tokens.tied else 2
         assert trained == [((size, size + 1), (size + 1, size + 2))] * tables
         proof = new_tokens.result.report["proof"]
@@ -656,7 +656,9 @@ class TestNewTokens:
         result = finetune(tmp_path, "--new_tokens", "<think>", "<think>", "--max_steps", 1)
         layers = disha.inspect_adapter(result.adapter).layers
         size = len(load_base(str(tiny))[0].lm_head.weight)
-        assert {layer.rows for layer in layers if layer.method == "rows"} == {((size, size + 1),)}
+        assert {layer.outputs for layer in layers if layer.method == "rows"} == {
+            ((size, size + 1),)
+        }
 
     def test_all_commands_know_them(self, new_tokens, tmp_path, capsys, evaluated):
         for model in new_tokens.models(tmp_path):

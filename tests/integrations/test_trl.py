@@ -476,7 +476,7 @@ def test_vllm_in_the_process_answers_with_the_adapter(served, monkeypatch, tmp_p
 class Client:
     """Stands for trl's client of a server of vLLM, which tells its settings and loads adapters."""
 
-    taken = MappingProxyType({"max_lora_rank": 4})
+    taken = MappingProxyType({"max_lora_rank": 4, "max_loras": 2})
     answer = SimpleNamespace(ok=True)
 
     def __init__(self, base_url, **unused):
@@ -503,27 +503,51 @@ def start(served, monkeypatch, tmp_path):
     monkeypatch.setattr(vllm_generation, "VLLMClient", Client)
     options = {"use_vllm": True, "vllm_mode": "server", "vllm_server_base_url": "http://vllm"}
 
-    def make_trainer():
-        named = {"vllm_adapter_folder": tmp_path / "lora"}
+    def make_trainer(**others):
+        named = {"vllm_adapter_folder": tmp_path / "lora", **others}
         return rewarded(adapted(), tmp_path, named=named, **options).vllm_generation
 
     return make_trainer
 
 
+def calls_of_a_sync(address, folder):
+    """What a server is asked: to put the adapter of a folder in the place of the former one."""
+    name = {"lora_name": folder.name}
+    return [
+        (f"{address}/v1/unload_lora_adapter", name),
+        (f"{address}/v1/load_lora_adapter", {**name, "lora_path": str(folder)}),
+        "reset",
+    ]
+
+
 def test_a_server_of_vllm_loads_the_adapter_from_its_folder(start, tmp_path):
     generation = start()
     folder = tmp_path / "lora"
-    asked = {"lora_name": "lora", "lora_path": str(folder), "load_inplace": True}
-    assert generation.vllm_client.calls == [("http://vllm/v1/load_lora_adapter", asked), "reset"]
+    assert generation.vllm_client.calls == calls_of_a_sync("http://vllm", folder)
     assert generation.vllm_client.model == "lora"
     assert (folder / "adapter_model.safetensors").exists()
 
 
-@pytest.mark.parametrize("taken", [None, {"max_lora_rank": 2}])
-def test_a_server_of_vllm_must_take_loras_of_the_rank(start, monkeypatch, taken):
+def test_each_server_of_vllm_behind_a_load_balancer_loads_the_adapter(start, tmp_path):
+    addresses = ["http://one", "http://two"]
+    generation = start(vllm_adapter_servers=addresses)
+    loads = [calls_of_a_sync(address, tmp_path / "lora") for address in addresses]
+    assert [server.calls for server in generation.servers] == loads
+    assert generation.vllm_client.calls == []
+    assert generation.vllm_client.model == "lora"
+    generation.sync_weights()
+    assert [server.calls for server in generation.servers] == [2 * load for load in loads]
+
+
+@pytest.mark.parametrize("servers", [(), ("http://one",)])
+@pytest.mark.parametrize(
+    "taken", [None, {"max_lora_rank": 2, "max_loras": 2}, {"max_lora_rank": 4, "max_loras": 1}]
+)
+def test_a_server_of_vllm_must_have_room_for_the_adapter(start, monkeypatch, taken, servers):
     monkeypatch.setattr(Client, "taken", taken)
-    with pytest.raises(disha.ArgumentError, match=r"rank 4; .* --enable-lora --max-lora-rank 8$"):
-        start()
+    said = r"rank 4; start vLLM at http://\w+ with --enable-lora --max-lora-rank 8 --max-loras 2$"
+    with pytest.raises(disha.ArgumentError, match=said):
+        start(vllm_adapter_servers=servers)
 
 
 def test_a_server_of_vllm_that_does_not_load_the_adapter_is_told(start, monkeypatch):

@@ -196,3 +196,12 @@ def test_reset_parameters_while_merged_is_refused():
 def test_a_layer_whose_weight_is_not_adapted_has_no_base_weight():
     layer = disha.inject_adapters(nn.MultiheadAttention(8, 2), "^q_proj$", 2)
     assert not hasattr(layer, "base_weight")
+
+
+@pytest.mark.parametrize("outputs", [2, 8])
+def test_a_weight_of_other_sizes_does_not_take_the_place_of_an_adapted_one(outputs):
+    layer = disha.inject_adapters(nn.Linear(6, 4), "", 2)
+    with pytest.raises(disha.ArgumentError, match=r"blocks do not fit; remove the adapters"):
+        layer.weight = nn.Parameter(torch.zeros(outputs, 6))
+    layer.weight = nn.Parameter(torch.zeros(4, 6))
+    assert not layer.base_weight.any()

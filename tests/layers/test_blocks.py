@@ -1,5 +1,7 @@
 """Blocks: when they get their values, and which parameters are theirs."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
@@ -110,8 +112,21 @@ class TestWrittenByHand:
         x = torch.randn(3, 4)
         assert torch.equal(equal(x), layer(x))
         as_configured = disha.inject_adapters(nn.Linear(4, 4), "all-linear", 2).state_dict()
-        equal.load_state_dict(as_configured)
-        assert equal.disha["default"].scale == 1
+        of_adapter = {key: as_configured[key] for key in as_configured if "disha" in key}
+        loads = [partial(equal.load_state_dict, strict=False)]
+        loads.append(partial(disha.load_adapter_state_dict, equal))
+        for load in loads:
+            disha.set_adapter_scale(equal, 0.25)
+            load(of_adapter)
+            assert equal.disha["default"].scale == 1
+
+    @pytest.mark.parametrize("scale", [float("nan"), float("inf")])
+    def test_a_state_dict_with_a_scale_that_is_not_finite_is_refused(self, scale):
+        layer = disha.inject_adapters(nn.Linear(4, 4), "all-linear", 2)
+        state = layer.state_dict() | {"disha.default.scale": torch.tensor(scale)}
+        with pytest.raises(RuntimeError, match=r"disha\.default\.scale must be finite"):
+            layer.load_state_dict(state)
+        assert layer.disha["default"].scale == 1
 
     def test_a_pruned_block_says_so(self):
         layer = disha.inject_adapters(nn.Linear(4, 4), "all-linear", 2, init="kaiming")

@@ -7,6 +7,7 @@ from enum import Enum
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import disha
 from disha import ArgumentError, CheckReport, MergeError, ModeError
@@ -116,6 +117,72 @@ def check(use, x=None, **settings):
     model = disha.inject_adapters(Model(use), "layer", 2, **settings)
     (row,) = disha.check_adapters(model, torch.randn(3, 4) if x is None else x).weights
     return model, row
+
+
+class Cached(nn.Module):
+    """Keeps what it has made of its weight, while it is in evaluation mode."""
+
+    def __init__(self, make):
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+        self.other = nn.Linear(4, 4)
+        self.make = make
+        self.kept = None
+
+    def forward(self, x):
+        if self.training or self.kept is None:
+            self.kept = self.make(self.layer.weight)
+        return self.other(x @ self.kept)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda weight: weight.detach().T,
+        lambda weight: weight.detach().T + 0,
+        lambda weight: weight.T,
+    ],
+)
+def test_a_weight_that_the_model_keeps_is_named(make):
+    model = disha.inject_adapters(Cached(make), "all-linear", 2, init="kaiming").eval()
+    kept, other = disha.check_adapters(model, torch.randn(3, 4)).weights
+    assert (kept.name, kept.acts, kept.ok) == ("layer", False, False)
+    assert "keeps this weight" in kept.reason
+    assert other.ok
+    # What is said is so: an adapter that is switched off still acts.
+    model.kept = None
+    x = torch.randn(3, 4)
+    with_update = model(x)
+    with disha.adapters_disabled(model.layer):
+        assert torch.equal(model(x), with_update)
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs:UserWarning")
+def test_reentrant_checkpointing_trains_as_torch_trains_it():
+    class Checkpointed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first = nn.Linear(4, 4)
+            self.inner = nn.Linear(4, 4)
+            self.cut = nn.Linear(4, 4)
+
+        def forward(self, x):
+            hidden = checkpoint(self.inner, self.first(x), use_reentrant=True)
+            return hidden + checkpoint(self.cut, x, use_reentrant=True)
+
+    model = disha.inject_adapters(Checkpointed(), "all-linear", 2)
+    x = torch.randn(3, 4)
+    model(x).sum().backward()
+    before = snapshot(model)
+    gradients = {name: one.grad for name, one in model.named_parameters()}
+    report = disha.check_adapters(model, x)
+    assert {one.name: one.gradient for one in report.weights} == {
+        "first": True,
+        "inner": True,
+        "cut": False,  # x needs no gradient, so this checkpoint has none
+    }
+    assert_unchanged(model, before)
+    assert all(one.grad is gradients[name] for name, one in model.named_parameters())
 
 
 class Kind(Enum):
@@ -354,7 +421,7 @@ def test_few_weights_are_in_memory_twice(monkeypatch):
     disha.inject_adapters(model, "all-linear", 2)
     report = disha.check_adapters(model, torch.randn(3, 7))
     assert report.ok, report
-    assert len(weights) == 2 + 16 + 2  # a 16th of the weights is merged at a time
+    assert len(weights) == 2 + 16 + 3 + 2  # a 16th of the weights is merged at a time
     assert max(weights) <= 32 + 2
 
 
@@ -364,7 +431,7 @@ def test_without_merging_the_model_runs_less():
     model.register_forward_hook(lambda *_: runs.append(1))
     disha.inject_adapters(model, "layer", 2)
     report = disha.check_adapters(model, torch.randn(3, 4), merging=False)
-    assert (report.ok, report.weights[0].merges, len(runs)) == (True, None, 3)
+    assert (report.ok, report.weights[0].merges, len(runs)) == (True, None, 6)
 
 
 def test_a_merge_that_is_refused_is_no_problem():

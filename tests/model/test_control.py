@@ -1,10 +1,15 @@
+import contextlib
+import contextvars
 import copy
+import gc
 from itertools import combinations_with_replacement
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 import disha
 from disha import ArgumentError, ArgumentTypeError, MergeError, ModeError
@@ -353,7 +358,16 @@ class TestRoute:
         each, order = Route(("b", None, "a", "b")).by_adapter(8, torch.device("cpu"))
         found = {name: rows.tolist() for name, rows in each}
         assert (found, len(each)) == ({"b": [0, 1, 6, 7], "a": [4, 5], None: [2, 3]}, 3)
-        assert order.tolist() == [0, 1, 6, 7, 4, 5, 2, 3]
+        assert order.tolist() == [0, 1, 6, 7, 2, 3, 4, 5]
+
+    def test_neighbours_are_not_sorted(self):
+        each, order = Route(("b", "b", None, "a")).by_adapter(8, torch.device("cpu"))
+        assert [(name, rows.tolist()) for name, rows in each] == [
+            ("b", [0, 1, 2, 3]),
+            (None, [4, 5]),
+            ("a", [6, 7]),
+        ]
+        assert order is None
 
     def test_compiled(self):
         layer = nn.Linear(7, 6)
@@ -439,3 +453,121 @@ class TestRouteOfAdaptersOfOneSize:
         monkeypatch.setattr("disha.functional.bat.SLAB_BYTES", slab)
         with torch.no_grad():
             close(self.routed(layer, x), expected, 1e-12)
+
+
+def test_a_layer_that_is_put_into_the_model_later_obeys_its_contexts():
+    model = disha.inject_adapters(nn.Sequential(nn.Linear(4, 4)), "0", 2, init="kaiming")
+    model.append(disha.BoneLinear(4, 4, r=2, init="kaiming"))
+    x = torch.randn(3, 4)
+    with disha.adapters_disabled(model):
+        inner = F.linear(x, model[0].base_weight, model[0].bias)
+        assert torch.equal(model(x), F.linear(inner, model[1].base_weight, model[1].bias))
+
+
+def test_a_context_of_one_model_leaves_another_one_alone():
+    one, other = (
+        disha.inject_adapters(nn.Sequential(nn.Linear(4, 4)), "0", 2, init="kaiming")
+        for _ in range(2)
+    )
+    x = torch.randn(3, 4)
+    expected = other(x)
+    with disha.adapters_disabled(one):
+        assert torch.equal(other(x), expected)
+        with disha.adapters_active(one, "default"):
+            assert torch.equal(other(x), expected)
+
+
+def test_a_context_opens_without_a_walk(monkeypatch):
+    model = disha.inject_adapters(nn.Sequential(nn.Linear(4, 4)), "0", 2)
+    gc.collect()  # of other models, whose layers might be in this one
+    monkeypatch.setattr("disha.model.control.ModelView", None)
+    with disha.adapters_active(model, "default"), disha.adapters_disabled(model):
+        model(torch.randn(3, 4))
+
+
+class TestStreams:
+    """A plain generator has no context variables of its own: those of its caller hold."""
+
+    @pytest.fixture
+    def model(self):
+        model = nn.Sequential(nn.Linear(4, 4))
+        for name in "ab":
+            disha.inject_adapters(model, "0", 2, adapter=name, init="kaiming")
+        return model
+
+    @pytest.fixture
+    def which(self, model):
+        """Return a function that tells which adapter acts."""
+        x = torch.randn(1, 4)
+        outputs = {}
+        for name in ("a", "b", ()):
+            with disha.adapters_active(model, name):
+                outputs[name] = model(x)
+        return lambda: next(name for name in outputs if torch.equal(outputs[name], model(x)))
+
+    @pytest.fixture
+    def stream(self, model, which):
+        def stream(name):
+            with disha.adapters_active(model, name):
+                for _ in range(3):
+                    yield which()
+
+        return stream
+
+    def test_one_that_is_read_in_one_context_is_right(self, stream):
+        assert list(stream("a")) == ["a"] * 3
+
+    def test_one_that_is_resumed_in_a_copy_of_the_context_is_refused(self, stream):
+        steps = stream("a")
+        assert contextvars.copy_context().run(next, steps) == "a"
+        with pytest.raises(ModeError, match=r"goes on after a `yield` inside `with adapters_act"):
+            contextvars.copy_context().run(next, steps)
+
+    def test_of_two_that_take_turns_the_first_is_refused(self, stream):
+        one, other = stream("a"), stream("b")
+        assert (next(one), next(other), next(other)) == ("a", "b", "b")
+        with pytest.raises(ModeError, match="open for each step"):
+            next(one)
+
+    def test_a_context_that_opens_for_each_step_serves_a_stream(self, model, which):
+        def stream(count):
+            for _ in range(count):
+                sent = yield which()
+            return sent
+
+        both = [disha.adapters_active(model, name)(stream)(3) for name in "ab"]
+        turns = [
+            contextvars.copy_context().run(steps.send, None) for _ in range(3) for steps in both
+        ]
+        assert turns == ["a", "b"] * 3
+        with pytest.raises(StopIteration) as end:
+            both[0].send("last")
+        assert end.value.value == "last"
+
+    def test_contexts_inside_a_generator_nest(self, model, which, stream):
+        @contextlib.contextmanager
+        def active(name):
+            with disha.adapters_active(model, name):
+                yield
+
+        def outer():
+            with disha.adapters_active(model, "a"):
+                with active("b"):
+                    yield which()
+                yield which()
+                yield from stream("b")
+                yield which()
+
+        assert list(outer()) == ["b", "a", "b", "b", "b", "a"]
+        with active("a"):
+            assert list(stream("b")) == ["b"] * 3
+            assert which() == "a"
+
+    def test_a_checkpointed_layer_in_a_generator_is_computed_again_as_it_was(self, model):
+        def losses():
+            with disha.adapters_active(model, "a"):
+                x = torch.randn(2, 4, requires_grad=True)
+                checkpoint(model, x, use_reentrant=False).sum().backward()
+                yield x.grad
+
+        assert all(gradient.any() for gradient in losses())

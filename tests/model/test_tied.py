@@ -11,7 +11,7 @@ from torch.nn import functional as F
 import disha
 from disha import AdapterFileError, AdapterStateError, MergeError, load_adapter, save_adapter
 from tests import language_models
-from tests.conftest import COPIES, SizesMade, freshly_compiled, perturb, refused
+from tests.conftest import COPIES, SizesMade, Tied, freshly_compiled, perturb, refused
 from tests.reference import BONE_KINDS, KINDS, settings_of
 
 WORDS = 36
@@ -259,3 +259,22 @@ def test_transposed_convolutions_of_a_tied_autoencoder_see_the_update():
     x = torch.randn(2, 4, 5, 5, dtype=torch.float64)
     expected = F.conv_transpose2d(x, layer.weight.clone())
     torch.testing.assert_close(F.conv_transpose2d(x, layer.weight), expected)
+
+
+def test_a_save_names_what_was_tied_after_the_injection(tmp_path):
+    model = nn.ModuleDict({"table": nn.Embedding(6, 4), "head": nn.Linear(4, 6, bias=False)})
+    disha.inject_adapters(model, "head", 2)
+    save_adapter(model, tmp_path)
+    model["head"].weight = model["table"].weight
+    with pytest.warns(UserWarning, match=r"head\.weight with table\.weight\. Tie first"):
+        save_adapter(model, tmp_path)
+
+
+@pytest.mark.parametrize("part", ["embed", "head"])
+def test_a_copy_of_one_side_has_its_block_in_its_state_dict(part):
+    model = perturb(disha.inject_adapters(Tied(), "embed|head", 2))
+    layer = copy.deepcopy(getattr(model, part))
+    assert "disha.default.bone_block" in layer.state_dict()
+    assert torch.equal(layer.weight.clone(), model.embed.weight.clone())
+    whole = copy.deepcopy(model)
+    assert whole.state_dict().keys() == model.state_dict().keys()

@@ -170,4 +170,5 @@ def test_grpo_sends_a_server_the_adapter_of_each_step(server, tmp_path):
     asked["server"] = f"http://127.0.0.1:{server.port}"
     check_steps(train_with_vllm(tmp_path / "trained", **asked))
     said = train_with_vllm(tmp_path / "too large", **asked, r=32)
-    assert "a LoRA of rank 32; start vLLM with --enable-lora --max-lora-rank 32" in said
+    wanted = "with --enable-lora --max-lora-rank 32 --max-loras 2"
+    assert f"a LoRA of rank 32; start vLLM at {asked['server']} {wanted}" in said

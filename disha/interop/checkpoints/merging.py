@@ -23,6 +23,7 @@ from disha.files.disk import (
     PathLike,
     Writer,
     check_path,
+    is_full,
     open_tensors,
     require_free,
     save,
@@ -144,7 +145,7 @@ def merge_into_checkpoint(
         ...     out = folder / "merged.safetensors"
         ...     _ = merge_into_checkpoint(folder / "base.safetensors", folder / "adapter", out)
         ...     merged = load_file(out)
-        >>> disha.merge_adapters(model)
+        >>> _ = disha.merge_adapters(model)
         >>> bool((merged["0.weight"] == model[0].weight).all())
         True
     """
@@ -189,8 +190,7 @@ def check_target(out: Path, base: Path, adapter: Path, overwrite: bool) -> None:
             raise ArgumentError(f"can't write to {out}: the {what} is there; name another place")
     require_free(out, overwrite)
     is_checkpoint = any((out / name).is_file() for name in (SINGLE, INDEX))
-    is_full = out.is_dir() and any(out.iterdir())
-    if is_full and (out.suffix == SUFFIX or not is_checkpoint):
+    if is_full(out) and (out.suffix == SUFFIX or not is_checkpoint):
         raise ArgumentError(
             f"{out} is not a checkpoint, and all in it would be deleted; name another folder"
         )

@@ -18,6 +18,7 @@ from torch import nn
 
 import disha
 from disha import AdapterFileError, AdapterIOError, ArgumentError, ArgumentTypeError, MergeError
+from disha.files import disk
 from disha.interop.checkpoints import merge_into_checkpoint, merging
 from tests.base_checkpoints import Setting, Zoo, base_state, save_sharded, tensors_in
 from tests.conftest import Layered, assert_same
@@ -408,6 +409,7 @@ class TestFailure:
                 raise OSError(5, "Input/output error")
             real(source, target)
 
+        monkeypatch.setattr(disk, "_exchange", lambda *_: False)  # as a system that can't
         for name in ("rename", "replace"):
             monkeypatch.setattr(os, name, partial(first_fails, getattr(os, name)))
         with pytest.raises(AdapterIOError, match="Input/output error"):
