@@ -16,6 +16,7 @@ each rank computes its part.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from math import prod
 from typing import Any, NamedTuple
 
@@ -31,6 +32,7 @@ from disha.functional.low_rank import Product
 from disha.functional.new_rows import ChangeRows, NewRows
 from disha.functional.parts import update_of_part
 from disha.functional.weight_updates import Change, Updates
+from disha.sharding.ranks import random_numbers_by_input
 from disha.sharding.tensor_parallel import Split, split_of
 from disha.sharding.tensors import is_sharded
 
@@ -88,10 +90,14 @@ class SplitUpdates(Updates):
         tokens_cut = [placement.is_shard() for placement in plan.of_tokens]
         part = effective_part(weight, split, layout, self.updates, tokens_cut)
         local_x = _redistribute(x, plan.of_input).to_local(grad_placements=plan.of_input_gradient)
-        if looks_up:
-            output = _look_up_in_part(local_x, part, split.part[0])
-        else:
-            output = _multiply_by_part(local_x, part, _bias_of_rank(bias, plan))
+        masks = nullcontext()
+        if self.updates.drops_inputs:
+            masks = random_numbers_by_input(split.device_mesh, plan.of_input, local_x.device)
+        with masks:
+            if looks_up:
+                output = _look_up_in_part(local_x, part, split.part[0])
+            else:
+                output = _multiply_by_part(local_x, part, _bias_of_rank(bias, plan))
         width = weight.shape[1] if looks_up else weight.shape[0]
         tokens = x.shape if looks_up else x.shape[:-1]
         return Split(split.device_mesh, plan.of_output, (*tokens, width)).make_whole(output)
@@ -215,11 +221,6 @@ def _cut_update(
     update: Update, split: Split, layout: Layout, tokens_cut: Sequence[bool]
 ) -> list[Update] | None:
     """Return the updates of this rank's part of a weight, or None if the block can't be cut."""
-    if update.dropout:
-        raise ModeError(
-            "the adapter's dropout can't act here: each rank would drop different inputs "
-            "of a tensor-parallel weight; use dropout=0"
-        )
     held = split.held_part(update.block)
     sizes = [stop - first for first, stop in held]
     part = [(start - first, stop - first) for (start, stop), (first, _) in zip(split.part, held)]

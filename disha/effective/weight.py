@@ -31,7 +31,6 @@ from torch.compiler import is_compiling
 from disha.effective.rules import RULES, Operation
 from disha.errors import ArgumentError, ModeError
 from disha.functional import Layout
-from disha.functional.shard_sums import PLAIN
 from disha.functional.weight_updates import Updates
 from disha.private_torch import (
     OP_NAME,
@@ -191,7 +190,7 @@ def make_effective(base: Tensor, layout: Layout, updates: Updates) -> EffectiveW
     if type(base) is FakeTensor:
         with as_it_is():  # else the alias would be a FakeTensor
             weight = base.as_subclass(cls)
-    elif type(base) not in PLAIN and is_sharded(base):
+    elif is_sharded(base):
         weight = base.to_local().as_subclass(cls if compiling else ShardedWeight)
     else:
         weight = base.as_subclass(cls)

@@ -153,6 +153,11 @@ def _unusual_weight(
                 "parallelize_module); inject after parallelize_module, wrap it with fully_shard "
                 "instead, or merge the adapter first"
             )
+        if not all(split.reads(block.block, block.split) for block in blocks):
+            raise ModeError(
+                "an adapter can't act: FSDP holds a shard of its weight; call module.unshard() "
+                "before reading a weight outside a forward"
+            )
         return make_effective(base, layout, SplitUpdates(updates))
     if type(base) in PLAIN:
         # In some forwards, transformers replaces DTensors by their local tensors.

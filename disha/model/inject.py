@@ -306,7 +306,7 @@ def _describe(
         if reason is not None:
             skipped.append(candidate.skip(reason))
             continue
-        reason = reason_against_size(view, spec, config.dropout)
+        reason = reason_against_size(view, spec)
         if reason is None:
             layers.append(spec)
         else:

@@ -116,8 +116,8 @@ def _reasons_against_dense(weight: Any, spec: BlockSpec) -> Iterator[str]:
         yield reason
 
 
-def reason_against_size(view: ModelView, spec: BlockSpec, dropout: float) -> str | None:
-    """Return why the weight can't have a block of this size, or with dropout."""
+def reason_against_size(view: ModelView, spec: BlockSpec) -> str | None:
+    """Return why the weight can't have a block of this size."""
     reason = spec.reason_against_sizes()
     if reason is not None or spec.quantized or spec.is_new_rows:
         return reason
@@ -125,8 +125,6 @@ def reason_against_size(view: ModelView, spec: BlockSpec, dropout: float) -> str
     if split is None:
         return None
     placed = f"its weight is a DTensor placed as {split.placements}"
-    if dropout:
-        return f"{placed}, and each rank would drop different inputs of it; use dropout=0"
     block = torch.empty(spec.block_shape, device="meta")
     update = Update(spec.method_of_block, block, output_ranges=spec.outputs)
     for part in split.parts:
@@ -160,7 +158,7 @@ def reason_against_file(
     reason = in_file.reason_against_shape(spec.shape)
     if reason is not None:
         return reason
-    return reason_against_size(view, spec, dropout)
+    return reason_against_size(view, spec)
 
 
 # --- against training a parameter or a buffer ----------------------------------------------------

@@ -22,7 +22,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from disha.errors import ModeError
 from disha.sharding.ranks import broadcast
 from disha.sharding.tensors import is_in_chunks, is_sharded, local_ranges
 
@@ -80,6 +79,16 @@ class Split:
         """Return the part of the weight whose block this rank holds: at least its own part."""
         return self.only_where([placement.is_shard() for placement in block.placements]).part
 
+    def reads(self, block: Any, made_for: Split | None) -> bool:
+        """Whether a rank has what it needs of a block that was made for a weight that was cut so.
+
+        It has all of a replicated block. How FSDP shards a block has nothing to do with W.
+        """
+        if not is_sharded(block) or block.device_mesh != self.device_mesh:
+            return False
+        is_whole = all(placement.is_replicate() for placement in block.placements)
+        return is_whole or made_for == self
+
     def read_block(self, block: Any, tokens_cut: Sequence[bool]) -> Tensor:
         """Return what this rank holds of a block, whose gradient is summed over the ranks.
 
@@ -87,12 +96,6 @@ class Split:
         """
         from torch.distributed.tensor import Partial
 
-        if block.device_mesh != self.device_mesh:
-            raise ModeError(
-                f"an adapter can't act: its block is placed as {tuple(block.placements)} beside a "
-                "weight that is sharded over other ranks. With fully_shard, call module.unshard() "
-                "before reading a weight outside a forward"
-            )
         if not (block.requires_grad and torch.is_grad_enabled()):
             return block.to_local()
         gradients = []
