@@ -16,7 +16,7 @@ each rank computes its part.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from math import prod
 from typing import Any, NamedTuple
 
@@ -90,7 +90,7 @@ class SplitUpdates(Updates):
         tokens_cut = [placement.is_shard() for placement in plan.of_tokens]
         part = effective_part(weight, split, layout, self.updates, tokens_cut)
         local_x = _redistribute(x, plan.of_input).to_local(grad_placements=plan.of_input_gradient)
-        masks = nullcontext()
+        masks: AbstractContextManager[None] = nullcontext()
         if self.updates.drops_inputs:
             masks = random_numbers_by_input(split.device_mesh, plan.of_input, local_x.device)
         with masks:
@@ -120,7 +120,7 @@ def _plan_product(split: Split, x: Any, looks_up: bool) -> _Plan:
     last = x.dim() if looks_up else x.dim() - 1  # the dimension of the features, in the output
     dim_of_inputs = 0 if looks_up else 1
     everywhere, term, features = Replicate(), Partial(), Shard(last)
-    cuts = []
+    cuts: list[tuple[Any, ...]] = []
     for of_weight, of_x in zip(split.placements, x.placements, strict=True):
         if of_weight.is_shard(dim_of_inputs):
             of_input = everywhere if looks_up else features

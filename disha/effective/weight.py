@@ -160,8 +160,8 @@ class ShardedWeight(EffectiveWeight):
 
     updates: Any  # SplitUpdates
 
-    @property
-    def __class__(self) -> Any:  # type: ignore[override]
+    @property  # type: ignore[misc]
+    def __class__(self) -> Any:
         """The class that `isinstance` sees."""
         return type(self.base)
 
