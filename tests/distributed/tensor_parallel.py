@@ -376,6 +376,24 @@ def check_a_forward_communicates_as_without_adapters(folder):
     assert sum(counts[0].values()) == 1
 
 
+def check_new_adapters_change_no_bit(folder):
+    """Also with a bias of a sum over the ranks, of which each adds a share; and it can train."""
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        for method in METHODS:
+            frozen, model = parallel(fresh().to(dtype)), parallel(fresh().to(dtype))
+            disha.inject_adapters(model, "all-linear", 2, method=method)
+            x = inputs().to(dtype)
+            assert torch.equal(model(x), frozen(x))
+            batched = x.view(2, 2, 8)
+            assert torch.equal(model(batched), frozen(batched))
+    plain, model = pair(2, also_train="bias")
+    for one in (plain, model):
+        one(inputs()).square().sum().backward()
+    close(gradients_of(model), gradients_of(plain))
+    trained = [whole(one.down.bias.grad) for one in (model, plain)]
+    close(*trained)
+
+
 def check_what_can_not_act_is_refused(folder):
     uneven = r"a 'bat' block of r=4 can't be cut at the edges of a rank's part \(0:6 and 0:8\)"
     refused = {
