@@ -158,7 +158,10 @@ def _unusual_weight(
                 "an adapter can't act: FSDP holds a shard of its weight; call module.unshard() "
                 "before reading a weight outside a forward"
             )
-        return make_effective(base, layout, SplitUpdates(updates))
+        of_split = SplitUpdates(updates)
+        if compiling and layout.experts_first:  # dynamo would not find the methods of a DTensor
+            return of_split.compute_weight(base, layout)
+        return make_effective(base, layout, of_split)
     if type(base) in PLAIN:
         # In some forwards, transformers replaces DTensors by their local tensors.
         return effective_part(base, blocks[0].split, layout, updates)  # type: ignore[arg-type]

@@ -338,7 +338,10 @@ def check_whatever_reads_a_parallel_weight_sees_the_update(folder):
         perturb(disha.inject_adapters(plain, "experts", 2, layouts=layouts, method=method))
         dense = (plain.experts * 1).detach()
         close(owner.experts.full_tensor(), dense)
+        assert isinstance(owner.experts, DTensor)  # as code asks that takes the local part
         local = owner.experts.to_local()
+        taken = torch.compile(lambda: owner.experts.to_local() * 1, backend="eager")()
+        close(taken, local * 1)
         close(local * 1, dense.chunk(dist.get_world_size(), dim)[dist.get_rank()])
         if dim == 0:
             products = [x @ local[index].T for index in range(2)]
@@ -360,7 +363,7 @@ def check_states_and_copies(folder):
     with torch.no_grad():
         close(model(x), plain(x))
     close(checkpoint(model, x, use_reentrant=False), plain(x))
-    compiled = torch.compile(model, backend="eager")
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
     close(compiled(x), plain(x))
     disha.remove_adapters(model)
     close(model(x), fresh()(x))
