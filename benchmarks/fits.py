@@ -31,8 +31,9 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 import disha
 from benchmarks.markdown import NOTHING, table
 from benchmarks.memory import allocated_peak
-from benchmarks.simulation import make_base, memory_modes, step_memory
+from benchmarks.simulation import make_base
 from benchmarks.steps import full_step
+from disha.finetune.memory import memory_modes, step_memory
 
 # Transformers makes a mask for a fake batch that it would not make for a real one without padding.
 ATTENTION = "unmasked"

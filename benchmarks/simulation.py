@@ -1,84 +1,20 @@
-"""The memory of a training step, measured without using it.
+"""Bases without values, for `disha.finetune.memory` to simulate a training step with.
 
-In torch's fake mode, operations return tensors that have a shape and no values. torch's tracker
-adds up the storages that are alive at once, which is what an allocator would have to give out. One
-process stands for several devices, in a process group that does not communicate.
+One process stands for several devices, in a process group that does not communicate.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from bitsandbytes import nn as quantized
 from bitsandbytes.functional import quantize_4bit
-from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
-from torch.distributed._tools.mem_tracker import MemTracker
-from torch.distributed.tensor import DTensor
+from torch import nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from disha.finetune.base import quantize_stacks
-
-
-def memory_modes() -> tuple[Any, Any]:
-    """Return a mode in which tensors have no values, and one that adds up the memory in use."""
-    fake = FakeTensorMode(allow_non_fake_inputs=True)
-    tracker = MemTracker()
-    # Its hooks would also add up the memory of each module, which takes long, and raises for
-    # modules with frozen parameters.
-    tracker._mod_tracker.register_user_hooks = lambda *hooks: None  # type: ignore[method-assign]
-    return fake, tracker
-
-
-def local_part(tensor: Tensor) -> Tensor:
-    """Return the part of a tensor on this rank, or the tensor."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def step_memory(
-    model: nn.Module, optimizer: Any, loss_of: Callable[[], Tensor], modes: Any = None
-) -> dict[str, int]:
-    """Return the bytes of a training step on this device, by what they are for.
-
-    The model and the optimizer stay as they are. `loss_of` runs the model, and returns the loss;
-    `modes` are the `memory_modes` in which the model was made, if it has no values.
-    """
-    fake, tracker = modes or memory_modes()
-    device = next(model.parameters()).device
-    # The optimizer's decay of real weights would act.
-    former = [
-        (weight, weight.grad, weight.detach().clone())
-        for weight in model.parameters()
-        if weight.requires_grad
-    ]
-    state = dict(optimizer.state)
-    optimizer.state.clear()
-    with fake, tracker:
-        # Every operation sees fake copies of the weights. They are kept alive, so each counts once.
-        _weights = [local_part(weight).detach() for weight in model.parameters()]
-        before = tracker.get_tracker_snapshot()[device]
-        loss_of().backward()
-        peak = tracker.get_tracker_snapshot("peak")[device]
-        optimizer.step()  # makes its state, which every later step has too
-        after = tracker.get_tracker_snapshot()[device]
-    for weight, gradient, values in former:
-        weight.grad = gradient
-        weight.data.copy_(values)
-    optimizer.state.clear()
-    optimizer.state.update(state)
-    trained = sum(
-        local_part(weight).nbytes for weight in model.parameters() if weight.requires_grad
-    )
-    return {
-        "weights": before["Total"] - trained,
-        "adapter": trained,
-        "gradients": trained,
-        "optimizer": after["Optstate"],
-        "activations": peak["Total"] - before["Total"] - trained,
-        "peak": peak["Total"] + after["Optstate"],
-    }
 
 
 def make_base(config: Any, bits: int, attn_implementation: str) -> PreTrainedModel:

@@ -73,9 +73,19 @@ def check_regexes(name: str, regexes: Any) -> tuple[str, ...]:
     return tuple(regexes)
 
 
+REPEATED_REPETITION = re.compile(r"\((\?:)?(\\.|\[[^]]*\]|[^\\()[\]])[*+]\)[*+{]")
+"""Finds `(a+)+` in a regex, which takes hours where it does not match."""
+
+
 def compile_regex(argument: str, regex: str) -> re.Pattern[str]:
     """Compile a regex, or raise an error that names the argument."""
     check_type(argument, regex, str, "a regex (str)")
+    endless = REPEATED_REPETITION.search(regex)
+    if endless is not None:
+        raise ArgumentError(
+            f"{argument} {brief(regex)} repeats a repetition, {brief(endless[0])}, and could take "
+            "hours; write it with one"
+        )
     try:
         return re.compile(regex)
     except (re.error, RecursionError, OverflowError) as error:

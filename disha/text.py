@@ -7,6 +7,10 @@ import re
 import reprlib
 from collections.abc import Iterable, Sequence
 
+SLIPS = 4
+"""Letters in which a word and the one that is meant may differ: two that are replaced count for
+four."""
+
 LONGEST = 10_000
 """Largest number of characters in one message."""
 
@@ -45,13 +49,16 @@ def counted(count: int, noun: str) -> str:
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """Return the end of a message that asks for the known word most like this one, or nothing.
+    """Return a question for the known word that a slip or two make of this one, or nothing.
 
     Of `--flag=value`, only the flag counts.
     """
     name, _, _ = word.partition("=")
-    matches = difflib.get_close_matches(name, known, n=1)
-    return f"; did you mean {matches[0]}?" if matches else ""
+    for match in difflib.get_close_matches(name, known, n=1, cutoff=0.8):
+        unequal = 1 - difflib.SequenceMatcher(None, name, match).ratio()
+        if unequal * len(name + match) <= SLIPS:
+            return f" (did you mean {match}?)"
+    return ""
 
 
 def first_few(items: Sequence[str], limit: int, separator: str = "\n") -> str:

@@ -1,4 +1,8 @@
-"""`python -m docs.commands`: write docs/reference/commands.md from the parsers of the commands."""
+"""`python -m docs.commands`: write the flags into pages.
+
+docs/reference/commands.md comes from the parsers of the commands; the tables of docs/migrating.md
+come from the names that flags have elsewhere.
+"""
 
 from __future__ import annotations
 
@@ -12,10 +16,18 @@ from unittest.mock import patch
 
 from trl import SFTConfig
 
+from benchmarks.markdown import fill
 from disha.cli import dispatcher
 from disha.finetune import arguments
+from disha.finetune.names import DEFAULTS, FAMILIES, SYMBOLS
 
 PAGE = Path(__file__).parent / "reference" / "commands.md"
+MIGRATING = Path(__file__).parent / "migrating.md"
+TABLES = {
+    "commands": {"trl": "trl", "peft": "PEFT", "author": "author"},
+    "files": {"axolotl": "axolotl", "llama-factory": "LLaMA-Factory"},
+}
+"""A table of the page on migrating -> the families of names in it, and what they are called."""
 HEAD = """\
 # Command line
 
@@ -73,7 +85,39 @@ def finetune() -> str:
     parser = arguments._parser(shows_all=True)
     of_trl = {field.name: field.metadata.get("help") for field in dataclasses.fields(SFTConfig)}
     own = [action for action in _shown(parser) if of_trl.get(action.dest) != action.help]
-    return f"{FINETUNE}\n{_table(own)}"
+    others = "\n".join(_rows_of_names({"disha": ""}))
+    return (
+        f"{FINETUNE}\n{_table(own)}\nOther names of these flags; those of other projects are "
+        f"[here](../migrating.md#commands-and-files-of-others):\n\n"
+        f"| name | meaning |\n| --- | --- |\n{others}\n"
+    )
+
+
+def migrating(text: str) -> str:
+    """Return the page on migrating with the tables of names."""
+    tables = {}
+    for name, families in TABLES.items():
+        rows = "\n".join(_rows_of_names(families))
+        tables[name] = f"| there | of | here |\n| --- | --- | --- |\n{rows}\n"
+    symbols = "\n".join(f"| `{word}` | {meaning} |" for word, meaning in SYMBOLS.items())
+    tables["symbols"] = f"| word | stands for |\n| --- | --- |\n{symbols}\n"
+    return fill(text, tables)
+
+
+def _rows_of_names(families: Mapping[str, str]) -> Iterator[str]:
+    """Give a row for each name of some families, with those that have it."""
+    owners: dict[tuple[str, str], list[str]] = {}
+    for family, called in families.items():
+        for name, meaning in FAMILIES[family].items():
+            owners.setdefault((name, meaning), []).append(called)
+    for (name, meaning), called in owners.items():
+        here = f"`{meaning}`" if meaning.startswith("--") else meaning
+        if not meaning.startswith(("--", "nothing")):
+            here = f"refused: {meaning}"
+        if name in DEFAULTS:
+            here += f"; what is left out is `{DEFAULTS[name]}`"
+        cells = [f"`{name}`", *filter(None, [", ".join(called)]), here]
+        yield f"| {' | '.join(cells)} |"
 
 
 def _command(name: str) -> str:
@@ -126,7 +170,8 @@ def _default(value: object) -> str:
 def main() -> None:
     """Write the page."""
     PAGE.write_text(page(), encoding="utf-8")
-    print(PAGE)
+    MIGRATING.write_text(migrating(MIGRATING.read_text(encoding="utf-8")), encoding="utf-8")
+    print(PAGE, MIGRATING)
 
 
 if __name__ == "__main__":

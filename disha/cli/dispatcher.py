@@ -127,6 +127,8 @@ def _describe(error: Exception) -> str:
         )
     if isinstance(error, (DishaError, AdapterFileWarning)):
         return str(error)
+    if isinstance(error, MemoryError) or "can't allocate memory" in str(error):  # as torch says it
+        return "there is not enough memory for this adapter and its layers"
     if isinstance(error, BAD_PATH) and error.filename is not None:
         return f"can't use {error.filename}: {error.strerror}; check the path"
     return f"{type(error).__name__}: {error}"

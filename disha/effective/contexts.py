@@ -124,7 +124,7 @@ def open_context(
     groups: frozenset[Group], override: Override, disables: bool = False
 ) -> Iterator[None]:
     """Run the body with other adapters acting, in this thread or task and in tasks it starts."""
-    with _open(Context(groups, override, disables)):
+    with _open(Context(groups, override, disables, around=_find_generators())):
         yield
 
 
@@ -152,10 +152,8 @@ class NamedContext(AbstractContextManager[None]):
     def __enter__(self) -> None:
         self._is_used = True
         caller = sys._getframe(1)
-        around = _find_generators()
         self._context.__enter__()
         context = _CONTEXTS.get()[-1]
-        context.around = around
         if caller.f_code.co_flags & CO_GENERATOR:
             context.generator = caller
 
@@ -273,20 +271,20 @@ def _refuse_resumed(here: tuple[Context, ...], group: Group) -> None:
     The caller of a generator may take each step in a copy of its context, as servers do, or take
     steps of another generator meanwhile, whose context is then the innermost one.
     """
+    opened = list(OPEN_CONTEXTS)
+    if all(context.generator is None or not context.covers(group) for context in opened):
+        return  # as almost always: the stack is not read
     for generator in _find_generators():
-        left_open = [context for context in OPEN_CONTEXTS if context.generator is generator]
-        if not any(context.covers(group) for context in left_open):
-            continue
-        position = min(
-            (here.index(context) for context in left_open if context in here), default=-1
-        )
-        opened_elsewhere = [
+        left_open = [context for context in opened if context.generator is generator]
+        positions = [here.index(context) for context in left_open if context in here]
+        opened_since = [
             context
-            for context in here[position:]
+            for context in here[min(positions, default=0) :]
             if context.covers(group) and context not in left_open
             if generator not in context.around
         ]
-        if position < 0 or opened_elsewhere:
+        is_covered = any(context.covers(group) for context in left_open)
+        if is_covered and (opened_since or not positions):
             raise ModeError(
                 f"a generator goes on after a `yield` inside `with {left_open[0].function}(...):` "
                 "where another context is open, or none, so other adapters would act; let the "

@@ -132,7 +132,7 @@ def save(path: PathLike, write: Writer) -> None:
 def save_together(writers: Mapping[Path, Writer]) -> None:
     """Save files or folders that belong together: all are complete before the first is replaced.
 
-    They are replaced in the order of the mapping.
+    They are replaced in the order of the mapping, and not between those of another saver.
     """
     with ExitStack() as drafts, _explain_failures(next(iter(writers))):
         ready = {}
@@ -143,6 +143,7 @@ def save_together(writers: Mapping[Path, Writer]) -> None:
                 raise OSError("it is a device or a pipe")
             draft = drafts.enter_context(_draft_of(target))
             ready[target] = _write_draft(draft, target, write)
+        _lock(next(iter(ready)).parent, drafts)
         _swap_all(ready)
 
 

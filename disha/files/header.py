@@ -232,7 +232,7 @@ def _parse_file(path: Path, fields: Any, tensors: Mapping[str, Tensor]) -> Adapt
         layers=tuple(_parse_layer(config, entry, tensors) for entry in entries),
         also_train=_check_names("also_train", fields["also_train"]),
         tensors=tensors,
-        metadata=dict(fields["metadata"]),
+        metadata=_check_notes(fields["metadata"]),
         path=path,
         format=FORMAT,
         nbytes=path.stat().st_size,
@@ -255,6 +255,22 @@ def _check_version(path: Path, fields: Mapping[str, Any]) -> None:
         )
 
 
+def _check_names(field: str, names: Any) -> tuple[str, ...]:
+    """Return a list of names."""
+    check_type(field, names, list, "a list of names")
+    for name in names:
+        check_type(field, name, str, "a list of names")
+    return tuple(names)
+
+
+def _check_notes(notes: Any) -> dict[str, str]:
+    """Return notes, which are texts by their names."""
+    check_type("metadata", notes, dict, "texts by their names")
+    for note in notes.values():
+        check_type("metadata", note, str, "texts by their names")
+    return dict(notes)
+
+
 def _parse_layer(
     config: AdapterConfig, entry: Mapping[str, Any], tensors: Mapping[str, Tensor]
 ) -> BlockSpec:
@@ -262,12 +278,13 @@ def _parse_layer(
     for size in ("r", "in", "out", "groups"):
         check_positive_int(size, entry[size])
     name = entry["name"]
+    padding = entry["padding_idx"]
+    check_type("name", name, str, "a text")
+    check_type("base", entry["base"], str | None, "a fingerprint")
+    check_type("padding_idx", padding, int | None, "a whole number")
     method = entry["method"]
     outputs = entry["rows"]
     scale = entry["scale"]
-    check_type("name", name, str, "a str")
-    if entry["base"] is not None:
-        check_type("base", entry["base"], str, "a str")
     if method == NEW_ROWS:
         scale = 1  # they have none, but earlier versions wrote that of their adapter
         outputs = outputs or [(0, entry["out"])]  # earlier versions could write all rows so
@@ -279,9 +296,6 @@ def _parse_layer(
                 f"{name}: it lists {counted(count, 'row')}, but its output has {entry['out']}"
             )
     kernel = [check_positive_int("kernel", size) for size in entry["kernel"]]
-    padding = entry["padding_idx"]
-    if padding is not None:
-        check_type("padding_idx", padding, int, "an int")
     key = join(name, method_of_block(method).block_name)
     block_shape = tensors[key].shape if key in tensors else ()
     return BlockSpec.of_block(
@@ -300,14 +314,6 @@ def _parse_layer(
         base=entry["base"],
         tied=_check_names("tied", entry["tied"]),
     )
-
-
-def _check_names(field: str, names: Any) -> tuple[str, ...]:
-    """Return a list of names as a tuple."""
-    check_type(field, names, list, "a list of names")
-    for name in names:
-        check_type(field, name, str, "a list of names")
-    return tuple(names)
 
 
 def _reasons_against_keys(file: AdapterFile) -> list[str]:

@@ -3,6 +3,7 @@
 | module | what it holds |
 |---|---|
 | `flags` | how all commands read their flags |
+| `names` | what its flags are called elsewhere |
 | `arguments` | the flags of this one |
 | `choices` | the settings that a run chooses by device and size |
 | `source` | where a base is |
@@ -21,6 +22,7 @@
 | `merging` | a copy of the base with the adapter in its weights |
 """
 
+import os
 from collections.abc import Sequence
 
 __all__ = ["main"]
@@ -28,9 +30,14 @@ __all__ = ["main"]
 
 def main(argv: Sequence[str]) -> int:
     """Run `disha finetune` with these words of a command line, and return the exit code."""
+    from disha.finetune.names import translate
+
+    words, told = translate(argv)  # a wrong name ends here, before a trainer is imported
+    if os.environ.get("RANK", "0") == "0":
+        print("".join(f"{line}\n" for line in told), end="", flush=True)
     from disha.finetune.arguments import parse_flags
 
-    flags = parse_flags(argv)  # help ends here, before a trainer is imported
+    flags = parse_flags(words)  # help ends here
     from disha.finetune.train import run
 
     run(flags)

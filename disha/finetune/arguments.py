@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import warnings
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from transformers import HfArgumentParser
 from transformers.hf_argparser import string_to_bool
 from transformers.utils.import_utils import is_torch_tf32_available
 from trl import SFTConfig
 
-import disha
 from disha.errors import ArgumentError
 from disha.files import find_adapter
-from disha.finetune.base import best_device, make_on_meta
+from disha.finetune.base import best_device
 from disha.finetune.choices import choose, describe, has_bfloat16
 from disha.finetune.flags import BITS, FlagParser
 from disha.finetune.notes import (
@@ -51,12 +47,15 @@ USAGE = """disha finetune [flags]
 Train an adapter (Bone, tile, BAT, LoRA) for a language model with trl's SFTTrainer.
 
   disha finetune --base path/to/model --data rows.jsonl --output_dir output
-  disha finetune --config run.yaml --learning_rate 1e-4"""
+  disha finetune --config run.yaml --learning_rate 1e-4
+
+It takes the flags of trl sft, of PEFT's scripts and of the method's author, and files of axolotl
+and LLaMA-Factory too."""
 
 
-def _flag(default: Any, help: str, *aliases: str, **more: Any) -> Any:
-    """Return a field of a dataclass that becomes a flag; `aliases` are other names of it."""
-    metadata = {"help": help, "aliases": [*aliases], **more}
+def _flag(default: Any, help: str, **more: Any) -> Any:
+    """Return a field of a dataclass that becomes a flag."""
+    metadata = {"help": help, **more}
     if isinstance(default, list):
         return field(default_factory=default.copy, metadata={**metadata, "action": "extend"})
     return field(default=default, metadata=metadata)
@@ -68,50 +67,38 @@ class AdapterArguments:
 
     _argument_group_name = "base and adapter"
 
-    base: str | None = _flag(
-        None,
-        "the model: a folder, a GGUF file, or a name such as Qwen/Qwen3-0.6B",
-        "--base_model_name_or_path",
-        "--model_name_or_path",
-        "--model",
-    )
+    base: str | None = _flag(None, "a folder, a GGUF file, or a name such as Qwen/Qwen3-0.6B")
+    revision: str | None = _flag(None, "a branch, a tag or a commit of a base on a hub")
     bits: str = _flag(
-        "auto",
-        "how the base is stored: auto is as noted, or by the device; 8 and 4 quantise it",
-        choices=("auto", *BITS),
+        "auto", "how the base is stored: as noted, or by the device", choices=("auto", *BITS)
     )
-    # torchrun takes --r for an abbreviation of its own flags.
-    r: int = _flag(64, "the shard size, or the rank of lora", "--bone_r", "--rank")
-    method: str = _flag("bone", "bone (also called miss, or True), bat or lora", "--init_weights")
-    r_out: int | None = _flag(None, "makes a tile: the columns of its block", "--bone_r_out")
+    r: int = _flag(64, "the shard size, or the rank of lora; --rank after torchrun")
+    method: str = _flag("bone", "bone (also called miss), bat or lora")
+    r_out: int | None = _flag(None, "makes a tile: the columns of its block")
     groups: str = _flag("1", "groups of shards: a number, or all; an output sees one of them")
     target: list[str] = _flag(["all-linear"], "regexes for the names of the weights to adapt")
     exclude: list[str] = _flag([], "regexes for the names of weights to leave out")
     rank_pattern: list[str] = _flag([], "another r for some weights, such as v_proj=16")
-    dropout: float = _flag(0.0, "the share of inputs that are set to zero", "--adapter_dropout")
+    dropout: float = _flag(0.0, "the share of inputs that are set to zero")
+    scale: float = _flag(1.0, "the factor of the update: alpha / r of other libraries")
     also_train: list[str] = _flag([], "regexes for other parameters to train, such as norm")
-    attn_implementation: str | None = _flag(
-        None, "how attention is computed, such as sdpa, eager or flash_attention_2"
-    )
+    attn_implementation: str | None = _flag(None, "such as sdpa, eager or flash_attention_2")
     new_tokens: list[str] = _flag([], "tokens to add, whose rows train, such as '<think>'")
     adapter: str | None = _flag(None, "an adapter file to train further; it sets r and targets")
     merge: bool = _flag(False, "also write the base with the adapter merged, into merged/")
+
+    def __post_init__(self) -> None:
+        if self.revision:
+            self.base = f"{self.base}@{self.revision}"
 
     def settings(self) -> dict[str, Any]:
         """Return the arguments of `disha.inject_adapters`."""
         groups = int(self.groups) if self.groups.isdigit() else self.groups
         pairs = [pair.rpartition("=") for pair in self.rank_pattern]
-        return {
-            "target_regex": self.target,
-            "r": self.r,
-            "r_out": self.r_out,
-            "method": self.method,
-            "groups": groups,
-            "exclude": [*self.exclude],
-            "rank_pattern": {regex: int(r) for regex, _, r in pairs},
-            "also_train": self.also_train,
-            "dropout": self.dropout,
-        }
+        names = ("target", "r", "r_out", "method", "exclude", "also_train", "dropout", "scale")
+        settings = {name: getattr(self, name) for name in names}
+        ranks = {regex: int(r) for regex, _, r in pairs}
+        return {**settings, "groups": groups, "rank_pattern": ranks}
 
     def settings_for(self, model: Any, new_rows: Collection[int] = ()) -> dict[str, Any]:
         """Return the same for a model: with the rows of new tokens, and without its head.
@@ -124,7 +111,7 @@ class AdapterArguments:
         head = model.get_output_embeddings()
         patterns = {module: f"^{re.escape(name)}$" for name, module in model.named_modules()}
         if head is not None and head.weight is not table.weight:
-            settings["exclude"].append(patterns[head])
+            settings["exclude"] = [*self.exclude, patterns[head]]
         if new_rows:
             settings["also_train_rows"] = {
                 patterns[layer]: new_rows for layer in (table, head) if layer is not None
@@ -138,21 +125,12 @@ class DataArguments:
 
     _argument_group_name = "data"
 
-    data: list[str] = _flag(
-        [],
-        "json, jsonl, csv, parquet or text files, globs, folders, or names of data sets",
-        "--data_path",
-        "--dataset_name",
-        "--dataset",
-    )
+    data: list[str] = _flag([], "files of rows, globs, folders, or names of data sets")
+    dataset_config: str | None = _flag(None, "the configuration of a data set of a hub")
     dataset_split: list[str] = _flag(["train"], "which rows, such as train[:1000]")
-    dataset_field: list[str] = _flag(
-        [],
-        "the fields with question and answer, or the field with a text or messages",
-        "--dataset_text_field",
-    )
+    dataset_field: list[str] = _flag([], "those of question and answer, or of a text or messages")
     data_weights: list[float] = _flag([], "how often to draw from each of several data sets")
-    eval_data: str | None = _flag(None, "rows to measure the held-out loss on", "--eval_path")
+    eval_data: str | None = _flag(None, "rows to measure the held-out loss on")
     eval_split: str | None = _flag(None, "which rows of eval_data, or of data, to measure on")
     eval_fraction: float = _flag(0.0, "the share of the rows to hold out, such as 0.05")
 
@@ -176,30 +154,19 @@ class TrainingArguments(SFTConfig):  # type: ignore[misc]
 
     _argument_group_name = "training"
 
-    output_dir: str = _flag("output", "the folder for all that the run writes", "--output")
-    learning_rate: float | None = _flag(
-        None, "the highest learning rate; by default by the layers it adapts", "--lr"
-    )
-    num_train_epochs: float = _flag(1.0, "passes over the rows", "--epochs")
-    per_device_train_batch_size: int = _flag(4, "rows of a batch, on each process", "--batch_size")
+    output_dir: str = _flag("output", "the folder for all that the run writes")
+    learning_rate: float | None = _flag(None, "the highest one; by default by the layers")
+    num_train_epochs: float = _flag(1.0, "passes over the rows")
+    per_device_train_batch_size: int = _flag(4, "rows of a batch, on each process")
     lr_scheduler_type: str = _flag("cosine", "the course of the learning rate")
-    warmup_steps: float = _flag(
-        0.03, "steps to full learning rate; below 1, a share of all", "--warmup_ratio"
-    )
-    max_length: int | None = _flag(
-        512, "the most tokens of a row; longer rows are cut", "--max_seq_length"
-    )
-    eval_strategy: str = _flag("no", "when to measure: no, steps or epoch", "--evaluation_strategy")
-    use_cpu: bool = _flag(False, "train on the processor", "--no_cuda")
+    warmup_steps: float = _flag(0.03, "steps to full learning rate; below 1, a share of all")
+    max_length: int | None = _flag(512, "the most tokens of a row; longer rows are cut")
+    eval_strategy: str = _flag("no", "when to measure: no, steps or epoch")
+    use_cpu: bool = _flag(False, "train on the processor")
     bf16: bool | None = _flag(False, "compute in bfloat16 where that is safe")
-    fp16: bool | None = _flag(
-        None,
-        "compute in float16, with scaled losses; by default with --bits fp16",
-    )
+    fp16: bool | None = _flag(None, "compute in float16, with scaled losses, as --bits fp16 does")
     gradient_checkpointing: bool | None = _flag(
-        None,
-        "compute again what would need memory; by default on accelerators",
-        "--activation_checkpointing",  # its name in transformers from 5.24
+        None, "compute again what would need memory; by default on accelerators"
     )
     train_sampling_strategy: str = _flag(
         "group_by_length",
@@ -211,25 +178,15 @@ class TrainingArguments(SFTConfig):  # type: ignore[misc]
     )
     logging_nan_inf_filter: bool = _flag(False, "show the last number where the loss is none")
     save_total_limit: int | None = _flag(2, "how many checkpoints to keep")
-    ddp_find_unused_parameters: bool | None = _flag(
-        False, "look for parameters that a batch does not use, such as those of idle experts"
-    )
+    ddp_find_unused_parameters: bool | None = _flag(False, "look for those of idle experts")
 
     resume_from_checkpoint: str | None = _flag(
-        None,
-        "go on from the last complete checkpoint, or from one that is named",
-        "--resume",
-        nargs="?",
-        const="True",
+        None, "go on from the last checkpoint, or from one that is named", nargs="?", const="True"
     )
     overwrite_output_dir: bool = _flag(False, "start over in a folder that holds a run")
-    early_stopping_patience: int | None = _flag(
-        None, "stop after so many measurements without a lower loss"
-    )
-    samples: int = _flag(
-        3, "how many answers to show with and without the adapter; 0: none, and no forgetting"
-    )
-    dry_run: bool = _flag(False, "show the plan, a row and the steps; write nothing")
+    early_stopping_patience: int | None = _flag(None, "measurements without a lower loss")
+    samples: int = _flag(3, "answers to show with and without it; 0: also measure no forgetting")
+    dry_run: bool = _flag(False, "show the layers, a row, and whether it fits; write nothing")
 
     # These would do nothing here, so they are no flags.
     dataset_text_field: str = field(default="text", init=False)
@@ -243,6 +200,7 @@ class TrainingArguments(SFTConfig):  # type: ignore[misc]
     """A run that resumes goes on counting measurements without a lower loss."""
 
     def __post_init__(self) -> None:
+        self.runs_on = torch.device("cpu") if self.use_cpu else best_device()
         if self.dry_run or not torch.accelerator.is_available():
             self.use_cpu = True
         if self.tf32 and not is_torch_tf32_available():  # type: ignore[has-type]
@@ -273,34 +231,22 @@ def parse_flags(words: Sequence[str]) -> Flags:
     Help is printed, and exits.
     """
     parser = _parser(shows_all="--help_all" in words)
-    given = _read_given(parser, words)
-    if "config" in given:
-        given = _read_given(parser, _words_of(Path(given["config"]))) | given
-    if given.get("method") in ("miss", "True"):  # the latter is in the script of its author
-        given["method"] = "bone"
+    blank = argparse.Namespace(**{action.dest: None for action in parser._actions})
+    flags = vars(parser.parse(words, blank))
+    given = {name: value for name, value in flags.items() if value is not None}
     if "adapter" in given:
         given["adapter"] = str(find_adapter(given["adapter"]))
         given |= _settings_of_adapter(given)
     kind = "cpu" if given.get("use_cpu") else best_device().type
-    plan = None
-    if "base" in given and "learning_rate" not in given:
-        plan = _plan(given)
-    choices = choose(kind, has_bfloat16(kind), plan, given)
+    choices = choose(kind, has_bfloat16(kind), given)
     settings = given | {name: choice.value for name, choice in choices.items()}
     try:
         adapter, data, training = parser.parse_dict(settings, allow_extra_keys=True)
     except ValueError as error:  # SFTConfig checks its values, and says clearly what is wrong
         raise ArgumentError(str(error)) from error
     if training.process_index == 0:
-        print(describe(kind, choices))
+        print(f"on {kind}: {describe(choices)}")
     return adapter, data, training
-
-
-def _read_given(parser: _Parser, words: Iterable[str]) -> dict[str, Any]:
-    """Return the flags that the words give, and not the defaults of others."""
-    blank = argparse.Namespace(**{action.dest: None for action in parser._actions})
-    flags = vars(parser.parse(words, blank))
-    return {name: value for name, value in flags.items() if value is not None}
 
 
 def _settings_of_adapter(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -318,16 +264,6 @@ def _settings_of_adapter(given: Mapping[str, Any]) -> dict[str, Any]:
     if given.get("bits", "auto") == "auto":
         settings["bits"] = read_noted_bits(notes)
     return settings
-
-
-def _plan(given: dict[str, Any]) -> disha.Plan:
-    """Return what a run adapts, without its weights."""
-    parser = HfArgumentParser(AdapterArguments)  # type: ignore[arg-type]
-    [adapter] = parser.parse_dict(given, allow_extra_keys=True)
-    if not adapter.target:
-        raise ArgumentError(f"{adapter.adapter} notes no targets; give a --learning_rate")
-    model = make_on_meta(adapter.base)
-    return disha.plan_adapters(model, **adapter.settings_for(model))
 
 
 def _parser(shows_all: bool) -> _Parser:
@@ -361,16 +297,3 @@ class _Format(argparse.ArgumentDefaultsHelpFormatter):
 
     def _format_action_invocation(self, action: argparse.Action) -> str:
         return ", ".join(name for name in action.option_strings if "-" not in name[2:])
-
-
-def _words_of(path: Path) -> Iterator[str]:
-    """Give the words of a command line that a YAML file of flags stands for."""
-    flags = yaml.safe_load(path.read_bytes())
-    if not isinstance(flags, dict):
-        raise ArgumentError(f"{path} holds no flags; write them in YAML, as in `r: 64`")
-    for name, value in flags.items():
-        if value in (None, []):
-            continue
-        yield f"--{name}"
-        for item in value if isinstance(value, list) else [value]:
-            yield json.dumps(item) if isinstance(item, dict) else str(item)

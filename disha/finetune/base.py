@@ -31,19 +31,21 @@ def load_base(
     notes: Mapping[str, str] = MappingProxyType({}),
     attn_implementation: str | None = None,
     *,
+    read: tuple[PreTrainedTokenizerBase, int] | None = None,
     has_values: bool = True,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Return a base in evaluation mode and its tokenizer; `bits` is one of `BITS`, or `auto`.
 
-    `notes` are those of an adapter file: its chat template, and the tokens that it has added. A
-    base without values takes no memory: its weights are not read.
+    `notes` are those of an adapter file: its chat template, and the tokens that it has added.
+    `read` is what `load_tokenizer` has returned for them. A base without values takes no memory:
+    its weights are not read.
     """
     if has_values:
         model = _load_model(name, bits, device, attn_implementation)
     else:
-        model = make_on_meta(name, attn_implementation)
+        model = make_on_meta(name, attn_implementation, _choose_dtype(bits, device))
         _give_memory(model)
-    tokenizer, added = load_tokenizer(name, notes)
+    tokenizer, added = read or load_tokenizer(name, notes)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     fit_to_tokenizer(model, tokenizer, added)
@@ -89,13 +91,15 @@ def _load_model(
     return model
 
 
-def make_on_meta(name: str, attn_implementation: str | None = None) -> PreTrainedModel:
+def make_on_meta(
+    name: str, attn_implementation: str | None = None, dtype: torch.dtype | str | None = None
+) -> PreTrainedModel:
     """Return a base by its configuration, on the meta device."""
     source, options = source_of(name)
     made: Any = AutoModelForCausalLM
     with explain_loading(name), torch.device("meta"):
         config = AutoConfig.from_pretrained(source, **options)
-        return made.from_config(config, attn_implementation=attn_implementation)
+        return made.from_config(config, attn_implementation=attn_implementation, dtype=dtype)
 
 
 def _give_memory(model: PreTrainedModel) -> None:

@@ -39,13 +39,10 @@ def has_bfloat16(kind: str) -> bool:
     return bool(is_torch_bf16_gpu_available())
 
 
-def choose(
-    kind: str, computes_bfloat16: bool, plan: Plan | None, given: Mapping[str, Any]
-) -> dict[str, Choice]:
+def choose(kind: str, computes_bfloat16: bool, given: Mapping[str, Any]) -> dict[str, Choice]:
     """Return the settings of a run on a kind of device, by the names of their flags.
 
-    `plan` has the layers that the run adapts; without one, no learning rate is chosen. In `given`,
-    a flag that is None or `auto` is not given.
+    In `given`, a flag that is None or `auto` is not given.
     """
     if kind == "cpu":
         bits = Choice("fp32", "processors multiply float32 fastest")
@@ -56,8 +53,6 @@ def choose(
             bits = Choice("bf16", "the device has bfloat16")
         recomputes = Choice(True, "an accelerator has more time than memory")
     choices = {"bits": bits, "gradient_checkpointing": recomputes}
-    if plan is not None:
-        choices["learning_rate"] = _choose_rate(plan)
     for name in NAMES:
         if given.get(name) not in (None, "auto"):
             choices[name] = Choice(given[name], "as given")
@@ -68,18 +63,19 @@ def choose(
     return choices
 
 
-def _choose_rate(plan: Plan) -> Choice:
+def choose_rate(plan: Plan) -> dict[str, Choice]:
+    """Return the learning rate of a run that adapts these layers."""
     widest = max(layer.in_features for layer in plan.layers)
     count = counted(len(plan.layers), "layer")
     reason = f"for {plan.config.method} in {count} of up to {widest:,} inputs"
-    return Choice(float(f"{plan.rate:.1e}"), reason)
+    return {"learning_rate": Choice(float(f"{plan.rate:.1e}"), reason)}
 
 
-def describe(kind: str, choices: Mapping[str, Choice]) -> str:
+def describe(choices: Mapping[str, Choice]) -> str:
     """Return a line that says what was chosen and why, in the flags that would ask for it."""
     flags = []
     for name in NAMES:
         if name in choices:
             value, reason = choices[name]
             flags.append(f"--{name} {str(value).lower()} ({reason})")
-    return f"on {kind}: {', '.join(flags)}"
+    return ", ".join(flags)

@@ -48,7 +48,7 @@ def make_rows(
         raise ArgumentError("give one --dataset_split for all data, or one for each")
 
     def read(name: str, split: str) -> Dataset:
-        rows = load_rows(name, split)
+        rows = load_rows(name, split, data.dataset_config)
         return form_rows(rows, data.dataset_field, tokenizer, learn_all=training.learns_all)
 
     sets = list(map(read, data.data, splits))
@@ -67,14 +67,14 @@ def make_rows(
     return rows, rows.select(range(min(len(rows), CHECKED_ROWS)))
 
 
-def load_rows(data: str, split: str = "train") -> Dataset:
+def load_rows(data: str, split: str = "train", config: str | None = None) -> Dataset:
     """Return the rows of a file, a glob, a folder or a data set; `split` is as in `datasets`."""
     is_folder = Path(data).is_dir()
     files = sorted(glob.glob(data))
     if Path(data).is_file():  # a name may hold [ or *
         files = [data]
     place = data
-    options = dict[str, Any]()
+    options: dict[str, Any] = {} if config is None else {"name": config}
     if files and not is_folder:
         paths = [os.path.abspath(file) for file in files]
         place = os.path.dirname(paths[0])

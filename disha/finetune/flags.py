@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from disha.errors import ArgumentError
 from disha.text import nearest
+
+Given = list[tuple[str, list[str]]]
+"""Flags without their dashes, each with its values."""
 
 FEW_BITS = ("8", "4")
 BITS = ("bf16", "fp16", "fp32", *FEW_BITS)
@@ -61,13 +64,36 @@ class FlagParser(argparse.ArgumentParser):
         spelled = [_use_underscores(word) for word in words]
         flags, unknown = self.parse_known_args(spelled, values)
         if unknown:
-            near = nearest(unknown[0], self._option_string_actions)
-            raise ArgumentError(f"{self.prog} does not take {unknown[0]}{near}")
+            named = [word for word in unknown if word.startswith("--")]
+            raise tell_unknown(self.prog, named or unknown, [*self._option_string_actions])
         return flags
 
     def error(self, message: str) -> NoReturn:
         """Raise `ArgumentError`."""
         raise ArgumentError(f"{message}; see {self.prog} --help")
+
+
+def tell_unknown(command: str, unknown: Sequence[str], known: Sequence[str]) -> ArgumentError:
+    """Return an error that names all words that a command does not take, and what is meant."""
+    return ArgumentError(
+        f"{command} does not take {', '.join(word + nearest(word, known) for word in unknown)}"
+    )
+
+
+def read_words(words: Iterable[str]) -> Given:
+    """Return the flags in the words of a command line, spelled with underscores."""
+    given: Given = []
+    for word in words:
+        if word == "-h":
+            given.append(("help", []))
+        elif word.startswith("--"):
+            name, equals, value = _use_underscores(word)[2:].partition("=")
+            given.append((name, [value] if equals else []))
+        elif given:
+            given[-1][1].append(word)
+        else:
+            raise ArgumentError(f"{word!r} is no flag; flags begin with --")
+    return given
 
 
 def _use_underscores(word: str) -> str:

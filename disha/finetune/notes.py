@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import disha
-from disha.errors import ArgumentError
+from disha.errors import AdapterFileError, ArgumentError
 from disha.files import ADAPTER_NAME, file_at
 from disha.finetune.flags import BITS
 
@@ -39,9 +39,21 @@ def read_notes(adapter: str | Path) -> dict[str, str]:
     folder = disha.interop.peft.find_folder(adapter)
     if folder is None:
         return dict(disha.inspect_adapter(adapter).metadata)
+    try:
+        return _read_folder(folder)
+    except disha.DishaError:
+        raise
+    except (OSError, ValueError, TypeError, LookupError, RecursionError) as error:
+        raise AdapterFileError(
+            f"{folder} has notes that can't be read ({error}); get it again"
+        ) from error
+
+
+def _read_folder(folder: Path) -> dict[str, str]:
+    """Return the notes in the files of a folder of PEFT."""
     notes = {}
     base = disha.interop.peft.read_config(folder).get("base_model_name_or_path")
-    if base:
+    if base and isinstance(base, str):
         notes[BASE_KEY] = base_note(base, "fp32", folder / ADAPTER_NAME)
     template = folder / TEMPLATE_NAME
     if template.is_file():
@@ -75,6 +87,7 @@ def read_settings(adapter: str | Path) -> dict[str, Any]:
         "exclude": [*config.exclude],
         "rank_pattern": [f"{pattern}={r}" for pattern, r in config.rank_pattern.items()],
         "dropout": config.dropout,
+        "scale": config.scale,
         "also_train": [*config.also_train],
         "new_tokens": read_noted_tokens(file.metadata),
     }
@@ -82,14 +95,21 @@ def read_settings(adapter: str | Path) -> dict[str, Any]:
 
 def read_noted_tokens(notes: Mapping[str, str]) -> list[str]:
     """Return the tokens that an adapter has added to its base."""
-    tokens: list[str] = json.loads(notes.get(TOKENS_KEY, "[]"))
+    try:
+        tokens = json.loads(notes.get(TOKENS_KEY, "[]"))
+    except (ValueError, RecursionError):
+        tokens = None
+    if not isinstance(tokens, list) or not all(isinstance(token, str) for token in tokens):
+        raise AdapterFileError(
+            f"the note {TOKENS_KEY} of the adapter is no list of tokens; get the file again"
+        )
     return tokens
 
 
 def base_note(name: str, bits: str, adapter: Path) -> str:
     """Return the note of a base for an adapter file."""
     path = Path(name)
-    if path.exists():
+    if os.path.exists(name):
         try:
             relative = os.path.relpath(path.absolute(), adapter.parent.resolve())
             name = f"./{Path(relative).as_posix()}"
@@ -120,6 +140,6 @@ def _noted(notes: Mapping[str, str]) -> dict[str, Any]:
     """Return what is noted of the base; nothing if that is no JSON object."""
     try:
         note = json.loads(notes.get(BASE_KEY, "{}"))
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return note if isinstance(note, dict) else {}

@@ -29,7 +29,7 @@ RESULT = re.compile(
 """What a run leaves in its folder, and the next one would mix up with its own."""
 
 FREE = re.compile(
-    "base|output_dir|overwrite_output_dir|resume.*|max_steps|num_train_epochs|samples|merge|dry_run"
+    "base|revision|output_dir|overwrite_output_dir|resume.*|max_steps|num_train_epochs|samples|merge|dry_run"
     "|save_.*|load_best_model_at_end|log.*|report_to|run_name|disable_tqdm|push_to_hub|hub_.*"
     "|do_eval|eval_(strategy|steps|delay|on_start)|(per_device_)?eval_batch_size"
     "|eval_(accumulation_steps|packing)|metric_for_best_model|greater_is_better|project"

@@ -1,4 +1,4 @@
-"""Where a base is: a folder, a GGUF file, or a name that a hub knows."""
+"""Where a base is: a folder, a GGUF file, or a name that a hub knows (`name@revision`)."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ def is_gguf(name: str) -> bool:
 def source_of(name: str) -> tuple[str, dict[str, Any]]:
     """Return the folder or name that `from_pretrained` takes for a base, and its options."""
     options: dict[str, Any] = {"trust_remote_code": False}  # else transformers asks on a terminal
+    if "@" in name and not Path(name).exists():
+        name, _, options["revision"] = name.rpartition("@")
     if not is_gguf(name):
         return name, options
     path = Path(name)

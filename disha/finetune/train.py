@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import gc
-import itertools
 import json
 import os
 import tempfile
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +19,10 @@ from trl import is_conversational
 import disha
 from disha.errors import AdapterFileWarning, ArgumentError
 from disha.files import ADAPTER_NAME
+from disha.finetune import preview
 from disha.finetune.arguments import AdapterArguments, Flags, TrainingArguments
 from disha.finetune.base import load_base
+from disha.finetune.choices import choose_rate, describe
 from disha.finetune.data import make_rows
 from disha.finetune.forms import learns_marked_answers
 from disha.finetune.merging import merge_base, require_mergeable
@@ -102,6 +103,7 @@ def run(flags: Flags) -> None:
         # A base that is loaded can untie a table that is adapted; a copy of its files can't.
         merge_base(adapter.base, final, merged, overwrite=True, in_model=True)
     asked = {"settings": settings, "measured_on": data.measured_on, "resumed_from": checkpoint}
+    settings["learning_rate"] = training.learning_rate
     write_report(folder, {**asked, **facts, **proof})
 
 
@@ -125,7 +127,7 @@ def make_trainer(flags: Flags, settings: dict[str, Any]) -> tuple[Trainer, Calla
     adapter, data, training = flags
     notes = _notes_of_run(adapter, training)
     # A row that can't be used raises here, before the base is loaded, which takes longer.
-    tokenizer, _ = load_tokenizer(str(adapter.base), notes)
+    tokenizer, added = load_tokenizer(str(adapter.base), notes)
     rows, eval_rows = make_rows(data, training, tokenizer)
     is_chat = is_conversational(rows[0])
     notes[PROMPT_KEY] = "chat" if is_chat else "text"
@@ -134,7 +136,7 @@ def make_trainer(flags: Flags, settings: dict[str, Any]) -> tuple[Trainer, Calla
         only_answers = not training.learns_all
         training.completion_only_loss = only_answers
         training.assistant_only_loss = only_answers and learns_marked_answers(rows, tokenizer)
-    model, tokenizer = _make_model(flags, notes)
+    model = _make_model(flags, notes, (tokenizer, added))
 
     def notes_at(path: Path) -> Notes:
         return {**notes, BASE_KEY: base_note(str(adapter.base), adapter.bits, path)}
@@ -171,10 +173,17 @@ def _notes_of_run(adapter: AdapterArguments, training: TrainingArguments) -> Not
     return notes
 
 
-def _make_model(flags: Flags, notes: Notes) -> tuple[Any, Any]:
-    """Return the base with the adapter that is trained, and its tokenizer."""
+def _make_model(flags: Flags, notes: Notes, read: tuple[Any, int]) -> Any:
+    """Return the base with the adapter that is trained, and choose a learning rate for it."""
     adapter, _, training = flags
-    model, tokenizer = _load_base(flags, notes)
+    model, tokenizer = _load_base(flags, notes, read)
+    if training.learning_rate is None:
+        if not adapter.target:
+            raise ArgumentError(f"{adapter.adapter} notes no targets; give a --learning_rate")
+        chosen = choose_rate(disha.plan_adapters(model, **adapter.settings_for(model)))
+        training.learning_rate = chosen["learning_rate"].value
+        if training.process_index == 0:
+            print(describe(chosen))
     if adapter.adapter is None:
         new_rows = {*tokenizer.convert_tokens_to_ids(adapter.new_tokens)}
         disha.inject_adapters(model, **adapter.settings_for(model, new_rows))
@@ -184,10 +193,10 @@ def _make_model(flags: Flags, notes: Notes) -> tuple[Any, Any]:
         for parameter in model.parameters():
             if parameter.requires_grad and parameter.dtype == torch.float16:
                 parameter.data = parameter.data.float()
-    return model, tokenizer
+    return model
 
 
-def _load_base(flags: Flags, notes: Notes) -> tuple[Any, Any]:
+def _load_base(flags: Flags, notes: Notes, read: tuple[Any, int] | None = None) -> tuple[Any, Any]:
     """Return the base and its tokenizer as this rank needs them, with what notes ask for."""
     adapter, _, training = flags
     name = str(adapter.base)
@@ -197,6 +206,7 @@ def _load_base(flags: Flags, notes: Notes) -> tuple[Any, Any]:
         loading_device(name, adapter.bits, training),
         notes,
         adapter.attn_implementation,
+        read=read,
         has_values=not training.dry_run,
     )
 
@@ -274,29 +284,13 @@ def _prove(flags: Flags, path: Path, rows: Dataset, loss: float) -> Report:
     return {**effect, "proof": {"trained": loss, "loaded": loaded}}
 
 
-# --- the dry run ---------------------------------------------------------------------------------
-
-
 def _preview(flags: Flags) -> None:
-    """Print the plan, one row, and the steps."""
-    _, _, training = flags
+    """Show what a run would do, and write and report nothing."""
+    adapter, _, training = flags
+    training.report_to = []
+    training.push_to_hub = False
     with tempfile.TemporaryDirectory() as nowhere:
         training.output_dir = nowhere
         trainer, _ = make_trainer(flags, {})
-    if training.process_index > 0:
-        return
-    print(disha.summary(trainer.model))
-    row = trainer.train_dataset[0]
-    print(f"\none of {counted(len(trainer.train_dataset), 'row')}; [[ ]] marks what is learned:")
-    print(_mark_learned(row["input_ids"], row["labels"], trainer.processing_class))
-    *_, steps = trainer.set_initial_training_values(training, trainer.get_train_dataloader())
-    print(f"\n{counted(steps, 'step')}")
-
-
-def _mark_learned(ids: Sequence[int], labels: Sequence[int], tokenizer: Any) -> str:
-    text = ""
-    pairs = zip(ids, labels, strict=True)
-    for learned, run in itertools.groupby(pairs, key=lambda pair: pair[1] != -100):
-        part = tokenizer.decode([token for token, _ in run])
-        text += f"[[{part}]]" if learned else part
-    return text
+    if training.process_index == 0:
+        preview.show(trainer, adapter.bits)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -12,6 +13,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from tqdm import tqdm
 from transformers import ProgressCallback, TrainerCallback
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from trl import SFTTrainer
@@ -50,6 +52,12 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
         on_processor = self.args.device.type == "cpu"
         with score_learned_positions() if on_processor else nullcontext():
             return super().compute_loss(*given, **named)
+
+    def scored(self, batch: Any) -> torch.Tensor:
+        """Return the loss of a batch without values, of which nobody knows what is learned."""
+        fused = {"fused_lm_head": True} if hasattr(trl_utils, "add_fused_lm_head") else {}
+        with self.compute_loss_context_manager(), score_learned_positions(triton=False):
+            return self.model(**batch, use_cache=False, **fused).loss
 
     def _prepare_dataset(
         self, rows: Any, tokenizer: Any, args: Any, packing: bool, formatting: Any, name: str
@@ -100,13 +108,14 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
         return sampler
 
 
-def score_learned_positions() -> AbstractContextManager[Any]:
+def score_learned_positions(triton: bool = True) -> AbstractContextManager[Any]:
     """Let trl score on a processor as it does with its kernel: what is learned, and nothing else.
 
-    These names are private in trl 1.16. A trl without them has the same losses, in more time.
+    Without `triton`, all positions are scored, in the same tiles. These names are private in trl
+    1.16. A trl without them has the same losses, in more time.
     """
     return patch.multiple(
-        trl_utils, create=True, _use_triton=lambda device: True, _CHUNKED_LOGPROB_CHUNK_SIZE=TILE
+        trl_utils, create=True, _use_triton=lambda device: triton, _CHUNKED_LOGPROB_CHUNK_SIZE=TILE
     )
 
 
@@ -142,7 +151,15 @@ class StopWithoutLoss(TrainerCallback):
 
 
 class Losses(ProgressCallback):
-    """Prints a line for each step with a loss, above the only bar, which is shown on a terminal."""
+    """Prints a line for each step with a loss, above the only bar, which is shown on a terminal.
+
+    Elsewhere, such as in a log file, the line has what the bar would show.
+    """
+
+    def on_train_begin(self, args: Any, state: Any, *given: Any, **named: Any) -> None:
+        """Note when the run begins, or goes on."""
+        super().on_train_begin(args, state, *given, **named)  # type: ignore[no-untyped-call]
+        self._begin = time.monotonic(), state.global_step
 
     def on_prediction_step(self, *given: Any, **named: Any) -> None:
         """Show no second bar."""
@@ -150,6 +167,19 @@ class Losses(ProgressCallback):
     def on_log(self, args: Any, state: Any, *given: Any, logs: Any = None, **named: Any) -> None:
         """Print the losses and the rate, with the step."""
         shown = {name: logs[name] for name in COLUMNS if name in logs}
-        if shown:
-            shown = {"step": state.global_step, **shown}
-            super().on_log(args, state, *given, logs=shown, **named)  # type: ignore[no-untyped-call, misc]
+        if not shown or self.training_bar is None:
+            return
+        shown = {"step": state.global_step, **shown}
+        if self.training_bar.disable:
+            shown |= self._course(state)
+        super().on_log(args, state, *given, logs=shown, **named)
+
+    def _course(self, state: Any) -> dict[str, Any]:
+        """Return of how many steps this is one, the time so far, and the time that is left."""
+        began, first = self._begin
+        elapsed = time.monotonic() - began
+        left = "?"
+        if state.global_step > first:
+            each = elapsed / (state.global_step - first)
+            left = tqdm.format_interval(each * (state.max_steps - state.global_step))
+        return {"of": state.max_steps, "elapsed": tqdm.format_interval(elapsed), "left": left}

@@ -21,11 +21,13 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 import disha
+from disha.errors import ArgumentError
 from disha.files import ADAPTER_NAME
 from disha.files.disk import write_tensors
 from disha.integrations.engines import kept_keys, leave_out_base
 from disha.model.state import collect_tensors
 from disha.model.view import ModelView
+from disha.sharding.imported import imported_class
 
 __all__ = ["AdapterCheckpoints"]
 
@@ -78,7 +80,8 @@ class AdapterCheckpoints(TrainerCallback):
             it can so be relative to the folder of the file.
 
     Raises:
-        ArgumentError: the model has no such adapter, or another one is active and trains.
+        ArgumentError: the model has no such adapter, or another one is active and trains. The
+            trainer raises it too, if it gets a `peft_config`.
 
     Examples:
         >>> import pathlib, tempfile
@@ -111,6 +114,11 @@ class AdapterCheckpoints(TrainerCallback):
     def on_init_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         """Let the model be quantised again, and prepare the engine that writes checkpoints."""
         model = given["model"]
+        if isinstance(model, imported_class("peft.peft_model", "PeftModel")):
+            raise ArgumentError(
+                "a peft_config has added an adapter of PEFT, beside which that of disha is frozen; "
+                "leave it out"
+            )
         for flag in self._quantized:
             setattr(model, flag, True)
         # Trainer warns of other missing keys than these when it loads a checkpoint.

@@ -63,7 +63,8 @@ def load_adapter(
             the base. Parameters of `also_train` that it lacks keep their values.
         dtype: dtype of the blocks; the file's by default.
         freeze: freeze all parameters that belong to no adapter, as `inject_adapters` does.
-        activate: make a new adapter the only active one.
+        activate: make a new adapter the only active one. Without it, its blocks require gradients
+            too, so that it trains as soon as it is active; until then they get none.
 
     Returns:
         A `LoadReport` of the keys that were loaded.

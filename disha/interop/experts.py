@@ -204,7 +204,7 @@ def replace_part(name: str, old: str, new: str) -> str:
 
 # --- reading -------------------------------------------------------------------------------------
 
-SINGLE_EXPERT = re.compile(r"((?:.+\.)?experts)\.(\d+)\.(\w+)")
+SINGLE_EXPERT = re.compile(r"((?:.+\.)?experts)\.(\d{1,9})\.(\w+)")
 """The name of a matrix of one expert: the module of the experts, the number, the projection."""
 
 

@@ -334,6 +334,17 @@ def read_file(
     `modules` has the names of the modules of each component; without it, no model is known.
     """
     tensors, metadata = read_tensors(path)
+    with explain_settings(path):
+        return _read(path, tensors, metadata, modules)
+
+
+def _read(
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str],
+    modules: Mapping[str, Collection[str]],
+) -> dict[str, AdapterContents]:
+    """Return component -> its adapter, from the tensors of a file and its metadata."""
     tensors, alphas = _rename_from_kohya(tensors, modules)
     pairs, rest = PeftFolder(path, {}, tensors).split_pairs()
     factors: dict[str, list[LayerFactors]] = {}
@@ -348,12 +359,11 @@ def read_file(
         layout = Layout(CONV) if a.dim() > 2 else Layout("out in")
         model_name = _name_in_model(component, name, modules.get(component))
         scale = 1.0  # it is multiplied into B, unless the file tells alpha
-        with explain_settings(path):
-            settings = _settings_of(path, component, metadata)
-            if "lora_alpha" in settings.fields:
-                scale = scale_of(settings, name, len(a))
-            elif weight in alphas:
-                scale = alphas[weight] / len(a)
+        settings = _settings_of(path, component, metadata)
+        if "lora_alpha" in settings.fields:
+            scale = scale_of(settings, name, len(a))
+        elif weight in alphas:
+            scale = alphas[weight] / len(a)
         of_layer = LayerFactors(model_name, a, b, layout, scale)
         factors.setdefault(component, []).append(of_layer)
     return {

@@ -42,7 +42,7 @@ from disha.model.found import persistent_buffers_of
 from disha.model.state import Tensors
 from disha.model.view import ModelView
 from disha.sharding.tensors import gather
-from disha.text import first_few, join
+from disha.text import brief, first_few, join
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -183,9 +183,23 @@ class PeftFolder:
         """Return r or lora_alpha of a layer as PEFT finds it: by the first key of the pattern."""
         values = self.fields.get(pattern) or {}
         for key, value in values.items():
-            if re.match(rf"(.*\.)?({key})$", name):
+            if _matches(key, name, self.path):
                 return value
         return self.fields.get(field, 8)  # the default of both in PEFT
+
+
+def _matches(pattern: str, name: str, path: Path) -> bool:
+    """Whether a regex of a file is found in a name as PEFT finds it.
+
+    A regex that could take hours is refused: one that repeats a group, or with many repetitions.
+    """
+    repetitions = sum(pattern.count(sign) for sign in "*+{")
+    if repetitions > 3 or re.search(r"\)[*+{]", pattern) or len(pattern) > 1000 or len(name) > 256:
+        raise AdapterFileError(
+            f"{path}: the pattern {brief(pattern)} could take hours to search in {brief(name)}; "
+            "use names of layers, or the adapter in PEFT"
+        )
+    return re.match(rf"(.*\.)?({pattern})$", name) is not None
 
 
 def find_folder(path: PathLike) -> Path | None:
@@ -225,13 +239,27 @@ def read_peft_files(folder: PathLike, also_train: bool = True) -> PeftFolder:
     if file.exists() or not old_file.exists():
         tensors, _ = read_tensors(file)
     else:
-        tensors = torch.load(old_file, "cpu", weights_only=True)
+        tensors = _load_old(old_file)
     named = {
         key.removeprefix(PREFIX): tensor
         for key, tensor in tensors.items()
         if also_train or key.endswith(OF_LAYERS)
     }
     return PeftFolder(path, fields, named)
+
+
+def _load_old(file: Path) -> dict[str, Tensor]:
+    """Return the tensors in a file of `torch.save`, in which nothing runs."""
+    try:
+        tensors: dict[str, Tensor] = torch.load(file, "cpu", weights_only=True)
+        checked = {str(key): tensor.detach() for key, tensor in tensors.items()}
+    except Exception as error:  # torch raises what its parts do, from pickle to zip files
+        reason = str(error).partition("\n")[0]
+        raise AdapterFileError(
+            f"{file} is no file of tensors by their names, as torch.save writes it ({reason}); get "
+            "it again"
+        ) from error
+    return checked
 
 
 def refuse_to_write(

@@ -44,7 +44,7 @@ from disha.interop.peft_format import (
     names_of_weight,
     read_peft_files,
 )
-from disha.layers.kinds import declared_weights
+from disha.layers.kinds import declared_weights, shape_of
 from disha.layers.spec import BlockSpec
 from disha.model.state import Tensors
 from disha.model.view import ModelView
@@ -93,7 +93,7 @@ def base_of_model(view: ModelView) -> Base:
         for weight in declared_weights(module):
             layer = join(name, weight.name)
             layouts[layer] = weight.layout
-            shapes[layer] = weight.shape
+            shapes[layer] = shape_of(module, weight)
     return Base(model_type_of(view), layouts, lambda layers: shapes, partial(names_of_weight, view))
 
 
@@ -126,9 +126,10 @@ def read_folder(folder: PathLike, base: Base = UNKNOWN) -> AdapterContents:
 
 READING_ERRORS = (
     *(DishaError, EinopsError, re.error),
-    *(TypeError, ValueError, AttributeError, ArithmeticError),
+    *(TypeError, ValueError, AttributeError, ArithmeticError, LookupError),
+    RuntimeError,  # of torch, for shapes of tensors that do not belong together
 )
-"""What settings raise that PEFT does not write."""
+"""What settings and tensors raise that PEFT does not write."""
 
 
 @contextmanager
@@ -136,8 +137,12 @@ def explain_settings(folder: PathLike) -> Iterator[None]:
     """Raise `AdapterFileError` if the body meets settings that PEFT does not write."""
     try:
         yield
-    except (AdapterFileError, AdapterIOError, ConversionError):
+    except (AdapterFileError, AdapterIOError):
         raise
+    except ConversionError as error:
+        if str(folder) in str(error):
+            raise
+        raise ConversionError(f"{folder}: {error}") from error
     except READING_ERRORS as error:
         raise AdapterFileError(
             f"{folder} has settings that can't be read: {error}; get it again"

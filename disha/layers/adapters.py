@@ -11,8 +11,8 @@ import copy
 import sys
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,9 @@ from disha.layers import compiled
 from disha.layers.blocks import AdapterBlock
 from disha.layers.containers import CHILD_NAME
 from disha.layers.memory import ModelMemory
+from disha.layers.spec import BlockSpec
+from disha.layers.value import Value
+from disha.text import join
 
 MERGED = f"{CHILD_NAME}.merged"
 """Key in the state dict of a layer whose weights were merged when it was taken."""
@@ -56,7 +59,7 @@ Borrowed = tuple[tuple[str, AdapterBlock], ...]
 
 
 @dataclass(frozen=True)
-class LayerState:
+class LayerState(Value):
     """The adapters of a layer as a value: its class, its blocks, what acts, and its model.
 
     Attributes:
@@ -79,14 +82,14 @@ class LayerState:
     memory: ModelMemory
     names: tuple[str, ...]
 
-    def but(self, **fields: Any) -> LayerState:
-        """Return the state with other values of some fields."""
-        return replace(self, **fields)
-
     def with_adapter(
-        self, adapter: str, blocks: Sequence[AdapterBlock], borrowed: Borrowed
+        self,
+        adapter: str,
+        blocks: Sequence[AdapterBlock],
+        borrowed: Borrowed,
+        active: tuple[str, ...],
     ) -> LayerState:
-        """Return the state with one adapter more, which does not act yet."""
+        """Return the state with one adapter more, and these acting."""
         by_name = {block.spec.own_name or "weight": block for block in blocks}
         child: nn.Module
         if list(by_name) == ["weight"]:
@@ -99,6 +102,7 @@ class LayerState:
         return self.but(
             children={**self.children, adapter: child},
             borrowed={**self.borrowed, adapter: borrowed},
+            active=active,
         )
 
     def without(self, removed: Iterable[str]) -> LayerState:
@@ -159,10 +163,10 @@ class Adapters(nn.Module):
 
     @active.setter
     def active(self, adapters: tuple[str, ...]) -> None:
-        self.take(self.state(nn.Module).but(active=adapters))
+        self.take(self.state().but(active=adapters))
 
-    def state(self, cls: type[nn.Module]) -> LayerState:
-        """Return the state of the layer, whose class this is."""
+    def state(self, cls: type[nn.Module] = nn.Module) -> LayerState:
+        """Return the state of the layer, whose class this is; what is not set needs none."""
         return LayerState(
             cls,
             self,
@@ -343,23 +347,46 @@ class Adapters(nn.Module):
         memo[id(self)] = copied
         copied.__setstate__(copy.deepcopy(vars(self), memo))
         # In a copy of the whole model, the layer that holds a block may come later: then the copy
-        # borrows it again.
-        held: dict[int, LayerState] = memo.setdefault("held by disha", {})  # type: ignore[call-overload]
+        # borrows it again. The memo lives as long as the copying; its other keys are ids.
+        held: dict[int, _Held] = memo.setdefault("held by disha", {})  # type: ignore[call-overload]
         for block in copied.blocks_by_name().values():
             if id(block) in held:
-                state = held.pop(id(block))
-                state.adapters.take(state)
+                held.pop(id(block)).give_back()
         for adapter in alone:
-            state = copied.state(nn.Module)
-            held |= {id(block): state for _, block in copied.borrowed[adapter]}
-            copied._hold_borrowed(adapter)
+            for parameter, block in copied.borrowed[adapter]:
+                held[id(block)] = _Held(
+                    copied, adapter, copied._modules[adapter], copied.borrowed[adapter], block.spec
+                )
+                own_name = "" if parameter == "weight" else parameter
+                name = join(block.spec.module, own_name)
+                vars(block)["spec"] = block.spec.but(name=name, parameter=parameter)
+            blocks = [*copied.blocks_by_name(adapter).values()]
+            blocks += [block for _, block in copied.borrowed[adapter]]
+            state = copied.state()
+            copied.take(state.with_adapter(adapter, blocks, (), state.active))
         return copied
 
-    def _hold_borrowed(self, adapter: str) -> None:
-        """Make the blocks that the layer borrows its own."""
-        blocks = [*self.blocks_by_name(adapter).values()]
-        blocks += [block for _, block in self.borrowed[adapter]]
-        self.take(self.state(nn.Module).with_adapter(adapter, blocks, ()))
+
+class _Held(NamedTuple):
+    """What a copied layer was before it held a block that it had borrowed."""
+
+    adapters: Adapters
+    adapter: str
+    child: Any
+    borrowed: Borrowed
+    spec: BlockSpec
+
+    def give_back(self) -> None:
+        """Let the layer borrow the block again."""
+        for _, block in self.borrowed:
+            vars(block)["spec"] = self.spec
+        state = self.adapters.state()
+        self.adapters.take(
+            state.but(
+                children={**state.children, self.adapter: self.child},
+                borrowed={**state.borrowed, self.adapter: self.borrowed},
+            )
+        )
 
 
 def find_members(model: nn.Module) -> list[Adapters]:

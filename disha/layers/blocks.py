@@ -199,7 +199,10 @@ class AdapterBlock(nn.Module):
         parts = [f"method={self.method.name}", f"r={self.r}"]
         if self.r_out is not None:
             parts.append(f"r_out={self.r_out}")
-        parts += [f"shape={tuple(whole_shape(self.block))}", f"scale={self.scale:g}"]
+        values = self._parameters.get(self.parameter_name)  # not there if it is pruned
+        if values is not None:
+            parts.append(f"shape={tuple(whole_shape(values))}")
+        parts.append(f"scale={self.scale:g}")
         return ", ".join(parts)
 
     def _write_scale(self) -> None:
@@ -216,6 +219,8 @@ class AdapterBlock(nn.Module):
             self._buffers["scale_tensor"] = torch.full((), self._scale, dtype=dtype, device=device)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AdapterBlock:
+        if self._parameters.get(self.parameter_name) is None:  # as while it is pruned
+            return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         was_on_meta = self.block.is_meta
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         lost_values = was_on_meta or gives_empty_memory(fn)

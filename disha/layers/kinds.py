@@ -189,7 +189,7 @@ def declared_weights(module: nn.Module) -> list[BlockSpec]:
     if quantized is not None:
         return [quantized]
     kind = _kind_of(module)
-    return [weight.but(shape=shape_of(module, weight.parameter)) for weight in kind(module)]
+    return [*kind(module)]
 
 
 def list_weights(module: nn.Module) -> list[BlockSpec]:
@@ -201,15 +201,15 @@ def list_weights(module: nn.Module) -> list[BlockSpec]:
         return weights
     declared = {weight.parameter for weight in weights}
     return weights + [
-        BlockSpec(name, shape=shape_of(module, name), parameter=name)
-        for name in matrix_weights(module)
-        if name not in declared
+        BlockSpec(name, parameter=name) for name in matrix_weights(module) if name not in declared
     ]
 
 
-def shape_of(module: nn.Module, parameter: str) -> tuple[int, ...]:
+def shape_of(module: nn.Module, spec: BlockSpec) -> tuple[int, ...]:
     """Return the whole shape of a weight; empty if it is absent, or has no size yet."""
-    weight = read_weight(module, parameter)
+    if spec.quantized:
+        return spec.shape
+    weight = read_weight(module, spec.parameter)
     if not isinstance(weight, Tensor) or is_lazy(weight):
         return ()
     return tuple(whole_shape(weight))

@@ -123,13 +123,13 @@ class _LinearWithAdapter(AdaptedLinear):
             scale=config.scale,
             adapter=adapter,
         )
-        reason = spec.reason_against_sizes()
+        reason = spec.reason_against_r()
         if reason is not None:
             raise ArgumentError(f"{type(self).__name__}: {reason}")
         block = make_block(self, spec, config)
         memory = ModelMemory(SINGLE_LAYERS)
         state = state_with_parameters(self, ["weight"], False, memory, ("",))
-        set_state(self, state.with_adapter(adapter, [block], ()).but(active=(adapter,)))
+        set_state(self, state.with_adapter(adapter, [block], (), (adapter,)))
         PLACES[self] = Place(memory, ("",))
         flags = {}
         if arguments["freeze"]:

@@ -1,13 +1,12 @@
 """What the adapters of a model remember of it: one immutable state, and where its modules are.
 
-    in the state    since                          for
-    specs           each injection                 naming layers that the model has lost; refusing
-                                                   half of a tied weight
-    flags           a flag was first changed       putting back `requires_grad`; `also_train`
-    buffers         the first injection            saving those that training changed; putting them
-                                                   back
-    merged          a merge                        refusing what would mix merged and unmerged
-    unroutable      each injection                 refusing to route samples
+    in the state    written by             for
+    specs           each injection         naming layers that the model has lost; refusing half of a
+                                           tied weight
+    flags           freezing, also_train   putting back `requires_grad`
+    buffers         the first injection    saving those that training changed; putting them back
+    merged          a merge                refusing what would mix merged and unmerged
+    routing         each injection         refusing to route samples
 
 Every adapted layer leads to the memory of its model (`layer.disha.memory`). To change the model is
 to compute another state and to set it; the values in a state never change.
@@ -15,13 +14,14 @@ to compute another state and to set it; the values in a state never change.
 The state knows modules by their names at the last change, and `PLACES` knows each module's name
 there. So a part of a model, a model inside another one, and a list that has lost modules answer
 for what they were. A copy or a pickle has other modules. Its adapted layers still know their
-names, so a module of it has the name that it has beside the first adapted layer (`place_copy`).
+names, so another module of it has the name that it has beside the first adapted layer. What was
+put into the copy since can't be told from what was copied (`place_copy`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary, WeakSet
@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from disha.effective.contexts import Group
 from disha.layers.fingerprints import Checksums, checksums, has_changed
 from disha.layers.spec import BlockSpec
+from disha.layers.value import Value
 from disha.sharding.tensors import local_part
 from disha.text import cut_common_end, join
 
@@ -80,22 +81,18 @@ class FormerBuffer(NamedTuple):
 
 
 @dataclass(frozen=True)
-class ModelState:
+class ModelState(Value):
     """What the adapters of a model remember of it, as a value."""
 
-    specs: dict[tuple[str, str], BlockSpec] = field(default_factory=dict)
+    specs: Mapping[tuple[str, str], BlockSpec] = field(default_factory=dict)
     """(adapter, name of a weight) -> the spec of its block."""
-    flags: dict[str, Flag] = field(default_factory=dict)
+    flags: Mapping[str, Flag] = field(default_factory=dict)
     """Parameter -> its flag. A tied one stands there under each of its names."""
-    buffers: dict[str, FormerBuffer] = field(default_factory=dict)
+    buffers: Mapping[str, FormerBuffer] = field(default_factory=dict)
     merged: tuple[str, ...] = ()
     """The adapters that are merged into some layer."""
-    unroutable: dict[str, str] = field(default_factory=dict)
-    """Adapter -> why samples can't be routed to it."""
-
-    def but(self, **fields: Any) -> ModelState:
-        """Return the state with other values of some fields."""
-        return replace(self, **fields)
+    routing: Mapping[str, str | None] = field(default_factory=dict)
+    """Adapter -> why samples can't be routed to it, or None; only of those of the whole model."""
 
     @cached_property
     def adapters(self) -> frozenset[str]:
@@ -120,7 +117,7 @@ class ModelState:
             {**other.flags, **self.flags},
             {**other.buffers, **self.buffers},
             tuple(dict.fromkeys((*self.merged, *other.merged))),
-            {**other.unroutable, **self.unroutable},
+            {**other.routing, **self.routing},
         )
 
 
@@ -173,9 +170,10 @@ def place_copy(names: Mapping[nn.Module, Names], layers: Iterable[tuple[nn.Modul
     A layer of a copy is not placed, but its `Adapters` know its name. What that has in front of
     the end that it shares with today's name is the place of what has so much of today's name.
     """
-    for layer, adapters in layers:
-        if layer in PLACES:
-            continue
+    copied = [(layer, adapters) for layer, adapters in layers if layer not in PLACES]
+    for layer, adapters in copied:
+        PLACES[layer] = Place(adapters.memory, adapters.names)
+    for layer, adapters in copied:
         above, above_in_memory = _cut_longest_end(names[layer], adapters.names)
         for module, todays_names in names.items():
             below = [name for name in todays_names if is_below(name, above)]
@@ -185,7 +183,7 @@ def place_copy(names: Mapping[nn.Module, Names], layers: Iterable[tuple[nn.Modul
 
 
 def _cut_longest_end(names: Names, names_in_memory: Names) -> tuple[str, str]:
-    """Return what precedes the longest end that two of the names share, in both."""
+    """Return what precedes the end that two of the names share, where most of today's is shared."""
     starts = [cut_common_end(name, in_memory) for name in names for in_memory in names_in_memory]
     above, above_in_memory = min(starts, key=lambda start: len(start[0]))
     return ".".join(above), ".".join(above_in_memory)

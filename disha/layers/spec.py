@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import KW_ONLY, dataclass, field, replace
+from dataclasses import KW_ONLY, dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -18,6 +18,7 @@ from disha.config import as_json
 from disha.functional import Geometry, Layout, Method
 from disha.functional.layouts import OutputRanges
 from disha.functional.new_rows import NEW_ROWS, method_of_block
+from disha.layers.value import Value
 from disha.text import counted, join
 
 UNKNOWN = Layout("")
@@ -25,7 +26,7 @@ UNKNOWN = Layout("")
 
 
 @dataclass(frozen=True)
-class BlockSpec:
+class BlockSpec(Value):
     """One weight, and the block that an adapter has for it.
 
     Attributes:
@@ -45,7 +46,7 @@ class BlockSpec:
             update too.
         names: all names of the weight, if the module is shared and has several.
         adapter: the adapter that has the block. A file does not tell.
-        module: the name of the module.
+        module: the name of the module. A file does not tell.
         parameter: the module's attribute that has the weight; empty for a module without one.
         quantized: whether the weight is quantised: then a hook adds the update to the module's
             output.
@@ -110,19 +111,15 @@ class BlockSpec:
             shape = layout.shape(layout.geometry_of_stack(in_features, all_outputs, stack))
         return cls(name, method=method, layout=layout, shape=shape, outputs=outputs, **fields)
 
-    def but(self, **fields: Any) -> BlockSpec:
-        """Return the spec with other values of some fields."""
-        return replace(self, **fields)
-
     @property
     def has_layout(self) -> bool:
         """Whether its layout is known."""
         return self.layout != UNKNOWN
 
-    def placed(self, module_names: Sequence[str], own_name: str) -> BlockSpec:
+    def placed(self, module_names: Sequence[str], own_name: str, **fields: Any) -> BlockSpec:
         """Return the spec in a module with these names, below which it has its own."""
-        names = [join(name, own_name) for name in module_names]
-        return self.but(name=names[0], names=tuple(names), module=module_names[0])
+        names = tuple([join(name, own_name) for name in module_names])
+        return self.but(name=names[0], names=names, module=module_names[0], **fields)
 
     def renamed(self, rename: Callable[[str], str | None]) -> BlockSpec:
         """Return the spec under other names; what has none is left out of those that are tied."""
@@ -187,7 +184,7 @@ class BlockSpec:
         return join(self.module, self.parameter)
 
     @property
-    def places(self) -> list[tuple[str, str]]:
+    def slots(self) -> list[tuple[str, str]]:
         """The module and the attribute of its parameter, and of those that are tied to it."""
         tied = [name.rpartition(".") for name in self.tied]
         return [(self.module, self.parameter), *((module, name) for module, _, name in tied)]
@@ -226,7 +223,17 @@ class BlockSpec:
         }
         return {name: as_json(value) for name, value in fields.items()}
 
-    def reason_against_sizes(self) -> str | None:
+    @property
+    def reason_against_layout(self) -> str | None:
+        """Why the weight can't be adapted if its layout is unknown, or None if it is known."""
+        if self.has_layout:
+            return None
+        return (
+            f"the layout of this weight {self.shape} is unknown; declare it, such as "
+            f"{self.remedy}, as your code uses it: see docs/guides/custom-model.md"
+        )
+
+    def reason_against_r(self) -> str | None:
         """Return why the weight can't have a block of this size, or None if it can."""
         return self.method_of_block.reason_against(self.layout, self.geometry, self.r, self.r_out)
 
@@ -236,7 +243,7 @@ class BlockSpec:
         layout = self.layout
         if len(found) < self.method_of_block.block_axes or layout.reason_against_shape(self.shape):
             return f"a block of shape {found} does not fit the layout {layout.pattern!r}"
-        reason = self.reason_against_sizes()
+        reason = self.reason_against_r()
         if reason is not None:
             return reason
         padding = layout.padding_idx

@@ -234,7 +234,7 @@ def _find_kept(
     weights as the first one did.
     """
     groups = frozenset(layer.disha.group for layer in view.find_layers())
-    reads = [read_at_first]
+    reads: list[set[AdapterBlock]] = []
     for is_off in (False, True, False):
         with runner.mode(training=False), ExitStack() as around:
             if is_off:
@@ -242,8 +242,7 @@ def _find_kept(
             read, _ = _run_and_note_reads(runner, runner.blocks)
         if not is_off:
             reads.append(set(read))
-    first, second = reads
-    return first ^ second
+    return read_at_first.union(*reads) - read_at_first.intersection(*reads)
 
 
 def _reason_against_training(block: AdapterBlock, seen: _Seen) -> str:

@@ -6,7 +6,7 @@ asyncio task that enters them. The other functions change the model for all thre
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 
 from torch import nn
@@ -27,7 +27,7 @@ from disha.layers.adapters import find_members
 from disha.layers.memory import NOWHERE, PLACES
 from disha.layers.wrappers import unwrap
 from disha.model.inject import set_active
-from disha.model.routing import find_unroutable
+from disha.model.routing import reason_against_routing
 from disha.model.view import ModelView, all_or_nothing
 
 
@@ -158,35 +158,34 @@ def _context(
 def _find_groups(model: nn.Module, override: Override, action: str) -> frozenset[Group]:
     """Return the groups of the model's layers, or raise if they can't do what the context says.
 
-    A complete model answers from its state, if no layer has adapters that are not of it. Otherwise
-    the model is walked through, because such a layer may be in it.
+    A complete model answers from its state, if no other adapted layer is alive in the process: such
+    a layer may be in the model. Otherwise the model is walked through.
     """
     adapters = override.adapters if isinstance(override, Route) else override
     memory, names = PLACES.get(unwrap(model), NOWHERE)
     state = memory.state
-    knows_all = "" in names and state.adapters.issuperset(adapters) and not state.merged
+    asked = state.routing.keys() if isinstance(override, Route) else state.adapters
+    knows_all = "" in names and asked >= {*adapters} and not state.merged
     if knows_all and memory.group.is_only_one():
         if isinstance(override, Route):
-            _refuse_unroutable(adapters, state.unroutable)
+            _refuse_to_route(state.routing[adapter] for adapter in adapters)
         return frozenset([memory.group])
     members = find_members(model)
     known = {name for member in members for name in member}
     is_merged = any(member.merged is not None for member in members)
     if is_merged or not known.issuperset(adapters) or isinstance(override, Route):
         view = ModelView(model)
-        for adapter in adapters:
-            view.require(adapter)
-            if isinstance(override, Route):
-                _refuse_unroutable(adapters, find_unroutable(view, adapter))
+        check_names(view, adapters)
+        if isinstance(override, Route):
+            _refuse_to_route(reason_against_routing(view, adapter) for adapter in adapters)
         refuse_merged(view.find_layers(), action)
     return split_off_groups(members)
 
 
-def _refuse_unroutable(adapters: Iterable[str], reasons: Mapping[str, str]) -> None:
-    """Raise if samples can't be routed to one of the adapters."""
-    for adapter in adapters:
-        if adapter in reasons:
-            raise ArgumentError(reasons[adapter])
+def _refuse_to_route(reasons: Iterable[str | None]) -> None:
+    for reason in reasons:
+        if reason is not None:
+            raise ArgumentError(reason)
 
 
 def set_adapter_scale(model: nn.Module, scale: float, adapter: str = "default") -> None:

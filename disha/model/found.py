@@ -25,7 +25,7 @@ class ModelBlock(NamedTuple):
 
     @property
     def spec(self) -> BlockSpec:
-        """The spec of the block under the names of today, with its scale of today."""
+        """The spec under the name of today; `tied` and `names` are those of the injection."""
         spec = self.block.spec
         module = self.name.removesuffix(spec.own_name).removesuffix(".")
         return spec.but(name=self.name, module=module, adapter=self.adapter, scale=self.block.scale)

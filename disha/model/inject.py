@@ -42,9 +42,9 @@ from disha.model import buffers
 from disha.model.found import ModelTensor
 from disha.model.plan import Plan, Skipped
 from disha.model.reasons import reason_against, reason_against_claiming, reason_against_size
-from disha.model.routing import find_unroutable
+from disha.model.routing import reason_against_routing
 from disha.model.selection import EXCLUDED, Selection, find_tied, list_reasons, refuse_unused
-from disha.model.training import claim, freeze
+from disha.model.training import claim, freeze_the_rest
 from disha.model.view import ModelView, all_or_nothing
 from disha.sharding.ranks import broadcast
 from disha.text import counted, first_few, join
@@ -169,11 +169,8 @@ def _with_arguments_of(
     """Give a function the arguments of another one, for readers and for type checkers."""
 
     def give(other: Callable[..., Plan]) -> Callable[P, Plan]:
-        names = ("__name__", "__qualname__", "__doc__", "__module__")
-        kept = {name: getattr(other, name) for name in names}
-        with_arguments = wraps(function)(lambda *args, **kwargs: other(*args, **kwargs))
-        for name, value in kept.items():
-            setattr(with_arguments, name, value)
+        with_arguments = wraps(other)(lambda *args, **kwargs: other(*args, **kwargs))
+        with_arguments.__wrapped__ = function  # whose signature is shown
         return with_hints(with_arguments)
 
     return give
@@ -214,7 +211,7 @@ def plan_adapters(
         also_train: names of parameters to train, and of buffers, to save with the adapter.
         also_train_rows: regex of names -> rows of matrices to train and save with it.
         freeze: whether all other parameters are frozen.
-        settings: those of the settings above that this signature does not name.
+        settings: the arguments above that have no name here.
 
     Raises:
         DishaError: as for `inject_adapters`, but not if r or r_out does not fit a weight.
@@ -285,23 +282,28 @@ def _describe(
     config = selection.config
     # Where a weight has a block already, or is tied to one that has. A weight that is found there
     # again, in a tied module or by `target_regex` after `also_train_rows`, gets no second block.
-    adapted = {(view.modules[name], key) for spec in planned for name, key in spec.places}
+    adapted = {(view.modules[name], key) for spec in planned for name, key in spec.slots}
     layers = []
     unfit = []  # weights that could have a block of another size
     selected, skipped = selection.select()
     for candidate in selected:
         spec = candidate.spec
         if spec.has_layout:
-            if candidate.place in adapted:
+            if candidate.slot in adapted:
                 continue
             tied = find_tied(view, spec, config.exclude)
-            spec = spec.but(adapter=adapter, tied=tied)
             if spec.is_new_rows:
-                spec = spec.but(r=1)
+                spec = spec.but(adapter=adapter, tied=tied, r=1)
             else:
-                r = config.rank_of(*candidate.names, *candidate.module_names, *spec.tied)
-                spec = spec.but(method=config.method, r=r, r_out=config.r_out, scale=config.scale)
-            adapted.update((view.modules[name], key) for name, key in spec.places[1:])
+                spec = spec.but(
+                    adapter=adapter,
+                    tied=tied,
+                    method=config.method,
+                    r=config.rank_of(*candidate.names, *candidate.module_names, *tied),
+                    r_out=config.r_out,
+                    scale=config.scale,
+                )
+            adapted.update((view.modules[name], key) for name, key in spec.slots[1:])
         reason = reason_against(view, spec)
         if reason is not None:
             skipped.append(candidate.skip(reason))
@@ -401,7 +403,7 @@ def apply_plan(
             # Weights that a tensor-parallel plan leaves whole have ranks too.
             broadcast(block.block, view.ranks.groups)
         blocks[module].append(block)
-        for name, parameter in spec.places[1:]:
+        for name, parameter in spec.slots[1:]:
             borrowed[view.modules[name]].append((parameter, block))
     memory = view.unite()
     for module in dict.fromkeys((*blocks, *borrowed)):
@@ -411,7 +413,8 @@ def apply_plan(
         state = state_with_parameters(
             module, parameters, is_quantized, memory, PLACES[module].names
         )
-        state = state.with_adapter(plan.adapter, blocks[module], tuple(borrowed[module]))
+        active = (plan.adapter,) if activate else state.active
+        state = state.with_adapter(plan.adapter, blocks[module], tuple(borrowed[module]), active)
         set_state(module, state)
     if activate:
         set_active(view, (plan.adapter,))
@@ -422,19 +425,24 @@ def apply_plan(
 def set_active(view: ModelView, adapters: tuple[str, ...]) -> None:
     """Let exactly these adapters act."""
     for layer in view.find_layers():
-        set_state(layer, layer.disha.state(type(layer)).but(active=adapters))
+        if layer.disha.active != adapters:
+            set_state(layer, layer.disha.state(type(layer)).but(active=adapters))
 
 
 def _note_plan(view: ModelView, plan: Plan, memory: ModelMemory) -> None:
     """Let the model remember the new blocks, and set and remember flags and buffers."""
     claim(view, plan.adapter, plan.also_train, freezes=plan.freeze)
     if plan.freeze:
-        freeze(view)
+        freeze_the_rest(view)
     buffers.remember_buffers(view, plan.adapter, plan.also_train)
     state = memory.state
     (above, *_) = PLACES[view.modules[""]].names
-    specs = [spec.renamed(partial(join, above)) for spec in plan.layers]
+    specs = plan.layers
+    routing = {**state.routing, plan.adapter: reason_against_routing(view, plan.adapter)}
+    if above:  # the plan is of a part, and only the whole model tells if samples can be routed
+        specs = tuple(spec.renamed(partial(join, above)) for spec in specs)
+        del routing[plan.adapter]
     memory.state = state.but(
-        specs=state.specs | {(spec.adapter, spec.name): spec for spec in specs},
-        unroutable=state.unroutable | find_unroutable(view, plan.adapter),
+        specs={**state.specs, **{(spec.adapter, spec.name): spec for spec in specs}},
+        routing=routing,
     )

@@ -24,7 +24,6 @@ from disha.layers.quantized import quantization_of
 from disha.layers.spec import BlockSpec
 from disha.layers.weights import read_weight, stored_weight
 from disha.model.found import ModelTensor
-from disha.model.selection import reason_against_layout
 from disha.model.view import ModelView
 from disha.sharding.tensor_parallel import split_of
 from disha.sharding.zero import whole_shape
@@ -46,9 +45,8 @@ def _reasons_against(view: ModelView, spec: BlockSpec) -> Iterator[str]:
     module = view.modules[spec.module]
     if not spec.parameter:
         yield f"no layer kind adapts {type(module).__qualname__}"
-    reason = reason_against_layout(spec)
-    if reason is not None:
-        yield reason
+    if spec.reason_against_layout is not None:
+        yield spec.reason_against_layout
     clashes = _find_clashing_names(module) - {spec.parameter}
     if clashes and not isinstance(module, AdaptedLayer):
         yield f"it has its own attribute {min(clashes)!r}, which adapters would replace"
@@ -77,7 +75,7 @@ def _find_clashing_names(module: nn.Module) -> set[str]:
 
 def _list_other_blocks(view: ModelView, spec: BlockSpec) -> Iterator[AdapterBlock]:
     """Yield the blocks that other adapters have for the weight, also where it is tied."""
-    for name, parameter in spec.places:
+    for name, parameter in spec.slots:
         holder = view.modules[name]
         if isinstance(holder, AdaptedLayer):
             yield from holder.disha.blocks_for(parameter, holder.disha)
@@ -118,27 +116,27 @@ def _reasons_against_dense(weight: Any, spec: BlockSpec) -> Iterator[str]:
 
 def reason_against_size(view: ModelView, spec: BlockSpec) -> str | None:
     """Return why the weight can't have a block of this size."""
-    reason = spec.reason_against_sizes()
+    reason = spec.reason_against_r()
     if reason is not None or spec.quantized or spec.is_new_rows:
         return reason
     split = split_of(read_weight(view.modules[spec.module], spec.parameter))
     if split is None:
         return None
-    placed = f"its weight is a DTensor placed as {split.placements}"
     block = torch.empty(spec.block_shape, device="meta")
     update = Update(spec.method_of_block, block, output_ranges=spec.outputs)
     for part in split.parts:
         if update_of_part(update, spec.layout, spec.shape, part) is None:
             ends = " and ".join(f"{first}:{stop}" for first, stop in part)
             return (
-                f"{placed}, and a {spec.method!r} block of r={spec.r} can't be cut at the edges "
-                f"of a rank's part ({ends}); choose an r that divides these, or another method"
+                f"its weight is a DTensor placed as {split.placements}, and a {spec.method!r} block "
+                f"of r={spec.r} can't be cut at the edges of a rank's part ({ends}); choose an r "
+                "that divides these, or another method"
             )
     return None
 
 
 def reason_against_file(
-    view: ModelView, spec: BlockSpec, in_file: BlockSpec, values: Tensor, dropout: float
+    view: ModelView, spec: BlockSpec, in_file: BlockSpec, values: Tensor
 ) -> str | None:
     """Return why a weight of the model can't have the block that a file describes."""
     reason = in_file.reason_against_block(values.shape)

@@ -107,6 +107,9 @@ def take_out(view: ModelView, adapters: Sequence[str]) -> None:
             released[parameter] = Flag(flag.original)
             parameter.value.requires_grad = flag.without_adapter
     view.remember(released)
+    if is_plain:
+        for memory in view.memories:
+            memory.state = ModelState(buffers=memory.state.buffers)  # which may be put back yet
 
 
 def check_removable(view: ModelView, removed: Sequence[str]) -> None:

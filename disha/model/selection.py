@@ -20,7 +20,7 @@ from disha.errors import ArgumentError
 from disha.functional import Layout, layout_of
 from disha.functional.layouts import MATRIX, OutputRanges
 from disha.functional.new_rows import NEW_ROWS
-from disha.layers.kinds import declare, list_weights
+from disha.layers.kinds import declare, list_weights, shape_of
 from disha.layers.spec import BlockSpec
 from disha.layers.weights import matrix_weights
 from disha.model.plan import Skipped
@@ -31,7 +31,7 @@ from disha.text import first_few, group_by_reason, join
 EXCLUDED = "excluded"
 """The reason of what `exclude` leaves out."""
 
-Place = tuple[Any, str]
+Slot = tuple[Any, str]
 """A module, and its attribute that holds a parameter."""
 
 
@@ -48,7 +48,7 @@ class Candidate(NamedTuple):
         return self.spec.names
 
     @property
-    def place(self) -> Place:
+    def slot(self) -> Slot:
         """The module and the attribute that hold its parameter."""
         return self.module, self.spec.parameter
 
@@ -96,13 +96,13 @@ class Selection:
         if new_rows:
             self.candidates = list(dict.fromkeys(map(as_table, self.candidates)))
         elif config.layouts or config.rows:
-            declared = [_declare(candidate, config) for candidate in self.candidates]
+            declared = [_with_declaration(candidate, config) for candidate in self.candidates]
             # Parts of one weight may have become that weight, which counts once.
             self.candidates = list(dict.fromkeys(declared))
 
     def select(self) -> tuple[list[Candidate], list[Skipped]]:
         """Return what is selected, and what of that `exclude` leaves out."""
-        linear: Collection[Place] = ()
+        linear: Collection[Slot] = ()
         if ALL_LINEAR in self.regexes:
             linear = _find_linear_weights(self.view, self.candidates)
         # The forward of nn.MultiheadAttention reads the weight of its child `out_proj`.
@@ -120,7 +120,7 @@ class Selection:
             by_name = dict.fromkeys((*candidate.names, *candidate.module_names), module)
             by_name |= dict.fromkeys(self.view.names[reader], reader)
             names = [*by_name]
-            if candidate.place not in linear and not self._matches(by_name):
+            if candidate.slot not in linear and not self._matches(by_name):
                 continue
             if not candidate.spec.parameter and not _has_parameters(module):
                 continue  # a container, for example, which a target may match without harm
@@ -178,21 +178,11 @@ class Selection:
             return f"{request} selects only modules that can't be adapted: {list_reasons(skipped)}"
         if [*self.regexes] == [ALL_LINEAR] and self.unknown:
             first = self.unknown[0]
-            return f"{request} selects no layer; {first.name}: {reason_against_layout(first)}"
+            return f"{request} selects no layer; {first.name}: {first.reason_against_layout}"
         message = f"{request} selects no layer that can be adapted"
         names = [x.spec.name for x in self.candidates if x.spec.has_layout]
         nearest = list_nearest(str(self.target), names)
         return f"{message}; the nearest names are {nearest}" if nearest else message
-
-
-def reason_against_layout(spec: BlockSpec) -> str | None:
-    """Return why a weight can't be adapted if its layout is unknown, or None if it is known."""
-    if spec.has_layout:
-        return None
-    return (
-        f"the layout of this weight {spec.shape} is unknown; declare it, such as {spec.remedy}, as "
-        "your code uses it: see docs/guides/custom-model.md"
-    )
 
 
 # --- candidates ----------------------------------------------------------------------------------
@@ -202,14 +192,17 @@ def list_candidates(view: ModelView) -> list[Candidate]:
     """Return all weights, matrices of unknown layout, and modules that have neither."""
     candidates = []
     for module, names in view.names.items():
-        specs = list_weights(module) or [BlockSpec("", parameter="")]
-        for spec in specs:
-            spec = spec.placed(names, spec.name)
-            candidates.append(Candidate(module, names, spec))
+        specs = [
+            spec.placed(names, spec.name, shape=shape_of(module, spec))
+            for spec in list_weights(module)
+        ]
+        if not specs:
+            specs = [BlockSpec(names[0], names=names, module=names[0], parameter="")]
+        candidates += [Candidate(module, names, spec) for spec in specs]
     return candidates
 
 
-def _declare(candidate: Candidate, config: AdapterConfig) -> Candidate:
+def _with_declaration(candidate: Candidate, config: AdapterConfig) -> Candidate:
     """Return a weight with the layout and the outputs that the user declares for it."""
     spec = candidate.spec
     key = find_layout_key(candidate, config)
@@ -249,7 +242,7 @@ def as_whole(candidate: Candidate, layout: Layout) -> BlockSpec:
     """Return the spec of the whole parameter in this layout."""
     spec = candidate.spec
     own_name = declare(spec.parameter, layout).name
-    return spec.but(layout=layout, outputs=()).placed(candidate.module_names, own_name)
+    return spec.placed(candidate.module_names, own_name, layout=layout, outputs=())
 
 
 def as_table(candidate: Candidate) -> Candidate:
@@ -265,7 +258,7 @@ def find_tied(view: ModelView, spec: BlockSpec, exclude: Iterable[str] = ()) -> 
     parameter = view.parameters_by_name.get(spec.full_name)
     if spec.quantized or parameter is None or len(parameter.names) == 1:
         return ()
-    tied: dict[Place, str] = {}
+    tied: dict[Slot, str] = {}
     for name in parameter.names:
         owner, _, attribute = name.rpartition(".")
         place = view.modules[owner], attribute
@@ -278,7 +271,7 @@ def find_tied(view: ModelView, spec: BlockSpec, exclude: Iterable[str] = ()) -> 
 # --- "all-linear" --------------------------------------------------------------------------------
 
 
-def _find_linear_weights(view: ModelView, candidates: Iterable[Candidate]) -> set[Place]:
+def _find_linear_weights(view: ModelView, candidates: Iterable[Candidate]) -> set[Slot]:
     """Return where linear weights are, except output heads that are tied to an embedding."""
     modules_of_peft = _find_modules_of_peft(view)
     tables = set()  # the parameters of embeddings, by their ids
@@ -293,7 +286,7 @@ def _find_linear_weights(view: ModelView, candidates: Iterable[Candidate]) -> se
             continue
         is_matrix = not spec.layout.has_kernel and spec.layout.pattern != "index out"
         if spec.has_layout and is_matrix and candidate.module not in modules_of_peft:
-            linear[candidate.place] = id(parameter)
+            linear[candidate.slot] = id(parameter)
     return {place for place, parameter in linear.items() if parameter not in tables}
 
 

@@ -64,7 +64,7 @@ def mark_only_adapters_trainable(model: nn.Module) -> None:
         raise ArgumentError("the model has no adapter, so nothing would train")
     with all_or_nothing(view):
         view.unite()
-        freeze(view)
+        freeze_the_rest(view)
         for parameter in view.parameters:
             if parameter.claimant is not None:
                 parameter.value.requires_grad = True
@@ -72,7 +72,7 @@ def mark_only_adapters_trainable(model: nn.Module) -> None:
             block.requires_grad_(True)
 
 
-def freeze(view: ModelView) -> None:
+def freeze_the_rest(view: ModelView) -> None:
     """Freeze the parameters that train with no adapter, and remember that they were not frozen."""
     frozen = {}
     for parameter in view.parameters:

@@ -41,6 +41,7 @@ from disha.layers.memory import (
     FormerBuffer,
     ModelMemory,
     Place,
+    is_below,
     place_copy,
     walk_up,
 )
@@ -271,6 +272,9 @@ class ModelView:
             names_today |= {(memory, name): names[0] for name in names_in_memory}
         return names_today
 
+    def _forget_names(self) -> None:
+        self.__dict__.pop("_names_today", None)
+
     def keep(self, undo: ExitStack) -> None:
         """Let `undo` put back adapters, what they remember, and all `requires_grad` flags."""
         states = {module: state_of(module) for module in self.names}
@@ -285,7 +289,7 @@ class ModelView:
                 PLACES.pop(module, None)
                 if place is not None:
                     PLACES[module] = place
-            self.__dict__.pop("_names_today", None)
+            self._forget_names()
             for memory, former in memories:
                 memory.state = former
             self.guard_encoders()
@@ -299,6 +303,7 @@ class ModelView:
 
         It takes over what those of parts know, which got adapters by themselves.
         """
+        # `above` is the name of this part in its memory.
         memory, (above, *_) = PLACES.get(self.modules[""]) or Place(ModelMemory(), ("",))
         places = {
             module: Place(memory, tuple(join(above, name) for name in names))
@@ -307,13 +312,21 @@ class ModelView:
         if all(PLACES.get(module) == place for module, place in places.items()):
             return memory
 
-        def find_name(other: ModelMemory, name: str) -> str | None:
+        def rename(other: ModelMemory, name: str) -> str | None:
             today = self.find_today(other, name)
-            return None if today is None else join(above, today)
+            if today is None:  # outside of this part
+                return name if other is memory else None
+            owner = next(above for above in walk_up(today) if above in self.modules)
+            known_by, known_names = PLACES.get(self.modules[owner], NOWHERE)
+            is_another = not any(is_below(name, known) for known in known_names)
+            if known_by is other and is_another:
+                return None  # another module has this name now
+            return join(above, today)
 
-        state = memory.state.renamed(lambda name: name if find_name(memory, name) is None else None)
+        state = memory.state.renamed(partial(rename, memory))
         for other in self.memories:
-            state = state.joined(other.state.renamed(partial(find_name, other)))
+            if other is not memory:
+                state = state.joined(other.state.renamed(partial(rename, other)))
         layers = self.find_layers()
         for layer in layers:
             layer_state = layer.disha.state(type(layer))
@@ -323,7 +336,7 @@ class ModelView:
                 members = [layer.disha for layer in layers if layer.disha.group is group]
                 group.split_off(members, parent=memory.group)
         PLACES.update(places)
-        self.__dict__.pop("_names_today", None)
+        self._forget_names()
         memory.state = state
         return memory
 
@@ -345,7 +358,9 @@ class ModelView:
                 for key, spec in memory.state.specs.items()
                 if key[0] not in adapters or self.find_today(memory, key[1]) is None
             }
-            memory.state = memory.state.but(specs=specs)
+            left = {adapter for adapter, _ in specs}
+            routing = {name: why for name, why in memory.state.routing.items() if name in left}
+            memory.state = memory.state.but(specs=specs, routing=routing)
 
     def forget_buffers(self) -> None:
         """Forget what the buffers of this part were before the first adapter."""
@@ -377,13 +392,16 @@ class ModelView:
                 if not inside or None not in names:
                     continue
                 outside = (spec.name, *spec.tied)[names.index(None)]
+                living = [name for adapters in list(memory.members) for name in adapters.names]
+                if not any(is_below(outside, name) for name in living):
+                    continue  # this is a copy of one side alone
                 raise AdapterStateError(
                     f"can't {action} here: {inside[0] or 'the weight'} is tied to {outside}, "
                     "which is outside this part of the model; pass the complete model"
                 )
 
     def list_lost_layers(self, adapter: str) -> list[str]:
-        """Return the names of the weights that the adapter was injected into and adapts no more.
+        """Return the names, at the injection, of the weights that the adapter adapts no more.
 
         Code of the user may put another module in the place of an adapted one, as the method
         `resize_token_embeddings` of transformers does. The block goes with the old module.

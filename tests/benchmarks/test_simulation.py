@@ -7,8 +7,8 @@ from torch._subclasses import FakeTensorMode
 
 import disha
 from benchmarks.fits import checked, simulated
-from benchmarks.simulation import step_memory
 from disha.effective import EffectiveWeight
+from disha.finetune.memory import step_memory
 
 
 @pytest.mark.parametrize(

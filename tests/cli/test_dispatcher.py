@@ -10,6 +10,7 @@ import warnings
 from pathlib import Path
 
 import pytest
+import torch
 
 import disha
 from disha.cli import COMMANDS
@@ -49,7 +50,7 @@ def test_help_of_every_command(run, name):
 )
 def test_an_unknown_command_names_the_one_that_is_meant(run, word, meant):
     done = run(word, "x")
-    hint = "" if meant is None else f"; did you mean {meant}?"
+    hint = "" if meant is None else f" (did you mean {meant}?)"
     assert (done.code, done.complaint) == (2, f"disha: {word!r} is not a command{hint}\n")
 
 
@@ -88,7 +89,8 @@ def test_flags_may_have_dashes_or_underscores():
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["--max_eror", "1"], "disha it does not take --max_eror; did you mean --max_error?"),
+        (["--max_eror", "1"], "disha it does not take --max_eror (did you mean --max_error?)"),
+        (["--abc", "1", "--xyz"], "disha it does not take --abc, --xyz"),
         (["--overwite=1"], "did you mean --overwrite?"),
         (["--xyz"], "disha it does not take --xyz"),
         (["--max_error", "many"], "--max_error: invalid float value: 'many'"),
@@ -153,6 +155,14 @@ def test_exit_code_by_what_went_wrong(run, command, error, cause, code):
     done = run("it")
     assert done.code == code
     assert done.complaint
+
+
+@pytest.mark.parametrize("fill", [lambda: torch.empty(2**45), lambda: bytes(2**55)])
+def test_too_little_memory_is_told_in_our_words(run, command, fill):
+    command(lambda words: fill())
+    done = run("it")
+    assert done.code == 1
+    assert done.complaint == ("disha: there is not enough memory for this adapter and its layers\n")
 
 
 def test_a_wrong_path_is_named_in_our_words(complaint, command):

@@ -140,33 +140,6 @@ def test_an_adapter_of_another_base_is_refused(asks, language_model, tmp_path):
     assert asks("--adapter", path, "--prompt", "a", "--force").code == 0
 
 
-@pytest.mark.parametrize(
-    ("given", "says"),
-    [
-        ((), "name the model with --base or --adapter"),
-        (("--base", "absent/model"), "absent/model"),
-        (("--base", "MODEL", "--bits", "7"), "--bits"),
-        (("--base", "MODEL", "--max_new_token", "x"), "max_new_tokens"),
-        (("--base", "MODEL", "--temprature", "1"), "did you mean --temperature?"),
-        (("--adapter", "absent.safetensors"), "absent.safetensors"),
-    ],
-)
-def test_bad_input(complaint, language_model, given, says):
-    words = [str(language_model / "model") if word == "MODEL" else word for word in given]
-    assert says in complaint("generate", "--prompt", "a", *words)
-
-
-@pytest.mark.parametrize(
-    ("given", "says"),
-    [
-        (("--tools", "absent.json"), "absent.json"),
-        (("--prompt", "b", ""), "a --prompt is empty"),
-    ],
-)
-def test_what_is_wrong_is_said_before_a_model_is_loaded(complaint, given, says):
-    assert says in complaint("generate", "--base", "absent/model", "--prompt", "a", *given)
-
-
 def test_answers_as_json(asks, language_model):
     base = language_model / "model"
     plain = asks("--base", base, "--prompt", "hello").out

@@ -48,6 +48,10 @@ MISTAKES = {
         ("--base MODEL --prompt a --max_new_tokens 2048", "give at most 20"),
         ("--base MODEL --prompt LONG", "shorten it"),
         ("--base FOLDER --prompt a", "can't load FOLDER"),
+        ("--base absent/model --prompt a", "absent/model"),
+        ("--base MODEL --prompt a --bits 7", "argument --bits: invalid choice: '7'"),
+        ("--base MODEL --prompt a --max_new_token x", "--max_new_tokens: must be a whole number"),
+        ("--base MODEL --prompt a --temprature 1", "did you mean --temperature?"),
         ("--base TEXT --prompt a", "can't load TEXT"),
     ],
     "evaluate": [

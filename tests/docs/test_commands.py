@@ -2,7 +2,7 @@
 
 from disha.cli import COMMANDS
 from disha.finetune import arguments
-from docs.commands import PAGE, page, parser_of
+from docs.commands import MIGRATING, PAGE, migrating, page, parser_of
 
 TEXT = PAGE.read_text(encoding="utf-8")
 
@@ -14,6 +14,13 @@ def flags_of(parser):
 
 def test_it_is_that_of_the_parsers():
     assert page() == TEXT, "run `python -m docs.commands`"
+
+
+def test_the_tables_of_names_are_those_of_the_parser():
+    text = MIGRATING.read_text(encoding="utf-8")
+    assert migrating(text) == text, "run `python -m docs.commands`"
+    assert "| `lora_r` | trl | `--method lora --r VALUE` |" in text
+    assert "| `micro_batch_size` | axolotl | `--per_device_train_batch_size VALUE` |" in text
 
 
 def test_it_has_every_flag_of_every_command():

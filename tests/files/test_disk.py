@@ -7,6 +7,7 @@ import os
 import resource
 import signal
 import stat
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -252,6 +253,32 @@ class TestSaved:
         assert value in range(1, 7)
         save_tensors(old, {"x": torch.zeros(3)}, {})
         assert_old(old)
+
+    def test_two_savers_of_what_belongs_together_do_not_mix(self, tmp_path, monkeypatch):
+        paths = [tmp_path / "first", tmp_path / "second"]
+        swap = disk._swap
+
+        def save_both(text):
+            save_together({path: lambda new: new.write_text(text) for path in paths})
+
+        def start_other(new, target):
+            swap(new, target)
+            monkeypatch.setattr(disk, "_swap", swap)
+            other.start()
+            other.join(0.2)
+            assert [path.read_text() for path in paths if path.exists()] == ["one"]
+
+        other = threading.Thread(target=save_both, args=["two"])
+        monkeypatch.setattr(disk, "_swap", start_other)
+        save_both("one")
+        other.join()
+        assert [path.read_text() for path in paths] == ["two", "two"]
+
+    def test_a_file_that_is_replaced_while_it_is_read(self, old):
+        tensors, _ = disk.read_tensors(old)
+        save_tensors(old, NEW, {})
+        assert torch.equal(tensors["x"], torch.zeros(3))
+        assert torch.equal(disk.read_tensors(old)[0]["x"], NEW["x"])
 
     def test_permissions(self, tmp_path):
         path, mask = tmp_path / "a.safetensors", os.umask(0o022)

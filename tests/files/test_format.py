@@ -324,7 +324,7 @@ BAD_HEADERS = {
     "fewer rows": (
         lambda h: first_layer(h).update(rows=[[0, 1]]), "it lists 1 row, but its output has 8"),
     "other name": (lambda h: first_layer(h).update(name="x"), "'x.bone_block' is missing"),
-    "no name": (lambda h: first_layer(h).update(name=5), "name must be a str, got 5"),
+    "no name": (lambda h: first_layer(h).update(name=5), "name must be a text, got 5"),
     "layout": (lambda h: first_layer(h).update(layout="in"), "unknown layout 'in'.*upgrade"),
     "rows": (lambda h: first_layer(h).update(rows=[[3, 1]]), "first < stop"),
     "beside without tensor": (lambda h: h["also_train"].append("x"), "'x' is missing"),

@@ -5,6 +5,7 @@ from torch import nn
 import disha
 from disha import ArgumentError
 from disha.finetune.arguments import SHOWN, parse_flags
+from disha.finetune.names import translate
 
 AUTHORS = """--base_model_name_or_path model --output_dir output/bone --bone_r 32 --init_weights bat
 --bits bf16 --data_path meta-math/MetaMathQA --dataset_split train[:100000]
@@ -14,10 +15,14 @@ AUTHORS = """--base_model_name_or_path model --output_dir output/bone --bone_r 3
 --report_to none"""
 
 
+def parse(words):
+    return parse_flags(translate(words)[0])
+
+
 def test_the_authors_command_line(monkeypatch):
     monkeypatch.setattr("disha.finetune.arguments.is_torch_tf32_available", lambda: False)
     with pytest.warns(match="--tf32 does nothing"):
-        adapter, data, training = parse_flags(AUTHORS.split())
+        adapter, data, training = parse(AUTHORS.split())
     assert (adapter.base, adapter.r, adapter.method, adapter.bits) == ("model", 32, "bat", "bf16")
     assert data.data == ["meta-math/MetaMathQA"]
     assert data.dataset_field == ["query", "response"]
@@ -40,7 +45,7 @@ def test_the_authors_command_line(monkeypatch):
     ],
 )
 def test_other_names_of_flags(words, name, value):
-    assert getattr(parse_flags(words.split())[2], name) == value
+    assert getattr(parse(words.split())[2], name) == value
 
 
 @pytest.mark.parametrize(
@@ -55,7 +60,7 @@ def test_a_flag_that_is_true_or_false_needs_no_value(name):
     ("groups", "method"), [("1", "bone"), ("3", "bone_groups3"), ("all", "bone_groups_all")]
 )
 def test_groups_of_shards(groups, method):
-    adapter, _, _ = parse_flags(["--groups", groups, "--method", "miss"])
+    adapter, _, _ = parse(["--groups", groups, "--method", "miss"])
     plan = disha.plan_adapters(nn.Sequential(nn.Linear(128, 128)), **adapter.settings())
     assert plan.config.method == method
 
@@ -64,35 +69,33 @@ def test_a_file_of_flags_and_the_command_line_wins(tmp_path):
     path = tmp_path / "run.yaml"
     flags = {"bone_r": 16, "data": ["a.json", "b.json"], "lr": 0.5, "bf16": False, "base": None}
     path.write_text(yaml.safe_dump(flags | {"exclude": [], "dataset_text_field": "body"}))
-    adapter, data, training = parse_flags(["--learning_rate", "0.1", "--config", str(path)])
+    adapter, data, training = parse(["--learning_rate", "0.1", "--config", str(path)])
     assert (adapter.r, data.data, training.learning_rate) == (16, ["a.json", "b.json"], 0.1)
     assert (adapter.base, adapter.exclude, data.dataset_field) == (None, [], ["body"])
-    assert parse_flags([f"--config={path}"])[0].r == 16
+    assert parse([f"--config={path}"])[0].r == 16
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("--learning_rat 1", "does not take --learning_rat; did you mean --learning_rate?"),
-        ("--zzzz", "disha finetune does not take --zzzz"),
         ("--bits 3", "invalid choice: '3'"),
-        ("--r many", "invalid int value: 'many'"),
-        ("--config", "--config: expected one argument"),
-        ("--trust_remote_code True", "does not take --trust_remote_code"),
+        ("--r many", "--r must be a number, got many"),
+        ("--r_out many", "invalid int value: 'many'"),
+        ("--config", "name the file of --config"),
         ("--lr_scheduler_type nope", "nope is not a valid SchedulerType"),
         ("--eval_fraction 0.5 --eval_split test", "leave one out"),
     ],
 )
 def test_wrong_flags_raise(words, message):
-    with pytest.raises(ArgumentError, match=message.replace("?", r"\?")):
-        parse_flags(words.split())
+    with pytest.raises(ArgumentError, match=message):
+        parse(words.split())
 
 
 @pytest.mark.parametrize("text", ["- 1", "r", ""])
 def test_a_file_that_holds_no_flags(tmp_path, text):
     (path := tmp_path / "run.yaml").write_text(text)
     with pytest.raises(ArgumentError, match=r"run\.yaml holds no flags"):
-        parse_flags(["--config", str(path)])
+        parse(["--config", str(path)])
 
 
 def test_rank_pattern():
@@ -109,7 +112,7 @@ def test_help(capsys, word, shows_all):
     assert end.value.code == 0
     shown = capsys.readouterr().out
     of_trl = [f"--{name}" for name in SHOWN]
-    for flag in ("--base, --base_model_name_or_path", "--r, --bone_r", *of_trl):
+    for flag in ("--base", "--r", *of_trl):
         assert f"  {flag}" in shown
     assert ("--neftune_noise_alpha" in shown) == shows_all
     assert "--learning-rate" not in shown

@@ -7,7 +7,7 @@ from torch import nn
 import disha
 from disha.finetune import arguments
 from disha.finetune.arguments import parse_flags
-from disha.finetune.choices import choose, describe
+from disha.finetune.choices import choose, choose_rate, describe
 
 PROCESSOR = ("cpu", True)
 RECENT = ("cuda", True)
@@ -28,7 +28,7 @@ OLD_APPLE = ("mps", False)
     ],
 )
 def test_a_device_sets_dtype_and_recomputation(device, bits, scales_losses, recomputes):
-    choices = choose(*device, None, {})
+    choices = choose(*device, {})
     assert choices["bits"].value == bits
     assert choices["fp16"].value == scales_losses
     assert choices["gradient_checkpointing"].value == recomputes
@@ -58,48 +58,50 @@ def plan_of(width, wide, depth, method):
 def test_the_layers_set_the_rate(width, wide, depth, rates):
     for method, rate in rates.items():
         plan = plan_of(width, wide, depth, method)
-        assert choose(*PROCESSOR, plan, {})["learning_rate"].value == rate
+        assert choose_rate(plan)["learning_rate"].value == rate
 
 
 @pytest.mark.parametrize("device", [PROCESSOR, RECENT, OLD, APPLE])
 @pytest.mark.parametrize("bits", ["fp32", "bf16", "fp16", "8", "4"])
 def test_flags_have_precedence(device, bits):
     given = {"bits": bits, "gradient_checkpointing": False, "learning_rate": 0.1, "fp16": False}
-    choices = choose(*device, plan_of(4096, 14336, 32, "bone"), given)
+    choices = choose(*device, given)
     assert {name: choice.value for name, choice in choices.items()} == {
         name: given[name] for name in choices
     }
 
 
 def test_autocast_to_bfloat16_leaves_losses_unscaled():
-    assert not choose(*OLD, None, {"bf16": True})["fp16"].value
+    assert not choose(*OLD, {"bf16": True})["fp16"].value
 
 
 @pytest.mark.parametrize(
-    ("device", "sizes", "line"),
+    ("device", "line"),
     [
         (
             PROCESSOR,
-            (576, 1536, 30, "bone"),
-            "on cpu: --bits fp32 (processors multiply float32 fastest), "
-            "--gradient_checkpointing false (a processor has more memory than time), "
-            "--learning_rate 0.00024 (for bone in 210 layers of up to 1,536 inputs)",
+            "--bits fp32 (processors multiply float32 fastest), "
+            "--gradient_checkpointing false (a processor has more memory than time)",
         ),
         (
             RECENT,
-            (4096, 14336, 32, "bone_groups_all"),
-            "on cuda: --bits bf16 (the device has bfloat16), "
-            "--gradient_checkpointing true (an accelerator has more time than memory), "
-            "--learning_rate 0.00094 (for bone_groups_all in 224 layers of up to 14,336 inputs)",
+            "--bits bf16 (the device has bfloat16), "
+            "--gradient_checkpointing true (an accelerator has more time than memory)",
         ),
     ],
 )
-def test_the_line_says_each_choice_as_its_flag_with_the_reason(device, sizes, line):
-    assert describe(device[0], choose(*device, plan_of(*sizes), {"bits": "auto"})) == line
+def test_the_line_says_each_choice_as_its_flag_with_the_reason(device, line):
+    assert describe(choose(*device, {"bits": "auto"})) == line
+
+
+def test_the_line_of_the_rate_says_for_which_layers_it_is():
+    assert describe(choose_rate(plan_of(4096, 14336, 32, "bone_groups_all"))) == (
+        "--learning_rate 0.00094 (for bone_groups_all in 224 layers of up to 14,336 inputs)"
+    )
 
 
 def test_the_line_says_what_was_given():
-    line = describe(PROCESSOR[0], choose(*PROCESSOR, None, {"learning_rate": 1e-3}))
+    line = describe(choose(*PROCESSOR, {"learning_rate": 1e-3}))
     assert line.endswith("--learning_rate 0.001 (as given)")
 
 
@@ -117,7 +119,7 @@ class TestParsed:
         assert adapter.bits == "fp32"
         chosen = (training.fp16, training.bf16, training.gradient_checkpointing)
         assert chosen == (False, False, False)
-        assert training.learning_rate == 3.5e-3
+        assert training.learning_rate is None  # until the layers are known
         assert training.optim == "adamw_torch_fused"
 
     def test_on_a_gpu(self, monkeypatch, tiny):
@@ -131,11 +133,7 @@ class TestParsed:
         assert (adapter.bits, training.fp16) == ("fp16", True)
 
     def test_a_flag_of_the_command_line(self, monkeypatch):
-        words = ["--bits", "fp32", "--gradient_checkpointing", "False", "--lr", "0.5"]
+        words = ["--bits", "fp32", "--gradient_checkpointing", "False", "--learning_rate", "0.5"]
         adapter, _, training = self.parse(monkeypatch, OLD, *words)
         assert (adapter.bits, training.fp16) == ("fp32", False)
         assert (training.gradient_checkpointing, training.learning_rate) == (False, 0.5)
-
-    def test_rank_is_another_name_of_r(self, monkeypatch):
-        adapter, *_ = self.parse(monkeypatch, PROCESSOR, "--rank", "16")
-        assert adapter.r == 16

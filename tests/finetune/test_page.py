@@ -50,6 +50,20 @@ def test_the_other_commands_are_no_others():
     assert {words[0] for words in commands()} == {"accelerate", "disha", "pip", "torchrun"}
 
 
+MIGRATING = PAGE.with_name("migrating.md")
+
+
+def test_the_commands_and_files_of_others_run(folder, capsys):
+    section = MIGRATING.read_text().split("\n## Commands and files of others\n")[1]
+    section = section.split("\n## ")[0]
+    for name, text in re.findall(r"^```yaml\n# (\S+)\n(.*?)^```", section, re.DOTALL | re.M):
+        Path(name).write_text(text)
+    lines = re.findall(r"^disha (finetune .*)$", section, re.MULTILINE)
+    assert len(lines) == 5
+    for line in lines:
+        assert main([*shlex.split(line), "--dry_run"]) == 0, (line, capsys.readouterr().err)
+
+
 # --- the tutorial: its base is an 8B model, and a tiny one stands in for it -----------------------
 
 TUTORIAL = PAGE.parent / "guides" / "tutorial.md"

@@ -105,8 +105,12 @@ def test_a_log_is_short_and_plain(helps_and_log):
     assert 0 < len(lines) <= 30
     assert all(line and line.isprintable() for line in lines)
     shown = losses_of(lines)
-    assert list(shown[0]) == ["step", "eval_loss"]
-    assert list(shown[1]) == ["step", "loss", "learning_rate"]
+    course = ["of", "elapsed", "left"]
+    assert list(shown[0]) == ["step", "eval_loss", *course]
+    assert list(shown[1]) == ["step", "loss", "learning_rate", *course]
+    assert [losses["of"] for losses in shown] == [2] * len(shown)
+    assert (shown[0]["left"], shown[-1]["left"]) == ("?", "00:00")
+    assert all(re.fullmatch(r"\d\d:\d\d", losses["elapsed"]) for losses in shown)
     assert {losses["step"] for losses in shown} == {0, 1, 2}
 
 
@@ -119,6 +123,7 @@ def test_a_terminal_has_one_bar(tiny, data, tmp_path):
     lines = screen(written)
     assert not any("it/s" in line for line in lines)
     assert {losses["step"] for losses in losses_of(lines)} == {0, 2, 4}
+    assert not any("left" in losses for losses in losses_of(lines))  # the bar has it
 
 
 @pytest.mark.parametrize("packing", [[], ["--packing"]])

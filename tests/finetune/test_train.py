@@ -1,5 +1,6 @@
 import importlib.metadata
 import json
+import re
 import shlex
 import shutil
 from contextlib import nullcontext
@@ -354,7 +355,7 @@ class TestCourse:
             (["--also_train", "norm"], "has also_train="),
             (["--rank_pattern", "v=4"], "has rank_pattern="),
             (["--dropout=0.5"], "has dropout=0.0"),
-            (["--bone_r", 64], "has r=8"),
+            (["--rank", 64], "has r=8"),
         ],
     )
     def test_what_an_adapter_sets_can_not_be_set(self, finetune, tiny, tmp_path, words, says):
@@ -434,9 +435,11 @@ class TestCourse:
         words = ["--base", str(tiny), "--data", str(data), "--r", "8", "--dry_run"]
         assert main([*words, "--num_train_epochs", "2", "--gradient_accumulation_steps", "5"]) == 0
         shown = capsys.readouterr().out
-        assert "model.layers.0.mlp.down_proj" in shown
+        fits = r"it needs .* GiB .*: program .*, base .*, activations .*\nit fits: cpu has .* GiB\n"
+        assert "model.layers.0-1.mlp.down_proj: 2 x 128 -> 64, bone, r = 8, 512 parameters" in shown
         assert "[[" in shown
-        assert shown.endswith("\n6 steps\n")
+        assert re.search(rf"\ntrainable 9,216 of .*, 6 steps\n{fits}$", shown)
+        assert len(shown.splitlines()) < 24
         assert not list(tmp_path.iterdir())
 
     def test_one_of_several_processes_shows_the_dry_run(self, tiny, data, capsys, monkeypatch):
@@ -444,6 +447,14 @@ class TestCourse:
         monkeypatch.setattr(TrainingArguments, "process_index", 1)
         assert main(["--base", str(tiny), "--data", str(data), "--r", "8", "--dry_run"]) == 0
         assert capsys.readouterr().out == ""
+
+    def test_a_dry_run_that_does_not_fit_says_what_to_change(self, tiny, data, capsys, monkeypatch):
+        monkeypatch.setattr("disha.finetune.preview.free_memory", lambda device: 2**20)
+        assert main(["--base", str(tiny), "--data", str(data), "--r", "8", "--dry_run"]) == 0
+        assert capsys.readouterr().out.splitlines()[-1] == (
+            "it does not fit: cpu has 0.00 GiB; try --gradient_checkpointing, a smaller "
+            "--per_device_train_batch_size or --max_length, --bits 4"
+        )
 
     @pytest.mark.parametrize("further", [False, True])
     def test_a_dry_run_reads_no_weight(self, further, authors, tiny, data, tmp_path):
@@ -535,9 +546,7 @@ def test_trl_is_left_as_it_was():
     assert vars(trl_utils) == before
 
 
-@pytest.mark.parametrize(
-    ("words", "flag"), [([], "--base"), (["--base", "model", "--lr", "0.1"], "--data")]
-)
+@pytest.mark.parametrize(("words", "flag"), [([], "--base"), (["--base", "model"], "--data")])
 def test_what_must_be_named(words, flag):
     with pytest.raises(ArgumentError, match=f"name .* with {flag}"):
         main(words)

@@ -110,6 +110,15 @@ def test_sft_keeps_the_adapter_only_and_resumes_bit_for_bit(tmp_path):
     assert not {name for name in names - FILES if "model" in name}
 
 
+def test_a_peft_config_beside_checkpoints_of_our_adapter_is_refused(tmp_path):
+    model = adapted()
+    config = peft.LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM")
+    settings = trl.SFTConfig(tmp_path, report_to=[], use_cpu=True)
+    given = {"peft_config": config, "callbacks": [AdapterCheckpoints(model)]}
+    with pytest.raises(disha.ArgumentError, match="a peft_config has added an adapter of PEFT"):
+        made(trl.SFTTrainer, model, settings, rows("text"), given)
+
+
 def test_a_peft_config_that_freezes_the_adapter_is_told(tmp_path):
     settings = trl.SFTConfig(tmp_path, max_steps=1, **SETTINGS)
     config = peft.LoraConfig(target_modules=["q_proj"])

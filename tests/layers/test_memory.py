@@ -251,3 +251,66 @@ def test_one_layer_of_an_encoder_takes_a_padded_batch():
         encoder.use_nested_tensor = False
         plain = encoder(x, src_key_padding_mask=mask)
     torch.testing.assert_close(nested, plain.masked_fill(mask.unsqueeze(-1), 0.0))
+
+
+class TestNames:
+    """The state knows a model by the names of its last change."""
+
+    def test_a_tie_over_the_edge_of_a_part_outlives_a_change_of_the_part(self):
+        model = nn.ModuleDict({"embed": nn.Embedding(6, 4), "dec": nn.ModuleDict()})
+        model.dec["head"] = nn.Linear(4, 6, bias=False)
+        model.dec["head"].weight = model.embed.weight
+        disha.inject_adapters(model, "embed|head", 2)
+        model.dec["extra"] = nn.Linear(4, 4)
+        disha.inject_adapters(model.dec, "extra", 2, adapter="b")
+        with pytest.raises(disha.AdapterStateError, match="pass the complete model"):
+            disha.merge_adapters(model.dec, "default")
+
+    def test_a_module_that_took_the_index_of_a_lost_one_keeps_its_flags(self):
+        layers = nn.ModuleList(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)) for _ in range(3))
+        layers[2][1].bias.requires_grad_(False)
+        model = disha.inject_adapters(nn.ModuleDict({"layers": layers}), r"\.0$", 2)
+        del model.layers[1]
+        disha.inject_adapters(model, r"\.0$", 2, adapter="b")
+        disha.remove_adapters(model)
+        assert [name for name, flag in flags(model).items() if not flag] == ["layers.1.1.bias"]
+
+    def test_copies_of_a_layer_in_one_list_are_all_unfrozen(self):
+        model = disha.inject_adapters(nn.ModuleList([nn.Sequential(nn.Linear(4, 4))]), "0.0", 2)
+        copies = nn.ModuleList(copy.deepcopy(model[0]) for _ in range(3))
+        assert all(flags(disha.remove_adapters(copies)).values())
+
+    def test_a_copy_of_one_side_of_a_tie_is_a_model_of_its_own(self):
+        model = disha.inject_adapters(Tied(), "embed|head", 2)
+        for layer in (copy.deepcopy(model.head), copy.deepcopy(model.embed)):
+            assert not isinstance(disha.remove_adapters(layer), disha.AdaptedLayer)
+
+    def test_two_adapters_of_a_tie_are_copied_once(self):
+        model = disha.inject_adapters(Tied(), "head", 2, adapter="a")
+        disha.inject_adapters(model, "head", 2, adapter="b")
+        copied = copy.deepcopy(model)
+        for name in "ab":
+            keys = disha.adapter_state_dict(copied, name).keys()
+            assert keys == disha.adapter_state_dict(model, name).keys()
+
+    def test_a_copied_side_of_a_tie_may_have_another_attribute(self):
+        class Head(nn.Module):
+            def __init__(self, kernel):
+                super().__init__()
+                self.kernel = kernel
+
+            def forward(self, x):
+                return x @ self.kernel.T
+
+        model = nn.ModuleDict({"embed": nn.Embedding(6, 4)})
+        model["head"] = Head(model.embed.weight)
+        perturb(disha.inject_adapters(model, "embed", 2))
+        x = torch.randn(3, 4)
+        assert torch.equal(copy.deepcopy(model["head"])(x), model["head"](x))
+
+    def test_a_model_that_was_unloaded_starts_anew(self):
+        model = disha.inject_adapters(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), "0", 2)
+        disha.merge_adapters(model, unload=True)
+        model[1].weight.requires_grad_(False)
+        disha.remove_adapters(disha.inject_adapters(model, "0", 2))
+        assert not model[1].weight.requires_grad

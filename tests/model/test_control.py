@@ -25,6 +25,18 @@ def two(model):
 
 
 class TestActive:
+    def test_2000_switches_leave_nothing_behind(self, two):
+        def switch(times):
+            for number in range(times):
+                disha.set_active_adapters(two, "ab"[number % 2])
+                with disha.adapters_disabled(two), disha.adapters_active(two, "a"):
+                    pass
+            gc.collect()
+            return len(gc.get_objects())
+
+        before = switch(20)
+        assert switch(2000) - before < 20
+
     def test_outputs_follow_the_active_adapters(self, two, tokens):
         outputs = {}
         for names in ((), ("a",), ("b",), ("a", "b")):
@@ -563,6 +575,14 @@ class TestStreams:
             assert list(stream("b")) == ["b"] * 3
             assert which() == "a"
 
+    def test_a_decorated_function_runs_inside_a_generator(self, model, which):
+        def outer():
+            with disha.adapters_active(model, "a"):
+                yield disha.adapters_active(model, "b")(which)()
+                yield from disha.adapters_active(model, "b")(lambda: (which() for _ in "12"))()
+
+        assert list(outer()) == ["b", "a", "a"]
+
     def test_a_checkpointed_layer_in_a_generator_is_computed_again_as_it_was(self, model):
         def losses():
             with disha.adapters_active(model, "a"):
@@ -571,3 +591,21 @@ class TestStreams:
                 yield x.grad
 
         assert all(gradient.any() for gradient in losses())
+
+
+class TestWhatCanBeRouted:
+    def test_an_adapter_whose_name_had_experts_before(self):
+        model = nn.ModuleDict({"experts": nn.Bilinear(4, 4, 4), "linear": nn.Linear(4, 4)})
+        disha.inject_adapters(model, "experts", 2)
+        disha.remove_adapters(model)
+        disha.inject_adapters(model, "linear", 2)
+        with disha.route_adapters(model, ["default"]):
+            model["linear"](torch.randn(1, 4))
+
+    def test_one_of_a_part_is_refused_for_what_is_beside_it(self):
+        model = nn.ModuleDict({"attention": nn.MultiheadAttention(4, 2), "mlp": nn.Linear(4, 4)})
+        disha.inject_adapters(model, "attention", 2, adapter="a")
+        disha.inject_adapters(model["mlp"], "", 2, adapter="b")
+        gc.collect()
+        with pytest.raises(ArgumentError, match="attention has batch_first=False"):
+            disha.route_adapters(model, ["b", "b"]).__enter__()

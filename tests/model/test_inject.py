@@ -327,7 +327,7 @@ class TestRefusals:
                 "there is no argument target_modules; write target_regex",
             ),
             ({"lora_alpha": 4}, "write scale, which is lora_alpha / r"),
-            ({"target": "head"}, "there is no argument target; write target_regex"),
+            ({"target": "head", "target_regex": "head"}, "unexpected keyword argument 'target'"),
             ({"target_regex": "head", "methods": "bat"}, "unexpected keyword argument 'methods'"),
             ({}, "missing 1 required positional argument: 'target_regex'"),
         ],
@@ -335,6 +335,11 @@ class TestRefusals:
     def test_words_of_peft_and_of_nobody(self, model, word, says):
         with pytest.raises(TypeError, match=says):
             disha.inject_adapters(model, r=2, **word)
+
+    def test_target_is_what_a_plan_and_the_command_call_it(self, model):
+        assert disha.plan_adapters(model, target="v_proj", r=2).config.target == "v_proj"
+        disha.inject_adapters(model, target="v_proj", r=2)
+        assert all("v_proj" in layer.name for layer in disha.summary(model).layers)
 
     def test_a_model_without_any_adaptable_layer(self):
         with pytest.raises(TargetError, match="no layer that can be adapted"):

@@ -194,6 +194,7 @@ def test_nothing_else_walks():
         ("model/computed_weights.py", "module.parametrizations.modules()"),
         ("model/computed_weights.py", "module.parametrizations[attribute].parameters()"),
         ("model/rates.py", "model.modules()"),
+        ("model/many.py", "model.named_modules()"),
         ("model/routing.py", "module.modules()"),
         ("model/view.py", "module.modules()"),
         ("layers/state_dicts.py", "model.named_modules()"),

@@ -264,7 +264,7 @@ def test_nothing_of_the_inputs_size_is_kept(device):
 def test_the_simulated_memory_of_a_step_is_that_of_the_allocator(device):
     pytest.importorskip("bitsandbytes")
     from benchmarks.memory import allocated_peak
-    from benchmarks.simulation import step_memory
+    from disha.finetune.memory import step_memory
 
     if device.type not in ("cpu", "cuda"):
         pytest.skip("its allocator keeps no peak")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import cache, partial
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from disha.checks import TRAINABLE_DTYPES
-from disha.errors import AdapterFileError, ConversionError
+from disha.errors import AdapterFileError, AdapterIOError, ConversionError
 from disha.files import AdapterContents, AdapterFile, file_at, find_adapter
 from disha.files.contents import read_contents
 from disha.files.disk import PathLike
@@ -87,9 +88,12 @@ def read_adapter(path: PathLike, base: Checkpoint | None) -> AdapterFile:
 def find_noted_base(folder: Path) -> Checkpoint | None:
     """Return the checkpoint that a folder of PEFT names, if it is on this disk."""
     name = read_config(folder).get("base_model_name_or_path")
-    if not isinstance(name, str) or not Path(name).is_dir():
+    if not isinstance(name, str) or not os.path.isdir(name):
         return None
-    return open_checkpoint(name)
+    try:
+        return open_checkpoint(name)
+    except AdapterIOError as error:
+        raise AdapterIOError(f"{folder} notes its base, and {error}") from error
 
 
 def what_is_known_of(checkpoint: Checkpoint | None) -> Base:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from disha.errors import AdapterIOError
+from disha.errors import AdapterFileError, AdapterIOError
 from disha.files.disk import PathLike, check_path, open_tensors, read_json
 from disha.interop.experts import (
     DOWN,
@@ -23,6 +23,7 @@ from disha.interop.experts import (
     replace_part,
 )
 from disha.layers.fingerprints import fingerprint
+from disha.text import brief
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -115,13 +116,24 @@ def open_checkpoint(path: PathLike) -> Checkpoint:
     elif single.is_file():
         files = _names_in(single)
     elif index.is_file():
-        shards = read_json(index).get("weight_map", {})
-        files = {name: path / shard for name, shard in shards.items()}
+        files = {name: path / shard for name, shard in _shards_in(index).items()}
     else:
         raise AdapterIOError(
             f"{path} holds neither {SINGLE} nor {INDEX}; name a checkpoint of safetensors"
         )
     return Checkpoint(path, files, _find_stacks(files))
+
+
+def _shards_in(index: Path) -> dict[str, str]:
+    """Return the name of each tensor -> the name of its file, which must be in the folder too."""
+    shards = read_json(index).get("weight_map", {})
+    names = shards.values() if isinstance(shards, dict) else [None]
+    for name in names:
+        if not isinstance(name, str) or Path(name).is_absolute() or ".." in Path(name).parts:
+            raise AdapterFileError(
+                f"{index} has {brief(name)} where the name of a file should be; get it again"
+            )
+    return dict(shards)
 
 
 def _names_in(file: Path) -> dict[str, Path]:
