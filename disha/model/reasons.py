@@ -128,9 +128,9 @@ def reason_against_size(view: ModelView, spec: BlockSpec) -> str | None:
         if update_of_part(update, spec.layout, spec.shape, part) is None:
             ends = " and ".join(f"{first}:{stop}" for first, stop in part)
             return (
-                f"its weight is a DTensor placed as {split.placements}, and a {spec.method!r} block "
-                f"of r={spec.r} can't be cut at the edges of a rank's part ({ends}); choose an r "
-                "that divides these, or another method"
+                f"its weight is a DTensor placed as {split.placements}, and a {spec.method!r} "
+                f"block of r={spec.r} can't be cut at the edges of a rank's part ({ends}); choose "
+                "an r that divides these, or another method"
             )
     return None
 

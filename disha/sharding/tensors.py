@@ -86,15 +86,20 @@ def write(parameter: Tensor, values: Tensor, undo: ExitStack | None = None) -> N
 def is_in_chunks(tensor: Any) -> bool:
     """Whether `local_ranges` can tell the shards: not of a weight that is packed, such as qkv."""
     for placement in tensor.placements:
-        kind = type(placement).__name__
-        if kind not in ("Shard", "Replicate", "_StridedShard"):
-            return False
-        if kind == "_StridedShard" and placement.split_factor != _chunks(tensor, placement.dim):
+        if _cuts_chunks(placement):
+            if placement.split_factor != _count_chunks(tensor, placement.dim):
+                return False
+        elif type(placement).__name__ not in ("Shard", "Replicate"):
             return False
     return True
 
 
-def _chunks(tensor: Any, dim: int) -> int:
+def _cuts_chunks(placement: Any) -> bool:
+    """Whether FSDP cuts with this what a tensor-parallel plan has left to a rank."""
+    return hasattr(placement, "split_factor")
+
+
+def _count_chunks(tensor: Any, dim: int) -> int:
     """Return into how many chunks a tensor is cut along a dimension before FSDP cuts each."""
     return prod(
         tensor.device_mesh.size(mesh_dim)
@@ -112,10 +117,9 @@ def local_ranges(tensor: Any, coordinates: Sequence[int] | None = None) -> list[
     if coordinates is None:
         coordinates = mesh.get_coordinate()
     ranges = [(0, size) for size in tensor.shape]
-    # FSDP cuts what a tensor-parallel plan has left to a rank, and calls that a _StridedShard.
-    for kind in ("Shard", "_StridedShard"):
+    for cuts_chunks in (False, True):  # these come last
         for mesh_dim, (coordinate, placement) in enumerate(zip(coordinates, tensor.placements)):
-            if type(placement).__name__ == kind:
+            if hasattr(placement, "dim") and _cuts_chunks(placement) == cuts_chunks:
                 start, stop = ranges[placement.dim]
                 chunk = -(-(stop - start) // mesh.size(mesh_dim))  # the last ones may be smaller
                 first = min(start + coordinate * chunk, stop)
