@@ -24,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from disha.layers import weights
 from disha.layers.adapted import AdaptedLayer
 from disha.layers.blocks import AdapterBlock
+from disha.sharding.tensors import write
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # nothing is downloaded, and no test waits for an answer
 os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # more would start a process that imports torch
@@ -152,7 +153,7 @@ def perturb(model: nn.Module, seed: int = 0, size: float = 0.3) -> nn.Module:
                     block = one.block
                     dtype = block.dtype if block.is_complex() else torch.float32
                     values = torch.randn(block.shape, generator=generator, dtype=dtype)
-                    block.copy_(values * size)
+                    write(block, values * size)
     return model
 
 

@@ -40,6 +40,7 @@ from disha.private_torch import (
     tree_leaves,
     written_arguments,
 )
+from disha.sharding.tensors import is_sharded
 
 
 class EffectiveWeight(Tensor):
@@ -151,6 +152,32 @@ class AbsentWeight(EffectiveWeight):
         )
 
 
+class ShardedWeight(EffectiveWeight):
+    """The effective weight of a DTensor: what asks for a DTensor takes it for one.
+
+    It is an alias of this rank's part, because an alias of a DTensor would be a DTensor.
+    """
+
+    updates: Any  # SplitUpdates
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> Any:
+        """The class that `isinstance` sees."""
+        return type(self.base)
+
+    def to_local(self, **placements: Any) -> Tensor:
+        """Return the effective weight of this rank's part."""
+        return self.updates.effective_part(self.base, self.weight_layout)
+
+    def full_tensor(self, **options: Any) -> Tensor:
+        """Return the computed weight with all of its values."""
+        return compute(self).full_tensor(**options)  # type: ignore[attr-defined]
+
+    def redistribute(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Return the computed weight in other placements."""
+        return compute(self).redistribute(*args, **kwargs)  # type: ignore[attr-defined]
+
+
 # An effective weight can't be the input of a graph, so dynamo must not start one in this function.
 start_no_graph(vars(EffectiveWeight)["__torch_function__"].__func__)
 
@@ -159,9 +186,12 @@ def make_effective(base: Tensor, layout: Layout, updates: Updates) -> EffectiveW
     """Return the effective weight of W: an alias, which shares W's memory and graph."""
     compiling = is_compiling()
     cls = TracedWeight if compiling else EffectiveWeight
+    weight: Any
     if type(base) is FakeTensor:
         with as_it_is():  # else the alias would be a FakeTensor
             weight = base.as_subclass(cls)
+    elif is_sharded(base):
+        weight = base.to_local().as_subclass(cls if compiling else ShardedWeight)
     else:
         weight = base.as_subclass(cls)
     if compiling:

@@ -50,6 +50,11 @@ class Updates:
         """The block of each update."""
         return [update.block for update in self.all_updates]
 
+    @property
+    def drops_inputs(self) -> bool:
+        """Whether an update has dropout now."""
+        return any(update.dropout for update in self.all_updates)
+
     def shared_for_input(self, x: Tensor, shape: Sequence[int]) -> tuple[Update, ...] | None:
         """Return the updates that all samples of an input have, or None if samples differ."""
         return self.all_updates
@@ -69,7 +74,7 @@ class Updates:
 
     def compute_weight(self, weight: Tensor, layout: Layout) -> Tensor:
         """Return W + sum of s dW."""
-        if any(update.dropout for update in self.all_updates):
+        if self.drops_inputs:
             raise ModeError(
                 "the adapter's dropout can't act here: it drops inputs, and this operation needs a "
                 "computed weight; use dropout=0, or exclude the weight"
@@ -124,6 +129,11 @@ class WithNewRows(Updates):
     def blocks(self) -> list[Tensor]:
         """The blocks of the updates, and those of the new rows."""
         return self.updates.blocks + [rows.block for rows in self._list_rows()]
+
+    @property
+    def drops_inputs(self) -> bool:
+        """Whether an update has dropout now."""
+        return self.updates.drops_inputs
 
     def map(self, change: Change, change_rows: ChangeRows) -> Updates | None:
         """Return the updates of a view, or None if a block can't be cut there."""

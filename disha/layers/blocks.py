@@ -20,6 +20,7 @@ from disha.layers import compiled
 from disha.layers.spec import BlockSpec
 from disha.private_torch import gives_empty_memory
 from disha.sharding.tensor_parallel import Split
+from disha.sharding.tensors import write
 from disha.sharding.zero import gathered_parameter, restart_trace, whole_shape
 
 SCALE = "scale"
@@ -170,8 +171,11 @@ class AdapterBlock(nn.Module):
         """Set the block as `init` in the configuration says."""
         if self.block.is_meta:
             return  # it has no values
-        with gathered_parameter(self.block, writes=True):
-            values = self.block.detach()
+        block = self.block
+        with gathered_parameter(block, writes=True):
+            values = block.detach()
+            if self.split is not None:  # the start of each number may depend on all of them
+                values = torch.empty(block.shape, device=block.device, dtype=block.dtype)
             layout = self.spec.layout
             if self.config.init == "zeros":
                 matrix = self.method.matrix_block(layout, values)
@@ -183,6 +187,7 @@ class AdapterBlock(nn.Module):
             # Ranks that share a block start with the same values, also if their seeds differ.
             if self.split is not None:
                 self.split.broadcast_from_first_rank(values)
+                write(block, values)
 
     def reconfigure(self, config: AdapterConfig) -> None:
         """Take another configuration with the same shapes, but keep the scale."""

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from disha.effective.contexts import OPEN_CONTEXTS, Override
-from disha.effective.tensor_parallel import make_effective_part
-from disha.effective.weight import EffectiveWeight, compute, make_absent, make_effective
+from disha.effective.tensor_parallel import SplitUpdates, effective_part
+from disha.effective.weight import EffectiveWeight, make_absent, make_effective
 from disha.errors import ArgumentError, ModeError
 from disha.functional import adapted_linear
 from disha.functional.shard_sums import PLAIN
@@ -129,7 +129,7 @@ def _unusual_weight(
 
     - on the meta device, with its blocks: an effective weight of meta tensors
     - on the meta device without its blocks, or partitioned by ZeRO-3: an absent weight
-    - a DTensor: the computed weight, a DTensor too
+    - a DTensor: an effective weight, whose products are those of each rank's part
     - the local tensor of one: the effective weight of this rank's part
     - a tensor of another class: the computed weight
     """
@@ -146,19 +146,25 @@ def _unusual_weight(
         return make_absent(base, layout)
     updates = adapters.updates(name, override, compiling)
     if split is not None:
-        if any(not is_sharded(block.block) and block.split != split for block in blocks):
+        if not all(is_sharded(block.block) for block in blocks):
             raise ModeError(
                 "an adapter can't act: its weight is a DTensor, but its block is not, because the "
                 "model was sharded after the adapter was injected (for example by "
                 "parallelize_module); inject after parallelize_module, wrap it with fully_shard "
                 "instead, or merge the adapter first"
             )
-        return split.make_whole(
-            compute(make_effective_part(base.to_local(), split, layout, updates))
-        )
+        if not all(split.reads(block.block, block.split) for block in blocks):
+            raise ModeError(
+                "an adapter can't act: FSDP holds a shard of its weight; call module.unshard() "
+                "before reading a weight outside a forward"
+            )
+        of_split = SplitUpdates(updates)
+        if compiling and layout.experts_first:  # dynamo would not find the methods of a DTensor
+            return of_split.compute_weight(base, layout)
+        return make_effective(base, layout, of_split)
     if type(base) in PLAIN:
         # In some forwards, transformers replaces DTensors by their local tensors.
-        return make_effective_part(base, blocks[0].split, layout, updates)  # type: ignore[arg-type]
+        return effective_part(base, blocks[0].split, layout, updates)  # type: ignore[arg-type]
     return updates.compute_weight(base, layout)  # a tensor of another class
 
 

@@ -22,9 +22,11 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
-from disha.functional import merged_weight
+from disha.effective.tensor_parallel import SplitUpdates
+from disha.functional import Update
 from disha.functional.new_rows import NewRows
 from disha.functional.shard_sums import is_inexact, merge_dtype
+from disha.functional.weight_updates import Updates, WithNewRows
 from disha.layers import bitsandbytes, quantized
 from disha.layers.adapters import Adapters, original_class
 from disha.layers.blocks import AdapterBlock
@@ -207,23 +209,31 @@ def delta_of(layer: nn.Module, block: AdapterBlock) -> Tensor:
     return block.method.delta_weight(spec.layout, block.block, base, spec.outputs)
 
 
-def sum_with_updates(layer: Any, spec: BlockSpec, adapters: Iterable[str]) -> Tensor:
-    """Return W + sum of s * dW of these adapters, with their new rows. Collective if sharded."""
-    base = gather(base_of(layer, spec))
-    deltas = []
+def sum_with_updates(
+    layer: Any, spec: BlockSpec, adapters: Iterable[str], in_parts: bool = False
+) -> Tensor:
+    """Return W + sum of s * dW of these adapters, with their new rows. Collective if sharded.
+
+    With `in_parts`, W is a DTensor of a tensor-parallel plan, and so is the result: each rank
+    computes its part, alone.
+    """
+    base = base_of(layer, spec)
+    layout = spec.layout
+    updates = []
     new_rows = []
     for block in layer.disha.blocks_for(spec.parameter, adapters):
-        values, ranges = gather(block.block), block.spec.outputs
+        values, ranges = block.block if in_parts else gather(block.block), block.spec.outputs
         if block.is_new_rows:
             new_rows.append(NewRows(values, ranges))
         else:
-            # Its layout is not that of the spec, if new rows gave this one.
-            delta = block.method.delta_weight(block.spec.layout, values, base, ranges)
-            deltas.append((delta, block.scale))
-    merged = merged_weight(base, deltas)
-    for rows in new_rows:
-        merged = rows.write_weight(merged)
-    return merged
+            layout = block.spec.layout  # that of the spec may be one of new rows
+            updates.append(Update(block.method, values, block.scale, output_ranges=ranges))
+    effective: Updates = Updates(tuple(updates))
+    if new_rows:
+        effective = WithNewRows(effective, {None: new_rows})
+    if in_parts:
+        return SplitUpdates(effective).compute_weight(base, layout)
+    return effective.compute_weight(gather(base), layout)
 
 
 def count_values(parameter: Tensor, module: nn.Module | None = None) -> int:

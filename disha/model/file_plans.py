@@ -46,7 +46,7 @@ def plan_weights(
             continue
         spec = _describe_as_in_file(view, weights[in_file.name], in_file, config)
         spec = spec.but(adapter=adapter)
-        reason = reason_against_file(view, spec, in_file, tensors[in_file.key], config.dropout)
+        reason = reason_against_file(view, spec, in_file, tensors[in_file.key])
         if reason is None:
             planned.append(spec)
         else:

@@ -308,7 +308,7 @@ def _describe(
         if reason is not None:
             skipped.append(candidate.skip(reason))
             continue
-        reason = reason_against_size(view, spec, config.dropout)
+        reason = reason_against_size(view, spec)
         if reason is None:
             layers.append(spec)
         else:
@@ -398,7 +398,7 @@ def apply_plan(
     borrowed = defaultdict[nn.Module, list[tuple[str, AdapterBlock]]](list)
     for spec in plan.layers:
         module = view.modules[spec.module]
-        block = make_block(module, spec, plan.config, values.get(spec.key))
+        block = make_block(module, spec, plan.config, values.get(spec.key), view.ranks.mesh)
         if block.split is None and not block.block.is_meta:
             # Weights that a tensor-parallel plan leaves whole have ranks too.
             broadcast(block.block, view.ranks.groups)

@@ -28,6 +28,9 @@ from disha.model.control import check_names
 from disha.model.removal import check_removable, take_out
 from disha.model.state import is_finite_as
 from disha.model.view import ModelView, all_or_nothing
+from disha.sharding.tensor_parallel import split_of
+from disha.sharding.tensors import is_sharded, local_part, write
+from disha.sharding.zero import is_partitioned
 from disha.text import join
 
 M = TypeVar("M", bound=nn.Module)
@@ -144,6 +147,19 @@ def merge(
         )
     view.refuse_half_of_ties("merge adapters")
     refuse_sharded(view, "merge adapters")
+    with view.ranks.fail_together("merge adapters"):
+        _merge_together(view, undo, adapter, untie, dense, only)
+
+
+def _merge_together(
+    view: ModelView,
+    undo: ExitStack,
+    adapter: str | Sequence[str] | None,
+    untie: bool,
+    dense: bool,
+    only: Container[nn.Module] | None,
+) -> None:
+    """Merge adapters; ranks do so alone, each its part."""
     # Inference mode is off, because tensors that are made in it can never be trained.
     with torch.inference_mode(False), torch.no_grad():
         chosen = _choose(view, adapter)
@@ -198,7 +214,9 @@ def _replace(module: nn.Module, name: str, new: Tensor, undo: ExitStack) -> None
     """
     now = module._parameters[name]
     assert now is not None
-    if isinstance(new, nn.Parameter):
+    if is_sharded(now) and not isinstance(new, nn.Parameter):
+        write(now, new, undo)
+    elif isinstance(new, nn.Parameter):
         undo.callback(module._parameters.__setitem__, name, now)
         module._parameters[name] = new
     else:
@@ -261,6 +279,19 @@ def unmerge_adapters(model: nn.Module) -> None:
         return
     view.refuse_half_of_ties("unmerge adapters")
     refuse_sharded(view, "unmerge adapters")
+    with view.ranks.fail_together("unmerge adapters"):
+        _refuse_changed(view, originals)
+    with all_or_nothing(view) as undo:
+        for layer, of_layer in originals.items():
+            for parameter, original in of_layer.items():
+                _replace(layer, parameter, _get_original(layer, parameter, original), undo)
+        _set_merged(view, dict.fromkeys(originals), undo)
+
+
+def _refuse_changed(
+    view: ModelView, originals: Mapping[AdaptedLayer, Mapping[str, Original]]
+) -> None:
+    """Raise if a merged weight is no longer what merging wrote."""
     for layer, of_layer in originals.items():
         for parameter, original in of_layer.items():
             change = _change_since_merging(layer, parameter, original)
@@ -271,11 +302,6 @@ def unmerge_adapters(model: nn.Module) -> None:
                     "undo that; undo it first, or load the base again. To keep such a change, "
                     "merge with unload=True before you make it"
                 )
-    with all_or_nothing(view) as undo:
-        for layer, of_layer in originals.items():
-            for parameter, original in of_layer.items():
-                _replace(layer, parameter, _get_original(layer, parameter, original), undo)
-        _set_merged(view, dict.fromkeys(originals), undo)
 
 
 def _change_since_merging(layer: AdaptedLayer, parameter: str, original: Original) -> str | None:
@@ -289,15 +315,29 @@ def _change_since_merging(layer: AdaptedLayer, parameter: str, original: Origina
         return None  # the values are on another device
     if getattr(layer, "max_norm", None) is not None:
         return None  # the forward of an embedding scales rows of whatever its weight is
-    return "changed" if has_changed(now, original.written) else None
+    return "changed" if has_changed(local_part(now), original.written) else None
 
 
 def refuse_sharded(view: ModelView, action: str) -> None:
-    if view.is_sharded:
+    if view.is_sharded and not _is_only_parallel(view):
         raise MergeError(
             f"can't {action} in a model with sharded parameters; save the adapter on all ranks "
             "(save_adapter), and merge it into the plain model"
         )
+
+
+def _is_only_parallel(view: ModelView) -> bool:
+    """Whether all that is sharded are weights that a plan had cut before they were adapted."""
+    if any(wrapper.shards for _, wrapper in view.wrappers):
+        return False
+    if any(map(is_partitioned, view.list_parameters())):
+        return False
+    for layer in view.find_layers():
+        for block in layer.disha.blocks_by_name().values():
+            split = split_of(stored_weight(layer, block.spec.parameter))
+            if split is not None and not split.reads(block.block, block.split):
+                return False
+    return True
 
 
 def _choose(
@@ -359,7 +399,7 @@ def _compute_merged(
     parameter = layer._parameters[spec.parameter]
     assert parameter is not None
     with without_autocast(parameter):
-        merged = sum_with_updates(layer, spec, adapters)
+        merged = sum_with_updates(layer, spec, adapters, in_parts=is_sharded(parameter))
     if not is_finite_as(merged, merge_dtype(merged.dtype)):  # in 8 bits, torch can't tell
         raise MergeError(
             f"merging {', '.join(map(repr, adapters))} into {name} gives values that are not "
@@ -369,12 +409,13 @@ def _compute_merged(
         with torch.inference_mode():
             merged = merged.clone()
     was_quantized = quantization_of(layer, parameter) is not None
-    written = checksums(merged)
+    written = checksums(local_part(merged))
     if unties or was_quantized:
         new = nn.Parameter(merged, requires_grad=parameter.requires_grad)
         return Original(parameter, was_quantized, written), new
-    # The parameter stays the same object, and gets other data.
-    return Original(parameter.data, was_quantized, written), merged
+    # The parameter stays the same object, and gets other data: a DTensor in its own memory.
+    former = parameter.data.clone() if is_sharded(parameter) else parameter.data
+    return Original(former, was_quantized, written), merged
 
 
 def _get_original(layer: AdaptedLayer, name: str, original: Original) -> Tensor:

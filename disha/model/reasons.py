@@ -114,31 +114,29 @@ def _reasons_against_dense(weight: Any, spec: BlockSpec) -> Iterator[str]:
         yield reason
 
 
-def reason_against_size(view: ModelView, spec: BlockSpec, dropout: float) -> str | None:
-    """Return why the weight can't have a block of this size, or with dropout."""
+def reason_against_size(view: ModelView, spec: BlockSpec) -> str | None:
+    """Return why the weight can't have a block of this size."""
     reason = spec.reason_against_r()
     if reason is not None or spec.quantized or spec.is_new_rows:
         return reason
     split = split_of(read_weight(view.modules[spec.module], spec.parameter))
     if split is None:
         return None
-    placed = f"its weight is a DTensor placed as {split.placements}"
-    if dropout:
-        return f"{placed}, and each rank would drop different inputs of it; use dropout=0"
     block = torch.empty(spec.block_shape, device="meta")
     update = Update(spec.method_of_block, block, output_ranges=spec.outputs)
     for part in split.parts:
         if update_of_part(update, spec.layout, spec.shape, part) is None:
             ends = " and ".join(f"{first}:{stop}" for first, stop in part)
             return (
-                f"{placed}, and a {spec.method!r} block of r={spec.r} can't be cut at the edges "
-                f"of a rank's part ({ends}); choose an r that divides these, or another method"
+                f"its weight is a DTensor placed as {split.placements}, and a {spec.method!r} "
+                f"block of r={spec.r} can't be cut at the edges of a rank's part ({ends}); choose "
+                "an r that divides these, or another method"
             )
     return None
 
 
 def reason_against_file(
-    view: ModelView, spec: BlockSpec, in_file: BlockSpec, values: Tensor, dropout: float
+    view: ModelView, spec: BlockSpec, in_file: BlockSpec, values: Tensor
 ) -> str | None:
     """Return why a weight of the model can't have the block that a file describes."""
     reason = in_file.reason_against_block(values.shape)
@@ -158,7 +156,7 @@ def reason_against_file(
     reason = in_file.reason_against_shape(spec.shape)
     if reason is not None:
         return reason
-    return reason_against_size(view, spec, dropout)
+    return reason_against_size(view, spec)
 
 
 # --- against training a parameter or a buffer ----------------------------------------------------

@@ -27,14 +27,39 @@ def broadcast(tensor: Tensor, groups: Iterable[Any]) -> None:
         torch.distributed.broadcast(tensor.detach(), source, group=group)
 
 
+@contextmanager
+def random_numbers_by_input(
+    mesh: Any, placements: Sequence[Any], device: torch.device
+) -> Iterator[None]:
+    """Run the body with the same random numbers on ranks of a mesh that hold the same inputs.
+
+    Those that hold other inputs get other numbers. Collective if any ranks hold the same ones.
+    Checkpointing runs it again with the same numbers: they follow from torch's generator.
+    """
+    seed = torch.randint(2**62, ()).to(mesh.device_type)
+    groups = [mesh.get_group(dim) for dim in range(mesh.ndim)]
+    broadcast(seed, [group for group, own in zip(groups, placements) if own.is_replicate()])
+    others = [
+        torch.distributed.get_rank(group)
+        for group, own in zip(groups, placements)
+        if not own.is_replicate()
+    ]
+    devices = [] if device.type == "cpu" else [device]
+    with torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"):
+        torch.manual_seed(hash((int(seed), *others)))
+        yield
+
+
 class Ranks:
     """The ranks that hold the shards of a model; only this process if the model is not sharded."""
 
     def __init__(self, parameters: Sequence[Tensor]) -> None:
         groups = []
+        self.mesh: Any = None  # of the first DTensor
         for parameter in parameters:
             if is_sharded(parameter):
                 mesh = parameter.device_mesh
+                self.mesh = self.mesh or mesh
                 groups += [mesh.get_group(dim) for dim in range(mesh.ndim)]
             if is_partitioned(parameter):
                 groups.append(parameter.ds_process_group)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
+from math import prod
 from typing import Any, TypeGuard
 
 from torch import Tensor, nn
@@ -83,9 +84,28 @@ def write(parameter: Tensor, values: Tensor, undo: ExitStack | None = None) -> N
 
 
 def is_in_chunks(tensor: Any) -> bool:
-    """Whether `local_ranges` can tell the shards: not if FSDP shards a tensor-parallel weight."""
-    kinds = {type(placement).__name__ for placement in tensor.placements}
-    return kinds <= {"Shard", "Replicate"}
+    """Whether `local_ranges` can tell the shards: not of a weight that is packed, such as qkv."""
+    for placement in tensor.placements:
+        if _cuts_chunks(placement):
+            if placement.split_factor != _count_chunks(tensor, placement.dim):
+                return False
+        elif type(placement).__name__ not in ("Shard", "Replicate"):
+            return False
+    return True
+
+
+def _cuts_chunks(placement: Any) -> bool:
+    """Whether FSDP cuts with this what a tensor-parallel plan has left to a rank."""
+    return hasattr(placement, "split_factor")
+
+
+def _count_chunks(tensor: Any, dim: int) -> int:
+    """Return into how many chunks a tensor is cut along a dimension before FSDP cuts each."""
+    return prod(
+        tensor.device_mesh.size(mesh_dim)
+        for mesh_dim, placement in enumerate(tensor.placements)
+        if type(placement).__name__ == "Shard" and placement.dim == dim
+    )
 
 
 def local_ranges(tensor: Any, coordinates: Sequence[int] | None = None) -> list[tuple[int, int]]:
@@ -97,10 +117,11 @@ def local_ranges(tensor: Any, coordinates: Sequence[int] | None = None) -> list[
     if coordinates is None:
         coordinates = mesh.get_coordinate()
     ranges = [(0, size) for size in tensor.shape]
-    for mesh_dim, (coordinate, placement) in enumerate(zip(coordinates, tensor.placements)):
-        if placement.is_shard():
-            start, stop = ranges[placement.dim]
-            chunk = -(-(stop - start) // mesh.size(mesh_dim))  # the last chunks may be smaller
-            first = min(start + coordinate * chunk, stop)
-            ranges[placement.dim] = (first, min(first + chunk, stop))
+    for cuts_chunks in (False, True):  # these come last
+        for mesh_dim, (coordinate, placement) in enumerate(zip(coordinates, tensor.placements)):
+            if hasattr(placement, "dim") and _cuts_chunks(placement) == cuts_chunks:
+                start, stop = ranges[placement.dim]
+                chunk = -(-(stop - start) // mesh.size(mesh_dim))  # the last ones may be smaller
+                first = min(start + coordinate * chunk, stop)
+                ranges[placement.dim] = (first, min(first + chunk, stop))
     return ranges

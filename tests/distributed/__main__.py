@@ -22,14 +22,15 @@ from tests.distributed.harness import run_checks
 from tests.processes import RANKS
 
 
-def run_on_ranks(run: Callable[..., None], *arguments: Any) -> bool:
+def run_on_ranks(run: Callable[..., None], *arguments: Any, count: int = RANKS) -> bool:
     """Call a function on each rank, wait for all, and return whether all have ended well."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(RANKS)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(count)}
+    os.environ["LOCAL_WORLD_SIZE"] = str(count)
     fork = multiprocessing.get_context("fork")
-    ranks = [fork.Process(target=as_rank, args=(rank, run, arguments)) for rank in range(RANKS)]
+    ranks = [fork.Process(target=as_rank, args=(rank, run, arguments)) for rank in range(count)]
     for one in ranks:
         one.start()
     for one in ranks:
@@ -38,13 +39,13 @@ def run_on_ranks(run: Callable[..., None], *arguments: Any) -> bool:
 
 
 def on_ranks(script: ModuleType | SimpleNamespace, folder: Path) -> None:
-    """Run the checks of a script on each rank, and wait for all."""
+    """Run the checks of a script on its number of ranks, and wait for all."""
     folder.mkdir(parents=True)
-    run_on_ranks(run_checks, vars(script), folder)
+    run_on_ranks(run_checks, vars(script), folder, count=getattr(script, "RANKS", RANKS))
 
 
 def as_rank(rank: int, run: Callable[..., None], arguments: tuple[Any, ...]) -> None:
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(RANKS)}
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
     run(*arguments)
 
 

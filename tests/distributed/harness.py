@@ -217,9 +217,10 @@ def blocks(model: nn.Module, adapter: str = "default") -> list[torch.Tensor]:
 
 
 def assert_same_on_all_ranks(model: nn.Module) -> None:
-    everywhere: list = [None] * RANKS
+    everywhere: list = [None] * dist.get_world_size()
     dist.all_gather_object(everywhere, blocks(model))
-    assert_same(*everywhere)
+    for other in everywhere:
+        assert_same(everywhere[0], other)
 
 
 def assert_same(first: list[torch.Tensor], second: list[torch.Tensor]) -> None:

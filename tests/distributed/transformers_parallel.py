@@ -40,7 +40,7 @@ def assert_equals_one_process(folder, parallel, r, method):
 
 def check_tensor_parallel(folder):
     path = base(folder, llama(tie_word_embeddings=True))
-    for r, method in ((3, "bone"), (4, "bat")):
+    for r, method in ((3, "bone"), (4, "bat"), (3, "lora"), (2, "bone_groups2")):
         config = DistributedConfig(tp_plan="auto")
         parallel = AutoModelForCausalLM.from_pretrained(path, distributed_config=config)
         plain, tokens = assert_equals_one_process(path, parallel, r, method)
@@ -53,7 +53,7 @@ def check_tensor_parallel(folder):
 
 def check_expert_parallel(folder):
     path = base(folder, mixtral())
-    for r, method in ((3, "bone"), (4, "bat")):
+    for r, method in ((3, "bone"), (4, "bat"), (3, "lora"), (2, "bone_groups2")):
         config = DistributedConfig(tp_size=RANKS, ep_size=RANKS)
         parallel = AutoModelForCausalLM.from_pretrained(path, distributed_config=config)
         assert_equals_one_process(path, parallel, r, method)

@@ -14,14 +14,14 @@ from torch import nn
 import disha
 from disha import ModeError
 from tests.conftest import needs_fully_shard, once
-from tests.distributed import ddp, fsdp, tensor_parallel
+from tests.distributed import ddp, four_ranks, fsdp, tensor_parallel
 from tests.distributed.harness import checks_of
 from tests.processes import ROOT, ended, started
 
 SECONDS = 240
 """Ten times what a script takes on two slow cores."""
 
-SCRIPTS = (ddp, fsdp, tensor_parallel)
+SCRIPTS = (ddp, fsdp, tensor_parallel, four_ranks)
 
 
 def checks_in(scripts: Sequence[ModuleType]) -> list[str]:
