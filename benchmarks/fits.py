@@ -33,7 +33,8 @@ from benchmarks.markdown import NOTHING, table
 from benchmarks.memory import allocated_peak
 from benchmarks.simulation import make_base
 from benchmarks.steps import full_step
-from disha.finetune.memory import memory_modes, step_memory
+from disha.finetune.memory import step_memory
+from disha.private_torch import memory_modes
 
 # Transformers makes a mask for a fake batch that it would not make for a real one without padding.
 ATTENTION = "unmasked"

@@ -52,6 +52,10 @@ column says what happens where a torch lacks the name.
     nn.init._no_grad_trunc_normal_       W is written, not W + dW              the first injection
                                                                                raises
     torch._functorch.pyfunctorch         weights are computed outside of them  a transform raises
+    torch._subclasses.FakeTensorMode;    a dry run adds up the memory of a     the dry run raises
+      torch.distributed._tools           step
+      .mem_tracker.MemTracker, its
+      _mod_tracker
 """
 
 from __future__ import annotations
@@ -267,3 +271,16 @@ def ask_private_operations() -> None:
     compiler = sys.modules.get("torch._dynamo.variables.torch")
     if compiler is not None:  # it keeps a copy of the list
         compiler.get_overridable_functions().update(functions)
+
+
+def memory_modes() -> tuple[Any, Any]:
+    """Return a mode in which tensors have no values, and one that adds up the memory in use."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.distributed._tools.mem_tracker import MemTracker
+
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    tracker = MemTracker()
+    # Its hooks would also add up the memory of each module, which takes long, and raises for
+    # modules with frozen parameters.
+    tracker._mod_tracker.register_user_hooks = lambda *hooks: None  # type: ignore[method-assign]
+    return fake, tracker

@@ -28,7 +28,7 @@ NOT_OF_TORCH = """
     _name_or_path _get_train_sampler _keys_to_ignore_on_save _hf_hook
     _z3_optimizer _hp_mapping _like _block _on_ _weight _layers _all _groups
     _use_triton _CHUNKED_LOGPROB_CHUNK_SIZE _no_split_modules _reference
-    _made_by_disha _zero3_consolidated_16bit_state_dict _invalidate_trace
+    _made_by_disha _zero3_consolidated_16bit_state_dict _invalidate_trace _token
 """
 """Names of Python and of other libraries, ends of names, and an attribute of ours."""
 OF_MODULES = {name for name in dir(nn.Module()) if name[0] == "_"}

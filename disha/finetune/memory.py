@@ -13,11 +13,10 @@ from typing import Any
 import psutil
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.distributed._tools.mem_tracker import MemTracker
 from torch.distributed.tensor import DTensor
 
 from disha.finetune.flags import FEW_BITS
+from disha.private_torch import memory_modes
 
 KEPT = 2**27
 """Bytes that the allocator of a processor keeps of what is freed: twice what it takes from the
@@ -25,16 +24,6 @@ system piece by piece (64 MiB), as measured for one model."""
 
 SCALES = 0.016
 """Bytes for the scales of a weight in few bits, which are themselves quantised."""
-
-
-def memory_modes() -> tuple[Any, Any]:
-    """Return a mode in which tensors have no values, and one that adds up the memory in use."""
-    fake = FakeTensorMode(allow_non_fake_inputs=True)
-    tracker = MemTracker()
-    # Its hooks would also add up the memory of each module, which takes long, and raises for
-    # modules with frozen parameters.
-    tracker._mod_tracker.register_user_hooks = lambda *hooks: None  # type: ignore[method-assign]
-    return fake, tracker
 
 
 def local_part(tensor: Tensor) -> Tensor:
