@@ -8,8 +8,10 @@ JSON is changed as a tree, so that most inputs come past `json.loads`; raw bytes
 `replay` reads these in the tests, with others that are made of them.
 """
 
+import atexit
 import json
 import lzma
+import os
 import random
 import resource
 import shutil
@@ -45,8 +47,15 @@ GROWTH = 200 * 2**20
 """By how many bytes the process may grow while it reads any number of inputs."""
 CORPUS = Path(__file__).with_name("corpus.xz")
 _IN_MEMORY = "/dev/shm" if Path("/dev/shm").is_dir() else None
-_FOLDER = tempfile.TemporaryDirectory(prefix="fuzzed-", dir=_IN_MEMORY)  # until this process ends
-PLACE = Path(_FOLDER.name)
+PLACE = Path(tempfile.mkdtemp(prefix="fuzzed-", dir=_IN_MEMORY))
+_OWNER = os.getpid()
+
+
+@atexit.register
+def _remove_place() -> None:
+    if os.getpid() == _OWNER:  # and not in a process that was forked from this one
+        shutil.rmtree(PLACE, ignore_errors=True)
+
 
 # --- inputs --------------------------------------------------------------------------------------
 

@@ -240,6 +240,7 @@ def _find_kept(
             if is_off:
                 around.enter_context(open_context(groups, (), disables=True))
             read, _ = _run_and_note_reads(runner, runner.blocks)
+        repartition(read.values())
         if not is_off:
             reads.append(set(read))
     return read_at_first.union(*reads) - read_at_first.intersection(*reads)

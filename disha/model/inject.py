@@ -171,6 +171,7 @@ def _with_arguments_of(
     def give(other: Callable[..., Plan]) -> Callable[P, Plan]:
         with_arguments = wraps(other)(lambda *args, **kwargs: other(*args, **kwargs))
         with_arguments.__wrapped__ = function  # whose signature is shown
+        with_arguments.__annotations__ = {**function.__annotations__, "return": "Plan"}
         return with_hints(with_arguments)
 
     return give

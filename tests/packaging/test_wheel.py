@@ -30,7 +30,8 @@ def test_the_wheel_holds_the_package_and_nothing_else(dist):
         info = f"disha_torch-{disha.__version__}.dist-info/"
         fields = HeaderParser().parsestr(archive.read(f"{info}METADATA").decode())
     modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / "disha").rglob("*.py")}
-    assert {name for name in names if not name.startswith(info)} == {"disha/py.typed", *modules}
+    data = {"disha/py.typed", "disha/finetune/names.toml"}
+    assert {name for name in names if not name.startswith(info)} == data | modules
     assert f"{info}licenses/LICENSE" in names
     assert (fields["Name"], fields["Version"]) == ("disha-torch", disha.__version__)
     assert (fields["License-Expression"], fields["Requires-Python"]) == ("Apache-2.0", ">=3.11")
