@@ -1,4 +1,4 @@
-"""disha: dimension-sharded adapters (Bone, tile, BAT) for any PyTorch model."""
+"""disha: dimension-sharded adapters (Bone, tile, BAT) for PyTorch models."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
